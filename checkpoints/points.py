@@ -1,0 +1,292 @@
+"""The ordered vocabulary of capture points.
+
+A *point* is the name of an activation: `embd`, `blk.5.q_rope`, `logits`. The vocabulary is open: a name of the form
+`blk.N.<node>` that is not listed here is a valid point of layer N without a known shape or place.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from .errors import InputError
+
+EMBD = "embd"
+OUTPUT_NORM = "output_norm"
+LOGITS = "logits"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What one name stands for in every layer (or once in the model).
+
+    `row` is the shape of one position's row in the letters of the design: D embedding, H heads, K key/value heads,
+    d head size, F feed-forward, V vocabulary, t+1 the positions seen so far. `lane` names the branch of the layer that
+    the value belongs to; values of two branches that have not met yet do not depend on each other.
+    """
+
+    name: str
+    row: tuple[str, ...]
+    meaning: str
+    lane: str = ""
+
+
+LAYER_KINDS: tuple[Kind, ...] = (
+    Kind("attn_norm", ("D",), "input of the attention, normalised"),
+    Kind("q", ("H*d",), "queries after bias, before RoPE", "q"),
+    Kind("k", ("K*d",), "keys after bias, before RoPE", "k"),
+    Kind("v", ("K*d",), "values after bias", "v"),
+    Kind("q_norm", ("H*d",), "queries after their own norm", "q"),
+    Kind("k_norm", ("K*d",), "keys after their own norm", "k"),
+    Kind("q_rope", ("H*d",), "queries after RoPE", "q"),
+    Kind("k_rope", ("K*d",), "keys after RoPE", "k"),
+    Kind("k_read", ("t+1", "K*d"), "key rows that attention read from the cache", "k"),
+    Kind("v_read", ("t+1", "K*d"), "value rows that attention read from the cache", "v"),
+    Kind("kq", ("H", "t+1"), "query-key products before scale and mask", "qk"),
+    Kind("kq_soft_max", ("H", "t+1"), "attention weights", "qk"),
+    Kind("kqv_out", ("H*d",), "weighted values, heads side by side"),
+    Kind("attn_out", ("D",), "attention's output projection"),
+    Kind("ffn_inp", ("D",), "attention plus residual"),
+    Kind("ffn_norm", ("D",), "input of the feed-forward, normalised"),
+    Kind("ffn_gate", ("F",), "gate projection", "gate"),
+    Kind("ffn_up", ("F",), "up projection", "up"),
+    Kind("ffn_swiglu", ("F",), "SiLU(gate) times up"),
+    Kind("ffn_out", ("D",), "feed-forward's down projection"),
+    Kind("l_out", ("D",), "the layer's output, residual included"),
+)
+MODEL_KINDS: tuple[Kind, ...] = (
+    Kind(EMBD, ("D",), "token embedding"),
+    Kind(OUTPUT_NORM, ("D",), "last layer's output, normalised"),
+    Kind(LOGITS, ("V",), "scores of the next token"),
+)
+KINDS: dict[str, Kind] = {kind.name: kind for kind in (*MODEL_KINDS, *LAYER_KINDS)}
+_RANK = {kind.name: rank for rank, kind in enumerate(LAYER_KINDS)}
+# Branches of one layer that have not met: neither side's value can be caused by the other's.
+_INDEPENDENT = {frozenset(pair) for pair in (("q", "k"), ("q", "v"), ("k", "v"), ("qk", "v"), ("gate", "up"))}
+
+DEFAULT_LAYERS = (0, 5, 10, 23)
+_LAYER_POINT = re.compile(r"blk\.(\d+)\.(.+)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Point:
+    """A parsed point: `layer` is None for the points that stand once in a model; `kind` is its name in the layer."""
+
+    name: str
+    layer: int | None
+    kind: str
+
+    @property
+    def known(self) -> Kind | None:
+        """The vocabulary's entry, or None for a name that only the reference or a foreign engine uses."""
+        found = KINDS.get(self.kind)
+        return found if found is not None and (self.layer is None) == (self.kind not in _RANK) else None
+
+
+def parse(name: str) -> Point:
+    """Split a canonical name into layer and kind; a name without a layer is a point of the whole model."""
+    match = _LAYER_POINT.fullmatch(name)
+    return Point(name, int(match[1]), match[2]) if match else Point(name, None, name)
+
+
+def in_layer(layer: int, kind: str) -> str:
+    """The name of `kind` in `layer`: in_layer(5, "l_out") is "blk.5.l_out"."""
+    return f"blk.{layer}.{kind}"
+
+
+def all_points(n_layers: int, kinds: Iterable[str] | None = None) -> list[str]:
+    """Every point of the vocabulary for a model of `n_layers`, in dataflow order; `kinds` leaves out what is not there."""
+    names = [kind.name for kind in LAYER_KINDS if kinds is None or kind.name in set(kinds)]
+    return [EMBD, *(in_layer(i, name) for i in range(n_layers) for name in names), OUTPUT_NORM, LOGITS]
+
+
+def default_layers(n_layers: int) -> list[int]:
+    """Layers 0, 5, 10 and 23 where they exist, and always the last."""
+    return sorted({layer for layer in DEFAULT_LAYERS if layer < n_layers} | {n_layers - 1})
+
+
+def layer_outputs(layers: Iterable[int]) -> list[str]:
+    """The card's set for given layers: embedding, those layers' outputs, output norm, logits."""
+    return [EMBD, *(in_layer(layer, "l_out") for layer in layers), OUTPUT_NORM, LOGITS]
+
+
+def order(names: Iterable[str]) -> list[str]:
+    """Sort names by dataflow; duplicates are dropped.
+
+    Known points take the vocabulary's order. An unknown node comes after the known or unknown name of its layer that
+    preceded it in `names`, so that a list in the reference's computing order keeps the unknown nodes in their places.
+    """
+    unique = list(dict.fromkeys(names))
+    place: dict[str, tuple[int, float, int]] = {}
+    last: dict[int, float] = {}
+    for index, name in enumerate(unique):
+        point = parse(name)
+        section = _section(point)
+        if point.known is not None:
+            rank = float(_RANK.get(point.kind, 0))
+            last[section] = max(rank, last.get(section, -1.0))
+            place[name] = (section, rank, -1)
+        else:
+            place[name] = (section, last.get(section, -0.5), index)
+    return sorted(unique, key=place.__getitem__)
+
+
+_END = 1 << 40
+
+
+def _section(point: Point) -> int:
+    """A number that grows along the model: -1 embedding, the layer's number, then norm, logits and what has no layer."""
+    if point.layer is not None:
+        return point.layer
+    return {EMBD: -1, OUTPUT_NORM: _END, LOGITS: _END + 2}.get(point.kind, _END + 1)
+
+
+def independent(a: str, b: str) -> bool:
+    """Whether two points of one layer lie on branches that have not met, so that neither can spoil the other."""
+    first, second = parse(a), parse(b)
+    if first.layer is None or first.layer != second.layer or first.known is None or second.known is None:
+        return False
+    return frozenset((first.known.lane, second.known.lane)) in _INDEPENDENT
+
+
+_HUGGING_FACE = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "q",
+    "self_attn.k_proj": "k",
+    "self_attn.v_proj": "v",
+    "self_attn.q_norm": "q_norm",
+    "self_attn.k_norm": "k_norm",
+    "self_attn.o_proj": "attn_out",
+    "self_attn": "attn_out",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_out",
+    "mlp": "ffn_out",
+    "": "l_out",
+}
+_ONCE = {
+    "C0": EMBD,
+    "C1": "blk.0.l_out",
+    "C5": "blk.5.l_out",
+    "C10": "blk.10.l_out",
+    "C23": "blk.23.l_out",
+    "C24": OUTPUT_NORM,
+    "C25": LOGITS,
+    "inp_embd": EMBD,
+    "embedding": EMBD,
+    "embeddings": EMBD,
+    "embed_tokens": EMBD,
+    "token_embd": EMBD,
+    "result_norm": OUTPUT_NORM,
+    "norm": OUTPUT_NORM,
+    "final_norm": OUTPUT_NORM,
+    "result_output": LOGITS,
+    "lm_head": LOGITS,
+}
+
+
+def resolve(name: str, n_layers: int | None = None) -> str:
+    """The canonical name of an alias (the card's C0…C25, `layer_5`, ggml's and Hugging Face's names), else the name itself.
+
+    Hugging Face's `hidden_states[i]` is layer i's *input*, and its last one comes after the norm: the number of layers
+    decides, and without it only index 0 is known.
+    """
+    name = name.strip()
+    if name in _ONCE:
+        return _ONCE[name]
+    if match := re.fullmatch(r"(?:layer|layers|blk|block)[._-]?(\d+)(?:[._-](?:out|output|l_out))?", name):
+        return in_layer(int(match[1]), "l_out")
+    if match := re.fullmatch(r"([A-Za-z_]\w*)-(\d+)", name):
+        return in_layer(int(match[2]), match[1])
+    if match := re.fullmatch(r"hidden_states\[(\d+)\]", name):
+        index = int(match[1])
+        if index == 0:
+            return EMBD
+        if n_layers is not None and index <= n_layers:
+            return OUTPUT_NORM if index == n_layers else in_layer(index - 1, "l_out")
+        return name
+    if match := re.fullmatch(r"(?:model\.)?layers\.(\d+)\.?(.*)", name):
+        kind = _HUGGING_FACE.get(match[2], match[2] if match[2] in _RANK else None)
+        return in_layer(int(match[1]), kind) if kind is not None else name
+    bare = name.removeprefix("model.")
+    return _ONCE.get(bare, name)
+
+
+_MAX_EXPANSION = 10_000  # names that one --points expression may stand for; 80 layers × 21 points are 1,680
+
+
+def expand(expression: str) -> list[str]:
+    """Split a `--points` expression at commas and expand braces: "blk.{1..3}.{q,k}" is six globs.
+
+    `{a,b}` lists and `{1..5}` ranges expand as in a shell, whether or not such a point exists.
+
+    Raises:
+        InputError: unbalanced braces, or more than 10,000 names.
+    """
+    parts: list[str] = []
+    depth, start = 0, 0
+    for index, char in enumerate(expression):
+        depth += {"{": 1, "}": -1}.get(char, 0)
+        if depth < 0:
+            break
+        if char == "," and depth == 0:
+            parts.append(expression[start:index])
+            start = index + 1
+    if depth:
+        raise InputError(f"unbalanced braces in {expression!r}.", "Write e.g. 'blk.{1..5}.{q,k}'.", code="points")
+    parts.append(expression[start:])
+    names = [name for part in parts if part.strip() for name in _braces(part.strip())]
+    if len(names) > _MAX_EXPANSION:
+        raise InputError(f"{expression!r} stands for more than {_MAX_EXPANSION:,} names.", "Use *.", code="points")
+    return names
+
+
+def _braces(text: str) -> list[str]:
+    match = re.search(r"\{([^{}]*)\}", text)
+    if not match:
+        return [text]
+    if span := re.fullmatch(r"(\d{1,6})\.\.(\d{1,6})", match[1]):
+        low, high = int(span[1]), int(span[2])
+        if high - low >= _MAX_EXPANSION:
+            raise InputError(f"the range {match[0]} is too long.", "Use *.", code="points")
+        options = [str(number) for number in range(low, high + 1)]
+    else:
+        options = match[1].split(",")
+    expanded: list[str] = []
+    for option in options:
+        expanded += _braces(text[: match.start()] + option + text[match.end() :])
+        if len(expanded) > _MAX_EXPANSION:
+            raise InputError(f"{text!r} stands for more than {_MAX_EXPANSION:,} names.", "Use *.", code="points")
+    return expanded
+
+
+def select(expression: str, available: Sequence[str], n_layers: int | None = None) -> list[str]:
+    """The available points that a `--points` expression names, in the order of `available`.
+
+    `all` and `default` are words of their own; anything else is globs, names and aliases, comma-separated, with braces.
+
+    Raises:
+        InputError: a part of the expression matches no available point; the nearest names are suggested.
+    """
+    wanted: set[str] = set()
+    for part in expand(expression):
+        if part == "all":
+            wanted.update(available)
+            continue
+        if part == "default":
+            layers = n_layers if n_layers is not None else 1 + max((parse(name).layer or 0 for name in available), default=0)
+            wanted.update(layer_outputs(default_layers(layers)))
+            continue
+        pattern = resolve(part, n_layers)
+        matched = [name for name in available if name == pattern or fnmatchcase(name, pattern)]
+        if not matched:
+            from difflib import get_close_matches
+
+            near = get_close_matches(pattern, available, n=3)
+            hint = f"Nearest: {', '.join(near)}." if near else "`parity model M` lists the points of a model."
+            raise InputError(f"no point is called {part!r}.", hint, code="points")
+        wanted.update(matched)
+    if not wanted:
+        raise InputError("--points names nothing.", "Write e.g. --points all.", code="points")
+    return [name for name in available if name in wanted]

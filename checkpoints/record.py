@@ -1,0 +1,206 @@
+"""What a dump holds: Header, rows of checkpoints, Token, End. One JSON line each; format version 1.
+
+`Rows` is the columnar form of checkpoint records: one row a record, all of one point. The engine writes one `Rows` a
+point and step; a reader gives back one `Rows` a point for the whole dump, so that whatever works on dumps works on arrays.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+FORMAT = 1
+DEFAULT_SLICE = 16
+SKETCH_SIZE = 32
+PREFILL = "prefill"
+DECODE = "decode"
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """Which model a dump is of. `fingerprint` is `checkpoints.fingerprint.fingerprint` of the original file."""
+
+    name: str = ""
+    architecture: str = ""
+    file_type: str = ""
+    layers: int | None = None
+    fingerprint: str = ""
+
+
+@dataclass(frozen=True)
+class Header:
+    """The first line of a dump: everything that could explain a difference later.
+
+    `tokens` are the ids of the prompt, `pieces` their texts; `compute` is the arithmetic (f32, tf32, f16, bf16),
+    `mode` "exact" or "native", `slice` the number of leading values a record carries.
+    """
+
+    source: str
+    model: ModelInfo = field(default_factory=ModelInfo)
+    tokens: tuple[int, ...] = ()
+    pieces: tuple[str, ...] = ()
+    prompt: str | None = None
+    mode: str = ""
+    compute: str = ""
+    kv_type: str = ""
+    slice: int = DEFAULT_SLICE
+    hparams: dict[str, Any] | None = None
+    build: dict[str, Any] = field(default_factory=dict)
+    created: str = ""
+    format: int = FORMAT
+
+
+@dataclass(frozen=True)
+class Token:
+    """One generated token: `token_idx` is the position it will stand at, `top` the largest logits as (id, value)."""
+
+    token_idx: int
+    id: int
+    text: str = ""
+    top: tuple[tuple[int, float], ...] = ()
+    seq: int = 0
+
+
+@dataclass(frozen=True)
+class End:
+    """The last line of a dump that was written to its end: how many lines of each kind came before it."""
+
+    checkpoints: int
+    tokens: int = 0
+
+
+STATISTICS = ("n", "sum", "l2", "min", "max", "nonfinite", "absmax_at", "future_mass")
+_INTEGER_STATISTICS = frozenset({"n", "nonfinite", "absmax_at"})
+
+
+def statistic_as_json(name: str, value: float) -> int | float:
+    """Counts and indices as integers, everything else as it is."""
+    return int(value) if name in _INTEGER_STATISTICS and np.isfinite(value) else float(value)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Records of one point, one row each; R rows.
+
+    Attributes:
+        point: canonical name.
+        seq, token_idx, step: int64 [R]; position in the sequence from 0, number of the forward pass.
+        decode: bool [R], False for prefill.
+        shapes: the shape of each row of the activation.
+        values: float32 [R, k], the slice; rows shorter than k are padded with NaN.
+        counts: int64 [R], how many values each row really has.
+        stats: name -> float64 [R]; NaN where a record lacks it.
+        sketch: float32 [R, 32], or None where no record has one; a row of NaN where a single record lacks it.
+        indices: int64 [R, k] of scattered values, -1 where padded, or None for leading values.
+        quantum: float64 [R, k], the step of the printed decimals, or None where the text is exact.
+    """
+
+    point: str
+    seq: NDArray[np.int64]
+    token_idx: NDArray[np.int64]
+    step: NDArray[np.int64]
+    decode: NDArray[np.bool_]
+    shapes: tuple[tuple[int, ...], ...]
+    values: NDArray[np.float32]
+    counts: NDArray[np.int64]
+    stats: dict[str, NDArray[np.float64]] = field(default_factory=dict)
+    sketch: NDArray[np.float32] | None = None
+    indices: NDArray[np.int64] | None = None
+    quantum: NDArray[np.float64] | None = None
+    dtype: str = "f32"
+
+    def __len__(self) -> int:
+        return len(self.token_idx)
+
+    def take(self, rows: NDArray[np.int64] | NDArray[np.bool_] | Sequence[int]) -> Self:
+        """The given rows, in the given order (indices or a mask)."""
+        picked = np.arange(len(self))[np.asarray(rows)] if len(self) else np.zeros(0, np.int64)
+        return replace(
+            self,
+            seq=self.seq[picked],
+            token_idx=self.token_idx[picked],
+            step=self.step[picked],
+            decode=self.decode[picked],
+            shapes=tuple(self.shapes[i] for i in picked),
+            values=self.values[picked],
+            counts=self.counts[picked],
+            stats={name: column[picked] for name, column in self.stats.items()},
+            sketch=None if self.sketch is None else self.sketch[picked],
+            indices=None if self.indices is None else self.indices[picked],
+            quantum=None if self.quantum is None else self.quantum[picked],
+        )
+
+    def full(self) -> NDArray[np.bool_]:
+        """bool [R]: rows whose values are the whole activation, not a slice of it."""
+        sizes = np.array([int(np.prod(shape)) if shape else -1 for shape in self.shapes], dtype=np.int64)
+        return (sizes == self.counts) if self.indices is None else np.zeros(len(self), dtype=np.bool_)
+
+    @staticmethod
+    def stack(parts: Sequence["Rows"]) -> "Rows":
+        """Rows of one point, one after the other; narrower parts are padded.
+
+        Raises:
+            ValueError: no parts, or parts of different points.
+        """
+        if not parts:
+            raise ValueError("nothing to stack")
+        if len(parts) == 1:
+            return parts[0]
+        if len({part.point for part in parts}) != 1:
+            raise ValueError("rows of different points cannot be stacked")
+        width = max(part.values.shape[1] for part in parts)
+        names = dict.fromkeys(name for part in parts for name in part.stats)
+        return Rows(
+            point=parts[0].point,
+            seq=np.concatenate([part.seq for part in parts]),
+            token_idx=np.concatenate([part.token_idx for part in parts]),
+            step=np.concatenate([part.step for part in parts]),
+            decode=np.concatenate([part.decode for part in parts]),
+            shapes=tuple(shape for part in parts for shape in part.shapes),
+            values=np.concatenate([_widen(part.values, width, np.float32(np.nan)) for part in parts]),
+            counts=np.concatenate([part.counts for part in parts]),
+            stats={name: np.concatenate([part.stats.get(name, np.full(len(part), np.nan)) for part in parts]) for name in names},
+            sketch=_stack_optional([part.sketch for part in parts], parts, SKETCH_SIZE, np.float32(np.nan)),
+            indices=_stack_optional([part.indices for part in parts], parts, width, np.int64(-1)),
+            quantum=_stack_optional([part.quantum for part in parts], parts, width, np.float64(0)),
+            dtype=parts[0].dtype,
+        )
+
+
+def _widen(array: NDArray[Any], width: int, filler: Any) -> NDArray[Any]:
+    missing = width - array.shape[1]
+    return array if missing == 0 else np.pad(array, ((0, 0), (0, missing)), constant_values=filler)
+
+
+def _stack_optional(arrays: list[NDArray[Any] | None], parts: Sequence[Rows], width: int, filler: Any) -> NDArray[Any] | None:
+    if all(array is None for array in arrays):
+        return None
+    full = [
+        np.full((len(part), width), filler) if array is None else _widen(array, width, filler)
+        for array, part in zip(arrays, parts, strict=True)
+    ]
+    return np.concatenate(full)
+
+
+@dataclass(frozen=True)
+class Dump:
+    """A dump that was read: rows by point in the order of first appearance, and what the reader noticed.
+
+    `end` is None for a file that was cut short; `skipped` counts lines that were no records; `notes` are sentences for
+    the user (a torn last line, records merged, …).
+    """
+
+    path: str
+    header: Header | None
+    points: dict[str, Rows]
+    tokens: tuple[Token, ...] = ()
+    end: End | None = None
+    skipped: int = 0
+    notes: tuple[str, ...] = ()
+
+    @property
+    def records(self) -> int:
+        """How many checkpoint records there are."""
+        return sum(len(rows) for rows in self.points.values())

@@ -1,0 +1,1 @@
+"""One file per architecture: its list of steps."""

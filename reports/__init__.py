@@ -1,0 +1,1 @@
+"""How a verdict is shown: terminal, Markdown, HTML, JUnit. Computes nothing."""
