@@ -161,7 +161,9 @@ class Rows:
             shapes=tuple(shape for part in parts for shape in part.shapes),
             values=np.concatenate([_widen(part.values, width, np.float32(np.nan)) for part in parts]),
             counts=np.concatenate([part.counts for part in parts]),
-            stats={name: np.concatenate([part.stats.get(name, np.full(len(part), np.nan)) for part in parts]) for name in names},
+            stats={
+                name: np.concatenate([part.stats.get(name, np.full(len(part), np.nan)) for part in parts]) for name in names
+            },
             sketch=_stack_optional([part.sketch for part in parts], parts, SKETCH_SIZE, np.float32(np.nan)),
             indices=_stack_optional([part.indices for part in parts], parts, width, np.int64(-1)),
             quantum=_stack_optional([part.quantum for part in parts], parts, width, np.float64(0)),

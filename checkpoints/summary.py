@@ -154,7 +154,9 @@ _Made = tuple[
 ]
 
 
-def _plain(point: str, tensor: NDArray[np.float32], token_idx: NDArray[np.int64], kept: NDArray[np.int64], size: int | None) -> _Made:
+def _plain(
+    point: str, tensor: NDArray[np.float32], token_idx: NDArray[np.int64], kept: NDArray[np.int64], size: int | None
+) -> _Made:
     if tensor.shape[:1] != (len(token_idx),):
         raise ValueError(f"{point}: {tensor.shape} does not hold one row for each of {len(token_idx)} positions")
     rows = tensor.reshape(len(token_idx), -1)[kept]
@@ -165,9 +167,13 @@ def _plain(point: str, tensor: NDArray[np.float32], token_idx: NDArray[np.int64]
     return shapes, rows[:, :count].copy(), np.full(len(kept), count, dtype=np.int64), stats, sketch(clean)
 
 
-def _causal(point: str, tensor: NDArray[np.float32], token_idx: NDArray[np.int64], kept: NDArray[np.int64], size: int | None) -> _Made:
+def _causal(
+    point: str, tensor: NDArray[np.float32], token_idx: NDArray[np.int64], kept: NDArray[np.int64], size: int | None
+) -> _Made:
     if tensor.ndim != 3 or tensor.shape[1] != len(token_idx) or tensor.shape[2] <= int(token_idx.max(initial=0)):
-        raise ValueError(f"{point}: {tensor.shape} is not [heads, {len(token_idx)}, at least {int(token_idx.max(initial=0)) + 1}]")
+        raise ValueError(
+            f"{point}: {tensor.shape} is not [heads, {len(token_idx)}, at least {int(token_idx.max(initial=0)) + 1}]"
+        )
     heads = tensor.shape[0]
     shapes: list[tuple[int, ...]] = []
     values: list[NDArray[np.float32]] = []
@@ -189,7 +195,9 @@ def _causal(point: str, tensor: NDArray[np.float32], token_idx: NDArray[np.int64
     return tuple(shapes), _pad(values, int(counts.max(initial=0))), counts, columns, sketches
 
 
-def _cached(point: str, tensor: NDArray[np.float32], token_idx: NDArray[np.int64], kept: NDArray[np.int64], size: int | None) -> _Made:
+def _cached(
+    point: str, tensor: NDArray[np.float32], token_idx: NDArray[np.int64], kept: NDArray[np.int64], size: int | None
+) -> _Made:
     seen = token_idx + 1
     if tensor.shape[0] < int(seen.max(initial=0)):
         raise ValueError(f"{point}: {tensor.shape} holds fewer than the {int(seen.max(initial=0))} rows that were read")
