@@ -19,7 +19,7 @@ def fingerprint(path: str | os.PathLike[str]) -> str:
     """
     size = Path(path).stat().st_size
     digest = hashlib.sha256(str(size).encode())
-    with open(path, "rb") as file:
+    with Path(path).open("rb") as file:
         digest.update(file.read(_HEAD))
         span = max(size - _HEAD - _BLOCK, 0)
         for index in range(_SAMPLES + 1):

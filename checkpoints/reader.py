@@ -168,7 +168,7 @@ class _Reading:
 
     def read(self, file: Any) -> Dump:
         line: bytes = b""
-        for self.line_number, line in enumerate(file, 1):  # noqa: B007 - the last line is looked at afterwards
+        for self.line_number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             try:

@@ -9,7 +9,7 @@ import os
 import shutil
 import struct
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -98,7 +98,7 @@ class TensorReader:
 
         self.path = Path(path)
         try:
-            self._file: Any = safe_open(self.path, framework="numpy")
+            self._file = cast(Any, safe_open(self.path, framework="numpy"))
         except (OSError, SafetensorError) as error:
             raise DumpError(f"cannot read the tensors of {path}: {error}.", "Dump again with --full.") from error
         self.names = tuple(self._file.keys())
