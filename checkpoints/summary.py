@@ -103,6 +103,7 @@ def summarise(
     decode: bool = False,
     slice_size: int | None = 16,
     keep: NDArray[np.int64] | None = None,
+    first: int = 0,
     seq: int = 0,
     dtype: str = "f32",
 ) -> Rows:
@@ -115,6 +116,7 @@ def summarise(
         token_idx: int64 [T], the positions of the T rows.
         slice_size: leading values a record carries; None for all of them.
         keep: indices into 0…T−1 of the rows to record; None for all.
+        first: the position of the first cached row, where a sequence does not begin at 0.
 
     Raises:
         TypeError: `tensor` is not float32 in host memory.
@@ -128,9 +130,9 @@ def summarise(
     known = parse(point).known
     layout = known.row if known is not None else ()
     if layout == ("H", "t+1"):
-        made = _causal(point, tensor, token_idx, kept, slice_size)
+        made = _causal(point, tensor, token_idx - first, kept, slice_size)
     elif layout[:1] == ("t+1",):
-        made = _cached(point, tensor, token_idx, kept, slice_size)
+        made = _cached(point, tensor, token_idx - first, kept, slice_size)
     else:
         made = _plain(point, tensor, token_idx, kept, slice_size)
     shapes, values, counts, stats, sketches = made

@@ -1,0 +1,79 @@
+"""NumPy or CuPy. The only place that imports cupy.
+
+The plain operations of `engine.ops` are written in NumPy functions, which hand CuPy arrays to CuPy by themselves
+(NEP 13 and NEP 18); only what creates arrays needs to know the module.
+"""
+
+import os
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from checkpoints.errors import InputError
+
+Array = Any  # numpy.ndarray or cupy.ndarray
+
+
+@dataclass(frozen=True)
+class Backend:
+    """Where arrays live: `xp` is the numpy or cupy module, `device` says it in words for the dump's header."""
+
+    name: str
+    xp: Any
+    device: str
+
+    def array(self, host: NDArray[Any]) -> Array:
+        """The array on this backend's device; on NumPy the array itself."""
+        return host if self.xp is np else self.xp.asarray(host)
+
+    def to_host(self, array: Array) -> NDArray[Any]:
+        """A NumPy array of the same values. On a device it waits for the stream that computes them."""
+        return np.asarray(array) if self.xp is np else self.xp.asnumpy(array)
+
+
+def module_of(*arrays: Array) -> Any:
+    """The module (numpy or cupy) that the first array belongs to, without importing cupy.
+
+    Raises:
+        TypeError: arrays of both kinds are mixed.
+    """
+    kinds = {type(array).__module__.split(".")[0] for array in arrays}
+    if "cupy" in kinds:
+        if len(kinds) > 1:
+            raise TypeError("arrays in host and device memory are mixed; bring them to one side first")
+        return sys.modules["cupy"]
+    return np
+
+
+def choose(name: str = "auto") -> Backend:
+    """The backend of that name; "auto" takes CuPy where a device is, else NumPy.
+
+    Raises:
+        InputError: CuPy was asked for and there is no device or no package for it, or the name is unknown.
+    """
+    if name not in ("auto", "cupy", "numpy"):
+        raise InputError(f"there is no backend {name!r}.", "Take auto, cupy or numpy.", code="backend")
+    if name == "numpy":
+        return _numpy()
+    try:
+        import cupy
+    except ImportError as error:
+        if name == "auto":
+            return _numpy()
+        advice = "Install the extra for your CUDA: pip install 'parity[cuda12]' or 'parity[cuda13]'."
+        raise InputError(f"CuPy cannot be imported ({error}).", advice, code="backend") from error
+    if not cupy.cuda.is_available():
+        if name == "auto":
+            return _numpy()
+        raise InputError("CuPy finds no CUDA device.", "`parity doctor` shows what is missing.", code="backend")
+    number = cupy.cuda.Device().id
+    properties = cupy.cuda.runtime.getDeviceProperties(number)
+    return Backend("cupy", cupy, f"CuPy {cupy.__version__}, {properties['name'].decode()}")
+
+
+def _numpy() -> Backend:
+    threads = os.environ.get("OPENBLAS_NUM_THREADS") or os.environ.get("OMP_NUM_THREADS") or os.cpu_count()
+    return Backend("numpy", np, f"NumPy {np.__version__}, {threads} threads")

@@ -1,0 +1,124 @@
+"""Groups of steps that architectures share. An architecture's own file puts them together and adds its oddities."""
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from checkpoints.errors import ModelError
+from checkpoints.points import in_layer
+
+from . import ops
+from .gguf_model import Hyperparameters
+from .graph import POSITIONS, TOKENS, History, RowsOf, Step
+
+ROPE_FACTORS = "rope_freqs.weight"
+
+
+class _HasShape(Protocol):
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+class Blocks:
+    """Builds steps of one model, checking that each weight is there and has the shape that the step needs.
+
+    Raises (each method):
+        ModelError: a weight is missing or has another shape; the message names it.
+    """
+
+    def __init__(self, hyperparameters: Hyperparameters, tensors: Mapping[str, _HasShape]) -> None:
+        self.hp = hyperparameters
+        self.tensors = tensors
+
+    def weight(self, name: str, *shape: int) -> str:
+        """A weight that must be there, of this shape."""
+        if name not in self.tensors:
+            raise ModelError(f"the model has no tensor {name}.", "Is the file of the architecture it says? Convert it again.")
+        if self.tensors[name].shape != shape:
+            raise ModelError(
+                f"{name} has shape {list(self.tensors[name].shape)}, the metadata ask for {list(shape)}.",
+                "Metadata and tensors contradict each other: convert the model again.",
+            )
+        return name
+
+    def optional(self, name: str, *shape: int) -> str | None:
+        """A weight that a model of this architecture may lack."""
+        return self.weight(name, *shape) if name in self.tensors else None
+
+    def embedding(self) -> list[Step]:
+        """tokens -> embd."""
+        name = self.weight("token_embd.weight", self.hp.n_vocab, self.hp.n_embd)
+        return [Step("embd", ops.get_rows, (TOKENS,), (RowsOf(name),))]
+
+    def norm(self, makes: str, reads: str, weight: str) -> Step:
+        """RMSNorm with the model's epsilon."""
+        return Step(makes, ops.rms_norm, (reads,), (self.weight(weight, self.hp.n_embd),), {"eps": self.hp.eps})
+
+    def linear(self, makes: str, reads: str, weight: str, shape: tuple[int, int], *, bias: bool | None = None) -> Step:
+        """A projection of shape (out, in). `bias` says whether it has one; None: where the file has it."""
+        name = f"{weight}.bias"
+        found = self.optional(name, shape[0]) if bias is None else (self.weight(name, shape[0]) if bias else None)
+        return Step(makes, ops.linear, (reads,), (self.weight(f"{weight}.weight", *shape), found))
+
+    def rope(self, makes: str, reads: str, heads: int, pairs: str) -> Step:
+        """Rotary position embedding; the frequency factors are used where the file has them."""
+        hp = self.hp
+        factors = self.optional(ROPE_FACTORS, hp.rope_dims // 2)
+        params = {"heads": heads, "dims": hp.rope_dims, "base": hp.rope_base, "scale": hp.rope_scale, "pairs": pairs}
+        return Step(makes, ops.rope, (reads, POSITIONS), (factors,), params)
+
+    def attention(self, layer: int, reads: str, *, pairs: str, qkv_bias: bool | None = None) -> list[Step]:
+        """Grouped-query attention with RoPE and a KV cache: from the layer's input `reads` to `ffn_inp`."""
+        hp = self.hp
+
+        def at(kind: str) -> str:
+            return in_layer(layer, kind)
+
+        q_width, k_width, v_width = hp.n_heads * hp.head_size, hp.n_kv_heads * hp.head_size, hp.n_kv_heads * hp.value_size
+        heads = {"heads": hp.n_heads, "kv_heads": hp.n_kv_heads}
+        return [
+            self.norm(at("attn_norm"), reads, at("attn_norm.weight")),
+            self.linear(at("q"), at("attn_norm"), at("attn_q"), (q_width, hp.n_embd), bias=qkv_bias),
+            self.linear(at("k"), at("attn_norm"), at("attn_k"), (k_width, hp.n_embd), bias=qkv_bias),
+            self.linear(at("v"), at("attn_norm"), at("attn_v"), (v_width, hp.n_embd), bias=qkv_bias),
+            self.rope(at("q_rope"), at("q"), hp.n_heads, pairs),
+            self.rope(at("k_rope"), at("k"), hp.n_kv_heads, pairs),
+            Step(at("k_read"), ops.cached, (History(at("k_rope")),)),
+            Step(at("v_read"), ops.cached, (History(at("v")),)),
+            Step(at("kq"), ops.attention_scores, (at("q_rope"), at("k_read")), (), heads),
+            Step(
+                at("kq_soft_max"),
+                ops.causal_soft_max,
+                (at("kq"), POSITIONS, History(POSITIONS)),
+                (),
+                {"scale": hp.head_size**-0.5},
+            ),
+            Step(at("kqv_out"), ops.weighted_values, (at("kq_soft_max"), at("v_read")), (), {"kv_heads": hp.n_kv_heads}),
+            self.linear(at("attn_out"), at("kqv_out"), at("attn_output"), (hp.n_embd, hp.n_heads * hp.value_size)),
+            Step(at("ffn_inp"), ops.add, (at("attn_out"), reads)),
+        ]
+
+    def swiglu_feed_forward(self, layer: int) -> list[Step]:
+        """Gate, up, SiLU, down and residual: from `ffn_inp` to `l_out`."""
+        hp = self.hp
+
+        def at(kind: str) -> str:
+            return in_layer(layer, kind)
+
+        return [
+            self.norm(at("ffn_norm"), at("ffn_inp"), at("ffn_norm.weight")),
+            self.linear(at("ffn_gate"), at("ffn_norm"), at("ffn_gate"), (hp.n_ff, hp.n_embd)),
+            self.linear(at("ffn_up"), at("ffn_norm"), at("ffn_up"), (hp.n_ff, hp.n_embd)),
+            Step(at("ffn_swiglu"), ops.swiglu, (at("ffn_gate"), at("ffn_up"))),
+            self.linear(at("ffn_out"), at("ffn_swiglu"), at("ffn_down"), (hp.n_embd, hp.n_ff)),
+            Step(at("l_out"), ops.add, (at("ffn_out"), at("ffn_inp"))),
+        ]
+
+    def head(self, reads: str) -> list[Step]:
+        """Final norm and output matrix, which is the embedding's where the file has none of its own (tied)."""
+        hp = self.hp
+        own = self.optional("output.weight", hp.n_vocab, hp.n_embd)
+        matrix = own or self.weight("token_embd.weight", hp.n_vocab, hp.n_embd)
+        return [
+            self.norm("output_norm", reads, "output_norm.weight"),
+            Step("logits", ops.linear, ("output_norm",), (matrix, self.optional("output.bias", hp.n_vocab))),
+        ]

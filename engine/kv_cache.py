@@ -1,0 +1,40 @@
+"""Keys and values of the positions seen so far."""
+
+from typing import Any
+
+from .backend import Array
+
+_FIRST = 64  # rows of the first allocation; it doubles from there, so that appending stays linear
+
+
+class KvCache:
+    """Rows of named activations, appended pass by pass, float32.
+
+    `read(name)` gives rows 0…t in one array; the rows of a pass are appended once, however many steps read them.
+    """
+
+    def __init__(self, xp: Any) -> None:
+        self._xp = xp
+        self._buffers: dict[str, Array] = {}
+        self._lengths: dict[str, int] = {}
+
+    def append(self, name: str, rows: Array) -> None:
+        """Add the rows of this pass: [T, n] (or [T])."""
+        length = self._lengths.get(name, 0)
+        needed = length + rows.shape[0]
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.shape[0] < needed:
+            grown = self._xp.empty((max(_FIRST, 2 * length, needed), *rows.shape[1:]), dtype=rows.dtype)
+            if buffer is not None:
+                grown[:length] = buffer[:length]
+            self._buffers[name] = buffer = grown
+        buffer[length:needed] = rows
+        self._lengths[name] = needed
+
+    def read(self, name: str) -> Array:
+        """Rows 0…t: [S, n], a view that the next append does not change."""
+        return self._buffers[name][: self._lengths[name]]
+
+    def __len__(self) -> int:
+        """How many positions are held."""
+        return max(self._lengths.values(), default=0)

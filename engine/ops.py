@@ -1,0 +1,134 @@
+"""The operations of a transformer: pure functions of float32 arrays, the definition that every kernel is held to.
+
+T tokens of this pass, S cached positions, D embedding, H heads, K key/value heads, d head size, F feed-forward.
+They run on NumPy and CuPy arrays alike (NEP 18). Each names the C function of ggml whose order of operations it follows.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from .backend import Array, module_of
+
+
+def get_rows(ids: Array, take: Any) -> Array:
+    """Rows of the embedding: ids [T] -> [T, D]. `take(ids)` dequantises only those rows. Mirrors ggml_get_rows."""
+    return take(ids)
+
+
+def rms_norm(x: Array, weight: Array, *, eps: float) -> Array:
+    """x / sqrt(mean(x²) + eps) · weight: [T, n], [n] -> [T, n].
+
+    The squares are summed in float64 and the mean rounded to float32, as in ggml_compute_forward_rms_norm_f32.
+    """
+    wide = x.astype(np.float64)
+    mean = (np.einsum("ij,ij->i", wide, wide) / x.shape[1]).astype(np.float32)
+    scale = np.float32(1) / np.sqrt(mean + np.float32(eps))
+    return (x * scale[:, None]) * weight
+
+
+def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
+    """x · weightᵀ (+ bias): [T, in], [out, in], [out] -> [T, out]. Mirrors ggml_mul_mat (and ggml_add)."""
+    product = np.matmul(x, weight.T)
+    if bias is not None:
+        product += bias
+    return product
+
+
+def rope_angles(
+    positions: Array, dims: int, *, base: float, scale: float = 1.0, factors: Array | None = None
+) -> tuple[Array, Array]:
+    """Cosine and sine of the rotation: positions [T] -> two float32 [T, dims / 2].
+
+    The angle is multiplied step by step in float32, `theta *= theta_scale`, as ggml_rope_cache_init does: computing
+    position · base^(-2i/dims) directly differs by ulps that grow with the position. `scale` is the linear scaling
+    (1 / factor), `factors` [dims / 2] divide each frequency (the tensor rope_freqs.weight).
+    """
+    xp = module_of(positions)
+    step = np.float32(np.power(np.float32(base), np.float32(-2.0) / np.float32(dims), dtype=np.float32))
+    factors_of_theta = np.full((len(positions), dims // 2), step, dtype=np.float32)
+    factors_of_theta[:, 0] = positions if xp is np else xp.asnumpy(positions)
+    # On the host, also for a device: a parallel product would multiply in another order.
+    angles = xp.asarray(np.multiply.accumulate(factors_of_theta, axis=1))
+    if factors is not None:
+        angles = angles / factors[None, :]
+    # cosf and sinf of the float32 angle: computed in float64, since float32 versions differ between libraries.
+    wide = (angles * np.float32(scale)).astype(np.float64)
+    return np.cos(wide).astype(np.float32), np.sin(wide).astype(np.float32)
+
+
+def rope(
+    x: Array, positions: Array, factors: Array | None = None, *, heads: int, dims: int, base: float, scale: float, pairs: str
+) -> Array:
+    """Rotary position embedding of the first `dims` elements of each head: [T, heads · d] -> [T, heads · d].
+
+    `pairs` is "neox" (element i with i + dims/2) or "norm" (2i with 2i + 1). Mirrors ggml_rope_ext.
+    """
+    cos, sin = rope_angles(positions, dims, base=base, scale=scale, factors=factors)
+    return rotate(x, cos, sin, heads=heads, dims=dims, pairs=pairs)
+
+
+def rotate(x: Array, cos: Array, sin: Array, *, heads: int, dims: int, pairs: str) -> Array:
+    """Rotate pairs of elements by given angles: [T, heads · d], two [T, dims / 2] -> [T, heads · d]."""
+    split = x.reshape(x.shape[0], heads, -1)
+    first, second = (slice(0, dims // 2), slice(dims // 2, dims)) if pairs == "neox" else (slice(0, dims, 2), slice(1, dims, 2))
+    a, b = split[:, :, first], split[:, :, second]
+    cos, sin = cos[:, None, :], sin[:, None, :]
+    rotated = split.copy()
+    rotated[:, :, first] = a * cos - b * sin
+    rotated[:, :, second] = a * sin + b * cos
+    return rotated.reshape(x.shape)
+
+
+def cached(history: Array) -> Array:
+    """The cache rows of positions 0…t, as attention reads them: [S, K · d] -> [S, K · d]."""
+    return history
+
+
+def attention_scores(q: Array, k: Array, *, heads: int, kv_heads: int) -> Array:
+    """q · kᵀ a head; `heads / kv_heads` query heads share a key head: [T, H · d], [S, K · d] -> [H, T, S].
+
+    Query head h reads key head h // group. Mirrors ggml_mul_mat(k, q) of llm_graph_context::build_attn_mha.
+    """
+    group = heads // kv_heads
+    t, s = q.shape[0], k.shape[0]
+    queries = q.reshape(t, kv_heads, group, -1).transpose(1, 2, 0, 3).reshape(kv_heads, group * t, -1)
+    keys = k.reshape(s, kv_heads, -1).transpose(1, 2, 0)
+    return np.matmul(queries, keys).reshape(heads, t, s)
+
+
+def causal_soft_max(scores: Array, positions: Array, key_positions: Array, *, scale: float) -> Array:
+    """softmax(scores · scale) over the keys at or before each query: [H, T, S], [T], [S] -> [H, T, S].
+
+    Scale, mask, subtract the maximum, exponentiate in float32, sum in float64: ggml_compute_forward_soft_max_f32.
+    """
+    later = key_positions[None, :] > positions[:, None]
+    shifted = np.where(later, np.float32(-np.inf), scores * np.float32(scale))
+    shifted -= shifted.max(axis=-1, keepdims=True)
+    weights = np.exp(shifted)
+    total = weights.sum(axis=-1, keepdims=True, dtype=np.float64)
+    weights *= (1.0 / total).astype(np.float32)
+    return weights
+
+
+def weighted_values(weights: Array, v: Array, *, kv_heads: int) -> Array:
+    """The values of each head, weighted and put side by side: [H, T, S], [S, K · d] -> [T, H · d].
+
+    Mirrors ggml_mul_mat(v, kq) and the permutation to [T, H · d] of llm_graph_context::build_attn_mha.
+    """
+    heads, t, s = weights.shape
+    group = heads // kv_heads
+    values = v.reshape(s, kv_heads, -1).transpose(1, 0, 2)
+    mixed = np.matmul(weights.reshape(kv_heads, group * t, s), values)
+    return mixed.reshape(heads, t, -1).transpose(1, 0, 2).reshape(t, -1)
+
+
+def add(x: Array, y: Array) -> Array:
+    """x + y, the residual connection: [T, D], [T, D] -> [T, D]. Mirrors ggml_add."""
+    return x + y
+
+
+def swiglu(gate: Array, up: Array) -> Array:
+    """SiLU(gate) · up: [T, F], [T, F] -> [T, F]. Mirrors ggml_vec_swiglu_f32."""
+    with np.errstate(over="ignore"):  # exp(-x) of a very negative x is infinite, and x / infinity the right zero
+        return gate / (np.float32(1) + np.exp(-gate)) * up

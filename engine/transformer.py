@@ -1,0 +1,120 @@
+"""Our engine: a GGUF model as a list of steps, its weights and its KV cache."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from checkpoints.errors import InputError
+
+from . import graph
+from .backend import Array, Backend
+from .blocks import Blocks
+from .capture import Capture, Pass
+from .gguf_model import GgufModel
+from .graph import Step
+from .kv_cache import KvCache
+from .models import steps_of
+
+
+class Weights:
+    """The model's weights as float32 arrays on a backend.
+
+    With `resident` each is dequantised once and kept; without, it is dropped when the step is done, which a single
+    forward pass wants: the peak is then one weight and not the model.
+    """
+
+    def __init__(self, model: GgufModel, backend: Backend, *, resident: bool) -> None:
+        self._model = model
+        self._backend = backend
+        self._resident = resident
+        self._held: dict[str, Array] = {}
+
+    def get(self, name: str) -> Array:
+        """The whole weight: float32, row-major (out, in)."""
+        if name in self._held:
+            return self._held[name]
+        weight = self._backend.array(self._model.load(name))
+        if self._resident:
+            self._held[name] = weight
+        return weight
+
+    def rows(self, name: str, ids: Array) -> Array:
+        """The given rows of a matrix: [len(ids), in]."""
+        return self._backend.array(self._model.load_rows(name, self._backend.to_host(ids)))
+
+
+@dataclass
+class Progress:
+    """One sequence in progress: its cache, how many tokens went in, how many passes were made."""
+
+    cache: KvCache
+    first: int
+    length: int = 0
+    passes: int = 0
+
+
+class Transformer:
+    """Runs a model token by token or prompt by prompt.
+
+    Raises:
+        ModelError: an architecture that our engine does not have, a missing or misshapen weight.
+    """
+
+    def __init__(self, model: GgufModel, backend: Backend, *, resident: bool = True) -> None:
+        self.model = model
+        self.backend = backend
+        self.hp = model.hyperparameters
+        self.steps: Sequence[Step] = steps_of(self.hp.architecture, Blocks(self.hp, model.tensors))
+        self.weights: graph.WeightSource = Weights(model, backend, resident=resident)
+
+    @property
+    def points(self) -> list[str]:
+        """Every point that can be captured, in dataflow order."""
+        return [step.makes for step in self.steps]
+
+    def start(self, first_position: int = 0) -> Progress:
+        """A new, empty sequence whose first token stands at `first_position`."""
+        return Progress(KvCache(self.backend.xp), first_position)
+
+    def forward(self, tokens: Sequence[int], sequence: Progress, tap: Capture | None = None) -> NDArray[np.float32]:
+        """One pass over the next tokens of a sequence: [T] -> logits of the last position [V], on the host.
+
+        Raises:
+            InputError: no tokens, ids outside the vocabulary, or more than the model's context holds.
+        """
+        self.check(tokens, sequence.first + sequence.length)
+        positions = np.arange(len(tokens), dtype=np.int64) + sequence.first + sequence.length
+        if tap is not None:
+            tap.begin(Pass(positions, sequence.passes, decode=sequence.passes > 0, first=sequence.first))
+        values = {
+            graph.TOKENS: self.backend.array(np.asarray(tokens, dtype=np.int64)),
+            graph.POSITIONS: self.backend.array(positions),
+        }
+        made = graph.run(self.steps, values, self.weights, sequence.cache, tap or _nothing)
+        sequence.length += len(tokens)
+        sequence.passes += 1
+        return self.backend.to_host(made[self.steps[-1].makes][-1])
+
+    def check(self, tokens: Sequence[int], before: int) -> None:
+        """Raises InputError for tokens that this model cannot take after `before` positions."""
+        if not len(tokens):
+            raise InputError("there are no tokens.", "Give a prompt that is not empty.", code="tokens")
+        wrong = [token for token in tokens if not 0 <= token < self.hp.n_vocab]
+        if wrong:
+            raise InputError(
+                f"token id {wrong[0]} is outside the vocabulary of {self.hp.n_vocab:,} tokens.",
+                "`parity tokens` shows how llama.cpp tokenizes a prompt.",
+                code="tokens",
+            )
+        if before + len(tokens) > self.hp.n_ctx_train:
+            raise InputError(
+                f"{before + len(tokens):,} positions are more than the model's context of {self.hp.n_ctx_train:,}.",
+                "Take a shorter prompt.",
+                code="context",
+            )
+
+
+def _nothing(_name: str, _value: Array) -> None:
+    """The tap of a run that captures nothing."""
