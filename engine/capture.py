@@ -57,7 +57,7 @@ class Capture:
     """Records the points asked for and writes them in a thread of its own.
 
     What fails in the thread comes out in the engine's next call, and at the latest in `close`.
-    `waits` counts how often the engine had to wait for the writer.
+    `waits` counts how often the engine had to wait for the writer; `on_value`, if set, hears of every value computed.
     """
 
     def __init__(
@@ -72,6 +72,7 @@ class Capture:
     ) -> None:
         self.points = frozenset(points)
         self.waits = 0
+        self.on_value: Callable[[str], None] | None = None
         self._sink = sink
         self._backend = backend
         self._positions = positions
@@ -90,6 +91,8 @@ class Capture:
 
     def __call__(self, name: str, value: Array) -> None:
         """Record a value; called by the loop right after the step."""
+        if self.on_value is not None:
+            self.on_value(name)
         if name not in self.points:
             return
         keep = kept_rows(self._positions, self._now)

@@ -1,0 +1,170 @@
+"""GGUF -> hyperparameters and named weights."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from checkpoints.errors import ModelError
+from checkpoints.fingerprint import fingerprint
+
+from .dequantize import dequantize, dequantize_into
+from .gguf_file import ArrayField, GgufFile, TensorInfo
+
+
+@dataclass(frozen=True)
+class Hyperparameters:
+    """What the metadata say of a model, in the field's words.
+
+    `rope_scale` multiplies the position (1 / factor of linear scaling), `value_size` is the width of one value head.
+    """
+
+    architecture: str
+    name: str
+    file_type: str
+    n_layers: int
+    n_embd: int
+    n_heads: int
+    n_kv_heads: int
+    head_size: int
+    value_size: int
+    n_ff: int
+    n_vocab: int
+    n_ctx_train: int
+    eps: float
+    rope_base: float
+    rope_dims: int
+    rope_scale: float
+
+
+class GgufModel:
+    """A model file, memory-mapped: nothing of the weights is read until it is asked for.
+
+    Raises:
+        ModelError: the file cannot be read, or its metadata lack or contradict what an engine must know.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = GgufFile(path)
+        self.metadata = self._file.metadata
+        self.tensors: dict[str, TensorInfo] = dict(self._file.tensors)
+        self.hyperparameters = self._hyperparameters()
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """`checkpoints.fingerprint.fingerprint` of the file."""
+        return fingerprint(self.path)
+
+    def raw(self, name: str) -> NDArray[np.uint8]:
+        """A tensor's bytes: uint8 [rows, bytes a row]."""
+        return self._file.raw(name)
+
+    def array(self, key: str) -> list[Any]:
+        """An array of the metadata."""
+        return self._file.read_array(key)
+
+    def load(self, name: str) -> NDArray[np.float32]:
+        """A whole tensor as float32, row-major."""
+        info = self.tensors[name]
+        out = np.empty((prod(info.shape[:-1]), info.shape[-1]), dtype=np.float32)
+        dequantize_into(out, self.raw(name), info.type)
+        return out.reshape(info.shape)
+
+    def load_rows(self, name: str, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Rows of a matrix as float32 [len(ids), columns]; only those are dequantised."""
+        info = self.tensors[name]
+        rows: NDArray[np.float32] = dequantize(self.raw(name)[ids], info.type, info.shape[-1])
+        return rows
+
+    def _hyperparameters(self) -> Hyperparameters:
+        get = self._get
+        architecture = get("general.architecture", str)
+        if get("split.count", int, 0) > 1:
+            raise ModelError(f"{self.path} is one part of a split model.", "Merge it: llama-gguf-split --merge.", code="split")
+        if not self.tensors:
+            raise ModelError(
+                f"{self.path} has a tokenizer but no tensors: it can tokenize, not compute.",
+                "Take a model file with weights.",
+                code="no-tensors",
+            )
+
+        def own(key: str, kind: type, default: Any = None) -> Any:
+            return get(f"{architecture}.{key}", kind, default)
+
+        n_embd, n_heads = own("embedding_length", int), self._uniform(f"{architecture}.attention.head_count")
+        n_kv_heads = self._uniform(f"{architecture}.attention.head_count_kv", n_heads)
+        if min(n_embd, n_heads, n_kv_heads, own("block_count", int)) < 1 or n_heads % n_kv_heads:
+            raise self._wrong(f"width {n_embd}, {n_heads} heads and {n_kv_heads} key/value heads do not go together")
+        head_size = own("attention.key_length", int, n_embd // n_heads)
+        rope_dims = own("rope.dimension_count", int, head_size)
+        if not 0 < rope_dims <= head_size or rope_dims % 2:
+            raise self._wrong(f"{rope_dims} rotary dimensions do not fit a head of {head_size}")
+        embedding = self.tensors.get("token_embd.weight")
+        return Hyperparameters(
+            architecture=architecture,
+            name=get("general.name", str, ""),
+            file_type=self._file_type(),
+            n_layers=own("block_count", int),
+            n_embd=n_embd,
+            n_heads=n_heads,
+            n_kv_heads=n_kv_heads,
+            head_size=head_size,
+            value_size=own("attention.value_length", int, head_size),
+            n_ff=self._uniform(f"{architecture}.feed_forward_length", 0),
+            n_vocab=embedding.shape[0] if embedding else own("vocab_size", int, 0),
+            n_ctx_train=own("context_length", int),
+            eps=own("attention.layer_norm_rms_epsilon", float, 0.0),
+            rope_base=own("rope.freq_base", float, 10000.0),
+            rope_dims=rope_dims,
+            rope_scale=self._rope_scale(architecture),
+        )
+
+    def _wrong(self, what: str) -> ModelError:
+        return ModelError(f"{self.path}: {what}.", "The metadata are damaged or made by hand: convert it again.")
+
+    def _get(self, key: str, kind: type, default: Any = None) -> Any:
+        value = self.metadata.get(key, default)
+        if value is None:
+            raise self._wrong(f"the metadata have no {key}")
+        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise self._wrong(f"{key} is {value!r:.60}, which is no {kind.__name__}")
+        return value
+
+    def _uniform(self, key: str, default: int | None = None) -> int:
+        """A number that some files give once a layer: it must be the same in all of them."""
+        value = self.metadata.get(key, default)
+        if isinstance(value, ArrayField):
+            different = set(self.array(key))
+            if len(different) != 1:
+                raise ModelError(f"{self.path}: {key} differs from layer to layer.", "Our engine does not have such models.")
+            value = different.pop()
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise self._wrong(f"{key} is {value!r:.60}, which is no whole number")
+        return value
+
+    def _rope_scale(self, architecture: str) -> float:
+        kind = self._get(f"{architecture}.rope.scaling.type", str, "none")
+        factor = self._get(f"{architecture}.rope.scaling.factor", float, 1.0)
+        if kind not in ("none", "linear"):
+            raise ModelError(
+                f"{self.path} scales RoPE by {kind!r}; our engine has none and linear, and factors from a tensor.",
+                "`parity dump ref` and `parity diff` take it.",
+                code="rope-scaling",
+            )
+        return 1.0 / factor if kind == "linear" and factor > 0 else 1.0
+
+    def _file_type(self) -> str:
+        from gguf import LlamaFileType
+
+        number = self.metadata.get("general.file_type")
+        try:
+            return str(LlamaFileType(number).name.removeprefix("MOSTLY_").removeprefix("ALL_"))
+        except ValueError:
+            return ""

@@ -1,0 +1,71 @@
+"""The entry of the command line: every way to end, mapped to the exit codes of the design.
+
+0 parity (or clean), 1 divergence (or findings), 2 the input or the request is wrong, 3 an internal error,
+130 interrupted. Nothing but a divergence exits 1.
+"""
+
+import json
+import os
+import sys
+
+from checkpoints.errors import ParityError
+
+INTERRUPTED = 130
+INTERNAL = 3
+
+
+def main() -> None:
+    """Run a command and leave with its exit code."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Run a command line and return its exit code; errors are printed as one line, or as JSON if that was asked for."""
+    import click
+
+    from .cli import app
+
+    try:
+        code = app(arguments, standalone_mode=False, prog_name="parity")
+        sys.stdout.flush()
+    except ParityError as error:
+        return _fail(arguments, error.exit_code, error.code, error.message, error.advice)
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        return 2
+    except click.ClickException as error:
+        return _fail(arguments, 2, "usage", error.format_message().rstrip("."), "", end=". `parity --help` lists the commands.")
+    except (KeyboardInterrupt, click.Abort):
+        print("parity: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output went away (`parity … | head`); Python would complain once more when it exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except MemoryError:
+        return _fail(arguments, 2, "memory", "there is not enough memory.", "Take fewer --points or --positions, or a smaller model.")
+    except Exception as error:
+        if os.environ.get("PARITY_TRACEBACK"):
+            raise
+        message = f"internal error, please report it: {type(error).__name__}: {error}"
+        return _fail(arguments, INTERNAL, "internal", message, "PARITY_TRACEBACK=1 shows where.")
+    return code if isinstance(code, int) else 0
+
+
+def _fail(arguments: list[str], exit_code: int, code: str, message: str, advice: str, *, end: str = "") -> int:
+    line = " ".join(f"{message}{end} {advice}".split())
+    if _wants_json(arguments):
+        error = {"code": code, "message": " ".join(f"{message}{end}".split()), "advice": advice}
+        print(json.dumps({"schema": 1, "error": error}))
+    else:
+        print(f"parity: {line}", file=sys.stderr)
+    return exit_code
+
+
+def _wants_json(arguments: list[str]) -> bool:
+    pairs = zip(arguments, arguments[1:], strict=False)
+    return "--format=json" in arguments or any(pair == ("--format", "json") for pair in pairs)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+"""The commands' names and their help; each command lives in a file of its own in `parity.commands`."""
+
+from typing import Annotated
+
+import typer
+
+from .commands import diff, doctor, dump, model, run, synth, twin
+
+app = typer.Typer(
+    name="parity",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Finds the first place where a transformer engine stops agreeing with llama.cpp, and says why.",
+    epilog="Exit codes: 0 parity · 1 divergence · 2 wrong input or request · 3 internal error · 130 interrupted",
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"parity {version('parity')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None: ...
+
+
+app.command("run")(run.run)
+app.add_typer(dump.app, name="dump")
+app.command("diff")(diff.diff)
+app.command("model")(model.model)
+app.command("tokens")(model.tokens)
+app.command("twin")(twin.twin)
+app.command("synth")(synth.synth)
+app.command("doctor")(doctor.doctor)

@@ -1,0 +1,117 @@
+"""Options that several commands share, and how their texts become values."""
+
+from collections.abc import Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from checkpoints.errors import InputError
+
+
+class Format(StrEnum):
+    """How an answer is printed."""
+
+    TEXT = "text"
+    JSON = "json"
+
+
+class Mode(StrEnum):
+    """What is compared: F32 copies on both sides, or the file's own types."""
+
+    EXACT = "exact"
+    NATIVE = "native"
+
+
+class BackendName(StrEnum):
+    """Where our engine computes."""
+
+    AUTO = "auto"
+    CUPY = "cupy"
+    NUMPY = "numpy"
+
+
+ModelOption = Annotated[Path | None, typer.Option("--model", "-m", help="GGUF file; default: the embedded stories model.")]
+PromptOption = Annotated[str | None, typer.Option("--prompt", "-p", help="The prompt.")]
+PromptFileOption = Annotated[Path | None, typer.Option("--prompt-file", help="File with the prompt, UTF-8.")]
+TokensOption = Annotated[str | None, typer.Option("--tokens", help="Token ids instead of a prompt: 1,2,3.")]
+ModeOption = Annotated[
+    Mode, typer.Option("--mode", help="exact: as F32 on both sides, a right engine agrees to 1e-12; native: the file's types.")
+]
+PointsOption = Annotated[
+    str, typer.Option("--points", help="What to record: default, all, or names and globs such as 'blk.{1..5}.{q,k}'.")
+]
+LayersOption = Annotated[str | None, typer.Option("--layers", help="Layers whose output is recorded: 0,5,10,23.")]
+PositionsOption = Annotated[str, typer.Option("--positions", help="all, last, or a list: 0,3,7.")]
+SliceOption = Annotated[int, typer.Option("--slice", min=1, help="Leading values a record carries.")]
+FullOption = Annotated[bool, typer.Option("--full", help="Write whole tensors besides, as safetensors.")]
+BackendOption = Annotated[BackendName, typer.Option("--backend", help="Where our engine computes.")]
+WindowOption = Annotated[
+    str, typer.Option("--window", help="llama.cpp window by window: auto, off, or layers a window (exact mode, large models).")
+]
+ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="Threads of llama.cpp; default: all cores.")]
+FirstOption = Annotated[int, typer.Option("--first-position", min=0, help="Position of the first token (long-context RoPE).")]
+FormatOption = Annotated[Format, typer.Option("--format", help="text for people, json for machines.")]
+VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="Show llama.cpp's own log.")]
+
+
+def numbers(text: str, name: str) -> tuple[int, ...]:
+    """A comma-separated list of whole numbers.
+
+    Raises:
+        InputError: it is none; the message names the option.
+    """
+    try:
+        return tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise InputError(f"{name} wants whole numbers with commas, not {text!r}.", f"Write e.g. {name} 1,2,3.") from None
+
+
+def positions(text: str) -> Literal["all", "last"] | tuple[int, ...]:
+    """`--positions` as the engine and the reference take it."""
+    if text == "all":
+        return "all"
+    if text == "last":
+        return "last"
+    listed = numbers(text, "--positions")
+    if not listed or min(listed) < 0:
+        raise InputError(f"--positions {text!r} names no position.", "Write all, last, or a list such as 0,3,7.")
+    return listed
+
+
+def window(text: str) -> int | Literal["auto", "off"]:
+    """`--window` as the reference takes it."""
+    if text == "auto":
+        return "auto"
+    if text == "off":
+        return "off"
+    if not text.isdigit() or int(text) < 1:
+        raise InputError(f"--window wants auto, off or a number of layers, not {text!r}.")
+    return int(text)
+
+
+def prompt(text: str | None, file: Path | None, tokens: str | None) -> tuple[str | None, tuple[int, ...] | None]:
+    """The prompt's text or its token ids: exactly one of the three options is given.
+
+    Raises:
+        InputError: none or several are given, the file cannot be read, or the prompt is empty.
+    """
+    given: Sequence[object] = [value for value in (text, file, tokens) if value is not None]
+    if len(given) != 1:
+        what = "no prompt was given" if not given else "more than one prompt was given"
+        raise InputError(f"{what}.", "Take one of --prompt, --prompt-file and --tokens.", code="prompt")
+    if tokens is not None:
+        ids = numbers(tokens, "--tokens")
+        if not ids:
+            raise InputError("--tokens is empty.", "Write e.g. --tokens 1,2,3.", code="prompt")
+        return None, ids
+    if file is not None:
+        try:
+            text = file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+            raise InputError(f"cannot read {file}: {reason}.", "Check --prompt-file.", code="prompt") from error
+    if not text:
+        raise InputError("the prompt is empty.", "Write a word at least.", code="prompt")
+    return text, None

@@ -1,0 +1,221 @@
+"""Both sides of one experiment into one run folder: ours.jsonl, ref.jsonl, diff.json."""
+
+import re
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from time import perf_counter
+from typing import Literal
+
+from checkpoints.errors import InputError
+from checkpoints.reader import read
+from checkpoints.record import DEFAULT_SLICE, Dump
+from checkpoints.verdict import Verdict
+from engine.capture import Positions
+from reference.client import DumpJob, DumpResult, Reference
+
+from .compare import Options, compare
+
+Progress = Callable[[str, int, int], None]  # (side, done, total)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What `parity run` was asked for; `tokens` instead of `prompt` where ids were given."""
+
+    model: Path
+    prompt: str | None = None
+    tokens: tuple[int, ...] | None = None
+    mode: Literal["exact", "native"] = "exact"
+    backend: str = "auto"
+    command: str | None = None
+    points: str = "default"
+    layers: tuple[int, ...] | None = None
+    positions: Positions = "all"
+    slice_size: int = DEFAULT_SLICE
+    full: bool = False
+    generate: int = 0
+    window: int | Literal["auto", "off"] = "auto"
+    threads: int | None = None
+    first_position: int = 0
+    out: Path | None = None
+    verbose: bool = False
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Token ids and their texts."""
+
+    text: str | None
+    ids: tuple[int, ...]
+    pieces: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run found and where it lies. `seconds` is the wall time of both sides and the comparison."""
+
+    folder: Path
+    ours: Dump
+    ref: Dump
+    verdict: Verdict
+    seconds: float
+    notes: tuple[str, ...] = ()
+
+
+def new_folder(request: Request) -> Path:
+    """The run's folder, made and writable: `--out`, or runs/<time>-<model>.
+
+    Raises:
+        InputError: it cannot be made or written to.
+    """
+    name = re.sub(r"[^\w.-]+", "-", request.model.stem)[:60]
+    folder = request.out or Path("runs") / f"{datetime.now():%Y-%m-%d-%H%M%S}-{name}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise InputError(f"cannot write to {folder}: {error.strerror}.", "Choose another --out.", code="output") from error
+    return folder
+
+
+def resolve_prompt(reference: Reference, request: Request) -> Prompt:
+    """The prompt's ids and pieces, as llama.cpp makes them.
+
+    Raises:
+        InputError: the prompt has no tokens, or ids are outside the vocabulary.
+    """
+    if request.tokens is not None:
+        return Prompt(None, request.tokens, tuple(reference.pieces(request.model, request.tokens)))
+    text = request.prompt or ""
+    made = reference.tokenize(request.model, text)
+    if not made.ids:
+        raise InputError("the prompt has no tokens.", "Write a word at least.", code="prompt")
+    return Prompt(text, tuple(made.ids), tuple(made.pieces))
+
+
+def reference_job(request: Request, prompt: Prompt, out: Path, lead: tuple[int, ...] | None = None) -> DumpJob:
+    """What llama.cpp is asked to record."""
+    return DumpJob(
+        model=request.model,
+        out=out,
+        tokens=prompt.ids,
+        prompt=prompt.text,
+        pieces=prompt.pieces,
+        mode=request.mode,
+        points=request.points,
+        layers=request.layers,
+        positions=request.positions,
+        slice=request.slice_size,
+        full=request.full,
+        generate=request.generate,
+        lead=lead,
+        window=request.window,
+        threads=request.threads,
+        first_position=request.first_position,
+    )
+
+
+def run(request: Request, progress: Progress | None = None) -> Outcome:
+    """Run both sides and compare them.
+
+    Our engine and llama.cpp compute at the same time, unless tokens are generated: then llama.cpp goes first and
+    chooses, and ours is led along the same tokens.
+
+    Raises:
+        ParityError: whatever is wrong with the request, the model or the reference, in one line.
+    """
+    began = perf_counter()
+    # The child process starts first: it imports llama.cpp while our side opens the model.
+    with Reference(verbose=request.verbose, threads=request.threads) as reference:
+        ours = _foreign(request, reference) if request.command else _own(request)
+        folder = new_folder(request)
+        prompt = resolve_prompt(reference, request)
+        ref_path, ours_path = folder / "ref.jsonl", folder / "ours.jsonl"
+        ours.check(prompt)
+        job = reference_job(request, prompt, ref_path)
+        if request.generate:
+            result = reference.dump(job)
+            ours.dump(prompt, ours_path, result, progress)
+        else:
+            with ThreadPoolExecutor(1) as pool:
+                pending = pool.submit(reference.dump, job)
+                try:
+                    ours.dump(prompt, ours_path, None, progress)
+                except BaseException:
+                    reference.close()  # nobody waits for it any more
+                    raise
+                pending.result()
+    left, right = read(ours_path), read(ref_path)
+    verdict = compare(left, right, Options())
+    return Outcome(folder, left, right, verdict, perf_counter() - began)
+
+
+class _Own:
+    """Our engine as our side."""
+
+    def __init__(self, request: Request) -> None:
+        from engine.backend import choose
+        from engine.gguf_model import GgufModel
+        from engine.transformer import Transformer
+
+        self._request = request
+        # One forward pass reads each weight once: keep none of them. Generation reads them again at every step.
+        self._transformer = Transformer(GgufModel(request.model), choose(request.backend), resident=request.generate > 0)
+
+    def check(self, prompt: Prompt) -> None:
+        """Raises InputError for tokens that the model cannot take."""
+        self._transformer.check(prompt.ids, self._request.first_position)
+
+    def dump(self, prompt: Prompt, out: Path, led: DumpResult | None, progress: Progress | None) -> None:
+        from .ours import OursJob, dump
+
+        request = self._request
+        job = OursJob(
+            out=out,
+            tokens=prompt.ids,
+            pieces=prompt.pieces,
+            prompt=prompt.text,
+            mode=request.mode,
+            points=request.points,
+            layers=request.layers,
+            positions=request.positions,
+            slice_size=request.slice_size,
+            full=request.full,
+            generated=tuple(led.generated) if led else (),
+            generated_pieces=tuple(led.pieces) if led else (),
+            first_position=request.first_position,
+            on_step=None if progress is None else lambda done, total: progress("ours", done, total),
+        )
+        dump(self._transformer, job)
+
+
+class _Foreign:
+    """A foreign engine as our side: a command line that writes a dump."""
+
+    def __init__(self, request: Request, reference: Reference) -> None:
+        self._request = request
+        self._reference = reference
+
+    def check(self, prompt: Prompt) -> None:
+        """A foreign engine judges its tokens itself."""
+
+    def dump(self, prompt: Prompt, out: Path, led: DumpResult | None, progress: Progress | None) -> None:
+        from .foreign import run_command
+
+        request = self._request
+        model = self._reference.twin(request.model) if request.mode == "exact" else request.model
+        tokens = (*prompt.ids, *(led.generated if led else ()))
+        run_command(request.command or "", model=model, tokens=tokens, out=out)
+
+
+def _own(request: Request) -> "_Own | _Foreign":
+    return _Own(request)
+
+
+def _foreign(request: Request, reference: Reference) -> "_Own | _Foreign":
+    return _Foreign(request, reference)
