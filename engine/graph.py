@@ -8,6 +8,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from .backend import Array
 
 TOKENS = "tokens"
@@ -29,6 +32,14 @@ class RowsOf:
 
 
 @dataclass(frozen=True)
+class Altered:
+    """A weight that is not read as the file says: `make(source, name)` gives it. Faults are planted with it."""
+
+    weight: str
+    make: Callable[["WeightSource", str], Array]
+
+
+@dataclass(frozen=True)
 class Step:
     """One operation: `makes = op(*reads, *weights, **params)`.
 
@@ -39,12 +50,18 @@ class Step:
     makes: str
     op: Callable[..., Array]
     reads: tuple[str | History, ...]
-    weights: tuple[str | RowsOf | None, ...] = ()
+    weights: tuple[str | RowsOf | Altered | None, ...] = ()
     params: Mapping[str, Any] = field(default_factory=dict)
 
 
 class WeightSource(Protocol):
     """Where steps get their weights from."""
+
+    def raw(self, name: str) -> tuple[NDArray[np.uint8], int, tuple[int, ...]]:
+        """The file's own bytes [rows, bytes a row], their ggml type and the weight's shape."""
+
+    def array(self, host: NDArray[Any]) -> Array:
+        """A host array on the side where the steps compute."""
 
     def get(self, name: str) -> Array:
         """The whole weight, float32."""
@@ -72,7 +89,9 @@ def compute(step: Step, inputs: Sequence[Array], weights: WeightSource) -> Array
     return step.op(*inputs, *arguments, **step.params)
 
 
-def _weight(weight: str | RowsOf | None, source: WeightSource) -> Any:
+def _weight(weight: str | RowsOf | Altered | None, source: WeightSource) -> Any:
+    if isinstance(weight, Altered):
+        return weight.make(source, weight.weight)
     if isinstance(weight, RowsOf):
         return lambda ids: source.rows(weight.weight, ids)
     return None if weight is None else source.get(weight)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,6 +40,15 @@ class Weights:
         if self._resident:
             self._held[name] = weight
         return weight
+
+    def raw(self, name: str) -> tuple[NDArray[np.uint8], int, tuple[int, ...]]:
+        """The file's own bytes [rows, bytes a row], their ggml type and the weight's shape."""
+        info = self._model.tensors[name]
+        return self._model.raw(name), info.type, info.shape
+
+    def array(self, host: NDArray[Any]) -> Array:
+        """A host array on this side."""
+        return self._backend.array(host)
 
     def rows(self, name: str, ids: Array) -> Array:
         """The given rows of a matrix: [len(ids), in]."""

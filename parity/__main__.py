@@ -7,6 +7,7 @@
 import json
 import os
 import sys
+from itertools import pairwise
 
 from checkpoints.errors import ParityError
 
@@ -43,7 +44,9 @@ def run(arguments: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except MemoryError:
-        return _fail(arguments, 2, "memory", "there is not enough memory.", "Take fewer --points or --positions, or a smaller model.")
+        return _fail(
+            arguments, 2, "memory", "there is not enough memory.", "Take fewer --points or --positions, or a smaller model."
+        )
     except Exception as error:
         if os.environ.get("PARITY_TRACEBACK"):
             raise
@@ -63,7 +66,7 @@ def _fail(arguments: list[str], exit_code: int, code: str, message: str, advice:
 
 
 def _wants_json(arguments: list[str]) -> bool:
-    pairs = zip(arguments, arguments[1:], strict=False)
+    pairs = pairwise(arguments)
     return "--format=json" in arguments or any(pair == ("--format", "json") for pair in pairs)
 
 

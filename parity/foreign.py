@@ -32,7 +32,9 @@ def run_command(template: str, *, model: Path, tokens: Sequence[int], out: Path)
     to_file = "{out}" in template
     try:
         if to_file:
-            done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, check=False)
+            done = subprocess.run(
+                command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, check=False
+            )
         else:
             with out.open("wb") as file:
                 done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.PIPE, check=False)

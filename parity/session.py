@@ -3,13 +3,13 @@
 import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from time import perf_counter
-from typing import Literal
+from typing import Any, Literal
 
-from checkpoints.errors import InputError
+from checkpoints.errors import DumpError, InputError
 from checkpoints.reader import read
 from checkpoints.record import DEFAULT_SLICE, Dump
 from checkpoints.verdict import Verdict
@@ -23,7 +23,7 @@ Progress = Callable[[str, int, int], None]  # (side, done, total)
 
 @dataclass(frozen=True)
 class Request:
-    """What `parity run` was asked for; `tokens` instead of `prompt` where ids were given."""
+    """What `parity run` was asked for. Where ids are given, `tokens` are taken and `prompt` is only the text they stand for."""
 
     model: Path
     prompt: str | None = None
@@ -40,6 +40,8 @@ class Request:
     window: int | Literal["auto", "off"] = "auto"
     threads: int | None = None
     first_position: int = 0
+    tolerance: float | None = None
+    strict: bool = False
     out: Path | None = None
     verbose: bool = False
 
@@ -90,7 +92,7 @@ def resolve_prompt(reference: Reference, request: Request) -> Prompt:
         InputError: the prompt has no tokens, or ids are outside the vocabulary.
     """
     if request.tokens is not None:
-        return Prompt(None, request.tokens, tuple(reference.pieces(request.model, request.tokens)))
+        return Prompt(request.prompt, request.tokens, tuple(reference.pieces(request.model, request.tokens)))
     text = request.prompt or ""
     made = reference.tokenize(request.model, text)
     if not made.ids:
@@ -132,7 +134,7 @@ def run(request: Request, progress: Progress | None = None) -> Outcome:
     began = perf_counter()
     # The child process starts first: it imports llama.cpp while our side opens the model.
     with Reference(verbose=request.verbose, threads=request.threads) as reference:
-        ours = _foreign(request, reference) if request.command else _own(request)
+        ours = _Foreign(request, reference) if request.command else _Own(request)
         folder = new_folder(request)
         prompt = resolve_prompt(reference, request)
         ref_path, ours_path = folder / "ref.jsonl", folder / "ours.jsonl"
@@ -151,7 +153,7 @@ def run(request: Request, progress: Progress | None = None) -> Outcome:
                     raise
                 pending.result()
     left, right = read(ours_path), read(ref_path)
-    verdict = compare(left, right, Options())
+    verdict = compare(left, right, Options(tolerance=request.tolerance, strict=request.strict))
     return Outcome(folder, left, right, verdict, perf_counter() - began)
 
 
@@ -213,9 +215,37 @@ class _Foreign:
         run_command(request.command or "", model=model, tokens=tokens, out=out)
 
 
-def _own(request: Request) -> "_Own | _Foreign":
-    return _Own(request)
+def dump_ours(request: Request, out: Path, progress: Progress | None = None) -> None:
+    """`parity dump ours`: our side alone."""
+    with Reference(verbose=request.verbose) as reference:
+        side = _Own(request)
+        prompt = resolve_prompt(reference, request)
+    side.check(prompt)
+    side.dump(prompt, out, None, progress)
 
 
-def _foreign(request: Request, reference: Reference) -> "_Own | _Foreign":
-    return _Foreign(request, reference)
+def dump_reference(request: Request, out: Path, follow: Path | None = None) -> DumpResult:
+    """`parity dump ref`: llama.cpp alone, on a prompt, or led along the tokens, points and positions of another dump.
+
+    Raises:
+        DumpError: the dump to follow does not say its tokens, or has none of its own points in llama.cpp.
+    """
+    with Reference(verbose=request.verbose, threads=request.threads) as reference:
+        if follow is None:
+            return reference.dump(reference_job(request, resolve_prompt(reference, request), out))
+        other = read(follow)
+        if request.prompt is None and request.tokens is None:
+            request = replace(request, **_prompt_of(other, follow))
+        prompt = resolve_prompt(reference, request)
+        positions = tuple(sorted({int(t) for rows in other.points.values() for t in rows.token_idx}))
+        request = replace(request, points=",".join(other.points), positions=positions)
+        lead = tuple(token.id for token in other.tokens)
+        return reference.dump(reference_job(replace(request, generate=len(lead)), prompt, out, lead or None))
+
+
+def _prompt_of(dump: Dump, path: Path) -> dict[str, Any]:
+    if dump.header is not None and dump.header.tokens:
+        return {"tokens": dump.header.tokens, "prompt": dump.header.prompt}
+    if dump.header is not None and dump.header.prompt:
+        return {"prompt": dump.header.prompt}
+    raise DumpError(f"{path} does not say which tokens it is of.", "Give --prompt or --tokens as well.", code="tokens")

@@ -13,7 +13,9 @@ def steps(blocks: Blocks) -> list[Step]:
         ModelError: a mixture of experts, which this list of steps does not have.
     """
     if "blk.0.ffn_gate_inp.weight" in blocks.tensors:
-        raise ModelError("the model is a mixture of experts.", "`parity dump ref` and `parity diff` take it, our engine does not.")
+        raise ModelError(
+            "the model is a mixture of experts.", "`parity dump ref` and `parity diff` take it, our engine does not."
+        )
     result = blocks.embedding()
     for layer in range(blocks.hp.n_layers):
         result += blocks.attention(layer, result[-1].makes, pairs="norm")

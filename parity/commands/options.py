@@ -52,6 +52,11 @@ WindowOption = Annotated[
 ]
 ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="Threads of llama.cpp; default: all cores.")]
 FirstOption = Annotated[int, typer.Option("--first-position", min=0, help="Position of the first token (long-context RoPE).")]
+ToleranceOption = Annotated[
+    float | None,
+    typer.Option("--tolerance", min=0.0, help="NMSE above which a record differs; default: looked up by types and mode."),
+]
+StrictOption = Annotated[bool, typer.Option("--strict", help="What one side lacks is a divergence, too.")]
 FormatOption = Annotated[Format, typer.Option("--format", help="text for people, json for machines.")]
 VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="Show llama.cpp's own log.")]
 

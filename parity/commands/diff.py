@@ -1,0 +1,53 @@
+"""`parity diff`: compare two dumps."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import options as o
+
+
+class Compute(StrEnum):
+    """The arithmetic of a foreign engine."""
+
+    F32 = "f32"
+    TF32 = "tf32"
+    F16 = "f16"
+    BF16 = "bf16"
+
+
+def diff(
+    ours: Annotated[Path, typer.Argument(help="Your engine's dump.", show_default=False)],
+    ref: Annotated[Path, typer.Argument(help="llama.cpp's dump.", show_default=False)],
+    form: o.FormatOption = o.Format.TEXT,
+    tolerance: o.ToleranceOption = None,
+    compute: Annotated[
+        Compute | None, typer.Option("--compute", help="The arithmetic of OURS, where its header doesn't say it.")
+    ] = None,
+    strict: o.StrictOption = False,
+    step: Annotated[
+        int | None, typer.Option("--step", min=0, help="Of records that stand twice: those of this forward pass.")
+    ] = None,
+    table: Annotated[
+        Path | None, typer.Option("--table", help="Write every record's figures: FILE.csv or FILE.parquet.")
+    ] = None,
+) -> None:
+    """Compare two dumps and name the first divergence.
+
+    Exits 0 for parity, 1 for a divergence, 2 if there is nothing to compare.
+    """
+    from checkpoints.reader import read
+
+    from ..compare import Options, compare
+    from ..output import show
+
+    left, right = read(ours), read(ref)
+    chosen = Options(tolerance=tolerance, compute=compute.value if compute else None, strict=strict, step=step)
+    verdict = compare(left, right, chosen)
+    if table is not None:
+        from ..table import write_table
+
+        write_table(left, right, chosen, table)
+    raise typer.Exit(show(verdict, left, right, form))

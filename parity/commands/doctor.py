@@ -1,0 +1,18 @@
+"""`parity doctor`: what is installed, what is missing, what lies in the cache."""
+
+from typing import Annotated
+
+import typer
+
+from . import options as o
+
+
+def doctor(
+    empty_cache: Annotated[bool, typer.Option("--empty-cache", help="Delete the cached F32 twins.")] = False,
+    form: o.FormatOption = o.Format.TEXT,
+) -> None:
+    """Versions, llama.cpp's backends, CUDA, and the cache of F32 twins."""
+    from ..health import check
+    from ..output import print_facts
+
+    print_facts(check(empty_cache=empty_cache), form)

@@ -1,0 +1,107 @@
+"""`parity dump`: one side only."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import options as o
+
+app = typer.Typer(no_args_is_help=True, help="Write one side's dump: `dump ours` (our engine) or `dump ref` (llama.cpp).")
+
+OutOption = Annotated[Path, typer.Option("--out", "-o", help="The dump to write.")]
+
+
+@app.command("ours")
+def ours(
+    out: OutOption,
+    model: o.ModelOption = None,
+    prompt: o.PromptOption = None,
+    prompt_file: o.PromptFileOption = None,
+    tokens: o.TokensOption = None,
+    mode: o.ModeOption = o.Mode.EXACT,
+    backend: o.BackendOption = o.BackendName.AUTO,
+    points: o.PointsOption = "default",
+    layers: o.LayersOption = None,
+    positions: o.PositionsOption = "all",
+    slice_size: o.SliceOption = 16,
+    full: o.FullOption = False,
+    first_position: o.FirstOption = 0,
+) -> None:
+    """Run a prompt through our engine and write what it computed."""
+    from .. import session
+    from ..default_model import path as default_model
+    from ..output import progress_bar, written
+
+    text, ids = o.prompt(prompt, prompt_file, tokens)
+    request = session.Request(
+        model=model or default_model(),
+        prompt=text,
+        tokens=ids,
+        mode=mode.value,
+        backend=backend.value,
+        points=points,
+        layers=o.numbers(layers, "--layers") if layers is not None else None,
+        positions=o.positions(positions),
+        slice_size=slice_size,
+        full=full,
+        first_position=first_position,
+    )
+    with progress_bar(o.Format.TEXT) as progress:
+        session.dump_ours(request, out, progress)
+    written(out)
+
+
+@app.command("ref")
+def ref(
+    out: OutOption,
+    model: o.ModelOption = None,
+    prompt: o.PromptOption = None,
+    prompt_file: o.PromptFileOption = None,
+    tokens: o.TokensOption = None,
+    follow: Annotated[
+        Path | None,
+        typer.Option(
+            "--follow", help="Take tokens (generated ones too), points and positions from this dump and lead llama.cpp along."
+        ),
+    ] = None,
+    mode: o.ModeOption = o.Mode.EXACT,
+    points: o.PointsOption = "default",
+    layers: o.LayersOption = None,
+    positions: o.PositionsOption = "all",
+    slice_size: o.SliceOption = 16,
+    generate: Annotated[int, typer.Option("--generate", min=0, help="Tokens to generate greedily.")] = 0,
+    full: o.FullOption = False,
+    window: o.WindowOption = "auto",
+    threads: o.ThreadsOption = None,
+    first_position: o.FirstOption = 0,
+    verbose: o.VerboseOption = False,
+) -> None:
+    """Run a prompt through llama.cpp and write what it computed; any architecture that llama.cpp has."""
+    from .. import session
+    from ..default_model import path as default_model
+    from ..output import written
+
+    text, ids = (
+        (None, None)
+        if follow is not None and prompt is prompt_file is tokens is None
+        else o.prompt(prompt, prompt_file, tokens)
+    )
+    request = session.Request(
+        model=model or default_model(),
+        prompt=text,
+        tokens=ids,
+        mode=mode.value,
+        points=points,
+        layers=o.numbers(layers, "--layers") if layers is not None else None,
+        positions=o.positions(positions),
+        slice_size=slice_size,
+        full=full,
+        generate=generate,
+        window=o.window(window),
+        threads=threads,
+        first_position=first_position,
+        verbose=verbose,
+    )
+    session.dump_reference(request, out, follow)
+    written(out)

@@ -1,0 +1,40 @@
+"""`parity model` and `parity tokens`: what an engine must know of a model and a prompt."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import options as o
+
+
+def model(
+    path: Annotated[
+        Path | None, typer.Argument(metavar="M", help="GGUF file; default: the embedded stories model.", show_default=False)
+    ] = None,
+    form: o.FormatOption = o.Format.TEXT,
+) -> None:
+    """What an engine must know of a model: ε, RoPE kind and base, head size, tied output, and the points with their shapes."""
+    from ..default_model import path as default_model
+    from ..describe import describe
+    from ..output import print_facts
+
+    print_facts(describe(path or default_model()), form)
+
+
+def tokens(
+    model: o.ModelOption = None,
+    prompt: o.PromptOption = None,
+    prompt_file: o.PromptFileOption = None,
+    form: o.FormatOption = o.Format.TEXT,
+) -> None:
+    """Token ids and pieces of a prompt, as llama.cpp makes them, special tokens included."""
+    from reference.client import Reference
+
+    from ..default_model import path as default_model
+    from ..output import print_tokens
+
+    text, _ = o.prompt(prompt, prompt_file, None)
+    with Reference() as reference:
+        made = reference.tokenize(model or default_model(), text or "")
+    print_tokens(made, form)

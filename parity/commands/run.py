@@ -1,0 +1,73 @@
+"""`parity run`: both sides, the comparison, one screen."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import options as o
+
+
+def run(
+    model: o.ModelOption = None,
+    prompt: o.PromptOption = None,
+    prompt_file: o.PromptFileOption = None,
+    tokens: o.TokensOption = None,
+    mode: o.ModeOption = o.Mode.EXACT,
+    backend: o.BackendOption = o.BackendName.AUTO,
+    command: Annotated[
+        str | None,
+        typer.Option(
+            "--exec", help="A foreign engine as our side: 'CMD {model} {tokens} {out}'; {model} is the F32 twin in exact mode."
+        ),
+    ] = None,
+    points: o.PointsOption = "default",
+    layers: o.LayersOption = None,
+    positions: o.PositionsOption = "all",
+    slice_size: o.SliceOption = 16,
+    generate: Annotated[
+        int, typer.Option("--generate", min=0, help="Tokens to generate: llama.cpp chooses, ours is led along.")
+    ] = 0,
+    full: o.FullOption = False,
+    window: o.WindowOption = "auto",
+    threads: o.ThreadsOption = None,
+    first_position: o.FirstOption = 0,
+    tolerance: o.ToleranceOption = None,
+    strict: o.StrictOption = False,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder of the run; default: runs/<time>-<model>.")] = None,
+    form: o.FormatOption = o.Format.TEXT,
+    verbose: o.VerboseOption = False,
+) -> None:
+    """Run a prompt through our engine (or yours, --exec) and llama.cpp, and find the first divergence.
+
+    Exits 0 for parity, 1 for a divergence.
+    """
+    from .. import session
+    from ..default_model import path as default_model
+    from ..output import finish, progress_bar
+
+    text, ids = o.prompt(prompt, prompt_file, tokens)
+    request = session.Request(
+        model=model or default_model(),
+        prompt=text,
+        tokens=ids,
+        mode=mode.value,
+        backend=backend.value,
+        command=command,
+        points=points,
+        layers=o.numbers(layers, "--layers") if layers is not None else None,
+        positions=o.positions(positions),
+        slice_size=slice_size,
+        full=full,
+        generate=generate,
+        window=o.window(window),
+        threads=threads,
+        first_position=first_position,
+        tolerance=tolerance,
+        strict=strict,
+        out=out,
+        verbose=verbose,
+    )
+    with progress_bar(form) as progress:
+        outcome = session.run(request, progress)
+    raise typer.Exit(finish(outcome, form))

@@ -1,0 +1,24 @@
+"""`parity twin`: an F32 copy of a model, or a copy of another type."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import options as o
+
+
+def twin(
+    model: Annotated[Path, typer.Argument(help="GGUF file.", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The file to write.")],
+    kind: Annotated[str, typer.Option("--type", help="F32, or another of llama.cpp's types: F16, Q8_0, Q4_K_M, …")] = "F32",
+    verbose: o.VerboseOption = False,
+) -> None:
+    """Write an F32 copy of a model with llama.cpp: what exact mode runs, and what your engine should load for it."""
+    from reference.client import Reference
+
+    from ..output import written
+
+    with Reference(verbose=verbose) as reference:
+        reference.quantize(model, kind, out)
+    written(out)

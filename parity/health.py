@@ -1,0 +1,82 @@
+"""What is installed and what is missing: the facts behind `parity doctor`."""
+
+import os
+import platform
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+PACKAGES = ("numpy", "gguf", "llama-cpp-python", "pandas", "jsonlines", "orjson", "typer", "rich", "safetensors")
+
+
+def check(*, empty_cache: bool = False) -> dict[str, Any]:
+    """Versions, llama.cpp's backends, CUDA and the twin cache, as plain data. Problems are sentences, not exceptions."""
+    facts: dict[str, Any] = {
+        "parity": version("parity"),
+        "python": f"{sys.version.split()[0]} ({sys.executable})",
+        "platform": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        "packages": {name: _version(name) for name in PACKAGES},
+        "llama.cpp": _llama(),
+        "cuda": _cuda(),
+    }
+    facts["twin cache"] = _cache(empty_cache)
+    return facts
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "missing: pip install parity again"
+
+
+def _llama() -> dict[str, Any]:
+    from checkpoints.errors import ParityError
+    from reference.client import Reference
+
+    try:
+        with Reference() as reference:
+            return dict(reference.versions())
+    except ParityError as error:
+        return {"problem": str(error)}
+
+
+def _cuda() -> dict[str, Any]:
+    package = next((f"{name} {version(name)}" for name in ("cupy-cuda12x", "cupy-cuda13x", "cupy") if _installed(name)), None)
+    if package is None:
+        advice = (
+            "without it our engine computes with NumPy. With a CUDA device: pip install 'parity[cuda12]' or 'parity[cuda13]'"
+        )
+        return {"cupy": f"not installed; {advice}"}
+    import cupy
+
+    if not cupy.cuda.is_available():
+        return {"cupy": package, "device": "none: no driver, or no device that it can use (nvidia-smi tells)"}
+    runtime = cupy.cuda.runtime
+    devices = {}
+    for number in range(runtime.getDeviceCount()):
+        with cupy.cuda.Device(number):
+            free, total = runtime.memGetInfo()
+        name = runtime.getDeviceProperties(number)["name"].decode()
+        devices[f"device {number}"] = f"{name}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
+    return {"cupy": package, "runtime": runtime.runtimeGetVersion(), "driver": runtime.driverGetVersion(), **devices}
+
+
+def _installed(name: str) -> bool:
+    try:
+        version(name)
+    except PackageNotFoundError:
+        return False
+    return True
+
+
+def _cache(empty: bool) -> dict[str, Any]:
+    from reference import twin
+
+    removed = twin.empty_cache() if empty else 0
+    entries = twin.cached()
+    facts: dict[str, Any] = {"folder": str(twin.cache_folder()), "files": len(entries)}
+    facts["size"] = f"{sum(entry.size for entry in entries) / 2**20:,.0f} MiB of at most {twin.cache_limit() / 2**30:,.0f} GiB"
+    if empty:
+        facts["removed"] = f"{removed} files"
+    return facts
