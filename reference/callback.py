@@ -1,0 +1,134 @@
+"""What llama.cpp calls while it computes: lists a graph's nodes, or takes their values.
+
+`ggml_backend_sched_eval_callback` asks for each node (`ask`) and comes back with those that were wanted. An exception
+in it would be swallowed by ctypes: it is kept, the computation is stopped, and `check` raises it afterwards.
+"""
+
+from collections.abc import Callable, Iterable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .ggml import Ggml
+from .jobs import Node
+from .naming import Planned, Signature, Signer
+
+Deliver = Callable[[Planned, NDArray[np.float32]], None]
+
+
+class Tap:
+    """The callback of one context.
+
+    Call `list_nodes` or `take` before a decode, `check` after it. With nothing to take the callback answers at once.
+    """
+
+    def __init__(self, ggml: Ggml) -> None:
+        self._ggml = ggml
+        self._listing: list[Node] | None = None
+        self._wanted: dict[Signature, list[Planned]] = {}
+        self._deliver: Deliver | None = None
+        self._signer = Signer()
+        self._current: list[Planned] = []
+        self._failure: BaseException | None = None
+
+    @property
+    def stop(self) -> bool:
+        """Whether the computation need not go on: nothing will be taken from it."""
+        return self._failure is not None or self._listing is not None
+
+    def list_nodes(self, into: list[Node]) -> None:
+        """During the next pass only note the nodes."""
+        self._reset()
+        self._listing = into
+
+    def take(self, wanted: Iterable[Planned], deliver: Deliver | None) -> None:
+        """During the next pass hand the wanted values to `deliver`, each as it is computed."""
+        self._reset()
+        if deliver is not None:
+            for planned in wanted:
+                self._wanted.setdefault(planned.signature, []).append(planned)
+            self._deliver = deliver
+
+    def _reset(self) -> None:
+        self._listing, self._deliver, self._failure = None, None, None
+        self._wanted = {}
+        self._signer = Signer()
+
+    def check(self) -> None:
+        """Raise what was raised inside the callback."""
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
+
+    def __call__(self, address: int, ask: bool, _data: int | None) -> bool:
+        """`ggml_backend_sched_eval_callback`: whether the node is wanted; always True once its value was seen."""
+        if self._failure is not None or (self._deliver is None and self._listing is None):
+            return not ask
+        try:
+            if ask:
+                return self._asked(address)
+            self._computed(address)
+        except BaseException as error:
+            self._failure = error
+            return not ask
+        return True
+
+    def _asked(self, address: int) -> bool:
+        tensor = self._ggml.tensor(address)
+        if self._listing is not None:
+            self._listing.append(self._ggml.node(tensor))
+            return False
+        first = tensor.src[0].contents.name.decode(errors="replace") if tensor.src[0] else ""
+        name = tensor.name.decode(errors="replace")
+        self._current = self._wanted.get(self._signer.sign(name, self._ggml.op_name(tensor.op), first), [])
+        return bool(self._current)
+
+    def _computed(self, address: int) -> None:
+        if self._deliver is None:
+            return
+        tensor = self._ggml.tensor(address)
+        for planned in self._current:
+            source = tensor if planned.operand is None else tensor.src[planned.operand].contents
+            self._deliver(planned, self._ggml.read(source))
+
+
+def has_rows(planned: Planned, count: int) -> bool:
+    """Whether a planned value has one row for each of `count` positions."""
+    if planned.operand is not None or count == 1:
+        return True
+    shape = _trimmed(planned.node.ne[::-1])
+    return count in shape[:2] if not planned.heads_first else len(shape) > 2 and shape[1] == count
+
+
+def _trimmed(shape: tuple[int, ...]) -> tuple[int, ...]:
+    while len(shape) > 1 and shape[0] == 1:
+        shape = shape[1:]
+    return shape
+
+
+def arrange(planned: Planned, value: NDArray[np.float32], count: int, seen: int) -> NDArray[np.float32]:
+    """A value as `checkpoints.summary.summarise` wants it.
+
+    Args:
+        planned: what it is.
+        value: as it was read, in four dimensions.
+        count: positions of this forward pass, T.
+        seen: cached positions after it, S; the cache's padding is cut off.
+
+    Returns:
+        [T, …]; [H, T, S] for `kq` and `kq_soft_max`; [S, K·d] for `k_read` and `v_read`.
+    """
+    kind = planned.point.rpartition(".")[2]
+    if planned.operand is not None:
+        rows = value[0].transpose(1, 0, 2) if kind == "k_read" else value[0].transpose(2, 0, 1)
+        return np.ascontiguousarray(rows[:seen]).reshape(min(seen, len(rows)), -1)
+    if planned.heads_first:
+        whole = value.reshape(-1, *value.shape[2:])
+        if kind in ("kq", "kq_soft_max"):
+            return np.ascontiguousarray(whole[:, :, :seen])
+        return np.ascontiguousarray(whole.transpose(1, 0, 2))
+    if count == 1:
+        return value.reshape(1, -1)
+    shape = _trimmed(value.shape)
+    rows = value.reshape(shape)
+    return rows if shape[0] == count else np.ascontiguousarray(np.moveaxis(rows, 1, 0))

@@ -1,0 +1,256 @@
+"""The parent's handle on llama.cpp: starts the child, asks, and turns its end into one clear error."""
+
+import contextlib
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import threading
+import weakref
+from collections.abc import Iterator, Sequence
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import IO, Any, Self, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from checkpoints import errors
+from checkpoints.errors import ReferenceFailed
+
+from .jobs import EXACT, Description, DumpJob, DumpResult, Node, Tokens
+
+_LAST_WORDS = re.compile(
+    r"(GGML_ASSERT\(.*|GGML_ABORT.*|what\(\):.*|.*\bterminate called\b.*|.*[Oo]ut of memory.*|.*Error: .*)"
+)
+_BOOT = "import sys; sys.path[:0] = sys.argv[1:2]; from reference.worker import main; main()"
+
+
+class _Child:
+    """A running worker: process, pipe, and the file that its stderr goes to."""
+
+    def __init__(self, verbose: bool) -> None:
+        ours, theirs = Pipe()
+        self.connection: Connection = ours
+        self.stderr: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the child
+        root = str(Path(__file__).resolve().parent.parent)
+        known = root in sys.path or root in (str(Path(entry).resolve()) for entry in sys.path if entry)
+        told = os.dup(2) if verbose else -1
+        passed = [theirs.fileno(), *([told] if verbose else [])]
+        try:
+            self.process = subprocess.Popen(
+                [sys.executable, "-P", "-c", _BOOT, root if known else root, str(theirs.fileno()), str(told)],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=self.stderr,
+                pass_fds=passed,
+                # ggml would start a debugger to print a backtrace when it aborts
+                env=os.environ | {"GGML_NO_BACKTRACE": "1"},
+            )
+        finally:
+            theirs.close()
+            if verbose:
+                os.close(told)
+
+    def last_words(self) -> str:
+        """What it said on stderr before it ended: ggml's assertion, an exception, else its last line."""
+        self.stderr.seek(0)
+        text = self.stderr.read()[-65536:].decode(errors="replace")
+        if match := _LAST_WORDS.search(text):
+            return match[1].strip()
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        return lines[-1] if lines else ""
+
+    def end(self, *, kill: bool) -> int:
+        """Close the pipe and wait for the process; returns its exit status."""
+        with contextlib.suppress(OSError):
+            self.connection.close()
+        if kill:
+            self.process.kill()
+        try:
+            status = self.process.wait(timeout=5)
+        except subprocess.TimeoutExpired:  # it computes, and sees the closed pipe only afterwards
+            self.process.kill()
+            status = self.process.wait()
+        return status
+
+
+def _finish(children: list[_Child]) -> None:
+    while children:
+        child = children.pop()
+        child.end(kill=True)
+        child.stderr.close()
+
+
+class Reference:
+    """llama.cpp in a child process, which is started at once and ends with this object.
+
+    A request after the child died starts a new one. One request at a time; a context manager.
+
+    Args:
+        verbose: llama.cpp's own log goes to this process's stderr.
+        threads: for every request that names none; None for all cores that the process may use.
+    """
+
+    def __init__(self, *, verbose: bool = False, threads: int | None = None) -> None:
+        self._verbose = verbose
+        self._threads = threads
+        self._children: list[_Child] = []
+        self._lock = threading.Lock()
+        self._finalizer = weakref.finalize(self, _finish, self._children)
+        self._start()
+
+    def _start(self) -> _Child:
+        if not self._children:
+            self._children.append(_Child(self._verbose))
+        return self._children[0]
+
+    @property
+    def pid(self) -> int | None:
+        """The child's process id, None while there is none."""
+        return self._children[0].process.pid if self._children else None
+
+    def _request(self, doing: str, name: str, *arguments: Any, **keywords: Any) -> Iterator[Any]:
+        """Ask, and yield the answer's items; the last one is what the method returned."""
+        with self._lock:
+            child = self._start()
+            finished = False
+            try:
+                child.connection.send((name, arguments, keywords))
+                while True:
+                    answer = child.connection.recv()
+                    if answer[0] == "item":
+                        yield answer[1]
+                        continue
+                    finished = True
+                    break
+            except GeneratorExit:
+                self._drop_answer(child)
+                finished = True
+                raise
+            except (EOFError, OSError):
+                raise self._died(doing) from None
+            finally:
+                if not finished:  # interrupted: what it computes nobody waits for
+                    _finish(self._children)
+        yield _value(answer)
+
+    def _drop_answer(self, child: _Child) -> None:
+        try:
+            child.connection.send(("stop", (), {}))
+            while child.connection.recv()[0] == "item":
+                pass
+        except (EOFError, OSError):
+            _finish(self._children)
+
+    def _died(self, doing: str) -> ReferenceFailed:
+        child = self._children.pop()
+        status = child.end(kill=False)
+        said = child.last_words()
+        child.stderr.close()
+        how = "aborted" if status == -6 else ("was killed" if status == -9 else "ended")
+        advice = {
+            -6: "This model or request is one that this llama.cpp cannot compute; --verbose shows its log.",
+            -9: "The system may have run out of memory: take a smaller model, or --window 1.",
+        }.get(status, "Run again with --verbose to see its log.")
+        reason = f": {said}" if said else f" (status {status})"
+        return ReferenceFailed(f"llama.cpp {how} while {doing}{reason}.", advice, code="aborted")
+
+    def _ask(self, doing: str, name: str, *arguments: Any, **keywords: Any) -> Any:
+        answer = None
+        for answer in self._request(doing, name, *arguments, **keywords):  # noqa: B007 - the last one counts
+            pass
+        return answer
+
+    def tokenize(self, model: Path, text: str, *, add_special: bool = True, parse_special: bool = True) -> Tokens:
+        """The ids of a text as llama.cpp makes them; loads the vocabulary only.
+
+        Raises:
+            InputError: the text is empty; ModelError: no such file, not a GGUF, no tokenizer.
+        """
+        return cast(Tokens, self._ask(f"tokenizing with {model}", "tokenize", Path(model), text, add_special, parse_special))
+
+    def pieces(self, model: Path, ids: Sequence[int]) -> list[str]:
+        """The text of each id, special tokens shown.
+
+        Raises:
+            InputError: an id is outside the vocabulary.
+        """
+        return list(self._ask(f"reading the vocabulary of {model}", "pieces", Path(model), tuple(ids)))
+
+    def dump(self, job: DumpJob) -> DumpResult:
+        """Compute a prompt (and what follows it) and write `job.out`.
+
+        Raises:
+            InputError, ModelError, ReferenceFailed: the request, the file, or llama.cpp.
+        """
+        return cast(DumpResult, self._ask(f"computing {job.model}", "dump", job))
+
+    def capture(
+        self,
+        model: Path,
+        tokens: Sequence[int],
+        points: str | None = None,
+        mode: str = EXACT,
+        *,
+        kv_type: str = "f32",
+        threads: int | None = None,
+    ) -> Iterator[tuple[Node, NDArray[np.float32]]]:
+        """Whole values of one forward pass over `tokens`, in the order of computation.
+
+        Each is float32 in the layout of `checkpoints.summary.summarise`: [T, …], [H, T, S] for kq and kq_soft_max, [S, K·d] for
+        k_read and v_read. `points` is a `--points` expression, None for everything.
+        """
+        request = self._request(
+            f"computing {model}", "capture", Path(model), tuple(tokens), points, mode, kv_type, threads or self._threads
+        )
+        yield from _but_last(request)
+
+    def describe(self, model: Path) -> Description:
+        """What llama.cpp knows of a model: metadata, sizes, and the points of its graph in order."""
+        return cast(Description, self._ask(f"loading {model}", "describe", Path(model)))
+
+    def quantize(self, model: Path, ftype: str, out: Path) -> Path:
+        """Write a model with another file type ("Q4_K_M", "F16", …)."""
+        return cast(Path, self._ask(f"quantizing {model}", "quantize", Path(model), ftype, Path(out), self._threads))
+
+    def twin(self, model: Path, out: Path | None = None) -> Path:
+        """The F32 twin of a model, from the cache or made now; with `out` a copy of its own there."""
+        return cast(Path, self._ask(f"making the F32 twin of {model}", "twin", Path(model), out, self._threads))
+
+    def versions(self) -> dict[str, Any]:
+        """llama-cpp-python's version, llama.cpp's, its build and the backend that computes."""
+        return cast(dict[str, Any], self._ask("starting", "versions"))
+
+    def close(self) -> None:
+        """End the child and wait for it. A second call does nothing."""
+        _finish(self._children)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _but_last(items: Iterator[Any]) -> Iterator[Any]:
+    """Everything but the last, which is the answer's own value; closing this closes what it reads."""
+    try:
+        held = next(items)
+        for item in items:
+            yield held
+            held = item
+    finally:
+        cast(Any, items).close()
+
+
+def _value(answer: tuple[Any, ...]) -> Any:
+    """The value of an answer, or the error that it stands for."""
+    if answer[0] == "done":
+        return answer[1]
+    if answer[0] == "error":
+        _, name, message, advice, code = answer
+        raise getattr(errors, name, ReferenceFailed)(message, advice, code=code)
+    raise RuntimeError(f"the reference's process failed:\n{answer[1]}")

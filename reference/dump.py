@@ -1,0 +1,263 @@
+"""One dump of the reference: plan the graph, compute it, write each value when it is computed.
+
+Holds one value at a time; knows the whole model only. `windows` does the same for a model that doesn't fit.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from checkpoints import points
+from checkpoints.errors import InputError
+from checkpoints.fingerprint import fingerprint
+from checkpoints.jsonl import Writer
+from checkpoints.record import DEFAULT_SLICE, Header, ModelInfo, Token
+from checkpoints.summary import summarise
+from checkpoints.tensors import TensorWriter, beside, key
+
+from . import twin
+from .callback import arrange, has_rows
+from .gguf_file import Contents
+from .jobs import EXACT, NATIVE, DumpJob, DumpResult
+from .llama import Library, Model, Session, default_threads
+from .naming import Planned, plan
+
+_TOP = 5  # logits named with each chosen token
+
+
+@dataclass(frozen=True)
+class Step:
+    """One forward pass: its number, its first position, its tokens."""
+
+    number: int
+    first: int
+    tokens: tuple[int, ...]
+
+    @property
+    def decode(self) -> bool:
+        """False for the prompt's pass."""
+        return self.number > 0
+
+    @property
+    def positions(self) -> NDArray[np.int64]:
+        """int64 [T]."""
+        return np.arange(self.first, self.first + len(self.tokens), dtype=np.int64)
+
+
+def steps_of(prompt: Sequence[int], follow: Sequence[int]) -> list[Step]:
+    """The prompt in one pass, then each further token in its own."""
+    first = Step(0, 0, tuple(prompt))
+    return [first, *(Step(i + 1, len(prompt) + i, (token,)) for i, token in enumerate(follow))]
+
+
+@dataclass
+class Emitter:
+    """Turns values into records (and whole tensors) as they come; `step` is set before each forward pass."""
+
+    writer: Writer
+    job: DumpJob
+    tensors: TensorWriter | None = None
+    step: Step = field(default_factory=lambda: Step(0, 0, ()))
+
+    def __call__(self, planned: Planned, value: NDArray[np.float32]) -> None:
+        """Record one value; called inside llama.cpp's callback."""
+        step = self.step
+        keep = self._kept()
+        if not len(keep):
+            return
+        tensor = arrange(planned, value, len(step.tokens), step.first + len(step.tokens))
+        source = planned.node if planned.operand is None else planned.node.sources[planned.operand]
+        rows = summarise(
+            planned.point,
+            tensor,
+            step.positions,
+            step=step.number,
+            decode=step.decode,
+            slice_size=self.job.slice,
+            keep=keep,
+            dtype=source.type,
+        )
+        self.writer.rows(rows)
+        if self.tensors is not None:
+            self.tensors.add(key(planned.point, step.number), tensor)
+
+    def _kept(self) -> NDArray[np.int64]:
+        count = len(self.step.tokens)
+        if self.job.positions == "all":
+            return np.arange(count, dtype=np.int64)
+        if self.job.positions == "last":
+            return np.array([count - 1], dtype=np.int64)
+        return np.flatnonzero(np.isin(self.step.positions, np.array(self.job.positions))).astype(np.int64)
+
+
+def describe(found: Contents, path: Path, library: Library) -> ModelInfo:
+    """Which model a dump is of: always the original file, never its twin."""
+    number = found.integer("general.file_type")
+    names = {value: name for name, value in twin.file_types(library).items()}
+    kind = names.get(number, "") if number is not None else ""
+    name = found.text("general.name") or path.stem
+    return ModelInfo(name, found.architecture, kind, found.layers or None, fingerprint(path))
+
+
+def expression(job: DumpJob, n_layers: int) -> str:
+    """The job's `--points` with the word "default" replaced where `layers` says which.
+
+    Raises:
+        InputError: a layer that the model doesn't have.
+    """
+    if job.layers is None:
+        return job.points
+    if wrong := [layer for layer in job.layers if not 0 <= layer < n_layers]:
+        raise InputError(f"the model has no layer {wrong[0]}.", f"Its layers are 0…{n_layers - 1}.", code="layers")
+    named = ",".join(points.layer_outputs(job.layers))
+    return ",".join(named if part.strip() == "default" else part for part in job.points.split(","))
+
+
+def available(planned: Iterable[Planned], count: int, readable: Callable[[str], bool]) -> list[Planned]:
+    """The planned values that can be recorded: one row a position, of a type that can be read."""
+    return [
+        item
+        for item in planned
+        if has_rows(item, count) and readable(item.node.type if item.operand is None else item.node.sources[item.operand].type)
+    ]
+
+
+def check(job: DumpJob, model: Model) -> None:
+    """Refuse what cannot be computed, before anything is written.
+
+    Raises:
+        InputError: no tokens, ids outside the vocabulary, too many of them, unknown mode, type or positions.
+    """
+    if job.mode not in (EXACT, NATIVE):
+        raise InputError(f"no mode is called {job.mode!r}.", "Take exact or native.", code="mode")
+    if job.kv_type not in ("f32", "f16") or (job.kv_type != "f32" and job.mode == EXACT):
+        raise InputError(
+            f"--kv-type {job.kv_type} is not to be had in {job.mode} mode.", "Exact mode takes f32.", code="kv_type"
+        )
+    if job.generate < 0:
+        raise InputError(f"cannot generate {job.generate} tokens.", "Take 0 or more.", code="generate")
+    if job.slice is not None and job.slice < 1:
+        raise InputError(f"a slice of {job.slice} values holds nothing.", "Take 1 or more.", code="slice")
+    check_tokens(model, job.tokens, job.generate + len(job.lead or ()))
+    model.checked(job.lead or ())
+    if isinstance(job.positions, str):
+        if job.positions not in ("all", "last"):
+            raise InputError(f"--positions {job.positions!r} is none.", "Take all, last, or a list.", code="positions")
+        return
+    count = len(job.tokens) + job.generate + len(job.lead or ())
+    if wrong := [position for position in job.positions if not 0 <= position < count]:
+        raise InputError(f"there is no position {wrong[0]}.", f"The run has positions 0…{count - 1}.", code="positions")
+    if not job.positions:
+        raise InputError("--positions names none.", "Take all, last, or a list.", code="positions")
+
+
+def check_tokens(model: Model, tokens: Sequence[int], more: int = 0) -> None:
+    """Refuse tokens that the model cannot take.
+
+    Raises:
+        InputError: none at all, ids outside the vocabulary, or more than the model was trained for.
+    """
+    if not tokens:
+        raise InputError("the prompt is empty.", "Give --prompt or --tokens.", code="prompt")
+    model.checked(tokens)
+    total = len(tokens) + more
+    if model.n_ctx_train and total > model.n_ctx_train:
+        raise InputError(
+            f"{total} positions are more than the {model.n_ctx_train} that {model.path.name} was trained for.",
+            "Take a shorter prompt, or generate less.",
+            code="context",
+        )
+
+
+def token_record(model: Model, position: int, chosen: int, logits: NDArray[np.float32]) -> Token:
+    """A generated token with the largest logits; equal ones in the order of their ids."""
+    best = np.argsort(-logits, kind="stable")[:_TOP]
+    top = tuple((int(i), float(logits[i])) for i in best)
+    return Token(position, chosen, (model.pieces([chosen]) or ("",))[0], top)
+
+
+def header_of(job: DumpJob, info: ModelInfo, pieces: Sequence[str], library: Library, window: int | None) -> Header:
+    """The dump's first line."""
+    build = library.versions() | {
+        "threads": job.threads or default_threads(),
+        "flash_attention": False,
+        "window": window or 0,
+        "weights": "f32 twin" if job.mode == EXACT else "as in the file",
+    }
+    return Header(
+        source="llama.cpp",
+        model=info,
+        tokens=job.tokens,
+        pieces=tuple(pieces),
+        prompt=job.prompt,
+        mode=job.mode,
+        compute="f32",
+        kv_type=job.kv_type,
+        slice=job.slice if job.slice is not None else DEFAULT_SLICE,
+        build=build,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+
+
+def dump_whole(library: Library, model: Model, job: DumpJob, info: ModelInfo, started: float) -> DumpResult:
+    """Dump a model that is in memory as a whole."""
+    check(job, model)
+    follow = tuple(job.lead or ())
+    n_ctx = len(job.tokens) + len(follow) + job.generate
+    pieces = job.pieces or model.pieces(job.tokens)
+    header = header_of(job, info, pieces, library, None)
+    with Session(model, n_ctx=n_ctx, n_batch=len(job.tokens), kv_type=job.kv_type, threads=job.threads) as session:
+        known = available(plan(session.list_nodes(job.tokens)), len(job.tokens), library.ggml.readable)
+        names = points.select(expression(job, model.n_layers), [item.point for item in known], model.n_layers)
+        wanted = [item for item in known if item.point in set(names)]
+        planned_at = time.perf_counter()
+        with Writer(job.out, header) as writer, _tensors(job) as tensors:
+            emitter = Emitter(writer, job, tensors)
+            chosen: list[int] = []
+            generated: list[int] = []
+            step = steps_of(job.tokens, ())[0]
+            while True:
+                emitter.step = step
+                session.decode(step.tokens, step.first, wanted, emitter)
+                if len(generated) == len(follow) + job.generate or (len(generated) > len(follow) and model.ends(generated[-1])):
+                    break
+                logits = session.logits()
+                choice = int(logits.argmax())
+                token = follow[len(generated)] if len(generated) < len(follow) else choice
+                position = len(job.tokens) + len(generated)
+                chosen.append(choice)
+                generated.append(token)
+                writer.token(token_record(model, position, token, logits))
+                step = Step(len(generated), position, (token,))
+    timings = {"prepare": planned_at - started, "compute": time.perf_counter() - planned_at}
+    return DumpResult(
+        out=job.out,
+        header=header,
+        model=info,
+        computed=model.path,
+        n_layers=model.n_layers,
+        points=tuple(names),
+        records=writer.checkpoints,
+        generated=tuple(generated),
+        chosen=tuple(chosen),
+        pieces=pieces,
+        tensors=beside(job.out) if job.full else None,
+        timings=timings,
+    )
+
+
+class _NoTensors:
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+
+def _tensors(job: DumpJob) -> TensorWriter | _NoTensors:
+    return TensorWriter(beside(job.out)) if job.full else _NoTensors()

@@ -1,0 +1,175 @@
+"""A ctypes view of ggml tensors: just enough to read a value inside llama.cpp's eval callback.
+
+`struct ggml_tensor` is no stable interface. The view is therefore checked against the library's own accessors before the
+first value is believed; another layout is an error, never wrong numbers.
+"""
+
+import ctypes
+import sys
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.lib.stride_tricks import as_strided
+from numpy.typing import NDArray
+
+from checkpoints.errors import ReferenceFailed
+
+from .jobs import Node, Source
+
+_MAX_NAME = 64  # GGML_MAX_NAME
+_MAX_SRC = 10  # GGML_MAX_SRC
+_DTYPES: dict[str, Any] = {
+    "f32": np.float32,
+    "f16": np.float16,
+    "bf16": np.uint16,  # the upper half of a float32
+    "i32": np.int32,
+}
+
+
+class Tensor(ctypes.Structure):
+    """`struct ggml_tensor` (ggml.h), as llama-cpp-python 0.3.36 ships it."""
+
+
+Tensor._fields_ = [
+    ("type", ctypes.c_int32),
+    ("buffer", ctypes.c_void_p),
+    ("ne", ctypes.c_int64 * 4),
+    ("nb", ctypes.c_size_t * 4),
+    ("op", ctypes.c_int32),
+    ("op_params", ctypes.c_int32 * 16),
+    ("flags", ctypes.c_int32),
+    ("src", ctypes.POINTER(Tensor) * _MAX_SRC),
+    ("view_src", ctypes.POINTER(Tensor)),
+    ("view_offs", ctypes.c_size_t),
+    ("data", ctypes.c_void_p),
+    ("name", ctypes.c_char * _MAX_NAME),
+]
+
+
+class Ggml:
+    """libggml-base of the installed llama-cpp-python.
+
+    Raises:
+        ReferenceFailed: the library is not there, or lacks a function that is needed.
+    """
+
+    def __init__(self) -> None:
+        import llama_cpp.llama_cpp as llama
+
+        folder = Path(llama.__file__).parent / "lib"
+        suffix = ".dylib" if sys.platform == "darwin" else ".so"
+        try:
+            library = ctypes.CDLL(str(folder / f"libggml-base{suffix}"))
+            self._get_name = library.ggml_get_name
+            self._nbytes = library.ggml_nbytes
+            self._op_name = library.ggml_op_name
+            self._type_name = library.ggml_type_name
+            self._row_size = library.ggml_row_size
+            self._read = library.ggml_backend_tensor_get
+        except (OSError, AttributeError) as error:
+            raise ReferenceFailed(
+                f"libggml of llama-cpp-python cannot be used: {error}.", "Install llama-cpp-python 0.3.36.", code="abi"
+            ) from error
+        for function in (self._get_name, self._nbytes):
+            function.argtypes = [ctypes.c_void_p]
+        for function in (self._op_name, self._type_name):
+            function.argtypes = [ctypes.c_int32]
+        for function in (self._get_name, self._op_name, self._type_name):
+            function.restype = ctypes.c_char_p
+        self._nbytes.restype = ctypes.c_size_t
+        self._row_size.argtypes = [ctypes.c_int32, ctypes.c_int64]
+        self._row_size.restype = ctypes.c_size_t
+        self._read.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t]
+        self._read.restype = None
+        self._checked = False
+
+    @lru_cache(maxsize=512)  # noqa: B019 - one library a process, and its numbers never change
+    def op_name(self, op: int) -> str:
+        """`ggml_op_name`: 28 -> "MUL_MAT"."""
+        return str(self._op_name(op).decode())
+
+    @lru_cache(maxsize=128)  # noqa: B019
+    def type_name(self, number: int) -> str:
+        """`ggml_type_name`: 0 -> "f32", 8 -> "q8_0"."""
+        name = self._type_name(number)
+        return name.decode() if name else f"type{number}"
+
+    def row_size(self, number: int, n: int) -> int:
+        """`ggml_row_size`: bytes of `n` elements of a type."""
+        return int(self._row_size(number, n))
+
+    def tensor(self, address: int) -> Tensor:
+        """The tensor at an address; the first one is checked against the library.
+
+        Raises:
+            ReferenceFailed: the layout is another one.
+        """
+        tensor = ctypes.cast(address, ctypes.POINTER(Tensor)).contents
+        if not self._checked:
+            self._check(address, tensor)
+            self._checked = True
+        return tensor
+
+    def _check(self, address: int, tensor: Tensor) -> None:
+        name: bytes = self._get_name(address) or b""
+        ours = tensor.name
+        plausible = name == ours and all(0 < n < 1 << 40 for n in tensor.ne) and 0 <= tensor.op < 512
+        if not plausible or int(self._nbytes(address)) != _extent(tensor, _item(self.type_name(tensor.type))):
+            raise ReferenceFailed(
+                f"this llama.cpp lays out its tensors in another way (read {ours!r}, the library says {name!r}).",
+                "Install llama-cpp-python 0.3.36.",
+                code="abi",
+            )
+
+    def node(self, tensor: Tensor) -> Node:
+        """What can be said of a tensor without its value."""
+        sources = tuple(self._source(tensor.src[i].contents) for i in range(_MAX_SRC) if tensor.src[i])
+        return Node(
+            name=tensor.name.decode(errors="replace"),
+            op=self.op_name(tensor.op),
+            type=self.type_name(tensor.type),
+            ne=tuple(tensor.ne),
+            op_params=tuple(tensor.op_params),
+            sources=sources,
+        )
+
+    def _source(self, tensor: Tensor) -> Source:
+        name = tensor.name.decode(errors="replace")
+        return Source(name, self.op_name(tensor.op), self.type_name(tensor.type), tuple(tensor.ne))
+
+    def readable(self, type_name: str) -> bool:
+        """Whether values of this type can be converted to float32 here."""
+        return type_name in _DTYPES
+
+    def read(self, tensor: Tensor) -> NDArray[np.float32]:
+        """Copy a tensor's value: float32, a new contiguous array in NumPy's order (ggml's `ne` reversed, 4 dimensions).
+
+        To be called inside the eval callback, while the value stands. Views and permuted tensors are gathered by their
+        strides. Mirrors `ggml_backend_tensor_get`, which also reads from a device.
+
+        Raises:
+            ReferenceFailed: the type is none that can be read.
+        """
+        kind = self.type_name(tensor.type)
+        if kind not in _DTYPES:
+            raise ReferenceFailed(f"node {tensor.name.decode()!r} has type {kind}.", "Leave it out of --points.")
+        dtype = np.dtype(_DTYPES[kind])
+        raw = np.empty(_extent(tensor, dtype.itemsize), dtype=np.uint8)
+        self._read(ctypes.byref(tensor), raw.ctypes.data, 0, raw.nbytes)
+        strided = as_strided(raw[: dtype.itemsize].view(dtype), tuple(tensor.ne)[::-1], tuple(tensor.nb)[::-1])
+        if kind == "f32":
+            return np.array(strided, dtype=np.float32, order="C")
+        if kind == "bf16":
+            return (strided.astype(np.uint32) << np.uint32(16)).view(np.float32)
+        return np.ascontiguousarray(strided, dtype=np.float32)
+
+
+def _item(type_name: str) -> int:
+    return np.dtype(_DTYPES[type_name]).itemsize if type_name in _DTYPES else 0
+
+
+def _extent(tensor: Tensor, item: int) -> int:
+    """Bytes from a tensor's first element to its last (`ggml_nbytes`, for types without blocks)."""
+    return item + sum((n - 1) * stride for n, stride in zip(tensor.ne, tensor.nb, strict=True))

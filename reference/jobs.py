@@ -1,0 +1,121 @@
+"""What the parent asks of the child and what it gets back: small frozen dataclasses that travel through the pipe."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from checkpoints.record import DEFAULT_SLICE, Header, ModelInfo
+
+EXACT = "exact"
+NATIVE = "native"
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A tokenized text, and what the vocabulary says about special tokens; -1 of llama.cpp is None here."""
+
+    ids: tuple[int, ...]
+    pieces: tuple[str, ...]
+    n_vocab: int
+    bos: int | None
+    eos: int | None
+    add_bos: bool
+    add_eos: bool
+    n_ctx_train: int | None = None
+    architecture: str = ""
+
+
+@dataclass(frozen=True)
+class Source:
+    """An operand of a node: `ne` is ggml's order, the fastest dimension first."""
+
+    name: str
+    op: str
+    type: str
+    ne: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Node:
+    """One node of the graph as ggml sees it, and the point it stands for ("" while it has none).
+
+    `op_params` are the 16 raw int32 of `ggml_tensor.op_params` (a float is the same 32 bits).
+    """
+
+    name: str
+    op: str
+    type: str
+    ne: tuple[int, ...]
+    op_params: tuple[int, ...]
+    sources: tuple[Source, ...]
+    point: str = ""
+
+
+@dataclass(frozen=True)
+class DumpJob:
+    """One dump to write.
+
+    Attributes:
+        tokens: ids of the prompt, special tokens included.
+        pieces: their texts, where the caller has them; else they are looked up.
+        mode: "exact" computes the F32 twin, "native" the file as it is.
+        points: a `--points` expression: "default", "all", names, globs.
+        layers: the layers whose output "default" stands for; None for 0, 5, 10, 23 and the last.
+        positions: "all", "last" (of each forward pass), or positions in the sequence.
+        slice: leading values a record carries; None for all of them.
+        full: write whole tensors beside the dump, as safetensors.
+        generate: how many tokens to choose greedily after the prompt.
+        lead: ids to follow after the prompt instead of choosing.
+        window: "off" (the whole model at once), a number of layers, or "auto" (whole where it fits).
+        kv_type: "f32", or in native mode also "f16".
+    """
+
+    model: Path
+    out: Path
+    tokens: tuple[int, ...]
+    prompt: str | None = None
+    pieces: tuple[str, ...] = ()
+    mode: str = EXACT
+    points: str = "default"
+    layers: tuple[int, ...] | None = None
+    positions: str | tuple[int, ...] = "all"
+    slice: int | None = DEFAULT_SLICE
+    full: bool = False
+    generate: int = 0
+    lead: tuple[int, ...] | None = None
+    window: str | int = "auto"
+    threads: int | None = None
+    kv_type: str = "f32"
+
+
+@dataclass(frozen=True)
+class DumpResult:
+    """What a dump holds. `generated` are the ids that were decoded after the prompt, `chosen` llama.cpp's own choices."""
+
+    out: Path
+    header: Header
+    model: ModelInfo
+    computed: Path
+    n_layers: int
+    points: tuple[str, ...]
+    records: int
+    generated: tuple[int, ...] = ()
+    chosen: tuple[int, ...] = ()
+    pieces: tuple[str, ...] = ()
+    window: int | None = None
+    tensors: Path | None = None
+    timings: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Description:
+    """A model as llama.cpp sees it; `points` are (point, row shape) in the order of computation."""
+
+    info: ModelInfo
+    metadata: dict[str, str]
+    n_layers: int
+    n_embd: int
+    n_vocab: int
+    n_ctx_train: int
+    n_params: int
+    points: tuple[tuple[str, tuple[int, ...]], ...]
+    nodes: tuple[Node, ...]

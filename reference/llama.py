@@ -1,0 +1,319 @@
+"""llama.cpp through llama-cpp-python's low-level calls: load a model, tokenize, decode.
+
+The settings are those of the cleanest reference: CPU, no repacked weights, no flash attention, nothing handed to a
+device, one ubatch, logits of every position. Runs in the child process only: ggml aborts the process on its asserts.
+"""
+
+import ctypes
+import os
+from collections import deque
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from checkpoints.errors import InputError, ModelError, ReferenceFailed
+
+from .callback import Deliver, Tap
+from .ggml import Ggml
+from .jobs import Node
+from .naming import Planned
+
+_KV_TYPES = {"f32": 0, "f16": 1}  # ggml_type
+_LOG_LINES = 200  # kept for the sentence that says why a model was refused
+_ERROR = 4  # GGML_LOG_LEVEL_ERROR
+
+
+def default_threads() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+
+
+class Library:
+    """llama.cpp itself, with its log kept instead of printed; `verbose_fd` gets it as well."""
+
+    def __init__(self, verbose_fd: int | None = None) -> None:
+        import llama_cpp.llama_cpp as api
+
+        self.api: Any = api
+        self.lines: deque[tuple[int, str]] = deque(maxlen=_LOG_LINES)
+        self._verbose_fd = verbose_fd
+        self._log = api.llama_log_callback(self._note)  # llama.cpp keeps the pointer only
+        api.llama_log_set(self._log, None)
+        api.llama_backend_init()
+        self.ggml = Ggml()
+
+    def _note(self, level: int, text: bytes, _data: int | None) -> None:
+        self.lines.append((level, text.decode(errors="replace").rstrip("\n")))
+        if self._verbose_fd is not None:
+            os.write(self._verbose_fd, text)
+
+    def reason(self) -> str:
+        """The first error that llama.cpp logged since `lines` was cleared, without the names of its functions."""
+        errors = [line for level, line in self.lines if level == _ERROR and line.strip(" .")]
+        if not errors:
+            return "it gave no reason"
+        text = errors[0]
+        for prefix in ("error loading model: ", "failed to quantize: "):
+            text = text.rpartition(prefix)[2]
+        return text.rpartition("error loading model architecture: ")[2].strip()
+
+    def versions(self) -> dict[str, Any]:
+        """llama-cpp-python's version, llama.cpp's, and what the CPU code was built with."""
+        from importlib.metadata import version
+
+        system = self.api.llama_print_system_info().decode(errors="replace").strip(" |")
+        named = getattr(self.api, "llama_version", None)
+        return {
+            "llama_cpp_python": version("llama_cpp_python"),
+            "llama_cpp": named().decode() if named is not None else "",
+            "system": system,
+            "backend": system.partition(" :")[0],
+        }
+
+
+class Model:
+    """A loaded model; `vocab_only` loads no weights and can tokenize.
+
+    Raises:
+        ModelError: llama.cpp refuses the file.
+    """
+
+    def __init__(self, library: Library, path: Path, *, vocab_only: bool = False) -> None:
+        api = library.api
+        self.library, self.path = library, path
+        params = api.llama_model_default_params()
+        self._no_devices = (ctypes.c_void_p * 1)(None)
+        params.devices = ctypes.cast(self._no_devices, ctypes.c_void_p)
+        params.n_gpu_layers = 0
+        params.vocab_only = vocab_only
+        params.use_extra_bufts = False
+        library.lines.clear()
+        self._model = api.llama_model_load_from_file(os.fsencode(path), params)
+        if not self._model:
+            raise ModelError(f"llama.cpp cannot load {path}: {library.reason()}.", "Take another model file.", code="model")
+        self._vocab = api.llama_model_get_vocab(self._model)
+        self.n_vocab = int(api.llama_vocab_n_tokens(self._vocab))
+        self.n_embd = int(api.llama_model_n_embd(self._model))
+        self.n_layers = int(api.llama_model_n_layer(self._model))
+        self.n_ctx_train = int(api.llama_model_n_ctx_train(self._model))
+        self.n_params = int(api.llama_model_n_params(self._model))
+
+    @property
+    def handle(self) -> Any:
+        """The `llama_model *`."""
+        return self._model
+
+    def metadata(self) -> dict[str, str]:
+        """Every metadata value as text (`llama_model_meta_val_str_by_index`); long arrays are cut by llama.cpp."""
+        api, found = self.library.api, {}
+        buffer = ctypes.create_string_buffer(1 << 16)
+        for index in range(api.llama_model_meta_count(self._model)):
+            api.llama_model_meta_key_by_index(self._model, index, buffer, len(buffer))
+            key = buffer.value.decode(errors="replace")
+            api.llama_model_meta_val_str_by_index(self._model, index, buffer, len(buffer))
+            found[key] = buffer.value.decode(errors="replace")
+        return found
+
+    def _has_tokenizer(self) -> None:
+        if self.library.api.llama_vocab_type(self._vocab) == 0:  # LLAMA_VOCAB_TYPE_NONE
+            raise ModelError(f"{self.path} has no tokenizer.", "Give token ids (--tokens) instead of text.", code="tokenizer")
+
+    def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> tuple[int, ...]:
+        """The ids of a text (`llama_tokenize`).
+
+        Raises:
+            ModelError: the file has no tokenizer.
+        """
+        self._has_tokenizer()
+        api = self.library.api
+        raw = text.encode(errors="surrogateescape")  # a command line's bytes that were no UTF-8
+        room = len(raw) + 16
+        for _ in range(2):
+            ids = (api.llama_token * room)()
+            count = api.llama_tokenize(self._vocab, raw, len(raw), ids, room, add_special, parse_special)
+            if count >= 0:
+                return tuple(ids[:count])
+            room = -count
+        raise ReferenceFailed(f"llama.cpp could not tokenize {len(raw)} bytes.", "Give --tokens instead.")
+
+    def pieces(self, ids: Iterable[int]) -> tuple[str, ...]:
+        """The text of each id, special tokens shown (`llama_token_to_piece`); half a character is U+FFFD."""
+        api = self.library.api
+        if api.llama_vocab_type(self._vocab) == 0:
+            return ()
+        texts: list[str] = []
+        buffer = ctypes.create_string_buffer(256)
+        for number in self.checked(ids):
+            count = api.llama_token_to_piece(self._vocab, number, buffer, len(buffer), 0, True)
+            if count < 0:
+                buffer = ctypes.create_string_buffer(-count)
+                count = api.llama_token_to_piece(self._vocab, number, buffer, len(buffer), 0, True)
+            texts.append(buffer.raw[:count].decode(errors="replace"))
+        return tuple(texts)
+
+    def checked(self, ids: Iterable[int]) -> tuple[int, ...]:
+        """The ids, all of them inside the vocabulary.
+
+        Raises:
+            InputError: one is not.
+        """
+        given = tuple(ids)
+        for number in given:
+            if not 0 <= number < self.n_vocab:
+                raise InputError(
+                    f"token id {number} is outside the vocabulary of {self.path.name} (0…{self.n_vocab - 1}).",
+                    "`parity tokens` shows the ids of a text.",
+                    code="tokens",
+                )
+        return given
+
+    def special(self) -> tuple[int | None, int | None, bool, bool]:
+        """(BOS, EOS, whether BOS is added, whether EOS is added)."""
+        api, vocab = self.library.api, self._vocab
+        bos, eos = int(api.llama_vocab_bos(vocab)), int(api.llama_vocab_eos(vocab))
+        added = bool(api.llama_vocab_get_add_bos(vocab)), bool(api.llama_vocab_get_add_eos(vocab))
+        return (bos if bos >= 0 else None, eos if eos >= 0 else None, *added)
+
+    def ends(self, token: int) -> bool:
+        """Whether a token ends generation (`llama_vocab_is_eog`)."""
+        return bool(self.library.api.llama_vocab_is_eog(self._vocab, token))
+
+    def close(self) -> None:
+        """Give its memory back. A second call does nothing."""
+        if self._model:
+            self.library.api.llama_model_free(self._model)
+            self._model = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Session:
+    """A context of a model: its KV cache, and the tap that sees every value.
+
+    Args:
+        model: loaded with weights.
+        n_ctx: positions in all; `n_batch` the most in one forward pass.
+
+    Raises:
+        ReferenceFailed: llama.cpp makes no context.
+    """
+
+    def __init__(self, model: Model, *, n_ctx: int, n_batch: int, kv_type: str = "f32", threads: int | None = None) -> None:
+        api = model.library.api
+        self.model = model
+        self.tap = Tap(model.library.ggml)
+        self._eval = api.ggml_backend_sched_eval_callback(self.tap)  # kept: the context holds the pointer only
+        self._abort = api.ggml_abort_callback(lambda _data: self.tap.stop)
+        params = api.llama_context_default_params()
+        params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max = n_ctx, n_batch, n_batch, 1
+        params.n_threads = params.n_threads_batch = threads or default_threads()
+        params.flash_attn_type = 0  # LLAMA_FLASH_ATTN_TYPE_DISABLED; the default is AUTO, which was ON
+        params.type_k = params.type_v = _KV_TYPES[kv_type]
+        params.offload_kqv = params.op_offload = False
+        params.swa_full = True  # so that a cache's rows are its positions
+        params.no_perf = True
+        params.cb_eval, params.abort_callback = self._eval, self._abort
+        model.library.lines.clear()
+        self._context = api.llama_init_from_model(model.handle, params)
+        if not self._context:
+            raise ReferenceFailed(
+                f"llama.cpp cannot compute {model.path}: {model.library.reason()}.", "Free memory, or take a shorter prompt."
+            )
+
+    def list_nodes(self, inputs: Sequence[int] | NDArray[np.float32]) -> list[Node]:
+        """The nodes of the graph for these inputs, in the order of computation; nothing stays in the cache."""
+        nodes: list[Node] = []
+        self.tap.list_nodes(nodes)
+        # The abort callback stops the computation at its first node, when all have been asked for. Where the graph is
+        # cut into several parts (a second backend), only the first was: then the whole pass has to be computed.
+        self._decode(inputs, 0)
+        self.tap.check()
+        if not any(node.name == "result_output" for node in nodes):
+            nodes.clear()
+            self.tap.list_nodes(nodes)
+            self.model.library.api.llama_set_abort_callback(self._context, self._never(), None)
+            self._decode(inputs, 0)
+            self.tap.check()
+            self.model.library.api.llama_set_abort_callback(self._context, self._abort, None)
+        self.clear()
+        return nodes
+
+    def _never(self) -> Any:
+        self._go_on = self.model.library.api.ggml_abort_callback(lambda _data: False)
+        return self._go_on
+
+    def clear(self) -> None:
+        """Forget every position."""
+        api = self.model.library.api
+        memory = api.llama_get_memory(self._context)
+        if memory:
+            api.llama_memory_clear(memory, True)
+
+    def decode(
+        self,
+        inputs: Sequence[int] | NDArray[np.float32],
+        first: int,
+        wanted: Iterable[Planned] = (),
+        deliver: Deliver | None = None,
+    ) -> None:
+        """Compute positions first, first + 1, … (`llama_decode`), in one ubatch.
+
+        Args:
+            inputs: token ids [T], or hidden states [T, D] that enter the first layer.
+            wanted: what `deliver` shall get while it is computed.
+
+        Raises:
+            ReferenceFailed: llama.cpp refused, or ran out of memory; whatever `deliver` raised.
+        """
+        self.tap.take(wanted, deliver)
+        self.model.library.lines.clear()
+        status = self._decode(inputs, first)
+        self.tap.check()
+        if status != 0:
+            raise ReferenceFailed(
+                f"llama.cpp did not compute {len(inputs)} positions (status {status}): {self.model.library.reason()}.",
+                "Run again with --verbose to see its log.",
+            )
+
+    def _decode(self, inputs: Sequence[int] | NDArray[np.float32], first: int) -> int:
+        api, count = self.model.library.api, len(inputs)
+        hidden = np.ascontiguousarray(inputs, np.float32) if isinstance(inputs, np.ndarray) else None
+        batch = api.llama_batch_init(count, 0 if hidden is None else self.model.n_embd, 1)
+        try:
+            batch.n_tokens = count
+            if hidden is not None:
+                ctypes.memmove(batch.embd, hidden.ctypes.data, hidden.nbytes)
+            for i in range(count):
+                if hidden is None:
+                    batch.token[i] = int(inputs[i])
+                batch.pos[i] = first + i
+                batch.n_seq_id[i] = 1
+                batch.seq_id[i][0] = 0
+                batch.logits[i] = 1  # else the last layer computes only the rows that were asked for
+            return int(api.llama_decode(self._context, batch))
+        finally:
+            api.llama_batch_free(batch)
+
+    def logits(self) -> NDArray[np.float32]:
+        """The logits of the last position of the last pass: float32 [V]."""
+        pointer = self.model.library.api.llama_get_logits_ith(self._context, -1)
+        return np.ctypeslib.as_array(pointer, shape=(self.model.n_vocab,)).copy()
+
+    def close(self) -> None:
+        """Give its memory back. A second call does nothing."""
+        if self._context:
+            self.model.library.api.llama_free(self._context)
+            self._context = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,141 @@
+"""What the child can do: one method a request. Keeps the last model loaded, since requests for it come in a row."""
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from checkpoints.errors import InputError
+
+from . import dump, twin
+from .callback import arrange
+from .gguf_file import contents
+from .jobs import EXACT, Description, DumpJob, DumpResult, Node, Tokens
+from .llama import Library, Model, Session
+from .naming import Planned, plan
+
+Item = Callable[[Any], None]
+
+
+class Service:
+    """The requests of `client.Reference`, one method each; `item` delivers a part of the answer at once."""
+
+    def __init__(self, verbose_fd: int | None) -> None:
+        self._library = Library(verbose_fd)
+        self._models: dict[bool, tuple[tuple[Any, ...], Model]] = {}
+
+    def _model(self, path: Path, *, vocab_only: bool = False) -> Model:
+        """The model, loaded now or still; one with weights and one without are kept."""
+        status = path.stat()
+        identity = (str(path.resolve()), status.st_size, status.st_mtime_ns)
+        held = self._models.get(vocab_only)
+        if held is not None and held[0] == identity:
+            return held[1]
+        if held is not None:
+            del self._models[vocab_only]
+            held[1].close()
+        model = Model(self._library, path, vocab_only=vocab_only)
+        self._models[vocab_only] = (identity, model)
+        return model
+
+    def _vocabulary(self, path: Path) -> Model:
+        contents(path)  # refuses in better words than llama.cpp's
+        return self._model(path, vocab_only=True)
+
+    def _computable(self, path: Path, mode: str, threads: int | None) -> Model:
+        twin.checked(self._library, path)
+        return self._model(twin.twin(self._library, path, threads=threads) if mode == EXACT else path)
+
+    def tokenize(self, path: Path, text: str, add_special: bool, parse_special: bool, *, item: Item) -> Tokens:
+        """See `client.Reference.tokenize`."""
+        if not text:
+            raise InputError("the prompt is empty.", "Give --prompt or --tokens.", code="prompt")
+        model = self._vocabulary(path)
+        ids = model.tokenize(text, add_special=add_special, parse_special=parse_special)
+        bos, eos, add_bos, add_eos = model.special()
+        found = contents(path)
+        return Tokens(
+            ids=ids,
+            pieces=model.pieces(ids),
+            n_vocab=model.n_vocab,
+            bos=bos,
+            eos=eos,
+            add_bos=add_bos,
+            add_eos=add_eos,
+            n_ctx_train=found.integer(f"{found.architecture}.context_length"),
+            architecture=found.architecture,
+        )
+
+    def pieces(self, path: Path, ids: tuple[int, ...], *, item: Item) -> tuple[str, ...]:
+        """See `client.Reference.pieces`."""
+        return self._vocabulary(path).pieces(ids)
+
+    def dump(self, job: DumpJob, *, item: Item) -> DumpResult:
+        """See `client.Reference.dump`."""
+        started = time.perf_counter()
+        found = twin.checked(self._library, job.model)
+        info = dump.describe(found, job.model, self._library)
+        model = self._computable(job.model, job.mode, job.threads)
+        return dump.dump_whole(self._library, model, job, info, started)
+
+    def capture(
+        self,
+        path: Path,
+        tokens: tuple[int, ...],
+        expression: str | None,
+        mode: str,
+        kv_type: str,
+        threads: int | None,
+        *,
+        item: Item,
+    ) -> None:
+        """See `client.Reference.capture`: items are (Node, float32 array)."""
+        model = self._computable(path, mode, threads)
+        dump.check_tokens(model, tokens)
+        count = len(tokens)
+        with Session(model, n_ctx=count, n_batch=count, kv_type=kv_type, threads=threads) as session:
+            known = dump.available(plan(session.list_nodes(tokens)), count, self._library.ggml.readable)
+            names = {entry.point for entry in known}
+            if expression is not None:
+                names = set(dump.points.select(expression, [entry.point for entry in known], model.n_layers))
+
+            def deliver(planned: Planned, value: NDArray[np.float32]) -> None:
+                item((planned.node, arrange(planned, value, count, count)))
+
+            session.decode(tokens, 0, [entry for entry in known if entry.point in names], deliver)
+
+    def describe(self, path: Path, *, item: Item) -> Description:
+        """See `client.Reference.describe`."""
+        found = twin.checked(self._library, path)
+        model = self._model(path)
+        tokens = tuple(range(min(3, model.n_vocab)))
+        with Session(model, n_ctx=len(tokens), n_batch=len(tokens)) as session:
+            known = dump.available(plan(session.list_nodes(tokens)), len(tokens), self._library.ggml.readable)
+        nodes: list[Node] = [replace(entry.node) for entry in known]
+        return Description(
+            info=dump.describe(found, path, self._library),
+            metadata=model.metadata(),
+            n_layers=model.n_layers,
+            n_embd=model.n_embd,
+            n_vocab=model.n_vocab,
+            n_ctx_train=model.n_ctx_train,
+            n_params=model.n_params,
+            points=tuple((entry.point, ()) for entry in known),
+            nodes=tuple(nodes),
+        )
+
+    def quantize(self, path: Path, ftype: str, out: Path, threads: int | None, *, item: Item) -> Path:
+        """See `client.Reference.quantize`."""
+        return twin.quantize(self._library, path, ftype, out, threads=threads)
+
+    def twin(self, path: Path, out: Path | None, threads: int | None, *, item: Item) -> Path:
+        """See `client.Reference.twin`."""
+        return twin.twin(self._library, path, out, threads=threads)
+
+    def versions(self, *, item: Item) -> dict[str, Any]:
+        """See `client.Reference.versions`."""
+        return self._library.versions()

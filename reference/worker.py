@@ -1,0 +1,81 @@
+"""The child process in which llama.cpp runs: reads requests from a pipe, answers, dies with its parent.
+
+An answer is any number of ("item", value), then ("done", value), ("error", class, message, advice, code) or
+("bug", traceback). Its stderr is a file of the parent's, where ggml's last words before an abort are found.
+"""
+
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+from checkpoints import errors
+
+
+class Stopped(Exception):
+    """The parent wants no more items of this answer."""
+
+
+def _watch(parent: int) -> None:
+    """End when the parent is gone; the pipe tells it only while nothing is computed."""
+    while True:
+        time.sleep(0.5)
+        if os.getppid() != parent:
+            os._exit(1)
+
+
+def serve(connection: Connection, verbose_fd: int | None) -> None:
+    """Answer requests (name, arguments, keywords) until the parent closes the pipe."""
+    from .service import Service  # imports llama.cpp while the parent does its own work
+
+    service = Service(verbose_fd)
+
+    def item(value: Any) -> None:
+        if connection.poll():
+            connection.recv()
+            raise Stopped
+        connection.send(("item", value))
+
+    while True:
+        try:
+            name, arguments, keywords = connection.recv()
+        except (EOFError, OSError):
+            return
+        if name == "stop":  # came when the answer was complete already
+            continue
+        connection.send(_answer(getattr(service, name), arguments, keywords, item))
+
+
+def _answer(
+    method: Callable[..., Any], arguments: tuple[Any, ...], keywords: dict[str, Any], item: Callable[[Any], None]
+) -> tuple[Any, ...]:
+    try:
+        return ("done", method(*arguments, item=item, **keywords))
+    except Stopped:
+        return ("done", None)
+    except errors.ParityError as error:
+        return ("error", type(error).__name__, error.message, error.advice, error.code)
+    except MemoryError:
+        return ("error", "ReferenceFailed", "there is not enough memory.", "Free some, or take --window 1.", "memory")
+    except Exception:
+        return ("bug", traceback.format_exc())
+
+
+def main() -> None:
+    """Entry point of the child: `<pipe fd> <verbose fd or -1>`."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    os.dup2(2, 1)  # a library that prints must not reach the parent's stdout
+    connection = Connection(int(sys.argv[-2]))
+    verbose_fd = int(sys.argv[-1])
+    threading.Thread(target=_watch, args=(os.getppid(),), daemon=True).start()
+    serve(connection, None if verbose_fd < 0 else verbose_fd)
+    os._exit(0)  # no destructors of libraries: nothing is left to save
+
+
+if __name__ == "__main__":
+    main()
