@@ -1,5 +1,6 @@
 """Streaming writer of dumps: format 1, one JSON object a line. `checkpoints.reader` reads them back."""
 
+import contextlib
 import os
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -119,6 +120,8 @@ class Writer:
             self._lines.write_all(lines)
             self._file.flush()
         except OSError as error:
+            with contextlib.suppress(OSError):  # closing tries the same write again
+                self._file.close()
             raise _unwritable(self.path, error) from error
 
     def close(self, *, complete: bool = True) -> None:

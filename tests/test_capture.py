@@ -1,0 +1,155 @@
+"""The tap takes copies, in the moment the value is computed, and loses nothing."""
+
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from checkpoints.errors import InputError
+from checkpoints.jsonl import Writer
+from checkpoints.reader import read
+from checkpoints.record import Rows, Token
+from checkpoints.summary import summarise
+from engine.backend import choose
+from engine.capture import Capture, Pass
+from engine.gguf_model import GgufModel
+from engine.transformer import Transformer
+
+DEFAULTS = ("embd", "blk.0.l_out", "blk.5.l_out", "blk.10.l_out", "blk.23.l_out", "output_norm", "logits")
+
+
+class Sink:
+    """A sink in memory; `delay` makes it slow, `fail_at` makes it raise."""
+
+    def __init__(self, delay: float = 0, fail_at: int | None = None) -> None:
+        self.taken: list[Rows] = []
+        self.tokens: list[Token] = []
+        self.delay = delay
+        self.fail_at = fail_at
+
+    def rows(self, rows: Rows) -> None:
+        time.sleep(self.delay)
+        if self.fail_at == len(self.taken):
+            raise OSError("disk full")
+        self.taken.append(rows)
+
+    def token(self, token: Token) -> None:
+        self.tokens.append(token)
+
+
+def one_pass(positions: int = 3) -> Pass:
+    return Pass(np.arange(positions), 0, decode=False)
+
+
+def test_buffers_that_are_reused_do_not_change_what_was_captured() -> None:
+    """Two buffers that swap each layer give 24 different records, each what was computed, also with a slow writer."""
+    sink = Sink(delay=0.002)
+    buffers = [np.zeros((3, 32), dtype=np.float32), np.zeros((3, 32), dtype=np.float32)]
+    with Capture(sink, [f"blk.{i}.l_out" for i in range(24)], choose("numpy")) as tap:
+        tap.begin(one_pass())
+        for layer in range(24):
+            buffer = buffers[layer % 2]
+            buffer[:] = layer + np.arange(32)
+            tap(f"blk.{layer}.l_out", buffer)
+        for buffer in buffers:
+            buffer[:] = -1
+    assert [rows.values[0, 0] for rows in sink.taken] == list(range(24))
+    assert len({rows.values.tobytes() for rows in sink.taken}) == 24
+
+
+def test_full_tensors_are_copies_too(tmp_path: Path) -> None:
+    """A tensor that goes to the tensors file is copied before the engine reuses its buffer."""
+    from checkpoints.tensors import TensorReader, TensorWriter
+
+    path = tmp_path / "full.safetensors"
+    value = np.ones((3, 8), dtype=np.float32)
+    with TensorWriter(path) as tensors, Capture(Sink(), ["embd"], choose("numpy"), tensors=tensors) as tap:
+        tap.begin(one_pass())
+        tap("embd", value)
+        value[:] = 7
+    assert (TensorReader(path).get("embd") == 1).all()
+
+
+def test_the_seven_default_checkpoints_are_seven_different_vectors(stories: Path, tmp_path: Path) -> None:
+    """At every position of a right engine's dump, the seven default points hold seven different vectors."""
+    engine = Transformer(GgufModel(stories), choose("numpy"))
+    with Writer(tmp_path / "ours.jsonl") as writer, Capture(writer, DEFAULTS, engine.backend) as tap:
+        engine.forward([2047, 5, 6, 7], engine.start(), tap)
+    points = read(tmp_path / "ours.jsonl").points
+    assert tuple(points) == DEFAULTS
+    for position in range(4):
+        assert len({rows.values[position].tobytes() for rows in points.values()}) == 7
+
+
+def test_a_late_capture_would_be_seen(stories: Path) -> None:
+    """Holding references and copying at the end, as the old engine did, gives other values: the tap's own are not that."""
+    engine = Transformer(GgufModel(stories), choose("numpy"))
+    shared = [np.zeros((4, 256), dtype=np.float32), np.zeros((4, 256), dtype=np.float32)]
+    kept: dict[str, np.ndarray] = {}
+    sink = Sink()
+
+    class Both(Capture):
+        def __call__(self, name: str, value: np.ndarray) -> None:
+            if name in self.points and value.shape == (4, 256):
+                buffer = shared[len(kept) % 2]
+                buffer[:] = value
+                kept[name] = buffer
+                super().__call__(name, buffer)
+
+    with Both(sink, DEFAULTS, engine.backend) as tap:
+        engine.forward([2047, 5, 6, 7], engine.start(), tap)
+    taken = {rows.point: rows.values for rows in sink.taken}
+    late = {name: summarise(name, value, np.arange(4)).values for name, value in kept.items()}
+    assert (late["embd"] == late["blk.5.l_out"]).all()
+    assert len({values.tobytes() for values in taken.values()}) == len(taken) == 6
+
+
+def test_a_failing_writer_stops_the_engine() -> None:
+    """What fails in the writer's thread comes out in the engine's thread, and at the latest when the tap closes."""
+    tap = Capture(Sink(fail_at=1), ["embd"], choose("numpy"))
+    tap.begin(one_pass())
+    with pytest.raises(OSError, match="disk full"):
+        for _ in range(1000):
+            tap("embd", np.zeros((3, 4), dtype=np.float32))
+            time.sleep(0.001)
+    with pytest.raises(OSError, match="disk full"):
+        tap.close()
+
+
+def test_a_slow_writer_loses_nothing_and_the_waits_are_counted() -> None:
+    """When more batches wait than the queue holds the engine waits, says how often, and every record arrives."""
+    sink = Sink(delay=0.0005)
+    with Capture(sink, ["embd"], choose("numpy")) as tap:
+        tap.begin(one_pass())
+        for number in range(600):
+            tap("embd", np.full((3, 4), number, dtype=np.float32))
+    assert [rows.values[0, 0] for rows in sink.taken] == list(range(600))
+    assert tap.waits > 0
+
+
+def test_a_full_disk_is_one_clear_error() -> None:
+    """Writing to a device that is always full ends in an InputError that names the file."""
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full here")
+    with pytest.raises(InputError, match="No space left"):
+        Writer(Path("/dev/full")).rows(summarise("embd", np.zeros((1, 4), dtype=np.float32), np.arange(1)))
+
+
+def test_a_device_array_is_refused_by_the_writer() -> None:
+    """A record is made of host memory: anything else is a TypeError that says so."""
+
+    class DeviceArray:
+        pass
+
+    with pytest.raises(TypeError, match="host memory"):
+        summarise("embd", DeviceArray(), np.arange(1))  # type: ignore[arg-type]
+
+
+def test_logits_do_not_depend_on_what_is_captured(stories: Path) -> None:
+    """The logits are bit-identical with nothing, the default set and every point captured."""
+    engine = Transformer(GgufModel(stories), choose("numpy"))
+    plain = engine.forward([2047, 9, 8, 7], engine.start())
+    for points in (DEFAULTS, engine.points):
+        with Capture(Sink(), points, engine.backend) as tap:
+            assert (engine.forward([2047, 9, 8, 7], engine.start(), tap) == plain).all()
