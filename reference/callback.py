@@ -100,6 +100,18 @@ def has_rows(planned: Planned, count: int) -> bool:
     return count in shape[:2] if not planned.heads_first else len(shape) > 2 and shape[1] == count
 
 
+def row_shape(planned: Planned, count: int) -> tuple[str, ...]:
+    """The shape of one position's row: numbers as text, "t+1" for the positions seen so far."""
+    ne = planned.node.ne if planned.operand is None else planned.node.sources[planned.operand].ne
+    kind = planned.point.rpartition(".")[2]
+    if planned.operand is not None:
+        return ("t+1", str((ne[0] if kind == "k_read" else ne[1]) * ne[2]))
+    if kind in ("kq", "kq_soft_max"):
+        return (str(ne[2]), "t+1")
+    elements = ne[0] * ne[1] * ne[2] * ne[3]
+    return (str(elements // count),)
+
+
 def _trimmed(shape: tuple[int, ...]) -> tuple[int, ...]:
     while len(shape) > 1 and shape[0] == 1:
         shape = shape[1:]

@@ -9,6 +9,7 @@ import tempfile
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -25,7 +26,8 @@ from .jobs import EXACT, Description, DumpJob, DumpResult, Node, Tokens
 _LAST_WORDS = re.compile(
     r"(GGML_ASSERT\(.*|GGML_ABORT.*|what\(\):.*|.*\bterminate called\b.*|.*[Oo]ut of memory.*|.*Error: .*)"
 )
-_BOOT = "import sys; sys.path[:0] = sys.argv[1:2]; from reference.worker import main; main()"
+# Where this package stands is first on the child's path only if it isn't on it anyway.
+_BOOT = "import sys; root = sys.argv[1]; sys.path[:0] = [] if root in sys.path else [root]; from reference.worker import main; main()"
 
 
 class _Child:
@@ -36,12 +38,11 @@ class _Child:
         self.connection: Connection = ours
         self.stderr: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the child
         root = str(Path(__file__).resolve().parent.parent)
-        known = root in sys.path or root in (str(Path(entry).resolve()) for entry in sys.path if entry)
         told = os.dup(2) if verbose else -1
         passed = [theirs.fileno(), *([told] if verbose else [])]
         try:
             self.process = subprocess.Popen(
-                [sys.executable, "-P", "-c", _BOOT, root if known else root, str(theirs.fileno()), str(told)],
+                [sys.executable, "-P", "-c", _BOOT, root, str(theirs.fileno()), str(told)],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=self.stderr,
@@ -186,6 +187,7 @@ class Reference:
         Raises:
             InputError, ModelError, ReferenceFailed: the request, the file, or llama.cpp.
         """
+        job = replace(job, threads=job.threads or self._threads)
         return cast(DumpResult, self._ask(f"computing {job.model}", "dump", job))
 
     def capture(
@@ -205,6 +207,38 @@ class Reference:
         """
         request = self._request(
             f"computing {model}", "capture", Path(model), tuple(tokens), points, mode, kv_type, threads or self._threads
+        )
+        yield from _but_last(request)
+
+    def layers(
+        self,
+        model: Path,
+        first: int,
+        stop: int,
+        hidden: NDArray[np.float32],
+        points: str | None = None,
+        mode: str = EXACT,
+        *,
+        kv_type: str = "f32",
+        threads: int | None = None,
+    ) -> Iterator[tuple[Node, NDArray[np.float32]]]:
+        """As `capture`, for layers first … stop − 1 only, which get `hidden` [T, D] (positions 0 … T − 1) as their input.
+
+        With `stop` the number of layers, `output_norm` and `logits` come as well: how the model goes on from this state.
+
+        Raises:
+            InputError: no such layers, a hidden state of another shape, or a model that has no windows.
+        """
+        request = self._request(
+            f"computing layers of {model}",
+            "layers",
+            Path(model),
+            (first, stop),
+            np.ascontiguousarray(hidden, dtype=np.float32),
+            points,
+            mode,
+            kv_type,
+            threads or self._threads,
         )
         yield from _but_last(request)
 

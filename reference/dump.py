@@ -5,6 +5,7 @@ Holds one value at a time; knows the whole model only. `windows` does the same f
 
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,7 +25,8 @@ from . import twin
 from .callback import arrange, has_rows
 from .gguf_file import Contents
 from .jobs import EXACT, NATIVE, DumpJob, DumpResult
-from .llama import Library, Model, Session, default_threads
+from .library import Library, default_threads
+from .llama import Model, Session
 from .naming import Planned, plan
 
 _TOP = 5  # logits named with each chosen token
@@ -216,7 +218,7 @@ def dump_whole(library: Library, model: Model, job: DumpJob, info: ModelInfo, st
         names = points.select(expression(job, model.n_layers), [item.point for item in known], model.n_layers)
         wanted = [item for item in known if item.point in set(names)]
         planned_at = time.perf_counter()
-        with Writer(job.out, header) as writer, _tensors(job) as tensors:
+        with Writer(job.out, header) as writer, tensors_beside(job) as tensors:
             emitter = Emitter(writer, job, tensors)
             chosen: list[int] = []
             generated: list[int] = []
@@ -251,13 +253,6 @@ def dump_whole(library: Library, model: Model, job: DumpJob, info: ModelInfo, st
     )
 
 
-class _NoTensors:
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, *_: object) -> None:
-        return None
-
-
-def _tensors(job: DumpJob) -> TensorWriter | _NoTensors:
-    return TensorWriter(beside(job.out)) if job.full else _NoTensors()
+def tensors_beside(job: DumpJob) -> AbstractContextManager[TensorWriter | None]:
+    """The writer of whole tensors, where the job wants them."""
+    return TensorWriter(beside(job.out)) if job.full else nullcontext()

@@ -172,4 +172,4 @@ def _item(type_name: str) -> int:
 
 def _extent(tensor: Tensor, item: int) -> int:
     """Bytes from a tensor's first element to its last (`ggml_nbytes`, for types without blocks)."""
-    return item + sum((n - 1) * stride for n, stride in zip(tensor.ne, tensor.nb, strict=True))
+    return item + sum((int(n) - 1) * int(stride) for n, stride in zip(tensor.ne, tensor.nb, strict=True))

@@ -12,7 +12,7 @@ from pathlib import Path
 from checkpoints.errors import ModelError
 
 _ALIGNMENT = 32  # GGUF_DEFAULT_ALIGNMENT
-_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # gguf_type -> bytes
+SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # gguf_type -> bytes
 _FORMATS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY, UINT32 = 8, 9, 4
 
@@ -101,15 +101,15 @@ class _Cursor:
         return self.take(self.number("Q")).decode(errors="replace")
 
     def skip_value(self, kind: int) -> None:
-        if kind in _SIZES:
-            self.take(_SIZES[kind])
+        if kind in SIZES:
+            self.take(SIZES[kind])
         elif kind == STRING:
             length = self.number("Q")
             self.at += length
         elif kind == ARRAY:
             item, count = self.number("I"), self.number("Q")
-            if item in _SIZES:
-                self.at += _SIZES[item] * count
+            if item in SIZES:
+                self.at += SIZES[item] * count
             else:
                 for _ in range(count):
                     self.skip_value(item)

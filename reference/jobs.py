@@ -108,7 +108,10 @@ class DumpResult:
 
 @dataclass(frozen=True)
 class Description:
-    """A model as llama.cpp sees it; `points` are (point, row shape) in the order of computation."""
+    """A model as llama.cpp sees it; `points` are (point, row shape) in the order of computation.
+
+    A row shape is of numbers as text, and "t+1" for the positions seen so far; `nodes` are the nodes of those points.
+    """
 
     info: ModelInfo
     metadata: dict[str, str]
@@ -117,5 +120,5 @@ class Description:
     n_vocab: int
     n_ctx_train: int
     n_params: int
-    points: tuple[tuple[str, tuple[int, ...]], ...]
+    points: tuple[tuple[str, tuple[str, ...]], ...]
     nodes: tuple[Node, ...]

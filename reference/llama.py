@@ -6,7 +6,6 @@ device, one ubatch, logits of every position. Runs in the child process only: gg
 
 import ctypes
 import os
-from collections import deque
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -17,61 +16,11 @@ from numpy.typing import NDArray
 from checkpoints.errors import InputError, ModelError, ReferenceFailed
 
 from .callback import Deliver, Tap
-from .ggml import Ggml
 from .jobs import Node
+from .library import Library, default_threads
 from .naming import Planned
 
 _KV_TYPES = {"f32": 0, "f16": 1}  # ggml_type
-_LOG_LINES = 200  # kept for the sentence that says why a model was refused
-_ERROR = 4  # GGML_LOG_LEVEL_ERROR
-
-
-def default_threads() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
-
-
-class Library:
-    """llama.cpp itself, with its log kept instead of printed; `verbose_fd` gets it as well."""
-
-    def __init__(self, verbose_fd: int | None = None) -> None:
-        import llama_cpp.llama_cpp as api
-
-        self.api: Any = api
-        self.lines: deque[tuple[int, str]] = deque(maxlen=_LOG_LINES)
-        self._verbose_fd = verbose_fd
-        self._log = api.llama_log_callback(self._note)  # llama.cpp keeps the pointer only
-        api.llama_log_set(self._log, None)
-        api.llama_backend_init()
-        self.ggml = Ggml()
-
-    def _note(self, level: int, text: bytes, _data: int | None) -> None:
-        self.lines.append((level, text.decode(errors="replace").rstrip("\n")))
-        if self._verbose_fd is not None:
-            os.write(self._verbose_fd, text)
-
-    def reason(self) -> str:
-        """The first error that llama.cpp logged since `lines` was cleared, without the names of its functions."""
-        errors = [line for level, line in self.lines if level == _ERROR and line.strip(" .")]
-        if not errors:
-            return "it gave no reason"
-        text = errors[0]
-        for prefix in ("error loading model: ", "failed to quantize: "):
-            text = text.rpartition(prefix)[2]
-        return text.rpartition("error loading model architecture: ")[2].strip()
-
-    def versions(self) -> dict[str, Any]:
-        """llama-cpp-python's version, llama.cpp's, and what the CPU code was built with."""
-        from importlib.metadata import version
-
-        system = self.api.llama_print_system_info().decode(errors="replace").strip(" |")
-        named = getattr(self.api, "llama_version", None)
-        return {
-            "llama_cpp_python": version("llama_cpp_python"),
-            "llama_cpp": named().decode() if named is not None else "",
-            "system": system,
-            "backend": system.partition(" :")[0],
-        }
 
 
 class Model:
@@ -100,11 +49,20 @@ class Model:
         self.n_layers = int(api.llama_model_n_layer(self._model))
         self.n_ctx_train = int(api.llama_model_n_ctx_train(self._model))
         self.n_params = int(api.llama_model_n_params(self._model))
+        if vocab_only:  # llama.cpp leaves these at 0
+            prefix = self._value("general.architecture")
+            self.n_ctx_train = int(self._value(f"{prefix}.context_length") or 0)
+            self.n_layers = int(self._value(f"{prefix}.block_count") or 0)
 
     @property
     def handle(self) -> Any:
         """The `llama_model *`."""
         return self._model
+
+    def _value(self, name: str) -> str:
+        buffer = ctypes.create_string_buffer(256)
+        count = self.library.api.llama_model_meta_val_str(self._model, name.encode(), buffer, len(buffer))
+        return buffer.value.decode(errors="replace") if count >= 0 else ""
 
     def metadata(self) -> dict[str, str]:
         """Every metadata value as text (`llama_model_meta_val_str_by_index`); long arrays are cut by llama.cpp."""

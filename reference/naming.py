@@ -72,11 +72,11 @@ def plan(nodes: Sequence[Node], *, offset: int = 0) -> list[Planned]:
     layers = _layers(nodes)
     named: dict[int, str] = {}
     operands: dict[int, tuple[int, str]] = {}
-    for layer in sorted({layer for layer in layers if layer is not None}):
-        inside = [i for i, number in enumerate(layers) if number == layer]
+    for own in sorted({layer for layer in layers if layer is not None}):
+        inside = [i for i, number in enumerate(layers) if number == own]
         names, reads = _name_layer(nodes, inside)
-        named |= {i: points.in_layer(layer + offset, name) for i, name in names.items()}
-        operands |= {i: (source, points.in_layer(layer + offset, name)) for i, (source, name) in reads.items()}
+        named |= {i: points.in_layer(own + offset, name) for i, name in names.items()}
+        operands |= {i: (source, points.in_layer(own + offset, name)) for i, (source, name) in reads.items()}
     outside = [i for i, number in enumerate(layers) if number is None]
     named |= _name_model(nodes, outside)
     taken = set(named.values())

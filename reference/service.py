@@ -2,21 +2,24 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from checkpoints import points
 from checkpoints.errors import InputError
 
 from . import dump, twin
-from .callback import arrange
+from .callback import arrange, row_shape
 from .gguf_file import contents
-from .jobs import EXACT, Description, DumpJob, DumpResult, Node, Tokens
-from .llama import Library, Model, Session
+from .jobs import EXACT, Description, DumpJob, DumpResult, Tokens
+from .library import Library
+from .llama import Model, Session
 from .naming import Planned, plan
+from .sweep import dump_windows, window_size
+from .windows import Window, open_window
 
 Item = Callable[[Any], None]
 
@@ -78,6 +81,9 @@ class Service:
         """See `client.Reference.dump`."""
         started = time.perf_counter()
         found = twin.checked(self._library, job.model)
+        if (size := window_size(self._library, found, job)) is not None:
+            return dump_windows(self._library, self._vocabulary(job.model), found, job, size, started)
+        dump.check(job, self._vocabulary(job.model))  # before minutes are spent on a twin
         info = dump.describe(found, job.model, self._library)
         model = self._computable(job.model, job.mode, job.threads)
         return dump.dump_whole(self._library, model, job, info, started)
@@ -94,19 +100,61 @@ class Service:
         item: Item,
     ) -> None:
         """See `client.Reference.capture`: items are (Node, float32 array)."""
+        dump.check_tokens(self._vocabulary(path), tokens)
         model = self._computable(path, mode, threads)
-        dump.check_tokens(model, tokens)
-        count = len(tokens)
-        with Session(model, n_ctx=count, n_batch=count, kv_type=kv_type, threads=threads) as session:
-            known = dump.available(plan(session.list_nodes(tokens)), count, self._library.ggml.readable)
-            names = {entry.point for entry in known}
-            if expression is not None:
-                names = set(dump.points.select(expression, [entry.point for entry in known], model.n_layers))
+        with Session(model, n_ctx=len(tokens), n_batch=len(tokens), kv_type=kv_type, threads=threads) as session:
+            self._deliver(session, tokens, expression, model.n_layers, 0, item)
 
-            def deliver(planned: Planned, value: NDArray[np.float32]) -> None:
-                item((planned.node, arrange(planned, value, count, count)))
+    def layers(
+        self,
+        path: Path,
+        span: tuple[int, int],
+        hidden: NDArray[np.float32],
+        expression: str | None,
+        mode: str,
+        kv_type: str,
+        threads: int | None,
+        *,
+        item: Item,
+    ) -> None:
+        """See `client.Reference.layers`: items are (Node, float32 array)."""
+        found = twin.checked(self._library, path)
+        width = found.integer(f"{found.architecture}.embedding_length")
+        if hidden.ndim != 2 or not len(hidden) or hidden.shape[1] != width:
+            raise InputError(
+                f"a hidden state of shape {hidden.shape} is not [T, {width}].", "Give one row a position.", code="hidden"
+            )
+        count = len(hidden)
+        window = Window(*span)
+        with (
+            open_window(self._library, found, window, exact=mode == EXACT, threads=threads) as model,
+            Session(model, n_ctx=count, n_batch=count, kv_type=kv_type, threads=threads) as session,
+        ):
+            self._deliver(session, hidden, expression, found.layers, window.first, item, last=window.stop == found.layers)
 
-            session.decode(tokens, 0, [entry for entry in known if entry.point in names], deliver)
+    def _deliver(
+        self,
+        session: Session,
+        inputs: tuple[int, ...] | NDArray[np.float32],
+        expression: str | None,
+        n_layers: int,
+        offset: int,
+        item: Item,
+        *,
+        last: bool = True,
+    ) -> None:
+        """One forward pass whose values go to the parent as they come; not `last` leaves out the model's output."""
+        count = len(inputs)
+        known = dump.available(plan(session.list_nodes(inputs), offset=offset), count, self._library.ggml.readable)
+        if not last:
+            known = [entry for entry in known if points.parse(entry.point).layer is not None]
+        names = [entry.point for entry in known]
+        wanted = set(names if expression is None else points.select(expression, names, n_layers))
+
+        def deliver(planned: Planned, value: NDArray[np.float32]) -> None:
+            item((planned.node, arrange(planned, value, count, count)))
+
+        session.decode(inputs, 0, [entry for entry in known if entry.point in wanted], deliver)
 
     def describe(self, path: Path, *, item: Item) -> Description:
         """See `client.Reference.describe`."""
@@ -115,7 +163,6 @@ class Service:
         tokens = tuple(range(min(3, model.n_vocab)))
         with Session(model, n_ctx=len(tokens), n_batch=len(tokens)) as session:
             known = dump.available(plan(session.list_nodes(tokens)), len(tokens), self._library.ggml.readable)
-        nodes: list[Node] = [replace(entry.node) for entry in known]
         return Description(
             info=dump.describe(found, path, self._library),
             metadata=model.metadata(),
@@ -124,8 +171,8 @@ class Service:
             n_vocab=model.n_vocab,
             n_ctx_train=model.n_ctx_train,
             n_params=model.n_params,
-            points=tuple((entry.point, ()) for entry in known),
-            nodes=tuple(nodes),
+            points=tuple((entry.point, row_shape(entry, len(tokens))) for entry in known),
+            nodes=tuple(entry.node for entry in known),
         )
 
     def quantize(self, path: Path, ftype: str, out: Path, threads: int | None, *, item: Item) -> Path:

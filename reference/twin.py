@@ -15,7 +15,7 @@ from checkpoints.errors import InputError, ModelError, ReferenceFailed
 from checkpoints.fingerprint import fingerprint
 
 from .gguf_file import Contents, contents
-from .llama import Library, default_threads
+from .library import Library, default_threads
 
 _DEFAULT_GB = 20.0
 _F32 = 0  # ggml_type
@@ -157,7 +157,8 @@ def twin(library: Library, path: Path, out: Path | None = None, *, threads: int 
         return quantize(library, path, "F32", out, threads=threads)
     if is_f32(found):
         return path
-    target = workspace() / f"{path.stem[:80]}-{fingerprint(path)}{_MARK}"
+    workspace()
+    target = place(path)
     with suppress(OSError):
         if target.stat().st_size >= twin_bytes(found):
             os.utime(target)
@@ -166,6 +167,11 @@ def twin(library: Library, path: Path, out: Path | None = None, *, threads: int 
     made = quantize(library, path, "F32", target, threads=threads)
     _evict(made)
     return made
+
+
+def place(path: Path) -> Path:
+    """Where the twin of a model stands in the cache, once it is made."""
+    return cache_dir() / f"{path.stem[:80]}-{fingerprint(path)}{_MARK}"
 
 
 def _make_room(size: int, folder: Path) -> None:

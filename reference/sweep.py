@@ -1,0 +1,202 @@
+"""A dump window by window: all forward passes through the first window, then all through the next.
+
+Each window has a KV cache of its own, so decode steps are exact too. Tokens that are not known beforehand are chosen by
+sweeping again for each: correct, and slow; the whole model is the better way wherever it fits.
+"""
+
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from checkpoints import points
+from checkpoints.errors import InputError
+from checkpoints.jsonl import Writer
+from checkpoints.tensors import beside
+
+from . import dump, twin
+from .callback import Deliver
+from .dump import Emitter, Step
+from .gguf_file import Contents
+from .jobs import EXACT, DumpJob, DumpResult
+from .library import Library
+from .llama import Model, Session
+from .naming import Planned, plan
+from .windows import UNIFORM, Window, check_windows, free_memory, layer_bytes, open_window, vocabulary_of
+
+_SHARE = 2  # a whole model may take half of what is free
+_WINDOW_SHARE = 4  # a window a quarter: its file, its copy as F32 and its page cache come together
+
+
+def window_size(library: Library, found: Contents, job: DumpJob) -> int | None:
+    """How many layers a window has, None for the whole model at once.
+
+    Raises:
+        InputError: a window was asked for that cannot be had.
+    """
+    exact = job.mode == EXACT
+    if job.window == "off":
+        return None
+    if isinstance(job.window, int):
+        if job.window < 1:
+            raise InputError(f"a window of {job.window} layers holds nothing.", "Take 1 or more.", code="window")
+        check_windows(found)
+        return job.window if job.window < found.layers else None
+    if job.window != "auto":
+        raise InputError(f"--window {job.window!r} is none.", "Take auto, off, or a number of layers.", code="window")
+    if found.architecture not in UNIFORM or (found.integer("split.count") or 1) > 1 or not exact:
+        return None
+    need, free = twin.twin_bytes(found), free_memory()
+    folder = twin.workspace()
+    held = twin.is_f32(found) or any(item.path == twin.place(found.path) for item in twin.cached())
+    if need * _SHARE < free and (held or need * _SHARE < shutil.disk_usage(folder).free):
+        return None
+    one, rest = layer_bytes(library, found, exact=exact)
+    return min(max(1, (free // _WINDOW_SHARE - rest) // max(one, 1)), found.layers - 1) or None
+
+
+@dataclass(frozen=True)
+class _Sweep:
+    """What stays the same in every sweep over the model."""
+
+    library: Library
+    found: Contents
+    job: DumpJob
+    size: int
+
+    def windows(self) -> list[tuple[int, int]]:
+        n_layers = self.found.layers
+        return [(first, min(first + self.size, n_layers)) for first in range(0, n_layers, self.size)]
+
+    def names(self) -> list[str]:
+        """Every point of the model, in order: layers are alike, so the first layer's graph tells."""
+        window = Window(0, 1, self.job.tokens)
+        with open_window(self.library, self.found, window, exact=self.job.mode == EXACT, threads=self.job.threads) as model:
+            inputs = _local(self.job.tokens, self.job.tokens, self.n_vocab)
+            with Session(model, n_ctx=len(inputs), n_batch=len(inputs), threads=self.job.threads) as session:
+                known = self._known(session, inputs, 0)
+        parsed = [points.parse(item.point) for item in known]
+        layered = [i for i, point in enumerate(parsed) if point.layer is not None]
+        before = [point.name for point in parsed[: layered[0]]]
+        after = [point.name for point in parsed[layered[0] :] if point.layer is None]
+        kinds = [point.kind for point in parsed if point.layer is not None]
+        return [*before, *(points.in_layer(i, kind) for i in range(self.found.layers) for kind in kinds), *after]
+
+    @property
+    def n_vocab(self) -> int:
+        return next(tensor.ne[1] for tensor in self.found.tensors if tensor.name == "token_embd.weight")
+
+    def _known(self, session: Session, inputs: Any, first: int) -> list[Planned]:
+        planned = plan(session.list_nodes(inputs), offset=first)
+        return dump.available(planned, len(inputs), self.library.ggml.readable)
+
+    def run(self, steps: Sequence[Step], names: set[str], emitter: Emitter | None) -> list[NDArray[np.float32]]:
+        """Compute all steps; returns the logits of each one's last position."""
+        hidden: list[NDArray[np.float32]] = []
+        logits: list[NDArray[np.float32]] = []
+        ids = tuple(token for step in steps for token in step.tokens)
+        for first, stop in self.windows():
+            window = Window(first, stop, ids if first == 0 else None)
+            with open_window(self.library, self.found, window, exact=self.job.mode == EXACT, threads=self.job.threads) as model:
+                if first == 0:
+                    inputs: list[Any] = [_local(step.tokens, ids, self.n_vocab) for step in steps]
+                else:
+                    inputs = list(hidden)
+                hidden, logits = self._through(model, window, steps, inputs, names, emitter)
+        return logits
+
+    def _through(
+        self,
+        model: Model,
+        window: Window,
+        steps: Sequence[Step],
+        inputs: Sequence[Any],
+        names: set[str],
+        emitter: Emitter | None,
+    ) -> tuple[list[NDArray[np.float32]], list[NDArray[np.float32]]]:
+        outputs: list[NDArray[np.float32]] = []
+        logits: list[NDArray[np.float32]] = []
+        n_ctx = sum(len(step.tokens) for step in steps)
+        output = points.in_layer(window.stop - 1, "l_out")
+        last = window.stop == self.found.layers
+        kv_type, threads = self.job.kv_type, self.job.threads
+        with Session(model, n_ctx=n_ctx, n_batch=len(steps[0].tokens), kv_type=kv_type, threads=threads) as session:
+            known = self._own(self._known(session, inputs[0], window.first), window)
+            wanted = [item for item in known if item.point in names or item.point == output]
+            for step, given in zip(steps, inputs, strict=True):
+                session.decode(given, step.first, wanted, _tee(outputs, output, names, emitter, step))
+                if last:
+                    logits.append(session.logits())
+        return outputs, logits
+
+    def _own(self, known: Sequence[Planned], window: Window) -> list[Planned]:
+        """Without the embedding of a later window and the output of an earlier one, which are no values of the model."""
+        kept: list[Planned] = []
+        seen_layer = False
+        for item in known:
+            layered = points.parse(item.point).layer is not None
+            seen_layer = seen_layer or layered
+            if layered or (window.stop == self.found.layers if seen_layer else window.first == 0):
+                kept.append(item)
+        return kept
+
+
+def _local(tokens: Sequence[int], ids: Sequence[int], n_vocab: int) -> tuple[int, ...]:
+    """Tokens by their rows in a first window's embedding."""
+    place = {number: row for row, number in enumerate(vocabulary_of(ids, n_vocab))}
+    return tuple(place[token] for token in tokens)
+
+
+def _tee(outputs: list[NDArray[np.float32]], output: str, names: set[str], emitter: Emitter | None, step: Step) -> Deliver:
+    """Keep the window's output for the next window, and record what was asked for."""
+    if emitter is not None:
+        emitter.step = step
+
+    def deliver(planned: Planned, value: NDArray[np.float32]) -> None:
+        if planned.point == output:
+            outputs.append(value.reshape(len(step.tokens), -1).copy())
+        if emitter is not None and planned.point in names:
+            emitter(planned, value)
+
+    return deliver
+
+
+def dump_windows(library: Library, vocabulary: Model, found: Contents, job: DumpJob, size: int, started: float) -> DumpResult:
+    """Dump a model of which only `size` layers at a time are in memory."""
+    dump.check(job, vocabulary)
+    info = dump.describe(found, job.model, library)
+    sweep = _Sweep(library, found, job, size)
+    names = points.select(dump.expression(job, found.layers), sweep.names(), found.layers)
+    planned_at = time.perf_counter()
+    follow = list(job.lead or ())
+    for _ in range(job.generate):
+        choice = int(sweep.run(dump.steps_of(job.tokens, follow), set(), None)[-1].argmax())
+        follow.append(choice)
+        if vocabulary.ends(choice):
+            break
+    steps = dump.steps_of(job.tokens, follow)
+    pieces = job.pieces or vocabulary.pieces(job.tokens)
+    header = dump.header_of(job, info, pieces, library, size)
+    with Writer(job.out, header) as writer, dump.tensors_beside(job) as tensors:
+        logits = sweep.run(steps, set(names), Emitter(writer, job, tensors))
+        for i, token in enumerate(follow):
+            writer.token(dump.token_record(vocabulary, len(job.tokens) + i, token, logits[i]))
+    return DumpResult(
+        out=job.out,
+        header=header,
+        model=info,
+        computed=job.model,
+        n_layers=found.layers,
+        points=tuple(names),
+        records=writer.checkpoints,
+        generated=tuple(follow),
+        chosen=tuple(int(row.argmax()) for row in logits[: len(follow)]),
+        pieces=pieces,
+        window=size,
+        tensors=beside(job.out) if job.full else None,
+        timings={"prepare": planned_at - started, "compute": time.perf_counter() - planned_at},
+    )

@@ -1,0 +1,230 @@
+"""Windows: layers first … stop − 1 of a model as a GGUF of their own, fed with a hidden state instead of tokens.
+
+Chained over the model they give the whole model's numbers to the bit, in the memory of one window. A window's file is the
+model's own table of contents with the layers renumbered, no tokenizer, and the embedding and the output matrix cut to the
+rows that are needed; tensors are copied raw.
+"""
+
+import os
+import re
+import struct
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import IO
+
+from checkpoints.errors import InputError
+
+from .gguf_file import ARRAY, SIZES, Contents, TensorInfo, Value, header_bytes, string_value, uint32_value
+from .library import Library
+from .llama import Model
+from .twin import is_f32, quantize, temporary, workspace
+
+# Architectures whose layers are all of one kind and do not look at their own number (no sliding-window pattern, no
+# layers without RoPE, no leading dense layers): only there is a renumbered layer the same layer.
+UNIFORM = frozenset({"gemma", "llama", "qwen2", "qwen2moe", "qwen3", "qwen3moe"})
+_ROWS = 32  # of an embedding or output matrix that nobody reads
+_ALIGNMENT = 32
+_CHUNK = 1 << 24
+_LAYER = re.compile(r"blk\.(\d+)\.(.+)")
+_EMBEDDING, _OUTPUT = "token_embd.weight", "output.weight"
+
+
+@dataclass(frozen=True)
+class Window:
+    """Layers first … stop − 1 of a model. `ids` are the tokens that will enter it; None where a hidden state does."""
+
+    first: int
+    stop: int
+    ids: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A tensor of the new file: `rows` of it, in this order (None for all of it, a number for the leading ones)."""
+
+    name: str
+    source: TensorInfo
+    rows: tuple[int, ...] | int | None = None
+
+
+def check_windows(found: Contents) -> None:
+    """Refuse a model that cannot be computed window by window.
+
+    Raises:
+        InputError: layers that are not all alike, or a file in several parts.
+    """
+    if found.architecture not in UNIFORM:
+        raise InputError(
+            f"{found.architecture} cannot be computed window by window: its layers are not known to be alike.",
+            "Leave --window out.",
+            code="window",
+        )
+    if (found.integer("split.count") or 1) > 1:
+        raise InputError(
+            f"{found.path.name} is one of several parts.", "Merge them first (llama-gguf-split --merge).", code="window"
+        )
+
+
+def vocabulary_of(ids: Sequence[int], n_vocab: int) -> tuple[int, ...]:
+    """The rows of the embedding that a window's file holds: the tokens', in order, and some more where they are few."""
+    used = set(ids)
+    for number in range(n_vocab):
+        if len(used) >= min(_ROWS, n_vocab):
+            break
+        used.add(number)
+    return tuple(sorted(used))
+
+
+@contextmanager
+def open_window(
+    library: Library, found: Contents, window: Window, *, exact: bool, threads: int | None = None
+) -> Iterator[Model]:
+    """A window as a loaded model; its file is gone afterwards.
+
+    Raises:
+        InputError: no such layers, or a model that has no windows; ReferenceFailed: llama.cpp refuses.
+    """
+    check_windows(found)
+    if not 0 <= window.first < window.stop <= found.layers:
+        raise InputError(
+            f"there are no layers {window.first}…{window.stop - 1}.",
+            f"The model has layers 0…{found.layers - 1}.",
+            code="layers",
+        )
+    folder = workspace()
+    label = f"{window.first}-{window.stop}.gguf"
+    with temporary(folder, f"raw-{label}") as raw, temporary(folder, f"f32-{label}") as f32:
+        _write(library, found, window, raw)
+        path = raw
+        if exact and not is_f32(found):
+            path = quantize(library, raw, "F32", f32, threads=threads)
+            raw.unlink()
+        with Model(library, path) as model:
+            yield model
+
+
+def _write(library: Library, found: Contents, window: Window, out: Path) -> None:
+    parts, rows = _parts(found, window)
+    infos: list[TensorInfo] = []
+    offset = 0
+    for part in parts:
+        ne = _shape(part)
+        infos.append(TensorInfo(part.name, ne, part.source.type, offset))
+        size = library.ggml.row_size(part.source.type, infos[-1].elements)
+        offset += -(-size // _ALIGNMENT) * _ALIGNMENT
+    try:
+        with found.path.open("rb") as source, out.open("wb") as target:
+            target.write(header_bytes(_metadata(found, window, rows), infos))
+            for part, info in zip(parts, infos, strict=True):
+                _copy(library, found, part, source, target)
+                target.write(b"\0" * (-library.ggml.row_size(info.type, info.elements) % _ALIGNMENT))
+    except OSError as error:
+        raise InputError(
+            f"cannot write a window to {out.parent}: {error.strerror}.", "Set PARITY_CACHE to another disk.", code="cache"
+        ) from error
+
+
+def _parts(found: Contents, window: Window) -> tuple[list[_Part], int]:
+    """The tensors of a window's file, and the size of its vocabulary."""
+    named = {tensor.name: tensor for tensor in found.tensors}
+    embedding = named[_EMBEDDING]
+    n_vocab = embedding.ne[1]
+    last = window.stop == found.layers
+    ids = None if window.ids is None or last else vocabulary_of(window.ids, n_vocab)
+    rows = n_vocab if last else (len(ids) if ids is not None else min(_ROWS, n_vocab))
+    parts: list[_Part] = []
+    if last:
+        # Nobody looks a token up here, so the output matrix stands in for the embedding, as in a model that ties them.
+        parts.append(_Part(_EMBEDDING, named.get(_OUTPUT, embedding)))
+    else:
+        parts.append(_Part(_EMBEDDING, embedding, ids if ids is not None else rows))
+    for tensor in found.tensors:
+        match = _LAYER.fullmatch(tensor.name)
+        if match:
+            if window.first <= int(match[1]) < window.stop:
+                parts.append(_Part(f"blk.{int(match[1]) - window.first}.{match[2]}", tensor))
+        elif tensor.name == _OUTPUT:
+            if not last:
+                parts.append(_Part(_OUTPUT, tensor, rows))
+        elif tensor.name != _EMBEDDING:
+            parts.append(_Part(tensor.name, tensor))
+    return parts, rows
+
+
+def _shape(part: _Part) -> tuple[int, ...]:
+    if part.rows is None:
+        return part.source.ne
+    return (part.source.ne[0], part.rows if isinstance(part.rows, int) else len(part.rows))
+
+
+def _copy(library: Library, found: Contents, part: _Part, source: IO[bytes], target: IO[bytes]) -> None:
+    start = found.data + part.source.offset
+    row = library.ggml.row_size(part.source.type, part.source.ne[0])
+    if isinstance(part.rows, tuple):
+        for number in part.rows:
+            source.seek(start + number * row)
+            target.write(source.read(row))
+        return
+    left = row * part.rows if part.rows is not None else library.ggml.row_size(part.source.type, part.source.elements)
+    source.seek(start)
+    while left > 0:
+        chunk = source.read(min(_CHUNK, left))
+        if not chunk:
+            raise OSError(5, f"{found.path} ends too early")
+        target.write(chunk)
+        left -= len(chunk)
+
+
+def _metadata(found: Contents, window: Window, rows: int) -> dict[str, Value]:
+    prefix = f"{found.architecture}."
+    kept: dict[str, Value] = {}
+    for name, value in found.metadata.items():
+        if name.startswith(("tokenizer.", "split.")) or name == "general.alignment":
+            continue
+        kept[name] = _own_layers(value, window, found.layers) if name.startswith(prefix) else value
+    kept[f"{prefix}block_count"] = uint32_value(window.stop - window.first)
+    kept[f"{prefix}vocab_size"] = uint32_value(rows)
+    kept["tokenizer.ggml.model"] = string_value("no_vocab")
+    return kept
+
+
+def _own_layers(value: Value, window: Window, n_layers: int) -> Value:
+    """A value with one entry a layer, cut to the window's; any other as it is."""
+    if value.type != ARRAY:
+        return value
+    item, count = struct.unpack("<IQ", value.raw[:12])
+    if item not in SIZES or count != n_layers:
+        return value
+    size = SIZES[item]
+    entries = value.raw[12 + window.first * size : 12 + window.stop * size]
+    return replace(value, raw=struct.pack("<IQ", item, window.stop - window.first) + entries)
+
+
+def free_memory() -> int:
+    """Bytes that can be allocated now: the system's, or what its control group leaves."""
+    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                free = int(line.split()[1]) * 1024
+        group = Path("/sys/fs/cgroup")
+        limit = (group / "memory.max").read_text().strip()
+        if limit != "max":
+            free = min(free, int(limit) - int((group / "memory.current").read_text()))
+    except (OSError, ValueError):
+        pass  # not Linux, or no control group: the first number stands
+    return max(free, 0)
+
+
+def layer_bytes(library: Library, found: Contents, *, exact: bool) -> tuple[int, int]:
+    """(bytes of one layer, bytes of everything that stands outside the layers), as they are computed."""
+    inside = outside = 0
+    for tensor in found.tensors:
+        size = 4 * tensor.elements if exact else library.ggml.row_size(tensor.type, tensor.elements)
+        if _LAYER.fullmatch(tensor.name):
+            inside += size
+        else:
+            outside += size
+    return inside // max(found.layers, 1), outside
