@@ -10,6 +10,7 @@ from time import perf_counter
 from typing import Any, Literal
 
 from checkpoints.errors import DumpError, InputError
+from checkpoints.points import layer_outputs
 from checkpoints.reader import read
 from checkpoints.record import DEFAULT_SLICE, Dump
 from checkpoints.verdict import Verdict
@@ -139,7 +140,7 @@ def run(request: Request, progress: Progress | None = None) -> Outcome:
         prompt = resolve_prompt(reference, request)
         ref_path, ours_path = folder / "ref.jsonl", folder / "ours.jsonl"
         ours.check(prompt)
-        job = reference_job(request, prompt, ref_path)
+        job = reference_job(replace(request, points=ours.points, layers=None), prompt, ref_path)
         if request.generate:
             result = reference.dump(job)
             ours.dump(prompt, ours_path, result, progress)
@@ -168,6 +169,13 @@ class _Own:
         self._request = request
         # One forward pass reads each weight once: keep none of them. Generation reads them again at every step.
         self._transformer = Transformer(GgufModel(request.model), choose(request.backend), resident=request.generate > 0)
+
+    @property
+    def points(self) -> str:
+        """The points by name: llama.cpp's graph has nodes besides that nobody asked for."""
+        from .ours import chosen_points
+
+        return ",".join(chosen_points(self._transformer, self._request.points, self._request.layers))
 
     def check(self, prompt: Prompt) -> None:
         """Raises InputError for tokens that the model cannot take."""
@@ -202,6 +210,12 @@ class _Foreign:
     def __init__(self, request: Request, reference: Reference) -> None:
         self._request = request
         self._reference = reference
+
+    @property
+    def points(self) -> str:
+        """What was asked for; which of it a foreign engine records is its own matter."""
+        request = self._request
+        return ",".join(layer_outputs(request.layers)) if request.layers is not None else request.points
 
     def check(self, prompt: Prompt) -> None:
         """A foreign engine judges its tokens itself."""
