@@ -6,6 +6,7 @@ point and step; a reader gives back one `Rows` a point for the whole dump, so th
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from math import prod
 from typing import Any, Self
 
 import numpy as np
@@ -134,7 +135,8 @@ class Rows:
 
     def full(self) -> NDArray[np.bool_]:
         """bool [R]: rows whose values are the whole activation, not a slice of it."""
-        sizes = np.array([int(np.prod(shape)) if shape else -1 for shape in self.shapes], dtype=np.int64)
+        known = {shape: prod(shape) if shape else -1 for shape in set(self.shapes)}  # few shapes, many rows
+        sizes = np.fromiter((known[shape] for shape in self.shapes), np.int64, len(self))
         return (sizes == self.counts) if self.indices is None else np.zeros(len(self), dtype=np.bool_)
 
     @staticmethod

@@ -1,0 +1,71 @@
+"""A verdict as JSON: the contract that scripts read. Adding keys is allowed, changing or dropping them is not."""
+
+from dataclasses import asdict
+from math import isfinite, isnan
+from typing import Any
+
+from checkpoints.verdict import Difference, Missing, Verdict
+
+SCHEMA = 1
+
+
+def verdict_as_json(verdict: Verdict) -> dict[str, Any]:
+    """One JSON object: `schema`, `verdict`, `compared`, `mode`, `limit`, `worst`, `first_divergence` and what explains them.
+
+    What is not known is null; non-finite numbers are the strings "NaN", "Infinity" and "-Infinity", as in a dump.
+    """
+    made = {
+        "schema": SCHEMA,
+        "verdict": verdict.verdict,
+        "compared": verdict.compared,
+        "mode": verdict.mode,
+        "limit": verdict.limits.operations,
+        "limits": asdict(verdict.limits),
+        "worst": _difference(verdict.worst),
+        "first_divergence": _difference(verdict.first_divergence),
+        "origins": [{**(_difference(origin.first) or {}), "positions": list(origin.positions)} for origin in verdict.origins],
+        "last_agreement": asdict(verdict.last_agreement) if verdict.last_agreement else None,
+        "next": verdict.next,
+        "operation": verdict.operation,
+        "pattern": asdict(verdict.pattern) if verdict.pattern else None,
+        "missing": {"ours": _missing(verdict.missing_ours), "ref": _missing(verdict.missing_ref)},
+        "points": [
+            {
+                "checkpoint": point.checkpoint,
+                "layer": point.layer,
+                "records": point.records,
+                "failed": point.failed,
+                "status": point.status,
+                "worst": _difference(point.worst, values=False),
+            }
+            for point in verdict.points
+        ],
+        "choices": asdict(verdict.choices) if verdict.choices else None,
+        "left_out": verdict.left_out,
+        "notes": list(verdict.notes),
+    }
+    return {key: plain(value) for key, value in made.items()}
+
+
+def plain(value: Any) -> Any:
+    """The same value with nothing in it that JSON lacks: tuples become lists, non-finite numbers words."""
+    if isinstance(value, float) and not isfinite(value):
+        return "NaN" if isnan(value) else ("Infinity" if value > 0 else "-Infinity")
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return value
+
+
+def _difference(found: Difference | None, *, values: bool = True) -> dict[str, Any] | None:
+    if found is None:
+        return None
+    made = asdict(found)
+    if not values:
+        del made["ours"], made["ref"]
+    return made
+
+
+def _missing(lacks: Missing) -> dict[str, Any]:
+    return {"points": list(lacks.points), "positions": list(lacks.positions), "records": lacks.records}
