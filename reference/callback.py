@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 from numpy.typing import NDArray
 
-from .ggml import Ggml
+from .ggml import COMPUTED, Ggml
 from .jobs import Node
 from .naming import Planned, Signature, Signer
 
@@ -24,7 +24,8 @@ class Tap:
 
     def __init__(self, ggml: Ggml) -> None:
         self._ggml = ggml
-        self._listing: list[Node] | None = None
+        self._listing: list[tuple[Node, bool]] | None = None
+        self._marked = False  # whether this llama.cpp marks the nodes that it computes
         self._wanted: dict[Signature, list[Planned]] = {}
         self._deliver: Deliver | None = None
         self._signer = Signer()
@@ -36,10 +37,19 @@ class Tap:
         """Whether the computation need not go on: nothing will be taken from it."""
         return self._failure is not None or self._listing is not None
 
-    def list_nodes(self, into: list[Node]) -> None:
+    def list_nodes(self) -> None:
         """During the next pass only note the nodes."""
         self._reset()
-        self._listing = into
+        self._listing = []
+
+    def listed(self) -> list[Node]:
+        """The nodes noted, in the order of computation; without those that stand in the graph but are not computed.
+
+        A graph may hold both an embedding of tokens and one of hidden states, and select one of them.
+        """
+        noted = self._listing or []
+        self._marked = any(marked for _, marked in noted)
+        return [node for node, marked in noted if marked or not self._marked]
 
     def take(self, wanted: Iterable[Planned], deliver: Deliver | None) -> None:
         """During the next pass hand the wanted values to `deliver`, each as it is computed."""
@@ -76,7 +86,10 @@ class Tap:
     def _asked(self, address: int) -> bool:
         tensor = self._ggml.tensor(address)
         if self._listing is not None:
-            self._listing.append(self._ggml.node(tensor))
+            self._listing.append((self._ggml.node(tensor), bool(tensor.flags & COMPUTED)))
+            return False
+        if self._marked and not tensor.flags & COMPUTED:
+            self._current = []
             return False
         first = tensor.src[0].contents.name.decode(errors="replace") if tensor.src[0] else ""
         name = tensor.name.decode(errors="replace")

@@ -20,6 +20,7 @@ from .jobs import Node, Source
 
 _MAX_NAME = 64  # GGML_MAX_NAME
 _MAX_SRC = 10  # GGML_MAX_SRC
+COMPUTED = 16  # GGML_TENSOR_FLAG_COMPUTE: versions that have it set it on every node that is not skipped
 _DTYPES: dict[str, Any] = {
     "f32": np.float32,
     "f16": np.float16,

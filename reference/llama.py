@@ -187,25 +187,23 @@ class Session:
 
     def list_nodes(self, inputs: Sequence[int] | NDArray[np.float32]) -> list[Node]:
         """The nodes of the graph for these inputs, in the order of computation; nothing stays in the cache."""
-        nodes: list[Node] = []
-        self.tap.list_nodes(nodes)
         # The abort callback stops the computation at its first node, when all have been asked for. Where the graph is
         # cut into several parts (a second backend), only the first was: then the whole pass has to be computed.
-        self._decode(inputs, 0)
-        self.tap.check()
+        nodes = self._list(inputs)
         if not any(node.name == "result_output" for node in nodes):
-            nodes.clear()
-            self.tap.list_nodes(nodes)
-            self.model.library.api.llama_set_abort_callback(self._context, self._never(), None)
-            self._decode(inputs, 0)
-            self.tap.check()
-            self.model.library.api.llama_set_abort_callback(self._context, self._abort, None)
+            api = self.model.library.api
+            never = api.ggml_abort_callback(lambda _data: False)
+            api.llama_set_abort_callback(self._context, never, None)
+            nodes = self._list(inputs)
+            api.llama_set_abort_callback(self._context, self._abort, None)
         self.clear()
         return nodes
 
-    def _never(self) -> Any:
-        self._go_on = self.model.library.api.ggml_abort_callback(lambda _data: False)
-        return self._go_on
+    def _list(self, inputs: Sequence[int] | NDArray[np.float32]) -> list[Node]:
+        self.tap.list_nodes()
+        self._decode(inputs, 0)
+        self.tap.check()
+        return self.tap.listed()
 
     def clear(self) -> None:
         """Forget every position."""

@@ -87,7 +87,7 @@ def plan(nodes: Sequence[Node], *, offset: int = 0) -> list[Planned]:
             planned.append(Planned(replace(node, point=point), signatures[i], source))
         if i in named:
             point = named[i]
-        elif node.op in VIEWS or node.op in _WRITES:
+        elif node.op in VIEWS or node.op in _WRITES or _is_selection(node):
             continue
         else:
             layer = layers[i]
@@ -95,6 +95,11 @@ def plan(nodes: Sequence[Node], *, offset: int = 0) -> list[Planned]:
             taken.add(point)
         planned.append(Planned(replace(node, point=point), signatures[i], None, _heads_first(point)))
     return planned
+
+
+def _is_selection(node: Node) -> bool:
+    """The last layer's copies of the rows whose logits were asked for: values that stand elsewhere already."""
+    return node.op == "GET_ROWS" and any(source.name in ("out_ids", "inp_out_ids") for source in node.sources)
 
 
 def _heads_first(point: str) -> bool:

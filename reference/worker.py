@@ -31,9 +31,17 @@ def _watch(parent: int) -> None:
 
 def serve(connection: Connection, verbose_fd: int | None) -> None:
     """Answer requests (name, arguments, keywords) until the parent closes the pipe."""
-    from .service import Service  # imports llama.cpp while the parent does its own work
+    failure: tuple[Any, ...] | None = None
+    service: Any = None
+    try:
+        from .service import Service
 
-    service = Service(verbose_fd)
+        service = Service(verbose_fd)  # loads llama.cpp while the parent does its own work
+    except errors.ParityError as error:
+        failure = _failed(error)
+    except (ImportError, OSError) as error:
+        message = f"llama-cpp-python cannot be loaded: {error}."
+        failure = _failed(errors.ReferenceFailed(message, "Install it: pip install llama-cpp-python.", code="install"))
 
     def item(value: Any) -> None:
         if connection.poll():
@@ -48,7 +56,11 @@ def serve(connection: Connection, verbose_fd: int | None) -> None:
             return
         if name == "stop":  # came when the answer was complete already
             continue
-        connection.send(_answer(getattr(service, name), arguments, keywords, item))
+        connection.send(failure or _answer(getattr(service, name), arguments, keywords, item))
+
+
+def _failed(error: errors.ParityError) -> tuple[Any, ...]:
+    return ("error", type(error).__name__, error.message, error.advice, error.code)
 
 
 def _answer(
@@ -59,7 +71,7 @@ def _answer(
     except Stopped:
         return ("done", None)
     except errors.ParityError as error:
-        return ("error", type(error).__name__, error.message, error.advice, error.code)
+        return _failed(error)
     except MemoryError:
         return ("error", "ReferenceFailed", "there is not enough memory.", "Free some, or take --window 1.", "memory")
     except Exception:
