@@ -1,0 +1,64 @@
+"""What is compared: model, tokens and both sides, in a few lines above the points."""
+
+from collections.abc import Iterator
+
+from rich.console import Console
+from rich.text import Text
+
+from checkpoints.record import Header
+
+from .layout import labelled
+from .numbers import clean, count
+
+
+def print_lines(console: Console, lines: Iterator[Text] | list[Text]) -> None:
+    """Print lines as they are: nothing is wrapped, highlighted or read as markup."""
+    for line in lines:
+        console.print(line, highlight=False, soft_wrap=True)
+
+
+def print_header(console: Console, ours: Header | None, ref: Header | None) -> None:
+    """Print which model, tokens and sides are compared."""
+    print_lines(console, header(ours, ref, console.width))
+
+
+def header(ours: Header | None, ref: Header | None, width: int) -> list[Text]:
+    """The lines of it; none where neither side has a header."""
+    rows = list(_rows(ours, ref))
+    return [*labelled(rows, width), Text("")] if rows else []
+
+
+def _rows(ours: Header | None, ref: Header | None) -> Iterator[tuple[str, str]]:
+    either = ref or ours
+    if either is None:
+        return
+    model = either.model
+    shape = ", ".join(
+        part for part in (clean(model.architecture), count(model.layers, "layer") if model.layers else "") if part
+    )
+    named = " · ".join(part for part in (clean(model.name), shape, clean(model.file_type)) if part)
+    if named:
+        yield "model", named
+    if either.tokens:
+        pieces = clean("".join(either.pieces))
+        text = f"{len(either.tokens)}  {pieces if len(pieces) <= 60 else pieces[:59] + '…'}"
+        yield "tokens", text.rstrip()
+    for name, side in (("ours", ours), ("ref", ref)):
+        if side is not None:
+            yield name, _side(side)
+        else:
+            yield name, "no header: source, model and arithmetic are not known"
+
+
+def _side(side: Header) -> str:
+    build = side.build
+    shown = [build.get(key) for key in ("version", "backend", "device")]
+    threads = build.get("threads")
+    made = [
+        " ".join(clean(str(part)) for part in (side.source, shown[0]) if part),
+        " ".join(dict.fromkeys(clean(str(part)) for part in shown[1:] if part)),
+        count(threads, "thread") if isinstance(threads, int) else "",
+        clean(side.compute),
+        f"KV {clean(side.kv_type)}" if side.kv_type else "",
+    ]
+    return " · ".join(part for part in made if part)

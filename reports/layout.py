@@ -1,0 +1,53 @@
+"""Columns and labelled sentences as lines of text, without trailing blanks, so that piped output is clean."""
+
+from collections.abc import Sequence
+
+from rich.cells import cell_len, set_cell_size
+from rich.text import Text
+
+_GAP = 2
+
+
+def columns(rows: Sequence[Sequence[str]], right: frozenset[int], styles: Sequence[str], width: int) -> list[Text]:
+    """Rows of cells, aligned; the columns in `right` to the right. The last column is cut where it does not fit."""
+    widths = [max(cell_len(row[number]) for row in rows) for number in range(len(rows[0]))]
+    lines: list[Text] = []
+    for row, style in zip(rows, styles, strict=True):
+        line = ""
+        for number, (cell, size) in enumerate(zip(row, widths, strict=True)):
+            pad = " " * (size - cell_len(cell))
+            line += (pad + cell if number in right else cell + pad) + " " * _GAP
+        lines.append(Text(cut(line.rstrip(), width), style=style))
+    return lines
+
+
+def cut(text: str, width: int) -> str:
+    """The text, or as much of it as fits in front of an ellipsis."""
+    return text if cell_len(text) <= width else set_cell_size(text, max(width - 1, 0)).rstrip() + "…"
+
+
+def labelled(rows: Sequence[tuple[str, str]], width: int, *, label: int = 0, indent: int = 0) -> list[Text]:
+    """Names in front of sentences, which wrap beside them; a name that repeats is printed once."""
+    label = max([label, *(cell_len(name) + _GAP for name, _ in rows)])
+    lines: list[Text] = []
+    before = ""
+    for name, sentence in rows:
+        room = max(width - indent - label, 20)
+        for number, part in enumerate(wrap(sentence, room)):
+            shown = name if number == 0 and name != before else ""
+            line = Text(" " * indent).append(shown.ljust(label), style="dim").append(part)
+            lines.append(line)
+        before = name
+    return lines
+
+
+def wrap(text: str, width: int) -> list[str]:
+    """Lines of at most `width` cells, broken at blanks; a longer word stays whole, so that it can be copied."""
+    lines: list[str] = [""]
+    for word in text.split(" "):
+        longer = f"{lines[-1]} {word}" if lines[-1] else word
+        if lines[-1] and cell_len(longer) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return lines
