@@ -27,16 +27,15 @@ def synth(
     stub_vocabulary: Annotated[bool, typer.Option("--stub-vocabulary", help="No tokenizer: prompts by --tokens only.")] = False,
 ) -> None:
     """Write a GGUF of a supported architecture and any shape with seeded random weights: for tests, benchmarks, bug reports."""
-    from engine.synth import synthesize
+    from engine.synth import shape_like
 
     from ..default_model import path as default_model
     from ..output import written
+    from ..synthetic import make
 
-    synthesize(
-        out,
-        like=like,
+    shape = shape_like(
+        like,
         architecture=architecture,
-        weight_type=kind,
         layers=layers,
         width=width,
         heads=heads,
@@ -47,7 +46,6 @@ def synth(
         tied=tied,
         context=context,
         rope_base=rope_base,
-        seed=seed,
-        tokenizer=None if stub_vocabulary else default_model(),
     )
+    make(out, shape, kind=kind, seed=seed, tokenizer=None if stub_vocabulary else default_model())
     written(out)
