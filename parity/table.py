@@ -1,0 +1,77 @@
+"""Every compared record as a pandas table, to be filtered and plotted. pandas is imported only here."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from checkpoints.errors import InputError
+from checkpoints.points import parse
+from checkpoints.record import DECODE, PREFILL, Dump
+
+from .compare import Options, measured
+from .records import Records
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def table(records: Records) -> "pd.DataFrame":
+    """One row a record, in dataflow order, then by sequence and position.
+
+    Columns: checkpoint, layer (absent for points of the whole model), seq, token_idx, token (its text), step, phase, nmse,
+    nmse_slice, nmse_row, max_abs, cosine, rel, ulp, limit, of_limit, verdict ("agrees" or "differs"), fresh.
+    """
+    import pandas as pd
+
+    m, names = records.measures, records.names
+    layers = np.array([-1 if (layer := parse(name).layer) is None else layer for name in names], dtype=np.int64)
+    texts = [
+        records.text.get(position) if seq == 0 else None
+        for seq, position in zip(records.seq.tolist(), records.token_idx.tolist(), strict=True)
+    ]
+    each = layers[records.point]
+    return pd.DataFrame(
+        {
+            "checkpoint": pd.Categorical(
+                np.array(names, dtype=object)[records.point], categories=pd.Index(names), ordered=True
+            ),
+            "layer": pd.Series(each, dtype="Int64").mask(each < 0),
+            "seq": records.seq,
+            "token_idx": records.token_idx,
+            "token": pd.array(texts, dtype="string"),
+            "step": records.step,
+            "phase": np.where(records.decode, DECODE, PREFILL),
+            "nmse": m.nmse,
+            "nmse_slice": m.nmse_slice,
+            "nmse_row": m.nmse_row,
+            "max_abs": m.max_abs,
+            "cosine": m.cosine,
+            "rel": m.relative,
+            "ulp": m.ulp,
+            "limit": records.limit,
+            "of_limit": records.of_limit,
+            "verdict": np.where(records.failed, "differs", "agrees"),
+            "fresh": records.fresh(),
+        }
+    )
+
+
+def write_table(ours: Dump, ref: Dump, options: Options, path: Path) -> None:
+    """Compare two dumps and write the table as .csv or .parquet, which the name's ending chooses.
+
+    Raises:
+        InputError: another ending, Parquet without pyarrow, the file cannot be written, or what `compare` raises.
+    """
+    if path.suffix not in (".csv", ".parquet"):
+        raise InputError(f"cannot write a table as {path.name!r}.", "End its name in .csv or .parquet.", code="output")
+    frame = table(measured(ours, ref, options))
+    try:
+        if path.suffix == ".csv":
+            frame.to_csv(path, index=False)
+        else:
+            frame.to_parquet(path, index=False)
+    except ImportError as error:
+        raise InputError("Parquet needs pyarrow, which is not installed.", "Write .csv, or install pyarrow.") from error
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror or error}.", "Choose another path.", code="output") from error
