@@ -51,10 +51,10 @@ class Step:
         return np.arange(self.first, self.first + len(self.tokens), dtype=np.int64)
 
 
-def steps_of(prompt: Sequence[int], follow: Sequence[int]) -> list[Step]:
-    """The prompt in one pass, then each further token in its own."""
-    first = Step(0, 0, tuple(prompt))
-    return [first, *(Step(i + 1, len(prompt) + i, (token,)) for i, token in enumerate(follow))]
+def steps_of(prompt: Sequence[int], follow: Sequence[int], first: int = 0) -> list[Step]:
+    """The prompt in one pass, then each further token in its own; the first token stands at position `first`."""
+    after = first + len(prompt)
+    return [Step(0, first, tuple(prompt)), *(Step(i + 1, after + i, (token,)) for i, token in enumerate(follow))]
 
 
 @dataclass
@@ -72,7 +72,8 @@ class Emitter:
         keep = self._kept()
         if not len(keep):
             return
-        tensor = arrange(planned, value, len(step.tokens), step.first + len(step.tokens))
+        begin = self.job.first_position
+        tensor = arrange(planned, value, len(step.tokens), step.first - begin + len(step.tokens))
         source = planned.node if planned.operand is None else planned.node.sources[planned.operand]
         rows = summarise(
             planned.point,
@@ -82,6 +83,7 @@ class Emitter:
             decode=step.decode,
             slice_size=self.job.slice,
             keep=keep,
+            first=begin,
             dtype=source.type,
         )
         self.writer.rows(rows)
@@ -145,15 +147,16 @@ def check(job: DumpJob, model: Model) -> None:
         raise InputError(f"cannot generate {job.generate} tokens.", "Take 0 or more.", code="generate")
     if job.slice is not None and job.slice < 1:
         raise InputError(f"a slice of {job.slice} values holds nothing.", "Take 1 or more.", code="slice")
-    check_tokens(model, job.tokens, job.generate + len(job.lead or ()))
+    check_tokens(model, job.tokens, job.first_position + job.generate + len(job.lead or ()))
     model.checked(job.lead or ())
     if isinstance(job.positions, str):
         if job.positions not in ("all", "last"):
             raise InputError(f"--positions {job.positions!r} is none.", "Take all, last, or a list.", code="positions")
         return
-    count = len(job.tokens) + job.generate + len(job.lead or ())
-    if wrong := [position for position in job.positions if not 0 <= position < count]:
-        raise InputError(f"there is no position {wrong[0]}.", f"The run has positions 0…{count - 1}.", code="positions")
+    first = job.first_position
+    last = first + len(job.tokens) + job.generate + len(job.lead or ()) - 1
+    if wrong := [position for position in job.positions if not first <= position <= last]:
+        raise InputError(f"there is no position {wrong[0]}.", f"The run has positions {first}…{last}.", code="positions")
     if not job.positions:
         raise InputError("--positions names none.", "Take all, last, or a list.", code="positions")
 
@@ -222,7 +225,7 @@ def dump_whole(library: Library, model: Model, job: DumpJob, info: ModelInfo, st
             emitter = Emitter(writer, job, tensors)
             chosen: list[int] = []
             generated: list[int] = []
-            step = steps_of(job.tokens, ())[0]
+            step = steps_of(job.tokens, (), job.first_position)[0]
             while True:
                 emitter.step = step
                 session.decode(step.tokens, step.first, wanted, emitter)
@@ -231,7 +234,7 @@ def dump_whole(library: Library, model: Model, job: DumpJob, info: ModelInfo, st
                 logits = session.logits()
                 choice = int(logits.argmax())
                 token = follow[len(generated)] if len(generated) < len(follow) else choice
-                position = len(job.tokens) + len(generated)
+                position = job.first_position + len(job.tokens) + len(generated)
                 chosen.append(choice)
                 generated.append(token)
                 writer.token(token_record(model, position, token, logits))

@@ -67,6 +67,7 @@ class DumpJob:
         lead: ids to follow after the prompt instead of choosing.
         window: "off" (the whole model at once), a number of layers, or "auto" (whole where it fits).
         kv_type: "f32", or in native mode also "f16".
+        first_position: where the first token stands, so that long contexts can be tried without a long prompt.
     """
 
     model: Path
@@ -85,6 +86,7 @@ class DumpJob:
     window: str | int = "auto"
     threads: int | None = None
     kv_type: str = "f32"
+    first_position: int = 0
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,115 @@
+"""Proves that twins hold the very weights, and that windows of layers give the whole model's numbers to the bit."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+
+from checkpoints.errors import InputError
+from checkpoints.reader import read
+from checkpoints.tensors import TensorReader
+from reference import EXACT, NATIVE, DumpJob, Reference
+from reference.twin import cache_dir, cached, empty_cache
+
+TOKENS = (2047, 430, 457, 258, 403)
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_K_M", "Q5_0", "F16", "BF16"])
+def test_twin_is_the_dequantisation(reference: Reference, quantized: Callable[[str], Path], kind: str) -> None:
+    """A twin's weights are gguf-py's dequantisation of the original's, bit for bit."""
+    model = quantized(kind)
+    twin = gguf.GGUFReader(reference.twin(model))
+    originals = {tensor.name: tensor for tensor in gguf.GGUFReader(model).tensors}
+    assert {tensor.name for tensor in twin.tensors} == set(originals)
+    for tensor in twin.tensors:
+        assert tensor.tensor_type == gguf.GGMLQuantizationType.F32
+        original = originals[tensor.name]
+        expected = gguf.quants.dequantize(original.data, original.tensor_type).reshape(tensor.data.shape)
+        np.testing.assert_array_equal(tensor.data.view(np.uint32), expected.view(np.uint32))
+
+
+def test_twin_is_found_again(reference: Reference, stories: Path, tmp_path: Path) -> None:
+    """A twin is made once, an F32 file is its own twin, and `out` makes a copy in its own place."""
+    first = reference.twin(stories)
+    made = first.stat().st_ino
+    assert first.parent == cache_dir()
+    assert reference.twin(stories) == first
+    assert first.stat().st_ino == made
+    assert first in [item.path for item in cached()]
+    copy = reference.twin(stories, tmp_path / "copy.gguf")
+    assert copy.read_bytes() == first.read_bytes()
+    assert reference.twin(copy) == copy
+    assert not list(cache_dir().glob("tmp-*"))
+
+
+def test_cache_is_bounded(
+    stories: Path, quantized: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cache keeps the twins used last within its bound, and can be emptied."""
+    monkeypatch.setenv("PARITY_CACHE", str(tmp_path))
+    monkeypatch.setenv("PARITY_CACHE_GB", "0.1")  # one twin of 58 MB, not two
+    (tmp_path / "tmp-999999999-left.gguf").write_bytes(b"x")
+    with Reference() as handle:
+        handle.twin(stories)
+        second = handle.twin(quantized("Q5_0"))
+    assert [item.path for item in cached()] == [second]
+    assert not list(tmp_path.glob("tmp-*"))
+    assert empty_cache() > 50_000_000
+    assert cached() == []
+
+
+@pytest.mark.parametrize("mode", [EXACT, NATIVE])
+def test_windows_are_the_whole(reference: Reference, stories: Path, tmp_path: Path, mode: str) -> None:
+    """Every point of prefill and decode is bit-identical in windows of 1, 5 and all layers, F32 and Q8_0."""
+    job = DumpJob(stories, tmp_path / "whole.jsonl", TOKENS, points="all", full=True, lead=(11, 402), mode=mode, window="off")
+    whole = reference.dump(job)
+    assert whole.window is None
+    assert whole.tensors is not None
+    expected = TensorReader(whole.tensors)
+    for size in (1, 5, 24):
+        result = reference.dump(replace(job, out=tmp_path / f"{size}.jsonl", window=size))
+        assert result.window == (size if size < 24 else None)
+        assert result.points == whole.points
+        assert result.tensors is not None
+        found = TensorReader(result.tensors)
+        assert set(found.names) == set(expected.names)
+        for name in expected.names:
+            point, _, step = name.partition("/")
+            np.testing.assert_array_equal(found.get(point, int(step)), expected.get(point, int(step)), err_msg=name)
+        dumps = read(whole.out), read(result.out)
+        assert dumps[0].tokens == dumps[1].tokens
+        assert dumps[0].records == dumps[1].records
+
+
+def test_generating_in_windows(reference: Reference, stories: Path, tmp_path: Path) -> None:
+    """Tokens chosen window by window are those that the whole model chooses."""
+    job = DumpJob(stories, tmp_path / "a.jsonl", TOKENS, generate=3, window="off")
+    whole = reference.dump(job)
+    parts = reference.dump(replace(job, out=tmp_path / "b.jsonl", window=12))
+    assert parts.generated == parts.chosen == whole.generated
+    assert read(parts.out).tokens == read(whole.out).tokens
+
+
+def test_layers_of_a_hidden_state(reference: Reference, stories: Path) -> None:
+    """Layers fed with the whole model's own hidden state go on as the whole model does, to the bit."""
+    whole = {node.point: value for node, value in reference.capture(stories, TOKENS)}
+    one = {node.point: value for node, value in reference.layers(stories, 4, 5, whole["blk.3.l_out"])}
+    assert set(one) == {name for name in whole if name.startswith("blk.4.")}
+    rest = {node.point: value for node, value in reference.layers(stories, 20, 24, whole["blk.19.l_out"])}
+    all_of_it = {node.point: value for node, value in reference.layers(stories, 0, 24, whole["embd"], "*.l_out,logits")}
+    for part in (one, rest, all_of_it):
+        for name, value in part.items():
+            np.testing.assert_array_equal(value, whole[name], err_msg=name)
+    assert "logits" in rest
+    assert "logits" in all_of_it
+
+
+def test_wrong_layers(reference: Reference, stories: Path) -> None:
+    """Layers that are not there and a hidden state of another width are refused."""
+    with pytest.raises(InputError, match="no layers 20…24"):
+        list(reference.layers(stories, 20, 25, np.zeros((2, 256), np.float32)))
+    with pytest.raises(InputError, match=r"\(2, 255\) is not \[T, 256\]"):
+        list(reference.layers(stories, 0, 1, np.zeros((2, 255), np.float32)))
