@@ -20,7 +20,7 @@ Ints = NDArray[np.int64]
 
 # The slice's NMSE is taken over no less than this share of the energy that a slice of its size has on average: a few
 # values can be all but zero while their noise is the row's.
-SLICE_FLOOR = 0.01
+SLICE_FLOOR = 0.1
 _BLOCK = 1 << 21  # values measured at once: 16 MiB an intermediate
 
 

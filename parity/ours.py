@@ -66,7 +66,7 @@ def header(transformer: Transformer, job: OursJob) -> Header:
         kv_type="f32",
         slice=job.slice_size,
         hparams={"eps": hp.eps, "heads": hp.n_heads, "kv_heads": hp.n_kv_heads, "vocab": hp.n_vocab, "rope_base": hp.rope_base},
-        build={"parity": version("parity"), "backend": transformer.backend.name, "device": transformer.backend.device},
+        build={"version": version("parity"), "backend": transformer.backend.name, "device": transformer.backend.device},
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
 

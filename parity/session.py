@@ -57,6 +57,14 @@ class Prompt:
 
 
 @dataclass(frozen=True)
+class Generated:
+    """The tokens that llama.cpp chose, which our side is led along."""
+
+    ids: tuple[int, ...]
+    pieces: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Outcome:
     """What a run found and where it lies. `seconds` is the wall time of both sides and the comparison."""
 
@@ -142,8 +150,8 @@ def run(request: Request, progress: Progress | None = None) -> Outcome:
         ours.check(prompt)
         job = reference_job(replace(request, points=ours.points, layers=None), prompt, ref_path)
         if request.generate:
-            result = reference.dump(job)
-            ours.dump(prompt, ours_path, result, progress)
+            chosen = reference.dump(job).generated
+            ours.dump(prompt, ours_path, Generated(chosen, tuple(reference.pieces(request.model, chosen))), progress)
         else:
             with ThreadPoolExecutor(1) as pool:
                 pending = pool.submit(reference.dump, job)
@@ -181,7 +189,7 @@ class _Own:
         """Raises InputError for tokens that the model cannot take."""
         self._transformer.check(prompt.ids, self._request.first_position)
 
-    def dump(self, prompt: Prompt, out: Path, led: DumpResult | None, progress: Progress | None) -> None:
+    def dump(self, prompt: Prompt, out: Path, led: Generated | None, progress: Progress | None) -> None:
         from .ours import OursJob, dump
 
         request = self._request
@@ -196,8 +204,8 @@ class _Own:
             positions=request.positions,
             slice_size=request.slice_size,
             full=request.full,
-            generated=tuple(led.generated) if led else (),
-            generated_pieces=tuple(led.pieces) if led else (),
+            generated=led.ids if led else (),
+            generated_pieces=led.pieces if led else (),
             first_position=request.first_position,
             on_step=None if progress is None else lambda done, total: progress("ours", done, total),
         )
@@ -220,12 +228,12 @@ class _Foreign:
     def check(self, prompt: Prompt) -> None:
         """A foreign engine judges its tokens itself."""
 
-    def dump(self, prompt: Prompt, out: Path, led: DumpResult | None, progress: Progress | None) -> None:
+    def dump(self, prompt: Prompt, out: Path, led: Generated | None, progress: Progress | None) -> None:
         from .foreign import run_command
 
         request = self._request
         model = self._reference.twin(request.model) if request.mode == "exact" else request.model
-        tokens = (*prompt.ids, *(led.generated if led else ()))
+        tokens = (*prompt.ids, *(led.ids if led else ()))
         run_command(request.command or "", model=model, tokens=tokens, out=out)
 
 
@@ -254,7 +262,7 @@ def dump_reference(request: Request, out: Path, follow: Path | None = None) -> D
         positions = tuple(sorted({int(t) for rows in other.points.values() for t in rows.token_idx}))
         request = replace(request, points=",".join(other.points), positions=positions)
         lead = tuple(token.id for token in other.tokens)
-        return reference.dump(reference_job(replace(request, generate=len(lead)), prompt, out, lead or None))
+        return reference.dump(reference_job(request, prompt, out, lead or None))
 
 
 def _prompt_of(dump: Dump, path: Path) -> dict[str, Any]:

@@ -174,17 +174,17 @@ def dump_windows(library: Library, vocabulary: Model, found: Contents, job: Dump
     planned_at = time.perf_counter()
     follow = list(job.lead or ())
     for _ in range(job.generate):
-        choice = int(sweep.run(dump.steps_of(job.tokens, follow), set(), None)[-1].argmax())
+        choice = int(sweep.run(dump.steps_of(job.tokens, follow, job.first_position), set(), None)[-1].argmax())
         follow.append(choice)
         if vocabulary.ends(choice):
             break
-    steps = dump.steps_of(job.tokens, follow)
+    steps = dump.steps_of(job.tokens, follow, job.first_position)
     pieces = job.pieces or vocabulary.pieces(job.tokens)
     header = dump.header_of(job, info, pieces, library, size)
     with Writer(job.out, header) as writer, dump.tensors_beside(job) as tensors:
         logits = sweep.run(steps, set(names), Emitter(writer, job, tensors))
         for i, token in enumerate(follow):
-            writer.token(dump.token_record(vocabulary, len(job.tokens) + i, token, logits[i]))
+            writer.token(dump.token_record(vocabulary, job.first_position + len(job.tokens) + i, token, logits[i]))
     return DumpResult(
         out=job.out,
         header=header,

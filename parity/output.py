@@ -1,0 +1,117 @@
+"""What commands print: the answer on stdout, progress on stderr and only to a terminal."""
+
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .commands.options import Format
+
+if TYPE_CHECKING:
+    from checkpoints.record import Dump
+    from checkpoints.verdict import Verdict
+    from reference.jobs import Tokens
+
+    from .session import Outcome, Progress
+
+PARITY_CODE = 0
+DIVERGENCE_CODE = 1
+
+
+def finish(outcome: "Outcome", form: Format) -> int:
+    """Print a run's answer, write diff.json beside the dumps, and return the exit code."""
+    from reports.as_json import verdict_as_json
+
+    answer = verdict_as_json(outcome.verdict) | {"folder": str(outcome.folder), "seconds": round(outcome.seconds, 3)}
+    (outcome.folder / "diff.json").write_text(json.dumps(answer, indent=1) + "\n", encoding="utf-8")
+    code = show(outcome.verdict, outcome.ours, outcome.ref, form, extra=answer)
+    if form is Format.TEXT:
+        files = "  ".join(path.name for path in sorted(outcome.folder.iterdir(), reverse=True) if path.is_file())
+        print(f"{outcome.folder}/  {files}   {outcome.seconds:.1f} s")
+    return code
+
+
+def show(verdict: "Verdict", ours: "Dump", ref: "Dump", form: Format, extra: Mapping[str, Any] | None = None) -> int:
+    """Print a comparison's answer and return the exit code."""
+    if form is Format.JSON:
+        from reports.as_json import verdict_as_json
+
+        print(json.dumps(verdict_as_json(verdict) | dict(extra or {})))
+    else:
+        from rich.console import Console
+
+        from reports.header import print_header
+        from reports.terminal import print_verdict
+
+        console = Console()
+        print_header(console, ours.header, ref.header)
+        print_verdict(console, verdict)
+    return PARITY_CODE if verdict else DIVERGENCE_CODE
+
+
+def written(path: Path) -> None:
+    """Say on stderr what was written, so that stdout stays the answer's."""
+    size = path.stat().st_size
+    print(f"{path}  {size / 2**20:,.1f} MiB" if size >= 1 << 20 else f"{path}  {size / 2**10:,.1f} KiB", file=sys.stderr)
+
+
+@contextmanager
+def progress_bar(form: Format) -> Iterator["Progress | None"]:
+    """A bar on stderr while a run computes; nothing where stderr is no terminal or the answer is for machines."""
+    if form is Format.JSON or not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import Progress as Bar
+
+    with Bar(console=Console(stderr=True), transient=True) as bar:
+        tasks: dict[str, Any] = {}
+
+        def update(side: str, done: int, total: int) -> None:
+            if side not in tasks:
+                tasks[side] = bar.add_task(side, total=total)
+            bar.update(tasks[side], completed=done, total=total)
+
+        yield update
+
+
+def print_facts(facts: Mapping[str, Any], form: Format) -> None:
+    """Named facts, one a line; nested ones indented."""
+    if form is Format.JSON:
+        print(json.dumps({"schema": 1, **facts}))
+        return
+    for line in _lines(facts, 0):
+        print(line)
+
+
+def _lines(facts: Mapping[str, Any], indent: int) -> Iterator[str]:
+    width = max((len(str(name)) for name in facts), default=0)
+    for name, value in facts.items():
+        head = " " * indent + str(name)
+        if isinstance(value, Mapping):
+            yield head
+            yield from _lines(value, indent + 2)
+        else:
+            yield f"{head:<{indent + width}}  {_text(value)}"
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "none"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def print_tokens(tokens: "Tokens", form: Format) -> None:
+    """Ids and pieces, one a line."""
+    if form is Format.JSON:
+        facts = {"ids": list(tokens.ids), "pieces": list(tokens.pieces), "bos": tokens.bos, "eos": tokens.eos}
+        print(json.dumps({"schema": 1, **facts, "add_bos": tokens.add_bos, "add_eos": tokens.add_eos, "n_vocab": tokens.n_vocab}))
+        return
+    for position, (number, piece) in enumerate(zip(tokens.ids, tokens.pieces, strict=True)):
+        print(f"{position:>6}  {number:>8}  {json.dumps(piece, ensure_ascii=False)}")
+    added = "added in front of every prompt" if tokens.add_bos else "not added"
+    print(f"{len(tokens.ids)} tokens of a vocabulary of {tokens.n_vocab:,}; BOS {tokens.bos} is {added}")
