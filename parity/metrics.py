@@ -19,7 +19,9 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 # The slice's NMSE is taken over no less than this share of the energy that a slice of its size has on average: a few
-# values can be all but zero while their noise is the row's.
+# values can be all but zero while their noise is the row's. Measured on the embedded model, all 459 points at 17 positions,
+# right engine: leading 16 values hold at least 0.7 % of their share (ffn_swiglu), 4 values 3e-7, one value 1.5e-9 of it. The
+# worst NMSE of slices of 16 / 4 / 2 / 1 values is then 4e-12 / 1e-11 / 2e-11 / 2e-11; with 0.01 it is 1.6e-10 for 2, over the limit.
 SLICE_FLOOR = 0.1
 _BLOCK = 1 << 21  # values measured at once: 16 MiB an intermediate
 

@@ -153,7 +153,7 @@ def _shape(seen: Evidence) -> Pattern | None:
     tail = bool(seen.failed[int(seen.failed.argmax()) :].all())
     if tail and seen.failed.all():
         code = "from-position-0" if first == 0 else "every-position"
-        return Pattern(code, f"{where}: V, the output projection, FFN, a norm or a weight")
+        return Pattern(code, f"{where}: V, the output projection, FFN, a norm or weight, or no causal mask")
     if tail and _before(seen) == 0 and (len(failing) > 1 or first == 1):
         return Pattern("from-position-1", f"{where}: Q, K, RoPE, the attention's scale or its mask")
     if tail and len(failing) > 1:

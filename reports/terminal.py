@@ -91,7 +91,7 @@ def _remark(verdict: Verdict, point: PointSummary) -> str:
         first = verdict.first_divergence
         origins = {origin.first.checkpoint for origin in verdict.origins}
         if first is not None and first.checkpoint == point.checkpoint:
-            said.append("← first divergence")
+            said.append(f"← first divergence{', fresh' if first.fresh else ''}")
         elif point.checkpoint in origins:
             said.append("← another origin")
         elif point.status == FRESH:
