@@ -88,7 +88,7 @@ class Batch:
             shapes = tuple((int(seen), part.width) for seen in self.seen)
             sizes = self.seen * part.width
         counts = np.minimum(sizes, slice_size)
-        stats = np.ascontiguousarray(records["stats"].T)
+        stats = records["stats"].T.copy()
         names = STATISTICS if part.name.endswith("kq_soft_max") else STATISTICS[:-1]
         return Rows(
             point=part.name,

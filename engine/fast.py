@@ -247,7 +247,7 @@ class FastTransformer(Transformer):
 
 def _struct(matrix: Packed) -> NDArray[Any]:
     """A `Matrix` of weights.cuh as a kernel's argument."""
-    return np.array(matrix.words(), dtype=np.int64)
+    return np.array(tuple(matrix.words()), dtype=[(f"word{i}", "<i8") for i in range(6)])
 
 
 def _or_null(array: Array) -> Any:

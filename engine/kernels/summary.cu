@@ -3,6 +3,10 @@
 // A row may be long (the logits) and there may be many (a prefill): the grid is cut into chunks of rows, each block
 // accumulates one chunk in float64, and the block that finishes a row last adds up its chunks, always in the same order.
 
+#ifndef INFINITY                 // NVRTC has no math.h
+#define INFINITY __int_as_float(0x7f800000)
+#endif
+
 #define SKETCH 32
 #define WARPS 8                  // 256 threads a block
 #define PART (SKETCH + 8)        // doubles of a chunk: sketch, sum, squares, min, max, non-finite, |max|, its index, future mass

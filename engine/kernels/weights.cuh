@@ -6,6 +6,10 @@
 
 #include <cuda_fp16.h>
 
+#ifndef INFINITY                 // NVRTC has no math.h
+#define INFINITY __int_as_float(0x7f800000)
+#endif
+
 // Planes that `engine.packing` makes of the file's blocks; `low` has 16 bytes (Q8_0: 32) a block of 32 elements.
 struct Matrix {
     const uint4* low;            // float values, int8, or nibbles: element i low, i + 16 high
