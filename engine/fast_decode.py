@@ -15,6 +15,8 @@ from .device import kernel
 from .fast_weights import FastWeights
 
 _THREADS = 512  # of decode.cu
+_SCORES = 4096  # floats of one head's scores in decode.cu's Shared
+_OTHER = 3072  # bytes of Shared beside activations, heads and weights: pointers of two layers, sums, barriers
 _MATRICES = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
 # What a layer leaves behind, in the order of decode.cu's `Layer`, and its number of floats in the letters of `_sizes`.
 _OUTPUTS = {
@@ -61,7 +63,7 @@ class DecodeStep:
         self._set_state = kernel("decode", "set_state", defines)
         size = xp.zeros(1, dtype=np.int32)
         kernel("decode", "shared_bytes", defines)((1,), (1,), (size,))
-        self._shared = int(size[0])
+        self._shared = int(size[0])  # what the structure takes, the staged weights included
         if self._shared > 48 * 1024:
             self._kernel.max_dynamic_shared_size_bytes = self._shared
         self._graphs: dict[Any, tuple[Any, tuple[Part, ...], list[Array]]] = {}
@@ -74,7 +76,22 @@ class DecodeStep:
             "FF": hp.n_ff, "VOCAB": hp.n_vocab, "ROPE": hp.rope_dims, "NEOX": int(self.weights.neox), "POSITIONS": self.positions,
             "BLOCKS": self.blocks, "SPLITS": self.splits,
         }  # fmt: skip
+        numbers |= self._staging()
         return (*(f"{name}={value}" for name, value in numbers.items()), f"TYPES={self.weights.types}ull")
+
+    def _staging(self) -> dict[str, int]:
+        """Bytes of shared memory for a block's rows of gate and up, and of down; none where both do not fit."""
+        hp, layers = self._hp, self.weights.layers
+
+        def most(name: str, rows: int) -> int:
+            share = rows // self.blocks + 1
+            return max(layer.matrices[name].bytes_of(share) for layer in layers)
+
+        gate, down = most("ffn_gate", hp.n_ff) + most("ffn_up", hp.n_ff), most("ffn_down", hp.n_embd)
+        properties = self._xp.cuda.runtime.getDeviceProperties(self._xp.cuda.Device().id)
+        rest = 4 * max(9 * max(hp.n_ff, hp.n_embd) // 8, _SCORES) + _OTHER + 64 * hp.head_size
+        fits = gate + down + rest <= properties["sharedMemPerBlockOptin"]
+        return {"GATE_BYTES": gate, "DOWN_BYTES": down} if fits else {"GATE_BYTES": 0, "DOWN_BYTES": 0}
 
     def _describe(self) -> list[Array]:
         """The kernel's `Model` and `Layer` structures: 64-bit words in their order."""

@@ -35,6 +35,11 @@ class Packed:
         places = [0 if plane is None else plane.data.ptr + row * (plane.nbytes // self.rows) for plane in planes]
         return [*places, 0 if self.bias is None else self.bias.data.ptr, self.kind]
 
+    def bytes_of(self, rows: int) -> int:
+        """Shared memory for so many neighbouring rows: each plane begins and ends at a multiple of 16 bytes."""
+        planes = [plane for plane in (self.low, self.high, self.scales, self.super) if plane is not None]
+        return sum((15 + rows * (plane.nbytes // self.rows) + 15) // 16 * 16 for plane in planes)
+
 
 def pack(raw: Array, kind: int, cols: int) -> Packed:
     """Blocks of the file -> planes: uint8 [rows, bytes a row] in device memory."""

@@ -36,11 +36,15 @@ struct Model {
     unsigned* arrived;                       // the grid's barrier
 };
 
-__device__ __forceinline__ void prefetch_row(const Matrix& m, long long row, int cols) {
-    unsigned width = m.type == F32 ? cols * 4 : (m.type == F16 || m.type == BF16) ? cols * 2 : m.type == Q8_0 ? cols : cols / 2;
-    const char* p = (const char*)m.low + row * width;
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" :: "l"(p), "r"(width & ~15u));
-    if (m.scales) asm volatile("prefetch.global.L2 [%0];" :: "l"((const char*)m.scales + row * (cols / 16)));
+// Rows on their way to the L2 cache: one instruction a plane, by one thread.
+__device__ __forceinline__ void prefetch(const void* plane, long long from, unsigned bytes) {
+    const unsigned long long start = ((unsigned long long)plane + from) & ~15ull;
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" :: "l"(start), "r"((bytes + 15) & ~15u));
+}
+__device__ __forceinline__ void prefetch_rows(const Matrix& m, int first, int count, int cols) {
+    const int low = eighths(m.type, LOW_PLANE) * (cols / 32) / 8, scales = eighths(m.type, SCALES_PLANE) * (cols / 32) / 8;
+    prefetch(m.low, (long long)first * low, count * low);
+    if (scales) prefetch(m.scales, (long long)first * scales, count * scales);
 }
 
 // The grid's barrier, in two halves. `count` goes on from step to step; differences are taken modulo 2^32.
@@ -56,6 +60,13 @@ __device__ __forceinline__ void wait(unsigned* arrived, unsigned until) {
     }
     __syncthreads();
 }
+
+// Shared memory for this block's rows of a layer's gate and up, and of its down; 0 where they do not fit.
+#ifndef GATE_BYTES
+#define GATE_BYTES 0
+#define DOWN_BYTES 0
+#endif
+#define NEAR (GATE_BYTES > 0)
 
 // Warps that share a row: with them every phase of a 0.5 B model keeps most warps busy (measured, see BENCHMARKS.md).
 #ifndef QKV_WARPS
@@ -78,11 +89,14 @@ constexpr int PARTS = most(most(SHARE(PAIRS) * 2 * QKV_WARPS, SHARE(FF) * 2 * GA
                            most(SHARE(D) * most(OUT_WARPS, DOWN_WARPS), 2 * WARPS));
 
 struct Shared {
-    float x[((FF > D ? FF : D) > QW ? (FF > D ? FF : D) : QW) * 9 / 8 + 32];
+    Layer layer[2];              // pointers of this layer and the next: read from memory once, ahead of time
+    float x[most(most(most(FF, D), QW) * 9 / 8 + 32, SPLIT_ROWS * 64)];   // activations, or scores of one head
     float part[PARTS];           // sums of rows by the warps that share them
     double norm[WARPS];
-    float scores[SPLIT_ROWS * 64];
     float mixed[WARPS][HEAD];
+    unsigned long long full[2];  // barriers of the weights brought near: gate and up, down
+    Matrix near_gate, near_up, near_down;
+    __align__(16) char weights[GATE_BYTES + DOWN_BYTES];
 };
 
 // x = values · weight / sqrt(mean(values²) + eps), padded, in shared memory; squares are summed in float64 as in ggml.
@@ -116,8 +130,8 @@ __device__ void rms_norm(Shared& s, const float* values, const float* weight, fl
 }
 
 // This block's share of `count` things, as [first, last).
-__device__ __forceinline__ int first_of(int count) { return (long long)count * blockIdx.x / BLOCKS; }
-__device__ __forceinline__ int last_of(int count) { return (long long)count * (blockIdx.x + 1) / BLOCKS; }
+__device__ __forceinline__ int first_of(int count) { return (unsigned)count * blockIdx.x / BLOCKS; }
+__device__ __forceinline__ int last_of(int count) { return (unsigned)count * (blockIdx.x + 1) / BLOCKS; }
 
 // The two rows of pair `p` of a projection into heads: a rotated pair, or two rows beyond the rotary dimensions.
 __device__ __forceinline__ int2 rows_of_pair(int p) {
@@ -151,101 +165,184 @@ __device__ __forceinline__ const Matrix& qkv_matrix(const Layer& l, int p, int2&
     return l.v;
 }
 
-__device__ void prefetch_qkv(const Layer& l) {
-    for (int p = first_of(PAIRS) + threadIdx.x; p < last_of(PAIRS); p += THREADS) {
+// By the lanes of one warp: a pair's rows each.
+__device__ __forceinline__ void prefetch_qkv(const Layer& l) {
+    for (int p = first_of(PAIRS) + (threadIdx.x & 31); p < last_of(PAIRS); p += 32) {
         int2 rows;
         const Matrix& m = qkv_matrix(l, p, rows);
-        prefetch_row(m, rows.x, D);
-        prefetch_row(m, rows.y, D);
+        prefetch_rows(m, rows.x, 1, D);
+        prefetch_rows(m, rows.y, 1, D);
     }
 }
-__device__ void prefetch_rows(const Matrix& m, int rows, int cols) {
-    for (int r = first_of(rows) + threadIdx.x; r < last_of(rows); r += THREADS) prefetch_row(m, r, cols);
+__device__ __forceinline__ void prefetch_mine(const Matrix& m, int rows, int cols) {
+    if (threadIdx.x % 32 == 0) prefetch_rows(m, first_of(rows), last_of(rows) - first_of(rows), cols);
 }
 
+// Gate and up (or down) of a layer on their way to shared memory; thread 0 of the block.
+__device__ __forceinline__ void bring_gate_up(Shared& s, const Layer& l) {
+    Bring bring = {&s.full[0], s.weights};
+    const int first = first_of(FF), count = last_of(FF) - first;
+    Bring sizes = bring;
+    sizes.rows(l.gate, first, count, D, false);
+    sizes.rows(l.up, first, count, D, false);
+    expect(bring.full, sizes.bytes);
+    s.near_gate = bring.rows(l.gate, first, count, D, true);
+    s.near_up = bring.rows(l.up, first, count, D, true);
+}
+__device__ __forceinline__ void bring_down(Shared& s, const Layer& l) {
+    Bring bring = {&s.full[1], s.weights + GATE_BYTES};
+    const int first = first_of(D), count = last_of(D) - first;
+    Bring sizes = bring;
+    sizes.rows(l.down, first, count, FF, false);
+    expect(bring.full, sizes.bytes);
+    s.near_down = bring.rows(l.down, first, count, FF, true);
+}
+
+#ifdef PROFILE
+__device__ long long marks[BLOCKS][1024];
+#define MARK(N) if (threadIdx.x == 0) { marks[blockIdx.x][N] = clock64(); }
+#else
+#define MARK(N)
+#endif
+
 // Q, K and V of the normalised input; Q and K rotated; K and V into the cache.
-__device__ void project(Shared& s, const Model& m, const Layer& l, int position) {
-    constexpr int LANES = QKV_WARPS * 32, UNITS = THREADS / LANES;
-    const int first = first_of(PAIRS), last = last_of(PAIRS), lane = threadIdx.x % LANES;
-    for (int p = first + threadIdx.x / LANES; p < last; p += UNITS) {
-        int2 rows;
-        const Matrix& w = qkv_matrix(l, p, rows);
-        const Matrix* both[2] = {&w, &w};
-        const int two[2] = {rows.x, rows.y};
-        float sum[2];
-        dot_rows<D, LANES, 2>(both, two, lane, s.x, sum);
-        leave_sums<QKV_WARPS, 2>(s, sum, p - first, lane);
+struct Projection {
+    static const int LANES = QKV_WARPS * 32, UNITS = THREADS / LANES;
+    Rows<D, LANES, 2> rows;
+    int first, last, lane, mine;
+    float2 bias, angle;          // of the pair whose sums this thread will finish
+
+    __device__ __forceinline__ void load(const Model& m, const Layer& l, int position) {
+        first = first_of(PAIRS); last = last_of(PAIRS); lane = threadIdx.x % LANES; mine = first + threadIdx.x / LANES;
+        if (mine < last) fetch(l, mine);
+        const int p = first + threadIdx.x;
+        bias = angle = make_float2(0.f, 0.f);
+        if (p < last) {
+            int2 r;
+            const Matrix& w = qkv_matrix(l, p, r);
+            if (w.bias) bias = make_float2(__ldg(w.bias + r.x), __ldg(w.bias + r.y));
+            const int i = (p < QW / 2 ? p : p - QW / 2) % (HEAD / 2);
+            if (p < (QW + KW) / 2 && i < ROPE / 2) {
+                const long long at = (long long)position * (ROPE / 2) + i;
+                angle = make_float2(__ldg(m.cosine + at), __ldg(m.sine + at));
+            }
+        }
     }
-    __syncthreads();
-    for (int u = threadIdx.x; u < last - first; u += THREADS) {
-        const int p = first + u;
+    __device__ __forceinline__ void fetch(const Layer& l, int p) {
         int2 r;
         const Matrix& w = qkv_matrix(l, p, r);
-        float a = sum_of<QKV_WARPS>(s, 2 * u), b = sum_of<QKV_WARPS>(s, 2 * u + 1);
-        if (w.bias) { a += w.bias[r.x]; b += w.bias[r.y]; }
+        const Matrix* both[2] = {&w, &w};
+        const int two[2] = {r.x, r.y};
+        rows.load(both, two, lane);
+    }
+    __device__ __forceinline__ void run(Shared& s, const Layer& l, int position) {
+        for (int p = mine; p < last; p += UNITS) {
+            int2 r;
+            const Matrix& w = qkv_matrix(l, p, r);
+            const Matrix* both[2] = {&w, &w};
+            const int two[2] = {r.x, r.y};
+            float sum[2];
+            rows.dot(both, two, lane, s.x, sum);
+            if (p + UNITS < last) fetch(l, p + UNITS);
+            leave_sums<QKV_WARPS, 2>(s, sum, p - first, lane);
+        }
+        __syncthreads();
+        static_assert(SHARE(PAIRS) <= THREADS, "a thread finishes one pair");
+        const int u = threadIdx.x, p = first + u;
+        if (p >= last) return;
+        int2 r;
+        qkv_matrix(l, p, r);
+        const float a = sum_of<QKV_WARPS>(s, 2 * u) + bias.x, b = sum_of<QKV_WARPS>(s, 2 * u + 1) + bias.y;
         if (p >= (QW + KW) / 2) {
             l.v_out[r.x] = a; l.v_out[r.y] = b;
             float* v = l.v_cache + (long long)position * KW;
             v[r.x] = a; v[r.y] = b;
-            continue;
+            return;
         }
-        const bool query = p < QW / 2;
-        const int i = (query ? p : p - QW / 2) % (HEAD / 2);
+        const bool query = p < QW / 2, turned = (query ? p : p - QW / 2) % (HEAD / 2) < ROPE / 2;
         float* before = query ? l.q_out : l.k_out;
         float* after = query ? l.q_rope : l.k_cache + (long long)position * KW;
         before[r.x] = a; before[r.y] = b;
-        if (i < ROPE / 2) {
-            float c = m.cosine[(long long)position * (ROPE / 2) + i], n = m.sine[(long long)position * (ROPE / 2) + i];
-            after[r.x] = a * c - b * n;
-            after[r.y] = a * n + b * c;
-        } else { after[r.x] = a; after[r.y] = b; }
+        after[r.x] = turned ? a * angle.x - b * angle.y : a;
+        after[r.y] = turned ? a * angle.y + b * angle.x : b;
     }
-}
+};
 
 // One head over one share of the positions: raw scores, exp(score · scale − peak) and the values weighted by it.
 __device__ void attend(Shared& s, const Model& m, const Layer& l, int head, int split, int splits, int seen, float scale) {
-    const int from = (long long)seen * split / splits, to = (long long)seen * (split + 1) / splits, count = to - from;
+    constexpr int EACH = (HEAD + 31) / 32, HELD = SPLIT_ROWS / WARPS;   // positions of a warp whose K and V are fetched at once
+    const int from = seen * split / splits, to = seen * (split + 1) / splits, count = to - from;
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
-    const long long offset = (head / GROUP) * HEAD;
-    float* scores = count <= SPLIT_ROWS * 64 ? s.scores : nullptr;
-    float q[(HEAD + 31) / 32];
+    const long long offset = from * (long long)KW + (head / GROUP) * HEAD;
+    float q[EACH], k[HELD][EACH], v[HELD][EACH];
     #pragma unroll
-    for (int i = 0; i < (HEAD + 31) / 32; i++) { int e = lane + 32 * i; q[i] = e < HEAD ? __ldcg(l.q_rope + head * HEAD + e) : 0.f; }
-    #pragma unroll 4
-    for (int p = warp; p < count; p += WARPS) {
-        const float* k = l.k_cache + (from + p) * (long long)KW + offset;
+    for (int i = 0; i < EACH; i++) { int e = lane + 32 * i; q[i] = e < HEAD ? __ldcg(l.q_rope + head * HEAD + e) : 0.f; }
+    #pragma unroll
+    for (int h = 0; h < HELD; h++)
+        #pragma unroll
+        for (int i = 0; i < EACH; i++) {
+            const int e = lane + 32 * i, p = warp + h * WARPS;
+            const bool there = e < HEAD && p < count;
+            k[h][i] = there ? __ldcg(l.k_cache + offset + p * (long long)KW + e) : 0.f;
+            v[h][i] = there ? __ldcg(l.v_cache + offset + p * (long long)KW + e) : 0.f;
+        }
+    auto score = [&](int p, float dot) {
+        if (lane == 0) { s.x[p] = dot; l.kq[(long long)head * POSITIONS + from + p] = dot; }
+    };
+    float dots[HELD];
+    #pragma unroll
+    for (int h = 0; h < HELD; h++) {
+        dots[h] = 0.f;
+        #pragma unroll
+        for (int i = 0; i < EACH; i++) dots[h] = fmaf(q[i], k[h][i], dots[h]);
+    }
+    #pragma unroll
+    for (int step = 16; step; step >>= 1)
+        #pragma unroll
+        for (int h = 0; h < HELD; h++) dots[h] += __shfl_xor_sync(~0u, dots[h], step);
+    #pragma unroll
+    for (int h = 0; h < HELD; h++) if (warp + h * WARPS < count) score(warp + h * WARPS, dots[h]);
+    for (int p = warp + SPLIT_ROWS; p < count; p += WARPS) {
         float dot = 0.f;
         #pragma unroll
-        for (int i = 0; i < (HEAD + 31) / 32; i++) { int e = lane + 32 * i; if (e < HEAD) dot = fmaf(q[i], __ldcg(k + e), dot); }
-        #pragma unroll
+        for (int i = 0; i < EACH; i++) { int e = lane + 32 * i; if (e < HEAD) dot = fmaf(q[i], __ldcg(l.k_cache + offset + p * (long long)KW + e), dot); }
         for (int step = 16; step; step >>= 1) dot += __shfl_xor_sync(~0u, dot, step);
-        if (lane == 0) { scores[p] = dot; l.kq[(long long)head * POSITIONS + from + p] = dot; }
+        score(p, dot);
     }
     __syncthreads();
     float peak = -INFINITY;
-    for (int p = lane; p < count; p += 32) peak = fmaxf(peak, scores[p] * scale);
+    for (int p = lane; p < count; p += 32) peak = fmaxf(peak, s.x[p] * scale);
     for (int step = 16; step; step >>= 1) peak = fmaxf(peak, __shfl_xor_sync(~0u, peak, step));
-    float acc[(HEAD + 31) / 32] = {}, total = 0.f;
-    #pragma unroll 4
-    for (int p = warp; p < count; p += WARPS) {
-        const float* v = l.v_cache + (from + p) * (long long)KW + offset;
-        float w = expf(scores[p] * scale - peak);
+    float acc[EACH] = {}, total = 0.f;
+    #pragma unroll
+    for (int h = 0; h < HELD; h++)
+        if (warp + h * WARPS < count) {
+            const float w = expf(s.x[warp + h * WARPS] * scale - peak);
+            total += w;
+            #pragma unroll
+            for (int i = 0; i < EACH; i++) acc[i] = fmaf(w, v[h][i], acc[i]);
+        }
+    #pragma unroll 2
+    for (int p = warp + SPLIT_ROWS; p < count; p += WARPS) {
+        const float w = expf(s.x[p] * scale - peak);
         total += w;
         #pragma unroll
-        for (int i = 0; i < (HEAD + 31) / 32; i++) { int e = lane + 32 * i; if (e < HEAD) acc[i] = fmaf(w, __ldcg(v + e), acc[i]); }
+        for (int i = 0; i < EACH; i++) { int e = lane + 32 * i; if (e < HEAD) acc[i] = fmaf(w, __ldcg(l.v_cache + offset + p * (long long)KW + e), acc[i]); }
     }
     #pragma unroll
-    for (int i = 0; i < (HEAD + 31) / 32; i++) { int e = lane + 32 * i; if (e < HEAD) s.mixed[warp][e] = acc[i]; }
+    for (int i = 0; i < EACH; i++) { int e = lane + 32 * i; if (e < HEAD) s.mixed[warp][e] = acc[i]; }
     if (lane == 0) s.part[warp] = total;
     __syncthreads();
     const long long slot = (long long)head * SPLITS + split;
     for (int e = threadIdx.x; e < HEAD; e += THREADS) {
         float sum = 0.f;
+        #pragma unroll
         for (int w = 0; w < WARPS; w++) sum += s.mixed[w][e];
         m.mixed[slot * HEAD + e] = sum;
     }
-    if (threadIdx.x == 0) {
+    if (threadIdx.x == THREADS - 1) {
         float sum = 0.f;
+        #pragma unroll
         for (int w = 0; w < WARPS; w++) sum += s.part[w];
         m.sums[slot * 2] = peak;
         m.sums[slot * 2 + 1] = sum;
@@ -276,55 +373,91 @@ __device__ void merge(Shared& s, const Model& m, const Layer& l, int splits) {
 }
 
 // Rows of a projection onto the residual stream: product -> made, product + residual -> sum.
-template <int COLS, int SHARE>
-__device__ void project_back(Shared& s, const Matrix& w, const float* residual, float* made, float* summed) {
-    constexpr int LANES = SHARE * 32, UNITS = THREADS / LANES;
-    const int first = first_of(D), last = last_of(D), lane = threadIdx.x % LANES;
-    for (int r = first + threadIdx.x / LANES; r < last; r += UNITS) {
+template <int COLS, int SHARED_BY, bool CLOSE> struct ProjectionBack {
+    static const int LANES = SHARED_BY * 32, UNITS = THREADS / LANES;
+    Rows<COLS, LANES, 1, CLOSE> rows;
+    int first, last, lane, mine;
+    float bias, rest;            // of the row whose sum this thread will finish
+
+    __device__ __forceinline__ void fetch(const Matrix& w, int r) {
         const Matrix* one[1] = {&w};
         const int row[1] = {r};
-        float sum[1];
-        dot_rows<COLS, LANES, 1>(one, row, lane, s.x, sum);
-        leave_sums<SHARE, 1>(s, sum, r - first, lane);
+        rows.load(one, row, lane);
     }
-    __syncthreads();
-    for (int r = first + threadIdx.x; r < last; r += THREADS) {
-        float y = sum_of<SHARE>(s, r - first) + (w.bias ? w.bias[r] : 0.f);
-        made[r] = y;
-        summed[r] = y + __ldcg(residual + r);
+    // `residual` must be known already: it is two barriers old.
+    __device__ __forceinline__ void load(const Matrix& w, const float* residual) {
+        first = first_of(D); last = last_of(D); lane = threadIdx.x % LANES; mine = first + threadIdx.x / LANES;
+        if (mine < last) fetch(w, mine);
+        const int r = first + threadIdx.x;
+        bias = r < last && w.bias ? __ldg(w.bias + r) : 0.f;
+        rest = r < last ? __ldcg(residual + r) : 0.f;
     }
-}
-
-__device__ void gate_up(Shared& s, const Layer& l) {
-    constexpr int LANES = GATE_WARPS * 32, UNITS = THREADS / LANES;
-    const int first = first_of(FF), last = last_of(FF), lane = threadIdx.x % LANES;
-    const bool alike = l.gate.type == l.up.type;
-    for (int r = first + threadIdx.x / LANES; r < last; r += UNITS) {
-        float sum[2];
-        if (alike) {
-            const Matrix* both[2] = {&l.gate, &l.up};
-            const int rows[2] = {r, r};
-            dot_rows<D, LANES, 2>(both, rows, lane, s.x, sum);
-        } else {
-            const Matrix *gate[1] = {&l.gate}, *up[1] = {&l.up};
+    __device__ __forceinline__ void run(Shared& s, const Matrix& w, float* made, float* summed) {
+        for (int r = mine; r < last; r += UNITS) {
+            const Matrix* one[1] = {&w};
             const int row[1] = {r};
-            float g[1], u[1];
-            dot_rows<D, LANES, 1>(gate, row, lane, s.x, g);
-            dot_rows<D, LANES, 1>(up, row, lane, s.x, u);
-            sum[0] = g[0]; sum[1] = u[0];
+            float sum[1];
+            rows.dot(one, row, lane, s.x, sum);
+            if (r + UNITS < last) fetch(w, r + UNITS);
+            leave_sums<SHARED_BY, 1>(s, sum, r - first, lane);
         }
-        leave_sums<GATE_WARPS, 2>(s, sum, r - first, lane);
+        __syncthreads();
+        static_assert(SHARE(D) <= THREADS, "a thread finishes one row");
+        const int r = first + threadIdx.x;
+        if (r >= last) return;
+        const float y = sum_of<SHARED_BY>(s, threadIdx.x) + bias;
+        made[r] = y;
+        summed[r] = y + rest;
     }
-    __syncthreads();
-    for (int r = first + threadIdx.x; r < last; r += THREADS) {
-        float g = sum_of<GATE_WARPS>(s, 2 * (r - first)), u = sum_of<GATE_WARPS>(s, 2 * (r - first) + 1);
-        if (l.gate.bias) g += l.gate.bias[r];
-        if (l.up.bias) u += l.up.bias[r];
-        l.gate_out[r] = g;
-        l.up_out[r] = u;
-        l.swiglu[r] = g / (1.f + expf(-g)) * u;
+};
+
+struct GateUp {
+    static const int LANES = GATE_WARPS * 32, UNITS = THREADS / LANES;
+    Rows<D, LANES, 2, NEAR> rows;
+    int first, last, lane, mine;
+
+    __device__ __forceinline__ void fetch(const Layer& l, int r) {
+        const Matrix* both[2] = {&l.gate, &l.up};
+        const int two[2] = {r, r};
+        rows.load(both, two, lane);
     }
-}
+    __device__ __forceinline__ void load(const Layer& l) {
+        first = first_of(FF); last = last_of(FF); lane = threadIdx.x % LANES; mine = first + threadIdx.x / LANES;
+        if (mine < last) fetch(l, mine);
+    }
+    __device__ __forceinline__ void run(Shared& s, const Layer& l) {
+        const Matrix &g = NEAR ? s.near_gate : l.gate, &u = NEAR ? s.near_up : l.up;
+        const Matrix* both[2] = {&g, &u};
+        const bool alike = ONE_TYPE || l.gate.type == l.up.type;
+        for (int r = mine; r < last; r += UNITS) {
+            float sum[2];
+            if (alike) {
+                const int two[2] = {r, r};
+                rows.dot(both, two, lane, s.x, sum);
+                if (r + UNITS < last) fetch(l, r + UNITS);
+            } else if constexpr (!ONE_TYPE) {
+                const Matrix *gate[1] = {&g}, *up[1] = {&u};
+                const int row[1] = {r};
+                float one[1];
+                Rows<D, LANES, 1, NEAR> single;
+                single.dot(gate, row, lane, s.x, one);
+                sum[0] = one[0];
+                single.dot(up, row, lane, s.x, one);
+                sum[1] = one[0];
+            }
+            leave_sums<GATE_WARPS, 2>(s, sum, r - first, lane);
+        }
+        __syncthreads();
+        for (int r = first + threadIdx.x; r < last; r += THREADS) {
+            float a = sum_of<GATE_WARPS>(s, 2 * (r - first)), b = sum_of<GATE_WARPS>(s, 2 * (r - first) + 1);
+            if (l.gate.bias) a += l.gate.bias[r];
+            if (l.up.bias) b += l.up.bias[r];
+            l.gate_out[r] = a;
+            l.up_out[r] = b;
+            l.swiglu[r] = a / (1.f + expf(-a)) * b;
+        }
+    }
+};
 
 // Logits of this block's rows and the largest of them.
 __device__ void logits(Shared& s, const Model& m) {
@@ -332,12 +465,15 @@ __device__ void logits(Shared& s, const Model& m) {
     const int first = first_of(VOCAB), last = last_of(VOCAB), warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
     float best = -INFINITY;
     int best_at = 0x7fffffff;
+    const Matrix* four[R] = {&m.output, &m.output, &m.output, &m.output};
+    Rows<D, 32, R> ahead;
     for (int r = first + warp * R; r < last; r += WARPS * R) {
-        const Matrix* four[R] = {&m.output, &m.output, &m.output, &m.output};
         int rows[R];
         float sum[R];
+        #pragma unroll
         for (int i = 0; i < R; i++) rows[i] = min(r + i, last - 1);
-        dot_rows<D, 32, R>(four, rows, lane, s.x, sum);
+        ahead.load(four, rows, lane);
+        ahead.dot(four, rows, lane, s.x, sum);
         #pragma unroll
         for (int step = 16; step; step >>= 1)
             #pragma unroll
@@ -390,45 +526,84 @@ __device__ void choose(Shared& s, const Model& m, unsigned until, State now) {
     }
 }
 
+__device__ __forceinline__ void fetch_layer(Shared& s, const Model& m, int i) {
+    const int words = sizeof(Layer) / 8;
+    if (i < LAYERS && threadIdx.x < words) ((long long*)(s.layer + (i & 1)))[threadIdx.x] = __ldg((const long long*)(m.layers + i) + threadIdx.x);
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const Model* model, float eps, float scale) {
     extern __shared__ __align__(16) unsigned char memory[];
     Shared& s = *(Shared*)memory;
     const Model& m = *model;
     const State now = *m.state;
     const int seen = now.position + 1, splits = min(SPLITS, (seen + SPLIT_ROWS - 1) / SPLIT_ROWS);
+    unsigned* const arrived = m.arrived;
     unsigned barrier = now.step * (LAYERS * 5u + 1u) * BLOCKS;
-#define SYNC(AHEAD) { arrive(m.arrived); AHEAD; wait(m.arrived, barrier += BLOCKS); }
+#define ARRIVE { MARK(mark++); arrive(arrived); }
+#define WAIT { MARK(mark++); wait(arrived, barrier += BLOCKS); MARK(mark++); }
+    [[maybe_unused]] int mark = 0;
 
-    for (int i = threadIdx.x; i < D; i += THREADS) {
-        float x = element(m.embedding, now.token, D, i);
-        __stcg(m.embd + i, x);               // every block writes the same: no barrier is needed before it reads them
+    fetch_layer(s, m, 0);
+    if (NEAR && threadIdx.x == 0) {
+        asm volatile("mbarrier.init.shared.b64 [%0], 1;" :: "r"(near_address(&s.full[0])));
+        asm volatile("mbarrier.init.shared.b64 [%0], 1;" :: "r"(near_address(&s.full[1])));
+        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
     }
+    for (int i = threadIdx.x; i < D; i += THREADS)           // every block writes the same: no barrier is needed before it reads them
+        __stcg(m.embd + i, element(m.embedding, now.token, D, i));
     __syncthreads();
+    const float* x = m.embd;
+    Projection qkv;
+    qkv.load(m, s.layer[0], now.position);
+    if (NEAR && threadIdx.x == 0) { bring_gate_up(s, s.layer[0]); bring_down(s, s.layer[0]); }
+    if (threadIdx.x == 0) prefetch_mine(s.layer[0].o, D, QW);
+    MARK(mark++)
     for (int i = 0; i < LAYERS; i++) {
-        const Layer& l = m.layers[i];
-        if (i == 0) {
-            prefetch_rows(l.o, D, QW);
-            prefetch_rows(l.gate, FF, D);
-            prefetch_rows(l.up, FF, D);
-        }
-        rms_norm(s, i ? m.layers[i - 1].l_out : m.embd, l.attn_norm, eps, l.attn_norm_out);
-        project(s, m, l, now.position);
-        SYNC(prefetch_rows(l.gate, FF, D); prefetch_rows(l.up, FF, D))
+        const Layer& l = s.layer[i & 1];
+        rms_norm(s, x, l.attn_norm, eps, l.attn_norm_out);
+        qkv.run(s, l, now.position);
+        ARRIVE
+        if (!NEAR && threadIdx.x == 32) { prefetch_mine(l.gate, FF, D); prefetch_mine(l.up, FF, D); }
+        WAIT
         for (int u = blockIdx.x; u < HEADS * splits; u += BLOCKS) attend(s, m, l, u / splits, u % splits, splits, seen, scale);
-        SYNC(prefetch_rows(l.o, D, QW))
+        ARRIVE
+        ProjectionBack<QW, OUT_WARPS, false> out;
+        out.load(l.o, x);
+        fetch_layer(s, m, i + 1);
+        WAIT
         merge(s, m, l, splits);
-        project_back<QW, OUT_WARPS>(s, l.o, i ? m.layers[i - 1].l_out : m.embd, l.attn_out, l.ffn_inp);
-        SYNC(prefetch_rows(l.down, D, FF))
+        out.run(s, l.o, l.attn_out, l.ffn_inp);
+        ARRIVE
+        GateUp gate_up;
+        gate_up.load(l);
+        if (!NEAR && threadIdx.x == 32) prefetch_mine(l.down, D, FF);
+        WAIT
         rms_norm(s, l.ffn_inp, l.ffn_norm, eps, l.ffn_norm_out);
-        gate_up(s, l);
-        SYNC(if (i + 1 < LAYERS) { prefetch_qkv(m.layers[i + 1]); prefetch_rows(m.layers[i + 1].o, D, QW); })
+        if (NEAR) await(&s.full[0], i & 1);
+        gate_up.run(s, l);
+        ARRIVE
+        ProjectionBack<FF, DOWN_WARPS, NEAR> down;
+        down.load(l.down, l.ffn_inp);
+        const Layer& next = s.layer[(i + 1) & 1];
+        if (i + 1 < LAYERS) {
+            if (NEAR && threadIdx.x == 32) bring_gate_up(s, next);
+            if (threadIdx.x / 32 == 2) prefetch_qkv(next);
+            if (threadIdx.x == 96) prefetch_mine(next.o, D, QW);
+        }
+        WAIT
         for (int e = threadIdx.x; e < FF; e += THREADS) s.x[padded(e)] = __ldcg(l.swiglu + e);
         __syncthreads();
-        project_back<FF, DOWN_WARPS>(s, l.down, l.ffn_inp, l.ffn_out, l.l_out);
-        SYNC()
+        if (NEAR) await(&s.full[1], i & 1);
+        down.run(s, NEAR ? s.near_down : l.down, l.ffn_out, l.l_out);
+        ARRIVE
+        if (NEAR && i + 1 < LAYERS && threadIdx.x == 32) bring_down(s, next);
+        x = l.l_out;
+        if (i + 1 < LAYERS) qkv.load(m, next, now.position);
+        WAIT
     }
-    rms_norm(s, m.layers[LAYERS - 1].l_out, m.norm, eps, m.output_norm);
+    rms_norm(s, x, m.norm, eps, m.output_norm);
     logits(s, m);
+    MARK(mark++)
     choose(s, m, barrier + BLOCKS, now);
 }
 

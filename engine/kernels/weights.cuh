@@ -24,10 +24,16 @@ enum { F32 = 0, F16 = 1, Q4_0 = 2, Q5_0 = 6, Q8_0 = 8, Q4_K = 12, Q6_K = 14, BF1
 
 __device__ __forceinline__ int padded(int e) { return e + ((e >> 5) << 2); }
 
-__device__ __forceinline__ uint4 stream(const uint4* p) {
+// NEAR: the planes lie in shared memory, where a bulk copy has put this block's rows.
+template <bool NEAR> __device__ __forceinline__ uint4 stream(const uint4* p) {
+    if constexpr (NEAR) return *p;
     uint4 v;
     asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
     return v;
+}
+
+template <bool NEAR, class T> __device__ __forceinline__ T get(const T* p) {
+    if constexpr (NEAR) return *p; else return __ldg(p);
 }
 
 // Four bytes 0…255 of a word as floats, less `zero`: 2^23 + b is the float 0x4B0000bb.
@@ -46,45 +52,45 @@ __device__ __forceinline__ float dot4(float4 a, float4 b, float sum) {
 __device__ __forceinline__ float4 at(const float* x, int e) { return *(const float4*)(x + padded(e)); }
 __device__ __forceinline__ unsigned word(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
 
-template <int T> struct Format;   // E elements a piece; load(matrix, row, pieces a row, piece); dot(x, first element)
+template <int T, bool NEAR = false> struct Format;   // E elements a piece; load(matrix, row, pieces a row, piece); dot(x, first element)
 
-template <> struct Format<F32> {
+template <bool NEAR> struct Format<F32, NEAR> {
     static const int E = 4;
     uint4 v;
-    __device__ void load(const Matrix& m, long long row, int pieces, int c) { v = stream(m.low + row * pieces + c); }
+    __device__ void load(const Matrix& m, long long row, int pieces, int c) { v = stream<NEAR>(m.low + row * pieces + c); }
     __device__ float dot(const float* x, int e) const {
         return dot4(make_float4(__uint_as_float(v.x), __uint_as_float(v.y), __uint_as_float(v.z), __uint_as_float(v.w)), at(x, e), 0.f);
     }
 };
-template <> struct Format<F16> {
+template <bool NEAR> struct Format<F16, NEAR> {
     static const int E = 8;
     uint4 v;
-    __device__ void load(const Matrix& m, long long row, int pieces, int c) { v = stream(m.low + row * pieces + c); }
+    __device__ void load(const Matrix& m, long long row, int pieces, int c) { v = stream<NEAR>(m.low + row * pieces + c); }
     __device__ float dot(const float* x, int e) const {
         float2 a = __half22float2(*(const half2*)&v.x), b = __half22float2(*(const half2*)&v.y);
         float2 c = __half22float2(*(const half2*)&v.z), d = __half22float2(*(const half2*)&v.w);
         return dot4(make_float4(a.x, a.y, b.x, b.y), at(x, e), dot4(make_float4(c.x, c.y, d.x, d.y), at(x, e + 4), 0.f));
     }
 };
-template <> struct Format<BF16> {
+template <bool NEAR> struct Format<BF16, NEAR> {
     static const int E = 8;
     uint4 v;
-    __device__ void load(const Matrix& m, long long row, int pieces, int c) { v = stream(m.low + row * pieces + c); }
+    __device__ void load(const Matrix& m, long long row, int pieces, int c) { v = stream<NEAR>(m.low + row * pieces + c); }
     __device__ static float2 two(unsigned w) { return make_float2(__uint_as_float(w << 16), __uint_as_float(w & 0xFFFF0000u)); }
     __device__ float dot(const float* x, int e) const {
         float2 a = two(v.x), b = two(v.y), c = two(v.z), d = two(v.w);
         return dot4(make_float4(a.x, a.y, b.x, b.y), at(x, e), dot4(make_float4(c.x, c.y, d.x, d.y), at(x, e + 4), 0.f));
     }
 };
-template <> struct Format<Q8_0> {
+template <bool NEAR> struct Format<Q8_0, NEAR> {
     static const int E = 32;
     uint4 v, w;
     float d;
     __device__ void load(const Matrix& m, long long row, int pieces, int c) {
         long long b = row * pieces + c;
-        v = stream(m.low + 2 * b);
-        w = stream(m.low + 2 * b + 1);
-        d = __half2float(__ldg((const half*)m.scales + b));
+        v = stream<NEAR>(m.low + 2 * b);
+        w = stream<NEAR>(m.low + 2 * b + 1);
+        d = __half2float(get<NEAR>((const half*)m.scales + b));
     }
     __device__ float dot(const float* x, int e) const {
         float sum = 0.f;
@@ -96,14 +102,14 @@ template <> struct Format<Q8_0> {
         return d * sum;
     }
 };
-template <> struct Format<Q4_0> {
+template <bool NEAR> struct Format<Q4_0, NEAR> {
     static const int E = 32;
     uint4 v;
     float d;
     __device__ void load(const Matrix& m, long long row, int pieces, int c) {
         long long b = row * pieces + c;
-        v = stream(m.low + b);
-        d = __half2float(__ldg((const half*)m.scales + b));
+        v = stream<NEAR>(m.low + b);
+        d = __half2float(get<NEAR>((const half*)m.scales + b));
     }
     __device__ float dot(const float* x, int e) const {
         float sum = 0.f;
@@ -115,16 +121,16 @@ template <> struct Format<Q4_0> {
         return d * sum;
     }
 };
-template <> struct Format<Q5_0> {
+template <bool NEAR> struct Format<Q5_0, NEAR> {
     static const int E = 32;
     uint4 v;
     unsigned h;
     float d;
     __device__ void load(const Matrix& m, long long row, int pieces, int c) {
         long long b = row * pieces + c;
-        v = stream(m.low + b);
-        h = __ldg((const unsigned*)m.high + b);
-        d = __half2float(__ldg((const half*)m.scales + b));
+        v = stream<NEAR>(m.low + b);
+        h = get<NEAR>((const unsigned*)m.high + b);
+        d = __half2float(get<NEAR>((const half*)m.scales + b));
     }
     __device__ float dot(const float* x, int e) const {
         float sum = 0.f;
@@ -136,15 +142,15 @@ template <> struct Format<Q5_0> {
         return d * sum;
     }
 };
-template <> struct Format<Q4_K> {
+template <bool NEAR> struct Format<Q4_K, NEAR> {
     static const int E = 32;
     uint4 v;
     float scale, low;
     __device__ void load(const Matrix& m, long long row, int pieces, int c) {
         long long b = row * pieces + c;
-        v = stream(m.low + b);
-        uchar2 s = __ldg((const uchar2*)m.scales + b);
-        float2 d = __half22float2(__ldg((const half2*)m.super + b / 8));
+        v = stream<NEAR>(m.low + b);
+        uchar2 s = get<NEAR>((const uchar2*)m.scales + b);
+        float2 d = __half22float2(get<NEAR>((const half2*)m.super + b / 8));
         scale = d.x * s.x;
         low = d.y * s.y;
     }
@@ -160,17 +166,17 @@ template <> struct Format<Q4_K> {
         return scale * sum - low * ones;
     }
 };
-template <> struct Format<Q6_K> {
+template <bool NEAR> struct Format<Q6_K, NEAR> {
     static const int E = 32;
     uint4 v;
     uint2 h;
     float first, second;
     __device__ void load(const Matrix& m, long long row, int pieces, int c) {
         long long b = row * pieces + c;
-        v = stream(m.low + b);
-        h = __ldg((const uint2*)m.high + b);
-        char2 s = __ldg((const char2*)m.scales + b);
-        float d = __half2float(__ldg((const half*)m.super + b / 8));
+        v = stream<NEAR>(m.low + b);
+        h = get<NEAR>((const uint2*)m.high + b);
+        char2 s = get<NEAR>((const char2*)m.scales + b);
+        float d = __half2float(get<NEAR>((const half*)m.super + b / 8));
         first = d * s.x;
         second = d * s.y;
     }
@@ -185,46 +191,127 @@ template <> struct Format<Q6_K> {
     }
 };
 
-// R rows, each the sum over this lane's pieces: lane `lane` of LANES that share the rows.
-template <int T, int COLS, int LANES, int R>
-__device__ __forceinline__ void lanes_dot(const Matrix* const (&m)[R], const int (&rows)[R], int lane, const float* x, float (&sum)[R]) {
-    typedef Format<T> Piece;
-    constexpr int pieces = COLS / Piece::E, rounds = (pieces + LANES - 1) / LANES;
-    constexpr int ahead = rounds * R <= 12 ? rounds : (R >= 4 ? 2 : 8 / R);   // loads in flight before the first use
-    #pragma unroll 1
-    for (int i = 0; i < rounds; i += ahead) {
-        Piece piece[ahead][R];
-        #pragma unroll
-        for (int u = 0; u < ahead; u++) {
-            const int c = lane + (i + u) * LANES;
-            if (c < pieces)
-                #pragma unroll
-                for (int r = 0; r < R; r++) piece[u][r].load(*m[r], rows[r], pieces, c);
-        }
-        #pragma unroll
-        for (int u = 0; u < ahead; u++) {
-            const int c = lane + (i + u) * LANES;
-            if (c < pieces)
-                #pragma unroll
-                for (int r = 0; r < R; r++) sum[r] += piece[u][r].dot(x, c * Piece::E);
-        }
-    }
-}
-
 #ifndef TYPES                    // bit mask of the ggml types that the model has; others cost no code
 #define TYPES ~0ull
 #endif
+constexpr bool ONE_TYPE = (TYPES & (TYPES - 1)) == 0;
+constexpr int only_type(unsigned long long mask) { int t = 0; while (mask >>= 1) t++; return t; }
 
-template <int COLS, int LANES, int R>
-__device__ __forceinline__ void dot_rows(const Matrix* const (&m)[R], const int (&rows)[R], int lane, const float* x, float (&sum)[R]) {
-    #pragma unroll
-    for (int r = 0; r < R; r++) sum[r] = 0.f;
-    switch (m[0]->type) {
-#define CASE(T) case T: if constexpr ((TYPES >> T & 1) && COLS % Format<T>::E == 0) lanes_dot<T, COLS, LANES, R>(m, rows, lane, x, sum); break;
-        CASE(F32) CASE(F16) CASE(BF16) CASE(Q8_0) CASE(Q4_0) CASE(Q5_0) CASE(Q4_K) CASE(Q6_K)
-#undef CASE
+// A plane's bytes for a block of 32 elements, times 8 (K-quants share two or four bytes among 8 blocks).
+enum { LOW_PLANE, HIGH_PLANE, SCALES_PLANE, SUPER_PLANE };
+__device__ __forceinline__ int eighths(int type, int plane) {
+    switch (plane) {
+        case LOW_PLANE: return 8 * (type == F32 ? 128 : type == F16 || type == BF16 ? 64 : type == Q8_0 ? 32 : 16);
+        case HIGH_PLANE: return 8 * (type == Q5_0 ? 4 : type == Q6_K ? 8 : 0);
+        case SCALES_PLANE: return 8 * (type == F32 || type == F16 || type == BF16 ? 0 : 2);
+        default: return type == Q4_K ? 4 : type == Q6_K ? 2 : 0;
     }
 }
+
+// Bulk copies of a block's rows into shared memory, by one thread; they end in `full`, a barrier of shared memory.
+__device__ __forceinline__ unsigned near_address(const void* p) { return (unsigned)__cvta_generic_to_shared(p); }
+__device__ __forceinline__ void await(const unsigned long long* full, unsigned phase) {
+    asm volatile("{\n.reg .pred done;\nagain:\nmbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n@!done bra again;\n}"
+                 :: "r"(near_address(full)), "r"(phase) : "memory");
+}
+struct Bring {
+    unsigned long long* full;
+    char* to;
+    unsigned bytes = 0;
+
+    // Rows [first, first + count) of a matrix -> its planes in shared memory, as if row 0 were there too. Where `go` is
+    // false nothing is copied: every thread finds the same places.
+    __device__ Matrix rows(const Matrix& m, int first, int count, int cols, bool go) {
+        Matrix here = m;
+        const void* planes[4] = {m.low, m.high, m.scales, m.super};
+        const void* out[4];
+        #pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const int row = eighths(m.type, i) * (cols / 32) / 8;
+            out[i] = nullptr;
+            if (!row) continue;
+            const unsigned long long from = (unsigned long long)planes[i] + (unsigned long long)first * row;
+            const unsigned skip = from & 15, size = (skip + (unsigned)count * row + 15) & ~15u;
+            if (go)
+                asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+                             :: "r"(near_address(to)), "l"(from - skip), "r"(size), "r"(near_address(full)) : "memory");
+            out[i] = to + skip - (long long)first * row;
+            to += size;
+            bytes += size;
+        }
+        here.low = (const uint4*)out[0]; here.high = out[1]; here.scales = out[2]; here.super = out[3];
+        return here;
+    }
+};
+__device__ __forceinline__ void expect(unsigned long long* full, unsigned bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" :: "r"(near_address(full)), "r"(bytes) : "memory");
+}
+
+// The dot products of R rows with x by LANES lanes; `sum` holds this lane's share.
+//
+// Where all matrices of the model have one type, `load` fetches the first pieces into registers before x is known: called
+// ahead of a barrier, it hides the memory's latency behind the barrier's.
+template <int COLS, int LANES, int R, bool NEAR = false> struct Rows {
+    template <int T> struct Of {
+        static const int pieces = COLS / Format<T, false>::E, rounds = (pieces + LANES - 1) / LANES;
+        static const int ahead = rounds * R <= 12 ? rounds : (R >= 4 ? 2 : 8 / R);   // pieces in flight before the first use
+    };
+    template <int T> using Piece = Format<T, NEAR>;
+    static const int ONLY = ONE_TYPE ? only_type(TYPES) : F32;
+    Piece<ONLY> held[Of<ONLY>::ahead][R];
+
+    template <int T> static __device__ __forceinline__ void fetch(
+            Piece<T> (&piece)[Of<T>::ahead][R], const Matrix* const (&m)[R], const int (&rows)[R], int lane, int i) {
+        #pragma unroll
+        for (int u = 0; u < Of<T>::ahead; u++) {
+            const int c = lane + (i + u) * LANES;
+            if (c < Of<T>::pieces)
+                #pragma unroll
+                for (int r = 0; r < R; r++) piece[u][r].load(*m[r], rows[r], Of<T>::pieces, c);
+        }
+    }
+    template <int T> static __device__ __forceinline__ void multiply(
+            const Piece<T> (&piece)[Of<T>::ahead][R], int lane, int i, const float* x, float (&sum)[R]) {
+        #pragma unroll
+        for (int u = 0; u < Of<T>::ahead; u++) {
+            const int c = lane + (i + u) * LANES;
+            if (c < Of<T>::pieces)
+                #pragma unroll
+                for (int r = 0; r < R; r++) sum[r] += piece[u][r].dot(x, c * Format<T, false>::E);
+        }
+    }
+    template <int T> static __device__ __forceinline__ void all(
+            const Matrix* const (&m)[R], const int (&rows)[R], int lane, const float* x, float (&sum)[R], int from) {
+        #pragma unroll 1
+        for (int i = from; i < Of<T>::rounds; i += Of<T>::ahead) {
+            Piece<T> piece[Of<T>::ahead][R];
+            fetch<T>(piece, m, rows, lane, i);
+            multiply<T>(piece, lane, i, x, sum);
+        }
+    }
+
+    __device__ __forceinline__ void load(const Matrix* const (&m)[R], const int (&rows)[R], int lane) {
+        if constexpr (ONE_TYPE && !NEAR && COLS % Format<ONLY, false>::E == 0) fetch<ONLY>(held, m, rows, lane, 0);
+    }
+    // The products of the rows that were loaded last.
+    __device__ __forceinline__ void dot(const Matrix* const (&m)[R], const int (&rows)[R], int lane, const float* x, float (&sum)[R]) const {
+        #pragma unroll
+        for (int r = 0; r < R; r++) sum[r] = 0.f;
+        if constexpr (ONE_TYPE) {
+            if constexpr (COLS % Format<ONLY, false>::E == 0) {
+                if constexpr (!NEAR) multiply<ONLY>(held, lane, 0, x, sum);
+                if constexpr (NEAR) all<ONLY>(m, rows, lane, x, sum, 0);
+                else if constexpr (Of<ONLY>::rounds > Of<ONLY>::ahead) all<ONLY>(m, rows, lane, x, sum, Of<ONLY>::ahead);
+            }
+            return;
+        }
+        switch (m[0]->type) {
+#define CASE(T) case T: if constexpr ((TYPES >> T & 1) && COLS % Format<T, false>::E == 0) all<T>(m, rows, lane, x, sum, 0); break;
+            CASE(F32) CASE(F16) CASE(BF16) CASE(Q8_0) CASE(Q4_0) CASE(Q5_0) CASE(Q4_K) CASE(Q6_K)
+#undef CASE
+        }
+    }
+};
 
 // One element of a row, as ggml dequantises it.
 __device__ float element(const Matrix& m, long long row, int cols, int e) {
@@ -240,7 +327,7 @@ __device__ float element(const Matrix& m, long long row, int cols, int e) {
         case Q4_0: return (float)(q - 8) * __half2float(((const half*)m.scales)[block]);
         case Q5_0: {
             unsigned h = ((const unsigned*)m.high)[block] >> (8 * k + (i < 16 ? w : 4 + w)) & 1;
-            return (float)((q | h << 4) - 16) * __half2float(((const half*)m.scales)[block]);
+            return (float)((int)(q | h << 4) - 16) * __half2float(((const half*)m.scales)[block]);
         }
         case Q4_K: {
             uchar2 s = ((const uchar2*)m.scales)[block];
