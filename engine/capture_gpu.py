@@ -6,7 +6,6 @@ ring. The writer thread waits for that copy's event, hands the rows on and gives
 where the ring has no place left, and counts that.
 """
 
-import threading
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +20,7 @@ from checkpoints.tensors import TensorWriter
 from .backend import Array, Backend
 from .capture import Capture, Pass, Positions, RowSink, kept_rows
 from .device import kernel
+from .ring import Ring
 
 PLAIN, CAUSAL, CACHED, LAST = range(4)  # the layouts of summary.cu
 _CHUNK = 1024  # elements a block takes: the logits of one row are 149 blocks, one for each multiprocessor of an H200
@@ -124,51 +124,6 @@ def layout(name: str, shape: tuple[int, ...], tokens: int) -> tuple[int, int, in
     return PLAIN, 0, 1, width
 
 
-class Ring:
-    """Places of a slab, taken in order by the engine and given back in order by the writer."""
-
-    def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
-        self.waits = 0
-        self._head = 0
-        self._taken: list[tuple[int, int]] = []
-        self._change = threading.Condition()
-
-    def take(self, count: int) -> int:
-        """The first of `count` neighbouring places; waits, and counts it, until they are free."""
-        with self._change:
-            start = self._find(count)
-            if start is None:
-                self.waits += 1
-                while (start := self._find(count)) is None:
-                    self._change.wait()
-            self._taken.append((start, count))
-            self._head = start + count
-            return start
-
-    def _find(self, count: int) -> int | None:
-        if not self._taken:
-            return 0 if count <= self.capacity else None
-        tail = self._taken[0][0]
-        if self._head > tail:
-            if self._head + count <= self.capacity:
-                return self._head
-            return 0 if count <= tail else None
-        return self._head if self._head + count <= tail else None
-
-    def give_back(self) -> None:
-        """Free the places that were taken first."""
-        with self._change:
-            self._taken.pop(0)
-            self._change.notify()
-
-    def drain(self) -> None:
-        """Wait until all places are free."""
-        with self._change:
-            while self._taken:
-                self._change.wait()
-
-
 class DeviceCapture(Capture):
     """The tap of a device; the same interface as `Capture`, and the same records to float64's rounding.
 
@@ -192,7 +147,10 @@ class DeviceCapture(Capture):
         self._passes = ring
         self.slice_size = slice_size
         self._ring = Ring(0)
-        self._staging: Array = None
+        self._staging: list[Array] = []  # two halves: one is copied out while the next pass fills the other
+        self._half = 0
+        self._copied: list[Any] = [None, None]
+        self._copies = self._xp.cuda.Stream(non_blocking=True)
         self._slab: NDArray[Any] = np.zeros(0, self._record)
         self._parts: list[Part] = []
         self._kept = self._seen = np.zeros(0, dtype=np.int64)
@@ -212,17 +170,16 @@ class DeviceCapture(Capture):
 
     def _allocate(self, records: int) -> None:
         """Slab and staging buffer for passes of that many records; made again only if a later pass is larger."""
-        if len(self._slab) >= records and self._staging is not None:
+        if self._staging and len(self._slab) >= 2 * records and self._staging[0].nbytes >= records * self._record.itemsize:
             return
         from cupyx import empty_pinned
 
         self._ring.drain()
         capacity = max(2 * records, self._passes * len(self.points), 1)
-        waits = self._ring.waits
         self._ring = Ring(capacity)
-        self._ring.waits = waits
         self._slab = np.frombuffer(empty_pinned(capacity * self._record.itemsize, np.uint8), self._record)
-        self._staging = self._xp.empty(max(records, 1) * self._record.itemsize, dtype=np.uint8)
+        self._xp.cuda.get_current_stream().synchronize()
+        self._staging = [self._xp.empty(max(records, 1) * self._record.itemsize, dtype=np.uint8) for _ in range(2)]
 
     def __call__(self, name: str, value: Array) -> None:
         """Record a value; called by the loop right after the step."""
@@ -245,7 +202,7 @@ class DeviceCapture(Capture):
         arguments = (
             *(value, np.int32(kind), np.int32(len(self._now.token_idx)), np.int32(s), np.int32(heads), np.int32(width)),
             *(self._kept_there[0], self._kept_there[1], np.int32(size), np.int32(self.slice_size), np.int32(self._record.itemsize)),
-            *(self._scratch, self._counters, self._staging[start * self._record.itemsize :]),
+            *(self._scratch, self._counters, self._staging[self._half][start * self._record.itemsize :]),
         )
         self._kernel((chunks, rows), (256,), arguments)
         self._parts.append(Part(name, kind, start, width, heads))
@@ -265,9 +222,9 @@ class DeviceCapture(Capture):
         return len(self._kept) > 0
 
     def staging(self, records: int) -> Array:
-        """The staging buffer, with room for so many records."""
+        """The half of the staging buffer that this pass fills, with room for so many records."""
         self._allocate(records)
-        return self._staging
+        return self._staging[self._half]
 
     def staged(self, parts: Collection[Part]) -> None:
         """A graph has put the records of these points, one row each, into the staging buffer."""
@@ -298,19 +255,28 @@ class DeviceCapture(Capture):
         self._raise_failure()
         batch = Batch(self._now, self._kept, self._seen, tuple(self._parts))
         count = len(self._parts) * len(self._kept)
+        before_waits = self._ring.waits
         start = self._ring.take(count)
-        self.waits = self._ring.waits
+        self.waits += self._ring.waits - before_waits
         here = self._slab[start : start + count]
-        runtime = self._xp.cuda.runtime
-        stream = self._xp.cuda.get_current_stream()
-        runtime.memcpyAsync(here.ctypes.data, self._staging.data.ptr, here.nbytes, runtime.memcpyDeviceToHost, stream.ptr)
-        copied = self._xp.cuda.Event(block=True, disable_timing=True)
-        copied.record(stream)
+        half, runtime = self._half, self._xp.cuda.runtime
+        made, copied = self._xp.cuda.Event(disable_timing=True), self._xp.cuda.Event(block=True, disable_timing=True)
+        made.record(self._xp.cuda.get_current_stream())
+        self._copies.wait_event(made)
+        source = self._staging[half].data.ptr
+        runtime.memcpyAsync(here.ctypes.data, source, here.nbytes, runtime.memcpyDeviceToHost, self._copies.ptr)
+        copied.record(self._copies)
+        self._copied[half] = copied
+        self._half = 1 - half
+        before = self._copied[self._half]
+        if before is not None:  # the half that comes next must have been copied out
+            self._xp.cuda.get_current_stream().wait_event(before)
         self._parts.clear()
         ring = self._ring
 
         def write() -> None:
             try:
+                ring.turn()
                 copied.synchronize()
                 for rows in batch.rows(here, self.slice_size):
                     self._sink.rows(rows)
@@ -329,9 +295,11 @@ class DeviceCapture(Capture):
         try:
             self._hand_over()
         finally:
+            self._ring.ending = True
             super().close()
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         if kind is not None and self._failure is None:
             self._hand_over()
+        self._ring.ending = True
         super().__exit__(kind, *rest)

@@ -14,6 +14,7 @@
 #define QW (HEADS * HEAD)
 #define KW (KV_HEADS * HEAD)
 #define GROUP (HEADS / KV_HEADS)
+#define LOGITS_AHEAD 128         // rows of the output matrix that a block asks for during the last layer's end
 #define SPLIT_ROWS 64            // positions a block attends to before a head is split over several blocks
 
 struct Layer {
@@ -178,24 +179,30 @@ __device__ __forceinline__ void prefetch_mine(const Matrix& m, int rows, int col
     if (threadIdx.x % 32 == 0) prefetch_rows(m, first_of(rows), last_of(rows) - first_of(rows), cols);
 }
 
-// Gate and up (or down) of a layer on their way to shared memory; thread 0 of the block.
-__device__ __forceinline__ void bring_gate_up(Shared& s, const Layer& l) {
-    Bring bring = {&s.full[0], s.weights};
+// A piece of gate and up (or down) of a layer on its way to shared memory; one thread of the block.
+#define GATE_PIECES 4
+#define DOWN_PIECES 2
+__device__ __forceinline__ void bring_gate_up(Shared& s, const Layer& l, int piece) {
     const int first = first_of(FF), count = last_of(FF) - first;
-    Bring sizes = bring;
-    sizes.rows(l.gate, first, count, D, false);
-    sizes.rows(l.up, first, count, D, false);
-    expect(bring.full, sizes.bytes);
-    s.near_gate = bring.rows(l.gate, first, count, D, true);
-    s.near_up = bring.rows(l.up, first, count, D, true);
+    if (piece == 0) {
+        Bring places = {&s.full[0], s.weights, -1, 1};
+        s.near_gate = places.rows(l.gate, first, count, D);
+        s.near_up = places.rows(l.up, first, count, D);
+        expect(places.full, places.bytes);
+    }
+    Bring bring = {&s.full[0], s.weights, piece, GATE_PIECES};
+    bring.rows(l.gate, first, count, D);
+    bring.rows(l.up, first, count, D);
 }
-__device__ __forceinline__ void bring_down(Shared& s, const Layer& l) {
-    Bring bring = {&s.full[1], s.weights + GATE_BYTES};
+__device__ __forceinline__ void bring_down(Shared& s, const Layer& l, int piece) {
     const int first = first_of(D), count = last_of(D) - first;
-    Bring sizes = bring;
-    sizes.rows(l.down, first, count, FF, false);
-    expect(bring.full, sizes.bytes);
-    s.near_down = bring.rows(l.down, first, count, FF, true);
+    if (piece == 0) {
+        Bring places = {&s.full[1], s.weights + GATE_BYTES, -1, 1};
+        s.near_down = places.rows(l.down, first, count, FF);
+        expect(places.full, places.bytes);
+    }
+    Bring bring = {&s.full[1], s.weights + GATE_BYTES, piece, DOWN_PIECES};
+    bring.rows(l.down, first, count, FF);
 }
 
 #ifdef PROFILE
@@ -352,21 +359,62 @@ __device__ void attend(Shared& s, const Model& m, const Layer& l, int head, int 
 
 // The shares of each head put together -> x; block 0 keeps them as kqv_out, and each head's peak and 1 / sum.
 __device__ void merge(Shared& s, const Model& m, const Layer& l, int splits) {
-    for (int e = threadIdx.x; e < QW; e += THREADS) {
+    constexpr int EACH = (QW + THREADS - 1) / THREADS, TOGETHER = SPLITS < 4 ? SPLITS : 4;
+    #pragma unroll
+    for (int n = 0; n < EACH; n++) {
+        const int e = threadIdx.x + n * THREADS;
+        if (e >= QW) break;
         const int head = e / HEAD;
-        const float* sums = m.sums + head * SPLITS * 2;
+        const float2* sums = (const float2*)m.sums + head * SPLITS;
+        const float* mixed = m.mixed + (long long)head * SPLITS * HEAD + e % HEAD;
         float peak = -INFINITY, total = 0.f, value = 0.f;
-        for (int i = 0; i < splits; i++) peak = fmaxf(peak, __ldcg(sums + 2 * i));
-        for (int i = 0; i < splits; i++) {
-            float w = expf(__ldcg(sums + 2 * i) - peak);
-            total += w * __ldcg(sums + 2 * i + 1);
-            value += w * __ldcg(m.mixed + (long long)(head * SPLITS + i) * HEAD + e % HEAD);
+        for (int from = 0; from < splits; from += TOGETHER) {   // the running sums are rescaled where the peak grows
+            float2 part[TOGETHER];
+            float x[TOGETHER];
+            #pragma unroll
+            for (int i = 0; i < TOGETHER; i++) {
+                part[i] = from + i < splits ? __ldcg(sums + from + i) : make_float2(-INFINITY, 0.f);
+                x[i] = from + i < splits ? __ldcg(mixed + (from + i) * HEAD) : 0.f;
+            }
+            float now = peak;
+            #pragma unroll
+            for (int i = 0; i < TOGETHER; i++) now = fmaxf(now, part[i].x);
+            const float before = expf(peak - now);
+            total *= before;
+            value *= before;
+            peak = now;
+            #pragma unroll
+            for (int i = 0; i < TOGETHER; i++) {
+                const float w = expf(part[i].x - peak);
+                total += w * part[i].y;
+                value += w * x[i];
+            }
         }
         value /= total;
         s.x[padded(e)] = value;
         if (blockIdx.x == 0) {
             l.kqv_out[e] = value;
             if (e % HEAD == 0) { l.peaks[2 * head] = peak; l.peaks[2 * head + 1] = 1.f / total; }
+        }
+    }
+    __syncthreads();
+}
+
+// Feed-forward activations -> x: all loads under way before the first is stored.
+__device__ __forceinline__ void take(Shared& s, const float* values) {
+    constexpr int EACH = (FF / 4 + THREADS - 1) / THREADS, TOGETHER = EACH < 4 ? EACH : 4;
+    #pragma unroll 1
+    for (int n = 0; n < EACH; n += TOGETHER) {
+        float4 v[TOGETHER];
+        #pragma unroll
+        for (int i = 0; i < TOGETHER; i++) {
+            const int e = threadIdx.x + (n + i) * THREADS;
+            if (e < FF / 4) v[i] = __ldcg((const float4*)values + e);
+        }
+        #pragma unroll
+        for (int i = 0; i < TOGETHER; i++) {
+            const int e = threadIdx.x + (n + i) * THREADS;
+            if (e < FF / 4) *(float4*)(s.x + padded(4 * e)) = v[i];
         }
     }
     __syncthreads();
@@ -555,7 +603,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const Model* mod
     const float* x = m.embd;
     Projection qkv;
     qkv.load(m, s.layer[0], now.position);
-    if (NEAR && threadIdx.x == 0) { bring_gate_up(s, s.layer[0]); bring_down(s, s.layer[0]); }
+    if (NEAR && threadIdx.x == 0) { bring_gate_up(s, s.layer[0], 0); bring_gate_up(s, s.layer[0], 1); }
     if (threadIdx.x == 0) prefetch_mine(s.layer[0].o, D, QW);
     MARK(mark++)
     for (int i = 0; i < LAYERS; i++) {
@@ -563,20 +611,27 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const Model* mod
         rms_norm(s, x, l.attn_norm, eps, l.attn_norm_out);
         qkv.run(s, l, now.position);
         ARRIVE
-        if (!NEAR && threadIdx.x == 32) { prefetch_mine(l.gate, FF, D); prefetch_mine(l.up, FF, D); }
+        if (threadIdx.x == 32) {
+            if (NEAR) bring_gate_up(s, l, 2);
+            else { prefetch_mine(l.gate, FF, D); prefetch_mine(l.up, FF, D); }
+        }
         WAIT
         for (int u = blockIdx.x; u < HEADS * splits; u += BLOCKS) attend(s, m, l, u / splits, u % splits, splits, seen, scale);
         ARRIVE
         ProjectionBack<QW, OUT_WARPS, false> out;
         out.load(l.o, x);
         fetch_layer(s, m, i + 1);
+        if (NEAR && threadIdx.x == 256) { bring_gate_up(s, l, 3); bring_down(s, l, 0); }
         WAIT
         merge(s, m, l, splits);
         out.run(s, l.o, l.attn_out, l.ffn_inp);
         ARRIVE
         GateUp gate_up;
         gate_up.load(l);
-        if (!NEAR && threadIdx.x == 32) prefetch_mine(l.down, D, FF);
+        if (threadIdx.x == 32) {
+            if (NEAR) bring_down(s, l, 1);
+            else prefetch_mine(l.down, D, FF);
+        }
         WAIT
         rms_norm(s, l.ffn_inp, l.ffn_norm, eps, l.ffn_norm_out);
         if (NEAR) await(&s.full[0], i & 1);
@@ -586,17 +641,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const Model* mod
         down.load(l.down, l.ffn_inp);
         const Layer& next = s.layer[(i + 1) & 1];
         if (i + 1 < LAYERS) {
-            if (NEAR && threadIdx.x == 32) bring_gate_up(s, next);
+            if (NEAR && threadIdx.x == 32) bring_gate_up(s, next, 0);
             if (threadIdx.x / 32 == 2) prefetch_qkv(next);
             if (threadIdx.x == 96) prefetch_mine(next.o, D, QW);
-        }
+        } else if (threadIdx.x == 32) prefetch_rows(m.output, first_of(VOCAB), min(LOGITS_AHEAD, last_of(VOCAB) - first_of(VOCAB)), D);
         WAIT
-        for (int e = threadIdx.x; e < FF; e += THREADS) s.x[padded(e)] = __ldcg(l.swiglu + e);
-        __syncthreads();
+        take(s, l.swiglu);
         if (NEAR) await(&s.full[1], i & 1);
         down.run(s, NEAR ? s.near_down : l.down, l.ffn_out, l.l_out);
         ARRIVE
-        if (NEAR && i + 1 < LAYERS && threadIdx.x == 32) bring_down(s, next);
+        if (NEAR && i + 1 < LAYERS && threadIdx.x == 32) bring_gate_up(s, next, 1);
         x = l.l_out;
         if (i + 1 < LAYERS) qkv.load(m, next, now.position);
         WAIT

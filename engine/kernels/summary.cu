@@ -109,23 +109,25 @@ __device__ void accumulate(const Row& row, int from, int to, double* part) {
     __syncthreads();
 }
 
-// All chunks of a row -> part, by the whole block: 8 groups of threads share the chunks, then the groups are added.
+// All chunks of a row -> part, by the whole block: 8 warps share the chunks, then their results are put together. Lane j
+// adds projection j; of the statistics lane i < 8 takes the i-th (with the index of |max| beside it, for lane 5).
 __device__ void add_up(const double* chunks, int count, double* part) {
     __shared__ double groups[WARPS][PART];
-    const int group = threadIdx.x >> 5, lane = threadIdx.x & 31;
-    double total = 0, stat[8] = {0, 0, INFINITY, -INFINITY, 0, -1, 2147483647., 0};
+    const int group = threadIdx.x >> 5, lane = threadIdx.x & 31, which = lane & 7;
+    double total = 0, stat = which == 2 ? INFINITY : which == 3 ? -INFINITY : which == 5 ? -1 : 0, at = 2147483647.;
+    #pragma unroll 4
     for (int c = group; c < count; c += WARPS) {
-        total += __ldcg(chunks + (long long)c * PART + lane);
-        if (lane == 0) {
-            double s[8];
-            for (int i = 0; i < 8; i++) s[i] = __ldcg(chunks + (long long)c * PART + SKETCH + i);
-            stat[0] += s[0]; stat[1] += s[1]; stat[4] += s[4]; stat[7] += s[7];
-            stat[2] = fmin(stat[2], s[2]); stat[3] = fmax(stat[3], s[3]);
-            if (s[5] > stat[5] || (s[5] == stat[5] && s[6] < stat[6])) { stat[5] = s[5]; stat[6] = s[6]; }
-        }
+        const double* chunk = chunks + (long long)c * PART;
+        const double projection = __ldcg(chunk + lane), mine = __ldcg(chunk + SKETCH + which), index = __ldcg(chunk + SKETCH + 6);
+        total += projection;
+        if (which == 2) stat = fmin(stat, mine);
+        else if (which == 3) stat = fmax(stat, mine);
+        else if (which == 5) { if (mine > stat || (mine == stat && index < at)) { stat = mine; at = index; } }
+        else stat += mine;
     }
     groups[group][lane] = total;
-    if (lane == 0) for (int i = 0; i < 8; i++) groups[group][SKETCH + i] = stat[i];
+    if (lane < 8 && lane != 6) groups[group][SKETCH + lane] = stat;
+    if (lane == 5) groups[group][SKETCH + 6] = at;
     __syncthreads();
     if (threadIdx.x < SKETCH) {
         double sum = 0;

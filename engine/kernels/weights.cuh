@@ -217,11 +217,12 @@ __device__ __forceinline__ void await(const unsigned long long* full, unsigned p
 struct Bring {
     unsigned long long* full;
     char* to;
+    int piece, pieces;           // the copy is cut into pieces, so that other loads needn't queue behind all of it
     unsigned bytes = 0;
 
-    // Rows [first, first + count) of a matrix -> its planes in shared memory, as if row 0 were there too. Where `go` is
-    // false nothing is copied: every thread finds the same places.
-    __device__ Matrix rows(const Matrix& m, int first, int count, int cols, bool go) {
+    // Rows [first, first + count) of a matrix -> its planes in shared memory, as if row 0 were there too; piece -1 copies
+    // nothing and finds the same places.
+    __device__ Matrix rows(const Matrix& m, int first, int count, int cols) {
         Matrix here = m;
         const void* planes[4] = {m.low, m.high, m.scales, m.super};
         const void* out[4];
@@ -232,9 +233,11 @@ struct Bring {
             if (!row) continue;
             const unsigned long long from = (unsigned long long)planes[i] + (unsigned long long)first * row;
             const unsigned skip = from & 15, size = (skip + (unsigned)count * row + 15) & ~15u;
-            if (go)
+            const unsigned start = piece < 0 ? 0 : size / 16 * piece / pieces * 16;
+            const unsigned length = piece < 0 ? 0 : size / 16 * (piece + 1) / pieces * 16 - start;
+            if (length)
                 asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-                             :: "r"(near_address(to)), "l"(from - skip), "r"(size), "r"(near_address(full)) : "memory");
+                             :: "r"(near_address(to + start)), "l"(from - skip + start), "r"(length), "r"(near_address(full)) : "memory");
             out[i] = to + skip - (long long)first * row;
             to += size;
             bytes += size;
