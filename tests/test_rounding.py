@@ -128,13 +128,14 @@ def hard_activations() -> dict[str, np.ndarray]:
     }
 
 
-@pytest.mark.parametrize("way", ROUNDINGS)
-@pytest.mark.parametrize("case", hard_activations())
+# In Q8_K −127 / x of subnormal steps overflows, and ggml converts an infinity to an integer, which C does not define.
+CASES = [(way, case) for way in ROUNDINGS for case in hard_activations() if (way, case) != ("Q8_K", "subnormal steps")]
+
+
+@pytest.mark.parametrize(("way", "case"), CASES)
 def test_rounding_equals_from_float(cpu: Any, way: str, case: str) -> None:
     """Activations rounded by us are, to the bit, those that libggml's from_float wrote."""
     kind, x = ROUNDINGS[way], hard_activations()[case]
-    if case == "subnormal steps" and way == "Q8_K":
-        pytest.skip("−127 / x overflows and ggml converts an infinity to an integer, which C does not define")
     partner = vec_dot_type(kind)
     assert partner == Kind[way]
     expected = as_values(from_float(cpu, x, partner), partner, N)
