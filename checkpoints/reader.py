@@ -5,10 +5,11 @@ a shape as a string. Lines that are no records are skipped and counted; a record
 that names its line.
 """
 
+import json
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import fields
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -16,25 +17,13 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
+from . import fields
 from .errors import DumpError
 from .points import resolve
-from .record import DECODE, FORMAT, SKETCH_SIZE, Dump, End, Header, ModelInfo, Rows, Token
+from .record import DECODE, SKETCH_SIZE, Dump, End, Header, Rows, Token
 
 _FLUSH = 4096  # records of a point that wait as Python lists until they become arrays
-_WORDS = {
-    "NaN": np.nan,
-    "nan": np.nan,
-    "-nan": np.nan,
-    "Infinity": np.inf,
-    "inf": np.inf,
-    "-Infinity": -np.inf,
-    "-inf": -np.inf,
-}
 _BARE = re.compile(r'(?<![\w"])(-?nan(?:\(\w*\))?|[+-]?inf(?:inity)?|-?NaN|[+-]?Infinity)(?![\w"])', re.IGNORECASE)
-_VALUES = re.compile(rb'"values"\s*:\s*\[([^\]]*)\]')
-_DECIMAL = re.compile(r"[+-]?(\d*)(?:\.(\d*))?(?:[eE]([+-]?\d+))?")
-# A float32 needs up to 9 significant digits. A text whose values all stop at 7 or fewer was rounded for print.
-_PRINTED_DIGITS = 7
 
 
 def read(path: str | os.PathLike[str]) -> Dump:
@@ -66,16 +55,15 @@ def _loads(text: str | bytes) -> Any:
     start = line.find("{")
     if start < 0:
         raise ValueError("no JSON object in this line")
-    return orjson.loads(_BARE.sub(r'"\1"', line[start:].rstrip().rstrip("\0")))
-
-
-def _number(value: Any) -> float:
-    if isinstance(value, str):
-        word = value.split("(")[0].lower()
-        if word in ("-nan", "nan"):
-            return np.nan
-        return _WORDS[value] if value in _WORDS else float(word)
-    return np.nan if value is None else float(value)
+    mended = _BARE.sub(r'"\1"', line[start:].rstrip().rstrip("\0"))
+    try:
+        return orjson.loads(mended)
+    except orjson.JSONDecodeError:
+        pass
+    try:
+        return json.loads(mended)  # numbers beyond float64, which orjson refuses, are infinite here
+    except RecursionError:
+        raise ValueError("the line is nested too deeply") from None
 
 
 class _Column:
@@ -117,7 +105,7 @@ class _Column:
                 shapes=tuple(self.shapes),
                 values=_matrix(self.values, width),
                 counts=counts,
-                stats={name: np.array([_number(row.get(name)) for row in self.stats]) for name in names},
+                stats={name: np.array([fields.number(row.get(name)) for row in self.stats]) for name in names},
                 sketch=sketch,
                 indices=_ragged(self.indices, width, -1, np.int64),
                 quantum=_ragged(self.quanta, width, 0.0, np.float64),
@@ -138,7 +126,7 @@ def _matrix(rows: list[list[Any]], width: int) -> NDArray[np.float32]:
     matrix = np.full((len(rows), width), np.nan, dtype=np.float32)
     for r, row in enumerate(rows):
         with np.errstate(over="ignore"):
-            matrix[r, : len(row)] = np.array([_number(value) for value in row], dtype=np.float64).astype(np.float32)
+            matrix[r, : len(row)] = np.array([fields.number(value) for value in row], dtype=np.float64).astype(np.float32)
     return matrix
 
 
@@ -207,11 +195,13 @@ class _Reading:
         kind = found.get("type", "checkpoint")
         try:
             if kind == "header":
-                self._header(found)
+                self.header = fields.header(found)
             elif kind == "token":
-                self.tokens.append(_token(found))
+                self.tokens.append(fields.token(found))
             elif kind == "end":
-                self.end = End(int(found.get("checkpoints", 0)), int(found.get("tokens", 0)))
+                self.end = End(
+                    fields.integer(found.get("checkpoints", 0), "checkpoints"), fields.integer(found.get("tokens", 0), "tokens")
+                )
             elif "checkpoint" in found and "values" in found:
                 self._checkpoint(found, line)
             else:
@@ -219,51 +209,30 @@ class _Reading:
         except (TypeError, ValueError, KeyError, OverflowError) as error:
             raise DumpError(f"{self.name}, line {self.line_number}: {error}.", "Mend what writes it.", code="record") from error
 
-    def _header(self, found: dict[str, Any]) -> None:
-        version = found.get("format", FORMAT)
-        if not isinstance(version, int) or version > FORMAT:
-            raise ValueError(f"format {version!r} is newer than this parity, which reads format {FORMAT}")
-        known = {field.name for field in fields(Header)}
-        taken = {name: value for name, value in found.items() if name in known}
-        model = found.get("model") or {}
-        model = {"name": model} if isinstance(model, str) else model
-        model_fields = {field.name for field in fields(ModelInfo)}
-        taken["model"] = ModelInfo(**{name: value for name, value in model.items() if name in model_fields})
-        taken["tokens"] = tuple(int(token) for token in found.get("tokens") or ())
-        taken["pieces"] = tuple(str(piece) for piece in found.get("pieces") or ())
-        taken.setdefault("source", "unknown")
-        self.header = Header(**taken)
-
     def _checkpoint(self, found: dict[str, Any], line: bytes) -> None:
         label, values = found["checkpoint"], found["values"]
         if not isinstance(label, str) or not isinstance(values, list):
             raise TypeError('"checkpoint" must be a name and "values" a list of numbers')
-        token_idx = found.get("token_idx", 0)
-        if isinstance(token_idx, bool) or not isinstance(token_idx, int) or not 0 <= token_idx < 1 << 40:
-            raise ValueError(f'"token_idx" must be a position from 0, not {token_idx!r}')
-        shape = _shape(found.get("shape"))
-        size = int(np.prod(shape, dtype=np.float64)) if shape else -1
-        if 0 <= size < len(values):
+        token_idx = fields.integer(found.get("token_idx", 0), "token_idx")
+        step = fields.integer(found.get("step", 0), "step")
+        seq = fields.integer(found.get("seq", 0), "seq", fields.SEQUENCES)
+        shape = fields.shape(found.get("shape"))
+        if shape and prod(shape) < len(values):
             raise ValueError(f"{label} has {len(values)} values, more than its shape {list(shape)} holds")
-        for value in values:
-            if isinstance(value, (bool, list, dict)):
-                raise TypeError(f"{label} has a value that is no number: {value!r:.40}")
-        for value in (value for value in values if isinstance(value, str)):
-            _number(value)
+        fields.check_numbers(values, '"values"')
         sketch, indices = found.get("sketch"), found.get("indices")
-        if sketch is not None and len(sketch) != SKETCH_SIZE:
-            raise ValueError(f"{label} has a sketch of {len(sketch)} numbers instead of {SKETCH_SIZE}")
-        if indices is not None and len(indices) != len(values):
-            raise ValueError(f"{label} has {len(indices)} indices for {len(values)} values")
+        if sketch is not None:
+            fields.check_numbers(sketch, '"sketch"')
+            if len(sketch) != SKETCH_SIZE:
+                raise ValueError(f"{label} has a sketch of {len(sketch)} numbers instead of {SKETCH_SIZE}")
         column = self._column(label)
-        step = int(found.get("step", 0))
-        column.places.append((int(found.get("seq", 0)), token_idx, step, found.get("phase") == DECODE))
+        column.places.append((seq, token_idx, step, found.get("phase") == DECODE))
         column.shapes.append(shape)
         column.values.append(values)
-        column.stats.append(found.get("stats") or {})
+        column.stats.append(fields.statistics(found.get("stats") or {}))
         column.sketches.append(sketch)
-        column.indices.append(indices)
-        column.quanta.append(_quantum(line, len(values)) if self.header is None else None)
+        column.indices.append(None if indices is None else fields.indices(indices, len(values)))
+        column.quanta.append(fields.quantum(line, len(values)) if self.header is None else None)
         column.dtype = str(found.get("dtype", "f32"))
         if len(column.places) >= _FLUSH:
             column.flush()
@@ -274,52 +243,3 @@ class _Reading:
             name = self.names[label] = resolve(label, self.header.model.layers if self.header else None)
             self.columns.setdefault(name, _Column(name))
         return self.columns[name]
-
-
-def _token(found: dict[str, Any]) -> Token:
-    top = tuple((int(number), _number(value)) for number, value in found.get("top") or ())
-    return Token(int(found["token_idx"]), int(found["id"]), str(found.get("text", "")), top, int(found.get("seq", 0)))
-
-
-def _shape(found: Any) -> tuple[int, ...]:
-    """A shape as a list or as text ("[1,151936]"); leading ones are dropped, since a record is one position's row."""
-    numbers = re.findall(r"-?\d+", found) if isinstance(found, str) else (found or [])
-    shape = tuple(int(number) for number in numbers)
-    if any(number < 0 for number in shape):
-        raise ValueError(f'"shape" has a negative number: {list(shape)}')
-    while len(shape) > 1 and shape[0] == 1:
-        shape = shape[1:]
-    return shape
-
-
-def _quantum(line: bytes, count: int) -> NDArray[np.float64] | None:
-    """The step of the last printed decimal of each value, or None where the text gives every float32 exactly.
-
-    `%f` prints the same number of decimals everywhere; `%g` stops at a number of significant digits.
-    """
-    match = _VALUES.search(line)
-    texts = [text.strip().strip('"') for text in match[1].decode("ascii", "replace").split(",")] if match else []
-    parsed = [_DECIMAL.fullmatch(text) for text in texts]
-    if len(texts) != count or not count:
-        return None
-    decimals, digits = [], []
-    for found in parsed:
-        if found is None or not (found[1] or found[2]):
-            continue  # nan, inf
-        decimals.append((len(found[2] or ""), int(found[3] or 0)))
-        digits.append(len(((found[1] or "") + (found[2] or "")).strip("0")))
-    if not decimals or (max(digits) > _PRINTED_DIGITS and len({places for places, _ in decimals}) > 1):
-        return None
-    if len({places for places, _ in decimals}) == 1 and any(places for places, _ in decimals):
-        steps = [10.0 ** (exponent - places) for places, exponent in decimals]
-    else:
-        steps = [_last_digit(found, max(digits)) for found in parsed if found is not None and (found[1] or found[2])]
-    quanta = np.zeros(count)
-    quanta[[i for i, found in enumerate(parsed) if found is not None and (found[1] or found[2])]] = steps
-    return quanta
-
-
-def _last_digit(found: re.Match[str], digits: int) -> float:
-    """The step of the last of `digits` significant digits of a printed number."""
-    value = abs(float(found[0]))
-    return 0.0 if value == 0 else float(10.0 ** (np.floor(np.log10(value)) - digits + 1))
