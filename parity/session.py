@@ -15,7 +15,7 @@ from checkpoints.reader import read
 from checkpoints.record import DEFAULT_SLICE, Dump
 from checkpoints.verdict import Verdict
 from engine.capture import Positions
-from reference.client import DumpJob, DumpResult, Reference
+from reference import DumpJob, DumpResult, Reference
 
 from .compare import Options, compare
 
@@ -242,7 +242,9 @@ def taken_instead(request: Request, ref: Dump) -> tuple[str, ...]:
     layers = ref.header.model.layers if ref.header else None
     if layers is None or request.points != "default" or request.layers is not None or max(DEFAULT_LAYERS) == layers - 1:
         return ()
-    wanted, taken = (" and ".join(", ".join(map(str, some)).rsplit(", ", 1)) for some in (DEFAULT_LAYERS, default_layers(layers)))
+    wanted, taken = (
+        " and ".join(", ".join(map(str, some)).rsplit(", ", 1)) for some in (DEFAULT_LAYERS, default_layers(layers))
+    )
     return (f"the model has {layers} layer{'s' * (layers > 1)}: recorded {taken} instead of {wanted}",)
 
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from checkpoints.errors import InputError, ModelError, ParityError, ReferenceFailed
+from checkpoints.gguf_file import contents, header_bytes, string_value
 from reference import NATIVE, DumpJob, Reference
-from reference.gguf_file import contents, header_bytes, string_value
 
 TOKENS = (2047, 430, 457)
 
