@@ -116,6 +116,8 @@ class GgufModel:
         n_kv_heads = self._uniform(f"{architecture}.attention.head_count_kv", n_heads)
         if min(n_embd, n_heads, n_kv_heads, own("block_count", int)) < 1 or n_heads % n_kv_heads:
             raise self._wrong(f"width {n_embd}, {n_heads} heads and {n_kv_heads} key/value heads do not go together")
+        if f"{architecture}.attention.key_length" not in self.metadata and n_embd % n_heads:
+            raise self._wrong(f"width {n_embd} and {n_heads} heads do not go together")
         head_size = own("attention.key_length", int, n_embd // n_heads)
         rope_dims = own("rope.dimension_count", int, head_size)
         if not 0 < rope_dims <= head_size or rope_dims % 2:
