@@ -103,8 +103,9 @@ def shape_like(like: str, **changes: Any) -> Shape:
         "llama.cpp's qwen2 has heads of width / heads only": shape.architecture == "qwen2"
         and shape.head * shape.heads != shape.width,
         f"a head of {shape.head if not small else 0} cannot be rotated in pairs": not small and bool(shape.head % 2),
-        f"{shape.rope_dims} rotary dimensions do not fit the head": shape.rope_dims % 2 == 1
-        or (not small and shape.rope_dims > shape.head),
+        f"llama.cpp's {shape.architecture} rotates whole heads, not {shape.rope_dims} elements of {shape.head if not small else 0}": (
+            not small and shape.rope_dims not in (0, shape.head)
+        ),
     }
     wrong = [sentence for sentence, broken in rules.items() if broken]
     if wrong:
