@@ -69,7 +69,7 @@ def progress_bar(form: Format) -> Iterator["Progress | None"]:
     with Bar(console=Console(stderr=True), transient=True) as bar:
         tasks: dict[str, Any] = {}
 
-        def update(side: str, done: int, total: int) -> None:
+        def update(side: str, done: int, total: int | None) -> None:
             if side not in tasks:
                 tasks[side] = bar.add_task(side, total=total)
             bar.update(tasks[side], completed=done, total=total)

@@ -19,7 +19,7 @@ from reference import DumpJob, DumpResult, Reference
 
 from .compare import Options, compare
 
-Progress = Callable[[str, int, int], None]  # (side, done, total)
+Progress = Callable[[str, int, int | None], None]  # (side, done, total); no total: how long it takes is not known
 
 
 @dataclass(frozen=True)
@@ -148,6 +148,8 @@ def run(request: Request, progress: Progress | None = None) -> Outcome:
         ref_path, ours_path = folder / "ref.jsonl", folder / "ours.jsonl"
         ours.check(prompt)
         job = reference_job(replace(request, points=ours.points, layers=None), prompt, ref_path)
+        if progress is not None:
+            progress("llama.cpp", 0, None)
         if request.generate:
             chosen = reference.dump(job).generated
             ours.dump(prompt, ours_path, Generated(chosen, tuple(reference.pieces(request.model, chosen))), progress)
