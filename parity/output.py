@@ -46,7 +46,7 @@ def show(verdict: "Verdict", ours: "Dump", ref: "Dump", form: Format, extra: Map
         from reports.terminal import print_verdict
 
         console = Console()
-        print_header(console, ours.header, ref.header)
+        print_header(console, ours.header, ref.header, "".join(token.text for token in ref.tokens))
         print_verdict(console, verdict)
     return PARITY_CODE if verdict else DIVERGENCE_CODE
 
