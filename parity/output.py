@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 from .commands.options import Format
 
 if TYPE_CHECKING:
+    from checkpoints.picture import Picture
     from checkpoints.record import Dump
     from checkpoints.verdict import Verdict
     from reference.jobs import Tokens
+    from reports.findings import Finding
 
     from .session import Outcome, Progress
 
@@ -27,10 +29,22 @@ def finish(outcome: "Outcome", form: Format) -> int:
     answer = verdict_as_json(outcome.verdict) | {"folder": str(outcome.folder), "seconds": round(outcome.seconds, 3)}
     (outcome.folder / "diff.json").write_text(json.dumps(answer, indent=1) + "\n", encoding="utf-8")
     code = show(outcome.verdict, outcome.ours, outcome.ref, form, extra=answer)
+    # The answer is on the screen before the report is drawn.
+    report(outcome.folder / "report.html", outcome.verdict, outcome.ours, outcome.ref, outcome.picture)
     if form is Format.TEXT:
         files = "  ".join(path.name for path in sorted(outcome.folder.iterdir(), reverse=True) if path.is_file())
         print(f"{outcome.folder}/  {files}   {outcome.seconds:.1f} s")
     return code
+
+
+def report(
+    path: Path, verdict: "Verdict", ours: "Dump", ref: "Dump", picture: "Picture", findings: "Sequence[Finding]" = ()
+) -> None:
+    """Write a comparison as one HTML file."""
+    from reports.html import write_html
+    from reports.report import Report
+
+    write_html(Report(verdict, ours, ref, picture, tuple(findings)), path)
 
 
 def show(verdict: "Verdict", ours: "Dump", ref: "Dump", form: Format, extra: Mapping[str, Any] | None = None) -> int:

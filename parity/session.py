@@ -1,4 +1,4 @@
-"""Both sides of one experiment into one run folder: ours.jsonl, ref.jsonl, diff.json."""
+"""Both sides of one experiment into one run folder: ours.jsonl, ref.jsonl, diff.json, report.html."""
 
 import re
 from collections.abc import Callable
@@ -10,6 +10,7 @@ from time import perf_counter
 from typing import Any, Literal
 
 from checkpoints.errors import DumpError, InputError
+from checkpoints.picture import Picture
 from checkpoints.points import DEFAULT_LAYERS, default_layers, layer_outputs
 from checkpoints.reader import read
 from checkpoints.record import DEFAULT_SLICE, Dump
@@ -17,7 +18,8 @@ from checkpoints.verdict import Verdict
 from engine.capture import Positions
 from reference import DumpJob, DumpResult, Reference
 
-from .compare import Options, compare
+from .compare import Options
+from .picture import compare_drawn
 
 Progress = Callable[[str, int, int | None], None]  # (side, done, total); no total: how long it takes is not known
 
@@ -72,6 +74,7 @@ class Outcome:
     ours: Dump
     ref: Dump
     verdict: Verdict
+    picture: Picture
     seconds: float
 
 
@@ -163,9 +166,9 @@ def run(request: Request, progress: Progress | None = None) -> Outcome:
                     raise
                 pending.result()
     left, right = read(ours_path), read(ref_path)
-    verdict = compare(left, right, Options(tolerance=request.tolerance, strict=request.strict))
+    verdict, drawn = compare_drawn(left, right, Options(tolerance=request.tolerance, strict=request.strict))
     verdict = replace(verdict, notes=(*taken_instead(request, right), *verdict.notes))
-    return Outcome(folder, left, right, verdict, perf_counter() - began)
+    return Outcome(folder, left, right, verdict, drawn, perf_counter() - began)
 
 
 class _Own:
