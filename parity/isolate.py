@@ -16,7 +16,7 @@ from checkpoints.isolation import NOT_OBSERVABLE, PROVEN, WRONG, Operation
 from checkpoints.points import parse
 from engine.graph import POSITIONS, TOKENS, Altered, History, RowsOf, Step, WeightSource, compute
 
-from .elements import Sample, sample_product
+from .elements import Sample, look_of, sample_product
 
 Floats = NDArray[np.float64]
 
@@ -109,18 +109,23 @@ class Isolator:
             return
         found.passes += 1
         wide = theirs.astype(np.float32, copy=False)
-        best: tuple[float, int] | None = None
+        best: tuple[float, int, int, int] | None = None
         for steps in self.definitions:
             ours = compute(steps[index], inputs, self.weights)
             errors = row_errors(parse(step.makes).kind, ours, wide, positions)
             worst = int(np.argmax(errors))
             if best is None or errors[worst] < best[0]:
-                best = float(errors[worst]), worst
+                best = float(errors[worst]), worst, int((errors > self.limit).sum()), len(errors)
             if best[0] <= self.limit:
                 break
         if best is not None and best[0] > found.nmse:
-            found.nmse = best[0]
-            found.position = int(positions[best[1]]) if len(positions) == len(errors) else best[1] + int(positions[0])
+            nmse, worst, wrong, count = best
+            found.nmse = nmse
+            found.position = int(positions[worst]) if len(positions) == count else worst + int(positions[0])
+            if nmse > self.limit:
+                look = look_of(self.definitions[-1][index], inputs[0], wide, self.weights, nmse, self.limit)
+                where = "" if wrong == count else f"{wrong} of {count} positions"
+                found.reason = "; ".join(part for part in (where, look) if part)
         if self.sample:
             sampled = [self._sampled(steps[index], inputs, wide) for steps in self.definitions]
             if measured := [error for error in sampled if error is not None]:
@@ -191,7 +196,7 @@ class Isolator:
             position=found.position,
             passes=found.passes,
             sampled=found.sampled,
-            reason="" if found.nmse <= self.limit else found.reason,
+            reason=found.reason if found.nmse > self.limit else "",
         )
 
     def _weight(self, step: Step) -> str:
