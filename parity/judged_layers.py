@@ -1,6 +1,6 @@
 """llama.cpp as the judge of a foreign engine's layers: fed with that engine's own hidden state, window by window."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +14,7 @@ from engine.graph import compute
 from engine.proof import proof_steps
 from engine.transformer import Transformer
 from reference import Reference
+from reference.jobs import Node
 
 from .align import Pair
 from .metrics import measure
@@ -52,9 +53,13 @@ def judged_layers(
         if state is None:
             made.append(Operation(LAYER, layer, NOT_OBSERVABLE, reason=f"no whole value of {before} at every position"))
             continue
-        computed = next(value for _, value in reference.layers(model, layer, layer + 1, state, output, mode))
+        computed = dict(_by_point(reference.layers(model, layer, layer + 1, state, output, mode)))[output]
         made.append(_compared(values, output, computed, layer, limit))
     return made
+
+
+def _by_point(items: Iterable[tuple[Node, NDArray[np.float32]]]) -> Iterable[tuple[str, NDArray[np.float32]]]:
+    return ((node.point, value) for node, value in items)
 
 
 def _compared(values: WholeValues, output: str, computed: NDArray[np.float32], layer: int, limit: float) -> Operation:
@@ -98,14 +103,14 @@ def graft(
         )
     path = transformer.model.path
     ids = [int(token) for token in tokens[: len(state)]]
-    own = next(value for _, value in reference.capture(path, ids, LOGITS, mode))
+    own = dict(_by_point(reference.capture(path, ids, LOGITS, mode)))[LOGITS]
     if layer == n_layers - 1:  # nothing of llama.cpp is left to go on with but the norm and the output matrix
         head = proof_steps(transformer.steps, native=mode == "native")[-2:]
         normed = compute(head[0], [state], transformer.weights)
         grafted = compute(head[1], [normed], transformer.weights)
     else:
         going_on = reference.layers(path, layer + 1, n_layers, state, f"{OUTPUT_NORM},{LOGITS}", mode)
-        grafted = next(value for node, value in going_on if node.point == LOGITS)
+        grafted = dict(_by_point(going_on))[LOGITS]
     pieces = reference.pieces(path, ids)
     return [_graft(position, pieces, own[position], grafted[position]) for position in range(len(state))]
 
