@@ -2,14 +2,16 @@
 
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from .commands.options import Format
 
 if TYPE_CHECKING:
+    from rich.text import Text
+
     from checkpoints.picture import Picture
     from checkpoints.record import Dump
     from checkpoints.verdict import Verdict
@@ -63,6 +65,30 @@ def show(verdict: "Verdict", ours: "Dump", ref: "Dump", form: Format, extra: Map
         print_header(console, ours.header, ref.header, "".join(token.text for token in ref.tokens))
         print_verdict(console, verdict)
     return PARITY_CODE if verdict else DIVERGENCE_CODE
+
+
+class Report(Protocol):
+    """A room of `reports` that shows one kind of answer."""
+
+    def lines(self, found: Any, width: int) -> Iterable["Text"]:
+        """As text, for a terminal of `width` columns."""
+
+    def as_json(self, found: Any) -> dict[str, Any]:
+        """As one JSON object."""
+
+
+def answer(found: Any, report: Report, form: Format) -> int:
+    """Print an answer that is true where nothing is wrong, and return the exit code."""
+    if form is Format.JSON:
+        print(json.dumps(report.as_json(found)))
+    else:
+        from rich.console import Console
+
+        from reports.header import print_lines
+
+        console = Console()
+        print_lines(console, list(report.lines(found, console.width)))
+    return PARITY_CODE if found else DIVERGENCE_CODE
 
 
 def written(path: Path) -> None:
