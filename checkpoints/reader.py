@@ -164,6 +164,7 @@ class _Reading:
         self.end: End | None = None
         self.skipped = 0
         self.notes: list[str] = []
+        self.torn = False
         self.line_number = 0
 
     def read(self, file: Any) -> Dump:
@@ -176,6 +177,7 @@ class _Reading:
             except ValueError:
                 self.skipped += 1
                 if not line.endswith(b"\n"):
+                    self.torn = True
                     self.notes.append("the last line is cut short and was left out")
                 continue
             if isinstance(found, dict):
@@ -191,7 +193,7 @@ class _Reading:
                 'A record is a JSON line with "checkpoint", "token_idx" and "values".',
                 code="no-records",
             )
-        dump = Dump(self.name, self.header, points, tuple(self.tokens), self.end, self.skipped, ())
+        dump = Dump(self.name, self.header, points, tuple(self.tokens), self.end, self.skipped, (), self.torn)
         return Dump(**{**dump.__dict__, "notes": tuple(self._notes(dump))})
 
     def _notes(self, dump: Dump) -> Iterator[str]:

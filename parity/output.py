@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from .commands.options import Format
 
 if TYPE_CHECKING:
+    from checkpoints.finding import LintReport
     from checkpoints.record import Dump
     from checkpoints.verdict import Verdict
     from reference.jobs import Tokens
@@ -49,6 +50,19 @@ def show(verdict: "Verdict", ours: "Dump", ref: "Dump", form: Format, extra: Map
         print_header(console, ours.header, ref.header)
         print_verdict(console, verdict)
     return PARITY_CODE if verdict else DIVERGENCE_CODE
+
+
+def show_lint(report: "LintReport", form: Format) -> int:
+    """Print a lint report and return the exit code: 0 clean, 1 findings."""
+    from reports.lint import lint_as_json, print_lint
+
+    if form is Format.JSON:
+        print(json.dumps(lint_as_json(report)))
+    else:
+        from rich.console import Console
+
+        print_lint(Console(), report)
+    return PARITY_CODE if report else DIVERGENCE_CODE
 
 
 def written(path: Path) -> None:
@@ -109,7 +123,9 @@ def print_tokens(tokens: "Tokens", form: Format) -> None:
     """Ids and pieces, one a line."""
     if form is Format.JSON:
         facts = {"ids": list(tokens.ids), "pieces": list(tokens.pieces), "bos": tokens.bos, "eos": tokens.eos}
-        print(json.dumps({"schema": 1, **facts, "add_bos": tokens.add_bos, "add_eos": tokens.add_eos, "n_vocab": tokens.n_vocab}))
+        print(
+            json.dumps({"schema": 1, **facts, "add_bos": tokens.add_bos, "add_eos": tokens.add_eos, "n_vocab": tokens.n_vocab})
+        )
         return
     for position, (number, piece) in enumerate(zip(tokens.ids, tokens.pieces, strict=True)):
         print(f"{position:>6}  {number:>8}  {json.dumps(piece, ensure_ascii=False)}")

@@ -30,7 +30,9 @@ def test_rms_norm_is_the_formula_in_float64(rng: np.random.Generator) -> None:
 def test_linear_multiplies_by_the_transposed_weight(rng: np.random.Generator) -> None:
     """A projection is x · Wᵀ + b with W of shape (out, in)."""
     x, weight, bias = floats(rng, 3, 40), floats(rng, 17, 40), floats(rng, 17)
-    expected = np.array([[math.fsum(a * b for a, b in zip(row, w, strict=True)) for w in weight.tolist()] for row in x.tolist()])
+    expected = np.array(
+        [[math.fsum(a * b for a, b in zip(row, w, strict=True)) for w in weight.tolist()] for row in x.tolist()]
+    )
     np.testing.assert_allclose(ops.linear(x, weight, bias), expected + bias, rtol=1e-5, atol=1e-5)
 
 
