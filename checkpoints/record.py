@@ -21,13 +21,18 @@ DECODE = "decode"
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """Which model a dump is of. `fingerprint` is `checkpoints.fingerprint.fingerprint` of the original file."""
+    """Which model a dump is of.
+
+    `fingerprint` is `checkpoints.fingerprint.fingerprint` of the original file, `twin` that of its F32 copy where one was
+    computed: an engine that was given the copy names the copy.
+    """
 
     name: str = ""
     architecture: str = ""
     file_type: str = ""
     layers: int | None = None
     fingerprint: str = ""
+    twin: str = ""
 
 
 @dataclass(frozen=True)

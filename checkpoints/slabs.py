@@ -10,11 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import text
+from . import fields, printed
 from .record import DECODE, SKETCH_SIZE, Rows
-
-Place = tuple[int, int, int, bool]  # seq, token_idx, step, decode
-MAX_POSITION = 1 << 40
 
 
 class Odd(Exception):
@@ -27,12 +24,14 @@ class Slab:
 
     Attributes:
         point: int64 [R], number of the point in the order of first appearance.
+        serial: int64 [R], number of the record in the file: those of one point keep their order.
         place: int64 [R, 4], sequence, position, pass and whether it decodes.
         values: float32 [R, k]; quantum, indices: [R, k] or None; sketch: float32 [R, 32] or None.
         stats: name -> float64 [R].
     """
 
     point: NDArray[np.int64]
+    serial: NDArray[np.int64]
     place: NDArray[np.int64]
     shapes: list[tuple[int, ...]]
     values: NDArray[np.float32]
@@ -65,7 +64,9 @@ def _whole(numbers: list[Any]) -> NDArray[np.int64]:
         raise Odd from error
 
 
-def slab(found: list[dict[str, Any]], point: list[int], shapes: list[tuple[int, ...]], lines: list[bytes] | None) -> Slab:
+def slab(
+    found: list[dict[str, Any]], point: list[int], serial: list[int], shapes: list[tuple[int, ...]], lines: list[bytes] | None
+) -> Slab:
     """Records of the same number of values as arrays; `lines` are theirs where the digits printed are to be looked at.
 
     Raises:
@@ -78,7 +79,7 @@ def slab(found: list[dict[str, Any]], point: list[int], shapes: list[tuple[int, 
     place[:, 1] = _whole([record.get("token_idx", 0) for record in found])
     place[:, 2] = _whole([record.get("step", 0) for record in found])
     place[:, 3] = [record.get("phase") == DECODE for record in found]
-    if (place[:, 1] < 0).any() or (place[:, 1] >= MAX_POSITION).any():
+    if (place < 0).any() or (place[:, 0] >= fields.SEQUENCES).any() or (place[:, 1:3] >= fields.POSITIONS).any():
         raise Odd
     with np.errstate(over="ignore"):
         values = wide.astype(np.float32)
@@ -86,13 +87,14 @@ def slab(found: list[dict[str, Any]], point: list[int], shapes: list[tuple[int, 
     sketches = [record.get("sketch") for record in found]
     return Slab(
         np.array(point, dtype=np.int64),
+        np.array(serial, dtype=np.int64),
         place,
         shapes,
         values,
         [record.get("dtype", "f32") for record in found],
         _stats(stats),
         _sketches(sketches),
-        None if lines is None else text.quanta(lines, wide),
+        None if lines is None else printed.quanta(lines, wide),
     )
 
 
@@ -126,11 +128,14 @@ def _sketches(sketches: list[Any]) -> NDArray[np.float32] | None:
 
 
 def as_rows(slabs: Sequence[Slab], names: Sequence[str]) -> Iterator[Rows]:
-    """One `Rows` a point and number of values, in the order of the points' numbers; `names` are theirs."""
+    """One `Rows` a point, in the order of the points' numbers; `names` are theirs. Rows of several widths are padded.
+
+    Where padding would blow them up, a point comes in several `Rows`, one a width.
+    """
     by_width: dict[int, list[Slab]] = {}
     for one in slabs:
         by_width.setdefault(one.values.shape[1], []).append(one)
-    parts: list[tuple[int, Rows]] = []
+    parts: dict[int, list[tuple[NDArray[np.int64], Rows]]] = {}
     for same in by_width.values():
         joined = _join(same) if len(same) > 1 else same[0]
         order = np.argsort(joined.point, kind="stable")
@@ -138,8 +143,25 @@ def as_rows(slabs: Sequence[Slab], names: Sequence[str]) -> Iterator[Rows]:
         for begin, end in zip(starts.tolist(), [*starts[1:].tolist(), len(order)], strict=True):
             members = order[begin:end]
             number = int(joined.point[members[0]])
-            parts.append((number, _rows(joined, names[number], members)))
-    yield from (rows for _, rows in sorted(parts, key=lambda part: part[0]))
+            parts.setdefault(number, []).append((joined.serial[members], _rows(joined, names[number], members)))
+    for number in sorted(parts):
+        found = parts[number]
+        rows = [part for _, part in found]
+        if len(found) == 1 or blown_up(rows):
+            yield from rows
+        else:
+            order = np.argsort(np.concatenate([serial for serial, _ in found]), kind="stable")
+            yield Rows.stack(rows).take(order)
+
+
+# Rows of a point are padded to the longest: past these, one long row would blow up many short ones.
+_CELLS, _PADDING = 1 << 26, 8
+
+
+def blown_up(parts: Sequence[Rows]) -> bool:
+    """Whether stacking these would be far larger than they are: one long row among many short ones."""
+    padded = sum(len(part) for part in parts) * max(part.values.shape[1] for part in parts)
+    return padded > _CELLS and padded > _PADDING * sum(part.values.size for part in parts)
 
 
 def _join(slabs: list[Slab]) -> Slab:
@@ -158,6 +180,7 @@ def _join(slabs: list[Slab]) -> Slab:
 
     return Slab(
         np.concatenate([one.point for one in slabs]),
+        np.concatenate([one.serial for one in slabs]),
         np.concatenate([one.place for one in slabs]),
         list(chain.from_iterable(one.shapes for one in slabs)),
         np.concatenate([one.values for one in slabs]),

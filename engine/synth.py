@@ -14,8 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from checkpoints.errors import InputError
-
-from .gguf_file import ArrayField, GgufFile
+from checkpoints.gguf_file import contents
 
 _OUTLIERS = 3  # channels of a norm, and elements of a key bias, that stand out
 _OUTLIER_SIZE = 4.0
@@ -104,8 +103,9 @@ def shape_like(like: str, **changes: Any) -> Shape:
         "llama.cpp's qwen2 has heads of width / heads only": shape.architecture == "qwen2"
         and shape.head * shape.heads != shape.width,
         f"a head of {shape.head if not small else 0} cannot be rotated in pairs": not small and bool(shape.head % 2),
-        f"{shape.rope_dims} rotary dimensions do not fit the head": shape.rope_dims % 2 == 1
-        or (not small and shape.rope_dims > shape.head),
+        f"llama.cpp's {shape.architecture} rotates whole heads, not {shape.rope_dims} elements of {shape.head if not small else 0}": (
+            not small and shape.rope_dims not in (0, shape.head)
+        ),
     }
     wrong = [sentence for sentence, broken in rules.items() if broken]
     if wrong:
@@ -211,23 +211,21 @@ def _tokenizer(writer: Any, shape: Shape, source: Path | None) -> None:
     if source is None:
         writer.add_tokenizer_model("no_vocab")
         return
-    file = GgufFile(source)
-    have = len(file.read_array("tokenizer.ggml.tokens"))
+    tokenizer = {key: value.plain() for key, value in contents(source).metadata.items() if key.startswith("tokenizer.")}
+    have = len(tokenizer.get("tokenizer.ggml.tokens", ()))
     if have > shape.vocab:
         raise InputError(
             f"the tokenizer has {have:,} tokens, the vocabulary only {shape.vocab:,}.",
             "Take --stub-vocabulary or a larger --vocab.",
         )
-    padding = {
+    padding: dict[str, list[Any]] = {
         "tokenizer.ggml.tokens": [f"<|pad_{number}|>" for number in range(have, shape.vocab)],
         "tokenizer.ggml.token_type": [5] * (shape.vocab - have),  # LLAMA_TOKEN_TYPE_UNUSED
         "tokenizer.ggml.scores": [0.0] * (shape.vocab - have),
     }
-    for key, value in file.metadata.items():
-        if not key.startswith("tokenizer."):
-            continue
-        if isinstance(value, ArrayField):
-            writer.add_array(key, file.read_array(key) + padding.get(key, []))
+    for key, value in tokenizer.items():
+        if isinstance(value, list):
+            writer.add_array(key, value + padding.get(key, []))
         elif isinstance(value, bool):
             writer.add_bool(key, value)
         elif isinstance(value, str):

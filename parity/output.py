@@ -116,7 +116,7 @@ def _text(value: Any) -> str:
         return "yes" if value else "no"
     if isinstance(value, list):
         return ", ".join(map(str, value)) or "none"
-    return f"{value:,}" if isinstance(value, int) else str(value)
+    return str(value)
 
 
 def print_tokens(tokens: "Tokens", form: Format) -> None:

@@ -10,12 +10,12 @@ from time import perf_counter
 from typing import Any, Literal
 
 from checkpoints.errors import DumpError, InputError
-from checkpoints.points import layer_outputs
+from checkpoints.points import DEFAULT_LAYERS, default_layers, layer_outputs
 from checkpoints.reader import read
 from checkpoints.record import DEFAULT_SLICE, Dump
 from checkpoints.verdict import Verdict
 from engine.capture import Positions
-from reference.client import DumpJob, DumpResult, Reference
+from reference import DumpJob, DumpResult, Reference
 
 from .compare import Options, compare
 
@@ -73,7 +73,6 @@ class Outcome:
     ref: Dump
     verdict: Verdict
     seconds: float
-    notes: tuple[str, ...] = ()
 
 
 def new_folder(request: Request) -> Path:
@@ -163,6 +162,7 @@ def run(request: Request, progress: Progress | None = None) -> Outcome:
                 pending.result()
     left, right = read(ours_path), read(ref_path)
     verdict = compare(left, right, Options(tolerance=request.tolerance, strict=request.strict))
+    verdict = replace(verdict, notes=(*taken_instead(request, right), *verdict.notes))
     return Outcome(folder, left, right, verdict, perf_counter() - began)
 
 
@@ -235,6 +235,17 @@ class _Foreign:
         model = self._reference.twin(request.model) if request.mode == "exact" else request.model
         tokens = (*prompt.ids, *(led.ids if led else ()))
         run_command(request.command or "", model=model, tokens=tokens, out=out)
+
+
+def taken_instead(request: Request, ref: Dump) -> tuple[str, ...]:
+    """A sentence where the default layers are not all there, saying which were recorded in their place."""
+    layers = ref.header.model.layers if ref.header else None
+    if layers is None or request.points != "default" or request.layers is not None or max(DEFAULT_LAYERS) == layers - 1:
+        return ()
+    wanted, taken = (
+        " and ".join(", ".join(map(str, some)).rsplit(", ", 1)) for some in (DEFAULT_LAYERS, default_layers(layers))
+    )
+    return (f"the model has {layers} layer{'s' * (layers > 1)}: recorded {taken} instead of {wanted}",)
 
 
 def dump_ours(request: Request, out: Path, progress: Progress | None = None) -> None:

@@ -52,13 +52,13 @@ def _rows(ours: Header | None, ref: Header | None) -> Iterator[tuple[str, str]]:
 
 def _side(side: Header) -> str:
     build = side.build
-    shown = [build.get(key) for key in ("version", "backend", "device")]
+    version = build.get("version") or build.get("llama_cpp_python")
     threads = build.get("threads")
     made = [
-        " ".join(clean(str(part)) for part in (side.source, shown[0]) if part),
-        " ".join(dict.fromkeys(clean(str(part)) for part in shown[1:] if part)),
+        " ".join(clean(str(part)) for part in (side.source, version) if part),
+        clean(str(build.get("device") or build.get("backend") or "")),
         count(threads, "thread") if isinstance(threads, int) else "",
-        clean(side.compute),
+        clean(str(build.get("weights") or side.compute)),
         f"KV {clean(side.kv_type)}" if side.kv_type else "",
     ]
     return " · ".join(part for part in made if part)

@@ -40,14 +40,14 @@ def diff(
     """
     from checkpoints.reader import read
 
-    from ..compare import Options, judge, measured
+    from ..compare import Options, compare
     from ..output import show
 
     left, right = read(ours), read(ref)
     chosen = Options(tolerance=tolerance, compute=compute.value if compute else None, strict=strict, step=step)
-    records = measured(left, right, chosen)
+    verdict = compare(left, right, chosen)
     if table is not None:
-        from .. import table as tables
+        from ..table import write_table
 
-        tables.write_table(tables.table(records), table)
-    raise typer.Exit(show(judge(records), left, right, form))
+        write_table(left, right, chosen, table)
+    raise typer.Exit(show(verdict, left, right, form))
