@@ -20,6 +20,8 @@ def quanta(lines: list[bytes], values: Floats) -> Floats | None:
     if not rows or not width:
         return None
     picked = sorted({i * (rows - 1) // max(_SAMPLES - 1, 1) for i in range(_SAMPLES)})
+    if all(fields.surely_exact(lines[i]) for i in picked):
+        return None
     samples = [fields.quantum(lines[i], width) for i in picked]
     if all(sample is None for sample in samples):
         return None

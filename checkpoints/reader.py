@@ -24,7 +24,8 @@ from .slabs import Odd, Slab, as_rows, blown_up, slab
 
 _BLOCK = 1 << 18  # bytes read at once: the objects of that many lines stay in a core's cache
 _LINE = 1 << 26  # bytes of the longest line: a row of 4 million values; as objects such a line takes 1 GB
-_PENDING = 1 << 22  # values that wait to become Rows: 16 MiB
+_PENDING = 1 << 22  # values that wait to become Rows: 16 MiB …
+_RECORDS = 1 << 16  # … or records: their other fields take more than 16 values do
 _WIDE = 2048  # bytes of a line from which the values are parsed apart, straight into an array
 
 Item = Header | Rows | Token | End
@@ -91,6 +92,7 @@ class Scan:
         self.torn = False
         self._line = 0
         self._serial = 0
+        self._waiting = 0
         self._names: list[str] = []
         self._numbers: dict[str, int] = {}  # label as printed -> number of its point
         self._canonical: dict[str, int] = {}
@@ -106,7 +108,7 @@ class Scan:
                 for lines in self._blocks(file):
                     yield from self._take(lines)
                     self._line += len(lines)
-                    if sum(one.values.size + 32 * len(one.point) for one in self._slabs) > _PENDING:
+                    if self._serial - self.records > _RECORDS or self._waiting > _PENDING:
                         yield from self._flush()
         except OSError as error:
             raise DumpError(
@@ -151,7 +153,7 @@ class Scan:
         return False
 
     def _flush(self) -> Iterator[Rows]:
-        slabs, self._slabs = self._slabs, []
+        slabs, self._slabs, self._waiting = self._slabs, [], 0
         for rows in as_rows(slabs, self._names):
             self.records += len(rows)
             yield rows
@@ -185,15 +187,13 @@ class Scan:
             yield from self._careful(line, number)
 
     def _parse(self, lines: list[bytes]) -> list[dict[str, Any]] | None:
-        """The objects of lines that are plain JSON, or None where one is not (or holds a word that is no number)."""
+        """The objects of lines that are plain JSON, or None where one is not."""
         joined = b",".join(lines)
-        if b"true" in joined or b"false" in joined or b"null" in joined:
+        if b"true" in joined or b"false" in joined:  # which packing would take for 1 and 0
             return None
+        wide = len(joined) > _WIDE * len(lines)
         try:
-            if len(joined) > _WIDE * len(lines):
-                found = [self._parse_wide(line) for line in lines]
-            else:
-                found = orjson.loads(b"[" + joined + b"]")
+            found = [self._parse_wide(line) for line in lines] if wide else orjson.loads(b"[" + joined + b"]")
         except (orjson.JSONDecodeError, ValueError, RuntimeError):
             return None
         # Two broken lines may join to a whole one.
@@ -236,7 +236,7 @@ class Scan:
                 values = record["values"]
                 given = record.get("shape")
                 key = tuple(given) if given.__class__ is list else given
-                shape, size = self._shapes.get(key) or self._shape(key)
+                shape, size = self._shapes.get(key) or self._shape(key, given)
                 count = len(values)
                 if count > size or "indices" in record or values.__class__ not in (list, np.ndarray):
                     raise Odd
@@ -263,12 +263,13 @@ class Scan:
                 )
         self._serial += len(found)
         self._slabs += made
+        self._waiting += sum(one.values.size for one in made)
 
-    def _shape(self, given: Any) -> tuple[tuple[int, ...], float]:
+    def _shape(self, key: Any, given: Any) -> tuple[tuple[int, ...], float]:
         shape = fields.shape(given)
         size = prod(shape) if shape else np.inf
         if len(self._shapes) < 1 << 16:  # few shapes, many records; a hostile file has a new one in each
-            self._shapes[given] = (shape, size)
+            self._shapes[key] = (shape, size)
         return shape, size
 
     def _number(self, label: Any) -> int:
@@ -334,6 +335,7 @@ class Scan:
         stats = {name: np.array([fields.number(x)]) for name, x in fields.statistics(found.get("stats") or {}).items()}
         quantum = fields.quantum(line, len(values)) if self.header is None else None
         self._serial += 1
+        self._waiting += len(values)
         with np.errstate(over="ignore"):
             return Slab(
                 np.array([self._number(label)]),

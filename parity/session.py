@@ -18,6 +18,7 @@ from engine.capture import Positions
 from reference import DumpJob, DumpResult, Reference
 
 from .compare import Options, compare
+from .lint import refuse_unusable
 
 Progress = Callable[[str, int, int], None]  # (side, done, total)
 
@@ -161,6 +162,8 @@ def run(request: Request, progress: Progress | None = None) -> Outcome:
                     raise
                 pending.result()
     left, right = read(ours_path), read(ref_path)
+    if request.command:
+        refuse_unusable(left, "your engine's dump")
     verdict = compare(left, right, Options(tolerance=request.tolerance, strict=request.strict))
     verdict = replace(verdict, notes=(*taken_instead(request, right), *verdict.notes))
     return Outcome(folder, left, right, verdict, perf_counter() - began)
