@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from .commands import diff, doctor, dump, isolate, model, run, synth, twin
+from .commands import diff, doctor, dump, isolate, lint, model, run, synth, twin
 
 app = typer.Typer(
     name="parity",
@@ -34,6 +34,7 @@ def _main(
 
 app.command("run", short_help="Both sides, the comparison, the first divergence.")(run.run)
 app.command("diff", short_help="Compare two dumps.")(diff.diff)
+app.command("lint", short_help="Is this dump itself to be believed?")(lint.lint)
 app.add_typer(dump.app, name="dump", short_help="One side only: our engine, or llama.cpp.")
 app.command("isolate", short_help="Every operation by its own inputs: which are wrong, all of them.")(isolate.isolate)
 app.command("model", short_help="What an engine must know of a model.")(model.model)

@@ -68,7 +68,9 @@ def sample_product(
     return float(np.nan_to_num(error, nan=0.0, posinf=np.inf).max())
 
 
-def look_of(step: Step, x: NDArray[np.float32], theirs: NDArray[np.float32], weights: WeightSource, nmse: float, limit: float) -> str:
+def look_of(
+    step: Step, x: NDArray[np.float32], theirs: NDArray[np.float32], weights: WeightSource, nmse: float, limit: float
+) -> str:
     """In words, what distinguishes a wrong product x · weightᵀ from the right one; empty where nothing does."""
     first = step.weights[0] if step.weights else None
     if "native" not in step.params or not isinstance(first, Altered):

@@ -199,7 +199,11 @@ def _foreign(request: IsolateRequest, dump: Path) -> Isolation:
     kv_type = "f16" if "f16" in header.kv_type.lower() and "bf16" not in header.kv_type.lower() else "f32"
     mode = request.mode or header.mode or "exact"
     # The limit of operations computed in F32, whatever the file's types are: the rounding is part of the definitions.
-    found = limits(replace(header, mode="exact", kv_type=""), replace(header, mode="exact", compute="f32", kv_type=""), compute=request.compute)
+    found = limits(
+        replace(header, mode="exact", kv_type=""),
+        replace(header, mode="exact", compute="f32", kv_type=""),
+        compute=request.compute,
+    )
     bench = _bench(request.model, [mode == "native", mode != "native"], kv_type, found.operations, request.rows)
     with Reference(verbose=request.verbose, threads=request.threads) as reference:
         if request.prompt is not None or request.tokens is not None:
@@ -254,13 +258,17 @@ def _attention_said(checks: AttentionChecks) -> str:
     return "; ".join(parts) if not checks.findings else f"{len(checks.findings)} findings"
 
 
-def _not_checked(operations: Sequence[Operation], passes: int, request: IsolateRequest, *, foreign: bool = False) -> Iterable[str]:
+def _not_checked(
+    operations: Sequence[Operation], passes: int, request: IsolateRequest, *, foreign: bool = False
+) -> Iterable[str]:
     hidden = [found for found in operations if found.status == NOT_OBSERVABLE]
     if hidden:
         yield f"{len(hidden)} operations that are not observable"
     if passes == 1:
         yield "decode steps" + ("" if foreign else " (--generate 4 adds them)")
-    yield "the tokenizer (parity tokens)" + (", and weights as your engine loaded them (parity weights --theirs)" if foreign else "")
+    yield "the tokenizer (parity tokens)" + (
+        ", and weights as your engine loaded them (parity weights --theirs)" if foreign else ""
+    )
     if not foreign and request.kv_type == "f32":
         yield "a KV cache of F16 (--kv-type f16)"
     if not foreign:

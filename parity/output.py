@@ -12,6 +12,7 @@ from .commands.options import Format
 if TYPE_CHECKING:
     from rich.text import Text
 
+    from checkpoints.finding import LintReport
     from checkpoints.picture import Picture
     from checkpoints.record import Dump
     from checkpoints.verdict import Verdict
@@ -89,6 +90,19 @@ def answer(found: Any, report: Report, form: Format) -> int:
         console = Console()
         print_lines(console, list(report.lines(found, console.width)))
     return PARITY_CODE if found else DIVERGENCE_CODE
+
+
+def show_lint(report: "LintReport", form: Format) -> int:
+    """Print a lint report and return the exit code: 0 clean, 1 findings."""
+    from reports.lint import lint_as_json, print_lint
+
+    if form is Format.JSON:
+        print(json.dumps(lint_as_json(report)))
+    else:
+        from rich.console import Console
+
+        print_lint(Console(), report)
+    return PARITY_CODE if report else DIVERGENCE_CODE
 
 
 def written(path: Path) -> None:

@@ -19,6 +19,7 @@ from engine.capture import Positions
 from reference import DumpJob, DumpResult, Reference
 
 from .compare import Options
+from .lint import refuse_unusable
 from .picture import compare_drawn
 
 Progress = Callable[[str, int, int | None], None]  # (side, done, total); no total: how long it takes is not known
@@ -166,6 +167,8 @@ def run(request: Request, progress: Progress | None = None) -> Outcome:
                     raise
                 pending.result()
     left, right = read(ours_path), read(ref_path)
+    if request.command:
+        refuse_unusable(left, "your engine's dump")
     verdict, drawn = compare_drawn(left, right, Options(tolerance=request.tolerance, strict=request.strict))
     verdict = replace(verdict, notes=(*taken_instead(request, right), *verdict.notes))
     return Outcome(folder, left, right, verdict, drawn, perf_counter() - began)
