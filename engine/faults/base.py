@@ -8,7 +8,7 @@ from typing import Any
 
 from checkpoints.points import parse
 
-from ..graph import Step
+from ..graph import History, Step
 
 COPY = "~"  # ends the names of steps that compute a layer a second time
 SEEN = "seen:"  # starts the name of what a dump shows for a point, where that is not what the engine computed
@@ -99,6 +99,28 @@ def plant(steps: Sequence[Step], fault: Fault, layers: Collection[int] | None = 
     return result + shown
 
 
+def as_recorded(steps: Sequence[Step]) -> list[Step]:
+    """The same steps, with what a dump shows for a point under that point's own name: for writing the faulty dump.
+
+    What the engine itself computes for such a point, and goes on with, ends in "!".
+    """
+    shown = {step.makes.removeprefix(SEEN) for step in steps if step.makes.startswith(SEEN)}
+
+    def name(read: str | History) -> str | History:
+        if isinstance(read, History):
+            return History(read.of + "!") if read.of in shown else read
+        return read + "!" if read in shown else read
+
+    return [
+        replace(
+            step,
+            makes=step.makes.removeprefix(SEEN) if step.makes.startswith(SEEN) else str(name(step.makes)),
+            reads=tuple(name(read) for read in step.reads),
+        )
+        for step in steps
+    ]
+
+
 def unchanged(step: Step, _right: Steps, _parameters: Parameters) -> Step:
     """The change of a fault that lies in the capture only."""
     return step
@@ -136,7 +158,7 @@ def layer_input(step: Step, right: Steps) -> str:
     """The name of what the step's layer reads."""
     read = sibling(step, right, "attn_norm").reads[0]
     if not isinstance(read, str):
-        raise TypeError(f"{step.makes}: the layer's input is a history")
+        raise ValueError(f"{step.makes}: the layer's input is a history")
     return read
 
 

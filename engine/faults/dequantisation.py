@@ -71,7 +71,7 @@ def _remade(step: Step, make: Callable[[WeightSource, str], Array]) -> Step:
 
         return replace(step, weights=(Altered(first.weight, rows), *step.weights[1:]))
     if not isinstance(first, str):
-        raise TypeError(f"{step.makes} has no plain matrix to read in another way")
+        raise ValueError(f"{step.makes} has no plain matrix to read in another way")
     return replace(step, weights=(Altered(first, make), *step.weights[1:]))
 
 

@@ -71,7 +71,9 @@ def _by(name: str) -> "Fault":
     def change(step: Step, _right: Steps, _parameters: Parameters) -> Step:
         return replace(step, op=_OPS[name])
 
-    return Fault(name, _NORMS, change, what, symptom, fix, seen, _ANY_NORM)
+    # A final norm that is skipped has an entry of its own.
+    where = {AT: subsets("attn_norm", "ffn_norm")} if name == "norm-skipped" else _ANY_NORM
+    return Fault(name, _NORMS, change, what, symptom, fix, seen, where)
 
 
 _TEXTS = {
