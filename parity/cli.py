@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from .commands import diff, doctor, dump, model, run, synth, twin
+from .commands import diff, doctor, dump, explain, model, run, synth, twin
 
 app = typer.Typer(
     name="parity",
@@ -35,6 +35,7 @@ def _main(
 app.command("run")(run.run)
 app.add_typer(dump.app, name="dump")
 app.command("diff")(diff.diff)
+app.command("explain")(explain.explain)
 app.command("model")(model.model)
 app.command("tokens")(model.tokens)
 app.command("twin")(twin.twin)

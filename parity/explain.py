@@ -20,10 +20,14 @@ from engine.graph import Step
 from engine.replay import Replay
 from engine.transformer import Transformer
 
-from .explain_records import Expected, Ints, check, expected
+from .explain_leads import leads
+from .explain_precision import KINDS, Floor, fits, floor, with_noise
+from .explain_records import Expected, Ints, expected
 from .explain_search import Candidate, Place, Search, State
 from .tokens_diff import same_experiment
+from .tolerance import EXACT_FLOOR
 
+EXACT = EXACT_FLOOR.operations
 _NEXT = ("attn_norm", "q", "k", "v", "q_rope", "k_rope", "kqv_out", "attn_out", "ffn_inp", "ffn_norm", "ffn_swiglu", "l_out")
 
 
@@ -67,7 +71,7 @@ class Case:
         self.positions: Ints = np.arange(len(tokens), dtype=np.int64) + self.first
         self.passes = _passes(self.dump, self.positions, prompt)
         self.replay = self.make(self.transformer.steps, len(tokens))
-        header = self._header()
+        header = self.header()
         same_experiment(self.dump, Dump("our engine", header, {}))
         self.entries, self.notes = expected(self.dump, self.replay, self.positions, header)
 
@@ -82,7 +86,8 @@ class Case:
             self.transformer.backend,
         )
 
-    def _header(self) -> Header:
+    def header(self) -> Header:
+        """What a dump of our engine would say of itself."""
         hp, model = self.transformer.hp, self.transformer.model
         info = ModelInfo(hp.name or model.path.stem, hp.architecture, hp.file_type, hp.n_layers, model.fingerprint)
         known = self.dump.header
@@ -106,12 +111,35 @@ def explain(dump: Dump, model: Path, options: Options | None = None) -> Explanat
     began = perf_counter()
     options = options or Options()
     case = Case(dump, model, options)
-    search = Search(
-        case.entries, case.transformer.steps, case.make, case.positions, case.transformer.backend, options.budget
-    )
+    noise = "" if options.compute in (None, "f32") else str(options.compute)
+    if noise:
+        case.entries = with_noise(_floor(case, noise), case.entries)
+    search = Search(case.entries, case.transformer.steps, case.make, case.positions, case.transformer.backend, options.budget)
     start = search.start()
-    best = search.explain(start, options.max_faults)
-    return replace(_answer(case, search, start, best), seconds=perf_counter() - began)
+    kind = ""
+    best = start
+    if start.first is None:
+        kind = noise if any((entry.base > EXACT).any() for entry in case.entries) else ""
+    else:
+        quick = search.everywhere(start)
+        kind = "" if quick else _precision(case)
+        if not kind:
+            best = search.explain(start, options.max_faults)
+    answer = _answer(case, search, start, best)
+    if not kind and best.first is not None:
+        answer = replace(answer, leads=tuple(leads(case.entries, case.replay, case.positions, search)))
+    return replace(answer, precision_only=kind, next="" if kind else answer.next, seconds=perf_counter() - began)
+
+
+def _floor(case: Case, kind: str) -> Floor:
+    return floor(kind, case.entries, case.transformer.steps, case.replay, case.make, case.positions)
+
+
+def _precision(case: Case) -> str:
+    """The arithmetic whose noise the differences are, or ""."""
+    fit = {kind: fits(_floor(case, kind), case.entries) for kind in KINDS}
+    good = {kind: value for kind, value in fit.items() if value is not None}
+    return min(good, key=good.__getitem__) if good else ""
 
 
 def _answer(case: Case, search: Search, start: State, best: State) -> Explanation:
@@ -248,6 +276,3 @@ def _passes(dump: Dump, positions: Ints, prompt: int) -> list[int]:
             if 0 <= token_idx - int(positions[0]) < len(passes) and step:
                 passes[token_idx - int(positions[0])] = step
     return passes
-
-
-__all__ = ["Case", "Options", "check", "explain"]

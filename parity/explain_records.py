@@ -70,6 +70,23 @@ class Expected:
         result[here] = error
         return result
 
+    def taken(self, tensor: NDArray[np.float32], positions: Ints) -> Floats:
+        """The recorded elements of another tensor of this point: [R, k]."""
+        return self._slice(tensor, positions, np.ones(len(self.rows), dtype=np.bool_))
+
+    def taken_all(self, tensor: NDArray[np.float32], positions: Ints) -> Floats | None:
+        """The leading elements of every row of a tensor: [T, k]; None where a row is no plain vector."""
+        known = parse(self.point).known
+        if self.index is not None or (known is not None and "t+1" in known.row):
+            return None
+        return tensor.reshape(len(positions), -1)[:, : self.values.shape[1]].astype(np.float64)
+
+    def between(self, one: NDArray[np.float32], other: NDArray[np.float32], positions: Ints) -> float:
+        """Mean NMSE of one tensor against another at the recorded elements; infinite where either is not finite."""
+        delta = np.where(self.present, self.taken(one, positions) - self.taken(other, positions), 0.0)
+        error = float((np.einsum("ij,ij->i", delta, delta) / self.energy).mean())
+        return error if np.isfinite(error) else float("inf")
+
     def _slice(self, tensor: NDArray[np.float32], positions: Ints, here: NDArray[np.bool_]) -> Floats:
         """The recorded elements of a candidate's tensor: float64 [records within its rows, k]."""
         width = self.values.shape[1]

@@ -100,6 +100,7 @@ class Search:
         self._number = {entry.point: number for number, entry in enumerate(self.entries)}
         self._replays: dict[int, Replay] = {}
         self._found: dict[tuple[str, ...], list[State]] = {}
+        self._stages: dict[tuple[str, ...], list[State]] = {}
         self.n_layers = sum(step.makes.endswith(".l_out") for step in steps)
         self._order = {step.makes: index for index, step in enumerate(steps)}
 
@@ -281,13 +282,25 @@ class Search:
             return (0.0, 0.0, 0.0, float(max(errors.max() for errors in state.nmse)))
         return (1.0, -state.first.point, -state.first.row, 0.0)
 
+    def everywhere(self, state: State) -> list[State]:
+        """States of one more fault in all layers that explain everything."""
+        found = self._once(state, single=False)
+        return [one for one in found if one.first is None]
+
+    def _once(self, state: State, single: bool) -> list[State]:
+        """`further`, remembered."""
+        key = (*_key(state.faults), str(single))
+        if key not in self._stages:
+            self._stages[key] = self.further(state, single)
+        return self._stages[key]
+
     def explain(self, state: State, depth: int) -> State:
         """The best state that up to `depth` further faults lead to: everything explained, or the first place moved furthest."""
         if state.first is None or depth == 0:
             return state
-        found = self.further(state, single=False)
+        found = self._once(state, single=False)
         if not (found and found[0].first is None):
-            found = sorted([*found, *self.further(state, single=True)], key=self.rank)
+            found = sorted([*found, *self._once(state, single=True)], key=self.rank)
         if not found and depth > 1 and not self.out_of_time():
             found = self._pairs(state)
         self._found[_key(state.faults)] = found

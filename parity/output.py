@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from .commands.options import Format
 
 if TYPE_CHECKING:
+    from checkpoints.explanation import Explanation
     from checkpoints.record import Dump
     from checkpoints.verdict import Verdict
     from reference.jobs import Tokens
@@ -49,6 +50,38 @@ def show(verdict: "Verdict", ours: "Dump", ref: "Dump", form: Format, extra: Map
         print_header(console, ours.header, ref.header)
         print_verdict(console, verdict)
     return PARITY_CODE if verdict else DIVERGENCE_CODE
+
+
+def explained(found: "Explanation", form: Format) -> int:
+    """Print what `parity explain` found and return the exit code."""
+    from reports.explanation import explanation_as_json, print_explanation
+
+    if form is Format.JSON:
+        print(json.dumps(explanation_as_json(found)))
+    else:
+        from rich.console import Console
+
+        print_explanation(Console(), found)
+    return PARITY_CODE if found else DIVERGENCE_CODE
+
+
+def catalogue_as(form: Format) -> None:
+    """Print the catalogue of known faults."""
+    from engine.faults import CATALOGUE
+
+    if form is Format.JSON:
+        faults = [
+            {"fault": fault.name, "group": fault.group, "symptom": fault.symptom, "fix": fault.fix, "seen": fault.seen}
+            for fault in CATALOGUE.values()
+        ]
+        print(json.dumps({"schema": 1, "faults": faults}))
+        return
+    from rich.console import Console
+
+    from reports.explanation import print_catalogue
+
+    rows = [(fault.group, fault.name, fault.symptom, fault.fix, fault.seen) for fault in CATALOGUE.values()]
+    print_catalogue(Console(), rows)
 
 
 def written(path: Path) -> None:
