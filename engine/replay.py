@@ -30,7 +30,7 @@ class Replay:
         weights: WeightSource,
         backend: Backend,
     ) -> None:
-        self._weights = weights
+        self.weights = weights
         given = {TOKENS: tokens, POSITIONS: positions, PASSES: passes}
         self.rows = len(tokens)
         self.values: dict[str, Array] = {
@@ -43,7 +43,7 @@ class Replay:
     def _compute(self, step: Step, changed: dict[str, Array]) -> Array:
         names = (read.of if isinstance(read, History) else read for read in step.reads)
         inputs = [changed[name] if name in changed else self.values[name] for name in names]
-        return compute(step, inputs, self._weights)
+        return compute(step, inputs, self.weights)
 
     def run(self, steps: Sequence[Step], visit: Visit, begin: int = 0) -> dict[str, Array]:
         """Compute what differs from the right run, in order, until `visit` has seen enough.
@@ -86,7 +86,7 @@ class Replay:
                 continue
             if not (isinstance(new, Altered) and isinstance(old, str)):
                 return False
-            if new.make(self._weights, new.weight) is not self._weights.get(old):
+            if new.make(self.weights, new.weight) is not self.weights.get(old):
                 return False
         return True
 

@@ -16,9 +16,10 @@ import numpy as np
 from checkpoints.points import parse
 from engine.backend import Array, Backend
 from engine.faults import CATALOGUE, SEEN, Fault, plant
-from engine.graph import Step
+from engine.graph import POSITIONS, Step
 from engine.replay import Replay
 
+from .explain_layers import batch_size, can_carry, carry
 from .explain_records import Expected, Floats, Ints
 
 Layers = tuple[int, ...] | None
@@ -53,6 +54,9 @@ class Place:
 
     def __lt__(self, other: "Place") -> bool:
         return (self.point, self.row) < (other.point, other.row)
+
+
+Screened = tuple[Place | None, float]  # the first place that still differs, and the NMSE that is left at the old one
 
 
 @dataclass(frozen=True)
@@ -138,12 +142,16 @@ class Search:
                 return True
             return number < until and not (found[number] > self.entries[number].limit).any()
 
-        begin = next((i for i, (new, old) in enumerate(zip(steps, self.right, strict=False)) if new is not old), len(self.right))
         try:
-            self._replay(rows).run(steps, visit, begin)
+            self._replay(rows).run(steps, visit, self._begin(steps))
         except NOT_ALLOWED:
             return None
         return found
+
+    def _begin(self, steps: Sequence[Step]) -> int:
+        """How many steps at the start are the right engine's."""
+        pairs = enumerate(zip(steps, self.right, strict=False))
+        return next((number for number, (new, old) in pairs if new is not old), len(self.right))
 
     def _compare(self, name: str, made: Array, shown: frozenset[str], rows: int, found: dict[int, Floats]) -> int | None:
         """Hold a value against the dump, if it is what the dump shows; its point's number."""
@@ -171,17 +179,14 @@ class Search:
 
     # -- candidates ---------------------------------------------------------------------------------------------------
 
-    def candidates(self, state: State, single: bool) -> Iterator[Candidate]:
-        """Every variant of every fault in all layers, or in single layers in front of the state's first place."""
+    def candidates(self, state: State, layers: Layers) -> Iterator[Candidate]:
+        """Every variant of every fault in these layers (None: all)."""
         right = {step.makes: step for step in state.steps}
-        scopes: list[Layers] = [(layer,) for layer in self._suspects(state)] if single else [None]
         for fault in CATALOGUE.values():
-            layered = not fault.once and any(f"blk.0.{kind}" in right for kind in fault.kinds)
-            if single and not layered:
+            if layers is not None and (fault.once or not any(f"blk.0.{kind}" in right for kind in fault.kinds)):
                 continue
             for parameters in fault.variants(right):
-                for layers in scopes:
-                    yield Candidate(fault, parameters, layers)
+                yield Candidate(fault, parameters, layers)
 
     def _suspects(self, state: State) -> range:
         """The layers between the last point in front of the first place at which all is right, and that place."""
@@ -196,7 +201,7 @@ class Search:
                 low = max(low, before.layer + (before.kind == "l_out"))
         return range(low, last + 1)
 
-    def screen(self, state: State, candidate: Candidate) -> tuple[Place | None, float] | None:
+    def screen(self, state: State, candidate: Candidate) -> Screened | None:
         """How far a candidate gets by its first rows: the first place that still differs (None: none), and the NMSE that
         is left at the state's first place. None where it changes nothing there or the model does not allow it.
         """
@@ -212,7 +217,7 @@ class Search:
         before = next((i for i, (new, old) in enumerate(zip(steps, state.steps, strict=False)) if new is not old), len(steps))
         if before > self._order[entry.point] and entry.point not in shown:
             return None
-        rows = len(self._positions) if candidate.fault.whole or self._whole(state) else min(first.row + 2, len(self._positions))
+        rows = self._rows(state, candidate)
         found = self._errors(steps, rows, first.point)
         self.tried.faults.add(candidate.fault.name)
         self.tried.variants += 1
@@ -228,8 +233,12 @@ class Search:
         error = float(left[at_first].max()) if left is not None and at_first.any() else float("nan")
         return place, error
 
-    def _whole(self, state: State) -> bool:
-        return any(candidate.fault.whole for candidate in state.faults)
+    def _rows(self, state: State, candidate: Candidate) -> int:
+        """How many rows show whether a candidate gets beyond the first place: that row and the next, if causality holds."""
+        every = len(self._positions)
+        if state.first is None or any(one.fault.whole for one in (*state.faults, candidate)):
+            return every
+        return min(state.first.row + 2, every)
 
     def check(self, state: State, candidate: Candidate) -> State | None:
         """The state with the candidate planted, on all rows and points."""
@@ -246,23 +255,100 @@ class Search:
         return not self.complete
 
     def further(self, state: State, single: bool) -> list[State]:
-        """States that get beyond the state's first place by one more fault, the best first."""
+        """States that get beyond the state's first place by one more fault, the best first.
+
+        In single layers the search ends with the layer in which something is found: what is alike there is found too.
+        """
         better: list[State] = []
-        for candidate in self.candidates(state, single):
-            if self.out_of_time():
+        stages = ([(layer,) for layer in self._suspects(state)]) if single else [None]
+        for layers in stages:
+            for candidate, (place, error) in self._screened(state, layers):
+                if state.first is None:
+                    break
+                if not state.faults:
+                    self._note(state, candidate, error)
+                if place is not None and not state.first < place:
+                    continue
+                checked = self.check(state, candidate)
+                if checked is not None and (checked.first is None or state.first < checked.first):
+                    better.append(checked)
+            if better or self.out_of_time():
                 break
-            result = self.screen(state, candidate)
-            if result is None or state.first is None:
-                continue
-            place, error = result
-            if not state.faults:
-                self._note(state, candidate, error)
-            if place is not None and not state.first < place:
-                continue
-            checked = self.check(state, candidate)
-            if checked is not None and (checked.first is None or state.first < checked.first):
-                better.append(checked)
         return sorted(better, key=self.rank)
+
+    def _screened(self, state: State, layers: Layers) -> Iterator[tuple[Candidate, Screened]]:
+        """Every candidate of a scope that changes something at the state's first place, and how far it gets."""
+        later = self._carried(state, layers)
+        waiting: dict[int, dict[bytes, tuple[Array, list[Candidate]]]] = {}
+        for candidate in self.candidates(state, layers):
+            if self.out_of_time():
+                return
+            if later and layers is not None and candidate.fault.shows is None:
+                rows = self._rows(state, candidate)
+                made = self._layer_output(state, candidate, layers[0], rows)
+                if made is not None:
+                    waiting.setdefault(rows, {}).setdefault(made.tobytes(), (made, []))[1].append(candidate)
+                continue
+            result = self.screen(state, candidate)
+            if result is not None:
+                yield candidate, result
+        for rows, distinct in waiting.items():
+            yield from self._carry(state, f"blk.{layers[0] if layers else 0}.l_out", later, rows, list(distinct.values()))
+
+    def _carried(self, state: State, layers: Layers) -> list[Step]:
+        """The steps between a layer's output and the state's first place, if they can be computed for many at once."""
+        if layers is None or state.first is None:
+            return []
+        point = self.entries[state.first.point].point
+        known = parse(point).known
+        names = [step.makes for step in state.steps]
+        start, end = names.index(f"blk.{layers[0]}.l_out"), names.index(point)
+        steps = list(state.steps[start + 1 : end + 1])
+        return steps if known is not None and "t+1" not in known.row and steps and can_carry(steps) else []
+
+    def _layer_output(self, state: State, candidate: Candidate, layer: int, rows: int) -> Array | None:
+        """What a candidate makes of a layer's output; None where it makes no difference or breaks what agrees before."""
+        self.tried.faults.add(candidate.fault.name)
+        self.tried.variants += 1
+        output: list[Array] = []
+        found: dict[int, Floats] = {}
+
+        def visit(name: str, made: Array) -> bool:
+            number = self._compare(name, made, frozenset(), rows, found)
+            if number is not None and (found[number] > self.entries[number].limit).any():
+                return False
+            if name == f"blk.{layer}.l_out":
+                output.append(made)
+                return False
+            return True
+
+        try:
+            steps = candidate.planted(state.steps)
+            self._replay(rows).run(steps, visit, self._begin(steps))
+        except NOT_ALLOWED:
+            return None
+        return output[0] if output else None
+
+    def _carry(
+        self, state: State, start: str, steps: Sequence[Step], rows: int, distinct: Sequence[tuple[Array, list[Candidate]]]
+    ) -> Iterator[tuple[Candidate, Screened]]:
+        """Screen many versions of a layer's output together."""
+        first = state.first
+        size = batch_size(rows)
+        replay = self._replay(rows)
+        for begin in range(0, len(distinct), size):
+            if self.out_of_time() or first is None:
+                return
+            batch = distinct[begin : begin + size]
+            made = carry(steps, start, [output for output, _ in batch], replay.values[POSITIONS], replay.weights)
+            for value, (_, candidates) in zip(made, batch, strict=True):
+                entry = self.entries[first.point]
+                errors = entry.nmse(self._backend.to_host(value), self._positions[:rows])
+                wrong = errors > entry.limit
+                place = Place(first.point, int(entry.rows[wrong].min())) if wrong.any() else None
+                error = float(errors[entry.rows == first.row].max())
+                for candidate in candidates:
+                    yield candidate, (place, error)
 
     def _note(self, state: State, candidate: Candidate, error: float) -> None:
         """Keep what a candidate leaves of the error at the first place, as a lead."""
@@ -333,7 +419,7 @@ class Search:
             return []
         active = [
             (result[1], candidate)
-            for candidate in self.candidates(state, single=False)
+            for candidate in self.candidates(state, None)
             if not self.out_of_time() and (result := self.screen(state, candidate)) is not None and not np.isnan(result[1])
         ]
         active.sort(key=lambda pair: pair[0])
