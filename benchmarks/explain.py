@@ -8,73 +8,19 @@ import random
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 from checkpoints.explanation import Explanation
-from checkpoints.reader import read
-from checkpoints.record import Dump, Header
-from engine.backend import choose
-from engine.faults import CATALOGUE, as_recorded, plant
-from engine.gguf_model import GgufModel
-from engine.graph import Step
+from engine.faults import CATALOGUE
 from engine.synth import Shape, synthesize
-from engine.transformer import Transformer
 from parity import default_model
 from parity.explain import Options, explain
-from parity.ours import OursJob, dump
+from parity.planted import Faulty, Planted, tokens_of
 
 QWEN2 = Shape("qwen2", layers=24, width=112, heads=14, kv_heads=2, ff=256, vocab=1000)  # groups of 7, as Qwen2.5-0.5B
 LLAMA = Shape("llama", 24, 96, 6, 3, 16, 224, 1000, biases=False, eps=1e-5, rope_base=5e5, rope_factors=True)
-
-
-@dataclass(frozen=True)
-class Planted:
-    """Faults in an engine: name, parameters, layers (None: all)."""
-
-    faults: tuple[tuple[str, dict[str, Any], tuple[int, ...] | None], ...]
-
-    def steps(self, steps: Sequence[Step]) -> list[Step]:
-        """The faulty engine's steps."""
-        for name, parameters, layers in self.faults:
-            steps = plant(steps, CATALOGUE[name], layers, **parameters)
-        return as_recorded(steps)
-
-
-def tokens_of(model: Path, count: int, seed: int) -> tuple[int, ...]:
-    """Seeded random ids."""
-    rng = random.Random(seed)
-    vocabulary = GgufModel(model).hyperparameters.n_vocab
-    return tuple(rng.randrange(vocabulary) for _ in range(count))
-
-
-class Faulty:
-    """Writes the dumps of faulty engines of one model."""
-
-    def __init__(self, model: Path) -> None:
-        self.model = model
-        self.transformer = Transformer(GgufModel(model), choose("numpy"))
-        self.right = self.transformer.steps
-        self._folder = tempfile.TemporaryDirectory()
-
-    def dump(
-        self, planted: Planted, tokens: tuple[int, ...], *, points: str = "default", size: int = 16, generated: int = 0
-    ) -> Dump:
-        """The dump of an engine with these faults: values only, no sketch and no statistics. None of it knows the fault.
-
-        Raises:
-            ValueError: the model has no place for the fault.
-        """
-        self.transformer.steps = planted.steps(self.right)
-        out = Path(self._folder.name) / "ours.jsonl"
-        prompt, rest = tokens[: len(tokens) - generated], tokens[len(tokens) - generated :]
-        dump(self.transformer, OursJob(out=out, tokens=prompt, generated=rest, points=points, slice_size=size))
-        found = read(out)
-        bare = {name: replace(rows, sketch=None, stats={}) for name, rows in found.points.items()}
-        header = found.header or Header("engine")
-        return replace(found, points=bare, header=replace(header, build={}, hparams=None))
 
 
 def models(folder: Path, names: Sequence[str]) -> Iterator[tuple[str, Path]]:
@@ -122,7 +68,7 @@ def table(
         row = result.setdefault(name, {"found": 0, "no effect": 0, "impossible": 0, "missed": [], "seconds": 0.0})
         try:
             seen = faulty.dump(planted, tokens, points=points, size=size, generated=generated)
-        except (ValueError, KeyError, IndexError):
+        except (ValueError, KeyError, IndexError, TypeError):
             row["impossible"] += 1
             continue
         began = perf_counter()
@@ -148,6 +94,31 @@ def print_table(name: str, rows: dict[str, dict[str, Any]]) -> None:
             print(f"    missed {parameters}: {causes}")
 
 
+def combined(model: Path, number: int, seeds: range, budget: float) -> tuple[int, int, list[str]]:
+    """Seeded random faults at once: combinations whose every fault is named, those tried, and a line on each other one."""
+    faulty = Faulty(model)
+    right = {step.makes: step for step in faulty.right}
+    found, tried, others = 0, 0, []
+    for seed in seeds:
+        rng = random.Random(seed)
+        chosen = rng.sample(sorted(CATALOGUE), number)
+        parts = [(name, rng.choice(CATALOGUE[name].variants(right) or [{}]), None) for name in chosen]
+        tokens = tokens_of(model, 24, seed)
+        try:
+            seen = faulty.dump(Planted(tuple(parts)), tokens)
+        except (ValueError, KeyError, IndexError, TypeError):
+            continue
+        answer = explain(seen, model, Options(tokens=tokens, budget=budget))
+        tried += 1
+        if answer.first is None or answer.remaining is None:
+            found += 1
+        else:
+            causes = [cause.named.fault for cause in answer.causes]
+            others.append(f"{chosen}: {causes}, left over at {answer.remaining.checkpoint}, next {answer.next or '-'}")
+        print(seed, parts, "found" if answer.remaining is None else others[-1], f"{answer.seconds:.1f} s", flush=True)
+    return found, tried, others
+
+
 def main(arguments: list[str]) -> None:
     """Print the tables that were asked for."""
     what = next((argument for argument in arguments if not argument.startswith("--")), "table")
@@ -159,6 +130,10 @@ def main(arguments: list[str]) -> None:
                 print_table(name, table(model, first_only=quick))
             elif what == "logits":
                 print_table(f"{name}, logits", table(model, first_only=quick, points="logits", size=10, generated=16))
+            elif what == "combined":
+                for number in (2, 3):
+                    found, tried, _ = combined(model, number, range(25 if not quick else 6), budget=60.0)
+                    print(f"{name}: {number} faults at once: {found} of {tried} wholly explained")
 
 
 if __name__ == "__main__":

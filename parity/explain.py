@@ -21,7 +21,7 @@ from engine.replay import Replay
 from engine.transformer import Transformer
 
 from .explain_leads import leads
-from .explain_precision import KINDS, Floor, fits, floor, with_noise
+from .explain_precision import KINDS, Floor, fits, floor, may_be_noise, with_noise
 from .explain_records import Expected, Ints, expected
 from .explain_search import Candidate, Place, Search, State
 from .tokens_diff import same_experiment
@@ -124,11 +124,31 @@ def explain(dump: Dump, model: Path, options: Options | None = None) -> Explanat
         quick = search.everywhere(start)
         kind = "" if quick else _precision(case)
         if not kind:
-            best = search.explain(start, options.max_faults)
+            best = _around(case, search, search.explain(start, options.max_faults), options)
     answer = _answer(case, search, start, best)
     if not kind and best.first is not None:
         answer = replace(answer, leads=tuple(leads(case.entries, case.replay, case.positions, search)))
     return replace(answer, precision_only=kind, next="" if kind else answer.next, seconds=perf_counter() - began)
+
+
+def _around(case: Case, search: Search, best: State, options: Options) -> State:
+    """Where the first place shows what the engine computes later (a capture's fault), explain the rest before it."""
+    start = search.start()
+    if best.first is None or best.first != start.first or options.max_faults < 2:
+        return best
+    others = [entry for number, entry in enumerate(case.entries) if number != best.first.point]
+    inner = Search(others, case.transformer.steps, case.make, case.positions, case.transformer.backend, options.budget / 2)
+    rest = inner.start()
+    if rest.first is None:
+        return best
+    found = inner.explain(rest, options.max_faults - 1)
+    if found.first is not None:
+        return best
+    state = start
+    for candidate in found.faults:
+        state = search.check(state, candidate) or state
+    search.extend(options.budget / 4)
+    return search.explain(state, options.max_faults - len(state.faults))
 
 
 def _floor(case: Case, kind: str) -> Floor:
@@ -137,6 +157,8 @@ def _floor(case: Case, kind: str) -> Floor:
 
 def _precision(case: Case) -> str:
     """The arithmetic whose noise the differences are, or ""."""
+    if not may_be_noise(case.entries):
+        return ""
     fit = {kind: fits(_floor(case, kind), case.entries) for kind in KINDS}
     good = {kind: value for kind, value in fit.items() if value is not None}
     return min(good, key=good.__getitem__) if good else ""

@@ -15,6 +15,7 @@ KINDS = tuple(ROUNDINGS)
 # How far a right engine's error may lie from the one that our own rounding makes, which sits at other places of the
 # computation. `benchmarks/explain.py precision` prints what was measured over seeded random models and prompts.
 UPPER, LOWER = 30.0, 1 / 300.0
+_LARGE = 0.5  # NMSE: half of the signal is no rounding of any of these types
 SINGLE = 30.0  # a single record against its point's mean
 
 
@@ -25,6 +26,15 @@ class Floor:
     kind: str
     products: Floats
     storage: Floats
+
+
+def may_be_noise(entries: Sequence[Expected]) -> bool:
+    """Whether the differences look like noise at all: none is large, and from the first point on no record is spared."""
+    first = next((number for number, entry in enumerate(entries) if (entry.base > entry.limit).any()), None)
+    if first is None:
+        return True
+    spared = any((entry.base == 0).any() and not entry.quantum.any() for entry in entries[first:])
+    return not spared and all(float(entry.base.max()) < _LARGE for entry in entries)
 
 
 def floor(kind: str, entries: Sequence[Expected], steps: Sequence[Step], right: Replay, make: Callable[[Sequence[Step], int], Replay], positions: Ints) -> Floor:

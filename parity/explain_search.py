@@ -7,7 +7,7 @@ beyond that place, checked on all of them.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import combinations
+from itertools import combinations, takewhile
 from time import perf_counter
 from typing import Any
 
@@ -15,7 +15,7 @@ import numpy as np
 
 from checkpoints.points import parse
 from engine.backend import Array, Backend
-from engine.faults import CATALOGUE, SEEN, Fault, plant
+from engine.faults import CATALOGUE, SEEN, Fault, Planting
 from engine.graph import POSITIONS, Step
 from engine.replay import Replay
 
@@ -25,7 +25,9 @@ from .explain_records import Expected, Floats, Ints
 Layers = tuple[int, ...] | None
 MakeReplay = Callable[[Sequence[Step], int], Replay]
 # What a change raises that this model's shapes (or its lack of a weight) do not allow.
-NOT_ALLOWED = (ValueError, KeyError, IndexError)
+# TypeError: of two faults at once the second one changed the operation that the first one had given other inputs.
+NOT_ALLOWED = (ValueError, KeyError, IndexError, TypeError)
+_REPLAYS = 8  # replays that are kept; each holds every value of a run
 _BEAM = 4  # partial explanations that are followed
 # Two candidates reproduce the same numbers if their errors are of one size: float32's own noise over 24 layers is 7e-13
 # (tolerance.EXACT_FLOOR), so what lies below 1e-12, or within a factor of ten, is no difference.
@@ -40,9 +42,9 @@ class Candidate:
     parameters: Mapping[str, Any]
     layers: Layers = None
 
-    def planted(self, steps: Sequence[Step]) -> list[Step]:
-        """The steps with this fault. Raises ValueError or KeyError where it has no place."""
-        return plant(steps, self.fault, self.layers, **self.parameters)
+    def planted(self, state: "State") -> list[Step]:
+        """The state's steps with this fault. Raises ValueError or KeyError where it has no place."""
+        return state.planting.of(self.fault, self.layers, self.parameters)
 
 
 @dataclass(frozen=True)
@@ -63,13 +65,25 @@ Screened = tuple[Place | None, float]  # the first place that still differs, and
 class State:
     """A list of steps and how far it reproduces the dump.
 
-    `nmse` holds an array a point; `first` is the first place that differs, None where none does.
+    `nmse` holds an array a point; `first` is the first place that differs, None where none does. `root` is the state that
+    this one is replayed against, where it is not worth a replay of its own.
     """
 
     faults: tuple[Candidate, ...]
-    steps: tuple[Step, ...]
+    planting: Planting
     nmse: tuple[Floats, ...]
     first: Place | None
+    root: "State | None" = None
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """The engine's steps."""
+        return self.planting.steps
+
+    @property
+    def order(self) -> Mapping[str, int]:
+        """The number of each step."""
+        return self.planting.order
 
 
 @dataclass
@@ -102,18 +116,17 @@ class Search:
         self._backend = backend
         self._until = perf_counter() + seconds
         self._number = {entry.point: number for number, entry in enumerate(self.entries)}
-        self._replays: dict[int, Replay] = {}
+        self._replays: dict[tuple[str, ...], Replay] = {}
         self._found: dict[tuple[str, ...], list[State]] = {}
         self._stages: dict[tuple[str, ...], list[State]] = {}
         self.n_layers = sum(step.makes.endswith(".l_out") for step in steps)
-        self._order = {step.makes: index for index, step in enumerate(steps)}
 
     # -- states -------------------------------------------------------------------------------------------------------
 
     def start(self) -> State:
         """The right engine itself."""
         nmse = tuple(entry.base for entry in self.entries)
-        return State((), self.right, nmse, self._first(nmse))
+        return State((), Planting(self.right), nmse, self._first(nmse))
 
     def _first(self, nmse: Sequence[Floats]) -> Place | None:
         for number, (entry, errors) in enumerate(zip(self.entries, nmse, strict=False)):  # nmse may end early
@@ -122,13 +135,16 @@ class Search:
                 return Place(number, int(entry.rows[wrong].min()))
         return None
 
-    def _replay(self, rows: int) -> Replay:
-        """The right engine's replay over the first rows; made once for each number of rows."""
-        if rows not in self._replays:
-            self._replays[rows] = self._make(self.right, rows)
-        return self._replays[rows]
+    def _replay(self, state: State, rows: int) -> Replay:
+        """The state's replay over the first rows; made once for each number of rows."""
+        key = (*_key(state.faults), str(rows))
+        if key not in self._replays:
+            if len(self._replays) >= _REPLAYS:
+                del self._replays[next(iter(self._replays))]
+            self._replays[key] = self._make(state.steps, rows)
+        return self._replays[key]
 
-    def _errors(self, steps: Sequence[Step], rows: int, until: int) -> dict[int, Floats] | None:
+    def _errors(self, root: State, steps: Sequence[Step], rows: int, until: int) -> dict[int, Floats] | None:
         """NMSE at the points that a list of steps changes, up to point `until` or the first that differs in front of it.
 
         None: the model's shapes do not allow this list.
@@ -143,15 +159,10 @@ class Search:
             return number < until and not (found[number] > self.entries[number].limit).any()
 
         try:
-            self._replay(rows).run(steps, visit, self._begin(steps))
+            self._replay(root, rows).run(steps, visit, _begin(steps, root))
         except NOT_ALLOWED:
             return None
         return found
-
-    def _begin(self, steps: Sequence[Step]) -> int:
-        """How many steps at the start are the right engine's."""
-        pairs = enumerate(zip(steps, self.right, strict=False))
-        return next((number for number, (new, old) in pairs if new is not old), len(self.right))
 
     def _compare(self, name: str, made: Array, shown: frozenset[str], rows: int, found: dict[int, Floats]) -> int | None:
         """Hold a value against the dump, if it is what the dump shows; its point's number."""
@@ -162,7 +173,7 @@ class Search:
         found[number] = self.entries[number].nmse(self._backend.to_host(made), self._positions[:rows])
         return number
 
-    def _everything(self, steps: Sequence[Step]) -> tuple[Floats, ...] | None:
+    def _everything(self, root: State, steps: Sequence[Step]) -> tuple[Floats, ...] | None:
         """NMSE at every point, all rows; None where the model's shapes do not allow this list."""
         shown, rows = _shown(steps), len(self._positions)
         found: dict[int, Floats] = {}
@@ -172,16 +183,16 @@ class Search:
             return True
 
         try:
-            self._replay(rows).run(steps, visit)
+            self._replay(root, rows).run(steps, visit, _begin(steps, root))
         except NOT_ALLOWED:
             return None
-        return tuple(found.get(number, entry.base) for number, entry in enumerate(self.entries))
+        return tuple(found.get(number, errors) for number, errors in enumerate(root.nmse))
 
     # -- candidates ---------------------------------------------------------------------------------------------------
 
     def candidates(self, state: State, layers: Layers) -> Iterator[Candidate]:
         """Every variant of every fault in these layers (None: all)."""
-        right = {step.makes: step for step in state.steps}
+        right = state.planting.right
         for fault in CATALOGUE.values():
             if layers is not None and (fault.once or not any(f"blk.0.{kind}" in right for kind in fault.kinds)):
                 continue
@@ -209,16 +220,16 @@ class Search:
         if first is None:
             return None
         try:
-            steps = candidate.planted(state.steps)
+            steps = candidate.planted(state)
         except NOT_ALLOWED:
             return None
         entry = self.entries[first.point]
         shown = _shown(steps)
-        before = next((i for i, (new, old) in enumerate(zip(steps, state.steps, strict=False)) if new is not old), len(steps))
-        if before > self._order[entry.point] and entry.point not in shown:
+        root = state.root or state
+        if _begin(steps, root) > root.order[entry.point] and entry.point not in shown:
             return None
         rows = self._rows(state, candidate)
-        found = self._errors(steps, rows, first.point)
+        found = self._errors(root, steps, rows, first.point)
         self.tried.faults.add(candidate.fault.name)
         self.tried.variants += 1
         if not found:
@@ -227,7 +238,7 @@ class Search:
         left = found.get(first.point)
         errors = []
         for number in range(first.point + 1):
-            errors.append(found.get(number, np.where(self.entries[number].rows < rows, self.entries[number].base, np.nan)))
+            errors.append(found.get(number, np.where(self.entries[number].rows < rows, root.nmse[number], np.nan)))
         place = self._first(errors)
         at_first = (entry.rows == first.row) & here
         error = float(left[at_first].max()) if left is not None and at_first.any() else float("nan")
@@ -242,9 +253,9 @@ class Search:
 
     def check(self, state: State, candidate: Candidate) -> State | None:
         """The state with the candidate planted, on all rows and points."""
-        steps = tuple(candidate.planted(state.steps))
-        nmse = self._everything(steps)
-        return None if nmse is None else State((*state.faults, candidate), steps, nmse, self._first(nmse))
+        steps = candidate.planted(state)
+        nmse = self._everything(state.root or state, steps)
+        return None if nmse is None else State((*state.faults, candidate), Planting(steps), nmse, self._first(nmse))
 
     # -- the search ---------------------------------------------------------------------------------------------------
 
@@ -253,6 +264,11 @@ class Search:
         if perf_counter() > self._until:
             self.complete = False
         return not self.complete
+
+    def extend(self, seconds: float) -> None:
+        """Search on for so many seconds."""
+        self._until = perf_counter() + seconds
+        self.complete = True
 
     def further(self, state: State, single: bool) -> list[State]:
         """States that get beyond the state's first place by one more fault, the best first.
@@ -323,8 +339,8 @@ class Search:
             return True
 
         try:
-            steps = candidate.planted(state.steps)
-            self._replay(rows).run(steps, visit, self._begin(steps))
+            steps = candidate.planted(state)
+            self._replay(state, rows).run(steps, visit, _begin(steps, state))
         except NOT_ALLOWED:
             return None
         return output[0] if output else None
@@ -335,7 +351,7 @@ class Search:
         """Screen many versions of a layer's output together."""
         first = state.first
         size = batch_size(rows)
-        replay = self._replay(rows)
+        replay = self._replay(state, rows)
         for begin in range(0, len(distinct), size):
             if self.out_of_time() or first is None:
                 return
@@ -384,16 +400,32 @@ class Search:
         """The best state that up to `depth` further faults lead to: everything explained, or the first place moved furthest."""
         if state.first is None or depth == 0:
             return state
-        found = self._once(state, single=False)
+        everywhere = self._once(state, single=False)
+        if len(self._suspects(state)) > 1 and not (everywhere and everywhere[0].first is None):
+            # Many layers are a long search: what was found in all layers is followed before.
+            best = self._follow(state, everywhere, depth)
+            if best.first is None:
+                return best
+        found = everywhere
         if not (found and found[0].first is None):
             found = sorted([*found, *self._once(state, single=True)], key=self.rank)
         if not found and depth > 1 and not self.out_of_time():
             found = self._pairs(state)
         self._found[_key(state.faults)] = found
+        return self._follow(state, found, depth)
+
+    def _follow(self, state: State, found: Sequence[State], depth: int) -> State:
+        """The best state that the first few of these lead to; of those with the same errors one is followed."""
+        self._found[_key(state.faults)] = list(found)
         best = state
-        for one in found[:_BEAM]:
+        seen: set[tuple[float, ...]] = set()
+        for one in found:
+            errors = tuple(float(f"{errors.max():.3g}") for errors in one.nmse)
+            if errors in seen:
+                continue
+            seen.add(errors)
             best = min(best, self.explain(one, depth - (len(one.faults) - len(state.faults))), key=self.rank)
-            if best.first is None:
+            if best.first is None or len(seen) >= _BEAM:
                 break
         return best
 
@@ -431,7 +463,7 @@ class Search:
             one, two = active[i][1], active[j][1]
             if one.fault.name == two.fault.name:
                 continue
-            middle = State((*state.faults, one), tuple(one.planted(state.steps)), state.nmse, first)
+            middle = State((*state.faults, one), Planting(one.planted(state)), state.nmse, first, state)
             result = self.screen(middle, two)
             if result is None or (result[0] is not None and not first < result[0]):
                 continue
@@ -450,7 +482,14 @@ def _worst(state: State, until: int) -> float:
 
 def _shown(steps: Sequence[Step]) -> frozenset[str]:
     """Points of which the dump shows something else than the engine computed."""
-    return frozenset(step.makes.removeprefix(SEEN) for step in steps if step.makes.startswith(SEEN))
+    last = takewhile(lambda step: step.makes.startswith(SEEN), reversed(steps))  # they stand at the end
+    return frozenset(step.makes.removeprefix(SEEN) for step in last)
+
+
+def _begin(steps: Sequence[Step], root: State) -> int:
+    """How many steps at the start are the root's."""
+    pairs = enumerate(zip(steps, root.steps, strict=False))
+    return next((number for number, (new, old) in pairs if new is not old), min(len(steps), len(root.steps)))
 
 
 def _key(faults: Sequence[Candidate]) -> tuple[str, ...]:

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from . import attention, capture, dequantisation, feed_forward, flow, logits, norms, rope, tokens, weights
-from .base import AT, SEEN, Fault, Steps, as_recorded, plant
+from .base import AT, SEEN, Fault, Planting, Steps, as_recorded, plant
 
-__all__ = ["AT", "CATALOGUE", "SEEN", "Fault", "Steps", "as_recorded", "plant"]
+__all__ = ["AT", "CATALOGUE", "SEEN", "Fault", "Planting", "Steps", "as_recorded", "plant"]
 
 _GROUPS = {
     "tokens": tokens.FAULTS,

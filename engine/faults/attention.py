@@ -9,14 +9,14 @@ import numpy as np
 from .. import ops
 from ..backend import Array
 from ..graph import PASSES, History, Step
-from .base import Fault, Parameters, Steps, with_parameters
+from .base import Fault, Parameters, Steps, sibling, with_parameters
 
 _SOFT = ("kq_soft_max",)
 
 
 def _scale(step: Step, right: Steps, parameters: Parameters) -> Step:
     scale = step.params["scale"]
-    heads = next(other.params["heads"] for name, other in right.items() if name.endswith(".kq"))
+    heads = sibling(step, right, "kq").params["heads"]
     scales = {
         "missing": 1.0,
         "by the width": scale * heads**-0.5,
@@ -149,8 +149,7 @@ def _split_values(history: Array, *, kv_heads: int) -> Array:
 def _value_layout(step: Step, right: Steps, parameters: Parameters) -> Step:
     if parameters["layout"] == "transposed":
         return replace(step, op=_transposed_values)
-    kv_heads = next(other.params["kv_heads"] for name, other in right.items() if name.endswith(".kq"))
-    return replace(step, op=_split_values, params={"kv_heads": kv_heads})
+    return replace(step, op=_split_values, params={"kv_heads": sibling(step, right, "kq").params["kv_heads"]})
 
 
 def _concatenated(weights: Array, v: Array, *, kv_heads: int, order: str) -> Array:

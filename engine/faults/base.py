@@ -62,6 +62,46 @@ class Fault:
         return self.what.format(**{name: _text(value) for name, value in parameters.items()})
 
 
+class Planting:
+    """A list of steps, indexed once, to plant many faults in."""
+
+    def __init__(self, steps: Sequence[Step]) -> None:
+        self.steps = tuple(steps)
+        self.right: Steps = {step.makes: step for step in self.steps}
+        self.order = {step.makes: number for number, step in enumerate(self.steps)}
+        self._places: dict[str, list[tuple[int, int | None]]] = {}
+        for number, step in enumerate(self.steps):
+            point = _parse(step.makes)
+            self._places.setdefault(point.kind.rstrip(COPY), []).append((number, point.layer))
+
+    def of(self, fault: Fault, layers: Collection[int] | None, parameters: Parameters) -> list[Step]:
+        """The steps with this fault. `plant` says the rest."""
+        kinds = parameters.get(AT, fault.kinds)
+        new: dict[int, Step | Sequence[Step]] = {}
+        shown: list[Step] = []
+        for number, layer in (place for kind in kinds for place in self._places.get(kind, ())):
+            if layers is not None and layer is not None and layer not in layers:
+                continue
+            step = self.steps[number]
+            if fault.shows is not None:
+                made = fault.shows(step.makes, self.right, parameters)
+                shown += [] if made is None else [made]
+                continue
+            changed = fault.change(step, self.right, parameters)
+            if changed != step:
+                new[number] = changed
+        if not new and not shown:
+            raise ValueError(f"{fault.name} changes none of these steps")
+        result: list[Step] = []
+        start = 0
+        for number in sorted(new):
+            changed = new[number]
+            result += self.steps[start:number]
+            result += [changed] if isinstance(changed, Step) else changed
+            start = number + 1
+        return [*result, *self.steps[start:], *shown]
+
+
 def plant(steps: Sequence[Step], fault: Fault, layers: Collection[int] | None = None, **parameters: Any) -> list[Step]:
     """The steps of an engine that has this fault, in the given layers or in all of them.
 
@@ -70,33 +110,8 @@ def plant(steps: Sequence[Step], fault: Fault, layers: Collection[int] | None = 
     Raises:
         ValueError: the fault changes none of these steps.
     """
-    right = {step.makes: step for step in steps}
-    chosen = (fault.variants(right) or [{}])[0] | parameters
-    kinds = chosen.get(AT, fault.kinds)
-    result: list[Step] = []
-    shown: list[Step] = []
-    changed = 0
-    for step in steps:
-        point = _parse(step.makes)
-        if point.kind.rstrip(COPY) not in kinds or not (layers is None or point.layer is None or point.layer in layers):
-            result.append(step)
-            continue
-        if fault.shows is not None:
-            made = fault.shows(step.makes, right, chosen)
-            shown += [] if made is None else [made]
-            result.append(step)
-            changed += made is not None
-            continue
-        new = fault.change(step, right, chosen)
-        if isinstance(new, Step):
-            changed += new != step
-            result.append(step if new == step else new)
-        else:
-            changed += 1
-            result += new
-    if not changed:
-        raise ValueError(f"{fault.name} changes none of these steps")
-    return result + shown
+    planting = Planting(steps)
+    return planting.of(fault, layers, (fault.variants(planting.right) or [{}])[0] | parameters)
 
 
 def as_recorded(steps: Sequence[Step]) -> list[Step]:

@@ -108,7 +108,7 @@ def _n_layers(right: Steps) -> int:
 
 def _offset(step: Step, right: Steps, parameters: Parameters) -> Step:
     other = layer_of(step) + parameters["by"]
-    return _of_layer(step, other) if 0 <= other < _n_layers(right) else step
+    return _of_layer(step, other) if f"blk.{other}.l_out" in right else step
 
 
 def _swap_layers(step: Step, _right: Steps, parameters: Parameters) -> Step:
