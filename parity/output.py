@@ -12,6 +12,7 @@ from .commands.options import Format
 if TYPE_CHECKING:
     from rich.text import Text
 
+    from checkpoints.explanation import Explanation
     from checkpoints.finding import LintReport
     from checkpoints.picture import Picture
     from checkpoints.record import Dump
@@ -103,6 +104,38 @@ def show_lint(report: "LintReport", form: Format) -> int:
 
         print_lint(Console(), report)
     return PARITY_CODE if report else DIVERGENCE_CODE
+
+
+def explained(found: "Explanation", form: Format) -> int:
+    """Print what `parity explain` found and return the exit code."""
+    from reports.explanation import explanation_as_json, print_explanation
+
+    if form is Format.JSON:
+        print(json.dumps(explanation_as_json(found)))
+    else:
+        from rich.console import Console
+
+        print_explanation(Console(), found)
+    return PARITY_CODE if found else DIVERGENCE_CODE
+
+
+def catalogue_as(form: Format) -> None:
+    """Print the catalogue of known faults."""
+    from engine.faults import CATALOGUE
+
+    if form is Format.JSON:
+        faults = [
+            {"fault": fault.name, "group": fault.group, "symptom": fault.symptom, "fix": fault.fix, "seen": fault.seen}
+            for fault in CATALOGUE.values()
+        ]
+        print(json.dumps({"schema": 1, "faults": faults}))
+        return
+    from rich.console import Console
+
+    from reports.explanation import print_catalogue
+
+    rows = [(fault.group, fault.name, fault.symptom, fault.fix, fault.seen) for fault in CATALOGUE.values()]
+    print_catalogue(Console(), rows)
 
 
 def written(path: Path) -> None:
