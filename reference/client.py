@@ -29,6 +29,14 @@ _LAST_WORDS = re.compile(
 # Where this package stands is first on the child's path only if it isn't on it anyway.
 _BOOT = "import sys; root = sys.argv[1]; sys.path[:0] = [] if root in sys.path else [root]; from reference.worker import main; main()"
 
+_ENVIRONMENT = {
+    "GGML_NO_BACKTRACE": "1",  # ggml would start a debugger to print one when it aborts
+    # Threads that wait for each other in a busy loop starve where another program shares the cores: the same dump took
+    # 13.5 s instead of 1.0 s. GNU's OpenMP counts spins, LLVM's milliseconds.
+    "GOMP_SPINCOUNT": "1000",
+    "KMP_BLOCKTIME": "0",
+}
+
 
 class _Child:
     """A running worker: process, pipe, and the file that its stderr goes to."""
@@ -47,8 +55,7 @@ class _Child:
                 stdout=subprocess.DEVNULL,
                 stderr=self.stderr,
                 pass_fds=passed,
-                # ggml would start a debugger to print a backtrace when it aborts
-                env=os.environ | {"GGML_NO_BACKTRACE": "1"},
+                env=_ENVIRONMENT | os.environ,
             )
         finally:
             theirs.close()
@@ -88,7 +95,7 @@ def _finish(children: list[_Child]) -> None:
 class Reference:
     """llama.cpp in a child process, which is started at once and ends with this object.
 
-    A request after the child died starts a new one. One request at a time; a context manager.
+    A request after the child died starts a new one. One request at a time: another thread waits. A context manager.
 
     Args:
         verbose: llama.cpp's own log goes to this process's stderr.
@@ -100,6 +107,7 @@ class Reference:
         self._threads = threads
         self._children: list[_Child] = []
         self._lock = threading.Lock()
+        self._holder: int | None = None  # the thread whose request is being answered
         self._finalizer = weakref.finalize(self, _finish, self._children)
         self._start()
 
@@ -115,7 +123,10 @@ class Reference:
 
     def _request(self, doing: str, name: str, *arguments: Any, **keywords: Any) -> Iterator[Any]:
         """Ask, and yield the answer's items; the last one is what the method returned."""
+        if self._holder == threading.get_ident():
+            raise RuntimeError("a capture is being read: finish or close it before the next request")
         with self._lock:
+            self._holder = threading.get_ident()
             child = self._start()
             finished = False
             try:
@@ -134,6 +145,7 @@ class Reference:
             except (EOFError, OSError):
                 raise self._died(doing) from None
             finally:
+                self._holder = None
                 if not finished:  # interrupted: what it computes nobody waits for
                     _finish(self._children)
         yield _value(answer)

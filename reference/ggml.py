@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
 from checkpoints.errors import ReferenceFailed
@@ -159,7 +158,7 @@ class Ggml:
         dtype = np.dtype(_DTYPES[kind])
         raw = np.empty(_extent(tensor, dtype.itemsize), dtype=np.uint8)
         self._read(ctypes.byref(tensor), raw.ctypes.data, 0, raw.nbytes)
-        strided = as_strided(raw[: dtype.itemsize].view(dtype), tuple(tensor.ne)[::-1], tuple(tensor.nb)[::-1])
+        strided: NDArray[Any] = np.ndarray(tuple(tensor.ne)[::-1], dtype, raw, 0, tuple(tensor.nb)[::-1])
         if kind == "f32":
             return np.array(strided, dtype=np.float32, order="C")
         if kind == "bf16":

@@ -20,7 +20,7 @@ _WRITES = frozenset({"SET_ROWS", "CPY"})  # into the cache: what is read from it
 _LAYER = re.compile(r"(.+?)-(\d+)((?: \(.*\))*)")
 _WEIGHT = re.compile(r"blk\.(\d+)\.(.+)")
 _CACHE = re.compile(r"cache_([kv])_l(\d+)\b.*")
-_NORMED = {"Qcur_normed": "q_norm", "Kcur_normed": "k_norm"}
+_OTHER_NAMES = {"Qcur_normed": "q_norm", "Kcur_normed": "k_norm", "sa_out": "ffn_inp"}
 _SAME = frozenset({"attn_norm", "kq_soft_max", "kqv_out", "ffn_inp", "ffn_norm", "ffn_gate", "ffn_up", "ffn_swiglu"})
 _LAST = frozenset({"ffn_out", "l_out", "attn_out"})
 _MODEL = {"result_norm": points.OUTPUT_NORM, "result_output": points.LOGITS}
@@ -150,8 +150,8 @@ def _name_layer(nodes: Sequence[Node], inside: Sequence[int]) -> tuple[dict[int,
         values = [i for i in group if nodes[i].op not in VIEWS]
         if not values:
             continue
-        if name in _NORMED:
-            named[values[-1]] = _NORMED[name]
+        if name in _OTHER_NAMES and _OTHER_NAMES[name] not in by_name:
+            named[values[-1]] = _OTHER_NAMES[name]
         elif name in _SAME or name in _LAST:
             named[values[-1]] = name
     projected = _projection(nodes, inside, "attn_output")

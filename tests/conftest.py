@@ -4,9 +4,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from cli import Cli
 
+from engine.synth import shape_like, synthesize
 from parity import default_model
-from reference.client import Reference
+from reference import Reference
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -39,6 +41,28 @@ def quantized(reference: Reference, stories: Path, tmp_path_factory: pytest.Temp
         path = folder / f"stories-{kind}.gguf"
         if not path.exists():
             reference.quantize(stories, kind, path)
+        return path
+
+    return make
+
+
+@pytest.fixture
+def parity(capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cli:
+    """`parity …` in this process, in an empty folder: parity("run", "--prompt", "hi") has code, out and err."""
+    monkeypatch.chdir(tmp_path)
+    return Cli(capfd)
+
+
+@pytest.fixture(scope="session")
+def synthetic(tmp_path_factory: pytest.TempPathFactory, stories: Path) -> Callable[..., Path]:
+    """A function that makes a model of any shape: synthetic("tiny-llama", layers=5, kind="q8_0")."""
+    folder = tmp_path_factory.mktemp("synthetic")
+
+    def make(like: str = "tiny", kind: str = "f32", **shape: object) -> Path:
+        name = "-".join([like, kind, *(f"{key}{value}" for key, value in sorted(shape.items()))])
+        path = folder / f"{name}.gguf"
+        if not path.exists():
+            synthesize(path, shape_like(like, **shape), weight_type=kind, tokenizer=stories)
         return path
 
     return make

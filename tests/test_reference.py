@@ -282,6 +282,16 @@ def test_abandoned_capture(reference: Reference, tokens: tuple[int, ...]) -> Non
     assert reference.pid == pid
 
 
+def test_request_within_a_capture(reference: Reference, tokens: tuple[int, ...]) -> None:
+    """A request while a capture is still being read is an error, not a deadlock; both go on afterwards."""
+    items = reference.capture(MODEL, tokens, "embd,logits")
+    next(items)
+    with pytest.raises(RuntimeError, match="a capture is being read"):
+        reference.tokenize(MODEL, "a")
+    assert [node.point for node, _ in items] == ["logits"]
+    assert reference.tokenize(MODEL, "a").ids
+
+
 def test_parent_stays_light() -> None:
     """Importing the reference loads neither llama.cpp nor gguf into the parent."""
     code = "import sys, reference; print([m for m in ('llama_cpp', 'gguf', 'pandas') if m in sys.modules])"

@@ -9,9 +9,12 @@ import numpy as np
 import pytest
 
 from checkpoints.errors import InputError
+from checkpoints.gguf_file import contents
 from checkpoints.reader import read
 from checkpoints.tensors import TensorReader
-from reference import EXACT, NATIVE, DumpJob, Reference
+from reference import EXACT, NATIVE, DumpJob, Reference, sweep
+from reference.library import Library
+from reference.sweep import window_size
 from reference.twin import cache_dir, cached, empty_cache
 
 TOKENS = (2047, 430, 457, 258, 403)
@@ -63,8 +66,9 @@ def test_cache_is_bounded(
 
 @pytest.mark.parametrize("mode", [EXACT, NATIVE])
 def test_windows_are_the_whole(reference: Reference, stories: Path, tmp_path: Path, mode: str) -> None:
-    """Every point of prefill and decode is bit-identical in windows of 1, 5 and all layers, F32 and Q8_0."""
-    job = DumpJob(stories, tmp_path / "whole.jsonl", TOKENS, points="all", full=True, lead=(11, 402), mode=mode, window="off")
+    """Prefill and decode are bit-identical in windows of 1, 5 and all layers, F32 and Q8_0."""
+    some = "embd,blk.*.{attn_norm,q_rope,k_read,kq_soft_max,attn_out,l_out},output_norm,logits"
+    job = DumpJob(stories, tmp_path / "whole.jsonl", TOKENS, points=some, full=True, lead=(11,), mode=mode, window="off")
     whole = reference.dump(job)
     assert whole.window is None
     assert whole.tensors is not None
@@ -113,3 +117,16 @@ def test_wrong_layers(reference: Reference, stories: Path) -> None:
         list(reference.layers(stories, 20, 25, np.zeros((2, 256), np.float32)))
     with pytest.raises(InputError, match=r"\(2, 255\) is not \[T, 256\]"):
         list(reference.layers(stories, 0, 1, np.zeros((2, 255), np.float32)))
+
+
+def test_window_size(stories: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By default the whole model is taken where it fits in half of the free memory, else as many layers as fit."""
+    library, found = Library(), contents(stories)
+    job = DumpJob(stories, tmp_path / "out.jsonl", TOKENS)
+    assert window_size(library, found, job) is None
+    monkeypatch.setattr(sweep, "free_memory", lambda: 100_000_000)  # the twin takes 58 MB, a layer 2.3 MB
+    assert window_size(library, found, job) == 9
+    assert window_size(library, found, replace(job, mode=NATIVE)) is None
+    assert window_size(library, found, replace(job, window="off")) is None
+    monkeypatch.setattr(sweep, "free_memory", lambda: 1)
+    assert window_size(library, found, job) == 1

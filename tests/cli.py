@@ -1,0 +1,42 @@
+"""The command line as a test calls it: in this process, with what it printed and its exit code."""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from parity.__main__ import run
+
+
+@dataclass(frozen=True)
+class Ran:
+    """How a command ended and what it printed."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> dict[str, Any]:
+        """The one JSON object on stdout."""
+        found: dict[str, Any] = json.loads(self.out)
+        return found
+
+
+class Cli:
+    """Calls `parity` with arguments; every path is turned into text."""
+
+    def __init__(self, capfd: pytest.CaptureFixture[str]) -> None:
+        self._capture = capfd
+
+    def __call__(self, *arguments: object) -> Ran:
+        self._capture.readouterr()
+        code = run([str(argument) for argument in arguments])
+        out, err = self._capture.readouterr()
+        return Ran(code, out, err)
+
+    def json(self, *arguments: object) -> tuple[int, dict[str, Any]]:
+        """The exit code and the JSON answer."""
+        ran = self(*arguments, "--format", "json")
+        return ran.code, ran.json

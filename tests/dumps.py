@@ -1,0 +1,72 @@
+"""Dumps made of arrays, for tests of what works on dumps."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from checkpoints.record import Dump, End, Header, ModelInfo, Rows, Token
+from checkpoints.summary import summarise
+
+Arrays = dict[str, NDArray[np.float32]]
+DEFAULT = ("embd", "blk.0.l_out", "blk.5.l_out", "blk.10.l_out", "blk.23.l_out", "output_norm", "logits")
+WIDTH = 64
+HEADER = Header(
+    source="engine",
+    model=ModelInfo("tiny", "qwen2", "F32", 24, "f00d"),
+    tokens=(),
+    prompt="a prompt",
+    mode="exact",
+    compute="f32",
+    kv_type="f32",
+)
+
+
+def random(points: Sequence[str] = DEFAULT, positions: int = 12, seed: int = 0) -> Arrays:
+    """Normal rows of 64 for each point."""
+    rng = np.random.default_rng(seed)
+    return {name: rng.standard_normal((positions, WIDTH)).astype(np.float32) for name in points}
+
+
+def noisy(arrays: Arrays, size: float = 1e-7, seed: int = 1) -> Arrays:
+    """The same with relative noise, as a right engine in float32 has it; the embedding is exact."""
+    rng = np.random.default_rng(seed)
+    made = {name: (x * (1 + size * rng.standard_normal(x.shape))).astype(np.float32) for name, x in arrays.items()}
+    return {name: arrays[name] if name == "embd" else x for name, x in made.items()}
+
+
+def spoiled(arrays: Arrays, points: Sequence[str], positions: Sequence[int] | slice, size: float = 0.03) -> Arrays:
+    """The same, wrong at these points and positions."""
+    rng = np.random.default_rng(2)
+    made = {name: x.copy() for name, x in arrays.items()}
+    for name in points:
+        made[name][positions] += (size * rng.standard_normal(made[name][positions].shape)).astype(np.float32)
+    return made
+
+
+def dump(
+    arrays: Mapping[str, NDArray[np.float32]],
+    *,
+    path: str = "dump.jsonl",
+    header: Header | None = HEADER,
+    prefill: int | None = None,
+    chunk: int | None = None,
+    slice_size: int | None = 16,
+    tokens: tuple[Token, ...] = (),
+) -> Dump:
+    """A dump of arrays [T, …]; positions from `prefill` on are decode steps, `chunk` cuts the prefill into passes."""
+    points = {name: _rows(name, array, prefill, chunk, slice_size) for name, array in arrays.items()}
+    if header is not None and not header.tokens:
+        header = replace(header, tokens=tuple(range(100, 100 + len(next(iter(arrays.values()))))))
+    return Dump(path, header, points, tokens, End(0))
+
+
+def _rows(name: str, array: NDArray[np.float32], prefill: int | None, chunk: int | None, size: int | None) -> Rows:
+    made = summarise(name, array, np.arange(len(array)), slice_size=size)
+    if chunk is not None:
+        made = replace(made, step=made.token_idx // chunk)
+    if prefill is not None:
+        decode = made.token_idx >= prefill
+        made = replace(made, decode=decode, step=np.where(decode, made.token_idx - prefill + 1, 0))
+    return made

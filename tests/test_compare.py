@@ -1,0 +1,274 @@
+"""Faults planted in synthetic dumps: the verdict names the place, the origins, the pattern and what to record next."""
+
+from dataclasses import replace
+from time import perf_counter
+
+import numpy as np
+import pytest
+from dumps import DEFAULT, dump, noisy, random, spoiled
+
+from checkpoints.errors import DumpError, InputError
+from checkpoints.points import LAYER_KINDS, select
+from checkpoints.record import Dump
+from checkpoints.summary import summarise
+from checkpoints.verdict import FRESH, INHERITED, Verdict
+from parity.compare import Options, compare, measured
+from parity.dataflow import reads
+
+# Every point of a model without query and key norms whose row does not grow with the position.
+KINDS = [kind.name for kind in LAYER_KINDS if "t+1" not in kind.row and not kind.name.endswith(("q_norm", "k_norm"))]
+ALL = ("embd", *(f"blk.{i}.{name}" for i in range(4) for name in KINDS), "output_norm", "logits")
+
+
+def after(point: str, names: tuple[str, ...] = DEFAULT) -> tuple[str, ...]:
+    """The point and everything later."""
+    return names[names.index(point) :]
+
+
+def judged(positions: slice | list[int], point: str = "blk.5.l_out", **how: int) -> Verdict:
+    """The verdict on a dump that is wrong from this point on, at these positions."""
+    ref = random()
+    return compare(dump(spoiled(noisy(ref), after(point), positions), **how), dump(ref, **how))
+
+
+def test_noise_is_parity() -> None:
+    """Two sides that differ by float32 noise agree, and the verdict is true."""
+    ref = random()
+    verdict = compare(dump(noisy(ref)), dump(ref))
+    assert verdict
+    assert verdict.compared == 7 * 12
+    assert verdict.worst is not None
+    assert 0 < verdict.worst.nmse < 1e-12  # type: ignore[operator]
+    assert verdict.first_divergence is None
+    assert verdict.origins == ()
+    assert verdict.next == ""
+
+
+def test_wrong_from_position_one() -> None:
+    """Right at 0 and wrong from 1 on (a RoPE fault) is named as such, with the layers that it may lie in."""
+    verdict = judged(slice(1, None))
+    first = verdict.first_divergence
+    assert first is not None
+    assert not verdict
+    assert (first.checkpoint, first.layer, first.token_idx, first.fresh) == ("blk.5.l_out", 5, 1, True)
+    assert len(first.ours) == len(first.ref) == 16
+    assert verdict.last_agreement is not None
+    assert (verdict.last_agreement.checkpoint, verdict.last_agreement.positions) == ("blk.0.l_out", 12)
+    assert verdict.pattern is not None
+    assert verdict.pattern.code == "from-position-1"
+    assert verdict.next == "blk.0.l_out,blk.{1..5}.*"
+    assert [point.status for point in verdict.points[2:4]] == [FRESH, INHERITED]
+
+
+@pytest.mark.parametrize(
+    ("positions", "how", "code"),
+    [
+        (slice(None), {}, "from-position-0"),
+        (slice(0, -1), {}, "causal-mask"),
+        (slice(8, None), {"prefill": 8}, "decode"),
+        (slice(6, None), {"chunk": 6}, "chunk"),
+        ([5], {}, "single-positions"),
+        ([0], {}, "first-position"),
+        (slice(7, None), {}, "from-position-n"),
+    ],
+)
+def test_pattern(positions: slice | list[int], how: dict[str, int], code: str) -> None:
+    """The positions at which the first point is wrong give the pattern."""
+    pattern = judged(positions, **how).pattern
+    assert pattern is not None
+    assert pattern.code == code
+
+
+def test_pattern_of_one_embedding_row() -> None:
+    """A single wrong row of the embedding is named with its token."""
+    pattern = judged([3], "embd").pattern
+    assert pattern is not None
+    assert pattern.code == "embedding-row"
+
+
+def test_only_the_logits() -> None:
+    """A fault after the last norm is the output matrix's, and the operation is named."""
+    verdict = judged(slice(None), "logits")
+    assert verdict.operation == "logits is made from output_norm, which agrees: this operation is wrong"
+    assert verdict.next == ""
+
+
+def test_operation_is_named_where_its_inputs_are_recorded() -> None:
+    """With every point recorded, the first wrong one is made by the wrong operation and nothing more is asked for."""
+    ref = random(ALL)
+    wrong = [name for name in after("blk.2.q_rope", ALL) if name not in ("blk.2.k_rope", "blk.2.v")]
+    verdict = compare(dump(spoiled(noisy(ref), wrong, slice(1, None))), dump(ref))
+    assert verdict.first_divergence is not None
+    assert verdict.first_divergence.checkpoint == "blk.2.q_rope"
+    assert verdict.operation == "blk.2.q_rope is made from blk.2.q, which agrees: this operation is wrong"
+    assert verdict.pattern is not None
+    assert verdict.pattern.code == "operation"
+    assert "RoPE" in verdict.pattern.sentence
+    assert verdict.next == ""
+
+
+def test_missing_biases_have_three_origins() -> None:
+    """Queries, keys and values do not spoil each other: a fault in all three has three origins."""
+    ref = random(ALL)
+    verdict = compare(dump(spoiled(noisy(ref), after("blk.1.q", ALL), slice(None))), dump(ref))
+    assert [origin.first.checkpoint for origin in verdict.origins] == ["blk.1.q", "blk.1.k", "blk.1.v"]
+
+
+def test_two_origins() -> None:
+    """A wrong embedding row late in the prompt does not hide a fault in a later layer at earlier positions."""
+    ref = random(positions=40)
+    ours = spoiled(noisy(ref), DEFAULT, slice(30, None))
+    ours = spoiled(ours, after("blk.10.l_out"), slice(0, 30))
+    ours["embd"][31:] = ref["embd"][31:]
+    verdict = compare(dump(ours), dump(ref))
+    assert [(origin.first.checkpoint, origin.positions) for origin in verdict.origins] == [
+        ("embd", (30,)),
+        ("blk.10.l_out", tuple(range(30))),
+    ]
+
+
+def test_origins_are_the_minimal_failing_records() -> None:
+    """On random failures the origins are what the definition says, read off record by record."""
+    rng = np.random.default_rng(5)
+    names = ("embd", "blk.0.q", "blk.0.k", "blk.0.v", "blk.0.kqv_out", "blk.0.l_out", "blk.1.q", "blk.1.l_out")
+    branches = {"blk.0.q", "blk.0.k", "blk.0.v"}
+    for _ in range(20):
+        bad = {(int(p), int(t)) for p, t in zip(rng.integers(0, 8, 6), rng.integers(0, 10, 6), strict=True)}
+        ref = random(names, positions=10)
+        ours = {name: x.copy() for name, x in ref.items()}
+        for p, t in bad:
+            ours[names[p]][t] += 1
+        expected = {
+            (p, t) for p, t in bad if not any(q < p and s <= t and not {names[p], names[q]} <= branches for q, s in bad)
+        }
+        verdict = compare(dump(ours), dump(ref))
+        found = {(names.index(o.first.checkpoint), t) for o in verdict.origins for t in o.positions}
+        assert found == expected
+
+
+def test_swapped_buffers() -> None:
+    """An engine that kept pointers shows later values at an earlier point: the divergence is there, at every position."""
+    ref = random()
+    verdict = compare(dump({**ref, "blk.0.l_out": ref["blk.23.l_out"]}), dump(ref))
+    assert verdict.first_divergence is not None
+    assert verdict.first_divergence.checkpoint == "blk.0.l_out"
+
+
+def test_nan_on_one_side_always_fails() -> None:
+    """NaN in ours fails whatever the tolerance, beyond the slice too; on both sides alike it is no difference."""
+    ref = random()
+    inside, beyond = ({name: x.copy() for name, x in ref.items()} for _ in range(2))
+    inside["blk.5.l_out"][4, 3] = np.nan
+    beyond["blk.5.l_out"][4, 40] = np.inf
+    for ours in (inside, beyond):
+        verdict = compare(dump(ours), dump(ref), Options(tolerance=1e9))
+        assert verdict.first_divergence is not None
+        assert verdict.first_divergence.nmse == np.inf
+        assert verdict.pattern is not None
+        assert verdict.pattern.code == "nonfinite"
+    assert compare(dump(inside), dump(inside))
+
+
+def test_a_fault_beyond_the_slice_is_seen() -> None:
+    """One channel off, outside the leading values, fails by the sketch of the whole row."""
+    ref = random()
+    ours = {name: x.copy() for name, x in ref.items()}
+    ours["blk.10.l_out"][:, 50] *= 1.15
+    verdict = compare(dump(ours), dump(ref))
+    assert verdict.first_divergence is not None
+    assert verdict.first_divergence.nmse_slice == 0
+    assert verdict.first_divergence.checkpoint == "blk.10.l_out"
+
+
+def test_attention_to_later_positions_fails() -> None:
+    """Weight on later positions is the causal mask's absence, however small the rest of the difference is."""
+    rng = np.random.default_rng(0)
+    scores = rng.random((2, 6, 6)).astype(np.float32)
+    masked = scores * np.tri(6, dtype=np.float32)
+    leaking = masked + np.float32(1e-4) * (1 - np.tri(6, dtype=np.float32))
+    sides = [
+        Dump("x", None, {"blk.0.kq_soft_max": summarise("blk.0.kq_soft_max", weights, np.arange(6))})
+        for weights in (leaking, masked)
+    ]
+    verdict = compare(*sides)
+    assert verdict.pattern is not None
+    assert verdict.pattern.code == "causal-mask"
+    assert verdict.first_divergence is not None
+    assert verdict.first_divergence.nmse == 0
+
+
+def test_unknown_arithmetic_is_judged_by_the_jump() -> None:
+    """An engine that does not say what it computes in may be as rough as bf16, but not jump far above its own noise."""
+    ref = random()
+    foreign = {"header": None}
+    assert compare(dump(noisy(ref, 3e-3), **foreign), dump(ref))  # type: ignore[arg-type]
+    jumping = spoiled(noisy(ref), after("blk.10.l_out"), slice(None), 1e-3)
+    verdict = compare(dump(jumping, **foreign), dump(ref))  # type: ignore[arg-type]
+    assert verdict.limits.assumed
+    assert verdict.first_divergence is not None
+    assert verdict.first_divergence.checkpoint == "blk.10.l_out"
+    assert not compare(dump(noisy(ref, 3e-3), **foreign), dump(ref), Options(compute="f32"))  # type: ignore[arg-type]
+
+
+def test_missing_records_are_listed() -> None:
+    """What one side lacks is said; it is a divergence only if asked for."""
+    ref = random()
+    ours = {name: x for name, x in ref.items() if name != "blk.10.l_out"}
+    left = dump(ours)
+    left.points["embd"] = left.points["embd"].take(np.arange(10))
+    verdict = compare(left, dump(ref))
+    assert verdict
+    assert verdict.missing_ours.points == ("blk.10.l_out",)
+    assert verdict.missing_ours.positions == (10, 11)
+    assert verdict.missing_ours.records == 14
+    strict = compare(left, dump(ref), Options(strict=True))
+    assert not strict
+    assert strict.first_divergence is None
+
+
+def test_nothing_in_common_is_an_error() -> None:
+    """Dumps without a common point or position are refused, never called parity."""
+    ref = random()
+    with pytest.raises(DumpError, match="no point in common"):
+        compare(dump({"embd": ref["embd"]}), dump({"logits": ref["logits"]}))
+    late = dump(ref)
+    late.points.update({name: replace(rows, token_idx=rows.token_idx + 100) for name, rows in late.points.items()})
+    with pytest.raises(DumpError, match="no position in common"):
+        compare(late, dump(ref))
+
+
+def test_unusable_options_are_refused() -> None:
+    """A tolerance that is no number and an arithmetic that does not exist are the request's fault."""
+    ref = dump(random())
+    for options in (Options(tolerance=float("nan")), Options(tolerance=-1.0), Options(compute="f8")):
+        with pytest.raises(InputError):
+            compare(ref, ref, options)
+
+
+def test_next_can_be_selected() -> None:
+    """What the verdict asks to record is a `--points` value that names points of the model."""
+    verdict = judged(slice(1, None))
+    names = ["embd", *(f"blk.{i}.{kind.name}" for i in range(24) for kind in LAYER_KINDS), "output_norm", "logits"]
+    chosen = select(verdict.next, names, 24)
+    assert "blk.0.l_out" in chosen
+    assert {"blk.1.attn_norm", "blk.3.q_rope", "blk.5.l_out"} <= set(chosen)
+
+
+def test_every_operation_reads_earlier_points() -> None:
+    """The table of what operations read covers the vocabulary and never points forward."""
+    place = {name: number for number, name in enumerate(ALL)}
+    for name in ALL[1:]:
+        made = reads(name, ALL, 4)
+        assert made, name
+        assert all(place[other] < place[name] for other in made if other in place)
+
+
+def test_a_hundred_thousand_records_take_a_moment() -> None:
+    """Records are stacked: 100,000 of them compare without a Python loop over records."""
+    names = ("embd", *(f"blk.{i}.{kind}" for i in range(90) for kind in ("q", "kqv_out", "ffn_inp", "l_out")), "logits")
+    ref = random(names, positions=280)
+    sides = dump(ref), dump(ref)
+    began = perf_counter()
+    found = measured(*sides)
+    assert len(found) == 362 * 280
+    assert perf_counter() - began < 5  # 0.4 s on an idle core; the bound only tells a loop over records
