@@ -29,6 +29,27 @@ class Backend:
         """The array on this backend's device; on NumPy the array itself."""
         return host if self.xp is np else self.xp.asarray(host)
 
+    def free_bytes(self) -> int | None:
+        """Memory that is free on the device (what CuPy holds unused counts as free); None on the host."""
+        if self.xp is np:
+            return None
+        free: int = self.xp.cuda.runtime.memGetInfo()[0] + self.xp.get_default_memory_pool().free_bytes()
+        return free
+
+    def require(self, needed: int, what: str) -> None:
+        """Check that the device has room before anything is put there.
+
+        Raises:
+            InputError: it has not; the message gives the needed and the free size.
+        """
+        free = self.free_bytes()
+        if free is not None and needed > free:
+            raise InputError(
+                f"{what} needs {needed / 2**30:.2f} GiB of device memory, {free / 2**30:.2f} GiB are free.",
+                "Take --backend numpy, a smaller model, or end what else uses the device (nvidia-smi tells).",
+                code="device-memory",
+            )
+
     def to_host(self, array: Array) -> NDArray[Any]:
         """A NumPy array of the same values. On a device it waits for the stream that computes them."""
         return np.asarray(array) if self.xp is np else self.xp.asnumpy(array)

@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 
 from checkpoints.errors import InputError
 from checkpoints.points import in_layer
-from checkpoints.record import Token
 
 from .backend import Array, Backend
 from .capture import Capture, Pass
@@ -100,9 +99,17 @@ class FastTransformer(Transformer):
                 self._decode(sequence, tap)
         return self.step.chosen(start, start + count + 1)
 
+    def generate_one(self, sequence: Any, tap: Capture | None = None) -> None:
+        """Launch one greedy step and come back at once."""
+        self._fits(sequence.length + 1)
+        with self.stream:
+            self._decode(sequence, tap)
+
     def _fits(self, length: int) -> None:
         if length > self.step.positions:
-            raise InputError(f"{length:,} positions are more than the fast mode's cache of {self.step.positions:,}.", code="context")
+            raise InputError(
+                f"{length:,} positions are more than the fast mode's cache of {self.step.positions:,}.", code="context"
+            )
 
     def _decode(self, sequence: Any, tap: Capture | None) -> None:
         """Launch one step; the token stands in the device's state."""
@@ -201,7 +208,13 @@ class FastTransformer(Transformer):
 
     def _rope(self, x: Array, bias: Array, past: int, heads: int, after: Array) -> None:
         hp = self.hp
-        numbers = (np.int32(past), np.int32(heads), np.int32(hp.head_size), np.int32(hp.rope_dims), np.int32(self._weights.neox))
+        numbers = (
+            np.int32(past),
+            np.int32(heads),
+            np.int32(hp.head_size),
+            np.int32(hp.rope_dims),
+            np.int32(self._weights.neox),
+        )
         self._run("rope", len(x), (x, _or_null(bias), self.step.cosine, self.step.sine, *numbers, after))
 
     def _product(self, low: Array, wide: Array, matrix: Packed, *, bias: bool = False) -> Array:
@@ -252,8 +265,3 @@ def _struct(matrix: Packed) -> NDArray[Any]:
 
 def _or_null(array: Array) -> Any:
     return np.int64(0) if array is None else array
-
-
-def records_of(tokens: NDArray[np.int32], first: int) -> list[Token]:
-    """Token records of generated ids; the first stands at position `first`."""
-    return [Token(first + i, int(token)) for i, token in enumerate(tokens)]

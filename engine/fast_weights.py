@@ -33,6 +33,9 @@ class FastWeights:
     def __init__(self, model: GgufModel, backend: Backend) -> None:
         hp = model.hyperparameters
         _check(hp, model)
+        # Packing a matrix needs its blocks a few times over: the largest three times beside the rest.
+        sizes = [info.n_bytes for info in model.tensors.values()]
+        backend.require(sum(sizes) + 3 * max(sizes), f"{model.path.name} in its own types")
         self._model = model
         self._backend = backend
         self.hp = hp

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -29,8 +30,23 @@ class Weights:
     def __init__(self, model: GgufModel, backend: Backend, *, resident: bool) -> None:
         self._model = model
         self._backend = backend
-        self._resident = resident
+        self._resident = resident and self._all_fit()
         self._held: dict[str, Array] = {}
+
+    @property
+    def resident(self) -> bool:
+        """Whether weights are kept."""
+        return self._resident
+
+    def _all_fit(self) -> bool:
+        """Whether the device holds the whole model as float32; else its weights are streamed, one step's at a time."""
+        free = self._backend.free_bytes()
+        sizes = [4 * prod(info.shape) for info in self._model.tensors.values()]
+        if free is None:
+            return True
+        # A step's weight, its result and the products' workspace: twice the largest weight is room enough.
+        self._backend.require(2 * max(sizes), f"the largest weight of {self._model.path.name} as float32")
+        return sum(sizes) + 2 * max(sizes) <= free
 
     def get(self, name: str) -> Array:
         """The whole weight: float32, row-major (out, in)."""

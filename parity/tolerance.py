@@ -51,6 +51,15 @@ _COMPUTE = {
     "f16": Floor(1e-5, 3e-5, "f16 arithmetic: as F16 weights"),
     "bf16": Floor(3e-4, 2e-3, "bf16 arithmetic: as BF16 weights"),
 }
+# The fast mode on a device against exact mode, the stories model, a prompt and 70 steps on an H200: logits 2e-13 … 6e-13 with
+# F32 weights, 1e-7 … 9e-7 where a prefill rounds activations to F16, 5e-6 where to BF16; single points up to 5e-4 (BF16).
+_FAST = {
+    "f32": Floor(1e-10, 1e-9, "F32 weights: 6e-13 measured"),
+    "f16": Floor(
+        1e-5, 3e-5, "a prefill rounds activations and unpacked weights to F16: 1e-6 at the layers' outputs, logits 9e-7"
+    ),
+    "bf16": Floor(3e-4, 2e-3, "a prefill rounds activations to BF16: 1e-4 at the layers' outputs, logits 5e-6 measured"),
+}
 # A side of unknown arithmetic may compute in any of these.
 _LOOSEST_COMPUTE = _COMPUTE["bf16"]
 
@@ -95,6 +104,11 @@ def limits(ours: Header | None, ref: Header | None, *, compute: str | None = Non
     if assumed:
         source = "assumed: one side does not say what it computes in (--compute f32 judges exactly)"
     return Limits(loosest.operations, loosest.logits, source, assumed)
+
+
+def fast_floor(file_type: str) -> Floor:
+    """What the engine's fast mode may differ from exact mode, by the file's weights."""
+    return _FAST[{"f32": "f32", "bf16": "bf16"}.get(family(file_type), "f16")]
 
 
 def common_mode(ours: Header | None, ref: Header | None) -> str:

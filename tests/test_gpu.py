@@ -94,3 +94,25 @@ def compare_rows(ours: list[Rows], theirs: list[Rows]) -> None:
         assert (np.abs(a.sketch - b.sketch) <= size).all(), a.point
         np.testing.assert_allclose(a.stats["l2"], b.stats["l2"], rtol=1e-12)
         assert (np.abs(a.stats["sum"] - b.stats["sum"]) <= 1e-9 * (1 + b.stats["l2"])).all(), a.point
+
+
+def test_a_model_larger_than_device_memory_is_streamed(stories: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the whole model does not fit, weights are streamed by themselves, with the same logits to the bit."""
+    from engine.backend import Backend
+
+    whole = Transformer(GgufModel(stories), choose("cupy"))
+    expected = whole.forward(PROMPT, whole.start())
+    monkeypatch.setattr(Backend, "free_bytes", lambda _self: 20 << 20)
+    streamed = Transformer(GgufModel(stories), choose("cupy"))
+    assert not streamed.weights.resident
+    np.testing.assert_array_equal(streamed.forward(PROMPT, streamed.start()), expected)
+
+
+def test_too_little_memory_is_one_clear_error(stories: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device that does not even hold the largest weight is refused with the needed and the free size."""
+    from checkpoints.errors import InputError
+    from engine.backend import Backend
+
+    monkeypatch.setattr(Backend, "free_bytes", lambda _self: 1 << 20)
+    with pytest.raises(InputError, match=r"needs 0\.\d\d GiB of device memory, 0\.00 GiB are free"):
+        Transformer(GgufModel(stories), choose("cupy"))

@@ -87,7 +87,9 @@ def test_a_full_disk_is_one_clear_error(tmp_path: Path) -> None:
     """On a small tmpfs the dump ends in an InputError that names the file."""
     small = tmp_path / "small"
     small.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(small)], check=False, capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(small)], check=False, capture_output=True
+    ).returncode:
         pytest.skip("mounting a tmpfs is not allowed here")
     try:
         tap = DeviceCapture(Writer(small / "ours.jsonl"), ["embd"], choose("cupy"))
@@ -136,8 +138,7 @@ def test_fast_logits_do_not_depend_on_what_is_captured(stories: Path) -> None:
         with DeviceCapture(Sink(), points, engine.backend) as tap:
             sequence = engine.start()
             logits = [engine.forward([2047, 9, 8, 7], sequence, tap)]
-            for token in range(40):
-                logits.append(engine.forward([token], sequence, tap))
+            logits += [engine.forward([token], sequence, tap) for token in range(40)]
             found.append((np.stack(logits), engine.generate(20, sequence, tap)))
     for logits, tokens in found[1:]:
         np.testing.assert_array_equal(logits.view(np.uint32), found[0][0].view(np.uint32))
@@ -145,7 +146,10 @@ def test_fast_logits_do_not_depend_on_what_is_captured(stories: Path) -> None:
 
 
 def test_the_sanitizer_finds_nothing(tmp_path: Path, stories: Path) -> None:
-    """compute-sanitizer's memcheck and racecheck are clean on a prefill and three steps with every point captured."""
+    """compute-sanitizer's memcheck and racecheck are clean on an exact and a fast prefill with every point captured.
+
+    The one-kernel decode step is left out: its grid-wide barrier needs every block resident, which the tool does not grant.
+    """
     from shutil import which
 
     if which("compute-sanitizer") is None:
@@ -154,12 +158,14 @@ def test_the_sanitizer_finds_nothing(tmp_path: Path, stories: Path) -> None:
     script.write_text(
         "import sys\nfrom pathlib import Path\nfrom engine.backend import choose\nfrom engine.capture_gpu import DeviceCapture\n"
         "from engine.fast import FastTransformer\nfrom engine.gguf_model import GgufModel\n"
+        "from engine.transformer import Transformer\n"
         "class Sink:\n    def rows(self, rows): pass\n    def token(self, token): pass\n"
-        "engine = FastTransformer(GgufModel(Path(sys.argv[1])), choose('cupy'), positions=64)\n"
-        "with DeviceCapture(Sink(), engine.points, engine.backend) as tap:\n"
-        "    sequence = engine.start()\n    engine.forward([5, 6, 7], sequence, tap)\n    engine.generate(3, sequence, tap)\n"
+        "for kind in (Transformer, FastTransformer):\n"
+        "    engine = kind(GgufModel(Path(sys.argv[1])), choose('cupy'))\n"
+        "    with DeviceCapture(Sink(), engine.points, engine.backend) as tap:\n"
+        "        engine.forward([5, 6, 7], engine.start(), tap)\n"
     )
     for tool in ("memcheck", "racecheck"):
         command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, str(script), str(stories)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]

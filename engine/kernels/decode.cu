@@ -95,7 +95,7 @@ constexpr int PARTS = most(most(SHARE(PAIRS) * 2 * QKV_WARPS, SHARE(FF) * 2 * GA
 struct Shared {
     Model model;
     Layer layer[2];              // pointers of this layer and the next: read from memory once, ahead of time
-    float x[most(most(most(FF, D), QW) * 9 / 8 + 32, SPLIT_ROWS * 64)];   // activations, or scores of one head
+    __align__(16) float x[most(most(most(FF, D), QW) * 9 / 8 + 32, SPLIT_ROWS * 64)];   // activations, or scores of one head
     float part[PARTS];           // sums of rows by the warps that share them
     double norm[WARPS];
     float mixed[WARPS][HEAD];

@@ -34,14 +34,14 @@ __device__ __forceinline__ int padded(int e) { return e + ((e >> 5) << 2); }
 
 // NEAR: the planes lie in shared memory, where a bulk copy has put this block's rows.
 template <bool NEAR> __device__ __forceinline__ uint4 stream(const uint4* p) {
-    if constexpr (NEAR) { __builtin_assume(__isShared(p)); return *p; }
+    if constexpr (NEAR) return *p;
     uint4 v;
     asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
     return v;
 }
 
 template <bool NEAR, class T> __device__ __forceinline__ T get(const T* p) {
-    if constexpr (NEAR) { __builtin_assume(__isShared(p)); return *p; }
+    if constexpr (NEAR) return *p;
     else return __ldg(p);
 }
 

@@ -1,0 +1,232 @@
+"""What the fast mode costs on a device, with llama.cpp's CUDA backend beside it.
+
+    python benchmarks/gpu.py --llama-bench PATH [--folder DIR]
+
+`PATH` is a llama-bench built with GGML_CUDA from the source package of the pinned llama-cpp-python. Models are made in DIR
+(3 GB). Every time of ours is the median of several; llama-bench's are its own means of five; the better of its two kinds of
+attention counts.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from checkpoints.jsonl import Writer
+from checkpoints.record import Rows, Token
+from engine.backend import choose
+from engine.capture_gpu import DeviceCapture
+from engine.fast import FastTransformer
+from engine.gguf_model import GgufModel
+from engine.synth import shape_like, synthesize
+from parity.ours import chosen_points
+
+STEPS = 128  # as llama-bench's tg128
+PROMPT = 512  # as its pp512
+REPEATS = 5
+FIRST_TOKEN = """
+import sys, time
+start = time.perf_counter()
+from pathlib import Path
+from engine.backend import choose
+from engine.fast import FastTransformer
+from engine.gguf_model import GgufModel
+backend = choose("cupy")
+engine = FastTransformer(GgufModel(Path(sys.argv[1])), backend)
+logits = engine.forward([1, 2, 3, 4, 5, 6, 7, 8], engine.start())
+print(int(logits.argmax()), time.perf_counter() - start)
+"""
+
+
+class Sink:
+    """Counts records; `delay` seconds a batch make it slow."""
+
+    def __init__(self, delay: float = 0) -> None:
+        self.count = 0
+        self.delay = delay
+
+    def rows(self, rows: Rows) -> None:
+        """Take the records of one point."""
+        if self.delay:
+            time.sleep(self.delay)
+        self.count += len(rows)
+
+    def token(self, token: Token) -> None:
+        """Take a token."""
+
+
+def main() -> None:
+    """Measure every row and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--llama-bench", type=Path)
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "parity-gpu")
+    options = parser.parse_args()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    rows: list[tuple[str, str, str]] = []
+    for kind in ("f16", "q8_0", "q4_k_m"):
+        path = model(options.folder, kind)
+        if path is None:
+            rows.append((f"{kind} decode", "no such model here", ""))
+            continue
+        engine = FastTransformer(GgufModel(path), choose("cupy"), positions=1024)
+        theirs = llama(options.llama_bench, path)
+        rows += decode(engine, kind, theirs)
+        if kind == "f16":
+            rows += prefill(engine, theirs)
+            rows += slow_writer(engine)
+            rows += load(path, options.llama_bench)
+        del engine
+    print(environment())
+    print("\n| what | measured | to reach |\n|---|---|---|")
+    for row in rows:
+        print(f"| {' | '.join(row)} |")
+
+
+def model(folder: Path, kind: str) -> Path | None:
+    """The 0.5 B model with weights of that type; llama.cpp's quantiser makes Q4_K_M."""
+    path = folder / f"q05-{kind}.gguf"
+    if path.exists():
+        return path
+    if kind == "q4_k_m":
+        try:
+            from reference.client import Reference
+
+            with Reference() as reference:
+                reference.quantize(folder / "q05-f16.gguf", "Q4_K_M", path)
+        except (ImportError, OSError):
+            return None
+        return path
+    synthesize(path, shape_like("qwen2.5-0.5b"), weight_type=kind)
+    return path
+
+
+def llama(bench: Path | None, path: Path) -> dict[str, float]:
+    """llama-bench's tokens a second for prompt and generation, the better of flash attention off and on."""
+    if bench is None:
+        return {}
+    command = [str(bench), "-m", str(path), "-p", str(PROMPT), "-n", str(STEPS), "-ngl", "99", "-fa", "0,1", "-o", "json"]
+    found: list[dict[str, Any]] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    return {
+        "prefill": max(test["avg_ts"] for test in found if test["n_prompt"]),
+        "decode": max(test["avg_ts"] for test in found if test["n_gen"]),
+    }
+
+
+def timed(engine: FastTransformer, points: str, sink: Any) -> list[float]:
+    """Milliseconds of each of 128 steps, after a prompt of 8, recording these points."""
+    from cupy.cuda import Event, get_elapsed_time
+
+    names = chosen_points(engine, points, None) if points != "none" else []
+    with DeviceCapture(sink, names, engine.backend) as tap:
+        sequence = engine.start()
+        engine.forward(list(range(100, 108)), sequence, tap)
+        engine.generate(4, sequence, tap)
+        engine.stream.synchronize()
+        events = [Event() for _ in range(STEPS + 1)]
+        events[0].record(engine.stream)
+        for event in events[1:]:
+            engine.generate_one(sequence, tap)
+            event.record(engine.stream)
+        events[-1].synchronize()
+    return [get_elapsed_time(a, b) for a, b in zip(events, events[1:])]
+
+
+def median_step(engine: FastTransformer, points: str) -> float:
+    """Milliseconds a step: the median of the runs' means, records to a file."""
+    runs = []
+    for _ in range(REPEATS):
+        with tempfile.TemporaryDirectory() as folder, Writer(Path(folder) / "ours.jsonl") as writer:
+            runs.append(statistics.mean(timed(engine, points, writer if points == "default" else Sink())))
+    return statistics.median(runs)
+
+
+def decode(engine: FastTransformer, kind: str, theirs: dict[str, float]) -> list[tuple[str, str, str]]:
+    """Tokens a second with the default checkpoints, and what capture costs."""
+    plain, default = median_step(engine, "none"), median_step(engine, "default")
+    ours, other = 1000 / default, theirs.get("decode", float("nan"))
+    goal = "≥ 2,000 tokens/s and ≥ 2.5 × llama.cpp" if kind == "f16" else "≥ 1.5 × llama.cpp"
+    rows = [
+        (f"{kind} decode, default checkpoints", f"{ours:,.0f} tokens/s, llama.cpp {other:,.0f}: {ours / other:.2f} ×", goal)
+    ]
+    if kind == "f16":
+        every = median_step(engine, "all")
+        rows.append(("capture: default / none", f"{default / plain:.3f} ({plain:.4f} ms without)", "≤ 1.02"))
+        rows.append(("capture: every point / none", f"{every / plain:.3f}", "≤ 1.20"))
+    return rows
+
+
+def slow_writer(engine: FastTransformer) -> list[tuple[str, str, str]]:
+    """How much longer a step is with a writer that takes 5 ms a batch, until the ring is full."""
+    plain = statistics.median(timed(engine, "none", Sink()))
+    added = sorted(step - plain for step in timed(engine, "default", Sink(delay=0.005)))
+    return [("99th percentile of the added time, slow writer", f"{added[int(0.99 * len(added))]:.3f} ms", "≤ 0.1 ms")]
+
+
+def prefill(engine: FastTransformer, theirs: dict[str, float]) -> list[tuple[str, str, str]]:
+    """Tokens a second of a prompt of 512 with the default checkpoints, until the last value is computed."""
+    prompt = np.random.default_rng(0).integers(0, engine.hp.n_vocab, PROMPT).tolist()
+    names = chosen_points(engine, "default", None)
+    runs = []
+    for _ in range(4 * REPEATS):
+        with DeviceCapture(Sink(), names, engine.backend) as tap:
+            engine.forward(prompt[:PROMPT], engine.start(), tap)  # slab and staging are there afterwards
+            sequence = engine.start()
+            engine.stream.synchronize()
+            start = time.perf_counter()
+            engine.forward(prompt, sequence, tap)
+            runs.append(time.perf_counter() - start)
+    ours, other = PROMPT / statistics.median(runs), theirs.get("prefill", float("nan"))
+    return [
+        (
+            "prefill of 512, default checkpoints",
+            f"{ours:,.0f} tokens/s, llama.cpp {other:,.0f}: {ours / other:.2f} ×",
+            "≥ 0.7 ×",
+        )
+    ]
+
+
+def load(path: Path, bench: Path | None) -> list[tuple[str, str, str]]:
+    """Seconds from a new process to its first token: kernel cache cold and warm, and llama-bench's whole run of one token."""
+    with tempfile.TemporaryDirectory() as cache:
+        times = [first_token(path, cache) for _ in range(3)]
+    theirs = ""
+    if bench is not None:
+        start = time.perf_counter()
+        one = [str(bench), "-m", str(path), "-p", "0", "-n", "1", "-ngl", "99", "-r", "1", "--no-warmup"]
+        subprocess.run(one, check=True, capture_output=True)
+        theirs = f"; llama.cpp {time.perf_counter() - start:.2f} s"
+    return [("new process to first token", f"cold {times[0]:.2f} s, warm {min(times[1:]):.2f} s{theirs}", "warm ≤ llama.cpp")]
+
+
+def first_token(path: Path, cache: str) -> float:
+    """Wall time of a process that loads the model and chooses one token."""
+    start = time.perf_counter()
+    environment = {**os.environ, "CUPY_CACHE_DIR": cache}
+    subprocess.run([sys.executable, "-c", FIRST_TOKEN, str(path)], check=True, capture_output=True, env=environment)
+    return time.perf_counter() - start
+
+
+def environment() -> str:
+    """Device, driver and versions."""
+    import cupy
+
+    runtime = cupy.cuda.runtime
+    versions: Sequence[str] = (
+        f"CuPy {cupy.__version__}",
+        f"CUDA runtime {runtime.runtimeGetVersion()}, driver {runtime.driverGetVersion()}",
+        f"NumPy {np.__version__}",
+    )
+    return f"{time.strftime('%Y-%m-%d')}, {runtime.getDeviceProperties(0)['name'].decode()}, {', '.join(versions)}"
+
+
+if __name__ == "__main__":
+    main()
