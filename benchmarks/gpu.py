@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +138,7 @@ def timed(engine: FastTransformer, points: str, sink: Any) -> list[float]:
             engine.generate_one(sequence, tap)
             event.record(engine.stream)
         events[-1].synchronize()
-    return [get_elapsed_time(a, b) for a, b in zip(events, events[1:])]
+    return [get_elapsed_time(a, b) for a, b in pairwise(events)]
 
 
 def median_step(engine: FastTransformer, points: str) -> float:

@@ -121,7 +121,9 @@ class FastTransformer(Transformer):
         sequence.length += 1
         sequence.passes += 1
 
-    def _prefill(self, tokens: Sequence[int], sequence: Any, tap: Capture | None) -> Array:
+    def _prefill(  # noqa: PLR0915 - one model's operations in order, as engine/blocks.py lists them
+        self, tokens: Sequence[int], sequence: Any, tap: Capture | None
+    ) -> Array:
         """Logits of all rows [T, V]: the same products whatever is captured."""
         xp, hp, w, step = self._xp, self.hp, self._weights, self.step
         past, t = sequence.length, len(tokens)

@@ -10,10 +10,11 @@ from checkpoints.points import in_layer, parse
 
 from . import ops
 from .backend import Array, Backend
-from .capture_gpu import CACHED, CAUSAL, LAST, PLAIN, DeviceCapture, Part
+from .capture_gpu import DeviceCapture
 from .device import kernel
 from .fast_weights import FastWeights
 from .packing import BF16, F16, F32
+from .staged import CACHED, CAUSAL, LAST, PLAIN, Part
 
 _THREADS = 512 + 32  # of decode.cu: those that compute, and the warp that brings weights near
 _SCORES = 4096  # floats of one head's scores in decode.cu's Shared
@@ -141,10 +142,10 @@ class DecodeStep:
 
     def launch(self, tap: DeviceCapture | None) -> None:
         """One step: the graph of the step and of the records that the tap wants; nothing waits for it."""
-        points = () if tap is None else tuple(name for name in self.points if name in tap.points)
-        key = (points, 0 if tap is None else tap.staging(len(points)).data.ptr)
+        wanted = frozenset() if tap is None else tap.points
+        key = (wanted, 0 if tap is None else tap.staging(len(wanted)).data.ptr)
         if key not in self._graphs:
-            self._graphs[key] = self._capture(points, tap)
+            self._graphs[key] = self._capture(tuple(name for name in self.points if name in wanted), tap)
         graph, parts, _ = self._graphs[key]
         graph.launch(self._stream)
         if tap is not None and parts:

@@ -4,7 +4,7 @@ import threading
 from collections import deque
 from time import monotonic, sleep
 
-_QUIET = 0.002  # seconds without a new batch after which the emptying thread may work: five steps of a 0.5 B model
+_QUIET = 0.02  # seconds without a new batch after which the emptying thread may work: 35 steps of a 0.5 B model
 _NAP = 0.001
 
 

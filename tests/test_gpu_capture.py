@@ -67,7 +67,7 @@ def test_ten_thousand_steps_with_a_slow_writer_lose_nothing(ring: int, delay: fl
             tap.begin(one_pass(step, 1))
             buffers[step % 2].fill(step)
             tap("embd", buffers[step % 2])
-    assert [rows.values[0, 31] for rows in sink.taken] == list(range(10_000))
+    assert [rows.values[0, 15] for rows in sink.taken] == list(range(10_000))
     assert [int(rows.token_idx[0]) for rows in sink.taken] == list(range(10_000))
     assert tap.waits > 0 or ring == 256
 
@@ -167,5 +167,5 @@ def test_the_sanitizer_finds_nothing(tmp_path: Path, stories: Path) -> None:
     )
     for tool in ("memcheck", "racecheck"):
         command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, str(script), str(stories)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]

@@ -35,7 +35,7 @@ def test_packed_weights_are_the_dequantised_ones_to_the_bit(quantized: Callable[
     )
 
 
-def lambda_tap(captured: dict[str, np.ndarray], wanted: str):  # noqa: ANN201 - a tap in a test
+def lambda_tap(captured: dict[str, np.ndarray], wanted: str):
     """A tap that keeps one value."""
 
     class Keep:
