@@ -37,7 +37,14 @@ def may_be_noise(entries: Sequence[Expected]) -> bool:
     return not spared and all(float(entry.base.max()) < _LARGE for entry in entries)
 
 
-def floor(kind: str, entries: Sequence[Expected], steps: Sequence[Step], right: Replay, make: Callable[[Sequence[Step], int], Replay], positions: Ints) -> Floor:
+def floor(
+    kind: str,
+    entries: Sequence[Expected],
+    steps: Sequence[Step],
+    right: Replay,
+    make: Callable[[Sequence[Step], int], Replay],
+    positions: Ints,
+) -> Floor:
     """Measure what an arithmetic costs at each point of the dump."""
     means = []
     for storage in (False, True):

@@ -117,7 +117,9 @@ def expected(dump: Dump, replay: Replay, positions: Ints, header: Header) -> tup
     notes = [f"not looked at, since our engine has no such point: {', '.join(foreign[:4])}{', …' if len(foreign) > 4 else ''}"]
     if not known:
         raise DumpError(
-            f"{dump.path} has no point that our engine has.", "`parity model M` lists the points by name.", code="nothing-in-common"
+            f"{dump.path} has no point that our engine has.",
+            "`parity model M` lists the points by name.",
+            code="nothing-in-common",
         )
     right = Dump("our engine", header, right_rows(replay, positions, known))
     pairs = align(replace(dump, points=known), right).pairs

@@ -105,7 +105,13 @@ class Search:
     """
 
     def __init__(
-        self, entries: Sequence[Expected], steps: Sequence[Step], make: MakeReplay, positions: Ints, backend: Backend, seconds: float
+        self,
+        entries: Sequence[Expected],
+        steps: Sequence[Step],
+        make: MakeReplay,
+        positions: Ints,
+        backend: Backend,
+        seconds: float,
     ) -> None:
         self.entries = list(entries)
         self.right = tuple(steps)

@@ -142,7 +142,9 @@ def print_tokens(tokens: "Tokens", form: Format) -> None:
     """Ids and pieces, one a line."""
     if form is Format.JSON:
         facts = {"ids": list(tokens.ids), "pieces": list(tokens.pieces), "bos": tokens.bos, "eos": tokens.eos}
-        print(json.dumps({"schema": 1, **facts, "add_bos": tokens.add_bos, "add_eos": tokens.add_eos, "n_vocab": tokens.n_vocab}))
+        print(
+            json.dumps({"schema": 1, **facts, "add_bos": tokens.add_bos, "add_eos": tokens.add_eos, "n_vocab": tokens.n_vocab})
+        )
         return
     for position, (number, piece) in enumerate(zip(tokens.ids, tokens.pieces, strict=True)):
         print(f"{position:>6}  {number:>8}  {json.dumps(piece, ensure_ascii=False)}")

@@ -47,7 +47,6 @@ class Faulty:
         self.model = model
         self.transformer = Transformer(GgufModel(model), choose("numpy"))
         self.right = self.transformer.steps
-        self._folder = tempfile.TemporaryDirectory()
 
     def dump(
         self, planted: Planted, tokens: tuple[int, ...], *, points: str = "default", size: int = 16, generated: int = 0
@@ -58,13 +57,10 @@ class Faulty:
             ValueError: the model has no place for the fault.
         """
         self.transformer.steps = planted.steps(self.right)
-        out = Path(self._folder.name) / "ours.jsonl"
         prompt, rest = tokens[: len(tokens) - generated], tokens[len(tokens) - generated :]
-        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):  # faults overflow: that is what they do
-            job = OursJob(out=out, tokens=prompt, generated=rest, points=points, slice_size=size)
-            dump(self.transformer, job)
-        found = read(out)
+        with tempfile.TemporaryDirectory() as folder, np.errstate(all="ignore"):  # faults overflow: that is what they do
+            out = Path(folder) / "ours.jsonl"
+            dump(self.transformer, OursJob(out=out, tokens=prompt, generated=rest, points=points, slice_size=size))
+            found = read(out)
         bare = {name: replace(rows, sketch=None, stats={}) for name, rows in found.points.items()}
         return replace(found, points=bare)
-
-

@@ -44,7 +44,9 @@ _LAYOUT: Mapping[int, _Parts] = {
     Q6_K: _Parts(nibbles=slice(0, 128), high=slice(128, 192), scale=slice(208, 210), packed=slice(192, 208)),
 }
 
-Edit = Callable[[Bytes, int], "Bytes | None"]  # blocks [n, bytes], ggml_type -> the blocks as they are misread; None: not touched
+Edit = Callable[
+    [Bytes, int], "Bytes | None"
+]  # blocks [n, bytes], ggml_type -> the blocks as they are misread; None: not touched
 
 
 def _reread(step: Step, edit: Edit) -> Step:

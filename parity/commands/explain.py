@@ -21,9 +21,12 @@ def explain(
     prompt_file: o.PromptFileOption = None,
     tokens: o.TokensOption = None,
     max_faults: Annotated[int, typer.Option("--max-faults", min=1, max=8, help="Faults at once.")] = 4,
-    budget: Annotated[float, typer.Option("--budget", min=0.1, help="Seconds after which the search answers with what it has.")] = 60.0,
+    budget: Annotated[
+        float, typer.Option("--budget", min=0.1, help="Seconds after which the search answers with what it has.")
+    ] = 60.0,
     compute: Annotated[
-        Compute | None, typer.Option("--compute", help="The arithmetic of your engine, if it is not f32: its noise is measured.")
+        Compute | None,
+        typer.Option("--compute", help="The arithmetic of your engine, if it is not f32: its noise is measured."),
     ] = None,
     backend: o.BackendOption = o.BackendName.AUTO,
     catalogue: Annotated[bool, typer.Option("--list", help="Print the catalogue of known faults.")] = False,
@@ -41,7 +44,9 @@ def explain(
         catalogue_as(form)
         return
     if ours is None:
-        raise InputError("no dump was given.", "Write: parity explain OURS.jsonl --model M.gguf, or parity explain --list.", code="usage")
+        raise InputError(
+            "no dump was given.", "Write: parity explain OURS.jsonl --model M.gguf, or parity explain --list.", code="usage"
+        )
     from checkpoints.reader import read
 
     from ..default_model import path as default_model
