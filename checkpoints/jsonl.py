@@ -103,6 +103,7 @@ class Writer:
     def header(self, header: Header) -> None:
         """Write the header line; it belongs first."""
         fields = {name: value for name, value in asdict(header).items() if value not in (None, "", {}, ())}
+        fields["model"] = {name: value for name, value in asdict(header.model).items() if value not in (None, "")}
         self._write([{"type": "header", "format": fields.pop("format"), **fields, "tokens": list(header.tokens)}])
 
     def rows(self, rows: Rows) -> None:

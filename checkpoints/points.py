@@ -236,7 +236,7 @@ def expand(expression: str) -> list[str]:
     if depth:
         raise InputError(f"unbalanced braces in {expression!r}.", "Write e.g. 'blk.{1..5}.{q,k}'.", code="points")
     parts.append(expression[start:])
-    names = [name for part in parts if part.strip() for name in _braces(part.strip())]
+    names = list(dict.fromkeys(name for part in parts if part.strip() for name in _braces(part.strip())))
     if len(names) > _MAX_EXPANSION:
         raise InputError(f"{expression!r} stands for more than {_MAX_EXPANSION:,} names.", "Use *.", code="points")
     return names

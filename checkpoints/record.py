@@ -21,13 +21,18 @@ DECODE = "decode"
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """Which model a dump is of. `fingerprint` is `checkpoints.fingerprint.fingerprint` of the original file."""
+    """Which model a dump is of.
+
+    `fingerprint` is `checkpoints.fingerprint.fingerprint` of the original file, `twin` that of its F32 copy where one was
+    computed: an engine that was given the copy names the copy.
+    """
 
     name: str = ""
     architecture: str = ""
     file_type: str = ""
     layers: int | None = None
     fingerprint: str = ""
+    twin: str = ""
 
 
 @dataclass(frozen=True)
@@ -192,7 +197,7 @@ def _stack_optional(arrays: list[NDArray[Any] | None], parts: Sequence[Rows], wi
 class Dump:
     """A dump that was read: rows by point in the order of first appearance, and what the reader noticed.
 
-    `end` is None for a file that was cut short; `skipped` counts lines that were no records; `notes` are sentences for
+    `end` is None for a file that was cut short, `torn` says that its last line was; `skipped` counts lines that were no records; `notes` are sentences for
     the user (a torn last line, records merged, …).
     """
 
@@ -203,6 +208,7 @@ class Dump:
     end: End | None = None
     skipped: int = 0
     notes: tuple[str, ...] = ()
+    torn: bool = False
 
     @property
     def records(self) -> int:

@@ -1,5 +1,6 @@
 """GGUF -> hyperparameters and named weights."""
 
+import mmap
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -11,9 +12,20 @@ from numpy.typing import NDArray
 
 from checkpoints.errors import ModelError
 from checkpoints.fingerprint import fingerprint
+from checkpoints.gguf_file import ARRAY, Contents, contents
 
 from .dequantize import dequantize, dequantize_into
-from .gguf_file import ArrayField, GgufFile, TensorInfo
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies. `shape` is row-major, (out, in) for a matrix; `offset` counts from the start of the file."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: int
+    n_bytes: int
+    offset: int
 
 
 @dataclass(frozen=True)
@@ -50,9 +62,11 @@ class GgufModel:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._file = GgufFile(path)
-        self.metadata = self._file.metadata
-        self.tensors: dict[str, TensorInfo] = dict(self._file.tensors)
+        self._contents = contents(path)
+        self.metadata = {key: value.plain() for key, value in self._contents.metadata.items() if value.type != ARRAY}
+        self.tensors = _tensors(self._contents)
+        with path.open("rb") as file:
+            self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self.hyperparameters = self._hyperparameters()
 
     @cached_property
@@ -61,12 +75,14 @@ class GgufModel:
         return fingerprint(self.path)
 
     def raw(self, name: str) -> NDArray[np.uint8]:
-        """A tensor's bytes: uint8 [rows, bytes a row]."""
-        return self._file.raw(name)
+        """A tensor's bytes, one row of blocks a line: uint8 [rows, bytes a row], a view of the memory map."""
+        info = self.tensors[name]
+        return np.frombuffer(self._data, np.uint8, info.n_bytes, info.offset).reshape(prod(info.shape[:-1]), -1)
 
     def array(self, key: str) -> list[Any]:
-        """An array of the metadata."""
-        return self._file.read_array(key)
+        """The elements of an array of the metadata; empty if there is no such array."""
+        value = self._contents.metadata.get(key)
+        return list(value.plain()) if value is not None and value.type == ARRAY else []
 
     def load(self, name: str) -> NDArray[np.float32]:
         """A whole tensor as float32, row-major."""
@@ -100,6 +116,8 @@ class GgufModel:
         n_kv_heads = self._uniform(f"{architecture}.attention.head_count_kv", n_heads)
         if min(n_embd, n_heads, n_kv_heads, own("block_count", int)) < 1 or n_heads % n_kv_heads:
             raise self._wrong(f"width {n_embd}, {n_heads} heads and {n_kv_heads} key/value heads do not go together")
+        if f"{architecture}.attention.key_length" not in self.metadata and n_embd % n_heads:
+            raise self._wrong(f"width {n_embd} and {n_heads} heads do not go together")
         head_size = own("attention.key_length", int, n_embd // n_heads)
         rope_dims = own("rope.dimension_count", int, head_size)
         if not 0 < rope_dims <= head_size or rope_dims % 2:
@@ -140,8 +158,8 @@ class GgufModel:
     def _uniform(self, key: str, default: int | None = None) -> int:
         """A number that some files give once a layer: it must be the same in all of them."""
         value = self.metadata.get(key, default)
-        if isinstance(value, ArrayField):
-            different = set(self.array(key))
+        if listed := self.array(key):
+            different = set(listed)
             if len(different) != 1:
                 raise ModelError(f"{self.path}: {key} differs from layer to layer.", "Our engine does not have such models.")
             value = different.pop()
@@ -168,3 +186,39 @@ class GgufModel:
             return str(LlamaFileType(number).name.removeprefix("MOSTLY_").removeprefix("ALL_"))
         except ValueError:
             return ""
+
+
+def _tensors(found: Contents) -> dict[str, TensorInfo]:
+    """Every tensor with its shape and size, checked against its type's blocks and the file's end."""
+    tensors: dict[str, TensorInfo] = {}
+    for tensor in found.tensors:
+        block, size = block_of(tensor.type, tensor.name)
+        shape = tuple(reversed(tensor.ne))
+        if min(shape) < 1 or shape[-1] % block:
+            what = f"tensor {tensor.name} of shape {list(shape)} does not fit its type's blocks of {block}"
+            raise ModelError(f"{found.path} is damaged: {what}.", "Download it again.", code="damaged-model")
+        n_bytes, offset = prod(shape) // block * size, found.data + tensor.offset
+        if offset + n_bytes > found.size:
+            raise ModelError(
+                f"{found.path} is cut short: tensor {tensor.name} ends at byte {offset + n_bytes:,}, the file at {found.size:,}.",
+                "Download it again.",
+                code="damaged-model",
+            )
+        tensors[tensor.name] = TensorInfo(tensor.name, shape, tensor.type, n_bytes, offset)
+    return tensors
+
+
+def block_of(kind: int, name: str = "") -> tuple[int, int]:
+    """Elements and bytes of one block of a ggml type.
+
+    Raises:
+        ModelError: gguf-py does not know the type.
+    """
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    try:
+        found: tuple[int, int] = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
+    except (ValueError, KeyError):
+        advice = "A newer gguf package may know it: pip install -U gguf."
+        raise ModelError(f"tensor {name} has the unknown type {kind}.", advice, code="type") from None
+    return found

@@ -14,8 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from checkpoints.errors import InputError
-
-from .gguf_file import ArrayField, GgufFile
+from checkpoints.gguf_file import contents
 
 _OUTLIERS = 3  # channels of a norm, and elements of a key bias, that stand out
 _OUTLIER_SIZE = 4.0
@@ -62,7 +61,20 @@ PRESETS: Mapping[str, Shape] = {
     "qwen2.5-7b": Shape("qwen2", 28, 3584, 28, 4, 0, 18944, 152064),
     "tinyllama-1.1b": Shape("llama", 22, 2048, 32, 4, 0, 5632, 32000, biases=False, eps=1e-5, rope_base=10000.0, context=2048),
     "llama-3.2-1b": Shape(
-        "llama", 16, 2048, 32, 8, 64, 8192, 128256, tied=True, biases=False, eps=1e-5, rope_base=5e5, rope_factors=True, context=131072
+        "llama",
+        16,
+        2048,
+        32,
+        8,
+        64,
+        8192,
+        128256,
+        tied=True,
+        biases=False,
+        eps=1e-5,
+        rope_base=5e5,
+        rope_factors=True,
+        context=131072,
     ),
     "llama-3.1-8b": Shape(
         "llama", 32, 4096, 32, 8, 128, 14336, 128256, biases=False, eps=1e-5, rope_base=5e5, rope_factors=True, context=131072
@@ -84,11 +96,17 @@ def shape_like(like: str, **changes: Any) -> Shape:
     rules = {
         f"--{small[0].replace('_', '-') if small else ''} is too small": bool(small),
         "only qwen2 and llama can be made": shape.architecture not in ("qwen2", "llama"),
-        f"{shape.heads} heads cannot share {shape.kv_heads} key/value heads evenly": bool(not small and shape.heads % shape.kv_heads),
-        f"a width of {shape.width} is no multiple of {shape.heads} heads": not shape.head_size and bool(shape.width % max(shape.heads, 1)),
-        "llama.cpp's qwen2 has heads of width / heads only": shape.architecture == "qwen2" and shape.head * shape.heads != shape.width,
+        f"{shape.heads} heads cannot share {shape.kv_heads} key/value heads evenly": bool(
+            not small and shape.heads % shape.kv_heads
+        ),
+        f"a width of {shape.width} is no multiple of {shape.heads} heads": not shape.head_size
+        and bool(shape.width % max(shape.heads, 1)),
+        "llama.cpp's qwen2 has heads of width / heads only": shape.architecture == "qwen2"
+        and shape.head * shape.heads != shape.width,
         f"a head of {shape.head if not small else 0} cannot be rotated in pairs": not small and bool(shape.head % 2),
-        f"{shape.rope_dims} rotary dimensions do not fit the head": shape.rope_dims % 2 == 1 or (not small and shape.rope_dims > shape.head),
+        f"llama.cpp's {shape.architecture} rotates whole heads, not {shape.rope_dims} elements of {shape.head if not small else 0}": (
+            not small and shape.rope_dims not in (0, shape.head)
+        ),
     }
     wrong = [sentence for sentence, broken in rules.items() if broken]
     if wrong:
@@ -112,7 +130,9 @@ def synthesize(out: Path, shape: Shape, *, weight_type: str = "f16", seed: int =
     block = gguf.GGML_QUANT_SIZES[kind][0]
     odd = next((name for name, dims in _matrices(shape) if dims[-1] % block), None)
     if odd is not None:
-        raise InputError(f"{odd} has rows that are no multiple of {weight_type}'s blocks of {block}.", "Change the shape.", code="shape")
+        raise InputError(
+            f"{odd} has rows that are no multiple of {weight_type}'s blocks of {block}.", "Change the shape.", code="shape"
+        )
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         writer = gguf.GGUFWriter(out, shape.architecture)
@@ -195,22 +215,21 @@ def _tokenizer(writer: Any, shape: Shape, source: Path | None) -> None:
     if source is None:
         writer.add_tokenizer_model("no_vocab")
         return
-    file = GgufFile(source)
-    have = len(file.read_array("tokenizer.ggml.tokens"))
+    tokenizer = {key: value.plain() for key, value in contents(source).metadata.items() if key.startswith("tokenizer.")}
+    have = len(tokenizer.get("tokenizer.ggml.tokens", ()))
     if have > shape.vocab:
         raise InputError(
-            f"the tokenizer has {have:,} tokens, the vocabulary only {shape.vocab:,}.", "Take --stub-vocabulary or a larger --vocab."
+            f"the tokenizer has {have:,} tokens, the vocabulary only {shape.vocab:,}.",
+            "Take --stub-vocabulary or a larger --vocab.",
         )
-    padding = {
+    padding: dict[str, list[Any]] = {
         "tokenizer.ggml.tokens": [f"<|pad_{number}|>" for number in range(have, shape.vocab)],
         "tokenizer.ggml.token_type": [5] * (shape.vocab - have),  # LLAMA_TOKEN_TYPE_UNUSED
         "tokenizer.ggml.scores": [0.0] * (shape.vocab - have),
     }
-    for key, value in file.metadata.items():
-        if not key.startswith("tokenizer."):
-            continue
-        if isinstance(value, ArrayField):
-            writer.add_array(key, file.read_array(key) + padding.get(key, []))
+    for key, value in tokenizer.items():
+        if isinstance(value, list):
+            writer.add_array(key, value + padding.get(key, []))
         elif isinstance(value, bool):
             writer.add_bool(key, value)
         elif isinstance(value, str):

@@ -22,7 +22,7 @@ def main() -> None:
 
 def run(arguments: list[str]) -> int:
     """Run a command line and return its exit code; errors are printed as one line, or as JSON if that was asked for."""
-    import click
+    import typer
 
     from .cli import app
 
@@ -31,14 +31,8 @@ def run(arguments: list[str]) -> int:
         sys.stdout.flush()
     except ParityError as error:
         return _fail(arguments, error.exit_code, error.code, error.message, error.advice)
-    except click.exceptions.NoArgsIsHelpError as error:
-        error.show()
-        return 2
-    except click.ClickException as error:
-        return _fail(arguments, 2, "usage", error.format_message().rstrip("."), "", end=". `parity --help` lists the commands.")
-    except (KeyboardInterrupt, click.Abort):
-        print("parity: interrupted", file=sys.stderr)
-        return INTERRUPTED
+    except (KeyboardInterrupt, typer.Abort):
+        return _interrupted()
     except BrokenPipeError:
         # The reader of our output went away (`parity … | head`); Python would complain once more when it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -48,11 +42,24 @@ def run(arguments: list[str]) -> int:
             arguments, 2, "memory", "there is not enough memory.", "Take fewer --points or --positions, or a smaller model."
         )
     except Exception as error:
+        # typer's own errors: click's classes in older versions, a copy of them in newer ones, alike in what they offer.
+        if type(error).__name__ == "NoArgsIsHelpError":
+            error.show()  # type: ignore[attr-defined]
+            return 2
+        if (said := getattr(error, "format_message", None)) is not None:
+            return _fail(arguments, 2, "usage", said().rstrip("."), "", end=". `parity --help` lists the commands.")
         if os.environ.get("PARITY_TRACEBACK"):
             raise
         message = f"internal error, please report it: {type(error).__name__}: {error}"
         return _fail(arguments, INTERNAL, "internal", message, "PARITY_TRACEBACK=1 shows where.")
+    if code == INTERRUPTED:  # typer's own handling of Ctrl-C
+        return _interrupted()
     return code if isinstance(code, int) else 0
+
+
+def _interrupted() -> int:
+    print("parity: interrupted", file=sys.stderr)
+    return INTERRUPTED
 
 
 def _fail(arguments: list[str], exit_code: int, code: str, message: str, advice: str, *, end: str = "") -> int:

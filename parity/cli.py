@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from .commands import diff, doctor, dump, explain, model, run, synth, twin
+from .commands import diff, doctor, dump, explain, isolate, lint, model, run, synth, twin
 
 app = typer.Typer(
     name="parity",
@@ -32,12 +32,14 @@ def _main(
 ) -> None: ...
 
 
-app.command("run")(run.run)
-app.add_typer(dump.app, name="dump")
-app.command("diff")(diff.diff)
-app.command("explain")(explain.explain)
-app.command("model")(model.model)
-app.command("tokens")(model.tokens)
-app.command("twin")(twin.twin)
-app.command("synth")(synth.synth)
-app.command("doctor")(doctor.doctor)
+app.command("run", short_help="Both sides, the comparison, the first divergence.")(run.run)
+app.command("diff", short_help="Compare two dumps.")(diff.diff)
+app.command("lint", short_help="Is this dump itself to be believed?")(lint.lint)
+app.add_typer(dump.app, name="dump", short_help="One side only: our engine, or llama.cpp.")
+app.command("isolate", short_help="Every operation by its own inputs: which are wrong, all of them.")(isolate.isolate)
+app.command("explain", short_help="Which known fault reproduces your engine's numbers.")(explain.explain)
+app.command("model", short_help="What an engine must know of a model.")(model.model)
+app.command("tokens", short_help="Ids and pieces of a prompt.")(model.tokens)
+app.command("twin", short_help="An F32 copy of a model.")(twin.twin)
+app.command("synth", short_help="A model of any shape, random weights.")(synth.synth)
+app.command("doctor", short_help="What is installed, what is missing.")(doctor.doctor)

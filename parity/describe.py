@@ -46,13 +46,20 @@ def describe(path: Path) -> dict[str, Any]:
     try:
         steps = steps_of(hp.architecture, Blocks(hp, model.tensors))
     except ModelError as error:
-        facts["our_engine"] = str(error)
-        return facts
+        return facts | {"our_engine": str(error), "points": _points_of_the_reference(path)}
     pairs = {step.params["pairs"] for step in steps if "pairs" in step.params}
     facts["rope_pairs"] = {"neox": "NEOX: x[i] with x[i + d/2]", "norm": "NORM: x[2i] with x[2i + 1]"}[pairs.pop()]
     facts["our_engine"] = f"has {hp.architecture} (of {', '.join(architectures())})"
     facts["points"] = {step.makes: _shape(step.makes, hp) for step in steps}
     return facts
+
+
+def _points_of_the_reference(path: Path) -> dict[str, list[str]]:
+    """What llama.cpp can record of a model that our engine does not have."""
+    from reference import Reference
+
+    with Reference() as reference:
+        return {name: [str(size) for size in shape] for name, shape in reference.describe(path).points}
 
 
 def _family(name: str) -> str:

@@ -32,7 +32,7 @@ def _version(name: str) -> str:
 
 def _llama() -> dict[str, Any]:
     from checkpoints.errors import ParityError
-    from reference.client import Reference
+    from reference import Reference
 
     try:
         with Reference() as reference:
@@ -73,10 +73,10 @@ def _installed(name: str) -> bool:
 def _cache(empty: bool) -> dict[str, Any]:
     from reference import twin
 
-    removed = twin.empty_cache() if empty else 0
+    freed = twin.empty_cache() if empty else 0
     entries = twin.cached()
-    facts: dict[str, Any] = {"folder": str(twin.cache_folder()), "files": len(entries)}
+    facts: dict[str, Any] = {"folder": str(twin.cache_dir()), "files": len(entries)}
     facts["size"] = f"{sum(entry.size for entry in entries) / 2**20:,.0f} MiB of at most {twin.cache_limit() / 2**30:,.0f} GiB"
     if empty:
-        facts["removed"] = f"{removed} files"
+        facts["freed"] = f"{freed / 2**20:,.0f} MiB"
     return facts

@@ -2,18 +2,23 @@
 
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from .commands.options import Format
 
 if TYPE_CHECKING:
+    from rich.text import Text
+
     from checkpoints.explanation import Explanation
+    from checkpoints.finding import LintReport
+    from checkpoints.picture import Picture
     from checkpoints.record import Dump
     from checkpoints.verdict import Verdict
     from reference.jobs import Tokens
+    from reports.findings import Finding
 
     from .session import Outcome, Progress
 
@@ -28,10 +33,22 @@ def finish(outcome: "Outcome", form: Format) -> int:
     answer = verdict_as_json(outcome.verdict) | {"folder": str(outcome.folder), "seconds": round(outcome.seconds, 3)}
     (outcome.folder / "diff.json").write_text(json.dumps(answer, indent=1) + "\n", encoding="utf-8")
     code = show(outcome.verdict, outcome.ours, outcome.ref, form, extra=answer)
+    # The answer is on the screen before the report is drawn.
+    report(outcome.folder / "report.html", outcome.verdict, outcome.ours, outcome.ref, outcome.picture)
     if form is Format.TEXT:
         files = "  ".join(path.name for path in sorted(outcome.folder.iterdir(), reverse=True) if path.is_file())
         print(f"{outcome.folder}/  {files}   {outcome.seconds:.1f} s")
     return code
+
+
+def report(
+    path: Path, verdict: "Verdict", ours: "Dump", ref: "Dump", picture: "Picture", findings: "Sequence[Finding]" = ()
+) -> None:
+    """Write a comparison as one HTML file."""
+    from reports.html import write_html
+    from reports.report import Report
+
+    write_html(Report(verdict, ours, ref, picture, tuple(findings)), path)
 
 
 def show(verdict: "Verdict", ours: "Dump", ref: "Dump", form: Format, extra: Mapping[str, Any] | None = None) -> int:
@@ -47,9 +64,46 @@ def show(verdict: "Verdict", ours: "Dump", ref: "Dump", form: Format, extra: Map
         from reports.terminal import print_verdict
 
         console = Console()
-        print_header(console, ours.header, ref.header)
+        print_header(console, ours.header, ref.header, "".join(token.text for token in ref.tokens))
         print_verdict(console, verdict)
     return PARITY_CODE if verdict else DIVERGENCE_CODE
+
+
+class Report(Protocol):
+    """A room of `reports` that shows one kind of answer."""
+
+    def lines(self, found: Any, width: int) -> Iterable["Text"]:
+        """As text, for a terminal of `width` columns."""
+
+    def as_json(self, found: Any) -> dict[str, Any]:
+        """As one JSON object."""
+
+
+def answer(found: Any, report: Report, form: Format) -> int:
+    """Print an answer that is true where nothing is wrong, and return the exit code."""
+    if form is Format.JSON:
+        print(json.dumps(report.as_json(found)))
+    else:
+        from rich.console import Console
+
+        from reports.header import print_lines
+
+        console = Console()
+        print_lines(console, list(report.lines(found, console.width)))
+    return PARITY_CODE if found else DIVERGENCE_CODE
+
+
+def show_lint(report: "LintReport", form: Format) -> int:
+    """Print a lint report and return the exit code: 0 clean, 1 findings."""
+    from reports.lint import lint_as_json, print_lint
+
+    if form is Format.JSON:
+        print(json.dumps(lint_as_json(report)))
+    else:
+        from rich.console import Console
+
+        print_lint(Console(), report)
+    return PARITY_CODE if report else DIVERGENCE_CODE
 
 
 def explained(found: "Explanation", form: Format) -> int:
@@ -102,7 +156,7 @@ def progress_bar(form: Format) -> Iterator["Progress | None"]:
     with Bar(console=Console(stderr=True), transient=True) as bar:
         tasks: dict[str, Any] = {}
 
-        def update(side: str, done: int, total: int) -> None:
+        def update(side: str, done: int, total: int | None) -> None:
             if side not in tasks:
                 tasks[side] = bar.add_task(side, total=total)
             bar.update(tasks[side], completed=done, total=total)
@@ -135,7 +189,7 @@ def _text(value: Any) -> str:
         return "yes" if value else "no"
     if isinstance(value, list):
         return ", ".join(map(str, value)) or "none"
-    return f"{value:,}" if isinstance(value, int) else str(value)
+    return str(value)
 
 
 def print_tokens(tokens: "Tokens", form: Format) -> None:

@@ -29,7 +29,7 @@ def same_experiment(ours: Dump, ref: Dump) -> None:
     if left is None or right is None:
         return
     a, b = left.model, right.model
-    if a.fingerprint and b.fingerprint and a.fingerprint != b.fingerprint:
+    if a.fingerprint and b.fingerprint and not ({a.fingerprint, a.twin} & {b.fingerprint, b.twin} - {""}):
         raise InputError(
             f"these are dumps of two models: ours of {_model(a.name, a.file_type, a.fingerprint)}, "
             f"the reference of {_model(b.name, b.file_type, b.fingerprint)}.",

@@ -6,7 +6,7 @@ Holds one value at a time; knows the whole model only. `windows` does the same f
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from checkpoints import points
 from checkpoints.errors import InputError
 from checkpoints.fingerprint import fingerprint
+from checkpoints.gguf_file import Contents
 from checkpoints.jsonl import Writer
 from checkpoints.record import DEFAULT_SLICE, Header, ModelInfo, Token
 from checkpoints.summary import summarise
@@ -23,7 +24,6 @@ from checkpoints.tensors import TensorWriter, beside, key
 
 from . import twin
 from .callback import arrange, has_rows
-from .gguf_file import Contents
 from .jobs import EXACT, NATIVE, DumpJob, DumpResult
 from .library import Library, default_threads
 from .llama import Model, Session
@@ -192,7 +192,7 @@ def header_of(job: DumpJob, info: ModelInfo, pieces: Sequence[str], library: Lib
         "threads": job.threads or default_threads(),
         "flash_attention": False,
         "window": window or 0,
-        "weights": "f32 twin" if job.mode == EXACT else "as in the file",
+        "weights": "F32 twin" if job.mode == EXACT else "as in the file",
     }
     return Header(
         source="llama.cpp",
@@ -215,6 +215,8 @@ def dump_whole(library: Library, model: Model, job: DumpJob, info: ModelInfo, st
     follow = tuple(job.lead or ())
     n_ctx = len(job.tokens) + len(follow) + job.generate
     pieces = job.pieces or model.pieces(job.tokens)
+    if model.path != job.model:
+        info = replace(info, twin=fingerprint(model.path))
     header = header_of(job, info, pieces, library, None)
     with Session(model, n_ctx=n_ctx, n_batch=len(job.tokens), kv_type=job.kv_type, threads=job.threads) as session:
         known = available(plan(session.list_nodes(job.tokens)), len(job.tokens), library.ggml.readable)

@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 
 from checkpoints import points
 from checkpoints.errors import InputError
+from checkpoints.gguf_file import contents
 
 from . import dump, twin
 from .callback import arrange, row_shape
-from .gguf_file import contents
 from .jobs import EXACT, Description, DumpJob, DumpResult, Tokens
 from .library import Library
 from .llama import Model, Session

@@ -15,13 +15,13 @@ from numpy.typing import NDArray
 
 from checkpoints import points
 from checkpoints.errors import InputError
+from checkpoints.gguf_file import Contents
 from checkpoints.jsonl import Writer
 from checkpoints.tensors import beside
 
 from . import dump, twin
 from .callback import Deliver
 from .dump import Emitter, Step
-from .gguf_file import Contents
 from .jobs import EXACT, DumpJob, DumpResult
 from .library import Library
 from .llama import Model, Session

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from checkpoints.errors import InputError, ModelError, ReferenceFailed
 from checkpoints.fingerprint import fingerprint
+from checkpoints.gguf_file import Contents, contents
 
-from .gguf_file import Contents, contents
 from .library import Library, default_threads
 
 _DEFAULT_GB = 20.0

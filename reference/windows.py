@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import IO
 
 from checkpoints.errors import InputError
+from checkpoints.gguf_file import ARRAY, SIZES, Contents, TensorInfo, Value, header_bytes, string_value, uint32_value
 
-from .gguf_file import ARRAY, SIZES, Contents, TensorInfo, Value, header_bytes, string_value, uint32_value
 from .library import Library
 from .llama import Model
 from .twin import is_f32, quantize, temporary, workspace

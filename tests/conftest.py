@@ -4,11 +4,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-
 from cli import Cli
+
 from engine.synth import shape_like, synthesize
 from parity import default_model
-from reference.client import Reference
+from reference import Reference
 
 
 @pytest.fixture(scope="session", autouse=True)

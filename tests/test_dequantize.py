@@ -112,3 +112,26 @@ def test_an_unknown_type_is_one_clear_error() -> None:
     """A type that neither we nor gguf-py can dequantise is refused by number."""
     with pytest.raises(ModelError, match="type 999"):
         dequantize(np.zeros((1, 34), dtype=np.uint8), 999, 32)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: gguf.GGMLQuantizationType(kind).name)
+def test_damaged_blocks_are_values_and_no_warnings(kind: int) -> None:
+    """Bytes of any value, infinite and NaN scales among them, give what libggml or gguf-py gives, without a warning."""
+    elements, size, _ = FORMATS[kind]
+    blocks = np.random.default_rng(9).integers(0, 256, (4 * BLOCKS, size), dtype=np.uint8)
+    ours = dequantize(blocks, kind, elements)
+    with np.errstate(all="ignore"):
+        theirs = (
+            gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType(kind))
+            if kind == 0
+            else by_libggml(blocks, kind, ours.size)
+        )
+    np.testing.assert_array_equal(ours.ravel(), np.asarray(theirs).ravel())
+
+
+def test_chunks_do_not_show() -> None:
+    """A matrix of several chunks, the last one partial, equals the same rows dequantised one by one."""
+    blocks = np.random.default_rng(2).integers(0, 256, (1100, 16 * 34), dtype=np.uint8)
+    blocks.reshape(1100, 16, 34)[:, :, 1] = 0x3C  # scales between 1 and 2
+    whole = dequantize(blocks, 8, 512)
+    np.testing.assert_array_equal(whole, np.concatenate([dequantize(row[None], 8, 512) for row in blocks]))

@@ -5,11 +5,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from cli import Cli
 
 from checkpoints.reader import read
 from checkpoints.record import Dump
 from checkpoints.verdict import Verdict
-from cli import Cli
 from engine.backend import choose
 from engine.faults import CATALOGUE, plant
 from engine.gguf_model import GgufModel
@@ -17,7 +17,7 @@ from engine.graph import Step
 from engine.transformer import Transformer
 from parity.compare import compare
 from parity.ours import OursJob, dump
-from reference.client import DumpJob, Reference
+from reference import DumpJob, Reference
 
 PROMPT = "Once upon a time there was a little dog who liked to run"
 LAYER = 7  # between two of the default layers, so that the default points leave an interval
@@ -165,14 +165,17 @@ def test_epsilon_is_found_though_the_text_would_be_the_same(lab: Lab) -> None:
 def test_two_origins_are_both_listed(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another embedding row at position 9 and a fault in layer 10, seen at earlier positions: both are origins."""
 
-    def other_row(ids, take):  # noqa: ANN001, ANN202
+    def other_row(ids, take):
         rows = take(ids).copy()
         rows[9] = take(ids[:1] * 0 + 77)[0]
         return rows
 
     steps = [replace(step, op=other_row) if step.makes == "embd" else step for step in lab.engine("Q8_0").steps]
     verdict = lab.verdict("Q8_0", plant(steps, CATALOGUE["gate-up-swapped"], layers=[10]), "default")
-    assert [(origin.first.checkpoint, origin.first.token_idx) for origin in verdict.origins] == [("embd", 9), ("blk.10.l_out", 0)]
+    assert [(origin.first.checkpoint, origin.first.token_idx) for origin in verdict.origins] == [
+        ("embd", 9),
+        ("blk.10.l_out", 0),
+    ]
     assert verdict.origins[0].positions == (9,)
 
 
@@ -180,7 +183,10 @@ def test_two_swapped_buffers_are_a_divergence(lab: Lab) -> None:
     """An engine whose layers write to two buffers that swap, captured late, differs at every layer output but the last."""
     right = lab.ours("Q8_0", lab.engine("Q8_0").steps, "default")
     last = right.points["blk.23.l_out"]
-    late = replace(right, points={name: replace(last, point=name) if name.endswith("l_out") else rows for name, rows in right.points.items()})
+    late = replace(
+        right,
+        points={name: replace(last, point=name) if name.endswith("l_out") else rows for name, rows in right.points.items()},
+    )
     verdict = compare(late, lab.ref("Q8_0", "default"))
     assert verdict.first_divergence is not None
     assert verdict.first_divergence.checkpoint == "blk.0.l_out"

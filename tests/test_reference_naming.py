@@ -6,12 +6,13 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
+from cli import Cli
 
 from checkpoints import points
 from checkpoints.errors import InputError, ReferenceFailed
+from checkpoints.gguf_file import contents, header_bytes
 from checkpoints.reader import read
 from reference import EXACT, DumpJob, Reference
-from reference.gguf_file import contents, header_bytes
 
 LAYERS, WIDTH, HEADS, KV, SIZE, FEED, VOCAB = 3, 64, 4, 2, 16, 96, 2048
 TOKENS = (2047, 430, 457, 258)
@@ -149,3 +150,18 @@ def test_assertion_of_ggml(make: Callable[..., Path]) -> None:
         pytest.raises(ReferenceFailed, match=r"llama\.cpp aborted while .*llama-3\.gguf: GGML_ASSERT\("),
     ):
         list(handle.capture(path, TOKENS))
+
+
+def test_the_commands_take_an_architecture_only_llama_cpp_has(make: Callable[[str], Path], parity: Cli) -> None:
+    """`dump ref` and `diff` take gemma3, which our engine refuses by name with the list of those it has."""
+    model = make("gemma3")
+    refused = parity("run", "--model", model, "--tokens", "1,2,3")
+    assert refused.code == 2
+    assert "'gemma3'" in refused.err
+    assert "llama, qwen2" in refused.err
+    for name in ("a.jsonl", "b.jsonl"):
+        assert parity("dump", "ref", "--model", model, "--tokens", "1,2,3", "--points", "all", "-o", name).code == 0
+    assert parity("diff", "a.jsonl", "b.jsonl").code == 0
+    code, facts = parity.json("model", model)
+    assert code == 0
+    assert "blk.0.q_norm" in facts["points"]

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from checkpoints.errors import InputError
+from checkpoints.gguf_file import contents
 from checkpoints.reader import read
 from checkpoints.tensors import TensorReader
 from reference import EXACT, NATIVE, DumpJob, Reference, sweep
-from reference.gguf_file import contents
 from reference.library import Library
 from reference.sweep import window_size
 from reference.twin import cache_dir, cached, empty_cache

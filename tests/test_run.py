@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from cli import Cli
 
 from checkpoints.reader import read
-from cli import Cli
 
 ONCE = ("--prompt", "Once upon a time")
 TYPES = (
@@ -30,7 +30,7 @@ def test_the_first_command_of_the_readme_is_parity(parity: Cli) -> None:
     ]  # fmt: skip
     assert worst(answer) <= 1e-10
     assert answer["missing"]["ours"]["records"] == answer["missing"]["ref"]["records"] == 0
-    assert sorted(path.name for path in Path(answer["folder"]).iterdir()) == ["diff.json", "ours.jsonl", "ref.jsonl"]
+    assert sorted(path.name for path in Path(answer["folder"]).iterdir()) == ["diff.json", "ours.jsonl", "ref.jsonl", "report.html"]
 
 
 def test_the_text_names_model_sides_points_and_verdict(parity: Cli) -> None:
@@ -160,7 +160,7 @@ def test_dump_both_sides_and_diff_them(parity: Cli) -> None:
 
 def test_a_foreign_engine_is_run_with_the_twin(parity: Cli, tmp_path: Path) -> None:
     """--exec fills in the F32 twin, the ids and the output; what the command writes is our side."""
-    script = tmp_path / "engine.py"
+    script = tmp_path / "my_engine.py"
     script.write_text(
         "import subprocess, sys, pathlib\n"
         "model, tokens, out = sys.argv[1:]\n"
@@ -170,25 +170,23 @@ def test_a_foreign_engine_is_run_with_the_twin(parity: Cli, tmp_path: Path) -> N
     )
     command = f"{sys.executable} {script} {{model}} {{tokens}} {{out}}"
     code, answer = parity.json("run", *ONCE, "--exec", command)
-    assert (code, answer["compared"]) == (0, 35)
-
-
-def test_an_architecture_only_llama_cpp_has(parity: Cli, tmp_path: Path) -> None:
-    """`dump ref` and `diff` take a model that our engine refuses by name; its own nodes keep their names, in order."""
-    from test_reference_naming import write_foreign_architecture
-
-    model = write_foreign_architecture(tmp_path / "other.gguf")
-    refused = parity("run", "--model", model, "--tokens", "1,2,3")
-    assert refused.code == 2
-    assert "llama, qwen2" in refused.err
-    for name in ("a.jsonl", "b.jsonl"):
-        assert parity("dump", "ref", "--model", model, "--tokens", "1,2,3", "--points", "all", "-o", name).code == 0
-    assert parity("diff", "a.jsonl", "b.jsonl").code == 0
+    assert (code, answer.get("compared")) == (0, 35), answer
 
 
 def test_json_is_one_object_and_nothing_else(parity: Cli) -> None:
     """--format json prints one JSON object on stdout, with the contract's keys."""
     ran = parity("run", *ONCE, "--format", "json")
     answer = json.loads(ran.out)
-    assert {"schema", "verdict", "compared", "mode", "limit", "worst", "first_divergence", "origins", "last_agreement", "next"} <= set(answer)
+    assert {
+        "schema",
+        "verdict",
+        "compared",
+        "mode",
+        "limit",
+        "worst",
+        "first_divergence",
+        "origins",
+        "last_agreement",
+        "next",
+    } <= set(answer)
     assert {"checkpoint", "layer", "token_idx", "nmse", "max_abs", "limit", "ours", "ref", "fresh"} <= set(answer["worst"])

@@ -30,24 +30,31 @@ def diff(
     step: Annotated[
         int | None, typer.Option("--step", min=0, help="Of records that stand twice: those of this forward pass.")
     ] = None,
+    despite_lint: Annotated[
+        bool, typer.Option("--despite-lint", help="Compare also where lint says that a dump is not to be believed.")
+    ] = False,
     table: Annotated[
         Path | None, typer.Option("--table", help="Write every record's figures: FILE.csv or FILE.parquet.")
     ] = None,
 ) -> None:
     """Compare two dumps and name the first divergence.
 
-    Exits 0 for parity, 1 for a divergence, 2 if there is nothing to compare.
+    Exits 0 for parity, 1 for a divergence, 2 if there is nothing to compare or lint calls a dump unusable.
     """
     from checkpoints.reader import read
 
-    from ..compare import Options, judge, measured
+    from ..compare import Options, compare
+    from ..lint import refuse_unusable
     from ..output import show
 
     left, right = read(ours), read(ref)
+    if not despite_lint:
+        refuse_unusable(left, "ours")
+        refuse_unusable(right, "the reference")
     chosen = Options(tolerance=tolerance, compute=compute.value if compute else None, strict=strict, step=step)
-    records = measured(left, right, chosen)
+    verdict = compare(left, right, chosen)
     if table is not None:
-        from .. import table as tables
+        from ..table import write_table
 
-        tables.write_table(tables.table(records), table)
-    raise typer.Exit(show(judge(records), left, right, form))
+        write_table(left, right, chosen, table)
+    raise typer.Exit(show(verdict, left, right, form))

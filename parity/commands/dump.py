@@ -82,11 +82,8 @@ def ref(
     from ..default_model import path as default_model
     from ..output import written
 
-    text, ids = (
-        (None, None)
-        if follow is not None and prompt is prompt_file is tokens is None
-        else o.prompt(prompt, prompt_file, tokens)
-    )
+    given = any(option is not None for option in (prompt, prompt_file, tokens))
+    text, ids = o.prompt(prompt, prompt_file, tokens) if given or follow is None else (None, None)
     request = session.Request(
         model=model or default_model(),
         prompt=text,

@@ -1,0 +1,105 @@
+"""Our GGUF reader against gguf-py's, and against files that were damaged on purpose."""
+
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from checkpoints.errors import ModelError
+from checkpoints.gguf_file import contents
+from engine.gguf_model import GgufModel
+
+
+def test_metadata_and_tensors_equal_gguf_py(stories: Path) -> None:
+    """Every key, scalar, array and tensor place is what gguf-py's reader finds."""
+    reader = gguf.GGUFReader(stories)
+    ours = contents(stories)
+    theirs = {key: field.contents() for key, field in reader.fields.items() if not key.startswith("GGUF.")}
+    assert {key: value.plain() for key, value in ours.metadata.items()} == theirs
+    model = GgufModel(stories)
+    assert list(model.tensors) == [tensor.name for tensor in reader.tensors]
+    for tensor in reader.tensors:
+        info = model.tensors[tensor.name]
+        assert info.shape == tuple(reversed([int(n) for n in tensor.shape]))
+        assert (info.type, info.n_bytes, info.offset) == (int(tensor.tensor_type), int(tensor.n_bytes), int(tensor.data_offset))
+        np.testing.assert_array_equal(model.raw(tensor.name).ravel(), tensor.data.view(np.uint8).ravel())
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny valid model, so that a mutation is likely to hit something."""
+    from engine.synth import shape_like, synthesize
+
+    path = tmp_path_factory.mktemp("small") / "small.gguf"
+    synthesize(path, shape_like("tiny", layers=1, vocab=8, context=16), weight_type="q8_0")
+    return path
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_no_damage_is_more_than_one_clear_error(small: Path, tmp_path: Path, data: st.DataObject) -> None:
+    """Whatever bytes of the header are changed or cut, the model opens or a ModelError says why; nothing else."""
+    whole = bytearray(small.read_bytes())
+    head = contents(small).data
+    for _ in range(data.draw(st.integers(1, 4))):
+        place = data.draw(st.integers(0, head - 1))
+        whole[place : place + 1] = data.draw(st.binary(min_size=0, max_size=9))
+    path = tmp_path / "m.gguf"
+    path.write_bytes(bytes(whole[: data.draw(st.integers(0, len(whole)))]) if data.draw(st.booleans()) else bytes(whole))
+    said = ""
+    try:
+        model = GgufModel(path)
+        for name in model.tensors:
+            model.raw(name)
+    except ModelError as error:
+        said = str(error)
+    assert "\n" not in said
+
+
+def test_absurd_counts_take_no_memory_and_no_time(tmp_path: Path) -> None:
+    """2^60 values or tensors in a file of 40 bytes are refused at once."""
+    path = tmp_path / "m.gguf"
+    path.write_bytes(b"GGUF" + np.array([3], "<u4").tobytes() + np.array([0, 2**60, 1, 2], "<u8").tobytes())
+    with pytest.raises(ModelError, match="room for"):
+        GgufModel(path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("split.count", 4, "split model"),
+        ("tiny.rope.scaling.type", "yarn", "yarn"),
+        ("tiny.attention.head_count_kv", [2, 4], "differs from layer to layer"),
+        ("tiny.attention.head_count", 5, "do not go together"),
+        ("tiny.rope.dimension_count", 7, "rotary"),
+        ("tiny.embedding_length", "wide", "no int"),
+        ("tiny.block_count", None, "tiny.block_count"),
+    ],
+)
+def test_metadata_that_no_engine_can_use(tmp_path: Path, key: str, value: object, said: str) -> None:
+    """Missing, contradicting or unsupported metadata are named by their key or their meaning."""
+    keys: dict[str, object] = {
+        "tiny.block_count": 2,
+        "tiny.context_length": 16,
+        "tiny.embedding_length": 64,
+        "tiny.feed_forward_length": 64,
+        "tiny.attention.head_count": 4,
+    } | {key: value}
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "tiny")
+    for name, content in keys.items():
+        if isinstance(content, list):
+            writer.add_array(name, content)
+        elif isinstance(content, str):
+            writer.add_string(name, content)
+        elif content is not None:
+            writer.add_uint32(name, content)
+    writer.add_tensor("token_embd.weight", np.zeros((4, 64), dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(ModelError, match=said):
+        GgufModel(tmp_path / "m.gguf")

@@ -1,0 +1,312 @@
+"""Hostile input is normal input: one clear line, exit 2, nothing lost, no traceback."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cli import Cli, Ran
+
+from checkpoints.jsonl import Writer
+from checkpoints.reader import read
+from checkpoints.record import Header, ModelInfo
+from checkpoints.summary import summarise
+
+ONCE = ("--prompt", "Once upon a time")
+
+
+def refused(ran: Ran, *parts: str) -> None:
+    """Exit 2, one line on stderr that begins with the program's name and has these parts, nothing on stdout."""
+    assert ran.code == 2, ran
+    assert ran.out == ""
+    assert ran.err.startswith("parity: ")
+    assert len(ran.err.splitlines()) == 1, ran.err
+    for part in parts:
+        assert part in ran.err, ran.err
+
+
+@pytest.fixture
+def damaged(stories: Path, tmp_path: Path) -> Callable[[str, Callable[[bytes], bytes]], Path]:
+    """A function that writes the stories model with its bytes changed."""
+
+    def make(name: str, change: Callable[[bytes], bytes]) -> Path:
+        path = tmp_path / name
+        path.write_bytes(change(stories.read_bytes()))
+        return path
+
+    return make
+
+
+def test_no_such_model(parity: Cli) -> None:
+    """A model that is not there is named."""
+    refused(parity("run", "--model", "nowhere.gguf", *ONCE), "nowhere.gguf", "No such file")
+
+
+def test_a_folder_is_no_model(parity: Cli, tmp_path: Path) -> None:
+    """A folder given as the model is said to be one."""
+    refused(parity("run", "--model", tmp_path, *ONCE), "is a folder")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"), [(b"", "is empty"), (b"PK\x03\x04zip", "begins with b'PK"), (b"GGU", "is not a GGUF")]
+)
+def test_not_a_gguf(parity: Cli, tmp_path: Path, content: bytes, said: str) -> None:
+    """A file of another kind is refused with its first bytes."""
+    (tmp_path / "m.gguf").write_bytes(content)
+    refused(parity("run", "--model", "m.gguf", *ONCE), said)
+
+
+@pytest.mark.parametrize("size", [20, 1000, 60_000, 200_000, 15_000_000])
+def test_a_truncated_gguf(parity: Cli, damaged: Callable[..., Path], size: int) -> None:
+    """A file that was cut short, in header, vocabulary or weights, is said to be damaged or cut short."""
+    ran = parity("run", "--model", damaged("cut.gguf", lambda data: data[:size]), *ONCE)
+    refused(ran)
+    assert "cut short" in ran.err or "damaged" in ran.err
+
+
+def test_another_architecture_is_refused_by_name(parity: Cli, damaged: Callable[..., Path]) -> None:
+    """An architecture that our engine lacks is named with the list of those it has."""
+    model = damaged("other.gguf", lambda data: data.replace(b"qwen2", b"falco"))
+    refused(parity("run", "--model", model, *ONCE), "'falco'", "llama, qwen2")
+
+
+def test_a_model_without_tensors(parity: Cli, stories: Path, tmp_path: Path) -> None:
+    """A vocabulary-only file can tokenize, not compute, and the line says so."""
+    import gguf
+
+    writer = gguf.GGUFWriter(tmp_path / "vocab.gguf", "qwen2")
+    for name in ("block_count", "context_length", "embedding_length", "feed_forward_length", "head_count", "head_count_kv"):
+        getattr(writer, f"add_{name}")(2)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    refused(parity("run", "--model", "vocab.gguf", "--tokens", "1,2"), "no tensors", "model file with weights")
+
+
+def test_a_model_without_a_tokenizer_takes_ids_only(parity: Cli, tmp_path: Path) -> None:
+    """A stub vocabulary cannot tokenize a prompt; the same model runs with --tokens."""
+    assert parity("synth", "--stub-vocabulary", "-o", "stub.gguf").code == 0
+    ran = parity("run", "--model", "stub.gguf", *ONCE)
+    refused(ran, "tokenizer")
+    assert parity("run", "--model", "stub.gguf", "--tokens", "1,2,3").code == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--prompt", ""), "the prompt is empty"),
+        ((), "no prompt was given"),
+        (("--prompt", "a", "--tokens", "1"), "more than one prompt"),
+        (("--tokens", "5,2048"), "token id 2048 is outside the vocabulary"),
+        (("--tokens", "-1"), "token id -1 is outside"),
+        (("--tokens", "a,b"), "--tokens wants whole numbers"),
+        (("--tokens", ",".join(["1"] * 513)), "513 positions are more than the model's context of 512"),
+        (("--prompt", "a", "--points", "blk.99.q"), "no point is called 'blk.99.q'"),
+        (("--prompt", "a", "--points", "blk.{1"), "unbalanced braces"),
+        (("--prompt", "a", "--layers", "0,99"), "99"),
+        (("--prompt", "a", "--positions", "x"), "--positions"),
+        (("--prompt", "a", "--positions", "900"), "position"),
+        (("--prompt", "a", "--window", "0"), "--window"),
+        (("--prompt", "a", "--backend", "cupy"), "upy"),
+        (("--prompt-file", "nofile.txt"), "nofile.txt"),
+        (("--prompt", "a", "--exec", "'"), "--exec"),
+        (("--prompt", "a", "--exec", "no-such-engine {out}"), "cannot run no-such-engine"),
+        (("--prompt", "a", "--exec", "false {out}"), "failed with exit code 1"),
+        (("--prompt", "a", "--exec", "true {out}"), "wrote no"),
+        (("--prompt", "a", "--exec", "echo hello"), "no checkpoint record"),
+        (("--prompt", "a", "--no-such-option",), "--no-such-option"),
+        (("--prompt", "a", "--slice", "0"), "--slice"),
+    ],
+)  # fmt: skip
+def test_wrong_requests(parity: Cli, arguments: tuple[str, ...], said: str) -> None:
+    """Each wrong request is one line that names what is wrong with it."""
+    refused(parity("run", *arguments), said)
+
+
+def test_an_unwritable_folder(parity: Cli, tmp_path: Path) -> None:
+    """An output folder that cannot be made is named before anything is computed."""
+    (tmp_path / "file").write_text("")
+    refused(parity("run", *ONCE, "--out", "file/runs"), "cannot write to file/runs")
+
+
+def test_an_error_as_json(parity: Cli) -> None:
+    """With --format json an error is one JSON object on stdout with code, message and advice, and exit 2."""
+    code, answer = parity.json("run", "--model", "nowhere.gguf", *ONCE)
+    assert code == 2
+    assert answer["schema"] == 1
+    assert set(answer["error"]) == {"code", "message", "advice"}
+
+
+HEADER = Header(
+    "engine", ModelInfo("m", "qwen2", "F32", 2, "f" * 32), tokens=(1, 2, 3), prompt="abc", mode="exact", compute="f32"
+)
+
+
+def write(path: str, header: Header | None = HEADER, point: str = "embd", seed: int = 0, **changes: object) -> Path:
+    rows = np.random.default_rng(seed).standard_normal((3, 32)).astype(np.float32)
+    with Writer(path, header) as writer:
+        writer.rows(summarise(point, rows, np.arange(3)))
+    text = Path(path).read_text()
+    for old, new in changes.items():
+        text = text.replace(f'"{old}"', str(new))
+    Path(path).write_text(text)
+    return Path(path)
+
+
+BAD_DUMPS = {
+    "empty": (b"", "is empty"),
+    "not-json": (b"hello\nworld\n", "no checkpoint record in 2 lines"),
+    "binary": (bytes(range(256)) * 40, "no checkpoint record"),
+    "array": (b"[1,2,3]\n", "no checkpoint record"),
+    "newer": (b'{"type":"header","format":2}\n', "format 2 is newer"),
+    "shape": (b'{"checkpoint":"embd","token_idx":0,"shape":[2],"values":[1,2,3]}\n', "3 values, more than its shape [2]"),
+    "position": (b'{"checkpoint":"embd","token_idx":-1,"values":[1]}\n', "token_idx"),
+    "words": (b'{"checkpoint":"embd","token_idx":0,"values":["one"]}\n', "line 1"),
+    "nested": (b'{"checkpoint":"embd","token_idx":0,"values":[[1]]}\n', "no number"),
+    "null-name": (b'{"checkpoint":null,"token_idx":0,"values":[1]}\n', "line 1"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_DUMPS)
+def test_bad_dumps(parity: Cli, tmp_path: Path, name: str) -> None:
+    """Each unreadable dump is one line that names the file and, where there is one, the line."""
+    content, said = BAD_DUMPS[name]
+    (tmp_path / "bad.jsonl").write_bytes(content)
+    refused(parity("diff", "bad.jsonl", write("good.jsonl")), "bad.jsonl", said)
+
+
+def test_two_prompts_are_two_experiments(parity: Cli) -> None:
+    """Dumps of different prompts are refused: nothing can be said of them."""
+    from dataclasses import replace
+
+    refused(parity("diff", write("a.jsonl"), write("b.jsonl", replace(HEADER, prompt="xyz", tokens=(4, 5, 6)))), "prompt")
+
+
+def test_two_models_are_two_experiments(parity: Cli) -> None:
+    """Dumps of different models are refused by name."""
+    from dataclasses import replace
+
+    other = replace(HEADER, model=ModelInfo("other", "qwen2", "F32", 2, "0" * 32))
+    refused(parity("diff", write("a.jsonl"), write("b.jsonl", other)), "other")
+
+
+def test_nothing_in_common_is_never_parity(parity: Cli) -> None:
+    """Two dumps without a common point exit 2 with the reason."""
+    refused(parity("diff", write("a.jsonl"), write("b.jsonl", point="output_norm")), "embd", "output_norm")
+
+
+def test_records_that_contradict_each_other(parity: Cli, tmp_path: Path) -> None:
+    """Two records of one key with different values are an error that lists the steps; --step chooses; equal ones merge."""
+    good = write("good.jsonl")
+    lines = good.read_text().splitlines()
+    again = [line.replace('"step":0', '"step":4') for line in lines if '"checkpoint":"embd"' in line]
+    (tmp_path / "equal.jsonl").write_text("\n".join([*lines[:-1], *again]) + "\n")
+    assert parity("diff", "equal.jsonl", good).code == 0
+    other = [
+        line.replace('"step":0', '"step":4') for line in write("o.jsonl", seed=1).read_text().splitlines() if '"embd"' in line
+    ]
+    (tmp_path / "twice.jsonl").write_text("\n".join([*lines[:-1], *other]) + "\n")
+    refused(parity("diff", "twice.jsonl", good), "0", "4", "--step")
+    assert parity("diff", "twice.jsonl", good, "--step", "0").code == 0
+    assert parity("diff", "twice.jsonl", good, "--step", "4").code == 1
+
+
+def test_nan_is_a_divergence_and_no_crash(parity: Cli, tmp_path: Path) -> None:
+    """NaN and infinities written as strings are read; on one side only they are a divergence."""
+    good = write("good.jsonl")
+    lines = [json.loads(line) for line in good.read_text().splitlines()]
+    lines[1]["values"][2] = "NaN"
+    lines[1]["stats"]["nonfinite"] = 1
+    (tmp_path / "nan.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    code, answer = parity.json("diff", "nan.jsonl", good)
+    assert code == 1
+    assert answer["first_divergence"]["checkpoint"] == "embd"
+    assert answer["first_divergence"]["ours"][2] == "NaN"
+
+
+def test_a_dump_that_was_cut_short_is_used_as_far_as_it_goes(parity: Cli, tmp_path: Path) -> None:
+    """A dump cut in mid-line is compared up to its last whole line, and the answer says that it was cut."""
+    good = write("good.jsonl")
+    data = good.read_bytes()
+    (tmp_path / "cut.jsonl").write_bytes(data[: int(len(data) * 0.6)])
+    ran = parity("diff", "cut.jsonl", good)
+    assert ran.code == 0
+    assert "cut short" in ran.out
+    assert parity("diff", "cut.jsonl", good, "--strict").code == 1
+
+
+def test_ctrl_c_leaves_a_readable_dump_and_exits_130(stories: Path, tmp_path: Path, synthetic: Callable[..., Path]) -> None:
+    """A run that is interrupted exits 130 with one line, no traceback, no process left, and what it wrote is whole lines."""
+    environment = os.environ | {"PARITY_CACHE": str(tmp_path / "cache")}
+    command = [
+        sys.executable,
+        "-m",
+        "parity",
+        "dump",
+        "ours",
+        "--tokens",
+        ",".join(["5"] * 400),
+        "--points",
+        "all",
+        "-o",
+        "o.jsonl",
+    ]
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+    out = tmp_path / "o.jsonl"
+    deadline = time.monotonic() + 60
+    while not (out.exists() and out.stat().st_size > 100_000) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    assert said.strip() == "parity: interrupted"
+    found = read(out)
+    assert found.end is None
+    assert found.records > 0
+
+
+def test_a_killed_run_leaves_a_readable_dump(tmp_path: Path) -> None:
+    """A run that is killed leaves every line it wrote."""
+    command = [
+        sys.executable,
+        "-m",
+        "parity",
+        "dump",
+        "ours",
+        "--tokens",
+        ",".join(["5"] * 400),
+        "--points",
+        "all",
+        "-o",
+        "o.jsonl",
+    ]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL)
+    out = tmp_path / "o.jsonl"
+    deadline = time.monotonic() + 60
+    while not (out.exists() and out.stat().st_size > 100_000) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    assert read(out).records > 10
+
+
+def test_the_reference_dying_is_an_error_of_ours(parity: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When llama.cpp's process dies in the middle, the line says so and names the model."""
+    from reference import Reference
+
+    original = Reference.dump
+
+    def kill_first(self: Reference, job: object) -> object:
+        assert self.pid is not None
+        os.kill(self.pid, signal.SIGABRT)
+        return original(self, job)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Reference, "dump", kill_first)
+    refused(parity("run", *ONCE), "stories-14m-q8_0.gguf")
