@@ -49,9 +49,9 @@ class Faulty:
         self.right = self.transformer.steps
 
     def dump(
-        self, planted: Planted, tokens: tuple[int, ...], *, points: str = "default", size: int = 16, generated: int = 0
+        self, planted: Planted, tokens: tuple[int, ...], *, points: str = "default", size: int = 16, generated: int = 0, bare: bool = True
     ) -> Dump:
-        """The dump of an engine with these faults: values only, no sketch and no statistics. None of it knows the fault.
+        """The dump of an engine with these faults; `bare`: values only, no sketch and no statistics. None of it knows the fault.
 
         Raises:
             ValueError: the model has no place for the fault.
@@ -62,5 +62,6 @@ class Faulty:
             out = Path(folder) / "ours.jsonl"
             dump(self.transformer, OursJob(out=out, tokens=prompt, generated=rest, points=points, slice_size=size))
             found = read(out)
-        bare = {name: replace(rows, sketch=None, stats={}) for name, rows in found.points.items()}
-        return replace(found, points=bare)
+        if not bare:
+            return found
+        return replace(found, points={name: replace(rows, sketch=None, stats={}) for name, rows in found.points.items()})
