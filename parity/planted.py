@@ -49,7 +49,14 @@ class Faulty:
         self.right = self.transformer.steps
 
     def dump(
-        self, planted: Planted, tokens: tuple[int, ...], *, points: str = "default", size: int = 16, generated: int = 0, bare: bool = True
+        self,
+        planted: Planted,
+        tokens: tuple[int, ...],
+        *,
+        points: str = "default",
+        size: int = 16,
+        generated: int = 0,
+        bare: bool = True,
     ) -> Dump:
         """The dump of an engine with these faults; `bare`: values only, no sketch and no statistics. None of it knows the fault.
 

@@ -1,7 +1,7 @@
 """`parity explain`: causes in one layer, several at once, no false accusation, honest answers where nothing is known."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +14,9 @@ from checkpoints.reader import read
 from checkpoints.record import Dump, Header
 from engine import ops
 from engine.backend import Array
+from engine.faults import CATALOGUE, plant
 from engine.graph import Step
+from engine.precision import rounded
 from engine.synth import Shape, synthesize
 from parity.explain import Options, explain
 from parity.planted import Faulty, Planted, tokens_of
@@ -139,23 +141,39 @@ def test_an_engine_that_sums_in_f16_is_not_accused(engine: Faulty) -> None:
     assert found.causes == ()
 
 
-@pytest.mark.parametrize("kind", ["F16", "Q4_0"])
-def test_llama_cpp_with_native_weights_is_not_accused(
-    reference: Reference, quantized: Callable[[str], Path], tmp_path: Path, kind: str
-) -> None:
+@pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q4_0"])
+def test_llama_cpp_with_native_weights_is_not_accused(reference: Reference, tmp_path: Path, kind: str) -> None:
     """llama.cpp rounds activations to the weights' partner type: a right engine, and no fault of the catalogue."""
-    out = tmp_path / "native.jsonl"
-    reference.dump(DumpJob(model=quantized(kind), out=out, tokens=PROMPT, mode="native"))
-    found = explain(read(out), quantized(kind))
+    plain, model, out = tmp_path / "f32.gguf", tmp_path / "native.gguf", tmp_path / "native.jsonl"
+    synthesize(plain, Shape("qwen2", 3, 128, 4, 2, 0, 128, 320), weight_type="f32", seed=5)
+    reference.quantize(plain, kind, model)
+    reference.dump(DumpJob(model=model, out=out, tokens=PROMPT, mode="native"))
+    found = explain(read(out), model)
     assert found
     assert found.precision_only
     assert found.causes == ()
 
 
+def test_a_fault_of_an_f16_engine_is_found_above_its_noise(engine: Faulty) -> None:
+    """With --compute the noise of that arithmetic is measured, and the fault stands out of it."""
+    kept = engine.right
+    engine.right = rounded(plant(kept, CATALOGUE["no-qkv-bias"]), "f16", storage=False)
+    try:
+        dump = engine.dump(RIGHT, PROMPT)
+    finally:
+        engine.right = kept
+    found = explain(dump, engine.model, Options(compute="f16"))
+    assert found.remaining is None
+    classes = [{cause.named.fault, *(other.fault for other in cause.equivalent)} for cause in found.causes]
+    assert classes
+    assert "no-qkv-bias" in classes[0]
+
+
 def test_an_unknown_fault_gives_leads_and_the_points_to_record(engine: Faulty) -> None:
     """Nobody is accused of what does not fit: the numbers are described and the next points named."""
     right = [
-        replace(step, op=lambda x, y: (x + y) * np.float32(1.25)) if step.makes == "blk.2.l_out" else step for step in engine.right
+        replace(step, op=lambda x, y: (x + y) * np.float32(1.25)) if step.makes == "blk.2.l_out" else step
+        for step in engine.right
     ]
     kept, engine.right = engine.right, right
     try:
@@ -231,8 +249,6 @@ def test_wrong_requests_are_one_line(parity: Cli, engine: Faulty, tmp_path: Path
 
 def test_the_catalogue_is_listed(parity: Cli) -> None:
     """--list prints every entry, as text and as JSON."""
-    from engine.faults import CATALOGUE
-
     text = parity("explain", "--list")
     assert text.code == 0
     assert all(f"\n  {name}\n" in text.out for name in CATALOGUE)
