@@ -89,7 +89,9 @@ def print_table(name: str, rows: dict[str, dict[str, Any]]) -> None:
     for fault, row in rows.items():
         tried = row["found"] + len(row["missed"]) + row["no effect"]
         each = row["seconds"] / max(tried, 1)
-        print(f"{fault:<28} {row['found']:>5} {len(row['missed']):>6} {row['no effect']:>9} {row['impossible']:>10} {each:>6.2f}")
+        print(
+            f"{fault:<28} {row['found']:>5} {len(row['missed']):>6} {row['no effect']:>9} {row['impossible']:>10} {each:>6.2f}"
+        )
         for parameters, causes in row["missed"]:
             print(f"    missed {parameters}: {causes}")
 
@@ -122,7 +124,9 @@ def combined(model: Path, number: int, seeds: range, budget: float) -> tuple[int
 def main(arguments: list[str]) -> None:
     """Print the tables that were asked for."""
     what = next((argument for argument in arguments if not argument.startswith("--")), "table")
-    names = next((argument[9:].split(",") for argument in arguments if argument.startswith("--models=")), ["stories", "llama", "qwen2"])
+    names = next(
+        (argument[9:].split(",") for argument in arguments if argument.startswith("--models=")), ["stories", "llama", "qwen2"]
+    )
     quick = "--quick" in arguments
     with tempfile.TemporaryDirectory() as folder:
         for name, model in models(Path(folder), names):

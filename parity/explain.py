@@ -11,6 +11,7 @@ import numpy as np
 from checkpoints.errors import DumpError
 from checkpoints.explanation import Cause, Explanation, Named
 from checkpoints.explanation import Place as Where
+from checkpoints.finding import ERROR
 from checkpoints.points import EMBD, in_layer, parse
 from checkpoints.record import Dump, Header, ModelInfo
 from engine.backend import choose
@@ -24,6 +25,7 @@ from .explain_leads import leads
 from .explain_precision import KINDS, Floor, fits, floor, may_be_noise, with_noise
 from .explain_records import Expected, Ints, expected
 from .explain_search import Candidate, Place, Search, State
+from .lint import lint
 from .tokens_diff import same_experiment
 from .tolerance import EXACT_FLOOR
 
@@ -128,7 +130,17 @@ def explain(dump: Dump, model: Path, options: Options | None = None) -> Explanat
     answer = _answer(case, search, start, best)
     if not kind and best.first is not None:
         answer = replace(answer, leads=tuple(leads(case.entries, case.replay, case.positions, search)))
+    answer = replace(answer, notes=(*answer.notes, *_lint(case, model)))
     return replace(answer, precision_only=kind, next="" if kind else answer.next, seconds=perf_counter() - began)
+
+
+def _lint(case: Case, model: Path) -> list[str]:
+    """What lint says of the dump, as notes: a fault of the capture is a cause like any other here."""
+    return [
+        f"lint: {finding.rule}{f' at {finding.checkpoint}' if finding.checkpoint else ''}: {finding.evidence}"
+        for finding in lint(case.dump, model).findings
+        if finding.severity == ERROR
+    ]
 
 
 def _around(case: Case, search: Search, best: State, options: Options) -> State:

@@ -242,9 +242,10 @@ class Search:
             return None
         here = entry.rows < rows
         left = found.get(first.point)
-        errors = []
-        for number in range(first.point + 1):
-            errors.append(found.get(number, np.where(self.entries[number].rows < rows, root.nmse[number], np.nan)))
+        errors = [
+            found.get(number, np.where(self.entries[number].rows < rows, root.nmse[number], np.nan))
+            for number in range(first.point + 1)
+        ]
         place = self._first(errors)
         at_first = (entry.rows == first.row) & here
         error = float(left[at_first].max()) if left is not None and at_first.any() else float("nan")

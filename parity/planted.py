@@ -58,11 +58,9 @@ class Faulty:
         """
         self.transformer.steps = planted.steps(self.right)
         prompt, rest = tokens[: len(tokens) - generated], tokens[len(tokens) - generated :]
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder, np.errstate(all="ignore"):  # faults overflow: that is what they do
             out = Path(folder) / "ours.jsonl"
-            with np.errstate(over="ignore", invalid="ignore", divide="ignore"):  # faults overflow: that is what they do
-                job = OursJob(out=out, tokens=prompt, generated=rest, points=points, slice_size=size)
-                dump(self.transformer, job)
+            dump(self.transformer, OursJob(out=out, tokens=prompt, generated=rest, points=points, slice_size=size))
             found = read(out)
         bare = {name: replace(rows, sketch=None, stats={}) for name, rows in found.points.items()}
         return replace(found, points=bare)

@@ -83,7 +83,9 @@ def _same(named: Named) -> str:
 
 def _precision(found: Explanation, width: int) -> list[Text]:
     first = found.first
-    rows = [("no fault", f"the differences are those of {_ARITHMETIC[found.precision_only]}: a right engine in that arithmetic")]
+    rows = [
+        ("no fault", f"the differences are those of {_ARITHMETIC[found.precision_only]}: a right engine in that arithmetic")
+    ]
     if first is not None:
         rows.append(("begins", f"{first.checkpoint}, position {first.token_idx}, NMSE {error(first.nmse)}"))
     rows.append(("if not", "meant, look for a lower type: TF32 switched on, F16 weights or cache, quantised activations"))

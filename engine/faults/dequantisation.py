@@ -44,7 +44,9 @@ _LAYOUT: Mapping[int, _Parts] = {
     Q6_K: _Parts(nibbles=slice(0, 128), high=slice(128, 192), scale=slice(208, 210), packed=slice(192, 208)),
 }
 
-Edit = Callable[[Bytes, int], "Bytes | None"]  # blocks [n, bytes], ggml_type -> the blocks as they are misread; None: not touched
+Edit = Callable[
+    [Bytes, int], "Bytes | None"
+]  # blocks [n, bytes], ggml_type -> the blocks as they are misread; None: not touched
 
 
 def _reread(step: Step, edit: Edit) -> Step:
@@ -71,7 +73,7 @@ def _remade(step: Step, make: Callable[[WeightSource, str], Array]) -> Step:
 
         return replace(step, weights=(Altered(first.weight, rows), *step.weights[1:]))
     if not isinstance(first, str):
-        raise ValueError(f"{step.makes} has no plain matrix to read in another way")
+        raise ValueError(f"{step.makes} has no plain matrix to read in another way")  # noqa: TRY004 - no place for this fault
     return replace(step, weights=(Altered(first, make), *step.weights[1:]))
 
 
@@ -168,10 +170,8 @@ def _signedness(step: Step, _right: Steps, _parameters: Parameters) -> Step:
             return source.get(name)
         blocks = raw.reshape(-1, FORMATS[kind][1])
         scale = np.ascontiguousarray(blocks[:, :2]).view(np.float16).astype(np.float32)
-        if kind == Q8_0:
-            values = blocks[:, 2:].astype(np.float32) * scale
-        else:
-            values = FORMATS[kind][2](blocks) + np.float32(offset or 0) * scale
+        unsigned = blocks[:, 2:].astype(np.float32) * scale if kind == Q8_0 else None
+        values = FORMATS[kind][2](blocks) + np.float32(offset or 0) * scale if unsigned is None else unsigned
         return source.array(values.reshape(shape))
 
     return _remade(step, make)

@@ -213,7 +213,17 @@ FAULTS = (
         "wrong from position 0 or 1 on",
         "fused QKV is Q, then K, then V",
         "fused weights split in the wrong order",
-        {"read": (("k", "q", "v"), ("q", "v", "k"), ("v", "k", "q"), ("k", "v", "q"), ("v", "q", "k"), ("q", "k", "k"), ("q", "v", "v"))},
+        {
+            "read": (
+                ("k", "q", "v"),
+                ("q", "v", "k"),
+                ("v", "k", "q"),
+                ("k", "v", "q"),
+                ("v", "q", "k"),
+                ("q", "k", "k"),
+                ("q", "v", "v"),
+            )
+        },
     ),
     Fault(
         "layer-offset",
