@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from .commands import diff, doctor, dump, model, run, synth, twin
+from .commands import diff, doctor, drift, dump, model, run, synth, twin
 
 app = typer.Typer(
     name="parity",
@@ -35,6 +35,7 @@ def _main(
 app.command("run", short_help="Both sides, the comparison, the first divergence.")(run.run)
 app.command("diff", short_help="Compare two dumps.")(diff.diff)
 app.add_typer(dump.app, name="dump", short_help="One side only: our engine, or llama.cpp.")
+app.add_typer(drift.app, name="drift", short_help="Golden dumps that keep numbers from moving unseen.")
 app.command("model", short_help="What an engine must know of a model.")(model.model)
 app.command("tokens", short_help="Ids and pieces of a prompt.")(model.tokens)
 app.command("twin", short_help="An F32 copy of a model.")(twin.twin)
