@@ -152,15 +152,7 @@ def _answer(
     moved = ledger.changes(before, versions)
     answer = Drift(
         golden=_described(golden),
-        side=" · ".join(
-            part
-            for part in (
-                versions.get("source", source),
-                versions.get("version") or versions.get("llama_cpp_python"),
-                versions.get("backend"),
-            )
-            if part
-        ),
+        side=_side(source, versions),
         checked=tuple(Checked(prompt.text, verdict) for prompt, verdict in zip(golden.prompts, verdicts, strict=True)),
         points=points,
         changes=moved,
@@ -174,6 +166,13 @@ def _answer(
         extra = {"dirty": dirty, "mode": golden.mode, "model": golden.fingerprint}
         ledger.append(book, Entry(now(), commit, answer.verdict, source, identity, versions, figures, extra))
     return answer
+
+
+def _side(source: str, versions: dict[str, str]) -> str:
+    version = versions.get("version") or versions.get("llama_cpp_python") or ""
+    named = f"{versions.get('source', source)} {version}".strip()
+    threads = f"{versions['threads']} threads" if "threads" in versions else ""
+    return " · ".join(filter(None, [named, versions.get("device") or versions.get("backend", ""), threads]))
 
 
 def _described(golden: Golden) -> str:

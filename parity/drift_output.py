@@ -15,9 +15,8 @@ from .output import DIVERGENCE_CODE, PARITY_CODE
 def show(drift: Drift, form: AnswerFormat, junit: Path | None, *, strict: bool) -> int:
     """Print a check's answer, write its JUnit file, and return the exit code."""
     if junit is not None:
-        from reports.junit import drift_as_junit
-
         from reports.html import save
+        from reports.junit import drift_as_junit
 
         save(drift_as_junit(drift), junit)
     if form is AnswerFormat.JSON:
@@ -61,7 +60,6 @@ def show_history(folder: Path, book: Path | None, html: Path | None, form: Forma
     findings = last_findings(entries)
     if html is not None:
         from reports.history_html import history_html
-
         from reports.html import save
 
         save(history_html(entries, findings), html)

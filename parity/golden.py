@@ -119,10 +119,7 @@ def load(folder: Path) -> Golden:
         facts = json.loads(path.read_text(encoding="utf-8"))
         if facts.pop("format") != FORMAT:
             raise InputError(f"{path} is of a newer format.", "Take a newer parity.", code="golden")
-        prompts = tuple(
-            GoldenPrompt(**{name: tuple(value) if isinstance(value, list) else value for name, value in item.items()})
-            for item in facts.pop("prompts")
-        )
+        prompts = tuple(_prompt(item) for item in facts.pop("prompts"))
         golden = Golden(folder=folder, prompts=prompts, updates=tuple(facts.pop("updates")), **facts)
     except OSError as error:
         advice = "Make golden dumps with `parity drift record`."
@@ -135,6 +132,17 @@ def load(folder: Path) -> Golden:
                 f"the golden dump {golden.path(prompt)} is missing.", "Restore it, or record again.", code="golden"
             )
     return golden
+
+
+def _prompt(item: dict[str, Any]) -> GoldenPrompt:
+    return GoldenPrompt(
+        text=str(item["text"]),
+        tokens=tuple(map(int, item["tokens"])),
+        pieces=tuple(map(str, item["pieces"])),
+        generated=tuple(map(int, item["generated"])),
+        generated_pieces=tuple(map(str, item["generated_pieces"])),
+        file=str(item["file"]),
+    )
 
 
 def seen_from(folder: Path, model: Path | None) -> str:

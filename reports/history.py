@@ -26,12 +26,11 @@ def lines(entries: Sequence[Entry], width: int) -> Iterator[Text]:
         names = list(dict.fromkeys(name for entry in group for name in entry.points))
         room = max(_NARROW, width - max(map(len, names), default=0) - 38)
         drawn = group[-room:]
-        rows: list[tuple[str, ...]] = [("checkpoint", "first", "narrowest", "now", "now ← " + str(len(drawn)) + " checks ago")]
+        rows: list[tuple[str, ...]] = [("checkpoint", "first", "narrowest", "now", "█ beyond the limit")]
         for name in names:
             known = [entry.points[name][2] for entry in group if name in entry.points]
             bars = "".join(bar(entry.points[name][2]) if name in entry.points else " " for entry in drawn)
             rows.append((clean(name), *(factor(margin(value)) for value in (known[0], max(known), known[-1])), bars))
-        rows[0] = (*rows[0][:-1], f"the last {count(len(drawn), 'check')}, the highest bar is the limit")
         yield from columns(rows, frozenset({1, 2, 3}), ["dim", *[""] * (len(rows) - 1)], width)
         yield Text(f"last  {last.time}  {last.commit[:12] or 'no commit'}  {last.verdict}", style="dim")
         yield Text("")
