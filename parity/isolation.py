@@ -1,15 +1,18 @@
 """`parity isolate`: where the values come from, and what is made of them."""
 
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from checkpoints.errors import InputError
-from checkpoints.isolation import NOT_OBSERVABLE, WRONG, Isolation, Operation
+from checkpoints.isolation import NOT_OBSERVABLE, WRONG, Graft, Isolation, Operation
 from checkpoints.record import Header
 from engine.backend import choose
 from engine.gguf_model import GgufModel
@@ -199,21 +202,35 @@ def _foreign(request: IsolateRequest, dump: Path) -> Isolation:
     kv_type = "f16" if "f16" in header.kv_type.lower() and "bf16" not in header.kv_type.lower() else "f32"
     mode = request.mode or header.mode or "exact"
     # The limit of operations computed in F32, whatever the file's types are: the rounding is part of the definitions.
-    found = limits(replace(header, mode="exact", kv_type=""), replace(header, mode="exact", compute="f32", kv_type=""), compute=request.compute)
+    found = limits(
+        replace(header, mode="exact", kv_type=""),
+        replace(header, mode="exact", compute="f32", kv_type=""),
+        compute=request.compute,
+    )
     bench = _bench(request.model, [mode == "native", mode != "native"], kv_type, found.operations, request.rows)
-    with Reference(verbose=request.verbose, threads=request.threads) as reference:
+    layers: list[Operation] = []
+    grafted: list[Graft] = []
+    build: dict[str, Any] = {}
+    with ExitStack() as stack:
+
+        @cache
+        def reference() -> Reference:
+            """Started where it is needed: operations are judged without it."""
+            return stack.enter_context(Reference(verbose=request.verbose, threads=request.threads))
+
         if request.prompt is not None or request.tokens is not None:
-            tokens = np.array(resolve_prompt(reference, Request(request.model, request.prompt, request.tokens)).ids)
+            prompt = resolve_prompt(reference(), Request(request.model, request.prompt, request.tokens))
+            tokens = np.array(prompt.ids, dtype=np.int64)
         else:
             tokens = values.tokens()
         bench.transformer.check([int(token) for token in tokens], 0)
         passes = _feed_dump(values, bench, tokens)
         operations = bench.isolator.operations()
-        layers: list[Operation] = []
-        if request.windows:
-            layers = judged_layers(reference, request.model, values, operations, mode, found.operations)
-        grafted = graft(reference, bench.transformer, values, tokens, request.graft, mode) if request.graft else ()
-        build = reference.versions()
+        if request.windows and any(item.status == NOT_OBSERVABLE and item.layer is not None for item in operations):
+            layers = judged_layers(reference(), request.model, values, operations, mode, found.operations)
+            build = reference().versions()
+        if request.graft:
+            grafted = graft(reference(), bench.transformer, values, tokens, request.graft, mode)
     return Isolation(
         judged=header.source or dump.name,
         model=_named(bench.transformer),
@@ -254,13 +271,17 @@ def _attention_said(checks: AttentionChecks) -> str:
     return "; ".join(parts) if not checks.findings else f"{len(checks.findings)} findings"
 
 
-def _not_checked(operations: Sequence[Operation], passes: int, request: IsolateRequest, *, foreign: bool = False) -> Iterable[str]:
+def _not_checked(
+    operations: Sequence[Operation], passes: int, request: IsolateRequest, *, foreign: bool = False
+) -> Iterable[str]:
     hidden = [found for found in operations if found.status == NOT_OBSERVABLE]
     if hidden:
         yield f"{len(hidden)} operations that are not observable"
     if passes == 1:
         yield "decode steps" + ("" if foreign else " (--generate 4 adds them)")
-    yield "the tokenizer (parity tokens)" + (", and weights as your engine loaded them (parity weights --theirs)" if foreign else "")
+    yield "the tokenizer (parity tokens)" + (
+        ", and weights as your engine loaded them (parity weights --theirs)" if foreign else ""
+    )
     if not foreign and request.kv_type == "f32":
         yield "a KV cache of F16 (--kv-type f16)"
     if not foreign:

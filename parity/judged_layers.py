@@ -69,7 +69,9 @@ def _compared(values: WholeValues, output: str, computed: NDArray[np.float32], l
     if rows is None:
         return Operation(LAYER, layer, NOT_OBSERVABLE, reason=f"no record of {output}")
     rows = rows.take(np.flatnonzero(rows.token_idx < len(computed)))
-    ref = summarise(output, computed.reshape(len(computed), -1)[rows.token_idx], rows.token_idx, slice_size=rows.values.shape[1])
+    ref = summarise(
+        output, computed.reshape(len(computed), -1)[rows.token_idx], rows.token_idx, slice_size=rows.values.shape[1]
+    )
     errors = measure([Pair(output, rows, ref)]).nmse
     if not len(errors) or np.isnan(errors).all():
         return Operation(LAYER, layer, NOT_OBSERVABLE, reason=f"{output} has no values to compare")
@@ -98,9 +100,7 @@ def graft(
         )
     state = hidden_state(values, name)
     if state is None:
-        raise InputError(
-            f"the dump has no whole {name} at every position.", "Record it: --full, all positions.", code="graft"
-        )
+        raise InputError(f"the dump has no whole {name} at every position.", "Record it: --full, all positions.", code="graft")
     path = transformer.model.path
     ids = [int(token) for token in tokens[: len(state)]]
     own = dict(_by_point(reference.capture(path, ids, LOGITS, mode)))[LOGITS]

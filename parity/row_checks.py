@@ -15,6 +15,7 @@ from engine.graph import Altered, Step, WeightSource
 from .elements import Sample, dot_products
 from .isolate import Value
 
+
 @dataclass
 class RowChecks:
     """Recomputes chosen logits at the last position of each pass (`--rows`).

@@ -34,9 +34,7 @@ class WholeValues:
         file = tensors or beside(path)
         self._reader = TensorReader(file) if tensors is not None or file.exists() else None
         self.sequences = sorted({int(seq) for rows in self.dump.points.values() for seq in np.unique(rows.seq)})
-        self._rows = {
-            name: rows.take(np.flatnonzero(rows.seq == self.sequences[0])) for name, rows in self.dump.points.items()
-        }
+        self._rows = {name: rows.take(np.flatnonzero(rows.seq == self.sequences[0])) for name, rows in self.dump.points.items()}
         self._tensors: set[tuple[str, int]] = set()
         for name in self._reader.names if self._reader is not None else ():
             point, _, step = name.rpartition("/")

@@ -27,7 +27,9 @@ def isolate(
     tokens: o.TokensOption = None,
     mode: Annotated[
         o.Mode | None,
-        typer.Option("--mode", help="native: the file's own types with ggml's rounding; exact: as F32. Default: native, or the dump's."),
+        typer.Option(
+            "--mode", help="native: the file's own types with ggml's rounding; exact: as F32. Default: native, or the dump's."
+        ),
     ] = None,
     kv_type: Annotated[CacheType, typer.Option("--kv-type", help="llama.cpp's KV cache (native mode).")] = CacheType.F32,
     generate: Annotated[int, typer.Option("--generate", min=0, help="Decode steps to judge after the prompt.")] = 0,
@@ -38,13 +40,15 @@ def isolate(
         Path | None, typer.Option("--tensors", help="The dump's safetensors file, if it doesn't lie beside it.")
     ] = None,
     compute: Annotated[
-        str | None, typer.Option("--compute", help="What your engine computes in, if the dump doesn't say: f32, tf32, f16, bf16.")
+        str | None,
+        typer.Option("--compute", help="What your engine computes in, if the dump doesn't say: f32, tf32, f16, bf16."),
     ] = None,
     windows: Annotated[
         bool, typer.Option(help="Let llama.cpp judge layers of which only inputs and outputs are there.")
     ] = True,
     graft: Annotated[
-        str | None, typer.Option("--graft", help="blk.N.l_out: llama.cpp goes on from your hidden state; does the next token change?")
+        str | None,
+        typer.Option("--graft", help="blk.N.l_out: llama.cpp goes on from your hidden state; does the next token change?"),
     ] = None,
     threads: o.ThreadsOption = None,
     form: o.FormatOption = o.Format.TEXT,
