@@ -94,4 +94,8 @@ def proof_steps(steps: Sequence[Step], *, native: bool, kv_type: str = "f32") ->
     return made
 
 
-_WIDE: dict[Callable[..., Array], Callable[..., Array]] = {ops.attention_scores: _scores, ops.weighted_values: _mixed, ops.cached: _stored}
+_WIDE: dict[Callable[..., Array], Callable[..., Array]] = {
+    ops.attention_scores: _scores,
+    ops.weighted_values: _mixed,
+    ops.cached: _stored,
+}

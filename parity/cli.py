@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from .commands import diff, doctor, dump, isolate, model, run, synth, twin
+from .commands import consistency, diff, doctor, dump, isolate, model, run, synth, twin, weights
 
 app = typer.Typer(
     name="parity",
@@ -36,6 +36,8 @@ app.command("run", short_help="Both sides, the comparison, the first divergence.
 app.command("diff", short_help="Compare two dumps.")(diff.diff)
 app.add_typer(dump.app, name="dump", short_help="One side only: our engine, or llama.cpp.")
 app.command("isolate", short_help="Every operation by its own inputs: which are wrong, all of them.")(isolate.isolate)
+app.command("weights", short_help="Every weight dequantised three times; or yours against the file.")(weights.weights)
+app.command("consistency", short_help="An engine against itself: prefill, decode, chunks.")(consistency.consistency)
 app.command("model", short_help="What an engine must know of a model.")(model.model)
 app.command("tokens", short_help="Ids and pieces of a prompt.")(model.tokens)
 app.command("twin", short_help="An F32 copy of a model.")(twin.twin)

@@ -120,10 +120,11 @@ def _grafts(found: Isolation, width: int) -> Iterator[Text]:
         return
     changed = [item for item in found.graft if item.changes]
     last = found.graft[-1]
+    mean = sum(item.kl for item in found.graft) / len(found.graft)
     said = (
-        f"llama.cpp, going on from {clean(found.graft_from)} of this engine, chooses another next token at "
-        f"{len(changed)} of {count(len(found.graft), 'position')}; mean KL {error(sum(item.kl for item in found.graft) / len(found.graft))}, "
-        f"at the last position {error(last.kl)} (margin {last.margin:.2g})"
+        f"llama.cpp, going on from {clean(found.graft_from)} of this engine, chooses another next token at {len(changed)} of "
+        f"{count(len(found.graft), 'position')}; mean KL {error(mean)}, at the last position {error(last.kl)} "
+        f"(margin {last.margin:.2g})"
     )
     yield from labelled([("graft", said)], width)
     for item in changed[:_GRAFTS_SHOWN]:
