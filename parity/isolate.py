@@ -104,8 +104,17 @@ class Isolator:
                         if not left[used]:
                             live.pop(used, None)
         for index in sorted(waiting):
-            lacks = [name for name in _names(self.steps[index]) if name not in live and name in missing]
-            self._found[self.steps[index].makes].reason = "no whole value of " + " and ".join(lacks or ["an input"])
+            step = self.steps[index]
+            lacks = [name for name in _names(step) if name in missing]
+            output = "its output was not recorded as a whole" if step.makes in lacks else ""
+            before = " and ".join(name for name in lacks if name != step.makes)
+            self._found[step.makes].reason = output or f"its input {before} was not recorded as a whole"
+
+    def _siblings(self, step: Step) -> list[str]:
+        """Weights of the other products of the same layer."""
+        layer = parse(step.makes).layer
+        near = [other for other in self.steps if other is not step and parse(other.makes).layer == layer]
+        return [other.weights[0].weight for other in near if other.weights and isinstance(other.weights[0], Altered)]
 
     def _limit(self, step: Step) -> float:
         return _NORM_LIMIT if step.op is ops.rms_norm and self.limit <= 1e-10 else self.limit
@@ -135,7 +144,7 @@ class Isolator:
             found.nmse = nmse
             found.position = int(positions[worst]) if len(positions) == count else worst + int(positions[0])
             if nmse > limit:
-                look = look_of(self.definitions[-1][index], inputs[0], wide, self.weights, nmse, limit)
+                look = look_of(self.definitions[-1][index], inputs[0], wide, self.weights, nmse, limit, self._siblings(step))
                 where = "" if wrong == count else f"{wrong} of {count} positions"
                 found.reason = "; ".join(part for part in (where, look) if part)
         if self.sample:
@@ -229,10 +238,10 @@ _CACHED = ("k_read", "v_read")
 _SCORES = ("kq", "kq_soft_max")
 
 
-def _names(step: Step) -> set[str]:
-    given = (TOKENS, POSITIONS)
-    read = {read if isinstance(read, str) else read.of for read in step.reads}
-    return {name for name in read if name not in given} | {step.makes}
+def _names(step: Step) -> list[str]:
+    """What it reads but tokens and positions, and what it makes, each once."""
+    read = [read if isinstance(read, str) else read.of for read in step.reads]
+    return [name for name in dict.fromkeys(read) if name not in (TOKENS, POSITIONS)] + [step.makes]
 
 
 def _take(name: str, value: Value, positions: NDArray[np.int64]) -> NDArray[np.float32]:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from checkpoints.errors import InputError
+from checkpoints.errors import DumpError, InputError
 from checkpoints.isolation import NOT_OBSERVABLE, WRONG, Graft, Isolation, Operation
 from checkpoints.record import Header
 from engine.backend import choose
@@ -231,6 +231,12 @@ def _foreign(request: IsolateRequest, dump: Path) -> Isolation:
             build = reference().versions()
         if request.graft:
             grafted = graft(reference(), bench.transformer, values, tokens, request.graft, mode)
+    if all(item.status == NOT_OBSERVABLE for item in (*operations, *layers)) and not grafted:
+        raise DumpError(
+            f"{dump} has no operation whose inputs and output are there as a whole.",
+            "Record whole values: a tensors file, or all values of each record (parity emit shows how).",
+            code="nothing",
+        )
     return Isolation(
         judged=header.source or dump.name,
         model=_named(bench.transformer),
@@ -239,7 +245,7 @@ def _foreign(request: IsolateRequest, dump: Path) -> Isolation:
         positions=len(tokens),
         passes=passes,
         limit=found.operations,
-        limit_source=found.source,
+        limit_source=LIMIT_SOURCE if found.operations == LIMIT else found.source,
         operations=(*operations, *layers),
         findings=tuple(bench.attention.findings),
         not_checked=tuple(_not_checked(operations, passes, request, foreign=True)),
