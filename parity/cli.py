@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from .commands import diff, doctor, drift, dump, explain, isolate, lint, model, run, synth, twin
+from .commands import consistency, diff, doctor, drift, dump, explain, isolate, lint, model, run, synth, twin, weights
 
 app = typer.Typer(
     name="parity",
@@ -39,6 +39,8 @@ app.add_typer(dump.app, name="dump", short_help="One side only: our engine, or l
 app.command("isolate", short_help="Every operation by its own inputs: which are wrong, all of them.")(isolate.isolate)
 app.command("explain", short_help="Which known fault reproduces your engine's numbers.")(explain.explain)
 app.add_typer(drift.app, name="drift", short_help="Golden dumps that keep numbers from moving unseen.")
+app.command("weights", short_help="Every weight dequantised three times; or yours against the file.")(weights.weights)
+app.command("consistency", short_help="An engine against itself: prefill, decode, chunks.")(consistency.consistency)
 app.command("model", short_help="What an engine must know of a model.")(model.model)
 app.command("tokens", short_help="Ids and pieces of a prompt.")(model.tokens)
 app.command("twin", short_help="An F32 copy of a model.")(twin.twin)
