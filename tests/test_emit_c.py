@@ -125,7 +125,9 @@ def test_a_right_engine_in_c_is_clean_and_agrees(engine: Compiled, reference: Re
     """Lint has no finding, and the comparison with llama.cpp is parity in exact mode."""
     engine.run(Path("ours.jsonl"))
     assert lint(read("ours.jsonl"), stories).findings == ()
-    reference.dump(DumpJob(model=stories, out=Path("ref.jsonl").absolute(), tokens=TOKENS, points="embd,*.l_out,output_norm,logits"))
+    reference.dump(
+        DumpJob(model=stories, out=Path("ref.jsonl").absolute(), tokens=TOKENS, points="embd,*.l_out,output_norm,logits")
+    )
     code, answer = parity.json("diff", "ours.jsonl", "ref.jsonl")
     assert (code, answer["verdict"], answer["compared"]) == (0, "parity", 27 * len(TOKENS))
 
@@ -137,7 +139,9 @@ def test_swapped_buffers_are_linted_and_wrong_rope_is_diffed(
     """The engine that is right but captures wrong is told so and not blamed; the one that rotates wrong is found at position 1."""
     engine.run(Path("swap.jsonl"), "swap")
     engine.run(Path("rope.jsonl"), "rope")
-    reference.dump(DumpJob(model=stories, out=Path("ref.jsonl").absolute(), tokens=TOKENS, points="embd,*.l_out,output_norm,logits"))
+    reference.dump(
+        DumpJob(model=stories, out=Path("ref.jsonl").absolute(), tokens=TOKENS, points="embd,*.l_out,output_norm,logits")
+    )
     told = parity("lint", "swap.jsonl", "--model", stories)
     assert told.code == 1
     assert "same-vector" in told.out
