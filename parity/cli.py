@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from .commands import diff, doctor, dump, emit, lint, model, run, synth, twin
+from .commands import convert, diff, doctor, dump, emit, lint, model, run, synth, twin
 
 app = typer.Typer(
     name="parity",
@@ -36,6 +36,7 @@ app.command("run", short_help="Both sides, the comparison, the first divergence.
 app.command("diff", short_help="Compare two dumps.")(diff.diff)
 app.command("lint", short_help="Is this dump itself to be believed?")(lint.lint)
 app.add_typer(dump.app, name="dump", short_help="One side only: our engine, or llama.cpp.")
+app.command("convert", short_help="Any dump as format 1.")(convert.convert)
 app.command("emit", short_help="The file that your own engine needs to write dumps.")(emit.emit)
 app.command("model", short_help="What an engine must know of a model.")(model.model)
 app.command("tokens", short_help="Ids and pieces of a prompt.")(model.tokens)
