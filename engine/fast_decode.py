@@ -109,7 +109,14 @@ class DecodeStep:
             layers += [layer.attn_norm.data.ptr, layer.ffn_norm.data.ptr, *(value.data.ptr for value in values.values())]
         there = xp.asarray(np.array(layers, dtype=np.int64))
         arrays = (self.embd, self.output_norm, self.logits, *self._scratch, self.state, self.tokens, self._arrived)
-        words = [there.data.ptr, *w.embedding.words(), *w.output.words(), w.norm.data.ptr, self.cosine.data.ptr, self.sine.data.ptr]
+        words = [
+            there.data.ptr,
+            *w.embedding.words(),
+            *w.output.words(),
+            w.norm.data.ptr,
+            self.cosine.data.ptr,
+            self.sine.data.ptr,
+        ]
         return [there, xp.asarray(np.array([*words, *(array.data.ptr for array in arrays)], dtype=np.int64))]
 
     def set_angles(self, first: int) -> None:

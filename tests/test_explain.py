@@ -155,7 +155,8 @@ def test_llama_cpp_with_native_weights_is_not_accused(
 def test_an_unknown_fault_gives_leads_and_the_points_to_record(engine: Faulty) -> None:
     """Nobody is accused of what does not fit: the numbers are described and the next points named."""
     right = [
-        replace(step, op=lambda x, y: (x + y) * np.float32(1.25)) if step.makes == "blk.2.l_out" else step for step in engine.right
+        replace(step, op=lambda x, y: (x + y) * np.float32(1.25)) if step.makes == "blk.2.l_out" else step
+        for step in engine.right
     ]
     kept, engine.right = engine.right, right
     try:

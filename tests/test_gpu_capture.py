@@ -87,7 +87,9 @@ def test_a_full_disk_is_one_clear_error(tmp_path: Path) -> None:
     """On a small tmpfs the dump ends in an InputError that names the file."""
     small = tmp_path / "small"
     small.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(small)], check=False, capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(small)], check=False, capture_output=True
+    ).returncode:
         pytest.skip("mounting a tmpfs is not allowed here")
     try:
         tap = DeviceCapture(Writer(small / "ours.jsonl"), ["embd"], choose("cupy"))

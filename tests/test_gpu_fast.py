@@ -30,7 +30,9 @@ def test_packed_weights_are_the_dequantised_ones_to_the_bit(quantized: Callable[
     engine = FastTransformer(model, choose("cupy"), positions=128)
     captured = {}
     engine.forward(list(range(64)), engine.start(), lambda_tap(captured, "embd"))
-    np.testing.assert_array_equal(captured["embd"].view(np.uint32), model.load_rows("token_embd.weight", np.arange(64)).view(np.uint32))
+    np.testing.assert_array_equal(
+        captured["embd"].view(np.uint32), model.load_rows("token_embd.weight", np.arange(64)).view(np.uint32)
+    )
 
 
 def lambda_tap(captured: dict[str, np.ndarray], wanted: str):  # noqa: ANN201 - a tap in a test

@@ -67,17 +67,14 @@ ToleranceOption = Annotated[
     typer.Option("--tolerance", min=0.0, help="NMSE above which a record differs; default: looked up by types and mode."),
 ]
 StrictOption = Annotated[bool, typer.Option("--strict", help="What one side lacks is a divergence, too.")]
-<<<<<<< HEAD
 AnswerOption = Annotated[
     AnswerFormat,
     typer.Option("--format", help="text for people; json; for CI: markdown (job summary), junit, github (annotations)."),
 ]
-=======
 MapOption = Annotated[
     Path | None, typer.Option("--map", help="TOML file that says what your names mean: their name = our point.")
 ]
 OffsetOption = Annotated[int, typer.Option("--offset", help="Added to every position of your dump.")]
->>>>>>> lint
 FormatOption = Annotated[Format, typer.Option("--format", help="text for people, json for machines.")]
 VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="Show llama.cpp's own log.")]
 
