@@ -201,7 +201,13 @@ class DeviceCapture(Capture):
         start = sum(len(self._kept) for _ in self._parts)
         arguments = (
             *(value, np.int32(kind), np.int32(len(self._now.token_idx)), np.int32(s), np.int32(heads), np.int32(width)),
-            *(self._kept_there[0], self._kept_there[1], np.int32(size), np.int32(self.slice_size), np.int32(self._record.itemsize)),
+            *(
+                self._kept_there[0],
+                self._kept_there[1],
+                np.int32(size),
+                np.int32(self.slice_size),
+                np.int32(self._record.itemsize),
+            ),
             *(self._scratch, self._counters, self._staging[self._half][start * self._record.itemsize :]),
         )
         self._kernel((chunks, rows), (256,), arguments)

@@ -102,7 +102,9 @@ class FastTransformer(Transformer):
 
     def _fits(self, length: int) -> None:
         if length > self.step.positions:
-            raise InputError(f"{length:,} positions are more than the fast mode's cache of {self.step.positions:,}.", code="context")
+            raise InputError(
+                f"{length:,} positions are more than the fast mode's cache of {self.step.positions:,}.", code="context"
+            )
 
     def _decode(self, sequence: Any, tap: Capture | None) -> None:
         """Launch one step; the token stands in the device's state."""
@@ -201,7 +203,13 @@ class FastTransformer(Transformer):
 
     def _rope(self, x: Array, bias: Array, past: int, heads: int, after: Array) -> None:
         hp = self.hp
-        numbers = (np.int32(past), np.int32(heads), np.int32(hp.head_size), np.int32(hp.rope_dims), np.int32(self._weights.neox))
+        numbers = (
+            np.int32(past),
+            np.int32(heads),
+            np.int32(hp.head_size),
+            np.int32(hp.rope_dims),
+            np.int32(self._weights.neox),
+        )
         self._run("rope", len(x), (x, _or_null(bias), self.step.cosine, self.step.sine, *numbers, after))
 
     def _product(self, low: Array, wide: Array, matrix: Packed, *, bias: bool = False) -> Array:

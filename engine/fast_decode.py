@@ -13,10 +13,14 @@ from .backend import Array, Backend
 from .capture_gpu import CACHED, CAUSAL, LAST, PLAIN, DeviceCapture, Part
 from .device import kernel
 from .fast_weights import FastWeights
+from .packing import BF16, F16, F32
 
-_THREADS = 512  # of decode.cu
+_THREADS = 512 + 32  # of decode.cu: those that compute, and the warp that brings weights near
 _SCORES = 4096  # floats of one head's scores in decode.cu's Shared
-_OTHER = 3072  # bytes of Shared beside activations, heads and weights: pointers of two layers, sums, barriers
+_OTHER = 3328  # bytes of Shared beside activations, heads and weights: pointers of two layers, sums, barriers
+_SMALL_PIECES = 1 << F32 | 1 << F16 | 1 << BF16  # types whose rows have a piece for each of 128 lanes
+# Quantised rows of a 0.5 B model are 28 pieces: one warp takes a row of them, four that of the down projection.
+_QUANTISED_WARPS = {"QKV_WARPS": 1, "OUT_WARPS": 1, "GATE_WARPS": 1, "DOWN_WARPS": 4}
 _MATRICES = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
 # What a layer leaves behind, in the order of decode.cu's `Layer`, and its number of floats in the letters of `_sizes`.
 _OUTPUTS = {
@@ -77,6 +81,8 @@ class DecodeStep:
             "BLOCKS": self.blocks, "SPLITS": self.splits,
         }  # fmt: skip
         numbers |= self._staging()
+        if not self.weights.types & _SMALL_PIECES:
+            numbers |= _QUANTISED_WARPS
         return (*(f"{name}={value}" for name, value in numbers.items()), f"TYPES={self.weights.types}ull")
 
     def _staging(self) -> dict[str, int]:
@@ -103,7 +109,14 @@ class DecodeStep:
             layers += [layer.attn_norm.data.ptr, layer.ffn_norm.data.ptr, *(value.data.ptr for value in values.values())]
         there = xp.asarray(np.array(layers, dtype=np.int64))
         arrays = (self.embd, self.output_norm, self.logits, *self._scratch, self.state, self.tokens, self._arrived)
-        words = [there.data.ptr, *w.embedding.words(), *w.output.words(), w.norm.data.ptr, self.cosine.data.ptr, self.sine.data.ptr]
+        words = [
+            there.data.ptr,
+            *w.embedding.words(),
+            *w.output.words(),
+            w.norm.data.ptr,
+            self.cosine.data.ptr,
+            self.sine.data.ptr,
+        ]
         return [there, xp.asarray(np.array([*words, *(array.data.ptr for array in arrays)], dtype=np.int64))]
 
     def set_angles(self, first: int) -> None:

@@ -1,15 +1,18 @@
 """`parity isolate`: where the values come from, and what is made of them."""
 
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from checkpoints.errors import InputError
-from checkpoints.isolation import NOT_OBSERVABLE, WRONG, Isolation, Operation
+from checkpoints.errors import DumpError, InputError
+from checkpoints.isolation import NOT_OBSERVABLE, WRONG, Graft, Isolation, Operation
 from checkpoints.record import Header
 from engine.backend import choose
 from engine.gguf_model import GgufModel
@@ -205,19 +208,35 @@ def _foreign(request: IsolateRequest, dump: Path) -> Isolation:
         compute=request.compute,
     )
     bench = _bench(request.model, [mode == "native", mode != "native"], kv_type, found.operations, request.rows)
-    with Reference(verbose=request.verbose, threads=request.threads) as reference:
+    layers: list[Operation] = []
+    grafted: list[Graft] = []
+    build: dict[str, Any] = {}
+    with ExitStack() as stack:
+
+        @cache
+        def reference() -> Reference:
+            """Started where it is needed: operations are judged without it."""
+            return stack.enter_context(Reference(verbose=request.verbose, threads=request.threads))
+
         if request.prompt is not None or request.tokens is not None:
-            tokens = np.array(resolve_prompt(reference, Request(request.model, request.prompt, request.tokens)).ids)
+            prompt = resolve_prompt(reference(), Request(request.model, request.prompt, request.tokens))
+            tokens = np.array(prompt.ids, dtype=np.int64)
         else:
             tokens = values.tokens()
         bench.transformer.check([int(token) for token in tokens], 0)
         passes = _feed_dump(values, bench, tokens)
         operations = bench.isolator.operations()
-        layers: list[Operation] = []
-        if request.windows:
-            layers = judged_layers(reference, request.model, values, operations, mode, found.operations)
-        grafted = graft(reference, bench.transformer, values, tokens, request.graft, mode) if request.graft else ()
-        build = reference.versions()
+        if request.windows and any(item.status == NOT_OBSERVABLE and item.layer is not None for item in operations):
+            layers = judged_layers(reference(), request.model, values, operations, mode, found.operations)
+            build = reference().versions()
+        if request.graft:
+            grafted = graft(reference(), bench.transformer, values, tokens, request.graft, mode)
+    if all(item.status == NOT_OBSERVABLE for item in (*operations, *layers)) and not grafted:
+        raise DumpError(
+            f"{dump} has no operation whose inputs and output are there as a whole.",
+            "Record whole values: a tensors file, or all values of each record (parity emit shows how).",
+            code="nothing",
+        )
     return Isolation(
         judged=header.source or dump.name,
         model=_named(bench.transformer),
@@ -226,7 +245,7 @@ def _foreign(request: IsolateRequest, dump: Path) -> Isolation:
         positions=len(tokens),
         passes=passes,
         limit=found.operations,
-        limit_source=found.source,
+        limit_source=LIMIT_SOURCE if found.operations == LIMIT else found.source,
         operations=(*operations, *layers),
         findings=tuple(bench.attention.findings),
         not_checked=tuple(_not_checked(operations, passes, request, foreign=True)),

@@ -9,13 +9,16 @@
 
 #include "weights.cuh"
 
-#define THREADS 512
+#define THREADS 512              // that compute; one more warp brings weights near
 #define WARPS (THREADS / 32)
 #define QW (HEADS * HEAD)
 #define KW (KV_HEADS * HEAD)
 #define GROUP (HEADS / KV_HEADS)
 #define LOGITS_AHEAD 128         // rows of the output matrix that a block asks for during the last layer's end
 #define SPLIT_ROWS 64            // positions a block attends to before a head is split over several blocks
+
+// A barrier of the computing warps only.
+__device__ __forceinline__ void block_sync() { asm volatile("bar.sync 1, %0;" :: "n"(THREADS) : "memory"); }
 
 struct Layer {
     Matrix q, k, v, o, gate, up, down;
@@ -43,14 +46,14 @@ __device__ __forceinline__ void prefetch(const void* plane, long long from, unsi
     asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" :: "l"(start), "r"((bytes + 15) & ~15u));
 }
 __device__ __forceinline__ void prefetch_rows(const Matrix& m, int first, int count, int cols) {
-    const int low = eighths(m.type, LOW_PLANE) * (cols / 32) / 8, scales = eighths(m.type, SCALES_PLANE) * (cols / 32) / 8;
+    const int low = eighths(type_of(m), LOW_PLANE) * (cols / 32) / 8, scales = eighths(type_of(m), SCALES_PLANE) * (cols / 32) / 8;
     prefetch(m.low, (long long)first * low, count * low);
     if (scales) prefetch(m.scales, (long long)first * scales, count * scales);
 }
 
 // The grid's barrier, in two halves. `count` goes on from step to step; differences are taken modulo 2^32.
 __device__ __forceinline__ void arrive(unsigned* arrived) {
-    __syncthreads();
+    block_sync();
     if (threadIdx.x == 0) asm volatile("red.release.gpu.global.add.u32 [%0], 1;" :: "l"(arrived) : "memory");
 }
 __device__ __forceinline__ void wait(unsigned* arrived, unsigned until) {
@@ -59,7 +62,7 @@ __device__ __forceinline__ void wait(unsigned* arrived, unsigned until) {
         do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(arrived) : "memory");
         while ((int)(seen - until) < 0);
     }
-    __syncthreads();
+    block_sync();
 }
 
 // Shared memory for this block's rows of a layer's gate and up, and of its down; 0 where they do not fit.
@@ -69,18 +72,18 @@ __device__ __forceinline__ void wait(unsigned* arrived, unsigned until) {
 #endif
 #define NEAR (GATE_BYTES > 0)
 
-// Warps that share a row: with them every phase of a 0.5 B model keeps most warps busy (measured, see BENCHMARKS.md).
+// Warps that share a row. Measured with F16 on a 0.5 B model (BENCHMARKS.md): half or twice of any of them is slower.
 #ifndef QKV_WARPS
-#define QKV_WARPS 2
+#define QKV_WARPS 4
 #endif
 #ifndef OUT_WARPS
-#define OUT_WARPS 2
+#define OUT_WARPS 4
 #endif
 #ifndef GATE_WARPS
 #define GATE_WARPS 2
 #endif
 #ifndef DOWN_WARPS
-#define DOWN_WARPS 2
+#define DOWN_WARPS 4
 #endif
 
 #define PAIRS ((QW + 2 * KW) / 2)     // rows of Q, K and V, two by two
@@ -90,18 +93,19 @@ constexpr int PARTS = most(most(SHARE(PAIRS) * 2 * QKV_WARPS, SHARE(FF) * 2 * GA
                            most(SHARE(D) * most(OUT_WARPS, DOWN_WARPS), 2 * WARPS));
 
 struct Shared {
+    Model model;
     Layer layer[2];              // pointers of this layer and the next: read from memory once, ahead of time
     float x[most(most(most(FF, D), QW) * 9 / 8 + 32, SPLIT_ROWS * 64)];   // activations, or scores of one head
     float part[PARTS];           // sums of rows by the warps that share them
     double norm[WARPS];
     float mixed[WARPS][HEAD];
-    unsigned long long full[2];  // barriers of the weights brought near: gate and up, down
+    unsigned long long full[2], used[2];   // barriers of the weights brought near: gate and up, down
     Matrix near_gate, near_up, near_down;
     __align__(16) char weights[GATE_BYTES + DOWN_BYTES];
 };
 
 // x = values · weight / sqrt(mean(values²) + eps), padded, in shared memory; squares are summed in float64 as in ggml.
-__device__ void rms_norm(Shared& s, const float* values, const float* weight, float eps, float* out) {
+__device__ __noinline__ void rms_norm(Shared& s, const float* values, const float* weight, float eps, float* out) {
     constexpr int EACH = (D + THREADS - 1) / THREADS;
     float v[EACH], w[EACH];
     double squares = 0;
@@ -114,7 +118,7 @@ __device__ void rms_norm(Shared& s, const float* values, const float* weight, fl
     }
     for (int step = 16; step; step >>= 1) squares += __shfl_xor_sync(~0u, squares, step);
     if ((threadIdx.x & 31) == 0) s.norm[threadIdx.x >> 5] = squares;
-    __syncthreads();
+    block_sync();
     squares = s.norm[threadIdx.x & (WARPS - 1)];
     for (int step = WARPS / 2; step; step >>= 1) squares += __shfl_xor_sync(~0u, squares, step);
     const float scale = 1.f / sqrtf((float)(squares / D) + eps);
@@ -127,7 +131,7 @@ __device__ void rms_norm(Shared& s, const float* values, const float* weight, fl
             if (out && blockIdx.x == 0) out[e] = y;
         }
     }
-    __syncthreads();
+    block_sync();
 }
 
 // This block's share of `count` things, as [first, last).
@@ -143,13 +147,19 @@ __device__ __forceinline__ int2 rows_of_pair(int p) {
 
 template <int GROUPS, int R>
 __device__ __forceinline__ void leave_sums(Shared& s, float (&sum)[R], int unit, int group_lane) {
-    #pragma unroll
-    for (int step = 16; step; step >>= 1)
+    const int lane = threadIdx.x & 31;
+    static_assert(R <= 2, "one or two rows");
+    if constexpr (R == 2) {       // each half of the warp goes on with one of the two sums
+        const float mine = lane & 16 ? sum[1] : sum[0], other = lane & 16 ? sum[0] : sum[1];
+        float half = mine + __shfl_xor_sync(~0u, other, 16);
         #pragma unroll
-        for (int r = 0; r < R; r++) sum[r] += __shfl_xor_sync(~0u, sum[r], step);
-    if ((threadIdx.x & 31) == 0)
+        for (int step = 8; step; step >>= 1) half += __shfl_xor_sync(~0u, half, step);
+        if ((lane & 15) == 0) s.part[(unit * 2 + lane / 16) * GROUPS + group_lane / 32] = half;
+    } else {
         #pragma unroll
-        for (int r = 0; r < R; r++) s.part[(unit * R + r) * GROUPS + group_lane / 32] = sum[r];
+        for (int step = 16; step; step >>= 1) sum[0] += __shfl_xor_sync(~0u, sum[0], step);
+        if (lane == 0) s.part[unit * GROUPS + group_lane / 32] = sum[0];
+    }
 }
 template <int GROUPS>
 __device__ __forceinline__ float sum_of(const Shared& s, int index) {
@@ -168,6 +178,7 @@ __device__ __forceinline__ const Matrix& qkv_matrix(const Layer& l, int p, int2&
 
 // By the lanes of one warp: a pair's rows each.
 __device__ __forceinline__ void prefetch_qkv(const Layer& l) {
+    #pragma unroll 1
     for (int p = first_of(PAIRS) + (threadIdx.x & 31); p < last_of(PAIRS); p += 32) {
         int2 rows;
         const Matrix& m = qkv_matrix(l, p, rows);
@@ -179,37 +190,61 @@ __device__ __forceinline__ void prefetch_mine(const Matrix& m, int rows, int col
     if (threadIdx.x % 32 == 0) prefetch_rows(m, first_of(rows), last_of(rows) - first_of(rows), cols);
 }
 
-// A piece of gate and up (or down) of a layer on its way to shared memory; one thread of the block.
-#define GATE_PIECES 4
-#define DOWN_PIECES 2
-__device__ __forceinline__ void bring_gate_up(Shared& s, const Layer& l, int piece) {
-    const int first = first_of(FF), count = last_of(FF) - first;
-    if (piece == 0) {
-        Bring places = {&s.full[0], s.weights, -1, 1};
-        s.near_gate = places.rows(l.gate, first, count, D);
-        s.near_up = places.rows(l.up, first, count, D);
-        expect(places.full, places.bytes);
+// The warp that brings weights near: a layer's gate and up as soon as the last ones have been used, then its down.
+//
+// Small pieces with pauses: a burst would fill the memory's queues, and what the other warps read from the L2 cache, a few
+// kilobytes on the critical path, would wait behind it (measured: the whole burst's time is lost then).
+#ifndef PIECE
+#define PIECE 4096
+#define PACE 480                 // cycles from one piece to the next: 16 GB/s a multiprocessor, half of what memory gives
+#endif
+struct Producer {
+    long long next;
+
+    __device__ void plane(unsigned long long* full, char* to, const Place& p) {
+        for (unsigned done = 0; done < p.size; done += PIECE) {
+            if (PACE) { while (clock64() < next) __nanosleep(40); next = max(next + PACE, clock64()); }
+            const unsigned length = min(p.size - done, (unsigned)PIECE);
+            asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+                         :: "r"(near_address(to + p.offset + done)), "l"(p.from + done), "r"(length), "r"(near_address(full)) : "memory");
+        }
     }
-    Bring bring = {&s.full[0], s.weights, piece, GATE_PIECES};
-    bring.rows(l.gate, first, count, D);
-    bring.rows(l.up, first, count, D);
-}
-__device__ __forceinline__ void bring_down(Shared& s, const Layer& l, int piece) {
-    const int first = first_of(D), count = last_of(D) - first;
-    if (piece == 0) {
-        Bring places = {&s.full[1], s.weights + GATE_BYTES, -1, 1};
-        s.near_down = places.rows(l.down, first, count, FF);
-        expect(places.full, places.bytes);
+    __device__ void bring(unsigned long long* full, char* to, const Matrix* const* matrices, int count, int first, int rows, int cols) {
+        unsigned bytes = 0;
+        for (int i = 0; i < count; i++) bytes = places_end(*matrices[i], first, rows, cols, bytes);
+        expect(full, bytes);
+        unsigned offset = 0;
+        for (int i = 0; i < count; i++)
+            for (int k = 0; k < 4; k++) {
+                const Place p = place_of(*matrices[i], k, first, rows, cols, offset);
+                if (p.size) plane(full, to, p);
+                offset += p.size;
+            }
     }
-    Bring bring = {&s.full[1], s.weights + GATE_BYTES, piece, DOWN_PIECES};
-    bring.rows(l.down, first, count, FF);
+};
+
+__device__ __noinline__ void produce(Shared& s, const Model& m) {
+    const int gate_first = first_of(FF), gate_rows = last_of(FF) - gate_first, down_first = first_of(D), down_rows = last_of(D) - down_first;
+    Producer producer = {clock64()};
+    for (int i = 0; i < LAYERS; i++) {
+        const Layer& l = m.layers[i];
+        const Matrix gate = l.gate, up = l.up, down = l.down;
+        const Matrix* two[2] = {&gate, &up};
+        const Matrix* one[1] = {&down};
+        if (i) await(&s.used[0], (i - 1) & 1);
+        producer.bring(&s.full[0], s.weights, two, 2, gate_first, gate_rows, D);
+        if (i) await(&s.used[1], (i - 1) & 1);
+        producer.bring(&s.full[1], s.weights + GATE_BYTES, one, 1, down_first, down_rows, FF);
+    }
 }
 
 #ifdef PROFILE
 __device__ long long marks[BLOCKS][1024];
 #define MARK(N) if (threadIdx.x == 0) { marks[blockIdx.x][N] = clock64(); }
+#define INSIDE(N) MARK(600 + N)
 #else
 #define MARK(N)
+#define INSIDE(N)
 #endif
 
 // Q, K and V of the normalised input; Q and K rotated; K and V into the cache.
@@ -243,6 +278,7 @@ struct Projection {
         rows.load(both, two, lane);
     }
     __device__ __forceinline__ void run(Shared& s, const Layer& l, int position) {
+        #pragma unroll 1
         for (int p = mine; p < last; p += UNITS) {
             int2 r;
             const Matrix& w = qkv_matrix(l, p, r);
@@ -253,7 +289,7 @@ struct Projection {
             if (p + UNITS < last) fetch(l, p + UNITS);
             leave_sums<QKV_WARPS, 2>(s, sum, p - first, lane);
         }
-        __syncthreads();
+        block_sync();
         static_assert(SHARE(PAIRS) <= THREADS, "a thread finishes one pair");
         const int u = threadIdx.x, p = first + u;
         if (p >= last) return;
@@ -280,7 +316,7 @@ __device__ void attend(Shared& s, const Model& m, const Layer& l, int head, int 
     constexpr int EACH = (HEAD + 31) / 32, HELD = SPLIT_ROWS / WARPS;   // positions of a warp whose K and V are fetched at once
     const int from = seen * split / splits, to = seen * (split + 1) / splits, count = to - from;
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
-    const long long offset = from * (long long)KW + (head / GROUP) * HEAD;
+    const float *keys = l.k_cache + (long long)from * KW + head / GROUP * HEAD, *values = l.v_cache + (keys - l.k_cache);
     float q[EACH], k[HELD][EACH], v[HELD][EACH];
     #pragma unroll
     for (int i = 0; i < EACH; i++) { int e = lane + 32 * i; q[i] = e < HEAD ? __ldcg(l.q_rope + head * HEAD + e) : 0.f; }
@@ -290,11 +326,11 @@ __device__ void attend(Shared& s, const Model& m, const Layer& l, int head, int 
         for (int i = 0; i < EACH; i++) {
             const int e = lane + 32 * i, p = warp + h * WARPS;
             const bool there = e < HEAD && p < count;
-            k[h][i] = there ? __ldcg(l.k_cache + offset + p * (long long)KW + e) : 0.f;
-            v[h][i] = there ? __ldcg(l.v_cache + offset + p * (long long)KW + e) : 0.f;
+            k[h][i] = there ? __ldcg(keys + p * KW + e) : 0.f;
+            v[h][i] = there ? __ldcg(values + p * KW + e) : 0.f;
         }
     auto score = [&](int p, float dot) {
-        if (lane == 0) { s.x[p] = dot; l.kq[(long long)head * POSITIONS + from + p] = dot; }
+        if (lane == 0) { s.x[p] = dot; l.kq[head * POSITIONS + from + p] = dot; }
     };
     float dots[HELD];
     #pragma unroll
@@ -309,15 +345,17 @@ __device__ void attend(Shared& s, const Model& m, const Layer& l, int head, int 
         for (int h = 0; h < HELD; h++) dots[h] += __shfl_xor_sync(~0u, dots[h], step);
     #pragma unroll
     for (int h = 0; h < HELD; h++) if (warp + h * WARPS < count) score(warp + h * WARPS, dots[h]);
+    #pragma unroll 1
     for (int p = warp + SPLIT_ROWS; p < count; p += WARPS) {
         float dot = 0.f;
         #pragma unroll
-        for (int i = 0; i < EACH; i++) { int e = lane + 32 * i; if (e < HEAD) dot = fmaf(q[i], __ldcg(l.k_cache + offset + p * (long long)KW + e), dot); }
+        for (int i = 0; i < EACH; i++) { int e = lane + 32 * i; if (e < HEAD) dot = fmaf(q[i], __ldcg(keys + p * KW + e), dot); }
         for (int step = 16; step; step >>= 1) dot += __shfl_xor_sync(~0u, dot, step);
         score(p, dot);
     }
-    __syncthreads();
+    block_sync();
     float peak = -INFINITY;
+    #pragma unroll 1
     for (int p = lane; p < count; p += 32) peak = fmaxf(peak, s.x[p] * scale);
     for (int step = 16; step; step >>= 1) peak = fmaxf(peak, __shfl_xor_sync(~0u, peak, step));
     float acc[EACH] = {}, total = 0.f;
@@ -329,17 +367,17 @@ __device__ void attend(Shared& s, const Model& m, const Layer& l, int head, int 
             #pragma unroll
             for (int i = 0; i < EACH; i++) acc[i] = fmaf(w, v[h][i], acc[i]);
         }
-    #pragma unroll 2
+    #pragma unroll 1
     for (int p = warp + SPLIT_ROWS; p < count; p += WARPS) {
         const float w = expf(s.x[p] * scale - peak);
         total += w;
         #pragma unroll
-        for (int i = 0; i < EACH; i++) { int e = lane + 32 * i; if (e < HEAD) acc[i] = fmaf(w, __ldcg(l.v_cache + offset + p * (long long)KW + e), acc[i]); }
+        for (int i = 0; i < EACH; i++) { int e = lane + 32 * i; if (e < HEAD) acc[i] = fmaf(w, __ldcg(values + p * KW + e), acc[i]); }
     }
     #pragma unroll
     for (int i = 0; i < EACH; i++) { int e = lane + 32 * i; if (e < HEAD) s.mixed[warp][e] = acc[i]; }
     if (lane == 0) s.part[warp] = total;
-    __syncthreads();
+    block_sync();
     const long long slot = (long long)head * SPLITS + split;
     for (int e = threadIdx.x; e < HEAD; e += THREADS) {
         float sum = 0.f;
@@ -354,7 +392,7 @@ __device__ void attend(Shared& s, const Model& m, const Layer& l, int head, int 
         m.sums[slot * 2] = peak;
         m.sums[slot * 2 + 1] = sum;
     }
-    __syncthreads();
+    block_sync();
 }
 
 // The shares of each head put together -> x; block 0 keeps them as kqv_out, and each head's peak and 1 / sum.
@@ -397,7 +435,7 @@ __device__ void merge(Shared& s, const Model& m, const Layer& l, int splits) {
             if (e % HEAD == 0) { l.peaks[2 * head] = peak; l.peaks[2 * head + 1] = 1.f / total; }
         }
     }
-    __syncthreads();
+    block_sync();
 }
 
 // Feed-forward activations -> x: all loads under way before the first is stored.
@@ -417,7 +455,7 @@ __device__ __forceinline__ void take(Shared& s, const float* values) {
             if (e < FF / 4) *(float4*)(s.x + padded(4 * e)) = v[i];
         }
     }
-    __syncthreads();
+    block_sync();
 }
 
 // Rows of a projection onto the residual stream: product -> made, product + residual -> sum.
@@ -441,6 +479,7 @@ template <int COLS, int SHARED_BY, bool CLOSE> struct ProjectionBack {
         rest = r < last ? __ldcg(residual + r) : 0.f;
     }
     __device__ __forceinline__ void run(Shared& s, const Matrix& w, float* made, float* summed) {
+        #pragma unroll 1
         for (int r = mine; r < last; r += UNITS) {
             const Matrix* one[1] = {&w};
             const int row[1] = {r};
@@ -449,7 +488,8 @@ template <int COLS, int SHARED_BY, bool CLOSE> struct ProjectionBack {
             if (r + UNITS < last) fetch(w, r + UNITS);
             leave_sums<SHARED_BY, 1>(s, sum, r - first, lane);
         }
-        __syncthreads();
+        INSIDE(6)
+        block_sync();
         static_assert(SHARE(D) <= THREADS, "a thread finishes one row");
         const int r = first + threadIdx.x;
         if (r >= last) return;
@@ -476,10 +516,15 @@ struct GateUp {
     __device__ __forceinline__ void run(Shared& s, const Layer& l) {
         const Matrix &g = NEAR ? s.near_gate : l.gate, &u = NEAR ? s.near_up : l.up;
         const Matrix* both[2] = {&g, &u};
-        const bool alike = ONE_TYPE || l.gate.type == l.up.type;
+        const bool alike = ONE_TYPE || type_of(l.gate) == type_of(l.up);
+        rows.hold(s.x, lane);
+        #pragma unroll 1
         for (int r = mine; r < last; r += UNITS) {
             float sum[2];
-            if (alike) {
+            if constexpr (decltype(rows)::HOLDS) {
+                const int two[2] = {r, r};
+                rows.dot_held(both, two, lane, sum);
+            } else if (alike) {
                 const int two[2] = {r, r};
                 rows.dot(both, two, lane, s.x, sum);
                 if (r + UNITS < last) fetch(l, r + UNITS);
@@ -495,7 +540,9 @@ struct GateUp {
             }
             leave_sums<GATE_WARPS, 2>(s, sum, r - first, lane);
         }
-        __syncthreads();
+        INSIDE(2)
+        block_sync();
+        INSIDE(3)
         for (int r = first + threadIdx.x; r < last; r += THREADS) {
             float a = sum_of<GATE_WARPS>(s, 2 * (r - first)), b = sum_of<GATE_WARPS>(s, 2 * (r - first) + 1);
             if (l.gate.bias) a += l.gate.bias[r];
@@ -533,7 +580,7 @@ __device__ void logits(Shared& s, const Model& m) {
         }
     }
     if (lane == 0) { s.part[warp] = best; s.part[WARPS + warp] = __int_as_float(best_at); }
-    __syncthreads();
+    block_sync();
     if (threadIdx.x == 0) {
         for (int w = 1; w < WARPS; w++) {
             int at = __float_as_int(s.part[WARPS + w]);
@@ -545,13 +592,13 @@ __device__ void logits(Shared& s, const Model& m) {
 
 // The last block to finish takes the largest logit of all (of equal ones the smallest id) and moves the state on.
 __device__ void choose(Shared& s, const Model& m, unsigned until, State now) {
-    __syncthreads();
+    block_sync();
     if (threadIdx.x == 0) {
         __threadfence();
         s.part[0] = __int_as_float(atomicAdd(m.arrived, 1u) + 1u == until);
         __threadfence();
     }
-    __syncthreads();
+    block_sync();
     if (!__float_as_int(s.part[0])) return;
     if (threadIdx.x < 32) {
         float best = -INFINITY;
@@ -574,36 +621,58 @@ __device__ void choose(Shared& s, const Model& m, unsigned until, State now) {
     }
 }
 
-__device__ __forceinline__ void fetch_layer(Shared& s, const Model& m, int i) {
-    const int words = sizeof(Layer) / 8;
-    if (i < LAYERS && threadIdx.x < words) ((long long*)(s.layer + (i & 1)))[threadIdx.x] = __ldg((const long long*)(m.layers + i) + threadIdx.x);
+// A layer's pointers, in two steps: asked for, and, when they have come, put into shared memory.
+__device__ __forceinline__ long long fetch_layer(const Model& m, int i) {
+    return i < LAYERS && threadIdx.x < sizeof(Layer) / 8 ? __ldg((const long long*)(m.layers + i) + threadIdx.x) : 0;
+}
+__device__ __forceinline__ void keep_layer(Shared& s, int i, long long word) {
+    if (i < LAYERS && threadIdx.x < sizeof(Layer) / 8) ((long long*)(s.layer + (i & 1)))[threadIdx.x] = word;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const Model* model, float eps, float scale) {
+// Where the producer puts this layer's matrices.
+__device__ __noinline__ void find_near(Shared& s, const Layer& l) {
+    const int first = first_of(FF), rows = last_of(FF) - first;
+    unsigned offset = 0;
+    s.near_gate = near_matrix(l.gate, s.weights, first, rows, D, offset);
+    s.near_up = near_matrix(l.up, s.weights, first, rows, D, offset);
+    offset = 0;
+    s.near_down = near_matrix(l.down, s.weights + GATE_BYTES, first_of(D), last_of(D) - first_of(D), FF, offset);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode(const Model* model, float eps, float scale) {
     extern __shared__ __align__(16) unsigned char memory[];
     Shared& s = *(Shared*)memory;
-    const Model& m = *model;
-    const State now = *m.state;
+    if (threadIdx.x < sizeof(Model) / 8) ((long long*)&s.model)[threadIdx.x] = ((const long long*)model)[threadIdx.x];
+    const Model& m = s.model;
+    const State now = *model->state;
     const int seen = now.position + 1, splits = min(SPLITS, (seen + SPLIT_ROWS - 1) / SPLIT_ROWS);
-    unsigned* const arrived = m.arrived;
+    unsigned* const arrived = model->arrived;
     unsigned barrier = now.step * (LAYERS * 5u + 1u) * BLOCKS;
 #define ARRIVE { MARK(mark++); arrive(arrived); }
 #define WAIT { MARK(mark++); wait(arrived, barrier += BLOCKS); MARK(mark++); }
     [[maybe_unused]] int mark = 0;
 
-    fetch_layer(s, m, 0);
-    if (NEAR && threadIdx.x == 0) {
-        asm volatile("mbarrier.init.shared.b64 [%0], 1;" :: "r"(near_address(&s.full[0])));
-        asm volatile("mbarrier.init.shared.b64 [%0], 1;" :: "r"(near_address(&s.full[1])));
-        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    if (NEAR) {
+        if (threadIdx.x == 0) {
+            for (int i = 0; i < 2; i++) {
+                asm volatile("mbarrier.init.shared.b64 [%0], 1;" :: "r"(near_address(&s.full[i])));
+                asm volatile("mbarrier.init.shared.b64 [%0], 1;" :: "r"(near_address(&s.used[i])));
+            }
+            asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+        }
     }
+    __syncthreads();
+    if (threadIdx.x >= THREADS) {
+        if (NEAR && threadIdx.x == THREADS) produce(s, m);
+        return;
+    }
+    keep_layer(s, 0, fetch_layer(m, 0));
     for (int i = threadIdx.x; i < D; i += THREADS)           // every block writes the same: no barrier is needed before it reads them
         __stcg(m.embd + i, element(m.embedding, now.token, D, i));
-    __syncthreads();
+    block_sync();
     const float* x = m.embd;
     Projection qkv;
     qkv.load(m, s.layer[0], now.position);
-    if (NEAR && threadIdx.x == 0) { bring_gate_up(s, s.layer[0], 0); bring_gate_up(s, s.layer[0], 1); }
     if (threadIdx.x == 0) prefetch_mine(s.layer[0].o, D, QW);
     MARK(mark++)
     for (int i = 0; i < LAYERS; i++) {
@@ -612,45 +681,49 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const Model* mod
         qkv.run(s, l, now.position);
         ARRIVE
         if (threadIdx.x == 32) {
-            if (NEAR) bring_gate_up(s, l, 2);
-            else { prefetch_mine(l.gate, FF, D); prefetch_mine(l.up, FF, D); }
+            if (!NEAR) { prefetch_mine(l.gate, FF, D); prefetch_mine(l.up, FF, D); }
         }
         WAIT
+        #pragma unroll 1
         for (int u = blockIdx.x; u < HEADS * splits; u += BLOCKS) attend(s, m, l, u / splits, u % splits, splits, seen, scale);
         ARRIVE
         ProjectionBack<QW, OUT_WARPS, false> out;
         out.load(l.o, x);
-        fetch_layer(s, m, i + 1);
-        if (NEAR && threadIdx.x == 256) { bring_gate_up(s, l, 3); bring_down(s, l, 0); }
+        const long long word = fetch_layer(m, i + 1);
+        if (NEAR && threadIdx.x == 64) find_near(s, l);
         WAIT
+        keep_layer(s, i + 1, word);
         merge(s, m, l, splits);
         out.run(s, l.o, l.attn_out, l.ffn_inp);
         ARRIVE
         GateUp gate_up;
         gate_up.load(l);
         if (threadIdx.x == 32) {
-            if (NEAR) bring_down(s, l, 1);
-            else prefetch_mine(l.down, D, FF);
+            if (!NEAR) prefetch_mine(l.down, D, FF);
         }
         WAIT
         rms_norm(s, l.ffn_inp, l.ffn_norm, eps, l.ffn_norm_out);
+        INSIDE(0)
         if (NEAR) await(&s.full[0], i & 1);
+        INSIDE(1)
         gate_up.run(s, l);
         ARRIVE
         ProjectionBack<FF, DOWN_WARPS, NEAR> down;
         down.load(l.down, l.ffn_inp);
         const Layer& next = s.layer[(i + 1) & 1];
         if (i + 1 < LAYERS) {
-            if (NEAR && threadIdx.x == 32) bring_gate_up(s, next, 0);
+            if (NEAR && threadIdx.x == 32) leave(&s.used[0]);
             if (threadIdx.x / 32 == 2) prefetch_qkv(next);
             if (threadIdx.x == 96) prefetch_mine(next.o, D, QW);
         } else if (threadIdx.x == 32) prefetch_rows(m.output, first_of(VOCAB), min(LOGITS_AHEAD, last_of(VOCAB) - first_of(VOCAB)), D);
         WAIT
         take(s, l.swiglu);
+        INSIDE(4)
         if (NEAR) await(&s.full[1], i & 1);
+        INSIDE(5)
         down.run(s, NEAR ? s.near_down : l.down, l.ffn_out, l.l_out);
         ARRIVE
-        if (NEAR && i + 1 < LAYERS && threadIdx.x == 32) bring_gate_up(s, next, 1);
+        if (NEAR && i + 1 < LAYERS && threadIdx.x == 32) leave(&s.used[1]);
         x = l.l_out;
         if (i + 1 < LAYERS) qkv.load(m, next, now.position);
         WAIT
