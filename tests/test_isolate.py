@@ -83,6 +83,7 @@ def test_nothing_is_wrong_under_the_floor_of_this_machine(
     """Where the embedded model itself shows such errors, an operation is not observable, and the reason says so."""
     right = isolation.proof_steps
     monkeypatch.setattr(isolation, "proof_steps", lambda steps, native, kv_type: right(steps, native=False, kv_type=kv_type))
+    monkeypatch.setattr(isolation, "calibrate", lambda *_: 1e-3)
     found = isolate(IsolateRequest(synthetic(kind="q8_0", layers=3), tokens=TOKENS), reference)
     assert found.wrong == ()
     assert any("embedded model" in item.reason for item in found.operations)
