@@ -1,4 +1,4 @@
-"""What commands print: the answer on stdout, progress on stderr and only to a terminal."""
+"""What commands print: answers and facts on stdout, progress on stderr and only to a terminal."""
 
 import json
 import sys
@@ -12,48 +12,15 @@ from .commands.options import Format
 if TYPE_CHECKING:
     from rich.text import Text
 
-    from checkpoints.record import Dump
-    from checkpoints.verdict import Verdict
     from reference.jobs import Tokens
 
-    from .session import Outcome, Progress
+    from .session import Progress
 
 PARITY_CODE = 0
 DIVERGENCE_CODE = 1
 
 
-def finish(outcome: "Outcome", form: Format) -> int:
-    """Print a run's answer, write diff.json beside the dumps, and return the exit code."""
-    from reports.as_json import verdict_as_json
-
-    answer = verdict_as_json(outcome.verdict) | {"folder": str(outcome.folder), "seconds": round(outcome.seconds, 3)}
-    (outcome.folder / "diff.json").write_text(json.dumps(answer, indent=1) + "\n", encoding="utf-8")
-    code = show(outcome.verdict, outcome.ours, outcome.ref, form, extra=answer)
-    if form is Format.TEXT:
-        files = "  ".join(path.name for path in sorted(outcome.folder.iterdir(), reverse=True) if path.is_file())
-        print(f"{outcome.folder}/  {files}   {outcome.seconds:.1f} s")
-    return code
-
-
-def show(verdict: "Verdict", ours: "Dump", ref: "Dump", form: Format, extra: Mapping[str, Any] | None = None) -> int:
-    """Print a comparison's answer and return the exit code."""
-    if form is Format.JSON:
-        from reports.as_json import verdict_as_json
-
-        print(json.dumps(verdict_as_json(verdict) | dict(extra or {})))
-    else:
-        from rich.console import Console
-
-        from reports.header import print_header
-        from reports.terminal import print_verdict
-
-        console = Console()
-        print_header(console, ours.header, ref.header)
-        print_verdict(console, verdict)
-    return PARITY_CODE if verdict else DIVERGENCE_CODE
-
-
-class Report(Protocol):
+class Room(Protocol):
     """A room of `reports` that shows one kind of answer."""
 
     def lines(self, found: Any, width: int) -> Iterable["Text"]:
@@ -63,18 +30,39 @@ class Report(Protocol):
         """As one JSON object."""
 
 
-def answer(found: Any, report: Report, form: Format) -> int:
+def answer(found: Any, room: Room, form: Format) -> int:
     """Print an answer that is true where nothing is wrong, and return the exit code."""
     if form is Format.JSON:
-        print(json.dumps(report.as_json(found)))
+        print(json.dumps(room.as_json(found)))
     else:
         from rich.console import Console
 
         from reports.header import print_lines
 
         console = Console()
-        print_lines(console, list(report.lines(found, console.width)))
+        print_lines(console, list(room.lines(found, console.width)))
     return PARITY_CODE if found else DIVERGENCE_CODE
+
+
+def catalogue_as(form: Format) -> None:
+    """Print the catalogue of known faults."""
+    from engine.faults import CATALOGUE
+
+    if form is Format.JSON:
+        faults = [
+            {"fault": fault.name, "group": fault.group, "symptom": fault.symptom, "fix": fault.fix, "seen": fault.seen}
+            for fault in CATALOGUE.values()
+        ]
+        print(json.dumps({"schema": 1, "faults": faults}))
+        return
+    from rich.console import Console
+
+    from reports.explanation import catalogue_lines
+    from reports.header import print_lines
+
+    console = Console()
+    rows = [(fault.group, fault.name, fault.symptom, fault.fix, fault.seen) for fault in CATALOGUE.values()]
+    print_lines(console, catalogue_lines(rows, console.width))
 
 
 def written(path: Path) -> None:
@@ -95,7 +83,7 @@ def progress_bar(form: Format) -> Iterator["Progress | None"]:
     with Bar(console=Console(stderr=True), transient=True) as bar:
         tasks: dict[str, Any] = {}
 
-        def update(side: str, done: int, total: int) -> None:
+        def update(side: str, done: int, total: int | None) -> None:
             if side not in tasks:
                 tasks[side] = bar.add_task(side, total=total)
             bar.update(tasks[side], completed=done, total=total)
