@@ -207,3 +207,20 @@ def test_a_dump_without_whole_values_is_refused(parity: Cli, synthetic: Callable
     said = parity("isolate", foreign_dump(model, tmp_path), "--model", synthetic("tiny-llama", layers=2, width=32, ff=64))
     assert said.code == 2
     assert "shape" in said.err
+
+
+@pytest.mark.parametrize("shape", [(4,), (3, 64), (4, 60), (2, 4, 4)])
+def test_tensors_of_another_shape_are_refused(
+    parity: Cli, synthetic: Callable[..., Path], tmp_path: Path, shape: tuple[int, ...]
+) -> None:
+    """A tensors file whose shapes contradict the dump or the model is one line and exit 2, not a traceback."""
+    from safetensors.numpy import load_file, save_file
+
+    model = synthetic(layers=3)
+    engine = Transformer(GgufModel(model), choose("numpy"))
+    dump(engine, OursJob(tmp_path / "ours.jsonl", TOKENS, points="all", full=True))
+    tensors = load_file(tmp_path / "ours.safetensors")
+    name = "blk.1.kq_soft_max/0" if len(shape) == 2 else "blk.1.attn_norm/0"
+    save_file(tensors | {name: np.zeros(shape, np.float32)}, tmp_path / "ours.safetensors")
+    said = parity("isolate", tmp_path / "ours.jsonl", "--model", model)
+    assert (said.code, said.err.count("\n")) == (2, 1)

@@ -13,6 +13,7 @@ from engine.graph import Step
 from engine.transformer import Transformer
 from parity.isolation import IsolateRequest, isolate
 from parity.ours import OursJob, dump
+from reference import Reference
 
 TOKENS = (1, 403, 407, 261, 378, 390)  # any ids of the models' vocabularies
 LAYERS = (1, 3)
@@ -81,11 +82,14 @@ def test_a_fault_is_named_where_it_is_and_nowhere_else(
     assert not found
 
 
-def test_swapped_scales_and_mins_are_named_in_q4_k_only(quantized: Callable[[str], Path], tmp_path: Path) -> None:
-    """In a Q4_K_M file of the stories model exactly the Q4_K products of the faulty layers are wrong."""
-    foreign = Foreign(quantized("Q4_K_M"), tmp_path)
-    found = foreign.judged(plant(foreign.right, CATALOGUE["q4k-scale-min"], [3, 20]))
-    wrong = expected(foreign, "q4k-scale-min", [3, 20])
+def test_swapped_scales_and_mins_are_named_in_q4_k_only(
+    synthetic: Callable[..., Path], reference: Reference, tmp_path: Path
+) -> None:
+    """In a Q4_K_M file exactly the Q4_K products of the faulty layers are wrong, not those that llama.cpp keeps in Q6_K."""
+    model = reference.quantize(synthetic(layers=4, width=256, ff=512), "Q4_K_M", tmp_path / "model.gguf")
+    foreign = Foreign(model, tmp_path)
+    found = foreign.judged(plant(foreign.right, CATALOGUE["q4k-scale-min"], LAYERS))
+    wrong = expected(foreign, "q4k-scale-min", LAYERS)
     assert wrong
     named_exactly(foreign, found, wrong)
 
