@@ -132,7 +132,11 @@ class Isolator:
         best: tuple[float, int, int, int] | None = None
         limit = self._limit(step)
         for steps in self.definitions:
-            ours = compute(steps[index], inputs, self.weights)
+            try:
+                ours = compute(steps[index], inputs, self.weights)
+            except (ValueError, IndexError):
+                shapes = ", ".join(str(list(given.shape)) for given in inputs)
+                raise ModelError(f"{step.makes} cannot be computed from {shapes}.", "Is the dump of this model?") from None
             errors = row_errors(parse(step.makes).kind, ours, wide, positions)
             worst = int(np.argmax(errors))
             if best is None or errors[worst] < best[0]:

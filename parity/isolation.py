@@ -1,7 +1,7 @@
 """`parity isolate`: where the values come from, and what is made of them."""
 
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -79,21 +79,23 @@ def _bench(model: Path, modes: Sequence[bool], kv_type: str, limit: float, rows:
     return _Bench(transformer, isolator, AttentionChecks(), RowChecks(rows, definitions, transformer.weights, limit))
 
 
-def isolate(request: IsolateRequest) -> Isolation:
+def isolate(request: IsolateRequest, running: Reference | None = None) -> Isolation:
     """Judge every operation of llama.cpp, or of a foreign engine's dump, by its own inputs.
+
+    `running` is a reference that was started already and goes on afterwards; without it one is started where it is needed.
 
     Raises:
         ParityError: whatever is wrong with the request, the model, the dump or the reference, in one line.
     """
     if request.dump is not None:
-        return _foreign(request, request.dump)
+        return _foreign(request, request.dump, running)
     if request.graft:
         raise InputError("--graft wants a foreign engine's dump.", "Give the dump: parity isolate DUMP --graft …", code="graft")
     mode = request.mode or "native"
     if mode == "exact" and request.kv_type != "f32":
         raise InputError("exact mode has a cache of F32.", "Leave --kv-type out, or take --mode native.", code="kv_type")
     bench = _bench(request.model, [mode == "native"], request.kv_type, LIMIT, request.rows)
-    with Reference(verbose=request.verbose, threads=request.threads) as reference:
+    with _started(request, running) as reference:
         prompt = resolve_prompt(reference, Request(request.model, request.prompt, request.tokens))
         bench.transformer.check(prompt.ids, 0)
         passes = _feed_reference(reference, request, prompt, mode, bench)
@@ -122,6 +124,10 @@ def isolate(request: IsolateRequest) -> Isolation:
             "attention": _attention_said(bench.attention),
         },
     )
+
+
+def _started(request: IsolateRequest, running: Reference | None) -> AbstractContextManager[Reference]:
+    return Reference(verbose=request.verbose, threads=request.threads) if running is None else nullcontext(running)
 
 
 def _feed_reference(reference: Reference, request: IsolateRequest, prompt: Prompt, mode: str, bench: _Bench) -> int:
@@ -194,7 +200,7 @@ def _without_blas(operations: list[Operation], devices: Sequence[str]) -> list[O
     ]
 
 
-def _foreign(request: IsolateRequest, dump: Path) -> Isolation:
+def _foreign(request: IsolateRequest, dump: Path, running: Reference | None) -> Isolation:
     values = WholeValues(dump, request.tensors)
     header = values.dump.header or Header(source="")
     if request.rows and not any("logits" in values.points(step) for step in values.passes):
@@ -216,7 +222,7 @@ def _foreign(request: IsolateRequest, dump: Path) -> Isolation:
         @cache
         def reference() -> Reference:
             """Started where it is needed: operations are judged without it."""
-            return stack.enter_context(Reference(verbose=request.verbose, threads=request.threads))
+            return stack.enter_context(_started(request, running))
 
         if request.prompt is not None or request.tokens is not None:
             prompt = resolve_prompt(reference(), Request(request.model, request.prompt, request.tokens))
