@@ -15,7 +15,9 @@ from ..mapping import Mapping
 from ..points import EMBD, in_layer, parse, resolve
 from ..record import Dump, Rows
 
-_HEAD = re.compile(rb"(?:ggml_debug|common_debug_cb_eval): +(.+?) = \((\w+)\) +(\S+)\((.*)\) = \{(\d{1,12}), (\d{1,12}), (\d{1,12}), (\d{1,12})\}")
+_HEAD = re.compile(
+    rb"(?:ggml_debug|common_debug_cb_eval): +(.+?) = \((\w+)\) +(\S+)\((.*)\) = \{(\d{1,12}), (\d{1,12}), (\d{1,12}), (\d{1,12})\}"
+)
 _ROW = re.compile(rb"^\s*\[?\s*((?:-?(?:\d+\.\d+|nan(?:\(\w*\))?|inf)|\.\.\.|[,\s])+)\],?\s*$")
 _PEEK = 1 << 20  # bytes that are looked at: such logs begin with the model's loading
 _QUANTUM = 1e-4  # %.4f
@@ -71,7 +73,7 @@ def read(path: Path, mapping: Mapping) -> Dump:
                     point = _point(head[1], head[3], head[4], mapping)
                     if point == EMBD:
                         first, count, step = first + count, sizes[1], step + (count > 0)
-                    if point is not None and 0 < min(sizes) and max(sizes) < 1 << 31:
+                    if point is not None and min(sizes) > 0 and max(sizes) < 1 << 31:
                         open_one = _Tensor(point, sizes)
                 elif open_one is not None:
                     if line.strip().startswith(b"sum ="):
