@@ -14,8 +14,6 @@ from collections.abc import Callable, Sequence
 from math import prod
 from pathlib import Path
 
-import numpy as np
-
 PROMPT = "Once upon a time"
 REPEATS = 7
 PREFILL = 32
@@ -188,7 +186,7 @@ def environment() -> str:
         (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), ""
     )
     packages = ", ".join(f"{name} {version(name)}" for name in ("parity", "numpy", "llama-cpp-python", "typer"))
-    return f"{time.strftime('%Y-%m-%d')} · {cpu}, {os.cpu_count()} cores · Python {sys.version.split()[0]}, NumPy {np.__version__} · {packages}"
+    return f"{time.strftime('%Y-%m-%d')} · {cpu}, {os.cpu_count()} cores · Python {sys.version.split()[0]} · {packages}"
 
 
 if __name__ == "__main__":

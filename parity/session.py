@@ -1,4 +1,4 @@
-"""Both sides of one experiment into one run folder: ours.jsonl, ref.jsonl, diff.json."""
+"""Both sides of one experiment into one run folder: ours.jsonl, ref.jsonl, diff.json, report.html."""
 
 import re
 from collections.abc import Callable
@@ -10,6 +10,7 @@ from time import perf_counter
 from typing import Any, Literal
 
 from checkpoints.errors import DumpError, InputError
+from checkpoints.picture import Picture
 from checkpoints.points import DEFAULT_LAYERS, default_layers, layer_outputs
 from checkpoints.reader import read
 from checkpoints.record import DEFAULT_SLICE, Dump
@@ -17,10 +18,11 @@ from checkpoints.verdict import Verdict
 from engine.capture import Positions
 from reference import DumpJob, DumpResult, Reference
 
-from .compare import Options, compare
+from .compare import Options
 from .lint import refuse_unusable
+from .picture import compare_drawn
 
-Progress = Callable[[str, int, int], None]  # (side, done, total)
+Progress = Callable[[str, int, int | None], None]  # (side, done, total); no total: how long it takes is not known
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,7 @@ class Outcome:
     ours: Dump
     ref: Dump
     verdict: Verdict
+    picture: Picture
     seconds: float
 
 
@@ -149,6 +152,8 @@ def run(request: Request, progress: Progress | None = None) -> Outcome:
         ref_path, ours_path = folder / "ref.jsonl", folder / "ours.jsonl"
         ours.check(prompt)
         job = reference_job(replace(request, points=ours.points, layers=None), prompt, ref_path)
+        if progress is not None:
+            progress("llama.cpp", 0, None)
         if request.generate:
             chosen = reference.dump(job).generated
             ours.dump(prompt, ours_path, Generated(chosen, tuple(reference.pieces(request.model, chosen))), progress)
@@ -164,9 +169,9 @@ def run(request: Request, progress: Progress | None = None) -> Outcome:
     left, right = read(ours_path), read(ref_path)
     if request.command:
         refuse_unusable(left, "your engine's dump")
-    verdict = compare(left, right, Options(tolerance=request.tolerance, strict=request.strict))
+    verdict, drawn = compare_drawn(left, right, Options(tolerance=request.tolerance, strict=request.strict))
     verdict = replace(verdict, notes=(*taken_instead(request, right), *verdict.notes))
-    return Outcome(folder, left, right, verdict, perf_counter() - began)
+    return Outcome(folder, left, right, verdict, drawn, perf_counter() - began)
 
 
 class _Own:

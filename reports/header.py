@@ -17,14 +17,16 @@ def print_lines(console: Console, lines: Iterator[Text] | list[Text]) -> None:
         console.print(line, highlight=False, soft_wrap=True)
 
 
-def print_header(console: Console, ours: Header | None, ref: Header | None) -> None:
-    """Print which model, tokens and sides are compared."""
-    print_lines(console, header(ours, ref, console.width))
+def print_header(console: Console, ours: Header | None, ref: Header | None, generated: str = "") -> None:
+    """Print which model, tokens and sides are compared, and the text that the reference wrote."""
+    print_lines(console, header(ours, ref, console.width, generated))
 
 
-def header(ours: Header | None, ref: Header | None, width: int) -> list[Text]:
+def header(ours: Header | None, ref: Header | None, width: int, generated: str = "") -> list[Text]:
     """The lines of it; none where neither side has a header."""
     rows = list(_rows(ours, ref))
+    if generated:
+        rows.append(("wrote", clean(generated)))
     return [*labelled(rows, width), Text("")] if rows else []
 
 

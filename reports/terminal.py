@@ -6,12 +6,13 @@ from itertools import pairwise
 from rich.console import Console
 from rich.text import Text
 
-from checkpoints.points import EMBD, LOGITS, OUTPUT_NORM, default_layers, in_layer, parse
-from checkpoints.verdict import AGREES, FRESH, GROWN, INHERITED, Difference, Missing, PointSummary, Verdict
+from checkpoints.points import EMBD, LOGITS, OUTPUT_NORM, default_layers, in_layer
+from checkpoints.verdict import AGREES, FRESH, GROWN, INHERITED, Difference, PointSummary, Verdict
 
 from .header import print_lines
 from .layout import columns, cut, labelled
-from .numbers import clean, count, error, limit, of_limit, ranges, token, values
+from .numbers import clean, count, error, of_limit, token, values
+from .sentences import answer, headline, reasons, remarks
 
 _ROWS = 24  # rows of points, stretches that are left out included
 _STYLE = {AGREES: "", FRESH: "bold red", INHERITED: "red", GROWN: "yellow"}
@@ -138,64 +139,15 @@ def explanation(verdict: Verdict, width: int) -> Iterator[Text]:
     """The verdict's line and what explains it."""
     first = verdict.first_divergence
     if first is not None:
-        place = f"position {first.token_idx} {token(first.token)}".rstrip()
-        yield Text(f"divergence at {clean(first.checkpoint)}, {place}", style="bold red")
-        yield from labelled(list(_reasons(verdict)), width, label=_LABEL, indent=2)
+        yield Text(headline(verdict), style="bold red")
+        yield from labelled(list(reasons(verdict)), width, label=_LABEL, indent=2)
         if first.ours or first.ref:
             yield from _both(first, width)
         if verdict.next:
             yield from labelled([("next", "record these on both sides and run diff again:")], width, label=_LABEL, indent=2)
             yield Text(" " * (_LABEL + 2) + f"--points '{clean(verdict.next)}'", style="bold")  # to be copied: never broken
-    yield from labelled(list(_remarks(verdict)), width)
-    yield _answer(verdict)
-
-
-def _answer(verdict: Verdict) -> Text:
-    held = f"{verdict.mode} mode, " if verdict.mode else ""
-    held += f"limit {limit(verdict.limits.operations)}"
-    if verdict.limits.logits != verdict.limits.operations:
-        held += f", logits {limit(verdict.limits.logits)}"
-    if verdict.limits.assumed:
-        held += " (assumed)"
-    if verdict:
-        return Text(f"parity: {verdict.compared:,} of {count(verdict.compared, 'record')} agree, {held}", style="bold green")
-    wrong = sum(point.failed for point in verdict.points)
-    if wrong:
-        what = f"{wrong:,} of {count(verdict.compared, 'record')} differ"
-    elif verdict.first_divergence is not None:
-        what = f"{count(verdict.compared, 'record')} before it compared"
-    else:
-        what = "records are missing"
-    return Text(f"divergence: {what}, {held}", style="bold red")
-
-
-def _reasons(verdict: Verdict) -> Iterator[tuple[str, str]]:
-    found = verdict.last_agreement
-    if found is not None and verdict.first_divergence is not None:
-        where = (
-            f"all {count(found.positions, 'position')}" if found.whole else f"its first {count(found.positions, 'position')}"
-        )
-        between = _between(found.checkpoint, verdict.first_divergence)
-        yield "last agreement", f"{clean(found.checkpoint)}, {where}{between}"
-    if verdict.operation:
-        yield "operation", clean(verdict.operation)
-    if verdict.pattern is not None:
-        yield "pattern", clean(verdict.pattern.sentence)
-    for origin in verdict.origins[1:4]:
-        said = f"{clean(origin.first.checkpoint)}, {'position' if len(origin.positions) == 1 else 'positions'} "
-        yield "also wrong", f"{said}{ranges(origin.positions)}: not caused by the first"
-    if len(verdict.origins) > 4:
-        yield "", f"and {count(len(verdict.origins) - 4, 'further point')} of origin"
-
-
-def _between(last: str, first: Difference) -> str:
-    before, after = parse(last).layer, first.layer
-    if last == EMBD:
-        before = -1
-    if before is None or after is None or after <= before:
-        return ""
-    low = before + 1 if parse(last).kind == "l_out" or last == EMBD else before
-    return f": the fault lies in layer {after}" if low == after else f": the fault lies in layers {low} to {after}"
+    yield from labelled(list(remarks(verdict)), width)
+    yield Text(answer(verdict), style="bold green" if verdict else "bold red")
 
 
 def _both(found: Difference, width: int) -> list[Text]:
@@ -217,30 +169,3 @@ def _both(found: Difference, width: int) -> list[Text]:
     ]
     padded = [(f"  {row[0]}".ljust(_LABEL), *row[1:]) for row in rows]
     return columns(padded, frozenset(range(1, len(rows[0]))), ["dim", "", ""], width)
-
-
-def _remarks(verdict: Verdict) -> Iterator[tuple[str, str]]:
-    for side, lacks in (("ours", verdict.missing_ours), ("the reference", verdict.missing_ref)):
-        if lacks.records:
-            yield "missing", f"{side} lacks {count(lacks.records, 'record')}: {_lacking(lacks)}"
-    if verdict.left_out:
-        yield "left out", f"{count(verdict.left_out, 'record')} after the tokens part"
-    choices = verdict.choices
-    if choices is not None and choices.differs_at is not None:
-        said = f"after position {choices.differs_at} ours chooses {choices.ours_id}, the reference {choices.ref_id}"
-        margin = f" (its margin: {choices.differs_margin:.2g})" if choices.differs_margin is not None else ""
-        yield "first choice", said + margin
-    if verdict.limits.assumed:
-        yield "limit", verdict.limits.source
-    for note in verdict.notes:
-        yield "note", clean(note)
-
-
-def _lacking(lacks: Missing) -> str:
-    said: list[str] = []
-    if lacks.points:
-        listed = ", ".join(clean(name) for name in lacks.points[:3])
-        said.append(listed + (f" and {count(len(lacks.points) - 3, 'further point')}" if len(lacks.points) > 3 else ""))
-    if lacks.positions:
-        said.append(f"positions {ranges(lacks.positions)}" + (" of common points" if lacks.points else ""))
-    return "; ".join(said)

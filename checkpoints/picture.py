@@ -1,0 +1,44 @@
+"""What a report draws beside the verdict: every compared record as a grid, and the first divergence's values. Pure data."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Errors of all compared records, [P, T]: points in dataflow order by positions.
+
+    NaN where there is no such record or its error is not known. `columns` are (seq, token_idx), `tokens` their texts where
+    they are known; `limit` [P, T] is each record's NMSE limit.
+    """
+
+    points: tuple[str, ...]
+    columns: tuple[tuple[int, int], ...]
+    tokens: tuple[str | None, ...]
+    nmse: NDArray[np.float64]
+    max_abs: NDArray[np.float64]
+    of_limit: NDArray[np.float64]
+    limit: NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How one side's row is distributed: `values` that were recorded of `n`, and what its statistics say (None: unknown)."""
+
+    values: tuple[float, ...]
+    n: int | None = None
+    low: float | None = None
+    high: float | None = None
+    mean: float | None = None
+    deviation: float | None = None
+
+
+@dataclass(frozen=True)
+class Picture:
+    """`ours` and `ref` are the spreads of the record that the report is about: the first divergence, else the worst."""
+
+    grid: Grid
+    ours: Spread | None = None
+    ref: Spread | None = None

@@ -1,0 +1,90 @@
+"""Answers of `parity lint`, `isolate` and `explain` (their --format json) as parts of a report."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from checkpoints.errors import InputError
+
+from .numbers import clean, count, error
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One answer: a title, the answer in a sentence, and a table of texts."""
+
+    title: str
+    sentence: str
+    columns: tuple[str, ...] = ()
+    rows: tuple[tuple[str, ...], ...] = ()
+
+
+def finding(answer: Any, name: str) -> Finding:
+    """The part of a report for one command's JSON answer; `name` is the file it came from.
+
+    Raises:
+        InputError: it is no answer of lint, isolate or explain.
+    """
+    if isinstance(answer, Mapping):
+        for key, make in (("operations", _isolate), ("findings", _lint), ("causes", _explain)):
+            if isinstance(answer.get(key), list) and all(isinstance(item, Mapping) for item in answer[key]):
+                return make(answer, answer[key])
+    raise InputError(
+        f"{name} is no answer of `parity lint`, `isolate` or `explain`.",
+        "Write one with --format json > FILE.",
+        code="include",
+    )
+
+
+def _isolate(_answer: Mapping[str, Any], operations: Sequence[Mapping[str, Any]]) -> Finding:
+    """Right operations are counted by kind: a table of some hundred rows that all say "proven" proves less."""
+    status = [str(item.get("status")) for item in operations]
+    wrong = [item for item in operations if item.get("status") == "wrong"]
+    proven = status.count("proven")
+    said = f"{proven} of {count(len(operations), 'operation')} proven right on the reference's own inputs"
+    said += f", {len(wrong)} wrong" if wrong else ""
+    said += f", {status.count('not observable')} not observable" if "not observable" in status else ""
+    rows = [_texts(item, "operation", "layer", "status", "nmse") for item in wrong]
+    for kind in dict.fromkeys(str(item.get("operation")) for item in operations):
+        right = [item for item in operations if str(item.get("operation")) == kind and item.get("status") == "proven"]
+        if right:
+            errors = [item["nmse"] for item in right if isinstance(item.get("nmse"), (int, float))]
+            layers = count(len(right), "layer") if len(right) > 1 else _text(right[0].get("layer"))
+            rows.append((clean(kind), layers, "proven", error(max(errors, default=None))))
+    return Finding("Operation by operation", said, ("operation", "layer", "status", "NMSE"), tuple(rows))
+
+
+def _lint(answer: Mapping[str, Any], findings: Sequence[Mapping[str, Any]]) -> Finding:
+    if not findings:
+        said = "nothing found: this dump is to be believed"
+    else:
+        said = count(len(findings), "finding") + (
+            "" if answer.get("usable", True) else ": a comparison of this dump is not usable"
+        )
+    names = ("severity", "rule", "checkpoint", "token_idx", "evidence", "advice")
+    return Finding("Is the dump to be believed?", said, names, tuple(_texts(item, *names) for item in findings))
+
+
+def _explain(_answer: Mapping[str, Any], causes: Sequence[Mapping[str, Any]]) -> Finding:
+    said = (
+        f"{count(len(causes), 'known fault')} reproduce these numbers" if causes else "no known fault reproduces these numbers"
+    )
+    names = ("fault", "parameters", "layers", "explained", "nmse")
+    rows = tuple(_texts(item, *names) for item in causes)
+    return Finding("Which known fault is it?", said, names, rows)
+
+
+def _texts(item: Mapping[str, Any], *names: str) -> tuple[str, ...]:
+    return tuple(_text(item.get(name)) for name in names)
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    if isinstance(value, Mapping):
+        return clean(", ".join(f"{name} {_text(part)}" for name, part in value.items()))
+    if isinstance(value, list):
+        return clean(", ".join(map(_text, value)))
+    return clean(str(value))

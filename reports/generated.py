@@ -1,0 +1,45 @@
+"""The generated text as both sides would have written it, token by token."""
+
+from dataclasses import dataclass
+
+from checkpoints.record import Dump, Token
+
+from .numbers import token as quoted
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The token at one position: what each side would choose; `margin` is the distance of the reference's first two logits."""
+
+    position: int
+    ours: str
+    ref: str
+    same: bool
+    margin: float | None
+
+
+def generated(ours: Dump, ref: Dump) -> list[Choice]:
+    """Tokens that both sides recorded, of the first sequence; empty where nothing was generated."""
+    mine = {token.token_idx: token for token in ours.tokens if token.seq == 0}
+    texts = {token.id: token.text for side in (ours, ref) for token in side.tokens if token.text}
+    for side in (ours, ref):
+        if side.header is not None:
+            texts |= dict(zip(side.header.tokens, side.header.pieces, strict=False))
+    made: list[Choice] = []
+    for theirs in sorted((token for token in ref.tokens if token.seq == 0), key=lambda token: token.token_idx):
+        other = mine.get(theirs.token_idx)
+        if other is None:
+            continue
+        a, b = _first(other), _first(theirs)
+        margin = theirs.top[0][1] - theirs.top[1][1] if len(theirs.top) > 1 else None
+        made.append(Choice(theirs.token_idx, _named(a, texts), _named(b, texts), a == b, margin))
+    return made
+
+
+def _first(token: Token) -> int:
+    """A side's own first choice: one that is led along another's tokens lists it in `top`."""
+    return token.top[0][0] if token.top else token.id
+
+
+def _named(number: int, texts: dict[int, str]) -> str:
+    return quoted(texts[number]) if number in texts else f"id {number}"

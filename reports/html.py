@@ -1,0 +1,110 @@
+"""A report as one HTML file that opens offline: no server, no network, every text escaped."""
+
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from checkpoints.errors import InputError
+from checkpoints.verdict import Difference
+
+from .charts import figures
+from .generated import generated
+from .numbers import clean, count, error, limit, of_limit, token, values
+from .report import Report, how_it_was_run, prompt
+from .sentences import answer, headline, place, reasons, remarks
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+
+def html(report: Report) -> str:
+    """The whole document, some 0.5 MB of which are the library that draws."""
+    verdict = report.verdict
+    first = verdict.first_divergence
+    text, tokens = prompt(report)
+    return (
+        environment()
+        .get_template("report.html")
+        .render(
+            verdict=verdict,
+            headline=headline(verdict),
+            answer=answer(verdict),
+            first=first,
+            shown=first or verdict.worst,
+            reasons=list(reasons(verdict)),
+            remarks=list(remarks(verdict)),
+            both=_both(first or verdict.worst),
+            points=verdict.points,
+            spreads=[("ours", report.picture.ours), ("reference", report.picture.ref)],
+            findings=report.findings,
+            choices=generated(report.ours, report.ref),
+            prompt=text,
+            prompt_tokens=tokens,
+            run=how_it_was_run(report),
+            figures=figures(verdict, report.picture),
+        )
+    )
+
+
+def write_html(report: Report, path: Path) -> None:
+    """Write the document.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    save(html(report), path)
+
+
+def save(text: str, path: Path) -> None:
+    """Write a text file.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    try:
+        path.write_text(text, encoding="utf-8", errors="replace")
+    except OSError as problem:
+        reason = problem.strerror or problem
+        raise InputError(f"cannot write {path}: {reason}.", "Choose another path.", code="output") from problem
+
+
+def environment() -> "Environment":
+    """Templates of this package; everything that they print is escaped."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    made = Environment(
+        loader=PackageLoader("reports"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    made.globals["asset"] = _asset
+    made.filters |= {
+        "error": error,
+        "of_limit": of_limit,
+        "limit": limit,
+        "clean": clean,
+        "token": token,
+        "count": count,
+        "place": place,
+        "number": lambda value: "" if value is None else f"{value:.6g}",
+    }
+    return made
+
+
+def _asset(name: str) -> Any:
+    """A file of the templates folder as it is: style, script, library. Never text of a dump."""
+    from markupsafe import Markup
+
+    return Markup(files("reports").joinpath("templates", name).read_text(encoding="utf-8"))
+
+
+def _both(found: Difference | None) -> list[tuple[int, str, str, bool]]:
+    """(element, ours, reference, is the largest difference) of the values that a verdict carries."""
+    if found is None:
+        return []
+    if found.checkpoint == "tokens":
+        rows = [[str(int(x)) for x in row] for row in (found.ours, found.ref)]
+    else:
+        rows = list(values(found.ours, found.ref))
+    longest = max(map(len, rows))
+    padded = [row + [""] * (longest - len(row)) for row in rows]
+    base = found.token_idx if found.checkpoint == "tokens" else 0
+    return [(base + n, a, b, n == found.index) for n, (a, b) in enumerate(zip(*padded, strict=True))]
