@@ -126,8 +126,8 @@ class _Dlpack:
     [
         lambda x: x,
         lambda x: x.astype(np.float16),
-        lambda x: _Torch(x),
-        lambda x: _Dlpack(x),
+        _Torch,
+        _Dlpack,
         lambda x: SimpleNamespace(__cuda_array_interface__={}, get=lambda: x),
         lambda x: x.astype(np.float64),
     ],

@@ -205,6 +205,13 @@ def test_convert_writes_any_of_them_as_format_1(run: Path, parity: Cli, tmp_path
     assert parity("convert", "none.log", "-o", "x.jsonl").code == 2
 
 
+class Mutants(dict[str, bytes]):
+    """Right files to be spoiled; they are not shown where a test fails."""
+
+    def __repr__(self) -> str:
+        return "mutants"
+
+
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(
     kind=st.sampled_from(["jsonl", "old.log", "new.log", "npz", "npy", "safetensors"]),
@@ -212,7 +219,7 @@ def test_convert_writes_any_of_them_as_format_1(run: Path, parity: Cli, tmp_path
     keep=st.floats(0, 1),
 )
 def test_mutated_files_end_in_a_verdict_or_an_error_of_one_line(
-    mutants: dict[str, bytes], tmp_path: Path, kind: str, cuts: list[tuple[float, bytes, int]], keep: float
+    mutants: Mutants, tmp_path: Path, kind: str, cuts: list[tuple[float, bytes, int]], keep: float
 ) -> None:
     """Bytes changed, inserted, dropped and files cut short: lint and comparison answer, or one line says why not."""
     data = bytearray(mutants[kind])
@@ -232,18 +239,20 @@ def test_mutated_files_end_in_a_verdict_or_an_error_of_one_line(
 
 
 @pytest.fixture(scope="module")
-def mutants(run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+def mutants(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Mutants:
     folder = tmp_path_factory.mktemp("mutants")
     arrays = {name: whole(run, name)[:3] for name in ("embd", "blk.3.l_out")}
     np.savez(folder / "a.npz", **arrays)
     np.save(folder / "embd.npy", arrays["embd"])
     save_file(arrays, folder / "a.safetensors")
     lines = run.read_bytes().splitlines(keepends=True)
-    return {
-        "jsonl": b"".join([lines[0], *lines[1:200:9], lines[-1]]),
-        "old.log": "\n".join(printed(run, "old")).encode(),
-        "new.log": "\n".join(printed(run, "new")).encode(),
-        "npz": (folder / "a.npz").read_bytes(),
-        "npy": (folder / "embd.npy").read_bytes(),
-        "safetensors": (folder / "a.safetensors").read_bytes(),
-    }
+    return Mutants(
+        {
+            "jsonl": b"".join([lines[0], *lines[1:200:9], lines[-1]]),
+            "old.log": "\n".join(printed(run, "old")).encode(),
+            "new.log": "\n".join(printed(run, "new")).encode(),
+            "npz": (folder / "a.npz").read_bytes(),
+            "npy": (folder / "embd.npy").read_bytes(),
+            "safetensors": (folder / "a.safetensors").read_bytes(),
+        }
+    )

@@ -16,7 +16,7 @@ from ..record import Dump, Rows
 from ..summary import summarise
 
 _ENDINGS = (".npy", ".npz", ".safetensors")
-_LARGEST = 1 << 30  # bytes of one array: what is larger is no activation of one prompt
+_LARGEST = 1 << 30  # bytes of one file, or of one array in an archive: what is larger does not fit beside its copies
 _TYPES = {"F32": np.float32, "F16": np.float16, "F64": np.float64}
 
 
@@ -73,16 +73,25 @@ def rows_of(point: str, array: NDArray[Any], step: int = 0, first: int = 0) -> R
     return summarise(point, values, positions, step=step, decode=step > 0 and len(values) == 1, slice_size=None)
 
 
-def _arrays(file: Path) -> Iterator[tuple[str, NDArray[Any]]]:
+def _check_size(file: Path) -> None:
+    """Raises DumpError for what would fill the memory, a small archive of huge arrays too."""
     try:
-        if file.stat().st_size > 4 * _LARGEST:
-            raise DumpError(f"{file} is larger than 4 GiB.", "Save fewer positions or points.")
+        size = file.stat().st_size
+        if file.suffix == ".npz":
+            with zipfile.ZipFile(file) as archive:
+                size = max((member.file_size for member in archive.infolist()), default=0)
+    except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError) as error:
+        raise DumpError(f"cannot read {file}: {' '.join(str(error).split())[:100]}.", "Save it again.", code="array") from error
+    if size > _LARGEST:
+        raise DumpError(f"{file} holds more than 1 GiB.", "Save fewer positions or points, or single arrays.", code="array")
+
+
+def _arrays(file: Path) -> Iterator[tuple[str, NDArray[Any]]]:
+    _check_size(file)
+    try:
         if file.suffix == ".safetensors":
             yield from safetensors(file)
         elif file.suffix == ".npz":
-            with zipfile.ZipFile(file) as archive:
-                if any(member.file_size > _LARGEST for member in archive.infolist()):
-                    raise DumpError(f"{file} holds an array of more than 1 GiB.", "Save fewer positions or points.")
             with np.load(file, allow_pickle=False) as found:
                 for name in found.files:
                     yield name, found[name]
@@ -117,7 +126,7 @@ def safetensors(file: Path) -> Iterator[tuple[str, NDArray[Any]]]:
     body = data[8 + size :]
     header = json.loads(data[8 : 8 + size].tobytes())
     if not isinstance(header, dict):
-        raise ValueError("its header is no object")
+        raise ValueError("its header is no object")  # noqa: TRY004  # a file's fault, not a caller's
     for name, entry in header.items():
         if name == "__metadata__" or not isinstance(entry, dict):
             continue

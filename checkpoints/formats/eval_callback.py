@@ -15,7 +15,9 @@ from ..mapping import Mapping
 from ..points import EMBD, in_layer, parse, resolve
 from ..record import Dump, Rows
 
-_HEAD = re.compile(rb"(?:ggml_debug|common_debug_cb_eval): +(.+?) = \((\w+)\) +(\S+)\((.*)\) = \{(\d+), (\d+), (\d+), (\d+)\}")
+_HEAD = re.compile(
+    rb"(?:ggml_debug|common_debug_cb_eval): +(.+?) = \((\w+)\) +(\S+)\((.*)\) = \{(\d{1,12}), (\d{1,12}), (\d{1,12}), (\d{1,12})\}"
+)
 _ROW = re.compile(rb"^\s*\[?\s*((?:-?(?:\d+\.\d+|nan(?:\(\w*\))?|inf)|\.\.\.|[,\s])+)\],?\s*$")
 _PEEK = 1 << 20  # bytes that are looked at: such logs begin with the model's loading
 _QUANTUM = 1e-4  # %.4f
@@ -71,7 +73,7 @@ def read(path: Path, mapping: Mapping) -> Dump:
                     point = _point(head[1], head[3], head[4], mapping)
                     if point == EMBD:
                         first, count, step = first + count, sizes[1], step + (count > 0)
-                    if point is not None and 0 < min(sizes) and max(sizes) < 1 << 31:
+                    if point is not None and min(sizes) > 0 and max(sizes) < 1 << 31:
                         open_one = _Tensor(point, sizes)
                 elif open_one is not None:
                     if line.strip().startswith(b"sum ="):
@@ -91,7 +93,7 @@ def _point(name: bytes, op: bytes, sources: bytes, mapping: Mapping) -> str | No
     """Our point of a node; None for views and for what the vocabulary does not have."""
     text = name.decode("utf-8", "replace").strip()
     base, _, layer = text.rpartition("-")
-    output = re.match(rb"blk\.(\d+)\.attn_output\.weight", sources)
+    output = re.match(rb"blk\.(\d{1,6})\.attn_output\.weight", sources)
     if op == b"MUL_MAT" and output:
         return in_layer(int(output[1]), "attn_out")
     if op in _VIEWS:
@@ -127,7 +129,10 @@ def _line(tensor: _Tensor, line: bytes) -> None:
         if word == b"...":
             values.append(None)
         elif word:
-            values.append(float(word.split(b"(")[0]))
+            try:
+                values.append(float(word.split(b"(")[0]))
+            except ValueError:
+                return  # a line of another thread cut through it
     tensor.rows.append((tensor.at, values))
     tensor.at += 1
 

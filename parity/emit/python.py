@@ -29,9 +29,8 @@ def single_file() -> str:
     here = Path(__file__).parent
     folder = Path(checkpoints.__file__).parent
     imports: set[str] = set()
-    bodies = []
-    for path in (*(folder / f"{name}.py" for name in _MODULES), here / "recorder.py"):
-        bodies.append(_body(path.read_text(encoding="utf-8"), imports))
+    files = [*(folder / f"{name}.py" for name in _MODULES), here / "recorder.py"]
+    bodies = [_body(path.read_text(encoding="utf-8"), imports) for path in files]
     plain = sorted(line for line in imports if line.startswith("import "))
     named = sorted(line for line in imports if line.startswith("from "))
     return _TOP + "\n".join((*plain, *named)) + "\n\n" + "\n".join(bodies)
