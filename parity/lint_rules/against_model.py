@@ -15,8 +15,8 @@ from .rule import TELLING, Hit, Subject, leading, telling, where
 
 # Cosine of two rows that are one: float16 and 4-bit values keep 1 - 1e-3, other tokens' embeddings stay far below.
 _SAME_DIRECTION = 0.995
-# Normalised rows agree to rounding, bf16's 8 bits included; neighbouring layers' outputs do not (measured: at most 0.9999 over
-# 16 values between the last two layers of the embedded model, whose norm amplifies what they differ in).
+# Normalised rows agree to rounding: bf16's relative 2^-9 leaves 1 - 2e-6 at most. Other layers' outputs do not: measured at most
+# 0.9989 over 16 values and 0.9981 over whole rows, embedded model (1,300 positions) and six synthetic ones.
 _SAME_NORM = 1 - 3e-6
 
 
