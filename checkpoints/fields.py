@@ -25,6 +25,7 @@ _WORDS = {
     "-inf": -np.inf,
 }
 _VALUES = re.compile(rb'"values"\s*:\s*\[([^\]]*)\]')
+_LEADING = re.compile(rb'"values"\s*:\s*\[([^\]]{,256}),')
 _DECIMAL = re.compile(r"[+-]?(\d*)(?:\.(\d*))?(?:[eE]([+-]?\d+))?")
 # A float32 needs up to 9 significant digits. A text whose values all stop at 7 or fewer was rounded for print.
 _PRINTED_DIGITS = 7
@@ -142,6 +143,15 @@ def _model(found: Any) -> ModelInfo:
         elif not isinstance(value, str):
             raise TypeError(f'"{name}" of the model must be a text, not {value!r:.40}')
     return ModelInfo(**taken)
+
+
+def surely_exact(line: bytes) -> bool:
+    """Whether the first values of a line alone show that its text gives every float32 exactly: then `quantum` is None."""
+    match = _LEADING.search(line)
+    texts = match[1].decode("ascii", "replace").split(",")[:-1] if match else []
+    parsed = [found for text in texts if (found := _DECIMAL.fullmatch(text.strip())) is not None and (found[1] or found[2])]
+    digits = max((len(((found[1] or "") + (found[2] or "")).strip("0")) for found in parsed), default=0)
+    return digits > _PRINTED_DIGITS and len({len(found[2] or "") for found in parsed}) > 1
 
 
 def quantum(line: bytes, count: int) -> NDArray[np.float64] | None:

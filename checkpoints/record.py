@@ -197,7 +197,7 @@ def _stack_optional(arrays: list[NDArray[Any] | None], parts: Sequence[Rows], wi
 class Dump:
     """A dump that was read: rows by point in the order of first appearance, and what the reader noticed.
 
-    `end` is None for a file that was cut short; `skipped` counts lines that were no records; `notes` are sentences for
+    `end` is None for a file that was cut short, `torn` says that its last line was; `skipped` counts lines that were no records; `notes` are sentences for
     the user (a torn last line, records merged, …).
     """
 
@@ -208,6 +208,7 @@ class Dump:
     end: End | None = None
     skipped: int = 0
     notes: tuple[str, ...] = ()
+    torn: bool = False
 
     @property
     def records(self) -> int:

@@ -51,6 +51,9 @@ class Blocks:
 
     def norm(self, makes: str, reads: str, weight: str) -> Step:
         """RMSNorm with the model's epsilon."""
+        if not self.hp.eps > 0:
+            key = f"{self.hp.architecture}.attention.layer_norm_rms_epsilon"
+            raise ModelError(f"the metadata have no usable {key}.", "Convert the model again.")
         return Step(makes, ops.rms_norm, (reads,), (self.weight(weight, self.hp.n_embd),), {"eps": self.hp.eps})
 
     def linear(self, makes: str, reads: str, weight: str, shape: tuple[int, int], *, bias: bool | None = None) -> Step:

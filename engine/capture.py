@@ -80,7 +80,7 @@ class Capture:
         self._tensors = tensors
         self._now = Pass(np.zeros(0, dtype=np.int64), 0, decode=False)
         self._failure: BaseException | None = None
-        self._queue: queue.Queue[Callable[[], None] | None] = queue.Queue(_QUEUE)
+        self._queue: queue.Queue[tuple[Callable[[], None], Callable[[], None]] | None] = queue.Queue(_QUEUE)
         self._thread = threading.Thread(target=self._write, name="checkpoint-writer", daemon=True)
         self._thread.start()
 
@@ -119,21 +119,25 @@ class Capture:
         """Record one generated token."""
         self._put(lambda: self._sink.token(token))
 
-    def _put(self, work: Callable[[], None]) -> None:
+    def _put(self, work: Callable[[], None], discard: Callable[[], None] = lambda: None) -> None:
+        """Give the writer's thread something to do; `discard` is called instead once the writer has failed."""
         self._raise_failure()
         try:
-            self._queue.put_nowait(work)
+            self._queue.put_nowait((work, discard))
         except queue.Full:
             self.waits += 1
-            self._queue.put(work)
+            self._queue.put((work, discard))
 
     def _write(self) -> None:
-        while (work := self._queue.get()) is not None:
-            if self._failure is None:
-                try:
-                    work()
-                except BaseException as error:
-                    self._failure = error
+        while (item := self._queue.get()) is not None:
+            work, discard = item
+            if self._failure is not None:
+                discard()
+                continue
+            try:
+                work()
+            except BaseException as error:
+                self._failure = error
 
     def _raise_failure(self) -> None:
         if self._failure is not None:

@@ -18,7 +18,7 @@ from .backend import Array, module_of
 # 2 MiB of L2; 2^17 is best or nearly so for every format, and 10 to 60 % faster than 2^20.
 _CHUNK = 1 << 17
 
-Unpack = Callable[[Array], Array]  # uint8 [blocks, bytes a block] -> float32 [blocks, elements a block]
+Unpack = Callable[[Array], Array]  # uint8 [blocks, bytes a block] -> float32 (or exact in it) [blocks, elements a block]
 FORMATS: dict[int, tuple[int, int, Unpack]] = {}  # ggml_type -> elements and bytes of a block, function
 
 
@@ -86,8 +86,7 @@ def _nibbles(qs: Array) -> Array:
 def _bits(four_bytes: Array) -> Array:
     """32 bits, the lowest first, as 0 and 1: uint8 [blocks, 4] -> uint8 [blocks, 32]."""
     xp = module_of(four_bytes)
-    shifts = xp.arange(8, dtype=np.uint8)
-    return ((four_bytes[:, :, None] >> shifts) & np.uint8(1)).reshape(-1, 32)
+    return xp.unpackbits(xp.ascontiguousarray(four_bytes).ravel(), bitorder="little").reshape(-1, 32)
 
 
 def _shifted(qs: Array, shifts: tuple[int, ...], mask: int) -> Array:
@@ -104,8 +103,8 @@ def f32(blocks: Array) -> Array:
 
 @_format(1, 1, 2)
 def f16(blocks: Array) -> Array:
-    """ggml_fp16_to_fp32_row."""
-    return _half(blocks)
+    """ggml_fp16_to_fp32_row: still float16 here, widened without a copy in between where it is written to the result."""
+    return module_of(blocks).ascontiguousarray(blocks).view(np.float16)
 
 
 @_format(30, 1, 2)

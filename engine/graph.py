@@ -15,6 +15,7 @@ from .backend import Array
 
 TOKENS = "tokens"
 POSITIONS = "positions"
+PASSES = "passes"  # the number of the forward pass that each position belongs to: 0 for the prompt, then 1, 2, …
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Altered:
 class Step:
     """One operation: `makes = op(*reads, *weights, **params)`.
 
-    `reads` names values made by earlier steps (or `tokens`, `positions`), or their `History`; a weight of None stands
+    `reads` names values made by earlier steps (or `tokens`, `positions`, `passes`), or their `History`; a weight of None stands
     for an optional one that this model lacks.
     """
 
@@ -103,7 +104,7 @@ def run(
     """Compute every step, hand each result to the tap, drop what nobody reads any more.
 
     Args:
-        values: what is given: `tokens` and `positions`, or the last value that is known when a run starts in the middle.
+        values: what is given: `tokens`, `positions` and `passes`, or the last value that is known when a run starts in the middle.
         keep: names to return beside the last step's.
 
     Returns:

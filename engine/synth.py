@@ -43,6 +43,7 @@ class Shape:
     rope_base: float = 1e6
     rope_dims: int = 0
     rope_factors: bool = False
+    rope_scaling: float = 1.0  # factor of linear scaling; 1 writes none
     context: int = 32768
 
     @property
@@ -204,6 +205,9 @@ def _metadata(writer: Any, shape: Shape, kind: Any) -> None:
     writer.add_layer_norm_rms_eps(shape.eps)
     writer.add_rope_freq_base(shape.rope_base)
     writer.add_rope_dimension_count(shape.rope_dims or shape.head)
+    if shape.rope_scaling != 1:
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(shape.rope_scaling)
     writer.add_vocab_size(shape.vocab)
 
 

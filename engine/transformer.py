@@ -101,6 +101,7 @@ class Transformer:
         values = {
             graph.TOKENS: self.backend.array(np.asarray(tokens, dtype=np.int64)),
             graph.POSITIONS: self.backend.array(positions),
+            graph.PASSES: self.backend.array(np.full(len(tokens), sequence.passes)),
         }
         made = graph.run(self.steps, values, self.weights, sequence.cache, tap or _nothing)
         sequence.length += len(tokens)

@@ -14,6 +14,7 @@ from checkpoints.points import default_layers, layer_outputs, select
 from checkpoints.record import DEFAULT_SLICE, Header, ModelInfo, Token
 from checkpoints.tensors import TensorWriter, beside
 from engine.capture import Capture, Positions
+from engine.capture_gpu import tap
 from engine.transformer import Transformer
 
 TOP = 5  # logits a token record carries: enough to see what was nearly chosen
@@ -86,7 +87,7 @@ def dump(transformer: Transformer, job: OursJob) -> Header:
 
     with Writer(job.out, described) as writer:
         try:
-            with Capture(
+            with tap(
                 writer, points, transformer.backend, positions=job.positions, slice_size=job.slice_size, tensors=tensors
             ) as capture:
                 if job.on_step is not None:

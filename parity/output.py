@@ -2,14 +2,18 @@
 
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from .commands.options import AnswerFormat, Format
 
 if TYPE_CHECKING:
+    from rich.text import Text
+
+    from checkpoints.explanation import Explanation
+    from checkpoints.finding import LintReport
     from checkpoints.picture import Picture
     from checkpoints.record import Dump
     from checkpoints.verdict import Verdict
@@ -107,9 +111,78 @@ def show(verdict: "Verdict", ours: "Dump", ref: "Dump", form: Format, extra: Map
         from reports.terminal import print_verdict
 
         console = Console()
-        print_header(console, ours.header, ref.header)
+        print_header(console, ours.header, ref.header, "".join(token.text for token in ref.tokens))
         print_verdict(console, verdict)
     return PARITY_CODE if verdict else DIVERGENCE_CODE
+
+
+class Report(Protocol):
+    """A room of `reports` that shows one kind of answer."""
+
+    def lines(self, found: Any, width: int) -> Iterable["Text"]:
+        """As text, for a terminal of `width` columns."""
+
+    def as_json(self, found: Any) -> dict[str, Any]:
+        """As one JSON object."""
+
+
+def answer(found: Any, report: Report, form: Format) -> int:
+    """Print an answer that is true where nothing is wrong, and return the exit code."""
+    if form is Format.JSON:
+        print(json.dumps(report.as_json(found)))
+    else:
+        from rich.console import Console
+
+        from reports.header import print_lines
+
+        console = Console()
+        print_lines(console, list(report.lines(found, console.width)))
+    return PARITY_CODE if found else DIVERGENCE_CODE
+
+
+def show_lint(report: "LintReport", form: Format) -> int:
+    """Print a lint report and return the exit code: 0 clean, 1 findings."""
+    from reports.lint import lint_as_json, print_lint
+
+    if form is Format.JSON:
+        print(json.dumps(lint_as_json(report)))
+    else:
+        from rich.console import Console
+
+        print_lint(Console(), report)
+    return PARITY_CODE if report else DIVERGENCE_CODE
+
+
+def explained(found: "Explanation", form: Format) -> int:
+    """Print what `parity explain` found and return the exit code."""
+    from reports.explanation import explanation_as_json, print_explanation
+
+    if form is Format.JSON:
+        print(json.dumps(explanation_as_json(found)))
+    else:
+        from rich.console import Console
+
+        print_explanation(Console(), found)
+    return PARITY_CODE if found else DIVERGENCE_CODE
+
+
+def catalogue_as(form: Format) -> None:
+    """Print the catalogue of known faults."""
+    from engine.faults import CATALOGUE
+
+    if form is Format.JSON:
+        faults = [
+            {"fault": fault.name, "group": fault.group, "symptom": fault.symptom, "fix": fault.fix, "seen": fault.seen}
+            for fault in CATALOGUE.values()
+        ]
+        print(json.dumps({"schema": 1, "faults": faults}))
+        return
+    from rich.console import Console
+
+    from reports.explanation import print_catalogue
+
+    rows = [(fault.group, fault.name, fault.symptom, fault.fix, fault.seen) for fault in CATALOGUE.values()]
+    print_catalogue(Console(), rows)
 
 
 def written(path: Path) -> None:
@@ -130,7 +203,7 @@ def progress_bar(form: Format) -> Iterator["Progress | None"]:
     with Bar(console=Console(stderr=True), transient=True) as bar:
         tasks: dict[str, Any] = {}
 
-        def update(side: str, done: int, total: int) -> None:
+        def update(side: str, done: int, total: int | None) -> None:
             if side not in tasks:
                 tasks[side] = bar.add_task(side, total=total)
             bar.update(tasks[side], completed=done, total=total)

@@ -19,9 +19,10 @@ from engine.capture import Positions
 from reference import DumpJob, DumpResult, Reference
 
 from .compare import Options
+from .lint import refuse_unusable
 from .picture import compare_drawn
 
-Progress = Callable[[str, int, int], None]  # (side, done, total)
+Progress = Callable[[str, int, int | None], None]  # (side, done, total); no total: how long it takes is not known
 
 
 @dataclass(frozen=True)
@@ -151,6 +152,8 @@ def run(request: Request, progress: Progress | None = None) -> Outcome:
         ref_path, ours_path = folder / "ref.jsonl", folder / "ours.jsonl"
         ours.check(prompt)
         job = reference_job(replace(request, points=ours.points, layers=None), prompt, ref_path)
+        if progress is not None:
+            progress("llama.cpp", 0, None)
         if request.generate:
             chosen = reference.dump(job).generated
             ours.dump(prompt, ours_path, Generated(chosen, tuple(reference.pieces(request.model, chosen))), progress)
@@ -164,6 +167,8 @@ def run(request: Request, progress: Progress | None = None) -> Outcome:
                     raise
                 pending.result()
     left, right = read(ours_path), read(ref_path)
+    if request.command:
+        refuse_unusable(left, "your engine's dump")
     verdict, drawn = compare_drawn(left, right, Options(tolerance=request.tolerance, strict=request.strict))
     verdict = replace(verdict, notes=(*taken_instead(request, right), *verdict.notes))
     return Outcome(folder, left, right, verdict, drawn, perf_counter() - began)

@@ -192,7 +192,7 @@ def header_of(job: DumpJob, info: ModelInfo, pieces: Sequence[str], library: Lib
         "threads": job.threads or default_threads(),
         "flash_attention": False,
         "window": window or 0,
-        "weights": "f32 twin" if job.mode == EXACT else "as in the file",
+        "weights": "F32 twin" if job.mode == EXACT else "as in the file",
     }
     return Header(
         source="llama.cpp",

@@ -55,4 +55,21 @@ class Library:
             "llama_cpp": named().decode() if named is not None else "",
             "system": system,
             "backend": system.partition(" :")[0],
+            "devices": self.devices(),
         }
+
+    def devices(self) -> tuple[str, ...]:
+        """Every device that this ggml may compute on, as `ggml_backend_dev_name` says: "CPU", "BLAS", "CUDA0"."""
+        import ctypes
+
+        ggml = self.api._lib  # the library that binds the rest exports these functions, too
+        try:
+            ggml.ggml_backend_dev_count.restype = ctypes.c_size_t
+            ggml.ggml_backend_dev_get.restype = ctypes.c_void_p
+            ggml.ggml_backend_dev_get.argtypes = [ctypes.c_size_t]
+            ggml.ggml_backend_dev_name.restype = ctypes.c_char_p
+            ggml.ggml_backend_dev_name.argtypes = [ctypes.c_void_p]
+        except AttributeError:  # a version without a list of devices
+            return ()
+        found = (ggml.ggml_backend_dev_name(ggml.ggml_backend_dev_get(i)) for i in range(ggml.ggml_backend_dev_count()))
+        return tuple(name.decode() for name in found)

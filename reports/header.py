@@ -17,14 +17,16 @@ def print_lines(console: Console, lines: Iterator[Text] | list[Text]) -> None:
         console.print(line, highlight=False, soft_wrap=True)
 
 
-def print_header(console: Console, ours: Header | None, ref: Header | None) -> None:
-    """Print which model, tokens and sides are compared."""
-    print_lines(console, header(ours, ref, console.width))
+def print_header(console: Console, ours: Header | None, ref: Header | None, generated: str = "") -> None:
+    """Print which model, tokens and sides are compared, and the text that the reference wrote."""
+    print_lines(console, header(ours, ref, console.width, generated))
 
 
-def header(ours: Header | None, ref: Header | None, width: int) -> list[Text]:
+def header(ours: Header | None, ref: Header | None, width: int, generated: str = "") -> list[Text]:
     """The lines of it; none where neither side has a header."""
     rows = list(_rows(ours, ref))
+    if generated:
+        rows.append(("wrote", clean(generated)))
     return [*labelled(rows, width), Text("")] if rows else []
 
 
@@ -52,13 +54,13 @@ def _rows(ours: Header | None, ref: Header | None) -> Iterator[tuple[str, str]]:
 
 def _side(side: Header) -> str:
     build = side.build
-    shown = [build.get(key) for key in ("version", "backend", "device")]
+    version = build.get("version") or build.get("llama_cpp_python")
     threads = build.get("threads")
     made = [
-        " ".join(clean(str(part)) for part in (side.source, shown[0]) if part),
-        " ".join(dict.fromkeys(clean(str(part)) for part in shown[1:] if part)),
+        " ".join(clean(str(part)) for part in (side.source, version) if part),
+        clean(str(build.get("device") or build.get("backend") or "")),
         count(threads, "thread") if isinstance(threads, int) else "",
-        clean(side.compute),
+        clean(str(build.get("weights") or side.compute)),
         f"KV {clean(side.kv_type)}" if side.kv_type else "",
     ]
     return " · ".join(part for part in made if part)

@@ -39,18 +39,19 @@ def test_cut_short(reference: Reference, job: DumpJob, tmp_path: Path, size: int
     path.write_bytes(job.model.read_bytes()[:size])
     error = _refused(reference, replace(job, model=path))
     assert isinstance(error, ModelError)
-    assert ("cut short" in error.message) == (size > 3)
+    # Where the table of contents is cut, its own counts already say that the file is too short for them.
+    assert ("cut short" in error.message or "room for" in error.message) == (size > 3)
 
 
 def test_no_file_folder_and_other_formats(reference: Reference, job: DumpJob, tmp_path: Path) -> None:
     """No file, a folder and a file of another format are told apart."""
-    assert "no such file" in _refused(reference, replace(job, model=tmp_path / "none.gguf")).message
+    assert "No such file" in _refused(reference, replace(job, model=tmp_path / "none.gguf")).message
     assert "is a folder" in _refused(reference, replace(job, model=tmp_path)).message
     (tmp_path / "text.gguf").write_text("hello")
     assert "not a GGUF" in _refused(reference, replace(job, model=tmp_path / "text.gguf")).message
-    with pytest.raises(ModelError, match="no such file"):
+    with pytest.raises(ModelError, match="No such file"):
         reference.tokenize(tmp_path / "none.gguf", "a")
-    with pytest.raises(ModelError, match="no such file"):
+    with pytest.raises(ModelError, match="No such file"):
         reference.twin(tmp_path / "none.gguf")
 
 

@@ -30,6 +30,11 @@ def diff(
     step: Annotated[
         int | None, typer.Option("--step", min=0, help="Of records that stand twice: those of this forward pass.")
     ] = None,
+    names: o.MapOption = None,
+    offset: o.OffsetOption = 0,
+    despite_lint: Annotated[
+        bool, typer.Option("--despite-lint", help="Compare also where lint says that a dump is not to be believed.")
+    ] = False,
     table: Annotated[
         Path | None, typer.Option("--table", help="Write every record's figures: FILE.csv or FILE.parquet.")
     ] = None,
@@ -42,15 +47,20 @@ def diff(
 ) -> None:
     """Compare two dumps and name the first divergence.
 
-    Exits 0 for parity, 1 for a divergence, 2 if there is nothing to compare.
+    Exits 0 for parity, 1 for a divergence, 2 if there is nothing to compare or lint calls a dump unusable.
     """
-    from checkpoints.reader import read
+    from checkpoints.formats import load
+    from checkpoints.mapping import read_mapping
 
     from ..compare import Options
+    from ..lint import refuse_unusable
     from ..output import findings, report, show_report
     from ..picture import compare_drawn
 
-    left, right = read(ours), read(ref)
+    left, right = load(ours, read_mapping(names) if names else None, offset), load(ref)
+    if not despite_lint:
+        refuse_unusable(left, "ours")
+        refuse_unusable(right, "the reference")
     chosen = Options(tolerance=tolerance, compute=compute.value if compute else None, strict=strict, step=step)
     verdict, picture = compare_drawn(left, right, chosen)
     if table is not None:

@@ -71,6 +71,10 @@ AnswerOption = Annotated[
     AnswerFormat,
     typer.Option("--format", help="text for people; json; for CI: markdown (job summary), junit, github (annotations)."),
 ]
+MapOption = Annotated[
+    Path | None, typer.Option("--map", help="TOML file that says what your names mean: their name = our point.")
+]
+OffsetOption = Annotated[int, typer.Option("--offset", help="Added to every position of your dump.")]
 FormatOption = Annotated[Format, typer.Option("--format", help="text for people, json for machines.")]
 VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="Show llama.cpp's own log.")]
 

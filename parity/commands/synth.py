@@ -13,17 +13,19 @@ def synth(
         str | None, typer.Option("--architecture", help="qwen2 or llama; default: the shape's own.")
     ] = None,
     kind: Annotated[str, typer.Option("--type", help="Type of the matrices: f32, f16, bf16, q8_0, q4_0, …")] = "f16",
-    layers: Annotated[int | None, typer.Option("--layers", min=1)] = None,
-    width: Annotated[int | None, typer.Option("--width", min=1)] = None,
-    heads: Annotated[int | None, typer.Option("--heads", min=1)] = None,
-    kv_heads: Annotated[int | None, typer.Option("--kv-heads", min=1)] = None,
-    head_size: Annotated[int | None, typer.Option("--head-size", min=2)] = None,
+    layers: Annotated[int | None, typer.Option("--layers", min=1, help="Number of layers.")] = None,
+    width: Annotated[int | None, typer.Option("--width", min=1, help="Embedding width.")] = None,
+    heads: Annotated[int | None, typer.Option("--heads", min=1, help="Query heads.")] = None,
+    kv_heads: Annotated[int | None, typer.Option("--kv-heads", min=1, help="Key/value heads.")] = None,
+    head_size: Annotated[
+        int | None, typer.Option("--head-size", min=2, help="Size of one head, where it is not width / heads.")
+    ] = None,
     ff: Annotated[int | None, typer.Option("--ff", min=1, help="Feed-forward width.")] = None,
     vocab: Annotated[int | None, typer.Option("--vocab", min=1, help="Vocabulary size.")] = None,
     tied: Annotated[bool | None, typer.Option("--tied/--untied", help="Whether the output matrix is the embedding's.")] = None,
-    context: Annotated[int | None, typer.Option("--context", min=1)] = None,
-    rope_base: Annotated[float | None, typer.Option("--rope-base")] = None,
-    seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
+    context: Annotated[int | None, typer.Option("--context", min=1, help="Positions the model was trained for.")] = None,
+    rope_base: Annotated[float | None, typer.Option("--rope-base", help="Base of the rotary frequencies.")] = None,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the weights.")] = 0,
     stub_vocabulary: Annotated[bool, typer.Option("--stub-vocabulary", help="No tokenizer: prompts by --tokens only.")] = False,
 ) -> None:
     """Write a GGUF of a supported architecture and any shape with seeded random weights: for tests, benchmarks, bug reports."""

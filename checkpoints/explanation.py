@@ -1,0 +1,89 @@
+"""What `parity explain` found: data; `reports` formats it."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Named:
+    """A fault by name, with its parameters and layers; `layers` is None for all of them."""
+
+    fault: str
+    parameters: dict[str, Any]
+    layers: tuple[int, ...] | None
+    sentence: str
+
+
+@dataclass(frozen=True)
+class Cause:
+    """A fault that reproduces the recorded values.
+
+    `explained` is the fraction of the differing records that it (with the causes before it) reproduces, `nmse` the worst
+    of those, `equivalent` other faults with the same numbers, `apart` a sentence on what would tell them apart.
+    """
+
+    named: Named
+    explained: float
+    records: int
+    nmse: float
+    symptom: str
+    fix: str
+    seen: str
+    equivalent: tuple[Named, ...] = ()
+    apart: str = ""
+
+
+@dataclass(frozen=True)
+class Lead:
+    """Something that takes a part of the error away, or that the numbers themselves say.
+
+    `removed` is the part of the squared error at the first divergence that it takes away; None for an observation.
+    """
+
+    sentence: str
+    removed: float | None = None
+    named: Named | None = None
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the dump first differs from the right engine."""
+
+    checkpoint: str
+    token_idx: int
+    nmse: float
+    limit: float
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The answer. It is truthy when there is no fault: nothing differs, or by precision only.
+
+    Attributes:
+        first: where the dump first differs, None where it does not.
+        last_agreement: the last point in front of it at which all records agree.
+        causes: in the order in which they were found; together they explain `explained` of `differing` records.
+        remaining: the first place that the causes do not explain.
+        precision_only: the arithmetic that explains the difference: "f16", "bf16", "tf32", "q8", or "".
+        next: points to record now, as a `--points` value.
+        complete: False if the search ran out of time.
+    """
+
+    records: int
+    differing: int
+    first: Place | None
+    last_agreement: str | None
+    causes: tuple[Cause, ...] = ()
+    leads: tuple[Lead, ...] = ()
+    precision_only: str = ""
+    remaining: Place | None = None
+    next: str = ""
+    faults: int = 0
+    variants: int = 0
+    nearest: float | None = None
+    seconds: float = 0.0
+    complete: bool = True
+    notes: tuple[str, ...] = field(default_factory=tuple)
+
+    def __bool__(self) -> bool:
+        return self.first is None or bool(self.precision_only)

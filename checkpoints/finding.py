@@ -1,0 +1,40 @@
+"""What a lint found in one dump: pure data. `parity.lint` makes it, `reports` formats it."""
+
+from dataclasses import dataclass
+
+ERROR = "error"  # the dump cannot be what it says: a comparison would blame a right engine
+WARNING = "warning"  # suspicious, but an engine may really compute this: a comparison is the judge
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong with a dump.
+
+    `checkpoint` and `token_idx` say where it begins (None: the dump as a whole); `evidence` what was seen, `cause` what
+    usually makes it, `advice` what to do.
+    """
+
+    rule: str
+    severity: str
+    checkpoint: str | None
+    token_idx: int | None
+    evidence: str
+    cause: str
+    advice: str
+
+
+@dataclass(frozen=True)
+class LintReport:
+    """All findings of one dump, the grave ones first; true where there are none."""
+
+    path: str
+    records: int
+    findings: tuple[Finding, ...] = ()
+
+    @property
+    def usable(self) -> bool:
+        """Whether a comparison of this dump says anything about the engine."""
+        return all(finding.severity != ERROR for finding in self.findings)
+
+    def __bool__(self) -> bool:
+        return not self.findings

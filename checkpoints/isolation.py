@@ -1,0 +1,105 @@
+"""What isolating found: one entry for each operation of each layer, judged by its own inputs and output alone."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+PROVEN = "proven"
+WRONG = "wrong"
+NOT_OBSERVABLE = "not observable"
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One operation of one layer (`layer` None: once in the model).
+
+    Attributes:
+        operation: the kind of the point that it makes ("q_rope", "ffn_out", "logits"; "layer" for a whole layer).
+        nmse: of the worst position, over all passes; None where nothing could be compared.
+        position: the worst position; `passes` how many forward passes were compared.
+        sampled: of products: the largest error of single elements recomputed as float64 dot products, relative to
+            ‖x‖·‖w‖; None where there are none.
+        weight: type of the weight, where there is one.
+        reason: why it is not observable, or what a wrong one looks like.
+    """
+
+    operation: str
+    layer: int | None
+    status: str
+    nmse: float | None = None
+    position: int | None = None
+    passes: int = 0
+    sampled: float | None = None
+    weight: str = ""
+    reason: str = ""
+
+    @property
+    def name(self) -> str:
+        """The point that the operation makes: "blk.7.ffn_out"."""
+        return self.operation if self.layer is None else f"blk.{self.layer}.{self.operation}"
+
+
+@dataclass(frozen=True)
+class Element:
+    """One element of the logits recomputed as a float64 dot product: row `row` of the output matrix at a position."""
+
+    row: int
+    position: int
+    theirs: float
+    dot: float
+    error: float  # relative to ‖x‖·‖w‖
+    right: bool
+
+
+@dataclass(frozen=True)
+class Graft:
+    """What the reference makes of a foreign hidden state at one position, against its own run."""
+
+    position: int
+    token: str
+    kl: float
+    own_choice: int
+    grafted_choice: int
+    margin: float  # of the reference's own first choice over its second, in logits
+
+    @property
+    def changes(self) -> bool:
+        """Whether the next token is another one."""
+        return self.own_choice != self.grafted_choice
+
+
+@dataclass(frozen=True)
+class Isolation:
+    """The whole answer.
+
+    Attributes:
+        judged: whose operations these are ("llama.cpp", or a dump's name).
+        limit: NMSE above which an operation is wrong; `floor` what the embedded model reached here (None: not measured).
+        findings: what the checks of attention found wrong, in words.
+        not_checked: sentences.
+        facts: what else is worth a line, by name (backends, tokens, types).
+    """
+
+    judged: str
+    model: str
+    mode: str
+    kv_type: str
+    positions: int
+    passes: int
+    limit: float
+    limit_source: str
+    operations: tuple[Operation, ...]
+    floor: float | None = None
+    findings: tuple[str, ...] = ()
+    not_checked: tuple[str, ...] = ()
+    elements: tuple[Element, ...] = ()
+    graft: tuple[Graft, ...] = ()
+    graft_from: str = ""
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return not self.wrong and not self.findings and all(element.right for element in self.elements)
+
+    @property
+    def wrong(self) -> tuple[Operation, ...]:
+        """The wrong ones, in the order of the model."""
+        return tuple(found for found in self.operations if found.status == WRONG)

@@ -1,0 +1,215 @@
+"""Records on their way from lines to arrays: many at a time, of all points together, then one `Rows` a point."""
+
+import struct
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import fields, printed
+from .record import DECODE, SKETCH_SIZE, Rows
+
+
+class Odd(Exception):
+    """Something that only the careful way reads, line by line: words for numbers, scattered values, a wrong type."""
+
+
+@dataclass(frozen=True)
+class Slab:
+    """R records with the same number of values each, of any points.
+
+    Attributes:
+        point: int64 [R], number of the point in the order of first appearance.
+        serial: int64 [R], number of the record in the file: those of one point keep their order.
+        place: int64 [R, 4], sequence, position, pass and whether it decodes.
+        values: float32 [R, k]; quantum, indices: [R, k] or None; sketch: float32 [R, 32] or None.
+        stats: name -> float64 [R].
+    """
+
+    point: NDArray[np.int64]
+    serial: NDArray[np.int64]
+    place: NDArray[np.int64]
+    shapes: list[tuple[int, ...]]
+    values: NDArray[np.float32]
+    dtypes: list[str]
+    stats: dict[str, NDArray[np.float64]] = field(default_factory=dict)
+    sketch: NDArray[np.float32] | None = None
+    quantum: NDArray[np.float64] | None = None
+    indices: NDArray[np.int64] | None = None
+
+
+def flat(rows: Sequence[Any]) -> NDArray[np.float64]:
+    """Lists of numbers (or arrays of them), laid end to end.
+
+    Raises:
+        Odd: one of them is no number.
+    """
+    if all(isinstance(row, np.ndarray) for row in rows):
+        return np.concatenate(rows) if rows else np.zeros(0)
+    try:
+        numbers = list(chain.from_iterable(rows))
+        return np.frombuffer(struct.pack(f"{len(numbers)}d", *numbers), np.float64)
+    except (struct.error, TypeError, OverflowError) as error:
+        raise Odd from error
+
+
+def _whole(numbers: list[Any]) -> NDArray[np.int64]:
+    try:
+        return np.frombuffer(array("q", numbers), np.int64)
+    except (TypeError, OverflowError) as error:
+        raise Odd from error
+
+
+def slab(
+    found: list[dict[str, Any]], point: list[int], serial: list[int], shapes: list[tuple[int, ...]], lines: list[bytes] | None
+) -> Slab:
+    """Records of the same number of values as arrays; `lines` are theirs where the digits printed are to be looked at.
+
+    Raises:
+        Odd: a record needs the careful way.
+    """
+    width = len(found[0]["values"])
+    wide = flat([record["values"] for record in found]).reshape(len(found), width)
+    place = np.empty((len(found), 4), dtype=np.int64)
+    place[:, 0] = _whole([record.get("seq", 0) for record in found])
+    place[:, 1] = _whole([record.get("token_idx", 0) for record in found])
+    place[:, 2] = _whole([record.get("step", 0) for record in found])
+    place[:, 3] = [record.get("phase") == DECODE for record in found]
+    if (place < 0).any() or (place[:, 0] >= fields.SEQUENCES).any() or (place[:, 1:3] >= fields.POSITIONS).any():
+        raise Odd
+    with np.errstate(over="ignore"):
+        values = wide.astype(np.float32)
+    stats = [record.get("stats") for record in found]
+    sketches = [record.get("sketch") for record in found]
+    return Slab(
+        np.array(point, dtype=np.int64),
+        np.array(serial, dtype=np.int64),
+        place,
+        shapes,
+        values,
+        [record.get("dtype", "f32") for record in found],
+        _stats(stats),
+        _sketches(sketches),
+        None if lines is None else printed.quanta(lines, wide),
+    )
+
+
+def _stats(stats: list[Any]) -> dict[str, NDArray[np.float64]]:
+    if stats.count(None) == len(stats):
+        return {}
+    first = stats[0]
+    if not isinstance(first, dict):
+        raise Odd
+    names = list(first)
+    try:
+        if all(list(row) == names for row in stats):
+            columns = flat([row.values() for row in stats]).reshape(len(stats), len(names))
+            return {name: columns[:, i] for i, name in enumerate(names)}
+        # Some have more (future_mass): a column for each name, NaN where a record lacks it.
+        every = dict.fromkeys(name for row in stats for name in row)
+        columns = flat([[row.get(name, np.nan) for name in every] for row in stats]).reshape(len(stats), len(every))
+        return {name: columns[:, i] for i, name in enumerate(every)}
+    except (TypeError, AttributeError) as error:
+        raise Odd from error
+
+
+def _sketches(sketches: list[Any]) -> NDArray[np.float32] | None:
+    missing = sketches.count(None)
+    if missing == len(sketches):
+        return None
+    if missing or any(not isinstance(row, list) or len(row) != SKETCH_SIZE for row in sketches):
+        raise Odd
+    with np.errstate(over="ignore"):
+        return flat(sketches).reshape(-1, SKETCH_SIZE).astype(np.float32)
+
+
+def as_rows(slabs: Sequence[Slab], names: Sequence[str]) -> Iterator[Rows]:
+    """One `Rows` a point, in the order of the points' numbers; `names` are theirs. Rows of several widths are padded.
+
+    Where padding would blow them up, a point comes in several `Rows`, one a width.
+    """
+    by_width: dict[int, list[Slab]] = {}
+    for one in slabs:
+        by_width.setdefault(one.values.shape[1], []).append(one)
+    parts: dict[int, list[tuple[NDArray[np.int64], Rows]]] = {}
+    for same in by_width.values():
+        joined = _join(same) if len(same) > 1 else same[0]
+        order = np.argsort(joined.point, kind="stable")
+        starts = np.flatnonzero(np.diff(joined.point[order], prepend=-1))
+        for begin, end in zip(starts.tolist(), [*starts[1:].tolist(), len(order)], strict=True):
+            members = order[begin:end]
+            number = int(joined.point[members[0]])
+            parts.setdefault(number, []).append((joined.serial[members], _rows(joined, names[number], members)))
+    for number in sorted(parts):
+        found = parts[number]
+        rows = [part for _, part in found]
+        if len(found) == 1 or blown_up(rows):
+            yield from rows
+        else:
+            order = np.argsort(np.concatenate([serial for serial, _ in found]), kind="stable")
+            yield Rows.stack(rows).take(order)
+
+
+# Rows of a point are padded to the longest: past these, one long row would blow up many short ones.
+_CELLS, _PADDING = 1 << 26, 8
+
+
+def blown_up(parts: Sequence[Rows]) -> bool:
+    """Whether stacking these would be far larger than they are: one long row among many short ones."""
+    padded = sum(len(part) for part in parts) * max(part.values.shape[1] for part in parts)
+    return padded > _CELLS and padded > _PADDING * sum(part.values.size for part in parts)
+
+
+def _join(slabs: list[Slab]) -> Slab:
+    names = dict.fromkeys(name for one in slabs for name in one.stats)
+    width = slabs[0].values.shape[1]
+
+    def column(name: str, size: int, filler: float, dtype: Any) -> NDArray[Any] | None:
+        arrays = [getattr(one, name) for one in slabs]
+        if all(part is None for part in arrays):
+            return None
+        full = [
+            np.full((len(one.point), size), filler, dtype=dtype) if part is None else part
+            for one, part in zip(slabs, arrays, strict=True)
+        ]
+        return np.concatenate(full)
+
+    return Slab(
+        np.concatenate([one.point for one in slabs]),
+        np.concatenate([one.serial for one in slabs]),
+        np.concatenate([one.place for one in slabs]),
+        list(chain.from_iterable(one.shapes for one in slabs)),
+        np.concatenate([one.values for one in slabs]),
+        list(chain.from_iterable(one.dtypes for one in slabs)),
+        {name: np.concatenate([one.stats.get(name, np.full(len(one.point), np.nan)) for one in slabs]) for name in names},
+        column("sketch", SKETCH_SIZE, np.nan, np.float32),
+        column("quantum", width, 0.0, np.float64),
+        column("indices", width, -1, np.int64),
+    )
+
+
+def _rows(source: Slab, name: str, members: NDArray[np.int64]) -> Rows:
+    listed = members.tolist()
+    sketch = None if source.sketch is None else source.sketch[members]
+    quantum = None if source.quantum is None else source.quantum[members]
+    indices = None if source.indices is None else source.indices[members]
+    stats = {key: column[members] for key, column in source.stats.items()}
+    return Rows(
+        point=name,
+        seq=source.place[members, 0],
+        token_idx=source.place[members, 1],
+        step=source.place[members, 2],
+        decode=source.place[members, 3].astype(np.bool_),
+        shapes=tuple(source.shapes[i] for i in listed),
+        values=source.values[members],
+        counts=np.full(len(members), source.values.shape[1], dtype=np.int64),
+        stats={key: column for key, column in stats.items() if not np.isnan(column).all()},
+        sketch=None if sketch is None or np.isnan(sketch).all() else sketch,
+        indices=None if indices is None or (indices < 0).all() else indices,
+        quantum=None if quantum is None or not quantum.any() else quantum,
+        dtype=str(source.dtypes[listed[-1]]),
+    )

@@ -1,0 +1,223 @@
+"""Decode steps of the fast mode: one kernel for the whole step, captured with its records in a CUDA graph."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from checkpoints.points import in_layer, parse
+
+from . import ops
+from .backend import Array, Backend
+from .capture_gpu import CACHED, CAUSAL, LAST, PLAIN, DeviceCapture, Part
+from .device import kernel
+from .fast_weights import FastWeights
+from .packing import BF16, F16, F32
+
+_THREADS = 512 + 32  # of decode.cu: those that compute, and the warp that brings weights near
+_SCORES = 4096  # floats of one head's scores in decode.cu's Shared
+_OTHER = 3328  # bytes of Shared beside activations, heads and weights: pointers of two layers, sums, barriers
+_SMALL_PIECES = 1 << F32 | 1 << F16 | 1 << BF16  # types whose rows have a piece for each of 128 lanes
+# Quantised rows of a 0.5 B model are 28 pieces: one warp takes a row of them, four that of the down projection.
+_QUANTISED_WARPS = {"QKV_WARPS": 1, "OUT_WARPS": 1, "GATE_WARPS": 1, "DOWN_WARPS": 4}
+_MATRICES = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+# What a layer leaves behind, in the order of decode.cu's `Layer`, and its number of floats in the letters of `_sizes`.
+_OUTPUTS = {
+    "attn_norm": "D", "q": "Q", "k": "K", "v": "K", "q_rope": "Q", "k_read": "KP", "v_read": "KP", "kq": "HP", "peaks": "2H",
+    "kqv_out": "Q", "attn_out": "D", "ffn_inp": "D", "ffn_norm": "D", "ffn_gate": "F", "ffn_up": "F", "ffn_swiglu": "F",
+    "ffn_out": "D", "l_out": "D",
+}  # fmt: skip
+
+
+class DecodeStep:
+    """The device's memory of one sequence and the graphs that advance it by one token.
+
+    `positions` are the places of the cache; the state (token, position) lives on the device, so that steps follow each
+    other without the host.
+    """
+
+    def __init__(self, weights: FastWeights, backend: Backend, stream: Any, positions: int) -> None:
+        xp, hp = backend.xp, weights.hp
+        self._xp, self._stream, self._hp = xp, stream, hp
+        self.weights = weights
+        self.positions = positions
+        self.blocks = xp.cuda.runtime.getDeviceProperties(xp.cuda.Device().id)["multiProcessorCount"]
+        self.splits = max(1, self.blocks // hp.n_heads)
+        q, k = hp.n_heads * hp.head_size, hp.n_kv_heads * hp.head_size
+        sizes = {
+            "D": hp.n_embd, "Q": q, "K": k, "KP": k * positions, "HP": hp.n_heads * positions, "2H": 2 * hp.n_heads, "F": hp.n_ff,
+        }  # fmt: skip
+        self.values = [{name: xp.zeros(sizes[size], np.float32) for name, size in _OUTPUTS.items()} for _ in range(hp.n_layers)]
+        self.embd, self.output_norm = xp.zeros(hp.n_embd, np.float32), xp.zeros(hp.n_embd, np.float32)
+        self.logits = xp.zeros(hp.n_vocab, np.float32)
+        self.state = xp.zeros(4, dtype=np.int32)
+        self.tokens = xp.zeros(positions + 1, dtype=np.int32)
+        self.cosine = xp.zeros((positions, max(1, hp.rope_dims // 2)), np.float32)
+        self.sine = xp.zeros_like(self.cosine)
+        self._scratch = [
+            xp.zeros(hp.n_heads * self.splits * hp.head_size, np.float32),
+            xp.zeros(hp.n_heads * self.splits * 2, np.float32),
+            xp.zeros(self.blocks * 2, np.float32),
+        ]
+        self._arrived = xp.zeros(1, dtype=np.uint32)
+        self._model = self._describe()
+        defines = self._defines()
+        self._kernel = kernel("decode", "decode", defines)
+        self._set_state = kernel("decode", "set_state", defines)
+        size = xp.zeros(1, dtype=np.int32)
+        kernel("decode", "shared_bytes", defines)((1,), (1,), (size,))
+        self._shared = int(size[0])  # what the structure takes, the staged weights included
+        if self._shared > 48 * 1024:
+            self._kernel.max_dynamic_shared_size_bytes = self._shared
+        self._graphs: dict[Any, tuple[Any, tuple[Part, ...], list[Array]]] = {}
+        self.set_angles(0)
+
+    def _defines(self) -> tuple[str, ...]:
+        hp = self._hp
+        numbers = {
+            "LAYERS": hp.n_layers, "D": hp.n_embd, "HEADS": hp.n_heads, "KV_HEADS": hp.n_kv_heads, "HEAD": hp.head_size,
+            "FF": hp.n_ff, "VOCAB": hp.n_vocab, "ROPE": hp.rope_dims, "NEOX": int(self.weights.neox), "POSITIONS": self.positions,
+            "BLOCKS": self.blocks, "SPLITS": self.splits,
+        }  # fmt: skip
+        numbers |= self._staging()
+        if not self.weights.types & _SMALL_PIECES:
+            numbers |= _QUANTISED_WARPS
+        return (*(f"{name}={value}" for name, value in numbers.items()), f"TYPES={self.weights.types}ull")
+
+    def _staging(self) -> dict[str, int]:
+        """Bytes of shared memory for a block's rows of gate and up, and of down; none where both do not fit."""
+        hp, layers = self._hp, self.weights.layers
+
+        def most(name: str, rows: int) -> int:
+            share = rows // self.blocks + 1
+            return max(layer.matrices[name].bytes_of(share) for layer in layers)
+
+        gate, down = most("ffn_gate", hp.n_ff) + most("ffn_up", hp.n_ff), most("ffn_down", hp.n_embd)
+        properties = self._xp.cuda.runtime.getDeviceProperties(self._xp.cuda.Device().id)
+        rest = 4 * max(9 * max(hp.n_ff, hp.n_embd) // 8, _SCORES) + _OTHER + 64 * hp.head_size
+        fits = gate + down + rest <= properties["sharedMemPerBlockOptin"]
+        return {"GATE_BYTES": gate, "DOWN_BYTES": down} if fits else {"GATE_BYTES": 0, "DOWN_BYTES": 0}
+
+    def _describe(self) -> list[Array]:
+        """The kernel's `Model` and `Layer` structures: 64-bit words in their order."""
+        xp, w = self._xp, self.weights
+        layers: list[int] = []
+        for layer, values in zip(w.layers, self.values, strict=True):
+            for name in _MATRICES:
+                layers += layer.matrices[name].words()
+            layers += [layer.attn_norm.data.ptr, layer.ffn_norm.data.ptr, *(value.data.ptr for value in values.values())]
+        there = xp.asarray(np.array(layers, dtype=np.int64))
+        arrays = (self.embd, self.output_norm, self.logits, *self._scratch, self.state, self.tokens, self._arrived)
+        words = [
+            there.data.ptr,
+            *w.embedding.words(),
+            *w.output.words(),
+            w.norm.data.ptr,
+            self.cosine.data.ptr,
+            self.sine.data.ptr,
+        ]
+        return [there, xp.asarray(np.array([*words, *(array.data.ptr for array in arrays)], dtype=np.int64))]
+
+    def set_angles(self, first: int) -> None:
+        """RoPE's angles where place 0 of the cache is position `first`."""
+        hp = self._hp
+        if not hp.rope_dims:
+            return
+        where = np.arange(self.positions) + first
+        factors = self.weights.factors
+        cosine, sine = ops.rope_angles(where, hp.rope_dims, base=hp.rope_base, scale=hp.rope_scale, factors=factors)
+        self.cosine[:], self.sine[:] = self._xp.asarray(cosine), self._xp.asarray(sine)
+
+    def place_token(self, token: int) -> None:
+        """Another token than the one that the last step chose."""
+        self.state[0] = token
+
+    def place_best(self, logits: Array, position: int) -> None:
+        """The next step takes the largest of these logits, chosen on the device; it stands at `position`."""
+        best = logits.argmax().astype(np.int32)
+        self.tokens[position] = best
+        self._set_state((1,), (1,), (self.state, self.tokens[position:], np.int32(position)))
+
+    def launch(self, tap: DeviceCapture | None) -> None:
+        """One step: the graph of the step and of the records that the tap wants; nothing waits for it."""
+        points = () if tap is None else tuple(name for name in self.points if name in tap.points)
+        key = (points, 0 if tap is None else tap.staging(len(points)).data.ptr)
+        if key not in self._graphs:
+            self._graphs[key] = self._capture(points, tap)
+        graph, parts, _ = self._graphs[key]
+        graph.launch(self._stream)
+        if tap is not None and parts:
+            tap.staged(parts)
+
+    @property
+    def points(self) -> list[str]:
+        """Every point of a decode step, in dataflow order."""
+        kinds = [name for name in _OUTPUTS if name != "peaks"]
+        kinds.insert(kinds.index("q_rope") + 1, "k_rope")
+        kinds.insert(kinds.index("kq") + 1, "kq_soft_max")
+        return ["embd", *(in_layer(i, kind) for i in range(self._hp.n_layers) for kind in kinds), "output_norm", "logits"]
+
+    def _capture(self, points: tuple[str, ...], tap: DeviceCapture | None) -> tuple[Any, tuple[Part, ...], list[Array]]:
+        hp = self._hp
+        held: list[Array] = []
+        parts: list[Part] = []
+        arguments = None
+        if tap is not None and points:
+            arguments, parts, held = self._records(points, tap)
+        self._stream.synchronize()
+        with self._stream:
+            self._stream.begin_capture()
+            step = (self._model[1], np.float32(hp.eps), np.float32(hp.head_size**-0.5))
+            self._kernel((self.blocks,), (_THREADS,), step, shared_mem=self._shared)
+            if arguments is not None:
+                kernel("summary", "summarise_points")((arguments[0],), (256,), arguments[1])
+            graph = self._stream.end_capture()
+        graph.upload(self._stream)
+        return graph, tuple(parts), held
+
+    def _records(self, points: Sequence[str], tap: DeviceCapture) -> tuple[Any, list[Part], list[Array]]:
+        """Arguments of the summary kernel: a table of points, and a block for each chunk that any of them may have."""
+        xp, chunk = self._xp, tap.chunk
+        table = np.zeros((len(points), 8), dtype=np.int64)
+        work: list[tuple[int, int]] = []
+        parts: list[Part] = []
+        for i, name in enumerate(points):
+            part, base, peaks, most = self._point(name, i)
+            chunks = -(-most // chunk)
+            scale = np.float64(self._hp.head_size**-0.5).view(np.int64)
+            table[i] = (base, peaks, part.kind, part.width, part.heads, self.positions, len(work), scale)
+            work += [(i, c) for c in range(chunks)]
+            parts.append(Part(name, PLAIN if part.kind == LAST else part.kind, i, part.width, part.heads))
+        held = [
+            xp.asarray(table),
+            xp.asarray(np.array(work, dtype=np.int32)),
+            xp.empty(len(work) * tap.part_doubles, dtype=np.float64),
+            xp.zeros(len(points), dtype=np.uint32),
+        ]
+        numbers = (np.int32(chunk), np.int32(tap.slice_size), np.int32(tap.record_bytes))
+        arguments = (held[0], held[1], self.state[2:], *numbers, held[2], held[3], tap.staging(len(points)))
+        return (len(work), arguments), parts, held
+
+    def _point(self, name: str, index: int) -> tuple[Part, int, int, int]:
+        """A point's layout, the addresses of its values and of softmax's peaks, and the most elements it can have."""
+        hp, point = self._hp, parse(name)
+        if point.layer is None:
+            array = {"embd": self.embd, "output_norm": self.output_norm, "logits": self.logits}[name]
+            return Part(name, PLAIN, index, array.size, 1), array.data.ptr, 0, array.size
+        values, kind = self.values[point.layer], point.kind
+        width = hp.n_kv_heads * hp.head_size
+        if kind in ("k_read", "v_read"):
+            return Part(name, CACHED, index, width, 1), values[kind].data.ptr, 0, width * self.positions
+        if kind == "k_rope":
+            return Part(name, LAST, index, width, 1), values["k_read"].data.ptr, 0, width
+        if kind in ("kq", "kq_soft_max"):
+            peaks = values["peaks"].data.ptr if kind == "kq_soft_max" else 0
+            return Part(name, CAUSAL, index, 0, hp.n_heads), values["kq"].data.ptr, peaks, hp.n_heads * self.positions
+        return Part(name, PLAIN, index, values[kind].size, 1), values[kind].data.ptr, 0, values[kind].size
+
+    def chosen(self, start: int, stop: int) -> NDArray[np.int32]:
+        """The tokens chosen for positions start…stop; waits for the steps."""
+        self._stream.synchronize()
+        found: NDArray[np.int32] = self._xp.asnumpy(self.tokens[start:stop])
+        return found

@@ -1,0 +1,29 @@
+"""Known faults of engines, each a small change to the list of steps.
+
+`plant` gives the list that an engine with that fault would run. Adding one is an entry in the `FAULTS` of its group's
+file and a test.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from . import attention, capture, dequantisation, feed_forward, flow, logits, norms, rope, tokens, weights
+from .base import AT, SEEN, Fault, Planting, Steps, as_recorded, plant
+
+__all__ = ["AT", "CATALOGUE", "SEEN", "Fault", "Planting", "Steps", "as_recorded", "plant"]
+
+_GROUPS = {
+    "tokens": tokens.FAULTS,
+    "weights": weights.FAULTS,
+    "dequantisation": dequantisation.FAULTS,
+    "RoPE": rope.FAULTS,
+    "norms": norms.FAULTS,
+    "attention": attention.FAULTS,
+    "feed-forward": feed_forward.FAULTS,
+    "residual and flow": flow.FAULTS,
+    "logits": logits.FAULTS,
+    "capture": capture.FAULTS,
+}
+CATALOGUE: Mapping[str, Fault] = {
+    fault.name: replace(fault, group=group) for group, faults in _GROUPS.items() for fault in faults
+}

@@ -1,0 +1,286 @@
+"""Faults of the attention: scale, heads, mask, softmax, cache."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from .. import ops
+from ..backend import Array
+from ..graph import PASSES, History, Step
+from .base import Fault, Parameters, Steps, sibling, with_parameters
+
+_SOFT = ("kq_soft_max",)
+
+
+def _scale(step: Step, right: Steps, parameters: Parameters) -> Step:
+    scale = step.params["scale"]
+    heads = sibling(step, right, "kq").params["heads"]
+    scales = {
+        "missing": 1.0,
+        "by the width": scale * heads**-0.5,
+        "applied twice": scale**2,
+        "inverted": 1 / scale,
+        "by twice the head size": scale * 2**-0.5,
+        "by half the head size": scale * 2**0.5,
+    }
+    return with_parameters(step, scale=scales[parameters["scale"]])
+
+
+def _by_modulo(kv_rows: Array, heads: int, kv_heads: int) -> Array:
+    """Key or value rows repeated for each query head in the order h % K: [S, K · d] -> [S, H · d]."""
+    split = kv_rows.reshape(kv_rows.shape[0], kv_heads, -1)
+    return split[:, [h % kv_heads for h in range(heads)]].reshape(kv_rows.shape[0], -1)
+
+
+def _first_only(kv_rows: Array, heads: int, kv_heads: int) -> Array:
+    """The first key/value head for every query head."""
+    split = kv_rows.reshape(kv_rows.shape[0], kv_heads, -1)
+    return split[:, [0] * heads].reshape(kv_rows.shape[0], -1)
+
+
+_ORDERS: dict[str, Callable[[Array, int, int], Array]] = {"h % K": _by_modulo, "0": _first_only}
+
+
+def _scores_by(q: Array, k: Array, *, heads: int, kv_heads: int, order: str) -> Array:
+    return ops.attention_scores(q, _ORDERS[order](k, heads, kv_heads), heads=heads, kv_heads=heads)
+
+
+def _values_by(weights: Array, v: Array, *, kv_heads: int, order: str) -> Array:
+    heads = weights.shape[0]
+    return ops.weighted_values(weights, _ORDERS[order](v, heads, kv_heads), kv_heads=heads)
+
+
+def _heads(step: Step, _right: Steps, parameters: Parameters) -> Step:
+    op = _scores_by if step.makes.rstrip("~").endswith("kq") else _values_by
+    return replace(step, op=op, params={**step.params, "order": parameters["head"]})
+
+
+Allowed = Callable[[Array, Array, Array, Array], Array]  # query and key positions, query and key passes -> bool [T, S]
+
+_MASKS: dict[str, Allowed] = {
+    "none": lambda t, s, _p, _q: (s >= 0) | (t < 0),
+    "next": lambda t, s, _p, _q: s <= t + 1,
+    "not itself": lambda t, s, _p, _q: (s < t) | ((s == t) & (t == t.min())),
+    "transposed": lambda t, s, _p, _q: s >= t,
+    "own pass only": lambda t, s, p, q: (s <= t) & (p == q),
+    "itself only": lambda t, s, _p, _q: s == t,
+    "without the cache's last row": lambda t, s, p, q: (s <= t) & ~((s == t - 1) & (q < p)),
+    "without the cache's first row": lambda t, s, p, q: (s <= t) & ~((s == s.min()) & (q < p)),
+    "own key missing": lambda t, s, p, _q: (s <= t) & ~((s == t) & (p > p.min())),
+    "cache written to one row": lambda t, s, p, q: (s <= t) & ((q == q.min()) | (p == q)),
+    "prompt only": lambda t, s, p, q: (s <= t) & ((q == q.min()) | (p == q.min())),
+}
+
+
+def _masked(
+    scores: Array, positions: Array, key_positions: Array, passes: Array, key_passes: Array, *, scale: float, mask: str
+) -> Array:
+    """softmax with another mask than the causal one; a row that may see nothing is not a number, as in any engine."""
+    allowed = _MASKS[mask](positions[:, None], key_positions[None, :], passes[:, None], key_passes[None, :])
+    shifted = np.where(allowed, scores * np.float32(scale), np.float32(-np.inf))
+    with np.errstate(invalid="ignore"):
+        shifted = shifted - shifted.max(axis=-1, keepdims=True)
+        weights = np.exp(shifted)
+        return weights * (1.0 / weights.sum(axis=-1, keepdims=True, dtype=np.float64)).astype(np.float32)
+
+
+def _with_mask(step: Step, mask: str) -> Step:
+    return replace(step, op=_masked, reads=(*step.reads, PASSES, History(PASSES)), params={**step.params, "mask": mask})
+
+
+def _mask(name: str | None = None) -> Any:
+    def change(step: Step, _right: Steps, parameters: Parameters) -> Step:
+        return _with_mask(step, name or parameters["mask"])
+
+    return change
+
+
+def _over_queries(scores: Array, positions: Array, key_positions: Array, *, scale: float) -> Array:
+    later = key_positions[None, :] > positions[:, None]
+    shifted = np.where(later, np.float32(-np.inf), scores * np.float32(scale))
+    weights = np.exp(shifted - shifted.max(axis=1, keepdims=True))
+    return weights / weights.sum(axis=1, keepdims=True)
+
+
+def _over_heads(scores: Array, positions: Array, key_positions: Array, *, scale: float) -> Array:
+    later = key_positions[None, :] > positions[:, None]
+    scaled = scores * np.float32(scale)
+    weights = np.exp(scaled - scaled.max(axis=0, keepdims=True))
+    return np.where(later, np.float32(0), weights / weights.sum(axis=0, keepdims=True))
+
+
+def _without_maximum(scores: Array, positions: Array, key_positions: Array, *, scale: float) -> Array:
+    """exp of the scores as they are, in float16: infinite above 11.09."""
+    later = key_positions[None, :] > positions[:, None]
+    with np.errstate(over="ignore", invalid="ignore"):
+        weights = np.exp(scores * np.float32(scale)).astype(np.float16).astype(np.float32)
+        weights = np.where(later, np.float32(0), weights)
+        return weights / weights.sum(axis=-1, keepdims=True)
+
+
+def _no_soft_max(scores: Array, positions: Array, key_positions: Array, *, scale: float) -> Array:
+    later = key_positions[None, :] > positions[:, None]
+    return np.where(later, np.float32(0), scores * np.float32(scale))
+
+
+_AXES = {"queries": _over_queries, "heads": _over_heads, "nothing": _no_soft_max}
+
+
+def _axis(step: Step, _right: Steps, parameters: Parameters) -> Step:
+    return replace(step, op=_AXES[parameters["axis"]])
+
+
+def _overflow(step: Step, _right: Steps, _parameters: Parameters) -> Step:
+    return replace(step, op=_without_maximum)
+
+
+def _transposed_values(history: Array) -> Array:
+    return np.ascontiguousarray(history.T).reshape(history.shape)
+
+
+def _split_values(history: Array, *, kv_heads: int) -> Array:
+    """Rows written head by head and read position by position: [S, K · d]."""
+    by_head = history.reshape(history.shape[0], kv_heads, -1).transpose(1, 0, 2)
+    return np.ascontiguousarray(by_head).reshape(history.shape)
+
+
+def _value_layout(step: Step, right: Steps, parameters: Parameters) -> Step:
+    if parameters["layout"] == "transposed":
+        return replace(step, op=_transposed_values)
+    return replace(step, op=_split_values, params={"kv_heads": sibling(step, right, "kq").params["kv_heads"]})
+
+
+def _concatenated(weights: Array, v: Array, *, kv_heads: int, order: str) -> Array:
+    right = ops.weighted_values(weights, v, kv_heads=kv_heads)
+    t, heads = right.shape[0], weights.shape[0]
+    split = right.reshape(t, heads, -1)
+    if order == "interleaved":
+        return split.transpose(0, 2, 1).reshape(t, -1)
+    if order == "reversed":
+        return split[:, ::-1].reshape(t, -1)
+    if order == "head-major":  # [H, T, d] read as [T, H · d]
+        return np.ascontiguousarray(split.transpose(1, 0, 2)).reshape(t, -1)
+    return split.reshape(t, kv_heads, heads // kv_heads, -1).transpose(0, 2, 1, 3).reshape(t, -1)
+
+
+def _concatenate(step: Step, _right: Steps, parameters: Parameters) -> Step:
+    return replace(step, op=_concatenated, params={**step.params, "order": parameters["order"]})
+
+
+FAULTS = (
+    Fault(
+        "attn-scale",
+        _SOFT,
+        _scale,
+        "the attention's scale is {scale}",
+        "position 0 is right (one key takes all weight), later ones are wrong",
+        "scores / sqrt(head size), once",
+        "scale folded into Q and applied again; width taken for head size",
+        {"scale": ("missing", "by the width", "applied twice", "inverted", "by twice the head size", "by half the head size")},
+    ),
+    Fault(
+        "gqa-modulo",
+        ("kq", "kqv_out"),
+        _heads,
+        "query head h reads key/value head {head} instead of h // (H / K)",
+        "wrong from position 0 on in models with fewer key/value heads than heads",
+        "query head h reads key/value head h // (H / K), not h % K",
+        "attention kernels written for K = H",
+        {"head": ("h % K", "0"), "at": (("kq", "kqv_out"), ("kq",), ("kqv_out",))},
+    ),
+    Fault(
+        "no-causal-mask",
+        _SOFT,
+        _mask("none"),
+        "there is no causal mask",
+        "prefill wrong everywhere but at the last position; decode right",
+        "mask scores of later positions with -inf before the softmax",
+        "batched prefill added to a decode-only engine",
+        whole=True,
+    ),
+    Fault(
+        "mask-shifted",
+        _SOFT,
+        _mask(),
+        "the causal mask is wrong: a position sees {mask}",
+        "off by one key: a small error from the second position on",
+        "position t sees keys 0 to t, itself included",
+        "< taken for <= in a kernel",
+        {"mask": ("next", "not itself", "transposed")},
+        whole=True,
+    ),
+    Fault(
+        "cache-not-read",
+        _SOFT,
+        _mask(),
+        "attention reads {mask}",
+        "position 0 is right; each later one knows nothing of those before",
+        "attend to rows 0 to t of the cache",
+        "first versions of a decode loop",
+        {"mask": ("itself only", "own pass only")},
+    ),
+    Fault(
+        "cache-row-missing",
+        _SOFT,
+        _mask(),
+        "the cache is read {mask}",
+        "prefill right, decode wrong",
+        "write the row of position t to slot t before attention reads 0 to t",
+        "the length counted before or after the write",
+        {"mask": ("without the cache's last row", "without the cache's first row", "own key missing")},
+    ),
+    Fault(
+        "cache-stale",
+        _SOFT,
+        _mask(),
+        "the cache is not kept: {mask}",
+        "the first decode step is right, the next ones are wrong",
+        "advance the write position by one each step",
+        "the position of the prompt's end passed for ever",
+        {"mask": ("cache written to one row", "prompt only")},
+    ),
+    Fault(
+        "softmax-axis",
+        _SOFT,
+        _axis,
+        "the softmax runs over {axis}, not over the keys",
+        "wrong from position 0 or 1 on",
+        "normalise over the keys of each query and head",
+        "axis counted in another layout",
+        {"axis": ("queries", "heads", "nothing")},
+        whole=True,
+    ),
+    Fault(
+        "softmax-f16-overflow",
+        _SOFT,
+        _overflow,
+        "the softmax exponentiates in F16 without subtracting the maximum",
+        "NaN or single heads wrong where a score is above 11",
+        "subtract the row's maximum first, accumulate in F32",
+        "half-precision attention kernels",
+    ),
+    Fault(
+        "v-layout",
+        ("v_read",),
+        _value_layout,
+        "the value cache is read in another layout than written ({layout})",
+        "position 0 is right or nearly so; later ones mix positions",
+        "read V as it was written: [position, head, d] or transposed, not one for the other",
+        "V stored transposed for one kernel, read by another",
+        {"layout": ("transposed", "head by head")},
+        whole=True,
+    ),
+    Fault(
+        "head-order",
+        ("kqv_out",),
+        _concatenate,
+        "the heads are put side by side in the wrong order ({order})",
+        "wrong from position 0 on",
+        "[T, H, d] -> [T, H · d], head 0 first",
+        "a transpose that is missing before the output projection",
+        {"order": ("interleaved", "reversed", "head-major", "by group")},
+        whole=True,
+    ),
+)

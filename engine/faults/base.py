@@ -1,0 +1,190 @@
+"""What a fault is, and how it is planted into a list of steps."""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from itertools import product
+from typing import Any
+
+from checkpoints.points import parse
+
+from ..graph import History, Step
+
+COPY = "~"  # ends the names of steps that compute a layer a second time
+SEEN = "seen:"  # starts the name of what a dump shows for a point, where that is not what the engine computed
+AT = "at"  # the parameter that chooses among a fault's kinds of step
+
+_parse = lru_cache(maxsize=1 << 14)(parse)
+
+Steps = Mapping[str, Step]
+Parameters = Mapping[str, Any]
+Change = Callable[[Step, Steps, Parameters], "Step | Sequence[Step]"]
+Record = Callable[[str, Steps, Parameters], "Step | None"]
+Values = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One way in which an engine can be wrong.
+
+    Attributes:
+        kinds: the kinds of step that it changes ("q_rope" in every layer, "output_norm" once).
+        change: the changed step, or several in its place, given the right one, all steps by name, and the parameters.
+        what: what is wrong, in a sentence; `{name}` stands for a parameter's value.
+        symptom, fix, seen: sentences for the user: what it looks like, how to mend it, where it was met.
+        parameters: the values that are tried, by name; `at` lists subsets of `kinds`. A function makes the values out of
+            the steps.
+        shows: of a fault of the capture: the step that makes what the dump shows for a point, None where it is right.
+        whole: later positions act on earlier ones, so that a run over the first positions does not show the fault.
+        once: it is one place of the model or all of it, not something that each layer can have by itself.
+    """
+
+    name: str
+    kinds: tuple[str, ...]
+    change: Change
+    what: str
+    symptom: str
+    fix: str
+    seen: str
+    parameters: Mapping[str, Values | Callable[[Steps], Values]] = field(default_factory=dict)
+    group: str = ""
+    shows: Record | None = None
+    whole: bool = False
+    once: bool = False
+
+    def variants(self, right: Steps) -> list[dict[str, Any]]:
+        """Every combination of the parameters' values; empty for a fault that has none for this model."""
+        values = [made(right) if callable(made) else made for made in self.parameters.values()]
+        return [dict(zip(self.parameters, chosen, strict=True)) for chosen in product(*values)]
+
+    def sentence(self, parameters: Parameters) -> str:
+        """What is wrong, with the parameters' values."""
+        return self.what.format(**{name: _text(value) for name, value in parameters.items()})
+
+
+class Planting:
+    """A list of steps, indexed once, to plant many faults in."""
+
+    def __init__(self, steps: Sequence[Step]) -> None:
+        self.steps = tuple(steps)
+        self.right: Steps = {step.makes: step for step in self.steps}
+        self.order = {step.makes: number for number, step in enumerate(self.steps)}
+        self._places: dict[str, list[tuple[int, int | None]]] = {}
+        for number, step in enumerate(self.steps):
+            point = _parse(step.makes)
+            self._places.setdefault(point.kind.rstrip(COPY), []).append((number, point.layer))
+
+    def of(self, fault: Fault, layers: Collection[int] | None, parameters: Parameters) -> list[Step]:
+        """The steps with this fault. `plant` says the rest."""
+        kinds = parameters.get(AT, fault.kinds)
+        new: dict[int, Step | Sequence[Step]] = {}
+        shown: list[Step] = []
+        for number, layer in (place for kind in kinds for place in self._places.get(kind, ())):
+            if layers is not None and layer is not None and layer not in layers:
+                continue
+            step = self.steps[number]
+            if fault.shows is not None:
+                made = fault.shows(step.makes, self.right, parameters)
+                shown += [] if made is None else [made]
+                continue
+            changed = fault.change(step, self.right, parameters)
+            if changed != step:
+                new[number] = changed
+        if not new and not shown:
+            raise ValueError(f"{fault.name} changes none of these steps")
+        result: list[Step] = []
+        start = 0
+        for number in sorted(new):
+            changed = new[number]
+            result += self.steps[start:number]
+            result += [changed] if isinstance(changed, Step) else changed
+            start = number + 1
+        return [*result, *self.steps[start:], *shown]
+
+
+def plant(steps: Sequence[Step], fault: Fault, layers: Collection[int] | None = None, **parameters: Any) -> list[Step]:
+    """The steps of an engine that has this fault, in the given layers or in all of them.
+
+    Parameters that are not given take the first value of the fault's own list.
+
+    Raises:
+        ValueError: the fault changes none of these steps.
+    """
+    planting = Planting(steps)
+    return planting.of(fault, layers, (fault.variants(planting.right) or [{}])[0] | parameters)
+
+
+def as_recorded(steps: Sequence[Step]) -> list[Step]:
+    """The same steps, with what a dump shows for a point under that point's own name: for writing the faulty dump.
+
+    What the engine itself computes for such a point, and goes on with, ends in "!".
+    """
+    shown = {step.makes.removeprefix(SEEN) for step in steps if step.makes.startswith(SEEN)}
+
+    def name(read: str | History) -> str | History:
+        if isinstance(read, History):
+            return History(read.of + "!") if read.of in shown else read
+        return read + "!" if read in shown else read
+
+    return [
+        replace(
+            step,
+            makes=step.makes.removeprefix(SEEN) if step.makes.startswith(SEEN) else str(name(step.makes)),
+            reads=tuple(name(read) for read in step.reads),
+        )
+        for step in steps
+    ]
+
+
+def unchanged(step: Step, _right: Steps, _parameters: Parameters) -> Step:
+    """The change of a fault that lies in the capture only."""
+    return step
+
+
+def with_parameters(step: Step, **parameters: Any) -> Step:
+    """The step with some parameters of its operation changed."""
+    return replace(step, params={**step.params, **parameters})
+
+
+def layer_of(step: Step) -> int:
+    """The layer that a step belongs to.
+
+    Raises:
+        ValueError: it belongs to none.
+    """
+    layer = _parse(step.makes).layer
+    if layer is None:
+        raise ValueError(f"{step.makes} stands outside the layers")
+    return layer
+
+
+def kind_of(step: Step) -> str:
+    """The kind of a step in its layer; that of a copy is the original's."""
+    return _parse(step.makes).kind.rstrip(COPY)
+
+
+def sibling(step: Step, right: Steps, kind: str) -> Step:
+    """The step of that kind in the same layer (and the same copy of it)."""
+    copy = COPY if step.makes.endswith(COPY) else ""
+    return right[f"blk.{layer_of(step)}.{kind}{copy}"]
+
+
+def layer_input(step: Step, right: Steps) -> str:
+    """The name of what the step's layer reads."""
+    read = sibling(step, right, "attn_norm").reads[0]
+    if not isinstance(read, str):
+        raise ValueError(f"{step.makes}: the layer's input is a history")  # noqa: TRY004 - no place for this fault
+    return read
+
+
+def subsets(*kinds: str) -> tuple[tuple[str, ...], ...]:
+    """All kinds together, then each alone: the usual values of `at`."""
+    return (kinds, *((kind,) for kind in kinds)) if len(kinds) > 1 else (kinds,)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, tuple):
+        return ", ".join(map(str, value))
+    if isinstance(value, float):
+        return f"{value:g}"
+    return str(value)

@@ -1,0 +1,163 @@
+"""Faults of the capture: the engine computes what is right, and the dump shows something else."""
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..backend import Array
+from ..graph import Step
+from .base import AT, SEEN, Fault, Parameters, Steps, unchanged
+
+
+def _copied(x: Array) -> Array:
+    return x.copy()
+
+
+def _show(point: str, other: str, right: Steps) -> Step | None:
+    return Step(SEEN + point, _copied, (other,)) if other in right and other != point else None
+
+
+def _streams(right: Steps) -> list[str]:
+    """The residual stream's values from layer to layer: embd, blk.0.l_out, …"""
+    return ["embd", *(name for name in right if name.endswith(".l_out"))]
+
+
+def _overwritten(point: str, right: Steps, parameters: Parameters) -> Step | None:
+    """What a pointer into one of two buffers that swap each layer shows in the end."""
+    streams = _streams(right)
+    if point not in streams:
+        return None
+    left = (len(streams) - 1 - streams.index(point)) % 2 if parameters["buffers"] == 2 else 0
+    return _show(point, streams[len(streams) - 1 - left], right)
+
+
+def _late(point: str, right: Steps, parameters: Parameters) -> Step | None:
+    names = list(right) if parameters["by"] == "step" else _streams(right)
+    at = names.index(point) + 1 if point in names else len(names)
+    return _show(point, names[at], right) if at < len(names) else None
+
+
+def _early(point: str, right: Steps, parameters: Parameters) -> Step | None:
+    names = list(right) if parameters["by"] == "step" else _streams(right)
+    at = names.index(point) - 1 if point in names else -1
+    return _show(point, names[at], right) if at >= 0 else None
+
+
+_ROWS: dict[str, Callable[[int], NDArray[np.int64]]] = {
+    "the next position": lambda t: np.minimum(np.arange(t) + 1, t - 1),
+    "the position before": lambda t: np.maximum(np.arange(t) - 1, 0),
+    "position 0": lambda t: np.zeros(t, dtype=np.int64),
+    "the last position": lambda t: np.full(t, t - 1),
+    "the mirrored position": lambda t: np.arange(t)[::-1],
+}
+
+
+def _row(x: Array, *, row: str) -> Array:
+    return x[_ROWS[row](x.shape[0])]
+
+
+def _other_row(point: str, _right: Steps, parameters: Parameters) -> Step | None:
+    return Step(SEEN + point, _row, (point,), (), {"row": parameters["row"]})
+
+
+def _before_residual(point: str, right: Steps, parameters: Parameters) -> Step | None:
+    head, _, kind = point.rpartition(".")
+    branch = {"l_out": "ffn_out", "ffn_inp": "attn_out"} if parameters["shown"] == "the branch alone" else {"l_out": "ffn_inp"}
+    return _show(point, f"{head}.{branch[kind]}", right) if kind in branch else None
+
+
+def _before_norm(point: str, right: Steps, _parameters: Parameters) -> Step | None:
+    read = right[point].reads[0]
+    return _show(point, read, right) if isinstance(read, str) else None
+
+
+def _normed(point: str, right: Steps, _parameters: Parameters) -> Step | None:
+    """The last layer's output shown after the final norm, as the last of Hugging Face's hidden states."""
+    return _show(point, "output_norm", right) if point == _streams(right)[-1] else None
+
+
+_STREAM = ("embd", "l_out")
+_POINTS = (*_STREAM, "output_norm", "logits")
+_ALONE = (_POINTS, *((kind,) for kind in _POINTS), _STREAM)
+
+FAULTS = (
+    Fault(
+        "capture-overwritten",
+        _STREAM,
+        unchanged,
+        "the dump shows a buffer that was overwritten since: {buffers} buffers, read at the end of the pass ({at})",
+        "several points hold the same vector; logits are right",
+        "copy when the value is computed, in the stream that computed it",
+        "a pointer kept instead of a copy, and two buffers that swap each layer",
+        {"buffers": (2, 1), AT: (_STREAM, ("l_out",), ("embd",))},
+        shows=_overwritten,
+    ),
+    Fault(
+        "capture-late",
+        _POINTS,
+        unchanged,
+        "{at} is captured one {by} too late",
+        "points hold the values of the ones after them; logits are right",
+        "copy before the next kernel writes to the buffer",
+        "layers counted from 1; copies that are not ordered with the kernels",
+        {"by": ("layer", "step"), AT: (_STREAM, ("l_out",), ("embd",), _POINTS)},
+        shows=_late,
+    ),
+    Fault(
+        "capture-early",
+        _POINTS,
+        unchanged,
+        "{at} is captured one {by} too early",
+        "points hold the values of the ones before them; logits are right",
+        "layer i's output, not its input",
+        "Hugging Face's hidden_states[i], which is layer i's input",
+        {"by": ("layer", "step"), AT: (("l_out",), ("logits",), ("output_norm",), _POINTS)},
+        shows=_early,
+    ),
+    Fault(
+        "capture-row",
+        _POINTS,
+        unchanged,
+        "{at} shows {row} instead of its own",
+        "values are right, but another position's",
+        "row t of the batch is position t; a decode step has one row",
+        "an offset of the last token used for every one",
+        {"row": tuple(_ROWS), AT: _ALONE},
+        shows=_other_row,
+        whole=True,
+    ),
+    Fault(
+        "capture-before-residual",
+        ("l_out", "ffn_inp"),
+        unchanged,
+        "{at} shows {shown}",
+        "single points are wrong, all others are right",
+        "l_out and ffn_inp include the residual",
+        "fused adds: what is captured lies in front of them",
+        {"shown": ("the branch alone", "the residual alone"), AT: (("l_out",), ("ffn_inp",))},
+        shows=_before_residual,
+    ),
+    Fault(
+        "capture-before-norm",
+        ("output_norm", "attn_norm", "ffn_norm"),
+        unchanged,
+        "{at} shows the norm's input",
+        "single points are wrong, all others are right",
+        "capture after the norm and its weight",
+        "norms fused into the next product",
+        {AT: (("output_norm",), ("attn_norm", "ffn_norm"))},
+        shows=_before_norm,
+    ),
+    Fault(
+        "capture-normed",
+        ("l_out",),
+        unchanged,
+        "the last layer's output is shown after the final norm",
+        "the last l_out equals output_norm",
+        "hidden_states[-1] of Hugging Face is after the norm: record the layer's own output",
+        "dumps made with Hugging Face's output_hidden_states",
+        shows=_normed,
+        once=True,
+    ),
+)

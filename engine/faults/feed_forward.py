@@ -1,0 +1,137 @@
+"""Faults of the feed-forward network."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from math import erf
+
+import numpy as np
+
+from .. import ops
+from ..backend import Array
+from ..graph import Step
+from .base import Fault, Parameters, Steps, sibling
+
+
+def _gelu_exact(x: Array) -> Array:
+    wide = x.astype(np.float64)
+    return (0.5 * wide * (1.0 + np.vectorize(erf)(wide / np.sqrt(2.0)))).astype(np.float32)
+
+
+def _gelu_tanh(x: Array) -> Array:
+    wide = x.astype(np.float64)
+    return (0.5 * wide * (1.0 + np.tanh(np.sqrt(2.0 / np.pi) * (wide + 0.044715 * wide**3)))).astype(np.float32)
+
+
+def _sigmoid(x: Array) -> Array:
+    with np.errstate(over="ignore"):
+        return np.float32(1) / (np.float32(1) + np.exp(-x))
+
+
+_ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "GELU (tanh)": _gelu_tanh,
+    "GELU (exact)": _gelu_exact,
+    "GELU (quick)": lambda x: x * _sigmoid(np.float32(1.702) * x),
+    "ReLU": lambda x: np.maximum(x, np.float32(0)),
+    "squared ReLU": lambda x: np.maximum(x, np.float32(0)) ** 2,
+    "sigmoid": _sigmoid,
+    "tanh": np.tanh,
+    "nothing": lambda x: x,
+}
+
+
+def _activated(gate: Array, up: Array, *, activation: str) -> Array:
+    return _ACTIVATIONS[activation](gate) * up
+
+
+def _activation(step: Step, _right: Steps, parameters: Parameters) -> Step:
+    return replace(step, op=_activated, params={"activation": parameters["activation"]})
+
+
+def _on_up(gate: Array, up: Array) -> Array:
+    return ops.swiglu(up, gate)
+
+
+def _on_product(gate: Array, up: Array) -> Array:
+    product = gate * up
+    return product * _sigmoid(product)
+
+
+def _gate_only(gate: Array, _up: Array) -> Array:
+    return gate * _sigmoid(gate)
+
+
+def _up_only(_gate: Array, up: Array) -> Array:
+    return up.copy()
+
+
+def _up_activated(_gate: Array, up: Array) -> Array:
+    return up * _sigmoid(up)
+
+
+def _summed(gate: Array, up: Array) -> Array:
+    return gate * _sigmoid(gate) + up
+
+
+_OPERANDS = {"up": _on_up, "the product": _on_product}
+_WITHOUT = {
+    "SiLU(gate) alone": _gate_only,
+    "up alone": _up_only,
+    "SiLU(up) alone": _up_activated,
+    "SiLU(gate) + up": _summed,
+}
+
+
+def _operand(step: Step, _right: Steps, parameters: Parameters) -> Step:
+    return replace(step, op=_OPERANDS[parameters["on"]])
+
+
+def _no_gate(step: Step, _right: Steps, parameters: Parameters) -> Step:
+    return replace(step, op=_WITHOUT[parameters["computes"]])
+
+
+def _swap_gate_up(step: Step, right: Steps, _parameters: Parameters) -> Step:
+    other = "ffn_up" if step.makes.rstrip("~").endswith("ffn_gate") else "ffn_gate"
+    return replace(step, weights=sibling(step, right, other).weights)
+
+
+FAULTS = (
+    Fault(
+        "gate-up-swapped",
+        ("ffn_gate", "ffn_up"),
+        _swap_gate_up,
+        "the weights of gate and up are exchanged",
+        "fluent nonsense from layer 0 on",
+        "SiLU is applied to ffn_gate, and ffn_up multiplies it",
+        "fused gate_up weights split in the wrong order",
+    ),
+    Fault(
+        "activation",
+        ("ffn_swiglu",),
+        _activation,
+        "the feed-forward's activation is {activation}, not SiLU",
+        "a difference of some percent from layer 0 on",
+        "SiLU(x) = x / (1 + exp(-x))",
+        "GPT-2's and Gemma's GELU carried over",
+        {"activation": tuple(_ACTIVATIONS)},
+    ),
+    Fault(
+        "activation-on-wrong-operand",
+        ("ffn_swiglu",),
+        _operand,
+        "SiLU is applied to {on}, not to the gate",
+        "fluent nonsense from layer 0 on",
+        "SiLU(gate) · up",
+        "kernels that take their two inputs in the other order",
+        {"on": tuple(_OPERANDS)},
+    ),
+    Fault(
+        "no-gate",
+        ("ffn_swiglu",),
+        _no_gate,
+        "the feed-forward computes {computes} instead of SiLU(gate) · up",
+        "wrong from layer 0 on",
+        "SiLU(gate) · up",
+        "feed-forwards written for GPT-2",
+        {"computes": tuple(_WITHOUT)},
+    ),
+)

@@ -1,0 +1,181 @@
+"""Faults of the residual stream and of the order of layers."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from .. import ops
+from ..backend import Array
+from ..graph import History, Step
+from .base import AT, COPY, Fault, Parameters, Steps, kind_of, layer_input, layer_of, subsets
+
+_SUMS = ("ffn_inp", "l_out")
+
+
+def _copied(x: Array) -> Array:
+    return x.copy()
+
+
+def _only(step: Step, name: Any) -> Step:
+    return replace(step, op=_copied, reads=(name,))
+
+
+def _no_residual(step: Step, _right: Steps, _parameters: Parameters) -> Step:
+    return _only(step, step.reads[0])
+
+
+def _branch_missing(step: Step, _right: Steps, _parameters: Parameters) -> Step:
+    return _only(step, step.reads[1])
+
+
+def _after_norm(step: Step, _right: Steps, _parameters: Parameters) -> Step:
+    norm = "attn_norm" if kind_of(step) == "ffn_inp" else "ffn_norm"
+    copy = COPY if step.makes.endswith(COPY) else ""
+    return replace(step, reads=(step.reads[0], f"blk.{layer_of(step)}.{norm}{copy}"))
+
+
+def _twice(x: Array, y: Array) -> Array:
+    return x + y + y
+
+
+def _branch_twice(x: Array, y: Array) -> Array:
+    return x + y + x
+
+
+def _added_twice(step: Step, _right: Steps, parameters: Parameters) -> Step:
+    return replace(step, op=_twice if parameters["added"] == "residual" else _branch_twice)
+
+
+def _old_buffer(step: Step, right: Steps, parameters: Parameters) -> Step:
+    old = {"the layer's input": layer_input(step, right), "the embedding": "embd"}[parameters["buffer"]]
+    return replace(step, reads=(step.reads[0], old))
+
+
+def _skip(step: Step, right: Steps, _parameters: Parameters) -> Step:
+    return _only(step, layer_input(step, right))
+
+
+def _run_twice(step: Step, right: Steps, _parameters: Parameters) -> Sequence[Step]:
+    """The layer's steps once more, reading its output; their own names end in "~", and the last one makes the point."""
+    prefix = f"blk.{layer_of(step)}."
+    source, first = layer_input(step, right), step.makes + COPY
+    names = {name: name + COPY for name in right if name.startswith(prefix)} | {source: first}
+    again = []
+    for name, other in right.items():
+        if name.startswith(prefix):
+            reads = tuple(
+                History(names.get(read.of, read.of)) if isinstance(read, History) else names.get(read, read)
+                for read in other.reads
+            )
+            again.append(replace(other, makes=name if name == step.makes else name + COPY, reads=reads))
+    return [replace(step, makes=first), *again]
+
+
+def _parallel(step: Step, right: Steps, _parameters: Parameters) -> Step:
+    return replace(step, reads=(layer_input(step, right),))
+
+
+def _scaled(ids: Array, take: Any, *, by: str) -> Array:
+    rows = ops.get_rows(ids, take)
+    root = np.float32(np.sqrt(rows.shape[1]))
+    return rows * root if by == "multiplied" else rows / root
+
+
+def _scale(step: Step, _right: Steps, parameters: Parameters) -> Step:
+    return replace(step, op=_scaled, params={"by": parameters["scaled"]})
+
+
+_EACH = {AT: subsets(*_SUMS)}
+
+FAULTS = (
+    Fault(
+        "residual-missing",
+        _SUMS,
+        _no_residual,
+        "the residual is not added at {at}",
+        "wrong from layer 0, position 0 on; values shrink",
+        "ffn_inp = attention + input, l_out = feed-forward + ffn_inp",
+        "blocks rewritten as functions",
+        _EACH,
+    ),
+    Fault(
+        "branch-missing",
+        _SUMS,
+        _branch_missing,
+        "the residual stream skips the attention (ffn_inp) or the feed-forward (l_out): {at}",
+        "wrong from layer 0 on; the stream changes too little",
+        "add the branch's output to the stream",
+        "an output that is written to a buffer nobody reads",
+        {AT: (("l_out",), ("ffn_inp",))},
+    ),
+    Fault(
+        "residual-after-norm",
+        _SUMS,
+        _after_norm,
+        "the residual is taken after the norm, at {at}",
+        "wrong from layer 0, position 0 on",
+        "keep the stream as it was before the norm",
+        "norms that work in place",
+        _EACH,
+    ),
+    Fault(
+        "residual-twice",
+        _SUMS,
+        _added_twice,
+        "the {added} is added twice at {at}",
+        "values grow from layer to layer",
+        "add it once",
+        "fused kernels that add the residual, and an add beside them",
+        {"added": ("residual", "branch"), AT: subsets(*_SUMS)},
+    ),
+    Fault(
+        "residual-old-buffer",
+        _SUMS,
+        _old_buffer,
+        "the residual comes from {buffer}, at {at}",
+        "wrong from layer 0 or 1 on",
+        "the feed-forward's residual is ffn_inp, the attention's the layer's input",
+        "two buffers that swap",
+        {"buffer": ("the layer's input", "the embedding"), AT: (("l_out",), ("ffn_inp",), _SUMS)},
+    ),
+    Fault(
+        "parallel-branches",
+        ("ffn_norm",),
+        _parallel,
+        "the feed-forward reads the layer's input, not the attention's result",
+        "wrong from layer 0, position 0 on",
+        "ffn_norm reads ffn_inp",
+        "GPT-J and Falcon code",
+    ),
+    Fault(
+        "layer-skipped",
+        ("l_out",),
+        _skip,
+        "the layer is skipped",
+        "one layer's output equals its input",
+        "run layers 0 to n − 1, each once",
+        "off-by-one loops; pipelines cut between two devices",
+    ),
+    Fault(
+        "layer-twice",
+        ("l_out",),
+        _run_twice,
+        "the layer is run twice",
+        "wrong from one layer on, of plausible size",
+        "run each layer once",
+        "pipelines cut between two devices",
+    ),
+    Fault(
+        "embedding-scaled",
+        ("embd",),
+        _scale,
+        "the embedding is {scaled} by the square root of the width",
+        "embd is wrong by a constant factor",
+        "only Gemma scales its embedding",
+        "ports of Gemma code",
+        {"scaled": ("multiplied", "divided")},
+        once=True,
+    ),
+)

@@ -1,0 +1,138 @@
+"""Faults of the logits."""
+
+from dataclasses import replace
+
+import numpy as np
+
+from .. import ops
+from ..backend import Array
+from ..graph import PASSES, Step
+from .base import Fault, Parameters, Steps
+from .weights import altered
+
+
+def _rows(weight: Array, order: str) -> Array:
+    if order == "reversed":
+        return weight[::-1]
+    if order == "in two halves":
+        return np.roll(weight, weight.shape[0] // 2, axis=0)
+    return np.roll(weight, {"one row on": -1, "one row back": 1}[order], axis=0)
+
+
+def _order(step: Step, _right: Steps, parameters: Parameters) -> Step:
+    return altered(step, lambda weight: _rows(weight, parameters["order"]))
+
+
+def _padding(weight: Array, multiple: int) -> Array:
+    """As if the matrix were padded in front up to a multiple of rows, and read from the start of the padding."""
+    missing = -weight.shape[0] % multiple
+    return np.concatenate([weight[:missing] * 0, weight])[: weight.shape[0]]
+
+
+def _padded(step: Step, _right: Steps, parameters: Parameters) -> Step:
+    return altered(step, lambda weight: _padding(weight, parameters["multiple"]))
+
+
+def _last_of_pass(x: Array, passes: Array, weight: Array, bias: Array | None = None) -> Array:
+    last = (passes[None, :] == passes[:, None]) * np.arange(1, len(passes) + 1)[None, :]
+    return ops.linear(x[last.max(axis=1) - 1], weight, bias)
+
+
+def _last_only(step: Step, _right: Steps, _parameters: Parameters) -> Step:
+    return replace(step, op=_last_of_pass, reads=(*step.reads, PASSES))
+
+
+def _capped(x: Array, weight: Array, bias: Array | None = None, *, cap: float) -> Array:
+    return np.float32(cap) * np.tanh(ops.linear(x, weight, bias) / np.float32(cap))
+
+
+def _softcap(step: Step, _right: Steps, parameters: Parameters) -> Step:
+    return replace(step, op=_capped, params={"cap": parameters["cap"]})
+
+
+def _probabilities(x: Array, weight: Array, bias: Array | None = None, *, log: bool) -> Array:
+    logits = ops.linear(x, weight, bias)
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    total = np.exp(shifted).sum(axis=1, keepdims=True, dtype=np.float64)
+    return shifted - np.log(total).astype(np.float32) if log else np.exp(shifted) / total.astype(np.float32)
+
+
+def _soft_max(step: Step, _right: Steps, parameters: Parameters) -> Step:
+    return replace(step, op=_probabilities, params={"log": parameters["shown"] == "log-probabilities"})
+
+
+def _scaled(x: Array, weight: Array, bias: Array | None = None) -> Array:
+    return ops.linear(x, weight, bias) / np.float32(np.sqrt(x.shape[1]))
+
+
+def _scale(step: Step, _right: Steps, _parameters: Parameters) -> Step:
+    return replace(step, op=_scaled)
+
+
+FAULTS = (
+    Fault(
+        "logits-row-order",
+        ("logits",),
+        _order,
+        "the rows of the output matrix are in another order ({order})",
+        "everything but the logits is right; logits are right but at other ids",
+        "row i of the output matrix is id i",
+        "vocabularies sorted or sharded by the loader",
+        {"order": ("one row on", "one row back", "reversed", "in two halves")},
+        once=True,
+    ),
+    Fault(
+        "logits-padding",
+        ("logits",),
+        _padded,
+        "the padding of the vocabulary to a multiple of {multiple} is read as its first rows",
+        "logits at shifted ids, the first ones 0",
+        "padding stands behind the last id: read n_vocab rows from the start",
+        "matrices padded for tensor cores",
+        {"multiple": (64, 128, 256, 512)},
+        once=True,
+    ),
+    Fault(
+        "logits-last-only",
+        ("logits",),
+        _last_only,
+        "each position shows the logits of the last one",
+        "the last position is right, the others all equal it",
+        "compute logits for every position that is asked for, or record the last one only",
+        "engines that compute logits once a prompt",
+        whole=True,
+        once=True,
+    ),
+    Fault(
+        "logits-softcap",
+        ("logits",),
+        _softcap,
+        "logits are capped, {cap} · tanh(x / {cap}), though the model has no cap",
+        "large logits are too small",
+        "only Gemma 2 caps its logits",
+        "ports of Gemma code",
+        {"cap": (30.0, 50.0, 15.0)},
+        once=True,
+    ),
+    Fault(
+        "logits-normalised",
+        ("logits",),
+        _soft_max,
+        "the logits are {shown}",
+        "logits of the wrong size; their order is right",
+        "record the output matrix's product, before the softmax",
+        "samplers that work in place",
+        {"shown": ("log-probabilities", "probabilities")},
+        once=True,
+    ),
+    Fault(
+        "logits-scaled",
+        ("logits",),
+        _scale,
+        "the logits are divided by the root of the width",
+        "logits too small by a constant factor",
+        "do not scale",
+        "T5 and muP code",
+        once=True,
+    ),
+)

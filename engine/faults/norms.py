@@ -1,0 +1,166 @@
+"""Faults of the norms."""
+
+from dataclasses import replace
+
+import numpy as np
+
+from .. import ops
+from ..backend import Array
+from ..graph import Step
+from .base import AT, Fault, Parameters, Steps, kind_of, sibling, subsets, with_parameters
+
+_NORMS = ("attn_norm", "ffn_norm", "output_norm")
+_ANY_NORM = {AT: (*subsets(*_NORMS), ("attn_norm", "ffn_norm"))}
+
+
+def _epsilon(step: Step, _right: Steps, parameters: Parameters) -> Step:
+    return with_parameters(step, eps=parameters["eps"])
+
+
+def _outside(x: Array, weight: Array, *, eps: float) -> Array:
+    """x / (sqrt(mean(x²)) + eps) · weight."""
+    root = np.sqrt(np.mean(x.astype(np.float64) ** 2, axis=1)).astype(np.float32) + np.float32(eps)
+    return x / root[:, None] * weight
+
+
+def _plus_one(x: Array, weight: Array, *, eps: float) -> Array:
+    return ops.rms_norm(x, weight + np.float32(1), eps=eps)
+
+
+def _no_weight(x: Array, weight: Array, *, eps: float) -> Array:
+    return ops.rms_norm(x, weight * np.float32(0) + np.float32(1), eps=eps)
+
+
+def _layer_norm(x: Array, weight: Array, *, eps: float) -> Array:
+    """(x − mean) / sqrt(variance + eps) · weight."""
+    return ops.rms_norm(x - x.mean(axis=1, keepdims=True, dtype=np.float64).astype(np.float32), weight, eps=eps)
+
+
+def _skipped(x: Array, _weight: Array, *, eps: float) -> Array:
+    del eps
+    return x + np.float32(0)
+
+
+def _sum(x: Array, weight: Array, *, eps: float) -> Array:
+    """x / sqrt(Σx² + eps) · weight."""
+    total = np.sum(x.astype(np.float64) ** 2, axis=1).astype(np.float32) + np.float32(eps)
+    return x / np.sqrt(total)[:, None] * weight
+
+
+def _halves(x: Array, weight: Array, *, eps: float) -> Array:
+    """Each half of the row by its own root mean square: a reduction that covers a part of the row."""
+    half = x.shape[1] // 2
+    parts = [ops.rms_norm(x[:, part], weight[part], eps=eps) for part in (slice(0, half), slice(half, None))]
+    return np.concatenate(parts, axis=1)
+
+
+_OPS = {
+    "eps-outside-root": _outside,
+    "norm-weight-missing": _no_weight,
+    "norm-one-plus-weight": _plus_one,
+    "layer-norm": _layer_norm,
+    "norm-sum": _sum,
+    "norm-in-halves": _halves,
+    "norm-skipped": _skipped,
+}
+
+
+def _by(name: str) -> "Fault":
+    what, symptom, fix, seen = _TEXTS[name]
+
+    def change(step: Step, _right: Steps, _parameters: Parameters) -> Step:
+        return replace(step, op=_OPS[name])
+
+    # A final norm that is skipped has an entry of its own.
+    where = {AT: subsets("attn_norm", "ffn_norm")} if name == "norm-skipped" else _ANY_NORM
+    return Fault(name, _NORMS, change, what, symptom, fix, seen, where)
+
+
+_TEXTS = {
+    "eps-outside-root": (
+        "ε is added outside the square root, in {at}",
+        "a difference that looks like rounding",
+        "x / sqrt(mean(x²) + ε)",
+        "formulas copied from papers",
+    ),
+    "norm-weight-missing": (
+        "the norm's weight is not applied, in {at}",
+        "wrong from position 0 on, of plausible size",
+        "multiply by the weight after normalising",
+        "kernels that fuse the norm into the next product",
+    ),
+    "norm-one-plus-weight": (
+        "the norm multiplies by 1 + weight, in {at}",
+        "values about twice too large",
+        "GGUF stores the whole weight, also for Gemma: multiply by it as it is",
+        "ports of Gemma code",
+    ),
+    "layer-norm": (
+        "LayerNorm (mean subtracted) where this model wants RMSNorm, in {at}",
+        "a small, even difference from position 0 on",
+        "do not subtract the mean",
+        "GPT-2 code",
+    ),
+    "norm-sum": (
+        "the norm divides by the root of the sum, not of the mean, in {at}",
+        "values too small by the root of the width",
+        "divide the sum of squares by the width",
+        "reductions without the division",
+    ),
+    "norm-in-halves": (
+        "each half of the row is normalised by itself, in {at}",
+        "a small difference from position 0 on",
+        "reduce over the whole row: across all warps or blocks",
+        "reductions that end at a block's edge",
+    ),
+    "norm-skipped": (
+        "the norm is skipped, in {at}",
+        "values of the wrong size",
+        "normalise before the projections",
+        "pre-norm read as post-norm",
+    ),
+}
+
+
+def _exchange(step: Step, right: Steps, _parameters: Parameters) -> Step:
+    other = "ffn_norm" if kind_of(step) == "attn_norm" else "attn_norm"
+    return replace(step, weights=sibling(step, right, other).weights)
+
+
+def _no_final(step: Step, _right: Steps, _parameters: Parameters) -> Step:
+    return replace(step, op=_skipped)
+
+
+FAULTS = (
+    Fault(
+        "norm-epsilon",
+        _NORMS,
+        _epsilon,
+        "the norms' ε is {eps}, which is not this model's, in {at}",
+        "a difference of 1e-6 to 1e-3 that looks like rounding",
+        "read <architecture>.attention.layer_norm_rms_epsilon from the file",
+        "engines that carry 1e-5 as a constant",
+        {"eps": (1e-5, 1e-6, 1e-8, 1e-12, 0.0), **_ANY_NORM},
+    ),
+    *(_by(name) for name in _TEXTS),
+    Fault(
+        "norms-exchanged",
+        ("attn_norm", "ffn_norm"),
+        _exchange,
+        "attention's and feed-forward's norm are exchanged, in {at}",
+        "wrong from position 0 of layer 0 on",
+        "attn_norm before Q, K, V; ffn_norm before gate and up",
+        "weights loaded by index",
+        {AT: subsets("attn_norm", "ffn_norm")},
+    ),
+    Fault(
+        "no-final-norm",
+        ("output_norm",),
+        _no_final,
+        "the final norm is missing",
+        "all layers right, logits of the wrong size",
+        "normalise with output_norm.weight before the output matrix",
+        "ports from code in which the norm is part of the head",
+        once=True,
+    ),
+)

@@ -1,0 +1,255 @@
+"""Faults of the rotary position embedding."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from .. import ops
+from ..backend import Array, module_of
+from ..graph import PASSES, POSITIONS, History, Step
+from .base import AT, Fault, Parameters, Steps, sibling, subsets, with_parameters
+
+_ROPE = ("q_rope", "k_rope")
+
+
+def _pairs(step: Step, _right: Steps, _parameters: Parameters) -> Step:
+    return with_parameters(step, pairs="norm" if step.params["pairs"] == "neox" else "neox")
+
+
+def _base(step: Step, _right: Steps, parameters: Parameters) -> Step:
+    return with_parameters(step, base=parameters["base"])
+
+
+_SHIFTS = {
+    "one more": lambda positions: positions + 1,
+    "one less": lambda positions: positions - 1,
+    "always 0": lambda positions: positions * 0,
+    "from the end": lambda positions: positions.max() - positions,
+}
+
+
+def _moved(x: Array, positions: Array, factors: Array | None = None, *, by: str | int, **params: Any) -> Array:
+    moved = positions % by if isinstance(by, int) else _SHIFTS[by](positions)
+    return ops.rope(x, moved, factors, **params)
+
+
+def _position(step: Step, _right: Steps, parameters: Parameters) -> Step:
+    return replace(step, op=_moved, params={**step.params, "by": parameters["position"]})
+
+
+def _within_pass(x: Array, positions: Array, passes: Array, factors: Array | None = None, **params: Any) -> Array:
+    same = passes[:, None] == passes[None, :]
+    before = same & (positions[None, :] < positions[:, None])
+    return ops.rope(x, before.sum(axis=1), factors, **params)
+
+
+def _position_per_pass(step: Step, _right: Steps, _parameters: Parameters) -> Step:
+    return replace(step, op=_within_pass, reads=(*step.reads, PASSES))
+
+
+def _copy(x: Array, _positions: Array, _factors: Array | None = None, **_params: Any) -> Array:
+    return x.copy()
+
+
+def _missing(step: Step, _right: Steps, _parameters: Parameters) -> Step:
+    return replace(step, op=_copy)
+
+
+def _again(x: Array, positions: Array, factors: Array | None = None, **params: Any) -> Array:
+    return ops.rope(ops.rope(x, positions, factors, **params), positions, factors, **params)
+
+
+def _twice(step: Step, _right: Steps, _parameters: Parameters) -> Step:
+    return replace(step, op=_again)
+
+
+def _backwards(x: Array, positions: Array, factors: Array | None = None, **params: Any) -> Array:
+    return ops.rope(x, -positions, factors, **params)
+
+
+def _sign(step: Step, _right: Steps, _parameters: Parameters) -> Step:
+    return replace(step, op=_backwards)
+
+
+def _rotated_linear(x: Array, positions: Array, weight: Array, bias: Array | None, *, rope: Mapping[str, Any]) -> Array:
+    return ops.rope(ops.linear(x, weight, bias), positions, None, **rope)
+
+
+def _values_too(step: Step, right: Steps, _parameters: Parameters) -> Step:
+    rope = sibling(step, right, "k_rope").params
+    return replace(step, op=_rotated_linear, reads=(*step.reads, POSITIONS), params={"rope": rope})
+
+
+def _scores_of_unrotated_cache(
+    q: Array, k_rope: Array, k: Array, passes: Array, key_passes: Array, *, heads: int, kv_heads: int
+) -> Array:
+    now = ops.attention_scores(q, k_rope, heads=heads, kv_heads=kv_heads)
+    before = ops.attention_scores(q, k, heads=heads, kv_heads=kv_heads)
+    xp = module_of(q)
+    return xp.where((key_passes[None, :] < passes[:, None])[None], before, now)
+
+
+def _after_cache(step: Step, right: Steps, _parameters: Parameters) -> Step:
+    key = sibling(step, right, "k_rope").reads[0]
+    name = key if isinstance(key, str) else key.of
+    return replace(step, op=_scores_of_unrotated_cache, reads=(*step.reads, History(name), PASSES, History(PASSES)))
+
+
+def _dims(step: Step, _right: Steps, parameters: Parameters) -> Step:
+    dims = int(step.params["dims"] * parameters["of"]) & ~1
+    return with_parameters(step, dims=dims)
+
+
+def _frequencies(x: Array, positions: Array, factors: Array | None = None, *, over: int, **params: Any) -> Array:
+    """RoPE whose exponents are divided by another number than the rotary dimension."""
+    dims = params["dims"]
+    base = float(params["base"]) ** (dims / over)
+    return ops.rope(x, positions, factors, **{**params, "base": base})
+
+
+def _exponent(step: Step, _right: Steps, parameters: Parameters) -> Step:
+    over = step.params["dims"] * (step.params["heads"] if parameters["over"] == "all heads" else parameters["over"])
+    return replace(step, op=_frequencies, params={**step.params, "over": int(over)})
+
+
+def _no_factors(step: Step, _right: Steps, _parameters: Parameters) -> Step:
+    return replace(step, weights=(None,))
+
+
+def _scale(step: Step, _right: Steps, parameters: Parameters) -> Step:
+    scale = step.params["scale"]
+    return with_parameters(step, scale=1.0 if parameters["scaling"] == "ignored" else 1.0 / scale)
+
+
+_PAIRWISE = {AT: subsets(*_ROPE)}
+_NO_WEIGHT_AT_0 = "position 0 is right, later ones drift away"
+
+FAULTS = (
+    Fault(
+        "rope-pairs",
+        _ROPE,
+        _pairs,
+        "RoPE rotates the other pairs (NORM: adjacent, NEOX: halves) than this model wants, on {at}",
+        _NO_WEIGHT_AT_0,
+        "NEOX rotates x[i] with x[i + d/2], NORM x[2i] with x[2i + 1]: take the architecture's own",
+        "Qwen2 ports of Llama code",
+        _PAIRWISE,
+    ),
+    Fault(
+        "rope-base",
+        _ROPE,
+        _base,
+        "RoPE's base is {base}, which is not this model's",
+        "position 0 is right, the error grows with the position",
+        "read <architecture>.rope.freq_base from the file",
+        "engines that carry Llama 1's 10000 as a constant",
+        {"base": (10000.0, 500000.0, 1000000.0, 100000.0, 5000000.0, 10000000.0, 1000.0, 8000000.0)},
+    ),
+    Fault(
+        "rope-position",
+        _ROPE,
+        _position,
+        "RoPE counts positions wrongly ({position}) on {at}",
+        "keys and queries disagree about where they are",
+        "position t of the sequence, from 0, for queries and keys alike, also after a chunk",
+        "decode loops that pass the length instead of the index; prefill in chunks",
+        {"position": (*_SHIFTS, 4, 8, 16, 32, 64), AT: (("q_rope",), ("k_rope",), _ROPE)},
+    ),
+    Fault(
+        "rope-position-per-pass",
+        _ROPE,
+        _position_per_pass,
+        "RoPE counts positions from 0 in every forward pass, on {at}",
+        "prefill right, decode wrong",
+        "add the number of cached positions to the index in the batch",
+        "decode steps that pass position 0 for their one token",
+        _PAIRWISE,
+    ),
+    Fault(
+        "rope-missing",
+        _ROPE,
+        _missing,
+        "RoPE is not applied to {at}",
+        _NO_WEIGHT_AT_0,
+        "rotate queries and keys, both, before the scores",
+        "caches that hold keys before rotation",
+        _PAIRWISE,
+    ),
+    Fault(
+        "rope-on-values",
+        ("v",),
+        _values_too,
+        "RoPE is applied to the values as well",
+        "position 0 is right, attention's output wrong from 1 on",
+        "rotate Q and K only",
+        "fused QKV kernels that rotate the whole row",
+    ),
+    Fault(
+        "rope-twice",
+        _ROPE,
+        _twice,
+        "RoPE is applied twice to {at}",
+        _NO_WEIGHT_AT_0,
+        "rotate once: at the write to the cache or at the read, not both",
+        "caches of rotated keys that are rotated again when read",
+        _PAIRWISE,
+    ),
+    Fault(
+        "rope-sign",
+        _ROPE,
+        _sign,
+        "RoPE rotates backwards on {at}",
+        _NO_WEIGHT_AT_0,
+        "x' = x·cos − y·sin, y' = x·sin + y·cos",
+        "a sign lost in a hand-written kernel",
+        {AT: (("q_rope",), ("k_rope",), _ROPE)},
+    ),
+    Fault(
+        "rope-after-cache",
+        ("kq",),
+        _after_cache,
+        "keys go to the cache before they are rotated",
+        "prefill right, decode wrong from its first step on",
+        "write k after RoPE, or rotate what is read",
+        "cache writes fused into the projection",
+    ),
+    Fault(
+        "rope-dims",
+        _ROPE,
+        _dims,
+        "RoPE rotates {of} of the head's rotary dimensions",
+        _NO_WEIGHT_AT_0,
+        "read <architecture>.rope.dimension_count; without it, the head size",
+        "GPT-NeoX's partial rotation carried over",
+        {"of": (0.5, 0.25, 0.75)},
+    ),
+    Fault(
+        "rope-exponent",
+        _ROPE,
+        _exponent,
+        "RoPE's exponent is divided by {over} × the rotary dimension",
+        _NO_WEIGHT_AT_0,
+        "theta_i = position · base^(−2i / d), d the rotary dimension of one head",
+        "i / d instead of 2i / d; the model's width instead of the head's",
+        {"over": (2, 0.5, "all heads")},
+    ),
+    Fault(
+        "rope-factors-ignored",
+        _ROPE,
+        _no_factors,
+        "the frequency factors of rope_freqs.weight are ignored",
+        _NO_WEIGHT_AT_0,
+        "divide each frequency by rope_freqs.weight[i]",
+        "Llama 3.1 and later in engines written for Llama 2",
+    ),
+    Fault(
+        "rope-scaling",
+        _ROPE,
+        _scale,
+        "RoPE's linear scaling is {scaling}",
+        _NO_WEIGHT_AT_0,
+        "multiply the position by 1 / <architecture>.rope.scaling.factor",
+        "long-context finetunes",
+        {"scaling": ("ignored", "inverted")},
+    ),
+)

@@ -1,0 +1,54 @@
+"""Faults of the tokens that go in. Positions keep their numbers: the dump's position t holds another token."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from .. import ops
+from ..backend import Array, module_of
+from ..graph import Step
+from .base import Fault, Parameters, Steps
+
+_CHANGES: dict[str, Callable[[Any, Array], Array]] = {
+    "the first one is missing": lambda xp, ids: xp.concatenate([ids[1:], ids[-1:]]),
+    "the first one is doubled": lambda xp, ids: xp.concatenate([ids[:1], ids[:-1]]),
+    "a 0 stands in front": lambda xp, ids: xp.concatenate([ids[:1] * 0, ids[:-1]]),
+    "the first one is 0": lambda xp, ids: xp.concatenate([ids[:1] * 0, ids[1:]]),
+    "in reverse": lambda _xp, ids: ids[::-1],
+}
+
+
+def _moved(ids: Array, take: Any, *, how: str) -> Array:
+    return ops.get_rows(_CHANGES[how](module_of(ids), ids), take)
+
+
+def _change(step: Step, _right: Steps, parameters: Parameters) -> Step:
+    return replace(step, op=_moved, params={"how": parameters["tokens"]})
+
+
+FAULTS = (
+    Fault(
+        "bos",
+        ("embd",),
+        _change,
+        "the beginning of the sequence is wrong: {tokens}",
+        "position 0 is another token, all later ones are shifted",
+        "`parity tokens` shows what llama.cpp makes of the prompt: one BOS where the model wants it",
+        "tokenizers and chat templates that both add BOS, or neither",
+        {"tokens": ("the first one is missing", "the first one is doubled")},
+        whole=True,
+        once=True,
+    ),
+    Fault(
+        "prompt-shifted",
+        ("embd",),
+        _change,
+        "the prompt's tokens are not those of the reference: {tokens}",
+        "embd is another token's",
+        "token t of the prompt is row t of the batch",
+        "buffers of ids with a slot for BOS that stays empty",
+        {"tokens": ("a 0 stands in front", "the first one is 0", "in reverse")},
+        whole=True,
+        once=True,
+    ),
+)

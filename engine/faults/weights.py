@@ -1,0 +1,320 @@
+"""Faults of reading weights: layout, order, which tensor, which rows."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from .. import ops
+from ..backend import Array
+from ..graph import Altered, RowsOf, Step, WeightSource
+from .base import AT, Fault, Parameters, Steps, Values, kind_of, layer_of, sibling, subsets
+
+MATRICES = ("q", "k", "v", "attn_out", "ffn_gate", "ffn_up", "ffn_out")
+_QKV = ("q", "k", "v")
+_EACH_MATRIX = (*((kind,) for kind in ("ffn_gate", "q", "k", "v", "attn_out", "ffn_up", "ffn_out", "logits")), MATRICES)
+
+
+def altered(step: Step, change: Callable[[Array], Array]) -> Step:
+    """The step with its matrix changed after it was read; changes of several faults follow each other.
+
+    Raises:
+        ValueError: the step has no matrix of its own.
+    """
+    first = step.weights[0]
+    if first is None:
+        raise ValueError(f"{step.makes} has no matrix")
+    if isinstance(first, RowsOf):
+        name = first.weight
+
+        def rows(source: WeightSource, weight: str) -> Any:
+            matrix = change(source.get(weight))
+            return lambda ids: matrix[ids]
+
+        return replace(step, weights=(Altered(name, rows), *step.weights[1:]))
+    before = first.make if isinstance(first, Altered) else _as_it_is
+    name = first.weight if isinstance(first, Altered) else first
+
+    def make(source: WeightSource, weight: str) -> Array:
+        return change(before(source, weight))
+
+    return replace(step, weights=(Altered(name, make), *step.weights[1:]))
+
+
+def _as_it_is(source: WeightSource, name: str) -> Array:
+    return source.get(name)
+
+
+def _transposed(weight: Array) -> Array:
+    return np.ascontiguousarray(weight.T).reshape(weight.shape)
+
+
+def _transpose(step: Step, _right: Steps, _parameters: Parameters) -> Step:
+    return altered(step, _transposed)
+
+
+def _stride(weight: Array, stride: int) -> Array:
+    rows, columns = weight.shape
+    at = (np.arange(rows)[:, None] * stride + np.arange(columns)[None, :]) % weight.size
+    return weight.reshape(-1)[at]
+
+
+def _leading(step: Step, _right: Steps, _parameters: Parameters) -> Step:
+    return altered(step, lambda weight: _stride(weight, weight.shape[0]))
+
+
+def _heads(step: Step, right: Steps) -> int:
+    return int(sibling(step, right, f"{kind_of(step)}_rope").params["heads"])
+
+
+def _permuted(rows: Array, heads: int, to: str) -> Array:
+    """LlamaModel.permute of convert_hf_to_gguf.py along the first axis, or its inverse."""
+    split = (heads, 2, -1) if to == "gguf" else (heads, -1, 2)
+    shaped = rows.reshape(*split, *rows.shape[1:])
+    return np.ascontiguousarray(shaped.swapaxes(1, 2)).reshape(rows.shape)
+
+
+def _permute(step: Step, right: Steps, parameters: Parameters) -> Step:
+    heads, to = _heads(step, right), parameters["to"]
+    changed = altered(step, lambda weight: _permuted(weight, heads, to))
+    bias = step.weights[1] if len(step.weights) > 1 else None
+    if not isinstance(bias, str) or parameters["bias"] == "left":
+        return changed
+    moved = Altered(bias, lambda source, name: _permuted(source.get(name), heads, to))
+    return replace(changed, weights=(changed.weights[0], moved))
+
+
+def _order(step: Step, right: Steps, parameters: Parameters) -> Step:
+    other = parameters["read"][_QKV.index(kind_of(step))]
+    return replace(step, weights=sibling(step, right, other).weights)
+
+
+def _name_in(weight: Any, layer: int, other: int) -> Any:
+    if isinstance(weight, str):
+        return weight.replace(f"blk.{layer}.", f"blk.{other}.", 1)
+    if isinstance(weight, Altered | RowsOf):
+        return replace(weight, weight=_name_in(weight.weight, layer, other))
+    return weight
+
+
+def _of_layer(step: Step, other: int) -> Step:
+    return replace(step, weights=tuple(_name_in(weight, layer_of(step), other) for weight in step.weights))
+
+
+def _n_layers(right: Steps) -> int:
+    return sum(name.endswith(".l_out") for name in right)
+
+
+def _offset(step: Step, right: Steps, parameters: Parameters) -> Step:
+    other = layer_of(step) + parameters["by"]
+    return _of_layer(step, other) if f"blk.{other}.l_out" in right else step
+
+
+def _swap_layers(step: Step, _right: Steps, parameters: Parameters) -> Step:
+    first, layer = parameters["first"], layer_of(step)
+    return _of_layer(step, 2 * first + 1 - layer) if layer in (first, first + 1) else step
+
+
+def _first_of_two(right: Steps) -> Values:
+    return tuple(range(_n_layers(right) - 1))
+
+
+def _no_bias(step: Step, _right: Steps, _parameters: Parameters) -> Step:
+    return replace(step, weights=(step.weights[0], None))
+
+
+def _bias_twice(step: Step, _right: Steps, _parameters: Parameters) -> Step:
+    bias = step.weights[1]
+    if not isinstance(bias, str):
+        return step
+    return replace(step, weights=(step.weights[0], Altered(bias, lambda source, name: source.get(name) * np.float32(2))))
+
+
+def _bias_sign(step: Step, _right: Steps, _parameters: Parameters) -> Step:
+    bias = step.weights[1]
+    if not isinstance(bias, str):
+        return step
+    return replace(step, weights=(step.weights[0], Altered(bias, lambda source, name: -source.get(name))))
+
+
+def _bias_of(step: Step, right: Steps, parameters: Parameters) -> Step:
+    """The bias of another projection; of a longer one its first elements, a shorter one is repeated."""
+    own, other = step.weights[1], sibling(step, right, parameters["of"]).weights[1]
+    if not isinstance(own, str) or not isinstance(other, str):
+        return step
+    made = Altered(own, lambda source, name: np.resize(source.get(other), source.get(name).shape))
+    return replace(step, weights=(step.weights[0], made))
+
+
+def _embedding_as_output(step: Step, right: Steps, _parameters: Parameters) -> Step:
+    taken = right["embd"].weights[0]
+    return replace(step, weights=(taken.weight, *step.weights[1:])) if isinstance(taken, RowsOf) else step
+
+
+def _zeroed(weight: Array, *, part: str | int, axis: str) -> Array:
+    weight = weight.copy()
+    along = 0 if axis == "rows" else 1
+    size = weight.shape[along]
+    count = {"half": size // 2, "quarter": size // 4, "eighth": size // 8}.get(str(part), part)
+    view = weight if axis == "rows" else weight.T
+    view[size - int(count) :] = 0
+    return weight
+
+
+def _missing(step: Step, _right: Steps, parameters: Parameters) -> Step:
+    return altered(step, lambda weight: _zeroed(weight, part=parameters["part"], axis=parameters["axis"]))
+
+
+def _embedding_row(ids: Array, take: Any, *, by: int) -> Array:
+    return ops.get_rows(np.maximum(ids + by, 0), take)
+
+
+def _neighbour(step: Step, _right: Steps, parameters: Parameters) -> Step:
+    return replace(step, op=_embedding_row, params={"by": parameters["by"]})
+
+
+FAULTS = (
+    Fault(
+        "transposed",
+        (*MATRICES, "logits"),
+        _transpose,
+        "the matrix of {at} is read transposed",
+        "wrong from position 0 on; of plausible size",
+        "GGUF stores a matrix as out rows of in elements: y = x · Wᵀ",
+        "square matrices, where no shape check helps",
+        {AT: (("attn_out",), *(kinds for kinds in _EACH_MATRIX if kinds != ("attn_out",)))},
+    ),
+    Fault(
+        "leading-dimension",
+        (*MATRICES, "logits"),
+        _leading,
+        "the matrix of {at} is read with its other dimension as the row's length",
+        "row 0 is right, the next ones are shifted",
+        "a row is as long as the input: the leading dimension of row-major W is in",
+        "BLAS calls ported from column-major code",
+        {AT: _EACH_MATRIX},
+    ),
+    Fault(
+        "qk-permuted",
+        ("q", "k"),
+        _permute,
+        "the rows of {at} are permuted as for {to} (bias {bias})",
+        "position 0 is right, later ones drift away",
+        "Hugging Face stores halves, GGUF's llama adjacent pairs: permute once, in the converter, and not for NEOX models",
+        "converters and loaders that both permute, or neither",
+        {"to": ("gguf", "hf"), "bias": ("moved", "left"), AT: subsets("q", "k")},
+    ),
+    Fault(
+        "qkv-order",
+        _QKV,
+        _order,
+        "queries, keys and values are read from {read}",
+        "wrong from position 0 or 1 on",
+        "fused QKV is Q, then K, then V",
+        "fused weights split in the wrong order",
+        {
+            "read": (
+                ("k", "q", "v"),
+                ("q", "v", "k"),
+                ("v", "k", "q"),
+                ("k", "v", "q"),
+                ("v", "q", "k"),
+                ("q", "k", "k"),
+                ("q", "v", "v"),
+            )
+        },
+    ),
+    Fault(
+        "layer-offset",
+        (*MATRICES, "attn_norm", "ffn_norm"),
+        _offset,
+        "each layer takes the weights of the layer {by} further on",
+        "wrong from layer 0 on, of plausible size",
+        "layer i reads blk.i.*, from 0",
+        "loops from 1",
+        {"by": (1, -1), AT: ((*MATRICES, "attn_norm", "ffn_norm"), ("attn_norm",), ("ffn_norm",), ("attn_norm", "ffn_norm"))},
+    ),
+    Fault(
+        "layers-swapped",
+        (*MATRICES, "attn_norm", "ffn_norm"),
+        _swap_layers,
+        "layer {first} and the next one are exchanged",
+        "wrong from that layer on, of plausible size",
+        "sort tensors by their layer's number, not by name (blk.10 before blk.2)",
+        "names sorted as text",
+        {"first": _first_of_two},
+        once=True,
+    ),
+    Fault(
+        "no-qkv-bias",
+        _QKV,
+        _no_bias,
+        "the bias of {at} is not added",
+        "wrong from the first layer and position on",
+        "add blk.N.attn_{{q,k,v}}.bias",
+        "Qwen2 ports of Llama code",
+        {AT: (*subsets(*_QKV), ("q", "k"), ("q", "v"), ("k", "v"))},
+    ),
+    Fault(
+        "bias-twice",
+        _QKV,
+        _bias_twice,
+        "the bias of {at} is added twice",
+        "wrong from the first layer and position on",
+        "add it once",
+        "a bias in the product's epilogue, and an add beside it",
+        {AT: subsets(*_QKV)},
+    ),
+    Fault(
+        "bias-sign",
+        _QKV,
+        _bias_sign,
+        "the bias of {at} is subtracted",
+        "wrong from the first layer and position on",
+        "add it",
+        "beta = −1 in a product's epilogue",
+        {AT: subsets(*_QKV)},
+    ),
+    Fault(
+        "bias-of-other",
+        _QKV,
+        _bias_of,
+        "{at} takes the bias of {of}",
+        "wrong from the first layer and position on",
+        "each projection has a bias of its own",
+        "one offset for a fused bias",
+        {"of": ("k", "v", "q"), AT: (("q",), ("k",), ("v",), _QKV)},
+    ),
+    Fault(
+        "output-tied",
+        ("logits",),
+        _embedding_as_output,
+        "the embedding is taken for the output matrix, though the file has output.weight",
+        "everything but the logits is right",
+        "the output matrix is output.weight where the file has it, token_embd.weight only where not",
+        "engines written for tied models",
+        once=True,
+    ),
+    Fault(
+        "part-missing",
+        (*MATRICES, "logits"),
+        _missing,
+        "of the matrix of {at}, the last {axis} are missing ({part})",
+        "single channels are zero, or sums too small",
+        "read all shards; a last block that is not full counts as well",
+        "grids rounded down; one shard of several read",
+        {"part": ("half", "quarter", "eighth", 1, 32, 64), "axis": ("rows", "columns"), AT: _EACH_MATRIX},
+    ),
+    Fault(
+        "embedding-row",
+        ("embd",),
+        _neighbour,
+        "the embedding's row is that of the id {by} further on",
+        "embd is another token's",
+        "row i of token_embd.weight is id i, from 0",
+        "a padding row counted or not",
+        {"by": (1, -1)},
+        once=True,
+    ),
+)

@@ -1,0 +1,61 @@
+"""`parity explain`: which known fault reproduces these numbers?"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from checkpoints.errors import InputError
+
+from . import options as o
+from .diff import Compute
+
+
+def explain(
+    ours: Annotated[Path | None, typer.Argument(help="Your engine's dump.", show_default=False)] = None,
+    model: o.ModelOption = None,
+    ref: Annotated[
+        Path | None, typer.Option("--ref", help="llama.cpp's dump of the same prompt: checks our engine against it first.")
+    ] = None,
+    prompt: o.PromptOption = None,
+    prompt_file: o.PromptFileOption = None,
+    tokens: o.TokensOption = None,
+    max_faults: Annotated[int, typer.Option("--max-faults", min=1, max=8, help="Faults at once.")] = 4,
+    budget: Annotated[
+        float, typer.Option("--budget", min=0.1, help="Seconds after which the search answers with what it has.")
+    ] = 60.0,
+    compute: Annotated[
+        Compute | None,
+        typer.Option("--compute", help="The arithmetic of your engine, if it is not f32: its noise is measured."),
+    ] = None,
+    backend: o.BackendOption = o.BackendName.AUTO,
+    catalogue: Annotated[bool, typer.Option("--list", help="Print the catalogue of known faults.")] = False,
+    form: o.FormatOption = o.Format.TEXT,
+) -> None:
+    """Your engine writes garbage: find the known fault (wrong RoPE pairs, a missing bias, …) that reproduces its numbers.
+
+    Replays each fault of the catalogue in our engine until one gives the numbers of your dump. The prompt is the dump's
+    own, unless you give it. Exits 0 if there is no fault, 1 if there is one, known or not.
+    """
+    from ..explain import Options
+    from ..output import catalogue_as, explained
+
+    if catalogue:
+        catalogue_as(form)
+        return
+    if ours is None:
+        raise InputError(
+            "no dump was given.", "Write: parity explain OURS.jsonl --model M.gguf, or parity explain --list.", code="usage"
+        )
+    from checkpoints.reader import read
+
+    from ..default_model import path as default_model
+    from ..explain_input import check_reference, explain_dump, prompt_tokens
+
+    chosen = model or default_model()
+    ids = prompt_tokens(chosen, prompt, prompt_file, tokens)
+    options = Options(ids, max_faults, budget, backend.value, compute.value if compute else None)
+    dump = read(ours)
+    if ref is not None:
+        check_reference(read(ref), chosen, options)
+    raise typer.Exit(explained(explain_dump(dump, chosen, options), form))

@@ -1,0 +1,95 @@
+"""`parity isolate`: every operation judged by its own inputs."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import options as o
+
+
+class CacheType(StrEnum):
+    """What llama.cpp's KV cache holds."""
+
+    F32 = "f32"
+    F16 = "f16"
+
+
+def isolate(
+    dump: Annotated[
+        Path | None,
+        typer.Argument(help="Your engine's dump with whole values; without it llama.cpp's own operations are proven."),
+    ] = None,
+    model: o.ModelOption = None,
+    prompt: o.PromptOption = None,
+    prompt_file: o.PromptFileOption = None,
+    tokens: o.TokensOption = None,
+    mode: Annotated[
+        o.Mode | None,
+        typer.Option(
+            "--mode", help="native: the file's own types with ggml's rounding; exact: as F32. Default: native, or the dump's."
+        ),
+    ] = None,
+    kv_type: Annotated[CacheType, typer.Option("--kv-type", help="llama.cpp's KV cache (native mode).")] = CacheType.F32,
+    generate: Annotated[int, typer.Option("--generate", min=0, help="Decode steps to judge after the prompt.")] = 0,
+    rows: Annotated[
+        str | None, typer.Option("--rows", help="Logits to recompute one by one from the output matrix's rows: 8850,44394.")
+    ] = None,
+    tensors: Annotated[
+        Path | None, typer.Option("--tensors", help="The dump's safetensors file, if it doesn't lie beside it.")
+    ] = None,
+    compute: Annotated[
+        str | None,
+        typer.Option("--compute", help="What your engine computes in, if the dump doesn't say: f32, tf32, f16, bf16."),
+    ] = None,
+    windows: Annotated[
+        bool, typer.Option(help="Let llama.cpp judge layers of which only inputs and outputs are there.")
+    ] = True,
+    graft: Annotated[
+        str | None,
+        typer.Option("--graft", help="blk.N.l_out: llama.cpp goes on from your hidden state; does the next token change?"),
+    ] = None,
+    threads: o.ThreadsOption = None,
+    form: o.FormatOption = o.Format.TEXT,
+    verbose: o.VerboseOption = False,
+) -> None:
+    """Which operations are wrong, all of them, and which are proven right and need not be looked at again.
+
+    Your engine writes garbage and everything behind the first wrong value is wrong as well? Here nothing is inherited: each
+    operation of each layer is computed anew from the inputs that it really had, and compared with what came out of it.
+
+      parity isolate ours.jsonl --model M.gguf       your engine: record whole values (a tensors file, or all values a record)
+
+      parity isolate --model M.gguf --prompt "Hi"    llama.cpp itself: our definition of each operation is held to it
+
+    Exits 0 if nothing is wrong, 1 if something is.
+    """
+    from ..default_model import path as default_model
+    from ..isolation import IsolateRequest
+    from ..isolation import isolate as judge
+    from ..output import answer
+
+    given = [value for value in (prompt, prompt_file, tokens) if value is not None]
+    text, ids = o.prompt(prompt, prompt_file, tokens) if dump is None or given else (None, None)
+    found = judge(
+        IsolateRequest(
+            model=model or default_model(),
+            prompt=text,
+            tokens=ids,
+            mode=mode.value if mode is not None else "",
+            kv_type=kv_type.value,
+            generate=generate,
+            rows=o.numbers(rows, "--rows") if rows is not None else (),
+            dump=dump,
+            tensors=tensors,
+            compute=compute,
+            windows=windows,
+            graft=graft,
+            threads=threads,
+            verbose=verbose,
+        )
+    )
+    from reports import isolation
+
+    raise typer.Exit(answer(found, isolation, form))

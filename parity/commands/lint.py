@@ -1,0 +1,31 @@
+"""`parity lint`: is this dump itself to be believed?"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import options as o
+
+
+def lint(
+    file: Annotated[Path, typer.Argument(help="A dump: your engine's, or llama.cpp's.", show_default=False)],
+    model: Annotated[
+        Path | None,
+        typer.Option("--model", "-m", help="GGUF file that the dump is of: tells late captures, other tokens, wrong shapes."),
+    ] = None,
+    names: o.MapOption = None,
+    form: o.FormatOption = o.Format.TEXT,
+) -> None:
+    """Is this dump itself to be believed?
+
+    Before your engine is blamed: does the dump show what the engine computed? Finds buffers captured too late or not copied,
+    device memory read on the host, wrong types, doubled or missing positions, cut files. Exits 0 if clean, 1 with findings.
+    """
+    from checkpoints.formats import load
+    from checkpoints.mapping import read_mapping
+
+    from ..lint import lint as look
+    from ..output import show_lint
+
+    raise typer.Exit(show_lint(look(load(file, read_mapping(names) if names else None), model), form))

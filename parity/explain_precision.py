@@ -1,0 +1,82 @@
+"""Whether a difference is that of lower arithmetic only: the right engine, rounded, is the measure."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from engine.graph import Step
+from engine.precision import ROUNDINGS, rounded
+from engine.replay import Replay
+
+from .explain_records import Expected, Floats, Ints
+
+KINDS = tuple(ROUNDINGS)
+# How far a right engine's error may lie from the one that our own rounding makes, which sits at other places of the
+# computation. `benchmarks/explain.py precision` prints what was measured over seeded random models and prompts.
+UPPER, LOWER = 30.0, 1 / 300.0
+_LARGE = 0.5  # NMSE: half of the signal is no rounding of any of these types
+SINGLE = 30.0  # a single record against its point's mean
+
+
+@dataclass(frozen=True)
+class Floor:
+    """Mean NMSE of each point that one arithmetic costs: with products rounded, and with every activation rounded."""
+
+    kind: str
+    products: Floats
+    storage: Floats
+
+
+def may_be_noise(entries: Sequence[Expected]) -> bool:
+    """Whether the differences look like noise at all: none is large, and from the first point on no record is spared."""
+    first = next((number for number, entry in enumerate(entries) if (entry.base > entry.limit).any()), None)
+    if first is None:
+        return True
+    spared = any((entry.base == 0).any() and not entry.quantum.any() for entry in entries[first:])
+    return not spared and all(float(entry.base.max()) < _LARGE for entry in entries)
+
+
+def floor(
+    kind: str,
+    entries: Sequence[Expected],
+    steps: Sequence[Step],
+    right: Replay,
+    make: Callable[[Sequence[Step], int], Replay],
+    positions: Ints,
+) -> Floor:
+    """Measure what an arithmetic costs at each point of the dump."""
+    means = []
+    for storage in (False, True):
+        other = make(rounded(steps, kind, storage=storage), len(positions))
+        means.append(
+            np.array([entry.between(other.values[entry.point], right.values[entry.point], positions) for entry in entries])
+        )
+    return Floor(kind, means[0], np.maximum(*means))
+
+
+def fits(found: Floor, entries: Sequence[Expected]) -> float | None:
+    """How well a dump's differences are this arithmetic's: |log| of the typical ratio, None if they are not.
+
+    Every point must lie between the floor of rounded products and that of rounded activations, give or take the factors
+    above, and no record may stand out.
+    """
+    ratios = []
+    for number, entry in enumerate(entries):
+        mean = float(entry.base.mean())
+        if not np.isfinite(mean) or mean > UPPER * max(found.storage[number], entry.limit.max() / UPPER):
+            return None
+        if entry.base.max() > SINGLE * UPPER * max(found.storage[number], entry.limit.max()):
+            return None
+        if found.products[number] > entry.limit.max():
+            if mean < LOWER * found.products[number]:
+                return None
+            ratios.append(np.log(mean / np.sqrt(found.products[number] * found.storage[number])))
+    return abs(float(np.median(ratios))) if ratios else None
+
+
+def with_noise(found: Floor, entries: Sequence[Expected]) -> list[Expected]:
+    """The records with limits that this arithmetic does not exceed."""
+    return [
+        replace(entry, limit=np.maximum(entry.limit, UPPER * found.storage[number])) for number, entry in enumerate(entries)
+    ]

@@ -1,0 +1,168 @@
+"""What a dump recorded, beside the values of the right engine, in the form in which many candidates are held against it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from checkpoints.errors import DumpError
+from checkpoints.points import LOGITS, parse
+from checkpoints.record import Dump, Header, Rows
+from checkpoints.summary import summarise
+from engine.replay import Replay
+
+from .align import Pair, align
+from .metrics import SLICE_FLOOR, measure, sizes
+from .tolerance import EXACT_FLOOR
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Expected:
+    """The records of one point; R records of k values.
+
+    Attributes:
+        rows: int64 [R], the replay's row of each record.
+        values: float64 [R, k]; `present` says which of them there are; `index` which elements of the row they are.
+        quantum: half the step of the printed digits, [R, k].
+        energy: [R], what a squared error is divided by.
+        base: [R], NMSE against the right engine. limit: [R], NMSE that is noise.
+    """
+
+    pair: Pair
+    rows: Ints
+    values: Floats
+    present: NDArray[np.bool_]
+    index: Ints | None
+    quantum: Floats
+    energy: Floats
+    base: Floats
+    limit: Floats
+
+    @property
+    def point(self) -> str:
+        """The point's name."""
+        return self.pair.point
+
+    def nmse(self, tensor: NDArray[np.float32], positions: Ints) -> Floats:
+        """NMSE of a candidate's tensor, [R]; records beyond the candidate's rows are NaN.
+
+        The slice's NMSE, as `metrics.measure` takes it; the whole row's is looked at once a candidate is chosen.
+        """
+        here = self.rows < len(positions)
+        made = self._slice(tensor, positions, here)
+        present = self.present[here]
+        wanted = self.values[here]
+        finite = np.isfinite(made) & np.isfinite(wanted)
+        delta = np.where(present & finite, made - np.where(finite, wanted, 0), 0.0)
+        printed = self.quantum[here]
+        if printed.any():
+            delta[np.abs(delta) <= printed + np.spacing(np.abs(wanted).astype(np.float32))] = 0.0
+        with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+            error = np.einsum("ij,ij->i", delta, delta) / self.energy[here]
+        error[np.isnan(error)] = 0.0  # nothing differs where there is nothing
+        odd = present & (np.isfinite(made) != np.isfinite(wanted))
+        error[odd.any(axis=1)] = np.inf
+        result = np.full(len(self.rows), np.nan)
+        result[here] = error
+        return result
+
+    def taken(self, tensor: NDArray[np.float32], positions: Ints) -> Floats:
+        """The recorded elements of another tensor of this point: [R, k]."""
+        return self._slice(tensor, positions, np.ones(len(self.rows), dtype=np.bool_))
+
+    def taken_all(self, tensor: NDArray[np.float32], positions: Ints) -> Floats | None:
+        """The leading elements of every row of a tensor: [T, k]; None where a row is no plain vector."""
+        known = parse(self.point).known
+        if self.index is not None or (known is not None and "t+1" in known.row):
+            return None
+        return tensor.reshape(len(positions), -1)[:, : self.values.shape[1]].astype(np.float64)
+
+    def between(self, one: NDArray[np.float32], other: NDArray[np.float32], positions: Ints) -> float:
+        """Mean NMSE of one tensor against another at the recorded elements; infinite where either is not finite."""
+        delta = np.where(self.present, self.taken(one, positions) - self.taken(other, positions), 0.0)
+        error = float((np.einsum("ij,ij->i", delta, delta) / self.energy).mean())
+        return error if np.isfinite(error) else float("inf")
+
+    def _slice(self, tensor: NDArray[np.float32], positions: Ints, here: NDArray[np.bool_]) -> Floats:
+        """The recorded elements of a candidate's tensor: float64 [records within its rows, k]."""
+        width = self.values.shape[1]
+        known = parse(self.point).known
+        if known is not None and "t+1" in known.row:
+            rows = summarise(
+                self.point, tensor, positions - positions[0], slice_size=width, keep=self.rows[here], first=0
+            ).values
+            padded = np.full((int(here.sum()), width), np.nan)
+            padded[:, : rows.shape[1]] = rows
+            return padded
+        flat = tensor.reshape(len(positions), -1)[self.rows[here]]
+        if self.index is not None:
+            return np.take_along_axis(flat, np.maximum(self.index[here], 0), axis=1).astype(np.float64)
+        if flat.shape[1] < width:
+            flat = np.pad(flat, ((0, 0), (0, width - flat.shape[1])), constant_values=np.nan)
+        return flat[:, :width].astype(np.float64)
+
+
+def expected(dump: Dump, replay: Replay, positions: Ints, header: Header) -> tuple[list[Expected], tuple[str, ...]]:
+    """Every record of the dump that our engine has as well, in dataflow order, and notes on those that it has not.
+
+    Raises:
+        DumpError: none, or records of one key that contradict each other.
+    """
+    known = {name: rows for name, rows in dump.points.items() if name in replay.values}
+    foreign = [name for name in dump.points if name not in known]
+    notes = [f"not looked at, since our engine has no such point: {', '.join(foreign[:4])}{', …' if len(foreign) > 4 else ''}"]
+    if not known:
+        raise DumpError(
+            f"{dump.path} has no point that our engine has.",
+            "`parity model M` lists the points by name.",
+            code="nothing-in-common",
+        )
+    right = Dump("our engine", header, right_rows(replay, positions, known))
+    pairs = align(replace(dump, points=known), right).pairs
+    made = [_expected(pair, positions) for pair in pairs]
+    return made, tuple(notes if foreign else ())
+
+
+def right_rows(replay: Replay, positions: Ints, points: Mapping[str, Rows] | Sequence[str]) -> dict[str, Rows]:
+    """The right engine's records at these points."""
+    return {name: _summary(name, replay.values[name], positions, points) for name in points}
+
+
+def _summary(name: str, tensor: NDArray[np.float32], positions: Ints, like: Mapping[str, Rows] | Sequence[str]) -> Rows:
+    width = int(like[name].values.shape[1]) if isinstance(like, Mapping) else 16
+    rows = like[name] if isinstance(like, Mapping) else None
+    whole = rows is not None and rows.indices is not None
+    return summarise(
+        name, np.ascontiguousarray(tensor), positions, slice_size=None if whole else width, first=int(positions[0])
+    )
+
+
+def check(entry: Expected, tensor: NDArray[np.float32], positions: Ints) -> Floats:
+    """NMSE of a candidate's tensor by everything that the records hold, sketch and statistics included: [R]."""
+    made = _summary(entry.point, tensor, positions, {entry.point: entry.pair.ours})
+    return np.nan_to_num(measure([Pair(entry.point, entry.pair.ours, made.take(entry.rows))]).nmse, nan=0.0, posinf=np.inf)
+
+
+def _expected(pair: Pair, positions: Ints) -> Expected:
+    rows = pair.ours.token_idx - positions[0]
+    values = pair.ours.values.astype(np.float64)
+    present = np.arange(values.shape[1])[None, :] < pair.ours.counts[:, None]
+    count, n = present.sum(axis=1), sizes(pair.ref)
+    wanted = np.where(present & np.isfinite(values), values, 0.0)
+    floor = SLICE_FLOOR * count / n * pair.ref.stats["l2"] ** 2
+    floors = EXACT_FLOOR.logits if pair.point == LOGITS else EXACT_FLOOR.operations
+    return Expected(
+        pair=pair,
+        rows=rows,
+        values=values,
+        present=present,
+        index=pair.ours.indices,
+        quantum=np.zeros(values.shape) if pair.ours.quantum is None else pair.ours.quantum / 2,
+        energy=np.fmax(np.einsum("ij,ij->i", wanted, wanted), floor),
+        base=np.nan_to_num(measure([pair]).nmse, nan=0.0, posinf=np.inf),
+        limit=np.full(len(rows), floors),
+    )

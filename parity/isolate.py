@@ -1,0 +1,283 @@
+"""Judge every operation by its own inputs: what entered it, our step, what came out of it.
+
+Values are fed in the order in which an engine computed them and dropped when nobody needs them any more, so that one
+layer's are held and not the model's. Nothing is inherited here: each error is the operation's own.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from checkpoints.errors import ModelError
+from checkpoints.isolation import NOT_OBSERVABLE, PROVEN, WRONG, Operation
+from checkpoints.points import parse
+from engine import ops
+from engine.graph import POSITIONS, TOKENS, Altered, History, RowsOf, Step, WeightSource, compute
+
+from .elements import Sample, sample_product
+from .looks import look_of
+
+Floats = NDArray[np.float64]
+
+# A row's error is taken over at least this share of the mean energy of all rows: single rows of scores can be all but
+# zero by chance. Measured on the embedded model, 32 tokens: without it the worst right operation has 3e-13, with it the same;
+# it guards what was not measured.
+ROW_FLOOR = 0.01
+
+
+# A norm is one scale a row, and no sum of many products: right ones measured 3e-14 at most, and another epsilon, the smallest
+# fault known, is as small as 1e-12 where activations are large.
+_NORM_LIMIT = 1e-12
+
+
+@dataclass(frozen=True)
+class Value:
+    """One point's value in one forward pass and the positions of its rows: [T, …], [H, T, S], or [S, K·d] for what the cache gave."""
+
+    data: NDArray[Any]
+    positions: NDArray[np.int64]
+
+
+@dataclass
+class _Found:
+    """What the passes so far said of one operation."""
+
+    nmse: float = -1.0
+    position: int | None = None
+    passes: int = 0
+    sampled: float | None = None
+    reason: str = ""
+
+
+@dataclass
+class Isolator:
+    """Takes values as they come and judges each step as soon as its inputs and its output are there.
+
+    Args:
+        definitions: one or more lists of the model's steps that are right (with and without ggml's rounding, say); an
+            operation is as wrong as it is by the nearest of them.
+        limit: NMSE above which an operation is wrong.
+    """
+
+    definitions: Sequence[Sequence[Step]]
+    weights: WeightSource
+    limit: float
+    sample: bool = True
+    _found: dict[str, _Found] = field(default_factory=lambda: defaultdict(_Found))
+    _past: dict[str, list[Value]] = field(default_factory=lambda: defaultdict(list))
+
+    @property
+    def steps(self) -> Sequence[Step]:
+        """The model's steps."""
+        return self.definitions[0]
+
+    def run(self, tokens: NDArray[np.int64], positions: NDArray[np.int64], arriving: Iterable[tuple[str, Value]]) -> None:
+        """One forward pass: its tokens and positions [T], and its values by point as they were computed."""
+        missing = {step.makes for step in self.steps}
+        touching: dict[str, list[int]] = defaultdict(list)
+        for index, step in enumerate(self.steps):
+            for name in _names(step):
+                touching[name].append(index)
+        waiting = set(range(len(self.steps)))
+        left = Counter({name: len(users) for name, users in touching.items()})
+        live = {TOKENS: Value(tokens, positions), POSITIONS: Value(positions, positions)}
+        remembered = {read.of for step in self.steps for read in step.reads if isinstance(read, History)}
+        self._past[POSITIONS].append(live[POSITIONS])
+        for name, value in arriving:
+            if name not in left:
+                continue
+            missing.discard(name)
+            live[name] = value
+            if name in remembered:
+                self._past[name].append(value)
+            for index in touching[name]:
+                needed = _names(self.steps[index])
+                if all(used in live for used in needed):
+                    waiting.discard(index)
+                    self._judge(index, live)
+                    for used in needed:
+                        left[used] -= 1
+                        if not left[used]:
+                            live.pop(used, None)
+        for index in sorted(waiting):
+            step = self.steps[index]
+            lacks = [name for name in _names(step) if name in missing]
+            output = "its output was not recorded as a whole" if step.makes in lacks else ""
+            before = " and ".join(name for name in lacks if name != step.makes)
+            self._found[step.makes].reason = output or f"its input {before} was not recorded as a whole"
+
+    def _siblings(self, step: Step) -> list[str]:
+        """Weights of the other products of the same layer."""
+        layer = parse(step.makes).layer
+        near = [other for other in self.steps if other is not step and parse(other.makes).layer == layer]
+        return [other.weights[0].weight for other in near if other.weights and isinstance(other.weights[0], Altered)]
+
+    def _limit(self, step: Step) -> float:
+        return _NORM_LIMIT if step.op is ops.rms_norm and self.limit <= 1e-10 else self.limit
+
+    def _judge(self, index: int, live: dict[str, Value]) -> None:
+        step = self.steps[index]
+        found = self._found[step.makes]
+        try:
+            inputs, theirs, positions = self._aligned(step, live)
+        except ValueError as error:
+            found.reason = str(error)
+            return
+        found.passes += 1
+        wide = theirs.astype(np.float32, copy=False)
+        best: tuple[float, int, int, int] | None = None
+        limit = self._limit(step)
+        for steps in self.definitions:
+            ours = compute(steps[index], inputs, self.weights)
+            errors = row_errors(parse(step.makes).kind, ours, wide, positions)
+            worst = int(np.argmax(errors))
+            if best is None or errors[worst] < best[0]:
+                best = float(errors[worst]), worst, int((errors > limit).sum()), len(errors)
+            if best[0] <= limit:
+                break
+        if best is not None and best[0] > found.nmse:
+            nmse, worst, wrong, count = best
+            found.nmse = nmse
+            found.position = int(positions[worst]) if len(positions) == count else worst + int(positions[0])
+            if nmse > limit:
+                look = look_of(self.definitions[-1][index], inputs[0], wide, self.weights, nmse, limit, self._siblings(step))
+                where = "" if wrong == count else f"{wrong} of {count} positions"
+                found.reason = "; ".join(part for part in (where, look) if part)
+        if self.sample:
+            sampled = [self._sampled(steps[index], inputs, wide) for steps in self.definitions]
+            if measured := [error for error in sampled if error is not None]:
+                found.sampled = max(found.sampled or 0.0, min(measured))
+
+    def _sampled(self, step: Step, inputs: list[NDArray[np.float32]], theirs: NDArray[np.float32]) -> float | None:
+        if "native" not in step.params or not isinstance(step.weights[0], Altered):
+            return None
+        chosen = Sample.of(step.makes, *theirs.shape)
+        bias = step.weights[1] if len(step.weights) > 1 else None
+        added = self.weights.get(bias) if isinstance(bias, str) else None
+        return sample_product(
+            chosen, inputs[0], theirs, self.weights, step.weights[0].weight, added, native=bool(step.params["native"])
+        )
+
+    def _aligned(
+        self, step: Step, live: dict[str, Value]
+    ) -> tuple[list[NDArray[np.float32]], NDArray[np.float32], NDArray[np.int64]]:
+        """The step's inputs and output at the positions that all of them have.
+
+        Raises:
+            ValueError: they have none in common, or a history has gaps; the message says which.
+        """
+        made = live[step.makes]
+        whole = parse(step.makes).kind in _CACHED
+        rows = [live[read] for read in step.reads if isinstance(read, str) and parse(read).kind not in _CACHED]
+        common = made.positions
+        for value in [] if whole else rows:
+            common = np.intersect1d(common, value.positions)
+        if not len(common):
+            raise ValueError("its inputs and its output were recorded at different positions")
+        seen = int(made.positions.max()) + 1 - int(self._past[POSITIONS][0].positions[0])
+        inputs: list[NDArray[np.float32]] = []
+        for read in step.reads:
+            if isinstance(read, History):
+                inputs.append(self._history(read.of, seen))
+            elif parse(read).kind in _CACHED:
+                inputs.append(live[read].data)
+            else:
+                inputs.append(_take(read, live[read], common))
+        return inputs, made.data if whole else _take(step.makes, made, common), made.positions if whole else common
+
+    def _history(self, name: str, seen: int) -> NDArray[np.float32]:
+        parts = self._past[name]
+        positions = np.concatenate([part.positions for part in parts])
+        data = np.concatenate([part.data.reshape(len(part.positions), -1) for part in parts])
+        first = int(self._past[POSITIONS][0].positions[0])
+        order = {int(position): row for row, position in enumerate(positions)}
+        wanted = range(first, first + seen)
+        if gap := next((position for position in wanted if position not in order), None):
+            raise ValueError(f"no whole row of {name} at position {gap}, which the cache held")
+        rows = data[[order[position] for position in wanted]]
+        return rows[:, 0] if name == POSITIONS else rows
+
+    def operations(self) -> list[Operation]:
+        """The verdict on each step, in the order of the model."""
+        return [self._operation(step) for step in self.steps]
+
+    def _operation(self, step: Step) -> Operation:
+        point, found = parse(step.makes), self._found[step.makes]
+        made = Operation(point.kind, point.layer, NOT_OBSERVABLE, weight=self._weight(step), reason=found.reason)
+        if found.nmse < 0:
+            return made
+        right = found.nmse <= self._limit(step)
+        return replace(
+            made,
+            status=PROVEN if right else WRONG,
+            nmse=found.nmse,
+            position=found.position,
+            passes=found.passes,
+            sampled=found.sampled,
+            reason="" if right else found.reason,
+        )
+
+    def _weight(self, step: Step) -> str:
+        first = step.weights[0] if step.weights else None
+        name = first.weight if isinstance(first, Altered | RowsOf) else first
+        if name is None:
+            return ""
+        from gguf import GGMLQuantizationType
+
+        try:
+            return str(GGMLQuantizationType(self.weights.raw(name)[1]).name)
+        except (KeyError, ValueError, ModelError):
+            return ""
+
+
+_CACHED = ("k_read", "v_read")
+_SCORES = ("kq", "kq_soft_max")
+
+
+def _names(step: Step) -> list[str]:
+    """What it reads but tokens and positions, and what it makes, each once."""
+    read = [read if isinstance(read, str) else read.of for read in step.reads]
+    return [name for name in dict.fromkeys(read) if name not in (TOKENS, POSITIONS)] + [step.makes]
+
+
+def _take(name: str, value: Value, positions: NDArray[np.int64]) -> NDArray[np.float32]:
+    """The rows of a value at given positions: [T, n], or [H, T, S] for scores."""
+    rows = np.searchsorted(value.positions, positions)
+    if parse(name).kind in _SCORES:
+        return value.data if len(rows) == len(value.positions) else value.data[:, rows]
+    data = value.data if value.data.ndim == 1 else value.data.reshape(len(value.positions), -1)
+    return data if len(rows) == len(value.positions) else data[rows]
+
+
+def row_errors(kind: str, ours: NDArray[np.float32], theirs: NDArray[np.float32], positions: NDArray[np.int64]) -> Floats:
+    """NMSE of each row (position), over max(the row's energy, 1 % of the mean): float64 [rows].
+
+    Of `kq` only scores of positions up to the row's own count: what is masked afterwards is nobody's business.
+
+    Raises:
+        ValueError: another shape.
+    """
+    if kind in _SCORES:
+        ours, theirs = ours.transpose(1, 0, 2), theirs.transpose(1, 0, 2)
+        if kind == "kq" and ours.shape == theirs.shape:
+            first = int(positions[-1]) + 1 - ours.shape[2]
+            seen = np.arange(ours.shape[2])[None, None, :] <= (positions - first)[:, None, None]
+            ours, theirs = np.where(seen, ours, 0), np.where(seen, theirs, 0)
+    if ours.shape[0] != theirs.shape[0] or ours.size != theirs.size:
+        raise ModelError(f"{kind} has shape {list(theirs.shape)}, the model's is {list(ours.shape)}.", "Is it of this model?")
+    a = ours.reshape(len(ours), -1).astype(np.float64)
+    b = theirs.reshape(len(theirs), -1).astype(np.float64)
+    same = (a == b) | (np.isnan(a) & np.isnan(b))
+    odd = (~np.isfinite(a) | ~np.isfinite(b)) & ~same
+    with np.errstate(invalid="ignore"):
+        delta = np.where(same | odd, 0.0, a - b)
+    b = np.where(np.isfinite(b), b, 0.0)
+    energy = np.einsum("ij,ij->i", b, b)
+    error = np.einsum("ij,ij->i", delta, delta)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        nmse = np.where(error == 0, 0.0, error / np.maximum(energy, ROW_FLOOR * energy.mean()))
+    return np.where(odd.any(axis=1), np.inf, nmse)

@@ -1,0 +1,124 @@
+"""What a record says of itself twice: values against statistics and sketch, attention rows against their sum."""
+
+from collections.abc import Iterator
+from math import prod
+
+import numpy as np
+from numpy.typing import NDArray
+
+from checkpoints.record import SKETCH_SIZE, Rows
+from checkpoints.summary import sketch as sketch_of
+
+from .rule import Hit, Subject, by_point, kind, positions_of
+
+# Statistics and sketch are accumulated in float64 and stored as float64 and float32; an engine that sums in float32 is off by
+# n · 6e-8 at worst, far less in practice.
+_ROUNDING = 1e-4
+# mean(s²) of 32 ±1 projections is ‖x‖² with a relative deviation of 25 % (it follows a χ² with 32 degrees of freedom over 32 where
+# no element dominates): outside 0.15 … 4 once in 10^12.
+_SKETCH_RANGE = (0.15, 4.0)
+_SUM = 2**-7  # weights that were truncated to bfloat16 lose less than this share each
+
+
+def statistics(subject: Subject) -> Iterator[Hit]:
+    """Statistics or sketch that contradict the values."""
+    for name, rows in subject.points.items():
+        reasons: dict[str, list[int]] = {}
+        for reason, bad in _contradictions(rows):
+            if bad.any():
+                reasons.setdefault(reason, bad.nonzero()[0].tolist())
+        for reason, members in list(reasons.items())[:2]:
+            yield Hit(name, int(rows.token_idx[members[0]]), f"{name}: {reason}, {positions_of(rows, members)}")
+
+
+def _contradictions(rows: Rows) -> Iterator[tuple[str, NDArray[np.bool_]]]:
+    inside = np.arange(rows.values.shape[1])[None, :] < rows.counts[:, None]
+    usable = inside & np.isfinite(rows.values)
+    values = np.where(usable, rows.values, 0.0).astype(np.float64)
+    slack = np.zeros(len(rows)) if rows.quantum is None else rows.quantum.max(axis=1, initial=0.0)
+    size = np.abs(values).max(axis=1, initial=0.0)
+    room = slack + _ROUNDING * size
+    energy = np.sum(values**2, axis=1)
+    whole = rows.full()
+    stats = rows.stats
+    with np.errstate(invalid="ignore"):
+        if "min" in stats and "max" in stats:
+            low, high = stats["min"] - room, stats["max"] + room
+            outside = ((values < low[:, None]) | (values > high[:, None])) & usable
+            yield "values lie outside of stats.min … stats.max", outside.any(axis=1)
+        if "l2" in stats:
+            allowed = np.sqrt(rows.values.shape[1]) * slack + _ROUNDING * np.sqrt(energy)
+            yield "stats.l2 is less than the values alone give", stats["l2"] + allowed < np.sqrt(energy)
+            yield "stats.l2 is not the root of the values' squares", whole & (np.abs(stats["l2"] - np.sqrt(energy)) > allowed)
+        if "sum" in stats:
+            scale = np.sum(np.abs(values), axis=1)
+            off = np.abs(stats["sum"] - values.sum(axis=1)) > _ROUNDING * scale + rows.values.shape[1] * slack
+            yield "stats.sum is not the values' sum", whole & off
+        if "n" in stats:
+            sizes = np.array([prod(shape) if shape else np.nan for shape in rows.shapes], dtype=np.float64)
+            yield "stats.n contradicts the shape", np.abs(stats["n"] - sizes) > 0
+            if "sum" in stats and "l2" in stats:
+                # Cauchy-Schwarz: no row has a larger sum.
+                most = np.sqrt(np.maximum(stats["n"], 0)) * stats["l2"]
+                yield (
+                    "stats.sum is larger than n and l2 allow",
+                    np.abs(stats["sum"]) > most * (1 + _ROUNDING) + slack * stats["n"],
+                )
+        if rows.sketch is not None and "l2" in stats:
+            yield from _sketch(rows, values, whole & (rows.counts == usable.sum(axis=1)))
+
+
+def _sketch(rows: Rows, values: NDArray[np.float64], whole: NDArray[np.bool_]) -> Iterator[tuple[str, NDArray[np.bool_]]]:
+    if rows.sketch is None:
+        return
+    l2 = rows.stats["l2"]
+    there = ~np.isnan(rows.sketch).any(axis=1)
+    ratio = np.mean(rows.sketch.astype(np.float64) ** 2, axis=1) / np.where(l2 > 0, l2, 1.0) ** 2
+    low, high = _SKETCH_RANGE
+    # With fewer elements than projections the signs repeat themselves and the ratio scatters more.
+    sizes = np.array([prod(shape) if shape else 0 for shape in rows.shapes])
+    judged = there & (l2 > 0) & (sizes >= SKETCH_SIZE)
+    yield "the sketch is of another row than stats.l2", judged & ((ratio < low) | (ratio > high))
+    checked = np.flatnonzero(whole & there)
+    wrong = np.zeros(len(rows), dtype=np.bool_)
+    for count in set(rows.counts[checked].tolist()):
+        same = checked[rows.counts[checked] == count]
+        made = sketch_of(values[same, :count].astype(np.float32))
+        slack = 0.0 if rows.quantum is None else rows.quantum[same].max(axis=1, initial=0.0) * np.sqrt(count) * 4
+        far = np.abs(made - rows.sketch[same]).max(axis=1) > _ROUNDING * np.maximum(l2[same], 1e-30) + slack
+        wrong[same] = far
+    yield "the sketch is not the values'", wrong
+
+
+def attention_rows(subject: Subject) -> Iterator[Hit]:
+    """Attention weights that do not sum to 1, or that are the same for every position."""
+    sums: dict[str, list[int]] = {}
+    even: dict[str, list[int]] = {}
+    said: dict[str, str] = {}
+    for name, rows in subject.points.items():
+        if kind(name) != "kq_soft_max":
+            continue
+        totals = rows.stats.get("sum")
+        for r, shape in enumerate(rows.shapes):
+            if len(shape) != 2 or min(shape) < 1:
+                continue
+            heads, seen = shape
+            row = rows.values[r, : int(rows.counts[r])].astype(np.float64)
+            whole = row[: len(row) // seen * seen].reshape(-1, seen)
+            total = whole.sum(axis=1)
+            mean = totals[r] / heads if totals is not None and np.isfinite(totals[r]) else 1.0
+            off = [float(x) for x in (*total, mean) if not abs(x - 1) <= _SUM]
+            if off:
+                sums.setdefault(name, []).append(r)
+                said.setdefault(name, f"{off[0]:.4g}")
+            elif seen > 2 and len(whole) and float(np.abs(whole - 1 / seen).max()) < 1e-6 / seen:
+                even.setdefault(name, []).append(r)
+
+    def not_one(name: str, bad: list[int]) -> str:
+        return f"{name}: a head's weights sum to {said[name]} instead of 1, {positions_of(subject.points[name], bad)}"
+
+    def uniform(name: str, bad: list[int]) -> str:
+        return f"{name}: every position has the same weight, {positions_of(subject.points[name], bad)}"
+
+    yield from by_point(sums, subject, not_one)
+    yield from by_point(even, subject, uniform)

@@ -1,0 +1,97 @@
+"""Values whose bits are another type's: F16 read as BF16 or F32, and the reverse.
+
+A row of a transformer spans few powers of two: the logarithms (base 2) of Gaussian values have a deviation of 1.6. Bits of
+one type read as another betray themselves twice: as they are, the row's deviation is far from that, and read again as the
+other type it is near it.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .rule import Hit, Subject, kind, leading, positions_of
+
+_ENOUGH = 10  # values a row must have
+# F16 bits read as BF16 (or as the upper half of an F32) have eight times the deviation: 13; a right row with outlier channels,
+# some powers of two away, stays below 5.
+_TOO_WIDE = 8.0
+_PLAUSIBLE = (0.5, 5.0)
+# BF16 bits read as F16: magnitudes below 2 all land in [1, 2). A Gaussian row of ten values has a ratio of smallest to
+# largest above 0.4 once in 10^7.
+_TOO_NARROW = 0.4
+
+Floats = NDArray[np.float64]
+Bools = NDArray[np.bool_]
+
+
+def _spread(rows: NDArray[np.floating]) -> Floats:
+    """[R]: deviation of log2|x| of each row; infinite where a value is zero or not finite."""
+    size = np.abs(rows.astype(np.float64))
+    usable = np.all(np.isfinite(size) & (size > 0), axis=1) & (rows.shape[1] >= _ENOUGH // 2)
+    found = np.full(len(rows), np.inf)
+    found[usable] = np.std(np.log2(size[usable]), axis=1)
+    return found
+
+
+def _plausible(rows: NDArray[np.floating]) -> Bools:
+    spread = _spread(rows)
+    found: Bools = (spread > _PLAUSIBLE[0]) & (spread < _PLAUSIBLE[1])
+    found[found] = np.abs(rows[found].astype(np.float64)).max(axis=1) < 1e6
+    return found
+
+
+def _narrow(rows: NDArray[np.floating]) -> Bools:
+    size = np.abs(rows.astype(np.float64))
+    both = (rows > 0).any(axis=1) & (rows < 0).any(axis=1)
+    found: Bools = both & np.isfinite(size).all(axis=1) & (size.min(axis=1) >= _TOO_NARROW * size.max(axis=1))
+    return found
+
+
+def _bf16(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
+    return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
+
+
+def confusion(rows: NDArray[np.float32]) -> dict[str, Bools]:
+    """What the bits of rows [R, k] really are, as a sentence's end -> bool [R]; false where they may well be what they say."""
+    width = rows.shape[1]
+    if width < _ENOUGH:
+        return {}
+    bits = np.ascontiguousarray(rows).view(np.uint32)
+    high, low = (bits >> np.uint32(16)).astype(np.uint16), (bits & np.uint32(0xFFFF)).astype(np.uint16)
+    with np.errstate(over="ignore", invalid="ignore"):
+        half = rows.astype(np.float16)
+        is_f16 = np.all((half.astype(np.float32) == rows) | np.isnan(rows), axis=1)
+    is_bf16 = ~low.any(axis=1)
+    words = half.view(np.uint16)
+    wide = _spread(rows) > _TOO_WIDE
+    pairs = np.stack([low, high], axis=2).reshape(len(rows), -1)
+    even = _spread(rows[:, 0::2]) > _TOO_WIDE
+    every_second = "every second value is the lower half of a float"
+    found = {
+        "F16 bits read as BF16": is_bf16 & wide & _plausible(high.view(np.float16)),
+        f"F32 bits read as BF16 ({every_second})": is_bf16 & even & _plausible(rows[:, 1::2]),
+        "BF16 bits read as F16": is_f16 & _narrow(rows) & _plausible(_bf16(words)),
+        "pairs of F16 read as F32": ~is_bf16 & wide & _plausible(pairs.view(np.float16)),
+        "pairs of BF16 read as F32": ~is_bf16 & _plausible(rows) & _plausible(_bf16(low)),
+    }
+    if width >= 2 * _ENOUGH - 4:  # half of the values must be enough
+        halves = _narrow(rows[:, 1::2]) & ~_narrow(rows[:, 0::2]) & _plausible(_bf16(words[:, 1::2]))
+        found[f"F32 bits read as F16 ({every_second})"] = is_f16 & halves
+    return found
+
+
+def wrong_type(subject: Subject) -> Iterator[Hit]:
+    """dtype contradicts the values."""
+    for name, rows in subject.points.items():
+        if rows.quantum is not None or "kq" in kind(name):
+            continue  # rounded text has lost the bits; attention weights span any range
+        width = int(rows.counts.min(initial=rows.values.shape[1]))
+        for said, wrong in confusion(rows.values[:, :width]).items():
+            # One row in a million looks like another type's by chance; a wrong type is wrong in every row of a point.
+            if wrong.sum() * 2 > len(rows):
+                bad = wrong.nonzero()[0].tolist()
+                shown = ", ".join(f"{x:.4g}" for x in leading(rows, bad[0])[:4])
+                text = f"{name} says {rows.dtype}, its values ({shown}, …) are {said}, {positions_of(rows, bad)}"
+                yield Hit(name, int(rows.token_idx[bad[0]]), text)
+                break

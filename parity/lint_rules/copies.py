@@ -1,0 +1,121 @@
+"""The same vector where two different ones belong: kept pointers, stale buffers, layers that do nothing."""
+
+from collections import defaultdict
+from collections.abc import Iterator
+
+from checkpoints.points import EMBD, parse
+from checkpoints.record import Rows
+
+from .rule import Hit, Subject, kind, telling, where
+
+# Kinds of one layer whose values are the same by definition: keys at position 0 are not rotated, what is read from the
+# cache is what was written, and attention over a single position gives that position's values.
+_ALIKE = (
+    frozenset({"q", "q_norm", "q_rope"}),
+    frozenset({"k", "k_norm", "k_rope", "k_read"}),
+    frozenset({"v", "v_read", "kqv_out", "attn_out"}),
+)
+# Saturated weights (1, 0, 0, …) are equal in any two layers and positions.
+_NEVER = frozenset({"kq_soft_max"})
+# The cache is read from its first row on: at every position the leading values are those of position 0.
+_CACHED = frozenset({"k_read", "v_read"})
+# What layer 0 makes before attention mixes positions depends on the token alone.
+_BEFORE_ATTENTION = frozenset({"attn_norm", "q", "k", "v", "q_norm", "k_norm"})
+
+
+def _keyed(rows: Rows) -> Iterator[tuple[tuple[int, int, int], bytes, int]]:
+    """(seq, token_idx, step), the values' bytes and the row, of every record that can be told from others."""
+    usable = telling(rows)
+    for r in usable.nonzero()[0].tolist():
+        place = (int(rows.seq[r]), int(rows.token_idx[r]), int(rows.step[r]))
+        yield place, rows.values[r, : int(rows.counts[r])].tobytes(), r
+
+
+def _may_be_alike(a: str, b: str) -> bool:
+    first, second = parse(a), parse(b)
+    if first.known is None or second.known is None:
+        # Views and copies of nodes outside the vocabulary are many, within a layer and from one to the next.
+        near = first.layer is None or second.layer is None or abs(first.layer - second.layer) < 2
+        return near
+    return first.layer == second.layer and any({first.kind, second.kind} <= group for group in _ALIKE)
+
+
+def _residual(name: str) -> int | None:
+    """The place of a layer's output in the chain: embd -1, blk.N.l_out N; None for other points."""
+    point = parse(name)
+    if name == EMBD:
+        return -1
+    return point.layer if point.kind == "l_out" else None
+
+
+def _adjacent(names: tuple[str, ...]) -> bool:
+    """Whether all of these may be one value because a single stretch of neighbouring layers adds nothing."""
+    places = [_residual(name) for name in names]
+    if None not in places:
+        known = sorted(place for place in places if place is not None)
+        return all(b - a == 1 for a, b in zip(known, known[1:], strict=False)) and len(known) == 2
+    layers = {parse(name).layer for name in names}
+    kinds = {kind(name) for name in names}
+    return len(names) == 2 and ((kinds == {"ffn_inp", "l_out"}) and None not in layers and _span(layers) <= 1)
+
+
+def _span(layers: set[int | None]) -> int:
+    numbers = [layer for layer in layers if layer is not None]
+    return max(numbers) - min(numbers)
+
+
+def _same_sets(subject: Subject) -> dict[tuple[str, ...], list[int]]:
+    """Sets of points that hold one vector at a position, with those positions."""
+    seen: dict[tuple[tuple[int, int, int], bytes], list[str]] = defaultdict(list)
+    for name, rows in subject.points.items():
+        if kind(name) in _NEVER:
+            continue
+        for place, data, _ in _keyed(rows):
+            seen[place, data].append(name)
+    found: dict[tuple[str, ...], list[int]] = defaultdict(list)
+    for (place, _), names in seen.items():
+        unlike = [name for name in names if any(not _may_be_alike(name, other) for other in names if other != name)]
+        if len(set(unlike)) > 1:
+            found[tuple(dict.fromkeys(unlike))].append(place[1])
+    return found
+
+
+def same_vector(subject: Subject) -> Iterator[Hit]:
+    """Points far apart that hold one vector."""
+    for names, positions in _same_sets(subject).items():
+        if not _adjacent(names):
+            total = min(len(set(subject.points[name].token_idx.tolist())) for name in names)
+            shown = " = ".join(names[:4]) + (f" = {len(names) - 4} more" if len(names) > 4 else "")
+            yield Hit(names[0], min(positions), f"{shown} {where(positions, total)}")
+
+
+def idle_layer(subject: Subject) -> Iterator[Hit]:
+    """Neighbours in the chain of layers that hold one vector."""
+    for names, positions in _same_sets(subject).items():
+        if _adjacent(names):
+            total = min(len(set(subject.points[name].token_idx.tolist())) for name in names)
+            yield Hit(names[1], min(positions), f"{names[1]} = {names[0]} {where(positions, total)}: nothing was added")
+
+
+def stale_position(subject: Subject) -> Iterator[Hit]:
+    """One point that holds the same vector at several positions whose inputs differ."""
+    for name, rows in subject.points.items():
+        point = parse(name)
+        if point.kind in _NEVER | _CACHED or (point.known is None and point.layer is None):
+            continue
+        by_value: dict[tuple[int, bytes], list[int]] = defaultdict(list)
+        for (seq, position, _), data, _ in _keyed(rows):
+            by_value[seq, data].append(position)
+        # A node outside the vocabulary may stand before the attention, too.
+        free = name == EMBD or (point.layer == 0 and (point.kind in _BEFORE_ATTENTION or point.known is None))
+        stale: set[int] = set()
+        for positions in by_value.values():
+            ordered = sorted(set(positions))
+            for before, after in zip(ordered, ordered[1:], strict=False):
+                same = subject.same_input(before, after)
+                excused = same is not False if free else after < subject.uniform_until
+                if not excused:
+                    stale.update((before, after))
+        if stale:
+            total = len(set(rows.token_idx.tolist()))
+            yield Hit(name, min(stale), f"{name} is the same vector {where(sorted(stale), total)}")

@@ -1,0 +1,41 @@
+"""Generated text that goes in circles."""
+
+from collections.abc import Iterator, Sequence
+
+from .rule import Hit, Subject
+
+# A small model led greedily repeats a phrase now and then; what is reported is past these bounds.
+SAME_TOKEN = 8  # the same id this often in a row
+REPEATS = 4  # a cycle of two or more ids, this often in a row …
+CYCLE_TOKENS = 24  # … and over at least as many tokens
+_LONGEST = 64  # ids of a cycle that are looked for
+
+
+def repetition(subject: Subject) -> Iterator[Hit]:
+    """The same token again and again, or a cycle of several."""
+    for seq in sorted({token.seq for token in subject.dump.tokens}):
+        tokens = sorted((token for token in subject.dump.tokens if token.seq == seq), key=lambda token: token.token_idx)
+        found = cycle([token.id for token in tokens])
+        if found is None:
+            continue
+        start, period, length = found
+        text = "".join(token.text for token in tokens[start : start + period])
+        what = f"token {tokens[start].id}" if period == 1 else f"a cycle of {period} tokens"
+        shown = f" {text[:40]!r}" if text else ""
+        often = f"{length // period} times in a row"
+        yield Hit(None, tokens[start].token_idx, f"{what}{shown} comes {often} from position {tokens[start].token_idx} on")
+
+
+def cycle(ids: Sequence[int]) -> tuple[int, int, int] | None:
+    """The longest run of a repeating pattern past the bounds, as (start, period, length), the smallest period first."""
+    for period in range(1, min(_LONGEST, len(ids) // REPEATS) + 1):
+        best, start = (0, 0), 0
+        for i in range(period, len(ids) + 1):
+            if i == len(ids) or ids[i] != ids[i - period]:
+                best = max(best, (i - start, -start))
+                start = i - period + 1
+        length, begin = best[0], -best[1]
+        enough = length >= SAME_TOKEN if period == 1 else length >= max(REPEATS * period, CYCLE_TOKENS)
+        if enough:
+            return begin, period, length
+    return None

@@ -1,0 +1,144 @@
+"""What a rule is, and what it is given to look at."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from checkpoints.points import EMBD, order, parse
+from checkpoints.record import Dump, Rows
+from reports.numbers import count, ranges
+
+from .model_facts import ModelFacts
+
+
+@dataclass(frozen=True)
+class Hit:
+    """One finding before the table adds what it knows of the rule. `severity` replaces the rule's own."""
+
+    checkpoint: str | None
+    token_idx: int | None
+    evidence: str
+    severity: str | None = None
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One thing that can be wrong with a dump; `check` yields where it is so."""
+
+    name: str
+    severity: str
+    check: Callable[["Subject"], Iterator[Hit]]
+    cause: str
+    advice: str
+
+
+# A vector is told from another by its values only if it has this many, this many of them different: two of the few numbers
+# of a constant or nearly empty row agree by chance.
+TELLING = 4
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A dump as rules look at it; `model` is known with `--model`."""
+
+    dump: Dump
+    model: ModelFacts | None = None
+
+    @cached_property
+    def points(self) -> dict[str, Rows]:
+        """Rows by point, in dataflow order."""
+        return {name: self.dump.points[name] for name in order(self.dump.points)}
+
+    @cached_property
+    def layers(self) -> int | None:
+        """How many layers the model has, as far as anything says it."""
+        if self.model is not None:
+            return self.model.layers
+        return self.dump.header.model.layers if self.dump.header is not None else None
+
+    @cached_property
+    def ids(self) -> dict[int, int]:
+        """Position -> token id of sequence 0, from the header's tokens and the generated ones.
+
+        The header's tokens are laid on positions only where that is beyond doubt: from 0, or from the first recorded
+        position where the dump begins later (`--first-position`) and holds exactly as many prefill positions as tokens.
+        """
+        known = {token.token_idx: token.id for token in self.dump.tokens if token.seq == 0}
+        header = self.dump.header
+        if header is None or not header.tokens:
+            return known
+        recorded = [rows.token_idx[(rows.seq == 0) & ~rows.decode] for rows in self.points.values()]
+        first = min((int(positions.min()) for positions in recorded if len(positions)), default=0)
+        last = max((int(positions.max()) for positions in recorded if len(positions)), default=0)
+        if last < len(header.tokens):
+            first = 0
+        elif last - first + 1 != len(header.tokens):
+            return known
+        return {first + i: token for i, token in enumerate(header.tokens)} | known
+
+    def same_input(self, a: int, b: int) -> bool | None:
+        """Whether the tokens at two positions are the same; None where neither ids nor embeddings tell."""
+        if a in self.ids and b in self.ids:
+            return self.ids[a] == self.ids[b]
+        embd = self.points.get(EMBD)
+        if embd is None:
+            return None
+        rows = {int(position): bytes(embd.values[r].tobytes()) for r, position in enumerate(embd.token_idx)}
+        return rows[a] == rows[b] if a in rows and b in rows else None
+
+    @cached_property
+    def uniform_until(self) -> int:
+        """The first position whose token differs from the one before: up to there attention has one value to choose from."""
+        positions = sorted({int(t) for rows in self.points.values() for t in rows.token_idx})
+        for before, after in zip(positions, positions[1:], strict=False):
+            if not self.same_input(before, after):
+                return after
+        return positions[-1] + 1 if positions else 0
+
+
+def leading(rows: Rows, r: int) -> NDArray[np.float32]:
+    """The values of one record without padding."""
+    row: NDArray[np.float32] = rows.values[r, : int(rows.counts[r])]
+    return row
+
+
+def telling(rows: Rows) -> NDArray[np.bool_]:
+    """bool [R]: records with enough different finite values to be told from others."""
+    if not len(rows) or rows.values.shape[1] < TELLING:
+        return np.zeros(len(rows), dtype=np.bool_)
+    values = np.sort(rows.values, axis=1)  # padding and NaN sort to the end
+    finite = np.isfinite(values[:, 1:]) & np.isfinite(values[:, :-1])
+    different = 1 + np.sum((values[:, 1:] != values[:, :-1]) & finite, axis=1)
+    found: NDArray[np.bool_] = (different >= TELLING) & (rows.counts >= TELLING)
+    return found
+
+
+def where(positions: Sequence[int], total: int | None = None) -> str:
+    """ "at all 8 positions", "at position 3", "at positions 0–4, 7"."""
+    unique = tuple(sorted(set(positions)))
+    if total is not None and len(unique) == total > 1:
+        return f"at all {total} positions"
+    return f"at position {unique[0]}" if len(unique) == 1 else f"at positions {ranges(unique)}"
+
+
+def kind(name: str) -> str:
+    """A point's name in its layer."""
+    return parse(name).kind
+
+
+def by_point(found: dict[str, list[int]], subject: Subject, say: Callable[[str, list[int]], str]) -> Iterator[Hit]:
+    """One hit for a point, however many of its records are concerned."""
+    for name, rows in found.items():
+        first = min(rows, key=lambda r: int(subject.points[name].token_idx[r]))
+        yield Hit(name, int(subject.points[name].token_idx[first]), say(name, rows))
+
+
+def positions_of(rows: Rows, members: Sequence[int]) -> str:
+    """Where records stand: "at position 3", "at 7 positions"."""
+    listed = sorted({int(rows.token_idx[r]) for r in members})
+    if len(listed) == len(set(rows.token_idx.tolist())) > 1:
+        return f"at all {len(listed)} positions"
+    return where(listed) if len(listed) <= 12 else f"at {count(len(listed), 'position')}"

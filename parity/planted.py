@@ -1,0 +1,66 @@
+"""Dumps of faulty engines, made by planting faults into ours: for tests, benchmarks and demonstrations."""
+
+import random
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from checkpoints.reader import read
+from checkpoints.record import Dump
+from engine.backend import choose
+from engine.faults import CATALOGUE, as_recorded, plant
+from engine.gguf_model import GgufModel
+from engine.graph import Step
+from engine.transformer import Transformer
+
+from .ours import OursJob, dump
+
+
+@dataclass(frozen=True)
+class Planted:
+    """Faults in an engine: name, parameters, layers (None: all)."""
+
+    faults: tuple[tuple[str, dict[str, Any], tuple[int, ...] | None], ...]
+
+    def steps(self, steps: Sequence[Step]) -> list[Step]:
+        """The faulty engine's steps."""
+        for name, parameters, layers in self.faults:
+            steps = plant(steps, CATALOGUE[name], layers, **parameters)
+        return as_recorded(steps)
+
+
+def tokens_of(model: Path, count: int, seed: int) -> tuple[int, ...]:
+    """Seeded random ids."""
+    rng = random.Random(seed)
+    vocabulary = GgufModel(model).hyperparameters.n_vocab
+    return tuple(rng.randrange(vocabulary) for _ in range(count))
+
+
+class Faulty:
+    """Writes the dumps of faulty engines of one model."""
+
+    def __init__(self, model: Path) -> None:
+        self.model = model
+        self.transformer = Transformer(GgufModel(model), choose("numpy"))
+        self.right = self.transformer.steps
+
+    def dump(
+        self, planted: Planted, tokens: tuple[int, ...], *, points: str = "default", size: int = 16, generated: int = 0
+    ) -> Dump:
+        """The dump of an engine with these faults: values only, no sketch and no statistics. None of it knows the fault.
+
+        Raises:
+            ValueError: the model has no place for the fault.
+        """
+        self.transformer.steps = planted.steps(self.right)
+        prompt, rest = tokens[: len(tokens) - generated], tokens[len(tokens) - generated :]
+        with tempfile.TemporaryDirectory() as folder, np.errstate(all="ignore"):  # faults overflow: that is what they do
+            out = Path(folder) / "ours.jsonl"
+            dump(self.transformer, OursJob(out=out, tokens=prompt, generated=rest, points=points, slice_size=size))
+            found = read(out)
+        bare = {name: replace(rows, sketch=None, stats={}) for name, rows in found.points.items()}
+        return replace(found, points=bare)

@@ -1,0 +1,118 @@
+"""Whole values of a dump: from the safetensors file beside it, or from records that carry all of their values."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from checkpoints.errors import DumpError
+from checkpoints.points import order, parse
+from checkpoints.reader import read
+from checkpoints.record import Dump, Rows
+from checkpoints.tensors import TensorReader, beside
+
+from .isolate import Value
+
+_SCORES = ("kq", "kq_soft_max")
+_CACHED = ("k_read", "v_read")
+
+
+class WholeValues:
+    """A dump's values that are there as a whole, pass by pass; each is read when it is asked for.
+
+    Args:
+        path: the dump; its tensors are looked for beside it, or in `tensors`.
+
+    Raises:
+        DumpError: no such dump, several sequences in it, or a tensors file that cannot be read.
+    """
+
+    def __init__(self, path: Path, tensors: Path | None = None) -> None:
+        self.path = path
+        self.dump: Dump = read(path)
+        file = tensors or beside(path)
+        self._reader = TensorReader(file) if tensors is not None or file.exists() else None
+        self.sequences = sorted({int(seq) for rows in self.dump.points.values() for seq in np.unique(rows.seq)})
+        self._rows = {name: rows.take(np.flatnonzero(rows.seq == self.sequences[0])) for name, rows in self.dump.points.items()}
+        self._tensors: set[tuple[str, int]] = set()
+        for name in self._reader.names if self._reader is not None else ():
+            point, _, step = name.rpartition("/")
+            if step.isdigit():
+                self._tensors.add((point, int(step)))
+        self.passes = sorted({int(step) for rows in self._rows.values() for step in np.unique(rows.step)})
+        # A pass's positions are those that any point was recorded at.
+        self._positions = {
+            step: np.unique(np.concatenate([rows.token_idx[rows.step == step] for rows in self._rows.values()]))
+            for step in self.passes
+        }
+
+    def positions(self, step: int) -> NDArray[np.int64]:
+        """The positions of a forward pass, int64 [T]."""
+        return self._positions[step]
+
+    def points(self, step: int) -> list[str]:
+        """The points that are there as a whole in a pass, in the order of the model."""
+        named = {point for point, number in self._tensors if number == step}
+        named |= {name for name, rows in self._rows.items() if (rows.full() & (rows.step == step)).any()}
+        return order(named)
+
+    def tokens(self) -> NDArray[np.int64]:
+        """The ids of all positions from the first on: the prompt's and those that were generated.
+
+        Raises:
+            DumpError: the dump does not say them.
+        """
+        header = self.dump.header
+        if header is None or not header.tokens:
+            raise DumpError(f"{self.path} does not say which tokens it is of.", "Give --tokens or --prompt.", code="tokens")
+        return np.array([*header.tokens, *(token.id for token in self.dump.tokens)], dtype=np.int64)
+
+    def arriving(self, step: int) -> Iterator[tuple[str, Value]]:
+        """The whole values of a pass, one after the other."""
+        for name in self.points(step):
+            value = self.get(name, step)
+            if value is not None:
+                yield name, value
+
+    def get(self, name: str, step: int) -> Value | None:
+        """A point's whole value in a pass, None where it is not there.
+
+        Raises:
+            DumpError: a tensor that has no row for each position of its pass.
+        """
+        if (name, step) in self._tensors and self._reader is not None:
+            return self._from_tensor(name, step)
+        rows = self._rows.get(name)
+        if rows is None:
+            return None
+        rows = rows.take(np.flatnonzero(rows.full() & (rows.step == step)))
+        return _from_rows(name, rows) if len(rows) else None
+
+    def _from_tensor(self, name: str, step: int) -> Value:
+        data = self._reader.get(name, step).astype(np.float32) if self._reader is not None else np.zeros(0, np.float32)
+        positions = self._positions[step]
+        kind = parse(name).kind
+        count = data.shape[1] if kind in _SCORES and data.ndim == 3 else len(data)
+        if kind not in _CACHED and count != len(positions):
+            raise DumpError(
+                f"{name} of pass {step} has {count} rows in the tensors file, the dump {len(positions)} positions.",
+                "Record all positions (--positions all), or take the tensors of this dump.",
+            )
+        return Value(data, positions)
+
+
+def _from_rows(name: str, rows: Rows) -> Value:
+    """Records that carry all of their values as one array."""
+    rows = rows.take(np.argsort(rows.token_idx, kind="stable"))
+    kind = parse(name).kind
+    if kind in _CACHED:  # the last position's record holds all rows
+        shape = rows.shapes[-1]
+        return Value(rows.values[-1, : int(rows.counts[-1])].reshape(shape[0], -1), rows.token_idx)
+    if kind in _SCORES:
+        heads, seen = rows.shapes[-1][0], max(shape[-1] for shape in rows.shapes)
+        data = np.zeros((heads, len(rows), seen), dtype=np.float32)
+        for r, shape in enumerate(rows.shapes):
+            data[:, r, : shape[-1]] = rows.values[r, : int(rows.counts[r])].reshape(heads, -1)
+        return Value(data, rows.token_idx)
+    return Value(rows.values, rows.token_idx)

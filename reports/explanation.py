@@ -1,0 +1,174 @@
+"""`parity explain` in the terminal and as JSON, and the catalogue as a list."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from checkpoints.explanation import Cause, Explanation, Lead, Named, Place
+
+from .layout import labelled, wrap
+from .numbers import count, error, limit
+
+_ARITHMETIC = {
+    "f16": "F16 or TF32 (10 bits of mantissa)",
+    "tf32": "F16 or TF32 (10 bits of mantissa)",
+    "bf16": "BF16 (7 bits of mantissa)",
+    "q8": "quantised activations (8 bits in blocks)",
+}
+_LABEL = 8
+
+
+def print_explanation(console: Console, found: Explanation) -> None:
+    """The verdict first: causes, or that there is no fault, or what is left to go on."""
+    width = console.width
+    for number, cause in enumerate(found.causes):
+        _print(console, _cause(cause, number, found, width))
+    if found.first is None and found.precision_only:
+        _print(console, _lines([("no fault", f"agrees within the noise of {_ARITHMETIC[found.precision_only]}")], width))
+    elif found.first is None:
+        _print(console, _lines([("no fault", f"all {found.records:,} records agree with the right engine")], width))
+    elif found.precision_only:
+        _print(console, _precision(found, width))
+    elif found.remaining is not None:
+        _print(console, _left(found, found.remaining, width))
+    if found.variants:
+        nearest = f"; nothing else comes nearer than {error(found.nearest)}" if found.nearest is not None else ""
+        searched = f"tried {count(found.faults, 'fault')} ({count(found.variants, 'variant')}) in {found.seconds:.1f} s"
+        _print(console, [Text(line, style="dim") for line in wrap(searched + nearest, width)])
+    _print(console, [Text(line, style="dim") for note in found.notes for line in wrap(f"note: {note}", width)])
+
+
+def _print(console: Console, lines: Iterable[Text]) -> None:
+    for line in lines:
+        console.print(line, soft_wrap=True, highlight=False)
+
+
+def _lines(rows: Sequence[tuple[str, str]], width: int) -> list[Text]:
+    """A bold head, and what belongs to it indented below."""
+    (name, sentence), *rest = rows
+    head = labelled([(name, sentence)], width, label=_LABEL)
+    head[0].stylize("bold")
+    return [*head, *labelled(rest, width, label=10, indent=_LABEL)]
+
+
+def layers_text(layers: tuple[int, ...] | None) -> str:
+    """ "all layers", "layer 17"."""
+    return "" if layers is None else f", only in layer {', '.join(map(str, layers))}"
+
+
+def _cause(cause: Cause, number: int, found: Explanation, width: int) -> list[Text]:
+    named = cause.named
+    total = f"{cause.records:,} of {count(found.differing, 'differing record')}"
+    together = "with the causes above, reproduces" if number else "reproduces"
+    rows = [
+        ("cause", f"{named.fault}: {named.sentence}{layers_text(named.layers)}"),
+        ("numbers", f"{together} {total}, worst NMSE {error(cause.nmse)}"),
+        ("looks", cause.symptom),
+        ("fix", cause.fix),
+        ("seen in", cause.seen),
+    ]
+    rows += [("same as", _same(other)) for other in cause.equivalent[:4]]
+    if len(cause.equivalent) > 4:
+        rows.append(("same as", f"and {len(cause.equivalent) - 4} more (--format json lists them)"))
+    if cause.apart:
+        rows.append(("apart", cause.apart))
+    return _lines(rows, width)
+
+
+def _same(named: Named) -> str:
+    return f"{named.fault}: {named.sentence}{layers_text(named.layers)}"
+
+
+def _precision(found: Explanation, width: int) -> list[Text]:
+    first = found.first
+    rows = [
+        ("no fault", f"the differences are those of {_ARITHMETIC[found.precision_only]}: a right engine in that arithmetic")
+    ]
+    if first is not None:
+        rows.append(("begins", f"{first.checkpoint}, position {first.token_idx}, NMSE {error(first.nmse)}"))
+    rows.append(("if not", "meant, look for a lower type: TF32 switched on, F16 weights or cache, quantised activations"))
+    return _lines(rows, width)
+
+
+def _left(found: Explanation, place: Place, width: int) -> list[Text]:
+    what = "left over" if found.causes else "no cause"
+    rows = [(what, f"{place.checkpoint}, position {place.token_idx}: NMSE {error(place.nmse)}, limit {limit(place.limit)}")]
+    if found.last_agreement is not None and not found.causes:
+        rows.append(("after", f"{found.last_agreement}, where all agrees"))
+    if not found.complete:
+        rows.append(("time", "the budget is spent before everything was tried: --budget SECONDS gives more"))
+    rows += [("numbers" if lead.removed is None else "lead", _lead(lead)) for lead in found.leads]
+    if found.next:
+        rows.append(("next", f"record these and run explain again:  --points '{found.next}'"))
+    return _lines(rows, width)
+
+
+def _lead(lead: Lead) -> str:
+    if lead.named is None or lead.removed is None:
+        return lead.sentence
+    return f"{lead.removed:.1%} of the error goes with {_same(lead.named)}"
+
+
+def explanation_as_json(found: Explanation) -> dict[str, Any]:
+    """The answer with the keys of the design."""
+    return {
+        "schema": 1,
+        "verdict": "no fault" if found else ("explained" if found.remaining is None else "unexplained"),
+        "causes": [_cause_as_json(cause) for cause in found.causes],
+        "leads": [
+            {"sentence": lead.sentence, "removed": lead.removed, **(_named_as_json(lead.named) if lead.named else {})}
+            for lead in found.leads
+        ],
+        "precision_only": found.precision_only or None,
+        "compared": found.records,
+        "differing": found.differing,
+        "first_divergence": _place_as_json(found.first),
+        "last_agreement": found.last_agreement,
+        "remaining": _place_as_json(found.remaining),
+        "next": found.next or None,
+        "tried": {"faults": found.faults, "variants": found.variants, "nearest": found.nearest, "complete": found.complete},
+        "seconds": round(found.seconds, 3),
+        "notes": list(found.notes),
+    }
+
+
+def _cause_as_json(cause: Cause) -> dict[str, Any]:
+    return {
+        **_named_as_json(cause.named),
+        "explained": cause.explained,
+        "nmse": cause.nmse,
+        "symptom": cause.symptom,
+        "fix": cause.fix,
+        "seen": cause.seen,
+        "equivalent": [_named_as_json(other) for other in cause.equivalent],
+        "apart": cause.apart or None,
+    }
+
+
+def _named_as_json(named: Named) -> dict[str, Any]:
+    return {
+        "fault": named.fault,
+        "parameters": named.parameters,
+        "layers": None if named.layers is None else list(named.layers),
+        "sentence": named.sentence,
+    }
+
+
+def _place_as_json(place: Place | None) -> dict[str, Any] | None:
+    if place is None:
+        return None
+    nmse = place.nmse if place.nmse != float("inf") else "Infinity"
+    return {"checkpoint": place.checkpoint, "token_idx": place.token_idx, "nmse": nmse, "limit": place.limit}
+
+
+def print_catalogue(console: Console, faults: Sequence[tuple[str, str, str, str, str]]) -> None:
+    """The catalogue: group, name, symptom, fix and where it was seen of each fault."""
+    group = ""
+    for of, name, symptom, fix, seen in faults:
+        if of != group:
+            _print(console, [Text(of, style="bold")])
+            group = of
+        rows = [("looks", symptom), ("fix", fix), ("seen in", seen)]
+        _print(console, [Text(f"  {name}"), *labelled(rows, console.width, label=9, indent=4)])

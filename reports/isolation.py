@@ -1,0 +1,185 @@
+"""What isolating found as text and as JSON: a table of operations by layers, then what is right and wrong in words."""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from math import isfinite
+from typing import Any
+
+from rich.text import Text
+
+from checkpoints.isolation import NOT_OBSERVABLE, PROVEN, WRONG, Isolation, Operation
+from checkpoints.points import KINDS
+
+from .layout import columns, labelled
+from .numbers import clean, count, error, limit, ranges, token
+
+_SIGN = {PROVEN: "✓", WRONG: "✗", NOT_OBSERVABLE: "·"}
+_STYLE = {PROVEN: "", WRONG: "bold red", NOT_OBSERVABLE: "dim"}
+_WRONG_SHOWN = 24
+_GRAFTS_SHOWN = 8
+
+
+def lines(found: Isolation, width: int) -> Iterator[Text]:
+    """The whole answer, for a terminal of `width` columns."""
+    yield from labelled(list(_head(found)), width)
+    yield Text("")
+    groups = _groups(found.operations)
+    yield from _table(groups, width)
+    yield Text("")
+    yield from labelled(list(_words(found, groups)), width)
+    yield from _elements(found, width)
+    yield from _grafts(found, width)
+    yield from labelled([("not checked", clean(said)) for said in found.not_checked], width)
+    yield _answer(found)
+
+
+def _head(found: Isolation) -> Iterator[tuple[str, str]]:
+    yield "model", clean(found.model)
+    passes = f", {found.passes} passes" if found.passes > 1 else ""
+    cache = f", KV {found.kv_type}"
+    yield "judged", clean(f"{found.judged} · {found.mode}{cache} · {count(found.positions, 'position')}{passes}")
+    for name, value in found.facts.items():
+        if value:
+            yield name, clean(str(value))
+
+
+def _groups(operations: Sequence[Operation]) -> dict[str, list[Operation]]:
+    groups: dict[str, list[Operation]] = {}
+    for found in operations:
+        groups.setdefault(found.operation, []).append(found)
+    return groups
+
+
+def _table(groups: dict[str, list[Operation]], width: int) -> list[Text]:
+    rows: list[tuple[str, ...]] = [("operation", "proven", "worst NMSE", "layers")]
+    styles = ["dim"]
+    for name, group in groups.items():
+        states = {found.status for found in group}
+        if states == {NOT_OBSERVABLE}:  # said in words, with the reason
+            continue
+        proven = [found.nmse for found in group if found.status == PROVEN and found.nmse is not None]
+        signs = "".join(_SIGN[found.status] for found in group)
+        worst = error(max(proven)) if proven else "–"
+        rows.append((name, f"{len(proven)}/{len(group)}", worst, signs))
+        styles.append(_STYLE[WRONG if WRONG in states else NOT_OBSERVABLE if NOT_OBSERVABLE in states else PROVEN])
+    return columns(rows, frozenset({1, 2}), styles, width)
+
+
+def _words(found: Isolation, groups: dict[str, list[Operation]]) -> Iterator[tuple[str, str]]:
+    right: list[str] = []
+    for name, group in groups.items():
+        proven = [item for item in group if item.status == PROVEN and item.nmse is not None]
+        if proven:
+            worst = error(max(item.nmse or 0.0 for item in proven))
+            where = f" in {len(proven)} of {len(group)} layers" if group[0].layer is not None else ""
+            right.append(f"{name}{where} ({worst})")
+    if right and found.wrong:
+        yield "right", ", ".join(right)
+    for item in found.wrong[:_WRONG_SHOWN]:
+        yield "wrong", _said(item)
+    if len(found.wrong) > _WRONG_SHOWN:
+        yield "wrong", f"and {count(len(found.wrong) - _WRONG_SHOWN, 'further operation')}: --format json lists them"
+    for reason, items in _hidden(found).items():
+        where = ", ".join(f"{kind}{_in_layers(layers)}" for kind, layers in items.items())
+        yield "not observable", clean(f"{reason}: {where}")
+    for said in found.findings[:_WRONG_SHOWN]:
+        yield "attention", clean(said)
+
+
+def _hidden(found: Isolation) -> dict[str, dict[str, list[int]]]:
+    """Reason -> kind -> layers of what is not observable; the layer's number is left out of a reason."""
+    reasons: dict[str, dict[str, list[int]]] = {}
+    for item in found.operations:
+        if item.status == NOT_OBSERVABLE:
+            reason = re.sub(r"blk\.\d+\.", "blk.N.", item.reason)
+            layers = reasons.setdefault(reason, {}).setdefault(item.operation, [])
+            if item.layer is not None:
+                layers.append(item.layer)
+    return reasons
+
+
+def _in_layers(layers: list[int]) -> str:
+    return f" ({ranges(tuple(layers))})" if layers else ""
+
+
+def _said(item: Operation) -> str:
+    known = KINDS.get(item.operation)
+    what = f", {known.meaning}" if known is not None else ""
+    weight = f", {item.weight}" if item.weight and item.weight != "F32" else ""
+    place = f", worst at position {item.position}" if item.position is not None else ""
+    reason = f": {item.reason}" if item.reason else ""
+    name = f"layer {item.layer} as a whole" if item.operation == "layer" else item.name
+    return clean(f"{name} ({error(item.nmse)}{place}{what}{weight}){reason}")
+
+
+def _elements(found: Isolation, width: int) -> list[Text]:
+    if not found.elements:
+        return []
+    rows: list[tuple[str, ...]] = [("logit", "position", "theirs", "float64 dot", "error", "")]
+    styles = ["dim"]
+    for item in found.elements:
+        said = "" if item.right else "← another number"
+        rows.append((str(item.row), str(item.position), f"{item.theirs:.7g}", f"{item.dot:.7g}", error(item.error), said))
+        styles.append("" if item.right else "bold red")
+    return columns(rows, frozenset({0, 1, 2, 3, 4}), styles, width)
+
+
+def _grafts(found: Isolation, width: int) -> Iterator[Text]:
+    if not found.graft:
+        return
+    changed = [item for item in found.graft if item.changes]
+    last = found.graft[-1]
+    mean = sum(item.kl for item in found.graft) / len(found.graft)
+    said = (
+        f"llama.cpp, going on from {clean(found.graft_from)} of this engine, chooses another next token at {len(changed)} of "
+        f"{count(len(found.graft), 'position')}; mean KL {error(mean)}, at the last position {error(last.kl)} "
+        f"(margin {last.margin:.2g})"
+    )
+    yield from labelled([("graft", said)], width)
+    for item in changed[:_GRAFTS_SHOWN]:
+        where = f"position {item.position} {token(item.token)}: {item.own_choice} becomes {item.grafted_choice}"
+        yield from labelled([("", f"{where} (KL {error(item.kl)}, margin {item.margin:.2g})")], width, label=7)
+
+
+def _answer(found: Isolation) -> Text:
+    proven = sum(item.status == PROVEN for item in found.operations)
+    total = len(found.operations)
+    floor = f", floor here {error(found.floor)}" if found.floor is not None else ""
+    held = f"limit {limit(found.limit)} ({found.limit_source}){floor}"
+    hidden = sum(item.status == NOT_OBSERVABLE for item in found.operations)
+    said = f"{proven} of {count(total, 'operation')} proven" + (f", {hidden} not observable" if hidden else "")
+    if found:
+        return Text(f"{'right' if not hidden else 'nothing wrong seen'}: {said}, {held}", style="bold green")
+    return Text(f"wrong: {_counted(found)}; {said}, {held}", style="bold red")
+
+
+def _counted(found: Isolation) -> str:
+    elements = sum(not item.right for item in found.elements)
+    parts = [count(len(found.wrong), "operation")] if found.wrong else []
+    parts += [count(len(found.findings), "finding") + " in attention"] if found.findings else []
+    parts += [count(elements, "logit")] if elements else []
+    return ", ".join(parts)
+
+
+def as_json(found: Isolation) -> dict[str, Any]:
+    """The contract's keys: `operations`, `wrong`, and everything besides."""
+    answer = {key: value for key, value in asdict(found).items() if key not in ("operations", "graft", "elements")}
+    return {
+        "schema": 1,
+        "verdict": "right" if found else "wrong",
+        **{key: list(value) if isinstance(value, tuple) else value for key, value in answer.items()},
+        "operations": [_operation(item) for item in found.operations],
+        "wrong": [item.name for item in found.wrong],
+        "elements": [asdict(item) | {"error": _finite(item.error)} for item in found.elements],
+        "graft": [asdict(item) | {"changes": item.changes} for item in found.graft],
+    }
+
+
+def _operation(item: Operation) -> dict[str, Any]:
+    return {"point": item.name, **asdict(item), "nmse": _finite(item.nmse), "sampled": _finite(item.sampled)}
+
+
+def _finite(value: float | None) -> float | str | None:
+    """JSON has no infinity: the word, as in dumps."""
+    return value if value is None or isfinite(value) else "Infinity" if value > 0 else "NaN"

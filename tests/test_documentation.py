@@ -1,0 +1,55 @@
+"""What the documentation says is true of the code."""
+
+import re
+from pathlib import Path
+
+import pytest
+import typer
+from cli import Cli
+
+from engine.faults import CATALOGUE
+from parity.cli import app
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def command_names() -> list[str]:
+    return sorted(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", command_names())
+def test_every_command_is_in_the_readme_and_has_help(parity: Cli, name: str) -> None:
+    """Every command stands in the README's table, and its --help begins with what it does."""
+    assert f"| `parity {name}` |" in README
+    ran = parity(name, "--help")
+    assert (ran.code, ran.err) == (0, "")
+    assert f"Usage: parity {name}" in ran.out
+
+
+def test_the_readme_names_no_command_that_is_not_there() -> None:
+    """Every `parity <word>` in the README is a command."""
+    mentioned = set(re.findall(r"(?:^|[`&] ?)parity ([a-z]+)", README, re.MULTILINE))
+    assert mentioned <= set(command_names()) | {"from", "itself", "lists"}
+
+
+def test_every_option_has_a_help_text() -> None:
+    """No option of any command is left unexplained."""
+    for name, command in typer.main.get_command(app).commands.items():  # type: ignore[attr-defined]
+        for inner in getattr(command, "commands", {name: command}).values():
+            for parameter in inner.params:
+                assert getattr(parameter, "help", None), f"{name} {parameter.name}"
+
+
+def test_every_fault_says_symptom_fix_and_source() -> None:
+    """Every entry of the catalogue has its three sentences."""
+    for fault in CATALOGUE.values():
+        assert fault.symptom
+        assert fault.fix
+        assert fault.seen
+
+
+def test_the_embedded_model_and_its_card_are_there() -> None:
+    """What pyproject says ships inside the package is there."""
+    assert (ROOT / "parity" / "models" / "stories-14m-q8_0.gguf").stat().st_size > 15e6
+    assert (ROOT / "parity" / "models" / "MODEL_CARD.md").exists()

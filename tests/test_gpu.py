@@ -1,0 +1,96 @@
+"""The engine on a device: the same numbers as on the host, and dequantisers equal to gguf-py to the bit."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+
+from checkpoints.record import Rows, Token
+from engine.backend import choose
+from engine.capture import Capture
+from engine.capture_gpu import DeviceCapture
+from engine.dequantize import FORMATS, dequantize
+from engine.gguf_model import GgufModel
+from engine.transformer import Transformer
+from parity.session import Request, run
+
+cupy = pytest.importorskip("cupy", reason="CuPy is not installed")
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not cupy.cuda.is_available(), reason="no CUDA device")]
+
+PROMPT = (2047, 9, 8, 7, 300, 12, 13, 14)
+TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q5_0", "Q4_K_M", "Q6_K")
+
+
+class Sink:
+    """A sink in memory."""
+
+    def __init__(self) -> None:
+        self.taken: list[Rows] = []
+        self.tokens: list[Token] = []
+
+    def rows(self, rows: Rows) -> None:
+        self.taken.append(rows)
+
+    def token(self, token: Token) -> None:
+        self.tokens.append(token)
+
+
+@pytest.mark.parametrize("kind", sorted(FORMATS), ids=lambda kind: gguf.GGMLQuantizationType(kind).name)
+def test_device_dequantisers_equal_gguf_py(kind: int) -> None:
+    """Random blocks dequantised on the device give the same float32 bits as gguf-py on the host."""
+    from test_dequantize import random_blocks
+
+    blocks = random_blocks(kind)
+    ours = cupy.asnumpy(dequantize(cupy.asarray(blocks), kind, FORMATS[kind][0]))
+    theirs = gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType(kind))
+    np.testing.assert_array_equal(ours.view(np.uint32).ravel(), np.ascontiguousarray(theirs).view(np.uint32).ravel())
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_exact_mode_on_the_device_is_in_parity(quantized: Callable[[str], Path], tmp_path: Path, kind: str) -> None:
+    """Every point of a run on the device, prompt and generated tokens, agrees with llama.cpp within the exact limits."""
+    outcome = run(
+        Request(
+            model=quantized(kind),
+            tokens=PROMPT,
+            backend="cupy",
+            points="all",
+            generate=4,
+            out=tmp_path,
+        )
+    )
+    assert outcome.verdict, outcome.verdict.first_divergence
+
+
+def test_records_equal_a_blocking_copy(stories: Path) -> None:
+    """Every record of every point equals, values to the bit, sketch and statistics to rounding, that of a blocking copy."""
+    engine = Transformer(GgufModel(stories), choose("cupy"))
+    pinned, blocking = Sink(), Sink()
+    for kind, sink in ((DeviceCapture, pinned), (Capture, blocking)):
+        with kind(sink, engine.points, engine.backend) as tap:
+            sequence = engine.start()
+            engine.forward(PROMPT, sequence, tap)
+            for token in (5, 6, 7):
+                engine.forward([token], sequence, tap)
+    compare_rows(pinned.taken, blocking.taken)
+
+
+def compare_rows(ours: list[Rows], theirs: list[Rows]) -> None:
+    """Record by record: values to the bit; sums to float64's, sketches to float32's rounding of the row's length."""
+    assert [rows.point for rows in ours] == [rows.point for rows in theirs]
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.shapes == b.shapes, a.point
+        for name in ("seq", "token_idx", "step", "decode", "counts"):
+            np.testing.assert_array_equal(getattr(a, name), getattr(b, name), err_msg=f"{a.point} {name}")
+        np.testing.assert_array_equal(a.values.view(np.uint32), b.values.view(np.uint32), err_msg=a.point)
+        assert a.stats.keys() == b.stats.keys(), a.point
+        for name in ("n", "min", "max", "nonfinite", "absmax_at"):
+            np.testing.assert_array_equal(a.stats[name], b.stats[name], err_msg=f"{a.point} {name}")
+        size = b.stats["l2"][:, None] * 1e-6 + 1e-30
+        assert a.sketch is not None
+        assert b.sketch is not None
+        assert (np.abs(a.sketch - b.sketch) <= size).all(), a.point
+        np.testing.assert_allclose(a.stats["l2"], b.stats["l2"], rtol=1e-12)
+        assert (np.abs(a.stats["sum"] - b.stats["sum"]) <= 1e-9 * (1 + b.stats["l2"])).all(), a.point

@@ -1,0 +1,167 @@
+"""The device's tap loses and changes nothing: slow, dying and full writers, reused buffers, both kinds of memory."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from checkpoints.errors import InputError
+from checkpoints.jsonl import Writer
+from checkpoints.record import Rows, Token
+from engine.backend import choose
+from engine.capture import Capture, Pass
+from engine.capture_gpu import DeviceCapture
+from engine.fast import FastTransformer
+from engine.gguf_model import GgufModel
+
+cupy = pytest.importorskip("cupy", reason="CuPy is not installed")
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not cupy.cuda.is_available(), reason="no CUDA device")]
+DEFAULTS = ("embd", "blk.0.l_out", "blk.5.l_out", "blk.10.l_out", "blk.23.l_out", "output_norm", "logits")
+
+
+class Sink:
+    """A sink in memory; `delay` makes it slow, `fail_at` makes it raise."""
+
+    def __init__(self, delay: float = 0, fail_at: int | None = None) -> None:
+        self.taken: list[Rows] = []
+        self.delay = delay
+        self.fail_at = fail_at
+
+    def rows(self, rows: Rows) -> None:
+        """Take rows."""
+        time.sleep(self.delay)
+        if self.fail_at == len(self.taken):
+            raise OSError("writer died")
+        self.taken.append(rows)
+
+    def token(self, token: Token) -> None:
+        """Take a token."""
+
+
+def one_pass(position: int = 0, count: int = 3) -> Pass:
+    return Pass(np.arange(position, position + count), position, decode=position > 0)
+
+
+def test_buffers_that_swap_each_layer_give_different_records() -> None:
+    """Two device buffers that alternate and are overwritten at once give 24 records of what was computed."""
+    sink, buffers = Sink(delay=0.001), [cupy.zeros((3, 32), np.float32), cupy.zeros((3, 32), np.float32)]
+    with DeviceCapture(sink, [f"blk.{i}.l_out" for i in range(24)], choose("cupy")) as tap:
+        tap.begin(one_pass())
+        for layer in range(24):
+            buffers[layer % 2][:] = layer + cupy.arange(32, dtype=np.float32)
+            tap(f"blk.{layer}.l_out", buffers[layer % 2])
+        for buffer in buffers:
+            buffer[:] = -1
+    assert [rows.values[0, 0] for rows in sink.taken] == list(range(24))
+
+
+@pytest.mark.parametrize(("ring", "delay"), [(8, 0.0005), (256, 0.0001)])
+def test_ten_thousand_steps_with_a_slow_writer_lose_nothing(ring: int, delay: float) -> None:
+    """10,000 passes over two swapped buffers arrive complete and in order, also through a ring of eight."""
+    sink, buffers = Sink(delay=delay), [cupy.zeros((1, 32), np.float32), cupy.zeros((1, 32), np.float32)]
+    with DeviceCapture(sink, ["embd"], choose("cupy"), ring=ring) as tap:
+        for step in range(10_000):
+            tap.begin(one_pass(step, 1))
+            buffers[step % 2].fill(step)
+            tap("embd", buffers[step % 2])
+    assert [rows.values[0, 31] for rows in sink.taken] == list(range(10_000))
+    assert [int(rows.token_idx[0]) for rows in sink.taken] == list(range(10_000))
+    assert tap.waits > 0 or ring == 256
+
+
+def test_a_dying_writer_stops_the_engine_also_where_the_ring_is_full() -> None:
+    """What fails in the thread comes out in the engine's next calls and in close; nothing waits for ever."""
+    tap = DeviceCapture(Sink(fail_at=3), ["embd"], choose("cupy"), ring=4)
+    with pytest.raises(OSError, match="writer died"):
+        for step in range(10_000):
+            tap.begin(one_pass(step, 1))
+            tap("embd", cupy.zeros((1, 8), np.float32))
+    with pytest.raises(OSError, match="writer died"):
+        tap.close()
+
+
+def test_a_full_disk_is_one_clear_error(tmp_path: Path) -> None:
+    """On a small tmpfs the dump ends in an InputError that names the file."""
+    small = tmp_path / "small"
+    small.mkdir()
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(small)], check=False, capture_output=True
+    ).returncode:
+        pytest.skip("mounting a tmpfs is not allowed here")
+    try:
+        tap = DeviceCapture(Writer(small / "ours.jsonl"), ["embd"], choose("cupy"))
+        with pytest.raises(InputError, match="No space left"):
+            for step in range(5_000):
+                tap.begin(one_pass(step, 1))
+                tap("embd", cupy.zeros((1, 64), np.float32))
+            tap.close()
+    finally:
+        subprocess.run(["umount", "-l", str(small)], check=False)
+
+
+def test_memory_of_the_wrong_side_is_a_type_error() -> None:
+    """A host array for the kernel and a device array for the writer are refused by name."""
+    from checkpoints.summary import summarise
+
+    with DeviceCapture(Sink(), ["embd"], choose("cupy")) as tap:
+        tap.begin(one_pass())
+        with pytest.raises(TypeError, match="host memory"):
+            tap("embd", np.zeros((3, 4), np.float32))
+        with pytest.raises(TypeError, match="float32"):
+            tap("embd", cupy.zeros((3, 4), np.float64))
+    with pytest.raises(TypeError, match="host memory"):
+        summarise("embd", cupy.zeros((3, 4), np.float32), np.arange(3))
+
+
+def test_non_finite_values_are_counted() -> None:
+    """NaN and infinities count as non-finite and are zero to sums and sketch; the slice shows them as they are."""
+    value = np.array([[1, np.nan, -3, np.inf], [np.nan] * 4], np.float32)
+    ours, theirs = Sink(), Sink()
+    for kind, sink, there in ((DeviceCapture, ours, cupy.asarray(value)), (Capture, theirs, cupy.asarray(value))):
+        with kind(sink, ["embd"], choose("cupy")) as tap:
+            tap.begin(one_pass(0, 2))
+            tap("embd", there)
+    for name in ("n", "sum", "l2", "min", "max", "nonfinite", "absmax_at"):
+        np.testing.assert_array_equal(ours.taken[0].stats[name], theirs.taken[0].stats[name], err_msg=name)
+    np.testing.assert_array_equal(ours.taken[0].sketch, theirs.taken[0].sketch)
+    np.testing.assert_array_equal(ours.taken[0].values, theirs.taken[0].values)
+
+
+def test_fast_logits_do_not_depend_on_what_is_captured(stories: Path) -> None:
+    """Logits of prefill and 40 steps of the graph are bit-identical with nothing, the default set and every point."""
+    engine = FastTransformer(GgufModel(stories), choose("cupy"), positions=128)
+    found = []
+    for points in ((), DEFAULTS, tuple(engine.points)):
+        with DeviceCapture(Sink(), points, engine.backend) as tap:
+            sequence = engine.start()
+            logits = [engine.forward([2047, 9, 8, 7], sequence, tap)]
+            for token in range(40):
+                logits.append(engine.forward([token], sequence, tap))
+            found.append((np.stack(logits), engine.generate(20, sequence, tap)))
+    for logits, tokens in found[1:]:
+        np.testing.assert_array_equal(logits.view(np.uint32), found[0][0].view(np.uint32))
+        np.testing.assert_array_equal(tokens, found[0][1])
+
+
+def test_the_sanitizer_finds_nothing(tmp_path: Path, stories: Path) -> None:
+    """compute-sanitizer's memcheck and racecheck are clean on a prefill and three steps with every point captured."""
+    from shutil import which
+
+    if which("compute-sanitizer") is None:
+        pytest.skip("compute-sanitizer is not installed")
+    script = tmp_path / "short.py"
+    script.write_text(
+        "import sys\nfrom pathlib import Path\nfrom engine.backend import choose\nfrom engine.capture_gpu import DeviceCapture\n"
+        "from engine.fast import FastTransformer\nfrom engine.gguf_model import GgufModel\n"
+        "class Sink:\n    def rows(self, rows): pass\n    def token(self, token): pass\n"
+        "engine = FastTransformer(GgufModel(Path(sys.argv[1])), choose('cupy'), positions=64)\n"
+        "with DeviceCapture(Sink(), engine.points, engine.backend) as tap:\n"
+        "    sequence = engine.start()\n    engine.forward([5, 6, 7], sequence, tap)\n    engine.generate(3, sequence, tap)\n"
+    )
+    for tool in ("memcheck", "racecheck"):
+        command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, str(script), str(stories)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]

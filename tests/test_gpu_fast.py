@@ -1,0 +1,78 @@
+"""The fast mode against the plain definition: weights to the bit, whole runs within the measured limits."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from engine.backend import choose
+from engine.fast import FastTransformer
+from engine.gguf_model import GgufModel
+from engine.synth import shape_like, synthesize
+from engine.transformer import Transformer
+from parity.tolerance import fast_floor
+
+cupy = pytest.importorskip("cupy", reason="CuPy is not installed")
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not cupy.cuda.is_available(), reason="no CUDA device")]
+TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q5_0", "Q4_K_M", "Q6_K")
+
+
+def nmse(ours: np.ndarray, theirs: np.ndarray) -> float:
+    wide = theirs.astype(np.float64)
+    return float(((ours - wide) ** 2).sum() / (wide**2).sum())
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_packed_weights_are_the_dequantised_ones_to_the_bit(quantized: Callable[[str], Path], kind: str) -> None:
+    """The first 64 rows of the embedding, read element by element from the packed planes, equal the plain dequantisation."""
+    model = GgufModel(quantized(kind))
+    engine = FastTransformer(model, choose("cupy"), positions=128)
+    captured = {}
+    engine.forward(list(range(64)), engine.start(), lambda_tap(captured, "embd"))
+    np.testing.assert_array_equal(
+        captured["embd"].view(np.uint32), model.load_rows("token_embd.weight", np.arange(64)).view(np.uint32)
+    )
+
+
+def lambda_tap(captured: dict[str, np.ndarray], wanted: str):  # noqa: ANN201 - a tap in a test
+    """A tap that keeps one value."""
+
+    class Keep:
+        def begin(self, now: object) -> None:
+            """Nothing to prepare."""
+
+        def __call__(self, name: str, value: object) -> None:
+            if name == wanted:
+                captured[name] = cupy.asnumpy(value)
+
+    return Keep()
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_a_run_is_within_the_measured_limits_of_exact_mode(quantized: Callable[[str], Path], kind: str) -> None:
+    """Logits of a prompt and of 70 decode steps, over a split of attention, agree with the plain engine on the same device."""
+    model, backend = GgufModel(quantized(kind)), choose("cupy")
+    plain, fast = Transformer(model, backend), FastTransformer(model, backend, positions=128)
+    one, other = plain.start(), fast.start()
+    expected, found = plain.forward([2047, 9, 8, 7, 300], one), fast.forward([2047, 9, 8, 7, 300], other)
+    limit = fast_floor(model.hyperparameters.file_type)
+    assert nmse(found, expected) < limit.logits
+    for _ in range(70):
+        token = int(expected.argmax())
+        expected, found = plain.forward([token], one), fast.forward([token], other)
+        assert nmse(found, expected) < limit.logits
+
+
+@pytest.mark.parametrize("like", ["tiny", "tiny-llama"])
+def test_decode_alone_rounds_nothing_but_sums(tmp_path: Path, like: str) -> None:
+    """With F32 weights the one-kernel step agrees with the plain engine to 1e-10, for both pairings of RoPE."""
+    path = tmp_path / "model.gguf"
+    synthesize(path, shape_like(like), weight_type="f32")
+    backend = choose("cupy")
+    plain, fast = Transformer(GgufModel(path), backend), FastTransformer(GgufModel(path), backend, positions=256)
+    one, other = plain.start(), fast.start()
+    plain.forward([1, 2, 3], one)
+    fast.forward([1, 2, 3], other)
+    for token in range(150):
+        assert nmse(fast.forward([token], other), plain.forward([token], one)) < 1e-10
