@@ -1,6 +1,6 @@
 """Drift and reports, measured: false alarms over 200 right runs, the floor over BLAS kernels, a long ledger, a huge report.
 
-    python benchmarks/drift.py [alarms|floor|ledger|report]
+python benchmarks/drift.py [alarms|floor|ledger|report]
 """
 
 import json
@@ -29,7 +29,9 @@ def alarms() -> None:
     for side in ("ours", "ref"):
         for threads in (1, 2):
             found = _child("runs", side, str(threads), OPENBLAS_NUM_THREADS=str(threads))
-            print(f"{side:<4}  {threads:>7}  {found['runs']:>4}  {found['divergences']:>11}  {found['findings']:>8}  {found['worst']:.4f}")
+            print(
+                f"{side:<4}  {threads:>7}  {found['runs']:>4}  {found['divergences']:>11}  {found['findings']:>8}  {found['worst']:.4f}"
+            )
 
 
 def floor() -> None:
@@ -39,7 +41,9 @@ def floor() -> None:
         for threads in (1, 2):
             settings = {"OPENBLAS_NUM_THREADS": str(threads)} | ({"OPENBLAS_CORETYPE": core} if core else {})
             found = _child("floor", **settings)
-            print(f"{core or 'this CPU':<11}  {threads:>7}  {found['nmse']:>10.1e}  {found['of_limit']:>8.4f}  {found['checkpoint']}")
+            print(
+                f"{core or 'this CPU':<11}  {threads:>7}  {found['nmse']:>10.1e}  {found['of_limit']:>8.4f}  {found['checkpoint']}"
+            )
 
 
 def ledger() -> None:
@@ -60,7 +64,9 @@ def ledger() -> None:
         read = perf_counter() - began
         began = perf_counter()
         shown = list(lines(entries, 100))
-        print(f"{len(entries):,} checks, {path.stat().st_size / 2**20:.1f} MiB: read {read:.2f} s, shown {perf_counter() - began:.2f} s, {len(shown)} lines")
+        print(
+            f"{len(entries):,} checks, {path.stat().st_size / 2**20:.1f} MiB: read {read:.2f} s, shown {perf_counter() - began:.2f} s, {len(shown)} lines"
+        )
 
 
 def report() -> None:
@@ -85,7 +91,9 @@ def report() -> None:
     began = perf_counter()
     text = html(Report(verdict, ours, ref, picture))
     built = perf_counter() - began
-    print(f"{verdict.compared:,} records of {len(names)} points: compared {compared:.1f} s, report {built:.1f} s, {len(text) / 1e6:.1f} MB")
+    print(
+        f"{verdict.compared:,} records of {len(names)} points: compared {compared:.1f} s, report {built:.1f} s, {len(text) / 1e6:.1f} MB"
+    )
 
 
 def _child(what: str, *arguments: str, **settings: str) -> dict[str, float]:
@@ -102,7 +110,7 @@ def _runs(side: str, threads: str) -> None:
     from reference import Reference
 
     golden = load(GOLDEN)
-    shuffle = random.Random(0)  # noqa: S311 - an order, not a secret
+    shuffle = random.Random(0)
     divergences = findings = 0
     worst = 0.0
     with tempfile.TemporaryDirectory() as folder, closing(Reference(threads=int(threads))) as reference:
