@@ -113,19 +113,21 @@ def _runs(side: str, threads: str) -> None:
     shuffle = random.Random(0)
     divergences = findings = 0
     worst = 0.0
-    with tempfile.TemporaryDirectory() as folder, closing(Reference(threads=int(threads))) as reference:
-        with maker(golden, side, golden.model_path(None), reference, None, int(threads), "numpy") as make:
-            for _ in range(RUNS):
-                prompts = list(golden.prompts)
-                shuffle.shuffle(prompts)
-                paths = []
-                for prompt in prompts:
-                    paths.append(Path(folder) / prompt.file)
-                    make(prompt, paths[-1])
-                found = check(Checking(GOLDEN, dumps=tuple(paths), ledger=Path(folder) / "ledger.jsonl"))
-                divergences += not found
-                findings += len(found.findings)
-                worst = max([worst, *(point.of_limit for point in found.points)])
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        closing(Reference(threads=int(threads))) as reference,
+        maker(golden, side, golden.model_path(None), reference, None, int(threads), "numpy") as make,
+    ):
+        for _ in range(RUNS):
+            prompts = list(golden.prompts)
+            shuffle.shuffle(prompts)
+            for prompt in prompts:
+                make(prompt, Path(folder) / prompt.file)
+            paths = tuple(Path(folder) / prompt.file for prompt in prompts)
+            found = check(Checking(GOLDEN, dumps=paths, ledger=Path(folder) / "ledger.jsonl"))
+            divergences += not found
+            findings += len(found.findings)
+            worst = max([worst, *(point.of_limit for point in found.points)])
     print(json.dumps({"runs": RUNS, "divergences": divergences, "findings": findings, "worst": worst}))
 
 

@@ -73,9 +73,8 @@ def _explain(_answer: Mapping[str, Any], causes: Sequence[Mapping[str, Any]]) ->
             (*_texts(cause, "fault", "sentence", "layers"), _share(cause.get("explained")), *_texts(cause, "nmse", "fix"))
         )
         same = cause.get("equivalent")
-        for other in same if isinstance(same, list) else []:
-            if isinstance(other, Mapping):
-                rows.append((*_texts(other, "fault", "sentence", "layers"), "the same", "", ""))
+        others = [other for other in same if isinstance(other, Mapping)] if isinstance(same, list) else []
+        rows += [(*_texts(other, "fault", "sentence", "layers"), "the same", "", "") for other in others]
     said = (
         f"{count(len(causes), 'cause')} found that reproduce these numbers"
         if causes

@@ -71,7 +71,7 @@ def read(path: Path, mapping: Mapping) -> Dump:
                     point = _point(head[1], head[3], head[4], mapping)
                     if point == EMBD:
                         first, count, step = first + count, sizes[1], step + (count > 0)
-                    if point is not None and min(sizes) > 0 and max(sizes) < 1 << 31:
+                    if point is not None and 0 < min(sizes) and max(sizes) < 1 << 31:
                         open_one = _Tensor(point, sizes)
                 elif open_one is not None:
                     if line.strip().startswith(b"sum ="):

@@ -53,8 +53,8 @@ def diff(
     from checkpoints.mapping import read_mapping
 
     from ..compare import Options
+    from ..comparison_output import findings, report, show_report
     from ..lint import refuse_unusable
-    from ..output import findings, report, show_report
     from ..picture import compare_drawn
 
     left, right = load(ours, read_mapping(names) if names else None, offset), load(ref)

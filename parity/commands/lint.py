@@ -24,8 +24,9 @@ def lint(
     """
     from checkpoints.formats import load
     from checkpoints.mapping import read_mapping
+    from reports import lint as room
 
     from ..lint import lint as look
-    from ..output import show_lint
+    from ..output import answer
 
-    raise typer.Exit(show_lint(look(load(file, read_mapping(names) if names else None), model), form))
+    raise typer.Exit(answer(look(load(file, read_mapping(names) if names else None), model), room, form))
