@@ -63,7 +63,8 @@ def findings(paths: Sequence[Path]) -> "list[Finding]":
 
 def show_report(whole: "Report", form: AnswerFormat, *, html: Path | None, junit: Path | None) -> int:
     """Print a comparison's answer in any of CI's formats, write the files that were asked for, return the exit code."""
-    from reports.html import save, write_html
+    from reports.files import save
+    from reports.html import write_html
 
     if html is not None:
         write_html(whole, html)

@@ -12,10 +12,15 @@ from .commands.options import AnswerFormat, Format
 from .output import DIVERGENCE_CODE, PARITY_CODE
 
 
-def show(drift: Drift, form: AnswerFormat, junit: Path | None, *, strict: bool) -> int:
-    """Print a check's answer, write its JUnit file, and return the exit code."""
+def show(drift: Drift, form: AnswerFormat, junit: Path | None, summary: Path | None, *, strict: bool) -> int:
+    """Print a check's answer, write its JUnit file, append to its summary, and return the exit code."""
+    if summary is not None:
+        from reports.files import append
+        from reports.markdown import drift_as_markdown
+
+        append(drift_as_markdown(drift), summary)
     if junit is not None:
-        from reports.html import save
+        from reports.files import save
         from reports.junit import drift_as_junit
 
         save(drift_as_junit(drift), junit)
@@ -59,8 +64,8 @@ def show_history(folder: Path, book: Path | None, html: Path | None, form: Forma
         raise InputError(f"{path} has no entry.", "`parity drift check` writes one.", code="ledger")
     findings = last_findings(entries)
     if html is not None:
+        from reports.files import save
         from reports.history_html import history_html
-        from reports.html import save
 
         save(history_html(entries, findings), html)
     if form is Format.JSON:

@@ -19,6 +19,10 @@ from parity.golden import Golden, load
 from parity.ours import OursJob, dump
 
 PROMPTS = "Once upon a time there was a little dog who liked to run\nThe\n"
+TEN = (
+    "rope-pairs", "rope-base", "no-qkv-bias", "norm-epsilon", "gqa-modulo", "no-causal-mask", "gate-up-swapped", "transposed",
+    "no-final-norm", "q4k-scale-min",
+)  # fmt: skip
 STORED = Path(__file__).parent / "golden" / "stories"
 
 
@@ -70,7 +74,7 @@ def test_both_sides_pass_and_are_noted(golden: Golden, parity: Cli) -> None:
     assert "our engine against golden dumps" in shown.out
 
 
-@pytest.mark.parametrize("name", sorted(CATALOGUE))
+@pytest.mark.parametrize("name", TEN)
 def test_each_fault_is_drift(
     name: str, golden: Golden, engine: Transformer, quantized: Callable[[str], Path], tmp_path: Path
 ) -> None:

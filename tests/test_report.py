@@ -196,7 +196,11 @@ def test_answers_of_other_commands_become_parts() -> None:
          + [{"operation": "k", "layer": 1, "status": "wrong", "nmse": 0.5}]}, "f")  # fmt: skip
     assert isolate.sentence.startswith("3 of 4 operations proven")
     assert isolate.rows[0][:3] == ("k", "1", "wrong")
-    assert finding({"causes": [{"fault": "rope-pairs", "parameters": {}, "layers": [1, 2]}]}, "f").rows[0][2] == "1, 2"
+    explain = finding(
+        {"causes": [{"fault": "rope-pairs", "layers": [1, 2], "explained": 1.0, "equivalent": [{"fault": "x"}]}]}, "f"
+    )
+    assert explain.rows[0][2:4] == ("1, 2", "100 %")
+    assert explain.rows[1][0] == "x"
     assert "believed" in finding({"usable": True, "findings": []}, "f").sentence
     for wrong in ({}, [], {"findings": 3}, {"causes": [1]}):
         with pytest.raises(InputError):

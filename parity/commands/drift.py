@@ -80,6 +80,7 @@ def check(
     ledger: LedgerOption = None,
     no_ledger: Annotated[bool, typer.Option("--no-ledger", help="Don't note this check.")] = False,
     junit: Annotated[Path | None, typer.Option("--junit", help="Write JUnit XML besides: one case a point.")] = None,
+    summary: Annotated[Path | None, typer.Option("--summary", help="Append Markdown to this file (a job summary).")] = None,
     form: o.AnswerOption = o.AnswerFormat.TEXT,
     threads: o.ThreadsOption = None,
     backend: o.BackendOption = o.BackendName.AUTO,
@@ -111,7 +112,7 @@ def check(
     )
     with progress_bar(o.Format.TEXT if form is o.AnswerFormat.TEXT else o.Format.JSON) as progress:
         answer = drift.check(request, progress)
-    raise typer.Exit(show(answer, form, junit, strict=strict))
+    raise typer.Exit(show(answer, form, junit, summary, strict=strict))
 
 
 @app.command("history")
