@@ -162,6 +162,8 @@ def contents(path: Path) -> Contents:
     try:
         if path.is_dir():
             raise ModelError(f"{path} is a folder.", "Name the .gguf file in it.", code="no-file")
+        if path.exists() and not path.is_file():
+            raise ModelError(f"{path} is a pipe or a device.", "A model is memory-mapped: name a file.", code="no-file")
         with path.open("rb") as file:
             magic = file.read(4)
             if magic != b"GGUF":

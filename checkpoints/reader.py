@@ -1,8 +1,8 @@
 """Streaming reader of dumps: format 1, and any JSONL whose lines carry `checkpoint`, `token_idx` and `values`.
 
-What a foreign engine prints is accepted where it can be understood (`checkpoints.fields`, `checkpoints.lenient`). Lines that are no records are
-skipped and counted; a record that contradicts itself is an error that names its line. Lines are read many at a time; what
-that way doesn't understand is read again line by line.
+What a foreign engine prints is accepted where it can be understood (`checkpoints.fields`, `checkpoints.lenient`). Lines that
+are no records are skipped and counted; a record that contradicts itself is an error that names its line. Lines are read many at
+a time; what that way doesn't understand is read again line by line.
 """
 
 import os
@@ -180,8 +180,7 @@ class Scan:
                     if i < len(found):
                         yield from self._careful(lines[i], numbers[i])
                         done = i + 1
-                return
-            except Odd:
+            except Odd:  # what is left of these lines is read with care
                 pass
         for line, number in zip(lines[done:], numbers[done:], strict=True):
             yield from self._careful(line, number)
@@ -216,7 +215,7 @@ class Scan:
         found = orjson.loads(line[: begin + 1] + line[end:])
         if not isinstance(found, dict) or found.get("values") != []:
             return orjson.loads(line)
-        parsed = self._parser.parse(line[begin : end + 1])
+        parsed: Any = self._parser.parse(line[begin : end + 1])
         try:
             found["values"] = np.frombuffer(parsed.as_buffer(of_type="d"), np.float64).copy() if len(parsed) else []
         except (ValueError, TypeError):  # words for numbers

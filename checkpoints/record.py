@@ -197,8 +197,8 @@ def _stack_optional(arrays: list[NDArray[Any] | None], parts: Sequence[Rows], wi
 class Dump:
     """A dump that was read: rows by point in the order of first appearance, and what the reader noticed.
 
-    `end` is None for a file that was cut short, `torn` says that its last line was; `skipped` counts lines that were no records; `notes` are sentences for
-    the user (a torn last line, records merged, …).
+    `end` is None for a file that was cut short, `torn` says that its last line was; `skipped` counts lines that were no
+    records; `notes` are sentences for the user (a torn last line, records merged, …).
     """
 
     path: str

@@ -160,7 +160,7 @@ _CELLS, _PADDING = 1 << 26, 8
 
 def blown_up(parts: Sequence[Rows]) -> bool:
     """Whether stacking these would be far larger than they are: one long row among many short ones."""
-    padded = sum(len(part) for part in parts) * max(part.values.shape[1] for part in parts)
+    padded: int = sum(len(part) for part in parts) * max(part.values.shape[1] for part in parts)
     return padded > _CELLS and padded > _PADDING * sum(part.values.size for part in parts)
 
 

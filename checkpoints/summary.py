@@ -136,6 +136,8 @@ def summarise(
     else:
         made = _plain(point, tensor, token_idx, kept, slice_size)
     shapes, values, counts, stats, sketches = made
+    with np.errstate(over="ignore"):  # garbage of 1e38 has a sketch beyond float32
+        small = sketches.astype(np.float32)
     return Rows(
         point=point,
         seq=np.full(len(kept), seq, dtype=np.int64),
@@ -146,7 +148,7 @@ def summarise(
         values=values,
         counts=counts,
         stats=stats,
-        sketch=sketches.astype(np.float32),
+        sketch=small,
         dtype=dtype,
     )
 

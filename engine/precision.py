@@ -7,46 +7,31 @@ from typing import Any
 import numpy as np
 
 from . import ops
-from .backend import Array
+from .backend import Array, module_of
 from .graph import Step
+from .rounding import BF16, F16, Q8_0, round_activations
 
 _PRODUCTS = (ops.linear, ops.attention_scores, ops.weighted_values)
 
 
-def f16(x: Array) -> Array:
-    """To float16 and back, to nearest even."""
-    with np.errstate(over="ignore"):
-        return x.astype(np.float16).astype(np.float32)
-
-
-def _mantissa(x: Array, dropped: int) -> Array:
-    """float32 with the last `dropped` of its 23 bits of mantissa rounded away, to nearest even."""
-    bits = x.astype(np.float32).view(np.uint32)
-    half = np.uint32((1 << (dropped - 1)) - 1) + ((bits >> np.uint32(dropped)) & np.uint32(1))
-    return ((bits + half) & np.uint32((0xFFFFFFFF << dropped) & 0xFFFFFFFF)).view(np.float32)
-
-
-def bf16(x: Array) -> Array:
-    """To bfloat16 (7 bits of mantissa) and back."""
-    return _mantissa(x, 16)
-
-
 def tf32(x: Array) -> Array:
-    """To TF32 (10 bits of mantissa, float32's exponent) and back."""
-    return _mantissa(x, 13)
+    """To TF32 (10 bits of mantissa, float32's exponent) and back, to nearest even."""
+    bits = module_of(x).ascontiguousarray(x).view(np.uint32)
+    half = np.uint32((1 << 12) - 1) + ((bits >> np.uint32(13)) & np.uint32(1))
+    return ((bits + half) & np.uint32(0xFFFFE000)).view(np.float32)
 
 
 def q8(x: Array) -> Array:
-    """Rows to Q8_0 and back: blocks of 32 with d = amax / 127 stored as float16 (quantize_row_q8_0)."""
-    if x.shape[-1] % 32:
-        return x
-    blocks = x.reshape(-1, 32)
-    d = np.abs(blocks).max(axis=1, keepdims=True) / np.float32(127)
-    inverse = np.where(d > 0, np.float32(1) / np.where(d > 0, d, np.float32(1)), np.float32(0))
-    return (np.rint(blocks * inverse) * f16(d)).reshape(x.shape).astype(np.float32)
+    """Rows to Q8_0 and back, as a product with quantised weights sees them; rows that are no whole blocks stay."""
+    return x if x.shape[-1] % 32 else round_activations(x, Q8_0)
 
 
-ROUNDINGS: dict[str, Callable[[Array], Array]] = {"f16": f16, "bf16": bf16, "tf32": tf32, "q8": q8}
+ROUNDINGS: dict[str, Callable[[Array], Array]] = {
+    "f16": lambda x: round_activations(x, F16),
+    "bf16": lambda x: round_activations(x, BF16),
+    "tf32": tf32,
+    "q8": q8,
+}
 
 
 @dataclass(frozen=True)

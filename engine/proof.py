@@ -5,7 +5,7 @@ activations to the weight type's partner if the file's own types are computed (`
 the reference's own float32 sums are left as a difference.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -94,4 +94,8 @@ def proof_steps(steps: Sequence[Step], *, native: bool, kv_type: str = "f32") ->
     return made
 
 
-_WIDE = {ops.attention_scores: _scores, ops.weighted_values: _mixed, ops.cached: _stored}
+_WIDE: dict[Callable[..., Array], Callable[..., Array]] = {
+    ops.attention_scores: _scores,
+    ops.weighted_values: _mixed,
+    ops.cached: _stored,
+}

@@ -92,7 +92,6 @@ class Replay:
         return True
 
 
-
 def names_read(step: Step) -> tuple[str, ...]:
     """The names of the values that a step reads, histories included."""
     return tuple([read.of if isinstance(read, History) else read for read in step.reads])

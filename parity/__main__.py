@@ -13,11 +13,17 @@ from checkpoints.errors import ParityError
 
 INTERRUPTED = 130
 INTERNAL = 3
+UNTESTABLE = 125  # git bisect's own
 
 
 def main() -> None:
     """Run a command and leave with its exit code."""
-    sys.exit(run(sys.argv[1:]))
+    sys.exit(for_bisect(sys.argv[1:], run(sys.argv[1:])))
+
+
+def for_bisect(arguments: list[str], code: int) -> int:
+    """The exit code as `git bisect run` reads it where --bisect is given: 2 and 3 would be "bad" to it, 125 skips a commit."""
+    return UNTESTABLE if "--bisect" in arguments and code in (2, INTERNAL) else code
 
 
 def run(arguments: list[str]) -> int:

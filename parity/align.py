@@ -187,9 +187,13 @@ def _nothing(ours: Dump, ref: Dump) -> DumpError:
     left, right = ours.points[common[0]], ref.points[common[0]]
     return DumpError(
         f"the dumps have no position in common: at {common[0]} ours has {_span(left)}, the reference has {_span(right)}.",
-        "Record the same --positions on both sides, counted from 0.",
+        f"Record the same --positions on both sides, counted from 0, or move ours: --offset {_lowest(right) - _lowest(left):d}.",
         code="nothing-in-common",
     )
+
+
+def _lowest(rows: Rows) -> int:
+    return int(rows.token_idx.min())
 
 
 def _some(names: dict[str, Rows]) -> str:

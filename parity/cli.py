@@ -4,7 +4,23 @@ from typing import Annotated
 
 import typer
 
-from .commands import diff, doctor, dump, explain, isolate, lint, model, run, synth, twin
+from .commands import (
+    consistency,
+    convert,
+    diff,
+    doctor,
+    drift,
+    dump,
+    emit,
+    explain,
+    isolate,
+    lint,
+    model,
+    run,
+    synth,
+    twin,
+    weights,
+)
 
 app = typer.Typer(
     name="parity",
@@ -38,6 +54,11 @@ app.command("lint", short_help="Is this dump itself to be believed?")(lint.lint)
 app.add_typer(dump.app, name="dump", short_help="One side only: our engine, or llama.cpp.")
 app.command("isolate", short_help="Every operation by its own inputs: which are wrong, all of them.")(isolate.isolate)
 app.command("explain", short_help="Which known fault reproduces your engine's numbers.")(explain.explain)
+app.add_typer(drift.app, name="drift", short_help="Golden dumps that keep numbers from moving unseen.")
+app.command("weights", short_help="Every weight dequantised three times; or yours against the file.")(weights.weights)
+app.command("consistency", short_help="An engine against itself: prefill, decode, chunks.")(consistency.consistency)
+app.command("convert", short_help="Any dump as format 1.")(convert.convert)
+app.command("emit", short_help="The file that your own engine needs to write dumps.")(emit.emit)
 app.command("model", short_help="What an engine must know of a model.")(model.model)
 app.command("tokens", short_help="Ids and pieces of a prompt.")(model.tokens)
 app.command("twin", short_help="An F32 copy of a model.")(twin.twin)

@@ -10,12 +10,9 @@ from zlib import crc32
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.graph import Altered, Step, WeightSource
+from engine.graph import WeightSource
 from engine.rounding import Q4_1, Q5_1, q8_1_correction, round_activations
 
-_TRANSPOSE = 1 << 24  # elements of a weight that is tried as read transposed: 64 MiB
-# Rounding of activations to 8 bits costs 2e-5 … 3e-4 (NMSE of one product, every 4- to 8-bit type): this is ten times that.
-_ROUNDING = 3e-3
 _SAMPLES = 8  # of each product: a wrong layout leaves hardly one element in place
 
 
@@ -66,28 +63,3 @@ def sample_product(
     with np.errstate(invalid="ignore", divide="ignore"):
         error = np.abs(theirs[chosen.t, chosen.o].astype(np.float64) - dots) / size
     return float(np.nan_to_num(error, nan=0.0, posinf=np.inf).max())
-
-
-def look_of(
-    step: Step, x: NDArray[np.float32], theirs: NDArray[np.float32], weights: WeightSource, nmse: float, limit: float
-) -> str:
-    """In words, what distinguishes a wrong product x · weightᵀ from the right one; empty where nothing does."""
-    first = step.weights[0] if step.weights else None
-    if "native" not in step.params or not isinstance(first, Altered):
-        return ""
-    shape = weights.raw(first.weight)[2]
-    if shape[0] * shape[1] <= _TRANSPOSE:
-        weight = weights.get(first.weight)
-        bias = step.weights[1] if len(step.weights) > 1 else None
-        added = weights.get(bias) if isinstance(bias, str) else np.float32(0)
-        turned = x.astype(np.float64) @ np.ascontiguousarray(weight.T).reshape(shape).T.astype(np.float64) + added
-        error = np.sum((turned - theirs) ** 2) / max(float(np.sum(theirs.astype(np.float64) ** 2)), 1e-300)
-        # The activations' rounding, if they have one, is not known: far nearer than the right layout is near enough.
-        if error <= max(limit, nmse * 1e-3):
-            return f"it is the product with {first.weight} read transposed"
-        without = x.astype(np.float64) @ weight.T.astype(np.float64)
-        if isinstance(bias, str) and np.sum((without - theirs) ** 2) <= max(limit, nmse * 1e-3) * np.sum(without**2):
-            return f"it is the product without {bias}"
-    if nmse <= _ROUNDING:
-        return "every element is near: rounding of inputs, or a detail of the weight's format, not its layout"
-    return "not rounding: rows, layout or format of the weight, or its bias"

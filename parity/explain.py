@@ -1,105 +1,32 @@
 """`parity explain`: which known fault of an engine reproduces the numbers of its dump."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from time import perf_counter
 
 import numpy as np
 
-from checkpoints.errors import DumpError
 from checkpoints.explanation import Cause, Explanation, Named
 from checkpoints.explanation import Place as Where
+from checkpoints.finding import ERROR
 from checkpoints.points import EMBD, in_layer, parse
-from checkpoints.record import Dump, Header, ModelInfo
-from engine.backend import choose
+from checkpoints.record import Dump
 from engine.faults import CATALOGUE
-from engine.gguf_model import GgufModel
-from engine.graph import Step
-from engine.replay import Replay
-from engine.transformer import Transformer
 
+from .explain_case import Case, Options
 from .explain_leads import leads
 from .explain_precision import KINDS, Floor, fits, floor, may_be_noise, with_noise
-from .explain_records import Expected, Ints, expected
-from .explain_search import Candidate, Place, Search, State
-from .tokens_diff import same_experiment
+from .explain_records import Expected
+from .explain_search import Search
+from .explain_state import Candidate, Place, State
+from .lint import lint
 from .tolerance import EXACT_FLOOR
 
 EXACT = EXACT_FLOOR.operations
 _NEXT = ("attn_norm", "q", "k", "v", "q_rope", "k_rope", "kqv_out", "attn_out", "ffn_inp", "ffn_norm", "ffn_swiglu", "l_out")
-
-
-@dataclass(frozen=True)
-class Options:
-    """How to search. `tokens` are those of the dump, where its header does not say them; `budget` is in seconds."""
-
-    tokens: tuple[int, ...] | None = None
-    max_faults: int = 4
-    budget: float = 60.0
-    backend: str = "auto"
-    compute: str | None = None
-
-
-class Case:
-    """One dump beside the right engine: the model, the replay of the dump's tokens, and its records.
-
-    Raises:
-        ModelError: an architecture that our engine does not have, or an unusable file.
-        DumpError: no tokens are known, or no record that our engine has.
-        InputError: the dump is of another model.
-    """
-
-    def __init__(self, dump: Dump, model: Path, options: Options) -> None:
-        self.dump = _first_sequence(dump)
-        self.transformer = Transformer(GgufModel(model), choose(options.backend))
-        tokens = _tokens(self.dump, options.tokens)
-        self.transformer.check(tokens, 0)
-        last = max(int(rows.token_idx.max()) for rows in self.dump.points.values())
-        first = min(int(rows.token_idx.min()) for rows in self.dump.points.values())
-        prompt = len(self.dump.header.tokens) if self.dump.header is not None and self.dump.header.tokens else len(tokens)
-        # Positions count from 0, unless a dump of a long-context run begins beyond its own tokens.
-        self.first = first if last >= len(tokens) and last - first < len(tokens) else 0
-        if last - self.first >= len(tokens):
-            raise DumpError(
-                f"{dump.path} has records of position {last}, but only {len(tokens)} tokens are known.",
-                "Give all of them with --tokens, those that were generated as well.",
-                code="tokens",
-            )
-        self.tokens = tokens
-        self.positions: Ints = np.arange(len(tokens), dtype=np.int64) + self.first
-        self.passes = _passes(self.dump, self.positions, prompt)
-        self.replay = self.make(self.transformer.steps, len(tokens))
-        header = self.header()
-        same_experiment(self.dump, Dump("our engine", header, {}))
-        self.entries, self.notes = expected(self.dump, self.replay, self.positions, header)
-
-    def make(self, steps: Sequence[Step], rows: int) -> Replay:
-        """A replay over the first rows."""
-        return Replay(
-            steps,
-            self.tokens[:rows],
-            self.positions[:rows].tolist(),
-            self.passes[:rows],
-            self.transformer.weights,
-            self.transformer.backend,
-        )
-
-    def header(self) -> Header:
-        """What a dump of our engine would say of itself."""
-        hp, model = self.transformer.hp, self.transformer.model
-        info = ModelInfo(hp.name or model.path.stem, hp.architecture, hp.file_type, hp.n_layers, model.fingerprint)
-        known = self.dump.header
-        return Header(
-            source="engine",
-            model=info,
-            tokens=known.tokens if known is not None else self.tokens,
-            prompt=known.prompt if known is not None else None,
-            mode="exact",
-            compute="f32",
-            kv_type="f32",
-        )
+__all__ = ["Case", "Options", "explain"]
 
 
 def explain(dump: Dump, model: Path, options: Options | None = None) -> Explanation:
@@ -114,31 +41,40 @@ def explain(dump: Dump, model: Path, options: Options | None = None) -> Explanat
     noise = "" if options.compute in (None, "f32") else str(options.compute)
     if noise:
         case.entries = with_noise(_floor(case, noise), case.entries)
-    search = Search(case.entries, case.transformer.steps, case.make, case.positions, case.transformer.backend, options.budget)
-    start = search.start()
+    search = Search(case.screening(case.entries, options.budget))
+    start = search.screening.start()
     kind = ""
     best = start
     if start.first is None:
         kind = noise if any((entry.base > EXACT).any() for entry in case.entries) else ""
     else:
-        quick = search.everywhere(start)
-        kind = "" if quick else _precision(case)
+        kind = _precision(case) if may_be_noise(case.entries) and not search.everywhere(start) else ""
         if not kind:
             best = _around(case, search, search.explain(start, options.max_faults), options)
     answer = _answer(case, search, start, best)
     if not kind and best.first is not None:
         answer = replace(answer, leads=tuple(leads(case.entries, case.replay, case.positions, search)))
+    answer = replace(answer, notes=(*answer.notes, *_lint(case, model)))
     return replace(answer, precision_only=kind, next="" if kind else answer.next, seconds=perf_counter() - began)
+
+
+def _lint(case: Case, model: Path) -> list[str]:
+    """What lint says of the dump, as notes: a fault of the capture is a cause like any other here."""
+    return [
+        f"lint: {finding.rule}{f' at {finding.checkpoint}' if finding.checkpoint else ''}: {finding.evidence}"
+        for finding in lint(case.dump, model).findings
+        if finding.severity == ERROR
+    ]
 
 
 def _around(case: Case, search: Search, best: State, options: Options) -> State:
     """Where the first place shows what the engine computes later (a capture's fault), explain the rest before it."""
-    start = search.start()
+    start = search.screening.start()
     if best.first is None or best.first != start.first or options.max_faults < 2:
         return best
     others = [entry for number, entry in enumerate(case.entries) if number != best.first.point]
-    inner = Search(others, case.transformer.steps, case.make, case.positions, case.transformer.backend, options.budget / 2)
-    rest = inner.start()
+    inner = Search(case.screening(others, options.budget / 2))
+    rest = inner.screening.start()
     if rest.first is None:
         return best
     found = inner.explain(rest, options.max_faults - 1)
@@ -146,8 +82,8 @@ def _around(case: Case, search: Search, best: State, options: Options) -> State:
         return best
     state = start
     for candidate in found.faults:
-        state = search.check(state, candidate) or state
-    search.extend(options.budget / 4)
+        state = search.screening.check(state, candidate) or state
+    search.screening.extend(options.budget / 4)
     return search.explain(state, options.max_faults - len(state.faults))
 
 
@@ -157,8 +93,6 @@ def _floor(case: Case, kind: str) -> Floor:
 
 def _precision(case: Case) -> str:
     """The arithmetic whose noise the differences are, or ""."""
-    if not may_be_noise(case.entries):
-        return ""
     fit = {kind: fits(_floor(case, kind), case.entries) for kind in KINDS}
     good = {kind: value for kind, value in fit.items() if value is not None}
     return min(good, key=good.__getitem__) if good else ""
@@ -179,7 +113,7 @@ def _answer(case: Case, search: Search, start: State, best: State) -> Explanatio
         faults=len(search.tried.faults),
         variants=search.tried.variants,
         nearest=search.tried.nearest if np.isfinite(search.tried.nearest) else None,
-        complete=search.complete,
+        complete=search.screening.complete,
         notes=case.notes,
     )
 
@@ -188,7 +122,7 @@ def _causes(case: Case, search: Search, start: State, best: State, differing: in
     made: list[Cause] = []
     state = start
     for number, candidate in enumerate(best.faults):
-        after = search.check(state, candidate)
+        after = search.screening.check(state, candidate)
         if after is None:
             break
         fixed = differing - _count(case.entries, after)
@@ -269,32 +203,3 @@ def _next(case: Case, best: State) -> str:
     if high == low:
         return ",".join(in_layer(low, kind) for kind in _NEXT)
     return f"blk.{{{low}..{high}}}.l_out"
-
-
-def _first_sequence(dump: Dump) -> Dump:
-    points = {name: rows.take(rows.seq == 0) for name, rows in dump.points.items()}
-    kept = {name: rows for name, rows in points.items() if len(rows)}
-    if not kept:
-        raise DumpError(f"{dump.path} has no record of sequence 0.", "explain looks at one sequence.", code="sequence")
-    return replace(dump, points=kept)
-
-
-def _tokens(dump: Dump, given: tuple[int, ...] | None) -> tuple[int, ...]:
-    if given is not None:
-        return given
-    if dump.header is None or not dump.header.tokens:
-        raise DumpError(
-            f"{dump.path} does not say which tokens it is of.", "Give them: --tokens 1,2,3, or --prompt.", code="tokens"
-        )
-    generated = sorted((token.token_idx, token.id) for token in dump.tokens if token.seq == 0)
-    return (*dump.header.tokens, *(number for _, number in generated))
-
-
-def _passes(dump: Dump, positions: Ints, prompt: int) -> list[int]:
-    """The number of the forward pass of each position: from the records, else 0 for the prompt, then one a token."""
-    passes = [max(0, row - prompt + 1) for row in range(len(positions))]
-    for rows in dump.points.values():
-        for token_idx, step in zip(rows.token_idx.tolist(), rows.step.tolist(), strict=True):
-            if 0 <= token_idx - int(positions[0]) < len(passes) and step:
-                passes[token_idx - int(positions[0])] = step
-    return passes

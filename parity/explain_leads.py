@@ -21,7 +21,7 @@ _F16_MAX = 65504.0  # the largest finite float16
 
 def leads(entries: Sequence[Expected], replay: Replay, positions: Ints, search: Search) -> list[Lead]:
     """The best first: observations, then the candidates that take most of the error away."""
-    first = search.start().first
+    first = search.screening.start().first
     if first is None:
         return []
     entry = entries[first.point]

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from checkpoints.points import parse
 from engine.graph import Step
 from engine.precision import ROUNDINGS, rounded
 from engine.replay import Replay
@@ -33,6 +34,8 @@ def may_be_noise(entries: Sequence[Expected]) -> bool:
     first = next((number for number, entry in enumerate(entries) if (entry.base > entry.limit).any()), None)
     if first is None:
         return True
+    if any(parse(entry.point).layer is not None for entry in entries[:first]):
+        return False  # a layer agrees to the end of float32: this is no lower type
     spared = any((entry.base == 0).any() and not entry.quantum.any() for entry in entries[first:])
     return not spared and all(float(entry.base.max()) < _LARGE for entry in entries)
 

@@ -50,7 +50,7 @@ class Expected:
     def nmse(self, tensor: NDArray[np.float32], positions: Ints) -> Floats:
         """NMSE of a candidate's tensor, [R]; records beyond the candidate's rows are NaN.
 
-        The slice's NMSE, as `metrics.measure` takes it; the whole row's is looked at once a candidate is chosen.
+        The slice's NMSE as `metrics.measure` takes it, and by `measure` itself where records tell more than the slice.
         """
         here = self.rows < len(positions)
         made = self._slice(tensor, positions, here)
@@ -68,6 +68,21 @@ class Expected:
         error[odd.any(axis=1)] = np.inf
         result = np.full(len(self.rows), np.nan)
         result[here] = error
+        if self.whole and (error <= self.limit[here]).all():  # only what the slice does not contradict is worth a sketch
+            return self._measured(tensor, positions, here)
+        return result
+
+    @property
+    def whole(self) -> bool:
+        """Whether the records tell of more than their slice: a sketch or statistics of the whole row."""
+        return self.pair.ours.sketch is not None or not {"l2", "sum", "nonfinite"}.isdisjoint(self.pair.ours.stats)
+
+    def _measured(self, tensor: NDArray[np.float32], positions: Ints, here: NDArray[np.bool_]) -> Floats:
+        made = _summary(self.point, tensor, positions, {self.point: self.pair.ours})
+        pair = Pair(self.point, self.pair.ours.take(here), made.take(self.rows[here]))
+        result = np.full(len(self.rows), np.nan)
+        if here.any():
+            result[here] = np.nan_to_num(measure([pair]).nmse, nan=0.0, posinf=np.inf)
         return result
 
     def taken(self, tensor: NDArray[np.float32], positions: Ints) -> Floats:
@@ -139,12 +154,6 @@ def _summary(name: str, tensor: NDArray[np.float32], positions: Ints, like: Mapp
     return summarise(
         name, np.ascontiguousarray(tensor), positions, slice_size=None if whole else width, first=int(positions[0])
     )
-
-
-def check(entry: Expected, tensor: NDArray[np.float32], positions: Ints) -> Floats:
-    """NMSE of a candidate's tensor by everything that the records hold, sketch and statistics included: [R]."""
-    made = _summary(entry.point, tensor, positions, {entry.point: entry.pair.ours})
-    return np.nan_to_num(measure([Pair(entry.point, entry.pair.ours, made.take(entry.rows))]).nmse, nan=0.0, posinf=np.inf)
 
 
 def _expected(pair: Pair, positions: Ints) -> Expected:

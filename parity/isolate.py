@@ -7,6 +7,7 @@ layer's are held and not the model's. Nothing is inherited here: each error is t
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,9 +15,11 @@ from numpy.typing import NDArray
 from checkpoints.errors import ModelError
 from checkpoints.isolation import NOT_OBSERVABLE, PROVEN, WRONG, Operation
 from checkpoints.points import parse
+from engine import ops
 from engine.graph import POSITIONS, TOKENS, Altered, History, RowsOf, Step, WeightSource, compute
 
-from .elements import Sample, look_of, sample_product
+from .elements import Sample, sample_product
+from .looks import look_of
 
 Floats = NDArray[np.float64]
 
@@ -26,11 +29,16 @@ Floats = NDArray[np.float64]
 ROW_FLOOR = 0.01
 
 
+# A norm is one scale a row, and no sum of many products: right ones measured 3e-14 at most, and another epsilon, the smallest
+# fault known, is as small as 1e-12 where activations are large.
+_NORM_LIMIT = 1e-12
+
+
 @dataclass(frozen=True)
 class Value:
     """One point's value in one forward pass and the positions of its rows: [T, …], [H, T, S], or [S, K·d] for what the cache gave."""
 
-    data: NDArray[np.float32]
+    data: NDArray[Any]
     positions: NDArray[np.int64]
 
 
@@ -96,8 +104,20 @@ class Isolator:
                         if not left[used]:
                             live.pop(used, None)
         for index in sorted(waiting):
-            lacks = [name for name in _names(self.steps[index]) if name not in live and name in missing]
-            self._found[self.steps[index].makes].reason = "no whole value of " + " and ".join(lacks or ["an input"])
+            step = self.steps[index]
+            lacks = [name for name in _names(step) if name in missing]
+            output = "its output was not recorded as a whole" if step.makes in lacks else ""
+            before = " and ".join(name for name in lacks if name != step.makes)
+            self._found[step.makes].reason = output or f"its input {before} was not recorded as a whole"
+
+    def _siblings(self, step: Step) -> list[str]:
+        """Weights of the other products of the same layer."""
+        layer = parse(step.makes).layer
+        near = [other for other in self.steps if other is not step and parse(other.makes).layer == layer]
+        return [other.weights[0].weight for other in near if other.weights and isinstance(other.weights[0], Altered)]
+
+    def _limit(self, step: Step) -> float:
+        return _NORM_LIMIT if step.op is ops.rms_norm and self.limit <= 1e-10 else self.limit
 
     def _judge(self, index: int, live: dict[str, Value]) -> None:
         step = self.steps[index]
@@ -110,20 +130,25 @@ class Isolator:
         found.passes += 1
         wide = theirs.astype(np.float32, copy=False)
         best: tuple[float, int, int, int] | None = None
+        limit = self._limit(step)
         for steps in self.definitions:
-            ours = compute(steps[index], inputs, self.weights)
+            try:
+                ours = compute(steps[index], inputs, self.weights)
+            except (ValueError, IndexError):
+                shapes = ", ".join(str(list(given.shape)) for given in inputs)
+                raise ModelError(f"{step.makes} cannot be computed from {shapes}.", "Is the dump of this model?") from None
             errors = row_errors(parse(step.makes).kind, ours, wide, positions)
             worst = int(np.argmax(errors))
             if best is None or errors[worst] < best[0]:
-                best = float(errors[worst]), worst, int((errors > self.limit).sum()), len(errors)
-            if best[0] <= self.limit:
+                best = float(errors[worst]), worst, int((errors > limit).sum()), len(errors)
+            if best[0] <= limit:
                 break
         if best is not None and best[0] > found.nmse:
             nmse, worst, wrong, count = best
             found.nmse = nmse
             found.position = int(positions[worst]) if len(positions) == count else worst + int(positions[0])
-            if nmse > self.limit:
-                look = look_of(self.definitions[-1][index], inputs[0], wide, self.weights, nmse, self.limit)
+            if nmse > limit:
+                look = look_of(self.definitions[-1][index], inputs[0], wide, self.weights, nmse, limit, self._siblings(step))
                 where = "" if wrong == count else f"{wrong} of {count} positions"
                 found.reason = "; ".join(part for part in (where, look) if part)
         if self.sample:
@@ -189,14 +214,15 @@ class Isolator:
         made = Operation(point.kind, point.layer, NOT_OBSERVABLE, weight=self._weight(step), reason=found.reason)
         if found.nmse < 0:
             return made
+        right = found.nmse <= self._limit(step)
         return replace(
             made,
-            status=PROVEN if found.nmse <= self.limit else WRONG,
+            status=PROVEN if right else WRONG,
             nmse=found.nmse,
             position=found.position,
             passes=found.passes,
             sampled=found.sampled,
-            reason=found.reason if found.nmse > self.limit else "",
+            reason="" if right else found.reason,
         )
 
     def _weight(self, step: Step) -> str:
@@ -216,10 +242,10 @@ _CACHED = ("k_read", "v_read")
 _SCORES = ("kq", "kq_soft_max")
 
 
-def _names(step: Step) -> set[str]:
-    given = (TOKENS, POSITIONS)
-    read = {read if isinstance(read, str) else read.of for read in step.reads}
-    return {name for name in read if name not in given} | {step.makes}
+def _names(step: Step) -> list[str]:
+    """What it reads but tokens and positions, and what it makes, each once."""
+    read = [read if isinstance(read, str) else read.of for read in step.reads]
+    return [name for name in dict.fromkeys(read) if name not in (TOKENS, POSITIONS)] + [step.makes]
 
 
 def _take(name: str, value: Value, positions: NDArray[np.int64]) -> NDArray[np.float32]:

@@ -1,15 +1,18 @@
 """`parity isolate`: where the values come from, and what is made of them."""
 
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from checkpoints.errors import InputError
-from checkpoints.isolation import NOT_OBSERVABLE, WRONG, Isolation, Operation
+from checkpoints.errors import DumpError, InputError
+from checkpoints.isolation import NOT_OBSERVABLE, WRONG, Graft, Isolation, Operation
 from checkpoints.record import Header
 from engine.backend import choose
 from engine.gguf_model import GgufModel
@@ -76,21 +79,23 @@ def _bench(model: Path, modes: Sequence[bool], kv_type: str, limit: float, rows:
     return _Bench(transformer, isolator, AttentionChecks(), RowChecks(rows, definitions, transformer.weights, limit))
 
 
-def isolate(request: IsolateRequest) -> Isolation:
+def isolate(request: IsolateRequest, running: Reference | None = None) -> Isolation:
     """Judge every operation of llama.cpp, or of a foreign engine's dump, by its own inputs.
+
+    `running` is a reference that was started already and goes on afterwards; without it one is started where it is needed.
 
     Raises:
         ParityError: whatever is wrong with the request, the model, the dump or the reference, in one line.
     """
     if request.dump is not None:
-        return _foreign(request, request.dump)
+        return _foreign(request, request.dump, running)
     if request.graft:
         raise InputError("--graft wants a foreign engine's dump.", "Give the dump: parity isolate DUMP --graft …", code="graft")
     mode = request.mode or "native"
     if mode == "exact" and request.kv_type != "f32":
         raise InputError("exact mode has a cache of F32.", "Leave --kv-type out, or take --mode native.", code="kv_type")
     bench = _bench(request.model, [mode == "native"], request.kv_type, LIMIT, request.rows)
-    with Reference(verbose=request.verbose, threads=request.threads) as reference:
+    with _started(request, running) as reference:
         prompt = resolve_prompt(reference, Request(request.model, request.prompt, request.tokens))
         bench.transformer.check(prompt.ids, 0)
         passes = _feed_reference(reference, request, prompt, mode, bench)
@@ -119,6 +124,10 @@ def isolate(request: IsolateRequest) -> Isolation:
             "attention": _attention_said(bench.attention),
         },
     )
+
+
+def _started(request: IsolateRequest, running: Reference | None) -> AbstractContextManager[Reference]:
+    return Reference(verbose=request.verbose, threads=request.threads) if running is None else nullcontext(running)
 
 
 def _feed_reference(reference: Reference, request: IsolateRequest, prompt: Prompt, mode: str, bench: _Bench) -> int:
@@ -191,7 +200,7 @@ def _without_blas(operations: list[Operation], devices: Sequence[str]) -> list[O
     ]
 
 
-def _foreign(request: IsolateRequest, dump: Path) -> Isolation:
+def _foreign(request: IsolateRequest, dump: Path, running: Reference | None) -> Isolation:
     values = WholeValues(dump, request.tensors)
     header = values.dump.header or Header(source="")
     if request.rows and not any("logits" in values.points(step) for step in values.passes):
@@ -205,19 +214,35 @@ def _foreign(request: IsolateRequest, dump: Path) -> Isolation:
         compute=request.compute,
     )
     bench = _bench(request.model, [mode == "native", mode != "native"], kv_type, found.operations, request.rows)
-    with Reference(verbose=request.verbose, threads=request.threads) as reference:
+    layers: list[Operation] = []
+    grafted: list[Graft] = []
+    build: dict[str, Any] = {}
+    with ExitStack() as stack:
+
+        @cache
+        def reference() -> Reference:
+            """Started where it is needed: operations are judged without it."""
+            return stack.enter_context(_started(request, running))
+
         if request.prompt is not None or request.tokens is not None:
-            tokens = np.array(resolve_prompt(reference, Request(request.model, request.prompt, request.tokens)).ids)
+            prompt = resolve_prompt(reference(), Request(request.model, request.prompt, request.tokens))
+            tokens = np.array(prompt.ids, dtype=np.int64)
         else:
             tokens = values.tokens()
         bench.transformer.check([int(token) for token in tokens], 0)
         passes = _feed_dump(values, bench, tokens)
         operations = bench.isolator.operations()
-        layers: list[Operation] = []
-        if request.windows:
-            layers = judged_layers(reference, request.model, values, operations, mode, found.operations)
-        grafted = graft(reference, bench.transformer, values, tokens, request.graft, mode) if request.graft else ()
-        build = reference.versions()
+        if request.windows and any(item.status == NOT_OBSERVABLE and item.layer is not None for item in operations):
+            layers = judged_layers(reference(), request.model, values, operations, mode, found.operations)
+            build = reference().versions()
+        if request.graft:
+            grafted = graft(reference(), bench.transformer, values, tokens, request.graft, mode)
+    if all(item.status == NOT_OBSERVABLE for item in (*operations, *layers)) and not grafted:
+        raise DumpError(
+            f"{dump} has no operation whose inputs and output are there as a whole.",
+            "Record whole values: a tensors file, or all values of each record (parity emit shows how).",
+            code="nothing",
+        )
     return Isolation(
         judged=header.source or dump.name,
         model=_named(bench.transformer),
@@ -226,7 +251,7 @@ def _foreign(request: IsolateRequest, dump: Path) -> Isolation:
         positions=len(tokens),
         passes=passes,
         limit=found.operations,
-        limit_source=found.source,
+        limit_source=LIMIT_SOURCE if found.operations == LIMIT else found.source,
         operations=(*operations, *layers),
         findings=tuple(bench.attention.findings),
         not_checked=tuple(_not_checked(operations, passes, request, foreign=True)),

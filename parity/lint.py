@@ -30,7 +30,8 @@ def lint(dump: Dump, model: Path | ModelFacts | None = None) -> LintReport:
             hits = list(rule.check(subject))
             for number, hit in enumerate(hits):
                 if number == _SHOWN and len(hits) > _SHOWN + 1:
-                    rest = f"and {len(hits) - _SHOWN} more like this, at {', '.join(sorted({h.checkpoint or '' for h in hits[number:]})[:6])}"
+                    points = sorted({other.checkpoint or "" for other in hits[number:]})
+                    rest = f"and {len(hits) - _SHOWN} more like this, at {', '.join(points[:6])}{', …' * (len(points) > 6)}"
                     findings.append(
                         Finding(rule.name, rule.severity, hit.checkpoint, hit.token_idx, rest, rule.cause, rule.advice)
                     )

@@ -69,7 +69,8 @@ def measure(pairs: Sequence[Pair]) -> Measures:
     for (width, _), members in groups.items():
         # Wide rows are measured a few at a time.
         for chunk in _chunks(members, [len(prepared[number].a) * max(width, 1) for number in members]):
-            parts.append(_measure([pairs[number] for number in chunk], [prepared[number] for number in chunk]))
+            with np.errstate(over="ignore", invalid="ignore"):  # garbage has sketches and statistics beyond their types
+                parts.append(_measure([pairs[number] for number in chunk], [prepared[number] for number in chunk]))
             places += [np.arange(starts[number], starts[number + 1]) for number in chunk]
     if not parts:
         return _measure([], [])

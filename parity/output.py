@@ -1,8 +1,8 @@
-"""What commands print: the answer on stdout, progress on stderr and only to a terminal."""
+"""What commands print: answers and facts on stdout, progress on stderr and only to a terminal."""
 
 import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -12,64 +12,15 @@ from .commands.options import Format
 if TYPE_CHECKING:
     from rich.text import Text
 
-    from checkpoints.explanation import Explanation
-    from checkpoints.finding import LintReport
-    from checkpoints.picture import Picture
-    from checkpoints.record import Dump
-    from checkpoints.verdict import Verdict
     from reference.jobs import Tokens
-    from reports.findings import Finding
 
-    from .session import Outcome, Progress
+    from .session import Progress
 
 PARITY_CODE = 0
 DIVERGENCE_CODE = 1
 
 
-def finish(outcome: "Outcome", form: Format) -> int:
-    """Print a run's answer, write diff.json beside the dumps, and return the exit code."""
-    from reports.as_json import verdict_as_json
-
-    answer = verdict_as_json(outcome.verdict) | {"folder": str(outcome.folder), "seconds": round(outcome.seconds, 3)}
-    (outcome.folder / "diff.json").write_text(json.dumps(answer, indent=1) + "\n", encoding="utf-8")
-    code = show(outcome.verdict, outcome.ours, outcome.ref, form, extra=answer)
-    # The answer is on the screen before the report is drawn.
-    report(outcome.folder / "report.html", outcome.verdict, outcome.ours, outcome.ref, outcome.picture)
-    if form is Format.TEXT:
-        files = "  ".join(path.name for path in sorted(outcome.folder.iterdir(), reverse=True) if path.is_file())
-        print(f"{outcome.folder}/  {files}   {outcome.seconds:.1f} s")
-    return code
-
-
-def report(
-    path: Path, verdict: "Verdict", ours: "Dump", ref: "Dump", picture: "Picture", findings: "Sequence[Finding]" = ()
-) -> None:
-    """Write a comparison as one HTML file."""
-    from reports.html import write_html
-    from reports.report import Report
-
-    write_html(Report(verdict, ours, ref, picture, tuple(findings)), path)
-
-
-def show(verdict: "Verdict", ours: "Dump", ref: "Dump", form: Format, extra: Mapping[str, Any] | None = None) -> int:
-    """Print a comparison's answer and return the exit code."""
-    if form is Format.JSON:
-        from reports.as_json import verdict_as_json
-
-        print(json.dumps(verdict_as_json(verdict) | dict(extra or {})))
-    else:
-        from rich.console import Console
-
-        from reports.header import print_header
-        from reports.terminal import print_verdict
-
-        console = Console()
-        print_header(console, ours.header, ref.header, "".join(token.text for token in ref.tokens))
-        print_verdict(console, verdict)
-    return PARITY_CODE if verdict else DIVERGENCE_CODE
-
-
-class Report(Protocol):
+class Room(Protocol):
     """A room of `reports` that shows one kind of answer."""
 
     def lines(self, found: Any, width: int) -> Iterable["Text"]:
@@ -79,43 +30,17 @@ class Report(Protocol):
         """As one JSON object."""
 
 
-def answer(found: Any, report: Report, form: Format) -> int:
+def answer(found: Any, room: Room, form: Format) -> int:
     """Print an answer that is true where nothing is wrong, and return the exit code."""
     if form is Format.JSON:
-        print(json.dumps(report.as_json(found)))
+        print(json.dumps(room.as_json(found)))
     else:
         from rich.console import Console
 
         from reports.header import print_lines
 
         console = Console()
-        print_lines(console, list(report.lines(found, console.width)))
-    return PARITY_CODE if found else DIVERGENCE_CODE
-
-
-def show_lint(report: "LintReport", form: Format) -> int:
-    """Print a lint report and return the exit code: 0 clean, 1 findings."""
-    from reports.lint import lint_as_json, print_lint
-
-    if form is Format.JSON:
-        print(json.dumps(lint_as_json(report)))
-    else:
-        from rich.console import Console
-
-        print_lint(Console(), report)
-    return PARITY_CODE if report else DIVERGENCE_CODE
-
-
-def explained(found: "Explanation", form: Format) -> int:
-    """Print what `parity explain` found and return the exit code."""
-    from reports.explanation import explanation_as_json, print_explanation
-
-    if form is Format.JSON:
-        print(json.dumps(explanation_as_json(found)))
-    else:
-        from rich.console import Console
-
-        print_explanation(Console(), found)
+        print_lines(console, list(room.lines(found, console.width)))
     return PARITY_CODE if found else DIVERGENCE_CODE
 
 
@@ -132,10 +57,12 @@ def catalogue_as(form: Format) -> None:
         return
     from rich.console import Console
 
-    from reports.explanation import print_catalogue
+    from reports.explanation import catalogue_lines
+    from reports.header import print_lines
 
+    console = Console()
     rows = [(fault.group, fault.name, fault.symptom, fault.fix, fault.seen) for fault in CATALOGUE.values()]
-    print_catalogue(Console(), rows)
+    print_lines(console, catalogue_lines(rows, console.width))
 
 
 def written(path: Path) -> None:

@@ -49,20 +49,26 @@ class Faulty:
         self.right = self.transformer.steps
 
     def dump(
-        self, planted: Planted, tokens: tuple[int, ...], *, points: str = "default", size: int = 16, generated: int = 0
+        self,
+        planted: Planted,
+        tokens: tuple[int, ...],
+        *,
+        points: str = "default",
+        size: int = 16,
+        generated: int = 0,
+        bare: bool = True,
     ) -> Dump:
-        """The dump of an engine with these faults: values only, no sketch and no statistics. None of it knows the fault.
+        """The dump of an engine with these faults; `bare`: values only, no sketch and no statistics. None of it knows the fault.
 
         Raises:
             ValueError: the model has no place for the fault.
         """
         self.transformer.steps = planted.steps(self.right)
         prompt, rest = tokens[: len(tokens) - generated], tokens[len(tokens) - generated :]
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder, np.errstate(all="ignore"):  # faults overflow: that is what they do
             out = Path(folder) / "ours.jsonl"
-            with np.errstate(over="ignore", invalid="ignore", divide="ignore"):  # faults overflow: that is what they do
-                job = OursJob(out=out, tokens=prompt, generated=rest, points=points, slice_size=size)
-                dump(self.transformer, job)
+            dump(self.transformer, OursJob(out=out, tokens=prompt, generated=rest, points=points, slice_size=size))
             found = read(out)
-        bare = {name: replace(rows, sketch=None, stats={}) for name, rows in found.points.items()}
-        return replace(found, points=bare)
+        if not bare:
+            return found
+        return replace(found, points={name: replace(rows, sketch=None, stats={}) for name, rows in found.points.items()})

@@ -93,7 +93,12 @@ class WholeValues:
         data = self._reader.get(name, step).astype(np.float32) if self._reader is not None else np.zeros(0, np.float32)
         positions = self._positions[step]
         kind = parse(name).kind
-        count = data.shape[1] if kind in _SCORES and data.ndim == 3 else len(data)
+        if data.ndim < 2 or (kind in _SCORES and data.ndim != 3):
+            raise DumpError(
+                f"{name} of pass {step} has shape {list(data.shape)} in the tensors file.",
+                "Write [positions, …], and [heads, positions, cached positions] for kq and kq_soft_max.",
+            )
+        count = data.shape[1] if kind in _SCORES else len(data)
         if kind not in _CACHED and count != len(positions):
             raise DumpError(
                 f"{name} of pass {step} has {count} rows in the tensors file, the dump {len(positions)} positions.",

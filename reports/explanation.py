@@ -1,9 +1,8 @@
 """`parity explain` in the terminal and as JSON, and the catalogue as a list."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from rich.console import Console
 from rich.text import Text
 
 from checkpoints.explanation import Cause, Explanation, Lead, Named, Place
@@ -20,29 +19,23 @@ _ARITHMETIC = {
 _LABEL = 8
 
 
-def print_explanation(console: Console, found: Explanation) -> None:
+def lines(found: Explanation, width: int) -> Iterator[Text]:
     """The verdict first: causes, or that there is no fault, or what is left to go on."""
-    width = console.width
     for number, cause in enumerate(found.causes):
-        _print(console, _cause(cause, number, found, width))
+        yield from _cause(cause, number, found, width)
     if found.first is None and found.precision_only:
-        _print(console, _lines([("no fault", f"agrees within the noise of {_ARITHMETIC[found.precision_only]}")], width))
+        yield from _lines([("no fault", f"agrees within the noise of {_ARITHMETIC[found.precision_only]}")], width)
     elif found.first is None:
-        _print(console, _lines([("no fault", f"all {found.records:,} records agree with the right engine")], width))
+        yield from _lines([("no fault", f"all {found.records:,} records agree with the right engine")], width)
     elif found.precision_only:
-        _print(console, _precision(found, width))
+        yield from _precision(found, width)
     elif found.remaining is not None:
-        _print(console, _left(found, found.remaining, width))
+        yield from _left(found, found.remaining, width)
     if found.variants:
         nearest = f"; nothing else comes nearer than {error(found.nearest)}" if found.nearest is not None else ""
         searched = f"tried {count(found.faults, 'fault')} ({count(found.variants, 'variant')}) in {found.seconds:.1f} s"
-        _print(console, [Text(line, style="dim") for line in wrap(searched + nearest, width)])
-    _print(console, [Text(line, style="dim") for note in found.notes for line in wrap(f"note: {note}", width)])
-
-
-def _print(console: Console, lines: Iterable[Text]) -> None:
-    for line in lines:
-        console.print(line, soft_wrap=True, highlight=False)
+        yield from (Text(line, style="dim") for line in wrap(searched + nearest, width))
+    yield from (Text(line, style="dim") for note in found.notes for line in wrap(f"note: {note}", width))
 
 
 def _lines(rows: Sequence[tuple[str, str]], width: int) -> list[Text]:
@@ -83,7 +76,9 @@ def _same(named: Named) -> str:
 
 def _precision(found: Explanation, width: int) -> list[Text]:
     first = found.first
-    rows = [("no fault", f"the differences are those of {_ARITHMETIC[found.precision_only]}: a right engine in that arithmetic")]
+    rows = [
+        ("no fault", f"the differences are those of {_ARITHMETIC[found.precision_only]}: a right engine in that arithmetic")
+    ]
     if first is not None:
         rows.append(("begins", f"{first.checkpoint}, position {first.token_idx}, NMSE {error(first.nmse)}"))
     rows.append(("if not", "meant, look for a lower type: TF32 switched on, F16 weights or cache, quantised activations"))
@@ -109,7 +104,7 @@ def _lead(lead: Lead) -> str:
     return f"{lead.removed:.1%} of the error goes with {_same(lead.named)}"
 
 
-def explanation_as_json(found: Explanation) -> dict[str, Any]:
+def as_json(found: Explanation) -> dict[str, Any]:
     """The answer with the keys of the design."""
     return {
         "schema": 1,
@@ -161,12 +156,12 @@ def _place_as_json(place: Place | None) -> dict[str, Any] | None:
     return {"checkpoint": place.checkpoint, "token_idx": place.token_idx, "nmse": nmse, "limit": place.limit}
 
 
-def print_catalogue(console: Console, faults: Sequence[tuple[str, str, str, str, str]]) -> None:
+def catalogue_lines(faults: Sequence[tuple[str, str, str, str, str]], width: int) -> Iterator[Text]:
     """The catalogue: group, name, symptom, fix and where it was seen of each fault."""
     group = ""
     for of, name, symptom, fix, seen in faults:
         if of != group:
-            _print(console, [Text(of, style="bold")])
+            yield Text(of, style="bold")
             group = of
-        rows = [("looks", symptom), ("fix", fix), ("seen in", seen)]
-        _print(console, [Text(f"  {name}"), *labelled(rows, console.width, label=9, indent=4)])
+        yield Text(f"  {name}")
+        yield from labelled([("looks", symptom), ("fix", fix), ("seen in", seen)], width, label=9, indent=4)

@@ -66,12 +66,27 @@ def _lint(answer: Mapping[str, Any], findings: Sequence[Mapping[str, Any]]) -> F
 
 
 def _explain(_answer: Mapping[str, Any], causes: Sequence[Mapping[str, Any]]) -> Finding:
+    """Faults that cannot be told apart here stand below the one that they are equivalent to."""
+    rows: list[tuple[str, ...]] = []
+    for cause in causes:
+        rows.append(
+            (*_texts(cause, "fault", "sentence", "layers"), _share(cause.get("explained")), *_texts(cause, "nmse", "fix"))
+        )
+        same = cause.get("equivalent")
+        others = [other for other in same if isinstance(other, Mapping)] if isinstance(same, list) else []
+        rows += [(*_texts(other, "fault", "sentence", "layers"), "the same", "", "") for other in others]
     said = (
-        f"{count(len(causes), 'known fault')} reproduce these numbers" if causes else "no known fault reproduces these numbers"
+        f"{count(len(causes), 'cause')} found that reproduce these numbers"
+        if causes
+        else "no known fault reproduces these numbers"
     )
-    names = ("fault", "parameters", "layers", "explained", "nmse")
-    rows = tuple(_texts(item, *names) for item in causes)
-    return Finding("Which known fault is it?", said, names, rows)
+    return Finding(
+        "Which known fault is it?", said, ("fault", "what it does", "layers", "explains", "NMSE", "fix"), tuple(rows)
+    )
+
+
+def _share(value: Any) -> str:
+    return f"{100 * value:.0f} %" if isinstance(value, (int, float)) else ""
 
 
 def _texts(item: Mapping[str, Any], *names: str) -> tuple[str, ...]:

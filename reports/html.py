@@ -4,10 +4,10 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from checkpoints.errors import InputError
 from checkpoints.verdict import Difference
 
 from .charts import figures
+from .files import save
 from .generated import generated
 from .numbers import clean, count, error, limit, of_limit, token, values
 from .report import Report, how_it_was_run, prompt
@@ -53,19 +53,6 @@ def write_html(report: Report, path: Path) -> None:
         InputError: the file cannot be written.
     """
     save(html(report), path)
-
-
-def save(text: str, path: Path) -> None:
-    """Write a text file.
-
-    Raises:
-        InputError: it cannot be written.
-    """
-    try:
-        path.write_text(text, encoding="utf-8", errors="replace")
-    except OSError as problem:
-        reason = problem.strerror or problem
-        raise InputError(f"cannot write {path}: {reason}.", "Choose another path.", code="output") from problem
 
 
 def environment() -> "Environment":

@@ -1,5 +1,6 @@
 """What isolating found as text and as JSON: a table of operations by layers, then what is right and wrong in words."""
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from math import isfinite
@@ -54,11 +55,13 @@ def _table(groups: dict[str, list[Operation]], width: int) -> list[Text]:
     rows: list[tuple[str, ...]] = [("operation", "proven", "worst NMSE", "layers")]
     styles = ["dim"]
     for name, group in groups.items():
+        states = {found.status for found in group}
+        if states == {NOT_OBSERVABLE}:  # said in words, with the reason
+            continue
         proven = [found.nmse for found in group if found.status == PROVEN and found.nmse is not None]
         signs = "".join(_SIGN[found.status] for found in group)
         worst = error(max(proven)) if proven else "–"
         rows.append((name, f"{len(proven)}/{len(group)}", worst, signs))
-        states = {found.status for found in group}
         styles.append(_STYLE[WRONG if WRONG in states else NOT_OBSERVABLE if NOT_OBSERVABLE in states else PROVEN])
     return columns(rows, frozenset({1, 2}), styles, width)
 
@@ -77,21 +80,27 @@ def _words(found: Isolation, groups: dict[str, list[Operation]]) -> Iterator[tup
         yield "wrong", _said(item)
     if len(found.wrong) > _WRONG_SHOWN:
         yield "wrong", f"and {count(len(found.wrong) - _WRONG_SHOWN, 'further operation')}: --format json lists them"
-    reasons: dict[str, list[Operation]] = {}
-    for item in found.operations:
-        if item.status == NOT_OBSERVABLE:
-            reasons.setdefault(f"{item.operation}: {_general(item)}", []).append(item)
-    for reason, items in reasons.items():
-        layers = tuple(item.layer for item in items if item.layer is not None)
-        where = f" (layers {ranges(layers)})" if layers else ""
-        yield "not observable", clean(reason) + where
+    for reason, items in _hidden(found).items():
+        where = ", ".join(f"{kind}{_in_layers(layers)}" for kind, layers in items.items())
+        yield "not observable", clean(f"{reason}: {where}")
     for said in found.findings[:_WRONG_SHOWN]:
         yield "attention", clean(said)
 
 
-def _general(item: Operation) -> str:
-    """The reason without the layer's number, so that layers with the same one share a line."""
-    return item.reason.replace(f"blk.{item.layer}.", "blk.N.") if item.layer is not None else item.reason
+def _hidden(found: Isolation) -> dict[str, dict[str, list[int]]]:
+    """Reason -> kind -> layers of what is not observable; the layer's number is left out of a reason."""
+    reasons: dict[str, dict[str, list[int]]] = {}
+    for item in found.operations:
+        if item.status == NOT_OBSERVABLE:
+            reason = re.sub(r"blk\.\d+\.", "blk.N.", item.reason)
+            layers = reasons.setdefault(reason, {}).setdefault(item.operation, [])
+            if item.layer is not None:
+                layers.append(item.layer)
+    return reasons
+
+
+def _in_layers(layers: list[int]) -> str:
+    return f" ({ranges(tuple(layers))})" if layers else ""
 
 
 def _said(item: Operation) -> str:
@@ -100,7 +109,8 @@ def _said(item: Operation) -> str:
     weight = f", {item.weight}" if item.weight and item.weight != "F32" else ""
     place = f", worst at position {item.position}" if item.position is not None else ""
     reason = f": {item.reason}" if item.reason else ""
-    return clean(f"{item.name} ({error(item.nmse)}{place}{what}{weight}){reason}")
+    name = f"layer {item.layer} as a whole" if item.operation == "layer" else item.name
+    return clean(f"{name} ({error(item.nmse)}{place}{what}{weight}){reason}")
 
 
 def _elements(found: Isolation, width: int) -> list[Text]:
@@ -120,10 +130,11 @@ def _grafts(found: Isolation, width: int) -> Iterator[Text]:
         return
     changed = [item for item in found.graft if item.changes]
     last = found.graft[-1]
+    mean = sum(item.kl for item in found.graft) / len(found.graft)
     said = (
-        f"llama.cpp, going on from {clean(found.graft_from)} of this engine, chooses another next token at "
-        f"{len(changed)} of {count(len(found.graft), 'position')}; mean KL {error(sum(item.kl for item in found.graft) / len(found.graft))}, "
-        f"at the last position {error(last.kl)} (margin {last.margin:.2g})"
+        f"llama.cpp, going on from {clean(found.graft_from)} of this engine, chooses another next token at {len(changed)} of "
+        f"{count(len(found.graft), 'position')}; mean KL {error(mean)}, at the last position {error(last.kl)} "
+        f"(margin {last.margin:.2g})"
     )
     yield from labelled([("graft", said)], width)
     for item in changed[:_GRAFTS_SHOWN]:

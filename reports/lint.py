@@ -3,20 +3,18 @@
 from dataclasses import asdict
 from typing import Any
 
-from rich.console import Console
 from rich.text import Text
 
 from checkpoints.finding import ERROR, LintReport
 
 from .as_json import SCHEMA, plain
-from .header import print_lines
 from .layout import labelled
 from .numbers import clean, count
 
 _LABEL = 18
 
 
-def lint_as_json(report: LintReport) -> dict[str, Any]:
+def as_json(report: LintReport) -> dict[str, Any]:
     """One JSON object: `schema`, `usable`, `records`, `findings`."""
     return {
         "schema": SCHEMA,
@@ -26,25 +24,20 @@ def lint_as_json(report: LintReport) -> dict[str, Any]:
     }
 
 
-def print_lint(console: Console, report: LintReport) -> None:
-    """Print every finding, then what follows for a comparison."""
-    print_lines(console, lint_lines(report, console.width))
-
-
-def lint_lines(report: LintReport, width: int) -> list[Text]:
+def lines(report: LintReport, width: int) -> list[Text]:
     """The report as lines: a finding's rule and evidence, then its usual cause and what to do, once a rule."""
-    lines: list[Text] = []
+    shown: list[Text] = []
     for number, finding in enumerate(report.findings):
         style = "bold red" if finding.severity == ERROR else "yellow"
         made = labelled([(finding.rule, clean(finding.evidence))], width, label=_LABEL, indent=9)
         head = Text(finding.severity.ljust(9), style=style)
         made[0] = head.append_text(made[0][9:])
-        lines += made
+        shown += made
         following = report.findings[number + 1].rule if number + 1 < len(report.findings) else None
         if following != finding.rule:  # the cause of several is said once, below them
-            lines += labelled([("usual cause", finding.cause), ("do", finding.advice)], width, label=_LABEL, indent=9)
-    lines.append(_answer(report))
-    return lines
+            shown += labelled([("usual cause", finding.cause), ("do", finding.advice)], width, label=_LABEL, indent=9)
+    shown.append(_answer(report))
+    return shown
 
 
 def _answer(report: LintReport) -> Text:

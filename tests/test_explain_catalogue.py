@@ -10,11 +10,13 @@ from engine.faults import CATALOGUE
 from engine.synth import Shape, synthesize
 from parity.explain import Options, explain
 from parity.planted import Faulty, Planted, tokens_of
+from reference.client import Reference
 
 # Groups of 7 query heads, as Qwen2.5-0.5B; a vocabulary that is no multiple of 64.
 _QWEN2 = Shape("qwen2", 3, 112, 14, 2, 0, 128, 300)
 _LLAMA = Shape("llama", 3, 64, 4, 4, 16, 96, 300, biases=False, eps=1e-5, rope_base=5e5, rope_factors=True, rope_scaling=4.0)
 _BLOCKS = Shape("qwen2", 3, 64, 4, 2, 0, 128, 300)  # rows that are multiples of 32
+_SUPERBLOCKS = Shape("qwen2", 2, 256, 4, 2, 0, 256, 320)  # rows that are multiples of 256
 _CACHE = {"rope-position-per-pass", "rope-after-cache", "cache-row-missing", "cache-stale"}
 _MODELS: dict[str, tuple[Shape, str]] = {
     "qkv-order": (_LLAMA, "f16"),
@@ -27,26 +29,28 @@ _MODELS: dict[str, tuple[Shape, str]] = {
     "scale-of-neighbour": (_BLOCKS, "q8_0"),
     "block-offset": (_BLOCKS, "q8_0"),
     "quants-signedness": (_BLOCKS, "q8_0"),
+    "q4k-scale-min": (_SUPERBLOCKS, "Q4_K_M"),
+    "scale-rounded": (_SUPERBLOCKS, "Q6_K"),
 }
-_BY_LLAMA = {"q4k-scale-min": "Q4_K_M", "scale-rounded": "Q6_K"}
+_BY_LLAMA = {"Q4_K_M", "Q6_K"}  # types that gguf-py cannot make
 
 Models = Callable[[str], Faulty]
 
 
 @pytest.fixture(scope="module")
-def faulty(tmp_path_factory: pytest.TempPathFactory, quantized: Callable[[str], Path]) -> Models:
+def faulty(tmp_path_factory: pytest.TempPathFactory, reference: Reference) -> Models:
     """The engine of the model in which a fault can act."""
     folder = tmp_path_factory.mktemp("explain")
     made: dict[Path, Faulty] = {}
 
     def of(name: str) -> Faulty:
-        if name in _BY_LLAMA:
-            path = quantized(_BY_LLAMA[name])
-        else:
-            shape, kind = _MODELS.get(name, (_QWEN2, "f16"))
-            path = folder / f"{shape.architecture}-{shape.width}-{kind}.gguf"
-            if not path.exists():
-                synthesize(path, shape, weight_type=kind, seed=3)
+        shape, kind = _MODELS.get(name, (_QWEN2, "f16"))
+        path = folder / f"{shape.architecture}-{shape.width}-{kind}.gguf"
+        if not path.exists() and kind in _BY_LLAMA:
+            synthesize(folder / "f32.gguf", shape, weight_type="f32", seed=3)
+            reference.quantize(folder / "f32.gguf", kind, path)
+        elif not path.exists():
+            synthesize(path, shape, weight_type=kind, seed=3)
         if path not in made:
             made[path] = Faulty(path)
         return made[path]

@@ -30,7 +30,12 @@ def test_the_first_command_of_the_readme_is_parity(parity: Cli) -> None:
     ]  # fmt: skip
     assert worst(answer) <= 1e-10
     assert answer["missing"]["ours"]["records"] == answer["missing"]["ref"]["records"] == 0
-    assert sorted(path.name for path in Path(answer["folder"]).iterdir()) == ["diff.json", "ours.jsonl", "ref.jsonl", "report.html"]
+    assert sorted(path.name for path in Path(answer["folder"]).iterdir()) == [
+        "diff.json",
+        "ours.jsonl",
+        "ref.jsonl",
+        "report.html",
+    ]
 
 
 def test_the_text_names_model_sides_points_and_verdict(parity: Cli) -> None:

@@ -7,14 +7,14 @@ file and a test.
 from collections.abc import Mapping
 from dataclasses import replace
 
-from . import attention, capture, dequantisation, feed_forward, flow, logits, norms, rope, tokens, weights
+from . import attention, biases, capture, dequantisation, feed_forward, flow, logits, norms, rope, tokens, weights
 from .base import AT, SEEN, Fault, Planting, Steps, as_recorded, plant
 
 __all__ = ["AT", "CATALOGUE", "SEEN", "Fault", "Planting", "Steps", "as_recorded", "plant"]
 
 _GROUPS = {
     "tokens": tokens.FAULTS,
-    "weights": weights.FAULTS,
+    "weights": (*weights.FAULTS, *biases.FAULTS),
     "dequantisation": dequantisation.FAULTS,
     "RoPE": rope.FAULTS,
     "norms": norms.FAULTS,

@@ -173,7 +173,7 @@ def layer_input(step: Step, right: Steps) -> str:
     """The name of what the step's layer reads."""
     read = sibling(step, right, "attn_norm").reads[0]
     if not isinstance(read, str):
-        raise ValueError(f"{step.makes}: the layer's input is a history")
+        raise ValueError(f"{step.makes}: the layer's input is a history")  # noqa: TRY004 - no place for this fault
     return read
 
 

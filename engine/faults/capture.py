@@ -1,6 +1,9 @@
 """Faults of the capture: the engine computes what is right, and the dump shows something else."""
 
+from collections.abc import Callable
+
 import numpy as np
+from numpy.typing import NDArray
 
 from ..backend import Array
 from ..graph import Step
@@ -41,7 +44,7 @@ def _early(point: str, right: Steps, parameters: Parameters) -> Step | None:
     return _show(point, names[at], right) if at >= 0 else None
 
 
-_ROWS = {
+_ROWS: dict[str, Callable[[int], NDArray[np.int64]]] = {
     "the next position": lambda t: np.minimum(np.arange(t) + 1, t - 1),
     "the position before": lambda t: np.maximum(np.arange(t) - 1, 0),
     "position 0": lambda t: np.zeros(t, dtype=np.int64),

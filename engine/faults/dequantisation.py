@@ -3,48 +3,39 @@
 A weight of a type that a fault does not touch is read as it is. Layouts are those of ggml-common.h.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..backend import Array
 from ..dequantize import FORMATS, dequantize
 from ..graph import Altered, RowsOf, Step, WeightSource
 from .base import AT, Fault, Parameters, Steps
+from .block_edits import (
+    BF16,
+    F16,
+    Q4_0,
+    Q4_K,
+    Q5_0,
+    Q5_K,
+    Q6_K,
+    Q8_0,
+    Bytes,
+    block_offset,
+    neighbours_scale,
+    nibble_order,
+    no_high_bits,
+    no_minimum,
+    only_k_quants,
+    scales_and_mins,
+)
 from .weights import MATRICES
 
-Bytes = NDArray[np.uint8]
-F16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, BF16 = 1, 2, 3, 6, 7, 8, 10, 11, 12, 13, 14, 30  # ggml_type
-
-
-@dataclass(frozen=True)
-class _Parts:
-    """Where things lie in a block: byte ranges of the nibbles, high bits, minimum, scale and packed scales."""
-
-    nibbles: slice | None = None
-    high: slice | None = None
-    minimum: slice | None = None
-    scale: slice | None = None
-    packed: slice | None = None
-
-
-_LAYOUT: Mapping[int, _Parts] = {
-    Q4_0: _Parts(nibbles=slice(2, 18), scale=slice(0, 2)),
-    Q4_1: _Parts(nibbles=slice(4, 20), minimum=slice(2, 4), scale=slice(0, 2)),
-    Q5_0: _Parts(nibbles=slice(6, 22), high=slice(2, 6), scale=slice(0, 2)),
-    Q5_1: _Parts(nibbles=slice(8, 24), high=slice(4, 8), minimum=slice(2, 4), scale=slice(0, 2)),
-    Q8_0: _Parts(scale=slice(0, 2)),
-    Q2_K: _Parts(minimum=slice(82, 84), scale=slice(80, 82), packed=slice(0, 16)),
-    Q3_K: _Parts(high=slice(0, 32), scale=slice(108, 110), packed=slice(96, 108)),
-    Q4_K: _Parts(nibbles=slice(16, 144), minimum=slice(2, 4), scale=slice(0, 2), packed=slice(4, 16)),
-    Q5_K: _Parts(nibbles=slice(48, 176), high=slice(16, 48), minimum=slice(2, 4), scale=slice(0, 2), packed=slice(4, 16)),
-    Q6_K: _Parts(nibbles=slice(0, 128), high=slice(128, 192), scale=slice(208, 210), packed=slice(192, 208)),
-}
-
-Edit = Callable[[Bytes, int], "Bytes | None"]  # blocks [n, bytes], ggml_type -> the blocks as they are misread; None: not touched
+Edit = Callable[
+    [Bytes, int], "Bytes | None"
+]  # blocks [n, bytes], ggml_type -> the blocks as they are misread; None: not touched
 
 
 def _reread(step: Step, edit: Edit) -> Step:
@@ -71,7 +62,7 @@ def _remade(step: Step, make: Callable[[WeightSource, str], Array]) -> Step:
 
         return replace(step, weights=(Altered(first.weight, rows), *step.weights[1:]))
     if not isinstance(first, str):
-        raise ValueError(f"{step.makes} has no plain matrix to read in another way")
+        raise ValueError(f"{step.makes} has no plain matrix to read in another way")  # noqa: TRY004 - no place for this fault
     return replace(step, weights=(Altered(first, make), *step.weights[1:]))
 
 
@@ -80,82 +71,6 @@ def _by(edit: Callable[[Bytes, int, Parameters], "Bytes | None"]) -> Callable[[S
         return _reread(step, lambda blocks, kind: edit(blocks, kind, parameters))
 
     return change
-
-
-def _nibble_order(blocks: Bytes, kind: int, parameters: Parameters) -> Bytes | None:
-    where = _LAYOUT.get(kind, _Parts()).nibbles
-    if where is None:
-        return None
-    blocks = blocks.copy()
-    qs = blocks[:, where]
-    if parameters["order"] == "high first":
-        blocks[:, where] = (qs >> 4) | (qs << 4)
-    else:  # byte i holds elements 2i and 2i + 1 in the reader's mind: lay the true order out so that it reads them
-        flat = np.stack([qs & 15, qs >> 4], axis=2).reshape(len(qs), -1)
-        half = flat.shape[1] // 2
-        blocks[:, where] = flat[:, :half] | (flat[:, half:] << 4)
-    return blocks
-
-
-def _scales_and_mins(blocks: Bytes, kind: int, _parameters: Parameters) -> Bytes | None:
-    """block_q4_K and block_q5_K with the roles of scales and mins exchanged; Q4_1's and Q5_1's d and m likewise."""
-    parts = _LAYOUT.get(kind, _Parts())
-    if parts.minimum is None or parts.scale is None or kind == Q2_K:
-        return None
-    blocks = blocks.copy()
-    if parts.packed is None:
-        blocks[:, parts.scale], blocks[:, parts.minimum] = blocks[:, parts.minimum].copy(), blocks[:, parts.scale].copy()
-        return blocks
-    start = parts.packed.start
-    packed = blocks[:, parts.packed].copy()
-    blocks[:, start : start + 4] = packed[:, 4:8]
-    blocks[:, start + 4 : start + 8] = packed[:, 0:4]
-    blocks[:, start + 8 : start + 12] = (packed[:, 8:12] >> 4) | (packed[:, 8:12] << 4)
-    return blocks
-
-
-def _only_k_quants(blocks: Bytes, kind: int, parameters: Parameters) -> Bytes | None:
-    return _scales_and_mins(blocks, kind, parameters) if kind in (Q4_K, Q5_K) else None
-
-
-def _no_minimum(blocks: Bytes, kind: int, _parameters: Parameters) -> Bytes | None:
-    where = _LAYOUT.get(kind, _Parts()).minimum
-    if where is None:
-        return None
-    blocks = blocks.copy()
-    blocks[:, where] = 0
-    return blocks
-
-
-def _no_high_bits(blocks: Bytes, kind: int, _parameters: Parameters) -> Bytes | None:
-    where = _LAYOUT.get(kind, _Parts()).high
-    if where is None:
-        return None
-    blocks = blocks.copy()
-    blocks[:, where] = 0xFF if kind == Q3_K else 0  # Q3_K's mask is inverted
-    return blocks
-
-
-def _neighbours_scale(blocks: Bytes, kind: int, parameters: Parameters) -> Bytes | None:
-    parts = _LAYOUT.get(kind, _Parts())
-    if parts.scale is None:
-        return None
-    blocks = blocks.copy()
-    if parameters["of"] == "sub-block":
-        if parts.packed is None or kind == Q3_K:
-            return None
-        if kind in (Q4_K, Q5_K):  # the 12 bytes hold 4 + 4 scales and 4 + 4 mins: within each four, one on
-            packed = blocks[:, parts.packed].reshape(len(blocks), 3, 4)
-            blocks[:, parts.packed] = np.roll(packed, -1, axis=2).reshape(len(blocks), 12)
-        else:
-            blocks[:, parts.packed] = np.roll(blocks[:, parts.packed], -1, axis=1)
-    else:
-        blocks[:, parts.scale] = np.roll(blocks[:, parts.scale], -1 if parameters["of"] == "next block" else 1, axis=0)
-    return blocks
-
-
-def _block_offset(blocks: Bytes, _kind: int, parameters: Parameters) -> Bytes | None:
-    return None if blocks.shape[1] < 16 else np.roll(blocks, -parameters["blocks"], axis=0)
 
 
 def _signedness(step: Step, _right: Steps, _parameters: Parameters) -> Step:
@@ -168,10 +83,8 @@ def _signedness(step: Step, _right: Steps, _parameters: Parameters) -> Step:
             return source.get(name)
         blocks = raw.reshape(-1, FORMATS[kind][1])
         scale = np.ascontiguousarray(blocks[:, :2]).view(np.float16).astype(np.float32)
-        if kind == Q8_0:
-            values = blocks[:, 2:].astype(np.float32) * scale
-        else:
-            values = FORMATS[kind][2](blocks) + np.float32(offset or 0) * scale
+        unsigned = blocks[:, 2:].astype(np.float32) * scale if kind == Q8_0 else None
+        values = FORMATS[kind][2](blocks) + np.float32(offset or 0) * scale if unsigned is None else unsigned
         return source.array(values.reshape(shape))
 
     return _remade(step, make)
@@ -215,7 +128,7 @@ FAULTS = (
     Fault(
         "nibble-order",
         _ALL,
-        _by(_nibble_order),
+        _by(nibble_order),
         "4-bit quants are taken {order} from their bytes, in {at}",
         "only 4- and 5-bit files are wrong",
         "byte i of a block holds element i in the low and i + 16 in the high nibble",
@@ -225,7 +138,7 @@ FAULTS = (
     Fault(
         "q4k-scale-min",
         _ALL,
-        _by(_only_k_quants),
+        _by(only_k_quants),
         "scales and mins of Q4_K and Q5_K are exchanged, in {at}",
         "only Q4_K files are wrong",
         "get_scale_min_k4: bytes 0-3 are scales, 4-7 mins, 8-11 the high bits' nibbles of both",
@@ -235,7 +148,7 @@ FAULTS = (
     Fault(
         "scale-min-swapped",
         _ALL,
-        _by(lambda blocks, kind, parameters: None if kind in (Q4_K, Q5_K) else _scales_and_mins(blocks, kind, parameters)),
+        _by(lambda blocks, kind, parameters: None if kind in (Q4_K, Q5_K) else scales_and_mins(blocks, kind, parameters)),
         "d and m of Q4_1 and Q5_1 are exchanged, in {at}",
         "only Q4_1 and Q5_1 files are wrong",
         "a block starts with d, then m",
@@ -245,7 +158,7 @@ FAULTS = (
     Fault(
         "min-ignored",
         _ALL,
-        _by(_no_minimum),
+        _by(no_minimum),
         "the blocks' minimum is ignored, in {at}",
         "only files of types with a minimum are wrong",
         "value = d · q + m (Q4_1, Q5_1), d · scale · q − dmin · min (K-quants)",
@@ -255,7 +168,7 @@ FAULTS = (
     Fault(
         "high-bits-dropped",
         _ALL,
-        _by(_no_high_bits),
+        _by(no_high_bits),
         "the high bits of 3-, 5- and 6-bit quants are dropped, in {at}",
         "only Q3_K, Q5 and Q6_K files are wrong",
         "or the high bits from qh (hmask for Q3_K) onto the low ones",
@@ -265,7 +178,7 @@ FAULTS = (
     Fault(
         "scale-of-neighbour",
         _ALL,
-        _by(_neighbours_scale),
+        _by(neighbours_scale),
         "quants are scaled by the {of}'s scale, in {at}",
         "values of the wrong size here and there",
         "each block (and sub-block) has a scale of its own",
@@ -275,7 +188,7 @@ FAULTS = (
     Fault(
         "block-offset",
         _ALL,
-        _by(_block_offset),
+        _by(block_offset),
         "the tensor is read {blocks} block too far on, in {at}",
         "wrong from position 0 on, of plausible size",
         "tensor data start at the aligned offset of its info, from the data section's start",

@@ -9,7 +9,7 @@ import numpy as np
 from .. import ops
 from ..backend import Array
 from ..graph import History, Step
-from .base import AT, COPY, Fault, Parameters, Steps, kind_of, layer_input, layer_of, sibling, subsets
+from .base import AT, COPY, Fault, Parameters, Steps, kind_of, layer_input, layer_of, subsets
 
 _SUMS = ("ffn_inp", "l_out")
 

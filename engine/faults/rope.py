@@ -4,8 +4,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
 from .. import ops
 from ..backend import Array, module_of
 from ..graph import PASSES, POSITIONS, History, Step

@@ -21,7 +21,7 @@ class Compute(StrEnum):
 def diff(
     ours: Annotated[Path, typer.Argument(help="Your engine's dump.", show_default=False)],
     ref: Annotated[Path, typer.Argument(help="llama.cpp's dump.", show_default=False)],
-    form: o.FormatOption = o.Format.TEXT,
+    form: o.AnswerOption = o.AnswerFormat.TEXT,
     tolerance: o.ToleranceOption = None,
     compute: Annotated[
         Compute | None, typer.Option("--compute", help="The arithmetic of OURS, where its header doesn't say it.")
@@ -30,31 +30,42 @@ def diff(
     step: Annotated[
         int | None, typer.Option("--step", min=0, help="Of records that stand twice: those of this forward pass.")
     ] = None,
+    names: o.MapOption = None,
+    offset: o.OffsetOption = 0,
     despite_lint: Annotated[
         bool, typer.Option("--despite-lint", help="Compare also where lint says that a dump is not to be believed.")
     ] = False,
     table: Annotated[
         Path | None, typer.Option("--table", help="Write every record's figures: FILE.csv or FILE.parquet.")
     ] = None,
+    html: Annotated[Path | None, typer.Option("--html", help="Write a report: one HTML file that opens offline.")] = None,
+    include: Annotated[
+        list[Path] | None,
+        typer.Option("--include", help="For the report: a JSON answer of lint, isolate or explain; repeat the option."),
+    ] = None,
+    junit: Annotated[Path | None, typer.Option("--junit", help="Write JUnit XML besides: one case a point.")] = None,
 ) -> None:
     """Compare two dumps and name the first divergence.
 
     Exits 0 for parity, 1 for a divergence, 2 if there is nothing to compare or lint calls a dump unusable.
     """
-    from checkpoints.reader import read
+    from checkpoints.formats import load
+    from checkpoints.mapping import read_mapping
 
-    from ..compare import Options, compare
+    from ..compare import Options
+    from ..comparison_output import findings, report, show_report
     from ..lint import refuse_unusable
-    from ..output import show
+    from ..picture import compare_drawn
 
-    left, right = read(ours), read(ref)
+    left, right = load(ours, read_mapping(names) if names else None, offset), load(ref)
     if not despite_lint:
         refuse_unusable(left, "ours")
         refuse_unusable(right, "the reference")
     chosen = Options(tolerance=tolerance, compute=compute.value if compute else None, strict=strict, step=step)
-    verdict = compare(left, right, chosen)
+    verdict, picture = compare_drawn(left, right, chosen)
     if table is not None:
         from ..table import write_table
 
         write_table(left, right, chosen, table)
-    raise typer.Exit(show(verdict, left, right, form))
+    whole = report(verdict, left, right, picture, findings(include or ()))
+    raise typer.Exit(show_report(whole, form, html=html, junit=junit))

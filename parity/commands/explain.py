@@ -37,8 +37,10 @@ def explain(
     Replays each fault of the catalogue in our engine until one gives the numbers of your dump. The prompt is the dump's
     own, unless you give it. Exits 0 if there is no fault, 1 if there is one, known or not.
     """
+    from reports import explanation
+
     from ..explain import Options
-    from ..output import catalogue_as, explained
+    from ..output import answer, catalogue_as
 
     if catalogue:
         catalogue_as(form)
@@ -58,4 +60,4 @@ def explain(
     dump = read(ours)
     if ref is not None:
         check_reference(read(ref), chosen, options)
-    raise typer.Exit(explained(explain_dump(dump, chosen, options), form))
+    raise typer.Exit(answer(explain_dump(dump, chosen, options), explanation, form))

@@ -17,6 +17,16 @@ class Format(StrEnum):
     JSON = "json"
 
 
+class AnswerFormat(StrEnum):
+    """How a comparison's answer is printed, CI's formats included."""
+
+    TEXT = "text"
+    JSON = "json"
+    MARKDOWN = "markdown"
+    JUNIT = "junit"
+    GITHUB = "github"
+
+
 class Mode(StrEnum):
     """What is compared: F32 copies on both sides, or the file's own types."""
 
@@ -57,6 +67,14 @@ ToleranceOption = Annotated[
     typer.Option("--tolerance", min=0.0, help="NMSE above which a record differs; default: looked up by types and mode."),
 ]
 StrictOption = Annotated[bool, typer.Option("--strict", help="What one side lacks is a divergence, too.")]
+AnswerOption = Annotated[
+    AnswerFormat,
+    typer.Option("--format", help="text for people; json; for CI: markdown (job summary), junit, github (annotations)."),
+]
+MapOption = Annotated[
+    Path | None, typer.Option("--map", help="TOML file that says what your names mean: their name = our point.")
+]
+OffsetOption = Annotated[int, typer.Option("--offset", help="Added to every position of your dump.")]
 FormatOption = Annotated[Format, typer.Option("--format", help="text for people, json for machines.")]
 VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="Show llama.cpp's own log.")]
 

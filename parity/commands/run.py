@@ -43,8 +43,9 @@ def run(
     Exits 0 for parity, 1 for a divergence.
     """
     from .. import session
+    from ..comparison_output import finish
     from ..default_model import path as default_model
-    from ..output import finish, progress_bar
+    from ..output import progress_bar
 
     text, ids = o.prompt(prompt, prompt_file, tokens)
     request = session.Request(

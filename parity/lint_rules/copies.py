@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterator
+from itertools import pairwise
 
 from checkpoints.points import EMBD, parse
 from checkpoints.record import Rows
@@ -35,8 +36,7 @@ def _may_be_alike(a: str, b: str) -> bool:
     first, second = parse(a), parse(b)
     if first.known is None or second.known is None:
         # Views and copies of nodes outside the vocabulary are many, within a layer and from one to the next.
-        near = first.layer is None or second.layer is None or abs(first.layer - second.layer) < 2
-        return near
+        return first.layer is None or second.layer is None or abs(first.layer - second.layer) < 2
     return first.layer == second.layer and any({first.kind, second.kind} <= group for group in _ALIKE)
 
 
@@ -53,7 +53,7 @@ def _adjacent(names: tuple[str, ...]) -> bool:
     places = [_residual(name) for name in names]
     if None not in places:
         known = sorted(place for place in places if place is not None)
-        return all(b - a == 1 for a, b in zip(known, known[1:], strict=False)) and len(known) == 2
+        return all(b - a == 1 for a, b in pairwise(known)) and len(known) == 2
     layers = {parse(name).layer for name in names}
     kinds = {kind(name) for name in names}
     return len(names) == 2 and ((kinds == {"ffn_inp", "l_out"}) and None not in layers and _span(layers) <= 1)
@@ -111,7 +111,7 @@ def stale_position(subject: Subject) -> Iterator[Hit]:
         stale: set[int] = set()
         for positions in by_value.values():
             ordered = sorted(set(positions))
-            for before, after in zip(ordered, ordered[1:], strict=False):
+            for before, after in pairwise(ordered):
                 same = subject.same_input(before, after)
                 excused = same is not False if free else after < subject.uniform_until
                 if not excused:

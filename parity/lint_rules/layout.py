@@ -127,11 +127,8 @@ def doubled(subject: Subject) -> Iterator[Hit]:
             if other != r and not np.array_equal(rows.values[other], rows.values[r], equal_nan=True):
                 bad.append(r)
         if bad:
-            yield Hit(
-                name,
-                int(rows.token_idx[bad[0]]),
-                f"{name} has {len(bad) + 1 if len(bad) == 1 else len(bad)} different records of one position and pass, {positions_of(rows, bad)}",
-            )
+            said = f"{name} has {len(bad) + 1} records that contradict others of their position and pass"
+            yield Hit(name, int(rows.token_idx[bad[0]]), f"{said}, {positions_of(rows, bad)}")
 
 
 def order(subject: Subject) -> Iterator[Hit]:

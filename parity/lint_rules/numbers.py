@@ -23,7 +23,7 @@ _SMALLEST_NORMAL = float(np.finfo(np.float32).tiny)
 _DENSE = frozenset({"l_out", "ffn_inp", "attn_out", "q", "k", "v", "q_rope", "k_rope", LOGITS})
 _ENOUGH = 8  # values that a row must have before its pattern means anything
 # Distance from the row's median, in robust standard deviations (1.4826 · MAD), that no logit of a right model reaches.
-# Measured on the embedded model over 64 positions and on its quantised and synthetic kin: at most 17.
+# Measured: at most 9.2 on the embedded model (four random prompts of 256 tokens, 300 of its own) and 4.7 on six synthetic ones.
 _OUTLIER = 60.0
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -93,7 +94,7 @@ class Subject:
     def uniform_until(self) -> int:
         """The first position whose token differs from the one before: up to there attention has one value to choose from."""
         positions = sorted({int(t) for rows in self.points.values() for t in rows.token_idx})
-        for before, after in zip(positions, positions[1:], strict=False):
+        for before, after in pairwise(positions):
             if not self.same_input(before, after):
                 return after
         return positions[-1] + 1 if positions else 0

@@ -24,10 +24,9 @@
   const power = (x) => (x === 0 ? "0" : x === Infinity ? "∞" : Number.isNaN(x) ? "unknown" : x.toExponential(1));
   const proportion = (x) =>
     !(x > 0) ? "0" : x === Infinity ? "∞" : x <= 1 ? `${(100 * x).toPrecision(2)} %` : `${x < 1e6 ? Math.round(x * 10) / 10 : power(x)} ×`;
-  const decade = (x) => d3.format(".0e")(x).replace("+", "");
   const where = (c) => `position ${grid.positions[c]} ${grid.tokens[c]}`.trim() + (grid.sequences ? ` of sequence ${grid.sequences[c]}` : "");
   const width = (id) => document.getElementById(id).clientWidth;
-  const show = (id, plot) => document.getElementById(id).replaceChildren(plot);
+  const show = (id, plot, label) => document.getElementById(id).replaceChildren(picture(plot, label));
 
   // ---- the two distributions
   function drawSpreads() {
@@ -37,7 +36,6 @@
     const around = spreads.filter((s) => s.deviation !== null).map((s) => ({ side: s.side, x1: s.mean - s.deviation, x2: s.mean + s.deviation, mean: s.mean }));
     show("spreads", Plot.plot({
       width: width("spreads"), height: 130, marginLeft: 70, marginTop: 10, marginBottom: 38,
-      ariaLabel: "Distribution of the row's values, ours above the reference",
       x: { label: "value", nice: true }, y: { type: "band", label: null, domain: spreads.map((s) => s.side) },
       marks: [
         Plot.ruleY(known, { y: "side", x1: "low", x2: "high", stroke: "currentColor", strokeOpacity: 0.5 }),
@@ -45,7 +43,7 @@
         Plot.tickX(ticks, { x: "x", y: "side", stroke: "currentColor", insetTop: 4, insetBottom: 4 }),
         Plot.tickX(around, { x: "mean", y: "side", stroke: "steelblue", strokeWidth: 3 }),
       ],
-    }));
+    }), "Distribution of the row's values, ours above the reference");
   }
 
   // ---- the heat map
@@ -66,7 +64,7 @@
     const ticks = named ? d3.range(rows).map((r) => [r, grid.points[r]]) : spread(grid.layers, unit);
     const plot = Plot.plot({
       width: total, height: Math.round(rows * unit) + 50, marginLeft: left, marginTop: 8, marginRight: 12, marginBottom: 42,
-      ariaLabel: "Errors of all records", color: colour,
+      color: colour,
       x: { domain: [0, columns], label: "position", ticks: [], labelAnchor: "center" },
       y: { domain: [rows, 0], label: null, ticks: [] },
       marks: [
@@ -76,8 +74,8 @@
         Plot.frame({ strokeOpacity: 0.3 }),
       ],
     });
-    show("map", plot);
-    show("legend", Plot.legend({ color: { ...colour, ticks: 5 }, width: Math.min(320, total) }));
+    show("map", plot, "Errors of all records, points by positions");
+    show("legend", Plot.legend({ color: { ...colour, ticks: 5 }, width: Math.min(320, total) }), "Colours: error divided by its limit");
     const svg = plot.tagName === "svg" ? plot : plot.querySelector("svg");
     map = { svg, x: plot.scale("x").apply, y: plot.scale("y").apply };
     if (mark) box("first-divergence", mark, "var(--mark)").setAttribute("data-place", `${grid.points[mark[0]]}@${grid.positions[mark[1]]}`);
@@ -152,7 +150,6 @@
     const steps = points.map((p, i) => ({ i, limit: p.limit || null }));
     show("along", Plot.plot({
       width: width("along"), height: 320, marginLeft: 56, marginRight: 16, marginBottom: 80,
-      ariaLabel: "Worst NMSE of each point against its limit",
       x: { domain: [-0.5, rows - 0.5], label: null, ticks: [] },
       y: { type: "log", label: "NMSE", tickFormat: decade, ticks: 6, grid: true },
       color: { domain: statuses, range: statuses.map((s) => inks[s]), legend: false },
@@ -165,7 +162,7 @@
         Plot.dot(known, { x: "i", y: (p) => p.nmse || least / 10, fill: "status", stroke: "status", symbol: "status", r: rows > 100 ? 2.5 : 4.5 }),
         Plot.tip(known, Plot.pointerX({ x: "i", y: (p) => p.nmse || least / 10, title: (p) => `${p.name}\nNMSE ${power(p.nmse)} at position ${p.token_idx}\n${p.status}`, fill: "var(--paper)" })),
       ],
-    }));
+    }), "Worst NMSE of each point against its limit");
   }
 
   function draw() { drawSpreads(); drawMap(); drawAlong(); }

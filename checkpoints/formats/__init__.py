@@ -1,0 +1,51 @@
+"""Whatever an engine left behind, read as a dump: one file a format, each with `detect` and `read`."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from .. import reader
+from ..errors import DumpError
+from ..mapping import Mapping
+from ..record import Dump, Rows
+from . import arrays, eval_callback, model_debugger
+
+_FORMATS = (model_debugger, arrays, eval_callback)  # the first that knows the path reads it; JSON lines are what is left
+
+
+def load(path: str | os.PathLike[str], mapping: Mapping | None = None, offset: int = 0) -> Dump:
+    """Read a dump of any known format: JSON lines, eval-callback logs, model debugger trees, .npy, .npz, .safetensors.
+
+    `mapping` says what foreign names mean; `offset` is added to every position.
+
+    Raises:
+        DumpError: it cannot be read, holds nothing, or a position would fall below 0.
+    """
+    given = mapping or Mapping()
+    place = Path(path)
+    for form in _FORMATS:
+        if form.detect(place):
+            dump = form.read(place, given)
+            break
+    else:
+        dump = given.renamed(reader.read(path))
+    offset += given.position_offset
+    return shifted(dump, offset) if offset else dump
+
+
+def shifted(dump: Dump, offset: int) -> Dump:
+    """The dump with `offset` added to every position, generated tokens' too.
+
+    Raises:
+        DumpError: a position would fall below 0.
+    """
+    lowest = min((int(rows.token_idx.min()) for rows in dump.points.values() if len(rows)), default=0)
+    if lowest + offset < 0:
+        raise DumpError(f"{dump.path}: an offset of {offset} puts position {lowest} below 0.", "Positions count from 0.")
+    points: dict[str, Rows] = {
+        name: replace(rows, token_idx=rows.token_idx + np.int64(offset)) for name, rows in dump.points.items()
+    }
+    tokens = tuple(replace(token, token_idx=token.token_idx + offset) for token in dump.tokens)
+    return replace(dump, points=points, tokens=tokens, notes=(*dump.notes, f"positions are shifted by {offset:+d}"))

@@ -1,0 +1,139 @@
+"""Whole arrays: .npy, .npz and .safetensors files, or folders of them, named by point."""
+
+import json
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import DumpError
+from ..mapping import Mapping, unknown_names
+from ..points import parse
+from ..record import Dump, Rows
+from ..summary import summarise
+
+_ENDINGS = (".npy", ".npz", ".safetensors")
+_LARGEST = 1 << 30  # bytes of one file, or of one array in an archive: what is larger does not fit beside its copies
+_TYPES = {"F32": np.float32, "F16": np.float16, "F64": np.float64}
+
+
+def detect(path: Path) -> bool:
+    """A file with one of the endings, or a folder with such files."""
+    if path.is_dir():
+        return any(file.suffix in _ENDINGS for file in path.iterdir())
+    return path.suffix in _ENDINGS
+
+
+def read(path: Path, mapping: Mapping) -> Dump:
+    """All arrays as whole rows.
+
+    Raises:
+        DumpError: a file cannot be read, or there is no array that can be rows of positions.
+    """
+    files = sorted(file for file in path.iterdir() if file.suffix in _ENDINGS) if path.is_dir() else [path]
+    parts: dict[str, list[Rows]] = {}
+    notes: list[str] = []
+    for file in files:
+        for name, array in _arrays(file):
+            label, _, step = name.rpartition("/")
+            label, number = (label, int(step)) if label and step.isdigit() else (name, 0)
+            point, entry = mapping.entry(label)
+            made = rows_of(point, mapping.array(entry, array), number, sum(map(len, parts.get(point, []))))
+            if made is None:
+                notes.append(f"{name} has shape {list(array.shape)}, which is not rows of positions; left out")
+            else:
+                parts.setdefault(point, []).append(made)
+    if not parts:
+        raise DumpError(f"{path} holds no array of activations.", "Name arrays by point: embd, blk.5.l_out.", code="no-records")
+    points = {name: Rows.stack(found) for name, found in parts.items()}
+    return Dump(str(path), None, points, notes=(*notes, *unknown_names(list(points))))
+
+
+def rows_of(point: str, array: NDArray[Any], step: int = 0, first: int = 0) -> Rows | None:
+    """An array as the records of one pass: [T, …], [n], or [1, T, …]; None where it is none of them."""
+    if array.dtype.kind not in "fiu" or not array.size:
+        return None
+    with np.errstate(over="ignore"):
+        values = np.ascontiguousarray(array, dtype=np.float32)
+    known = parse(point).known
+    square = known is not None and known.row == ("H", "t+1")
+    while values.ndim > (3 if square else 2) and len(values) == 1:
+        values = values[0]
+    if square:
+        if values.ndim != 3 or values.shape[2] < values.shape[1]:
+            return None
+        return summarise(point, values, np.arange(values.shape[1]), step=step, slice_size=None)
+    values = np.atleast_2d(values)
+    positions = np.arange(first, first + len(values))
+    if known is not None and known.row[:1] == ("t+1",):
+        positions = np.array([len(values) - 1])
+    return summarise(point, values, positions, step=step, decode=step > 0 and len(values) == 1, slice_size=None)
+
+
+def _check_size(file: Path) -> None:
+    """Raises DumpError for what would fill the memory, a small archive of huge arrays too."""
+    try:
+        size = file.stat().st_size
+        if file.suffix == ".npz":
+            with zipfile.ZipFile(file) as archive:
+                size = max((member.file_size for member in archive.infolist()), default=0)
+    except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError) as error:
+        raise DumpError(f"cannot read {file}: {' '.join(str(error).split())[:100]}.", "Save it again.", code="array") from error
+    if size > _LARGEST:
+        raise DumpError(f"{file} holds more than 1 GiB.", "Save fewer positions or points, or single arrays.", code="array")
+
+
+def _arrays(file: Path) -> Iterator[tuple[str, NDArray[Any]]]:
+    _check_size(file)
+    try:
+        if file.suffix == ".safetensors":
+            yield from safetensors(file)
+        elif file.suffix == ".npz":
+            with np.load(file, allow_pickle=False) as found:
+                for name in found.files:
+                    yield name, found[name]
+        else:
+            yield file.stem, np.load(file, mmap_mode="r", allow_pickle=False)
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        zipfile.BadZipFile,
+        EOFError,
+        NotImplementedError,
+        OverflowError,
+        SyntaxError,
+    ) as error:
+        said = " ".join(str(error).split())[:100]
+        raise DumpError(f"cannot read {file}: {said}.", "Save it again.", code="array") from error
+    except Exception as error:  # zlib and the header's parser have errors of their own
+        raise DumpError(f"cannot read {file}: {type(error).__name__}.", "Save it again.", code="array") from error
+
+
+def safetensors(file: Path) -> Iterator[tuple[str, NDArray[Any]]]:
+    """Names and float arrays of a safetensors file; bfloat16, which NumPy lacks, becomes float32.
+
+    Raises:
+        ValueError: it is no such file.
+    """
+    data = np.memmap(file, dtype=np.uint8, mode="r")
+    size = int.from_bytes(data[:8].tobytes(), "little") if len(data) >= 8 else 0
+    if not 2 <= size <= len(data) - 8:
+        raise ValueError("it is no safetensors file")
+    body = data[8 + size :]
+    header = json.loads(data[8 : 8 + size].tobytes())
+    if not isinstance(header, dict):
+        raise ValueError("its header is no object")  # noqa: TRY004  # a file's fault, not a caller's
+    for name, entry in header.items():
+        if name == "__metadata__" or not isinstance(entry, dict):
+            continue
+        begin, end = entry["data_offsets"]
+        shape = tuple(entry["shape"])
+        raw = body[begin:end]
+        if entry["dtype"] == "BF16":
+            yield name, (raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32).reshape(shape)
+        elif entry["dtype"] in _TYPES:
+            yield name, raw.view(_TYPES[entry["dtype"]]).reshape(shape)

@@ -1,0 +1,77 @@
+"""Records as JSON objects, in the format's order of keys: what every writer writes."""
+
+from collections.abc import Iterable
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .points import parse
+from .record import DECODE, PREFILL, Header, Rows, Token, statistic_as_json
+
+
+def _as_text(value: float) -> float | str:
+    """JSON has no non-finite numbers: they are written as strings (orjson would write null in silence)."""
+    if np.isfinite(value):
+        return value
+    return "NaN" if np.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
+
+
+def _numbers(row: NDArray[np.float32], finite: bool) -> Any:
+    """A row for a JSON writer that knows float32, and writes the shortest digits that give it back."""
+    return row if finite else [x if np.isfinite(x) else _as_text(float(x)) for x in row]
+
+
+def checkpoint_lines(rows: Rows) -> Iterable[dict[str, Any]]:
+    """One JSON object a row, in the format's order of keys."""
+    layer = parse(rows.point).layer
+    width = np.arange(rows.values.shape[1])
+    padding = width[None, :] >= rows.counts[:, None]
+    finite: NDArray[np.bool_] = np.all(np.isfinite(rows.values) | padding, axis=1)
+    for r in range(len(rows)):
+        count = int(rows.counts[r])
+        line: dict[str, Any] = {
+            "type": "checkpoint",
+            "checkpoint": rows.point,
+            "layer": layer,
+            "seq": int(rows.seq[r]),
+            "token_idx": int(rows.token_idx[r]),
+            "step": int(rows.step[r]),
+            "phase": DECODE if rows.decode[r] else PREFILL,
+            "dtype": rows.dtype,
+            "shape": list(rows.shapes[r]),
+            "values": _numbers(rows.values[r, :count], bool(finite[r])),
+        }
+        if rows.indices is not None and rows.indices[r, 0] >= 0:
+            line["indices"] = rows.indices[r, :count].tolist()
+        stats = {name: column[r] for name, column in rows.stats.items() if not np.isnan(column[r])}
+        if stats:
+            line["stats"] = {name: _as_text(statistic_as_json(name, value)) for name, value in stats.items()}
+        if rows.sketch is not None and not np.isnan(rows.sketch[r]).all():
+            line["sketch"] = _numbers(rows.sketch[r], bool(np.isfinite(rows.sketch[r]).all()))
+        yield line
+
+
+def token_line(token: Token) -> dict[str, Any]:
+    """One generated token as a JSON object."""
+    return {
+        "type": "token",
+        "seq": token.seq,
+        "token_idx": token.token_idx,
+        "id": token.id,
+        "text": token.text,
+        "top": [[number, _as_text(value)] for number, value in token.top],
+    }
+
+
+def header_line(header: Header) -> dict[str, Any]:
+    """The header as a JSON object; what is not known is left out."""
+    fields = {name: value for name, value in asdict(header).items() if value not in (None, "", {}, ())}
+    fields["model"] = {name: value for name, value in asdict(header.model).items() if value not in (None, "")}
+    return {"type": "header", "format": fields.pop("format"), **fields, "tokens": list(header.tokens)}
+
+
+def end_line(checkpoints: int, tokens: int) -> dict[str, Any]:
+    """The last line of a whole dump."""
+    return {"type": "end", "checkpoints": checkpoints, "tokens": tokens}

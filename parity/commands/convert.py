@@ -1,0 +1,36 @@
+"""`parity convert`: any dump as format 1."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import options as o
+
+
+def convert(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            help="JSON lines, an eval-callback log, a model debugger's folder, .npy, .npz or .safetensors.", show_default=False
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The dump to write.", show_default=False)],
+    names: o.MapOption = None,
+    offset: o.OffsetOption = 0,
+) -> None:
+    """Write what your engine left behind as a dump of format 1: one JSON object a line, as `parity diff` and `lint` take it."""
+    from checkpoints.formats import load
+    from checkpoints.jsonl import Writer
+    from checkpoints.mapping import read_mapping
+    from checkpoints.record import Header
+
+    from ..output import written
+
+    dump = load(source, read_mapping(names) if names else None, offset)
+    with Writer(out, dump.header or Header(source=f"converted from {source.name}")) as writer:
+        for rows in dump.points.values():
+            writer.rows(rows)
+        for token in dump.tokens:
+            writer.token(token)
+    written(out)

@@ -1,0 +1,129 @@
+"""`parity drift`: golden dumps for CI."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import options as o
+
+app = typer.Typer(
+    no_args_is_help=True,
+    help="Keep numbers from moving unseen: record golden dumps, check against them in CI, see the margins over commits.",
+)
+
+
+class Side(StrEnum):
+    """Who computes."""
+
+    OURS = "ours"
+    REF = "ref"
+
+
+FolderArgument = Annotated[Path, typer.Argument(help="Folder of `parity drift record`.", show_default=False)]
+LedgerOption = Annotated[Path | None, typer.Option("--ledger", help="Ledger of the checks; default: FOLDER/ledger.jsonl.")]
+
+
+@app.command("record")
+def record(
+    prompts: Annotated[Path, typer.Option("--prompts", help="Prompts, one a line, UTF-8; \\n in a line is a line break.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the golden dumps.")],
+    model: o.ModelOption = None,
+    side: Annotated[
+        Side, typer.Option("--side", help="Whose numbers are golden: llama.cpp's (ref) or our engine's.")
+    ] = Side.REF,
+    command: Annotated[
+        str | None, typer.Option("--exec", help="A foreign engine's own numbers are golden: 'CMD {model} {tokens} {out}'.")
+    ] = None,
+    mode: o.ModeOption = o.Mode.EXACT,
+    points: o.PointsOption = "default",
+    slice_size: o.SliceOption = 16,
+    generate: Annotated[
+        int, typer.Option("--generate", min=0, help="Decode steps after each prompt, along llama.cpp's tokens.")
+    ] = 1,
+    threads: o.ThreadsOption = None,
+    backend: o.BackendOption = o.BackendName.AUTO,
+) -> None:
+    """Write a golden dump of every prompt: small enough to commit."""
+    from .. import drift
+    from ..output import progress_bar, written
+
+    request = drift.Recording(
+        prompts, out, model, side.value, command, mode.value, points, slice_size, generate, threads, backend.value
+    )
+    with progress_bar(o.Format.TEXT) as progress:
+        golden = drift.record(request, progress)
+    for prompt in golden.prompts:
+        written(golden.path(prompt))
+
+
+@app.command("check")
+def check(
+    folder: FolderArgument,
+    ours: Annotated[
+        list[Path] | None, typer.Option("--ours", help="Dumps of your engine, one a prompt; repeat the option.")
+    ] = None,
+    command: Annotated[str | None, typer.Option("--exec", help="Your engine: 'CMD {model} {tokens} {out}'.")] = None,
+    side: Annotated[
+        Side | None, typer.Option("--side", help="Run our engine (ours) or llama.cpp (ref); default: whoever was recorded.")
+    ] = None,
+    model: Annotated[Path | None, typer.Option("--model", "-m", help="The model, where it does not lie as recorded.")] = None,
+    mode: Annotated[o.Mode | None, typer.Option("--mode", help="Refuse golden dumps of the other mode.")] = None,
+    prompts: Annotated[Path | None, typer.Option("--prompts", help="Refuse golden dumps of other prompts than these.")] = None,
+    update: Annotated[bool, typer.Option("--update", help="Rewrite the golden points that are shown as moved.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Errors that grow within their limits exit 1, too.")] = False,
+    bisect: Annotated[
+        bool, typer.Option("--bisect", help="For `git bisect run`: what cannot be tested exits 125, not 2.")
+    ] = False,
+    tolerance: o.ToleranceOption = None,
+    ledger: LedgerOption = None,
+    no_ledger: Annotated[bool, typer.Option("--no-ledger", help="Don't note this check.")] = False,
+    junit: Annotated[Path | None, typer.Option("--junit", help="Write JUnit XML besides: one case a point.")] = None,
+    summary: Annotated[Path | None, typer.Option("--summary", help="Append Markdown to this file (a job summary).")] = None,
+    form: o.AnswerOption = o.AnswerFormat.TEXT,
+    threads: o.ThreadsOption = None,
+    backend: o.BackendOption = o.BackendName.AUTO,
+) -> None:
+    """Run again (or run your engine, or read its dumps) and compare with the golden dumps.
+
+    Exits 0 where nothing moved beyond its limit, 1 for drift, 2 where the model, the prompts or the mode changed. With
+    --bisect 125 takes the place of 2: `git bisect run parity drift check FOLDER --exec CMD --bisect`.
+    """
+    del bisect  # __main__ maps the exit code, those of wrong options included
+    from .. import drift
+    from ..drift_output import show
+    from ..output import progress_bar
+
+    request = drift.Checking(
+        folder,
+        model,
+        side.value if side else None,
+        command,
+        tuple(ours or ()),
+        mode.value if mode else None,
+        prompts,
+        update,
+        tolerance,
+        ledger,
+        not no_ledger,
+        threads,
+        backend.value,
+    )
+    with progress_bar(o.Format.TEXT if form is o.AnswerFormat.TEXT else o.Format.JSON) as progress:
+        answer = drift.check(request, progress)
+    raise typer.Exit(show(answer, form, junit, summary, strict=strict))
+
+
+@app.command("history")
+def history(
+    folder: FolderArgument,
+    ledger: LedgerOption = None,
+    html: Annotated[Path | None, typer.Option("--html", help="Write a report with the margins drawn.")] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit 1 where an error grows or comes near its limit.")] = False,
+    form: o.FormatOption = o.Format.TEXT,
+) -> None:
+    """Show the margins of all checks over commits, and warn before a limit is reached."""
+    from ..drift_output import show_history
+
+    raise typer.Exit(show_history(folder, ledger, html, form, strict=strict))

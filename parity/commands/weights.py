@@ -1,0 +1,46 @@
+"""`parity weights`: every tensor dequantised three times, or a foreign engine's weights against the file."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import options as o
+
+
+def weights(
+    model: o.ModelOption = None,
+    theirs: Annotated[
+        Path | None,
+        typer.Option(
+            "--theirs",
+            help="Weights that your engine dumped after loading, leading values suffice: safetensors, npz, or JSONL with GGUF names.",
+        ),
+    ] = None,
+    backend: o.BackendOption = o.BackendName.AUTO,
+    form: o.FormatOption = o.Format.TEXT,
+) -> None:
+    """Are the weights read right? Every tensor dequantised by us, by libggml and by gguf-py, byte for byte.
+
+    Your engine writes garbage from the first layer on? Dump the first hundred values of each weight as your engine holds it after
+    loading, and give the file as --theirs: for each tensor this says equal, transposed, permuted, another tensor, off by a
+    block, nibbles or scales swapped, wrong byte order, or where it first differs.
+
+    Exits 0 if all are right, 1 if one is not.
+    """
+    from ..default_model import path as default_model
+    from ..output import answer, progress_bar
+
+    path = model or default_model()
+    if theirs is not None:
+        from ..foreign_weights import check_foreign
+
+        found = check_foreign(path, theirs)
+    else:
+        from ..weights import check_weights
+
+        with progress_bar(form) as progress:
+            found = check_weights(path, backend.value, progress)
+    from reports import weights as report
+
+    raise typer.Exit(answer(found, report, form))

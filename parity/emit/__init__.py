@@ -1,0 +1,15 @@
+"""Files for engines of others: what runs in a user's process is one of these, never our packages."""
+
+from pathlib import Path
+
+_HERE = Path(__file__).parent
+FILES = {"c": "parity_dump.h", "rust": "parity_dump.rs"}
+
+
+def source(language: str) -> str:
+    """The text of the emitter for "c", "python" or "rust"."""
+    if language == "python":
+        from .python import single_file
+
+        return single_file()
+    return (_HERE / FILES[language]).read_text(encoding="utf-8")

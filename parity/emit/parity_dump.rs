@@ -1,0 +1,49 @@
+//! Write checkpoints of a Rust engine for `parity diff` and `parity lint`. No dependency. Printed by `parity emit rust`.
+//!
+//!     let mut tap = parity_dump::Recorder::create("ours.jsonl", "my-model", &tokens)?;
+//!     tap.checkpoint("blk.5.l_out", position, &hidden)?; // all values of one position, in host memory
+//!     tap.finish()?;
+use std::fs::File;
+use std::io::{BufWriter, Result, Write};
+
+pub struct Recorder { out: BufWriter<File>, records: u64 }
+
+fn number(x: f64) -> String {
+    if x.is_nan() { "\"NaN\"".into() } else if x.is_infinite() { format!("\"{}Infinity\"", if x > 0.0 { "" } else { "-" }) } else { format!("{x:e}") }
+}
+
+fn list(values: &[f32]) -> String {
+    // {:e} of an f32 prints the shortest digits that give it back.
+    values.iter().map(|x| if x.is_finite() { format!("{x:e}") } else { number(*x as f64) }).collect::<Vec<_>>().join(",")
+}
+
+impl Recorder {
+    pub fn create(path: &str, model: &str, tokens: &[u32]) -> Result<Self> {
+        let mut out = BufWriter::new(File::create(path)?);
+        writeln!(out, "{{\"type\":\"header\",\"format\":1,\"source\":\"rust\",\"model\":{{\"name\":{model:?}}},\"tokens\":{tokens:?},\"slice\":16}}")?;
+        Ok(Self { out, records: 0 })
+    }
+
+    pub fn checkpoint(&mut self, point: &str, position: usize, row: &[f32]) -> Result<()> {
+        let (mut sum, mut squares, mut sketch, mut nonfinite) = (0f64, 0f64, [0f64; 32], 0);
+        for (i, &value) in row.iter().enumerate() {
+            if !value.is_finite() { nonfinite += 1; continue; }
+            let x = value as f64;
+            let mut h = i as u32 + 1; // MurmurHash3's finaliser: bit j is the sign of projection j
+            h ^= h >> 16; h = h.wrapping_mul(0x85EB_CA6B); h ^= h >> 13; h = h.wrapping_mul(0xC2B2_AE35); h ^= h >> 16;
+            sum += x;
+            squares += x * x;
+            for (j, s) in sketch.iter_mut().enumerate() { *s += if h >> j & 1 == 1 { x } else { -x }; }
+        }
+        let sketch: Vec<f32> = sketch.iter().map(|&s| s as f32).collect();
+        self.records += 1;
+        writeln!(self.out,
+            "{{\"checkpoint\":\"{point}\",\"token_idx\":{position},\"dtype\":\"f32\",\"shape\":[{}],\"values\":[{}],\"stats\":{{\"n\":{},\"sum\":{},\"l2\":{},\"nonfinite\":{nonfinite}}},\"sketch\":[{}]}}",
+            row.len(), list(&row[..row.len().min(16)]), row.len(), number(sum), number(squares.sqrt()), list(&sketch))
+    }
+
+    pub fn finish(mut self) -> Result<()> {
+        writeln!(self.out, "{{\"type\":\"end\",\"checkpoints\":{},\"tokens\":0}}", self.records)?;
+        self.out.flush()
+    }
+}

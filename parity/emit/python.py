@@ -1,0 +1,55 @@
+"""Puts the Python emitter together from the modules that define what it writes: there is no second definition."""
+
+import ast
+from pathlib import Path
+
+import checkpoints
+
+_MODULES = ("errors", "record", "points", "summary", "lines")  # in the order of what they need of each other
+
+_TOP = '''"""Write checkpoints of a Python engine for `parity diff` and `parity lint`. One file; needs Python 3.10 and NumPy only.
+
+    from parity_dump import Recorder
+
+    with Recorder("ours.jsonl", model="my-model", tokens=ids) as tap:
+        tap("embd", hidden)  # [T, n] or [n]: NumPy, CuPy, PyTorch, JAX, anything with DLPack
+        tap("blk.5.l_out", hidden)  # copied in this call: reuse your buffers
+        tap.hook(torch_model)  # or: record the submodules of a PyTorch model whose names are known
+
+Printed by `parity emit python`, put together from parity's own source: don't edit, print it again.
+"""
+
+from __future__ import annotations
+
+'''
+
+
+def single_file() -> str:
+    """The text of parity_dump.py."""
+    here = Path(__file__).parent
+    folder = Path(checkpoints.__file__).parent
+    imports: set[str] = set()
+    files = [*(folder / f"{name}.py" for name in _MODULES), here / "recorder.py"]
+    bodies = [_body(path.read_text(encoding="utf-8"), imports) for path in files]
+    plain = sorted(line for line in imports if line.startswith("import "))
+    named = sorted(line for line in imports if line.startswith("from "))
+    return _TOP + "\n".join((*plain, *named)) + "\n\n" + "\n".join(bodies)
+
+
+def _body(source: str, imports: set[str]) -> str:
+    """A module without its docstring and imports; those of others' packages are added to `imports`."""
+    tree = ast.parse(source)
+    lines = source.splitlines()
+    for number, node in enumerate(tree.body):
+        docstring = number == 0 and isinstance(node, ast.Expr)
+        if isinstance(node, ast.Import):
+            imports.add(ast.unparse(node))
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and not (node.module or "").startswith("checkpoints"):
+            # Annotations are not evaluated, so that Self, which Python 3.10 lacks, is not needed.
+            node.names = [name for name in node.names if name.name != "Self"]
+            imports.add(ast.unparse(node))
+        elif not docstring and not isinstance(node, ast.ImportFrom):
+            continue
+        for line in range(node.lineno - 1, node.end_lineno or node.lineno):
+            lines[line] = ""
+    return "\n".join(lines).strip("\n") + "\n\n"

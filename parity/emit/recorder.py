@@ -1,0 +1,158 @@
+"""The tap for Python engines. `parity emit python` prints this file together with the definitions that it uses."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from checkpoints.lines import checkpoint_lines, end_line, header_line, token_line
+from checkpoints.points import parse, resolve
+from checkpoints.record import DEFAULT_SLICE, Header, ModelInfo, Token
+from checkpoints.summary import summarise
+
+
+def to_host(value: Any) -> NDArray[np.float32]:
+    """A copy in host memory, float32: of a NumPy, CuPy, PyTorch or JAX array, or of anything with DLPack.
+
+    Raises:
+        TypeError: it is no array.
+    """
+    if hasattr(value, "detach") and hasattr(value, "cpu"):  # PyTorch: waits for the stream that computes it
+        value = value.detach().float().cpu().numpy()
+    elif hasattr(value, "__cuda_array_interface__") and hasattr(value, "get"):  # CuPy
+        value = value.get()
+    elif not isinstance(value, np.ndarray):
+        if hasattr(value, "__array__"):  # JAX and others
+            value = np.asarray(value)
+        elif hasattr(value, "__dlpack__"):
+            value = np.from_dlpack(value)
+        else:
+            raise TypeError(f"a checkpoint is made of an array, not of {type(value).__name__}")
+    return np.array(value, dtype=np.float32, order="C", copy=True)
+
+
+def _as_json(value: Any) -> Any:
+    """float32 with the shortest digits that give it back."""
+    if isinstance(value, np.ndarray):
+        return [float(str(x)) for x in value]
+    if isinstance(value, np.floating):
+        return float(str(value))
+    if isinstance(value, np.integer):
+        return int(value)
+    raise TypeError(f"{type(value).__name__} is not JSON")
+
+
+class Recorder:
+    """Writes checkpoints of an engine: `with Recorder("ours.jsonl", model="my-model", tokens=ids) as tap: tap("blk.5.l_out", hidden)`.
+
+    A value is copied in the call. Rows of a point stand at the positions after those that were recorded of it before, so that
+    a prefill [T, n] and decode steps [1, n] number themselves; `positions` says it where some are left out.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+
+    def __init__(
+        self,
+        path: "str | os.PathLike[str]",
+        *,
+        model: str = "",
+        tokens: Sequence[int] = (),
+        prompt: "str | None" = None,
+        layers: "int | None" = None,
+        compute: str = "",
+        source: str = "python",
+        slice_size: int = DEFAULT_SLICE,
+        hparams: "Mapping[str, Any] | None" = None,
+    ) -> None:
+        self.layers = layers
+        self.slice_size = slice_size
+        self.checkpoints = 0
+        self.tokens = 0
+        self._next: dict[tuple[str, int], int] = {}
+        self._passes: dict[tuple[str, int], int] = {}
+        self._file = open(path, "wb")  # noqa: SIM115, PTH123  # closed by close
+        self._write(
+            header_line(
+                Header(
+                    source=source,
+                    model=ModelInfo(name=model, layers=layers),
+                    tokens=tuple(int(token) for token in tokens),
+                    prompt=prompt,
+                    compute=compute,
+                    slice=slice_size,
+                    hparams=dict(hparams) if hparams else None,
+                )
+            )
+        )
+
+    def __call__(self, name: str, value: Any, positions: "Sequence[int] | None" = None) -> None:
+        """Record a value: [T, n] or [n]; [B, T, n] are B sequences. Attention scores and weights are [H, T, S].
+
+        Raises:
+            TypeError, ValueError: it is no array, or has another number of rows than positions.
+        """
+        point = resolve(name, self.layers)
+        array = to_host(value)
+        known = parse(point).known
+        if known is not None and known.row == ("H", "t+1"):
+            for seq, one in enumerate(array if array.ndim == 4 else array[None]):
+                self._record(point, one, one.shape[1], seq, positions)
+        elif array.ndim == 3:
+            for seq, one in enumerate(array):
+                self._record(point, one, len(one), seq, positions)
+        else:
+            self._record(point, np.atleast_2d(array), 1 if array.ndim < 2 else len(array), 0, positions)
+
+    def _record(self, point: str, array: NDArray[np.float32], rows: int, seq: int, positions: "Sequence[int] | None") -> None:
+        start = self._next.get((point, seq), 0)
+        at = np.arange(start, start + rows) if positions is None else np.asarray(positions, dtype=np.int64)
+        step = self._passes.get((point, seq), 0)
+        made = summarise(point, array, at, step=step, decode=step > 0 and rows == 1, slice_size=self.slice_size, seq=seq)
+        for line in checkpoint_lines(made):
+            self._write(line)
+        self.checkpoints += len(made)
+        self._next[point, seq] = int(at[-1]) + 1 if len(at) else start
+        self._passes[point, seq] = step + 1
+
+    def token(self, position: int, number: int, text: str = "", seq: int = 0) -> None:
+        """Record a generated token and the position it will stand at."""
+        self._write(token_line(Token(position, number, text, (), seq)))
+        self.tokens += 1
+
+    def hook(self, module: Any, names: "Mapping[str, str] | None" = None) -> "list[Any]":
+        """Record the outputs of a PyTorch model's submodules: module name -> point, by default all whose names are known.
+
+        Returns the handles: `handle.remove()` takes a hook off.
+        """
+        handles = []
+        for name, part in module.named_modules():
+            point = names.get(name) if names is not None else resolve(name, self.layers)
+            if point is None or (names is None and parse(point).known is None):
+                continue
+
+            def record(_module: Any, _inputs: Any, output: Any, point: str = point) -> None:
+                self(point, output[0] if isinstance(output, tuple) else output)
+
+            handles.append(part.register_forward_hook(record))
+        return handles
+
+    def _write(self, line: "dict[str, Any]") -> None:
+        self._file.write(json.dumps(line, default=_as_json, ensure_ascii=False, separators=(",", ":")).encode() + b"\n")
+        self._file.flush()
+
+    def close(self, *, complete: bool = True) -> None:
+        """Close the file, with the end record if the dump is complete. A second call does nothing."""
+        if not self._file.closed:
+            if complete:
+                self._write(end_line(self.checkpoints, self.tokens))
+            self._file.close()
+
+    def __enter__(self) -> "Recorder":
+        return self
+
+    def __exit__(self, kind: "type[BaseException] | None", *_: object) -> None:
+        self.close(complete=kind is None)

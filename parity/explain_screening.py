@@ -1,0 +1,270 @@
+"""How far a candidate gets: replayed on as few positions as causality allows, up to the first record that contradicts it."""
+
+from collections.abc import Callable, Iterator, Sequence
+from time import perf_counter
+
+import numpy as np
+
+from checkpoints.points import parse
+from engine.backend import Array, Backend
+from engine.faults import CATALOGUE, SEEN, Planting
+from engine.graph import POSITIONS, Step
+from engine.replay import Replay
+
+from .explain_layers import batch_size, can_carry, carry
+from .explain_records import Expected, Floats, Ints
+from .explain_state import Candidate, Layers, Place, Screened, State, Tried, key, shown_points, unchanged_steps
+
+MakeReplay = Callable[[Sequence[Step], int], Replay]
+# What a change raises that this model's shapes (or its lack of a weight) do not allow.
+# TypeError: of two faults at once the second one changed the operation that the first one had given other inputs.
+NOT_ALLOWED = (ValueError, KeyError, IndexError, TypeError)
+_REPLAYS = 8  # replays that are kept; each holds every value of a run
+
+
+class Screening:
+    """Holds candidates against the records of a dump.
+
+    Args:
+        make: gives the replay of a list of steps over the first so many rows.
+        seconds: after which screening ends.
+    """
+
+    def __init__(
+        self,
+        entries: Sequence[Expected],
+        steps: Sequence[Step],
+        make: MakeReplay,
+        positions: Ints,
+        backend: Backend,
+        seconds: float,
+    ) -> None:
+        self.entries = list(entries)
+        self.right = tuple(steps)
+        self.tried = Tried()
+        self.complete = True
+        self._make = make
+        self._positions = positions
+        self._backend = backend
+        self._until = perf_counter() + seconds
+        self._number = {entry.point: number for number, entry in enumerate(self.entries)}
+        self._replays: dict[tuple[str, ...], Replay] = {}
+        self.n_layers = sum(step.makes.endswith(".l_out") for step in steps)
+
+    def start(self) -> State:
+        """The right engine itself."""
+        nmse = tuple(entry.base for entry in self.entries)
+        return State((), Planting(self.right), nmse, self._first(nmse))
+
+    def _first(self, nmse: Sequence[Floats]) -> Place | None:
+        for number, (entry, errors) in enumerate(zip(self.entries, nmse, strict=False)):  # nmse may end early
+            wrong = errors > entry.limit
+            if wrong.any():
+                return Place(number, int(entry.rows[wrong].min()))
+        return None
+
+    def _replay(self, state: State, rows: int) -> Replay:
+        """The state's replay over the first rows; made once for each number of rows."""
+        name = (*key(state.faults), str(rows))
+        if name not in self._replays:
+            if len(self._replays) >= _REPLAYS:
+                del self._replays[next(iter(self._replays))]
+            self._replays[name] = self._make(state.steps, rows)
+        return self._replays[name]
+
+    def _errors(self, root: State, steps: Sequence[Step], rows: int, until: int) -> dict[int, Floats] | None:
+        """NMSE at the points that a list of steps changes, up to point `until` or the first that differs in front of it.
+
+        None: the model's shapes do not allow this list.
+        """
+        shown = shown_points(steps)
+        found: dict[int, Floats] = {}
+
+        def visit(name: str, made: Array) -> bool:
+            number = self._compare(name, made, shown, rows, found)
+            if number is None or shown:  # what a dump shows instead is known at the end of the list
+                return True
+            return number < until and not (found[number] > self.entries[number].limit).any()
+
+        try:
+            self._replay(root, rows).run(steps, visit, unchanged_steps(steps, root))
+        except NOT_ALLOWED:
+            return None
+        return found
+
+    def _compare(self, name: str, made: Array, shown: frozenset[str], rows: int, found: dict[int, Floats]) -> int | None:
+        """Hold a value against the dump, if it is what the dump shows; its point's number."""
+        point = name.removeprefix(SEEN)
+        number = self._number.get(point)
+        if number is None or (point in shown and name == point):
+            return None
+        found[number] = self.entries[number].nmse(self._backend.to_host(made), self._positions[:rows])
+        return number
+
+    def _everything(self, root: State, steps: Sequence[Step]) -> tuple[Floats, ...] | None:
+        """NMSE at every point, all rows; None where the model's shapes do not allow this list."""
+        shown, rows = shown_points(steps), len(self._positions)
+        found: dict[int, Floats] = {}
+
+        def visit(name: str, made: Array) -> bool:
+            self._compare(name, made, shown, rows, found)
+            return True
+
+        try:
+            self._replay(root, rows).run(steps, visit, unchanged_steps(steps, root))
+        except NOT_ALLOWED:
+            return None
+        return tuple(found.get(number, errors) for number, errors in enumerate(root.nmse))
+
+    def candidates(self, state: State, layers: Layers) -> Iterator[Candidate]:
+        """Every variant of every fault in these layers (None: all)."""
+        right = state.planting.right
+        for fault in CATALOGUE.values():
+            if layers is not None and (fault.once or not any(f"blk.0.{kind}" in right for kind in fault.kinds)):
+                continue
+            for parameters in fault.variants(right):
+                yield Candidate(fault, parameters, layers)
+
+    def suspects(self, state: State) -> range:
+        """The layers between the last point in front of the first place at which all is right, and that place."""
+        if state.first is None:
+            return range(0)
+        point = parse(self.entries[state.first.point].point)
+        last = point.layer if point.layer is not None else (-1 if point.kind == "embd" else self.n_layers - 1)
+        low = 0
+        for entry in self.entries[: state.first.point]:
+            before = parse(entry.point)
+            if before.layer is not None:
+                low = max(low, before.layer + (before.kind == "l_out"))
+        return range(low, last + 1)
+
+    def screen(self, state: State, candidate: Candidate) -> Screened | None:
+        """How far a candidate gets by its first rows: the first place that still differs (None: none), and the NMSE that
+        is left at the state's first place. None where it changes nothing there or the model does not allow it.
+        """
+        first = state.first
+        if first is None:
+            return None
+        try:
+            steps = candidate.planted(state)
+        except NOT_ALLOWED:
+            return None
+        entry = self.entries[first.point]
+        shown = shown_points(steps)
+        root = state.root or state
+        if unchanged_steps(steps, root) > root.order[entry.point] and entry.point not in shown:
+            return None
+        rows = self._rows(state, candidate)
+        found = self._errors(root, steps, rows, first.point)
+        self.tried.faults.add(candidate.fault.name)
+        self.tried.variants += 1
+        if not found:
+            return None
+        here = entry.rows < rows
+        left = found.get(first.point)
+        errors = [
+            found.get(number, np.where(self.entries[number].rows < rows, root.nmse[number], np.nan))
+            for number in range(first.point + 1)
+        ]
+        place = self._first(errors)
+        at_first = (entry.rows == first.row) & here
+        error = float(left[at_first].max()) if left is not None and at_first.any() else float("nan")
+        return place, error
+
+    def _rows(self, state: State, candidate: Candidate) -> int:
+        """How many rows show whether a candidate gets beyond the first place: that row and the next, if causality holds."""
+        every = len(self._positions)
+        if state.first is None or any(one.fault.whole for one in (*state.faults, candidate)):
+            return every
+        return min(state.first.row + 2, every)
+
+    def check(self, state: State, candidate: Candidate) -> State | None:
+        """The state with the candidate planted, on all rows and points."""
+        steps = candidate.planted(state)
+        nmse = self._everything(state.root or state, steps)
+        return None if nmse is None else State((*state.faults, candidate), Planting(steps), nmse, self._first(nmse))
+
+    def out_of_time(self) -> bool:
+        """Whether the budget is spent."""
+        if perf_counter() > self._until:
+            self.complete = False
+        return not self.complete
+
+    def extend(self, seconds: float) -> None:
+        """Search on for so many seconds."""
+        self._until = perf_counter() + seconds
+        self.complete = True
+
+    def screened(self, state: State, layers: Layers) -> Iterator[tuple[Candidate, Screened]]:
+        """Every candidate of a scope that changes something at the state's first place, and how far it gets."""
+        later = self._carried(state, layers)
+        waiting: dict[int, dict[bytes, tuple[Array, list[Candidate]]]] = {}
+        for candidate in self.candidates(state, layers):
+            if self.out_of_time():
+                return
+            if later and layers is not None and candidate.fault.shows is None:
+                rows = self._rows(state, candidate)
+                made = self._layer_output(state, candidate, layers[0], rows)
+                if made is not None:
+                    waiting.setdefault(rows, {}).setdefault(made.tobytes(), (made, []))[1].append(candidate)
+                continue
+            result = self.screen(state, candidate)
+            if result is not None:
+                yield candidate, result
+        for rows, distinct in waiting.items():
+            yield from self._carry(state, f"blk.{layers[0] if layers else 0}.l_out", later, rows, list(distinct.values()))
+
+    def _carried(self, state: State, layers: Layers) -> list[Step]:
+        """The steps between a layer's output and the state's first place, if they can be computed for many at once."""
+        if layers is None or state.first is None:
+            return []
+        point = self.entries[state.first.point].point
+        known = parse(point).known
+        names = [step.makes for step in state.steps]
+        start, end = names.index(f"blk.{layers[0]}.l_out"), names.index(point)
+        steps = list(state.steps[start + 1 : end + 1])
+        return steps if known is not None and "t+1" not in known.row and steps and can_carry(steps) else []
+
+    def _layer_output(self, state: State, candidate: Candidate, layer: int, rows: int) -> Array | None:
+        """What a candidate makes of a layer's output; None where it makes no difference or breaks what agrees before."""
+        self.tried.faults.add(candidate.fault.name)
+        self.tried.variants += 1
+        output: list[Array] = []
+        found: dict[int, Floats] = {}
+
+        def visit(name: str, made: Array) -> bool:
+            number = self._compare(name, made, frozenset(), rows, found)
+            if number is not None and (found[number] > self.entries[number].limit).any():
+                return False
+            if name == f"blk.{layer}.l_out":
+                output.append(made)
+                return False
+            return True
+
+        try:
+            steps = candidate.planted(state)
+            self._replay(state, rows).run(steps, visit, unchanged_steps(steps, state))
+        except NOT_ALLOWED:
+            return None
+        return output[0] if output else None
+
+    def _carry(
+        self, state: State, start: str, steps: Sequence[Step], rows: int, distinct: Sequence[tuple[Array, list[Candidate]]]
+    ) -> Iterator[tuple[Candidate, Screened]]:
+        """Screen many versions of a layer's output together."""
+        first = state.first
+        size = batch_size(rows)
+        replay = self._replay(state, rows)
+        for begin in range(0, len(distinct), size):
+            if self.out_of_time() or first is None:
+                return
+            batch = distinct[begin : begin + size]
+            made = carry(steps, start, [output for output, _ in batch], replay.values[POSITIONS], replay.weights)
+            for value, (_, candidates) in zip(made, batch, strict=True):
+                entry = self.entries[first.point]
+                errors = entry.nmse(self._backend.to_host(value), self._positions[:rows])
+                wrong = errors > entry.limit
+                place = Place(first.point, int(entry.rows[wrong].min())) if wrong.any() else None
+                error = float(errors[entry.rows == first.row].max())
+                for candidate in candidates:
+                    yield candidate, (place, error)

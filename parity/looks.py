@@ -1,0 +1,89 @@
+"""What a wrong operation looks like, in words: which other operation it would be."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine import ops
+from engine.graph import Altered, Step, WeightSource
+
+_LARGEST = 1 << 24  # elements of a weight of which other readings are tried: 128 MiB as float64
+_FAR_NEARER = 1e-3
+# Rounding of activations to 8 bits costs 2e-5 … 3e-4 (NMSE of one product, every 4- to 8-bit type): this is ten times that.
+_ROUNDING = 3e-3
+
+
+def look_of(
+    step: Step,
+    x: NDArray[np.float32],
+    theirs: NDArray[np.float32],
+    weights: WeightSource,
+    nmse: float,
+    limit: float,
+    siblings: Sequence[str] = (),
+) -> str:
+    """What distinguishes a wrong operation from the right one, given its first input [T, n]; empty where nothing does.
+
+    `siblings` are other weights of the same layer, one of which may have been taken instead.
+    """
+    if "native" in step.params:
+        return _product(step, x, theirs, weights, nmse, limit, siblings)
+    if step.op is ops.rms_norm:
+        return _norm(step, x, theirs, weights, limit)
+    return ""
+
+
+def _norm(step: Step, x: NDArray[np.float32], theirs: NDArray[np.float32], weights: WeightSource, limit: float) -> str:
+    """Solves 1 / sqrt(mean(x²) + ε) for ε, row by row."""
+    if float(np.sum((x.astype(np.float64) - theirs) ** 2)) <= limit * float(np.sum(theirs.astype(np.float64) ** 2)):
+        return "its output is its input: not normalised"
+    wide = x.astype(np.float64)
+    scaled = wide * weights.get(str(step.weights[0]))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        scale = np.einsum("ij,ij->i", theirs.astype(np.float64), scaled) / np.einsum("ij,ij->i", scaled, scaled)
+        eps = float(np.median(1 / scale**2 - np.mean(wide**2, axis=1)))
+    if not np.isfinite(eps):
+        return ""
+    again = ops.rms_norm(x, weights.get(str(step.weights[0])), eps=max(eps, 0.0))
+    error = np.sum((again.astype(np.float64) - theirs) ** 2) / max(float(np.sum(theirs.astype(np.float64) ** 2)), 1e-300)
+    if error > limit:
+        return ""
+    return f"it is right with an epsilon of {eps:.2g} instead of {step.params['eps']:.2g}"
+
+
+def _product(
+    step: Step,
+    x: NDArray[np.float32],
+    theirs: NDArray[np.float32],
+    weights: WeightSource,
+    nmse: float,
+    limit: float,
+    siblings: Sequence[str],
+) -> str:
+    first = step.weights[0]
+    if not isinstance(first, Altered):
+        return ""
+    name, shape = first.weight, weights.raw(first.weight)[2]
+    # The rounding of their activations, if they have one, is not known: far nearer than the right weight is near enough.
+    near = max(limit, nmse * _FAR_NEARER)
+    bias = step.weights[1] if len(step.weights) > 1 else None
+    wide = x.astype(np.float64)
+    energy = max(float(np.sum(theirs.astype(np.float64) ** 2)), 1e-300)
+
+    def is_product(weight: NDArray[np.float32], added: str | None) -> bool:
+        made = wide @ weight.T.astype(np.float64) + (weights.get(added) if added is not None else 0.0)
+        return bool(np.sum((made - theirs) ** 2) / energy <= near)
+
+    if shape[0] * shape[1] <= _LARGEST:
+        weight, added = weights.get(name), bias if isinstance(bias, str) else None
+        if is_product(np.ascontiguousarray(weight.T).reshape(shape), added):
+            return f"it is the product with {name} read transposed"
+        if added is not None and is_product(weight, None):
+            return f"it is the product without {added}"
+        for other in siblings:
+            if weights.raw(other)[2] == shape and is_product(weights.get(other), added):
+                return f"it is the product with {other}"
+    if nmse <= _ROUNDING:
+        return "every element is near: rounding of inputs, or a detail of the weight's format, not its layout"
+    return "not rounding: rows, layout or format of the weight, or its bias"

@@ -1,0 +1,94 @@
+"""Whoever writes the dumps of a golden prompt: our engine, llama.cpp, or a foreign engine's command."""
+
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from checkpoints.errors import InputError
+from reference import DumpJob, Reference
+
+from .foreign import run_command
+from .golden import Golden, GoldenPrompt
+
+if TYPE_CHECKING:
+    from engine.transformer import Transformer
+
+Make = Callable[[GoldenPrompt, Path], None]  # writes the dump of a prompt
+
+
+@contextmanager
+def maker(
+    golden: Golden, source: str, model: Path, reference: Reference, command: str | None, threads: int | None, backend: str
+) -> Iterator[Make]:
+    """Writes dumps of one side, prompt after prompt; the model is opened once."""
+    if source == "exec":
+        if command is None:
+            raise InputError("these golden dumps are a foreign engine's.", "Give its command with --exec.", code="exec")
+        runs = reference.twin(model) if golden.mode == "exact" else model
+        line = command
+        yield lambda prompt, out: run_command(line, model=runs, tokens=(*prompt.tokens, *prompt.generated), out=out)
+    elif source == "ref":
+        yield lambda prompt, out: _reference_dump(reference, golden, model, prompt, out, threads)
+    else:
+        from engine.backend import choose
+        from engine.gguf_model import GgufModel
+        from engine.transformer import Transformer
+
+        transformer = Transformer(GgufModel(model), choose(backend))
+        yield lambda prompt, out: _our_dump(transformer, golden, prompt, out)
+
+
+def _our_dump(transformer: "Transformer", golden: Golden, prompt: GoldenPrompt, out: Path) -> None:
+    from .ours import OursJob, dump
+
+    job = OursJob(
+        out,
+        prompt.tokens,
+        pieces=prompt.pieces,
+        prompt=prompt.text,
+        mode=golden.mode,
+        points=golden.points,
+        slice_size=golden.slice_size,
+        generated=prompt.generated,
+        generated_pieces=prompt.generated_pieces,
+    )
+    dump(transformer, job)
+
+
+def _reference_dump(
+    reference: Reference, golden: Golden, model: Path, prompt: GoldenPrompt, out: Path, threads: int | None
+) -> None:
+    job = DumpJob(
+        model,
+        out,
+        prompt.tokens,
+        prompt=prompt.text,
+        pieces=prompt.pieces,
+        mode=golden.mode,
+        points=golden.points,
+        slice=golden.slice_size,
+        lead=prompt.generated or None,
+        threads=threads,
+    )
+    reference.dump(job)
+
+
+def led(
+    prompt: GoldenPrompt, golden: Golden, reference: Reference, model: Path, generate: int, threads: int | None
+) -> GoldenPrompt:
+    """The prompt with the tokens that llama.cpp chooses after it: every later run is led along them."""
+    with tempfile.TemporaryDirectory(prefix="parity-drift-") as scratch:
+        job = DumpJob(
+            model,
+            Path(scratch) / "chosen.jsonl",
+            prompt.tokens,
+            mode=golden.mode,
+            points="logits",
+            generate=generate,
+            threads=threads,
+        )
+        chosen = reference.dump(job).generated
+    return replace(prompt, generated=chosen, generated_pieces=tuple(reference.pieces(model, chosen)))

@@ -1,0 +1,66 @@
+"""What comparing an engine with itself found, as text and as JSON."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from rich.text import Text
+
+from checkpoints.consistency import Check, Consistency
+
+from .as_json import verdict_as_json
+from .layout import columns, labelled
+from .numbers import clean, count, error, limit
+
+
+def lines(found: Consistency, width: int) -> Iterator[Text]:
+    """The whole answer, for a terminal of `width` columns."""
+    yield from labelled([("engine", clean(found.engine))], width)
+    yield Text("")
+    rows: list[tuple[str, ...]] = [("check", "records", "worst NMSE", "", "computed as")]
+    rows += [_row(check) for check in found.checks]
+    styles = ["dim", *("" if check.verdict is None or check.verdict else "bold red" for check in found.checks)]
+    yield from columns(rows, frozenset({1, 2}), styles, width)
+    yield Text("")
+    for check in found.checks:
+        if check.suspect:
+            yield from labelled([("suspect", f"{check.suspect}: {clean(check.reason)} [{check.name}]")], width)
+    yield from labelled([("not checked", clean(said)) for said in found.not_checked], width)
+    yield _answer(found)
+
+
+def _row(check: Check) -> tuple[str, ...]:
+    if check.verdict is None:
+        return (check.name, "–", "–", "not made", clean(check.reason))
+    worst = check.verdict.worst
+    said = "same" if check.verdict else "differs"
+    return (check.name, f"{check.verdict.compared:,}", error(worst.nmse if worst else 0.0), said, clean(check.what))
+
+
+def _answer(found: Consistency) -> Text:
+    failed = [check for check in found.checks if check.verdict is not None and not check.verdict]
+    made = [check for check in found.checks if check.verdict is not None]
+    held = f", limit {limit(made[0].verdict.limits.operations)}" if made and made[0].verdict is not None else ""
+    if failed:
+        names = ", ".join(check.name for check in failed)
+        return Text(f"inconsistent: {names} ({len(failed)} of {count(len(made), 'check')}){held}", style="bold red")
+    return Text(f"consistent: {count(len(made), 'check')}{held}", style="bold green")
+
+
+def as_json(found: Consistency) -> dict[str, Any]:
+    """Every check with its whole verdict."""
+    return {
+        "schema": 1,
+        "verdict": "consistent" if found else "inconsistent",
+        "engine": found.engine,
+        "checks": [
+            {
+                "name": check.name,
+                "what": check.what,
+                "suspect": check.suspect,
+                "reason": check.reason,
+                "diff": None if check.verdict is None else verdict_as_json(check.verdict),
+            }
+            for check in found.checks
+        ],
+        "not_checked": list(found.not_checked),
+    }

@@ -1,0 +1,45 @@
+"""GitHub's workflow commands: annotations that stand beside a run. One line each, nothing in a text can end it."""
+
+from collections.abc import Iterator
+
+from checkpoints.drift import Drift
+from checkpoints.verdict import Verdict
+
+from .drift import remarks as drift_remarks
+from .drift import sentence, shortened
+from .sentences import answer, headline, reasons
+
+
+def annotations(verdict: Verdict) -> Iterator[str]:
+    """An error with what explains it for a divergence, a notice for parity."""
+    if verdict:
+        yield _command("notice", "parity", answer(verdict))
+    else:
+        yield _command("error", headline(verdict), "\n".join([answer(verdict), *_named(verdict)]))
+
+
+def drift_annotations(drift: Drift) -> Iterator[str]:
+    """An error a prompt that moved, a warning a finding, else a notice."""
+    for item in drift.checked:
+        if not item.verdict:
+            said = [f"prompt {shortened(item.prompt)}", headline(item.verdict), answer(item.verdict), *_named(item.verdict)]
+            yield _command("error", "parity drift", "\n".join(said))
+    for name, said_ in drift_remarks(drift):
+        yield _command("warning", f"parity drift: {name}" if name else "parity drift", said_)
+    if drift:
+        yield _command("notice", "parity drift", sentence(drift))
+
+
+def _named(verdict: Verdict) -> list[str]:
+    made = [f"{name}: {said}" for name, said in reasons(verdict)]
+    return [*made, f"next: --points '{verdict.next}'"] if verdict.next else made
+
+
+def _command(kind: str, title: str, message: str) -> str:
+    # https://docs.github.com/actions/reference/workflow-commands-for-github-actions: %, CR and LF are escaped
+    # everywhere, "," and ":" in properties besides.
+    def escaped(text: str) -> str:
+        return text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
+
+    named = escaped(title).replace(":", "%3A").replace(",", "%2C")
+    return f"::{kind} title={named}::{escaped(message)}"

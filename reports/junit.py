@@ -1,0 +1,99 @@
+"""JUnit XML: one case a point, its figures in the text, so that CI shows which points moved."""
+
+import re
+from collections.abc import Iterable, Sequence
+from xml.etree import ElementTree as ET
+
+from checkpoints.drift import Drift
+from checkpoints.verdict import Difference, PointSummary, Verdict
+
+from .drift import factor, sentence, shortened
+from .drift import remarks as drift_remarks
+from .numbers import error, limit, of_limit, token
+from .sentences import answer, headline, reasons, remarks
+
+_FORBIDDEN = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")  # what XML 1.0 has no way to write
+
+
+def junit(verdict: Verdict) -> str:
+    """One comparison as a test suite."""
+    return _written([_suite("parity", verdict)])
+
+
+def drift_as_junit(drift: Drift) -> str:
+    """A check against golden dumps: a suite a prompt, a case a point; what grows is in the suites' output."""
+    suites = []
+    for item in drift.checked:
+        suite = _suite(f"drift {shortened(item.prompt)}", item.verdict)
+        output = [sentence(drift), *(f"{name}: {said}".lstrip(": ") for name, said in drift_remarks(drift))]
+        _texted(
+            suite, "system-out", [*output, *(f"{point.checkpoint}: margin {factor(point.margin)}" for point in drift.points)]
+        )
+        suites.append(suite)
+    return _written(suites)
+
+
+def _suite(name: str, verdict: Verdict) -> ET.Element:
+    cases = [_case(name, point) for point in verdict.points]
+    failures = sum(point.failed > 0 for point in verdict.points)
+    if not verdict and not failures:  # tokens part, or records are missing: no point of its own failed
+        case = ET.Element("testcase", classname=_plain(name), name="alignment")
+        _failure(case, headline(verdict), [answer(verdict), *_sentences(verdict)])
+        cases.append(case)
+        failures = 1
+    suite = ET.Element("testsuite", name=_plain(name), tests=str(len(cases)), failures=str(failures), errors="0", skipped="0")
+    first = verdict.first_divergence
+    for case, point in zip(cases, [*verdict.points, None], strict=False):
+        if point is not None and first is not None and point.checkpoint == first.checkpoint:
+            _texted(case, "system-out", [headline(verdict), *_sentences(verdict)])
+        suite.append(case)
+    return suite
+
+
+def _case(suite: str, point: PointSummary) -> ET.Element:
+    case = ET.Element("testcase", classname=_plain(suite), name=_plain(point.checkpoint))
+    if point.failed:
+        said = (
+            f"{point.status}: {point.failed} of {point.records} records differ, {of_limit(point.worst.of_limit)} of the limit"
+        )
+        _failure(case, said, _figures(point.worst))
+    else:
+        _texted(case, "system-out", _figures(point.worst))
+    return case
+
+
+def _figures(found: Difference) -> Iterable[str]:
+    yield f"worst record: position {found.token_idx} {token(found.token)}".rstrip()
+    yield f"NMSE {error(found.nmse)}, limit {limit(found.limit)} ({of_limit(found.of_limit)})"
+    yield f"largest difference {error(found.max_abs)}"
+    if found.ours or found.ref:
+        yield f"ours {' '.join(f'{x:.9g}' for x in found.ours)}"
+        yield f"ref  {' '.join(f'{x:.9g}' for x in found.ref)}"
+
+
+def _sentences(verdict: Verdict) -> list[str]:
+    return [f"{name}: {said}" for name, said in (*reasons(verdict), *remarks(verdict))]
+
+
+def _failure(case: ET.Element, message: str, lines: Iterable[str]) -> None:
+    failure = ET.SubElement(case, "failure", message=_plain(message), type="divergence")
+    failure.text = _plain("\n".join(lines))
+
+
+def _texted(parent: ET.Element, name: str, lines: Iterable[str]) -> None:
+    found = parent.find(name)
+    element = found if found is not None else ET.SubElement(parent, name)
+    element.text = "\n".join(filter(None, [element.text, _plain("\n".join(lines))]))
+
+
+def _written(suites: Sequence[ET.Element]) -> str:
+    root = ET.Element("testsuites", name="parity")
+    for name in ("tests", "failures", "errors"):
+        root.set(name, str(sum(int(suite.get(name, "0")) for suite in suites)))
+    root.extend(suites)
+    ET.indent(root)
+    return '<?xml version="1.0" encoding="utf-8"?>\n' + ET.tostring(root, encoding="unicode") + "\n"
+
+
+def _plain(text: str) -> str:
+    return _FORBIDDEN.sub("\ufffd", text)

@@ -1,0 +1,160 @@
+"""A report as Markdown, for a job summary. Names and texts from dumps stand in code spans, where nothing is markup."""
+
+from collections.abc import Iterator, Sequence
+
+from checkpoints.drift import Drift
+from checkpoints.verdict import Difference
+
+from .drift import factor, sentence, shortened
+from .drift import remarks as drift_remarks
+from .generated import generated
+from .numbers import clean, error, limit, of_limit, token, values
+from .report import Report, how_it_was_run, prompt
+from .sentences import answer, headline, reasons, remarks
+
+_POINTS = 60  # rows of points; GitHub refuses a summary of more than 1 MiB
+
+
+def markdown(report: Report) -> str:
+    """The whole report; ends with a line break."""
+    return "\n".join(_report(report)) + "\n"
+
+
+def drift_as_markdown(drift: Drift) -> str:
+    """A check against golden dumps; ends with a line break."""
+    return "\n".join(_drift(drift)) + "\n"
+
+
+def _report(report: Report) -> Iterator[str]:
+    verdict = report.verdict
+    yield f"## {text(headline(verdict))}"
+    yield ""
+    yield text(answer(verdict)) + "."
+    asked, tokens = prompt(report)
+    if tokens:
+        yield f"Prompt of {tokens} tokens: {code(asked)}"
+    shown = verdict.first_divergence or verdict.worst
+    if shown is not None:
+        yield f"\n### {'First divergence' if verdict.first_divergence else 'Nearest to its limit'}\n"
+        yield from _shown(shown)
+    said = list(reasons(verdict))
+    if said or verdict.next:
+        yield ""
+        yield from (f"- **{name or '…'}**: {text(sentence_)}" for name, sentence_ in said)
+        if verdict.next:
+            yield f"- **next**: record these on both sides and run diff again: {code(f'--points {verdict.next!r}')}"
+    if verdict.points:
+        yield "\n### Error along the model\n"
+        yield from _points(report)
+    for found in report.findings:
+        yield f"\n### {text(found.title)}\n\n{text(found.sentence)}\n"
+        if found.rows:
+            yield from table(found.columns, [tuple(map(text, row)) for row in found.rows])
+    choices = generated(report.ours, report.ref)
+    if choices:
+        yield "\n### Generated text\n"
+        yield from table(
+            ("position", "ours", "reference", "", "margin"),
+            [
+                (
+                    str(choice.position),
+                    code(choice.ours),
+                    code(choice.ref),
+                    "" if choice.same else "**differs**",
+                    "" if choice.margin is None else f"{choice.margin:.3g}",
+                )
+                for choice in choices
+            ],
+        )
+    yield "\n### How it was run\n"
+    yield from (f"- **{name}**: {text(found)}" for name, found in remarks(verdict))
+    limits = verdict.limits
+    yield f"- limit {limit(limits.operations)}, logits {limit(limits.logits)}: {text(limits.source)}\n"
+    yield from table(("", "ours", "reference"), [(text(name), code(a), code(b)) for name, a, b in how_it_was_run(report)])
+
+
+def _shown(found: Difference) -> Iterator[str]:
+    named = " ".join([str(found.token_idx), code(token(found.token)) if found.token is not None else ""]).rstrip()
+    yield from table(
+        ("point", "layer", "position", "NMSE", "of limit", "largest \\|Δ\\|", "error"),
+        [
+            (
+                code(found.checkpoint),
+                "" if found.layer is None else str(found.layer),
+                named,
+                error(found.nmse),
+                of_limit(found.of_limit),
+                error(found.max_abs),
+                "fresh" if found.fresh else "",
+            )
+        ],
+    )
+    if found.ours or found.ref:
+        mine, theirs = values(found.ours, found.ref)
+        width = max(len(mine), len(theirs))
+        yield ""
+        yield from table(
+            ("", *map(str, range(width))),
+            [(name, *row, *[""] * (width - len(row))) for name, row in (("ours", mine), ("reference", theirs))],
+        )
+
+
+def _points(report: Report) -> Iterator[str]:
+    every = report.verdict.points
+    telling = sorted(range(len(every)), key=lambda n: (every[n].failed == 0, -every[n].worst.of_limit))[:_POINTS]
+    rows = [
+        (
+            code(point.checkpoint),
+            str(point.records),
+            error(point.worst.nmse),
+            of_limit(point.worst.of_limit),
+            str(point.worst.token_idx),
+            point.status + (f", {point.failed} of {point.records} wrong" if point.failed else ""),
+        )
+        for point in (every[n] for n in sorted(telling))
+    ]
+    yield from table(("checkpoint", "records", "worst NMSE", "of limit", "at", ""), rows)
+    if len(every) > len(telling):
+        yield f"\n{len(every) - len(telling)} further points are nearer to the reference than these."
+
+
+def _drift(drift: Drift) -> Iterator[str]:
+    yield f"## {text(sentence(drift))}\n"
+    yield f"- golden: {text(drift.golden)}\n- checked: {text(drift.side)}"
+    yield from (f"- **{name or '…'}**: {text(said)}" for name, said in drift_remarks(drift))
+    for item in drift.checked:
+        first = item.verdict.first_divergence
+        if not item.verdict:
+            where = f"{code(first.checkpoint)}, position {first.token_idx}" if first else "records are missing"
+            yield f"- **drift** in prompt {code(shortened(item.prompt))}: {where}"
+    yield ""
+    rows = [
+        (code(point.checkpoint), error(point.nmse), of_limit(point.of_limit), factor(point.margin))
+        for point in sorted(drift.points, key=lambda point: -point.of_limit)[:_POINTS]
+    ]
+    yield from table(("checkpoint", "worst NMSE", "of limit", "margin"), rows)
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Lines of a table whose cells are Markdown already."""
+    yield "| " + " | ".join(head) + " |"
+    yield "|" + " --- |" * len(head)
+    yield from ("| " + " | ".join(row) + " |" for row in rows)
+
+
+def text(value: str) -> str:
+    """Text that Markdown and HTML show as it is."""
+    made = clean(value).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    for mark in "\\`*_[]|~#":
+        made = made.replace(mark, "\\" + mark)
+    return made
+
+
+def code(value: str) -> str:
+    """A code span, in a table's cell too; empty for no text."""
+    made = clean(value)
+    if not made:
+        return ""
+    fence = "`" * (1 + max((len(run) for run in "".join(c if c == "`" else " " for c in made).split()), default=0))
+    pad = " " if made.startswith("`") or made.endswith("`") else ""
+    return f"{fence}{pad}{made.replace('|', chr(92) + '|')}{pad}{fence}"

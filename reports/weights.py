@@ -1,0 +1,86 @@
+"""What checking weights found, as text and as JSON."""
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from math import isfinite
+from typing import Any
+
+from rich.text import Text
+
+from checkpoints.weight_check import NOT_CHECKED, FirstDifference, TensorCheck, WeightsCheck
+
+from .layout import columns, labelled
+from .numbers import clean, count
+
+_SHOWN = 24
+_BYTES = 48  # of a differing block, in hex
+
+
+def lines(found: WeightsCheck, width: int) -> Iterator[Text]:
+    """The whole answer, for a terminal of `width` columns."""
+    head = [("model", clean(found.model))]
+    if found.theirs:
+        head.append(("theirs", clean(found.theirs)))
+    yield from labelled([*head, *(("note", clean(note)) for note in found.notes)], width)
+    yield Text("")
+    yield from _table(found, width)
+    yield Text("")
+    wrong = [tensor for tensor in found.tensors if not tensor.right]
+    for tensor in wrong[:_SHOWN]:
+        yield Text(f"{clean(tensor.name)}: {clean(tensor.reason or tensor.status)}", style="bold red")
+        if tensor.first is not None:
+            yield from labelled(list(_first(tensor.first)), width, indent=2)
+    if len(wrong) > _SHOWN:
+        yield Text(f"and {count(len(wrong) - _SHOWN, 'further tensor')}: --format json lists them")
+    yield _answer(found, len(wrong))
+
+
+def _table(found: WeightsCheck, width: int) -> list[Text]:
+    groups: dict[tuple[str, str], list[TensorCheck]] = {}
+    for tensor in found.tensors:
+        status = tensor.status.partition(":")[0]
+        groups.setdefault((tensor.type, status), []).append(tensor)
+    rows: list[tuple[str, ...]] = [("type", "tensors", "values", "status", "by")]
+    for (kind, status), group in groups.items():
+        values = f"{sum(tensor.elements for tensor in group):,}"
+        rows.append(
+            (kind, str(len(group)), values, status, " = ".join(group[0].by) or group[0].reason * (status == NOT_CHECKED))
+        )
+    styles = ["dim", *("" if group[0].right else "bold red" for group in groups.values())]
+    return columns(rows, frozenset({1, 2}), styles, width)
+
+
+def _first(first: FirstDifference) -> Iterator[tuple[str, str]]:
+    yield "first at", f"element {first.element:,}, block {first.block:,}"
+    if first.bytes:
+        yield "bytes", first.bytes[:_BYTES] + ("…" if len(first.bytes) > _BYTES else "")
+    for name, value in first.values.items():
+        yield name, f"{value:.9g}"
+
+
+def _answer(found: WeightsCheck, wrong: int) -> Text:
+    checked = [tensor for tensor in found.tensors if tensor.status != NOT_CHECKED]
+    said = f"{len(checked) - wrong} of {count(len(found.tensors), 'tensor')} equal, tolerance {'0' if not found.theirs else '2e-6'}"
+    skipped = len(found.tensors) - len(checked)
+    said += f", {skipped} not checked" if skipped else ""
+    return Text(f"wrong: {said}", style="bold red") if wrong else Text(f"right: {said}", style="bold green")
+
+
+def as_json(found: WeightsCheck) -> dict[str, Any]:
+    """The contract's keys: `tensors` with `name`, `type`, `status`."""
+    return {
+        "schema": 1,
+        "verdict": "right" if found else "wrong",
+        "model": found.model,
+        "theirs": found.theirs,
+        "bytes": found.bytes,
+        "notes": list(found.notes),
+        "tensors": [_as_json(tensor) for tensor in found.tensors],
+    }
+
+
+def _as_json(tensor: TensorCheck) -> dict[str, Any]:
+    made = asdict(tensor)
+    if made["first"] is not None:  # JSON has no infinity
+        made["first"]["values"] = {k: v if isfinite(v) else str(v) for k, v in made["first"]["values"].items()}
+    return made

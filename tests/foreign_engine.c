@@ -1,0 +1,236 @@
+/* A small engine of somebody else's: Qwen2 in float32, one position at a time, straight from a GGUF file of F32 weights.
+ *
+ *   foreign_engine MODEL 1,2,3 OUT [FAULT]
+ *
+ * FAULT is a mistake that engines make: "swap" keeps pointers to two buffers that swap each layer and writes them at the end
+ * of the pass; "rope" rotates neighbouring elements instead of halves. */
+#include "parity_dump.h"
+
+#define LAYERS 64
+#define MAX_TOKENS 256
+
+typedef struct {
+    char name[64];
+    uint64_t dims[4];
+    const float *data;
+} tensor;
+
+static unsigned char *file;
+static size_t at;
+static tensor tensors[2048];
+static int n_tensors, n_layers, width, heads, kv_heads, n_ff;
+static float eps = 1e-6f, rope_base = 10000.0f;
+
+static uint64_t number(int bytes) {
+    uint64_t value = 0;
+    memcpy(&value, file + at, (size_t)bytes);
+    at += (size_t)bytes;
+    return value;
+}
+
+static void text(char *into, size_t room) {
+    size_t length = number(8), kept = length < room - 1 ? length : room - 1;
+    memcpy(into, file + at, kept);
+    into[kept] = 0;
+    at += length;
+}
+
+static int ends(const char *name, const char *end) {
+    size_t a = strlen(name), b = strlen(end);
+    return a >= b && strcmp(name + a - b, end) == 0;
+}
+
+static void skip(int type) {
+    static const int sizes[] = {1, 1, 2, 2, 4, 4, 4, 1, 0, 0, 8, 8, 8};
+    if (type == 8) {
+        size_t length = number(8);
+        at += length;
+    } else if (type == 9) {
+        int inner = (int)number(4);
+        uint64_t count = number(8);
+        while (count--) skip(inner);
+    } else {
+        at += (size_t)sizes[type];
+    }
+}
+
+static void fact(const char *key, int type) {
+    uint64_t raw = 0;
+    float real;
+    if (type != 4 && type != 5 && type != 6) {
+        skip(type);
+        return;
+    }
+    raw = number(4);
+    memcpy(&real, &raw, sizeof real);
+    if (ends(key, ".block_count")) n_layers = (int)raw;
+    if (ends(key, ".embedding_length")) width = (int)raw;
+    if (ends(key, ".feed_forward_length")) n_ff = (int)raw;
+    if (ends(key, ".attention.head_count")) heads = (int)raw;
+    if (ends(key, ".attention.head_count_kv")) kv_heads = (int)raw;
+    if (ends(key, ".attention.layer_norm_rms_epsilon")) eps = real;
+    if (ends(key, ".rope.freq_base")) rope_base = real;
+}
+
+static void load(const char *path) {
+    FILE *in = fopen(path, "rb");
+    long size;
+    uint64_t n_facts, i;
+    char key[128];
+    if (!in) exit(3);
+    fseek(in, 0, SEEK_END);
+    size = ftell(in);
+    rewind(in);
+    file = malloc((size_t)size);
+    if (!file || fread(file, 1, (size_t)size, in) != (size_t)size) exit(3);
+    fclose(in);
+    at = 8;
+    n_tensors = (int)number(8);
+    n_facts = number(8);
+    for (i = 0; i < n_facts; i++) {
+        text(key, sizeof key);
+        fact(key, (int)number(4));
+    }
+    for (i = 0; i < (uint64_t)n_tensors; i++) {
+        int dims, d;
+        text(tensors[i].name, sizeof tensors[i].name);
+        dims = (int)number(4);
+        for (d = 0; d < dims; d++) tensors[i].dims[d] = number(8);
+        if (number(4) != 0) exit(4); /* F32 only */
+        tensors[i].data = (const float *)0 + number(8) / 4;
+    }
+    at = (at + 31) / 32 * 32;
+    for (i = 0; i < (uint64_t)n_tensors; i++)
+        tensors[i].data = (const float *)(file + at) + (tensors[i].data - (const float *)0);
+}
+
+static const tensor *find(const char *name) {
+    int i;
+    for (i = 0; i < n_tensors; i++)
+        if (strcmp(tensors[i].name, name) == 0) return &tensors[i];
+    return NULL;
+}
+
+static const float *weight(int layer, const char *name) {
+    char full[64];
+    const tensor *found;
+    snprintf(full, sizeof full, "blk.%d.%s", layer, name);
+    found = find(full);
+    return found ? found->data : NULL;
+}
+
+static void norm(float *out, const float *x, const float *w) {
+    double squares = 0;
+    float scale;
+    int i;
+    for (i = 0; i < width; i++) squares += (double)x[i] * x[i];
+    scale = 1.0f / sqrtf((float)(squares / width) + eps);
+    for (i = 0; i < width; i++) out[i] = x[i] * scale * w[i];
+}
+
+static void linear(float *out, const float *x, const float *w, const float *bias, int rows, int columns) {
+    int r, c;
+    for (r = 0; r < rows; r++) {
+        double sum = 0;
+        for (c = 0; c < columns; c++) sum += (double)x[c] * w[(size_t)r * (size_t)columns + (size_t)c];
+        out[r] = (float)sum + (bias ? bias[r] : 0.0f);
+    }
+}
+
+static void rope(float *x, int n_heads, int size, int position, int neighbours) {
+    int h, i;
+    for (h = 0; h < n_heads; h++) {
+        float *head = x + h * size, theta = (float)position, step = powf(rope_base, -2.0f / (float)size);
+        for (i = 0; i < size / 2; i++, theta *= step) {
+            float *a = head + (neighbours ? 2 * i : i), *b = head + (neighbours ? 2 * i + 1 : i + size / 2);
+            float first = *a, second = *b;
+            *a = first * cosf(theta) - second * sinf(theta);
+            *b = first * sinf(theta) + second * cosf(theta);
+        }
+    }
+}
+
+static void attention(float *out, const float *q, const float *keys, const float *values, int position, int size) {
+    int h, t, i, kv = kv_heads * size;
+    for (h = 0; h < heads; h++) {
+        int group = h / (heads / kv_heads);
+        float scores[MAX_TOKENS], most = -INFINITY;
+        double total = 0;
+        for (t = 0; t <= position; t++) {
+            double dot = 0;
+            for (i = 0; i < size; i++) dot += (double)q[h * size + i] * keys[t * kv + group * size + i];
+            scores[t] = (float)dot / sqrtf((float)size);
+            if (scores[t] > most) most = scores[t];
+        }
+        for (t = 0; t <= position; t++) total += scores[t] = expf(scores[t] - most);
+        for (i = 0; i < size; i++) {
+            double sum = 0;
+            for (t = 0; t <= position; t++) sum += scores[t] / total * values[t * kv + group * size + i];
+            out[h * size + i] = (float)sum;
+        }
+    }
+}
+
+int main(int argc, char **argv) {
+    static float *keys[LAYERS], *values[LAYERS];
+    const float *kept[LAYERS + 1]; /* what a wrong capture keeps */
+    const char *fault = argc > 4 ? argv[4] : "", *rest;
+    int tokens[MAX_TOKENS], n = 0, position, layer, i, size, kv, vocabulary;
+    float *hidden, *other, *x, *q, *gate, *up, *logits;
+    parity_dump *dump;
+    char name[32];
+    if (argc < 4) return 2;
+    load(argv[1]);
+    for (rest = argv[2]; rest && *rest && n < MAX_TOKENS; rest = strchr(rest, ',') ? strchr(rest, ',') + 1 : NULL)
+        tokens[n++] = atoi(rest);
+    size = width / heads, kv = kv_heads * size, vocabulary = (int)find("token_embd.weight")->dims[1];
+    for (layer = 0; layer < n_layers; layer++) {
+        keys[layer] = malloc(sizeof(float) * MAX_TOKENS * (size_t)kv);
+        values[layer] = malloc(sizeof(float) * MAX_TOKENS * (size_t)kv);
+    }
+    hidden = malloc(sizeof(float) * (size_t)width), other = malloc(sizeof(float) * (size_t)width);
+    x = malloc(sizeof(float) * (size_t)width), q = malloc(sizeof(float) * (size_t)width);
+    gate = malloc(sizeof(float) * (size_t)n_ff), up = malloc(sizeof(float) * (size_t)n_ff);
+    logits = malloc(sizeof(float) * (size_t)vocabulary);
+    if (!(dump = parity_open(argv[3]))) return 1;
+    parity_header(dump, "foreign_engine", argv[1], n_layers, tokens, n, "f32");
+
+    for (position = 0; position < n; position++) {
+        memcpy(hidden, find("token_embd.weight")->data + (size_t)tokens[position] * (size_t)width, sizeof(float) * (size_t)width);
+        kept[0] = hidden;
+        if (strcmp(fault, "swap") != 0) parity_checkpoint(dump, "embd", position, hidden, PARITY_F32, (size_t)width);
+        for (layer = 0; layer < n_layers; layer++) {
+            float *k = keys[layer] + position * kv, *v = values[layer] + position * kv, *swapped = hidden;
+            norm(x, hidden, weight(layer, "attn_norm.weight"));
+            linear(q, x, weight(layer, "attn_q.weight"), weight(layer, "attn_q.bias"), width, width);
+            linear(k, x, weight(layer, "attn_k.weight"), weight(layer, "attn_k.bias"), kv, width);
+            linear(v, x, weight(layer, "attn_v.weight"), weight(layer, "attn_v.bias"), kv, width);
+            rope(q, heads, size, position, strcmp(fault, "rope") == 0);
+            rope(k, kv_heads, size, position, strcmp(fault, "rope") == 0);
+            attention(x, q, keys[layer], values[layer], position, size);
+            linear(q, x, weight(layer, "attn_output.weight"), NULL, width, width);
+            for (i = 0; i < width; i++) hidden[i] += q[i];
+            norm(x, hidden, weight(layer, "ffn_norm.weight"));
+            linear(gate, x, weight(layer, "ffn_gate.weight"), NULL, n_ff, width);
+            linear(up, x, weight(layer, "ffn_up.weight"), NULL, n_ff, width);
+            for (i = 0; i < n_ff; i++) gate[i] = gate[i] / (1.0f + expf(-gate[i])) * up[i];
+            linear(other, gate, weight(layer, "ffn_down.weight"), NULL, width, n_ff);
+            for (i = 0; i < width; i++) other[i] += hidden[i];
+            hidden = other, other = swapped;
+            kept[layer + 1] = hidden;
+            snprintf(name, sizeof name, "blk.%d.l_out", layer);
+            if (strcmp(fault, "swap") != 0) parity_checkpoint(dump, name, position, hidden, PARITY_F32, (size_t)width);
+        }
+        if (strcmp(fault, "swap") == 0) /* too late: both buffers have been written again */
+            for (layer = 0; layer <= n_layers; layer++) {
+                snprintf(name, sizeof name, layer ? "blk.%d.l_out" : "embd", layer - 1);
+                parity_checkpoint(dump, name, position, kept[layer], PARITY_F32, (size_t)width);
+            }
+        norm(x, hidden, find("output_norm.weight")->data);
+        parity_checkpoint(dump, "output_norm", position, x, PARITY_F32, (size_t)width);
+        linear(logits, x, find(find("output.weight") ? "output.weight" : "token_embd.weight")->data, NULL, vocabulary, width);
+        parity_checkpoint(dump, "logits", position, logits, PARITY_F32, (size_t)vocabulary);
+    }
+    if (parity_error(dump)[0]) fprintf(stderr, "%s\n", parity_error(dump));
+    return parity_close(dump) ? 1 : 0;
+}

@@ -1,0 +1,139 @@
+"""`parity consistency`: an engine against itself, and what is suspected where it disagrees."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from cli import Cli
+
+from checkpoints.consistency import Consistency
+from checkpoints.points import parse
+from engine import ops
+from engine.backend import choose
+from engine.gguf_model import GgufModel
+from engine.graph import Step
+from engine.transformer import Transformer
+from parity.consistency import ConsistencyRequest, of_engine
+from parity.ours import OursJob, dump
+
+IDS = (1, 403, 407, 261, 378, 390)
+Change = Callable[[Step], Step]
+
+
+def counted_from_the_pass(x: Any, positions: Any, factors: Any = None, **params: Any) -> Any:
+    return ops.rope(x, positions - positions[0], factors, **params)
+
+
+def first_row_again(history: Any) -> Any:
+    wrong = history.copy()
+    wrong[-1] = wrong[0]  # the last row is written over the first one's place
+    return wrong
+
+
+def stale(history: Any) -> Any:
+    return history if len(history) % 2 else first_row_again(history)
+
+
+def masked_by_the_pass(scores: Any, positions: Any, keys: Any, *, scale: float) -> Any:
+    return ops.causal_soft_max(scores, positions - positions[0], keys, scale=scale)
+
+
+def unmasked(scores: Any, positions: Any, keys: Any, *, scale: float) -> Any:
+    return ops.causal_soft_max(scores, np.zeros_like(positions) + keys.max(), keys, scale=scale)
+
+
+def few_rows(x: Any, weight: Any, bias: Any = None) -> Any:
+    made = ops.linear(x, weight, bias)
+    return made * np.float32(1.001) if len(x) == 1 else made
+
+
+# fault: the kinds of step it changes, the operation instead, the suspect
+FAULTS = {
+    "positions": (("q_rope", "k_rope"), counted_from_the_pass, "positions"),
+    "cache": (("k_read",), stale, "cache"),
+    "mask": (("kq_soft_max",), masked_by_the_pass, "mask"),
+    "batch": (("ffn_gate",), few_rows, "batch size"),
+}
+
+
+def engine_with(model: Path, kinds: Sequence[str] = (), op: Any = None) -> Transformer:
+    engine = Transformer(GgufModel(model), choose("numpy"))
+    engine.steps = [replace(step, op=op) if parse(step.makes).kind in kinds else step for step in engine.steps]
+    return engine
+
+
+def checked(engine: Transformer, **request: Any) -> Consistency:
+    return of_engine(engine, IDS, ConsistencyRequest(engine.model.path, **request))
+
+
+@pytest.mark.parametrize("like", ["tiny", "tiny-llama"])
+def test_our_engine_agrees_with_itself(like: str, synthetic: Callable[..., Path]) -> None:
+    """Prefill, prefill and one step, one token at a time, chunks: every point is the same to 1e-10; the mask is causal."""
+    found = checked(engine_with(synthetic(like, layers=3)))
+    assert found
+    assert [check.name for check in found.checks] == [
+        "prefill and one step",
+        "one token at a time",
+        "chunks",
+        "another last token",
+    ]
+    assert all(check.verdict is not None and check.verdict.compared > 100 for check in found.checks)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_fails_says_what_is_suspect(fault: str, synthetic: Callable[..., Path]) -> None:
+    """A fault that only portions show is found, and positions, cache, mask and batch size are told apart."""
+    kinds, op, suspect = FAULTS[fault]
+    found = checked(engine_with(synthetic(layers=3), kinds, op))
+    assert not found
+    steps = {check.name: check for check in found.checks}
+    assert steps["one token at a time"].suspect == suspect
+    assert steps["another last token"].suspect == ""
+
+
+def test_a_missing_mask_is_seen_by_an_exchanged_token(synthetic: Callable[..., Path]) -> None:
+    """Without a causal mask earlier positions notice another last token."""
+    found = checked(engine_with(synthetic(layers=3), ("kq_soft_max",), unmasked))
+    check = next(check for check in found.checks if check.name == "another last token")
+    assert check.suspect == "mask"
+
+
+def test_few_points_still_say_where_to_look(synthetic: Callable[..., Path]) -> None:
+    """With layer outputs only, it is known that it is behind the first portion, and what to record to know more."""
+    found = checked(engine_with(synthetic(layers=3), ("q_rope", "k_rope"), counted_from_the_pass), points="blk.*.l_out")
+    check = next(check for check in found.checks if check.name == "chunks")
+    assert check.suspect == "cache, positions or mask"
+    assert "--points all" in check.reason
+
+
+def dumped(model: Path, out: Path, led: int, op: Any = None) -> Path:
+    engine = engine_with(model, ("q_rope", "k_rope") if op else (), op)
+    ids = IDS[: len(IDS) - led]
+    dump(engine, OursJob(out, ids, points="all", generated=IDS[len(IDS) - led :], generated_pieces=("",) * led))
+    return out
+
+
+def test_two_dumps_of_a_foreign_engine(parity: Cli, synthetic: Callable[..., Path], tmp_path: Path) -> None:
+    """A prefill and a prefill with decode steps over the same tokens agree, or the suspect is named."""
+    model = synthetic(layers=3)
+    whole, steps = dumped(model, tmp_path / "a.jsonl", 0), dumped(model, tmp_path / "b.jsonl", 3)
+    code, found = parity.json("consistency", whole, steps)
+    assert (code, found["verdict"]) == (0, "consistent")
+    code, found = parity.json("consistency", whole, dumped(model, tmp_path / "c.jsonl", 3, counted_from_the_pass))
+    assert (code, found["checks"][0]["suspect"]) == (1, "positions")
+    said = parity("consistency", whole, whole)
+    assert said.code == 2
+    assert "same portions" in said.err
+
+
+def test_the_command_and_what_it_refuses(parity: Cli, stories: Path) -> None:
+    """It runs on the embedded model; one token, one dump, no prompt are one line each."""
+    said = parity("consistency", "--tokens", "1,403,407", "--points", "default", "--model", stories)
+    assert said.code == 0
+    assert "consistent: 3 checks" in said.out
+    for arguments in (["--tokens", "5"], ["a.jsonl"], [], ["a.jsonl", "b.jsonl"], ["--tokens", "1,2", "--points", "nothing"]):
+        said = parity("consistency", *arguments)
+        assert (said.code, said.err.count("\n")) == (2, 1)

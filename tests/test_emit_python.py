@@ -1,0 +1,166 @@
+"""The emitted Python file stands alone, and writes what our own writer writes."""
+
+import ast
+import importlib.util
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from checkpoints.jsonl import Writer
+from checkpoints.reader import read
+from checkpoints.record import Header, ModelInfo
+from checkpoints.summary import summarise
+from parity.emit import source
+from parity.lint import lint
+
+
+@pytest.fixture(scope="module")
+def emitted(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+    path = tmp_path_factory.mktemp("emit") / "parity_dump.py"
+    path.write_text(source("python"))
+    spec = importlib.util.spec_from_file_location("parity_dump", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["parity_dump"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_file_stands_alone(tmp_path: Path) -> None:
+    """It imports NumPy and the standard library only, defines nothing twice, and runs where none of our packages are."""
+    tree = ast.parse(source("python"))
+    defined = Counter(node.name for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))) + Counter(
+        target.id
+        for node in tree.body
+        if isinstance(node, ast.Assign)
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    )
+    assert [name for name, count in defined.items() if count > 1] == []
+    found = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    found |= {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert {name.split(".")[0] for name in found} - set(sys.stdlib_module_names) == {"numpy"}
+    (tmp_path / "parity_dump.py").write_text(source("python"))
+    (tmp_path / "engine.py").write_text("ours = True\n")
+    code = (
+        "import sys, numpy, engine, parity_dump\n"
+        "with parity_dump.Recorder('ours.jsonl', model='m', tokens=[1, 2]) as tap:\n"
+        "    tap('embd', numpy.ones((2, 8), numpy.float32) * [[1], [2]])\n"
+        "print(sorted({'checkpoints', 'orjson', 'parity', 'reference'} & set(sys.modules)), engine.ours)\n"
+    )
+    path = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
+    done = subprocess.run([sys.executable, "-I", "-c", path + code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.strip()) == (0, "[] True"), done.stderr
+    assert read(tmp_path / "ours.jsonl").records == 2
+
+
+def test_it_writes_what_our_writer_writes(emitted: ModuleType, tmp_path: Path) -> None:
+    """The same activations, non-finite ones too, read back the same from both files; lines are equal but for digits of float64."""
+    rng = np.random.default_rng(3)
+    hidden = rng.standard_normal((5, 64)).astype(np.float32)
+    hidden[2, 3], hidden[2, 40] = np.nan, np.inf
+    weights = rng.random((4, 5, 5)).astype(np.float32)
+    with emitted.Recorder(tmp_path / "theirs.jsonl", model="m", tokens=[1, 2, 3, 4, 5], layers=24, source="x") as tap:
+        tap("layer_5", hidden)
+        tap("blk.5.kq_soft_max", weights)
+        tap("layer_5", hidden[0])
+        tap.token(6, 17, "ü")
+    with Writer(tmp_path / "ours.jsonl", Header("x", ModelInfo("m", layers=24), (1, 2, 3, 4, 5))) as writer:
+        writer.rows(summarise("blk.5.l_out", hidden, np.arange(5)))
+        writer.rows(summarise("blk.5.kq_soft_max", weights, np.arange(5)))
+        writer.rows(summarise("blk.5.l_out", hidden[:1], np.array([5]), step=1, decode=True))
+    ours, theirs = read(tmp_path / "ours.jsonl"), read(tmp_path / "theirs.jsonl")
+    assert ours.header == theirs.header
+    assert theirs.notes == ()
+    assert theirs.tokens[0].text == "ü"
+    for name, rows in ours.points.items():
+        other = theirs.points[name]
+        assert np.array_equal(rows.values, other.values, equal_nan=True)
+        assert np.array_equal(rows.sketch, other.sketch)  # type: ignore[arg-type]
+        assert all(np.array_equal(column, other.stats[key], equal_nan=True) for key, column in rows.stats.items())
+        assert (rows.shapes, rows.token_idx.tolist(), rows.decode.tolist()) == (
+            other.shapes,
+            other.token_idx.tolist(),
+            other.decode.tolist(),
+        )
+    lines = [path.read_bytes().splitlines()[1] for path in (tmp_path / "ours.jsonl", tmp_path / "theirs.jsonl")]
+    assert lines[0] == lines[1]
+
+
+class _Torch:
+    """What PyTorch's tensors have of what the recorder uses: PyTorch itself is too large a dependency for a test."""
+
+    def __init__(self, array: Any) -> None:
+        self.array = array
+
+    def detach(self) -> "_Torch":
+        return self
+
+    float = cpu = detach
+
+    def numpy(self) -> Any:
+        return self.array
+
+
+class _Dlpack:
+    def __init__(self, array: Any) -> None:
+        self.array = array
+
+    def __dlpack__(self, **arguments: Any) -> Any:
+        return self.array.__dlpack__(**arguments)
+
+    def __dlpack_device__(self) -> Any:
+        return self.array.__dlpack_device__()
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda x: x,
+        lambda x: x.astype(np.float16),
+        _Torch,
+        _Dlpack,
+        lambda x: SimpleNamespace(__cuda_array_interface__={}, get=lambda: x),
+        lambda x: x.astype(np.float64),
+    ],
+)
+def test_arrays_of_all_kinds_are_copied_at_once(emitted: ModuleType, wrap: Callable[[Any], Any], tmp_path: Path) -> None:
+    """NumPy of any type, PyTorch's and CuPy's protocol and DLPack: what is recorded is what stood there at the call."""
+    value = np.arange(12, dtype=np.float32).reshape(3, 4) ** 2
+    with emitted.Recorder(tmp_path / "d.jsonl") as tap:
+        tap("embd", wrap(value))
+        value[:] = -1
+    assert read(tmp_path / "d.jsonl").points["embd"].values[2].tolist() == [64, 81, 100, 121]
+    with emitted.Recorder(tmp_path / "d.jsonl") as tap, pytest.raises(TypeError, match="made of an array"):
+        tap("embd", "text")
+
+
+def test_hooks_record_modules_by_name(emitted: ModuleType, tmp_path: Path) -> None:
+    """`hook` takes the outputs of the submodules whose Hugging Face names are known, the first of a tuple."""
+    hooks: dict[str, Callable[..., None]] = {}
+
+    def module(name: str) -> Any:
+        def register(hook: Callable[..., None]) -> str:
+            hooks[name] = hook
+            return name
+
+        return SimpleNamespace(register_forward_hook=register)
+
+    names = ("model.embed_tokens", "model.layers.3", "model.layers.3.self_attn.q_proj", "model.rotary_emb", "lm_head")
+    model = SimpleNamespace(named_modules=lambda: [(name, module(name)) for name in names])
+    rng = np.random.default_rng(0)
+    with emitted.Recorder(tmp_path / "d.jsonl", layers=24) as tap:
+        assert len(tap.hook(model)) == 4
+        for hook in hooks.values():
+            hook(None, (), (rng.standard_normal((1, 3, 8)).astype(np.float32), None))
+    found = read(tmp_path / "d.jsonl")
+    assert list(found.points) == ["embd", "blk.3.l_out", "blk.3.q", "logits"]
+    assert lint(found).findings == ()

@@ -1,0 +1,255 @@
+"""`parity explain`: causes in one layer, several at once, no false accusation, honest answers where nothing is known."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cli import Cli
+
+from checkpoints.jsonl import Writer
+from checkpoints.reader import read
+from checkpoints.record import Dump, Header
+from engine import ops
+from engine.backend import Array
+from engine.faults import CATALOGUE, plant
+from engine.graph import Step
+from engine.precision import rounded
+from engine.synth import Shape, synthesize
+from parity.explain import Options, explain
+from parity.planted import Faulty, Planted, tokens_of
+from reference import DumpJob, Reference
+
+SHAPE = Shape("qwen2", 4, 112, 14, 2, 0, 128, 300)
+PROMPT = (1, 17, 40, 299, 5, 5, 80, 3)
+RIGHT = Planted(())
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Faulty:
+    """A small qwen2 with groups of 7 query heads."""
+    path = tmp_path_factory.mktemp("explain") / "small.gguf"
+    synthesize(path, SHAPE, weight_type="f32", seed=11)
+    return Faulty(path)
+
+
+def only(engine: Faulty, *faults: tuple[str, dict[str, object], tuple[int, ...] | None], points: str = "default") -> Dump:
+    return engine.dump(Planted(faults), PROMPT, points=points)
+
+
+def test_a_right_engine_has_no_fault(engine: Faulty) -> None:
+    """Nothing differs, nothing is searched, nobody is accused."""
+    found = explain(only(engine), engine.model)
+    assert found
+    assert (found.first, found.causes, found.variants) == (None, (), 0)
+
+
+def test_a_fault_in_one_unknown_layer_is_named_with_its_layer(engine: Faulty) -> None:
+    """Between two checkpoints each layer is tried by itself."""
+    points = "embd,blk.0.l_out,blk.3.l_out,output_norm,logits"
+    found = explain(only(engine, ("activation", {"activation": "ReLU"}, (2,)), points=points), engine.model)
+    assert found.last_agreement == "blk.0.l_out"
+    assert [(cause.named.fault, cause.named.layers) for cause in found.causes] == [("activation", (2,))]
+    assert found.remaining is None
+
+
+def test_single_layers_are_screened_together_as_one_by_one(engine: Faulty) -> None:
+    """Laying candidates one after the other gives what each gives alone: attention keeps them apart."""
+    from parity.explain import Case
+    from parity.explain_layers import carry
+
+    case = Case(only(engine), engine.model, Options())
+    names = [step.makes for step in engine.right]
+    steps = engine.right[names.index("blk.1.l_out") + 1 : names.index("blk.3.l_out") + 1]
+    rng = np.random.default_rng(2)
+    outputs = [rng.standard_normal((len(PROMPT), SHAPE.width)).astype(np.float32) for _ in range(3)]
+    weights, positions = case.replay.weights, case.positions
+    together = carry(steps, "blk.1.l_out", outputs, positions, weights)
+    for one, many in zip(outputs, together, strict=True):
+        alone = carry(steps, "blk.1.l_out", [one], positions, weights)[0]
+        assert np.abs(alone - many).max() < 1e-5 * np.abs(alone).max()
+
+
+@pytest.mark.parametrize(
+    "names",
+    [("no-qkv-bias", "rope-pairs"), ("rope-base", "no-final-norm"), ("layer-norm", "logits-row-order"), ("bos", "activation")],
+)
+def test_two_faults_at_once_are_both_named(engine: Faulty, names: Sequence[str]) -> None:
+    """What the first fault leaves is searched again, also where both act in front of one checkpoint."""
+    found = explain(only(engine, *((name, {}, None) for name in names)), engine.model)
+    assert found.remaining is None
+    classes = [{cause.named.fault, *(other.fault for other in cause.equivalent)} for cause in found.causes]
+    assert all(any(name in one for one in classes) for name in names)
+
+
+def test_a_missing_first_token_is_named(engine: Faulty) -> None:
+    """An engine that really runs the prompt without its first token is told from one that rotates wrongly."""
+    short = engine.dump(RIGHT, PROMPT[1:])
+    header = short.header
+    assert header is not None
+    found = explain(replace(short, header=replace(header, tokens=PROMPT)), engine.model)
+    assert found.causes[0].named.parameters == {"tokens": "the first one is missing"}
+
+
+def test_faults_of_the_cache_are_named_from_logits_of_a_generation(engine: Faulty) -> None:
+    """Ten logits a position, prompt and generation, are enough; the dump comes from decode steps with a real cache."""
+    tokens = tokens_of(engine.model, 14, seed=4)
+    planted = Planted((("cache-not-read", {"mask": "own pass only"}, None),))
+    dump = engine.dump(planted, tokens, points="logits", size=10, generated=6)
+    found = explain(dump, engine.model)
+    assert found.first is not None
+    assert found.first.token_idx == 8
+    assert found.remaining is None
+    assert found.causes[0].named.fault == "cache-not-read"
+
+
+def test_printed_decimals_are_enough(engine: Faulty, tmp_path: Path) -> None:
+    """A dump of %f lines without a header, from an engine that knows nothing of parity."""
+    lines = []
+    for name, rows in only(engine, ("rope-pairs", {}, None)).points.items():
+        for position, values in zip(rows.token_idx, rows.values, strict=True):
+            numbers = ",".join(f"{value:f}" for value in values)
+            lines.append(f'{{"checkpoint":"{name}","token_idx":{position},"values":[{numbers}]}}')
+    path = tmp_path / "printed.jsonl"
+    path.write_text("\n".join(lines), encoding="utf-8")
+    found = explain(read(path), engine.model, Options(tokens=PROMPT))
+    assert [cause.named.fault for cause in found.causes] == ["rope-pairs"]
+
+
+def _half_sums(x: Array, weight: Array, bias: Array | None = None) -> Array:
+    """A product whose partial sums of 32 terms are rounded to float16, as a tensor core with F16 accumulation does it."""
+    total = np.zeros((x.shape[0], weight.shape[0]), dtype=np.float16)
+    for start in range(0, x.shape[1], 32):
+        part = x[:, start : start + 32].astype(np.float16).astype(np.float32) @ weight[:, start : start + 32].T
+        total = (total + part.astype(np.float16)).astype(np.float16)
+    made = total.astype(np.float32)
+    return made if bias is None else made + bias
+
+
+def test_an_engine_that_sums_in_f16_is_not_accused(engine: Faulty) -> None:
+    """Arithmetic that our own estimate of F16 does not copy is told from a fault all the same."""
+    right: list[Step] = [replace(step, op=_half_sums) if step.op is ops.linear else step for step in engine.right]
+    kept, engine.right = engine.right, right
+    try:
+        dump = engine.dump(RIGHT, PROMPT)
+    finally:
+        engine.right = kept
+    found = explain(dump, engine.model)
+    assert found.precision_only in ("f16", "tf32")
+    assert found.causes == ()
+
+
+@pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q4_0"])
+def test_llama_cpp_with_native_weights_is_not_accused(reference: Reference, tmp_path: Path, kind: str) -> None:
+    """llama.cpp rounds activations to the weights' partner type: a right engine, and no fault of the catalogue."""
+    plain, model, out = tmp_path / "f32.gguf", tmp_path / "native.gguf", tmp_path / "native.jsonl"
+    synthesize(plain, Shape("qwen2", 3, 128, 4, 2, 0, 128, 320), weight_type="f32", seed=5)
+    reference.quantize(plain, kind, model)
+    reference.dump(DumpJob(model=model, out=out, tokens=PROMPT, mode="native"))
+    found = explain(read(out), model)
+    assert found
+    assert found.precision_only
+    assert found.causes == ()
+
+
+def test_a_fault_of_an_f16_engine_is_found_above_its_noise(engine: Faulty) -> None:
+    """With --compute the noise of that arithmetic is measured, and the fault stands out of it."""
+    kept = engine.right
+    engine.right = rounded(plant(kept, CATALOGUE["no-qkv-bias"]), "f16", storage=False)
+    try:
+        dump = engine.dump(RIGHT, PROMPT)
+    finally:
+        engine.right = kept
+    found = explain(dump, engine.model, Options(compute="f16"))
+    assert found.remaining is None
+    classes = [{cause.named.fault, *(other.fault for other in cause.equivalent)} for cause in found.causes]
+    assert classes
+    assert "no-qkv-bias" in classes[0]
+
+
+def test_an_unknown_fault_gives_leads_and_the_points_to_record(engine: Faulty) -> None:
+    """Nobody is accused of what does not fit: the numbers are described and the next points named."""
+    right = [
+        replace(step, op=lambda x, y: (x + y) * np.float32(1.25)) if step.makes == "blk.2.l_out" else step
+        for step in engine.right
+    ]
+    kept, engine.right = engine.right, right
+    try:
+        dump = engine.dump(RIGHT, PROMPT, points="embd,blk.1.l_out,blk.2.l_out,logits")
+    finally:
+        engine.right = kept
+    found = explain(dump, engine.model, Options(budget=20))
+    assert found.causes == ()
+    assert found.remaining == found.first
+    assert any("1.25 times" in lead.sentence for lead in found.leads)
+    assert "blk.2.q" in found.next
+
+
+def test_a_fault_beyond_the_slice_is_named_by_the_sketch(engine: Faulty) -> None:
+    """Missing last rows of the output matrix leave the first sixteen logits right: the sketch tells them, and only them."""
+    fault = ("part-missing", {"part": 32, "axis": "rows", "at": ("logits",)}, None)
+    found = explain(engine.dump(Planted((fault,)), PROMPT, bare=False), engine.model)
+    assert found.remaining is None
+    assert [(cause.named.fault, cause.named.parameters["part"]) for cause in found.causes] == [("part-missing", 32)]
+
+
+def test_out_of_time_is_said(engine: Faulty) -> None:
+    """A budget that is too short ends the search and says so."""
+    found = explain(only(engine, ("activation", {}, (2,))), engine.model, Options(budget=0.01))
+    assert not found.complete
+    assert found.remaining is not None
+
+
+def _written(dump: Dump, path: Path, header: Header | None) -> Path:
+    with Writer(path, header) as writer:
+        for rows in dump.points.values():
+            writer.rows(rows)
+    return path
+
+
+def test_the_command_answers_in_text_and_json(parity: Cli, engine: Faulty, tmp_path: Path) -> None:
+    """Exit code 1 for a named fault, 0 for none; the JSON has the design's keys."""
+    dump = only(engine, ("rope-pairs", {}, None))
+    path = _written(dump, tmp_path / "ours.jsonl", dump.header)
+    code, answer = parity.json("explain", path, "--model", engine.model)
+    assert code == 1
+    assert {"causes", "leads", "precision_only"} <= answer.keys()
+    assert {"fault", "parameters", "layers", "explained", "nmse", "equivalent"} <= answer["causes"][0].keys()
+    assert answer["causes"][0]["fault"] == "rope-pairs"
+    json.dumps(answer, allow_nan=False)
+    text = parity("explain", path, "--model", engine.model)
+    assert text.out.startswith("cause   rope-pairs: ")
+    right = only(engine)
+    fine = parity("explain", _written(right, tmp_path / "right.jsonl", right.header), "--model", engine.model)
+    assert (fine.code, fine.out.splitlines()[0][:8]) == (0, "no fault")
+
+
+def test_wrong_requests_are_one_line(parity: Cli, engine: Faulty, tmp_path: Path) -> None:
+    """No dump, no tokens, a dump of another model, a reference that our engine contradicts: exit 2 with what to do."""
+    dump = only(engine)
+    bare = _written(dump, tmp_path / "bare.jsonl", None)
+    assert dump.header is not None
+    own = _written(dump, tmp_path / "own.jsonl", dump.header)
+    wrong = only(engine, ("rope-pairs", {}, None))
+    ref = _written(wrong, tmp_path / "ref.jsonl", wrong.header)
+    for arguments, said in (
+        (("explain",), "no dump was given"),
+        (("explain", bare, "--model", engine.model), "does not say which tokens"),
+        (("explain", own), "model"),
+        (("explain", own, "--model", engine.model, "--ref", ref), "cannot stand in for llama.cpp"),
+        (("explain", own, "--model", engine.model, "--tokens", "1,2"), "tokens"),
+    ):
+        ran = parity(*arguments)
+        assert ran.code == 2, arguments
+        assert said in ran.err, ran.err
+        assert "Traceback" not in ran.err
+
+
+def test_the_catalogue_is_listed(parity: Cli) -> None:
+    """--list prints every entry, as text and as JSON."""
+    text = parity("explain", "--list")
+    assert text.code == 0
+    assert all(f"\n  {name}\n" in text.out for name in CATALOGUE)
+    assert len(parity.json("explain", "--list")[1]["faults"]) == len(CATALOGUE)

@@ -1,0 +1,258 @@
+"""What llama.cpp, Hugging Face and NumPy leave behind is read as a dump, and compared."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cli import Cli
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from safetensors.numpy import save_file
+
+from checkpoints.errors import ParityError
+from checkpoints.formats import load
+from checkpoints.mapping import read_mapping
+from checkpoints.tensors import TensorReader
+from engine.backend import choose
+from engine.gguf_model import GgufModel
+from engine.transformer import Transformer
+from parity.compare import compare
+from parity.lint import lint
+from parity.ours import OursJob, dump
+
+TOKENS = tuple(range(300, 309))
+
+
+@pytest.fixture(scope="module")
+def run(stories: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Our engine's dump with whole tensors beside it."""
+    out = tmp_path_factory.mktemp("run") / "ours.jsonl"
+    dump(Transformer(GgufModel(stories), choose("numpy")), OursJob(out, TOKENS, points="all", full=True))
+    return out
+
+
+def whole(run: Path, point: str) -> NDArray[np.float32]:
+    return TensorReader(run.with_suffix(".safetensors")).get(point)
+
+
+NODES = {
+    "embd": ("inp_embd", "GET_ROWS", "token_embd.weight"),
+    "blk.5.q": ("Qcur-5", "ADD", "Qcur-5"),
+    "blk.5.q_rope": ("Qcur-5", "ROPE", "Qcur-5 (reshaped)"),
+    "blk.5.attn_out": ("node_77", "MUL_MAT", "blk.5.attn_output.weight"),
+    "blk.5.l_out": ("l_out-5", "ADD", "ffn_out-5"),
+    "output_norm": ("result_norm", "MUL", "norm"),
+    "logits": ("result_output", "MUL_MAT", "token_embd.weight"),
+}
+
+
+def printed(run: Path, style: str) -> Iterator[str]:
+    """The lines that llama.cpp prints in each of its three styles."""
+    yield "llama_model_loader: loaded meta data with 29 key-value pairs"
+    for point, (name, op, source) in NODES.items():
+        array = whole(run, point)[:, None, :]
+        if point.endswith("rope"):
+            array = array.reshape(len(array), 4, -1)  # the embedded model's heads
+        blocks = array if point.endswith("rope") else array.transpose(1, 0, 2)
+        deep, across, width = blocks.shape
+        label = "common_debug_cb_eval" if style == "new" else "ggml_debug"
+        yield f"{label}: {name:>24} = (f32) {op:>10}({source}{{1, 1, 1, 1}}, x{{1, 1, 1, 1}}}}) = {{{width}, {across}, {deep}, 1}}"
+        pad = "    " if style == "new" else " "
+        base = "" if style == "new" else " " * 37
+        yield f"{base}{pad}["
+        for i2 in _shown(deep):
+            if i2 is None:
+                yield f"{base}{pad * 2}..., "
+                continue
+            yield f"{base}{pad * 2}["
+            for i1 in _shown(across):
+                if i1 is None:
+                    yield f"{base}{pad * 3}..., "
+                    continue
+                row = blocks[i2, i1]
+                ends = "" if style == "old" else ", " + ", ".join(f"{x:12.4f}" for x in row[-3:])
+                yield f"{base}{pad * 3}[" + ", ".join(f"{x:12.4f}" for x in row[:3]) + f",    ...{ends} ],"
+            if i2 == 0 and style == "new":
+                yield "srv  update: a line of another thread"
+            yield f"{base}{pad * 2}],"
+        yield f"{base}{pad}]"
+        if style != "old":
+            yield f"{base}{pad}sum = {float(blocks.sum()):f}"
+
+
+def _shown(count: int) -> list[int | None]:
+    return [*range(count)] if count <= 6 else [0, 1, 2, None, count - 3, count - 2, count - 1]
+
+
+@pytest.mark.parametrize("style", ["old", "middle", "new"])
+def test_eval_callback_logs_are_compared_to_the_printed_precision(run: Path, style: str, tmp_path: Path) -> None:
+    """All three styles: each printed value stands at its element and position, and agrees to half of the last decimal."""
+    log = tmp_path / "debug.log"
+    log.write_text("\n".join(printed(run, style)))
+    found, ours = load(log), load(run)
+    assert set(found.points) == set(NODES)
+    assert lint(found).findings == ()
+    for point, rows in found.points.items():
+        array = whole(run, point)
+        shown = [0, 1, 2, 6, 7, 8] if len(array) > 6 else range(len(array))
+        assert rows.token_idx.tolist() == list(shown)
+        for r, position in enumerate(rows.token_idx):
+            at = rows.indices[r, : rows.counts[r]]  # type: ignore[index]
+            assert np.abs(array[position, at] - rows.values[r, : rows.counts[r]]).max() <= 0.50001e-4
+    spoiled = {
+        name: replace(rows, values=rows.values + np.float32(0.01 * (name == "blk.5.l_out")))
+        for name, rows in found.points.items()
+    }
+    assert compare(found, ours).verdict == "parity"
+    worse = compare(replace(found, points=spoiled), ours)
+    assert worse.first_divergence is not None
+    assert worse.first_divergence.checkpoint == "blk.5.l_out"
+
+
+@pytest.mark.parametrize("kind", ["npz", "npy", "safetensors", "folder"])
+def test_arrays_named_by_point_agree(run: Path, kind: str, tmp_path: Path) -> None:
+    """.npz, folders of .npy, .safetensors: whole arrays, with a leading 1 or without, are parity."""
+    arrays = {name: whole(run, name) for name in ("embd", "blk.3.l_out", "blk.3.kq_soft_max", "logits")}
+    path = tmp_path / f"dump.{kind}"
+    if kind == "npz":
+        np.savez(path, **{name: array[None] for name, array in arrays.items()})
+    elif kind == "safetensors":
+        save_file(arrays, path)
+    elif kind == "npy":
+        path = tmp_path / "blk.3.l_out.npy"
+        np.save(path, arrays["blk.3.l_out"])
+    else:
+        path.mkdir()
+        for name, array in arrays.items():
+            np.save(path / f"{name}.npy", array)
+    found = load(path)
+    assert lint(found).findings == ()
+    verdict = compare(found, load(run))
+    assert verdict.verdict == "parity"
+    assert verdict.compared == len(TOKENS) * len(found.points)
+
+
+def test_a_mapping_file_says_what_names_mean(run: Path, tmp_path: Path) -> None:
+    """Names with a layer, layer offsets, transposed arrays and Q in the other pairing become ours; errors name the file."""
+    q = whole(run, "blk.3.q")
+    split = q.reshape(len(q), 4, 2, -1)  # halves side by side …
+    other = np.ascontiguousarray(split.swapaxes(2, 3)).reshape(q.shape)  # … become neighbours
+    arrays = {"h.4.q": other, "h.4": whole(run, "blk.3.l_out"), "wte": np.ascontiguousarray(whole(run, "embd").T)}
+    save_file(arrays, tmp_path / "theirs.safetensors")
+    names = tmp_path / "names.toml"
+    names.write_text(
+        "layer_offset = -1\n[names]\n"
+        '"h.{i}.q" = { point = "blk.{i}.q", rope_pairs = "norm", heads = 4 }\n"h.{i}" = "blk.{i}.l_out"\n'
+        'wte = { point = "embd", transpose = true }\n'
+    )
+    found = load(tmp_path / "theirs.safetensors", read_mapping(names))
+    assert set(found.points) == {"blk.3.q", "blk.3.l_out", "embd"}
+    assert compare(found, load(run)).verdict == "parity"
+    for text in ("[names", "x = 1", 'names = "x"', "[names]\na = 1", '[names]\na = {point = "q", rope_pairs = "x"}'):
+        names.write_text(text)
+        with pytest.raises(ParityError, match=r"names\.toml"):
+            read_mapping(names)
+
+
+def test_hugging_faces_debugger_tree_is_read(run: Path, tmp_path: Path) -> None:
+    """Outputs of known modules and the residual stream from the norms' inputs; a tree of printed tensors says what to do."""
+
+    def tensor(name: str, array: NDArray[np.float32]) -> dict[str, str]:
+        save_file({"data": array[None]}, tmp_path / f"{name}.safetensors")
+        return {"shape": "", "dtype": "torch.float32", "value": f"./{name}.safetensors"}
+
+    base = "Qwen2ForCausalLM.model.layers.1"
+    layer = {
+        "module_path": base,
+        "outputs": None,
+        "children": [
+            {
+                "module_path": f"{base}.input_layernorm",
+                "inputs": {"args": [tensor("a", whole(run, "blk.0.l_out"))]},
+                "outputs": tensor("b", whole(run, "blk.1.attn_norm")),
+            },
+            {"module_path": f"{base}.self_attn.q_proj", "outputs": tensor("c", whole(run, "blk.1.q"))},
+        ],
+    }
+    tree = tmp_path / "Qwen2ForCausalLM_debug_tree_FULL_TENSORS.json"
+    tree.write_text(json.dumps({"module_path": "Qwen2ForCausalLM", "children": [layer]}))
+    found = load(tmp_path)
+    assert set(found.points) == {"blk.0.l_out", "blk.1.attn_norm", "blk.1.q"}
+    assert compare(found, load(run)).verdict == "parity"
+    tree.write_text(
+        json.dumps({"module_path": "X", "children": [{"module_path": "X.lm_head", "outputs": {"value": ["tensor"]}}]})
+    )
+    with pytest.raises(ParityError, match="use_repr=False"):
+        load(tree)
+
+
+def test_convert_writes_any_of_them_as_format_1(run: Path, parity: Cli, tmp_path: Path) -> None:
+    """A converted log and converted arrays compare as their sources do; offsets shift positions and are said."""
+    (tmp_path / "debug.log").write_text("\n".join(printed(run, "new")))
+    assert parity("convert", "debug.log", "-o", "log.jsonl").code == 0
+    assert parity("lint", "log.jsonl").code == 0
+    assert parity.json("diff", "log.jsonl", run)[1]["verdict"] == "parity"
+    assert parity("convert", "debug.log", "-o", "late.jsonl", "--offset", "5").code == 0
+    assert int(load("late.jsonl").points["embd"].token_idx.min()) == 5
+    code, answer = parity.json("diff", "late.jsonl", run, "--offset", "-5")
+    assert (code, answer["verdict"]) == (0, "parity")
+    assert any("shifted by -5" in note for note in answer["notes"])
+    assert parity("convert", "debug.log", "-o", "x.jsonl", "--offset", "-1").code == 2
+    assert parity("convert", "none.log", "-o", "x.jsonl").code == 2
+
+
+class Mutants(dict[str, bytes]):
+    """Right files to be spoiled; they are not shown where a test fails."""
+
+    def __repr__(self) -> str:
+        return "mutants"
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@given(
+    kind=st.sampled_from(["jsonl", "old.log", "new.log", "npz", "npy", "safetensors"]),
+    cuts=st.lists(st.tuples(st.floats(0, 1), st.binary(max_size=6), st.integers(0, 6)), min_size=1, max_size=5),
+    keep=st.floats(0, 1),
+)
+def test_mutated_files_end_in_a_verdict_or_an_error_of_one_line(
+    mutants: Mutants, tmp_path: Path, kind: str, cuts: list[tuple[float, bytes, int]], keep: float
+) -> None:
+    """Bytes changed, inserted, dropped and files cut short: lint and comparison answer, or one line says why not."""
+    data = bytearray(mutants[kind])
+    for at, put, drop in cuts:
+        place = int(at * len(data))
+        data[place : place + drop] = put
+    if keep < 0.2:
+        del data[int(len(data) * keep * 5) :]
+    path = tmp_path / f"mutant.{kind}"
+    path.write_bytes(data)
+    try:
+        found = load(path)
+        lint(found)
+        compare(found, found)
+    except ParityError as error:
+        assert "\n" not in str(error)  # noqa: PT017
+
+
+@pytest.fixture(scope="module")
+def mutants(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Mutants:
+    folder = tmp_path_factory.mktemp("mutants")
+    arrays = {name: whole(run, name)[:3] for name in ("embd", "blk.3.l_out")}
+    np.savez(folder / "a.npz", **arrays)
+    np.save(folder / "embd.npy", arrays["embd"])
+    save_file(arrays, folder / "a.safetensors")
+    lines = run.read_bytes().splitlines(keepends=True)
+    return Mutants(
+        {
+            "jsonl": b"".join([lines[0], *lines[1:200:9], lines[-1]]),
+            "old.log": "\n".join(printed(run, "old")).encode(),
+            "new.log": "\n".join(printed(run, "new")).encode(),
+            "npz": (folder / "a.npz").read_bytes(),
+            "npy": (folder / "embd.npy").read_bytes(),
+            "safetensors": (folder / "a.safetensors").read_bytes(),
+        }
+    )

@@ -1,0 +1,226 @@
+"""`parity isolate` on llama.cpp itself, its options, and what it refuses."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cli import Cli
+
+from checkpoints.isolation import PROVEN, Isolation
+from engine.backend import choose
+from engine.faults import CATALOGUE, plant
+from engine.gguf_model import GgufModel
+from engine.graph import Step
+from engine.transformer import Transformer
+from parity import isolation
+from parity.attention_checks import AttentionChecks, rotation_faults, soft_max_faults
+from parity.isolate import Value
+from parity.isolation import IsolateRequest, isolate
+from parity.ours import OursJob, dump
+from reference import Reference
+
+TOKENS = (1, 403, 407, 261)
+ON_STORIES = ("Q8_0", "Q4_K_M")  # llama.cpp takes seconds to make some of the others
+OTHERS = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K_M", "Q5_K_M", "Q6_K", "IQ4_NL", "IQ4_XS")
+
+
+def all_proven(found: Isolation) -> None:
+    assert {item.status for item in found.operations} == {PROVEN}
+    assert max(item.nmse or 0 for item in found.operations) < 1e-12
+    assert max(item.sampled or 0 for item in found.operations) < 1e-6
+    assert found.findings == ()
+
+
+@pytest.mark.parametrize("kind", ON_STORIES)
+def test_every_operation_of_the_stories_model_is_proven(
+    kind: str, quantized: Callable[[str], Path], reference: Reference
+) -> None:
+    """llama.cpp's operations on the file's own types, with an F16 cache, are ours to 1e-12 in all 24 layers."""
+    all_proven(isolate(IsolateRequest(quantized(kind), tokens=TOKENS, kv_type="f16"), reference))
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_every_other_type_is_proven(kind: str, synthetic: Callable[..., Path], reference: Reference, tmp_path: Path) -> None:
+    """The same for the other types, on two layers of random weights."""
+    model = reference.quantize(synthetic(layers=2, width=256, ff=512), kind, tmp_path / "model.gguf")
+    all_proven(isolate(IsolateRequest(model, tokens=TOKENS, kv_type="f16"), reference))
+
+
+@pytest.mark.parametrize("like", ["tiny", "tiny-llama"])
+def test_decode_steps_are_proven_too(like: str, synthetic: Callable[..., Path], reference: Reference) -> None:
+    """Steps after the prompt are judged with the history that the reference recorded, in both architectures."""
+    found = isolate(IsolateRequest(synthetic(like, "q8_0"), tokens=TOKENS, kv_type="f16", generate=3), reference)
+    assert found.passes == 4
+    assert {(item.status, item.passes) for item in found.operations} == {(PROVEN, 4)}
+
+
+def test_an_engine_that_rounds_nothing_is_not_ggml(
+    synthetic: Callable[..., Path], reference: Reference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The check can fail: without ggml's rounding, products of Q4_K_M are wrong by 1e-6 and more, and only products are."""
+    model = reference.quantize(synthetic(layers=2, width=256, ff=512), "Q4_K_M", tmp_path / "model.gguf")
+    right = isolation.proof_steps
+    calls: list[bool] = []
+
+    def unrounded(steps: Sequence[Step], *, native: bool, kv_type: str) -> list[Step]:
+        calls.append(native)
+        return right(steps, native=native and len(calls) > 1, kv_type=kv_type)  # the calibration is right
+
+    monkeypatch.setattr(isolation, "proof_steps", unrounded)
+    found = isolate(IsolateRequest(model, tokens=TOKENS), reference)
+    assert {item.operation for item in found.wrong} == {"q", "k", "v", "attn_out", "ffn_gate", "ffn_up", "ffn_out", "logits"}
+    assert min(item.nmse or 0 for item in found.wrong) > 1e-6
+    assert found.floor is not None
+    assert found.floor < 1e-12
+    assert "rounding" in found.wrong[0].reason
+
+
+def test_nothing_is_wrong_under_the_floor_of_this_machine(
+    synthetic: Callable[..., Path], reference: Reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the embedded model itself shows such errors, an operation is not observable, and the reason says so."""
+    right = isolation.proof_steps
+    monkeypatch.setattr(isolation, "proof_steps", lambda steps, native, kv_type: right(steps, native=False, kv_type=kv_type))
+    monkeypatch.setattr(isolation, "calibrate", lambda *_: 1e-3)
+    found = isolate(IsolateRequest(synthetic(kind="q8_0", layers=3), tokens=TOKENS), reference)
+    assert found.wrong == ()
+    assert any("embedded model" in item.reason for item in found.operations)
+
+
+def test_the_command_shows_a_table_and_json(parity: Cli, synthetic: Callable[..., Path]) -> None:
+    """Text names every operation once; JSON has the contract's keys and the recomputed logits."""
+    model = synthetic(layers=3)
+    said = parity("isolate", "--model", model, "--tokens", "1,2,3", "--rows", "5,2047")
+    assert said.code == 0
+    assert "ffn_swiglu" in said.out
+    assert "not checked" in said.out
+    code, found = parity.json("isolate", "--model", model, "--tokens", "1,2,3", "--rows", "5,2047")
+    assert code == 0
+    assert found["wrong"] == []
+    assert {"operation", "layer", "status", "nmse"} <= found["operations"][0].keys()
+    assert len(found["operations"]) == 3 + 3 * 19
+    assert [(item["row"], item["right"]) for item in found["elements"]] == [(5, True), (2047, True)]
+
+
+def foreign_dump(
+    model: Path, folder: Path, fault: str | None = None, *, slice_size: int = 1 << 20, points: str = "all"
+) -> Path:
+    engine = Transformer(GgufModel(model), choose("numpy"))
+    if fault is not None:
+        engine.steps = plant(engine.steps, CATALOGUE[fault], [1])
+    dump(engine, OursJob(folder / "ours.jsonl", TOKENS, points=points, slice_size=slice_size))
+    return folder / "ours.jsonl"
+
+
+def test_a_graft_says_whether_the_next_token_changes(parity: Cli, synthetic: Callable[..., Path], tmp_path: Path) -> None:
+    """A right hidden state grafted into llama.cpp changes nothing; that of a faulty layer shows as KL, also in the last layer."""
+    model = synthetic(layers=3)
+    right = foreign_dump(model, tmp_path)
+    for point in ("blk.0.l_out", "blk.2.l_out"):
+        code, found = parity.json("isolate", right, "--model", model, "--graft", point)
+        assert code == 0
+        assert max(item["kl"] for item in found["graft"]) < 1e-9
+    code, found = parity.json(
+        "isolate", foreign_dump(model, tmp_path, "transposed"), "--model", model, "--graft", "blk.1.l_out"
+    )
+    assert code == 1
+    assert found["wrong"] == ["blk.1.attn_out"]
+    assert max(item["kl"] for item in found["graft"]) > 1e-4
+
+
+def test_a_wrong_logit_is_told_from_a_right_one(parity: Cli, synthetic: Callable[..., Path], tmp_path: Path) -> None:
+    """One garbage logit among right ones is found by its row, and its float64 dot product is shown."""
+    model = synthetic(layers=3)
+    path = foreign_dump(model, tmp_path)
+    lines = path.read_text().splitlines()
+    for number, line in enumerate(lines):
+        record = json.loads(line)
+        if record.get("checkpoint") == "logits" and record["token_idx"] == len(TOKENS) - 1:
+            record["values"][44] += 5
+            lines[number] = json.dumps(record)
+    path.write_text("\n".join(lines))
+    code, found = parity.json("isolate", path, "--model", model, "--rows", "43,44")
+    assert code == 1
+    assert found["wrong"] == ["logits"]
+    assert [item["right"] for item in found["elements"]] == [True, False]
+    assert found["elements"][1]["theirs"] - found["elements"][1]["dot"] == pytest.approx(5, abs=1e-3)
+
+
+def test_attention_that_breaks_its_laws_is_told() -> None:
+    """Each law has its sentence: sums, later positions, uniform weights, weights that never move."""
+    positions = np.arange(4)
+    right = np.tril(np.random.default_rng(0).random((2, 4, 4))).astype(np.float32)
+    right /= right.sum(axis=2, keepdims=True)
+    assert soft_max_faults(right, positions) == []
+    assert "sum to" in soft_max_faults(right * np.float32(0.5), positions)[0]
+    assert "causal" in soft_max_faults(np.full((2, 4, 4), 0.25, np.float32), positions)[0]
+    uniform = np.tril(np.ones((2, 4, 4), np.float32))
+    assert "alike" in soft_max_faults(uniform / uniform.sum(axis=2, keepdims=True), positions)[0]
+    repeated = np.zeros((1, 4, 4), np.float32)
+    repeated[:, :, 0] = 1
+    assert "repeated" in soft_max_faults(repeated, positions)[0]
+
+
+def test_rope_that_does_nothing_or_always_the_same_is_told() -> None:
+    """Q that RoPE leaves alone, or turns by one angle at every position, is a finding; a real rotation is none."""
+    rng = np.random.default_rng(1)
+    positions = np.arange(5)
+    x = Value(rng.standard_normal((5, 8)).astype(np.float32), positions)
+    assert rotation_faults(x, x) == ["nothing changes under RoPE: it is not applied"]
+    turn = np.linalg.qr(rng.standard_normal((8, 8)))[0].astype(np.float32)
+    assert "same angle" in rotation_faults(x, Value(x.data @ turn, positions))[0]
+    checks = AttentionChecks()
+    other = Value(rng.standard_normal((5, 8)).astype(np.float32), positions)
+    list(checks.watch([("blk.0.q", x), ("blk.0.q_rope", other)]))
+    assert checks.findings == []
+    assert checks.rotations == {"blk.0.q_rope"}
+
+
+WRONG = {
+    "no-such.jsonl": "no-such.jsonl",
+    "--rows 99999 --tokens 1,2": "outside the output matrix",
+    "--mode exact --kv-type f16 --tokens 1,2": "cache of F32",
+    "--graft blk.0.l_out --tokens 1,2": "wants a foreign engine's dump",
+    "--tokens 1,99999999": "outside the vocabulary",
+    "--rows x --tokens 1,2": "whole numbers",
+    "": "no prompt",
+}
+
+
+@pytest.mark.parametrize("arguments", WRONG)
+def test_a_wrong_request_is_one_line(parity: Cli, synthetic: Callable[..., Path], arguments: str) -> None:
+    """What cannot be judged exits 2 with one line that says why."""
+    said = parity("isolate", "--model", synthetic(layers=3), *arguments.split())
+    assert (said.code, said.err.count("\n")) == (2, 1)
+    assert WRONG[arguments] in said.err
+
+
+def test_a_dump_without_whole_values_is_refused(parity: Cli, synthetic: Callable[..., Path], tmp_path: Path) -> None:
+    """Slices prove nothing about an operation: it says so, and what to record."""
+    model = synthetic(layers=3)
+    path = foreign_dump(model, tmp_path, slice_size=4, points="blk.*.l_out")
+    said = parity("isolate", path, "--model", model)
+    assert said.code == 2
+    assert "whole" in said.err
+    said = parity("isolate", foreign_dump(model, tmp_path), "--model", synthetic("tiny-llama", layers=2, width=32, ff=64))
+    assert said.code == 2
+    assert "shape" in said.err
+
+
+@pytest.mark.parametrize("shape", [(4,), (3, 64), (4, 60), (2, 4, 4)])
+def test_tensors_of_another_shape_are_refused(
+    parity: Cli, synthetic: Callable[..., Path], tmp_path: Path, shape: tuple[int, ...]
+) -> None:
+    """A tensors file whose shapes contradict the dump or the model is one line and exit 2, not a traceback."""
+    from safetensors.numpy import load_file, save_file
+
+    model = synthetic(layers=3)
+    engine = Transformer(GgufModel(model), choose("numpy"))
+    dump(engine, OursJob(tmp_path / "ours.jsonl", TOKENS, points="all", full=True))
+    tensors = load_file(tmp_path / "ours.safetensors")
+    name = "blk.1.kq_soft_max/0" if len(shape) == 2 else "blk.1.attn_norm/0"
+    save_file(tensors | {name: np.zeros(shape, np.float32)}, tmp_path / "ours.safetensors")
+    said = parity("isolate", tmp_path / "ours.jsonl", "--model", model)
+    assert (said.code, said.err.count("\n")) == (2, 1)

@@ -1,0 +1,149 @@
+"""Faults planted in an engine whose whole values are judged: each is named at its operations and layers, and nothing else."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from checkpoints.isolation import PROVEN, WRONG, Isolation
+from engine.backend import choose
+from engine.faults import CATALOGUE, plant
+from engine.gguf_model import GgufModel
+from engine.graph import Step
+from engine.transformer import Transformer
+from parity.isolation import IsolateRequest, isolate
+from parity.ours import OursJob, dump
+from reference import Reference
+
+TOKENS = (1, 403, 407, 261, 378, 390)  # any ids of the models' vocabularies
+LAYERS = (1, 3)
+# fault: the operations that it spoils
+KINDS = {
+    "rope-pairs": ("q_rope", "k_rope"),
+    "rope-base": ("q_rope", "k_rope"),
+    "no-qkv-bias": ("q", "k", "v"),
+    "norm-epsilon": ("attn_norm", "ffn_norm", "output_norm"),
+    "gqa-modulo": ("kq", "kqv_out"),
+    "no-causal-mask": ("kq_soft_max",),
+    "gate-up-swapped": ("ffn_gate", "ffn_up"),
+    "transposed": ("attn_out",),
+    "no-final-norm": ("output_norm",),
+    "q4k-scale-min": ("q", "k", "v", "attn_out", "ffn_gate", "ffn_up", "ffn_out"),
+}
+# A value that is another one in both models (each fault's own first value may be right for one of them).
+PARAMETERS = {"rope-base": {"base": 500000.0}, "norm-epsilon": {"eps": 1e-4}}
+NOT_HERE = {("tiny", "q4k-scale-min"), ("tiny-llama", "q4k-scale-min"), ("tiny-llama", "no-qkv-bias")}  # no such weights
+CASES = [(like, fault) for like in ("tiny", "tiny-llama") for fault in KINDS if (like, fault) not in NOT_HERE]
+
+
+class Foreign:
+    """An engine whose steps can be spoiled, and the judgement of what it dumped."""
+
+    def __init__(self, model: Path, folder: Path) -> None:
+        self.model = model
+        self.engine = Transformer(GgufModel(model), choose("numpy"))
+        self.right = self.engine.steps
+        self.out = folder / "foreign.jsonl"
+
+    def judged(self, steps: Sequence[Step], *, full: bool = True, points: str = "all") -> Isolation:
+        self.engine.steps = steps
+        try:
+            dump(self.engine, OursJob(self.out, TOKENS, points=points, full=full, slice_size=16 if full else 1 << 20))
+        finally:
+            self.engine.steps = self.right
+        return isolate(IsolateRequest(self.model, dump=self.out))
+
+
+def expected(foreign: Foreign, fault: str, layers: Sequence[int]) -> set[str]:
+    """The points that the fault spoils in these layers."""
+    tensors = foreign.engine.model.tensors
+    names = {f"blk.{layer}.{kind}" for layer in layers for kind in KINDS[fault] if kind != "output_norm"}
+    if fault == "q4k-scale-min":  # llama.cpp keeps some matrices of a Q4_K_M file in Q6_K
+        weights = {step.makes: str(step.weights[0]) for step in foreign.right if step.makes in names}
+        names = {name for name in names if tensors[weights[name]].type == 12}
+    return names | ({"output_norm"} if "output_norm" in KINDS[fault] else set())
+
+
+def named_exactly(foreign: Foreign, found: Isolation, wrong: set[str]) -> None:
+    assert {item.name for item in found.operations if item.status == WRONG} == wrong
+    assert {item.name for item in found.operations if item.status == PROVEN} == {step.makes for step in foreign.right} - wrong
+
+
+@pytest.mark.parametrize(("like", "fault"), CASES)
+def test_a_fault_is_named_where_it_is_and_nowhere_else(
+    like: str, fault: str, synthetic: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Planted in two of four layers, exactly its own operations there are wrong, and all the others are proven."""
+    foreign = Foreign(synthetic(like, "q8_0", layers=4), tmp_path)
+    found = foreign.judged(plant(foreign.right, CATALOGUE[fault], LAYERS, **PARAMETERS.get(fault, {})))
+    wrong = expected(foreign, fault, LAYERS)
+    assert wrong
+    named_exactly(foreign, found, wrong)
+    assert not found
+
+
+def test_swapped_scales_and_mins_are_named_in_q4_k_only(
+    synthetic: Callable[..., Path], reference: Reference, tmp_path: Path
+) -> None:
+    """In a Q4_K_M file exactly the Q4_K products of the faulty layers are wrong, not those that llama.cpp keeps in Q6_K."""
+    model = reference.quantize(synthetic(layers=4, width=256, ff=512), "Q4_K_M", tmp_path / "model.gguf")
+    foreign = Foreign(model, tmp_path)
+    found = foreign.judged(plant(foreign.right, CATALOGUE["q4k-scale-min"], LAYERS))
+    wrong = expected(foreign, "q4k-scale-min", LAYERS)
+    assert wrong
+    named_exactly(foreign, found, wrong)
+
+
+def test_faults_at_once_are_all_named(stories: Path, tmp_path: Path) -> None:
+    """Different faults in different layers of the stories model are all named; behind the first nothing is blamed for it."""
+    foreign = Foreign(stories, tmp_path)
+    steps = plant(foreign.right, CATALOGUE["rope-base"], [2])
+    steps = plant(steps, CATALOGUE["no-qkv-bias"], [5])
+    steps = plant(steps, CATALOGUE["transposed"], [9])
+    steps = plant(steps, CATALOGUE["gate-up-swapped"], [17])
+    found = foreign.judged(steps)
+    wrong = {"blk.2.q_rope", "blk.2.k_rope", "blk.5.q", "blk.5.k", "blk.5.v", "blk.9.attn_out", "blk.17.ffn_gate"}
+    named_exactly(foreign, found, wrong | {"blk.17.ffn_up"})
+    reasons = {item.name: item.reason for item in found.wrong}
+    assert "read transposed" in reasons["blk.9.attn_out"]
+    assert "without blk.5.attn_q.bias" in reasons["blk.5.q"]
+    assert reasons["blk.17.ffn_gate"] == "it is the product with blk.17.ffn_up.weight"
+    assert reasons["blk.2.q_rope"] == "5 of 6 positions"
+
+
+def test_a_right_engine_is_proven_everywhere(stories: Path, tmp_path: Path) -> None:
+    """Without a fault every operation of the stories model is proven to 1e-12, and attention keeps its laws."""
+    foreign = Foreign(stories, tmp_path)
+    found = foreign.judged(foreign.right)
+    assert found
+    assert found.findings == ()
+    assert {item.status for item in found.operations} == {PROVEN}
+    assert max(item.nmse or 0 for item in found.operations) < 1e-12
+
+
+def test_an_epsilon_is_named_with_its_value(synthetic: Callable[..., Path], tmp_path: Path) -> None:
+    """A norm with another epsilon is told as what it is."""
+    foreign = Foreign(synthetic(layers=4), tmp_path)
+    found = foreign.judged(plant(foreign.right, CATALOGUE["norm-epsilon"], [0], eps=1e-3))
+    first = next(item for item in found.wrong if item.name == "blk.0.attn_norm")
+    assert first.reason == "it is right with an epsilon of 0.001 instead of 1e-06"
+    final = foreign.judged(plant(foreign.right, CATALOGUE["no-final-norm"]))
+    assert [item.reason for item in final.wrong] == ["its output is its input: not normalised"]
+
+
+def test_records_with_all_their_values_are_whole_tensors(synthetic: Callable[..., Path], tmp_path: Path) -> None:
+    """A JSONL dump whose records carry every value is judged without a tensors file, with the same result."""
+    foreign = Foreign(synthetic(layers=4), tmp_path)
+    assert foreign.judged(foreign.right, full=False)
+    found = foreign.judged(plant(foreign.right, CATALOGUE["gqa-modulo"], [2]), full=False)
+    named_exactly(foreign, found, {"blk.2.kq", "blk.2.kqv_out"})
+
+
+def test_layers_are_judged_by_llama_cpp_where_only_outputs_are_there(synthetic: Callable[..., Path], tmp_path: Path) -> None:
+    """With only each layer's output recorded, every wrong layer is named, not only the first."""
+    foreign = Foreign(synthetic(layers=4), tmp_path)
+    steps = plant(plant(foreign.right, CATALOGUE["rope-base"], [1], base=5e5), CATALOGUE["transposed"], [3])
+    found = foreign.judged(steps, full=False, points="embd,blk.*.l_out")
+    layers = {item.layer: item.status for item in found.operations if item.operation == "layer"}
+    assert layers == {0: PROVEN, 1: WRONG, 2: PROVEN, 3: WRONG}
+    assert foreign.judged(foreign.right, full=False, points="embd,blk.*.l_out")

@@ -1,0 +1,214 @@
+"""A comparison as HTML, Markdown, JUnit and annotations: the same facts, and nothing in a dump can break out of them."""
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from xml.etree import ElementTree as ET
+
+import numpy as np
+import pytest
+from cli import Cli
+from dumps import dump, noisy, random, spoiled
+from pictures import EVIL, diverging, hostile, huge, passing
+
+from checkpoints.drift import Change, Checked, Drift, Margin
+from checkpoints.errors import InputError
+from checkpoints.jsonl import Writer
+from checkpoints.record import Dump
+from reports.charts import decode, encode, figures
+from reports.drift import drift_as_json, lines
+from reports.findings import finding
+from reports.github import annotations, drift_annotations
+from reports.html import html
+from reports.junit import drift_as_junit, junit
+from reports.markdown import drift_as_markdown, markdown
+
+
+def written(made: Dump, path: Path) -> Path:
+    """A dump in memory as a file."""
+    assert made.header is not None
+    with Writer(path, made.header) as writer:
+        for rows in made.points.values():
+            writer.rows(rows)
+    return path
+
+
+def test_errors_survive_the_code() -> None:
+    """Sixteen bits keep an error to 1 %, and zero, infinite and unknown ones exactly, for all that float32 can differ by."""
+    exact = np.array([0.0, np.inf, np.nan])
+    assert np.array_equal(decode(encode(exact)), exact, equal_nan=True)
+    values = 10 ** np.linspace(-89.9, 89.9, 10_001)
+    assert np.max(np.abs(decode(encode(values)) / values - 1)) < 0.01
+
+
+def test_the_marked_cell_is_the_first_divergence() -> None:
+    """The grid's figures decode to the comparison's, and the mark stands on the first divergence."""
+    report = diverging()
+    made = figures(report.verdict, report.picture)
+    first = report.verdict.first_divergence
+    assert first is not None
+    row, column = made["mark"]
+    assert (
+        (made["grid"]["points"][row], made["grid"]["positions"][column])
+        == (first.checkpoint, first.token_idx)
+        == ("blk.5.l_out", 3)
+    )
+    assert first.nmse == report.picture.grid.nmse[row, column]
+
+
+def test_html_says_it_in_order() -> None:
+    """Verdict, first divergence, heat map, errors along the model, text of both sides, how it was run: in this order."""
+    text = html(diverging())
+    body = text[text.index("<body") :]
+    parts = ("<h1>divergence at blk.5.l_out", "First divergence", "Every record", "Error along the model", "Generated text",
+             "How it was run")  # fmt: skip
+    places = [body.index(part) for part in parts]
+    assert places == sorted(places)
+    assert "First differing choice at position 12" in text
+    assert "<h1>parity</h1>" in html(passing())
+
+
+@pytest.mark.parametrize("make", [passing, diverging, hostile, huge])
+def test_html_asks_nothing_of_the_network(make) -> None:  # type: ignore[no-untyped-def]
+    """No attribute of the document names another address, and it stays under 3 MB."""
+    text = html(make())
+    markup = re.sub(r"<script>.*?</script>", "", text, flags=re.DOTALL)
+    assert not re.findall(r"""(?:src|href|action)\s*=\s*(?!["']?data:)""", markup)
+    assert "url(" not in markup
+    assert len(text.encode()) < 3_000_000
+
+
+def test_scripts_in_dumps_are_text() -> None:
+    """A script in every string of a dump stands nowhere unescaped, in no format."""
+    report = hostile()
+    assert EVIL not in html(report)
+    assert "&lt;script&gt;" in html(report)
+    assert EVIL not in re.sub(r"`+[^`]*`+", "", markdown(report))
+    ET.fromstring(junit(report.verdict))
+
+
+def test_markdown_has_the_same_facts() -> None:
+    """Markdown names the place, both sides, the points and the differing choice; its tables are whole."""
+    report = diverging()
+    text = markdown(report)
+    for part in (
+        "## divergence at blk.5.l\\_out, position 3",
+        "### First divergence",
+        "fresh",
+        "### Generated text",
+        "**differs**",
+    ):
+        assert part in text
+    widths: list[int] = []
+    for line in text.splitlines():
+        cells = len(re.findall(r"(?<!\\)\|", line)) if line.startswith("|") else 0
+        assert not (cells and widths and widths[-1]) or cells == widths[-1]
+        widths.append(cells)
+
+
+def test_junit_has_a_case_a_point() -> None:
+    """One case a point with its figures; the failed ones are failures, counted right."""
+    report = diverging()
+    root = ET.fromstring(junit(report.verdict))
+    cases = list(root.iter("testcase"))
+    assert [case.get("name") for case in cases] == [point.checkpoint for point in report.verdict.points]
+    failed = [case.get("name") for case in cases if case.find("failure") is not None]
+    assert failed == [point.checkpoint for point in report.verdict.points if point.failed]
+    assert root.get("failures") == str(len(failed))
+    assert "NMSE" in (cases[0].findtext("system-out") or "")
+    lacking = replace(report.verdict, points=(), first_divergence=None, verdict="divergence")
+    assert ET.fromstring(junit(lacking)).get("failures") == "1", "a divergence without a failed point is a failure, too"
+
+
+def test_xml_has_no_forbidden_character() -> None:
+    """Control characters in names don't make XML that no parser takes."""
+    verdict = diverging().verdict
+    named = replace(verdict.points[0], checkpoint="\x00\x1b[31m<&\ud800")
+    ET.fromstring(junit(replace(verdict, points=(named,))))
+
+
+def test_an_annotation_is_one_line() -> None:
+    """A line break, a colon or a percent sign in a name can't end GitHub's command or start another."""
+    verdict = diverging().verdict
+    first = verdict.first_divergence
+    assert first is not None
+    evil = replace(verdict, first_divergence=replace(first, token="a\n::error::b%"))
+    said = list(annotations(evil))
+    assert len(said) == 1
+    assert "\n" not in said[0]
+    assert said[0].startswith("::error title=divergence at blk.5.l_out%2C position 3")
+    assert next(annotations(passing().verdict)).startswith("::notice")
+
+
+def drift_of(verdict) -> Drift:  # type: ignore[no-untyped-def]
+    """A check of one prompt with a change of versions and a finding."""
+    points = tuple(Margin(p.checkpoint, p.worst.nmse, p.worst.limit, p.worst.of_limit, before=1e-3) for p in verdict.points)
+    return Drift(
+        "golden", "ours", (Checked("a | prompt\n", verdict),), points, (Change("llama_cpp", "1", "2"),), ("logits grow",)
+    )
+
+
+def test_drift_in_every_format() -> None:
+    """A check says its verdict, the changed version, what grows and the margins, as text, JSON, Markdown, JUnit and annotations."""
+    for report in (passing(), diverging()):
+        drift = drift_of(report.verdict)
+        text = "\n".join(line.plain for line in lines(drift, 100))
+        for form in (text, markdown_of(drift), drift_as_junit(drift), "\n".join(drift_annotations(drift))):
+            assert "llama" in form
+            assert "grow" in form
+        ET.fromstring(drift_as_junit(drift))
+        assert ("no drift" in text) == bool(drift)
+        answer = json.loads(json.dumps(drift_as_json(drift), allow_nan=False))
+        assert answer["verdict"] == report.verdict.verdict
+        assert all(point["margin"] is None or point["margin"] > 0 for point in answer["points"])
+
+
+def markdown_of(drift: Drift) -> str:
+    """Markdown with its escapes taken out, to be searched."""
+    return drift_as_markdown(drift).replace("\\", "")
+
+
+def test_diff_writes_what_is_asked_for(parity: Cli, tmp_path: Path) -> None:
+    """`parity diff` with --html, --junit and each --format: files are written, the exit code is the verdict's."""
+    right = random()
+    ref = written(dump(right), tmp_path / "ref.jsonl")
+    ours = written(dump(spoiled(right, ("logits",), [4])), tmp_path / "ours.jsonl")
+    lint = tmp_path / "lint.json"
+    lint.write_text(json.dumps({"usable": False, "findings": [{"severity": "error", "rule": "same-vector"}]}), encoding="utf-8")
+    ran = parity("diff", ours, ref, "--html", "r.html", "--junit", "r.xml", "--include", lint)
+    assert ran.code == 1
+    assert "same-vector" in Path("r.html").read_text(encoding="utf-8")
+    ET.parse("r.xml")
+    assert parity("diff", ours, ref, "--format", "markdown").out.startswith("## divergence at logits")
+    assert parity("diff", ours, ref, "--format", "junit").out.startswith("<?xml")
+    assert "::error" in parity("diff", ours, ref, "--format", "github").out
+    assert parity("diff", ref, ref, "--format", "markdown").code == 0
+    bad = parity("diff", ours, ref, "--html", "no/such/folder/r.html")
+    assert (bad.code, bad.err.count("\n")) == (2, 1)
+    assert parity("diff", ours, ref, "--include", ours).code == 2
+
+
+def test_answers_of_other_commands_become_parts() -> None:
+    """isolate, lint and explain answers as the design gives them; anything else is refused."""
+    isolate = finding(
+        {"operations": [{"operation": "q", "layer": n, "status": "proven", "nmse": 1e-13} for n in range(3)]
+         + [{"operation": "k", "layer": 1, "status": "wrong", "nmse": 0.5}]}, "f")  # fmt: skip
+    assert isolate.sentence.startswith("3 of 4 operations proven")
+    assert isolate.rows[0][:3] == ("k", "1", "wrong")
+    explain = finding(
+        {"causes": [{"fault": "rope-pairs", "layers": [1, 2], "explained": 1.0, "equivalent": [{"fault": "x"}]}]}, "f"
+    )
+    assert explain.rows[0][2:4] == ("1, 2", "100 %")
+    assert explain.rows[1][0] == "x"
+    assert "believed" in finding({"usable": True, "findings": []}, "f").sentence
+    for wrong in ({}, [], {"findings": 3}, {"causes": [1]}):
+        with pytest.raises(InputError):
+            finding(wrong, "f")
+
+
+def test_a_noisy_side_is_right() -> None:
+    """The helper that makes right sides makes right sides: else nothing here would prove anything."""
+    assert passing().verdict
+    assert not diverging().verdict
+    assert noisy(random())["embd"].shape == (12, 64)
