@@ -55,7 +55,7 @@ class Library:
             "llama_cpp": named().decode() if named is not None else "",
             "system": system,
             "backend": system.partition(" :")[0],
-            "devices": self.devices(),
+            "devices": list(self.devices()),
         }
 
     def devices(self) -> tuple[str, ...]:

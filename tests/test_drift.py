@@ -63,7 +63,7 @@ def test_both_sides_pass_and_are_noted(golden: Golden, parity: Cli) -> None:
     assert (code, ours["verdict"]) == (0, "parity")
     margins = [point["margin"] for point in ours["points"] if point["margin"] is not None]
     assert margins
-    assert min(margins) > 100, "the limit is three orders above the floor; some of it may be used up"
+    assert min(margins) > 100, "the limit is two orders above the floor; some of it may be used up"
     entries, skipped = ledger.read(golden.folder / ledger.NAME)
     assert [entry.source for entry in entries] == ["ref", "ours"]
     assert not skipped

@@ -75,10 +75,14 @@ def test_ten_thousand_steps_with_a_slow_writer_lose_nothing(ring: int, delay: fl
 def test_a_dying_writer_stops_the_engine_also_where_the_ring_is_full() -> None:
     """What fails in the thread comes out in the engine's next calls and in close; nothing waits for ever."""
     tap = DeviceCapture(Sink(fail_at=3), ["embd"], choose("cupy"), ring=4)
-    with pytest.raises(OSError, match="writer died"):
+
+    def many() -> None:
         for step in range(10_000):
             tap.begin(one_pass(step, 1))
             tap("embd", cupy.zeros((1, 8), np.float32))
+
+    with pytest.raises(OSError, match="writer died"):
+        many()
     with pytest.raises(OSError, match="writer died"):
         tap.close()
 
@@ -91,13 +95,17 @@ def test_a_full_disk_is_one_clear_error(tmp_path: Path) -> None:
         ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(small)], check=False, capture_output=True
     ).returncode:
         pytest.skip("mounting a tmpfs is not allowed here")
+
+    def many(tap: DeviceCapture) -> None:
+        for step in range(5_000):
+            tap.begin(one_pass(step, 1))
+            tap("embd", cupy.zeros((1, 64), np.float32))
+        tap.close()
+
     try:
         tap = DeviceCapture(Writer(small / "ours.jsonl"), ["embd"], choose("cupy"))
         with pytest.raises(InputError, match="No space left"):
-            for step in range(5_000):
-                tap.begin(one_pass(step, 1))
-                tap("embd", cupy.zeros((1, 64), np.float32))
-            tap.close()
+            many(tap)
     finally:
         subprocess.run(["umount", "-l", str(small)], check=False)
 
