@@ -19,7 +19,7 @@ from engine import ops
 from engine.graph import POSITIONS, TOKENS, Altered, History, RowsOf, Step, WeightSource, compute
 
 from .elements import Sample, sample_product
-from .looks import look_of
+from .looks import look_of, other_epsilon
 
 Floats = NDArray[np.float64]
 
@@ -32,6 +32,9 @@ ROW_FLOOR = 0.01
 # A norm is one scale a row, and no sum of many products: right ones measured 3e-14 at most, and another epsilon, the smallest
 # fault known, is as small as 1e-12 where activations are large.
 _NORM_LIMIT = 1e-12
+# Where activations are larger still, another epsilon is below that: it is told by comparison, once a norm with smaller
+# activations has shown it. Rounding doesn't prefer one epsilon to another; ten times nearer is no rounding.
+_NEARER = 10.0
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,7 @@ class _Found:
     passes: int = 0
     sampled: float | None = None
     reason: str = ""
+    wrong: bool = False
 
 
 @dataclass
@@ -69,6 +73,7 @@ class Isolator:
     sample: bool = True
     _found: dict[str, _Found] = field(default_factory=lambda: defaultdict(_Found))
     _past: dict[str, list[Value]] = field(default_factory=lambda: defaultdict(list))
+    _epsilons: set[float] = field(default_factory=set)
 
     @property
     def steps(self) -> Sequence[Step]:
@@ -151,10 +156,29 @@ class Isolator:
                 look = look_of(self.definitions[-1][index], inputs[0], wide, self.weights, nmse, limit, self._siblings(step))
                 where = "" if wrong == count else f"{wrong} of {count} positions"
                 found.reason = "; ".join(part for part in (where, look) if part)
+                found.wrong = True
+        if step.op is ops.rms_norm:
+            self._judge_epsilon(step, inputs, wide, positions)
         if self.sample:
             sampled = [self._sampled(steps[index], inputs, wide) for steps in self.definitions]
             if measured := [error for error in sampled if error is not None]:
                 found.sampled = max(found.sampled or 0.0, min(measured))
+
+    def _judge_epsilon(
+        self, step: Step, inputs: list[NDArray[np.float32]], theirs: NDArray[np.float32], positions: NDArray[np.int64]
+    ) -> None:
+        """Hold a norm against the epsilons that other norms have shown, or learn one from it."""
+        found = self._found[step.makes]
+        if found.wrong:
+            eps = other_epsilon(step, inputs[0], theirs, self.weights, self._limit(step))
+            self._epsilons |= {eps} if eps is not None else set()
+            return
+        for eps in sorted(self._epsilons):
+            made = compute(replace(step, params={**step.params, "eps": eps}), inputs, self.weights)
+            error = float(row_errors(parse(step.makes).kind, made, theirs, positions).max())
+            if error * _NEARER < found.nmse:
+                found.wrong = True
+                found.reason = f"nearer with an epsilon of {eps:.2g}, as in other norms, than with {step.params['eps']:.2g}"
 
     def _sampled(self, step: Step, inputs: list[NDArray[np.float32]], theirs: NDArray[np.float32]) -> float | None:
         if "native" not in step.params or not isinstance(step.weights[0], Altered):
@@ -214,7 +238,7 @@ class Isolator:
         made = Operation(point.kind, point.layer, NOT_OBSERVABLE, weight=self._weight(step), reason=found.reason)
         if found.nmse < 0:
             return made
-        right = found.nmse <= self._limit(step)
+        right = not found.wrong
         return replace(
             made,
             status=PROVEN if right else WRONG,

@@ -35,21 +35,30 @@ def look_of(
 
 
 def _norm(step: Step, x: NDArray[np.float32], theirs: NDArray[np.float32], weights: WeightSource, limit: float) -> str:
-    """Solves 1 / sqrt(mean(x²) + ε) for ε, row by row."""
     if float(np.sum((x.astype(np.float64) - theirs) ** 2)) <= limit * float(np.sum(theirs.astype(np.float64) ** 2)):
         return "its output is its input: not normalised"
+    eps = other_epsilon(step, x, theirs, weights, limit)
+    return "" if eps is None else f"it is right with an epsilon of {eps:.2g} instead of {step.params['eps']:.2g}"
+
+
+def other_epsilon(
+    step: Step, x: NDArray[np.float32], theirs: NDArray[np.float32], weights: WeightSource, limit: float
+) -> float | None:
+    """The epsilon with which a norm gives these rows, to two digits; None if none does.
+
+    Solves 1 / sqrt(mean(x²) + ε) for ε, row by row.
+    """
+    weight = weights.get(str(step.weights[0]))
     wide = x.astype(np.float64)
-    scaled = wide * weights.get(str(step.weights[0]))
+    scaled = wide * weight
     with np.errstate(divide="ignore", invalid="ignore"):
         scale = np.einsum("ij,ij->i", theirs.astype(np.float64), scaled) / np.einsum("ij,ij->i", scaled, scaled)
         eps = float(np.median(1 / scale**2 - np.mean(wide**2, axis=1)))
     if not np.isfinite(eps):
-        return ""
-    again = ops.rms_norm(x, weights.get(str(step.weights[0])), eps=max(eps, 0.0))
+        return None
+    again = ops.rms_norm(x, weight, eps=max(eps, 0.0))
     error = np.sum((again.astype(np.float64) - theirs) ** 2) / max(float(np.sum(theirs.astype(np.float64) ** 2)), 1e-300)
-    if error > limit:
-        return ""
-    return f"it is right with an epsilon of {eps:.2g} instead of {step.params['eps']:.2g}"
+    return float(f"{max(eps, 0.0):.2g}") if error <= limit else None
 
 
 def _product(

@@ -111,6 +111,22 @@ def test_faults_at_once_are_all_named(stories: Path, tmp_path: Path) -> None:
     assert reasons["blk.2.q_rope"] == "5 of 6 positions"
 
 
+def test_an_epsilon_is_named_in_every_norm(stories: Path, tmp_path: Path) -> None:
+    """ε 1e-5 for 1e-6 in all norms of the stories model: all 49 are wrong, also where it is 1e-13 of the output, nothing else."""
+    foreign = Foreign(stories, tmp_path)
+    found = foreign.judged(plant(foreign.right, CATALOGUE["norm-epsilon"], eps=1e-5))
+    named_exactly(foreign, found, expected(foreign, "norm-epsilon", range(24)))
+    assert len(found.wrong) == 49
+
+
+@pytest.mark.parametrize("fault", [name for name in KINDS if name not in ("norm-epsilon", "q4k-scale-min")])
+def test_each_fault_in_all_layers_of_the_stories_model(stories: Path, tmp_path: Path, fault: str) -> None:
+    """Planted in all 24 layers, every spoiled operation is named and every other one proven."""
+    foreign = Foreign(stories, tmp_path)
+    found = foreign.judged(plant(foreign.right, CATALOGUE[fault]))
+    named_exactly(foreign, found, expected(foreign, fault, range(24)))
+
+
 def test_a_right_engine_is_proven_everywhere(stories: Path, tmp_path: Path) -> None:
     """Without a fault every operation of the stories model is proven to 1e-12, and attention keeps its laws."""
     foreign = Foreign(stories, tmp_path)
