@@ -1,5 +1,11 @@
 """Models and the reference, made once for all tests."""
 
+import os
+
+# Where the suite runs in several processes each takes one core; must stand before NumPy is imported.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 from collections.abc import Callable, Iterator
 from pathlib import Path
 

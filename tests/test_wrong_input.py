@@ -258,7 +258,15 @@ def test_ctrl_c_leaves_a_readable_dump_and_exits_130(stories: Path, tmp_path: Pa
         "-o",
         "o.jsonl",
     ]
-    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell's background job ignores SIGINT, and so would this child of it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509 - it only sets a signal
+    )
     out = tmp_path / "o.jsonl"
     deadline = time.monotonic() + 60
     while not (out.exists() and out.stat().st_size > 100_000) and time.monotonic() < deadline:
