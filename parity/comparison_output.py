@@ -25,9 +25,10 @@ def finish(outcome: "Outcome", form: Format) -> int:
 
     answer = verdict_as_json(outcome.verdict) | {"folder": str(outcome.folder), "seconds": round(outcome.seconds, 3)}
     (outcome.folder / "diff.json").write_text(json.dumps(answer, indent=1) + "\n", encoding="utf-8")
-    code = show(outcome.verdict, outcome.ours, outcome.ref, form, extra=answer)
+    whole = report(outcome.verdict, outcome.ours, outcome.ref, outcome.picture)
+    code = show(whole, form, extra=answer)
     # The answer is on the screen before the report is drawn.
-    write_html(report(outcome.verdict, outcome.ours, outcome.ref, outcome.picture), outcome.folder / "report.html")
+    write_html(whole, outcome.folder / "report.html")
     if form is Format.TEXT:
         files = "  ".join(path.name for path in sorted(outcome.folder.iterdir(), reverse=True) if path.is_file())
         print(f"{outcome.folder}/  {files}   {outcome.seconds:.1f} s")
@@ -81,7 +82,7 @@ def show_report(whole: "Report", form: AnswerFormat, *, html: Path | None, junit
 
         print(markdown(whole), end="")
     elif form is not AnswerFormat.JUNIT:
-        show(whole.verdict, whole.ours, whole.ref, Format.JSON if form is AnswerFormat.JSON else Format.TEXT)
+        show(whole, Format.JSON if form is AnswerFormat.JSON else Format.TEXT)
     if form is AnswerFormat.GITHUB:
         from reports.github import annotations
 
@@ -89,19 +90,21 @@ def show_report(whole: "Report", form: AnswerFormat, *, html: Path | None, junit
     return PARITY_CODE if whole.verdict else DIVERGENCE_CODE
 
 
-def show(verdict: "Verdict", ours: "Dump", ref: "Dump", form: Format, extra: Mapping[str, Any] | None = None) -> int:
+def show(whole: "Report", form: Format, extra: Mapping[str, Any] | None = None) -> int:
     """Print a comparison's answer and return the exit code."""
     if form is Format.JSON:
         from reports.as_json import verdict_as_json
 
-        print(json.dumps(verdict_as_json(verdict) | dict(extra or {})))
+        print(json.dumps(verdict_as_json(whole.verdict) | dict(extra or {})))
     else:
         from rich.console import Console
 
-        from reports.header import print_header
+        from reports.beside import lines
+        from reports.header import print_header, print_lines
         from reports.terminal import print_verdict
 
         console = Console()
-        print_header(console, ours.header, ref.header, "".join(token.text for token in ref.tokens))
-        print_verdict(console, verdict)
-    return PARITY_CODE if verdict else DIVERGENCE_CODE
+        print_header(console, whole.ours.header, whole.ref.header, "".join(token.text for token in whole.ref.tokens))
+        print_lines(console, lines(whole, console.width))
+        print_verdict(console, whole.verdict)
+    return PARITY_CODE if whole.verdict else DIVERGENCE_CODE

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from checkpoints.drift import Drift
 from checkpoints.verdict import Difference
 
+from .beside import spread
 from .drift import factor, sentence, shortened
 from .drift import remarks as drift_remarks
 from .generated import generated
@@ -37,6 +38,8 @@ def _report(report: Report) -> Iterator[str]:
     if shown is not None:
         yield f"\n### {'First divergence' if verdict.first_divergence else 'Nearest to its limit'}\n"
         yield from _shown(shown)
+        sides = (("ours", report.picture.ours), ("reference", report.picture.ref))
+        yield from (f"- {name}: {told}" for name, side in sides if side is not None and (told := spread(side)))
     said = list(reasons(verdict))
     if said or verdict.next:
         yield ""
