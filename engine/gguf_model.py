@@ -14,7 +14,7 @@ from checkpoints.errors import ModelError
 from checkpoints.fingerprint import fingerprint
 from checkpoints.gguf_file import ARRAY, Contents, contents
 
-from .dequantize import dequantize, dequantize_into
+from .dequantize import FORMATS, dequantize, dequantize_into
 
 
 @dataclass(frozen=True)
@@ -214,6 +214,8 @@ def block_of(kind: int, name: str = "") -> tuple[int, int]:
     Raises:
         ModelError: gguf-py does not know the type.
     """
+    if kind in FORMATS:  # importing gguf takes longer than opening a small model
+        return FORMATS[kind][:2]
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
     try:

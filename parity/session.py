@@ -134,8 +134,8 @@ def reference_job(request: Request, prompt: Prompt, out: Path, lead: tuple[int, 
     )
 
 
-def run(request: Request, progress: Progress | None = None) -> Outcome:
-    """Run both sides and compare them.
+def run(request: Request, progress: Progress | None = None, started: Reference | None = None) -> Outcome:
+    """Run both sides and compare them; `started` is a reference that was started ahead, and is ended here.
 
     Our engine and llama.cpp compute at the same time, unless tokens are generated: then llama.cpp goes first and
     chooses, and ours is led along the same tokens.
@@ -145,7 +145,7 @@ def run(request: Request, progress: Progress | None = None) -> Outcome:
     """
     began = perf_counter()
     # The child process starts first: it imports llama.cpp while our side opens the model.
-    with Reference(verbose=request.verbose, threads=request.threads) as reference:
+    with started or Reference(verbose=request.verbose, threads=request.threads) as reference:
         ours = _Foreign(request, reference) if request.command else _Own(request)
         folder = new_folder(request)
         prompt = resolve_prompt(reference, request)

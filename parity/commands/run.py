@@ -42,12 +42,16 @@ def run(
 
     Exits 0 for parity, 1 for a divergence.
     """
+    from reference import Reference
+
+    text, ids = o.prompt(prompt, prompt_file, tokens)
+    # The child process imports llama.cpp while this one imports all the rest.
+    started = Reference(verbose=verbose, threads=threads)
     from .. import session
     from ..comparison_output import finish
     from ..default_model import path as default_model
     from ..output import progress_bar
 
-    text, ids = o.prompt(prompt, prompt_file, tokens)
     request = session.Request(
         model=model or default_model(),
         prompt=text,
@@ -70,5 +74,5 @@ def run(
         verbose=verbose,
     )
     with progress_bar(form) as progress:
-        outcome = session.run(request, progress)
+        outcome = session.run(request, progress, started)
     raise typer.Exit(finish(outcome, form))
