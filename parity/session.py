@@ -135,8 +135,16 @@ def reference_job(request: Request, prompt: Prompt, out: Path, lead: tuple[int, 
     )
 
 
-def run(request: Request, progress: Progress | None = None, started: Reference | None = None) -> Outcome:
-    """Run both sides and compare them; `started` is a reference that was started ahead, and is ended here.
+def run(
+    request: Request,
+    progress: Progress | None = None,
+    started: Reference | None = None,
+    meanwhile: Callable[[], None] = lambda: None,
+) -> Outcome:
+    """Run both sides and compare them.
+
+    `started` is a reference that was started ahead, and is ended here; `meanwhile` is called where nothing is left to do but
+    to wait for llama.cpp.
 
     Our engine and llama.cpp compute at the same time, unless tokens are generated: then llama.cpp goes first and
     chooses, and ours is led along the same tokens.
@@ -163,6 +171,7 @@ def run(request: Request, progress: Progress | None = None, started: Reference |
                 pending = pool.submit(reference.dump, job)
                 try:
                     ours.dump(prompt, ours_path, None, progress)
+                    meanwhile()
                 except BaseException:
                     reference.close()  # nobody waits for it any more
                     raise

@@ -50,7 +50,7 @@ def run(
 
     started = Reference(verbose=verbose, threads=threads, child=child)
     from .. import session
-    from ..comparison_output import finish
+    from ..comparison_output import finish, prepare
     from ..default_model import path as default_model
     from ..output import progress_bar
 
@@ -76,5 +76,5 @@ def run(
         verbose=verbose,
     )
     with progress_bar(form) as progress:
-        outcome = session.run(request, progress, started)
+        outcome = session.run(request, progress, started, lambda: prepare(form))
     raise typer.Exit(finish(outcome, form))
