@@ -17,7 +17,7 @@ from engine.backend import choose
 from engine.capture import Capture
 from engine.gguf_model import GgufModel
 from engine.transformer import Transformer
-from reference import Reference
+from reference.client import Reference
 
 from .compare import Options, compare
 from .ours import chosen_points

@@ -19,7 +19,8 @@ from engine.gguf_model import GgufModel
 from engine.graph import Step
 from engine.proof import proof_steps
 from engine.transformer import Transformer
-from reference import DumpJob, Reference
+from reference.client import Reference
+from reference.jobs import DumpJob
 
 from .attention_checks import AttentionChecks
 from .default_model import path as default_model

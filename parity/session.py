@@ -16,7 +16,8 @@ from checkpoints.reader import read
 from checkpoints.record import DEFAULT_SLICE, Dump
 from checkpoints.verdict import Verdict
 from engine.capture import Positions
-from reference import DumpJob, DumpResult, Reference
+from reference.client import Reference
+from reference.jobs import DumpJob, DumpResult
 
 from .compare import Options
 from .lint import refuse_unusable

@@ -42,11 +42,13 @@ def run(
 
     Exits 0 for parity, 1 for a divergence.
     """
-    from reference import Reference
+    from reference.child import Child
 
     text, ids = o.prompt(prompt, prompt_file, tokens)
-    # The child process imports llama.cpp while this one imports all the rest.
-    started = Reference(verbose=verbose, threads=threads)
+    child = Child(verbose)  # it imports llama.cpp while this process imports all the rest
+    from reference.client import Reference
+
+    started = Reference(verbose=verbose, threads=threads, child=child)
     from .. import session
     from ..comparison_output import finish
     from ..default_model import path as default_model
