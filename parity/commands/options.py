@@ -74,7 +74,10 @@ AnswerOption = Annotated[
 MapOption = Annotated[
     Path | None, typer.Option("--map", help="TOML file that says what your names mean: their name = our point.")
 ]
-OffsetOption = Annotated[int, typer.Option("--offset", help="Added to every position of your dump.")]
+OffsetOption = Annotated[
+    int | None,
+    typer.Option("--offset", help="Added to every position of your dump; 0: they count from the prompt's first token."),
+]
 FormatOption = Annotated[Format, typer.Option("--format", help="text for people, json for machines.")]
 VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="Show llama.cpp's own log.")]
 
