@@ -10,7 +10,8 @@ from engine.backend import Backend, choose
 from engine.gguf_model import GgufModel
 from engine.split import SplitTransformer
 from engine.transformer import Transformer
-from parity.session import Request, run
+from parity.request import Request
+from parity.session import run
 
 PROMPT = (2047, 9, 8, 7, 300, 12)
 

@@ -15,6 +15,7 @@ def run(
     tokens: o.TokensOption = None,
     mode: o.ModeOption = o.Mode.EXACT,
     backend: o.BackendOption = o.BackendName.AUTO,
+    devices: o.DevicesOption = None,
     command: Annotated[
         str | None,
         typer.Option(
@@ -53,13 +54,15 @@ def run(
     from ..comparison_output import finish, prepare
     from ..default_model import path as default_model
     from ..output import progress_bar
+    from ..request import Request
 
-    request = session.Request(
+    request = Request(
         model=model or default_model(),
         prompt=text,
         tokens=ids,
         mode=mode.value,
         backend=backend.value,
+        devices=o.devices(devices),
         command=command,
         points=points,
         layers=o.numbers(layers, "--layers") if layers is not None else None,
