@@ -1,0 +1,217 @@
+"""Many lines of records at once, where they are plain: what engines print by the million.
+
+msgspec checks and takes apart what stands around the values; simdjson reads the values of all lines into one array. What
+either does not understand is `Odd`, and is read again line by line (`checkpoints.careful`), with the same result.
+"""
+
+from collections.abc import Sequence
+from math import prod
+from typing import Annotated, Any
+
+import msgspec
+import numpy as np
+import simdjson
+from numpy.typing import NDArray
+
+from . import fields, printed
+from .labels import Labels
+from .record import DECODE, SKETCH_SIZE
+from .slabs import Odd, Slab
+
+_WIDE = 2048  # bytes of a line from which its values are cut out first: msgspec would walk through them, find does not
+_NONE = msgspec.Raw(b"")
+_PARTS = 1 << 16  # shapes that are remembered: few are used, a hostile file has a new one in each record
+_Position = Annotated[int, msgspec.Meta(ge=0, lt=fields.POSITIONS)]
+RECORD = "checkpoint"
+
+Text = msgspec.Raw | memoryview | bytes
+
+
+class Record(msgspec.Struct, gc=False):
+    """The fields of a line that are looked at; of wrong types they are `Odd`."""
+
+    type: Any = RECORD
+    checkpoint: str | None = None
+    values: msgspec.Raw = _NONE
+    token_idx: _Position = 0
+    seq: Annotated[int, msgspec.Meta(ge=0, lt=fields.SEQUENCES)] = 0
+    step: _Position = 0
+    phase: Any = None
+    dtype: Any = "f32"
+    shape: tuple[int, ...] | str | None = None
+    stats: dict[str, float] | None = None
+    sketch: msgspec.Raw = _NONE
+    indices: msgspec.Raw = _NONE
+
+    @property
+    def other(self) -> bool:
+        """Whether the line is no record: a header, a token, an end, or something else."""
+        return self.checkpoint is None or self.type != RECORD or not self.values
+
+
+class Parser:
+    """Takes lines apart. It holds the buffers of simdjson and the shapes that were seen, and nothing of any file."""
+
+    def __init__(self) -> None:
+        self._numbers = simdjson.Parser()
+        self._lines = msgspec.json.Decoder(Record)
+        self._shapes: dict[Any, tuple[tuple[int, ...], float]] = {}
+
+    def records(self, block: bytes) -> tuple[list[Record], Sequence[Text]]:
+        """The records of whole lines, one a line, and the text of each one's values with its brackets.
+
+        Raises:
+            Odd: a line is no JSON object, or has a field of a wrong type.
+        """
+        count = block.count(b"\n")
+        rest, texts = _cut(block) if len(block) > _WIDE * count else (block, [])
+        try:
+            found = self._lines.decode_lines(rest)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+            raise Odd from error
+        # With as many breaks between objects as there are lines, no object stands in two lines and no line has two.
+        if len(found) != count or rest.count(b"}\n{") != count - 1:
+            raise Odd
+        if not texts:
+            return found, [record.values for record in found]
+        for record, text in zip(found, texts, strict=True):
+            if bytes(record.values) != (b"[]" if text else b""):
+                raise Odd
+        return found, texts
+
+    def floats(self, texts: Sequence[Text]) -> tuple[NDArray[np.float64], list[int]]:
+        """Numbers of many arrays laid end to end, and how many each has.
+
+        Raises:
+            Odd: words, lists or objects among them.
+        """
+        joined = b"".join((b"[", b",".join(texts), b"]"))
+        if joined.count(b"[") != len(texts) + 1:
+            raise Odd
+        parsed: Any = None
+        try:
+            parsed = self._numbers.parse(joined)
+            counts = list(map(len, parsed))
+            flat = np.frombuffer(parsed.as_buffer(of_type="d"), np.float64) if any(counts) else np.zeros(0)
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise Odd from error
+        finally:
+            del parsed  # the parser is used again only when nothing of it is held
+        if len(flat) != sum(counts):
+            raise Odd
+        return flat, counts
+
+    def slabs(self, found: Sequence[Record], texts: Sequence[Text], labels: Labels, serial: int, *, digits: bool) -> list[Slab]:
+        """Records as arrays, one slab for each number of values; `serial` is the first's number in the file.
+
+        With `digits`, the digits that were printed are looked at (`checkpoints.printed`).
+
+        Raises:
+            Odd: a record needs the careful way; nothing was taken.
+        """
+        if any(record.indices for record in found):
+            raise Odd
+        values, counts = self.floats(texts)
+        shapes = self._sizes(found, counts)
+        point = np.array([labels.number(record.checkpoint or "") for record in found], dtype=np.int64)
+        place = np.array([(record.seq, record.token_idx, record.step, record.phase == DECODE) for record in found], np.int64)
+        stats, sketch = _stats(found), self._sketch(found)
+        dtypes = [record.dtype for record in found]
+        order = np.arange(serial, serial + len(found))
+        if len(set(counts)) == 1:
+            wide = values.reshape(len(found), counts[0])
+            quantum = printed.quanta(texts, wide) if digits else None
+            return [Slab(point, order, place, shapes, _single(wide), dtypes, stats, sketch, quantum)]
+        made = []
+        starts = np.cumsum([0, *counts[:-1]])
+        for width in sorted(set(counts)):
+            members = np.flatnonzero(np.array(counts) == width)
+            listed = members.tolist()
+            wide = values[starts[members, None] + np.arange(width)]
+            made.append(
+                Slab(
+                    point[members],
+                    order[members],
+                    place[members],
+                    [shapes[i] for i in listed],
+                    _single(wide),
+                    [dtypes[i] for i in listed],
+                    {name: column[members] for name, column in stats.items()},
+                    None if sketch is None else sketch[members],
+                    printed.quanta([texts[i] for i in listed], wide) if digits else None,
+                )
+            )
+        return made
+
+    def _sizes(self, found: Sequence[Record], counts: list[int]) -> list[tuple[int, ...]]:
+        """The shape of each record."""
+        known = self._shapes
+        given = [record.shape for record in found]
+        for one in set(given).difference(known):
+            if len(known) >= _PARTS:
+                known.clear()
+            try:
+                shape = fields.shape(one)
+            except (TypeError, ValueError) as error:
+                raise Odd from error
+            known[one] = shape, prod(shape) if shape else np.inf
+        both = [known[one] for one in given]
+        if any(count > size for count, (_, size) in zip(counts, both, strict=True)):
+            raise Odd
+        return [shape for shape, _ in both]
+
+    def _sketch(self, found: Sequence[Record]) -> NDArray[np.float32] | None:
+        texts = [record.sketch for record in found]
+        if not any(texts):
+            return None
+        numbers, counts = self.floats(texts)
+        if any(count != SKETCH_SIZE for count in counts):
+            raise Odd
+        return _single(numbers.reshape(-1, SKETCH_SIZE))
+
+
+def _cut(block: bytes) -> tuple[bytes, list[memoryview]]:
+    """Lines without the numbers of their values, and those numbers with their brackets; empty where a line has none.
+
+    Raises:
+        Odd: it is not sure that these are a record's own values.
+    """
+    view = memoryview(block)
+    rest: list[memoryview] = []
+    texts: list[memoryview] = []
+    begin = 0
+    while begin < len(block):
+        end = block.index(b"\n", begin) + 1
+        at = block.find(b'"values"', begin, end)
+        opened = block.find(b"[", at, end) if at >= 0 else -1
+        closed = block.find(b"]", opened, end) if opened >= 0 else -1
+        if closed < 0:
+            rest.append(view[begin:end])
+            texts.append(view[:0])
+        else:
+            rest += view[begin : opened + 1], view[closed:end]
+            texts.append(view[opened : closed + 1])
+        begin = end
+    joined = b"".join(rest)
+    # A second "values", or one spelt with escapes, could be the record's own.
+    if b"\\" in joined or joined.count(b'"values"') != sum(1 for text in texts if text):
+        raise Odd
+    return joined, texts
+
+
+def _stats(found: Sequence[Record]) -> dict[str, NDArray[np.float64]]:
+    """Statistics by name; NaN where a record lacks one."""
+    given = [record.stats or {} for record in found]
+    names = list(given[0])
+    if any(list(row) != names for row in given):
+        names = list(dict.fromkeys(name for row in given for name in row))
+        given = [{name: row.get(name, np.nan) for name in names} for row in given]
+    if not names:
+        return {}
+    columns = np.fromiter((x for row in given for x in row.values()), np.float64, len(given) * len(names))
+    return dict(zip(names, columns.reshape(-1, len(names)).T, strict=True))
+
+
+def _single(wide: NDArray[np.float64]) -> NDArray[np.float32]:
+    with np.errstate(over="ignore"):
+        return wide.astype(np.float32)
