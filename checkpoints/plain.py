@@ -6,6 +6,7 @@ either does not understand is `Odd`, and is read again line by line (`checkpoint
 
 from collections.abc import Sequence
 from math import prod
+from operator import attrgetter
 from typing import Annotated, Any
 
 import msgspec
@@ -20,6 +21,8 @@ from .slabs import Odd, Slab
 
 _WIDE = 2048  # bytes of a line from which its values are cut out first: msgspec would walk through them, find does not
 _NONE = msgspec.Raw(b"")
+_indices = attrgetter("indices")
+_BREAK, _OPEN, _CLOSE, _BRACKET = b"\n{}["
 _PARTS = 1 << 16  # shapes that are remembered: few are used, a hostile file has a new one in each record
 _Position = Annotated[int, msgspec.Meta(ge=0, lt=fields.POSITIONS)]
 RECORD = "checkpoint"
@@ -30,7 +33,7 @@ Text = msgspec.Raw | memoryview | bytes
 class Record(msgspec.Struct, gc=False):
     """The fields of a line that are looked at; of wrong types they are `Odd`."""
 
-    type: Any = RECORD
+    type: str | None = RECORD
     checkpoint: str | None = None
     values: msgspec.Raw = _NONE
     token_idx: _Position = 0
@@ -43,10 +46,12 @@ class Record(msgspec.Struct, gc=False):
     sketch: msgspec.Raw = _NONE
     indices: msgspec.Raw = _NONE
 
-    @property
-    def other(self) -> bool:
-        """Whether the line is no record: a header, a token, an end, or something else."""
-        return self.checkpoint is None or self.type != RECORD or not self.values
+
+def others(found: Sequence[Record], texts: Sequence[Text]) -> list[int]:
+    """Which lines are no records: headers, tokens, ends, and what is nothing of a dump."""
+    if {record.type for record in found} == {RECORD} and all(texts) and all(record.checkpoint is not None for record in found):
+        return []
+    return [i for i, one in enumerate(found) if one.type != RECORD or one.checkpoint is None or not texts[i]]
 
 
 class Parser:
@@ -63,14 +68,17 @@ class Parser:
         Raises:
             Odd: a line is no JSON object, or has a field of a wrong type.
         """
-        count = block.count(b"\n")
-        rest, texts = _cut(block) if len(block) > _WIDE * count else (block, [])
+        data = np.frombuffer(block, np.uint8)
+        ends = np.flatnonzero(data == _BREAK)
+        # Where each line begins and ends with a brace and there are as many objects as lines, each line is one object.
+        if not block.startswith(b"{") or (data[ends - 1] != _CLOSE).any() or (data[ends[:-1] + 1] != _OPEN).any():
+            raise Odd
+        rest, texts = _cut(block, ends.tolist()) if len(block) > _WIDE * len(ends) else (block, [])
         try:
             found = self._lines.decode_lines(rest)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise Odd from error
-        # With as many breaks between objects as there are lines, no object stands in two lines and no line has two.
-        if len(found) != count or rest.count(b"}\n{") != count - 1:
+        if len(found) != len(ends):
             raise Odd
         if not texts:
             return found, [record.values for record in found]
@@ -86,8 +94,8 @@ class Parser:
             Odd: words, lists or objects among them.
         """
         joined = b"".join((b"[", b",".join(texts), b"]"))
-        if joined.count(b"[") != len(texts) + 1:
-            raise Odd
+        if np.count_nonzero(np.frombuffer(joined, np.uint8) == _BRACKET) != len(texts) + 1:
+            raise Odd  # arrays in arrays
         parsed: Any = None
         try:
             parsed = self._numbers.parse(joined)
@@ -109,12 +117,17 @@ class Parser:
         Raises:
             Odd: a record needs the careful way; nothing was taken.
         """
-        if any(record.indices for record in found):
+        if any(map(_indices, found)):
             raise Odd
         values, counts = self.floats(texts)
         shapes = self._sizes(found, counts)
-        point = np.array([labels.number(record.checkpoint or "") for record in found], dtype=np.int64)
-        place = np.array([(record.seq, record.token_idx, record.step, record.phase == DECODE) for record in found], np.int64)
+        number = labels.number
+        point = np.array([number(record.checkpoint or "") for record in found], dtype=np.int64)
+        place = np.empty((len(found), 4), dtype=np.int64)
+        place[:, 0] = [record.seq for record in found]
+        place[:, 1] = [record.token_idx for record in found]
+        place[:, 2] = [record.step for record in found]
+        place[:, 3] = [record.phase == DECODE for record in found]
         stats, sketch = _stats(found), self._sketch(found)
         dtypes = [record.dtype for record in found]
         order = np.arange(serial, serial + len(found))
@@ -170,7 +183,7 @@ class Parser:
         return _single(numbers.reshape(-1, SKETCH_SIZE))
 
 
-def _cut(block: bytes) -> tuple[bytes, list[memoryview]]:
+def _cut(block: bytes, ends: list[int]) -> tuple[bytes, list[memoryview]]:
     """Lines without the numbers of their values, and those numbers with their brackets; empty where a line has none.
 
     Raises:
@@ -180,21 +193,20 @@ def _cut(block: bytes) -> tuple[bytes, list[memoryview]]:
     rest: list[memoryview] = []
     texts: list[memoryview] = []
     begin = 0
-    while begin < len(block):
-        end = block.index(b"\n", begin) + 1
+    for end in ends:
         at = block.find(b'"values"', begin, end)
         opened = block.find(b"[", at, end) if at >= 0 else -1
         closed = block.find(b"]", opened, end) if opened >= 0 else -1
         if closed < 0:
-            rest.append(view[begin:end])
+            rest.append(view[begin : end + 1])
             texts.append(view[:0])
         else:
-            rest += view[begin : opened + 1], view[closed:end]
+            rest += view[begin : opened + 1], view[closed : end + 1]
             texts.append(view[opened : closed + 1])
-        begin = end
+        begin = end + 1
     joined = b"".join(rest)
     # A second "values", or one spelt with escapes, could be the record's own.
-    if b"\\" in joined or joined.count(b'"values"') != sum(1 for text in texts if text):
+    if b"\\" in joined or joined.count(b'"values"') != sum([len(text) > 0 for text in texts]):
         raise Odd
     return joined, texts
 
@@ -202,12 +214,12 @@ def _cut(block: bytes) -> tuple[bytes, list[memoryview]]:
 def _stats(found: Sequence[Record]) -> dict[str, NDArray[np.float64]]:
     """Statistics by name; NaN where a record lacks one."""
     given = [record.stats or {} for record in found]
+    if not any(given):
+        return {}
     names = list(given[0])
     if any(list(row) != names for row in given):
         names = list(dict.fromkeys(name for row in given for name in row))
         given = [{name: row.get(name, np.nan) for name in names} for row in given]
-    if not names:
-        return {}
     columns = np.fromiter((x for row in given for x in row.values()), np.float64, len(given) * len(names))
     return dict(zip(names, columns.reshape(-1, len(names)).T, strict=True))
 

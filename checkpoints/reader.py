@@ -15,11 +15,11 @@ from typing import BinaryIO
 from . import careful, lenient
 from .errors import DumpError
 from .labels import Labels
-from .plain import Parser, Record, Text
+from .plain import Parser, Record, Text, others
 from .record import Dump, End, Header, Rows, Token
 from .slabs import Odd, Slab, as_rows, blown_up
 
-_BLOCK = 1 << 18  # bytes read at once: the objects of that many lines stay in a core's cache
+_BLOCK = 1 << 19  # bytes read at once: what is made of them stays in a core's cache
 _LINE = 1 << 26  # bytes of the longest line: a row of 4 million values; as objects such a line takes 1 GB
 _PENDING = 1 << 22  # values that wait to become Rows: 16 MiB …
 _RECORDS = 1 << 16  # … or records: their other fields take more than 16 values do
@@ -99,7 +99,6 @@ class Scan:
             with Path(self.name).open("rb") as file:
                 for block in self._blocks(file):
                     yield from self._take(block)
-                    self._line += block.count(b"\n")
                     if self._serial - self.records > _RECORDS or self._waiting > _PENDING:
                         yield from self._flush()
         except OSError as error:
@@ -156,8 +155,9 @@ class Scan:
         texts: Sequence[Text] = ()
         try:
             found, texts = self._parser.records(block)
-            if not any(record.other for record in found):
+            if not others(found, texts):
                 self._keep(found, texts)
+                self._line += len(found)
                 return
             numbered = list(enumerate(block.split(b"\n")[:-1]))
         except Odd:
@@ -169,7 +169,7 @@ class Scan:
                     found, texts = self._parser.records(trimmed)
         done = 0
         with suppress(Odd):  # what is left of these lines is read with care
-            for i in [*(i for i, record in enumerate(found) if record.other), len(found)]:
+            for i in [*others(found, texts), len(found)]:
                 self._keep(found[done:i], texts[done:i])
                 done = i
                 if i < len(found):
@@ -177,6 +177,7 @@ class Scan:
                     done = i + 1
         for number, line in numbered[done:]:
             yield from self._careful(number, line)
+        self._line += block.count(b"\n")
 
     def _objects(self, block: bytes) -> list[tuple[int, bytes]]:
         """Lines from their first brace on, numbered; those without one are skipped and counted."""
