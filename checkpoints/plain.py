@@ -68,37 +68,33 @@ class Parser:
         Raises:
             Odd: a line is no JSON object, or has a field of a wrong type.
         """
-        data = np.frombuffer(block, np.uint8)
-        ends = np.flatnonzero(data == _BREAK)
-        # Where each line begins and ends with a brace and there are as many objects as lines, each line is one object.
-        if not block.startswith(b"{") or (data[ends - 1] != _CLOSE).any() or (data[ends[:-1] + 1] != _OPEN).any():
-            raise Odd
-        rest, texts = _cut(block, ends.tolist()) if len(block) > _WIDE * len(ends) else (block, [])
+        texts: Sequence[Text]
+        rest, texts = (block, ()) if block.find(b"\n") < _WIDE else _cut(block)
+        count = _lines_of_objects(rest)
         try:
             found = self._lines.decode_lines(rest)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise Odd from error
-        if len(found) != len(ends):
+        if len(found) != count:
             raise Odd
         if not texts:
-            return found, [record.values for record in found]
+            texts = [record.values for record in found]
+            _no_nesting(texts)
+            return found, texts
         for record, text in zip(found, texts, strict=True):
             if bytes(record.values) != (b"[]" if text else b""):
                 raise Odd
         return found, texts
 
     def floats(self, texts: Sequence[Text]) -> tuple[NDArray[np.float64], list[int]]:
-        """Numbers of many arrays laid end to end, and how many each has.
+        """Numbers of many arrays laid end to end, and how many each has. Arrays in arrays are not told from longer ones.
 
         Raises:
-            Odd: words, lists or objects among them.
+            Odd: words or objects among them.
         """
-        joined = b"".join((b"[", b",".join(texts), b"]"))
-        if np.count_nonzero(np.frombuffer(joined, np.uint8) == _BRACKET) != len(texts) + 1:
-            raise Odd  # arrays in arrays
         parsed: Any = None
         try:
-            parsed = self._numbers.parse(joined)
+            parsed = self._numbers.parse(b"".join((b"[", b",".join(texts), b"]")))
             counts = list(map(len, parsed))
             flat = np.frombuffer(parsed.as_buffer(of_type="d"), np.float64) if any(counts) else np.zeros(0)
         except (ValueError, TypeError, RuntimeError) as error:
@@ -177,13 +173,27 @@ class Parser:
         texts = [record.sketch for record in found]
         if not any(texts):
             return None
+        _no_nesting(texts)
         numbers, counts = self.floats(texts)
         if any(count != SKETCH_SIZE for count in counts):
             raise Odd
         return _single(numbers.reshape(-1, SKETCH_SIZE))
 
 
-def _cut(block: bytes, ends: list[int]) -> tuple[bytes, list[memoryview]]:
+def _lines_of_objects(block: bytes) -> int:
+    """How many lines there are, each from a brace to a brace: with as many objects in them, each line is one.
+
+    Raises:
+        Odd: a line begins or ends with something else.
+    """
+    data = np.frombuffer(block, np.uint8)
+    ends = np.flatnonzero(data == _BREAK)
+    if not block.startswith(b"{") or (data[ends - 1] != _CLOSE).any() or (data[ends[:-1] + 1] != _OPEN).any():
+        raise Odd
+    return len(ends)
+
+
+def _cut(block: bytes) -> tuple[bytes, list[memoryview]]:
     """Lines without the numbers of their values, and those numbers with their brackets; empty where a line has none.
 
     Raises:
@@ -193,22 +203,29 @@ def _cut(block: bytes, ends: list[int]) -> tuple[bytes, list[memoryview]]:
     rest: list[memoryview] = []
     texts: list[memoryview] = []
     begin = 0
-    for end in ends:
+    while begin < len(block):
+        end = block.index(b"\n", begin) + 1
         at = block.find(b'"values"', begin, end)
         opened = block.find(b"[", at, end) if at >= 0 else -1
         closed = block.find(b"]", opened, end) if opened >= 0 else -1
         if closed < 0:
-            rest.append(view[begin : end + 1])
+            rest.append(view[begin:end])
             texts.append(view[:0])
         else:
-            rest += view[begin : opened + 1], view[closed : end + 1]
+            rest += view[begin : opened + 1], view[closed:end]
             texts.append(view[opened : closed + 1])
-        begin = end + 1
+        begin = end
     joined = b"".join(rest)
     # A second "values", or one spelt with escapes, could be the record's own.
-    if b"\\" in joined or joined.count(b'"values"') != sum([len(text) > 0 for text in texts]):
+    if b"\\" in joined or joined.count(b'"values"') != sum(len(text) > 0 for text in texts):
         raise Odd
     return joined, texts
+
+
+def _no_nesting(texts: Sequence[Text]) -> None:
+    """Raises Odd where there are more brackets than one an array. What was cut out ends at its first closing one."""
+    if np.count_nonzero(np.frombuffer(b"".join(texts), np.uint8) == _BRACKET) > len(texts):
+        raise Odd
 
 
 def _stats(found: Sequence[Record]) -> dict[str, NDArray[np.float64]]:
