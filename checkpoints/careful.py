@@ -59,7 +59,7 @@ def _record(found: dict[str, Any], line: bytes, labels: Labels, serial: int, *, 
     quantum = fields.quantum(fields.values_text(line), len(values)) if digits else None
     with np.errstate(over="ignore"):
         return Slab(
-            np.array([labels.number(label)]),
+            np.array(labels.numbers([label])),
             np.array([serial]),
             np.array([(seq, token_idx, step, found.get("phase") == DECODE)], dtype=np.int64),
             [shape],

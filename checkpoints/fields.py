@@ -8,6 +8,7 @@ from dataclasses import fields
 from math import prod
 from typing import Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -145,10 +146,17 @@ def _model(found: Any) -> ModelInfo:
     return ModelInfo(**taken)
 
 
+class _Values(msgspec.Struct):
+    values: msgspec.Raw
+
+
 def values_text(line: bytes) -> bytes:
     """The text of a line's values, with its brackets; empty where there is none."""
-    match = _VALUES.search(line)
-    return match[1] if match else b""
+    try:
+        return bytes(msgspec.json.decode(line, type=_Values).values)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):  # bare nan, an infinite number
+        match = _VALUES.search(line)
+        return match[1] if match else b""
 
 
 def surely_exact(text: bytes) -> bool:

@@ -1,5 +1,7 @@
 """Names as they are printed, and the numbers that stand for their points while a file is read."""
 
+from collections.abc import Sequence
+
 from .points import resolve
 
 
@@ -17,13 +19,14 @@ class Labels:
         self._layers = layers
         self._printed.clear()
 
-    def number(self, label: str) -> int:
-        """The number of the point that this name means."""
-        number = self._printed.get(label)
-        if number is None:
-            name = resolve(label, self._layers)
-            number = self._numbers.setdefault(name, len(self.names))
-            if number == len(self.names):
-                self.names.append(name)
-            self._printed[label] = number
-        return number
+    def numbers(self, labels: Sequence[str]) -> list[int]:
+        """The numbers of the points that these names mean."""
+        known = self._printed
+        for label in dict.fromkeys(labels):
+            if label not in known:
+                name = resolve(label, self._layers)
+                number = self._numbers.setdefault(name, len(self.names))
+                if number == len(self.names):
+                    self.names.append(name)
+                known[label] = number
+        return [known[label] for label in labels]

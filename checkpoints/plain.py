@@ -21,7 +21,6 @@ from .slabs import Odd, Slab
 
 _WIDE = 2048  # bytes of a line from which its values are cut out first: msgspec would walk through them, find does not
 _NONE = msgspec.Raw(b"")
-_indices = attrgetter("indices")
 _BREAK, _OPEN, _CLOSE, _BRACKET = b"\n{}["
 _PARTS = 1 << 16  # shapes that are remembered: few are used, a hostile file has a new one in each record
 _Position = Annotated[int, msgspec.Meta(ge=0, lt=fields.POSITIONS)]
@@ -52,6 +51,9 @@ def others(found: Sequence[Record], texts: Sequence[Text]) -> list[int]:
     if {record.type for record in found} == {RECORD} and all(texts) and all(record.checkpoint is not None for record in found):
         return []
     return [i for i, one in enumerate(found) if one.type != RECORD or one.checkpoint is None or not texts[i]]
+
+
+_columns = attrgetter("checkpoint", "seq", "token_idx", "step", "phase", "dtype", "shape", "stats", "sketch", "indices")
 
 
 class Parser:
@@ -113,24 +115,20 @@ class Parser:
         Raises:
             Odd: a record needs the careful way; nothing was taken.
         """
-        if any(map(_indices, found)):
+        columns = zip(*map(_columns, found), strict=True)
+        names, seqs, positions, steps, phases, dtypes, given, statistics, sketches, indices = columns
+        if any(indices):
             raise Odd
         values, counts = self.floats(texts)
-        shapes = self._sizes(found, counts)
-        number = labels.number
-        point = np.array([number(record.checkpoint or "") for record in found], dtype=np.int64)
-        place = np.empty((len(found), 4), dtype=np.int64)
-        place[:, 0] = [record.seq for record in found]
-        place[:, 1] = [record.token_idx for record in found]
-        place[:, 2] = [record.step for record in found]
-        place[:, 3] = [record.phase == DECODE for record in found]
-        stats, sketch = _stats(found), self._sketch(found)
-        dtypes = [record.dtype for record in found]
+        shapes = self._sizes(given, counts)
+        point = np.array(labels.numbers(names), dtype=np.int64)
+        place = np.array([seqs, positions, steps, [phase == DECODE for phase in phases]], dtype=np.int64).T
+        stats, sketch = _stats(statistics), self._sketch(sketches)
         order = np.arange(serial, serial + len(found))
         if len(set(counts)) == 1:
             wide = values.reshape(len(found), counts[0])
             quantum = printed.quanta(texts, wide) if digits else None
-            return [Slab(point, order, place, shapes, _single(wide), dtypes, stats, sketch, quantum)]
+            return [Slab(point, order, place, shapes, _single(wide), list(dtypes), stats, sketch, quantum)]
         made = []
         starts = np.cumsum([0, *counts[:-1]])
         for width in sorted(set(counts)):
@@ -152,10 +150,9 @@ class Parser:
             )
         return made
 
-    def _sizes(self, found: Sequence[Record], counts: list[int]) -> list[tuple[int, ...]]:
-        """The shape of each record."""
+    def _sizes(self, given: Sequence[Any], counts: list[int]) -> list[tuple[int, ...]]:
+        """The shape of each record, from how it is given."""
         known = self._shapes
-        given = [record.shape for record in found]
         for one in set(given).difference(known):
             if len(known) >= _PARTS:
                 known.clear()
@@ -169,8 +166,7 @@ class Parser:
             raise Odd
         return [shape for shape, _ in both]
 
-    def _sketch(self, found: Sequence[Record]) -> NDArray[np.float32] | None:
-        texts = [record.sketch for record in found]
+    def _sketch(self, texts: Sequence[Text]) -> NDArray[np.float32] | None:
         if not any(texts):
             return None
         _no_nesting(texts)
@@ -228,11 +224,11 @@ def _no_nesting(texts: Sequence[Text]) -> None:
         raise Odd
 
 
-def _stats(found: Sequence[Record]) -> dict[str, NDArray[np.float64]]:
+def _stats(found: Sequence[dict[str, float] | None]) -> dict[str, NDArray[np.float64]]:
     """Statistics by name; NaN where a record lacks one."""
-    given = [record.stats or {} for record in found]
-    if not any(given):
+    if not any(found):
         return {}
+    given = [row or {} for row in found]
     names = list(given[0])
     if any(list(row) != names for row in given):
         names = list(dict.fromkeys(name for row in given for name in row))
