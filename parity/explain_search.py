@@ -5,17 +5,20 @@ screened at the first place that the state does not explain, on as few positions
 beyond that place, checked on all of them.
 """
 
-from collections.abc import Sequence
-from itertools import combinations
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import product
 
 import numpy as np
 
 from engine.faults import Planting
 
-from .explain_screening import Screening
+from .explain_pairs import Pair, Pairs
+from .explain_screening import NOT_ALLOWED, Screening
 from .explain_state import Candidate, State, key, worst
 
 _BEAM = 4  # partial explanations that are followed
+_SAME = 4  # pairs of the same numbers at the first place that are checked everywhere
 # Two candidates reproduce the same numbers if their errors are of one size: float32's own noise over 24 layers is 7e-13
 # (tolerance.EXACT_FLOOR), so what lies below 1e-12, or within a factor of ten, is no difference.
 _SAME_NOISE, _SAME_FACTOR = 1e-12, 10.0
@@ -136,33 +139,25 @@ class Search:
         ]
 
     def _pairs(self, state: State) -> list[State]:
-        """Two faults at once, where none alone gets any further: those that take most of the error away first."""
-        first = state.first
-        if first is None:
-            return []
-        active = [
-            (result[1], candidate)
-            for candidate in self.screening.candidates(state, None)
-            if not self.screening.out_of_time()
-            and (result := self.screening.screen(state, candidate)) is not None
-            and not np.isnan(result[1])
-        ]
-        active.sort(key=lambda pair: pair[0])
-        order = sorted(combinations(range(len(active)), 2), key=sum)
+        """Two faults at once, where none alone gets any further: layer by layer, in the layer alone or in all."""
         better: list[State] = []
-        for i, j in order:
-            if self.screening.out_of_time():
+        suspects = self.screening.suspects(state)
+        for layers in [(layer,) for layer in suspects] or [None]:
+            for pairs in Pairs(self.screening, state, layers).found():
+                better += [made for pair in pairs[:_SAME] for made in self._both(state, pair)]
+                if any(one.first is None for one in better):
+                    break
+            if better or self.screening.out_of_time():
                 break
-            one, two = active[i][1], active[j][1]
-            if one.fault.name == two.fault.name:
-                continue
-            middle = State((*state.faults, one), Planting(one.planted(state)), state.nmse, first, state)
-            result = self.screening.screen(middle, two)
-            if result is None or (result[0] is not None and not first < result[0]):
+        return sorted(better, key=self.rank)
+
+    def _both(self, state: State, pair: Pair) -> Iterator[State]:
+        """The states with both faults that get beyond the first place, each fault in all layers or in its one."""
+        for one, two in product(*([replace(one, layers=None), one][: 1 + (one.layers is not None)] for one in pair)):
+            try:
+                middle = State((*state.faults, one), Planting(one.planted(state)), state.nmse, state.first, state)
+            except NOT_ALLOWED:
                 continue
             checked = self.screening.check(middle, two)
-            if checked is not None and (checked.first is None or first < checked.first):
-                better.append(checked)
-                if checked.first is None:
-                    break
-        return sorted(better, key=self.rank)
+            if checked is not None and (checked.first is None or (state.first is not None and state.first < checked.first)):
+                yield checked
