@@ -189,6 +189,11 @@ class Screening:
         errors = entry.nmse(self._backend.to_host(made), self._positions[: made.shape[0]])
         return float(errors[entry.rows == place.row].max())
 
+    def recorded(self, place: Place, made: Array) -> Floats:
+        """The recorded elements of a value of the first rows at a place: [k]."""
+        entry = self.entries[place.point]
+        return entry.at(self._backend.to_host(made), self._positions[: made.shape[0]], place.row)
+
     def check(self, state: State, candidate: Candidate) -> State | None:
         """The state with the candidate planted, on all rows and points; None where the model or the faults there do not allow it."""
         try:

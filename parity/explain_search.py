@@ -13,12 +13,13 @@ import numpy as np
 
 from engine.faults import Planting
 
-from .explain_pairs import Pair, Pairs
 from .explain_screening import NOT_ALLOWED, Screening
 from .explain_state import Candidate, State, key, worst
+from .explain_together import Together
 
 _BEAM = 4  # partial explanations that are followed
-_SAME = 4  # pairs of the same numbers at the first place that are checked everywhere
+_AT_ONCE = 3  # faults that are tried together
+_SAME = 4  # combinations of the same numbers at the first place that are checked everywhere
 # Two candidates reproduce the same numbers if their errors are of one size: float32's own noise over 24 layers is 7e-13
 # (tolerance.EXACT_FLOOR), so what lies below 1e-12, or within a factor of ten, is no difference.
 _SAME_NOISE, _SAME_FACTOR = 1e-12, 10.0
@@ -104,7 +105,7 @@ class Search:
         if not (found and found[0].first is None):
             found = sorted([*found, *self._once(state, single=True)], key=self.rank)
         if not found and depth > 1 and not self.screening.out_of_time():
-            found = self._pairs(state)
+            found = self._several(state, depth)
         self._found[key(state.faults)] = found
         return self._follow(state, found, depth)
 
@@ -138,26 +139,32 @@ class Search:
             if one is not mine and len(one.faults) == number + 1 and one.first == mine.first and worst(one, until) <= most
         ]
 
-    def _pairs(self, state: State) -> list[State]:
-        """Two faults at once, where none alone gets any further: layer by layer, in the layer alone or in all."""
-        better: list[State] = []
-        suspects = self.screening.suspects(state)
-        for layers in [(layer,) for layer in suspects] or [None]:
-            for pairs in Pairs(self.screening, state, layers).found():
-                better += [made for pair in pairs[:_SAME] for made in self._both(state, pair)]
-                if any(one.first is None for one in better):
-                    break
-            if better or self.screening.out_of_time():
-                break
-        return sorted(better, key=self.rank)
+    def _several(self, state: State, depth: int) -> list[State]:
+        """Two or three faults at once, where none alone gets any further, layer by layer."""
+        for layers in [(layer,) for layer in self.screening.suspects(state)] or [None]:
+            together = Together(self.screening, state, layers)
+            for number in range(2, min(depth, _AT_ONCE) + 1):
+                better: list[State] = []
+                for alike in together.found(number):
+                    better += [made for chosen in alike[:_SAME] for made in self._all_of(state, chosen)]
+                    if any(one.first is None for one in better):
+                        break
+                if better or self.screening.out_of_time():
+                    return sorted(better, key=self.rank)
+        return []
 
-    def _both(self, state: State, pair: Pair) -> Iterator[State]:
-        """The states with both faults that get beyond the first place, each fault in all layers or in its one."""
-        for one, two in product(*([replace(one, layers=None), one][: 1 + (one.layers is not None)] for one in pair)):
+    def _all_of(self, state: State, chosen: Sequence[Candidate]) -> Iterator[State]:
+        """The states with all of these faults that get beyond the first place, each fault in all layers or in its one."""
+        scopes = ([replace(one, layers=None), one] if one.layers is not None else [one] for one in chosen)
+        for *below, last in product(*scopes):
+            middle = state
             try:
-                middle = State((*state.faults, one), Planting(one.planted(state)), state.nmse, state.first, state)
+                for one in below:
+                    middle = State(
+                        (*middle.faults, one), Planting(one.planted(middle)), state.nmse, state.first, state.root or state
+                    )
             except NOT_ALLOWED:
                 continue
-            checked = self.screening.check(middle, two)
+            checked = self.screening.check(middle, last)
             if checked is not None and (checked.first is None or (state.first is not None and state.first < checked.first)):
                 yield checked
