@@ -7,7 +7,7 @@ beyond that place, checked on all of them.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import product
+from itertools import product, zip_longest
 
 import numpy as np
 
@@ -19,7 +19,7 @@ from .explain_together import Together
 
 _BEAM = 4  # partial explanations that are followed
 _AT_ONCE = 3  # faults that are tried together
-_SAME = 4  # combinations of the same numbers at the first place that are checked everywhere
+_SAME = 12  # combinations of the same numbers at the first place that are checked everywhere
 # Two candidates reproduce the same numbers if their errors are of one size: float32's own noise over 24 layers is 7e-13
 # (tolerance.EXACT_FLOOR), so what lies below 1e-12, or within a factor of ten, is no difference.
 _SAME_NOISE, _SAME_FACTOR = 1e-12, 10.0
@@ -126,18 +126,26 @@ class Search:
 
     def alike(self, state: State, number: int) -> list[Candidate]:
         """Other candidates that get as far in the place of the state's fault of that number, with errors of one size."""
-        chosen = state.faults[number]
-        rivals = self._found.get(key(state.faults[:number]), [])
-        mine = next((one for one in rivals if one.faults[number:] == (chosen,)), None)
+        mine = next((one for one in self._stage(state, number) if one.faults == state.faults[: len(one.faults)]), None)
         if mine is None:
             return []
         until = len(self.screening.entries) - 1 if mine.first is None else mine.first.point - 1
         most = max(worst(mine, until) * _SAME_FACTOR, _SAME_NOISE)
         return [
             one.faults[number]
-            for one in rivals
-            if one is not mine and len(one.faults) == number + 1 and one.first == mine.first and worst(one, until) <= most
+            for one in self._stage(state, number)
+            if one.first == mine.first
+            and [at for at, pair in enumerate(zip_longest(one.faults, mine.faults)) if pair[0] != pair[1]] == [number]
+            and worst(one, until) <= most
         ]
+
+    def _stage(self, state: State, number: int) -> list[State]:
+        """What was found at the stage at which the state's fault of that number was added, alone or together with others."""
+        for before in range(number, -1, -1):
+            found = self._found.get(key(state.faults[:before]), [])
+            if any(len(one.faults) > number and one.faults == state.faults[: len(one.faults)] for one in found):
+                return found
+        return []
 
     def _several(self, state: State, depth: int) -> list[State]:
         """Two or three faults at once, where none alone gets any further, layer by layer."""
@@ -147,7 +155,7 @@ class Search:
                 better: list[State] = []
                 for alike in together.found(number):
                     better += [made for chosen in alike[:_SAME] for made in self._all_of(state, chosen)]
-                    if any(one.first is None for one in better):
+                    if better:
                         break
                 if better or self.screening.out_of_time():
                     return sorted(better, key=self.rank)
@@ -168,3 +176,5 @@ class Search:
             checked = self.screening.check(middle, last)
             if checked is not None and (checked.first is None or (state.first is not None and state.first < checked.first)):
                 yield checked
+                if checked.first is None:
+                    return

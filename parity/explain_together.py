@@ -12,17 +12,18 @@ from itertools import permutations, product
 import numpy as np
 
 from engine.backend import Array
-from engine.faults import AT, Planting
+from engine.faults import AT, SEEN, Planting
 from engine.graph import Step
-from engine.replay import Replay
+from engine.replay import Replay, names_read
 
 from .explain_records import Floats, Ints
 from .explain_screening import NOT_ALLOWED, Screening
-from .explain_state import Candidate, Layers, State, unchanged_steps
+from .explain_state import Candidate, Layers, State, shown_points, unchanged_steps
 
 # How many of the likely combinations are tried. `benchmarks/explain_several.py --ranks` prints the rank of the right pair
 # over seeded draws.
 MOST = 3000
+_BEYOND = 2  # steps after the first place that a wrong capture may show; a layer's more are not worth it for each candidate
 _REPLAYS = 64  # replays that are kept, of one interval each
 # Added to the diagonal of unit effects' inner products: those that are equal in float32 stay solvable.
 _RIDGE = 1e-9
@@ -59,24 +60,36 @@ class Together:
         self._entry = screening.entries[state.first.point]
         self._limit = float(self._entry.limit[self._entry.rows == state.first.row].max())
         self._replays: dict[tuple[Effect, ...], tuple[State, dict[int, Replay]]] = {}
+        self._length = len(self._until(state.steps))
         self.effects = self._effects()
 
     def found(self, number: int) -> Iterator[list[tuple[Candidate, ...]]]:
-        """Combinations that leave nothing at the first place, those of the same values together; the likely ones first."""
+        """Combinations that leave nothing at the first place, each with those that differ in one fault; the likely ones first."""
         for chosen in self.likely(number)[:MOST]:
             effects = [self.effects[index] for index in chosen]
-            kinds = [kind for effect in effects for kind in effect.kinds]
-            several = len(set(kinds)) < len(kinds)  # the order of planting counts where two change one step
-            for order in permutations(effects) if several else [tuple(effects)]:
+            for order in self._orders(effects):
                 if self._screening.out_of_time():
                     return
                 if self._left(order) <= self._limit:
-                    yield list(product(*(effect.alike for effect in order)))
+                    yield [one for alike in (order, *self._others(order)) for one in product(*(e.alike for e in alike))]
                     break
+
+    def _orders(self, effects: list[Effect]) -> Iterator[tuple[Effect, ...]]:
+        """In which orders they may be planted: it counts where two change one step."""
+        kinds = [kind for effect in effects for kind in effect.kinds]
+        return permutations(effects) if len(set(kinds)) < len(kinds) else iter([tuple(effects)])
+
+    def _others(self, order: tuple[Effect, ...]) -> Iterator[tuple[Effect, ...]]:
+        """Combinations with another effect in one place that leave nothing either."""
+        for place, mine in enumerate(order):
+            for effect in self.effects:
+                other = (*order[:place], effect, *order[place + 1 :])
+                if effect is not mine and not self._screening.out_of_time() and self._left(other) <= self._limit:
+                    yield other
 
     def likely(self, number: int) -> Ints:
         """Combinations of so many effects by what they leave of the error, each scaled at will: indices [M, number]."""
-        right = self._recorded(self._replay(self._state.steps, self._rows()).values[self._entry.point])
+        right = self._recorded(self._replay(self._state.steps, self._rows()).values[self._shown(self._state.steps)])
         wanted = np.where(self._entry.present, self._entry.values, 0.0)[self._entry.rows == self._first.row][0] - right
         known = np.isfinite(wanted)
         values = np.array([effect.value for effect in self.effects]).reshape(-1, len(right))[:, known] - right[known]
@@ -134,21 +147,31 @@ class Together:
     def _replay(self, steps: Sequence[Step], rows: int) -> Replay:
         return self._screening.make(self._until(steps), rows)
 
-    def _until(self, steps: Sequence[Step]) -> Sequence[Step]:
-        """The steps up to the one that makes the first place."""
-        end = next(number for number, step in enumerate(steps) if step.makes == self._entry.point)
-        return steps[: end + 1]
+    def _shown(self, steps: Sequence[Step]) -> str:
+        """The name of what the dump shows at the first place: another step's where the capture is wrong."""
+        name = SEEN + self._entry.point
+        return name if self._entry.point in shown_points(steps) else self._entry.point
+
+    def _until(self, steps: Sequence[Step]) -> list[Step]:
+        """The steps up to the one that makes what the dump shows at the first place."""
+        name = self._shown(steps)
+        number = {step.makes: number for number, step in enumerate(steps)}
+        shown = steps[number[name]]
+        if not name.startswith(SEEN):
+            return list(steps[: number[name] + 1])
+        return [*steps[: max(number[read] for read in names_read(shown)) + 1], shown]
 
     def _made(self, replay: Replay, state: State, candidate: Candidate) -> Array | None:
-        """The candidate's value at the first place; None where it changes nothing there or the model does not allow it."""
-        if candidate.fault.shows is not None:  # what the engine computes for the first place is not what the dump shows
-            return None
+        """What the dump would show at the first place; None where that is the same or the model does not allow it."""
         try:
             steps = candidate.planted(state)
-            changed = replay.run(self._until(steps), lambda _name, _made: True, unchanged_steps(steps, state))
+            needed = self._until(steps)
+            if len(needed) > self._length + _BEYOND:
+                return None
+            changed = replay.run(needed, lambda _name, _made: True, unchanged_steps(steps, state))
         except NOT_ALLOWED:
             return None
-        return changed.get(self._entry.point)
+        return changed.get(self._shown(steps))
 
     def _recorded(self, made: Array) -> Floats:
         """The recorded elements of a value at the first place: [k]."""
