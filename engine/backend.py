@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 
 from checkpoints.errors import InputError
 
+from .device import wake
+
 Array = Any  # numpy.ndarray or cupy.ndarray
 
 
@@ -106,6 +108,7 @@ def choose(name: str = "auto", number: int | None = None) -> Backend:
         raise InputError(f"there is no backend {name!r}.", "Take auto, cupy or numpy.", code="backend")
     if name == "numpy":
         return _numpy()
+    wake(number or 0)
     try:
         import cupy
     except ImportError as error:

@@ -37,7 +37,6 @@ class Hyperparameters:
 
     architecture: str
     name: str
-    file_type: str
     n_layers: int
     n_embd: int
     n_heads: int
@@ -73,6 +72,17 @@ class GgufModel:
     def fingerprint(self) -> str:
         """`checkpoints.fingerprint.fingerprint` of the file."""
         return fingerprint(self.path)
+
+    @cached_property
+    def file_type(self) -> str:
+        """What most of the weights are ("Q4_K_M"), as the metadata say it; empty if they don't."""
+        from gguf import LlamaFileType  # takes longer than opening a model, and only who describes one asks
+
+        number = self.metadata.get("general.file_type")
+        try:
+            return str(LlamaFileType(number).name.removeprefix("MOSTLY_").removeprefix("ALL_"))
+        except ValueError:
+            return ""
 
     def raw(self, name: str) -> NDArray[np.uint8]:
         """A tensor's bytes, one row of blocks a line: uint8 [rows, bytes a row], a view of the memory map."""
@@ -126,7 +136,6 @@ class GgufModel:
         return Hyperparameters(
             architecture=architecture,
             name=get("general.name", str, ""),
-            file_type=self._file_type(),
             n_layers=own("block_count", int),
             n_embd=n_embd,
             n_heads=n_heads,
@@ -177,15 +186,6 @@ class GgufModel:
                 code="rope-scaling",
             )
         return 1.0 / factor if kind == "linear" and factor > 0 else 1.0
-
-    def _file_type(self) -> str:
-        from gguf import LlamaFileType
-
-        number = self.metadata.get("general.file_type")
-        try:
-            return str(LlamaFileType(number).name.removeprefix("MOSTLY_").removeprefix("ALL_"))
-        except ValueError:
-            return ""
 
 
 def _tensors(found: Contents) -> dict[str, TensorInfo]:

@@ -58,7 +58,7 @@ def header(transformer: Transformer, job: OursJob) -> Header:
     model = transformer.model
     return Header(
         source="engine",
-        model=ModelInfo(hp.name or model.path.stem, hp.architecture, hp.file_type, hp.n_layers, model.fingerprint),
+        model=ModelInfo(hp.name or model.path.stem, hp.architecture, model.file_type, hp.n_layers, model.fingerprint),
         tokens=job.tokens,
         pieces=job.pieces,
         prompt=job.prompt,
