@@ -20,7 +20,7 @@ from checkpoints.tensors import TensorReader
 from engine.backend import choose
 from engine.gguf_model import GgufModel
 from engine.transformer import Transformer
-from parity.compare import compare
+from parity.compare import Options, compare
 from parity.lint import lint
 from parity.ours import OursJob, dump
 
@@ -111,6 +111,35 @@ def test_eval_callback_logs_are_compared_to_the_printed_precision(run: Path, sty
     worse = compare(replace(found, points=spoiled), ours)
     assert worse.first_divergence is not None
     assert worse.first_divergence.checkpoint == "blk.5.l_out"
+
+
+LOGS = Path(__file__).parent / "logs"
+
+
+@pytest.mark.parametrize("style", ["middle", "new"])
+def test_real_eval_callback_logs_agree_exactly(run: Path, style: str) -> None:
+    """What llama.cpp printed of the F32 twin is what our engine computes, attention and both passes too, and lint is silent."""
+    found = load(LOGS / f"eval-callback-{style}.log")
+    verdict = compare(found, load(run), Options(compute="f32"))
+    assert (verdict.verdict, verdict.compared) == ("parity", 123)
+    assert {"blk.0.kq", "blk.0.kq_soft_max", "blk.0.k_rope", "output_norm", "logits"} < set(found.points)
+    assert set(found.points["embd"].step) == {0, 1}
+    assert found.points["blk.0.kq"].shapes[-1] == (8, 9)
+    assert lint(found).findings == ()
+    assert ("pass_sum" in found.points["embd"].stats) == (style == "new")
+
+
+def test_a_printed_sum_of_all_values_shows_what_the_printed_ones_hide(run: Path) -> None:
+    """An error in rows and elements that no log prints is a divergence at the last position of its pass; a right sum is none."""
+    ours, found = load(run), load(LOGS / "eval-callback-new.log")
+    rows = found.points["blk.0.ffn_up"]
+    for last, off, verdict in ((7, 1.0, "divergence"), (8, 1.0, "divergence"), (7, 1e-5, "parity")):
+        sums = rows.stats["pass_sum"] + np.where(rows.token_idx == last, np.float64(off), 0)
+        spoiled = {**found.points, "blk.0.ffn_up": replace(rows, stats={**rows.stats, "pass_sum": sums})}
+        answer = compare(replace(found, points=spoiled), ours, Options(compute="f32"))
+        assert answer.verdict == verdict
+        if answer.first_divergence is not None:
+            assert (answer.first_divergence.checkpoint, answer.first_divergence.token_idx) == ("blk.0.ffn_up", last)
 
 
 @pytest.mark.parametrize("kind", ["npz", "npy", "safetensors", "folder"])
