@@ -1,6 +1,7 @@
 """What llama.cpp, Hugging Face and NumPy leave behind is read as a dump, and compared."""
 
 import json
+import zipfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -212,11 +213,33 @@ def test_hugging_faces_debugger_tree_is_read(run: Path, tmp_path: Path) -> None:
     found = load(tmp_path)
     assert set(found.points) == {"blk.0.l_out", "blk.1.attn_norm", "blk.1.q"}
     assert compare(found, load(run)).verdict == "parity"
-    tree.write_text(
-        json.dumps({"module_path": "X", "children": [{"module_path": "X.lm_head", "outputs": {"value": ["tensor"]}}]})
+    for value in (["tensor"], ["tensor([1., 2.])"]):
+        lm_head = {"module_path": "X.lm_head", "outputs": {"value": value, "shape": "torch.Size([1, 9, 64])"}}
+        tree.write_text(json.dumps({"module_path": "X", "children": [lm_head]}))
+        with pytest.raises(ParityError, match="cannot read logits"):
+            load(tree)
+
+
+def test_a_real_debugger_tree_says_the_same_printed_and_as_arrays(tmp_path: Path) -> None:
+    """What Transformers prints of a small Qwen2, long tensors in part, is what its safetensors hold, to half a printed digit."""
+    for kind in ("printed", "arrays"):
+        with zipfile.ZipFile(LOGS / f"model-debugger-{kind}.zip") as archive:
+            archive.extractall(tmp_path / kind)
+    printed, arrays = load(tmp_path / "printed"), load(tmp_path / "arrays")
+    assert (
+        set(printed.points) == set(arrays.points) > {"embd", "blk.0.l_out", "blk.1.l_out", "blk.1.k", "output_norm", "logits"}
     )
-    with pytest.raises(ParityError, match="use_repr=False"):
-        load(tree)
+    assert printed.points["logits"].token_idx.tolist() == [0, 1, 2, 6, 7, 8]
+    assert lint(printed).findings == lint(arrays).findings == ()
+    assert compare(printed, arrays).worst.nmse == 0  # type: ignore[union-attr]
+    for rows in printed.points.values():
+        assert rows.quantum is not None
+        at = np.arange(rows.values.shape[1])[None] if rows.indices is None else rows.indices
+        whole = np.take_along_axis(arrays.points[rows.point].values[rows.token_idx], np.broadcast_to(at, rows.values.shape), 1)
+        assert (np.abs(whole - rows.values) <= rows.quantum / 2 + np.spacing(np.abs(whole))).all()
+    (summary,) = (tmp_path / "printed").glob("*_SUMMARY.json")
+    with pytest.raises(ParityError, match="FULL_TENSORS"):
+        load(summary)
 
 
 def test_convert_writes_any_of_them_as_format_1(run: Path, parity: Cli, tmp_path: Path) -> None:
