@@ -106,7 +106,7 @@ def _runs(side: str, threads: str) -> None:
     from parity.drift import Checking, check
     from parity.golden import load
     from parity.makers import maker
-    from reference import Reference
+    from reference.client import Reference
 
     golden = load(GOLDEN)
     shuffle = random.Random(0)

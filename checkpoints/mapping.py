@@ -49,7 +49,7 @@ class Mapping:
 
     entries: tuple[Entry, ...] = ()
     layer_offset: int = 0
-    position_offset: int = 0
+    position_offset: int | None = None
     path: str = field(default="", compare=False)
 
     def entry(self, name: str) -> tuple[str, Entry | None]:
@@ -138,11 +138,13 @@ def read_mapping(path: Path) -> Mapping:
     names = found.get("names", {})
     if not isinstance(names, dict):
         raise InputError(f"{path}: names must be a table.", "Write [names] in a line of its own.", code="map")
-    offsets = [found.get(key, 0) for key in ("layer_offset", "position_offset")]
-    if not all(isinstance(offset, int) and not isinstance(offset, bool) for offset in offsets):
+    layers, positions = found.get("layer_offset", 0), found.get("position_offset")
+    if not all(
+        isinstance(offset, int) and not isinstance(offset, bool) for offset in (layers, 0 if positions is None else positions)
+    ):
         raise InputError(f"{path}: offsets are whole numbers.", code="map")
     entries = tuple(_entry(path, str(theirs), ours) for theirs, ours in names.items())
-    return Mapping(entries, offsets[0], offsets[1], str(path))
+    return Mapping(entries, layers, positions, str(path))
 
 
 def _entry(path: Path, theirs: str, ours: Any) -> Entry:

@@ -14,6 +14,7 @@ from .align import Pair, align
 from .dataflow import upstream
 from .judge import judge
 from .metrics import Measures, measure
+from .positions import Placed, place
 from .records import Records, picked, proportion
 from .tokens_diff import same_experiment, sequence, token_text
 from .tolerance import ASSUMED_JUMP, EXACT_FLOOR, common_mode, limits
@@ -25,12 +26,14 @@ class Options:
 
     `tolerance`: one NMSE limit for everything. `compute`: arithmetic of our side (f32, tf32, f16, bf16) where its header
     does not say it. `strict`: what one side lacks is a divergence. `step`: which of contradicting records of one key counts.
+    `placed`: the caller says that our positions count as the reference's do; else they are looked for where nothing says it.
     """
 
     tolerance: float | None = None
     compute: str | None = None
     strict: bool = False
     step: int | None = None
+    placed: bool = False
 
 
 def compare(ours: Dump, ref: Dump, options: Options | None = None) -> Verdict:
@@ -38,7 +41,7 @@ def compare(ours: Dump, ref: Dump, options: Options | None = None) -> Verdict:
 
     Raises:
         InputError: two models or two prompts, or an unusable option.
-        DumpError: nothing in common, or records of one key that contradict each other.
+        DumpError: nothing in common, records of one key that contradict each other, or no way to tell how our positions count.
     """
     return judge(measured(ours, ref, options))
 
@@ -48,6 +51,8 @@ def measured(ours: Dump, ref: Dump, options: Options | None = None) -> Records:
     options = options or Options()
     allowed = limits(ours.header, ref.header, compute=options.compute, tolerance=options.tolerance)
     same_experiment(ours, ref)
+    placed = Placed(ours) if options.placed else place(ours, ref)
+    ours = placed.ours
     tokens = sequence(ours, ref)
     alignment = align(ours, ref, options.step)
     pairs = alignment.pairs
@@ -98,7 +103,7 @@ def measured(ours: Dump, ref: Dump, options: Options | None = None) -> Records:
         missing_ref=alignment.missing_ref,
         left_out=total - kept,
         strict=options.strict,
-        notes=(*alignment.notes, *unusable, *_notes(ours, ref, pairs, measures)),
+        notes=(*((placed.note,) if placed.note else ()), *alignment.notes, *unusable, *_notes(ours, ref, pairs, measures)),
     )
 
 

@@ -17,11 +17,12 @@ from engine.backend import choose
 from engine.capture import Capture
 from engine.gguf_model import GgufModel
 from engine.transformer import Transformer
-from reference import Reference
+from reference.client import Reference
 
 from .compare import Options, compare
 from .ours import chosen_points
-from .session import Request, resolve_prompt
+from .request import Request
+from .session import resolve_prompt
 
 CACHE, POSITIONS, MASK, BATCH = "cache", "positions", "mask", "batch size"
 _BY_KIND = {

@@ -56,7 +56,7 @@ def describe(path: Path) -> dict[str, Any]:
 
 def _points_of_the_reference(path: Path) -> dict[str, list[str]]:
     """What llama.cpp can record of a model that our engine does not have."""
-    from reference import Reference
+    from reference.client import Reference
 
     with Reference() as reference:
         return {name: [str(size) for size in shape] for name, shape in reference.describe(path).points}

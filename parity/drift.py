@@ -12,7 +12,7 @@ from checkpoints.errors import InputError
 from checkpoints.reader import read
 from checkpoints.record import DEFAULT_SLICE, Dump
 from checkpoints.verdict import Verdict
-from reference import Reference
+from reference.client import Reference
 
 from . import default_model, ledger
 from .compare import Options, compare

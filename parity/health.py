@@ -32,7 +32,7 @@ def _version(name: str) -> str:
 
 def _llama() -> dict[str, Any]:
     from checkpoints.errors import ParityError
-    from reference import Reference
+    from reference.client import Reference
 
     try:
         with Reference() as reference:

@@ -13,7 +13,7 @@ from checkpoints.summary import summarise
 from engine.graph import compute
 from engine.proof import proof_steps
 from engine.transformer import Transformer
-from reference import Reference
+from reference.client import Reference
 from reference.jobs import Node
 
 from .align import Pair

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from checkpoints.errors import InputError
-from reference import DumpJob, Reference
+from reference.client import Reference
+from reference.jobs import DumpJob
 
 from .foreign import run_command
 from .golden import Golden, GoldenPrompt

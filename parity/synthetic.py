@@ -16,7 +16,7 @@ def make(out: Path, shape: Shape, *, kind: str, seed: int = 0, tokenizer: Path |
     if kind.lower() in _BY_GGUF:
         synthesize(out, shape, weight_type=kind, seed=seed, tokenizer=tokenizer)
         return
-    from reference import Reference
+    from reference.client import Reference
 
     plain = out.with_name(out.name + ".f32.part")
     try:

@@ -1,6 +1,4 @@
-"""llama.cpp through llama-cpp-python, in a child process. Knows nothing of our engine and of comparisons."""
+"""llama.cpp through llama-cpp-python, in a child process. Knows nothing of our engine and of comparisons.
 
-from .client import Reference
-from .jobs import EXACT, NATIVE, Description, DumpJob, DumpResult, Node, Source, Tokens
-
-__all__ = ["EXACT", "NATIVE", "Description", "DumpJob", "DumpResult", "Node", "Reference", "Source", "Tokens"]
+`client.Reference` is the way in. Nothing is imported here: `child` can start llama.cpp before anything else is loaded.
+"""

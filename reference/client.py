@@ -1,19 +1,11 @@
 """The parent's handle on llama.cpp: starts the child, asks, and turns its end into one clear error."""
 
-import contextlib
-import os
-import re
-import subprocess
-import sys
-import tempfile
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from multiprocessing import Pipe
-from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import IO, Any, Self, cast
+from typing import Any, Self, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,75 +13,8 @@ from numpy.typing import NDArray
 from checkpoints import errors
 from checkpoints.errors import ReferenceFailed
 
+from .child import Child, finish
 from .jobs import EXACT, Description, DumpJob, DumpResult, Node, Tokens
-
-_LAST_WORDS = re.compile(
-    r"(GGML_ASSERT\(.*|GGML_ABORT.*|what\(\):.*|.*\bterminate called\b.*|.*[Oo]ut of memory.*|.*Error: .*)"
-)
-# Where this package stands is first on the child's path only if it isn't on it anyway.
-_BOOT = "import sys; root = sys.argv[1]; sys.path[:0] = [] if root in sys.path else [root]; from reference.worker import main; main()"
-
-_ENVIRONMENT = {
-    "GGML_NO_BACKTRACE": "1",  # ggml would start a debugger to print one when it aborts
-    # Threads that wait for each other in a busy loop starve where another program shares the cores: the same dump took
-    # 13.5 s instead of 1.0 s. GNU's OpenMP counts spins, LLVM's milliseconds.
-    "GOMP_SPINCOUNT": "1000",
-    "KMP_BLOCKTIME": "0",
-}
-
-
-class _Child:
-    """A running worker: process, pipe, and the file that its stderr goes to."""
-
-    def __init__(self, verbose: bool) -> None:
-        ours, theirs = Pipe()
-        self.connection: Connection = ours
-        self.stderr: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the child
-        root = str(Path(__file__).resolve().parent.parent)
-        told = os.dup(2) if verbose else -1
-        passed = [theirs.fileno(), *([told] if verbose else [])]
-        try:
-            self.process = subprocess.Popen(
-                [sys.executable, "-P", "-c", _BOOT, root, str(theirs.fileno()), str(told)],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=self.stderr,
-                pass_fds=passed,
-                env=_ENVIRONMENT | os.environ,
-            )
-        finally:
-            theirs.close()
-            if verbose:
-                os.close(told)
-
-    def last_words(self) -> str:
-        """What it said on stderr before it ended: ggml's assertion, an exception, else its last line."""
-        self.stderr.seek(0)
-        text = self.stderr.read()[-65536:].decode(errors="replace")
-        if match := _LAST_WORDS.search(text):
-            return match[1].strip()
-        lines = [line.strip() for line in text.splitlines() if line.strip()]
-        return lines[-1] if lines else ""
-
-    def end(self, *, kill: bool) -> int:
-        """Close the pipe and wait for the process; returns its exit status."""
-        with contextlib.suppress(OSError):
-            self.connection.close()
-        if kill:
-            self.process.kill()
-        try:
-            status = self.process.wait(timeout=5)
-        except subprocess.TimeoutExpired:  # it computes, and sees the closed pipe only afterwards
-            self.process.kill()
-            status = self.process.wait()
-        return status
-
-
-def _finish(children: list[_Child]) -> None:
-    while children:
-        child = children.pop()
-        child.end(kill=True)
-        child.stderr.close()
 
 
 class Reference:
@@ -100,20 +25,21 @@ class Reference:
     Args:
         verbose: llama.cpp's own log goes to this process's stderr.
         threads: for every request that names none; None for all cores that the process may use.
+        child: a process that was started ahead, with the same `verbose`.
     """
 
-    def __init__(self, *, verbose: bool = False, threads: int | None = None) -> None:
+    def __init__(self, *, verbose: bool = False, threads: int | None = None, child: Child | None = None) -> None:
         self._verbose = verbose
         self._threads = threads
-        self._children: list[_Child] = []
+        self._children: list[Child] = [] if child is None else [child]
         self._lock = threading.Lock()
         self._holder: int | None = None  # the thread whose request is being answered
-        self._finalizer = weakref.finalize(self, _finish, self._children)
+        self._finalizer = weakref.finalize(self, finish, self._children)
         self._start()
 
-    def _start(self) -> _Child:
+    def _start(self) -> Child:
         if not self._children:
-            self._children.append(_Child(self._verbose))
+            self._children.append(Child(self._verbose))
         return self._children[0]
 
     @property
@@ -147,16 +73,16 @@ class Reference:
             finally:
                 self._holder = None
                 if not finished:  # interrupted: what it computes nobody waits for
-                    _finish(self._children)
+                    finish(self._children)
         yield _value(answer)
 
-    def _drop_answer(self, child: _Child) -> None:
+    def _drop_answer(self, child: Child) -> None:
         try:
             child.connection.send(("stop", (), {}))
             while child.connection.recv()[0] == "item":
                 pass
         except (EOFError, OSError):
-            _finish(self._children)
+            finish(self._children)
 
     def _died(self, doing: str) -> ReferenceFailed:
         child = self._children.pop()
@@ -272,7 +198,7 @@ class Reference:
 
     def close(self) -> None:
         """End the child and wait for it. A second call does nothing."""
-        _finish(self._children)
+        finish(self._children)
 
     def __enter__(self) -> Self:
         return self

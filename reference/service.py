@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from checkpoints import points
 from checkpoints.errors import InputError
-from checkpoints.gguf_file import contents
+from checkpoints.gguf_file import Contents, contents
 
 from . import dump, twin
 from .callback import arrange, row_shape
@@ -45,22 +45,20 @@ class Service:
         self._models[vocab_only] = (identity, model)
         return model
 
-    def _vocabulary(self, path: Path) -> Model:
-        contents(path)  # refuses in better words than llama.cpp's
-        return self._model(path, vocab_only=True)
+    def _vocabulary(self, found: Contents) -> Model:
+        return self._model(found.path, vocab_only=True)
 
-    def _computable(self, path: Path, mode: str, threads: int | None) -> Model:
-        twin.checked(self._library, path)
-        return self._model(twin.twin(self._library, path, threads=threads) if mode == EXACT else path)
+    def _computable(self, found: Contents, mode: str, threads: int | None) -> Model:
+        return self._model(twin.twin(self._library, found, threads=threads) if mode == EXACT else found.path)
 
     def tokenize(self, path: Path, text: str, add_special: bool, parse_special: bool, *, item: Item) -> Tokens:
         """See `client.Reference.tokenize`."""
         if not text:
             raise InputError("the prompt is empty.", "Give --prompt or --tokens.", code="prompt")
-        model = self._vocabulary(path)
+        found = contents(path)
+        model = self._vocabulary(found)
         ids = model.tokenize(text, add_special=add_special, parse_special=parse_special)
         bos, eos, add_bos, add_eos = model.special()
-        found = contents(path)
         return Tokens(
             ids=ids,
             pieces=model.pieces(ids),
@@ -75,17 +73,17 @@ class Service:
 
     def pieces(self, path: Path, ids: tuple[int, ...], *, item: Item) -> tuple[str, ...]:
         """See `client.Reference.pieces`."""
-        return self._vocabulary(path).pieces(ids)
+        return self._vocabulary(contents(path)).pieces(ids)
 
     def dump(self, job: DumpJob, *, item: Item) -> DumpResult:
         """See `client.Reference.dump`."""
         started = time.perf_counter()
         found = twin.checked(self._library, job.model)
         if (size := window_size(self._library, found, job)) is not None:
-            return dump_windows(self._library, self._vocabulary(job.model), found, job, size, started)
-        dump.check(job, self._vocabulary(job.model))  # before minutes are spent on a twin
+            return dump_windows(self._library, self._vocabulary(found), found, job, size, started)
+        dump.check(job, self._vocabulary(found))  # before minutes are spent on a twin
         info = dump.describe(found, job.model, self._library)
-        model = self._computable(job.model, job.mode, job.threads)
+        model = self._computable(found, job.mode, job.threads)
         return dump.dump_whole(self._library, model, job, info, started)
 
     def capture(
@@ -100,8 +98,9 @@ class Service:
         item: Item,
     ) -> None:
         """See `client.Reference.capture`: items are (Node, float32 array)."""
-        dump.check_tokens(self._vocabulary(path), tokens)
-        model = self._computable(path, mode, threads)
+        found = twin.checked(self._library, path)
+        dump.check_tokens(self._vocabulary(found), tokens)
+        model = self._computable(found, mode, threads)
         with Session(model, n_ctx=len(tokens), n_batch=len(tokens), kv_type=kv_type, threads=threads) as session:
             self._deliver(session, tokens, expression, model.n_layers, 0, item)
 
@@ -181,7 +180,7 @@ class Service:
 
     def twin(self, path: Path, out: Path | None, threads: int | None, *, item: Item) -> Path:
         """See `client.Reference.twin`."""
-        return twin.twin(self._library, path, out, threads=threads)
+        return twin.twin(self._library, twin.checked(self._library, path), out, threads=threads)
 
     def versions(self, *, item: Item) -> dict[str, Any]:
         """See `client.Reference.versions`."""

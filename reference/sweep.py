@@ -52,7 +52,7 @@ def window_size(library: Library, found: Contents, job: DumpJob) -> int | None:
         return None
     need, free = twin.twin_bytes(found), free_memory()
     folder = twin.workspace()
-    held = twin.is_f32(found) or any(item.path == twin.place(found.path) for item in twin.cached())
+    held = twin.is_f32(found) or twin.place(found.path).exists()
     if need * _SHARE < free and (held or need * _SHARE < shutil.disk_usage(folder).free):
         return None
     one, rest = layer_bytes(library, found, exact=exact)

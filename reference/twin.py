@@ -146,13 +146,13 @@ def checked(library: Library, path: Path) -> Contents:
     return found
 
 
-def twin(library: Library, path: Path, out: Path | None = None, *, threads: int | None = None) -> Path:
-    """The F32 twin of a model: from the cache, or made now; `out` makes one there instead.
+def twin(library: Library, found: Contents, out: Path | None = None, *, threads: int | None = None) -> Path:
+    """The F32 twin of a model that was `checked`: from the cache, or made now; `out` makes one there instead.
 
     Raises:
-        ModelError: the model cannot be used; ReferenceFailed: llama.cpp cannot convert it; InputError: cannot be written.
+        ReferenceFailed: llama.cpp cannot convert it; InputError: cannot be written.
     """
-    found = checked(library, path)
+    path = found.path
     if out is not None:
         return quantize(library, path, "F32", out, threads=threads)
     if is_f32(found):

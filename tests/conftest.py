@@ -14,7 +14,7 @@ from cli import Cli
 
 from engine.synth import shape_like, synthesize
 from parity import default_model
-from reference import Reference
+from reference.client import Reference
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -13,8 +13,7 @@ from checkpoints.reader import read
 from checkpoints.summary import summarise
 from parity import emit
 from parity.lint import lint
-from reference import Reference
-from reference.client import DumpJob
+from reference.client import DumpJob, Reference
 
 TOKENS = (2047, 430, 457, 258, 403, 402)
 GCC = shutil.which("gcc")

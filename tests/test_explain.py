@@ -20,7 +20,8 @@ from engine.precision import rounded
 from engine.synth import Shape, synthesize
 from parity.explain import Options, explain
 from parity.planted import Faulty, Planted, tokens_of
-from reference import DumpJob, Reference
+from reference.client import Reference
+from reference.jobs import DumpJob
 
 SHAPE = Shape("qwen2", 4, 112, 14, 2, 0, 128, 300)
 PROMPT = (1, 17, 40, 299, 5, 5, 80, 3)

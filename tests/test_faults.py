@@ -17,7 +17,8 @@ from engine.graph import Step
 from engine.transformer import Transformer
 from parity.compare import compare
 from parity.ours import OursJob, dump
-from reference import DumpJob, Reference
+from reference.client import Reference
+from reference.jobs import DumpJob
 
 PROMPT = "Once upon a time there was a little dog who liked to run"
 LAYER = 7  # between two of the default layers, so that the default points leave an interval

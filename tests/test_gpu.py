@@ -14,7 +14,8 @@ from engine.capture_gpu import DeviceCapture
 from engine.dequantize import FORMATS, dequantize
 from engine.gguf_model import GgufModel
 from engine.transformer import Transformer
-from parity.session import Request, run
+from parity.request import Request
+from parity.session import run
 
 cupy = pytest.importorskip("cupy", reason="CuPy is not installed")
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not cupy.cuda.is_available(), reason="no CUDA device")]

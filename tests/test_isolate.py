@@ -19,7 +19,7 @@ from parity.attention_checks import AttentionChecks, rotation_faults, soft_max_f
 from parity.isolate import Value
 from parity.isolation import IsolateRequest, isolate
 from parity.ours import OursJob, dump
-from reference import Reference
+from reference.client import Reference
 
 TOKENS = (1, 403, 407, 261)
 ON_STORIES = ("Q8_0", "Q4_K_M")  # llama.cpp takes seconds to make some of the others

@@ -13,7 +13,7 @@ from engine.graph import Step
 from engine.transformer import Transformer
 from parity.isolation import IsolateRequest, isolate
 from parity.ours import OursJob, dump
-from reference import Reference
+from reference.client import Reference
 
 TOKENS = (1, 403, 407, 261, 378, 390)  # any ids of the models' vocabularies
 LAYERS = (1, 3)

@@ -22,7 +22,8 @@ from parity.lint_rules.generated import REPEATS, SAME_TOKEN, cycle
 from parity.lint_rules.model_facts import ModelFacts, open_model
 from parity.lint_rules.table import RULES
 from parity.ours import OursJob, dump
-from reference import DumpJob, Reference
+from reference.client import Reference
+from reference.jobs import DumpJob
 
 PROMPT = (2047, 410, 1200, 88, 911, 410, 5, 6)
 

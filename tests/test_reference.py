@@ -16,7 +16,8 @@ from checkpoints import points
 from checkpoints.errors import InputError, ReferenceFailed
 from checkpoints.reader import read
 from checkpoints.tensors import TensorReader
-from reference import EXACT, NATIVE, DumpJob, DumpResult, Reference
+from reference.client import Reference
+from reference.jobs import EXACT, NATIVE, DumpJob, DumpResult
 
 MODEL = Path(__file__).parent.parent / "parity" / "models" / "stories-14m-q8_0.gguf"
 TEXT = "Once upon a time there was a"
@@ -327,9 +328,7 @@ def test_child_is_gone_after_close() -> None:
 
 def test_child_dies_with_its_parent() -> None:
     """A parent that is killed leaves no child behind."""
-    code = (
-        "import time; from reference import Reference; r = Reference(); r.versions(); print(r.pid, flush=True); time.sleep(60)"
-    )
+    code = "import time; from reference.client import Reference; r = Reference(); r.versions(); print(r.pid, flush=True); time.sleep(60)"
     root = str(MODEL.parent.parent.parent)
     with subprocess.Popen([sys.executable, "-c", code], cwd=root, stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout is not None

@@ -12,7 +12,8 @@ import pytest
 
 from checkpoints.errors import InputError, ModelError, ParityError, ReferenceFailed
 from checkpoints.gguf_file import contents, header_bytes, string_value
-from reference import NATIVE, DumpJob, Reference
+from reference.client import Reference
+from reference.jobs import NATIVE, DumpJob
 
 TOKENS = (2047, 430, 457)
 

@@ -12,7 +12,8 @@ from checkpoints import points
 from checkpoints.errors import InputError, ReferenceFailed
 from checkpoints.gguf_file import contents, header_bytes
 from checkpoints.reader import read
-from reference import EXACT, DumpJob, Reference
+from reference.client import Reference
+from reference.jobs import EXACT, DumpJob
 
 LAYERS, WIDTH, HEADS, KV, SIZE, FEED, VOCAB = 3, 64, 4, 2, 16, 96, 2048
 TOKENS = (2047, 430, 457, 258)

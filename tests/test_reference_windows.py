@@ -12,7 +12,9 @@ from checkpoints.errors import InputError
 from checkpoints.gguf_file import contents
 from checkpoints.reader import read
 from checkpoints.tensors import TensorReader
-from reference import EXACT, NATIVE, DumpJob, Reference, sweep
+from reference import sweep
+from reference.client import Reference
+from reference.jobs import EXACT, NATIVE, DumpJob
 from reference.library import Library
 from reference.sweep import window_size
 from reference.twin import cache_dir, cached, empty_cache

@@ -14,7 +14,7 @@ from engine import backend
 from engine.gguf_model import GgufModel
 from engine.synth import PRESETS, _tensors, shape_like, synthesize
 from engine.transformer import Transformer
-from reference import Reference
+from reference.client import Reference
 
 TOKENS = [1, 2, 3, 500, 77, 4, 31]
 TYPES = ("f32", "f16", "bf16", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0")

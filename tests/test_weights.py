@@ -13,7 +13,7 @@ from engine.gguf_model import GgufModel
 from parity import foreign_weights, weights
 from parity.foreign_weights import check_foreign, load
 from parity.weights import check_weights
-from reference import Reference
+from reference.client import Reference
 from reference.to_float import ToFloat
 
 KINDS = (

@@ -307,7 +307,7 @@ def test_a_killed_run_leaves_a_readable_dump(tmp_path: Path) -> None:
 
 def test_the_reference_dying_is_an_error_of_ours(parity: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     """When llama.cpp's process dies in the middle, the line says so and names the model."""
-    from reference import Reference
+    from reference.client import Reference
 
     original = Reference.dump
 

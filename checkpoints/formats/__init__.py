@@ -31,7 +31,7 @@ def load(path: str | os.PathLike[str], mapping: Mapping | None = None, offset: i
             break
     else:
         dump = given.renamed(reader.read(path))
-    offset += given.position_offset
+    offset += given.position_offset or 0
     return shifted(dump, offset) if offset else dump
 
 

@@ -17,7 +17,7 @@ def convert(
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="The dump to write.", show_default=False)],
     names: o.MapOption = None,
-    offset: o.OffsetOption = 0,
+    offset: o.OffsetOption = None,
 ) -> None:
     """Write what your engine left behind as a dump of format 1: one JSON object a line, as `parity diff` and `lint` take it."""
     from checkpoints.formats import load
@@ -27,7 +27,7 @@ def convert(
 
     from ..output import written
 
-    dump = load(source, read_mapping(names) if names else None, offset)
+    dump = load(source, read_mapping(names) if names else None, offset or 0)
     with Writer(out, dump.header or Header(source=f"converted from {source.name}")) as writer:
         for rows in dump.points.values():
             writer.rows(rows)

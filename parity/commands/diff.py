@@ -31,7 +31,7 @@ def diff(
         int | None, typer.Option("--step", min=0, help="Of records that stand twice: those of this forward pass.")
     ] = None,
     names: o.MapOption = None,
-    offset: o.OffsetOption = 0,
+    offset: o.OffsetOption = None,
     despite_lint: Annotated[
         bool, typer.Option("--despite-lint", help="Compare also where lint says that a dump is not to be believed.")
     ] = False,
@@ -50,18 +50,25 @@ def diff(
     Exits 0 for parity, 1 for a divergence, 2 if there is nothing to compare or lint calls a dump unusable.
     """
     from checkpoints.formats import load
-    from checkpoints.mapping import read_mapping
+    from checkpoints.mapping import Mapping, read_mapping
 
     from ..compare import Options
     from ..comparison_output import findings, report, show_report
     from ..lint import refuse_unusable
     from ..picture import compare_drawn
 
-    left, right = load(ours, read_mapping(names) if names else None, offset), load(ref)
+    mapping = read_mapping(names) if names else Mapping()
+    left, right = load(ours, mapping, offset or 0), load(ref)
     if not despite_lint:
         refuse_unusable(left, "ours")
         refuse_unusable(right, "the reference")
-    chosen = Options(tolerance=tolerance, compute=compute.value if compute else None, strict=strict, step=step)
+    chosen = Options(
+        tolerance=tolerance,
+        compute=compute.value if compute else None,
+        strict=strict,
+        step=step,
+        placed=offset is not None or mapping.position_offset is not None,
+    )
     verdict, picture = compare_drawn(left, right, chosen)
     if table is not None:
         from ..table import write_table

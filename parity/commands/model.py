@@ -29,7 +29,7 @@ def tokens(
     form: o.FormatOption = o.Format.TEXT,
 ) -> None:
     """Token ids and pieces of a prompt, as llama.cpp makes them, special tokens included."""
-    from reference import Reference
+    from reference.client import Reference
 
     from ..default_model import path as default_model
     from ..output import print_tokens

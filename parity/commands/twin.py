@@ -15,7 +15,7 @@ def twin(
     verbose: o.VerboseOption = False,
 ) -> None:
     """Write an F32 copy of a model with llama.cpp: what exact mode runs, and what your engine should load for it."""
-    from reference import Reference
+    from reference.client import Reference
 
     from ..output import written
 

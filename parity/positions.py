@@ -1,0 +1,161 @@
+"""Where our records lie among the reference's positions: by what both sides say of tokens, else by their values; never in silence."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from checkpoints.errors import DumpError
+from checkpoints.formats import shifted
+from checkpoints.points import order
+from checkpoints.record import Dump, Rows
+
+from .align import Pair, keys
+from .metrics import measure
+
+# What an offset must show to be taken: an error this many times below every other one's, and below this NMSE. Measured on the
+# catalogue of faults (some 80 wrong engines on each of three models, 16 positions, ten points from embd to logits, 4,900 searches): a
+# wrong offset is the best one 562 times, by 3.3 times at most where its error is below 0.5 (rows of two tokens have 1 to 2). The right
+# one of a right engine is better by 1e8 or more; a wrong engine's shows at the embedding in 460 of 490 searches.
+CLEAR = 10.0
+RELATED = 0.5
+_POINTS = 8  # points that are asked, in dataflow order; where both sides have the embedding, the first one decides
+_RECORDS = 64  # of one point at one offset; their median is its error there
+_EXACT = 1e-10  # two errors below this are the same: two right engines differ by no more (limit of exact mode)
+
+
+@dataclass(frozen=True)
+class Placed:
+    """Our dump at the reference's positions; `note` says how that is known, empty where both sides count by their tokens."""
+
+    ours: Dump
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The error (median NMSE of the records) of one point at each offset that was tried."""
+
+    point: str
+    errors: dict[int, float]
+
+    def ratio(self, offset: int) -> float:
+        """How many times larger the error is at the best of the other offsets; infinite where there is none."""
+        others = [error for other, error in self.errors.items() if other != offset]
+        return max(min(others), _EXACT) / max(self.errors[offset], _EXACT) if others else np.inf
+
+    @property
+    def clear(self) -> bool:
+        """Whether the best offset is beyond doubt."""
+        return self.errors[self.best] < RELATED and self.ratio(self.best) >= CLEAR
+
+    @property
+    def best(self) -> int:
+        """The offset with the least error; among equals the one nearest to 0."""
+        return min(self.errors, key=lambda offset: (max(self.errors[offset], _EXACT), abs(offset)))
+
+
+def place(ours: Dump, ref: Dump) -> Placed:
+    """Move `ours` to where the reference counts.
+
+    Generated tokens decide where both sides list them; prompts that both sides list stand at position 0. Where nothing says it,
+    the plausible offsets are tried on the first points that both sides have, and the one with clearly the least error is taken.
+
+    Raises:
+        DumpError: no offset is clearly better than the others, and the two sides do not hold the same positions.
+    """
+    found = _by_generated(ours, ref)
+    if found is not None:
+        offset, matching = found
+        note = f"positions: ours are moved by {offset:+d}, where {matching} of our generated tokens are the reference's"
+        return Placed(shifted(ours, offset), note) if offset else Placed(ours)
+    if _counts_from_its_prompt(ours) and _counts_from_its_prompt(ref):
+        return Placed(ours)
+    return _by_values(ours, ref)
+
+
+def _by_generated(ours: Dump, ref: Dump) -> tuple[int, int] | None:
+    """The offset at which our generated tokens start with the reference's, and how many do; None where they say nothing."""
+    mine, theirs = ([token for token in side.tokens if token.seq == 0] for side in (ours, ref))
+    if not mine or not theirs:
+        return None
+    offset = min(token.token_idx for token in theirs) - min(token.token_idx for token in mine)
+    chosen = {token.token_idx: token.id for token in theirs}
+    matching = sum(chosen.get(token.token_idx + offset) == token.id for token in mine)
+    return (offset, matching) if matching else None
+
+
+def _counts_from_its_prompt(dump: Dump) -> bool:
+    """Whether a dump lists its prompt and nothing in it contradicts that position 0 is the prompt's first token."""
+    length = len(dump.header.tokens) if dump.header is not None else 0
+    return length > 0 and not any(bool(np.any(rows.decode & (rows.token_idx < length))) for rows in dump.points.values())
+
+
+def _by_values(ours: Dump, ref: Dump) -> Placed:
+    common = [name for name in order(ref.points) if name in ours.points]
+    tried: list[Scores] = []
+    for name in common[:_POINTS]:
+        scores = tried_offsets(ours.points[name], ref.points[name], _plausible(ours, ref, name))
+        if not scores.errors:
+            continue
+        tried.append(scores)
+        if scores.clear:
+            return _taken(ours, scores)
+    if not tried:
+        return Placed(ours)  # no point or no value in common: `align` says so
+    same = all(np.array_equal(np.unique(keys(ours.points[name])), np.unique(keys(ref.points[name]))) for name in common)
+    first = tried[0]
+    listed = ", ".join(
+        f"{offset:+d} ({error:.1e})" for offset, error in sorted(first.errors.items(), key=lambda pair: pair[1])[:3]
+    )
+    if same:
+        note = (
+            f"positions: taken as they are numbered, the same on both sides; values do not settle it ({first.point}: {listed})"
+        )
+        return Placed(ours, note)
+    raise DumpError(
+        f"nothing says how the positions of {ours.path} are counted, and no offset fits clearly: NMSE at {first.point} {listed}.",
+        "Say it: --offset N is added to every position of ours (0: they count from the prompt's first token, as the reference's do).",
+        code="positions",
+    )
+
+
+def _taken(ours: Dump, scores: Scores) -> Placed:
+    offset = scores.best
+    how = f"ours are moved by {offset:+d}" if offset else "ours are taken as they are numbered (--offset 0)"
+    note = f"positions: nothing says how ours are counted; {how}: {scores.point} differs by {scores.errors[offset]:.1e} there"
+    others = {other: error for other, error in scores.errors.items() if other != offset}
+    if others:
+        second = min(others, key=lambda other: others[other])
+        note += f", by {others[second]:.1e} at the next best, {second:+d}"
+    else:
+        note += ", and no other offset is possible"
+    if offset == 1:
+        note += "; is the first token (BOS) missing in ours?"
+    return Placed(shifted(ours, offset) if offset else ours, note)
+
+
+def _plausible(ours: Dump, ref: Dump, point: str) -> set[int]:
+    """Offsets that a way to count explains, of which most records of the shorter side have a counterpart."""
+    left, right = ours.points[point].token_idx, ref.points[point].token_idx
+    prompt = len(ref.header.tokens) if ref.header is not None else 0
+    decoded = [int(rows.token_idx[rows.decode].min()) for rows in ref.points.values() if rows.decode.any()]
+    starts = {int(right.min()), prompt, prompt - 1, *decoded}
+    offsets = {start - int(left.min()) for start in starts} | {int(right.max()) - int(left.max())}
+    near = {offset + step for offset in (*offsets, 0) for step in (-1, 0, 1)}
+    enough = (min(len(left), len(right)) + 1) // 2
+    return {offset for offset in near if np.isin(left + offset, right).sum() >= enough and int(left.min()) + offset >= 0}
+
+
+def tried_offsets(ours: Rows, ref: Rows, offsets: set[int]) -> Scores:
+    """The error of one point at each of these offsets; those at which nothing can be compared are left out."""
+    mine, their_keys = ours.take(np.unique(keys(ours), return_index=True)[1]), keys(ref)
+    _, theirs = np.unique(their_keys, return_index=True)
+    errors: dict[int, float] = {}
+    for offset in sorted(offsets):
+        _, left, right = np.intersect1d(keys(mine) + offset, their_keys[theirs], assume_unique=True, return_indices=True)
+        spread = np.linspace(0, len(left) - 1, min(len(left), _RECORDS)).astype(np.int64)  # evenly over what is there
+        pair = Pair(ours.point, mine.take(left[spread]), ref.take(theirs[right[spread]]))
+        nmse = measure([pair]).nmse
+        if not np.isnan(nmse).all():
+            errors[offset] = float(np.nanmedian(nmse))
+    return Scores(ours.point, errors)

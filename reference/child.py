@@ -1,0 +1,84 @@
+"""The child process as its parent sees it: started, asked for its last words, ended.
+
+Imports little, so that a command can start it first and import all the rest while the child imports llama.cpp.
+"""
+
+import contextlib
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import IO
+
+_LAST_WORDS = re.compile(
+    r"(GGML_ASSERT\(.*|GGML_ABORT.*|what\(\):.*|.*\bterminate called\b.*|.*[Oo]ut of memory.*|.*Error: .*)"
+)
+# Where this package stands is first on the child's path only if it isn't on it anyway.
+_BOOT = "import sys; root = sys.argv[1]; sys.path[:0] = [] if root in sys.path else [root]; from reference.worker import main; main()"
+
+_ENVIRONMENT = {
+    "GGML_NO_BACKTRACE": "1",  # ggml would start a debugger to print one when it aborts
+    # Threads that wait for each other in a busy loop starve where another program shares the cores: the same dump took
+    # 13.5 s instead of 1.0 s. GNU's OpenMP counts spins, LLVM's milliseconds.
+    "GOMP_SPINCOUNT": "1000",
+    "KMP_BLOCKTIME": "0",
+}
+
+
+class Child:
+    """A running worker: process, pipe, and the file that its stderr goes to."""
+
+    def __init__(self, verbose: bool) -> None:
+        ours, theirs = Pipe()
+        self.connection: Connection = ours
+        self.stderr: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the child
+        root = str(Path(__file__).resolve().parent.parent)
+        told = os.dup(2) if verbose else -1
+        passed = [theirs.fileno(), *([told] if verbose else [])]
+        try:
+            self.process = subprocess.Popen(
+                [sys.executable, "-P", "-c", _BOOT, root, str(theirs.fileno()), str(told)],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=self.stderr,
+                pass_fds=passed,
+                env=_ENVIRONMENT | os.environ,
+            )
+        finally:
+            theirs.close()
+            if verbose:
+                os.close(told)
+
+    def last_words(self) -> str:
+        """What it said on stderr before it ended: ggml's assertion, an exception, else its last line."""
+        self.stderr.seek(0)
+        text = self.stderr.read()[-65536:].decode(errors="replace")
+        if match := _LAST_WORDS.search(text):
+            return match[1].strip()
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        return lines[-1] if lines else ""
+
+    def end(self, *, kill: bool) -> int:
+        """Close the pipe and wait for the process; returns its exit status."""
+        with contextlib.suppress(OSError):
+            self.connection.close()
+        if kill:
+            self.process.kill()
+        try:
+            status = self.process.wait(timeout=5)
+        except subprocess.TimeoutExpired:  # it computes, and sees the closed pipe only afterwards
+            self.process.kill()
+            status = self.process.wait()
+        return status
+
+
+def finish(children: list[Child]) -> None:
+    """End all of them, and wait."""
+    while children:
+        child = children.pop()
+        child.end(kill=True)
+        child.stderr.close()

@@ -1,0 +1,107 @@
+"""Dumps that count their positions from another start are aligned by tokens, else by values, and the answer says which and how sure."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from cli import Cli
+from dumps import dump, noisy, random
+
+from checkpoints.errors import DumpError
+from checkpoints.jsonl import Writer
+from checkpoints.record import Dump, Header, Token
+from parity.compare import Options, compare
+from parity.positions import place
+
+POINTS = ("embd", "blk.0.l_out", "blk.23.l_out", "logits")
+PROMPT, ALL = 8, 20
+ARRAYS = random(POINTS, positions=ALL)
+CHOSEN = tuple(Token(PROMPT + i, 50 + i) for i in range(ALL - PROMPT))
+
+
+def reference() -> Dump:
+    made = dump(ARRAYS, path="ref.jsonl", prefill=PROMPT, tokens=CHOSEN)
+    assert made.header is not None
+    return replace(made, header=replace(made.header, tokens=tuple(range(100, 100 + PROMPT))))
+
+
+def bare(
+    first: int, last: int = ALL, *, tokens: tuple[Token, ...] = (), counted_from: int | None = None, noise: float = 1e-7
+) -> Dump:
+    """Our records of positions `first` to `last` without a header, counted from `counted_from` (default: the first of them)."""
+    start = first if counted_from is None else counted_from
+    made = dump({name: x[first:last] for name, x in noisy(ARRAYS, noise).items()}, path="ours.jsonl", header=None)
+    points = {name: replace(rows, token_idx=rows.token_idx + first - start) for name, rows in made.points.items()}
+    return replace(made, points=points, tokens=tokens)
+
+
+def test_generated_tokens_align_a_dump_that_counts_from_them() -> None:
+    """Where both sides list generated tokens, these say the offset, and the note says how many agree."""
+    ours = bare(PROMPT, tokens=tuple(replace(token, token_idx=token.token_idx - PROMPT) for token in CHOSEN))
+    verdict = compare(ours, reference())
+    assert verdict
+    assert verdict.compared == len(POINTS) * (ALL - PROMPT)
+    assert any("moved by +8" in note and "12 of our generated tokens" in note for note in verdict.notes)
+
+
+@pytest.mark.parametrize("first", [0, 1, PROMPT - 1, PROMPT])
+def test_values_align_a_dump_that_says_nothing(first: int) -> None:
+    """Bare lines counted from wherever they begin are moved to where the embedding agrees, and both errors are said."""
+    verdict = compare(bare(first), reference())
+    assert verdict
+    assert verdict.compared == len(POINTS) * (ALL - first)
+    said = [note for note in verdict.notes if note.startswith("positions: nothing says")]
+    assert len(said) == 1
+    assert (f"moved by +{first}" in said[0]) == (first > 0)
+    assert "next best" in said[0]
+    assert ("BOS" in said[0]) == (first == 1)
+
+
+def test_a_wrong_engine_is_aligned_by_what_it_still_has_right() -> None:
+    """An engine that is wrong from layer 0 on is aligned by its embedding, and the divergence is named at its place."""
+    ours = bare(PROMPT)
+    wrong = {
+        name: rows if name == "embd" else replace(rows, values=rows.values[:, ::-1], sketch=None, stats={})
+        for name, rows in ours.points.items()
+    }
+    verdict = compare(replace(ours, points=wrong), reference())
+    assert verdict.first_divergence is not None
+    assert (verdict.first_divergence.checkpoint, verdict.first_divergence.token_idx) == ("blk.0.l_out", PROMPT)
+
+
+def test_garbage_is_not_aligned_by_chance() -> None:
+    """Where no offset is clearly better the user is asked, unless both sides hold the same positions: then it is said."""
+    other = random(POINTS, positions=ALL, seed=9)
+    ours = dump(other, path="ours.jsonl", header=None)
+    verdict = compare(ours, reference())
+    assert not verdict
+    assert any("values do not settle it" in note for note in verdict.notes)
+    part = replace(ours, points={name: rows.take(np.arange(9)) for name, rows in ours.points.items()})
+    with pytest.raises(DumpError, match="no offset fits clearly") as caught:
+        compare(part, reference())
+    assert "--offset" in caught.value.advice
+    assert not compare(part, reference(), Options(placed=True))
+
+
+def test_headers_that_list_their_prompts_need_no_note() -> None:
+    """Two dumps of format 1 count from the first token of their prompts: nothing is moved, and nothing is said."""
+    ref = reference()
+    found = place(replace(ref, path="ours.jsonl"), ref)
+    assert found.note == ""
+    assert found.ours.points is ref.points
+
+
+def test_diff_says_how_it_aligned(parity: Cli) -> None:
+    """The text, the JSON and the Markdown answer carry the sentence; --offset is taken without a search."""
+    for side in (reference(), bare(PROMPT)):
+        with Writer(side.path, side.header or Header("mine")) as writer:
+            for rows in side.points.values():
+                writer.rows(rows)
+    for form in ("text", "json", "markdown"):
+        ran = parity("diff", "ours.jsonl", "ref.jsonl", "--format", form)
+        assert ran.code == 0, ran.err
+        assert "moved by +8" in " ".join(ran.out.split())
+    code, answer = parity.json("diff", "ours.jsonl", "ref.jsonl", "--offset", 8)
+    assert code == 0
+    assert not any("nothing says" in note for note in answer["notes"])
+    assert parity("diff", "ours.jsonl", "ref.jsonl", "--offset", 0).code == 1
