@@ -63,7 +63,7 @@ class Screening:
                 return Place(number, int(entry.rows[wrong].min()))
         return None
 
-    def _replay(self, state: State, rows: int) -> Replay:
+    def replay(self, state: State, rows: int) -> Replay:
         """The state's replay over the first rows; made once for each number of rows."""
         name = (*key(state.faults), str(rows))
         if name not in self._replays:
@@ -87,7 +87,7 @@ class Screening:
             return number < until and not (found[number] > self.entries[number].limit).any()
 
         try:
-            self._replay(root, rows).run(steps, visit, unchanged_steps(steps, root))
+            self.replay(root, rows).run(steps, visit, unchanged_steps(steps, root))
         except NOT_ALLOWED:
             return None
         return found
@@ -111,7 +111,7 @@ class Screening:
             return True
 
         try:
-            self._replay(root, rows).run(steps, visit, unchanged_steps(steps, root))
+            self.replay(root, rows).run(steps, visit, unchanged_steps(steps, root))
         except NOT_ALLOWED:
             return None
         return tuple(found.get(number, errors) for number, errors in enumerate(root.nmse))
@@ -262,7 +262,7 @@ class Screening:
 
         try:
             steps = candidate.planted(state)
-            self._replay(state, rows).run(steps, visit, unchanged_steps(steps, state))
+            self.replay(state, rows).run(steps, visit, unchanged_steps(steps, state))
         except NOT_ALLOWED:
             return None
         return output[0] if output else None
@@ -273,7 +273,7 @@ class Screening:
         """Screen many versions of a layer's output together."""
         first = state.first
         size = batch_size(rows)
-        replay = self._replay(state, rows)
+        replay = self.replay(state, rows)
         for begin in range(0, len(distinct), size):
             if self.out_of_time() or first is None:
                 return
