@@ -9,7 +9,7 @@ from checkpoints.points import parse
 from engine.backend import Array, Backend
 from engine.faults import CATALOGUE, SEEN, Planting
 from engine.graph import POSITIONS, Step
-from engine.replay import Replay
+from engine.replay import Replay, names_read
 
 from .explain_layers import batch_size, can_carry, carry
 from .explain_records import Expected, Floats, Ints
@@ -87,10 +87,21 @@ class Screening:
             return number < until and not (found[number] > self.entries[number].limit).any()
 
         try:
-            self.replay(root, rows).run(steps, visit, unchanged_steps(steps, root))
+            needed = self._needed(steps, shown, until) if shown else steps
+            self.replay(root, rows).run(needed, visit, unchanged_steps(needed, root))
         except NOT_ALLOWED:
             return None
         return found
+
+    def _needed(self, steps: Sequence[Step], shown: frozenset[str], until: int) -> list[Step]:
+        """The steps that what the dump shows up to a point comes from, where it shows other steps than it names."""
+        number = {step.makes: number for number, step in enumerate(steps)}
+        points = [entry.point for entry in self.entries[: until + 1]]
+        seen = [steps[number[SEEN + point]] for point in points if point in shown]
+        last = max(
+            [number[point] for point in points if point not in shown] + [number[read] for s in seen for read in names_read(s)]
+        )
+        return [*steps[: last + 1], *seen]
 
     def _compare(self, name: str, made: Array, shown: frozenset[str], rows: int, found: dict[int, Floats]) -> int | None:
         """Hold a value against the dump, if it is what the dump shows; its point's number."""

@@ -170,7 +170,7 @@ class Together:
             needed = self._until(steps)
             if len(needed) > self._length + _BEYOND:
                 return None
-            changed = replay.run(needed, lambda _name, _made: True, unchanged_steps(steps, state))
+            changed = replay.run(needed, lambda _name, _made: True, unchanged_steps(needed, state))
         except NOT_ALLOWED:
             return None
         return changed.get(self._shown(steps))
