@@ -10,8 +10,9 @@ import numpy as np
 import orjson
 
 from checkpoints.jsonl import Writer
-from checkpoints.reader import Scan, read
+from checkpoints.reader import read
 from checkpoints.record import Header, Rows
+from checkpoints.scan import Scan
 from checkpoints.summary import summarise
 
 

@@ -8,6 +8,7 @@ from dataclasses import fields
 from math import prod
 from typing import Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -24,8 +25,8 @@ _WORDS = {
     "-Infinity": -np.inf,
     "-inf": -np.inf,
 }
-_VALUES = re.compile(rb'"values"\s*:\s*\[([^\]]*)\]')
-_LEADING = re.compile(rb'"values"\s*:\s*\[([^\]]{,256}),')
+_VALUES = re.compile(rb'"values"\s*:\s*(\[[^\]]*\])')
+_LEADING = 64, 1024  # bytes of the values' text whose digits are looked at first; of random ones, 64 are too few in 2 %
 _DECIMAL = re.compile(r"[+-]?(\d*)(?:\.(\d*))?(?:[eE]([+-]?\d+))?")
 # A float32 needs up to 9 significant digits. A text whose values all stop at 7 or fewer was rounded for print.
 _PRINTED_DIGITS = 7
@@ -80,7 +81,7 @@ def indices(found: Any, count: int) -> list[int]:
 def shape(found: Any) -> tuple[int, ...]:
     """A shape as a list or as text ("[1,151936]"); leading ones are dropped, since a record is one position's row."""
     numbers = [int(text) for text in re.findall(r"-?\d+", found)] if isinstance(found, str) else (found or [])
-    if not isinstance(numbers, list):
+    if not isinstance(numbers, (list, tuple)):
         raise TypeError(f'"shape" must be a list, not {found!r:.40}')
     sizes = tuple(integer(size, "shape") for size in numbers)
     while len(sizes) > 1 and sizes[0] == 1:
@@ -145,22 +146,36 @@ def _model(found: Any) -> ModelInfo:
     return ModelInfo(**taken)
 
 
-def surely_exact(line: bytes) -> bool:
-    """Whether the first values of a line alone show that its text gives every float32 exactly: then `quantum` is None."""
-    match = _LEADING.search(line)
-    texts = match[1].decode("ascii", "replace").split(",")[:-1] if match else []
-    parsed = [found for text in texts if (found := _DECIMAL.fullmatch(text.strip())) is not None and (found[1] or found[2])]
-    digits = max((len(((found[1] or "") + (found[2] or "")).strip("0")) for found in parsed), default=0)
-    return digits > _PRINTED_DIGITS and len({len(found[2] or "") for found in parsed}) > 1
+class _Values(msgspec.Struct):
+    values: msgspec.Raw
 
 
-def quantum(line: bytes, count: int) -> NDArray[np.float64] | None:
-    """The step of the last printed decimal of each value, or None where the text gives every float32 exactly.
+def values_text(line: bytes) -> bytes:
+    """The text of a line's values, with its brackets; empty where there is none."""
+    try:
+        return bytes(msgspec.json.decode(line, type=_Values).values)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):  # bare nan, an infinite number
+        match = _VALUES.search(line)
+        return match[1] if match else b""
+
+
+def surely_exact(text: bytes) -> bool:
+    """Whether the first of these JSON numbers alone show that their text gives every float32: then `quantum` is None."""
+    return any(_shows_all_digits(text[1:size].split(b",")[:-1]) for size in _LEADING)
+
+
+def _shows_all_digits(numbers: list[bytes]) -> bool:
+    mantissas = [number.strip().partition(b"e")[0] for number in numbers]
+    digits = max((len(number.replace(b".", b"").strip(b"-0")) for number in mantissas), default=0)
+    return digits > _PRINTED_DIGITS and len({len(number.partition(b".")[2]) for number in mantissas}) > 1
+
+
+def quantum(text: bytes, count: int) -> NDArray[np.float64] | None:
+    """The step of the last printed decimal of each of `count` values, or None where the text gives every float32 exactly.
 
     `%f` prints the same number of decimals everywhere; `%g` stops at a number of significant digits.
     """
-    match = _VALUES.search(line)
-    texts = [text.strip().strip('"') for text in match[1].decode("ascii", "replace").split(",")] if match else []
+    texts = [text.strip().strip('"') for text in text.decode("ascii", "replace").strip("[] ").split(",")]
     parsed = [_DECIMAL.fullmatch(text) for text in texts]
     if len(texts) != count or not count:
         return None

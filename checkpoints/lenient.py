@@ -31,3 +31,11 @@ def loads(text: str | bytes) -> Any:
         return json.loads(mended)  # numbers beyond float64, which orjson refuses, are infinite here
     except RecursionError:
         raise ValueError("the line is nested too deeply") from None
+
+
+def whole(line: bytes) -> bool:
+    """Whether this is blank or a line's whole JSON, and no line that was cut short."""
+    try:
+        return not line.strip() or loads(line) is not None
+    except ValueError:
+        return False

@@ -1,7 +1,5 @@
 """Records on their way from lines to arrays: many at a time, of all points together, then one `Rows` a point."""
 
-import struct
-from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -10,8 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import fields, printed
-from .record import DECODE, SKETCH_SIZE, Rows
+from .record import SKETCH_SIZE, Rows
 
 
 class Odd(Exception):
@@ -35,96 +32,11 @@ class Slab:
     place: NDArray[np.int64]
     shapes: list[tuple[int, ...]]
     values: NDArray[np.float32]
-    dtypes: list[str]
+    dtypes: list[Any]
     stats: dict[str, NDArray[np.float64]] = field(default_factory=dict)
     sketch: NDArray[np.float32] | None = None
     quantum: NDArray[np.float64] | None = None
     indices: NDArray[np.int64] | None = None
-
-
-def flat(rows: Sequence[Any]) -> NDArray[np.float64]:
-    """Lists of numbers (or arrays of them), laid end to end.
-
-    Raises:
-        Odd: one of them is no number.
-    """
-    if all(isinstance(row, np.ndarray) for row in rows):
-        return np.concatenate(rows) if rows else np.zeros(0)
-    try:
-        numbers = list(chain.from_iterable(rows))
-        return np.frombuffer(struct.pack(f"{len(numbers)}d", *numbers), np.float64)
-    except (struct.error, TypeError, OverflowError) as error:
-        raise Odd from error
-
-
-def _whole(numbers: list[Any]) -> NDArray[np.int64]:
-    try:
-        return np.frombuffer(array("q", numbers), np.int64)
-    except (TypeError, OverflowError) as error:
-        raise Odd from error
-
-
-def slab(
-    found: list[dict[str, Any]], point: list[int], serial: list[int], shapes: list[tuple[int, ...]], lines: list[bytes] | None
-) -> Slab:
-    """Records of the same number of values as arrays; `lines` are theirs where the digits printed are to be looked at.
-
-    Raises:
-        Odd: a record needs the careful way.
-    """
-    width = len(found[0]["values"])
-    wide = flat([record["values"] for record in found]).reshape(len(found), width)
-    place = np.empty((len(found), 4), dtype=np.int64)
-    place[:, 0] = _whole([record.get("seq", 0) for record in found])
-    place[:, 1] = _whole([record.get("token_idx", 0) for record in found])
-    place[:, 2] = _whole([record.get("step", 0) for record in found])
-    place[:, 3] = [record.get("phase") == DECODE for record in found]
-    if (place < 0).any() or (place[:, 0] >= fields.SEQUENCES).any() or (place[:, 1:3] >= fields.POSITIONS).any():
-        raise Odd
-    with np.errstate(over="ignore"):
-        values = wide.astype(np.float32)
-    stats = [record.get("stats") for record in found]
-    sketches = [record.get("sketch") for record in found]
-    return Slab(
-        np.array(point, dtype=np.int64),
-        np.array(serial, dtype=np.int64),
-        place,
-        shapes,
-        values,
-        [record.get("dtype", "f32") for record in found],
-        _stats(stats),
-        _sketches(sketches),
-        None if lines is None else printed.quanta(lines, wide),
-    )
-
-
-def _stats(stats: list[Any]) -> dict[str, NDArray[np.float64]]:
-    if stats.count(None) == len(stats):
-        return {}
-    first = stats[0]
-    if not isinstance(first, dict):
-        raise Odd
-    names = list(first)
-    try:
-        if all(list(row) == names for row in stats):
-            columns = flat([row.values() for row in stats]).reshape(len(stats), len(names))
-            return {name: columns[:, i] for i, name in enumerate(names)}
-        # Some have more (future_mass): a column for each name, NaN where a record lacks it.
-        every = dict.fromkeys(name for row in stats for name in row)
-        columns = flat([[row.get(name, np.nan) for name in every] for row in stats]).reshape(len(stats), len(every))
-        return {name: columns[:, i] for i, name in enumerate(every)}
-    except (TypeError, AttributeError) as error:
-        raise Odd from error
-
-
-def _sketches(sketches: list[Any]) -> NDArray[np.float32] | None:
-    missing = sketches.count(None)
-    if missing == len(sketches):
-        return None
-    if missing or any(not isinstance(row, list) or len(row) != SKETCH_SIZE for row in sketches):
-        raise Odd
-    with np.errstate(over="ignore"):
-        return flat(sketches).reshape(-1, SKETCH_SIZE).astype(np.float32)
 
 
 def as_rows(slabs: Sequence[Slab], names: Sequence[str]) -> Iterator[Rows]:

@@ -6,8 +6,9 @@ The plain operations of `engine.ops` are written in NumPy functions, which hand 
 
 import os
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,21 +20,43 @@ Array = Any  # numpy.ndarray or cupy.ndarray
 
 @dataclass(frozen=True)
 class Backend:
-    """Where arrays live: `xp` is the numpy or cupy module, `device` says it in words for the dump's header."""
+    """Where arrays live: `xp` is the numpy or cupy module, `device` says it in words for the dump's header.
+
+    `number` is CUDA's of the device, 0 on the host; `spread` says that an engine's values are not all on the current device.
+    """
 
     name: str
     xp: Any
     device: str
+    number: int = 0
+    spread: bool = False
+
+    def current(self) -> AbstractContextManager[Any]:
+        """Make this device the one that computes and allocates."""
+        return nullcontext() if self.xp is np else cast(AbstractContextManager[Any], self.xp.cuda.Device(self.number))
 
     def array(self, host: NDArray[Any]) -> Array:
         """The array on this backend's device; on NumPy the array itself."""
-        return host if self.xp is np else self.xp.asarray(host)
+        if self.xp is np:
+            return host
+        with self.current():
+            return self.xp.asarray(host)
+
+    def take(self, array: Array) -> Array:
+        """An array of any device on this one: itself where it is there already, else a copy, for which the other is waited."""
+        if self.xp is np or array.device.id == self.number:
+            return array
+        with array.device:
+            self.xp.cuda.get_current_stream().synchronize()
+        with self.current():
+            return array.copy()
 
     def free_bytes(self) -> int | None:
         """Memory that is free on the device (what CuPy holds unused counts as free); None on the host."""
         if self.xp is np:
             return None
-        free: int = self.xp.cuda.runtime.memGetInfo()[0] + self.xp.get_default_memory_pool().free_bytes()
+        with self.current():
+            free: int = self.xp.cuda.runtime.memGetInfo()[0] + self.xp.get_default_memory_pool().free_bytes()
         return free
 
     def require(self, needed: int, what: str) -> None:
@@ -69,12 +92,16 @@ def module_of(*arrays: Array) -> Any:
     return np
 
 
-def choose(name: str = "auto") -> Backend:
-    """The backend of that name; "auto" takes CuPy where a device is, else NumPy.
+def choose(name: str = "auto", number: int | None = None) -> Backend:
+    """The backend of that name; "auto" takes CuPy where a device is, else NumPy. `number` is CUDA's of the device.
 
     Raises:
-        InputError: CuPy was asked for and there is no device or no package for it, or the name is unknown.
+        InputError: CuPy was asked for and there is no such device or no package for it, or the name is unknown.
     """
+    if number is not None:
+        if name == "numpy":
+            raise InputError("--devices are GPUs; --backend numpy has none.", "Take --backend cupy.", code="devices")
+        name = "cupy"
     if name not in ("auto", "cupy", "numpy"):
         raise InputError(f"there is no backend {name!r}.", "Take auto, cupy or numpy.", code="backend")
     if name == "numpy":
@@ -90,9 +117,13 @@ def choose(name: str = "auto") -> Backend:
         if name == "auto":
             return _numpy()
         raise InputError("CuPy finds no CUDA device.", "`parity doctor` shows what is missing.", code="backend")
-    number = cupy.cuda.Device().id
+    there = cupy.cuda.runtime.getDeviceCount()
+    if number is None:
+        number = cupy.cuda.Device().id
+    if not 0 <= number < there:
+        raise InputError(f"there is no device {number}.", f"CUDA counts {there}, from 0.", code="devices")
     properties = cupy.cuda.runtime.getDeviceProperties(number)
-    return Backend("cupy", cupy, f"CuPy {cupy.__version__}, {properties['name'].decode()}")
+    return Backend("cupy", cupy, f"CuPy {cupy.__version__}, {properties['name'].decode()}", number)
 
 
 def _numpy() -> Backend:

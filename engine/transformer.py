@@ -1,6 +1,6 @@
 """Our engine: a GGUF model as a list of steps, its weights and its KV cache."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -24,13 +24,13 @@ class Weights:
     """The model's weights as float32 arrays on a backend.
 
     With `resident` each is dequantised once and kept; without, it is dropped when the step is done, which a single
-    forward pass wants: the peak is then one weight and not the model.
+    forward pass wants: the peak is then one weight and not the model. `names` are those that will be asked for, None for all.
     """
 
-    def __init__(self, model: GgufModel, backend: Backend, *, resident: bool) -> None:
+    def __init__(self, model: GgufModel, backend: Backend, *, resident: bool, names: Collection[str] | None = None) -> None:
         self._model = model
         self._backend = backend
-        self._resident = resident and self._all_fit()
+        self._resident = resident and self._all_fit(model.tensors if names is None else names)
         self._held: dict[str, Array] = {}
 
     @property
@@ -38,11 +38,11 @@ class Weights:
         """Whether weights are kept."""
         return self._resident
 
-    def _all_fit(self) -> bool:
-        """Whether the device holds the whole model as float32; else its weights are streamed, one step's at a time."""
+    def _all_fit(self, names: Collection[str]) -> bool:
+        """Whether the device holds these weights as float32; else they are streamed, one step's at a time."""
         free = self._backend.free_bytes()
-        sizes = [4 * prod(info.shape) for info in self._model.tensors.values()]
-        if free is None:
+        sizes = [4 * prod(self._model.tensors[name].shape) for name in names]
+        if free is None or not sizes:
             return True
         # A step's weight, its result and the products' workspace: twice the largest weight is room enough.
         self._backend.require(2 * max(sizes), f"the largest weight of {self._model.path.name} as float32")
@@ -119,10 +119,14 @@ class Transformer:
             graph.POSITIONS: self.backend.array(positions),
             graph.PASSES: self.backend.array(np.full(len(tokens), sequence.passes)),
         }
-        made = graph.run(self.steps, values, self.weights, sequence.cache, tap or _nothing)
+        logits = self._compute(values, sequence, tap or _nothing)
         sequence.length += len(tokens)
         sequence.passes += 1
-        return self.backend.to_host(made[self.steps[-1].makes][-1])
+        return self.backend.to_host(logits[-1])
+
+    def _compute(self, values: dict[str, Array], sequence: Progress, tap: graph.Tap) -> Array:
+        """The last step's value."""
+        return graph.run(self.steps, values, self.weights, sequence.cache, tap)[self.steps[-1].makes]
 
     def check(self, tokens: Sequence[int], before: int) -> None:
         """Raises InputError for tokens that this model cannot take after `before` positions."""

@@ -48,7 +48,7 @@ def run(arguments: list[str]) -> int:
             arguments, 2, "memory", "there is not enough memory.", "Take fewer --points or --positions, or a smaller model."
         )
     except Exception as error:
-        # typer's own errors: click's classes in older versions, a copy of them in newer ones, alike in what they offer.
+        # typer's own errors: its copy of click's classes, which it does not export.
         if type(error).__name__ == "NoArgsIsHelpError":
             error.show()  # type: ignore[attr-defined]
             return 2

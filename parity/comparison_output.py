@@ -18,6 +18,17 @@ if TYPE_CHECKING:
     from .session import Outcome
 
 
+def prepare(form: Format) -> None:
+    """Import what `finish` will use and compile the report's template: for while llama.cpp computes."""
+    from reports.html import template
+
+    template("report.html")
+    if form is Format.TEXT:
+        import rich.console  # noqa: F401
+
+        import reports.terminal  # noqa: F401
+
+
 def finish(outcome: "Outcome", form: Format) -> int:
     """Print a run's answer, write diff.json beside the dumps, and return the exit code."""
     from reports.as_json import verdict_as_json

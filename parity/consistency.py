@@ -21,7 +21,8 @@ from reference.client import Reference
 
 from .compare import Options, compare
 from .ours import chosen_points
-from .session import Request, resolve_prompt
+from .request import Request
+from .session import resolve_prompt
 
 CACHE, POSITIONS, MASK, BATCH = "cache", "positions", "mask", "batch size"
 _BY_KIND = {

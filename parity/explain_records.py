@@ -89,6 +89,11 @@ class Expected:
         """The recorded elements of another tensor of this point: [R, k]."""
         return self._slice(tensor, positions, np.ones(len(self.rows), dtype=np.bool_))
 
+    def at(self, tensor: NDArray[np.float32], positions: Ints, row: int) -> Floats:
+        """The recorded elements of one row of a tensor of the first rows: [k]; absent ones are 0."""
+        here = self.rows == row
+        return np.asarray(np.where(self.present[here], self._slice(tensor, positions, here), 0.0)[0])
+
     def taken_all(self, tensor: NDArray[np.float32], positions: Ints) -> Floats | None:
         """The leading elements of every row of a tensor: [T, k]; None where a row is no plain vector."""
         known = parse(self.point).known

@@ -43,7 +43,7 @@ class Screening:
         self.right = tuple(steps)
         self.tried = Tried()
         self.complete = True
-        self._make = make
+        self.make = make
         self._positions = positions
         self._backend = backend
         self._until = perf_counter() + seconds
@@ -69,7 +69,7 @@ class Screening:
         if name not in self._replays:
             if len(self._replays) >= _REPLAYS:
                 del self._replays[next(iter(self._replays))]
-            self._replays[name] = self._make(state.steps, rows)
+            self._replays[name] = self.make(state.steps, rows)
         return self._replays[name]
 
     def _errors(self, root: State, steps: Sequence[Step], rows: int, until: int) -> dict[int, Floats] | None:
@@ -178,9 +178,28 @@ class Screening:
             return every
         return min(state.first.row + 2, every)
 
+    @property
+    def rows(self) -> int:
+        """How many positions the dump's tokens have."""
+        return len(self._positions)
+
+    def left(self, place: Place, made: Array) -> float:
+        """NMSE of a value of the first rows at a place."""
+        entry = self.entries[place.point]
+        errors = entry.nmse(self._backend.to_host(made), self._positions[: made.shape[0]])
+        return float(errors[entry.rows == place.row].max())
+
+    def recorded(self, place: Place, made: Array) -> Floats:
+        """The recorded elements of a value of the first rows at a place: [k]."""
+        entry = self.entries[place.point]
+        return entry.at(self._backend.to_host(made), self._positions[: made.shape[0]], place.row)
+
     def check(self, state: State, candidate: Candidate) -> State | None:
-        """The state with the candidate planted, on all rows and points."""
-        steps = candidate.planted(state)
+        """The state with the candidate planted, on all rows and points; None where the model or the faults there do not allow it."""
+        try:
+            steps = candidate.planted(state)
+        except NOT_ALLOWED:
+            return None
         nmse = self._everything(state.root or state, steps)
         return None if nmse is None else State((*state.faults, candidate), Planting(steps), nmse, self._first(nmse))
 

@@ -5,17 +5,21 @@ screened at the first place that the state does not explain, on as few positions
 beyond that place, checked on all of them.
 """
 
-from collections.abc import Sequence
-from itertools import combinations
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import product, zip_longest
 
 import numpy as np
 
 from engine.faults import Planting
 
-from .explain_screening import Screening
+from .explain_screening import NOT_ALLOWED, Screening
 from .explain_state import Candidate, State, key, worst
+from .explain_together import Together
 
 _BEAM = 4  # partial explanations that are followed
+_AT_ONCE = 3  # faults that are tried together
+_SAME = 12  # combinations of the same numbers at the first place that are checked everywhere
 # Two candidates reproduce the same numbers if their errors are of one size: float32's own noise over 24 layers is 7e-13
 # (tolerance.EXACT_FLOOR), so what lies below 1e-12, or within a factor of ten, is no difference.
 _SAME_NOISE, _SAME_FACTOR = 1e-12, 10.0
@@ -101,7 +105,7 @@ class Search:
         if not (found and found[0].first is None):
             found = sorted([*found, *self._once(state, single=True)], key=self.rank)
         if not found and depth > 1 and not self.screening.out_of_time():
-            found = self._pairs(state)
+            found = self._several(state, depth)
         self._found[key(state.faults)] = found
         return self._follow(state, found, depth)
 
@@ -122,47 +126,55 @@ class Search:
 
     def alike(self, state: State, number: int) -> list[Candidate]:
         """Other candidates that get as far in the place of the state's fault of that number, with errors of one size."""
-        chosen = state.faults[number]
-        rivals = self._found.get(key(state.faults[:number]), [])
-        mine = next((one for one in rivals if one.faults[number:] == (chosen,)), None)
+        mine = next((one for one in self._stage(state, number) if one.faults == state.faults[: len(one.faults)]), None)
         if mine is None:
             return []
         until = len(self.screening.entries) - 1 if mine.first is None else mine.first.point - 1
         most = max(worst(mine, until) * _SAME_FACTOR, _SAME_NOISE)
         return [
             one.faults[number]
-            for one in rivals
-            if one is not mine and len(one.faults) == number + 1 and one.first == mine.first and worst(one, until) <= most
+            for one in self._stage(state, number)
+            if one.first == mine.first
+            and [at for at, pair in enumerate(zip_longest(one.faults, mine.faults)) if pair[0] != pair[1]] == [number]
+            and worst(one, until) <= most
         ]
 
-    def _pairs(self, state: State) -> list[State]:
-        """Two faults at once, where none alone gets any further: those that take most of the error away first."""
-        first = state.first
-        if first is None:
-            return []
-        active = [
-            (result[1], candidate)
-            for candidate in self.screening.candidates(state, None)
-            if not self.screening.out_of_time()
-            and (result := self.screening.screen(state, candidate)) is not None
-            and not np.isnan(result[1])
-        ]
-        active.sort(key=lambda pair: pair[0])
-        order = sorted(combinations(range(len(active)), 2), key=sum)
-        better: list[State] = []
-        for i, j in order:
-            if self.screening.out_of_time():
-                break
-            one, two = active[i][1], active[j][1]
-            if one.fault.name == two.fault.name:
+    def _stage(self, state: State, number: int) -> list[State]:
+        """What was found at the stage at which the state's fault of that number was added, alone or together with others."""
+        for before in range(number, -1, -1):
+            found = self._found.get(key(state.faults[:before]), [])
+            if any(len(one.faults) > number and one.faults == state.faults[: len(one.faults)] for one in found):
+                return found
+        return []
+
+    def _several(self, state: State, depth: int) -> list[State]:
+        """Two or three faults at once, where none alone gets any further, layer by layer."""
+        for layers in [(layer,) for layer in self.screening.suspects(state)] or [None]:
+            together = Together(self.screening, state, layers)
+            for number in range(2, min(depth, _AT_ONCE) + 1):
+                better: list[State] = []
+                for alike in together.found(number):
+                    better += [made for chosen in alike[:_SAME] for made in self._all_of(state, chosen)]
+                    if better:
+                        break
+                if better or self.screening.out_of_time():
+                    return sorted(better, key=self.rank)
+        return []
+
+    def _all_of(self, state: State, chosen: Sequence[Candidate]) -> Iterator[State]:
+        """The states with all of these faults that get beyond the first place, each fault in all layers or in its one."""
+        scopes = ([replace(one, layers=None), one] if one.layers is not None else [one] for one in chosen)
+        for *below, last in product(*scopes):
+            middle = state
+            try:
+                for one in below:
+                    middle = State(
+                        (*middle.faults, one), Planting(one.planted(middle)), state.nmse, state.first, state.root or state
+                    )
+            except NOT_ALLOWED:
                 continue
-            middle = State((*state.faults, one), Planting(one.planted(state)), state.nmse, first, state)
-            result = self.screening.screen(middle, two)
-            if result is None or (result[0] is not None and not first < result[0]):
-                continue
-            checked = self.screening.check(middle, two)
-            if checked is not None and (checked.first is None or first < checked.first):
-                better.append(checked)
+            checked = self.screening.check(middle, last)
+            if checked is not None and (checked.first is None or (state.first is not None and state.first < checked.first)):
+                yield checked
                 if checked.first is None:
-                    break
-        return sorted(better, key=self.rank)
+                    return

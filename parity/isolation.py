@@ -26,8 +26,9 @@ from .attention_checks import AttentionChecks
 from .default_model import path as default_model
 from .isolate import Isolator, Value
 from .judged_layers import graft, judged_layers
+from .request import Prompt, Request
 from .row_checks import RowChecks
-from .session import Prompt, Request, resolve_prompt
+from .session import resolve_prompt
 from .tolerance import limits
 from .whole_values import WholeValues
 

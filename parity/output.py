@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from reference.jobs import Tokens
 
-    from .session import Progress
+    from .request import Progress
 
 PARITY_CODE = 0
 DIVERGENCE_CODE = 1

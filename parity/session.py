@@ -7,65 +7,22 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Literal
+from typing import Any
 
 from checkpoints.errors import DumpError, InputError
 from checkpoints.picture import Picture
-from checkpoints.points import DEFAULT_LAYERS, default_layers, layer_outputs
+from checkpoints.points import DEFAULT_LAYERS, default_layers
 from checkpoints.reader import read
-from checkpoints.record import DEFAULT_SLICE, Dump
+from checkpoints.record import Dump
 from checkpoints.verdict import Verdict
-from engine.capture import Positions
 from reference.client import Reference
 from reference.jobs import DumpJob, DumpResult
 
 from .compare import Options
 from .lint import refuse_unusable
 from .picture import compare_drawn
-
-Progress = Callable[[str, int, int | None], None]  # (side, done, total); no total: how long it takes is not known
-
-
-@dataclass(frozen=True)
-class Request:
-    """What `parity run` was asked for. Where ids are given, `tokens` are taken and `prompt` is only the text they stand for."""
-
-    model: Path
-    prompt: str | None = None
-    tokens: tuple[int, ...] | None = None
-    mode: Literal["exact", "native"] = "exact"
-    backend: str = "auto"
-    command: str | None = None
-    points: str = "default"
-    layers: tuple[int, ...] | None = None
-    positions: Positions = "all"
-    slice_size: int = DEFAULT_SLICE
-    full: bool = False
-    generate: int = 0
-    window: int | Literal["auto", "off"] = "auto"
-    threads: int | None = None
-    first_position: int = 0
-    tolerance: float | None = None
-    strict: bool = False
-    out: Path | None = None
-    verbose: bool = False
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """Token ids and their texts."""
-
-    text: str | None
-    ids: tuple[int, ...]
-    pieces: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Generated:
-    """The tokens that llama.cpp chose, which our side is led along."""
-
-    ids: tuple[int, ...]
-    pieces: tuple[str, ...]
+from .request import Generated, Progress, Prompt, Request
+from .sides import Foreign, Own
 
 
 @dataclass(frozen=True)
@@ -135,8 +92,16 @@ def reference_job(request: Request, prompt: Prompt, out: Path, lead: tuple[int, 
     )
 
 
-def run(request: Request, progress: Progress | None = None, started: Reference | None = None) -> Outcome:
-    """Run both sides and compare them; `started` is a reference that was started ahead, and is ended here.
+def run(
+    request: Request,
+    progress: Progress | None = None,
+    started: Reference | None = None,
+    meanwhile: Callable[[], None] = lambda: None,
+) -> Outcome:
+    """Run both sides and compare them.
+
+    `started` is a reference that was started ahead, and is ended here; `meanwhile` is called where nothing is left to do but
+    to wait for llama.cpp.
 
     Our engine and llama.cpp compute at the same time, unless tokens are generated: then llama.cpp goes first and
     chooses, and ours is led along the same tokens.
@@ -147,7 +112,7 @@ def run(request: Request, progress: Progress | None = None, started: Reference |
     began = perf_counter()
     # The child process starts first: it imports llama.cpp while our side opens the model.
     with started or Reference(verbose=request.verbose, threads=request.threads) as reference:
-        ours = _Foreign(request, reference) if request.command else _Own(request)
+        ours = Foreign(request, reference) if request.command else Own(request)
         folder = new_folder(request)
         prompt = resolve_prompt(reference, request)
         ref_path, ours_path = folder / "ref.jsonl", folder / "ours.jsonl"
@@ -163,6 +128,7 @@ def run(request: Request, progress: Progress | None = None, started: Reference |
                 pending = pool.submit(reference.dump, job)
                 try:
                     ours.dump(prompt, ours_path, None, progress)
+                    meanwhile()
                 except BaseException:
                     reference.close()  # nobody waits for it any more
                     raise
@@ -173,77 +139,6 @@ def run(request: Request, progress: Progress | None = None, started: Reference |
     verdict, drawn = compare_drawn(left, right, Options(tolerance=request.tolerance, strict=request.strict))
     verdict = replace(verdict, notes=(*taken_instead(request, right), *verdict.notes))
     return Outcome(folder, left, right, verdict, drawn, perf_counter() - began)
-
-
-class _Own:
-    """Our engine as our side."""
-
-    def __init__(self, request: Request) -> None:
-        from engine.backend import choose
-        from engine.gguf_model import GgufModel
-        from engine.transformer import Transformer
-
-        self._request = request
-        # One forward pass reads each weight once: keep none of them. Generation reads them again at every step.
-        self._transformer = Transformer(GgufModel(request.model), choose(request.backend), resident=request.generate > 0)
-
-    @property
-    def points(self) -> str:
-        """The points by name: llama.cpp's graph has nodes besides that nobody asked for."""
-        from .ours import chosen_points
-
-        return ",".join(chosen_points(self._transformer, self._request.points, self._request.layers))
-
-    def check(self, prompt: Prompt) -> None:
-        """Raises InputError for tokens that the model cannot take."""
-        self._transformer.check(prompt.ids, self._request.first_position)
-
-    def dump(self, prompt: Prompt, out: Path, led: Generated | None, progress: Progress | None) -> None:
-        from .ours import OursJob, dump
-
-        request = self._request
-        job = OursJob(
-            out=out,
-            tokens=prompt.ids,
-            pieces=prompt.pieces,
-            prompt=prompt.text,
-            mode=request.mode,
-            points=request.points,
-            layers=request.layers,
-            positions=request.positions,
-            slice_size=request.slice_size,
-            full=request.full,
-            generated=led.ids if led else (),
-            generated_pieces=led.pieces if led else (),
-            first_position=request.first_position,
-            on_step=None if progress is None else lambda done, total: progress("ours", done, total),
-        )
-        dump(self._transformer, job)
-
-
-class _Foreign:
-    """A foreign engine as our side: a command line that writes a dump."""
-
-    def __init__(self, request: Request, reference: Reference) -> None:
-        self._request = request
-        self._reference = reference
-
-    @property
-    def points(self) -> str:
-        """What was asked for; which of it a foreign engine records is its own matter."""
-        request = self._request
-        return ",".join(layer_outputs(request.layers)) if request.layers is not None else request.points
-
-    def check(self, prompt: Prompt) -> None:
-        """A foreign engine judges its tokens itself."""
-
-    def dump(self, prompt: Prompt, out: Path, led: Generated | None, progress: Progress | None) -> None:
-        from .foreign import run_command
-
-        request = self._request
-        model = self._reference.twin(request.model) if request.mode == "exact" else request.model
-        tokens = (*prompt.ids, *(led.ids if led else ()))
-        run_command(request.command or "", model=model, tokens=tokens, out=out)
 
 
 def taken_instead(request: Request, ref: Dump) -> tuple[str, ...]:
@@ -260,7 +155,7 @@ def taken_instead(request: Request, ref: Dump) -> tuple[str, ...]:
 def dump_ours(request: Request, out: Path, progress: Progress | None = None) -> None:
     """`parity dump ours`: our side alone."""
     with Reference(verbose=request.verbose) as reference:
-        side = _Own(request)
+        side = Own(request)
         prompt = resolve_prompt(reference, request)
     side.check(prompt)
     side.dump(prompt, out, None, progress)

@@ -6,7 +6,7 @@ from checkpoints.drift import Entry
 
 from .drift import factor
 from .history import groups, margin
-from .html import environment
+from .html import template
 from .numbers import clean
 
 _CHECKS = 2000  # checks that are drawn; of more the last ones: a screen is no wider
@@ -35,11 +35,8 @@ def history_html(entries: Sequence[Entry], findings: Sequence[str]) -> str:
                 },
             }
         )
-    return (
-        environment()
-        .get_template("history.html")
-        .render(parts=parts, findings=findings, figures=[part["drawn"] for part in parts])
-    )
+    figures = [part["drawn"] for part in parts]
+    return template("history.html").render(parts=parts, findings=findings, figures=figures)
 
 
 def _margins(group: Sequence[Entry], name: str) -> tuple[str, str, str]:

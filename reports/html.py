@@ -1,5 +1,6 @@
 """A report as one HTML file that opens offline: no server, no network, every text escaped."""
 
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from .report import Report, how_it_was_run, prompt
 from .sentences import answer, headline, place, reasons, remarks
 
 if TYPE_CHECKING:
-    from jinja2 import Environment
+    from jinja2 import Template
 
 
 def html(report: Report) -> str:
@@ -22,27 +23,23 @@ def html(report: Report) -> str:
     verdict = report.verdict
     first = verdict.first_divergence
     text, tokens = prompt(report)
-    return (
-        environment()
-        .get_template("report.html")
-        .render(
-            verdict=verdict,
-            headline=headline(verdict),
-            answer=answer(verdict),
-            first=first,
-            shown=first or verdict.worst,
-            reasons=list(reasons(verdict)),
-            remarks=list(remarks(verdict)),
-            both=_both(first or verdict.worst),
-            points=verdict.points,
-            spreads=[("ours", report.picture.ours), ("reference", report.picture.ref)],
-            findings=report.findings,
-            choices=generated(report.ours, report.ref),
-            prompt=text,
-            prompt_tokens=tokens,
-            run=how_it_was_run(report),
-            figures=figures(verdict, report.picture),
-        )
+    return template("report.html").render(
+        verdict=verdict,
+        headline=headline(verdict),
+        answer=answer(verdict),
+        first=first,
+        shown=first or verdict.worst,
+        reasons=list(reasons(verdict)),
+        remarks=list(remarks(verdict)),
+        both=_both(first or verdict.worst),
+        points=verdict.points,
+        spreads=[("ours", report.picture.ours), ("reference", report.picture.ref)],
+        findings=report.findings,
+        choices=generated(report.ours, report.ref),
+        prompt=text,
+        prompt_tokens=tokens,
+        run=how_it_was_run(report),
+        figures=figures(verdict, report.picture),
     )
 
 
@@ -55,8 +52,9 @@ def write_html(report: Report, path: Path) -> None:
     save(html(report), path)
 
 
-def environment() -> "Environment":
-    """Templates of this package; everything that they print is escaped."""
+@cache
+def template(name: str) -> "Template":
+    """A template of this package, compiled once; everything that it prints is escaped."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     made = Environment(
@@ -73,7 +71,7 @@ def environment() -> "Environment":
         "place": place,
         "number": lambda value: "" if value is None else f"{value:.6g}",
     }
-    return made
+    return made.get_template(name)
 
 
 def _asset(name: str) -> Any:

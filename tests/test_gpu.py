@@ -6,6 +6,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
+from test_run import SHAPES
 
 from checkpoints.record import Rows, Token
 from engine.backend import choose
@@ -14,7 +15,8 @@ from engine.capture_gpu import DeviceCapture
 from engine.dequantize import FORMATS, dequantize
 from engine.gguf_model import GgufModel
 from engine.transformer import Transformer
-from parity.session import Request, run
+from parity.request import Request
+from parity.session import run
 
 cupy = pytest.importorskip("cupy", reason="CuPy is not installed")
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not cupy.cuda.is_available(), reason="no CUDA device")]
@@ -61,6 +63,14 @@ def test_exact_mode_on_the_device_is_in_parity(quantized: Callable[[str], Path],
             out=tmp_path,
         )
     )
+    assert outcome.verdict, outcome.verdict.first_divergence
+
+
+@pytest.mark.parametrize(("like", "shape"), SHAPES, ids=lambda value: value if isinstance(value, str) else "-".join(value))
+def test_every_shape_is_exact_on_the_device(synthetic: Callable[..., Path], tmp_path: Path, like: str, shape: dict) -> None:
+    """Both architectures in every grouping, with and without biases and factors: all points of 33 tokens agree."""
+    tokens = tuple(17 * i % 2000 for i in range(33))
+    outcome = run(Request(model=synthetic(like, **shape), tokens=tokens, backend="cupy", points="all", out=tmp_path))
     assert outcome.verdict, outcome.verdict.first_divergence
 
 

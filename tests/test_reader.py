@@ -11,10 +11,12 @@ from dumps import HEADER, random
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from checkpoints import plain
 from checkpoints.errors import DumpError
 from checkpoints.jsonl import Writer
 from checkpoints.reader import read
-from checkpoints.record import Dump, Token
+from checkpoints.record import Dump, Rows, Token
+from checkpoints.slabs import Odd
 from checkpoints.summary import summarise
 from parity.compare import compare
 
@@ -175,6 +177,76 @@ def test_no_bytes_break_the_reader(tmp_path: Path, data: bytes) -> None:
     """Any file at all is a dump or an error for the user."""
     with suppress(DumpError):
         parsed(tmp_path, data + b"\n" + line().encode())
+
+
+NUMBERS = st.sampled_from(
+    [
+        "0",
+        "-0",
+        "1",
+        "-2.5",
+        "0.1",
+        "1e-7",
+        "3.4028235e38",
+        "1e39",
+        "5e-324",
+        "0.30000001192092896",
+        "123456789012345678",
+        "1E+2",
+    ]
+)
+ODD = st.sampled_from(["NaN", '"NaN"', "null", "-inf", "1e400", "[1]", "true", "1" + "0" * 30, '"x"', "{}", "01"])
+TEXTS = st.sampled_from(
+    ['"ts":"2026"', '"note":"a ] \\"values\\": [7]"', '"meta":{"values":[9]}', '"layer":3', '"bad":"\\ud800"']
+)
+
+
+@st.composite
+def printed_lines(draw: st.DrawFn) -> str:
+    """A line as some engine prints it, short or longer than what is cut; now and then odd."""
+    count = draw(st.sampled_from([0, 1, 3, 16, 400]))
+    numbers = draw(st.lists(NUMBERS, min_size=min(count, 3), max_size=min(count, 3))) * (count // 3 + 1)
+    numbers = numbers[:count]
+    if draw(st.integers(0, 12)) == 0:
+        numbers.append(draw(ODD))
+    parts = [
+        f'"checkpoint":"{draw(st.sampled_from(["C0", "embd", "layer_3", "logits"]))}"',
+        f'"token_idx":{draw(st.sampled_from([0, 1, 2, 7]))}',
+        f'"values":{draw(st.sampled_from(["", " "]))}[{",".join(numbers)}]',
+        *draw(
+            st.lists(TEXTS | st.sampled_from(['"shape":"[1,401]"', '"shape":[401]', '"step":2', '"dtype":null']), max_size=2)
+        ),
+    ]
+    begin = draw(st.sampled_from(["", "", "", "[12:03] x: "]))
+    return begin + "{" + ",".join(draw(st.permutations(parts))) + "}" + draw(st.sampled_from(["", "", "\r", "\n", ' {"a":1}']))
+
+
+@same_file
+@given(st.lists(printed_lines(), min_size=1, max_size=8))
+def test_many_lines_at_once_give_what_each_gives_alone(tmp_path: Path, lines: list[str]) -> None:
+    """The fast way and the careful one read the same values, places, shapes, quanta and skipped lines, or both refuse."""
+    text = "\n".join(lines)
+    found = []
+    for careful in (False, True):
+        with pytest.MonkeyPatch.context() as patch:
+            if careful:
+                patch.setattr(plain.Parser, "records", refuse)
+            try:
+                dump = parsed(tmp_path, text)
+            except DumpError as error:
+                found.append(str(error))
+            else:
+                found.append([dump.skipped, dump.torn, *(fields_of(rows) for rows in dump.points.values())])
+    assert repr(found[0]) == repr(found[1])
+
+
+def refuse(*_: object) -> None:
+    raise Odd
+
+
+def fields_of(rows: Rows) -> list[object]:
+    """Everything that a batch of records holds, to the bit."""
+    return [x.tolist() if isinstance(x, np.ndarray) else x for x in vars(rows).values()]
 
 
 @pytest.mark.parametrize(

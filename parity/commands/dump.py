@@ -21,6 +21,7 @@ def ours(
     tokens: o.TokensOption = None,
     mode: o.ModeOption = o.Mode.EXACT,
     backend: o.BackendOption = o.BackendName.AUTO,
+    devices: o.DevicesOption = None,
     points: o.PointsOption = "default",
     layers: o.LayersOption = None,
     positions: o.PositionsOption = "all",
@@ -32,14 +33,16 @@ def ours(
     from .. import session
     from ..default_model import path as default_model
     from ..output import progress_bar, written
+    from ..request import Request
 
     text, ids = o.prompt(prompt, prompt_file, tokens)
-    request = session.Request(
+    request = Request(
         model=model or default_model(),
         prompt=text,
         tokens=ids,
         mode=mode.value,
         backend=backend.value,
+        devices=o.devices(devices),
         points=points,
         layers=o.numbers(layers, "--layers") if layers is not None else None,
         positions=o.positions(positions),
@@ -81,10 +84,11 @@ def ref(
     from .. import session
     from ..default_model import path as default_model
     from ..output import written
+    from ..request import Request
 
     given = any(option is not None for option in (prompt, prompt_file, tokens))
     text, ids = o.prompt(prompt, prompt_file, tokens) if given or follow is None else (None, None)
-    request = session.Request(
+    request = Request(
         model=model or default_model(),
         prompt=text,
         tokens=ids,

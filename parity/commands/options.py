@@ -57,6 +57,9 @@ PositionsOption = Annotated[str, typer.Option("--positions", help="all, last, or
 SliceOption = Annotated[int, typer.Option("--slice", min=1, help="Leading values a record carries.")]
 FullOption = Annotated[bool, typer.Option("--full", help="Write whole tensors besides, as safetensors.")]
 BackendOption = Annotated[BackendName, typer.Option("--backend", help="Where our engine computes.")]
+DevicesOption = Annotated[
+    str | None, typer.Option("--devices", help="CUDA devices, consecutive layers on consecutive ones: 0,1.", show_default=False)
+]
 WindowOption = Annotated[
     str, typer.Option("--window", help="llama.cpp window by window: auto, off, or layers a window (exact mode, large models).")
 ]
@@ -92,6 +95,18 @@ def numbers(text: str, name: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(",") if part.strip())
     except ValueError:
         raise InputError(f"{name} wants whole numbers with commas, not {text!r}.", f"Write e.g. {name} 1,2,3.") from None
+
+
+def devices(text: str | None) -> tuple[int, ...]:
+    """`--devices` as numbers; none for the backend's own choice.
+
+    Raises:
+        InputError: they are no numbers, or one stands twice.
+    """
+    found = numbers(text, "--devices") if text is not None else ()
+    if len(set(found)) < len(found):
+        raise InputError(f"--devices {text} names a device twice.", "Name each once.", code="devices")
+    return found
 
 
 def positions(text: str) -> Literal["all", "last"] | tuple[int, ...]:

@@ -15,6 +15,7 @@ def run(
     tokens: o.TokensOption = None,
     mode: o.ModeOption = o.Mode.EXACT,
     backend: o.BackendOption = o.BackendName.AUTO,
+    devices: o.DevicesOption = None,
     command: Annotated[
         str | None,
         typer.Option(
@@ -50,16 +51,18 @@ def run(
 
     started = Reference(verbose=verbose, threads=threads, child=child)
     from .. import session
-    from ..comparison_output import finish
+    from ..comparison_output import finish, prepare
     from ..default_model import path as default_model
     from ..output import progress_bar
+    from ..request import Request
 
-    request = session.Request(
+    request = Request(
         model=model or default_model(),
         prompt=text,
         tokens=ids,
         mode=mode.value,
         backend=backend.value,
+        devices=o.devices(devices),
         command=command,
         points=points,
         layers=o.numbers(layers, "--layers") if layers is not None else None,
@@ -76,5 +79,5 @@ def run(
         verbose=verbose,
     )
     with progress_bar(form) as progress:
-        outcome = session.run(request, progress, started)
+        outcome = session.run(request, progress, started, lambda: prepare(form))
     raise typer.Exit(finish(outcome, form))

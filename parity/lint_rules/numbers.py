@@ -125,8 +125,8 @@ def garbage_logits(subject: Subject) -> Iterator[Hit]:
         row = row[np.isfinite(row)]
         if len(row) < _ENOUGH:
             continue
-        median = float(np.median(row))
-        deviation = 1.4826 * float(np.median(np.abs(row - median)))
+        median = _median(row)
+        deviation = 1.4826 * _median(np.abs(row - median))
         if deviation == 0:
             continue
         far = np.flatnonzero(np.abs(row - median) > max(_OUTLIER * deviation, _FAR))
@@ -136,6 +136,11 @@ def garbage_logits(subject: Subject) -> Iterator[Hit]:
             text = text or f"{count(len(far), 'logit')} far outside the row's {median:.3g} ± {deviation:.2g}: {listed}"
     if bad:
         yield Hit(LOGITS, int(rows.token_idx[bad[0]]), f"{text}, {positions_of(rows, bad)}")
+
+
+def _median(row: NDArray[np.float64]) -> float:
+    """The upper median. np.median would import numpy.ma, 20 ms of every comparison."""
+    return float(np.partition(row, len(row) // 2)[len(row) // 2])
 
 
 def flat_row(subject: Subject) -> Iterator[Hit]:

@@ -1,0 +1,125 @@
+"""Two and three faults at once: how many `parity explain` names, and whether it names a wrong one or leaves one unlocated.
+
+Run as `python benchmarks/explain_several.py [--count 25] [--numbers 2,3] [--from 0] [--budget 60]`. Combination `i` is
+drawn with seed `i` and planted into the stories model, a synthetic llama or a synthetic qwen2, in turn; faults that the model has
+no place for, and those that leave no trace beside the others, are drawn again. The search sees seven points of sixteen values.
+"""
+
+import argparse
+import random
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from explain import models
+
+from checkpoints.explanation import Explanation
+from checkpoints.record import Dump
+from engine.faults import CATALOGUE
+from parity.explain import Options, explain
+from parity.planted import Faulty, Planted, tokens_of
+
+IMPOSSIBLE = (ValueError, KeyError, IndexError, TypeError)  # what a change raises that the model's shapes do not allow
+Part = tuple[str, dict[str, Any], tuple[int, ...] | None]
+
+
+def same(one: Dump, other: Dump) -> bool:
+    """Whether two dumps hold the same values within float32's noise."""
+    for name, rows in one.points.items():
+        a, b = rows.values.astype(np.float64), other.points[name].values.astype(np.float64)
+        if not np.array_equal(np.isfinite(a), np.isfinite(b)):
+            return False
+        delta = np.where(np.isfinite(a), a - np.where(np.isfinite(b), b, 0), 0)
+        if (np.einsum("ij,ij->i", delta, delta) > 1e-9 * np.nansum(np.where(np.isfinite(a), a * a, 0), axis=1)).any():
+            return False
+    return True
+
+
+def draw(faulty: Faulty, tokens: tuple[int, ...], number: int, rng: random.Random) -> tuple[Planted, Dump]:
+    """Random different faults, each of which shows beside the others, and the dump of the engine that has them all."""
+    right = {step.makes: step for step in faulty.right}
+    while True:
+        names = rng.sample(sorted(CATALOGUE), number)
+        variants = [CATALOGUE[name].variants(right) for name in names]
+        if not all(variants):
+            continue
+        parts: list[Part] = [(name, rng.choice(of), None) for name, of in zip(names, variants, strict=True)]
+        try:
+            dump = faulty.dump(Planted(tuple(parts)), tokens)
+            without = [faulty.dump(Planted((*parts[:at], *parts[at + 1 :])), tokens) for at in range(number)]
+        except IMPOSSIBLE:
+            continue
+        if not any(same(dump, one) for one in without):
+            return Planted(tuple(parts)), dump
+
+
+def judge(answer: Explanation, planted: Planted, dump: Dump, faulty: Faulty) -> str:
+    """All named; same numbers (the causes reproduce every record, by other names); located; missed; or wrong."""
+    names = {name for name, _, _ in planted.faults}
+    classes = [{cause.named.fault, *(other.fault for other in cause.equivalent)} for cause in answer.causes]
+    if answer.first is None:
+        return "missed"
+    if answer.remaining is None:
+        return "all named" if all(any(name in found for found in classes) for name in names) else "same numbers"
+    if any(names.isdisjoint(found) for found in classes):
+        return "wrong"
+    left = [part for part in planted.faults if not any(part[0] in found for found in classes)]
+    return "located" if not left or _between(answer, left, dump, faulty) else "missed"
+
+
+def _between(answer: Explanation, left: Sequence[Part], dump: Dump, faulty: Faulty) -> bool:
+    """Whether one of the faults that are left acts between the recorded point before the remaining place and that place."""
+    order = {step.makes: number for number, step in enumerate(faulty.right)}
+    recorded = sorted(order[name] for name in dump.points)
+    end = order[answer.remaining.checkpoint] if answer.remaining is not None else 0
+    start = max((number for number in recorded if number < end), default=-1)
+    for part in left:
+        if CATALOGUE[part[0]].shows is not None:
+            return True  # it shows where the dump first differs, whatever it is
+        steps = Planted((part,)).steps(faulty.right)
+        known = {step.makes: step for step in faulty.right}
+        changed = [order[step.makes] for step in steps if step.makes in order and known[step.makes] is not step]
+        if any(start < number <= end for number in changed):
+            return True
+    return False
+
+
+def combinations(folder: Path, number: int, first: int, count: int, budget: float) -> Counter[str]:
+    """Print each combination; count what became of them."""
+    made = [(name, Faulty(model)) for name, model in models(folder, ("stories", "llama", "qwen2"))]
+    outcomes: Counter[str] = Counter()
+    for seed in range(first, first + count):
+        name, faulty = made[seed % len(made)]
+        rng = random.Random(1000 * number + seed)
+        tokens = tokens_of(faulty.model, 24, seed)
+        planted, dump = draw(faulty, tokens, number, rng)
+        answer = explain(dump, faulty.model, Options(tokens=tokens, budget=budget))
+        outcome = judge(answer, planted, dump, faulty)
+        outcomes[outcome] += 1
+        faults = [(fault, parameters) for fault, parameters, _ in planted.faults]
+        causes = [(cause.named.fault, cause.named.parameters, cause.named.layers) for cause in answer.causes]
+        left = f"; left at {answer.remaining.checkpoint}, {answer.remaining.token_idx}" if answer.remaining else ""
+        spent = "" if answer.complete else ", out of time"
+        print(f"{number}/{seed} {name}: {outcome}, {answer.seconds:.0f} s{spent}\n  {faults}\n  {causes}{left}", flush=True)
+    return outcomes
+
+
+def main() -> None:
+    """Print every combination and the counts."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--count", type=int, default=25)
+    parser.add_argument("--from", dest="first", type=int, default=0)
+    parser.add_argument("--numbers", default="2,3")
+    parser.add_argument("--budget", type=float, default=60.0)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        for number in map(int, options.numbers.split(",")):
+            outcomes = combinations(Path(folder), number, options.first, options.count, options.budget)
+            print(f"{number} faults at once: {dict(outcomes)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""What capture costs a server's client. One command, a table last:
+
+    python benchmarks/serving.py [--backend numpy|cupy|fast] [--model FILE]
+
+A single-threaded HTTP server whose handler answers a request with 32 greedy tokens, once with the default checkpoints
+recorded to a file and once without, in turns; the client's clock counts. "fast" is the device's native mode.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import tempfile
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+from checkpoints.jsonl import Writer
+from engine.backend import choose
+from engine.capture_gpu import tap
+from engine.gguf_model import GgufModel
+from engine.transformer import Transformer
+from parity.default_model import path as default_model
+from parity.ours import chosen_points
+
+PROMPT = (2047, 9, 8, 7, 300, 12, 13, 14)
+TOKENS = 32
+REPEATS = 15  # pairs
+GOAL_MS = 20
+
+
+def engine_of(backend: str, model: Path) -> Transformer:
+    """The engine that serves."""
+    if backend == "fast":
+        from engine.fast import FastTransformer
+
+        return FastTransformer(GgufModel(model), choose("cupy"), positions=128)
+    return Transformer(GgufModel(model), choose(backend))
+
+
+def generate(engine: Transformer, record: Path | None) -> list[int]:
+    """32 greedy tokens after the prompt; the answer is sent when the last record is handed over, not when it is written."""
+    points = chosen_points(engine, "default", None)
+    taken: list[int] = []
+    with (
+        Writer(record) if record is not None else nullcontext() as writer,
+        tap(writer, points, engine.backend) if writer is not None else nullcontext() as capture,
+    ):
+        sequence = engine.start()
+        logits = engine.forward(PROMPT, sequence, capture)
+        for _ in range(TOKENS):
+            taken.append(int(logits.argmax()))
+            logits = engine.forward(taken[-1:], sequence, capture)
+    return taken
+
+
+@contextmanager
+def server(engine: Transformer, folder: Path) -> Iterator[str]:
+    """The server on a free port; /on records, /off does not."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            body = json.dumps(generate(engine, folder / "ours.jsonl" if self.path == "/on" else None)).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    served = HTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=served.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{served.server_port}"
+    finally:
+        served.shutdown()
+        served.server_close()
+        thread.join()
+
+
+def answer(url: str) -> tuple[float, list[int]]:
+    """Milliseconds until the whole answer is there, and its tokens."""
+    began = time.perf_counter()
+    with urllib.request.urlopen(url) as reply:
+        tokens = json.load(reply)
+    return 1000 * (time.perf_counter() - began), tokens
+
+
+def main() -> None:
+    """Measure and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backend", choices=("numpy", "cupy", "fast"), default="numpy")
+    parser.add_argument("--model", type=Path, default=None)
+    options = parser.parse_args()
+    model = options.model or default_model()
+    engine = engine_of(options.backend, model)
+    took: dict[str, list[float]] = {"on": [], "off": []}
+    with tempfile.TemporaryDirectory() as folder, server(engine, Path(folder)) as url:
+        tokens = {side: answer(f"{url}/{side}")[1] for side in took}  # the first pass dequantises and compiles
+        assert tokens["on"] == tokens["off"], "recording changed the answer"
+        for _ in range(REPEATS):
+            for side, times in took.items():
+                times.append(answer(f"{url}/{side}")[0])
+    added = statistics.median(on - off for on, off in zip(took["on"], took["off"], strict=True))
+    off = statistics.median(took["off"])
+    print(f"{time.strftime('%Y-%m-%d')} · {engine.backend.device} · Python {platform.python_version()} · {model.stem}")
+    print("\n| what | measured | to reach |\n|---|---|---|")
+    print(f"| a request of {TOKENS} tokens, {options.backend}, without checkpoints | {off:.0f} ms | |")
+    print(f"| added by the default checkpoints, median of {REPEATS} pairs | {added:.1f} ms | ≤ {GOAL_MS} ms |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""One model over several devices: consecutive layers lie on consecutive devices, each with its own weights and KV cache."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from itertools import chain
+
+from checkpoints.points import parse
+
+from . import graph
+from .backend import Array, Backend
+from .gguf_model import GgufModel
+from .graph import History, Step
+from .kv_cache import KvCache
+from .transformer import Progress, Transformer, Weights
+
+
+@dataclass
+class SplitProgress(Progress):
+    """One sequence in progress, with a cache on every device."""
+
+    caches: list[KvCache] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The steps of one device. `needs` are the values that they read and do not make, `leaves` those that later stages need."""
+
+    backend: Backend
+    steps: tuple[Step, ...]
+    weights: Weights
+    needs: frozenset[str]
+    leaves: frozenset[str]
+
+
+class SplitTransformer(Transformer):
+    """Runs a model whose layers are spread evenly over the given devices; the same interface and numbers as `Transformer`.
+
+    One device computes at a time: this is for models that one device does not hold, not for speed.
+
+    Raises:
+        ModelError: as `Transformer`; InputError: a device that does not even hold the largest weight of its layers.
+    """
+
+    def __init__(self, model: GgufModel, backends: Sequence[Backend], *, resident: bool = True) -> None:
+        super().__init__(model, backends[0], resident=False)
+        self.stages = stages(model, self.steps, backends, resident=resident)
+        numbers = ", ".join(str(backend.number) for backend in backends)
+        self.backend = replace(
+            backends[0], spread=True, device=f"{backends[0].device}, device{'s' * (len(backends) > 1)} {numbers}"
+        )
+
+    def start(self, first_position: int = 0) -> SplitProgress:
+        """A new, empty sequence whose first token stands at `first_position`."""
+        caches = [KvCache(stage.backend.xp) for stage in self.stages]
+        return SplitProgress(caches[0], first_position, caches=caches)
+
+    def _compute(self, values: dict[str, Array], sequence: Progress, tap: graph.Tap) -> Array:
+        assert isinstance(sequence, SplitProgress)
+        known = dict(values)
+        for stage, cache in zip(self.stages, sequence.caches, strict=True):
+            with stage.backend.current():
+                given = {name: stage.backend.take(known[name]) for name in stage.needs}
+                known |= graph.run(stage.steps, given, stage.weights, cache, tap, keep=stage.leaves)
+        return known[self.steps[-1].makes]
+
+
+def stages(model: GgufModel, steps: Sequence[Step], backends: Sequence[Backend], *, resident: bool) -> list[Stage]:
+    """The steps cut into one run a device; a model of fewer layers than devices takes as many as it has layers."""
+    n_layers = model.hyperparameters.n_layers
+    used = backends[: min(len(backends), n_layers)]
+    runs: list[list[Step]] = [[] for _ in used]
+    layer = 0
+    for step in steps:
+        # What belongs to no layer stands where the layer before it does: the embedding first, norm and logits last.
+        layer = known if (known := parse(step.makes).layer) is not None else layer
+        runs[layer * len(used) // n_layers].append(step)
+    reads = [{name for step in run for name in map(_value, step.reads)} for run in runs]
+    makes = [{step.makes for step in run} for run in runs]
+    return [
+        Stage(
+            backend=backend,
+            steps=tuple(run),
+            weights=Weights(model, backend, resident=resident, names=_wholes(run)),
+            needs=frozenset(reads[i] - makes[i]),
+            leaves=frozenset(makes[i].intersection(chain.from_iterable(reads[i + 1 :]))),
+        )
+        for i, (backend, run) in enumerate(zip(used, runs, strict=True))
+    ]
+
+
+def _value(read: str | History) -> str:
+    return read.of if isinstance(read, History) else read
+
+
+def _wholes(run: Sequence[Step]) -> set[str]:
+    """The weights that the steps read whole; of an embedding only rows are read."""
+    return {weight for step in run for weight in step.weights if isinstance(weight, str)}
