@@ -78,7 +78,7 @@ def cases(name: str, path: Path, wide: bool, reference: Reference, quick: bool) 
     for prompt, tokens in prompts.items():
         if quick and len(tokens) > 40:
             continue
-        yield Case(name, prompt, tokens, "default", {1: 16, 2: 0, 500: 16}.get(len(tokens), 16 if quick else 64))
+        yield Case(name, prompt, tokens, "default", {1: 16, 2: 0, 500: 8}.get(len(tokens), 16 if quick else 64))
         if (wide and len(tokens) < 500) or prompt == "a story":
             yield Case(name, prompt, tokens, "all", 16)
     if wide and not quick:

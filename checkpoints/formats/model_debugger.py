@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DumpError
-from ..mapping import Mapping, unknown_names
+from ..mapping import Mapping
+from ..nearest import unknown_names
 from ..points import EMBD, in_layer, parse
 from ..record import Dump, Rows
 from .arrays import rows_of, safetensors
@@ -58,7 +59,7 @@ def read(path: Path, mapping: Mapping) -> Dump:
     if not points:
         advice = "Run it with use_repr=False: printed tensors are abbreviated." if printed else "Give a mapping (--map)."
         raise DumpError(f"{tree} names no known module with a tensor.", advice, code="no-records")
-    return Dump(str(path), None, points, notes=tuple(unknown_names(list(points))))
+    return Dump(str(path), None, points, notes=unknown_names(points))
 
 
 def _values(node: Any, depth: int) -> Iterator[tuple[str, Any]]:
