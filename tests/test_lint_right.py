@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from lint_faults import PROMPT, bf16_bits, bf16_of, right_dump, whole_dump
+from other_models import write_model
 
 from checkpoints.reader import read
 from checkpoints.record import Dump
@@ -95,3 +96,12 @@ def test_what_the_sweep_found_stays_clean(
     dump(transformer, OursJob(ours, tokens, generated=generated))
     for path in (ref, ours):
         assert lint(read(path), stories).findings == ()
+
+
+@pytest.mark.parametrize("arch", ["qwen3", "gemma3"])
+def test_architectures_that_our_engine_lacks_are_clean(arch: str, stories: Path, reference: Reference, tmp_path: Path) -> None:
+    """Every node of models with norms of their own, scaled embeddings and names outside the vocabulary has no finding."""
+    model, out = write_model(tmp_path / f"{arch}.gguf", arch, stories), tmp_path / "ref.jsonl"
+    reference.dump(DumpJob(model, out, PROMPT, points="all", generate=4, threads=1))
+    assert lint(read(out)).findings == ()
+    assert lint(read(out), model).findings == ()
