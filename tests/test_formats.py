@@ -14,7 +14,6 @@ from safetensors.numpy import save_file
 
 from checkpoints.errors import ParityError
 from checkpoints.formats import load
-from checkpoints.mapping import read_mapping
 from checkpoints.tensors import TensorReader
 from engine.backend import choose
 from engine.gguf_model import GgufModel
@@ -162,28 +161,6 @@ def test_arrays_named_by_point_agree(run: Path, kind: str, tmp_path: Path) -> No
     verdict = compare(found, load(run))
     assert verdict.verdict == "parity"
     assert verdict.compared == len(TOKENS) * len(found.points)
-
-
-def test_a_mapping_file_says_what_names_mean(run: Path, tmp_path: Path) -> None:
-    """Names with a layer, layer offsets, transposed arrays and Q in the other pairing become ours; errors name the file."""
-    q = whole(run, "blk.3.q")
-    split = q.reshape(len(q), 4, 2, -1)  # halves side by side …
-    other = np.ascontiguousarray(split.swapaxes(2, 3)).reshape(q.shape)  # … become neighbours
-    arrays = {"h.4.q": other, "h.4": whole(run, "blk.3.l_out"), "wte": np.ascontiguousarray(whole(run, "embd").T)}
-    save_file(arrays, tmp_path / "theirs.safetensors")
-    names = tmp_path / "names.toml"
-    names.write_text(
-        "layer_offset = -1\n[names]\n"
-        '"h.{i}.q" = { point = "blk.{i}.q", rope_pairs = "norm", heads = 4 }\n"h.{i}" = "blk.{i}.l_out"\n'
-        'wte = { point = "embd", transpose = true }\n'
-    )
-    found = load(tmp_path / "theirs.safetensors", read_mapping(names))
-    assert set(found.points) == {"blk.3.q", "blk.3.l_out", "embd"}
-    assert compare(found, load(run)).verdict == "parity"
-    for text in ("[names", "x = 1", 'names = "x"', "[names]\na = 1", '[names]\na = {point = "q", rope_pairs = "x"}'):
-        names.write_text(text)
-        with pytest.raises(ParityError, match=r"names\.toml"):
-            read_mapping(names)
 
 
 def test_hugging_faces_debugger_tree_is_read(run: Path, tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DumpError
-from ..mapping import Entry, Mapping, unknown_names
+from ..mapping import Entry, Mapping
+from ..nearest import unknown_names
 from ..points import EMBD, in_layer, parse
 from ..record import Dump, Rows
 from .arrays import rows_of, safetensors
@@ -73,7 +74,7 @@ def read(path: Path, mapping: Mapping) -> Dump:
             "The values are in the file …_FULL_TENSORS.json." if tree.name.endswith(_SUMMARY) else "Give a mapping (--map)."
         )
         raise DumpError(f"{tree} names no known module with a tensor.", advice, code="no-records")
-    return Dump(str(path), None, points, notes=(*notes, *unknown_names(list(points))))
+    return Dump(str(path), None, points, notes=(*notes, *unknown_names(points)))
 
 
 def _printed(tree: Path, point: str, value: dict[str, Any], entry: Entry | None) -> Rows | None:
