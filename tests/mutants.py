@@ -72,7 +72,7 @@ def _log(kind: str, *, sums: bool = True) -> bytes:
 
 
 def _arrays(kind: str) -> bytes:
-    arrays = {name: x for name, x in random_arrays(POINTS[:2], positions=2).items()}
+    arrays = random_arrays(POINTS[:2], positions=2)
     path = Path(f"right.{kind}")
     if kind == "npz":
         np.savez(path, **arrays)  # type: ignore[arg-type]
