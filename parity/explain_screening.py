@@ -9,7 +9,7 @@ from checkpoints.points import parse
 from engine.backend import Array, Backend
 from engine.faults import CATALOGUE, SEEN, Planting
 from engine.graph import POSITIONS, Step
-from engine.replay import Replay
+from engine.replay import Replay, names_read
 
 from .explain_layers import batch_size, can_carry, carry
 from .explain_records import Expected, Floats, Ints
@@ -63,7 +63,7 @@ class Screening:
                 return Place(number, int(entry.rows[wrong].min()))
         return None
 
-    def _replay(self, state: State, rows: int) -> Replay:
+    def replay(self, state: State, rows: int) -> Replay:
         """The state's replay over the first rows; made once for each number of rows."""
         name = (*key(state.faults), str(rows))
         if name not in self._replays:
@@ -87,10 +87,21 @@ class Screening:
             return number < until and not (found[number] > self.entries[number].limit).any()
 
         try:
-            self._replay(root, rows).run(steps, visit, unchanged_steps(steps, root))
+            needed = self._needed(steps, shown, until) if shown else steps
+            self.replay(root, rows).run(needed, visit, unchanged_steps(needed, root))
         except NOT_ALLOWED:
             return None
         return found
+
+    def _needed(self, steps: Sequence[Step], shown: frozenset[str], until: int) -> list[Step]:
+        """The steps that what the dump shows up to a point comes from, where it shows other steps than it names."""
+        number = {step.makes: number for number, step in enumerate(steps)}
+        points = [entry.point for entry in self.entries[: until + 1]]
+        seen = [steps[number[SEEN + point]] for point in points if point in shown]
+        last = max(
+            [number[point] for point in points if point not in shown] + [number[read] for s in seen for read in names_read(s)]
+        )
+        return [*steps[: last + 1], *seen]
 
     def _compare(self, name: str, made: Array, shown: frozenset[str], rows: int, found: dict[int, Floats]) -> int | None:
         """Hold a value against the dump, if it is what the dump shows; its point's number."""
@@ -111,7 +122,7 @@ class Screening:
             return True
 
         try:
-            self._replay(root, rows).run(steps, visit, unchanged_steps(steps, root))
+            self.replay(root, rows).run(steps, visit, unchanged_steps(steps, root))
         except NOT_ALLOWED:
             return None
         return tuple(found.get(number, errors) for number, errors in enumerate(root.nmse))
@@ -262,7 +273,7 @@ class Screening:
 
         try:
             steps = candidate.planted(state)
-            self._replay(state, rows).run(steps, visit, unchanged_steps(steps, state))
+            self.replay(state, rows).run(steps, visit, unchanged_steps(steps, state))
         except NOT_ALLOWED:
             return None
         return output[0] if output else None
@@ -273,7 +284,7 @@ class Screening:
         """Screen many versions of a layer's output together."""
         first = state.first
         size = batch_size(rows)
-        replay = self._replay(state, rows)
+        replay = self.replay(state, rows)
         for begin in range(0, len(distinct), size):
             if self.out_of_time() or first is None:
                 return
