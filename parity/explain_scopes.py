@@ -19,8 +19,9 @@ def rescoped(screening: Screening, state: State, found: State) -> Iterator[State
     begin = 0 if last.layers is None else last.layers[0]
     for step in (1, 2):
         layers = tuple(range(begin, screening.n_layers, step))
-        whole = found if (last.layers, step) == (None, 1) else screening.check(state, replace(last, layers=layers))
-        if whole is None:
+        everywhere = len(layers) == screening.n_layers
+        whole = found if everywhere else screening.check(state, replace(last, layers=layers))
+        if whole is None or (everywhere and last.layers is not None):  # a fault in all layers was tried before
             continue
         if further(found, whole):
             yield whole
