@@ -22,6 +22,7 @@ from .explain_records import Expected
 from .explain_search import Search
 from .explain_state import Candidate, Place, State
 from .lint import lint
+from .lint_rules.model_facts import ModelFacts
 from .tolerance import EXACT_FLOOR
 
 EXACT = EXACT_FLOOR.operations
@@ -54,15 +55,15 @@ def explain(dump: Dump, model: Path, options: Options | None = None) -> Explanat
     answer = _answer(case, search, start, best)
     if not kind and best.first is not None:
         answer = replace(answer, leads=tuple(leads(case.entries, case.replay, case.positions, search)))
-    answer = replace(answer, notes=(*answer.notes, *_lint(case, model)))
+    answer = replace(answer, notes=(*answer.notes, *_lint(case)))
     return replace(answer, precision_only=kind, next="" if kind else answer.next, seconds=perf_counter() - began)
 
 
-def _lint(case: Case, model: Path) -> list[str]:
+def _lint(case: Case) -> list[str]:
     """What lint says of the dump, as notes: a fault of the capture is a cause like any other here."""
     return [
         f"lint: {finding.rule}{f' at {finding.checkpoint}' if finding.checkpoint else ''}: {finding.evidence}"
-        for finding in lint(case.dump, model).findings
+        for finding in lint(case.dump, ModelFacts(case.transformer.model)).findings
         if finding.severity == ERROR
     ]
 

@@ -12,9 +12,10 @@ from itertools import product, zip_longest
 import numpy as np
 
 from engine.faults import Planting
+from engine.replay import NOT_ALLOWED
 
-from .explain_screening import NOT_ALLOWED, Screening
-from .explain_state import Candidate, State, key, worst
+from .explain_screening import Screening
+from .explain_state import Candidate, Layers, State, key, worst
 from .explain_together import Together
 
 _BEAM = 4  # partial explanations that are followed
@@ -149,7 +150,8 @@ class Search:
 
     def _several(self, state: State, depth: int) -> list[State]:
         """Two or three faults at once, where none alone gets any further, layer by layer."""
-        for layers in [(layer,) for layer in self.screening.suspects(state)] or [None]:
+        scopes: list[Layers] = [(layer,) for layer in self.screening.suspects(state)]
+        for layers in scopes or [None]:
             together = Together(self.screening, state, layers)
             for number in range(2, min(depth, _AT_ONCE) + 1):
                 better: list[State] = []

@@ -14,7 +14,7 @@ from checkpoints.reader import read
 from checkpoints.record import Dump, Header
 from engine import ops
 from engine.backend import Array
-from engine.faults import CATALOGUE, plant
+from engine.faults import CATALOGUE, Planting, plant
 from engine.graph import Step
 from engine.precision import rounded
 from engine.synth import Shape, synthesize
@@ -69,8 +69,25 @@ def test_single_layers_are_screened_together_as_one_by_one(engine: Faulty) -> No
     weights, positions = case.replay.weights, case.positions
     together = carry(steps, "blk.1.l_out", outputs, positions, weights)
     for one, many in zip(outputs, together, strict=True):
-        alone = carry(steps, "blk.1.l_out", [one], positions, weights)[0]
+        alone = next(carry(steps, "blk.1.l_out", [one], positions, weights))
         assert np.abs(alone - many).max() < 1e-5 * np.abs(alone).max()
+
+
+def test_candidates_are_computed_together_as_one_by_one(engine: Faulty) -> None:
+    """Versions of a model that share one run come out as each comes out of a run of its own."""
+    from parity.explain import Case
+
+    replay = Case(only(engine), engine.model, Options()).make(engine.right, 3)
+    planting = Planting(engine.right)
+    chosen = ("rope-missing", "no-qkv-bias", "activation", "attn-scale", "layer-twice", "softmax-axis", "gqa-modulo", "no-gate")
+    faults = [CATALOGUE[name] for name in chosen]
+    variants = [(fault, fault.variants(planting.right)[0]) for fault in faults]
+    edits = [planting.edits(fault, None, parameters) for fault, parameters in variants]
+    together = replay.run_batch(edits, len(engine.right), frozenset(), lambda _name, made: [True] * len(made))
+    for (fault, parameters), made in zip(variants, together, strict=True):
+        alone = replay.run(planting.of(fault, None, parameters), lambda _name, _made: True)["logits"]
+        assert made is not None
+        assert np.abs(alone - made["logits"]).max() < 1e-5 * np.abs(alone).max(), fault.name
 
 
 @pytest.mark.parametrize(
