@@ -131,7 +131,7 @@ class Parser:
             return [Slab(point, order, place, shapes, _single(wide), list(dtypes), stats, sketch, quantum)]
         made = []
         starts = np.cumsum([0, *counts[:-1]])
-        for width in sorted(set(counts)):
+        for width in dict.fromkeys(counts):
             members = np.flatnonzero(np.array(counts) == width)
             listed = members.tolist()
             wide = values[starts[members, None] + np.arange(width)]

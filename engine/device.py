@@ -3,9 +3,12 @@
 CuPy keeps compiled binaries in ~/.cupy/kernel_cache, so that only the first process on a machine waits for the compiler.
 """
 
+import re
 from functools import lru_cache
 from importlib.resources import files
 from typing import Any
+
+_INCLUDE = re.compile(r'^#include "(\w+\.cuh)"$', re.MULTILINE)  # of ours; those in <> are the compiler's
 
 
 @lru_cache(maxsize=64)
@@ -13,12 +16,22 @@ def module(name: str, device: int, defines: tuple[str, ...] = ()) -> Any:
     """The compiled `kernels/<name>.cu` as a cupy.RawModule; `defines` are "NAME=value"."""
     import cupy
 
-    folder = files("engine").joinpath("kernels")
-    source = folder.joinpath(f"{name}.cu").read_text(encoding="utf-8")
-    for header in ("weights.cuh",):  # put in here: the compiler's cache keys on the text
-        source = source.replace(f'#include "{header}"', folder.joinpath(header).read_text(encoding="utf-8"))
     with cupy.cuda.Device(device):
-        return cupy.RawModule(code=source, options=("-std=c++17", *(f"-D{define}" for define in defines)))
+        return cupy.RawModule(code=source(f"{name}.cu"), options=("-std=c++17", *(f"-D{define}" for define in defines)))
+
+
+def source(file: str) -> str:
+    """A file of `kernels` with each of its headers put in where it is first included: a cache of binaries keys on the text."""
+    there: set[str] = set()
+
+    def read(name: str) -> str:
+        if name in there:
+            return ""
+        there.add(name)
+        text = files("engine").joinpath("kernels", name).read_text(encoding="utf-8")
+        return _INCLUDE.sub(lambda found: read(found[1]), text)
+
+    return read(file)
 
 
 def kernel(file: str, name: str, defines: tuple[str, ...] = ()) -> Any:

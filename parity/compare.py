@@ -14,6 +14,7 @@ from .align import Pair, align
 from .dataflow import upstream
 from .judge import judge
 from .metrics import Measures, measure
+from .pass_sums import with_pass_sums
 from .positions import Placed, place
 from .records import Records, picked, proportion
 from .tokens_diff import same_experiment, sequence, token_text
@@ -67,6 +68,7 @@ def measured(ours: Dump, ref: Dump, options: Options | None = None) -> Records:
         unusable = (f"{int((~known).sum())} records have no value in common and could not be compared",)
         pairs = picked(pairs, np.split(known, np.cumsum([len(pair.ours) for pair in pairs])[:-1]))
         measures = measure(pairs)
+    measures = with_pass_sums(measures, pairs, ours, ref)
     if not len(measures) and tokens.divergence is None:
         raise DumpError(
             "no record could be compared.",

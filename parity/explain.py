@@ -54,7 +54,7 @@ def explain(dump: Dump, model: Path, options: Options | None = None) -> Explanat
             best = _around(case, search, search.explain(start, options.max_faults), options)
     answer = _answer(case, search, start, best)
     if not kind and best.first is not None:
-        answer = replace(answer, leads=tuple(leads(case.entries, case.replay, case.positions, search)))
+        answer = replace(answer, leads=tuple(leads(case.entries, best, search, case.positions)))
     answer = replace(answer, notes=(*answer.notes, *_lint(case)))
     return replace(answer, precision_only=kind, next="" if kind else answer.next, seconds=perf_counter() - began)
 
@@ -69,23 +69,29 @@ def _lint(case: Case) -> list[str]:
 
 
 def _around(case: Case, search: Search, best: State, options: Options) -> State:
-    """Where the first place shows what the engine computes later (a capture's fault), explain the rest before it."""
-    start = search.screening.start()
-    if best.first is None or best.first != start.first or options.max_faults < 2:
+    """Where the place that is left shows what the engine computes later (a capture's fault), explain the rest before it.
+
+    The points of that kind are left out, and what explains the others is kept.
+    """
+    depth = options.max_faults - len(best.faults)
+    if best.first is None or depth < 2:
         return best
-    others = [entry for number, entry in enumerate(case.entries) if number != best.first.point]
+    kind = parse(case.entries[best.first.point].point).kind
+    others = [entry for entry in case.entries if parse(entry.point).kind != kind]
     inner = Search(case.screening(others, options.budget / 2))
     rest = inner.screening.start()
+    for candidate in best.faults:
+        rest = inner.screening.check(rest, candidate) or rest
     if rest.first is None:
         return best
-    found = inner.explain(rest, options.max_faults - 1)
+    found = inner.explain(rest, depth - 1)
     if found.first is not None:
         return best
-    state = start
+    search.screening.extend(options.budget / 4)
+    state = search.screening.start()
     for candidate in found.faults:
         state = search.screening.check(state, candidate) or state
-    search.screening.extend(options.budget / 4)
-    return search.explain(state, options.max_faults - len(state.faults))
+    return min(best, search.explain(state, options.max_faults - len(state.faults)), key=search.rank)
 
 
 def _floor(case: Case, kind: str) -> Floor:

@@ -45,7 +45,7 @@ class Batch:
         # What is computed candidate by candidate ends with the layer, if its output can be carried on from there.
         self._name = f"blk.{layers[0]}.l_out" if layers and self._after else self._point
         self._end = state.order[self._name] + 1
-        self._before = frozenset(entry.point for entry in screening.entries[: state.first.point])
+        self._before = frozenset(entry.point for entry in screening.entries[: state.first.point]) - state.shown
 
     def screened(self, candidates: Sequence[Candidate]) -> Iterator[tuple[Candidate, Screened]]:
         """Those that change something at the first place, and how far they get: as `Screening.screen` says it."""

@@ -89,10 +89,19 @@ class Screening:
             return number < until and not (found[number] > self.entries[number].limit).any()
 
         try:
-            self.replay(root, rows).run(steps, visit, unchanged_steps(steps, root))
+            needed = self._needed(steps, shown, until) if shown else steps
+            self.replay(root, rows).run(needed, visit, unchanged_steps(needed, root))
         except NOT_ALLOWED:
             return None
         return found
+
+    def _needed(self, steps: Sequence[Step], shown: frozenset[str], until: int) -> list[Step]:
+        """The steps that what the dump shows up to a point comes from, where it shows other steps than it names."""
+        number = {step.makes: number for number, step in enumerate(steps)}
+        points = [entry.point for entry in self.entries[: until + 1]]
+        seen = [steps[number[SEEN + point]] for point in points if point in shown]
+        last = max([number[point] for point in points if point not in shown] + [number[read] for s in seen for read in s.names])
+        return [*steps[: last + 1], *seen]
 
     def _compare(self, name: str, made: Array, shown: frozenset[str], rows: int, found: dict[int, Floats]) -> int | None:
         """Hold a value against the dump, if it is what the dump shows; its point's number."""
@@ -225,7 +234,7 @@ class Screening:
         if state.first is None:
             return
         candidates = list(self.candidates(state, layers))
-        plain = state.root is None and not state.shown
+        plain = state.root is None and self.entries[state.first.point].point not in state.shown
         yield from Batch(self, state, layers).screened([one for one in candidates if plain and one.fault.shows is None])
         for candidate in candidates:
             if self.out_of_time():

@@ -32,8 +32,10 @@ class Search:
     def __init__(self, screening: Screening) -> None:
         self.screening = screening
         self.tried = screening.tried
+        self.right = {step.makes: step for step in screening.right}
         self._found: dict[tuple[str, ...], list[State]] = {}
         self._stages: dict[tuple[str, ...], list[State]] = {}
+        self._ends: dict[tuple[str, ...], State] = {}
 
     def further(self, state: State, single: bool) -> list[State]:
         """States that get beyond the state's first place by one more fault, the best first.
@@ -46,8 +48,7 @@ class Search:
             for candidate, (place, error) in self.screening.screened(state, layers):
                 if state.first is None:
                     break
-                if not state.faults:
-                    self._note(state, candidate, error)
+                self._note(state, candidate, error)
                 if place is not None and not state.first < place:
                     continue
                 checked = self.screening.check(state, candidate)
@@ -65,15 +66,20 @@ class Search:
         entry = self.screening.entries[first.point]
         before = float(state.nmse[first.point][entry.rows == first.row].max())
         removed = 1 - error / before if np.isfinite(before) and before > 0 else 0.0
-        self.tried.removed.append((removed, candidate))
-        if error > float(entry.limit[entry.rows == first.row].max()):
+        self.tried.removed.setdefault(key(state.faults), []).append((removed, candidate))
+        if not state.faults and error > float(entry.limit[entry.rows == first.row].max()):
             self.tried.nearest = min(self.tried.nearest, error)
 
     def rank(self, state: State) -> tuple[float, ...]:
-        """Best first: everything explained with the least error, then the furthest first place."""
+        """Best first: everything explained, with the least error beyond noise; then the furthest first place. Of these,
+        the fewest faults, those in all layers, and those that change the fewest steps: nothing is blamed that need not be.
+        """
+        single = sum(candidate.layers is not None for candidate in state.faults)
+        size = (len(state.faults), single, sum(self.right.get(step.makes) is not step for step in state.steps))
         if state.first is None:
-            return (0.0, 0.0, 0.0, float(max(errors.max() for errors in state.nmse)))
-        return (1.0, -state.first.point, -state.first.row, 0.0)
+            error = max(worst(state, len(state.nmse)), _SAME_NOISE)
+            return (0.0, round(float(np.log10(error / _SAME_NOISE))), 0.0, *size)
+        return (1.0, -state.first.point, -state.first.row, *size)
 
     def everywhere(self, state: State) -> list[State]:
         """States of one more fault in all layers that explain everything."""
@@ -88,7 +94,23 @@ class Search:
         return self._stages[name]
 
     def explain(self, state: State, depth: int) -> State:
-        """The best state that up to `depth` further faults lead to: everything explained, or the first place moved furthest."""
+        """The best state that up to `depth` further faults lead to: everything explained, or the first place moved furthest.
+
+        Faults are tried one by one; where that ends, several at once in the best states that it has led to.
+        """
+        best = self._one_by_one(state, depth)
+        tried: set[tuple[str, ...]] = set()
+        while best.first is not None and not self.screening.out_of_time():
+            ends = sorted((end for name, end in self._ends.items() if name not in tried), key=self.rank)
+            if not ends:
+                break
+            tried.add(key(ends[0].faults))
+            left = depth - (len(ends[0].faults) - len(state.faults))
+            best = min(best, self._follow(ends[0], self._several(ends[0], left), left), key=self.rank)
+        return best
+
+    def _one_by_one(self, state: State, depth: int) -> State:
+        """The best state that up to `depth` further faults lead to, each of which gets further by itself."""
         if state.first is None or depth == 0:
             return state
         suspects = self.screening.suspects(state)
@@ -105,9 +127,8 @@ class Search:
         found = everywhere
         if not (found and found[0].first is None):
             found = sorted([*found, *self._once(state, single=True)], key=self.rank)
-        if not found and depth > 1 and not self.screening.out_of_time():
-            found = self._several(state, depth)
-        self._found[key(state.faults)] = found
+        if not found:
+            self._ends.setdefault(key(state.faults), state)
         return self._follow(state, found, depth)
 
     def _follow(self, state: State, found: Sequence[State], depth: int) -> State:
@@ -120,7 +141,7 @@ class Search:
             if errors in seen:
                 continue
             seen.add(errors)
-            best = min(best, self.explain(one, depth - (len(one.faults) - len(state.faults))), key=self.rank)
+            best = min(best, self._one_by_one(one, depth - (len(one.faults) - len(state.faults))), key=self.rank)
             if best.first is None or len(seen) >= _BEAM:
                 break
         return best

@@ -75,11 +75,13 @@ class State:
 
 @dataclass
 class Tried:
-    """What the search has tried: counts, and the best partial candidates at the first place."""
+    """What the search has tried: counts, and by state (its `key`) the part of the error at its first place that each candidate
+    takes away.
+    """
 
     faults: set[str] = field(default_factory=set)
     variants: int = 0
-    removed: list[tuple[float, Candidate]] = field(default_factory=list)
+    removed: dict[tuple[str, ...], list[tuple[float, Candidate]]] = field(default_factory=dict)
     nearest: float = np.inf
 
     def count(self, candidates: Sequence[Candidate]) -> None:

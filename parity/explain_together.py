@@ -59,7 +59,7 @@ class Together:
         self._first = state.first
         self._entry = screening.entries[state.first.point]
         self._limit = float(self._entry.limit[self._entry.rows == state.first.row].max())
-        self._replays: dict[tuple[Effect, ...], tuple[State, dict[int, Replay]]] = {}
+        self._replays: dict[tuple[tuple[Effect, ...], int], tuple[State, Replay]] = {}
         self._length = len(self._until(state.steps))
         self.effects = self._effects()
 
@@ -101,26 +101,28 @@ class Together:
         return chosen
 
     def _left(self, effects: tuple[Effect, ...]) -> float:
-        """NMSE that is left with these planted one on the other."""
+        """NMSE that is left with these planted one on the other; infinite where the model or they do not allow it."""
         *below, last = (effect.alike[0] for effect in effects)
         rows = self._rows(*below, last)
-        if effects[:-1] not in self._replays:
+        self._screening.tried.variants += 1
+        try:
+            state, replay = self._below(effects[:-1], rows)
+        except NOT_ALLOWED:
+            return float("inf")
+        made = self._made(replay, state, last)
+        return float("inf") if made is None else self._screening.left(self._first, made)
+
+    def _below(self, effects: tuple[Effect, ...], rows: int) -> tuple[State, Replay]:
+        """The state with these planted, and its replay up to the first place. Raises one of NOT_ALLOWED."""
+        if (effects, rows) not in self._replays:
+            state = self._state
+            for candidate in (effect.alike[0] for effect in effects):
+                faults = (*state.faults, candidate)
+                state = State(faults, Planting(candidate.planted(state)), self._state.nmse, self._first)
             if len(self._replays) >= _REPLAYS:
                 del self._replays[next(iter(self._replays))]
-            state = self._state
-            try:
-                for candidate in below:
-                    faults = (*state.faults, candidate)
-                    state = State(faults, Planting(candidate.planted(state)), self._state.nmse, self._first)
-                self._replays[effects[:-1]] = state, {rows: self._replay(state.steps, rows)}
-            except NOT_ALLOWED:
-                return float("inf")
-        state, replays = self._replays[effects[:-1]]
-        if rows not in replays:
-            replays[rows] = self._replay(state.steps, rows)
-        self._screening.tried.variants += 1
-        made = self._made(replays[rows], state, last)
-        return float("inf") if made is None else self._screening.left(self._first, made)
+            self._replays[effects, rows] = state, self._replay(state.steps, rows)
+        return self._replays[effects, rows]
 
     def _effects(self) -> list[Effect]:
         """What each candidate makes of the first place, where that is something."""
@@ -168,7 +170,7 @@ class Together:
             needed = self._until(steps)
             if len(needed) > self._length + _BEYOND:
                 return None
-            changed = replay.run(needed, lambda _name, _made: True, unchanged_steps(steps, state))
+            changed = replay.run(needed, lambda _name, _made: True, unchanged_steps(needed, state))
         except NOT_ALLOWED:
             return None
         return changed.get(self._shown(steps))

@@ -32,9 +32,7 @@ def diff(
     ] = None,
     names: o.MapOption = None,
     offset: o.OffsetOption = None,
-    despite_lint: Annotated[
-        bool, typer.Option("--despite-lint", help="Compare also where lint says that a dump is not to be believed.")
-    ] = False,
+    despite_lint: o.DespiteLintOption = False,
     table: Annotated[
         Path | None, typer.Option("--table", help="Write every record's figures: FILE.csv or FILE.parquet.")
     ] = None,

@@ -68,6 +68,8 @@ def ref(
             "--follow", help="Take tokens (generated ones too), points and positions from this dump and lead llama.cpp along."
         ),
     ] = None,
+    names: o.MapOption = None,
+    offset: o.OffsetOption = None,
     mode: o.ModeOption = o.Mode.EXACT,
     points: o.PointsOption = "default",
     layers: o.LayersOption = None,
@@ -104,5 +106,5 @@ def ref(
         first_position=first_position,
         verbose=verbose,
     )
-    session.dump_reference(request, out, follow)
+    session.dump_reference(request, out, o.dump(follow, names, offset) if follow is not None else None)
     written(out)

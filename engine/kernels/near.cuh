@@ -1,0 +1,123 @@
+// Weights brought into shared memory by bulk copies, a layer ahead.
+
+#include "step.cuh"
+
+// A plane's bytes for a block of 32 elements, times 8 (K-quants share two or four bytes among 8 blocks).
+enum { LOW_PLANE, HIGH_PLANE, SCALES_PLANE, SUPER_PLANE };
+__device__ __forceinline__ int eighths(int type, int plane) {
+    switch (plane) {
+        case LOW_PLANE: return 8 * (type == F32 ? 128 : type == F16 || type == BF16 ? 64 : type == Q8_0 ? 32 : 16);
+        case HIGH_PLANE: return 8 * (type == Q5_0 ? 4 : type == Q6_K ? 8 : 0);
+        case SCALES_PLANE: return 8 * (type == F32 || type == F16 || type == BF16 ? 0 : 2);
+        default: return type == Q4_K ? 4 : type == Q6_K ? 2 : 0;
+    }
+}
+
+// Bulk copies of a block's rows into shared memory end in a barrier of shared memory.
+__device__ __forceinline__ unsigned near_address(const void* p) { return (unsigned)__cvta_generic_to_shared(p); }
+__device__ __forceinline__ void await(const unsigned long long* full, unsigned phase) {
+    asm volatile("{\n.reg .pred done;\nagain:\nmbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n@!done bra again;\n}"
+                 :: "r"(near_address(full)), "r"(phase) : "memory");
+}
+// Rows [first, first + rows) of a plane: where they begin, and where the planes before leave room for them.
+struct Place { unsigned long long from; unsigned offset, size, skip; };
+__device__ __forceinline__ Place place_of(const Matrix& m, int plane, int first, int rows, int cols, unsigned offset) {
+    const int row = eighths(type_of(m), plane) * (cols / 32) / 8;
+    if (!row) return Place{0, offset, 0, 0};
+    const void* start = plane == LOW_PLANE ? (const void*)m.low : plane == HIGH_PLANE ? m.high : plane == SCALES_PLANE ? m.scales : m.super;
+    const unsigned long long from = (unsigned long long)start + (unsigned long long)first * row;
+    const unsigned skip = from & 15;
+    return Place{from - skip, offset, (skip + (unsigned)rows * row + 15) & ~15u, skip};
+}
+__device__ __forceinline__ unsigned places_end(const Matrix& m, int first, int rows, int cols, unsigned offset) {
+    for (int k = 0; k < 4; k++) offset += place_of(m, k, first, rows, cols, offset).size;
+    return offset;
+}
+// The matrix as if all of it were there: only those rows may be read.
+__device__ Matrix near_matrix(const Matrix& m, char* base, int first, int rows, int cols, unsigned& offset) {
+    Matrix here = m;
+    const void* out[4];
+    #pragma unroll
+    for (int k = 0; k < 4; k++) {
+        const Place p = place_of(m, k, first, rows, cols, offset);
+        out[k] = p.size ? base + p.offset + p.skip - (long long)first * (eighths(type_of(m), k) * (cols / 32) / 8) : nullptr;
+        offset += p.size;
+    }
+    here.low = (const uint4*)out[0]; here.high = out[1]; here.scales = out[2]; here.super = out[3];
+    return here;
+}
+__device__ __forceinline__ void leave(unsigned long long* used) {
+    asm volatile("mbarrier.arrive.shared.b64 _, [%0];" :: "r"(near_address(used)) : "memory");
+}
+__device__ __forceinline__ void expect(unsigned long long* full, unsigned bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" :: "r"(near_address(full)), "r"(bytes) : "memory");
+}
+
+// Rows on their way to the L2 cache: one instruction a plane, by one thread.
+__device__ __forceinline__ void prefetch(const void* plane, long long from, unsigned bytes) {
+    const unsigned long long start = ((unsigned long long)plane + from) & ~15ull;
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" :: "l"(start), "r"((bytes + 15) & ~15u));
+}
+__device__ __forceinline__ void prefetch_rows(const Matrix& m, int first, int count, int cols) {
+    const int low = eighths(type_of(m), LOW_PLANE) * (cols / 32) / 8, scales = eighths(type_of(m), SCALES_PLANE) * (cols / 32) / 8;
+    prefetch(m.low, (long long)first * low, count * low);
+    if (scales) prefetch(m.scales, (long long)first * scales, count * scales);
+}
+
+// The warp that brings weights near: a layer's gate and up as soon as the last ones have been used, then its down.
+//
+// Small pieces with pauses: a burst would fill the memory's queues, and what the other warps read from the L2 cache, a few
+// kilobytes on the critical path, would wait behind it (measured: the whole burst's time is lost then).
+#ifndef PIECE
+#define PIECE 4096
+#define PACE 480                 // cycles from one piece to the next: 16 GB/s a multiprocessor, half of what memory gives
+#endif
+struct Producer {
+    long long next;
+
+    __device__ void plane(unsigned long long* full, char* to, const Place& p) {
+        for (unsigned done = 0; done < p.size; done += PIECE) {
+            if (PACE) { while (clock64() < next) __nanosleep(40); next = max(next + PACE, clock64()); }
+            const unsigned length = min(p.size - done, (unsigned)PIECE);
+            asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+                         :: "r"(near_address(to + p.offset + done)), "l"(p.from + done), "r"(length), "r"(near_address(full)) : "memory");
+        }
+    }
+    __device__ void bring(unsigned long long* full, char* to, const Matrix* const* matrices, int count, int first, int rows, int cols) {
+        unsigned bytes = 0;
+        for (int i = 0; i < count; i++) bytes = places_end(*matrices[i], first, rows, cols, bytes);
+        expect(full, bytes);
+        unsigned offset = 0;
+        for (int i = 0; i < count; i++)
+            for (int k = 0; k < 4; k++) {
+                const Place p = place_of(*matrices[i], k, first, rows, cols, offset);
+                if (p.size) plane(full, to, p);
+                offset += p.size;
+            }
+    }
+};
+
+__device__ __noinline__ void produce(Shared& s, const Model& m) {
+    const int gate_first = first_of(FF), gate_rows = last_of(FF) - gate_first, down_first = first_of(D), down_rows = last_of(D) - down_first;
+    Producer producer = {clock64()};
+    for (int i = 0; i < LAYERS; i++) {
+        const Layer& l = m.layers[i];
+        const Matrix gate = l.gate, up = l.up, down = l.down;
+        const Matrix* two[2] = {&gate, &up};
+        const Matrix* one[1] = {&down};
+        if (i) await(&s.used[0], (i - 1) & 1);
+        producer.bring(&s.full[0], s.weights, two, 2, gate_first, gate_rows, D);
+        if (i) await(&s.used[1], (i - 1) & 1);
+        producer.bring(&s.full[1], s.weights + GATE_BYTES, one, 1, down_first, down_rows, FF);
+    }
+}
+
+// Where the producer puts this layer's matrices.
+__device__ __noinline__ void find_near(Shared& s, const Layer& l) {
+    const int first = first_of(FF), rows = last_of(FF) - first;
+    unsigned offset = 0;
+    s.near_gate = near_matrix(l.gate, s.weights, first, rows, D, offset);
+    s.near_up = near_matrix(l.up, s.weights, first, rows, D, offset);
+    offset = 0;
+    s.near_down = near_matrix(l.down, s.weights + GATE_BYTES, first_of(D), last_of(D) - first_of(D), FF, offset);
+}

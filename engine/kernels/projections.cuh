@@ -1,0 +1,266 @@
+// The phases that multiply: norms, projections, feed-forward.
+
+#include "near.cuh"
+#include "rows.cuh"
+
+// x = values · weight / sqrt(mean(values²) + eps), padded, in shared memory; squares are summed in float64 as in ggml.
+__device__ __noinline__ void rms_norm(Shared& s, const float* values, const float* weight, float eps, float* out) {
+    constexpr int EACH = (D + THREADS - 1) / THREADS;
+    float v[EACH], w[EACH];
+    double squares = 0;
+    #pragma unroll
+    for (int i = 0; i < EACH; i++) {
+        int e = threadIdx.x + i * THREADS;
+        v[i] = e < D ? __ldcg(values + e) : 0.f;
+        w[i] = e < D ? __ldg(weight + e) : 0.f;
+        squares += (double)v[i] * v[i];
+    }
+    for (int step = 16; step; step >>= 1) squares += __shfl_xor_sync(~0u, squares, step);
+    if ((threadIdx.x & 31) == 0) s.norm[threadIdx.x >> 5] = squares;
+    block_sync();
+    squares = s.norm[threadIdx.x & (WARPS - 1)];
+    for (int step = WARPS / 2; step; step >>= 1) squares += __shfl_xor_sync(~0u, squares, step);
+    const float scale = 1.f / sqrtf((float)(squares / D) + eps);
+    #pragma unroll
+    for (int i = 0; i < EACH; i++) {
+        int e = threadIdx.x + i * THREADS;
+        if (e < D) {
+            float y = v[i] * scale * w[i];
+            s.x[padded(e)] = y;
+            if (out && blockIdx.x == 0) out[e] = y;
+        }
+    }
+    block_sync();
+}
+
+// The two rows of pair `p` of a projection into heads: a rotated pair, or two rows beyond the rotary dimensions.
+__device__ __forceinline__ int2 rows_of_pair(int p) {
+    int head = p / (HEAD / 2), i = p % (HEAD / 2), base = head * HEAD;
+    if (NEOX && i < ROPE / 2) return make_int2(base + i, base + i + ROPE / 2);
+    return make_int2(base + 2 * i, base + 2 * i + 1);
+}
+
+template <int GROUPS, int R>
+__device__ __forceinline__ void leave_sums(Shared& s, float (&sum)[R], int unit, int group_lane) {
+    const int lane = threadIdx.x & 31;
+    static_assert(R <= 2, "one or two rows");
+    if constexpr (R == 2) {       // each half of the warp goes on with one of the two sums
+        const float mine = lane & 16 ? sum[1] : sum[0], other = lane & 16 ? sum[0] : sum[1];
+        float half = mine + __shfl_xor_sync(~0u, other, 16);
+        #pragma unroll
+        for (int step = 8; step; step >>= 1) half += __shfl_xor_sync(~0u, half, step);
+        if ((lane & 15) == 0) s.part[(unit * 2 + lane / 16) * GROUPS + group_lane / 32] = half;
+    } else {
+        #pragma unroll
+        for (int step = 16; step; step >>= 1) sum[0] += __shfl_xor_sync(~0u, sum[0], step);
+        if (lane == 0) s.part[unit * GROUPS + group_lane / 32] = sum[0];
+    }
+}
+template <int GROUPS>
+__device__ __forceinline__ float sum_of(const Shared& s, int index) {
+    float sum = 0.f;
+    #pragma unroll
+    for (int g = 0; g < GROUPS; g++) sum += s.part[index * GROUPS + g];
+    return sum;
+}
+
+__device__ __forceinline__ const Matrix& qkv_matrix(const Layer& l, int p, int2& rows) {
+    if (p < QW / 2) { rows = rows_of_pair(p); return l.q; }
+    if (p < (QW + KW) / 2) { rows = rows_of_pair(p - QW / 2); return l.k; }
+    rows = make_int2(2 * p - QW - KW, 2 * p - QW - KW + 1);
+    return l.v;
+}
+
+// By the lanes of one warp: a pair's rows each.
+__device__ __forceinline__ void prefetch_qkv(const Layer& l) {
+    #pragma unroll 1
+    for (int p = first_of(PAIRS) + (threadIdx.x & 31); p < last_of(PAIRS); p += 32) {
+        int2 rows;
+        const Matrix& m = qkv_matrix(l, p, rows);
+        prefetch_rows(m, rows.x, 1, D);
+        prefetch_rows(m, rows.y, 1, D);
+    }
+}
+__device__ __forceinline__ void prefetch_mine(const Matrix& m, int rows, int cols) {
+    if (threadIdx.x % 32 == 0) prefetch_rows(m, first_of(rows), last_of(rows) - first_of(rows), cols);
+}
+
+// Q, K and V of the normalised input; Q and K rotated; K and V into the cache.
+struct Projection {
+    static const int LANES = QKV_WARPS * 32, UNITS = THREADS / LANES;
+    Rows<D, LANES, 2> rows;
+    int first, last, lane, mine;
+    float2 bias, angle;          // of the pair whose sums this thread will finish
+
+    __device__ __forceinline__ void load(const Model& m, const Layer& l, int position) {
+        first = first_of(PAIRS); last = last_of(PAIRS); lane = threadIdx.x % LANES; mine = first + threadIdx.x / LANES;
+        if (mine < last) fetch(l, mine);
+        const int p = first + threadIdx.x;
+        bias = angle = make_float2(0.f, 0.f);
+        if (p < last) {
+            int2 r;
+            const Matrix& w = qkv_matrix(l, p, r);
+            if (w.bias) bias = make_float2(__ldg(w.bias + r.x), __ldg(w.bias + r.y));
+            const int i = (p < QW / 2 ? p : p - QW / 2) % (HEAD / 2);
+            if (p < (QW + KW) / 2 && i < ROPE / 2) {
+                const long long at = (long long)position * (ROPE / 2) + i;
+                angle = make_float2(__ldg(m.cosine + at), __ldg(m.sine + at));
+            }
+        }
+    }
+    __device__ __forceinline__ void fetch(const Layer& l, int p) {
+        int2 r;
+        const Matrix& w = qkv_matrix(l, p, r);
+        const Matrix* both[2] = {&w, &w};
+        const int two[2] = {r.x, r.y};
+        rows.load(both, two, lane);
+    }
+    __device__ __forceinline__ void run(Shared& s, const Layer& l, int position) {
+        #pragma unroll 1
+        for (int p = mine; p < last; p += UNITS) {
+            int2 r;
+            const Matrix& w = qkv_matrix(l, p, r);
+            const Matrix* both[2] = {&w, &w};
+            const int two[2] = {r.x, r.y};
+            float sum[2];
+            rows.dot(both, two, lane, s.x, sum);
+            if (p + UNITS < last) fetch(l, p + UNITS);
+            leave_sums<QKV_WARPS, 2>(s, sum, p - first, lane);
+        }
+        block_sync();
+        static_assert(SHARE(PAIRS) <= THREADS, "a thread finishes one pair");
+        const int u = threadIdx.x, p = first + u;
+        if (p >= last) return;
+        int2 r;
+        qkv_matrix(l, p, r);
+        const float a = sum_of<QKV_WARPS>(s, 2 * u) + bias.x, b = sum_of<QKV_WARPS>(s, 2 * u + 1) + bias.y;
+        if (p >= (QW + KW) / 2) {
+            l.v_out[r.x] = a; l.v_out[r.y] = b;
+            float* v = l.v_cache + (long long)position * KW;
+            v[r.x] = a; v[r.y] = b;
+            return;
+        }
+        const bool query = p < QW / 2, turned = (query ? p : p - QW / 2) % (HEAD / 2) < ROPE / 2;
+        float* before = query ? l.q_out : l.k_out;
+        float* after = query ? l.q_rope : l.k_cache + (long long)position * KW;
+        before[r.x] = a; before[r.y] = b;
+        after[r.x] = turned ? a * angle.x - b * angle.y : a;
+        after[r.y] = turned ? a * angle.y + b * angle.x : b;
+    }
+};
+
+// Feed-forward activations -> x: all loads under way before the first is stored.
+__device__ __forceinline__ void take(Shared& s, const float* values) {
+    constexpr int EACH = (FF / 4 + THREADS - 1) / THREADS, TOGETHER = EACH < 4 ? EACH : 4;
+    #pragma unroll 1
+    for (int n = 0; n < EACH; n += TOGETHER) {
+        float4 v[TOGETHER];
+        #pragma unroll
+        for (int i = 0; i < TOGETHER; i++) {
+            const int e = threadIdx.x + (n + i) * THREADS;
+            if (e < FF / 4) v[i] = __ldcg((const float4*)values + e);
+        }
+        #pragma unroll
+        for (int i = 0; i < TOGETHER; i++) {
+            const int e = threadIdx.x + (n + i) * THREADS;
+            if (e < FF / 4) *(float4*)(s.x + padded(4 * e)) = v[i];
+        }
+    }
+    block_sync();
+}
+
+// Rows of a projection onto the residual stream: product -> made, product + residual -> sum.
+template <int COLS, int SHARED_BY, bool CLOSE> struct ProjectionBack {
+    static const int LANES = SHARED_BY * 32, UNITS = THREADS / LANES;
+    Rows<COLS, LANES, 1, CLOSE> rows;
+    int first, last, lane, mine;
+    float bias, rest;            // of the row whose sum this thread will finish
+
+    __device__ __forceinline__ void fetch(const Matrix& w, int r) {
+        const Matrix* one[1] = {&w};
+        const int row[1] = {r};
+        rows.load(one, row, lane);
+    }
+    // `residual` must be known already: it is two barriers old.
+    __device__ __forceinline__ void load(const Matrix& w, const float* residual) {
+        first = first_of(D); last = last_of(D); lane = threadIdx.x % LANES; mine = first + threadIdx.x / LANES;
+        if (mine < last) fetch(w, mine);
+        const int r = first + threadIdx.x;
+        bias = r < last && w.bias ? __ldg(w.bias + r) : 0.f;
+        rest = r < last ? __ldcg(residual + r) : 0.f;
+    }
+    __device__ __forceinline__ void run(Shared& s, const Matrix& w, float* made, float* summed) {
+        #pragma unroll 1
+        for (int r = mine; r < last; r += UNITS) {
+            const Matrix* one[1] = {&w};
+            const int row[1] = {r};
+            float sum[1];
+            rows.dot(one, row, lane, s.x, sum);
+            if (r + UNITS < last) fetch(w, r + UNITS);
+            leave_sums<SHARED_BY, 1>(s, sum, r - first, lane);
+        }
+        INSIDE(6)
+        block_sync();
+        static_assert(SHARE(D) <= THREADS, "a thread finishes one row");
+        const int r = first + threadIdx.x;
+        if (r >= last) return;
+        const float y = sum_of<SHARED_BY>(s, threadIdx.x) + bias;
+        made[r] = y;
+        summed[r] = y + rest;
+    }
+};
+
+struct GateUp {
+    static const int LANES = GATE_WARPS * 32, UNITS = THREADS / LANES;
+    Rows<D, LANES, 2, STAGED> rows;
+    int first, last, lane, mine;
+
+    __device__ __forceinline__ void fetch(const Layer& l, int r) {
+        const Matrix* both[2] = {&l.gate, &l.up};
+        const int two[2] = {r, r};
+        rows.load(both, two, lane);
+    }
+    __device__ __forceinline__ void load(const Layer& l) {
+        first = first_of(FF); last = last_of(FF); lane = threadIdx.x % LANES; mine = first + threadIdx.x / LANES;
+        if (mine < last) fetch(l, mine);
+    }
+    __device__ __forceinline__ void run(Shared& s, const Layer& l) {
+        const Matrix &g = STAGED ? s.near_gate : l.gate, &u = STAGED ? s.near_up : l.up;
+        const Matrix* both[2] = {&g, &u};
+        const bool alike = ONE_TYPE || type_of(l.gate) == type_of(l.up);
+        rows.hold(s.x, lane);
+        #pragma unroll 1
+        for (int r = mine; r < last; r += UNITS) {
+            float sum[2];
+            if constexpr (decltype(rows)::HOLDS) {
+                const int two[2] = {r, r};
+                rows.dot_held(both, two, lane, sum);
+            } else if (alike) {
+                const int two[2] = {r, r};
+                rows.dot(both, two, lane, s.x, sum);
+                if (r + UNITS < last) fetch(l, r + UNITS);
+            } else if constexpr (!ONE_TYPE) {
+                const Matrix *gate[1] = {&g}, *up[1] = {&u};
+                const int row[1] = {r};
+                float one[1];
+                Rows<D, LANES, 1, STAGED> single;
+                single.dot(gate, row, lane, s.x, one);
+                sum[0] = one[0];
+                single.dot(up, row, lane, s.x, one);
+                sum[1] = one[0];
+            }
+            leave_sums<GATE_WARPS, 2>(s, sum, r - first, lane);
+        }
+        INSIDE(2)
+        block_sync();
+        INSIDE(3)
+        for (int r = first + threadIdx.x; r < last; r += THREADS) {
+            float a = sum_of<GATE_WARPS>(s, 2 * (r - first)), b = sum_of<GATE_WARPS>(s, 2 * (r - first) + 1);
+            if (l.gate.bias) a += l.gate.bias[r];
+            if (l.up.bias) b += l.up.bias[r];
+            l.gate_out[r] = a;
+            l.up_out[r] = b;
+            l.swiglu[r] = a / (1.f + expf(-a)) * b;
+        }
+    }
+};
