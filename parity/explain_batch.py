@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from checkpoints.points import EMBD
 from engine.backend import Array, module_of
 from engine.graph import POSITIONS
 from engine.replay import NOT_ALLOWED, Edits
@@ -17,6 +18,7 @@ from .explain_state import Candidate, Layers, Place, Screened, State
 if TYPE_CHECKING:
     from .explain_screening import Screening
 
+_SOON = 2  # rows of the first recorded point: one shows what acts on each row, the other what the attention does
 _ROWS = 1024  # rows at once: a bound of the memory
 _COMPARED = 64  # versions held against the dump at once: a bound of the memory, where they are logits
 _TOGETHER = 128  # candidates at once: enough to share Python's time, few enough to look at the clock between
@@ -45,18 +47,18 @@ class Batch:
         # What is computed candidate by candidate ends with the layer, if its output can be carried on from there.
         self._name = f"blk.{layers[0]}.l_out" if layers and self._after else self._point
         self._end = state.order[self._name] + 1
-        self._before = frozenset(entry.point for entry in screening.entries[: state.first.point]) - state.shown
+        self._before = [entry.point for entry in screening.entries[: state.first.point] if entry.point not in state.shown]
 
     def screened(self, candidates: Sequence[Candidate]) -> Iterator[tuple[Candidate, Screened]]:
         """Those that change something at the first place, and how far they get: as `Screening.screen` says it."""
-        edits = self._edits(candidates)
+        edits = self._edits(candidates, self._not_soon_wrong(candidates), self._end)
         self._screening.tried.count([candidates[number] for number in edits])
         every = self._screening.rows
         stages = sorted({min(rows, every) for rows in (1, 2, self._first.row + 1, self._first.row + 2)})
         results: dict[int, Screened] = {}
         waiting = list(edits)
         for rows in stages:
-            made, ended = self._values(candidates, edits, waiting, rows)
+            made, ended = self._values(candidates, edits, waiting, rows, self._name)
             for number in ended:
                 results.pop(number, None)
             # Before the first wrong row, nothing to see is nothing wrong.
@@ -72,12 +74,27 @@ class Batch:
         for number in sorted(results):
             yield candidates[number], results[number]
 
-    def _edits(self, candidates: Sequence[Candidate]) -> dict[int, Edits]:
-        """What each candidate changes up to the end, if that is something and the model allows it."""
+    def _not_soon_wrong(self, candidates: Sequence[Candidate]) -> Sequence[int]:
+        """The candidates that the first recorded point behind the embedding does not contradict in its first rows.
+
+        A fault in all layers need not be planted in all of them to be seen in the first.
+        """
+        soon = [name for name in self._before if name != EMBD]
+        if self._layers is not None or not soon:
+            return range(len(candidates))
+        end = self._state.order[soon[0]] + 1
+        edits = self._edits(candidates, range(len(candidates)), end)
+        _, ended = self._values(candidates, edits, list(edits), min(_SOON, self._screening.rows), soon[0])
+        self._screening.tried.count([candidates[number] for number in ended])
+        return [number for number in range(len(candidates)) if number not in ended]
+
+    def _edits(self, candidates: Sequence[Candidate], numbers: Sequence[int], end: int) -> dict[int, Edits]:
+        """What candidates change in the steps in front of number `end`, if that is something and the model allows it."""
         found: dict[int, Edits] = {}
-        for number, one in enumerate(candidates):
+        for number in numbers:
+            one = candidates[number]
             try:
-                edits = self._state.planting.edits(one.fault, one.layers, one.parameters, self._end)
+                edits = self._state.planting.edits(one.fault, one.layers, one.parameters, end)
             except NOT_ALLOWED:
                 continue
             if edits:
@@ -85,9 +102,11 @@ class Batch:
         return found
 
     def _values(
-        self, candidates: Sequence[Candidate], edits: dict[int, Edits], waiting: Sequence[int], rows: int
+        self, candidates: Sequence[Candidate], edits: dict[int, Edits], waiting: Sequence[int], rows: int, name: str
     ) -> tuple[dict[int, Array], set[int]]:
-        """The first rows of what is computed last, by candidate; and those that contradict the dump before or are not allowed."""
+        """The first rows of value `name`, by candidate that changes it; and those that a point before contradicts or that are
+        not allowed.
+        """
         made: dict[int, Array] = {}
         ended: set[int] = set()
         ahead = any(fault.fault.whole for fault in self._state.faults)
@@ -101,12 +120,13 @@ class Batch:
                     return made, ended
                 batch = chosen[begin : begin + size]
                 replay = self._screening.replay(self._state, used)
-                found = replay.run_batch([edits[number] for number in batch], self._end, self._before, self._agrees)
+                chosen_edits = [edits[number] for number in batch]
+                found = replay.run_batch(chosen_edits, self._state.order[name] + 1, frozenset(self._before), self._agrees)
                 for number, values in zip(batch, found, strict=True):
                     if values is None:
                         ended.add(number)
-                    elif self._name in values:
-                        made[number] = values[self._name][:rows]
+                    elif name in values:
+                        made[number] = values[name][:rows]
         return made, ended
 
     def _agrees(self, name: str, values: Array) -> list[bool]:
