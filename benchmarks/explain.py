@@ -1,26 +1,18 @@
 """How many known faults `parity explain` names, on which models, from how little, and in what time.
 
-Run as `python benchmarks/explain.py [table|logits|combined|precision|time] [--quick] [--models stories,llama,qwen2]`. Each fault is planted
+Run as `python benchmarks/explain.py [table|logits|time] [--quick] [--models stories,llama,qwen2]`. Each fault is planted
 into our engine with each of its variants, the engine writes a dump, and the search sees the dump alone.
 """
 
-import random
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-import numpy as np
-
 from checkpoints.explanation import Explanation
-from engine import ops
-from engine.backend import Array
 from engine.faults import CATALOGUE
-from engine.graph import Step
-from engine.precision import rounded
 from engine.synth import Shape, synthesize
 from parity import default_model
 from parity.explain import Options, explain
@@ -103,99 +95,6 @@ def print_table(name: str, rows: dict[str, dict[str, Any]]) -> None:
             print(f"    missed {parameters}: {causes}")
 
 
-def combined(model: Path, number: int, seeds: range, budget: float) -> tuple[int, int, list[str]]:
-    """Seeded random faults at once: combinations whose every fault is named, those tried, and a line on each other one."""
-    faulty = Faulty(model)
-    right = {step.makes: step for step in faulty.right}
-    found, tried, others = 0, 0, []
-    for seed in seeds:
-        rng = random.Random(seed)
-        chosen = rng.sample(sorted(CATALOGUE), number)
-        parts = [(name, rng.choice(CATALOGUE[name].variants(right) or [{}]), None) for name in chosen]
-        tokens = tokens_of(model, 24, seed)
-        try:
-            seen = faulty.dump(Planted(tuple(parts)), tokens)
-        except (ValueError, KeyError, IndexError, TypeError):
-            continue
-        answer = explain(seen, model, Options(tokens=tokens, budget=budget))
-        tried += 1
-        if answer.first is None or answer.remaining is None:
-            found += 1
-        else:
-            causes = [cause.named.fault for cause in answer.causes]
-            others.append(f"{chosen}: {causes}, left over at {answer.remaining.checkpoint}, next {answer.next or '-'}")
-        print(seed, parts, "found" if answer.remaining is None else others[-1], f"{answer.seconds:.1f} s", flush=True)
-    return found, tried, others
-
-
-def half_sums(x: Array, weight: Array, bias: Array | None = None) -> Array:
-    """A product with partial sums of 32 terms in float16: arithmetic that `engine.precision` does not copy."""
-    total = np.zeros((x.shape[0], weight.shape[0]), dtype=np.float16)
-    for start in range(0, x.shape[1], 32):
-        part = x[:, start : start + 32].astype(np.float16).astype(np.float32) @ weight[:, start : start + 32].T
-        total = (total + part.astype(np.float16)).astype(np.float16)
-    made = total.astype(np.float32)
-    return made if bias is None else made + bias
-
-
-def other_order(x: Array, weight: Array, bias: Array | None = None) -> Array:
-    """A product in float32 that is summed in another order than BLAS does."""
-    made = np.einsum("ti,oi->to", x[:, ::-1], weight[:, ::-1], optimize=False)
-    return made if bias is None else made + bias
-
-
-def _with(steps: Sequence[Step], op: Callable[..., Array]) -> list[Step]:
-    return [replace(step, op=op) if step.op is ops.linear else step for step in steps]
-
-
-ARITHMETIC: dict[str, Callable[[Sequence[Step]], Sequence[Step]]] = {
-    "f32": lambda steps: _with(steps, other_order),
-    "f16 products": lambda steps: rounded(steps, "f16", storage=False),
-    "f16 stored": lambda steps: rounded(steps, "f16", storage=True),
-    "f16 sums": lambda steps: _with(steps, half_sums),
-    "bf16 products": lambda steps: rounded(steps, "bf16", storage=False),
-    "bf16 stored": lambda steps: rounded(steps, "bf16", storage=True),
-    "tf32 products": lambda steps: rounded(steps, "tf32", storage=False),
-    "q8 activations": lambda steps: rounded(steps, "q8", storage=False),
-}
-
-
-def accusations(folder: Path, seeds: range) -> dict[str, list[int]]:
-    """Right engines in each arithmetic on seeded random models and prompts: [runs, said "no fault", accused somebody]."""
-    counts = {name: [0, 0, 0] for name in ARITHMETIC}
-    for seed in seeds:
-        rng = random.Random(seed)
-        architecture = rng.choice(["qwen2", "llama"])
-        kv_heads, group = rng.choice([1, 2]), rng.choice([1, 2, 4, 7])
-        head = rng.choice([8, 16, 32])
-        shape = Shape(
-            architecture,
-            rng.choice([2, 4, 8, 12]),
-            kv_heads * group * head,
-            kv_heads * group,
-            kv_heads,
-            0,
-            rng.choice([64, 128, 256]),
-            512,
-            biases=architecture == "qwen2",
-            rope_base=rng.choice([1e4, 5e5, 1e6]),
-        )
-        model = folder / "random.gguf"
-        synthesize(model, shape, weight_type=rng.choice(["f32", "f16", "bf16"]), seed=seed)
-        faulty = Faulty(model)
-        tokens = tokens_of(model, rng.randrange(4, 24), seed)
-        right = faulty.right
-        for name, arithmetic in ARITHMETIC.items():
-            faulty.right = list(arithmetic(right))
-            found = explain(faulty.dump(Planted(()), tokens), model, Options(budget=20))
-            counts[name][0] += 1
-            counts[name][1] += bool(found)
-            counts[name][2] += bool(found.causes)
-            if not found:
-                print(f"seed {seed}, {name}: {found.first}, {[cause.named.fault for cause in found.causes]}", flush=True)
-    return counts
-
-
 def times(model: Path, count: int = 32) -> None:
     """The whole catalogue for a fault in all layers, every layer's output dumped, against one forward pass."""
     faulty = Faulty(model)
@@ -231,10 +130,6 @@ def main(arguments: list[str]) -> None:
     )
     quick = "--quick" in arguments
     with tempfile.TemporaryDirectory() as folder:
-        if what == "precision":
-            for kind, (runs, fine, accused) in accusations(Path(folder), range(10 if quick else 100)).items():
-                print(f"{kind:<16} {runs:>4} runs, {fine:>4} no fault, {accused:>3} accused")
-            return
         for name, model in models(Path(folder), names):
             if what == "table":
                 print_table(name, table(model, first_only=quick))
@@ -242,10 +137,6 @@ def main(arguments: list[str]) -> None:
                 print_table(f"{name}, logits", table(model, first_only=quick, points="logits", size=10, generated=16))
             elif what == "time":
                 times(model)
-            elif what == "combined":
-                for number in (2, 3):
-                    found, tried, _ = combined(model, number, range(25 if not quick else 6), budget=60.0)
-                    print(f"{name}: {number} faults at once: {found} of {tried} wholly explained")
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ class Options:
     `tolerance`: one NMSE limit for everything. `compute`: arithmetic of our side (f32, tf32, f16, bf16) where its header
     does not say it. `strict`: what one side lacks is a divergence. `step`: which of contradicting records of one key counts.
     `placed`: the caller says that our positions count as the reference's do; else they are looked for where nothing says it.
+    `limits`: those to apply instead of the table's.
     """
 
     tolerance: float | None = None
@@ -35,6 +36,7 @@ class Options:
     strict: bool = False
     step: int | None = None
     placed: bool = False
+    limits: Limits | None = None
 
 
 def compare(ours: Dump, ref: Dump, options: Options | None = None) -> Verdict:
@@ -50,7 +52,7 @@ def compare(ours: Dump, ref: Dump, options: Options | None = None) -> Verdict:
 def measured(ours: Dump, ref: Dump, options: Options | None = None) -> Records:
     """Align, measure and hold every record against its limit. Raises as `compare` does."""
     options = options or Options()
-    allowed = limits(ours.header, ref.header, compute=options.compute, tolerance=options.tolerance)
+    allowed = options.limits or limits(ours.header, ref.header, compute=options.compute, tolerance=options.tolerance)
     same_experiment(ours, ref)
     placed = Placed(ours) if options.placed else place(ours, ref)
     ours = placed.ours
@@ -122,7 +124,9 @@ def _limit_of_each(
     A whole layer that agrees shows the engine's own noise; what jumps far above it later is no noise, however small it is
     against the loosest arithmetic. Before the first whole layer, and never above it, the loosest limit holds.
     """
-    chosen = np.array([allowed.logits if pair.point == LOGITS else allowed.operations for pair in pairs])
+    chosen = np.array(
+        [allowed.points.get(pair.point, allowed.logits if pair.point == LOGITS else allowed.operations) for pair in pairs]
+    )
     if allowed.assumed and len(measures):
         noise = 0.0
         starts = np.searchsorted(point, np.arange(len(pairs)))

@@ -51,7 +51,7 @@ def explain(dump: Dump, model: Path, options: Options | None = None) -> Explanat
     else:
         kind = _precision(case) if may_be_noise(case.entries) and not search.everywhere(start) else ""
         if not kind:
-            best = _around(case, search, search.explain(start, options.max_faults), options)
+            best = _needed(search, _around(case, search, search.explain(start, options.max_faults), options))
     answer = _answer(case, search, start, best)
     if not kind and best.first is not None:
         answer = replace(answer, leads=tuple(leads(case.entries, best, search, case.positions)))
@@ -92,6 +92,18 @@ def _around(case: Case, search: Search, best: State, options: Options) -> State:
     for candidate in found.faults:
         state = search.screening.check(state, candidate) or state
     return min(best, search.explain(state, options.max_faults - len(state.faults)), key=search.rank)
+
+
+def _needed(search: Search, best: State) -> State:
+    """The best state without the faults that it can do without."""
+    for left_out in best.faults if len(best.faults) > 1 else ():
+        state: State | None = search.screening.start()
+        for candidate in best.faults:
+            if candidate is not left_out and state is not None:
+                state = search.screening.check(state, candidate)
+        if state is not None and search.rank(state) < search.rank(best):
+            best = state
+    return best
 
 
 def _floor(case: Case, kind: str) -> Floor:

@@ -105,15 +105,13 @@ def _by_values(ours: Dump, ref: Dump) -> Placed:
     same = all(np.array_equal(np.unique(keys(ours.points[name])), np.unique(keys(ref.points[name]))) for name in common)
     first = tried[0]
     listed = ", ".join(
-        f"{offset:+d} ({error:.1e})" for offset, error in sorted(first.errors.items(), key=lambda pair: pair[1])[:3]
+        f"{error:.2g} at {offset:+d}" for offset, error in sorted(first.errors.items(), key=lambda pair: pair[1])[:3]
     )
     if same:
-        note = (
-            f"positions: taken as they are numbered, the same on both sides; values do not settle it ({first.point}: {listed})"
-        )
+        note = f"positions: taken as they are numbered, the same on both sides; values do not settle it (NMSE of {first.point}: {listed})"
         return Placed(ours, note)
     raise DumpError(
-        f"nothing says how the positions of {ours.path} are counted, and no offset fits clearly: NMSE at {first.point} {listed}.",
+        f"nothing says how the positions of {ours.path} are counted, and no offset fits clearly: NMSE of {first.point} is {listed}.",
         "Say it: --offset N is added to every position of ours (0: they count from the prompt's first token, as the reference's do).",
         code="positions",
     )
@@ -122,11 +120,11 @@ def _by_values(ours: Dump, ref: Dump) -> Placed:
 def _taken(ours: Dump, scores: Scores) -> Placed:
     offset = scores.best
     how = f"ours are moved by {offset:+d}" if offset else "ours are taken as they are numbered (--offset 0)"
-    note = f"positions: nothing says how ours are counted; {how}: {scores.point} differs by {scores.errors[offset]:.1e} there"
+    note = f"positions: nothing says how ours are counted; {how}: NMSE of {scores.point} {scores.errors[offset]:.2g} there"
     others = {other: error for other, error in scores.errors.items() if other != offset}
     if others:
         second = min(others, key=lambda other: others[other])
-        note += f", by {others[second]:.1e} at the next best, {second:+d}"
+        note += f", {others[second]:.2g} at the next best, {second:+d}"
     else:
         note += ", and no other offset is possible"
     if offset == 1:

@@ -11,8 +11,9 @@ from typing import Any
 
 from checkpoints.errors import DumpError, InputError
 from checkpoints.formats import load
+from checkpoints.nearest import unknown_names
 from checkpoints.picture import Picture
-from checkpoints.points import DEFAULT_LAYERS, default_layers
+from checkpoints.points import DEFAULT_LAYERS, default_layers, parse
 from checkpoints.reader import read
 from checkpoints.record import Dump
 from checkpoints.verdict import Verdict
@@ -177,7 +178,13 @@ def dump_reference(request: Request, out: Path, follow: Dump | None = None) -> D
         if follow.header is not None:  # bare lines may count from anywhere: the comparison will find out
             recorded = {int(t) for rows in follow.points.values() for t in rows.token_idx}
             request = replace(request, positions=tuple(sorted(recorded)))
-        request = replace(request, points=",".join(follow.points))
+        # `blk.N.<node>` may be a name of llama.cpp's; what is neither that nor a point it cannot have.
+        followed = [name for name in follow.points if parse(name).known or parse(name).layer is not None]
+        if not followed:
+            raise DumpError(
+                f"{follow.path} has no point that llama.cpp could have.", *unknown_names(follow.points), code="points"
+            )
+        request = replace(request, points=",".join(followed))
         lead = tuple(token.id for token in follow.tokens)
         return reference.dump(reference_job(request, prompt, out, lead or None))
 

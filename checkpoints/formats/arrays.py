@@ -95,7 +95,7 @@ def _arrays(file: Path) -> Iterator[tuple[str, NDArray[Any]]]:
         elif file.suffix == ".npz":
             with np.load(file, allow_pickle=False) as found:
                 for name in found.files:
-                    yield name, found[name]
+                    yield name, np.asarray(found[name])  # bytes where a member is no array, which have no kind of ours
         else:
             yield file.stem, np.load(file, mmap_mode="r", allow_pickle=False)
     except (

@@ -17,9 +17,10 @@ from .printed_tensor import Printed, Tensor, sums_of_all
 _HEAD = re.compile(
     rb"(?:ggml_debug|common_debug_cb_eval): +(.+?) = \((\w+)\) +(\S+)\((.*)\) = \{(\d{1,12}), (\d{1,12}), (\d{1,12}), (\d{1,12})\}"
 )
-_ROW = re.compile(rb"^\s*\[?\s*((?:-?(?:\d+\.\d+|nan(?:\(\w*\))?|inf)|\.\.\.|[,\s])+)\],?\s*$")
+_WORD = re.compile(rb"-?(?:\d{1,60}\.\d{1,9}|nan(?:\(\w*\))?|inf)")
 _SUM = re.compile(rb"^\s*sum = (-?(?:\d{1,60}\.\d+|nan|inf))")
-_LINE = 1 << 16  # bytes of a line that are looked at together
+_LINE = 1 << 16  # bytes of a line that are looked at together …
+_NAMED = 1000  # … and those that may name a tensor: a search in more of them could take its square
 _PEEK = 1 << 20  # bytes that are looked at: such logs begin with the model's loading
 _SHOWN = 3  # rows, and values of a row, from either end
 _PROJECTIONS = {"Qcur": "q", "Kcur": "k", "Vcur": "v"}
@@ -30,7 +31,7 @@ def detect(path: Path) -> bool:
     """A text whose first MiB names a tensor in one of the three ways."""
     try:
         with path.open("rb") as file:
-            return _HEAD.search(file.read(_PEEK)) is not None
+            return any(_HEAD.search(line[:_NAMED]) for line in file.read(_PEEK).split(b"\n"))
     except OSError:
         return False
 
@@ -61,7 +62,7 @@ def read(path: Path, mapping: Mapping) -> Dump:
     try:
         with path.open("rb") as file:
             for line in iter(partial(file.readline, _LINE), b""):
-                head = _HEAD.search(line)
+                head = _HEAD.search(line[:_NAMED])
                 if head is not None:
                     close()
                     sizes = (int(head[5]), int(head[6]), int(head[7]), int(head[8]))
@@ -119,18 +120,11 @@ def _line(tensor: Tensor, line: bytes) -> None:
         elif deep > 2 * _SHOWN:
             tensor.at += (deep - 2 * _SHOWN) * across
         return
-    match = _ROW.match(line)
-    if match is None or not re.search(rb"\d|nan|inf", match[1]):
+    if not text.startswith(b"[") or not text.rstrip(b", ").endswith(b"]"):
         return
-    values: list[float | None] = []
-    for part in match[1].split(b","):
-        word = part.strip()
-        if word == b"...":
-            values.append(None)
-        elif word:
-            try:
-                values.append(float(word.split(b"(")[0]))
-            except ValueError:
-                return  # a line of another thread cut through it
+    words = [word for part in text.rstrip(b", ")[1:-1].split(b",") if (word := part.strip())]
+    if not words or not all(word == b"..." or _WORD.fullmatch(word) for word in words):
+        return  # a line of another thread, or one that it cut through
+    values = [None if word == b"..." else float(word.split(b"(")[0]) for word in words]
     tensor.rows.append((tensor.at, values))
     tensor.at += 1

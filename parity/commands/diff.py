@@ -26,6 +26,14 @@ def diff(
     compute: Annotated[
         Compute | None, typer.Option("--compute", help="The arithmetic of OURS, where its header doesn't say it.")
     ] = None,
+    model: Annotated[
+        Path | None,
+        typer.Option(
+            "--model",
+            "-m",
+            help="GGUF file: where OURS computes in f16, bf16 or tf32, measure on it what that arithmetic costs.",
+        ),
+    ] = None,
     strict: o.StrictOption = False,
     step: Annotated[
         int | None, typer.Option("--step", min=0, help="Of records that stand twice: those of this forward pass.")
@@ -60,7 +68,13 @@ def diff(
     if not despite_lint:
         refuse_unusable(left, "ours")
         refuse_unusable(right, "the reference")
+    measured = None
+    if model is not None and tolerance is None:
+        from ..measured_floor import measured_limits
+
+        measured = measured_limits(left, right, model, compute.value if compute else None)
     chosen = Options(
+        limits=measured,
         tolerance=tolerance,
         compute=compute.value if compute else None,
         strict=strict,

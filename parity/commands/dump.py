@@ -1,5 +1,6 @@
 """`parity dump`: one side only."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -106,5 +107,9 @@ def ref(
         first_position=first_position,
         verbose=verbose,
     )
-    session.dump_reference(request, out, o.dump(follow, names, offset) if follow is not None else None)
+    followed = o.dump(follow, names, offset) if follow is not None else None
+    found = session.dump_reference(request, out, followed)
+    left = [name for name in followed.points if name not in found.points] if followed is not None else []
+    if left:
+        print(f"left out, llama.cpp has no such point: {', '.join(left)}", file=sys.stderr)
     written(out)
