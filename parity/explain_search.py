@@ -13,6 +13,7 @@ import numpy as np
 
 from engine.faults import Planting
 
+from .explain_scopes import ranges, rescoped
 from .explain_screening import NOT_ALLOWED, Screening
 from .explain_state import Candidate, Layers, State, key, worst
 from .explain_together import Together
@@ -76,9 +77,9 @@ class Search:
         single = sum(candidate.layers is not None for candidate in state.faults)
         size = (len(state.faults), single, sum(self.right.get(step.makes) is not step for step in state.steps))
         if state.first is None:
-            error = max(worst(state, len(state.nmse)), _SAME_NOISE)
-            return (0.0, round(float(np.log10(error / _SAME_NOISE))), 0.0, *size)
-        return (1.0, -state.first.point, -state.first.row, *size)
+            error = worst(state, len(state.nmse))
+            return (0.0, round(float(np.log10(max(error, _SAME_NOISE) / _SAME_NOISE))), 0.0, *size, error)
+        return (1.0, -state.first.point, -state.first.row, *size, worst(state, state.first.point - 1))
 
     def everywhere(self, state: State) -> list[State]:
         """States of one more fault in all layers that explain everything."""
@@ -89,7 +90,9 @@ class Search:
         """`further`, remembered."""
         name = (*key(state.faults), str(single))
         if name not in self._stages:
-            self._stages[name] = self.further(state, single)
+            found = self.further(state, single)
+            more = [made for one in found[:_BEAM] for made in rescoped(self.screening, state, one)]
+            self._stages[name] = sorted([*found, *more], key=self.rank)
         return self._stages[name]
 
     def explain(self, state: State, depth: int) -> State:
@@ -126,6 +129,8 @@ class Search:
         found = everywhere
         if not (found and found[0].first is None):
             found = sorted([*found, *self._once(state, single=True)], key=self.rank)
+        if not found and len(suspects) > 1:
+            found = sorted(ranges(self.screening, state), key=self.rank)
         if not found:
             self._ends.setdefault(key(state.faults), state)
         return self._follow(state, found, depth)

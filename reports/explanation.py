@@ -47,8 +47,16 @@ def _lines(rows: Sequence[tuple[str, str]], width: int) -> list[Text]:
 
 
 def layers_text(layers: tuple[int, ...] | None) -> str:
-    """ "all layers", "layer 17"."""
-    return "" if layers is None else f", only in layer {', '.join(map(str, layers))}"
+    """In which layers: "" for all, ", only in layer 17", ", only in layers 7 to 23", ", only in layers 1, 3, … 23"."""
+    if layers is None:
+        return ""
+    if len(layers) == 1:
+        return f", only in layer {layers[0]}"
+    if len(layers) > 2 and layers == tuple(range(layers[0], layers[-1] + 1)):
+        return f", only in layers {layers[0]} to {layers[-1]}"
+    return f", only in layers {', '.join(map(str, layers if len(layers) < 4 else layers[:2]))}" + (
+        f", … {layers[-1]}" if len(layers) > 3 else ""
+    )
 
 
 def _cause(cause: Cause, number: int, found: Explanation, width: int) -> list[Text]:
