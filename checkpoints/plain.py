@@ -5,6 +5,7 @@ either does not understand is `Odd`, and is read again line by line (`checkpoint
 """
 
 from collections.abc import Sequence
+from itertools import chain
 from math import prod
 from operator import attrgetter
 from typing import Annotated, Any
@@ -233,7 +234,7 @@ def _stats(found: Sequence[dict[str, float] | None]) -> dict[str, NDArray[np.flo
     if any(list(row) != names for row in given):
         names = list(dict.fromkeys(name for row in given for name in row))
         given = [{name: row.get(name, np.nan) for name in names} for row in given]
-    columns = np.fromiter((x for row in given for x in row.values()), np.float64, len(given) * len(names))
+    columns = np.fromiter(chain.from_iterable(map(dict.values, given)), np.float64, len(given) * len(names))
     return dict(zip(names, columns.reshape(-1, len(names)).T, strict=True))
 
 

@@ -13,8 +13,8 @@ from checkpoints.explanation import Place as Where
 from checkpoints.finding import ERROR
 from checkpoints.points import in_layer, parse
 from checkpoints.record import Dump
-from engine.faults import CATALOGUE
 
+from .explain_apart import apart
 from .explain_case import Case, Options
 from .explain_leads import leads
 from .explain_precision import KINDS, Floor, fits, floor, may_be_noise, with_noise
@@ -23,6 +23,7 @@ from .explain_rows import garbage
 from .explain_search import Search
 from .explain_state import Candidate, Place, State
 from .lint import lint
+from .lint_rules.model_facts import ModelFacts
 from .tolerance import EXACT_FLOOR
 
 EXACT = EXACT_FLOOR.operations
@@ -53,22 +54,26 @@ def explain(dump: Dump, model: Path, options: Options | None = None) -> Explanat
         if not kind:
             best = _needed(search, _around(case, search, search.explain(start, options.max_faults), options))
     answer = _answer(case, search, start, best)
-    rows = garbage(
-        case.entries, best, search.screening.replay(best, len(case.positions)).values, case.positions, answer.differing
-    )
-    if rows is not None and not kind:
-        answer = replace(answer, causes=(*answer.causes, rows), remaining=None, next="")
-    elif not kind and best.first is not None:
-        answer = replace(answer, leads=tuple(leads(case.entries, best, search, case.positions)))
-    answer = replace(answer, notes=(*answer.notes, *_lint(case, model)))
+    if not kind and best.first is not None:
+        answer = _left_over(case, search, best, answer)
+    answer = replace(answer, notes=(*answer.notes, *_lint(case)))
     return replace(answer, precision_only=kind, next="" if kind else answer.next, seconds=perf_counter() - began)
 
 
-def _lint(case: Case, model: Path) -> list[str]:
+def _left_over(case: Case, search: Search, best: State, answer: Explanation) -> Explanation:
+    """The answer with what the numbers say of the place that is left: a cause, if they name one by themselves, or leads."""
+    values = search.screening.replay(best, len(case.positions)).values
+    rows = garbage(case.entries, best, values, case.positions, answer.differing)
+    if rows is not None:
+        return replace(answer, causes=(*answer.causes, rows), remaining=None, next="")
+    return replace(answer, leads=tuple(leads(case.entries, best, search, case.positions)))
+
+
+def _lint(case: Case) -> list[str]:
     """What lint says of the dump, as notes: a fault of the capture is a cause like any other here."""
     return [
         f"lint: {finding.rule}{f' at {finding.checkpoint}' if finding.checkpoint else ''}: {finding.evidence}"
-        for finding in lint(case.dump, model).findings
+        for finding in lint(case.dump, ModelFacts(case.transformer.model)).findings
         if finding.severity == ERROR
     ]
 
@@ -154,7 +159,7 @@ def _causes(case: Case, search: Search, start: State, best: State, differing: in
             float(now[(entry.base > entry.limit) & (now <= entry.limit)].max(initial=0.0))
             for entry, now in zip(case.entries, after.nmse, strict=True)
         ]
-        others = [_named(one) for one in search.equal(best, number)]
+        others = search.equal(best, number)
         made.append(
             Cause(
                 named=_named(candidate),
@@ -164,8 +169,8 @@ def _causes(case: Case, search: Search, start: State, best: State, differing: in
                 symptom=candidate.fault.symptom,
                 fix=candidate.fault.fix,
                 seen=candidate.fault.seen,
-                equivalent=tuple(others),
-                apart=_apart(candidate, others),
+                equivalent=tuple(map(_named, others)),
+                apart=apart(case, state, candidate, others),
             )
         )
         state = after
@@ -179,19 +184,6 @@ def _named(candidate: Candidate) -> Named:
         candidate.layers,
         candidate.fault.sentence(candidate.parameters),
     )
-
-
-def _apart(candidate: Candidate, others: Sequence[Named]) -> str:
-    """What would tell equivalent faults apart."""
-    if not others:
-        return ""
-    kinds = {candidate.fault.name: candidate.parameters.get("at", candidate.fault.kinds)}
-    for other in others:
-        kinds[f"{other.fault} {other.parameters}"] = other.parameters.get("at", CATALOGUE[other.fault].kinds)
-    if len(set(kinds.values())) > 1:
-        names = sorted({kind for group in kinds.values() for kind in group})
-        return f"the points {', '.join(names)} would tell them apart"
-    return "a longer prompt, a generation or another model may tell them apart"
 
 
 def _count(entries: Sequence[Expected], state: State) -> int:

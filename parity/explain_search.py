@@ -12,9 +12,10 @@ from itertools import product, zip_longest
 import numpy as np
 
 from engine.faults import Planting
+from engine.replay import NOT_ALLOWED
 
 from .explain_scopes import ranges, rescoped
-from .explain_screening import NOT_ALLOWED, Screening
+from .explain_screening import Screening
 from .explain_state import Candidate, Layers, State, key, worst
 from .explain_together import Together
 

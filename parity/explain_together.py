@@ -14,10 +14,10 @@ import numpy as np
 from engine.backend import Array
 from engine.faults import AT, SEEN, Planting
 from engine.graph import Step
-from engine.replay import Replay, names_read
+from engine.replay import NOT_ALLOWED, Replay
 
 from .explain_records import Floats, Ints
-from .explain_screening import NOT_ALLOWED, Screening
+from .explain_screening import Screening
 from .explain_state import Candidate, Layers, State, shown_points, unchanged_steps
 
 # How many of the likely combinations are tried. `benchmarks/explain_several.py --ranks` prints the rank of the right pair
@@ -161,7 +161,7 @@ class Together:
         shown = steps[number[name]]
         if not name.startswith(SEEN):
             return list(steps[: number[name] + 1])
-        return [*steps[: max(number[read] for read in names_read(shown)) + 1], shown]
+        return [*steps[: max(number[read] for read in shown.names) + 1], shown]
 
     def _made(self, replay: Replay, state: State, candidate: Candidate) -> Array | None:
         """What the dump would show at the first place; None where that is the same or the model does not allow it."""

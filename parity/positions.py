@@ -78,10 +78,16 @@ def _by_generated(ours: Dump, ref: Dump) -> tuple[int, int] | None:
     mine, theirs = ([token for token in side.tokens if token.seq == 0] for side in (ours, ref))
     if not mine or not theirs:
         return None
-    offset = min(token.token_idx for token in theirs) - min(token.token_idx for token in mine)
+    first = min(token.token_idx for token in mine)
     chosen = {token.token_idx: token.id for token in theirs}
-    matching = sum(chosen.get(token.token_idx + offset) == token.id for token in mine)
-    return (offset, matching) if matching else None
+
+    def matching(offset: int) -> int:
+        return sum(chosen.get(token.token_idx + offset) == token.id for token in mine)
+
+    # Generated tokens that stand behind their own prompt are where format 1 wants them.
+    behind = ours.header is not None and 0 < len(ours.header.tokens) <= first
+    offset = 0 if behind else max(0, min(chosen) - first, key=matching)
+    return (offset, matching(offset)) if matching(offset) else None
 
 
 def _counts_from_its_prompt(dump: Dump) -> bool:

@@ -25,7 +25,7 @@ from parity.lint import lint
 from parity.picture import compare_drawn
 
 LOGS = Path(__file__).parent / "logs"
-POINTS = ("embd", "blk.0.q", "blk.0.l_out", "blk.5.l_out", "output_norm", "logits")
+POINTS = ("embd", "blk.0.q", "blk.0.l_out", "logits")
 NAMES = """layer_offset = -1
 [names]
 "h.{i}.q" = { point = "blk.{i}.q", rope_pairs = "norm", heads = 4 }
@@ -65,8 +65,8 @@ NUMBERS = [
 def _lines() -> bytes:
     """Format 1 with a header, tokens, statistics and sketches."""
     path = Path("right.jsonl")
-    arrays = random_arrays(POINTS, positions=4)
-    whole = dump(arrays, tokens=(Token(4, 7, " x", ((7, 1.5), (3, 0.5))),))
+    arrays = random_arrays(POINTS, positions=3)
+    whole = dump(arrays, tokens=(Token(3, 7, " x", ((7, 1.5), (3, 0.5))),))
     with Writer(path, whole.header) as writer:  # type: ignore[arg-type]
         for rows in whole.points.values():
             writer.rows(rows)
@@ -78,7 +78,7 @@ def _lines() -> bytes:
 def _bare() -> bytes:
     """Bare lines as an engine prints them, a few of them long enough to be cut."""
     lines = []
-    for name, array in random_arrays(POINTS, positions=4).items():
+    for name, array in random_arrays(POINTS, positions=3).items():
         for position, row in enumerate(array):
             values = ",".join(f"{x:f}" for x in np.tile(row, 6 if name == "logits" else 1)[: 300 if name == "logits" else 16])
             lines.append(
@@ -95,7 +95,7 @@ def _log(kind: str, *, sums: bool = True) -> bytes:
             b", ".join(line.split(b", ")[:3]) + b", ...],\n" if b"...," in line and b"]" in line else line for line in lines
         ]
         lines = [line for line in lines if b"sum =" not in line]
-    return b"".join([*lines[:90], *lines[-30:]])
+    return b"".join([*lines[:60], *lines[-20:]])
 
 
 def _arrays(kind: str) -> bytes:
@@ -128,7 +128,7 @@ def right_files(kind: str) -> dict[str, bytes]:
     if kind.startswith("tree"):
         return _tree("printed" if "printed" in kind else "arrays")
     if kind == "map":
-        arrays = random_arrays(("h.1.q", "h.1", "wte"), positions=4)
+        arrays = random_arrays(("h.1.q", "h.1", "wte"), positions=3)
         save_file({**arrays, "wte": np.ascontiguousarray(arrays["wte"].T)}, "theirs.safetensors")
         return {"names.toml": NAMES.encode(), "theirs.safetensors": Path("theirs.safetensors").read_bytes()}
     return {NAMED.get(kind, f"dump.{kind}"): MAKERS[kind]()}

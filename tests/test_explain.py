@@ -14,11 +14,13 @@ from checkpoints.reader import read
 from checkpoints.record import Dump, Header
 from engine import ops
 from engine.backend import Array
-from engine.faults import CATALOGUE, plant
+from engine.faults import CATALOGUE, Planting, plant
 from engine.graph import Step
 from engine.precision import rounded
 from engine.synth import Shape, synthesize
 from parity.explain import Case, Options, explain
+from parity.explain_apart import apart
+from parity.explain_state import Candidate
 from parity.explain_together import Together
 from parity.planted import Faulty, Planted, tokens_of
 from reference.client import Reference
@@ -110,8 +112,50 @@ def test_single_layers_are_screened_together_as_one_by_one(engine: Faulty) -> No
     weights, positions = case.replay.weights, case.positions
     together = carry(steps, "blk.1.l_out", outputs, positions, weights)
     for one, many in zip(outputs, together, strict=True):
-        alone = carry(steps, "blk.1.l_out", [one], positions, weights)[0]
+        alone = next(carry(steps, "blk.1.l_out", [one], positions, weights))
         assert np.abs(alone - many).max() < 1e-5 * np.abs(alone).max()
+
+
+def test_candidates_are_computed_together_as_one_by_one(engine: Faulty) -> None:
+    """Versions of a model that share one run come out as each comes out of a run of its own."""
+    from parity.explain import Case
+
+    replay = Case(only(engine), engine.model, Options()).make(engine.right, 3)
+    planting = Planting(engine.right)
+    chosen = ("rope-missing", "no-qkv-bias", "activation", "attn-scale", "layer-twice", "softmax-axis", "gqa-modulo", "no-gate")
+    faults = [CATALOGUE[name] for name in chosen]
+    variants = [(fault, fault.variants(planting.right)[0]) for fault in faults]
+    edits = [planting.edits(fault, None, parameters) for fault, parameters in variants]
+    together = replay.run_batch(edits, len(engine.right), frozenset(), lambda _name, made: [True] * len(made))
+    for (fault, parameters), made in zip(variants, together, strict=True):
+        alone = replay.run(planting.of(fault, None, parameters), lambda _name, _made: True)["logits"]
+        assert made is not None
+        assert np.abs(alone - made["logits"]).max() < 1e-5 * np.abs(alone).max(), fault.name
+
+
+@pytest.mark.parametrize(
+    ("name", "other", "sentence"),
+    [
+        ("rope-pairs", "qk-permuted", "other points of this prompt (blk.0.q) would tell qk-permuted (hf, moved) apart"),
+        ("rope-missing", "rope-position", "nothing that was tried tells"),
+    ],
+)
+def test_what_tells_equal_faults_apart_was_tried(engine: Faulty, name: str, other: str, sentence: str) -> None:
+    """Faults of one class come with the point, prompt or model at which they differ, or with what was tried in vain."""
+    [cause] = explain(only(engine, (name, {}, None)), engine.model).causes
+    assert {name, other} <= {cause.named.fault, *(one.fault for one in cause.equivalent)}
+    assert sentence in cause.apart
+
+
+def test_a_longer_prompt_tells_a_chunk_from_a_shift(engine: Faulty) -> None:
+    """Faults that differ from some position on only are told apart by a prompt that has it."""
+    from parity.explain import Case
+
+    case = Case(only(engine, ("rope-missing", {}, None)), engine.model, Options())
+    fault = CATALOGUE["rope-position"]
+    few, many = (Candidate(fault, {"position": by, "at": ("q_rope", "k_rope")}) for by in (32, 64))
+    state = case.screening(case.entries, 60).start()
+    assert "a prompt of 64 tokens would tell rope-position (64) apart" in apart(case, state, few, [many])
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from cli import Cli
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
@@ -232,56 +230,3 @@ def test_convert_writes_any_of_them_as_format_1(run: Path, parity: Cli, tmp_path
     assert any("shifted by -5" in note for note in answer["notes"])
     assert parity("convert", "debug.log", "-o", "x.jsonl", "--offset", "-1").code == 2
     assert parity("convert", "none.log", "-o", "x.jsonl").code == 2
-
-
-class Mutants(dict[str, bytes]):
-    """Right files to be spoiled; they are not shown where a test fails."""
-
-    def __repr__(self) -> str:
-        return "mutants"
-
-
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
-@given(
-    kind=st.sampled_from(["jsonl", "old.log", "new.log", "npz", "npy", "safetensors"]),
-    cuts=st.lists(st.tuples(st.floats(0, 1), st.binary(max_size=6), st.integers(0, 6)), min_size=1, max_size=5),
-    keep=st.floats(0, 1),
-)
-def test_mutated_files_end_in_a_verdict_or_an_error_of_one_line(
-    mutants: Mutants, tmp_path: Path, kind: str, cuts: list[tuple[float, bytes, int]], keep: float
-) -> None:
-    """Bytes changed, inserted, dropped and files cut short: lint and comparison answer, or one line says why not."""
-    data = bytearray(mutants[kind])
-    for at, put, drop in cuts:
-        place = int(at * len(data))
-        data[place : place + drop] = put
-    if keep < 0.2:
-        del data[int(len(data) * keep * 5) :]
-    path = tmp_path / f"mutant.{kind}"
-    path.write_bytes(data)
-    try:
-        found = load(path)
-        lint(found)
-        compare(found, found)
-    except ParityError as error:
-        assert "\n" not in str(error)  # noqa: PT017
-
-
-@pytest.fixture(scope="module")
-def mutants(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Mutants:
-    folder = tmp_path_factory.mktemp("mutants")
-    arrays = {name: whole(run, name)[:3] for name in ("embd", "blk.3.l_out")}
-    np.savez(folder / "a.npz", **arrays)
-    np.save(folder / "embd.npy", arrays["embd"])
-    save_file(arrays, folder / "a.safetensors")
-    lines = run.read_bytes().splitlines(keepends=True)
-    return Mutants(
-        {
-            "jsonl": b"".join([lines[0], *lines[1:200:9], lines[-1]]),
-            "old.log": "\n".join(printed(run, "old")).encode(),
-            "new.log": "\n".join(printed(run, "new")).encode(),
-            "npz": (folder / "a.npz").read_bytes(),
-            "npy": (folder / "embd.npy").read_bytes(),
-            "safetensors": (folder / "a.safetensors").read_bytes(),
-        }
-    )

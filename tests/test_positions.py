@@ -44,6 +44,13 @@ def test_generated_tokens_align_a_dump_that_counts_from_them() -> None:
     assert any("moved by +8" in note and "12 of our generated tokens" in note for note in verdict.notes)
 
 
+def test_generated_tokens_behind_their_prompt_are_not_moved() -> None:
+    """A side that lists its prompt and lacks the first generated token stays where it is, though the text repeats itself."""
+    ref = reference()
+    same = tuple(replace(token, id=5) for token in CHOSEN)
+    assert place(replace(ref, tokens=same[1:]), replace(ref, tokens=same)).note == ""
+
+
 @pytest.mark.parametrize("first", [0, 1, PROMPT - 1, PROMPT])
 def test_values_align_a_dump_that_says_nothing(first: int) -> None:
     """Bare lines counted from wherever they begin are moved to where the embedding agrees, and both errors are said."""

@@ -56,8 +56,10 @@ def _transpose(step: Step, _right: Steps, _parameters: Parameters) -> Step:
 
 def _stride(weight: Array, stride: int) -> Array:
     rows, columns = weight.shape
-    at = (np.arange(rows)[:, None] * stride + np.arange(columns)[None, :]) % weight.size
-    return weight.reshape(-1)[at]
+    flat = weight.reshape(-1)
+    starts = np.arange(rows) * stride % weight.size
+    rows_apart = np.lib.stride_tricks.sliding_window_view(np.concatenate([flat, flat[:columns]]), columns)
+    return rows_apart[starts]
 
 
 def _leading(step: Step, _right: Steps, _parameters: Parameters) -> Step:
