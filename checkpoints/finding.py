@@ -25,11 +25,12 @@ class Finding:
 
 @dataclass(frozen=True)
 class LintReport:
-    """All findings of one dump, the grave ones first; true where there are none."""
+    """All findings of one dump, the grave ones first; true where there are none. `notes` are what was noticed while reading it."""
 
     path: str
     records: int
     findings: tuple[Finding, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def usable(self) -> bool:

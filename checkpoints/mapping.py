@@ -11,8 +11,8 @@ wte = { point = "embd", transpose = true }
 
 import re
 import tomllib
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from .errors import InputError
 from .points import parse, resolve
 from .record import Dump, Rows
 
-_KEYS = {"point", "transpose", "reshape", "rope_pairs", "heads"}
+_KEYS = {"point", "transpose", "reshape", "rope_pairs", "heads", "head_size"}
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class Entry:
     transpose: bool = False
     rope_pairs: str = ""
     heads: int = 0
+    head_size: int = 0
 
     @property
     def changes(self) -> bool:
@@ -89,36 +90,82 @@ class Mapping:
         if not self.entries and not self.layer_offset:
             return dump
         points: dict[str, list[Rows]] = {}
+        notes: list[str] = []
         for name, rows in dump.points.items():
             ours, entry = self.entry(name)
-            if entry is not None and entry.changes:
-                if not rows.full().all():
-                    raise InputError(
-                        f"{self.path}: {name} is recorded as a slice; reshape, transpose and rope_pairs need whole rows.",
-                        "Print all values of it, or arrays (.npz).",
-                        code="map",
-                    )
-                values = np.stack([_one(self.array(entry, row[None])) for row in rows.values])
-                rows = replace(rows, values=values, sketch=None, stats={})  # noqa: PLW2901
-            points.setdefault(ours, []).append(replace(rows, point=ours))
-        return replace(dump, points={name: Rows.stack(parts) for name, parts in points.items()})
+            made = rows if entry is None or not entry.changes else self._changed(entry, name, rows, notes)
+            points.setdefault(ours, []).append(replace(made, point=ours))
+        return replace(dump, points={name: Rows.stack(parts) for name, parts in points.items()}, notes=(*dump.notes, *notes))
 
-
-def _one(array: NDArray[np.float32]) -> NDArray[np.float32]:
-    return array.reshape(-1)
+    def _changed(self, entry: Entry, name: str, rows: Rows, notes: list[str]) -> Rows:
+        if rows.full().all():
+            values = np.stack([self.array(entry, row[None]).reshape(-1) for row in rows.values])
+            return replace(rows, values=values, sketch=None, stats={})
+        if entry.reshape or entry.transpose:
+            raise InputError(
+                f"{self.path}: {name} is recorded as a slice; reshape and transpose need whole rows.",
+                "Print all values of it, or arrays (.npz).",
+                code="map",
+            )
+        try:
+            order = _pairing(entry, _size(rows, entry))
+        except ValueError as error:
+            raise InputError(f"{self.path}: {name}: {error}.", "Write e.g. head_size = 64.", code="map") from error
+        return _moved(rows, name, order, notes)
 
 
 def _repaired(array: NDArray[np.float32], entry: Entry) -> NDArray[np.float32]:
     """Rows [T, H·d] in the other pairing: "norm" (2i with 2i + 1) becomes "neox" (i with i + d/2), and the reverse."""
-    if entry.heads < 1:
-        raise ValueError("rope_pairs needs heads, the number of heads in the row")
-    split = array.reshape(len(array), entry.heads, -1)
-    half = split.shape[2] // 2
-    if entry.rope_pairs == "norm":
-        made = split.reshape(len(array), entry.heads, half, 2).swapaxes(2, 3)
-    else:
-        made = split.reshape(len(array), entry.heads, 2, half).swapaxes(2, 3)
-    return np.ascontiguousarray(made).reshape(array.shape)
+    rows = array.reshape(len(array), -1)
+    return np.ascontiguousarray(rows[:, _pairing(entry, rows.shape[1])]).reshape(array.shape)
+
+
+def _pairing(entry: Entry, size: int) -> NDArray[np.int64]:
+    """int64 [size]: which of their elements stands at each place of our row.
+
+    Raises:
+        ValueError: neither heads nor head_size is given, or a row of `size` does not divide into such heads.
+    """
+    if not entry.heads and not entry.head_size:
+        raise ValueError("rope_pairs needs heads, the number of heads in the row, or head_size")
+    head = entry.head_size or size // entry.heads
+    if head < 2 or head % 2 or size % head or (entry.heads and size > entry.heads * head):
+        raise ValueError(f"a row of {size} does not divide into {entry.heads or 'some'} heads of an even size")
+    shape = (size // head, head // 2, 2) if entry.rope_pairs == "norm" else (size // head, 2, head // 2)
+    return np.arange(size).reshape(shape).swapaxes(1, 2).reshape(-1)
+
+
+def _size(rows: Rows, entry: Entry) -> int:
+    """The length of the whole row of a slice; without a shape, of whole heads that hold every recorded element.
+
+    Raises:
+        ValueError: neither a shape nor the size of a head is known.
+    """
+    sizes = {prod(shape) for shape in rows.shapes if shape}
+    if len(sizes) == 1:
+        return sizes.pop()
+    if not entry.head_size:
+        raise ValueError("rope_pairs of a slice needs head_size, or the row's length as shape in each line")
+    last = rows.values.shape[1] - 1 if rows.indices is None else int(rows.indices.max())
+    size: int = (last // entry.head_size + 1) * entry.head_size
+    return size
+
+
+def _moved(rows: Rows, name: str, order: NDArray[np.int64], notes: list[str]) -> Rows:
+    """A slice in another order: each value is said to stand where it belongs. What does not depend on the order stays."""
+    theirs = np.tile(np.arange(rows.values.shape[1]), (len(rows), 1)) if rows.indices is None else rows.indices
+    there = (theirs >= 0) & (np.arange(theirs.shape[1]) < rows.counts[:, None]) & (theirs < len(order))
+    place = np.empty_like(order)
+    place[order] = np.arange(len(order))
+    ours = np.where(there, place[np.where(there, theirs, 0)], -1)
+    width, last = int(rows.counts.max(initial=0)), int(ours.max(initial=0))
+    leading = int(((ours >= 0) & (ours < width)).sum(axis=1).max(initial=0))
+    notes.append(
+        f"{name}: in the other pairing {leading} of its {width} values are among the first {width}, "
+        f"a reference with --slice {last + 1} has them all"
+    )
+    stats = {statistic: column for statistic, column in rows.stats.items() if statistic != "absmax_at"}
+    return replace(rows, indices=ours, sketch=None, stats=stats)
 
 
 def read_mapping(path: Path) -> Mapping:
@@ -157,26 +204,11 @@ def _entry(path: Path, theirs: str, ours: Any) -> Entry:
         )
     pairs, reshape = said.get("rope_pairs", ""), said.get("reshape", [])
     whole = isinstance(reshape, list) and all(isinstance(size, int) for size in reshape)
-    if pairs not in ("", "norm", "neox") or not whole or not isinstance(said.get("heads", 0), int):
+    heads, head_size = said.get("heads", 0), said.get("head_size", 0)
+    if pairs not in ("", "norm", "neox") or not whole or not all(isinstance(n, int) and n >= 0 for n in (heads, head_size)):
         raise InputError(
-            f"{path}: {theirs!r}: rope_pairs is norm or neox, reshape a list of sizes, heads a number.", code="map"
+            f"{path}: {theirs!r}: rope_pairs is norm or neox, reshape a list of sizes, heads and head_size are numbers.",
+            code="map",
         )
     pattern = re.escape(theirs).replace(re.escape("{i}"), r"(?P<i>\d{1,6})", 1)
-    return Entry(
-        re.compile(pattern), said["point"], tuple(reshape), bool(said.get("transpose")), pairs, int(said.get("heads", 0))
-    )
-
-
-def unknown_names(names: Sequence[str]) -> list[str]:
-    """Names that are no point of the vocabulary, as sentences with the nearest known ones."""
-    from difflib import get_close_matches
-
-    from .points import KINDS
-
-    said = []
-    for name in names:
-        point = parse(name)
-        if point.known is None:
-            near = get_close_matches(point.kind, KINDS, n=2)
-            said.append(f"{name} is no known point" + (f"; nearest: {', '.join(near)}" if near else ""))
-    return said
+    return Entry(re.compile(pattern), said["point"], tuple(reshape), bool(said.get("transpose")), pairs, heads, head_size)

@@ -3,6 +3,7 @@
 Numbers that are not known are None; an error that no number expresses (NaN on one side only) is infinite.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 PARITY = "parity"
@@ -122,12 +123,16 @@ class Choices:
 
 @dataclass(frozen=True)
 class Limits:
-    """The limits that were applied; `assumed` where the arithmetic of one side is not known."""
+    """The limits that were applied; `assumed` where the arithmetic of one side is not known.
+
+    `points` holds limits of single points that were measured; of these `operations` is the largest.
+    """
 
     operations: float
     logits: float
     source: str
     assumed: bool = False
+    points: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -24,14 +24,14 @@ Array = Any  # numpy.ndarray or cupy.ndarray
 class Backend:
     """Where arrays live: `xp` is the numpy or cupy module, `device` says it in words for the dump's header.
 
-    `number` is CUDA's of the device, 0 on the host; `devices` is larger than 1 where an engine's values are spread over several.
+    `number` is CUDA's of the device, 0 on the host; `spread` says that an engine's values are not all on the current device.
     """
 
     name: str
     xp: Any
     device: str
     number: int = 0
-    devices: int = 1
+    spread: bool = False
 
     def current(self) -> AbstractContextManager[Any]:
         """Make this device the one that computes and allocates."""

@@ -39,8 +39,8 @@ def tap(
     slice_size: int | None = DEFAULT_SLICE,
     tensors: TensorWriter | None = None,
 ) -> Capture:
-    """The tap for a backend: pinned copies on one device; on the host, over several devices or for whole tensors the blocking one."""
-    if backend.name == "numpy" or backend.devices > 1 or tensors is not None or slice_size is None:
+    """The tap for a backend: pinned copies on the current device; on the host, on other devices or for whole tensors the blocking one."""
+    if backend.name == "numpy" or backend.spread or tensors is not None or slice_size is None:
         return Capture(sink, points, backend, positions=positions, slice_size=slice_size, tensors=tensors)
     return DeviceCapture(sink, points, backend, positions=positions, slice_size=slice_size)
 

@@ -16,6 +16,16 @@ from checkpoints.gguf_file import ARRAY, Contents, contents
 
 from .dequantize import FORMATS, dequantize, dequantize_into
 
+# The usual ones of llama.h's llama_ftype: importing gguf, which has them all, takes longer than opening a small model.
+# fmt: off
+FILE_TYPES = {
+    0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 7: "Q8_0", 8: "Q5_0", 9: "Q5_1", 10: "Q2_K", 11: "Q3_K_S", 12: "Q3_K_M",
+    13: "Q3_K_L", 14: "Q4_K_S", 15: "Q4_K_M", 16: "Q5_K_S", 17: "Q5_K_M", 18: "Q6_K", 19: "IQ2_XXS", 20: "IQ2_XS", 21: "Q2_K_S",
+    22: "IQ3_XS", 23: "IQ3_XXS", 24: "IQ1_S", 25: "IQ4_NL", 26: "IQ3_S", 27: "IQ3_M", 28: "IQ2_S", 29: "IQ2_M", 30: "IQ4_XS",
+    31: "IQ1_M", 32: "BF16",
+}
+# fmt: on
+
 
 @dataclass(frozen=True)
 class TensorInfo:
@@ -187,6 +197,20 @@ class GgufModel:
             )
         return 1.0 / factor if kind == "linear" and factor > 0 else 1.0
 
+<<<<<<< HEAD
+=======
+    def _file_type(self) -> str:
+        number = self.metadata.get("general.file_type")
+        if number in FILE_TYPES:
+            return FILE_TYPES[number]
+        from gguf import LlamaFileType
+
+        try:
+            return str(LlamaFileType(number).name.removeprefix("MOSTLY_"))
+        except ValueError:
+            return ""
+
+>>>>>>> main
 
 def _tensors(found: Contents) -> dict[str, TensorInfo]:
     """Every tensor with its shape and size, checked against its type's blocks and the file's end."""

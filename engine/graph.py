@@ -6,6 +6,7 @@ one step was replaced.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -53,6 +54,11 @@ class Step:
     reads: tuple[str | History, ...]
     weights: tuple[str | RowsOf | Altered | None, ...] = ()
     params: Mapping[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """The names of the values that it reads, histories included."""
+        return tuple([read.of if isinstance(read, History) else read for read in self.reads])
 
 
 class WeightSource(Protocol):
@@ -110,7 +116,7 @@ def run(
     Returns:
         The last step's value and the kept ones, by name.
     """
-    last_use = {name: index for index, step in enumerate(steps) for name in _names(step)}
+    last_use = {name: index for index, step in enumerate(steps) for name in step.names}
     remembered = {read.of for step in steps for read in step.reads if isinstance(read, History)}
     wanted = {*keep, steps[-1].makes} if steps else set(keep)
     live = dict(values)
@@ -123,11 +129,7 @@ def run(
         live[step.makes] = made
         if step.makes in remembered:
             cache.append(step.makes, made)
-        for name in (*_names(step), step.makes):
+        for name in (*step.names, step.makes):
             if last_use.get(name, -1) <= index and name not in wanted:
                 live.pop(name, None)
     return {name: live[name] for name in wanted if name in live}
-
-
-def _names(step: Step) -> list[str]:
-    return [read if isinstance(read, str) else read.of for read in step.reads]

@@ -13,8 +13,8 @@ def open_engine(model: GgufModel, backend: str = "auto", devices: Sequence[int] 
     Raises:
         InputError: no such backend or device, or too little memory there; ModelError: as `Transformer`.
     """
-    if len(devices) < 2:
-        return Transformer(model, choose(backend, *devices), resident=resident)
+    if not devices:
+        return Transformer(model, choose(backend), resident=resident)
     from .split import SplitTransformer
 
     return SplitTransformer(model, [choose(backend, number) for number in devices], resident=resident)

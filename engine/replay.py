@@ -4,14 +4,56 @@ One pass over all positions. Rows do not depend on how the sequence was cut into
 `passes`; so one replay stands for a prompt and the tokens generated after it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 
 from .backend import Array, Backend
-from .graph import PASSES, POSITIONS, TOKENS, Altered, History, Step, WeightSource, compute
+from .batched import can_batch, compute_batch
+from .graph import PASSES, POSITIONS, TOKENS, Altered, Step, WeightSource, compute
+
+_QUIET = partial(np.errstate, over="ignore", invalid="ignore", divide="ignore")  # faults overflow: that is what they do
+# What a change raises that this model's shapes (or its lack of a weight) do not allow.
+# TypeError: of two faults at once the second one changed the operation that the first one had given other inputs.
+NOT_ALLOWED = (ValueError, KeyError, IndexError, TypeError)
 
 Visit = Callable[[str, Array], bool]  # a value that differs from the right run's; False ends the replay
+Edits = Mapping[int, Sequence[Step]]  # the steps that stand in place of the right one, by its number
+Judge = Callable[[str, Array], Sequence[bool]]  # a value of several versions, [M, …]: which of them to go on with
+Values = dict[str, Array]
+
+
+class _Right(Mapping[str, Array]):
+    """The values of the right run; one is computed, with all before it, when it is first asked for.
+
+    Raises:
+        ValueError, IndexError: where faults are planted in the right run's steps, the model's shapes may not allow them.
+    """
+
+    def __init__(self, steps: Sequence[Step], given: Values, weights: WeightSource) -> None:
+        self._made = given
+        self._names = (*given, *(step.makes for step in steps))
+        self._known = frozenset(self._names)
+        self._steps = tuple(steps)
+        self._next = 0
+        self._weights = weights
+
+    def __getitem__(self, name: str) -> Array:
+        if name not in self._known:
+            raise KeyError(name)
+        while name not in self._made:
+            step = self._steps[self._next]
+            with _QUIET():
+                self._made[step.makes] = compute(step, [self._made[read] for read in step.names], self._weights)
+            self._next += 1
+        return self._made[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 class Replay:
@@ -33,20 +75,17 @@ class Replay:
         self.weights = weights
         given = {TOKENS: tokens, POSITIONS: positions, PASSES: passes}
         self.rows = len(tokens)
-        self.values: dict[str, Array] = {
-            name: backend.array(np.asarray(numbers, dtype=np.int64)) for name, numbers in given.items()
-        }
+        arrays = {name: backend.array(np.asarray(numbers, dtype=np.int64)) for name, numbers in given.items()}
+        self.values: Mapping[str, Array] = _Right(steps, arrays, weights)
+        self._xp = backend.xp
+        self._steps = tuple(steps)
         self._right = {step.makes: step for step in steps}
-        for step in steps:
-            self.values[step.makes] = self._compute(step, {})
+        self._last_reads: dict[int, dict[str, int]] = {}
 
-    def _compute(self, step: Step, changed: dict[str, Array]) -> Array:
-        names = (read.of if isinstance(read, History) else read for read in step.reads)
-        inputs = [changed[name] if name in changed else self.values[name] for name in names]
-        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):  # faults overflow: that is what they do
-            return compute(step, inputs, self.weights)
+    def _compute(self, step: Step, changed: Values) -> Array:
+        return compute(step, [changed[name] if name in changed else self.values[name] for name in step.names], self.weights)
 
-    def run(self, steps: Sequence[Step], visit: Visit, begin: int = 0) -> dict[str, Array]:
+    def run(self, steps: Sequence[Step], visit: Visit, begin: int = 0) -> Values:
         """Compute what differs from the right run, in order, until `visit` has seen enough.
 
         `begin` is the number of steps at the start that are known to be right. A value that comes out bit-equal to the
@@ -58,25 +97,106 @@ class Replay:
         Raises:
             ValueError: the model's shapes do not allow this change.
         """
-        changed: dict[str, Array] = {}
-        for step in steps[begin:] if begin else steps:
-            right = self._right.get(step.makes)
-            if right is step:
-                if changed.keys().isdisjoint(names_read(step)):
-                    continue
-            elif right is not None and changed.keys().isdisjoint(names_read(step)) and self._same_weights(step, right):
-                continue
-            made = self._compute(step, changed)
-            before = self.values.get(step.makes)
-            if before is not None:
-                if made.shape != before.shape:
-                    raise ValueError(f"{step.makes} has shape {made.shape} instead of {before.shape}")
-                if bool((made == before).all()):
-                    continue
-            changed[step.makes] = made
-            if not visit(step.makes, made):
-                break
+        changed: Values = {}
+        with _QUIET():
+            for step in steps[begin:] if begin else steps:
+                if self._changes(step, changed) and not visit(step.makes, changed[step.makes]):
+                    break
         return changed
+
+    def _changes(self, step: Step, changed: Values) -> bool:
+        """Compute a step if it can differ from the right run, and put what it makes to what differs, if it does."""
+        right = self._right.get(step.makes)
+        if changed.keys().isdisjoint(step.names) and (right is step or (right is not None and self._same_weights(step, right))):
+            return False
+        made = self._compute(step, changed)
+        if right is not None:
+            before = self.values[step.makes]
+            if made.shape != before.shape:
+                raise ValueError(f"{step.makes} has shape {made.shape} instead of {before.shape}")
+            if bool((made == before).all()):
+                return False
+        changed[step.makes] = made
+        return True
+
+    def run_batch(self, edits: Sequence[Edits], end: int, watched: frozenset[str], judge: Judge) -> list[Values | None]:
+        """Compute many versions of the steps in front of number `end` together: what a version shares with the right run is
+        computed for all versions at once.
+
+        Args:
+            edits: for each version.
+            watched: names at which `judge` says which versions go on.
+
+        Returns:
+            For each version what differs from the right run and is not used up; None for one that `judge` ended or that the
+            model's shapes do not allow.
+        """
+        changed: list[Values | None] = [{} for _ in edits]
+        owners: dict[int, list[int]] = {}
+        for version, edit in enumerate(edits):
+            for number in edit:
+                owners.setdefault(number, []).append(version)
+        used_up = self._used_up(edits, end)
+        with _QUIET():
+            for number in range(min(owners), end):
+                name = self._steps[number].makes
+                self._advance(number, edits, owners.get(number, ()), changed)
+                mine = [values for values in changed if values and name in values]
+                if mine and name in watched:
+                    keep = judge(name, self._xp.stack([values[name] for values in mine]))
+                    ended = {id(values) for values, kept in zip(mine, keep, strict=True) if not kept}
+                    changed = [None if id(values) in ended else values for values in changed]
+                for old in used_up.get(number, ()):
+                    for values in changed:
+                        if values:
+                            values.pop(old, None)
+        return changed
+
+    def _advance(self, number: int, edits: Sequence[Edits], owners: Sequence[int], changed: list[Values | None]) -> None:
+        """One step of `run_batch`; `owners` are the versions that have steps of their own in its place."""
+        step = self._steps[number]
+        alone = set(owners)
+        same = [(version, values) for version, values in enumerate(changed) if values and version not in alone]
+        same = [pair for pair in same if not pair[1].keys().isdisjoint(step.names)]
+        if not can_batch(step):
+            alone.update(version for version, _ in same)
+            same = []
+        for version in alone:
+            values = changed[version]
+            if values is None:
+                continue
+            try:
+                for one in edits[version].get(number, (step,)):
+                    self._changes(one, values)
+            except NOT_ALLOWED:
+                changed[version] = None
+        if not same:
+            return
+        right = self.values[step.makes]
+        inputs = [
+            self._xp.concatenate([values.get(name, known) for _, values in same])
+            for name, known in ((name, self.values[name]) for name in step.names)
+        ]
+        made = compute_batch(step, inputs, len(same), self.weights)
+        differs = (made != right).reshape(len(same), -1).any(axis=1).tolist()
+        for (_, values), new, other in zip(same, made, differs, strict=True):
+            if other:
+                values[step.makes] = new
+
+    def _used_up(self, edits: Sequence[Edits], end: int) -> dict[int, list[str]]:
+        """The names that nothing reads any more, by the number of the step after which that is so."""
+        if end not in self._last_reads:
+            reads = {name: number for number, step in enumerate(self._steps[:end]) for name in (step.makes, *step.names)}
+            reads.pop(self._steps[end - 1].makes, None)
+            self._last_reads[end] = reads
+        last = dict(self._last_reads[end])
+        for edit in edits:
+            for number, steps in edit.items():
+                last.update({name: number for step in steps for name in step.names if last.get(name, number) < number})
+        result: dict[int, list[str]] = {}
+        for name, number in last.items():
+            result.setdefault(number, []).append(name)
+        return result
 
     def _same_weights(self, step: Step, right: Step) -> bool:
         """Whether a changed step differs by its weights only, and those come out as the very same arrays."""
@@ -90,8 +210,3 @@ class Replay:
             if new.make(self.weights, new.weight) is not self.weights.get(old):
                 return False
         return True
-
-
-def names_read(step: Step) -> tuple[str, ...]:
-    """The names of the values that a step reads, histories included."""
-    return tuple([read.of if isinstance(read, History) else read for read in step.reads])

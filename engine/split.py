@@ -33,7 +33,7 @@ class Stage:
 
 
 class SplitTransformer(Transformer):
-    """Runs a model whose layers are spread evenly over several devices; the same interface and numbers as `Transformer`.
+    """Runs a model whose layers are spread evenly over the given devices; the same interface and numbers as `Transformer`.
 
     One device computes at a time: this is for models that one device does not hold, not for speed.
 
@@ -44,8 +44,10 @@ class SplitTransformer(Transformer):
     def __init__(self, model: GgufModel, backends: Sequence[Backend], *, resident: bool = True) -> None:
         super().__init__(model, backends[0], resident=False)
         self.stages = stages(model, self.steps, backends, resident=resident)
-        names = ", ".join(str(backend.number) for backend in backends)
-        self.backend = replace(backends[0], devices=len(backends), device=f"{backends[0].device}, devices {names}")
+        numbers = ", ".join(str(backend.number) for backend in backends)
+        self.backend = replace(
+            backends[0], spread=True, device=f"{backends[0].device}, device{'s' * (len(backends) > 1)} {numbers}"
+        )
 
     def start(self, first_position: int = 0) -> SplitProgress:
         """A new, empty sequence whose first token stands at `first_position`."""

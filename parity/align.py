@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from checkpoints.errors import DumpError
+from checkpoints.nearest import unknown_names
 from checkpoints.points import order
 from checkpoints.record import Dump, Rows
 from checkpoints.verdict import Missing
@@ -181,7 +182,7 @@ def _nothing(ours: Dump, ref: Dump) -> DumpError:
     if not common:
         return DumpError(
             f"the dumps have no point in common: ours has {_some(ours.points)}, the reference has {_some(ref.points)}.",
-            "Record the same --points on both sides; `parity model M` lists their names.",
+            _advice(ours),
             code="nothing-in-common",
         )
     left, right = ours.points[common[0]], ref.points[common[0]]
@@ -190,6 +191,13 @@ def _nothing(ours: Dump, ref: Dump) -> DumpError:
         f"Record the same --positions on both sides, counted from 0, or move ours: --offset {_lowest(right) - _lowest(left):d}.",
         code="nothing-in-common",
     )
+
+
+def _advice(ours: Dump) -> str:
+    unknown = unknown_names(ours.points)
+    if unknown:
+        return f"{unknown[0][0].upper()}{unknown[0][1:]}."
+    return "Record the same --points on both sides; `parity model M` lists their names."
 
 
 def _lowest(rows: Rows) -> int:

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from checkpoints.points import parse
 
-from .isolate import Value
+from .row_errors import Value
 from .tolerance import FUTURE_MASS
 
 # A float32 softmax of S weights sums to 1 within S · 2^-24; 1e-5 is that of 168 positions with every error in one direction,

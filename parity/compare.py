@@ -14,7 +14,8 @@ from .align import Pair, align
 from .dataflow import upstream
 from .judge import judge
 from .metrics import Measures, measure
-from .positions import Placed, place
+from .pass_sums import with_pass_sums
+from .positions import Placed, elsewhere, place
 from .records import Records, picked, proportion
 from .tokens_diff import same_experiment, sequence, token_text
 from .tolerance import ASSUMED_JUMP, EXACT_FLOOR, common_mode, limits
@@ -27,6 +28,7 @@ class Options:
     `tolerance`: one NMSE limit for everything. `compute`: arithmetic of our side (f32, tf32, f16, bf16) where its header
     does not say it. `strict`: what one side lacks is a divergence. `step`: which of contradicting records of one key counts.
     `placed`: the caller says that our positions count as the reference's do; else they are looked for where nothing says it.
+    `limits`: those to apply instead of the table's.
     """
 
     tolerance: float | None = None
@@ -34,6 +36,7 @@ class Options:
     strict: bool = False
     step: int | None = None
     placed: bool = False
+    limits: Limits | None = None
 
 
 def compare(ours: Dump, ref: Dump, options: Options | None = None) -> Verdict:
@@ -49,7 +52,7 @@ def compare(ours: Dump, ref: Dump, options: Options | None = None) -> Verdict:
 def measured(ours: Dump, ref: Dump, options: Options | None = None) -> Records:
     """Align, measure and hold every record against its limit. Raises as `compare` does."""
     options = options or Options()
-    allowed = limits(ours.header, ref.header, compute=options.compute, tolerance=options.tolerance)
+    allowed = options.limits or limits(ours.header, ref.header, compute=options.compute, tolerance=options.tolerance)
     same_experiment(ours, ref)
     placed = Placed(ours) if options.placed else place(ours, ref)
     ours = placed.ours
@@ -67,6 +70,7 @@ def measured(ours: Dump, ref: Dump, options: Options | None = None) -> Records:
         unusable = (f"{int((~known).sum())} records have no value in common and could not be compared",)
         pairs = picked(pairs, np.split(known, np.cumsum([len(pair.ours) for pair in pairs])[:-1]))
         measures = measure(pairs)
+    measures = with_pass_sums(measures, pairs, ours, ref)
     if not len(measures) and tokens.divergence is None:
         raise DumpError(
             "no record could be compared.",
@@ -79,6 +83,8 @@ def measured(ours: Dump, ref: Dump, options: Options | None = None) -> Records:
     limit = _limit_of_each(pairs, point, measures, allowed)
     of_limit = proportion(measures.nmse, measures.future_mass, limit)
     failed = of_limit > 1
+    right = np.bincount(point, weights=~failed, minlength=len(pairs))
+    wrong = [pair.point for pair, agreeing in zip(pairs, right, strict=True) if not agreeing]
     seq, token_idx = _column(pairs, "seq"), _column(pairs, "token_idx")
     return Records(
         ours=ours,
@@ -103,7 +109,13 @@ def measured(ours: Dump, ref: Dump, options: Options | None = None) -> Records:
         missing_ref=alignment.missing_ref,
         left_out=total - kept,
         strict=options.strict,
-        notes=(*((placed.note,) if placed.note else ()), *alignment.notes, *unusable, *_notes(ours, ref, pairs, measures)),
+        notes=(
+            *((placed.note,) if placed.note else ()),
+            *elsewhere(ours, ref, wrong),
+            *alignment.notes,
+            *unusable,
+            *_notes(ours, ref, pairs, measures),
+        ),
     )
 
 
@@ -120,7 +132,9 @@ def _limit_of_each(
     A whole layer that agrees shows the engine's own noise; what jumps far above it later is no noise, however small it is
     against the loosest arithmetic. Before the first whole layer, and never above it, the loosest limit holds.
     """
-    chosen = np.array([allowed.logits if pair.point == LOGITS else allowed.operations for pair in pairs])
+    chosen = np.array(
+        [allowed.points.get(pair.point, allowed.logits if pair.point == LOGITS else allowed.operations) for pair in pairs]
+    )
     if allowed.assumed and len(measures):
         noise = 0.0
         starts = np.searchsorted(point, np.arange(len(pairs)))

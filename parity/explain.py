@@ -11,17 +11,19 @@ import numpy as np
 from checkpoints.explanation import Cause, Explanation, Named
 from checkpoints.explanation import Place as Where
 from checkpoints.finding import ERROR
-from checkpoints.points import EMBD, in_layer, parse
+from checkpoints.points import in_layer, parse
 from checkpoints.record import Dump
-from engine.faults import CATALOGUE
 
+from .explain_apart import apart
 from .explain_case import Case, Options
 from .explain_leads import leads
 from .explain_precision import KINDS, Floor, fits, floor, may_be_noise, with_noise
 from .explain_records import Expected
+from .explain_rows import garbage
 from .explain_search import Search
 from .explain_state import Candidate, Place, State
 from .lint import lint
+from .lint_rules.model_facts import ModelFacts
 from .tolerance import EXACT_FLOOR
 
 EXACT = EXACT_FLOOR.operations
@@ -50,41 +52,68 @@ def explain(dump: Dump, model: Path, options: Options | None = None) -> Explanat
     else:
         kind = _precision(case) if may_be_noise(case.entries) and not search.everywhere(start) else ""
         if not kind:
-            best = _around(case, search, search.explain(start, options.max_faults), options)
+            best = _needed(search, _around(case, search, search.explain(start, options.max_faults), options))
     answer = _answer(case, search, start, best)
     if not kind and best.first is not None:
-        answer = replace(answer, leads=tuple(leads(case.entries, case.replay, case.positions, search)))
-    answer = replace(answer, notes=(*answer.notes, *_lint(case, model)))
+        answer = _left_over(case, search, best, answer)
+    answer = replace(answer, notes=(*answer.notes, *_lint(case)))
     return replace(answer, precision_only=kind, next="" if kind else answer.next, seconds=perf_counter() - began)
 
 
-def _lint(case: Case, model: Path) -> list[str]:
+def _left_over(case: Case, search: Search, best: State, answer: Explanation) -> Explanation:
+    """The answer with what the numbers say of the place that is left: a cause, if they name one by themselves, or leads."""
+    values = search.screening.replay(best, len(case.positions)).values
+    rows = garbage(case.entries, best, values, case.positions, answer.differing)
+    if rows is not None:
+        return replace(answer, causes=(*answer.causes, rows), remaining=None, next="")
+    return replace(answer, leads=tuple(leads(case.entries, best, search, case.positions)))
+
+
+def _lint(case: Case) -> list[str]:
     """What lint says of the dump, as notes: a fault of the capture is a cause like any other here."""
     return [
         f"lint: {finding.rule}{f' at {finding.checkpoint}' if finding.checkpoint else ''}: {finding.evidence}"
-        for finding in lint(case.dump, model).findings
+        for finding in lint(case.dump, ModelFacts(case.transformer.model)).findings
         if finding.severity == ERROR
     ]
 
 
 def _around(case: Case, search: Search, best: State, options: Options) -> State:
-    """Where the first place shows what the engine computes later (a capture's fault), explain the rest before it."""
-    start = search.screening.start()
-    if best.first is None or best.first != start.first or options.max_faults < 2:
+    """Where the place that is left shows what the engine computes later (a capture's fault), explain the rest before it.
+
+    The points of that kind are left out, and what explains the others is kept.
+    """
+    depth = options.max_faults - len(best.faults)
+    if best.first is None or depth < 2:
         return best
-    others = [entry for number, entry in enumerate(case.entries) if number != best.first.point]
+    kind = parse(case.entries[best.first.point].point).kind
+    others = [entry for entry in case.entries if parse(entry.point).kind != kind]
     inner = Search(case.screening(others, options.budget / 2))
     rest = inner.screening.start()
+    for candidate in best.faults:
+        rest = inner.screening.check(rest, candidate) or rest
     if rest.first is None:
         return best
-    found = inner.explain(rest, options.max_faults - 1)
+    found = inner.explain(rest, depth - 1)
     if found.first is not None:
         return best
-    state = start
+    search.screening.extend(options.budget / 4)
+    state = search.screening.start()
     for candidate in found.faults:
         state = search.screening.check(state, candidate) or state
-    search.screening.extend(options.budget / 4)
-    return search.explain(state, options.max_faults - len(state.faults))
+    return min(best, search.explain(state, options.max_faults - len(state.faults)), key=search.rank)
+
+
+def _needed(search: Search, best: State) -> State:
+    """The best state without the faults that it can do without."""
+    for left_out in best.faults if len(best.faults) > 1 else ():
+        state: State | None = search.screening.start()
+        for candidate in best.faults:
+            if candidate is not left_out and state is not None:
+                state = search.screening.check(state, candidate)
+        if state is not None and search.rank(state) < search.rank(best):
+            best = state
+    return best
 
 
 def _floor(case: Case, kind: str) -> Floor:
@@ -109,7 +138,7 @@ def _answer(case: Case, search: Search, start: State, best: State) -> Explanatio
         last_agreement=_last_agreement(case.entries, start.first),
         causes=tuple(causes),
         remaining=where(best),
-        next=_next(case, best),
+        next=_next(case, search, best),
         faults=len(search.tried.faults),
         variants=search.tried.variants,
         nearest=search.tried.nearest if np.isfinite(search.tried.nearest) else None,
@@ -130,7 +159,7 @@ def _causes(case: Case, search: Search, start: State, best: State, differing: in
             float(now[(entry.base > entry.limit) & (now <= entry.limit)].max(initial=0.0))
             for entry, now in zip(case.entries, after.nmse, strict=True)
         ]
-        others = [_named(one) for one in search.alike(best, number)]
+        others = search.equal(best, number)
         made.append(
             Cause(
                 named=_named(candidate),
@@ -140,8 +169,8 @@ def _causes(case: Case, search: Search, start: State, best: State, differing: in
                 symptom=candidate.fault.symptom,
                 fix=candidate.fault.fix,
                 seen=candidate.fault.seen,
-                equivalent=tuple(others),
-                apart=_apart(candidate, others),
+                equivalent=tuple(map(_named, others)),
+                apart=apart(case, state, candidate, others),
             )
         )
         state = after
@@ -155,19 +184,6 @@ def _named(candidate: Candidate) -> Named:
         candidate.layers,
         candidate.fault.sentence(candidate.parameters),
     )
-
-
-def _apart(candidate: Candidate, others: Sequence[Named]) -> str:
-    """What would tell equivalent faults apart."""
-    if not others:
-        return ""
-    kinds = {candidate.fault.name: candidate.parameters.get("at", candidate.fault.kinds)}
-    for other in others:
-        kinds[f"{other.fault} {other.parameters}"] = other.parameters.get("at", CATALOGUE[other.fault].kinds)
-    if len(set(kinds.values())) > 1:
-        names = sorted({kind for group in kinds.values() for kind in group})
-        return f"the points {', '.join(names)} would tell them apart"
-    return "a longer prompt, a generation or another model may tell them apart"
 
 
 def _count(entries: Sequence[Expected], state: State) -> int:
@@ -189,17 +205,15 @@ def _last_agreement(entries: Sequence[Expected], first: Place | None) -> str | N
     return entries[first.point - 1].point
 
 
-def _next(case: Case, best: State) -> str:
-    """The points to record where something is left unexplained."""
+def _next(case: Case, search: Search, best: State) -> str:
+    """The points to record where something is left unexplained; none where one operation is left."""
     if best.first is None:
         return ""
-    entries = case.entries
-    point = parse(entries[best.first.point].point)
-    before = parse(entries[best.first.point - 1].point) if best.first.point else None
-    low = 0 if before is None or before.layer is None else before.layer + (before.kind == "l_out")
-    high = point.layer if point.layer is not None else (-1 if point.kind == EMBD else case.transformer.hp.n_layers - 1)
-    if high < low:
+    layers = search.screening.suspects(best)
+    if not layers:
         return ""
-    if high == low:
-        return ",".join(in_layer(low, kind) for kind in _NEXT)
-    return f"blk.{{{low}..{high}}}.l_out"
+    if len(layers) > 1:
+        return f"blk.{{{layers[0]}..{layers[-1]}}}.l_out"
+    known = {entry.point for entry in case.entries}
+    wanted = [name for kind in _NEXT if (name := in_layer(layers[0], kind)) not in known]
+    return ",".join(wanted)

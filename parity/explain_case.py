@@ -91,7 +91,9 @@ class Case:
 
     def screening(self, entries: Sequence[Expected], seconds: float) -> Screening:
         """A screening over some of the records."""
-        return Screening(entries, self.transformer.steps, self.make, self.positions, self.transformer.backend, seconds)
+        return Screening(
+            entries, self.transformer.steps, self.replay, self.make, self.positions, self.transformer.backend, seconds
+        )
 
 
 def _first_sequence(dump: Dump) -> Dump:

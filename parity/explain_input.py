@@ -8,6 +8,7 @@ from checkpoints.explanation import Explanation
 from checkpoints.record import Dump
 from checkpoints.verdict import Verdict
 
+from .compare import Options as Comparison
 from .compare import compare
 from .explain import Case, Options, explain
 from .explain_records import right_rows
@@ -43,7 +44,9 @@ def check_reference(ref: Dump, model: Path, options: Options) -> None:
     if ref.header is not None:
         header = replace(header, mode=ref.header.mode, kv_type=ref.header.kv_type)
     points = {entry.point: case.dump.points[entry.point] for entry in case.entries}
-    verdict: Verdict = compare(Dump("our engine", header, right_rows(case.replay, case.positions, points)), ref)
+    verdict: Verdict = compare(
+        Dump("our engine", header, right_rows(case.replay, case.positions, points)), ref, Comparison(placed=True)
+    )
     if not verdict:
         where = verdict.first_divergence
         place = f" at {where.checkpoint}, position {where.token_idx}" if where is not None else ""

@@ -1,73 +1,48 @@
-"""Screens faults of single layers together: each changes one layer's output, and the layers after it are computed once.
+"""Versions of one layer's output, carried through the layers after it together."""
 
-A step that works row by row does not care whose rows it gets. So the outputs of many candidates are laid one after the
-other, as if they were one long sequence, and only the attention keeps them apart.
-"""
+from collections.abc import Iterator, Mapping, Sequence
 
-from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any
+from checkpoints.points import parse
+from engine.backend import Array, module_of
+from engine.batched import can_batch, compute_batch
+from engine.graph import POSITIONS, Step, WeightSource
 
-import numpy as np
+from .explain_state import State
 
-from engine import ops
-from engine.backend import Array
-from engine.graph import PASSES, POSITIONS, History, Step, WeightSource, compute
-
-_ROWS = 256  # rows computed at once: enough to keep the matrix products busy, few enough for [H, rows, rows] scores
+_ROWS = 512  # rows computed at once: enough to keep the matrix products busy
 
 
-def _apart(scores: Array, positions: Array, key_positions: Array, *, scale: float, rows: int) -> Array:
-    """causal_soft_max of sequences of `rows` positions each, laid one after the other: [H, M · rows, M · rows]."""
-    many = scores.shape[1] // rows
-    group = np.arange(many).repeat(rows)
-    hidden = np.where(group[None, :] == group[:, None], key_positions[None, :], positions.max() + 1)
-    shifted = np.where(hidden > positions[:, None], np.float32(-np.inf), scores * np.float32(scale))
-    shifted -= shifted.max(axis=-1, keepdims=True)
-    weights = np.exp(shifted)
-    total = weights.sum(axis=-1, keepdims=True, dtype=np.float64)
-    weights *= (1.0 / total).astype(np.float32)
-    return weights
+def steps_between(state: State, layer: int, point: str) -> list[Step]:
+    """The steps between a layer's output and a point, if `carry` can compute them; else none."""
+    steps = list(state.steps[state.order[f"blk.{layer}.l_out"] + 1 : state.order[point] + 1])
+    known = parse(point).known
+    plain = known is not None and "t+1" not in known.row
+    return steps if plain and all(can_batch(step) for step in steps) else []
 
 
-def batch_size(rows: int) -> int:
-    """How many candidates of so many rows are computed at once."""
-    return max(1, _ROWS // rows)
+def distinct(outputs: Mapping[int, Array]) -> list[tuple[Array, list[int]]]:
+    """The different ones among some arrays, by their bits, each with the keys of those that are equal to it."""
+    found: dict[bytes, tuple[Array, list[int]]] = {}
+    for number, output in outputs.items():
+        found.setdefault(output.tobytes(), (output, []))[1].append(number)
+    return list(found.values())
 
 
-def can_carry(steps: Sequence[Step]) -> bool:
-    """Whether these steps work row by row, but for a plain causal attention."""
-    return all(
-        step.op in _ROW_BY_ROW and PASSES not in [read.of if isinstance(read, History) else read for read in step.reads]
-        for step in steps
-    )
-
-
-_ROW_BY_ROW = (
-    ops.rms_norm,
-    ops.linear,
-    ops.rope,
-    ops.cached,
-    ops.attention_scores,
-    ops.causal_soft_max,
-    ops.weighted_values,
-    ops.add,
-    ops.swiglu,
-)
-
-
-def carry(steps: Sequence[Step], start: str, outputs: Sequence[Array], positions: Array, weights: WeightSource) -> list[Array]:
-    """Compute the steps after value `start` for many versions of it: each [R, D] -> each candidate's last value [R, n].
+def carry(
+    steps: Sequence[Step], start: str, outputs: Sequence[Array], positions: Array, weights: WeightSource
+) -> Iterator[Array]:
+    """Compute the steps after value `start` for many versions of it: each [R, D] -> each version's last value [R, n].
 
     Raises:
         KeyError: a step reads something else than `start`, the positions, and what the steps before it make.
     """
-    rows, many = len(positions), len(outputs)
-    values: dict[str, Any] = {start: np.concatenate(outputs), POSITIONS: np.tile(positions, many)}
-    made = values[start]
-    for step in steps:
-        if step.op is ops.causal_soft_max:
-            step = replace(step, op=_apart, params={**step.params, "rows": rows})  # noqa: PLW2901
-        made = compute(step, [values[read.of if isinstance(read, History) else read] for read in step.reads], weights)
-        values[step.makes] = made
-    return [made[number * rows : (number + 1) * rows] for number in range(many)]
+    xp = module_of(positions)
+    size = max(1, _ROWS // len(positions))
+    for begin in range(0, len(outputs), size):
+        batch = outputs[begin : begin + size]
+        values = {start: xp.concatenate(batch), POSITIONS: xp.tile(positions, len(batch))}
+        made = values[start].reshape(len(batch), *batch[0].shape)
+        for step in steps:
+            made = compute_batch(step, [values[name] for name in step.names], len(batch), weights)
+            values[step.makes] = made.reshape(-1, *made.shape[2:])
+        yield from made

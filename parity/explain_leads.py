@@ -1,16 +1,21 @@
 """What is left to say when no known fault reproduces the numbers: partial candidates, and what the numbers themselves say."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from checkpoints.explanation import Lead, Named
-from checkpoints.points import LOGITS
-from engine.replay import Replay
+from checkpoints.points import parse
+from engine.backend import Array
+from engine.faults import SEEN
 
 from .explain_records import Expected, Floats, Ints
 from .explain_search import Search
+from .explain_state import State, key
+
+Values = Mapping[str, Array]
 
 _COUNT = 3  # partial candidates that are shown
 _WORTH = 0.5  # part of the error that a candidate must take away to be shown
@@ -19,15 +24,15 @@ _EQUAL = 1e-9
 _F16_MAX = 65504.0  # the largest finite float16
 
 
-def leads(entries: Sequence[Expected], replay: Replay, positions: Ints, search: Search) -> list[Lead]:
-    """The best first: observations, then the candidates that take most of the error away."""
-    first = search.screening.start().first
-    if first is None:
+def leads(entries: Sequence[Expected], state: State, search: Search, positions: Ints) -> list[Lead]:
+    """What is to be said of a state's first place: observations, then the candidates that take most of the error away."""
+    if state.first is None:
         return []
-    entry = entries[first.point]
-    seen = [Lead(sentence) for sentence in _observations(entry, replay, positions)]
+    entry = replace(entries[state.first.point], base=state.nmse[state.first.point])
+    values = search.screening.replay(state, len(positions)).values
+    seen = [Lead(sentence) for sentence in _observations(entry, values, positions)]
     best: dict[str, Lead] = {}
-    for removed, candidate in sorted(search.tried.removed, key=lambda pair: -pair[0]):
+    for removed, candidate in sorted(search.tried.removed.get(key(state.faults), []), key=lambda pair: -pair[0]):
         if removed < _WORTH or len(best) >= _COUNT:
             break
         named = Named(
@@ -37,10 +42,10 @@ def leads(entries: Sequence[Expected], replay: Replay, positions: Ints, search: 
     return [*seen, *best.values()]
 
 
-def _observations(entry: Expected, replay: Replay, positions: Ints) -> Iterator[str]:
+def _observations(entry: Expected, values: Values, positions: Ints) -> Iterator[str]:
     wrong = entry.base > entry.limit
     theirs = np.where(entry.present, entry.values, 0.0)[wrong]
-    right = np.where(entry.present, entry.taken(replay.values[entry.point], positions), 0.0)[wrong]
+    right = np.where(entry.present, entry.taken(values[_shown(values, entry.point)], positions), 0.0)[wrong]
     if not np.isfinite(theirs).all():
         share = 1 - np.isfinite(theirs).mean()
         yield f"{share:.0%} of the values are NaN or infinite: an overflow, an empty softmax row, or memory never written"
@@ -52,12 +57,15 @@ def _observations(entry: Expected, replay: Replay, positions: Ints) -> Iterator[
         yield "values reach float16's largest (65504): saturation"
     yield from _factor(theirs, right)
     yield from _permutation(theirs, right)
-    yield from _shift(entry, replay, positions, wrong)
-    yield from _other_point(entry, replay, positions, wrong)
+    yield from _shift(entry, values, positions, wrong)
+    yield from _other_point(entry, values, positions, wrong)
     yield from _steps(theirs)
-    part = _which(entry, wrong)
-    if part:
-        yield part
+    yield _which(entry, wrong)
+
+
+def _shown(values: Values, point: str) -> str:
+    """The name of what the dump shows for a point: another one, where a cause is a fault of the capture."""
+    return SEEN + point if SEEN + point in values else point
 
 
 def _close(a: Floats, b: Floats) -> bool:
@@ -89,9 +97,9 @@ def _permutation(theirs: Floats, right: Floats) -> Iterator[str]:
         yield "the right values in another order: channels or heads are permuted"
 
 
-def _shift(entry: Expected, replay: Replay, positions: Ints, wrong: NDArray[np.bool_]) -> Iterator[str]:
+def _shift(entry: Expected, values: Values, positions: Ints, wrong: NDArray[np.bool_]) -> Iterator[str]:
     """The right values of another position, or a mix of two neighbours."""
-    tensor = entry.taken_all(replay.values[entry.point], positions)
+    tensor = entry.taken_all(values[_shown(values, entry.point)], positions)
     if tensor is None:
         return
     rows, theirs = entry.rows[wrong], np.where(entry.present, entry.values, 0.0)[wrong]
@@ -110,10 +118,10 @@ def _shift(entry: Expected, replay: Replay, positions: Ints, wrong: NDArray[np.b
             yield f"each position is a mix: {share:.0%} of the one before"
 
 
-def _other_point(entry: Expected, replay: Replay, positions: Ints, wrong: NDArray[np.bool_]) -> Iterator[str]:
+def _other_point(entry: Expected, values: Values, positions: Ints, wrong: NDArray[np.bool_]) -> Iterator[str]:
     """Equality with another point of the right engine."""
     theirs = np.where(entry.present, entry.values, 0.0)[wrong]
-    for name, tensor in replay.values.items():
+    for name, tensor in values.items():
         if name == entry.point or getattr(tensor, "ndim", 0) != 2 or tensor.shape[0] != len(positions):
             continue
         made = np.asarray(tensor)[entry.rows[wrong], : theirs.shape[1]].astype(np.float64)
@@ -135,12 +143,14 @@ def _steps(theirs: Floats) -> Iterator[str]:
 
 
 def _which(entry: Expected, wrong: NDArray[np.bool_]) -> str:
-    """Which positions are wrong."""
+    """Which positions are wrong, and what acts there."""
     rows = entry.rows[wrong]
-    if entry.point == LOGITS and 0 < wrong.sum() < len(wrong):
-        return f"{wrong.sum()} of {len(wrong)} rows of logits are wrong, the others are right"
+    outside = parse(entry.point).layer is None
     if len(rows) == len(entry.rows):
-        return "all positions are wrong: values, output projection, feed-forward, a norm or weights"
+        acts = "this operation or its weights" if outside else "values, output projection, feed-forward, a norm or weights"
+        return f"all positions are wrong: {acts}"
     if rows.min() > 0 and len(rows) == (entry.rows >= rows.min()).sum():
-        return f"positions 0 to {rows.min() - 1} are right, all later ones wrong: queries, keys, RoPE, scale, mask or cache"
-    return f"single positions are wrong: {', '.join(str(int(row)) for row in rows[:6])}{', …' if len(rows) > 6 else ''}"
+        right = "position 0 is" if rows.min() == 1 else f"positions 0 to {rows.min() - 1} are"
+        return f"{right} right, all later ones wrong: queries, keys, RoPE, scale, mask or cache"
+    listed = f"{', '.join(str(int(row)) for row in rows[:6])}{', …' if len(rows) > 6 else ''}"
+    return f"{len(rows)} of {len(entry.rows)} positions are wrong, the others right: {listed}"

@@ -58,6 +58,19 @@ def floor(
     return Floor(kind, means[0], np.maximum(*means))
 
 
+def ratios(found: Floor, entries: Sequence[Expected]) -> list[tuple[float, float, float]]:
+    """How far each point lies from the floor: its mean error by that of rounded products, the same by that of rounded
+    activations, its largest single error by the latter. NaN where that floor is below float32's own noise.
+    """
+    made = []
+    for entry, products, storage in zip(entries, found.products, found.storage, strict=True):
+        noise, mean = float(entry.limit.max()), float(entry.base.mean())
+        lower = mean / products if products > noise else float("nan")
+        upper = storage if storage > noise else float("nan")
+        made.append((lower, mean / upper, float(entry.base.max()) / upper))
+    return made
+
+
 def fits(found: Floor, entries: Sequence[Expected]) -> float | None:
     """How well a dump's differences are this arithmetic's: |log| of the typical ratio, None if they are not.
 

@@ -52,24 +52,28 @@ class Expected:
 
         The slice's NMSE as `metrics.measure` takes it, and by `measure` itself where records tell more than the slice.
         """
+        return np.asarray(self.nmse_of(tensor[None], positions)[0])
+
+    def nmse_of(self, tensors: NDArray[np.float32], positions: Ints) -> Floats:
+        """`nmse` of M tensors, [M, …] -> [M, R]."""
         here = self.rows < len(positions)
-        made = self._slice(tensor, positions, here)
-        present = self.present[here]
-        wanted = self.values[here]
+        made = self._slices(tensors, positions, here)
+        present, wanted = self.present[here], self.values[here]
         finite = np.isfinite(made) & np.isfinite(wanted)
-        delta = np.where(present & finite, made - np.where(finite, wanted, 0), 0.0)
-        printed = self.quantum[here]
-        if printed.any():
-            delta[np.abs(delta) <= printed + np.spacing(np.abs(wanted).astype(np.float32))] = 0.0
         with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
-            error = np.einsum("ij,ij->i", delta, delta) / self.energy[here]
+            delta = np.where(present & finite, made - wanted, 0.0)
+            printed = self.quantum[here]
+            if printed.any():
+                delta[np.abs(delta) <= printed + np.spacing(np.abs(wanted).astype(np.float32))] = 0.0
+            error = np.einsum("mij,mij->mi", delta, delta) / self.energy[here]
         error[np.isnan(error)] = 0.0  # nothing differs where there is nothing
         odd = present & (np.isfinite(made) != np.isfinite(wanted))
-        error[odd.any(axis=1)] = np.inf
-        result = np.full(len(self.rows), np.nan)
-        result[here] = error
-        if self.whole and (error <= self.limit[here]).all():  # only what the slice does not contradict is worth a sketch
-            return self._measured(tensor, positions, here)
+        error[odd.any(axis=2)] = np.inf
+        result = np.full((len(tensors), len(self.rows)), np.nan)
+        result[:, here] = error
+        if self.whole:  # only what the slice does not contradict is worth a sketch
+            for number in np.flatnonzero((error <= self.limit[here]).all(axis=1)):
+                result[number] = self._measured(tensors[number], positions, here)
         return result
 
     @property
@@ -109,21 +113,28 @@ class Expected:
 
     def _slice(self, tensor: NDArray[np.float32], positions: Ints, here: NDArray[np.bool_]) -> Floats:
         """The recorded elements of a candidate's tensor: float64 [records within its rows, k]."""
+        return np.asarray(self._slices(tensor[None], positions, here)[0])
+
+    def _slices(self, tensors: NDArray[np.float32], positions: Ints, here: NDArray[np.bool_]) -> Floats:
+        """`_slice` of M tensors: [M, records within their rows, k]."""
         width = self.values.shape[1]
         known = parse(self.point).known
         if known is not None and "t+1" in known.row:
-            rows = summarise(
-                self.point, tensor, positions - positions[0], slice_size=width, keep=self.rows[here], first=0
-            ).values
-            padded = np.full((int(here.sum()), width), np.nan)
-            padded[:, : rows.shape[1]] = rows
-            return padded
-        flat = tensor.reshape(len(positions), -1)[self.rows[here]]
+            return np.array([self._growing(tensor, positions, here) for tensor in tensors])
+        flat = tensors.reshape(len(tensors), len(positions), -1)
         if self.index is not None:
-            return np.take_along_axis(flat, np.maximum(self.index[here], 0), axis=1).astype(np.float64)
-        if flat.shape[1] < width:
-            flat = np.pad(flat, ((0, 0), (0, width - flat.shape[1])), constant_values=np.nan)
-        return flat[:, :width].astype(np.float64)
+            index = np.maximum(self.index[here], 0)[None]
+            return np.take_along_axis(flat[:, self.rows[here]], index, axis=2).astype(np.float64)
+        cut = flat[:, :, :width][:, self.rows[here]].astype(np.float64)
+        return np.pad(cut, ((0, 0), (0, 0), (0, width - cut.shape[2])), constant_values=np.nan) if cut.shape[2] < width else cut
+
+    def _growing(self, tensor: NDArray[np.float32], positions: Ints, here: NDArray[np.bool_]) -> Floats:
+        """`_slice` where a row has an element for each position up to its own."""
+        width = self.values.shape[1]
+        rows = summarise(self.point, tensor, positions - positions[0], slice_size=width, keep=self.rows[here], first=0).values
+        padded = np.full((int(here.sum()), width), np.nan)
+        padded[:, : rows.shape[1]] = rows
+        return padded
 
 
 def expected(dump: Dump, replay: Replay, positions: Ints, header: Header) -> tuple[list[Expected], tuple[str, ...]]:

@@ -5,20 +5,17 @@ from time import perf_counter
 
 import numpy as np
 
-from checkpoints.points import parse
+from checkpoints.points import OUTPUT_NORM, parse
 from engine.backend import Array, Backend
 from engine.faults import CATALOGUE, SEEN, Planting
-from engine.graph import POSITIONS, Step
-from engine.replay import Replay
+from engine.graph import Step
+from engine.replay import NOT_ALLOWED, Replay
 
-from .explain_layers import batch_size, can_carry, carry
+from .explain_batch import Batch
 from .explain_records import Expected, Floats, Ints
 from .explain_state import Candidate, Layers, Place, Screened, State, Tried, key, shown_points, unchanged_steps
 
 MakeReplay = Callable[[Sequence[Step], int], Replay]
-# What a change raises that this model's shapes (or its lack of a weight) do not allow.
-# TypeError: of two faults at once the second one changed the operation that the first one had given other inputs.
-NOT_ALLOWED = (ValueError, KeyError, IndexError, TypeError)
 _REPLAYS = 8  # replays that are kept; each holds every value of a run
 
 
@@ -26,7 +23,7 @@ class Screening:
     """Holds candidates against the records of a dump.
 
     Args:
-        make: gives the replay of a list of steps over the first so many rows.
+        right: the replay of `steps` over all rows. make: gives the replay of a list of steps over the first so many rows.
         seconds: after which screening ends.
     """
 
@@ -34,6 +31,7 @@ class Screening:
         self,
         entries: Sequence[Expected],
         steps: Sequence[Step],
+        right: Replay,
         make: MakeReplay,
         positions: Ints,
         backend: Backend,
@@ -44,17 +42,19 @@ class Screening:
         self.tried = Tried()
         self.complete = True
         self.make = make
-        self._positions = positions
-        self._backend = backend
+        self.positions = positions
+        self.backend = backend
         self._until = perf_counter() + seconds
-        self._number = {entry.point: number for number, entry in enumerate(self.entries)}
+        self.number = {entry.point: number for number, entry in enumerate(self.entries)}
+        self._whole = right
         self._replays: dict[tuple[str, ...], Replay] = {}
+        self._checked: dict[tuple[str, ...], State | None] = {}
         self.n_layers = sum(step.makes.endswith(".l_out") for step in steps)
 
     def start(self) -> State:
         """The right engine itself."""
         nmse = tuple(entry.base for entry in self.entries)
-        return State((), Planting(self.right), nmse, self._first(nmse))
+        return State((), Planting(self.right, self.number), nmse, self._first(nmse))
 
     def _first(self, nmse: Sequence[Floats]) -> Place | None:
         for number, (entry, errors) in enumerate(zip(self.entries, nmse, strict=False)):  # nmse may end early
@@ -63,8 +63,10 @@ class Screening:
                 return Place(number, int(entry.rows[wrong].min()))
         return None
 
-    def _replay(self, state: State, rows: int) -> Replay:
+    def replay(self, state: State, rows: int) -> Replay:
         """The state's replay over the first rows; made once for each number of rows."""
+        if rows == self.rows and not state.faults:
+            return self._whole
         name = (*key(state.faults), str(rows))
         if name not in self._replays:
             if len(self._replays) >= _REPLAYS:
@@ -87,23 +89,32 @@ class Screening:
             return number < until and not (found[number] > self.entries[number].limit).any()
 
         try:
-            self._replay(root, rows).run(steps, visit, unchanged_steps(steps, root))
+            needed = self._needed(steps, shown, until) if shown else steps
+            self.replay(root, rows).run(needed, visit, unchanged_steps(needed, root))
         except NOT_ALLOWED:
             return None
         return found
 
+    def _needed(self, steps: Sequence[Step], shown: frozenset[str], until: int) -> list[Step]:
+        """The steps that what the dump shows up to a point comes from, where it shows other steps than it names."""
+        number = {step.makes: number for number, step in enumerate(steps)}
+        points = [entry.point for entry in self.entries[: until + 1]]
+        seen = [steps[number[SEEN + point]] for point in points if point in shown]
+        last = max([number[point] for point in points if point not in shown] + [number[read] for s in seen for read in s.names])
+        return [*steps[: last + 1], *seen]
+
     def _compare(self, name: str, made: Array, shown: frozenset[str], rows: int, found: dict[int, Floats]) -> int | None:
         """Hold a value against the dump, if it is what the dump shows; its point's number."""
         point = name.removeprefix(SEEN)
-        number = self._number.get(point)
+        number = self.number.get(point)
         if number is None or (point in shown and name == point):
             return None
-        found[number] = self.entries[number].nmse(self._backend.to_host(made), self._positions[:rows])
+        found[number] = self.entries[number].nmse(self.backend.to_host(made), self.positions[:rows])
         return number
 
     def _everything(self, root: State, steps: Sequence[Step]) -> tuple[Floats, ...] | None:
         """NMSE at every point, all rows; None where the model's shapes do not allow this list."""
-        shown, rows = shown_points(steps), len(self._positions)
+        shown, rows = shown_points(steps), len(self.positions)
         found: dict[int, Floats] = {}
 
         def visit(name: str, made: Array) -> bool:
@@ -111,7 +122,7 @@ class Screening:
             return True
 
         try:
-            self._replay(root, rows).run(steps, visit, unchanged_steps(steps, root))
+            self.replay(root, rows).run(steps, visit, unchanged_steps(steps, root))
         except NOT_ALLOWED:
             return None
         return tuple(found.get(number, errors) for number, errors in enumerate(root.nmse))
@@ -136,6 +147,8 @@ class Screening:
             before = parse(entry.point)
             if before.layer is not None:
                 low = max(low, before.layer + (before.kind == "l_out"))
+            elif before.kind == OUTPUT_NORM:
+                low = self.n_layers
         return range(low, last + 1)
 
     def screen(self, state: State, candidate: Candidate) -> Screened | None:
@@ -145,63 +158,67 @@ class Screening:
         first = state.first
         if first is None:
             return None
+        entry = self.entries[first.point]
+        root = state.root or state
         try:
             steps = candidate.planted(state)
         except NOT_ALLOWED:
             return None
-        entry = self.entries[first.point]
         shown = shown_points(steps)
-        root = state.root or state
         if unchanged_steps(steps, root) > root.order[entry.point] and entry.point not in shown:
             return None
-        rows = self._rows(state, candidate)
+        rows = self.rows_of(state, candidate)
         found = self._errors(root, steps, rows, first.point)
-        self.tried.faults.add(candidate.fault.name)
-        self.tried.variants += 1
+        self.tried.count([candidate])
         if not found:
             return None
-        here = entry.rows < rows
-        left = found.get(first.point)
         errors = [
             found.get(number, np.where(self.entries[number].rows < rows, root.nmse[number], np.nan))
             for number in range(first.point + 1)
         ]
-        place = self._first(errors)
-        at_first = (entry.rows == first.row) & here
+        at_first = (entry.rows == first.row) & (entry.rows < rows)
+        left = found.get(first.point)
         error = float(left[at_first].max()) if left is not None and at_first.any() else float("nan")
-        return place, error
+        return self._first(errors), error
 
-    def _rows(self, state: State, candidate: Candidate) -> int:
+    def rows_of(self, state: State, candidate: Candidate) -> int:
         """How many rows show whether a candidate gets beyond the first place: that row and the next, if causality holds."""
-        every = len(self._positions)
         if state.first is None or any(one.fault.whole for one in (*state.faults, candidate)):
-            return every
-        return min(state.first.row + 2, every)
+            return self.rows
+        return min(state.first.row + 2, self.rows)
 
     @property
     def rows(self) -> int:
         """How many positions the dump's tokens have."""
-        return len(self._positions)
+        return len(self.positions)
 
     def left(self, place: Place, made: Array) -> float:
         """NMSE of a value of the first rows at a place."""
         entry = self.entries[place.point]
-        errors = entry.nmse(self._backend.to_host(made), self._positions[: made.shape[0]])
+        errors = entry.nmse(self.backend.to_host(made), self.positions[: made.shape[0]])
         return float(errors[entry.rows == place.row].max())
 
     def recorded(self, place: Place, made: Array) -> Floats:
         """The recorded elements of a value of the first rows at a place: [k]."""
         entry = self.entries[place.point]
-        return entry.at(self._backend.to_host(made), self._positions[: made.shape[0]], place.row)
+        return entry.at(self.backend.to_host(made), self.positions[: made.shape[0]], place.row)
 
     def check(self, state: State, candidate: Candidate) -> State | None:
         """The state with the candidate planted, on all rows and points; None where the model or the faults there do not allow it."""
+        name = key((*state.faults, candidate))
+        if name not in self._checked:
+            self._checked[name] = self._check(state, candidate)
+        return self._checked[name]
+
+    def _check(self, state: State, candidate: Candidate) -> State | None:
         try:
             steps = candidate.planted(state)
         except NOT_ALLOWED:
             return None
         nmse = self._everything(state.root or state, steps)
-        return None if nmse is None else State((*state.faults, candidate), Planting(steps), nmse, self._first(nmse))
+        return (
+            None if nmse is None else State((*state.faults, candidate), Planting(steps, self.number), nmse, self._first(nmse))
+        )
 
     def out_of_time(self) -> bool:
         """Whether the budget is spent."""
@@ -216,74 +233,14 @@ class Screening:
 
     def screened(self, state: State, layers: Layers) -> Iterator[tuple[Candidate, Screened]]:
         """Every candidate of a scope that changes something at the state's first place, and how far it gets."""
-        later = self._carried(state, layers)
-        waiting: dict[int, dict[bytes, tuple[Array, list[Candidate]]]] = {}
-        for candidate in self.candidates(state, layers):
+        if state.first is None:
+            return
+        candidates = list(self.candidates(state, layers))
+        plain = state.root is None and self.entries[state.first.point].point not in state.shown
+        yield from Batch(self, state, layers).screened([one for one in candidates if plain and one.fault.shows is None])
+        for candidate in candidates:
             if self.out_of_time():
                 return
-            if later and layers is not None and candidate.fault.shows is None:
-                rows = self._rows(state, candidate)
-                made = self._layer_output(state, candidate, layers[0], rows)
-                if made is not None:
-                    waiting.setdefault(rows, {}).setdefault(made.tobytes(), (made, []))[1].append(candidate)
-                continue
-            result = self.screen(state, candidate)
+            result = None if plain and candidate.fault.shows is None else self.screen(state, candidate)
             if result is not None:
                 yield candidate, result
-        for rows, distinct in waiting.items():
-            yield from self._carry(state, f"blk.{layers[0] if layers else 0}.l_out", later, rows, list(distinct.values()))
-
-    def _carried(self, state: State, layers: Layers) -> list[Step]:
-        """The steps between a layer's output and the state's first place, if they can be computed for many at once."""
-        if layers is None or state.first is None:
-            return []
-        point = self.entries[state.first.point].point
-        known = parse(point).known
-        names = [step.makes for step in state.steps]
-        start, end = names.index(f"blk.{layers[0]}.l_out"), names.index(point)
-        steps = list(state.steps[start + 1 : end + 1])
-        return steps if known is not None and "t+1" not in known.row and steps and can_carry(steps) else []
-
-    def _layer_output(self, state: State, candidate: Candidate, layer: int, rows: int) -> Array | None:
-        """What a candidate makes of a layer's output; None where it makes no difference or breaks what agrees before."""
-        self.tried.faults.add(candidate.fault.name)
-        self.tried.variants += 1
-        output: list[Array] = []
-        found: dict[int, Floats] = {}
-
-        def visit(name: str, made: Array) -> bool:
-            number = self._compare(name, made, frozenset(), rows, found)
-            if number is not None and (found[number] > self.entries[number].limit).any():
-                return False
-            if name == f"blk.{layer}.l_out":
-                output.append(made)
-                return False
-            return True
-
-        try:
-            steps = candidate.planted(state)
-            self._replay(state, rows).run(steps, visit, unchanged_steps(steps, state))
-        except NOT_ALLOWED:
-            return None
-        return output[0] if output else None
-
-    def _carry(
-        self, state: State, start: str, steps: Sequence[Step], rows: int, distinct: Sequence[tuple[Array, list[Candidate]]]
-    ) -> Iterator[tuple[Candidate, Screened]]:
-        """Screen many versions of a layer's output together."""
-        first = state.first
-        size = batch_size(rows)
-        replay = self._replay(state, rows)
-        for begin in range(0, len(distinct), size):
-            if self.out_of_time() or first is None:
-                return
-            batch = distinct[begin : begin + size]
-            made = carry(steps, start, [output for output, _ in batch], replay.values[POSITIONS], replay.weights)
-            for value, (_, candidates) in zip(made, batch, strict=True):
-                entry = self.entries[first.point]
-                errors = entry.nmse(self._backend.to_host(value), self._positions[:rows])
-                wrong = errors > entry.limit
-                place = Place(first.point, int(entry.rows[wrong].min())) if wrong.any() else None
-                error = float(errors[entry.rows == first.row].max())
-                for candidate in candidates:
-                    yield candidate, (place, error)

@@ -12,9 +12,11 @@ from itertools import product, zip_longest
 import numpy as np
 
 from engine.faults import Planting
+from engine.replay import NOT_ALLOWED
 
-from .explain_screening import NOT_ALLOWED, Screening
-from .explain_state import Candidate, State, key, worst
+from .explain_scopes import ranges, rescoped
+from .explain_screening import Screening
+from .explain_state import Candidate, Layers, State, key, worst
 from .explain_together import Together
 
 _BEAM = 4  # partial explanations that are followed
@@ -31,8 +33,10 @@ class Search:
     def __init__(self, screening: Screening) -> None:
         self.screening = screening
         self.tried = screening.tried
+        self.right = {step.makes: step for step in screening.right}
         self._found: dict[tuple[str, ...], list[State]] = {}
         self._stages: dict[tuple[str, ...], list[State]] = {}
+        self._ends: dict[tuple[str, ...], State] = {}
 
     def further(self, state: State, single: bool) -> list[State]:
         """States that get beyond the state's first place by one more fault, the best first.
@@ -45,8 +49,7 @@ class Search:
             for candidate, (place, error) in self.screening.screened(state, layers):
                 if state.first is None:
                     break
-                if not state.faults:
-                    self._note(state, candidate, error)
+                self._note(state, candidate, error)
                 if place is not None and not state.first < place:
                     continue
                 checked = self.screening.check(state, candidate)
@@ -64,15 +67,20 @@ class Search:
         entry = self.screening.entries[first.point]
         before = float(state.nmse[first.point][entry.rows == first.row].max())
         removed = 1 - error / before if np.isfinite(before) and before > 0 else 0.0
-        self.tried.removed.append((removed, candidate))
-        if error > float(entry.limit[entry.rows == first.row].max()):
+        self.tried.removed.setdefault(key(state.faults), []).append((removed, candidate))
+        if not state.faults and error > float(entry.limit[entry.rows == first.row].max()):
             self.tried.nearest = min(self.tried.nearest, error)
 
     def rank(self, state: State) -> tuple[float, ...]:
-        """Best first: everything explained with the least error, then the furthest first place."""
+        """Best first: everything explained, with the least error beyond noise; then the furthest first place. Of these,
+        the fewest faults, those in all layers, and those that change the fewest steps: nothing is blamed that need not be.
+        """
+        single = sum(candidate.layers is not None for candidate in state.faults)
+        size = (len(state.faults), single, sum(self.right.get(step.makes) is not step for step in state.steps))
         if state.first is None:
-            return (0.0, 0.0, 0.0, float(max(errors.max() for errors in state.nmse)))
-        return (1.0, -state.first.point, -state.first.row, 0.0)
+            error = worst(state, len(state.nmse))
+            return (0.0, round(float(np.log10(max(error, _SAME_NOISE) / _SAME_NOISE))), 0.0, *size, error)
+        return (1.0, -state.first.point, -state.first.row, *size, worst(state, state.first.point - 1))
 
     def everywhere(self, state: State) -> list[State]:
         """States of one more fault in all layers that explain everything."""
@@ -83,11 +91,29 @@ class Search:
         """`further`, remembered."""
         name = (*key(state.faults), str(single))
         if name not in self._stages:
-            self._stages[name] = self.further(state, single)
+            found = self.further(state, single)
+            more = [made for one in found[:_BEAM] for made in rescoped(self.screening, state, one)]
+            self._stages[name] = sorted([*found, *more], key=self.rank)
         return self._stages[name]
 
     def explain(self, state: State, depth: int) -> State:
-        """The best state that up to `depth` further faults lead to: everything explained, or the first place moved furthest."""
+        """The best state that up to `depth` further faults lead to: everything explained, or the first place moved furthest.
+
+        Faults are tried one by one; where that ends, several at once in the best states that it has led to.
+        """
+        best = self._one_by_one(state, depth)
+        tried: set[tuple[str, ...]] = set()
+        while best.first is not None and not self.screening.out_of_time():
+            ends = sorted((end for name, end in self._ends.items() if name not in tried), key=self.rank)
+            if not ends:
+                break
+            tried.add(key(ends[0].faults))
+            left = depth - (len(ends[0].faults) - len(state.faults))
+            best = min(best, self._follow(ends[0], self._several(ends[0], left), left), key=self.rank)
+        return best
+
+    def _one_by_one(self, state: State, depth: int) -> State:
+        """The best state that up to `depth` further faults lead to, each of which gets further by itself."""
         if state.first is None or depth == 0:
             return state
         suspects = self.screening.suspects(state)
@@ -104,9 +130,10 @@ class Search:
         found = everywhere
         if not (found and found[0].first is None):
             found = sorted([*found, *self._once(state, single=True)], key=self.rank)
-        if not found and depth > 1 and not self.screening.out_of_time():
-            found = self._several(state, depth)
-        self._found[key(state.faults)] = found
+        if not found and len(suspects) > 1:
+            found = sorted(ranges(self.screening, state), key=self.rank)
+        if not found:
+            self._ends.setdefault(key(state.faults), state)
         return self._follow(state, found, depth)
 
     def _follow(self, state: State, found: Sequence[State], depth: int) -> State:
@@ -119,7 +146,7 @@ class Search:
             if errors in seen:
                 continue
             seen.add(errors)
-            best = min(best, self.explain(one, depth - (len(one.faults) - len(state.faults))), key=self.rank)
+            best = min(best, self._one_by_one(one, depth - (len(one.faults) - len(state.faults))), key=self.rank)
             if best.first is None or len(seen) >= _BEAM:
                 break
         return best
@@ -139,6 +166,29 @@ class Search:
             and worst(one, until) <= most
         ]
 
+    def equal(self, state: State, number: int) -> list[Candidate]:
+        """`alike`, without those that do not get as far as the state does beside its other faults."""
+        alike = self.alike(state, number)
+        if len(state.faults) == 1:
+            return alike
+        equal = []
+        for one in alike:
+            checked = self._planted((*state.faults[:number], one, *state.faults[number + 1 :]))
+            if checked is not None and checked.first == state.first:
+                equal.append(one)
+        return equal
+
+    def _planted(self, faults: Sequence[Candidate]) -> State | None:
+        """The right engine with these faults, on all rows and points; None where the model or they do not allow it."""
+        *below, last = faults
+        start = middle = self.screening.start()
+        try:
+            for one in below:
+                middle = State((*middle.faults, one), Planting(one.planted(middle)), start.nmse, start.first, start)
+        except NOT_ALLOWED:
+            return None
+        return self.screening.check(middle, last)
+
     def _stage(self, state: State, number: int) -> list[State]:
         """What was found at the stage at which the state's fault of that number was added, alone or together with others."""
         for before in range(number, -1, -1):
@@ -149,7 +199,8 @@ class Search:
 
     def _several(self, state: State, depth: int) -> list[State]:
         """Two or three faults at once, where none alone gets any further, layer by layer."""
-        for layers in [(layer,) for layer in self.screening.suspects(state)] or [None]:
+        scopes: list[Layers] = [(layer,) for layer in self.screening.suspects(state)]
+        for layers in scopes or [None]:
             together = Together(self.screening, state, layers)
             for number in range(2, min(depth, _AT_ONCE) + 1):
                 better: list[State] = []

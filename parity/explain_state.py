@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import takewhile
 from typing import Any
 
@@ -66,15 +67,27 @@ class State:
         """The number of each step."""
         return self.planting.order
 
+    @cached_property
+    def shown(self) -> frozenset[str]:
+        """Points of which the dump shows something else than the engine computed."""
+        return shown_points(self.steps)
+
 
 @dataclass
 class Tried:
-    """What the search has tried: counts, and the best partial candidates at the first place."""
+    """What the search has tried: counts, and by state (its `key`) the part of the error at its first place that each candidate
+    takes away.
+    """
 
     faults: set[str] = field(default_factory=set)
     variants: int = 0
-    removed: list[tuple[float, Candidate]] = field(default_factory=list)
+    removed: dict[tuple[str, ...], list[tuple[float, Candidate]]] = field(default_factory=dict)
     nearest: float = np.inf
+
+    def count(self, candidates: Sequence[Candidate]) -> None:
+        """Candidates were tried."""
+        self.faults.update(candidate.fault.name for candidate in candidates)
+        self.variants += len(candidates)
 
 
 def worst(state: State, until: int) -> float:

@@ -14,10 +14,10 @@ import numpy as np
 from engine.backend import Array
 from engine.faults import AT, SEEN, Planting
 from engine.graph import Step
-from engine.replay import Replay, names_read
+from engine.replay import NOT_ALLOWED, Replay
 
 from .explain_records import Floats, Ints
-from .explain_screening import NOT_ALLOWED, Screening
+from .explain_screening import Screening
 from .explain_state import Candidate, Layers, State, shown_points, unchanged_steps
 
 # How many of the likely combinations are tried. `benchmarks/explain_several.py --ranks` prints the rank of the right pair
@@ -59,7 +59,10 @@ class Together:
         self._first = state.first
         self._entry = screening.entries[state.first.point]
         self._limit = float(self._entry.limit[self._entry.rows == state.first.row].max())
-        self._replays: dict[tuple[Effect, ...], tuple[State, dict[int, Replay]]] = {}
+        self._replays: dict[tuple[tuple[Effect, ...], int], tuple[State, Replay]] = {}
+        # Outside the layers nothing in front of the last agreement is in question; in a layer the faults' own layer sees to that.
+        before = screening.entries[state.first.point - 1].point if layers is None and state.first.point else ""
+        self._agreed = state.order.get(before, -1)
         self._length = len(self._until(state.steps))
         self.effects = self._effects()
 
@@ -101,26 +104,28 @@ class Together:
         return chosen
 
     def _left(self, effects: tuple[Effect, ...]) -> float:
-        """NMSE that is left with these planted one on the other."""
+        """NMSE that is left with these planted one on the other; infinite where the model or they do not allow it."""
         *below, last = (effect.alike[0] for effect in effects)
         rows = self._rows(*below, last)
-        if effects[:-1] not in self._replays:
+        self._screening.tried.variants += 1
+        try:
+            state, replay = self._below(effects[:-1], rows)
+        except NOT_ALLOWED:
+            return float("inf")
+        made = self._made(replay, state, last)
+        return float("inf") if made is None else self._screening.left(self._first, made)
+
+    def _below(self, effects: tuple[Effect, ...], rows: int) -> tuple[State, Replay]:
+        """The state with these planted, and its replay up to the first place. Raises one of NOT_ALLOWED."""
+        if (effects, rows) not in self._replays:
+            state = self._state
+            for candidate in (effect.alike[0] for effect in effects):
+                faults = (*state.faults, candidate)
+                state = State(faults, Planting(candidate.planted(state)), self._state.nmse, self._first)
             if len(self._replays) >= _REPLAYS:
                 del self._replays[next(iter(self._replays))]
-            state = self._state
-            try:
-                for candidate in below:
-                    faults = (*state.faults, candidate)
-                    state = State(faults, Planting(candidate.planted(state)), self._state.nmse, self._first)
-                self._replays[effects[:-1]] = state, {rows: self._replay(state.steps, rows)}
-            except NOT_ALLOWED:
-                return float("inf")
-        state, replays = self._replays[effects[:-1]]
-        if rows not in replays:
-            replays[rows] = self._replay(state.steps, rows)
-        self._screening.tried.variants += 1
-        made = self._made(replays[rows], state, last)
-        return float("inf") if made is None else self._screening.left(self._first, made)
+            self._replays[effects, rows] = state, self._replay(state.steps, rows)
+        return self._replays[effects, rows]
 
     def _effects(self) -> list[Effect]:
         """What each candidate makes of the first place, where that is something."""
@@ -159,7 +164,7 @@ class Together:
         shown = steps[number[name]]
         if not name.startswith(SEEN):
             return list(steps[: number[name] + 1])
-        return [*steps[: max(number[read] for read in names_read(shown)) + 1], shown]
+        return [*steps[: max(number[read] for read in shown.names) + 1], shown]
 
     def _made(self, replay: Replay, state: State, candidate: Candidate) -> Array | None:
         """What the dump would show at the first place; None where that is the same or the model does not allow it."""
@@ -168,7 +173,10 @@ class Together:
             needed = self._until(steps)
             if len(needed) > self._length + _BEYOND:
                 return None
-            changed = replay.run(needed, lambda _name, _made: True, unchanged_steps(steps, state))
+            begin = unchanged_steps(needed, state)
+            if begin <= self._agreed:
+                return None
+            changed = replay.run(needed, lambda _name, _made: True, begin)
         except NOT_ALLOWED:
             return None
         return changed.get(self._shown(steps))

@@ -7,7 +7,6 @@ layer's are held and not the model's. Nothing is inherited here: each error is t
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,14 +19,7 @@ from engine.graph import POSITIONS, TOKENS, Altered, History, RowsOf, Step, Weig
 
 from .elements import Sample, sample_product
 from .looks import look_of, other_epsilon
-
-Floats = NDArray[np.float64]
-
-# A row's error is taken over at least this share of the mean energy of all rows: single rows of scores can be all but
-# zero by chance. Measured on the embedded model, 32 tokens: without it the worst right operation has 3e-13, with it the same;
-# it guards what was not measured.
-ROW_FLOOR = 0.01
-
+from .row_errors import CACHED, Value, row_errors, rows_at
 
 # A norm is one scale a row, and no sum of many products: right ones measured 3e-14 at most, and another epsilon, the smallest
 # fault known, is as small as 1e-12 where activations are large.
@@ -35,14 +27,6 @@ _NORM_LIMIT = 1e-12
 # Where activations are larger still, another epsilon is below that: it is told by comparison, once a norm with smaller
 # activations has shown it. Rounding doesn't prefer one epsilon to another; ten times nearer is no rounding.
 _NEARER = 10.0
-
-
-@dataclass(frozen=True)
-class Value:
-    """One point's value in one forward pass and the positions of its rows: [T, …], [H, T, S], or [S, K·d] for what the cache gave."""
-
-    data: NDArray[Any]
-    positions: NDArray[np.int64]
 
 
 @dataclass
@@ -199,8 +183,8 @@ class Isolator:
             ValueError: they have none in common, or a history has gaps; the message says which.
         """
         made = live[step.makes]
-        whole = parse(step.makes).kind in _CACHED
-        rows = [live[read] for read in step.reads if isinstance(read, str) and parse(read).kind not in _CACHED]
+        whole = parse(step.makes).kind in CACHED
+        rows = [live[read] for read in step.reads if isinstance(read, str) and parse(read).kind not in CACHED]
         common = made.positions
         for value in [] if whole else rows:
             common = np.intersect1d(common, value.positions)
@@ -211,11 +195,11 @@ class Isolator:
         for read in step.reads:
             if isinstance(read, History):
                 inputs.append(self._history(read.of, seen))
-            elif parse(read).kind in _CACHED:
+            elif parse(read).kind in CACHED:
                 inputs.append(live[read].data)
             else:
-                inputs.append(_take(read, live[read], common))
-        return inputs, made.data if whole else _take(step.makes, made, common), made.positions if whole else common
+                inputs.append(rows_at(read, live[read], common))
+        return inputs, made.data if whole else rows_at(step.makes, made, common), made.positions if whole else common
 
     def _history(self, name: str, seen: int) -> NDArray[np.float32]:
         parts = self._past[name]
@@ -262,50 +246,7 @@ class Isolator:
             return ""
 
 
-_CACHED = ("k_read", "v_read")
-_SCORES = ("kq", "kq_soft_max")
-
-
 def _names(step: Step) -> list[str]:
     """What it reads but tokens and positions, and what it makes, each once."""
     read = [read if isinstance(read, str) else read.of for read in step.reads]
     return [name for name in dict.fromkeys(read) if name not in (TOKENS, POSITIONS)] + [step.makes]
-
-
-def _take(name: str, value: Value, positions: NDArray[np.int64]) -> NDArray[np.float32]:
-    """The rows of a value at given positions: [T, n], or [H, T, S] for scores."""
-    rows = np.searchsorted(value.positions, positions)
-    if parse(name).kind in _SCORES:
-        return value.data if len(rows) == len(value.positions) else value.data[:, rows]
-    data = value.data if value.data.ndim == 1 else value.data.reshape(len(value.positions), -1)
-    return data if len(rows) == len(value.positions) else data[rows]
-
-
-def row_errors(kind: str, ours: NDArray[np.float32], theirs: NDArray[np.float32], positions: NDArray[np.int64]) -> Floats:
-    """NMSE of each row (position), over max(the row's energy, 1 % of the mean): float64 [rows].
-
-    Of `kq` only scores of positions up to the row's own count: what is masked afterwards is nobody's business.
-
-    Raises:
-        ValueError: another shape.
-    """
-    if kind in _SCORES:
-        ours, theirs = ours.transpose(1, 0, 2), theirs.transpose(1, 0, 2)
-        if kind == "kq" and ours.shape == theirs.shape:
-            first = int(positions[-1]) + 1 - ours.shape[2]
-            seen = np.arange(ours.shape[2])[None, None, :] <= (positions - first)[:, None, None]
-            ours, theirs = np.where(seen, ours, 0), np.where(seen, theirs, 0)
-    if ours.shape[0] != theirs.shape[0] or ours.size != theirs.size:
-        raise ModelError(f"{kind} has shape {list(theirs.shape)}, the model's is {list(ours.shape)}.", "Is it of this model?")
-    a = ours.reshape(len(ours), -1).astype(np.float64)
-    b = theirs.reshape(len(theirs), -1).astype(np.float64)
-    same = (a == b) | (np.isnan(a) & np.isnan(b))
-    odd = (~np.isfinite(a) | ~np.isfinite(b)) & ~same
-    with np.errstate(invalid="ignore"):
-        delta = np.where(same | odd, 0.0, a - b)
-    b = np.where(np.isfinite(b), b, 0.0)
-    energy = np.einsum("ij,ij->i", b, b)
-    error = np.einsum("ij,ij->i", delta, delta)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        nmse = np.where(error == 0, 0.0, error / np.maximum(energy, ROW_FLOOR * energy.mean()))
-    return np.where(odd.any(axis=1), np.inf, nmse)

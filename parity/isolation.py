@@ -24,10 +24,12 @@ from reference.jobs import DumpJob
 
 from .attention_checks import AttentionChecks
 from .default_model import path as default_model
-from .isolate import Isolator, Value
+from .isolate import Isolator
+from .isolation_said import attention_said, not_checked
 from .judged_layers import graft, judged_layers
 from .request import Prompt, Request
 from .row_checks import RowChecks
+from .row_errors import Value
 from .session import resolve_prompt
 from .tolerance import limits
 from .whole_values import WholeValues
@@ -119,11 +121,11 @@ def isolate(request: IsolateRequest, running: Reference | None = None) -> Isolat
         operations=tuple(operations),
         floor=floor,
         findings=tuple(bench.attention.findings),
-        not_checked=tuple(_not_checked(operations, passes, request)),
+        not_checked=tuple(not_checked(operations, passes, request.kv_type)),
         elements=tuple(bench.rows.elements),
         facts={
             "backends": ", ".join(build.get("devices", ())) or build["backend"],
-            "attention": _attention_said(bench.attention),
+            "attention": attention_said(bench.attention),
         },
     )
 
@@ -256,13 +258,13 @@ def _foreign(request: IsolateRequest, dump: Path, running: Reference | None) -> 
         limit_source=LIMIT_SOURCE if found.operations == LIMIT else found.source,
         operations=(*operations, *layers),
         findings=tuple(bench.attention.findings),
-        not_checked=tuple(_not_checked(operations, passes, request, foreign=True)),
+        not_checked=tuple(not_checked(operations, passes, request.kv_type, foreign=True)),
         elements=tuple(bench.rows.elements),
         graft=tuple(grafted),
         graft_from=request.graft or "",
         facts={
             "judge of layers": f"llama.cpp {build['llama_cpp_python']}" if layers else "",
-            "attention": _attention_said(bench.attention),
+            "attention": attention_said(bench.attention),
         },
     )
 
@@ -270,33 +272,3 @@ def _foreign(request: IsolateRequest, dump: Path, running: Reference | None) -> 
 def _named(transformer: Transformer) -> str:
     hp = transformer.hp
     return f"{hp.name or transformer.model.path.stem} · {hp.architecture}, {hp.n_layers} layers · {transformer.model.file_type}"
-
-
-def _attention_said(checks: AttentionChecks) -> str:
-    if not checks.layers and not checks.rotations:
-        return ""
-    parts = []
-    if checks.layers:
-        parts.append(
-            f"in {len(checks.layers)} layers the weights sum to 1, are 0 for later positions, not uniform, and move with the position"
-        )
-    if checks.rotations:
-        parts.append(f"{len(checks.rotations)} rotations change Q or K, and differently at different positions")
-    return "; ".join(parts) if not checks.findings else f"{len(checks.findings)} findings"
-
-
-def _not_checked(
-    operations: Sequence[Operation], passes: int, request: IsolateRequest, *, foreign: bool = False
-) -> Iterable[str]:
-    hidden = [found for found in operations if found.status == NOT_OBSERVABLE]
-    if hidden:
-        yield f"{len(hidden)} operations that are not observable"
-    if passes == 1:
-        yield "decode steps" + ("" if foreign else " (--generate 4 adds them)")
-    yield "the tokenizer (parity tokens)" + (
-        ", and weights as your engine loaded them (parity weights --theirs)" if foreign else ""
-    )
-    if not foreign and request.kv_type == "f32":
-        yield "a KV cache of F16 (--kv-type f16)"
-    if not foreign:
-        yield "flash attention and other backends than the CPU"

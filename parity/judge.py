@@ -3,7 +3,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from checkpoints.points import independent
+from checkpoints.points import EMBD, independent
 from checkpoints.verdict import (
     AGREES,
     DIVERGENCE,
@@ -156,5 +156,6 @@ def _evidence(records: Records, first: int, found: Suspects | None) -> Evidence:
         leak=bool(np.any(measures.future_mass[failing] > FUTURE_MASS)),
         drifted=not records.fresh()[failing].any(),
         settled=found is not None and not found.unrecorded,
+        embedded=EMBD in records.names,
         token=records.text.get(int(records.token_idx[first])),
     )

@@ -41,7 +41,7 @@ def lint(dump: Dump, model: Path | ModelFacts | None = None) -> LintReport:
                     Finding(rule.name, severity, hit.checkpoint, hit.token_idx, hit.evidence, rule.cause, rule.advice)
                 )
     findings.sort(key=lambda finding: finding.severity != ERROR)
-    return LintReport(dump.path, dump.records, tuple(findings))
+    return LintReport(dump.path, dump.records, tuple(findings), dump.notes)
 
 
 def refuse_unusable(dump: Dump, side: str) -> None:

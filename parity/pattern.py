@@ -18,7 +18,8 @@ class Evidence:
 
     `step` and `decode` are our side's. `nonfinite`: our side has NaN or infinities there that the reference has not.
     `leak`: attention gives weight to later positions. `drifted`: the error grew without a jump.
-    `settled`: everything this point is made from was recorded and agrees. `token` is the text at the first failing position.
+    `settled`: everything this point is made from was recorded and agrees. `embedded`: the embedding was and does.
+    `token` is the text at the first failing position.
     """
 
     point: str
@@ -30,6 +31,7 @@ class Evidence:
     leak: bool = False
     drifted: bool = False
     settled: bool = False
+    embedded: bool = False
     token: str | None = None
 
 
@@ -160,6 +162,9 @@ def _shape(seen: Evidence) -> Pattern | None:
         return _tail(seen, first, where)
     if not seen.failed[1:].any():
         return Pattern("first-position", f"only position {first} is wrong: BOS, or what position 0 is taken for")
+    if seen.embedded:
+        said = "embd is right there: attention (Q, K, RoPE, mask) at these positions, or an error that is under the limit elsewhere"
+        return Pattern("single-positions", f"{where}; {said}")
     token = f" ({seen.token!r})" if seen.token is not None else ""
     return Pattern("single-positions", f"{where}: the embedding row of that token{token}, or another token id")
 

@@ -1,5 +1,6 @@
 """Where our records lie among the reference's positions: by what both sides say of tokens, else by their values; never in silence."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -78,10 +79,16 @@ def _by_generated(ours: Dump, ref: Dump) -> tuple[int, int] | None:
     mine, theirs = ([token for token in side.tokens if token.seq == 0] for side in (ours, ref))
     if not mine or not theirs:
         return None
-    offset = min(token.token_idx for token in theirs) - min(token.token_idx for token in mine)
+    first = min(token.token_idx for token in mine)
     chosen = {token.token_idx: token.id for token in theirs}
-    matching = sum(chosen.get(token.token_idx + offset) == token.id for token in mine)
-    return (offset, matching) if matching else None
+
+    def matching(offset: int) -> int:
+        return sum(chosen.get(token.token_idx + offset) == token.id for token in mine)
+
+    # Generated tokens that stand behind their own prompt are where format 1 wants them.
+    behind = ours.header is not None and 0 < len(ours.header.tokens) <= first
+    offset = 0 if behind else max(0, min(chosen) - first, key=matching)
+    return (offset, matching(offset)) if matching(offset) else None
 
 
 def _counts_from_its_prompt(dump: Dump) -> bool:
@@ -105,15 +112,13 @@ def _by_values(ours: Dump, ref: Dump) -> Placed:
     same = all(np.array_equal(np.unique(keys(ours.points[name])), np.unique(keys(ref.points[name]))) for name in common)
     first = tried[0]
     listed = ", ".join(
-        f"{offset:+d} ({error:.1e})" for offset, error in sorted(first.errors.items(), key=lambda pair: pair[1])[:3]
+        f"{error:.2g} at {offset:+d}" for offset, error in sorted(first.errors.items(), key=lambda pair: pair[1])[:3]
     )
     if same:
-        note = (
-            f"positions: taken as they are numbered, the same on both sides; values do not settle it ({first.point}: {listed})"
-        )
+        note = f"positions: taken as they are numbered, the same on both sides; values do not settle it (NMSE of {first.point}: {listed})"
         return Placed(ours, note)
     raise DumpError(
-        f"nothing says how the positions of {ours.path} are counted, and no offset fits clearly: NMSE at {first.point} {listed}.",
+        f"nothing says how the positions of {ours.path} are counted, and no offset fits clearly: NMSE of {first.point} is {listed}.",
         "Say it: --offset N is added to every position of ours (0: they count from the prompt's first token, as the reference's do).",
         code="positions",
     )
@@ -122,16 +127,32 @@ def _by_values(ours: Dump, ref: Dump) -> Placed:
 def _taken(ours: Dump, scores: Scores) -> Placed:
     offset = scores.best
     how = f"ours are moved by {offset:+d}" if offset else "ours are taken as they are numbered (--offset 0)"
-    note = f"positions: nothing says how ours are counted; {how}: {scores.point} differs by {scores.errors[offset]:.1e} there"
+    note = f"positions: nothing says how ours are counted; {how}: NMSE of {scores.point} {scores.errors[offset]:.2g} there"
     others = {other: error for other, error in scores.errors.items() if other != offset}
     if others:
         second = min(others, key=lambda other: others[other])
-        note += f", by {others[second]:.1e} at the next best, {second:+d}"
+        note += f", {others[second]:.2g} at the next best, {second:+d}"
     else:
         note += ", and no other offset is possible"
     if offset == 1:
         note += "; is the first token (BOS) missing in ours?"
     return Placed(shifted(ours, offset) if offset else ours, note)
+
+
+def elsewhere(ours: Dump, ref: Dump, wrong: Sequence[str]) -> list[str]:
+    """Sentences on points that are wrong at every position and agree at others: their positions are counted otherwise.
+
+    An engine that computes logits for the last token only, and prints them as position 0, is not wrong there.
+    """
+    notes: list[str] = []
+    for name in wrong[:_POINTS]:
+        scores = tried_offsets(ours.points[name], ref.points[name], _plausible(ours, ref, name) | {0})
+        if 0 in scores.errors and scores.best != 0 and scores.clear:
+            notes.append(
+                f"{name} of ours fits the reference {scores.best:+d} positions on (NMSE {scores.errors[scores.best]:.2g} instead of "
+                f"{scores.errors[0]:.2g}): does its token_idx count otherwise than that of the other points?"
+            )
+    return notes
 
 
 def _plausible(ours: Dump, ref: Dump, point: str) -> set[int]:

@@ -13,7 +13,7 @@ from checkpoints.points import LOGITS
 from engine.graph import Altered, Step, WeightSource
 
 from .elements import Sample, dot_products
-from .isolate import Value
+from .row_errors import Value
 
 
 @dataclass

@@ -10,8 +10,10 @@ from time import perf_counter
 from typing import Any
 
 from checkpoints.errors import DumpError, InputError
+from checkpoints.formats import load
+from checkpoints.nearest import unknown_names
 from checkpoints.picture import Picture
-from checkpoints.points import DEFAULT_LAYERS, default_layers
+from checkpoints.points import DEFAULT_LAYERS, default_layers, parse
 from checkpoints.reader import read
 from checkpoints.record import Dump
 from checkpoints.verdict import Verdict
@@ -133,10 +135,12 @@ def run(
                     reference.close()  # nobody waits for it any more
                     raise
                 pending.result()
-    left, right = read(ours_path), read(ref_path)
-    if request.command:
+    left, right = load(ours_path), read(ref_path)
+    if request.command and not request.despite_lint:
         refuse_unusable(left, "your engine's dump")
-    verdict, drawn = compare_drawn(left, right, Options(tolerance=request.tolerance, strict=request.strict))
+    verdict, drawn = compare_drawn(
+        left, right, Options(tolerance=request.tolerance, compute=request.compute, strict=request.strict)
+    )
     verdict = replace(verdict, notes=(*taken_instead(request, right), *verdict.notes))
     return Outcome(folder, left, right, verdict, drawn, perf_counter() - began)
 
@@ -161,7 +165,7 @@ def dump_ours(request: Request, out: Path, progress: Progress | None = None) -> 
     side.dump(prompt, out, None, progress)
 
 
-def dump_reference(request: Request, out: Path, follow: Path | None = None) -> DumpResult:
+def dump_reference(request: Request, out: Path, follow: Dump | None = None) -> DumpResult:
     """`parity dump ref`: llama.cpp alone, on a prompt, or led along the tokens, points and positions of another dump.
 
     Raises:
@@ -170,19 +174,26 @@ def dump_reference(request: Request, out: Path, follow: Path | None = None) -> D
     with Reference(verbose=request.verbose, threads=request.threads) as reference:
         if follow is None:
             return reference.dump(reference_job(request, resolve_prompt(reference, request), out))
-        other = read(follow)
         if request.prompt is None and request.tokens is None:
-            request = replace(request, **_prompt_of(other, follow))
+            request = replace(request, **_prompt_of(follow))
         prompt = resolve_prompt(reference, request)
-        positions = tuple(sorted({int(t) for rows in other.points.values() for t in rows.token_idx}))
-        request = replace(request, points=",".join(other.points), positions=positions)
-        lead = tuple(token.id for token in other.tokens)
+        if follow.header is not None:  # bare lines may count from anywhere: the comparison will find out
+            recorded = {int(t) for rows in follow.points.values() for t in rows.token_idx}
+            request = replace(request, positions=tuple(sorted(recorded)))
+        # `blk.N.<node>` may be a name of llama.cpp's; what is neither that nor a point it cannot have.
+        followed = [name for name in follow.points if parse(name).known or parse(name).layer is not None]
+        if not followed:
+            raise DumpError(
+                f"{follow.path} has no point that llama.cpp could have.", *unknown_names(follow.points), code="points"
+            )
+        request = replace(request, points=",".join(followed))
+        lead = tuple(token.id for token in follow.tokens)
         return reference.dump(reference_job(request, prompt, out, lead or None))
 
 
-def _prompt_of(dump: Dump, path: Path) -> dict[str, Any]:
+def _prompt_of(dump: Dump) -> dict[str, Any]:
     if dump.header is not None and dump.header.tokens:
         return {"tokens": dump.header.tokens, "prompt": dump.header.prompt}
     if dump.header is not None and dump.header.prompt:
         return {"prompt": dump.header.prompt}
-    raise DumpError(f"{path} does not say which tokens it is of.", "Give --prompt or --tokens as well.", code="tokens")
+    raise DumpError(f"{dump.path} does not say which tokens it is of.", "Give --prompt or --tokens as well.", code="tokens")

@@ -3,8 +3,11 @@
 from pathlib import Path
 
 from checkpoints.points import layer_outputs
+from engine.gguf_model import GgufModel
+from engine.opened import open_engine
 from reference.client import Reference
 
+from .ours import OursJob, chosen_points, dump
 from .request import Generated, Progress, Prompt, Request
 
 
@@ -12,9 +15,6 @@ class Own:
     """Our engine as our side."""
 
     def __init__(self, request: Request) -> None:
-        from engine.gguf_model import GgufModel
-        from engine.opened import open_engine
-
         self._request = request
         # One forward pass reads each weight once: keep none of them. Generation reads them again at every step.
         self._transformer = open_engine(
@@ -24,8 +24,6 @@ class Own:
     @property
     def points(self) -> str:
         """The points by name: llama.cpp's graph has nodes besides that nobody asked for."""
-        from .ours import chosen_points
-
         return ",".join(chosen_points(self._transformer, self._request.points, self._request.layers))
 
     def check(self, prompt: Prompt) -> None:
@@ -34,8 +32,6 @@ class Own:
 
     def dump(self, prompt: Prompt, out: Path, led: Generated | None, progress: Progress | None) -> None:
         """Compute the prompt, then what was chosen for it, and write `out`."""
-        from .ours import OursJob, dump
-
         request = self._request
         job = OursJob(
             out=out,

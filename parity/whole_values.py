@@ -12,10 +12,7 @@ from checkpoints.reader import read
 from checkpoints.record import Dump, Rows
 from checkpoints.tensors import TensorReader, beside
 
-from .isolate import Value
-
-_SCORES = ("kq", "kq_soft_max")
-_CACHED = ("k_read", "v_read")
+from .row_errors import CACHED, SCORES, Value
 
 
 class WholeValues:
@@ -93,13 +90,13 @@ class WholeValues:
         data = self._reader.get(name, step).astype(np.float32) if self._reader is not None else np.zeros(0, np.float32)
         positions = self._positions[step]
         kind = parse(name).kind
-        if data.ndim < 2 or (kind in _SCORES and data.ndim != 3):
+        if data.ndim < 2 or (kind in SCORES and data.ndim != 3):
             raise DumpError(
                 f"{name} of pass {step} has shape {list(data.shape)} in the tensors file.",
                 "Write [positions, …], and [heads, positions, cached positions] for kq and kq_soft_max.",
             )
-        count = data.shape[1] if kind in _SCORES else len(data)
-        if kind not in _CACHED and count != len(positions):
+        count = data.shape[1] if kind in SCORES else len(data)
+        if kind not in CACHED and count != len(positions):
             raise DumpError(
                 f"{name} of pass {step} has {count} rows in the tensors file, the dump {len(positions)} positions.",
                 "Record all positions (--positions all), or take the tensors of this dump.",
@@ -111,10 +108,10 @@ def _from_rows(name: str, rows: Rows) -> Value:
     """Records that carry all of their values as one array."""
     rows = rows.take(np.argsort(rows.token_idx, kind="stable"))
     kind = parse(name).kind
-    if kind in _CACHED:  # the last position's record holds all rows
+    if kind in CACHED:  # the last position's record holds all rows
         shape = rows.shapes[-1]
         return Value(rows.values[-1, : int(rows.counts[-1])].reshape(shape[0], -1), rows.token_idx)
-    if kind in _SCORES:
+    if kind in SCORES:
         heads, seen = rows.shapes[-1][0], max(shape[-1] for shape in rows.shapes)
         data = np.zeros((heads, len(rows), seen), dtype=np.float32)
         for r, shape in enumerate(rows.shapes):

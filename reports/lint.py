@@ -15,11 +15,12 @@ _LABEL = 18
 
 
 def as_json(report: LintReport) -> dict[str, Any]:
-    """One JSON object: `schema`, `usable`, `records`, `findings`."""
+    """One JSON object: `schema`, `usable`, `records`, `notes`, `findings`."""
     return {
         "schema": SCHEMA,
         "usable": report.usable,
         "records": report.records,
+        "notes": list(report.notes),
         "findings": [plain(asdict(finding)) for finding in report.findings],
     }
 
@@ -36,6 +37,7 @@ def lines(report: LintReport, width: int) -> list[Text]:
         following = report.findings[number + 1].rule if number + 1 < len(report.findings) else None
         if following != finding.rule:  # the cause of several is said once, below them
             shown += labelled([("usual cause", finding.cause), ("do", finding.advice)], width, label=_LABEL, indent=9)
+    shown += labelled([("note", clean(note)) for note in report.notes], width)
     shown.append(_answer(report))
     return shown
 

@@ -79,6 +79,13 @@ def test_pattern(positions: slice | list[int], how: dict[str, int], code: str) -
     assert pattern.code == code
 
 
+def test_single_positions_do_not_blame_an_embedding_that_agrees() -> None:
+    """Where embd is recorded and right, a few wrong positions further down are not its row's."""
+    pattern = judged([5]).pattern
+    assert pattern is not None
+    assert "embd is right" in pattern.sentence
+
+
 def test_pattern_of_one_embedding_row() -> None:
     """A single wrong row of the embedding is named with its token."""
     pattern = judged([3], "embd").pattern

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from checkpoints.errors import ModelError
-from engine.gguf_model import GgufModel
+from engine.gguf_model import FILE_TYPES, GgufModel
 
 
 def write(path: Path, change: Callable[[gguf.GGUFWriter], None] = lambda _: None, skip: tuple[str, ...] = ()) -> Path:
@@ -245,3 +245,9 @@ def test_a_large_vocabulary_opens_quickly(synthetic: Callable[..., Path]) -> Non
     assert time.perf_counter() - begin < 0.5
     tokens = model.array("tokenizer.ggml.tokens")
     assert (len(tokens), tokens[-1]) == (151936, "<|pad_151935|>")
+
+
+def test_file_types_are_named_as_gguf_py_names_them() -> None:
+    """Each number of our short table of file types has gguf-py's name."""
+    theirs = {int(kind): kind.name.removeprefix("MOSTLY_").removeprefix("ALL_") for kind in gguf.LlamaFileType}
+    assert FILE_TYPES.items() <= theirs.items()

@@ -16,9 +16,9 @@ from engine.graph import Step
 from engine.transformer import Transformer
 from parity import isolation
 from parity.attention_checks import AttentionChecks, rotation_faults, soft_max_faults
-from parity.isolate import Value
 from parity.isolation import IsolateRequest, isolate
 from parity.ours import OursJob, dump
+from parity.row_errors import Value
 from reference.client import Reference
 
 TOKENS = (1, 403, 407, 261)

@@ -9,6 +9,8 @@ import numpy as np
 from .. import reader
 from ..errors import DumpError
 from ..mapping import Mapping
+from ..nearest import unknown_names
+from ..points import parse
 from ..record import Dump, Rows
 from . import arrays, eval_callback, model_debugger
 
@@ -30,9 +32,16 @@ def load(path: str | os.PathLike[str], mapping: Mapping | None = None, offset: i
             dump = form.read(place, given)
             break
     else:
-        dump = given.renamed(reader.read(path))
+        dump = _with_unknown(given.renamed(reader.read(path)))
     offset += given.position_offset or 0
     return shifted(dump, offset) if offset else dump
+
+
+def _with_unknown(dump: Dump) -> Dump:
+    """A note on names that say nothing; llama.cpp's own nodes and `blk.N.<node>` are names of the open vocabulary."""
+    if dump.header is not None and dump.header.source == "llama.cpp":
+        return dump
+    return replace(dump, notes=(*dump.notes, *unknown_names(name for name in dump.points if parse(name).layer is None)))
 
 
 def shifted(dump: Dump, offset: int) -> Dump:

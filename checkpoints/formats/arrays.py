@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import DumpError
-from ..mapping import Mapping, unknown_names
+from ..mapping import Mapping
+from ..nearest import unknown_names
 from ..points import parse
 from ..record import Dump, Rows
 from ..summary import summarise
@@ -49,7 +50,7 @@ def read(path: Path, mapping: Mapping) -> Dump:
     if not parts:
         raise DumpError(f"{path} holds no array of activations.", "Name arrays by point: embd, blk.5.l_out.", code="no-records")
     points = {name: Rows.stack(found) for name, found in parts.items()}
-    return Dump(str(path), None, points, notes=(*notes, *unknown_names(list(points))))
+    return Dump(str(path), None, points, notes=(*notes, *unknown_names(points)))
 
 
 def rows_of(point: str, array: NDArray[Any], step: int = 0, first: int = 0) -> Rows | None:
@@ -94,7 +95,7 @@ def _arrays(file: Path) -> Iterator[tuple[str, NDArray[Any]]]:
         elif file.suffix == ".npz":
             with np.load(file, allow_pickle=False) as found:
                 for name in found.files:
-                    yield name, found[name]
+                    yield name, np.asarray(found[name])  # bytes where a member is no array, which have no kind of ours
         else:
             yield file.stem, np.load(file, mmap_mode="r", allow_pickle=False)
     except (

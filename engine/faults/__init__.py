@@ -12,16 +12,16 @@ from .base import AT, SEEN, Fault, Planting, Steps, as_recorded, plant
 
 __all__ = ["AT", "CATALOGUE", "SEEN", "Fault", "Planting", "Steps", "as_recorded", "plant"]
 
-_GROUPS = {
+_GROUPS = {  # of faults with the same numbers the first one is named: a formula before weights that happen to look like it
     "tokens": tokens.FAULTS,
-    "weights": (*weights.FAULTS, *biases.FAULTS),
-    "dequantisation": dequantisation.FAULTS,
     "RoPE": rope.FAULTS,
     "norms": norms.FAULTS,
     "attention": attention.FAULTS,
     "feed-forward": feed_forward.FAULTS,
     "residual and flow": flow.FAULTS,
     "logits": logits.FAULTS,
+    "weights": (*weights.FAULTS, *biases.FAULTS),
+    "dequantisation": dequantisation.FAULTS,
     "capture": capture.FAULTS,
 }
 CATALOGUE: Mapping[str, Fault] = {

@@ -1,6 +1,6 @@
 """What a fault is, and how it is planted into a list of steps."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import product
@@ -14,6 +14,7 @@ COPY = "~"  # ends the names of steps that compute a layer a second time
 SEEN = "seen:"  # starts the name of what a dump shows for a point, where that is not what the engine computed
 AT = "at"  # the parameter that chooses among a fault's kinds of step
 
+_ANY = -1  # stands for every layer
 _parse = lru_cache(maxsize=1 << 14)(parse)
 
 Steps = Mapping[str, Step]
@@ -63,41 +64,60 @@ class Fault:
 
 
 class Planting:
-    """A list of steps, indexed once, to plant many faults in."""
+    """A list of steps, indexed once, to plant many faults in.
 
-    def __init__(self, steps: Sequence[Step]) -> None:
+    `recorded` are the points that a dump has: for a fault of the capture no other is shown (None: all are).
+    """
+
+    def __init__(self, steps: Sequence[Step], recorded: Collection[str] | None = None) -> None:
         self.steps = tuple(steps)
+        self._recorded = recorded
         self.right: Steps = {step.makes: step for step in self.steps}
         self.order = {step.makes: number for number, step in enumerate(self.steps)}
-        self._places: dict[str, list[tuple[int, int | None]]] = {}
+        self._places: dict[tuple[str, int | None], list[int]] = {}
         for number, step in enumerate(self.steps):
             point = _parse(step.makes)
-            self._places.setdefault(point.kind.rstrip(COPY), []).append((number, point.layer))
+            kind = point.kind.rstrip(COPY)
+            self._places.setdefault((kind, point.layer), []).append(number)
+            if point.layer is not None:
+                self._places.setdefault((kind, _ANY), []).append(number)
+
+    def edits(
+        self, fault: Fault, layers: Collection[int] | None, parameters: Parameters, end: int | None = None
+    ) -> dict[int, tuple[Step, ...]]:
+        """What this fault puts in the place of the steps (of those in front of number `end`) that it changes, in ascending order."""
+        found: dict[int, tuple[Step, ...]] = {}
+        for number in self._numbers(fault, layers, parameters):
+            if end is not None and number >= end:
+                continue
+            step = self.steps[number]
+            changed = fault.change(step, self.right, parameters)
+            if changed != step:
+                found[number] = (changed,) if isinstance(changed, Step) else tuple(changed)
+        return dict(sorted(found.items()))
+
+    def _numbers(self, fault: Fault, layers: Collection[int] | None, parameters: Parameters) -> Iterator[int]:
+        wanted = (None, *((_ANY,) if layers is None else layers))
+        for kind in parameters.get(AT, fault.kinds):
+            for layer in wanted:
+                yield from self._places.get((kind, layer), ())
 
     def of(self, fault: Fault, layers: Collection[int] | None, parameters: Parameters) -> list[Step]:
         """The steps with this fault. `plant` says the rest."""
-        kinds = parameters.get(AT, fault.kinds)
-        new: dict[int, Step | Sequence[Step]] = {}
+        new: Mapping[int, Sequence[Step]] = {}
         shown: list[Step] = []
-        for number, layer in (place for kind in kinds for place in self._places.get(kind, ())):
-            if layers is not None and layer is not None and layer not in layers:
-                continue
-            step = self.steps[number]
-            if fault.shows is not None:
-                made = fault.shows(step.makes, self.right, parameters)
+        if fault.shows is None:
+            new = self.edits(fault, layers, parameters)
+        else:
+            for name in (self.steps[number].makes for number in self._numbers(fault, layers, parameters)):
+                made = fault.shows(name, self.right, parameters) if self._recorded is None or name in self._recorded else None
                 shown += [] if made is None else [made]
-                continue
-            changed = fault.change(step, self.right, parameters)
-            if changed != step:
-                new[number] = changed
         if not new and not shown:
             raise ValueError(f"{fault.name} changes none of these steps")
         result: list[Step] = []
         start = 0
-        for number in sorted(new):
-            changed = new[number]
-            result += self.steps[start:number]
-            result += [changed] if isinstance(changed, Step) else changed
+        for number, changed in new.items():
+            result += [*self.steps[start:number], *changed]
             start = number + 1
         return [*result, *self.steps[start:], *shown]
 

@@ -20,14 +20,12 @@ def convert(
     offset: o.OffsetOption = None,
 ) -> None:
     """Write what your engine left behind as a dump of format 1: one JSON object a line, as `parity diff` and `lint` take it."""
-    from checkpoints.formats import load
     from checkpoints.jsonl import Writer
-    from checkpoints.mapping import read_mapping
     from checkpoints.record import Header
 
     from ..output import written
 
-    dump = load(source, read_mapping(names) if names else None, offset or 0)
+    dump = o.dump(source, names, offset)
     with Writer(out, dump.header or Header(source=f"converted from {source.name}")) as writer:
         for rows in dump.points.values():
             writer.rows(rows)

@@ -1,6 +1,5 @@
 """`parity diff`: compare two dumps."""
 
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -9,22 +8,19 @@ import typer
 from . import options as o
 
 
-class Compute(StrEnum):
-    """The arithmetic of a foreign engine."""
-
-    F32 = "f32"
-    TF32 = "tf32"
-    F16 = "f16"
-    BF16 = "bf16"
-
-
 def diff(
     ours: Annotated[Path, typer.Argument(help="Your engine's dump.", show_default=False)],
     ref: Annotated[Path, typer.Argument(help="llama.cpp's dump.", show_default=False)],
     form: o.AnswerOption = o.AnswerFormat.TEXT,
     tolerance: o.ToleranceOption = None,
-    compute: Annotated[
-        Compute | None, typer.Option("--compute", help="The arithmetic of OURS, where its header doesn't say it.")
+    compute: o.ComputeOption = None,
+    model: Annotated[
+        Path | None,
+        typer.Option(
+            "--model",
+            "-m",
+            help="GGUF file: where OURS computes in f16, bf16 or tf32, measure on it what that arithmetic costs.",
+        ),
     ] = None,
     strict: o.StrictOption = False,
     step: Annotated[
@@ -32,9 +28,7 @@ def diff(
     ] = None,
     names: o.MapOption = None,
     offset: o.OffsetOption = None,
-    despite_lint: Annotated[
-        bool, typer.Option("--despite-lint", help="Compare also where lint says that a dump is not to be believed.")
-    ] = False,
+    despite_lint: o.DespiteLintOption = False,
     table: Annotated[
         Path | None, typer.Option("--table", help="Write every record's figures: FILE.csv or FILE.parquet.")
     ] = None,
@@ -62,7 +56,13 @@ def diff(
     if not despite_lint:
         refuse_unusable(left, "ours")
         refuse_unusable(right, "the reference")
+    measured = None
+    if model is not None and tolerance is None:
+        from ..measured_floor import measured_limits
+
+        measured = measured_limits(left, right, model, compute.value if compute else None)
     chosen = Options(
+        limits=measured,
         tolerance=tolerance,
         compute=compute.value if compute else None,
         strict=strict,

@@ -1,5 +1,6 @@
 """`parity dump`: one side only."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -68,6 +69,8 @@ def ref(
             "--follow", help="Take tokens (generated ones too), points and positions from this dump and lead llama.cpp along."
         ),
     ] = None,
+    names: o.MapOption = None,
+    offset: o.OffsetOption = None,
     mode: o.ModeOption = o.Mode.EXACT,
     points: o.PointsOption = "default",
     layers: o.LayersOption = None,
@@ -104,5 +107,9 @@ def ref(
         first_position=first_position,
         verbose=verbose,
     )
-    session.dump_reference(request, out, follow)
+    followed = o.dump(follow, names, offset) if follow is not None else None
+    found = session.dump_reference(request, out, followed)
+    left = [name for name in followed.points if name not in found.points] if followed is not None else []
+    if left:
+        print(f"left out, llama.cpp has no such point: {', '.join(left)}", file=sys.stderr)
     written(out)

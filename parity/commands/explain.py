@@ -8,7 +8,6 @@ import typer
 from checkpoints.errors import InputError
 
 from . import options as o
-from .diff import Compute
 
 
 def explain(
@@ -20,12 +19,14 @@ def explain(
     prompt: o.PromptOption = None,
     prompt_file: o.PromptFileOption = None,
     tokens: o.TokensOption = None,
+    names: o.MapOption = None,
+    offset: o.OffsetOption = None,
     max_faults: Annotated[int, typer.Option("--max-faults", min=1, max=8, help="Faults at once.")] = 4,
     budget: Annotated[
         float, typer.Option("--budget", min=0.1, help="Seconds after which the search answers with what it has.")
     ] = 60.0,
     compute: Annotated[
-        Compute | None,
+        o.Compute | None,
         typer.Option("--compute", help="The arithmetic of your engine, if it is not f32: its noise is measured."),
     ] = None,
     backend: o.BackendOption = o.BackendName.AUTO,
@@ -49,15 +50,13 @@ def explain(
         raise InputError(
             "no dump was given.", "Write: parity explain OURS.jsonl --model M.gguf, or parity explain --list.", code="usage"
         )
-    from checkpoints.reader import read
-
     from ..default_model import path as default_model
     from ..explain_input import check_reference, explain_dump, prompt_tokens
 
     chosen = model or default_model()
     ids = prompt_tokens(chosen, prompt, prompt_file, tokens)
     options = Options(ids, max_faults, budget, backend.value, compute.value if compute else None)
-    dump = read(ours)
+    dump = o.dump(ours, names, offset)
     if ref is not None:
-        check_reference(read(ref), chosen, options)
+        check_reference(o.dump(ref), chosen, options)
     raise typer.Exit(answer(explain_dump(dump, chosen, options), explanation, form))

@@ -15,6 +15,7 @@ def lint(
         typer.Option("--model", "-m", help="GGUF file that the dump is of: tells late captures, other tokens, wrong shapes."),
     ] = None,
     names: o.MapOption = None,
+    offset: o.OffsetOption = None,
     form: o.FormatOption = o.Format.TEXT,
 ) -> None:
     """Is this dump itself to be believed?
@@ -22,11 +23,9 @@ def lint(
     Before your engine is blamed: does the dump show what the engine computed? Finds buffers captured too late or not copied,
     device memory read on the host, wrong types, doubled or missing positions, cut files. Exits 0 if clean, 1 with findings.
     """
-    from checkpoints.formats import load
-    from checkpoints.mapping import read_mapping
     from reports import lint as room
 
     from ..lint import lint as look
     from ..output import answer
 
-    raise typer.Exit(answer(look(load(file, read_mapping(names) if names else None), model), room, form))
+    raise typer.Exit(answer(look(o.dump(file, names, offset), model), room, form))

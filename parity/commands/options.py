@@ -3,11 +3,14 @@
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from checkpoints.errors import InputError
+
+if TYPE_CHECKING:
+    from checkpoints.record import Dump
 
 
 class Format(StrEnum):
@@ -42,6 +45,15 @@ class BackendName(StrEnum):
     NUMPY = "numpy"
 
 
+class Compute(StrEnum):
+    """The arithmetic of a foreign engine."""
+
+    F32 = "f32"
+    TF32 = "tf32"
+    F16 = "f16"
+    BF16 = "bf16"
+
+
 ModelOption = Annotated[Path | None, typer.Option("--model", "-m", help="GGUF file; default: the embedded stories model.")]
 PromptOption = Annotated[str | None, typer.Option("--prompt", "-p", help="The prompt.")]
 PromptFileOption = Annotated[Path | None, typer.Option("--prompt-file", help="File with the prompt, UTF-8.")]
@@ -74,6 +86,12 @@ AnswerOption = Annotated[
     AnswerFormat,
     typer.Option("--format", help="text for people; json; for CI: markdown (job summary), junit, github (annotations)."),
 ]
+ComputeOption = Annotated[
+    Compute | None, typer.Option("--compute", help="The arithmetic of your engine, where its dump doesn't say it.")
+]
+DespiteLintOption = Annotated[
+    bool, typer.Option("--despite-lint", help="Compare also where lint says that a dump is not to be believed.")
+]
 MapOption = Annotated[
     Path | None, typer.Option("--map", help="TOML file that says what your names mean: their name = our point.")
 ]
@@ -83,6 +101,18 @@ OffsetOption = Annotated[
 ]
 FormatOption = Annotated[Format, typer.Option("--format", help="text for people, json for machines.")]
 VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="Show llama.cpp's own log.")]
+
+
+def dump(path: Path, names: Path | None = None, offset: int | None = None) -> "Dump":
+    """Any dump that a user names, whatever its format, with --map and --offset applied.
+
+    Raises:
+        DumpError: it cannot be read, or holds nothing. InputError: the mapping cannot be read, or does not fit.
+    """
+    from checkpoints.formats import load
+    from checkpoints.mapping import read_mapping
+
+    return load(path, read_mapping(names) if names is not None else None, offset or 0)
 
 
 def numbers(text: str, name: str) -> tuple[int, ...]:

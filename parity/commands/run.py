@@ -35,6 +35,8 @@ def run(
     first_position: o.FirstOption = 0,
     tolerance: o.ToleranceOption = None,
     strict: o.StrictOption = False,
+    compute: o.ComputeOption = None,
+    despite_lint: o.DespiteLintOption = False,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder of the run; default: runs/<time>-<model>.")] = None,
     form: o.FormatOption = o.Format.TEXT,
     verbose: o.VerboseOption = False,
@@ -75,6 +77,8 @@ def run(
         first_position=first_position,
         tolerance=tolerance,
         strict=strict,
+        compute=compute.value if compute else None,
+        despite_lint=despite_lint,
         out=out,
         verbose=verbose,
     )

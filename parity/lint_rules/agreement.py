@@ -100,7 +100,8 @@ def attention_rows(subject: Subject) -> Iterator[Hit]:
             continue
         totals = rows.stats.get("sum")
         for r, shape in enumerate(rows.shapes):
-            if len(shape) != 2 or min(shape) < 1:
+            scattered = rows.indices is not None and rows.indices[r, 0] >= 0
+            if len(shape) != 2 or min(shape) < 1 or scattered:
                 continue
             heads, seen = shape
             row = rows.values[r, : int(rows.counts[r])].astype(np.float64)

@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator, Sequence
 
+from checkpoints.record import Token
+
 from .rule import Hit, Subject
 
 # A small model led greedily repeats a phrase now and then; what is reported is past these bounds.
@@ -13,8 +15,7 @@ _LONGEST = 64  # ids of a cycle that are looked for
 
 def repetition(subject: Subject) -> Iterator[Hit]:
     """The same token again and again, or a cycle of several."""
-    for seq in sorted({token.seq for token in subject.dump.tokens}):
-        tokens = sorted((token for token in subject.dump.tokens if token.seq == seq), key=lambda token: token.token_idx)
+    for tokens in _generated(subject):
         found = cycle([token.id for token in tokens])
         if found is None:
             continue
@@ -24,6 +25,21 @@ def repetition(subject: Subject) -> Iterator[Hit]:
         shown = f" {text[:40]!r}" if text else ""
         often = f"{length // period} times in a row"
         yield Hit(None, tokens[start].token_idx, f"{what}{shown} comes {often} from position {tokens[start].token_idx} on")
+
+
+def _generated(subject: Subject) -> Iterator[list[Token]]:
+    """The generated tokens of each sequence, in order: token records, and ids of the header that decode steps stand at.
+
+    An engine that was stopped and dumped lists all its tokens in the header; the prompt is the user's and may repeat itself.
+    """
+    header = subject.dump.header
+    listed = header.tokens if header is not None else ()
+    pieces = header.pieces if header is not None and len(header.pieces) == len(listed) else ("",) * len(listed)
+    decoded = {int(t) for rows in subject.points.values() for t in rows.token_idx[rows.decode & (rows.seq == 0)]}
+    known = {(0, t): Token(t, listed[t], pieces[t]) for t in decoded if t < len(listed)}
+    known |= {(token.seq, token.token_idx): token for token in subject.dump.tokens}
+    for seq in sorted({seq for seq, _ in known}):
+        yield [known[place] for place in sorted(known) if place[0] == seq]
 
 
 def cycle(ids: Sequence[int]) -> tuple[int, int, int] | None:

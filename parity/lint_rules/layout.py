@@ -118,7 +118,8 @@ def positions(subject: Subject) -> Iterator[Hit]:
 
 
 def doubled(subject: Subject) -> Iterator[Hit]:
-    """Two records of one position and pass with different values."""
+    """Two records of one position and pass with different values; said once for all points where it is alike."""
+    alike: dict[tuple[int, str], list[str]] = defaultdict(list)
     for name, rows in subject.points.items():
         seen: dict[tuple[int, int, int], int] = {}
         bad: list[int] = []
@@ -127,8 +128,13 @@ def doubled(subject: Subject) -> Iterator[Hit]:
             if other != r and not np.array_equal(rows.values[other], rows.values[r], equal_nan=True):
                 bad.append(r)
         if bad:
-            said = f"{name} has {len(bad) + 1} records that contradict others of their position and pass"
-            yield Hit(name, int(rows.token_idx[bad[0]]), f"{said}, {positions_of(rows, bad)}")
+            alike[len(bad), positions_of(rows, bad)].append(name)
+    for (contradicting, places), names in alike.items():
+        more = f" and {len(names) - 3} more points" if len(names) > 3 else ""
+        said = (
+            f"{', '.join(names[:3])}{more}: {contradicting + 1} records contradict others of their position and pass, {places}"
+        )
+        yield Hit(names[0], int(subject.points[names[0]].token_idx.min()), said)
 
 
 def order(subject: Subject) -> Iterator[Hit]:

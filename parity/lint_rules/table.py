@@ -1,4 +1,4 @@
-"""The table of rules: each with what usually causes it and what to do. Every entry has a fixture in tests/test_lint.py."""
+"""The table of rules: each with what usually causes it and what to do. Every entry has a fixture in tests/lint_faults.py."""
 
 from checkpoints.finding import ERROR, WARNING
 

@@ -1,0 +1,32 @@
+"""Names that are no point, with the nearest ones that are."""
+
+import re
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+
+from .points import KINDS, MODEL_KINDS, in_layer, parse
+
+_LISTED = 4
+_WORDS = re.compile(r"(?:model|transformer|layers?|blocks?|blk|h)(?=[._\[-]|\d|$)")
+
+
+def unknown_names(names: Iterable[str]) -> tuple[str, ...]:
+    """One sentence on the names that are no point of the vocabulary, or none."""
+    unknown = [name for name in names if parse(name).known is None]
+    if not unknown:
+        return ()
+    listed = []
+    for name in unknown[:_LISTED]:
+        near = nearest(name)
+        listed.append(name + (f" (nearest: {', '.join(near)})" if near else ""))
+    more = f" and {len(unknown) - _LISTED} more" if len(unknown) > _LISTED else ""
+    return (f"no known points: {', '.join(listed)}{more}; --map says what they mean, `parity model M` lists the known ones",)
+
+
+def nearest(name: str, count: int = 2) -> Sequence[str]:
+    """The points that look most like a foreign name: nearest("layer_5_attn_output") begins with "blk.5.attn_out"."""
+    number = re.search(r"\d+", name)
+    stem = _WORDS.sub("", name[: number.start()] + name[number.end() :] if number else name).strip("._-[]")
+    kinds = [kind for kind in KINDS if number is None or kind not in {once.name for once in MODEL_KINDS}]
+    found = get_close_matches(stem, kinds, n=count, cutoff=0.5)  # below a half even unrelated names meet
+    return [in_layer(int(number[0]), kind) if number else kind for kind in found]

@@ -1,0 +1,141 @@
+"""What would tell faults apart that give the same numbers here: other points, another prompt, another model."""
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from engine.backend import Array
+from engine.faults import SEEN, Planting
+from engine.gguf_model import GgufModel
+from engine.graph import Step
+from engine.replay import NOT_ALLOWED, Replay
+from engine.synth import Shape, synthesize
+from engine.transformer import Transformer
+
+from .explain_case import Case
+from .explain_state import Candidate, State
+from .tolerance import EXACT_FLOOR
+
+_LONGER = 64  # tokens of a longer prompt: beyond the blocks of 32 and 64 in which engines cut prompts
+_GENERATED = 4  # passes of one token each
+_SEED = 6  # of the tokens and weights of the probes
+_NAMES = 4  # points and faults that a sentence lists
+# Small models of the kinds in which the catalogue's faults differ: groups of query heads, biases, pairs, frequency factors.
+_MODELS = {
+    "a qwen2 model with 7 query heads a key head and biases": (Shape("qwen2", 2, 112, 14, 2, 0, 96, 200), "f16"),
+    "a llama model with frequency factors and linear scaling": (
+        Shape("llama", 2, 96, 4, 2, 32, 160, 200, biases=False, eps=1e-5, rope_base=1e4, rope_factors=True, rope_scaling=4.0),
+        "f16",
+    ),
+    "a model quantised to Q4_1": (Shape("qwen2", 2, 128, 4, 2, 0, 96, 200), "q4_1"),
+}
+
+Values = dict[str, Array]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A run in which faults are compared: the right one's replay and steps, up to step number `end`."""
+
+    sentence: str
+    replay: Replay
+    planting: Planting
+    end: int
+
+    def made(self, candidate: Candidate, anywhere: bool) -> Values | None:
+        """What a dump of every point would show of a fault, where that differs from the right run; None if it is not allowed."""
+        layers = None if anywhere else candidate.layers
+        try:
+            steps = self.planting.of(candidate.fault, layers, candidate.parameters)
+            if candidate.fault.shows is None:
+                name = self.planting.steps[self.end - 1].makes
+                steps = steps[: [step.makes for step in steps].index(name) + 1]
+            changed = self.replay.run(steps, lambda _name, _made: True)
+        except NOT_ALLOWED:
+            return None
+        return {name.removeprefix(SEEN): made for name, made in changed.items()}  # what is shown comes last
+
+    def different(self, one: Values | None, other: Values | None) -> list[str]:
+        """The points at which two faults show different numbers."""
+        if one is None or other is None:
+            return []
+        names = [step.makes for step in self.planting.steps[: self.end] if step.makes in one or step.makes in other]
+        right = self.replay.values
+        return [name for name in names if _differ(one.get(name, right[name]), other.get(name, right[name]))]
+
+
+def _differ(one: Array, other: Array) -> bool:
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+        wide = one.astype(np.float64)
+        error = ((wide - other) ** 2).sum() / (wide**2).sum()
+    return not bool(error <= EXACT_FLOOR.operations)
+
+
+def apart(case: Case, state: State, chosen: Candidate, others: Sequence[Candidate]) -> str:
+    """A sentence on what tells faults of one class apart, from probes that were run; "" where there are no others.
+
+    Args:
+        state: what the fault was found on.
+    """
+    if not others or state.first is None:
+        return ""
+    left, sentences, tried = list(others), [], []
+    with tempfile.TemporaryDirectory() as folder:
+        for number, probe in enumerate(_probes(case, state, Path(folder))):
+            tried.append(probe.sentence)
+            mine = probe.made(chosen, anywhere=number > 2)
+            found = [(one, probe.different(mine, probe.made(one, anywhere=number > 2))) for one in left]
+            separated = [one for one, names in found if names]
+            if separated:
+                points = sorted({name for _, names in found for name in names[:1]})
+                where = f"{probe.sentence} ({_listed(points)})" if number == 0 else probe.sentence
+                sentences.append(f"{where} would tell {_listed([_said(one) for one in separated])} apart")
+            left = [one for one in left if one not in separated]
+            if not left:
+                break
+    if left:
+        sentences.append(f"nothing that was tried tells {_listed([_said(one) for one in left])} apart ({', '.join(tried)})")
+    return "; ".join(sentences)
+
+
+def _said(candidate: Candidate) -> str:
+    values = ", ".join(str(value) for value in candidate.parameters.values() if not isinstance(value, tuple))
+    return f"{candidate.fault.name} ({values})" if values else candidate.fault.name
+
+
+def _listed(names: Sequence[str]) -> str:
+    unique = list(dict.fromkeys(names))
+    return ", ".join(unique[:_NAMES]) + (f" and {len(unique) - _NAMES} more" if len(unique) > _NAMES else "")
+
+
+def _probes(case: Case, state: State, folder: Path) -> Iterator[Probe]:
+    """The cheap ones first: this prompt, other prompts up to the place that differs, small models."""
+    if state.first is None:
+        return
+    planting = Planting(state.steps)
+    end = state.order[case.entries[state.first.point].point] + 1
+    rows = min(state.first.row + 2, len(case.positions))
+    yield Probe("other points of this prompt", case.make(state.steps, rows), planting, end)
+    length = min(max(_LONGER, 2 * len(case.tokens)), case.transformer.hp.n_ctx_train)
+    tokens = np.random.default_rng(_SEED).integers(0, case.transformer.hp.n_vocab, length).tolist()
+    yield Probe(f"a prompt of {length} tokens", _replay(case.transformer, state.steps, tokens, 0), planting, end)
+    short = tokens[: len(case.tokens) + _GENERATED]
+    generation = _replay(case.transformer, state.steps, short, _GENERATED)
+    yield Probe(f"a generation of {_GENERATED} tokens", generation, planting, end)
+    for number, (sentence, (shape, kind)) in enumerate(_MODELS.items()):
+        path = folder / f"{number}.gguf"
+        synthesize(path, shape, weight_type=kind, seed=_SEED)
+        transformer = Transformer(GgufModel(path), case.transformer.backend)
+        small = [token % shape.vocab for token in short]
+        replay = _replay(transformer, transformer.steps, small, _GENERATED)
+        yield Probe(sentence, replay, Planting(transformer.steps), len(transformer.steps))
+
+
+def _replay(transformer: Transformer, steps: Sequence[Step], tokens: Sequence[int], generated: int) -> Replay:
+    """A run of a prompt whose last tokens are passes of their own."""
+    prompt = len(tokens) - generated
+    passes = [max(0, row - prompt + 1) for row in range(len(tokens))]
+    return Replay(steps, tokens, range(len(tokens)), passes, transformer.weights, transformer.backend)

@@ -1,0 +1,17 @@
+"""A sample of `benchmarks/fuzz.py`: spoiled dumps of every format end in a verdict or in one line."""
+
+from pathlib import Path
+
+import pytest
+from mutants import KINDS, cases
+
+ANSWERS = {"parity", "divergence", "unusable", "refused"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_spoiled_dumps_are_judged_or_refused_in_one_line(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bytes flipped, cut, put in, lines moved, numbers blown up, formats mixed: no traceback, no warning, and not one answer only."""
+    monkeypatch.chdir(tmp_path)
+    found = [answer() for _, answer in cases(kind, range(25), tmp_path)]
+    assert set(found) <= ANSWERS
+    assert len(set(found)) > 1

@@ -1,0 +1,81 @@
+"""`parity lint` and the lint before a diff: what they refuse, print and exit with."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cli import Cli
+from lint_faults import PROMPT, right_dump, swapped_buffers
+
+from checkpoints.jsonl import Writer
+from checkpoints.reader import read
+from checkpoints.record import Dump, End, Header, Rows
+from engine.backend import choose
+from engine.gguf_model import GgufModel
+from engine.transformer import Transformer
+from parity.lint import lint
+
+
+@pytest.fixture(scope="module")
+def right(stories: Path, tmp_path_factory: pytest.TempPathFactory) -> Dump:
+    return right_dump(Transformer(GgufModel(stories), choose("numpy")), tmp_path_factory.mktemp("right") / "ours.jsonl")
+
+
+def test_a_bare_engine_that_prints_no_positions_is_told_so(tmp_path: Path) -> None:
+    """Lines without token_idx all stand at position 0 and contradict each other: an error, with what to print."""
+    path = tmp_path / "bare.jsonl"
+    rng = np.random.default_rng(1)
+    lines = [f'{{"checkpoint":"layer_5","values":{list(map(float, rng.normal(size=10).round(4)))}}}' for _ in range(4)]
+    path.write_text("\n".join(lines))
+    report = lint(read(path))
+    assert not report.usable
+    assert [f.rule for f in report.findings] == ["doubled"]
+    assert "token's position" in report.findings[0].advice
+
+
+def test_an_end_that_counts_more_records_than_there_are(right: Dump, tmp_path: Path) -> None:
+    """A dump whose end record counts other lines, and one torn in its last line, are cut short."""
+    assert right.end is not None
+    report = lint(replace(right, end=End(right.end.checkpoints + 4)))
+    assert [f.rule for f in report.findings] == ["cut-short"]
+    path = tmp_path / "torn.jsonl"
+    with Writer(path, Header("engine", tokens=PROMPT)) as writer:
+        rows: Rows = right.points["blk.5.l_out"]
+        writer.rows(rows)
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) - 200])
+    assert "last line is cut short" in lint(read(path)).findings[0].evidence
+
+
+def test_a_diff_refuses_a_dump_that_lint_calls_unusable(right: Dump, parity: Cli, tmp_path: Path) -> None:
+    """Swapped buffers are exit 2, naming the side and the rule; --despite-lint compares, and finds the divergence they fake."""
+    for name, source in (("right", right), ("broken", swapped_buffers(right))):
+        with Writer(tmp_path / f"{name}.jsonl", source.header) as writer:
+            for rows in source.points.values():
+                writer.rows(rows)
+    refused = parity("diff", "broken.jsonl", "right.jsonl")
+    assert refused.code == 2
+    assert "ours (broken.jsonl) is not to be believed: same-vector" in refused.err
+    assert refused.err.count("\n") == 1
+    assert "the reference (broken.jsonl)" in parity("diff", "right.jsonl", "broken.jsonl").err
+    code, answer = parity.json("diff", "broken.jsonl", "right.jsonl", "--despite-lint")
+    assert code == 1
+    assert answer["first_divergence"]["checkpoint"] == "embd"
+    assert parity("diff", "right.jsonl", "right.jsonl").code == 0
+
+
+def test_the_command_answers_people_and_machines(right: Dump, parity: Cli, tmp_path: Path) -> None:
+    """Exit 1 with findings and 0 without; JSON has the contract's keys."""
+    for name, source in (("right", right), ("broken", swapped_buffers(right))):
+        with Writer(tmp_path / f"{name}.jsonl", source.header) as writer:
+            for rows in source.points.values():
+                writer.rows(rows)
+    assert parity("lint", "right.jsonl").code == 0
+    told = parity("lint", "broken.jsonl")
+    assert told.code == 1
+    assert "unusable: a diff of this dump would blame a right engine" in told.out
+    code, answer = parity.json("lint", "broken.jsonl")
+    assert code == 1
+    assert answer["usable"] is False
+    assert set(answer["findings"][0]) >= {"rule", "severity", "checkpoint", "token_idx", "evidence", "advice"}
