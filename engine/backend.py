@@ -120,6 +120,12 @@ def choose(name: str = "auto", number: int | None = None) -> Backend:
         if name == "auto":
             return _numpy()
         raise InputError("CuPy finds no CUDA device.", "`parity doctor` shows what is missing.", code="backend")
+    if os.environ.get("CUPY_TF32", "0") not in ("", "0"):
+        raise InputError(
+            "CUPY_TF32 is set: CuPy would round the factors of float32 products to TF32.",
+            "Unset it; `--compute tf32` is for engines that do so.",
+            code="tf32",
+        )
     there = cupy.cuda.runtime.getDeviceCount()
     if number is None:
         number = cupy.cuda.Device().id

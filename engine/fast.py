@@ -21,7 +21,7 @@ from .fast_decode import DecodeStep
 from .fast_prefill import Prefill
 from .fast_weights import FastWeights
 from .gguf_model import GgufModel
-from .packing import BF16
+from .packing import BF16, F32
 from .transformer import Transformer
 
 _POSITIONS = 2048  # places of the cache if nothing else is said
@@ -55,7 +55,9 @@ class FastTransformer(Transformer):
 
     @property
     def compute(self) -> str:
-        """The arithmetic of a prefill, for the dump's header."""
+        """What a prefill's products round activations to, for the dump's header."""
+        if self._weights.types == 1 << F32:
+            return "f32"
         return "bf16" if self._weights.types >> BF16 & 1 else "f16"
 
     def start(self, first_position: int = 0) -> Any:
@@ -102,7 +104,9 @@ class FastTransformer(Transformer):
     def _fits(self, length: int) -> None:
         if length > self.step.positions:
             raise InputError(
-                f"{length:,} positions are more than the fast mode's cache of {self.step.positions:,}.", code="context"
+                f"{length:,} positions are more than the fast mode's cache of {self.step.positions:,}.",
+                "Take a shorter prompt, or --mode exact.",
+                code="context",
             )
 
     def _decode(self, sequence: Any, tap: Capture | None) -> None:

@@ -8,7 +8,7 @@ from checkpoints.errors import ModelError
 
 from .backend import Array, Backend
 from .blocks import ROPE_FACTORS
-from .gguf_model import GgufModel, Hyperparameters
+from .gguf_model import GgufModel
 from .packing import BF16, F16, F32, PACKED, Packed, pack
 from .upload import Upload
 
@@ -52,7 +52,8 @@ class FastWeights:
 
     def __init__(self, model: GgufModel, backend: Backend) -> None:
         hp = model.hyperparameters
-        _check(hp, model)
+        if reason := lacking(model):
+            raise ModelError(f"the fast mode has {reason}.", "Take --mode exact.", code="fast-mode")
         # Packing a matrix needs its blocks a few times over: the largest three times beside the rest.
         sizes = [info.n_bytes for info in model.tensors.values()]
         backend.require(sum(sizes) + 3 * max(sizes), f"{model.path.name} in its own types")
@@ -114,13 +115,13 @@ class FastWeights:
         return self._vector(f"{name}.bias") if f"{name}.bias" in self._model.tensors else None
 
 
-def _check(hp: Hyperparameters, model: GgufModel) -> None:
+def lacking(model: GgufModel) -> str | None:
+    """Why the fast mode cannot run a model; None if it can."""
+    hp = model.hyperparameters
     wrong = {
         f"no architecture {hp.architecture!r}, only {', '.join(PAIRS)}": hp.architecture not in PAIRS,
         "no mixture of experts": "blk.0.ffn_gate_inp.weight" in model.tensors,
         f"no value heads of {hp.value_size} beside key heads of {hp.head_size}": hp.value_size != hp.head_size,
         "no widths that are no multiple of 32": bool(hp.n_embd % 32 or hp.n_ff % 32 or hp.n_heads * hp.head_size % 32),
     }
-    for reason, broken in wrong.items():
-        if broken:
-            raise ModelError(f"the fast mode has {reason}.", "Take --mode exact.", code="fast-mode")
+    return next((reason for reason, broken in wrong.items() if broken), None)

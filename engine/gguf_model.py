@@ -47,6 +47,7 @@ class Hyperparameters:
 
     architecture: str
     name: str
+    file_type: str
     n_layers: int
     n_embd: int
     n_heads: int
@@ -82,17 +83,6 @@ class GgufModel:
     def fingerprint(self) -> str:
         """`checkpoints.fingerprint.fingerprint` of the file."""
         return fingerprint(self.path)
-
-    @cached_property
-    def file_type(self) -> str:
-        """What most of the weights are ("Q4_K_M"), as the metadata say it; empty if they don't."""
-        from gguf import LlamaFileType  # takes longer than opening a model, and only who describes one asks
-
-        number = self.metadata.get("general.file_type")
-        try:
-            return str(LlamaFileType(number).name.removeprefix("MOSTLY_").removeprefix("ALL_"))
-        except ValueError:
-            return ""
 
     def raw(self, name: str) -> NDArray[np.uint8]:
         """A tensor's bytes, one row of blocks a line: uint8 [rows, bytes a row], a view of the memory map."""
@@ -146,6 +136,7 @@ class GgufModel:
         return Hyperparameters(
             architecture=architecture,
             name=get("general.name", str, ""),
+            file_type=self._file_type(),
             n_layers=own("block_count", int),
             n_embd=n_embd,
             n_heads=n_heads,
@@ -197,8 +188,6 @@ class GgufModel:
             )
         return 1.0 / factor if kind == "linear" and factor > 0 else 1.0
 
-<<<<<<< HEAD
-=======
     def _file_type(self) -> str:
         number = self.metadata.get("general.file_type")
         if number in FILE_TYPES:
@@ -210,7 +199,6 @@ class GgufModel:
         except ValueError:
             return ""
 
->>>>>>> main
 
 def _tensors(found: Contents) -> dict[str, TensorInfo]:
     """Every tensor with its shape and size, checked against its type's blocks and the file's end."""

@@ -141,7 +141,7 @@ def _dump(engine: Transformer, ids: Sequence[int], portions: Sequence[int], name
     hp = engine.hp
     header = Header(
         source="engine",
-        model=ModelInfo(hp.name, hp.architecture, engine.model.file_type, hp.n_layers, engine.model.fingerprint),
+        model=ModelInfo(hp.name, hp.architecture, hp.file_type, hp.n_layers, engine.model.fingerprint),
         tokens=tuple(ids),
         mode="exact",
         compute="f32",

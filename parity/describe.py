@@ -22,7 +22,7 @@ def describe(path: Path) -> dict[str, Any]:
         "file": str(path),
         "name": hp.name,
         "architecture": hp.architecture,
-        "file_type": model.file_type,
+        "file_type": hp.file_type,
         "fingerprint": model.fingerprint,
         "layers": hp.n_layers,
         "width": hp.n_embd,

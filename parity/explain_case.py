@@ -77,7 +77,7 @@ class Case:
     def header(self) -> Header:
         """What a dump of our engine would say of itself."""
         hp, model = self.transformer.hp, self.transformer.model
-        info = ModelInfo(hp.name or model.path.stem, hp.architecture, model.file_type, hp.n_layers, model.fingerprint)
+        info = ModelInfo(hp.name or model.path.stem, hp.architecture, hp.file_type, hp.n_layers, model.fingerprint)
         known = self.dump.header
         return Header(
             source="engine",

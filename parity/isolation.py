@@ -271,4 +271,4 @@ def _foreign(request: IsolateRequest, dump: Path, running: Reference | None) -> 
 
 def _named(transformer: Transformer) -> str:
     hp = transformer.hp
-    return f"{hp.name or transformer.model.path.stem} · {hp.architecture}, {hp.n_layers} layers · {transformer.model.file_type}"
+    return f"{hp.name or transformer.model.path.stem} · {hp.architecture}, {hp.n_layers} layers · {hp.file_type}"

@@ -58,12 +58,12 @@ def header(transformer: Transformer, job: OursJob) -> Header:
     model = transformer.model
     return Header(
         source="engine",
-        model=ModelInfo(hp.name or model.path.stem, hp.architecture, model.file_type, hp.n_layers, model.fingerprint),
+        model=ModelInfo(hp.name or model.path.stem, hp.architecture, hp.file_type, hp.n_layers, model.fingerprint),
         tokens=job.tokens,
         pieces=job.pieces,
         prompt=job.prompt,
         mode=job.mode,
-        compute="f32",
+        compute=transformer.compute,
         kv_type="f32",
         slice=job.slice_size,
         hparams={"eps": hp.eps, "heads": hp.n_heads, "kv_heads": hp.n_kv_heads, "vocab": hp.n_vocab, "rope_base": hp.rope_base},

@@ -71,14 +71,13 @@ def use(path: Path) -> None:
 
 def test_hyperparameters_are_the_metadata(stories: Path) -> None:
     """The engine's numbers of the embedded model are those of the file, by their full keys."""
-    model = GgufModel(stories)
-    hp = model.hyperparameters
+    hp = GgufModel(stories).hyperparameters
     fields = gguf.GGUFReader(stories).fields
 
     def theirs(key: str) -> Any:
         return fields[f"qwen2.{key}"].contents()
 
-    assert (hp.architecture, model.file_type) == ("qwen2", "Q8_0")
+    assert (hp.architecture, hp.file_type) == ("qwen2", "Q8_0")
     assert hp.n_layers == theirs("block_count")
     assert (hp.n_embd, hp.n_ff) == (theirs("embedding_length"), theirs("feed_forward_length"))
     assert (hp.n_heads, hp.n_kv_heads) == (theirs("attention.head_count"), theirs("attention.head_count_kv"))

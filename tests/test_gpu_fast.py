@@ -56,7 +56,7 @@ def test_a_run_is_within_the_measured_limits_of_exact_mode(quantized: Callable[[
     plain, fast = Transformer(model, backend), FastTransformer(model, backend, positions=128)
     one, other = plain.start(), fast.start()
     expected, found = plain.forward([2047, 9, 8, 7, 300], one), fast.forward([2047, 9, 8, 7, 300], other)
-    limit = fast_floor(model.file_type)
+    limit = fast_floor(model.hyperparameters.file_type)
     assert nmse(found, expected) < limit.logits
     for _ in range(70):
         token = int(expected.argmax())

@@ -36,17 +36,16 @@ def test_the_file_has_the_shape_asked_for(parity: Cli) -> None:
         "--like tiny-llama --layers 3 --width 96 --heads 6 --kv-heads 3 --head-size 32 --ff 160 --vocab 3000 --tied --type q8_0"
     )
     assert parity("synth", *arguments.split(), "--context", "64", "--rope-base", "5000", "-o", "m.gguf").code == 0
-    model = GgufModel(Path("m.gguf"))
-    hp = model.hyperparameters
+    hp = GgufModel(Path("m.gguf")).hyperparameters
     assert (hp.architecture, hp.n_layers, hp.n_embd, hp.n_heads, hp.n_kv_heads, hp.head_size) == ("llama", 3, 96, 6, 3, 32)
-    assert (hp.n_ff, hp.n_vocab, hp.n_ctx_train, hp.rope_base, model.file_type) == (160, 3000, 64, 5000.0, "Q8_0")
+    assert (hp.n_ff, hp.n_vocab, hp.n_ctx_train, hp.rope_base, hp.file_type) == (160, 3000, 64, 5000.0, "Q8_0")
     assert parity("run", "--model", "m.gguf", "--prompt", "Once").code == 0
 
 
 def test_a_type_that_only_llama_cpp_makes(parity: Cli) -> None:
     """Q4_K_M is quantised by llama.cpp from F32, and runs."""
     assert parity("synth", "--width", "256", "--ff", "256", "--type", "q4_k_m", "-o", "m.gguf").code == 0
-    assert GgufModel(Path("m.gguf")).file_type == "Q4_K_M"
+    assert GgufModel(Path("m.gguf")).hyperparameters.file_type == "Q4_K_M"
     assert parity("run", "--model", "m.gguf", "--prompt", "Once").code == 0
     assert sorted(path.name for path in Path().glob("m.*")) == ["m.gguf"]
 
