@@ -172,9 +172,7 @@ class DecodeStep:
             step = (self._model[1], np.float32(hp.eps), np.float32(hp.head_size**-0.5))
             self._kernel((self.blocks,), (_THREADS,), step, shared_mem=self._shared)
             if arguments is not None:
-                summary = kernel("summary", "summarise_points")
-                summary.preferred_shared_memory_carveout = 100  # as the step's own: switching takes time between the kernels
-                summary((arguments[0],), (256,), arguments[1])
+                kernel("summary", "summarise_points")((arguments[0],), (256,), arguments[1])
             graph = self._stream.end_capture()
         graph.upload(self._stream)
         return graph, tuple(parts), held

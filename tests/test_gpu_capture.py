@@ -1,5 +1,6 @@
 """The device's tap loses and changes nothing: slow, dying and full writers, reused buffers, both kinds of memory."""
 
+import re
 import subprocess
 import sys
 import time
@@ -154,8 +155,6 @@ def test_fast_logits_do_not_depend_on_what_is_captured(stories: Path) -> None:
         np.testing.assert_array_equal(tokens, found[0][1])
 
 
-# The decode step's copies into shared memory end in barriers (mbarrier) that racecheck does not follow: it takes every reuse of
-# the place for a race. It looks at the step without them; memcheck at the step as it is.
 _SHORT_RUN = """
 import sys
 from pathlib import Path
@@ -164,9 +163,6 @@ from engine.capture_gpu import DeviceCapture
 from engine.fast import FastTransformer
 from engine.gguf_model import GgufModel
 from engine.transformer import Transformer
-from engine.fast_decode import DecodeStep
-if sys.argv[2] == "racecheck":
-    DecodeStep._staging = lambda self: {"GATE_BYTES": 0, "DOWN_BYTES": 0}
 class Sink:
     def rows(self, rows): pass
     def token(self, token): pass
@@ -176,7 +172,11 @@ for make in (Transformer, FastTransformer):
         sequence = engine.start()
         for tokens in ([5, 6, 7], [1], [2], [3]):
             engine.forward(tokens, sequence, tap)
+print("all passes made")
 """
+# Racecheck does not follow the barriers (mbarrier) by which `produce` in near.cuh learns that a place may be filled again: it
+# takes every refill for a race with the reads before it. Each other pair of accesses counts.
+_RACE = re.compile(r"Race reported between \w+ access at (\S+).*?and \w+ access at (\S+)", re.DOTALL)
 
 
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
@@ -189,6 +189,11 @@ def test_the_sanitizer_finds_nothing(tmp_path: Path, tool: str) -> None:
     model, script = tmp_path / "model.gguf", tmp_path / "short.py"
     synthesize(model, shape_like("tiny"), weight_type="f16")
     script.write_text(_SHORT_RUN)
-    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, str(script), str(model), tool]
+    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, str(script), str(model)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+    said = done.stdout[-3000:] + done.stderr[-2000:]
+    assert "all passes made" in done.stdout, said
+    if tool == "memcheck":
+        assert done.returncode == 0, said
+    else:
+        assert [pair for pair in _RACE.findall(done.stdout) if not any("produce" in place for place in pair)] == []

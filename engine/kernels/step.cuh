@@ -90,7 +90,7 @@ struct Shared {
     float mixed[WARPS][HEAD], peak[WARPS], total[WARPS];   // of the warps that share a head
     unsigned long long full[2], used[2];   // barriers of the weights brought near: gate and up, down
     Matrix near_gate, near_up, near_down;
-    __align__(16) char weights[GATE_BYTES + DOWN_BYTES];
+    __align__(16) char weights[STAGED ? GATE_BYTES + DOWN_BYTES : 16];
 };
 
 // This block's share of `count` things, as [first, last).
