@@ -45,6 +45,7 @@ class Record(msgspec.Struct, gc=False):
     stats: dict[str, float] | None = None
     sketch: msgspec.Raw = _NONE
     indices: msgspec.Raw = _NONE
+    quantum: msgspec.Raw = _NONE
 
 
 def others(found: Sequence[Record], texts: Sequence[Text]) -> list[int]:
@@ -54,7 +55,9 @@ def others(found: Sequence[Record], texts: Sequence[Text]) -> list[int]:
     return [i for i, one in enumerate(found) if one.type != RECORD or one.checkpoint is None or not texts[i]]
 
 
-_columns = attrgetter("checkpoint", "seq", "token_idx", "step", "phase", "dtype", "shape", "stats", "sketch", "indices")
+_columns = attrgetter(
+    "checkpoint", "seq", "token_idx", "step", "phase", "dtype", "shape", "stats", "sketch", "indices", "quantum"
+)
 
 
 class Parser:
@@ -117,8 +120,8 @@ class Parser:
             Odd: a record needs the careful way; nothing was taken.
         """
         columns = zip(*map(_columns, found), strict=True)
-        names, seqs, positions, steps, phases, dtypes, given, statistics, sketches, indices = columns
-        if any(indices):
+        names, seqs, positions, steps, phases, dtypes, given, statistics, sketches, indices, quanta = columns
+        if any(indices) or any(quanta):
             raise Odd
         values, counts = self.floats(texts)
         shapes = self._sizes(given, counts)

@@ -140,6 +140,26 @@ def test_a_printed_sum_of_all_values_shows_what_the_printed_ones_hide(run: Path)
             assert (answer.first_divergence.checkpoint, answer.first_divergence.token_idx) == ("blk.0.ffn_up", last)
 
 
+def test_noise_that_turns_a_printed_digit_over_is_noise(tmp_path: Path) -> None:
+    """Where a right engine's rounding noise decides what the fourth decimal is, exact mode still sees parity; errors it sees."""
+    rng = np.random.default_rng(0)
+    right = rng.standard_normal((2000, 16)).astype(np.float32)
+    noisy = (right * (1 + 1e-7 * rng.standard_normal(right.shape))).astype(np.float32)
+    for wrong, verdict in ((0.0, "parity"), (0.01, "divergence")):
+        lines = [
+            json.dumps({"checkpoint": "blk.0.q", "token_idx": t, "values": "@"}).replace(
+                '"@"', "[" + ",".join(f"{x + wrong * (i == 7):.4f}" for i, x in enumerate(row)) + "]"
+            )
+            for t, row in enumerate(noisy)
+        ]
+        (tmp_path / "printed.jsonl").write_text("\n".join(lines))
+        np.savez(tmp_path / "right.npz", **{"blk.0.q": right})  # type: ignore[arg-type]
+        answer = compare(
+            load(tmp_path / "printed.jsonl"), load(tmp_path / "right.npz"), Options(compute="f32", tolerance=1e-10)
+        )
+        assert answer.verdict == verdict
+
+
 @pytest.mark.parametrize("kind", ["npz", "npy", "safetensors", "folder"])
 def test_arrays_named_by_point_agree(run: Path, kind: str, tmp_path: Path) -> None:
     """.npz, folders of .npy, .safetensors: whole arrays, with a leading 1 or without, are parity."""
@@ -223,6 +243,10 @@ def test_convert_writes_any_of_them_as_format_1(run: Path, parity: Cli, tmp_path
     assert parity("convert", "debug.log", "-o", "log.jsonl").code == 0
     assert parity("lint", "log.jsonl").code == 0
     assert parity.json("diff", "log.jsonl", run)[1]["verdict"] == "parity"
+    (tmp_path / "real.log").write_bytes((LOGS / "eval-callback-new.log").read_bytes())
+    assert parity("convert", "real.log", "-o", "real.jsonl").code == 0
+    code, answer = parity.json("diff", "real.jsonl", run, "--compute", "f32")  # what was printed to four decimals stays so
+    assert (code, answer["compared"]) == (0, 123)
     assert parity("convert", "debug.log", "-o", "late.jsonl", "--offset", "5").code == 0
     assert int(load("late.jsonl").points["embd"].token_idx.min()) == 5
     code, answer = parity.json("diff", "late.jsonl", run, "--offset", "-5")
