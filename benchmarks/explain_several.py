@@ -11,6 +11,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from time import process_time
 from typing import Any
 
 import numpy as np
@@ -91,19 +92,24 @@ def combinations(folder: Path, number: int, first: int, count: int, budget: floa
     """Print each combination; count what became of them."""
     made = [(name, Faulty(model)) for name, model in models(folder, ("stories", "llama", "qwen2"))]
     outcomes: Counter[str] = Counter()
+    seconds: list[float] = []
     for seed in range(first, first + count):
         name, faulty = made[seed % len(made)]
         rng = random.Random(1000 * number + seed)
         tokens = tokens_of(faulty.model, 24, seed)
         planted, dump = draw(faulty, tokens, number, rng)
+        began = process_time()
         answer = explain(dump, faulty.model, Options(tokens=tokens, budget=budget))
+        spent = process_time() - began
+        seconds.append(spent)
         outcome = judge(answer, planted, dump, faulty)
         outcomes[outcome] += 1
         faults = [(fault, parameters) for fault, parameters, _ in planted.faults]
         causes = [(cause.named.fault, cause.named.parameters, cause.named.layers) for cause in answer.causes]
         left = f"; left at {answer.remaining.checkpoint}, {answer.remaining.token_idx}" if answer.remaining else ""
-        spent = "" if answer.complete else ", out of time"
-        print(f"{number}/{seed} {name}: {outcome}, {answer.seconds:.0f} s{spent}\n  {faults}\n  {causes}{left}", flush=True)
+        late = "" if answer.complete else ", out of time"
+        print(f"{number}/{seed} {name}: {outcome}, {spent:.0f} s CPU{late}\n  {faults}\n  {causes}{left}", flush=True)
+    print(f"CPU seconds: median {np.median(seconds):.0f}, largest {max(seconds):.0f}")
     return outcomes
 
 

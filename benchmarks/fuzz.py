@@ -21,6 +21,7 @@ from time import process_time
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from mutants import KINDS, cases
+from reading import peak
 
 SECONDS = 10
 _SHOWN = 12  # failures of a kind that are listed
@@ -41,7 +42,7 @@ def row(kind: str, first: int, count: int) -> str:
     signal.signal(signal.SIGPROF, _hang)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak()
     answers: Counter[str] = Counter()
     failures = []
     slowest = 0.0
@@ -57,7 +58,7 @@ def row(kind: str, first: int, count: int) -> str:
             signal.setitimer(signal.ITIMER_PROF, 0)
             slowest = max(slowest, process_time() - began)
         os.chdir("/")
-    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    grown = peak() - before
     counts = count, answers["parity"], answers["divergence"], answers["unusable"], answers["refused"], len(failures)
     text = f"| {kind} | {' | '.join(f'{x:,}' for x in counts)} | {slowest:.2f} | {grown:.0f} |"
     return "\n".join([text, *failures[:_SHOWN]])

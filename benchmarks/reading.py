@@ -1,16 +1,24 @@
-"""How fast dumps are read, and in how much memory. Run: python benchmarks/reading.py"""
+"""How fast dumps are read, and in how much memory. Run: python benchmarks/reading.py [seconds a row]
 
-import resource
+CPU time of the fastest of the passes that fit into that many seconds (10), since the machine may be shared; each row in a
+process of its own, for its memory. The last column is what the numbers alone take in simdjson, which is the floor.
+"""
+
+import os
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, process_time
 
 import numpy as np
 import orjson
+import simdjson
 
+from checkpoints.formats import load
 from checkpoints.jsonl import Writer
-from checkpoints.reader import read
 from checkpoints.record import Header, Rows
 from checkpoints.scan import Scan
 from checkpoints.summary import summarise
@@ -41,45 +49,82 @@ def own(path: Path, positions: int) -> None:
             writer.rows(summarise(f"blk.{layer}.l_out", rows, np.arange(positions)))
 
 
-def measure(path: Path) -> tuple[float, int, int]:
-    """Seconds of the fastest of three streams through the file, its records and values."""
-    best, records, values = np.inf, 0, 0
-    for _ in range(2):
-        began = perf_counter()
-        sizes = [(len(rows), rows.values.size) for rows in Scan(path) if isinstance(rows, Rows)]
-        best = min(best, perf_counter() - began)
-        records, values = sum(n for n, _ in sizes), sum(v for _, v in sizes)
-    return best, records, values
+def streamed(path: Path) -> tuple[int, int]:
+    """Records and values of a stream through the file."""
+    sizes = [(len(rows), rows.values.size) for rows in Scan(path) if isinstance(rows, Rows)]
+    return sum(n for n, _ in sizes), sum(v for _, v in sizes)
 
 
-def table() -> Iterator[tuple[str, float, float, float]]:
-    """(what, records/s, Mfloat/s, peak MiB so far) for each kind of file, small files before large ones."""
+def whole(path: Path) -> tuple[int, int]:
+    """The same, read as the commands read it."""
+    found = load(path)
+    return found.records, sum(rows.values.size for rows in found.points.values())
+
+
+def peak() -> float:
+    """The most memory that this process has had, MiB (getrusage would count its parent's before exec too)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
+
+
+def measure(read: Callable[[Path], tuple[int, int]], path: Path, seconds: float) -> tuple[float, int, int, float]:
+    """CPU seconds of the fastest pass, its records and values, and the memory that all of them took, MiB."""
+    before = peak()
+    best, until = np.inf, perf_counter() + seconds
+    records = values = 0
+    while perf_counter() < until or not records:
+        began = process_time()
+        records, values = read(path)
+        best = min(best, process_time() - began)
+    return best, records, values, peak() - before
+
+
+def numbers(path: Path, seconds: float) -> float:
+    """Million values a CPU second of simdjson alone, some hundred thousand at a time, as the reader gives them."""
+    lines = path.read_bytes()[: 1 << 24].split(b"\n")[:-1]
+    texts = [
+        line[line.index(b"[", line.index(b'"values"')) :].partition(b"]")[0] + b"]" for line in lines if b'"values"' in line
+    ]
+    step = max(1, (1 << 19) // len(texts[0]))
+    blocks = [b"[" + b",".join(texts[i : i + step]) + b"]" for i in range(0, len(texts), step)]
+    count = sum(text.count(b",") + 1 for text in texts)
+    parser = simdjson.Parser()
+    best, until = np.inf, perf_counter() + seconds
+    while perf_counter() < until:
+        began = process_time()
+        for block in blocks:
+            found = parser.parse(block)
+            found.as_buffer(of_type="d")
+            del found
+        best = min(best, process_time() - began)
+    return count / best / 1e6
+
+
+def table(seconds: float) -> Iterator[tuple[str, float, float, float, float]]:
+    """(what, records/s, Mfloat/s, MiB, Mfloat/s of simdjson alone) for each kind of file."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "dump.jsonl"
-        for name, make in (
-            ("bare lines, 16 values", lambda: foreign(path, 16, 240_000)),
-            ("bare lines, 16 values, %f", lambda: foreign(path, 16, 240_000, printf=True)),
-            ("format 1, 16 values, statistics, sketch", lambda: own(path, 5000)),
-            ("bare lines, 896 values", lambda: foreign(path, 896, 20_000)),
-            ("bare lines, 896 values, ten times as many", lambda: foreign(path, 896, 200_000)),
-            ("bare lines, 151,936 values", lambda: foreign(path, 151_936, 60)),
+        for name, make, read in (
+            ("bare lines, 16 values", lambda: foreign(path, 16, 120_000), streamed),
+            ("bare lines, 16 values, ten times as many", lambda: foreign(path, 16, 1_200_000), streamed),
+            ("bare lines, 16 values, %f", lambda: foreign(path, 16, 120_000, printf=True), streamed),
+            ("format 1, 16 values, statistics, sketch", lambda: own(path, 3000), streamed),
+            ("format 1, 16 values, read whole", lambda: own(path, 3000), whole),
+            ("bare lines, 896 values", lambda: foreign(path, 896, 8_000), streamed),
+            ("bare lines, 896 values, ten times as many", lambda: foreign(path, 896, 80_000), streamed),
+            ("bare lines, 896 values, %f", lambda: foreign(path, 896, 4_000, printf=True), streamed),
+            ("bare lines, 151,936 values", lambda: foreign(path, 151_936, 60), streamed),
         ):
             make()
-            seconds, records, values = measure(path)
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-            yield name, records / seconds, values / seconds / 1e6, peak
-        own(path, 5000)
-        began = perf_counter()
-        found = read(path)
-        yield (
-            "format 1, read whole",
-            found.records / (perf_counter() - began),
-            found.records * 16 / 1e6 / (perf_counter() - began),
-            (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
-        )
+            with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+                best, records, values, memory = pool.submit(measure, read, path, seconds).result()
+                floor = pool.submit(numbers, path, seconds / 3).result()
+            yield name, records / best, values / best / 1e6, memory, floor
 
 
 if __name__ == "__main__":
-    print(f"{'file':<44}{'records/s':>12}{'Mfloat/s':>10}{'peak MiB':>10}")
-    for what, records, floats, peak in table():
-        print(f"{what:<44}{records:>12,.0f}{floats:>10.1f}{peak:>10.0f}")
+    print(f"load {os.getloadavg()[0]:.1f}, {os.cpu_count()} cores")
+    print(f"{'file':<44}{'records/s':>12}{'Mfloat/s':>10}{'MiB':>8}{'numbers alone':>16}")
+    for what, rate, floats, peak, alone in table(float(sys.argv[1]) if len(sys.argv) > 1 else 10.0):
+        print(f"{what:<44}{rate:>12,.0f}{floats:>10.1f}{peak:>8.0f}{alone:>16.1f}", flush=True)
+    print(f"load {os.getloadavg()[0]:.1f}")

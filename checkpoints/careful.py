@@ -4,6 +4,7 @@ from math import prod
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from . import fields, lenient
 from .labels import Labels
@@ -56,7 +57,10 @@ def _record(found: dict[str, Any], line: bytes, labels: Labels, serial: int, *, 
             raise ValueError(f"{label} has a sketch of {len(sketch)} numbers instead of {SKETCH_SIZE}")
     scattered = None if indices is None else np.array([fields.indices(indices, len(values))], dtype=np.int64)
     stats = {name: np.array([fields.number(x)]) for name, x in fields.statistics(found.get("stats") or {}).items()}
-    quantum = fields.quantum(fields.values_text(line), len(values)) if digits else None
+    if found.get("quantum") is not None:  # of what was printed in some other format
+        quantum: NDArray[np.float64] | None = fields.steps(found["quantum"], len(values))
+    else:
+        quantum = fields.quantum(fields.values_text(line), len(values)) if digits else None
     with np.errstate(over="ignore"):
         return Slab(
             np.array(labels.numbers([label])),

@@ -78,6 +78,16 @@ def indices(found: Any, count: int) -> list[int]:
     return listed
 
 
+def steps(found: Any, count: int) -> NDArray[np.float64]:
+    """The steps of the decimals that `count` values were printed with, given as one number for all or as one each."""
+    listed = found if isinstance(found, list) else [found]
+    check_numbers(listed, '"quantum"')
+    given = np.array([number(step) for step in listed], dtype=np.float64)
+    if len(given) not in (1, count) or not np.isfinite(given).all() or (given < 0).any():
+        raise ValueError(f'"quantum" must be a step from 0, or one for each of {count} values')
+    return np.broadcast_to(given, (count,)).copy()
+
+
 def shape(found: Any) -> tuple[int, ...]:
     """A shape as a list or as text ("[1,151936]"); leading ones are dropped, since a record is one position's row."""
     numbers = [int(text) for text in re.findall(r"-?\d+", found)] if isinstance(found, str) else (found or [])

@@ -23,6 +23,11 @@ def _numbers(row: NDArray[np.float32], finite: bool) -> Any:
     return row if finite else [x if np.isfinite(x) else _as_text(float(x)) for x in row]
 
 
+def _steps(row: NDArray[np.float64]) -> float | list[float]:
+    """The steps of printed decimals: one number where they are the same for all values."""
+    return float(row[0]) if (row == row[0]).all() else row.tolist()
+
+
 def checkpoint_lines(rows: Rows) -> Iterable[dict[str, Any]]:
     """One JSON object a row, in the format's order of keys."""
     layer = parse(rows.point).layer
@@ -45,6 +50,8 @@ def checkpoint_lines(rows: Rows) -> Iterable[dict[str, Any]]:
         }
         if rows.indices is not None and rows.indices[r, 0] >= 0:
             line["indices"] = rows.indices[r, :count].tolist()
+        if rows.quantum is not None and rows.quantum[r, :count].any():
+            line["quantum"] = _steps(rows.quantum[r, :count])
         stats = {name: column[r] for name, column in rows.stats.items() if not np.isnan(column[r])}
         if stats:
             line["stats"] = {name: _as_text(statistic_as_json(name, value)) for name, value in stats.items()}

@@ -5,6 +5,7 @@ either does not understand is `Odd`, and is read again line by line (`checkpoint
 """
 
 from collections.abc import Sequence
+from itertools import chain
 from math import prod
 from operator import attrgetter
 from typing import Annotated, Any
@@ -44,6 +45,7 @@ class Record(msgspec.Struct, gc=False):
     stats: dict[str, float] | None = None
     sketch: msgspec.Raw = _NONE
     indices: msgspec.Raw = _NONE
+    quantum: msgspec.Raw = _NONE
 
 
 def others(found: Sequence[Record], texts: Sequence[Text]) -> list[int]:
@@ -53,7 +55,9 @@ def others(found: Sequence[Record], texts: Sequence[Text]) -> list[int]:
     return [i for i, one in enumerate(found) if one.type != RECORD or one.checkpoint is None or not texts[i]]
 
 
-_columns = attrgetter("checkpoint", "seq", "token_idx", "step", "phase", "dtype", "shape", "stats", "sketch", "indices")
+_columns = attrgetter(
+    "checkpoint", "seq", "token_idx", "step", "phase", "dtype", "shape", "stats", "sketch", "indices", "quantum"
+)
 
 
 class Parser:
@@ -116,8 +120,8 @@ class Parser:
             Odd: a record needs the careful way; nothing was taken.
         """
         columns = zip(*map(_columns, found), strict=True)
-        names, seqs, positions, steps, phases, dtypes, given, statistics, sketches, indices = columns
-        if any(indices):
+        names, seqs, positions, steps, phases, dtypes, given, statistics, sketches, indices, quanta = columns
+        if any(indices) or any(quanta):
             raise Odd
         values, counts = self.floats(texts)
         shapes = self._sizes(given, counts)
@@ -233,7 +237,7 @@ def _stats(found: Sequence[dict[str, float] | None]) -> dict[str, NDArray[np.flo
     if any(list(row) != names for row in given):
         names = list(dict.fromkeys(name for row in given for name in row))
         given = [{name: row.get(name, np.nan) for name in names} for row in given]
-    columns = np.fromiter((x for row in given for x in row.values()), np.float64, len(given) * len(names))
+    columns = np.fromiter(chain.from_iterable(map(dict.values, given)), np.float64, len(given) * len(names))
     return dict(zip(names, columns.reshape(-1, len(names)).T, strict=True))
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from engine.faults import Planting
 from engine.replay import NOT_ALLOWED
 
+from .explain_scopes import ranges, rescoped
 from .explain_screening import Screening
 from .explain_state import Candidate, Layers, State, key, worst
 from .explain_together import Together
@@ -77,9 +78,9 @@ class Search:
         single = sum(candidate.layers is not None for candidate in state.faults)
         size = (len(state.faults), single, sum(self.right.get(step.makes) is not step for step in state.steps))
         if state.first is None:
-            error = max(worst(state, len(state.nmse)), _SAME_NOISE)
-            return (0.0, round(float(np.log10(error / _SAME_NOISE))), 0.0, *size)
-        return (1.0, -state.first.point, -state.first.row, *size)
+            error = worst(state, len(state.nmse))
+            return (0.0, round(float(np.log10(max(error, _SAME_NOISE) / _SAME_NOISE))), 0.0, *size, error)
+        return (1.0, -state.first.point, -state.first.row, *size, worst(state, state.first.point - 1))
 
     def everywhere(self, state: State) -> list[State]:
         """States of one more fault in all layers that explain everything."""
@@ -90,7 +91,9 @@ class Search:
         """`further`, remembered."""
         name = (*key(state.faults), str(single))
         if name not in self._stages:
-            self._stages[name] = self.further(state, single)
+            found = self.further(state, single)
+            more = [made for one in found[:_BEAM] for made in rescoped(self.screening, state, one)]
+            self._stages[name] = sorted([*found, *more], key=self.rank)
         return self._stages[name]
 
     def explain(self, state: State, depth: int) -> State:
@@ -127,6 +130,8 @@ class Search:
         found = everywhere
         if not (found and found[0].first is None):
             found = sorted([*found, *self._once(state, single=True)], key=self.rank)
+        if not found and len(suspects) > 1:
+            found = sorted(ranges(self.screening, state), key=self.rank)
         if not found:
             self._ends.setdefault(key(state.faults), state)
         return self._follow(state, found, depth)
@@ -160,6 +165,29 @@ class Search:
             and [at for at, pair in enumerate(zip_longest(one.faults, mine.faults)) if pair[0] != pair[1]] == [number]
             and worst(one, until) <= most
         ]
+
+    def equal(self, state: State, number: int) -> list[Candidate]:
+        """`alike`, without those that do not get as far as the state does beside its other faults."""
+        alike = self.alike(state, number)
+        if len(state.faults) == 1:
+            return alike
+        equal = []
+        for one in alike:
+            checked = self._planted((*state.faults[:number], one, *state.faults[number + 1 :]))
+            if checked is not None and checked.first == state.first:
+                equal.append(one)
+        return equal
+
+    def _planted(self, faults: Sequence[Candidate]) -> State | None:
+        """The right engine with these faults, on all rows and points; None where the model or they do not allow it."""
+        *below, last = faults
+        start = middle = self.screening.start()
+        try:
+            for one in below:
+                middle = State((*middle.faults, one), Planting(one.planted(middle)), start.nmse, start.first, start)
+        except NOT_ALLOWED:
+            return None
+        return self.screening.check(middle, last)
 
     def _stage(self, state: State, number: int) -> list[State]:
         """What was found at the stage at which the state's fault of that number was added, alone or together with others."""

@@ -32,7 +32,9 @@ def lines(found: Explanation, width: int) -> Iterator[Text]:
     elif found.remaining is not None:
         yield from _left(found, found.remaining, width)
     if found.variants:
-        nearest = f"; nothing else comes nearer than {error(found.nearest)}" if found.nearest is not None else ""
+        nearest = (
+            f"; the nearest other one leaves NMSE {error(found.nearest)}" if found.nearest is not None and not found else ""
+        )
         searched = f"tried {count(found.faults, 'fault')} ({count(found.variants, 'variant')}) in {found.seconds:.1f} s"
         yield from (Text(line, style="dim") for line in wrap(searched + nearest, width))
     yield from (Text(line, style="dim") for note in found.notes for line in wrap(f"note: {note}", width))
@@ -47,8 +49,16 @@ def _lines(rows: Sequence[tuple[str, str]], width: int) -> list[Text]:
 
 
 def layers_text(layers: tuple[int, ...] | None) -> str:
-    """ "all layers", "layer 17"."""
-    return "" if layers is None else f", only in layer {', '.join(map(str, layers))}"
+    """In which layers: "" for all, ", only in layer 17", ", only in layers 7 to 23", ", only in layers 1, 3, … 23"."""
+    if layers is None:
+        return ""
+    if len(layers) == 1:
+        return f", only in layer {layers[0]}"
+    if len(layers) > 2 and layers == tuple(range(layers[0], layers[-1] + 1)):
+        return f", only in layers {layers[0]} to {layers[-1]}"
+    return f", only in layers {', '.join(map(str, layers if len(layers) < 4 else layers[:2]))}" + (
+        f", … {layers[-1]}" if len(layers) > 3 else ""
+    )
 
 
 def _cause(cause: Cause, number: int, found: Explanation, width: int) -> list[Text]:
@@ -86,12 +96,20 @@ def _precision(found: Explanation, width: int) -> list[Text]:
 
 
 def _left(found: Explanation, place: Place, width: int) -> list[Text]:
-    what = "left over" if found.causes else "no cause"
-    rows = [(what, f"{place.checkpoint}, position {place.token_idx}: NMSE {error(place.nmse)}, limit {limit(place.limit)}")]
+    where = f"{place.checkpoint}, position {place.token_idx}: NMSE {error(place.nmse)}, limit {limit(place.limit)}"
+    if found.causes:
+        rows = [("left over", f"the causes above do not reproduce {where}")]
+    else:
+        rows = [("no cause", f"no known fault reproduces what differs first, {where}")]
     if found.last_agreement is not None and not found.causes:
         rows.append(("after", f"{found.last_agreement}, where all agrees"))
     if not found.complete:
-        rows.append(("time", "the budget is spent before everything was tried: --budget SECONDS gives more"))
+        rows.append(
+            (
+                "time",
+                "the budget was spent before everything was tried: --budget SECONDS gives more, the points below make it quick",
+            )
+        )
     rows += [("numbers" if lead.removed is None else "lead", _lead(lead)) for lead in found.leads]
     if found.next:
         rows.append(("next", f"record these and run explain again:  --points '{found.next}'"))

@@ -18,9 +18,10 @@ from engine.faults import CATALOGUE, Planting, plant
 from engine.graph import Step
 from engine.precision import rounded
 from engine.synth import Shape, synthesize
-from parity.explain import Options, explain
+from parity.explain import Case, Options, explain
 from parity.explain_apart import apart
 from parity.explain_state import Candidate
+from parity.explain_together import Together
 from parity.planted import Faulty, Planted, tokens_of
 from reference.client import Reference
 from reference.jobs import DumpJob
@@ -58,9 +59,49 @@ def test_a_fault_in_one_unknown_layer_is_named_with_its_layer(engine: Faulty) ->
     assert found.remaining is None
 
 
+@pytest.mark.parametrize(
+    ("layers", "points"), [((2, 3), "embd,blk.0.l_out,blk.3.l_out"), ((0, 1), "default"), ((1, 3), "default")]
+)
+def test_a_fault_in_some_layers_is_named_with_them(engine: Faulty, layers: tuple[int, ...], points: str) -> None:
+    """From one layer on, up to one, or in every second one: one cause, not one for each layer."""
+    found = explain(only(engine, ("activation", {"activation": "ReLU"}, layers), points=points), engine.model)
+    assert [(cause.named.fault, cause.named.layers) for cause in found.causes] == [("activation", layers)]
+    assert found.remaining is None
+
+
+def test_three_faults_in_front_of_one_checkpoint_are_tried_together(engine: Faulty) -> None:
+    """None of them gets past it alone: those whose effects add up to the error are tried first, and reproduce it."""
+    faults = (
+        ("norm-weight-missing", {"at": ("ffn_norm",)}, None),
+        ("activation", {"activation": "ReLU"}, None),
+        ("residual-twice", {"added": "branch", "at": ("l_out",)}, None),
+    )
+    case = Case(only(engine, *faults), engine.model, Options())
+    screening = case.screening(case.entries, 60.0)
+    found = next(Together(screening, screening.start(), (0,)).found(3))
+    assert {name for name, _, _ in faults} in [{candidate.fault.name for candidate in chosen} for chosen in found]
+
+
+def test_leads_tell_of_the_place_that_the_causes_leave(engine: Faulty) -> None:
+    """A known fault before an unknown one: the first is the cause, and what is left is described by its own numbers."""
+    unknown = [
+        replace(step, op=lambda x, y: (x + y) * np.float32(1.25)) if step.makes == "blk.2.l_out" else step
+        for step in plant(engine.right, CATALOGUE["rope-pairs"])
+    ]
+    kept, engine.right = engine.right, unknown
+    try:
+        dump = engine.dump(RIGHT, PROMPT, points="embd,blk.0.l_out,blk.1.l_out,blk.2.l_out,logits")
+    finally:
+        engine.right = kept
+    found = explain(dump, engine.model, Options(budget=6))
+    assert [cause.named.fault for cause in found.causes] == ["rope-pairs"]
+    assert found.remaining is not None
+    assert found.remaining.checkpoint == "blk.2.l_out"
+    assert any("1.25 times" in lead.sentence for lead in found.leads)
+
+
 def test_single_layers_are_screened_together_as_one_by_one(engine: Faulty) -> None:
     """Laying candidates one after the other gives what each gives alone: attention keeps them apart."""
-    from parity.explain import Case
     from parity.explain_layers import carry
 
     case = Case(only(engine), engine.model, Options())
@@ -225,7 +266,7 @@ def test_an_unknown_fault_gives_leads_and_the_points_to_record(engine: Faulty) -
         dump = engine.dump(RIGHT, PROMPT, points="embd,blk.1.l_out,blk.2.l_out,logits")
     finally:
         engine.right = kept
-    found = explain(dump, engine.model, Options(budget=20))
+    found = explain(dump, engine.model, Options(budget=6))
     assert found.causes == ()
     assert found.remaining == found.first
     assert any("1.25 times" in lead.sentence for lead in found.leads)
@@ -298,3 +339,22 @@ def test_the_catalogue_is_listed(parity: Cli) -> None:
     assert text.code == 0
     assert all(f"\n  {name}\n" in text.out for name in CATALOGUE)
     assert len(parity.json("explain", "--list")[1]["faults"]) == len(CATALOGUE)
+
+
+def test_garbage_at_single_logits_is_named_with_their_ids(engine: Faulty) -> None:
+    """No fault that could be planted makes random numbers: that all else agrees names the rows of the output matrix."""
+
+    def garbage(x: Array, weight: Array, bias: Array | None = None) -> Array:
+        made = ops.linear(x, weight, bias)
+        made[:, [3, 7]] = np.random.default_rng(1).standard_normal((len(x), 2))
+        return made
+
+    kept = engine.right
+    engine.right = [replace(step, op=garbage) if step.makes == "logits" else step for step in kept]
+    try:
+        dump = engine.dump(RIGHT, PROMPT)
+    finally:
+        engine.right = kept
+    found = explain(dump, engine.model, Options(budget=20))
+    assert [(cause.named.fault, cause.named.parameters) for cause in found.causes] == [("logits-garbage", {"ids": [3, 7]})]
+    assert (found.remaining, found.next) == (None, "")

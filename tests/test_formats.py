@@ -9,8 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from cli import Cli
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
@@ -142,6 +140,26 @@ def test_a_printed_sum_of_all_values_shows_what_the_printed_ones_hide(run: Path)
             assert (answer.first_divergence.checkpoint, answer.first_divergence.token_idx) == ("blk.0.ffn_up", last)
 
 
+def test_noise_that_turns_a_printed_digit_over_is_noise(tmp_path: Path) -> None:
+    """Where a right engine's rounding noise decides what the fourth decimal is, exact mode still sees parity; errors it sees."""
+    rng = np.random.default_rng(0)
+    right = rng.standard_normal((2000, 16)).astype(np.float32)
+    noisy = (right * (1 + 1e-7 * rng.standard_normal(right.shape))).astype(np.float32)
+    for wrong, verdict in ((0.0, "parity"), (0.01, "divergence")):
+        lines = [
+            json.dumps({"checkpoint": "blk.0.q", "token_idx": t, "values": "@"}).replace(
+                '"@"', "[" + ",".join(f"{x + wrong * (i == 7):.4f}" for i, x in enumerate(row)) + "]"
+            )
+            for t, row in enumerate(noisy)
+        ]
+        (tmp_path / "printed.jsonl").write_text("\n".join(lines))
+        np.savez(tmp_path / "right.npz", **{"blk.0.q": right})  # type: ignore[arg-type]
+        answer = compare(
+            load(tmp_path / "printed.jsonl"), load(tmp_path / "right.npz"), Options(compute="f32", tolerance=1e-10)
+        )
+        assert answer.verdict == verdict
+
+
 @pytest.mark.parametrize("kind", ["npz", "npy", "safetensors", "folder"])
 def test_arrays_named_by_point_agree(run: Path, kind: str, tmp_path: Path) -> None:
     """.npz, folders of .npy, .safetensors: whole arrays, with a leading 1 or without, are parity."""
@@ -225,6 +243,10 @@ def test_convert_writes_any_of_them_as_format_1(run: Path, parity: Cli, tmp_path
     assert parity("convert", "debug.log", "-o", "log.jsonl").code == 0
     assert parity("lint", "log.jsonl").code == 0
     assert parity.json("diff", "log.jsonl", run)[1]["verdict"] == "parity"
+    (tmp_path / "real.log").write_bytes((LOGS / "eval-callback-new.log").read_bytes())
+    assert parity("convert", "real.log", "-o", "real.jsonl").code == 0
+    code, answer = parity.json("diff", "real.jsonl", run, "--compute", "f32")  # what was printed to four decimals stays so
+    assert (code, answer["compared"]) == (0, 123)
     assert parity("convert", "debug.log", "-o", "late.jsonl", "--offset", "5").code == 0
     assert int(load("late.jsonl").points["embd"].token_idx.min()) == 5
     code, answer = parity.json("diff", "late.jsonl", run, "--offset", "-5")
@@ -232,56 +254,3 @@ def test_convert_writes_any_of_them_as_format_1(run: Path, parity: Cli, tmp_path
     assert any("shifted by -5" in note for note in answer["notes"])
     assert parity("convert", "debug.log", "-o", "x.jsonl", "--offset", "-1").code == 2
     assert parity("convert", "none.log", "-o", "x.jsonl").code == 2
-
-
-class Mutants(dict[str, bytes]):
-    """Right files to be spoiled; they are not shown where a test fails."""
-
-    def __repr__(self) -> str:
-        return "mutants"
-
-
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
-@given(
-    kind=st.sampled_from(["jsonl", "old.log", "new.log", "npz", "npy", "safetensors"]),
-    cuts=st.lists(st.tuples(st.floats(0, 1), st.binary(max_size=6), st.integers(0, 6)), min_size=1, max_size=5),
-    keep=st.floats(0, 1),
-)
-def test_mutated_files_end_in_a_verdict_or_an_error_of_one_line(
-    mutants: Mutants, tmp_path: Path, kind: str, cuts: list[tuple[float, bytes, int]], keep: float
-) -> None:
-    """Bytes changed, inserted, dropped and files cut short: lint and comparison answer, or one line says why not."""
-    data = bytearray(mutants[kind])
-    for at, put, drop in cuts:
-        place = int(at * len(data))
-        data[place : place + drop] = put
-    if keep < 0.2:
-        del data[int(len(data) * keep * 5) :]
-    path = tmp_path / f"mutant.{kind}"
-    path.write_bytes(data)
-    try:
-        found = load(path)
-        lint(found)
-        compare(found, found)
-    except ParityError as error:
-        assert "\n" not in str(error)  # noqa: PT017
-
-
-@pytest.fixture(scope="module")
-def mutants(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Mutants:
-    folder = tmp_path_factory.mktemp("mutants")
-    arrays = {name: whole(run, name)[:3] for name in ("embd", "blk.3.l_out")}
-    np.savez(folder / "a.npz", **arrays)
-    np.save(folder / "embd.npy", arrays["embd"])
-    save_file(arrays, folder / "a.safetensors")
-    lines = run.read_bytes().splitlines(keepends=True)
-    return Mutants(
-        {
-            "jsonl": b"".join([lines[0], *lines[1:200:9], lines[-1]]),
-            "old.log": "\n".join(printed(run, "old")).encode(),
-            "new.log": "\n".join(printed(run, "new")).encode(),
-            "npz": (folder / "a.npz").read_bytes(),
-            "npy": (folder / "embd.npy").read_bytes(),
-            "safetensors": (folder / "a.safetensors").read_bytes(),
-        }
-    )

@@ -44,6 +44,13 @@ def test_generated_tokens_align_a_dump_that_counts_from_them() -> None:
     assert any("moved by +8" in note and "12 of our generated tokens" in note for note in verdict.notes)
 
 
+def test_generated_tokens_behind_their_prompt_are_not_moved() -> None:
+    """A side that lists its prompt and lacks the first generated token stays where it is, though the text repeats itself."""
+    ref = reference()
+    same = tuple(replace(token, id=5) for token in CHOSEN)
+    assert place(replace(ref, tokens=same[1:]), replace(ref, tokens=same)).note == ""
+
+
 @pytest.mark.parametrize("first", [0, 1, PROMPT - 1, PROMPT])
 def test_values_align_a_dump_that_says_nothing(first: int) -> None:
     """Bare lines counted from wherever they begin are moved to where the embedding agrees, and both errors are said."""
@@ -67,6 +74,17 @@ def test_a_wrong_engine_is_aligned_by_what_it_still_has_right() -> None:
     verdict = compare(replace(ours, points=wrong), reference())
     assert verdict.first_divergence is not None
     assert (verdict.first_divergence.checkpoint, verdict.first_divergence.token_idx) == ("blk.0.l_out", PROMPT)
+
+
+def test_logits_of_the_last_token_printed_as_position_0_are_told() -> None:
+    """A point whose records fit the reference elsewhere is a divergence, and the note says where it fits."""
+    ours = bare(0)
+    last = ours.points["logits"].take([ALL - 1])
+    moved = replace(ours, points={**ours.points, "logits": replace(last, token_idx=np.zeros(1, np.int64))})
+    verdict = compare(moved, reference())
+    assert not verdict
+    assert any("logits of ours fits the reference +19 positions on" in note for note in verdict.notes)
+    assert not any("fits the reference" in note for note in compare(bare(0, noise=0.1), reference()).notes)
 
 
 def test_garbage_is_not_aligned_by_chance() -> None:

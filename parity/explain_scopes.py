@@ -1,0 +1,66 @@
+"""Faults in some layers: from one on, up to one, or in every second one."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from .explain_screening import Screening
+from .explain_state import Candidate, State
+
+
+def rescoped(screening: Screening, state: State, found: State) -> Iterator[State]:
+    """The fault that leads from a state to `found`, in other layers that get further than `found` does.
+
+    If it was found in one layer, in all from there on and in every second one; and each of these, and a fault that was found
+    in all layers, up to a layer in front of the place that it does not explain.
+    """
+    last = found.faults[-1]
+    if found.first is None or last.fault.once or len(found.faults) != len(state.faults) + 1:
+        return
+    begin = 0 if last.layers is None else last.layers[0]
+    for step in (1, 2):
+        layers = tuple(range(begin, screening.n_layers, step))
+        everywhere = len(layers) == screening.n_layers
+        whole = found if everywhere else screening.check(state, replace(last, layers=layers))
+        if whole is None or (everywhere and last.layers is not None):  # a fault in all layers was tried before
+            continue
+        if further(found, whole):
+            yield whole
+        for end in screening.suspects(whole):
+            cut = replace(last, layers=tuple(layer for layer in layers if layer < end))
+            shorter = screening.check(state, cut) if cut.layers and cut.layers != layers else None
+            if shorter is not None and further(whole, shorter) and further(found, shorter):
+                yield shorter
+
+
+def ranges(screening: Screening, state: State) -> Iterator[State]:
+    """States that get further by one fault that begins in a layer in front of the first place: in all from there on, or in
+    every second one. The search ends with the layers in which something explains all: what is alike there is found too.
+    """
+    suspects = screening.suspects(state)
+    for begin, step in [*((layer, 1) for layer in reversed(suspects[:-1])), *((layer, 2) for layer in suspects[:2])]:
+        layers = tuple(range(begin, screening.n_layers, step))
+        whole = False
+        for candidate in screening.candidates(state, layers):
+            if screening.out_of_time():
+                return
+            made = _beyond(screening, state, candidate)
+            if made is not None:
+                found = [made, *rescoped(screening, state, made)]
+                whole = whole or any(one.first is None for one in found)
+                yield from found
+        if whole:
+            return
+
+
+def _beyond(screening: Screening, state: State, candidate: Candidate) -> State | None:
+    """The state with a candidate, if that gets beyond the first place."""
+    result = screening.screen(state, candidate)
+    if result is None or state.first is None or (result[0] is not None and not state.first < result[0]):
+        return None
+    made = screening.check(state, candidate)
+    return made if made is not None and further(state, made) else None
+
+
+def further(than: State, state: State) -> bool:
+    """Whether a state's first place lies beyond another's, or it has none."""
+    return than.first is not None and (state.first is None or than.first < state.first)
