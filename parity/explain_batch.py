@@ -25,7 +25,7 @@ _TOGETHER = 128  # candidates at once: enough to share Python's time, few enough
 
 
 class Batch:
-    """Screens candidates at a state's first place, in one layer or in all.
+    """Screens candidates at a state's first place, in one layer, several or all.
 
     On few positions first: a row that is right in the dump contradicts most candidates before the first wrong row need
     be computed, and that one all but a few before the row after it. Causality makes that enough.
@@ -43,7 +43,7 @@ class Batch:
         self._first = state.first
         self._entry = screening.entries[state.first.point]
         self._point = self._entry.point
-        self._after = steps_between(state, layers[0], self._point) if layers else []
+        self._after = steps_between(state, layers[0], self._point) if layers is not None and len(layers) == 1 else []
         # What is computed candidate by candidate ends with the layer, if its output can be carried on from there.
         self._name = f"blk.{layers[0]}.l_out" if layers and self._after else self._point
         self._end = state.order[self._name] + 1
