@@ -126,7 +126,7 @@ class Batch:
                     if values is None:
                         ended.add(number)
                     elif name in values:
-                        made[number] = values[name][:rows]
+                        made[number] = values[name][: rows if self._causal(values[name]) else None]
         return made, ended
 
     def _agrees(self, name: str, values: Array) -> list[bool]:
@@ -137,6 +137,12 @@ class Batch:
 
     def _errors(self, made: dict[int, Array], rows: int) -> Iterator[tuple[int, Floats]]:
         """NMSE at the first place's point, by candidate: [records]."""
+        for used in {rows, self._screening.rows}:
+            some = {number: value for number, value in made.items() if len(value) == used}
+            if some:
+                yield from self._errors_of(some, used)
+
+    def _errors_of(self, made: dict[int, Array], rows: int) -> Iterator[tuple[int, Floats]]:
         versions = distinct(made)
         values: Iterator[Array] = iter([value for value, _ in versions])
         if self._after:
@@ -148,3 +154,7 @@ class Batch:
             errors = self._entry.nmse_of(self._screening.backend.to_host(stack), self._screening.positions[:rows])
             for (_, numbers), mine in zip(some, errors, strict=True):
                 yield from ((number, mine) for number in numbers)
+
+    def _causal(self, value: Array) -> bool:
+        """Whether rows of a layer's output act on later ones only: 0 · NaN is NaN, under a mask as well."""
+        return not self._after or bool(module_of(value).isfinite(value).all())
