@@ -1,22 +1,41 @@
-"""How many known faults `parity explain` names, on which models, from how little, and in what time.
+"""What `parity explain` costs, in forward passes of the model, over the whole catalogue.
 
-Run as `python benchmarks/explain.py [table|logits|time] [--quick] [--models stories,llama,qwen2]`. Each fault is planted
-into our engine with each of its variants, the engine writes a dump, and the search sees the dump alone.
+Run as `python benchmarks/explain.py time [--model stories] [--backend numpy] [--every 1]`. Each entry's first variant is planted into our
+engine, in all layers and in layer 17 alone, and the search sees the dump alone. A pass is one forward pass over the same tokens
+on the same backend. Two counts are printed: by time (CPU time on the host, the wall's clock on a device), and by the
+multiply-adds of the matrix products. `explain_table.py` prints which entries are named.
 """
 
-import sys
+import argparse
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from time import perf_counter
-from typing import Any
+from statistics import median
+from time import perf_counter, process_time
 
 from checkpoints.explanation import Explanation
+from engine import batched, graph, replay
+from engine.backend import Array, choose
 from engine.faults import CATALOGUE
+from engine.gguf_model import GgufModel
+from engine.graph import Step, WeightSource
 from engine.synth import Shape, synthesize
+from engine.transformer import Transformer
 from parity import default_model
 from parity.explain import Options, explain
 from parity.planted import Faulty, Planted, tokens_of
+
+NOT_ALLOWED = (ValueError, KeyError, IndexError, TypeError)  # a model that has no place for the fault
+LAYER, TOKENS = 17, 32
+EVERY_LAYER = "embd,blk.*.l_out,output_norm,logits"
+# layers, and the points that are dumped
+SCOPES: dict[str, tuple[tuple[int, ...] | None, str]] = {
+    "all layers, default points": (None, "default"),
+    f"layer {LAYER}, every layer's output": ((LAYER,), EVERY_LAYER),
+    f"layer {LAYER}, default points": ((LAYER,), "default"),
+}
+
 
 QWEN2 = Shape("qwen2", layers=24, width=112, heads=14, kv_heads=2, ff=256, vocab=1000)  # groups of 7, as Qwen2.5-0.5B
 LLAMA = Shape("llama", 24, 96, 6, 3, 16, 224, 1000, biases=False, eps=1e-5, rope_base=5e5, rope_factors=True)
@@ -46,98 +65,97 @@ def named(explanation: Explanation, planted: Planted) -> bool:
     return all(any(name in found for found in classes) for name, _, _ in planted.faults)
 
 
-def every_variant(faulty: Faulty, first_only: bool) -> Iterator[Planted]:
-    """Every fault with its parameters that can act in this model."""
-    right = {step.makes: step for step in faulty.right}
-    for fault in CATALOGUE.values():
-        variants = fault.variants(right)
-        for parameters in variants[:1] if first_only else variants:
-            yield Planted(((fault.name, parameters, None),))
+@contextmanager
+def multiply_adds() -> Iterator[list[int]]:
+    """Counts those of the matrix products of every step that is computed meanwhile, in the one element of the list."""
+    count = [0]
+    plain = graph.compute
+
+    def counted(step: Step, inputs: Sequence[Array], weights: WeightSource) -> Array:
+        made = plain(step, inputs, weights)
+        matrices = (weight for weight in step.weights if weight is not None and not isinstance(weight, graph.RowsOf))
+        names = [weight if isinstance(weight, str) else weight.weight for weight in matrices]
+        count[0] += sum(made.shape[0] * size for size in (_size(weights, name) for name in names))
+        return made
+
+    holders = (graph, replay, batched)
+    for holder in holders:
+        holder.compute = counted  # type: ignore[attr-defined]
+    try:
+        yield count
+    finally:
+        for holder in holders:
+            holder.compute = plain  # type: ignore[attr-defined]
 
 
-def table(
-    model: Path, *, first_only: bool = False, count: int = 24, points: str = "default", size: int = 16, generated: int = 0
-) -> dict[str, dict[str, Any]]:
-    """For each fault: variants seen, found, with no effect, and missed; seconds."""
-    faulty = Faulty(model)
-    tokens = tokens_of(model, count + generated, seed=1)
-    result: dict[str, dict[str, Any]] = {}
-    for planted in every_variant(faulty, first_only):
-        name, parameters, _ = planted.faults[0]
-        row = result.setdefault(name, {"found": 0, "no effect": 0, "impossible": 0, "missed": [], "seconds": 0.0})
-        try:
-            seen = faulty.dump(planted, tokens, points=points, size=size, generated=generated)
-        except (ValueError, KeyError, IndexError, TypeError):
-            row["impossible"] += 1
-            continue
-        began = perf_counter()
-        answer = explain(seen, model, Options(tokens=tokens))
-        row["seconds"] += perf_counter() - began
-        if answer.first is None:
-            row["no effect"] += 1
-        elif named(answer, planted):
-            row["found"] += 1
-        else:
-            row["missed"].append((parameters, [(cause.named.fault, cause.named.parameters) for cause in answer.causes]))
-    return result
+def _size(weights: WeightSource, name: str) -> int:
+    shape = weights.raw(name)[2]
+    return shape[0] * shape[1] if len(shape) == 2 else 0
 
 
-def print_table(name: str, rows: dict[str, dict[str, Any]]) -> None:
-    """One line a fault."""
-    print(f"{name:<28} {'found':>5} {'missed':>6} {'no effect':>9} {'impossible':>10} {'s each':>6}")
-    for fault, row in rows.items():
-        tried = row["found"] + len(row["missed"]) + row["no effect"]
-        each = row["seconds"] / max(tried, 1)
-        print(
-            f"{fault:<28} {row['found']:>5} {len(row['missed']):>6} {row['no effect']:>9} {row['impossible']:>10} {each:>6.2f}"
-        )
-        for parameters, causes in row["missed"]:
-            print(f"    missed {parameters}: {causes}")
-
-
-def times(model: Path, count: int = 32) -> None:
-    """The whole catalogue for a fault in all layers, every layer's output dumped, against one forward pass."""
-    faulty = Faulty(model)
-    tokens = tokens_of(model, count, seed=2)
-    passes = []
+def forward(transformer: Transformer, tokens: Sequence[int], clock: Callable[[], float]) -> tuple[float, int]:
+    """Seconds of one pass, the best of five, and its multiply-adds."""
+    best, work = float("inf"), 0
     for _ in range(5):
-        began = perf_counter()
-        faulty.transformer.steps = faulty.right
-        faulty.transformer.forward(tokens, faulty.transformer.start())
-        passes.append(perf_counter() - began)
-    forward = sorted(passes)[2]
-    for name, layers, points in (
-        ("rope-pairs", None, "default"),
-        ("activation", None, "default"),
-        ("activation", (17,), "embd,blk.*.l_out,output_norm,logits"),
-        ("activation", (17,), "default"),
-    ):
-        parameters = CATALOGUE[name].variants({step.makes: step for step in faulty.right})[0]
-        answer = explain(faulty.dump(Planted(((name, parameters, layers),)), tokens, points=points), model, Options(budget=300))
-        where = "all layers" if layers is None else f"layer {layers[0]}"
+        with multiply_adds() as count:
+            began = clock()
+            transformer.forward(tokens, transformer.start())
+            best, work = min(best, clock() - began), count[0]
+    return best, work
+
+
+def times(name: str, model: Path, backend: str, every: int) -> None:
+    """Print the cost for each entry, and the median and the worst of each scope."""
+    faulty = Faulty(model)
+    right = {step.makes: step for step in faulty.right}
+    transformer = Transformer(GgufModel(model), choose(backend))
+    clock = process_time if transformer.backend.name == "numpy" else perf_counter
+    tokens = tokens_of(model, TOKENS, seed=2)
+    for scope, (layers, points) in SCOPES.items():
+        costs: list[tuple[float, float, float]] = []
+        for fault in list(CATALOGUE.values())[::every]:
+            if layers is not None and fault.once:
+                continue
+            parameters = (fault.variants(right) or [{}])[0]
+            try:
+                seen = faulty.dump(Planted(((fault.name, parameters, layers),)), tokens, points=points)
+            except NOT_ALLOWED:
+                continue
+            seconds, work = forward(transformer, tokens, clock)  # beside each search: other work on the machine comes and goes
+            with multiply_adds() as count:
+                began = clock()
+                answer = explain(seen, model, Options(budget=300, backend=backend))
+                spent = clock() - began
+            if answer.first is None:
+                continue
+            costs.append((spent / seconds, count[0] / work, spent))
+            print(
+                f"{name}, {scope}, {fault.name}: {answer.variants:,} variants, {spent:.2f} s ="
+                f" {spent / seconds:.1f} passes of {1000 * seconds:.0f} ms, {count[0] / work:.1f} by multiply-adds",
+                flush=True,
+            )
+        by_time, by_work, spent_each = zip(*costs, strict=True)
         print(
-            f"{name}, {where}, {points[:12]:<12} {answer.variants:>6,} variants {answer.seconds:>6.2f} s"
-            f" = {answer.seconds / forward:>6.1f} forward passes of {forward * 1000:.0f} ms",
+            f"{name}, {scope}, {transformer.backend.device}: {len(costs)} entries;"
+            f" passes by time: median {median(by_time):.1f}, worst {max(by_time):.1f};"
+            f" by multiply-adds: median {median(by_work):.1f}, worst {max(by_work):.1f};"
+            f" seconds: median {median(spent_each):.2f}, worst {max(spent_each):.2f}",
             flush=True,
         )
 
 
-def main(arguments: list[str]) -> None:
-    """Print the tables that were asked for."""
-    what = next((argument for argument in arguments if not argument.startswith("--")), "table")
-    names = next(
-        (argument[9:].split(",") for argument in arguments if argument.startswith("--models=")), ["stories", "llama", "qwen2"]
-    )
-    quick = "--quick" in arguments
+def main() -> None:
+    """Print what was asked for."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("command", choices=("time",))
+    parser.add_argument("--model", choices=("stories", "llama", "qwen2"), default="stories")
+    parser.add_argument("--backend", choices=("auto", "numpy", "cupy"), default="numpy")
+    parser.add_argument("--every", type=int, default=1, help="only every so many entries of the catalogue")
+    chosen = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        for name, model in models(Path(folder), names):
-            if what == "table":
-                print_table(name, table(model, first_only=quick))
-            elif what == "logits":
-                print_table(f"{name}, logits", table(model, first_only=quick, points="logits", size=10, generated=16))
-            elif what == "time":
-                times(model)
+        [(name, model)] = models(Path(folder), [chosen.model])
+        times(name, model, chosen.backend, chosen.every)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -1,11 +1,12 @@
 """Does lint find anything in right dumps? Every weight type, prompt, set of points and length, both sides, with and without the model.
 
-Run as `python benchmarks/lint.py [--quick]`; every finding is a false one and printed as it is met, the table comes last. The stories
-model is tried in each type that llama.cpp makes, random models in several shapes; all points with every prompt in two types.
+Run as `python benchmarks/lint.py [--quick] [--only NAME]` (models whose name holds NAME). Every finding is a false one and
+printed as it is met, repetition past its bounds excepted; the table comes last. The stories model is tried in each type that llama.cpp
+makes, random models in several shapes; all points with every prompt in one type.
 """
 
-import sys
 import tempfile
+from argparse import ArgumentParser
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from reference.jobs import DumpJob
 TYPES = (
     "F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K_M", "Q4_K_M", "Q5_K_M", "Q6_K", "IQ4_NL", "IQ4_XS",
 )  # fmt: skip
-WIDE_TYPES = ("Q8_0", "Q4_K_M")  # tried with all points on every prompt
+WIDE_TYPE = "Q8_0"  # tried with all points on every prompt
 SHAPES: tuple[tuple[str, dict[str, object]], ...] = (
     ("tiny", {"layers": 1}),
     ("tiny", {"layers": 5, "tied": True}),
@@ -43,7 +44,8 @@ TEXTS = {
     "repeating": "the cat sat on the mat, the cat sat on the mat, the cat sat on the mat, the cat sat on the mat, the cat",
     "one word": "no no no no no no no no no no no no no no no no",
 }
-LENGTHS = (1, 2, 33, 500)
+LENGTHS = {1: 16, 2: 0, 33: 16, 500: 8}  # tokens of a prompt: how many are generated after it
+LONG = ("a story", "repeating")  # prompts after which 64 are
 
 
 @dataclass(frozen=True)
@@ -57,17 +59,19 @@ class Case:
     generate: int
 
 
-def models(folder: Path, reference: Reference, quick: bool) -> Iterator[tuple[str, Path, bool]]:
+def models(folder: Path, reference: Reference, quick: bool, only: str) -> Iterator[tuple[str, Path, bool]]:
     """Every model by name, and whether it is tried with everything."""
     stories = default_model.path()
     for kind in ("Q8_0", "Q4_0") if quick else TYPES:
         path = folder / f"stories-{kind}.gguf"
-        yield f"stories {kind}", stories if kind == "Q8_0" else reference.quantize(stories, kind, path), kind in WIDE_TYPES
-        path.unlink(missing_ok=True)
+        if only in f"stories {kind}":
+            yield f"stories {kind}", stories if kind == "Q8_0" else reference.quantize(stories, kind, path), kind == WIDE_TYPE
+            path.unlink(missing_ok=True)
     for like, shape in SHAPES[:1] if quick else SHAPES:
-        path = folder / f"{like}.gguf"
-        synthesize(path, shape_like(like, **shape), weight_type="f16", tokenizer=stories)
-        yield f"{like} {' '.join(f'{key}={value}' for key, value in shape.items())}", path, False
+        name, path = f"{like} {' '.join(f'{key}={value}' for key, value in shape.items())}", folder / f"{like}.gguf"
+        if only in name:
+            synthesize(path, shape_like(like, **shape), weight_type="f16", tokenizer=stories)
+            yield name, path, False
 
 
 def cases(name: str, path: Path, wide: bool, reference: Reference, quick: bool) -> Iterator[Case]:
@@ -78,7 +82,7 @@ def cases(name: str, path: Path, wide: bool, reference: Reference, quick: bool) 
     for prompt, tokens in prompts.items():
         if quick and len(tokens) > 40:
             continue
-        yield Case(name, prompt, tokens, "default", {1: 16, 2: 0, 500: 8}.get(len(tokens), 16 if quick else 64))
+        yield Case(name, prompt, tokens, "default", LENGTHS.get(len(tokens), 64 if prompt in LONG and not quick else 16))
         if (wide and len(tokens) < 500) or prompt == "a story":
             yield Case(name, prompt, tokens, "all", 16)
     if wide and not quick:
@@ -100,12 +104,12 @@ def findings(
                 yield f"{side.stem}{', with the model' if facts else ''}", finding
 
 
-def sweep(quick: bool) -> Counter[tuple[str, str]]:
+def sweep(quick: bool, only: str) -> Counter[tuple[str, str]]:
     """Dumps and findings, counted by (model, "dumps" or the rule)."""
     counted: Counter[tuple[str, str]] = Counter()
     with tempfile.TemporaryDirectory() as name, Reference(threads=1) as reference:
         folder = Path(name)
-        for model, path, wide in models(folder, reference, quick):
+        for model, path, wide in models(folder, reference, quick, only):
             transformer = Transformer(GgufModel(path), choose("numpy"))
             for case in cases(model, path, wide, reference, quick):
                 counted[model, "dumps"] += 2
@@ -119,8 +123,12 @@ def sweep(quick: bool) -> Counter[tuple[str, str]]:
 
 def main() -> None:
     """Sweep, then the table."""
+    parser = ArgumentParser(description="Lint on right dumps.")
+    parser.add_argument("--quick", action="store_true", help="a few minutes' sample")
+    parser.add_argument("--only", default="", help="models whose name holds this")
+    asked = parser.parse_args()
     began = process_time()
-    counted = sweep("--quick" in sys.argv[1:])
+    counted = sweep(asked.quick, asked.only)
     rules = sorted({what for _, what in counted} - {"dumps"})
     print(f"\n{'model':<48} {'dumps':>6} {'repetition':>10} {'others':>6}")
     for model in dict.fromkeys(model for model, _ in counted):

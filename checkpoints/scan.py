@@ -14,6 +14,7 @@ from typing import BinaryIO
 from . import careful, lenient
 from .errors import DumpError
 from .labels import Labels
+from .no_records import reason
 from .plain import Parser, Record, Text, others
 from .record import End, Header, Rows, Token
 from .slabs import Odd, Slab, as_rows
@@ -67,7 +68,7 @@ class Scan:
         if not self.records:
             raise DumpError(
                 f"{self.name} has no checkpoint record in {self._line} lines.",
-                'A record is a JSON line with "checkpoint", "token_idx" and "values".',
+                reason(place) + 'A record is a JSON line with "checkpoint", "token_idx" and "values".',
                 code="no-records",
             )
 

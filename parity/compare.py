@@ -15,7 +15,7 @@ from .dataflow import upstream
 from .judge import judge
 from .metrics import Measures, measure
 from .pass_sums import with_pass_sums
-from .positions import Placed, place
+from .positions import Placed, elsewhere, place
 from .records import Records, picked, proportion
 from .tokens_diff import same_experiment, sequence, token_text
 from .tolerance import ASSUMED_JUMP, EXACT_FLOOR, common_mode, limits
@@ -83,6 +83,8 @@ def measured(ours: Dump, ref: Dump, options: Options | None = None) -> Records:
     limit = _limit_of_each(pairs, point, measures, allowed)
     of_limit = proportion(measures.nmse, measures.future_mass, limit)
     failed = of_limit > 1
+    right = np.bincount(point, weights=~failed, minlength=len(pairs))
+    wrong = [pair.point for pair, agreeing in zip(pairs, right, strict=True) if not agreeing]
     seq, token_idx = _column(pairs, "seq"), _column(pairs, "token_idx")
     return Records(
         ours=ours,
@@ -107,7 +109,13 @@ def measured(ours: Dump, ref: Dump, options: Options | None = None) -> Records:
         missing_ref=alignment.missing_ref,
         left_out=total - kept,
         strict=options.strict,
-        notes=(*((placed.note,) if placed.note else ()), *alignment.notes, *unusable, *_notes(ours, ref, pairs, measures)),
+        notes=(
+            *((placed.note,) if placed.note else ()),
+            *elsewhere(ours, ref, wrong),
+            *alignment.notes,
+            *unusable,
+            *_notes(ours, ref, pairs, measures),
+        ),
     )
 
 

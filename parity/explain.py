@@ -11,7 +11,7 @@ import numpy as np
 from checkpoints.explanation import Cause, Explanation, Named
 from checkpoints.explanation import Place as Where
 from checkpoints.finding import ERROR
-from checkpoints.points import EMBD, in_layer, parse
+from checkpoints.points import in_layer, parse
 from checkpoints.record import Dump
 
 from .explain_apart import apart
@@ -19,6 +19,7 @@ from .explain_case import Case, Options
 from .explain_leads import leads
 from .explain_precision import KINDS, Floor, fits, floor, may_be_noise, with_noise
 from .explain_records import Expected
+from .explain_rows import garbage
 from .explain_search import Search
 from .explain_state import Candidate, Place, State
 from .lint import lint
@@ -54,9 +55,18 @@ def explain(dump: Dump, model: Path, options: Options | None = None) -> Explanat
             best = _needed(search, _around(case, search, search.explain(start, options.max_faults), options))
     answer = _answer(case, search, start, best)
     if not kind and best.first is not None:
-        answer = replace(answer, leads=tuple(leads(case.entries, best, search, case.positions)))
+        answer = _left_over(case, search, best, answer)
     answer = replace(answer, notes=(*answer.notes, *_lint(case)))
     return replace(answer, precision_only=kind, next="" if kind else answer.next, seconds=perf_counter() - began)
+
+
+def _left_over(case: Case, search: Search, best: State, answer: Explanation) -> Explanation:
+    """The answer with what the numbers say of the place that is left: a cause, if they name one by themselves, or leads."""
+    values = search.screening.replay(best, len(case.positions)).values
+    rows = garbage(case.entries, best, values, case.positions, answer.differing)
+    if rows is not None:
+        return replace(answer, causes=(*answer.causes, rows), remaining=None, next="")
+    return replace(answer, leads=tuple(leads(case.entries, best, search, case.positions)))
 
 
 def _lint(case: Case) -> list[str]:
@@ -128,7 +138,7 @@ def _answer(case: Case, search: Search, start: State, best: State) -> Explanatio
         last_agreement=_last_agreement(case.entries, start.first),
         causes=tuple(causes),
         remaining=where(best),
-        next=_next(case, best),
+        next=_next(case, search, best),
         faults=len(search.tried.faults),
         variants=search.tried.variants,
         nearest=search.tried.nearest if np.isfinite(search.tried.nearest) else None,
@@ -149,7 +159,7 @@ def _causes(case: Case, search: Search, start: State, best: State, differing: in
             float(now[(entry.base > entry.limit) & (now <= entry.limit)].max(initial=0.0))
             for entry, now in zip(case.entries, after.nmse, strict=True)
         ]
-        others = search.alike(best, number)
+        others = search.equal(best, number)
         made.append(
             Cause(
                 named=_named(candidate),
@@ -195,17 +205,15 @@ def _last_agreement(entries: Sequence[Expected], first: Place | None) -> str | N
     return entries[first.point - 1].point
 
 
-def _next(case: Case, best: State) -> str:
-    """The points to record where something is left unexplained."""
+def _next(case: Case, search: Search, best: State) -> str:
+    """The points to record where something is left unexplained; none where one operation is left."""
     if best.first is None:
         return ""
-    entries = case.entries
-    point = parse(entries[best.first.point].point)
-    before = parse(entries[best.first.point - 1].point) if best.first.point else None
-    low = 0 if before is None or before.layer is None else before.layer + (before.kind == "l_out")
-    high = point.layer if point.layer is not None else (-1 if point.kind == EMBD else case.transformer.hp.n_layers - 1)
-    if high < low:
+    layers = search.screening.suspects(best)
+    if not layers:
         return ""
-    if high == low:
-        return ",".join(in_layer(low, kind) for kind in _NEXT)
-    return f"blk.{{{low}..{high}}}.l_out"
+    if len(layers) > 1:
+        return f"blk.{{{layers[0]}..{layers[-1]}}}.l_out"
+    known = {entry.point for entry in case.entries}
+    wanted = [name for kind in _NEXT if (name := in_layer(layers[0], kind)) not in known]
+    return ",".join(wanted)

@@ -25,7 +25,7 @@ _TOGETHER = 128  # candidates at once: enough to share Python's time, few enough
 
 
 class Batch:
-    """Screens candidates at a state's first place, in one layer or in all.
+    """Screens candidates at a state's first place, in one layer, several or all.
 
     On few positions first: a row that is right in the dump contradicts most candidates before the first wrong row need
     be computed, and that one all but a few before the row after it. Causality makes that enough.
@@ -43,7 +43,7 @@ class Batch:
         self._first = state.first
         self._entry = screening.entries[state.first.point]
         self._point = self._entry.point
-        self._after = steps_between(state, layers[0], self._point) if layers else []
+        self._after = steps_between(state, layers[0], self._point) if layers is not None and len(layers) == 1 else []
         # What is computed candidate by candidate ends with the layer, if its output can be carried on from there.
         self._name = f"blk.{layers[0]}.l_out" if layers and self._after else self._point
         self._end = state.order[self._name] + 1
@@ -126,7 +126,7 @@ class Batch:
                     if values is None:
                         ended.add(number)
                     elif name in values:
-                        made[number] = values[name][:rows]
+                        made[number] = values[name][: rows if self._causal(values[name]) else None]
         return made, ended
 
     def _agrees(self, name: str, values: Array) -> list[bool]:
@@ -137,6 +137,12 @@ class Batch:
 
     def _errors(self, made: dict[int, Array], rows: int) -> Iterator[tuple[int, Floats]]:
         """NMSE at the first place's point, by candidate: [records]."""
+        for used in {rows, self._screening.rows}:
+            some = {number: value for number, value in made.items() if len(value) == used}
+            if some:
+                yield from self._errors_of(some, used)
+
+    def _errors_of(self, made: dict[int, Array], rows: int) -> Iterator[tuple[int, Floats]]:
         versions = distinct(made)
         values: Iterator[Array] = iter([value for value, _ in versions])
         if self._after:
@@ -148,3 +154,7 @@ class Batch:
             errors = self._entry.nmse_of(self._screening.backend.to_host(stack), self._screening.positions[:rows])
             for (_, numbers), mine in zip(some, errors, strict=True):
                 yield from ((number, mine) for number in numbers)
+
+    def _causal(self, value: Array) -> bool:
+        """Whether rows of a layer's output act on later ones only: 0 · NaN is NaN, under a mask as well."""
+        return not self._after or bool(module_of(value).isfinite(value).all())

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from checkpoints.explanation import Lead, Named
-from checkpoints.points import LOGITS
+from checkpoints.points import parse
 from engine.backend import Array
 from engine.faults import SEEN
 
@@ -60,9 +60,7 @@ def _observations(entry: Expected, values: Values, positions: Ints) -> Iterator[
     yield from _shift(entry, values, positions, wrong)
     yield from _other_point(entry, values, positions, wrong)
     yield from _steps(theirs)
-    part = _which(entry, wrong)
-    if part:
-        yield part
+    yield _which(entry, wrong)
 
 
 def _shown(values: Values, point: str) -> str:
@@ -145,12 +143,14 @@ def _steps(theirs: Floats) -> Iterator[str]:
 
 
 def _which(entry: Expected, wrong: NDArray[np.bool_]) -> str:
-    """Which positions are wrong."""
+    """Which positions are wrong, and what acts there."""
     rows = entry.rows[wrong]
-    if entry.point == LOGITS and 0 < wrong.sum() < len(wrong):
-        return f"{wrong.sum()} of {len(wrong)} rows of logits are wrong, the others are right"
+    outside = parse(entry.point).layer is None
     if len(rows) == len(entry.rows):
-        return "all positions are wrong: values, output projection, feed-forward, a norm or weights"
+        acts = "this operation or its weights" if outside else "values, output projection, feed-forward, a norm or weights"
+        return f"all positions are wrong: {acts}"
     if rows.min() > 0 and len(rows) == (entry.rows >= rows.min()).sum():
-        return f"positions 0 to {rows.min() - 1} are right, all later ones wrong: queries, keys, RoPE, scale, mask or cache"
-    return f"single positions are wrong: {', '.join(str(int(row)) for row in rows[:6])}{', …' if len(rows) > 6 else ''}"
+        right = "position 0 is" if rows.min() == 1 else f"positions 0 to {rows.min() - 1} are"
+        return f"{right} right, all later ones wrong: queries, keys, RoPE, scale, mask or cache"
+    listed = f"{', '.join(str(int(row)) for row in rows[:6])}{', …' if len(rows) > 6 else ''}"
+    return f"{len(rows)} of {len(entry.rows)} positions are wrong, the others right: {listed}"

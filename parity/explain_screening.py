@@ -5,7 +5,7 @@ from time import perf_counter
 
 import numpy as np
 
-from checkpoints.points import parse
+from checkpoints.points import OUTPUT_NORM, parse
 from engine.backend import Array, Backend
 from engine.faults import CATALOGUE, SEEN, Planting
 from engine.graph import Step
@@ -147,6 +147,8 @@ class Screening:
             before = parse(entry.point)
             if before.layer is not None:
                 low = max(low, before.layer + (before.kind == "l_out"))
+            elif before.kind == OUTPUT_NORM:
+                low = self.n_layers
         return range(low, last + 1)
 
     def screen(self, state: State, candidate: Candidate) -> Screened | None:

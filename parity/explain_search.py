@@ -166,6 +166,29 @@ class Search:
             and worst(one, until) <= most
         ]
 
+    def equal(self, state: State, number: int) -> list[Candidate]:
+        """`alike`, without those that do not get as far as the state does beside its other faults."""
+        alike = self.alike(state, number)
+        if len(state.faults) == 1:
+            return alike
+        equal = []
+        for one in alike:
+            checked = self._planted((*state.faults[:number], one, *state.faults[number + 1 :]))
+            if checked is not None and checked.first == state.first:
+                equal.append(one)
+        return equal
+
+    def _planted(self, faults: Sequence[Candidate]) -> State | None:
+        """The right engine with these faults, on all rows and points; None where the model or they do not allow it."""
+        *below, last = faults
+        start = middle = self.screening.start()
+        try:
+            for one in below:
+                middle = State((*middle.faults, one), Planting(one.planted(middle)), start.nmse, start.first, start)
+        except NOT_ALLOWED:
+            return None
+        return self.screening.check(middle, last)
+
     def _stage(self, state: State, number: int) -> list[State]:
         """What was found at the stage at which the state's fault of that number was added, alone or together with others."""
         for before in range(number, -1, -1):

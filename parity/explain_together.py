@@ -60,6 +60,9 @@ class Together:
         self._entry = screening.entries[state.first.point]
         self._limit = float(self._entry.limit[self._entry.rows == state.first.row].max())
         self._replays: dict[tuple[tuple[Effect, ...], int], tuple[State, Replay]] = {}
+        # Outside the layers nothing in front of the last agreement is in question; in a layer the faults' own layer sees to that.
+        before = screening.entries[state.first.point - 1].point if layers is None and state.first.point else ""
+        self._agreed = state.order.get(before, -1)
         self._length = len(self._until(state.steps))
         self.effects = self._effects()
 
@@ -170,7 +173,10 @@ class Together:
             needed = self._until(steps)
             if len(needed) > self._length + _BEYOND:
                 return None
-            changed = replay.run(needed, lambda _name, _made: True, unchanged_steps(needed, state))
+            begin = unchanged_steps(needed, state)
+            if begin <= self._agreed:
+                return None
+            changed = replay.run(needed, lambda _name, _made: True, begin)
         except NOT_ALLOWED:
             return None
         return changed.get(self._shown(steps))

@@ -1,5 +1,6 @@
 """Where our records lie among the reference's positions: by what both sides say of tokens, else by their values; never in silence."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -136,6 +137,22 @@ def _taken(ours: Dump, scores: Scores) -> Placed:
     if offset == 1:
         note += "; is the first token (BOS) missing in ours?"
     return Placed(shifted(ours, offset) if offset else ours, note)
+
+
+def elsewhere(ours: Dump, ref: Dump, wrong: Sequence[str]) -> list[str]:
+    """Sentences on points that are wrong at every position and agree at others: their positions are counted otherwise.
+
+    An engine that computes logits for the last token only, and prints them as position 0, is not wrong there.
+    """
+    notes: list[str] = []
+    for name in wrong[:_POINTS]:
+        scores = tried_offsets(ours.points[name], ref.points[name], _plausible(ours, ref, name) | {0})
+        if 0 in scores.errors and scores.best != 0 and scores.clear:
+            notes.append(
+                f"{name} of ours fits the reference {scores.best:+d} positions on (NMSE {scores.errors[scores.best]:.2g} instead of "
+                f"{scores.errors[0]:.2g}): does its token_idx count otherwise than that of the other points?"
+            )
+    return notes
 
 
 def _plausible(ours: Dump, ref: Dump, point: str) -> set[int]:

@@ -33,6 +33,7 @@ class Request:
     first_position: int = 0
     tolerance: float | None = None
     strict: bool = False
+    compute: str | None = None
     despite_lint: bool = False
     out: Path | None = None
     verbose: bool = False

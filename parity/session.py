@@ -138,7 +138,9 @@ def run(
     left, right = load(ours_path), read(ref_path)
     if request.command and not request.despite_lint:
         refuse_unusable(left, "your engine's dump")
-    verdict, drawn = compare_drawn(left, right, Options(tolerance=request.tolerance, strict=request.strict))
+    verdict, drawn = compare_drawn(
+        left, right, Options(tolerance=request.tolerance, compute=request.compute, strict=request.strict)
+    )
     verdict = replace(verdict, notes=(*taken_instead(request, right), *verdict.notes))
     return Outcome(folder, left, right, verdict, drawn, perf_counter() - began)
 

@@ -32,7 +32,9 @@ def lines(found: Explanation, width: int) -> Iterator[Text]:
     elif found.remaining is not None:
         yield from _left(found, found.remaining, width)
     if found.variants:
-        nearest = f"; nothing else comes nearer than {error(found.nearest)}" if found.nearest is not None else ""
+        nearest = (
+            f"; the nearest other one leaves NMSE {error(found.nearest)}" if found.nearest is not None and not found else ""
+        )
         searched = f"tried {count(found.faults, 'fault')} ({count(found.variants, 'variant')}) in {found.seconds:.1f} s"
         yield from (Text(line, style="dim") for line in wrap(searched + nearest, width))
     yield from (Text(line, style="dim") for note in found.notes for line in wrap(f"note: {note}", width))
@@ -94,12 +96,20 @@ def _precision(found: Explanation, width: int) -> list[Text]:
 
 
 def _left(found: Explanation, place: Place, width: int) -> list[Text]:
-    what = "left over" if found.causes else "no cause"
-    rows = [(what, f"{place.checkpoint}, position {place.token_idx}: NMSE {error(place.nmse)}, limit {limit(place.limit)}")]
+    where = f"{place.checkpoint}, position {place.token_idx}: NMSE {error(place.nmse)}, limit {limit(place.limit)}"
+    if found.causes:
+        rows = [("left over", f"the causes above do not reproduce {where}")]
+    else:
+        rows = [("no cause", f"no known fault reproduces what differs first, {where}")]
     if found.last_agreement is not None and not found.causes:
         rows.append(("after", f"{found.last_agreement}, where all agrees"))
     if not found.complete:
-        rows.append(("time", "the budget is spent before everything was tried: --budget SECONDS gives more"))
+        rows.append(
+            (
+                "time",
+                "the budget was spent before everything was tried: --budget SECONDS gives more, the points below make it quick",
+            )
+        )
     rows += [("numbers" if lead.removed is None else "lead", _lead(lead)) for lead in found.leads]
     if found.next:
         rows.append(("next", f"record these and run explain again:  --points '{found.next}'"))

@@ -339,3 +339,22 @@ def test_the_catalogue_is_listed(parity: Cli) -> None:
     assert text.code == 0
     assert all(f"\n  {name}\n" in text.out for name in CATALOGUE)
     assert len(parity.json("explain", "--list")[1]["faults"]) == len(CATALOGUE)
+
+
+def test_garbage_at_single_logits_is_named_with_their_ids(engine: Faulty) -> None:
+    """No fault that could be planted makes random numbers: that all else agrees names the rows of the output matrix."""
+
+    def garbage(x: Array, weight: Array, bias: Array | None = None) -> Array:
+        made = ops.linear(x, weight, bias)
+        made[:, [3, 7]] = np.random.default_rng(1).standard_normal((len(x), 2))
+        return made
+
+    kept = engine.right
+    engine.right = [replace(step, op=garbage) if step.makes == "logits" else step for step in kept]
+    try:
+        dump = engine.dump(RIGHT, PROMPT)
+    finally:
+        engine.right = kept
+    found = explain(dump, engine.model, Options(budget=20))
+    assert [(cause.named.fault, cause.named.parameters) for cause in found.causes] == [("logits-garbage", {"ids": [3, 7]})]
+    assert (found.remaining, found.next) == (None, "")

@@ -76,6 +76,17 @@ def test_a_wrong_engine_is_aligned_by_what_it_still_has_right() -> None:
     assert (verdict.first_divergence.checkpoint, verdict.first_divergence.token_idx) == ("blk.0.l_out", PROMPT)
 
 
+def test_logits_of_the_last_token_printed_as_position_0_are_told() -> None:
+    """A point whose records fit the reference elsewhere is a divergence, and the note says where it fits."""
+    ours = bare(0)
+    last = ours.points["logits"].take([ALL - 1])
+    moved = replace(ours, points={**ours.points, "logits": replace(last, token_idx=np.zeros(1, np.int64))})
+    verdict = compare(moved, reference())
+    assert not verdict
+    assert any("logits of ours fits the reference +19 positions on" in note for note in verdict.notes)
+    assert not any("fits the reference" in note for note in compare(bare(0, noise=0.1), reference()).notes)
+
+
 def test_garbage_is_not_aligned_by_chance() -> None:
     """Where no offset is clearly better the user is asked, unless both sides hold the same positions: then it is said."""
     other = random(POINTS, positions=ALL, seed=9)

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 
 from .. import ops
-from ..backend import Array
+from ..backend import Array, module_of
 from ..graph import PASSES, Step
 from .base import Fault, Parameters, Steps
 from .weights import altered
@@ -34,7 +34,7 @@ def _padded(step: Step, _right: Steps, parameters: Parameters) -> Step:
 
 
 def _last_of_pass(x: Array, passes: Array, weight: Array, bias: Array | None = None) -> Array:
-    last = (passes[None, :] == passes[:, None]) * np.arange(1, len(passes) + 1)[None, :]
+    last = (passes[None, :] == passes[:, None]) * module_of(x).arange(1, len(passes) + 1)[None, :]
     return ops.linear(x[last.max(axis=1) - 1], weight, bias)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from .. import ops
-from ..backend import Array
+from ..backend import Array, module_of
 from ..graph import Altered, RowsOf, Step, WeightSource
 from .base import AT, Fault, Parameters, Steps, Values, kind_of, layer_of, sibling, subsets
 
@@ -56,10 +56,9 @@ def _transpose(step: Step, _right: Steps, _parameters: Parameters) -> Step:
 
 def _stride(weight: Array, stride: int) -> Array:
     rows, columns = weight.shape
-    flat = weight.reshape(-1)
-    starts = np.arange(rows) * stride % weight.size
-    rows_apart = np.lib.stride_tricks.sliding_window_view(np.concatenate([flat, flat[:columns]]), columns)
-    return rows_apart[starts]
+    xp, flat = module_of(weight), weight.reshape(-1)
+    starts = xp.arange(rows) * stride % weight.size
+    return xp.concatenate([flat, flat[:columns]])[starts[:, None] + xp.arange(columns)]
 
 
 def _leading(step: Step, _right: Steps, _parameters: Parameters) -> Step:

@@ -1,6 +1,5 @@
 """`parity diff`: compare two dumps."""
 
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -9,23 +8,12 @@ import typer
 from . import options as o
 
 
-class Compute(StrEnum):
-    """The arithmetic of a foreign engine."""
-
-    F32 = "f32"
-    TF32 = "tf32"
-    F16 = "f16"
-    BF16 = "bf16"
-
-
 def diff(
     ours: Annotated[Path, typer.Argument(help="Your engine's dump.", show_default=False)],
     ref: Annotated[Path, typer.Argument(help="llama.cpp's dump.", show_default=False)],
     form: o.AnswerOption = o.AnswerFormat.TEXT,
     tolerance: o.ToleranceOption = None,
-    compute: Annotated[
-        Compute | None, typer.Option("--compute", help="The arithmetic of OURS, where its header doesn't say it.")
-    ] = None,
+    compute: o.ComputeOption = None,
     model: Annotated[
         Path | None,
         typer.Option(

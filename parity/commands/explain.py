@@ -8,7 +8,6 @@ import typer
 from checkpoints.errors import InputError
 
 from . import options as o
-from .diff import Compute
 
 
 def explain(
@@ -27,7 +26,7 @@ def explain(
         float, typer.Option("--budget", min=0.1, help="Seconds after which the search answers with what it has.")
     ] = 60.0,
     compute: Annotated[
-        Compute | None,
+        o.Compute | None,
         typer.Option("--compute", help="The arithmetic of your engine, if it is not f32: its noise is measured."),
     ] = None,
     backend: o.BackendOption = o.BackendName.AUTO,

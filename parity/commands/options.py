@@ -45,6 +45,15 @@ class BackendName(StrEnum):
     NUMPY = "numpy"
 
 
+class Compute(StrEnum):
+    """The arithmetic of a foreign engine."""
+
+    F32 = "f32"
+    TF32 = "tf32"
+    F16 = "f16"
+    BF16 = "bf16"
+
+
 ModelOption = Annotated[Path | None, typer.Option("--model", "-m", help="GGUF file; default: the embedded stories model.")]
 PromptOption = Annotated[str | None, typer.Option("--prompt", "-p", help="The prompt.")]
 PromptFileOption = Annotated[Path | None, typer.Option("--prompt-file", help="File with the prompt, UTF-8.")]
@@ -76,6 +85,9 @@ StrictOption = Annotated[bool, typer.Option("--strict", help="What one side lack
 AnswerOption = Annotated[
     AnswerFormat,
     typer.Option("--format", help="text for people; json; for CI: markdown (job summary), junit, github (annotations)."),
+]
+ComputeOption = Annotated[
+    Compute | None, typer.Option("--compute", help="The arithmetic of your engine, where its dump doesn't say it.")
 ]
 DespiteLintOption = Annotated[
     bool, typer.Option("--despite-lint", help="Compare also where lint says that a dump is not to be believed.")

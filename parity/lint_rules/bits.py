@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from .rule import Hit, Subject, kind, leading, positions_of
 
 _ENOUGH = 10  # values a row must have
+_BATCH = 1 << 20  # values looked at together: 4 MiB
 # F16 bits read as BF16 (or as the upper half of an F32) have eight times the deviation: 13; a right row with outlier channels,
 # some powers of two away, stays below 5.
 _TOO_WIDE = 8.0
@@ -83,15 +84,32 @@ def confusion(rows: NDArray[np.float32]) -> dict[str, Bools]:
 
 def wrong_type(subject: Subject) -> Iterator[Hit]:
     """dtype contradicts the values."""
+    for names, width in _batches(subject):
+        found = confusion(np.concatenate([subject.points[name].values[:, :width] for name in names]))
+        stop = 0
+        for name in names:
+            rows = subject.points[name]
+            start, stop = stop, stop + len(rows)
+            for said, wrong in found.items():
+                # One row in a million looks like another type's by chance; a wrong type is wrong in every row of a point.
+                bad = wrong[start:stop].nonzero()[0].tolist()
+                if len(bad) * 2 > len(rows):
+                    shown = ", ".join(f"{x:.4g}" for x in leading(rows, bad[0])[:4])
+                    text = f"{name} says {rows.dtype}, its values ({shown}, …) are {said}, {positions_of(rows, bad)}"
+                    yield Hit(name, int(rows.token_idx[bad[0]]), text)
+                    break
+
+
+def _batches(subject: Subject) -> Iterator[tuple[list[str], int]]:
+    """Points whose rows have one width, some at once, and that width: many small points cost as few large ones."""
+    waiting: dict[int, tuple[list[str], int]] = {}
     for name, rows in subject.points.items():
         if rows.quantum is not None or "kq" in kind(name):
             continue  # rounded text has lost the bits; attention weights span any range
         width = int(rows.counts.min(initial=rows.values.shape[1]))
-        for said, wrong in confusion(rows.values[:, :width]).items():
-            # One row in a million looks like another type's by chance; a wrong type is wrong in every row of a point.
-            if wrong.sum() * 2 > len(rows):
-                bad = wrong.nonzero()[0].tolist()
-                shown = ", ".join(f"{x:.4g}" for x in leading(rows, bad[0])[:4])
-                text = f"{name} says {rows.dtype}, its values ({shown}, …) are {said}, {positions_of(rows, bad)}"
-                yield Hit(name, int(rows.token_idx[bad[0]]), text)
-                break
+        names, filled = waiting.get(width, ([], 0))
+        waiting[width] = ([*names, name], filled + len(rows) * width)
+        if waiting[width][1] > _BATCH:
+            yield waiting.pop(width)[0], width
+    for width, (names, _) in waiting.items():
+        yield names, width

@@ -5,9 +5,8 @@ from collections.abc import Iterator
 from itertools import pairwise
 
 from checkpoints.points import EMBD, parse
-from checkpoints.record import Rows
 
-from .rule import Hit, Subject, kind, telling, where
+from .rule import Hit, Place, Subject, kind, where
 
 # Kinds of one layer whose values are the same by definition: keys at position 0 are not rotated, what is read from the
 # cache is what was written, and attention over a single position gives that position's values.
@@ -22,14 +21,6 @@ _NEVER = frozenset({"kq_soft_max"})
 _CACHED = frozenset({"k_read", "v_read"})
 # What layer 0 makes before attention mixes positions depends on the token alone.
 _BEFORE_ATTENTION = frozenset({"attn_norm", "q", "k", "v", "q_norm", "k_norm"})
-
-
-def _keyed(rows: Rows) -> Iterator[tuple[tuple[int, int, int], bytes, int]]:
-    """(seq, token_idx, step), the values' bytes and the row, of every record that can be told from others."""
-    usable = telling(rows)
-    for r in usable.nonzero()[0].tolist():
-        place = (int(rows.seq[r]), int(rows.token_idx[r]), int(rows.step[r]))
-        yield place, rows.values[r, : int(rows.counts[r])].tobytes(), r
 
 
 def _may_be_alike(a: str, b: str) -> bool:
@@ -66,12 +57,11 @@ def _span(layers: set[int | None]) -> int:
 
 def _same_sets(subject: Subject) -> dict[tuple[str, ...], list[int]]:
     """Sets of points that hold one vector at a position, with those positions."""
-    seen: dict[tuple[tuple[int, int, int], bytes], list[str]] = defaultdict(list)
-    for name, rows in subject.points.items():
-        if kind(name) in _NEVER:
-            continue
-        for place, data, _ in _keyed(rows):
-            seen[place, data].append(name)
+    seen: dict[tuple[Place, bytes], list[str]] = defaultdict(list)
+    for name, told in subject.vectors.items():
+        if kind(name) not in _NEVER:
+            for vector in told:
+                seen[vector].append(name)
     found: dict[tuple[str, ...], list[int]] = defaultdict(list)
     for (place, _), names in seen.items():
         unlike = [name for name in names if any(not _may_be_alike(name, other) for other in names if other != name)]
@@ -104,7 +94,7 @@ def stale_position(subject: Subject) -> Iterator[Hit]:
         if point.kind in _NEVER | _CACHED or (point.known is None and point.layer is None):
             continue
         by_value: dict[tuple[int, bytes], list[int]] = defaultdict(list)
-        for (seq, position, _), data, _ in _keyed(rows):
+        for (seq, position, _), data in subject.vectors[name]:
             by_value[seq, data].append(position)
         # A node outside the vocabulary may stand before the attention, too.
         free = name == EMBD or (point.layer == 0 and (point.kind in _BEFORE_ATTENTION or point.known is None))

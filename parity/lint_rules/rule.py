@@ -36,6 +36,8 @@ class Rule:
     advice: str
 
 
+Place = tuple[int, int, int]  # seq, token_idx, step
+
 # A vector is told from another by its values only if it has this many, this many of them different: two of the few numbers
 # of a constant or nearly empty row agree by chance.
 TELLING = 4
@@ -52,6 +54,17 @@ class Subject:
     def points(self) -> dict[str, Rows]:
         """Rows by point, in dataflow order."""
         return {name: self.dump.points[name] for name in order(self.dump.points)}
+
+    @cached_property
+    def vectors(self) -> dict[str, list[tuple[Place, bytes]]]:
+        """For each point, where each record that can be told from others stands, and its values as bytes."""
+        found: dict[str, list[tuple[Place, bytes]]] = {}
+        for name, rows in self.points.items():
+            usable = telling(rows).nonzero()[0].tolist()
+            places = list(zip(rows.seq.tolist(), rows.token_idx.tolist(), rows.step.tolist(), strict=True))
+            counts = rows.counts.tolist()
+            found[name] = [(places[r], rows.values[r, : counts[r]].tobytes()) for r in usable]
+        return found
 
     @cached_property
     def layers(self) -> int | None:

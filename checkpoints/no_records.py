@@ -1,0 +1,38 @@
+"""Why a file has no record, as far as its first lines show it."""
+
+from json import JSONDecodeError
+from pathlib import Path
+
+from . import lenient
+
+_HEAD = 1 << 16
+_KEYS = ("checkpoint", "token_idx", "values")
+
+
+def reason(path: Path) -> str:
+    """What the first line with a brace lacks to be a record; empty where there is none, or the file cannot be read again."""
+    try:
+        if not path.is_file():  # a pipe was read already
+            return ""
+        with path.open("rb") as file:
+            head = file.read(_HEAD)
+    except OSError:
+        return ""
+    for number, line in enumerate(head.splitlines(), 1):
+        if b"{" not in line:
+            continue
+        try:
+            found = lenient.loads(line)
+        except JSONDecodeError as error:
+            return f"Line {number} is no JSON: {error.msg.lower()} at character {error.pos} after the brace. "
+        except ValueError as error:
+            return f"Line {number} is no JSON: {error}. "
+        if isinstance(found, dict) and "type" not in found:
+            lacking = ", ".join(f'"{key}"' for key in _KEYS if key not in found)
+            named = ", ".join(str(key)[:20] for key in list(found)[:6])
+            return (
+                f"Line {number} lacks {lacking}; it has {''.join(c if c.isprintable() else '?' for c in named)}. "
+                if lacking
+                else ""
+            )
+    return ""
