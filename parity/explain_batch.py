@@ -47,7 +47,7 @@ class Batch:
         # What is computed candidate by candidate ends with the layer, if its output can be carried on from there.
         self._name = f"blk.{layers[0]}.l_out" if layers and self._after else self._point
         self._end = state.order[self._name] + 1
-        self._before = [entry.point for entry in screening.entries[: state.first.point] if entry.point not in state.shown]
+        self._before = frozenset(entry.point for entry in screening.entries[: state.first.point]) - state.shown
 
     def screened(self, candidates: Sequence[Candidate]) -> Iterator[tuple[Candidate, Screened]]:
         """Those that change something at the first place, and how far they get: as `Screening.screen` says it."""
@@ -58,7 +58,7 @@ class Batch:
         results: dict[int, Screened] = {}
         waiting = list(edits)
         for rows in stages:
-            made, ended = self._values(candidates, edits, waiting, rows, self._name)
+            made, ended = self._values(candidates, edits, waiting, rows, self._name, self._before)
             for number in ended:
                 results.pop(number, None)
             # Before the first wrong row, nothing to see is nothing wrong.
@@ -79,14 +79,23 @@ class Batch:
 
         A fault in all layers need not be planted in all of them to be seen in the first.
         """
-        soon = [name for name in self._before if name != EMBD]
-        if self._layers is not None or not soon:
+        soon = next((name for name in self._state.order if name in self._before - {EMBD}), None)
+        if self._layers is not None or soon is None:
             return range(len(candidates))
-        end = self._state.order[soon[0]] + 1
+        end = self._state.order[soon] + 1
         edits = self._edits(candidates, range(len(candidates)), end)
-        _, ended = self._values(candidates, edits, list(edits), min(_SOON, self._screening.rows), soon[0])
+        _, ended = self._values(candidates, edits, list(edits), min(_SOON, self._screening.rows), soon, self._before)
         self._screening.tried.count([candidates[number] for number in ended])
         return [number for number in range(len(candidates)) if number not in ended]
+
+    def agreeing(self, candidates: Sequence[Candidate]) -> list[Candidate]:
+        """Those that no record of the first rows contradicts, at any point: of many that get beyond one place few do."""
+        points = [entry.point for entry in self._screening.entries if entry.point not in self._state.shown]
+        last = max(points, key=self._state.order.__getitem__)
+        edits = self._edits(candidates, range(len(candidates)), self._state.order[last] + 1)
+        rows = min(self._first.row + 2, self._screening.rows)
+        _, ended = self._values(candidates, edits, list(edits), rows, last, frozenset(points))
+        return [candidate for number, candidate in enumerate(candidates) if number not in ended]
 
     def _edits(self, candidates: Sequence[Candidate], numbers: Sequence[int], end: int) -> dict[int, Edits]:
         """What candidates change in the steps in front of number `end`, if that is something and the model allows it."""
@@ -102,10 +111,16 @@ class Batch:
         return found
 
     def _values(
-        self, candidates: Sequence[Candidate], edits: dict[int, Edits], waiting: Sequence[int], rows: int, name: str
+        self,
+        candidates: Sequence[Candidate],
+        edits: dict[int, Edits],
+        waiting: Sequence[int],
+        rows: int,
+        name: str,
+        watched: frozenset[str],
     ) -> tuple[dict[int, Array], set[int]]:
-        """The first rows of value `name`, by candidate that changes it; and those that a point before contradicts or that are
-        not allowed.
+        """The first rows of value `name`, by candidate that changes it; and those that are not allowed, or that a watched
+        point contradicts.
         """
         made: dict[int, Array] = {}
         ended: set[int] = set()
@@ -121,7 +136,7 @@ class Batch:
                 batch = chosen[begin : begin + size]
                 replay = self._screening.replay(self._state, used)
                 chosen_edits = [edits[number] for number in batch]
-                found = replay.run_batch(chosen_edits, self._state.order[name] + 1, frozenset(self._before), self._agrees)
+                found = replay.run_batch(chosen_edits, self._state.order[name] + 1, watched, self._agrees)
                 for number, values in zip(batch, found, strict=True):
                     if values is None:
                         ended.add(number)

@@ -60,10 +60,10 @@ def _heads(step: Step, _right: Steps, parameters: Parameters) -> Step:
 Allowed = Callable[[Array, Array, Array, Array], Array]  # query and key positions, query and key passes -> bool [T, S]
 
 _MASKS: dict[str, Allowed] = {
-    "none": lambda t, s, _p, _q: (s >= 0) | (t < 0),
-    "next": lambda t, s, _p, _q: s <= t + 1,
+    "none": lambda _t, _s, p, q: q <= p,  # keys of later passes are not in the cache yet
+    "next": lambda t, s, p, q: (s <= t + 1) & (q <= p),
     "not itself": lambda t, s, _p, _q: (s < t) | ((s == t) & (t == t.min())),
-    "transposed": lambda t, s, _p, _q: s >= t,
+    "transposed": lambda t, s, p, q: (s >= t) & (q <= p),
     "own pass only": lambda t, s, p, q: (s <= t) & (p == q),
     "itself only": lambda t, s, _p, _q: s == t,
     "without the cache's last row": lambda t, s, p, q: (s <= t) & ~((s == t - 1) & (q < p)),
