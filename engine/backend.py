@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 
 from checkpoints.errors import InputError
 
+from .device import wake
+
 Array = Any  # numpy.ndarray or cupy.ndarray
 
 
@@ -106,6 +108,7 @@ def choose(name: str = "auto", number: int | None = None) -> Backend:
         raise InputError(f"there is no backend {name!r}.", "Take auto, cupy or numpy.", code="backend")
     if name == "numpy":
         return _numpy()
+    wake(number or 0)
     try:
         import cupy
     except ImportError as error:
@@ -117,6 +120,12 @@ def choose(name: str = "auto", number: int | None = None) -> Backend:
         if name == "auto":
             return _numpy()
         raise InputError("CuPy finds no CUDA device.", "`parity doctor` shows what is missing.", code="backend")
+    if os.environ.get("CUPY_TF32", "0") not in ("", "0"):
+        raise InputError(
+            "CUPY_TF32 is set: CuPy would round the factors of float32 products to TF32.",
+            "Unset it; `--compute tf32` is for engines that do so.",
+            code="tf32",
+        )
     there = cupy.cuda.runtime.getDeviceCount()
     if number is None:
         number = cupy.cuda.Device().id

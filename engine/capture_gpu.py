@@ -22,9 +22,11 @@ from .ring import Ring
 from .staged import CAUSAL, PLAIN, Batch, Part, layout, record_type
 
 _CHUNK = 1024  # elements a block takes: the logits of one row are 149 blocks, one for each multiprocessor of an H200
+_STEP_CHUNK = 2048  # … of one row after a step, which is all latency: fewer chunks are put together sooner
 _LARGE_CHUNK = 8192  # … and where many rows fill the device anyway, larger chunks are less overhead
 _MANY_BLOCKS = 8192
 _PART = SKETCH_SIZE + 8  # doubles of a chunk, PART of summary.cu
+_LARGEST = 3  # passes of any size that the slab holds: one is not half of it, so that the writer lets the next begin in peace
 _RING = 256  # decode passes that the slab holds: as many batches as the blocking tap lets wait
 
 
@@ -89,12 +91,16 @@ class DeviceCapture(Capture):
 
     def _allocate(self, records: int) -> None:
         """Slab and staging buffer for passes of that many records; made again only if a later pass is larger."""
-        if self._staging and len(self._slab) >= 2 * records and self._staging[0].nbytes >= records * self._record.itemsize:
+        if (
+            self._staging
+            and len(self._slab) >= _LARGEST * records
+            and self._staging[0].nbytes >= records * self._record.itemsize
+        ):
             return
         from cupyx import empty_pinned
 
         self._ring.drain()
-        capacity = max(2 * records, self._passes * len(self.points), 1)
+        capacity = max(_LARGEST * records, self._passes * len(self.points), 1)
         self._ring = Ring(capacity)
         self._slab = np.frombuffer(empty_pinned(capacity * self._record.itemsize, np.uint8), self._record)
         self._xp.cuda.get_current_stream().synchronize()
@@ -133,7 +139,7 @@ class DeviceCapture(Capture):
         self._parts.append(Part(name, kind, start, width, heads))
 
     # What a graph of decode steps needs to make the records itself.
-    chunk = _CHUNK
+    chunk = _STEP_CHUNK
     part_doubles = _PART
 
     @property

@@ -3,12 +3,32 @@
 CuPy keeps compiled binaries in ~/.cupy/kernel_cache, so that only the first process on a machine waits for the compiler.
 """
 
+import ctypes
 import re
 from functools import lru_cache
 from importlib.resources import files
+from threading import Thread
 from typing import Any
 
 _INCLUDE = re.compile(r'^#include "(\w+\.cuh)"$', re.MULTILINE)  # of ours; those in <> are the compiler's
+
+
+def wake(number: int) -> None:
+    """Begin to create the device's context in a thread: it takes as long as importing CuPy, and needs nothing of Python.
+
+    Where there is no driver or no such device nothing happens; CuPy says it better.
+    """
+
+    def create() -> None:
+        try:
+            driver = ctypes.CDLL("libcuda.so.1")
+        except OSError:
+            return
+        device, context = ctypes.c_int(), ctypes.c_void_p()
+        if driver.cuInit(0) == 0 and driver.cuDeviceGet(ctypes.byref(device), number) == 0:
+            driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device)
+
+    Thread(target=create, name="cuda-context", daemon=True).start()
 
 
 @lru_cache(maxsize=64)

@@ -17,11 +17,10 @@ from .packing import BF16, F16, F32
 from .staged import CACHED, CAUSAL, LAST, PLAIN, Part
 
 _THREADS = 512 + 32  # of decode.cu: those that compute, and the warp that brings weights near
-_SCORES = 4096  # floats of one head's scores in decode.cu's Shared
-_OTHER = 3328  # bytes of Shared beside activations, heads and weights: pointers of two layers, sums, barriers
+_OTHER = 3456  # bytes of Shared beside activations, heads and weights: pointers of two layers, sums, barriers
 _SMALL_PIECES = 1 << F32 | 1 << F16 | 1 << BF16  # types whose rows have a piece for each of 128 lanes
 # Quantised rows of a 0.5 B model are 28 pieces: one warp takes a row of them, four that of the down projection.
-_QUANTISED_WARPS = {"QKV_WARPS": 1, "OUT_WARPS": 1, "GATE_WARPS": 1, "DOWN_WARPS": 4}
+_QUANTISED_WARPS = {"QKV_WARPS": 1, "OUT_WARPS": 1, "GATE_WARPS": 1, "DOWN_WARPS": 4, "DOWN_ROWS": 2}
 _MATRICES = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
 # What a layer leaves behind, in the order of decode.cu's `Layer`, and its number of floats in the letters of `_sizes`.
 _OUTPUTS = {
@@ -56,16 +55,16 @@ class DecodeStep:
         self.tokens = xp.zeros(positions + 1, dtype=np.int32)
         self.cosine = xp.zeros((positions, max(1, hp.rope_dims // 2)), np.float32)
         self.sine = xp.zeros_like(self.cosine)
-        self._scratch = [
-            xp.zeros(hp.n_heads * self.splits * hp.head_size, np.float32),
-            xp.zeros(hp.n_heads * self.splits * 2, np.float32),
-            xp.zeros(self.blocks * 2, np.float32),
-        ]
+        self._best = xp.zeros(self.blocks * 2, np.float32)
+        self._words = xp.zeros(
+            (hp.n_layers, q + 2 * k + 2 * hp.n_embd + hp.n_ff + hp.n_heads * self.splits * (2 + hp.head_size)), np.uint64
+        )
         self._arrived = xp.zeros(1, dtype=np.uint32)
         self._model = self._describe()
         defines = self._defines()
         self._kernel = kernel("decode", "decode", defines)
-        self._set_state = kernel("decode", "set_state", defines)
+        self._place_token = kernel("decode", "place_token", defines)
+        self._place_best = kernel("decode", "place_best", defines)
         size = xp.zeros(1, dtype=np.int32)
         kernel("decode", "shared_bytes", defines)((1,), (1,), (size,))
         self._shared = int(size[0])  # what the structure takes, the staged weights included
@@ -96,7 +95,8 @@ class DecodeStep:
 
         gate, down = most("ffn_gate", hp.n_ff) + most("ffn_up", hp.n_ff), most("ffn_down", hp.n_embd)
         properties = self._xp.cuda.runtime.getDeviceProperties(self._xp.cuda.Device().id)
-        rest = 4 * max(9 * max(hp.n_ff, hp.n_embd) // 8, _SCORES) + _OTHER + 64 * hp.head_size
+        activations = max(hp.n_ff, hp.n_embd, hp.n_heads * hp.head_size)
+        rest = 4 * (9 * activations // 8 + 32) + 64 * hp.head_size + _OTHER
         fits = gate + down + rest <= properties["sharedMemPerBlockOptin"]
         return {"GATE_BYTES": gate, "DOWN_BYTES": down} if fits else {"GATE_BYTES": 0, "DOWN_BYTES": 0}
 
@@ -104,12 +104,13 @@ class DecodeStep:
         """The kernel's `Model` and `Layer` structures: 64-bit words in their order."""
         xp, w = self._xp, self.weights
         layers: list[int] = []
-        for layer, values in zip(w.layers, self.values, strict=True):
+        for layer, values, words in zip(w.layers, self.values, self._words, strict=True):
             for name in _MATRICES:
                 layers += layer.matrices[name].words()
             layers += [layer.attn_norm.data.ptr, layer.ffn_norm.data.ptr, *(value.data.ptr for value in values.values())]
+            layers.append(words.data.ptr)
         there = xp.asarray(np.array(layers, dtype=np.int64))
-        arrays = (self.embd, self.output_norm, self.logits, *self._scratch, self.state, self.tokens, self._arrived)
+        arrays = (self.embd, self.output_norm, self.logits, self._best, self.state, self.tokens, self._arrived)
         words = [
             there.data.ptr,
             *w.embedding.words(),
@@ -128,17 +129,16 @@ class DecodeStep:
         where = np.arange(self.positions) + first
         factors = self.weights.factors
         cosine, sine = ops.rope_angles(where, hp.rope_dims, base=hp.rope_base, scale=hp.rope_scale, factors=factors)
-        self.cosine[:], self.sine[:] = self._xp.asarray(cosine), self._xp.asarray(sine)
+        self.cosine.set(cosine)
+        self.sine.set(sine)
 
-    def place_token(self, token: int) -> None:
-        """Another token than the one that the last step chose."""
-        self.state[0] = token
+    def place_token(self, token: int, position: int) -> None:
+        """The next step takes this token, at this place."""
+        self._place_token((1,), (1,), (self.state, np.int32(token), np.int32(position)))
 
     def place_best(self, logits: Array, position: int) -> None:
-        """The next step takes the largest of these logits, chosen on the device; it stands at `position`."""
-        best = logits.argmax().astype(np.int32)
-        self.tokens[position] = best
-        self._set_state((1,), (1,), (self.state, self.tokens[position:], np.int32(position)))
+        """The next step takes the largest of these logits [V], chosen on the device, at this place."""
+        self._place_best((1,), (1024,), (self.state, logits, np.int32(position), self.tokens))
 
     def launch(self, tap: DeviceCapture | None) -> None:
         """One step: the graph of the step and of the records that the tap wants; nothing waits for it."""
@@ -178,26 +178,23 @@ class DecodeStep:
         return graph, tuple(parts), held
 
     def _records(self, points: Sequence[str], tap: DeviceCapture) -> tuple[Any, list[Part], list[Array]]:
-        """Arguments of the summary kernel: a table of points, and a block for each chunk that any of them may have."""
+        """Arguments of the summary kernel: a table with a line, and a block, for each chunk that a point may have."""
         xp, chunk = self._xp, tap.chunk
-        table = np.zeros((len(points), 8), dtype=np.int64)
-        work: list[tuple[int, int]] = []
+        work: list[tuple[int, ...]] = []
         parts: list[Part] = []
+        scale = int(np.float64(self._hp.head_size**-0.5).view(np.int64))
         for i, name in enumerate(points):
             part, base, peaks, most = self._point(name, i)
-            chunks = -(-most // chunk)
-            scale = np.float64(self._hp.head_size**-0.5).view(np.int64)
-            table[i] = (base, peaks, part.kind, part.width, part.heads, self.positions, len(work), scale)
-            work += [(i, c) for c in range(chunks)]
+            point = (base, peaks, part.kind, part.width, part.heads, self.positions, len(work), scale, i)
+            work += [(*point, c) for c in range(-(-most // chunk))]
             parts.append(Part(name, PLAIN if part.kind == LAST else part.kind, i, part.width, part.heads))
         held = [
-            xp.asarray(table),
-            xp.asarray(np.array(work, dtype=np.int32)),
+            xp.asarray(np.array(work, dtype=np.int64)),
             xp.empty(len(work) * tap.part_doubles, dtype=np.float64),
             xp.zeros(len(points), dtype=np.uint32),
         ]
         numbers = (np.int32(chunk), np.int32(tap.slice_size), np.int32(tap.record_bytes))
-        arguments = (held[0], held[1], self.state[2:], *numbers, held[2], held[3], tap.staging(len(points)))
+        arguments = (held[0], self.state[2:], *numbers, held[1], held[2], tap.staging(len(points)))
         return (len(work), arguments), parts, held
 
     def _point(self, name: str, index: int) -> tuple[Part, int, int, int]:

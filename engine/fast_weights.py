@@ -1,6 +1,6 @@
 """A model's weights on the device in the file's own types, and the shape that the fast mode's kernels are compiled for."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -8,17 +8,37 @@ from checkpoints.errors import ModelError
 
 from .backend import Array, Backend
 from .blocks import ROPE_FACTORS
-from .gguf_model import GgufModel, Hyperparameters
-from .packing import F16, F32, PACKED, Packed, pack
+from .gguf_model import GgufModel
+from .packing import BF16, F16, F32, PACKED, Packed, pack
+from .upload import Upload
 
 PAIRS = {"qwen2": True, "llama": False}  # NEOX pairs, by architecture, as in engine/models
+_FLOATS = {F32, F16, BF16}
+_GROUPS = (("attn_q", "attn_k", "attn_v"), ("attn_output",), ("ffn_gate", "ffn_up"), ("ffn_down",))
+
+
+@dataclass(frozen=True)
+class Group:
+    """Matrices that one product serves.
+
+    `kind` is their ggml type where they are of one float type and lie one after the other in `joined`, else -1: then they are
+    unpacked first.
+    """
+
+    parts: tuple[Packed, ...]
+    kind: int
+    joined: Array
 
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """One layer: seven matrices with their biases, two norms."""
+    """One layer: seven matrices with their biases, by name and as the groups of a prefill's products; two norms."""
 
     matrices: dict[str, Packed]
+    qkv: Group
+    out: Group
+    gate_up: Group
+    down: Group
     attn_norm: Array
     ffn_norm: Array
 
@@ -32,7 +52,8 @@ class FastWeights:
 
     def __init__(self, model: GgufModel, backend: Backend) -> None:
         hp = model.hyperparameters
-        _check(hp, model)
+        if reason := lacking(model):
+            raise ModelError(f"the fast mode has {reason}.", "Take --mode exact.", code="fast-mode")
         # Packing a matrix needs its blocks a few times over: the largest three times beside the rest.
         sizes = [info.n_bytes for info in model.tensors.values()]
         backend.require(sum(sizes) + 3 * max(sizes), f"{model.path.name} in its own types")
@@ -40,11 +61,13 @@ class FastWeights:
         self._backend = backend
         self.hp = hp
         self.neox = PAIRS[hp.architecture]
-        self.embedding = self._matrix("token_embd")
-        self.output = self._matrix("output") if "output.weight" in model.tensors else self.embedding
-        self.norm = self._vector("output_norm.weight")
-        self.factors = backend.to_host(self._vector(ROPE_FACTORS)) if ROPE_FACTORS in model.tensors else None
-        self.layers = [self._layer(f"blk.{i}") for i in range(hp.n_layers)]
+        with Upload(model.path, backend) as self._upload:
+            embedding = self._group("token_embd")
+            self.output_group = self._group("output") if "output.weight" in model.tensors else embedding
+            self.embedding, self.output = embedding.parts[0], self.output_group.parts[0]
+            self.norm = self._vector("output_norm.weight")
+            self.factors = backend.to_host(self._vector(ROPE_FACTORS)) if ROPE_FACTORS in model.tensors else None
+            self.layers = [self._layer(f"blk.{i}.") for i in range(hp.n_layers)]
 
     @property
     def types(self) -> int:
@@ -53,32 +76,52 @@ class FastWeights:
         return sum(1 << kind for kind in kinds)
 
     def _layer(self, name: str) -> LayerWeights:
-        names = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
-        matrices = {part: self._matrix(f"{name}.{part}") for part in names}
-        return LayerWeights(matrices, self._vector(f"{name}.attn_norm.weight"), self._vector(f"{name}.ffn_norm.weight"))
+        qkv, out, gate_up, down = groups = [self._group(*(name + part for part in parts)) for parts in _GROUPS]
+        names = [part for parts in _GROUPS for part in parts]
+        matrices = dict(zip(names, [part for group in groups for part in group.parts], strict=True))
+        norms = self._vector(f"{name}attn_norm.weight"), self._vector(f"{name}ffn_norm.weight")
+        return LayerWeights(matrices, qkv, out, gate_up, down, *norms)
 
     def _vector(self, name: str) -> Array:
         return self._backend.array(self._model.load(name).ravel())
 
-    def _matrix(self, name: str) -> Packed:
+    def _group(self, *names: str) -> Group:
+        """Matrices of one width: float types one after the other in memory, quantised ones as planes of their own."""
+        infos = [self._model.tensors[f"{name}.weight"] for name in names]
+        kinds = {info.type for info in infos}
+        if len(kinds) > 1 or not kinds <= _FLOATS:
+            return Group(tuple(self._packed(name) for name in names), -1, None)
+        joined = self._backend.xp.empty((sum(info.shape[0] for info in infos), infos[0].n_bytes // infos[0].shape[0]), np.uint8)
+        parts, done = [], 0
+        for name, info in zip(names, infos, strict=True):
+            rows = joined[done : done + info.shape[0]]
+            self._upload.into(rows, info.offset)
+            parts.append(Packed(info.type, info.shape[0], info.shape[1], rows, bias=self._bias(name)))
+            done += info.shape[0]
+        return Group(tuple(parts), kinds.pop(), joined)
+
+    def _packed(self, name: str) -> Packed:
         info = self._model.tensors[f"{name}.weight"]
-        bias = self._vector(f"{name}.bias") if f"{name}.bias" in self._model.tensors else None
-        cols = info.shape[-1]
-        kind = info.type if info.type in PACKED else F32
-        host = self._model.raw(f"{name}.weight") if kind == info.type else self._model.load(f"{name}.weight").view(np.uint8)
-        if kind == F16:  # rows of halves need no other place
-            return Packed(kind, host.shape[0], cols, self._backend.array(host), bias=bias)
-        packed = pack(self._backend.array(host), kind, cols)
-        return Packed(kind, packed.rows, cols, packed.low, packed.high, packed.scales, packed.super, bias)
+        kind, cols = (info.type if info.type in PACKED else F32), info.shape[-1]
+        if kind == info.type:
+            raw = self._backend.xp.empty((info.shape[0], info.n_bytes // info.shape[0]), np.uint8)
+            self._upload.into(raw, info.offset)
+            self._upload.wait()
+        else:
+            raw = self._backend.array(self._model.load(f"{name}.weight").view(np.uint8))
+        return replace(pack(raw, kind, cols), bias=self._bias(name))
+
+    def _bias(self, name: str) -> Array:
+        return self._vector(f"{name}.bias") if f"{name}.bias" in self._model.tensors else None
 
 
-def _check(hp: Hyperparameters, model: GgufModel) -> None:
+def lacking(model: GgufModel) -> str | None:
+    """Why the fast mode cannot run a model; None if it can."""
+    hp = model.hyperparameters
     wrong = {
         f"no architecture {hp.architecture!r}, only {', '.join(PAIRS)}": hp.architecture not in PAIRS,
         "no mixture of experts": "blk.0.ffn_gate_inp.weight" in model.tensors,
         f"no value heads of {hp.value_size} beside key heads of {hp.head_size}": hp.value_size != hp.head_size,
         "no widths that are no multiple of 32": bool(hp.n_embd % 32 or hp.n_ff % 32 or hp.n_heads * hp.head_size % 32),
     }
-    for reason, broken in wrong.items():
-        if broken:
-            raise ModelError(f"the fast mode has {reason}.", "Take --mode exact.", code="fast-mode")
+    return next((reason for reason, broken in wrong.items() if broken), None)

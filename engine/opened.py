@@ -7,14 +7,25 @@ from .gguf_model import GgufModel
 from .transformer import Transformer
 
 
-def open_engine(model: GgufModel, backend: str = "auto", devices: Sequence[int] = (), *, resident: bool = True) -> Transformer:
+def open_engine(
+    model: GgufModel, backend: str = "auto", devices: Sequence[int] = (), *, resident: bool = True, native: bool = False
+) -> Transformer:
     """Our engine in exact arithmetic: on the backend of that name, or with its layers spread over CUDA `devices`.
+
+    `native` takes the fast mode, weights in the file's own types, on one device and where that mode has the model.
 
     Raises:
         InputError: no such backend or device, or too little memory there; ModelError: as `Transformer`.
     """
     if not devices:
-        return Transformer(model, choose(backend), resident=resident)
+        chosen = choose(backend)
+        if native and chosen.name == "cupy":
+            from .fast import FastTransformer
+            from .fast_weights import lacking
+
+            if lacking(model) is None:
+                return FastTransformer(model, chosen)
+        return Transformer(model, chosen, resident=resident)
     from .split import SplitTransformer
 
     return SplitTransformer(model, [choose(backend, number) for number in devices], resident=resident)

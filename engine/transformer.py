@@ -96,6 +96,11 @@ class Transformer:
         self.weights: graph.WeightSource = Weights(model, backend, resident=resident)
 
     @property
+    def compute(self) -> str:
+        """The arithmetic of products, for a dump's header."""
+        return "f32"
+
+    @property
     def points(self) -> list[str]:
         """Every point that can be captured, in dataflow order."""
         return [step.makes for step in self.steps]

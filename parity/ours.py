@@ -63,7 +63,7 @@ def header(transformer: Transformer, job: OursJob) -> Header:
         pieces=job.pieces,
         prompt=job.prompt,
         mode=job.mode,
-        compute="f32",
+        compute=transformer.compute,
         kv_type="f32",
         slice=job.slice_size,
         hparams={"eps": hp.eps, "heads": hp.n_heads, "kv_heads": hp.n_kv_heads, "vocab": hp.n_vocab, "rope_base": hp.rope_base},

@@ -18,7 +18,11 @@ class Own:
         self._request = request
         # One forward pass reads each weight once: keep none of them. Generation reads them again at every step.
         self._transformer = open_engine(
-            GgufModel(request.model), request.backend, request.devices, resident=request.generate > 0
+            GgufModel(request.model),
+            request.backend,
+            request.devices,
+            resident=request.generate > 0,
+            native=request.mode == "native" and not request.full,  # whole tensors are the exact engine's
         )
 
     @property

@@ -118,6 +118,26 @@ def test_a_model_larger_than_device_memory_is_streamed(stories: Path, monkeypatc
     np.testing.assert_array_equal(streamed.forward(PROMPT, streamed.start()), expected)
 
 
+def test_rounding_to_tf32_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With CUPY_TF32=1 in the environment the device is refused by name instead of computing in 10 bits."""
+    from checkpoints.errors import InputError
+
+    monkeypatch.setenv("CUPY_TF32", "1")
+    with pytest.raises(InputError, match="CUPY_TF32 is set"):
+        choose("cupy")
+
+
+@pytest.mark.parametrize("kind", ["F16", "Q8_0", "Q4_K_M"])
+def test_native_mode_on_the_device_is_the_fast_mode(quantized: Callable[[str], Path], tmp_path: Path, kind: str) -> None:
+    """`--mode native` runs the file's own types on the device, says the prefill's arithmetic, and agrees within native limits."""
+    outcome = run(
+        Request(model=quantized(kind), tokens=PROMPT, backend="cupy", mode="native", points="all", generate=4, out=tmp_path)
+    )
+    assert outcome.verdict, outcome.verdict.first_divergence
+    assert outcome.ours.header is not None
+    assert outcome.ours.header.compute == "f16"
+
+
 def test_too_little_memory_is_one_clear_error(stories: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A device that does not even hold the largest weight is refused with the needed and the free size."""
     from checkpoints.errors import InputError

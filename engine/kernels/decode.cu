@@ -1,8 +1,8 @@
-// One decode step of a Llama-shaped model as one kernel: a block on every multiprocessor, five phases a layer with a
-// barrier of the whole grid between them, then the logits and the greedy choice.
+// One decode step of a Llama-shaped model as one kernel: a block on every multiprocessor, five phases a layer, then
+// the logits and the greedy choice. Blocks hand each other values by words (messages.cuh); no barrier of the grid is needed.
 //
 // Each block owns the same rows of a matrix in every step. While it works on one phase, the rows it will need in the next
-// ones are already on their way to the L2 cache: the barriers' latency and the memory's then overlap. Every intermediate
+// ones are already on their way to the L2 cache: the words' latency and the memory's then overlap. Every intermediate
 // value of the step has a place of its own in memory, so that what is captured is read when the step is over.
 //
 // Given at compile time: LAYERS D HEADS KV_HEADS HEAD FF VOCAB ROPE NEOX POSITIONS (places of the cache) BLOCKS SPLITS.
@@ -91,17 +91,14 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode(const Model
     const Model& m = *model;     // a copy in shared memory was slower: 0.588 instead of 0.556 ms a step
     const State now = *m.state;
     const int seen = now.position + 1, splits = min(SPLITS, (seen + SPLIT_ROWS - 1) / SPLIT_ROWS);
-    unsigned* const arrived = m.arrived;
-    unsigned barrier = now.step * (LAYERS * 5u + 1u) * BLOCKS;
-#define ARRIVE { MARK(mark++); arrive(arrived); }
-#define WAIT { MARK(mark++); wait(arrived, barrier += BLOCKS); MARK(mark++); }
+    const unsigned step = now.step + 1;   // words begin as zeros: the first step is 1
     [[maybe_unused]] int mark = 0;
 
     if (STAGED) {
         if (threadIdx.x == 0) {
             for (int i = 0; i < 2; i++) {
                 asm volatile("mbarrier.init.shared.b64 [%0], 1;" :: "r"(near_address(&s.full[i])));
-                asm volatile("mbarrier.init.shared.b64 [%0], 1;" :: "r"(near_address(&s.used[i])));
+                asm volatile("mbarrier.init.shared.b64 [%0], %1;" :: "r"(near_address(&s.used[i])), "n"(WARPS));
             }
             asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
         }
@@ -115,71 +112,79 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode(const Model
     for (int i = threadIdx.x; i < D; i += THREADS)           // every block writes the same: no barrier is needed before it reads them
         __stcg(m.embd + i, element(m.embedding, now.token, D, i));
     block_sync();
-    const float* x = m.embd;
     Projection qkv;
     qkv.load(m, s.layer[0], now.position);
     if (threadIdx.x == 0) prefetch_mine(s.layer[0].o, D, QW);
-    MARK(mark++)
+    MARK
     for (int i = 0; i < LAYERS; i++) {
-        const Layer& l = s.layer[i & 1];
-        rms_norm(s, x, l.attn_norm, eps, l.attn_norm_out);
-        qkv.run(s, l, now.position);
-        ARRIVE
-        if (threadIdx.x == 32) {
-            if (!STAGED) { prefetch_mine(l.gate, FF, D); prefetch_mine(l.up, FF, D); }
-        }
-        WAIT
+        const Layer &l = s.layer[i & 1], &next = s.layer[(i + 1) & 1];
+        const float* x = i ? next.l_out : m.embd;              // `next` still is the layer before
+        rms_norm(s, i ? nullptr : x, next.words + OUT_WORDS, step, l.attn_norm, eps, l.attn_norm_out);
+        MARK
+        qkv.run(s, l, now.position, step);
+        MARK
+        if (threadIdx.x == 32 && !STAGED) { prefetch_mine(l.gate, FF, D); prefetch_mine(l.up, FF, D); }
+        if (STAGED && threadIdx.x == 64) find_near(s, l);
         #pragma unroll 1
-        for (int u = blockIdx.x; u < HEADS * splits; u += BLOCKS) attend(s, m, l, u / splits, u % splits, splits, seen, scale);
-        ARRIVE
-        ProjectionBack<QW, OUT_WARPS, false> out;
+        for (int u = blockIdx.x; u < HEADS * splits; u += BLOCKS) attend(s, l, u / splits, u % splits, splits, seen, scale, step);
+        MARK
+        ProjectionBack<QW, OUT_WARPS, OUT_ROWS, false> out;
         out.load(l.o, x);
         const long long word = fetch_layer(m, i + 1);
-        if (STAGED && threadIdx.x == 64) find_near(s, l);
-        WAIT
-        keep_layer(s, i + 1, word);
-        merge(s, m, l, splits);
-        out.run(s, l.o, l.attn_out, l.ffn_inp);
-        ARRIVE
+        merge(s, l, splits, step);
+        keep_layer(s, i + 1, word);                            // read behind the next barriers of the block
+        MARK
+        out.run(s, l.o, l.attn_out, l.ffn_inp, l.words + INP_WORDS, step);
+        MARK
         GateUp gate_up;
         gate_up.load(l);
-        if (threadIdx.x == 32) {
-            if (!STAGED) prefetch_mine(l.down, D, FF);
-        }
-        WAIT
-        rms_norm(s, l.ffn_inp, l.ffn_norm, eps, l.ffn_norm_out);
-        INSIDE(0)
+        if (threadIdx.x == 32 && !STAGED) prefetch_mine(l.down, D, FF);
+        rms_norm(s, nullptr, l.words + INP_WORDS, step, l.ffn_norm, eps, l.ffn_norm_out);
         if (STAGED) await(&s.full[0], i & 1);
-        INSIDE(1)
-        gate_up.run(s, l);
-        ARRIVE
-        ProjectionBack<FF, DOWN_WARPS, STAGED> down;
+        MARK
+        gate_up.run(s, l, step);
+        MARK
+        ProjectionBack<FF, DOWN_WARPS, DOWN_ROWS, STAGED> down;
         down.load(l.down, l.ffn_inp);
-        const Layer& next = s.layer[(i + 1) & 1];
         if (i + 1 < LAYERS) {
-            if (STAGED && threadIdx.x == 32) leave(&s.used[0]);
+            if (STAGED) leave(&s.used[0]);
             if (threadIdx.x / 32 == 2) prefetch_qkv(next);
             if (threadIdx.x == 96) prefetch_mine(next.o, D, QW);
         } else if (threadIdx.x == 32) prefetch_rows(m.output, first_of(VOCAB), min(LOGITS_AHEAD, last_of(VOCAB) - first_of(VOCAB)), D);
-        WAIT
-        take(s, l.swiglu);
-        INSIDE(4)
+        take(s, l.words + SWIGLU_WORDS, step);
         if (STAGED) await(&s.full[1], i & 1);
-        INSIDE(5)
-        down.run(s, STAGED ? s.near_down : l.down, l.ffn_out, l.l_out);
-        ARRIVE
-        if (STAGED && i + 1 < LAYERS && threadIdx.x == 32) leave(&s.used[1]);
-        x = l.l_out;
+        MARK
+        down.run(s, STAGED ? s.near_down : l.down, l.ffn_out, l.l_out, l.words + OUT_WORDS, step);
+        if (STAGED && i + 1 < LAYERS) leave(&s.used[1]);
         if (i + 1 < LAYERS) qkv.load(m, next, now.position);
-        WAIT
+        MARK
     }
-    rms_norm(s, x, m.norm, eps, m.output_norm);
+    rms_norm(s, nullptr, s.layer[(LAYERS - 1) & 1].words + OUT_WORDS, step, m.norm, eps, m.output_norm);
     logits(s, m);
-    MARK(mark++)
-    choose(s, m, barrier + BLOCKS, now);
+    MARK
+    choose(s, m, step * BLOCKS, now);
 }
 
-extern "C" __global__ void set_state(State* state, const int* token, int position) {
-    *state = State{*token, position, position, state->step};
+// Another token than the one that was chosen; or, of logits [VOCAB] made elsewhere, the largest (of equal ones the smallest id),
+// which will stand at `position`. One block of 1024.
+extern "C" __global__ void place_token(State* state, int token, int position) { *state = State{token, position, position, state->step}; }
+extern "C" __global__ void __launch_bounds__(1024) place_best(State* state, const float* logits, int position, int* tokens) {
+    __shared__ float bests[32];
+    __shared__ int ids[32];
+    float best = -INFINITY;
+    int at = 0x7fffffff;
+    for (int i = threadIdx.x; i < VOCAB; i += 1024) if (logits[i] > best || at == 0x7fffffff) { best = logits[i]; at = i; }
+    for (int far = 16; far; far >>= 1) {
+        const float other = __shfl_xor_sync(~0u, best, far);
+        const int id = __shfl_xor_sync(~0u, at, far);
+        if (other > best || (other == best && id < at)) { best = other; at = id; }
+    }
+    if (threadIdx.x % 32 == 0) { bests[threadIdx.x / 32] = best; ids[threadIdx.x / 32] = at; }
+    __syncthreads();
+    if (threadIdx.x) return;
+    for (int w = 1; w < 32; w++) if (bests[w] > best || (bests[w] == best && ids[w] < at)) { best = bests[w]; at = ids[w]; }
+    if (at < 0 || at >= VOCAB) at = 0;                       // every logit NaN
+    tokens[position] = at;
+    *state = State{at, position, position, state->step};
 }
 extern "C" __global__ void shared_bytes(int* out) { *out = sizeof(Shared); }

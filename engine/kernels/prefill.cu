@@ -9,7 +9,6 @@
 #endif
 __device__ __forceinline__ void put(__half* p, float x) { *p = __float2half_rn(x); }
 __device__ __forceinline__ void put(__nv_bfloat16* p, float x) { *p = __float2bfloat16_rn(x); }
-__device__ __forceinline__ void put(float* p, float x) { *p = x; }
 
 extern "C" __global__ void get_rows(Matrix m, const int* ids, int cols, float* out) {
     for (int e = threadIdx.x; e < cols; e += blockDim.x) out[(long long)blockIdx.x * cols + e] = element(m, ids[blockIdx.x], cols, e);
@@ -47,24 +46,37 @@ extern "C" __global__ void __launch_bounds__(256) add_norm(
     }
 }
 
-// Bias and rotation of one projection's heads: x [T, heads · size], in place plus bias; rotated -> after [T, …].
-extern "C" __global__ void rope(
-        float* x, const float* bias, const float* cosine, const float* sine, int position, int heads, int size, int dims, int neox,
-        float* after) {
-    const int pairs = heads * size / 2, t = blockIdx.x;
-    float* row = x + (long long)t * heads * size;
-    float* out = after + (long long)t * heads * size;
-    for (int p = threadIdx.x; p < pairs; p += blockDim.x) {
-        int i = p % (size / 2), base = p / (size / 2) * size;
-        bool turned = i < dims / 2;
-        int first = base + (neox && turned ? i : 2 * i), second = neox && turned ? first + dims / 2 : first + 1;
-        float a = row[first], b = row[second];
-        if (bias) { row[first] = a = a + bias[first]; row[second] = b = b + bias[second]; }
-        if (turned && dims) {
-            float c = cosine[(long long)(position + t) * (dims / 2) + i], s = sine[(long long)(position + t) * (dims / 2) + i];
-            out[first] = a * c - b * s;
-            out[second] = a * s + b * c;
-        } else { out[first] = a; out[second] = b; }
+// Q, K and V of one product [T, (heads + 2 kv_heads) · size]: biases added, Q and K rotated; K and V into their cache rows.
+extern "C" __global__ void project(
+        const float* made, const float* q_bias, const float* k_bias, const float* v_bias, const float* cosine, const float* sine,
+        int position, int heads, int kv_heads, int size, int dims, int neox,
+        float* q, float* k, float* q_rope, float* k_cache, float* v_cache) {
+    const int t = blockIdx.x, half = size / 2, all = heads + 2 * kv_heads;
+    for (int p = threadIdx.x; p < all * half; p += blockDim.x) {
+        const int head = p / half, i = p % half;
+        const bool query = head < heads, key = !query && head < heads + kv_heads, turned = (query || key) && i < dims / 2;
+        const int first = neox && turned ? i : 2 * i, second = neox && turned ? first + dims / 2 : first + 1;
+        const int own = query ? head : key ? head - heads : head - heads - kv_heads, base = own * size;
+        const long long row = (long long)t * (query ? heads : kv_heads) * size + base;
+        const long long cached = (long long)(position + t) * kv_heads * size + base;
+        const float* bias = query ? q_bias : key ? k_bias : v_bias;
+        const float* from = made + ((long long)t * all + head) * size;
+        float a = from[first], b = from[second];
+        if (bias) { a += bias[base + first]; b += bias[base + second]; }
+        if (query || key) {
+            float* before = (query ? q : k) + row;
+            before[first] = a;
+            before[second] = b;
+        }
+        if (turned) {
+            const long long at = (long long)(position + t) * (dims / 2) + i;
+            const float c = cosine[at], s = sine[at], x = a;
+            a = x * c - b * s;
+            b = x * s + b * c;
+        }
+        float* after = query ? q_rope + row : (key ? k_cache : v_cache) + cached;
+        after[first] = a;
+        after[second] = b;
     }
 }
 
@@ -101,10 +113,6 @@ extern "C" __global__ void lower(const float* x, long long n, LOW* out) {
 
 extern "C" __global__ void add_bias(float* x, const float* bias, int n) {
     for (int e = threadIdx.x; e < n; e += blockDim.x) x[(long long)blockIdx.x * n + e] += bias[e];
-}
-
-extern "C" __global__ void add(const float* x, const float* y, long long n, float* out) {
-    for (long long i = blockIdx.x * (long long)blockDim.x + threadIdx.x; i < n; i += (long long)gridDim.x * blockDim.x) out[i] = x[i] + y[i];
 }
 
 extern "C" __global__ void swiglu(const float* gate, const float* up, long long n, float* out, LOW* low) {

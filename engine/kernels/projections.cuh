@@ -3,18 +3,25 @@
 #include "near.cuh"
 #include "rows.cuh"
 
+#ifndef NORM
+#define NORM __device__ __noinline__
+#endif
 // x = values · weight / sqrt(mean(values²) + eps), padded, in shared memory; squares are summed in float64 as in ggml.
-__device__ __noinline__ void rms_norm(Shared& s, const float* values, const float* weight, float eps, float* out) {
+// The values come as words from the other blocks, or, where they are this block's own, from memory.
+NORM void rms_norm(
+        Shared& s, const float* values, const Word* words, unsigned step, const float* weight, float eps, float* out) {
     constexpr int EACH = (D + THREADS - 1) / THREADS;
     float v[EACH], w[EACH];
     double squares = 0;
     #pragma unroll
     for (int i = 0; i < EACH; i++) {
-        int e = threadIdx.x + i * THREADS;
-        v[i] = e < D ? __ldcg(values + e) : 0.f;
+        const int e = threadIdx.x + i * THREADS;
         w[i] = e < D ? __ldg(weight + e) : 0.f;
-        squares += (double)v[i] * v[i];
+        if (values) v[i] = e < D ? __ldcg(values + e) : 0.f;
     }
+    if (!values) hear([&](int i) { return threadIdx.x + i * THREADS < D ? words + threadIdx.x + i * THREADS : nullptr; }, step, v);
+    #pragma unroll
+    for (int i = 0; i < EACH; i++) squares += (double)v[i] * v[i];
     for (int step = 16; step; step >>= 1) squares += __shfl_xor_sync(~0u, squares, step);
     if ((threadIdx.x & 31) == 0) s.norm[threadIdx.x >> 5] = squares;
     block_sync();
@@ -115,7 +122,7 @@ struct Projection {
         const int two[2] = {r.x, r.y};
         rows.load(both, two, lane);
     }
-    __device__ __forceinline__ void run(Shared& s, const Layer& l, int position) {
+    __device__ __forceinline__ void run(Shared& s, const Layer& l, int position, unsigned step) {
         #pragma unroll 1
         for (int p = mine; p < last; p += UNITS) {
             int2 r;
@@ -135,6 +142,8 @@ struct Projection {
         qkv_matrix(l, p, r);
         const float a = sum_of<QKV_WARPS>(s, 2 * u) + bias.x, b = sum_of<QKV_WARPS>(s, 2 * u + 1) + bias.y;
         if (p >= (QW + KW) / 2) {
+            tell(l.words + V_WORDS + r.x, a, step);
+            tell(l.words + V_WORDS + r.y, b, step);
             l.v_out[r.x] = a; l.v_out[r.y] = b;
             float* v = l.v_cache + (long long)position * KW;
             v[r.x] = a; v[r.y] = b;
@@ -143,68 +152,86 @@ struct Projection {
         const bool query = p < QW / 2, turned = (query ? p : p - QW / 2) % (HEAD / 2) < ROPE / 2;
         float* before = query ? l.q_out : l.k_out;
         float* after = query ? l.q_rope : l.k_cache + (long long)position * KW;
+        Word* words = l.words + (query ? Q_WORDS : K_WORDS);
+        const float c = turned ? a * angle.x - b * angle.y : a, d = turned ? a * angle.y + b * angle.x : b;
+        tell(words + r.x, c, step);
+        tell(words + r.y, d, step);
         before[r.x] = a; before[r.y] = b;
-        after[r.x] = turned ? a * angle.x - b * angle.y : a;
-        after[r.y] = turned ? a * angle.y + b * angle.x : b;
+        after[r.x] = c; after[r.y] = d;
     }
 };
 
-// Feed-forward activations -> x: all loads under way before the first is stored.
-__device__ __forceinline__ void take(Shared& s, const float* values) {
-    constexpr int EACH = (FF / 4 + THREADS - 1) / THREADS, TOGETHER = EACH < 4 ? EACH : 4;
+// Feed-forward activations -> x: all words under way before the first is stored.
+__device__ __forceinline__ void take(Shared& s, const Word* words, unsigned step) {
+    constexpr int EACH = (FF / 2 + THREADS - 1) / THREADS, TOGETHER = EACH < TAKEN ? EACH : TAKEN;
     #pragma unroll 1
     for (int n = 0; n < EACH; n += TOGETHER) {
-        float4 v[TOGETHER];
+        Word a[TOGETHER], b[TOGETHER];
+        bool all;
+        do {
+            all = true;
+            #pragma unroll
+            for (int i = 0; i < TOGETHER; i++) {
+                const int e = threadIdx.x + (n + i) * THREADS;
+                if (e < FF / 2) look_at_two(words + 2 * e, a[i], b[i]);
+                else a[i] = b[i] = (Word)step << 32;
+            }
+            #pragma unroll
+            for (int i = 0; i < TOGETHER; i++) all &= told(a[i], step) & told(b[i], step);
+            if (!all) __nanosleep(PAUSE);
+        } while (!all);
         #pragma unroll
         for (int i = 0; i < TOGETHER; i++) {
             const int e = threadIdx.x + (n + i) * THREADS;
-            if (e < FF / 4) v[i] = __ldcg((const float4*)values + e);
-        }
-        #pragma unroll
-        for (int i = 0; i < TOGETHER; i++) {
-            const int e = threadIdx.x + (n + i) * THREADS;
-            if (e < FF / 4) *(float4*)(s.x + padded(4 * e)) = v[i];
+            if (e < FF / 2) *(float2*)(s.x + padded(2 * e)) = make_float2(value_of(a[i]), value_of(b[i]));
         }
     }
     block_sync();
 }
 
 // Rows of a projection onto the residual stream: product -> made, product + residual -> sum.
-template <int COLS, int SHARED_BY, bool CLOSE> struct ProjectionBack {
-    static const int LANES = SHARED_BY * 32, UNITS = THREADS / LANES;
-    Rows<COLS, LANES, 1, CLOSE> rows;
+template <int COLS, int SHARED_BY, int R, bool CLOSE> struct ProjectionBack {
+    static const int LANES = SHARED_BY * 32, AT_ONCE = R * (THREADS / LANES);
+    Rows<COLS, LANES, R, CLOSE> rows;
     int first, last, lane, mine;
     float bias, rest;            // of the row whose sum this thread will finish
 
-    __device__ __forceinline__ void fetch(const Matrix& w, int r) {
-        const Matrix* one[1] = {&w};
-        const int row[1] = {r};
-        rows.load(one, row, lane);
+    // R neighbouring rows; where they are fewer, the last again.
+    __device__ __forceinline__ void find(const Matrix& w, int r, const Matrix* (&each)[R], int (&row)[R]) const {
+        #pragma unroll
+        for (int i = 0; i < R; i++) { each[i] = &w; row[i] = min(r + i, last - 1); }
     }
-    // `residual` must be known already: it is two barriers old.
+    __device__ __forceinline__ void fetch(const Matrix& w, int r) {
+        const Matrix* each[R];
+        int row[R];
+        find(w, r, each, row);
+        rows.load(each, row, lane);
+    }
+    // The residual stream of a block's rows is the block's own work: of this very thread.
     __device__ __forceinline__ void load(const Matrix& w, const float* residual) {
-        first = first_of(D); last = last_of(D); lane = threadIdx.x % LANES; mine = first + threadIdx.x / LANES;
+        first = first_of(D); last = last_of(D); lane = threadIdx.x % LANES; mine = first + threadIdx.x / LANES * R;
         if (mine < last) fetch(w, mine);
         const int r = first + threadIdx.x;
         bias = r < last && w.bias ? __ldg(w.bias + r) : 0.f;
         rest = r < last ? __ldcg(residual + r) : 0.f;
     }
-    __device__ __forceinline__ void run(Shared& s, const Matrix& w, float* made, float* summed) {
+    __device__ __forceinline__ void run(Shared& s, const Matrix& w, float* made, float* summed, Word* words, unsigned step) {
         #pragma unroll 1
-        for (int r = mine; r < last; r += UNITS) {
-            const Matrix* one[1] = {&w};
-            const int row[1] = {r};
-            float sum[1];
-            rows.dot(one, row, lane, s.x, sum);
-            if (r + UNITS < last) fetch(w, r + UNITS);
-            leave_sums<SHARED_BY, 1>(s, sum, r - first, lane);
+        for (int r = mine; r < last; r += AT_ONCE) {
+            const Matrix* each[R];
+            int row[R];
+            float sum[R];
+            find(w, r, each, row);
+            rows.dot(each, row, lane, s.x, sum);
+            if (r + AT_ONCE < last) fetch(w, r + AT_ONCE);
+            leave_sums<SHARED_BY, R>(s, sum, (r - first) / R, lane);
         }
-        INSIDE(6)
         block_sync();
         static_assert(SHARE(D) <= THREADS, "a thread finishes one row");
         const int r = first + threadIdx.x;
         if (r >= last) return;
         const float y = sum_of<SHARED_BY>(s, threadIdx.x) + bias;
+        tell(words + r, y + rest, step);
         made[r] = y;
         summed[r] = y + rest;
     }
@@ -224,12 +251,13 @@ struct GateUp {
         first = first_of(FF); last = last_of(FF); lane = threadIdx.x % LANES; mine = first + threadIdx.x / LANES;
         if (mine < last) fetch(l, mine);
     }
-    __device__ __forceinline__ void run(Shared& s, const Layer& l) {
+    __device__ __forceinline__ void run(Shared& s, const Layer& l, unsigned step) {
         const Matrix &g = STAGED ? s.near_gate : l.gate, &u = STAGED ? s.near_up : l.up;
         const Matrix* both[2] = {&g, &u};
         const bool alike = ONE_TYPE || type_of(l.gate) == type_of(l.up);
+        constexpr int UNROLLED = GATE_UNROLL;
         rows.hold(s.x, lane);
-        #pragma unroll 1
+        #pragma unroll UNROLLED
         for (int r = mine; r < last; r += UNITS) {
             float sum[2];
             if constexpr (decltype(rows)::HOLDS) {
@@ -251,16 +279,16 @@ struct GateUp {
             }
             leave_sums<GATE_WARPS, 2>(s, sum, r - first, lane);
         }
-        INSIDE(2)
         block_sync();
-        INSIDE(3)
         for (int r = first + threadIdx.x; r < last; r += THREADS) {
             float a = sum_of<GATE_WARPS>(s, 2 * (r - first)), b = sum_of<GATE_WARPS>(s, 2 * (r - first) + 1);
             if (l.gate.bias) a += l.gate.bias[r];
             if (l.up.bias) b += l.up.bias[r];
+            const float y = a / (1.f + expf(-a)) * b;
+            tell(l.words + SWIGLU_WORDS + r, y, step);
             l.gate_out[r] = a;
             l.up_out[r] = b;
-            l.swiglu[r] = a / (1.f + expf(-a)) * b;
+            l.swiglu[r] = y;
         }
     }
 };

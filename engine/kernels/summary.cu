@@ -37,8 +37,18 @@ __device__ __forceinline__ Best better(Best a, Best b) {   // the larger; of equ
     return (b.size > a.size || (b.size == a.size && b.at < a.at)) ? b : a;
 }
 
+// One more value of statistic `which` (of those after the sketch); a largest value has its index beside it.
+__device__ __forceinline__ void join(int which, double& stat, double& at, double other, double index) {
+    if (which == 2) stat = fmin(stat, other);
+    else if (which == 3) stat = fmax(stat, other);
+    else if (which == 5) { if (other > stat || (other == stat && index < at)) { stat = other; at = index; } }
+    else stat += other;
+}
+
 // The block's chunk [from, to) of a row -> part[PART] in shared memory (complete after the closing barrier).
-__device__ void accumulate(const Row& row, int from, int to, double* part) {
+//
+// PAIRS pairs of elements are unrolled: all 16 where a kernel runs long, few where it runs for microseconds.
+template <int PAIRS, int TOGETHER> __device__ void accumulate(const Row& row, int from, int to, double* part) {
     __shared__ double2 lanes[WARPS][32];                   // x and the hash of 32 elements, read by all lanes
     __shared__ double sums[WARPS][PART];
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
@@ -46,36 +56,49 @@ __device__ void accumulate(const Row& row, int from, int to, double* part) {
     float low = INFINITY, high = -INFINITY;
     int bad = 0;
     Best best = {-1.f, 0x7fffffff};
-    for (int start = from + warp * 32; start < to; start += WARPS * 32) {
-        int e = start + lane;
-        float x = 0.f;
-        if (e < to) {
-            float raw = element(row, e);
-            bool finite = isfinite(raw);
-            x = finite ? raw : 0.f;
-            if (finite) { low = fminf(low, x); high = fmaxf(high, x); } else bad++;
-            best = better(best, Best{fabsf(x), e});
-        }
-        double wide = x;
-        sum += wide;
-        squares += wide * wide;
-        __syncwarp();
-        lanes[warp][lane] = make_double2(wide, __hiloint2double(0, (int)~fmix32((unsigned)e + 1u)));
-        __syncwarp();
+    #pragma unroll 1
+    for (int start = from + warp * 32; start < to; start += TOGETHER * WARPS * 32) {
+        float raws[TOGETHER];                                  // under way together: a short kernel is all latency
         #pragma unroll
-        for (int k = 0; k < 32; k += 2) {                  // lane j adds to projection j: +x where bit j is set
-            double2 a = lanes[warp][k], b = lanes[warp][k + 1];
-            unsigned sa = ((unsigned)__double2loint(a.y) << (31 - lane)) & 0x80000000u;
-            unsigned sb = ((unsigned)__double2loint(b.y) << (31 - lane)) & 0x80000000u;
-            even += __hiloint2double(__double2hiint(a.x) ^ sa, __double2loint(a.x));
-            odd += __hiloint2double(__double2hiint(b.x) ^ sb, __double2loint(b.x));
+        for (int i = 0; i < TOGETHER; i++) {
+            const int e = start + i * WARPS * 32 + lane;
+            raws[i] = e < to ? element(row, e) : 0.f;
+        }
+        #pragma unroll
+        for (int i = 0; i < TOGETHER; i++) {
+            const int e = start + i * WARPS * 32 + lane;
+            if (e - lane >= to) break;
+            float x = 0.f;
+            if (e < to) {
+                const float raw = raws[i];
+                bool finite = isfinite(raw);
+                x = finite ? raw : 0.f;
+                if (finite) { low = fminf(low, x); high = fmaxf(high, x); } else bad++;
+                best = better(best, Best{fabsf(x), e});
+            }
+            double wide = x;
+            sum += wide;
+            squares += wide * wide;
+            __syncwarp();
+            lanes[warp][lane] = make_double2(wide, __hiloint2double(0, (int)~fmix32((unsigned)e + 1u)));
+            __syncwarp();
+            #pragma unroll PAIRS
+            for (int k = 0; k < 32; k += 2) {                  // lane j adds to projection j: +x where bit j is set
+                double2 a = lanes[warp][k], b = lanes[warp][k + 1];
+                unsigned sa = ((unsigned)__double2loint(a.y) << (31 - lane)) & 0x80000000u;
+                unsigned sb = ((unsigned)__double2loint(b.y) << (31 - lane)) & 0x80000000u;
+                even += __hiloint2double(__double2hiint(a.x) ^ sa, __double2loint(a.x));
+                odd += __hiloint2double(__double2hiint(b.x) ^ sb, __double2loint(b.x));
+            }
         }
     }
     if (from == 0 && row.later > 0)
+        #pragma unroll 1
         for (int i = threadIdx.x; i < row.outer * row.later; i += WARPS * 32) {
             float x = row.base[(long long)(i / row.later) * row.outer_stride + row.inner + i % row.later];
             if (isfinite(x)) future += x;
         }
+    #pragma unroll 1
     for (int step = 16; step; step >>= 1) {
         sum += __shfl_xor_sync(~0u, sum, step);
         squares += __shfl_xor_sync(~0u, squares, step);
@@ -93,56 +116,48 @@ __device__ void accumulate(const Row& row, int from, int to, double* part) {
     __syncthreads();
     if (threadIdx.x < SKETCH) {
         double total = 0;
+        #pragma unroll 1
         for (int w = 0; w < WARPS; w++) total += sums[w][threadIdx.x];
         part[threadIdx.x] = total;
     }
-    if (threadIdx.x == SKETCH) {
-        double* p = part + SKETCH;
-        for (int i = 0; i < 8; i++) p[i] = sums[0][SKETCH + i];
-        for (int w = 1; w < WARPS; w++) {
-            const double* s = sums[w] + SKETCH;
-            p[0] += s[0]; p[1] += s[1]; p[4] += s[4]; p[7] += s[7];
-            p[2] = fmin(p[2], s[2]); p[3] = fmax(p[3], s[3]);
-            if (s[5] > p[5] || (s[5] == p[5] && s[6] < p[6])) { p[5] = s[5]; p[6] = s[6]; }
-        }
+    if (threadIdx.x >= SKETCH && threadIdx.x < PART && threadIdx.x != SKETCH + 6) {
+        const int which = threadIdx.x - SKETCH;
+        double stat = sums[0][SKETCH + which], at = sums[0][SKETCH + 6];
+        #pragma unroll 1
+        for (int w = 1; w < WARPS; w++) join(which, stat, at, sums[w][SKETCH + which], sums[w][SKETCH + 6]);
+        part[SKETCH + which] = stat;
+        if (which == 5) part[SKETCH + 6] = at;
     }
     __syncthreads();
 }
 
-// All chunks of a row -> part, by the whole block: 8 warps share the chunks, then their results are put together. Lane j
-// adds projection j; of the statistics lane i < 8 takes the i-th (with the index of |max| beside it, for lane 5).
+// All chunks of a row -> part, by the whole block: of the sketch each warp adds up every eighth chunk, lane j projection j; of
+// the statistics warp i takes the i-th.
 __device__ void add_up(const double* chunks, int count, double* part) {
-    __shared__ double groups[WARPS][PART];
-    const int group = threadIdx.x >> 5, lane = threadIdx.x & 31, which = lane & 7;
-    double total = 0, stat = which == 2 ? INFINITY : which == 3 ? -INFINITY : which == 5 ? -1 : 0, at = 2147483647.;
-    #pragma unroll 4
-    for (int c = group; c < count; c += WARPS) {
-        const double* chunk = chunks + (long long)c * PART;
-        const double projection = __ldcg(chunk + lane), mine = __ldcg(chunk + SKETCH + which), index = __ldcg(chunk + SKETCH + 6);
-        total += projection;
-        if (which == 2) stat = fmin(stat, mine);
-        else if (which == 3) stat = fmax(stat, mine);
-        else if (which == 5) { if (mine > stat || (mine == stat && index < at)) { stat = mine; at = index; } }
-        else stat += mine;
+    __shared__ double groups[WARPS][SKETCH];
+    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+    double total = 0, stat = warp == 2 ? INFINITY : warp == 3 ? -INFINITY : warp == 5 ? -1 : 0, at = 2147483647.;
+    #pragma unroll 10
+    for (int c = warp; c < count; c += WARPS) total += __ldcg(chunks + (long long)c * PART + lane);
+    #pragma unroll 5
+    for (int c = lane; c < count; c += 32) {
+        const double* statistics = chunks + (long long)c * PART + SKETCH;
+        join(warp, stat, at, __ldcg(statistics + warp), __ldcg(statistics + 6));
     }
-    groups[group][lane] = total;
-    if (lane < 8 && lane != 6) groups[group][SKETCH + lane] = stat;
-    if (lane == 5) groups[group][SKETCH + 6] = at;
+    #pragma unroll 1
+    for (int step = 16; step; step >>= 1) {
+        const double other = __shfl_xor_sync(~0u, stat, step), index = __shfl_xor_sync(~0u, at, step);
+        join(warp, stat, at, other, index);
+    }
+    groups[warp][lane] = total;
+    if (lane == 0 && warp != 6) part[SKETCH + warp] = stat;
+    if (lane == 0 && warp == 5) part[SKETCH + 6] = at;
     __syncthreads();
     if (threadIdx.x < SKETCH) {
         double sum = 0;
+        #pragma unroll 1
         for (int g = 0; g < WARPS; g++) sum += groups[g][threadIdx.x];
         part[threadIdx.x] = sum;
-    }
-    if (threadIdx.x == SKETCH) {
-        double* p = part + SKETCH;
-        for (int i = 0; i < 8; i++) p[i] = groups[0][SKETCH + i];
-        for (int g = 1; g < WARPS; g++) {
-            const double* s = groups[g] + SKETCH;
-            p[0] += s[0]; p[1] += s[1]; p[4] += s[4]; p[7] += s[7];
-            p[2] = fmin(p[2], s[2]); p[3] = fmax(p[3], s[3]);
-            if (s[5] > p[5] || (s[5] == p[5] && s[6] < p[6])) { p[5] = s[5]; p[6] = s[6]; }
-        }
     }
     __syncthreads();
 }
@@ -158,19 +173,20 @@ __device__ void finish(const Row& row, const double* part, int slice, char* reco
         const double* p = part + SKETCH;
         bool none = p[4] == (double)n;
         stats[0] = n; stats[1] = p[0]; stats[2] = sqrt(p[1]); stats[3] = none ? 0. : p[2]; stats[4] = none ? 0. : p[3];
-        stats[5] = p[4]; stats[6] = p[6]; stats[7] = p[7] / row.outer;
+        stats[5] = p[4]; stats[6] = p[6]; stats[7] = row.later > 0 ? p[7] / row.outer : 0.;
     }
+    #pragma unroll 1
     for (int i = threadIdx.x; i < slice; i += blockDim.x)
         values[i] = i < n ? element(row, i) : __int_as_float(0x7fc00000);
 }
 
 // Chunk `chunk` of a row whose chunks share `chunks` and `counter`; the last block to arrive writes the record.
-__device__ void summarise(const Row& row, int chunk, int size, int slice, double* chunks, unsigned* counter, char* record) {
+template <int PAIRS, int TOGETHER> __device__ void summarise(const Row& row, int chunk, int size, int slice, double* chunks, unsigned* counter, char* record) {
     __shared__ double part[PART];
     __shared__ bool last;
     const int n = row.inner * row.outer, count = (n + size - 1) / size;
     if (chunk >= count) return;
-    accumulate(row, chunk * size, min(n, (chunk + 1) * size), part);
+    accumulate<PAIRS, TOGETHER>(row, chunk * size, min(n, (chunk + 1) * size), part);
     if (count > 1) {
         if (threadIdx.x < PART) __stcg(chunks + (long long)chunk * PART + threadIdx.x, part[threadIdx.x]);
         __threadfence();
@@ -206,25 +222,25 @@ extern "C" __global__ void __launch_bounds__(256) summarise_value(
         int size, int slice, int bytes, double* chunks, unsigned* counters, char* records) {
     const int r = blockIdx.y;
     Row row = row_of(value, kind, kept[r], seen[r], T, S, heads, width);
-    summarise(row, blockIdx.x, size, slice, chunks + (long long)r * gridDim.x * PART, counters + r, records + (long long)r * bytes);
+    summarise<16, 2>(row, blockIdx.x, size, slice, chunks + (long long)r * gridDim.x * PART, counters + r, records + (long long)r * bytes);
 }
 
-// The points of one decode step, whose values lie where `decode.cu` left them: one block for each (point, chunk) of `work`.
+// The points of one decode step, whose values lie where `decode.cu` left them: a block for each chunk of each point.
 struct Point {
     const float *base, *peaks;   // peaks: kq_soft_max is made from kq
     long long kind, width, heads, stride, offset;   // LAST: row `seen - 1` of a cache; offset: of its chunks
     double scale;
+    long long index, chunk;      // of the point, and which of its chunks
 };
 
 extern "C" __global__ void __launch_bounds__(256) summarise_points(
-        const Point* points, const int2* work, const int* seen, int size, int slice, int bytes,
+        const Point* work, const int* seen, int size, int slice, int bytes,
         double* chunks, unsigned* counters, char* records) {
-    const int2 mine = work[blockIdx.x];
-    const Point p = points[mine.x];
-    const int kind = p.kind == LAST ? PLAIN : (int)p.kind;
-    Row row = row_of(p.base, kind, p.kind == LAST ? *seen - 1 : 0, *seen, 1, (int)p.stride, (int)p.heads, (int)p.width);
+    const Point mine = work[blockIdx.x];
+    const int now = *seen, kind = mine.kind == LAST ? PLAIN : (int)mine.kind, t = mine.kind == LAST ? now - 1 : 0;
+    Row row = row_of(mine.base, kind, t, now, 1, (int)mine.stride, (int)mine.heads, (int)mine.width);
     row.later = 0;
-    row.peaks = p.peaks;
-    row.scale = (float)p.scale;
-    summarise(row, mine.y, size, slice, chunks + p.offset * PART, counters + mine.x, records + (long long)mine.x * bytes);
+    row.peaks = mine.peaks;
+    row.scale = (float)mine.scale;
+    summarise<2, 4>(row, (int)mine.chunk, size, slice, chunks + mine.offset * PART, counters + mine.index, records + mine.index * bytes);
 }

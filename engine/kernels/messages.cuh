@@ -1,0 +1,41 @@
+// Values that blocks hand each other within a step: a float and the step's number in one 64-bit word.
+//
+// Who needs a value reads its word until the number is this step's. A word is written and read as a whole, so that neither a
+// barrier of the grid nor a fence stands between a block that makes a value and one that takes it (NCCL's LL protocol). A word
+// belongs to one value of one layer and is written once a step; a step begins when all blocks have ended the last.
+
+#ifndef PAUSE                    // nanoseconds between looks: who looks all the time slows who tells (BENCHMARKS.md)
+#define PAUSE 50
+#endif
+typedef unsigned long long Word;
+
+__device__ __forceinline__ void tell(Word* to, float value, unsigned step) {
+    const Word word = (Word)step << 32 | __float_as_uint(value);
+    asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" :: "l"(to), "l"(word) : "memory");
+}
+__device__ __forceinline__ Word look(const Word* from) {
+    Word word;
+    asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(word) : "l"(from) : "memory");
+    return word;
+}
+__device__ __forceinline__ void look_at_two(const Word* from, Word& a, Word& b) {
+    asm volatile("ld.relaxed.gpu.global.v2.u64 {%0, %1}, [%2];" : "=l"(a), "=l"(b) : "l"(from) : "memory");
+}
+__device__ __forceinline__ bool told(Word word, unsigned step) { return (unsigned)(word >> 32) == step; }
+__device__ __forceinline__ float value_of(Word word) { return __uint_as_float((unsigned)word); }
+
+// N values, all asked for at once: at(i) is the word of the i-th, or null where there is none and 0 is meant.
+template <int N, class At> __device__ __forceinline__ void hear(const At& at, unsigned step, float (&values)[N]) {
+    Word words[N];
+    bool all;
+    do {
+        all = true;
+        #pragma unroll
+        for (int i = 0; i < N; i++) words[i] = at(i) ? look(at(i)) : (Word)step << 32;
+        #pragma unroll
+        for (int i = 0; i < N; i++) all &= told(words[i], step);
+        if (!all) __nanosleep(PAUSE);
+    } while (!all);
+    #pragma unroll
+    for (int i = 0; i < N; i++) values[i] = value_of(words[i]);
+}
