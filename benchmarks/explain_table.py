@@ -26,6 +26,16 @@ from parity.planted import Faulty, Planted, tokens_of
 TOKENS, GENERATED, LAYER = 24, 16, 17
 BUDGET = 60.0  # seconds: of the wall's clock, on a machine that others use as well
 WHAT = {"values": "all layers", "layer": f"layer {LAYER} only", "logits": "ten logits"}
+_HEAD = f"""# Which faults `parity explain` names
+
+Made by `python benchmarks/explain_table.py show RESULTS.jsonl` from its `run`s: each entry of the catalogue is planted with some of its
+variants, evenly spaced, into our engine, which writes a dump of values only (no sketch, no statistics); the search sees that
+dump alone. *all layers*: the seven default points with sixteen values, {TOKENS} tokens. *layer {LAYER} only*: the same, the fault in
+that layer alone, which none of the points stands at. *ten logits*: ten values of the logits and nothing else, {TOKENS} tokens and
+{GENERATED} generated ones. A cell says how many of the variants that act in this model were named (they, or one with the same
+numbers that is listed beside it), and the mean CPU time of the search. "no effect": the dump is the right one's. "–": the model has
+no place for it. stories: 24 layers of width 256; llama, qwen2: synthetic, 24 layers of width 96 and 112 (7 query heads a key head).
+"""
 NOT_ALLOWED = (ValueError, KeyError, IndexError, TypeError)  # a model that has no place for the fault
 
 
@@ -114,6 +124,7 @@ def show(path: Path) -> None:
     """The table in Markdown, then what was missed and why."""
     lines = _lines(path)
     columns = sorted({(line["what"], line["model"]) for line in lines}, key=lambda one: (list(WHAT).index(one[0]), one[1]))
+    print(_HEAD)
     print("| fault | " + " | ".join(f"{model}, {WHAT[what]}" for what, model in columns) + " |")
     print("|---" * (len(columns) + 1) + "|")
     for fault in CATALOGUE:

@@ -176,8 +176,8 @@ def read_mapping(path: Path) -> Mapping:
     """
     try:
         found = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
+    except (OSError, ValueError, RecursionError) as error:
+        reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())
         raise InputError(f"cannot read {path}: {reason}.", "It is TOML: [names], their = our.", code="map") from error
     unknown = set(found) - {"names", "layer_offset", "position_offset"}
     if unknown:

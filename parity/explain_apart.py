@@ -20,6 +20,7 @@ from .explain_state import Candidate, State
 from .tolerance import EXACT_FLOOR
 
 _LONGER = 64  # tokens of a longer prompt: beyond the blocks of 32 and 64 in which engines cut prompts
+_LONGEST = 512  # and at most, whatever the dump's own length: scores grow with its square
 _GENERATED = 4  # passes of one token each
 _SEED = 6  # of the tokens and weights of the probes
 _NAMES = 4  # points and faults that a sentence lists
@@ -44,12 +45,12 @@ class Probe:
     replay: Replay
     planting: Planting
     end: int
+    own: bool = True  # of the user's model, so that a layer is that layer
 
-    def made(self, candidate: Candidate, anywhere: bool) -> Values | None:
+    def made(self, candidate: Candidate) -> Values | None:
         """What a dump of every point would show of a fault, where that differs from the right run; None if it is not allowed."""
-        layers = None if anywhere else candidate.layers
         try:
-            steps = self.planting.of(candidate.fault, layers, candidate.parameters)
+            steps = self.planting.of(candidate.fault, candidate.layers if self.own else None, candidate.parameters)
             if candidate.fault.shows is None:
                 name = self.planting.steps[self.end - 1].makes
                 steps = steps[: [step.makes for step in steps].index(name) + 1]
@@ -86,8 +87,8 @@ def apart(case: Case, state: State, chosen: Candidate, others: Sequence[Candidat
     with tempfile.TemporaryDirectory() as folder:
         for number, probe in enumerate(_probes(case, state, Path(folder))):
             tried.append(probe.sentence)
-            mine = probe.made(chosen, anywhere=number > 2)
-            found = [(one, probe.different(mine, probe.made(one, anywhere=number > 2))) for one in left]
+            mine = probe.made(chosen)
+            found = [(one, probe.different(mine, probe.made(one))) for one in left]
             separated = [one for one, names in found if names]
             if separated:
                 points = sorted({name for _, names in found for name in names[:1]})
@@ -112,26 +113,26 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _probes(case: Case, state: State, folder: Path) -> Iterator[Probe]:
-    """The cheap ones first: this prompt, other prompts up to the place that differs, small models."""
+    """The cheap ones first: this prompt, a short generation, small models, a long prompt; the user's model up to the place that differs."""
     if state.first is None:
         return
-    planting = Planting(state.steps)
     end = state.order[case.entries[state.first.point].point] + 1
+    planting = Planting(state.steps, [step.makes for step in state.steps[:end]])
     rows = min(state.first.row + 2, len(case.positions))
     yield Probe("other points of this prompt", case.make(state.steps, rows), planting, end)
-    length = min(max(_LONGER, 2 * len(case.tokens)), case.transformer.hp.n_ctx_train)
+    count = len(case.tokens)
+    length = min(max(_LONGER, min(2 * count, _LONGEST)), case.transformer.hp.n_ctx_train)
     tokens = np.random.default_rng(_SEED).integers(0, case.transformer.hp.n_vocab, length).tolist()
-    yield Probe(f"a prompt of {length} tokens", _replay(case.transformer, state.steps, tokens, 0), planting, end)
-    short = tokens[: len(case.tokens) + _GENERATED]
+    short = tokens[: min(count, _LONGER) + _GENERATED]
     generation = _replay(case.transformer, state.steps, short, _GENERATED)
     yield Probe(f"a generation of {_GENERATED} tokens", generation, planting, end)
     for number, (sentence, (shape, kind)) in enumerate(_MODELS.items()):
         path = folder / f"{number}.gguf"
         synthesize(path, shape, weight_type=kind, seed=_SEED)
         transformer = Transformer(GgufModel(path), case.transformer.backend)
-        small = [token % shape.vocab for token in short]
-        replay = _replay(transformer, transformer.steps, small, _GENERATED)
-        yield Probe(sentence, replay, Planting(transformer.steps), len(transformer.steps))
+        replay = _replay(transformer, transformer.steps, [token % shape.vocab for token in short], _GENERATED)
+        yield Probe(sentence, replay, Planting(transformer.steps), len(transformer.steps), own=False)
+    yield Probe(f"a prompt of {length} tokens", _replay(case.transformer, state.steps, tokens, 0), planting, end)
 
 
 def _replay(transformer: Transformer, steps: Sequence[Step], tokens: Sequence[int], generated: int) -> Replay:

@@ -25,7 +25,7 @@ _TOGETHER = 128  # candidates at once: enough to share Python's time, few enough
 
 
 class Batch:
-    """Screens candidates at a state's first place, in one layer or in all.
+    """Screens candidates at a state's first place, in one layer, several or all.
 
     On few positions first: a row that is right in the dump contradicts most candidates before the first wrong row need
     be computed, and that one all but a few before the row after it. Causality makes that enough.
@@ -43,11 +43,11 @@ class Batch:
         self._first = state.first
         self._entry = screening.entries[state.first.point]
         self._point = self._entry.point
-        self._after = steps_between(state, layers[0], self._point) if layers else []
+        self._after = steps_between(state, layers[0], self._point) if layers is not None and len(layers) == 1 else []
         # What is computed candidate by candidate ends with the layer, if its output can be carried on from there.
         self._name = f"blk.{layers[0]}.l_out" if layers and self._after else self._point
         self._end = state.order[self._name] + 1
-        self._before = [entry.point for entry in screening.entries[: state.first.point] if entry.point not in state.shown]
+        self._before = frozenset(entry.point for entry in screening.entries[: state.first.point]) - state.shown
 
     def screened(self, candidates: Sequence[Candidate]) -> Iterator[tuple[Candidate, Screened]]:
         """Those that change something at the first place, and how far they get: as `Screening.screen` says it."""
@@ -58,7 +58,7 @@ class Batch:
         results: dict[int, Screened] = {}
         waiting = list(edits)
         for rows in stages:
-            made, ended = self._values(candidates, edits, waiting, rows, self._name)
+            made, ended = self._values(candidates, edits, waiting, rows, self._name, self._before)
             for number in ended:
                 results.pop(number, None)
             # Before the first wrong row, nothing to see is nothing wrong.
@@ -79,14 +79,23 @@ class Batch:
 
         A fault in all layers need not be planted in all of them to be seen in the first.
         """
-        soon = [name for name in self._before if name != EMBD]
-        if self._layers is not None or not soon:
+        soon = next((name for name in self._state.order if name in self._before - {EMBD}), None)
+        if self._layers is not None or soon is None:
             return range(len(candidates))
-        end = self._state.order[soon[0]] + 1
+        end = self._state.order[soon] + 1
         edits = self._edits(candidates, range(len(candidates)), end)
-        _, ended = self._values(candidates, edits, list(edits), min(_SOON, self._screening.rows), soon[0])
+        _, ended = self._values(candidates, edits, list(edits), min(_SOON, self._screening.rows), soon, self._before)
         self._screening.tried.count([candidates[number] for number in ended])
         return [number for number in range(len(candidates)) if number not in ended]
+
+    def agreeing(self, candidates: Sequence[Candidate]) -> list[Candidate]:
+        """Those that no record of the first rows contradicts, at any point: of many that get beyond one place few do."""
+        points = [entry.point for entry in self._screening.entries if entry.point not in self._state.shown]
+        last = max(points, key=self._state.order.__getitem__)
+        edits = self._edits(candidates, range(len(candidates)), self._state.order[last] + 1)
+        rows = min(self._first.row + 2, self._screening.rows)
+        _, ended = self._values(candidates, edits, list(edits), rows, last, frozenset(points))
+        return [candidate for number, candidate in enumerate(candidates) if number not in ended]
 
     def _edits(self, candidates: Sequence[Candidate], numbers: Sequence[int], end: int) -> dict[int, Edits]:
         """What candidates change in the steps in front of number `end`, if that is something and the model allows it."""
@@ -102,10 +111,16 @@ class Batch:
         return found
 
     def _values(
-        self, candidates: Sequence[Candidate], edits: dict[int, Edits], waiting: Sequence[int], rows: int, name: str
+        self,
+        candidates: Sequence[Candidate],
+        edits: dict[int, Edits],
+        waiting: Sequence[int],
+        rows: int,
+        name: str,
+        watched: frozenset[str],
     ) -> tuple[dict[int, Array], set[int]]:
-        """The first rows of value `name`, by candidate that changes it; and those that a point before contradicts or that are
-        not allowed.
+        """The first rows of value `name`, by candidate that changes it; and those that are not allowed, or that a watched
+        point contradicts.
         """
         made: dict[int, Array] = {}
         ended: set[int] = set()
@@ -121,12 +136,12 @@ class Batch:
                 batch = chosen[begin : begin + size]
                 replay = self._screening.replay(self._state, used)
                 chosen_edits = [edits[number] for number in batch]
-                found = replay.run_batch(chosen_edits, self._state.order[name] + 1, frozenset(self._before), self._agrees)
+                found = replay.run_batch(chosen_edits, self._state.order[name] + 1, watched, self._agrees)
                 for number, values in zip(batch, found, strict=True):
                     if values is None:
                         ended.add(number)
                     elif name in values:
-                        made[number] = values[name][:rows]
+                        made[number] = values[name][: rows if self._causal(values[name]) else None]
         return made, ended
 
     def _agrees(self, name: str, values: Array) -> list[bool]:
@@ -137,6 +152,12 @@ class Batch:
 
     def _errors(self, made: dict[int, Array], rows: int) -> Iterator[tuple[int, Floats]]:
         """NMSE at the first place's point, by candidate: [records]."""
+        for used in {rows, self._screening.rows}:
+            some = {number: value for number, value in made.items() if len(value) == used}
+            if some:
+                yield from self._errors_of(some, used)
+
+    def _errors_of(self, made: dict[int, Array], rows: int) -> Iterator[tuple[int, Floats]]:
         versions = distinct(made)
         values: Iterator[Array] = iter([value for value, _ in versions])
         if self._after:
@@ -148,3 +169,7 @@ class Batch:
             errors = self._entry.nmse_of(self._screening.backend.to_host(stack), self._screening.positions[:rows])
             for (_, numbers), mine in zip(some, errors, strict=True):
                 yield from ((number, mine) for number in numbers)
+
+    def _causal(self, value: Array) -> bool:
+        """Whether rows of a layer's output act on later ones only: 0 · NaN is NaN, under a mask as well."""
+        return not self._after or bool(module_of(value).isfinite(value).all())

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from .explain_screening import Screening
-from .explain_state import Candidate, State
+from .explain_state import State
 
 
 def rescoped(screening: Screening, state: State, found: State) -> Iterator[State]:
@@ -40,25 +40,14 @@ def ranges(screening: Screening, state: State) -> Iterator[State]:
     for begin, step in [*((layer, 1) for layer in reversed(suspects[:-1])), *((layer, 2) for layer in suspects[:2])]:
         layers = tuple(range(begin, screening.n_layers, step))
         whole = False
-        for candidate in screening.candidates(state, layers):
-            if screening.out_of_time():
-                return
-            made = _beyond(screening, state, candidate)
-            if made is not None:
+        for candidate, (place, _) in screening.screened(state, layers):
+            made = screening.check(state, candidate) if place is None or (state.first and state.first < place) else None
+            if made is not None and further(state, made):
                 found = [made, *rescoped(screening, state, made)]
                 whole = whole or any(one.first is None for one in found)
                 yield from found
-        if whole:
+        if whole or screening.out_of_time():
             return
-
-
-def _beyond(screening: Screening, state: State, candidate: Candidate) -> State | None:
-    """The state with a candidate, if that gets beyond the first place."""
-    result = screening.screen(state, candidate)
-    if result is None or state.first is None or (result[0] is not None and not state.first < result[0]):
-        return None
-    made = screening.check(state, candidate)
-    return made if made is not None and further(state, made) else None
 
 
 def further(than: State, state: State) -> bool:

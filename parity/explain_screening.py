@@ -236,11 +236,43 @@ class Screening:
         if state.first is None:
             return
         candidates = list(self.candidates(state, layers))
-        plain = state.root is None and self.entries[state.first.point].point not in state.shown
-        yield from Batch(self, state, layers).screened([one for one in candidates if plain and one.fault.shows is None])
+        yield from Batch(self, state, layers).screened([one for one in candidates if self._plain(state, one)])
         for candidate in candidates:
             if self.out_of_time():
                 return
-            result = None if plain and candidate.fault.shows is None else self.screen(state, candidate)
+            result = None if self._plain(state, candidate) else self.screen(state, candidate)
             if result is not None:
                 yield candidate, result
+
+    def _plain(self, state: State, candidate: Candidate) -> bool:
+        """Whether a candidate can be computed together with others: nothing that the dump shows instead takes part."""
+        first = state.first
+        return (
+            first is not None
+            and state.root is None
+            and candidate.fault.shows is None
+            and self.entries[first.point].point not in state.shown
+        )
+
+    def beyond(self, state: State, candidates: Sequence[Candidate]) -> Iterator[State]:
+        """The states of candidates that get beyond the state's first place, on all rows.
+
+        If one of them explains everything, those that the first rows already contradict somewhere are left out.
+        """
+        first = state.first
+        if first is None:
+            return
+        layers = candidates[0].layers if candidates else None
+        plain = [one for one in candidates if self._plain(state, one)]
+        kept = Batch(self, state, layers).agreeing(plain) if len(plain) > 1 else plain
+        likely = [one for one in candidates if not self._plain(state, one) or one in kept]
+        rest = [one for one in candidates if one not in likely]
+        for some in (likely, rest):
+            whole = False
+            for candidate in some:
+                checked = self.check(state, candidate)
+                if checked is not None and (checked.first is None or first < checked.first):
+                    whole = whole or checked.first is None
+                    yield checked
+            if whole:
+                return

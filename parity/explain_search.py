@@ -46,15 +46,12 @@ class Search:
         better: list[State] = []
         stages = ([(layer,) for layer in self.screening.suspects(state)]) if single else [None]
         for layers in stages:
+            passed: list[Candidate] = []
             for candidate, (place, error) in self.screening.screened(state, layers):
-                if state.first is None:
-                    break
                 self._note(state, candidate, error)
-                if place is not None and not state.first < place:
-                    continue
-                checked = self.screening.check(state, candidate)
-                if checked is not None and (checked.first is None or state.first < checked.first):
-                    better.append(checked)
+                if place is None or (state.first is not None and state.first < place):
+                    passed.append(candidate)
+            better += self.screening.beyond(state, passed)
             if better or self.screening.out_of_time():
                 break
         return sorted(better, key=self.rank)

@@ -17,14 +17,14 @@ def measured_limits(ours: Dump, ref: Dump, model: Path, compute: str | None = No
     """Limits by point for a side that computes in f16, bf16 or tf32; None where it computes in f32 and there is nothing to measure.
 
     The floor is the mean NMSE of our engine with every factor and every activation rounded to that type, against itself in
-    float32, at the recorded elements. The limit is `UPPER` times that, and never below what the files' own types allow.
+    float32, at the reference's recorded elements. The limit is `UPPER` times that, and never below what the files' own types allow.
 
     Args:
         compute: arithmetic of our side, where its header does not say it.
 
     Raises:
-        InputError: the arithmetic is not known, or the dump is of another model.
-        DumpError: no tokens are known, or no record that our engine has.
+        InputError: the arithmetic is not known, or the reference is of another model.
+        DumpError: the reference does not say its tokens, or has no record that our engine has.
         ModelError: an architecture that our engine does not have, or an unusable file.
     """
     kind = (compute or (ours.header.compute if ours.header is not None else "")).lower()
@@ -36,7 +36,7 @@ def measured_limits(ours: Dump, ref: Dump, model: Path, compute: str | None = No
         )
     if kind not in ("f16", "bf16", "tf32"):
         return None
-    case = Case(ours, model, Options())
+    case = Case(ref, model, Options())  # its tokens and positions are known; those of bare lines are not
     found = floor(kind, case.entries, case.transformer.steps, case.replay, case.make, case.positions)
     header = replace(ours.header, compute="f32") if ours.header is not None else None
     types = limits(header, ref.header, compute="f32")

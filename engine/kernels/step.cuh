@@ -43,7 +43,8 @@ struct Model {
 #endif
 #define STAGED (GATE_BYTES > 0)
 
-// Warps that share a row. Measured with F16 on a 0.5 B model (BENCHMARKS.md): half or twice of any of them is slower.
+// Warps that share a row, rows they take at once, and what is unrolled or asked for together: measured with F16 on a 0.5 B model
+// (BENCHMARKS.md), where half or twice of any of them is slower.
 #ifndef QKV_WARPS
 #define QKV_WARPS 4
 #endif
