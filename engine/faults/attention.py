@@ -97,11 +97,16 @@ def _mask(name: str | None = None) -> Any:
     return change
 
 
-def _over_queries(scores: Array, positions: Array, key_positions: Array, *, scale: float) -> Array:
+def _over_queries(scores: Array, positions: Array, key_positions: Array, passes: Array, *, scale: float) -> Array:
+    """softmax over the queries of one pass: those of other passes are not there."""
     later = key_positions[None, :] > positions[:, None]
     shifted = np.where(later, np.float32(-np.inf), scores * np.float32(scale))
-    weights = np.exp(shifted - shifted.max(axis=1, keepdims=True))
-    return weights / weights.sum(axis=1, keepdims=True)
+    weights = np.zeros_like(shifted)
+    for number in np.unique(passes).tolist():
+        rows = passes == number
+        part = np.exp(shifted[:, rows] - shifted[:, rows].max(axis=1, keepdims=True))
+        weights[:, rows] = part / part.sum(axis=1, keepdims=True)
+    return np.where(later, np.float32(0), weights)
 
 
 def _over_heads(scores: Array, positions: Array, key_positions: Array, *, scale: float) -> Array:
@@ -125,10 +130,12 @@ def _no_soft_max(scores: Array, positions: Array, key_positions: Array, *, scale
     return np.where(later, np.float32(0), scores * np.float32(scale))
 
 
-_AXES = {"queries": _over_queries, "heads": _over_heads, "nothing": _no_soft_max}
+_AXES = {"heads": _over_heads, "nothing": _no_soft_max}
 
 
 def _axis(step: Step, _right: Steps, parameters: Parameters) -> Step:
+    if parameters["axis"] == "queries":
+        return replace(step, op=_over_queries, reads=(*step.reads, PASSES))
     return replace(step, op=_AXES[parameters["axis"]])
 
 
