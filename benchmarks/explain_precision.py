@@ -1,10 +1,11 @@
 """Precision alone, and faults under it: whom does `parity explain` accuse, and what are its limits' distances.
 
-Run as `python benchmarks/explain_precision.py [right|faulty] [--seeds 100] [--from 0]`. Models of random shape, weights
+Run as `python benchmarks/explain_precision.py [right|floors|faulty] [--seeds 100] [--from 0]`. Models of random shape, weights
 and type, random prompts; the search sees seven points of sixteen values.
 
-`right`: engines without a fault in eight arithmetics; prints how many are told "no fault", and how far their errors lie
-from the floors that `parity.explain_precision` measures: what UPPER, LOWER and SINGLE there come from.
+`right`: engines without a fault in eight arithmetics; prints how many are told "no fault".
+`floors`: how far their errors lie from the floors that `parity.explain_precision` measures: what UPPER, LOWER and SINGLE there
+come from.
 `faulty`: engines in F16 and BF16 arithmetic with one small fault; prints how often it is named, with and without `--compute`.
 """
 
@@ -115,25 +116,31 @@ def dump_of(faulty: Faulty, steps: Sequence[Step], tokens: tuple[int, ...]) -> D
 
 
 def right_engines(folder: Path, seeds: range) -> None:
-    """Print what right engines in each arithmetic are told, and the distribution of their distances from the floors."""
+    """Print what right engines in each arithmetic are told."""
     told: dict[str, Counter[str]] = defaultdict(Counter)
+    for seed in seeds:
+        faulty, tokens = random_model(folder, seed)
+        for name, (_, arithmetic) in ARITHMETIC.items():
+            answer = explain(dump_of(faulty, arithmetic(faulty.right), tokens), faulty.model, Options(budget=20))
+            told[name]["no fault" if answer else "accused" if answer.causes else "differs, no cause"] += 1
+            if not answer:
+                print(f"seed {seed}, {name}: {answer.first}, {[cause.named.fault for cause in answer.causes]}", flush=True)
+        print(f"seed {seed}: {sum(sum(counts.values()) for counts in told.values())} runs", flush=True)
+    for name, counts in told.items():
+        print(f"{name:<17} {dict(counts)}")
+
+
+def floors(folder: Path, seeds: range) -> None:
+    """Print the distribution of right engines' distances from the floors."""
     distances: dict[str, list[tuple[float, float, float]]] = defaultdict(list)
     for seed in seeds:
         faulty, tokens = random_model(folder, seed)
         for name, (kind, arithmetic) in ARITHMETIC.items():
-            dump = dump_of(faulty, arithmetic(faulty.right), tokens)
-            answer = explain(dump, faulty.model, Options(budget=20))
-            outcome = "no fault" if answer else "accused" if answer.causes else "differs, no cause"
-            told[name][outcome] += 1
-            if not answer:
-                print(f"seed {seed}, {name}: {answer.first}, {[cause.named.fault for cause in answer.causes]}", flush=True)
             if kind:
-                case = Case(dump, faulty.model, Options())
+                case = Case(dump_of(faulty, arithmetic(faulty.right), tokens), faulty.model, Options())
                 found = floor(kind, case.entries, case.transformer.steps, case.replay, case.make, case.positions)
                 distances[name] += ratios(found, case.entries)
-    for name, counts in told.items():
-        print(f"{name:<17} {dict(counts)}")
-    print("\nratio to the floor, over points: smallest, 1 %, median, 99 %, largest")
+    print("ratio to the floor, over points: smallest, 1 %, median, 99 %, largest")
     for name, rows in distances.items():
         lower, upper, single = np.array(rows).T
         for what, values in (("mean / products", lower), ("mean / storage", upper), ("largest record / storage", single)):
@@ -184,13 +191,13 @@ def faulty_engines(folder: Path, seeds: range) -> None:
 def main() -> None:
     """Print the tables that were asked for."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("what", nargs="?", default="right", choices=["right", "faulty"])
+    parser.add_argument("what", nargs="?", default="right", choices=["right", "floors", "faulty"])
     parser.add_argument("--seeds", type=int, default=100)
     parser.add_argument("--from", dest="first", type=int, default=0)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        measure = right_engines if options.what == "right" else faulty_engines
-        measure(Path(folder), range(options.first, options.first + options.seeds))
+        measure = {"right": right_engines, "floors": floors, "faulty": faulty_engines}
+        measure[options.what](Path(folder), range(options.first, options.first + options.seeds))
 
 
 if __name__ == "__main__":

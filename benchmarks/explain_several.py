@@ -1,8 +1,12 @@
 """Two and three faults at once: how many `parity explain` names, and whether it names a wrong one or leaves one unlocated.
 
-Run as `python benchmarks/explain_several.py [--count 25] [--numbers 2,3] [--from 0] [--budget 60]`. Combination `i` is
-drawn with seed `i` and planted into the stories model, a synthetic llama or a synthetic qwen2, in turn; faults that the model has
-no place for, and those that leave no trace beside the others, are drawn again. The search sees seven points of sixteen values.
+Run as `python benchmarks/explain_several.py [--count 25] [--numbers 2,3] [--from 0] [--budget 60] [--ranks]`. Combination `i`
+is drawn with seed `i` and planted into the stories model, a synthetic llama or a synthetic qwen2, in turn; faults that the
+model has no place for, and those that leave no trace beside the others, are drawn again. The search sees seven points of
+sixteen values.
+
+`--ranks` prints instead, of pairs in layer 0, which place the right one has among the likely ones: where
+`explain_together.MOST` comes from.
 """
 
 import argparse
@@ -21,6 +25,8 @@ from checkpoints.explanation import Explanation
 from checkpoints.record import Dump
 from engine.faults import CATALOGUE
 from parity.explain import Options, explain
+from parity.explain_case import Case
+from parity.explain_together import Together
 from parity.planted import Faulty, Planted, tokens_of
 
 IMPOSSIBLE = (ValueError, KeyError, IndexError, TypeError)  # what a change raises that the model's shapes do not allow
@@ -88,6 +94,32 @@ def _between(answer: Explanation, left: Sequence[Part], dump: Dump, faulty: Faul
     return False
 
 
+def ranks(folder: Path, first: int, count: int) -> None:
+    """Print the rank of each drawn pair that acts in layer 0 among the likely ones."""
+    made = [(name, Faulty(model)) for name, model in models(folder, ("stories", "llama", "qwen2"))]
+    for seed in range(first, first + count):
+        name, faulty = made[seed % len(made)]
+        tokens = tokens_of(faulty.model, 8, seed)
+        planted, dump = draw(faulty, tokens, 2, random.Random(seed))
+        case = Case(dump, faulty.model, Options(tokens=tokens))
+        screening = case.screening(case.entries, 600.0)
+        start = screening.start()
+        if len(screening.suspects(start)) != 1 or any(CATALOGUE[fault].shows for fault, _, _ in planted.faults):
+            continue
+        together = Together(screening, start, (0,))
+        wanted = {
+            number
+            for number, effect in enumerate(together.effects)
+            for candidate in effect.alike
+            if (candidate.fault.name, candidate.parameters, None) in planted.faults
+        }
+        found = [rank for rank, chosen in enumerate(together.likely(2).tolist()) if set(chosen) == wanted]
+        print(
+            f"{seed} {name}: {found} of {len(together.effects)} effects, {[fault for fault, _, _ in planted.faults]}",
+            flush=True,
+        )
+
+
 def combinations(folder: Path, number: int, first: int, count: int, budget: float) -> Counter[str]:
     """Print each combination; count what became of them."""
     made = [(name, Faulty(model)) for name, model in models(folder, ("stories", "llama", "qwen2"))]
@@ -120,8 +152,12 @@ def main() -> None:
     parser.add_argument("--from", dest="first", type=int, default=0)
     parser.add_argument("--numbers", default="2,3")
     parser.add_argument("--budget", type=float, default=60.0)
+    parser.add_argument("--ranks", action="store_true")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
+        if options.ranks:
+            ranks(Path(folder), options.first, options.count)
+            return
         for number in map(int, options.numbers.split(",")):
             outcomes = combinations(Path(folder), number, options.first, options.count, options.budget)
             print(f"{number} faults at once: {dict(outcomes)}", flush=True)

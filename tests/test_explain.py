@@ -29,6 +29,7 @@ from reference.jobs import DumpJob
 SHAPE = Shape("qwen2", 4, 112, 14, 2, 0, 128, 300)
 PROMPT = (1, 17, 40, 299, 5, 5, 80, 3)
 RIGHT = Planted(())
+_PATIENT = Options(budget=600.0)  # seconds of the clock: a search that is to end by itself, also on a machine that is shared
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +65,7 @@ def test_a_fault_in_one_unknown_layer_is_named_with_its_layer(engine: Faulty) ->
 )
 def test_a_fault_in_some_layers_is_named_with_them(engine: Faulty, layers: tuple[int, ...], points: str) -> None:
     """From one layer on, up to one, or in every second one: one cause, not one for each layer."""
-    found = explain(only(engine, ("activation", {"activation": "ReLU"}, layers), points=points), engine.model)
+    found = explain(only(engine, ("activation", {"activation": "ReLU"}, layers), points=points), engine.model, _PATIENT)
     assert [(cause.named.fault, cause.named.layers) for cause in found.causes] == [("activation", layers)]
     assert found.remaining is None
 
@@ -76,8 +77,8 @@ def test_three_faults_in_front_of_one_checkpoint_are_tried_together(engine: Faul
         ("activation", {"activation": "ReLU"}, None),
         ("residual-twice", {"added": "branch", "at": ("l_out",)}, None),
     )
-    case = Case(only(engine, *faults), engine.model, Options())
-    screening = case.screening(case.entries, 60.0)
+    case = Case(only(engine, *faults), engine.model, _PATIENT)
+    screening = case.screening(case.entries, _PATIENT.budget)
     found = next(Together(screening, screening.start(), (0,)).found(3))
     assert {name for name, _, _ in faults} in [{candidate.fault.name for candidate in chosen} for chosen in found]
 
@@ -164,7 +165,7 @@ def test_a_longer_prompt_tells_a_chunk_from_a_shift(engine: Faulty) -> None:
 )
 def test_two_faults_at_once_are_both_named(engine: Faulty, names: Sequence[str]) -> None:
     """What the first fault leaves is searched again, also where both act in front of one checkpoint."""
-    found = explain(only(engine, *((name, {}, None) for name in names)), engine.model)
+    found = explain(only(engine, *((name, {}, None) for name in names)), engine.model, _PATIENT)
     assert found.remaining is None
     classes = [{cause.named.fault, *(other.fault for other in cause.equivalent)} for cause in found.causes]
     assert all(any(name in one for one in classes) for name in names)

@@ -1,6 +1,7 @@
 """Dumps that count their positions from another start are aligned by tokens, else by values, and the answer says which and how sure."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -110,7 +111,7 @@ def test_headers_that_list_their_prompts_need_no_note() -> None:
 
 
 def test_diff_says_how_it_aligned(parity: Cli) -> None:
-    """The text, the JSON and the Markdown answer carry the sentence; --offset is taken without a search."""
+    """The text, the JSON, the Markdown answer and the report carry the sentence; --offset is taken without a search."""
     for side in (reference(), bare(PROMPT)):
         with Writer(side.path, side.header or Header("mine")) as writer:
             for rows in side.points.values():
@@ -119,6 +120,8 @@ def test_diff_says_how_it_aligned(parity: Cli) -> None:
         ran = parity("diff", "ours.jsonl", "ref.jsonl", "--format", form)
         assert ran.code == 0, ran.err
         assert "moved by +8" in " ".join(ran.out.split())
+    assert parity("diff", "ours.jsonl", "ref.jsonl", "--html", "report.html").code == 0
+    assert "moved by +8" in Path("report.html").read_text(encoding="utf-8")
     code, answer = parity.json("diff", "ours.jsonl", "ref.jsonl", "--offset", 8)
     assert code == 0
     assert not any("nothing says" in note for note in answer["notes"])

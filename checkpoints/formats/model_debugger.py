@@ -63,7 +63,7 @@ def read(path: Path, mapping: Mapping) -> Dump:
             try:
                 array = next(array for _, array in safetensors(place))
                 rows = rows_of(point, mapping.array(entry, array))
-            except (OSError, ValueError, KeyError, TypeError, StopIteration) as error:
+            except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError, StopIteration) as error:
                 raise DumpError(f"cannot read {place}: {error}.", "Run the debugger again.", code="array") from error
         else:
             continue
