@@ -97,12 +97,13 @@ class DeviceCapture(Capture):
             and self._staging[0].nbytes >= records * self._record.itemsize
         ):
             return
-        from cupyx import empty_pinned
-
         self._ring.drain()
         capacity = max(_LARGEST * records, self._passes * len(self.points), 1)
         self._ring = Ring(capacity)
-        self._slab = np.frombuffer(empty_pinned(capacity * self._record.itemsize, np.uint8), self._record)
+        pinned = self._xp.cuda.alloc_pinned_memory(
+            capacity * self._record.itemsize
+        )  # cupyx takes as long to import as a model to load
+        self._slab = np.frombuffer(pinned, self._record, capacity)
         self._xp.cuda.get_current_stream().synchronize()
         self._staging = [self._xp.empty(max(records, 1) * self._record.itemsize, dtype=np.uint8) for _ in range(2)]
 

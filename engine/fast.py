@@ -126,7 +126,7 @@ class FastTransformer(Transformer):
         positions = np.arange(t) + sequence.first + past
         if tap is not None:
             tap.begin(Pass(positions, sequence.passes, decode=sequence.passes > 0, first=sequence.first))
-        logits = self._passes.run(np.asarray(tokens, dtype=np.int32), past, tap or (lambda _name, _value: None))
+        logits = self._passes.run(np.asarray(tokens, dtype=np.int32), past, tap)
         sequence.length, sequence.passes = past + t, sequence.passes + 1
         self.step.place_best(logits[-1], past + t)
         return logits

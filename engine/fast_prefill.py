@@ -4,7 +4,8 @@ Twelve launches a layer, into buffers that serve all layers: with many small one
 Every product is the same whatever is captured.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,24 @@ from .packing import BF16, F16, F32, Packed
 _R_32F, _R_16F, _R_16BF, _COMPUTE_32F = 0, 2, 14, 68  # cudaDataType_t, cublasComputeType_t
 _DEFAULT_ALGORITHM = -1  # CUBLAS_GEMM_DEFAULT
 _KERNELS = ("get_rows", "unpack", "add_norm", "project", "soft_max", "lower", "add_bias", "swiglu")
+
+
+Keep = Callable[[str, Array], None]
+
+
+@dataclass(frozen=True)
+class _Place:
+    """What is the same in every pass of one layer: names of its points, biases of Q, K and V or null, its caches."""
+
+    names: list[str]
+    biases: tuple[Any, ...]
+    keys: Array
+    values: Array
+
+    def tell(self, keep: Keep, first: int, made: tuple[Array, ...]) -> None:
+        """Hand on the values of neighbouring points, from the `first` of `_POINTS` on."""
+        for name, value in zip(self.names[first : first + len(made)], made, strict=True):
+            keep(name, value)
 
 
 class Prefill:
@@ -40,8 +59,18 @@ class Prefill:
             np.int32(n) for n in (hp.n_heads, hp.n_kv_heads, hp.head_size, hp.rope_dims, int(weights.neox))
         )
         self._unpacked: Array = None
+        width = hp.n_kv_heads * hp.head_size
+        self._places = [
+            _Place(
+                [in_layer(i, kind) for kind in _POINTS],
+                tuple(_or_null(layer.matrices[name].bias) for name in ("attn_q", "attn_k", "attn_v")),
+                held["k_read"].reshape(-1, width),
+                held["v_read"].reshape(-1, width),
+            )
+            for i, (layer, held) in enumerate(zip(weights.layers, step.values, strict=True))
+        ]
 
-    def run(self, tokens: NDArray[np.int32], past: int, keep: Callable[[str, Array], None]) -> Array:
+    def run(self, tokens: NDArray[np.int32], past: int, keep: Keep | None) -> Array:
         """Logits of all rows, after `past` tokens in the cache: [T] -> [T, V]. `keep` hears of every value in dataflow order."""
         hp, w, step = self._hp, self._weights, self._step
         t = len(tokens)
@@ -54,43 +83,40 @@ class Prefill:
         pointers = self._pointers(q_rope, scores, shares, mixed)
         sizes = (np.int32(t), np.int32(s), np.int32(past), np.float32(hp.head_size**-0.5))
         self._run("get_rows", t, (_struct(w.embedding), self._xp.asarray(tokens), np.int32(width), x))
-        keep("embd", x)
+        if keep:
+            keep("embd", x)
         self._norm(x, None, None, x, w.layers[0].attn_norm, normed, low)
-        for i, (layer, held) in enumerate(zip(w.layers, step.values, strict=True)):
-            m, name = layer.matrices, [in_layer(i, kind) for kind in _POINTS]
-            keep(name[0], normed)
-            k_all, v_all = held["k_read"].reshape(-1, k_width), held["v_read"].reshape(-1, k_width)
+        gate, up = gates[0], gates[1]
+        for i, (layer, place) in enumerate(zip(w.layers, self._places, strict=True)):
+            m = layer.matrices
             self._product(layer.qkv, low, normed, projected)
-            biases = [_or_null(m[part].bias) for part in ("attn_q", "attn_k", "attn_v")]
             angles = (step.cosine, step.sine, np.int32(past))
-            self._run("project", t, (projected, *biases, *angles, *self._head_numbers, q, k, q_rope, k_all, v_all))
-            for point, value in zip(name[1:6], (q, k, v_all[past:s], q_rope, k_all[past:s]), strict=True):
-                keep(point, value)
-            keep(name[6], k_all[:s])
-            keep(name[7], v_all[:s])
+            caches = (place.keys, place.values)
+            self._run("project", t, (projected, *place.biases, *angles, *self._head_numbers, q, k, q_rope, *caches))
+            if keep:
+                new_k, new_v, all_k, all_v = place.keys[past:s], place.values[past:s], place.keys[:s], place.values[:s]
+                place.tell(keep, 0, (normed, q, k, new_v, q_rope, new_k, all_k, all_v))
             self._attend(pointers[i], t, s, (scores, *sizes, shares))
-            for point, value in zip(name[8:11], (scores, shares, mixed), strict=True):
-                keep(point, value)
             self._run("lower", 256, (mixed, np.int64(mixed.size), low_q))
             self._product(layer.out, low_q, mixed, made)
             self._norm(made, m["attn_output"].bias, x, x, layer.ffn_norm, normed, low)
-            for point, value in zip(name[11:14], (made, x, normed), strict=True):
-                keep(point, value)
+            if keep:
+                place.tell(keep, 8, (scores, shares, mixed, made, x, normed))
             self._product(layer.gate_up, low, normed, gates)
-            self._add_biases(gates, m["ffn_gate"], m["ffn_up"])
-            self._run("swiglu", 1024, (gates[0], gates[1], np.int64(swiglu.size), swiglu, low_f))
-            for point, value in zip(name[14:17], (gates[0], gates[1], swiglu), strict=True):
-                keep(point, value)
+            self._add_biases((gate, up), (m["ffn_gate"], m["ffn_up"]))
+            self._run("swiglu", 1024, (gate, up, np.int64(swiglu.size), swiglu, low_f))
             self._product(layer.down, low_f, swiglu, made)
             after = w.layers[i + 1].attn_norm if i + 1 < hp.n_layers else w.norm
             self._norm(made, m["ffn_down"].bias, x, x, after, normed, low)
-            keep(name[17], made)
-            keep(name[18], x)
-        keep("output_norm", normed)
+            if keep:
+                place.tell(keep, 14, (gate, up, swiglu, made, x))
+        if keep:
+            keep("output_norm", normed)
         logits = self._floats(t, hp.n_vocab)
         self._product(w.output_group, low, normed, logits)
-        self._add_biases(logits[None], w.output)
-        keep("logits", logits)
+        self._add_biases((logits,), (w.output,))
+        if keep:
+            keep("logits", logits)
         return logits
 
     def _floats(self, *shape: int) -> Array:
@@ -107,7 +133,7 @@ class Prefill:
         numbers = (np.float32(self._hp.eps), np.int32(n))
         self._run("add_norm", t, (made, _or_null(bias), _or_null(residual), total, weight, *numbers, out, low), shared=4 * n)
 
-    def _add_biases(self, values: Array, *matrices: Packed) -> None:
+    def _add_biases(self, values: Sequence[Array], matrices: Sequence[Packed]) -> None:
         for value, matrix in zip(values, matrices, strict=True):
             if matrix.bias is not None:
                 self._run("add_bias", len(value), (value, matrix.bias, np.int32(matrix.rows)))

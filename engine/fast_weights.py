@@ -66,7 +66,7 @@ class FastWeights:
             self.output_group = self._group("output") if "output.weight" in model.tensors else embedding
             self.embedding, self.output = embedding.parts[0], self.output_group.parts[0]
             self.norm = self._vector("output_norm.weight")
-            self.factors = backend.to_host(self._vector(ROPE_FACTORS)) if ROPE_FACTORS in model.tensors else None
+            self.factors = model.load(ROPE_FACTORS).ravel() if ROPE_FACTORS in model.tensors else None
             self.layers = [self._layer(f"blk.{i}.") for i in range(hp.n_layers)]
 
     @property
@@ -83,7 +83,12 @@ class FastWeights:
         return LayerWeights(matrices, qkv, out, gate_up, down, *norms)
 
     def _vector(self, name: str) -> Array:
-        return self._backend.array(self._model.load(name).ravel())
+        info = self._model.tensors[name]
+        if info.type != F32:
+            return self._backend.array(self._model.load(name).ravel())
+        there = self._backend.xp.empty(info.shape[-1], np.float32)
+        self._upload.into(there, info.offset)
+        return there
 
     def _group(self, *names: str) -> Group:
         """Matrices of one width: float types one after the other in memory, quantised ones as planes of their own."""

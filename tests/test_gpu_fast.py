@@ -8,6 +8,7 @@ import pytest
 
 from engine.backend import choose
 from engine.fast import FastTransformer
+from engine.fast_decode import DecodeStep
 from engine.gguf_model import GgufModel
 from engine.synth import shape_like, synthesize
 from engine.transformer import Transformer
@@ -64,9 +65,15 @@ def test_a_run_is_within_the_measured_limits_of_exact_mode(quantized: Callable[[
         assert nmse(found, expected) < limit.logits
 
 
+@pytest.mark.parametrize("near", [True, False], ids=["near", "far"])
 @pytest.mark.parametrize("like", ["tiny", "tiny-llama"])
-def test_decode_alone_rounds_nothing_but_sums(tmp_path: Path, like: str) -> None:
-    """With F32 weights the one-kernel step agrees with the plain engine to 1e-10, for both pairings of RoPE."""
+def test_decode_alone_rounds_nothing_but_sums(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, like: str, near: bool) -> None:
+    """With F32 weights the one-kernel step agrees with the plain engine to 1e-10, for both pairings of RoPE.
+
+    Also where a layer's feed-forward does not fit into shared memory.
+    """
+    if not near:
+        monkeypatch.setattr(DecodeStep, "_staging", lambda _self: {"GATE_BYTES": 0, "DOWN_BYTES": 0})
     path = tmp_path / "model.gguf"
     synthesize(path, shape_like(like), weight_type="f32")
     backend = choose("cupy")

@@ -98,7 +98,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode(const Model
         if (threadIdx.x == 0) {
             for (int i = 0; i < 2; i++) {
                 asm volatile("mbarrier.init.shared.b64 [%0], 1;" :: "r"(near_address(&s.full[i])));
-                asm volatile("mbarrier.init.shared.b64 [%0], %1;" :: "r"(near_address(&s.used[i])), "n"(WARPS));
+                asm volatile("mbarrier.init.shared.b64 [%0], 1;" :: "r"(near_address(&s.used[i])));
             }
             asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
         }
@@ -147,7 +147,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode(const Model
         ProjectionBack<FF, DOWN_WARPS, DOWN_ROWS, STAGED> down;
         down.load(l.down, l.ffn_inp);
         if (i + 1 < LAYERS) {
-            if (STAGED) leave(&s.used[0]);
+            if (STAGED && threadIdx.x == 32) leave(&s.used[0]);
             if (threadIdx.x / 32 == 2) prefetch_qkv(next);
             if (threadIdx.x == 96) prefetch_mine(next.o, D, QW);
         } else if (threadIdx.x == 32) prefetch_rows(m.output, first_of(VOCAB), min(LOGITS_AHEAD, last_of(VOCAB) - first_of(VOCAB)), D);
@@ -155,7 +155,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode(const Model
         if (STAGED) await(&s.full[1], i & 1);
         MARK
         down.run(s, STAGED ? s.near_down : l.down, l.ffn_out, l.l_out, l.words + OUT_WORDS, step);
-        if (STAGED && i + 1 < LAYERS) leave(&s.used[1]);
+        if (STAGED && i + 1 < LAYERS && threadIdx.x == 32) leave(&s.used[1]);
         if (i + 1 < LAYERS) qkv.load(m, next, now.position);
         MARK
     }

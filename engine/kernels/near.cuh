@@ -46,9 +46,8 @@ __device__ Matrix near_matrix(const Matrix& m, char* base, int first, int rows, 
     here.low = (const uint4*)out[0]; here.high = out[1]; here.scales = out[2]; here.super = out[3];
     return here;
 }
-__device__ __forceinline__ void leave(unsigned long long* used) {   // by all computing threads: one arrives for its warp
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) asm volatile("mbarrier.arrive.shared.b64 _, [%0];" :: "r"(near_address(used)) : "memory");
+__device__ __forceinline__ void leave(unsigned long long* used) {   // by one thread, behind a barrier of the block
+    asm volatile("mbarrier.arrive.shared.b64 _, [%0];" :: "r"(near_address(used)) : "memory");
 }
 __device__ __forceinline__ void expect(unsigned long long* full, unsigned bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" :: "r"(near_address(full)), "r"(bytes) : "memory");

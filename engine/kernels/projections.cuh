@@ -3,12 +3,9 @@
 #include "near.cuh"
 #include "rows.cuh"
 
-#ifndef NORM
-#define NORM __device__ __noinline__
-#endif
 // x = values · weight / sqrt(mean(values²) + eps), padded, in shared memory; squares are summed in float64 as in ggml.
 // The values come as words from the other blocks, or, where they are this block's own, from memory.
-NORM void rms_norm(
+__device__ __noinline__ void rms_norm(
         Shared& s, const float* values, const Word* words, unsigned step, const float* weight, float eps, float* out) {
     constexpr int EACH = (D + THREADS - 1) / THREADS;
     float v[EACH], w[EACH];

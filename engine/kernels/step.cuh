@@ -43,7 +43,8 @@ struct Model {
 #endif
 #define STAGED (GATE_BYTES > 0)
 
-// Warps that share a row. Measured with F16 on a 0.5 B model (BENCHMARKS.md): half or twice of any of them is slower.
+// Warps that share a row, rows they take at once, and what is unrolled or asked for together: measured with F16 on a 0.5 B model
+// (BENCHMARKS.md), where half or twice of any of them is slower.
 #ifndef QKV_WARPS
 #define QKV_WARPS 4
 #endif
@@ -90,7 +91,7 @@ struct Shared {
     float mixed[WARPS][HEAD], peak[WARPS], total[WARPS];   // of the warps that share a head
     unsigned long long full[2], used[2];   // barriers of the weights brought near: gate and up, down
     Matrix near_gate, near_up, near_down;
-    __align__(16) char weights[GATE_BYTES + DOWN_BYTES];
+    __align__(16) char weights[STAGED ? GATE_BYTES + DOWN_BYTES : 16];
 };
 
 // This block's share of `count` things, as [first, last).
