@@ -6,8 +6,6 @@ one long sequence. In the attention they lie side by side, as if they were more 
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from . import ops
 from .backend import Array
 from .graph import PASSES, Step, WeightSource, compute
@@ -48,4 +46,4 @@ def _attention(step: Step, inputs: Sequence[Array], many: int) -> Array:
 
 def _beside(x: Array, many: int) -> Array:
     """[M · R, n] -> [R, M · n]."""
-    return np.ascontiguousarray(x.reshape(many, -1, x.shape[1]).transpose(1, 0, 2)).reshape(x.shape[0] // many, -1)
+    return x.reshape(many, -1, x.shape[1]).transpose(1, 0, 2).copy().reshape(x.shape[0] // many, -1)

@@ -6,8 +6,10 @@ One pass over all positions. Rows do not depend on how the sequence was cut into
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .backend import Array, Backend
 from .batched import can_batch, compute_batch
@@ -56,6 +58,23 @@ class _Right(Mapping[str, Array]):
         return len(self._names)
 
 
+class _OnHost(Mapping[str, NDArray[Any]]):
+    """The same values as NumPy arrays."""
+
+    def __init__(self, values: Mapping[str, Array], backend: Backend) -> None:
+        self._values = values
+        self._backend = backend
+
+    def __getitem__(self, name: str) -> NDArray[Any]:
+        return self._backend.to_host(self._values[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+
 class Replay:
     """The right run of a model over some tokens, every value of it kept, and replays of changed lists.
 
@@ -77,6 +96,7 @@ class Replay:
         self.rows = len(tokens)
         arrays = {name: backend.array(np.asarray(numbers, dtype=np.int64)) for name, numbers in given.items()}
         self.values: Mapping[str, Array] = _Right(steps, arrays, weights)
+        self.on_host: Mapping[str, NDArray[Any]] = _OnHost(self.values, backend)
         self._xp = backend.xp
         self._steps = tuple(steps)
         self._right = {step.makes: step for step in steps}

@@ -62,7 +62,7 @@ def explain(dump: Dump, model: Path, options: Options | None = None) -> Explanat
 
 def _left_over(case: Case, search: Search, best: State, answer: Explanation) -> Explanation:
     """The answer with what the numbers say of the place that is left: a cause, if they name one by themselves, or leads."""
-    values = search.screening.replay(best, len(case.positions)).values
+    values = search.screening.replay(best, len(case.positions)).on_host
     rows = garbage(case.entries, best, values, case.positions, answer.differing)
     if rows is not None:
         return replace(answer, causes=(*answer.causes, rows), remaining=None, next="")

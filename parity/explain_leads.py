@@ -29,7 +29,7 @@ def leads(entries: Sequence[Expected], state: State, search: Search, positions: 
     if state.first is None:
         return []
     entry = replace(entries[state.first.point], base=state.nmse[state.first.point])
-    values = search.screening.replay(state, len(positions)).values
+    values = search.screening.replay(state, len(positions)).on_host
     seen = [Lead(sentence) for sentence in _observations(entry, values, positions)]
     best: dict[str, Lead] = {}
     for removed, candidate in sorted(search.tried.removed.get(key(state.faults), []), key=lambda pair: -pair[0]):
@@ -124,7 +124,7 @@ def _other_point(entry: Expected, values: Values, positions: Ints, wrong: NDArra
     for name, tensor in values.items():
         if name == entry.point or getattr(tensor, "ndim", 0) != 2 or tensor.shape[0] != len(positions):
             continue
-        made = np.asarray(tensor)[entry.rows[wrong], : theirs.shape[1]].astype(np.float64)
+        made = tensor[entry.rows[wrong], : theirs.shape[1]].astype(np.float64)
         if made.shape == theirs.shape and _close(theirs, made):
             yield f"the values are those of {name} in a right engine"
             return

@@ -55,7 +55,7 @@ def floor(
     for storage in (False, True):
         other = make(rounded(steps, kind, storage=storage), len(positions))
         means.append(
-            np.array([entry.between(other.values[entry.point], right.values[entry.point], positions) for entry in entries])
+            np.array([entry.between(other.on_host[entry.point], right.on_host[entry.point], positions) for entry in entries])
         )
     return Floor(kind, means[0], np.maximum(*means))
 

@@ -160,7 +160,7 @@ def expected(dump: Dump, replay: Replay, positions: Ints, header: Header) -> tup
 
 def right_rows(replay: Replay, positions: Ints, points: Mapping[str, Rows] | Sequence[str]) -> dict[str, Rows]:
     """The right engine's records at these points."""
-    return {name: _summary(name, replay.values[name], positions, points) for name in points}
+    return {name: _summary(name, replay.on_host[name], positions, points) for name in points}
 
 
 def _summary(name: str, tensor: NDArray[np.float32], positions: Ints, like: Mapping[str, Rows] | Sequence[str]) -> Rows:

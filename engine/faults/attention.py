@@ -144,13 +144,13 @@ def _overflow(step: Step, _right: Steps, _parameters: Parameters) -> Step:
 
 
 def _transposed_values(history: Array) -> Array:
-    return np.ascontiguousarray(history.T).reshape(history.shape)
+    return history.T.copy().reshape(history.shape)
 
 
 def _split_values(history: Array, *, kv_heads: int) -> Array:
     """Rows written head by head and read position by position: [S, K · d]."""
     by_head = history.reshape(history.shape[0], kv_heads, -1).transpose(1, 0, 2)
-    return np.ascontiguousarray(by_head).reshape(history.shape)
+    return by_head.copy().reshape(history.shape)
 
 
 def _value_layout(step: Step, right: Steps, parameters: Parameters) -> Step:
@@ -168,7 +168,7 @@ def _concatenated(weights: Array, v: Array, *, kv_heads: int, order: str) -> Arr
     if order == "reversed":
         return split[:, ::-1].reshape(t, -1)
     if order == "head-major":  # [H, T, d] read as [T, H · d]
-        return np.ascontiguousarray(split.transpose(1, 0, 2)).reshape(t, -1)
+        return split.transpose(1, 0, 2).copy().reshape(t, -1)
     return split.reshape(t, kv_heads, heads // kv_heads, -1).transpose(0, 2, 1, 3).reshape(t, -1)
 
 

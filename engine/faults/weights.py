@@ -47,7 +47,7 @@ def _as_it_is(source: WeightSource, name: str) -> Array:
 
 
 def _transposed(weight: Array) -> Array:
-    return np.ascontiguousarray(weight.T).reshape(weight.shape)
+    return weight.T.copy().reshape(weight.shape)
 
 
 def _transpose(step: Step, _right: Steps, _parameters: Parameters) -> Step:
@@ -73,7 +73,7 @@ def _permuted(rows: Array, heads: int, to: str) -> Array:
     """LlamaModel.permute of convert_hf_to_gguf.py along the first axis, or its inverse."""
     split = (heads, 2, -1) if to == "gguf" else (heads, -1, 2)
     shaped = rows.reshape(*split, *rows.shape[1:])
-    return np.ascontiguousarray(shaped.swapaxes(1, 2)).reshape(rows.shape)
+    return shaped.swapaxes(1, 2).copy().reshape(rows.shape)
 
 
 def _permute(step: Step, right: Steps, parameters: Parameters) -> Step:
