@@ -8,10 +8,12 @@ when it is asked for. A test holds it to gguf-py's reader. Layout: docs/gguf.md 
 import mmap
 import struct
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from .errors import ModelError
+from .fingerprint import fingerprint
 
 _ALIGNMENT = 32  # GGUF_DEFAULT_ALIGNMENT
 _MAX_DIMS = 4  # GGML_MAX_DIMS
@@ -91,6 +93,11 @@ class Contents:
         found = self.metadata.get(key)
         number = found.number() if found else None
         return int(number) if number is not None else None
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """`checkpoints.fingerprint.fingerprint` of the file."""
+        return fingerprint(self.path)
 
     @property
     def architecture(self) -> str:

@@ -2,7 +2,6 @@
 
 import mmap
 from dataclasses import dataclass
-from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from checkpoints.errors import ModelError
-from checkpoints.fingerprint import fingerprint
 from checkpoints.gguf_file import ARRAY, Contents, contents
 
 from .dequantize import FORMATS, dequantize, dequantize_into
@@ -79,10 +77,10 @@ class GgufModel:
             self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self.hyperparameters = self._hyperparameters()
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
         """`checkpoints.fingerprint.fingerprint` of the file."""
-        return fingerprint(self.path)
+        return self._contents.fingerprint
 
     def raw(self, name: str) -> NDArray[np.uint8]:
         """A tensor's bytes, one row of blocks a line: uint8 [rows, bytes a row], a view of the memory map."""

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -99,13 +98,13 @@ class Emitter:
         return np.flatnonzero(np.isin(self.step.positions, np.array(self.job.positions))).astype(np.int64)
 
 
-def describe(found: Contents, path: Path, library: Library) -> ModelInfo:
+def describe(found: Contents, library: Library) -> ModelInfo:
     """Which model a dump is of: always the original file, never its twin."""
     number = found.integer("general.file_type")
     names = {value: name for name, value in twin.file_types(library).items()}
     kind = names.get(number, "") if number is not None else ""
-    name = found.text("general.name") or path.stem
-    return ModelInfo(name, found.architecture, kind, found.layers or None, fingerprint(path))
+    name = found.text("general.name") or found.path.stem
+    return ModelInfo(name, found.architecture, kind, found.layers or None, found.fingerprint)
 
 
 def expression(job: DumpJob, n_layers: int) -> str:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from checkpoints.errors import ReferenceFailed
 
+from .bindings import bindings
 from .jobs import Node, Source
 
 _MAX_NAME = 64  # GGML_MAX_NAME
@@ -56,9 +57,7 @@ class Ggml:
     """
 
     def __init__(self) -> None:
-        import llama_cpp.llama_cpp as llama
-
-        folder = Path(llama.__file__).parent / "lib"
+        folder = Path(bindings().__file__).parent / "lib"
         suffix = ".dylib" if sys.platform == "darwin" else ".so"
         try:
             library = ctypes.CDLL(str(folder / f"libggml-base{suffix}"))

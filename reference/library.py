@@ -4,6 +4,7 @@ import os
 from collections import deque
 from typing import Any
 
+from .bindings import bindings
 from .ggml import Ggml
 
 _LOG_LINES = 200  # kept for the sentence that says why a model was refused
@@ -19,10 +20,7 @@ class Library:
     """llama.cpp itself, with its log kept instead of printed; `verbose_fd` gets it as well."""
 
     def __init__(self, verbose_fd: int | None = None) -> None:
-        import llama_cpp
-
-        self.api: Any = llama_cpp.llama_cpp
-        self.version: str = llama_cpp.__version__
+        self.api: Any = bindings()
         self.lines: deque[tuple[int, str]] = deque(maxlen=_LOG_LINES)
         self._verbose_fd = verbose_fd
         self._log = self.api.llama_log_callback(self._note)  # llama.cpp keeps the pointer only
@@ -47,10 +45,12 @@ class Library:
 
     def versions(self) -> dict[str, Any]:
         """llama-cpp-python's version, llama.cpp's, and what the CPU code was built with."""
+        from importlib.metadata import version
+
         system = self.api.llama_print_system_info().decode(errors="replace").strip(" |")
         named = getattr(self.api, "llama_version", None)
         return {
-            "llama_cpp_python": self.version,
+            "llama_cpp_python": version("llama_cpp_python"),
             "llama_cpp": named().decode() if named is not None else "",
             "system": system,
             "backend": system.partition(" :")[0],

@@ -82,7 +82,7 @@ class Service:
         if (size := window_size(self._library, found, job)) is not None:
             return dump_windows(self._library, self._vocabulary(found), found, job, size, started)
         dump.check(job, self._vocabulary(found))  # before minutes are spent on a twin
-        info = dump.describe(found, job.model, self._library)
+        info = dump.describe(found, self._library)
         model = self._computable(found, job.mode, job.threads)
         return dump.dump_whole(self._library, model, job, info, started)
 
@@ -163,7 +163,7 @@ class Service:
         with Session(model, n_ctx=len(tokens), n_batch=len(tokens)) as session:
             known = dump.available(plan(session.list_nodes(tokens)), len(tokens), self._library.ggml.readable)
         return Description(
-            info=dump.describe(found, path, self._library),
+            info=dump.describe(found, self._library),
             metadata=model.metadata(),
             n_layers=model.n_layers,
             n_embd=model.n_embd,

@@ -52,9 +52,10 @@ def window_size(library: Library, found: Contents, job: DumpJob) -> int | None:
         return None
     need, free = twin.twin_bytes(found), free_memory()
     folder = twin.workspace()
-    held = twin.is_f32(found) or twin.place(found.path).exists()
-    if need * _SHARE < free and (held or need * _SHARE < shutil.disk_usage(folder).free):
-        return None
+    if need * _SHARE < free:
+        fits = need * _SHARE < shutil.disk_usage(folder).free
+        if fits or twin.is_f32(found) or twin.place(found).exists():
+            return None
     one, rest = layer_bytes(library, found, exact=exact)
     return min(max(1, (free // _WINDOW_SHARE - rest) // max(one, 1)), found.layers - 1) or None
 
@@ -168,7 +169,7 @@ def _tee(outputs: list[NDArray[np.float32]], output: str, names: set[str], emitt
 def dump_windows(library: Library, vocabulary: Model, found: Contents, job: DumpJob, size: int, started: float) -> DumpResult:
     """Dump a model of which only `size` layers at a time are in memory."""
     dump.check(job, vocabulary)
-    info = dump.describe(found, job.model, library)
+    info = dump.describe(found, library)
     sweep = _Sweep(library, found, job, size)
     names = points.select(dump.expression(job, found.layers), sweep.names(), found.layers)
     planned_at = time.perf_counter()

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from checkpoints.errors import InputError, ModelError, ReferenceFailed
-from checkpoints.fingerprint import fingerprint
 from checkpoints.gguf_file import Contents, contents
 
 from .library import Library, default_threads
@@ -158,7 +157,7 @@ def twin(library: Library, found: Contents, out: Path | None = None, *, threads:
     if is_f32(found):
         return path
     workspace()
-    target = place(path)
+    target = place(found)
     with suppress(OSError):
         if target.stat().st_size >= twin_bytes(found):
             os.utime(target)
@@ -169,9 +168,9 @@ def twin(library: Library, found: Contents, out: Path | None = None, *, threads:
     return made
 
 
-def place(path: Path) -> Path:
+def place(found: Contents) -> Path:
     """Where the twin of a model stands in the cache, once it is made."""
-    return cache_dir() / f"{path.stem[:80]}-{fingerprint(path)}{_MARK}"
+    return cache_dir() / f"{found.path.stem[:80]}-{found.fingerprint}{_MARK}"
 
 
 def _make_room(size: int, folder: Path) -> None:

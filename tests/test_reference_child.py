@@ -97,3 +97,13 @@ def test_child_dies_with_its_parent() -> None:
             return
         time.sleep(0.1)
     pytest.fail("the child is still there")
+
+
+def test_the_bindings_are_loaded_without_the_package() -> None:
+    """llama.cpp is there without chat templates and caches; who imports the package afterwards gets it whole, on the same library."""
+    code = (
+        "import sys; from reference.bindings import bindings; api = bindings(); print('jinja2' in sys.modules, 'llama_cpp' in sys.modules);"
+        "import llama_cpp; print(llama_cpp.Llama.__name__, llama_cpp.llama_cpp is api, bindings() is api, bool(api.llama_backend_init))"
+    )
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert said.split() == ["False", "False", "Llama", "True", "True", "True"]

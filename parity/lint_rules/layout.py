@@ -3,16 +3,19 @@
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from math import prod
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from checkpoints.finding import WARNING
 from checkpoints.points import LOGITS, OUTPUT_NORM, parse
 from checkpoints.record import Rows
-from engine.gguf_model import Hyperparameters
 from reports.numbers import ranges
 
 from .rule import Hit, Subject, positions_of
+
+if TYPE_CHECKING:
+    from engine.gguf_model import Hyperparameters
 
 
 def value_count(subject: Subject) -> Iterator[Hit]:
@@ -33,7 +36,7 @@ def value_count(subject: Subject) -> Iterator[Hit]:
             yield Hit(name, int(rows.token_idx[r]), said)
 
 
-def _numbers(hp: Hyperparameters, point_kind: str) -> dict[str, int]:
+def _numbers(hp: "Hyperparameters", point_kind: str) -> dict[str, int]:
     size = hp.value_size if point_kind in ("v", "v_read", "kqv_out") else hp.head_size
     return {
         "D": hp.n_embd, "F": hp.n_ff, "V": hp.n_vocab, "H": hp.n_heads, "H*d": hp.n_heads * size, "K*d": hp.n_kv_heads * size

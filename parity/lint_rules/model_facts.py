@@ -3,11 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.gguf_model import GgufModel, Hyperparameters
+if TYPE_CHECKING:  # a comparison lints without a model: the engine would be imported for nothing
+    from engine.gguf_model import GgufModel, Hyperparameters
 
 _BLOCK = 8192  # embedding rows that are dequantised at once: 29 MiB at a width of 896
 
@@ -20,10 +22,10 @@ class ModelFacts:
         ModelError: the file cannot be read as a model.
     """
 
-    model: GgufModel = field(repr=False)
+    model: "GgufModel" = field(repr=False)
 
     @property
-    def hp(self) -> Hyperparameters:
+    def hp(self) -> "Hyperparameters":
         """The model's hyperparameters."""
         return self.model.hyperparameters
 
@@ -59,4 +61,6 @@ class ModelFacts:
 
 def open_model(path: Path) -> ModelFacts:
     """Open a model file for lint. Raises ModelError."""
+    from engine.gguf_model import GgufModel
+
     return ModelFacts(GgufModel(path))
