@@ -1,0 +1,29 @@
+"""llama-cpp-python's ctypes functions, without all that its package imports besides."""
+
+import sys
+from importlib import import_module
+from importlib.util import find_spec, module_from_spec
+from typing import Any
+
+_PACKAGE = "llama_cpp"
+
+
+def bindings() -> Any:
+    """The module `llama_cpp.llama_cpp`.
+
+    The package's own `__init__` imports chat templates, caches and a sampler, which takes a third of the time until llama.cpp is
+    ready. It is left out here: the package is found, not run, while its submodule is imported, and is as it was afterwards.
+
+    Raises:
+        ImportError: there is no such package, or its library cannot be loaded.
+    """
+    name = f"{_PACKAGE}.{_PACKAGE}"
+    if name in sys.modules:
+        return sys.modules[name]
+    if (spec := find_spec(_PACKAGE)) is None:
+        raise ImportError(f"No module named {_PACKAGE!r}")
+    sys.modules[_PACKAGE] = module_from_spec(spec)
+    try:
+        return import_module(name)
+    finally:
+        del sys.modules[_PACKAGE]
