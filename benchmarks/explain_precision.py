@@ -31,19 +31,9 @@ from engine.synth import Shape, synthesize
 from parity.explain import Options, explain
 from parity.explain_case import Case
 from parity.explain_precision import floor, ratios
-from parity.planted import Faulty, Planted, tokens_of
+from parity.planted import Faulty, Planted, half_sums, tokens_of
 
 Arithmetic = Callable[[Sequence[Step]], Sequence[Step]]
-
-
-def half_sums(x: Array, weight: Array, bias: Array | None = None) -> Array:
-    """A product with partial sums of 32 terms in float16: arithmetic that `engine.precision` does not copy."""
-    total = np.zeros((x.shape[0], weight.shape[0]), dtype=np.float16)
-    for start in range(0, x.shape[1], 32):
-        part = x[:, start : start + 32].astype(np.float16).astype(np.float32) @ weight[:, start : start + 32].T
-        total = (total + part.astype(np.float16)).astype(np.float16)
-    made = total.astype(np.float32)
-    return made if bias is None else made + bias
 
 
 def other_order(x: Array, weight: Array, bias: Array | None = None) -> Array:

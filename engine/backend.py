@@ -1,4 +1,4 @@
-"""NumPy or CuPy. The only place that imports cupy.
+"""NumPy or CuPy: who computes, and on which device.
 
 The plain operations of `engine.ops` are written in NumPy functions, which hand CuPy arrays to CuPy by themselves
 (NEP 13 and NEP 18); only what creates arrays needs to know the module.

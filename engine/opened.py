@@ -10,9 +10,9 @@ from .transformer import Transformer
 def open_engine(
     model: GgufModel, backend: str = "auto", devices: Sequence[int] = (), *, resident: bool = True, native: bool = False
 ) -> Transformer:
-    """Our engine in exact arithmetic: on the backend of that name, or with its layers spread over CUDA `devices`.
+    """Our engine on the backend of that name, or with its layers spread over CUDA `devices`; in float32 arithmetic.
 
-    `native` takes the fast mode, weights in the file's own types, on one device and where that mode has the model.
+    `native` takes the fast mode instead (weights in the file's own types) with CuPy and no `devices`, where that mode has the model.
 
     Raises:
         InputError: no such backend or device, or too little memory there; ModelError: as `Transformer`.

@@ -11,7 +11,7 @@ import numpy as np
 
 from checkpoints.reader import read
 from checkpoints.record import Dump
-from engine.backend import choose
+from engine.backend import Array, choose
 from engine.faults import CATALOGUE, as_recorded, plant
 from engine.gguf_model import GgufModel
 from engine.graph import Step
@@ -38,6 +38,19 @@ def tokens_of(model: Path, count: int, seed: int) -> tuple[int, ...]:
     rng = random.Random(seed)
     vocabulary = GgufModel(model).hyperparameters.n_vocab
     return tuple(rng.randrange(vocabulary) for _ in range(count))
+
+
+def half_sums(x: Array, weight: Array, bias: Array | None = None) -> Array:
+    """A product with partial sums of 32 terms in float16, as a tensor core with F16 accumulation: [T, in], [out, in] -> [T, out].
+
+    A right engine's arithmetic that `engine.precision` does not copy.
+    """
+    total = np.zeros((x.shape[0], weight.shape[0]), dtype=np.float16)
+    for start in range(0, x.shape[1], 32):
+        part = x[:, start : start + 32].astype(np.float16).astype(np.float32) @ weight[:, start : start + 32].T
+        total = (total + part.astype(np.float16)).astype(np.float16)
+    made = total.astype(np.float32)
+    return made if bias is None else made + bias
 
 
 class Faulty:

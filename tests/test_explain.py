@@ -22,7 +22,7 @@ from parity.explain import Case, Options, explain
 from parity.explain_apart import apart
 from parity.explain_state import Candidate
 from parity.explain_together import Together
-from parity.planted import Faulty, Planted, tokens_of
+from parity.planted import Faulty, Planted, half_sums, tokens_of
 from reference.client import Reference
 from reference.jobs import DumpJob
 
@@ -205,19 +205,9 @@ def test_printed_decimals_are_enough(engine: Faulty, tmp_path: Path) -> None:
     assert [cause.named.fault for cause in found.causes] == ["rope-pairs"]
 
 
-def _half_sums(x: Array, weight: Array, bias: Array | None = None) -> Array:
-    """A product whose partial sums of 32 terms are rounded to float16, as a tensor core with F16 accumulation does it."""
-    total = np.zeros((x.shape[0], weight.shape[0]), dtype=np.float16)
-    for start in range(0, x.shape[1], 32):
-        part = x[:, start : start + 32].astype(np.float16).astype(np.float32) @ weight[:, start : start + 32].T
-        total = (total + part.astype(np.float16)).astype(np.float16)
-    made = total.astype(np.float32)
-    return made if bias is None else made + bias
-
-
 def test_an_engine_that_sums_in_f16_is_not_accused(engine: Faulty) -> None:
     """Arithmetic that our own estimate of F16 does not copy is told from a fault all the same."""
-    right: list[Step] = [replace(step, op=_half_sums) if step.op is ops.linear else step for step in engine.right]
+    right: list[Step] = [replace(step, op=half_sums) if step.op is ops.linear else step for step in engine.right]
     kept, engine.right = engine.right, right
     try:
         dump = engine.dump(RIGHT, PROMPT)
