@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from cli import Cli
+from explaining import PROMPT, RIGHT, only, small_engine
 
 from checkpoints.jsonl import Writer
 from checkpoints.reader import read
@@ -15,33 +16,19 @@ from checkpoints.record import Dump, Header
 from engine import ops
 from engine.backend import Array
 from engine.faults import CATALOGUE, Planting, plant
-from engine.graph import Step
-from engine.precision import rounded
-from engine.synth import Shape, synthesize
 from parity.explain import Case, Options, explain
 from parity.explain_apart import apart
 from parity.explain_state import Candidate
 from parity.explain_together import Together
-from parity.planted import Faulty, Planted, half_sums, tokens_of
-from reference.client import Reference
-from reference.jobs import DumpJob
+from parity.planted import Faulty, Planted, tokens_of
 
-SHAPE = Shape("qwen2", 4, 112, 14, 2, 0, 128, 300)
-PROMPT = (1, 17, 40, 299, 5, 5, 80, 3)
-RIGHT = Planted(())
 _PATIENT = Options(budget=600.0)  # seconds of the clock: a search that is to end by itself, also on a machine that is shared
 
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Faulty:
     """A small qwen2 with groups of 7 query heads."""
-    path = tmp_path_factory.mktemp("explain") / "small.gguf"
-    synthesize(path, SHAPE, weight_type="f32", seed=11)
-    return Faulty(path)
-
-
-def only(engine: Faulty, *faults: tuple[str, dict[str, object], tuple[int, ...] | None], points: str = "default") -> Dump:
-    return engine.dump(Planted(faults), PROMPT, points=points)
+    return small_engine(tmp_path_factory.mktemp("explain"))
 
 
 def test_a_right_engine_has_no_fault(engine: Faulty) -> None:
@@ -109,7 +96,7 @@ def test_single_layers_are_screened_together_as_one_by_one(engine: Faulty) -> No
     names = [step.makes for step in engine.right]
     steps = engine.right[names.index("blk.1.l_out") + 1 : names.index("blk.3.l_out") + 1]
     rng = np.random.default_rng(2)
-    outputs = [rng.standard_normal((len(PROMPT), SHAPE.width)).astype(np.float32) for _ in range(3)]
+    outputs = [rng.standard_normal((len(PROMPT), engine.transformer.hp.n_embd)).astype(np.float32) for _ in range(3)]
     weights, positions = case.replay.weights, case.positions
     together = carry(steps, "blk.1.l_out", outputs, positions, weights)
     for one, many in zip(outputs, together, strict=True):
@@ -203,47 +190,6 @@ def test_printed_decimals_are_enough(engine: Faulty, tmp_path: Path) -> None:
     path.write_text("\n".join(lines), encoding="utf-8")
     found = explain(read(path), engine.model, Options(tokens=PROMPT))
     assert [cause.named.fault for cause in found.causes] == ["rope-pairs"]
-
-
-def test_an_engine_that_sums_in_f16_is_not_accused(engine: Faulty) -> None:
-    """Arithmetic that our own estimate of F16 does not copy is told from a fault all the same."""
-    right: list[Step] = [replace(step, op=half_sums) if step.op is ops.linear else step for step in engine.right]
-    kept, engine.right = engine.right, right
-    try:
-        dump = engine.dump(RIGHT, PROMPT)
-    finally:
-        engine.right = kept
-    found = explain(dump, engine.model)
-    assert found.precision_only in ("f16", "tf32")
-    assert found.causes == ()
-
-
-@pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q4_0"])
-def test_llama_cpp_with_native_weights_is_not_accused(reference: Reference, tmp_path: Path, kind: str) -> None:
-    """llama.cpp rounds activations to the weights' partner type: a right engine, and no fault of the catalogue."""
-    plain, model, out = tmp_path / "f32.gguf", tmp_path / "native.gguf", tmp_path / "native.jsonl"
-    synthesize(plain, Shape("qwen2", 3, 128, 4, 2, 0, 128, 320), weight_type="f32", seed=5)
-    reference.quantize(plain, kind, model)
-    reference.dump(DumpJob(model=model, out=out, tokens=PROMPT, mode="native"))
-    found = explain(read(out), model)
-    assert found
-    assert found.precision_only
-    assert found.causes == ()
-
-
-def test_a_fault_of_an_f16_engine_is_found_above_its_noise(engine: Faulty) -> None:
-    """With --compute the noise of that arithmetic is measured, and the fault stands out of it."""
-    kept = engine.right
-    engine.right = rounded(plant(kept, CATALOGUE["no-qkv-bias"]), "f16", storage=False)
-    try:
-        dump = engine.dump(RIGHT, PROMPT)
-    finally:
-        engine.right = kept
-    found = explain(dump, engine.model, Options(compute="f16"))
-    assert found.remaining is None
-    classes = [{cause.named.fault, *(other.fault for other in cause.equivalent)} for cause in found.causes]
-    assert classes
-    assert "no-qkv-bias" in classes[0]
 
 
 def test_an_unknown_fault_gives_leads_and_the_points_to_record(engine: Faulty) -> None:

@@ -1,0 +1,23 @@
+"""A small engine to plant faults in, and its dumps."""
+
+from pathlib import Path
+
+from checkpoints.record import Dump
+from engine.synth import Shape, synthesize
+from parity.planted import Faulty, Planted
+
+SHAPE = Shape("qwen2", 4, 112, 14, 2, 0, 128, 300)
+PROMPT = (1, 17, 40, 299, 5, 5, 80, 3)
+RIGHT = Planted(())
+
+
+def small_engine(folder: Path) -> Faulty:
+    """A qwen2 with groups of 7 query heads."""
+    path = folder / "small.gguf"
+    synthesize(path, SHAPE, weight_type="f32", seed=11)
+    return Faulty(path)
+
+
+def only(engine: Faulty, *faults: tuple[str, dict[str, object], tuple[int, ...] | None], points: str = "default") -> Dump:
+    """The dump of an engine with these faults and no others."""
+    return engine.dump(Planted(faults), PROMPT, points=points)
