@@ -124,7 +124,7 @@ class Batch:
         """
         made: dict[int, Array] = {}
         ended: set[int] = set()
-        ahead = any(fault.fault.whole for fault in self._state.faults)
+        ahead = any(one.fault.whole and one.fault.shows is None for one in self._state.faults)  # not what is shown only
         for whole in (False, True):
             chosen = [number for number in waiting if (ahead or candidates[number].fault.whole) is whole]
             # What looks ahead needs all rows in its own layer; from there on causality holds.

@@ -63,8 +63,8 @@ class Case:
         same_experiment(self.dump, Dump("our engine", header, {}))
         self.entries, self.notes = expected(self.dump, self.replay, self.positions, header)
 
-    def make(self, steps: Sequence[Step], rows: int) -> Replay:
-        """A replay over the first rows."""
+    def make(self, steps: Sequence[Step], rows: int, longer: Replay | None = None) -> Replay:
+        """A replay over the first rows; `longer` is one over more of them, whose values it may take."""
         return Replay(
             steps,
             self.tokens[:rows],
@@ -72,6 +72,7 @@ class Case:
             self.passes[:rows],
             self.transformer.weights,
             self.transformer.backend,
+            longer,
         )
 
     def header(self) -> Header:

@@ -15,7 +15,7 @@ from .explain_batch import Batch
 from .explain_records import Expected, Floats, Ints
 from .explain_state import Candidate, Layers, Place, Screened, State, Tried, key, shown_points, unchanged_steps
 
-MakeReplay = Callable[[Sequence[Step], int], Replay]
+MakeReplay = Callable[[Sequence[Step], int, Replay | None], Replay]
 _REPLAYS = 8  # replays that are kept; each holds every value of a run
 
 
@@ -23,7 +23,8 @@ class Screening:
     """Holds candidates against the records of a dump.
 
     Args:
-        right: the replay of `steps` over all rows. make: gives the replay of a list of steps over the first so many rows.
+        right: the replay of `steps` over all rows. make: gives the replay of a list of steps over the first so many rows,
+            with the values that it may take from a longer one.
         seconds: after which screening ends.
     """
 
@@ -71,7 +72,7 @@ class Screening:
         if name not in self._replays:
             if len(self._replays) >= _REPLAYS:
                 del self._replays[next(iter(self._replays))]
-            self._replays[name] = self.make(state.steps, rows)
+            self._replays[name] = self.make(state.steps, rows, self._whole)
         return self._replays[name]
 
     def _errors(self, root: State, steps: Sequence[Step], rows: int, until: int) -> dict[int, Floats] | None:
@@ -231,11 +232,21 @@ class Screening:
         self._until = perf_counter() + seconds
         self.complete = True
 
-    def screened(self, state: State, layers: Layers) -> Iterator[tuple[Candidate, Screened]]:
-        """Every candidate of a scope that changes something at the state's first place, and how far it gets."""
+    def stages(self, state: State, layers: Layers) -> list[list[Candidate]]:
+        """The candidates of a scope; in all layers first those that change nothing in front of the last point that agrees."""
+        every = list(self.candidates(state, layers))
+        first = state.first
+        if layers is not None or first is None or first.point == 0:
+            return [every]
+        agreed = state.order[self.entries[first.point - 1].point]
+        begins = [state.planting.begin(one.fault, one.layers, one.parameters) for one in every]
+        pairs = list(zip(every, begins, strict=True))
+        return [[one for one, begin in pairs if begin > agreed], [one for one, begin in pairs if begin <= agreed]]
+
+    def screened(self, state: State, layers: Layers, candidates: Sequence[Candidate]) -> Iterator[tuple[Candidate, Screened]]:
+        """The candidates of a scope that change something at the state's first place, and how far they get."""
         if state.first is None:
             return
-        candidates = list(self.candidates(state, layers))
         yield from Batch(self, state, layers).screened([one for one in candidates if self._plain(state, one)])
         for candidate in candidates:
             if self.out_of_time():

@@ -41,20 +41,28 @@ class Search:
     def further(self, state: State, single: bool) -> list[State]:
         """States that get beyond the state's first place by one more fault, the best first.
 
-        In single layers the search ends with the layer in which something is found: what is alike there is found too.
+        In single layers the search ends with the layer in which something is found: what is alike there is found too. In all
+        layers it ends with the faults behind the last agreement, if one of them explains everything: nothing before is in question.
         """
         better: list[State] = []
-        stages = ([(layer,) for layer in self.screening.suspects(state)]) if single else [None]
-        for layers in stages:
-            passed: list[Candidate] = []
-            for candidate, (place, error) in self.screening.screened(state, layers):
-                self._note(state, candidate, error)
-                if place is None or (state.first is not None and state.first < place):
-                    passed.append(candidate)
-            better += self.screening.beyond(state, passed)
+        scopes: list[Layers] = [(layer,) for layer in self.screening.suspects(state)] if single else [None]
+        for layers in scopes:
+            for candidates in self.screening.stages(state, layers):
+                better += self._beyond(state, layers, candidates)
+                if any(one.first is None for one in better):
+                    break
             if better or self.screening.out_of_time():
                 break
         return sorted(better, key=self.rank)
+
+    def _beyond(self, state: State, layers: Layers, candidates: Sequence[Candidate]) -> Iterator[State]:
+        """The states of the candidates that get beyond the state's first place."""
+        passed: list[Candidate] = []
+        for candidate, (place, error) in self.screening.screened(state, layers, candidates):
+            self._note(state, candidate, error)
+            if place is None or (state.first is not None and state.first < place):
+                passed.append(candidate)
+        return self.screening.beyond(state, passed)
 
     def _note(self, state: State, candidate: Candidate, error: float) -> None:
         """Keep what a candidate leaves of the error at the first place, as a lead."""
@@ -89,7 +97,8 @@ class Search:
         name = (*key(state.faults), str(single))
         if name not in self._stages:
             found = self.further(state, single)
-            more = [made for one in found[:_BEAM] for made in rescoped(self.screening, state, one)]
+            partial = found[:_BEAM] if found and found[0].first is not None else []
+            more = [made for one in partial for made in rescoped(self.screening, state, one)]
             self._stages[name] = sorted([*found, *more], key=self.rank)
         return self._stages[name]
 

@@ -150,7 +150,7 @@ class Together:
         return self._screening.rows if whole else self._first.row + 1
 
     def _replay(self, steps: Sequence[Step], rows: int) -> Replay:
-        return self._screening.make(self._until(steps), rows)
+        return self._screening.make(self._until(steps), rows, None)
 
     def _shown(self, steps: Sequence[Step]) -> str:
         """The name of what the dump shows at the first place: another step's where the capture is wrong."""

@@ -143,7 +143,7 @@ def test_a_longer_prompt_tells_a_chunk_from_a_shift(engine: Faulty) -> None:
     fault = CATALOGUE["rope-position"]
     few, many = (Candidate(fault, {"position": by, "at": ("q_rope", "k_rope")}) for by in (32, 64))
     state = case.screening(case.entries, 60).start()
-    assert "a prompt of 64 tokens would tell rope-position (64) apart" in apart(case, state, few, [many])
+    assert "a prompt of 80 tokens would tell rope-position (64) apart" in apart(case, state, few, [many])
 
 
 @pytest.mark.parametrize(
