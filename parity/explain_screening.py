@@ -16,6 +16,7 @@ from .explain_records import Expected, Floats, Ints
 from .explain_state import Candidate, Layers, Place, Screened, State, Tried, key, shown_points, unchanged_steps
 
 MakeReplay = Callable[[Sequence[Step], int, Replay | None], Replay]
+_FEW = 2  # candidates for which the first rows of every point are not worth a look: it costs as much as a check of one of them
 _REPLAYS = 8  # replays that are kept; each holds every value of a run
 
 
@@ -232,17 +233,6 @@ class Screening:
         self._until = perf_counter() + seconds
         self.complete = True
 
-    def stages(self, state: State, layers: Layers) -> list[list[Candidate]]:
-        """The candidates of a scope; in all layers first those that change nothing in front of the last point that agrees."""
-        every = list(self.candidates(state, layers))
-        first = state.first
-        if layers is not None or first is None or first.point == 0:
-            return [every]
-        agreed = state.order[self.entries[first.point - 1].point]
-        begins = [state.planting.begin(one.fault, one.layers, one.parameters) for one in every]
-        pairs = list(zip(every, begins, strict=True))
-        return [[one for one, begin in pairs if begin > agreed], [one for one, begin in pairs if begin <= agreed]]
-
     def screened(self, state: State, layers: Layers, candidates: Sequence[Candidate]) -> Iterator[tuple[Candidate, Screened]]:
         """The candidates of a scope that change something at the state's first place, and how far they get."""
         if state.first is None:
@@ -275,7 +265,7 @@ class Screening:
             return
         layers = candidates[0].layers if candidates else None
         plain = [one for one in candidates if self._plain(state, one)]
-        kept = Batch(self, state, layers).agreeing(plain) if len(plain) > 1 else plain
+        kept = Batch(self, state, layers).agreeing(plain) if len(plain) > _FEW else plain
         likely = [one for one in candidates if not self._plain(state, one) or one in kept]
         rest = [one for one in candidates if one not in likely]
         for some in (likely, rest):

@@ -14,7 +14,7 @@ import numpy as np
 from engine.faults import Planting
 from engine.replay import NOT_ALLOWED
 
-from .explain_scopes import ranges, rescoped
+from .explain_scopes import ranges, rescoped, stages
 from .explain_screening import Screening
 from .explain_state import Candidate, Layers, State, key, worst
 from .explain_together import Together
@@ -42,12 +42,12 @@ class Search:
         """States that get beyond the state's first place by one more fault, the best first.
 
         In single layers the search ends with the layer in which something is found: what is alike there is found too. In all
-        layers it ends with the faults behind the last agreement, if one of them explains everything: nothing before is in question.
+        layers it ends with the stage (`stages`) in which something explains everything.
         """
         better: list[State] = []
         scopes: list[Layers] = [(layer,) for layer in self.screening.suspects(state)] if single else [None]
         for layers in scopes:
-            for candidates in self.screening.stages(state, layers):
+            for candidates in stages(self.screening, state, layers):
                 better += self._beyond(state, layers, candidates)
                 if any(one.first is None for one in better):
                     break
