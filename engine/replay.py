@@ -23,6 +23,7 @@ NOT_ALLOWED = (ValueError, KeyError, IndexError, TypeError)
 Visit = Callable[[str, Array], bool]  # a value that differs from the right run's; False ends the replay
 Edits = Mapping[int, Sequence[Step]]  # the steps that stand in place of the right one, by its number
 Judge = Callable[[str, Array], Sequence[bool]]  # a value of several versions, [M, …]: which of them to go on with
+Stop = Callable[[], bool]  # whether no time is left
 Values = dict[str, Array]
 
 
@@ -160,17 +161,25 @@ class Replay:
         changed[step.makes] = made
         return True
 
-    def run_batch(self, edits: Sequence[Edits], end: int, watched: frozenset[str], judge: Judge) -> list[Values | None]:
+    def run_batch(
+        self,
+        edits: Sequence[Edits],
+        end: int,
+        watched: frozenset[str],
+        judge: Judge,
+        stop: Stop = lambda: False,
+    ) -> list[Values | None]:
         """Compute many versions of the steps in front of number `end` together: what a version shares with the right run is
         computed for all versions at once.
 
         Args:
             edits: for each version.
             watched: names at which `judge` says which versions go on.
+            stop: asked before each computation; once it says so all versions end.
 
         Returns:
-            For each version what differs from the right run and is not used up; None for one that `judge` ended or that the
-            model's shapes do not allow.
+            For each version what differs from the right run and is not used up; None for one that `judge` or `stop` ended or
+            that the model's shapes do not allow.
         """
         changed: list[Values | None] = [{} for _ in edits]
         owners: dict[int, list[int]] = {}
@@ -180,8 +189,10 @@ class Replay:
         used_up = self._used_up(edits, end)
         with _QUIET():
             for number in range(min(owners), end):
+                if stop():
+                    return [None] * len(edits)
                 name = self.steps[number].makes
-                self._advance(number, edits, owners.get(number, ()), changed)
+                self._advance(number, edits, owners.get(number, ()), changed, stop)
                 mine = [values for values in changed if values and name in values]
                 if mine and name in watched:
                     keep = judge(name, self._xp.stack([values[name] for values in mine]))
@@ -193,7 +204,9 @@ class Replay:
                             values.pop(old, None)
         return changed
 
-    def _advance(self, number: int, edits: Sequence[Edits], owners: Sequence[int], changed: list[Values | None]) -> None:
+    def _advance(
+        self, number: int, edits: Sequence[Edits], owners: Sequence[int], changed: list[Values | None], stop: Stop
+    ) -> None:
         """One step of `run_batch`; `owners` are the versions that have steps of their own in its place."""
         step = self.steps[number]
         alone = set(owners)
@@ -206,6 +219,8 @@ class Replay:
             values = changed[version]
             if values is None:
                 continue
+            if stop():
+                return
             try:
                 for one in edits[version].get(number, (step,)):
                     self._changes(one, values)

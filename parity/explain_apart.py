@@ -15,6 +15,7 @@ from engine.replay import NOT_ALLOWED, Replay
 from engine.synth import Shape, synthesize
 from engine.transformer import Transformer
 
+from .explain_budget import Budget
 from .explain_case import Case
 from .explain_state import Candidate, State
 from .tolerance import EXACT_FLOOR
@@ -84,17 +85,20 @@ def _differ(one: Array, other: Array) -> bool:
     return not bool(error <= EXACT_FLOOR.operations)
 
 
-def apart(case: Case, state: State, chosen: Candidate, others: Sequence[Candidate]) -> str:
+def apart(case: Case, state: State, chosen: Candidate, others: Sequence[Candidate], budget: Budget) -> str:
     """A sentence on what tells faults of one class apart, from probes that were run; "" where there are no others.
 
     Args:
         state: what the fault was found on.
+        budget: when it is over no more is tried.
     """
     if not others or state.first is None:
         return ""
     left, sentences, tried = list(others), [], []
     with tempfile.TemporaryDirectory() as folder:
         for number, probe in enumerate(_probes(case, state, [chosen, *others], Path(folder))):
+            if budget.late:
+                break
             likely = [one for one in left if probe.scout is None or probe.scout.tells(chosen, [one])]
             tried.append(probe.sentence if likely or probe.scout is None else f"{probe.sentence} of such a model")
             found = probe.tells(chosen, likely)
@@ -106,7 +110,7 @@ def apart(case: Case, state: State, chosen: Candidate, others: Sequence[Candidat
             left = [one for one in left if one not in separated]
             if not left:
                 break
-    if left:
+    if left and tried:
         sentences.append(f"nothing that was tried tells {_listed([_said(one) for one in left])} apart ({', '.join(tried)})")
     return "; ".join(sentences)
 

@@ -14,6 +14,7 @@ from engine.graph import Step
 from engine.replay import Replay
 from engine.transformer import Transformer
 
+from .explain_budget import Budget
 from .explain_records import Expected, Ints, expected
 from .explain_screening import Screening
 from .tokens_diff import same_experiment
@@ -90,10 +91,10 @@ class Case:
             kv_type="f32",
         )
 
-    def screening(self, entries: Sequence[Expected], seconds: float) -> Screening:
+    def screening(self, entries: Sequence[Expected], budget: Budget) -> Screening:
         """A screening over some of the records."""
         return Screening(
-            entries, self.transformer.steps, self.replay, self.make, self.positions, self.transformer.backend, seconds
+            entries, self.transformer.steps, self.replay, self.make, self.positions, self.transformer.backend, budget
         )
 
 

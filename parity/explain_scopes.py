@@ -66,7 +66,7 @@ def ranges(screening: Screening, state: State) -> Iterator[State]:
                 found = [made, *rescoped(screening, state, made)]
                 whole = whole or any(one.first is None for one in found)
                 yield from found
-        if whole or screening.out_of_time():
+        if whole or screening.budget.over():
             return
 
 

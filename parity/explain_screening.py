@@ -1,7 +1,6 @@
 """How far a candidate gets: replayed on as few positions as causality allows, up to the first record that contradicts it."""
 
 from collections.abc import Callable, Iterator, Sequence
-from time import perf_counter
 
 import numpy as np
 
@@ -12,6 +11,7 @@ from engine.graph import Step
 from engine.replay import NOT_ALLOWED, Replay
 
 from .explain_batch import Batch
+from .explain_budget import Budget
 from .explain_records import Expected, Floats, Ints
 from .explain_state import Candidate, Layers, Place, Screened, State, Tried, key, shown_points, unchanged_steps
 
@@ -26,7 +26,7 @@ class Screening:
     Args:
         right: the replay of `steps` over all rows. make: gives the replay of a list of steps over the first so many rows,
             with the values that it may take from a longer one.
-        seconds: after which screening ends.
+        budget: with which screening ends.
     """
 
     def __init__(
@@ -37,16 +37,15 @@ class Screening:
         make: MakeReplay,
         positions: Ints,
         backend: Backend,
-        seconds: float,
+        budget: Budget,
     ) -> None:
         self.entries = list(entries)
         self.right = tuple(steps)
         self.tried = Tried()
-        self.complete = True
         self.make = make
         self.positions = positions
         self.backend = backend
-        self._until = perf_counter() + seconds
+        self.budget = budget
         self.number = {entry.point: number for number, entry in enumerate(self.entries)}
         self._whole = right
         self._replays: dict[tuple[str, ...], Replay] = {}
@@ -206,7 +205,14 @@ class Screening:
         return entry.at(self.backend.to_host(made), self.positions[: made.shape[0]], place.row)
 
     def check(self, state: State, candidate: Candidate) -> State | None:
-        """The state with the candidate planted, on all rows and points; None where the model or the faults there do not allow it."""
+        """The state with the candidate planted, on all rows and points; None where the model or the faults there do not allow it,
+        or no time is left for it.
+        """
+        name = key((*state.faults, candidate))
+        return None if name not in self._checked and self.budget.over() else self.reached(state, candidate)
+
+    def reached(self, state: State, candidate: Candidate) -> State | None:
+        """`check`, however late it is."""
         name = key((*state.faults, candidate))
         if name not in self._checked:
             self._checked[name] = self._check(state, candidate)
@@ -222,24 +228,13 @@ class Screening:
             None if nmse is None else State((*state.faults, candidate), Planting(steps, self.number), nmse, self._first(nmse))
         )
 
-    def out_of_time(self) -> bool:
-        """Whether the budget is spent."""
-        if perf_counter() > self._until:
-            self.complete = False
-        return not self.complete
-
-    def extend(self, seconds: float) -> None:
-        """Search on for so many seconds."""
-        self._until = perf_counter() + seconds
-        self.complete = True
-
     def screened(self, state: State, layers: Layers, candidates: Sequence[Candidate]) -> Iterator[tuple[Candidate, Screened]]:
         """The candidates of a scope that change something at the state's first place, and how far they get."""
         if state.first is None:
             return
         yield from Batch(self, state, layers).screened([one for one in candidates if self._plain(state, one)])
         for candidate in candidates:
-            if self.out_of_time():
+            if self.budget.over():
                 return
             result = None if self._plain(state, candidate) else self.screen(state, candidate)
             if result is not None:

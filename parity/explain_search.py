@@ -51,7 +51,7 @@ class Search:
                 better += self._beyond(state, layers, candidates)
                 if any(one.first is None for one in better):
                     break
-            if better or self.screening.out_of_time():
+            if better or self.screening.budget.over():
                 break
         return sorted(better, key=self.rank)
 
@@ -109,7 +109,7 @@ class Search:
         """
         best = self._one_by_one(state, depth)
         tried: set[tuple[str, ...]] = set()
-        while best.first is not None and not self.screening.out_of_time():
+        while best.first is not None and not self.screening.budget.over():
             ends = sorted((end for name, end in self._ends.items() if name not in tried), key=self.rank)
             if not ends:
                 break
@@ -214,7 +214,7 @@ class Search:
                     better += [made for chosen in alike[:_SAME] for made in self._all_of(state, chosen)]
                     if better:
                         break
-                if better or self.screening.out_of_time():
+                if better or self.screening.budget.over():
                     return sorted(better, key=self.rank)
         return []
 
