@@ -166,7 +166,7 @@ class Together:
         shown = steps[number[name]]
         if not name.startswith(SEEN):
             return list(steps[: number[name] + 1])
-        return [*steps[: max(number[read] for read in shown.names) + 1], shown]
+        return [*steps[: max(number.get(read, -1) for read in shown.names) + 1], shown]
 
     def _made(self, replay: Replay, state: State, candidate: Candidate) -> Array | None:
         """What the dump would show at the first place; None where that is the same or the model does not allow it."""

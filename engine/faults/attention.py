@@ -10,6 +10,7 @@ from .. import ops
 from ..backend import Array
 from ..graph import PASSES, History, Step
 from .base import Fault, Parameters, Steps, sibling, with_parameters
+from .value_layout import value_layout
 
 _SOFT = ("kq_soft_max",)
 
@@ -143,22 +144,6 @@ def _overflow(step: Step, _right: Steps, _parameters: Parameters) -> Step:
     return replace(step, op=_without_maximum)
 
 
-def _transposed_values(history: Array) -> Array:
-    return history.T.copy().reshape(history.shape)
-
-
-def _split_values(history: Array, *, kv_heads: int) -> Array:
-    """Rows written head by head and read position by position: [S, K · d]."""
-    by_head = history.reshape(history.shape[0], kv_heads, -1).transpose(1, 0, 2)
-    return by_head.copy().reshape(history.shape)
-
-
-def _value_layout(step: Step, right: Steps, parameters: Parameters) -> Step:
-    if parameters["layout"] == "transposed":
-        return replace(step, op=_transposed_values)
-    return replace(step, op=_split_values, params={"kv_heads": sibling(step, right, "kq").params["kv_heads"]})
-
-
 def _concatenated(weights: Array, v: Array, *, kv_heads: int, order: str) -> Array:
     right = ops.weighted_values(weights, v, kv_heads=kv_heads)
     t, heads = right.shape[0], weights.shape[0]
@@ -271,8 +256,8 @@ FAULTS = (
     ),
     Fault(
         "v-layout",
-        ("v_read",),
-        _value_layout,
+        ("v_read", "kqv_out"),
+        value_layout,
         "the value cache is read in another layout than written ({layout})",
         "position 0 is right or nearly so; later ones mix positions",
         "read V as it was written: [position, head, d] or transposed, not one for the other",

@@ -3,10 +3,9 @@
 from collections.abc import Callable
 
 import numpy as np
-from numpy.typing import NDArray
 
-from ..backend import Array
-from ..graph import Step
+from ..backend import Array, module_of
+from ..graph import PASSES, Step
 from .base import AT, SEEN, Fault, Parameters, Steps, unchanged
 
 
@@ -44,21 +43,23 @@ def _early(point: str, right: Steps, parameters: Parameters) -> Step | None:
     return _show(point, names[at], right) if at >= 0 else None
 
 
-_ROWS: dict[str, Callable[[int], NDArray[np.int64]]] = {
-    "the next position": lambda t: np.minimum(np.arange(t) + 1, t - 1),
-    "the position before": lambda t: np.maximum(np.arange(t) - 1, 0),
-    "position 0": lambda t: np.zeros(t, dtype=np.int64),
-    "the last position": lambda t: np.full(t, t - 1),
-    "the mirrored position": lambda t: np.arange(t)[::-1],
+# Of the rows of one pass: a row's number, its pass's first row and its last one -> the row that is shown.
+_ROWS: dict[str, Callable[[Array, Array, Array], Array]] = {
+    "the next position": lambda t, _first, last: np.minimum(t + 1, last),
+    "the position before": lambda t, first, _last: np.maximum(t - 1, first),
+    "position 0": lambda _t, first, _last: first,
+    "the last position": lambda _t, _first, last: last,
+    "the mirrored position": lambda t, first, last: first + last - t,
 }
 
 
-def _row(x: Array, *, row: str) -> Array:
-    return x[_ROWS[row](x.shape[0])]
+def _row(x: Array, passes: Array, *, row: str) -> Array:
+    first, last = (module_of(x).searchsorted(passes, passes, side=side) for side in ("left", "right"))
+    return x[_ROWS[row](module_of(x).arange(len(passes)), first, last - 1)]
 
 
 def _other_row(point: str, _right: Steps, parameters: Parameters) -> Step | None:
-    return Step(SEEN + point, _row, (point,), (), {"row": parameters["row"]})
+    return Step(SEEN + point, _row, (point, PASSES), (), {"row": parameters["row"]})
 
 
 def _before_residual(point: str, right: Steps, parameters: Parameters) -> Step | None:
