@@ -109,9 +109,11 @@ def test_a_longer_prompt_tells_a_chunk_from_a_shift(engine: Faulty) -> None:
 
     case = Case(only(engine, ("rope-missing", {}, None)), engine.model, Options())
     fault = CATALOGUE["rope-position"]
-    few, many = (Candidate(fault, {"position": by, "at": ("q_rope", "k_rope")}) for by in (32, 64))
+    few, many = (Candidate(fault, {"position": f"in chunks of {by}", "at": ("q_rope", "k_rope")}) for by in (32, 64))
     state = case.screening(case.entries, Budget(60)).start()
-    assert "a prompt of 80 tokens would tell rope-position (64) apart" in apart(case, state, few, [many], Budget(60))
+    assert "a prompt of 80 tokens would tell rope-position (in chunks of 64) apart" in apart(
+        case, state, few, [many], Budget(60)
+    )
 
 
 @pytest.mark.parametrize(
