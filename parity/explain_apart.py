@@ -99,7 +99,7 @@ def apart(case: Case, state: State, chosen: Candidate, others: Sequence[Candidat
         for number, probe in enumerate(_probes(case, state, [chosen, *others], Path(folder))):
             if budget.late:
                 break
-            likely = [one for one in left if probe.scout is None or probe.scout.tells(chosen, [one])]
+            likely = left if probe.scout is None else [one for one, _ in probe.scout.tells(chosen, left)]
             tried.append(probe.sentence if likely or probe.scout is None else f"{probe.sentence} in a small model")
             found = probe.tells(chosen, likely)
             if found:

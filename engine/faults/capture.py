@@ -1,6 +1,7 @@
 """Faults of the capture: the engine computes what is right, and the dump shows something else."""
 
 from collections.abc import Callable
+from itertools import count, takewhile
 
 import numpy as np
 
@@ -19,7 +20,8 @@ def _show(point: str, other: str, right: Steps) -> Step | None:
 
 def _streams(right: Steps) -> list[str]:
     """The residual stream's values from layer to layer: embd, blk.0.l_out, …"""
-    return ["embd", *(name for name in right if name.endswith(".l_out"))]
+    names = (f"blk.{layer}.l_out" for layer in count())
+    return ["embd", *takewhile(right.__contains__, names)]  # asked for at every point: no walk over all steps
 
 
 def _overwritten(point: str, right: Steps, parameters: Parameters) -> Step | None:
