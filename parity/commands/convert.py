@@ -23,7 +23,7 @@ def convert(
     from checkpoints.jsonl import Writer
     from checkpoints.record import Header
 
-    from ..output import written
+    from ..output import notes, written
 
     dump = o.dump(source, names, offset)
     with Writer(out, dump.header or Header(source=f"converted from {source.name}")) as writer:
@@ -31,4 +31,5 @@ def convert(
             writer.rows(rows)
         for token in dump.tokens:
             writer.token(token)
+    notes(dump)
     written(out)
