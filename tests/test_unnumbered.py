@@ -9,15 +9,6 @@ from cli import Cli
 
 from checkpoints.errors import DumpError
 from checkpoints.reader import read
-from parity.__main__ import run as command
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run of the embedded model, five positions."""
-    folder = tmp_path_factory.mktemp("run") / "whole"
-    assert command(["run", "--prompt", "Once upon a time", "--out", str(folder)]) == 0
-    return folder
 
 
 def without_positions(path: Path, points: Sequence[str] = ()) -> Path:
@@ -32,23 +23,23 @@ def without_positions(path: Path, points: Sequence[str] = ()) -> Path:
     return out
 
 
-def test_lines_without_a_position_are_counted_by_point(run: Path, parity: Cli) -> None:
+def test_lines_without_a_position_are_counted_by_point(stories_run: Path, parity: Cli) -> None:
     """A dump without token_idx, one line a point and pass, compares as the numbered one does, and every command says so."""
-    bare = without_positions(run / "ours.jsonl")
-    code, answer = parity.json("diff", bare, run / "ref.jsonl", "--compute", "f32")
+    bare = without_positions(stories_run / "ours.jsonl")
+    code, answer = parity.json("diff", bare, stories_run / "ref.jsonl", "--compute", "f32")
     assert (code, answer["compared"]) == (0, 35)
     said = "no line has a token_idx: a point's first line is taken as position 0, its second as 1, … up to 4"
     assert any(said in note for note in answer["notes"])
-    for command_line in (("diff", bare, run / "ref.jsonl", "--compute", "f32"), ("lint", bare)):
+    for command_line in (("diff", bare, stories_run / "ref.jsonl", "--compute", "f32"), ("lint", bare)):
         assert said in " ".join(parity(*command_line).out.split())
     assert said in parity("convert", bare, "-o", "ours.jsonl").err
 
 
-def test_points_without_positions_are_named(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_points_without_positions_are_named(stories_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where only some points lack token_idx these are counted and named; within one point it is all lines or none."""
     monkeypatch.chdir(tmp_path)
-    numbered = read(run / "ours.jsonl")
-    dump = read(without_positions(run / "ours.jsonl", ("logits",)))
+    numbered = read(stories_run / "ours.jsonl")
+    dump = read(without_positions(stories_run / "ours.jsonl", ("logits",)))
     assert any(note.startswith("lines of logits lack a token_idx") for note in dump.notes)
     assert dump.points["logits"].token_idx.tolist() == numbered.points["logits"].token_idx.tolist()
     lines = Path("bare.jsonl").read_text().splitlines()
@@ -57,12 +48,12 @@ def test_points_without_positions_are_named(run: Path, tmp_path: Path, monkeypat
         read("mixed.jsonl")
 
 
-def test_the_last_position_alone_is_not_taken_for_the_first(run: Path, parity: Cli) -> None:
+def test_the_last_position_alone_is_not_taken_for_the_first(stories_run: Path, parity: Cli) -> None:
     """Logits printed once a prompt and without token_idx are told to be another position's, not called wrong in silence."""
-    bare = without_positions(run / "ours.jsonl")
+    bare = without_positions(stories_run / "ours.jsonl")
     lines = bare.read_text().splitlines()
     logits = [line for line in lines if '"logits"' in line]
     bare.write_text("\n".join([*(line for line in lines if line not in logits), logits[-1], ""]))
-    _, answer = parity.json("diff", bare, run / "ref.jsonl", "--compute", "f32")
+    _, answer = parity.json("diff", bare, stories_run / "ref.jsonl", "--compute", "f32")
     assert any("logits has only 1" in note for note in answer["notes"])
     assert any("logits of ours fits the reference +4 positions on" in note for note in answer["notes"])

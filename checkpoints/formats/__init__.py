@@ -3,6 +3,7 @@
 import os
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 
@@ -27,14 +28,26 @@ def load(path: str | os.PathLike[str], mapping: Mapping | None = None, offset: i
     """
     given = mapping or Mapping()
     place = Path(path)
-    for form in _FORMATS:
-        if form.detect(place):
-            dump = form.read(place, given)
-            break
-    else:
-        dump = _with_unknown(given.renamed(reader.read(path)))
+    form = _format_of(place)
+    dump = form.read(place, given) if form is not None else _with_unknown(given.renamed(reader.read(path)))
     offset += given.position_offset or 0
     return shifted(dump, offset) if offset else dump
+
+
+def _format_of(place: Path) -> ModuleType | None:
+    """The format that knows a path; None for JSON lines, which are what is left."""
+    try:
+        found = next((form for form in _FORMATS if form.detect(place)), None)
+        folder = place.is_dir()
+    except OSError as error:
+        raise DumpError(f"cannot read {place}: {error.strerror}.", "Check the path.", code="no-file") from error
+    if found is None and folder:
+        dumps = sorted(file.name for file in place.glob("*.jsonl"))
+        advice = f"Name the dump in it: {', '.join(dumps[:4])}." if dumps else "Name a dump."
+        raise DumpError(
+            f"{place} is a folder without .npy, .npz or .safetensors files or a debugger tree.", advice, code="no-file"
+        )
+    return found
 
 
 def _with_unknown(dump: Dump) -> Dump:

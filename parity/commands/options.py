@@ -1,5 +1,6 @@
 """Options that several commands share, and how their texts become values."""
 
+import os
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
@@ -185,4 +186,8 @@ def prompt(text: str | None, file: Path | None, tokens: str | None) -> tuple[str
             raise InputError(f"cannot read {file}: {reason}.", "Check --prompt-file.", code="prompt") from error
     if not text:
         raise InputError("the prompt is empty.", "Write a word at least.", code="prompt")
-    return text, None
+    try:
+        # In a locale without UTF-8 the command line's bytes come as surrogates.
+        return os.fsencode(text).decode("utf-8"), None
+    except UnicodeError:
+        raise InputError("the prompt is not UTF-8.", "Check its encoding, or give --prompt-file.", code="prompt") from None
