@@ -18,10 +18,10 @@ from . import arrays, eval_callback, model_debugger
 _FORMATS = (model_debugger, arrays, eval_callback)  # the first that knows the path reads it; JSON lines are what is left
 
 
-def load(path: str | os.PathLike[str], mapping: Mapping | None = None, offset: int = 0) -> Dump:
+def load(path: str | os.PathLike[str], mapping: Mapping | None = None) -> Dump:
     """Read a dump of any known format: JSON lines, eval-callback logs, model debugger trees, .npy, .npz, .safetensors.
 
-    `mapping` says what foreign names mean; `offset` is added to every position.
+    `mapping` says what foreign names mean, and what is added to every position.
 
     Raises:
         DumpError: it cannot be read, holds nothing, or a position would fall below 0.
@@ -30,8 +30,7 @@ def load(path: str | os.PathLike[str], mapping: Mapping | None = None, offset: i
     place = Path(path)
     form = _format_of(place)
     dump = form.read(place, given) if form is not None else _with_unknown(given.renamed(reader.read(path)))
-    offset += given.position_offset or 0
-    return shifted(dump, offset) if offset else dump
+    return shifted(dump, given.position_offset) if given.position_offset else dump
 
 
 def _format_of(place: Path) -> ModuleType | None:
