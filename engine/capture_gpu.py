@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from checkpoints.record import DEFAULT_SLICE, SKETCH_SIZE, Token
+from checkpoints.record import DEFAULT_SLICE, SKETCH_SIZE
 from checkpoints.tensors import TensorWriter
 
 from .backend import Array, Backend
-from .capture import Capture, Pass, Positions, RowSink, kept_rows
+from .capture import Capture, Pass, Positions, RowSink
 from .device import kernel
 from .ring import Ring
 from .staged import CAUSAL, PLAIN, Batch, Part, layout, record_type
@@ -67,14 +67,14 @@ class DeviceCapture(Capture):
         self._record = record_type(slice_size)
         self._passes = ring
         self.slice_size = slice_size
-        self._ring = Ring(0)
+        self._ring = Ring(0, self._writer.hurry)
         self._staging: list[Array] = []  # two halves: one is copied out while the next pass fills the other
         self._half = 0
         self._copied: list[Any] = [None, None]
         self._copies = self._xp.cuda.Stream(non_blocking=True)
         self._slab: NDArray[Any] = np.zeros(0, self._record)
         self._parts: list[Part] = []
-        self._kept = self._seen = np.zeros(0, dtype=np.int64)
+        self._seen = np.zeros(0, dtype=np.int64)
         self._kept_there: Array = None
         self._scratch: Array = None
         self._counters: Array = None
@@ -82,9 +82,7 @@ class DeviceCapture(Capture):
 
     def begin(self, now: Pass) -> None:
         """Say where the pass that starts now stands; what the last one staged goes to the writer."""
-        self._hand_over()
         super().begin(now)
-        self._kept = kept_rows(self._positions, now)
         self._seen = now.token_idx[self._kept] - now.first + 1
         self._allocate(len(self.points) * len(self._kept))
         self._kept_there = None
@@ -99,7 +97,8 @@ class DeviceCapture(Capture):
             return
         self._ring.drain()
         capacity = max(_LARGEST * records, self._passes * len(self.points), 1)
-        self._ring = Ring(capacity)
+        self._ring = Ring(capacity, self._writer.hurry)
+        self._writer.limit = capacity * self._record.itemsize
         pinned = self._xp.cuda.alloc_pinned_memory(
             capacity * self._record.itemsize
         )  # cupyx takes as long to import as a model to load
@@ -184,12 +183,10 @@ class DeviceCapture(Capture):
         """Copy what this pass staged into the slab, without waiting for it, and tell the writer."""
         if not self._parts:
             return
-        self._raise_failure()
+        self._writer.check()
         batch = Batch(self._now, self._kept, self._seen, tuple(self._parts))
         count = len(self._parts) * len(self._kept)
-        before_waits = self._ring.waits
         start = self._ring.take(count)
-        self.waits += self._ring.waits - before_waits
         here = self._slab[start : start + count]
         half, runtime = self._half, self._xp.cuda.runtime
         made, copied = self._xp.cuda.Event(disable_timing=True), self._xp.cuda.Event(block=True, disable_timing=True)
@@ -208,30 +205,10 @@ class DeviceCapture(Capture):
 
         def write() -> None:
             try:
-                ring.turn()
                 copied.synchronize()
                 for rows in batch.rows(here, self.slice_size):
                     self._sink.rows(rows)
             finally:
                 ring.give_back()
 
-        self._put(write, ring.give_back)
-
-    def token(self, token: Token) -> None:
-        """Record one generated token, after the pass that chose it."""
-        self._hand_over()
-        super().token(token)
-
-    def close(self) -> None:
-        """Hand over the last pass and wait until everything is written. Raises what failed in the thread."""
-        try:
-            self._hand_over()
-        finally:
-            self._ring.ending = True
-            super().close()
-
-    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        if kind is not None and self._failure is None:
-            self._hand_over()
-        self._ring.ending = True
-        super().__exit__(kind, *rest)
+        self._writer.put(write, here.nbytes, ring.give_back)
