@@ -19,6 +19,7 @@ from . import fields, printed
 from .labels import Labels
 from .record import DECODE, SKETCH_SIZE
 from .slabs import Odd, Slab
+from .unnumbered import UNNUMBERED
 
 _WIDE = 2048  # bytes of a line from which its values are cut out first: msgspec would walk through them, find does not
 _NONE = msgspec.Raw(b"")
@@ -36,7 +37,7 @@ class Record(msgspec.Struct, gc=False):
     type: str | None = RECORD
     checkpoint: str | None = None
     values: msgspec.Raw = _NONE
-    token_idx: _Position = 0
+    token_idx: _Position = UNNUMBERED
     seq: Annotated[int, msgspec.Meta(ge=0, lt=fields.SEQUENCES)] = 0
     step: _Position = 0
     phase: Any = None

@@ -15,6 +15,7 @@ from engine.gguf_model import GgufModel, TensorInfo, block_of
 
 from .weights import Floats, first_values, type_name
 
+_LINE = 1 << 26  # bytes of the longest line, as in `checkpoints.scan`: leading values suffice
 # Read from printed decimals with 6 digits or more; a wrong layout is off by the size of the weights.
 _CLOSE = 2e-6
 _FEWEST = 4  # values under which nothing can be told apart
@@ -102,7 +103,13 @@ def _jsonl(path: Path) -> Iterator[tuple[str, NDArray[Any]]]:
     import orjson
 
     with path.open("rb") as file:
-        for line in file:
+        while line := file.readline(_LINE):
+            if len(line) == _LINE:
+                raise DumpError(
+                    f"{path} has a line of more than {_LINE >> 20} MiB.",
+                    "The leading values of each tensor suffice.",
+                    code="theirs",
+                )
             try:
                 record = orjson.loads(line[max(line.find(b"{"), 0) :])
             except orjson.JSONDecodeError:

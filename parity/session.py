@@ -135,12 +135,16 @@ def run(
                     reference.close()  # nobody waits for it any more
                     raise
                 pending.result()
-    left, right = load(ours_path), read(ref_path)
+    left, right = load(ours_path, request.mapping), read(ref_path)
     if request.command and not request.despite_lint:
         refuse_unusable(left, "your engine's dump")
-    verdict, drawn = compare_drawn(
-        left, right, Options(tolerance=request.tolerance, compute=request.compute, strict=request.strict)
+    options = Options(
+        tolerance=request.tolerance,
+        compute=request.compute,
+        strict=request.strict,
+        placed=request.mapping.position_offset is not None,
     )
+    verdict, drawn = compare_drawn(left, right, options)
     verdict = replace(verdict, notes=(*taken_instead(request, right), *verdict.notes))
     return Outcome(folder, left, right, verdict, drawn, perf_counter() - began)
 
