@@ -99,24 +99,30 @@ def apart(case: Case, state: State, chosen: Candidate, others: Sequence[Candidat
         for number, probe in enumerate(_probes(case, state, [chosen, *others], Path(folder))):
             if budget.late:
                 break
-            likely = [one for one in left if probe.scout is None or probe.scout.tells(chosen, [one])]
-            tried.append(probe.sentence if likely or probe.scout is None else f"{probe.sentence} of such a model")
+            likely = left if probe.scout is None else [one for one, _ in probe.scout.tells(chosen, left)]
+            tried.append(probe.sentence if likely or probe.scout is None else f"{probe.sentence} in a small model")
             found = probe.tells(chosen, likely)
             if found:
                 points = sorted({names[0] for _, names in found})
                 where = f"{probe.sentence} ({_listed(points)})" if number == 0 else probe.sentence
-                sentences.append(f"{where} would tell {_listed([_said(one) for one, _ in found])} apart")
+                sentences.append(f"{where} would tell {_listed([_said(one, chosen) for one, _ in found])} apart")
             separated = [one for one, _ in found]
             left = [one for one in left if one not in separated]
             if not left:
                 break
     if left and tried:
-        sentences.append(f"nothing that was tried tells {_listed([_said(one) for one in left])} apart ({', '.join(tried)})")
+        sentences.append(
+            f"nothing that was tried tells {_listed([_said(one, chosen) for one in left])} apart ({', '.join(tried)})"
+        )
     return "; ".join(sentences)
 
 
-def _said(candidate: Candidate) -> str:
-    values = ", ".join(str(value) for value in candidate.parameters.values() if not isinstance(value, tuple))
+def _said(candidate: Candidate, chosen: Candidate) -> str:
+    """A fault with its parameters; where it acts only if the chosen one is the same fault elsewhere."""
+    given = candidate.parameters.items()
+    plain = [str(value) for _, value in given if not isinstance(value, tuple)]
+    places = [" and ".join(value) for name, value in given if isinstance(value, tuple) and value != chosen.parameters.get(name)]
+    values = ", ".join([*plain, *(places if candidate.fault is chosen.fault else [])])
     return f"{candidate.fault.name} ({values})" if values else candidate.fault.name
 
 
