@@ -49,7 +49,7 @@ def test_an_answer_that_cannot_be_written_is_said(stories_run: Path) -> None:
     """A full disk behind stdout is one line and exit 2; a closed stdout leaves the exit code."""
     ran = shell('parity lint "$1" > /dev/full', stories_run / "ours.jsonl")
     assert ran.returncode == 2
-    one_line(ran.stderr, "cannot be written: No space left on device")
+    one_line(ran.stderr, "cannot be written or read: No space left on device")
     ran = shell('parity lint "$1" >&-', stories_run / "ours.jsonl")
     assert (ran.returncode, ran.stderr) == (0, "")
 
