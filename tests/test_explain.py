@@ -18,6 +18,7 @@ from engine.backend import Array
 from engine.faults import CATALOGUE, Planting, plant
 from parity.explain import Case, Options, explain
 from parity.explain_apart import apart
+from parity.explain_budget import Budget
 from parity.explain_state import Candidate
 from parity.explain_together import Together
 from parity.planted import Faulty, Planted, tokens_of
@@ -65,7 +66,7 @@ def test_three_faults_in_front_of_one_checkpoint_are_tried_together(engine: Faul
         ("residual-twice", {"added": "branch", "at": ("l_out",)}, None),
     )
     case = Case(only(engine, *faults), engine.model, _PATIENT)
-    screening = case.screening(case.entries, _PATIENT.budget)
+    screening = case.screening(case.entries, Budget(_PATIENT.budget))
     found = next(Together(screening, screening.start(), (0,)).found(3))
     assert {name for name, _, _ in faults} in [{candidate.fault.name for candidate in chosen} for chosen in found]
 
@@ -142,8 +143,8 @@ def test_a_longer_prompt_tells_a_chunk_from_a_shift(engine: Faulty) -> None:
     case = Case(only(engine, ("rope-missing", {}, None)), engine.model, Options())
     fault = CATALOGUE["rope-position"]
     few, many = (Candidate(fault, {"position": by, "at": ("q_rope", "k_rope")}) for by in (32, 64))
-    state = case.screening(case.entries, 60).start()
-    assert "a prompt of 64 tokens would tell rope-position (64) apart" in apart(case, state, few, [many])
+    state = case.screening(case.entries, Budget(60)).start()
+    assert "a prompt of 80 tokens would tell rope-position (64) apart" in apart(case, state, few, [many], Budget(60))
 
 
 @pytest.mark.parametrize(
