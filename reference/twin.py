@@ -16,7 +16,7 @@ from checkpoints.gguf_file import Contents, contents
 
 from .library import Library, default_threads
 
-_DEFAULT_GB = 20.0
+_DEFAULT_GB = 20.0  # of twins in the cache: one of a 4 B model, or all those of a test model; PARITY_CACHE_GB says another
 _F32 = 0  # ggml_type
 _MARK = "-f32.gguf"
 
