@@ -67,7 +67,7 @@ def measured(ours: Dump, ref: Dump, options: Options | None = None) -> Records:
     known = measures.known()
     unusable: tuple[str, ...] = ()
     if not known.all():
-        unusable = (f"{int((~known).sum())} records have no value in common and could not be compared",)
+        unusable = (f"{int((~known).sum())} records have no finite value in common and could not be compared",)
         pairs = picked(pairs, np.split(known, np.cumsum([len(pair.ours) for pair in pairs])[:-1]))
         measures = measure(pairs)
     measures = with_pass_sums(measures, pairs, ours, ref)

@@ -11,6 +11,7 @@ from cli import Cli, refused
 from checkpoints.jsonl import Writer
 from checkpoints.record import Header, ModelInfo
 from checkpoints.summary import summarise
+from parity import default_model
 
 ONCE = ("--prompt", "Once upon a time")
 
@@ -179,6 +180,34 @@ def test_two_models_are_two_experiments(parity: Cli) -> None:
 
     other = replace(HEADER, model=ModelInfo("other", "qwen2", "F32", 2, "0" * 32))
     refused(parity("diff", write("a.jsonl"), write("b.jsonl", other)), "other")
+
+
+@pytest.mark.parametrize("command", [("lint",), ("isolate",), ("explain",), ("dump", "ref", "-o", "x.jsonl", "--follow")])
+def test_a_dump_is_not_judged_by_another_model(
+    parity: Cli, stories_run: Path, synthetic: Callable[..., Path], command: object
+) -> None:
+    """Commands that hold a dump to a model file refuse another model's by name, rather than accuse the dump."""
+    ran = parity(*command, stories_run / "ours.jsonl", "--model", synthetic())  # type: ignore[misc]
+    refused(ran, "stories-14m Q8_0")
+
+
+def test_a_dump_of_the_twin_is_the_models(parity: Cli) -> None:
+    """A dump of the F32 twin is linted against the file that the twin was made of, with a warning that it is another file."""
+    assert parity("twin", default_model.path(), "-o", "twin.gguf").code == 0
+    assert parity("dump", "ours", "--model", "twin.gguf", "--tokens", "2047,430", "-o", "ours.jsonl").code == 0
+    _, answer = parity.json("lint", "ours.jsonl", "--model", default_model.path())
+    assert (answer["usable"], [finding["rule"] for finding in answer["findings"]]) == (True, ["hparams"])
+
+
+def test_nan_on_both_sides_is_no_agreement(parity: Cli) -> None:
+    """Records that have nothing but NaN on both sides are not compared, and where there are no others it is never parity."""
+    line = '{"checkpoint":"%s","token_idx":0,"values":[%s]}\n'
+    Path("nan.jsonl").write_text(line % ("embd", "1,2,3,4.5") + line % ("logits", "NaN,NaN,NaN"))
+    code, answer = parity.json("diff", "nan.jsonl", "nan.jsonl")
+    assert (code, answer["compared"]) == (0, 1)
+    assert "1 records have no finite value in common and could not be compared" in answer["notes"]
+    Path("nan.jsonl").write_text(line % ("logits", "NaN,NaN,NaN"))
+    refused(parity("diff", "nan.jsonl", "nan.jsonl"), "no record could be compared")
 
 
 def test_nothing_in_common_is_never_parity(parity: Cli) -> None:
