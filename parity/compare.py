@@ -173,12 +173,12 @@ def _notes(ours: Dump, ref: Dump, pairs: tuple[Pair, ...], measures: Measures) -
 
 
 def _settings(left: Header, right: Header) -> list[tuple[str, str, str]]:
+    # Fingerprints say it better, and a foreign engine may give its file's path (of the twin, say) for a name.
+    named = not (left.model.fingerprint and right.model.fingerprint) and not left.model.name.endswith(".gguf")
     return [
         ("mode", left.mode, right.mode),
         ("KV type", left.kv_type, right.kv_type),
-        ("model", left.model.name, right.model.name)
-        if not (left.model.fingerprint and right.model.fingerprint)
-        else ("", "", ""),
+        *([("model", left.model.name, right.model.name)] if named else []),
         ("architecture", left.model.architecture, right.model.architecture),
         ("layers", str(left.model.layers or ""), str(right.model.layers or "")),
     ]
