@@ -47,16 +47,14 @@ def for_bisect(arguments: list[str], code: int) -> int:
 
 def run(arguments: list[str]) -> int:
     """Run a command line and return its exit code; errors are printed as one line, or as JSON if that was asked for."""
-    import typer
-
-    from .cli import app
-
     try:
+        from .cli import app  # half of a short command's time: an interruption may well fall into it
+
         code = app(arguments, standalone_mode=False, prog_name="parity")
         sys.stdout.flush()
     except ParityError as error:
         return _fail(arguments, error.exit_code, error.code, error.message, error.advice)
-    except (KeyboardInterrupt, typer.Abort):
+    except KeyboardInterrupt:
         return _interrupted()
     except BrokenPipeError:
         return _unread()
@@ -73,10 +71,12 @@ def run(arguments: list[str]) -> int:
             raise
         if error.filename is None:
             _drop_output()
-        what = "the answer cannot be written" if error.filename is None else f"{error.filename}"
+        what = "the answer or a file cannot be written or read" if error.filename is None else str(error.filename)
         return _fail(arguments, 2, "system", f"{what}: {error.strerror or error}.", "Check space and permissions.")
     except Exception as error:
         # typer's own errors: its copy of click's classes, which it does not export.
+        if type(error).__name__ == "Abort":
+            return _interrupted()
         if type(error).__name__ == "NoArgsIsHelpError":
             error.show()  # type: ignore[attr-defined]
             return 2

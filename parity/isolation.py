@@ -32,6 +32,7 @@ from .request import Prompt, Request
 from .row_checks import RowChecks
 from .row_errors import Value
 from .session import resolve_prompt
+from .tokens_diff import same_model
 from .tolerance import limits
 from .whole_values import WholeValues
 
@@ -209,6 +210,7 @@ def _without_blas(operations: list[Operation], devices: Sequence[str]) -> list[O
 def _foreign(request: IsolateRequest, dump: Path, running: Reference | None) -> Isolation:
     values = WholeValues(dump, request.tensors, request.mapping)
     header = values.dump.header or Header(source="")
+    same_model(values.dump, request.model)
     if request.rows and not any("logits" in values.points(step) for step in values.passes):
         raise InputError(
             "--rows wants whole logits, which the dump doesn't have.",

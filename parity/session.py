@@ -25,6 +25,7 @@ from .lint import refuse_unusable
 from .picture import compare_drawn
 from .request import Generated, Progress, Prompt, Request
 from .sides import Foreign, Own
+from .tokens_diff import same_model
 
 
 @dataclass(frozen=True)
@@ -178,6 +179,7 @@ def dump_reference(request: Request, out: Path, follow: Dump | None = None) -> D
     with Reference(verbose=request.verbose, threads=request.threads) as reference:
         if follow is None:
             return reference.dump(reference_job(request, resolve_prompt(reference, request), out))
+        same_model(follow, request.model)
         if request.prompt is None and request.tokens is None:
             request = replace(request, **_prompt_of(follow))
         prompt = resolve_prompt(reference, request)

@@ -11,7 +11,8 @@ from cli import Cli
 
 from engine.gguf_model import GgufModel
 from parity import foreign_weights, weights
-from parity.foreign_weights import check_foreign, load
+from parity.dumped_weights import load
+from parity.foreign_weights import check_foreign
 from parity.weights import check_weights
 from reference.client import Reference
 from reference.to_float import ToFloat
