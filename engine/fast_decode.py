@@ -1,6 +1,7 @@
-"""Decode steps of the fast mode: one kernel for the whole step, captured with its records in a CUDA graph."""
+"""Decode steps of the fast mode: one kernel computes a whole step and makes its records."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from .capture_gpu import DeviceCapture
 from .device import kernel
 from .fast_weights import FastWeights
 from .packing import BF16, F16, F32
-from .staged import CACHED, CAUSAL, LAST, PLAIN, Part
+from .staged import CACHED, CAUSAL, LAST, PART_DOUBLES, PLAIN, Part
 
 _THREADS = 512 + 32  # of decode.cu: those that compute, and the warp that brings weights near
 _OTHER = 3456  # bytes of Shared beside activations, heads and weights: pointers of two layers, sums, barriers
@@ -30,8 +31,20 @@ _OUTPUTS = {
 }  # fmt: skip
 
 
+@dataclass(frozen=True)
+class _Wanted:
+    """What a step records: the kernel's arguments without the place of the records; the parts that the tap hears of.
+
+    `places` is the room that they take, in records: the logits' sums by blocks lie behind their record.
+    """
+
+    arguments: tuple[Any, ...]
+    parts: tuple[Part, ...]
+    places: int
+
+
 class DecodeStep:
-    """The device's memory of one sequence and the graphs that advance it by one token.
+    """The device's memory of one sequence and the kernel that advances it by one token.
 
     `positions` are the places of the cache; the state (token, position) lives on the device, so that steps follow each
     other without the host.
@@ -59,7 +72,7 @@ class DecodeStep:
         self._words = xp.zeros(
             (hp.n_layers, q + 2 * k + 2 * hp.n_embd + hp.n_ff + hp.n_heads * self.splits * (2 + hp.head_size)), np.uint64
         )
-        self._arrived = xp.zeros(1, dtype=np.uint32)
+        self._ended = xp.zeros(2, dtype=np.uint32)
         self._model = self._describe()
         defines = self._defines()
         self._kernel = kernel("decode", "decode", defines)
@@ -70,7 +83,7 @@ class DecodeStep:
         self._shared = int(size[0])  # what the structure takes, the staged weights included
         if self._shared > 48 * 1024:
             self._kernel.max_dynamic_shared_size_bytes = self._shared
-        self._graphs: dict[Any, tuple[Any, tuple[Part, ...], list[Array]]] = {}
+        self._wanted: dict[tuple[frozenset[str], int], _Wanted] = {}
         self.set_angles(0)
 
     def _defines(self) -> tuple[str, ...]:
@@ -110,7 +123,7 @@ class DecodeStep:
             layers += [layer.attn_norm.data.ptr, layer.ffn_norm.data.ptr, *(value.data.ptr for value in values.values())]
             layers.append(words.data.ptr)
         there = xp.asarray(np.array(layers, dtype=np.int64))
-        arrays = (self.embd, self.output_norm, self.logits, self._best, self.state, self.tokens, self._arrived)
+        arrays = (self.embd, self.output_norm, self.logits, self._best, self.state, self.tokens, self._ended, self._ended[1:])
         words = [
             there.data.ptr,
             *w.embedding.words(),
@@ -141,15 +154,17 @@ class DecodeStep:
         self._place_best((1,), (1024,), (self.state, logits, np.int32(position), self.tokens))
 
     def launch(self, tap: DeviceCapture | None) -> None:
-        """One step: the graph of the step and of the records that the tap wants; nothing waits for it."""
-        wanted = frozenset() if tap is None else tap.points
-        key = (wanted, 0 if tap is None else tap.staging(len(wanted)).data.ptr)
-        if key not in self._graphs:
-            self._graphs[key] = self._capture(tuple(name for name in self.points if name in wanted), tap)
-        graph, parts, _ = self._graphs[key]
-        graph.launch(self._stream)
-        if tap is not None and parts:
-            tap.staged(parts)
+        """One step, with the records that the tap wants; nothing waits for it."""
+        names = frozenset() if tap is None else tap.points
+        size = 0 if tap is None else tap.slice_size
+        if (names, size) not in self._wanted:
+            self._wanted[names, size] = self._records([name for name in self.points if name in names], tap)
+        wanted, hp = self._wanted[names, size], self._hp
+        records = tap.staging(wanted.places) if tap is not None and wanted.parts else np.uint64(0)
+        step = (self._model[1], np.float32(hp.eps), np.float32(hp.head_size**-0.5), *wanted.arguments, records)
+        self._kernel((self.blocks,), (_THREADS,), step, shared_mem=self._shared)
+        if tap is not None and wanted.parts:
+            tap.staged(wanted.parts)
 
     @property
     def points(self) -> list[str]:
@@ -159,50 +174,34 @@ class DecodeStep:
         kinds.insert(kinds.index("kq") + 1, "kq_soft_max")
         return ["embd", *(in_layer(i, kind) for i in range(self._hp.n_layers) for kind in kinds), "output_norm", "logits"]
 
-    def _capture(self, points: tuple[str, ...], tap: DeviceCapture | None) -> tuple[Any, tuple[Part, ...], list[Array]]:
-        hp = self._hp
-        held: list[Array] = []
-        parts: list[Part] = []
-        arguments = None
-        if tap is not None and points:
-            arguments, parts, held = self._records(points, tap)
-        self._stream.synchronize()
-        with self._stream:
-            self._stream.begin_capture()
-            step = (self._model[1], np.float32(hp.eps), np.float32(hp.head_size**-0.5))
-            self._kernel((self.blocks,), (_THREADS,), step, shared_mem=self._shared)
-            if arguments is not None:
-                kernel("summary", "summarise_points")((arguments[0],), (256,), arguments[1])
-            graph = self._stream.end_capture()
-        graph.upload(self._stream)
-        return graph, tuple(parts), held
-
-    def _records(self, points: Sequence[str], tap: DeviceCapture) -> tuple[Any, list[Part], list[Array]]:
-        """Arguments of the summary kernel: a table with a line, and a block, for each chunk that a point may have."""
-        xp, chunk = self._xp, tap.chunk
+    def _records(self, points: Sequence[str], tap: DeviceCapture | None) -> _Wanted:
+        """A table with a line for each chunk that a point may have, but for the logits, which each block sums up by itself."""
+        xp, chunk = self._xp, 0 if tap is None else tap.chunk
         work: list[tuple[int, ...]] = []
         parts: list[Part] = []
         scale = int(np.float64(self._hp.head_size**-0.5).view(np.int64))
         for i, name in enumerate(points):
             part, base, peaks, most = self._point(name, i)
             point = (base, peaks, part.kind, part.width, part.heads, self.positions, len(work), scale, i)
-            work += [(*point, c) for c in range(-(-most // chunk))]
-            parts.append(Part(name, PLAIN if part.kind == LAST else part.kind, i, part.width, part.heads))
-        held = [
-            xp.asarray(np.array(work, dtype=np.int64)),
-            xp.empty(len(work) * tap.part_doubles, dtype=np.float64),
-            xp.zeros(len(points), dtype=np.uint32),
-        ]
-        numbers = (np.int32(chunk), np.int32(tap.slice_size), np.int32(tap.record_bytes))
-        arguments = (held[0], self.state[2:], *numbers, held[1], held[2], tap.staging(len(points)))
-        return (len(work), arguments), parts, held
+            if not part.blocks:
+                work += [(*point, c) for c in range(-(-most // chunk))]
+            parts.append(replace(part, kind=PLAIN) if part.kind == LAST else part)
+        table = xp.asarray(np.array(work, dtype=np.int64).reshape(-1))
+        chunks = xp.empty(max(1, len(work)) * PART_DOUBLES, dtype=np.float64)
+        counters = xp.zeros(max(1, len(points)), dtype=np.uint32)
+        slice_size, size = (0, 1) if tap is None else (tap.slice_size, tap.record_bytes)
+        logits = points.index("logits") if "logits" in points else -1
+        places = len(points) + (-(-8 * PART_DOUBLES * self.blocks // size) if logits >= 0 else 0)
+        numbers = tuple(np.int32(number) for number in (len(work), chunk, slice_size, size, logits))
+        return _Wanted((table, *numbers, chunks, counters), tuple(parts), places)
 
     def _point(self, name: str, index: int) -> tuple[Part, int, int, int]:
         """A point's layout, the addresses of its values and of softmax's peaks, and the most elements it can have."""
         hp, point = self._hp, parse(name)
         if point.layer is None:
             array = {"embd": self.embd, "output_norm": self.output_norm, "logits": self.logits}[name]
-            return Part(name, PLAIN, index, array.size, 1), array.data.ptr, 0, array.size
+            blocks = self.blocks if name == "logits" else 0
+            return Part(name, PLAIN, index, array.size, 1, blocks), array.data.ptr, 0, array.size
         values, kind = self.values[point.layer], point.kind
         width = hp.n_kv_heads * hp.head_size
         if kind in ("k_read", "v_read"):
