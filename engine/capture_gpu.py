@@ -22,7 +22,6 @@ from .ring import Ring
 from .staged import CAUSAL, PART_DOUBLES, PLAIN, Batch, Part, layout, record_type
 
 _CHUNK = 1024  # elements a block takes: the logits of one row are 149 blocks, one for each multiprocessor of an H200
-_STEP_CHUNK = 1024  # … and a warp beside a step: 7 µs, where the logits take 65
 _LARGE_CHUNK = 8192  # … and where many rows fill the device anyway, larger chunks are less overhead
 _MANY_BLOCKS = 8192
 _LARGEST = 3  # passes of any size that the slab holds: one is not half of it, so that the writer lets the next begin in peace
@@ -141,9 +140,6 @@ class DeviceCapture(Capture):
         )
         self._kernel((chunks, rows), (256,), arguments)
         self._parts.append(Part(name, kind, len(self._parts) * rows, width, heads))
-
-    # What a decode step needs to make the records itself.
-    chunk = _STEP_CHUNK
 
     @property
     def record_bytes(self) -> int:

@@ -22,6 +22,9 @@ _OTHER = 3456  # bytes of Shared beside activations, heads and weights: pointers
 _SMALL_PIECES = 1 << F32 | 1 << F16 | 1 << BF16  # types whose rows have a piece for each of 128 lanes
 # Quantised rows of a 0.5 B model are 28 pieces: one warp takes a row of them, four that of the down projection.
 _QUANTISED_WARPS = {"QKV_WARPS": 1, "OUT_WARPS": 1, "GATE_WARPS": 1, "DOWN_WARPS": 4, "DOWN_ROWS": 2}
+_ALIGNED = 64  # floats, as CuPy aligns what it allocates by itself
+# Elements that a warp records at a time: the smallest number with which no block has two chunks, or the largest.
+_CHUNKS = (128, 256, 512, 1024)
 _MATRICES = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
 # What a layer leaves behind, in the order of decode.cu's `Layer`, and its number of floats in the letters of `_sizes`.
 _OUTPUTS = {
@@ -29,6 +32,14 @@ _OUTPUTS = {
     "kqv_out": "Q", "attn_out": "D", "ffn_inp": "D", "ffn_norm": "D", "ffn_gate": "F", "ffn_up": "F", "ffn_swiglu": "F",
     "ffn_out": "D", "l_out": "D",
 }  # fmt: skip
+
+
+def _places(xp: Any, layers: int, sizes: dict[str, int]) -> list[dict[str, Array]]:
+    """Zeros for every value of every layer, cut from one piece: hundreds of allocations took 8 ms."""
+    ends = np.cumsum([-(-size // _ALIGNED) * _ALIGNED for size in sizes.values()])
+    everything = xp.zeros((layers, int(ends[-1])), np.float32)
+    starts = dict(zip(sizes, (0, *ends[:-1].tolist()), strict=True))
+    return [{name: layer[starts[name] : starts[name] + size] for name, size in sizes.items()} for layer in everything]
 
 
 @dataclass(frozen=True)
@@ -55,13 +66,14 @@ class DecodeStep:
         self._xp, self._stream, self._hp = xp, stream, hp
         self.weights = weights
         self.positions = positions
-        self.blocks = xp.cuda.runtime.getDeviceProperties(xp.cuda.Device().id)["multiProcessorCount"]
+        self._device = xp.cuda.runtime.getDeviceProperties(xp.cuda.Device().id)
+        self.blocks: int = self._device["multiProcessorCount"]
         self.splits = max(1, self.blocks // hp.n_heads)
         q, k = hp.n_heads * hp.head_size, hp.n_kv_heads * hp.head_size
         sizes = {
             "D": hp.n_embd, "Q": q, "K": k, "KP": k * positions, "HP": hp.n_heads * positions, "2H": 2 * hp.n_heads, "F": hp.n_ff,
         }  # fmt: skip
-        self.values = [{name: xp.zeros(sizes[size], np.float32) for name, size in _OUTPUTS.items()} for _ in range(hp.n_layers)]
+        self.values = _places(xp, hp.n_layers, {name: sizes[size] for name, size in _OUTPUTS.items()})
         self.embd, self.output_norm = xp.zeros(hp.n_embd, np.float32), xp.zeros(hp.n_embd, np.float32)
         self.logits = xp.zeros(hp.n_vocab, np.float32)
         self.state = xp.zeros(4, dtype=np.int32)
@@ -73,6 +85,7 @@ class DecodeStep:
             (hp.n_layers, q + 2 * k + 2 * hp.n_embd + hp.n_ff + hp.n_heads * self.splits * (2 + hp.head_size)), np.uint64
         )
         self._ended = xp.zeros(2, dtype=np.uint32)
+        self._made = xp.zeros(self.blocks * _THREADS // 32, dtype=np.uint64)
         self._model = self._describe()
         defines = self._defines()
         self._kernel = kernel("decode", "decode", defines)
@@ -84,6 +97,7 @@ class DecodeStep:
         if self._shared > 48 * 1024:
             self._kernel.max_dynamic_shared_size_bytes = self._shared
         self._wanted: dict[tuple[frozenset[str], int], _Wanted] = {}
+        self._first: int | None = None  # the position that the angles are of
         self.set_angles(0)
 
     def _defines(self) -> tuple[str, ...]:
@@ -107,10 +121,9 @@ class DecodeStep:
             return max(layer.matrices[name].bytes_of(share) for layer in layers)
 
         gate, down = most("ffn_gate", hp.n_ff) + most("ffn_up", hp.n_ff), most("ffn_down", hp.n_embd)
-        properties = self._xp.cuda.runtime.getDeviceProperties(self._xp.cuda.Device().id)
         activations = max(hp.n_ff, hp.n_embd, hp.n_heads * hp.head_size)
         rest = 4 * (9 * activations // 8 + 32) + 64 * hp.head_size + _OTHER
-        fits = gate + down + rest <= properties["sharedMemPerBlockOptin"]
+        fits = gate + down + rest <= self._device["sharedMemPerBlockOptin"]
         return {"GATE_BYTES": gate, "DOWN_BYTES": down} if fits else {"GATE_BYTES": 0, "DOWN_BYTES": 0}
 
     def _describe(self) -> list[Array]:
@@ -123,7 +136,17 @@ class DecodeStep:
             layers += [layer.attn_norm.data.ptr, layer.ffn_norm.data.ptr, *(value.data.ptr for value in values.values())]
             layers.append(words.data.ptr)
         there = xp.asarray(np.array(layers, dtype=np.int64))
-        arrays = (self.embd, self.output_norm, self.logits, self._best, self.state, self.tokens, self._ended, self._ended[1:])
+        arrays = (
+            self.embd,
+            self.output_norm,
+            self.logits,
+            self._best,
+            self.state,
+            self.tokens,
+            self._ended,
+            self._ended[1:],
+            self._made,
+        )
         words = [
             there.data.ptr,
             *w.embedding.words(),
@@ -137,8 +160,9 @@ class DecodeStep:
     def set_angles(self, first: int) -> None:
         """RoPE's angles where place 0 of the cache is position `first`."""
         hp = self._hp
-        if not hp.rope_dims:
+        if not hp.rope_dims or first == self._first:
             return
+        self._first = first
         where = np.arange(self.positions) + first
         factors = self.weights.factors
         cosine, sine = ops.rope_angles(where, hp.rope_dims, base=hp.rope_base, scale=hp.rope_scale, factors=factors)
@@ -176,12 +200,14 @@ class DecodeStep:
 
     def _records(self, points: Sequence[str], tap: DeviceCapture | None) -> _Wanted:
         """A table with a line for each chunk that a point may have, but for the logits, which each block sums up by itself."""
-        xp, chunk = self._xp, 0 if tap is None else tap.chunk
+        xp = self._xp
         work: list[tuple[int, ...]] = []
         parts: list[Part] = []
         scale = int(np.float64(self._hp.head_size**-0.5).view(np.int64))
-        for i, name in enumerate(points):
-            part, base, peaks, most = self._point(name, i)
+        described = [self._point(name, i) for i, name in enumerate(points)]
+        longest = [most for part, _, _, most in described if not part.blocks]
+        chunk = next((size for size in _CHUNKS if sum(-(-most // size) for most in longest) <= self.blocks), _CHUNKS[-1])
+        for i, (part, base, peaks, most) in enumerate(described):
             point = (base, peaks, part.kind, part.width, part.heads, self.positions, len(work), scale, i)
             if not part.blocks:
                 work += [(*point, c) for c in range(-(-most // chunk))]

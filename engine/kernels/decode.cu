@@ -12,7 +12,7 @@
 #include "records.cuh"
 
 // Logits of this block's rows and the largest of them; where they are recorded, each warp says how far it is.
-__device__ void logits(Shared& s, const Model& m, float scale, bool recorded) {
+__device__ void logits(Shared& s, const Model& m, float scale, bool recorded, unsigned step) {
     constexpr int R = LOGITS_ROUND / WARPS;
     const int first = first_of(VOCAB), last = last_of(VOCAB), warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
     float best = -INFINITY;
@@ -28,17 +28,17 @@ __device__ void logits(Shared& s, const Model& m, float scale, bool recorded) {
         ahead.load(four, rows, lane);
         ahead.dot(four, rows, lane, s.x, sum);
         #pragma unroll
-        for (int step = 16; step; step >>= 1)
+        for (int far = 16; far; far >>= 1)
             #pragma unroll
-            for (int i = 0; i < R; i++) sum[i] += __shfl_xor_sync(~0u, sum[i], step);
+            for (int i = 0; i < R; i++) sum[i] += __shfl_xor_sync(~0u, sum[i], far);
         for (int i = 0; i < R; i++) {
             float y = sum[i] * scale + (m.output.bias ? m.output.bias[rows[i]] : 0.f);
             if (lane == 0) m.logits[rows[i]] = y;
             if (y > best || (y == best && rows[i] < best_at)) { best = y; best_at = rows[i]; }
         }
-        if (recorded) say_made(s, (r - first) / LOGITS_ROUND + 1);
+        if (recorded) say_made(m, (r - first) / LOGITS_ROUND + 1, step);
     }
-    if (recorded) say_made(s, ALL_MADE);
+    if (recorded) say_made(m, ALL_MADE, step);
     if (lane == 0) { s.part[warp] = best; s.part[WARPS + warp] = __int_as_float(best_at); }
     block_sync();
     if (threadIdx.x == 0) {
@@ -107,7 +107,6 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode(
     [[maybe_unused]] int mark = 0;
 
     if (threadIdx.x == 0) s.lines_taken = 0;
-    if (threadIdx.x < WARPS) s.made[threadIdx.x] = 0;
     if (STAGED) {
         if (threadIdx.x == 0) {
             for (int i = 0; i < 2; i++) {
@@ -123,7 +122,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode(
         __syncwarp();
         tell_settled(m);
         if (count) make_records(s, m, wanted, seen, step * BLOCKS);
-        if (logits_at >= 0) record_logits(s, m, wanted);
+        if (logits_at >= 0) record_logits(m, wanted, step);
         return;
     }
     keep_layer(s, 0, fetch_layer(m, 0));
@@ -190,7 +189,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode(
     norm.run(s, nullptr, s.layer[(LAYERS - 1) & 1].words + OUT_WORDS, step);
     norm.keep(s, eps, m.output_norm);
     settle();
-    logits(s, m, Norm::scale(s, eps), logits_at >= 0);
+    logits(s, m, Norm::scale(s, eps), logits_at >= 0, step);
     MARK
     choose(s, m, step * BLOCKS, now);
     if (count > BLOCKS) make_records(s, m, wanted, seen, step * BLOCKS);   // fewer lines are the other warps' alone

@@ -220,10 +220,9 @@ struct GateUp {
         const Matrix &g = STAGED ? s.near_gate : l.gate, &u = STAGED ? s.near_up : l.up;
         const Matrix* both[2] = {&g, &u};
         const bool alike = ONE_TYPE || type_of(l.gate) == type_of(l.up);
-        constexpr int UNROLLED = GATE_UNROLL;
         const float scale = Norm::scale(s, eps);
         rows.hold(s.x, lane);
-        #pragma unroll UNROLLED
+        #pragma unroll 1
         for (int r = mine; r < last; r += UNITS) {
             float sum[2];
             if constexpr (decltype(rows)::HOLDS) {

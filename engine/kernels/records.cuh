@@ -112,25 +112,39 @@ __device__ __noinline__ void make_records(Shared& s, const Model& m, const Wante
 }
 
 // How many rounds of logits a warp has made: said by its lane 0, which has stored them.
-#define ALL_MADE 0x7fffffff
-__device__ __forceinline__ void say_made(Shared& s, int rounds) {
+#define ALL_MADE 1e9f
+__device__ __forceinline__ Word* progress(const Model& m, int warp) { return m.made + blockIdx.x * (WARPS + 1) + warp; }
+__device__ __forceinline__ void say_made(const Model& m, float rounds, unsigned step) {
     if (threadIdx.x % 32) return;
     __threadfence_block();
-    *(volatile int*)&s.made[threadIdx.x / 32] = rounds;
+    tell(progress(m, threadIdx.x / 32), rounds, step);
+}
+__device__ __forceinline__ void await_made(const Model& m, float rounds, unsigned step) {   // by a warp: a lane looks at each other warp
+    const int warp = threadIdx.x & 31;
+    bool made;
+    do {
+        const Word word = warp < WARPS ? look(progress(m, warp)) : 0;
+        made = warp >= WARPS || (told(word, step) && value_of(word) >= rounds);
+    } while (!__all_sync(~0u, made));
+    __threadfence_block();
 }
 // This block's logits, while its other warps make them: its part, and what of it belongs to the slice.
-__device__ __noinline__ void record_logits(Shared& s, const Model& m, const Wanted& wanted) {
+__device__ __noinline__ void record_logits(const Model& m, const Wanted& wanted, unsigned step) {
     const int lane = threadIdx.x & 31, first = first_of(VOCAB), last = last_of(VOCAB);
     float* values = record_of(wanted.records, wanted.bytes, wanted.logits)->values;
     Gathered gathered;
     #pragma unroll 1
-    for (int e = first + lane; e - lane < last; e += 32) {
-        const int round = (e - lane - first) / LOGITS_ROUND;
-        while (!__all_sync(~0u, lane >= WARPS || *(volatile int*)&s.made[lane] > round)) __nanosleep(200);
-        __threadfence_block();
-        const float raw = e < last ? __ldcg(m.logits + e) : 0.f;
-        if (e < last && e < wanted.slice) values[e] = raw;
-        gathered.take(raw, e, last);
+    for (int start = first; start < last; start += LOGITS_ROUND) {
+        await_made(m, (start - first) / LOGITS_ROUND + 1, step);
+        float raws[LOGITS_ROUND / 32];
+        #pragma unroll
+        for (int i = 0; i < LOGITS_ROUND / 32; i++) raws[i] = start + 32 * i + lane < last ? __ldcg(m.logits + start + 32 * i + lane) : 0.f;
+        #pragma unroll
+        for (int i = 0; i < LOGITS_ROUND / 32; i++) {
+            const int e = start + 32 * i + lane;
+            if (e < last && e < wanted.slice) values[e] = raws[i];
+            gathered.take(raws[i], e, last);
+        }
     }
     gathered.put((double*)record_of(wanted.records, wanted.bytes, wanted.logits + 1) + blockIdx.x * PART);
 }

@@ -35,6 +35,7 @@ struct Model {
     State* state;
     int* tokens;                             // [POSITIONS] chosen token of each position
     unsigned *arrived, *settled;             // blocks that have ended, and that have made all but logits, over all steps
+    Word* made;                              // [BLOCKS][WARPS + 1] rounds of logits that a warp has made
 };
 
 // Shared memory for this block's rows of a layer's gate and up, and of its down; 0 where they do not fit.
@@ -64,9 +65,6 @@ struct Model {
 #ifndef DOWN_ROWS
 #define DOWN_ROWS 1
 #endif
-#ifndef GATE_UNROLL
-#define GATE_UNROLL 2
-#endif
 
 #ifndef TAKEN
 #define TAKEN 3                  // pairs of activations that a thread asks for at once
@@ -91,7 +89,7 @@ struct Shared {
     float part[PARTS];           // sums of rows by the warps that share them
     double norm[WARPS];
     float mixed[WARPS][HEAD], peak[WARPS], total[WARPS];   // of the warps that share a head
-    int lines_taken, made[WARPS];   // of the block's records; rounds of logits that each warp has made
+    int lines_taken;             // of the block's records
     unsigned long long full[2], used[2];   // barriers of the weights brought near: gate and up, down
     Matrix near_gate, near_up, near_down;
     __align__(16) char weights[STAGED ? GATE_BYTES + DOWN_BYTES : 16];
