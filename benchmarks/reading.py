@@ -1,7 +1,8 @@
 """How fast dumps are read, and in how much memory. Run: python benchmarks/reading.py [seconds a row]
 
-The fastest and the median of the passes that fit into that many seconds (10), since the machine may be shared: CPU time where one
-process reads, the clock's where a process a core does. Each row in a process of its own, for its memory. The last column is what the numbers alone take in simdjson, which is one process's floor.
+The fastest and the median of the passes that fit into that many seconds (10), since the machine may be shared: CPU time
+where one process reads, the clock's where a process a core does. Each row in a process of its own, for its memory. The
+last column is what the numbers alone take in simdjson, which is one process's floor.
 """
 
 import os
