@@ -110,13 +110,17 @@ class FastTransformer(Transformer):
             )
 
     def _decode(self, sequence: Any, tap: Capture | None) -> None:
-        """Launch one step; the token stands in the device's state."""
+        """Launch one step; the token stands in the device's state.
+
+        Raises:
+            TypeError: a tap that steps of the device cannot be recorded by; nothing has been launched then.
+        """
+        if tap is not None and not isinstance(tap, DeviceCapture):
+            raise TypeError("the fast mode's steps are recorded by engine.capture_gpu.DeviceCapture")
         if tap is not None:
             here = np.array([sequence.first + sequence.length])
             tap.begin(Pass(here, sequence.passes, decode=sequence.passes > 0, first=sequence.first))
-        self.step.launch(tap if isinstance(tap, DeviceCapture) and tap.keeps_rows else None)
-        if tap is not None and not isinstance(tap, DeviceCapture):
-            raise TypeError("the fast mode's steps are recorded by engine.capture_gpu.DeviceCapture")
+        self.step.launch(tap if tap is not None and tap.keeps_rows else None)
         sequence.length += 1
         sequence.passes += 1
 

@@ -22,8 +22,8 @@ from .tolerance import EXACT_FLOOR
 
 _LONGER = 80  # tokens of a longer prompt: beyond the blocks of 32 and 64 in which engines cut prompts
 _LONGEST = 512  # and at most, whatever the dump's own length: scores grow with its square
-_SHORT = 12  # tokens of a generation, the last ones of them passes of one token each:
-_GENERATED = 4
+_SHORT = 12  # tokens of a generation …
+_GENERATED = 4  # … the last ones of them passes of one token each
 _SEED = 6  # of the tokens and weights of the probes
 _NAMES = 4  # points and faults that a sentence lists
 _QUANTISED = "q4_1"

@@ -155,6 +155,20 @@ def test_fast_logits_do_not_depend_on_what_is_captured(stories: Path) -> None:
         np.testing.assert_array_equal(tokens, found[0][1])
 
 
+def test_a_step_with_a_tap_of_the_host_is_refused_before_it_runs(stories: Path) -> None:
+    """The blocking tap is a TypeError, and the sequence goes on as if the step had not been asked for."""
+    engine = FastTransformer(GgufModel(stories), choose("cupy"), positions=16)
+    one, found = engine.start(), []
+    engine.forward([2047, 9, 8], one)
+    with Capture(Sink(), ["embd"], engine.backend) as tap, pytest.raises(TypeError, match="DeviceCapture"):
+        engine.forward([7], one, tap)
+    found.append(engine.forward([7], one))
+    two = engine.start()
+    engine.forward([2047, 9, 8], two)
+    found.append(engine.forward([7], two))
+    np.testing.assert_array_equal(*found)
+
+
 _SHORT_RUN = """
 import sys
 from pathlib import Path
