@@ -28,8 +28,9 @@ _SEED = 6  # of the tokens and weights of the probes
 _NAMES = 4  # points and faults that a sentence lists
 _QUANTISED = "q4_1"
 # Small models of the kinds in which the catalogue's faults differ: groups of query heads, biases, pairs, frequency factors.
+# Three layers: in two no buffer that swaps each layer can hold another one's output.
 _MODELS = {
-    "a qwen2 model with 7 query heads a key head and biases": (Shape("qwen2", 2, 112, 14, 2, 0, 96, 200), "f16"),
+    "a qwen2 model with 3 layers, 7 query heads a key head and biases": (Shape("qwen2", 3, 112, 14, 2, 0, 96, 200), "f16"),
     "a llama model with frequency factors and linear scaling": (
         Shape("llama", 2, 96, 4, 2, 32, 160, 200, biases=False, eps=1e-5, rope_base=1e4, rope_factors=True, rope_scaling=4.0),
         "f16",
