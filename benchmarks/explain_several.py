@@ -25,6 +25,7 @@ from checkpoints.explanation import Explanation
 from checkpoints.record import Dump
 from engine.faults import CATALOGUE
 from parity.explain import Options, explain
+from parity.explain_budget import Budget
 from parity.explain_case import Case
 from parity.explain_together import Together
 from parity.planted import Faulty, Planted, tokens_of
@@ -102,7 +103,7 @@ def ranks(folder: Path, first: int, count: int) -> None:
         tokens = tokens_of(faulty.model, 8, seed)
         planted, dump = draw(faulty, tokens, 2, random.Random(seed))
         case = Case(dump, faulty.model, Options(tokens=tokens))
-        screening = case.screening(case.entries, 600.0)
+        screening = case.screening(case.entries, Budget(600.0))
         start = screening.start()
         if len(screening.suspects(start)) != 1 or any(CATALOGUE[fault].shows for fault, _, _ in planted.faults):
             continue

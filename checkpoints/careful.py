@@ -10,6 +10,7 @@ from . import fields, lenient
 from .labels import Labels
 from .record import DECODE, SKETCH_SIZE, End, Header, Token
 from .slabs import Slab
+from .unnumbered import UNNUMBERED
 
 RECORD = "checkpoint"
 
@@ -43,7 +44,7 @@ def _record(found: dict[str, Any], line: bytes, labels: Labels, serial: int, *, 
     label, values = found["checkpoint"], found["values"]
     if not isinstance(label, str) or not isinstance(values, list):
         raise TypeError('"checkpoint" must be a name and "values" a list of numbers')
-    token_idx = fields.integer(found.get("token_idx", 0), "token_idx")
+    token_idx = fields.integer(found["token_idx"], "token_idx") if "token_idx" in found else UNNUMBERED
     step = fields.integer(found.get("step", 0), "step")
     seq = fields.integer(found.get("seq", 0), "seq", fields.SEQUENCES)
     shape = fields.shape(found.get("shape"))

@@ -11,7 +11,7 @@ import orjson
 
 from .errors import InputError
 from .lines import checkpoint_lines, end_line, header_line, token_line
-from .record import Header, Rows, Token
+from .record import Dump, Header, Rows, Token
 
 
 def _dumps(value: Any) -> bytes:
@@ -79,6 +79,22 @@ class Writer:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.close(complete=kind is None)
+
+
+def write(dump: Dump, path: str | os.PathLike[str], header: Header) -> None:
+    """Write a dump that was read, whatever its format, as format 1; `header` is taken where it has none of its own.
+
+    What was cut short stays so: it gets no end record.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    with Writer(path, dump.header or header) as writer:
+        for rows in dump.points.values():
+            writer.rows(rows)
+        for token in dump.tokens:
+            writer.token(token)
+        writer.close(complete=not dump.torn and (dump.header is None or dump.end is not None))
 
 
 def _unwritable(path: Path, error: OSError) -> InputError:

@@ -6,7 +6,7 @@ from pathlib import Path
 from . import lenient
 
 _HEAD = 1 << 16
-_KEYS = ("checkpoint", "token_idx", "values")
+_KEYS = ("checkpoint", "values")
 
 
 def reason(path: Path) -> str:
@@ -18,7 +18,11 @@ def reason(path: Path) -> str:
             head = file.read(_HEAD)
     except OSError:
         return ""
-    for number, line in enumerate(head.splitlines(), 1):
+    if head.startswith(b"GGUF"):
+        return "It is a model: --model takes it. "
+    if b"\0" in head:
+        return "It is no text. "
+    for number, line in enumerate(head.split(b"\n"), 1):
         if b"{" not in line:
             continue
         try:

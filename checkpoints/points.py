@@ -131,7 +131,7 @@ def order(names: Iterable[str]) -> list[str]:
     return sorted(unique, key=place.__getitem__)
 
 
-_END = 1 << 40
+_END = 1 << 40  # behind every layer: what has no layer
 
 
 def _section(point: Point) -> int:

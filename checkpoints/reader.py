@@ -8,6 +8,7 @@ from .errors import DumpError
 from .record import Dump, End, Rows, Token
 from .scan import Scan
 from .slabs import blown_up
+from .unnumbered import counted, said
 
 
 def read(path: str | os.PathLike[str]) -> Dump:
@@ -28,7 +29,7 @@ def read(path: str | os.PathLike[str]) -> Dump:
             end = item
         else:
             header = item
-    points = {}
+    points, unnumbered = {}, {}
     for name, found in parts.items():
         if blown_up(found):
             raise DumpError(
@@ -36,9 +37,13 @@ def read(path: str | os.PathLike[str]) -> Dump:
                 "Print as many in each.",
                 code="record",
             )
-        points[name] = Rows.stack(found)
+        rows = Rows.stack(found)
+        points[name] = counted(rows, scan.name)
+        if points[name] is not rows:
+            unnumbered[name] = len(rows)
     dump = Dump(scan.name, header, points, tuple(tokens), end, scan.skipped, (), scan.torn)
-    return replace(dump, notes=tuple(_notes(dump)))
+    notes = [said(unnumbered, len(points))] if unnumbered else []
+    return replace(dump, notes=(*_notes(dump), *notes))
 
 
 def _notes(dump: Dump) -> Iterator[str]:

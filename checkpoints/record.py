@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 FORMAT = 1
-DEFAULT_SLICE = 16
-SKETCH_SIZE = 32
+DEFAULT_SLICE = 16  # leading values: a row fills a line of a screen; what lies outside of them the sketch sees
+SKETCH_SIZE = 32  # projections: the squared distance to √(2/32) = 25 %
 PREFILL = "prefill"
 DECODE = "decode"
 

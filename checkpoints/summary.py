@@ -6,6 +6,7 @@ distance of two vectors: Alon, Matias and Szegedy 1996, "AMS sketch"). Its signs
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
@@ -15,6 +16,11 @@ from .points import parse
 from .record import SKETCH_SIZE, Rows
 
 _BLOCK = 8192  # elements a block of signs covers: 2 MiB as float64, so that a block stays in a core's cache
+_SMALL = 1 << 16  # elements above which a value's own work outweighs the cost of a call (0.15 ms, 2 ns an element)
+
+_Made = tuple[
+    tuple[tuple[int, ...], ...], NDArray[np.float32], NDArray[np.int64], dict[str, NDArray[np.float64]], NDArray[np.float32]
+]
 
 
 def fmix32(h: NDArray[np.uint32]) -> NDArray[np.uint32]:
@@ -47,43 +53,51 @@ def _blocks(start: int, stop: int) -> Iterator[tuple[int, int, NDArray[np.float6
         start = end
 
 
-def sketch(rows: NDArray[np.float32]) -> NDArray[np.float64]:
+def sketch(rows: NDArray[np.float32] | NDArray[np.float64]) -> NDArray[np.float64]:
     """The 32 projections of each row: [R, n] -> float64 [R, 32]. Rows must be finite."""
     total = np.zeros((rows.shape[0], SKETCH_SIZE))
     for start, stop, block in _blocks(0, rows.shape[1]):
-        total += rows[:, start:stop].astype(np.float64) @ block
+        total += rows[:, start:stop].astype(np.float64, copy=False) @ block
     return total
 
 
-def _partial_sketches(rows: NDArray[np.float32]) -> NDArray[np.float64]:
+def _partial_sketches(rows: NDArray[np.float64]) -> NDArray[np.float64]:
     """Each row's share of the sketch of all rows laid end to end: [R, n] -> float64 [R, 32]."""
     n = rows.shape[1]
     shares = np.zeros((rows.shape[0], SKETCH_SIZE))
     for r, row in enumerate(rows):
         for start, stop, block in _blocks(r * n, (r + 1) * n):
-            shares[r] += row[start - r * n : stop - r * n].astype(np.float64) @ block
+            shares[r] += row[start - r * n : stop - r * n] @ block
     return shares
 
 
-def _statistics(rows: NDArray[np.float32]) -> tuple[NDArray[np.float32], dict[str, NDArray[np.float64]]]:
+def _statistics(rows: NDArray[np.float32]) -> tuple[NDArray[np.float64], dict[str, NDArray[np.float64]]]:
     """The rows with non-finite elements zeroed, and the statistics of each: [R, n] -> [R, n], name -> float64 [R]."""
-    finite = np.isfinite(rows)
-    whole = bool(finite.all())
-    clean = rows if whole else np.where(finite, rows, np.float32(0))
-    n = rows.shape[1]
-    wide = clean.astype(np.float64)
-    empty = ~finite.any(axis=1)
-    low = clean.min(axis=1) if whole else np.where(finite, rows, np.float32(np.inf)).min(axis=1)
-    high = clean.max(axis=1) if whole else np.where(finite, rows, np.float32(-np.inf)).max(axis=1)
+    wide = rows.astype(np.float64)
+    with np.errstate(invalid="ignore"):  # infinities of both signs
+        total = wide.sum(axis=1)
+    if not np.isfinite(total).all():  # float64 holds every sum of finite float32
+        return _statistics_of_garbage(rows)
     stats = {
-        "n": np.full(len(rows), float(n)),
-        "sum": wide.sum(axis=1),
+        "n": np.full(len(rows), float(rows.shape[1])),
+        "sum": total,
         "l2": np.sqrt(np.einsum("ij,ij->i", wide, wide)),
-        "min": np.where(empty, 0.0, low.astype(np.float64)),
-        "max": np.where(empty, 0.0, high.astype(np.float64)),
-        "nonfinite": (n - finite.sum(axis=1)).astype(np.float64),
-        "absmax_at": np.abs(clean).argmax(axis=1).astype(np.float64),
+        "min": wide.min(axis=1),
+        "max": wide.max(axis=1),
+        "nonfinite": np.zeros(len(rows)),
+        "absmax_at": np.abs(wide).argmax(axis=1).astype(np.float64),
     }
+    return wide, stats
+
+
+def _statistics_of_garbage(rows: NDArray[np.float32]) -> tuple[NDArray[np.float64], dict[str, NDArray[np.float64]]]:
+    """The same where some element is not finite: least and largest are of the finite ones, 0 where there are none."""
+    finite = np.isfinite(rows)
+    empty = ~finite.any(axis=1)
+    clean, stats = _statistics(np.where(finite, rows, np.float32(0)))
+    stats["min"] = np.where(empty, 0.0, np.where(finite, rows, np.float32(np.inf)).min(axis=1).astype(np.float64))
+    stats["max"] = np.where(empty, 0.0, np.where(finite, rows, np.float32(-np.inf)).max(axis=1).astype(np.float64))
+    stats["nonfinite"] = (rows.shape[1] - finite.sum(axis=1)).astype(np.float64)
     return clean, stats
 
 
@@ -92,6 +106,31 @@ def _pad(rows: Sequence[NDArray[np.float32]], width: int) -> NDArray[np.float32]
     for r, row in enumerate(rows):
         padded[r, : len(row)] = row
     return padded
+
+
+def kept_copy(point: str, tensor: NDArray[np.float32], tokens: int, kept: NDArray[np.int64]) -> NDArray[np.float32]:
+    """A copy of what the records of these rows are made of: the rows [R, n], or the whole value where rows need it.
+
+    Raises:
+        TypeError: `tensor` is not float32 in host memory.
+        ValueError: it does not hold one row for each of `tokens` positions.
+    """
+    if not isinstance(tensor, np.ndarray):
+        raise TypeError(f"{point}: a record is made of host memory, got {type(tensor).__name__}; copy it to the host first")
+    if tensor.dtype != np.float32:
+        raise TypeError(f"{point}: expected float32, got {tensor.dtype}")
+    if _layout(point):
+        return np.array(tensor)
+    if tensor.shape[:1] != (tokens,):
+        raise ValueError(f"{point}: {tensor.shape} does not hold one row for each of {tokens} positions")
+    return tensor.reshape(tokens, -1)[kept]
+
+
+def _layout(point: str) -> str:
+    """What a value's rows are: "causal" [H, T, S], "cached" [S, …], or nothing special, one row a position."""
+    known = parse(point).known
+    row = known.row if known is not None else ()
+    return "causal" if row == ("H", "t+1") else "cached" if row[:1] == ("t+1",) else ""
 
 
 def summarise(
@@ -122,53 +161,69 @@ def summarise(
         TypeError: `tensor` is not float32 in host memory.
         ValueError: the tensor's shape contradicts `token_idx`.
     """
-    if not isinstance(tensor, np.ndarray):
-        raise TypeError(f"{point}: a record is made of host memory, got {type(tensor).__name__}; copy it to the host first")
-    if tensor.dtype != np.float32:
-        raise TypeError(f"{point}: expected float32, got {tensor.dtype}")
     kept = np.arange(len(token_idx)) if keep is None else keep
-    known = parse(point).known
-    layout = known.row if known is not None else ()
-    if layout == ("H", "t+1"):
-        made = _causal(point, tensor, token_idx - first, kept, slice_size)
-    elif layout[:1] == ("t+1",):
-        made = _cached(point, tensor, token_idx - first, kept, slice_size)
-    else:
-        made = _plain(point, tensor, token_idx, kept, slice_size)
-    shapes, values, counts, stats, sketches = made
-    with np.errstate(over="ignore"):  # garbage of 1e38 has a sketch beyond float32
-        small = sketches.astype(np.float32)
-    return Rows(
-        point=point,
-        seq=np.full(len(kept), seq, dtype=np.int64),
-        token_idx=token_idx[kept],
-        step=np.full(len(kept), step, dtype=np.int64),
-        decode=np.full(len(kept), decode, dtype=np.bool_),
-        shapes=shapes,
-        values=values,
-        counts=counts,
-        stats=stats,
-        sketch=small,
-        dtype=dtype,
-    )
+    copy = kept_copy(point, tensor, len(token_idx), kept)
+    (rows,) = summarise_pass([(point, copy)], token_idx, kept, step=step, decode=decode, slice_size=slice_size, first=first)
+    return replace(rows, seq=np.full(len(kept), seq, dtype=np.int64), dtype=dtype)
 
 
-_Made = tuple[
-    tuple[tuple[int, ...], ...], NDArray[np.float32], NDArray[np.int64], dict[str, NDArray[np.float64]], NDArray[np.float64]
-]
+def summarise_pass(
+    copies: Sequence[tuple[str, NDArray[np.float32]]],
+    token_idx: NDArray[np.int64],
+    kept: NDArray[np.int64],
+    *,
+    step: int,
+    decode: bool,
+    slice_size: int | None,
+    first: int,
+) -> list[Rows]:
+    """The records of several points of one forward pass, in their order.
+
+    The arguments are those of `summarise`; a copy is what `kept_copy` gave. Small values of one width are summarised in
+    one call: its fixed cost, some 0.3 ms with cold caches, is more than the work on a row of a small model.
+    """
+    made: dict[int, _Made] = {}
+    widths: dict[tuple[int, int], list[int]] = {}
+    for number, (point, copy) in enumerate(copies):
+        layout = _layout(point)
+        if layout == "causal":
+            made[number] = _causal(point, copy, token_idx - first, kept, slice_size)
+        elif layout == "cached":
+            made[number] = _cached(point, copy, token_idx - first, kept, slice_size)
+        else:
+            alone = number if copy.size > _SMALL else -1
+            widths.setdefault((copy.shape[1], alone), []).append(number)
+    for numbers in widths.values():
+        rows = [copies[number][1] for number in numbers]
+        together = _plain(rows[0] if len(rows) == 1 else np.concatenate(rows), slice_size)
+        made.update(zip(numbers, _split(together, len(rows)), strict=True))
+    positions = token_idx[kept]
+    zero, steps, phase = np.zeros(len(kept), np.int64), np.full(len(kept), step, np.int64), np.full(len(kept), decode)
+    return [Rows(point, zero, positions, steps, phase, *made[number]) for number, (point, _) in enumerate(copies)]
 
 
-def _plain(
-    point: str, tensor: NDArray[np.float32], token_idx: NDArray[np.int64], kept: NDArray[np.int64], size: int | None
-) -> _Made:
-    if tensor.shape[:1] != (len(token_idx),):
-        raise ValueError(f"{point}: {tensor.shape} does not hold one row for each of {len(token_idx)} positions")
-    rows = tensor.reshape(len(token_idx), -1)[kept]
-    clean, stats = _statistics(rows)
+def _plain(rows: NDArray[np.float32], size: int | None) -> _Made:
+    wide, stats = _statistics(rows)
     count = rows.shape[1] if size is None else min(size, rows.shape[1])
     # A row of the vocabulary is flat: [H*d], whatever the array's own shape is.
-    shapes = ((rows.shape[1],),) * len(kept)
-    return shapes, rows[:, :count].copy(), np.full(len(kept), count, dtype=np.int64), stats, sketch(clean)
+    shapes = ((rows.shape[1],),) * len(rows)
+    return shapes, rows[:, :count].copy(), np.full(len(rows), count, dtype=np.int64), stats, _rounded(sketch(wide))
+
+
+def _rounded(sketches: NDArray[np.float64]) -> NDArray[np.float32]:
+    with np.errstate(over="ignore"):  # garbage of 1e38 has a sketch beyond float32
+        return sketches.astype(np.float32)
+
+
+def _split(made: _Made, parts: int) -> list[_Made]:
+    """The same for each of several values of equally many rows that were laid one after the other."""
+    shapes, values, counts, stats, sketches = made
+    size = len(shapes) // parts
+    cuts = [slice(start * size, (start + 1) * size) for start in range(parts)]
+    return [
+        (shapes[cut], values[cut], counts[cut], {name: column[cut] for name, column in stats.items()}, sketches[cut])
+        for cut in cuts
+    ]
 
 
 def _causal(
@@ -196,7 +251,7 @@ def _causal(
         sketches[r] = sketch(clean)[0]
     counts = np.array([len(value) for value in values], dtype=np.int64)
     columns = {name: np.concatenate([row[name] for row in stats]) for name in (stats[0] if stats else {})}
-    return tuple(shapes), _pad(values, int(counts.max(initial=0))), counts, columns, sketches
+    return tuple(shapes), _pad(values, int(counts.max(initial=0))), counts, columns, _rounded(sketches)
 
 
 def _cached(
@@ -227,4 +282,5 @@ def _cached(
     values = [flat[: int(count)] for count in counts]
     sketches = np.cumsum(_partial_sketches(clean), axis=0)[last]
     shapes = tuple((int(count), width) for count in seen[kept])
-    return shapes, _pad(values, int(counts.max(initial=0))), counts, {name: c[last] for name, c in cumulative.items()}, sketches
+    of_rows = {name: column[last] for name, column in cumulative.items()}
+    return shapes, _pad(values, int(counts.max(initial=0))), counts, of_rows, _rounded(sketches)

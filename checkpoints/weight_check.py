@@ -21,7 +21,7 @@ class FirstDifference:
 class TensorCheck:
     """One tensor. `status` is "equal", "different", "not checked", or in words what it is equal to ("equal when transposed").
 
-    `reason` explains; `by` names what was compared; `elements` how many values.
+    `reason` explains; `by` names what was compared; `elements` how many values, `nonfinite` how many of them are NaN or infinite.
     """
 
     name: str
@@ -32,6 +32,7 @@ class TensorCheck:
     by: tuple[str, ...] = ()
     reason: str = ""
     first: FirstDifference | None = None
+    nonfinite: int = 0
 
     @property
     def right(self) -> bool:

@@ -1,6 +1,7 @@
 """Groups of steps that architectures share. An architecture's own file puts them together and adds its oddities."""
 
 from collections.abc import Mapping
+from math import inf
 from typing import Protocol
 
 from checkpoints.errors import ModelError
@@ -51,7 +52,7 @@ class Blocks:
 
     def norm(self, makes: str, reads: str, weight: str) -> Step:
         """RMSNorm with the model's epsilon."""
-        if not self.hp.eps > 0:
+        if not 0 < self.hp.eps < inf:
             key = f"{self.hp.architecture}.attention.layer_norm_rms_epsilon"
             raise ModelError(f"the metadata have no usable {key}.", "Convert the model again.")
         return Step(makes, ops.rms_norm, (reads,), (self.weight(weight, self.hp.n_embd),), {"eps": self.hp.eps})

@@ -1,13 +1,13 @@
-"""The tap: copies what a step has just computed, and a thread that writes it.
+"""The tap: copies what a step has just computed, and hands the copies of a pass to the thread that writes them.
 
 A record is made of a copy taken in the moment the value is computed; no pointer into the engine is kept, so buffers that
-are reused later cannot change it. Formatting and disk are the writer thread's: the engine hands over finished rows and
-goes on, and waits only when more than `_QUEUE` batches wait, which is counted.
+are reused later cannot change it. Statistics, sketches, formatting and disk are the writer thread's: the engine copies
+and goes on, and waits only where the copies that wait are too many, which is counted.
 """
 
-import queue
-import threading
+import atexit
 from collections.abc import Callable, Collection
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import Literal, Protocol, Self
 
@@ -15,13 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from checkpoints.record import DEFAULT_SLICE, Rows, Token
-from checkpoints.summary import summarise
+from checkpoints.summary import kept_copy, summarise_pass
 from checkpoints.tensors import TensorWriter, key
 
 from .backend import Array, Backend
+from .writer_thread import WriterThread
 
 Positions = Literal["all", "last"] | tuple[int, ...]
-_QUEUE = 256  # batches that may wait for the disk: some tens of MB at the default slice, whatever the model's size
+_HELD = 1 << 20  # bytes of copies that are handed over before their pass ends: a prefill need not be held as a whole
 
 
 class RowSink(Protocol):
@@ -57,7 +58,7 @@ class Capture:
     """Records the points asked for and writes them in a thread of its own.
 
     What fails in the thread comes out in the engine's next call, and at the latest in `close`.
-    `waits` counts how often the engine had to wait for the writer; `on_value`, if set, hears of every value computed.
+    `on_value`, if set, hears of every value computed.
     """
 
     def __init__(
@@ -71,7 +72,6 @@ class Capture:
         tensors: TensorWriter | None = None,
     ) -> None:
         self.points = frozenset(points)
-        self.waits = 0
         self.on_value: Callable[[str], None] | None = None
         self._sink = sink
         self._backend = backend
@@ -79,83 +79,76 @@ class Capture:
         self._slice = slice_size
         self._tensors = tensors
         self._now = Pass(np.zeros(0, dtype=np.int64), 0, decode=False)
-        self._failure: BaseException | None = None
-        self._queue: queue.Queue[tuple[Callable[[], None], Callable[[], None]] | None] = queue.Queue(_QUEUE)
-        self._thread = threading.Thread(target=self._write, name="checkpoint-writer", daemon=True)
-        self._thread.start()
+        self._kept = np.zeros(0, dtype=np.int64)
+        self._held: list[tuple[str, NDArray[np.float32]]] = []
+        self._writer = WriterThread()
+        atexit.register(self.close)  # a process that forgets to close loses nothing
+
+    @property
+    def waits(self) -> int:
+        """How often the engine had to wait for the writer."""
+        return self._writer.waits
 
     def begin(self, now: Pass) -> None:
-        """Say where the pass that starts now stands."""
-        self._raise_failure()
+        """Say where the pass that starts now stands; what the last one made goes to the writer."""
+        self._hand_over()
+        self._writer.check()
         self._now = now
+        self._kept = kept_rows(self._positions, now)
 
     def __call__(self, name: str, value: Array) -> None:
-        """Record a value; called by the loop right after the step."""
+        """Record a value; called by the loop right after the step.
+
+        Raises:
+            TypeError: it is not float32.
+            ValueError: it does not hold a row for each position of the pass.
+            what failed in the writer's thread.
+        """
         if self.on_value is not None:
             self.on_value(name)
-        if name not in self.points:
+        if name not in self.points or not len(self._kept):
             return
-        keep = kept_rows(self._positions, self._now)
-        if not len(keep):
-            return
-        host = np.ascontiguousarray(self._backend.to_host(value))
-        now = self._now
-        rows = summarise(
-            name,
-            host,
-            now.token_idx,
-            step=now.step,
-            decode=now.decode,
-            slice_size=self._slice,
-            keep=keep,
-            first=now.first,
-        )
-        self._put(lambda: self._sink.rows(rows))
+        host = self._backend.to_host(value)
+        copy = kept_copy(name, host, len(self._now.token_idx), self._kept)
+        self._held.append((name, copy))
         if self._tensors is not None:
-            tensors, copy = self._tensors, host.copy()
-            self._put(lambda: tensors.add(key(name, now.step), copy))
+            tensors, entry, whole = self._tensors, key(name, self._now.step), np.array(host)
+            self._writer.put(lambda: tensors.add(entry, whole), whole.nbytes)
+        if sum(held.nbytes for _, held in self._held) >= _HELD:
+            self._hand_over()
+
+    def _hand_over(self) -> None:
+        """Give the writer what was copied since the last time."""
+        if not self._held:
+            return
+        held, self._held = self._held, []
+        now, kept = self._now, self._kept
+
+        def write() -> None:
+            for rows in summarise_pass(
+                held, now.token_idx, kept, step=now.step, decode=now.decode, slice_size=self._slice, first=now.first
+            ):
+                self._sink.rows(rows)
+
+        self._writer.put(write, sum(copy.nbytes for _, copy in held))
 
     def token(self, token: Token) -> None:
-        """Record one generated token."""
-        self._put(lambda: self._sink.token(token))
-
-    def _put(self, work: Callable[[], None], discard: Callable[[], None] = lambda: None) -> None:
-        """Give the writer's thread something to do; `discard` is called instead once the writer has failed."""
-        self._raise_failure()
-        try:
-            self._queue.put_nowait((work, discard))
-        except queue.Full:
-            self.waits += 1
-            self._queue.put((work, discard))
-
-    def _write(self) -> None:
-        while (item := self._queue.get()) is not None:
-            work, discard = item
-            if self._failure is not None:
-                discard()
-                continue
-            try:
-                work()
-            except BaseException as error:
-                self._failure = error
-
-    def _raise_failure(self) -> None:
-        if self._failure is not None:
-            raise self._failure
+        """Record one generated token, after the pass that chose it."""
+        self._hand_over()
+        self._writer.put(lambda: self._sink.token(token), 0)
 
     def close(self) -> None:
-        """Wait until everything is written. Raises what failed in the thread."""
-        if self._thread.is_alive():
-            self._queue.put(None)
-            self._thread.join()
-        self._raise_failure()
+        """Hand over the last pass and wait until everything is written. Raises what failed in the thread."""
+        atexit.unregister(self.close)
+        try:
+            self._hand_over()
+        finally:
+            self._writer.finish()
+        self._writer.check()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
+        with nullcontext() if kind is None else suppress(BaseException):  # what failed first is already under way
             self.close()
-        else:
-            self._queue.put(None)
-            self._thread.join()

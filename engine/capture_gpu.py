@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from checkpoints.record import DEFAULT_SLICE, Token
+from checkpoints.record import DEFAULT_SLICE
 from checkpoints.tensors import TensorWriter
 
 from .backend import Array, Backend
-from .capture import Capture, Pass, Positions, RowSink, kept_rows
+from .capture import Capture, Pass, Positions, RowSink
 from .device import kernel
 from .ring import Ring
 from .staged import CAUSAL, PART_DOUBLES, PLAIN, Batch, Part, layout, record_type
@@ -67,13 +67,13 @@ class DeviceCapture(Capture):
         self.slice_size = slice_size
         self._step_places = len(self.points)  # of the slab that a decode step takes
         self._beside = 0  # places of the pass in progress that are no records
-        self._ring = Ring(0)
+        self._ring = Ring(0, self._writer.hurry)
         self._staging: Array = None  # of the slab's size, place by place: no pass waits until another's records are copied out
         self._start: int | None = None  # the place where those of the pass in progress begin
         self._copies = self._xp.cuda.Stream(non_blocking=True)
         self._slab: NDArray[Any] = np.zeros(0, self._record)
         self._parts: list[Part] = []
-        self._kept = self._seen = np.zeros(0, dtype=np.int64)
+        self._seen = np.zeros(0, dtype=np.int64)
         self._kept_there: Array = None
         self._scratch: Array = None
         self._counters: Array = None
@@ -81,9 +81,7 @@ class DeviceCapture(Capture):
 
     def begin(self, now: Pass) -> None:
         """Say where the pass that starts now stands; what the last one staged goes to the writer."""
-        self._hand_over()
         super().begin(now)
-        self._kept = kept_rows(self._positions, now)
         self._seen = now.token_idx[self._kept] - now.first + 1
         self._allocate(len(self.points) * len(self._kept))
         self._kept_there = None
@@ -94,7 +92,8 @@ class DeviceCapture(Capture):
         if self._staging is not None and len(self._slab) >= capacity:
             return
         self._ring.drain()
-        self._ring = Ring(capacity)
+        self._ring = Ring(capacity, self._writer.hurry)
+        self._writer.limit = capacity * self._record.itemsize
         # Not by cupyx, which takes as long to import as a model to load.
         pinned = self._xp.cuda.alloc_pinned_memory(capacity * self._record.itemsize)
         self._slab = np.frombuffer(pinned, self._record, capacity)
@@ -104,9 +103,7 @@ class DeviceCapture(Capture):
     def _place(self, count: int) -> Array:
         """Where this pass's records are staged, from its next free place on; the pass takes `count` places with the first."""
         if self._start is None:
-            before = self._ring.waits
             self._start = self._ring.take(count)
-            self.waits += self._ring.waits - before
         return self._staging[(self._start + len(self._parts) * len(self._kept)) * self._record.itemsize :]
 
     def __call__(self, name: str, value: Array) -> None:
@@ -185,7 +182,7 @@ class DeviceCapture(Capture):
         start = self._start
         if start is None or not self._parts:
             return
-        self._raise_failure()
+        self._writer.check()
         batch = Batch(self._now, self._kept, self._seen, tuple(self._parts))
         count = len(self._parts) * len(self._kept) + self._beside
         here, runtime = self._slab[start : start + count], self._xp.cuda.runtime
@@ -201,30 +198,10 @@ class DeviceCapture(Capture):
 
         def write() -> None:
             try:
-                ring.turn()
                 copied.synchronize()
                 for rows in batch.rows(here, self.slice_size):
                     self._sink.rows(rows)
             finally:
                 ring.give_back()
 
-        self._put(write, ring.give_back)
-
-    def token(self, token: Token) -> None:
-        """Record one generated token, after the pass that chose it."""
-        self._hand_over()
-        super().token(token)
-
-    def close(self) -> None:
-        """Hand over the last pass and wait until everything is written. Raises what failed in the thread."""
-        try:
-            self._hand_over()
-        finally:
-            self._ring.ending = True
-            super().close()
-
-    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        if kind is not None and self._failure is None:
-            self._hand_over()
-        self._ring.ending = True
-        super().__exit__(kind, *rest)
+        self._writer.put(write, here.nbytes, ring.give_back)

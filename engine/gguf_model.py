@@ -2,7 +2,7 @@
 
 import mmap
 from dataclasses import dataclass
-from math import prod
+from math import isfinite, prod
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +122,12 @@ class GgufModel:
 
         n_embd, n_heads = own("embedding_length", int), self._uniform(f"{architecture}.attention.head_count")
         n_kv_heads = self._uniform(f"{architecture}.attention.head_count_kv", n_heads)
-        if min(n_embd, n_heads, n_kv_heads, own("block_count", int)) < 1 or n_heads % n_kv_heads:
+        if own("block_count", int) < 1:
+            raise self._wrong("it has no layers")
+        rope_base = own("rope.freq_base", float, 10000.0)
+        if not (isfinite(rope_base) and rope_base > 0):
+            raise self._wrong(f"a RoPE base of {rope_base} gives no frequencies")
+        if min(n_embd, n_heads, n_kv_heads) < 1 or n_heads % n_kv_heads:
             raise self._wrong(f"width {n_embd}, {n_heads} heads and {n_kv_heads} key/value heads do not go together")
         if f"{architecture}.attention.key_length" not in self.metadata and n_embd % n_heads:
             raise self._wrong(f"width {n_embd} and {n_heads} heads do not go together")
@@ -145,7 +150,7 @@ class GgufModel:
             n_vocab=embedding.shape[0] if embedding else own("vocab_size", int, 0),
             n_ctx_train=own("context_length", int),
             eps=own("attention.layer_norm_rms_epsilon", float, 0.0),
-            rope_base=own("rope.freq_base", float, 10000.0),
+            rope_base=rope_base,
             rope_dims=rope_dims,
             rope_scale=self._rope_scale(architecture),
         )

@@ -23,31 +23,39 @@ NOT_ALLOWED = (ValueError, KeyError, IndexError, TypeError)
 Visit = Callable[[str, Array], bool]  # a value that differs from the right run's; False ends the replay
 Edits = Mapping[int, Sequence[Step]]  # the steps that stand in place of the right one, by its number
 Judge = Callable[[str, Array], Sequence[bool]]  # a value of several versions, [M, …]: which of them to go on with
+Stop = Callable[[], bool]  # whether no time is left
 Values = dict[str, Array]
 
 
 class _Right(Mapping[str, Array]):
     """The values of the right run; one is computed, with all before it, when it is first asked for.
 
+    `longer` is a run over the same tokens and perhaps more: what its first steps, if they are the same, have made is taken
+    from there. No row of theirs may depend on a later one.
+
     Raises:
         ValueError, IndexError: where faults are planted in the right run's steps, the model's shapes may not allow them.
     """
 
-    def __init__(self, steps: Sequence[Step], given: Values, weights: WeightSource) -> None:
+    def __init__(self, steps: Sequence[Step], given: Values, weights: WeightSource, longer: "Replay | None") -> None:
         self._made = given
         self._names = (*given, *(step.makes for step in steps))
         self._known = frozenset(self._names)
         self._steps = tuple(steps)
-        self._next = 0
+        self._next = 0 if longer is None else same_start(steps, longer.steps)
+        self._longer = longer
+        self._taken = frozenset(step.makes for step in steps[: self._next])
         self._weights = weights
 
     def __getitem__(self, name: str) -> Array:
         if name not in self._known:
             raise KeyError(name)
+        if name in self._taken and name not in self._made and self._longer is not None:
+            self._made[name] = _first_rows(self._longer.values[name], len(self._made[TOKENS]))
         while name not in self._made:
             step = self._steps[self._next]
             with _QUIET():
-                self._made[step.makes] = compute(step, [self._made[read] for read in step.names], self._weights)
+                self._made[step.makes] = compute(step, [self[read] for read in step.names], self._weights)
             self._next += 1
         return self._made[name]
 
@@ -56,6 +64,17 @@ class _Right(Mapping[str, Array]):
 
     def __len__(self) -> int:
         return len(self._names)
+
+
+def same_start(steps: Sequence[Step], others: Sequence[Step]) -> int:
+    """How many steps at the start of two lists are the very same."""
+    pairs = enumerate(zip(steps, others, strict=False))
+    return next((number for number, (one, other) in pairs if one is not other), min(len(steps), len(others)))
+
+
+def _first_rows(value: Array, rows: int) -> Array:
+    """A value of the first rows alone: [T, n] -> [rows, n], of the attention [H, T, T] -> [H, rows, rows]."""
+    return value[:, :rows, :rows] if value.ndim == 3 else value[:rows]
 
 
 class _OnHost(Mapping[str, NDArray[Any]]):
@@ -80,6 +99,8 @@ class Replay:
 
     Args:
         positions, passes: int64 [T]; the position of each token, and the number of the forward pass it belongs to.
+        longer: a causal run over these tokens and perhaps more, whose values stand for those of the steps that both begin with.
+            Over fewer rows a product may round otherwise: a step that changes nothing then differs by that noise.
     """
 
     def __init__(
@@ -90,15 +111,16 @@ class Replay:
         passes: Sequence[int],
         weights: WeightSource,
         backend: Backend,
+        longer: "Replay | None" = None,
     ) -> None:
         self.weights = weights
         given = {TOKENS: tokens, POSITIONS: positions, PASSES: passes}
         self.rows = len(tokens)
         arrays = {name: backend.array(np.asarray(numbers, dtype=np.int64)) for name, numbers in given.items()}
-        self.values: Mapping[str, Array] = _Right(steps, arrays, weights)
+        self.values: Mapping[str, Array] = _Right(steps, arrays, weights, longer)
         self.on_host: Mapping[str, NDArray[Any]] = _OnHost(self.values, backend)
         self._xp = backend.xp
-        self._steps = tuple(steps)
+        self.steps = tuple(steps)
         self._right = {step.makes: step for step in steps}
         self._last_reads: dict[int, dict[str, int]] = {}
 
@@ -139,17 +161,25 @@ class Replay:
         changed[step.makes] = made
         return True
 
-    def run_batch(self, edits: Sequence[Edits], end: int, watched: frozenset[str], judge: Judge) -> list[Values | None]:
+    def run_batch(
+        self,
+        edits: Sequence[Edits],
+        end: int,
+        watched: frozenset[str],
+        judge: Judge,
+        stop: Stop = lambda: False,
+    ) -> list[Values | None]:
         """Compute many versions of the steps in front of number `end` together: what a version shares with the right run is
         computed for all versions at once.
 
         Args:
             edits: for each version.
             watched: names at which `judge` says which versions go on.
+            stop: asked before each computation; once it says so all versions end.
 
         Returns:
-            For each version what differs from the right run and is not used up; None for one that `judge` ended or that the
-            model's shapes do not allow.
+            For each version what differs from the right run and is not used up; None for one that `judge` or `stop` ended or
+            that the model's shapes do not allow.
         """
         changed: list[Values | None] = [{} for _ in edits]
         owners: dict[int, list[int]] = {}
@@ -159,8 +189,10 @@ class Replay:
         used_up = self._used_up(edits, end)
         with _QUIET():
             for number in range(min(owners), end):
-                name = self._steps[number].makes
-                self._advance(number, edits, owners.get(number, ()), changed)
+                if stop():
+                    return [None] * len(edits)
+                name = self.steps[number].makes
+                self._advance(number, edits, owners.get(number, ()), changed, stop)
                 mine = [values for values in changed if values and name in values]
                 if mine and name in watched:
                     keep = judge(name, self._xp.stack([values[name] for values in mine]))
@@ -172,9 +204,11 @@ class Replay:
                             values.pop(old, None)
         return changed
 
-    def _advance(self, number: int, edits: Sequence[Edits], owners: Sequence[int], changed: list[Values | None]) -> None:
+    def _advance(
+        self, number: int, edits: Sequence[Edits], owners: Sequence[int], changed: list[Values | None], stop: Stop
+    ) -> None:
         """One step of `run_batch`; `owners` are the versions that have steps of their own in its place."""
-        step = self._steps[number]
+        step = self.steps[number]
         alone = set(owners)
         same = [(version, values) for version, values in enumerate(changed) if values and version not in alone]
         same = [pair for pair in same if not pair[1].keys().isdisjoint(step.names)]
@@ -185,6 +219,8 @@ class Replay:
             values = changed[version]
             if values is None:
                 continue
+            if stop():
+                return
             try:
                 for one in edits[version].get(number, (step,)):
                     self._changes(one, values)
@@ -206,8 +242,8 @@ class Replay:
     def _used_up(self, edits: Sequence[Edits], end: int) -> dict[int, list[str]]:
         """The names that nothing reads any more, by the number of the step after which that is so."""
         if end not in self._last_reads:
-            reads = {name: number for number, step in enumerate(self._steps[:end]) for name in (step.makes, *step.names)}
-            reads.pop(self._steps[end - 1].makes, None)
+            reads = {name: number for number, step in enumerate(self.steps[:end]) for name in (step.makes, *step.names)}
+            reads.pop(self.steps[end - 1].makes, None)
             self._last_reads[end] = reads
         last = dict(self._last_reads[end])
         for edit in edits:

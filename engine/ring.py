@@ -2,37 +2,29 @@
 
 import threading
 from collections import deque
-from time import monotonic, sleep
-
-_QUIET = 0.02  # seconds without a new batch after which the emptying thread may work: 35 steps of a 0.5 B model
-_NAP = 0.001
+from collections.abc import Callable
 
 
 class Ring:
-    """Places of a slab, taken in order by the engine and given back in order by the writer."""
+    """Places of a slab, taken in order by the engine and given back in order by the writer, who is hurried when all are taken."""
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, hurry: Callable[[], None]) -> None:
         self.capacity = capacity
-        self.waits = 0
-        self.ending = False
-        self._used = 0
-        self._last = monotonic()
+        self._hurry = hurry
         self._head = 0
         self._taken: deque[tuple[int, int]] = deque()
         self._change = threading.Condition()
 
     def take(self, count: int) -> int:
-        """The first of `count` neighbouring places; waits, and counts it, until they are free."""
+        """The first of `count` neighbouring places; waits until they are free."""
         with self._change:
             start = self._find(count)
             if start is None:
-                self.waits += 1
+                self._hurry()
                 while (start := self._find(count)) is None:
                     self._change.wait()
             self._taken.append((start, count))
             self._head = start + count
-            self._used += count
-            self._last = monotonic()
             return start
 
     def _find(self, count: int) -> int | None:
@@ -48,19 +40,13 @@ class Ring:
     def give_back(self) -> None:
         """Free the places that were taken first."""
         with self._change:
-            self._used -= self._taken.popleft()[1]
+            self._taken.popleft()
             self._change.notify()
 
     def drain(self) -> None:
         """Wait until all places are free."""
         with self._change:
+            if self._taken:
+                self._hurry()
             while self._taken:
                 self._change.wait()
-
-    def turn(self) -> None:
-        """Wait for a good moment to empty places: the filling thread is quiet, ends, or has taken half of them.
-
-        Python runs one thread at a time: formatting while steps are launched would hold the launches up.
-        """
-        while not self.ending and 2 * self._used < self.capacity and monotonic() - self._last < _QUIET:
-            sleep(_NAP)

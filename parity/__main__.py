@@ -1,9 +1,11 @@
 """The entry of the command line: every way to end, mapped to the exit codes of the design.
 
 0 parity (or clean), 1 divergence (or findings), 2 the input or the request is wrong, 3 an internal error,
-130 interrupted. Nothing but a divergence exits 1.
+130 interrupted, 141 where nobody read the answer to its end (`parity … | head`). Nothing but a divergence exits 1, and
+nothing but parity 0.
 """
 
+import io
 import json
 import os
 import sys
@@ -12,6 +14,7 @@ from itertools import pairwise
 from checkpoints.errors import ParityError
 
 INTERRUPTED = 130
+UNREAD = 141  # what a shell shows of a program that wrote into a closed pipe: 128 + SIGPIPE
 INTERNAL = 3
 UNTESTABLE = 125  # git bisect's own
 
@@ -24,7 +27,17 @@ _SPIN = ("OPENBLAS_THREAD_TIMEOUT", "20")
 def main() -> None:
     """Run a command and leave with its exit code."""
     os.environ.setdefault(*_SPIN)
+    _prepare_output()
     sys.exit(for_bisect(sys.argv[1:], run(sys.argv[1:])))
+
+
+def _prepare_output() -> None:
+    """A closed stdout or stderr becomes the null device; what the terminal's encoding lacks is printed as "?"."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
 
 
 def for_bisect(arguments: list[str], code: int) -> int:
@@ -34,32 +47,43 @@ def for_bisect(arguments: list[str], code: int) -> int:
 
 def run(arguments: list[str]) -> int:
     """Run a command line and return its exit code; errors are printed as one line, or as JSON if that was asked for."""
-    import typer
-
-    from .cli import app
-
     try:
+        from .cli import app  # half of a short command's time: an interruption may well fall into it
+
         code = app(arguments, standalone_mode=False, prog_name="parity")
         sys.stdout.flush()
     except ParityError as error:
         return _fail(arguments, error.exit_code, error.code, error.message, error.advice)
-    except (KeyboardInterrupt, typer.Abort):
+    except KeyboardInterrupt:
         return _interrupted()
     except BrokenPipeError:
-        # The reader of our output went away (`parity … | head`); Python would complain once more when it exits.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return _unread()
+    except SystemExit as error:
+        if isinstance(error.__context__, BrokenPipeError):  # typer's own answer to it is 1
+            return _unread()
+        raise
     except MemoryError:
         return _fail(
             arguments, 2, "memory", "there is not enough memory.", "Take fewer --points or --positions, or a smaller model."
         )
+    except OSError as error:
+        if os.environ.get("PARITY_TRACEBACK"):
+            raise
+        if error.filename is None:
+            _drop_output()
+        what = "the answer or a file cannot be written or read" if error.filename is None else str(error.filename)
+        return _fail(arguments, 2, "system", f"{what}: {error.strerror or error}.", "Check space and permissions.")
     except Exception as error:
         # typer's own errors: its copy of click's classes, which it does not export.
+        if type(error).__name__ == "Abort":
+            return _interrupted()
         if type(error).__name__ == "NoArgsIsHelpError":
             error.show()  # type: ignore[attr-defined]
             return 2
         if (said := getattr(error, "format_message", None)) is not None:
-            return _fail(arguments, 2, "usage", said().rstrip("."), "", end=". `parity --help` lists the commands.")
+            context = getattr(error, "ctx", None)
+            command = context.command_path if context is not None else "parity"
+            return _fail(arguments, 2, "usage", said().rstrip("."), "", end=f". See `{command} --help`.")
         if os.environ.get("PARITY_TRACEBACK"):
             raise
         message = f"internal error, please report it: {type(error).__name__}: {error}"
@@ -67,6 +91,16 @@ def run(arguments: list[str]) -> int:
     if code == INTERRUPTED:  # typer's own handling of Ctrl-C
         return _interrupted()
     return code if isinstance(code, int) else 0
+
+
+def _drop_output() -> None:
+    """What is left in stdout's buffer goes nowhere: Python would complain of it once more when it exits."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _unread() -> int:
+    _drop_output()
+    return UNREAD
 
 
 def _interrupted() -> int:

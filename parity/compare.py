@@ -67,7 +67,7 @@ def measured(ours: Dump, ref: Dump, options: Options | None = None) -> Records:
     known = measures.known()
     unusable: tuple[str, ...] = ()
     if not known.all():
-        unusable = (f"{int((~known).sum())} records have no value in common and could not be compared",)
+        unusable = (f"{int((~known).sum())} records have no finite value in common and could not be compared",)
         pairs = picked(pairs, np.split(known, np.cumsum([len(pair.ours) for pair in pairs])[:-1]))
         measures = measure(pairs)
     measures = with_pass_sums(measures, pairs, ours, ref)
@@ -173,12 +173,12 @@ def _notes(ours: Dump, ref: Dump, pairs: tuple[Pair, ...], measures: Measures) -
 
 
 def _settings(left: Header, right: Header) -> list[tuple[str, str, str]]:
+    # Fingerprints say it better, and a foreign engine may give its file's path (of the twin, say) for a name.
+    named = not (left.model.fingerprint and right.model.fingerprint) and not left.model.name.endswith(".gguf")
     return [
         ("mode", left.mode, right.mode),
         ("KV type", left.kv_type, right.kv_type),
-        ("model", left.model.name, right.model.name)
-        if not (left.model.fingerprint and right.model.fingerprint)
-        else ("", "", ""),
+        *([("model", left.model.name, right.model.name)] if named else []),
         ("architecture", left.model.architecture, right.model.architecture),
         ("layers", str(left.model.layers or ""), str(right.model.layers or "")),
     ]

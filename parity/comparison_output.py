@@ -31,11 +31,12 @@ def prepare(form: Format) -> None:
 
 def finish(outcome: "Outcome", form: Format) -> int:
     """Print a run's answer, write diff.json beside the dumps, and return the exit code."""
+    from checkpoints.whole_file import put
     from reports.as_json import verdict_as_json
     from reports.html import write_html
 
     answer = verdict_as_json(outcome.verdict) | {"folder": str(outcome.folder), "seconds": round(outcome.seconds, 3)}
-    (outcome.folder / "diff.json").write_text(json.dumps(answer, indent=1) + "\n", encoding="utf-8")
+    put(outcome.folder / "diff.json", (json.dumps(answer, indent=1) + "\n").encode())
     whole = report(outcome.verdict, outcome.ours, outcome.ref, outcome.picture)
     code = show(whole, form, extra=answer)
     # The answer is on the screen before the report is drawn.

@@ -9,8 +9,9 @@ from numpy.typing import NDArray
 
 from checkpoints.consistency import Check, Consistency
 from checkpoints.errors import DumpError, InputError
+from checkpoints.formats import load
+from checkpoints.mapping import Mapping
 from checkpoints.points import parse
-from checkpoints.reader import read
 from checkpoints.record import Dump, Header, ModelInfo, Rows, Token
 from checkpoints.verdict import Verdict
 from engine.backend import choose
@@ -50,6 +51,7 @@ class ConsistencyRequest:
     chunk: int = 4
     backend: str = "auto"
     dumps: tuple[Path, Path] | None = None
+    mapping: Mapping | None = None
     compute: str | None = None
     tolerance: float | None = None
     verbose: bool = False
@@ -196,7 +198,7 @@ def two_dumps(request: ConsistencyRequest, left: Path, right: Path) -> Consisten
     Raises:
         DumpError: a dump cannot be read, or both were computed in the same portions.
     """
-    a, b = read(left), read(right)
+    a, b = load(left, request.mapping), load(right, request.mapping)
     passes = [_passes(dump) for dump in (a, b)]
     if passes[0] == passes[1]:
         raise DumpError(

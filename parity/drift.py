@@ -7,16 +7,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from checkpoints import formats
 from checkpoints.drift import Checked, Drift, Entry, Margin
 from checkpoints.errors import InputError
 from checkpoints.reader import read
 from checkpoints.record import DEFAULT_SLICE, Dump
 from checkpoints.verdict import Verdict
+from checkpoints.whole_file import put
 from reference.client import Reference
 
 from . import default_model, ledger
 from .compare import Options, compare
-from .golden import Golden, GoldenPrompt, load, noted, now, read_prompts, rewrite, seen_from, write_text
+from .golden import Golden, GoldenPrompt, load, noted, now, read_prompts, rewrite, seen_from
 from .makers import led, maker
 
 Side = Literal["ours", "ref", "exec"]
@@ -53,6 +55,7 @@ class Checking:
     prompts: Path | None = None
     update: bool = False
     tolerance: float | None = None
+    compute: str | None = None
     ledger: Path | None = None
     keep_ledger: bool = True
     threads: int | None = None
@@ -73,30 +76,35 @@ def record(request: Recording, progress: Progress | None = None) -> Golden:
             raise InputError(f"{request.out} is a file.", "Choose a folder with -o.", code="output")
         info = reference.describe(model).info
         golden = Golden(
-            request.out,
-            side,
-            seen_from(request.out, request.model),
-            info.fingerprint,
-            info.name or model.stem,
-            request.mode,
-            request.points,
-            request.slice_size,
-            {},
-            now(),
-            (),
+            folder=request.out,
+            source=side,
+            model=seen_from(request.out, request.model),
+            fingerprint=info.fingerprint,
+            model_name=info.name or model.stem,
+            mode=request.mode,
+            points=request.points,
+            slice_size=request.slice_size,
+            build={},
+            created=now(),
+            prompts=(),
         )
-        write_text(golden.folder / ".gitattributes", "*.jsonl -diff\nledger.jsonl merge=union\n")
+        put(golden.folder / ".gitattributes", b"*.jsonl -diff\nledger.jsonl merge=union\n")
         made: list[GoldenPrompt] = []
-        with maker(golden, side, model, reference, request.command, request.threads, request.backend) as make:
+        with (
+            maker(golden, side, model, reference, request.command, request.threads, request.backend) as make,
+            tempfile.TemporaryDirectory(prefix="parity-drift-") as scratch,
+        ):
             for number, text in enumerate(texts):
                 ids = reference.tokenize(model, text)
                 prompt = GoldenPrompt(text, ids.ids, ids.pieces, (), (), f"{number:03}.jsonl")
                 if request.generate and side != "exec":
                     prompt = led(prompt, golden, reference, model, request.generate, request.threads)
-                make(prompt, golden.path(prompt))
+                make(prompt, Path(scratch) / prompt.file)
                 made.append(prompt)
                 if progress is not None:
                     progress("golden", number + 1, len(texts))
+            for prompt in made:  # all are there: only now do they take the place of an earlier recording
+                put(golden.path(prompt), (Path(scratch) / prompt.file).read_bytes())
     header = read(golden.path(made[0])).header
     golden = replace(golden, prompts=tuple(made), build=dict(header.build) if header else {})
     golden.save()
@@ -121,10 +129,10 @@ def check(request: Checking, progress: Progress | None = None) -> Drift:
         else:
             source = "exec" if request.command else (request.side or golden.source)
             paths = list(_run_again(golden, source, request, scratch, progress))
-        dumps = [read(path) for path in paths]
+        dumps = [formats.load(path) for path in paths]
+        options = Options(tolerance=request.tolerance, compute=request.compute, strict=True)
         verdicts = [
-            compare(mine, read(golden.path(prompt)), Options(tolerance=request.tolerance, strict=True))
-            for prompt, mine in zip(golden.prompts, dumps, strict=True)
+            compare(mine, read(golden.path(prompt)), options) for prompt, mine in zip(golden.prompts, dumps, strict=True)
         ]
         updated: tuple[tuple[int, str], ...] = ()
         if request.update:
@@ -248,7 +256,7 @@ def _assigned(golden: Golden, dumps: Sequence[Path]) -> list[Path]:
             "Give one dump a prompt.",
             code="prompts-changed",
         )
-    headers = [read(path).header for path in dumps]
+    headers = [formats.load(path).header for path in dumps]
     by_tokens = {header.tokens: path for header, path in zip(headers, dumps, strict=True) if header and header.tokens}
     if len(by_tokens) < len(dumps):
         return list(dumps)

@@ -61,7 +61,8 @@ def show_history(folder: Path, book: Path | None, html: Path | None, form: Forma
     path = book or folder / ledger.NAME
     entries, skipped = ledger.read(path)
     if not entries:
-        raise InputError(f"{path} has no entry.", "`parity drift check` writes one.", code="ledger")
+        what = "has no entry" if path.exists() else "is not there"
+        raise InputError(f"{path} {what}.", "`parity drift check` writes it.", code="ledger")
     findings = last_findings(entries)
     if html is not None:
         from reports.files import save

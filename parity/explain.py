@@ -15,6 +15,7 @@ from checkpoints.points import in_layer, parse
 from checkpoints.record import Dump
 
 from .explain_apart import apart
+from .explain_budget import Budget
 from .explain_case import Case, Options
 from .explain_leads import leads
 from .explain_precision import KINDS, Floor, fits, floor, may_be_noise, with_noise
@@ -39,20 +40,21 @@ def explain(dump: Dump, model: Path, options: Options | None = None) -> Explanat
     """
     began = perf_counter()
     options = options or Options()
+    budget = Budget(options.budget)
     case = Case(dump, model, options)
     noise = "" if options.compute in (None, "f32") else str(options.compute)
     if noise:
         case.entries = with_noise(_floor(case, noise), case.entries)
-    search = Search(case.screening(case.entries, options.budget))
+    search = Search(case.screening(case.entries, budget))
     start = search.screening.start()
     kind = ""
     best = start
     if start.first is None:
         kind = noise if any((entry.base > EXACT).any() for entry in case.entries) else ""
     else:
-        kind = _precision(case) if may_be_noise(case.entries) and not search.everywhere(start) else ""
+        kind = _precision(case, budget) if may_be_noise(case.entries) and not search.everywhere(start) else ""
         if not kind:
-            best = _needed(search, _around(case, search, search.explain(start, options.max_faults), options))
+            best = _needed(search, _around(case, search, search.explain(start, options.max_faults), options.max_faults))
     answer = _answer(case, search, start, best)
     if not kind and best.first is not None:
         answer = _left_over(case, search, best, answer)
@@ -78,17 +80,17 @@ def _lint(case: Case) -> list[str]:
     ]
 
 
-def _around(case: Case, search: Search, best: State, options: Options) -> State:
+def _around(case: Case, search: Search, best: State, max_faults: int) -> State:
     """Where the place that is left shows what the engine computes later (a capture's fault), explain the rest before it.
 
     The points of that kind are left out, and what explains the others is kept.
     """
-    depth = options.max_faults - len(best.faults)
-    if best.first is None or depth < 2:
+    depth = max_faults - len(best.faults)
+    if best.first is None or depth < 2 or search.screening.budget.over():
         return best
     kind = parse(case.entries[best.first.point].point).kind
     others = [entry for entry in case.entries if parse(entry.point).kind != kind]
-    inner = Search(case.screening(others, options.budget / 2))
+    inner = Search(case.screening(others, search.screening.budget))
     rest = inner.screening.start()
     for candidate in best.faults:
         rest = inner.screening.check(rest, candidate) or rest
@@ -97,11 +99,10 @@ def _around(case: Case, search: Search, best: State, options: Options) -> State:
     found = inner.explain(rest, depth - 1)
     if found.first is not None:
         return best
-    search.screening.extend(options.budget / 4)
     state = search.screening.start()
     for candidate in found.faults:
         state = search.screening.check(state, candidate) or state
-    return min(best, search.explain(state, options.max_faults - len(state.faults)), key=search.rank)
+    return min(best, search.explain(state, max_faults - len(state.faults)), key=search.rank)
 
 
 def _needed(search: Search, best: State) -> State:
@@ -120,9 +121,9 @@ def _floor(case: Case, kind: str) -> Floor:
     return floor(kind, case.entries, case.transformer.steps, case.replay, case.make, case.positions)
 
 
-def _precision(case: Case) -> str:
-    """The arithmetic whose noise the differences are, or ""."""
-    fit = {kind: fits(_floor(case, kind), case.entries) for kind in KINDS}
+def _precision(case: Case, budget: Budget) -> str:
+    """The arithmetic whose noise the differences are, of those that there is time for, or ""."""
+    fit = {kind: fits(_floor(case, kind), case.entries) for kind in KINDS if not budget.over()}
     good = {kind: value for kind, value in fit.items() if value is not None}
     return min(good, key=good.__getitem__) if good else ""
 
@@ -142,7 +143,7 @@ def _answer(case: Case, search: Search, start: State, best: State) -> Explanatio
         faults=len(search.tried.faults),
         variants=search.tried.variants,
         nearest=search.tried.nearest if np.isfinite(search.tried.nearest) else None,
-        complete=search.screening.complete,
+        complete=search.screening.budget.complete,
         notes=case.notes,
     )
 
@@ -151,7 +152,7 @@ def _causes(case: Case, search: Search, start: State, best: State, differing: in
     made: list[Cause] = []
     state = start
     for number, candidate in enumerate(best.faults):
-        after = search.screening.check(state, candidate)
+        after = search.screening.reached(state, candidate)
         if after is None:
             break
         fixed = differing - _count(case.entries, after)
@@ -170,7 +171,7 @@ def _causes(case: Case, search: Search, start: State, best: State, differing: in
                 fix=candidate.fault.fix,
                 seen=candidate.fault.seen,
                 equivalent=tuple(map(_named, others)),
-                apart=apart(case, state, candidate, others),
+                apart=apart(case, state, candidate, others, search.screening.budget),
             )
         )
         state = after

@@ -15,15 +15,18 @@ from engine.replay import NOT_ALLOWED, Replay
 from engine.synth import Shape, synthesize
 from engine.transformer import Transformer
 
+from .explain_budget import Budget
 from .explain_case import Case
 from .explain_state import Candidate, State
 from .tolerance import EXACT_FLOOR
 
-_LONGER = 64  # tokens of a longer prompt: beyond the blocks of 32 and 64 in which engines cut prompts
+_LONGER = 80  # tokens of a longer prompt: beyond the blocks of 32 and 64 in which engines cut prompts
 _LONGEST = 512  # and at most, whatever the dump's own length: scores grow with its square
-_GENERATED = 4  # passes of one token each
+_SHORT = 12  # tokens of a generation …
+_GENERATED = 4  # … the last ones of them passes of one token each
 _SEED = 6  # of the tokens and weights of the probes
 _NAMES = 4  # points and faults that a sentence lists
+_QUANTISED = "q4_1"
 # Small models of the kinds in which the catalogue's faults differ: groups of query heads, biases, pairs, frequency factors.
 _MODELS = {
     "a qwen2 model with 7 query heads a key head and biases": (Shape("qwen2", 2, 112, 14, 2, 0, 96, 200), "f16"),
@@ -31,7 +34,7 @@ _MODELS = {
         Shape("llama", 2, 96, 4, 2, 32, 160, 200, biases=False, eps=1e-5, rope_base=1e4, rope_factors=True, rope_scaling=4.0),
         "f16",
     ),
-    "a model quantised to Q4_1": (Shape("qwen2", 2, 128, 4, 2, 0, 96, 200), "q4_1"),
+    "a model quantised to Q4_1": (Shape("qwen2", 2, 128, 4, 2, 0, 96, 200), _QUANTISED),
 }
 
 Values = dict[str, Array]
@@ -46,6 +49,7 @@ class Probe:
     planting: Planting
     end: int
     own: bool = True  # of the user's model, so that a layer is that layer
+    scout: "Probe | None" = None  # a cheaper one: what it does not tell apart is not tried
 
     def made(self, candidate: Candidate) -> Values | None:
         """What a dump of every point would show of a fault, where that differs from the right run; None if it is not allowed."""
@@ -58,6 +62,12 @@ class Probe:
         except NOT_ALLOWED:
             return None
         return {name.removeprefix(SEEN): made for name, made in changed.items()}  # what is shown comes last
+
+    def tells(self, chosen: Candidate, others: Sequence[Candidate]) -> list[tuple[Candidate, list[str]]]:
+        """Those of the others that show other numbers than the chosen one does, and at which points."""
+        mine = self.made(chosen) if others else None
+        found = [(one, self.different(mine, self.made(one))) for one in others]
+        return [(one, names) for one, names in found if names]
 
     def different(self, one: Values | None, other: Values | None) -> list[str]:
         """The points at which two faults show different numbers."""
@@ -75,35 +85,44 @@ def _differ(one: Array, other: Array) -> bool:
     return not bool(error <= EXACT_FLOOR.operations)
 
 
-def apart(case: Case, state: State, chosen: Candidate, others: Sequence[Candidate]) -> str:
+def apart(case: Case, state: State, chosen: Candidate, others: Sequence[Candidate], budget: Budget) -> str:
     """A sentence on what tells faults of one class apart, from probes that were run; "" where there are no others.
 
     Args:
         state: what the fault was found on.
+        budget: when it is over no more is tried.
     """
     if not others or state.first is None:
         return ""
     left, sentences, tried = list(others), [], []
     with tempfile.TemporaryDirectory() as folder:
-        for number, probe in enumerate(_probes(case, state, Path(folder))):
-            tried.append(probe.sentence)
-            mine = probe.made(chosen)
-            found = [(one, probe.different(mine, probe.made(one))) for one in left]
-            separated = [one for one, names in found if names]
-            if separated:
-                points = sorted({name for _, names in found for name in names[:1]})
+        for number, probe in enumerate(_probes(case, state, [chosen, *others], Path(folder))):
+            if budget.late:
+                break
+            likely = left if probe.scout is None else [one for one, _ in probe.scout.tells(chosen, left)]
+            tried.append(probe.sentence if likely or probe.scout is None else f"{probe.sentence} in a small model")
+            found = probe.tells(chosen, likely)
+            if found:
+                points = sorted({names[0] for _, names in found})
                 where = f"{probe.sentence} ({_listed(points)})" if number == 0 else probe.sentence
-                sentences.append(f"{where} would tell {_listed([_said(one) for one in separated])} apart")
+                sentences.append(f"{where} would tell {_listed([_said(one, chosen) for one, _ in found])} apart")
+            separated = [one for one, _ in found]
             left = [one for one in left if one not in separated]
             if not left:
                 break
-    if left:
-        sentences.append(f"nothing that was tried tells {_listed([_said(one) for one in left])} apart ({', '.join(tried)})")
+    if left and tried:
+        sentences.append(
+            f"nothing that was tried tells {_listed([_said(one, chosen) for one in left])} apart ({', '.join(tried)})"
+        )
     return "; ".join(sentences)
 
 
-def _said(candidate: Candidate) -> str:
-    values = ", ".join(str(value) for value in candidate.parameters.values() if not isinstance(value, tuple))
+def _said(candidate: Candidate, chosen: Candidate) -> str:
+    """A fault with its parameters; where it acts only if the chosen one is the same fault elsewhere."""
+    given = candidate.parameters.items()
+    plain = [str(value) for _, value in given if not isinstance(value, tuple)]
+    places = [" and ".join(value) for name, value in given if isinstance(value, tuple) and value != chosen.parameters.get(name)]
+    values = ", ".join([*plain, *(places if candidate.fault is chosen.fault else [])])
     return f"{candidate.fault.name} ({values})" if values else candidate.fault.name
 
 
@@ -112,27 +131,34 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(unique[:_NAMES]) + (f" and {len(unique) - _NAMES} more" if len(unique) > _NAMES else "")
 
 
-def _probes(case: Case, state: State, folder: Path) -> Iterator[Probe]:
+def _probes(case: Case, state: State, candidates: Sequence[Candidate], folder: Path) -> Iterator[Probe]:
     """The cheap ones first: this prompt, a short generation, small models, a long prompt; the user's model up to the place that differs."""
     if state.first is None:
         return
     end = state.order[case.entries[state.first.point].point] + 1
     planting = Planting(state.steps, [step.makes for step in state.steps[:end]])
     rows = min(state.first.row + 2, len(case.positions))
-    yield Probe("other points of this prompt", case.make(state.steps, rows), planting, end)
-    count = len(case.tokens)
-    length = min(max(_LONGER, min(2 * count, _LONGEST)), case.transformer.hp.n_ctx_train)
+    yield Probe("other points of this prompt", case.make(state.steps, rows, case.replay), planting, end)
+    length = min(max(_LONGER, min(2 * len(case.tokens), _LONGEST)), case.transformer.hp.n_ctx_train)
     tokens = np.random.default_rng(_SEED).integers(0, case.transformer.hp.n_vocab, length).tolist()
-    short = tokens[: min(count, _LONGER) + _GENERATED]
+    short = tokens[: min(len(tokens), _SHORT)]
     generation = _replay(case.transformer, state.steps, short, _GENERATED)
     yield Probe(f"a generation of {_GENERATED} tokens", generation, planting, end)
+    scout: Probe | None = None
     for number, (sentence, (shape, kind)) in enumerate(_MODELS.items()):
+        if kind == _QUANTISED and not any(one.fault.group == "dequantisation" for one in candidates):
+            continue
         path = folder / f"{number}.gguf"
         synthesize(path, shape, weight_type=kind, seed=_SEED)
-        transformer = Transformer(GgufModel(path), case.transformer.backend)
-        replay = _replay(transformer, transformer.steps, [token % shape.vocab for token in short], _GENERATED)
-        yield Probe(sentence, replay, Planting(transformer.steps), len(transformer.steps), own=False)
-    yield Probe(f"a prompt of {length} tokens", _replay(case.transformer, state.steps, tokens, 0), planting, end)
+        small = Transformer(GgufModel(path), case.transformer.backend)
+        known = [token % shape.vocab for token in tokens]
+        probes = [
+            Probe(sentence, _replay(small, small.steps, some, generated), Planting(small.steps), len(small.steps), own=False)
+            for some, generated in ((known[: len(short)], _GENERATED), (known, 0))
+        ]
+        yield probes[0]
+        scout = scout or probes[1]
+    yield Probe(f"a prompt of {length} tokens", _replay(case.transformer, state.steps, tokens, 0), planting, end, scout=scout)
 
 
 def _replay(transformer: Transformer, steps: Sequence[Step], tokens: Sequence[int], generated: int) -> Replay:

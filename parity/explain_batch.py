@@ -52,13 +52,15 @@ class Batch:
     def screened(self, candidates: Sequence[Candidate]) -> Iterator[tuple[Candidate, Screened]]:
         """Those that change something at the first place, and how far they get: as `Screening.screen` says it."""
         edits = self._edits(candidates, self._not_soon_wrong(candidates), self._end)
-        self._screening.tried.count([candidates[number] for number in edits])
         every = self._screening.rows
         stages = sorted({min(rows, every) for rows in (1, 2, self._first.row + 1, self._first.row + 2)})
         results: dict[int, Screened] = {}
         waiting = list(edits)
         for rows in stages:
             made, ended = self._values(candidates, edits, waiting, rows, self._name, self._before)
+            if rows == stages[0]:
+                cut = not self._screening.budget.complete
+                self._screening.tried.count([candidates[one] for one in edits if not cut or one in made or one in ended])
             for number in ended:
                 results.pop(number, None)
             # Before the first wrong row, nothing to see is nothing wrong.
@@ -124,19 +126,23 @@ class Batch:
         """
         made: dict[int, Array] = {}
         ended: set[int] = set()
-        ahead = any(fault.fault.whole for fault in self._state.faults)
+        ahead = any(one.fault.whole and one.fault.shows is None for one in self._state.faults)  # not what is shown only
         for whole in (False, True):
             chosen = [number for number in waiting if (ahead or candidates[number].fault.whole) is whole]
             # What looks ahead needs all rows in its own layer; from there on causality holds.
             used = self._screening.rows if whole else rows
             size = max(1, min(_TOGETHER, _ROWS // used))
             for begin in range(0, len(chosen), size):
-                if self._screening.out_of_time():
+                if self._screening.budget.over():
                     return made, ended
                 batch = chosen[begin : begin + size]
                 replay = self._screening.replay(self._state, used)
                 chosen_edits = [edits[number] for number in batch]
-                found = replay.run_batch(chosen_edits, self._state.order[name] + 1, watched, self._agrees)
+                found = replay.run_batch(
+                    chosen_edits, self._state.order[name] + 1, watched, self._agrees, self._screening.budget.over
+                )
+                if not self._screening.budget.complete:
+                    return made, ended
                 for number, values in zip(batch, found, strict=True):
                     if values is None:
                         ended.add(number)
@@ -162,10 +168,14 @@ class Batch:
         values: Iterator[Array] = iter([value for value, _ in versions])
         if self._after:
             replay = self._screening.replay(self._state, rows)
-            values = carry(self._after, self._name, list(values), replay.values[POSITIONS], replay.weights)
+            stop = self._screening.budget.over
+            values = carry(self._after, self._name, list(values), replay.values[POSITIONS], replay.weights, stop)
         for begin in range(0, len(versions), _COMPARED):
             some = versions[begin : begin + _COMPARED]
-            stack = module_of(some[0][0]).stack(list(islice(values, len(some))))
+            carried = list(islice(values, len(some)))
+            if len(carried) < len(some):
+                return  # no time was left
+            stack = module_of(carried[0]).stack(carried)
             errors = self._entry.nmse_of(self._screening.backend.to_host(stack), self._screening.positions[:rows])
             for (_, numbers), mine in zip(some, errors, strict=True):
                 yield from ((number, mine) for number in numbers)

@@ -14,6 +14,7 @@ from engine.graph import Step
 from engine.replay import Replay
 from engine.transformer import Transformer
 
+from .explain_budget import Budget
 from .explain_records import Expected, Ints, expected
 from .explain_screening import Screening
 from .tokens_diff import same_experiment
@@ -63,8 +64,8 @@ class Case:
         same_experiment(self.dump, Dump("our engine", header, {}))
         self.entries, self.notes = expected(self.dump, self.replay, self.positions, header)
 
-    def make(self, steps: Sequence[Step], rows: int) -> Replay:
-        """A replay over the first rows."""
+    def make(self, steps: Sequence[Step], rows: int, longer: Replay | None = None) -> Replay:
+        """A replay over the first rows; `longer` is one over more of them, whose values it may take."""
         return Replay(
             steps,
             self.tokens[:rows],
@@ -72,6 +73,7 @@ class Case:
             self.passes[:rows],
             self.transformer.weights,
             self.transformer.backend,
+            longer,
         )
 
     def header(self) -> Header:
@@ -89,10 +91,10 @@ class Case:
             kv_type="f32",
         )
 
-    def screening(self, entries: Sequence[Expected], seconds: float) -> Screening:
+    def screening(self, entries: Sequence[Expected], budget: Budget) -> Screening:
         """A screening over some of the records."""
         return Screening(
-            entries, self.transformer.steps, self.replay, self.make, self.positions, self.transformer.backend, seconds
+            entries, self.transformer.steps, self.replay, self.make, self.positions, self.transformer.backend, budget
         )
 
 

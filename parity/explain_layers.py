@@ -6,6 +6,7 @@ from checkpoints.points import parse
 from engine.backend import Array, module_of
 from engine.batched import can_batch, compute_batch
 from engine.graph import POSITIONS, Step, WeightSource
+from engine.replay import Stop
 
 from .explain_state import State
 
@@ -29,9 +30,16 @@ def distinct(outputs: Mapping[int, Array]) -> list[tuple[Array, list[int]]]:
 
 
 def carry(
-    steps: Sequence[Step], start: str, outputs: Sequence[Array], positions: Array, weights: WeightSource
+    steps: Sequence[Step],
+    start: str,
+    outputs: Sequence[Array],
+    positions: Array,
+    weights: WeightSource,
+    stop: Stop = lambda: False,
 ) -> Iterator[Array]:
     """Compute the steps after value `start` for many versions of it: each [R, D] -> each version's last value [R, n].
+
+    Once `stop` says so, which is asked before each step, no more come.
 
     Raises:
         KeyError: a step reads something else than `start`, the positions, and what the steps before it make.
@@ -43,6 +51,8 @@ def carry(
         values = {start: xp.concatenate(batch), POSITIONS: xp.tile(positions, len(batch))}
         made = values[start].reshape(len(batch), *batch[0].shape)
         for step in steps:
+            if stop():
+                return
             made = compute_batch(step, [values[name] for name in step.names], len(batch), weights)
             values[step.makes] = made.reshape(-1, *made.shape[2:])
         yield from made

@@ -1,10 +1,32 @@
-"""Faults in some layers: from one on, up to one, or in every second one."""
+"""In which order and in which layers faults are tried: in all, from one on, up to one, or in every second one."""
 
 from collections.abc import Iterator
 from dataclasses import replace
 
 from .explain_screening import Screening
-from .explain_state import State
+from .explain_state import Candidate, Layers, State
+
+
+def stages(screening: Screening, state: State, layers: Layers) -> Iterator[list[Candidate]]:
+    """The candidates in these layers (None: all) by what is the least to compute.
+
+    In all layers first those that change nothing in front of the last point that agrees. Then, where a point behind the first
+    place agrees, those that only show something else: what was computed wrong would be wrong there too. The others last.
+    """
+    left = list(screening.candidates(state, layers))
+    first = state.first
+    if first is not None:
+        behind = zip(screening.entries[first.point + 1 :], state.nmse[first.point + 1 :], strict=True)
+        shown = any(bool((errors <= entry.limit).all()) for entry, errors in behind)
+        agreed = screening.entries[first.point - 1].point if layers is None and first.point else None
+        late = [
+            agreed is not None and state.planting.begin(one.fault, None, one.parameters) > state.order[agreed] for one in left
+        ]
+        capture = [shown and one.fault.shows is not None for one in left]
+        yield [one for one, now in zip(left, late, strict=True) if now]
+        yield [one for one, before, now in zip(left, late, capture, strict=True) if now and not before]
+        left = [one for one, *before in zip(left, late, capture, strict=True) if not any(before)]
+    yield left
 
 
 def rescoped(screening: Screening, state: State, found: State) -> Iterator[State]:
@@ -40,13 +62,13 @@ def ranges(screening: Screening, state: State) -> Iterator[State]:
     for begin, step in [*((layer, 1) for layer in reversed(suspects[:-1])), *((layer, 2) for layer in suspects[:2])]:
         layers = tuple(range(begin, screening.n_layers, step))
         whole = False
-        for candidate, (place, _) in screening.screened(state, layers):
+        for candidate, (place, _) in screening.screened(state, layers, list(screening.candidates(state, layers))):
             made = screening.check(state, candidate) if place is None or (state.first and state.first < place) else None
             if made is not None and further(state, made):
                 found = [made, *rescoped(screening, state, made)]
                 whole = whole or any(one.first is None for one in found)
                 yield from found
-        if whole or screening.out_of_time():
+        if whole or screening.budget.over():
             return
 
 

@@ -1,7 +1,6 @@
 """How far a candidate gets: replayed on as few positions as causality allows, up to the first record that contradicts it."""
 
 from collections.abc import Callable, Iterator, Sequence
-from time import perf_counter
 
 import numpy as np
 
@@ -12,10 +11,12 @@ from engine.graph import Step
 from engine.replay import NOT_ALLOWED, Replay
 
 from .explain_batch import Batch
+from .explain_budget import Budget
 from .explain_records import Expected, Floats, Ints
 from .explain_state import Candidate, Layers, Place, Screened, State, Tried, key, shown_points, unchanged_steps
 
-MakeReplay = Callable[[Sequence[Step], int], Replay]
+MakeReplay = Callable[[Sequence[Step], int, Replay | None], Replay]
+_FEW = 2  # candidates for which the first rows of every point are not worth a look: it costs as much as a check of one of them
 _REPLAYS = 8  # replays that are kept; each holds every value of a run
 
 
@@ -23,8 +24,9 @@ class Screening:
     """Holds candidates against the records of a dump.
 
     Args:
-        right: the replay of `steps` over all rows. make: gives the replay of a list of steps over the first so many rows.
-        seconds: after which screening ends.
+        right: the replay of `steps` over all rows. make: gives the replay of a list of steps over the first so many rows,
+            with the values that it may take from a longer one.
+        budget: with which screening ends.
     """
 
     def __init__(
@@ -35,16 +37,15 @@ class Screening:
         make: MakeReplay,
         positions: Ints,
         backend: Backend,
-        seconds: float,
+        budget: Budget,
     ) -> None:
         self.entries = list(entries)
         self.right = tuple(steps)
         self.tried = Tried()
-        self.complete = True
         self.make = make
         self.positions = positions
         self.backend = backend
-        self._until = perf_counter() + seconds
+        self.budget = budget
         self.number = {entry.point: number for number, entry in enumerate(self.entries)}
         self._whole = right
         self._replays: dict[tuple[str, ...], Replay] = {}
@@ -71,7 +72,7 @@ class Screening:
         if name not in self._replays:
             if len(self._replays) >= _REPLAYS:
                 del self._replays[next(iter(self._replays))]
-            self._replays[name] = self.make(state.steps, rows)
+            self._replays[name] = self.make(state.steps, rows, self._whole)
         return self._replays[name]
 
     def _errors(self, root: State, steps: Sequence[Step], rows: int, until: int) -> dict[int, Floats] | None:
@@ -100,7 +101,9 @@ class Screening:
         number = {step.makes: number for number, step in enumerate(steps)}
         points = [entry.point for entry in self.entries[: until + 1]]
         seen = [steps[number[SEEN + point]] for point in points if point in shown]
-        last = max([number[point] for point in points if point not in shown] + [number[read] for s in seen for read in s.names])
+        last = max(
+            [number[point] for point in points if point not in shown] + [number.get(read, -1) for s in seen for read in s.names]
+        )
         return [*steps[: last + 1], *seen]
 
     def _compare(self, name: str, made: Array, shown: frozenset[str], rows: int, found: dict[int, Floats]) -> int | None:
@@ -204,7 +207,14 @@ class Screening:
         return entry.at(self.backend.to_host(made), self.positions[: made.shape[0]], place.row)
 
     def check(self, state: State, candidate: Candidate) -> State | None:
-        """The state with the candidate planted, on all rows and points; None where the model or the faults there do not allow it."""
+        """The state with the candidate planted, on all rows and points; None where the model or the faults there do not allow it,
+        or no time is left for it.
+        """
+        name = key((*state.faults, candidate))
+        return None if name not in self._checked and self.budget.over() else self.reached(state, candidate)
+
+    def reached(self, state: State, candidate: Candidate) -> State | None:
+        """`check`, however late it is."""
         name = key((*state.faults, candidate))
         if name not in self._checked:
             self._checked[name] = self._check(state, candidate)
@@ -220,25 +230,13 @@ class Screening:
             None if nmse is None else State((*state.faults, candidate), Planting(steps, self.number), nmse, self._first(nmse))
         )
 
-    def out_of_time(self) -> bool:
-        """Whether the budget is spent."""
-        if perf_counter() > self._until:
-            self.complete = False
-        return not self.complete
-
-    def extend(self, seconds: float) -> None:
-        """Search on for so many seconds."""
-        self._until = perf_counter() + seconds
-        self.complete = True
-
-    def screened(self, state: State, layers: Layers) -> Iterator[tuple[Candidate, Screened]]:
-        """Every candidate of a scope that changes something at the state's first place, and how far it gets."""
+    def screened(self, state: State, layers: Layers, candidates: Sequence[Candidate]) -> Iterator[tuple[Candidate, Screened]]:
+        """The candidates of a scope that change something at the state's first place, and how far they get."""
         if state.first is None:
             return
-        candidates = list(self.candidates(state, layers))
         yield from Batch(self, state, layers).screened([one for one in candidates if self._plain(state, one)])
         for candidate in candidates:
-            if self.out_of_time():
+            if self.budget.over():
                 return
             result = None if self._plain(state, candidate) else self.screen(state, candidate)
             if result is not None:
@@ -264,7 +262,7 @@ class Screening:
             return
         layers = candidates[0].layers if candidates else None
         plain = [one for one in candidates if self._plain(state, one)]
-        kept = Batch(self, state, layers).agreeing(plain) if len(plain) > 1 else plain
+        kept = Batch(self, state, layers).agreeing(plain) if len(plain) > _FEW else plain
         likely = [one for one in candidates if not self._plain(state, one) or one in kept]
         rest = [one for one in candidates if one not in likely]
         for some in (likely, rest):

@@ -14,7 +14,7 @@ import numpy as np
 from engine.faults import Planting
 from engine.replay import NOT_ALLOWED
 
-from .explain_scopes import ranges, rescoped
+from .explain_scopes import ranges, rescoped, stages
 from .explain_screening import Screening
 from .explain_state import Candidate, Layers, State, key, worst
 from .explain_together import Together
@@ -41,20 +41,28 @@ class Search:
     def further(self, state: State, single: bool) -> list[State]:
         """States that get beyond the state's first place by one more fault, the best first.
 
-        In single layers the search ends with the layer in which something is found: what is alike there is found too.
+        In single layers the search ends with the layer in which something is found: what is alike there is found too. In all
+        layers it ends with the stage (`stages`) in which something explains everything.
         """
         better: list[State] = []
-        stages = ([(layer,) for layer in self.screening.suspects(state)]) if single else [None]
-        for layers in stages:
-            passed: list[Candidate] = []
-            for candidate, (place, error) in self.screening.screened(state, layers):
-                self._note(state, candidate, error)
-                if place is None or (state.first is not None and state.first < place):
-                    passed.append(candidate)
-            better += self.screening.beyond(state, passed)
-            if better or self.screening.out_of_time():
+        scopes: list[Layers] = [(layer,) for layer in self.screening.suspects(state)] if single else [None]
+        for layers in scopes:
+            for candidates in stages(self.screening, state, layers):
+                better += self._beyond(state, layers, candidates)
+                if any(one.first is None for one in better):
+                    break
+            if better or self.screening.budget.over():
                 break
         return sorted(better, key=self.rank)
+
+    def _beyond(self, state: State, layers: Layers, candidates: Sequence[Candidate]) -> Iterator[State]:
+        """The states of the candidates that get beyond the state's first place."""
+        passed: list[Candidate] = []
+        for candidate, (place, error) in self.screening.screened(state, layers, candidates):
+            self._note(state, candidate, error)
+            if place is None or (state.first is not None and state.first < place):
+                passed.append(candidate)
+        return self.screening.beyond(state, passed)
 
     def _note(self, state: State, candidate: Candidate, error: float) -> None:
         """Keep what a candidate leaves of the error at the first place, as a lead."""
@@ -89,7 +97,8 @@ class Search:
         name = (*key(state.faults), str(single))
         if name not in self._stages:
             found = self.further(state, single)
-            more = [made for one in found[:_BEAM] for made in rescoped(self.screening, state, one)]
+            partial = found[:_BEAM] if found and found[0].first is not None else []
+            more = [made for one in partial for made in rescoped(self.screening, state, one)]
             self._stages[name] = sorted([*found, *more], key=self.rank)
         return self._stages[name]
 
@@ -100,7 +109,7 @@ class Search:
         """
         best = self._one_by_one(state, depth)
         tried: set[tuple[str, ...]] = set()
-        while best.first is not None and not self.screening.out_of_time():
+        while best.first is not None and not self.screening.budget.over():
             ends = sorted((end for name, end in self._ends.items() if name not in tried), key=self.rank)
             if not ends:
                 break
@@ -205,7 +214,7 @@ class Search:
                     better += [made for chosen in alike[:_SAME] for made in self._all_of(state, chosen)]
                     if better:
                         break
-                if better or self.screening.out_of_time():
+                if better or self.screening.budget.over():
                     return sorted(better, key=self.rank)
         return []
 

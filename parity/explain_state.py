@@ -10,6 +10,7 @@ import numpy as np
 
 from engine.faults import SEEN, Fault, Planting
 from engine.graph import Step
+from engine.replay import same_start
 
 from .explain_records import Floats
 
@@ -103,8 +104,7 @@ def shown_points(steps: Sequence[Step]) -> frozenset[str]:
 
 def unchanged_steps(steps: Sequence[Step], root: State) -> int:
     """How many steps at the start are the root's."""
-    pairs = enumerate(zip(steps, root.steps, strict=False))
-    return next((number for number, (new, old) in pairs if new is not old), min(len(steps), len(root.steps)))
+    return same_start(steps, root.steps)
 
 
 def key(faults: Sequence[Candidate]) -> tuple[str, ...]:

@@ -71,7 +71,7 @@ class Together:
         for chosen in self.likely(number)[:MOST]:
             effects = [self.effects[index] for index in chosen]
             for order in self._orders(effects):
-                if self._screening.out_of_time():
+                if self._screening.budget.over():
                     return
                 if self._left(order) <= self._limit:
                     yield [one for alike in (order, *self._others(order)) for one in product(*(e.alike for e in alike))]
@@ -87,7 +87,7 @@ class Together:
         for place, mine in enumerate(order):
             for effect in self.effects:
                 other = (*order[:place], effect, *order[place + 1 :])
-                if effect is not mine and not self._screening.out_of_time() and self._left(other) <= self._limit:
+                if effect is not mine and not self._screening.budget.over() and self._left(other) <= self._limit:
                     yield other
 
     def likely(self, number: int) -> Ints:
@@ -132,6 +132,8 @@ class Together:
         replays: dict[int, Replay] = {}
         found: dict[tuple[bytes, frozenset[str]], Effect] = {}
         for candidate in self._screening.candidates(self._state, None):
+            if self._screening.budget.over():
+                break
             here = Candidate(candidate.fault, candidate.parameters, self._layers)
             rows = self._rows(here)
             if rows not in replays:
@@ -150,7 +152,7 @@ class Together:
         return self._screening.rows if whole else self._first.row + 1
 
     def _replay(self, steps: Sequence[Step], rows: int) -> Replay:
-        return self._screening.make(self._until(steps), rows)
+        return self._screening.make(self._until(steps), rows, None)
 
     def _shown(self, steps: Sequence[Step]) -> str:
         """The name of what the dump shows at the first place: another step's where the capture is wrong."""
@@ -164,7 +166,7 @@ class Together:
         shown = steps[number[name]]
         if not name.startswith(SEEN):
             return list(steps[: number[name] + 1])
-        return [*steps[: max(number[read] for read in shown.names) + 1], shown]
+        return [*steps[: max(number.get(read, -1) for read in shown.names) + 1], shown]
 
     def _made(self, replay: Replay, state: State, candidate: Candidate) -> Array | None:
         """What the dump would show at the first place; None where that is the same or the model does not allow it."""
@@ -190,7 +192,9 @@ def _one_more(chosen: Ints, count: int) -> Ints:
     """Every set of indices with any other one: [M, n] -> [., n + 1]."""
     more = np.tile(np.arange(count), len(chosen))[:, None]
     sets = np.sort(np.concatenate([np.repeat(chosen, count, axis=0), more], axis=1), axis=1)
-    return np.unique(sets[(np.diff(sets, axis=1) > 0).all(axis=1)], axis=0)
+    sets = sets[(np.diff(sets, axis=1) > 0).all(axis=1)]
+    _, first = np.unique(sets @ count ** np.arange(sets.shape[1])[::-1], return_index=True)  # a set as one number is faster
+    return sets[first]
 
 
 def _by_residual(chosen: Ints, values: Floats, wanted: Floats) -> Ints:

@@ -31,6 +31,7 @@ def run_command(template: str, *, model: Path, tokens: Sequence[int], out: Path)
         command.append(filled)
     to_file = "{out}" in template
     try:
+        out.unlink(missing_ok=True)  # what an earlier run left there is not this one's
         if to_file:
             done = subprocess.run(
                 command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, check=False

@@ -12,6 +12,7 @@ from typing import Any
 from checkpoints.errors import InputError
 from checkpoints.fingerprint import fingerprint
 from checkpoints.points import resolve
+from checkpoints.whole_file import put
 
 from . import default_model
 
@@ -105,7 +106,7 @@ class Golden:
     def save(self) -> None:
         """Write `drift.json`."""
         facts = {"format": FORMAT} | {name: value for name, value in asdict(self).items() if name != "folder"}
-        write_text(self.folder / MANIFEST, json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
+        put(self.folder / MANIFEST, (json.dumps(facts, indent=1, ensure_ascii=False) + "\n").encode())
 
 
 def load(folder: Path) -> Golden:
@@ -173,9 +174,7 @@ def rewrite(golden: Golden, prompt: GoldenPrompt, new: Path, points: Collection[
     fresh = {key: line for line in new.read_bytes().splitlines(keepends=True) if (key := _key(line)) and key[0] in points}
     path = golden.path(prompt)
     lines = [fresh.get(key, line) if (key := _key(line)) else line for line in path.read_bytes().splitlines(keepends=True)]
-    partial = path.with_suffix(".partial")
-    partial.write_bytes(b"".join(lines))
-    partial.replace(path)
+    put(path, b"".join(lines))
 
 
 def noted(golden: Golden, updated: tuple[tuple[int, str], ...], build: dict[str, Any]) -> Golden:
@@ -187,19 +186,6 @@ def noted(golden: Golden, updated: tuple[tuple[int, str], ...], build: dict[str,
 def now() -> str:
     """The time as ledgers and manifests write it."""
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file.
-
-    Raises:
-        InputError: it cannot be written.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}.", "Choose another path.", code="output") from error
 
 
 def _key(line: bytes) -> tuple[str, int, int] | None:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from checkpoints.errors import DumpError, InputError
 from checkpoints.isolation import NOT_OBSERVABLE, WRONG, Graft, Isolation, Operation
+from checkpoints.mapping import Mapping
 from checkpoints.record import Header
 from engine.backend import choose
 from engine.gguf_model import GgufModel
@@ -31,6 +32,7 @@ from .request import Prompt, Request
 from .row_checks import RowChecks
 from .row_errors import Value
 from .session import resolve_prompt
+from .tokens_diff import same_model
 from .tolerance import limits
 from .whole_values import WholeValues
 
@@ -56,6 +58,7 @@ class IsolateRequest:
     rows: tuple[int, ...] = ()
     dump: Path | None = None
     tensors: Path | None = None
+    mapping: Mapping | None = None
     compute: str | None = None
     windows: bool = True
     graft: str | None = None
@@ -205,10 +208,14 @@ def _without_blas(operations: list[Operation], devices: Sequence[str]) -> list[O
 
 
 def _foreign(request: IsolateRequest, dump: Path, running: Reference | None) -> Isolation:
-    values = WholeValues(dump, request.tensors)
+    values = WholeValues(dump, request.tensors, request.mapping)
     header = values.dump.header or Header(source="")
+    same_model(values.dump, request.model)
     if request.rows and not any("logits" in values.points(step) for step in values.passes):
-        raise InputError("--rows wants whole logits, which the dump doesn't have.", "Record them: --full, or --slice 0.")
+        raise InputError(
+            "--rows wants whole logits, which the dump doesn't have.",
+            "Record them: `parity dump ours --full`, or all values of each record.",
+        )
     kv_type = "f16" if "f16" in header.kv_type.lower() and "bf16" not in header.kv_type.lower() else "f32"
     mode = request.mode or header.mode or "exact"
     # The limit of operations computed in F32, whatever the file's types are: the rounding is part of the definitions.

@@ -11,6 +11,7 @@ from checkpoints.record import Dump
 from .lint_rules.model_facts import ModelFacts, open_model
 from .lint_rules.rule import Subject
 from .lint_rules.table import RULES
+from .tokens_diff import same_model
 
 # Findings of one rule that are listed one by one; a fault in every layer would fill the screen.
 _SHOWN = 5
@@ -20,9 +21,11 @@ def lint(dump: Dump, model: Path | ModelFacts | None = None) -> LintReport:
     """Look at one dump; with a model file also at what only that can tell.
 
     Raises:
-        ModelError: the model file cannot be read as one.
+        ModelError: the model file cannot be read as one. InputError: the dump's header names another one.
     """
     facts = open_model(model) if isinstance(model, Path) else model
+    if facts is not None:
+        same_model(dump, facts.model.path)
     subject = Subject(dump, facts)
     findings: list[Finding] = []
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):  # garbage is what lint is for

@@ -9,6 +9,7 @@ from engine import ops
 from engine.graph import Altered, Step, WeightSource
 
 _LARGEST = 1 << 24  # elements of a weight of which other readings are tried: 128 MiB as float64
+# Share of the error that a look may leave. A choice: the reading that is meant leaves rounding alone, any other one all of it.
 _FAR_NEARER = 1e-3
 # Rounding of activations to 8 bits costs 2e-5 … 3e-4 (NMSE of one product, every 4- to 8-bit type): this is ten times that.
 _ROUNDING = 3e-3

@@ -1,5 +1,6 @@
 """Whoever writes the dumps of a golden prompt: our engine, llama.cpp, or a foreign engine's command."""
 
+import shlex
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,6 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from checkpoints.errors import InputError
+from checkpoints.formats import load
+from checkpoints.jsonl import write
+from checkpoints.record import Header
 from reference.client import Reference
 from reference.jobs import DumpJob
 
@@ -30,7 +34,7 @@ def maker(
             raise InputError("these golden dumps are a foreign engine's.", "Give its command with --exec.", code="exec")
         runs = reference.twin(model) if golden.mode == "exact" else model
         line = command
-        yield lambda prompt, out: run_command(line, model=runs, tokens=(*prompt.tokens, *prompt.generated), out=out)
+        yield lambda prompt, out: _foreign_dump(line, runs, prompt, out)
     elif source == "ref":
         yield lambda prompt, out: _reference_dump(reference, golden, model, prompt, out, threads)
     else:
@@ -40,6 +44,14 @@ def maker(
 
         transformer = Transformer(GgufModel(model), choose(backend))
         yield lambda prompt, out: _our_dump(transformer, golden, prompt, out)
+
+
+def _foreign_dump(command: str, model: Path, prompt: GoldenPrompt, out: Path) -> None:
+    """What a foreign engine printed, in whatever format, becomes format 1: golden lines are found and rewritten by their keys."""
+    with tempfile.TemporaryDirectory(prefix="parity-drift-") as scratch:
+        printed = Path(scratch) / "printed.jsonl"
+        run_command(command, model=model, tokens=(*prompt.tokens, *prompt.generated), out=printed)
+        write(load(printed), out, Header(source=f"printed by {shlex.split(command)[0]}"))
 
 
 def _our_dump(transformer: "Transformer", golden: Golden, prompt: GoldenPrompt, out: Path) -> None:

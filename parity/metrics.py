@@ -191,7 +191,8 @@ def _measure(pairs: list[Pair], values: list[_Values]) -> Measures:
     n = _joined([np.where(np.isnan(sizes(p.ref)), sizes(p.ours), sizes(p.ref)) for p in pairs], 0)
     l2 = _column(pairs, "ref", "l2")
     energy = np.fmax(energy_b, SLICE_FLOOR * count / n * l2**2)
-    nmse_slice = np.where(count > 0, _ratio(np.einsum("ij,ij->i", sure, sure), energy), np.nan)
+    # Where both sides have NaN everywhere nothing was compared, and nothing agrees.
+    nmse_slice = np.where(usable.any(axis=1), _ratio(np.einsum("ij,ij->i", sure, sure), energy), np.nan)
     full = _joined([p.ours.full() & p.ref.full() for p in pairs], 0) > 0
     exact_text = _joined([np.full(len(p.ours), p.ours.quantum is None and p.ref.quantum is None) for p in pairs], 0) > 0
     nmse_row, bound = _whole_rows(pairs, n, l2)

@@ -12,6 +12,7 @@ from .commands.options import Format
 if TYPE_CHECKING:
     from rich.text import Text
 
+    from checkpoints.record import Dump
     from reference.jobs import Tokens
 
     from .request import Progress
@@ -63,6 +64,12 @@ def catalogue_as(form: Format) -> None:
     console = Console()
     rows = [(fault.group, fault.name, fault.symptom, fault.fix, fault.seen) for fault in CATALOGUE.values()]
     print_lines(console, catalogue_lines(rows, console.width))
+
+
+def notes(dump: "Dump") -> None:
+    """Say on stderr what the reader noticed of a dump, where the answer has no place for it."""
+    for note in dump.notes:
+        print(f"{dump.path}: {note}", file=sys.stderr)
 
 
 def written(path: Path) -> None:

@@ -1,10 +1,11 @@
 """What one experiment is asked to be: plain data that commands fill in."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from checkpoints.mapping import Mapping
 from checkpoints.record import DEFAULT_SLICE
 from engine.capture import Positions
 
@@ -13,7 +14,10 @@ Progress = Callable[[str, int, int | None], None]  # (side, done, total); no tot
 
 @dataclass(frozen=True)
 class Request:
-    """What `parity run` was asked for. Where ids are given, `tokens` are taken and `prompt` is only the text they stand for."""
+    """What `parity run` was asked for. Where ids are given, `tokens` are taken and `prompt` is only the text they stand for.
+
+    `command` is a foreign engine's command line, `mapping` what its names mean and where its positions begin.
+    """
 
     model: Path
     prompt: str | None = None
@@ -35,6 +39,7 @@ class Request:
     strict: bool = False
     compute: str | None = None
     despite_lint: bool = False
+    mapping: Mapping = field(default_factory=Mapping)
     out: Path | None = None
     verbose: bool = False
 

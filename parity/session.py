@@ -25,6 +25,7 @@ from .lint import refuse_unusable
 from .picture import compare_drawn
 from .request import Generated, Progress, Prompt, Request
 from .sides import Foreign, Own
+from .tokens_diff import same_model
 
 
 @dataclass(frozen=True)
@@ -135,12 +136,16 @@ def run(
                     reference.close()  # nobody waits for it any more
                     raise
                 pending.result()
-    left, right = load(ours_path), read(ref_path)
+    left, right = load(ours_path, request.mapping), read(ref_path)
     if request.command and not request.despite_lint:
         refuse_unusable(left, "your engine's dump")
-    verdict, drawn = compare_drawn(
-        left, right, Options(tolerance=request.tolerance, compute=request.compute, strict=request.strict)
+    options = Options(
+        tolerance=request.tolerance,
+        compute=request.compute,
+        strict=request.strict,
+        placed=request.mapping.position_offset is not None,
     )
+    verdict, drawn = compare_drawn(left, right, options)
     verdict = replace(verdict, notes=(*taken_instead(request, right), *verdict.notes))
     return Outcome(folder, left, right, verdict, drawn, perf_counter() - began)
 
@@ -174,6 +179,7 @@ def dump_reference(request: Request, out: Path, follow: Dump | None = None) -> D
     with Reference(verbose=request.verbose, threads=request.threads) as reference:
         if follow is None:
             return reference.dump(reference_job(request, resolve_prompt(reference, request), out))
+        same_model(follow, request.model)
         if request.prompt is None and request.tokens is None:
             request = replace(request, **_prompt_of(follow))
         prompt = resolve_prompt(reference, request)

@@ -8,6 +8,7 @@ import numpy as np
 from checkpoints.errors import InputError
 from checkpoints.points import parse
 from checkpoints.record import DECODE, PREFILL, Dump
+from checkpoints.whole_file import put
 
 from .compare import Options, measured
 from .records import Records
@@ -67,11 +68,7 @@ def write_table(ours: Dump, ref: Dump, options: Options, path: Path) -> None:
         raise InputError(f"cannot write a table as {path.name!r}.", "End its name in .csv or .parquet.", code="output")
     frame = table(measured(ours, ref, options))
     try:
-        if path.suffix == ".csv":
-            frame.to_csv(path, index=False)
-        else:
-            frame.to_parquet(path, index=False)
+        made = frame.to_csv(index=False).encode() if path.suffix == ".csv" else frame.to_parquet(index=False)
     except ImportError as error:
         raise InputError("Parquet needs pyarrow, which is not installed.", "Write .csv, or install pyarrow.") from error
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror or error}.", "Choose another path.", code="output") from error
+    put(path, made)

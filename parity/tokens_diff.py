@@ -1,8 +1,10 @@
 """Are the two dumps of one experiment? Models, prompts and token ids, before any number is compared."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from checkpoints.errors import InputError
+from checkpoints.gguf_file import contents
 from checkpoints.record import Dump
 from checkpoints.verdict import Difference, Pattern
 
@@ -41,6 +43,27 @@ def same_experiment(ours: Dump, ref: Dump) -> None:
             f"these are dumps of two prompts: {_short(left.prompt)} and {_short(right.prompt)}.",
             "Dump both sides with one prompt (`parity dump ref --follow OURS.jsonl` takes ours).",
             code="two-prompts",
+        )
+
+
+def same_model(dump: Dump, path: Path) -> None:
+    """Raises InputError where a dump's header names another model than a file; the F32 twin of a model is the model.
+
+    Raises:
+        ModelError: the file cannot be read as a model.
+    """
+    known = dump.header.model if dump.header is not None else None
+    if known is None or not known.fingerprint:
+        return
+    file = contents(path)
+    alike = (file.architecture, file.layers) == (known.architecture, known.layers)
+    if alike and file.text("general.name") in ("", known.name):
+        return
+    if file.fingerprint not in (known.fingerprint, known.twin):
+        raise InputError(
+            f"{dump.path} is of another model than {path}: of {_model(known.name, known.file_type, known.fingerprint)}.",
+            "Give the file that was run with --model.",
+            code="two-models",
         )
 
 

@@ -39,7 +39,9 @@ def check_weights(path: Path, backend: str = "auto", progress: Progress | None =
                 progress("weights", done, total)
 
         checks.append(_tensor(model, info, side, by_libggml, advanced))
-    notes = (f"ours on {side.device}",)
+    odd = [check.name for check in checks if check.nonfinite]
+    damaged = f"NaN or infinities stand in the file itself: {', '.join(odd[:4])}{', …' if len(odd) > 4 else ''}"
+    notes = (f"ours on {side.device}", *((damaged,) if odd else ()))
     return WeightsCheck(f"{model.hyperparameters.name or path.stem} ({path})", "", tuple(checks), total, notes)
 
 
@@ -60,6 +62,7 @@ def _tensor(
     columns, rows = info.shape[-1], len(raw)
     step = max(1, _CHUNK // columns)
     by: tuple[str, ...] = ()
+    nonfinite = 0
     name = type_name(info.type)
     for start in range(0, rows, step):
         part = raw[start : start + step]
@@ -71,8 +74,9 @@ def _tensor(
             )
         if (first := _first_difference(found, part, info, start * columns)) is not None:
             return TensorCheck(info.name, name, info.shape, DIFFERENT, rows * columns, by, _blame(first), first)
+        nonfinite += int(np.count_nonzero(~np.isfinite(found[by[0]])))
         advanced(part.size)
-    return TensorCheck(info.name, name, info.shape, EQUAL, rows * columns, by)
+    return TensorCheck(info.name, name, info.shape, EQUAL, rows * columns, by, nonfinite=nonfinite)
 
 
 def _results(part: NDArray[np.uint8], info: TensorInfo, columns: int, side: Backend, by_libggml: ToFloat) -> dict[str, Floats]:

@@ -7,8 +7,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from checkpoints.errors import DumpError
+from checkpoints.formats import load
+from checkpoints.mapping import Mapping
 from checkpoints.points import order, parse
-from checkpoints.reader import read
 from checkpoints.record import Dump, Rows
 from checkpoints.tensors import TensorReader, beside
 
@@ -19,15 +20,16 @@ class WholeValues:
     """A dump's values that are there as a whole, pass by pass; each is read when it is asked for.
 
     Args:
-        path: the dump; its tensors are looked for beside it, or in `tensors`.
+        path: the dump, of any format; its tensors are looked for beside it, or in `tensors`.
+        mapping: what its names mean.
 
     Raises:
         DumpError: no such dump, several sequences in it, or a tensors file that cannot be read.
     """
 
-    def __init__(self, path: Path, tensors: Path | None = None) -> None:
+    def __init__(self, path: Path, tensors: Path | None = None, mapping: Mapping | None = None) -> None:
         self.path = path
-        self.dump: Dump = read(path)
+        self.dump: Dump = load(path, mapping)
         file = tensors or beside(path)
         self._reader = TensorReader(file) if tensors is not None or file.exists() else None
         self.sequences = sorted({int(seq) for rows in self.dump.points.values() for seq in np.unique(rows.seq)})

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from checkpoints import points
-from checkpoints.errors import InputError
+from checkpoints.errors import InputError, ModelError
 from checkpoints.gguf_file import Contents, contents
 
 from . import dump, twin
@@ -49,7 +49,14 @@ class Service:
         return self._model(found.path, vocab_only=True)
 
     def _computable(self, found: Contents, mode: str, threads: int | None) -> Model:
-        return self._model(twin.twin(self._library, found, threads=threads) if mode == EXACT else found.path)
+        if mode != EXACT:
+            return self._model(found.path)
+        made = twin.twin(self._library, found, threads=threads)
+        try:
+            return self._model(made)
+        except ModelError as error:  # of a file in the cache, which the user never named
+            said = error.message.replace(str(made), str(found.path))
+            raise ModelError(said, error.advice, code=error.code) from error
 
     def tokenize(self, path: Path, text: str, add_special: bool, parse_special: bool, *, item: Item) -> Tokens:
         """See `client.Reference.tokenize`."""

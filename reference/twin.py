@@ -16,7 +16,7 @@ from checkpoints.gguf_file import Contents, contents
 
 from .library import Library, default_threads
 
-_DEFAULT_GB = 20.0
+_DEFAULT_GB = 20.0  # of twins in the cache: one of a 4 B model, or all those of a test model; PARITY_CACHE_GB says another
 _F32 = 0  # ggml_type
 _MARK = "-f32.gguf"
 
@@ -239,8 +239,10 @@ def quantize(library: Library, path: Path, ftype: str, out: Path, *, threads: in
         library.lines.clear()
         status = api.llama_model_quantize(os.fsencode(path), os.fsencode(part), ctypes.byref(params))
         if status != 0 or not part.exists():
+            free = shutil.disk_usage(out.parent).free / 1e6  # llama.cpp says "iostream error" where the disk is full
             raise ReferenceFailed(
-                f"llama.cpp cannot write {path.name} as {ftype.upper()}: {library.reason()}.", "See --verbose for its log."
+                f"llama.cpp cannot write {path.name} as {ftype.upper()}: {library.reason()}.",
+                f"{out.parent} has {free:,.0f} MB free; --verbose shows llama.cpp's log.",
             )
         part.replace(out)
     return out

@@ -25,8 +25,8 @@ from .twin import is_f32, quantize, temporary, workspace
 # layers without RoPE, no leading dense layers): only there is a renumbered layer the same layer.
 UNIFORM = frozenset({"gemma", "llama", "qwen2", "qwen2moe", "qwen3", "qwen3moe"})
 _ROWS = 32  # of an embedding or output matrix that nobody reads
-_ALIGNMENT = 32
-_CHUNK = 1 << 24
+_ALIGNMENT = 32  # of tensors, as GGUF's default
+_CHUNK = 1 << 24  # bytes that are copied at a time
 _LAYER = re.compile(r"blk\.(\d+)\.(.+)")
 _EMBEDDING, _OUTPUT = "token_embd.weight", "output.weight"
 

@@ -3,15 +3,16 @@
 from pathlib import Path
 
 from checkpoints.errors import InputError
+from checkpoints.whole_file import put
 
 
 def save(text: str, path: Path) -> None:
-    """Write a text file.
+    """Write a text file, as a whole or not at all.
 
     Raises:
         InputError: it cannot be written.
     """
-    _put(text, path, "w")
+    put(path, text.encode("utf-8", "replace"))
 
 
 def append(text: str, path: Path) -> None:
@@ -20,12 +21,8 @@ def append(text: str, path: Path) -> None:
     Raises:
         InputError: it cannot be written.
     """
-    _put(text, path, "a")
-
-
-def _put(text: str, path: Path, mode: str) -> None:
     try:
-        with path.open(mode, encoding="utf-8", errors="replace") as file:
+        with path.open("a", encoding="utf-8", errors="replace") as file:
             file.write(text)
     except OSError as problem:
         reason = problem.strerror or problem

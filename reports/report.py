@@ -64,4 +64,6 @@ def _facts(header: Header | None) -> Iterator[tuple[str, str]]:
 
 
 def _plain(value: object) -> str:
-    return ("yes" if value else "no") if isinstance(value, bool) else str(value)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -40,3 +40,17 @@ class Cli:
         """The exit code and the JSON answer."""
         ran = self(*arguments, "--format", "json")
         return ran.code, ran.json
+
+
+def one_line(said: str, *parts: str) -> None:
+    """An error as every one is: one line that begins with the program's name and has these parts."""
+    assert said.startswith("parity: "), said
+    assert len(said.splitlines()) == 1, said
+    for part in parts:
+        assert part in said, said
+
+
+def refused(ran: Ran, *parts: str) -> None:
+    """Exit 2, one line on stderr with these parts, nothing on stdout."""
+    assert (ran.code, ran.out) == (2, ""), ran
+    one_line(ran.err, *parts)

@@ -14,6 +14,7 @@ from cli import Cli
 
 from engine.synth import shape_like, synthesize
 from parity import default_model
+from parity.__main__ import run
 from reference.client import Reference
 
 
@@ -29,6 +30,14 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def stories() -> Path:
     """The embedded model: qwen2, 24 layers, Q8_0."""
     return default_model.path()
+
+
+@pytest.fixture(scope="session")
+def stories_run(_own_cache: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of one `parity run` of the embedded model, five tokens, default points."""
+    folder = tmp_path_factory.mktemp("stories-run") / "whole"
+    assert run(["run", "--prompt", "Once upon a time", "--out", str(folder)]) == 0
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -47,6 +47,42 @@ def test_follow_takes_arrays_and_foreign_names(stories: Path, parity: Cli) -> No
     assert refused.err.count("\n") == 1
 
 
+def renamed(source: Path, first: int, split: int = len(TOKENS)) -> str:
+    """A dump's records under an engine's own names and counted from `first`, as lines without a header, in two passes."""
+    kept = [json.loads(line) for line in source.read_text().splitlines()]
+    lines = [line for line in kept if line["type"] == "checkpoint"]
+    for line in lines:
+        line["checkpoint"] = line["checkpoint"].replace("embd", "wte")
+        line["step"] = int(line["token_idx"] >= split)
+        line["token_idx"] += first
+    return "".join(json.dumps(line) + "\n" for line in lines)
+
+
+def test_run_and_consistency_take_foreign_names(parity: Cli) -> None:
+    """`run --exec` and `consistency` take --map and --offset; without an engine of one's own `run` refuses them."""
+    Path("names.toml").write_text('[names]\nwte = "embd"\n')
+    assert parity("dump", "ours", "--tokens", IDS, "-o", "whole.jsonl").code == 0
+    Path("printed.jsonl").write_text(renamed(Path("whole.jsonl"), 7))
+    options = ("--map", "names.toml", "--offset", "-7")
+    code, answer = parity.json("run", "--tokens", IDS, "--exec", "cp printed.jsonl {out}", "--compute", "f32", *options)
+    assert (code, answer["compared"]) == (0, 35)
+    assert parity("run", "--tokens", IDS, *options).code == 2
+    Path("steps.jsonl").write_text(renamed(Path("whole.jsonl"), 7, split=3))
+    code, answer = parity.json("consistency", "printed.jsonl", "steps.jsonl", *options, "--compute", "f32")
+    assert (code, answer["checks"][0]["diff"]["compared"]) == (0, 35)
+
+
+def test_isolate_takes_arrays_and_foreign_names(stories: Path, parity: Cli) -> None:
+    """`isolate` judges what an .npz with an engine's own names has as a whole: here the final norm and the head."""
+    np.savez("ours.npz", **arrays(stories))  # type: ignore[arg-type]
+    Path("names.toml").write_text('[names]\nwte = "embd"\n')
+    code, answer = parity.json(
+        "isolate", "ours.npz", "--map", "names.toml", "--tokens", IDS, "--compute", "f32", "--no-windows"
+    )
+    proven = {found["operation"] for found in answer["operations"] if found["status"] == "proven"}
+    assert (code, {"embd", "output_norm", "logits"} <= proven) == (0, True)
+
+
 def test_explain_takes_arrays_and_foreign_names(stories: Path, parity: Cli) -> None:
     """`explain` names a planted fault from arrays under an engine's own names."""
     np.savez("ours.npz", **arrays(stories, "rope-pairs"))  # type: ignore[arg-type]

@@ -1,5 +1,7 @@
 """The tap takes copies, in the moment the value is computed, and loses nothing."""
 
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -10,7 +12,7 @@ from checkpoints.errors import InputError
 from checkpoints.jsonl import Writer
 from checkpoints.reader import read
 from checkpoints.record import Rows, Token
-from checkpoints.summary import summarise
+from checkpoints.summary import kept_copy, summarise, summarise_pass
 from engine.backend import choose
 from engine.capture import Capture, Pass
 from engine.gguf_model import GgufModel
@@ -108,12 +110,12 @@ def test_a_late_capture_would_be_seen(stories: Path) -> None:
 def test_a_failing_writer_stops_the_engine() -> None:
     """What fails in the writer's thread comes out in the engine's thread, and at the latest when the tap closes."""
     tap = Capture(Sink(fail_at=1), ["embd"], choose("numpy"))
-    tap.begin(one_pass())
 
     def many() -> None:
         for _ in range(1000):
+            tap.begin(one_pass())
             tap("embd", np.zeros((3, 4), dtype=np.float32))
-            time.sleep(0.001)
+            time.sleep(0.01)
 
     with pytest.raises(OSError, match="disk full"):
         many()
@@ -122,13 +124,13 @@ def test_a_failing_writer_stops_the_engine() -> None:
 
 
 def test_a_slow_writer_loses_nothing_and_the_waits_are_counted() -> None:
-    """When more batches wait than the queue holds the engine waits, says how often, and every record arrives."""
+    """When more copies wait than the writer may hold, the engine waits, says how often, and every record arrives."""
     sink = Sink(delay=0.0005)
     with Capture(sink, ["embd"], choose("numpy")) as tap:
-        tap.begin(one_pass())
-        for number in range(600):
-            tap("embd", np.full((3, 4), number, dtype=np.float32))
-    assert [rows.values[0, 0] for rows in sink.taken] == list(range(600))
+        for number in range(400):
+            tap.begin(one_pass())
+            tap("embd", np.full((3, 1 << 15), number, dtype=np.float32))
+    assert [rows.values[0, 0] for rows in sink.taken] == list(range(400))
     assert tap.waits > 0
 
 
@@ -157,3 +159,56 @@ def test_logits_do_not_depend_on_what_is_captured(stories: Path) -> None:
     for points in (DEFAULTS, engine.points):
         with Capture(Sink(), points, engine.backend) as tap:
             assert (engine.forward([2047, 9, 8, 7], engine.start(), tap) == plain).all()
+
+
+def test_a_process_that_forgets_to_close_loses_nothing(tmp_path: Path) -> None:
+    """What was handed over is written when the process ends, although nobody closed the tap."""
+    script = """
+import sys, numpy
+from checkpoints.jsonl import Writer
+from engine.backend import choose
+from engine.capture import Capture, Pass
+tap = Capture(Writer(sys.argv[1]), ["embd"], choose("numpy"))
+for step in range(50):
+    tap.begin(Pass(numpy.array([step]), step, decode=step > 0))
+    tap("embd", numpy.full((1, 8), step, dtype=numpy.float32))
+"""
+    subprocess.run([sys.executable, "-c", script, str(tmp_path / "ours.jsonl")], check=True)
+    dump = read(tmp_path / "ours.jsonl")
+    assert dump.points["embd"].values[:, 0].tolist() == list(range(50))
+    assert dump.end is None
+
+
+def test_an_exception_in_a_pass_keeps_what_was_computed_before_it() -> None:
+    """When a step fails, the records of the steps before it are still written."""
+    sink = Sink()
+
+    def failing(tap: Capture) -> None:
+        with tap:
+            tap.begin(one_pass())
+            tap("embd", np.ones((3, 4), dtype=np.float32))
+            raise RuntimeError("step")
+
+    with pytest.raises(RuntimeError, match="step"):
+        failing(Capture(sink, ["embd", "logits"], choose("numpy")))
+    assert [rows.point for rows in sink.taken] == ["embd"]
+
+
+def test_points_summarised_together_are_those_summarised_alone() -> None:
+    """A pass's values in one call have the statistics and slices of each alone to the bit, its sketch to rounding, garbage too."""
+    rng = np.random.default_rng(5)
+    values = {f"blk.{i}.l_out": rng.standard_normal((4, 48)).astype(np.float32) for i in range(3)}
+    values["logits"] = rng.standard_normal((4, 300)).astype(np.float32)
+    values["blk.1.l_out"][2, 5:8] = np.nan, np.inf, -np.inf
+    kept, at = np.array([1, 2, 3]), np.arange(4)
+    copies = [(name, kept_copy(name, value, 4, kept)) for name, value in values.items()]
+    together = summarise_pass(copies, at, kept, step=0, decode=False, slice_size=16, first=0)
+    for rows, (name, value) in zip(together, values.items(), strict=True):
+        alone = summarise(name, value, at, keep=kept)
+        assert rows.point == name
+        np.testing.assert_array_equal(rows.values, alone.values)
+        for statistic, column in alone.stats.items():
+            np.testing.assert_array_equal(rows.stats[statistic], column, err_msg=statistic)
+        assert rows.sketch is not None
+        assert alone.sketch is not None
+        np.testing.assert_allclose(rows.sketch, alone.sketch, rtol=1e-6, atol=1e-6)  # float32's rounding of float64 sums

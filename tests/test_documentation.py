@@ -33,6 +33,39 @@ def test_the_readme_names_no_command_that_is_not_there() -> None:
     assert mentioned <= set(command_names()) | {"from", "itself", "lists"}
 
 
+def options() -> dict[str, set[str]]:
+    """The options of each command, by its words: "run", "dump ref", …"""
+    found = {}
+    for name, command in typer.main.get_command(app).commands.items():  # type: ignore[attr-defined]
+        for inner in getattr(command, "commands", {"": command}).items():
+            words = f"{name} {inner[0]}".strip()
+            found[words] = {option for parameter in inner[1].params for option in (*parameter.opts, *parameter.secondary_opts)}
+    return found
+
+
+def test_every_option_that_is_written_somewhere_exists() -> None:
+    """Each `parity … --option` of the documentation is an option of that command."""
+    known = options()
+    pages = [*(ROOT / "docs").glob("*.md"), *ROOT.glob("*.md"), *ROOT.glob("*.yml"), *(ROOT / ".github").rglob("*.yml")]
+    seen = 0
+    for page in pages:
+        text = re.sub(r"'[^'\n]*'|\"[^\"\n]*\"", "''", page.read_text(encoding="utf-8"))
+        for name, words in re.findall(r"\bparity ([a-z]+(?: (?:ours|ref|record|check|history)\b)?)([^`\n|&#]*)", text):
+            # Behind two blanks a comment begins.
+            for option in re.findall(r"(?<![\w-])--?[a-z][\w-]*", words.split("  ")[0]) if name in known else ():
+                assert option in known[name] | {"--help"}, f"{page.name}: parity {name} {option}"
+                seen += 1
+    assert seen > 50
+
+
+def test_the_documentation_counts_the_catalogue() -> None:
+    """Where the documentation says how many faults are known, it is as many as the catalogue has."""
+    pages = [README, *(page.read_text(encoding="utf-8") for page in (ROOT / "docs").glob("*.md"))]
+    said = [int(number) for page in pages for number in re.findall(r"(\d+) known faults", " ".join(page.split()))]
+    assert said
+    assert set(said) == {len(CATALOGUE)}
+
+
 def test_every_option_has_a_help_text() -> None:
     """No option of any command is left unexplained."""
     for name, command in typer.main.get_command(app).commands.items():  # type: ignore[attr-defined]

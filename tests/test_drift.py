@@ -74,6 +74,19 @@ def test_both_sides_pass_and_are_noted(golden: Golden, parity: Cli) -> None:
     assert "our engine against golden dumps" in shown.out
 
 
+def test_an_engine_that_prints_bare_lines_is_checked(golden: Golden, engine: Transformer, tmp_path: Path, parity: Cli) -> None:
+    """Lines without a header and without positions are checked like any other dump, by exact limits with --compute f32."""
+    words: list[object] = ["drift", "check", golden.folder, "--no-ledger"]
+    for path in dumps(golden, engine, tmp_path):
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        bare = [{"checkpoint": line["checkpoint"], "values": line["values"]} for line in lines if "values" in line]
+        path.write_text("".join(json.dumps(line) + "\n" for line in bare))
+        words += ["--ours", path]
+    for options, limit in ((("--compute", "f32"), 1e-10), ((), 3e-4)):
+        code, answer = parity.json(*words, *options)
+        assert (code, answer["points"][0]["limit"]) == (0, limit)
+
+
 @pytest.mark.parametrize("name", TEN)
 def test_each_fault_is_drift(
     name: str, golden: Golden, engine: Transformer, quantized: Callable[[str], Path], tmp_path: Path

@@ -138,6 +138,9 @@ def test_numbers_given_once_a_layer(tmp_path: Path) -> None:
         (None, ("tensors",), "tokenizer but no tensors"),
         (lambda w: w.add_uint16("split.count", 3), (), "gguf-split --merge"),
         (lambda w: w.add_bool("llama.block_count", True), ("block_count",), "block_count is True"),
+        (lambda w: w.add_uint32("llama.block_count", 0), ("block_count",), "it has no layers"),
+        (lambda w: w.add_float32("llama.rope.freq_base", float("nan")), ("freq_base",), "a RoPE base of nan"),
+        (lambda w: w.add_float32("llama.rope.freq_base", -1.0), ("freq_base",), "a RoPE base of -1.0"),
     ],
 )
 def test_metadata_that_no_engine_can_use(

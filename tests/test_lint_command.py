@@ -22,11 +22,13 @@ def right(stories: Path, tmp_path_factory: pytest.TempPathFactory) -> Dump:
     return right_dump(Transformer(GgufModel(stories), choose("numpy")), tmp_path_factory.mktemp("right") / "ours.jsonl")
 
 
-def test_a_bare_engine_that_prints_no_positions_is_told_so(tmp_path: Path) -> None:
-    """Lines without token_idx all stand at position 0 and contradict each other: an error, with what to print."""
+def test_an_engine_that_counts_anew_in_each_pass_is_told_so(tmp_path: Path) -> None:
+    """Decode steps that all say position 0 contradict each other: an error, with what to print."""
     path = tmp_path / "bare.jsonl"
     rng = np.random.default_rng(1)
-    lines = [f'{{"checkpoint":"layer_5","values":{list(map(float, rng.normal(size=10).round(4)))}}}' for _ in range(4)]
+    lines = [
+        f'{{"checkpoint":"layer_5","token_idx":0,"values":{list(map(float, rng.normal(size=10).round(4)))}}}' for _ in range(4)
+    ]
     path.write_text("\n".join(lines))
     report = lint(read(path))
     assert not report.usable

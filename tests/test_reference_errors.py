@@ -2,6 +2,7 @@
 
 import os
 import signal
+import struct
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from checkpoints.errors import InputError, ModelError, ParityError, ReferenceFai
 from checkpoints.gguf_file import contents, header_bytes, string_value
 from reference.client import Reference
 from reference.jobs import NATIVE, DumpJob
+from reference.worker import _answer
 
 TOKENS = (2047, 430, 457)
 
@@ -96,6 +98,21 @@ def test_unknown_architecture(reference: Reference, job: DumpJob, tmp_path: Path
     writer.write_tensors_to_file()
     writer.close()
     assert "unknown model architecture: 'martian'" in _refused(reference, replace(job, model=path)).message
+
+
+def test_a_model_that_only_its_twin_shows_wrong_is_named(reference: Reference, job: DumpJob, tmp_path: Path) -> None:
+    """Where llama.cpp refuses the F32 twin, the error names the file that was given, not the one in the cache."""
+    path = tmp_path / "fewer.gguf"
+    data = job.model.read_bytes()
+    at = data.index(b"qwen2.block_count") + len("qwen2.block_count") + 4
+    path.write_bytes(data[:at] + struct.pack("<I", 23) + data[at + 4 :])
+    assert f"cannot load {path}: " in _refused(reference, replace(job, model=path)).message
+
+
+def test_a_file_that_vanishes_is_no_bug() -> None:
+    """What the system refuses while the child computes is an error of the request with the file's name."""
+    answer = _answer(lambda item: Path("/no/such/file").stat(), (), {}, print)
+    assert answer[:3] == ("error", "InputError", "/no/such/file: No such file or directory.")
 
 
 WRONG: list[tuple[dict[str, Any], str]] = [

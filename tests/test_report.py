@@ -200,7 +200,7 @@ def test_diff_writes_what_is_asked_for(parity: Cli, tmp_path: Path) -> None:
     assert parity("diff", ours, ref, "--format", "junit").out.startswith("<?xml")
     assert "::error" in parity("diff", ours, ref, "--format", "github").out
     assert parity("diff", ref, ref, "--format", "markdown").code == 0
-    bad = parity("diff", ours, ref, "--html", "no/such/folder/r.html")
+    bad = parity("diff", ours, ref, "--html", "r.xml/r.html")
     assert (bad.code, bad.err.count("\n")) == (2, 1)
     assert parity("diff", ours, ref, "--include", ours).code == 2
 

@@ -11,7 +11,8 @@ from cli import Cli
 
 from engine.gguf_model import GgufModel
 from parity import foreign_weights, weights
-from parity.foreign_weights import check_foreign, load
+from parity.dumped_weights import load
+from parity.foreign_weights import check_foreign
 from parity.weights import check_weights
 from reference.client import Reference
 from reference.to_float import ToFloat
@@ -180,6 +181,18 @@ def test_an_engine_that_holds_all_matrices_transposed_is_not_accused(stories: Pa
     found = check_foreign(stories, tmp_path / "theirs.npz")
     assert found
     assert any("transposed" in note for note in found.notes)
+
+
+def test_not_a_number_in_the_file_is_said(parity: Cli, stories: Path, tmp_path: Path) -> None:
+    """Weights that the file itself has as NaN are read right, and the answer names their tensor: no dequantiser made them."""
+    model = GgufModel(stories)
+    data = bytearray(stories.read_bytes())
+    at = data.index(model.raw("blk.3.ffn_norm.weight").tobytes())
+    data[at : at + 4] = np.float32(np.nan).tobytes()
+    (tmp_path / "damaged.gguf").write_bytes(data)
+    code, answer = parity.json("weights", "--model", tmp_path / "damaged.gguf")
+    assert (code, sum(tensor["nonfinite"] for tensor in answer["tensors"])) == (0, 1)
+    assert "NaN or infinities stand in the file itself: blk.3.ffn_norm.weight" in answer["notes"]
 
 
 def test_a_hostile_file_of_weights_is_one_line(parity: Cli, stories: Path, tmp_path: Path) -> None:

@@ -1,34 +1,19 @@
 """Hostile input is normal input: one clear line, exit 2, nothing lost, no traceback."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from cli import Cli, Ran
+from cli import Cli, refused
 
 from checkpoints.jsonl import Writer
-from checkpoints.reader import read
 from checkpoints.record import Header, ModelInfo
 from checkpoints.summary import summarise
+from parity import default_model
 
 ONCE = ("--prompt", "Once upon a time")
-
-
-def refused(ran: Ran, *parts: str) -> None:
-    """Exit 2, one line on stderr that begins with the program's name and has these parts, nothing on stdout."""
-    assert ran.code == 2, ran
-    assert ran.out == ""
-    assert ran.err.startswith("parity: ")
-    assert len(ran.err.splitlines()) == 1, ran.err
-    for part in parts:
-        assert part in ran.err, ran.err
 
 
 @pytest.fixture
@@ -197,6 +182,34 @@ def test_two_models_are_two_experiments(parity: Cli) -> None:
     refused(parity("diff", write("a.jsonl"), write("b.jsonl", other)), "other")
 
 
+@pytest.mark.parametrize("command", [("lint",), ("isolate",), ("explain",), ("dump", "ref", "-o", "x.jsonl", "--follow")])
+def test_a_dump_is_not_judged_by_another_model(
+    parity: Cli, stories_run: Path, synthetic: Callable[..., Path], command: object
+) -> None:
+    """Commands that hold a dump to a model file refuse another model's by name, rather than accuse the dump."""
+    ran = parity(*command, stories_run / "ours.jsonl", "--model", synthetic())  # type: ignore[misc]
+    refused(ran, "stories-14m Q8_0")
+
+
+def test_a_dump_of_the_twin_is_the_models(parity: Cli) -> None:
+    """A dump of the F32 twin is linted against the file that the twin was made of, with a warning that it is another file."""
+    assert parity("twin", default_model.path(), "-o", "twin.gguf").code == 0
+    assert parity("dump", "ours", "--model", "twin.gguf", "--tokens", "2047,430", "-o", "ours.jsonl").code == 0
+    _, answer = parity.json("lint", "ours.jsonl", "--model", default_model.path())
+    assert (answer["usable"], [finding["rule"] for finding in answer["findings"]]) == (True, ["hparams"])
+
+
+def test_nan_on_both_sides_is_no_agreement(parity: Cli) -> None:
+    """Records that have nothing but NaN on both sides are not compared, and where there are no others it is never parity."""
+    line = '{"checkpoint":"%s","token_idx":0,"values":[%s]}\n'
+    Path("nan.jsonl").write_text(line % ("embd", "1,2,3,4.5") + line % ("logits", "NaN,NaN,NaN"))
+    code, answer = parity.json("diff", "nan.jsonl", "nan.jsonl")
+    assert (code, answer["compared"]) == (0, 1)
+    assert "1 records have no finite value in common and could not be compared" in answer["notes"]
+    Path("nan.jsonl").write_text(line % ("logits", "NaN,NaN,NaN"))
+    refused(parity("diff", "nan.jsonl", "nan.jsonl"), "no record could be compared")
+
+
 def test_nothing_in_common_is_never_parity(parity: Cli) -> None:
     """Two dumps without a common point exit 2 with the reason."""
     refused(parity("diff", write("a.jsonl"), write("b.jsonl", point="output_norm")), "embd", "output_norm")
@@ -240,81 +253,3 @@ def test_a_dump_that_was_cut_short_is_used_as_far_as_it_goes(parity: Cli, tmp_pa
     assert ran.code == 0
     assert "cut short" in ran.out
     assert parity("diff", "cut.jsonl", good, "--strict").code == 1
-
-
-def test_ctrl_c_leaves_a_readable_dump_and_exits_130(stories: Path, tmp_path: Path, synthetic: Callable[..., Path]) -> None:
-    """A run that is interrupted exits 130 with one line, no traceback, no process left, and what it wrote is whole lines."""
-    environment = os.environ | {"PARITY_CACHE": str(tmp_path / "cache")}
-    command = [
-        sys.executable,
-        "-m",
-        "parity",
-        "dump",
-        "ours",
-        "--tokens",
-        ",".join(["5"] * 400),
-        "--points",
-        "all",
-        "-o",
-        "o.jsonl",
-    ]
-    process = subprocess.Popen(
-        command,
-        cwd=tmp_path,
-        env=environment,
-        stderr=subprocess.PIPE,
-        text=True,
-        # A shell's background job ignores SIGINT, and so would this child of it.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509 - it only sets a signal
-    )
-    out = tmp_path / "o.jsonl"
-    deadline = time.monotonic() + 60
-    while not (out.exists() and out.stat().st_size > 100_000) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 130, said
-    assert said.strip() == "parity: interrupted"
-    found = read(out)
-    assert found.end is None
-    assert found.records > 0
-
-
-def test_a_killed_run_leaves_a_readable_dump(tmp_path: Path) -> None:
-    """A run that is killed leaves every line it wrote."""
-    command = [
-        sys.executable,
-        "-m",
-        "parity",
-        "dump",
-        "ours",
-        "--tokens",
-        ",".join(["5"] * 400),
-        "--points",
-        "all",
-        "-o",
-        "o.jsonl",
-    ]
-    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL)
-    out = tmp_path / "o.jsonl"
-    deadline = time.monotonic() + 60
-    while not (out.exists() and out.stat().st_size > 100_000) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    process.kill()
-    process.wait()
-    assert read(out).records > 10
-
-
-def test_the_reference_dying_is_an_error_of_ours(parity: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    """When llama.cpp's process dies in the middle, the line says so and names the model."""
-    from reference.client import Reference
-
-    original = Reference.dump
-
-    def kill_first(self: Reference, job: object) -> object:
-        assert self.pid is not None
-        os.kill(self.pid, signal.SIGABRT)
-        return original(self, job)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(Reference, "dump", kill_first)
-    refused(parity("run", *ONCE), "stories-14m-q8_0.gguf")

@@ -3,6 +3,7 @@
 import os
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 
@@ -17,24 +18,35 @@ from . import arrays, eval_callback, model_debugger
 _FORMATS = (model_debugger, arrays, eval_callback)  # the first that knows the path reads it; JSON lines are what is left
 
 
-def load(path: str | os.PathLike[str], mapping: Mapping | None = None, offset: int = 0) -> Dump:
+def load(path: str | os.PathLike[str], mapping: Mapping | None = None) -> Dump:
     """Read a dump of any known format: JSON lines, eval-callback logs, model debugger trees, .npy, .npz, .safetensors.
 
-    `mapping` says what foreign names mean; `offset` is added to every position.
+    `mapping` says what foreign names mean, and what is added to every position.
 
     Raises:
         DumpError: it cannot be read, holds nothing, or a position would fall below 0.
     """
     given = mapping or Mapping()
     place = Path(path)
-    for form in _FORMATS:
-        if form.detect(place):
-            dump = form.read(place, given)
-            break
-    else:
-        dump = _with_unknown(given.renamed(reader.read(path)))
-    offset += given.position_offset or 0
-    return shifted(dump, offset) if offset else dump
+    form = _format_of(place)
+    dump = form.read(place, given) if form is not None else _with_unknown(given.renamed(reader.read(path)))
+    return shifted(dump, given.position_offset) if given.position_offset else dump
+
+
+def _format_of(place: Path) -> ModuleType | None:
+    """The format that knows a path; None for JSON lines, which are what is left."""
+    try:
+        found = next((form for form in _FORMATS if form.detect(place)), None)
+        folder = place.is_dir()
+    except OSError as error:
+        raise DumpError(f"cannot read {place}: {error.strerror}.", "Check the path.", code="no-file") from error
+    if found is None and folder:
+        dumps = sorted(file.name for file in place.glob("*.jsonl"))
+        advice = f"Name the dump in it: {', '.join(dumps[:4])}." if dumps else "Name a dump."
+        raise DumpError(
+            f"{place} is a folder without .npy, .npz or .safetensors files or a debugger tree.", advice, code="no-file"
+        )
+    return found
 
 
 def _with_unknown(dump: Dump) -> Dump:

@@ -28,7 +28,9 @@ _VIEWS = frozenset({b"RESHAPE", b"VIEW", b"PERMUTE", b"TRANSPOSE", b"CONT", b"CP
 
 
 def detect(path: Path) -> bool:
-    """A text whose first MiB names a tensor in one of the three ways."""
+    """A text whose first MiB names a tensor in one of the three ways. A pipe is not asked: it can be read only once."""
+    if not path.is_file():
+        return False
     try:
         with path.open("rb") as file:
             return any(_HEAD.search(line[:_NAMED]) for line in file.read(_PEEK).split(b"\n"))

@@ -19,7 +19,7 @@ from .torch_text import printed_rows
 
 _TREE, _SUMMARY = "_debug_tree_FULL_TENSORS.json", "_debug_tree_SUMMARY.json"
 _LAYER = re.compile(r'"module_path": ?"[^"]{0,200}\.layers\.(\d{1,6})"')
-_DEEPEST = 200
+_DEEPEST = 200  # modules in modules; real trees have some ten, and Python stops at a thousand calls
 
 
 def _tree(path: Path) -> Path | None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import product
 from typing import Any
 
@@ -64,7 +64,7 @@ class Fault:
 
 
 class Planting:
-    """A list of steps, indexed once, to plant many faults in.
+    """A list of steps, indexed once and when it is first needed, to plant many faults in.
 
     `recorded` are the points that a dump has: for a fault of the capture no other is shown (None: all are).
     """
@@ -72,15 +72,28 @@ class Planting:
     def __init__(self, steps: Sequence[Step], recorded: Collection[str] | None = None) -> None:
         self.steps = tuple(steps)
         self._recorded = recorded
-        self.right: Steps = {step.makes: step for step in self.steps}
-        self.order = {step.makes: number for number, step in enumerate(self.steps)}
-        self._places: dict[tuple[str, int | None], list[int]] = {}
+
+    @cached_property
+    def right(self) -> Steps:
+        """The steps by name."""
+        return {step.makes: step for step in self.steps}
+
+    @cached_property
+    def order(self) -> Mapping[str, int]:
+        """The number of each step."""
+        return {step.makes: number for number, step in enumerate(self.steps)}
+
+    @cached_property
+    def _places(self) -> Mapping[tuple[str, int | None], Sequence[int]]:
+        """The numbers of the steps of a kind, by layer."""
+        places: dict[tuple[str, int | None], list[int]] = {}
         for number, step in enumerate(self.steps):
             point = _parse(step.makes)
             kind = point.kind.rstrip(COPY)
-            self._places.setdefault((kind, point.layer), []).append(number)
+            places.setdefault((kind, point.layer), []).append(number)
             if point.layer is not None:
-                self._places.setdefault((kind, _ANY), []).append(number)
+                places.setdefault((kind, _ANY), []).append(number)
+        return places
 
     def edits(
         self, fault: Fault, layers: Collection[int] | None, parameters: Parameters, end: int | None = None
@@ -101,6 +114,10 @@ class Planting:
         for kind in parameters.get(AT, fault.kinds):
             for layer in wanted:
                 yield from self._places.get((kind, layer), ())
+
+    def begin(self, fault: Fault, layers: Collection[int] | None, parameters: Parameters) -> int:
+        """The number of the first step that this fault may change; that of no step where it finds none."""
+        return min(self._numbers(fault, layers, parameters), default=len(self.steps))
 
     def of(self, fault: Fault, layers: Collection[int] | None, parameters: Parameters) -> list[Step]:
         """The steps with this fault. `plant` says the rest."""

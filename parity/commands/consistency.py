@@ -22,10 +22,9 @@ def consistency(
     points: o.PointsOption = "all",
     chunk: Annotated[int, typer.Option("--chunk", min=1, help="Tokens a chunk in the check of a prefill in chunks.")] = 4,
     backend: o.BackendOption = o.BackendName.AUTO,
-    compute: Annotated[
-        str | None,
-        typer.Option("--compute", help="What your engine computes in, if the dumps don't say: f32, tf32, f16, bf16."),
-    ] = None,
+    names: o.MapOption = None,
+    offset: o.OffsetOption = None,
+    compute: o.ComputeOption = None,
     tolerance: o.ToleranceOption = None,
     form: o.FormatOption = o.Format.TEXT,
     verbose: o.VerboseOption = False,
@@ -59,7 +58,8 @@ def consistency(
             chunk=chunk,
             backend=backend.value,
             dumps=pair,
-            compute=compute,
+            mapping=o.mapping(names, offset),
+            compute=compute.value if compute else None,
             tolerance=tolerance,
             verbose=verbose,
         )

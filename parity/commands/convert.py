@@ -20,15 +20,12 @@ def convert(
     offset: o.OffsetOption = None,
 ) -> None:
     """Write what your engine left behind as a dump of format 1: one JSON object a line, as `parity diff` and `lint` take it."""
-    from checkpoints.jsonl import Writer
+    from checkpoints.jsonl import write
     from checkpoints.record import Header
 
-    from ..output import written
+    from ..output import notes, written
 
     dump = o.dump(source, names, offset)
-    with Writer(out, dump.header or Header(source=f"converted from {source.name}")) as writer:
-        for rows in dump.points.values():
-            writer.rows(rows)
-        for token in dump.tokens:
-            writer.token(token)
+    write(dump, out, Header(source=f"converted from {source.name}"))
+    notes(dump)
     written(out)

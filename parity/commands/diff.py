@@ -44,15 +44,14 @@ def diff(
     Exits 0 for parity, 1 for a divergence, 2 if there is nothing to compare or lint calls a dump unusable.
     """
     from checkpoints.formats import load
-    from checkpoints.mapping import Mapping, read_mapping
 
     from ..compare import Options
     from ..comparison_output import findings, report, show_report
     from ..lint import refuse_unusable
     from ..picture import compare_drawn
 
-    mapping = read_mapping(names) if names else Mapping()
-    left, right = load(ours, mapping, offset or 0), load(ref)
+    mapping = o.mapping(names, offset)
+    left, right = load(ours, mapping), load(ref)
     if not despite_lint:
         refuse_unusable(left, "ours")
         refuse_unusable(right, "the reference")
@@ -67,7 +66,7 @@ def diff(
         compute=compute.value if compute else None,
         strict=strict,
         step=step,
-        placed=offset is not None or mapping.position_offset is not None,
+        placed=mapping.position_offset is not None,
     )
     verdict, picture = compare_drawn(left, right, chosen)
     if table is not None:

@@ -50,7 +50,17 @@ def record(
     from ..output import progress_bar, written
 
     request = drift.Recording(
-        prompts, out, model, side.value, command, mode.value, points, slice_size, generate, threads, backend.value
+        prompts=prompts,
+        out=out,
+        model=model,
+        side=side.value,
+        command=command,
+        mode=mode.value,
+        points=points,
+        slice_size=slice_size,
+        generate=generate,
+        threads=threads,
+        backend=backend.value,
     )
     with progress_bar(o.Format.TEXT) as progress:
         golden = drift.record(request, progress)
@@ -77,6 +87,7 @@ def check(
         bool, typer.Option("--bisect", help="For `git bisect run`: what cannot be tested exits 125, not 2.")
     ] = False,
     tolerance: o.ToleranceOption = None,
+    compute: o.ComputeOption = None,
     ledger: LedgerOption = None,
     no_ledger: Annotated[bool, typer.Option("--no-ledger", help="Don't note this check.")] = False,
     junit: Annotated[Path | None, typer.Option("--junit", help="Write JUnit XML besides: one case a point.")] = None,
@@ -96,19 +107,20 @@ def check(
     from ..output import progress_bar
 
     request = drift.Checking(
-        folder,
-        model,
-        side.value if side else None,
-        command,
-        tuple(ours or ()),
-        mode.value if mode else None,
-        prompts,
-        update,
-        tolerance,
-        ledger,
-        not no_ledger,
-        threads,
-        backend.value,
+        folder=folder,
+        model=model,
+        side=side.value if side else None,
+        command=command,
+        dumps=tuple(ours or ()),
+        mode=mode.value if mode else None,
+        prompts=prompts,
+        update=update,
+        tolerance=tolerance,
+        compute=compute.value if compute else None,
+        ledger=ledger,
+        keep_ledger=not no_ledger,
+        threads=threads,
+        backend=backend.value,
     )
     with progress_bar(o.Format.TEXT if form is o.AnswerFormat.TEXT else o.Format.JSON) as progress:
         answer = drift.check(request, progress)

@@ -86,7 +86,7 @@ def ref(
     """Run a prompt through llama.cpp and write what it computed; any architecture that llama.cpp has."""
     from .. import session
     from ..default_model import path as default_model
-    from ..output import written
+    from ..output import notes, written
     from ..request import Request
 
     given = any(option is not None for option in (prompt, prompt_file, tokens))
@@ -110,6 +110,8 @@ def ref(
     followed = o.dump(follow, names, offset) if follow is not None else None
     found = session.dump_reference(request, out, followed)
     left = [name for name in followed.points if name not in found.points] if followed is not None else []
+    if followed is not None:
+        notes(followed)
     if left:
         print(f"left out, llama.cpp has no such point: {', '.join(left)}", file=sys.stderr)
     written(out)

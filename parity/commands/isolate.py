@@ -39,10 +39,9 @@ def isolate(
     tensors: Annotated[
         Path | None, typer.Option("--tensors", help="The dump's safetensors file, if it doesn't lie beside it.")
     ] = None,
-    compute: Annotated[
-        str | None,
-        typer.Option("--compute", help="What your engine computes in, if the dump doesn't say: f32, tf32, f16, bf16."),
-    ] = None,
+    names: o.MapOption = None,
+    offset: o.OffsetOption = None,
+    compute: o.ComputeOption = None,
     windows: Annotated[
         bool, typer.Option(help="Let llama.cpp judge layers of which only inputs and outputs are there.")
     ] = True,
@@ -83,7 +82,8 @@ def isolate(
             rows=o.numbers(rows, "--rows") if rows is not None else (),
             dump=dump,
             tensors=tensors,
-            compute=compute,
+            mapping=o.mapping(names, offset),
+            compute=compute.value if compute else None,
             windows=windows,
             graft=graft,
             threads=threads,

@@ -1,5 +1,6 @@
 """Options that several commands share, and how their texts become values."""
 
+import os
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
@@ -10,6 +11,7 @@ import typer
 from checkpoints.errors import InputError
 
 if TYPE_CHECKING:
+    from checkpoints.mapping import Mapping
     from checkpoints.record import Dump
 
 
@@ -103,6 +105,20 @@ FormatOption = Annotated[Format, typer.Option("--format", help="text for people,
 VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="Show llama.cpp's own log.")]
 
 
+def mapping(names: Path | None, offset: int | None) -> "Mapping":
+    """--map and --offset as one: what names mean and where positions count from, which an offset says besides the file's own.
+
+    Raises:
+        InputError: the mapping cannot be read.
+    """
+    from dataclasses import replace
+
+    from checkpoints.mapping import Mapping, read_mapping
+
+    found = read_mapping(names) if names is not None else Mapping()
+    return found if offset is None else replace(found, position_offset=(found.position_offset or 0) + offset)
+
+
 def dump(path: Path, names: Path | None = None, offset: int | None = None) -> "Dump":
     """Any dump that a user names, whatever its format, with --map and --offset applied.
 
@@ -110,9 +126,8 @@ def dump(path: Path, names: Path | None = None, offset: int | None = None) -> "D
         DumpError: it cannot be read, or holds nothing. InputError: the mapping cannot be read, or does not fit.
     """
     from checkpoints.formats import load
-    from checkpoints.mapping import read_mapping
 
-    return load(path, read_mapping(names) if names is not None else None, offset or 0)
+    return load(path, mapping(names, offset))
 
 
 def numbers(text: str, name: str) -> tuple[int, ...]:
@@ -185,4 +200,8 @@ def prompt(text: str | None, file: Path | None, tokens: str | None) -> tuple[str
             raise InputError(f"cannot read {file}: {reason}.", "Check --prompt-file.", code="prompt") from error
     if not text:
         raise InputError("the prompt is empty.", "Write a word at least.", code="prompt")
-    return text, None
+    try:
+        # In a locale without UTF-8 the command line's bytes come as surrogates.
+        return os.fsencode(text).decode("utf-8"), None
+    except UnicodeError:
+        raise InputError("the prompt is not UTF-8.", "Check its encoding, or give --prompt-file.", code="prompt") from None

@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from checkpoints.errors import InputError
+
 from . import options as o
 
 
@@ -36,6 +38,8 @@ def run(
     tolerance: o.ToleranceOption = None,
     strict: o.StrictOption = False,
     compute: o.ComputeOption = None,
+    names: o.MapOption = None,
+    offset: o.OffsetOption = None,
     despite_lint: o.DespiteLintOption = False,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder of the run; default: runs/<time>-<model>.")] = None,
     form: o.FormatOption = o.Format.TEXT,
@@ -48,6 +52,9 @@ def run(
     from reference.child import Child
 
     text, ids = o.prompt(prompt, prompt_file, tokens)
+    if command is None and (names is not None or offset is not None):
+        raise InputError("--map and --offset are for a foreign engine.", "Give its command with --exec.", code="exec")
+    mapping = o.mapping(names, offset)
     child = Child(verbose)  # it imports llama.cpp while this process imports all the rest
     from reference.client import Reference
 
@@ -79,6 +86,7 @@ def run(
         strict=strict,
         compute=compute.value if compute else None,
         despite_lint=despite_lint,
+        mapping=mapping,
         out=out,
         verbose=verbose,
     )

@@ -78,7 +78,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "doubled", ERROR, layout.doubled,
-        "token_idx counts something else than positions, or is left out",
+        "token_idx counts something else than positions: tokens of a pass, or of what was generated",
         "print the token's position in the sequence, counted from 0, and number passes in step",
     ),
     Rule(

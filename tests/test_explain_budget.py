@@ -1,0 +1,56 @@
+"""`parity explain --budget`: how far behind its end the answer comes, counted in computed steps, not in seconds."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from explaining import only, small_engine
+
+from engine import batched, graph, replay
+from parity import explain_budget
+from parity.explain import Options, explain
+from parity.planted import Faulty
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Faulty:
+    """A small qwen2 with groups of 7 query heads."""
+    return small_engine(tmp_path_factory.mktemp("budget"))
+
+
+@pytest.fixture
+def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Counts the steps that are computed; the budget's clock shows them."""
+    count = [0]
+    plain: Callable[..., Any] = graph.compute
+
+    def counted(*arguments: Any) -> Any:
+        count[0] += 1
+        return plain(*arguments)
+
+    for module in (replay, batched):
+        monkeypatch.setattr(module, "compute", counted)
+    monkeypatch.setattr(explain_budget, "perf_counter", lambda: float(count[0]))
+    return count
+
+
+@pytest.mark.parametrize("budget", [200, 700, 2000, 5000])
+def test_the_answer_comes_at_most_one_replay_late(engine: Faulty, computed: list[int], budget: int) -> None:
+    """Once the budget is spent, not more is computed than one candidate's replay."""
+    points = "embd,blk.0.l_out,blk.3.l_out,output_norm,logits"
+    dump = only(engine, ("activation", {"activation": "ReLU"}, (1,)), ("gqa-modulo", {}, (2,)), points=points)
+    computed[0] = 0
+    found = explain(dump, engine.model, Options(budget=budget))
+    assert not found.complete
+    assert found.remaining is not None
+    assert budget < computed[0] <= budget + len(engine.right)
+
+
+def test_a_budget_of_nothing_computes_the_right_run_alone(engine: Faulty, computed: list[int]) -> None:
+    """Where the first difference lies is said however small the budget is."""
+    dump = only(engine, ("activation", {"activation": "ReLU"}, None))
+    computed[0] = 0
+    found = explain(dump, engine.model, Options(budget=0))
+    assert (found.complete, found.variants) == (False, 0)
+    assert found.first is not None
+    assert computed[0] <= len(engine.right), found

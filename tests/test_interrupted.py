@@ -1,0 +1,74 @@
+"""What ends in the middle, by Ctrl-C, a kill or llama.cpp's death, leaves whole lines and says so."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from cli import Cli, refused
+
+from checkpoints.reader import read
+
+
+def ended(out: Path, how: signal.Signals) -> tuple[int, str]:
+    """A long `parity dump ours` that gets a signal while it writes: its exit code and what it said."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "parity", "dump", "ours", "--tokens", ",".join(["5"] * 400), "--points", "all", "-o", str(out)],
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell's background job ignores SIGINT, and so would this child of it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509 - it only sets a signal
+    )
+    deadline = time.monotonic() + 60
+    while not (out.exists() and out.stat().st_size > 100_000) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(how)
+    _, said = process.communicate(timeout=60)
+    return process.returncode, said
+
+
+def test_ctrl_c_leaves_a_readable_dump_and_exits_130(tmp_path: Path) -> None:
+    """A run that is interrupted exits 130 with one line and no traceback, and what it wrote is whole lines without an end."""
+    assert ended(tmp_path / "o.jsonl", signal.SIGINT) == (130, "parity: interrupted\n")
+    found = read(tmp_path / "o.jsonl")
+    assert found.end is None
+    assert found.records > 0
+
+
+def test_a_killed_run_leaves_a_readable_dump(tmp_path: Path) -> None:
+    """A run that is killed leaves every line it wrote."""
+    assert ended(tmp_path / "o.jsonl", signal.SIGKILL)[0] == -signal.SIGKILL
+    assert read(tmp_path / "o.jsonl").records > 10
+
+
+def test_an_interruption_while_commands_are_imported_is_one(tmp_path: Path) -> None:
+    """Ctrl-C that falls into the imports of a command ends it like any other, without a traceback."""
+    (tmp_path / "typer.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    root = Path(__file__).parent.parent
+    ran = subprocess.run(
+        [sys.executable, "-P", "-m", "parity", "--help"],
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{root}"},
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        check=False,
+    )
+    assert (ran.returncode, ran.stderr) == (130, "parity: interrupted\n")
+
+
+def test_the_reference_dying_is_an_error_of_ours(parity: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When llama.cpp's process dies in the middle, the line says so and names the model."""
+    from reference.client import Reference
+
+    original = Reference.dump
+
+    def kill_first(self: Reference, job: object) -> object:
+        assert self.pid is not None
+        os.kill(self.pid, signal.SIGABRT)
+        return original(self, job)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Reference, "dump", kill_first)
+    refused(parity("run", "--prompt", "Once upon a time"), "stories-14m-q8_0.gguf")
