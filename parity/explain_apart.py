@@ -69,6 +69,12 @@ class Probe:
         found = [(one, self.different(mine, self.made(one))) for one in others]
         return [(one, names) for one, names in found if names]
 
+    def likely(self, chosen: Candidate, others: Sequence[Candidate]) -> list[Candidate]:
+        """Those of the others that do not show the very numbers of the chosen one: others, or none since this model has no place."""
+        mine = self.made(chosen) if others else None
+        made = [(one, self.made(one)) for one in others]
+        return [one for one, values in made if mine is None or values is None or self.different(mine, values)]
+
     def different(self, one: Values | None, other: Values | None) -> list[str]:
         """The points at which two faults show different numbers."""
         if one is None or other is None:
@@ -99,7 +105,7 @@ def apart(case: Case, state: State, chosen: Candidate, others: Sequence[Candidat
         for number, probe in enumerate(_probes(case, state, [chosen, *others], Path(folder))):
             if budget.late:
                 break
-            likely = left if probe.scout is None else [one for one, _ in probe.scout.tells(chosen, left)]
+            likely = left if probe.scout is None else probe.scout.likely(chosen, left)
             tried.append(probe.sentence if likely or probe.scout is None else f"{probe.sentence} in a small model")
             found = probe.tells(chosen, likely)
             if found:
