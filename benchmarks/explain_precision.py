@@ -33,6 +33,8 @@ from parity.explain_case import Case
 from parity.explain_precision import floor, ratios
 from parity.planted import Faulty, Planted, half_sums, tokens_of
 
+_BUDGET = 300.0  # seconds of the wall's clock, on a machine that others use as well
+
 Arithmetic = Callable[[Sequence[Step]], Sequence[Step]]
 
 
@@ -111,7 +113,7 @@ def right_engines(folder: Path, seeds: range) -> None:
     for seed in seeds:
         faulty, tokens = random_model(folder, seed)
         for name, (_, arithmetic) in ARITHMETIC.items():
-            answer = explain(dump_of(faulty, arithmetic(faulty.right), tokens), faulty.model, Options(budget=20))
+            answer = explain(dump_of(faulty, arithmetic(faulty.right), tokens), faulty.model, Options(budget=_BUDGET))
             told[name]["no fault" if answer else "accused" if answer.causes else "differs, no cause"] += 1
             if not answer:
                 print(f"seed {seed}, {name}: {answer.first}, {[cause.named.fault for cause in answer.causes]}", flush=True)
@@ -168,7 +170,7 @@ def faulty_engines(folder: Path, seeds: range) -> None:
             kind, change = ARITHMETIC[arithmetic]
             dump = dump_of(faulty, change(steps), tokens)
             for compute in (None, kind):
-                answer = explain(dump, faulty.model, Options(budget=20, compute=compute))
+                answer = explain(dump, faulty.model, Options(budget=_BUDGET, compute=compute))
                 outcome = judge(answer, name)
                 told[arithmetic, compute or "unknown"][outcome] += 1
                 if outcome == "wrong":

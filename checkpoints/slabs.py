@@ -49,12 +49,10 @@ def as_rows(slabs: Sequence[Slab], names: Sequence[str]) -> Iterator[Rows]:
         by_width.setdefault(one.values.shape[1], []).append(one)
     parts: dict[int, list[tuple[NDArray[np.int64], Rows]]] = {}
     for same in by_width.values():
-        joined = _join(same) if len(same) > 1 else same[0]
-        order = np.argsort(joined.point, kind="stable")
-        starts = np.flatnonzero(np.diff(joined.point[order], prepend=-1))
-        for begin, end in zip(starts.tolist(), [*starts[1:].tolist(), len(order)], strict=True):
-            members = order[begin:end]
-            number = int(joined.point[members[0]])
+        joined = _by_point(same)
+        starts = np.flatnonzero(np.diff(joined.point, prepend=-1)).tolist()
+        for begin, end in zip(starts, [*starts[1:], len(joined.point)], strict=True):
+            number, members = int(joined.point[begin]), slice(begin, end)
             parts.setdefault(number, []).append((joined.serial[members], _rows(joined, names[number], members)))
     for number in sorted(parts):
         found = parts[number]
@@ -76,9 +74,19 @@ def blown_up(parts: Sequence[Rows]) -> bool:
     return padded > _CELLS and padded > _PADDING * sum(part.values.size for part in parts)
 
 
-def _join(slabs: list[Slab]) -> Slab:
-    names = dict.fromkeys(name for one in slabs for name in one.stats)
+def _by_point(slabs: list[Slab]) -> Slab:
+    """All of them as one, the records of a point together and in their order."""
+    point = np.concatenate([one.point for one in slabs])
+    order = np.argsort(point, kind="stable")
+    listed = order.tolist()
+    shapes = list(chain.from_iterable(one.shapes for one in slabs))
+    dtypes = list(chain.from_iterable(one.dtypes for one in slabs))
     width = slabs[0].values.shape[1]
+    values = np.empty((len(order), width), dtype=np.float32)
+    place_of, start = np.argsort(order), 0
+    for one in slabs:  # most of the memory: copied once
+        values[place_of[start : start + len(one.point)]] = one.values
+        start += len(one.point)
 
     def column(name: str, size: int, filler: float, dtype: Any) -> NDArray[Any] | None:
         arrays = [getattr(one, name) for one in slabs]
@@ -88,40 +96,44 @@ def _join(slabs: list[Slab]) -> Slab:
             np.full((len(one.point), size), filler, dtype=dtype) if part is None else part
             for one, part in zip(slabs, arrays, strict=True)
         ]
-        return np.concatenate(full)
+        return np.concatenate(full)[order]
 
+    names = dict.fromkeys(name for one in slabs for name in one.stats)
     return Slab(
-        np.concatenate([one.point for one in slabs]),
-        np.concatenate([one.serial for one in slabs]),
-        np.concatenate([one.place for one in slabs]),
-        list(chain.from_iterable(one.shapes for one in slabs)),
-        np.concatenate([one.values for one in slabs]),
-        list(chain.from_iterable(one.dtypes for one in slabs)),
-        {name: np.concatenate([one.stats.get(name, np.full(len(one.point), np.nan)) for one in slabs]) for name in names},
+        point[order],
+        np.concatenate([one.serial for one in slabs])[order],
+        np.concatenate([one.place for one in slabs])[order],
+        [shapes[i] for i in listed],
+        values,
+        [dtypes[i] for i in listed],
+        {
+            name: np.concatenate([one.stats.get(name, np.full(len(one.point), np.nan)) for one in slabs])[order]
+            for name in names
+        },
         column("sketch", SKETCH_SIZE, np.nan, np.float32),
         column("quantum", width, 0.0, np.float64),
         column("indices", width, -1, np.int64),
     )
 
 
-def _rows(source: Slab, name: str, members: NDArray[np.int64]) -> Rows:
-    listed = members.tolist()
+def _rows(source: Slab, name: str, members: slice) -> Rows:
     sketch = None if source.sketch is None else source.sketch[members]
     quantum = None if source.quantum is None else source.quantum[members]
     indices = None if source.indices is None else source.indices[members]
     stats = {key: column[members] for key, column in source.stats.items()}
+    place, values = source.place[members], source.values[members]
     return Rows(
         point=name,
-        seq=source.place[members, 0],
-        token_idx=source.place[members, 1],
-        step=source.place[members, 2],
-        decode=source.place[members, 3].astype(np.bool_),
-        shapes=tuple(source.shapes[i] for i in listed),
-        values=source.values[members],
-        counts=np.full(len(members), source.values.shape[1], dtype=np.int64),
+        seq=place[:, 0],
+        token_idx=place[:, 1],
+        step=place[:, 2],
+        decode=place[:, 3].astype(np.bool_),
+        shapes=tuple(source.shapes[members]),
+        values=values,
+        counts=np.full(len(values), values.shape[1], dtype=np.int64),
         stats={key: column for key, column in stats.items() if not np.isnan(column).all()},
         sketch=None if sketch is None or np.isnan(sketch).all() else sketch,
         indices=None if indices is None or (indices < 0).all() else indices,
         quantum=None if quantum is None or not quantum.any() else quantum,
-        dtype=str(source.dtypes[listed[-1]]),
+        dtype=str(source.dtypes[members][-1]),
     )

@@ -1,6 +1,7 @@
-"""Decode steps of the fast mode: one kernel for the whole step, captured with its records in a CUDA graph."""
+"""Decode steps of the fast mode: one kernel computes a whole step and makes its records."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,13 +15,16 @@ from .capture_gpu import DeviceCapture
 from .device import kernel
 from .fast_weights import FastWeights
 from .packing import BF16, F16, F32
-from .staged import CACHED, CAUSAL, LAST, PLAIN, Part
+from .staged import CACHED, CAUSAL, LAST, PART_DOUBLES, PLAIN, Part
 
 _THREADS = 512 + 32  # of decode.cu: those that compute, and the warp that brings weights near
 _OTHER = 3456  # bytes of Shared beside activations, heads and weights: pointers of two layers, sums, barriers
 _SMALL_PIECES = 1 << F32 | 1 << F16 | 1 << BF16  # types whose rows have a piece for each of 128 lanes
 # Quantised rows of a 0.5 B model are 28 pieces: one warp takes a row of them, four that of the down projection.
 _QUANTISED_WARPS = {"QKV_WARPS": 1, "OUT_WARPS": 1, "GATE_WARPS": 1, "DOWN_WARPS": 4, "DOWN_ROWS": 2}
+_ALIGNED = 64  # floats, as CuPy aligns what it allocates by itself
+# Elements that a warp records at a time: the smallest number with which no block has two chunks, or the largest.
+_CHUNKS = (128, 256, 512, 1024)
 _MATRICES = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
 # What a layer leaves behind, in the order of decode.cu's `Layer`, and its number of floats in the letters of `_sizes`.
 _OUTPUTS = {
@@ -30,8 +34,28 @@ _OUTPUTS = {
 }  # fmt: skip
 
 
+def _places(xp: Any, layers: int, sizes: dict[str, int]) -> list[dict[str, Array]]:
+    """Zeros for every value of every layer, cut from one piece: hundreds of allocations took 8 ms."""
+    ends = np.cumsum([-(-size // _ALIGNED) * _ALIGNED for size in sizes.values()])
+    everything = xp.zeros((layers, int(ends[-1])), np.float32)
+    starts = dict(zip(sizes, (0, *ends[:-1].tolist()), strict=True))
+    return [{name: layer[starts[name] : starts[name] + size] for name, size in sizes.items()} for layer in everything]
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """What a step records: the kernel's arguments without the place of the records; the parts that the tap hears of.
+
+    `places` is the room that they take, in records: the logits' sums by blocks lie behind their record.
+    """
+
+    arguments: tuple[Any, ...]
+    parts: tuple[Part, ...]
+    places: int
+
+
 class DecodeStep:
-    """The device's memory of one sequence and the graphs that advance it by one token.
+    """The device's memory of one sequence and the kernel that advances it by one token.
 
     `positions` are the places of the cache; the state (token, position) lives on the device, so that steps follow each
     other without the host.
@@ -42,13 +66,14 @@ class DecodeStep:
         self._xp, self._stream, self._hp = xp, stream, hp
         self.weights = weights
         self.positions = positions
-        self.blocks = xp.cuda.runtime.getDeviceProperties(xp.cuda.Device().id)["multiProcessorCount"]
+        self._device = xp.cuda.runtime.getDeviceProperties(xp.cuda.Device().id)
+        self.blocks: int = self._device["multiProcessorCount"]
         self.splits = max(1, self.blocks // hp.n_heads)
         q, k = hp.n_heads * hp.head_size, hp.n_kv_heads * hp.head_size
         sizes = {
             "D": hp.n_embd, "Q": q, "K": k, "KP": k * positions, "HP": hp.n_heads * positions, "2H": 2 * hp.n_heads, "F": hp.n_ff,
         }  # fmt: skip
-        self.values = [{name: xp.zeros(sizes[size], np.float32) for name, size in _OUTPUTS.items()} for _ in range(hp.n_layers)]
+        self.values = _places(xp, hp.n_layers, {name: sizes[size] for name, size in _OUTPUTS.items()})
         self.embd, self.output_norm = xp.zeros(hp.n_embd, np.float32), xp.zeros(hp.n_embd, np.float32)
         self.logits = xp.zeros(hp.n_vocab, np.float32)
         self.state = xp.zeros(4, dtype=np.int32)
@@ -59,7 +84,8 @@ class DecodeStep:
         self._words = xp.zeros(
             (hp.n_layers, q + 2 * k + 2 * hp.n_embd + hp.n_ff + hp.n_heads * self.splits * (2 + hp.head_size)), np.uint64
         )
-        self._arrived = xp.zeros(1, dtype=np.uint32)
+        self._ended = xp.zeros(2, dtype=np.uint32)
+        self._made = xp.zeros(self.blocks * _THREADS // 32, dtype=np.uint64)
         self._model = self._describe()
         defines = self._defines()
         self._kernel = kernel("decode", "decode", defines)
@@ -70,7 +96,8 @@ class DecodeStep:
         self._shared = int(size[0])  # what the structure takes, the staged weights included
         if self._shared > 48 * 1024:
             self._kernel.max_dynamic_shared_size_bytes = self._shared
-        self._graphs: dict[Any, tuple[Any, tuple[Part, ...], list[Array]]] = {}
+        self._wanted: dict[tuple[frozenset[str], int], _Wanted] = {}
+        self._first: int | None = None  # the position that the angles are of
         self.set_angles(0)
 
     def _defines(self) -> tuple[str, ...]:
@@ -94,10 +121,9 @@ class DecodeStep:
             return max(layer.matrices[name].bytes_of(share) for layer in layers)
 
         gate, down = most("ffn_gate", hp.n_ff) + most("ffn_up", hp.n_ff), most("ffn_down", hp.n_embd)
-        properties = self._xp.cuda.runtime.getDeviceProperties(self._xp.cuda.Device().id)
         activations = max(hp.n_ff, hp.n_embd, hp.n_heads * hp.head_size)
         rest = 4 * (9 * activations // 8 + 32) + 64 * hp.head_size + _OTHER
-        fits = gate + down + rest <= properties["sharedMemPerBlockOptin"]
+        fits = gate + down + rest <= self._device["sharedMemPerBlockOptin"]
         return {"GATE_BYTES": gate, "DOWN_BYTES": down} if fits else {"GATE_BYTES": 0, "DOWN_BYTES": 0}
 
     def _describe(self) -> list[Array]:
@@ -110,7 +136,17 @@ class DecodeStep:
             layers += [layer.attn_norm.data.ptr, layer.ffn_norm.data.ptr, *(value.data.ptr for value in values.values())]
             layers.append(words.data.ptr)
         there = xp.asarray(np.array(layers, dtype=np.int64))
-        arrays = (self.embd, self.output_norm, self.logits, self._best, self.state, self.tokens, self._arrived)
+        arrays = (
+            self.embd,
+            self.output_norm,
+            self.logits,
+            self._best,
+            self.state,
+            self.tokens,
+            self._ended,
+            self._ended[1:],
+            self._made,
+        )
         words = [
             there.data.ptr,
             *w.embedding.words(),
@@ -124,8 +160,9 @@ class DecodeStep:
     def set_angles(self, first: int) -> None:
         """RoPE's angles where place 0 of the cache is position `first`."""
         hp = self._hp
-        if not hp.rope_dims:
+        if not hp.rope_dims or first == self._first:
             return
+        self._first = first
         where = np.arange(self.positions) + first
         factors = self.weights.factors
         cosine, sine = ops.rope_angles(where, hp.rope_dims, base=hp.rope_base, scale=hp.rope_scale, factors=factors)
@@ -141,15 +178,17 @@ class DecodeStep:
         self._place_best((1,), (1024,), (self.state, logits, np.int32(position), self.tokens))
 
     def launch(self, tap: DeviceCapture | None) -> None:
-        """One step: the graph of the step and of the records that the tap wants; nothing waits for it."""
-        wanted = frozenset() if tap is None else tap.points
-        key = (wanted, 0 if tap is None else tap.staging(len(wanted)).data.ptr)
-        if key not in self._graphs:
-            self._graphs[key] = self._capture(tuple(name for name in self.points if name in wanted), tap)
-        graph, parts, _ = self._graphs[key]
-        graph.launch(self._stream)
-        if tap is not None and parts:
-            tap.staged(parts)
+        """One step, with the records that the tap wants; nothing waits for it."""
+        names = frozenset() if tap is None else tap.points
+        size = 0 if tap is None else tap.slice_size
+        if (names, size) not in self._wanted:
+            self._wanted[names, size] = self._records([name for name in self.points if name in names], tap)
+        wanted, hp = self._wanted[names, size], self._hp
+        records = tap.staging(wanted.places) if tap is not None and wanted.parts else np.uint64(0)
+        step = (self._model[1], np.float32(hp.eps), np.float32(hp.head_size**-0.5), *wanted.arguments, records)
+        self._kernel((self.blocks,), (_THREADS,), step, shared_mem=self._shared)
+        if tap is not None and wanted.parts:
+            tap.staged(wanted.parts)
 
     @property
     def points(self) -> list[str]:
@@ -159,50 +198,36 @@ class DecodeStep:
         kinds.insert(kinds.index("kq") + 1, "kq_soft_max")
         return ["embd", *(in_layer(i, kind) for i in range(self._hp.n_layers) for kind in kinds), "output_norm", "logits"]
 
-    def _capture(self, points: tuple[str, ...], tap: DeviceCapture | None) -> tuple[Any, tuple[Part, ...], list[Array]]:
-        hp = self._hp
-        held: list[Array] = []
-        parts: list[Part] = []
-        arguments = None
-        if tap is not None and points:
-            arguments, parts, held = self._records(points, tap)
-        self._stream.synchronize()
-        with self._stream:
-            self._stream.begin_capture()
-            step = (self._model[1], np.float32(hp.eps), np.float32(hp.head_size**-0.5))
-            self._kernel((self.blocks,), (_THREADS,), step, shared_mem=self._shared)
-            if arguments is not None:
-                kernel("summary", "summarise_points")((arguments[0],), (256,), arguments[1])
-            graph = self._stream.end_capture()
-        graph.upload(self._stream)
-        return graph, tuple(parts), held
-
-    def _records(self, points: Sequence[str], tap: DeviceCapture) -> tuple[Any, list[Part], list[Array]]:
-        """Arguments of the summary kernel: a table with a line, and a block, for each chunk that a point may have."""
-        xp, chunk = self._xp, tap.chunk
+    def _records(self, points: Sequence[str], tap: DeviceCapture | None) -> _Wanted:
+        """A table with a line for each chunk that a point may have, but for the logits, which each block sums up by itself."""
+        xp = self._xp
         work: list[tuple[int, ...]] = []
         parts: list[Part] = []
         scale = int(np.float64(self._hp.head_size**-0.5).view(np.int64))
-        for i, name in enumerate(points):
-            part, base, peaks, most = self._point(name, i)
+        described = [self._point(name, i) for i, name in enumerate(points)]
+        longest = [most for part, _, _, most in described if not part.blocks]
+        chunk = next((size for size in _CHUNKS if sum(-(-most // size) for most in longest) <= self.blocks), _CHUNKS[-1])
+        for i, (part, base, peaks, most) in enumerate(described):
             point = (base, peaks, part.kind, part.width, part.heads, self.positions, len(work), scale, i)
-            work += [(*point, c) for c in range(-(-most // chunk))]
-            parts.append(Part(name, PLAIN if part.kind == LAST else part.kind, i, part.width, part.heads))
-        held = [
-            xp.asarray(np.array(work, dtype=np.int64)),
-            xp.empty(len(work) * tap.part_doubles, dtype=np.float64),
-            xp.zeros(len(points), dtype=np.uint32),
-        ]
-        numbers = (np.int32(chunk), np.int32(tap.slice_size), np.int32(tap.record_bytes))
-        arguments = (held[0], self.state[2:], *numbers, held[1], held[2], tap.staging(len(points)))
-        return (len(work), arguments), parts, held
+            if not part.blocks:
+                work += [(*point, c) for c in range(-(-most // chunk))]
+            parts.append(replace(part, kind=PLAIN) if part.kind == LAST else part)
+        table = xp.asarray(np.array(work, dtype=np.int64).reshape(-1))
+        chunks = xp.empty(max(1, len(work)) * PART_DOUBLES, dtype=np.float64)
+        counters = xp.zeros(max(1, len(points)), dtype=np.uint32)
+        slice_size, size = (0, 1) if tap is None else (tap.slice_size, tap.record_bytes)
+        logits = points.index("logits") if "logits" in points else -1
+        places = len(points) + (-(-8 * PART_DOUBLES * self.blocks // size) if logits >= 0 else 0)
+        numbers = tuple(np.int32(number) for number in (len(work), chunk, slice_size, size, logits))
+        return _Wanted((table, *numbers, chunks, counters), tuple(parts), places)
 
     def _point(self, name: str, index: int) -> tuple[Part, int, int, int]:
         """A point's layout, the addresses of its values and of softmax's peaks, and the most elements it can have."""
         hp, point = self._hp, parse(name)
         if point.layer is None:
             array = {"embd": self.embd, "output_norm": self.output_norm, "logits": self.logits}[name]
-            return Part(name, PLAIN, index, array.size, 1), array.data.ptr, 0, array.size
+            blocks = self.blocks if name == "logits" else 0
+            return Part(name, PLAIN, index, array.size, 1, blocks), array.data.ptr, 0, array.size
         values, kind = self.values[point.layer], point.kind
         width = hp.n_kv_heads * hp.head_size
         if kind in ("k_read", "v_read"):

@@ -46,28 +46,33 @@ class LayerWeights:
 class FastWeights:
     """Every weight on the device; types that have no kernel are dequantised on the host and kept as float32.
 
+    Matrices of float types are there when `upload` has ended.
+
     Raises:
         ModelError: an architecture or a shape that the fast mode does not have.
     """
 
-    def __init__(self, model: GgufModel, backend: Backend) -> None:
+    def __init__(self, model: GgufModel, backend: Backend, upload: Upload) -> None:
         hp = model.hyperparameters
         if reason := lacking(model):
             raise ModelError(f"the fast mode has {reason}.", "Take --mode exact.", code="fast-mode")
         # Packing a matrix needs its blocks a few times over: the largest three times beside the rest.
         sizes = [info.n_bytes for info in model.tensors.values()]
         backend.require(sum(sizes) + 3 * max(sizes), f"{model.path.name} in its own types")
+        # One piece of the driver's memory, which CuPy's pool cuts up (in units of 512 bytes): one by one they took 40 ms.
+        backend.xp.empty(sum(sizes) + 512 * len(sizes), np.uint8)
         self._model = model
         self._backend = backend
         self.hp = hp
         self.neox = PAIRS[hp.architecture]
-        with Upload(model.path, backend) as self._upload:
-            embedding = self._group("token_embd")
-            self.output_group = self._group("output") if "output.weight" in model.tensors else embedding
-            self.embedding, self.output = embedding.parts[0], self.output_group.parts[0]
-            self.norm = self._vector("output_norm.weight")
-            self.factors = model.load(ROPE_FACTORS).ravel() if ROPE_FACTORS in model.tensors else None
-            self.layers = [self._layer(f"blk.{i}.") for i in range(hp.n_layers)]
+        self._upload = upload
+        self._vectors = self._all_vectors()
+        embedding = self._group("token_embd")
+        self.output_group = self._group("output") if "output.weight" in model.tensors else embedding
+        self.embedding, self.output = embedding.parts[0], self.output_group.parts[0]
+        self.norm = self._vectors["output_norm.weight"]
+        self.factors = model.load(ROPE_FACTORS).ravel() if ROPE_FACTORS in model.tensors else None
+        self.layers = [self._layer(f"blk.{i}.") for i in range(hp.n_layers)]
 
     @property
     def types(self) -> int:
@@ -79,16 +84,17 @@ class FastWeights:
         qkv, out, gate_up, down = groups = [self._group(*(name + part for part in parts)) for parts in _GROUPS]
         names = [part for parts in _GROUPS for part in parts]
         matrices = dict(zip(names, [part for group in groups for part in group.parts], strict=True))
-        norms = self._vector(f"{name}attn_norm.weight"), self._vector(f"{name}ffn_norm.weight")
+        norms = self._vectors[f"{name}attn_norm.weight"], self._vectors[f"{name}ffn_norm.weight"]
         return LayerWeights(matrices, qkv, out, gate_up, down, *norms)
 
-    def _vector(self, name: str) -> Array:
-        info = self._model.tensors[name]
-        if info.type != F32:
-            return self._backend.array(self._model.load(name).ravel())
-        there = self._backend.xp.empty(info.shape[-1], np.float32)
-        self._upload.into(there, info.offset)
-        return there
+    def _all_vectors(self) -> dict[str, Array]:
+        """Norms and biases as float32, in one copy: they are many and small."""
+        hosts = {
+            name: self._model.load(name).ravel() for name in self._model.tensors if name.endswith(("norm.weight", ".bias"))
+        }
+        together = self._backend.array(np.concatenate([*hosts.values()]))
+        ends = np.cumsum([host.size for host in hosts.values()]).tolist()
+        return {name: together[end - host.size : end] for (name, host), end in zip(hosts.items(), ends, strict=True)}
 
     def _group(self, *names: str) -> Group:
         """Matrices of one width: float types one after the other in memory, quantised ones as planes of their own."""
@@ -117,7 +123,7 @@ class FastWeights:
         return replace(pack(raw, kind, cols), bias=self._bias(name))
 
     def _bias(self, name: str) -> Array:
-        return self._vector(f"{name}.bias") if f"{name}.bias" in self._model.tensors else None
+        return self._vectors.get(f"{name}.bias")
 
 
 def lacking(model: GgufModel) -> str | None:

@@ -11,7 +11,7 @@ from checkpoints.record import SKETCH_SIZE, STATISTICS, Rows
 
 from .capture import Pass
 
-PLAIN, CAUSAL, CACHED, LAST = range(4)  # the layouts of summary.cu
+PLAIN, CAUSAL, CACHED, LAST = range(4)  # the layouts of summary.cuh
 
 
 def record_type(slice_size: int) -> np.dtype[Any]:
@@ -21,15 +21,22 @@ def record_type(slice_size: int) -> np.dtype[Any]:
     )
 
 
+PART_DOUBLES = SKETCH_SIZE + 8  # of the sums that are still to be added up, PART of summary.cuh
+
+
 @dataclass(frozen=True)
 class Part:
-    """The staged rows of one point: where they begin, their number, and what the shapes of their rows follow from."""
+    """The staged rows of one point: where they begin, and what the shapes of their rows follow from.
+
+    `blocks`, if not 0: the record has only its slice; behind it lie the sums of so many parts of the row, in their order.
+    """
 
     name: str
     kind: int
     start: int
     width: int
     heads: int
+    blocks: int = 0
 
 
 @dataclass(frozen=True)
@@ -43,10 +50,11 @@ class Batch:
 
     def rows(self, records: NDArray[Any], slice_size: int) -> list[Rows]:
         """The records as the writer takes them, copied out of the slab."""
-        return [self._rows(part, records[part.start : part.start + len(self.kept)], slice_size) for part in self.parts]
+        return [self._rows(part, records[part.start :], slice_size) for part in self.parts]
 
-    def _rows(self, part: Part, records: NDArray[Any], slice_size: int) -> Rows:
+    def _rows(self, part: Part, following: NDArray[Any], slice_size: int) -> Rows:
         count = len(self.kept)
+        records = following[:count]
         if part.kind == PLAIN:
             shapes: tuple[tuple[int, ...], ...] = ((part.width,),) * count
             sizes = np.full(count, part.width, dtype=np.int64)
@@ -57,7 +65,10 @@ class Batch:
             shapes = tuple((int(seen), part.width) for seen in self.seen)
             sizes = self.seen * part.width
         counts = np.minimum(sizes, slice_size)
-        stats = records["stats"].T.copy()
+        stats, sketch = records["stats"].T.copy(), records["sketch"].copy()
+        if part.blocks:
+            sums = following[count:].view(np.float64)[: part.blocks * PART_DOUBLES]
+            stats[:, 0], sketch[0] = added_up(sums.reshape(part.blocks, PART_DOUBLES), part.width)
         names = STATISTICS if part.name.endswith("kq_soft_max") else STATISTICS[:-1]
         return Rows(
             point=part.name,
@@ -69,8 +80,17 @@ class Batch:
             values=records["values"][:, : int(counts.max(initial=0))].copy(),
             counts=counts,
             stats={name: stats[i] for i, name in enumerate(names)},
-            sketch=records["sketch"].copy(),
+            sketch=sketch,
         )
+
+
+def added_up(sums: NDArray[np.float64], size: int) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
+    """Statistics [8] and sketch [32] of a row of `size` elements, from the sums of its parts [parts, 40] in their order."""
+    total, squares, low, high, bad, largest, at, _ = sums[:, SKETCH_SIZE:].T
+    none = bad.sum() == size
+    extremes = (0.0, 0.0) if none else (low.min(), high.max())
+    stats = np.array([size, total.sum(), np.sqrt(squares.sum()), *extremes, bad.sum(), at[largest.argmax()], 0.0])
+    return stats, sums[:, :SKETCH_SIZE].sum(axis=0).astype(np.float32)
 
 
 def layout(name: str, shape: tuple[int, ...], tokens: int) -> tuple[int, int, int, int]:

@@ -28,6 +28,9 @@ from .lint_rules.model_facts import ModelFacts
 from .tolerance import EXACT_FLOOR
 
 EXACT = EXACT_FLOOR.operations
+# Shares of the time: of the budget for the search itself; of what is left then for a search without the points of one kind. The
+# rest is for the search that goes on from there.
+_FIRST, _OTHERS = 0.6, 0.7
 _NEXT = ("attn_norm", "q", "k", "v", "q_rope", "k_rope", "kqv_out", "attn_out", "ffn_inp", "ffn_norm", "ffn_swiglu", "l_out")
 __all__ = ["Case", "Options", "explain"]
 
@@ -45,16 +48,16 @@ def explain(dump: Dump, model: Path, options: Options | None = None) -> Explanat
     noise = "" if options.compute in (None, "f32") else str(options.compute)
     if noise:
         case.entries = with_noise(_floor(case, noise), case.entries)
-    search = Search(case.screening(case.entries, budget))
+    search = Search(case.screening(case.entries, budget.part(_FIRST)))
     start = search.screening.start()
     kind = ""
     best = start
     if start.first is None:
         kind = noise if any((entry.base > EXACT).any() for entry in case.entries) else ""
     else:
-        kind = _precision(case, budget) if may_be_noise(case.entries) and not search.everywhere(start) else ""
+        kind = _precision(case, search.screening.budget) if may_be_noise(case.entries) and not search.everywhere(start) else ""
         if not kind:
-            best = _needed(search, _around(case, search, search.explain(start, options.max_faults), options.max_faults))
+            best = _needed(search, _around(case, search, search.explain(start, options.max_faults), options.max_faults, budget))
     answer = _answer(case, search, start, best)
     if not kind and best.first is not None:
         answer = _left_over(case, search, best, answer)
@@ -80,17 +83,17 @@ def _lint(case: Case) -> list[str]:
     ]
 
 
-def _around(case: Case, search: Search, best: State, max_faults: int) -> State:
+def _around(case: Case, search: Search, best: State, max_faults: int, budget: Budget) -> State:
     """Where the place that is left shows what the engine computes later (a capture's fault), explain the rest before it.
 
     The points of that kind are left out, and what explains the others is kept.
     """
     depth = max_faults - len(best.faults)
-    if best.first is None or depth < 2 or search.screening.budget.over():
+    if best.first is None or depth < 2 or budget.late:
         return best
     kind = parse(case.entries[best.first.point].point).kind
     others = [entry for entry in case.entries if parse(entry.point).kind != kind]
-    inner = Search(case.screening(others, search.screening.budget))
+    inner = Search(case.screening(others, budget.part(_OTHERS)))
     rest = inner.screening.start()
     for candidate in best.faults:
         rest = inner.screening.check(rest, candidate) or rest
@@ -99,6 +102,7 @@ def _around(case: Case, search: Search, best: State, max_faults: int) -> State:
     found = inner.explain(rest, depth - 1)
     if found.first is not None:
         return best
+    search.screening.budget = budget
     state = search.screening.start()
     for candidate in found.faults:
         state = search.screening.check(state, candidate) or state

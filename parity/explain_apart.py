@@ -69,6 +69,12 @@ class Probe:
         found = [(one, self.different(mine, self.made(one))) for one in others]
         return [(one, names) for one, names in found if names]
 
+    def likely(self, chosen: Candidate, others: Sequence[Candidate]) -> list[Candidate]:
+        """Those of the others that do not show the very numbers of the chosen one: others, or none since this model has no place."""
+        mine = self.made(chosen) if others else None
+        made = [(one, self.made(one)) for one in others]
+        return [one for one, values in made if mine is None or values is None or self.different(mine, values)]
+
     def different(self, one: Values | None, other: Values | None) -> list[str]:
         """The points at which two faults show different numbers."""
         if one is None or other is None:
@@ -99,24 +105,30 @@ def apart(case: Case, state: State, chosen: Candidate, others: Sequence[Candidat
         for number, probe in enumerate(_probes(case, state, [chosen, *others], Path(folder))):
             if budget.late:
                 break
-            likely = [one for one in left if probe.scout is None or probe.scout.tells(chosen, [one])]
-            tried.append(probe.sentence if likely or probe.scout is None else f"{probe.sentence} of such a model")
+            likely = left if probe.scout is None else probe.scout.likely(chosen, left)
+            tried.append(probe.sentence if likely or probe.scout is None else f"{probe.sentence} in a small model")
             found = probe.tells(chosen, likely)
             if found:
                 points = sorted({names[0] for _, names in found})
                 where = f"{probe.sentence} ({_listed(points)})" if number == 0 else probe.sentence
-                sentences.append(f"{where} would tell {_listed([_said(one) for one, _ in found])} apart")
+                sentences.append(f"{where} would tell {_listed([_said(one, chosen) for one, _ in found])} apart")
             separated = [one for one, _ in found]
             left = [one for one in left if one not in separated]
             if not left:
                 break
     if left and tried:
-        sentences.append(f"nothing that was tried tells {_listed([_said(one) for one in left])} apart ({', '.join(tried)})")
+        sentences.append(
+            f"nothing that was tried tells {_listed([_said(one, chosen) for one in left])} apart ({', '.join(tried)})"
+        )
     return "; ".join(sentences)
 
 
-def _said(candidate: Candidate) -> str:
-    values = ", ".join(str(value) for value in candidate.parameters.values() if not isinstance(value, tuple))
+def _said(candidate: Candidate, chosen: Candidate) -> str:
+    """A fault with its parameters; where it acts only if the chosen one is the same fault elsewhere."""
+    given = candidate.parameters.items()
+    plain = [str(value) for _, value in given if not isinstance(value, tuple)]
+    places = [" and ".join(value) for name, value in given if isinstance(value, tuple) and value != chosen.parameters.get(name)]
+    values = ", ".join([*plain, *(places if candidate.fault is chosen.fault else [])])
     return f"{candidate.fault.name} ({values})" if values else candidate.fault.name
 
 

@@ -10,10 +10,14 @@ class Budget:
         self._until = perf_counter() + seconds
         self.complete = True
 
+    def part(self, share: float) -> "Budget":
+        """A budget of its own with this share of the time that is left."""
+        return Budget(share * max(0.0, self._until - perf_counter()))
+
     @property
     def late(self) -> bool:
         """Whether the time is up."""
-        return perf_counter() > self._until
+        return perf_counter() >= self._until
 
     def over(self) -> bool:
         """`late`, where something is left untried if it is: `complete` is False from then on."""

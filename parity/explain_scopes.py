@@ -8,18 +8,20 @@ from .explain_state import Candidate, Layers, State
 
 
 def stages(screening: Screening, state: State, layers: Layers) -> Iterator[list[Candidate]]:
-    """The candidates in these layers (None: all), in all layers by what is the least to compute.
+    """The candidates in these layers (None: all) by what is the least to compute.
 
-    First those that change nothing in front of the last point that agrees. Then, where a point behind the first place agrees,
-    those that only show something else: what was computed wrong would be wrong there too. The others last.
+    In all layers first those that change nothing in front of the last point that agrees. Then, where a point behind the first
+    place agrees, those that only show something else: what was computed wrong would be wrong there too. The others last.
     """
     left = list(screening.candidates(state, layers))
     first = state.first
-    if layers is None and first is not None:
-        agreed = state.order[screening.entries[first.point - 1].point] if first.point else -1
+    if first is not None:
         behind = zip(screening.entries[first.point + 1 :], state.nmse[first.point + 1 :], strict=True)
         shown = any(bool((errors <= entry.limit).all()) for entry, errors in behind)
-        late = [first.point > 0 and state.planting.begin(one.fault, None, one.parameters) > agreed for one in left]
+        agreed = screening.entries[first.point - 1].point if layers is None and first.point else None
+        late = [
+            agreed is not None and state.planting.begin(one.fault, None, one.parameters) > state.order[agreed] for one in left
+        ]
         capture = [shown and one.fault.shows is not None for one in left]
         yield [one for one, now in zip(left, late, strict=True) if now]
         yield [one for one, before, now in zip(left, late, capture, strict=True) if now and not before]

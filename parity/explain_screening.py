@@ -101,7 +101,9 @@ class Screening:
         number = {step.makes: number for number, step in enumerate(steps)}
         points = [entry.point for entry in self.entries[: until + 1]]
         seen = [steps[number[SEEN + point]] for point in points if point in shown]
-        last = max([number[point] for point in points if point not in shown] + [number[read] for s in seen for read in s.names])
+        last = max(
+            [number[point] for point in points if point not in shown] + [number.get(read, -1) for s in seen for read in s.names]
+        )
         return [*steps[: last + 1], *seen]
 
     def _compare(self, name: str, made: Array, shown: frozenset[str], rows: int, found: dict[int, Floats]) -> int | None:

@@ -166,7 +166,7 @@ class Together:
         shown = steps[number[name]]
         if not name.startswith(SEEN):
             return list(steps[: number[name] + 1])
-        return [*steps[: max(number[read] for read in shown.names) + 1], shown]
+        return [*steps[: max(number.get(read, -1) for read in shown.names) + 1], shown]
 
     def _made(self, replay: Replay, state: State, candidate: Candidate) -> Array | None:
         """What the dump would show at the first place; None where that is the same or the model does not allow it."""
@@ -192,7 +192,9 @@ def _one_more(chosen: Ints, count: int) -> Ints:
     """Every set of indices with any other one: [M, n] -> [., n + 1]."""
     more = np.tile(np.arange(count), len(chosen))[:, None]
     sets = np.sort(np.concatenate([np.repeat(chosen, count, axis=0), more], axis=1), axis=1)
-    return np.unique(sets[(np.diff(sets, axis=1) > 0).all(axis=1)], axis=0)
+    sets = sets[(np.diff(sets, axis=1) > 0).all(axis=1)]
+    _, first = np.unique(sets @ count ** np.arange(sets.shape[1])[::-1], return_index=True)  # a set as one number is faster
+    return sets[first]
 
 
 def _by_residual(chosen: Ints, values: Floats, wanted: Floats) -> Ints:

@@ -36,6 +36,7 @@ def lines(found: Explanation, width: int) -> Iterator[Text]:
             f"; the nearest other one leaves NMSE {error(found.nearest)}" if found.nearest is not None and not found else ""
         )
         searched = f"tried {count(found.faults, 'fault')} ({count(found.variants, 'variant')}) in {found.seconds:.1f} s"
+        searched += "" if found.complete or found.remaining is not None else ", all that --budget left time for"
         yield from (Text(line, style="dim") for line in wrap(searched + nearest, width))
     yield from (Text(line, style="dim") for note in found.notes for line in wrap(f"note: {note}", width))
 
@@ -67,6 +68,7 @@ def _cause(cause: Cause, number: int, found: Explanation, width: int) -> list[Te
     together = "with the causes above, reproduces" if number else "reproduces"
     rows = [
         ("cause", f"{named.fault}: {named.sentence}{layers_text(named.layers)}"),
+        *([("begins", _begins(found, found.first))] if not number and found.first is not None else []),
         ("numbers", f"{together} {total}, worst NMSE {error(cause.nmse)}"),
         ("looks", cause.symptom),
         ("fix", cause.fix),
@@ -78,6 +80,12 @@ def _cause(cause: Cause, number: int, found: Explanation, width: int) -> list[Te
     if cause.apart:
         rows.append(("apart", cause.apart))
     return _lines(rows, width)
+
+
+def _begins(found: Explanation, first: Place) -> str:
+    """Where the dump first differs, and up to where it does not."""
+    before = f"; {found.last_agreement} agrees" if found.last_agreement is not None else ""
+    return f"{first.checkpoint}, position {first.token_idx}, NMSE {error(first.nmse)}{before}"
 
 
 def _same(named: Named) -> str:

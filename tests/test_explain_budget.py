@@ -43,7 +43,7 @@ def test_the_answer_comes_at_most_one_replay_late(engine: Faulty, computed: list
     found = explain(dump, engine.model, Options(budget=budget))
     assert not found.complete
     assert found.remaining is not None
-    assert budget < computed[0] <= budget + len(engine.right)
+    assert budget / 2 < computed[0] <= budget + len(engine.right)  # the search gets more than half of it
 
 
 def test_a_budget_of_nothing_computes_the_right_run_alone(engine: Faulty, computed: list[int]) -> None:

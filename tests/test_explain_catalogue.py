@@ -17,7 +17,7 @@ _QWEN2 = Shape("qwen2", 3, 112, 14, 2, 0, 128, 300)
 _LLAMA = Shape("llama", 3, 64, 4, 4, 16, 96, 300, biases=False, eps=1e-5, rope_base=5e5, rope_factors=True, rope_scaling=4.0)
 _BLOCKS = Shape("qwen2", 3, 64, 4, 2, 0, 128, 300)  # rows that are multiples of 32
 _SUPERBLOCKS = Shape("qwen2", 2, 256, 4, 2, 0, 256, 320)  # rows that are multiples of 256
-_CACHE = {"rope-position-per-pass", "rope-after-cache", "cache-row-missing", "cache-stale"}
+_BY_PASS = {"rope-position-per-pass", "rope-after-cache", "cache-row-missing", "cache-stale", "v-layout", "capture-row"}
 _MODELS: dict[str, tuple[Shape, str]] = {
     "qkv-order": (_LLAMA, "f16"),
     "rope-factors-ignored": (_LLAMA, "f16"),
@@ -64,7 +64,7 @@ def test_each_fault_is_named(name: str, faulty: Models) -> None:
     engine = faulty(name)
     tokens = tokens_of(engine.model, 12, seed=5)
     parameters: dict[str, Any] = CATALOGUE[name].variants({step.makes: step for step in engine.right})[0]
-    dump = engine.dump(Planted(((name, parameters, None),)), tokens, generated=4 if name in _CACHE else 0)
+    dump = engine.dump(Planted(((name, parameters, None),)), tokens, generated=4 if name in _BY_PASS else 0)
     found = explain(dump, engine.model, Options(tokens=tokens))
     assert found.first is not None
     assert found.remaining is None

@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 from test_run import SHAPES
 
+from checkpoints.points import parse
 from checkpoints.record import Rows, Token
 from engine.backend import choose
-from engine.capture import Capture
+from engine.capture import Capture, Pass
 from engine.capture_gpu import DeviceCapture
 from engine.dequantize import FORMATS, dequantize
+from engine.fast import FastTransformer
 from engine.gguf_model import GgufModel
 from engine.transformer import Transformer
 from parity.request import Request
@@ -85,6 +87,39 @@ def test_records_equal_a_blocking_copy(stories: Path) -> None:
             for token in (5, 6, 7):
                 engine.forward([token], sequence, tap)
     compare_rows(pinned.taken, blocking.taken)
+
+
+def test_records_of_a_fast_step_equal_a_blocking_copy(stories: Path) -> None:
+    """Every record that a decode step makes while it runs equals one made of the values that it leaves in memory."""
+    engine = FastTransformer(GgufModel(stories), choose("cupy"), positions=128)
+    names = [name for name in engine.points if not name.endswith("kq_soft_max")]  # which lies nowhere: it is made of kq
+    made, blocking = Sink(), Sink()
+    sequence = engine.start()
+    engine.forward(PROMPT, sequence)
+    with DeviceCapture(made, names, engine.backend) as tap:
+        for token in (5, 6, 7):
+            engine.forward([token], sequence, tap)
+    seen = sequence.length
+    with Capture(blocking, names, engine.backend) as tap:
+        tap.begin(Pass(np.array([seen - 1]), seen - len(PROMPT), decode=True))
+        for name in names:
+            tap(name, left_by(engine, name, seen))
+    compare_rows(made.taken[-len(names) :], blocking.taken)
+
+
+def left_by(engine: FastTransformer, name: str, seen: int) -> np.ndarray:
+    """A point's value in the shape of the exact mode's, from the memory of the last decode step."""
+    point, step, hp = parse(name), engine.step, engine.hp
+    if point.layer is None:
+        return {"embd": step.embd, "output_norm": step.output_norm, "logits": step.logits}[name][None]
+    values = step.values[point.layer]
+    if point.kind == "kq":
+        return values["kq"].reshape(hp.n_heads, 1, -1)[:, :, :seen]
+    if point.kind in ("k_read", "v_read"):
+        return values[point.kind].reshape(-1, hp.n_kv_heads * hp.head_size)[:seen]
+    if point.kind == "k_rope":
+        return values["k_read"].reshape(-1, hp.n_kv_heads * hp.head_size)[seen - 1 : seen]
+    return values[point.kind][None]
 
 
 def compare_rows(ours: list[Rows], theirs: list[Rows]) -> None:

@@ -10,6 +10,7 @@ from .. import ops
 from ..backend import Array
 from ..graph import PASSES, History, Step
 from .base import Fault, Parameters, Steps, sibling, with_parameters
+from .value_layout import value_layout
 
 _SOFT = ("kq_soft_max",)
 
@@ -61,9 +62,9 @@ Allowed = Callable[[Array, Array, Array, Array], Array]  # query and key positio
 
 _MASKS: dict[str, Allowed] = {
     "none": lambda _t, _s, p, q: q <= p,  # keys of later passes are not in the cache yet
-    "next": lambda t, s, p, q: (s <= t + 1) & (q <= p),
-    "not itself": lambda t, s, _p, _q: (s < t) | ((s == t) & (t == t.min())),
-    "transposed": lambda t, s, p, q: (s >= t) & (q <= p),
+    "the next one as well": lambda t, s, p, q: (s <= t + 1) & (q <= p),
+    "earlier ones, not itself": lambda t, s, _p, _q: (s < t) | ((s == t) & (t == t.min())),
+    "itself and later ones": lambda t, s, p, q: (s >= t) & (q <= p),
     "own pass only": lambda t, s, p, q: (s <= t) & (p == q),
     "itself only": lambda t, s, _p, _q: s == t,
     "without the cache's last row": lambda t, s, p, q: (s <= t) & ~((s == t - 1) & (q < p)),
@@ -143,22 +144,6 @@ def _overflow(step: Step, _right: Steps, _parameters: Parameters) -> Step:
     return replace(step, op=_without_maximum)
 
 
-def _transposed_values(history: Array) -> Array:
-    return history.T.copy().reshape(history.shape)
-
-
-def _split_values(history: Array, *, kv_heads: int) -> Array:
-    """Rows written head by head and read position by position: [S, K · d]."""
-    by_head = history.reshape(history.shape[0], kv_heads, -1).transpose(1, 0, 2)
-    return by_head.copy().reshape(history.shape)
-
-
-def _value_layout(step: Step, right: Steps, parameters: Parameters) -> Step:
-    if parameters["layout"] == "transposed":
-        return replace(step, op=_transposed_values)
-    return replace(step, op=_split_values, params={"kv_heads": sibling(step, right, "kq").params["kv_heads"]})
-
-
 def _concatenated(weights: Array, v: Array, *, kv_heads: int, order: str) -> Array:
     right = ops.weighted_values(weights, v, kv_heads=kv_heads)
     t, heads = right.shape[0], weights.shape[0]
@@ -181,7 +166,7 @@ FAULTS = (
         "attn-scale",
         _SOFT,
         _scale,
-        "the attention's scale is {scale}",
+        "the attention's scale is wrong ({scale})",
         "position 0 is right (one key takes all weight), later ones are wrong",
         "scores / sqrt(head size), once",
         "scale folded into Q and applied again; width taken for head size",
@@ -215,14 +200,14 @@ FAULTS = (
         "off by one key: a small error from the second position on",
         "position t sees keys 0 to t, itself included",
         "< taken for <= in a kernel",
-        {"mask": ("next", "not itself", "transposed")},
+        {"mask": ("the next one as well", "earlier ones, not itself", "itself and later ones")},
         whole=True,
     ),
     Fault(
         "cache-not-read",
         _SOFT,
         _mask(),
-        "attention reads {mask}",
+        "attention does not read the cache: {mask}",
         "position 0 is right; each later one knows nothing of those before",
         "attend to rows 0 to t of the cache",
         "first versions of a decode loop",
@@ -232,7 +217,7 @@ FAULTS = (
         "cache-row-missing",
         _SOFT,
         _mask(),
-        "the cache is read {mask}",
+        "the cache is not read whole: {mask}",
         "prefill right, decode wrong",
         "write the row of position t to slot t before attention reads 0 to t",
         "the length counted before or after the write",
@@ -271,8 +256,8 @@ FAULTS = (
     ),
     Fault(
         "v-layout",
-        ("v_read",),
-        _value_layout,
+        ("v_read", "kqv_out"),
+        value_layout,
         "the value cache is read in another layout than written ({layout})",
         "position 0 is right or nearly so; later ones mix positions",
         "read V as it was written: [position, head, d] or transposed, not one for the other",

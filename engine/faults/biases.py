@@ -44,7 +44,7 @@ FAULTS = (
         _no_bias,
         "the bias of {at} is not added",
         "wrong from the first layer and position on",
-        "add blk.N.attn_{{q,k,v}}.bias",
+        "add blk.N.attn_{q,k,v}.bias",
         "Qwen2 ports of Llama code",
         {AT: (*subsets(*_QKV), ("q", "k"), ("q", "v"), ("k", "v"))},
     ),

@@ -1,12 +1,12 @@
 """Faults of the capture: the engine computes what is right, and the dump shows something else."""
 
 from collections.abc import Callable
+from itertools import count, takewhile
 
 import numpy as np
-from numpy.typing import NDArray
 
-from ..backend import Array
-from ..graph import Step
+from ..backend import Array, module_of
+from ..graph import PASSES, Step
 from .base import AT, SEEN, Fault, Parameters, Steps, unchanged
 
 
@@ -20,7 +20,8 @@ def _show(point: str, other: str, right: Steps) -> Step | None:
 
 def _streams(right: Steps) -> list[str]:
     """The residual stream's values from layer to layer: embd, blk.0.l_out, …"""
-    return ["embd", *(name for name in right if name.endswith(".l_out"))]
+    names = (f"blk.{layer}.l_out" for layer in count())
+    return ["embd", *takewhile(right.__contains__, names)]  # asked for at every point: no walk over all steps
 
 
 def _overwritten(point: str, right: Steps, parameters: Parameters) -> Step | None:
@@ -44,21 +45,23 @@ def _early(point: str, right: Steps, parameters: Parameters) -> Step | None:
     return _show(point, names[at], right) if at >= 0 else None
 
 
-_ROWS: dict[str, Callable[[int], NDArray[np.int64]]] = {
-    "the next position": lambda t: np.minimum(np.arange(t) + 1, t - 1),
-    "the position before": lambda t: np.maximum(np.arange(t) - 1, 0),
-    "position 0": lambda t: np.zeros(t, dtype=np.int64),
-    "the last position": lambda t: np.full(t, t - 1),
-    "the mirrored position": lambda t: np.arange(t)[::-1],
+# Of the rows of one pass: a row's number, its pass's first row and its last one -> the row that is shown.
+_ROWS: dict[str, Callable[[Array, Array, Array], Array]] = {
+    "the next position": lambda t, _first, last: np.minimum(t + 1, last),
+    "the position before": lambda t, first, _last: np.maximum(t - 1, first),
+    "position 0": lambda _t, first, _last: first,
+    "the last position": lambda _t, _first, last: last,
+    "the mirrored position": lambda t, first, last: first + last - t,
 }
 
 
-def _row(x: Array, *, row: str) -> Array:
-    return x[_ROWS[row](x.shape[0])]
+def _row(x: Array, passes: Array, *, row: str) -> Array:
+    first, last = (module_of(x).searchsorted(passes, passes, side=side) for side in ("left", "right"))
+    return x[_ROWS[row](module_of(x).arange(len(passes)), first, last - 1)]
 
 
 def _other_row(point: str, _right: Steps, parameters: Parameters) -> Step | None:
-    return Step(SEEN + point, _row, (point,), (), {"row": parameters["row"]})
+    return Step(SEEN + point, _row, (point, PASSES), (), {"row": parameters["row"]})
 
 
 def _before_residual(point: str, right: Steps, parameters: Parameters) -> Step | None:
@@ -86,7 +89,7 @@ FAULTS = (
         "capture-overwritten",
         _STREAM,
         unchanged,
-        "the dump shows a buffer that was overwritten since: {buffers} buffers, read at the end of the pass ({at})",
+        "{at}: a buffer that was overwritten since, read at the end of the pass (buffers: {buffers})",
         "several points hold the same vector; logits are right",
         "copy when the value is computed, in the stream that computed it",
         "a pointer kept instead of a copy, and two buffers that swap each layer",
@@ -97,7 +100,7 @@ FAULTS = (
         "capture-late",
         _POINTS,
         unchanged,
-        "{at} is captured one {by} too late",
+        "{at}: captured one {by} too late",
         "points hold the values of the ones after them; logits are right",
         "copy before the next kernel writes to the buffer",
         "layers counted from 1; copies that are not ordered with the kernels",
@@ -108,7 +111,7 @@ FAULTS = (
         "capture-early",
         _POINTS,
         unchanged,
-        "{at} is captured one {by} too early",
+        "{at}: captured one {by} too early",
         "points hold the values of the ones before them; logits are right",
         "layer i's output, not its input",
         "Hugging Face's hidden_states[i], which is layer i's input",
@@ -119,7 +122,7 @@ FAULTS = (
         "capture-row",
         _POINTS,
         unchanged,
-        "{at} shows {row} instead of its own",
+        "{at}: {row} is shown instead of its own",
         "values are right, but another position's",
         "row t of the batch is position t; a decode step has one row",
         "an offset of the last token used for every one",

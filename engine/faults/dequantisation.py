@@ -189,7 +189,7 @@ FAULTS = (
         "block-offset",
         _ALL,
         _by(block_offset),
-        "the tensor is read {blocks} block too far on, in {at}",
+        "the tensor is read from a wrong place, {blocks} block on, in {at}",
         "wrong from position 0 on, of plausible size",
         "tensor data start at the aligned offset of its info, from the data section's start",
         "loaders that forget general.alignment",

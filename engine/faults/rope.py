@@ -25,12 +25,16 @@ _SHIFTS = {
     "one less": lambda positions: positions - 1,
     "always 0": lambda positions: positions * 0,
     "from the end": lambda positions: positions.max() - positions,
+    "in chunks of 4": lambda positions: positions % 4,
+    "in chunks of 8": lambda positions: positions % 8,
+    "in chunks of 16": lambda positions: positions % 16,
+    "in chunks of 32": lambda positions: positions % 32,
+    "in chunks of 64": lambda positions: positions % 64,
 }
 
 
-def _moved(x: Array, positions: Array, factors: Array | None = None, *, by: str | int, **params: Any) -> Array:
-    moved = positions % by if isinstance(by, int) else _SHIFTS[by](positions)
-    return ops.rope(x, moved, factors, **params)
+def _moved(x: Array, positions: Array, factors: Array | None = None, *, by: str, **params: Any) -> Array:
+    return ops.rope(x, _SHIFTS[by](positions), factors, **params)
 
 
 def _position(step: Step, _right: Steps, parameters: Parameters) -> Step:
@@ -153,7 +157,7 @@ FAULTS = (
         "keys and queries disagree about where they are",
         "position t of the sequence, from 0, for queries and keys alike, also after a chunk",
         "decode loops that pass the length instead of the index; prefill in chunks",
-        {"position": (*_SHIFTS, 4, 8, 16, 32, 64), AT: (("q_rope",), ("k_rope",), _ROPE)},
+        {"position": tuple(_SHIFTS), AT: (("q_rope",), ("k_rope",), _ROPE)},
     ),
     Fault(
         "rope-position-per-pass",

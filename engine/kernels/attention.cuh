@@ -2,27 +2,36 @@
 
 #include "step.cuh"
 
+__device__ __forceinline__ float dot2(float2 a, float2 b, float sum) { return fmaf(a.y, b.y, fmaf(a.x, b.x, sum)); }
+
+// weight · a + sum · before
+__device__ __forceinline__ float2 scaled_add(float weight, float2 a, float2 sum, float before) {
+    return make_float2(fmaf(weight, a.x, sum.x * before), fmaf(weight, a.y, sum.y * before));
+}
+
 // One head over one share of the positions: raw scores, exp(score · scale − peak) and the values weighted by it. The row of
-// this step comes as words, earlier ones from the cache.
+// this step comes as words, earlier ones from the cache. A lane takes neighbouring elements of a row, two by two.
 __device__ void attend(Shared& s, const Layer& l, int head, int split, int splits, int seen, float scale, unsigned step) {
-    constexpr int EACH = (HEAD + 31) / 32, HELD = SPLIT_ROWS / WARPS;   // positions of a warp whose K and V are fetched at once
+    static_assert(HEAD % 2 == 0, "elements two by two");
+    constexpr int EACH = (HEAD + 63) / 64, HELD = SPLIT_ROWS / WARPS;   // positions of a warp whose K and V are fetched at once
     const int from = seen * split / splits, to = seen * (split + 1) / splits, count = to - from, now = seen - 1 - from;
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
     const float *keys = l.k_cache + (long long)from * KW + head / GROUP * HEAD, *values = l.v_cache + (keys - l.k_cache);
-    float k[HELD][EACH], v[HELD][EACH], heard[3 * EACH];
-    const float *q = heard, *new_k = heard + EACH, *new_v = heard + 2 * EACH;
+    const float2 none = make_float2(0.f, 0.f);
+    float2 k[HELD][EACH], v[HELD][EACH], heard[3 * EACH];
+    const float2 *q = heard, *new_k = heard + EACH, *new_v = heard + 2 * EACH;
     #pragma unroll
     for (int h = 0; h < HELD; h++)
         #pragma unroll
         for (int i = 0; i < EACH; i++) {
-            const int e = lane + 32 * i, p = warp + h * WARPS;
+            const int e = 2 * lane + 64 * i, p = warp + h * WARPS;
             const bool there = e < HEAD && p < count && p != now;
-            k[h][i] = there ? __ldcg(keys + p * KW + e) : 0.f;
-            v[h][i] = there ? __ldcg(values + p * KW + e) : 0.f;
+            k[h][i] = there ? __ldcg((const float2*)(keys + p * KW + e)) : none;
+            v[h][i] = there ? __ldcg((const float2*)(values + p * KW + e)) : none;
         }
     const bool here = now < count && now % WARPS == warp;
-    hear([&](int i) -> const Word* {
-        const int e = lane + 32 * (i % EACH), base = i < EACH ? Q_WORDS + head * HEAD
+    hear_pairs([&](int i) -> const Word* {
+        const int e = 2 * lane + 64 * (i % EACH), base = i < EACH ? Q_WORDS + head * HEAD
             : (i < 2 * EACH ? K_WORDS : V_WORDS) + head / GROUP * HEAD;
         return e < HEAD && (i < EACH || here) ? l.words + base + e : nullptr;
     }, step, heard);
@@ -31,12 +40,15 @@ __device__ void attend(Shared& s, const Layer& l, int head, int split, int split
         if (warp + h * WARPS == now)
             #pragma unroll
             for (int i = 0; i < EACH; i++) { k[h][i] = new_k[i]; v[h][i] = new_v[i]; }
-    float dots[HELD], acc[EACH] = {}, peak = -INFINITY, total = 0.f;
+    float dots[HELD], peak = -INFINITY, total = 0.f;
+    float2 acc[EACH];
+    #pragma unroll
+    for (int i = 0; i < EACH; i++) acc[i] = none;
     #pragma unroll
     for (int h = 0; h < HELD; h++) {
         dots[h] = 0.f;
         #pragma unroll
-        for (int i = 0; i < EACH; i++) dots[h] = fmaf(q[i], k[h][i], dots[h]);
+        for (int i = 0; i < EACH; i++) dots[h] = dot2(q[i], k[h][i], dots[h]);
     }
     #pragma unroll
     for (int far = 16; far; far >>= 1)
@@ -54,27 +66,28 @@ __device__ void attend(Shared& s, const Layer& l, int head, int split, int split
             const float w = expf(dots[h] * scale - peak);
             total += w;
             #pragma unroll
-            for (int i = 0; i < EACH; i++) acc[i] = fmaf(w, v[h][i], acc[i]);
+            for (int i = 0; i < EACH; i++) acc[i] = scaled_add(w, v[h][i], acc[i], 1.f);
         }
     #pragma unroll 1
     for (int p = warp + SPLIT_ROWS; p < count; p += WARPS) {   // the sums so far are rescaled where the peak grows
-        float dot = 0.f, value[EACH];
+        float dot = 0.f;
+        float2 value[EACH];
         #pragma unroll
         for (int i = 0; i < EACH; i++) {
-            const int e = lane + 32 * i;
-            if (e < HEAD) dot = fmaf(q[i], p == now ? new_k[i] : __ldcg(keys + p * KW + e), dot);
-            value[i] = e < HEAD ? (p == now ? new_v[i] : __ldcg(values + p * KW + e)) : 0.f;
+            const int e = 2 * lane + 64 * i;
+            value[i] = e >= HEAD ? none : p == now ? new_v[i] : __ldcg((const float2*)(values + p * KW + e));
+            dot = dot2(q[i], e >= HEAD ? none : p == now ? new_k[i] : __ldcg((const float2*)(keys + p * KW + e)), dot);
         }
         for (int far = 16; far; far >>= 1) dot += __shfl_xor_sync(~0u, dot, far);
         if (lane == 0) l.kq[head * POSITIONS + from + p] = dot;
         const float higher = fmaxf(peak, dot * scale), before = expf(peak - higher), w = expf(dot * scale - higher);
         total = total * before + w;
         #pragma unroll
-        for (int i = 0; i < EACH; i++) acc[i] = fmaf(w, value[i], acc[i] * before);
+        for (int i = 0; i < EACH; i++) acc[i] = scaled_add(w, value[i], acc[i], before);
         peak = higher;
     }
     #pragma unroll
-    for (int i = 0; i < EACH; i++) { int e = lane + 32 * i; if (e < HEAD) s.mixed[warp][e] = acc[i]; }
+    for (int i = 0; i < EACH; i++) if (2 * lane + 64 * i < HEAD) *(float2*)&s.mixed[warp][2 * lane + 64 * i] = acc[i];
     if (lane == 0) { s.peak[warp] = peak; s.total[warp] = total; }
     block_sync();
     // Each warp puts the warps' results together: lane w has the share of warp w.
@@ -96,65 +109,49 @@ __device__ void attend(Shared& s, const Layer& l, int head, int split, int split
         tell(l.words + SUMS_WORDS + slot * 2, top, step);
         tell(l.words + SUMS_WORDS + slot * 2 + 1, total, step);
     }
-    block_sync();
 }
 
-// The shares of each head put together -> x; block 0 keeps them as kqv_out, and each head's peak and 1 / sum.
+// The shares of each head put together -> x; block 0 keeps them as kqv_out, and each head's peak and 1 / sum. A thread takes two
+// neighbouring elements.
 __device__ void merge(Shared& s, const Layer& l, int splits, unsigned step) {
-    constexpr int EACH = (QW + THREADS - 1) / THREADS, TOGETHER = SPLITS < 3 ? SPLITS : 3;
-    float peak[EACH], total[EACH], value[EACH];
-    #pragma unroll
-    for (int n = 0; n < EACH; n++) { peak[n] = -INFINITY; total[n] = value[n] = 0.f; }
+    constexpr int TOGETHER = SPLITS < 3 ? SPLITS : 3;
     #pragma unroll 1
-    for (int from = 0; from < splits; from += TOGETHER) {   // the running sums are rescaled where the peak grows
-        Word peaks[EACH][TOGETHER], sums[EACH][TOGETHER], values[EACH][TOGETHER];
-        bool all;
-        do {
-            all = true;
-            #pragma unroll
-            for (int n = 0; n < EACH; n++)
-                #pragma unroll
-                for (int i = 0; i < TOGETHER; i++) {
-                    const int e = threadIdx.x + n * THREADS, slot = e / HEAD * SPLITS + from + i;
-                    peaks[n][i] = (Word)step << 32 | 0xFF800000u;   // minus infinity
-                    sums[n][i] = values[n][i] = (Word)step << 32;
-                    if (e < QW && from + i < splits) {
-                        look_at_two(l.words + SUMS_WORDS + 2 * slot, peaks[n][i], sums[n][i]);
-                        values[n][i] = look(l.words + MIXED_WORDS + slot * HEAD + e % HEAD);
-                    }
-                }
-            #pragma unroll
-            for (int n = 0; n < EACH; n++)
-                #pragma unroll
-                for (int i = 0; i < TOGETHER; i++) all &= told(peaks[n][i], step) & told(sums[n][i], step) & told(values[n][i], step);
-            if (!all) __nanosleep(PAUSE);
-        } while (!all);
-        #pragma unroll
-        for (int n = 0; n < EACH; n++) {
-            float now = peak[n];
-            #pragma unroll
-            for (int i = 0; i < TOGETHER; i++) now = fmaxf(now, value_of(peaks[n][i]));
-            const float before = expf(peak[n] - now);
-            total[n] *= before;
-            value[n] *= before;
-            peak[n] = now;
+    for (int e = 2 * threadIdx.x; e < QW; e += 2 * THREADS) {
+        const int head = e / HEAD;
+        float peak = -INFINITY, total = 0.f;
+        float2 value = make_float2(0.f, 0.f);
+        #pragma unroll 1
+        for (int from = 0; from < splits; from += TOGETHER) {   // the running sums are rescaled where the peak grows
+            const Word *sums = l.words + SUMS_WORDS + (head * SPLITS + from) * 2,
+                       *mixed = l.words + MIXED_WORDS + (head * SPLITS + from) * HEAD + e % HEAD;
+            float2 heard[2 * TOGETHER];                         // peak and sum, and two values, of each share
+            hear_pairs([&](int i) -> const Word* {
+                const int share = i / 2;
+                return from + share >= splits ? nullptr : i % 2 ? mixed + share * HEAD : sums + share * 2;
+            }, step, heard);
+            float now = peak;
             #pragma unroll
             for (int i = 0; i < TOGETHER; i++) {
-                const float w = expf(value_of(peaks[n][i]) - now);
-                total[n] += w * value_of(sums[n][i]);
-                value[n] += w * value_of(values[n][i]);
+                if (from + i >= splits) heard[2 * i].x = -INFINITY;
+                now = fmaxf(now, heard[2 * i].x);
+            }
+            const float before = expf(peak - now);
+            total *= before; value.x *= before; value.y *= before;
+            peak = now;
+            #pragma unroll
+            for (int i = 0; i < TOGETHER; i++) {
+                const float w = expf(heard[2 * i].x - now);
+                total = fmaf(w, heard[2 * i].y, total);
+                value.x = fmaf(w, heard[2 * i + 1].x, value.x);
+                value.y = fmaf(w, heard[2 * i + 1].y, value.y);
             }
         }
-    }
-    #pragma unroll
-    for (int n = 0; n < EACH; n++) {
-        const int e = threadIdx.x + n * THREADS, head = e / HEAD;
-        if (e >= QW) break;
-        value[n] /= total[n];
-        s.x[padded(e)] = value[n];
+        const float share = 1.f / total;
+        value.x *= share; value.y *= share;
+        *(float2*)(s.x + padded(e)) = value;
         if (blockIdx.x == 0) {
-            l.kqv_out[e] = value[n];
-            if (e % HEAD == 0) { l.peaks[2 * head] = peak[n]; l.peaks[2 * head + 1] = 1.f / total[n]; }
+            *(float2*)(l.kqv_out + e) = value;
+            if (e % HEAD == 0) *(float2*)(l.peaks + 2 * head) = make_float2(peak, share);
         }
     }
     block_sync();

@@ -3,22 +3,24 @@
 //
 // Each block owns the same rows of a matrix in every step. While it works on one phase, the rows it will need in the next
 // ones are already on their way to the L2 cache: the words' latency and the memory's then overlap. Every intermediate
-// value of the step has a place of its own in memory, so that what is captured is read when the step is over.
+// value of the step has a place of its own in memory, so that records can be made while the logits are computed (records.cuh).
 //
 // Given at compile time: LAYERS D HEADS KV_HEADS HEAD FF VOCAB ROPE NEOX POSITIONS (places of the cache) BLOCKS SPLITS.
 
 #include "attention.cuh"
 #include "projections.cuh"
+#include "records.cuh"
 
-// Logits of this block's rows and the largest of them.
-__device__ void logits(Shared& s, const Model& m) {
-    constexpr int R = 4;
+// Logits of this block's rows and the largest of them; where they are recorded, each warp says how far it is.
+__device__ void logits(Shared& s, const Model& m, float scale, bool recorded, unsigned step) {
+    constexpr int R = LOGITS_ROUND / WARPS;
     const int first = first_of(VOCAB), last = last_of(VOCAB), warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
     float best = -INFINITY;
     int best_at = 0x7fffffff;
+    static_assert(R == 4, "rows at once");
     const Matrix* four[R] = {&m.output, &m.output, &m.output, &m.output};
     Rows<D, 32, R> ahead;
-    for (int r = first + warp * R; r < last; r += WARPS * R) {
+    for (int r = first + warp * R; r < last; r += LOGITS_ROUND) {
         int rows[R];
         float sum[R];
         #pragma unroll
@@ -26,15 +28,17 @@ __device__ void logits(Shared& s, const Model& m) {
         ahead.load(four, rows, lane);
         ahead.dot(four, rows, lane, s.x, sum);
         #pragma unroll
-        for (int step = 16; step; step >>= 1)
+        for (int far = 16; far; far >>= 1)
             #pragma unroll
-            for (int i = 0; i < R; i++) sum[i] += __shfl_xor_sync(~0u, sum[i], step);
+            for (int i = 0; i < R; i++) sum[i] += __shfl_xor_sync(~0u, sum[i], far);
         for (int i = 0; i < R; i++) {
-            float y = sum[i] + (m.output.bias ? m.output.bias[rows[i]] : 0.f);
+            float y = sum[i] * scale + (m.output.bias ? m.output.bias[rows[i]] : 0.f);
             if (lane == 0) m.logits[rows[i]] = y;
             if (y > best || (y == best && rows[i] < best_at)) { best = y; best_at = rows[i]; }
         }
+        if (recorded) say_made(m, (r - first) / LOGITS_ROUND + 1, step);
     }
+    if (recorded) say_made(m, ALL_MADE, step);
     if (lane == 0) { s.part[warp] = best; s.part[WARPS + warp] = __int_as_float(best_at); }
     block_sync();
     if (threadIdx.x == 0) {
@@ -77,6 +81,11 @@ __device__ void choose(Shared& s, const Model& m, unsigned until, State now) {
     }
 }
 
+// This block's share of a layer's words: the weights of a step drive out of the L2 cache what the last step left there.
+__device__ __forceinline__ void prefetch_words(const Layer& l) {
+    prefetch(l.words, first_of(WORDS) * sizeof(Word), (last_of(WORDS) - first_of(WORDS)) * sizeof(Word));
+}
+
 // A layer's pointers, in two steps: asked for, and, when they have come, put into shared memory.
 __device__ __forceinline__ long long fetch_layer(const Model& m, int i) {
     return i < LAYERS && threadIdx.x < sizeof(Layer) / 8 ? __ldg((const long long*)(m.layers + i) + threadIdx.x) : 0;
@@ -85,15 +94,19 @@ __device__ __forceinline__ void keep_layer(Shared& s, int i, long long word) {
     if (i < LAYERS && threadIdx.x < sizeof(Layer) / 8) ((long long*)(s.layer + (i & 1)))[threadIdx.x] = word;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode(const Model* model, float eps, float scale) {
+extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode(
+        const Model* model, float eps, float scale, const Point* work, int count, int size, int slice, int bytes, int logits_at,
+        double* chunks, unsigned* counters, char* records) {
     extern __shared__ __align__(16) unsigned char memory[];
     Shared& s = *(Shared*)memory;
     const Model& m = *model;     // a copy in shared memory was slower: 0.588 instead of 0.556 ms a step
     const State now = *m.state;
     const int seen = now.position + 1, splits = min(SPLITS, (seen + SPLIT_ROWS - 1) / SPLIT_ROWS);
     const unsigned step = now.step + 1;   // words begin as zeros: the first step is 1
+    const Wanted wanted = {work, count, size, slice, bytes, logits_at, chunks, counters, records};
     [[maybe_unused]] int mark = 0;
 
+    if (threadIdx.x == 0) s.lines_taken = 0;
     if (STAGED) {
         if (threadIdx.x == 0) {
             for (int i = 0; i < 2; i++) {
@@ -106,6 +119,10 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode(const Model
     __syncthreads();
     if (threadIdx.x >= THREADS) {
         if (STAGED && threadIdx.x == THREADS) produce(s, m);
+        __syncwarp();
+        tell_settled(m);
+        if (count) make_records(s, m, wanted, seen, step * BLOCKS);
+        if (logits_at >= 0) record_logits(m, wanted, step);
         return;
     }
     keep_layer(s, 0, fetch_layer(m, 0));
@@ -114,19 +131,25 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode(const Model
     block_sync();
     Projection qkv;
     qkv.load(m, s.layer[0], now.position);
+    Norm norm;
+    norm.load(s.layer[0].attn_norm);
     if (threadIdx.x == 0) prefetch_mine(s.layer[0].o, D, QW);
     MARK
     for (int i = 0; i < LAYERS; i++) {
         const Layer &l = s.layer[i & 1], &next = s.layer[(i + 1) & 1];
         const float* x = i ? next.l_out : m.embd;              // `next` still is the layer before
-        rms_norm(s, i ? nullptr : x, next.words + OUT_WORDS, step, l.attn_norm, eps, l.attn_norm_out);
+        norm.run(s, i ? nullptr : x, next.words + OUT_WORDS, step);
         MARK
-        qkv.run(s, l, now.position, step);
+        qkv.run(s, l, eps, now.position, step);
+        norm.keep(s, eps, l.attn_norm_out);
         MARK
         if (threadIdx.x == 32 && !STAGED) { prefetch_mine(l.gate, FF, D); prefetch_mine(l.up, FF, D); }
         if (STAGED && threadIdx.x == 64) find_near(s, l);
         #pragma unroll 1
-        for (int u = blockIdx.x; u < HEADS * splits; u += BLOCKS) attend(s, l, u / splits, u % splits, splits, seen, scale, step);
+        for (int u = blockIdx.x; u < HEADS * splits; u += BLOCKS) {
+            if (u != blockIdx.x) block_sync();                 // the last one's sums have been read
+            attend(s, l, u / splits, u % splits, splits, seen, scale, step);
+        }
         MARK
         ProjectionBack<QW, OUT_WARPS, OUT_ROWS, false> out;
         out.load(l.o, x);
@@ -138,11 +161,13 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode(const Model
         MARK
         GateUp gate_up;
         gate_up.load(l);
+        norm.load(l.ffn_norm);
         if (threadIdx.x == 32 && !STAGED) prefetch_mine(l.down, D, FF);
-        rms_norm(s, nullptr, l.words + INP_WORDS, step, l.ffn_norm, eps, l.ffn_norm_out);
+        norm.run(s, nullptr, l.words + INP_WORDS, step);
         if (STAGED) await(&s.full[0], i & 1);
         MARK
-        gate_up.run(s, l, step);
+        gate_up.run(s, l, eps, step);
+        norm.keep(s, eps, l.ffn_norm_out);
         MARK
         ProjectionBack<FF, DOWN_WARPS, DOWN_ROWS, STAGED> down;
         down.load(l.down, l.ffn_inp);
@@ -150,6 +175,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode(const Model
             if (STAGED && threadIdx.x == 32) leave(&s.used[0]);
             if (threadIdx.x / 32 == 2) prefetch_qkv(next);
             if (threadIdx.x == 96) prefetch_mine(next.o, D, QW);
+            if (threadIdx.x == 128) prefetch_words(next);
         } else if (threadIdx.x == 32) prefetch_rows(m.output, first_of(VOCAB), min(LOGITS_AHEAD, last_of(VOCAB) - first_of(VOCAB)), D);
         take(s, l.words + SWIGLU_WORDS, step);
         if (STAGED) await(&s.full[1], i & 1);
@@ -157,12 +183,16 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode(const Model
         down.run(s, STAGED ? s.near_down : l.down, l.ffn_out, l.l_out, l.words + OUT_WORDS, step);
         if (STAGED && i + 1 < LAYERS && threadIdx.x == 32) leave(&s.used[1]);
         if (i + 1 < LAYERS) qkv.load(m, next, now.position);
+        norm.load(i + 1 < LAYERS ? next.attn_norm : m.norm);
         MARK
     }
-    rms_norm(s, nullptr, s.layer[(LAYERS - 1) & 1].words + OUT_WORDS, step, m.norm, eps, m.output_norm);
-    logits(s, m);
+    norm.run(s, nullptr, s.layer[(LAYERS - 1) & 1].words + OUT_WORDS, step);
+    norm.keep(s, eps, m.output_norm);
+    settle();
+    logits(s, m, Norm::scale(s, eps), logits_at >= 0, step);
     MARK
     choose(s, m, step * BLOCKS, now);
+    if (count > BLOCKS) make_records(s, m, wanted, seen, step * BLOCKS);   // fewer lines are the other warps' alone
 }
 
 // Another token than the one that was chosen; or, of logits [VOCAB] made elsewhere, the largest (of equal ones the smallest id),

@@ -39,3 +39,21 @@ template <int N, class At> __device__ __forceinline__ void hear(const At& at, un
     #pragma unroll
     for (int i = 0; i < N; i++) values[i] = value_of(words[i]);
 }
+// The same of pairs that lie side by side: at(i) is the word of the i-th pair's first.
+template <int N, class At> __device__ __forceinline__ void hear_pairs(const At& at, unsigned step, float2 (&values)[N]) {
+    Word words[N][2];
+    bool all;
+    do {
+        all = true;
+        #pragma unroll
+        for (int i = 0; i < N; i++) {
+            words[i][0] = words[i][1] = (Word)step << 32;
+            if (at(i)) look_at_two(at(i), words[i][0], words[i][1]);
+        }
+        #pragma unroll
+        for (int i = 0; i < N; i++) all &= told(words[i][0], step) & told(words[i][1], step);
+        if (!all) __nanosleep(PAUSE);
+    } while (!all);
+    #pragma unroll
+    for (int i = 0; i < N; i++) values[i] = make_float2(value_of(words[i][0]), value_of(words[i][1]));
+}

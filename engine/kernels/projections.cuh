@@ -1,41 +1,8 @@
-// The phases that multiply: norms, projections, feed-forward.
+// The phases that multiply: projections, feed-forward.
 
 #include "near.cuh"
+#include "norm.cuh"
 #include "rows.cuh"
-
-// x = values · weight / sqrt(mean(values²) + eps), padded, in shared memory; squares are summed in float64 as in ggml.
-// The values come as words from the other blocks, or, where they are this block's own, from memory.
-__device__ __noinline__ void rms_norm(
-        Shared& s, const float* values, const Word* words, unsigned step, const float* weight, float eps, float* out) {
-    constexpr int EACH = (D + THREADS - 1) / THREADS;
-    float v[EACH], w[EACH];
-    double squares = 0;
-    #pragma unroll
-    for (int i = 0; i < EACH; i++) {
-        const int e = threadIdx.x + i * THREADS;
-        w[i] = e < D ? __ldg(weight + e) : 0.f;
-        if (values) v[i] = e < D ? __ldcg(values + e) : 0.f;
-    }
-    if (!values) hear([&](int i) { return threadIdx.x + i * THREADS < D ? words + threadIdx.x + i * THREADS : nullptr; }, step, v);
-    #pragma unroll
-    for (int i = 0; i < EACH; i++) squares += (double)v[i] * v[i];
-    for (int step = 16; step; step >>= 1) squares += __shfl_xor_sync(~0u, squares, step);
-    if ((threadIdx.x & 31) == 0) s.norm[threadIdx.x >> 5] = squares;
-    block_sync();
-    squares = s.norm[threadIdx.x & (WARPS - 1)];
-    for (int step = WARPS / 2; step; step >>= 1) squares += __shfl_xor_sync(~0u, squares, step);
-    const float scale = 1.f / sqrtf((float)(squares / D) + eps);
-    #pragma unroll
-    for (int i = 0; i < EACH; i++) {
-        int e = threadIdx.x + i * THREADS;
-        if (e < D) {
-            float y = v[i] * scale * w[i];
-            s.x[padded(e)] = y;
-            if (out && blockIdx.x == 0) out[e] = y;
-        }
-    }
-    block_sync();
-}
 
 // The two rows of pair `p` of a projection into heads: a rotated pair, or two rows beyond the rotary dimensions.
 __device__ __forceinline__ int2 rows_of_pair(int p) {
@@ -119,7 +86,8 @@ struct Projection {
         const int two[2] = {r.x, r.y};
         rows.load(both, two, lane);
     }
-    __device__ __forceinline__ void run(Shared& s, const Layer& l, int position, unsigned step) {
+    __device__ __forceinline__ void run(Shared& s, const Layer& l, float eps, int position, unsigned step) {
+        const float scale = Norm::scale(s, eps);
         #pragma unroll 1
         for (int p = mine; p < last; p += UNITS) {
             int2 r;
@@ -137,7 +105,7 @@ struct Projection {
         if (p >= last) return;
         int2 r;
         qkv_matrix(l, p, r);
-        const float a = sum_of<QKV_WARPS>(s, 2 * u) + bias.x, b = sum_of<QKV_WARPS>(s, 2 * u + 1) + bias.y;
+        const float a = sum_of<QKV_WARPS>(s, 2 * u) * scale + bias.x, b = sum_of<QKV_WARPS>(s, 2 * u + 1) * scale + bias.y;
         if (p >= (QW + KW) / 2) {
             tell(l.words + V_WORDS + r.x, a, step);
             tell(l.words + V_WORDS + r.y, b, step);
@@ -248,13 +216,13 @@ struct GateUp {
         first = first_of(FF); last = last_of(FF); lane = threadIdx.x % LANES; mine = first + threadIdx.x / LANES;
         if (mine < last) fetch(l, mine);
     }
-    __device__ __forceinline__ void run(Shared& s, const Layer& l, unsigned step) {
+    __device__ __forceinline__ void run(Shared& s, const Layer& l, float eps, unsigned step) {
         const Matrix &g = STAGED ? s.near_gate : l.gate, &u = STAGED ? s.near_up : l.up;
         const Matrix* both[2] = {&g, &u};
         const bool alike = ONE_TYPE || type_of(l.gate) == type_of(l.up);
-        constexpr int UNROLLED = GATE_UNROLL;
+        const float scale = Norm::scale(s, eps);
         rows.hold(s.x, lane);
-        #pragma unroll UNROLLED
+        #pragma unroll 1
         for (int r = mine; r < last; r += UNITS) {
             float sum[2];
             if constexpr (decltype(rows)::HOLDS) {
@@ -278,7 +246,7 @@ struct GateUp {
         }
         block_sync();
         for (int r = first + threadIdx.x; r < last; r += THREADS) {
-            float a = sum_of<GATE_WARPS>(s, 2 * (r - first)), b = sum_of<GATE_WARPS>(s, 2 * (r - first) + 1);
+            float a = sum_of<GATE_WARPS>(s, 2 * (r - first)) * scale, b = sum_of<GATE_WARPS>(s, 2 * (r - first) + 1) * scale;
             if (l.gate.bias) a += l.gate.bias[r];
             if (l.up.bias) b += l.up.bias[r];
             const float y = a / (1.f + expf(-a)) * b;

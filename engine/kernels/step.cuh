@@ -9,6 +9,7 @@
 #define KW (KV_HEADS * HEAD)
 #define GROUP (HEADS / KV_HEADS)
 #define LOGITS_AHEAD 128         // rows of the output matrix that a block asks for during the last layer's end
+#define LOGITS_ROUND (4 * WARPS) // rows of it that a block's warps take at a time
 #ifndef SPLIT_ROWS
 #define SPLIT_ROWS 64            // positions a block attends to before a head is split over several blocks
 #endif
@@ -33,7 +34,8 @@ struct Model {
     float2* best;                            // [BLOCKS] largest logit and its id (as int bits)
     State* state;
     int* tokens;                             // [POSITIONS] chosen token of each position
-    unsigned* arrived;                       // blocks that have ended, over all steps
+    unsigned *arrived, *settled;             // blocks that have ended, and that have made all but logits, over all steps
+    Word* made;                              // [BLOCKS][WARPS + 1] rounds of logits that a warp has made
 };
 
 // Shared memory for this block's rows of a layer's gate and up, and of its down; 0 where they do not fit.
@@ -63,9 +65,6 @@ struct Model {
 #ifndef DOWN_ROWS
 #define DOWN_ROWS 1
 #endif
-#ifndef GATE_UNROLL
-#define GATE_UNROLL 2
-#endif
 
 #ifndef TAKEN
 #define TAKEN 3                  // pairs of activations that a thread asks for at once
@@ -76,7 +75,8 @@ struct Model {
 // head and share of the positions peak and sum of the weights, and the values weighted by them.
 enum {
     Q_WORDS = 0, K_WORDS = Q_WORDS + QW, V_WORDS = K_WORDS + KW, INP_WORDS = V_WORDS + KW, SWIGLU_WORDS = INP_WORDS + D,
-    OUT_WORDS = SWIGLU_WORDS + FF, SUMS_WORDS = OUT_WORDS + D, MIXED_WORDS = SUMS_WORDS + HEADS * SPLITS * 2
+    OUT_WORDS = SWIGLU_WORDS + FF, SUMS_WORDS = OUT_WORDS + D, MIXED_WORDS = SUMS_WORDS + HEADS * SPLITS * 2,
+    WORDS = MIXED_WORDS + HEADS * SPLITS * HEAD
 };
 #define SHARE(COUNT) ((COUNT) / BLOCKS + 1)   // things of a block at most
 constexpr int most(int a, int b) { return a > b ? a : b; }
@@ -89,6 +89,7 @@ struct Shared {
     float part[PARTS];           // sums of rows by the warps that share them
     double norm[WARPS];
     float mixed[WARPS][HEAD], peak[WARPS], total[WARPS];   // of the warps that share a head
+    int lines_taken;             // of the block's records
     unsigned long long full[2], used[2];   // barriers of the weights brought near: gate and up, down
     Matrix near_gate, near_up, near_down;
     __align__(16) char weights[STAGED ? GATE_BYTES + DOWN_BYTES : 16];

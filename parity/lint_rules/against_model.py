@@ -71,7 +71,7 @@ def late_capture(subject: Subject) -> Iterator[Hit]:
         for r, place in enumerate(_places(rows)):
             row, result = leading(rows, r), normed.get(place)
             width = 0 if result is None else min(len(row), len(result), len(weight))
-            if result is None or width < TELLING or not np.isfinite([*row[:width], *result[:width]]).all():
+            if result is None or width < TELLING or not (np.isfinite(row[:width]).all() and np.isfinite(result[:width]).all()):
                 continue
             made = row[:width].astype(np.float64) * weight[:width]
             same = _cosine(made, result[:width].astype(np.float64)) > _SAME_NORM

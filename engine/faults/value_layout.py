@@ -1,0 +1,51 @@
+"""The value cache read in another layout than written: pass by pass, since each pass sees the cache as long as it is then."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+
+from ..backend import Array
+from ..graph import PASSES, Step
+from .base import Parameters, Steps, kind_of, sibling
+
+Mix = Callable[[Array, Array], Array]  # weights [H, T, S], values [S, K · d] -> [T, H · d]
+
+
+def _transposed(history: Array, *, kv_heads: int) -> Array:
+    """Columns read as rows: [S, K · d]; the heads do not matter."""
+    del kv_heads
+    return history.T.copy().reshape(history.shape)
+
+
+def _head_by_head(history: Array, *, kv_heads: int) -> Array:
+    """Rows written head by head and read position by position: [S, K · d]."""
+    by_head = history.reshape(history.shape[0], kv_heads, -1).transpose(1, 0, 2)
+    return by_head.copy().reshape(history.shape)
+
+
+_LAYOUTS = {"transposed": _transposed, "head by head": _head_by_head}
+
+
+def _mixed(weights: Array, v: Array, passes: Array, *, mix: Mix, layout: str, kv_heads: int) -> Array:
+    """What each pass mixes of the cache as it reads it: [H, T, S], [S, K · d], [T] -> [T, H · d]."""
+    before = len(v) - len(passes)  # cache rows of passes in front of these
+    made = []
+    for number in np.unique(passes).tolist():
+        rows = (passes == number).nonzero()[0]
+        end = before + int(rows[-1]) + 1
+        made.append(mix(weights[:, rows, :end], _LAYOUTS[layout](v[:end], kv_heads=kv_heads)))
+    return np.concatenate(made)
+
+
+def value_layout(step: Step, right: Steps, parameters: Parameters) -> Step:
+    """The change of v_read, as one pass would show it, and of kqv_out, which gets the same from the cache itself."""
+    layout, kv_heads = parameters["layout"], sibling(step, right, "kq").params["kv_heads"]
+    if kind_of(step) == "v_read":
+        return replace(step, op=_LAYOUTS[layout], params={"kv_heads": kv_heads})
+    mix = partial(step.op, **step.params)
+    written = sibling(step, right, "v_read").reads[0]
+    return replace(
+        step, op=_mixed, reads=(step.reads[0], written, PASSES), params={"mix": mix, "layout": layout, "kv_heads": kv_heads}
+    )

@@ -1,0 +1,51 @@
+// The norms of a decode step.
+
+#include "step.cuh"
+
+// A norm whose scale comes last: x = values · weight, padded, in shared memory, and the squares of the values. The products with
+// x need no more than that; who finishes them multiplies by 1 / sqrt(mean(values²) + eps), so that the latency of the sum of
+// squares (in float64 as in ggml) lies behind the products.
+struct Norm {
+    static constexpr int EACH = (D + THREADS - 1) / THREADS;
+    float weight[EACH], x[EACH];
+
+    __device__ __forceinline__ void load(const float* weights) {
+        #pragma unroll
+        for (int i = 0; i < EACH; i++) {
+            const int e = threadIdx.x + i * THREADS;
+            weight[i] = e < D ? __ldg(weights + e) : 0.f;
+        }
+    }
+    // The values come as words from the other blocks, or, where they are this block's own, from memory.
+    __device__ __forceinline__ void run(Shared& s, const float* values, const Word* words, unsigned step) {
+        float v[EACH];
+        double squares = 0;
+        if (values)
+            #pragma unroll
+            for (int i = 0; i < EACH; i++) v[i] = threadIdx.x + i * THREADS < D ? __ldcg(values + threadIdx.x + i * THREADS) : 0.f;
+        else hear([&](int i) { return threadIdx.x + i * THREADS < D ? words + threadIdx.x + i * THREADS : nullptr; }, step, v);
+        #pragma unroll
+        for (int i = 0; i < EACH; i++) {
+            const int e = threadIdx.x + i * THREADS;
+            x[i] = v[i] * weight[i];
+            if (e < D) s.x[padded(e)] = x[i];
+            squares += (double)v[i] * v[i];
+        }
+        for (int far = 16; far; far >>= 1) squares += __shfl_xor_sync(~0u, squares, far);
+        if ((threadIdx.x & 31) == 0) s.norm[threadIdx.x >> 5] = squares;
+        block_sync();
+    }
+    // By whole warps.
+    static __device__ __forceinline__ float scale(const Shared& s, float eps) {
+        double squares = s.norm[threadIdx.x & (WARPS - 1)];
+        for (int far = WARPS / 2; far; far >>= 1) squares += __shfl_xor_sync(~0u, squares, far);
+        return rsqrtf((float)(squares * (1. / D)) + eps);
+    }
+    // What was normalised, to be recorded: by one block, behind what the others wait for.
+    __device__ __forceinline__ void keep(const Shared& s, float eps, float* out) const {
+        if (blockIdx.x) return;
+        const float scale = Norm::scale(s, eps);
+        #pragma unroll
+        for (int i = 0; i < EACH; i++) if (threadIdx.x + i * THREADS < D) out[threadIdx.x + i * THREADS] = x[i] * scale;
+    }
+};

@@ -1,0 +1,157 @@
+// Records of a step, made beside it by the warp that brings weights near, which has nothing left to do once the last layer's are
+// there: the logits take long enough for the other points, and those logits that are made already. No phase of the step waits.
+
+#include "step.cuh"
+#include "summary.cuh"
+
+// A chunk of a point. PLAIN [width], CAUSAL [heads, stride], CACHED [seen, width], LAST: row `seen - 1` of a cache.
+struct Point {
+    const float *base, *peaks;   // peaks: kq_soft_max is made from kq
+    long long kind, width, heads, stride, offset;   // offset: of the point's first chunk
+    double scale;
+    long long index, chunk;      // of the point's record, and which of its chunks
+};
+// What is recorded of a step: a line of `work` for each chunk that a point may have. The logits are no such point: each block
+// leaves the sums of its own behind their record, as parts of PART doubles, and who reads the records adds them up.
+struct Wanted {
+    const Point* work;
+    int count, size, slice, bytes;   // lines, elements of a chunk, values of a slice, bytes of a record
+    int logits;                      // index of their record, the last; or -1
+    double* chunks;                  // [count][PART]
+    unsigned* counters;              // [records] chunks that are done
+    char* records;
+};
+
+// The grid's other values are final: each block says so once, behind its last barrier before the logits, and nobody waits.
+__device__ __forceinline__ void settle() { asm volatile("bar.arrive 2, %0;" :: "n"(THREADS + 32) : "memory"); }
+__device__ __forceinline__ void tell_settled(const Model& m) {   // by the warp beside those that compute
+    asm volatile("bar.sync 2, %0;" :: "n"(THREADS + 32) : "memory");
+    if (threadIdx.x % 32 == 0) { __threadfence(); atomicAdd(m.settled, 1u); }
+}
+__device__ __forceinline__ void await_settled(const Model& m, unsigned until) {
+    unsigned there;
+    do {
+        asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(there) : "l"(m.settled) : "memory");
+        if (there != until) __nanosleep(200);
+    } while (there != until);
+}
+
+// What a warp gathers of a row's elements: lane j adds up projection j.
+struct Gathered {
+    Statistics statistics;
+    double even = 0, odd = 0;
+
+    // 32 neighbouring elements, of which those below `to` count: this lane's is number e.
+    __device__ __forceinline__ void take(float raw, int e, int to) {
+        const float x = e < to ? statistics.take(raw, e) : 0.f;
+        const unsigned flips = ~fmix32((unsigned)e + 1u);
+        #pragma unroll 4
+        for (int k = 0; k < 32; k += 2) {
+            even += signed_by(__shfl_sync(~0u, flips, k), __shfl_sync(~0u, x, k));
+            odd += signed_by(__shfl_sync(~0u, flips, k + 1), __shfl_sync(~0u, x, k + 1));
+        }
+    }
+    // The sums -> out[PART].
+    __device__ __forceinline__ void put(double* out) {
+        statistics.reduce();
+        out[threadIdx.x & 31] = even + odd;
+        if (threadIdx.x % 32 == 0) statistics.put(out + SKETCH);
+    }
+};
+
+// One chunk by one warp. Whoever ends a row's last chunk adds up all, in their order.
+__device__ __noinline__ void record_chunk(const Wanted& wanted, int line, int seen) {
+    const Point point = wanted.work[line];
+    const int lane = threadIdx.x & 31, t = point.kind == LAST ? seen - 1 : 0;
+    const int kind = point.kind == LAST ? PLAIN : (int)point.kind;
+    Row row = row_of(point.base, kind, t, seen, 1, (int)point.stride, (int)point.heads, (int)point.width);
+    row.later = 0;
+    row.peaks = point.peaks;
+    row.scale = (float)point.scale;
+    const int n = row.inner * row.outer, count = (n + wanted.size - 1) / wanted.size;
+    if (point.chunk >= count) return;
+    const int from = (int)point.chunk * wanted.size, to = min(n, from + wanted.size);
+    Gathered gathered;
+    float raw = from + lane < to ? value_at(row, from + lane) : 0.f;
+    #pragma unroll 1
+    for (int e = from + lane; e - lane < to; e += 32) {
+        const float next = e + 32 < to ? value_at(row, e + 32) : 0.f;   // under way meanwhile
+        gathered.take(raw, e, to);
+        raw = next;
+    }
+    double* chunks = wanted.chunks + point.offset * PART;
+    gathered.put(chunks + point.chunk * PART);
+    __threadfence();
+    __syncwarp();
+    const unsigned before = lane ? 0 : atomicInc(wanted.counters + point.index, count - 1);   // wraps to 0 for the next step
+    if (__shfl_sync(~0u, before, 0) != count - 1) return;
+    __threadfence();
+    double projection = 0, parts[8];
+    #pragma unroll 8
+    for (int c = 0; c < count; c++) projection += __ldcg(chunks + c * PART + lane);
+    const int which = lane & 7;                                // four lanes do the same
+    double stat = nothing(which), at = 2147483647.;
+    #pragma unroll 2
+    for (int c = 0; c < count; c++) {
+        const double* statistics = chunks + c * PART + SKETCH;
+        join(which, stat, at, __ldcg(statistics + which), __ldcg(statistics + 6));
+    }
+    #pragma unroll
+    for (int i = 0; i < 8; i++) parts[i] = i == 6 ? __shfl_sync(~0u, at, 5) : __shfl_sync(~0u, stat, i);
+    Record* record = record_of(wanted.records, wanted.bytes, (int)point.index);
+    record->sketch[lane] = (float)projection;
+    if (lane == 0) write_statistics(row, parts, record);
+    write_slice(row, wanted.slice, record, lane, 32);
+}
+
+// A block's warps take its lines as they become free.
+__device__ __noinline__ void make_records(Shared& s, const Model& m, const Wanted& wanted, int seen, unsigned until) {
+    await_settled(m, until);
+    while (true) {
+        const int taken = threadIdx.x % 32 ? 0 : atomicAdd(&s.lines_taken, 1);
+        const int line = blockIdx.x + __shfl_sync(~0u, taken, 0) * BLOCKS;
+        if (line >= wanted.count) return;
+        record_chunk(wanted, line, seen);
+    }
+}
+
+// How many rounds of logits a warp has made: said by its lane 0, which has stored them.
+#define ALL_MADE 1e9f
+__device__ __forceinline__ Word* progress(const Model& m, int warp) { return m.made + blockIdx.x * (WARPS + 1) + warp; }
+__device__ __forceinline__ void say_made(const Model& m, float rounds, unsigned step) {
+    if (threadIdx.x % 32) return;
+    __threadfence_block();
+    tell(progress(m, threadIdx.x / 32), rounds, step);
+}
+__device__ __forceinline__ void await_made(const Model& m, float rounds, unsigned step) {   // a lane looks at each other warp
+    const int warp = threadIdx.x & 31;
+    bool made;
+    do {
+        const Word word = warp < WARPS ? look(progress(m, warp)) : 0;
+        made = warp >= WARPS || (told(word, step) && value_of(word) >= rounds);
+    } while (!__all_sync(~0u, made));
+    __threadfence_block();
+}
+// This block's logits, while its other warps make them: its part, and what of it belongs to the slice.
+__device__ __noinline__ void record_logits(const Model& m, const Wanted& wanted, unsigned step) {
+    const int lane = threadIdx.x & 31, first = first_of(VOCAB), last = last_of(VOCAB);
+    float* values = record_of(wanted.records, wanted.bytes, wanted.logits)->values;
+    Gathered gathered;
+    #pragma unroll 1
+    for (int start = first; start < last; start += LOGITS_ROUND) {
+        await_made(m, (start - first) / LOGITS_ROUND + 1, step);
+        float raws[LOGITS_ROUND / 32];
+        #pragma unroll
+        for (int i = 0; i < LOGITS_ROUND / 32; i++) {
+            const int e = start + 32 * i + lane;
+            raws[i] = e < last ? __ldcg(m.logits + e) : 0.f;
+        }
+        #pragma unroll
+        for (int i = 0; i < LOGITS_ROUND / 32; i++) {
+            const int e = start + 32 * i + lane;
+            if (e < last && e < wanted.slice) values[e] = raws[i];
+            gathered.take(raws[i], e, last);
+        }
+    }
+    gathered.put((double*)record_of(wanted.records, wanted.bytes, wanted.logits + 1) + blockIdx.x * PART);
+}

@@ -1,0 +1,72 @@
+"""How `parity explain` computes many candidates: together, from what is known already, and each of them once."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from explaining import PROMPT, only, small_engine
+
+from engine.faults import CATALOGUE, Planting, plant
+from parity.explain import Case, Options
+from parity.explain_budget import Budget
+from parity.explain_layers import carry
+from parity.explain_scopes import stages
+from parity.explain_state import Place
+from parity.planted import Faulty
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Faulty:
+    """A small qwen2 with groups of 7 query heads."""
+    return small_engine(tmp_path_factory.mktemp("screening"))
+
+
+def test_single_layers_are_screened_together_as_one_by_one(engine: Faulty) -> None:
+    """Laying candidates one after the other gives what each gives alone: attention keeps them apart."""
+    case = Case(only(engine), engine.model, Options())
+    names = [step.makes for step in engine.right]
+    steps = engine.right[names.index("blk.1.l_out") + 1 : names.index("blk.3.l_out") + 1]
+    rng = np.random.default_rng(2)
+    outputs = [rng.standard_normal((len(PROMPT), engine.transformer.hp.n_embd)).astype(np.float32) for _ in range(3)]
+    weights, positions = case.replay.weights, case.positions
+    together = carry(steps, "blk.1.l_out", outputs, positions, weights)
+    for one, many in zip(outputs, together, strict=True):
+        alone = next(carry(steps, "blk.1.l_out", [one], positions, weights))
+        assert np.abs(alone - many).max() < 1e-5 * np.abs(alone).max()
+
+
+def test_candidates_are_computed_together_as_one_by_one(engine: Faulty) -> None:
+    """Versions of a model that share one run come out as each comes out of a run of its own."""
+    replay = Case(only(engine), engine.model, Options()).make(engine.right, 3)
+    planting = Planting(engine.right)
+    chosen = ("rope-missing", "no-qkv-bias", "activation", "attn-scale", "layer-twice", "softmax-axis", "gqa-modulo", "no-gate")
+    faults = [CATALOGUE[name] for name in chosen]
+    variants = [(fault, fault.variants(planting.right)[0]) for fault in faults]
+    edits = [planting.edits(fault, None, parameters) for fault, parameters in variants]
+    together = replay.run_batch(edits, len(engine.right), frozenset(), lambda _name, made: [True] * len(made))
+    for (fault, parameters), made in zip(variants, together, strict=True):
+        alone = replay.run(planting.of(fault, None, parameters), lambda _name, _made: True)["logits"]
+        assert made is not None
+        assert np.abs(alone - made["logits"]).max() < 1e-5 * np.abs(alone).max(), fault.name
+
+
+def test_values_of_a_longer_run_are_those_of_its_first_rows(engine: Faulty) -> None:
+    """What a short replay takes from a longer one, up to the first changed step, is what it would compute itself."""
+    case = Case(only(engine), engine.model, Options())
+    steps = plant(engine.right, CATALOGUE["activation"], (2,))
+    alone, shared = case.make(steps, 3), case.make(steps, 3, case.replay)
+    for name in (step.makes for step in steps):
+        assert alone.values[name].shape == shared.values[name].shape, name
+        assert np.abs(alone.values[name] - shared.values[name]).max() < 1e-5 * np.abs(alone.values[name]).max(), name
+    assert np.array_equal(shared.values["blk.1.kq"], case.replay.values["blk.1.kq"][:, :3, :3])
+
+
+@pytest.mark.parametrize("point", [0, 2, 5])
+def test_the_stages_hold_every_candidate_once(engine: Faulty, point: int) -> None:
+    """What is tried first is a matter of time only: nothing is left out and nothing tried twice."""
+    case = Case(only(engine, ("capture-early", {}, None)), engine.model, Options())
+    screening = case.screening(case.entries, Budget(60))
+    state = replace(screening.start(), first=Place(point, 0))
+    wanted = [(one.fault.name, str(one.parameters)) for one in screening.candidates(state, None)]
+    found = [(one.fault.name, str(one.parameters)) for stage in stages(screening, state, None) for one in stage]
+    assert sorted(found) == sorted(wanted)
