@@ -148,3 +148,9 @@ def test_weights_are_not_read_from_an_endless_line(parity: Cli, tmp_path: Path) 
         file.truncate(1 << 33)
     ran = parity("weights", "--theirs", tmp_path / "zeros.jsonl")
     refused(ran, "a line of more than 64 MiB")
+
+
+def test_a_cache_that_cannot_be_written_is_named(parity: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where F32 twins have no place the line names the cache and the variable that moves it."""
+    monkeypatch.setenv("PARITY_CACHE", "/dev/null/cache")
+    refused(parity("dump", "ref", "--prompt", "hi", "-o", "ref.jsonl"), "/dev/null/cache", "Set PARITY_CACHE")
