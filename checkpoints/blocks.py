@@ -22,12 +22,13 @@ class Blocks:
     Args:
         name: the file's, for errors.
         header: the header that stands before the first block, if any.
+        parser: one that was used before, for its buffers.
 
     `line`, `records`, `skipped` and `torn` are of the blocks so far; `records` does not count those that wait for `flush`;
     `header` is the last one.
     """
 
-    def __init__(self, name: str, header: Header | None = None) -> None:
+    def __init__(self, name: str, header: Header | None = None, parser: Parser | None = None) -> None:
         self.line = 0
         self.skipped = 0
         self.records = 0
@@ -40,7 +41,7 @@ class Blocks:
         self._labels = Labels()
         if header is not None:
             self._labels.of_model(header.model.layers)
-        self._parser = Parser()
+        self._parser = parser or Parser()
 
     @property
     def many_wait(self) -> bool:

@@ -5,6 +5,7 @@ first line from its nominal start on; so ranges that follow each other share no 
 read, or what changes how the rest is to be read (a second header), is left to the caller, who reads on from there itself.
 """
 
+import gc
 import os
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from typing import BinaryIO, Self
 
 from .blocks import Blocks, Item
 from .errors import DumpError
+from .plain import Parser
 from .record import Header
 
 BLOCK = 1 << 19  # bytes read at once: what is made of them stays in a core's cache
@@ -155,18 +157,20 @@ class _Child:
 def serve() -> None:
     """A process's work: ranges as they are asked for, until nobody is there to ask."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # who asked is interrupted, and ends this
+    gc.disable()  # what lines become has no cycles; looking for them takes a twentieth of the time
     pipe: Connection = Connection(int(sys.argv[2]))
     pipe.send(None)
+    parser = Parser()
     try:
         while True:
-            pipe.send(_read(*pipe.recv()))
+            pipe.send(_read(parser, *pipe.recv()))
     except (EOFError, OSError):
         return
 
 
-def _read(path: Path, start: int, stop: int, header: Header | None) -> Found | None:
+def _read(parser: Parser, path: Path, start: int, stop: int, header: Header | None) -> Found | None:
     """What stands in a range of bytes, or None where that is for the caller to read."""
-    blocks = Blocks(os.fspath(path), header)
+    blocks = Blocks(os.fspath(path), header, parser)
     items: list[Item] = []
     try:
         with path.open("rb") as file:

@@ -73,8 +73,8 @@ def _partial_sketches(rows: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def _statistics(rows: NDArray[np.float32]) -> tuple[NDArray[np.float64], dict[str, NDArray[np.float64]]]:
     """The rows with non-finite elements zeroed, and the statistics of each: [R, n] -> [R, n], name -> float64 [R]."""
-    wide = rows.astype(np.float64)
-    with np.errstate(invalid="ignore"):  # infinities of both signs
+    with np.errstate(invalid="ignore"):  # signalling NaN; infinities of both signs
+        wide = rows.astype(np.float64)
         total = wide.sum(axis=1)
     if not np.isfinite(total).all():  # float64 holds every sum of finite float32
         return _statistics_of_garbage(rows)

@@ -42,6 +42,7 @@ class TensorWriter:
         self._entries: dict[str, dict[str, Any]] = {}
         self._size = 0
         try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self._part.open("wb")
         except OSError as error:
             raise InputError(f"cannot write {self.path}: {error.strerror}.", "Choose another --out.", code="output") from error
@@ -67,17 +68,20 @@ class TensorWriter:
         if self._file.closed:
             return
         self._file.close()
+        joined = self.path.with_name(self.path.name + ".whole")
         try:
             if complete:
                 header = json.dumps(self._entries).encode()
                 header += b" " * (-len(header) % 8)  # the format wants the data aligned to 8 bytes
-                with self.path.open("wb") as whole, self._part.open("rb") as part:
+                with joined.open("wb") as whole, self._part.open("rb") as part:
                     whole.write(struct.pack("<Q", len(header)) + header)
                     shutil.copyfileobj(part, whole, 1 << 24)
+                joined.replace(self.path)
         except OSError as error:
             raise InputError(f"cannot write {self.path}: {error.strerror}.", "Free disk space.", code="output") from error
         finally:
             self._part.unlink(missing_ok=True)
+            joined.unlink(missing_ok=True)
 
     def __enter__(self) -> Self:
         return self

@@ -82,7 +82,7 @@ class Capture:
         self._kept = np.zeros(0, dtype=np.int64)
         self._held: list[tuple[str, NDArray[np.float32]]] = []
         self._writer = WriterThread()
-        atexit.register(self.close)  # a process that forgets to close loses nothing
+        atexit.register(self._at_exit)
 
     @property
     def waits(self) -> int:
@@ -139,12 +139,17 @@ class Capture:
 
     def close(self) -> None:
         """Hand over the last pass and wait until everything is written. Raises what failed in the thread."""
-        atexit.unregister(self.close)
+        atexit.unregister(self._at_exit)
         try:
             self._hand_over()
         finally:
             self._writer.finish()
         self._writer.check()
+
+    def _at_exit(self) -> None:
+        """A process that forgets to close loses nothing. A failure that came out before is not told again."""
+        with suppress(BaseException) if self._writer.told else nullcontext():
+            self.close()
 
     def __enter__(self) -> Self:
         return self

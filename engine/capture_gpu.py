@@ -37,7 +37,10 @@ def tap(
     slice_size: int | None = DEFAULT_SLICE,
     tensors: TensorWriter | None = None,
 ) -> Capture:
-    """The tap for a backend: pinned copies on the current device; on the host, on other devices or for whole tensors the blocking one."""
+    """The tap for a backend: pinned copies on the current device; on the host or for whole tensors the blocking one.
+
+    Over several devices too: a slab would be filled from each, by kernels and a stream of copies of its own.
+    """
     if backend.name == "numpy" or backend.spread or tensors is not None or slice_size is None:
         return Capture(sink, points, backend, positions=positions, slice_size=slice_size, tensors=tensors)
     return DeviceCapture(sink, points, backend, positions=positions, slice_size=slice_size)

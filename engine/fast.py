@@ -1,4 +1,4 @@
-"""The fast mode: native weight types on the device, prefill through cuBLAS, decode as one graph. CuPy only.
+"""The fast mode: native weight types on the device, prefill through cuBLAS, decode as one kernel. CuPy only.
 
 The plain operations of `engine.ops` stay the definition; tests hold this mode to them. A prefill's products round
 activations (and quantised weights) to half precision, or to bfloat16 for BF16 files; decode rounds nothing but sums.
@@ -23,13 +23,14 @@ from .fast_weights import FastWeights
 from .gguf_model import GgufModel
 from .packing import BF16, F32
 from .transformer import Transformer
+from .upload import Upload
 
 _POSITIONS = 2048  # places of the cache if nothing else is said
 
 
 @dataclass
 class FastProgress:
-    """The sequence in progress; a model has one at a time, since its cache is part of the graphs."""
+    """The sequence in progress; a model has one at a time, since its cache is part of the steps."""
 
     first: int
     length: int = 0
@@ -48,8 +49,8 @@ class FastTransformer(Transformer):
         xp = backend.xp
         self._xp = xp
         self.stream = xp.cuda.Stream(non_blocking=True)
-        with self.stream:
-            self._weights = FastWeights(model, backend)
+        with self.stream, Upload(model.path, backend) as upload:  # kernels are loaded while weights are under way
+            self._weights = FastWeights(model, backend, upload)
             self.step = DecodeStep(self._weights, backend, self.stream, min(positions, self.hp.n_ctx_train))
         self.stream.synchronize()
 

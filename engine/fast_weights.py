@@ -46,11 +46,13 @@ class LayerWeights:
 class FastWeights:
     """Every weight on the device; types that have no kernel are dequantised on the host and kept as float32.
 
+    Matrices of float types are there when `upload` has ended.
+
     Raises:
         ModelError: an architecture or a shape that the fast mode does not have.
     """
 
-    def __init__(self, model: GgufModel, backend: Backend) -> None:
+    def __init__(self, model: GgufModel, backend: Backend, upload: Upload) -> None:
         hp = model.hyperparameters
         if reason := lacking(model):
             raise ModelError(f"the fast mode has {reason}.", "Take --mode exact.", code="fast-mode")
@@ -63,14 +65,14 @@ class FastWeights:
         self._backend = backend
         self.hp = hp
         self.neox = PAIRS[hp.architecture]
+        self._upload = upload
         self._vectors = self._all_vectors()
-        with Upload(model.path, backend) as self._upload:
-            embedding = self._group("token_embd")
-            self.output_group = self._group("output") if "output.weight" in model.tensors else embedding
-            self.embedding, self.output = embedding.parts[0], self.output_group.parts[0]
-            self.norm = self._vectors["output_norm.weight"]
-            self.factors = model.load(ROPE_FACTORS).ravel() if ROPE_FACTORS in model.tensors else None
-            self.layers = [self._layer(f"blk.{i}.") for i in range(hp.n_layers)]
+        embedding = self._group("token_embd")
+        self.output_group = self._group("output") if "output.weight" in model.tensors else embedding
+        self.embedding, self.output = embedding.parts[0], self.output_group.parts[0]
+        self.norm = self._vectors["output_norm.weight"]
+        self.factors = model.load(ROPE_FACTORS).ravel() if ROPE_FACTORS in model.tensors else None
+        self.layers = [self._layer(f"blk.{i}.") for i in range(hp.n_layers)]
 
     @property
     def types(self) -> int:

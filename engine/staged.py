@@ -11,7 +11,7 @@ from checkpoints.record import SKETCH_SIZE, STATISTICS, Rows
 
 from .capture import Pass
 
-PLAIN, CAUSAL, CACHED, LAST = range(4)  # the layouts of summary.cu
+PLAIN, CAUSAL, CACHED, LAST = range(4)  # the layouts of summary.cuh
 
 
 def record_type(slice_size: int) -> np.dtype[Any]:

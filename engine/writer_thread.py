@@ -31,6 +31,7 @@ class WriterThread:
 
     def __init__(self, limit: int = _LIMIT) -> None:
         self.waits = 0
+        self.told = False
         self.limit = limit
         self._size = 0  # of what waits or is being written
         self._waiting: list[_Work] = []
@@ -76,8 +77,9 @@ class WriterThread:
         self._change.notify_all()
 
     def check(self) -> None:
-        """Raise what a piece of work has raised."""
+        """Raise what a piece of work has raised; `told` says that somebody has heard of it."""
         if self._failure is not None:
+            self.told = True
             raise self._failure
 
     def finish(self) -> None:

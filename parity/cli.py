@@ -30,7 +30,7 @@ app = typer.Typer(
     rich_markup_mode=None,  # importing what renders it costs as much as all the rest of --help
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Finds the first place where a transformer engine stops agreeing with llama.cpp, and says why.",
-    epilog="Exit codes: 0 parity · 1 divergence · 2 wrong input or request · 3 internal error · 130 interrupted",
+    epilog="Exit codes: 0 parity · 1 divergence · 2 wrong input or request · 3 internal error · 130 interrupted · 141 output not read",
 )
 
 

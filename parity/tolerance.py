@@ -5,6 +5,7 @@ All limits are NMSE, Σ(a−b)²/Σb², of an end-to-end run; a record fails abo
 
 import re
 from dataclasses import dataclass
+from math import inf
 
 from checkpoints.errors import InputError
 from checkpoints.record import Header
@@ -91,9 +92,9 @@ def limits(ours: Header | None, ref: Header | None, *, compute: str | None = Non
     if compute is not None and compute not in COMPUTES:
         raise InputError(f"--compute {compute!r} is not known.", f"Take one of {', '.join(COMPUTES)}.", code="compute")
     if tolerance is not None:
-        if not tolerance >= 0:
+        if not 0 <= tolerance < inf:
             raise InputError(
-                f"--tolerance must be 0 or more, not {tolerance}.", "Write e.g. --tolerance 1e-6.", code="tolerance"
+                f"--tolerance must be 0 or more and finite, not {tolerance}.", "Write e.g. --tolerance 1e-6.", code="tolerance"
             )
         return Limits(tolerance, tolerance, "--tolerance")
     sides = [side for side in (ours, ref) if side is not None]

@@ -99,14 +99,16 @@ def workspace() -> Path:
     """The cache folder, made if need be and swept.
 
     Raises:
-        InputError: it cannot be made.
+        InputError: it cannot be made or written to.
     """
     folder = cache_dir()
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(13, "no permission")
     except OSError as error:
         raise InputError(
-            f"cannot make the cache {folder}: {error.strerror}.",
+            f"cannot write to the cache {folder}: {error.strerror}.",
             "Set PARITY_CACHE to a folder that can be written.",
             code="cache",
         ) from error

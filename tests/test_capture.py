@@ -179,6 +179,33 @@ for step in range(50):
     assert dump.end is None
 
 
+def test_a_failure_that_was_raised_is_not_told_again_at_exit() -> None:
+    """A process that met the writer's failure and went on ends in silence; one that never heard of it is told at its end."""
+    script = """
+import sys, time, numpy
+from engine.backend import choose
+from engine.capture import Capture, Pass
+class Full:
+    def rows(self, rows): raise OSError("disk full")
+tap = Capture(Full(), ["embd"], choose("numpy"))
+for step in range(2):
+    tap.begin(Pass(numpy.array([step]), step, decode=step > 0))
+    tap("embd", numpy.ones((1, 8), dtype=numpy.float32))
+if sys.argv[1] == "heard":
+    time.sleep(1)
+    try:
+        tap.begin(Pass(numpy.array([2]), 2, decode=True))
+    except OSError as error:
+        print(error)
+"""
+    told = {
+        kind: subprocess.run([sys.executable, "-c", script, kind], check=True, capture_output=True, text=True)
+        for kind in ("heard", "unheard")
+    }
+    assert (told["heard"].stdout.strip(), told["heard"].stderr) == ("disk full", "")
+    assert "disk full" in told["unheard"].stderr
+
+
 def test_an_exception_in_a_pass_keeps_what_was_computed_before_it() -> None:
     """When a step fails, the records of the steps before it are still written."""
     sink = Sink()

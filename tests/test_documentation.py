@@ -27,6 +27,12 @@ def test_every_command_is_in_the_readme_and_has_help(parity: Cli, name: str) -> 
     assert f"Usage: parity {name}" in ran.out
 
 
+def test_the_lists_of_commands_are_not_cut(parity: Cli) -> None:
+    """The one-line descriptions in --help end where their sentences do."""
+    for name in ("", "dump", "drift"):
+        assert "..." not in parity(*filter(None, [name]), "--help").out.partition("Commands:")[2]
+
+
 def test_the_readme_names_no_command_that_is_not_there() -> None:
     """Every `parity <word>` in the README is a command."""
     mentioned = set(re.findall(r"(?:^|[`&] ?)parity ([a-z]+)", README, re.MULTILINE))

@@ -59,6 +59,13 @@ def test_statistics() -> None:
     assert rows.shapes == ((5,), (5,))
 
 
+def test_any_bits_are_summarised_without_a_warning() -> None:
+    """Signalling NaN, as other types' bytes read as float32 hold them, are counted as non-finite like any other."""
+    bits = np.array([[0x7FA00000, 0x7F800000, 0xFF800000, 0x3F800000]], dtype=np.uint32)
+    made = summarise("embd", bits.view(np.float32), np.arange(1), step=0, decode=False)
+    assert (made.stats["nonfinite"][0], made.stats["sum"][0]) == (3, 1)
+
+
 def test_attention_rows_end_at_their_position() -> None:
     """A row of attention weights is [heads, t + 1]; what lies behind is the weight given to later positions."""
     heads, count = 3, 5

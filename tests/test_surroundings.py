@@ -83,6 +83,18 @@ def test_a_full_disk_leaves_the_old_report(stories_run: Path, tmp_path: Path, op
     assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [(option[1], "the one before")]
 
 
+def test_a_full_disk_leaves_the_old_tensors(parity: Cli, tmp_path: Path) -> None:
+    """Whole tensors are made in a folder of their own if need be, and replaced by others only when these are there."""
+    words = ("dump", "ours", "--tokens", "5", "--points", "logits", "--full", "-o", tmp_path / "new" / "ours.jsonl")
+    assert parity(*words).code == 0
+    before = (tmp_path / "new" / "ours.safetensors").read_bytes()
+    ran = limited(words, len(before) - 8)  # the values alone still fit
+    assert ran.returncode == 2
+    one_line(ran.stderr, "ours.safetensors: File too large")
+    assert {file.name for file in (tmp_path / "new").iterdir()} == {"ours.jsonl", "ours.safetensors"}
+    assert (tmp_path / "new" / "ours.safetensors").read_bytes() == before
+
+
 def test_golden_dumps_are_replaced_together(parity: Cli, tmp_path: Path) -> None:
     """A recording that fails leaves the golden dumps of the one before it, byte for byte."""
     (tmp_path / "prompts.txt").write_text("Once\nThe dog\n")
@@ -136,3 +148,9 @@ def test_weights_are_not_read_from_an_endless_line(parity: Cli, tmp_path: Path) 
         file.truncate(1 << 33)
     ran = parity("weights", "--theirs", tmp_path / "zeros.jsonl")
     refused(ran, "a line of more than 64 MiB")
+
+
+def test_a_cache_that_cannot_be_written_is_named(parity: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where F32 twins have no place the line names the cache and the variable that moves it."""
+    monkeypatch.setenv("PARITY_CACHE", "/dev/null/cache")
+    refused(parity("dump", "ref", "--prompt", "hi", "-o", "ref.jsonl"), "/dev/null/cache", "Set PARITY_CACHE")

@@ -108,6 +108,10 @@ def test_a_model_without_a_tokenizer_takes_ids_only(parity: Cli, tmp_path: Path)
         (("--prompt", "a", "--exec", "echo hello"), "no checkpoint record"),
         (("--prompt", "a", "--no-such-option",), "--no-such-option"),
         (("--prompt", "a", "--slice", "0"), "--slice"),
+        (("--prompt", "a", "--slice", "9" * 20), "--slice"),
+        (("--prompt", "a", "--threads", "100000"), "--threads"),
+        (("--prompt", "a", "--tolerance", "inf"), "--tolerance"),
+        (("--prompt", "a", "--tolerance", "nan"), "--tolerance"),
     ],
 )  # fmt: skip
 def test_wrong_requests(parity: Cli, arguments: tuple[str, ...], said: str) -> None:

@@ -4,6 +4,11 @@
 
 __device__ __forceinline__ float dot2(float2 a, float2 b, float sum) { return fmaf(a.y, b.y, fmaf(a.x, b.x, sum)); }
 
+// weight · a + sum · before
+__device__ __forceinline__ float2 scaled_add(float weight, float2 a, float2 sum, float before) {
+    return make_float2(fmaf(weight, a.x, sum.x * before), fmaf(weight, a.y, sum.y * before));
+}
+
 // One head over one share of the positions: raw scores, exp(score · scale − peak) and the values weighted by it. The row of
 // this step comes as words, earlier ones from the cache. A lane takes neighbouring elements of a row, two by two.
 __device__ void attend(Shared& s, const Layer& l, int head, int split, int splits, int seen, float scale, unsigned step) {
@@ -61,7 +66,7 @@ __device__ void attend(Shared& s, const Layer& l, int head, int split, int split
             const float w = expf(dots[h] * scale - peak);
             total += w;
             #pragma unroll
-            for (int i = 0; i < EACH; i++) acc[i] = make_float2(fmaf(w, v[h][i].x, acc[i].x), fmaf(w, v[h][i].y, acc[i].y));
+            for (int i = 0; i < EACH; i++) acc[i] = scaled_add(w, v[h][i], acc[i], 1.f);
         }
     #pragma unroll 1
     for (int p = warp + SPLIT_ROWS; p < count; p += WARPS) {   // the sums so far are rescaled where the peak grows
@@ -78,7 +83,7 @@ __device__ void attend(Shared& s, const Layer& l, int head, int split, int split
         const float higher = fmaxf(peak, dot * scale), before = expf(peak - higher), w = expf(dot * scale - higher);
         total = total * before + w;
         #pragma unroll
-        for (int i = 0; i < EACH; i++) acc[i] = make_float2(fmaf(w, value[i].x, acc[i].x * before), fmaf(w, value[i].y, acc[i].y * before));
+        for (int i = 0; i < EACH; i++) acc[i] = scaled_add(w, value[i], acc[i], before);
         peak = higher;
     }
     #pragma unroll

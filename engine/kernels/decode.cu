@@ -3,7 +3,7 @@
 //
 // Each block owns the same rows of a matrix in every step. While it works on one phase, the rows it will need in the next
 // ones are already on their way to the L2 cache: the words' latency and the memory's then overlap. Every intermediate
-// value of the step has a place of its own in memory, so that what is captured is read when the step is over.
+// value of the step has a place of its own in memory, so that records can be made while the logits are computed (records.cuh).
 //
 // Given at compile time: LAYERS D HEADS KV_HEADS HEAD FF VOCAB ROPE NEOX POSITIONS (places of the cache) BLOCKS SPLITS.
 

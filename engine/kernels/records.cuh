@@ -63,14 +63,14 @@ struct Gathered {
 __device__ __noinline__ void record_chunk(const Wanted& wanted, int line, int seen) {
     const Point point = wanted.work[line];
     const int lane = threadIdx.x & 31, t = point.kind == LAST ? seen - 1 : 0;
-    Row row = row_of(point.base, point.kind == LAST ? PLAIN : (int)point.kind, t, seen, 1, (int)point.stride, (int)point.heads, (int)point.width);
+    const int kind = point.kind == LAST ? PLAIN : (int)point.kind;
+    Row row = row_of(point.base, kind, t, seen, 1, (int)point.stride, (int)point.heads, (int)point.width);
     row.later = 0;
     row.peaks = point.peaks;
     row.scale = (float)point.scale;
     const int n = row.inner * row.outer, count = (n + wanted.size - 1) / wanted.size;
     if (point.chunk >= count) return;
-    const int from = (int)point.chunk * wanted.size;
-    const int to = min(n, from + wanted.size);
+    const int from = (int)point.chunk * wanted.size, to = min(n, from + wanted.size);
     Gathered gathered;
     float raw = from + lane < to ? value_at(row, from + lane) : 0.f;
     #pragma unroll 1
@@ -92,7 +92,10 @@ __device__ __noinline__ void record_chunk(const Wanted& wanted, int line, int se
     const int which = lane & 7;                                // four lanes do the same
     double stat = nothing(which), at = 2147483647.;
     #pragma unroll 2
-    for (int c = 0; c < count; c++) join(which, stat, at, __ldcg(chunks + c * PART + SKETCH + which), __ldcg(chunks + c * PART + SKETCH + 6));
+    for (int c = 0; c < count; c++) {
+        const double* statistics = chunks + c * PART + SKETCH;
+        join(which, stat, at, __ldcg(statistics + which), __ldcg(statistics + 6));
+    }
     #pragma unroll
     for (int i = 0; i < 8; i++) parts[i] = i == 6 ? __shfl_sync(~0u, at, 5) : __shfl_sync(~0u, stat, i);
     Record* record = record_of(wanted.records, wanted.bytes, (int)point.index);
@@ -105,7 +108,8 @@ __device__ __noinline__ void record_chunk(const Wanted& wanted, int line, int se
 __device__ __noinline__ void make_records(Shared& s, const Model& m, const Wanted& wanted, int seen, unsigned until) {
     await_settled(m, until);
     while (true) {
-        const int taken = threadIdx.x % 32 ? 0 : atomicAdd(&s.lines_taken, 1), line = blockIdx.x + __shfl_sync(~0u, taken, 0) * BLOCKS;
+        const int taken = threadIdx.x % 32 ? 0 : atomicAdd(&s.lines_taken, 1);
+        const int line = blockIdx.x + __shfl_sync(~0u, taken, 0) * BLOCKS;
         if (line >= wanted.count) return;
         record_chunk(wanted, line, seen);
     }
@@ -119,7 +123,7 @@ __device__ __forceinline__ void say_made(const Model& m, float rounds, unsigned 
     __threadfence_block();
     tell(progress(m, threadIdx.x / 32), rounds, step);
 }
-__device__ __forceinline__ void await_made(const Model& m, float rounds, unsigned step) {   // by a warp: a lane looks at each other warp
+__device__ __forceinline__ void await_made(const Model& m, float rounds, unsigned step) {   // a lane looks at each other warp
     const int warp = threadIdx.x & 31;
     bool made;
     do {
@@ -138,7 +142,10 @@ __device__ __noinline__ void record_logits(const Model& m, const Wanted& wanted,
         await_made(m, (start - first) / LOGITS_ROUND + 1, step);
         float raws[LOGITS_ROUND / 32];
         #pragma unroll
-        for (int i = 0; i < LOGITS_ROUND / 32; i++) raws[i] = start + 32 * i + lane < last ? __ldcg(m.logits + start + 32 * i + lane) : 0.f;
+        for (int i = 0; i < LOGITS_ROUND / 32; i++) {
+            const int e = start + 32 * i + lane;
+            raws[i] = e < last ? __ldcg(m.logits + e) : 0.f;
+        }
         #pragma unroll
         for (int i = 0; i < LOGITS_ROUND / 32; i++) {
             const int e = start + 32 * i + lane;

@@ -68,9 +68,47 @@ __device__ void accumulate(const Row& row, int from, int to, double* part) {
     __syncthreads();
 }
 
+// All chunks of a row -> part, by the whole block: of the sketch each warp adds up every eighth chunk, lane j projection j; of
+// the statistics warp i takes the i-th.
+__device__ void add_up(const double* chunks, int count, double* part) {
+    __shared__ double groups[WARPS][SKETCH];
+    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+    double total = 0, stat = nothing(warp), at = 2147483647.;
+    #pragma unroll 10
+    for (int c = warp; c < count; c += WARPS) total += __ldcg(chunks + (long long)c * PART + lane);
+    #pragma unroll 5
+    for (int c = lane; c < count; c += 32) {
+        const double* statistics = chunks + (long long)c * PART + SKETCH;
+        join(warp, stat, at, __ldcg(statistics + warp), __ldcg(statistics + 6));
+    }
+    #pragma unroll 1
+    for (int step = 16; step; step >>= 1) {
+        const double other = __shfl_xor_sync(~0u, stat, step), index = __shfl_xor_sync(~0u, at, step);
+        join(warp, stat, at, other, index);
+    }
+    groups[warp][lane] = total;
+    if (lane == 0 && warp != 6) part[SKETCH + warp] = stat;
+    if (lane == 0 && warp == 5) part[SKETCH + 6] = at;
+    __syncthreads();
+    if (threadIdx.x < SKETCH) {
+        double sum = 0;
+        #pragma unroll 1
+        for (int g = 0; g < WARPS; g++) sum += groups[g][threadIdx.x];
+        part[threadIdx.x] = sum;
+    }
+    __syncthreads();
+}
+
+// A row's record, of part[PART].
+__device__ void finish(const Row& row, const double* part, int slice, Record* record) {
+    if (threadIdx.x < SKETCH) record->sketch[threadIdx.x] = (float)part[threadIdx.x];
+    if (threadIdx.x == SKETCH) write_statistics(row, part + SKETCH, record);
+    write_slice(row, slice, record, threadIdx.x, WARPS * 32);
+}
+
 // Chunk `chunk` of a row whose chunks share `chunks` and `counter`; the last block to arrive writes the record.
 __device__ void summarise(const Row& row, int chunk, int size, int slice, double* chunks, unsigned* counter, Record* record) {
-    __shared__ double part[PART], groups[WARPS][SKETCH];
+    __shared__ double part[PART];
     __shared__ bool last;
     const int n = row.inner * row.outer, count = (n + size - 1) / size;
     if (chunk >= count) return;
@@ -83,9 +121,9 @@ __device__ void summarise(const Row& row, int chunk, int size, int slice, double
         __syncthreads();
         if (!last) return;
         __threadfence();
-        add_up<WARPS>(chunks, count, groups, part, [] { __syncthreads(); });
+        add_up(chunks, count, part);
     }
-    finish(row, part, slice, record, WARPS * 32);
+    finish(row, part, slice, record);
 }
 
 // Kept rows of one value. PLAIN: [T, width]; CAUSAL: [heads, T, S]; CACHED: [S, width]. Grid (chunks, rows).

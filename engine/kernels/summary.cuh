@@ -81,39 +81,6 @@ __device__ __forceinline__ void join(int which, double& stat, double& at, double
     at = takes_over ? index : at;
 }
 
-// All chunks of a row -> part, by a block of W warps that meet in `sync`: of the sketch each warp adds up every W-th chunk, lane
-// j projection j; of the statistics warp i takes the i-th.
-template <int W, class Sync>
-__device__ __forceinline__ void add_up(const double* chunks, int count, double (*groups)[SKETCH], double* part, const Sync& sync) {
-    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
-    double total = 0, stat = nothing(warp), at = 2147483647.;
-    #pragma unroll 10
-    for (int c = warp; c < count; c += W) total += __ldcg(chunks + (long long)c * PART + lane);
-    if (warp < 8) {
-        #pragma unroll 5
-        for (int c = lane; c < count; c += 32) {
-            const double* statistics = chunks + (long long)c * PART + SKETCH;
-            join(warp, stat, at, __ldcg(statistics + warp), __ldcg(statistics + 6));
-        }
-        #pragma unroll 1
-        for (int step = 16; step; step >>= 1) {
-            const double other = __shfl_xor_sync(~0u, stat, step), index = __shfl_xor_sync(~0u, at, step);
-            join(warp, stat, at, other, index);
-        }
-        if (lane == 0 && warp != 6) part[SKETCH + warp] = stat;
-        if (lane == 0 && warp == 5) part[SKETCH + 6] = at;
-    }
-    groups[warp][lane] = total;
-    sync();
-    if (threadIdx.x < SKETCH) {
-        double sum = 0;
-        #pragma unroll 1
-        for (int g = 0; g < W; g++) sum += groups[g][threadIdx.x];
-        part[threadIdx.x] = sum;
-    }
-    sync();
-}
-
 // One record: float64 stats[8] (n, sum, l2, min, max, nonfinite, absmax_at, future_mass), float32 sketch[32], values[slice].
 struct Record {
     double stats[8];
@@ -132,12 +99,6 @@ __device__ __noinline__ void write_slice(const Row& row, int slice, Record* reco
     const int n = row.inner * row.outer;
     #pragma unroll 1
     for (int i = thread; i < slice; i += threads) record->values[i] = i < n ? value_at(row, i) : __int_as_float(0x7fc00000);
-}
-// All of it, by as many threads of a block, of part[PART].
-__device__ __forceinline__ void finish(const Row& row, const double* part, int slice, Record* record, int threads) {
-    if (threadIdx.x < SKETCH) record->sketch[threadIdx.x] = (float)part[threadIdx.x];
-    if (threadIdx.x == SKETCH) write_statistics(row, part + SKETCH, record);
-    write_slice(row, slice, record, threadIdx.x, threads);
 }
 __device__ __forceinline__ Record* record_of(char* records, int bytes, int index) { return (Record*)(records + (long long)index * bytes); }
 

@@ -25,7 +25,7 @@ FolderArgument = Annotated[Path, typer.Argument(help="Folder of `parity drift re
 LedgerOption = Annotated[Path | None, typer.Option("--ledger", help="Ledger of the checks; default: FOLDER/ledger.jsonl.")]
 
 
-@app.command("record")
+@app.command("record", short_help="Write a golden dump of every prompt.")
 def record(
     prompts: Annotated[Path, typer.Option("--prompts", help="Prompts, one a line, UTF-8; \\n in a line is a line break.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the golden dumps.")],
@@ -68,7 +68,7 @@ def record(
         written(golden.path(prompt))
 
 
-@app.command("check")
+@app.command("check", short_help="Compare with the golden dumps.")
 def check(
     folder: FolderArgument,
     ours: Annotated[
@@ -127,7 +127,7 @@ def check(
     raise typer.Exit(show(answer, form, junit, summary, strict=strict))
 
 
-@app.command("history")
+@app.command("history", short_help="The margins of all checks over commits.")
 def history(
     folder: FolderArgument,
     ledger: LedgerOption = None,

@@ -13,7 +13,7 @@ app = typer.Typer(no_args_is_help=True, help="Write one side's dump: `dump ours`
 OutOption = Annotated[Path, typer.Option("--out", "-o", help="The dump to write.")]
 
 
-@app.command("ours")
+@app.command("ours", short_help="Run a prompt through our engine.")
 def ours(
     out: OutOption,
     model: o.ModelOption = None,
@@ -56,7 +56,7 @@ def ours(
     written(out)
 
 
-@app.command("ref")
+@app.command("ref", short_help="Run a prompt through llama.cpp, or along your dump.")
 def ref(
     out: OutOption,
     model: o.ModelOption = None,

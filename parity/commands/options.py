@@ -56,6 +56,9 @@ class Compute(StrEnum):
     BF16 = "bf16"
 
 
+_LONGEST_ROW = 1 << 31  # values: more than any row of an activation has
+_MOST_THREADS = 512  # GGML_MAX_N_THREADS in ggml.h: beyond it llama.cpp crashes
+
 ModelOption = Annotated[Path | None, typer.Option("--model", "-m", help="GGUF file; default: the embedded stories model.")]
 PromptOption = Annotated[str | None, typer.Option("--prompt", "-p", help="The prompt.")]
 PromptFileOption = Annotated[Path | None, typer.Option("--prompt-file", help="File with the prompt, UTF-8.")]
@@ -68,7 +71,7 @@ PointsOption = Annotated[
 ]
 LayersOption = Annotated[str | None, typer.Option("--layers", help="Layers whose output is recorded: 0,5,10,23.")]
 PositionsOption = Annotated[str, typer.Option("--positions", help="all, last, or a list: 0,3,7.")]
-SliceOption = Annotated[int, typer.Option("--slice", min=1, help="Leading values a record carries.")]
+SliceOption = Annotated[int, typer.Option("--slice", min=1, max=_LONGEST_ROW, help="Leading values a record carries.")]
 FullOption = Annotated[bool, typer.Option("--full", help="Write whole tensors besides, as safetensors.")]
 BackendOption = Annotated[BackendName, typer.Option("--backend", help="Where our engine computes.")]
 DevicesOption = Annotated[
@@ -77,7 +80,9 @@ DevicesOption = Annotated[
 WindowOption = Annotated[
     str, typer.Option("--window", help="llama.cpp window by window: auto, off, or layers a window (exact mode, large models).")
 ]
-ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="Threads of llama.cpp; default: all cores.")]
+ThreadsOption = Annotated[
+    int | None, typer.Option("--threads", min=1, max=_MOST_THREADS, help="Threads of llama.cpp; default: all cores.")
+]
 FirstOption = Annotated[int, typer.Option("--first-position", min=0, help="Position of the first token (long-context RoPE).")]
 ToleranceOption = Annotated[
     float | None,
