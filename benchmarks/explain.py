@@ -1,9 +1,9 @@
 """What `parity explain` costs, in forward passes of the model, over the whole catalogue.
 
-Run as `python benchmarks/explain.py time [--model stories] [--backend numpy] [--every 1]`. Each entry's first variant is planted into our
-engine, in all layers and in layer 17 alone, and the search sees the dump alone. A pass is one forward pass over the same tokens
-on the same backend. Two counts are printed: by time (CPU time on the host, the wall's clock on a device), and by the
-multiply-adds of the matrix products. `explain_table.py` prints which entries are named.
+Run as `python benchmarks/explain.py time [--model stories] [--backend numpy] [--every 1] [--scope 0]`. Each entry's first variant
+is planted into our engine, in all layers and in layer 17 alone, and the search sees the dump alone. A pass is one forward pass
+over the same tokens on the same backend. Two counts are printed: by time (CPU time on the host, the wall's clock on a device),
+and by the multiply-adds of the matrix products. `explain_table.py` prints which entries are named.
 """
 
 import argparse
@@ -104,14 +104,15 @@ def forward(transformer: Transformer, tokens: Sequence[int], clock: Callable[[],
     return best, work
 
 
-def times(name: str, model: Path, backend: str, every: int) -> None:
-    """Print the cost for each entry, and the median and the worst of each scope."""
+def times(name: str, model: Path, backend: str, every: int, scopes: Sequence[str]) -> None:
+    """Print the cost for each entry, and the median and the worst of each of these scopes."""
     faulty = Faulty(model)
     right = {step.makes: step for step in faulty.right}
     transformer = Transformer(GgufModel(model), choose(backend))
     clock = process_time if transformer.backend.name == "numpy" else perf_counter
     tokens = tokens_of(model, TOKENS, seed=2)
-    for scope, (layers, points) in SCOPES.items():
+    for scope in scopes:
+        layers, points = SCOPES[scope]
         costs: list[tuple[float, float, float]] = []
         for fault in list(CATALOGUE.values())[::every]:
             if layers is not None and fault.once:
@@ -151,10 +152,18 @@ def main() -> None:
     parser.add_argument("--model", choices=("stories", "llama", "qwen2"), default="stories")
     parser.add_argument("--backend", choices=("auto", "numpy", "cupy"), default="numpy")
     parser.add_argument("--every", type=int, default=1, help="only every so many entries of the catalogue")
+    parser.add_argument(
+        "--scope",
+        type=int,
+        choices=range(len(SCOPES)),
+        action="append",
+        help=f"only this one (again for others): {', '.join(SCOPES)}",
+    )
     chosen = parser.parse_args()
+    scopes = [scope for number, scope in enumerate(SCOPES) if not chosen.scope or number in chosen.scope]
     with tempfile.TemporaryDirectory() as folder:
         [(name, model)] = models(Path(folder), [chosen.model])
-        times(name, model, chosen.backend, chosen.every)
+        times(name, model, chosen.backend, chosen.every, scopes)
 
 
 if __name__ == "__main__":
