@@ -14,10 +14,11 @@ from .tolerance import JUMP
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 
-# Measured (benchmarks/noise.py, embedded model): of 24 prompts of 512 random ids one has such a position, where nine of 459 points
-# are over the limit, the worst 2.1 times, each at most 1.8 times the worst error before it; this allows five times that.
+# Measured (benchmarks/noise.py, embedded model): of 24 prompts of 512 random ids one reaches 0.99 of the limit at the layers' outputs.
+# At all 459 points 128 tokens of that one have nine records over it: at most 2.1 times, at most 1.8 times the worst error before
+# them, eight at one position. This allows five times that.
 BEYOND = 10.0
-# One position in 12,288 there, 1 of 72 at the shortest prompt that shows it; a fault is wrong at more of them, or jumps.
+# One such position among 12,288, or of 72 in the shortest beginning of that prompt that shows it; a fault is wrong at more, or jumps.
 RARE = 50
 
 
