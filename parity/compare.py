@@ -14,6 +14,7 @@ from .align import Pair, align
 from .dataflow import upstream
 from .judge import judge
 from .metrics import Measures, measure
+from .outliers import BEYOND, outliers, said
 from .pass_sums import with_pass_sums
 from .positions import Placed, elsewhere, place
 from .records import Records, picked, proportion
@@ -79,13 +80,21 @@ def measured(ours: Dump, ref: Dump, options: Options | None = None) -> Records:
             else "Record the same leading values on both sides.",
             code="nothing-in-common",
         )
+    names = [pair.point for pair in pairs]
     point = np.repeat(np.arange(len(pairs)), [len(pair.ours) for pair in pairs])
+    seq, token_idx = _column(pairs, "seq"), _column(pairs, "token_idx")
     limit = _limit_of_each(pairs, point, measures, allowed)
     of_limit = proportion(measures.nmse, measures.future_mass, limit)
+    noise: tuple[str, ...] = ()
+    if allowed.operations == EXACT_FLOOR.operations and options.tolerance is None:
+        above = upstream(names, point, seq, token_idx, measures.nmse, of_limit > 1)
+        noisy = outliers(point, measures.nmse, of_limit, above)
+        noise = said(point[noisy], names, of_limit[noisy])
+        limit = np.where(noisy, BEYOND * limit, limit)
+        of_limit = proportion(measures.nmse, measures.future_mass, limit)
     failed = of_limit > 1
     right = np.bincount(point, weights=~failed, minlength=len(pairs))
     wrong = [pair.point for pair, agreeing in zip(pairs, right, strict=True) if not agreeing]
-    seq, token_idx = _column(pairs, "seq"), _column(pairs, "token_idx")
     return Records(
         ours=ours,
         ref=ref,
@@ -100,7 +109,7 @@ def measured(ours: Dump, ref: Dump, options: Options | None = None) -> Records:
         limit=limit,
         of_limit=of_limit,
         failed=failed,
-        upstream=upstream([pair.point for pair in pairs], point, seq, token_idx, measures.nmse, failed),
+        upstream=upstream(names, point, seq, token_idx, measures.nmse, failed),
         limits=allowed,
         mode=common_mode(ours.header, ref.header),
         tokens=tokens,
@@ -114,6 +123,7 @@ def measured(ours: Dump, ref: Dump, options: Options | None = None) -> Records:
             *elsewhere(ours, ref, wrong),
             *alignment.notes,
             *unusable,
+            *noise,
             *_notes(ours, ref, pairs, measures),
         ),
     )

@@ -62,7 +62,8 @@ class Case:
         self.replay = self.make(self.transformer.steps, len(tokens))
         header = self.header()
         same_experiment(self.dump, Dump("our engine", header, {}))
-        self.entries, self.notes = expected(self.dump, self.replay, self.positions, header)
+        self.entries, notes = expected(self.dump, self.replay, self.positions, header)
+        self.notes = (*self.dump.notes, *notes)
 
     def make(self, steps: Sequence[Step], rows: int, longer: Replay | None = None) -> Replay:
         """A replay over the first rows; `longer` is one over more of them, whose values it may take."""

@@ -13,7 +13,9 @@ from checkpoints.summary import summarise
 from engine.replay import Replay
 
 from .align import Pair, align
+from .dataflow import upstream
 from .metrics import SLICE_FLOOR, measure, sizes
+from .outliers import BEYOND, outliers, said
 from .tolerance import EXACT_FLOOR
 
 Floats = NDArray[np.float64]
@@ -154,8 +156,23 @@ def expected(dump: Dump, replay: Replay, positions: Ints, header: Header) -> tup
         )
     right = Dump("our engine", header, right_rows(replay, positions, known))
     pairs = align(replace(dump, points=known), right).pairs
-    made = [_expected(pair, positions) for pair in pairs]
-    return made, tuple(notes if foreign else ())
+    made, noise = _excused([_expected(pair, positions) for pair in pairs])
+    return made, (*(notes if foreign else ()), *noise)
+
+
+def _excused(entries: list[Expected]) -> tuple[list[Expected], tuple[str, ...]]:
+    """The records, those over their limit by float32's noise alone (`parity.outliers`) with a higher one, and the note on them."""
+    names = [entry.point for entry in entries]
+    point = np.repeat(np.arange(len(entries)), [len(entry.rows) for entry in entries])
+    seq, token_idx = (np.concatenate([getattr(entry.pair.ours, name) for entry in entries]) for name in ("seq", "token_idx"))
+    nmse = np.concatenate([entry.base for entry in entries])
+    of_limit = nmse / np.concatenate([entry.limit for entry in entries])
+    noisy = outliers(point, nmse, of_limit, upstream(names, point, seq, token_idx, nmse, of_limit > 1))
+    made = [
+        replace(entry, limit=np.where(noisy[point == number], BEYOND * entry.limit, entry.limit))
+        for number, entry in enumerate(entries)
+    ]
+    return made, said(point[noisy], names, of_limit[noisy])
 
 
 def right_rows(replay: Replay, positions: Ints, points: Mapping[str, Rows] | Sequence[str]) -> dict[str, Rows]:

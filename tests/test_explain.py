@@ -220,11 +220,12 @@ def test_the_command_answers_in_text_and_json(parity: Cli, engine: Faulty, tmp_p
 
 
 def test_wrong_requests_are_one_line(parity: Cli, engine: Faulty, tmp_path: Path) -> None:
-    """No dump, no tokens, a dump of another model, a reference that our engine contradicts: exit 2 with what to do."""
+    """No dump, no tokens, another model, another prompt, a reference that our engine contradicts: exit 2 with what to do."""
     dump = only(engine)
     bare = _written(dump, tmp_path / "bare.jsonl", None)
     assert dump.header is not None
-    own = _written(dump, tmp_path / "own.jsonl", dump.header)
+    own = _written(dump, tmp_path / "own.jsonl", replace(dump.header, prompt="Once"))
+    other = _written(dump, tmp_path / "other.jsonl", replace(dump.header, prompt="Twice"))
     wrong = only(engine, ("rope-pairs", {}, None))
     ref = _written(wrong, tmp_path / "ref.jsonl", wrong.header)
     for arguments, said in (
@@ -232,7 +233,9 @@ def test_wrong_requests_are_one_line(parity: Cli, engine: Faulty, tmp_path: Path
         (("explain", bare, "--model", engine.model), "does not say which tokens"),
         (("explain", own), "model"),
         (("explain", own, "--model", engine.model, "--ref", ref), "cannot stand in for llama.cpp"),
+        (("explain", own, "--model", engine.model, "--ref", other), "two prompts"),
         (("explain", own, "--model", engine.model, "--tokens", "1,2"), "tokens"),
+        (("explain", own, "--model", engine.model, "--budget", "nan"), "--budget nan is no time"),
     ):
         ran = parity(*arguments)
         assert ran.code == 2, arguments

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cli import Cli
+from cli import Cli, refused
 from dumps import dump, noisy, random
 
 from checkpoints.errors import DumpError
@@ -108,6 +108,12 @@ def test_headers_that_list_their_prompts_need_no_note() -> None:
     found = place(replace(ref, path="ours.jsonl"), ref)
     assert found.note == ""
     assert found.ours.points is ref.points
+
+
+@pytest.mark.parametrize("offset", ["9" * 30, "1099511627776", "-3"])
+def test_an_offset_beyond_any_position_is_refused(parity: Cli, stories_run: Path, offset: str) -> None:
+    """An offset that leaves the positions a dump may have is one line."""
+    refused(parity("lint", stories_run / "ours.jsonl", "--offset", offset), f"an offset of {offset}")
 
 
 def test_diff_says_how_it_aligned(parity: Cli) -> None:

@@ -154,3 +154,22 @@ def test_a_cache_that_cannot_be_written_is_named(parity: Cli, monkeypatch: pytes
     """Where F32 twins have no place the line names the cache and the variable that moves it."""
     monkeypatch.setenv("PARITY_CACHE", "/dev/null/cache")
     refused(parity("dump", "ref", "--prompt", "hi", "-o", "ref.jsonl"), "/dev/null/cache", "Set PARITY_CACHE")
+
+
+def test_nothing_is_written_over_what_is_read(parity: Cli, stories_run: Path, stories: Path, tmp_path: Path) -> None:
+    """Each command refuses an output that is one of its inputs, links included, and leaves it byte for byte."""
+    model, dump, link = tmp_path / "m.gguf", tmp_path / "ours.jsonl", tmp_path / "link.jsonl"
+    model.write_bytes(stories.read_bytes())
+    dump.write_bytes((stories_run / "ours.jsonl").read_bytes())
+    link.symlink_to(dump)
+    ref = stories_run / "ref.jsonl"
+    for words in (
+        ("twin", model, "-o", model),
+        ("dump", "ours", "--model", model, "--prompt", "hi", "-o", model),
+        ("dump", "ref", "--follow", dump, "-o", dump),
+        ("convert", dump, "-o", link),
+        *(("diff", dump, ref, option, dump) for option in ("--html", "--junit", "--table")),
+    ):
+        refused(parity(*words), "is read and would be written over")
+    assert model.read_bytes() == stories.read_bytes()
+    assert dump.read_bytes() == (stories_run / "ours.jsonl").read_bytes()

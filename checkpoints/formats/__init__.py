@@ -9,6 +9,7 @@ import numpy as np
 
 from .. import reader
 from ..errors import DumpError
+from ..fields import POSITIONS
 from ..mapping import Mapping
 from ..nearest import unknown_names
 from ..points import parse
@@ -60,11 +61,15 @@ def shifted(dump: Dump, offset: int) -> Dump:
     """The dump with `offset` added to every position, generated tokens' too.
 
     Raises:
-        DumpError: a position would fall below 0.
+        DumpError: a position would fall below 0, or beyond what a dump may have.
     """
-    lowest = min((int(rows.token_idx.min()) for rows in dump.points.values() if len(rows)), default=0)
+    recorded = [rows.token_idx for rows in dump.points.values() if len(rows)]
+    lowest = min((int(positions.min()) for positions in recorded), default=0)
+    highest = max((int(positions.max()) for positions in recorded), default=0)
     if lowest + offset < 0:
         raise DumpError(f"{dump.path}: an offset of {offset} puts position {lowest} below 0.", "Positions count from 0.")
+    if highest + offset >= POSITIONS:
+        raise DumpError(f"{dump.path}: an offset of {offset} is beyond any position.", "Positions count from 0.")
     points: dict[str, Rows] = {
         name: replace(rows, token_idx=rows.token_idx + np.int64(offset)) for name, rows in dump.points.items()
     }

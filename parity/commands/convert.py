@@ -25,6 +25,7 @@ def convert(
 
     from ..output import notes, written
 
+    o.no_input(out, source, names)
     dump = o.dump(source, names, offset)
     write(dump, out, Header(source=f"converted from {source.name}"))
     notes(dump)

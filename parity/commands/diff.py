@@ -50,6 +50,8 @@ def diff(
     from ..lint import refuse_unusable
     from ..picture import compare_drawn
 
+    for out in (table, html, junit):
+        o.no_input(out, ours, ref, model, names, *(include or ()))
     mapping = o.mapping(names, offset)
     left, right = load(ours, mapping), load(ref)
     if not despite_lint:

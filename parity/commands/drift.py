@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from checkpoints.errors import InputError
+
 from . import options as o
 
 app = typer.Typer(
@@ -102,6 +104,8 @@ def check(
     --bisect 125 takes the place of 2: `git bisect run parity drift check FOLDER --exec CMD --bisect`.
     """
     del bisect  # __main__ maps the exit code, those of wrong options included
+    if sum(given not in (None, []) for given in (ours, command, side)) > 1:
+        raise InputError("more than one side was given.", "Take one of --ours, --exec and --side.", code="usage")
     from .. import drift
     from ..drift_output import show
     from ..output import progress_bar

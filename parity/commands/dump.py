@@ -36,6 +36,7 @@ def ours(
     from ..output import progress_bar, written
     from ..request import Request
 
+    o.no_input(out, model, prompt_file)
     text, ids = o.prompt(prompt, prompt_file, tokens)
     request = Request(
         model=model or default_model(),
@@ -89,6 +90,7 @@ def ref(
     from ..output import notes, written
     from ..request import Request
 
+    o.no_input(out, model, prompt_file, follow, names)
     given = any(option is not None for option in (prompt, prompt_file, tokens))
     text, ids = o.prompt(prompt, prompt_file, tokens) if given or follow is None else (None, None)
     request = Request(

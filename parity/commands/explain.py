@@ -1,5 +1,6 @@
 """`parity explain`: which known fault reproduces these numbers?"""
 
+from math import isfinite
 from pathlib import Path
 from typing import Annotated
 
@@ -52,11 +53,17 @@ def explain(
         )
     from ..default_model import path as default_model
     from ..explain_input import check_reference, explain_dump, prompt_tokens
+    from ..tokens_diff import same_experiment
+
+    if not isfinite(budget):
+        raise InputError(f"--budget {budget} is no time.", "Give seconds: --budget 60.", code="usage")
 
     chosen = model or default_model()
     ids = prompt_tokens(chosen, prompt, prompt_file, tokens)
     options = Options(ids, max_faults, budget, backend.value, compute.value if compute else None)
     dump = o.dump(ours, names, offset)
     if ref is not None:
-        check_reference(o.dump(ref), chosen, options)
+        reference = o.dump(ref)
+        same_experiment(dump, reference)
+        check_reference(reference, chosen, options)
     raise typer.Exit(answer(explain_dump(dump, chosen, options), explanation, form))

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from checkpoints.errors import InputError
+
 from . import options as o
 
 
@@ -69,6 +71,8 @@ def isolate(
     from ..isolation import isolate as judge
     from ..output import answer
 
+    if dump is None and any(value is not None for value in (tensors, names, offset)):
+        raise InputError("--tensors, --map and --offset are for a dump.", "Give it: parity isolate DUMP …", code="usage")
     given = [value for value in (prompt, prompt_file, tokens) if value is not None]
     text, ids = o.prompt(prompt, prompt_file, tokens) if dump is None or given else (None, None)
     found = judge(

@@ -110,6 +110,17 @@ FormatOption = Annotated[Format, typer.Option("--format", help="text for people,
 VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="Show llama.cpp's own log.")]
 
 
+def no_input(out: Path | None, *inputs: Path | None) -> None:
+    """Refuse to write over what is read.
+
+    Raises:
+        InputError: `out` is one of `inputs`.
+    """
+    for source in inputs:
+        if out is not None and source is not None and out.exists() and source.exists() and out.samefile(source):
+            raise InputError(f"{out} is read and would be written over.", "Write to another file.", code="output")
+
+
 def mapping(names: Path | None, offset: int | None) -> "Mapping":
     """--map and --offset as one: what names mean and where positions count from, which an offset says besides the file's own.
 

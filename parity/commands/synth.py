@@ -1,9 +1,12 @@
 """`parity synth`: a model of any shape with seeded random weights."""
 
+from math import inf
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from checkpoints.errors import InputError
 
 
 def synth(
@@ -33,6 +36,9 @@ def synth(
 
     from ..default_model import path as default_model
     from ..output import written
+
+    if rope_base is not None and not 0 < rope_base < inf:
+        raise InputError(f"a RoPE base of {rope_base} gives no frequencies.", "Write e.g. --rope-base 10000.", code="shape")
     from ..synthetic import make
 
     shape = shape_like(

@@ -19,6 +19,7 @@ def twin(
 
     from ..output import written
 
+    o.no_input(out, model)
     with Reference(verbose=verbose) as reference:
         reference.quantize(model, kind, out)
     written(out)

@@ -1,0 +1,113 @@
+"""How far float32's own noise reaches in exact mode:  python benchmarks/noise.py [-n 20] [--tokens 512]
+
+Our engine and llama.cpp on the embedded model, every layer's output: prompts of random ids, on which attention hangs on a
+knife's edge far more often than on text, and this repository's own files, text of another kind than the model was trained on.
+"""
+
+import argparse
+import random
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from cpu import environment
+
+from checkpoints.points import EMBD, LOGITS, OUTPUT_NORM
+from checkpoints.reader import read
+from engine.backend import choose
+from engine.gguf_model import GgufModel
+from engine.transformer import Transformer
+from parity import default_model
+from parity.compare import measured
+from parity.ours import OursJob, dump
+from parity.records import Records
+from parity.tolerance import EXACT_FLOOR, JUMP
+from reference.client import Reference
+from reference.jobs import DumpJob
+
+POINTS = f"{EMBD},blk.*.l_out,{OUTPUT_NORM},{LOGITS}"
+_TEXTS = (
+    "README.md",
+    "docs/your-engine.md",
+    "docs/isolate.md",
+    "docs/explain.md",
+    "parity/compare.py",
+    "engine/kernels/summary.cu",
+)
+BOS = 2047
+
+
+def main() -> None:
+    """Measure all prompts; print a line each and a table last."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("-n", type=int, default=20, help="prompts of random ids")
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--points", default=POINTS)
+    given = parser.parse_args()
+    rows = []
+    with Reference() as reference, tempfile.TemporaryDirectory() as name:
+        for kind, prompts in (("random ids", random_ids(given.n, given.tokens)), ("text", texts(reference, given.tokens))):
+            found = []
+            for prompt in prompts:
+                found.append(Noise.of(compared(reference, Path(name), prompt, given.points)))
+                print(kind, found[-1].said, flush=True)
+            rows.append((kind, found))
+    print(environment())
+    print("\n| prompts | records | worst NMSE | of its limit | over the limit | of them jumps |\n|---|---|---|---|---|---|")
+    for kind, found in rows:
+        worst = max(found, key=lambda noise: noise.of_limit)
+        sums = [sum(getattr(noise, name) for noise in found) for name in ("records", "over", "jumps")]
+        print(
+            f"| {len(found)} of {kind} | {sums[0]:,} | {worst.nmse:.1e} | {100 * worst.of_limit:.0f} % | {sums[1]} | {sums[2]} |"
+        )
+
+
+@dataclass(frozen=True)
+class Noise:
+    """One prompt: its worst record against the exact limit, how many records are over it, and how many of these jump."""
+
+    records: int
+    nmse: float
+    of_limit: float
+    over: int
+    jumps: int
+    said: str
+
+    @staticmethod
+    def of(records: Records) -> "Noise":
+        """The figures of compared records."""
+        limits = [EXACT_FLOOR.logits if name == LOGITS else EXACT_FLOOR.operations for name in records.names]
+        of_limit = records.measures.nmse / np.array(limits)[records.point]
+        worst, over = int(of_limit.argmax()), of_limit > 1
+        nmse, jump = float(records.measures.nmse[worst]), records.jump()
+        where = f"{records.names[records.point[worst]]}, position {records.token_idx[worst]}"
+        said = f"{nmse:.1e} at {where}, {jump[worst]:.1f} times the worst before it; {over.sum()} records over the limit"
+        return Noise(len(records), nmse, float(of_limit[worst]), int(over.sum()), int((over & (jump > JUMP)).sum()), said)
+
+
+def random_ids(count: int, length: int) -> Iterator[tuple[int, ...]]:
+    """Seeded prompts of BOS and random ids."""
+    for seed in range(count):
+        draw = random.Random(seed)
+        yield (BOS, *(draw.randrange(BOS) for _ in range(length - 1)))
+
+
+def texts(reference: Reference, length: int) -> Iterator[tuple[int, ...]]:
+    """The beginnings of some of this repository's files."""
+    for name in _TEXTS:
+        text = (Path(__file__).parent.parent / name).read_text(encoding="utf-8")
+        yield reference.tokenize(default_model.path(), text).ids[:length]
+
+
+def compared(reference: Reference, folder: Path, tokens: tuple[int, ...], points: str) -> Records:
+    """Both sides of one prompt."""
+    ours, ref = folder / "ours.jsonl", folder / "ref.jsonl"
+    dump(Transformer(GgufModel(default_model.path()), choose("numpy")), OursJob(ours, tokens, points=points))
+    reference.dump(DumpJob(default_model.path(), ref, tokens, points=points))
+    return measured(read(ours), read(ref))
+
+
+if __name__ == "__main__":
+    main()

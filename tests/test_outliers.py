@@ -1,0 +1,78 @@
+"""Float32's own noise at single positions is told from faults: by how rare it is, and since nothing jumps."""
+
+from dataclasses import replace
+from random import Random
+
+import numpy as np
+import pytest
+from cli import Cli
+from dumps import Arrays, dump, noisy, random
+
+from checkpoints.verdict import Verdict
+from parity.compare import Options, compare
+from parity.outliers import BEYOND, RARE
+
+POINTS = ("embd", *(f"blk.{layer}.l_out" for layer in range(6)), "output_norm")
+POSITIONS = 3 * RARE
+
+
+def verdict(errors: dict[str, float], positions: list[int], options: Options | None = None) -> Verdict:
+    """A right side against one with an NMSE of so much at these points and positions."""
+    right = random(POINTS, POSITIONS)
+    ours: Arrays = noisy(right)
+    for name, error in errors.items():
+        ours[name][positions] = right[name][positions] * np.float32(1 + np.sqrt(error))
+    return compare(dump(ours), dump(right), options)
+
+
+GROWN = {"blk.2.l_out": 1e-11, "blk.3.l_out": 6e-11, "blk.4.l_out": 3e-10, "blk.5.l_out": 5e-10, "output_norm": 4e-10}
+
+
+def test_an_error_that_grows_at_a_single_position_is_noise() -> None:
+    """Records a few times over the limit, at one position of many and each grown from the layer before, are parity, and said."""
+    found = verdict(GROWN, [100])
+    assert found.verdict == "parity"
+    assert any("noise: 3 records at single positions of blk.4.l_out, blk.5.l_out" in note for note in found.notes)
+
+
+def test_a_right_engine_is_not_accused_at_a_knifes_edge(parity: Cli) -> None:
+    """A real prompt whose noise reaches the limit, seed 13 of benchmarks/noise.py: position 71 is over it and is no divergence."""
+    draw = Random(13)
+    tokens = ",".join(map(str, [2047, *(draw.randrange(2047) for _ in range(71))]))
+    code, answer = parity.json("run", "--tokens", tokens, "--points", "blk.{17..21}.*", "-o", "run")
+    assert (code, answer["verdict"]) == (0, "parity")
+    _, strictly = parity.json("diff", "run/ours.jsonl", "run/ref.jsonl", "--tolerance", "1e-10")
+    places = {(origin["checkpoint"], tuple(origin["positions"])) for origin in strictly["origins"]}
+    assert {positions for _, positions in places} <= {(71,)}, "another machine's order of sums may stay below the limit"
+    code, answer = parity.json("explain", "run/ref.jsonl")
+    assert (code, answer["causes"]) == (0, []), "and no fault is found in llama.cpp"
+
+
+@pytest.mark.parametrize(
+    ("errors", "positions", "why"),
+    [
+        (GROWN, [10, 40, 90, 120], "more than one in fifty"),
+        ({name: 40 * error for name, error in GROWN.items()}, [100], "too far over the limit"),
+        ({"blk.4.l_out": 3e-10, "blk.5.l_out": 5e-10}, [100], "it jumps at blk.4.l_out"),
+    ],
+)
+def test_what_is_not_rare_or_jumps_or_is_large_is_a_divergence(
+    errors: dict[str, float], positions: list[int], why: str
+) -> None:
+    """Each of the three conditions is needed: without it the same records are a divergence."""
+    found = verdict(errors, positions)
+    assert found.first_divergence is not None, why
+    assert found.first_divergence.checkpoint in ("blk.2.l_out", "blk.4.l_out")
+
+
+def test_a_tolerance_is_taken_at_its_word() -> None:
+    """With --tolerance no record over it is excused."""
+    assert verdict(GROWN, [100], Options(tolerance=1e-10)).verdict == "divergence"
+
+
+def test_a_short_prompt_excuses_nothing() -> None:
+    """Below fifty records of a point none may be over the limit."""
+    right = random(POINTS, RARE - 1)
+    ours = noisy(right)
+    ours["output_norm"][40] *= np.float32(1 + np.sqrt(BEYOND / 2 * 1e-10))
+    assert compare(dump(ours), replace(dump(right))).verdict == "divergence"
