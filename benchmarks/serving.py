@@ -57,19 +57,20 @@ def generate(engine: Transformer, capture: Capture | None) -> list[int]:
 
 
 @contextmanager
-def recording(engine: Transformer, path: Path) -> Iterator[Capture]:
-    """The default checkpoints of one request, in a file of its own."""
-    with Writer(path) as writer, tap(writer, chosen_points(engine, "default", None), engine.backend) as capture:
+def recording(engine: Transformer, points: list[str], path: Path) -> Iterator[Capture]:
+    """The checkpoints of one request, in a file of its own."""
+    with Writer(path) as writer, tap(writer, points, engine.backend) as capture:
         yield capture
 
 
 @contextmanager
 def server(engine: Transformer, folder: Path) -> Iterator[str]:
     """The server on a free port; /on records, /off does not, /free is answered at once when no request is at work."""
+    points = chosen_points(engine, "default", None)
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            with recording(engine, folder / "ours.jsonl") if self.path == "/on" else nullcontext() as capture:
+            with recording(engine, points, folder / "ours.jsonl") if self.path == "/on" else nullcontext() as capture:
                 body = json.dumps([] if self.path == "/free" else generate(engine, capture)).encode()
                 self.send_response(200)
                 self.send_header("Content-Length", str(len(body)))

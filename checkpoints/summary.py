@@ -123,9 +123,10 @@ def kept_copy(point: str, tensor: NDArray[np.float32], tokens: int, kept: NDArra
         return np.array(tensor)
     if tensor.shape[:1] != (tokens,):
         raise ValueError(f"{point}: {tensor.shape} does not hold one row for each of {tokens} positions")
-    return tensor.reshape(tokens, -1)[kept]
+    return tensor.reshape(tokens, -1).take(kept, axis=0)
 
 
+@lru_cache(maxsize=4096)  # more points than a model has
 def _layout(point: str) -> str:
     """What a value's rows are: "causal" [H, T, S], "cached" [S, …], or nothing special, one row a position."""
     known = parse(point).known
