@@ -121,7 +121,7 @@ def table(seconds: float) -> Iterator[tuple[str, str, str, float, float]]:
             ("format 1, 16 values, statistics, sketch", lambda: own(path, 3000), streamed),
             ("format 1, 16 values, read whole", lambda: own(path, 3000), whole),
             ("bare lines, 896 values", lambda: foreign(path, 896, 8_000), streamed),
-            ("bare lines, 896 values, five times as many", lambda: foreign(path, 896, 40_000), streamed),
+            ("bare lines, 896 values, ten times as many", lambda: foreign(path, 896, 80_000), streamed),
             ("the same by a process a core", lambda: None, by_all_cores),
             ("bare lines, 896 values, %f", lambda: foreign(path, 896, 4_000, printf=True), streamed),
             ("bare lines, 151,936 values", lambda: foreign(path, 151_936, 60), streamed),
