@@ -204,7 +204,18 @@ def test_a_dump_without_whole_values_is_refused(parity: Cli, synthetic: Callable
     said = parity("isolate", path, "--model", model)
     assert said.code == 2
     assert "whole" in said.err
-    said = parity("isolate", foreign_dump(model, tmp_path), "--model", synthetic("tiny-llama", layers=2, width=32, ff=64))
+
+
+def test_a_dump_of_another_model_is_refused(parity: Cli, synthetic: Callable[..., Path], tmp_path: Path) -> None:
+    """By its name where the dump says which model it is of, else by the shapes of its values."""
+    other = synthetic("tiny-llama", layers=2, width=32, ff=64)
+    path = foreign_dump(synthetic(layers=3), tmp_path)
+    said = parity("isolate", path, "--model", other)
+    assert said.code == 2
+    assert "is of another model than" in said.err
+    header, *records = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([json.dumps(json.loads(header) | {"model": {}}) + "\n", *records]))
+    said = parity("isolate", path, "--model", other)
     assert said.code == 2
     assert "shape" in said.err
 
