@@ -2,8 +2,9 @@
 
 Run as `python benchmarks/explain.py time [--model stories] [--backend numpy] [--every 1] [--scope 0]`. Each entry's first variant
 is planted into our engine, in all layers and in layer 17 alone, and the search sees the dump alone. A pass is one forward pass
-over the same tokens on the same backend. Two counts are printed: by time (CPU time on the host, the wall's clock on a device),
-and by the multiply-adds of the matrix products. `explain_table.py` prints which entries are named.
+over the same tokens on the same backend, the median of five, timed beside each entry; a search's time is the median of three.
+Two counts are printed: by time (CPU time on the host, the wall's clock on a device), and by the multiply-adds of the matrix
+products. `explain_table.py` prints which entries are named.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from parity.explain import Options, explain
 from parity.planted import Faulty, Planted, tokens_of
 
 NOT_ALLOWED = (ValueError, KeyError, IndexError, TypeError)  # a model that has no place for the fault
-LAYER, TOKENS = 17, 32
+LAYER, TOKENS, SEARCHES = 17, 32, 3
 EVERY_LAYER = "embd,blk.*.l_out,output_norm,logits"
 # layers, and the points that are dumped
 SCOPES: dict[str, tuple[tuple[int, ...] | None, str]] = {
@@ -94,14 +95,15 @@ def _size(weights: WeightSource, name: str) -> int:
 
 
 def forward(transformer: Transformer, tokens: Sequence[int], clock: Callable[[], float]) -> tuple[float, int]:
-    """Seconds of one pass, the best of five, and its multiply-adds."""
-    best, work = float("inf"), 0
+    """Seconds of one pass, the median of five, and its multiply-adds."""
+    spent, work = [], 0
     for _ in range(5):
         with multiply_adds() as count:
             began = clock()
             transformer.forward(tokens, transformer.start())
-            best, work = min(best, clock() - began), count[0]
-    return best, work
+            spent.append(clock() - began)
+            work = count[0]
+    return median(spent), work
 
 
 def times(name: str, model: Path, backend: str, every: int, scopes: Sequence[str]) -> None:
@@ -123,12 +125,15 @@ def times(name: str, model: Path, backend: str, every: int, scopes: Sequence[str
             except NOT_ALLOWED:
                 continue
             seconds, work = forward(transformer, tokens, clock)  # beside each search: other work on the machine comes and goes
-            with multiply_adds() as count:
-                began = clock()
-                answer = explain(seen, model, Options(budget=300, backend=backend))
-                spent = clock() - began
+            took = []
+            for _ in range(SEARCHES):
+                with multiply_adds() as count:
+                    began = clock()
+                    answer = explain(seen, model, Options(budget=300, backend=backend))
+                    took.append(clock() - began)
             if answer.first is None:
                 continue
+            spent = median(took)
             costs.append((spent / seconds, count[0] / work, spent))
             print(
                 f"{name}, {scope}, {fault.name}: {answer.variants:,} variants, {spent:.2f} s ="
