@@ -74,7 +74,12 @@ class Readers:
         self._size = path.stat().st_size if path.is_file() else 0
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         count = (min(cores, _MOST) if cores > 1 else 0) if processes is None else processes
-        self._children = [_Child() for _ in range(count if self._size >= _LARGE else 0)]
+        self._children: list[_Child] = []
+        try:
+            for _ in range(count if self._size >= _LARGE else 0):
+                self._children.append(_Child())
+        except OSError:  # no more processes are allowed: one reads it as well
+            self.end()
 
     def ready(self) -> bool:
         """Whether they have started and can be asked."""
@@ -131,6 +136,9 @@ class _Child:
                 stderr=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
             )
+        except OSError:
+            self._pipe.close()
+            raise
         finally:
             theirs.close()
 

@@ -149,3 +149,20 @@ def test_a_header_is_what_the_processes_are_told(tmp_path: Path, monkeypatch: py
     path.write_bytes(path.read_bytes().replace(b"blk.0.l_out", b"C25"))
     assert header_line(Header("engine", ModelInfo(layers=24)))["model"] == {"layers": 24}
     same(read_by(2, path, monkeypatch), read_by(0, path, monkeypatch))
+
+
+def test_without_room_for_processes_it_is_read_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the second process cannot be started, the first is ended and the dump is read all the same."""
+    path = write(tmp_path / "d.jsonl")
+    alone = read_by(0, path, monkeypatch)
+    begin, started = ranges._Child.__init__, list[ranges._Child]()
+
+    def refused(child: ranges._Child) -> None:
+        if started:
+            raise BlockingIOError(11, "Resource temporarily unavailable")
+        begin(child)
+        started.append(child)
+
+    monkeypatch.setattr(ranges._Child, "__init__", refused)
+    same(read_by(2, path, monkeypatch), alone)
+    assert started[0]._process.returncode is not None
