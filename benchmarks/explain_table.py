@@ -37,6 +37,8 @@ that layer alone, which none of the points stands at. *ten logits*: ten values o
 {GENERATED} generated ones. A cell says how many of the variants that act in this model were named (they, or one with the same
 numbers that is listed beside it), and the mean CPU time of the search. "no effect": the dump is the right one's. "–": the model has
 no place for it. stories: 24 layers of width 256; llama, qwen2: synthetic, 24 layers of width 96 and 112 (7 query heads a key head).
+Entries that act in none of these models (weight types they do not have, scaled frequencies, one projection for Q, K
+and V) are shown in `tests/test_explain_catalogue.py`, which names each entry on a model in which it acts.
 """
 NOT_ALLOWED = (ValueError, KeyError, IndexError, TypeError)  # a model that has no place for the fault
 
