@@ -23,7 +23,7 @@ from .plain import Parser
 from .record import Header
 
 BLOCK = 1 << 19  # bytes read at once: what is made of them stays in a core's cache
-_LINE = 1 << 26  # bytes of the longest line: a row of 4 million values; as objects such a line takes 1 GB
+LINE = 1 << 26  # bytes of the longest line: a row of 4 million values; as objects such a line takes 1 GB
 _LARGE = 1 << 25  # bytes of a file below which it is read before another process has started (0.2 s)
 _RANGE = 1 << 22  # bytes of a range: a tenth of a second's work, some MB as arrays
 _AHEAD = 2  # ranges that a process has been asked for: one in work and one for when that is done
@@ -53,10 +53,10 @@ def next_block(file: BinaryIO, name: str, line: int, size: int) -> bytes:
     block = file.read(size)
     if not block or block.endswith(b"\n"):
         return block
-    rest = file.readline(_LINE)
-    if len(rest) == _LINE:
+    rest = file.readline(LINE)
+    if len(rest) == LINE:
         raise DumpError(
-            f"{name}: a line after line {line} is longer than {_LINE >> 20} MiB.",
+            f"{name}: a line after line {line} is longer than {LINE >> 20} MiB.",
             "Is it a dump? Record fewer values in a line.",
             code="line",
         )
@@ -183,7 +183,7 @@ def _read(parser: Parser, path: Path, start: int, stop: int, header: Header | No
     try:
         with path.open("rb") as file:
             file.seek(start - 1)
-            while (line := file.readline(_LINE)) and not line.endswith(b"\n"):
+            while (line := file.readline(LINE)) and not line.endswith(b"\n"):
                 pass
             position = file.tell()
             while position < stop and (block := next_block(file, "", 0, min(BLOCK, stop - position))):

@@ -14,7 +14,7 @@ from .align import Pair, align
 from .dataflow import upstream
 from .judge import judge
 from .metrics import Measures, measure
-from .outliers import BEYOND, outliers, said
+from .outliers import excused
 from .pass_sums import with_pass_sums
 from .positions import Placed, elsewhere, place
 from .records import Records, picked, proportion
@@ -87,10 +87,7 @@ def measured(ours: Dump, ref: Dump, options: Options | None = None) -> Records:
     of_limit = proportion(measures.nmse, measures.future_mass, limit)
     noise: tuple[str, ...] = ()
     if allowed.operations == EXACT_FLOOR.operations and options.tolerance is None:
-        above = upstream(names, point, seq, token_idx, measures.nmse, of_limit > 1)
-        noisy = outliers(point, measures.nmse, of_limit, above)
-        noise = said(point[noisy], names, of_limit[noisy])
-        limit = np.where(noisy, BEYOND * limit, limit)
+        limit, noise = excused(names, point, seq, token_idx, measures.nmse, of_limit, limit)
         of_limit = proportion(measures.nmse, measures.future_mass, limit)
     failed = of_limit > 1
     right = np.bincount(point, weights=~failed, minlength=len(pairs))

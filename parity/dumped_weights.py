@@ -8,10 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from checkpoints.errors import DumpError
+from checkpoints.ranges import LINE
 
 from .weights import Floats
-
-_LINE = 1 << 26  # bytes of the longest line, as in `checkpoints.scan`: leading values suffice
 
 
 def load(path: Path) -> dict[str, Floats]:
@@ -55,10 +54,10 @@ def _jsonl(path: Path) -> Iterator[tuple[str, NDArray[Any]]]:
     import orjson
 
     with path.open("rb") as file:
-        while line := file.readline(_LINE):
-            if len(line) == _LINE:
+        while line := file.readline(LINE):
+            if len(line) == LINE:
                 raise DumpError(
-                    f"{path} has a line of more than {_LINE >> 20} MiB.",
+                    f"{path} has a line of more than {LINE >> 20} MiB.",
                     "The leading values of each tensor suffice.",
                     code="theirs",
                 )

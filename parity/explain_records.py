@@ -13,9 +13,8 @@ from checkpoints.summary import summarise
 from engine.replay import Replay
 
 from .align import Pair, align
-from .dataflow import upstream
 from .metrics import SLICE_FLOOR, measure, sizes
-from .outliers import BEYOND, outliers, said
+from .outliers import excused
 from .tolerance import EXACT_FLOOR
 
 Floats = NDArray[np.float64]
@@ -165,14 +164,9 @@ def _excused(entries: list[Expected]) -> tuple[list[Expected], tuple[str, ...]]:
     names = [entry.point for entry in entries]
     point = np.repeat(np.arange(len(entries)), [len(entry.rows) for entry in entries])
     seq, token_idx = (np.concatenate([getattr(entry.pair.ours, name) for entry in entries]) for name in ("seq", "token_idx"))
-    nmse = np.concatenate([entry.base for entry in entries])
-    of_limit = nmse / np.concatenate([entry.limit for entry in entries])
-    noisy = outliers(point, nmse, of_limit, upstream(names, point, seq, token_idx, nmse, of_limit > 1))
-    made = [
-        replace(entry, limit=np.where(noisy[point == number], BEYOND * entry.limit, entry.limit))
-        for number, entry in enumerate(entries)
-    ]
-    return made, said(point[noisy], names, of_limit[noisy])
+    nmse, limit = (np.concatenate([getattr(entry, name) for entry in entries]) for name in ("base", "limit"))
+    limit, note = excused(names, point, seq, token_idx, nmse, nmse / limit, limit)
+    return [replace(entry, limit=limit[point == number]) for number, entry in enumerate(entries)], note
 
 
 def right_rows(replay: Replay, positions: Ints, points: Mapping[str, Rows] | Sequence[str]) -> dict[str, Rows]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from .dataflow import Upstream
+from .dataflow import Upstream, upstream
 from .tolerance import JUMP
 
 Floats = NDArray[np.float64]
@@ -45,7 +45,25 @@ def outliers(point: NDArray[np.int64], nmse: Floats, of_limit: Floats, upstream:
     return found
 
 
-def said(point: NDArray[np.int64], names: Sequence[str], of_limit: Floats) -> tuple[str, ...]:
+def excused(
+    names: Sequence[str],
+    point: NDArray[np.int64],
+    seq: NDArray[np.int64],
+    token_idx: NDArray[np.int64],
+    nmse: Floats,
+    of_limit: Floats,
+    limit: Floats,
+) -> tuple[Floats, tuple[str, ...]]:
+    """Every record's limit [R], `BEYOND` times higher for those that `outliers` finds, and the note on them.
+
+    Args:
+        names, point, seq, token_idx, nmse: as `dataflow.upstream` takes them; `of_limit`: [R], the error in proportion to `limit`.
+    """
+    noisy = outliers(point, nmse, of_limit, upstream(names, point, seq, token_idx, nmse, of_limit > 1))
+    return np.where(noisy, BEYOND * limit, limit), _said(point[noisy], names, of_limit[noisy])
+
+
+def _said(point: NDArray[np.int64], names: Sequence[str], of_limit: Floats) -> tuple[str, ...]:
     """The note on such records: how many, at which points, how far over their limit; none where there are none."""
     if not len(point):
         return ()
