@@ -45,7 +45,7 @@ def main() -> None:
 
 def start_up(folder: Path) -> list[tuple[str, str, str]]:
     """Wall times of whole commands, and of `parity run` against llama-cpp-python alone."""
-    from parity.default_model import path
+    from parity.models.embedded import path
 
     out = folder / "run"
     commands = {
@@ -72,8 +72,8 @@ def prefill(model: Path, folder: Path) -> list[tuple[str, str, str]]:
     import llama_cpp
 
     from engine.backend import choose
-    from engine.gguf_model import GgufModel
     from engine.transformer import Transformer
+    from engine.weights.gguf_model import GgufModel
 
     ids = list(range(100, 100 + PREFILL))
     engine = Transformer(GgufModel(model), choose("numpy"))
@@ -109,7 +109,7 @@ def prefill(model: Path, folder: Path) -> list[tuple[str, str, str]]:
 
 def memory(model: Path, folder: Path) -> list[tuple[str, str, str]]:
     """The highest sum of the proportional set sizes of `parity run` and its child."""
-    from engine.gguf_model import GgufModel
+    from engine.weights.gguf_model import GgufModel
 
     size = 4 * sum(prod(info.shape) for info in GgufModel(model).tensors.values())
     ids = ",".join(str(number) for number in range(100, 100 + PREFILL))

@@ -48,8 +48,8 @@ def floor() -> None:
 
 def ledger() -> None:
     """Reading and showing a ledger of 10,000 checks of 7 points."""
-    from checkpoints.drift import Entry
-    from parity import ledger as book
+    from checkpoints.answers.drift import Entry
+    from parity.drift import ledger as book
     from reports.history import lines
 
     points = dict.fromkeys(("embd", *(f"blk.{n}.l_out" for n in (0, 5, 10, 23)), "output_norm", "logits"), (1e-13, 1e-10, 1e-3))
@@ -74,7 +74,7 @@ def report() -> None:
     from dumps import dump, noisy, spoiled
 
     from checkpoints.points import all_points, parse
-    from parity.picture import compare_drawn
+    from parity.diff.picture import compare_drawn
     from reports.html import html
     from reports.report import Report
 
@@ -103,9 +103,9 @@ def _child(what: str, *arguments: str, **settings: str) -> dict[str, float]:
 
 
 def _runs(side: str, threads: str) -> None:
-    from parity.drift import Checking, check
-    from parity.golden import load
-    from parity.makers import maker
+    from parity.drift.drift import Checking, check
+    from parity.drift.golden import load
+    from parity.drift.makers import maker
     from reference.client import Reference
 
     golden = load(GOLDEN)
@@ -131,7 +131,7 @@ def _runs(side: str, threads: str) -> None:
 
 
 def _floor() -> None:
-    from parity.drift import Checking, check
+    from parity.drift.drift import Checking, check
 
     found = check(replace(Checking(GOLDEN), side="ours", keep_ledger=False, backend="numpy"))
     worst = max(found.points, key=lambda point: point.of_limit)

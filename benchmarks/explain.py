@@ -15,17 +15,19 @@ from pathlib import Path
 from statistics import median
 from time import perf_counter, process_time
 
-from checkpoints.explanation import Explanation
-from engine import batched, graph, replay
+from planted import Faulty, Planted, tokens_of
+
+from checkpoints.answers.explain import Explanation
+from engine import graph
 from engine.backend import Array, choose
 from engine.faults import CATALOGUE
-from engine.gguf_model import GgufModel
 from engine.graph import Step, WeightSource
+from engine.replay import batched, replay
 from engine.synth import Shape, synthesize
 from engine.transformer import Transformer
-from parity import default_model
-from parity.explain import Options, explain
-from parity.planted import Faulty, Planted, tokens_of
+from engine.weights.gguf_model import GgufModel
+from parity.explain.explain import Options, explain
+from parity.models import embedded as default_model
 
 NOT_ALLOWED = (ValueError, KeyError, IndexError, TypeError)  # a model that has no place for the fault
 LAYER, TOKENS, SEARCHES = 17, 32, 3

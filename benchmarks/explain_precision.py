@@ -19,19 +19,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from planted import Faulty, Planted, half_sums, tokens_of
 
-from checkpoints.explanation import Explanation
+from checkpoints.answers.explain import Explanation
 from checkpoints.record import Dump
 from engine import ops
 from engine.backend import Array
 from engine.faults import CATALOGUE, plant
 from engine.graph import Step
-from engine.precision import rounded
+from engine.replay.precision import rounded
 from engine.synth import Shape, synthesize
-from parity.explain import Options, explain
-from parity.explain_case import Case
-from parity.explain_precision import floor, ratios
-from parity.planted import Faulty, Planted, half_sums, tokens_of
+from parity.explain.case import Case
+from parity.explain.explain import Options, explain
+from parity.explain.precision import floor, ratios
 
 _BUDGET = 300.0  # seconds of the wall's clock, on a machine that others use as well
 

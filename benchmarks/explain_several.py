@@ -20,16 +20,16 @@ from typing import Any
 
 import numpy as np
 from explain import models
+from planted import Faulty, Planted, tokens_of
 
-from checkpoints.explanation import Explanation
+from checkpoints.answers.explain import Explanation
 from checkpoints.record import Dump
 from engine.faults import CATALOGUE
-from parity import explain_budget
-from parity.explain import Options, explain
-from parity.explain_budget import Budget
-from parity.explain_case import Case
-from parity.explain_together import Together
-from parity.planted import Faulty, Planted, tokens_of
+from parity.explain import budget as explain_budget
+from parity.explain.budget import Budget
+from parity.explain.case import Case
+from parity.explain.explain import Options, explain
+from parity.explain.together import Together
 
 IMPOSSIBLE = (ValueError, KeyError, IndexError, TypeError)  # what a change raises that the model's shapes do not allow
 Part = tuple[str, dict[str, Any], tuple[int, ...] | None]

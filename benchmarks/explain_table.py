@@ -18,10 +18,10 @@ from time import process_time
 from typing import Any
 
 from explain import models, named
+from planted import Faulty, Planted, tokens_of
 
 from engine.faults import CATALOGUE
-from parity.explain import Options, explain
-from parity.planted import Faulty, Planted, tokens_of
+from parity.explain.explain import Options, explain
 
 TOKENS, GENERATED, LAYER = 24, 16, 17
 BUDGET = (

@@ -25,11 +25,11 @@ import numpy as np
 from checkpoints.jsonl import Writer
 from checkpoints.record import Rows, Token
 from engine.backend import choose
-from engine.capture_gpu import DeviceCapture
-from engine.fast import FastTransformer
-from engine.gguf_model import GgufModel
+from engine.capture.device import DeviceCapture
+from engine.fast.transformer import FastTransformer
 from engine.synth import shape_like, synthesize
-from parity.ours import chosen_points
+from engine.weights.gguf_model import GgufModel
+from parity.run.ours import chosen_points
 
 STEPS = 128  # as llama-bench's tg128
 PROMPT = 512  # as its pp512

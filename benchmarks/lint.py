@@ -13,16 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from time import process_time
 
-from checkpoints.finding import Finding
-from checkpoints.reader import read
+from checkpoints.answers.lint import Finding
+from checkpoints.reading.reader import read
 from engine.backend import choose
-from engine.gguf_model import GgufModel
 from engine.synth import shape_like, synthesize
 from engine.transformer import Transformer
-from parity import default_model
-from parity.lint import lint
-from parity.lint_rules.model_facts import ModelFacts
-from parity.ours import OursJob, dump
+from engine.weights.gguf_model import GgufModel
+from parity.lint.lint import lint
+from parity.lint.model_facts import ModelFacts
+from parity.models import embedded as default_model
+from parity.run.ours import OursJob, dump
 from reference.client import Reference
 from reference.jobs import DumpJob
 

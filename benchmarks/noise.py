@@ -15,15 +15,15 @@ import numpy as np
 from cpu import environment
 
 from checkpoints.points import EMBD, LOGITS, OUTPUT_NORM
-from checkpoints.reader import read
+from checkpoints.reading.reader import read
 from engine.backend import choose
-from engine.gguf_model import GgufModel
 from engine.transformer import Transformer
-from parity import default_model
-from parity.compare import measured
-from parity.ours import OursJob, dump
-from parity.records import Records
-from parity.tolerance import EXACT_FLOOR, JUMP
+from engine.weights.gguf_model import GgufModel
+from parity.diff.compare import measured
+from parity.diff.limits import EXACT_FLOOR, JUMP
+from parity.diff.records import Records
+from parity.models import embedded as default_model
+from parity.run.ours import OursJob, dump
 from reference.client import Reference
 from reference.jobs import DumpJob
 
@@ -33,7 +33,7 @@ _TEXTS = (
     "docs/your-engine.md",
     "docs/isolate.md",
     "docs/explain.md",
-    "parity/compare.py",
+    "parity/diff/compare.py",
     "engine/kernels/summary.cu",
 )
 BOS = 2047

@@ -21,8 +21,8 @@ import simdjson
 
 from checkpoints.formats import load
 from checkpoints.jsonl import Writer
+from checkpoints.reading.scan import Scan
 from checkpoints.record import Header, Rows
-from checkpoints.scan import Scan
 from checkpoints.summary import summarise
 
 

@@ -23,12 +23,12 @@ from typing import Any
 
 from checkpoints.jsonl import Writer
 from engine.backend import choose
-from engine.capture import Capture
-from engine.capture_gpu import tap
-from engine.gguf_model import GgufModel
+from engine.capture.device import tap
+from engine.capture.host import Capture
 from engine.transformer import Transformer
-from parity.default_model import path as default_model
-from parity.ours import chosen_points
+from engine.weights.gguf_model import GgufModel
+from parity.models.embedded import path as default_model
+from parity.run.ours import chosen_points
 
 PROMPT = (2047, 9, 8, 7, 300, 12, 13, 14)
 TOKENS = 32
@@ -39,7 +39,7 @@ GOAL_MS = 20
 def engine_of(backend: str, model: Path) -> Transformer:
     """The engine that serves."""
     if backend == "fast":
-        from engine.fast import FastTransformer
+        from engine.fast.transformer import FastTransformer
 
         return FastTransformer(GgufModel(model), choose("cupy"), positions=128)
     return Transformer(GgufModel(model), choose(backend))

@@ -8,8 +8,8 @@ from checkpoints.errors import ModelError
 from checkpoints.points import in_layer
 
 from . import ops
-from .gguf_model import Hyperparameters
 from .graph import POSITIONS, TOKENS, History, RowsOf, Step
+from .weights.gguf_model import Hyperparameters
 
 ROPE_FACTORS = "rope_freqs.weight"
 

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 
 from .backend import choose
-from .gguf_model import GgufModel
 from .transformer import Transformer
+from .weights.gguf_model import GgufModel
 
 
 def open_engine(
@@ -20,8 +20,8 @@ def open_engine(
     if not devices:
         chosen = choose(backend)
         if native and chosen.name == "cupy":
-            from .fast import FastTransformer
-            from .fast_weights import lacking
+            from .fast.transformer import FastTransformer
+            from .fast.weights import lacking
 
             if lacking(model) is None:
                 return FastTransformer(model, chosen)

@@ -8,10 +8,10 @@ from checkpoints.points import parse
 
 from . import graph
 from .backend import Array, Backend
-from .gguf_model import GgufModel
 from .graph import History, Step
 from .kv_cache import KvCache
 from .transformer import Progress, Transformer, Weights
+from .weights.gguf_model import GgufModel
 
 
 @dataclass

@@ -13,11 +13,11 @@ from checkpoints.errors import InputError
 from . import graph
 from .backend import Array, Backend
 from .blocks import Blocks
-from .capture import Capture, Pass
-from .gguf_model import GgufModel
+from .capture.host import Capture, Pass
 from .graph import Step
 from .kv_cache import KvCache
 from .models import steps_of
+from .weights.gguf_model import GgufModel
 
 
 class Weights:

@@ -48,7 +48,7 @@ def for_bisect(arguments: list[str], code: int) -> int:
 def run(arguments: list[str]) -> int:
     """Run a command line and return its exit code; errors are printed as one line, or as JSON if that was asked for."""
     try:
-        from .cli import app  # half of a short command's time: an interruption may well fall into it
+        from .commands.app import app  # half of a short command's time: an interruption may well fall into it
 
         code = app(arguments, standalone_mode=False, prog_name="parity")
         sys.stdout.flush()

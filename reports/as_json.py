@@ -4,7 +4,7 @@ from dataclasses import asdict
 from math import isfinite, isnan
 from typing import Any
 
-from checkpoints.verdict import Difference, Missing, Verdict
+from checkpoints.answers.diff import Difference, Missing, Verdict
 
 SCHEMA = 1
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from rich.text import Text
 
-from checkpoints.picture import Spread
+from checkpoints.answers.picture import Spread
 
 from .generated import generated
 from .layout import labelled

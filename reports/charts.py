@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from checkpoints.picture import Grid, Picture, Spread
+from checkpoints.answers.diff import Verdict
+from checkpoints.answers.picture import Grid, Picture, Spread
 from checkpoints.points import parse
-from checkpoints.verdict import Verdict
 
 from .numbers import clean, token
 

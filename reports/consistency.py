@@ -5,7 +5,7 @@ from typing import Any
 
 from rich.text import Text
 
-from checkpoints.consistency import Check, Consistency
+from checkpoints.answers.consistency import Check, Consistency
 
 from .as_json import verdict_as_json
 from .layout import columns, labelled

@@ -5,7 +5,7 @@ from typing import Any
 
 from rich.text import Text
 
-from checkpoints.drift import Drift, Margin
+from checkpoints.answers.drift import Drift, Margin
 
 from .as_json import SCHEMA, plain, verdict_as_json
 from .layout import columns, labelled

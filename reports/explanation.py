@@ -5,7 +5,7 @@ from typing import Any
 
 from rich.text import Text
 
-from checkpoints.explanation import Cause, Explanation, Lead, Named, Place
+from checkpoints.answers.explain import Cause, Explanation, Lead, Named, Place
 
 from .layout import labelled, wrap
 from .numbers import count, error, limit

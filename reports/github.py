@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator
 
-from checkpoints.drift import Drift
-from checkpoints.verdict import Verdict
+from checkpoints.answers.diff import Verdict
+from checkpoints.answers.drift import Drift
 
 from .drift import remarks as drift_remarks
 from .drift import sentence, shortened

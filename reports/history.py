@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.text import Text
 
-from checkpoints.drift import Entry
+from checkpoints.answers.drift import Entry
 
 from .as_json import SCHEMA, plain
 from .drift import factor

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from checkpoints.drift import Entry
+from checkpoints.answers.drift import Entry
 
 from .drift import factor
 from .history import groups, margin

@@ -5,7 +5,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from checkpoints.verdict import Difference
+from checkpoints.answers.diff import Difference
 
 from .charts import figures
 from .files import save

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.text import Text
 
-from checkpoints.isolation import NOT_OBSERVABLE, PROVEN, WRONG, Isolation, Operation
+from checkpoints.answers.isolate import NOT_OBSERVABLE, PROVEN, WRONG, Isolation, Operation
 from checkpoints.points import KINDS
 
 from .layout import columns, labelled

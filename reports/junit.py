@@ -4,8 +4,8 @@ import re
 from collections.abc import Iterable, Sequence
 from xml.etree import ElementTree as ET
 
-from checkpoints.drift import Drift
-from checkpoints.verdict import Difference, PointSummary, Verdict
+from checkpoints.answers.diff import Difference, PointSummary, Verdict
+from checkpoints.answers.drift import Drift
 
 from .drift import factor, sentence, shortened
 from .drift import remarks as drift_remarks

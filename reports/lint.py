@@ -5,7 +5,7 @@ from typing import Any
 
 from rich.text import Text
 
-from checkpoints.finding import ERROR, LintReport
+from checkpoints.answers.lint import ERROR, LintReport
 
 from .as_json import SCHEMA, plain
 from .layout import labelled

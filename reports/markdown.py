@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator, Sequence
 
-from checkpoints.drift import Drift
-from checkpoints.verdict import Difference
+from checkpoints.answers.diff import Difference
+from checkpoints.answers.drift import Drift
 
 from .beside import spread
 from .drift import factor, sentence, shortened

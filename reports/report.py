@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from checkpoints.picture import Picture
+from checkpoints.answers.diff import Verdict
+from checkpoints.answers.picture import Picture
 from checkpoints.record import Dump, Header
-from checkpoints.verdict import Verdict
 
 from .findings import Finding
 from .numbers import clean

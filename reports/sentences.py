@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator
 
+from checkpoints.answers.diff import DIVERGENCE, Difference, Missing, Verdict
 from checkpoints.points import EMBD, parse
-from checkpoints.verdict import DIVERGENCE, Difference, Missing, Verdict
 
 from .numbers import clean, count, limit, ranges, token
 

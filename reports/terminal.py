@@ -6,8 +6,8 @@ from itertools import pairwise
 from rich.console import Console
 from rich.text import Text
 
+from checkpoints.answers.diff import AGREES, FRESH, GROWN, INHERITED, Difference, PointSummary, Verdict
 from checkpoints.points import EMBD, LOGITS, OUTPUT_NORM, default_layers, in_layer
-from checkpoints.verdict import AGREES, FRESH, GROWN, INHERITED, Difference, PointSummary, Verdict
 
 from .header import print_lines
 from .layout import columns, cut, labelled

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.text import Text
 
-from checkpoints.weight_check import NOT_CHECKED, FirstDifference, TensorCheck, WeightsCheck
+from checkpoints.answers.weights import NOT_CHECKED, FirstDifference, TensorCheck, WeightsCheck
 
 from .layout import columns, labelled
 from .numbers import clean, count

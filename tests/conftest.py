@@ -13,8 +13,8 @@ import pytest
 from cli import Cli
 
 from engine.synth import shape_like, synthesize
-from parity import default_model
 from parity.__main__ import run
+from parity.models import embedded as default_model
 from reference.client import Reference
 
 

@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
+from planted import Faulty, Planted
+
 from checkpoints.record import Dump
 from engine.synth import Shape, synthesize
-from parity.planted import Faulty, Planted
 
 SHAPE = Shape("qwen2", 4, 112, 14, 2, 0, 128, 300)
 PROMPT = (1, 17, 40, 299, 5, 5, 80, 3)

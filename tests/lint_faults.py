@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from checkpoints.reader import read
+from checkpoints.reading.reader import read
 from checkpoints.record import Dump, Token
 from engine.transformer import Transformer
-from parity.lint_rules.generated import SAME_TOKEN
-from parity.ours import OursJob, dump
+from parity.lint.generated import SAME_TOKEN
+from parity.run.ours import OursJob, dump
 
 PROMPT = (2047, 410, 1200, 88, 911, 410, 5, 6)
 

@@ -19,11 +19,11 @@ from checkpoints.formats import load
 from checkpoints.jsonl import Writer
 from checkpoints.mapping import Mapping, read_mapping
 from checkpoints.record import Dump, Token
+from parity.commands.comparison_output import report, show_report
 from parity.commands.options import AnswerFormat, numbers
-from parity.compare import Options
-from parity.comparison_output import report, show_report
-from parity.lint import lint
-from parity.picture import compare_drawn
+from parity.diff.compare import Options
+from parity.diff.picture import compare_drawn
+from parity.lint.lint import lint
 
 LOGS = Path(__file__).parent / "logs"
 POINTS = ("embd", "blk.0.l_out", "logits")

@@ -5,11 +5,11 @@ from dataclasses import replace
 import numpy as np
 from dumps import HEADER, dump, noisy, random, spoiled
 
-from checkpoints.picture import Grid, Picture, Spread
+from checkpoints.answers.diff import AGREES, DIVERGENCE, FRESH, INHERITED, Difference, Limits, Origin, PointSummary, Verdict
+from checkpoints.answers.picture import Grid, Picture, Spread
 from checkpoints.points import all_points, parse
 from checkpoints.record import Token
-from checkpoints.verdict import AGREES, DIVERGENCE, FRESH, INHERITED, Difference, Limits, Origin, PointSummary, Verdict
-from parity.picture import compare_drawn
+from parity.diff.picture import compare_drawn
 from reports.report import Report
 
 EVIL = "<script>window.stolen = 1</script>"

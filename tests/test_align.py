@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from checkpoints.errors import DumpError, InputError
 from checkpoints.record import Dump, ModelInfo, Rows, Token
-from parity.align import align
-from parity.compare import Options, compare
+from parity.diff.align import align
+from parity.diff.compare import Options, compare
 
 POINTS = ("embd", "blk.0.l_out", "logits")
 

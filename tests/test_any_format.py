@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 from cli import Cli
 
-from checkpoints.reader import read
+from checkpoints.reading.reader import read
 from engine.backend import choose
 from engine.faults import CATALOGUE, plant
-from engine.gguf_model import GgufModel
 from engine.transformer import Transformer
-from parity.ours import OursJob, dump
+from engine.weights.gguf_model import GgufModel
+from parity.run.ours import OursJob, dump
 
 TOKENS = (2047, 430, 457, 258, 403)
 IDS = ",".join(map(str, TOKENS))

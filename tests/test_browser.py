@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from pictures import diverging, hostile, huge, passing
 
-from checkpoints.drift import Entry
+from checkpoints.answers.drift import Entry
 from reports.history_html import history_html
 from reports.html import html
 from reports.report import Report

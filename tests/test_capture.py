@@ -10,13 +10,13 @@ import pytest
 
 from checkpoints.errors import InputError
 from checkpoints.jsonl import Writer
-from checkpoints.reader import read
+from checkpoints.reading.reader import read
 from checkpoints.record import Rows, Token
 from checkpoints.summary import kept_copy, summarise, summarise_pass
 from engine.backend import choose
-from engine.capture import Capture, Pass
-from engine.gguf_model import GgufModel
+from engine.capture.host import Capture, Pass
 from engine.transformer import Transformer
+from engine.weights.gguf_model import GgufModel
 
 DEFAULTS = ("embd", "blk.0.l_out", "blk.5.l_out", "blk.10.l_out", "blk.23.l_out", "output_norm", "logits")
 

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 from dumps import DEFAULT, dump, noisy, random, spoiled
 
+from checkpoints.answers.diff import FRESH, INHERITED, Verdict
 from checkpoints.errors import DumpError, InputError
 from checkpoints.points import LAYER_KINDS, select
 from checkpoints.record import Dump
 from checkpoints.summary import summarise
-from checkpoints.verdict import FRESH, INHERITED, Verdict
-from parity.compare import Options, compare, measured
-from parity.dataflow import reads
+from parity.diff.compare import Options, compare, measured
+from parity.diff.dataflow import reads
 
 # Every point of a model without query and key norms whose row does not grow with the position.
 KINDS = [kind.name for kind in LAYER_KINDS if "t+1" not in kind.row and not kind.name.endswith(("q_norm", "k_norm"))]

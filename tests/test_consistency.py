@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 from cli import Cli
 
-from checkpoints.consistency import Consistency
+from checkpoints.answers.consistency import Consistency
 from checkpoints.points import parse
 from engine import ops
 from engine.backend import choose
-from engine.gguf_model import GgufModel
 from engine.graph import Step
 from engine.transformer import Transformer
-from parity.consistency import ConsistencyRequest, of_engine
-from parity.ours import OursJob, dump
+from engine.weights.gguf_model import GgufModel
+from parity.consistency.consistency import ConsistencyRequest, of_engine
+from parity.run.ours import OursJob, dump
 
 IDS = (1, 403, 407, 261, 378, 390)
 Change = Callable[[Step], Step]

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from checkpoints.errors import ModelError
-from engine.dequantize import FORMATS, dequantize
-from engine.gguf_model import GgufModel
+from engine.weights.dequantize import FORMATS, dequantize
+from engine.weights.gguf_model import GgufModel
 
 KINDS = sorted(FORMATS)
 BLOCKS = 512

@@ -8,7 +8,7 @@ import typer
 from cli import Cli
 
 from engine.faults import CATALOGUE
-from parity.cli import app
+from parity.commands.app import app
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

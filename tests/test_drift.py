@@ -7,16 +7,16 @@ from pathlib import Path
 import pytest
 from cli import Cli
 
-from checkpoints.drift import Entry
+from checkpoints.answers.drift import Entry
 from engine.backend import choose
 from engine.faults import CATALOGUE, plant
-from engine.gguf_model import GgufModel
 from engine.graph import Step
 from engine.transformer import Transformer
-from parity import ledger
-from parity.drift import Checking, Recording, check, record
-from parity.golden import Golden, load
-from parity.ours import OursJob, dump
+from engine.weights.gguf_model import GgufModel
+from parity.drift import ledger
+from parity.drift.drift import Checking, Recording, check, record
+from parity.drift.golden import Golden, load
+from parity.run.ours import OursJob, dump
 
 PROMPTS = "Once upon a time there was a little dog who liked to run\nThe\n"
 TEN = (

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from cli import Cli
 
-from checkpoints.reader import read
+from checkpoints.reading.reader import read
 from checkpoints.summary import summarise
 from parity import emit
-from parity.lint import lint
+from parity.lint.lint import lint
 from reference.client import DumpJob, Reference
 
 TOKENS = (2047, 430, 457, 258, 403, 402)

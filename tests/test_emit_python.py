@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 
 from checkpoints.jsonl import Writer
-from checkpoints.reader import read
+from checkpoints.reading.reader import read
 from checkpoints.record import Header, ModelInfo
 from checkpoints.summary import summarise
 from parity.emit import source
-from parity.lint import lint
+from parity.lint.lint import lint
 
 
 @pytest.fixture(scope="module")

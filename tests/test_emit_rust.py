@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from checkpoints.reader import read
+from checkpoints.reading.reader import read
 from checkpoints.summary import summarise
 from parity.emit import source
-from parity.lint import lint
+from parity.lint.lint import lint
 
 MAIN = """
 mod parity_dump;

@@ -9,19 +9,19 @@ import numpy as np
 import pytest
 from cli import Cli
 from explaining import PROMPT, RIGHT, only, small_engine
+from planted import Faulty, Planted, tokens_of
 
 from checkpoints.jsonl import Writer
-from checkpoints.reader import read
+from checkpoints.reading.reader import read
 from checkpoints.record import Dump, Header
 from engine import ops
 from engine.backend import Array
 from engine.faults import CATALOGUE, plant
-from parity.explain import Case, Options, explain
-from parity.explain_apart import apart
-from parity.explain_budget import Budget
-from parity.explain_state import Candidate
-from parity.explain_together import Together
-from parity.planted import Faulty, Planted, tokens_of
+from parity.explain.apart import apart
+from parity.explain.budget import Budget
+from parity.explain.explain import Case, Options, explain
+from parity.explain.state import Candidate
+from parity.explain.together import Together
 
 _PATIENT = Options(budget=600.0)  # seconds of the clock: a search that is to end by itself, also on a machine that is shared
 
@@ -105,7 +105,7 @@ def test_what_tells_equal_faults_apart_was_tried(engine: Faulty, name: str, othe
 
 def test_a_longer_prompt_tells_a_chunk_from_a_shift(engine: Faulty) -> None:
     """Faults that differ from some position on only are told apart by a prompt that has it."""
-    from parity.explain import Case
+    from parity.explain.explain import Case
 
     case = Case(only(engine, ("rope-missing", {}, None)), engine.model, Options())
     fault = CATALOGUE["rope-position"]

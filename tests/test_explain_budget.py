@@ -5,11 +5,12 @@ from typing import Any
 
 import pytest
 from explaining import only, small_engine
+from planted import Faulty
 
-from engine import batched, graph, replay
-from parity import explain_budget
-from parity.explain import Options, explain
-from parity.planted import Faulty
+from engine import graph
+from engine.replay import batched, replay
+from parity.explain import budget as explain_budget
+from parity.explain.explain import Options, explain
 
 
 @pytest.fixture(scope="module")

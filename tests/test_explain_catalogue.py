@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from planted import Faulty, Planted, tokens_of
 
 from engine.faults import CATALOGUE
 from engine.synth import Shape, synthesize
-from parity.explain import Options, explain
-from parity.planted import Faulty, Planted, tokens_of
+from parity.explain.explain import Options, explain
 from reference.client import Reference
 
 # Groups of 7 query heads, as Qwen2.5-0.5B; a vocabulary that is no multiple of 64.

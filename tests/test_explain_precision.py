@@ -5,15 +5,15 @@ from pathlib import Path
 
 import pytest
 from explaining import PROMPT, RIGHT, small_engine
+from planted import Faulty, half_sums
 
-from checkpoints.reader import read
+from checkpoints.reading.reader import read
 from engine import ops
 from engine.faults import CATALOGUE, plant
 from engine.graph import Step
-from engine.precision import rounded
+from engine.replay.precision import rounded
 from engine.synth import Shape, synthesize
-from parity.explain import Options, explain
-from parity.planted import Faulty, half_sums
+from parity.explain.explain import Options, explain
 from reference.client import Reference
 from reference.jobs import DumpJob
 

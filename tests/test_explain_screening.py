@@ -5,14 +5,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from explaining import PROMPT, only, small_engine
+from planted import Faulty
 
 from engine.faults import CATALOGUE, Planting, plant
-from parity.explain import Case, Options
-from parity.explain_budget import Budget
-from parity.explain_layers import carry
-from parity.explain_scopes import stages
-from parity.explain_state import Place
-from parity.planted import Faulty
+from parity.explain.budget import Budget
+from parity.explain.explain import Case, Options
+from parity.explain.layers import carry
+from parity.explain.scopes import stages
+from parity.explain.state import Place
 
 
 @pytest.fixture(scope="module")

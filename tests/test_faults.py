@@ -7,16 +7,16 @@ from pathlib import Path
 import pytest
 from cli import Cli
 
-from checkpoints.reader import read
+from checkpoints.answers.diff import Verdict
+from checkpoints.reading.reader import read
 from checkpoints.record import Dump
-from checkpoints.verdict import Verdict
 from engine.backend import choose
 from engine.faults import CATALOGUE, plant
-from engine.gguf_model import GgufModel
 from engine.graph import Step
 from engine.transformer import Transformer
-from parity.compare import compare
-from parity.ours import OursJob, dump
+from engine.weights.gguf_model import GgufModel
+from parity.diff.compare import compare
+from parity.run.ours import OursJob, dump
 from reference.client import Reference
 from reference.jobs import DumpJob
 

@@ -16,11 +16,11 @@ from checkpoints.errors import ParityError
 from checkpoints.formats import load
 from checkpoints.tensors import TensorReader
 from engine.backend import choose
-from engine.gguf_model import GgufModel
 from engine.transformer import Transformer
-from parity.compare import Options, compare
-from parity.lint import lint
-from parity.ours import OursJob, dump
+from engine.weights.gguf_model import GgufModel
+from parity.diff.compare import Options, compare
+from parity.lint.lint import lint
+from parity.run.ours import OursJob, dump
 
 TOKENS = tuple(range(300, 309))
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from checkpoints.errors import ModelError
 from checkpoints.gguf_file import contents
-from engine.gguf_model import GgufModel
+from engine.weights.gguf_model import GgufModel
 
 
 def test_metadata_and_tensors_equal_gguf_py(stories: Path) -> None:

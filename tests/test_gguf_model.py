@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from checkpoints.errors import ModelError
-from engine.gguf_model import FILE_TYPES, GgufModel
+from engine.weights.gguf_model import FILE_TYPES, GgufModel
 
 
 def write(path: Path, change: Callable[[gguf.GGUFWriter], None] = lambda _: None, skip: tuple[str, ...] = ()) -> Path:

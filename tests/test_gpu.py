@@ -11,14 +11,14 @@ from test_run import SHAPES
 from checkpoints.points import parse
 from checkpoints.record import Rows, Token
 from engine.backend import choose
-from engine.capture import Capture, Pass
-from engine.capture_gpu import DeviceCapture
-from engine.dequantize import FORMATS, dequantize
-from engine.fast import FastTransformer
-from engine.gguf_model import GgufModel
+from engine.capture.device import DeviceCapture
+from engine.capture.host import Capture, Pass
+from engine.fast.transformer import FastTransformer
 from engine.transformer import Transformer
-from parity.request import Request
-from parity.session import run
+from engine.weights.dequantize import FORMATS, dequantize
+from engine.weights.gguf_model import GgufModel
+from parity.run.request import Request
+from parity.run.session import run
 
 cupy = pytest.importorskip("cupy", reason="CuPy is not installed")
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not cupy.cuda.is_available(), reason="no CUDA device")]

@@ -13,11 +13,11 @@ from checkpoints.errors import InputError
 from checkpoints.jsonl import Writer
 from checkpoints.record import Rows, Token
 from engine.backend import choose
-from engine.capture import Capture, Pass
-from engine.capture_gpu import DeviceCapture
-from engine.fast import FastTransformer
-from engine.gguf_model import GgufModel
+from engine.capture.device import DeviceCapture
+from engine.capture.host import Capture, Pass
+from engine.fast.transformer import FastTransformer
 from engine.synth import shape_like, synthesize
+from engine.weights.gguf_model import GgufModel
 
 cupy = pytest.importorskip("cupy", reason="CuPy is not installed")
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not cupy.cuda.is_available(), reason="no CUDA device")]

@@ -4,15 +4,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from planted import Faulty, Planted, tokens_of
 
 from engine.backend import choose
 from engine.faults import CATALOGUE, Planting
-from engine.gguf_model import GgufModel
-from engine.replay import NOT_ALLOWED, Replay
+from engine.replay.replay import NOT_ALLOWED, Replay
 from engine.synth import Shape, synthesize
 from engine.transformer import Transformer
-from parity.explain import Options, explain
-from parity.planted import Faulty, Planted, tokens_of
+from engine.weights.gguf_model import GgufModel
+from parity.explain.explain import Options, explain
 
 cupy = pytest.importorskip("cupy", reason="CuPy is not installed")
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not cupy.cuda.is_available(), reason="no CUDA device")]

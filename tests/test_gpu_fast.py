@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 from engine.backend import choose
-from engine.fast import FastTransformer
-from engine.fast_decode import DecodeStep
-from engine.gguf_model import GgufModel
+from engine.fast.decode import DecodeStep
+from engine.fast.transformer import FastTransformer
 from engine.synth import shape_like, synthesize
 from engine.transformer import Transformer
-from parity.tolerance import fast_floor
+from engine.weights.gguf_model import GgufModel
+from parity.diff.limits import fast_floor
 
 cupy = pytest.importorskip("cupy", reason="CuPy is not installed")
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not cupy.cuda.is_available(), reason="no CUDA device")]

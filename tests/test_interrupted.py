@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from cli import Cli, refused
 
-from checkpoints.reader import read
+from checkpoints.reading.reader import read
 
 
 def ended(out: Path, how: signal.Signals) -> tuple[int, str]:

@@ -8,17 +8,17 @@ import numpy as np
 import pytest
 from cli import Cli
 
-from checkpoints.isolation import PROVEN, Isolation
+from checkpoints.answers.isolate import PROVEN, Isolation
 from engine.backend import choose
 from engine.faults import CATALOGUE, plant
-from engine.gguf_model import GgufModel
 from engine.graph import Step
 from engine.transformer import Transformer
-from parity import isolation
-from parity.attention_checks import AttentionChecks, rotation_faults, soft_max_faults
-from parity.isolation import IsolateRequest, isolate
-from parity.ours import OursJob, dump
-from parity.row_errors import Value
+from engine.weights.gguf_model import GgufModel
+from parity.isolate import isolate as isolation
+from parity.isolate.attention_checks import AttentionChecks, rotation_faults, soft_max_faults
+from parity.isolate.isolate import IsolateRequest, isolate
+from parity.isolate.row_errors import Value
+from parity.run.ours import OursJob, dump
 from reference.client import Reference
 
 TOKENS = (1, 403, 407, 261)

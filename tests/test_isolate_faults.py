@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from checkpoints.isolation import PROVEN, WRONG, Isolation
+from checkpoints.answers.isolate import PROVEN, WRONG, Isolation
 from engine.backend import choose
 from engine.faults import CATALOGUE, plant
-from engine.gguf_model import GgufModel
 from engine.graph import Step
 from engine.transformer import Transformer
-from parity.isolation import IsolateRequest, isolate
-from parity.ours import OursJob, dump
+from engine.weights.gguf_model import GgufModel
+from parity.isolate.isolate import IsolateRequest, isolate
+from parity.run.ours import OursJob, dump
 from reference.client import Reference
 
 TOKENS = (1, 403, 407, 261, 378, 390)  # any ids of the models' vocabularies

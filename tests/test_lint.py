@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 from lint_faults import FAULTS, MISREAD, VARIANTS, changed, copied, right_dump, swapped_buffers
 
-from checkpoints.finding import ERROR
+from checkpoints.answers.lint import ERROR
 from checkpoints.record import Dump
 from engine.backend import choose
-from engine.gguf_model import GgufModel
 from engine.transformer import Transformer
-from parity.lint import lint
-from parity.lint_rules.generated import REPEATS, SAME_TOKEN, cycle
-from parity.lint_rules.model_facts import ModelFacts, open_model
-from parity.lint_rules.table import RULES
+from engine.weights.gguf_model import GgufModel
+from parity.lint.generated import REPEATS, SAME_TOKEN, cycle
+from parity.lint.lint import lint
+from parity.lint.model_facts import ModelFacts, open_model
+from parity.lint.table import RULES
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def test_every_rule_has_a_fault_of_its_own() -> None:
 @pytest.mark.parametrize("name", FAULTS)
 def test_each_fault_is_named_by_its_rule(name: str, right: Dump, facts: ModelFacts, monkeypatch: pytest.MonkeyPatch) -> None:
     """A fault planted in a real dump is found by its rule and by that alone: the rule is silent on the right dump."""
-    monkeypatch.setattr("parity.lint.RULES", tuple(rule for rule in RULES if rule.name == name))
+    monkeypatch.setattr("parity.lint.lint.RULES", tuple(rule for rule in RULES if rule.name == name))
     found = lint(FAULTS[name](right), facts).findings
     assert {finding.rule for finding in found} == {name}
     assert all(finding.evidence and finding.cause and finding.advice for finding in found)
@@ -49,7 +49,7 @@ def test_each_way_to_break_a_rule_is_named(
     name: str, said: str, fault: Callable[[Dump], Dump], right: Dump, facts: ModelFacts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every check within a rule has a fault that it finds, with evidence that says which check it was."""
-    monkeypatch.setattr("parity.lint.RULES", tuple(rule for rule in RULES if rule.name == name))
+    monkeypatch.setattr("parity.lint.lint.RULES", tuple(rule for rule in RULES if rule.name == name))
     found = lint(fault(right), facts).findings
     assert found
     assert any(said in finding.evidence for finding in found)

@@ -9,12 +9,12 @@ from cli import Cli
 from lint_faults import PROMPT, right_dump, swapped_buffers
 
 from checkpoints.jsonl import Writer
-from checkpoints.reader import read
+from checkpoints.reading.reader import read
 from checkpoints.record import Dump, End, Header, Rows
 from engine.backend import choose
-from engine.gguf_model import GgufModel
 from engine.transformer import Transformer
-from parity.lint import lint
+from engine.weights.gguf_model import GgufModel
+from parity.lint.lint import lint
 
 
 @pytest.fixture(scope="module")

@@ -9,14 +9,14 @@ import pytest
 from lint_faults import PROMPT, bf16_bits, bf16_of, right_dump, whole_dump
 from other_models import write_model
 
-from checkpoints.reader import read
+from checkpoints.reading.reader import read
 from checkpoints.record import Dump
 from engine.backend import choose
-from engine.gguf_model import GgufModel
 from engine.transformer import Transformer
-from parity.lint import lint
-from parity.lint_rules.model_facts import ModelFacts, open_model
-from parity.ours import OursJob, dump
+from engine.weights.gguf_model import GgufModel
+from parity.lint.lint import lint
+from parity.lint.model_facts import ModelFacts, open_model
+from parity.run.ours import OursJob, dump
 from reference.client import Reference
 from reference.jobs import DumpJob
 

@@ -16,7 +16,7 @@ from checkpoints.formats import load
 from checkpoints.mapping import read_mapping
 from checkpoints.nearest import nearest, unknown_names
 from checkpoints.record import Dump
-from parity.compare import compare
+from parity.diff.compare import compare
 
 POINTS = ("embd", "blk.3.q_rope", "blk.3.l_out")
 HEADS = 4

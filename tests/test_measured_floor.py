@@ -5,16 +5,16 @@ from dataclasses import replace
 
 import pytest
 from cli import Cli
+from planted import Faulty, Planted
 
 from checkpoints.errors import InputError
 from checkpoints.record import Dump
 from engine.faults import CATALOGUE, plant
 from engine.graph import Step
-from engine.precision import rounded
+from engine.replay.precision import rounded
 from engine.synth import Shape, synthesize
-from parity.compare import Options, compare
-from parity.measured_floor import measured_limits
-from parity.planted import Faulty, Planted
+from parity.diff.compare import Options, compare
+from parity.explain.measured_floor import measured_limits
 
 PROMPT = (1, 17, 40, 299, 5, 5, 80, 3)
 

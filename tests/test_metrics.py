@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 from checkpoints.record import Dump, Rows
 from checkpoints.summary import summarise
-from parity.align import Pair
-from parity.choices import kl, overlap
-from parity.compare import compare
-from parity.metrics import SLICE_FLOOR, Measures, measure
+from parity.diff.align import Pair
+from parity.diff.choices import kl, overlap
+from parity.diff.compare import compare
+from parity.diff.metrics import SLICE_FLOOR, Measures, measure
 
 
 def rows(array: np.ndarray, point: str = "blk.0.l_out", slice_size: int | None = 16) -> Rows:

@@ -8,9 +8,9 @@ import pytest
 from cli import Cli
 from dumps import Arrays, dump, noisy, random
 
-from checkpoints.verdict import Verdict
-from parity.compare import Options, compare
-from parity.outliers import BEYOND, RARE
+from checkpoints.answers.diff import Verdict
+from parity.diff.compare import Options, compare
+from parity.diff.noise import BEYOND, RARE
 
 POINTS = ("embd", *(f"blk.{layer}.l_out" for layer in range(6)), "output_norm")
 POSITIONS = 3 * RARE

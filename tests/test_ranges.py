@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from checkpoints import ranges
 from checkpoints.errors import DumpError
 from checkpoints.jsonl import Writer
 from checkpoints.lines import header_line
-from checkpoints.reader import read
+from checkpoints.reading import parallel as ranges
+from checkpoints.reading.reader import read
+from checkpoints.reading.scan import Scan
 from checkpoints.record import Dump, Header, ModelInfo, Rows, Token
-from checkpoints.scan import Scan
 from checkpoints.summary import summarise
 
 PASSES = 60  # some 300 KB: thirty ranges
@@ -24,8 +24,8 @@ def small_ranges(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ranges of a few lines, in files of any size."""
     monkeypatch.setattr(ranges, "_LARGE", 1)
     monkeypatch.setattr(ranges, "_RANGE", 10_000)
-    monkeypatch.setattr("checkpoints.scan.BLOCK", 4096)
-    monkeypatch.setattr("checkpoints.ranges.Readers.ready", _wait_until_ready)
+    monkeypatch.setattr("checkpoints.reading.scan.BLOCK", 4096)
+    monkeypatch.setattr("checkpoints.reading.parallel.Readers.ready", _wait_until_ready)
 
 
 def _wait_until_ready(readers: ranges.Readers) -> bool:
@@ -67,7 +67,7 @@ def same(a: Dump, b: Dump) -> None:
 
 def read_by(processes: int, path: Path, monkeypatch: pytest.MonkeyPatch) -> Dump:
     """The dump as so many processes read it."""
-    monkeypatch.setattr("checkpoints.reader.Scan", lambda name: Scan(name, processes=processes))
+    monkeypatch.setattr("checkpoints.reading.reader.Scan", lambda name: Scan(name, processes=processes))
     return read(path)
 
 

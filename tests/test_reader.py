@@ -11,14 +11,14 @@ from dumps import HEADER, random
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from checkpoints import plain
 from checkpoints.errors import DumpError
 from checkpoints.jsonl import Writer
-from checkpoints.reader import read
+from checkpoints.reading import bulk as plain
+from checkpoints.reading.reader import read
+from checkpoints.reading.slabs import Odd
 from checkpoints.record import Dump, Rows, Token
-from checkpoints.slabs import Odd
 from checkpoints.summary import summarise
-from parity.compare import compare
+from parity.diff.compare import compare
 
 ANY_FLOAT = st.integers(0, 2**32 - 1).map(lambda bits: np.array([bits], dtype=np.uint32).view(np.float32)[0])
 NAN, INF = float("nan"), float("inf")

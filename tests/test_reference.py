@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from checkpoints import points
 from checkpoints.errors import InputError
-from checkpoints.reader import read
+from checkpoints.reading.reader import read
 from checkpoints.tensors import TensorReader
 from reference.client import Reference
 from reference.jobs import EXACT, NATIVE, DumpJob, DumpResult

@@ -11,7 +11,7 @@ from other_models import HEADS, KV, SIZE, WIDTH, write_model
 
 from checkpoints import points
 from checkpoints.errors import InputError, ReferenceFailed
-from checkpoints.reader import read
+from checkpoints.reading.reader import read
 from reference.client import Reference
 from reference.jobs import EXACT, DumpJob
 

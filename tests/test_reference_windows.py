@@ -10,7 +10,7 @@ import pytest
 
 from checkpoints.errors import InputError
 from checkpoints.gguf_file import contents
-from checkpoints.reader import read
+from checkpoints.reading.reader import read
 from checkpoints.tensors import TensorReader
 from reference import sweep
 from reference.client import Reference

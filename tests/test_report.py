@@ -12,7 +12,7 @@ from cli import Cli
 from dumps import dump, noisy, random, spoiled
 from pictures import EVIL, diverging, hostile, huge, passing
 
-from checkpoints.drift import Change, Checked, Drift, Margin
+from checkpoints.answers.drift import Change, Checked, Drift, Margin
 from checkpoints.errors import InputError
 from checkpoints.jsonl import Writer
 from checkpoints.record import Dump

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from checkpoints.errors import ModelError
-from engine.dequantize import dequantize
-from engine.rounding import VEC_DOT_TYPES, q8_1_correction, round_activations, vec_dot_type
+from engine.weights.dequantize import dequantize
+from engine.weights.rounding import VEC_DOT_TYPES, q8_1_correction, round_activations, vec_dot_type
 
 N = 1024
 # One weight type for each way of rounding.

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from cli import Cli
 
-from checkpoints.reader import read
+from checkpoints.reading.reader import read
 
 ONCE = ("--prompt", "Once upon a time")
 TYPES = (

@@ -7,11 +7,11 @@ import pytest
 
 from checkpoints.errors import InputError
 from engine.backend import Backend, choose
-from engine.gguf_model import GgufModel
 from engine.split import SplitTransformer
 from engine.transformer import Transformer
-from parity.request import Request
-from parity.session import run
+from engine.weights.gguf_model import GgufModel
+from parity.run.request import Request
+from parity.run.session import run
 
 PROMPT = (2047, 9, 8, 7, 300, 12)
 

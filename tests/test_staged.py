@@ -3,7 +3,7 @@
 import numpy as np
 
 from checkpoints.summary import summarise
-from engine.staged import PART_DOUBLES, added_up
+from engine.capture.staged import PART_DOUBLES, added_up
 
 
 def test_sums_of_parts_are_the_statistics_of_the_row() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from cli import Cli, one_line, refused
 
-from checkpoints.reader import read
+from checkpoints.reading.reader import read
 
 
 def shell(line: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -11,9 +11,9 @@ from cli import Cli
 
 from checkpoints.errors import InputError
 from engine import backend
-from engine.gguf_model import GgufModel
 from engine.synth import PRESETS, _tensors, shape_like, synthesize
 from engine.transformer import Transformer
+from engine.weights.gguf_model import GgufModel
 from reference.client import Reference
 
 TOKENS = [1, 2, 3, 500, 77, 4, 31]
@@ -119,7 +119,7 @@ def test_llama_cpp_loads_and_computes_every_type(
 ) -> None:
     """Both architectures in every type: llama.cpp computes the file itself, and on its F32 twin equals our engine.
 
-    1e-9 is exact mode's limit for logits (parity/tolerance.py).
+    1e-9 is exact mode's limit for logits (parity/diff/limits.py).
     """
     path = synthetic(like, kind)
     assert np.isfinite(theirs(reference, path, "native")["logits"]).all()

@@ -8,8 +8,8 @@ import pytest
 from dumps import DEFAULT, dump, noisy, random, spoiled
 
 from checkpoints.errors import InputError
-from parity.compare import Options, measured
-from parity.table import table, write_table
+from parity.diff.compare import Options, measured
+from parity.diff.table import table, write_table
 
 
 def test_one_row_a_record() -> None:

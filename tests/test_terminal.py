@@ -10,8 +10,8 @@ from dumps import HEADER, dump, noisy, random, spoiled
 from rich.cells import cell_len
 from rich.console import Console
 
-from checkpoints.verdict import Verdict
-from parity.compare import Options, compare
+from checkpoints.answers.diff import Verdict
+from parity.diff.compare import Options, compare
 from reports.as_json import verdict_as_json
 from reports.header import print_header
 from reports.numbers import of_limit, ranges

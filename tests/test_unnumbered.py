@@ -8,7 +8,7 @@ import pytest
 from cli import Cli
 
 from checkpoints.errors import DumpError
-from checkpoints.reader import read
+from checkpoints.reading.reader import read
 
 
 def without_positions(path: Path, points: Sequence[str] = ()) -> Path:

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from cli import Cli
 
-from engine.gguf_model import GgufModel
-from parity import foreign_weights, weights
-from parity.dumped_weights import load
-from parity.foreign_weights import check_foreign
-from parity.weights import check_weights
+from engine.weights.gguf_model import GgufModel
+from parity.weights import foreign_weights, weights
+from parity.weights.dumped_weights import load
+from parity.weights.foreign_weights import check_foreign
+from parity.weights.weights import check_weights
 from reference.client import Reference
 from reference.to_float import ToFloat
 

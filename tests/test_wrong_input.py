@@ -11,7 +11,7 @@ from cli import Cli, refused
 from checkpoints.jsonl import Writer
 from checkpoints.record import Header, ModelInfo
 from checkpoints.summary import summarise
-from parity import default_model
+from parity.models import embedded as default_model
 
 ONCE = ("--prompt", "Once upon a time")
 

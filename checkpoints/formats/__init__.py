@@ -7,12 +7,12 @@ from types import ModuleType
 
 import numpy as np
 
-from .. import reader
 from ..errors import DumpError
-from ..fields import POSITIONS
 from ..mapping import Mapping
 from ..nearest import unknown_names
 from ..points import parse
+from ..reading import reader
+from ..reading.fields import POSITIONS
 from ..record import Dump, Rows
 from . import arrays, eval_callback, model_debugger
 

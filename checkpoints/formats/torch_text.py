@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import orjson
 
-from ..fields import number
+from ..reading.fields import number
 from ..record import Rows
 
 _SIZES = re.compile(r"torch\.Size\(\[([\d, ]{0,200})\]\)")

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from ..backend import Array
-from ..dequantize import FORMATS, dequantize
 from ..graph import Altered, RowsOf, Step, WeightSource
+from ..weights.dequantize import FORMATS, dequantize
 from .base import AT, Fault, Parameters, Steps
 from .block_edits import (
     BF16,

@@ -7,6 +7,7 @@ import typer
 
 from checkpoints.errors import InputError
 
+from ..run.prompt import given_prompt
 from . import options as o
 
 
@@ -40,15 +41,15 @@ def consistency(
 
     Exits 0 if all agree, 1 if something differs.
     """
-    from ..consistency import ConsistencyRequest
-    from ..consistency import consistency as check
-    from ..default_model import path as default_model
-    from ..output import answer
+    from ..consistency.consistency import ConsistencyRequest
+    from ..consistency.consistency import consistency as check
+    from ..models.embedded import path as default_model
+    from .output import answer
 
     if dumps is not None and len(dumps) not in (0, 2):
         raise InputError(f"{len(dumps)} dumps were given.", "Take two, or none and --prompt.", code="dumps")
     pair = (dumps[0], dumps[1]) if dumps else None
-    text, ids = (None, None) if pair else o.prompt(prompt, prompt_file, tokens)
+    text, ids = (None, None) if pair else given_prompt(prompt, prompt_file, tokens)
     found = check(
         ConsistencyRequest(
             model=model or default_model(),

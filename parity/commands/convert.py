@@ -23,7 +23,7 @@ def convert(
     from checkpoints.jsonl import write
     from checkpoints.record import Header
 
-    from ..output import notes, written
+    from .output import notes, written
 
     o.no_input(out, source, names)
     dump = o.dump(source, names, offset)

@@ -45,10 +45,10 @@ def diff(
     """
     from checkpoints.formats import load
 
-    from ..compare import Options
-    from ..comparison_output import findings, report, show_report
-    from ..lint import refuse_unusable
-    from ..picture import compare_drawn
+    from ..diff.compare import Options
+    from ..diff.picture import compare_drawn
+    from ..lint.lint import refuse_unusable
+    from .comparison_output import findings, report, show_report
 
     for out in (table, html, junit):
         o.no_input(out, ours, ref, model, names, *(include or ()))
@@ -59,7 +59,7 @@ def diff(
         refuse_unusable(right, "the reference")
     measured = None
     if model is not None and tolerance is None:
-        from ..measured_floor import measured_limits
+        from ..explain.measured_floor import measured_limits
 
         measured = measured_limits(left, right, model, compute.value if compute else None)
     chosen = Options(
@@ -72,7 +72,7 @@ def diff(
     )
     verdict, picture = compare_drawn(left, right, chosen)
     if table is not None:
-        from ..table import write_table
+        from ..diff.table import write_table
 
         write_table(left, right, chosen, table)
     whole = report(verdict, left, right, picture, findings(include or ()))

@@ -12,7 +12,7 @@ def doctor(
     form: o.FormatOption = o.Format.TEXT,
 ) -> None:
     """Versions, llama.cpp's backends, CUDA, and the cache of F32 twins."""
-    from ..health import check
-    from ..output import print_facts
+    from ..doctor.health import check
+    from .output import print_facts
 
     print_facts(check(empty_cache=empty_cache), form)

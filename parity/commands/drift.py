@@ -48,8 +48,8 @@ def record(
     backend: o.BackendOption = o.BackendName.AUTO,
 ) -> None:
     """Write a golden dump of every prompt: small enough to commit."""
-    from .. import drift
-    from ..output import progress_bar, written
+    from ..drift import drift
+    from .output import progress_bar, written
 
     request = drift.Recording(
         prompts=prompts,
@@ -106,9 +106,9 @@ def check(
     del bisect  # __main__ maps the exit code, those of wrong options included
     if sum(given not in (None, []) for given in (ours, command, side)) > 1:
         raise InputError("more than one side was given.", "Take one of --ours, --exec and --side.", code="usage")
-    from .. import drift
-    from ..drift_output import show
-    from ..output import progress_bar
+    from ..drift import drift
+    from .drift_output import show
+    from .output import progress_bar
 
     request = drift.Checking(
         folder=folder,
@@ -140,6 +140,6 @@ def history(
     form: o.FormatOption = o.Format.TEXT,
 ) -> None:
     """Show the margins of all checks over commits, and warn before a limit is reached."""
-    from ..drift_output import show_history
+    from .drift_output import show_history
 
     raise typer.Exit(show_history(folder, ledger, html, form, strict=strict))

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from ..run.prompt import given_prompt, numbers
 from . import options as o
 
 app = typer.Typer(no_args_is_help=True, help="Write one side's dump: `dump ours` (our engine) or `dump ref` (llama.cpp).")
@@ -31,13 +32,13 @@ def ours(
     first_position: o.FirstOption = 0,
 ) -> None:
     """Run a prompt through our engine and write what it computed."""
-    from .. import session
-    from ..default_model import path as default_model
-    from ..output import progress_bar, written
-    from ..request import Request
+    from ..models.embedded import path as default_model
+    from ..run import session
+    from ..run.request import Request
+    from .output import progress_bar, written
 
     o.no_input(out, model, prompt_file)
-    text, ids = o.prompt(prompt, prompt_file, tokens)
+    text, ids = given_prompt(prompt, prompt_file, tokens)
     request = Request(
         model=model or default_model(),
         prompt=text,
@@ -46,7 +47,7 @@ def ours(
         backend=backend.value,
         devices=o.devices(devices),
         points=points,
-        layers=o.numbers(layers, "--layers") if layers is not None else None,
+        layers=numbers(layers, "--layers") if layers is not None else None,
         positions=o.positions(positions),
         slice_size=slice_size,
         full=full,
@@ -85,21 +86,21 @@ def ref(
     verbose: o.VerboseOption = False,
 ) -> None:
     """Run a prompt through llama.cpp and write what it computed; any architecture that llama.cpp has."""
-    from .. import session
-    from ..default_model import path as default_model
-    from ..output import notes, written
-    from ..request import Request
+    from ..models.embedded import path as default_model
+    from ..run import session
+    from ..run.request import Request
+    from .output import notes, written
 
     o.no_input(out, model, prompt_file, follow, names)
     given = any(option is not None for option in (prompt, prompt_file, tokens))
-    text, ids = o.prompt(prompt, prompt_file, tokens) if given or follow is None else (None, None)
+    text, ids = given_prompt(prompt, prompt_file, tokens) if given or follow is None else (None, None)
     request = Request(
         model=model or default_model(),
         prompt=text,
         tokens=ids,
         mode=mode.value,
         points=points,
-        layers=o.numbers(layers, "--layers") if layers is not None else None,
+        layers=numbers(layers, "--layers") if layers is not None else None,
         positions=o.positions(positions),
         slice_size=slice_size,
         full=full,

@@ -41,8 +41,8 @@ def explain(
     """
     from reports import explanation
 
-    from ..explain import Options
-    from ..output import answer, catalogue_as
+    from ..explain.explain import Options
+    from .output import answer, catalogue_as
 
     if catalogue:
         catalogue_as(form)
@@ -51,9 +51,9 @@ def explain(
         raise InputError(
             "no dump was given.", "Write: parity explain OURS.jsonl --model M.gguf, or parity explain --list.", code="usage"
         )
-    from ..default_model import path as default_model
-    from ..explain_input import check_reference, explain_dump, prompt_tokens
-    from ..tokens_diff import same_experiment
+    from ..diff.tokens import same_experiment
+    from ..explain.input import check_reference, explain_dump, prompt_tokens
+    from ..models.embedded import path as default_model
 
     if not isfinite(budget):
         raise InputError(f"--budget {budget} is no time.", "Give seconds: --budget 60.", code="usage")

@@ -8,6 +8,7 @@ import typer
 
 from checkpoints.errors import InputError
 
+from ..run.prompt import given_prompt, numbers
 from . import options as o
 
 
@@ -66,15 +67,15 @@ def isolate(
 
     Exits 0 if nothing is wrong, 1 if something is.
     """
-    from ..default_model import path as default_model
-    from ..isolation import IsolateRequest
-    from ..isolation import isolate as judge
-    from ..output import answer
+    from ..isolate.isolate import IsolateRequest
+    from ..isolate.isolate import isolate as judge
+    from ..models.embedded import path as default_model
+    from .output import answer
 
     if dump is None and any(value is not None for value in (tensors, names, offset)):
         raise InputError("--tensors, --map and --offset are for a dump.", "Give it: parity isolate DUMP …", code="usage")
     given = [value for value in (prompt, prompt_file, tokens) if value is not None]
-    text, ids = o.prompt(prompt, prompt_file, tokens) if dump is None or given else (None, None)
+    text, ids = given_prompt(prompt, prompt_file, tokens) if dump is None or given else (None, None)
     found = judge(
         IsolateRequest(
             model=model or default_model(),
@@ -83,7 +84,7 @@ def isolate(
             mode=mode.value if mode is not None else "",
             kv_type=kv_type.value,
             generate=generate,
-            rows=o.numbers(rows, "--rows") if rows is not None else (),
+            rows=numbers(rows, "--rows") if rows is not None else (),
             dump=dump,
             tensors=tensors,
             mapping=o.mapping(names, offset),

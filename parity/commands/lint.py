@@ -25,7 +25,7 @@ def lint(
     """
     from reports import lint as room
 
-    from ..lint import lint as look
-    from ..output import answer
+    from ..lint.lint import lint as look
+    from .output import answer
 
     raise typer.Exit(answer(look(o.dump(file, names, offset), model), room, form))

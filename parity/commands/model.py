@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from ..run.prompt import given_prompt
 from . import options as o
 
 
@@ -15,9 +16,9 @@ def model(
     form: o.FormatOption = o.Format.TEXT,
 ) -> None:
     """What an engine must know of a model: ε, RoPE kind and base, head size, tied output, and the points with their shapes."""
-    from ..default_model import path as default_model
-    from ..describe import describe
-    from ..output import print_facts
+    from ..model.describe import describe
+    from ..models.embedded import path as default_model
+    from .output import print_facts
 
     print_facts(describe(path or default_model()), form)
 
@@ -31,10 +32,10 @@ def tokens(
     """Token ids and pieces of a prompt, as llama.cpp makes them, special tokens included."""
     from reference.client import Reference
 
-    from ..default_model import path as default_model
-    from ..output import print_tokens
+    from ..models.embedded import path as default_model
+    from .output import print_tokens
 
-    text, _ = o.prompt(prompt, prompt_file, None)
+    text, _ = given_prompt(prompt, prompt_file, None)
     with Reference() as reference:
         made = reference.tokenize(model or default_model(), text or "")
     print_tokens(made, form)

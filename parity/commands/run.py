@@ -7,6 +7,7 @@ import typer
 
 from checkpoints.errors import InputError
 
+from ..run.prompt import given_prompt, numbers
 from . import options as o
 
 
@@ -51,7 +52,7 @@ def run(
     """
     from reference.child import Child
 
-    text, ids = o.prompt(prompt, prompt_file, tokens)
+    text, ids = given_prompt(prompt, prompt_file, tokens)
     if command is None and (names is not None or offset is not None):
         raise InputError("--map and --offset are for a foreign engine.", "Give its command with --exec.", code="exec")
     mapping = o.mapping(names, offset)
@@ -59,11 +60,11 @@ def run(
     from reference.client import Reference
 
     started = Reference(verbose=verbose, threads=threads, child=child)
-    from .. import session
-    from ..comparison_output import finish, prepare
-    from ..default_model import path as default_model
-    from ..output import progress_bar
-    from ..request import Request
+    from ..models.embedded import path as default_model
+    from ..run import session
+    from ..run.request import Request
+    from .comparison_output import finish, prepare
+    from .output import progress_bar
 
     request = Request(
         model=model or default_model(),
@@ -74,7 +75,7 @@ def run(
         devices=o.devices(devices),
         command=command,
         points=points,
-        layers=o.numbers(layers, "--layers") if layers is not None else None,
+        layers=numbers(layers, "--layers") if layers is not None else None,
         positions=o.positions(positions),
         slice_size=slice_size,
         full=full,

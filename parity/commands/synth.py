@@ -34,12 +34,12 @@ def synth(
     """Write a GGUF of a supported architecture and any shape with seeded random weights: for tests, benchmarks, bug reports."""
     from engine.synth import shape_like
 
-    from ..default_model import path as default_model
-    from ..output import written
+    from ..models.embedded import path as default_model
+    from .output import written
 
     if rope_base is not None and not 0 < rope_base < inf:
         raise InputError(f"a RoPE base of {rope_base} gives no frequencies.", "Write e.g. --rope-base 10000.", code="shape")
-    from ..synthetic import make
+    from ..synth.synthetic import make
 
     shape = shape_like(
         like,

@@ -17,7 +17,7 @@ def twin(
     """Write an F32 copy of a model with llama.cpp: what exact mode runs, and what your engine should load for it."""
     from reference.client import Reference
 
-    from ..output import written
+    from .output import written
 
     o.no_input(out, model)
     with Reference(verbose=verbose) as reference:

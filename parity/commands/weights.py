@@ -28,16 +28,16 @@ def weights(
 
     Exits 0 if all are right, 1 if one is not.
     """
-    from ..default_model import path as default_model
-    from ..output import answer, progress_bar
+    from ..models.embedded import path as default_model
+    from .output import answer, progress_bar
 
     path = model or default_model()
     if theirs is not None:
-        from ..foreign_weights import check_foreign
+        from ..weights.foreign_weights import check_foreign
 
         found = check_foreign(path, theirs)
     else:
-        from ..weights import check_weights
+        from ..weights.weights import check_weights
 
         with progress_bar(form) as progress:
             found = check_weights(path, backend.value, progress)

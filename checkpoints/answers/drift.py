@@ -1,0 +1,89 @@
+"""What a check against golden dumps found, and a line of its ledger: pure data. `parity.drift` makes it, `reports` formats it."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from .diff import DIVERGENCE, PARITY, Verdict
+
+
+@dataclass(frozen=True)
+class Margin:
+    """The worst record of one point over all prompts. `of_limit` is its error in proportion to its limit.
+
+    `prompt` is the prompt's number, `before` the proportion that earlier checks had at their best (None: no earlier one).
+    """
+
+    checkpoint: str
+    nmse: float
+    limit: float
+    of_limit: float
+    prompt: int = 0
+    token_idx: int = 0
+    before: float | None = None
+
+    @property
+    def margin(self) -> float | None:
+        """How many times larger the error may become; None where there is no error."""
+        return 1 / self.of_limit if self.of_limit else None
+
+
+@dataclass(frozen=True)
+class Checked:
+    """One prompt of the set and its comparison."""
+
+    prompt: str
+    verdict: Verdict
+
+
+@dataclass(frozen=True)
+class Change:
+    """A version or setting that is another than before."""
+
+    what: str
+    before: str
+    now: str
+
+
+@dataclass(frozen=True)
+class Drift:
+    """The answer to "has anything moved?"; true where nothing left its limit.
+
+    `golden` and `side` describe both in a line. `findings` are sentences about errors within their limits that grow or come
+    near. `updated` lists (prompt number, point) of golden records that were rewritten.
+    """
+
+    golden: str
+    side: str
+    checked: tuple[Checked, ...]
+    points: tuple[Margin, ...]
+    changes: tuple[Change, ...] = ()
+    findings: tuple[str, ...] = ()
+    updated: tuple[tuple[int, str], ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def __bool__(self) -> bool:
+        return all(item.verdict for item in self.checked)
+
+    @property
+    def verdict(self) -> str:
+        """ "parity" or "divergence"."""
+        return PARITY if self else DIVERGENCE
+
+    @property
+    def compared(self) -> int:
+        """Records of all prompts."""
+        return sum(item.verdict.compared for item in self.checked)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One check as its ledger keeps it. `points`: point -> (nmse, limit, of_limit); `golden` tells sets of dumps apart."""
+
+    time: str
+    commit: str
+    verdict: str
+    source: str
+    golden: str
+    versions: dict[str, str] = field(default_factory=dict)
+    points: dict[str, tuple[float, float, float]] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)

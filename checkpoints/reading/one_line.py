@@ -1,0 +1,77 @@
+"""One line of a dump, whatever it is, with every check in words."""
+
+from math import prod
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..record import DECODE, SKETCH_SIZE, End, Header, Token
+from . import fields, lenient
+from .labels import Labels
+from .slabs import Slab
+from .unnumbered import UNNUMBERED
+
+RECORD = "checkpoint"
+
+
+def item(line: bytes, labels: Labels, serial: int, *, digits: bool) -> Header | Token | End | Slab | None:
+    """What one line holds; None where it is nothing of a dump. `serial` is the number that a record takes in the file.
+
+    With `digits`, the digits that were printed are looked at.
+
+    Raises:
+        TypeError, ValueError, KeyError, OverflowError: it contradicts itself; the text says how.
+    """
+    try:
+        found = lenient.loads(line)
+    except ValueError:
+        return None
+    kind = found.get("type", RECORD) if isinstance(found, dict) else None
+    if kind == "header":
+        return fields.header(found)
+    if kind == "token":
+        return fields.token(found)
+    if kind == "end":
+        return End(fields.integer(found.get("checkpoints", 0), "checkpoints"), fields.integer(found.get("tokens", 0), "tokens"))
+    if kind is not None and "checkpoint" in found and "values" in found:
+        return _record(found, line, labels, serial, digits=digits)
+    return None
+
+
+def _record(found: dict[str, Any], line: bytes, labels: Labels, serial: int, *, digits: bool) -> Slab:
+    """One record, with words for numbers and scattered values."""
+    label, values = found["checkpoint"], found["values"]
+    if not isinstance(label, str) or not isinstance(values, list):
+        raise TypeError('"checkpoint" must be a name and "values" a list of numbers')
+    token_idx = fields.integer(found["token_idx"], "token_idx") if "token_idx" in found else UNNUMBERED
+    step = fields.integer(found.get("step", 0), "step")
+    seq = fields.integer(found.get("seq", 0), "seq", fields.SEQUENCES)
+    shape = fields.shape(found.get("shape"))
+    if shape and prod(shape) < len(values):
+        raise ValueError(f"{label} has {len(values)} values, more than its shape {list(shape)} holds")
+    fields.check_numbers(values, '"values"')
+    sketch, indices = found.get("sketch"), found.get("indices")
+    if sketch is not None:
+        fields.check_numbers(sketch, '"sketch"')
+        if len(sketch) != SKETCH_SIZE:
+            raise ValueError(f"{label} has a sketch of {len(sketch)} numbers instead of {SKETCH_SIZE}")
+    scattered = None if indices is None else np.array([fields.indices(indices, len(values))], dtype=np.int64)
+    stats = {name: np.array([fields.number(x)]) for name, x in fields.statistics(found.get("stats") or {}).items()}
+    if found.get("quantum") is not None:  # of what was printed in some other format
+        quantum: NDArray[np.float64] | None = fields.steps(found["quantum"], len(values))
+    else:
+        quantum = fields.quantum(fields.values_text(line), len(values)) if digits else None
+    with np.errstate(over="ignore"):
+        return Slab(
+            np.array(labels.numbers([label])),
+            np.array([serial]),
+            np.array([(seq, token_idx, step, found.get("phase") == DECODE)], dtype=np.int64),
+            [shape],
+            np.array([[fields.number(x) for x in values]], dtype=np.float64).astype(np.float32).reshape(1, len(values)),
+            [str(found.get("dtype", "f32"))],
+            stats,
+            None if sketch is None else np.array([[fields.number(x) for x in sketch]], dtype=np.float64).astype(np.float32),
+            None if quantum is None else quantum[None, :],
+            scattered,
+        )

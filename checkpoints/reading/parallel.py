@@ -1,0 +1,202 @@
+"""A large file read by several processes: each takes ranges of it, and this one gets what stands in them, in order.
+
+Python reads in one thread at a time, and lines of numbers are all work and no waiting. A range is what begins with the
+first line from its nominal start on; so ranges that follow each other share no line and lose none. What a process cannot
+read, or what changes how the rest is to be read (a second header), is left to the caller, who reads on from there itself.
+"""
+
+import gc
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import BinaryIO, Self
+
+from ..errors import DumpError
+from ..record import Header
+from .batches import Blocks, Item
+from .bulk import Parser
+
+BLOCK = 1 << 19  # bytes read at once: what is made of them stays in a core's cache
+LINE = 1 << 26  # bytes of the longest line: a row of 4 million values; as objects such a line takes 1 GB
+_LARGE = 1 << 25  # bytes of a file below which it is read before another process has started (0.2 s)
+_RANGE = 1 << 22  # bytes of a range: a tenth of a second's work, some MB as arrays
+_AHEAD = 2  # ranges that a process has been asked for: one in work and one for when that is done
+_MOST = 4  # processes that can be kept busy: taking a range over costs a tenth of reading it
+# Where this package stands is first on the child's path only if it isn't on it anyway.
+_BOOT = (
+    "import sys; root = sys.argv[1]; sys.path[:0] = [] if root in sys.path else [root]; "
+    "from checkpoints.reading.parallel import serve; serve()"
+)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What stands in a range, and where the next one begins."""
+
+    items: list[Item]
+    stop: int
+    lines: int
+    records: int
+    skipped: int
+    torn: bool
+
+
+def next_block(file: BinaryIO, name: str, line: int, size: int) -> bytes:
+    """About `size` bytes of whole lines, empty at the end; the file's last line may lack its break.
+
+    Raises:
+        DumpError: a line after line number `line` is longer than any record.
+    """
+    block = file.read(size)
+    if not block or block.endswith(b"\n"):
+        return block
+    rest = file.readline(LINE)
+    if len(rest) == LINE:
+        raise DumpError(
+            f"{name}: a line after line {line} is longer than {LINE >> 20} MiB.",
+            "Is it a dump? Record fewer values in a line.",
+            code="line",
+        )
+    return block + rest
+
+
+class Readers:
+    """Processes that read ranges of one file; none where the file is small, no file but a pipe, or there is one core.
+
+    A context manager: they end with it.
+    """
+
+    def __init__(self, path: Path, processes: int | None = None) -> None:
+        self._path = path
+        self._size = path.stat().st_size if path.is_file() else 0
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        count = (min(cores, _MOST) if cores > 1 else 0) if processes is None else processes
+        self._children: list[_Child] = []
+        try:
+            for _ in range(count if self._size >= _LARGE else 0):
+                self._children.append(_Child())
+        except OSError:  # no more processes are allowed: one reads it as well
+            self.end()
+
+    def ready(self) -> bool:
+        """Whether they have started and can be asked."""
+        try:
+            return bool(self._children) and all(child.started() for child in self._children)
+        except (EOFError, OSError):  # one has died
+            self.end()
+            return False
+
+    def found(self, start: int, header: Header | None) -> Iterator[Found]:
+        """What stands in the file from the line that begins at `start`, up to what they cannot read or the file's end."""
+        starts = list(range(start, self._size, _RANGE))
+        count = len(self._children)
+        try:
+            for number, begin in enumerate(starts[: _AHEAD * count]):
+                self._children[number % count].ask(self._path, begin, begin + _RANGE, header)
+            for number in range(len(starts)):
+                child = self._children[number % count]
+                found = child.answer()
+                if found is None:
+                    return
+                if number + _AHEAD * count < len(starts):
+                    begin = starts[number + _AHEAD * count]
+                    child.ask(self._path, begin, begin + _RANGE, header)
+                yield found
+        except (EOFError, OSError):  # it has died: out of memory
+            return
+        finally:
+            self.end()
+
+    def end(self) -> None:
+        """End the processes; what they were asked for is dropped."""
+        while self._children:
+            self._children.pop().end()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+
+
+class _Child:
+    """One process, and the pipe to it."""
+
+    def __init__(self) -> None:
+        self._started = False
+        self._pipe, theirs = Pipe()
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-c", _BOOT, str(Path(__file__).resolve().parent.parent.parent), str(theirs.fileno())],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+            )
+        except OSError:
+            self._pipe.close()
+            raise
+        finally:
+            theirs.close()
+
+    def started(self) -> bool:
+        """Whether it has said that it is there. Raises EOFError where it has died."""
+        if not self._started and self._pipe.poll():
+            self._pipe.recv()
+            self._started = True
+        return self._started
+
+    def ask(self, path: Path, start: int, stop: int, header: Header | None) -> None:
+        self._pipe.send((path, start, stop, header))
+
+    def answer(self) -> Found | None:
+        found: Found | None = self._pipe.recv()
+        return found
+
+    def end(self) -> None:
+        self._pipe.close()
+        self._process.kill()
+        self._process.wait()
+
+
+def serve() -> None:
+    """A process's work: ranges as they are asked for, until nobody is there to ask."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # who asked is interrupted, and ends this
+    gc.disable()  # what lines become has no cycles; looking for them takes a twentieth of the time
+    pipe: Connection = Connection(int(sys.argv[2]))
+    pipe.send(None)
+    parser = Parser()
+    try:
+        while True:
+            pipe.send(_read(parser, *pipe.recv()))
+    except (EOFError, OSError):
+        return
+
+
+def _read(parser: Parser, path: Path, start: int, stop: int, header: Header | None) -> Found | None:
+    """What stands in a range of bytes, or None where that is for the caller to read."""
+    blocks = Blocks(os.fspath(path), header, parser)
+    items: list[Item] = []
+    try:
+        with path.open("rb") as file:
+            file.seek(start - 1)
+            while (line := file.readline(LINE)) and not line.endswith(b"\n"):
+                pass
+            position = file.tell()
+            while position < stop and (block := next_block(file, "", 0, min(BLOCK, stop - position))):
+                items += blocks.take(block)
+                if blocks.many_wait:
+                    items += blocks.flush()
+                position += len(block)
+        items += blocks.flush()
+    except Exception:  # the caller meets it again, and knows the line's number
+        return None
+    if any(isinstance(item, Header) for item in items):
+        return None
+    return Found(items, position, blocks.line, blocks.records, blocks.skipped, blocks.torn)

@@ -1,0 +1,57 @@
+"""A dump of JSON lines, read whole (`checkpoints.scan` says what is understood)."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+
+from ..errors import DumpError
+from ..record import Dump, End, Rows, Token
+from .scan import Scan
+from .slabs import blown_up
+from .unnumbered import counted, said
+
+
+def read(path: str | os.PathLike[str]) -> Dump:
+    """Read a whole dump.
+
+    Raises:
+        DumpError: no such file, nothing in it, no record in it, a newer format, or a record that contradicts itself.
+    """
+    scan = Scan(path)
+    parts: dict[str, list[Rows]] = {}
+    header, end, tokens = None, None, []
+    for item in scan:
+        if isinstance(item, Rows):
+            parts.setdefault(item.point, []).append(item)
+        elif isinstance(item, Token):
+            tokens.append(item)
+        elif isinstance(item, End):
+            end = item
+        else:
+            header = item
+    points, unnumbered = {}, {}
+    for name, found in parts.items():
+        if blown_up(found):
+            raise DumpError(
+                f"{scan.name}: the records of {name} hold from few to very many values.",
+                "Print as many in each.",
+                code="record",
+            )
+        rows = Rows.stack(found)
+        points[name] = counted(rows, scan.name)
+        if points[name] is not rows:
+            unnumbered[name] = len(rows)
+    dump = Dump(scan.name, header, points, tuple(tokens), end, scan.skipped, (), scan.torn)
+    notes = [said(unnumbered, len(points))] if unnumbered else []
+    return replace(dump, notes=(*_notes(dump), *notes))
+
+
+def _notes(dump: Dump) -> Iterator[str]:
+    if dump.torn:
+        yield "the last line is cut short and was left out"
+    if dump.header is not None and dump.end is None:
+        yield "the dump has no end record: it was cut short; what is whole is used"
+    if dump.end is not None and dump.end.checkpoints != dump.records:
+        yield f"the end record counts {dump.end.checkpoints} records, {dump.records} are there"
+    if dump.skipped:
+        yield f"{dump.skipped} lines are no records and were skipped"

@@ -1,0 +1,86 @@
+"""Dumps as a stream: format 1, and any JSONL whose lines carry `checkpoint`, `token_idx` and `values`.
+
+What a foreign engine prints is accepted where it can be understood (`checkpoints.fields`, `checkpoints.lenient`). Lines that
+are no records are skipped and counted; a record that contradicts itself is an error that names its line. Lines are read many at
+a time (`checkpoints.plain`); what that way doesn't understand is read again line by line (`checkpoints.careful`). Large files
+are read by several processes (`checkpoints.ranges`).
+"""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from ..errors import DumpError
+from .batches import Blocks, Item
+from .no_records import reason
+from .parallel import BLOCK, Readers, next_block
+
+
+class Scan:
+    """Reads a dump as a stream: iterating gives headers, tokens, ends, and records as `Rows` batches of one point each.
+
+    Memory does not grow with the file. Records of one point keep their order; those of different points may come in another
+    order than in the file. `skipped`, `torn` and `records` are complete when the iteration is.
+
+    Args:
+        processes: how many read a large file beside this one; None for one a core, 0 for none.
+
+    Raises (while iterating):
+        DumpError: as `checkpoints.reader.read`.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, processes: int | None = None) -> None:
+        self.name = os.fspath(path)
+        self._processes = processes
+        self._blocks = Blocks(self.name)
+
+    @property
+    def skipped(self) -> int:
+        """Lines that are no records."""
+        return self._blocks.skipped
+
+    @property
+    def records(self) -> int:
+        """Records that were given."""
+        return self._blocks.records
+
+    @property
+    def torn(self) -> bool:
+        """Whether the last line was cut short."""
+        return self._blocks.torn
+
+    def __iter__(self) -> Iterator[Item]:
+        place = Path(self.name)
+        try:
+            if place.is_file() and place.stat().st_size == 0:
+                raise DumpError(f"{self.name} is empty.", "Was the engine stopped before it wrote anything?", code="empty")
+            with place.open("rb") as file, Readers(place, self._processes) as readers:
+                yield from self._items(file, readers)
+        except OSError as error:
+            raise DumpError(
+                f"cannot read {self.name}: {error.strerror or error}.", "Check the path.", code="no-file"
+            ) from error
+        if not self.records:
+            raise DumpError(
+                f"{self.name} has no checkpoint record in {self._blocks.line} lines.",
+                reason(place) + 'A record is a JSON line with "checkpoint", "token_idx" and "values".',
+                code="no-records",
+            )
+
+    def _items(self, file: BinaryIO, readers: Readers) -> Iterator[Item]:
+        """What stands in the file: read here until the other processes have started, and what they leave."""
+        blocks, position = self._blocks, 0
+        while block := next_block(file, self.name, blocks.line, BLOCK):
+            position += len(block)
+            yield from blocks.take(block)
+            if blocks.many_wait:
+                yield from blocks.flush()
+            if readers.ready():
+                yield from blocks.flush()
+                for found in readers.found(position, blocks.header):
+                    position = found.stop
+                    blocks.count(found.lines, found.records, found.skipped, torn=found.torn)
+                    yield from found.items
+                file.seek(position)
+        yield from blocks.flush()

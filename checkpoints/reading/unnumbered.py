@@ -1,0 +1,46 @@
+"""Records whose line says no position: an engine that prints one line a point and pass, in order, says it by the order."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import numpy as np
+
+from ..errors import DumpError
+from ..record import Rows
+
+UNNUMBERED = -1  # token_idx of a record whose line has none, until `counted` gives it one
+_LISTED = 4
+
+
+def counted(rows: Rows, path: str) -> Rows:
+    """The rows of one point [R]; where no line says a position, those of each sequence are numbered from 0 in the file's order.
+
+    Raises:
+        DumpError: some of the lines say a position and others don't.
+    """
+    unnumbered = rows.token_idx == UNNUMBERED
+    if not unnumbered.any():
+        return rows
+    if not unnumbered.all():
+        raise DumpError(
+            f"{path}: {np.count_nonzero(unnumbered)} of {len(rows)} records of {rows.point} have no token_idx.",
+            "Print the token's position, from 0, in each line or in none: without it, positions are counted by the order of the lines.",
+            code="record",
+        )
+    token_idx = np.empty(len(rows), dtype=np.int64)
+    for seq in np.unique(rows.seq):
+        members = np.flatnonzero(rows.seq == seq)
+        token_idx[members] = np.arange(len(members))
+    return replace(rows, token_idx=token_idx)
+
+
+def said(counts: Mapping[str, int], points: int) -> str:
+    """The note on a dump of `points` points of which some were counted: their names with how many records each."""
+    most = max(counts.values())
+    listed = ", ".join([*list(counts)[:_LISTED], *["…"] * (len(counts) > _LISTED)])
+    what = "no line has" if len(counts) == points else f"lines of {listed} lack"
+    note = f"{what} a token_idx: a point's first line is taken as position 0, its second as 1, … up to {most - 1}"
+    fewer = [name for name, count in counts.items() if count < most]
+    if fewer:
+        note += f" ({fewer[0]} has only {counts[fewer[0]]}: of which positions?)"
+    return note

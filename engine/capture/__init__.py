@@ -1,0 +1,1 @@
+"""Copies of values, taken when they are computed."""

@@ -1,0 +1,210 @@
+"""The tap on a device: records are made where the value was computed and reach the host in one copy a pass.
+
+A kernel in the stream that computed the value makes slice, statistics and sketch of its rows into a staging buffer; when
+the pass is over, one asynchronous copy brings the staged rows to a slab of pinned memory. Both are allocated once, of one
+size, and used as one ring: a pass takes its place in both. The writer thread waits for that copy's event, hands the rows on
+and gives their place back. The engine waits only where the ring has no place left, and counts that.
+"""
+
+from collections.abc import Collection
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from checkpoints.record import DEFAULT_SLICE
+from checkpoints.tensors import TensorWriter
+
+from ..backend import Array, Backend
+from ..device import kernel
+from .host import Capture, Pass, Positions, RowSink
+from .ring import Ring
+from .staged import CAUSAL, PART_DOUBLES, PLAIN, Batch, Part, layout, record_type
+
+_CHUNK = 1024  # elements a block takes: the logits of one row are 149 blocks, one for each multiprocessor of an H200
+_LARGE_CHUNK = 8192  # … and where many rows fill the device anyway, larger chunks are less overhead
+_MANY_BLOCKS = 8192
+_LARGEST = 3  # passes of any size that the slab holds: one is not half of it, so that the writer lets the next begin in peace
+_RING = 256  # decode passes that the slab holds: as many batches as the blocking tap lets wait
+
+
+def tap(
+    sink: RowSink,
+    points: Collection[str],
+    backend: Backend,
+    *,
+    positions: Positions = "all",
+    slice_size: int | None = DEFAULT_SLICE,
+    tensors: TensorWriter | None = None,
+) -> Capture:
+    """The tap for a backend: pinned copies on the current device; on the host or for whole tensors the blocking one.
+
+    Over several devices too: a slab would be filled from each, by kernels and a stream of copies of its own.
+    """
+    if backend.name == "numpy" or backend.spread or tensors is not None or slice_size is None:
+        return Capture(sink, points, backend, positions=positions, slice_size=slice_size, tensors=tensors)
+    return DeviceCapture(sink, points, backend, positions=positions, slice_size=slice_size)
+
+
+class DeviceCapture(Capture):
+    """The tap of a device; the same interface as `Capture`, and the same records to float64's rounding.
+
+    Raises (in a call):
+        TypeError: the value is not a float32 array on the device.
+    """
+
+    def __init__(
+        self,
+        sink: RowSink,
+        points: Collection[str],
+        backend: Backend,
+        *,
+        positions: Positions = "all",
+        slice_size: int = DEFAULT_SLICE,
+        ring: int = _RING,
+    ) -> None:
+        super().__init__(sink, points, backend, positions=positions, slice_size=slice_size)
+        self._xp = backend.xp
+        self._record = record_type(slice_size)
+        self._passes = ring
+        self.slice_size = slice_size
+        self._step_places = len(self.points)  # of the slab that a decode step takes
+        self._beside = 0  # places of the pass in progress that are no records
+        self._ring = Ring(0, self._writer.hurry)
+        self._staging: Array = None  # of the slab's size, place by place: no pass waits until another's records are copied out
+        self._start: int | None = None  # the place where those of the pass in progress begin
+        self._copies = self._xp.cuda.Stream(non_blocking=True)
+        self._slab: NDArray[Any] = np.zeros(0, self._record)
+        self._parts: list[Part] = []
+        self._seen = np.zeros(0, dtype=np.int64)
+        self._kept_there: Array = None
+        self._scratch: Array = None
+        self._counters: Array = None
+        self._kernel = kernel("summary", "summarise_value")
+
+    def begin(self, now: Pass) -> None:
+        """Say where the pass that starts now stands; what the last one staged goes to the writer."""
+        super().begin(now)
+        self._seen = now.token_idx[self._kept] - now.first + 1
+        self._allocate(len(self.points) * len(self._kept))
+        self._kept_there = None
+
+    def _allocate(self, records: int) -> None:
+        """Slab and staging buffer for passes of that many records; made again only if a later pass is larger."""
+        capacity = max(_LARGEST * records, self._passes * self._step_places, 1)
+        if self._staging is not None and len(self._slab) >= capacity:
+            return
+        self._ring.drain()
+        self._ring = Ring(capacity, self._writer.hurry)
+        self._writer.limit = capacity * self._record.itemsize
+        # Not by cupyx, which takes as long to import as a model to load.
+        pinned = self._xp.cuda.alloc_pinned_memory(capacity * self._record.itemsize)
+        self._slab = np.frombuffer(pinned, self._record, capacity)
+        self._xp.cuda.get_current_stream().synchronize()
+        self._staging = self._xp.empty(self._slab.nbytes, dtype=np.uint8)
+
+    def _place(self, count: int) -> Array:
+        """Where this pass's records are staged, from its next free place on; the pass takes `count` places with the first."""
+        if self._start is None:
+            self._start = self._ring.take(count)
+        return self._staging[(self._start + len(self._parts) * len(self._kept)) * self._record.itemsize :]
+
+    def __call__(self, name: str, value: Array) -> None:
+        """Record a value; called by the loop right after the step."""
+        if self.on_value is not None:
+            self.on_value(name)
+        if name not in self.points or not len(self._kept):
+            return
+        self._check(name, value)
+        kind, s, heads, width = layout(name, value.shape, len(self._now.token_idx))
+        if kind != PLAIN and s < int(self._seen.max()):
+            raise ValueError(f"{name}: {value.shape} holds fewer than the {int(self._seen.max())} positions that were read")
+        if self._kept_there is None:
+            self._kept_there = self._xp.asarray(np.stack([self._kept, self._seen]).astype(np.int32))
+        rows = len(self._kept)
+        longest = width if kind == PLAIN else int(self._seen.max()) * (heads if kind == CAUSAL else width)
+        size = _LARGE_CHUNK if rows * longest > _MANY_BLOCKS * _CHUNK else _CHUNK
+        chunks = -(-longest // size)
+        self._room(rows, chunks)
+        there = self._place(len(self.points) * rows)
+        arguments = (
+            *(value, np.int32(kind), np.int32(len(self._now.token_idx)), np.int32(s), np.int32(heads), np.int32(width)),
+            *(
+                self._kept_there[0],
+                self._kept_there[1],
+                np.int32(size),
+                np.int32(self.slice_size),
+                np.int32(self._record.itemsize),
+            ),
+            *(self._scratch, self._counters, there),
+        )
+        self._kernel((chunks, rows), (256,), arguments)
+        self._parts.append(Part(name, kind, len(self._parts) * rows, width, heads))
+
+    @property
+    def record_bytes(self) -> int:
+        """The size of one record in staging buffer and slab."""
+        return self._record.itemsize
+
+    @property
+    def keeps_rows(self) -> bool:
+        """Whether anything of the pass in progress is recorded."""
+        return len(self._kept) > 0
+
+    def staging(self, places: int) -> Array:
+        """Where this step's records are staged, with room for so many."""
+        self._step_places = places
+        self._allocate(places)
+        return self._place(places)
+
+    def staged(self, parts: Collection[Part]) -> None:
+        """A step fills that place: one row for each of these points, and what belongs to them."""
+        self._parts.extend(parts)
+        self._beside = self._step_places - len(parts)
+
+    def _check(self, name: str, value: Array) -> None:
+        if not isinstance(value, self._xp.ndarray):
+            raise TypeError(
+                f"{name}: the device's tap takes device memory, got {type(value).__name__} in host memory; "
+                "use engine.capture.Capture for a host engine"
+            )
+        if value.dtype != np.float32:
+            raise TypeError(f"{name}: expected float32, got {value.dtype}")
+        if not value.flags.c_contiguous:
+            raise TypeError(f"{name}: the value's memory is not contiguous; copy it first")
+
+    def _room(self, rows: int, chunks: int) -> None:
+        """Scratch for the chunks of so many rows; the counters begin, and stay between kernels, at zero."""
+        if self._scratch is None or self._scratch.size < rows * chunks * PART_DOUBLES:
+            self._scratch = self._xp.empty(rows * chunks * PART_DOUBLES, dtype=np.float64)
+        if self._counters is None or self._counters.size < rows:
+            self._counters = self._xp.zeros(rows, dtype=np.uint32)
+
+    def _hand_over(self) -> None:
+        """Copy what this pass staged into the slab, without waiting for it, and tell the writer."""
+        start = self._start
+        if start is None or not self._parts:
+            return
+        self._writer.check()
+        batch = Batch(self._now, self._kept, self._seen, tuple(self._parts))
+        count = len(self._parts) * len(self._kept) + self._beside
+        here, runtime = self._slab[start : start + count], self._xp.cuda.runtime
+        made, copied = self._xp.cuda.Event(disable_timing=True), self._xp.cuda.Event(block=True, disable_timing=True)
+        made.record(self._xp.cuda.get_current_stream())
+        self._copies.wait_event(made)
+        source = self._staging.data.ptr + start * self._record.itemsize
+        runtime.memcpyAsync(here.ctypes.data, source, here.nbytes, runtime.memcpyDeviceToHost, self._copies.ptr)
+        copied.record(self._copies)
+        self._parts.clear()
+        self._beside, self._start = 0, None
+        ring = self._ring
+
+        def write() -> None:
+            try:
+                copied.synchronize()
+                for rows in batch.rows(here, self.slice_size):
+                    self._sink.rows(rows)
+            finally:
+                ring.give_back()
+
+        self._writer.put(write, here.nbytes, ring.give_back)

@@ -1,0 +1,113 @@
+"""Records as the device's kernels stage them, and the rows that the writer makes of them."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from checkpoints.points import parse
+from checkpoints.record import SKETCH_SIZE, STATISTICS, Rows
+
+from .host import Pass
+
+PLAIN, CAUSAL, CACHED, LAST = range(4)  # the layouts of summary.cuh
+
+
+def record_type(slice_size: int) -> np.dtype[Any]:
+    """One record in staging buffer and slab, a multiple of 8 bytes; `values` has one place more where the slice is odd."""
+    return np.dtype(
+        [("stats", "<f8", len(STATISTICS)), ("sketch", "<f4", SKETCH_SIZE), ("values", "<f4", slice_size + slice_size % 2)]
+    )
+
+
+PART_DOUBLES = SKETCH_SIZE + 8  # of the sums that are still to be added up, PART of summary.cuh
+
+
+@dataclass(frozen=True)
+class Part:
+    """The staged rows of one point: where they begin, and what the shapes of their rows follow from.
+
+    `blocks`, if not 0: the record has only its slice; behind it lie the sums of so many parts of the row, in their order.
+    """
+
+    name: str
+    kind: int
+    start: int
+    width: int
+    heads: int
+    blocks: int = 0
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What was staged in one pass."""
+
+    now: Pass
+    kept: NDArray[np.int64]
+    seen: NDArray[np.int64]
+    parts: tuple[Part, ...]
+
+    def rows(self, records: NDArray[Any], slice_size: int) -> list[Rows]:
+        """The records as the writer takes them, copied out of the slab."""
+        return [self._rows(part, records[part.start :], slice_size) for part in self.parts]
+
+    def _rows(self, part: Part, following: NDArray[Any], slice_size: int) -> Rows:
+        count = len(self.kept)
+        records = following[:count]
+        if part.kind == PLAIN:
+            shapes: tuple[tuple[int, ...], ...] = ((part.width,),) * count
+            sizes = np.full(count, part.width, dtype=np.int64)
+        elif part.kind == CAUSAL:
+            shapes = tuple((part.heads, int(seen)) for seen in self.seen)
+            sizes = self.seen * part.heads
+        else:
+            shapes = tuple((int(seen), part.width) for seen in self.seen)
+            sizes = self.seen * part.width
+        counts = np.minimum(sizes, slice_size)
+        stats, sketch = records["stats"].T.copy(), records["sketch"].copy()
+        if part.blocks:
+            sums = following[count:].view(np.float64)[: part.blocks * PART_DOUBLES]
+            stats[:, 0], sketch[0] = added_up(sums.reshape(part.blocks, PART_DOUBLES), part.width)
+        names = STATISTICS if part.name.endswith("kq_soft_max") else STATISTICS[:-1]
+        return Rows(
+            point=part.name,
+            seq=np.zeros(count, dtype=np.int64),
+            token_idx=self.now.token_idx[self.kept],
+            step=np.full(count, self.now.step, dtype=np.int64),
+            decode=np.full(count, self.now.decode, dtype=np.bool_),
+            shapes=shapes,
+            values=records["values"][:, : int(counts.max(initial=0))].copy(),
+            counts=counts,
+            stats={name: stats[i] for i, name in enumerate(names)},
+            sketch=sketch,
+        )
+
+
+def added_up(sums: NDArray[np.float64], size: int) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
+    """Statistics [8] and sketch [32] of a row of `size` elements, from the sums of its parts [parts, 40] in their order."""
+    total, squares, low, high, bad, largest, at, _ = sums[:, SKETCH_SIZE:].T
+    none = bad.sum() == size
+    extremes = (0.0, 0.0) if none else (low.min(), high.max())
+    stats = np.array([size, total.sum(), np.sqrt(squares.sum()), *extremes, bad.sum(), at[largest.argmax()], 0.0])
+    return stats, sums[:, :SKETCH_SIZE].sum(axis=0).astype(np.float32)
+
+
+def layout(name: str, shape: tuple[int, ...], tokens: int) -> tuple[int, int, int, int]:
+    """How a value of `shape` is laid out: (kind, S, heads, width), after the vocabulary's row of that name.
+
+    Raises:
+        ValueError: the shape contradicts the number of tokens of the pass.
+    """
+    known = parse(name).known
+    row = known.row if known is not None else ()
+    if row == ("H", "t+1"):
+        if len(shape) != 3 or shape[1] != tokens:
+            raise ValueError(f"{name}: {shape} is not [heads, {tokens}, cached positions]")
+        return CAUSAL, shape[2], shape[0], 0
+    width = int(np.prod(shape[1:], dtype=np.int64))
+    if row[:1] == ("t+1",):
+        return CACHED, shape[0], 1, width
+    if shape[0] != tokens:
+        raise ValueError(f"{name}: {shape} does not hold one row for each of {tokens} positions")
+    return PLAIN, 0, 1, width

@@ -1,0 +1,1 @@
+"""The fast mode of qwen2 and llama on a CUDA device."""

@@ -1,0 +1,142 @@
+"""The fast mode: native weight types on the device, prefill through cuBLAS, decode as one kernel. CuPy only.
+
+The plain operations of `engine.ops` stay the definition; tests hold this mode to them. A prefill's products round
+activations (and quantised weights) to half precision, or to bfloat16 for BF16 files; decode rounds nothing but sums.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from checkpoints.errors import InputError
+
+from ..backend import Array, Backend
+from ..capture.device import DeviceCapture
+from ..capture.host import Capture, Pass
+from ..transformer import Transformer
+from ..weights.gguf_model import GgufModel
+from ..weights.packing import BF16, F32
+from .decode import DecodeStep
+from .prefill import Prefill
+from .upload import Upload
+from .weights import FastWeights
+
+_POSITIONS = 2048  # places of the cache if nothing else is said
+
+
+@dataclass
+class FastProgress:
+    """The sequence in progress; a model has one at a time, since its cache is part of the steps."""
+
+    first: int
+    length: int = 0
+    passes: int = 0
+
+
+class FastTransformer(Transformer):
+    """Runs a model in its own types; same interface as `Transformer`, one sequence at a time.
+
+    Raises:
+        ModelError: the model has an architecture, shape or bias that this mode does not have.
+    """
+
+    def __init__(self, model: GgufModel, backend: Backend, *, positions: int = _POSITIONS) -> None:
+        super().__init__(model, backend, resident=False)
+        xp = backend.xp
+        self._xp = xp
+        self.stream = xp.cuda.Stream(non_blocking=True)
+        with self.stream, Upload(model.path, backend) as upload:  # kernels are loaded while weights are under way
+            self._weights = FastWeights(model, backend, upload)
+            self.step = DecodeStep(self._weights, backend, self.stream, min(positions, self.hp.n_ctx_train))
+        self.stream.synchronize()
+
+    @property
+    def compute(self) -> str:
+        """What a prefill's products round activations to, for the dump's header."""
+        if self._weights.types == 1 << F32:
+            return "f32"
+        return "bf16" if self._weights.types >> BF16 & 1 else "f16"
+
+    def start(self, first_position: int = 0) -> Any:
+        """A new, empty sequence; it takes the place of the last."""
+        with self.stream:
+            self.step.set_angles(first_position)
+        return FastProgress(first_position)
+
+    def forward(self, tokens: Sequence[int], sequence: Any, tap: Capture | None = None) -> NDArray[np.float32]:
+        """One pass over the next tokens: [T] -> logits of the last position [V], on the host.
+
+        Raises:
+            InputError: tokens that the model or the cache cannot take.
+        """
+        self.check(tokens, sequence.first + sequence.length)
+        self._fits(sequence.length + len(tokens))
+        with self.stream:
+            if len(tokens) == 1:
+                self.step.place_token(int(tokens[0]), sequence.length)
+                self._decode(sequence, tap)
+                made = self.step.logits
+            else:
+                made = self._prefill(tokens, sequence, tap)[-1]
+            return np.asarray(self._xp.asnumpy(made))
+
+    def generate(self, count: int, sequence: Any, tap: Capture | None = None) -> NDArray[np.int32]:
+        """`count` greedy steps after a prefill, chosen on the device: the ids of the tokens that were chosen [count + 1].
+
+        The first is the prefill's own choice. Nothing waits for the device until all steps are launched.
+        """
+        self._fits(sequence.length + count)
+        start = sequence.length
+        with self.stream:
+            for _ in range(count):
+                self._decode(sequence, tap)
+        return self.step.chosen(start, start + count + 1)
+
+    def generate_one(self, sequence: Any, tap: Capture | None = None) -> None:
+        """Launch one greedy step and come back at once."""
+        self._fits(sequence.length + 1)
+        with self.stream:
+            self._decode(sequence, tap)
+
+    def _fits(self, length: int) -> None:
+        if length > self.step.positions:
+            raise InputError(
+                f"{length:,} positions are more than the fast mode's cache of {self.step.positions:,}.",
+                "Take a shorter prompt, or --mode exact.",
+                code="context",
+            )
+
+    def _decode(self, sequence: Any, tap: Capture | None) -> None:
+        """Launch one step; the token stands in the device's state.
+
+        Raises:
+            TypeError: a tap that steps of the device cannot be recorded by; nothing has been launched then.
+        """
+        if tap is not None and not isinstance(tap, DeviceCapture):
+            raise TypeError("the fast mode's steps are recorded by engine.capture_gpu.DeviceCapture")
+        if tap is not None:
+            here = np.array([sequence.first + sequence.length])
+            tap.begin(Pass(here, sequence.passes, decode=sequence.passes > 0, first=sequence.first))
+        self.step.launch(tap if tap is not None and tap.keeps_rows else None)
+        sequence.length += 1
+        sequence.passes += 1
+
+    def _prefill(self, tokens: Sequence[int], sequence: Any, tap: Capture | None) -> Array:
+        """Logits of all rows [T, V]: the same products whatever is captured."""
+        past, t = sequence.length, len(tokens)
+        positions = np.arange(t) + sequence.first + past
+        if tap is not None:
+            tap.begin(Pass(positions, sequence.passes, decode=sequence.passes > 0, first=sequence.first))
+        logits = self._passes.run(np.asarray(tokens, dtype=np.int32), past, tap)
+        sequence.length, sequence.passes = past + t, sequence.passes + 1
+        self.step.place_best(logits[-1], past + t)
+        return logits
+
+    @cached_property
+    def _passes(self) -> Prefill:
+        """Made for the first prefill: cuBLAS takes its time to load."""
+        return Prefill(self._weights, self.step, self.backend)

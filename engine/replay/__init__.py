@@ -1,0 +1,1 @@
+"""Changed lists of steps, run against the right one."""

@@ -1,0 +1,49 @@
+"""One step for many versions of its inputs at once: those of different faults, each over the same few positions.
+
+A step that works row by row does not care whose rows it gets: the versions are laid one below the other, as if they were
+one long sequence. In the attention they lie side by side, as if they were more heads.
+"""
+
+from collections.abc import Sequence
+
+from .. import ops
+from ..backend import Array
+from ..graph import PASSES, Step, WeightSource, compute
+
+_ROW_BY_ROW = (ops.rms_norm, ops.linear, ops.rope, ops.cached, ops.add, ops.swiglu)
+_ATTENTION = (ops.attention_scores, ops.causal_soft_max, ops.weighted_values)
+
+
+def can_batch(step: Step) -> bool:
+    """Whether `compute_batch` knows how to lay versions of this step's inputs together."""
+    return step.op in (*_ROW_BY_ROW, *_ATTENTION) and PASSES not in step.names
+
+
+def compute_batch(step: Step, inputs: Sequence[Array], many: int, weights: WeightSource) -> Array:
+    """Run a step on M versions of its inputs.
+
+    Args:
+        inputs: in the order of `step.reads`, the versions one after the other: [M · R, n], [M · H, R, R], positions [M · R].
+        many: M.
+
+    Returns:
+        [M, R, n] or [M, H, R, R].
+    """
+    made = _attention(step, inputs, many) if step.op in _ATTENTION else compute(step, inputs, weights)
+    return made.reshape(many, made.shape[0] // many, *made.shape[1:])
+
+
+def _attention(step: Step, inputs: Sequence[Array], many: int) -> Array:
+    if step.op is ops.causal_soft_max:
+        rows = len(inputs[1]) // many
+        return ops.causal_soft_max(inputs[0], inputs[1][:rows], inputs[2][:rows], **step.params)
+    heads = {name: count * many for name, count in step.params.items()}  # heads, kv_heads
+    if step.op is ops.attention_scores:
+        return ops.attention_scores(_beside(inputs[0], many), _beside(inputs[1], many), **heads)
+    mixed = ops.weighted_values(inputs[0], _beside(inputs[1], many), **heads)
+    return mixed.reshape(len(mixed), many, -1).transpose(1, 0, 2).reshape(len(mixed) * many, -1)
+
+
+def _beside(x: Array, many: int) -> Array:
+    """[M · R, n] -> [R, M · n]."""
+    return x.reshape(many, -1, x.shape[1]).transpose(1, 0, 2).copy().reshape(x.shape[0] // many, -1)

@@ -1,0 +1,268 @@
+"""Runs changed lists of steps against the right one: what is still right is not computed again.
+
+One pass over all positions. Rows do not depend on how the sequence was cut into passes, but for steps that read
+`passes`; so one replay stands for a prompt and the tokens generated after it.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..backend import Array, Backend
+from ..graph import PASSES, POSITIONS, TOKENS, Altered, Step, WeightSource, compute
+from .batched import can_batch, compute_batch
+
+_QUIET = partial(np.errstate, over="ignore", invalid="ignore", divide="ignore")  # faults overflow: that is what they do
+# What a change raises that this model's shapes (or its lack of a weight) do not allow.
+# TypeError: of two faults at once the second one changed the operation that the first one had given other inputs.
+NOT_ALLOWED = (ValueError, KeyError, IndexError, TypeError)
+
+Visit = Callable[[str, Array], bool]  # a value that differs from the right run's; False ends the replay
+Edits = Mapping[int, Sequence[Step]]  # the steps that stand in place of the right one, by its number
+Judge = Callable[[str, Array], Sequence[bool]]  # a value of several versions, [M, …]: which of them to go on with
+Stop = Callable[[], bool]  # whether no time is left
+Values = dict[str, Array]
+
+
+class _Right(Mapping[str, Array]):
+    """The values of the right run; one is computed, with all before it, when it is first asked for.
+
+    `longer` is a run over the same tokens and perhaps more: what its first steps, if they are the same, have made is taken
+    from there. No row of theirs may depend on a later one.
+
+    Raises:
+        ValueError, IndexError: where faults are planted in the right run's steps, the model's shapes may not allow them.
+    """
+
+    def __init__(self, steps: Sequence[Step], given: Values, weights: WeightSource, longer: "Replay | None") -> None:
+        self._made = given
+        self._names = (*given, *(step.makes for step in steps))
+        self._known = frozenset(self._names)
+        self._steps = tuple(steps)
+        self._next = 0 if longer is None else same_start(steps, longer.steps)
+        self._longer = longer
+        self._taken = frozenset(step.makes for step in steps[: self._next])
+        self._weights = weights
+
+    def __getitem__(self, name: str) -> Array:
+        if name not in self._known:
+            raise KeyError(name)
+        if name in self._taken and name not in self._made and self._longer is not None:
+            self._made[name] = _first_rows(self._longer.values[name], len(self._made[TOKENS]))
+        while name not in self._made:
+            step = self._steps[self._next]
+            with _QUIET():
+                self._made[step.makes] = compute(step, [self[read] for read in step.names], self._weights)
+            self._next += 1
+        return self._made[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def same_start(steps: Sequence[Step], others: Sequence[Step]) -> int:
+    """How many steps at the start of two lists are the very same."""
+    pairs = enumerate(zip(steps, others, strict=False))
+    return next((number for number, (one, other) in pairs if one is not other), min(len(steps), len(others)))
+
+
+def _first_rows(value: Array, rows: int) -> Array:
+    """A value of the first rows alone: [T, n] -> [rows, n], of the attention [H, T, T] -> [H, rows, rows]."""
+    return value[:, :rows, :rows] if value.ndim == 3 else value[:rows]
+
+
+class _OnHost(Mapping[str, NDArray[Any]]):
+    """The same values as NumPy arrays."""
+
+    def __init__(self, values: Mapping[str, Array], backend: Backend) -> None:
+        self._values = values
+        self._backend = backend
+
+    def __getitem__(self, name: str) -> NDArray[Any]:
+        return self._backend.to_host(self._values[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+
+class Replay:
+    """The right run of a model over some tokens, every value of it kept, and replays of changed lists.
+
+    Args:
+        positions, passes: int64 [T]; the position of each token, and the number of the forward pass it belongs to.
+        longer: a causal run over these tokens and perhaps more, whose values stand for those of the steps that both begin with.
+            Over fewer rows a product may round otherwise: a step that changes nothing then differs by that noise.
+    """
+
+    def __init__(
+        self,
+        steps: Sequence[Step],
+        tokens: Sequence[int],
+        positions: Sequence[int],
+        passes: Sequence[int],
+        weights: WeightSource,
+        backend: Backend,
+        longer: "Replay | None" = None,
+    ) -> None:
+        self.weights = weights
+        given = {TOKENS: tokens, POSITIONS: positions, PASSES: passes}
+        self.rows = len(tokens)
+        arrays = {name: backend.array(np.asarray(numbers, dtype=np.int64)) for name, numbers in given.items()}
+        self.values: Mapping[str, Array] = _Right(steps, arrays, weights, longer)
+        self.on_host: Mapping[str, NDArray[Any]] = _OnHost(self.values, backend)
+        self._xp = backend.xp
+        self.steps = tuple(steps)
+        self._right = {step.makes: step for step in steps}
+        self._last_reads: dict[int, dict[str, int]] = {}
+
+    def _compute(self, step: Step, changed: Values) -> Array:
+        return compute(step, [changed[name] if name in changed else self.values[name] for name in step.names], self.weights)
+
+    def run(self, steps: Sequence[Step], visit: Visit, begin: int = 0) -> Values:
+        """Compute what differs from the right run, in order, until `visit` has seen enough.
+
+        `begin` is the number of steps at the start that are known to be right. A value that comes out bit-equal to the
+        right one counts as right, so that what reads it is not computed.
+
+        Returns:
+            The values that differ, by name.
+
+        Raises:
+            ValueError: the model's shapes do not allow this change.
+        """
+        changed: Values = {}
+        with _QUIET():
+            for step in steps[begin:] if begin else steps:
+                if self._changes(step, changed) and not visit(step.makes, changed[step.makes]):
+                    break
+        return changed
+
+    def _changes(self, step: Step, changed: Values) -> bool:
+        """Compute a step if it can differ from the right run, and put what it makes to what differs, if it does."""
+        right = self._right.get(step.makes)
+        if changed.keys().isdisjoint(step.names) and (right is step or (right is not None and self._same_weights(step, right))):
+            return False
+        made = self._compute(step, changed)
+        if right is not None:
+            before = self.values[step.makes]
+            if made.shape != before.shape:
+                raise ValueError(f"{step.makes} has shape {made.shape} instead of {before.shape}")
+            if bool((made == before).all()):
+                return False
+        changed[step.makes] = made
+        return True
+
+    def run_batch(
+        self,
+        edits: Sequence[Edits],
+        end: int,
+        watched: frozenset[str],
+        judge: Judge,
+        stop: Stop = lambda: False,
+    ) -> list[Values | None]:
+        """Compute many versions of the steps in front of number `end` together: what a version shares with the right run is
+        computed for all versions at once.
+
+        Args:
+            edits: for each version.
+            watched: names at which `judge` says which versions go on.
+            stop: asked before each computation; once it says so all versions end.
+
+        Returns:
+            For each version what differs from the right run and is not used up; None for one that `judge` or `stop` ended or
+            that the model's shapes do not allow.
+        """
+        changed: list[Values | None] = [{} for _ in edits]
+        owners: dict[int, list[int]] = {}
+        for version, edit in enumerate(edits):
+            for number in edit:
+                owners.setdefault(number, []).append(version)
+        used_up = self._used_up(edits, end)
+        with _QUIET():
+            for number in range(min(owners), end):
+                if stop():
+                    return [None] * len(edits)
+                name = self.steps[number].makes
+                self._advance(number, edits, owners.get(number, ()), changed, stop)
+                mine = [values for values in changed if values and name in values]
+                if mine and name in watched:
+                    keep = judge(name, self._xp.stack([values[name] for values in mine]))
+                    ended = {id(values) for values, kept in zip(mine, keep, strict=True) if not kept}
+                    changed = [None if id(values) in ended else values for values in changed]
+                for old in used_up.get(number, ()):
+                    for values in changed:
+                        if values:
+                            values.pop(old, None)
+        return changed
+
+    def _advance(
+        self, number: int, edits: Sequence[Edits], owners: Sequence[int], changed: list[Values | None], stop: Stop
+    ) -> None:
+        """One step of `run_batch`; `owners` are the versions that have steps of their own in its place."""
+        step = self.steps[number]
+        alone = set(owners)
+        same = [(version, values) for version, values in enumerate(changed) if values and version not in alone]
+        same = [pair for pair in same if not pair[1].keys().isdisjoint(step.names)]
+        if not can_batch(step):
+            alone.update(version for version, _ in same)
+            same = []
+        for version in alone:
+            values = changed[version]
+            if values is None:
+                continue
+            if stop():
+                return
+            try:
+                for one in edits[version].get(number, (step,)):
+                    self._changes(one, values)
+            except NOT_ALLOWED:
+                changed[version] = None
+        if not same:
+            return
+        right = self.values[step.makes]
+        inputs = [
+            self._xp.concatenate([values.get(name, known) for _, values in same])
+            for name, known in ((name, self.values[name]) for name in step.names)
+        ]
+        made = compute_batch(step, inputs, len(same), self.weights)
+        differs = (made != right).reshape(len(same), -1).any(axis=1).tolist()
+        for (_, values), new, other in zip(same, made, differs, strict=True):
+            if other:
+                values[step.makes] = new
+
+    def _used_up(self, edits: Sequence[Edits], end: int) -> dict[int, list[str]]:
+        """The names that nothing reads any more, by the number of the step after which that is so."""
+        if end not in self._last_reads:
+            reads = {name: number for number, step in enumerate(self.steps[:end]) for name in (step.makes, *step.names)}
+            reads.pop(self.steps[end - 1].makes, None)
+            self._last_reads[end] = reads
+        last = dict(self._last_reads[end])
+        for edit in edits:
+            for number, steps in edit.items():
+                last.update({name: number for step in steps for name in step.names if last.get(name, number) < number})
+        result: dict[int, list[str]] = {}
+        for name, number in last.items():
+            result.setdefault(number, []).append(name)
+        return result
+
+    def _same_weights(self, step: Step, right: Step) -> bool:
+        """Whether a changed step differs by its weights only, and those come out as the very same arrays."""
+        if step.op is not right.op or step.reads != right.reads or step.params != right.params:
+            return False
+        for new, old in zip(step.weights, right.weights, strict=True):
+            if new == old:
+                continue
+            if not (isinstance(new, Altered) and isinstance(old, str)):
+                return False
+            if new.make(self.weights, new.weight) is not self.weights.get(old):
+                return False
+        return True

@@ -1,0 +1,1 @@
+"""A model file's weights: read, dequantised, rounded, packed."""

@@ -1,0 +1,122 @@
+"""What `run`, `diff` and `drift` print and write: a comparison in any format."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .options import AnswerFormat, Format
+from .output import DIVERGENCE_CODE, PARITY_CODE
+
+if TYPE_CHECKING:
+    from checkpoints.answers.diff import Verdict
+    from checkpoints.answers.picture import Picture
+    from checkpoints.record import Dump
+    from reports.findings import Finding
+    from reports.report import Report
+
+    from ..run.session import Outcome
+
+
+def prepare(form: Format) -> None:
+    """Import what `finish` will use and compile the report's template: for while llama.cpp computes."""
+    from reports.html import template
+
+    template("report.html")
+    if form is Format.TEXT:
+        import rich.console  # noqa: F401
+
+        import reports.terminal  # noqa: F401
+
+
+def finish(outcome: "Outcome", form: Format) -> int:
+    """Print a run's answer, write diff.json beside the dumps, and return the exit code."""
+    from checkpoints.whole_file import put
+    from reports.as_json import verdict_as_json
+    from reports.html import write_html
+
+    answer = verdict_as_json(outcome.verdict) | {"folder": str(outcome.folder), "seconds": round(outcome.seconds, 3)}
+    put(outcome.folder / "diff.json", (json.dumps(answer, indent=1) + "\n").encode())
+    whole = report(outcome.verdict, outcome.ours, outcome.ref, outcome.picture)
+    code = show(whole, form, extra=answer)
+    # The answer is on the screen before the report is drawn.
+    write_html(whole, outcome.folder / "report.html")
+    if form is Format.TEXT:
+        files = "  ".join(path.name for path in sorted(outcome.folder.iterdir(), reverse=True) if path.is_file())
+        print(f"{outcome.folder}/  {files}   {outcome.seconds:.1f} s")
+    return code
+
+
+def report(verdict: "Verdict", ours: "Dump", ref: "Dump", picture: "Picture", found: "Sequence[Finding]" = ()) -> "Report":
+    """A comparison with everything that belongs beside it."""
+    from reports.report import Report
+
+    return Report(verdict, ours, ref, picture, tuple(found))
+
+
+def findings(paths: Sequence[Path]) -> "list[Finding]":
+    """JSON answers of other commands as parts of a report.
+
+    Raises:
+        InputError: a file cannot be read, or is no such answer.
+    """
+    from checkpoints.errors import InputError
+    from reports.findings import finding
+
+    made: list[Finding] = []
+    for path in paths:
+        try:
+            made.append(finding(json.loads(path.read_text(encoding="utf-8")), str(path)))
+        except OSError as error:
+            raise InputError(f"cannot read {path}: {error.strerror}.", "Check --include.", code="include") from error
+        except ValueError as error:
+            raise InputError(f"{path} is not JSON.", "Write one with --format json > FILE.", code="include") from error
+    return made
+
+
+def show_report(whole: "Report", form: AnswerFormat, *, html: Path | None, junit: Path | None) -> int:
+    """Print a comparison's answer in any of CI's formats, write the files that were asked for, return the exit code."""
+    from reports.files import save
+    from reports.html import write_html
+
+    if html is not None:
+        write_html(whole, html)
+    if junit is not None or form is AnswerFormat.JUNIT:
+        from reports.junit import junit as as_junit
+
+        text = as_junit(whole.verdict)
+        if junit is not None:
+            save(text, junit)
+        if form is AnswerFormat.JUNIT:
+            print(text, end="")
+    if form is AnswerFormat.MARKDOWN:
+        from reports.markdown import markdown
+
+        print(markdown(whole), end="")
+    elif form is not AnswerFormat.JUNIT:
+        show(whole, Format.JSON if form is AnswerFormat.JSON else Format.TEXT)
+    if form is AnswerFormat.GITHUB:
+        from reports.github import annotations
+
+        print("\n".join(annotations(whole.verdict)))
+    return PARITY_CODE if whole.verdict else DIVERGENCE_CODE
+
+
+def show(whole: "Report", form: Format, extra: Mapping[str, Any] | None = None) -> int:
+    """Print a comparison's answer and return the exit code."""
+    if form is Format.JSON:
+        from reports.as_json import verdict_as_json
+
+        print(json.dumps(verdict_as_json(whole.verdict) | dict(extra or {})))
+    else:
+        from rich.console import Console
+
+        from reports.beside import lines
+        from reports.header import print_header, print_lines
+        from reports.terminal import print_verdict
+
+        console = Console()
+        print_header(console, whole.ours.header, whole.ref.header, "".join(token.text for token in whole.ref.tokens))
+        print_lines(console, lines(whole, console.width))
+        print_verdict(console, whole.verdict)
+    return PARITY_CODE if whole.verdict else DIVERGENCE_CODE

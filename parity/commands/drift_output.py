@@ -1,0 +1,101 @@
+"""What `parity drift` prints, and its exit codes."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from checkpoints.answers.drift import Drift, Entry, Margin
+from checkpoints.errors import InputError
+
+from ..drift import ledger
+from .options import AnswerFormat, Format
+from .output import DIVERGENCE_CODE, PARITY_CODE
+
+
+def show(drift: Drift, form: AnswerFormat, junit: Path | None, summary: Path | None, *, strict: bool) -> int:
+    """Print a check's answer, write its JUnit file, append to its summary, and return the exit code."""
+    if summary is not None:
+        from reports.files import append
+        from reports.markdown import drift_as_markdown
+
+        append(drift_as_markdown(drift), summary)
+    if junit is not None:
+        from reports.files import save
+        from reports.junit import drift_as_junit
+
+        save(drift_as_junit(drift), junit)
+    if form is AnswerFormat.JSON:
+        from reports.drift import drift_as_json
+
+        print(json.dumps(drift_as_json(drift)))
+    elif form is AnswerFormat.JUNIT:
+        from reports.junit import drift_as_junit
+
+        print(drift_as_junit(drift), end="")
+    elif form is AnswerFormat.MARKDOWN:
+        from reports.markdown import drift_as_markdown
+
+        print(drift_as_markdown(drift), end="")
+    else:
+        from rich.console import Console
+
+        from reports.drift import lines
+        from reports.header import print_lines
+
+        console = Console()
+        print_lines(console, lines(drift, console.width))
+        if form is AnswerFormat.GITHUB:
+            from reports.github import drift_annotations
+
+            print("\n".join(drift_annotations(drift)))
+    wrong = not drift and not drift.updated
+    return DIVERGENCE_CODE if wrong or (strict and drift.findings) else PARITY_CODE
+
+
+def show_history(folder: Path, book: Path | None, html: Path | None, form: Format, *, strict: bool) -> int:
+    """Print a ledger and return the exit code.
+
+    Raises:
+        InputError: there is no ledger, or nothing in it.
+    """
+    path = book or folder / ledger.NAME
+    entries, skipped = ledger.read(path)
+    if not entries:
+        what = "has no entry" if path.exists() else "is not there"
+        raise InputError(f"{path} {what}.", "`parity drift check` writes it.", code="ledger")
+    findings = last_findings(entries)
+    if html is not None:
+        from reports.files import save
+        from reports.history_html import history_html
+
+        save(history_html(entries, findings), html)
+    if form is Format.JSON:
+        from reports.history import history_as_json
+
+        print(json.dumps(history_as_json(entries, findings)))
+    else:
+        from rich.console import Console
+
+        from reports.header import print_lines
+        from reports.history import lines
+        from reports.layout import labelled
+
+        console = Console()
+        print_lines(console, list(lines(entries, console.width)))
+        said = [("finding", found) for found in findings]
+        said += [("note", f"{skipped} lines of {path} are no entries and were skipped")] if skipped else []
+        print_lines(console, labelled(said, console.width))
+    return DIVERGENCE_CODE if strict and findings else PARITY_CODE
+
+
+def last_findings(entries: list[Entry]) -> list[str]:
+    """What the last check of each kind shows against all before it."""
+    last: dict[tuple[str, str], list[Entry]] = {}
+    for entry in entries:
+        last.setdefault((entry.source, entry.golden), []).append(entry)
+    said: list[str] = []
+    for (source, _), group in last.items():
+        points = [Margin(name, *figures) for name, figures in group[-1].points.items()]
+        points = [replace(point, before=ledger.best(group[:-1], point.checkpoint)) for point in points]
+        said += [f"{source}: {found}" for found in ledger.findings(points)]
+    return said

@@ -1,0 +1,1 @@
+"""`parity consistency`: an engine against itself."""

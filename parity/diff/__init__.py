@@ -1,0 +1,1 @@
+"""`parity diff`: two dumps through one pipeline to a verdict."""

@@ -1,0 +1,216 @@
+"""Brings the records of two dumps together by their key (seq, checkpoint, token_idx).
+
+Whatever follows works on arrays: a `Pair` holds the rows of one point of both sides, row i beside row i.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from checkpoints.answers.diff import Missing
+from checkpoints.errors import DumpError
+from checkpoints.nearest import unknown_names
+from checkpoints.points import order
+from checkpoints.record import Dump, Rows
+
+_POSITION_BITS = 40  # the reader admits positions below 2^40
+# Two records of one key are one if they differ by no more than two right float32 runs do (limit of exact mode).
+_SAME = 1e-10
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Records of one point that both sides have; row i of `ours` and of `ref` have the same key."""
+
+    point: str
+    ours: Rows
+    ref: Rows
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """Pairs in dataflow order, what each side lacks, and sentences for the user."""
+
+    pairs: tuple[Pair, ...]
+    missing_ours: Missing
+    missing_ref: Missing
+    notes: tuple[str, ...]
+
+
+def align(ours: Dump, ref: Dump, step: int | None = None) -> Alignment:
+    """Align two dumps; `step` selects among contradicting records of one key on either side.
+
+    The order is the vocabulary's; nodes outside of it stand where the reference computed them.
+
+    Raises:
+        DumpError: records of one key contradict each other, or the dumps have no key in common.
+    """
+    notes: list[str] = []
+    names = order([*ref.points, *ours.points])
+    pairs: list[Pair] = []
+    lacks_ours, lacks_ref = _Lacks(), _Lacks()
+    for name in names:
+        left, right = ours.points.get(name), ref.points.get(name)
+        if left is not None:
+            left = _unique(left, ours.path, step, notes)
+        if right is not None:
+            right = _unique(right, ref.path, step, notes)
+        if left is None and right is not None:
+            lacks_ours.point(name, right)
+        elif right is None and left is not None:
+            lacks_ref.point(name, left)
+        elif left is not None and right is not None:
+            pair = _pair(name, left, right, lacks_ours, lacks_ref)
+            if len(pair.ours):
+                pairs.append(pair)
+    if not pairs:
+        raise _nothing(ours, ref)
+    return Alignment(tuple(pairs), lacks_ours.missing(), lacks_ref.missing(), tuple(notes))
+
+
+def keys(rows: Rows) -> NDArray[np.int64]:
+    """int64 [R]: one number a record that orders by sequence, then position."""
+    return (rows.seq << _POSITION_BITS) | rows.token_idx
+
+
+class _Lacks:
+    """What one side lacks, while it is counted."""
+
+    def __init__(self) -> None:
+        self._points: list[str] = []
+        self._positions: set[int] = set()
+        self._records = 0
+
+    def point(self, name: str, rows: Rows) -> None:
+        self._points.append(name)
+        self._records += len(rows)
+
+    def records(self, positions: NDArray[np.int64]) -> None:
+        self._positions.update(positions.tolist())
+        self._records += len(positions)
+
+    def missing(self) -> Missing:
+        return Missing(tuple(self._points), tuple(sorted(self._positions)), self._records)
+
+
+def _pair(name: str, left: Rows, right: Rows, lacks_ours: _Lacks, lacks_ref: _Lacks) -> Pair:
+    first, second = keys(left), keys(right)
+    if np.array_equal(first, second):
+        return Pair(name, left, right)
+    _, at_left, at_right = np.intersect1d(first, second, assume_unique=True, return_indices=True)
+    lacks_ref.records(np.delete(left.token_idx, at_left))
+    lacks_ours.records(np.delete(right.token_idx, at_right))
+    return Pair(name, left.take(at_left), right.take(at_right))
+
+
+def _unique(rows: Rows, path: str, step: int | None, notes: list[str]) -> Rows:
+    """The rows in the order of their keys, one a key."""
+    key = keys(rows)
+    if bool(np.all(key[1:] > key[:-1])):
+        return rows
+    by_key = np.argsort(key, kind="stable")
+    ordered = key[by_key]
+    starts = np.concatenate([[True], ordered[1:] != ordered[:-1]])
+    heads = by_key[starts]
+    if bool(starts.all()):
+        return rows.take(by_key)
+    head = heads[np.cumsum(starts) - 1]  # the first record of each record's key
+    doubled = by_key[~starts]
+    same = _same(rows, head[~starts], doubled)
+    if not same.all():
+        heads = _select(rows, path, step, by_key, starts, doubled[~same])
+    notes.append(f"{path}: {len(doubled)} records of {rows.point} came twice; each position counts once")
+    return rows.take(heads)
+
+
+def _same(rows: Rows, a: NDArray[np.int64], b: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """bool [len(a)]: records a[i] and b[i] agree in their values."""
+    left, right = rows.values[a].astype(np.float64), rows.values[b].astype(np.float64)
+    odd = ~(np.isfinite(left) & np.isfinite(right))
+    with np.errstate(invalid="ignore"):
+        delta = np.where(odd, 0.0, left - right)
+    if rows.quantum is not None:
+        delta[np.abs(delta) <= np.maximum(rows.quantum[a], rows.quantum[b])] = 0.0
+    equal_odd = np.all(~odd | (left == right) | (np.isnan(left) & np.isnan(right)), axis=1)
+    energy = np.sum(np.where(odd, 0.0, right) ** 2, axis=1)
+    near = np.sum(delta**2, axis=1) <= _SAME * energy
+    found: NDArray[np.bool_] = (rows.counts[a] == rows.counts[b]) & equal_odd & near
+    return found
+
+
+def _select(
+    rows: Rows,
+    path: str,
+    step: int | None,
+    by_key: NDArray[np.int64],
+    starts: NDArray[np.bool_],
+    contradicting: NDArray[np.int64],
+) -> NDArray[np.int64]:
+    """One record a key where some contradict each other: those of the chosen step."""
+    group = np.cumsum(starts) - 1
+    place = np.empty(len(rows), dtype=np.int64)
+    place[by_key] = group
+    torn = np.unique(place[contradicting])
+    heads = by_key[starts].copy()
+    members = by_key[np.isin(group, torn)]
+    if step is not None:
+        chosen = members[rows.step[members] == step]
+        if len(np.unique(place[chosen])) == len(chosen) == len(torn):
+            heads[place[chosen]] = chosen
+            return heads
+    first = members[place[members] == torn[0]]
+    steps = sorted(set(rows.step[members].tolist()))
+    said = f"position {int(rows.token_idx[first[0]])} of {rows.point}"
+    if len(steps) == 1:
+        raise DumpError(
+            f"{path} holds records of {said} that contradict each other, all of step {steps[0]}.",
+            'Number the forward passes in "step", or the sequences in "seq".',
+            code="contradiction",
+        )
+    listed = ", ".join(map(str, steps[:12])) + (", …" if len(steps) > 12 else "")
+    raise DumpError(
+        f"{path} holds records of {said} that contradict each other, of steps {listed}"
+        + (f"; step {step} does not have exactly one of each." if step is not None else "."),
+        "Choose one with --step.",
+        code="contradiction",
+    )
+
+
+def _nothing(ours: Dump, ref: Dump) -> DumpError:
+    common = [name for name in ref.points if name in ours.points]
+    if not common:
+        return DumpError(
+            f"the dumps have no point in common: ours has {_some(ours.points)}, the reference has {_some(ref.points)}.",
+            _advice(ours),
+            code="nothing-in-common",
+        )
+    left, right = ours.points[common[0]], ref.points[common[0]]
+    return DumpError(
+        f"the dumps have no position in common: at {common[0]} ours has {_span(left)}, the reference has {_span(right)}.",
+        f"Record the same --positions on both sides, counted from 0, or move ours: --offset {_lowest(right) - _lowest(left):d}.",
+        code="nothing-in-common",
+    )
+
+
+def _advice(ours: Dump) -> str:
+    unknown = unknown_names(ours.points)
+    if unknown:
+        return f"{unknown[0][0].upper()}{unknown[0][1:]}."
+    return "Record the same --points on both sides; `parity model M` lists their names."
+
+
+def _lowest(rows: Rows) -> int:
+    return int(rows.token_idx.min())
+
+
+def _some(names: dict[str, Rows]) -> str:
+    listed = list(names)
+    return ", ".join(listed[:4]) + (f" and {len(listed) - 4} more" if len(listed) > 4 else "")
+
+
+def _span(rows: Rows) -> str:
+    low, high = int(rows.token_idx.min()), int(rows.token_idx.max())
+    positions = f"position {low}" if low == high else f"positions {low} to {high}"
+    sequences = sorted(set(rows.seq.tolist()))
+    return positions if sequences == [0] else f"{positions} of sequence {', '.join(map(str, sequences[:4]))}"

@@ -1,0 +1,73 @@
+"""From the numbers of all records to what a report draws."""
+
+from math import sqrt
+
+import numpy as np
+
+from checkpoints.answers.diff import Difference, Verdict
+from checkpoints.answers.picture import Grid, Picture, Spread
+from checkpoints.record import Dump, Rows
+
+from .compare import Options, measured
+from .judge import judge
+from .records import Records
+
+_SHOWN = 4096  # values of a row that are drawn: more than a picture's width can tell apart
+
+
+def compare_drawn(ours: Dump, ref: Dump, options: Options | None = None) -> tuple[Verdict, Picture]:
+    """`compare`, and what a report draws of it. Raises as `compare` does."""
+    records = measured(ours, ref, options)
+    verdict = judge(records)
+    return verdict, picture(records, verdict)
+
+
+def picture(records: Records, verdict: Verdict) -> Picture:
+    """The grid of all records, and both sides of the first divergence (of the worst record where there is none)."""
+    shown = verdict.first_divergence or verdict.worst
+    return Picture(grid(records), *(_spread(records, shown, mine) for mine in (True, False)))
+
+
+def grid(records: Records) -> Grid:
+    """Every record in its place, points by positions."""
+    key, column = np.unique(np.stack([records.seq, records.token_idx]), axis=1, return_inverse=True)
+    shape = (len(records.pairs), key.shape[1])
+    layers = {name: np.full(shape, np.nan) for name in ("nmse", "max_abs", "of_limit", "limit")}
+    place = (records.point, column.reshape(-1))
+    for name, values in (
+        ("nmse", records.measures.nmse),
+        ("max_abs", records.measures.max_abs),
+        ("of_limit", records.of_limit),
+        ("limit", records.limit),
+    ):
+        layers[name][place] = values
+    columns = tuple((int(seq), int(position)) for seq, position in key.T)
+    tokens = tuple(records.text.get(position) if seq == 0 else None for seq, position in columns)
+    return Grid(records.names, columns, tokens, **layers)
+
+
+def _spread(records: Records, shown: Difference | None, mine: bool) -> Spread | None:
+    pair = next((pair for pair in records.pairs if shown is not None and pair.point == shown.checkpoint), None)
+    if pair is None or shown is None:
+        return None
+    rows = pair.ours if mine else pair.ref
+    found = np.flatnonzero((rows.seq == shown.seq) & (rows.token_idx == shown.token_idx))
+    return _of_row(rows, int(found[0])) if len(found) else None
+
+
+def _of_row(rows: Rows, r: int) -> Spread:
+    values = rows.values[r, : int(rows.counts[r])]
+    finite = tuple(values[np.isfinite(values)][:_SHOWN].tolist())
+    n, total, l2 = (_stat(rows, r, name) for name in ("n", "sum", "l2"))
+    mean = deviation = None
+    counted = n - (_stat(rows, r, "nonfinite") or 0) if n is not None else None
+    if counted and total is not None:
+        mean = total / counted
+        if l2 is not None:
+            deviation = sqrt(max(l2 * l2 / counted - mean * mean, 0.0))
+    return Spread(finite, None if n is None else int(n), _stat(rows, r, "min"), _stat(rows, r, "max"), mean, deviation)
+
+
+def _stat(rows: Rows, r: int, name: str) -> float | None:
+    column = rows.stats.get(name)
+    return None if column is None or not np.isfinite(column[r]) else float(column[r])

@@ -1,0 +1,153 @@
+"""Every compared record as columns: what `judge` and `table` read."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from checkpoints.answers.diff import Difference, Limits, Missing
+from checkpoints.points import parse
+from checkpoints.record import DECODE, PREFILL, Dump
+
+from .align import Pair
+from .dataflow import Upstream
+from .limits import FUTURE_MASS, JUMP
+from .metrics import Measures
+from .tokens import Sequence as Tokens
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+Bools = NDArray[np.bool_]
+
+_SHOWN = 16  # values of a record that a verdict carries
+
+
+@dataclass(frozen=True)
+class Records:
+    """R compared records, sorted by dataflow, then sequence and position.
+
+    Attributes:
+        ours, ref: the dumps they came from.
+        pairs: rows of both sides; `point` [R] is the index of a record's pair, `row` [R] its row there.
+        decode: our side's phase.
+        limit: NMSE limit of each record. `of_limit`: error in proportion to it; `failed` where that is above 1.
+        upstream: errors of what each record depends on.
+        left_out: records that the token sequences left out.
+    """
+
+    ours: Dump
+    ref: Dump
+    pairs: tuple[Pair, ...]
+    point: Ints
+    row: Ints
+    seq: Ints
+    token_idx: Ints
+    step: Ints
+    decode: Bools
+    measures: Measures
+    limit: Floats
+    of_limit: Floats
+    failed: Bools
+    upstream: Upstream
+    limits: Limits
+    mode: str
+    tokens: Tokens
+    text: dict[int, str]
+    missing_ours: Missing
+    missing_ref: Missing
+    left_out: int
+    strict: bool
+    notes: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.point)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The points in dataflow order."""
+        return tuple(pair.point for pair in self.pairs)
+
+    def jump(self) -> Floats:
+        """[R]: each error over the worst error upstream of it; infinite where that is 0, 0 where there is no error."""
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ratio = self.measures.nmse / self.upstream.worst
+        return np.where(self.measures.nmse == 0, 0.0, np.where(np.isnan(ratio), 1.0, ratio))
+
+    def fresh(self) -> Bools:
+        """[R]: failing records whose error is not explained by what they are made from."""
+        # A leak into later positions shows in no value upstream, nor need it be large.
+        leak = self.measures.future_mass > FUTURE_MASS
+        return self.failed & ((self.jump() > JUMP) | (leak & ~self.upstream.failed))
+
+    def difference(self, i: int) -> Difference:
+        """One record, with the values of both sides."""
+        m, pair, row = self.measures, self.pairs[self.point[i]], int(self.row[i])
+        jump = float(self.jump_of(i))
+        width = min(_SHOWN, int(min(pair.ours.counts[row], pair.ref.counts[row])))
+        return Difference(
+            checkpoint=pair.point,
+            layer=parse(pair.point).layer,
+            token_idx=int(self.token_idx[i]),
+            nmse=float(m.nmse[i]),
+            max_abs=_known(m.max_abs[i]),
+            limit=float(self.limit[i]),
+            ours=tuple(pair.ours.values[row, :width].tolist()),
+            ref=tuple(pair.ref.values[row, :width].tolist()),
+            fresh=self.fresh_of(i),
+            seq=int(self.seq[i]),
+            step=int(self.step[i]),
+            phase=DECODE if self.decode[i] else PREFILL,
+            token=self.text.get(int(self.token_idx[i])) if self.seq[i] == 0 else None,
+            nmse_slice=_known(m.nmse_slice[i]),
+            nmse_row=_known(m.nmse_row[i]),
+            of_limit=float(self.of_limit[i]),
+            jump=jump if np.isfinite(jump) else None,
+            index=_index(m.index[i]),
+            cosine=_known(m.cosine[i]),
+            relative=_known(m.relative[i]),
+            relative_index=_index(m.relative_index[i]),
+            ulp=_known(m.ulp[i]),
+            ulp_index=_index(m.ulp_index[i]),
+            nonfinite_ours=int(m.nonfinite_ours[i]),
+            nonfinite_ref=int(m.nonfinite_ref[i]),
+            future_mass=_known(m.future_mass[i]),
+        )
+
+    def jump_of(self, i: int) -> float:
+        """`jump` of one record."""
+        nmse, worst = float(self.measures.nmse[i]), float(self.upstream.worst[i])
+        if nmse == 0:
+            return 0.0
+        return 1.0 if nmse == worst else (np.inf if worst == 0 else nmse / worst)
+
+    def fresh_of(self, i: int) -> bool:
+        """`fresh` of one record."""
+        leak = bool(self.measures.future_mass[i] > FUTURE_MASS) and not self.upstream.failed[i]
+        return bool(self.failed[i]) and (self.jump_of(i) > JUMP or leak)
+
+
+def proportion(nmse: Floats, future_mass: Floats, limit: Floats) -> Floats:
+    """Error in proportion to the limit, [R]; where equality is asked (limit 0) any error is infinite."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = np.where(nmse == 0, 0.0, nmse / limit)
+    return np.fmax(ratio, np.where(future_mass > FUTURE_MASS, future_mass / FUTURE_MASS, 0.0))
+
+
+def picked(pairs: Sequence[Pair], keep: Sequence[Bools]) -> tuple[Pair, ...]:
+    """The pairs with the kept rows only; a pair that loses all of them is dropped."""
+    kept: list[Pair] = []
+    for pair, mask in zip(pairs, keep, strict=True):
+        if mask.all():
+            kept.append(pair)
+        elif mask.any():
+            kept.append(Pair(pair.point, pair.ours.take(mask), pair.ref.take(mask)))
+    return tuple(kept)
+
+
+def _known(value: float) -> float | None:
+    return None if np.isnan(value) else float(value)
+
+
+def _index(value: int) -> int | None:
+    return None if value < 0 else int(value)

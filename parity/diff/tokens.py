@@ -1,0 +1,161 @@
+"""Are the two dumps of one experiment? Models, prompts and token ids, before any number is compared."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from checkpoints.answers.diff import Difference, Pattern
+from checkpoints.errors import InputError
+from checkpoints.gguf_file import contents
+from checkpoints.record import Dump
+
+TOKENS = "tokens"
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """Where the token sequences part.
+
+    `until`: records at this position and later are left out (None: all are compared). `divergence` and `pattern`: the prompt
+    ids differ, which is a divergence of its own; generated ids that differ are none.
+    """
+
+    until: int | None = None
+    divergence: Difference | None = None
+    pattern: Pattern | None = None
+    notes: tuple[str, ...] = ()
+
+
+def same_experiment(ours: Dump, ref: Dump) -> None:
+    """Raises InputError where the headers name two models or two prompts."""
+    left, right = ours.header, ref.header
+    if left is None or right is None:
+        return
+    a, b = left.model, right.model
+    if a.fingerprint and b.fingerprint and not ({a.fingerprint, a.twin} & {b.fingerprint, b.twin} - {""}):
+        raise InputError(
+            f"these are dumps of two models: ours of {_model(a.name, a.file_type, a.fingerprint)}, "
+            f"the reference of {_model(b.name, b.file_type, b.fingerprint)}.",
+            "Dump both sides from one file.",
+            code="two-models",
+        )
+    if left.prompt is not None and right.prompt is not None and left.prompt != right.prompt:
+        raise InputError(
+            f"these are dumps of two prompts: {_short(left.prompt)} and {_short(right.prompt)}.",
+            "Dump both sides with one prompt (`parity dump ref --follow OURS.jsonl` takes ours).",
+            code="two-prompts",
+        )
+
+
+def same_model(dump: Dump, path: Path) -> None:
+    """Raises InputError where a dump's header names another model than a file; the F32 twin of a model is the model.
+
+    Raises:
+        ModelError: the file cannot be read as a model.
+    """
+    known = dump.header.model if dump.header is not None else None
+    if known is None or not known.fingerprint:
+        return
+    file = contents(path)
+    alike = (file.architecture, file.layers) == (known.architecture, known.layers)
+    if alike and file.text("general.name") in ("", known.name):
+        return
+    if file.fingerprint not in (known.fingerprint, known.twin):
+        raise InputError(
+            f"{dump.path} is of another model than {path}: of {_model(known.name, known.file_type, known.fingerprint)}.",
+            "Give the file that was run with --model.",
+            code="two-models",
+        )
+
+
+def sequence(ours: Dump, ref: Dump) -> Sequence:
+    """Compare the token ids, prompt first, then what was generated (of sequence 0 for prompts, of each one for the rest)."""
+    left = ours.header.tokens if ours.header else ()
+    right = ref.header.tokens if ref.header else ()
+    if left and right and left != right:
+        whole_left, whole_right = _with_generated(ours, left), _with_generated(ref, right)
+        # A side may list as its prompt what the other one generated: the ids decide, not where they are listed.
+        reach = max(len(left), len(right))
+        if whole_left[:reach] != whole_right[:reach]:
+            return _prompts(ours, ref, whole_left[:reach], whole_right[:reach])
+    chosen = {(token.seq, token.token_idx): token for token in ours.tokens}
+    for token in sorted(ref.tokens, key=lambda token: token.token_idx):
+        mine = chosen.get((token.seq, token.token_idx))
+        if mine is not None and mine.id != token.id:
+            said = (
+                f"the generated tokens part at position {token.token_idx}: ours {_piece(mine.id, mine.text)}, "
+                f"the reference {_piece(token.id, token.text)}"
+            )
+            return Sequence(token.token_idx, notes=(said,))
+    return Sequence()
+
+
+def token_text(ours: Dump, ref: Dump) -> dict[int, str]:
+    """Position -> text of its token, where a header or a generated token tells it."""
+    texts: dict[int, str] = {}
+    for dump in (ours, ref):
+        texts.update({token.token_idx: token.text for token in dump.tokens if token.text and token.seq == 0})
+        if dump.header is not None:
+            texts.update(enumerate(dump.header.pieces))
+    return texts
+
+
+def _with_generated(dump: Dump, prompt: tuple[int, ...]) -> tuple[int, ...]:
+    later = {token.token_idx: token.id for token in dump.tokens if token.seq == 0}
+    ids = list(prompt)
+    while len(ids) in later:
+        ids.append(later[len(ids)])
+    return tuple(ids)
+
+
+def _prompts(ours: Dump, ref: Dump, left: tuple[int, ...], right: tuple[int, ...]) -> Sequence:
+    pairs = zip(left, right, strict=False)
+    at = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(left), len(right)))
+    if left == right[1:]:
+        pattern = Pattern("bos-missing", f"ours lacks the first token, {_at(ref, right, 0)}: is BOS added?")
+    elif right == left[1:]:
+        doubled = len(left) > 1 and left[0] == left[1]
+        what = "has the first token twice" if doubled else "has one token more in front"
+        pattern = Pattern(
+            "bos-doubled" if doubled else "bos-added", f"ours {what}, {_at(ours, left, 0)}: is BOS added to a text that has it?"
+        )
+    elif at == min(len(left), len(right)):
+        pattern = Pattern("token-count", f"ours has {len(left)} tokens, the reference {len(right)}: one of them goes on")
+    else:
+        pattern = Pattern(
+            "tokenizer", f"token {at} is {_at(ours, left, at)} in ours, {_at(ref, right, at)} in the reference: the tokenizer"
+        )
+    difference = Difference(
+        checkpoint=TOKENS,
+        layer=None,
+        token_idx=at,
+        nmse=None,
+        max_abs=None,
+        limit=0.0,
+        ours=tuple(map(float, left[at : at + 16])),
+        ref=tuple(map(float, right[at : at + 16])),
+        fresh=True,
+        token=_text(ref, at),
+    )
+    notes = (f"token {at}: ours {_at(ours, left, at)}, reference {_at(ref, right, at)}",)
+    return Sequence(at, difference, pattern, notes)
+
+
+def _text(dump: Dump, position: int) -> str | None:
+    pieces = dump.header.pieces if dump.header else ()
+    return pieces[position] if position < len(pieces) else None
+
+
+def _at(dump: Dump, ids: tuple[int, ...], position: int) -> str:
+    return _piece(ids[position], _text(dump, position)) if position < len(ids) else "nothing"
+
+
+def _piece(number: int, text: str | None) -> str:
+    return f"{number} {text!r}" if text else str(number)
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 40 else text[:37] + "…")
+
+
+def _model(name: str, file_type: str, fingerprint: str) -> str:
+    return " ".join(part for part in (name or "a model", file_type, f"({fingerprint[:8]})") if part)

@@ -1,0 +1,1 @@
+"""`parity doctor`: what is installed, what is missing."""

@@ -1,0 +1,1 @@
+"""`parity drift`: golden dumps and the ledger of margins."""

@@ -1,0 +1,270 @@
+"""Golden dumps for CI: record them, check against them, keep a ledger of the margins."""
+
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from checkpoints import formats
+from checkpoints.answers.diff import Verdict
+from checkpoints.answers.drift import Checked, Drift, Entry, Margin
+from checkpoints.errors import InputError
+from checkpoints.reading.reader import read
+from checkpoints.record import DEFAULT_SLICE, Dump
+from checkpoints.whole_file import put
+from reference.client import Reference
+
+from ..diff.compare import Options, compare
+from ..models import embedded as default_model
+from . import ledger
+from .golden import Golden, GoldenPrompt, load, noted, now, read_prompts, rewrite, seen_from
+from .makers import led, maker
+
+Side = Literal["ours", "ref", "exec"]
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What `parity drift record` was asked for. `command` is a foreign engine's command line (then `side` is "exec")."""
+
+    prompts: Path
+    out: Path
+    model: Path | None = None
+    side: Side = "ref"
+    command: str | None = None
+    mode: Literal["exact", "native"] = "exact"
+    points: str = "default"
+    slice_size: int = DEFAULT_SLICE
+    generate: int = 1
+    threads: int | None = None
+    backend: str = "auto"
+
+
+@dataclass(frozen=True)
+class Checking:
+    """What `parity drift check` was asked for. `side` None is the recorded one; `dumps` are a foreign engine's own."""
+
+    folder: Path
+    model: Path | None = None
+    side: Side | None = None
+    command: str | None = None
+    dumps: tuple[Path, ...] = ()
+    mode: str | None = None
+    prompts: Path | None = None
+    update: bool = False
+    tolerance: float | None = None
+    compute: str | None = None
+    ledger: Path | None = None
+    keep_ledger: bool = True
+    threads: int | None = None
+    backend: str = "auto"
+
+
+def record(request: Recording, progress: Progress | None = None) -> Golden:
+    """Write golden dumps of every prompt.
+
+    Raises:
+        ParityError: whatever is wrong with the request, the model or a side, in one line.
+    """
+    texts = read_prompts(request.prompts)
+    model = request.model or default_model.path()
+    side: Side = "exec" if request.command else request.side
+    with Reference(threads=request.threads) as reference:
+        if request.out.exists() and not request.out.is_dir():
+            raise InputError(f"{request.out} is a file.", "Choose a folder with -o.", code="output")
+        info = reference.describe(model).info
+        golden = Golden(
+            folder=request.out,
+            source=side,
+            model=seen_from(request.out, request.model),
+            fingerprint=info.fingerprint,
+            model_name=info.name or model.stem,
+            mode=request.mode,
+            points=request.points,
+            slice_size=request.slice_size,
+            build={},
+            created=now(),
+            prompts=(),
+        )
+        put(golden.folder / ".gitattributes", b"*.jsonl -diff\nledger.jsonl merge=union\n")
+        made: list[GoldenPrompt] = []
+        with (
+            maker(golden, side, model, reference, request.command, request.threads, request.backend) as make,
+            tempfile.TemporaryDirectory(prefix="parity-drift-") as scratch,
+        ):
+            for number, text in enumerate(texts):
+                ids = reference.tokenize(model, text)
+                prompt = GoldenPrompt(text, ids.ids, ids.pieces, (), (), f"{number:03}.jsonl")
+                if request.generate and side != "exec":
+                    prompt = led(prompt, golden, reference, model, request.generate, request.threads)
+                make(prompt, Path(scratch) / prompt.file)
+                made.append(prompt)
+                if progress is not None:
+                    progress("golden", number + 1, len(texts))
+            for prompt in made:  # all are there: only now do they take the place of an earlier recording
+                put(golden.path(prompt), (Path(scratch) / prompt.file).read_bytes())
+    header = read(golden.path(made[0])).header
+    golden = replace(golden, prompts=tuple(made), build=dict(header.build) if header else {})
+    golden.save()
+    return golden
+
+
+def check(request: Checking, progress: Progress | None = None) -> Drift:
+    """Run or read the other side, compare, note it in the ledger.
+
+    Raises:
+        ParityError: another model, mode or prompt set than was recorded (no drift), or whatever else is wrong.
+    """
+    golden = load(request.folder)
+    golden.same_mode(request.mode)
+    if request.prompts is not None:
+        golden.same_prompts(read_prompts(request.prompts))
+    with ExitStack() as stack:
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="parity-drift-")))
+        if request.dumps:
+            paths: Sequence[Path] = _assigned(golden, request.dumps)
+            source = "dumps"
+        else:
+            source = "exec" if request.command else (request.side or golden.source)
+            paths = list(_run_again(golden, source, request, scratch, progress))
+        dumps = [formats.load(path) for path in paths]
+        options = Options(tolerance=request.tolerance, compute=request.compute, strict=True)
+        verdicts = [
+            compare(mine, read(golden.path(prompt)), options) for prompt, mine in zip(golden.prompts, dumps, strict=True)
+        ]
+        updated: tuple[tuple[int, str], ...] = ()
+        if request.update:
+            updated = _update(golden, source, verdicts, paths, dumps)
+    return _answer(request, golden, source, dumps, verdicts, updated)
+
+
+def _answer(
+    request: Checking,
+    golden: Golden,
+    source: str,
+    dumps: Sequence[Dump],
+    verdicts: Sequence[Verdict],
+    updated: tuple[tuple[int, str], ...],
+) -> Drift:
+    book = request.ledger or golden.folder / ledger.NAME
+    entries, skipped = ledger.read(book)
+    identity = golden.identity
+    earlier = ledger.comparable(entries, source, identity)
+    versions = ledger.versions(dumps[0].header)
+    before = earlier[-1].versions if earlier else {}
+    if golden.source == source:
+        before = ledger.versions(read(golden.path(golden.prompts[0])).header)
+    points = tuple(replace(point, before=ledger.best(earlier, point.checkpoint)) for point in _margins(verdicts))
+    moved = ledger.changes(before, versions)
+    answer = Drift(
+        golden=_described(golden),
+        side=_side(source, versions),
+        checked=tuple(Checked(prompt.text, verdict) for prompt, verdict in zip(golden.prompts, verdicts, strict=True)),
+        points=points,
+        changes=moved,
+        findings=tuple(ledger.findings(points)),
+        updated=updated,
+        notes=(f"{skipped} lines of {book} are no entries and were skipped",) if skipped else (),
+    )
+    if request.keep_ledger and not updated:
+        commit, dirty = ledger.commit()
+        figures = {point.checkpoint: (point.nmse, point.limit, point.of_limit) for point in points}
+        extra = {"dirty": dirty, "mode": golden.mode, "model": golden.fingerprint}
+        ledger.append(book, Entry(now(), commit, answer.verdict, source, identity, versions, figures, extra))
+    return answer
+
+
+def _side(source: str, versions: dict[str, str]) -> str:
+    version = versions.get("version") or versions.get("llama_cpp_python") or ""
+    named = f"{versions.get('source', source)} {version}".strip()
+    threads = f"{versions['threads']} threads" if "threads" in versions else ""
+    return " · ".join(filter(None, [named, versions.get("device") or versions.get("backend", ""), threads]))
+
+
+def _described(golden: Golden) -> str:
+    made_by = {"ref": "llama.cpp", "ours": "our engine", "exec": "a foreign engine"}[golden.source]
+    version = golden.build.get("llama_cpp_python") or golden.build.get("version") or ""
+    many = f"{len(golden.prompts)} prompt{'s' * (len(golden.prompts) > 1)}"
+    return " · ".join([str(golden.folder), many, f"{made_by} {version}".strip(), golden.model_name, f"{golden.mode} mode"])
+
+
+def _margins(verdicts: Sequence[Verdict]) -> list[Margin]:
+    """The worst record of each point over all prompts, in dataflow order."""
+    worst: dict[str, Margin] = {}
+    for number, verdict in enumerate(verdicts):
+        for point in verdict.points:
+            found = point.worst
+            made = Margin(point.checkpoint, found.nmse or 0.0, found.limit, found.of_limit, number, found.token_idx)
+            if point.checkpoint not in worst or made.of_limit > worst[point.checkpoint].of_limit:
+                worst[point.checkpoint] = made
+    return list(worst.values())
+
+
+def _update(
+    golden: Golden, source: str, verdicts: Sequence[Verdict], paths: Sequence[Path], dumps: Sequence[Dump]
+) -> tuple[tuple[int, str], ...]:
+    """Rewrite the golden records of the points that left their limits."""
+    if source != golden.source:
+        raise InputError(
+            f"--update would put another side's numbers ({source}) into golden dumps of {golden.source}.",
+            "Mend the engine, or record anew.",
+            code="update",
+        )
+    updated: list[tuple[int, str]] = []
+    for number, (prompt, verdict, path) in enumerate(zip(golden.prompts, verdicts, paths, strict=True)):
+        if any(lacks.records for lacks in (verdict.missing_ours, verdict.missing_ref)) or not verdict.points:
+            raise InputError(
+                f"prompt {number} has other tokens or records than its golden dump: --update rewrites numbers only.",
+                "Record the set anew.",
+                code="update",
+            )
+        wrong = [point.checkpoint for point in verdict.points if point.failed]
+        if wrong:
+            rewrite(golden, prompt, path, wrong)
+            updated += [(number, name) for name in wrong]
+    if updated:
+        header = dumps[0].header
+        noted(golden, tuple(updated), dict(header.build) if header else {}).save()
+    return tuple(updated)
+
+
+def _run_again(golden: Golden, source: str, request: Checking, scratch: Path, progress: Progress | None) -> Iterator[Path]:
+    model = golden.model_path(request.model)
+    with (
+        Reference(threads=request.threads) as reference,
+        maker(golden, source, model, reference, request.command, request.threads, request.backend) as make,
+    ):
+        for number, prompt in enumerate(golden.prompts):
+            out = scratch / prompt.file
+            if source == "ref":  # the tokenizer is under watch, too
+                ids = reference.tokenize(model, prompt.text)
+                if ids.ids != prompt.tokens:
+                    prompt = replace(prompt, tokens=ids.ids, pieces=ids.pieces)  # noqa: PLW2901 - what is run is what came out
+            make(prompt, out)
+            if progress is not None:
+                progress(source, number + 1, len(golden.prompts))
+            yield out
+
+
+def _assigned(golden: Golden, dumps: Sequence[Path]) -> list[Path]:
+    """The given dumps in the order of the prompts they are of: by token ids where they say them, else by their order."""
+    if len(dumps) != len(golden.prompts):
+        raise InputError(
+            f"there are {len(golden.prompts)} golden prompts and {len(dumps)} dumps.",
+            "Give one dump a prompt.",
+            code="prompts-changed",
+        )
+    headers = [formats.load(path).header for path in dumps]
+    by_tokens = {header.tokens: path for header, path in zip(headers, dumps, strict=True) if header and header.tokens}
+    if len(by_tokens) < len(dumps):
+        return list(dumps)
+    found: list[Path] = []
+    for prompt in golden.prompts:
+        path = by_tokens.get(prompt.tokens) or by_tokens.get((*prompt.tokens, *prompt.generated))
+        if path is None:
+            return list(dumps)  # the comparison says where the tokens part
+        found.append(path)
+    return found

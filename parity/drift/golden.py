@@ -1,0 +1,196 @@
+"""A folder of golden dumps: `drift.json`, which says how they were made, and one dump a prompt beside it."""
+
+import hashlib
+import json
+import os
+from collections.abc import Collection
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from checkpoints.errors import InputError
+from checkpoints.fingerprint import fingerprint
+from checkpoints.points import resolve
+from checkpoints.whole_file import put
+
+from ..models import embedded as default_model
+
+FORMAT = 1
+MANIFEST = "drift.json"
+EMBEDDED = "embedded"
+
+
+@dataclass(frozen=True)
+class GoldenPrompt:
+    """One prompt, its token ids and those that were generated after it; `file` is its dump's name."""
+
+    text: str
+    tokens: tuple[int, ...]
+    pieces: tuple[str, ...]
+    generated: tuple[int, ...]
+    generated_pieces: tuple[str, ...]
+    file: str
+
+
+@dataclass(frozen=True)
+class Golden:
+    """How golden dumps were made: `source` is the side ("ours", "ref" or "exec"), `model` its path seen from the folder."""
+
+    folder: Path
+    source: str
+    model: str
+    fingerprint: str
+    model_name: str
+    mode: str
+    points: str
+    slice_size: int
+    build: dict[str, Any]
+    created: str
+    prompts: tuple[GoldenPrompt, ...]
+    updates: tuple[dict[str, Any], ...] = ()
+
+    def path(self, prompt: GoldenPrompt) -> Path:
+        """Where a prompt's dump lies."""
+        return self.folder / prompt.file
+
+    @property
+    def identity(self) -> str:
+        """16 hex digits that change with any golden number: margins of other numbers are no history of these."""
+        digest = hashlib.sha256()
+        for prompt in self.prompts:
+            digest.update(self.path(prompt).read_bytes())
+        return digest.hexdigest()[:16]
+
+    def model_path(self, given: Path | None) -> Path:
+        """The model file: as given, else where it lay.
+
+        Raises:
+            InputError: it is not there, or it is another model: what differs then is no drift.
+        """
+        path = given or (default_model.path() if self.model == EMBEDDED else self.folder / self.model)
+        try:
+            found = fingerprint(path)
+        except OSError as error:
+            raise InputError(
+                f"cannot read the model {path}: {error.strerror}.", "Say where it is with --model.", code="model"
+            ) from error
+        if found != self.fingerprint:
+            raise InputError(
+                f"the model changed, which is no drift: {path} is not the {self.model_name} of these golden dumps.",
+                "Give that file with --model, or record the new one.",
+                code="model-changed",
+            )
+        return path
+
+    def same_prompts(self, texts: tuple[str, ...]) -> None:
+        """Raises InputError where these are not the recorded prompts, in whatever order."""
+        recorded = [prompt.text for prompt in self.prompts]
+        new = [text for text in texts if text not in recorded]
+        gone = [text for text in recorded if text not in texts]
+        if new or gone:
+            said = f"{len(new)} new, {len(gone)} gone; the first is {json.dumps((new or gone)[0][:60], ensure_ascii=False)}"
+            raise InputError(
+                f"the prompt set changed, which is no drift: {said}.", "Record the new set.", code="prompts-changed"
+            )
+
+    def same_mode(self, mode: str | None) -> None:
+        """Raises InputError where another mode is asked for than was recorded."""
+        if mode is not None and mode != self.mode:
+            raise InputError(
+                f"the mode changed, which is no drift: these golden dumps are of {self.mode} mode.",
+                f"Check with --mode {self.mode}, or record again.",
+                code="mode-changed",
+            )
+
+    def save(self) -> None:
+        """Write `drift.json`."""
+        facts = {"format": FORMAT} | {name: value for name, value in asdict(self).items() if name != "folder"}
+        put(self.folder / MANIFEST, (json.dumps(facts, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def load(folder: Path) -> Golden:
+    """Read a folder's `drift.json`.
+
+    Raises:
+        InputError: it is not there, of a newer format, or damaged; or a dump is missing.
+    """
+    path = folder / MANIFEST
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        if facts.pop("format") != FORMAT:
+            raise InputError(f"{path} is of a newer format.", "Take a newer parity.", code="golden")
+        prompts = tuple(_prompt(item) for item in facts.pop("prompts"))
+        golden = Golden(folder=folder, prompts=prompts, updates=tuple(facts.pop("updates")), **facts)
+    except OSError as error:
+        advice = "Make golden dumps with `parity drift record`."
+        raise InputError(f"cannot read {path}: {error.strerror}.", advice, code="golden") from error
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise InputError(f"{path} is damaged: {error}.", "Restore it, or record again.", code="golden") from error
+    for prompt in prompts:
+        if Path(prompt.file).name != prompt.file or not golden.path(prompt).is_file():
+            raise InputError(
+                f"the golden dump {golden.path(prompt)} is missing.", "Restore it, or record again.", code="golden"
+            )
+    return golden
+
+
+def _prompt(item: dict[str, Any]) -> GoldenPrompt:
+    return GoldenPrompt(
+        text=str(item["text"]),
+        tokens=tuple(map(int, item["tokens"])),
+        pieces=tuple(map(str, item["pieces"])),
+        generated=tuple(map(int, item["generated"])),
+        generated_pieces=tuple(map(str, item["generated_pieces"])),
+        file=str(item["file"]),
+    )
+
+
+def seen_from(folder: Path, model: Path | None) -> str:
+    """How a folder remembers its model: relative, so that a checkout may lie anywhere."""
+    return EMBEDDED if model is None else Path(os.path.relpath(model.resolve(), folder.resolve())).as_posix()
+
+
+def read_prompts(path: Path) -> tuple[str, ...]:
+    r"""One prompt a line, in which "\n" stands for a line break; empty lines are skipped.
+
+    Raises:
+        InputError: it cannot be read, holds no prompt, or one twice.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise InputError(f"cannot read {path}: {reason}.", "Check --prompts.", code="prompts") from error
+    found = tuple(line.replace("\\n", "\n") for line in lines if line.strip())
+    if not found or len(set(found)) < len(found):
+        what = "holds no prompt" if not found else "holds a prompt twice"
+        raise InputError(f"{path} {what}.", "Write one prompt a line.", code="prompts")
+    return found
+
+
+def rewrite(golden: Golden, prompt: GoldenPrompt, new: Path, points: Collection[str]) -> None:
+    """Take the lines of `points` from another dump; every other line stays as it is, to the byte."""
+    fresh = {key: line for line in new.read_bytes().splitlines(keepends=True) if (key := _key(line)) and key[0] in points}
+    path = golden.path(prompt)
+    lines = [fresh.get(key, line) if (key := _key(line)) else line for line in path.read_bytes().splitlines(keepends=True)]
+    put(path, b"".join(lines))
+
+
+def noted(golden: Golden, updated: tuple[tuple[int, str], ...], build: dict[str, Any]) -> Golden:
+    """The same with a note of what was rewritten, when and by what."""
+    note = {"time": now(), "points": [list(item) for item in updated], "build": build}
+    return replace(golden, updates=(*golden.updates, note))
+
+
+def now() -> str:
+    """The time as ledgers and manifests write it."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _key(line: bytes) -> tuple[str, int, int] | None:
+    """(point, seq, position) of a record's line; None for any other line."""
+    found = json.loads(line)
+    if "checkpoint" not in found:
+        return None
+    return resolve(found["checkpoint"]), int(found.get("seq", 0)), int(found["token_idx"])

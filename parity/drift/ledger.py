@@ -1,0 +1,156 @@
+"""The ledger of checks: one JSON line each, read back as margins over commits."""
+
+import json
+import os
+import subprocess
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from checkpoints.answers.drift import Change, Entry, Margin
+from checkpoints.errors import InputError
+from checkpoints.record import Header
+
+NAME = "ledger.jsonl"
+SCHEMA = 1
+
+# An error that became this many times larger within its limit is a finding (the ticket's own number: a right engine's
+# errors move by less, since one machine repeats them to the bit).
+GROWTH = 10.0
+# Below this share of the limit an error is the noise that CPUs and BLAS builds differ by. Measured (benchmarks/drift.py):
+# the stored golden dumps against our engine on six kernel families of OpenBLAS, one and two threads: 0.0026 … 0.0068 of the
+# limit, so that no move between machines is tenfold of it; where both sides are the same build, 0.
+NOISE = 3e-3
+# Nearer to the limit than this is warned of before it is reached.
+NEAR = 0.1
+
+_VERSIONS = ("version", "llama_cpp_python", "llama_cpp", "backend", "device", "threads", "system", "weights", "flash_attention")
+
+
+def append(path: Path, entry: Entry) -> None:
+    """Add one line.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    line = {
+        "schema": SCHEMA,
+        "time": entry.time,
+        "commit": entry.commit,
+        "verdict": entry.verdict,
+        "source": entry.source,
+        "golden": entry.golden,
+        "versions": entry.versions,
+        **entry.extra,
+        "points": {
+            name: {"nmse": _number(nmse), "limit": limit, "margin": _number(1 / of_limit) if of_limit else None}
+            | ({"of_limit": _number(of_limit)} if nmse else {})
+            for name, (nmse, limit, of_limit) in entry.points.items()
+        },
+    }
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab") as file:
+            file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}.", "Choose another --ledger.", code="ledger") from error
+
+
+def read(path: Path) -> tuple[list[Entry], int]:
+    """All entries and how many lines were none (torn, or by a newer schema).
+
+    Raises:
+        InputError: the file cannot be read.
+    """
+    try:
+        lines = path.read_bytes().splitlines()
+    except FileNotFoundError:
+        return [], 0
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}.", "Check --ledger.", code="ledger") from error
+    entries: list[Entry] = []
+    skipped = 0
+    for line in lines:
+        try:
+            entries.append(_entry(orjson.loads(line)))
+        except (ValueError, TypeError, KeyError, AttributeError):
+            skipped += bool(line.strip())
+    return entries, skipped
+
+
+def comparable(entries: Iterable[Entry], source: str, golden: str) -> list[Entry]:
+    """Earlier checks of the same side against the same golden numbers."""
+    return [entry for entry in entries if entry.source == source and entry.golden == golden]
+
+
+def best(entries: Sequence[Entry], point: str) -> float | None:
+    """The smallest proportion of its limit that a point had where the check passed."""
+    found = [entry.points[point][2] for entry in entries if point in entry.points and entry.verdict == "parity"]
+    return min(found, default=None)
+
+
+def findings(points: Sequence[Margin]) -> list[str]:
+    """Sentences about errors within their limits that have grown, or are near."""
+    said: list[str] = []
+    for point in points:
+        if point.of_limit > 1:
+            continue
+        if point.before is not None and point.of_limit >= GROWTH * max(point.before, NOISE):
+            was = f"{point.before:.2g}" if point.before else "none"
+            said.append(f"{point.checkpoint}: the error is {point.of_limit:.2g} of its limit, {was} at its best")
+        elif point.of_limit > NEAR:
+            said.append(f"{point.checkpoint}: the error is near its limit, {point.of_limit:.2g} of it")
+    return said
+
+
+def versions(header: Header | None) -> dict[str, str]:
+    """What could explain a change: versions, backend, device, threads, as a dump's header says it."""
+    if header is None:
+        return {}
+    build = {name: str(header.build[name]) for name in _VERSIONS if name in header.build}
+    return {"source": header.source, "compute": header.compute, "kv_type": header.kv_type, **build}
+
+
+def changes(before: dict[str, str], now: dict[str, str]) -> tuple[Change, ...]:
+    """Versions and settings that are not what they were."""
+    return tuple(Change(name, before[name], now[name]) for name in before if name in now and before[name] != now[name])
+
+
+def commit() -> tuple[str, bool]:
+    """The commit that is checked out here and whether files differ from it; empty outside a repository."""
+    if named := os.environ.get("GITHUB_SHA"):
+        return named, False
+    try:
+        found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        dirty = subprocess.run(
+            ["git", "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True, check=True
+        ).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return "", False
+    return found, bool(dirty.strip())
+
+
+def _entry(line: dict[str, Any]) -> Entry:
+    if line["schema"] != SCHEMA:
+        raise ValueError("a newer schema")
+    return Entry(
+        time=line["time"],
+        commit=line["commit"],
+        verdict=line["verdict"],
+        source=line["source"],
+        golden=line["golden"],
+        versions=line["versions"],
+        points={name: _figures(found) for name, found in line["points"].items()},
+    )
+
+
+def _figures(found: dict[str, Any]) -> tuple[float, float, float]:
+    nmse, limit, margin = float(found["nmse"]), float(found["limit"]), found["margin"]
+    of_limit = found.get("of_limit")
+    return nmse, limit, float(of_limit) if of_limit is not None else (1 / float(margin) if margin else 0.0)
+
+
+def _number(value: float) -> float | str:
+    return float(f"{value:.4g}") if abs(value) < float("inf") else "Infinity"

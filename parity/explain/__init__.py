@@ -1,0 +1,1 @@
+"""`parity explain`: which known fault gives a dump's numbers."""

@@ -1,0 +1,175 @@
+"""What would tell faults apart that give the same numbers here: other points, another prompt, another model."""
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from engine.backend import Array
+from engine.faults import SEEN, Planting
+from engine.graph import Step
+from engine.replay.replay import NOT_ALLOWED, Replay
+from engine.synth import Shape, synthesize
+from engine.transformer import Transformer
+from engine.weights.gguf_model import GgufModel
+
+from ..diff.limits import EXACT_FLOOR
+from .budget import Budget
+from .case import Case
+from .state import Candidate, State
+
+_LONGER = 80  # tokens of a longer prompt: beyond the blocks of 32 and 64 in which engines cut prompts
+_LONGEST = 512  # and at most, whatever the dump's own length: scores grow with its square
+_SHORT = 12  # tokens of a generation …
+_GENERATED = 4  # … the last ones of them passes of one token each
+_SEED = 6  # of the tokens and weights of the probes
+_NAMES = 4  # points and faults that a sentence lists
+_QUANTISED = "q4_1"
+# Small models of the kinds in which the catalogue's faults differ: groups of query heads, biases, pairs, frequency factors.
+# Three layers: in two no buffer that swaps each layer can hold another one's output.
+_MODELS = {
+    "a qwen2 model with 3 layers, 7 query heads a key head and biases": (Shape("qwen2", 3, 112, 14, 2, 0, 96, 200), "f16"),
+    "a llama model with frequency factors and linear scaling": (
+        Shape("llama", 2, 96, 4, 2, 32, 160, 200, biases=False, eps=1e-5, rope_base=1e4, rope_factors=True, rope_scaling=4.0),
+        "f16",
+    ),
+    "a model quantised to Q4_1": (Shape("qwen2", 2, 128, 4, 2, 0, 96, 200), _QUANTISED),
+}
+
+Values = dict[str, Array]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A run in which faults are compared: the right one's replay and steps, up to step number `end`."""
+
+    sentence: str
+    replay: Replay
+    planting: Planting
+    end: int
+    own: bool = True  # of the user's model, so that a layer is that layer
+    scout: "Probe | None" = None  # a cheaper one: what it does not tell apart is not tried
+
+    def made(self, candidate: Candidate) -> Values | None:
+        """What a dump of every point would show of a fault, where that differs from the right run; None if it is not allowed."""
+        try:
+            steps = self.planting.of(candidate.fault, candidate.layers if self.own else None, candidate.parameters)
+            if candidate.fault.shows is None:
+                name = self.planting.steps[self.end - 1].makes
+                steps = steps[: [step.makes for step in steps].index(name) + 1]
+            changed = self.replay.run(steps, lambda _name, _made: True)
+        except NOT_ALLOWED:
+            return None
+        return {name.removeprefix(SEEN): made for name, made in changed.items()}  # what is shown comes last
+
+    def tells(self, chosen: Candidate, others: Sequence[Candidate]) -> list[tuple[Candidate, list[str]]]:
+        """Those of the others that show other numbers than the chosen one does, and at which points."""
+        mine = self.made(chosen) if others else None
+        found = [(one, self.different(mine, self.made(one))) for one in others]
+        return [(one, names) for one, names in found if names]
+
+    def likely(self, chosen: Candidate, others: Sequence[Candidate]) -> list[Candidate]:
+        """Those of the others that do not show the very numbers of the chosen one: others, or none since this model has no place."""
+        mine = self.made(chosen) if others else None
+        made = [(one, self.made(one)) for one in others]
+        return [one for one, values in made if mine is None or values is None or self.different(mine, values)]
+
+    def different(self, one: Values | None, other: Values | None) -> list[str]:
+        """The points at which two faults show different numbers."""
+        if one is None or other is None:
+            return []
+        names = [step.makes for step in self.planting.steps[: self.end] if step.makes in one or step.makes in other]
+        right = self.replay.values
+        return [name for name in names if _differ(one.get(name, right[name]), other.get(name, right[name]))]
+
+
+def _differ(one: Array, other: Array) -> bool:
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+        wide = one.astype(np.float64)
+        error = ((wide - other) ** 2).sum() / (wide**2).sum()
+    return not bool(error <= EXACT_FLOOR.operations)
+
+
+def apart(case: Case, state: State, chosen: Candidate, others: Sequence[Candidate], budget: Budget) -> str:
+    """A sentence on what tells faults of one class apart, from probes that were run; "" where there are no others.
+
+    Args:
+        state: what the fault was found on.
+        budget: when it is over no more is tried.
+    """
+    if not others or state.first is None:
+        return ""
+    left, sentences, tried = list(others), [], []
+    with tempfile.TemporaryDirectory() as folder:
+        for number, probe in enumerate(_probes(case, state, [chosen, *others], Path(folder))):
+            if budget.late:
+                break
+            likely = left if probe.scout is None else probe.scout.likely(chosen, left)
+            tried.append(probe.sentence if likely or probe.scout is None else f"{probe.sentence} in a small model")
+            found = probe.tells(chosen, likely)
+            if found:
+                points = sorted({names[0] for _, names in found})
+                where = f"{probe.sentence} ({_listed(points)})" if number == 0 else probe.sentence
+                sentences.append(f"{where} would tell {_listed([_said(one, chosen) for one, _ in found])} apart")
+            separated = [one for one, _ in found]
+            left = [one for one in left if one not in separated]
+            if not left:
+                break
+    if left and tried:
+        sentences.append(
+            f"nothing that was tried tells {_listed([_said(one, chosen) for one in left])} apart ({', '.join(tried)})"
+        )
+    return "; ".join(sentences)
+
+
+def _said(candidate: Candidate, chosen: Candidate) -> str:
+    """A fault with its parameters; where it acts only if the chosen one is the same fault elsewhere."""
+    given = candidate.parameters.items()
+    plain = [str(value) for _, value in given if not isinstance(value, tuple)]
+    places = [" and ".join(value) for name, value in given if isinstance(value, tuple) and value != chosen.parameters.get(name)]
+    values = ", ".join([*plain, *(places if candidate.fault is chosen.fault else [])])
+    return f"{candidate.fault.name} ({values})" if values else candidate.fault.name
+
+
+def _listed(names: Sequence[str]) -> str:
+    unique = list(dict.fromkeys(names))
+    return ", ".join(unique[:_NAMES]) + (f" and {len(unique) - _NAMES} more" if len(unique) > _NAMES else "")
+
+
+def _probes(case: Case, state: State, candidates: Sequence[Candidate], folder: Path) -> Iterator[Probe]:
+    """The cheap ones first: this prompt, a short generation, small models, a long prompt; the user's model up to the place that differs."""
+    if state.first is None:
+        return
+    end = state.order[case.entries[state.first.point].point] + 1
+    planting = Planting(state.steps, [step.makes for step in state.steps[:end]])
+    rows = min(state.first.row + 2, len(case.positions))
+    yield Probe("other points of this prompt", case.make(state.steps, rows, case.replay), planting, end)
+    length = min(max(_LONGER, min(2 * len(case.tokens), _LONGEST)), case.transformer.hp.n_ctx_train)
+    tokens = np.random.default_rng(_SEED).integers(0, case.transformer.hp.n_vocab, length).tolist()
+    short = tokens[: min(len(tokens), _SHORT)]
+    generation = _replay(case.transformer, state.steps, short, _GENERATED)
+    yield Probe(f"a generation of {_GENERATED} tokens", generation, planting, end)
+    scout: Probe | None = None
+    for number, (sentence, (shape, kind)) in enumerate(_MODELS.items()):
+        if kind == _QUANTISED and not any(one.fault.group == "dequantisation" for one in candidates):
+            continue
+        path = folder / f"{number}.gguf"
+        synthesize(path, shape, weight_type=kind, seed=_SEED)
+        small = Transformer(GgufModel(path), case.transformer.backend)
+        known = [token % shape.vocab for token in tokens]
+        probes = [
+            Probe(sentence, _replay(small, small.steps, some, generated), Planting(small.steps), len(small.steps), own=False)
+            for some, generated in ((known[: len(short)], _GENERATED), (known, 0))
+        ]
+        yield probes[0]
+        scout = scout or probes[1]
+    yield Probe(f"a prompt of {length} tokens", _replay(case.transformer, state.steps, tokens, 0), planting, end, scout=scout)
+
+
+def _replay(transformer: Transformer, steps: Sequence[Step], tokens: Sequence[int], generated: int) -> Replay:
+    """A run of a prompt whose last tokens are passes of their own."""
+    prompt = len(tokens) - generated
+    passes = [max(0, row - prompt + 1) for row in range(len(tokens))]
+    return Replay(steps, tokens, range(len(tokens)), passes, transformer.weights, transformer.backend)

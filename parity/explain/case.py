@@ -1,0 +1,128 @@
+"""One dump beside the right engine: its model, tokens, passes and records."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from checkpoints.errors import DumpError
+from checkpoints.record import Dump, Header, ModelInfo
+from engine.backend import choose
+from engine.graph import Step
+from engine.replay.replay import Replay
+from engine.transformer import Transformer
+from engine.weights.gguf_model import GgufModel
+
+from ..diff.tokens import same_experiment
+from .budget import Budget
+from .records import Expected, Ints, expected
+from .screening import Screening
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to search. `tokens` are those of the dump, where its header does not say them; `budget` is in seconds."""
+
+    tokens: tuple[int, ...] | None = None
+    max_faults: int = 4
+    budget: float = 60.0
+    backend: str = "auto"
+    compute: str | None = None
+
+
+class Case:
+    """One dump beside the right engine: the model, the replay of the dump's tokens, and its records.
+
+    Raises:
+        ModelError: an architecture that our engine does not have, or an unusable file.
+        DumpError: no tokens are known, or no record that our engine has.
+        InputError: the dump is of another model.
+    """
+
+    def __init__(self, dump: Dump, model: Path, options: Options) -> None:
+        self.dump = _first_sequence(dump)
+        self.transformer = Transformer(GgufModel(model), choose(options.backend))
+        tokens = _tokens(self.dump, options.tokens)
+        self.transformer.check(tokens, 0)
+        last = max(int(rows.token_idx.max()) for rows in self.dump.points.values())
+        first = min(int(rows.token_idx.min()) for rows in self.dump.points.values())
+        prompt = len(self.dump.header.tokens) if self.dump.header is not None and self.dump.header.tokens else len(tokens)
+        # Positions count from 0, unless a dump of a long-context run begins beyond its own tokens.
+        self.first = first if last >= len(tokens) and last - first < len(tokens) else 0
+        if last - self.first >= len(tokens):
+            raise DumpError(
+                f"{dump.path} has records of position {last}, but only {len(tokens)} tokens are known.",
+                "Give all of them with --tokens, those that were generated as well.",
+                code="tokens",
+            )
+        self.tokens = tokens
+        self.positions: Ints = np.arange(len(tokens), dtype=np.int64) + self.first
+        self.passes = _passes(self.dump, self.positions, prompt)
+        self.replay = self.make(self.transformer.steps, len(tokens))
+        header = self.header()
+        same_experiment(self.dump, Dump("our engine", header, {}))
+        self.entries, notes = expected(self.dump, self.replay, self.positions, header)
+        self.notes = (*self.dump.notes, *notes)
+
+    def make(self, steps: Sequence[Step], rows: int, longer: Replay | None = None) -> Replay:
+        """A replay over the first rows; `longer` is one over more of them, whose values it may take."""
+        return Replay(
+            steps,
+            self.tokens[:rows],
+            self.positions[:rows].tolist(),
+            self.passes[:rows],
+            self.transformer.weights,
+            self.transformer.backend,
+            longer,
+        )
+
+    def header(self) -> Header:
+        """What a dump of our engine would say of itself."""
+        hp, model = self.transformer.hp, self.transformer.model
+        info = ModelInfo(hp.name or model.path.stem, hp.architecture, hp.file_type, hp.n_layers, model.fingerprint)
+        known = self.dump.header
+        return Header(
+            source="engine",
+            model=info,
+            tokens=known.tokens if known is not None else self.tokens,
+            prompt=known.prompt if known is not None else None,
+            mode="exact",
+            compute="f32",
+            kv_type="f32",
+        )
+
+    def screening(self, entries: Sequence[Expected], budget: Budget) -> Screening:
+        """A screening over some of the records."""
+        return Screening(
+            entries, self.transformer.steps, self.replay, self.make, self.positions, self.transformer.backend, budget
+        )
+
+
+def _first_sequence(dump: Dump) -> Dump:
+    points = {name: rows.take(rows.seq == 0) for name, rows in dump.points.items()}
+    kept = {name: rows for name, rows in points.items() if len(rows)}
+    if not kept:
+        raise DumpError(f"{dump.path} has no record of sequence 0.", "explain looks at one sequence.", code="sequence")
+    return replace(dump, points=kept)
+
+
+def _tokens(dump: Dump, given: tuple[int, ...] | None) -> tuple[int, ...]:
+    if given is not None:
+        return given
+    if dump.header is None or not dump.header.tokens:
+        raise DumpError(
+            f"{dump.path} does not say which tokens it is of.", "Give them: --tokens 1,2,3, or --prompt.", code="tokens"
+        )
+    generated = sorted((token.token_idx, token.id) for token in dump.tokens if token.seq == 0)
+    return (*dump.header.tokens, *(number for _, number in generated))
+
+
+def _passes(dump: Dump, positions: Ints, prompt: int) -> list[int]:
+    """The number of the forward pass of each position: from the records, else 0 for the prompt, then one a token."""
+    passes = [max(0, row - prompt + 1) for row in range(len(positions))]
+    for rows in dump.points.values():
+        for token_idx, step in zip(rows.token_idx.tolist(), rows.step.tolist(), strict=True):
+            if 0 <= token_idx - int(positions[0]) < len(passes) and step:
+                passes[token_idx - int(positions[0])] = step
+    return passes

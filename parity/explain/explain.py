@@ -1,0 +1,224 @@
+"""`parity explain`: which known fault of an engine reproduces the numbers of its dump."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from time import perf_counter
+
+import numpy as np
+
+from checkpoints.answers.explain import Cause, Explanation, Named
+from checkpoints.answers.explain import Place as Where
+from checkpoints.answers.lint import ERROR
+from checkpoints.points import in_layer, parse
+from checkpoints.record import Dump
+
+from ..diff.limits import EXACT_FLOOR
+from ..lint.lint import lint
+from ..lint.model_facts import ModelFacts
+from .apart import apart
+from .budget import Budget
+from .case import Case, Options
+from .leads import leads
+from .precision import KINDS, Floor, fits, floor, may_be_noise, with_noise
+from .records import Expected
+from .rows import garbage
+from .search import Search
+from .state import Candidate, Place, State
+
+EXACT = EXACT_FLOOR.operations
+# Shares of the time: of the budget for the search itself; of what is left then for a search without the points of one kind. The
+# rest is for the search that goes on from there.
+_FIRST, _OTHERS = 0.6, 0.7
+_NEXT = ("attn_norm", "q", "k", "v", "q_rope", "k_rope", "kqv_out", "attn_out", "ffn_inp", "ffn_norm", "ffn_swiglu", "l_out")
+__all__ = ["Case", "Options", "explain"]
+
+
+def explain(dump: Dump, model: Path, options: Options | None = None) -> Explanation:
+    """Find the known faults that reproduce a dump's numbers.
+
+    Raises:
+        ParityError: as `Case` does.
+    """
+    began = perf_counter()
+    options = options or Options()
+    budget = Budget(options.budget)
+    case = Case(dump, model, options)
+    noise = "" if options.compute in (None, "f32") else str(options.compute)
+    if noise:
+        case.entries = with_noise(_floor(case, noise), case.entries)
+    search = Search(case.screening(case.entries, budget.part(_FIRST)))
+    start = search.screening.start()
+    kind = ""
+    best = start
+    if start.first is None:
+        kind = noise if any((entry.base > EXACT).any() for entry in case.entries) else ""
+    else:
+        kind = _precision(case, search.screening.budget) if may_be_noise(case.entries) and not search.everywhere(start) else ""
+        if not kind:
+            best = _needed(search, _around(case, search, search.explain(start, options.max_faults), options.max_faults, budget))
+    answer = _answer(case, search, start, best)
+    if not kind and best.first is not None:
+        answer = _left_over(case, search, best, answer)
+    answer = replace(answer, notes=(*answer.notes, *_lint(case)))
+    return replace(answer, precision_only=kind, next="" if kind else answer.next, seconds=perf_counter() - began)
+
+
+def _left_over(case: Case, search: Search, best: State, answer: Explanation) -> Explanation:
+    """The answer with what the numbers say of the place that is left: a cause, if they name one by themselves, or leads."""
+    values = search.screening.replay(best, len(case.positions)).on_host
+    rows = garbage(case.entries, best, values, case.positions, answer.differing)
+    if rows is not None:
+        return replace(answer, causes=(*answer.causes, rows), remaining=None, next="")
+    return replace(answer, leads=tuple(leads(case.entries, best, search, case.positions)))
+
+
+def _lint(case: Case) -> list[str]:
+    """What lint says of the dump, as notes: a fault of the capture is a cause like any other here."""
+    return [
+        f"lint: {finding.rule}{f' at {finding.checkpoint}' if finding.checkpoint else ''}: {finding.evidence}"
+        for finding in lint(case.dump, ModelFacts(case.transformer.model)).findings
+        if finding.severity == ERROR
+    ]
+
+
+def _around(case: Case, search: Search, best: State, max_faults: int, budget: Budget) -> State:
+    """Where the place that is left shows what the engine computes later (a capture's fault), explain the rest before it.
+
+    The points of that kind are left out, and what explains the others is kept.
+    """
+    depth = max_faults - len(best.faults)
+    if best.first is None or depth < 2 or budget.late:
+        return best
+    kind = parse(case.entries[best.first.point].point).kind
+    others = [entry for entry in case.entries if parse(entry.point).kind != kind]
+    inner = Search(case.screening(others, budget.part(_OTHERS)))
+    rest = inner.screening.start()
+    for candidate in best.faults:
+        rest = inner.screening.check(rest, candidate) or rest
+    if rest.first is None:
+        return best
+    found = inner.explain(rest, depth - 1)
+    if found.first is not None:
+        return best
+    search.screening.budget = budget
+    state = search.screening.start()
+    for candidate in found.faults:
+        state = search.screening.check(state, candidate) or state
+    return min(best, search.explain(state, max_faults - len(state.faults)), key=search.rank)
+
+
+def _needed(search: Search, best: State) -> State:
+    """The best state without the faults that it can do without."""
+    for left_out in best.faults if len(best.faults) > 1 else ():
+        state: State | None = search.screening.start()
+        for candidate in best.faults:
+            if candidate is not left_out and state is not None:
+                state = search.screening.check(state, candidate)
+        if state is not None and search.rank(state) < search.rank(best):
+            best = state
+    return best
+
+
+def _floor(case: Case, kind: str) -> Floor:
+    return floor(kind, case.entries, case.transformer.steps, case.replay, case.make, case.positions)
+
+
+def _precision(case: Case, budget: Budget) -> str:
+    """The arithmetic whose noise the differences are, of those that there is time for, or ""."""
+    fit = {kind: fits(_floor(case, kind), case.entries) for kind in KINDS if not budget.over()}
+    good = {kind: value for kind, value in fit.items() if value is not None}
+    return min(good, key=good.__getitem__) if good else ""
+
+
+def _answer(case: Case, search: Search, start: State, best: State) -> Explanation:
+    differing = _count(case.entries, start)
+    where = partial(_where, case)
+    causes = _causes(case, search, start, best, differing)
+    return Explanation(
+        records=sum(len(entry.rows) for entry in case.entries),
+        differing=differing,
+        first=where(start),
+        last_agreement=_last_agreement(case.entries, start.first),
+        causes=tuple(causes),
+        remaining=where(best),
+        next=_next(case, search, best),
+        faults=len(search.tried.faults),
+        variants=search.tried.variants,
+        nearest=search.tried.nearest if np.isfinite(search.tried.nearest) else None,
+        complete=search.screening.budget.complete,
+        notes=case.notes,
+    )
+
+
+def _causes(case: Case, search: Search, start: State, best: State, differing: int) -> list[Cause]:
+    made: list[Cause] = []
+    state = start
+    for number, candidate in enumerate(best.faults):
+        after = search.screening.reached(state, candidate)
+        if after is None:
+            break
+        fixed = differing - _count(case.entries, after)
+        reproduced = [
+            float(now[(entry.base > entry.limit) & (now <= entry.limit)].max(initial=0.0))
+            for entry, now in zip(case.entries, after.nmse, strict=True)
+        ]
+        others = search.equal(best, number)
+        made.append(
+            Cause(
+                named=_named(candidate),
+                explained=fixed / differing if differing else 0.0,
+                records=fixed,
+                nmse=max(reproduced, default=0.0),
+                symptom=candidate.fault.symptom,
+                fix=candidate.fault.fix,
+                seen=candidate.fault.seen,
+                equivalent=tuple(map(_named, others)),
+                apart=apart(case, state, candidate, others, search.screening.budget),
+            )
+        )
+        state = after
+    return made
+
+
+def _named(candidate: Candidate) -> Named:
+    return Named(
+        candidate.fault.name,
+        dict(candidate.parameters),
+        candidate.layers,
+        candidate.fault.sentence(candidate.parameters),
+    )
+
+
+def _count(entries: Sequence[Expected], state: State) -> int:
+    return sum(int((errors > entry.limit).sum()) for entry, errors in zip(entries, state.nmse, strict=True))
+
+
+def _where(case: Case, state: State) -> Where | None:
+    if state.first is None:
+        return None
+    entry = case.entries[state.first.point]
+    at = entry.rows == state.first.row
+    worst = state.nmse[state.first.point][at]
+    return Where(entry.point, int(case.positions[state.first.row]), float(worst.max()), float(entry.limit[at].max()))
+
+
+def _last_agreement(entries: Sequence[Expected], first: Place | None) -> str | None:
+    if first is None or first.point == 0:
+        return None
+    return entries[first.point - 1].point
+
+
+def _next(case: Case, search: Search, best: State) -> str:
+    """The points to record where something is left unexplained; none where one operation is left."""
+    if best.first is None:
+        return ""
+    layers = search.screening.suspects(best)
+    if not layers:
+        return ""
+    if len(layers) > 1:
+        return f"blk.{{{layers[0]}..{layers[-1]}}}.l_out"
+    known = {entry.point for entry in case.entries}
+    wanted = [name for kind in _NEXT if (name := in_layer(layers[0], kind)) not in known]
+    return ",".join(wanted)

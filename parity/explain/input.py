@@ -1,0 +1,64 @@
+"""What `parity explain` is given: the prompt, and a reference that our own engine is held to first."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from checkpoints.answers.diff import Verdict
+from checkpoints.answers.explain import Explanation
+from checkpoints.errors import InputError
+from checkpoints.record import Dump
+
+from ..diff.compare import Options as Comparison
+from ..diff.compare import compare
+from ..run.prompt import given_prompt
+from .explain import Case, Options, explain
+from .records import right_rows
+
+
+def prompt_tokens(model: Path, prompt: str | None, file: Path | None, tokens: str | None) -> tuple[int, ...] | None:
+    """The ids of the prompt that was given, as llama.cpp makes them; None where none was.
+
+    Raises:
+        InputError: more than one of the three, or an unreadable file.
+    """
+    if prompt is None and file is None and tokens is None:
+        return None
+    text, ids = given_prompt(prompt, file, tokens)
+    if ids is not None:
+        return ids
+    from reference.client import Reference
+
+    with Reference() as reference:
+        return tuple(reference.tokenize(model, text or "").ids)
+
+
+def check_reference(ref: Dump, model: Path, options: Options) -> None:
+    """Hold our engine to llama.cpp's dump of this prompt.
+
+    Raises:
+        InputError: they differ, so that our engine cannot stand in for llama.cpp here.
+    """
+    case = Case(ref, model, options)
+    header = case.header()
+    if ref.header is not None:
+        header = replace(header, mode=ref.header.mode, kv_type=ref.header.kv_type)
+    points = {entry.point: case.dump.points[entry.point] for entry in case.entries}
+    verdict: Verdict = compare(
+        Dump("our engine", header, right_rows(case.replay, case.positions, points)), ref, Comparison(placed=True)
+    )
+    if not verdict:
+        where = verdict.first_divergence
+        place = f" at {where.checkpoint}, position {where.token_idx}" if where is not None else ""
+        raise InputError(
+            f"our engine and {ref.path} differ{place}: it cannot stand in for llama.cpp here.",
+            "Is the reference of this model, prompt and mode? `parity run` compares the two.",
+            code="reference",
+        )
+
+
+def explain_dump(dump: Dump, model: Path, options: Options) -> Explanation:
+    """`explain`, with the arithmetic that the dump's header states."""
+    stated = dump.header.compute.lower() if dump.header is not None else ""
+    if options.compute is None and stated in ("f16", "bf16", "tf32"):
+        options = replace(options, compute=stated)
+    return explain(dump, model, options)

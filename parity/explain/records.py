@@ -1,0 +1,204 @@
+"""What a dump recorded, beside the values of the right engine, in the form in which many candidates are held against it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from checkpoints.errors import DumpError
+from checkpoints.points import LOGITS, parse
+from checkpoints.record import Dump, Header, Rows
+from checkpoints.summary import summarise
+from engine.replay.replay import Replay
+
+from ..diff.align import Pair, align
+from ..diff.limits import EXACT_FLOOR
+from ..diff.metrics import SLICE_FLOOR, measure, sizes
+from ..diff.noise import excused
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Expected:
+    """The records of one point; R records of k values.
+
+    Attributes:
+        rows: int64 [R], the replay's row of each record.
+        values: float64 [R, k]; `present` says which of them there are; `index` which elements of the row they are.
+        quantum: half the step of the printed digits, [R, k].
+        energy: [R], what a squared error is divided by.
+        base: [R], NMSE against the right engine. limit: [R], NMSE that is noise.
+    """
+
+    pair: Pair
+    rows: Ints
+    values: Floats
+    present: NDArray[np.bool_]
+    index: Ints | None
+    quantum: Floats
+    energy: Floats
+    base: Floats
+    limit: Floats
+
+    @property
+    def point(self) -> str:
+        """The point's name."""
+        return self.pair.point
+
+    def nmse(self, tensor: NDArray[np.float32], positions: Ints) -> Floats:
+        """NMSE of a candidate's tensor, [R]; records beyond the candidate's rows are NaN.
+
+        The slice's NMSE as `metrics.measure` takes it, and by `measure` itself where records tell more than the slice.
+        """
+        return np.asarray(self.nmse_of(tensor[None], positions)[0])
+
+    def nmse_of(self, tensors: NDArray[np.float32], positions: Ints) -> Floats:
+        """`nmse` of M tensors, [M, …] -> [M, R]."""
+        here = self.rows < len(positions)
+        made = self._slices(tensors, positions, here)
+        present, wanted = self.present[here], self.values[here]
+        finite = np.isfinite(made) & np.isfinite(wanted)
+        with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+            delta = np.where(present & finite, made - wanted, 0.0)
+            printed = self.quantum[here]
+            if printed.any():
+                delta[np.abs(delta) <= printed + np.spacing(np.abs(wanted).astype(np.float32))] = 0.0
+            error = np.einsum("mij,mij->mi", delta, delta) / self.energy[here]
+        error[np.isnan(error)] = 0.0  # nothing differs where there is nothing
+        odd = present & (np.isfinite(made) != np.isfinite(wanted))
+        error[odd.any(axis=2)] = np.inf
+        result = np.full((len(tensors), len(self.rows)), np.nan)
+        result[:, here] = error
+        if self.whole:  # only what the slice does not contradict is worth a sketch
+            for number in np.flatnonzero((error <= self.limit[here]).all(axis=1)):
+                result[number] = self._measured(tensors[number], positions, here)
+        return result
+
+    @property
+    def whole(self) -> bool:
+        """Whether the records tell of more than their slice: a sketch or statistics of the whole row."""
+        return self.pair.ours.sketch is not None or not {"l2", "sum", "nonfinite"}.isdisjoint(self.pair.ours.stats)
+
+    def _measured(self, tensor: NDArray[np.float32], positions: Ints, here: NDArray[np.bool_]) -> Floats:
+        made = _summary(self.point, tensor, positions, {self.point: self.pair.ours})
+        pair = Pair(self.point, self.pair.ours.take(here), made.take(self.rows[here]))
+        result = np.full(len(self.rows), np.nan)
+        if here.any():
+            result[here] = np.nan_to_num(measure([pair]).nmse, nan=0.0, posinf=np.inf)
+        return result
+
+    def taken(self, tensor: NDArray[np.float32], positions: Ints) -> Floats:
+        """The recorded elements of another tensor of this point: [R, k]."""
+        return self._slice(tensor, positions, np.ones(len(self.rows), dtype=np.bool_))
+
+    def at(self, tensor: NDArray[np.float32], positions: Ints, row: int) -> Floats:
+        """The recorded elements of one row of a tensor of the first rows: [k]; absent ones are 0."""
+        here = self.rows == row
+        return np.asarray(np.where(self.present[here], self._slice(tensor, positions, here), 0.0)[0])
+
+    def taken_all(self, tensor: NDArray[np.float32], positions: Ints) -> Floats | None:
+        """The leading elements of every row of a tensor: [T, k]; None where a row is no plain vector."""
+        known = parse(self.point).known
+        if self.index is not None or (known is not None and "t+1" in known.row):
+            return None
+        return tensor.reshape(len(positions), -1)[:, : self.values.shape[1]].astype(np.float64)
+
+    def between(self, one: NDArray[np.float32], other: NDArray[np.float32], positions: Ints) -> float:
+        """Mean NMSE of one tensor against another at the recorded elements; infinite where either is not finite."""
+        delta = np.where(self.present, self.taken(one, positions) - self.taken(other, positions), 0.0)
+        error = float((np.einsum("ij,ij->i", delta, delta) / self.energy).mean())
+        return error if np.isfinite(error) else float("inf")
+
+    def _slice(self, tensor: NDArray[np.float32], positions: Ints, here: NDArray[np.bool_]) -> Floats:
+        """The recorded elements of a candidate's tensor: float64 [records within its rows, k]."""
+        return np.asarray(self._slices(tensor[None], positions, here)[0])
+
+    def _slices(self, tensors: NDArray[np.float32], positions: Ints, here: NDArray[np.bool_]) -> Floats:
+        """`_slice` of M tensors: [M, records within their rows, k]."""
+        width = self.values.shape[1]
+        known = parse(self.point).known
+        if known is not None and "t+1" in known.row:
+            return np.array([self._growing(tensor, positions, here) for tensor in tensors])
+        flat = tensors.reshape(len(tensors), len(positions), -1)
+        if self.index is not None:
+            index = np.maximum(self.index[here], 0)[None]
+            return np.take_along_axis(flat[:, self.rows[here]], index, axis=2).astype(np.float64)
+        cut = flat[:, :, :width][:, self.rows[here]].astype(np.float64)
+        return np.pad(cut, ((0, 0), (0, 0), (0, width - cut.shape[2])), constant_values=np.nan) if cut.shape[2] < width else cut
+
+    def _growing(self, tensor: NDArray[np.float32], positions: Ints, here: NDArray[np.bool_]) -> Floats:
+        """`_slice` where a row has an element for each position up to its own."""
+        width = self.values.shape[1]
+        rows = summarise(self.point, tensor, positions - positions[0], slice_size=width, keep=self.rows[here], first=0).values
+        padded = np.full((int(here.sum()), width), np.nan)
+        padded[:, : rows.shape[1]] = rows
+        return padded
+
+
+def expected(dump: Dump, replay: Replay, positions: Ints, header: Header) -> tuple[list[Expected], tuple[str, ...]]:
+    """Every record of the dump that our engine has as well, in dataflow order, and notes on those that it has not.
+
+    Raises:
+        DumpError: none, or records of one key that contradict each other.
+    """
+    known = {name: rows for name, rows in dump.points.items() if name in replay.values}
+    foreign = [name for name in dump.points if name not in known]
+    notes = [f"not looked at, since our engine has no such point: {', '.join(foreign[:4])}{', …' if len(foreign) > 4 else ''}"]
+    if not known:
+        raise DumpError(
+            f"{dump.path} has no point that our engine has.",
+            "`parity model M` lists the points by name.",
+            code="nothing-in-common",
+        )
+    right = Dump("our engine", header, right_rows(replay, positions, known))
+    pairs = align(replace(dump, points=known), right).pairs
+    made, noise = _excused([_expected(pair, positions) for pair in pairs])
+    return made, (*(notes if foreign else ()), *noise)
+
+
+def _excused(entries: list[Expected]) -> tuple[list[Expected], tuple[str, ...]]:
+    """The records, those over their limit by float32's noise alone (`parity.outliers`) with a higher one, and the note on them."""
+    names = [entry.point for entry in entries]
+    point = np.repeat(np.arange(len(entries)), [len(entry.rows) for entry in entries])
+    seq, token_idx = (np.concatenate([getattr(entry.pair.ours, name) for entry in entries]) for name in ("seq", "token_idx"))
+    nmse, limit = (np.concatenate([getattr(entry, name) for entry in entries]) for name in ("base", "limit"))
+    limit, note = excused(names, point, seq, token_idx, nmse, nmse / limit, limit)
+    return [replace(entry, limit=limit[point == number]) for number, entry in enumerate(entries)], note
+
+
+def right_rows(replay: Replay, positions: Ints, points: Mapping[str, Rows] | Sequence[str]) -> dict[str, Rows]:
+    """The right engine's records at these points."""
+    return {name: _summary(name, replay.on_host[name], positions, points) for name in points}
+
+
+def _summary(name: str, tensor: NDArray[np.float32], positions: Ints, like: Mapping[str, Rows] | Sequence[str]) -> Rows:
+    width = int(like[name].values.shape[1]) if isinstance(like, Mapping) else 16
+    rows = like[name] if isinstance(like, Mapping) else None
+    whole = rows is not None and rows.indices is not None
+    return summarise(
+        name, np.ascontiguousarray(tensor), positions, slice_size=None if whole else width, first=int(positions[0])
+    )
+
+
+def _expected(pair: Pair, positions: Ints) -> Expected:
+    rows = pair.ours.token_idx - positions[0]
+    values = pair.ours.values.astype(np.float64)
+    present = np.arange(values.shape[1])[None, :] < pair.ours.counts[:, None]
+    count, n = present.sum(axis=1), sizes(pair.ref)
+    wanted = np.where(present & np.isfinite(values), values, 0.0)
+    floor = SLICE_FLOOR * count / n * pair.ref.stats["l2"] ** 2
+    floors = EXACT_FLOOR.logits if pair.point == LOGITS else EXACT_FLOOR.operations
+    return Expected(
+        pair=pair,
+        rows=rows,
+        values=values,
+        present=present,
+        index=pair.ours.indices,
+        quantum=np.zeros(values.shape) if pair.ours.quantum is None else pair.ours.quantum / 2,
+        energy=np.fmax(np.einsum("ij,ij->i", wanted, wanted), floor),
+        base=np.nan_to_num(measure([pair]).nmse, nan=0.0, posinf=np.inf),
+        limit=np.full(len(rows), floors),
+    )

@@ -1,0 +1,51 @@
+"""Garbage at single rows of the logits: no fault that could be planted, but one that the numbers name by themselves."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from checkpoints.answers.explain import Cause, Named
+from checkpoints.points import LOGITS
+from engine.backend import Array
+
+from .records import Expected, Ints
+from .state import State
+
+NAME = "logits-garbage"
+_SHOWN = 8  # ids that a sentence lists
+
+
+def garbage(
+    entries: Sequence[Expected], state: State, values: Mapping[str, Array], positions: Ints, differing: int
+) -> Cause | None:
+    """The cause "these ids' logits are garbage", if that is all that a state leaves.
+
+    All that is left must lie at the logits, at the same minority of the recorded ids in every record that is wrong, and every
+    other recorded id must agree there within the limit of its record.
+    """
+    if state.first is None or entries[state.first.point].point != LOGITS:
+        return None
+    entry = entries[state.first.point]
+    wrong = state.nmse[state.first.point] > entry.limit
+    theirs, right = entry.values[wrong], entry.taken(values[LOGITS], positions)[wrong]
+    delta = np.where(entry.present[wrong], np.nan_to_num(theirs - right, nan=np.inf), 0.0)
+    ids = np.arange(theirs.shape[1])[None, :].repeat(len(theirs), axis=0) if entry.index is None else entry.index[wrong]
+    with np.errstate(over="ignore"):
+        bad = delta**2 > (entry.limit * entry.energy)[wrong][:, None]  # alone more than the whole record may be off
+    rest = (np.where(bad, 0.0, delta) ** 2).sum(axis=1) > (entry.limit * entry.energy)[wrong]
+    each = [frozenset(ids[row, bad[row]].tolist()) for row in range(len(ids))]
+    if rest.any() or len(set(each)) != 1 or not 0 < 2 * len(each[0]) < entry.present[wrong].sum(axis=1).min():
+        return None
+    found = sorted(each[0])
+    listed = f"{', '.join(map(str, found[:_SHOWN]))}{', …' if len(found) > _SHOWN else ''}"
+    sentence = f"the logits of single ids are garbage: {listed}; the other recorded ids agree at the same positions"
+    left = np.where(bad, 0.0, delta)
+    return Cause(
+        named=Named(NAME, {"ids": found}, None, sentence),
+        explained=1.0,
+        records=differing,
+        nmse=float(((left**2).sum(axis=1) / entry.energy[wrong]).max()),
+        symptom="everything up to output_norm is right, single logits are not; now and then a strange token is chosen",
+        fix=f"these rows of the output matrix or of its product: `parity isolate --rows {','.join(map(str, found[:_SHOWN]))}`",
+        seen="kernels whose last blocks of rows race or read beyond the matrix",
+    )

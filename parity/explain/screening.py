@@ -1,0 +1,276 @@
+"""How far a candidate gets: replayed on as few positions as causality allows, up to the first record that contradicts it."""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+
+from checkpoints.points import OUTPUT_NORM, parse
+from engine.backend import Array, Backend
+from engine.faults import CATALOGUE, SEEN, Planting
+from engine.graph import Step
+from engine.replay.replay import NOT_ALLOWED, Replay
+
+from .batch import Batch
+from .budget import Budget
+from .records import Expected, Floats, Ints
+from .state import Candidate, Layers, Place, Screened, State, Tried, key, shown_points, unchanged_steps
+
+MakeReplay = Callable[[Sequence[Step], int, Replay | None], Replay]
+_FEW = 2  # candidates for which the first rows of every point are not worth a look: it costs as much as a check of one of them
+_REPLAYS = 8  # replays that are kept; each holds every value of a run
+
+
+class Screening:
+    """Holds candidates against the records of a dump.
+
+    Args:
+        right: the replay of `steps` over all rows. make: gives the replay of a list of steps over the first so many rows,
+            with the values that it may take from a longer one.
+        budget: with which screening ends.
+    """
+
+    def __init__(
+        self,
+        entries: Sequence[Expected],
+        steps: Sequence[Step],
+        right: Replay,
+        make: MakeReplay,
+        positions: Ints,
+        backend: Backend,
+        budget: Budget,
+    ) -> None:
+        self.entries = list(entries)
+        self.right = tuple(steps)
+        self.tried = Tried()
+        self.make = make
+        self.positions = positions
+        self.backend = backend
+        self.budget = budget
+        self.number = {entry.point: number for number, entry in enumerate(self.entries)}
+        self._whole = right
+        self._replays: dict[tuple[str, ...], Replay] = {}
+        self._checked: dict[tuple[str, ...], State | None] = {}
+        self.n_layers = sum(step.makes.endswith(".l_out") for step in steps)
+
+    def start(self) -> State:
+        """The right engine itself."""
+        nmse = tuple(entry.base for entry in self.entries)
+        return State((), Planting(self.right, self.number), nmse, self._first(nmse))
+
+    def _first(self, nmse: Sequence[Floats]) -> Place | None:
+        for number, (entry, errors) in enumerate(zip(self.entries, nmse, strict=False)):  # nmse may end early
+            wrong = errors > entry.limit
+            if wrong.any():
+                return Place(number, int(entry.rows[wrong].min()))
+        return None
+
+    def replay(self, state: State, rows: int) -> Replay:
+        """The state's replay over the first rows; made once for each number of rows."""
+        if rows == self.rows and not state.faults:
+            return self._whole
+        name = (*key(state.faults), str(rows))
+        if name not in self._replays:
+            if len(self._replays) >= _REPLAYS:
+                del self._replays[next(iter(self._replays))]
+            self._replays[name] = self.make(state.steps, rows, self._whole)
+        return self._replays[name]
+
+    def _errors(self, root: State, steps: Sequence[Step], rows: int, until: int) -> dict[int, Floats] | None:
+        """NMSE at the points that a list of steps changes, up to point `until` or the first that differs in front of it.
+
+        None: the model's shapes do not allow this list.
+        """
+        shown = shown_points(steps)
+        found: dict[int, Floats] = {}
+
+        def visit(name: str, made: Array) -> bool:
+            number = self._compare(name, made, shown, rows, found)
+            if number is None or shown:  # what a dump shows instead is known at the end of the list
+                return True
+            return number < until and not (found[number] > self.entries[number].limit).any()
+
+        try:
+            needed = self._needed(steps, shown, until) if shown else steps
+            self.replay(root, rows).run(needed, visit, unchanged_steps(needed, root))
+        except NOT_ALLOWED:
+            return None
+        return found
+
+    def _needed(self, steps: Sequence[Step], shown: frozenset[str], until: int) -> list[Step]:
+        """The steps that what the dump shows up to a point comes from, where it shows other steps than it names."""
+        number = {step.makes: number for number, step in enumerate(steps)}
+        points = [entry.point for entry in self.entries[: until + 1]]
+        seen = [steps[number[SEEN + point]] for point in points if point in shown]
+        last = max(
+            [number[point] for point in points if point not in shown] + [number.get(read, -1) for s in seen for read in s.names]
+        )
+        return [*steps[: last + 1], *seen]
+
+    def _compare(self, name: str, made: Array, shown: frozenset[str], rows: int, found: dict[int, Floats]) -> int | None:
+        """Hold a value against the dump, if it is what the dump shows; its point's number."""
+        point = name.removeprefix(SEEN)
+        number = self.number.get(point)
+        if number is None or (point in shown and name == point):
+            return None
+        found[number] = self.entries[number].nmse(self.backend.to_host(made), self.positions[:rows])
+        return number
+
+    def _everything(self, root: State, steps: Sequence[Step]) -> tuple[Floats, ...] | None:
+        """NMSE at every point, all rows; None where the model's shapes do not allow this list."""
+        shown, rows = shown_points(steps), len(self.positions)
+        found: dict[int, Floats] = {}
+
+        def visit(name: str, made: Array) -> bool:
+            self._compare(name, made, shown, rows, found)
+            return True
+
+        try:
+            self.replay(root, rows).run(steps, visit, unchanged_steps(steps, root))
+        except NOT_ALLOWED:
+            return None
+        return tuple(found.get(number, errors) for number, errors in enumerate(root.nmse))
+
+    def candidates(self, state: State, layers: Layers) -> Iterator[Candidate]:
+        """Every variant of every fault in these layers (None: all)."""
+        right = state.planting.right
+        for fault in CATALOGUE.values():
+            if layers is not None and (fault.once or not any(f"blk.0.{kind}" in right for kind in fault.kinds)):
+                continue
+            for parameters in fault.variants(right):
+                yield Candidate(fault, parameters, layers)
+
+    def suspects(self, state: State) -> range:
+        """The layers between the last point in front of the first place at which all is right, and that place."""
+        if state.first is None:
+            return range(0)
+        point = parse(self.entries[state.first.point].point)
+        last = point.layer if point.layer is not None else (-1 if point.kind == "embd" else self.n_layers - 1)
+        low = 0
+        for entry in self.entries[: state.first.point]:
+            before = parse(entry.point)
+            if before.layer is not None:
+                low = max(low, before.layer + (before.kind == "l_out"))
+            elif before.kind == OUTPUT_NORM:
+                low = self.n_layers
+        return range(low, last + 1)
+
+    def screen(self, state: State, candidate: Candidate) -> Screened | None:
+        """How far a candidate gets by its first rows: the first place that still differs (None: none), and the NMSE that
+        is left at the state's first place. None where it changes nothing there or the model does not allow it.
+        """
+        first = state.first
+        if first is None:
+            return None
+        entry = self.entries[first.point]
+        root = state.root or state
+        try:
+            steps = candidate.planted(state)
+        except NOT_ALLOWED:
+            return None
+        shown = shown_points(steps)
+        if unchanged_steps(steps, root) > root.order[entry.point] and entry.point not in shown:
+            return None
+        rows = self.rows_of(state, candidate)
+        found = self._errors(root, steps, rows, first.point)
+        self.tried.count([candidate])
+        if not found:
+            return None
+        errors = [
+            found.get(number, np.where(self.entries[number].rows < rows, root.nmse[number], np.nan))
+            for number in range(first.point + 1)
+        ]
+        at_first = (entry.rows == first.row) & (entry.rows < rows)
+        left = found.get(first.point)
+        error = float(left[at_first].max()) if left is not None and at_first.any() else float("nan")
+        return self._first(errors), error
+
+    def rows_of(self, state: State, candidate: Candidate) -> int:
+        """How many rows show whether a candidate gets beyond the first place: that row and the next, if causality holds."""
+        if state.first is None or any(one.fault.whole for one in (*state.faults, candidate)):
+            return self.rows
+        return min(state.first.row + 2, self.rows)
+
+    @property
+    def rows(self) -> int:
+        """How many positions the dump's tokens have."""
+        return len(self.positions)
+
+    def left(self, place: Place, made: Array) -> float:
+        """NMSE of a value of the first rows at a place."""
+        entry = self.entries[place.point]
+        errors = entry.nmse(self.backend.to_host(made), self.positions[: made.shape[0]])
+        return float(errors[entry.rows == place.row].max())
+
+    def recorded(self, place: Place, made: Array) -> Floats:
+        """The recorded elements of a value of the first rows at a place: [k]."""
+        entry = self.entries[place.point]
+        return entry.at(self.backend.to_host(made), self.positions[: made.shape[0]], place.row)
+
+    def check(self, state: State, candidate: Candidate) -> State | None:
+        """The state with the candidate planted, on all rows and points; None where the model or the faults there do not allow it,
+        or no time is left for it.
+        """
+        name = key((*state.faults, candidate))
+        return None if name not in self._checked and self.budget.over() else self.reached(state, candidate)
+
+    def reached(self, state: State, candidate: Candidate) -> State | None:
+        """`check`, however late it is."""
+        name = key((*state.faults, candidate))
+        if name not in self._checked:
+            self._checked[name] = self._check(state, candidate)
+        return self._checked[name]
+
+    def _check(self, state: State, candidate: Candidate) -> State | None:
+        try:
+            steps = candidate.planted(state)
+        except NOT_ALLOWED:
+            return None
+        nmse = self._everything(state.root or state, steps)
+        return (
+            None if nmse is None else State((*state.faults, candidate), Planting(steps, self.number), nmse, self._first(nmse))
+        )
+
+    def screened(self, state: State, layers: Layers, candidates: Sequence[Candidate]) -> Iterator[tuple[Candidate, Screened]]:
+        """The candidates of a scope that change something at the state's first place, and how far they get."""
+        if state.first is None:
+            return
+        yield from Batch(self, state, layers).screened([one for one in candidates if self._plain(state, one)])
+        for candidate in candidates:
+            if self.budget.over():
+                return
+            result = None if self._plain(state, candidate) else self.screen(state, candidate)
+            if result is not None:
+                yield candidate, result
+
+    def _plain(self, state: State, candidate: Candidate) -> bool:
+        """Whether a candidate can be computed together with others: nothing that the dump shows instead takes part."""
+        first = state.first
+        return (
+            first is not None
+            and state.root is None
+            and candidate.fault.shows is None
+            and self.entries[first.point].point not in state.shown
+        )
+
+    def beyond(self, state: State, candidates: Sequence[Candidate]) -> Iterator[State]:
+        """The states of candidates that get beyond the state's first place, on all rows.
+
+        If one of them explains everything, those that the first rows already contradict somewhere are left out.
+        """
+        first = state.first
+        if first is None:
+            return
+        layers = candidates[0].layers if candidates else None
+        plain = [one for one in candidates if self._plain(state, one)]
+        kept = Batch(self, state, layers).agreeing(plain) if len(plain) > _FEW else plain
+        likely = [one for one in candidates if not self._plain(state, one) or one in kept]
+        rest = [one for one in candidates if one not in likely]
+        for some in (likely, rest):
+            whole = False
+            for candidate in some:
+                checked = self.check(state, candidate)
+                if checked is not None and (checked.first is None or first < checked.first):
+                    whole = whole or checked.first is None
+                    yield checked
+            if whole:
+                return

@@ -1,0 +1,237 @@
+"""The search for known faults that reproduce a dump.
+
+A state is a list of steps: the right one, or one with the faults found so far. A candidate plants one more. It is
+screened at the first place that the state does not explain, on as few positions as causality allows, and, if it gets
+beyond that place, checked on all of them.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import product, zip_longest
+
+import numpy as np
+
+from engine.faults import Planting
+from engine.replay.replay import NOT_ALLOWED
+
+from .scopes import ranges, rescoped, stages
+from .screening import Screening
+from .state import Candidate, Layers, State, key, worst
+from .together import Together
+
+_BEAM = 4  # partial explanations that are followed
+_AT_ONCE = 3  # faults that are tried together
+_SAME = 12  # combinations of the same numbers at the first place that are checked everywhere
+# Two candidates reproduce the same numbers if their errors are of one size: float32's own noise over 24 layers is 7e-13
+# (tolerance.EXACT_FLOOR), so what lies below 1e-12, or within a factor of ten, is no difference.
+_SAME_NOISE, _SAME_FACTOR = 1e-12, 10.0
+
+
+class Search:
+    """Searches the catalogue over the records of a dump, by one screening."""
+
+    def __init__(self, screening: Screening) -> None:
+        self.screening = screening
+        self.tried = screening.tried
+        self.right = {step.makes: step for step in screening.right}
+        self._found: dict[tuple[str, ...], list[State]] = {}
+        self._stages: dict[tuple[str, ...], list[State]] = {}
+        self._ends: dict[tuple[str, ...], State] = {}
+
+    def further(self, state: State, single: bool) -> list[State]:
+        """States that get beyond the state's first place by one more fault, the best first.
+
+        In single layers the search ends with the layer in which something is found: what is alike there is found too. In all
+        layers it ends with the stage (`stages`) in which something explains everything.
+        """
+        better: list[State] = []
+        scopes: list[Layers] = [(layer,) for layer in self.screening.suspects(state)] if single else [None]
+        for layers in scopes:
+            for candidates in stages(self.screening, state, layers):
+                better += self._beyond(state, layers, candidates)
+                if any(one.first is None for one in better):
+                    break
+            if better or self.screening.budget.over():
+                break
+        return sorted(better, key=self.rank)
+
+    def _beyond(self, state: State, layers: Layers, candidates: Sequence[Candidate]) -> Iterator[State]:
+        """The states of the candidates that get beyond the state's first place."""
+        passed: list[Candidate] = []
+        for candidate, (place, error) in self.screening.screened(state, layers, candidates):
+            self._note(state, candidate, error)
+            if place is None or (state.first is not None and state.first < place):
+                passed.append(candidate)
+        return self.screening.beyond(state, passed)
+
+    def _note(self, state: State, candidate: Candidate, error: float) -> None:
+        """Keep what a candidate leaves of the error at the first place, as a lead."""
+        first = state.first
+        if first is None or not np.isfinite(error):
+            return
+        entry = self.screening.entries[first.point]
+        before = float(state.nmse[first.point][entry.rows == first.row].max())
+        removed = 1 - error / before if np.isfinite(before) and before > 0 else 0.0
+        self.tried.removed.setdefault(key(state.faults), []).append((removed, candidate))
+        if not state.faults and error > float(entry.limit[entry.rows == first.row].max()):
+            self.tried.nearest = min(self.tried.nearest, error)
+
+    def rank(self, state: State) -> tuple[float, ...]:
+        """Best first: everything explained, with the least error beyond noise; then the furthest first place. Of these,
+        the fewest faults, those in all layers, and those that change the fewest steps: nothing is blamed that need not be.
+        """
+        single = sum(candidate.layers is not None for candidate in state.faults)
+        size = (len(state.faults), single, sum(self.right.get(step.makes) is not step for step in state.steps))
+        if state.first is None:
+            error = worst(state, len(state.nmse))
+            return (0.0, round(float(np.log10(max(error, _SAME_NOISE) / _SAME_NOISE))), 0.0, *size, error)
+        return (1.0, -state.first.point, -state.first.row, *size, worst(state, state.first.point - 1))
+
+    def everywhere(self, state: State) -> list[State]:
+        """States of one more fault in all layers that explain everything."""
+        found = self._once(state, single=False)
+        return [one for one in found if one.first is None]
+
+    def _once(self, state: State, single: bool) -> list[State]:
+        """`further`, remembered."""
+        name = (*key(state.faults), str(single))
+        if name not in self._stages:
+            found = self.further(state, single)
+            partial = found[:_BEAM] if found and found[0].first is not None else []
+            more = [made for one in partial for made in rescoped(self.screening, state, one)]
+            self._stages[name] = sorted([*found, *more], key=self.rank)
+        return self._stages[name]
+
+    def explain(self, state: State, depth: int) -> State:
+        """The best state that up to `depth` further faults lead to: everything explained, or the first place moved furthest.
+
+        Faults are tried one by one; where that ends, several at once in the best states that it has led to.
+        """
+        best = self._one_by_one(state, depth)
+        tried: set[tuple[str, ...]] = set()
+        while best.first is not None and not self.screening.budget.over():
+            ends = sorted((end for name, end in self._ends.items() if name not in tried), key=self.rank)
+            if not ends:
+                break
+            tried.add(key(ends[0].faults))
+            left = depth - (len(ends[0].faults) - len(state.faults))
+            best = min(best, self._follow(ends[0], self._several(ends[0], left), left), key=self.rank)
+        return best
+
+    def _one_by_one(self, state: State, depth: int) -> State:
+        """The best state that up to `depth` further faults lead to, each of which gets further by itself."""
+        if state.first is None or depth == 0:
+            return state
+        suspects = self.screening.suspects(state)
+        if len(suspects) == 1 and suspects[0] > 0:  # the layers before agree: it is one layer's matter, most likely
+            found = self._once(state, single=True)
+            if found and found[0].first is None:
+                return self._follow(state, found, depth)
+        everywhere = self._once(state, single=False)
+        if len(suspects) > 1 and not (everywhere and everywhere[0].first is None):
+            # Many layers are a long search: what was found in all layers is followed before.
+            best = self._follow(state, everywhere, depth)
+            if best.first is None:
+                return best
+        found = everywhere
+        if not (found and found[0].first is None):
+            found = sorted([*found, *self._once(state, single=True)], key=self.rank)
+        if not found and len(suspects) > 1:
+            found = sorted(ranges(self.screening, state), key=self.rank)
+        if not found:
+            self._ends.setdefault(key(state.faults), state)
+        return self._follow(state, found, depth)
+
+    def _follow(self, state: State, found: Sequence[State], depth: int) -> State:
+        """The best state that the first few of these lead to; of those with the same errors one is followed."""
+        self._found[key(state.faults)] = list(found)
+        best = state
+        seen: set[tuple[float, ...]] = set()
+        for one in found:
+            errors = tuple(float(f"{errors.max():.3g}") for errors in one.nmse)
+            if errors in seen:
+                continue
+            seen.add(errors)
+            best = min(best, self._one_by_one(one, depth - (len(one.faults) - len(state.faults))), key=self.rank)
+            if best.first is None or len(seen) >= _BEAM:
+                break
+        return best
+
+    def alike(self, state: State, number: int) -> list[Candidate]:
+        """Other candidates that get as far in the place of the state's fault of that number, with errors of one size."""
+        mine = next((one for one in self._stage(state, number) if one.faults == state.faults[: len(one.faults)]), None)
+        if mine is None:
+            return []
+        until = len(self.screening.entries) - 1 if mine.first is None else mine.first.point - 1
+        most = max(worst(mine, until) * _SAME_FACTOR, _SAME_NOISE)
+        return [
+            one.faults[number]
+            for one in self._stage(state, number)
+            if one.first == mine.first
+            and [at for at, pair in enumerate(zip_longest(one.faults, mine.faults)) if pair[0] != pair[1]] == [number]
+            and worst(one, until) <= most
+        ]
+
+    def equal(self, state: State, number: int) -> list[Candidate]:
+        """`alike`, without those that do not get as far as the state does beside its other faults."""
+        alike = self.alike(state, number)
+        if len(state.faults) == 1:
+            return alike
+        equal = []
+        for one in alike:
+            checked = self._planted((*state.faults[:number], one, *state.faults[number + 1 :]))
+            if checked is not None and checked.first == state.first:
+                equal.append(one)
+        return equal
+
+    def _planted(self, faults: Sequence[Candidate]) -> State | None:
+        """The right engine with these faults, on all rows and points; None where the model or they do not allow it."""
+        *below, last = faults
+        start = middle = self.screening.start()
+        try:
+            for one in below:
+                middle = State((*middle.faults, one), Planting(one.planted(middle)), start.nmse, start.first, start)
+        except NOT_ALLOWED:
+            return None
+        return self.screening.check(middle, last)
+
+    def _stage(self, state: State, number: int) -> list[State]:
+        """What was found at the stage at which the state's fault of that number was added, alone or together with others."""
+        for before in range(number, -1, -1):
+            found = self._found.get(key(state.faults[:before]), [])
+            if any(len(one.faults) > number and one.faults == state.faults[: len(one.faults)] for one in found):
+                return found
+        return []
+
+    def _several(self, state: State, depth: int) -> list[State]:
+        """Two or three faults at once, where none alone gets any further, layer by layer."""
+        scopes: list[Layers] = [(layer,) for layer in self.screening.suspects(state)]
+        for layers in scopes or [None]:
+            together = Together(self.screening, state, layers)
+            for number in range(2, min(depth, _AT_ONCE) + 1):
+                better: list[State] = []
+                for alike in together.found(number):
+                    better += [made for chosen in alike[:_SAME] for made in self._all_of(state, chosen)]
+                    if better:
+                        break
+                if better or self.screening.budget.over():
+                    return sorted(better, key=self.rank)
+        return []
+
+    def _all_of(self, state: State, chosen: Sequence[Candidate]) -> Iterator[State]:
+        """The states with all of these faults that get beyond the first place, each fault in all layers or in its one."""
+        scopes = ([replace(one, layers=None), one] if one.layers is not None else [one] for one in chosen)
+        for *below, last in product(*scopes):
+            middle = state
+            try:
+                for one in below:
+                    middle = State(
+                        (*middle.faults, one), Planting(one.planted(middle)), state.nmse, state.first, state.root or state
+                    )
+            except NOT_ALLOWED:
+                continue
+            checked = self.screening.check(middle, last)
+            if checked is not None and (checked.first is None or (state.first is not None and state.first < checked.first)):
+                yield checked
+                if checked.first is None:
+                    return

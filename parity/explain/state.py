@@ -1,0 +1,112 @@
+"""States and candidates of the search: what `parity explain` has found so far, and what it may add to it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import takewhile
+from typing import Any
+
+import numpy as np
+
+from engine.faults import SEEN, Fault, Planting
+from engine.graph import Step
+from engine.replay.replay import same_start
+
+from .records import Floats
+
+Layers = tuple[int, ...] | None
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A fault with its parameters in some layers (None: all)."""
+
+    fault: Fault
+    parameters: Mapping[str, Any]
+    layers: Layers = None
+
+    def planted(self, state: "State") -> list[Step]:
+        """The state's steps with this fault. Raises ValueError or KeyError where it has no place."""
+        return state.planting.of(self.fault, self.layers, self.parameters)
+
+
+@dataclass(frozen=True)
+class Place:
+    """A record: number of the point in the dump, and the replay's row."""
+
+    point: int
+    row: int
+
+    def __lt__(self, other: "Place") -> bool:
+        return (self.point, self.row) < (other.point, other.row)
+
+
+Screened = tuple[Place | None, float]  # the first place that still differs, and the NMSE that is left at the old one
+
+
+@dataclass(frozen=True)
+class State:
+    """A list of steps and how far it reproduces the dump.
+
+    `nmse` holds an array a point; `first` is the first place that differs, None where none does. `root` is the state that
+    this one is replayed against, where it is not worth a replay of its own.
+    """
+
+    faults: tuple[Candidate, ...]
+    planting: Planting
+    nmse: tuple[Floats, ...]
+    first: Place | None
+    root: "State | None" = None
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """The engine's steps."""
+        return self.planting.steps
+
+    @property
+    def order(self) -> Mapping[str, int]:
+        """The number of each step."""
+        return self.planting.order
+
+    @cached_property
+    def shown(self) -> frozenset[str]:
+        """Points of which the dump shows something else than the engine computed."""
+        return shown_points(self.steps)
+
+
+@dataclass
+class Tried:
+    """What the search has tried: counts, and by state (its `key`) the part of the error at its first place that each candidate
+    takes away.
+    """
+
+    faults: set[str] = field(default_factory=set)
+    variants: int = 0
+    removed: dict[tuple[str, ...], list[tuple[float, Candidate]]] = field(default_factory=dict)
+    nearest: float = np.inf
+
+    def count(self, candidates: Sequence[Candidate]) -> None:
+        """Candidates were tried."""
+        self.faults.update(candidate.fault.name for candidate in candidates)
+        self.variants += len(candidates)
+
+
+def worst(state: State, until: int) -> float:
+    """The largest NMSE up to a point."""
+    return float(max((errors.max() for errors in state.nmse[: until + 1]), default=0.0))
+
+
+def shown_points(steps: Sequence[Step]) -> frozenset[str]:
+    """Points of which the dump shows something else than the engine computed."""
+    last = takewhile(lambda step: step.makes.startswith(SEEN), reversed(steps))  # they stand at the end
+    return frozenset(step.makes.removeprefix(SEEN) for step in last)
+
+
+def unchanged_steps(steps: Sequence[Step], root: State) -> int:
+    """How many steps at the start are the root's."""
+    return same_start(steps, root.steps)
+
+
+def key(faults: Sequence[Candidate]) -> tuple[str, ...]:
+    """What tells one list of faults from another."""
+    return tuple(f"{one.fault.name} {one.parameters} {one.layers}" for one in faults)

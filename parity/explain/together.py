@@ -1,0 +1,205 @@
+"""Several faults in front of one checkpoint: none gets past it alone, so they are tried together.
+
+Only the steps up to the first difference are computed, for the first differing position, and only in one layer. What each
+fault alone makes there is computed once. Those whose effects, each scaled, add up to most of the error are likely: they
+are planted together first.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import permutations, product
+
+import numpy as np
+
+from engine.backend import Array
+from engine.faults import AT, SEEN, Planting
+from engine.graph import Step
+from engine.replay.replay import NOT_ALLOWED, Replay
+
+from .records import Floats, Ints
+from .screening import Screening
+from .state import Candidate, Layers, State, shown_points, unchanged_steps
+
+# How many of the likely combinations are tried. Of 16 seeded pairs the right one had rank 0 to 1,250 among about 19,000 (ten
+# of them below 40), but for one at 14,203 (`benchmarks/explain_several.py --ranks`).
+MOST = 3000
+_BEYOND = 2  # steps after the first place that a wrong capture may show; a layer's more are not worth it for each candidate
+_REPLAYS = 64  # replays that are kept, of one interval each
+# Added to the diagonal of unit effects' inner products: those that are equal in float32 stay solvable.
+_RIDGE = 1e-9
+
+
+@dataclass(frozen=True, eq=False)
+class Effect:
+    """What a candidate alone makes of the recorded elements of the first place, float64 [k], and all candidates that make it."""
+
+    value: Floats
+    alike: list[Candidate]
+
+    @property
+    def kinds(self) -> frozenset[str]:
+        """The kinds of step that it changes."""
+        first = self.alike[0]
+        return frozenset(first.parameters.get(AT, first.fault.kinds))
+
+
+class Together:
+    """Tries several candidates at once at a state's first place: in one layer, or (None) outside the layers.
+
+    Raises:
+        ValueError: the state has no place that differs.
+    """
+
+    def __init__(self, screening: Screening, state: State, layers: Layers) -> None:
+        if state.first is None:
+            raise ValueError("nothing is left to explain")
+        self._screening = screening
+        self._state = state
+        self._layers = layers
+        self._first = state.first
+        self._entry = screening.entries[state.first.point]
+        self._limit = float(self._entry.limit[self._entry.rows == state.first.row].max())
+        self._replays: dict[tuple[tuple[Effect, ...], int], tuple[State, Replay]] = {}
+        # Outside the layers nothing in front of the last agreement is in question; in a layer the faults' own layer sees to that.
+        before = screening.entries[state.first.point - 1].point if layers is None and state.first.point else ""
+        self._agreed = state.order.get(before, -1)
+        self._length = len(self._until(state.steps))
+        self.effects = self._effects()
+
+    def found(self, number: int) -> Iterator[list[tuple[Candidate, ...]]]:
+        """Combinations that leave nothing at the first place, each with those that differ in one fault; the likely ones first."""
+        for chosen in self.likely(number)[:MOST]:
+            effects = [self.effects[index] for index in chosen]
+            for order in self._orders(effects):
+                if self._screening.budget.over():
+                    return
+                if self._left(order) <= self._limit:
+                    yield [one for alike in (order, *self._others(order)) for one in product(*(e.alike for e in alike))]
+                    break
+
+    def _orders(self, effects: list[Effect]) -> Iterator[tuple[Effect, ...]]:
+        """In which orders they may be planted: it counts where two change one step."""
+        kinds = [kind for effect in effects for kind in effect.kinds]
+        return permutations(effects) if len(set(kinds)) < len(kinds) else iter([tuple(effects)])
+
+    def _others(self, order: tuple[Effect, ...]) -> Iterator[tuple[Effect, ...]]:
+        """Combinations with another effect in one place that leave nothing either."""
+        for place, mine in enumerate(order):
+            for effect in self.effects:
+                other = (*order[:place], effect, *order[place + 1 :])
+                if effect is not mine and not self._screening.budget.over() and self._left(other) <= self._limit:
+                    yield other
+
+    def likely(self, number: int) -> Ints:
+        """Combinations of so many effects by what they leave of the error, each scaled at will: indices [M, number]."""
+        right = self._recorded(self._replay(self._state.steps, self._rows()).values[self._shown(self._state.steps)])
+        wanted = np.where(self._entry.present, self._entry.values, 0.0)[self._entry.rows == self._first.row][0] - right
+        known = np.isfinite(wanted)
+        values = np.array([effect.value for effect in self.effects]).reshape(-1, len(right))[:, known] - right[known]
+        values = np.where(np.isfinite(values), values, 0.0)
+        values /= np.maximum(np.linalg.norm(values, axis=1, keepdims=True), np.finfo(np.float64).tiny)
+        chosen = np.arange(len(values))[:, None]
+        for _ in range(number - 1):
+            chosen = _by_residual(_one_more(chosen[:MOST], len(values)), values, wanted[known])
+        return chosen
+
+    def _left(self, effects: tuple[Effect, ...]) -> float:
+        """NMSE that is left with these planted one on the other; infinite where the model or they do not allow it."""
+        *below, last = (effect.alike[0] for effect in effects)
+        rows = self._rows(*below, last)
+        self._screening.tried.variants += 1
+        try:
+            state, replay = self._below(effects[:-1], rows)
+        except NOT_ALLOWED:
+            return float("inf")
+        made = self._made(replay, state, last)
+        return float("inf") if made is None else self._screening.left(self._first, made)
+
+    def _below(self, effects: tuple[Effect, ...], rows: int) -> tuple[State, Replay]:
+        """The state with these planted, and its replay up to the first place. Raises one of NOT_ALLOWED."""
+        if (effects, rows) not in self._replays:
+            state = self._state
+            for candidate in (effect.alike[0] for effect in effects):
+                faults = (*state.faults, candidate)
+                state = State(faults, Planting(candidate.planted(state)), self._state.nmse, self._first)
+            if len(self._replays) >= _REPLAYS:
+                del self._replays[next(iter(self._replays))]
+            self._replays[effects, rows] = state, self._replay(state.steps, rows)
+        return self._replays[effects, rows]
+
+    def _effects(self) -> list[Effect]:
+        """What each candidate makes of the first place, where that is something."""
+        replays: dict[int, Replay] = {}
+        found: dict[tuple[bytes, frozenset[str]], Effect] = {}
+        for candidate in self._screening.candidates(self._state, None):
+            if self._screening.budget.over():
+                break
+            here = Candidate(candidate.fault, candidate.parameters, self._layers)
+            rows = self._rows(here)
+            if rows not in replays:
+                replays[rows] = self._replay(self._state.steps, rows)
+            made = self._made(replays[rows], self._state, here)
+            if made is not None:
+                effect = Effect(self._recorded(made), [here])
+                known = found.setdefault((made.tobytes(), effect.kinds), effect)
+                if known is not effect:
+                    known.alike.append(here)
+        return list(found.values())
+
+    def _rows(self, *candidates: Candidate) -> int:
+        """How many rows show the first place: none after it, but for faults by which later positions act on earlier ones."""
+        whole = any(one.fault.whole for one in (*self._state.faults, *candidates))
+        return self._screening.rows if whole else self._first.row + 1
+
+    def _replay(self, steps: Sequence[Step], rows: int) -> Replay:
+        return self._screening.make(self._until(steps), rows, None)
+
+    def _shown(self, steps: Sequence[Step]) -> str:
+        """The name of what the dump shows at the first place: another step's where the capture is wrong."""
+        name = SEEN + self._entry.point
+        return name if self._entry.point in shown_points(steps) else self._entry.point
+
+    def _until(self, steps: Sequence[Step]) -> list[Step]:
+        """The steps up to the one that makes what the dump shows at the first place."""
+        name = self._shown(steps)
+        number = {step.makes: number for number, step in enumerate(steps)}
+        shown = steps[number[name]]
+        if not name.startswith(SEEN):
+            return list(steps[: number[name] + 1])
+        return [*steps[: max(number.get(read, -1) for read in shown.names) + 1], shown]
+
+    def _made(self, replay: Replay, state: State, candidate: Candidate) -> Array | None:
+        """What the dump would show at the first place; None where that is the same or the model does not allow it."""
+        try:
+            steps = candidate.planted(state)
+            needed = self._until(steps)
+            if len(needed) > self._length + _BEYOND:
+                return None
+            begin = unchanged_steps(needed, state)
+            if begin <= self._agreed:
+                return None
+            changed = replay.run(needed, lambda _name, _made: True, begin)
+        except NOT_ALLOWED:
+            return None
+        return changed.get(self._shown(steps))
+
+    def _recorded(self, made: Array) -> Floats:
+        """The recorded elements of a value at the first place: [k]."""
+        return self._screening.recorded(self._first, made)
+
+
+def _one_more(chosen: Ints, count: int) -> Ints:
+    """Every set of indices with any other one: [M, n] -> [., n + 1]."""
+    more = np.tile(np.arange(count), len(chosen))[:, None]
+    sets = np.sort(np.concatenate([np.repeat(chosen, count, axis=0), more], axis=1), axis=1)
+    sets = sets[(np.diff(sets, axis=1) > 0).all(axis=1)]
+    _, first = np.unique(sets @ count ** np.arange(sets.shape[1])[::-1], return_index=True)  # a set as one number is faster
+    return sets[first]
+
+
+def _by_residual(chosen: Ints, values: Floats, wanted: Floats) -> Ints:
+    """Sets of unit vectors by the residual of the least squares that fit them to the wanted one."""
+    inner, shares = values @ values.T + _RIDGE * np.eye(len(values)), values @ wanted
+    mine = shares[chosen]
+    factors = np.linalg.solve(inner[chosen[:, :, None], chosen[:, None, :]], mine[:, :, None])[:, :, 0]
+    return chosen[np.argsort(-np.einsum("ij,ij->i", mine, factors), kind="stable")]

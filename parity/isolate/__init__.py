@@ -1,0 +1,1 @@
+"""`parity isolate`: every operation judged by its own inputs."""

@@ -1,0 +1,281 @@
+"""`parity isolate`: where the values come from, and what is made of them."""
+
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from checkpoints.answers.isolate import NOT_OBSERVABLE, WRONG, Graft, Isolation, Operation
+from checkpoints.errors import DumpError, InputError
+from checkpoints.mapping import Mapping
+from checkpoints.record import Header
+from engine.backend import choose
+from engine.graph import Step
+from engine.replay.proof import proof_steps
+from engine.transformer import Transformer
+from engine.weights.gguf_model import GgufModel
+from reference.client import Reference
+from reference.jobs import DumpJob
+
+from ..diff.limits import limits
+from ..diff.tokens import same_model
+from ..models.embedded import path as default_model
+from ..run.request import Prompt, Request
+from ..run.session import resolve_prompt
+from .attention_checks import AttentionChecks
+from .isolation_said import attention_said, not_checked
+from .judged_layers import graft, judged_layers
+from .operation import Isolator
+from .row_checks import RowChecks
+from .row_errors import Value
+from .whole_values import WholeValues
+
+# Measured: llama.cpp's CPU backend, 24 layers, 28 tokens, caches of F32 and F16; the worst operation of F32, F16, BF16, Q8_0,
+# Q4_0, Q4_1, Q5_0, Q5_1, Q2_K … Q6_K, IQ4_NL and IQ4_XS lies at 3e-13 at most.
+LIMIT = 1e-10
+LIMIT_SOURCE = "one operation with ggml's rounding: 1e-12 measured in every type"
+# An operation is not called wrong under this many times the worst one of the embedded model on this machine.
+_FLOOR_FACTOR = 10.0
+_CALIBRATION = tuple(range(1, 9))  # any eight tokens: operations are judged one by one
+
+
+@dataclass(frozen=True)
+class IsolateRequest:
+    """What `parity isolate` was asked for; with `dump` a foreign engine's whole values are judged, else llama.cpp's."""
+
+    model: Path
+    prompt: str | None = None
+    tokens: tuple[int, ...] | None = None
+    mode: str = ""
+    kv_type: str = "f32"
+    generate: int = 0
+    rows: tuple[int, ...] = ()
+    dump: Path | None = None
+    tensors: Path | None = None
+    mapping: Mapping | None = None
+    compute: str | None = None
+    windows: bool = True
+    graft: str | None = None
+    threads: int | None = None
+    verbose: bool = False
+
+
+@dataclass
+class _Bench:
+    """The model's steps, what watches the values, and what judges them."""
+
+    transformer: Transformer
+    isolator: Isolator
+    attention: AttentionChecks
+    rows: RowChecks
+
+    def run(self, tokens: NDArray[np.int64], positions: NDArray[np.int64], arriving: Iterable[tuple[str, Value]]) -> None:
+        self.isolator.run(tokens, positions, self.rows.watch(self.attention.watch(arriving)))
+
+
+def _bench(model: Path, modes: Sequence[bool], kv_type: str, limit: float, rows: Sequence[int] = ()) -> _Bench:
+    transformer = Transformer(GgufModel(model), choose("numpy"), resident=False)
+    definitions: list[list[Step]] = [proof_steps(transformer.steps, native=native, kv_type=kv_type) for native in modes]
+    isolator = Isolator(definitions, transformer.weights, limit)
+    return _Bench(transformer, isolator, AttentionChecks(), RowChecks(rows, definitions, transformer.weights, limit))
+
+
+def isolate(request: IsolateRequest, running: Reference | None = None) -> Isolation:
+    """Judge every operation of llama.cpp, or of a foreign engine's dump, by its own inputs.
+
+    `running` is a reference that was started already and goes on afterwards; without it one is started where it is needed.
+
+    Raises:
+        ParityError: whatever is wrong with the request, the model, the dump or the reference, in one line.
+    """
+    if request.dump is not None:
+        return _foreign(request, request.dump, running)
+    if request.graft:
+        raise InputError("--graft wants a foreign engine's dump.", "Give the dump: parity isolate DUMP --graft …", code="graft")
+    mode = request.mode or "native"
+    if mode == "exact" and request.kv_type != "f32":
+        raise InputError("exact mode has a cache of F32.", "Leave --kv-type out, or take --mode native.", code="kv_type")
+    bench = _bench(request.model, [mode == "native"], request.kv_type, LIMIT, request.rows)
+    with _started(request, running) as reference:
+        prompt = resolve_prompt(reference, Request(request.model, request.prompt, request.tokens))
+        bench.transformer.check(prompt.ids, 0)
+        passes = _feed_reference(reference, request, prompt, mode, bench)
+        build = reference.versions()
+        operations = _without_blas(bench.isolator.operations(), build.get("devices", ()))
+        floor = None
+        if any(found.status == WRONG for found in operations):
+            floor = calibrate(reference, mode, request.kv_type)
+            operations = [_above(found, floor) for found in operations]
+    return Isolation(
+        judged=f"llama.cpp {build['llama_cpp_python']}",
+        model=_named(bench.transformer),
+        mode=mode,
+        kv_type=request.kv_type,
+        positions=len(prompt.ids),
+        passes=passes,
+        limit=LIMIT,
+        limit_source=LIMIT_SOURCE,
+        operations=tuple(operations),
+        floor=floor,
+        findings=tuple(bench.attention.findings),
+        not_checked=tuple(not_checked(operations, passes, request.kv_type)),
+        elements=tuple(bench.rows.elements),
+        facts={
+            "backends": ", ".join(build.get("devices", ())) or build["backend"],
+            "attention": attention_said(bench.attention),
+        },
+    )
+
+
+def _started(request: IsolateRequest, running: Reference | None) -> AbstractContextManager[Reference]:
+    return Reference(verbose=request.verbose, threads=request.threads) if running is None else nullcontext(running)
+
+
+def _feed_reference(reference: Reference, request: IsolateRequest, prompt: Prompt, mode: str, bench: _Bench) -> int:
+    """Let llama.cpp compute the prompt (and what it generates) and judge each pass; returns the number of passes."""
+    points = ",".join(bench.transformer.points)
+    positions = np.arange(len(prompt.ids), dtype=np.int64)
+    if not request.generate:
+        captured = reference.capture(request.model, prompt.ids, points, mode, kv_type=request.kv_type, threads=request.threads)
+        bench.run(np.array(prompt.ids), positions, ((node.point, Value(value, positions)) for node, value in captured))
+        return 1
+    with TemporaryDirectory(prefix="parity-isolate-") as folder:
+        job = DumpJob(
+            request.model,
+            Path(folder) / "ref.jsonl",
+            prompt.ids,
+            prompt.text,
+            prompt.pieces,
+            mode=mode,
+            points=points,
+            slice=1,
+            full=True,
+            generate=request.generate,
+            window="off",
+            threads=request.threads,
+            kv_type=request.kv_type,
+        )
+        reference.dump(job)
+        values = WholeValues(job.out)
+        return _feed_dump(values, bench, values.tokens())
+
+
+def _feed_dump(values: WholeValues, bench: _Bench, tokens: NDArray[np.int64]) -> int:
+    first = int(values.positions(values.passes[0])[0])
+    bench.attention.first = first
+    for step in values.passes:
+        positions = values.positions(step)
+        if int(positions.max()) - first >= len(tokens):
+            raise InputError(
+                f"the dump has position {int(positions.max())}, and only {len(tokens)} tokens are known.",
+                "Give all of them: --tokens 1,2,3, generated ones too.",
+                code="tokens",
+            )
+        bench.run(tokens[positions - first], positions, values.arriving(step))
+    return len(values.passes)
+
+
+def calibrate(reference: Reference, mode: str, kv_type: str) -> float:
+    """The worst NMSE of any operation of the embedded model on this machine, whose operations are known to be right."""
+    bench = _bench(default_model(), [mode == "native"], kv_type, LIMIT)
+    request = IsolateRequest(default_model(), tokens=_CALIBRATION, kv_type=kv_type)
+    _feed_reference(reference, request, Prompt(None, _CALIBRATION, ()), mode, bench)
+    return max((found.nmse or 0.0 for found in bench.isolator.operations()), default=0.0)
+
+
+def _above(found: Operation, floor: float) -> Operation:
+    if found.status != WRONG or found.nmse is None or found.nmse > _FLOOR_FACTOR * floor:
+        return found
+    reason = f"its error of {found.nmse:.1e} is what right operations of the embedded model show here ({floor:.1e})"
+    return replace(found, status=NOT_OBSERVABLE, reason=reason)
+
+
+def _without_blas(operations: list[Operation], devices: Sequence[str]) -> list[Operation]:
+    """Products that a BLAS library may have computed are not called wrong: it rounds in its own way."""
+    if "BLAS" not in devices:
+        return operations
+    reason = "this llama.cpp computes products with BLAS, which rounds in its own way"
+    return [
+        replace(found, status=NOT_OBSERVABLE, reason=reason) if found.status == WRONG and found.weight else found
+        for found in operations
+    ]
+
+
+def _foreign(request: IsolateRequest, dump: Path, running: Reference | None) -> Isolation:
+    values = WholeValues(dump, request.tensors, request.mapping)
+    header = values.dump.header or Header(source="")
+    same_model(values.dump, request.model)
+    if request.rows and not any("logits" in values.points(step) for step in values.passes):
+        raise InputError(
+            "--rows wants whole logits, which the dump doesn't have.",
+            "Record them: `parity dump ours --full`, or all values of each record.",
+        )
+    kv_type = "f16" if "f16" in header.kv_type.lower() and "bf16" not in header.kv_type.lower() else "f32"
+    mode = request.mode or header.mode or "exact"
+    # The limit of operations computed in F32, whatever the file's types are: the rounding is part of the definitions.
+    found = limits(
+        replace(header, mode="exact", kv_type=""),
+        replace(header, mode="exact", compute="f32", kv_type=""),
+        compute=request.compute,
+    )
+    bench = _bench(request.model, [mode == "native", mode != "native"], kv_type, found.operations, request.rows)
+    layers: list[Operation] = []
+    grafted: list[Graft] = []
+    build: dict[str, Any] = {}
+    with ExitStack() as stack:
+
+        @cache
+        def reference() -> Reference:
+            """Started where it is needed: operations are judged without it."""
+            return stack.enter_context(_started(request, running))
+
+        if request.prompt is not None or request.tokens is not None:
+            prompt = resolve_prompt(reference(), Request(request.model, request.prompt, request.tokens))
+            tokens = np.array(prompt.ids, dtype=np.int64)
+        else:
+            tokens = values.tokens()
+        bench.transformer.check([int(token) for token in tokens], 0)
+        passes = _feed_dump(values, bench, tokens)
+        operations = bench.isolator.operations()
+        if request.windows and any(item.status == NOT_OBSERVABLE and item.layer is not None for item in operations):
+            layers = judged_layers(reference(), request.model, values, operations, mode, found.operations)
+            build = reference().versions()
+        if request.graft:
+            grafted = graft(reference(), bench.transformer, values, tokens, request.graft, mode)
+    if all(item.status == NOT_OBSERVABLE for item in (*operations, *layers)) and not grafted:
+        raise DumpError(
+            f"{dump} has no operation whose inputs and output are there as a whole.",
+            "Record whole values: a tensors file, or all values of each record (parity emit shows how).",
+            code="nothing",
+        )
+    return Isolation(
+        judged=header.source or dump.name,
+        model=_named(bench.transformer),
+        mode=mode,
+        kv_type=kv_type,
+        positions=len(tokens),
+        passes=passes,
+        limit=found.operations,
+        limit_source=LIMIT_SOURCE if found.operations == LIMIT else found.source,
+        operations=(*operations, *layers),
+        findings=tuple(bench.attention.findings),
+        not_checked=tuple(not_checked(operations, passes, request.kv_type, foreign=True)),
+        elements=tuple(bench.rows.elements),
+        graft=tuple(grafted),
+        graft_from=request.graft or "",
+        facts={
+            "judge of layers": f"llama.cpp {build['llama_cpp_python']}" if layers else "",
+            "attention": attention_said(bench.attention),
+        },
+    )
+
+
+def _named(transformer: Transformer) -> str:
+    hp = transformer.hp
+    return f"{hp.name or transformer.model.path.stem} · {hp.architecture}, {hp.n_layers} layers · {hp.file_type}"

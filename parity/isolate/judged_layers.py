@@ -1,0 +1,135 @@
+"""llama.cpp as the judge of a foreign engine's layers: fed with that engine's own hidden state, window by window."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from checkpoints.answers.isolate import NOT_OBSERVABLE, PROVEN, WRONG, Graft, Operation
+from checkpoints.errors import InputError
+from checkpoints.points import EMBD, LOGITS, OUTPUT_NORM, in_layer, parse, resolve
+from checkpoints.summary import summarise
+from engine.graph import compute
+from engine.replay.proof import proof_steps
+from engine.transformer import Transformer
+from reference.client import Reference
+from reference.jobs import Node
+
+from ..diff.align import Pair
+from ..diff.metrics import measure
+from .whole_values import WholeValues
+
+LAYER = "layer"
+
+
+def hidden_state(values: WholeValues, name: str) -> NDArray[np.float32] | None:
+    """A point's whole rows at positions 0 … T − 1 over all passes, [T, D]; None where some are missing."""
+    parts = [value for step in values.passes if (value := values.get(name, step)) is not None]
+    if not parts:
+        return None
+    positions = np.concatenate([part.positions for part in parts])
+    rows = np.concatenate([part.data.reshape(len(part.positions), -1) for part in parts])
+    order = np.unique(positions, return_index=True)[1]
+    return rows[order] if np.array_equal(positions[order], np.arange(len(order))) else None
+
+
+def judged_layers(
+    reference: Reference, model: Path, values: WholeValues, operations: Sequence[Operation], mode: str, limit: float
+) -> list[Operation]:
+    """Each layer whose operations are not all observable, judged as a whole: its own input, llama.cpp's layer, its output.
+
+    The output may be a slice. Layers whose input is not there as a whole are not observable.
+    """
+    hidden = sorted({found.layer for found in operations if found.status == NOT_OBSERVABLE and found.layer is not None})
+    made: list[Operation] = []
+    for layer in hidden:
+        output = in_layer(layer, "l_out")
+        before = in_layer(layer - 1, "l_out") if layer else EMBD
+        if output not in values.dump.points and hidden_state(values, output) is None:
+            made.append(Operation(LAYER, layer, NOT_OBSERVABLE, reason=f"no record of {output}"))
+            continue
+        state = hidden_state(values, before)
+        if state is None:
+            made.append(Operation(LAYER, layer, NOT_OBSERVABLE, reason=f"no whole value of {before} at every position"))
+            continue
+        computed = dict(_by_point(reference.layers(model, layer, layer + 1, state, output, mode)))[output]
+        made.append(_compared(values, output, computed, layer, limit))
+    return made
+
+
+def _by_point(items: Iterable[tuple[Node, NDArray[np.float32]]]) -> Iterable[tuple[str, NDArray[np.float32]]]:
+    return ((node.point, value) for node, value in items)
+
+
+def _compared(values: WholeValues, output: str, computed: NDArray[np.float32], layer: int, limit: float) -> Operation:
+    rows = values.dump.points.get(output)
+    if (whole := hidden_state(values, output)) is not None:
+        rows = summarise(output, whole, np.arange(len(whole)), slice_size=None)
+    if rows is None:
+        return Operation(LAYER, layer, NOT_OBSERVABLE, reason=f"no record of {output}")
+    rows = rows.take(np.flatnonzero(rows.token_idx < len(computed)))
+    ref = summarise(
+        output, computed.reshape(len(computed), -1)[rows.token_idx], rows.token_idx, slice_size=rows.values.shape[1]
+    )
+    errors = measure([Pair(output, rows, ref)]).nmse
+    if not len(errors) or np.isnan(errors).all():
+        return Operation(LAYER, layer, NOT_OBSERVABLE, reason=f"{output} has no values to compare")
+    worst = int(np.nanargmax(errors))
+    nmse = float(errors[worst])
+    reason = "" if nmse <= limit else "llama.cpp's own layer, fed with this engine's input, gives something else"
+    return Operation(
+        LAYER, layer, PROVEN if nmse <= limit else WRONG, nmse, int(rows.token_idx[worst]), len(values.passes), reason=reason
+    )
+
+
+def graft(
+    reference: Reference, transformer: Transformer, values: WholeValues, tokens: NDArray[np.int64], point: str, mode: str
+) -> list[Graft]:
+    """What llama.cpp makes of a foreign hidden state, position by position, against its own run over the same tokens.
+
+    Raises:
+        InputError: the point is not a layer's output, or is not there as a whole.
+    """
+    name, n_layers = resolve(point), transformer.hp.n_layers
+    parsed = parse(name)
+    layer = -1 if name == EMBD else parsed.layer
+    if layer is None or (name != EMBD and parsed.kind != "l_out") or layer >= n_layers:
+        raise InputError(
+            f"--graft {point!r} is no layer's output.", f"Take embd or blk.0.l_out … blk.{n_layers - 1}.l_out.", code="graft"
+        )
+    state = hidden_state(values, name)
+    if state is None:
+        raise InputError(f"the dump has no whole {name} at every position.", "Record it: --full, all positions.", code="graft")
+    path = transformer.model.path
+    ids = [int(token) for token in tokens[: len(state)]]
+    own = dict(_by_point(reference.capture(path, ids, LOGITS, mode)))[LOGITS]
+    if layer == n_layers - 1:  # nothing of llama.cpp is left to go on with but the norm and the output matrix
+        head = proof_steps(transformer.steps, native=mode == "native")[-2:]
+        normed = compute(head[0], [state], transformer.weights)
+        grafted = compute(head[1], [normed], transformer.weights)
+    else:
+        going_on = reference.layers(path, layer + 1, n_layers, state, f"{OUTPUT_NORM},{LOGITS}", mode)
+        grafted = dict(_by_point(going_on))[LOGITS]
+    pieces = reference.pieces(path, ids)
+    return [_graft(position, pieces, own[position], grafted[position]) for position in range(len(state))]
+
+
+def _graft(position: int, pieces: Sequence[str], own: NDArray[np.float32], grafted: NDArray[np.float32]) -> Graft:
+    p, q = _log_soft_max(own), _log_soft_max(grafted)
+    best = np.sort(own)[-2:].astype(np.float64)
+    return Graft(
+        position=position,
+        token=pieces[position] if position < len(pieces) else "",
+        kl=float(max(np.sum(np.exp(p) * (p - q)), 0.0)),
+        own_choice=int(own.argmax()),
+        grafted_choice=int(grafted.argmax()),
+        margin=float(best[1] - best[0]) if len(best) > 1 else 0.0,
+    )
+
+
+def _log_soft_max(logits: NDArray[np.float32]) -> NDArray[np.float64]:
+    wide = logits.astype(np.float64)
+    wide -= wide.max()
+    shifted: NDArray[np.float64] = wide - np.log(np.exp(wide).sum())
+    return shifted

@@ -1,0 +1,1 @@
+"""`parity lint`: whether a dump itself is to be believed."""

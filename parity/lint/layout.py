@@ -1,0 +1,161 @@
+"""Numbers of values, shapes, positions and the file's end."""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from math import prod
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from checkpoints.answers.lint import WARNING
+from checkpoints.points import LOGITS, OUTPUT_NORM, parse
+from checkpoints.record import Rows
+from reports.numbers import ranges
+
+from .rule import Hit, Subject, positions_of
+
+if TYPE_CHECKING:
+    from engine.weights.gguf_model import Hyperparameters
+
+
+def value_count(subject: Subject) -> Iterator[Hit]:
+    """Fewer values than the slice and the shape promise."""
+    header = subject.dump.header
+    sizes = Counter(count for rows in subject.points.values() for count in rows.counts.tolist())
+    if not sizes:
+        return
+    # Without a header the slice is what most records have.
+    usual = header.slice if header is not None else sizes.most_common(1)[0][0]
+    for name, rows in subject.points.items():
+        whole = rows.full()
+        short = [r for r in range(len(rows)) if rows.counts[r] < usual and not whole[r] and (header or rows.shapes[r])]
+        if short and rows.indices is None:
+            r = short[0]
+            shape = f" of {list(rows.shapes[r])}" if rows.shapes[r] else ""
+            said = f"{name} has {int(rows.counts[r])} values{shape}, the slice is {usual}, {positions_of(rows, short)}"
+            yield Hit(name, int(rows.token_idx[r]), said)
+
+
+def _numbers(hp: "Hyperparameters", point_kind: str) -> dict[str, int]:
+    size = hp.value_size if point_kind in ("v", "v_read", "kqv_out") else hp.head_size
+    return {
+        "D": hp.n_embd, "F": hp.n_ff, "V": hp.n_vocab, "H": hp.n_heads, "H*d": hp.n_heads * size, "K*d": hp.n_kv_heads * size
+    }  # fmt: skip
+
+
+def shape(subject: Subject) -> Iterator[Hit]:
+    """A row's shape that the model, or the dump's other points, contradict."""
+    if subject.model is None:
+        yield from _shapes_disagree(subject)
+        return
+    hp = subject.model.hp
+    for name, rows in subject.points.items():
+        point = parse(name)
+        if point.layer is not None and point.layer >= hp.n_layers:
+            yield Hit(name, None, f"{name}: the model has layers 0 to {hp.n_layers - 1}")
+            continue
+        if point.known is None:
+            continue
+        letters = _numbers(hp, point.kind)
+        for wrong, members in _by_shape(rows).items():
+            first = members[0]
+            seen = int(rows.token_idx[first]) + 1
+            wanted = [letters.get(letter, seen) for letter in point.known.row]
+            if prod(wrong) == prod(wanted) or ("t+1" in point.known.row and _later_start(wrong, wanted, rows)):
+                continue
+            per_row = wrong[-1] == wanted[-1] and len(wanted) == 1
+            said = f"{name} says shape {list(wrong)}, the model's row is {wanted}, {positions_of(rows, members)}"
+            if per_row:
+                said += ": that is a whole pass, a record is one position's row"
+            yield Hit(name, int(rows.token_idx[first]), said, WARNING if per_row else None)
+
+
+def _later_start(found: tuple[int, ...], wanted: list[int], rows: Rows) -> bool:
+    """A sequence that begins later than position 0 has fewer cached rows than its positions count."""
+    first = int(rows.token_idx.min())
+    return first > 0 and len(found) == len(wanted) and prod(found) <= prod(wanted)
+
+
+def _by_shape(rows: Rows) -> dict[tuple[int, ...], list[int]]:
+    if "t+1" in (known.row if (known := parse(rows.point).known) else ()):
+        return {shape: [r] for r, shape in enumerate(rows.shapes) if shape}
+    found: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    for r, shape in enumerate(rows.shapes):
+        if shape:
+            found[shape].append(r)
+    return found
+
+
+def _shapes_disagree(subject: Subject) -> Iterator[Hit]:
+    """Points whose rows have the same letter in the vocabulary have the same length."""
+    by_letter: dict[tuple[str, ...], dict[int, str]] = defaultdict(dict)
+    for name, rows in subject.points.items():
+        known = parse(name).known
+        if known is None or "t+1" in known.row or known.row in (("H*d",), ("K*d",)):
+            continue
+        for shape in _by_shape(rows):
+            by_letter[known.row].setdefault(prod(shape), name)
+    for lengths in by_letter.values():
+        if len(lengths) > 1:
+            listed = ", ".join(f"{name} {length}" for length, name in sorted(lengths.items())[:4])
+            name = next(iter(lengths.values()))
+            yield Hit(name, None, f"rows that must be of one length are not: {listed}")
+
+
+def positions(subject: Subject) -> Iterator[Hit]:
+    """Positions that a point lacks and others have, or that stand twice, or out of order."""
+    every: Counter[int] = Counter()
+    inner = {name: rows for name, rows in subject.points.items() if name not in (OUTPUT_NORM, LOGITS) and parse(name).known}
+    for rows in inner.values():
+        every.update(set(rows.token_idx.tolist()))
+    last_layer = max((parse(name).layer or 0 for name in inner), default=0)
+    # A position counts if most points have it: one point with positions of its own is not what all others lack.
+    common = {position for position, points in every.items() if points * 2 > len(inner)}
+    for name, rows in inner.items():
+        lacking = tuple(sorted(common - set(rows.token_idx.tolist())))
+        # Engines compute the end of the last layer, norm and logits only for rows that are asked for.
+        if lacking and not (parse(name).layer == last_layer and max(common) in rows.token_idx):
+            yield Hit(
+                name, lacking[0], f"{name} lacks position{'s' * (len(lacking) > 1)} {ranges(lacking)}, which other points have"
+            )
+
+
+def doubled(subject: Subject) -> Iterator[Hit]:
+    """Two records of one position and pass with different values; said once for all points where it is alike."""
+    alike: dict[tuple[int, str], list[str]] = defaultdict(list)
+    for name, rows in subject.points.items():
+        seen: dict[tuple[int, int, int], int] = {}
+        bad: list[int] = []
+        for r, place in enumerate(zip(rows.seq.tolist(), rows.token_idx.tolist(), rows.step.tolist(), strict=True)):
+            other = seen.setdefault(place, r)
+            if other != r and not np.array_equal(rows.values[other], rows.values[r], equal_nan=True):
+                bad.append(r)
+        if bad:
+            alike[len(bad), positions_of(rows, bad)].append(name)
+    for (contradicting, places), names in alike.items():
+        more = f" and {len(names) - 3} more points" if len(names) > 3 else ""
+        said = (
+            f"{', '.join(names[:3])}{more}: {contradicting + 1} records contradict others of their position and pass, {places}"
+        )
+        yield Hit(names[0], int(subject.points[names[0]].token_idx.min()), said)
+
+
+def order(subject: Subject) -> Iterator[Hit]:
+    """Positions that go back within one pass."""
+    for name, rows in subject.points.items():
+        back = (np.diff(rows.token_idx) < 0) & (np.diff(rows.seq) == 0) & (np.diff(rows.step) == 0)
+        if back.any():
+            at = int(np.flatnonzero(back)[0])
+            said = f"{name} goes from position {int(rows.token_idx[at])} back to {int(rows.token_idx[at + 1])}"
+            yield Hit(name, int(rows.token_idx[at + 1]), said)
+
+
+def truncated(subject: Subject) -> Iterator[Hit]:
+    """A file without its end, or with fewer records than its end counts."""
+    dump = subject.dump
+    if dump.torn:
+        yield Hit(None, None, "the last line is cut short")
+    elif dump.header is not None and dump.end is None:
+        yield Hit(None, None, f"there is no end record after {dump.records} checkpoints: the writer was stopped")
+    elif dump.end is not None and dump.end.checkpoints != dump.records:
+        yield Hit(None, None, f"the end record counts {dump.end.checkpoints} checkpoints, {dump.records} are there")

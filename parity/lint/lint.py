@@ -1,0 +1,61 @@
+"""Is this dump itself to be believed? Runs every rule of `lint_rules.table` over one dump."""
+
+from pathlib import Path
+
+import numpy as np
+
+from checkpoints.answers.lint import ERROR, Finding, LintReport
+from checkpoints.errors import DumpError
+from checkpoints.record import Dump
+
+from ..diff.tokens import same_model
+from .model_facts import ModelFacts, open_model
+from .rule import Subject
+from .table import RULES
+
+# Findings of one rule that are listed one by one; a fault in every layer would fill the screen.
+_SHOWN = 5
+
+
+def lint(dump: Dump, model: Path | ModelFacts | None = None) -> LintReport:
+    """Look at one dump; with a model file also at what only that can tell.
+
+    Raises:
+        ModelError: the model file cannot be read as one. InputError: the dump's header names another one.
+    """
+    facts = open_model(model) if isinstance(model, Path) else model
+    if facts is not None:
+        same_model(dump, facts.model.path)
+    subject = Subject(dump, facts)
+    findings: list[Finding] = []
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):  # garbage is what lint is for
+        for rule in RULES:
+            hits = list(rule.check(subject))
+            for number, hit in enumerate(hits):
+                if number == _SHOWN and len(hits) > _SHOWN + 1:
+                    points = sorted({other.checkpoint or "" for other in hits[number:]})
+                    rest = f"and {len(hits) - _SHOWN} more like this, at {', '.join(points[:6])}{', …' * (len(points) > 6)}"
+                    findings.append(
+                        Finding(rule.name, rule.severity, hit.checkpoint, hit.token_idx, rest, rule.cause, rule.advice)
+                    )
+                    break
+                severity = hit.severity or rule.severity
+                findings.append(
+                    Finding(rule.name, severity, hit.checkpoint, hit.token_idx, hit.evidence, rule.cause, rule.advice)
+                )
+    findings.sort(key=lambda finding: finding.severity != ERROR)
+    return LintReport(dump.path, dump.records, tuple(findings), dump.notes)
+
+
+def refuse_unusable(dump: Dump, side: str) -> None:
+    """Raises DumpError where lint calls a side of a comparison unusable; the message says which and why."""
+    report = lint(dump)
+    if report.usable:
+        return
+    errors = [finding for finding in report.findings if finding.severity == ERROR]
+    more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+    raise DumpError(
+        f"{side} ({dump.path}) is not to be believed: {errors[0].rule}: {errors[0].evidence}{more}.",
+        f"Usual cause: {errors[0].cause}. `parity lint {dump.path}` lists everything, --despite-lint compares all the same.",
+        code="unusable",
+    )

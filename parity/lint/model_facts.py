@@ -1,0 +1,66 @@
+"""What lint asks of a model file (`--model`)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:  # a comparison lints without a model: the engine would be imported for nothing
+    from engine.weights.gguf_model import GgufModel, Hyperparameters
+
+_BLOCK = 8192  # embedding rows that are dequantised at once: 29 MiB at a width of 896
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """Hyperparameters, and the few weights that lint compares with.
+
+    Raises (on construction with `open_model`):
+        ModelError: the file cannot be read as a model.
+    """
+
+    model: "GgufModel" = field(repr=False)
+
+    @property
+    def hp(self) -> "Hyperparameters":
+        """The model's hyperparameters."""
+        return self.model.hyperparameters
+
+    @property
+    def layers(self) -> int:
+        """How many layers it has."""
+        return self.hp.n_layers
+
+    def embeddings(self, ids: Sequence[int], width: int) -> NDArray[np.float32]:
+        """The leading `width` values of embedding rows: float32 [len(ids), width]."""
+        rows = self.model.load_rows("token_embd.weight", np.asarray(ids, dtype=np.int64))
+        found: NDArray[np.float32] = rows[:, :width]
+        return found
+
+    def nearest_token(self, row: NDArray[np.float32]) -> tuple[int, float]:
+        """The token whose embedding points most nearly where `row` (leading values) points, with the cosine."""
+        best, cosine = -1, -1.0
+        wide = row.astype(np.float64)
+        for start in range(0, self.hp.n_vocab, _BLOCK):
+            stop = min(start + _BLOCK, self.hp.n_vocab)
+            block = self.embeddings(range(start, stop), len(row)).astype(np.float64)
+            norms = np.linalg.norm(block, axis=1) * np.linalg.norm(wide)
+            cosines = np.divide(block @ wide, norms, out=np.zeros(len(block)), where=norms > 0)
+            at = int(cosines.argmax())
+            if cosines[at] > cosine:
+                best, cosine = start + at, float(cosines[at])
+        return best, cosine
+
+    def output_norm(self) -> NDArray[np.float32] | None:
+        """The final norm's weights [D], or None where the model names them otherwise."""
+        return self.model.load("output_norm.weight") if "output_norm.weight" in self.model.tensors else None
+
+
+def open_model(path: Path) -> ModelFacts:
+    """Open a model file for lint. Raises ModelError."""
+    from engine.weights.gguf_model import GgufModel
+
+    return ModelFacts(GgufModel(path))

@@ -1,0 +1,196 @@
+"""Values that no transformer computes: garbage, patterns, other types' bits."""
+
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from checkpoints.answers.lint import WARNING
+from checkpoints.points import LOGITS
+from checkpoints.record import Rows
+from reports.numbers import count, ranges
+
+from .rule import Hit, Subject, by_point, kind, leading, positions_of
+
+# The largest activations met in published models are some 1e4 ("massive activations", Sun et al. 2024), scores before the
+# scale some 1e5; an fp16 engine overflows at 65504. Five orders above that nothing is computed any more.
+_HUGE = 1e10
+# Between the values of a right row lie some orders of magnitude; garbage from foreign memory spans dozens.
+_SPREAD = 1e10
+_SMALLEST_NORMAL = float(np.finfo(np.float32).tiny)
+# Residual stream, projections and logits are sums of many products: an exact zero among them is next to impossible.
+# (Embeddings of 4-bit types, ReLU layers, norms with a zero weight and saturated attention have true zeros.)
+_DENSE = frozenset({"l_out", "ffn_inp", "attn_out", "q", "k", "v", "q_rope", "k_rope", LOGITS})
+_ENOUGH = 8  # values that a row must have before its pattern means anything
+# Distance from the row's median, in robust standard deviations (1.4826 · MAD), that no logit of a right model reaches: measured, at
+# most 9.2 on the embedded model (four random prompts of 256 tokens, 300 of its own) and 4.7 on six synthetic ones, where ids
+# have seen use. Ids that never occur lie within 0.3 of each other and 80 such deviations below a likely one: a distance has to be
+# beyond what a softmax in float32 can tell from 0 as well, e^-104, and no model has use for that.
+_OUTLIER = 60.0
+_FAR = 104.0
+
+
+def non_finite(subject: Subject) -> Iterator[Hit]:
+    """NaN or infinities, recorded or counted."""
+    for name, rows in subject.points.items():
+        width = np.arange(rows.values.shape[1])
+        inside = width[None, :] < rows.counts[:, None]
+        odd = ~np.isfinite(rows.values) & inside
+        if "kq" in kind(name) or "mask" in kind(name):
+            odd &= ~np.isneginf(rows.values)  # a mask's −∞ is meant
+        counted = np.nan_to_num(rows.stats.get("nonfinite", np.zeros(len(rows))))
+        bad = (odd.any(axis=1) | (counted > 0)).nonzero()[0].tolist()
+        if bad:
+            first = min(bad, key=lambda r: int(rows.token_idx[r]))
+            what = int(max(counted[first], odd[first].sum()))
+            at = np.flatnonzero(odd[first])
+            place = f", the first at index {int(at[0])}: {rows.values[first, at[0]]}" if len(at) else ""
+            said = f"{name} has {count(what, 'value')} that {'is' if what == 1 else 'are'} no number{place}, {positions_of(rows, bad)}"
+            yield Hit(name, int(rows.token_idx[first]), said)
+
+
+def impossible_size(subject: Subject) -> Iterator[Hit]:
+    """1e18 next to 0.0 next to 3.04: memory that holds something else."""
+    for name, rows in subject.points.items():
+        size = np.abs(rows.values.astype(np.float64))
+        size[~np.isfinite(size)] = 0.0
+        largest = size.max(axis=1, initial=0.0)
+        for stat in ("max", "min"):
+            if stat in rows.stats:
+                largest = np.maximum(largest, np.nan_to_num(np.abs(rows.stats[stat]), posinf=0.0))
+        bad = (largest > _HUGE).nonzero()[0].tolist()
+        if not bad:
+            continue
+        first = min(bad, key=lambda r: int(rows.token_idx[r]))
+        row = leading(rows, first)
+        nonzero = np.abs(row[np.isfinite(row) & (row != 0)])
+        # A row that is huge as a whole is an engine that overflows, which a comparison can name.
+        scattered = len(nonzero) == 0 or float(np.min(nonzero)) < largest[first] / _SPREAD
+        shown = ", ".join(f"{x:.3g}" for x in _telling_values(row)) or f"{largest[first]:.3g}"
+        said = f"{name} holds values up to {largest[first]:.1e} ({shown}), {positions_of(rows, bad)}"
+        yield Hit(name, int(rows.token_idx[first]), said, None if scattered else WARNING)
+
+
+def _telling_values(row: NDArray[np.float32]) -> list[float]:
+    """The largest, a zero and a middling value: what shows best that they do not belong together."""
+    finite = row[np.isfinite(row)]
+    if not len(finite):
+        return []
+    ordered = finite[np.argsort(-np.abs(finite))]
+    picked = [float(ordered[0])]
+    if (finite == 0).any():
+        picked.append(0.0)
+    nonzero = ordered[ordered != 0]
+    if len(nonzero) > 1:
+        picked.append(float(nonzero[len(nonzero) // 2]))
+    return picked
+
+
+def exact_zeros(subject: Subject) -> Iterator[Hit]:
+    """Exact zeros among plausible values, where a sum of many products stands."""
+    found: dict[str, list[int]] = {}
+    for name, rows in subject.points.items():
+        if kind(name) not in _DENSE or rows.values.shape[1] < _ENOUGH:
+            continue
+        inside = np.arange(rows.values.shape[1])[None, :] < rows.counts[:, None]
+        zero = (rows.values == 0) & inside
+        some = (zero.sum(axis=1) >= 3) & (zero.sum(axis=1) * 5 >= rows.counts) & (zero.sum(axis=1) < rows.counts)
+        if rows.quantum is not None and some.any():
+            # Printed with few decimals, a small value is a zero too.
+            typical = np.nanmedian(np.where(zero | ~inside, np.nan, np.abs(rows.values))[some], axis=1)
+            some[some] = typical > 1000 * rows.quantum[some].max(axis=1)
+        if some.any():
+            found[name] = some.nonzero()[0].tolist()
+
+    def say(name: str, bad: list[int]) -> str:
+        rows = subject.points[name]
+        zeros = np.flatnonzero(leading(rows, bad[0]) == 0)
+        return (
+            f"{name} holds {len(zeros)} exact zeros among {int(rows.counts[bad[0]])} values (index "
+            f"{ranges(tuple(zeros.tolist()))}), {positions_of(rows, bad)}"
+        )
+
+    yield from by_point(found, subject, say)
+
+
+def garbage_logits(subject: Subject) -> Iterator[Hit]:
+    """Single logits far outside the row they stand in."""
+    rows = subject.points.get(LOGITS)
+    if rows is None:
+        return
+    bad: list[int] = []
+    text = ""
+    for r in range(len(rows)):
+        row = leading(rows, r).astype(np.float64)
+        row = row[np.isfinite(row)]
+        if len(row) < _ENOUGH:
+            continue
+        median = _median(row)
+        deviation = 1.4826 * _median(np.abs(row - median))
+        if deviation == 0:
+            continue
+        far = np.flatnonzero(np.abs(row - median) > max(_OUTLIER * deviation, _FAR))
+        if len(far) and len(far) < len(row) // 4:
+            bad.append(r)
+            listed = ", ".join(f"[{i}] {row[i]:.4g}" for i in far[:4]) + (", …" if len(far) > 4 else "")
+            text = text or f"{count(len(far), 'logit')} far outside the row's {median:.3g} ± {deviation:.2g}: {listed}"
+    if bad:
+        yield Hit(LOGITS, int(rows.token_idx[bad[0]]), f"{text}, {positions_of(rows, bad)}")
+
+
+def _median(row: NDArray[np.float64]) -> float:
+    """The upper median. np.median would import numpy.ma, 20 ms of every comparison."""
+    return float(np.partition(row, len(row) // 2)[len(row) // 2])
+
+
+def flat_row(subject: Subject) -> Iterator[Hit]:
+    """Rows of one repeated number, or of numbers in even steps."""
+    for name, rows in subject.points.items():
+        if kind(name) == "kq_soft_max" or "mask" in kind(name) or rows.values.shape[1] < _ENOUGH:
+            continue
+        even = _even_steps(rows)
+        if even.any():
+            bad = even.nonzero()[0].tolist()
+            row = leading(rows, bad[0])
+            if row[0] == row[-1]:
+                if row[0] == 0 and rows.quantum is not None:
+                    continue  # printed with too few decimals, perhaps: nothing is known
+                what, severity = f"{row[0]:.4g} everywhere", WARNING if row[0] == 0 else None
+            else:
+                what, severity = f"even steps: {', '.join(f'{x:.4g}' for x in row[:4])}, …", None
+            yield Hit(name, int(rows.token_idx[bad[0]]), f"{name} is {what}, {positions_of(rows, bad)}", severity)
+
+
+def _even_steps(rows: Rows) -> NDArray[np.bool_]:
+    """bool [R]: all steps from one value to the next are the same (zero included)."""
+    inside = np.arange(rows.values.shape[1])[None, :] < rows.counts[:, None]
+    values = np.where(inside, rows.values, np.nan).astype(np.float64)
+    with np.errstate(invalid="ignore", over="ignore"):
+        steps = np.diff(values, axis=1)
+        # The last digits of a ramp that was rounded: two float32 roundings of the largest value.
+        room = 2 * np.finfo(np.float32).eps * np.nanmax(np.abs(values), axis=1, initial=0.0)
+        same = np.abs(steps - steps[:, :1]) <= room[:, None]
+        # A slope that the rounding swallows is none.
+        visible = (np.abs(steps[:, 0]) > 100 * room) | np.all((steps == 0) | ~inside[:, 1:], axis=1)
+    found: NDArray[np.bool_] = np.all(same | ~inside[:, 1:], axis=1) & (rows.counts >= _ENOUGH) & visible
+    return found
+
+
+def denormals(subject: Subject) -> Iterator[Hit]:
+    """Rows mostly below the smallest normal float32: integers or other bits read as floats."""
+    found: dict[str, list[int]] = {}
+    for name, rows in subject.points.items():
+        if kind(name) == "kq_soft_max" or rows.values.shape[1] < _ENOUGH:
+            continue
+        size = np.abs(rows.values)
+        tiny = np.sum((size > 0) & (size < _SMALLEST_NORMAL), axis=1)
+        bad = ((tiny * 2 > np.sum(size > 0, axis=1)) & (tiny >= _ENOUGH // 2)).nonzero()[0].tolist()
+        if bad:
+            found[name] = bad
+
+    def say(name: str, bad: list[int]) -> str:
+        row = leading(subject.points[name], bad[0])
+        example = next(float(x) for x in row if 0 < abs(x) < _SMALLEST_NORMAL)
+        return f"{name} is mostly denormal numbers such as {example:.2g}, {positions_of(subject.points[name], bad)}"
+
+    yield from by_point(found, subject, say)

@@ -1,0 +1,124 @@
+"""The table of rules: each with what usually causes it and what to do. Every entry has a fixture in tests/lint_faults.py."""
+
+from checkpoints.answers.lint import ERROR, WARNING
+
+from . import against_model, agreement, bits, copies, generated, layout, numbers
+from .rule import Rule
+
+RULES: tuple[Rule, ...] = (
+    Rule(
+        "same-vector", ERROR, copies.same_vector,
+        "a pointer kept instead of a copy, and two buffers that swap each layer",
+        "copy when the value is computed (`parity emit c` shows how)",
+    ),
+    Rule(
+        "captured-late", ERROR, against_model.late_capture,
+        "all captures were read at the end of the pass, when the buffer held the last layer's output",
+        "copy when the value is computed (`parity emit c` shows how)",
+    ),
+    Rule(
+        "stale-position", ERROR, copies.stale_position,
+        "the buffer was read before the new position was computed, or the capture ran only once",
+        "capture in the stream that computes the value, in every pass",
+    ),
+    Rule(
+        "idle-layer", WARNING, copies.idle_layer,
+        "the layer's output is zero, was never added, or both captures read one buffer",
+        "dump ffn_inp and ffn_out of that layer as well",
+    ),
+    Rule(
+        "impossible-size", ERROR, numbers.impossible_size,
+        "a device pointer or freed memory read on the host",
+        "copy the values to the host and wait for the copy before they are printed",
+    ),
+    Rule(
+        "non-finite", WARNING, numbers.non_finite,
+        "an overflow, a division by zero, or memory that was never written",
+        "find the first point with such values: what comes after it follows from it",
+    ),
+    Rule(
+        "exact-zeros", WARNING, numbers.exact_zeros,
+        "a buffer that was written in part, or read while it was written",
+        "wait for the kernel before the copy, and check the number of elements it writes",
+    ),
+    Rule(
+        "garbage-logits", WARNING, numbers.garbage_logits,
+        "rows of the output matrix that were never multiplied, or memory past the vocabulary's end",
+        "compare the kernel's number of rows with the vocabulary",
+    ),
+    Rule(
+        "flat-row", ERROR, numbers.flat_row,
+        "a buffer that was only initialised",
+        "check that the capture comes after the kernel and reads its output",
+    ),
+    Rule(
+        "denormals", ERROR, numbers.denormals,
+        "integers or other bytes read as floats",
+        "check the type and the offset of what is printed",
+    ),
+    Rule(
+        "wrong-dtype", ERROR, bits.wrong_type,
+        "the buffer's type is another than the printing code takes it for",
+        "convert to float32 by the buffer's true type before printing",
+    ),
+    Rule(
+        "value-count", WARNING, layout.value_count,
+        "a slice that was cut, or a buffer shorter than it should be",
+        "print as many leading values at every point",
+    ),
+    Rule(
+        "shape", ERROR, layout.shape,
+        "another tensor than the name says, or a shape that was written by hand",
+        "`parity model M` lists the points with their shapes",
+    ),
+    Rule(
+        "missing-positions", WARNING, layout.positions,
+        "a capture that is skipped in some passes",
+        "capture every point in every pass, or choose the positions for all points alike",
+    ),
+    Rule(
+        "doubled", ERROR, layout.doubled,
+        "token_idx counts something else than positions: tokens of a pass, or of what was generated",
+        "print the token's position in the sequence, counted from 0, and number passes in step",
+    ),
+    Rule(
+        "out-of-order", WARNING, layout.order,
+        "lines of several threads, or a position counted from another start",
+        "print the token's position in the sequence, counted from 0",
+    ),
+    Rule(
+        "cut-short", WARNING, layout.truncated,
+        "the engine was stopped or crashed before it closed the dump",
+        "what is whole is used; dump again for the rest",
+    ),
+    Rule(
+        "statistics", ERROR, agreement.statistics,
+        "statistics and values were taken at different times, or of different numbers of elements",
+        "take both from one host copy (`parity emit c` does)",
+    ),
+    Rule(
+        "attention-rows", WARNING, agreement.attention_rows,
+        "scores that were never written, a softmax over a padded row, or weights before the softmax",
+        "dump kq of that layer as well",
+    ),
+    Rule(
+        "embedding-row", WARNING, against_model.embedding_row,
+        "other tokens went in than the header says, or rows are looked up with another stride",
+        "compare the ids with `parity tokens`",
+    ),
+    Rule(
+        "hparams", WARNING, against_model.hyperparameters,
+        "the engine took a default instead of the file's number, or the wrong --model",
+        "`parity model M` lists what the file says",
+    ),
+    Rule(
+        "not-argmax", WARNING, against_model.choice,
+        "sampling with a temperature, or a choice made from another row",
+        "generate greedily for a comparison",
+    ),
+    Rule(
+        "repetition", WARNING, generated.repetition,
+        "the engine sees the same input in every step: a position or a cache that does not advance",
+        "compare one decode step with llama.cpp (`parity run --generate`)",
+    ),
+)  # fmt: skip

@@ -1,0 +1,1 @@
+"""`parity model`: what an engine must know of a model."""

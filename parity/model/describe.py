@@ -1,0 +1,99 @@
+"""What an engine must know of a model, as plain data."""
+
+from pathlib import Path
+from typing import Any
+
+from checkpoints.errors import ModelError
+from checkpoints.points import parse
+from engine.blocks import ROPE_FACTORS, Blocks
+from engine.models import architectures, steps_of
+from engine.weights.gguf_model import GgufModel, Hyperparameters
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """Facts of a model file, in the order in which an engine meets them.
+
+    Raises:
+        ModelError: the file cannot be read as a model.
+    """
+    model = GgufModel(path)
+    hp = model.hyperparameters
+    facts: dict[str, Any] = {
+        "file": str(path),
+        "name": hp.name,
+        "architecture": hp.architecture,
+        "file_type": hp.file_type,
+        "fingerprint": model.fingerprint,
+        "layers": hp.n_layers,
+        "width": hp.n_embd,
+        "heads": hp.n_heads,
+        "kv_heads": hp.n_kv_heads,
+        "head_size": hp.head_size,
+        "value_size": hp.value_size,
+        "feed_forward": hp.n_ff,
+        "vocabulary": hp.n_vocab,
+        "context": hp.n_ctx_train,
+        "norm_epsilon": float(f"{hp.eps:.6g}"),  # the file holds a float32; its shortest text is the number meant
+        "rope_base": hp.rope_base,
+        "rope_dimensions": hp.rope_dims,
+        "rope_linear_scale": hp.rope_scale,
+        "rope_factors": ROPE_FACTORS in model.tensors,
+        "tied_output": "output.weight" not in model.tensors,
+        "biases": sorted({_family(name) for name in model.tensors if name.endswith(".bias")}),
+        "tokenizer": _tokenizer(model),
+        "weights": _types(model),
+    }
+    try:
+        steps = steps_of(hp.architecture, Blocks(hp, model.tensors))
+    except ModelError as error:
+        return facts | {"our_engine": str(error), "points": _points_of_the_reference(path)}
+    pairs = {step.params["pairs"] for step in steps if "pairs" in step.params}
+    facts["rope_pairs"] = {"neox": "NEOX: x[i] with x[i + d/2]", "norm": "NORM: x[2i] with x[2i + 1]"}[pairs.pop()]
+    facts["our_engine"] = f"has {hp.architecture} (of {', '.join(architectures())})"
+    facts["points"] = {step.makes: _shape(step.makes, hp) for step in steps}
+    return facts
+
+
+def _points_of_the_reference(path: Path) -> dict[str, list[str]]:
+    """What llama.cpp can record of a model that our engine does not have."""
+    from reference.client import Reference
+
+    with Reference() as reference:
+        return {name: [str(size) for size in shape] for name, shape in reference.describe(path).points}
+
+
+def _family(name: str) -> str:
+    point = parse(name)
+    return f"blk.N.{point.kind}" if point.layer is not None else name
+
+
+def _types(model: GgufModel) -> dict[str, int]:
+    from gguf import GGMLQuantizationType
+
+    counts: dict[str, int] = {}
+    for info in model.tensors.values():
+        name = GGMLQuantizationType(info.type).name
+        counts[name] = counts.get(name, 0) + 1
+    return counts
+
+
+def _tokenizer(model: GgufModel) -> dict[str, Any]:
+    wanted = {"model": "model", "pre": "pre", "bos": "bos_token_id", "eos": "eos_token_id", "add_bos": "add_bos_token"}
+    found = {short: model.metadata.get(f"tokenizer.ggml.{key}") for short, key in wanted.items()}
+    return {short: value for short, value in found.items() if value is not None}
+
+
+def _shape(name: str, hp: Hyperparameters) -> list[str]:
+    """A row's shape with the model's numbers in the place of the letters; t+1 stays."""
+    known = parse(name).known
+    # A value head's width stands where the letters say d for V and what is made of it.
+    size = hp.value_size if parse(name).kind in ("v", "v_read", "kqv_out") else hp.head_size
+    numbers = {
+        "D": hp.n_embd,
+        "F": hp.n_ff,
+        "V": hp.n_vocab,
+        "H": hp.n_heads,
+        "H*d": hp.n_heads * size,
+        "K*d": hp.n_kv_heads * size,
+    }
+    return [str(numbers.get(letter, letter)) for letter in (known.row if known else ())]

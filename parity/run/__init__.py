@@ -1,0 +1,1 @@
+"""`parity run` and `parity dump`: a prompt through one side or both."""

@@ -1,0 +1,126 @@
+"""Our side: the engine's run over a prompt, written as a dump."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from checkpoints.jsonl import Writer
+from checkpoints.points import default_layers, layer_outputs, select
+from checkpoints.record import DEFAULT_SLICE, Header, ModelInfo, Token
+from checkpoints.tensors import TensorWriter, beside
+from engine.capture.device import tap
+from engine.capture.host import Capture, Positions
+from engine.transformer import Transformer
+
+TOP = 5  # logits a token record carries: enough to see what was nearly chosen
+
+
+@dataclass(frozen=True)
+class OursJob:
+    """What our engine is to record. `generated` are the ids that it is led along after the prompt, with their texts."""
+
+    out: Path
+    tokens: tuple[int, ...]
+    pieces: tuple[str, ...] = ()
+    prompt: str | None = None
+    mode: str = "exact"
+    points: str = "default"
+    layers: tuple[int, ...] | None = None
+    positions: Positions = "all"
+    slice_size: int = DEFAULT_SLICE
+    full: bool = False
+    generated: tuple[int, ...] = ()
+    generated_pieces: tuple[str, ...] = ()
+    first_position: int = 0
+    on_step: Callable[[int, int], None] | None = field(default=None, compare=False)
+
+
+def chosen_points(transformer: Transformer, points: str, layers: tuple[int, ...] | None) -> list[str]:
+    """The points that `--points` and `--layers` stand for in this model.
+
+    Raises:
+        InputError: a layer or a point that the model does not have.
+    """
+    if points == "default":
+        names = layer_outputs(default_layers(transformer.hp.n_layers) if layers is None else layers)
+        return select(",".join(names), transformer.points, transformer.hp.n_layers)
+    return select(points, transformer.points, transformer.hp.n_layers)
+
+
+def header(transformer: Transformer, job: OursJob) -> Header:
+    """Everything that could explain a difference later."""
+    hp = transformer.hp
+    model = transformer.model
+    return Header(
+        source="engine",
+        model=ModelInfo(hp.name or model.path.stem, hp.architecture, hp.file_type, hp.n_layers, model.fingerprint),
+        tokens=job.tokens,
+        pieces=job.pieces,
+        prompt=job.prompt,
+        mode=job.mode,
+        compute=transformer.compute,
+        kv_type="f32",
+        slice=job.slice_size,
+        hparams={"eps": hp.eps, "heads": hp.n_heads, "kv_heads": hp.n_kv_heads, "vocab": hp.n_vocab, "rope_base": hp.rope_base},
+        build={"version": version("parity"), "backend": transformer.backend.name, "device": transformer.backend.device},
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+
+
+def dump(transformer: Transformer, job: OursJob) -> Header:
+    """Run the prompt, then one step for each generated token, and write the dump to `job.out`.
+
+    Raises:
+        InputError: tokens the model cannot take, unknown points, an unwritable file.
+    """
+    points = chosen_points(transformer, job.points, job.layers)
+    transformer.check(job.tokens + job.generated, job.first_position)
+    described = header(transformer, job)
+    tensors = TensorWriter(beside(job.out)) if job.full else None
+    total = len(transformer.steps) * (1 + len(job.generated))
+    done = 0
+
+    with Writer(job.out, described) as writer:
+        try:
+            with tap(
+                writer, points, transformer.backend, positions=job.positions, slice_size=job.slice_size, tensors=tensors
+            ) as capture:
+                if job.on_step is not None:
+                    report = job.on_step
+
+                    def count(_name: str) -> None:
+                        nonlocal done
+                        done += 1
+                        report(done, total)
+
+                    capture.on_value = count
+                _passes(transformer, job, capture)
+        except BaseException:
+            if tensors is not None:
+                tensors.close(complete=False)
+            raise
+        if tensors is not None:
+            tensors.close()
+    return described
+
+
+def _passes(transformer: Transformer, job: OursJob, capture: Capture) -> None:
+    progress = transformer.start(job.first_position)
+    logits = transformer.forward(job.tokens, progress, capture)
+    texts = job.generated_pieces or ("",) * len(job.generated)
+    for token, text in zip(job.generated, texts, strict=True):
+        capture.token(Token(progress.first + progress.length, token, text, top_logits(logits)))
+        logits = transformer.forward([token], progress, capture)
+
+
+def top_logits(logits: NDArray[np.float32], count: int = TOP) -> tuple[tuple[int, float], ...]:
+    """The largest logits with their ids, largest first; of equal ones the smaller id comes first, as in llama.cpp's argmax."""
+    count = min(count, len(logits))
+    candidates = np.argpartition(-logits, count - 1)[:count]
+    ranked = sorted(candidates.tolist(), key=lambda i: (-float(logits[i]), i))
+    return tuple((int(i), float(logits[i])) for i in ranked)

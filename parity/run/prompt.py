@@ -1,0 +1,49 @@
+"""The prompt that options give: a text, a file's text or token ids."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from checkpoints.errors import InputError
+
+
+def numbers(text: str, name: str) -> tuple[int, ...]:
+    """A comma-separated list of whole numbers.
+
+    Raises:
+        InputError: it is none; the message names the option.
+    """
+    try:
+        return tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise InputError(f"{name} wants whole numbers with commas, not {text!r}.", f"Write e.g. {name} 1,2,3.") from None
+
+
+def given_prompt(text: str | None, file: Path | None, tokens: str | None) -> tuple[str | None, tuple[int, ...] | None]:
+    """The prompt's text or its token ids: exactly one of the three options is given.
+
+    Raises:
+        InputError: none or several are given, the file cannot be read, or the prompt is empty.
+    """
+    given: Sequence[object] = [value for value in (text, file, tokens) if value is not None]
+    if len(given) != 1:
+        what = "no prompt was given" if not given else "more than one prompt was given"
+        raise InputError(f"{what}.", "Take one of --prompt, --prompt-file and --tokens.", code="prompt")
+    if tokens is not None:
+        ids = numbers(tokens, "--tokens")
+        if not ids:
+            raise InputError("--tokens is empty.", "Write e.g. --tokens 1,2,3.", code="prompt")
+        return None, ids
+    if file is not None:
+        try:
+            text = file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+            raise InputError(f"cannot read {file}: {reason}.", "Check --prompt-file.", code="prompt") from error
+    if not text:
+        raise InputError("the prompt is empty.", "Write a word at least.", code="prompt")
+    try:
+        # In a locale without UTF-8 the command line's bytes come as surrogates.
+        return os.fsencode(text).decode("utf-8"), None
+    except UnicodeError:
+        raise InputError("the prompt is not UTF-8.", "Check its encoding, or give --prompt-file.", code="prompt") from None

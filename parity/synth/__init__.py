@@ -1,0 +1,1 @@
+"""`parity synth`: models with seeded random weights."""

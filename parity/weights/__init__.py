@@ -1,0 +1,1 @@
+"""`parity weights`: every tensor dequantised by three implementations."""

@@ -1,0 +1,70 @@
+"""Weights that a foreign engine dumped after loading them: safetensors, npz, or JSON lines."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from checkpoints.errors import DumpError
+from checkpoints.reading.parallel import LINE
+
+from .weights import Floats
+
+
+def load(path: Path) -> dict[str, Floats]:
+    """Flat float32 values by tensor name from safetensors, npz, or JSONL records (`checkpoint` or `name`, and `values`).
+
+    Raises:
+        DumpError: the file is none of these, or holds no tensors.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            found = dict(_safetensors(path))
+        elif path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as archive:
+                found = {name: archive[name] for name in archive.files}
+        else:
+            found = dict(_jsonl(path))
+        flat = {name: np.asarray(values).astype(np.float32).reshape(-1) for name, values in found.items()}
+    except DumpError:
+        raise
+    except Exception as error:  # each library has errors of its own for a damaged file
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
+        raise DumpError(
+            f"cannot read the weights of {path}: {reason}.",
+            "Take safetensors, npz, or JSONL with names and values.",
+            code="theirs",
+        ) from error
+    if not flat:
+        raise DumpError(f"{path} holds no tensors.", "Take safetensors, npz, or JSONL with names and values.", code="theirs")
+    return flat
+
+
+def _safetensors(path: Path) -> Iterator[tuple[str, NDArray[Any]]]:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="numpy") as file:
+        for name in file.keys():  # noqa: SIM118 - not a mapping
+            yield name, file.get_tensor(name)
+
+
+def _jsonl(path: Path) -> Iterator[tuple[str, NDArray[Any]]]:
+    import orjson
+
+    with path.open("rb") as file:
+        while line := file.readline(LINE):
+            if len(line) == LINE:
+                raise DumpError(
+                    f"{path} has a line of more than {LINE >> 20} MiB.",
+                    "The leading values of each tensor suffice.",
+                    code="theirs",
+                )
+            try:
+                record = orjson.loads(line[max(line.find(b"{"), 0) :])
+            except orjson.JSONDecodeError:
+                continue
+            name = (record.get("checkpoint") or record.get("name")) if isinstance(record, dict) else None
+            if isinstance(name, str) and isinstance(record.get("values"), list):
+                yield name, np.array(record["values"], dtype=np.float64)

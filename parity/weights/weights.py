@@ -1,0 +1,144 @@
+"""Every weight dequantised by us, by libggml and by gguf-py, byte for byte; a few rows at a time, whatever the file's size."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from checkpoints.answers.weights import DIFFERENT, EQUAL, NOT_CHECKED, FirstDifference, TensorCheck, WeightsCheck
+from checkpoints.errors import ModelError
+from engine.backend import Backend, choose
+from engine.weights.dequantize import FORMATS, dequantize
+from engine.weights.gguf_model import GgufModel, TensorInfo, block_of
+from reference.to_float import ToFloat
+
+OURS, LIBGGML, GGUF = "ours", "libggml", "gguf"
+_CHUNK = 1 << 22  # elements at a time: 16 MiB for each of the three results, and what gguf-py needs besides
+
+Progress = Callable[[str, int, int], None]  # (what, done, total)
+Floats = NDArray[np.float32]
+
+
+def check_weights(path: Path, backend: str = "auto", progress: Progress | None = None) -> WeightsCheck:
+    """Dequantise every tensor three times and compare the results, tolerance 0.
+
+    Raises:
+        ModelError: the file cannot be read as a model; InputError: no such backend.
+    """
+    model, side, by_libggml = GgufModel(path), choose(backend), ToFloat()
+    total = sum(info.n_bytes for info in model.tensors.values())
+    done = 0
+    checks: list[TensorCheck] = []
+    for info in model.tensors.values():
+
+        def advanced(n_bytes: int) -> None:
+            nonlocal done
+            done += n_bytes
+            if progress is not None:
+                progress("weights", done, total)
+
+        checks.append(_tensor(model, info, side, by_libggml, advanced))
+    odd = [check.name for check in checks if check.nonfinite]
+    damaged = f"NaN or infinities stand in the file itself: {', '.join(odd[:4])}{', …' if len(odd) > 4 else ''}"
+    notes = (f"ours on {side.device}", *((damaged,) if odd else ()))
+    return WeightsCheck(f"{model.hyperparameters.name or path.stem} ({path})", "", tuple(checks), total, notes)
+
+
+def type_name(kind: int) -> str:
+    """gguf-py's name of a ggml type."""
+    from gguf import GGMLQuantizationType
+
+    try:
+        return str(GGMLQuantizationType(kind).name)
+    except ValueError:
+        return f"type {kind}"
+
+
+def _tensor(
+    model: GgufModel, info: TensorInfo, side: Backend, by_libggml: ToFloat, advanced: Callable[[int], None]
+) -> TensorCheck:
+    raw = model.raw(info.name)
+    columns, rows = info.shape[-1], len(raw)
+    step = max(1, _CHUNK // columns)
+    by: tuple[str, ...] = ()
+    nonfinite = 0
+    name = type_name(info.type)
+    for start in range(0, rows, step):
+        part = raw[start : start + step]
+        found = _results(part, info, columns, side, by_libggml)
+        by = tuple(found)
+        if len(by) < 2:
+            return TensorCheck(
+                info.name, name, info.shape, NOT_CHECKED, 0, by, f"only {by[0] if by else 'nobody'} reads {name}"
+            )
+        if (first := _first_difference(found, part, info, start * columns)) is not None:
+            return TensorCheck(info.name, name, info.shape, DIFFERENT, rows * columns, by, _blame(first), first)
+        nonfinite += int(np.count_nonzero(~np.isfinite(found[by[0]])))
+        advanced(part.size)
+    return TensorCheck(info.name, name, info.shape, EQUAL, rows * columns, by, nonfinite=nonfinite)
+
+
+def _results(part: NDArray[np.uint8], info: TensorInfo, columns: int, side: Backend, by_libggml: ToFloat) -> dict[str, Floats]:
+    """The values of some rows, flat, by each of the three that reads this type."""
+    from gguf import GGMLQuantizationType
+    from gguf.quants import dequantize as by_gguf
+
+    found: dict[str, Floats] = {}
+    if info.type in FORMATS:  # our other formats go through gguf-py, which would be compared with itself
+        found[OURS] = side.to_host(dequantize(side.array(part), info.type, columns)).reshape(-1)
+    if (values := by_libggml(part, info.type, len(part) * columns)) is not None:
+        found[LIBGGML] = values
+    try:
+        with np.errstate(all="ignore"):
+            found[GGUF] = np.asarray(by_gguf(part, GGMLQuantizationType(info.type)), dtype=np.float32).reshape(-1)
+    except (NotImplementedError, ValueError):
+        pass  # gguf-py has no dequantisation of this type
+    return found
+
+
+def _first_difference(
+    found: Mapping[str, Floats], part: NDArray[np.uint8], info: TensorInfo, offset: int
+) -> FirstDifference | None:
+    """The first element whose bits are not the same in all results; NaN is NaN, whatever its payload."""
+    results = list(found.values())
+    odd = np.zeros(len(results[0]), dtype=np.bool_)
+    for other in results[1:]:
+        odd |= (results[0].view(np.uint32) != other.view(np.uint32)) & ~(np.isnan(results[0]) & np.isnan(other))
+    if not odd.any():
+        return None
+    at = int(odd.argmax())
+    elements, size = block_of(info.type, info.name)
+    block = at // elements
+    raw = part.reshape(-1)[block * size : (block + 1) * size]
+    return FirstDifference(
+        offset + at,
+        offset // elements + block,
+        bytes(raw).hex(),
+        {name: float(values[at]) for name, values in found.items()},
+    )
+
+
+def _blame(first: FirstDifference) -> str:
+    """Who stands alone."""
+    values = first.values
+    for name, value in values.items():
+        others = [other for who, other in values.items() if who != name]
+        if len(others) > 1 and len(set(map(repr, others))) == 1 and repr(others[0]) != repr(value):
+            return f"{name} stands alone"
+    return "all differ" if len(values) > 2 else "the two differ"
+
+
+def first_values(model: GgufModel, info: TensorInfo, count: int, skip: int = 0) -> Floats:
+    """Elements skip … skip + count − 1 of a tensor, row-major; only their rows are dequantised.
+
+    Raises:
+        ModelError: gguf-py does not know the type.
+    """
+    columns = info.shape[-1]
+    start, stop = skip // columns, min(-(-(skip + count) // columns), len(model.raw(info.name)))
+    rows = dequantize(model.raw(info.name)[start:stop], info.type, columns)
+    flat: Floats = rows.reshape(-1)[skip - start * columns :][:count]
+    if not len(flat):
+        raise ModelError(f"{info.name} has no element {skip}.")
+    return flat

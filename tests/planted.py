@@ -1,0 +1,86 @@
+"""Dumps of faulty engines, made by planting faults into ours: for tests, benchmarks and demonstrations."""
+
+import random
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from checkpoints.reading.reader import read
+from checkpoints.record import Dump
+from engine.backend import Array, choose
+from engine.faults import CATALOGUE, as_recorded, plant
+from engine.graph import Step
+from engine.transformer import Transformer
+from engine.weights.gguf_model import GgufModel
+from parity.run.ours import OursJob, dump
+
+
+@dataclass(frozen=True)
+class Planted:
+    """Faults in an engine: name, parameters, layers (None: all)."""
+
+    faults: tuple[tuple[str, dict[str, Any], tuple[int, ...] | None], ...]
+
+    def steps(self, steps: Sequence[Step]) -> list[Step]:
+        """The faulty engine's steps."""
+        for name, parameters, layers in self.faults:
+            steps = plant(steps, CATALOGUE[name], layers, **parameters)
+        return as_recorded(steps)
+
+
+def tokens_of(model: Path, count: int, seed: int) -> tuple[int, ...]:
+    """Seeded random ids."""
+    rng = random.Random(seed)
+    vocabulary = GgufModel(model).hyperparameters.n_vocab
+    return tuple(rng.randrange(vocabulary) for _ in range(count))
+
+
+def half_sums(x: Array, weight: Array, bias: Array | None = None) -> Array:
+    """A product with partial sums of 32 terms in float16, as a tensor core with F16 accumulation: [T, in], [out, in] -> [T, out].
+
+    A right engine's arithmetic that `engine.precision` does not copy.
+    """
+    total = np.zeros((x.shape[0], weight.shape[0]), dtype=np.float16)
+    for start in range(0, x.shape[1], 32):
+        part = x[:, start : start + 32].astype(np.float16).astype(np.float32) @ weight[:, start : start + 32].T
+        total = (total + part.astype(np.float16)).astype(np.float16)
+    made = total.astype(np.float32)
+    return made if bias is None else made + bias
+
+
+class Faulty:
+    """Writes the dumps of faulty engines of one model."""
+
+    def __init__(self, model: Path) -> None:
+        self.model = model
+        self.transformer = Transformer(GgufModel(model), choose("numpy"))
+        self.right = self.transformer.steps
+
+    def dump(
+        self,
+        planted: Planted,
+        tokens: tuple[int, ...],
+        *,
+        points: str = "default",
+        size: int = 16,
+        generated: int = 0,
+        bare: bool = True,
+    ) -> Dump:
+        """The dump of an engine with these faults; `bare`: values only, no sketch and no statistics. None of it knows the fault.
+
+        Raises:
+            ValueError: the model has no place for the fault.
+        """
+        self.transformer.steps = planted.steps(self.right)
+        prompt, rest = tokens[: len(tokens) - generated], tokens[len(tokens) - generated :]
+        with tempfile.TemporaryDirectory() as folder, np.errstate(all="ignore"):  # faults overflow: that is what they do
+            out = Path(folder) / "ours.jsonl"
+            dump(self.transformer, OursJob(out=out, tokens=prompt, generated=rest, points=points, slice_size=size))
+            found = read(out)
+        if not bare:
+            return found
+        return replace(found, points={name: replace(rows, sketch=None, stats={}) for name, rows in found.points.items()})
