@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from engine.backend import choose
 from engine.faults import CATALOGUE, plant
-from engine.gguf_model import GgufModel
+from engine.weights.gguf_model import GgufModel
 from engine.transformer import Transformer
 from parity.ours import OursJob, dump
 FAULT = {fault!r}
