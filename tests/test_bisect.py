@@ -19,7 +19,7 @@ from engine.backend import choose
 from engine.faults import CATALOGUE, plant
 from engine.weights.gguf_model import GgufModel
 from engine.transformer import Transformer
-from parity.ours import OursJob, dump
+from parity.run.ours import OursJob, dump
 FAULT = {fault!r}
 model, tokens, out = sys.argv[1:]
 engine = Transformer(GgufModel(Path(model)), choose("numpy"))
