@@ -40,6 +40,7 @@ def git(repository: Path, *arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_bisect_finds_the_commit(tmp_path: Path, parity: Cli) -> None:
     """A fault planted in the middle of twenty commits is found, past a commit in which the engine doesn't start."""
     repository, golden = tmp_path / "repository", tmp_path / "golden"
