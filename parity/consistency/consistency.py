@@ -19,7 +19,7 @@ from reference.client import Reference
 from ..diff.compare import Options, compare
 from ..run.command import PORTIONS
 from ..run.request import Prompt, Request
-from ..run.session import comparison, resolve_prompt
+from ..run.session import comparison_options, resolve_prompt
 from ..run.sides import EXEC, OURS, Side, side_of
 
 CACHE, POSITIONS, MASK, BATCH = "cache", "positions", "mask", "batch size"
@@ -78,7 +78,7 @@ def of_side(side: Side, prompt: Prompt, request: ConsistencyRequest, vocabulary:
     side.check(prompt)
     run, command = request.run, request.run.command
     takes_portions = request.source != EXEC or command is None or command.takes(PORTIONS)
-    options = comparison(run)
+    options = comparison_options(run)
     checks: list[Check] = []
     with TemporaryDirectory(prefix="parity-consistency-") as folder:
 
@@ -153,7 +153,7 @@ _MORE_POINTS = "dumps of q_rope, k_rope, kq_soft_max and kqv_out would tell whic
 
 
 def suspected(verdict: Verdict, starts: NDArray[np.int64], advice: str = _ALL_POINTS) -> tuple[str, str]:
-    """What to suspect where a comparison of portions fails, and a sentence; nothing where it doesn't.
+    """What to suspect where a comparison_options of portions fails, and a sentence; nothing where it doesn't.
 
     Args:
         starts: the first positions of the portions, int64.
@@ -187,7 +187,7 @@ def two_dumps(request: ConsistencyRequest, left: Path, right: Path) -> Consisten
             "Dump once with the prompt in one pass and once with decode steps or chunks, and record `step`.",
             code="portions",
         )
-    verdict = compare(a, b, comparison(request.run))
+    verdict = compare(a, b, comparison_options(request.run))
     finer = max(passes, key=len)
     suspect, reason = suspected(verdict, _starts(finer), _MORE_POINTS)
     source = (a.header or b.header or Header("")).source

@@ -21,8 +21,7 @@ from checkpoints.record import Dump
 from reference.client import Reference
 from reference.jobs import DumpResult
 
-from ..diff.compare import Options
-from ..diff.picture import compare_drawn
+from ..diff.compare import Options, comparison
 from ..diff.tokens import same_model
 from ..lint.lint import refuse_unusable
 from .request import Progress, Prompt, Request
@@ -104,12 +103,12 @@ def run(
     left, right = load(folder / OURS_FILE, request.mapping), read(folder / REF_FILE)
     if request.command is not None and not request.despite_lint:
         refuse_unusable(left, "your engine's dump")
-    verdict, drawn = compare_drawn(left, right, comparison(request))
-    verdict = replace(verdict, notes=(*taken_instead(request, right), *verdict.notes))
-    return Outcome(folder, left, right, verdict, drawn, perf_counter() - began)
+    found = comparison(left, right, comparison_options(request))
+    verdict = replace(found.verdict, notes=(*taken_instead(request, right), *found.verdict.notes))
+    return Outcome(folder, left, right, verdict, found.picture, perf_counter() - began)
 
 
-def comparison(request: Request) -> Options:
+def comparison_options(request: Request) -> Options:
     """How the two dumps of a run are compared."""
     return Options(
         tolerance=request.tolerance,
