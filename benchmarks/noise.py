@@ -24,7 +24,7 @@ from engine.graph import Step
 from engine.transformer import Transformer
 from engine.weights.gguf_model import GgufModel
 from parity.arbiter.arbiter import Arbiter
-from parity.diff.compare import measured
+from parity.diff.compare import comparison
 from parity.diff.limits import EXACT_FLOOR, JUMP
 from parity.diff.records import Records
 from parity.diff.truth import MULTIPLE, raised
@@ -118,7 +118,7 @@ def compared(reference: Reference, folder: Path, tokens: tuple[int, ...], points
     ours, ref = folder / "ours.jsonl", folder / "ref.jsonl"
     dump(Transformer(GgufModel(default_model.path()), choose("numpy")), OursJob(ours, tokens, points=points))
     reference.dump(DumpJob(default_model.path(), ref, tokens, points=points))
-    return measured(read(ours), read(ref))
+    return comparison(read(ours), read(ref)).records
 
 
 def against_truth(reference: Reference, folder: Path, tokens: tuple[int, ...], points: str) -> None:
@@ -130,7 +130,7 @@ def against_truth(reference: Reference, folder: Path, tokens: tuple[int, ...], p
     for name, steps in (("NumPy's products", transformer.steps), ("another order", in_another_order(transformer.steps))):
         transformer.steps = steps
         dump(transformer, OursJob(folder / "ours.jsonl", tokens, points=points))
-        records = measured(read(folder / "ours.jsonl"), read(ref))
+        records = comparison(read(folder / "ours.jsonl"), read(ref)).records
         nmse, distance = records.measures.nmse, np.concatenate([distances[point] for point in records.names])
         worst = raised(np.zeros(len(nmse)), distance, records.point, records.seq, records.token_idx) / MULTIPLE
         large = nmse > 1e-12

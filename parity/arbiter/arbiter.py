@@ -12,7 +12,7 @@ from engine.graph import Step, WeightSource
 from engine.replay.wide import wide_values
 from engine.transformer import Transformer
 
-from ..diff.metrics import SLICE_FLOOR
+from ..diff.slices import SLICE_FLOOR
 
 Floats = NDArray[np.float64]
 
@@ -96,7 +96,7 @@ class Arbiter:
 
 
 def _nmse(rows: Rows, high: Rows, low: Rows) -> Floats:
-    """NMSE of records against the sum of two others of the same keys: [R]; the slice's floor is that of `metrics`."""
+    """NMSE of records against the sum of two others of the same keys: [R]; the slice's floor is that of `slices`."""
     values = rows.values.astype(np.float64)
     present = np.arange(values.shape[1])[None, :] < rows.counts[:, None]
     wanted = _elements(high, rows) + _elements(low, rows)
