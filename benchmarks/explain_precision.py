@@ -27,6 +27,7 @@ from engine import ops
 from engine.backend import Array
 from engine.faults import CATALOGUE, plant
 from engine.graph import Step
+from engine.inapplicable import NotApplicable
 from engine.replay.precision import rounded
 from engine.synth import Shape, synthesize
 from parity.explain.case import Case
@@ -145,7 +146,7 @@ def _small(faulty: Faulty) -> Iterator[tuple[str, dict[str, Any], list[Step]]]:
     for name, parameters in SMALL:
         try:
             yield name, parameters, plant(faulty.right, CATALOGUE[name], **parameters)
-        except (ValueError, KeyError, IndexError, TypeError):
+        except NotApplicable:
             continue
 
 

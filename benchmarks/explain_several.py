@@ -25,13 +25,13 @@ from planted import Faulty, Planted, tokens_of
 from checkpoints.answers.explain import Explanation
 from checkpoints.record import Dump
 from engine.faults import CATALOGUE
+from engine.inapplicable import NotApplicable
 from parity.explain import budget as explain_budget
 from parity.explain.budget import Budget
 from parity.explain.case import Case
 from parity.explain.explain import Options, explain
 from parity.explain.together import Together
 
-IMPOSSIBLE = (ValueError, KeyError, IndexError, TypeError)  # what a change raises that the model's shapes do not allow
 Part = tuple[str, dict[str, Any], tuple[int, ...] | None]
 
 
@@ -59,7 +59,7 @@ def draw(faulty: Faulty, tokens: tuple[int, ...], number: int, rng: random.Rando
         try:
             dump = faulty.dump(Planted(tuple(parts)), tokens)
             without = [faulty.dump(Planted((*parts[:at], *parts[at + 1 :])), tokens) for at in range(number)]
-        except IMPOSSIBLE:
+        except NotApplicable:
             continue
         if not any(same(dump, one) for one in without):
             return Planted(tuple(parts)), dump

@@ -8,7 +8,8 @@ from planted import Faulty, Planted, tokens_of
 
 from engine.backend import choose
 from engine.faults import CATALOGUE, Planting
-from engine.replay.replay import NOT_ALLOWED, Replay
+from engine.inapplicable import NotApplicable
+from engine.replay.replay import Replay
 from engine.synth import Shape, synthesize
 from engine.transformer import Transformer
 from engine.weights.gguf_model import GgufModel
@@ -36,7 +37,7 @@ def _logits(replay: Replay, transformer: Transformer, name: str) -> np.ndarray |
     try:
         steps = planting.of(fault, None, (fault.variants(planting.right) or [{}])[0])
         changed = replay.run(steps, lambda _name, _made: True)
-    except NOT_ALLOWED:
+    except NotApplicable:
         return None
     last = [value for point, value in changed.items() if point.endswith(("logits", "l_out"))]
     return transformer.backend.to_host(last[-1]) if last else np.zeros(0)

@@ -9,15 +9,15 @@ import numpy as np
 from .. import ops
 from ..backend import Array
 from ..graph import PASSES, History, Step
-from .base import Fault, Parameters, Steps, sibling, with_parameters
+from .base import Fault, Parameters, Steps, parameter_of, sibling, with_parameters
 from .value_layout import value_layout
 
 _SOFT = ("kq_soft_max",)
 
 
 def _scale(step: Step, right: Steps, parameters: Parameters) -> Step:
-    scale = step.params["scale"]
-    heads = sibling(step, right, "kq").params["heads"]
+    scale = parameter_of(step, "scale")
+    heads = parameter_of(sibling(step, right, "kq"), "heads")
     scales = {
         "missing": 1.0,
         "by the width": scale * heads**-0.5,

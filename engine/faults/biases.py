@@ -5,36 +5,36 @@ from dataclasses import replace
 import numpy as np
 
 from ..graph import Altered, Step
-from .base import AT, Fault, Parameters, Steps, sibling, subsets
+from .base import AT, Fault, Parameters, Steps, sibling, subsets, weight_of
 
 _QKV = ("q", "k", "v")
 
 
 def _no_bias(step: Step, _right: Steps, _parameters: Parameters) -> Step:
-    return replace(step, weights=(step.weights[0], None))
+    return replace(step, weights=(weight_of(step, 0), None))
 
 
 def _bias_twice(step: Step, _right: Steps, _parameters: Parameters) -> Step:
-    bias = step.weights[1]
+    bias = weight_of(step, 1)
     if not isinstance(bias, str):
         return step
-    return replace(step, weights=(step.weights[0], Altered(bias, lambda source, name: source.get(name) * np.float32(2))))
+    return replace(step, weights=(weight_of(step, 0), Altered(bias, lambda source, name: source.get(name) * np.float32(2))))
 
 
 def _bias_sign(step: Step, _right: Steps, _parameters: Parameters) -> Step:
-    bias = step.weights[1]
+    bias = weight_of(step, 1)
     if not isinstance(bias, str):
         return step
-    return replace(step, weights=(step.weights[0], Altered(bias, lambda source, name: -source.get(name))))
+    return replace(step, weights=(weight_of(step, 0), Altered(bias, lambda source, name: -source.get(name))))
 
 
 def _bias_of(step: Step, right: Steps, parameters: Parameters) -> Step:
     """The bias of another projection; of a longer one its first elements, a shorter one is repeated."""
-    own, other = step.weights[1], sibling(step, right, parameters["of"]).weights[1]
+    own, other = weight_of(step, 1), weight_of(sibling(step, right, parameters["of"]), 1)
     if not isinstance(own, str) or not isinstance(other, str):
         return step
     made = Altered(own, lambda source, name: np.resize(source.get(other), source.get(name).shape))
-    return replace(step, weights=(step.weights[0], made))
+    return replace(step, weights=(weight_of(step, 0), made))
 
 
 FAULTS = (

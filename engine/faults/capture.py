@@ -7,7 +7,7 @@ import numpy as np
 
 from ..backend import Array, module_of
 from ..graph import PASSES, Step
-from .base import AT, SEEN, Fault, Parameters, Steps, unchanged
+from .base import AT, SEEN, Fault, Parameters, Steps, read_of, unchanged
 
 
 def _copied(x: Array) -> Array:
@@ -71,7 +71,7 @@ def _before_residual(point: str, right: Steps, parameters: Parameters) -> Step |
 
 
 def _before_norm(point: str, right: Steps, _parameters: Parameters) -> Step | None:
-    read = right[point].reads[0]
+    read = read_of(right[point], 0)
     return _show(point, read, right) if isinstance(read, str) else None
 
 

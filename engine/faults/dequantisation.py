@@ -11,8 +11,9 @@ import numpy as np
 
 from ..backend import Array
 from ..graph import Altered, RowsOf, Step, WeightSource
+from ..inapplicable import NotApplicable
 from ..weights.dequantize import FORMATS, dequantize
-from .base import AT, Fault, Parameters, Steps
+from .base import AT, Fault, Parameters, Steps, weight_of
 from .block_edits import (
     BF16,
     F16,
@@ -53,7 +54,7 @@ def _reread(step: Step, edit: Edit) -> Step:
 
 
 def _remade(step: Step, make: Callable[[WeightSource, str], Array]) -> Step:
-    first = step.weights[0]
+    first = weight_of(step, 0)
     if isinstance(first, RowsOf):
 
         def rows(source: WeightSource, name: str) -> Any:
@@ -62,7 +63,7 @@ def _remade(step: Step, make: Callable[[WeightSource, str], Array]) -> Step:
 
         return replace(step, weights=(Altered(first.weight, rows), *step.weights[1:]))
     if not isinstance(first, str):
-        raise ValueError(f"{step.makes} has no plain matrix to read in another way")  # noqa: TRY004 - no place for this fault
+        raise NotApplicable(f"{step.makes} has no plain matrix to read in another way")
     return replace(step, weights=(Altered(first, make), *step.weights[1:]))
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from .. import ops
 from ..backend import Array
 from ..graph import History, Step
-from .base import AT, COPY, Fault, Parameters, Steps, kind_of, layer_input, layer_of, subsets
+from .base import AT, COPY, Fault, Parameters, Steps, kind_of, layer_input, layer_of, read_of, subsets
 
 _SUMS = ("ffn_inp", "l_out")
 
@@ -23,17 +23,17 @@ def _only(step: Step, name: Any) -> Step:
 
 
 def _no_residual(step: Step, _right: Steps, _parameters: Parameters) -> Step:
-    return _only(step, step.reads[0])
+    return _only(step, read_of(step, 0))
 
 
 def _branch_missing(step: Step, _right: Steps, _parameters: Parameters) -> Step:
-    return _only(step, step.reads[1])
+    return _only(step, read_of(step, 1))
 
 
 def _after_norm(step: Step, _right: Steps, _parameters: Parameters) -> Step:
     norm = "attn_norm" if kind_of(step) == "ffn_inp" else "ffn_norm"
     copy = COPY if step.makes.endswith(COPY) else ""
-    return replace(step, reads=(step.reads[0], f"blk.{layer_of(step)}.{norm}{copy}"))
+    return replace(step, reads=(read_of(step, 0), f"blk.{layer_of(step)}.{norm}{copy}"))
 
 
 def _twice(x: Array, y: Array) -> Array:
@@ -50,7 +50,7 @@ def _added_twice(step: Step, _right: Steps, parameters: Parameters) -> Step:
 
 def _old_buffer(step: Step, right: Steps, parameters: Parameters) -> Step:
     old = {"the layer's input": layer_input(step, right), "the embedding": "embd"}[parameters["buffer"]]
-    return replace(step, reads=(step.reads[0], old))
+    return replace(step, reads=(read_of(step, 0), old))
 
 
 def _skip(step: Step, right: Steps, _parameters: Parameters) -> Step:

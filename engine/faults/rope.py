@@ -1,19 +1,20 @@
 """Faults of the rotary position embedding."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 from .. import ops
 from ..backend import Array, module_of
 from ..graph import PASSES, POSITIONS, History, Step
-from .base import AT, Fault, Parameters, Steps, sibling, subsets, with_parameters
+from ..inapplicable import NotApplicable
+from .base import AT, Fault, Parameters, Steps, parameter_of, read_of, sibling, subsets, weight_of, with_parameters
 
 _ROPE = ("q_rope", "k_rope")
 
 
 def _pairs(step: Step, _right: Steps, _parameters: Parameters) -> Step:
-    return with_parameters(step, pairs="norm" if step.params["pairs"] == "neox" else "neox")
+    return with_parameters(step, pairs="norm" if parameter_of(step, "pairs") == "neox" else "neox")
 
 
 def _base(step: Step, _right: Steps, parameters: Parameters) -> Step:
@@ -37,8 +38,19 @@ def _moved(x: Array, positions: Array, factors: Array | None = None, *, by: str,
     return ops.rope(x, _SHIFTS[by](positions), factors, **params)
 
 
+def _with(step: Step, op: Callable[..., Array], *reads: str, **parameters: Any) -> Step:
+    """The step with an operation that calls RoPE in another way; `reads` are values that it reads as well.
+
+    Raises:
+        NotApplicable: another fault has changed the operation already.
+    """
+    if step.op is not ops.rope:
+        raise NotApplicable(f"{step.makes} is no plain RoPE")
+    return replace(step, op=op, reads=(*step.reads, *reads), params={**step.params, **parameters})
+
+
 def _position(step: Step, _right: Steps, parameters: Parameters) -> Step:
-    return replace(step, op=_moved, params={**step.params, "by": parameters["position"]})
+    return _with(step, _moved, by=parameters["position"])
 
 
 def _within_pass(x: Array, positions: Array, passes: Array, factors: Array | None = None, **params: Any) -> Array:
@@ -48,7 +60,7 @@ def _within_pass(x: Array, positions: Array, passes: Array, factors: Array | Non
 
 
 def _position_per_pass(step: Step, _right: Steps, _parameters: Parameters) -> Step:
-    return replace(step, op=_within_pass, reads=(*step.reads, PASSES))
+    return _with(step, _within_pass, PASSES)
 
 
 def _copy(x: Array, _positions: Array, _factors: Array | None = None, **_params: Any) -> Array:
@@ -56,7 +68,7 @@ def _copy(x: Array, _positions: Array, _factors: Array | None = None, **_params:
 
 
 def _missing(step: Step, _right: Steps, _parameters: Parameters) -> Step:
-    return replace(step, op=_copy)
+    return _with(step, _copy)
 
 
 def _again(x: Array, positions: Array, factors: Array | None = None, **params: Any) -> Array:
@@ -64,7 +76,7 @@ def _again(x: Array, positions: Array, factors: Array | None = None, **params: A
 
 
 def _twice(step: Step, _right: Steps, _parameters: Parameters) -> Step:
-    return replace(step, op=_again)
+    return _with(step, _again)
 
 
 def _backwards(x: Array, positions: Array, factors: Array | None = None, **params: Any) -> Array:
@@ -72,7 +84,7 @@ def _backwards(x: Array, positions: Array, factors: Array | None = None, **param
 
 
 def _sign(step: Step, _right: Steps, _parameters: Parameters) -> Step:
-    return replace(step, op=_backwards)
+    return _with(step, _backwards)
 
 
 def _rotated_linear(x: Array, positions: Array, weight: Array, bias: Array | None, *, rope: Mapping[str, Any]) -> Array:
@@ -80,8 +92,10 @@ def _rotated_linear(x: Array, positions: Array, weight: Array, bias: Array | Non
 
 
 def _values_too(step: Step, right: Steps, _parameters: Parameters) -> Step:
-    rope = sibling(step, right, "k_rope").params
-    return replace(step, op=_rotated_linear, reads=(*step.reads, POSITIONS), params={"rope": rope})
+    rope = sibling(step, right, "k_rope")
+    if rope.op is not ops.rope or step.op is not ops.linear:
+        raise NotApplicable(f"{step.makes} or {rope.makes} is no plain operation")
+    return replace(step, op=_rotated_linear, reads=(*step.reads, POSITIONS), params={"rope": rope.params})
 
 
 def _scores_of_unrotated_cache(
@@ -94,13 +108,15 @@ def _scores_of_unrotated_cache(
 
 
 def _after_cache(step: Step, right: Steps, _parameters: Parameters) -> Step:
-    key = sibling(step, right, "k_rope").reads[0]
+    key = read_of(sibling(step, right, "k_rope"), 0)
     name = key if isinstance(key, str) else key.of
     return replace(step, op=_scores_of_unrotated_cache, reads=(*step.reads, History(name), PASSES, History(PASSES)))
 
 
 def _dims(step: Step, _right: Steps, parameters: Parameters) -> Step:
-    dims = int(step.params["dims"] * parameters["of"]) & ~1
+    if weight_of(step, 0) is not None:
+        raise NotApplicable(f"{step.makes}: the frequency factors are as many as the dimensions that are rotated")
+    dims = int(parameter_of(step, "dims") * parameters["of"]) & ~1
     return with_parameters(step, dims=dims)
 
 
@@ -112,8 +128,10 @@ def _frequencies(x: Array, positions: Array, factors: Array | None = None, *, ov
 
 
 def _exponent(step: Step, _right: Steps, parameters: Parameters) -> Step:
-    over = step.params["dims"] * (step.params["heads"] if parameters["over"] == "all heads" else parameters["over"])
-    return replace(step, op=_frequencies, params={**step.params, "over": int(over)})
+    over = parameter_of(step, "dims") * (
+        parameter_of(step, "heads") if parameters["over"] == "all heads" else parameters["over"]
+    )
+    return _with(step, _frequencies, over=int(over))
 
 
 def _no_factors(step: Step, _right: Steps, _parameters: Parameters) -> Step:
@@ -121,7 +139,7 @@ def _no_factors(step: Step, _right: Steps, _parameters: Parameters) -> Step:
 
 
 def _scale(step: Step, _right: Steps, parameters: Parameters) -> Step:
-    scale = step.params["scale"]
+    scale = parameter_of(step, "scale")
     return with_parameters(step, scale=1.0 if parameters["scaling"] == "ignored" else 1.0 / scale)
 
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from .. import ops
 from ..backend import Array, module_of
 from ..graph import Altered, RowsOf, Step, WeightSource
-from .base import AT, Fault, Parameters, Steps, Values, kind_of, layer_of, sibling, subsets
+from ..inapplicable import NotApplicable
+from .base import AT, Fault, Parameters, Steps, Values, kind_of, layer_of, parameter_of, sibling, subsets, weight_of
 
 MATRICES = ("q", "k", "v", "attn_out", "ffn_gate", "ffn_up", "ffn_out")
 _QKV = ("q", "k", "v")
@@ -20,11 +20,11 @@ def altered(step: Step, change: Callable[[Array], Array]) -> Step:
     """The step with its matrix changed after it was read; changes of several faults follow each other.
 
     Raises:
-        ValueError: the step has no matrix of its own.
+        NotApplicable: the step has no matrix of its own.
     """
-    first = step.weights[0]
+    first = weight_of(step, 0)
     if first is None:
-        raise ValueError(f"{step.makes} has no matrix")
+        raise NotApplicable(f"{step.makes} has no matrix")
     if isinstance(first, RowsOf):
         name = first.weight
 
@@ -66,11 +66,13 @@ def _leading(step: Step, _right: Steps, _parameters: Parameters) -> Step:
 
 
 def _heads(step: Step, right: Steps) -> int:
-    return int(sibling(step, right, f"{kind_of(step)}_rope").params["heads"])
+    return int(parameter_of(sibling(step, right, f"{kind_of(step)}_rope"), "heads"))
 
 
 def _permuted(rows: Array, heads: int, to: str) -> Array:
     """LlamaModel.permute of convert_hf_to_gguf.py along the first axis, or its inverse."""
+    if rows.shape[0] % (2 * heads):
+        raise NotApplicable(f"{rows.shape[0]} rows are no pairs in {heads} heads")
     split = (heads, 2, -1) if to == "gguf" else (heads, -1, 2)
     shaped = rows.reshape(*split, *rows.shape[1:])
     return shaped.swapaxes(1, 2).copy().reshape(rows.shape)
@@ -79,7 +81,7 @@ def _permuted(rows: Array, heads: int, to: str) -> Array:
 def _permute(step: Step, right: Steps, parameters: Parameters) -> Step:
     heads, to = _heads(step, right), parameters["to"]
     changed = altered(step, lambda weight: _permuted(weight, heads, to))
-    bias = step.weights[1] if len(step.weights) > 1 else None
+    bias = weight_of(step, 1)
     if not isinstance(bias, str) or parameters["bias"] == "left":
         return changed
     moved = Altered(bias, lambda source, name: _permuted(source.get(name), heads, to))
@@ -122,7 +124,7 @@ def _first_of_two(right: Steps) -> Values:
 
 
 def _embedding_as_output(step: Step, right: Steps, _parameters: Parameters) -> Step:
-    taken = right["embd"].weights[0]
+    taken = weight_of(right["embd"], 0) if "embd" in right else None
     return replace(step, weights=(taken.weight, *step.weights[1:])) if isinstance(taken, RowsOf) else step
 
 
@@ -140,12 +142,17 @@ def _missing(step: Step, _right: Steps, parameters: Parameters) -> Step:
     return altered(step, lambda weight: _zeroed(weight, part=parameters["part"], axis=parameters["axis"]))
 
 
-def _embedding_row(ids: Array, take: Any, *, by: int) -> Array:
-    return ops.get_rows(np.maximum(ids + by, 0), take)
-
-
 def _neighbour(step: Step, _right: Steps, parameters: Parameters) -> Step:
-    return replace(step, op=_embedding_row, params={"by": parameters["by"]})
+    """The rows of other ids; where there is no such row, that of the first or last id."""
+    rows, by = weight_of(step, 0), parameters["by"]
+    if not isinstance(rows, RowsOf):
+        raise NotApplicable(f"{step.makes} takes no rows of a matrix")
+
+    def shifted(source: WeightSource, name: str) -> Any:
+        last = source.raw(name)[2][0] - 1
+        return lambda ids: source.rows(name, np.clip(ids + by, 0, last))
+
+    return replace(step, weights=(Altered(rows.weight, shifted), *step.weights[1:]))
 
 
 FAULTS = (

@@ -9,7 +9,8 @@ import numpy as np
 from checkpoints.points import EMBD
 from engine.backend import Array, module_of
 from engine.graph import POSITIONS
-from engine.replay.replay import NOT_ALLOWED, Edits
+from engine.inapplicable import NotApplicable
+from engine.replay.replay import Edits
 
 from .layers import carry, distinct, steps_between
 from .records import Floats
@@ -109,7 +110,7 @@ class Batch:
             one = candidates[number]
             try:
                 edits = self._state.planting.edits(one.fault, one.layers, one.parameters, end)
-            except NOT_ALLOWED:
+            except NotApplicable:
                 continue
             if edits:
                 found[number] = edits

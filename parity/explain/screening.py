@@ -8,7 +8,8 @@ from checkpoints.points import OUTPUT_NORM, parse
 from engine.backend import Array, Backend
 from engine.faults import CATALOGUE, SEEN, Planting
 from engine.graph import Step
-from engine.replay.replay import NOT_ALLOWED, Replay
+from engine.inapplicable import NotApplicable
+from engine.replay.replay import Replay
 
 from .batch import Batch
 from .budget import Budget
@@ -92,7 +93,7 @@ class Screening:
         try:
             needed = self._needed(steps, shown, until) if shown else steps
             self.replay(root, rows).run(needed, visit, unchanged_steps(needed, root))
-        except NOT_ALLOWED:
+        except NotApplicable:
             return None
         return found
 
@@ -126,7 +127,7 @@ class Screening:
 
         try:
             self.replay(root, rows).run(steps, visit, unchanged_steps(steps, root))
-        except NOT_ALLOWED:
+        except NotApplicable:
             return None
         return tuple(found.get(number, errors) for number, errors in enumerate(root.nmse))
 
@@ -165,7 +166,7 @@ class Screening:
         root = state.root or state
         try:
             steps = candidate.planted(state)
-        except NOT_ALLOWED:
+        except NotApplicable:
             return None
         shown = shown_points(steps)
         if unchanged_steps(steps, root) > root.order[entry.point] and entry.point not in shown:
@@ -223,7 +224,7 @@ class Screening:
     def _check(self, state: State, candidate: Candidate) -> State | None:
         try:
             steps = candidate.planted(state)
-        except NOT_ALLOWED:
+        except NotApplicable:
             return None
         nmse = self._everything(state.root or state, steps)
         return (

@@ -12,7 +12,7 @@ from itertools import product, zip_longest
 import numpy as np
 
 from engine.faults import Planting
-from engine.replay.replay import NOT_ALLOWED
+from engine.inapplicable import NotApplicable
 
 from .scopes import ranges, rescoped, stages
 from .screening import Screening
@@ -191,7 +191,7 @@ class Search:
         try:
             for one in below:
                 middle = State((*middle.faults, one), Planting(one.planted(middle)), start.nmse, start.first, start)
-        except NOT_ALLOWED:
+        except NotApplicable:
             return None
         return self.screening.check(middle, last)
 
@@ -228,7 +228,7 @@ class Search:
                     middle = State(
                         (*middle.faults, one), Planting(one.planted(middle)), state.nmse, state.first, state.root or state
                     )
-            except NOT_ALLOWED:
+            except NotApplicable:
                 continue
             checked = self.screening.check(middle, last)
             if checked is not None and (checked.first is None or (state.first is not None and state.first < checked.first)):

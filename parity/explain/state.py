@@ -26,7 +26,7 @@ class Candidate:
     layers: Layers = None
 
     def planted(self, state: "State") -> list[Step]:
-        """The state's steps with this fault. Raises ValueError or KeyError where it has no place."""
+        """The state's steps with this fault. Raises NotApplicable if the fault does not apply."""
         return state.planting.of(self.fault, self.layers, self.parameters)
 
 
