@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from explaining import PROMPT, RIGHT, small_engine
+from explaining import PROMPT, RIGHT, small_engine, unstated
 from planted import Faulty, half_sums
 
 from checkpoints.reading.reader import read
@@ -29,7 +29,7 @@ def test_an_engine_that_sums_in_f16_is_not_accused(engine: Faulty) -> None:
     right: list[Step] = [replace(step, op=half_sums) if step.op is ops.linear else step for step in engine.right]
     kept, engine.right = engine.right, right
     try:
-        dump = engine.dump(RIGHT, PROMPT)
+        dump = unstated(engine.dump(RIGHT, PROMPT))
     finally:
         engine.right = kept
     found = explain(dump, engine.model)
