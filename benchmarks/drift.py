@@ -74,7 +74,7 @@ def report() -> None:
     from dumps import dump, noisy, spoiled
 
     from checkpoints.points import all_points, parse
-    from parity.diff.picture import compare_drawn
+    from parity.diff.compare import comparison
     from reports.html import html
     from reports.report import Report
 
@@ -85,13 +85,15 @@ def report() -> None:
     wrong = spoiled(noisy(right), names[200:], slice(3, None))
     ours, ref = dump(wrong), dump(right)
     began = perf_counter()
-    verdict, picture = compare_drawn(ours, ref)
+    found = comparison(ours, ref)
+    picture = found.picture
     compared = perf_counter() - began
     began = perf_counter()
-    text = html(Report(verdict, ours, ref, picture))
+    text = html(Report(found.verdict, ours, ref, picture))
     built = perf_counter() - began
     print(
-        f"{verdict.compared:,} records of {len(names)} points: compared {compared:.1f} s, report {built:.1f} s, {len(text) / 1e6:.1f} MB"
+        f"{found.verdict.compared:,} records of {len(names)} points: compared {compared:.1f} s, "
+        f"report {built:.1f} s, {len(text) / 1e6:.1f} MB"
     )
 
 

@@ -42,7 +42,7 @@ def tokens_of(model: Path, count: int, seed: int) -> tuple[int, ...]:
 def half_sums(x: Array, weight: Array, bias: Array | None = None) -> Array:
     """A product with partial sums of 32 terms in float16, as a tensor core with F16 accumulation: [T, in], [out, in] -> [T, out].
 
-    A right engine's arithmetic that `engine.precision` does not copy.
+    A right engine's arithmetic that `engine.replay.precision` does not copy.
     """
     total = np.zeros((x.shape[0], weight.shape[0]), dtype=np.float16)
     for start in range(0, x.shape[1], 32):

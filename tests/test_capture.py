@@ -167,7 +167,7 @@ def test_a_process_that_forgets_to_close_loses_nothing(tmp_path: Path) -> None:
 import sys, numpy
 from checkpoints.jsonl import Writer
 from engine.backend import choose
-from engine.capture import Capture, Pass
+from engine.capture.host import Capture, Pass
 tap = Capture(Writer(sys.argv[1]), ["embd"], choose("numpy"))
 for step in range(50):
     tap.begin(Pass(numpy.array([step]), step, decode=step > 0))
@@ -184,7 +184,7 @@ def test_a_failure_that_was_raised_is_not_told_again_at_exit() -> None:
     script = """
 import sys, time, numpy
 from engine.backend import choose
-from engine.capture import Capture, Pass
+from engine.capture.host import Capture, Pass
 class Full:
     def rows(self, rows): raise OSError("disk full")
 tap = Capture(Full(), ["embd"], choose("numpy"))

@@ -50,15 +50,20 @@ def test_candidates_are_computed_together_as_one_by_one(engine: Faulty) -> None:
         assert np.abs(alone - made["logits"]).max() < 1e-5 * np.abs(alone).max(), fault.name
 
 
-def test_values_of_a_longer_run_are_those_of_its_first_rows(engine: Faulty) -> None:
-    """What a short replay takes from a longer one, up to the first changed step, is what it would compute itself."""
+def test_a_shorter_replay_takes_over_what_a_longer_one_has_computed(engine: Faulty) -> None:
+    """Up to the first changed step the values are the longer run's own memory, from there on they are computed anew."""
     case = Case(only(engine), engine.model, Options())
-    steps = plant(engine.right, CATALOGUE["activation"], (2,))
+    right = case.transformer.steps
+    steps = plant(right, CATALOGUE["activation"], (2,))
+    changed = next(number for number, (step, other) in enumerate(zip(steps, right, strict=True)) if step is not other)
+    assert 0 < changed < len(steps)
     alone, shared = case.make(steps, 3), case.make(steps, 3, case.replay)
-    for name in (step.makes for step in steps):
-        assert alone.values[name].shape == shared.values[name].shape, name
-        assert np.abs(alone.values[name] - shared.values[name]).max() < 1e-5 * np.abs(alone.values[name]).max(), name
-    assert np.array_equal(shared.values["blk.1.kq"], case.replay.values["blk.1.kq"][:, :3, :3])
+    for number, step in enumerate(steps):
+        own, taken, longer = alone.values[step.makes], shared.values[step.makes], case.replay.values[step.makes]
+        assert own.shape == taken.shape, step.makes
+        # Fewer rows are another shape of matrix product, which BLAS may add up in another order.
+        assert np.abs(own - taken).max() < 1e-5 * np.abs(own).max(), step.makes
+        assert np.shares_memory(taken, longer) == (number < changed), step.makes
 
 
 @pytest.mark.parametrize("point", [0, 2, 5])

@@ -20,8 +20,7 @@ from checkpoints.record import Dump
 from reference.client import Reference
 from reference.jobs import DumpJob, DumpResult
 
-from ..diff.compare import Options
-from ..diff.picture import compare_drawn
+from ..diff.compare import Options, comparison
 from ..diff.tokens import same_model
 from ..lint.lint import refuse_unusable
 from .request import Generated, Progress, Prompt, Request
@@ -145,9 +144,9 @@ def run(
         strict=request.strict,
         placed=request.mapping.position_offset is not None,
     )
-    verdict, drawn = compare_drawn(left, right, options)
-    verdict = replace(verdict, notes=(*taken_instead(request, right), *verdict.notes))
-    return Outcome(folder, left, right, verdict, drawn, perf_counter() - began)
+    found = comparison(left, right, options)
+    verdict = replace(found.verdict, notes=(*taken_instead(request, right), *found.verdict.notes))
+    return Outcome(folder, left, right, verdict, found.picture, perf_counter() - began)
 
 
 def taken_instead(request: Request, ref: Dump) -> tuple[str, ...]:
