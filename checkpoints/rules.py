@@ -109,12 +109,12 @@ RULES: dict[str, Callable[..., Values]] = {
 }
 
 
-def explain(recorded: Sequence[Recorded], facts: Mapping[str, Any]) -> Rule | None:
-    """The first rule that gives the recorded data of every pass, None if none does.
+def explain(recorded: Sequence[Recorded], facts: Mapping[str, Any], first: Sequence[Rule] = ()) -> Rule | None:
+    """The first rule that gives the recorded data of every pass, None if none does; those of `first` are tried first.
 
     `facts` are the model's metadata without the architecture's prefix, where temperatures have their parameters.
     """
-    return next((rule for rule in _candidates(recorded, facts) if all(_gives(rule, entry) for entry in recorded)), None)
+    return next((rule for rule in (*first, *_candidates(recorded, facts)) if all(_gives(rule, entry) for entry in recorded)), None)
 
 
 def _gives(rule: Rule, entry: Recorded) -> bool:
