@@ -117,7 +117,7 @@ class Graph:
 
 
 @dataclass(frozen=True)
-class Recording:
+class RecordedGraph:
     """The graphs of a model: of a pass over several tokens, and of a step over one where that is built in another way.
 
     `fingerprint` is the model file's; `causal` is False for encoders, where every position sees every other.

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable
 import numpy as np
 from numpy.typing import NDArray
 
+from checkpoints.points import of_scores
+
 from .ggml import COMPUTED, Ggml
 from .jobs import Node
 from .naming import Planned, Signature, Signer
@@ -139,7 +141,7 @@ def row_shape(planned: Planned, count: int) -> tuple[str, ...]:
     kind = planned.point.rpartition(".")[2]
     if planned.operand is not None:
         return ("t+1", str((ne[0] if kind == "k_read" else ne[1]) * ne[2]))
-    if kind in ("kq", "kq_soft_max"):
+    if of_scores(planned.point):
         return (str(ne[2]), "t+1")
     elements = ne[0] * ne[1] * ne[2] * ne[3]
     return (str(elements // count),)
@@ -169,7 +171,7 @@ def arrange(planned: Planned, value: NDArray[np.float32], count: int, seen: int)
         return np.ascontiguousarray(rows[:seen]).reshape(min(seen, len(rows)), -1)
     if planned.heads_first:
         whole = value.reshape(-1, *value.shape[2:])
-        if kind in ("kq", "kq_soft_max"):
+        if of_scores(planned.point):
             return np.ascontiguousarray(whole[:, :, :seen])
         return np.ascontiguousarray(whole.transpose(1, 0, 2))
     if count == 1:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from checkpoints.errors import ReferenceFailed
-from checkpoints.graph import CACHE, INPUT, NODE, STATE, WEIGHT, Graph, Recording, Rule, Size, Tensor
+from checkpoints.graph import CACHE, INPUT, NODE, STATE, WEIGHT, Graph, RecordedGraph, Rule, Size, Tensor
 from checkpoints.rules import Pass, Recorded, explain
 
 from .ggml import COMPUTED, Ggml
@@ -97,7 +97,7 @@ class Recorder:
         )
 
 
-def record(model: Model, weights: Iterable[str], *, fingerprint: str, n_ctx: int = 0) -> Recording:
+def record(model: Model, weights: Iterable[str], *, fingerprint: str, n_ctx: int = 0) -> RecordedGraph:
     """The graphs of a loaded model.
 
     Args:
@@ -133,7 +133,7 @@ def record(model: Model, weights: Iterable[str], *, fingerprint: str, n_ctx: int
     known = [(tensor.name, tensor.rule) for tensor in several.tensors if tensor.rule is not None]
     single = _graph_of_one(singles, ggml, names, facts, known)
     same = _same(several, single)
-    return Recording(facts["general.architecture"], model.n_layers, fingerprint, several, None if same else single)
+    return RecordedGraph(facts["general.architecture"], model.n_layers, fingerprint, several, None if same else single)
 
 
 class _Bench:

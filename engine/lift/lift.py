@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from checkpoints.errors import ModelError
-from checkpoints.graph import CACHE, INPUT, NODE, STATE, VIEWS, WEIGHT, Graph, Recording, Size, Tensor
+from checkpoints.graph import CACHE, INPUT, NODE, STATE, VIEWS, WEIGHT, Graph, RecordedGraph, Size, Tensor
 from checkpoints.points import order
 
 from .. import ops
@@ -31,7 +31,7 @@ class Lifted:
     single: tuple[Step, ...] | None = None
 
 
-def lift(recording: Recording) -> Lifted:
+def lift(recording: RecordedGraph) -> Lifted:
     """The steps of a recorded graph.
 
     Raises:
@@ -46,7 +46,7 @@ def lift(recording: Recording) -> Lifted:
 class Lifter:
     """One graph on its way to steps. Patterns use its methods."""
 
-    def __init__(self, recording: Recording, graph: Graph, *, single: bool = False) -> None:
+    def __init__(self, recording: RecordedGraph, graph: Graph, *, single: bool = False) -> None:
         self.recording, self.graph, self.tensors = recording, graph, graph.tensors
         self.memory = Memory(graph, single=single)
         self.t = self.memory.t
@@ -348,12 +348,16 @@ class Lifter:
             reads.append(read)
         made, axis = self.memory.layout(index)
         shape = numpy_shape(tensor.ne)
+        positions = None
         if any(not size.constant for size in shape) and not any(entry and any(not size.constant for size in entry[2]) for entry in found):
+            positions = len(reads)
             reads.append(POSITIONS)
         operands = tuple(
             None if entry is None else Operand(entry[1] + (len(reads) if entry[0] == "weight" else 0), entry[2], entry[3]) for entry in found
         )
         params = {"params": OpParams(tensor.params, tensor.type), "operands": operands, "shape": shape, "made": made}
+        if positions is not None:
+            params["positions"] = positions
         name = self.name(index)
         self.make(index, Step(name, GgmlOperation(tensor.op), tuple(reads), tuple(weights), params, axis=axis, inner=not tensor.point or axis is None))
 

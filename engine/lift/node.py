@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 from checkpoints.graph import Size
@@ -25,6 +25,11 @@ class Operand:
     whole: Shape
     shape: Shape | None
 
+    @cached_property
+    def variable(self) -> bool:
+        """Whether its shape follows the length."""
+        return any(not size.constant for size in self.whole)
+
 
 @dataclass(frozen=True)
 class GgmlOperation:
@@ -32,17 +37,17 @@ class GgmlOperation:
 
     name: str
 
-    def __call__(self, *inputs: Any, params: OpParams, operands: tuple[Operand | None, ...], shape: Shape, made: Shape) -> Array:
-        """The node's value in the shape `made`; `shape` is ggml's, in NumPy's order."""
+    def __call__(
+        self, *inputs: Any, params: OpParams, operands: tuple[Operand | None, ...], shape: Shape, made: Shape, positions: int | None = None
+    ) -> Array:
+        """The node's value in the shape `made`; `shape` is ggml's, in NumPy's order; `positions` the input that only tells T."""
         t = s = 0
-        for index, array in enumerate(inputs):
-            whole = next((operand.whole for operand in operands if operand is not None and operand.index == index), None)
-            if whole is None:  # positions, or those of the cache: given where no operand tells T or S
-                t, s = max(t, array.shape[0] if index == len(inputs) - 1 else t), s
-                continue
-            if not callable(array):
-                found = bound(whole, array.shape)
+        for operand in operands:
+            if operand is not None and operand.variable:
+                found = bound(operand.whole, inputs[operand.index].shape)
                 t, s = max(t, found[0]), max(s, found[1])
+        if positions is not None:  # no operand tells T
+            t = len(inputs[positions])
         arguments = [None if operand is None else _shaped(inputs[operand.index], operand, t, s) for operand in operands]
         result = _function(self.name)(*arguments, params=params, shape=_at(shape, t, s))
         return result.reshape(_at(made, t, s))
