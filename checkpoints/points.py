@@ -249,7 +249,7 @@ def expand(expression: str) -> list[str]:
 
 
 def _braces(text: str) -> list[str]:
-    match = re.search(r"\{([^{}]*)\}", text)
+    match = re.search(r"\{([^{}]*(?:,|\.\.)[^{}]*)\}", text)  # as in a shell, `{}` and `{x}` are themselves
     if not match:
         return [text]
     if span := re.fullmatch(r"(\d{1,6})\.\.(\d{1,6})", match[1]):

@@ -46,8 +46,8 @@ def layer_norm(x: Array, weight: Array, bias: Array | None = None, *, eps: float
 
 
 def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
-    """x · weightᵀ (+ bias): [T, in], [out, in], [out] -> [T, out]. Mirrors ggml_mul_mat (and ggml_add)."""
-    product = np.matmul(x, weight.T)
+    """x · weightᵀ (+ bias): [T, in], [out, in], [out] -> [T, out]; a weight [in] has one output. Mirrors ggml_mul_mat (and ggml_add)."""
+    product = np.matmul(x, weight.reshape(-1, x.shape[1]).T)
     if bias is not None:
         product += bias
     return product
