@@ -45,7 +45,7 @@ def synth(
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the weights.")] = 0,
     stub_vocabulary: Annotated[bool, typer.Option("--stub-vocabulary", help="No tokenizer: prompts by --tokens only.")] = False,
 ) -> None:
-    """Write a GGUF with seeded random weights: qwen2 and llama of any shape, some sixty other architectures small."""
+    """Write a GGUF with seeded random weights: qwen2 and llama of any shape, over a hundred other architectures small."""
     if rope_base is not None and not 0 < rope_base < inf:
         raise InputError(f"a RoPE base of {rope_base} gives no frequencies.", "Write e.g. --rope-base 10000.", code="shape")
     if architecture == "list":
