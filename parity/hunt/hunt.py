@@ -17,7 +17,7 @@ from checkpoints.record import Dump, Header, Rows
 from reference.client import Reference
 
 from ..diff.compare import Comparison, comparison
-from ..explain.case import Options
+from ..explain.case import ExplainOptions
 from ..explain.input import explain_dump
 from ..lint.lint import refuse_unusable
 from ..run.command import POINTS, Command
@@ -156,7 +156,7 @@ def _same(a: Rows, b: Rows) -> bool:
 def _explained(request: Request, prompt: Prompt, ours: Dump) -> tuple[Explanation | None, str]:
     """The cause, or why it cannot be looked for."""
     known = ours.header is not None and bool(ours.header.tokens)
-    options = Options(tokens=None if known else prompt.ids + prompt.generated, compute=request.compute, backend=request.backend)
+    options = ExplainOptions(tokens=None if known else prompt.ids + prompt.generated, compute=request.compute, backend=request.backend)
     try:
         return explain_dump(ours, request.model, options), ""
     except ParityError as error:
