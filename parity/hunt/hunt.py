@@ -156,7 +156,9 @@ def _same(a: Rows, b: Rows) -> bool:
 def _explained(request: Request, prompt: Prompt, ours: Dump) -> tuple[Explanation | None, str]:
     """The cause, or why it cannot be looked for."""
     known = ours.header is not None and bool(ours.header.tokens)
-    options = ExplainOptions(tokens=None if known else prompt.ids + prompt.generated, compute=request.compute, backend=request.backend)
+    options = ExplainOptions(
+        tokens=None if known else prompt.ids + prompt.generated, compute=request.compute, backend=request.backend
+    )
     try:
         return explain_dump(ours, request.model, options), ""
     except ParityError as error:
