@@ -2,6 +2,7 @@
 
 T tokens of this pass, S cached positions, D embedding, H heads, K key/value heads, d head size, F feed-forward.
 They run on NumPy and CuPy arrays alike (NEP 18). Each names the C function of ggml whose order of operations it follows.
+Each computes in the type of its operands: given float64 ones it gives what float32 only approximates (`replay.wide`).
 """
 
 from typing import Any
@@ -27,7 +28,7 @@ def rms_norm(x: Array, weight: Array, *, eps: float, heads: int = 1) -> Array:
     if heads != 1:
         return rms_norm(x.reshape(x.shape[0] * heads, -1), weight, eps=eps).reshape(x.shape[0], -1)
     wide = x.astype(np.float64)
-    mean = (np.einsum("ij,ij->i", wide, wide) / x.shape[1]).astype(np.float32)
+    mean = (np.einsum("ij,ij->i", wide, wide) / x.shape[1]).astype(x.dtype)
     scale = np.float32(1) / np.sqrt(mean + np.float32(eps))
     return (x * scale[:, None]) * weight
 
@@ -54,9 +55,15 @@ def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
 
 
 def rope_angles(
-    positions: Array, dims: int, *, base: float, scale: float = 1.0, factors: Array | None = None
+    positions: Array,
+    dims: int,
+    *,
+    base: float,
+    scale: float = 1.0,
+    factors: Array | None = None,
+    dtype: Any = np.float32,
 ) -> tuple[Array, Array]:
-    """Cosine and sine of the rotation: positions [T] -> two float32 [T, dims / 2].
+    """Cosine and sine of the rotation: positions [T] -> two arrays of that type, [T, dims / 2].
 
     The angle is multiplied step by step in float32, `theta *= theta_scale`, as ggml_rope_cache_init does: computing
     position · base^(-2i/dims) directly differs by ulps that grow with the position. `scale` is the linear scaling
@@ -69,10 +76,10 @@ def rope_angles(
     # On the host, also for a device: a parallel product would multiply in another order.
     angles = xp.asarray(np.multiply.accumulate(factors_of_theta, axis=1))
     if factors is not None:
-        angles = angles / factors[None, :]
+        angles = angles / factors[None, :].astype(np.float32)
     # cosf and sinf of the float32 angle: computed in float64, since float32 versions differ between libraries.
     wide = (angles * np.float32(scale)).astype(np.float64)
-    return np.cos(wide).astype(np.float32), np.sin(wide).astype(np.float32)
+    return np.cos(wide).astype(dtype), np.sin(wide).astype(dtype)
 
 
 def rope(
@@ -82,7 +89,7 @@ def rope(
 
     `pairs` is "neox" (element i with i + dims/2) or "norm" (2i with 2i + 1). Mirrors ggml_rope_ext.
     """
-    cos, sin = rope_angles(positions, dims, base=base, scale=scale, factors=factors)
+    cos, sin = rope_angles(positions, dims, base=base, scale=scale, factors=factors, dtype=x.dtype)
     return rotate(x, cos, sin, heads=heads, dims=dims, pairs=pairs)
 
 
@@ -147,7 +154,7 @@ def causal_soft_max(
     total = weights.sum(axis=-1, keepdims=True, dtype=np.float64)
     if sinks is not None:
         total = total + np.exp(sinks[:, None, None] - largest)
-    weights *= (1.0 / total).astype(np.float32)
+    weights *= (1.0 / total).astype(weights.dtype)
     return weights
 
 
