@@ -45,6 +45,7 @@ class Size(NamedTuple):
 
 
 Sizes = tuple[Size, Size, Size, Size]
+NOTHING = Size(0)
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class Tensor:
     nb: Sizes
     sources: tuple[int | None, ...] = ()
     root: int | None = None
-    offset: Size = Size(0)
+    offset: Size = NOTHING
     point: str = ""
     operand_points: Mapping[int, str] = field(default_factory=dict)
     rule: Rule | None = None
@@ -153,19 +154,26 @@ class RecordedGraph:
         """
         try:
             if data["format"] != FORMAT:
-                raise DumpError(f"the recorded graph has format {data['format']!r}, this version reads {FORMAT}.", "Record it again.")
-            graphs = [None if data[key] is None else _graph(data[key]) for key in ("several", "single")]
-            several = graphs[0]
-            if several is None:
-                raise ValueError("no graph")
-            return cls(str(data["architecture"]), int(data["n_layers"]), str(data["fingerprint"]), several, graphs[1])
+                raise DumpError(
+                    f"the recorded graph has format {data['format']!r}, this version reads {FORMAT}.", "Record it again."
+                )
+            single = None if data["single"] is None else _graph(data["single"])
+            return cls(
+                str(data["architecture"]), int(data["n_layers"]), str(data["fingerprint"]), _graph(data["several"]), single
+            )
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise DumpError(f"the recorded graph is damaged ({error}).", "Record it again.", code="graph") from error
 
 
 def _plain(tensor: Tensor) -> dict[str, Any]:
     """A tensor without what is at its usual value: a graph has thousands."""
-    plain: dict[str, Any] = {"name": tensor.name, "op": tensor.op, "type": tensor.type, "ne": _sizes(tensor.ne), "nb": _sizes(tensor.nb)}
+    plain: dict[str, Any] = {
+        "name": tensor.name,
+        "op": tensor.op,
+        "type": tensor.type,
+        "ne": _sizes(tensor.ne),
+        "nb": _sizes(tensor.nb),
+    }
     if tensor.kind != NODE:
         plain["kind"] = tensor.kind
     if any(tensor.params):

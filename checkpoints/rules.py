@@ -41,10 +41,12 @@ def visible(positions: Values, keys: Values, *, window: str, size: int) -> Value
     """
     query, key = positions[:, None], keys[None, :]
     if window == "all":
-        return (key >= 0) | (query < 0)
+        everything: Values = abs(query - key) >= 0
+        return everything
     if window == "symmetric":
-        return abs(query - key) <= size // 2
-    earlier = key <= query
+        near: Values = abs(query - key) <= size // 2
+        return near
+    earlier: Values = key <= query
     if window == "standard":
         return earlier & (query - key < size)
     if window == "chunked":
@@ -90,7 +92,8 @@ def _mask(now: Pass, *, window: str, size: int = 0, alibi: bool = False) -> Valu
 def temperature(positions: Values, *, floor: int, scale: float, offset: float) -> Values:
     """log(⌊(position + offset) / floor⌋ + 1) · scale + 1: [T]. Mirrors llm_graph_input_attn_temp::set_input."""
     steps = np.floor((positions.astype(np.float32) + np.float32(offset)) / np.float32(floor))
-    return (np.log(steps + np.float32(1)) * np.float32(scale) + np.float32(1)).astype(np.float32)
+    factors: Values = (np.log(steps + np.float32(1)) * np.float32(scale) + np.float32(1)).astype(np.float32)
+    return factors
 
 
 def _temperature(now: Pass, *, floor: int, scale: float, offset: float) -> Values:
@@ -114,7 +117,9 @@ def explain(recorded: Sequence[Recorded], facts: Mapping[str, Any], first: Seque
 
     `facts` are the model's metadata without the architecture's prefix, where temperatures have their parameters.
     """
-    return next((rule for rule in (*first, *_candidates(recorded, facts)) if all(_gives(rule, entry) for entry in recorded)), None)
+    return next(
+        (rule for rule in (*first, *_candidates(recorded, facts)) if all(_gives(rule, entry) for entry in recorded)), None
+    )
 
 
 def _gives(rule: Rule, entry: Recorded) -> bool:
@@ -145,7 +150,11 @@ def _candidates(recorded: Sequence[Recorded], facts: Mapping[str, Any]) -> list[
         scale = facts.get("attention.temperature_scale") or 0.1
         return [
             *masks,
-            *(Rule("temperature", {"floor": int(n), "scale": float(scale), "offset": o}) for n in (floor, 8192) for o in (0.0, 1.0)),
+            *(
+                Rule("temperature", {"floor": int(n), "scale": float(scale), "offset": o})
+                for n in (floor, 8192)
+                for o in (0.0, 1.0)
+            ),
         ]
     rules = [Rule("tokens"), Rule("rows"), Rule("cells"), Rule("positions"), Rule("zero")]
     if first.ne[0] == 4 * count:
@@ -159,7 +168,7 @@ def _candidates(recorded: Sequence[Recorded], facts: Mapping[str, Any]) -> list[
 def _windows(recorded: Sequence[Recorded]) -> list[tuple[str, int]]:
     """Kinds and sizes of windows that the recorded masks may show: read off the farthest key that a query sees."""
     found: list[tuple[str, int]] = [("causal", 0), ("all", 0)]
-    back, chunks = 0, set()
+    back, chunks = 0, set[int]()
     for entry in recorded:
         if entry.data.size < len(entry.now.positions) * entry.ne[0]:
             continue

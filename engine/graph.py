@@ -5,14 +5,14 @@ one step was replaced.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from checkpoints.graph import Size
+from checkpoints.graph import NOTHING, Size
 
 from .backend import Array, module_of
 
@@ -50,7 +50,7 @@ class View:
     whole: tuple[Size, ...]
     shape: tuple[Size, ...]
     strides: tuple[Size, ...]
-    offset: Size = Size(0)
+    offset: Size = NOTHING
 
     def apply(self, value: Array) -> Array:
         """The elements that are read.
@@ -113,6 +113,9 @@ class Altered:
     make: Callable[["WeightSource", str], Array]
 
 
+Weight = str | RowsOf | WeightPart | Altered | None
+
+
 @dataclass(frozen=True)
 class Step:
     """One operation: `makes = op(*reads, *weights, **params)`.
@@ -128,7 +131,7 @@ class Step:
     makes: str
     op: Callable[..., Array]
     reads: tuple[Read, ...]
-    weights: tuple[str | RowsOf | WeightPart | Altered | None, ...] = ()
+    weights: tuple[Weight, ...] = ()
     params: Mapping[str, Any] = field(default_factory=dict)
     axis: int | None = 0
     inner: bool = False
@@ -157,6 +160,15 @@ def name_of(read: Read) -> str:
     """The value that a read is of."""
     of = read.of if isinstance(read, View) else read
     return of if isinstance(of, str) else of.of
+
+
+def read_as(read: Read, name: str) -> Read:
+    """The same read of a value of another name."""
+    if isinstance(read, str):
+        return name
+    if isinstance(read, View):
+        return replace(read, of=History(name) if isinstance(read.of, History) else name)
+    return replace(read, of=name)
 
 
 def viewed(read: Read, value: Array) -> Array:
@@ -214,7 +226,7 @@ def _given(read: Read, live: Mapping[str, Array], cache: Cache) -> Array:
     return live[of] if isinstance(of, str) else cache.read(of.of)
 
 
-def _weight(weight: str | RowsOf | WeightPart | Altered | None, source: WeightSource) -> Any:
+def _weight(weight: Weight, source: WeightSource) -> Any:
     if isinstance(weight, Altered):
         return weight.make(source, weight.weight)
     if isinstance(weight, RowsOf):

@@ -21,7 +21,8 @@ def open_engine(
 ) -> Transformer:
     """Our engine on the backend of that name, or with its layers spread over CUDA `devices`; in float32 arithmetic.
 
-    `recorded` gives llama.cpp's graph of the model; it is called only where the steps are not written by hand. `native` takes the fast mode instead (weights in the file's own types) with CuPy and no `devices`, where that mode has the model.
+    `recorded` gives llama.cpp's graph of the model; it is called only where the steps are not written by hand. `native`
+    takes the fast mode instead (weights in the file's own types) with CuPy and no `devices`, where that mode has the model.
 
     Raises:
         InputError: no such backend or device, or too little memory there; ModelError: as `Transformer`.

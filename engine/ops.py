@@ -139,7 +139,11 @@ def causal_soft_max(
     loses its head's slope times its distance (ALiBi). `sinks` [H] are one more score of each head, whose weight is dropped.
     Scale, mask, subtract the maximum, exponentiate in float32, sum in float64: ggml_compute_forward_soft_max_f32.
     """
-    later = key_positions[None, :] > positions[:, None] if window == "causal" else ~visible(positions, key_positions, window=window, size=size)
+    later = (
+        key_positions[None, :] > positions[:, None]
+        if window == "causal"
+        else ~visible(positions, key_positions, window=window, size=size)
+    )
     scaled = scores * np.float32(scale)
     if max_bias > 0:
         xp = module_of(scores)

@@ -6,7 +6,7 @@ cache is filled without computing, too: a pass whose callback leaves after the f
 """
 
 import struct
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -93,7 +93,17 @@ class Recorder:
             sources.pop()
         name = fields[41].split(b"\0", 1)[0].decode(errors="replace")
         return _Raw(
-            address, name, fields[0], fields[2:6], fields[6:10], fields[10], fields[11:27], fields[27], tuple(sources), fields[38], fields[39]
+            address,
+            name,
+            fields[0],
+            fields[2:6],
+            fields[6:10],
+            fields[10],
+            fields[11:27],
+            fields[27],
+            tuple(sources),
+            fields[38],
+            fields[39],
         )
 
 
@@ -176,7 +186,9 @@ class _Bench:
         tokens = _ids(first, count, session.model.n_vocab)
         used = first - self._origin + count
         now = Pass(
-            np.array(tokens, np.int64), np.arange(first, first + count, dtype=np.int64), np.arange(self._origin, first + count, dtype=np.int64)
+            np.array(tokens, np.int64),
+            np.arange(first, first + count, dtype=np.int64),
+            np.arange(self._origin, first + count, dtype=np.int64),
         )
         taken = _Taken(now, min(self._n_ctx, -(-used // _PAD) * _PAD))
         session.record(tokens, first, Recorder(session.model.library.ggml, self._weights, taken).asked)
@@ -221,17 +233,23 @@ def _context(facts: dict[str, Any], window: int, wanted: int, size: int) -> int:
         run = -(-wanted // _PAD) * _PAD
         if run > original:
             context = max(context, -(-(original + 1) // _PAD) * _PAD)
-        elif 3 * _PAD <= original:
+        elif original >= 3 * _PAD:
             context = min(context, original)
     return context
 
 
-def _graph(grid: Sequence[_Taken], proofs: Sequence[_Taken], ggml: Ggml, weights: frozenset[str], facts: dict[str, Any], what: str) -> Graph:
+def _graph(
+    grid: Sequence[_Taken], proofs: Sequence[_Taken], ggml: Ggml, weights: frozenset[str], facts: dict[str, Any], what: str
+) -> Graph:
     """The graph of passes over (T1, S1), (T2, S1), (T1, S2), (T2, S2), held to further ones."""
     flats = [_flat(taken, ggml) for taken in (*grid, *proofs)]
     _same_structure(flats, what)
     numbers = np.array([flat.numbers for flat in flats], dtype=np.int64)
-    (a, b, c, d), (t1, t2), (s1, s2) = numbers[:4], [len(taken.now.tokens) for taken in grid[:2]], (grid[0].cached, grid[2].cached)
+    (a, b, c, d), (t1, t2), (s1, s2) = (
+        numbers[:4],
+        [len(taken.now.tokens) for taken in grid[:2]],
+        (grid[0].cached, grid[2].cached),
+    )
     dt, ds = t2 - t1, max(s2 - s1, 1)
     product = (d - c - b + a) // (dt * ds)
     tokens = (b - a) // dt - product * s1
@@ -249,7 +267,9 @@ def _graph(grid: Sequence[_Taken], proofs: Sequence[_Taken], ggml: Ggml, weights
 _Known = Sequence[tuple[str, Rule]]  # rules of inputs of that name, which one token alone may not tell apart
 
 
-def _graph_of_one(singles: Sequence[_Taken], ggml: Ggml, weights: frozenset[str], facts: dict[str, Any], known: _Known) -> Graph:
+def _graph_of_one(
+    singles: Sequence[_Taken], ggml: Ggml, weights: frozenset[str], facts: dict[str, Any], known: _Known
+) -> Graph:
     """The graph of steps over one token, with the cache filled to two lengths."""
     flats = [_flat(taken, ggml) for taken in singles]
     _same_structure(flats, "a step over one token")
@@ -282,7 +302,9 @@ def _flat(taken: _Taken, ggml: Ggml) -> _Flat:
     sources: list[tuple[int | None, ...]] = []
     for raw in tensors:
         if missing := [source for source in raw.sources if source and source not in index]:
-            raise ReferenceFailed(f"node {raw.name!r} reads a tensor that is not in the graph ({missing[0]:#x}).", _ADVICE, code="graph")
+            raise ReferenceFailed(
+                f"node {raw.name!r} reads a tensor that is not in the graph ({missing[0]:#x}).", _ADVICE, code="graph"
+            )
         sources.append(tuple(index[source] if source else None for source in raw.sources))
     roots = [index.get(raw.root) if raw.root else None for raw in tensors]
     numbers = np.array([[*raw.ne, *raw.nb, raw.offset] for raw in tensors], dtype=np.int64)
@@ -365,7 +387,8 @@ def _rule(
     index: int, raw: _Raw, flats: Sequence[_Flat], passes: Sequence[_Taken], facts: dict[str, Any], known: _Known
 ) -> Rule | None:
     recorded = [
-        Recorded(taken.now, flat.tensors[index].ne, taken.data[flat.tensors[index].address]) for flat, taken in zip(flats, passes, strict=True)
+        Recorded(taken.now, flat.tensors[index].ne, taken.data[flat.tensors[index].address])
+        for flat, taken in zip(flats, passes, strict=True)
     ]
     return explain(recorded, facts, [rule for name, rule in known if name == raw.name])
 
@@ -382,7 +405,8 @@ def _points(flat: _Flat, ggml: Ggml) -> tuple[dict[int, str], dict[int, dict[int
         nodes.append(Node(raw.name, ggml.op_name(raw.op), ggml.type_name(raw.type), raw.ne, raw.params, operands))
     signer = Signer()
     place = {
-        signer.sign(node.name, node.op, node.sources[0].name if node.sources else ""): i + flat.leaves for i, node in enumerate(nodes)
+        signer.sign(node.name, node.op, node.sources[0].name if node.sources else ""): i + flat.leaves
+        for i, node in enumerate(nodes)
     }
     points: dict[int, str] = {}
     named: dict[int, dict[int, str]] = {}

@@ -34,7 +34,9 @@ def read(lifter: "Lifter", index: int, tensor: Tensor) -> tuple[str, tuple[Size,
     if rule.kind not in _STEPS:
         raise Unliftable(f"its input {tensor.name} (rule {rule.kind}) cannot be read here")
     operation, reads, shape = _STEPS[rule.kind](lifter, rule.parameters)
-    name = "input." + ".".join([rule.kind, *(f"{value:g}" if isinstance(value, float) else str(value) for value in rule.parameters.values())])
+    name = "input." + ".".join(
+        [rule.kind, *(f"{value:g}" if isinstance(value, float) else str(value) for value in rule.parameters.values())]
+    )
     return lifter.helper(Step(name, operation, reads, (), dict(rule.parameters), inner=True)), shape
 
 
@@ -66,7 +68,11 @@ def zeros(positions: Array, **_parameters: Any) -> Array:
 Made = tuple[Callable[..., Array], tuple[Read, ...], tuple[Size, ...]]
 
 _STEPS: dict[str, Callable[["Lifter", Any], Made]] = {
-    "positions": lambda lifter, parameters: (sections, (POSITIONS,), (Size(*(int(parameters["sections"]) * n for n in lifter.t)),)),
+    "positions": lambda lifter, parameters: (
+        sections,
+        (POSITIONS,),
+        (Size(*(int(parameters["sections"]) * n for n in lifter.t)),),
+    ),
     "temperature": lambda lifter, _parameters: (temperature, (POSITIONS,), (lifter.t,)),
     "mask": lambda lifter, _parameters: (mask, (POSITIONS, History(POSITIONS)), (lifter.t, S)),
     "zero": lambda _lifter, _parameters: (zeros, (POSITIONS,), (Size(1),)),

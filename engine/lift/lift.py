@@ -14,7 +14,7 @@ from checkpoints.points import order
 
 from .. import ops
 from ..ggml_ops import OPERATIONS, OpParams
-from ..graph import PASSES, POSITIONS, TOKENS, History, Read, RowsOf, State, Step, View, WeightPart
+from ..graph import PASSES, POSITIONS, TOKENS, History, Read, RowsOf, State, Step, View, WeightPart, name_of
 from . import inputs
 from .node import GgmlOperation, Operand
 from .operands import ONE, ZERO, Memory, Unliftable, numpy_shape, product, times
@@ -49,7 +49,7 @@ class Lifter:
     def __init__(self, recording: RecordedGraph, graph: Graph, *, single: bool = False) -> None:
         self.recording, self.graph, self.tensors = recording, graph, graph.tensors
         self.memory = Memory(graph, single=single)
-        self.t = self.memory.t
+        self.t: Size = self.memory.t
         self.names: dict[int, str] = {}  # node -> the value that a step makes of it
         self.done: set[int] = set()  # nodes that are a part of an earlier node's step
         self.written: dict[int, tuple[str, Size]] = {}  # cache leaf -> the value whose rows it holds, and their width
@@ -222,7 +222,15 @@ class Lifter:
         size = product(numpy_shape(self.tensors[leaf].ne))
         if not size.constant:
             raise Unliftable("its state follows the length")
-        name = self.helper(Step(f"state.{self.tensors[leaf].name}", ops.part, (State(self._next_state(leaf), (size.fixed,)),), axis=None, inner=True))
+        name = self.helper(
+            Step(
+                f"state.{self.tensors[leaf].name}",
+                ops.part,
+                (State(self._next_state(leaf), (size.fixed,)),),
+                axis=None,
+                inner=True,
+            )
+        )
         return self.memory.view(index, name, (size,))
 
     def _next_state(self, leaf: int) -> str:
@@ -237,12 +245,12 @@ class Lifter:
             base = self.memory.place(index).base
             if base not in self.names:
                 return
-            whole, axis = self.memory.layout(index)
+            axis = self.memory.layout(index)[1]
             if axis == 0:
                 self.make(index, Step(tensor.point, ops.part, (self.rows(index),)))
             else:
                 read, _, _ = self.read(index)
-                view = read if isinstance(read, View) else self.memory.view(index, read, self.memory.layout(base)[0])
+                view = read if isinstance(read, View) else self.memory.view(index, name_of(read), self.memory.layout(base)[0])
                 self.make(index, Step(tensor.point, ops.part, (view,), axis=axis))
         finally:
             if index in self.names:
@@ -251,9 +259,8 @@ class Lifter:
     def _writes(self, index: int, tensor: Tensor) -> bool:
         """Whether a node writes into a cache or a state; then what it writes is noted."""
         if tensor.op not in ("SET_ROWS", "CPY") or tensor.root is None:
-            if tensor.root is not None and self.tensors[self.graph.root_of(index)].kind == STATE:
-                return True  # a state set to zero before the first pass
-            return False
+            # A state set to zero before the first pass is one that a pass finds empty anyway.
+            return tensor.root is not None and self.tensors[self.graph.root_of(index)].kind == STATE
         root = self.graph.root_of(index)
         kind = self.tensors[root].kind
         if kind == STATE:
@@ -277,7 +284,14 @@ class Lifter:
             if product(shown.shape) != times(self.t, width):
                 raise Unliftable("it writes rows of another width than the cache's")
             rows, inner = _rows(shown.shape, shown.strides, self.t) if self.tensors[source].ne[0] != ONE else (width, ONE)
-            name = self.helper(Step(f"rows.{self.tensors[root].name}", ops.part, (replace(shown, shape=(self.t, width), strides=(rows, inner)),), inner=True))
+            name = self.helper(
+                Step(
+                    f"rows.{self.tensors[root].name}",
+                    ops.part,
+                    (replace(shown, shape=(self.t, width), strides=(rows, inner)),),
+                    inner=True,
+                )
+            )
         self.written[root] = (name, width)
         self.done.add(index)
         return True
@@ -301,7 +315,9 @@ class Lifter:
             before: Read = State(last, (size,))
             for number, (start, read) in enumerate(parts, 1):
                 name = last if number == len(parts) else f"{last}.{number}"
-                self._made.append(Step(name, ops.left_in_state, (before, read), (), {"start": start, "size": size}, axis=None, inner=True))
+                self._made.append(
+                    Step(name, ops.left_in_state, (before, read), (), {"start": start, "size": size}, axis=None, inner=True)
+                )
                 before = name
 
     def _selects(self, index: int, tensor: Tensor) -> bool:
@@ -309,7 +325,8 @@ class Lifter:
         if tensor.op != "GET_ROWS":
             return False
         source, ids = tensor.sources[0], tensor.sources[1]
-        assert source is not None and ids is not None
+        assert source is not None
+        assert ids is not None
         base = self.memory.place(source).base
         whole_state = self.tensors[base].kind == STATE and self.rule(self.memory.place(ids).base) == "zero"
         if whole_state:
@@ -349,17 +366,31 @@ class Lifter:
         made, axis = self.memory.layout(index)
         shape = numpy_shape(tensor.ne)
         positions = None
-        if any(not size.constant for size in shape) and not any(entry and any(not size.constant for size in entry[2]) for entry in found):
+        if any(not size.constant for size in shape) and not any(
+            entry and any(not size.constant for size in entry[2]) for entry in found
+        ):
             positions = len(reads)
             reads.append(POSITIONS)
         operands = tuple(
-            None if entry is None else Operand(entry[1] + (len(reads) if entry[0] == "weight" else 0), entry[2], entry[3]) for entry in found
+            None if entry is None else Operand(entry[1] + (len(reads) if entry[0] == "weight" else 0), entry[2], entry[3])
+            for entry in found
         )
         params = {"params": OpParams(tensor.params, tensor.type), "operands": operands, "shape": shape, "made": made}
         if positions is not None:
             params["positions"] = positions
         name = self.name(index)
-        self.make(index, Step(name, GgmlOperation(tensor.op), tuple(reads), tuple(weights), params, axis=axis, inner=not tensor.point or axis is None))
+        self.make(
+            index,
+            Step(
+                name,
+                GgmlOperation(tensor.op),
+                tuple(reads),
+                tuple(weights),
+                params,
+                axis=axis,
+                inner=not tensor.point or axis is None,
+            ),
+        )
 
     def _weight(
         self, tensor: Tensor, source: int, number: int, weights: list[str | RowsOf | WeightPart]
@@ -376,7 +407,9 @@ class Lifter:
         else:
             view = self.memory.view(source, info.name, numpy_shape(info.ne))
             weights.append(
-                WeightPart(info.name, tuple(s.fixed for s in view.shape), tuple(s.fixed for s in view.strides), view.offset.fixed)
+                WeightPart(
+                    info.name, tuple(s.fixed for s in view.shape), tuple(s.fixed for s in view.strides), view.offset.fixed
+                )
             )
         return entry
 
@@ -401,9 +434,11 @@ class Lifter:
         if shape[0] != ONE:
             raise Unliftable("it attends to several streams")
         of, whole, strides, offset = self._memory_of(source, read)
-        by_head, by_element, by_position = (strides[1], strides[3], strides[2]) if keys else (strides[1], strides[2], strides[3])
+        by_head, by_element, by_position = (
+            (strides[1], strides[3], strides[2]) if keys else (strides[1], strides[2], strides[3])
+        )
         row = times(heads, width)
-        dense = (width == ONE or by_element == ONE) and (heads == ONE or by_head == width)
+        dense = ONE in (width, by_element) and (heads == ONE or by_head == width)
         rows: Read
         if dense and isinstance(of, History) and whole[1] == row and offset == ZERO and by_position == row:
             rows = of

@@ -38,7 +38,13 @@ class GgmlOperation:
     name: str
 
     def __call__(
-        self, *inputs: Any, params: OpParams, operands: tuple[Operand | None, ...], shape: Shape, made: Shape, positions: int | None = None
+        self,
+        *inputs: Any,
+        params: OpParams,
+        operands: tuple[Operand | None, ...],
+        shape: Shape,
+        made: Shape,
+        positions: int | None = None,
     ) -> Array:
         """The node's value in the shape `made`; `shape` is ggml's, in NumPy's order; `positions` the input that only tells T."""
         t = s = 0

@@ -46,7 +46,12 @@ def times(a: Size, b: Size) -> Size:
         return Size(*(b.fixed * number for number in a))
     if a.product or b.product or (a.tokens and b.tokens) or (a.cached and b.cached):
         raise Unliftable("its size grows with the square of the length")
-    return Size(a.fixed * b.fixed, a.fixed * b.tokens + a.tokens * b.fixed, a.fixed * b.cached + a.cached * b.fixed, a.tokens * b.cached + a.cached * b.tokens)
+    return Size(
+        a.fixed * b.fixed,
+        a.fixed * b.tokens + a.tokens * b.fixed,
+        a.fixed * b.cached + a.cached * b.fixed,
+        a.tokens * b.cached + a.cached * b.tokens,
+    )
 
 
 def contiguous(shape: tuple[Size, ...]) -> tuple[Size, ...]:
@@ -71,7 +76,7 @@ class Memory:
 
     def __init__(self, graph: Graph, *, single: bool) -> None:
         self.tensors = graph.tensors
-        self.t = ONE if single else Size(0, 1)
+        self.t: Size = ONE if single else Size(0, 1)
         self._single = single
         self.own: set[int] = set()  # views that are values of their own, since they are points
         self.same: dict[int, int] = {}  # nodes that give another one's value unchanged
@@ -89,7 +94,13 @@ class Memory:
                 break
         if index in self.same:
             inner = self.place(self.same[index])
-            return Place(inner.base, _sum(_difference(self.tensors[start].offset, tensor.offset if start != index else self.tensors[start].offset), inner.offset))
+            return Place(
+                inner.base,
+                _sum(
+                    _difference(self.tensors[start].offset, tensor.offset if start != index else self.tensors[start].offset),
+                    inner.offset,
+                ),
+            )
         return Place(index, _difference(self.tensors[start].offset, tensor.offset))
 
     def layout(self, index: int) -> tuple[tuple[Size, ...], int | None]:
@@ -117,7 +128,10 @@ class Memory:
         if place.offset != ZERO or product(tensor.ne) != product(base.ne):
             return False
         shape = numpy_shape(tensor.ne)
-        return all(size == ONE or stride == wanted for size, stride, wanted in zip(shape, self.strides(index), contiguous(shape), strict=True))
+        return all(
+            size == ONE or stride == wanted
+            for size, stride, wanted in zip(shape, self.strides(index), contiguous(shape), strict=True)
+        )
 
     def strides(self, index: int) -> tuple[Size, ...]:
         """A tensor's strides in NumPy's order, in elements of its base's memory as the engine holds it.
@@ -128,14 +142,32 @@ class Memory:
         place, tensor = self.place(index), self.tensors[index]
         base = self.tensors[place.base]
         item = ITEM.get(base.type, 4)
-        if place.base in self.own or base.kind in (NODE, WEIGHT) and not _dense(base, item):
-            return tuple(reversed([ZERO if size == ONE else _translated(stride, base, item) for size, stride in zip(tensor.ne, tensor.nb, strict=True)]))
+        if place.base in self.own or (base.kind in (NODE, WEIGHT) and not _dense(base, item)):
+            return tuple(
+                reversed(
+                    [
+                        ZERO if size == ONE else _translated(stride, base, item)
+                        for size, stride in zip(tensor.ne, tensor.nb, strict=True)
+                    ]
+                )
+            )
         try:
-            return tuple(reversed([ZERO if size == ONE else stride.divided(item) for size, stride in zip(tensor.ne, tensor.nb, strict=True)]))
+            return tuple(
+                reversed(
+                    [ZERO if size == ONE else stride.divided(item) for size, stride in zip(tensor.ne, tensor.nb, strict=True)]
+                )
+            )
         except ValueError as error:
             raise Unliftable("its strides are no whole elements") from error
 
-    def view(self, index: int, of: str | History, whole: tuple[Size, ...], shape: tuple[Size, ...] | None = None, strides: tuple[Size, ...] | None = None) -> View:
+    def view(
+        self,
+        index: int,
+        of: str | History,
+        whole: tuple[Size, ...],
+        shape: tuple[Size, ...] | None = None,
+        strides: tuple[Size, ...] | None = None,
+    ) -> View:
         """How a tensor is read out of its base's value."""
         place = self.place(index)
         base = self.tensors[place.base]
@@ -151,7 +183,10 @@ class Memory:
 
 def _dense(base: Tensor, item: int) -> bool:
     """Whether a tensor's own memory has no gaps."""
-    return all(size == ONE or stride == Size(*(item * n for n in wanted)) for size, stride, wanted in zip(numpy_shape(base.ne), reversed(base.nb), contiguous(numpy_shape(base.ne)), strict=True))
+    return all(
+        size == ONE or stride == Size(*(item * n for n in wanted))
+        for size, stride, wanted in zip(numpy_shape(base.ne), reversed(base.nb), contiguous(numpy_shape(base.ne)), strict=True)
+    )
 
 
 def _translated(stride: Size, base: Tensor, item: int) -> Size:

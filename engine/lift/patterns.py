@@ -90,7 +90,8 @@ def _heads(lifter: "Lifter", index: int) -> int:
 def product(lifter: "Lifter", index: int, tensor: Tensor) -> bool:
     """A product with a weight of the file, and its bias."""
     weight, source = tensor.sources[0], tensor.sources[1]
-    assert weight is not None and source is not None
+    assert weight is not None
+    assert source is not None
     info = lifter.tensors[weight]
     if not lifter.is_weight(weight) or info.ne[2:] != (ONE, ONE):
         return False
@@ -118,7 +119,9 @@ def rope(lifter: "Lifter", index: int, tensor: Tensor) -> bool:
     source, positions = tensor.sources[0], tensor.sources[1]
     factors = tensor.sources[2] if len(tensor.sources) > 2 else None
     assert source is not None
-    plain = tensor.params[2] in (_NORMAL, _NEOX) and _float(tensor, 7) == 0 and _float(tensor, 8) == 1 and tensor.params[15] == 0
+    plain = (
+        tensor.params[2] in (_NORMAL, _NEOX) and _float(tensor, 7) == 0 and _float(tensor, 8) == 1 and tensor.params[15] == 0
+    )
     if not plain or lifter.rule(positions) != "positions" or (factors is not None and not lifter.is_weight(factors)):
         return False
     try:
@@ -163,7 +166,9 @@ def scores(lifter: "Lifter", index: int, tensor: Tensor) -> bool:
     if lifter.memory.layout(base)[0] != (lifter.t, row) or lifter.memory.place(queries).offset != ZERO:
         return False
     wanted = (ZERO, d, row, ONE)
-    if any(size != ONE and have != want for size, have, want in zip(shape, lifter.memory.strides(queries), wanted, strict=True)):
+    if any(
+        size != ONE and have != want for size, have, want in zip(shape, lifter.memory.strides(queries), wanted, strict=True)
+    ):
         return False
     lifter.attended(index, tensor, 0)
     params = {"heads": heads.fixed, "kv_heads": keys.ne[2].fixed}
@@ -225,7 +230,8 @@ def weighted_values(lifter: "Lifter", index: int, tensor: Tensor) -> bool:
 def addition(lifter: "Lifter", index: int, tensor: Tensor) -> bool:
     """The sum of two values of the same rows: a residual connection."""
     first, second = tensor.sources[0], tensor.sources[1]
-    assert first is not None and second is not None
+    assert first is not None
+    assert second is not None
     if lifter.tensors[first].ne != tensor.ne or lifter.tensors[second].ne != tensor.ne:
         return False
     if any(lifter.tensors[lifter.memory.place(source).base].kind != NODE for source in (first, second)):
