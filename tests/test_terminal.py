@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from dumps import HEADER, dump, noisy, random, spoiled
+from dumps import DEFAULT, HEADER, dump, noisy, random, spoiled
 from rich.cells import cell_len
 from rich.console import Console
 
