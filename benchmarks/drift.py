@@ -106,8 +106,9 @@ def _child(what: str, *arguments: str, **settings: str) -> dict[str, float]:
 
 def _runs(side: str, threads: str) -> None:
     from parity.drift.drift import Checking, check
+    from parity.drift.dumps import GoldenDumps
     from parity.drift.golden import load
-    from parity.drift.makers import maker
+    from parity.run.request import Request
     from reference.client import Reference
 
     golden = load(GOLDEN)
@@ -117,13 +118,21 @@ def _runs(side: str, threads: str) -> None:
     with (
         tempfile.TemporaryDirectory() as folder,
         closing(Reference(threads=int(threads))) as reference,
-        maker(golden, side, golden.model_path(None), reference, None, int(threads), "numpy") as make,
     ):
+        run = Request(
+            model=golden.model_path(None),
+            mode=golden.mode,
+            points=golden.points,
+            slice_size=golden.slice_size,
+            threads=int(threads),
+            backend="numpy",
+        )
+        dumps = GoldenDumps(side, run, reference)
         for _ in range(RUNS):
             prompts = list(golden.prompts)
             shuffle.shuffle(prompts)
             for prompt in prompts:
-                make(prompt, Path(folder) / prompt.file)
+                dumps.write(prompt.prompt, Path(folder) / prompt.file)
             paths = tuple(Path(folder) / prompt.file for prompt in prompts)
             found = check(Checking(GOLDEN, dumps=paths, ledger=Path(folder) / "ledger.jsonl"))
             divergences += not found

@@ -163,7 +163,7 @@ def expected(dump: Dump, replay: Replay, positions: Ints, header: Header) -> tup
 
 
 def _excused(entries: list[Expected]) -> tuple[list[Expected], tuple[str, ...]]:
-    """The records, those over their limit by float32's noise alone (`parity.outliers`) with a higher one, and the note on them."""
+    """The records, those over their limit by float32's noise alone (`parity.diff.noise`) with a higher one, and the note on them."""
     names = [entry.point for entry in entries]
     point = np.repeat(np.arange(len(entries)), [len(entry.rows) for entry in entries])
     seq, token_idx = (np.concatenate([getattr(entry.pair.ours, name) for entry in entries]) for name in ("seq", "token_idx"))
