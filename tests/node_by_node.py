@@ -119,8 +119,7 @@ class Recomputing:
             raise ValueError(f"{ours.shape} for {reference.shape} at {node}")
         if name in _ORDERS:
             ours, reference = (np.take_along_axis(operands[0], places.astype(np.int64), -1) for places in (ours, reference))
-        cancelled = _typical_product(operands) if name == "MUL_MAT" else 0.0
-        self.worst.setdefault(name, Worst()).note(node, nmse(ours, reference, cancelled))
+        self.worst.setdefault(name, Worst()).note(node, nmse(ours, reference, _typical_size(name, operands, reference)))
 
     def _computed(self, name: str, node: str, operands: list[Any], params: OpParams, shape: Any) -> Any:
         if name == "MUL_MAT" and self._kinds[0] != F32:
@@ -135,17 +134,20 @@ def _values(weight: Blocks) -> Any:
     return dequantize(weight.raw, weight.kind, weight.columns).reshape(weight.shape)
 
 
-def _typical_product(operands: Sequence[Any]) -> float:
+def _typical_size(name: str, operands: Sequence[Any], reference: Any) -> float:
     """The square of a product's typical size, where a few sums of K terms may all have cancelled: Σ over outputs of Σ(w·x)².
 
-    It is what Σb² of a product would be on the average if its terms had random signs.
+    It is what Σb² of a product would be on the average if its terms had random signs; 0 for what is no product.
     """
-    if any(isinstance(operand, Blocks) for operand in operands):
-        operands = [_values(operand) if isinstance(operand, Blocks) else operand for operand in operands]
-    weight, x = (np.asarray(operand, np.float64) ** 2 for operand in operands[:2])
-    if weight.shape[:2] != (1, 1):
-        return 0.0
-    return float(np.sum(x @ weight[0, 0].T))
+    given = [_values(operand) if isinstance(operand, Blocks) else operand for operand in operands]
+    if name == "MUL_MAT" and given[0].shape[:2] == (1, 1):
+        weight, x = (np.asarray(operand, np.float64) ** 2 for operand in given)
+        return float(np.sum(x @ weight[0, 0].T))
+    if name == "LIGHTNING_INDEXER":
+        q, k, weights = (np.asarray(operand, np.float64) ** 2 for operand in given[:3])
+        scores = q @ k[:, None, :, 0, :].swapaxes(-1, -2)
+        return float(np.sum((weights[:, 0, :, None, :] @ scores)[:, None, :, 0][np.isfinite(reference)]))
+    return 0.0
 
 
 def nmse(ours: Any, reference: Any, least: float = 0.0) -> float:
