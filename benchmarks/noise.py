@@ -19,7 +19,7 @@ from checkpoints.reading.reader import read
 from engine.backend import choose
 from engine.transformer import Transformer
 from engine.weights.gguf_model import GgufModel
-from parity.diff.compare import measured
+from parity.diff.compare import comparison
 from parity.diff.limits import EXACT_FLOOR, JUMP
 from parity.diff.records import Records
 from parity.models import embedded as default_model
@@ -106,7 +106,7 @@ def compared(reference: Reference, folder: Path, tokens: tuple[int, ...], points
     ours, ref = folder / "ours.jsonl", folder / "ref.jsonl"
     dump(Transformer(GgufModel(default_model.path()), choose("numpy")), OursJob(ours, tokens, points=points))
     reference.dump(DumpJob(default_model.path(), ref, tokens, points=points))
-    return measured(read(ours), read(ref))
+    return comparison(read(ours), read(ref)).records
 
 
 if __name__ == "__main__":

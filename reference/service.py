@@ -19,6 +19,7 @@ from .library import Library
 from .llama import Model, Session
 from .naming import Planned, plan
 from .sweep import dump_windows, window_size
+from .wanted import wanted_tensors
 from .windows import Window, open_window
 
 Item = Callable[[Any], None]
@@ -188,6 +189,14 @@ class Service:
     def twin(self, path: Path, out: Path | None, threads: int | None, *, item: Item) -> Path:
         """See `client.Reference.twin`."""
         return twin.twin(self._library, twin.checked(self._library, path), out, threads=threads)
+
+    def wanted_tensors(self, path: Path, *, item: Item) -> list[tuple[str, tuple[int, ...]]]:
+        """See `client.Reference.wanted_tensors`."""
+        return wanted_tensors(self._library, path)
+
+    def load(self, path: Path, *, item: Item) -> None:
+        """See `client.Reference.load`."""
+        self._model(path)
 
     def versions(self, *, item: Item) -> dict[str, Any]:
         """See `client.Reference.versions`."""

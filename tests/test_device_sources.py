@@ -7,7 +7,6 @@ import pytest
 
 from engine.device import source
 
-
 KERNELS = files("engine").joinpath("kernels")
 
 
@@ -25,6 +24,8 @@ def test_each_header_is_put_in_once(file: str) -> None:
     headers = included(file)
     assert headers
     for header in headers:
-        longest = max(KERNELS.joinpath(header).read_text(encoding="utf-8").split("#include"), key=len).partition("\n")[2].strip()
+        longest = (
+            max(KERNELS.joinpath(header).read_text(encoding="utf-8").split("#include"), key=len).partition("\n")[2].strip()
+        )
         assert len(longest) > 200, header
         assert text.count(longest) == 1, header

@@ -13,7 +13,8 @@ from checkpoints.summary import summarise
 from parity.diff.align import Pair
 from parity.diff.choices import kl, overlap
 from parity.diff.compare import compare
-from parity.diff.metrics import SLICE_FLOOR, Measures, measure
+from parity.diff.measure import Measures, measure
+from parity.diff.slices import SLICE_FLOOR
 
 
 def rows(array: np.ndarray, point: str = "blk.0.l_out", slice_size: int | None = 16) -> Rows:

@@ -14,8 +14,10 @@ from engine.replay.replay import Replay
 
 from ..diff.align import Pair, align
 from ..diff.limits import EXACT_FLOOR
-from ..diff.metrics import SLICE_FLOOR, measure, sizes
+from ..diff.measure import measure
 from ..diff.noise import excused
+from ..diff.slices import SLICE_FLOOR
+from ..diff.whole_rows import sizes
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -51,7 +53,7 @@ class Expected:
     def nmse(self, tensor: NDArray[np.float32], positions: Ints) -> Floats:
         """NMSE of a candidate's tensor, [R]; records beyond the candidate's rows are NaN.
 
-        The slice's NMSE as `metrics.measure` takes it, and by `measure` itself where records tell more than the slice.
+        The slice's NMSE as `measure` takes it, and by `measure` itself where records tell more than the slice.
         """
         return np.asarray(self.nmse_of(tensor[None], positions)[0])
 
