@@ -12,7 +12,6 @@ from checkpoints.points import LAYER_KINDS, select
 from checkpoints.record import Dump
 from checkpoints.summary import summarise
 from parity.diff.compare import Options, compare
-from parity.diff.dataflow import reads
 
 # Every point of a model without query and key norms whose row does not grow with the position.
 KINDS = [kind.name for kind in LAYER_KINDS if "t+1" not in kind.row and not kind.name.endswith(("q_norm", "k_norm"))]
@@ -258,12 +257,3 @@ def test_next_can_be_selected() -> None:
     chosen = select(verdict.next, names, 24)
     assert "blk.0.l_out" in chosen
     assert {"blk.1.attn_norm", "blk.3.q_rope", "blk.5.l_out"} <= set(chosen)
-
-
-def test_every_operation_reads_earlier_points() -> None:
-    """The table of what operations read covers the vocabulary and never points forward."""
-    place = {name: number for number, name in enumerate(ALL)}
-    for name in ALL[1:]:
-        made = reads(name, ALL, 4)
-        assert made, name
-        assert all(place[other] < place[name] for other in made if other in place)

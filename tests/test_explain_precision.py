@@ -13,7 +13,7 @@ from engine.faults import CATALOGUE, plant
 from engine.graph import Step
 from engine.replay.precision import rounded
 from engine.synth import Shape, synthesize
-from parity.explain.explain import Options, explain
+from parity.explain.explain import ExplainOptions, explain
 from reference.client import Reference
 from reference.jobs import DumpJob
 
@@ -50,7 +50,7 @@ def test_a_fault_of_an_f16_engine_is_found_above_its_noise(engine: Faulty) -> No
     """With --compute the noise of that arithmetic is measured, and the fault stands out of it."""
     steps = rounded(plant(engine.right, CATALOGUE["no-qkv-bias"]), "f16", storage=False)
     dump = engine.dump(RIGHT, PROMPT, steps=steps)
-    found = explain(dump, engine.model, Options(compute="f16"))
+    found = explain(dump, engine.model, ExplainOptions(compute="f16"))
     assert found.remaining is None
     classes = [{cause.named.fault, *(other.fault for other in cause.equivalent)} for cause in found.causes]
     assert classes
