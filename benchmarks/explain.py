@@ -27,7 +27,7 @@ from engine.replay import batched, replay
 from engine.synth import Shape, synthesize
 from engine.transformer import Transformer
 from engine.weights.gguf_model import GgufModel
-from parity.explain.explain import Options, explain
+from parity.explain.explain import ExplainOptions, explain
 from parity.models import embedded as default_model
 
 LAYER, TOKENS, SEARCHES = 17, 32, 3
@@ -131,7 +131,7 @@ def times(name: str, model: Path, backend: str, every: int, scopes: Sequence[str
             for _ in range(SEARCHES):
                 with multiply_adds() as count:
                     began = clock()
-                    answer = explain(seen, model, Options(budget=300, backend=backend))
+                    answer = explain(seen, model, ExplainOptions(budget=300, backend=backend))
                     took.append(clock() - began)
             if answer.first is None:
                 continue

@@ -29,7 +29,7 @@ from engine.inapplicable import NotApplicable
 from parity.explain import budget as explain_budget
 from parity.explain.budget import Budget
 from parity.explain.case import Case
-from parity.explain.explain import Options, explain
+from parity.explain.explain import ExplainOptions, explain
 from parity.explain.together import Together
 
 Part = tuple[str, dict[str, Any], tuple[int, ...] | None]
@@ -103,7 +103,7 @@ def ranks(folder: Path, first: int, count: int) -> None:
         name, faulty = made[seed % len(made)]
         tokens = tokens_of(faulty.model, 8, seed)
         planted, dump = draw(faulty, tokens, 2, random.Random(seed))
-        case = Case(dump, faulty.model, Options(tokens=tokens))
+        case = Case(dump, faulty.model, ExplainOptions(tokens=tokens))
         screening = case.screening(case.entries, Budget(600.0))
         start = screening.start()
         if len(screening.suspects(start)) != 1 or any(CATALOGUE[fault].shows for fault, _, _ in planted.faults):
@@ -133,7 +133,7 @@ def combinations(folder: Path, number: int, first: int, count: int, budget: floa
         tokens = tokens_of(faulty.model, 24, seed)
         planted, dump = draw(faulty, tokens, number, rng)
         began = process_time()
-        answer = explain(dump, faulty.model, Options(tokens=tokens, budget=budget))
+        answer = explain(dump, faulty.model, ExplainOptions(tokens=tokens, budget=budget))
         spent = process_time() - began
         seconds.append(spent)
         outcome = judge(answer, planted, dump, faulty)

@@ -22,7 +22,7 @@ from planted import Faulty, Planted, tokens_of
 
 from engine.faults import CATALOGUE
 from engine.inapplicable import NotApplicable
-from parity.explain.explain import Options, explain
+from parity.explain.explain import ExplainOptions, explain
 
 TOKENS, GENERATED, LAYER = 24, 16, 17
 BUDGET = (
@@ -72,7 +72,7 @@ def tried(faulty: Faulty, planted: Planted, what: str, forward: float) -> dict[s
     except NotApplicable:
         return {"outcome": "impossible"}
     began = process_time()
-    answer = explain(seen, faulty.model, Options(tokens=tokens, budget=BUDGET))
+    answer = explain(seen, faulty.model, ExplainOptions(tokens=tokens, budget=BUDGET))
     seconds = process_time() - began
     result = {"seconds": round(seconds, 3), "passes": round(seconds / forward, 1)}
     if answer.first is None:

@@ -13,7 +13,7 @@ from engine.replay.replay import Replay
 from engine.synth import Shape, synthesize
 from engine.transformer import Transformer
 from engine.weights.gguf_model import GgufModel
-from parity.explain.explain import Options, explain
+from parity.explain.explain import ExplainOptions, explain
 
 cupy = pytest.importorskip("cupy", reason="CuPy is not installed")
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not cupy.cuda.is_available(), reason="no CUDA device")]
@@ -70,6 +70,6 @@ def test_the_cause_is_named_on_the_device(model: Path, name: str) -> None:
     tokens = tokens_of(model, 12, seed=5)
     parameters = CATALOGUE[name].variants({step.makes: step for step in faulty.right})[0]
     dump = faulty.dump(Planted(((name, parameters, None),)), tokens)
-    host, device = (explain(dump, model, Options(tokens=tokens, backend=backend)) for backend in ("numpy", "cupy"))
+    host, device = (explain(dump, model, ExplainOptions(tokens=tokens, backend=backend)) for backend in ("numpy", "cupy"))
     assert [cause.named for cause in device.causes] == [cause.named for cause in host.causes]
     assert device.remaining is None

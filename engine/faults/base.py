@@ -27,7 +27,7 @@ Record = Callable[[str, Steps, Parameters], "Step | None"]
 Values = tuple[Any, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Fault:
     """One way in which an engine can be wrong.
 

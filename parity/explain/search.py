@@ -14,6 +14,7 @@ import numpy as np
 from engine.faults import Planting
 from engine.inapplicable import NotApplicable
 
+from .batch import beyond, screened
 from .scopes import ranges, rescoped, stages
 from .screening import Screening
 from .state import Candidate, Layers, State, key, worst
@@ -58,11 +59,11 @@ class Search:
     def _beyond(self, state: State, layers: Layers, candidates: Sequence[Candidate]) -> Iterator[State]:
         """The states of the candidates that get beyond the state's first place."""
         passed: list[Candidate] = []
-        for candidate, (place, error) in self.screening.screened(state, layers, candidates):
+        for candidate, (place, error) in screened(self.screening, state, layers, candidates):
             self._note(state, candidate, error)
             if place is None or (state.first is not None and state.first < place):
                 passed.append(candidate)
-        return self.screening.beyond(state, passed)
+        return beyond(self.screening, state, passed)
 
     def _note(self, state: State, candidate: Candidate, error: float) -> None:
         """Keep what a candidate leaves of the error at the first place, as a lead."""

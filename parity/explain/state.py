@@ -31,17 +31,17 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Place:
+class RecordKey:
     """A record: number of the point in the dump, and the replay's row."""
 
     point: int
     row: int
 
-    def __lt__(self, other: "Place") -> bool:
+    def __lt__(self, other: "RecordKey") -> bool:
         return (self.point, self.row) < (other.point, other.row)
 
 
-Screened = tuple[Place | None, float]  # the first place that still differs, and the NMSE that is left at the old one
+Screened = tuple[RecordKey | None, float]  # the first place that still differs, and the NMSE that is left at the old one
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class State:
     faults: tuple[Candidate, ...]
     planting: Planting
     nmse: tuple[Floats, ...]
-    first: Place | None
+    first: RecordKey | None
     root: "State | None" = None
 
     @property
