@@ -133,11 +133,12 @@ class Ggml:
             ne=tuple(tensor.ne),
             op_params=tuple(tensor.op_params),
             sources=sources,
+            address=ctypes.addressof(tensor),
         )
 
     def _source(self, tensor: Tensor) -> Source:
         name = tensor.name.decode(errors="replace")
-        return Source(name, self.op_name(tensor.op), self.type_name(tensor.type), tuple(tensor.ne))
+        return Source(name, self.op_name(tensor.op), self.type_name(tensor.type), tuple(tensor.ne), ctypes.addressof(tensor))
 
     def bytes_of(self, address: int, count: int) -> bytes:
         """The memory at an address; `tensor` has checked that a tensor lies there."""
