@@ -13,7 +13,7 @@ from checkpoints.errors import DumpError, InputError
 from checkpoints.formats import load
 from checkpoints.mapping import Mapping
 from checkpoints.points import parse
-from checkpoints.record import Dump, Header, ModelInfo, Rows, Token
+from checkpoints.record import Dump, Header, Rows, Token
 from engine.backend import choose
 from engine.capture.host import Capture
 from engine.transformer import Transformer
@@ -140,10 +140,9 @@ def _dump(engine: Transformer, ids: Sequence[int], portions: Sequence[int], name
         for portion in portions:
             engine.forward(ids[start : start + portion], sequence, tap)
             start += portion
-    hp = engine.hp
     header = Header(
         source="engine",
-        model=ModelInfo(hp.name, hp.architecture, hp.file_type, hp.n_layers, engine.model.fingerprint),
+        model=engine.model.info,
         tokens=tuple(ids),
         mode="exact",
         compute="f32",

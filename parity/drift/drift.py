@@ -81,6 +81,7 @@ def record(request: Recording, progress: Progress | None = None) -> Golden:
             source=side,
             model=seen_from(request.out, request.model),
             fingerprint=info.fingerprint,
+            content=info.content,
             model_name=info.name or model.stem,
             mode=request.mode,
             points=request.points,
