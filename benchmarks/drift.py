@@ -74,7 +74,7 @@ def report() -> None:
     from dumps import dump, noisy, spoiled
 
     from checkpoints.points import all_points, parse
-    from parity.diff.picture import compare_drawn
+    from parity.diff.compare import comparison
     from reports.html import html
     from reports.report import Report
 
@@ -85,13 +85,15 @@ def report() -> None:
     wrong = spoiled(noisy(right), names[200:], slice(3, None))
     ours, ref = dump(wrong), dump(right)
     began = perf_counter()
-    verdict, picture = compare_drawn(ours, ref)
+    found = comparison(ours, ref)
+    picture = found.picture
     compared = perf_counter() - began
     began = perf_counter()
-    text = html(Report(verdict, ours, ref, picture))
+    text = html(Report(found.verdict, ours, ref, picture))
     built = perf_counter() - began
     print(
-        f"{verdict.compared:,} records of {len(names)} points: compared {compared:.1f} s, report {built:.1f} s, {len(text) / 1e6:.1f} MB"
+        f"{found.verdict.compared:,} records of {len(names)} points: compared {compared:.1f} s, "
+        f"report {built:.1f} s, {len(text) / 1e6:.1f} MB"
     )
 
 
@@ -104,8 +106,9 @@ def _child(what: str, *arguments: str, **settings: str) -> dict[str, float]:
 
 def _runs(side: str, threads: str) -> None:
     from parity.drift.drift import Checking, check
+    from parity.drift.dumps import GoldenDumps
     from parity.drift.golden import load
-    from parity.drift.makers import maker
+    from parity.run.request import Request
     from reference.client import Reference
 
     golden = load(GOLDEN)
@@ -115,13 +118,21 @@ def _runs(side: str, threads: str) -> None:
     with (
         tempfile.TemporaryDirectory() as folder,
         closing(Reference(threads=int(threads))) as reference,
-        maker(golden, side, golden.model_path(None), reference, None, int(threads), "numpy") as make,
     ):
+        run = Request(
+            model=golden.model_path(None),
+            mode=golden.mode,
+            points=golden.points,
+            slice_size=golden.slice_size,
+            threads=int(threads),
+            backend="numpy",
+        )
+        dumps = GoldenDumps(side, run, reference)
         for _ in range(RUNS):
             prompts = list(golden.prompts)
             shuffle.shuffle(prompts)
             for prompt in prompts:
-                make(prompt, Path(folder) / prompt.file)
+                dumps.write(prompt.prompt, Path(folder) / prompt.file)
             paths = tuple(Path(folder) / prompt.file for prompt in prompts)
             found = check(Checking(GOLDEN, dumps=paths, ledger=Path(folder) / "ledger.jsonl"))
             divergences += not found

@@ -39,8 +39,8 @@ import sys
 from pathlib import Path
 from engine.backend import choose
 backend = choose("cupy")
-from engine.fast import FastTransformer
-from engine.gguf_model import GgufModel
+from engine.fast.transformer import FastTransformer
+from engine.weights.gguf_model import GgufModel
 engine = FastTransformer(GgufModel(Path(sys.argv[1])), backend)
 print("token", engine.forward(range(1, 1 + int(sys.argv[2])), engine.start()).argmax(), flush=True)
 """

@@ -196,6 +196,22 @@ class Reference:
         """The F32 twin of a model, from the cache or made now; with `out` a copy of its own there."""
         return cast(Path, self._ask(f"making the F32 twin of {model}", "twin", Path(model), out, self._threads))
 
+    def wanted_tensors(self, metadata: Path) -> list[tuple[str, tuple[int, ...]]]:
+        """Names and row-major shapes of the tensors that llama.cpp wants for a GGUF's metadata, optional ones too.
+
+        Raises:
+            ModelError: it makes no model of them.
+        """
+        return list(self._ask("making a model of these metadata", "wanted_tensors", Path(metadata)))
+
+    def load(self, model: Path) -> None:
+        """Load a model as it is.
+
+        Raises:
+            ModelError: llama.cpp refuses it.
+        """
+        self._ask(f"loading {model}", "load", Path(model))
+
     def versions(self) -> dict[str, Any]:
         """llama-cpp-python's version, llama.cpp's, its build and the backend that computes."""
         return cast(dict[str, Any], self._ask("starting", "versions"))

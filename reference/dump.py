@@ -8,21 +8,25 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from itertools import accumulate
 
 import numpy as np
 from numpy.typing import NDArray
 
 from checkpoints import points
+from checkpoints.dataflow import Dataflow
 from checkpoints.errors import InputError
 from checkpoints.fingerprint import fingerprint
 from checkpoints.gguf_file import Contents
 from checkpoints.jsonl import Writer
 from checkpoints.record import DEFAULT_SLICE, Header, ModelInfo, Token
+from checkpoints.recording import passes
 from checkpoints.summary import summarise
 from checkpoints.tensors import TensorWriter, beside, key
 
 from . import twin
 from .callback import arrange, has_rows
+from .dataflow import dataflow
 from .jobs import EXACT, NATIVE, DumpJob, DumpResult
 from .library import Library, default_threads
 from .llama import Model, Session
@@ -50,10 +54,15 @@ class Step:
         return np.arange(self.first, self.first + len(self.tokens), dtype=np.int64)
 
 
-def steps_of(prompt: Sequence[int], follow: Sequence[int], first: int = 0) -> list[Step]:
-    """The prompt in one pass, then each further token in its own; the first token stands at position `first`."""
-    after = first + len(prompt)
-    return [Step(0, first, tuple(prompt)), *(Step(i + 1, after + i, (token,)) for i, token in enumerate(follow))]
+def steps_of(prompt: Sequence[int], follow: Sequence[int], first: int = 0, portions: tuple[int, ...] = ()) -> list[Step]:
+    """The prompt in one pass or in portions, then each further token in its own; the first token stands at position `first`.
+
+    Raises:
+        InputError: the portions do not make up the prompt.
+    """
+    parts = [tuple(prompt[part]) for part in passes(len(prompt), portions)] + [(token,) for token in follow]
+    starts = accumulate((len(part) for part in parts), initial=first)
+    return [Step(number, start, part) for number, (start, part) in enumerate(zip(starts, parts, strict=False))]
 
 
 @dataclass
@@ -80,7 +89,7 @@ class Emitter:
             step.positions,
             step=step.number,
             decode=step.decode,
-            slice_size=self.job.slice,
+            slice_size=self.job.slice_size,
             keep=keep,
             first=begin,
             dtype=source.type,
@@ -143,8 +152,8 @@ def check(job: DumpJob, model: Model) -> None:
         )
     if job.generate < 0:
         raise InputError(f"cannot generate {job.generate} tokens.", "Take 0 or more.", code="generate")
-    if job.slice is not None and job.slice < 1:
-        raise InputError(f"a slice of {job.slice} values holds nothing.", "Take 1 or more.", code="slice")
+    if job.slice_size is not None and job.slice_size < 1:
+        raise InputError(f"a slice of {job.slice_size} values holds nothing.", "Take 1 or more.", code="slice")
     check_tokens(model, job.tokens, job.first_position + job.generate + len(job.lead or ()))
     model.checked(job.lead or ())
     if isinstance(job.positions, str):
@@ -184,7 +193,14 @@ def token_record(model: Model, position: int, chosen: int, logits: NDArray[np.fl
     return Token(position, chosen, (model.pieces([chosen]) or ("",))[0], top)
 
 
-def header_of(job: DumpJob, info: ModelInfo, pieces: Sequence[str], library: Library, window: int | None) -> Header:
+def header_of(
+    job: DumpJob,
+    info: ModelInfo,
+    pieces: Sequence[str],
+    library: Library,
+    window: int | None,
+    made_from: Dataflow | None = None,
+) -> Header:
     """The dump's first line."""
     build = library.versions() | {
         "threads": job.threads or default_threads(),
@@ -201,7 +217,8 @@ def header_of(job: DumpJob, info: ModelInfo, pieces: Sequence[str], library: Lib
         mode=job.mode,
         compute="f32",
         kv_type=job.kv_type,
-        slice=job.slice if job.slice is not None else DEFAULT_SLICE,
+        slice=job.slice_size if job.slice_size is not None else DEFAULT_SLICE,
+        dataflow=None if made_from is None else made_from.to_json(),
         build=build,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
@@ -215,9 +232,12 @@ def dump_whole(library: Library, model: Model, job: DumpJob, info: ModelInfo, st
     pieces = job.pieces or model.pieces(job.tokens)
     if model.path != job.model:
         info = replace(info, twin=fingerprint(model.path))
-    header = header_of(job, info, pieces, library, None)
+    prompt_steps = steps_of(job.tokens, (), job.first_position, job.portions)
     with Session(model, n_ctx=n_ctx, n_batch=len(job.tokens), kv_type=job.kv_type, threads=job.threads) as session:
-        known = available(plan(session.list_nodes(job.tokens)), len(job.tokens), library.ggml.readable)
+        nodes = session.list_nodes(job.tokens)
+        planned = plan(nodes)
+        header = header_of(job, info, pieces, library, None, dataflow(nodes, planned))
+        known = available(planned, len(job.tokens), library.ggml.readable)
         names = points.select(expression(job, model.n_layers), [item.point for item in known], model.n_layers)
         wanted = [item for item in known if item.point in set(names)]
         planned_at = time.perf_counter()
@@ -225,7 +245,10 @@ def dump_whole(library: Library, model: Model, job: DumpJob, info: ModelInfo, st
             emitter = Emitter(writer, job, tensors)
             chosen: list[int] = []
             generated: list[int] = []
-            step = steps_of(job.tokens, (), job.first_position)[0]
+            *earlier, step = prompt_steps
+            for part in earlier:
+                emitter.step = part
+                session.decode(part.tokens, part.first, wanted, emitter)
             while True:
                 emitter.step = step
                 session.decode(step.tokens, step.first, wanted, emitter)
@@ -238,7 +261,7 @@ def dump_whole(library: Library, model: Model, job: DumpJob, info: ModelInfo, st
                 chosen.append(choice)
                 generated.append(token)
                 writer.token(token_record(model, position, token, logits))
-                step = Step(len(generated), position, (token,))
+                step = Step(step.number + 1, position, (token,))
     timings = {"prepare": planned_at - started, "compute": time.perf_counter() - planned_at}
     return DumpResult(
         out=job.out,

@@ -3,7 +3,8 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from checkpoints.record import DEFAULT_SLICE, Header, ModelInfo
+from checkpoints.record import Header, ModelInfo
+from checkpoints.recording import Recording
 
 EXACT = "exact"
 NATIVE = "native"
@@ -26,19 +27,20 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Source:
-    """An operand of a node: `ne` is ggml's order, the fastest dimension first."""
+    """An operand of a node: `ne` is ggml's order, the fastest dimension first; `address` tells it from others of one name."""
 
     name: str
     op: str
     type: str
     ne: tuple[int, ...]
+    address: int = 0
 
 
 @dataclass(frozen=True)
 class Node:
     """One node of the graph as ggml sees it, and the point it stands for ("" while it has none).
 
-    `op_params` are the 16 raw int32 of `ggml_tensor.op_params` (a float is the same 32 bits).
+    `op_params` are the 16 raw int32 of `ggml_tensor.op_params` (a float is the same 32 bits); `address` is its struct's.
     """
 
     name: str
@@ -48,26 +50,21 @@ class Node:
     op_params: tuple[int, ...]
     sources: tuple[Source, ...]
     point: str = ""
+    address: int = 0
 
 
 @dataclass(frozen=True)
-class DumpJob:
+class DumpJob(Recording):
     """One dump to write.
 
     Attributes:
         tokens: ids of the prompt, special tokens included.
         pieces: their texts, where the caller has them; else they are looked up.
-        mode: "exact" computes the F32 twin, "native" the file as it is.
-        points: a `--points` expression: "default", "all", names, globs.
-        layers: the layers whose output "default" stands for; None for 0, 5, 10, 23 and the last.
-        positions: "all", "last" (of each forward pass), or positions in the sequence.
-        slice: leading values a record carries; None for all of them.
-        full: write whole tensors beside the dump, as safetensors.
         generate: how many tokens to choose greedily after the prompt.
         lead: ids to follow after the prompt instead of choosing.
+        portions: how many of the prompt's tokens each forward pass takes; () for all of them in one.
         window: "off" (the whole model at once), a number of layers, or "auto" (whole where it fits).
         kv_type: "f32", or in native mode also "f16".
-        first_position: where the first token stands, so that long contexts can be tried without a long prompt.
     """
 
     model: Path
@@ -75,18 +72,12 @@ class DumpJob:
     tokens: tuple[int, ...]
     prompt: str | None = None
     pieces: tuple[str, ...] = ()
-    mode: str = EXACT
-    points: str = "default"
-    layers: tuple[int, ...] | None = None
-    positions: str | tuple[int, ...] = "all"
-    slice: int | None = DEFAULT_SLICE
-    full: bool = False
     generate: int = 0
     lead: tuple[int, ...] | None = None
+    portions: tuple[int, ...] = ()
     window: str | int = "auto"
     threads: int | None = None
     kv_type: str = "f32"
-    first_position: int = 0
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,16 @@ from .naming import Planned
 _KV_TYPES = {"f32": 0, "f16": 1}  # ggml_type
 
 
+def model_params(api: Any) -> tuple[Any, Any]:
+    """`llama_model_params` of the cleanest reference, and the list of no devices that they point to: to be kept."""
+    params = api.llama_model_default_params()
+    no_devices = (ctypes.c_void_p * 1)(None)
+    params.devices = ctypes.cast(no_devices, ctypes.c_void_p)
+    params.n_gpu_layers = 0
+    params.use_extra_bufts = False
+    return params, no_devices
+
+
 class Model:
     """A loaded model; `vocab_only` loads no weights and can tokenize.
 
@@ -33,12 +43,8 @@ class Model:
     def __init__(self, library: Library, path: Path, *, vocab_only: bool = False) -> None:
         api = library.api
         self.library, self.path = library, path
-        params = api.llama_model_default_params()
-        self._no_devices = (ctypes.c_void_p * 1)(None)
-        params.devices = ctypes.cast(self._no_devices, ctypes.c_void_p)
-        params.n_gpu_layers = 0
+        params, self._no_devices = model_params(api)
         params.vocab_only = vocab_only
-        params.use_extra_bufts = False
         library.lines.clear()
         self._model = api.llama_model_load_from_file(os.fsencode(path), params)
         if not self._model:

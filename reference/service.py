@@ -20,6 +20,7 @@ from .llama import Model, Session
 from .naming import Planned, plan
 from .sweep import dump_windows, window_size
 from .twin import Twins
+from .wanted import wanted_tensors
 from .windows import Window, open_window
 
 Item = Callable[[Any], None]
@@ -197,6 +198,14 @@ class Service:
     def notes(self) -> list[str]:
         """What the user should know of the answers so far; the list is the caller's to empty."""
         return self._twins.notes
+
+    def wanted_tensors(self, path: Path, *, item: Item) -> list[tuple[str, tuple[int, ...]]]:
+        """See `client.Reference.wanted_tensors`."""
+        return wanted_tensors(self._library, path)
+
+    def load(self, path: Path, *, item: Item) -> None:
+        """See `client.Reference.load`."""
+        self._model(path)
 
     def versions(self, *, item: Item) -> dict[str, Any]:
         """See `client.Reference.versions`."""

@@ -39,7 +39,7 @@ def window_size(library: Library, found: Contents, job: DumpJob) -> int | None:
         InputError: a window was asked for that cannot be had.
     """
     exact = job.mode == EXACT
-    if job.window == "off":
+    if job.window == "off" or job.portions:  # a window computes the prompt in one pass
         return None
     if isinstance(job.window, int):
         if job.window < 1:

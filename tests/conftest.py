@@ -13,8 +13,11 @@ import pytest
 from cli import Cli
 
 from engine.synth import shape_like, synthesize
+from engine.synth.recipe import Value, shape_of
+from engine.synth.recipes import recipe
 from parity.__main__ import run
 from parity.models import embedded as default_model
+from parity.synth.synthetic import make_by_recipe
 from reference.client import Reference
 
 
@@ -78,6 +81,22 @@ def synthetic(tmp_path_factory: pytest.TempPathFactory, stories: Path) -> Callab
         path = folder / f"{name}.gguf"
         if not path.exists():
             synthesize(path, shape_like(like, **shape), weight_type=kind, tokenizer=stories)
+        return path
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def small_model(tmp_path_factory: pytest.TempPathFactory, stories: Path) -> Callable[..., Path]:
+    """A function that makes a small model by its recipe: small_model("gemma3", kind="q8_0", layers=3)."""
+    folder = tmp_path_factory.mktemp("small-models")
+
+    def make(name: str, kind: str | None = None, settings: dict[str, Value] | None = None, **shape: object) -> Path:
+        told = [f"{key}={value}" for key, value in sorted({**shape, **(settings or {})}.items())]
+        path = folder / f"{'-'.join([name, str(kind), *told])}.gguf"
+        if not path.exists():
+            chosen = recipe(name)
+            make_by_recipe(path, chosen, shape_of(chosen, **shape), settings or {}, kind=kind, tokenizer=stories)
         return path
 
     return make

@@ -21,8 +21,7 @@ from checkpoints.mapping import Mapping, read_mapping
 from checkpoints.record import Dump, Token
 from parity.commands.comparison_output import report, show_report
 from parity.commands.options import AnswerFormat, numbers
-from parity.diff.compare import Options
-from parity.diff.picture import compare_drawn
+from parity.diff.compare import comparison
 from parity.lint.lint import lint
 
 LOGS = Path(__file__).parent / "logs"
@@ -160,13 +159,13 @@ def _answer(folder: Path, ref: Dump, kind: str, first: str) -> str:
     try:
         found = _load(folder, kind, first)
         judged = lint(found)
-        verdict, picture = compare_drawn(found, ref, Options())
+        compared = comparison(found, ref)
         with redirect_stdout(io.StringIO()) as shown:
-            show_report(report(verdict, found, ref, picture), AnswerFormat.JSON, html=None, junit=None)
+            show_report(report(compared.verdict, found, ref, compared.picture), AnswerFormat.JSON, html=None, junit=None)
         json.loads(shown.getvalue())
     except ParityError as error:
         return one_line(error)
-    return verdict.verdict if judged.usable else "unusable"
+    return compared.verdict.verdict if judged.usable else "unusable"
 
 
 def one_line(error: ParityError) -> str:

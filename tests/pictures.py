@@ -9,7 +9,7 @@ from checkpoints.answers.diff import AGREES, DIVERGENCE, FRESH, INHERITED, Diffe
 from checkpoints.answers.picture import Grid, Picture, Spread
 from checkpoints.points import all_points, parse
 from checkpoints.record import Token
-from parity.diff.picture import compare_drawn
+from parity.diff.compare import comparison
 from reports.report import Report
 
 EVIL = "<script>window.stolen = 1</script>"
@@ -88,5 +88,5 @@ def _compared(size: float) -> Report:
 
 
 def _report(ours, ref) -> Report:  # type: ignore[no-untyped-def]
-    verdict, picture = compare_drawn(ours, ref)
-    return Report(verdict, ours, ref, picture)
+    found = comparison(ours, ref)
+    return Report(found.verdict, ours, ref, found.picture)

@@ -17,9 +17,9 @@ import sys
 from pathlib import Path
 from engine.backend import choose
 from engine.faults import CATALOGUE, plant
-from engine.gguf_model import GgufModel
+from engine.weights.gguf_model import GgufModel
 from engine.transformer import Transformer
-from parity.ours import OursJob, dump
+from parity.run.ours import OursJob, dump
 FAULT = {fault!r}
 model, tokens, out = sys.argv[1:]
 engine = Transformer(GgufModel(Path(model)), choose("numpy"))
@@ -40,6 +40,7 @@ def git(repository: Path, *arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_bisect_finds_the_commit(tmp_path: Path, parity: Cli) -> None:
     """A fault planted in the middle of twenty commits is found, past a commit in which the engine doesn't start."""
     repository, golden = tmp_path / "repository", tmp_path / "golden"

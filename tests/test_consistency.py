@@ -16,8 +16,10 @@ from engine.backend import choose
 from engine.graph import Step
 from engine.transformer import Transformer
 from engine.weights.gguf_model import GgufModel
-from parity.consistency.consistency import ConsistencyRequest, of_engine
+from parity.consistency.consistency import ConsistencyRequest, of_side
 from parity.run.ours import OursJob, dump
+from parity.run.request import Prompt, Request
+from parity.run.sides import OurEngine
 
 IDS = (1, 403, 407, 261, 378, 390)
 Change = Callable[[Step], Step]
@@ -66,7 +68,8 @@ def engine_with(model: Path, kinds: Sequence[str] = (), op: Any = None) -> Trans
 
 
 def checked(engine: Transformer, **request: Any) -> Consistency:
-    return of_engine(engine, IDS, ConsistencyRequest(engine.model.path, **request))
+    run = Request(model=engine.model.path, **({"points": "all"} | request))
+    return of_side(OurEngine(run, engine=engine), Prompt(None, IDS, ()), ConsistencyRequest(run), engine.hp.n_vocab)
 
 
 @pytest.mark.parametrize("like", ["tiny", "tiny-llama"])

@@ -173,9 +173,9 @@ _SHORT_RUN = """
 import sys
 from pathlib import Path
 from engine.backend import choose
-from engine.capture_gpu import DeviceCapture
-from engine.fast import FastTransformer
-from engine.gguf_model import GgufModel
+from engine.capture.device import DeviceCapture
+from engine.fast.transformer import FastTransformer
+from engine.weights.gguf_model import GgufModel
 from engine.transformer import Transformer
 class Sink:
     def rows(self, rows): pass

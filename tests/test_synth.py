@@ -11,7 +11,8 @@ from cli import Cli
 
 from checkpoints.errors import InputError
 from engine import backend
-from engine.synth import PRESETS, _tensors, shape_like, synthesize
+from engine.synth import PRESETS, shape_like, synthesize
+from engine.synth.dense import _tensors
 from engine.transformer import Transformer
 from engine.weights.gguf_model import GgufModel
 from reference.client import Reference

@@ -8,14 +8,14 @@ import pytest
 from dumps import DEFAULT, dump, noisy, random, spoiled
 
 from checkpoints.errors import InputError
-from parity.diff.compare import Options, measured
+from parity.diff.compare import comparison
 from parity.diff.table import table, write_table
 
 
 def test_one_row_a_record() -> None:
     """The table has every record in dataflow order, with its figures and its verdict."""
     ref = random()
-    records = measured(dump(spoiled(noisy(ref), DEFAULT[3:], slice(2, None))), dump(ref))
+    records = comparison(dump(spoiled(noisy(ref), DEFAULT[3:], slice(2, None))), dump(ref)).records
     frame = table(records)
     assert len(frame) == 84
     assert frame["checkpoint"].drop_duplicates().tolist() == list(DEFAULT)
@@ -26,9 +26,10 @@ def test_one_row_a_record() -> None:
 
 
 def test_written_as_csv(tmp_path: Path) -> None:
-    """A CSV file reads back as the same rows; another ending is refused before anything is computed."""
+    """A CSV file reads back as the same rows; another ending is refused before it is written."""
     side = dump(random())
-    write_table(side, side, Options(), tmp_path / "t.csv")
+    records = comparison(side, side).records
+    write_table(records, tmp_path / "t.csv")
     assert len(pd.read_csv(tmp_path / "t.csv")) == 84
     with pytest.raises(InputError, match=r"\.csv or \.parquet"):
-        write_table(side, side, Options(), tmp_path / "t.xlsx")
+        write_table(records, tmp_path / "t.xlsx")

@@ -13,11 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from checkpoints.record import DEFAULT_SLICE
+from checkpoints.recording import Positions
 from checkpoints.tensors import TensorWriter
 
 from ..backend import Array, Backend
 from ..device import kernel
-from .host import Capture, Pass, Positions, RowSink
+from .host import Capture, Pass, RowSink
 from .ring import Ring
 from .staged import CAUSAL, PART_DOUBLES, PLAIN, Batch, Part, layout, record_type
 

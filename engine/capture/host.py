@@ -9,19 +9,19 @@ import atexit
 from collections.abc import Callable, Collection
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
-from typing import Literal, Protocol, Self
+from typing import Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from checkpoints.record import DEFAULT_SLICE, Rows, Token
+from checkpoints.recording import Positions
 from checkpoints.summary import kept_copy, summarise_pass
 from checkpoints.tensors import TensorWriter, key
 
 from ..backend import Array, Backend
 from .writer import WriterThread
 
-Positions = Literal["all", "last"] | tuple[int, ...]
 _HELD = 1 << 20  # bytes of copies that are handed over before their pass ends: a prefill need not be held as a whole
 
 

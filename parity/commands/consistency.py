@@ -7,28 +7,21 @@ import typer
 
 from checkpoints.errors import InputError
 
-from ..run.prompt import given_prompt
 from . import options as o
 
 
+@o.fills(
+    "model", "optional_prompt", "command", "all_points", "backend", "threads", "mapping", "compute", "tolerance", "verbose"
+)
 def consistency(
+    given: o.Given,
     dumps: Annotated[
         list[Path] | None,
         typer.Argument(help="Two dumps of your engine over the same tokens, computed in different portions."),
     ] = None,
-    model: o.ModelOption = None,
-    prompt: o.PromptOption = None,
-    prompt_file: o.PromptFileOption = None,
-    tokens: o.TokensOption = None,
-    points: o.PointsOption = "all",
+    side: Annotated[o.Side | None, typer.Option("--side", help="Our engine (ours, the default) or llama.cpp (ref).")] = None,
     chunk: Annotated[int, typer.Option("--chunk", min=1, help="Tokens a chunk in the check of a prefill in chunks.")] = 4,
-    backend: o.BackendOption = o.BackendName.AUTO,
-    names: o.MapOption = None,
-    offset: o.OffsetOption = None,
-    compute: o.ComputeOption = None,
-    tolerance: o.ToleranceOption = None,
     form: o.FormatOption = o.Format.TEXT,
-    verbose: o.VerboseOption = False,
 ) -> None:
     """Does an engine agree with itself? The prompt at once, token by token, in chunks: no reference is needed.
 
@@ -37,34 +30,29 @@ def consistency(
 
       parity consistency whole.jsonl steps.jsonl         two dumps of your engine
 
-      parity consistency --model M.gguf --prompt "Hi"    our engine
+      parity consistency --prompt "Hi" --exec "my-engine {model} {tokens} {out} {portions}"      your engine, run by parity
 
-    Exits 0 if all agree, 1 if something differs.
+      parity consistency --model M.gguf --prompt "Hi"    our engine; --side ref: llama.cpp
+
+    {portions} are the numbers of tokens that each forward pass is to take, with commas: 4,4,1. Exits 0 if all agree, 1 if
+    something differs.
     """
     from ..consistency.consistency import ConsistencyRequest
     from ..consistency.consistency import consistency as check
-    from ..models.embedded import path as default_model
+    from ..run.prompt import given_prompt
+    from ..run.request import Request
+    from ..run.sides import EXEC, OURS
     from .output import answer
 
     if dumps is not None and len(dumps) not in (0, 2):
         raise InputError(f"{len(dumps)} dumps were given.", "Take two, or none and --prompt.", code="dumps")
     pair = (dumps[0], dumps[1]) if dumps else None
-    text, ids = (None, None) if pair else given_prompt(prompt, prompt_file, tokens)
-    found = check(
-        ConsistencyRequest(
-            model=model or default_model(),
-            prompt=text,
-            tokens=ids,
-            points=points,
-            chunk=chunk,
-            backend=backend.value,
-            dumps=pair,
-            mapping=o.mapping(names, offset),
-            compute=compute.value if compute else None,
-            tolerance=tolerance,
-            verbose=verbose,
-        )
-    )
+    if sum(chosen not in (None, False) for chosen in (pair, side, given["command"])) > 1:
+        raise InputError("more than one engine was given.", "Take two dumps, --exec or --side.", code="usage")
+    if pair is None and given["prompt"] is given["tokens"] is None:
+        given_prompt(None, None, None)
+    source = EXEC if given["command"] is not None else (side.value if side is not None else OURS)
+    result = check(ConsistencyRequest(Request(**given), source, chunk, pair))
     from reports import consistency as report
 
-    raise typer.Exit(answer(found, report, form))
+    raise typer.Exit(answer(result, report, form))

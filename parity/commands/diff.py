@@ -45,13 +45,16 @@ def diff(
     """
     from checkpoints.formats import load
 
-    from ..diff.compare import Options
-    from ..diff.picture import compare_drawn
+    from ..diff.compare import Options, comparison
     from ..lint.lint import refuse_unusable
     from .comparison_output import findings, report, show_report
 
     for out in (table, html, junit):
         o.no_input(out, ours, ref, model, names, *(include or ()))
+    if table is not None:
+        from ..diff.table import check_ending
+
+        check_ending(table)
     mapping = o.mapping(names, offset)
     left, right = load(ours, mapping), load(ref)
     if not despite_lint:
@@ -70,10 +73,10 @@ def diff(
         step=step,
         placed=mapping.position_offset is not None,
     )
-    verdict, picture = compare_drawn(left, right, chosen)
+    found = comparison(left, right, chosen)
     if table is not None:
         from ..diff.table import write_table
 
-        write_table(left, right, chosen, table)
-    whole = report(verdict, left, right, picture, findings(include or ()))
+        write_table(found.records, table)
+    whole = report(found.verdict, left, right, found.picture, findings(include or ()))
     raise typer.Exit(show_report(whole, form, html=html, junit=junit))

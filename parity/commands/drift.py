@@ -1,6 +1,5 @@
 """`parity drift`: golden dumps for CI."""
 
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -16,54 +15,32 @@ app = typer.Typer(
 )
 
 
-class Side(StrEnum):
-    """Who computes."""
-
-    OURS = "ours"
-    REF = "ref"
-
-
 FolderArgument = Annotated[Path, typer.Argument(help="Folder of `parity drift record`.", show_default=False)]
 LedgerOption = Annotated[Path | None, typer.Option("--ledger", help="Ledger of the checks; default: FOLDER/ledger.jsonl.")]
 
 
 @app.command("record", short_help="Write a golden dump of every prompt.")
+@o.fills("model", "command", "mode", "points", "slice", "threads", "backend")
 def record(
+    given: o.Given,
     prompts: Annotated[Path, typer.Option("--prompts", help="Prompts, one a line, UTF-8; \\n in a line is a line break.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the golden dumps.")],
-    model: o.ModelOption = None,
     side: Annotated[
-        Side, typer.Option("--side", help="Whose numbers are golden: llama.cpp's (ref) or our engine's.")
-    ] = Side.REF,
-    command: Annotated[
-        str | None, typer.Option("--exec", help="A foreign engine's own numbers are golden: 'CMD {model} {tokens} {out}'.")
-    ] = None,
-    mode: o.ModeOption = o.Mode.EXACT,
-    points: o.PointsOption = "default",
-    slice_size: o.SliceOption = 16,
+        o.Side,
+        typer.Option("--side", help="Whose numbers are golden: llama.cpp's (ref) or our engine's; or your engine's, --exec."),
+    ] = o.Side.REF,
     generate: Annotated[
         int, typer.Option("--generate", min=0, help="Decode steps after each prompt, along llama.cpp's tokens.")
     ] = 1,
-    threads: o.ThreadsOption = None,
-    backend: o.BackendOption = o.BackendName.AUTO,
 ) -> None:
     """Write a golden dump of every prompt: small enough to commit."""
     from ..drift import drift
+    from ..run.request import Request
+    from ..run.sides import EXEC
     from .output import progress_bar, written
 
-    request = drift.Recording(
-        prompts=prompts,
-        out=out,
-        model=model,
-        side=side.value,
-        command=command,
-        mode=mode.value,
-        points=points,
-        slice_size=slice_size,
-        generate=generate,
-        threads=threads,
-        backend=backend.value,
-    )
+    source = side.value if given["command"] is None else EXEC
+    request = drift.Recording(Request(**given, generate=generate), prompts, out, source)
     with progress_bar(o.Format.TEXT) as progress:
         golden = drift.record(request, progress)
     for prompt in golden.prompts:
@@ -71,14 +48,15 @@ def record(
 
 
 @app.command("check", short_help="Compare with the golden dumps.")
+@o.fills("command", "tolerance", "compute", "threads", "backend")
 def check(
+    given: o.Given,
     folder: FolderArgument,
     ours: Annotated[
         list[Path] | None, typer.Option("--ours", help="Dumps of your engine, one a prompt; repeat the option.")
     ] = None,
-    command: Annotated[str | None, typer.Option("--exec", help="Your engine: 'CMD {model} {tokens} {out}'.")] = None,
     side: Annotated[
-        Side | None, typer.Option("--side", help="Run our engine (ours) or llama.cpp (ref); default: whoever was recorded.")
+        o.Side | None, typer.Option("--side", help="Run our engine (ours) or llama.cpp (ref); default: whoever was recorded.")
     ] = None,
     model: Annotated[Path | None, typer.Option("--model", "-m", help="The model, where it does not lie as recorded.")] = None,
     mode: Annotated[o.Mode | None, typer.Option("--mode", help="Refuse golden dumps of the other mode.")] = None,
@@ -88,15 +66,11 @@ def check(
     bisect: Annotated[
         bool, typer.Option("--bisect", help="For `git bisect run`: what cannot be tested exits 125, not 2.")
     ] = False,
-    tolerance: o.ToleranceOption = None,
-    compute: o.ComputeOption = None,
     ledger: LedgerOption = None,
     no_ledger: Annotated[bool, typer.Option("--no-ledger", help="Don't note this check.")] = False,
     junit: Annotated[Path | None, typer.Option("--junit", help="Write JUnit XML besides: one case a point.")] = None,
     summary: Annotated[Path | None, typer.Option("--summary", help="Append Markdown to this file (a job summary).")] = None,
     form: o.AnswerOption = o.AnswerFormat.TEXT,
-    threads: o.ThreadsOption = None,
-    backend: o.BackendOption = o.BackendName.AUTO,
 ) -> None:
     """Run again (or run your engine, or read its dumps) and compare with the golden dumps.
 
@@ -104,7 +78,7 @@ def check(
     --bisect 125 takes the place of 2: `git bisect run parity drift check FOLDER --exec CMD --bisect`.
     """
     del bisect  # __main__ maps the exit code, those of wrong options included
-    if sum(given not in (None, []) for given in (ours, command, side)) > 1:
+    if sum(chosen not in (None, []) for chosen in (ours, given["command"], side)) > 1:
         raise InputError("more than one side was given.", "Take one of --ours, --exec and --side.", code="usage")
     from ..drift import drift
     from .drift_output import show
@@ -114,17 +88,13 @@ def check(
         folder=folder,
         model=model,
         side=side.value if side else None,
-        command=command,
         dumps=tuple(ours or ()),
         mode=mode.value if mode else None,
         prompts=prompts,
         update=update,
-        tolerance=tolerance,
-        compute=compute.value if compute else None,
         ledger=ledger,
         keep_ledger=not no_ledger,
-        threads=threads,
-        backend=backend.value,
+        **given,
     )
     with progress_bar(o.Format.TEXT if form is o.AnswerFormat.TEXT else o.Format.JSON) as progress:
         answer = drift.check(request, progress)

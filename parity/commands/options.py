@@ -1,14 +1,19 @@
 """Options that several commands share, and how their texts become values."""
 
-from enum import StrEnum
+import inspect
+from collections.abc import Callable
+from collections.abc import Mapping as Named
+from dataclasses import dataclass
+from enum import Enum, StrEnum
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from checkpoints.errors import InputError
 
-from ..run.prompt import numbers
+from ..run.prompt import given_prompt, numbers
 
 if TYPE_CHECKING:
     from checkpoints.mapping import Mapping
@@ -37,6 +42,13 @@ class Mode(StrEnum):
 
     EXACT = "exact"
     NATIVE = "native"
+
+
+class Side(StrEnum):
+    """Who computes."""
+
+    OURS = "ours"
+    REF = "ref"
 
 
 class BackendName(StrEnum):
@@ -105,6 +117,23 @@ MapOption = Annotated[
 OffsetOption = Annotated[
     int | None,
     typer.Option("--offset", help="Added to every position of your dump; 0: they count from the prompt's first token."),
+]
+ExecOption = Annotated[
+    str | None,
+    typer.Option(
+        "--exec",
+        help="Your engine as our side: '[NAME=value …] CMD {model} {tokens} {out} {points}'; {model} is the F32 twin in exact mode.",
+    ),
+]
+ShellOption = Annotated[
+    str | None, typer.Option("--exec-shell", help="Your engine as a line for /bin/sh, with the same placeholders.")
+]
+TimeoutOption = Annotated[
+    float | None,
+    typer.Option("--exec-timeout", min=0.001, help="Seconds after which your engine is stopped; default: 3600."),
+]
+GenerateOption = Annotated[
+    int, typer.Option("--generate", min=0, help="Tokens to generate: llama.cpp chooses, the other side is led along.")
 ]
 FormatOption = Annotated[Format, typer.Option("--format", help="text for people, json for machines.")]
 VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="Show llama.cpp's own log.")]
@@ -179,3 +208,121 @@ def window(text: str) -> int | Literal["auto", "off"]:
     if not text.isdigit() or int(text) < 1:
         raise InputError(f"--window wants auto, off or a number of layers, not {text!r}.")
     return int(text)
+
+
+def layers(text: str | None) -> tuple[int, ...] | None:
+    """`--layers` as the request takes it."""
+    return numbers(text, "--layers") if text is not None else None
+
+
+Given = dict[str, Any]  # fields of a request by name: `Request(**given)`
+
+
+@dataclass(frozen=True)
+class Group:
+    """Options that give one or more fields of a request together: `fields` makes those of their texts."""
+
+    options: Named[str, tuple[Any, Any]]  # parameter: (annotation, default)
+    fields: Callable[..., Given]
+
+
+def _one(name: str, annotation: Any, default: Any = None, convert: Callable[[Any], Any] = lambda value: value) -> Group:
+    """The option that gives the field of its name."""
+    return Group({name: (annotation, default)}, lambda **texts: {name: convert(texts[name])})
+
+
+def _model(path: Path | None) -> Path:
+    from ..models.embedded import path as embedded
+
+    return path or embedded()
+
+
+def _prompt(prompt: str | None, prompt_file: Path | None, tokens: str | None) -> Given:
+    text, ids = given_prompt(prompt, prompt_file, tokens)
+    return {"prompt": text, "tokens": ids}
+
+
+def _optional_prompt(prompt: str | None, prompt_file: Path | None, tokens: str | None) -> Given:
+    if all(text is None for text in (prompt, prompt_file, tokens)):
+        return {"prompt": None, "tokens": None}
+    return _prompt(prompt, prompt_file, tokens)
+
+
+def _command(command: str | None, shell: str | None, timeout: float | None) -> Given:
+    from ..run.command import DEFAULT_TIMEOUT, Command
+
+    if command is not None and shell is not None:
+        raise InputError("--exec and --exec-shell were given.", "Take one of them.", code="exec")
+    line = command if command is not None else shell
+    if line is None:
+        if timeout is not None:
+            raise InputError("--exec-timeout is for a foreign engine.", "Give its command with --exec.", code="exec")
+        return {"command": None}
+    return {"command": Command(line, shell=shell is not None, timeout=timeout or DEFAULT_TIMEOUT)}
+
+
+_PROMPT_OPTIONS = {"prompt": (PromptOption, None), "prompt_file": (PromptFileOption, None), "tokens": (TokensOption, None)}
+GROUPS = {
+    "model": _one("model", ModelOption, None, _model),
+    "prompt": Group(_PROMPT_OPTIONS, _prompt),
+    "optional_prompt": Group(_PROMPT_OPTIONS, _optional_prompt),
+    "mode": _one("mode", ModeOption, Mode.EXACT),
+    "backend": _one("backend", BackendOption, BackendName.AUTO),
+    "devices": _one("devices", DevicesOption, None, devices),
+    "command": Group({"command": (ExecOption, None), "shell": (ShellOption, None), "timeout": (TimeoutOption, None)}, _command),
+    "points": _one("points", PointsOption, "default"),
+    "all_points": _one("points", PointsOption, "all"),
+    "layers": _one("layers", LayersOption, None, layers),
+    "positions": _one("positions", PositionsOption, "all", positions),
+    "slice": _one("slice_size", SliceOption, 16),
+    "full": _one("full", FullOption, False),
+    "generate": _one("generate", GenerateOption, 0),
+    "window": _one("window", WindowOption, "auto", window),
+    "threads": _one("threads", ThreadsOption),
+    "first_position": _one("first_position", FirstOption, 0),
+    "tolerance": _one("tolerance", ToleranceOption),
+    "strict": _one("strict", StrictOption, False),
+    "compute": _one("compute", ComputeOption),
+    "mapping": Group(
+        {"names": (MapOption, None), "offset": (OffsetOption, None)}, lambda names, offset: {"mapping": mapping(names, offset)}
+    ),
+    "despite_lint": _one("despite_lint", DespiteLintOption, False),
+    "verbose": _one("verbose", VerboseOption, False),
+}
+
+
+def fills(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A command whose first parameter, `given`, holds the fields that these groups of options give, each declared once, above.
+
+    The command's other parameters stand behind them; where it has `out`, none of the files that it reads may be that one.
+    """
+    groups = [GROUPS[name] for name in names]
+
+    def made(command: Callable[..., None]) -> Callable[..., None]:
+        own = list(inspect.signature(command).parameters.values())[1:]
+        options = {name: option for group in groups for name, option in group.options.items()}
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        added = [
+            inspect.Parameter(name, keyword, default=default, annotation=kind) for name, (kind, default) in options.items()
+        ]
+
+        @wraps(command)
+        def called(**texts: Any) -> None:
+            given: Given = {}
+            no_input(texts.get("out"), *(text for name, text in texts.items() if name != "out" and isinstance(text, Path)))
+            for group in groups:
+                given |= group.fields(**{name: _plain(texts.pop(name)) for name in group.options})
+            command(given, **texts)
+
+        required = [p.replace(kind=keyword) for p in own if p.default is p.empty]
+        others = [p.replace(kind=keyword) for p in own if p.default is not p.empty]
+        called.__signature__ = inspect.Signature([*required, *added, *others])  # type: ignore[attr-defined]
+        called.__annotations__ = {parameter.name: parameter.annotation for parameter in (*required, *added, *others)}
+        return called
+
+    return made
+
+
+def _plain(value: Any) -> Any:
+    """An enumeration's text: requests travel to other processes, which know nothing of commands."""
+    return value.value if isinstance(value, Enum) else value

@@ -10,12 +10,20 @@ from checkpoints.errors import InputError
 
 
 def synth(
-    out: Annotated[Path, typer.Option("--out", "-o", help="The GGUF to write.")],
-    like: Annotated[str, typer.Option("--like", help="A shape to start from: tiny, qwen2.5-0.5b, llama-3.2-1b, …")] = "tiny",
-    architecture: Annotated[
-        str | None, typer.Option("--architecture", help="qwen2 or llama; default: the shape's own.")
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="The GGUF to write.")] = None,
+    like: Annotated[
+        str | None,
+        typer.Option(
+            "--like", help="A shape of qwen2 or llama to start from: tiny, qwen2.5-0.5b, llama-3.2-1b, … Default: tiny."
+        ),
     ] = None,
-    kind: Annotated[str, typer.Option("--type", help="Type of the matrices: f32, f16, bf16, q8_0, q4_0, …")] = "f16",
+    architecture: Annotated[
+        str | None,
+        typer.Option("--architecture", help="qwen3, gemma3, mixtral, deepseek2, mamba, …: `--architecture list` names all."),
+    ] = None,
+    kind: Annotated[
+        str | None, typer.Option("--type", help="Type of the matrices: f32, f16, bf16, q8_0, q4_k_m, … Default: f16.")
+    ] = None,
     layers: Annotated[int | None, typer.Option("--layers", min=1, help="Number of layers.")] = None,
     width: Annotated[int | None, typer.Option("--width", min=1, help="Embedding width.")] = None,
     heads: Annotated[int | None, typer.Option("--heads", min=1, help="Query heads.")] = None,
@@ -28,32 +36,60 @@ def synth(
     tied: Annotated[bool | None, typer.Option("--tied/--untied", help="Whether the output matrix is the embedding's.")] = None,
     context: Annotated[int | None, typer.Option("--context", min=1, help="Positions the model was trained for.")] = None,
     rope_base: Annotated[float | None, typer.Option("--rope-base", help="Base of the rotary frequencies.")] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", help="A metadata value: --set attention.sliding_window=16; may be repeated, `--architecture` only."
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the weights.")] = 0,
     stub_vocabulary: Annotated[bool, typer.Option("--stub-vocabulary", help="No tokenizer: prompts by --tokens only.")] = False,
 ) -> None:
-    """Write a GGUF of a supported architecture and any shape with seeded random weights: for tests, benchmarks, bug reports."""
-    from engine.synth import shape_like
-
-    from ..models.embedded import path as default_model
-    from .output import written
-
+    """Write a GGUF with seeded random weights: qwen2 and llama of any shape, over a hundred other architectures small."""
     if rope_base is not None and not 0 < rope_base < inf:
         raise InputError(f"a RoPE base of {rope_base} gives no frequencies.", "Write e.g. --rope-base 10000.", code="shape")
-    from ..synth.synthetic import make
+    if architecture == "list":
+        from engine.synth.recipes import names
 
-    shape = shape_like(
-        like,
-        architecture=architecture,
-        layers=layers,
-        width=width,
-        heads=heads,
-        kv_heads=kv_heads,
-        head_size=head_size,
-        ff=ff,
-        vocab=vocab,
-        tied=tied,
-        context=context,
-        rope_base=rope_base,
-    )
-    make(out, shape, kind=kind, seed=seed, tokenizer=None if stub_vocabulary else default_model())
+        print("\n".join(names()))
+        return
+    if out is None:
+        raise InputError("no file to write is named.", "Give -o FILE.", code="output")
+    from ..models.embedded import path as default_model
+    from ..synth.synthetic import make, make_by_recipe
+    from .output import written
+
+    changes = {
+        "layers": layers,
+        "width": width,
+        "heads": heads,
+        "kv_heads": kv_heads,
+        "head_size": head_size,
+        "ff": ff,
+        "vocab": vocab,
+        "tied": tied,
+        "context": context,
+        "rope_base": rope_base,
+    }
+    tokenizer = None if stub_vocabulary else default_model()
+    if architecture in (None, "qwen2", "llama"):
+        from engine.synth import shape_like
+
+        if settings:
+            raise InputError(
+                "--set is for the architectures that are made by a recipe.", "`--architecture list` names them.", code="set"
+            )
+        shape = shape_like(like or "tiny", architecture=architecture, **changes)
+        make(out, shape, kind=kind or "f16", seed=seed, tokenizer=tokenizer)
+    else:
+        from engine.synth.recipe import parse_settings, shape_of
+        from engine.synth.recipes import recipe
+
+        chosen = recipe(architecture)
+        if like is not None:
+            raise InputError(
+                "--like names shapes of qwen2 and llama.", f"Give --layers, --width, … for {architecture}.", code="shape"
+            )
+        own = shape_of(chosen, **changes)
+        make_by_recipe(out, chosen, own, parse_settings(settings or ()), kind=kind, seed=seed, tokenizer=tokenizer)
     written(out)

@@ -1,8 +1,9 @@
 """An engine against itself: the same positions computed in other portions must come out the same."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,19 +12,15 @@ from checkpoints.answers.consistency import Check, Consistency
 from checkpoints.answers.diff import Verdict
 from checkpoints.errors import DumpError, InputError
 from checkpoints.formats import load
-from checkpoints.mapping import Mapping
 from checkpoints.points import parse
-from checkpoints.record import Dump, Header, Rows, Token
-from engine.backend import choose
-from engine.capture.host import Capture
-from engine.transformer import Transformer
-from engine.weights.gguf_model import GgufModel
+from checkpoints.record import Dump, Header
 from reference.client import Reference
 
 from ..diff.compare import Options, compare
-from ..run.ours import chosen_points
-from ..run.request import Request
-from ..run.session import resolve_prompt
+from ..run.command import PORTIONS
+from ..run.request import Prompt, Request
+from ..run.session import comparison_options, resolve_prompt
+from ..run.sides import EXEC, OURS, Side, side_of
 
 CACHE, POSITIONS, MASK, BATCH = "cache", "positions", "mask", "batch size"
 _BY_KIND = {
@@ -38,37 +35,17 @@ _WORDS = {
     MASK: "scores are right and weights are not: the mask takes positions of this pass for positions in the sequence",
     BATCH: "the same row comes out differently among other rows: a kernel that depends on the number of tokens",
 }
+_ROWWISE = ("attn_norm", "q", "k", "v", "attn_out", "ffn_norm", "ffn_gate", "ffn_up", "ffn_swiglu", "ffn_out")
 
 
 @dataclass(frozen=True)
 class ConsistencyRequest:
-    """What `parity consistency` was asked for; with two dumps, a foreign engine's."""
+    """What `parity consistency` was asked for; with two dumps, a foreign engine's, only `run`'s mapping and limits count."""
 
-    model: Path
-    prompt: str | None = None
-    tokens: tuple[int, ...] | None = None
-    points: str = "all"
+    run: Request
+    source: str = OURS
     chunk: int = 4
-    backend: str = "auto"
     dumps: tuple[Path, Path] | None = None
-    mapping: Mapping | None = None
-    compute: str | None = None
-    tolerance: float | None = None
-    verbose: bool = False
-
-
-class _Kept:
-    """A sink that keeps the records instead of writing them."""
-
-    def __init__(self) -> None:
-        self.parts: dict[str, list[Rows]] = {}
-
-    def rows(self, rows: Rows) -> None:
-        """Keep the records of one point and pass."""
-        self.parts.setdefault(rows.point, []).append(rows)
-
-    def token(self, token: Token) -> None:
-        """Tokens are given here, not chosen."""
 
 
 def consistency(request: ConsistencyRequest) -> Consistency:
@@ -79,39 +56,62 @@ def consistency(request: ConsistencyRequest) -> Consistency:
     """
     if request.dumps is not None:
         return two_dumps(request, *request.dumps)
-    engine = Transformer(GgufModel(request.model), choose(request.backend))
-    with Reference(verbose=request.verbose) as reference:
-        ids = resolve_prompt(reference, Request(request.model, request.prompt, request.tokens)).ids
-    return of_engine(engine, ids, request)
+    if request.chunk < 1:
+        raise InputError(f"chunks of {request.chunk} tokens hold nothing.", "Take 1 or more.", code="chunk")
+    run = request.run
+    with Reference(verbose=run.verbose, threads=run.threads) as reference:
+        side = side_of(request.source, run, reference, resident=True)
+        prompt = resolve_prompt(reference, run.model, run.prompt, run.tokens)
+        vocabulary = reference.tokenize(run.model, "a").n_vocab
+        return of_side(side, replace(prompt, text=None), request, vocabulary)
 
 
-def of_engine(engine: Transformer, ids: Sequence[int], request: ConsistencyRequest) -> Consistency:
-    """The checks of an engine of ours, over given ids.
+def of_side(side: Side, prompt: Prompt, request: ConsistencyRequest, vocabulary: int) -> Consistency:
+    """The checks of a side, over a prompt; `vocabulary` is the number of token ids.
 
     Raises:
         InputError: fewer than two tokens, or tokens that the model cannot take.
     """
-    if len(ids) < 2:
+    count = len(prompt.ids)
+    if count < 2:
         raise InputError("one token cannot be computed in portions.", "Take a longer prompt.", code="prompt")
-    if request.chunk < 1:
-        raise InputError(f"chunks of {request.chunk} tokens hold nothing.", "Take 1 or more.", code="chunk")
-    count = len(ids)
-    names = chosen_points(engine, request.points, None)
-    whole = _dump(engine, ids, [count], names, "whole")
-    options = Options(tolerance=request.tolerance)
-    checks = []
-    for name, portions in _portions(count, request.chunk).items():
-        other = _dump(engine, ids, portions, names, name)
-        verdict = compare(other, whole, options)
-        suspect, reason = suspected(verdict, _starts(portions))
-        checks.append(Check(name, f"{_said(portions)} against a prefill of {count}", verdict, suspect, reason))
-    checks.append(_causal(engine, ids, names, options))
-    hp = engine.hp
+    side.check(prompt)
+    run, command = request.run, request.run.command
+    takes_portions = request.source != EXEC or command is None or command.takes(PORTIONS)
+    options = comparison_options(run)
+    checks: list[Check] = []
+    with TemporaryDirectory(prefix="parity-consistency-") as folder:
+
+        def dumped(prompt: Prompt) -> Dump:
+            out = Path(folder) / "dump.jsonl"
+            side.dump(prompt, out)
+            return load(out, run.mapping)
+
+        whole = dumped(prompt)
+        for name, portions in (_portions(count, request.chunk) if takes_portions else {}).items():
+            verdict = compare(dumped(replace(prompt, portions=tuple(portions))), whole, options)
+            suspect, reason = suspected(verdict, _starts(portions))
+            checks.append(Check(name, f"{_said(portions)} against a prefill of {count}", verdict, suspect, reason))
+        other = dumped(replace(prompt, ids=(*prompt.ids[:-1], (prompt.ids[-1] + 1) % vocabulary), pieces=()))
+        checks.append(_causal(other, whole, prompt.ids, options))
     return Consistency(
-        f"{hp.name} · {hp.architecture}, {hp.n_layers} layers · {engine.backend.device}",
+        _described(side, whole),
         tuple(checks),
-        ("padding and batches of several prompts: our engine computes one sequence at a time",),
+        (
+            *(() if takes_portions else (f"portions: {side.name} is not told them; give it {PORTIONS} in --exec",)),
+            "padding and batches of several prompts: one sequence is computed at a time",
+        ),
     )
+
+
+def _described(side: Side, whole: Dump) -> str:
+    header = whole.header
+    if header is None or not header.model.architecture:
+        return side.name
+    model = header.model
+    device = header.build.get("device") or header.build.get("backend", "")
+    described = f"{model.name} · {model.architecture}, {model.layers} layers"
+    return " · ".join(filter(None, [side.name, described, device]))
 
 
 def _portions(count: int, chunk: int) -> dict[str, list[int]]:
@@ -132,31 +132,10 @@ def _said(portions: Sequence[int]) -> str:
     return " + ".join(map(str, portions)) if len(portions) <= 4 else f"{portions[0]} + … + {portions[-1]}"
 
 
-def _dump(engine: Transformer, ids: Sequence[int], portions: Sequence[int], names: Sequence[str], path: str) -> Dump:
-    kept = _Kept()
-    sequence = engine.start()
-    with Capture(kept, names, engine.backend) as tap:
-        start = 0
-        for portion in portions:
-            engine.forward(ids[start : start + portion], sequence, tap)
-            start += portion
-    header = Header(
-        source="engine",
-        model=engine.model.info,
-        tokens=tuple(ids),
-        mode="exact",
-        compute="f32",
-        kv_type="f32",
-    )
-    return Dump(path, header, {name: Rows.stack(parts) for name, parts in kept.parts.items()})
-
-
-def _causal(engine: Transformer, ids: Sequence[int], names: Sequence[str], options: Options) -> Check:
+def _causal(other: Dump, whole: Dump, ids: Sequence[int], options: Options) -> Check:
     """The last token exchanged: no position before it may notice."""
-    count = len(ids)
-    other = (*ids[:-1], (ids[-1] + 1) % engine.hp.n_vocab)
-    changed = _before(_dump(engine, other, [count], names, "another last token"), count - 1, ids)
-    verdict = compare(changed, _before(_dump(engine, ids, [count], names, "whole"), count - 1, ids), options)
+    stop = len(ids) - 1
+    verdict = compare(_before(other, stop, ids), _before(whole, stop, ids), options)
     suspect = "" if verdict else MASK
     reason = "" if verdict else "earlier positions see a later token: no causal mask, or one that is off by one"
     return Check("another last token", "all positions before a last token that was exchanged", verdict, suspect, reason)
@@ -164,31 +143,34 @@ def _causal(engine: Transformer, ids: Sequence[int], names: Sequence[str], optio
 
 def _before(dump: Dump, stop: int, ids: Sequence[int]) -> Dump:
     points = {name: rows.take(rows.token_idx < stop) for name, rows in dump.points.items()}
-    header = None if dump.header is None else Header(**{**dump.header.__dict__, "tokens": tuple(ids)})
-    return Dump(dump.path, header, points)
+    points = {name: rows for name, rows in points.items() if len(rows)}
+    header = None if dump.header is None else replace(dump.header, tokens=tuple(ids), pieces=())
+    return replace(dump, header=header, points=points)
 
 
-def suspected(verdict: Verdict, starts: NDArray[np.int64]) -> tuple[str, str]:
-    """What to suspect where a comparison of portions fails, and a sentence; nothing where it doesn't.
+_ALL_POINTS = "--points all tells which of them"
+_MORE_POINTS = "dumps of q_rope, k_rope, kq_soft_max and kqv_out would tell which of them"
+
+
+def suspected(verdict: Verdict, starts: NDArray[np.int64], advice: str = _ALL_POINTS) -> tuple[str, str]:
+    """What to suspect where a comparison_options of portions fails, and a sentence; nothing where it doesn't.
 
     Args:
         starts: the first positions of the portions, int64.
+        advice: what would tell more, where the recorded points leave it open.
     """
     first = verdict.first_divergence
     if verdict or first is None:
         return "", ""
-    origins = [parse(origin.first.checkpoint).kind for origin in verdict.origins] or [parse(first.checkpoint).kind]
-    found = [_BY_KIND[kind] for kind in origins if kind in _BY_KIND]
+    kinds = [parse(origin.first.checkpoint).kind for origin in verdict.origins] or [parse(first.checkpoint).kind]
+    suspects = [_BY_KIND[kind] for kind in kinds if kind in _BY_KIND]
     at = f"first at {first.checkpoint}, position {first.token_idx}"
-    if found:
-        return found[0], f"{_WORDS[found[0]]} ({at})"
+    if suspects:
+        return suspects[0], f"{_WORDS[suspects[0]]} ({at})"
     if first.token_idx < int(starts[1] if len(starts) > 1 else 0) or parse(first.checkpoint).kind in _ROWWISE:
         return BATCH, f"{_WORDS[BATCH]} ({at})"
     later = "cache, positions or mask"
-    return later, f"right within the first portion, wrong behind it ({at}): --points all tells which of them"
-
-
-_ROWWISE = ("attn_norm", "q", "k", "v", "attn_out", "ffn_norm", "ffn_gate", "ffn_up", "ffn_swiglu", "ffn_out")
+    return later, f"right within the first portion, wrong behind it ({at}): {advice}"
 
 
 def two_dumps(request: ConsistencyRequest, left: Path, right: Path) -> Consistency:
@@ -197,7 +179,7 @@ def two_dumps(request: ConsistencyRequest, left: Path, right: Path) -> Consisten
     Raises:
         DumpError: a dump cannot be read, or both were computed in the same portions.
     """
-    a, b = load(left, request.mapping), load(right, request.mapping)
+    a, b = load(left, request.run.mapping), load(right, request.run.mapping)
     passes = [_passes(dump) for dump in (a, b)]
     if passes[0] == passes[1]:
         raise DumpError(
@@ -205,9 +187,9 @@ def two_dumps(request: ConsistencyRequest, left: Path, right: Path) -> Consisten
             "Dump once with the prompt in one pass and once with decode steps or chunks, and record `step`.",
             code="portions",
         )
-    verdict = compare(a, b, Options(compute=request.compute, tolerance=request.tolerance))
+    verdict = compare(a, b, comparison_options(request.run))
     finer = max(passes, key=len)
-    suspect, reason = suspected(verdict, _starts(finer))
+    suspect, reason = suspected(verdict, _starts(finer), _MORE_POINTS)
     source = (a.header or b.header or Header("")).source
     check = Check(
         "two dumps", f"{left.name} ({_said(passes[0])}) against {right.name} ({_said(passes[1])})", verdict, suspect, reason

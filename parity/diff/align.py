@@ -3,16 +3,20 @@
 Whatever follows works on arrays: a `Pair` holds the rows of one point of both sides, row i beside row i.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from checkpoints.answers.diff import Missing
+from checkpoints.dataflow import Dataflow
 from checkpoints.errors import DumpError
 from checkpoints.nearest import unknown_names
-from checkpoints.points import order
 from checkpoints.record import Dump, Rows
+
+from .dataflow import ordered
+from .tokens import SAME, TokenComparison
 
 _POSITION_BITS = 40  # the reader admits positions below 2^40
 # Two records of one key are one if they differ by no more than two right float32 runs do (limit of exact mode).
@@ -30,24 +34,33 @@ class Pair:
 
 @dataclass(frozen=True)
 class Alignment:
-    """Pairs in dataflow order, what each side lacks, and sentences for the user."""
+    """Pairs in dataflow order, what each side lacks, and sentences for the user.
+
+    `left_out` counts the records after the place where the token sequences part. `may_be_empty`: all may be, since the tokens
+    themselves are the divergence.
+    """
 
     pairs: tuple[Pair, ...]
     missing_ours: Missing
     missing_ref: Missing
     notes: tuple[str, ...]
+    left_out: int = 0
+    may_be_empty: bool = False
 
 
-def align(ours: Dump, ref: Dump, step: int | None = None) -> Alignment:
+def align(
+    ours: Dump, ref: Dump, step: int | None = None, tokens: TokenComparison = SAME, whole: Dataflow | None = None
+) -> Alignment:
     """Align two dumps; `step` selects among contradicting records of one key on either side.
 
-    The order is the vocabulary's; nodes outside of it stand where the reference computed them.
+    The order is that of the dataflow, without one the vocabulary's; nodes outside of it stand where the reference computed them.
+    Records after the place where the token sequences part are left out.
 
     Raises:
         DumpError: records of one key contradict each other, or the dumps have no key in common.
     """
     notes: list[str] = []
-    names = order([*ref.points, *ours.points])
+    names = ordered([*ref.points, *ours.points], whole)
     pairs: list[Pair] = []
     lacks_ours, lacks_ref = _Lacks(), _Lacks()
     for name in names:
@@ -66,7 +79,23 @@ def align(ours: Dump, ref: Dump, step: int | None = None) -> Alignment:
                 pairs.append(pair)
     if not pairs:
         raise _nothing(ours, ref)
-    return Alignment(tuple(pairs), lacks_ours.missing(), lacks_ref.missing(), tuple(notes))
+    total = sum(len(pair.ours) for pair in pairs)
+    kept = tuple(pairs)
+    if tokens.until is not None:
+        kept = picked(pairs, [pair.ref.token_idx < tokens.until for pair in pairs])
+    left_out = total - sum(len(pair.ours) for pair in kept)
+    return Alignment(kept, lacks_ours.missing(), lacks_ref.missing(), tuple(notes), left_out, tokens.divergence is not None)
+
+
+def picked(pairs: Iterable[Pair], keep: Iterable[NDArray[np.bool_]]) -> tuple[Pair, ...]:
+    """The pairs with the kept rows only; a pair that loses all of them is dropped."""
+    kept: list[Pair] = []
+    for pair, mask in zip(pairs, keep, strict=True):
+        if mask.all():
+            kept.append(pair)
+        elif mask.any():
+            kept.append(Pair(pair.point, pair.ours.take(mask), pair.ref.take(mask)))
+    return tuple(kept)
 
 
 def keys(rows: Rows) -> NDArray[np.int64]:

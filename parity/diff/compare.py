@@ -1,25 +1,24 @@
-"""Compares two dumps. `compare` answers, `measured` holds the numbers of every record."""
+"""The comparison of two dumps, stage by stage: tokens, offsets, align, measure, limits, judge."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
-from numpy.typing import NDArray
 
 from checkpoints.answers.diff import Limits, Verdict
-from checkpoints.errors import DumpError
-from checkpoints.points import LOGITS, OUTPUT_NORM, parse
+from checkpoints.answers.picture import Picture
 from checkpoints.record import Dump, Header
 
+from .against_limits import hold
 from .align import Pair, align
-from .dataflow import upstream
+from .dataflow import dataflow_of, flow, upstream
 from .judge import judge
-from .limits import ASSUMED_JUMP, EXACT_FLOOR, common_mode, limits
-from .metrics import Measures, measure
-from .noise import excused
+from .limits import common_mode, limits
+from .measure import Measures, measured
 from .offsets import Placed, elsewhere, place
-from .pass_sums import with_pass_sums
-from .records import Records, picked, proportion
-from .tokens import same_experiment, sequence, token_text
+from .picture import picture
+from .records import Records
+from .tokens import compare_tokens, same_experiment, token_text
 
 
 @dataclass(frozen=True)
@@ -40,119 +39,83 @@ class Options:
     limits: Limits | None = None
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """What a comparison gives: every record with its numbers, and the answer."""
+
+    records: Records
+    verdict: Verdict
+
+    @cached_property
+    def picture(self) -> Picture:
+        """What a report draws of it."""
+        return picture(self.records, self.verdict)
+
+
 def compare(ours: Dump, ref: Dump, options: Options | None = None) -> Verdict:
+    """The answer of `comparison`, which says what it raises."""
+    return comparison(ours, ref, options).verdict
+
+
+def comparison(ours: Dump, ref: Dump, options: Options | None = None) -> Comparison:
     """Compare two dumps.
 
     Raises:
         InputError: two models or two prompts, or an unusable option.
         DumpError: nothing in common, records of one key that contradict each other, or no way to tell how our positions count.
     """
-    return judge(measured(ours, ref, options))
-
-
-def measured(ours: Dump, ref: Dump, options: Options | None = None) -> Records:
-    """Align, measure and hold every record against its limit. Raises as `compare` does."""
     options = options or Options()
     allowed = options.limits or limits(ours.header, ref.header, compute=options.compute, tolerance=options.tolerance)
     same_experiment(ours, ref)
     placed = Placed(ours) if options.placed else place(ours, ref)
     ours = placed.ours
-    tokens = sequence(ours, ref)
-    alignment = align(ours, ref, options.step)
-    pairs = alignment.pairs
-    total = sum(len(pair.ours) for pair in pairs)
-    if tokens.until is not None:
-        pairs = picked(pairs, [pair.ref.token_idx < tokens.until for pair in pairs])
-    kept = sum(len(pair.ours) for pair in pairs)
-    measures = measure(pairs)
-    known = measures.known()
-    unusable: tuple[str, ...] = ()
-    if not known.all():
-        unusable = (f"{int((~known).sum())} records have no finite value in common and could not be compared",)
-        pairs = picked(pairs, np.split(known, np.cumsum([len(pair.ours) for pair in pairs])[:-1]))
-        measures = measure(pairs)
-    measures = with_pass_sums(measures, pairs, ours, ref)
-    if not len(measures) and tokens.divergence is None:
-        raise DumpError(
-            "no record could be compared.",
-            f"{total - kept} records come after the place where the tokens part."
-            if total > kept
-            else "Record the same leading values on both sides.",
-            code="nothing-in-common",
-        )
-    names = [pair.point for pair in pairs]
-    point = np.repeat(np.arange(len(pairs)), [len(pair.ours) for pair in pairs])
-    seq, token_idx = _column(pairs, "seq"), _column(pairs, "token_idx")
-    limit = _limit_of_each(pairs, point, measures, allowed)
-    of_limit = proportion(measures.nmse, measures.future_mass, limit)
-    noise: tuple[str, ...] = ()
-    if allowed.operations == EXACT_FLOOR.operations and options.tolerance is None:
-        limit, noise = excused(names, point, seq, token_idx, measures.nmse, of_limit, limit)
-        of_limit = proportion(measures.nmse, measures.future_mass, limit)
-    failed = of_limit > 1
-    right = np.bincount(point, weights=~failed, minlength=len(pairs))
-    wrong = [pair.point for pair, agreeing in zip(pairs, right, strict=True) if not agreeing]
-    return Records(
+    tokens = compare_tokens(ours, ref)
+    whole, damaged = dataflow_of(ours, ref)
+    alignment = align(ours, ref, options.step, tokens, whole)
+    found = measured(alignment, ours, ref)
+    model = flow(found.names, whole, _layers(ref) or _layers(ours))
+    held = hold(found, allowed, model, excuse_noise=options.tolerance is None)
+    agreeing = np.bincount(found.point, weights=~held.failed, minlength=len(found.pairs))
+    wrong = [pair.point for pair, right in zip(found.pairs, agreeing, strict=True) if not right]
+    records = Records(
         ours=ours,
         ref=ref,
-        pairs=pairs,
-        point=point,
-        row=np.concatenate([np.arange(len(pair.ours)) for pair in pairs]) if pairs else point,
-        seq=seq,
-        token_idx=token_idx,
-        step=_column(pairs, "step"),
-        decode=_column(pairs, "decode").astype(np.bool_),
-        measures=measures,
-        limit=limit,
-        of_limit=of_limit,
-        failed=failed,
-        upstream=upstream(names, point, seq, token_idx, measures.nmse, failed),
+        pairs=found.pairs,
+        point=found.point,
+        row=found.row,
+        seq=found.seq,
+        token_idx=found.token_idx,
+        step=found.step,
+        decode=found.decode,
+        measures=found.measures,
+        limit=held.limit,
+        of_limit=held.of_limit,
+        failed=held.failed,
+        upstream=upstream(model, found.point, found.seq, found.token_idx, found.measures.nmse, held.failed),
+        flow=model,
         limits=allowed,
         mode=common_mode(ours.header, ref.header),
         tokens=tokens,
         text=token_text(ours, ref),
         missing_ours=alignment.missing_ours,
         missing_ref=alignment.missing_ref,
-        left_out=total - kept,
+        left_out=alignment.left_out,
         strict=options.strict,
         notes=(
             *((placed.note,) if placed.note else ()),
             *elsewhere(ours, ref, wrong),
+            *damaged,
             *alignment.notes,
-            *unusable,
-            *noise,
-            *_notes(ours, ref, pairs, measures),
+            *found.notes,
+            *held.notes,
+            *_notes(ours, ref, found.pairs, found.measures),
         ),
     )
+    return Comparison(records, judge(records))
 
 
-def _column(pairs: tuple[Pair, ...], name: str) -> NDArray[np.int64]:
-    columns = [getattr(pair.ours, name) for pair in pairs]
-    return np.concatenate(columns) if columns else np.zeros(0, dtype=np.int64)
-
-
-def _limit_of_each(
-    pairs: tuple[Pair, ...], point: NDArray[np.int64], measures: Measures, allowed: Limits
-) -> NDArray[np.float64]:
-    """float64 [R]. Where the arithmetic is not known, the noise of the layers before sets the limit.
-
-    A whole layer that agrees shows the engine's own noise; what jumps far above it later is no noise, however small it is
-    against the loosest arithmetic. Before the first whole layer, and never above it, the loosest limit holds.
-    """
-    chosen = np.array(
-        [allowed.points.get(pair.point, allowed.logits if pair.point == LOGITS else allowed.operations) for pair in pairs]
-    )
-    if allowed.assumed and len(measures):
-        noise = 0.0
-        starts = np.searchsorted(point, np.arange(len(pairs)))
-        worst = np.maximum.reduceat(measures.nmse, starts)
-        for number, pair in enumerate(pairs):
-            if noise:
-                floor = EXACT_FLOOR.logits if pair.point == LOGITS else EXACT_FLOOR.operations
-                chosen[number] = min(chosen[number], max(floor, ASSUMED_JUMP * noise))
-            if (parse(pair.point).kind == "l_out" or pair.point == OUTPUT_NORM) and worst[number] <= chosen[number]:
-                noise = max(noise, float(worst[number]))
-    return chosen[point] if len(point) else np.zeros(0)
+def _layers(dump: Dump) -> int | None:
+    return dump.header.model.layers if dump.header is not None else None
 
 
 def _notes(ours: Dump, ref: Dump, pairs: tuple[Pair, ...], measures: Measures) -> list[str]:

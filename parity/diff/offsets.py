@@ -11,7 +11,7 @@ from checkpoints.points import order
 from checkpoints.record import Dump, Rows
 
 from .align import Pair, keys
-from .metrics import measure
+from .measure import measure
 
 # What an offset must show to be taken: an error this many times below every other one's, and below this NMSE. Measured on the
 # catalogue of faults (some 80 wrong engines on each of three models, 16 positions, ten points from embd to logits, 4,900 searches): a

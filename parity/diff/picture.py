@@ -6,20 +6,11 @@ import numpy as np
 
 from checkpoints.answers.diff import Difference, Verdict
 from checkpoints.answers.picture import Grid, Picture, Spread
-from checkpoints.record import Dump, Rows
+from checkpoints.record import Rows
 
-from .compare import Options, measured
-from .judge import judge
 from .records import Records
 
 _SHOWN = 4096  # values of a row that are drawn: more than a picture's width can tell apart
-
-
-def compare_drawn(ours: Dump, ref: Dump, options: Options | None = None) -> tuple[Verdict, Picture]:
-    """`compare`, and what a report draws of it. Raises as `compare` does."""
-    records = measured(ours, ref, options)
-    verdict = judge(records)
-    return verdict, picture(records, verdict)
 
 
 def picture(records: Records, verdict: Verdict) -> Picture:

@@ -1,6 +1,5 @@
 """Every compared record as columns: what `judge` and `table` read."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,10 +10,10 @@ from checkpoints.points import parse
 from checkpoints.record import DECODE, PREFILL, Dump
 
 from .align import Pair
-from .dataflow import Upstream
+from .dataflow import Flow, Upstream
 from .limits import FUTURE_MASS, JUMP
-from .metrics import Measures
-from .tokens import Sequence as Tokens
+from .measure import Measures
+from .tokens import TokenComparison
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -32,7 +31,7 @@ class Records:
         pairs: rows of both sides; `point` [R] is the index of a record's pair, `row` [R] its row there.
         decode: our side's phase.
         limit: NMSE limit of each record. `of_limit`: error in proportion to it; `failed` where that is above 1.
-        upstream: errors of what each record depends on.
+        upstream: errors of what each record depends on, by `flow`.
         left_out: records that the token sequences left out.
     """
 
@@ -50,9 +49,10 @@ class Records:
     of_limit: Floats
     failed: Bools
     upstream: Upstream
+    flow: Flow
     limits: Limits
     mode: str
-    tokens: Tokens
+    tokens: TokenComparison
     text: dict[int, str]
     missing_ours: Missing
     missing_ref: Missing
@@ -125,24 +125,6 @@ class Records:
         """`fresh` of one record."""
         leak = bool(self.measures.future_mass[i] > FUTURE_MASS) and not self.upstream.failed[i]
         return bool(self.failed[i]) and (self.jump_of(i) > JUMP or leak)
-
-
-def proportion(nmse: Floats, future_mass: Floats, limit: Floats) -> Floats:
-    """Error in proportion to the limit, [R]; where equality is asked (limit 0) any error is infinite."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        ratio = np.where(nmse == 0, 0.0, nmse / limit)
-    return np.fmax(ratio, np.where(future_mass > FUTURE_MASS, future_mass / FUTURE_MASS, 0.0))
-
-
-def picked(pairs: Sequence[Pair], keep: Sequence[Bools]) -> tuple[Pair, ...]:
-    """The pairs with the kept rows only; a pair that loses all of them is dropped."""
-    kept: list[Pair] = []
-    for pair, mask in zip(pairs, keep, strict=True):
-        if mask.all():
-            kept.append(pair)
-        elif mask.any():
-            kept.append(Pair(pair.point, pair.ours.take(mask), pair.ref.take(mask)))
-    return tuple(kept)
 
 
 def _known(value: float) -> float | None:

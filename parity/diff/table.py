@@ -7,10 +7,9 @@ import numpy as np
 
 from checkpoints.errors import InputError
 from checkpoints.points import parse
-from checkpoints.record import DECODE, PREFILL, Dump
+from checkpoints.record import DECODE, PREFILL
 from checkpoints.whole_file import put
 
-from .compare import Options, measured
 from .records import Records
 
 if TYPE_CHECKING:
@@ -58,17 +57,22 @@ def table(records: Records) -> "pd.DataFrame":
     )
 
 
-def write_table(ours: Dump, ref: Dump, options: Options, path: Path) -> None:
-    """Compare two dumps and write the table as .csv or .parquet, which the name's ending chooses.
+def write_table(records: Records, path: Path) -> None:
+    """Write the table as .csv or .parquet, which the name's ending chooses.
 
     Raises:
-        InputError: another ending, Parquet without pyarrow, the file cannot be written, or what `compare` raises.
+        InputError: another ending, Parquet without pyarrow, or the file cannot be written.
     """
-    if path.suffix not in (".csv", ".parquet"):
-        raise InputError(f"cannot write a table as {path.name!r}.", "End its name in .csv or .parquet.", code="output")
-    frame = table(measured(ours, ref, options))
+    check_ending(path)
+    frame = table(records)
     try:
-        made = frame.to_csv(index=False).encode() if path.suffix == ".csv" else frame.to_parquet(index=False)
+        data = frame.to_csv(index=False).encode() if path.suffix == ".csv" else frame.to_parquet(index=False)
     except ImportError as error:
         raise InputError("Parquet needs pyarrow, which is not installed.", "Write .csv, or install pyarrow.") from error
-    put(path, made)
+    put(path, data)
+
+
+def check_ending(path: Path) -> None:
+    """Raises InputError for a name that ends in neither .csv nor .parquet."""
+    if path.suffix not in (".csv", ".parquet"):
+        raise InputError(f"cannot write a table as {path.name!r}.", "End its name in .csv or .parquet.", code="output")

@@ -12,7 +12,7 @@ TOKENS = "tokens"
 
 
 @dataclass(frozen=True)
-class Sequence:
+class TokenComparison:
     """Where the token sequences part.
 
     `until`: records at this position and later are left out (None: all are compared). `divergence` and `pattern`: the prompt
@@ -23,6 +23,9 @@ class Sequence:
     divergence: Difference | None = None
     pattern: Pattern | None = None
     notes: tuple[str, ...] = ()
+
+
+SAME = TokenComparison()  # nothing says that the tokens differ
 
 
 def same_experiment(ours: Dump, ref: Dump) -> None:
@@ -68,7 +71,7 @@ def same_model(dump: Dump, path: Path) -> None:
         )
 
 
-def sequence(ours: Dump, ref: Dump) -> Sequence:
+def compare_tokens(ours: Dump, ref: Dump) -> TokenComparison:
     """Compare the token ids, prompt first, then what was generated (of sequence 0 for prompts, of each one for the rest)."""
     left = ours.header.tokens if ours.header else ()
     right = ref.header.tokens if ref.header else ()
@@ -86,8 +89,8 @@ def sequence(ours: Dump, ref: Dump) -> Sequence:
                 f"the generated tokens part at position {token.token_idx}: ours {_piece(mine.id, mine.text)}, "
                 f"the reference {_piece(token.id, token.text)}"
             )
-            return Sequence(token.token_idx, notes=(said,))
-    return Sequence()
+            return TokenComparison(token.token_idx, notes=(said,))
+    return TokenComparison()
 
 
 def token_text(ours: Dump, ref: Dump) -> dict[int, str]:
@@ -108,7 +111,7 @@ def _with_generated(dump: Dump, prompt: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(ids)
 
 
-def _prompts(ours: Dump, ref: Dump, left: tuple[int, ...], right: tuple[int, ...]) -> Sequence:
+def _prompts(ours: Dump, ref: Dump, left: tuple[int, ...], right: tuple[int, ...]) -> TokenComparison:
     pairs = zip(left, right, strict=False)
     at = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(left), len(right)))
     if left == right[1:]:
@@ -138,7 +141,7 @@ def _prompts(ours: Dump, ref: Dump, left: tuple[int, ...], right: tuple[int, ...
         token=_text(ref, at),
     )
     notes = (f"token {at}: ours {_at(ours, left, at)}, reference {_at(ref, right, at)}",)
-    return Sequence(at, difference, pattern, notes)
+    return TokenComparison(at, difference, pattern, notes)
 
 
 def _text(dump: Dump, position: int) -> str | None:

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 from checkpoints import formats
 from checkpoints.answers.diff import Verdict
@@ -17,30 +16,28 @@ from checkpoints.whole_file import put
 from reference.client import Reference
 
 from ..diff.compare import Options, compare
-from ..models import embedded as default_model
+from ..run.command import Command
+from ..run.request import Request
+from ..run.session import resolve_prompt
+from ..run.sides import EXEC, REF
 from . import ledger
-from .golden import Golden, GoldenPrompt, load, noted, now, read_prompts, rewrite, seen_from
-from .makers import led, maker
+from .dumps import GoldenDumps, chosen_by_llama_cpp
+from .golden import Golden, GoldenPrompt, golden_prompt, load, noted, now, read_prompts, rewrite, seen_from
 
-Side = Literal["ours", "ref", "exec"]
 Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
 class Recording:
-    """What `parity drift record` was asked for. `command` is a foreign engine's command line (then `side` is "exec")."""
+    """What `parity drift record` was asked for: how `side` ("ours", "ref", "exec") is to run, over which prompts, and where to.
 
+    `run.generate` is the number of decode steps after each prompt, along llama.cpp's tokens.
+    """
+
+    run: Request
     prompts: Path
     out: Path
-    model: Path | None = None
-    side: Side = "ref"
-    command: str | None = None
-    mode: Literal["exact", "native"] = "exact"
-    points: str = "default"
-    slice_size: int = DEFAULT_SLICE
-    generate: int = 1
-    threads: int | None = None
-    backend: str = "auto"
+    side: str = REF
 
 
 @dataclass(frozen=True)
@@ -49,8 +46,8 @@ class Checking:
 
     folder: Path
     model: Path | None = None
-    side: Side | None = None
-    command: str | None = None
+    side: str | None = None
+    command: Command | None = None
     dumps: tuple[Path, ...] = ()
     mode: str | None = None
     prompts: Path | None = None
@@ -70,45 +67,42 @@ def record(request: Recording, progress: Progress | None = None) -> Golden:
         ParityError: whatever is wrong with the request, the model or a side, in one line.
     """
     texts = read_prompts(request.prompts)
-    model = request.model or default_model.path()
-    side: Side = "exec" if request.command else request.side
-    with Reference(threads=request.threads) as reference:
+    run = request.run
+    with Reference(threads=run.threads) as reference:
         if request.out.exists() and not request.out.is_dir():
             raise InputError(f"{request.out} is a file.", "Choose a folder with -o.", code="output")
-        info = reference.describe(model).info
+        info = reference.describe(run.model).info
         golden = Golden(
             folder=request.out,
-            source=side,
-            model=seen_from(request.out, request.model),
+            source=request.side,
+            model=seen_from(request.out, run.model),
             fingerprint=info.fingerprint,
             content=info.content,
-            model_name=info.name or model.stem,
-            mode=request.mode,
-            points=request.points,
-            slice_size=request.slice_size,
+            model_name=info.name or run.model.stem,
+            mode=run.mode,
+            points=run.points,
+            slice_size=run.slice_size or DEFAULT_SLICE,
             build={},
             created=now(),
             prompts=(),
         )
+        dumps = GoldenDumps(request.side, replace(run, generate=0), reference)
         put(golden.folder / ".gitattributes", b"*.jsonl -diff\nledger.jsonl merge=union\n")
-        made: list[GoldenPrompt] = []
-        with (
-            maker(golden, side, model, reference, request.command, request.threads, request.backend) as make,
-            tempfile.TemporaryDirectory(prefix="parity-drift-") as scratch,
-        ):
+        written: list[GoldenPrompt] = []
+        with tempfile.TemporaryDirectory(prefix="parity-drift-") as scratch:
             for number, text in enumerate(texts):
-                ids = reference.tokenize(model, text)
-                prompt = GoldenPrompt(text, ids.ids, ids.pieces, (), (), f"{number:03}.jsonl")
-                if request.generate and side != "exec":
-                    prompt = led(prompt, golden, reference, model, request.generate, request.threads)
-                make(prompt, Path(scratch) / prompt.file)
-                made.append(prompt)
+                prompt = resolve_prompt(reference, run.model, text)
+                if run.generate and request.side != EXEC:
+                    prompt = chosen_by_llama_cpp(prompt, run, reference)
+                kept = golden_prompt(prompt, f"{number:03}.jsonl")
+                dumps.write(prompt, Path(scratch) / kept.file)
+                written.append(kept)
                 if progress is not None:
                     progress("golden", number + 1, len(texts))
-            for prompt in made:  # all are there: only now do they take the place of an earlier recording
-                put(golden.path(prompt), (Path(scratch) / prompt.file).read_bytes())
-    header = read(golden.path(made[0])).header
-    golden = replace(golden, prompts=tuple(made), build=dict(header.build) if header else {})
+            for kept in written:  # all are there: only now do they take the place of an earlier recording
+                put(golden.path(kept), (Path(scratch) / kept.file).read_bytes())
+    header = read(golden.path(written[0])).header
+    golden = replace(golden, prompts=tuple(written), build=dict(header.build) if header else {})
     golden.save()
     return golden
 
@@ -129,7 +123,7 @@ def check(request: Checking, progress: Progress | None = None) -> Drift:
             paths: Sequence[Path] = _assigned(golden, request.dumps)
             source = "dumps"
         else:
-            source = "exec" if request.command else (request.side or golden.source)
+            source = EXEC if request.command is not None else (request.side or golden.source)
             paths = list(_run_again(golden, source, request, scratch, progress))
         dumps = [formats.load(path) for path in paths]
         options = Options(tolerance=request.tolerance, compute=request.compute, strict=True)
@@ -233,18 +227,25 @@ def _update(
 
 
 def _run_again(golden: Golden, source: str, request: Checking, scratch: Path, progress: Progress | None) -> Iterator[Path]:
-    model = golden.model_path(request.model)
-    with (
-        Reference(threads=request.threads) as reference,
-        maker(golden, source, model, reference, request.command, request.threads, request.backend) as make,
-    ):
-        for number, prompt in enumerate(golden.prompts):
-            out = scratch / prompt.file
-            if source == "ref":  # the tokenizer is under watch, too
-                ids = reference.tokenize(model, prompt.text)
-                if ids.ids != prompt.tokens:
-                    prompt = replace(prompt, tokens=ids.ids, pieces=ids.pieces)  # noqa: PLW2901 - what is run is what came out
-            make(prompt, out)
+    run = Request(
+        model=golden.model_path(request.model),
+        command=request.command,
+        mode=golden.mode,
+        points=golden.points,
+        slice_size=golden.slice_size,
+        backend=request.backend,
+        threads=request.threads,
+    )
+    with Reference(threads=request.threads) as reference:
+        dumps = GoldenDumps(source, run, reference)
+        for number, kept in enumerate(golden.prompts):
+            out = scratch / kept.file
+            prompt = kept.prompt
+            if source == REF:  # the tokenizer is under watch, too
+                ids = reference.tokenize(run.model, kept.text)
+                if ids.ids != kept.tokens:
+                    prompt = replace(prompt, ids=ids.ids, pieces=ids.pieces)
+            dumps.write(prompt, out)
             if progress is not None:
                 progress(source, number + 1, len(golden.prompts))
             yield out

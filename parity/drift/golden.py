@@ -16,6 +16,7 @@ from checkpoints.points import resolve
 from checkpoints.whole_file import put
 
 from ..models import embedded as default_model
+from ..run.request import Prompt
 
 FORMAT = 1
 MANIFEST = "drift.json"
@@ -32,6 +33,11 @@ class GoldenPrompt:
     generated: tuple[int, ...]
     generated_pieces: tuple[str, ...]
     file: str
+
+    @property
+    def prompt(self) -> Prompt:
+        """As sides take it."""
+        return Prompt(self.text, self.tokens, self.pieces, self.generated, self.generated_pieces)
 
 
 @dataclass(frozen=True)
@@ -148,9 +154,16 @@ def _prompt(item: dict[str, Any]) -> GoldenPrompt:
     )
 
 
-def seen_from(folder: Path, model: Path | None) -> str:
+def golden_prompt(prompt: Prompt, file: str) -> GoldenPrompt:
+    """A prompt whose dump is `file`."""
+    return GoldenPrompt(prompt.text or "", prompt.ids, prompt.pieces, prompt.generated, prompt.generated_pieces, file)
+
+
+def seen_from(folder: Path, model: Path) -> str:
     """How a folder remembers its model: relative, so that a checkout may lie anywhere."""
-    return EMBEDDED if model is None else Path(os.path.relpath(model.resolve(), folder.resolve())).as_posix()
+    if model == default_model.path():
+        return EMBEDDED
+    return Path(os.path.relpath(model.resolve(), folder.resolve())).as_posix()
 
 
 def read_prompts(path: Path) -> tuple[str, ...]:

@@ -114,8 +114,12 @@ def versions(header: Header | None) -> dict[str, str]:
 
 
 def changes(before: dict[str, str], now: dict[str, str]) -> tuple[Change, ...]:
-    """Versions and settings that are not what they were."""
-    return tuple(Change(name, before[name], now[name]) for name in before if name in now and before[name] != now[name])
+    """Versions and settings that are not what they were. An older version's spelling ("f32 twin") is no change."""
+    return tuple(
+        Change(name, before[name], now[name])
+        for name in before
+        if name in now and before[name].casefold() != now[name].casefold()
+    )
 
 
 def commit() -> tuple[str, bool]:

@@ -26,7 +26,7 @@ from reference.jobs import DumpJob
 from ..diff.limits import limits
 from ..diff.tokens import same_model
 from ..models.embedded import path as default_model
-from ..run.request import Prompt, Request
+from ..run.request import Prompt
 from ..run.session import resolve_prompt
 from .attention_checks import AttentionChecks
 from .isolation_said import attention_said, not_checked
@@ -103,7 +103,7 @@ def isolate(request: IsolateRequest, running: Reference | None = None) -> Isolat
         raise InputError("exact mode has a cache of F32.", "Leave --kv-type out, or take --mode native.", code="kv_type")
     bench = _bench(request.model, [mode == "native"], request.kv_type, LIMIT, request.rows)
     with _started(request, running) as reference:
-        prompt = resolve_prompt(reference, Request(request.model, request.prompt, request.tokens))
+        prompt = resolve_prompt(reference, request.model, request.prompt, request.tokens)
         bench.transformer.check(prompt.ids, 0)
         passes = _feed_reference(reference, request, prompt, mode, bench)
         build = reference.versions()
@@ -154,7 +154,7 @@ def _feed_reference(reference: Reference, request: IsolateRequest, prompt: Promp
             prompt.pieces,
             mode=mode,
             points=points,
-            slice=1,
+            slice_size=1,
             full=True,
             generate=request.generate,
             window="off",
@@ -236,7 +236,7 @@ def _foreign(request: IsolateRequest, dump: Path, running: Reference | None) -> 
             return stack.enter_context(_started(request, running))
 
         if request.prompt is not None or request.tokens is not None:
-            prompt = resolve_prompt(reference(), Request(request.model, request.prompt, request.tokens))
+            prompt = resolve_prompt(reference(), request.model, request.prompt, request.tokens)
             tokens = np.array(prompt.ids, dtype=np.int64)
         else:
             tokens = values.tokens()

@@ -17,7 +17,7 @@ from reference.client import Reference
 from reference.jobs import Node
 
 from ..diff.align import Pair
-from ..diff.metrics import measure
+from ..diff.measure import measure
 from .whole_values import WholeValues
 
 LAYER = "layer"

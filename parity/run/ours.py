@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -12,32 +11,47 @@ from numpy.typing import NDArray
 from checkpoints.jsonl import Writer
 from checkpoints.points import default_layers, layer_outputs, select
 from checkpoints.record import DEFAULT_SLICE, Header, Token
+from checkpoints.recording import Recording, passes
 from checkpoints.tensors import TensorWriter, beside
 from engine.capture.device import tap
-from engine.capture.host import Capture, Positions
+from engine.capture.host import Capture
 from engine.transformer import Transformer
+
+from .. import version
+from .request import Prompt
 
 TOP = 5  # logits a token record carries: enough to see what was nearly chosen
 
 
 @dataclass(frozen=True)
-class OursJob:
+class OursJob(Recording):
     """What our engine is to record. `generated` are the ids that it is led along after the prompt, with their texts."""
 
     out: Path
     tokens: tuple[int, ...]
     pieces: tuple[str, ...] = ()
     prompt: str | None = None
-    mode: str = "exact"
-    points: str = "default"
-    layers: tuple[int, ...] | None = None
-    positions: Positions = "all"
-    slice_size: int = DEFAULT_SLICE
-    full: bool = False
     generated: tuple[int, ...] = ()
     generated_pieces: tuple[str, ...] = ()
-    first_position: int = 0
+    portions: tuple[int, ...] = ()
     on_step: Callable[[int, int], None] | None = field(default=None, compare=False)
+
+    @classmethod
+    def of(
+        cls, prompt: Prompt, out: Path, recording: Recording, on_step: Callable[[int, int], None] | None = None
+    ) -> "OursJob":
+        """The job that records a prompt as asked."""
+        return cls(
+            out,
+            prompt.ids,
+            prompt.pieces,
+            prompt.text,
+            generated=prompt.generated,
+            generated_pieces=prompt.generated_pieces,
+            portions=prompt.portions,
+            on_step=on_step,
+            **recording.recording(),
+        )
 
 
 def chosen_points(transformer: Transformer, points: str, layers: tuple[int, ...] | None) -> list[str]:
@@ -64,9 +78,9 @@ def header(transformer: Transformer, job: OursJob) -> Header:
         mode=job.mode,
         compute=transformer.compute,
         kv_type="f32",
-        slice=job.slice_size,
+        slice=job.slice_size if job.slice_size is not None else DEFAULT_SLICE,
         hparams={"eps": hp.eps, "heads": hp.n_heads, "kv_heads": hp.n_kv_heads, "vocab": hp.n_vocab, "rope_base": hp.rope_base},
-        build={"version": version("parity"), "backend": transformer.backend.name, "device": transformer.backend.device},
+        build={"version": version(), "backend": transformer.backend.name, "device": transformer.backend.device},
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
 
@@ -81,7 +95,7 @@ def dump(transformer: Transformer, job: OursJob) -> Header:
     transformer.check(job.tokens + job.generated, job.first_position)
     described = header(transformer, job)
     tensors = TensorWriter(beside(job.out)) if job.full else None
-    total = len(transformer.steps) * (1 + len(job.generated))
+    total = len(transformer.steps) * (len(passes(len(job.tokens), job.portions)) + len(job.generated))
     done = 0
 
     with Writer(job.out, described) as writer:
@@ -110,7 +124,8 @@ def dump(transformer: Transformer, job: OursJob) -> Header:
 
 def _passes(transformer: Transformer, job: OursJob, capture: Capture) -> None:
     progress = transformer.start(job.first_position)
-    logits = transformer.forward(job.tokens, progress, capture)
+    for part in passes(len(job.tokens), job.portions):
+        logits = transformer.forward(job.tokens[part], progress, capture)
     texts = job.generated_pieces or ("",) * len(job.generated)
     for token, text in zip(job.generated, texts, strict=True):
         capture.token(Token(progress.first + progress.length, token, text, top_logits(logits)))

@@ -1,40 +1,35 @@
-"""What one experiment is asked to be: plain data that commands fill in."""
+"""What one experiment is asked to be: plain data that commands fill in and that is passed on whole."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 from checkpoints.mapping import Mapping
-from checkpoints.record import DEFAULT_SLICE
-from engine.capture.host import Positions
+from checkpoints.recording import Recording
+
+from .command import Command
 
 Progress = Callable[[str, int, int | None], None]  # (side, done, total); no total: how long it takes is not known
 
 
 @dataclass(frozen=True)
-class Request:
+class Request(Recording):
     """What `parity run` was asked for. Where ids are given, `tokens` are taken and `prompt` is only the text they stand for.
 
-    `command` is a foreign engine's command line, `mapping` what its names mean and where its positions begin.
+    `command` starts a foreign engine; `mapping` says what its names mean and where its positions begin. `generate` is how many
+    tokens llama.cpp is to choose after the prompt, which our side is then led along.
     """
 
     model: Path
     prompt: str | None = None
     tokens: tuple[int, ...] | None = None
-    mode: Literal["exact", "native"] = "exact"
     backend: str = "auto"
     devices: tuple[int, ...] = ()
-    command: str | None = None
-    points: str = "default"
-    layers: tuple[int, ...] | None = None
-    positions: Positions = "all"
-    slice_size: int = DEFAULT_SLICE
-    full: bool = False
+    command: Command | None = None
     generate: int = 0
     window: int | Literal["auto", "off"] = "auto"
     threads: int | None = None
-    first_position: int = 0
     tolerance: float | None = None
     strict: bool = False
     compute: str | None = None
@@ -46,16 +41,18 @@ class Request:
 
 @dataclass(frozen=True)
 class Prompt:
-    """Token ids and their texts."""
+    """Token ids with their texts, and those of the tokens that a side is led along after them.
+
+    `portions` says how many of the prompt's tokens each forward pass takes; () for all of them in one.
+    """
 
     text: str | None
     ids: tuple[int, ...]
     pieces: tuple[str, ...]
+    generated: tuple[int, ...] = ()
+    generated_pieces: tuple[str, ...] = ()
+    portions: tuple[int, ...] = ()
 
-
-@dataclass(frozen=True)
-class Generated:
-    """The tokens that llama.cpp chose, which our side is led along."""
-
-    ids: tuple[int, ...]
-    pieces: tuple[str, ...]
+    def followed_by(self, ids: tuple[int, ...], pieces: tuple[str, ...]) -> Self:
+        """The same prompt, with tokens to be led along after it."""
+        return replace(self, generated=ids, generated_pieces=pieces)

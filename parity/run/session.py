@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from time import perf_counter
 from typing import Any
 
@@ -18,14 +19,15 @@ from checkpoints.points import DEFAULT_LAYERS, default_layers, parse
 from checkpoints.reading.reader import read
 from checkpoints.record import Dump
 from reference.client import Reference
-from reference.jobs import DumpJob, DumpResult
+from reference.jobs import DumpResult
 
-from ..diff.compare import Options
-from ..diff.picture import compare_drawn
+from ..diff.compare import Options, comparison
 from ..diff.tokens import same_model
 from ..lint.lint import refuse_unusable
-from .request import Generated, Progress, Prompt, Request
-from .sides import Foreign, Own
+from .request import Progress, Prompt, Request
+from .sides import EXEC, OURS, LlamaCpp, OurEngine, Side, side_of
+
+OURS_FILE, REF_FILE = "ours.jsonl", "ref.jsonl"
 
 
 @dataclass(frozen=True)
@@ -58,41 +60,19 @@ def new_folder(request: Request) -> Path:
     return folder
 
 
-def resolve_prompt(reference: Reference, request: Request) -> Prompt:
-    """The prompt's ids and pieces, as llama.cpp makes them.
+def resolve_prompt(reference: Reference, model: Path, text: str | None, tokens: tuple[int, ...] | None = None) -> Prompt:
+    """The prompt's ids and pieces, as llama.cpp makes them: of `tokens` where they are given (`text` is what they stand for).
 
     Raises:
         InputError: the prompt has no tokens, or ids are outside the vocabulary.
     """
-    if request.tokens is not None:
-        return Prompt(request.prompt, request.tokens, tuple(reference.pieces(request.model, request.tokens)))
-    text = request.prompt or ""
-    made = reference.tokenize(request.model, text)
-    if not made.ids:
+    if tokens is not None:
+        return Prompt(text, tokens, tuple(reference.pieces(model, tokens)))
+    text = text or ""
+    tokenized = reference.tokenize(model, text)
+    if not tokenized.ids:
         raise InputError("the prompt has no tokens.", "Write a word at least.", code="prompt")
-    return Prompt(text, tuple(made.ids), tuple(made.pieces))
-
-
-def reference_job(request: Request, prompt: Prompt, out: Path, lead: tuple[int, ...] | None = None) -> DumpJob:
-    """What llama.cpp is asked to record."""
-    return DumpJob(
-        model=request.model,
-        out=out,
-        tokens=prompt.ids,
-        prompt=prompt.text,
-        pieces=prompt.pieces,
-        mode=request.mode,
-        points=request.points,
-        layers=request.layers,
-        positions=request.positions,
-        slice=request.slice_size,
-        full=request.full,
-        generate=request.generate,
-        lead=lead,
-        window=request.window,
-        threads=request.threads,
-        first_position=request.first_position,
-    )
+    return Prompt(text, tuple(tokenized.ids), tuple(tokenized.pieces))
 
 
 def run(
@@ -106,48 +86,96 @@ def run(
     `started` is a reference that was started ahead, and is ended here; `meanwhile` is called where nothing is left to do but
     to wait for llama.cpp.
 
-    Our engine and llama.cpp compute at the same time, unless tokens are generated: then llama.cpp goes first and
-    chooses, and ours is led along the same tokens.
-
     Raises:
-        ParityError: whatever is wrong with the request, the model or the reference, in one line.
+        ParityError: whatever is wrong with the request, the model, a side or the reference, in one line.
     """
     began = perf_counter()
     # The child process starts first: it imports llama.cpp while our side opens the model.
     with started or Reference(verbose=request.verbose, threads=request.threads) as reference:
-        ours = Foreign(request, reference) if request.command else Own(request)
+        ours = side_of(OURS if request.command is None else EXEC, request, reference)
         folder = new_folder(request)
-        prompt = resolve_prompt(reference, request)
-        ref_path, ours_path = folder / "ref.jsonl", folder / "ours.jsonl"
+        prompt = resolve_prompt(reference, request.model, request.prompt, request.tokens)
         ours.check(prompt)
-        job = reference_job(replace(request, points=ours.points, layers=None), prompt, ref_path)
-        if progress is not None:
-            progress("llama.cpp", 0, None)
-        if request.generate:
-            chosen = reference.dump(job).generated
-            ours.dump(prompt, ours_path, Generated(chosen, tuple(reference.pieces(request.model, chosen))), progress)
+        if request.command is not None and (request.points, request.layers) == ("default", None):
+            _one_after_the_other(request, reference, ours, prompt, folder, progress)
         else:
-            with ThreadPoolExecutor(1) as pool:
-                pending = pool.submit(reference.dump, job)
-                try:
-                    ours.dump(prompt, ours_path, None, progress)
-                    meanwhile()
-                except BaseException:
-                    reference.close()  # nobody waits for it any more
-                    raise
-                pending.result()
-    left, right = load(ours_path, request.mapping), read(ref_path)
-    if request.command and not request.despite_lint:
+            _at_once(request, reference, ours, prompt, folder, progress, meanwhile)
+    left, right = load(folder / OURS_FILE, request.mapping), read(folder / REF_FILE)
+    if request.command is not None and not request.despite_lint:
         refuse_unusable(left, "your engine's dump")
-    options = Options(
+    found = comparison(left, right, comparison_options(request))
+    verdict = replace(found.verdict, notes=(*taken_instead(request, right), *found.verdict.notes))
+    return Outcome(folder, left, right, verdict, found.picture, perf_counter() - began)
+
+
+def comparison_options(request: Request) -> Options:
+    """How the two dumps of a run are compared."""
+    return Options(
         tolerance=request.tolerance,
         compute=request.compute,
         strict=request.strict,
         placed=request.mapping.position_offset is not None,
     )
-    verdict, drawn = compare_drawn(left, right, options)
-    verdict = replace(verdict, notes=(*taken_instead(request, right), *verdict.notes))
-    return Outcome(folder, left, right, verdict, drawn, perf_counter() - began)
+
+
+def _at_once(
+    request: Request,
+    reference: Reference,
+    ours: Side,
+    prompt: Prompt,
+    folder: Path,
+    progress: Progress | None,
+    meanwhile: Callable[[], None],
+) -> None:
+    """Both sides compute at the same time, unless tokens are generated: then llama.cpp chooses first, and ours is led along."""
+    ref = LlamaCpp(replace(request, points=ours.points, layers=None), reference)
+    if request.generate:
+        chosen = ref.dump(prompt, folder / REF_FILE, progress).generated
+        prompt = prompt.followed_by(chosen, tuple(reference.pieces(request.model, chosen)))
+        ours.dump(prompt, folder / OURS_FILE, progress)
+        return
+    with ThreadPoolExecutor(1) as pool:
+        pending = pool.submit(ref.dump, prompt, folder / REF_FILE, progress)
+        try:
+            ours.dump(prompt, folder / OURS_FILE, progress)
+            meanwhile()
+        except BaseException:
+            reference.close()  # nobody waits for it any more
+            raise
+        pending.result()
+
+
+def _one_after_the_other(
+    request: Request, reference: Reference, ours: Side, prompt: Prompt, folder: Path, progress: Progress | None
+) -> None:
+    """A foreign engine that was not asked for certain points runs first; llama.cpp then records whatever it has printed."""
+    if request.generate:
+        with TemporaryDirectory(prefix="parity-run-") as scratch:
+            chooser = LlamaCpp(replace(request, points="logits", slice_size=1, full=False), reference)
+            chosen = chooser.dump(prompt, Path(scratch) / REF_FILE, progress).generated
+        prompt = prompt.followed_by(chosen, tuple(reference.pieces(request.model, chosen)))
+    ours.dump(prompt, folder / OURS_FILE, progress)
+    printed = load(folder / OURS_FILE, request.mapping)
+    LlamaCpp(following(request, printed), reference).dump(prompt, folder / REF_FILE, progress)
+
+
+def following(request: Request, dump: Dump) -> Request:
+    """The request that records what a dump has: its points, its positions, and no fewer values a row.
+
+    Raises:
+        DumpError: none of its points could be llama.cpp's.
+    """
+    # `blk.N.<node>` may be a name of llama.cpp's; what is neither that nor a point it cannot have.
+    points = [name for name in dump.points if parse(name).known or parse(name).layer is not None]
+    if not points:
+        raise DumpError(f"{dump.path} has no point that llama.cpp could have.", *unknown_names(dump.points), code="points")
+    widest = max(int(dump.points[name].counts.max(initial=0)) for name in points)
+    size = None if request.slice_size is None else max(request.slice_size, widest)
+    request = replace(request, points=",".join(points), layers=None, slice_size=size)
+    if dump.header is None:  # bare lines may count from anywhere: the comparison will find out
+        return request
+    recorded = {int(t) for rows in dump.points.values() for t in rows.token_idx}
+    return replace(request, positions=tuple(sorted(recorded)))
 
 
 def taken_instead(request: Request, ref: Dump) -> tuple[str, ...]:
@@ -164,10 +192,10 @@ def taken_instead(request: Request, ref: Dump) -> tuple[str, ...]:
 def dump_ours(request: Request, out: Path, progress: Progress | None = None) -> None:
     """`parity dump ours`: our side alone."""
     with Reference(verbose=request.verbose) as reference:
-        side = Own(request)
-        prompt = resolve_prompt(reference, request)
+        side = OurEngine(request)
+        prompt = resolve_prompt(reference, request.model, request.prompt, request.tokens)
     side.check(prompt)
-    side.dump(prompt, out, None, progress)
+    side.dump(prompt, out, progress)
 
 
 def dump_reference(request: Request, out: Path, follow: Dump | None = None) -> DumpResult:
@@ -178,23 +206,15 @@ def dump_reference(request: Request, out: Path, follow: Dump | None = None) -> D
     """
     with Reference(verbose=request.verbose, threads=request.threads) as reference:
         if follow is None:
-            return reference.dump(reference_job(request, resolve_prompt(reference, request), out))
+            prompt = resolve_prompt(reference, request.model, request.prompt, request.tokens)
+            return LlamaCpp(request, reference).dump(prompt, out)
         same_model(follow, request.model)
         if request.prompt is None and request.tokens is None:
             request = replace(request, **_prompt_of(follow))
-        prompt = resolve_prompt(reference, request)
-        if follow.header is not None:  # bare lines may count from anywhere: the comparison will find out
-            recorded = {int(t) for rows in follow.points.values() for t in rows.token_idx}
-            request = replace(request, positions=tuple(sorted(recorded)))
-        # `blk.N.<node>` may be a name of llama.cpp's; what is neither that nor a point it cannot have.
-        followed = [name for name in follow.points if parse(name).known or parse(name).layer is not None]
-        if not followed:
-            raise DumpError(
-                f"{follow.path} has no point that llama.cpp could have.", *unknown_names(follow.points), code="points"
-            )
-        request = replace(request, points=",".join(followed))
-        lead = tuple(token.id for token in follow.tokens)
-        return reference.dump(reference_job(request, prompt, out, lead or None))
+        prompt = resolve_prompt(reference, request.model, request.prompt, request.tokens)
+        if follow.tokens:
+            prompt = prompt.followed_by(tuple(token.id for token in follow.tokens), ())
+        return LlamaCpp(following(request, follow), reference).dump(prompt, out)
 
 
 def _prompt_of(dump: Dump) -> dict[str, Any]:

@@ -1,67 +1,98 @@
-"""What can stand on our side of a run: our engine, or a foreign one that a command line starts."""
+"""Who computes a prompt: our engine, a foreign engine that a command line starts, or llama.cpp. One protocol serves them all."""
 
+from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
+from typing import Protocol
 
-from checkpoints.points import layer_outputs
+from checkpoints.errors import InputError
+from checkpoints.points import default_layers, layer_outputs, select
 from engine.opened import open_engine
+from engine.transformer import Transformer
 from engine.weights.gguf_model import GgufModel
 from reference.client import Reference
+from reference.jobs import DumpJob, DumpResult
 
+from .command import POINTS, Command
 from .ours import OursJob, chosen_points, dump
-from .request import Generated, Progress, Prompt, Request
+from .request import Progress, Prompt, Request
+
+OURS, REF, EXEC = "ours", "ref", "exec"
 
 
-class Own:
-    """Our engine as our side."""
+class Side(Protocol):
+    """Whoever computes prompts and writes a dump of each. What is recorded is the request's; a side is opened once."""
 
-    def __init__(self, request: Request) -> None:
+    @property
+    def name(self) -> str:
+        """What sentences call it."""
+
+    @property
+    def points(self) -> str:
+        """The points that it is asked for, as a `--points` expression."""
+
+    def check(self, prompt: Prompt) -> None:
+        """Raises InputError for tokens that it cannot take."""
+
+    def dump(self, prompt: Prompt, out: Path, progress: Progress | None = None) -> object:
+        """Compute the prompt, then the tokens that it is led along, and write `out`.
+
+        Raises:
+            ParityError: the side refuses, fails, or leaves no dump.
+        """
+
+
+class OurEngine:
+    """The engine that comes with parity. `resident`: keep the weights, because there is more than one forward pass.
+
+    `engine` is one that is open already, else it is opened here.
+    """
+
+    name = "our engine"
+
+    def __init__(self, request: Request, *, resident: bool | None = None, engine: Transformer | None = None) -> None:
         self._request = request
-        # One forward pass reads each weight once: keep none of them. Generation reads them again at every step.
-        self._transformer = open_engine(
+        self._engine = engine or open_engine(
             GgufModel(request.model),
             request.backend,
             request.devices,
-            resident=request.generate > 0,
+            resident=request.generate > 0 if resident is None else resident,
             native=request.mode == "native" and not request.full,  # whole tensors are the exact engine's
         )
 
     @property
     def points(self) -> str:
         """The points by name: llama.cpp's graph has nodes besides that nobody asked for."""
-        return ",".join(chosen_points(self._transformer, self._request.points, self._request.layers))
+        return ",".join(chosen_points(self._engine, self._request.points, self._request.layers))
 
     def check(self, prompt: Prompt) -> None:
         """Raises InputError for tokens that the model cannot take."""
-        self._transformer.check(prompt.ids, self._request.first_position)
+        self._engine.check(prompt.ids + prompt.generated, self._request.first_position)
 
-    def dump(self, prompt: Prompt, out: Path, led: Generated | None, progress: Progress | None) -> None:
-        """Compute the prompt, then what was chosen for it, and write `out`."""
-        request = self._request
-        job = OursJob(
-            out=out,
-            tokens=prompt.ids,
-            pieces=prompt.pieces,
-            prompt=prompt.text,
-            mode=request.mode,
-            points=request.points,
-            layers=request.layers,
-            positions=request.positions,
-            slice_size=request.slice_size,
-            full=request.full,
-            generated=led.ids if led else (),
-            generated_pieces=led.pieces if led else (),
-            first_position=request.first_position,
-            on_step=None if progress is None else lambda done, total: progress("ours", done, total),
-        )
-        dump(self._transformer, job)
+    def dump(self, prompt: Prompt, out: Path, progress: Progress | None = None) -> None:
+        """Compute the prompt, then the tokens that it is led along, and write `out`."""
+        report: Callable[[int, int], None] | None = None
+        if progress is not None:
+            said = progress
+
+            def report(done: int, total: int) -> None:
+                said("ours", done, total)
+
+        dump(self._engine, OursJob.of(prompt, out, self._request, report))
 
 
-class Foreign:
-    """A foreign engine as our side: a command line that writes a dump."""
+class ExternalEngine:
+    """A foreign engine that a command line starts. It is given the F32 twin in exact mode, else the file itself."""
 
-    def __init__(self, request: Request, reference: Reference) -> None:
+    def __init__(self, request: Request, command: Command, reference: Reference) -> None:
         self._request = request
+        self._command = command
         self._reference = reference
+
+    @property
+    def name(self) -> str:
+        """Its program's name."""
+        return self._command.name
 
     @property
     def points(self) -> str:
@@ -72,11 +103,80 @@ class Foreign:
     def check(self, prompt: Prompt) -> None:
         """A foreign engine judges its tokens itself."""
 
-    def dump(self, prompt: Prompt, out: Path, led: Generated | None, progress: Progress | None) -> None:
-        """Start it; it is to write `out`. Raises InputError or DumpError where it does not."""
-        from .foreign import run_command
+    @cached_property
+    def model(self) -> Path:
+        """The file that it loads."""
+        return self._reference.twin(self._request.model) if self._request.mode == "exact" else self._request.model
 
+    def dump(self, prompt: Prompt, out: Path, progress: Progress | None = None) -> None:
+        """Start it; it is to write `out`. Raises EngineError where it does not."""
+        tokens = (*prompt.ids, *prompt.generated)
+        if progress is not None:
+            progress(self.name, 0, None)
+        self._command.run(model=self.model, tokens=tokens, out=out, points=self._names(), portions=prompt.portions)
+
+    def _names(self) -> str:
+        """The points by name, with commas: an engine need not understand globs. They are llama.cpp's, as far as it has them."""
+        if not self._command.takes(POINTS):
+            return ""
+        described = self._reference.describe(self._request.model)
+        known = [name for name, _ in described.points]
+        layers, points = self._request.layers, self.points
+        if points == "default":
+            points = ",".join(layer_outputs(default_layers(described.n_layers) if layers is None else layers))
+        try:
+            return ",".join(select(points, known, described.n_layers))
+        except InputError:  # a name of the engine's own
+            return points
+
+
+class LlamaCpp:
+    """llama.cpp, in the reference's process."""
+
+    name = "llama.cpp"
+
+    def __init__(self, request: Request, reference: Reference) -> None:
+        self._request = request
+        self._reference = reference
+
+    @property
+    def points(self) -> str:
+        """What was asked for."""
+        return self._request.points
+
+    def check(self, prompt: Prompt) -> None:
+        """llama.cpp checks its tokens before it writes anything."""
+
+    def dump(self, prompt: Prompt, out: Path, progress: Progress | None = None) -> DumpResult:
+        """Compute the prompt, then the tokens that it is led along, then those that it is to choose itself, and write `out`."""
+        if progress is not None:
+            progress(self.name, 0, None)
         request = self._request
-        model = self._reference.twin(request.model) if request.mode == "exact" else request.model
-        tokens = (*prompt.ids, *(led.ids if led else ()))
-        run_command(request.command or "", model=model, tokens=tokens, out=out)
+        return self._reference.dump(
+            DumpJob(
+                request.model,
+                out,
+                prompt.ids,
+                prompt=prompt.text,
+                pieces=prompt.pieces,
+                generate=0 if prompt.generated else request.generate,
+                lead=prompt.generated or None,
+                portions=prompt.portions,
+                window=request.window,
+                threads=request.threads,
+                **request.recording(),
+            )
+        )
+
+
+def side_of(source: str, request: Request, reference: Reference, *, resident: bool | None = None) -> Side:
+    """The side of that name: "ours", "ref" or "exec".
+
+    Raises:
+        InputError: a foreign engine without its command.
+    """
+    if source == EXEC:
+        if request.command is None:
+            raise InputError("a foreign engine's numbers need its command.", "Give it with --exec.", code="exec")
+        return ExternalEngine(request, request.command, reference)
+    return LlamaCpp(request, reference) if source == REF else OurEngine(request, resident=resident)

@@ -1,4 +1,4 @@
-"""Models of any shape with seeded random weights: for tests, benchmarks and bug reports.
+"""qwen2 and llama of any shape, written by tables of our own: no llama.cpp is needed.
 
 The scale of the weights is that of trained models, so that hidden states stay sane: a matrix is N(0, 1/in), what adds to
 the residual stream is smaller by sqrt(2 · layers) (GPT-2's initialisation), norms are near 1 with a few strong channels,
@@ -16,13 +16,13 @@ from numpy.typing import NDArray
 from checkpoints.errors import InputError
 from checkpoints.gguf_file import contents
 
-_OUTLIERS = 3  # channels of a norm, and elements of a key bias, that stand out
-_OUTLIER_SIZE = 4.0  # times the others; a choice, so that a few channels carry much of each sum, as in trained models
+OUTLIERS = 3  # channels of a norm, and elements of a key bias, that stand out
+OUTLIER_SIZE = 4.0  # times the others; a choice, so that a few channels carry much of each sum, as in trained models
 # Random queries and keys at full scale give scores of ±90 and a softmax so sharp that float32 rounding grows to 1e-10 in
 # two layers; at half of it the scores are those of the trained stories model (a root mean square of 5 to 35).
-_QK_SCALE = 0.5
+QK_SCALE = 0.5
 # Llama 3.1's frequency factors: from 1 for fast rotations to 8 for slow ones (rope_freqs.weight of its GGUF files).
-_SLOWEST_FACTOR = 8.0
+SLOWEST_FACTOR = 8.0
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def synthesize(out: Path, shape: Shape, *, weight_type: str = "f16", seed: int =
         out.parent.mkdir(parents=True, exist_ok=True)
         writer = gguf.GGUFWriter(out, shape.architecture)
         _metadata(writer, shape, kind)
-        _tokenizer(writer, shape, tokenizer)
+        add_tokenizer(writer, shape, tokenizer)
         for name, dims in _tensors(shape):
             stored = kind if len(dims) == 2 else gguf.GGMLQuantizationType.F32
             dtype, raw_dtype, nbytes = _stored(dims, stored)
@@ -211,7 +211,12 @@ def _metadata(writer: Any, shape: Shape, kind: Any) -> None:
     writer.add_vocab_size(shape.vocab)
 
 
-def _tokenizer(writer: Any, shape: Shape, source: Path | None) -> None:
+def add_tokenizer(writer: Any, shape: Shape, source: Path | None) -> None:
+    """Copy the tokenizer of the GGUF `source`, padded to the vocabulary; None says that there is none ("no_vocab").
+
+    Raises:
+        InputError: it has more tokens than the vocabulary.
+    """
     if source is None:
         writer.add_tokenizer_model("no_vocab")
         return
@@ -267,19 +272,19 @@ def _matrices(shape: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 def _values(name: str, dims: tuple[int, ...], shape: Shape, rng: np.random.Generator) -> NDArray[np.float32]:
     if name == "rope_freqs.weight":
-        return np.geomspace(1.0, _SLOWEST_FACTOR, dims[0]).astype(np.float32)
+        return np.geomspace(1.0, SLOWEST_FACTOR, dims[0]).astype(np.float32)
     if name.endswith("norm.weight"):
         weight = 1 + 0.1 * rng.standard_normal(dims[0])
-        weight[rng.choice(dims[0], min(_OUTLIERS, dims[0]), replace=False)] *= _OUTLIER_SIZE
+        weight[rng.choice(dims[0], min(OUTLIERS, dims[0]), replace=False)] *= OUTLIER_SIZE
         return weight.astype(np.float32)
     if name.endswith(".bias"):
         bias = 0.5 * rng.standard_normal(dims[0])
         if ".attn_k." in name:
-            bias[rng.choice(dims[0], min(_OUTLIERS, dims[0]), replace=False)] *= _OUTLIER_SIZE
+            bias[rng.choice(dims[0], min(OUTLIERS, dims[0]), replace=False)] *= OUTLIER_SIZE
         return bias.astype(np.float32)
     scale = 1.0 / np.sqrt(dims[1])
     if name.endswith(("attn_q.weight", "attn_k.weight")):
-        scale *= _QK_SCALE
+        scale *= QK_SCALE
     if name.endswith(("attn_output.weight", "ffn_down.weight")):
         scale /= np.sqrt(2 * shape.layers)
     matrix = rng.standard_normal(dims, dtype=np.float32)

@@ -1,0 +1,53 @@
+"""What is to be recorded of a prompt: the same words for every side, from the command line to whoever computes."""
+
+from dataclasses import dataclass, fields
+from itertools import accumulate
+from typing import Any, Literal
+
+from .errors import InputError
+from .record import DEFAULT_SLICE
+
+Positions = Literal["all", "last"] | tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recording:
+    """What a side is to record; requests and jobs are made of this and of what they need besides.
+
+    Attributes:
+        mode: "exact" computes in float32 (llama.cpp its F32 twin), "native" the file as it is.
+        points: a `--points` expression: "default", "all", names, globs.
+        layers: the layers whose output "default" stands for; None for 0, 5, 10, 23 and the last.
+        positions: "all", "last" (of each forward pass), or positions in the sequence.
+        slice_size: leading values a record carries; None for all of them.
+        full: write whole tensors beside the dump, as safetensors.
+        first_position: where the first token stands, so that long contexts can be tried without a long prompt.
+    """
+
+    mode: str = "exact"
+    points: str = "default"
+    layers: tuple[int, ...] | None = None
+    positions: Positions = "all"
+    slice_size: int | None = DEFAULT_SLICE
+    full: bool = False
+    first_position: int = 0
+
+    def recording(self) -> dict[str, Any]:
+        """These fields by name: what another request or job of the same recording is made with."""
+        return {field.name: getattr(self, field.name) for field in fields(Recording)}
+
+
+def passes(count: int, portions: tuple[int, ...] = ()) -> list[slice]:
+    """Which of `count` prompt tokens each forward pass takes: as many as `portions` says, or all of them in one.
+
+    Raises:
+        InputError: the portions are not `count` tokens together.
+    """
+    portions = portions or (count,)
+    if sum(portions) != count or min(portions) < 1:
+        raise InputError(
+            f"portions of {', '.join(map(str, portions))} tokens do not make up a prompt of {count}.",
+            "Give portions of 1 or more tokens that add up to the prompt.",
+            code="portions",
+        )
+    return [slice(end - size, end) for end, size in zip(accumulate(portions), portions, strict=True)]

@@ -1,0 +1,65 @@
+"""What a node says besides its operands: the 16 integers of `ggml_tensor.op_params` and the type of its result."""
+
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..backend import Array, module_of
+
+Shape = tuple[int, int, int, int]
+Operation = Callable[..., Array]  # operation(*operands: Array | None, params: OpParams, shape: Shape) -> Array
+
+_Index = int  # inside the class `int` is the method
+
+
+@dataclass(frozen=True)
+class OpParams:
+    """`ggml_tensor.op_params`: raw int32, some of which are the bits of a float.
+
+    Attributes:
+        values: the integers; those that are not given count as 0.
+        kind: the ggml type of the node's result, which a copy is rounded to.
+        rounds: whether what ggml rounds by definition (the table of GELU, copies to F16) is rounded here, too. None: where the
+            operands are float32, so that float64 operands give the unrounded value.
+    """
+
+    values: tuple[int, ...] = ()
+    kind: str = "f32"
+    rounds: bool | None = None
+
+    def int(self, index: _Index) -> _Index:
+        """The integer at `index`."""
+        return self.values[index] if index < len(self.values) else 0
+
+    def float(self, index: _Index) -> float:
+        """The float whose bits stand at `index`."""
+        value: float = struct.unpack("<f", struct.pack("<i", self.int(index)))[0]
+        return value
+
+    def rounded(self, x: Array) -> bool:
+        """Whether a value like `x` is to be rounded where ggml rounds by definition."""
+        return bool(x.dtype != np.float64) if self.rounds is None else self.rounds
+
+
+def as_floats(*arrays: Array) -> tuple[Array, ...]:
+    """The arrays in the dtype that an operation computes in: float64 where one of them is, else float32 (F16 and BF16 are widened)."""
+    dtype = np.float64 if any(array.dtype == np.float64 for array in arrays) else np.float32
+    return tuple(array.astype(dtype, copy=False) for array in arrays)
+
+
+def to_half(x: Array) -> Array:
+    """Rounded to float16 (nearest even), in the dtype of `x`: GGML_CPU_FP32_TO_FP16 and back."""
+    with np.errstate(over="ignore"):  # beyond 65,504 it becomes infinite, as there
+        return x.astype(np.float16).astype(x.dtype)
+
+
+def to_brain(x: Array) -> Array:
+    """Rounded to bfloat16 (nearest even), in the dtype of `x`: ggml_compute_fp32_to_bf16 and back."""
+    xp = module_of(x)
+    single = xp.ascontiguousarray(x, dtype=np.float32)
+    bits = single.view(np.uint32)
+    rounded = bits + (np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))
+    rounded = np.where(np.isnan(single), bits | np.uint32(1 << 22), rounded)
+    return (rounded & np.uint32(0xFFFF0000)).view(np.float32).astype(x.dtype, copy=False)

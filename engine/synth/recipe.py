@@ -1,0 +1,140 @@
+"""What a recipe is: the metadata that make llama.cpp build a small model of an architecture.
+
+llama.cpp itself says which tensors it wants for these metadata and in which shapes; a recipe only names the optional ones
+that it leaves out.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from checkpoints.errors import InputError
+
+from .dense import Shape
+
+Value = bool | int | float | str | list[Any]
+Tensor = tuple[str, tuple[int, ...]]
+_QUANTISATION_SCALE = r"\.(scale|input_scale)$"  # of NVFP4 weights: scalars beside a matrix, which no plain file has
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to make one kind of model.
+
+    Attributes:
+        name: what `--architecture` takes: the architecture, or a variant of it.
+        architecture: what the file says (`general.architecture`).
+        shape: the dimensions where the user asks for no others.
+        metadata: keys without the architecture's prefix, or with a leading "/" for whole keys; a function of the shape
+            where the value follows it.
+        without: regular expressions of optional tensors that the model does without.
+        layer_norm: whether norms are LayerNorm (ε under its own key) instead of RMS.
+        fused_qkv: whether Q, K and V lie in one tensor.
+        kind: the file type where the user asks for no other.
+    """
+
+    name: str
+    architecture: str
+    shape: Shape
+    metadata: Mapping[str, Value | Callable[[Shape], Value]]
+    without: tuple[str, ...] = ()
+    layer_norm: bool = False
+    fused_qkv: bool = False
+    kind: str = "f16"
+
+    def values(self, shape: Shape, changes: Mapping[str, Value]) -> dict[str, Value]:
+        """Every key of the architecture with its value, whole keys; `changes` replace and add."""
+        epsilon = "attention.layer_norm_epsilon" if self.layer_norm else "attention.layer_norm_rms_epsilon"
+        common: dict[str, Value] = {
+            "context_length": shape.context,
+            "embedding_length": shape.width,
+            "block_count": shape.layers,
+            "feed_forward_length": shape.ff,
+            "attention.head_count": shape.heads,
+            "attention.head_count_kv": shape.kv_heads,
+            epsilon: shape.eps,
+            "rope.freq_base": shape.rope_base,
+            "vocab_size": shape.vocab,
+        }
+        if shape.head_size:
+            common |= {"attention.key_length": shape.head, "attention.value_length": shape.head}
+        own = {key: value(shape) if callable(value) else value for key, value in self.metadata.items()}
+        return {self._whole(key): value for key, value in (common | own | dict(changes)).items()}
+
+    def _whole(self, key: str) -> str:
+        return key.removeprefix("/") if key.startswith("/") else f"{self.architecture}.{key}"
+
+    def tensors(self, wanted: Iterable[Tensor], *, tied: bool) -> list[Tensor]:
+        """What of the wanted tensors (names and row-major shapes) the file holds."""
+        left_out = [re.compile(pattern) for pattern in (*self.without, _QUANTISATION_SCALE)]
+        if tied:
+            left_out.append(re.compile(r"^output\.weight$"))
+        kept = [(name, dims) for name, dims in wanted if not any(pattern.search(name) for pattern in left_out)]
+        return _fuse(kept) if self.fused_qkv else kept
+
+
+def _fuse(tensors: list[Tensor]) -> list[Tensor]:
+    """Q, K and V of each layer as one tensor, in the place of Q."""
+    shapes = dict(tensors)
+    fused: list[Tensor] = []
+    for name, dims in tensors:
+        if ".attn_q." in name:
+            parts = [shapes[name.replace(".attn_q.", f".attn_{letter}.")] for letter in "qkv"]
+            fused.append((name.replace(".attn_q.", ".attn_qkv."), (sum(part[0] for part in parts), *dims[1:])))
+        elif ".attn_k." not in name and ".attn_v." not in name:
+            fused.append((name, dims))
+    return fused
+
+
+def shape_of(recipe: Recipe, **changes: Any) -> Shape:
+    """The recipe's shape with the given fields changed; None changes nothing.
+
+    Where the recipe has as many key/value heads as query heads, they follow.
+
+    Raises:
+        InputError: a shape that no model can have.
+    """
+    asked = {name: value for name, value in changes.items() if value is not None}
+    if "heads" in asked and recipe.shape.kv_heads == recipe.shape.heads:
+        asked.setdefault("kv_heads", asked["heads"])
+    shape = replace(recipe.shape, **asked)
+    if shape.heads and not shape.head_size and shape.width % shape.heads:
+        raise InputError(
+            f"a width of {shape.width} is no multiple of {shape.heads} heads.",
+            "Change the shape, or give --head-size.",
+            code="shape",
+        )
+    if shape.kv_heads and shape.heads % shape.kv_heads:
+        raise InputError(
+            f"{shape.heads} heads cannot share {shape.kv_heads} key/value heads evenly.", "Change the shape.", code="shape"
+        )
+    return shape
+
+
+def parse_settings(settings: Iterable[str]) -> dict[str, Value]:
+    """`KEY=VALUE` texts as metadata: true and false, whole numbers, numbers with a point or exponent, [lists], else text.
+
+    Raises:
+        InputError: a text without "=", or a list that is none.
+    """
+    parsed: dict[str, Value] = {}
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        if not key or not equals:
+            raise InputError(f"--set {setting!r} has no value.", "Write e.g. --set attention.sliding_window=16.", code="set")
+        parsed[key] = _value(text)
+    return parsed
+
+
+def _value(text: str) -> Value:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return text
+    if isinstance(value, list) and value and all(isinstance(item, bool | int | float | str) for item in value):
+        return value
+    if isinstance(value, bool | int | float | str):
+        return value
+    raise InputError(f"{text} is no metadata value.", "Take a number, true, false, a text, or a list of them.", code="set")

@@ -1,0 +1,28 @@
+"""Recipes: small models of many architectures, one entry each, as metadata. See `engine.synth.recipe` for what an entry says."""
+
+from checkpoints.errors import InputError
+
+from ..recipe import Recipe
+from . import dense, encoders, experts, recurrent
+
+RECIPES: dict[str, Recipe] = {entry.name: entry for family in (dense, experts, recurrent, encoders) for entry in family.RECIPES}
+
+
+def names() -> list[str]:
+    """Everything that `--architecture` takes: qwen2, llama and the recipes, sorted."""
+    return sorted({"llama", "qwen2", *RECIPES})
+
+
+def recipe(name: str) -> Recipe:
+    """The recipe of that name.
+
+    Raises:
+        InputError: there is none.
+    """
+    if name not in RECIPES:
+        raise InputError(
+            f"there is no recipe for a model of architecture {name!r}.",
+            f"Take one of {', '.join(names())}.",
+            code="architecture",
+        )
+    return RECIPES[name]

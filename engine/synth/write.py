@@ -1,0 +1,64 @@
+"""A GGUF of given metadata and tensors, its weights made one at a time."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from checkpoints.errors import InputError
+
+from .dense import Shape, add_tokenizer
+from .recipe import Recipe, Tensor, Value
+from .values import values
+
+
+def write(
+    out: Path,
+    recipe: Recipe,
+    shape: Shape,
+    changes: Mapping[str, Value],
+    tensors: Sequence[Tensor] = (),
+    *,
+    seed: int = 0,
+    tokenizer: Path | None = None,
+) -> None:
+    """Write the model with F32 weights; without tensors only its metadata.
+
+    Raises:
+        InputError: an unwritable file, or a tokenizer that is larger than the vocabulary.
+    """
+    import gguf
+
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        writer = gguf.GGUFWriter(out, recipe.architecture)
+        # Not the architecture's name: where llama.cpp reads "phi3" in it, it edits tokens that this vocabulary lacks.
+        writer.add_name(f"synthetic-{shape.layers}x{shape.width}")
+        writer.add_file_type(gguf.LlamaFileType.ALL_F32)
+        for key, value in recipe.values(shape, changes).items():
+            _add_value(writer, key, value)
+        add_tokenizer(writer, shape, tokenizer)
+        for name, dims in tensors:
+            writer.add_tensor_info(name, dims, np.dtype(np.float32), 4 * int(np.prod(dims)))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for name, dims in tensors:
+            writer.write_tensor_data(values(name, dims, seed=seed, layers=shape.layers, width=shape.width))
+        writer.close()
+    except OSError as error:
+        raise InputError(f"cannot write {out}: {error.strerror or error}.", "Choose another -o.", code="output") from error
+
+
+def _add_value(writer: Any, key: str, value: Value) -> None:
+    if isinstance(value, bool):
+        writer.add_bool(key, value)
+    elif isinstance(value, int):
+        writer.add_uint32(key, value)
+    elif isinstance(value, float):
+        writer.add_float32(key, value)
+    elif isinstance(value, str):
+        writer.add_string(key, value)
+    else:
+        writer.add_array(key, value)

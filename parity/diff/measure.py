@@ -1,0 +1,229 @@
+"""How far two aligned records are apart. Returns arrays, one element a record; formats nothing.
+
+NMSE is Σ(a−b)²/Σb², b the reference. Everything is accumulated in float64.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from checkpoints.errors import DumpError
+from checkpoints.record import Dump
+
+from .align import Alignment, Pair, picked
+from .slices import Values, elements, largest, prepare, present_in, slice_errors
+from .whole_rows import column, joined, pass_sums, sizes, whole_rows
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+_BLOCK = 1 << 21  # values measured at once: 16 MiB an intermediate
+
+
+@dataclass(frozen=True)
+class Measures:
+    """One element a record, [R]; NaN (or -1 for an index) where it is not known.
+
+    `nmse` is the larger of `nmse_slice` and `nmse_row`, infinite where one side has a non-finite value that the other has
+    not. `bound` is True where `nmse_row` is a lower bound made of `l2` and `sum` only.
+    """
+
+    nmse: Floats
+    nmse_slice: Floats
+    nmse_row: Floats
+    bound: NDArray[np.bool_]
+    max_abs: Floats
+    index: Ints
+    cosine: Floats
+    relative: Floats
+    relative_index: Ints
+    ulp: Floats
+    ulp_index: Ints
+    nonfinite_ours: Ints
+    nonfinite_ref: Ints
+    future_mass: Floats
+
+    def __len__(self) -> int:
+        return len(self.nmse)
+
+    def take(self, keep: NDArray[np.bool_]) -> "Measures":
+        """Those of some of the records; `keep` is bool [R]."""
+        return Measures(**{field.name: getattr(self, field.name)[keep] for field in fields(self)})
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The pairs of which anything could be compared, and the measures of their R records.
+
+    `point` [R] is the index of a record's pair, `row` [R] its row there; `decode` is our side's phase.
+    """
+
+    pairs: tuple[Pair, ...]
+    measures: Measures
+    notes: tuple[str, ...]
+    point: Ints
+    row: Ints
+    seq: Ints
+    token_idx: Ints
+    step: Ints
+    decode: NDArray[np.bool_]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The points in dataflow order."""
+        return tuple(pair.point for pair in self.pairs)
+
+
+def measured(alignment: Alignment, ours: Dump, ref: Dump) -> Measured:
+    """Measure every aligned record; those without a finite value in common are left out, and counted in a note.
+
+    Raises:
+        DumpError: nothing could be compared, though the tokens are the same.
+    """
+    pairs, measures = alignment.pairs, measure(alignment.pairs)
+    known = ~np.isnan(measures.nmse)
+    notes: tuple[str, ...] = ()
+    if not known.all():
+        notes = (f"{int((~known).sum())} records have no finite value in common and could not be compared",)
+        pairs = picked(pairs, np.split(known, np.cumsum([len(pair.ours) for pair in pairs])[:-1]))
+        measures = measures.take(known)
+    sums = pass_sums(pairs, ours, ref)
+    if sums is not None:
+        measures = replace(
+            measures,
+            nmse=np.fmax(measures.nmse, sums),
+            nmse_row=np.fmax(measures.nmse_row, sums),
+            bound=measures.bound | (~np.isnan(sums) & np.isnan(measures.nmse_row)),
+        )
+    if not len(measures) and not alignment.may_be_empty:
+        raise DumpError(
+            "no record could be compared.",
+            f"{alignment.left_out} records come after the place where the tokens part."
+            if alignment.left_out
+            else "Record the same leading values on both sides.",
+            code="nothing-in-common",
+        )
+    point = np.repeat(np.arange(len(pairs)), [len(pair.ours) for pair in pairs])
+    return Measured(
+        pairs=pairs,
+        measures=measures,
+        notes=notes,
+        point=point,
+        row=np.concatenate([np.arange(len(pair.ours)) for pair in pairs]) if pairs else point,
+        seq=_keys(pairs, "seq"),
+        token_idx=_keys(pairs, "token_idx"),
+        step=_keys(pairs, "step"),
+        decode=_keys(pairs, "decode").astype(np.bool_),
+    )
+
+
+def _keys(pairs: tuple[Pair, ...], name: str) -> Ints:
+    columns = [getattr(pair.ours, name) for pair in pairs]
+    return np.concatenate(columns) if columns else np.zeros(0, dtype=np.int64)
+
+
+def measure(pairs: Sequence[Pair]) -> Measures:
+    """The measures of all records, pair after pair. Records are stacked, so that many small pairs cost as few large ones."""
+    groups: dict[tuple[int, int], list[int]] = defaultdict(list)
+    prepared = [prepare(pair) for pair in pairs]
+    for number, values in enumerate(prepared):
+        groups[values.a.shape[1], number if values.index is not None else -1].append(number)
+    starts = np.concatenate([[0], np.cumsum([len(pair.ours) for pair in pairs])])
+    parts: list[Measures] = []
+    places: list[Ints] = []
+    for (width, _), members in groups.items():
+        # Wide rows are measured a few at a time.
+        for chunk in _chunks(members, [len(prepared[number].a) * max(width, 1) for number in members]):
+            with np.errstate(over="ignore", invalid="ignore"):  # garbage has sketches and statistics beyond their types
+                parts.append(_measure([pairs[number] for number in chunk], [prepared[number] for number in chunk]))
+            places += [np.arange(starts[number], starts[number + 1]) for number in chunk]
+    if not parts:
+        return _measure([], [])
+    order = np.argsort(np.concatenate(places), kind="stable")
+    return Measures(
+        **{field.name: np.concatenate([getattr(part, field.name) for part in parts])[order] for field in fields(Measures)}
+    )
+
+
+def _chunks(members: list[int], sizes: list[int]) -> list[list[int]]:
+    chunks: list[list[int]] = [[]]
+    filled = 0
+    for member, size in zip(members, sizes, strict=True):
+        if chunks[-1] and filled + size > _BLOCK:
+            chunks.append([])
+            filled = 0
+        chunks[-1].append(member)
+        filled += size
+    return chunks
+
+
+def _measure(pairs: list[Pair], values: list[Values]) -> Measures:
+    ours = np.concatenate([v.a for v in values]) if values else np.zeros((0, 0), np.float32)
+    ref = np.concatenate([v.b for v in values]) if values else np.zeros((0, 0), np.float32)
+    present = present_in(values, ours.shape)
+    n = joined([np.where(np.isnan(sizes(p.ref)), sizes(p.ours), sizes(p.ref)) for p in pairs], 0)
+    l2 = column(pairs, "ref", "l2")
+    part = slice_errors(values, ours, ref, present, n, l2)
+    full = joined([p.ours.full() & p.ref.full() for p in pairs], 0) > 0
+    exact_text = joined([np.full(len(p.ours), p.ours.quantum is None and p.ref.quantum is None) for p in pairs], 0) > 0
+    nmse_row, bound = whole_rows(pairs, n, l2)
+    nmse_row = np.where(full, part.nmse, np.where(exact_text, nmse_row, np.nan))
+    odd = _nonfinite(pairs, values, ours, ref, present)
+    return Measures(
+        nmse=np.where(odd.one_sided, np.inf, np.fmax(part.nmse, nmse_row)),
+        nmse_slice=part.nmse,
+        nmse_row=nmse_row,
+        bound=bound & ~full & exact_text,
+        max_abs=np.where(odd.index >= 0, np.inf, part.max_abs),
+        index=np.where(odd.index >= 0, odd.index, part.index),
+        cosine=part.cosine,
+        relative=part.relative,
+        relative_index=part.relative_index,
+        ulp=part.ulp,
+        ulp_index=part.ulp_index,
+        nonfinite_ours=odd.ours,
+        nonfinite_ref=odd.ref,
+        future_mass=_future(column(pairs, "ours", "future_mass"), column(pairs, "ref", "future_mass")),
+    )
+
+
+@dataclass(frozen=True)
+class _Nonfinite:
+    """NaN and infinities, [R]: how many each side has, where one side has some that the other has not, and the first such
+    element (-1: none was recorded)."""
+
+    ours: Ints
+    ref: Ints
+    one_sided: NDArray[np.bool_]
+    index: Ints
+
+
+def _nonfinite(
+    pairs: list[Pair],
+    values: list[Values],
+    ours: NDArray[np.float32],
+    ref: NDArray[np.float32],
+    present: NDArray[np.bool_],
+) -> _Nonfinite:
+    stated = [column(pairs, side, "nonfinite") for side in ("ours", "ref")]
+    counts = [_count_nonfinite(known, present & ~np.isfinite(x)) for known, x in zip(stated, (ours, ref), strict=True)]
+    counted = ~np.isnan(stated[0]) & ~np.isnan(stated[1])
+    finite = np.isfinite(ours) & np.isfinite(ref)
+    odd = present & ~finite & ~((ours == ref) | (np.isnan(ours) & np.isnan(ref)))
+    at = np.full(len(odd), -1, dtype=np.int64)
+    if odd.any():
+        first, at = largest(odd.astype(np.float64), elements(values))
+        at = np.where(first > 0, at, -1)
+    return _Nonfinite(counts[0], counts[1], odd.any(axis=1) | (counted & (counts[0] != counts[1])), at)
+
+
+def _count_nonfinite(stated: Floats, seen: NDArray[np.bool_]) -> Ints:
+    return np.asarray(np.fmax(stated, seen.sum(axis=1)), dtype=np.int64)
+
+
+def _future(ours: Floats, ref: Floats) -> Floats:
+    """How much more weight ours gives to later positions than the reference does; NaN where ours does not say."""
+    return np.abs(ours - np.where(np.isnan(ref), 0.0, ref))

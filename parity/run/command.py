@@ -1,0 +1,236 @@
+"""A foreign engine's command line: what it is, how it is started, watched and ended, and what an error of it says."""
+
+import os
+import re
+import shlex
+import shutil
+import signal
+import stat
+import subprocess
+import threading
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from time import monotonic
+from typing import IO
+
+from checkpoints.errors import InputError
+
+CRASHED, REFUSED, TIMED_OUT, UNUSABLE = "crashed", "refused", "timed out", "unusable"
+MODEL, TOKENS, OUT, POINTS, PORTIONS = "{model}", "{tokens}", "{out}", "{points}", "{portions}"
+DEFAULT_TIMEOUT = 3600.0  # seconds: a CPU engine may take minutes for a long prompt, but a night in CI is nobody's intention
+_TAIL = 1 << 16  # bytes of stderr that are kept: its last lines say what went wrong
+_LONGEST_LINE = 300  # characters of it that an error repeats
+_LARGEST_DUMP = 16 << 30  # bytes; a whole dump of 24 layers × 500 positions × 4,096 values in text is under 1 GB
+_WATCH = 0.05  # seconds between two looks at the clock and at the dump
+_GRACE = 1.0  # seconds that what is left in stderr's pipe may take once the engine has ended
+_ASSIGNMENT = re.compile(r"[A-Za-z_][A-Za-z0-9_]*=.*", re.DOTALL)
+# What runtimes print where a program ended because of an error of its own, not because it refused its input.
+_UNHANDLED = ("Traceback (most recent call last)", "panicked at", "terminate called", "Segmentation fault", "AddressSanitizer")
+
+
+class EngineError(InputError):
+    """A foreign engine did not write a dump; `how` is CRASHED, REFUSED, TIMED_OUT or UNUSABLE."""
+
+    def __init__(self, message: str, advice: str = "", *, how: str = UNUSABLE) -> None:
+        super().__init__(message, advice, code="exec")
+        self.how = how
+
+
+@dataclass(frozen=True)
+class Command:
+    """A foreign engine as `--exec` or `--exec-shell` describes it.
+
+    `line` knows {model}, {tokens} (ids with commas), {out}, {points} and {portions}. Without `shell` it is split as a shell would,
+    and started without one: no quoting of paths is needed; leading NAME=value words are set in its environment.
+    `timeout` is in seconds.
+
+    Raises:
+        InputError: it is empty, its quotes don't match, or the time limit is none.
+    """
+
+    line: str
+    shell: bool = False
+    timeout: float = DEFAULT_TIMEOUT
+
+    def __post_init__(self) -> None:
+        if not self.timeout > 0:
+            raise InputError("--exec-timeout must be a positive number of seconds.", code="exec")
+        _, program = self._split()
+        if not program:
+            raise InputError(
+                f"{self.option} is empty.", f"Write e.g. {self.option} 'my-engine {{model}} {{tokens}} {{out}}'.", code="exec"
+            )
+
+    @property
+    def option(self) -> str:
+        """The option that gives it."""
+        return "--exec-shell" if self.shell else "--exec"
+
+    def _split(self) -> tuple[dict[str, str], list[str]]:
+        try:
+            words = shlex.split(self.line, comments=False)
+        except ValueError as error:
+            raise InputError(f"cannot read {self.option} {self.line!r}: {error}.", "Check its quotes.", code="exec") from error
+        count = 0
+        while count < len(words) and _ASSIGNMENT.fullmatch(words[count]):
+            count += 1
+        return dict(word.split("=", 1) for word in words[:count]), words[count:]
+
+    @property
+    def name(self) -> str:
+        """The program, for sentences about it."""
+        return Path(self._split()[1][0]).name
+
+    def takes(self, placeholder: str) -> bool:
+        """Whether the line has a place for it."""
+        return placeholder in self.line
+
+    def run(
+        self, *, model: Path, tokens: Sequence[int], out: Path, points: str = "default", portions: Sequence[int] = ()
+    ) -> None:
+        """Start the engine and wait until it has written `out`; without {out} in the line its stdout is the dump.
+
+        Raises:
+            EngineError: the program is not there, it failed, took too long, wrote without end, or left no dump.
+        """
+        values = {
+            MODEL: str(model),
+            TOKENS: ",".join(map(str, tokens)),
+            OUT: str(out),
+            POINTS: points,
+            PORTIONS: ",".join(map(str, portions or (len(tokens),))),
+        }
+        environment, program = self._split()
+        arguments: list[str] | str
+        if self.shell:
+            arguments, environment = _filled(self.line, {name: shlex.quote(value) for name, value in values.items()}), {}
+        else:
+            arguments = [_filled(word, values) for word in program]
+            environment = {name: _filled(value, values) for name, value in environment.items()}
+        try:
+            _remove(out)
+            self._start(arguments, environment, out)
+        except OSError as error:
+            what = arguments[0] if isinstance(arguments, list) else "a shell"
+            raise EngineError(f"cannot run {what}: {error.strerror}.", f"Check {self.option}.") from error
+        self._dumped(out)
+
+    def _start(self, arguments: "list[str] | str", environment: Mapping[str, str], out: Path) -> None:
+        stdout: int | IO[bytes] = subprocess.DEVNULL if self.takes(OUT) else out.open("wb")
+        try:
+            process = subprocess.Popen(
+                arguments,
+                shell=self.shell,
+                stdin=subprocess.DEVNULL,
+                stdout=stdout,
+                stderr=subprocess.PIPE,
+                env=os.environ | environment,
+                start_new_session=True,  # so that its children can be ended with it
+            )
+        finally:
+            if not isinstance(stdout, int):
+                stdout.close()
+        tail = _Tail(process)
+        try:
+            stopped = self._wait(process, out)
+        except BaseException:
+            _end(process)
+            raise
+        if stopped is not None:
+            _end(process)
+            raise stopped
+        if process.returncode:
+            raise self._failed(process.returncode, tail.text())
+
+    def _wait(self, process: "subprocess.Popen[bytes]", out: Path) -> EngineError | None:
+        """Wait for the engine's end; the error for which it has to be stopped, if there is one."""
+        deadline = monotonic() + self.timeout
+        largest = min(_LARGEST_DUMP, shutil.disk_usage(out.parent).free // 2)
+        pause = 0.002
+        while True:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(pause)
+                return None
+            pause = min(2 * pause, _WATCH)
+            if monotonic() > deadline:
+                return EngineError(
+                    f"{self.name} was stopped after {self.timeout:g} seconds.",
+                    "Does it wait for something? --exec-timeout gives it more time.",
+                    how=TIMED_OUT,
+                )
+            with suppress(OSError):
+                found = out.lstat()
+                if not stat.S_ISREG(found.st_mode):
+                    return self._no_file(out, found.st_mode)
+                if found.st_size > largest:
+                    return EngineError(
+                        f"{self.name} was stopped after it had written {found.st_size / 2**30:.1f} GiB to its dump.",
+                        "Let it write fewer points, or the leading values of each row.",
+                    )
+
+    def _no_file(self, out: Path, mode: int) -> EngineError:
+        kind = "a pipe" if stat.S_ISFIFO(mode) else "a link" if stat.S_ISLNK(mode) else "no regular file"
+        return EngineError(f"{self.name} made {out} {kind}.", "It must write a regular file to {out}.")
+
+    def _failed(self, status: int, stderr: str) -> EngineError:
+        lines = [line for line in stderr.splitlines() if line.strip()]
+        said = _printable(lines[-1])[:_LONGEST_LINE] if lines else "it printed nothing on stderr"
+        killed = -status if status < 0 else status - 128 if self.shell and status > 128 else 0
+        how = f"was killed by signal {killed}" if killed else f"failed with exit code {status}"
+        crashed = bool(killed) or not lines or any(word in stderr for word in _UNHANDLED)
+        return EngineError(
+            f"{self.name} {how}: {said.rstrip('.')}.", "Run the command by itself.", how=CRASHED if crashed else REFUSED
+        )
+
+    def _dumped(self, out: Path) -> None:
+        try:
+            found = out.lstat()
+        except OSError:
+            raise EngineError(f"{self.name} ended well but wrote no {out}.", "It must write to {out}.") from None
+        if not stat.S_ISREG(found.st_mode):
+            raise self._no_file(out, found.st_mode)
+
+
+def _filled(text: str, values: Mapping[str, str]) -> str:
+    """The text with every placeholder replaced, once: what a value contains is not looked at."""
+    return re.sub(r"\{(?:model|tokens|out|points|portions)\}", lambda match: values[match[0]], text)
+
+
+def _printable(line: str) -> str:
+    """Without control characters, which would reach the terminal."""
+    return "".join(c if c.isprintable() else "�" for c in line.strip())
+
+
+def _remove(out: Path) -> None:
+    """What an earlier run left there is not this one's."""
+    out.unlink(missing_ok=True)
+
+
+def _end(process: "subprocess.Popen[bytes]") -> None:
+    """End an engine and the children that it has not set free."""
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+class _Tail:
+    """Reads a process's stderr to its end and keeps the last bytes, so that no amount of it fills memory or blocks the pipe."""
+
+    def __init__(self, process: "subprocess.Popen[bytes]") -> None:
+        assert process.stderr is not None
+        self._stream = process.stderr
+        self._kept = b""
+        self._thread = threading.Thread(target=self._read, name="engine-stderr", daemon=True)
+        self._thread.start()
+
+    def _read(self) -> None:
+        with self._stream as stream:
+            while piece := os.read(stream.fileno(), _TAIL):
+                self._kept = (self._kept + piece)[-_TAIL:]
+
+    def text(self) -> str:
+        """What came last. A child that goes on holding the pipe is not waited for."""
+        self._thread.join(_GRACE)
+        return self._kept.decode("utf-8", "replace")
