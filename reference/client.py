@@ -1,5 +1,6 @@
 """The parent's handle on llama.cpp: starts the child, asks, and turns its end into one clear error."""
 
+import sys
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
@@ -63,6 +64,9 @@ class Reference:
                     if answer[0] == "item":
                         yield answer[1]
                         continue
+                    if answer[0] == "note":
+                        print(f"parity: {answer[1]}", file=sys.stderr)
+                        continue
                     finished = True
                     break
             except GeneratorExit:
@@ -80,7 +84,7 @@ class Reference:
     def _drop_answer(self, child: Child) -> None:
         try:
             child.connection.send(("stop", (), {}))
-            while child.connection.recv()[0] == "item":
+            while child.connection.recv()[0] in ("item", "note"):
                 pass
         except (EOFError, OSError):
             finish(self._children)

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from checkpoints.errors import ModelError
 from checkpoints.gguf_file import ARRAY, Contents, contents
+from checkpoints.record import ModelInfo
 
 from .dequantize import FORMATS, dequantize, dequantize_into
 
@@ -85,6 +86,15 @@ class GgufModel:
     def fingerprint(self) -> str:
         """`checkpoints.fingerprint.fingerprint` of the file."""
         return self._contents.fingerprint
+
+    @property
+    def info(self) -> ModelInfo:
+        """What a dump says of this model.
+
+        Raises:
+            ModelError: the file cannot be read to its end.
+        """
+        return self._contents.info(self.hyperparameters.file_type)
 
     def raw(self, name: str) -> NDArray[np.uint8]:
         """A tensor's bytes, one row of blocks a line: uint8 [rows, bytes a row], a view of the memory map."""
