@@ -2,20 +2,21 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from checkpoints.errors import DumpError
-from checkpoints.record import Dump, Header, ModelInfo
-from engine.backend import choose
+from checkpoints.record import Dump, Header
 from engine.graph import Step
+from engine.opened import open_engine
 from engine.replay.replay import Replay
-from engine.transformer import Transformer
 from engine.weights.gguf_model import GgufModel
 
 from ..arbiter.arbiter import Arbiter
 from ..diff.tokens import same_experiment
+from ..run.graphs import recorded_graph
 from .budget import Budget
 from .noise import AUTO, allowed
 from .records import Expected, Ints, expected
@@ -50,7 +51,7 @@ class Case:
     def __init__(self, dump: Dump, model: Path, options: ExplainOptions) -> None:
         self.dump = _first_sequence(dump)
         self._compute = options.compute or ""
-        self.transformer = Transformer(GgufModel(model), choose(options.backend))
+        self.transformer = open_engine(GgufModel(model), options.backend, recorded=partial(recorded_graph, model))
         tokens = _tokens(self.dump, options.tokens)
         self.transformer.check(tokens, 0)
         last = max(int(rows.token_idx.max()) for rows in self.dump.points.values())
@@ -105,12 +106,10 @@ class Case:
 
     def header(self) -> Header:
         """What a dump of our engine would say of itself."""
-        hp, model = self.transformer.hp, self.transformer.model
-        info = ModelInfo(hp.name or model.path.stem, hp.architecture, hp.file_type, hp.n_layers, model.fingerprint)
         known = self.dump.header
         return Header(
             source="engine",
-            model=info,
+            model=self.transformer.model.info,
             tokens=known.tokens if known is not None else self.tokens,
             prompt=known.prompt if known is not None else None,
             mode="exact",

@@ -6,6 +6,7 @@ import numpy as np
 
 from engine.replay.replay import Replay
 
+from ..diff.dataflow import flow
 from ..diff.noise import excused
 from ..diff.truth import Truth, raised
 from .records import Expected, Floats, Ints, columns, right_rows, with_limits
@@ -63,5 +64,5 @@ def _excused(entries: Sequence[Expected]) -> tuple[list[Expected], tuple[str, ..
     """Without the arbiter: what is rare and does not jump is taken for noise (`parity.diff.noise`)."""
     point, seq, token_idx = columns(entries)
     nmse, limit = (np.concatenate([getattr(entry, name) for entry in entries]) for name in ("base", "limit"))
-    limit, notes = excused([entry.point for entry in entries], point, seq, token_idx, nmse, nmse / limit, limit)
+    limit, notes = excused(flow([entry.point for entry in entries]), point, seq, token_idx, nmse, nmse / limit, limit)
     return with_limits(entries, limit), notes

@@ -1,19 +1,19 @@
 """Who computes a prompt: our engine, a foreign engine that a command line starts, or llama.cpp. One protocol serves them all."""
 
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Protocol
 
 from checkpoints.errors import InputError
-from checkpoints.points import layer_outputs
+from checkpoints.points import default_layers, layer_outputs, select
 from engine.opened import open_engine
 from engine.transformer import Transformer
 from engine.weights.gguf_model import GgufModel
 from reference.client import Reference
 from reference.jobs import DumpJob, DumpResult
 
-from .command import Command
+from .command import POINTS, Command
 from .ours import OursJob, chosen_points, dump
 from .request import Progress, Prompt, Request
 
@@ -45,12 +45,20 @@ class Side(Protocol):
 class OurEngine:
     """The engine that comes with parity. `resident`: keep the weights, because there is more than one forward pass.
 
-    `engine` is one that is open already, else it is opened here.
+    `engine` is one that is open already, else it is opened here; `reference` records the graph of a model whose steps are not
+    written by hand.
     """
 
     name = "our engine"
 
-    def __init__(self, request: Request, *, resident: bool | None = None, engine: Transformer | None = None) -> None:
+    def __init__(
+        self,
+        request: Request,
+        reference: Reference | None = None,
+        *,
+        resident: bool | None = None,
+        engine: Transformer | None = None,
+    ) -> None:
         self._request = request
         self._engine = engine or open_engine(
             GgufModel(request.model),
@@ -58,6 +66,7 @@ class OurEngine:
             request.devices,
             resident=request.generate > 0 if resident is None else resident,
             native=request.mode == "native" and not request.full,  # whole tensors are the exact engine's
+            recorded=None if reference is None else partial(reference.graph, request.model),
         )
 
     @property
@@ -113,7 +122,21 @@ class ExternalEngine:
         tokens = (*prompt.ids, *prompt.generated)
         if progress is not None:
             progress(self.name, 0, None)
-        self._command.run(model=self.model, tokens=tokens, out=out, points=self.points, portions=prompt.portions)
+        self._command.run(model=self.model, tokens=tokens, out=out, points=self._names(), portions=prompt.portions)
+
+    def _names(self) -> str:
+        """The points by name, with commas: an engine need not understand globs. They are llama.cpp's, as far as it has them."""
+        if not self._command.takes(POINTS):
+            return ""
+        described = self._reference.describe(self._request.model)
+        known = [name for name, _ in described.points]
+        layers, points = self._request.layers, self.points
+        if points == "default":
+            points = ",".join(layer_outputs(default_layers(described.n_layers) if layers is None else layers))
+        try:
+            return ",".join(select(points, known, described.n_layers))
+        except InputError:  # a name of the engine's own
+            return points
 
 
 class LlamaCpp:
@@ -165,4 +188,4 @@ def side_of(source: str, request: Request, reference: Reference, *, resident: bo
         if request.command is None:
             raise InputError("a foreign engine's numbers need its command.", "Give it with --exec.", code="exec")
         return ExternalEngine(request, request.command, reference)
-    return LlamaCpp(request, reference) if source == REF else OurEngine(request, resident=resident)
+    return LlamaCpp(request, reference) if source == REF else OurEngine(request, reference, resident=resident)
