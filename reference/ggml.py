@@ -132,11 +132,12 @@ class Ggml:
             ne=tuple(tensor.ne),
             op_params=tuple(tensor.op_params),
             sources=sources,
+            address=ctypes.addressof(tensor),
         )
 
     def _source(self, tensor: Tensor) -> Source:
         name = tensor.name.decode(errors="replace")
-        return Source(name, self.op_name(tensor.op), self.type_name(tensor.type), tuple(tensor.ne))
+        return Source(name, self.op_name(tensor.op), self.type_name(tensor.type), tuple(tensor.ne), ctypes.addressof(tensor))
 
     def readable(self, type_name: str) -> bool:
         """Whether values of this type can be converted to float32 here."""

@@ -27,19 +27,24 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Source:
-    """An operand of a node: `ne` is ggml's order, the fastest dimension first."""
+    """An operand of a node: `ne` is ggml's order, the fastest dimension first.
+
+    `address` is the library's, which tells operands of one name apart; 0 where it is not known.
+    """
 
     name: str
     op: str
     type: str
     ne: tuple[int, ...]
+    address: int = 0
 
 
 @dataclass(frozen=True)
 class Node:
     """One node of the graph as ggml sees it, and the point it stands for ("" while it has none).
 
-    `op_params` are the 16 raw int32 of `ggml_tensor.op_params` (a float is the same 32 bits).
+    `op_params` are the 16 raw int32 of `ggml_tensor.op_params` (a float is the same 32 bits). `address` is the library's while
+    the graph stands, 0 where it is not known.
     """
 
     name: str
@@ -49,6 +54,7 @@ class Node:
     op_params: tuple[int, ...]
     sources: tuple[Source, ...]
     point: str = ""
+    address: int = 0
 
 
 @dataclass(frozen=True)
