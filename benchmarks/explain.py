@@ -22,14 +22,14 @@ from engine import graph
 from engine.backend import Array, choose
 from engine.faults import CATALOGUE
 from engine.graph import Step, WeightSource
+from engine.inapplicable import NotApplicable
 from engine.replay import batched, replay
 from engine.synth import Shape, synthesize
 from engine.transformer import Transformer
 from engine.weights.gguf_model import GgufModel
-from parity.explain.explain import Options, explain
+from parity.explain.explain import ExplainOptions, explain
 from parity.models import embedded as default_model
 
-NOT_ALLOWED = (ValueError, KeyError, IndexError, TypeError)  # a model that has no place for the fault
 LAYER, TOKENS, SEARCHES = 17, 32, 3
 EVERY_LAYER = "embd,blk.*.l_out,output_norm,logits"
 # layers, and the points that are dumped
@@ -124,14 +124,14 @@ def times(name: str, model: Path, backend: str, every: int, scopes: Sequence[str
             parameters = (fault.variants(right) or [{}])[0]
             try:
                 seen = faulty.dump(Planted(((fault.name, parameters, layers),)), tokens, points=points)
-            except NOT_ALLOWED:
+            except NotApplicable:
                 continue
             seconds, work = forward(transformer, tokens, clock)  # beside each search: other work on the machine comes and goes
             took = []
             for _ in range(SEARCHES):
                 with multiply_adds() as count:
                     began = clock()
-                    answer = explain(seen, model, Options(budget=300, backend=backend))
+                    answer = explain(seen, model, ExplainOptions(budget=300, backend=backend))
                     took.append(clock() - began)
             if answer.first is None:
                 continue

@@ -4,7 +4,7 @@ Run as `python benchmarks/explain_precision.py [right|floors|faulty] [--seeds 10
 and type, random prompts; the search sees seven points of sixteen values.
 
 `right`: engines without a fault in eight arithmetics; prints how many are told "no fault".
-`floors`: how far their errors lie from the floors that `parity.explain_precision` measures: what UPPER, LOWER and SINGLE there
+`floors`: how far their errors lie from the floors that `parity.explain.precision` measures: what UPPER, LOWER and SINGLE there
 come from.
 `faulty`: engines in F16 and BF16 arithmetic with one small fault; prints how often it is named, with and without `--compute`.
 """
@@ -27,10 +27,11 @@ from engine import ops
 from engine.backend import Array
 from engine.faults import CATALOGUE, plant
 from engine.graph import Step
+from engine.inapplicable import NotApplicable
 from engine.replay.precision import rounded
 from engine.synth import Shape, synthesize
 from parity.explain.case import Case
-from parity.explain.explain import Options, explain
+from parity.explain.explain import ExplainOptions, explain
 from parity.explain.precision import floor, ratios
 
 _BUDGET = 300.0  # seconds of the wall's clock, on a machine that others use as well
@@ -100,11 +101,7 @@ def random_model(folder: Path, seed: int) -> tuple[Faulty, tuple[int, ...]]:
 
 def dump_of(faulty: Faulty, steps: Sequence[Step], tokens: tuple[int, ...]) -> Dump:
     """The dump of an engine that runs these steps."""
-    right, faulty.right = faulty.right, list(steps)
-    try:
-        return faulty.dump(Planted(()), tokens)
-    finally:
-        faulty.right = right
+    return faulty.dump(Planted(()), tokens, steps=steps)
 
 
 def right_engines(folder: Path, seeds: range) -> None:
@@ -113,7 +110,7 @@ def right_engines(folder: Path, seeds: range) -> None:
     for seed in seeds:
         faulty, tokens = random_model(folder, seed)
         for name, (_, arithmetic) in ARITHMETIC.items():
-            answer = explain(dump_of(faulty, arithmetic(faulty.right), tokens), faulty.model, Options(budget=_BUDGET))
+            answer = explain(dump_of(faulty, arithmetic(faulty.right), tokens), faulty.model, ExplainOptions(budget=_BUDGET))
             told[name]["no fault" if answer else "accused" if answer.causes else "differs, no cause"] += 1
             if not answer:
                 print(f"seed {seed}, {name}: {answer.first}, {[cause.named.fault for cause in answer.causes]}", flush=True)
@@ -129,7 +126,7 @@ def floors(folder: Path, seeds: range) -> None:
         faulty, tokens = random_model(folder, seed)
         for name, (kind, arithmetic) in ARITHMETIC.items():
             if kind:
-                case = Case(dump_of(faulty, arithmetic(faulty.right), tokens), faulty.model, Options())
+                case = Case(dump_of(faulty, arithmetic(faulty.right), tokens), faulty.model, ExplainOptions())
                 found = floor(kind, case.entries, case.transformer.steps, case.replay, case.make, case.positions)
                 distances[name] += ratios(found, case.entries)
     print("ratio to the floor, over points: smallest, 1 %, median, 99 %, largest")
@@ -145,7 +142,7 @@ def _small(faulty: Faulty) -> Iterator[tuple[str, dict[str, Any], list[Step]]]:
     for name, parameters in SMALL:
         try:
             yield name, parameters, plant(faulty.right, CATALOGUE[name], **parameters)
-        except (ValueError, KeyError, IndexError, TypeError):
+        except NotApplicable:
             continue
 
 
@@ -170,7 +167,7 @@ def faulty_engines(folder: Path, seeds: range) -> None:
             kind, change = ARITHMETIC[arithmetic]
             dump = dump_of(faulty, change(steps), tokens)
             for compute in (None, kind):
-                answer = explain(dump, faulty.model, Options(budget=_BUDGET, compute=compute))
+                answer = explain(dump, faulty.model, ExplainOptions(budget=_BUDGET, compute=compute))
                 outcome = judge(answer, name)
                 told[arithmetic, compute or "unknown"][outcome] += 1
                 if outcome == "wrong":

@@ -25,13 +25,13 @@ from planted import Faulty, Planted, tokens_of
 from checkpoints.answers.explain import Explanation
 from checkpoints.record import Dump
 from engine.faults import CATALOGUE
+from engine.inapplicable import NotApplicable
 from parity.explain import budget as explain_budget
 from parity.explain.budget import Budget
 from parity.explain.case import Case
-from parity.explain.explain import Options, explain
+from parity.explain.explain import ExplainOptions, explain
 from parity.explain.together import Together
 
-IMPOSSIBLE = (ValueError, KeyError, IndexError, TypeError)  # what a change raises that the model's shapes do not allow
 Part = tuple[str, dict[str, Any], tuple[int, ...] | None]
 
 
@@ -59,7 +59,7 @@ def draw(faulty: Faulty, tokens: tuple[int, ...], number: int, rng: random.Rando
         try:
             dump = faulty.dump(Planted(tuple(parts)), tokens)
             without = [faulty.dump(Planted((*parts[:at], *parts[at + 1 :])), tokens) for at in range(number)]
-        except IMPOSSIBLE:
+        except NotApplicable:
             continue
         if not any(same(dump, one) for one in without):
             return Planted(tuple(parts)), dump
@@ -103,7 +103,7 @@ def ranks(folder: Path, first: int, count: int) -> None:
         name, faulty = made[seed % len(made)]
         tokens = tokens_of(faulty.model, 8, seed)
         planted, dump = draw(faulty, tokens, 2, random.Random(seed))
-        case = Case(dump, faulty.model, Options(tokens=tokens))
+        case = Case(dump, faulty.model, ExplainOptions(tokens=tokens))
         screening = case.screening(case.entries, Budget(600.0))
         start = screening.start()
         if len(screening.suspects(start)) != 1 or any(CATALOGUE[fault].shows for fault, _, _ in planted.faults):
@@ -133,7 +133,7 @@ def combinations(folder: Path, number: int, first: int, count: int, budget: floa
         tokens = tokens_of(faulty.model, 24, seed)
         planted, dump = draw(faulty, tokens, number, rng)
         began = process_time()
-        answer = explain(dump, faulty.model, Options(tokens=tokens, budget=budget))
+        answer = explain(dump, faulty.model, ExplainOptions(tokens=tokens, budget=budget))
         spent = process_time() - began
         seconds.append(spent)
         outcome = judge(answer, planted, dump, faulty)

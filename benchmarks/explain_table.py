@@ -21,7 +21,8 @@ from explain import models, named
 from planted import Faulty, Planted, tokens_of
 
 from engine.faults import CATALOGUE
-from parity.explain.explain import Options, explain
+from engine.inapplicable import NotApplicable
+from parity.explain.explain import ExplainOptions, explain
 
 TOKENS, GENERATED, LAYER = 24, 16, 17
 BUDGET = (
@@ -40,7 +41,6 @@ no place for it. stories: 24 layers of width 256; llama, qwen2: synthetic, 24 la
 Entries that act in none of these models (weight types they do not have, scaled frequencies, one projection for Q, K
 and V) are shown in `tests/test_explain_catalogue.py`, which names each entry on a model in which it acts.
 """
-NOT_ALLOWED = (ValueError, KeyError, IndexError, TypeError)  # a model that has no place for the fault
 
 
 def spread(values: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:
@@ -69,10 +69,10 @@ def tried(faulty: Faulty, planted: Planted, what: str, forward: float) -> dict[s
     points, size = ("logits", 10) if what == "logits" else ("default", 16)
     try:
         seen = faulty.dump(planted, tokens, points=points, size=size, generated=generated)
-    except NOT_ALLOWED:
+    except NotApplicable:
         return {"outcome": "impossible"}
     began = process_time()
-    answer = explain(seen, faulty.model, Options(tokens=tokens, budget=BUDGET))
+    answer = explain(seen, faulty.model, ExplainOptions(tokens=tokens, budget=BUDGET))
     seconds = process_time() - began
     result = {"seconds": round(seconds, 3), "passes": round(seconds / forward, 1)}
     if answer.first is None:

@@ -1,14 +1,16 @@
-"""How far float32's own noise reaches in exact mode:  python benchmarks/noise.py [-n 20] [--tokens 512]
+"""How far float32's own noise reaches in exact mode:  python benchmarks/noise.py [-n 20] [--tokens 512] [--truth]
 
 Our engine and llama.cpp on the embedded model, every layer's output: prompts of random ids, on which attention hangs on a
 knife's edge far more often than on text, and this repository's own files, text of another kind than the model was trained on.
+With `--truth`: how far two right engines are from llama.cpp, in proportion to llama.cpp's own distance from the same steps in
+float64 (what `parity.diff.truth.MULTIPLE` comes from).
 """
 
 import argparse
 import random
 import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +18,16 @@ from cpu import environment
 
 from checkpoints.points import EMBD, LOGITS, OUTPUT_NORM
 from checkpoints.reading.reader import read
-from engine.backend import choose
+from engine import ops
+from engine.backend import Array, choose
+from engine.graph import Step
 from engine.transformer import Transformer
 from engine.weights.gguf_model import GgufModel
+from parity.arbiter.arbiter import Arbiter
 from parity.diff.compare import comparison
 from parity.diff.limits import EXACT_FLOOR, JUMP
 from parity.diff.records import Records
+from parity.diff.truth import MULTIPLE, raised
 from parity.models import embedded as default_model
 from parity.run.ours import OursJob, dump
 from reference.client import Reference
@@ -45,7 +51,13 @@ def main() -> None:
     parser.add_argument("-n", type=int, default=20, help="prompts of random ids")
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--points", default=POINTS)
+    parser.add_argument("--truth", action="store_true", help="prompts of random ids only, held against float64")
     given = parser.parse_args()
+    if given.truth:
+        with Reference() as reference, tempfile.TemporaryDirectory() as name:
+            for prompt in random_ids(given.n, given.tokens):
+                against_truth(reference, Path(name), prompt, given.points)
+        return
     rows = []
     with Reference() as reference, tempfile.TemporaryDirectory() as name:
         for kind, prompts in (("random ids", random_ids(given.n, given.tokens)), ("text", texts(reference, given.tokens))):
@@ -107,6 +119,37 @@ def compared(reference: Reference, folder: Path, tokens: tuple[int, ...], points
     dump(Transformer(GgufModel(default_model.path()), choose("numpy")), OursJob(ours, tokens, points=points))
     reference.dump(DumpJob(default_model.path(), ref, tokens, points=points))
     return comparison(read(ours), read(ref)).records
+
+
+def against_truth(reference: Reference, folder: Path, tokens: tuple[int, ...], points: str) -> None:
+    """Print, for each of two right engines, how far it is from llama.cpp where llama.cpp is so far from the truth."""
+    ref = folder / "ref.jsonl"
+    reference.dump(DumpJob(default_model.path(), ref, tokens, points=points))
+    transformer = Transformer(GgufModel(default_model.path()), choose("numpy"))
+    distances = Arbiter.of(transformer, tokens).distances(read(ref).points)
+    for name, steps in (("NumPy's products", transformer.steps), ("another order", in_another_order(transformer.steps))):
+        transformer.steps = steps
+        dump(transformer, OursJob(folder / "ours.jsonl", tokens, points=points))
+        records = comparison(read(folder / "ours.jsonl"), read(ref)).records
+        nmse, distance = records.measures.nmse, np.concatenate([distances[point] for point in records.names])
+        worst = raised(np.zeros(len(nmse)), distance, records.point, records.seq, records.token_idx) / MULTIPLE
+        large = nmse > 1e-12
+        print(
+            f"{name}: worst {nmse.max():.1e} from llama.cpp, which is up to {distance.max():.1e} from the truth;"
+            f" ratio to the position's worst: at most {(nmse / worst)[large].max(initial=0):.0f},"
+            f" to the record's own: {(nmse / distance)[large].max(initial=0):.0f}",
+            flush=True,
+        )
+
+
+def in_another_order(steps: Sequence[Step]) -> list[Step]:
+    """The steps with products that are summed in another order than BLAS does."""
+
+    def product(x: Array, weight: Array, bias: Array | None = None) -> Array:
+        made = np.einsum("ti,oi->to", x[:, ::-1], weight[:, ::-1], optimize=False)
+        return made if bias is None else made + bias
+
+    return [replace(step, op=product) if step.op is ops.linear else step for step in steps]
 
 
 if __name__ == "__main__":

@@ -22,41 +22,46 @@ class Kind:
 
     `row` is the shape of one position's row in the letters of the design: D embedding, H heads, K key/value heads,
     d head size, F feed-forward, V vocabulary, t+1 the positions seen so far. `lane` names the branch of the layer that
-    the value belongs to; values of two branches that have not met yet do not depend on each other.
+    the value belongs to; values of two branches that have not met yet do not depend on each other. `op` is ggml's name of the
+    operation that makes it in a plain transformer; `adds` a point of the layer that it reads besides those right before it ("-": the
+    layer's input). `optional`: not every model has it, or not every engine can record it.
     """
 
     name: str
     row: tuple[str, ...]
     meaning: str
     lane: str = ""
+    op: str = "MUL_MAT"
+    adds: str = ""
+    optional: bool = False
 
 
 LAYER_KINDS: tuple[Kind, ...] = (
-    Kind("attn_norm", ("D",), "input of the attention, normalised"),
+    Kind("attn_norm", ("D",), "input of the attention, normalised", op="RMS_NORM"),
     Kind("q", ("H*d",), "queries after bias, before RoPE", "q"),
     Kind("k", ("K*d",), "keys after bias, before RoPE", "k"),
     Kind("v", ("K*d",), "values after bias", "v"),
-    Kind("q_norm", ("H*d",), "queries after their own norm", "q"),
-    Kind("k_norm", ("K*d",), "keys after their own norm", "k"),
-    Kind("q_rope", ("H*d",), "queries after RoPE", "q"),
-    Kind("k_rope", ("K*d",), "keys after RoPE", "k"),
-    Kind("k_read", ("t+1", "K*d"), "key rows that attention read from the cache", "k"),
-    Kind("v_read", ("t+1", "K*d"), "value rows that attention read from the cache", "v"),
+    Kind("q_norm", ("H*d",), "queries after their own norm", "q", op="RMS_NORM", optional=True),
+    Kind("k_norm", ("K*d",), "keys after their own norm", "k", op="RMS_NORM", optional=True),
+    Kind("q_rope", ("H*d",), "queries after RoPE", "q", op="ROPE"),
+    Kind("k_rope", ("K*d",), "keys after RoPE", "k", op="ROPE"),
+    Kind("k_read", ("t+1", "K*d"), "key rows that attention read from the cache", "k", op="CACHE", optional=True),
+    Kind("v_read", ("t+1", "K*d"), "value rows that attention read from the cache", "v", op="CACHE", optional=True),
     Kind("kq", ("H", "t+1"), "query-key products before scale and mask", "qk"),
-    Kind("kq_soft_max", ("H", "t+1"), "attention weights", "qk"),
+    Kind("kq_soft_max", ("H", "t+1"), "attention weights", "qk", op="SOFT_MAX"),
     Kind("kqv_out", ("H*d",), "weighted values, heads side by side"),
     Kind("attn_out", ("D",), "attention's output projection"),
-    Kind("ffn_inp", ("D",), "attention plus residual"),
-    Kind("ffn_norm", ("D",), "input of the feed-forward, normalised"),
+    Kind("ffn_inp", ("D",), "attention plus residual", op="ADD", adds="-"),
+    Kind("ffn_norm", ("D",), "input of the feed-forward, normalised", op="RMS_NORM"),
     Kind("ffn_gate", ("F",), "gate projection", "gate"),
     Kind("ffn_up", ("F",), "up projection", "up"),
-    Kind("ffn_swiglu", ("F",), "SiLU(gate) times up"),
+    Kind("ffn_swiglu", ("F",), "SiLU(gate) times up", op="GLU"),
     Kind("ffn_out", ("D",), "feed-forward's down projection"),
-    Kind("l_out", ("D",), "the layer's output, residual included"),
+    Kind("l_out", ("D",), "the layer's output, residual included", op="ADD", adds="ffn_inp"),
 )
 MODEL_KINDS: tuple[Kind, ...] = (
-    Kind(EMBD, ("D",), "token embedding"),
-    Kind(OUTPUT_NORM, ("D",), "last layer's output, normalised"),
+    Kind(EMBD, ("D",), "token embedding", op="GET_ROWS"),
+    Kind(OUTPUT_NORM, ("D",), "last layer's output, normalised", op="RMS_NORM"),
     Kind(LOGITS, ("V",), "scores of the next token"),
 )
 KINDS: dict[str, Kind] = {kind.name: kind for kind in (*MODEL_KINDS, *LAYER_KINDS)}
@@ -146,7 +151,17 @@ def independent(a: str, b: str) -> bool:
     first, second = parse(a), parse(b)
     if first.layer is None or first.layer != second.layer or first.known is None or second.known is None:
         return False
-    return frozenset((first.known.lane, second.known.lane)) in _INDEPENDENT
+    return apart(first.known.lane, second.known.lane)
+
+
+def apart(a: str, b: str) -> bool:
+    """Whether two branches of one layer have not met."""
+    return frozenset((a, b)) in _INDEPENDENT
+
+
+def lanes() -> set[str]:
+    """The branches of a layer; "" is where they have met."""
+    return {kind.lane for kind in LAYER_KINDS}
 
 
 _HUGGING_FACE = {

@@ -40,7 +40,8 @@ class Header:
     """The first line of a dump: everything that could explain a difference later.
 
     `tokens` are the ids of the prompt, `pieces` their texts; `compute` is the arithmetic (f32, tf32, f16, bf16),
-    `mode` "exact" or "native", `slice` the number of leading values a record carries.
+    `mode` "exact" or "native", `slice` the number of leading values a record carries, `dataflow` what each point is made from
+    (`checkpoints.dataflow.Dataflow.to_json`).
     """
 
     source: str
@@ -53,6 +54,7 @@ class Header:
     kv_type: str = ""
     slice: int = DEFAULT_SLICE
     hparams: dict[str, Any] | None = None
+    dataflow: dict[str, Any] | None = None
     build: dict[str, Any] = field(default_factory=dict)
     created: str = ""
     format: int = FORMAT

@@ -2,6 +2,7 @@
 
 T tokens of this pass, S cached positions, D embedding, H heads, K key/value heads, d head size, F feed-forward.
 They run on NumPy and CuPy arrays alike (NEP 18). Each names the C function of ggml whose order of operations it follows.
+Each computes in the type of its operands: given float64 ones it gives what float32 only approximates (`replay.wide`).
 """
 
 from typing import Any
@@ -22,7 +23,7 @@ def rms_norm(x: Array, weight: Array, *, eps: float) -> Array:
     The squares are summed in float64 and the mean rounded to float32, as in ggml_compute_forward_rms_norm_f32.
     """
     wide = x.astype(np.float64)
-    mean = (np.einsum("ij,ij->i", wide, wide) / x.shape[1]).astype(np.float32)
+    mean = (np.einsum("ij,ij->i", wide, wide) / x.shape[1]).astype(x.dtype)
     scale = np.float32(1) / np.sqrt(mean + np.float32(eps))
     return (x * scale[:, None]) * weight
 
@@ -36,9 +37,15 @@ def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
 
 
 def rope_angles(
-    positions: Array, dims: int, *, base: float, scale: float = 1.0, factors: Array | None = None
+    positions: Array,
+    dims: int,
+    *,
+    base: float,
+    scale: float = 1.0,
+    factors: Array | None = None,
+    dtype: Any = np.float32,
 ) -> tuple[Array, Array]:
-    """Cosine and sine of the rotation: positions [T] -> two float32 [T, dims / 2].
+    """Cosine and sine of the rotation: positions [T] -> two arrays of that type, [T, dims / 2].
 
     The angle is multiplied step by step in float32, `theta *= theta_scale`, as ggml_rope_cache_init does: computing
     position · base^(-2i/dims) directly differs by ulps that grow with the position. `scale` is the linear scaling
@@ -51,10 +58,10 @@ def rope_angles(
     # On the host, also for a device: a parallel product would multiply in another order.
     angles = xp.asarray(np.multiply.accumulate(factors_of_theta, axis=1))
     if factors is not None:
-        angles = angles / factors[None, :]
+        angles = angles / factors[None, :].astype(np.float32)
     # cosf and sinf of the float32 angle: computed in float64, since float32 versions differ between libraries.
     wide = (angles * np.float32(scale)).astype(np.float64)
-    return np.cos(wide).astype(np.float32), np.sin(wide).astype(np.float32)
+    return np.cos(wide).astype(dtype), np.sin(wide).astype(dtype)
 
 
 def rope(
@@ -64,7 +71,7 @@ def rope(
 
     `pairs` is "neox" (element i with i + dims/2) or "norm" (2i with 2i + 1). Mirrors ggml_rope_ext.
     """
-    cos, sin = rope_angles(positions, dims, base=base, scale=scale, factors=factors)
+    cos, sin = rope_angles(positions, dims, base=base, scale=scale, factors=factors, dtype=x.dtype)
     return rotate(x, cos, sin, heads=heads, dims=dims, pairs=pairs)
 
 
@@ -107,7 +114,7 @@ def causal_soft_max(scores: Array, positions: Array, key_positions: Array, *, sc
     shifted -= shifted.max(axis=-1, keepdims=True)
     weights = np.exp(shifted)
     total = weights.sum(axis=-1, keepdims=True, dtype=np.float64)
-    weights *= (1.0 / total).astype(np.float32)
+    weights *= (1.0 / total).astype(weights.dtype)
     return weights
 
 

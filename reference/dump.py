@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from checkpoints import points
+from checkpoints.dataflow import Dataflow
 from checkpoints.errors import InputError
 from checkpoints.fingerprint import fingerprint
 from checkpoints.gguf_file import Contents
@@ -25,6 +26,7 @@ from checkpoints.tensors import TensorWriter, beside, key
 
 from . import twin
 from .callback import arrange, has_rows
+from .dataflow import dataflow
 from .jobs import EXACT, NATIVE, DumpJob, DumpResult
 from .library import Library, default_threads
 from .llama import Model, Session
@@ -192,7 +194,14 @@ def token_record(model: Model, position: int, chosen: int, logits: NDArray[np.fl
     return Token(position, chosen, (model.pieces([chosen]) or ("",))[0], top)
 
 
-def header_of(job: DumpJob, info: ModelInfo, pieces: Sequence[str], library: Library, window: int | None) -> Header:
+def header_of(
+    job: DumpJob,
+    info: ModelInfo,
+    pieces: Sequence[str],
+    library: Library,
+    window: int | None,
+    made_from: Dataflow | None = None,
+) -> Header:
     """The dump's first line."""
     build = library.versions() | {
         "threads": job.threads or default_threads(),
@@ -210,6 +219,7 @@ def header_of(job: DumpJob, info: ModelInfo, pieces: Sequence[str], library: Lib
         compute="f32",
         kv_type=job.kv_type,
         slice=job.slice_size if job.slice_size is not None else DEFAULT_SLICE,
+        dataflow=None if made_from is None else made_from.to_json(),
         build=build,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
@@ -223,10 +233,12 @@ def dump_whole(library: Library, model: Model, job: DumpJob, info: ModelInfo, st
     pieces = job.pieces or model.pieces(job.tokens)
     if model.path != job.model:
         info = replace(info, twin=fingerprint(model.path))
-    header = header_of(job, info, pieces, library, None)
     prompt_steps = steps_of(job.tokens, (), job.first_position, job.portions)
     with Session(model, n_ctx=n_ctx, n_batch=len(job.tokens), kv_type=job.kv_type, threads=job.threads) as session:
-        known = available(plan(session.list_nodes(job.tokens)), len(job.tokens), library.ggml.readable)
+        nodes = session.list_nodes(job.tokens)
+        planned = plan(nodes)
+        header = header_of(job, info, pieces, library, None, dataflow(nodes, planned))
+        known = available(planned, len(job.tokens), library.ggml.readable)
         names = points.select(expression(job, model.n_layers), [item.point for item in known], model.n_layers)
         wanted = [item for item in known if item.point in set(names)]
         planned_at = time.perf_counter()

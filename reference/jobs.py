@@ -27,10 +27,7 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Source:
-    """An operand of a node: `ne` is ggml's order, the fastest dimension first.
-
-    `address` is the library's, which tells operands of one name apart; 0 where it is not known.
-    """
+    """An operand of a node: `ne` is ggml's order, the fastest dimension first; `address` tells it from others of one name."""
 
     name: str
     op: str
@@ -43,8 +40,7 @@ class Source:
 class Node:
     """One node of the graph as ggml sees it, and the point it stands for ("" while it has none).
 
-    `op_params` are the 16 raw int32 of `ggml_tensor.op_params` (a float is the same 32 bits). `address` is the library's while
-    the graph stands, 0 where it is not known.
+    `op_params` are the 16 raw int32 of `ggml_tensor.op_params` (a float is the same 32 bits); `address` is its struct's.
     """
 
     name: str

@@ -21,6 +21,12 @@ def columns(rows: Sequence[Sequence[str]], right: frozenset[int], styles: Sequen
     return lines
 
 
+def needed(rows: Sequence[Sequence[str]]) -> int:
+    """The columns that these rows take."""
+    widths = [max(cell_len(row[number]) for row in rows) for number in range(len(rows[0]))]
+    return max(sum(widths[:-1]) + _GAP * (len(widths) - 1) + cell_len(row[-1]) for row in rows)
+
+
 def cut(text: str, width: int) -> str:
     """The text, or as much of it as fits in front of an ellipsis."""
     return text if cell_len(text) <= width else set_cell_size(text, max(width - 1, 0)).rstrip() + "…"

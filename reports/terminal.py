@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from itertools import pairwise
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
@@ -10,13 +11,12 @@ from checkpoints.answers.diff import AGREES, FRESH, GROWN, INHERITED, Difference
 from checkpoints.points import EMBD, LOGITS, OUTPUT_NORM, default_layers, in_layer
 
 from .header import print_lines
-from .layout import columns, cut, labelled
+from .layout import columns, cut, labelled, needed
 from .numbers import clean, count, error, of_limit, token, values
 from .sentences import answer, headline, reasons, remarks
 
 _ROWS = 24  # rows of points, stretches that are left out included
 _STYLE = {AGREES: "", FRESH: "bold red", INHERITED: "red", GROWN: "yellow"}
-_NARROW = 76  # columns below which the number of positions is left out
 _PLACE = 20  # columns of a position and its token
 _LABEL = 16  # columns of the names in front of what explains a divergence
 
@@ -33,7 +33,11 @@ def lines(verdict: Verdict, width: int) -> list[Text]:
 
 
 def points(verdict: Verdict, width: int) -> list[Text]:
-    """One row a point; of many points the telling ones, and a row for each stretch that is left out."""
+    """One row a point; of many points the telling ones, and a row for each stretch that is left out.
+
+    Notes are never cut: where they do not fit, the number of positions goes first (it is the same nearly everywhere), then the
+    tokens' texts and some words, then the NMSE (its proportion to the limit stays); what is still too long goes on below.
+    """
     if not verdict.points:
         return []
     rows: list[tuple[str, ...]] = [("checkpoint", "positions", "worst NMSE", "of limit", "at", "")]
@@ -53,10 +57,37 @@ def points(verdict: Verdict, width: int) -> list[Text]:
     if hidden:
         rows.append(_stretch(hidden))
         styles.append("dim")
-    if width < _NARROW:  # the number of positions is the same nearly everywhere
-        rows = [(row[0], *row[2:]) for row in rows]
-        return columns(rows, frozenset({1, 2}), styles, width)
-    return columns(rows, frozenset({1, 2, 3}), styles, width)
+    right = frozenset({1, 2, 3})
+    if needed(rows) > width:
+        rows, right = [(row[0], *row[2:]) for row in rows], frozenset({1, 2})
+    if needed(rows) > width:
+        rows = [(*row[:3], row[3].partition(" ")[0], row[4].replace("first divergence", "first")) for row in rows]
+    if needed(rows) > width:
+        rows, right = [(row[0], *row[2:]) for row in rows], frozenset({1})
+    rows, styles = _continued(rows, styles, width)
+    return columns(rows, right, styles, width)
+
+
+def _continued(rows: list[tuple[str, ...]], styles: list[str], width: int) -> tuple[list[tuple[str, ...]], list[str]]:
+    """The rows with notes that are too long broken at their dots, into further rows."""
+    room = width - needed([(*row[:-1], "") for row in rows])
+    broken: list[tuple[str, ...]] = []
+    colours: list[str] = []
+    for row, style in zip(rows, styles, strict=True):
+        parts = [row[-1]] if cell_len(row[-1]) <= room else _broken(row[-1], room)
+        broken += [(*row[:-1], parts[0]), *(("",) * (len(row) - 1) + (part,) for part in parts[1:])]
+        colours += [style] * len(parts)
+    return broken, colours
+
+
+def _broken(note: str, room: int) -> list[str]:
+    lines: list[str] = []
+    for part in note.split(" · "):
+        if lines and cell_len(f"{lines[-1]} · {part}") <= room:
+            lines[-1] += f" · {part}"
+        else:
+            lines.append(part)
+    return lines
 
 
 def _point(verdict: Verdict, point: PointSummary) -> tuple[str, ...]:

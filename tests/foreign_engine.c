@@ -1,9 +1,10 @@
-/* A small engine of somebody else's: Qwen2 in float32, one position at a time, straight from a GGUF file of F32 weights.
+/* A small engine of somebody else's: Qwen2 and Llama in float32, one position at a time, straight from a GGUF file of F32 weights.
  *
- *   foreign_engine MODEL 1,2,3 OUT [FAULT]
+ *   foreign_engine MODEL 1,2,3 OUT [FAULT [POINTS]]
  *
  * FAULT is a mistake that engines make: "swap" keeps pointers to two buffers that swap each layer and writes them at the end
- * of the pass; "rope" rotates neighbouring elements instead of halves. */
+ * of the pass; "rope" rotates the other architecture's pairs, "late" does so from layer 7 on. POINTS are the names to record, with
+ * commas; without them the embedding, all layers' outputs, the last norm and the logits. What it cannot compute it refuses. */
 #include "parity_dump.h"
 
 #define LAYERS 64
@@ -18,7 +19,8 @@ typedef struct {
 static unsigned char *file;
 static size_t at;
 static tensor tensors[2048];
-static int n_tensors, n_layers, width, heads, kv_heads, n_ff;
+static int n_tensors, n_layers, width, heads, kv_heads, n_ff, head_size;
+static char architecture[32];
 static float eps = 1e-6f, rope_base = 10000.0f;
 
 static uint64_t number(int bytes) {
@@ -54,9 +56,18 @@ static void skip(int type) {
     }
 }
 
+static int refuse(const char *why) {
+    fprintf(stderr, "foreign_engine: %s\n", why);
+    exit(2);
+}
+
 static void fact(const char *key, int type) {
     uint64_t raw = 0;
     float real;
+    if (type == 8 && strcmp(key, "general.architecture") == 0) {
+        text(architecture, sizeof architecture);
+        return;
+    }
     if (type != 4 && type != 5 && type != 6) {
         skip(type);
         return;
@@ -70,6 +81,9 @@ static void fact(const char *key, int type) {
     if (ends(key, ".attention.head_count_kv")) kv_heads = (int)raw;
     if (ends(key, ".attention.layer_norm_rms_epsilon")) eps = real;
     if (ends(key, ".rope.freq_base")) rope_base = real;
+    if (ends(key, ".attention.key_length")) head_size = (int)raw;
+    if (ends(key, ".expert_count") && raw) refuse("it has no experts");
+    if (ends(key, ".rope.scaling.factor")) refuse("it has no RoPE scaling");
 }
 
 static void load(const char *path) {
@@ -96,9 +110,10 @@ static void load(const char *path) {
         text(tensors[i].name, sizeof tensors[i].name);
         dims = (int)number(4);
         for (d = 0; d < dims; d++) tensors[i].dims[d] = number(8);
-        if (number(4) != 0) exit(4); /* F32 only */
+        if (number(4) != 0) refuse("it reads F32 weights only");
         tensors[i].data = (const float *)0 + number(8) / 4;
     }
+    if (strcmp(architecture, "qwen2") != 0 && strcmp(architecture, "llama") != 0) refuse("it computes qwen2 and llama only");
     at = (at + 31) / 32 * 32;
     for (i = 0; i < (uint64_t)n_tensors; i++)
         tensors[i].data = (const float *)(file + at) + (tensors[i].data - (const float *)0);
@@ -171,6 +186,12 @@ static void attention(float *out, const float *q, const float *keys, const float
     }
 }
 
+#define INNER(kind, values, count)                                                           \
+    if (everything) {                                                                        \
+        snprintf(name, sizeof name, "blk.%d." kind, layer);                                  \
+        parity_checkpoint(dump, name, position, values, PARITY_F32, (size_t)(count));        \
+    }
+
 int main(int argc, char **argv) {
     static float *keys[LAYERS], *values[LAYERS];
     const float *kept[LAYERS + 1]; /* what a wrong capture keeps */
@@ -179,10 +200,13 @@ int main(int argc, char **argv) {
     float *hidden, *other, *x, *q, *gate, *up, *logits;
     parity_dump *dump;
     char name[32];
-    if (argc < 4) return 2;
+    int wrong, everything = argc > 5 && argv[5][0], neighbours;
+    if (argc < 4) return refuse("usage: foreign_engine MODEL 1,2,3 OUT [FAULT [POINTS]]");
     load(argv[1]);
     for (rest = argv[2]; rest && *rest && n < MAX_TOKENS; rest = strchr(rest, ',') ? strchr(rest, ',') + 1 : NULL)
         tokens[n++] = atoi(rest);
+    if (n_layers > LAYERS || (head_size && head_size * heads != width)) refuse("it has no models of this shape");
+    if (find("rope_freqs.weight")) refuse("it has no RoPE factors");
     size = width / heads, kv = kv_heads * size, vocabulary = (int)find("token_embd.weight")->dims[1];
     for (layer = 0; layer < n_layers; layer++) {
         keys[layer] = malloc(sizeof(float) * MAX_TOKENS * (size_t)kv);
@@ -194,6 +218,7 @@ int main(int argc, char **argv) {
     logits = malloc(sizeof(float) * (size_t)vocabulary);
     if (!(dump = parity_open(argv[3]))) return 1;
     parity_header(dump, "foreign_engine", argv[1], n_layers, tokens, n, "f32");
+    parity_only(dump, everything ? argv[5] : NULL);
 
     for (position = 0; position < n; position++) {
         memcpy(hidden, find("token_embd.weight")->data + (size_t)tokens[position] * (size_t)width, sizeof(float) * (size_t)width);
@@ -201,20 +226,36 @@ int main(int argc, char **argv) {
         if (strcmp(fault, "swap") != 0) parity_checkpoint(dump, "embd", position, hidden, PARITY_F32, (size_t)width);
         for (layer = 0; layer < n_layers; layer++) {
             float *k = keys[layer] + position * kv, *v = values[layer] + position * kv, *swapped = hidden;
+            wrong = strcmp(fault, "rope") == 0 || (strcmp(fault, "late") == 0 && layer >= 7);
+            neighbours = (strcmp(architecture, "llama") == 0) != wrong;
             norm(x, hidden, weight(layer, "attn_norm.weight"));
             linear(q, x, weight(layer, "attn_q.weight"), weight(layer, "attn_q.bias"), width, width);
             linear(k, x, weight(layer, "attn_k.weight"), weight(layer, "attn_k.bias"), kv, width);
             linear(v, x, weight(layer, "attn_v.weight"), weight(layer, "attn_v.bias"), kv, width);
-            rope(q, heads, size, position, strcmp(fault, "rope") == 0);
-            rope(k, kv_heads, size, position, strcmp(fault, "rope") == 0);
+            INNER("attn_norm", x, width);
+            INNER("q", q, width);
+            INNER("k", k, kv);
+            INNER("v", v, kv);
+            rope(q, heads, size, position, neighbours);
+            rope(k, kv_heads, size, position, neighbours);
+            INNER("q_rope", q, width);
+            INNER("k_rope", k, kv);
             attention(x, q, keys[layer], values[layer], position, size);
-            linear(q, x, weight(layer, "attn_output.weight"), NULL, width, width);
+            INNER("kqv_out", x, width);
+            linear(q, x, weight(layer, "attn_output.weight"), weight(layer, "attn_output.bias"), width, width);
+            INNER("attn_out", q, width);
             for (i = 0; i < width; i++) hidden[i] += q[i];
+            INNER("ffn_inp", hidden, width);
             norm(x, hidden, weight(layer, "ffn_norm.weight"));
+            INNER("ffn_norm", x, width);
             linear(gate, x, weight(layer, "ffn_gate.weight"), NULL, n_ff, width);
             linear(up, x, weight(layer, "ffn_up.weight"), NULL, n_ff, width);
+            INNER("ffn_gate", gate, n_ff);
+            INNER("ffn_up", up, n_ff);
             for (i = 0; i < n_ff; i++) gate[i] = gate[i] / (1.0f + expf(-gate[i])) * up[i];
+            INNER("ffn_swiglu", gate, n_ff);
             linear(other, gate, weight(layer, "ffn_down.weight"), NULL, width, n_ff);
+            INNER("ffn_out", other, width);
             for (i = 0; i < width; i++) other[i] += hidden[i];
             hidden = other, other = swapped;
             kept[layer + 1] = hidden;

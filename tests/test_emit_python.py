@@ -52,7 +52,7 @@ def test_the_file_stands_alone(tmp_path: Path) -> None:
     (tmp_path / "engine.py").write_text("ours = True\n")
     code = (
         "import sys, numpy, engine, parity_dump\n"
-        "with parity_dump.Recorder('ours.jsonl', model='m', tokens=[1, 2]) as tap:\n"
+        "with parity_dump.Recorder('ours.jsonl', compute='f32', model='m', tokens=[1, 2]) as tap:\n"
         "    tap('embd', numpy.ones((2, 8), numpy.float32) * [[1], [2]])\n"
         "print(sorted({'checkpoints', 'orjson', 'parity', 'reference'} & set(sys.modules)), engine.ours)\n"
     )
@@ -68,12 +68,14 @@ def test_it_writes_what_our_writer_writes(emitted: ModuleType, tmp_path: Path) -
     hidden = rng.standard_normal((5, 64)).astype(np.float32)
     hidden[2, 3], hidden[2, 40] = np.nan, np.inf
     weights = rng.random((4, 5, 5)).astype(np.float32)
-    with emitted.Recorder(tmp_path / "theirs.jsonl", model="m", tokens=[1, 2, 3, 4, 5], layers=24, source="x") as tap:
+    with emitted.Recorder(
+        tmp_path / "theirs.jsonl", compute="f32", model="m", tokens=[1, 2, 3, 4, 5], layers=24, source="x"
+    ) as tap:
         tap("layer_5", hidden)
         tap("blk.5.kq_soft_max", weights)
         tap("layer_5", hidden[0])
         tap.token(6, 17, "ü")
-    with Writer(tmp_path / "ours.jsonl", Header("x", ModelInfo("m", layers=24), (1, 2, 3, 4, 5))) as writer:
+    with Writer(tmp_path / "ours.jsonl", Header("x", ModelInfo("m", layers=24), (1, 2, 3, 4, 5), compute="f32")) as writer:
         writer.rows(summarise("blk.5.l_out", hidden, np.arange(5)))
         writer.rows(summarise("blk.5.kq_soft_max", weights, np.arange(5)))
         writer.rows(summarise("blk.5.l_out", hidden[:1], np.array([5]), step=1, decode=True))
@@ -135,11 +137,11 @@ class _Dlpack:
 def test_arrays_of_all_kinds_are_copied_at_once(emitted: ModuleType, wrap: Callable[[Any], Any], tmp_path: Path) -> None:
     """NumPy of any type, PyTorch's and CuPy's protocol and DLPack: what is recorded is what stood there at the call."""
     value = np.arange(12, dtype=np.float32).reshape(3, 4) ** 2
-    with emitted.Recorder(tmp_path / "d.jsonl") as tap:
+    with emitted.Recorder(tmp_path / "d.jsonl", compute="f32") as tap:
         tap("embd", wrap(value))
         value[:] = -1
     assert read(tmp_path / "d.jsonl").points["embd"].values[2].tolist() == [64, 81, 100, 121]
-    with emitted.Recorder(tmp_path / "d.jsonl") as tap, pytest.raises(TypeError, match="made of an array"):
+    with emitted.Recorder(tmp_path / "d.jsonl", compute="f32") as tap, pytest.raises(TypeError, match="made of an array"):
         tap("embd", "text")
 
 
@@ -157,7 +159,7 @@ def test_hooks_record_modules_by_name(emitted: ModuleType, tmp_path: Path) -> No
     names = ("model.embed_tokens", "model.layers.3", "model.layers.3.self_attn.q_proj", "model.rotary_emb", "lm_head")
     model = SimpleNamespace(named_modules=lambda: [(name, module(name)) for name in names])
     rng = np.random.default_rng(0)
-    with emitted.Recorder(tmp_path / "d.jsonl", layers=24) as tap:
+    with emitted.Recorder(tmp_path / "d.jsonl", compute="f32", layers=24) as tap:
         assert len(tap.hook(model)) == 4
         for hook in hooks.values():
             hook(None, (), (rng.standard_normal((1, 3, 8)).astype(np.float32), None))

@@ -15,7 +15,9 @@ from parity.lint.lint import lint
 MAIN = """
 mod parity_dump;
 fn main() -> std::io::Result<()> {
-    let mut tap = parity_dump::Recorder::create("rust.jsonl", "m\\"n", &[1, 2, 3])?;
+    let mut tap = parity_dump::Recorder::create("rust.jsonl", "m\\"n", &[1, 2, 3], "f32", 24)?;
+    tap.only("blk.5.l_out,logits");
+    tap.checkpoint("blk.5.l_ou", 0, &[1.0])?;
     for t in 0..3 {
         let mut row: Vec<f32> = (0..64).map(|i| ((i * i + 13 * t) % 29) as f32 / 7.0 - 1.5).collect();
         if t == 2 { row[5] = f32::NAN; row[40] = f32::NEG_INFINITY; }
@@ -40,10 +42,11 @@ def test_the_rust_file_writes_what_our_writer_writes(tmp_path: Path) -> None:
     assert found.notes == ()
     assert found.header is not None
     assert (found.header.model.name, found.header.tokens) == ('m"n', (1, 2, 3))
+    assert (found.header.compute, found.header.slice, list(found.points)) == ("f32", 24, ["blk.5.l_out"])
     i, t = np.arange(64)[None, :], np.arange(3)[:, None]
     rows = ((i * i + 13 * t) % 29).astype(np.float32) / np.float32(7) - np.float32(1.5)
     rows[2, 5], rows[2, 40] = np.nan, -np.inf
-    ours, theirs = summarise("blk.5.l_out", rows.astype(np.float32), np.arange(3)), found.points["blk.5.l_out"]
+    ours, theirs = summarise("blk.5.l_out", rows.astype(np.float32), np.arange(3), slice_size=24), found.points["blk.5.l_out"]
     assert np.array_equal(ours.values, theirs.values, equal_nan=True)
     for name in ("n", "sum", "l2", "nonfinite"):
         assert theirs.stats[name] == pytest.approx(ours.stats[name], rel=1e-12, abs=1e-12)

@@ -19,11 +19,13 @@ from engine.backend import Array
 from engine.faults import CATALOGUE, plant
 from parity.explain.apart import apart
 from parity.explain.budget import Budget
-from parity.explain.explain import Case, Options, explain
+from parity.explain.explain import Case, ExplainOptions, explain
 from parity.explain.state import Candidate
 from parity.explain.together import Together
 
-_PATIENT = Options(budget=600.0)  # seconds of the clock: a search that is to end by itself, also on a machine that is shared
+_PATIENT = ExplainOptions(
+    budget=600.0
+)  # seconds of the clock: a search that is to end by itself, also on a machine that is shared
 
 
 @pytest.fixture(scope="module")
@@ -77,12 +79,8 @@ def test_leads_tell_of_the_place_that_the_causes_leave(engine: Faulty) -> None:
         replace(step, op=lambda x, y: (x + y) * np.float32(1.25)) if step.makes == "blk.2.l_out" else step
         for step in plant(engine.right, CATALOGUE["rope-pairs"])
     ]
-    kept, engine.right = engine.right, unknown
-    try:
-        dump = engine.dump(RIGHT, PROMPT, points="embd,blk.0.l_out,blk.1.l_out,blk.2.l_out,logits")
-    finally:
-        engine.right = kept
-    found = explain(dump, engine.model, Options(budget=6))
+    dump = engine.dump(RIGHT, PROMPT, points="embd,blk.0.l_out,blk.1.l_out,blk.2.l_out,logits", steps=unknown)
+    found = explain(dump, engine.model, ExplainOptions(budget=6))
     assert [cause.named.fault for cause in found.causes] == ["rope-pairs"]
     assert found.remaining is not None
     assert found.remaining.checkpoint == "blk.2.l_out"
@@ -107,7 +105,7 @@ def test_a_longer_prompt_tells_a_chunk_from_a_shift(engine: Faulty) -> None:
     """Faults that differ from some position on only are told apart by a prompt that has it."""
     from parity.explain.explain import Case
 
-    case = Case(only(engine, ("rope-missing", {}, None)), engine.model, Options())
+    case = Case(only(engine, ("rope-missing", {}, None)), engine.model, ExplainOptions())
     fault = CATALOGUE["rope-position"]
     few, many = (Candidate(fault, {"position": f"in chunks of {by}", "at": ("q_rope", "k_rope")}) for by in (32, 64))
     state = case.screening(case.entries, Budget(60)).start()
@@ -158,7 +156,7 @@ def test_printed_decimals_are_enough(engine: Faulty, tmp_path: Path) -> None:
             lines.append(f'{{"checkpoint":"{name}","token_idx":{position},"values":[{numbers}]}}')
     path = tmp_path / "printed.jsonl"
     path.write_text("\n".join(lines), encoding="utf-8")
-    found = explain(read(path), engine.model, Options(tokens=PROMPT))
+    found = explain(read(path), engine.model, ExplainOptions(tokens=PROMPT))
     assert [cause.named.fault for cause in found.causes] == ["rope-pairs"]
 
 
@@ -168,12 +166,8 @@ def test_an_unknown_fault_gives_leads_and_the_points_to_record(engine: Faulty) -
         replace(step, op=lambda x, y: (x + y) * np.float32(1.25)) if step.makes == "blk.2.l_out" else step
         for step in engine.right
     ]
-    kept, engine.right = engine.right, right
-    try:
-        dump = engine.dump(RIGHT, PROMPT, points="embd,blk.1.l_out,blk.2.l_out,logits")
-    finally:
-        engine.right = kept
-    found = explain(dump, engine.model, Options(budget=6))
+    dump = engine.dump(RIGHT, PROMPT, points="embd,blk.1.l_out,blk.2.l_out,logits", steps=right)
+    found = explain(dump, engine.model, ExplainOptions(budget=6))
     assert found.causes == ()
     assert found.remaining == found.first
     assert any("1.25 times" in lead.sentence for lead in found.leads)
@@ -190,7 +184,7 @@ def test_a_fault_beyond_the_slice_is_named_by_the_sketch(engine: Faulty) -> None
 
 def test_out_of_time_is_said(engine: Faulty) -> None:
     """A budget that is too short ends the search and says so."""
-    found = explain(only(engine, ("activation", {}, (2,))), engine.model, Options(budget=0.01))
+    found = explain(only(engine, ("activation", {}, (2,))), engine.model, ExplainOptions(budget=0.01))
     assert not found.complete
     assert found.remaining is not None
 
@@ -259,12 +253,8 @@ def test_garbage_at_single_logits_is_named_with_their_ids(engine: Faulty) -> Non
         made[:, [3, 7]] = np.random.default_rng(1).standard_normal((len(x), 2))
         return made
 
-    kept = engine.right
-    engine.right = [replace(step, op=garbage) if step.makes == "logits" else step for step in kept]
-    try:
-        dump = engine.dump(RIGHT, PROMPT)
-    finally:
-        engine.right = kept
-    found = explain(dump, engine.model, Options(budget=20))
+    steps = [replace(step, op=garbage) if step.makes == "logits" else step for step in engine.right]
+    dump = engine.dump(RIGHT, PROMPT, steps=steps)
+    found = explain(dump, engine.model, ExplainOptions(budget=20))
     assert [(cause.named.fault, cause.named.parameters) for cause in found.causes] == [("logits-garbage", {"ids": [3, 7]})]
     assert (found.remaining, found.next) == (None, "")

@@ -10,7 +10,7 @@ from planted import Faulty
 from engine import graph
 from engine.replay import batched, replay
 from parity.explain import budget as explain_budget
-from parity.explain.explain import Options, explain
+from parity.explain.explain import ExplainOptions, explain
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def test_the_answer_comes_at_most_one_replay_late(engine: Faulty, computed: list
     points = "embd,blk.0.l_out,blk.3.l_out,output_norm,logits"
     dump = only(engine, ("activation", {"activation": "ReLU"}, (1,)), ("gqa-modulo", {}, (2,)), points=points)
     computed[0] = 0
-    found = explain(dump, engine.model, Options(budget=budget))
+    found = explain(dump, engine.model, ExplainOptions(budget=budget))
     assert not found.complete
     assert found.remaining is not None
     assert budget / 2 < computed[0] <= budget + len(engine.right)  # the search gets more than half of it
@@ -51,7 +51,7 @@ def test_a_budget_of_nothing_computes_the_right_run_alone(engine: Faulty, comput
     """Where the first difference lies is said however small the budget is."""
     dump = only(engine, ("activation", {"activation": "ReLU"}, None))
     computed[0] = 0
-    found = explain(dump, engine.model, Options(budget=0))
+    found = explain(dump, engine.model, ExplainOptions(budget=0))
     assert (found.complete, found.variants) == (False, 0)
     assert found.first is not None
     assert computed[0] <= len(engine.right), found

@@ -9,7 +9,7 @@ from planted import Faulty, Planted, tokens_of
 
 from engine.faults import CATALOGUE
 from engine.synth import Shape, synthesize
-from parity.explain.explain import Options, explain
+from parity.explain.explain import ExplainOptions, explain
 from reference.client import Reference
 
 # Groups of 7 query heads, as Qwen2.5-0.5B; a vocabulary that is no multiple of 64.
@@ -65,7 +65,7 @@ def test_each_fault_is_named(name: str, faulty: Models) -> None:
     tokens = tokens_of(engine.model, 12, seed=5)
     parameters: dict[str, Any] = CATALOGUE[name].variants({step.makes: step for step in engine.right})[0]
     dump = engine.dump(Planted(((name, parameters, None),)), tokens, generated=4 if name in _BY_PASS else 0)
-    found = explain(dump, engine.model, Options(tokens=tokens))
+    found = explain(dump, engine.model, ExplainOptions(tokens=tokens))
     assert found.first is not None
     assert found.remaining is None
     assert len(found.causes) == 1

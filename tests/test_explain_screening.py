@@ -8,11 +8,11 @@ from explaining import PROMPT, only, small_engine
 from planted import Faulty
 
 from engine.faults import CATALOGUE, Planting, plant
+from parity.explain.batch import carry
 from parity.explain.budget import Budget
-from parity.explain.explain import Case, Options
-from parity.explain.layers import carry
+from parity.explain.explain import Case, ExplainOptions
 from parity.explain.scopes import stages
-from parity.explain.state import Place
+from parity.explain.state import RecordKey
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Faulty:
 
 def test_single_layers_are_screened_together_as_one_by_one(engine: Faulty) -> None:
     """Laying candidates one after the other gives what each gives alone: attention keeps them apart."""
-    case = Case(only(engine), engine.model, Options())
+    case = Case(only(engine), engine.model, ExplainOptions())
     names = [step.makes for step in engine.right]
     steps = engine.right[names.index("blk.1.l_out") + 1 : names.index("blk.3.l_out") + 1]
     rng = np.random.default_rng(2)
@@ -37,7 +37,7 @@ def test_single_layers_are_screened_together_as_one_by_one(engine: Faulty) -> No
 
 def test_candidates_are_computed_together_as_one_by_one(engine: Faulty) -> None:
     """Versions of a model that share one run come out as each comes out of a run of its own."""
-    replay = Case(only(engine), engine.model, Options()).make(engine.right, 3)
+    replay = Case(only(engine), engine.model, ExplainOptions()).make(engine.right, 3)
     planting = Planting(engine.right)
     chosen = ("rope-missing", "no-qkv-bias", "activation", "attn-scale", "layer-twice", "softmax-axis", "gqa-modulo", "no-gate")
     faults = [CATALOGUE[name] for name in chosen]
@@ -52,7 +52,7 @@ def test_candidates_are_computed_together_as_one_by_one(engine: Faulty) -> None:
 
 def test_a_shorter_replay_takes_over_what_a_longer_one_has_computed(engine: Faulty) -> None:
     """Up to the first changed step the values are the longer run's own memory, from there on they are computed anew."""
-    case = Case(only(engine), engine.model, Options())
+    case = Case(only(engine), engine.model, ExplainOptions())
     right = case.transformer.steps
     steps = plant(right, CATALOGUE["activation"], (2,))
     changed = next(number for number, (step, other) in enumerate(zip(steps, right, strict=True)) if step is not other)
@@ -69,9 +69,9 @@ def test_a_shorter_replay_takes_over_what_a_longer_one_has_computed(engine: Faul
 @pytest.mark.parametrize("point", [0, 2, 5])
 def test_the_stages_hold_every_candidate_once(engine: Faulty, point: int) -> None:
     """What is tried first is a matter of time only: nothing is left out and nothing tried twice."""
-    case = Case(only(engine, ("capture-early", {}, None)), engine.model, Options())
+    case = Case(only(engine, ("capture-early", {}, None)), engine.model, ExplainOptions())
     screening = case.screening(case.entries, Budget(60))
-    state = replace(screening.start(), first=Place(point, 0))
+    state = replace(screening.start(), first=RecordKey(point, 0))
     wanted = [(one.fault.name, str(one.parameters)) for one in screening.candidates(state, None)]
     found = [(one.fault.name, str(one.parameters)) for stage in stages(screening, state, None) for one in stage]
     assert sorted(found) == sorted(wanted)

@@ -2,7 +2,6 @@
 
 import random
 import struct
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -223,7 +222,7 @@ def test_every_truncation_is_one_clear_error(small: bytes, scratch: Path) -> Non
 @given(st.integers(0, 2**32 - 1))
 @settings(max_examples=400, deadline=None)
 def test_damaged_bytes_never_raise_anything_else(small: bytes, scratch: Path, seed: int) -> None:
-    """Bytes overwritten anywhere in the header give a model or a ModelError, quickly and without a warning."""
+    """Bytes overwritten anywhere in the header give a model or a ModelError, and no warning."""
     rng = random.Random(seed)
     content = bytearray(small)
     header = small.index(b"blk.0.attn_norm.weight") + 64
@@ -233,18 +232,14 @@ def test_damaged_bytes_never_raise_anything_else(small: bytes, scratch: Path, se
         place = rng.randrange(4, header)
         content[place : place + len(raw)] = raw
     scratch.write_bytes(content)
-    begin = time.perf_counter()
-    with suppress(ModelError):
+    with suppress(ModelError):  # a count that is believed takes for ever
         use(scratch)
-    assert time.perf_counter() - begin < 2  # milliseconds; a count that is believed takes for ever
 
 
-def test_a_large_vocabulary_opens_quickly(synthetic: Callable[..., Path]) -> None:
-    """A vocabulary of 151,936 tokens opens in a fraction of a second (30 ms measured; gguf-py's reader takes 7 to 10 s)."""
+def test_a_large_vocabulary_opens_whole(synthetic: Callable[..., Path]) -> None:
+    """A vocabulary of 151,936 tokens is there to its last one (benchmarks/cpu.py measures how quickly)."""
     path = synthetic("tiny", "f16", vocab=151936, layers=1)
-    begin = time.perf_counter()
     model = GgufModel(path)
-    assert time.perf_counter() - begin < 0.5
     tokens = model.array("tokenizer.ggml.tokens")
     assert (len(tokens), tokens[-1]) == (151936, "<|pad_151935|>")
 

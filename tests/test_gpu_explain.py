@@ -8,11 +8,12 @@ from planted import Faulty, Planted, tokens_of
 
 from engine.backend import choose
 from engine.faults import CATALOGUE, Planting
-from engine.replay.replay import NOT_ALLOWED, Replay
+from engine.inapplicable import NotApplicable
+from engine.replay.replay import Replay
 from engine.synth import Shape, synthesize
 from engine.transformer import Transformer
 from engine.weights.gguf_model import GgufModel
-from parity.explain.explain import Options, explain
+from parity.explain.explain import ExplainOptions, explain
 
 cupy = pytest.importorskip("cupy", reason="CuPy is not installed")
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not cupy.cuda.is_available(), reason="no CUDA device")]
@@ -36,7 +37,7 @@ def _logits(replay: Replay, transformer: Transformer, name: str) -> np.ndarray |
     try:
         steps = planting.of(fault, None, (fault.variants(planting.right) or [{}])[0])
         changed = replay.run(steps, lambda _name, _made: True)
-    except NOT_ALLOWED:
+    except NotApplicable:
         return None
     last = [value for point, value in changed.items() if point.endswith(("logits", "l_out"))]
     return transformer.backend.to_host(last[-1]) if last else np.zeros(0)
@@ -69,6 +70,6 @@ def test_the_cause_is_named_on_the_device(model: Path, name: str) -> None:
     tokens = tokens_of(model, 12, seed=5)
     parameters = CATALOGUE[name].variants({step.makes: step for step in faulty.right})[0]
     dump = faulty.dump(Planted(((name, parameters, None),)), tokens)
-    host, device = (explain(dump, model, Options(tokens=tokens, backend=backend)) for backend in ("numpy", "cupy"))
+    host, device = (explain(dump, model, ExplainOptions(tokens=tokens, backend=backend)) for backend in ("numpy", "cupy"))
     assert [cause.named for cause in device.causes] == [cause.named for cause in host.causes]
     assert device.remaining is None

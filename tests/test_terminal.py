@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from dumps import HEADER, dump, noisy, random, spoiled
+from dumps import DEFAULT, HEADER, dump, noisy, random, spoiled
 from rich.cells import cell_len
 from rich.console import Console
 
@@ -52,10 +52,19 @@ def test_it_fits(width: int) -> None:
     lines = text(diverging(), width).splitlines()
     assert all(cell_len(line) <= width for line in lines if "--points" not in line and not line.startswith("divergence: "))
     assert all(line == line.rstrip() for line in lines)
-    table = lines[1 : lines.index("")]
+    table = [line for line in lines[1 : lines.index("")] if not line.startswith(" ")]  # notes may go on below their row
     assert len(table) <= 24
     shown = sum(int(line.split()[1]) if line.startswith("…") else 1 for line in table)
     assert shown == len(MANY)
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_no_note_is_cut(width: int) -> None:
+    """Whatever the width, each row's note is there to its last word: columns are left out or the note goes on below."""
+    said = text(diverging(DEFAULT), width).split("\n\n")[0]
+    assert "…" not in said
+    assert said.count("11 of 12 wrong") == 5
+    assert said.count("inherited") == 4
 
 
 def test_what_explains_a_divergence_is_said() -> None:

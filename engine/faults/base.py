@@ -3,17 +3,20 @@
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
+from inspect import signature
 from itertools import product
 from typing import Any
 
 from checkpoints.points import parse
 
-from ..graph import History, Step
+from ..graph import PASSES, POSITIONS, TOKENS, Altered, History, RowsOf, Step
+from ..inapplicable import NotApplicable
 
 COPY = "~"  # ends the names of steps that compute a layer a second time
 SEEN = "seen:"  # starts the name of what a dump shows for a point, where that is not what the engine computed
 AT = "at"  # the parameter that chooses among a fault's kinds of step
 
+_GIVEN = frozenset({TOKENS, POSITIONS, PASSES})
 _ANY = -1  # stands for every layer
 _parse = lru_cache(maxsize=1 << 14)(parse)
 
@@ -24,7 +27,7 @@ Record = Callable[[str, Steps, Parameters], "Step | None"]
 Values = tuple[Any, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Fault:
     """One way in which an engine can be wrong.
 
@@ -107,7 +110,19 @@ class Planting:
             changed = fault.change(step, self.right, parameters)
             if changed != step:
                 found[number] = (changed,) if isinstance(changed, Step) else tuple(changed)
+                self._check(found[number], number)
         return dict(sorted(found.items()))
+
+    def _check(self, changed: Sequence[Step], number: int) -> None:
+        """Raises NotApplicable if steps in the place of that number cannot be computed there: two faults changed one, each for itself."""
+        made: set[str] = set()
+        for step in changed:
+            if not _takes(step.op, len(step.reads) + len(step.weights), frozenset(step.params)):
+                raise NotApplicable(f"{step.makes}: another fault has changed the same operation")
+            for name in step.names:
+                if name not in made and self.order.get(name, number if name not in _GIVEN else -1) >= number:
+                    raise NotApplicable(f"{step.makes} would read {name} before it is made")
+            made.add(step.makes)
 
     def _numbers(self, fault: Fault, layers: Collection[int] | None, parameters: Parameters) -> Iterator[int]:
         wanted = (None, *((_ANY,) if layers is None else layers))
@@ -130,7 +145,7 @@ class Planting:
                 made = fault.shows(name, self.right, parameters) if self._recorded is None or name in self._recorded else None
                 shown += [] if made is None else [made]
         if not new and not shown:
-            raise ValueError(f"{fault.name} changes none of these steps")
+            raise NotApplicable(f"{fault.name} changes none of these steps")
         result: list[Step] = []
         start = 0
         for number, changed in new.items():
@@ -145,7 +160,7 @@ def plant(steps: Sequence[Step], fault: Fault, layers: Collection[int] | None = 
     Parameters that are not given take the first value of the fault's own list.
 
     Raises:
-        ValueError: the fault changes none of these steps.
+        NotApplicable: the fault changes none of these steps, or the model does not allow it.
     """
     planting = Planting(steps)
     return planting.of(fault, layers, (fault.variants(planting.right) or [{}])[0] | parameters)
@@ -173,6 +188,16 @@ def as_recorded(steps: Sequence[Step]) -> list[Step]:
     ]
 
 
+@lru_cache(maxsize=1 << 12)
+def _takes(op: Callable[..., Any], count: int, names: frozenset[str]) -> bool:
+    """Whether an operation can be called with so many positional arguments and with these keywords."""
+    try:
+        signature(op).bind(*[None] * count, **dict.fromkeys(names))
+    except TypeError:
+        return False
+    return True
+
+
 def unchanged(step: Step, _right: Steps, _parameters: Parameters) -> Step:
     """The change of a fault that lies in the capture only."""
     return step
@@ -183,15 +208,34 @@ def with_parameters(step: Step, **parameters: Any) -> Step:
     return replace(step, params={**step.params, **parameters})
 
 
+def read_of(step: Step, number: int) -> str | History:
+    """What a step reads, by its number. Raises NotApplicable if it reads fewer."""
+    if number >= len(step.reads):
+        raise NotApplicable(f"{step.makes} reads only {len(step.reads)} values")
+    return step.reads[number]
+
+
+def weight_of(step: Step, number: int) -> str | RowsOf | Altered | None:
+    """A weight of a step, by its number; None where it has fewer: the model lacks an optional one."""
+    return step.weights[number] if number < len(step.weights) else None
+
+
+def parameter_of(step: Step, name: str) -> Any:
+    """A parameter of a step's operation. Raises NotApplicable if it has none of this name."""
+    if name not in step.params:
+        raise NotApplicable(f"{step.makes} has no parameter {name}")
+    return step.params[name]
+
+
 def layer_of(step: Step) -> int:
     """The layer that a step belongs to.
 
     Raises:
-        ValueError: it belongs to none.
+        NotApplicable: it belongs to none.
     """
     layer = _parse(step.makes).layer
     if layer is None:
-        raise ValueError(f"{step.makes} stands outside the layers")
+        raise NotApplicable(f"{step.makes} stands outside the layers")
     return layer
 
 
@@ -201,16 +245,23 @@ def kind_of(step: Step) -> str:
 
 
 def sibling(step: Step, right: Steps, kind: str) -> Step:
-    """The step of that kind in the same layer (and the same copy of it)."""
+    """The step of that kind in the same layer (and the same copy of it).
+
+    Raises:
+        NotApplicable: the layer has none.
+    """
     copy = COPY if step.makes.endswith(COPY) else ""
-    return right[f"blk.{layer_of(step)}.{kind}{copy}"]
+    name = f"blk.{layer_of(step)}.{kind}{copy}"
+    if name not in right:
+        raise NotApplicable(f"there is no {name}")
+    return right[name]
 
 
 def layer_input(step: Step, right: Steps) -> str:
     """The name of what the step's layer reads."""
-    read = sibling(step, right, "attn_norm").reads[0]
+    read = read_of(sibling(step, right, "attn_norm"), 0)
     if not isinstance(read, str):
-        raise ValueError(f"{step.makes}: the layer's input is a history")  # noqa: TRY004 - no place for this fault
+        raise NotApplicable(f"{step.makes}: the layer's input is a history")
     return read
 
 

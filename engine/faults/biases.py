@@ -5,77 +5,77 @@ from dataclasses import replace
 import numpy as np
 
 from ..graph import Altered, Step
-from .base import AT, Fault, Parameters, Steps, sibling, subsets
+from .base import AT, Fault, Parameters, Steps, sibling, subsets, weight_of
 
 _QKV = ("q", "k", "v")
 
 
 def _no_bias(step: Step, _right: Steps, _parameters: Parameters) -> Step:
-    return replace(step, weights=(step.weights[0], None))
+    return replace(step, weights=(weight_of(step, 0), None))
 
 
 def _bias_twice(step: Step, _right: Steps, _parameters: Parameters) -> Step:
-    bias = step.weights[1]
+    bias = weight_of(step, 1)
     if not isinstance(bias, str):
         return step
-    return replace(step, weights=(step.weights[0], Altered(bias, lambda source, name: source.get(name) * np.float32(2))))
+    return replace(step, weights=(weight_of(step, 0), Altered(bias, lambda source, name: source.get(name) * np.float32(2))))
 
 
 def _bias_sign(step: Step, _right: Steps, _parameters: Parameters) -> Step:
-    bias = step.weights[1]
+    bias = weight_of(step, 1)
     if not isinstance(bias, str):
         return step
-    return replace(step, weights=(step.weights[0], Altered(bias, lambda source, name: -source.get(name))))
+    return replace(step, weights=(weight_of(step, 0), Altered(bias, lambda source, name: -source.get(name))))
 
 
 def _bias_of(step: Step, right: Steps, parameters: Parameters) -> Step:
     """The bias of another projection; of a longer one its first elements, a shorter one is repeated."""
-    own, other = step.weights[1], sibling(step, right, parameters["of"]).weights[1]
+    own, other = weight_of(step, 1), weight_of(sibling(step, right, parameters["of"]), 1)
     if not isinstance(own, str) or not isinstance(other, str):
         return step
     made = Altered(own, lambda source, name: np.resize(source.get(other), source.get(name).shape))
-    return replace(step, weights=(step.weights[0], made))
+    return replace(step, weights=(weight_of(step, 0), made))
 
 
 FAULTS = (
     Fault(
-        "no-qkv-bias",
-        _QKV,
-        _no_bias,
-        "the bias of {at} is not added",
-        "wrong from the first layer and position on",
-        "add blk.N.attn_{q,k,v}.bias",
-        "Qwen2 ports of Llama code",
-        {AT: (*subsets(*_QKV), ("q", "k"), ("q", "v"), ("k", "v"))},
+        name="no-qkv-bias",
+        kinds=_QKV,
+        change=_no_bias,
+        what="the bias of {at} is not added",
+        symptom="wrong from the first layer and position on",
+        fix="add blk.N.attn_{q,k,v}.bias",
+        seen="Qwen2 ports of Llama code",
+        parameters={AT: (*subsets(*_QKV), ("q", "k"), ("q", "v"), ("k", "v"))},
     ),
     Fault(
-        "bias-twice",
-        _QKV,
-        _bias_twice,
-        "the bias of {at} is added twice",
-        "wrong from the first layer and position on",
-        "add it once",
-        "a bias in the product's epilogue, and an add beside it",
-        {AT: subsets(*_QKV)},
+        name="bias-twice",
+        kinds=_QKV,
+        change=_bias_twice,
+        what="the bias of {at} is added twice",
+        symptom="wrong from the first layer and position on",
+        fix="add it once",
+        seen="a bias in the product's epilogue, and an add beside it",
+        parameters={AT: subsets(*_QKV)},
     ),
     Fault(
-        "bias-sign",
-        _QKV,
-        _bias_sign,
-        "the bias of {at} is subtracted",
-        "wrong from the first layer and position on",
-        "add it",
-        "beta = −1 in a product's epilogue",
-        {AT: subsets(*_QKV)},
+        name="bias-sign",
+        kinds=_QKV,
+        change=_bias_sign,
+        what="the bias of {at} is subtracted",
+        symptom="wrong from the first layer and position on",
+        fix="add it",
+        seen="beta = −1 in a product's epilogue",
+        parameters={AT: subsets(*_QKV)},
     ),
     Fault(
-        "bias-of-other",
-        _QKV,
-        _bias_of,
-        "{at} takes the bias of {of}",
-        "wrong from the first layer and position on",
-        "each projection has a bias of its own",
-        "one offset for a fused bias",
-        {"of": ("k", "v", "q"), AT: (("q",), ("k",), ("v",), _QKV)},
+        name="bias-of-other",
+        kinds=_QKV,
+        change=_bias_of,
+        what="{at} takes the bias of {of}",
+        symptom="wrong from the first layer and position on",
+        fix="each projection has a bias of its own",
+        seen="one offset for a fused bias",
+        parameters={"of": ("k", "v", "q"), AT: (("q",), ("k",), ("v",), _QKV)},
     ),
 )

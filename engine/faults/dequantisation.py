@@ -11,8 +11,9 @@ import numpy as np
 
 from ..backend import Array
 from ..graph import Altered, RowsOf, Step, WeightSource
+from ..inapplicable import NotApplicable
 from ..weights.dequantize import FORMATS, dequantize
-from .base import AT, Fault, Parameters, Steps
+from .base import AT, Fault, Parameters, Steps, weight_of
 from .block_edits import (
     BF16,
     F16,
@@ -53,7 +54,7 @@ def _reread(step: Step, edit: Edit) -> Step:
 
 
 def _remade(step: Step, make: Callable[[WeightSource, str], Array]) -> Step:
-    first = step.weights[0]
+    first = weight_of(step, 0)
     if isinstance(first, RowsOf):
 
         def rows(source: WeightSource, name: str) -> Any:
@@ -62,7 +63,7 @@ def _remade(step: Step, make: Callable[[WeightSource, str], Array]) -> Step:
 
         return replace(step, weights=(Altered(first.weight, rows), *step.weights[1:]))
     if not isinstance(first, str):
-        raise ValueError(f"{step.makes} has no plain matrix to read in another way")  # noqa: TRY004 - no place for this fault
+        raise NotApplicable(f"{step.makes} has no plain matrix to read in another way")
     return replace(step, weights=(Altered(first, make), *step.weights[1:]))
 
 
@@ -126,103 +127,105 @@ _WHERE = {AT: (MATRICES, _ALL, ("embd",), ("logits",))}
 
 FAULTS = (
     Fault(
-        "nibble-order",
-        _ALL,
-        _by(nibble_order),
-        "4-bit quants are taken {order} from their bytes, in {at}",
-        "only 4- and 5-bit files are wrong",
-        "byte i of a block holds element i in the low and i + 16 in the high nibble",
-        "hand-written Q4_0 kernels",
-        {"order": ("high first", "pairwise"), **_WHERE},
+        name="nibble-order",
+        kinds=_ALL,
+        change=_by(nibble_order),
+        what="4-bit quants are taken {order} from their bytes, in {at}",
+        symptom="only 4- and 5-bit files are wrong",
+        fix="byte i of a block holds element i in the low and i + 16 in the high nibble",
+        seen="hand-written Q4_0 kernels",
+        parameters={"order": ("high first", "pairwise"), **_WHERE},
     ),
     Fault(
-        "q4k-scale-min",
-        _ALL,
-        _by(only_k_quants),
-        "scales and mins of Q4_K and Q5_K are exchanged, in {at}",
-        "only Q4_K files are wrong",
-        "get_scale_min_k4: bytes 0-3 are scales, 4-7 mins, 8-11 the high bits' nibbles of both",
-        "hand-written K-quant kernels",
-        _WHERE,
+        name="q4k-scale-min",
+        kinds=_ALL,
+        change=_by(only_k_quants),
+        what="scales and mins of Q4_K and Q5_K are exchanged, in {at}",
+        symptom="only Q4_K files are wrong",
+        fix="get_scale_min_k4: bytes 0-3 are scales, 4-7 mins, 8-11 the high bits' nibbles of both",
+        seen="hand-written K-quant kernels",
+        parameters=_WHERE,
     ),
     Fault(
-        "scale-min-swapped",
-        _ALL,
-        _by(lambda blocks, kind, parameters: None if kind in (Q4_K, Q5_K) else scales_and_mins(blocks, kind, parameters)),
-        "d and m of Q4_1 and Q5_1 are exchanged, in {at}",
-        "only Q4_1 and Q5_1 files are wrong",
-        "a block starts with d, then m",
-        "Q4_0 kernels extended by a minimum",
-        _WHERE,
+        name="scale-min-swapped",
+        kinds=_ALL,
+        change=_by(
+            lambda blocks, kind, parameters: None if kind in (Q4_K, Q5_K) else scales_and_mins(blocks, kind, parameters)
+        ),
+        what="d and m of Q4_1 and Q5_1 are exchanged, in {at}",
+        symptom="only Q4_1 and Q5_1 files are wrong",
+        fix="a block starts with d, then m",
+        seen="Q4_0 kernels extended by a minimum",
+        parameters=_WHERE,
     ),
     Fault(
-        "min-ignored",
-        _ALL,
-        _by(no_minimum),
-        "the blocks' minimum is ignored, in {at}",
-        "only files of types with a minimum are wrong",
-        "value = d · q + m (Q4_1, Q5_1), d · scale · q − dmin · min (K-quants)",
-        "Q4_0 kernels used for Q4_1",
-        _WHERE,
+        name="min-ignored",
+        kinds=_ALL,
+        change=_by(no_minimum),
+        what="the blocks' minimum is ignored, in {at}",
+        symptom="only files of types with a minimum are wrong",
+        fix="value = d · q + m (Q4_1, Q5_1), d · scale · q − dmin · min (K-quants)",
+        seen="Q4_0 kernels used for Q4_1",
+        parameters=_WHERE,
     ),
     Fault(
-        "high-bits-dropped",
-        _ALL,
-        _by(no_high_bits),
-        "the high bits of 3-, 5- and 6-bit quants are dropped, in {at}",
-        "only Q3_K, Q5 and Q6_K files are wrong",
-        "or the high bits from qh (hmask for Q3_K) onto the low ones",
-        "Q4 kernels used for Q5 and Q6",
-        _WHERE,
+        name="high-bits-dropped",
+        kinds=_ALL,
+        change=_by(no_high_bits),
+        what="the high bits of 3-, 5- and 6-bit quants are dropped, in {at}",
+        symptom="only Q3_K, Q5 and Q6_K files are wrong",
+        fix="or the high bits from qh (hmask for Q3_K) onto the low ones",
+        seen="Q4 kernels used for Q5 and Q6",
+        parameters=_WHERE,
     ),
     Fault(
-        "scale-of-neighbour",
-        _ALL,
-        _by(neighbours_scale),
-        "quants are scaled by the {of}'s scale, in {at}",
-        "values of the wrong size here and there",
-        "each block (and sub-block) has a scale of its own",
-        "an index that is off by one",
-        {"of": ("next block", "previous block", "sub-block"), **_WHERE},
+        name="scale-of-neighbour",
+        kinds=_ALL,
+        change=_by(neighbours_scale),
+        what="quants are scaled by the {of}'s scale, in {at}",
+        symptom="values of the wrong size here and there",
+        fix="each block (and sub-block) has a scale of its own",
+        seen="an index that is off by one",
+        parameters={"of": ("next block", "previous block", "sub-block"), **_WHERE},
     ),
     Fault(
-        "block-offset",
-        _ALL,
-        _by(block_offset),
-        "the tensor is read from a wrong place, {blocks} block on, in {at}",
-        "wrong from position 0 on, of plausible size",
-        "tensor data start at the aligned offset of its info, from the data section's start",
-        "loaders that forget general.alignment",
-        {"blocks": (1, -1), **_WHERE},
+        name="block-offset",
+        kinds=_ALL,
+        change=_by(block_offset),
+        what="the tensor is read from a wrong place, {blocks} block on, in {at}",
+        symptom="wrong from position 0 on, of plausible size",
+        fix="tensor data start at the aligned offset of its info, from the data section's start",
+        seen="loaders that forget general.alignment",
+        parameters={"blocks": (1, -1), **_WHERE},
     ),
     Fault(
-        "quants-signedness",
-        _ALL,
-        _signedness,
-        "quants are read unsigned, in {at}",
-        "all weights are positive: values grow without bounds",
-        "Q8_0 holds int8; Q4_0 subtracts 8, Q5_0 16",
-        "char that is unsigned on ARM",
-        _WHERE,
+        name="quants-signedness",
+        kinds=_ALL,
+        change=_signedness,
+        what="quants are read unsigned, in {at}",
+        symptom="all weights are positive: values grow without bounds",
+        fix="Q8_0 holds int8; Q4_0 subtracts 8, Q5_0 16",
+        seen="char that is unsigned on ARM",
+        parameters=_WHERE,
     ),
     Fault(
-        "f16-as-bf16",
-        _ALL,
-        _other_half,
-        "F16 weights are read as BF16, or BF16 as F16, in {at}",
-        "values absurdly small or large",
-        "ggml_type 1 is F16, 30 is BF16",
-        "loaders that know one 16-bit type",
-        _WHERE,
+        name="f16-as-bf16",
+        kinds=_ALL,
+        change=_other_half,
+        what="F16 weights are read as BF16, or BF16 as F16, in {at}",
+        symptom="values absurdly small or large",
+        fix="ggml_type 1 is F16, 30 is BF16",
+        seen="loaders that know one 16-bit type",
+        parameters=_WHERE,
     ),
     Fault(
-        "scale-rounded",
-        _ALL,
-        _rounded_scale,
-        "Q6_K's d · scale is rounded to F16 before the product, in {at}",
-        "a difference of 1e-7 that looks like rounding",
-        "multiply in F32",
-        "half-precision dequantisation kernels",
-        _WHERE,
+        name="scale-rounded",
+        kinds=_ALL,
+        change=_rounded_scale,
+        what="Q6_K's d · scale is rounded to F16 before the product, in {at}",
+        symptom="a difference of 1e-7 that looks like rounding",
+        fix="multiply in F32",
+        seen="half-precision dequantisation kernels",
+        parameters=_WHERE,
     ),
 )

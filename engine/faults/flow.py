@@ -9,7 +9,7 @@ import numpy as np
 from .. import ops
 from ..backend import Array
 from ..graph import History, Step
-from .base import AT, COPY, Fault, Parameters, Steps, kind_of, layer_input, layer_of, subsets
+from .base import AT, COPY, Fault, Parameters, Steps, kind_of, layer_input, layer_of, read_of, subsets
 
 _SUMS = ("ffn_inp", "l_out")
 
@@ -23,17 +23,17 @@ def _only(step: Step, name: Any) -> Step:
 
 
 def _no_residual(step: Step, _right: Steps, _parameters: Parameters) -> Step:
-    return _only(step, step.reads[0])
+    return _only(step, read_of(step, 0))
 
 
 def _branch_missing(step: Step, _right: Steps, _parameters: Parameters) -> Step:
-    return _only(step, step.reads[1])
+    return _only(step, read_of(step, 1))
 
 
 def _after_norm(step: Step, _right: Steps, _parameters: Parameters) -> Step:
     norm = "attn_norm" if kind_of(step) == "ffn_inp" else "ffn_norm"
     copy = COPY if step.makes.endswith(COPY) else ""
-    return replace(step, reads=(step.reads[0], f"blk.{layer_of(step)}.{norm}{copy}"))
+    return replace(step, reads=(read_of(step, 0), f"blk.{layer_of(step)}.{norm}{copy}"))
 
 
 def _twice(x: Array, y: Array) -> Array:
@@ -50,7 +50,7 @@ def _added_twice(step: Step, _right: Steps, parameters: Parameters) -> Step:
 
 def _old_buffer(step: Step, right: Steps, parameters: Parameters) -> Step:
     old = {"the layer's input": layer_input(step, right), "the embedding": "embd"}[parameters["buffer"]]
-    return replace(step, reads=(step.reads[0], old))
+    return replace(step, reads=(read_of(step, 0), old))
 
 
 def _skip(step: Step, right: Steps, _parameters: Parameters) -> Step:
@@ -91,91 +91,91 @@ _EACH = {AT: subsets(*_SUMS)}
 
 FAULTS = (
     Fault(
-        "residual-missing",
-        _SUMS,
-        _no_residual,
-        "the residual is not added at {at}",
-        "wrong from layer 0, position 0 on; values shrink",
-        "ffn_inp = attention + input, l_out = feed-forward + ffn_inp",
-        "blocks rewritten as functions",
-        _EACH,
+        name="residual-missing",
+        kinds=_SUMS,
+        change=_no_residual,
+        what="the residual is not added at {at}",
+        symptom="wrong from layer 0, position 0 on; values shrink",
+        fix="ffn_inp = attention + input, l_out = feed-forward + ffn_inp",
+        seen="blocks rewritten as functions",
+        parameters=_EACH,
     ),
     Fault(
-        "branch-missing",
-        _SUMS,
-        _branch_missing,
-        "the residual stream skips the attention (ffn_inp) or the feed-forward (l_out): {at}",
-        "wrong from layer 0 on; the stream changes too little",
-        "add the branch's output to the stream",
-        "an output that is written to a buffer nobody reads",
-        {AT: (("l_out",), ("ffn_inp",))},
+        name="branch-missing",
+        kinds=_SUMS,
+        change=_branch_missing,
+        what="the residual stream skips the attention (ffn_inp) or the feed-forward (l_out): {at}",
+        symptom="wrong from layer 0 on; the stream changes too little",
+        fix="add the branch's output to the stream",
+        seen="an output that is written to a buffer nobody reads",
+        parameters={AT: (("l_out",), ("ffn_inp",))},
     ),
     Fault(
-        "residual-after-norm",
-        _SUMS,
-        _after_norm,
-        "the residual is taken after the norm, at {at}",
-        "wrong from layer 0, position 0 on",
-        "keep the stream as it was before the norm",
-        "norms that work in place",
-        _EACH,
+        name="residual-after-norm",
+        kinds=_SUMS,
+        change=_after_norm,
+        what="the residual is taken after the norm, at {at}",
+        symptom="wrong from layer 0, position 0 on",
+        fix="keep the stream as it was before the norm",
+        seen="norms that work in place",
+        parameters=_EACH,
     ),
     Fault(
-        "residual-twice",
-        _SUMS,
-        _added_twice,
-        "the {added} is added twice at {at}",
-        "values grow from layer to layer",
-        "add it once",
-        "fused kernels that add the residual, and an add beside them",
-        {"added": ("residual", "branch"), AT: subsets(*_SUMS)},
+        name="residual-twice",
+        kinds=_SUMS,
+        change=_added_twice,
+        what="the {added} is added twice at {at}",
+        symptom="values grow from layer to layer",
+        fix="add it once",
+        seen="fused kernels that add the residual, and an add beside them",
+        parameters={"added": ("residual", "branch"), AT: subsets(*_SUMS)},
     ),
     Fault(
-        "residual-old-buffer",
-        _SUMS,
-        _old_buffer,
-        "the residual comes from {buffer}, at {at}",
-        "wrong from layer 0 or 1 on",
-        "the feed-forward's residual is ffn_inp, the attention's the layer's input",
-        "two buffers that swap",
-        {"buffer": ("the layer's input", "the embedding"), AT: (("l_out",), ("ffn_inp",), _SUMS)},
+        name="residual-old-buffer",
+        kinds=_SUMS,
+        change=_old_buffer,
+        what="the residual comes from {buffer}, at {at}",
+        symptom="wrong from layer 0 or 1 on",
+        fix="the feed-forward's residual is ffn_inp, the attention's the layer's input",
+        seen="two buffers that swap",
+        parameters={"buffer": ("the layer's input", "the embedding"), AT: (("l_out",), ("ffn_inp",), _SUMS)},
     ),
     Fault(
-        "parallel-branches",
-        ("ffn_norm",),
-        _parallel,
-        "the feed-forward reads the layer's input, not the attention's result",
-        "wrong from layer 0, position 0 on",
-        "ffn_norm reads ffn_inp",
-        "GPT-J and Falcon code",
+        name="parallel-branches",
+        kinds=("ffn_norm",),
+        change=_parallel,
+        what="the feed-forward reads the layer's input, not the attention's result",
+        symptom="wrong from layer 0, position 0 on",
+        fix="ffn_norm reads ffn_inp",
+        seen="GPT-J and Falcon code",
     ),
     Fault(
-        "layer-skipped",
-        ("l_out",),
-        _skip,
-        "the layer is skipped",
-        "one layer's output equals its input",
-        "run layers 0 to n − 1, each once",
-        "off-by-one loops; pipelines cut between two devices",
+        name="layer-skipped",
+        kinds=("l_out",),
+        change=_skip,
+        what="the layer is skipped",
+        symptom="one layer's output equals its input",
+        fix="run layers 0 to n − 1, each once",
+        seen="off-by-one loops; pipelines cut between two devices",
     ),
     Fault(
-        "layer-twice",
-        ("l_out",),
-        _run_twice,
-        "the layer is run twice",
-        "wrong from one layer on, of plausible size",
-        "run each layer once",
-        "pipelines cut between two devices",
+        name="layer-twice",
+        kinds=("l_out",),
+        change=_run_twice,
+        what="the layer is run twice",
+        symptom="wrong from one layer on, of plausible size",
+        fix="run each layer once",
+        seen="pipelines cut between two devices",
     ),
     Fault(
-        "embedding-scaled",
-        ("embd",),
-        _scale,
-        "the embedding is {scaled} by the square root of the width",
-        "embd is wrong by a constant factor",
-        "only Gemma scales its embedding",
-        "ports of Gemma code",
-        {"scaled": ("multiplied", "divided")},
+        name="embedding-scaled",
+        kinds=("embd",),
+        change=_scale,
+        what="the embedding is {scaled} by the square root of the width",
+        symptom="embd is wrong by a constant factor",
+        fix="only Gemma scales its embedding",
+        seen="ports of Gemma code",
+        parameters={"scaled": ("multiplied", "divided")},
         once=True,
     ),
 )

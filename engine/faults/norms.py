@@ -73,7 +73,7 @@ def _by(name: str) -> "Fault":
 
     # A final norm that is skipped has an entry of its own.
     where = {AT: subsets("attn_norm", "ffn_norm")} if name == "norm-skipped" else _ANY_NORM
-    return Fault(name, _NORMS, change, what, symptom, fix, seen, where)
+    return Fault(name=name, kinds=_NORMS, change=change, what=what, symptom=symptom, fix=fix, seen=seen, parameters=where)
 
 
 _TEXTS = {
@@ -133,34 +133,34 @@ def _no_final(step: Step, _right: Steps, _parameters: Parameters) -> Step:
 
 FAULTS = (
     Fault(
-        "norm-epsilon",
-        _NORMS,
-        _epsilon,
-        "the norms' ε is {eps}, which is not this model's, in {at}",
-        "a difference of 1e-6 to 1e-3 that looks like rounding",
-        "read <architecture>.attention.layer_norm_rms_epsilon from the file",
-        "engines that carry 1e-5 as a constant",
-        {"eps": (1e-5, 1e-6, 1e-8, 1e-12, 0.0), **_ANY_NORM},
+        name="norm-epsilon",
+        kinds=_NORMS,
+        change=_epsilon,
+        what="the norms' ε is {eps}, which is not this model's, in {at}",
+        symptom="a difference of 1e-6 to 1e-3 that looks like rounding",
+        fix="read <architecture>.attention.layer_norm_rms_epsilon from the file",
+        seen="engines that carry 1e-5 as a constant",
+        parameters={"eps": (1e-5, 1e-6, 1e-8, 1e-12, 0.0), **_ANY_NORM},
     ),
     *(_by(name) for name in _TEXTS),
     Fault(
-        "norms-exchanged",
-        ("attn_norm", "ffn_norm"),
-        _exchange,
-        "attention's and feed-forward's norm are exchanged, in {at}",
-        "wrong from position 0 of layer 0 on",
-        "attn_norm before Q, K, V; ffn_norm before gate and up",
-        "weights loaded by index",
-        {AT: subsets("attn_norm", "ffn_norm")},
+        name="norms-exchanged",
+        kinds=("attn_norm", "ffn_norm"),
+        change=_exchange,
+        what="attention's and feed-forward's norm are exchanged, in {at}",
+        symptom="wrong from position 0 of layer 0 on",
+        fix="attn_norm before Q, K, V; ffn_norm before gate and up",
+        seen="weights loaded by index",
+        parameters={AT: subsets("attn_norm", "ffn_norm")},
     ),
     Fault(
-        "no-final-norm",
-        ("output_norm",),
-        _no_final,
-        "the final norm is missing",
-        "all layers right, logits of the wrong size",
-        "normalise with output_norm.weight before the output matrix",
-        "ports from code in which the norm is part of the head",
+        name="no-final-norm",
+        kinds=("output_norm",),
+        change=_no_final,
+        what="the final norm is missing",
+        symptom="all layers right, logits of the wrong size",
+        fix="normalise with output_norm.weight before the output matrix",
+        seen="ports from code in which the norm is part of the head",
         once=True,
     ),
 )

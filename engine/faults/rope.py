@@ -1,19 +1,20 @@
 """Faults of the rotary position embedding."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 from .. import ops
 from ..backend import Array, module_of
 from ..graph import PASSES, POSITIONS, History, Step
-from .base import AT, Fault, Parameters, Steps, sibling, subsets, with_parameters
+from ..inapplicable import NotApplicable
+from .base import AT, Fault, Parameters, Steps, parameter_of, read_of, sibling, subsets, weight_of, with_parameters
 
 _ROPE = ("q_rope", "k_rope")
 
 
 def _pairs(step: Step, _right: Steps, _parameters: Parameters) -> Step:
-    return with_parameters(step, pairs="norm" if step.params["pairs"] == "neox" else "neox")
+    return with_parameters(step, pairs="norm" if parameter_of(step, "pairs") == "neox" else "neox")
 
 
 def _base(step: Step, _right: Steps, parameters: Parameters) -> Step:
@@ -37,8 +38,19 @@ def _moved(x: Array, positions: Array, factors: Array | None = None, *, by: str,
     return ops.rope(x, _SHIFTS[by](positions), factors, **params)
 
 
+def _with(step: Step, op: Callable[..., Array], *reads: str, **parameters: Any) -> Step:
+    """The step with an operation that calls RoPE in another way; `reads` are values that it reads as well.
+
+    Raises:
+        NotApplicable: another fault has changed the operation already.
+    """
+    if step.op is not ops.rope:
+        raise NotApplicable(f"{step.makes} is no plain RoPE")
+    return replace(step, op=op, reads=(*step.reads, *reads), params={**step.params, **parameters})
+
+
 def _position(step: Step, _right: Steps, parameters: Parameters) -> Step:
-    return replace(step, op=_moved, params={**step.params, "by": parameters["position"]})
+    return _with(step, _moved, by=parameters["position"])
 
 
 def _within_pass(x: Array, positions: Array, passes: Array, factors: Array | None = None, **params: Any) -> Array:
@@ -48,7 +60,7 @@ def _within_pass(x: Array, positions: Array, passes: Array, factors: Array | Non
 
 
 def _position_per_pass(step: Step, _right: Steps, _parameters: Parameters) -> Step:
-    return replace(step, op=_within_pass, reads=(*step.reads, PASSES))
+    return _with(step, _within_pass, PASSES)
 
 
 def _copy(x: Array, _positions: Array, _factors: Array | None = None, **_params: Any) -> Array:
@@ -56,7 +68,7 @@ def _copy(x: Array, _positions: Array, _factors: Array | None = None, **_params:
 
 
 def _missing(step: Step, _right: Steps, _parameters: Parameters) -> Step:
-    return replace(step, op=_copy)
+    return _with(step, _copy)
 
 
 def _again(x: Array, positions: Array, factors: Array | None = None, **params: Any) -> Array:
@@ -64,7 +76,7 @@ def _again(x: Array, positions: Array, factors: Array | None = None, **params: A
 
 
 def _twice(step: Step, _right: Steps, _parameters: Parameters) -> Step:
-    return replace(step, op=_again)
+    return _with(step, _again)
 
 
 def _backwards(x: Array, positions: Array, factors: Array | None = None, **params: Any) -> Array:
@@ -72,7 +84,7 @@ def _backwards(x: Array, positions: Array, factors: Array | None = None, **param
 
 
 def _sign(step: Step, _right: Steps, _parameters: Parameters) -> Step:
-    return replace(step, op=_backwards)
+    return _with(step, _backwards)
 
 
 def _rotated_linear(x: Array, positions: Array, weight: Array, bias: Array | None, *, rope: Mapping[str, Any]) -> Array:
@@ -80,8 +92,10 @@ def _rotated_linear(x: Array, positions: Array, weight: Array, bias: Array | Non
 
 
 def _values_too(step: Step, right: Steps, _parameters: Parameters) -> Step:
-    rope = sibling(step, right, "k_rope").params
-    return replace(step, op=_rotated_linear, reads=(*step.reads, POSITIONS), params={"rope": rope})
+    rope = sibling(step, right, "k_rope")
+    if rope.op is not ops.rope or step.op is not ops.linear:
+        raise NotApplicable(f"{step.makes} or {rope.makes} is no plain operation")
+    return replace(step, op=_rotated_linear, reads=(*step.reads, POSITIONS), params={"rope": rope.params})
 
 
 def _scores_of_unrotated_cache(
@@ -94,13 +108,15 @@ def _scores_of_unrotated_cache(
 
 
 def _after_cache(step: Step, right: Steps, _parameters: Parameters) -> Step:
-    key = sibling(step, right, "k_rope").reads[0]
+    key = read_of(sibling(step, right, "k_rope"), 0)
     name = key if isinstance(key, str) else key.of
     return replace(step, op=_scores_of_unrotated_cache, reads=(*step.reads, History(name), PASSES, History(PASSES)))
 
 
 def _dims(step: Step, _right: Steps, parameters: Parameters) -> Step:
-    dims = int(step.params["dims"] * parameters["of"]) & ~1
+    if weight_of(step, 0) is not None:
+        raise NotApplicable(f"{step.makes}: the frequency factors are as many as the dimensions that are rotated")
+    dims = int(parameter_of(step, "dims") * parameters["of"]) & ~1
     return with_parameters(step, dims=dims)
 
 
@@ -112,8 +128,10 @@ def _frequencies(x: Array, positions: Array, factors: Array | None = None, *, ov
 
 
 def _exponent(step: Step, _right: Steps, parameters: Parameters) -> Step:
-    over = step.params["dims"] * (step.params["heads"] if parameters["over"] == "all heads" else parameters["over"])
-    return replace(step, op=_frequencies, params={**step.params, "over": int(over)})
+    over = parameter_of(step, "dims") * (
+        parameter_of(step, "heads") if parameters["over"] == "all heads" else parameters["over"]
+    )
+    return _with(step, _frequencies, over=int(over))
 
 
 def _no_factors(step: Step, _right: Steps, _parameters: Parameters) -> Step:
@@ -121,7 +139,7 @@ def _no_factors(step: Step, _right: Steps, _parameters: Parameters) -> Step:
 
 
 def _scale(step: Step, _right: Steps, parameters: Parameters) -> Step:
-    scale = step.params["scale"]
+    scale = parameter_of(step, "scale")
     return with_parameters(step, scale=1.0 if parameters["scaling"] == "ignored" else 1.0 / scale)
 
 
@@ -130,130 +148,130 @@ _NO_WEIGHT_AT_0 = "position 0 is right, later ones drift away"
 
 FAULTS = (
     Fault(
-        "rope-pairs",
-        _ROPE,
-        _pairs,
-        "RoPE rotates the other pairs (NORM: adjacent, NEOX: halves) than this model wants, on {at}",
-        _NO_WEIGHT_AT_0,
-        "NEOX rotates x[i] with x[i + d/2], NORM x[2i] with x[2i + 1]: take the architecture's own",
-        "Qwen2 ports of Llama code",
-        _PAIRWISE,
+        name="rope-pairs",
+        kinds=_ROPE,
+        change=_pairs,
+        what="RoPE rotates the other pairs (NORM: adjacent, NEOX: halves) than this model wants, on {at}",
+        symptom=_NO_WEIGHT_AT_0,
+        fix="NEOX rotates x[i] with x[i + d/2], NORM x[2i] with x[2i + 1]: take the architecture's own",
+        seen="Qwen2 ports of Llama code",
+        parameters=_PAIRWISE,
     ),
     Fault(
-        "rope-base",
-        _ROPE,
-        _base,
-        "RoPE's base is {base}, which is not this model's",
-        "position 0 is right, the error grows with the position",
-        "read <architecture>.rope.freq_base from the file",
-        "engines that carry Llama 1's 10000 as a constant",
-        {"base": (10000.0, 500000.0, 1000000.0, 100000.0, 5000000.0, 10000000.0, 1000.0, 8000000.0)},
+        name="rope-base",
+        kinds=_ROPE,
+        change=_base,
+        what="RoPE's base is {base}, which is not this model's",
+        symptom="position 0 is right, the error grows with the position",
+        fix="read <architecture>.rope.freq_base from the file",
+        seen="engines that carry Llama 1's 10000 as a constant",
+        parameters={"base": (10000.0, 500000.0, 1000000.0, 100000.0, 5000000.0, 10000000.0, 1000.0, 8000000.0)},
     ),
     Fault(
-        "rope-position",
-        _ROPE,
-        _position,
-        "RoPE counts positions wrongly ({position}) on {at}",
-        "keys and queries disagree about where they are",
-        "position t of the sequence, from 0, for queries and keys alike, also after a chunk",
-        "decode loops that pass the length instead of the index; prefill in chunks",
-        {"position": tuple(_SHIFTS), AT: (("q_rope",), ("k_rope",), _ROPE)},
+        name="rope-position",
+        kinds=_ROPE,
+        change=_position,
+        what="RoPE counts positions wrongly ({position}) on {at}",
+        symptom="keys and queries disagree about where they are",
+        fix="position t of the sequence, from 0, for queries and keys alike, also after a chunk",
+        seen="decode loops that pass the length instead of the index; prefill in chunks",
+        parameters={"position": tuple(_SHIFTS), AT: (("q_rope",), ("k_rope",), _ROPE)},
     ),
     Fault(
-        "rope-position-per-pass",
-        _ROPE,
-        _position_per_pass,
-        "RoPE counts positions from 0 in every forward pass, on {at}",
-        "prefill right, decode wrong",
-        "add the number of cached positions to the index in the batch",
-        "decode steps that pass position 0 for their one token",
-        _PAIRWISE,
+        name="rope-position-per-pass",
+        kinds=_ROPE,
+        change=_position_per_pass,
+        what="RoPE counts positions from 0 in every forward pass, on {at}",
+        symptom="prefill right, decode wrong",
+        fix="add the number of cached positions to the index in the batch",
+        seen="decode steps that pass position 0 for their one token",
+        parameters=_PAIRWISE,
     ),
     Fault(
-        "rope-missing",
-        _ROPE,
-        _missing,
-        "RoPE is not applied to {at}",
-        _NO_WEIGHT_AT_0,
-        "rotate queries and keys, both, before the scores",
-        "caches that hold keys before rotation",
-        _PAIRWISE,
+        name="rope-missing",
+        kinds=_ROPE,
+        change=_missing,
+        what="RoPE is not applied to {at}",
+        symptom=_NO_WEIGHT_AT_0,
+        fix="rotate queries and keys, both, before the scores",
+        seen="caches that hold keys before rotation",
+        parameters=_PAIRWISE,
     ),
     Fault(
-        "rope-on-values",
-        ("v",),
-        _values_too,
-        "RoPE is applied to the values as well",
-        "position 0 is right, attention's output wrong from 1 on",
-        "rotate Q and K only",
-        "fused QKV kernels that rotate the whole row",
+        name="rope-on-values",
+        kinds=("v",),
+        change=_values_too,
+        what="RoPE is applied to the values as well",
+        symptom="position 0 is right, attention's output wrong from 1 on",
+        fix="rotate Q and K only",
+        seen="fused QKV kernels that rotate the whole row",
     ),
     Fault(
-        "rope-twice",
-        _ROPE,
-        _twice,
-        "RoPE is applied twice to {at}",
-        _NO_WEIGHT_AT_0,
-        "rotate once: at the write to the cache or at the read, not both",
-        "caches of rotated keys that are rotated again when read",
-        _PAIRWISE,
+        name="rope-twice",
+        kinds=_ROPE,
+        change=_twice,
+        what="RoPE is applied twice to {at}",
+        symptom=_NO_WEIGHT_AT_0,
+        fix="rotate once: at the write to the cache or at the read, not both",
+        seen="caches of rotated keys that are rotated again when read",
+        parameters=_PAIRWISE,
     ),
     Fault(
-        "rope-sign",
-        _ROPE,
-        _sign,
-        "RoPE rotates backwards on {at}",
-        _NO_WEIGHT_AT_0,
-        "x' = x·cos − y·sin, y' = x·sin + y·cos",
-        "a sign lost in a hand-written kernel",
-        {AT: (("q_rope",), ("k_rope",), _ROPE)},
+        name="rope-sign",
+        kinds=_ROPE,
+        change=_sign,
+        what="RoPE rotates backwards on {at}",
+        symptom=_NO_WEIGHT_AT_0,
+        fix="x' = x·cos − y·sin, y' = x·sin + y·cos",
+        seen="a sign lost in a hand-written kernel",
+        parameters={AT: (("q_rope",), ("k_rope",), _ROPE)},
     ),
     Fault(
-        "rope-after-cache",
-        ("kq",),
-        _after_cache,
-        "keys go to the cache before they are rotated",
-        "prefill right, decode wrong from its first step on",
-        "write k after RoPE, or rotate what is read",
-        "cache writes fused into the projection",
+        name="rope-after-cache",
+        kinds=("kq",),
+        change=_after_cache,
+        what="keys go to the cache before they are rotated",
+        symptom="prefill right, decode wrong from its first step on",
+        fix="write k after RoPE, or rotate what is read",
+        seen="cache writes fused into the projection",
     ),
     Fault(
-        "rope-dims",
-        _ROPE,
-        _dims,
-        "RoPE rotates {of} of the head's rotary dimensions",
-        _NO_WEIGHT_AT_0,
-        "read <architecture>.rope.dimension_count; without it, the head size",
-        "GPT-NeoX's partial rotation carried over",
-        {"of": (0.5, 0.25, 0.75)},
+        name="rope-dims",
+        kinds=_ROPE,
+        change=_dims,
+        what="RoPE rotates {of} of the head's rotary dimensions",
+        symptom=_NO_WEIGHT_AT_0,
+        fix="read <architecture>.rope.dimension_count; without it, the head size",
+        seen="GPT-NeoX's partial rotation carried over",
+        parameters={"of": (0.5, 0.25, 0.75)},
     ),
     Fault(
-        "rope-exponent",
-        _ROPE,
-        _exponent,
-        "RoPE's exponent is divided by {over} × the rotary dimension",
-        _NO_WEIGHT_AT_0,
-        "theta_i = position · base^(−2i / d), d the rotary dimension of one head",
-        "i / d instead of 2i / d; the model's width instead of the head's",
-        {"over": (2, 0.5, "all heads")},
+        name="rope-exponent",
+        kinds=_ROPE,
+        change=_exponent,
+        what="RoPE's exponent is divided by {over} × the rotary dimension",
+        symptom=_NO_WEIGHT_AT_0,
+        fix="theta_i = position · base^(−2i / d), d the rotary dimension of one head",
+        seen="i / d instead of 2i / d; the model's width instead of the head's",
+        parameters={"over": (2, 0.5, "all heads")},
     ),
     Fault(
-        "rope-factors-ignored",
-        _ROPE,
-        _no_factors,
-        "the frequency factors of rope_freqs.weight are ignored",
-        _NO_WEIGHT_AT_0,
-        "divide each frequency by rope_freqs.weight[i]",
-        "Llama 3.1 and later in engines written for Llama 2",
+        name="rope-factors-ignored",
+        kinds=_ROPE,
+        change=_no_factors,
+        what="the frequency factors of rope_freqs.weight are ignored",
+        symptom=_NO_WEIGHT_AT_0,
+        fix="divide each frequency by rope_freqs.weight[i]",
+        seen="Llama 3.1 and later in engines written for Llama 2",
     ),
     Fault(
-        "rope-scaling",
-        _ROPE,
-        _scale,
-        "RoPE's linear scaling is {scaling}",
-        _NO_WEIGHT_AT_0,
-        "multiply the position by 1 / <architecture>.rope.scaling.factor",
-        "long-context finetunes",
-        {"scaling": ("ignored", "inverted")},
+        name="rope-scaling",
+        kinds=_ROPE,
+        change=_scale,
+        what="RoPE's linear scaling is {scaling}",
+        symptom=_NO_WEIGHT_AT_0,
+        fix="multiply the position by 1 / <architecture>.rope.scaling.factor",
+        seen="long-context finetunes",
+        parameters={"scaling": ("ignored", "inverted")},
     ),
 )

@@ -8,7 +8,7 @@ import numpy as np
 
 from ..backend import Array
 from ..graph import PASSES, Step
-from .base import Parameters, Steps, kind_of, sibling
+from .base import Parameters, Steps, kind_of, parameter_of, read_of, sibling
 
 Mix = Callable[[Array, Array], Array]  # weights [H, T, S], values [S, K · d] -> [T, H · d]
 
@@ -41,11 +41,11 @@ def _mixed(weights: Array, v: Array, passes: Array, *, mix: Mix, layout: str, kv
 
 def value_layout(step: Step, right: Steps, parameters: Parameters) -> Step:
     """The change of v_read, as one pass would show it, and of kqv_out, which gets the same from the cache itself."""
-    layout, kv_heads = parameters["layout"], sibling(step, right, "kq").params["kv_heads"]
+    layout, kv_heads = parameters["layout"], parameter_of(sibling(step, right, "kq"), "kv_heads")
     if kind_of(step) == "v_read":
         return replace(step, op=_LAYOUTS[layout], params={"kv_heads": kv_heads})
     mix = partial(step.op, **step.params)
-    written = sibling(step, right, "v_read").reads[0]
+    written = read_of(sibling(step, right, "v_read"), 0)
     return replace(
-        step, op=_mixed, reads=(step.reads[0], written, PASSES), params={"mix": mix, "layout": layout, "kv_heads": kv_heads}
+        step, op=_mixed, reads=(read_of(step, 0), written, PASSES), params={"mix": mix, "layout": layout, "kv_heads": kv_heads}
     )

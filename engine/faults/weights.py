@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from .. import ops
 from ..backend import Array, module_of
 from ..graph import Altered, RowsOf, Step, WeightSource
-from .base import AT, Fault, Parameters, Steps, Values, kind_of, layer_of, sibling, subsets
+from ..inapplicable import NotApplicable
+from .base import AT, Fault, Parameters, Steps, Values, kind_of, layer_of, parameter_of, sibling, subsets, weight_of
 
 MATRICES = ("q", "k", "v", "attn_out", "ffn_gate", "ffn_up", "ffn_out")
 _QKV = ("q", "k", "v")
@@ -20,11 +20,11 @@ def altered(step: Step, change: Callable[[Array], Array]) -> Step:
     """The step with its matrix changed after it was read; changes of several faults follow each other.
 
     Raises:
-        ValueError: the step has no matrix of its own.
+        NotApplicable: the step has no matrix of its own.
     """
-    first = step.weights[0]
+    first = weight_of(step, 0)
     if first is None:
-        raise ValueError(f"{step.makes} has no matrix")
+        raise NotApplicable(f"{step.makes} has no matrix")
     if isinstance(first, RowsOf):
         name = first.weight
 
@@ -66,11 +66,13 @@ def _leading(step: Step, _right: Steps, _parameters: Parameters) -> Step:
 
 
 def _heads(step: Step, right: Steps) -> int:
-    return int(sibling(step, right, f"{kind_of(step)}_rope").params["heads"])
+    return int(parameter_of(sibling(step, right, f"{kind_of(step)}_rope"), "heads"))
 
 
 def _permuted(rows: Array, heads: int, to: str) -> Array:
     """LlamaModel.permute of convert_hf_to_gguf.py along the first axis, or its inverse."""
+    if rows.shape[0] % (2 * heads):
+        raise NotApplicable(f"{rows.shape[0]} rows are no pairs in {heads} heads")
     split = (heads, 2, -1) if to == "gguf" else (heads, -1, 2)
     shaped = rows.reshape(*split, *rows.shape[1:])
     return shaped.swapaxes(1, 2).copy().reshape(rows.shape)
@@ -79,7 +81,7 @@ def _permuted(rows: Array, heads: int, to: str) -> Array:
 def _permute(step: Step, right: Steps, parameters: Parameters) -> Step:
     heads, to = _heads(step, right), parameters["to"]
     changed = altered(step, lambda weight: _permuted(weight, heads, to))
-    bias = step.weights[1] if len(step.weights) > 1 else None
+    bias = weight_of(step, 1)
     if not isinstance(bias, str) or parameters["bias"] == "left":
         return changed
     moved = Altered(bias, lambda source, name: _permuted(source.get(name), heads, to))
@@ -122,7 +124,7 @@ def _first_of_two(right: Steps) -> Values:
 
 
 def _embedding_as_output(step: Step, right: Steps, _parameters: Parameters) -> Step:
-    taken = right["embd"].weights[0]
+    taken = weight_of(right["embd"], 0) if "embd" in right else None
     return replace(step, weights=(taken.weight, *step.weights[1:])) if isinstance(taken, RowsOf) else step
 
 
@@ -140,54 +142,59 @@ def _missing(step: Step, _right: Steps, parameters: Parameters) -> Step:
     return altered(step, lambda weight: _zeroed(weight, part=parameters["part"], axis=parameters["axis"]))
 
 
-def _embedding_row(ids: Array, take: Any, *, by: int) -> Array:
-    return ops.get_rows(np.maximum(ids + by, 0), take)
-
-
 def _neighbour(step: Step, _right: Steps, parameters: Parameters) -> Step:
-    return replace(step, op=_embedding_row, params={"by": parameters["by"]})
+    """The rows of other ids; where there is no such row, that of the first or last id."""
+    rows, by = weight_of(step, 0), parameters["by"]
+    if not isinstance(rows, RowsOf):
+        raise NotApplicable(f"{step.makes} takes no rows of a matrix")
+
+    def shifted(source: WeightSource, name: str) -> Any:
+        last = source.raw(name)[2][0] - 1
+        return lambda ids: source.rows(name, np.clip(ids + by, 0, last))
+
+    return replace(step, weights=(Altered(rows.weight, shifted), *step.weights[1:]))
 
 
 FAULTS = (
     Fault(
-        "transposed",
-        (*MATRICES, "logits"),
-        _transpose,
-        "the matrix of {at} is read transposed",
-        "wrong from position 0 on; of plausible size",
-        "GGUF stores a matrix as out rows of in elements: y = x · Wᵀ",
-        "square matrices, where no shape check helps",
-        {AT: (("attn_out",), *(kinds for kinds in _EACH_MATRIX if kinds != ("attn_out",)))},
+        name="transposed",
+        kinds=(*MATRICES, "logits"),
+        change=_transpose,
+        what="the matrix of {at} is read transposed",
+        symptom="wrong from position 0 on; of plausible size",
+        fix="GGUF stores a matrix as out rows of in elements: y = x · Wᵀ",
+        seen="square matrices, where no shape check helps",
+        parameters={AT: (("attn_out",), *(kinds for kinds in _EACH_MATRIX if kinds != ("attn_out",)))},
     ),
     Fault(
-        "leading-dimension",
-        (*MATRICES, "logits"),
-        _leading,
-        "the matrix of {at} is read with its other dimension as the row's length",
-        "row 0 is right, the next ones are shifted",
-        "a row is as long as the input: the leading dimension of row-major W is in",
-        "BLAS calls ported from column-major code",
-        {AT: _EACH_MATRIX},
+        name="leading-dimension",
+        kinds=(*MATRICES, "logits"),
+        change=_leading,
+        what="the matrix of {at} is read with its other dimension as the row's length",
+        symptom="row 0 is right, the next ones are shifted",
+        fix="a row is as long as the input: the leading dimension of row-major W is in",
+        seen="BLAS calls ported from column-major code",
+        parameters={AT: _EACH_MATRIX},
     ),
     Fault(
-        "qk-permuted",
-        ("q", "k"),
-        _permute,
-        "the rows of {at} are permuted as for {to} (bias {bias})",
-        "position 0 is right, later ones drift away",
-        "Hugging Face stores halves, GGUF's llama adjacent pairs: permute once, in the converter, and not for NEOX models",
-        "converters and loaders that both permute, or neither",
-        {"to": ("gguf", "hf"), "bias": ("moved", "left"), AT: subsets("q", "k")},
+        name="qk-permuted",
+        kinds=("q", "k"),
+        change=_permute,
+        what="the rows of {at} are permuted as for {to} (bias {bias})",
+        symptom="position 0 is right, later ones drift away",
+        fix="Hugging Face stores halves, GGUF's llama adjacent pairs: permute once, in the converter, and not for NEOX models",
+        seen="converters and loaders that both permute, or neither",
+        parameters={"to": ("gguf", "hf"), "bias": ("moved", "left"), AT: subsets("q", "k")},
     ),
     Fault(
-        "qkv-order",
-        _QKV,
-        _order,
-        "queries, keys and values are read from {read}",
-        "wrong from position 0 or 1 on",
-        "fused QKV is Q, then K, then V",
-        "fused weights split in the wrong order",
-        {
+        name="qkv-order",
+        kinds=_QKV,
+        change=_order,
+        what="queries, keys and values are read from {read}",
+        symptom="wrong from position 0 or 1 on",
+        fix="fused QKV is Q, then K, then V",
+        seen="fused weights split in the wrong order",
+        parameters={
             "read": (
                 ("k", "q", "v"),
                 ("q", "v", "k"),
@@ -200,55 +207,58 @@ FAULTS = (
         },
     ),
     Fault(
-        "layer-offset",
-        (*MATRICES, "attn_norm", "ffn_norm"),
-        _offset,
-        "each layer takes the weights of the one at an offset of {by}",
-        "wrong from layer 0 on, of plausible size",
-        "layer i reads blk.i.*, from 0",
-        "loops from 1",
-        {"by": (1, -1), AT: ((*MATRICES, "attn_norm", "ffn_norm"), ("attn_norm",), ("ffn_norm",), ("attn_norm", "ffn_norm"))},
+        name="layer-offset",
+        kinds=(*MATRICES, "attn_norm", "ffn_norm"),
+        change=_offset,
+        what="each layer takes the weights of the one at an offset of {by}",
+        symptom="wrong from layer 0 on, of plausible size",
+        fix="layer i reads blk.i.*, from 0",
+        seen="loops from 1",
+        parameters={
+            "by": (1, -1),
+            AT: ((*MATRICES, "attn_norm", "ffn_norm"), ("attn_norm",), ("ffn_norm",), ("attn_norm", "ffn_norm")),
+        },
     ),
     Fault(
-        "layers-swapped",
-        (*MATRICES, "attn_norm", "ffn_norm"),
-        _swap_layers,
-        "layer {first} and the next one are exchanged",
-        "wrong from that layer on, of plausible size",
-        "sort tensors by their layer's number, not by name (blk.10 before blk.2)",
-        "names sorted as text",
-        {"first": _first_of_two},
+        name="layers-swapped",
+        kinds=(*MATRICES, "attn_norm", "ffn_norm"),
+        change=_swap_layers,
+        what="layer {first} and the next one are exchanged",
+        symptom="wrong from that layer on, of plausible size",
+        fix="sort tensors by their layer's number, not by name (blk.10 before blk.2)",
+        seen="names sorted as text",
+        parameters={"first": _first_of_two},
         once=True,
     ),
     Fault(
-        "output-tied",
-        ("logits",),
-        _embedding_as_output,
-        "the embedding is taken for the output matrix, though the file has output.weight",
-        "everything but the logits is right",
-        "the output matrix is output.weight where the file has it, token_embd.weight only where not",
-        "engines written for tied models",
+        name="output-tied",
+        kinds=("logits",),
+        change=_embedding_as_output,
+        what="the embedding is taken for the output matrix, though the file has output.weight",
+        symptom="everything but the logits is right",
+        fix="the output matrix is output.weight where the file has it, token_embd.weight only where not",
+        seen="engines written for tied models",
         once=True,
     ),
     Fault(
-        "part-missing",
-        (*MATRICES, "logits"),
-        _missing,
-        "of the matrix of {at}, the last {axis} are missing ({part})",
-        "single channels are zero, or sums too small",
-        "read all shards; a last block that is not full counts as well",
-        "grids rounded down; one shard of several read",
-        {"part": ("half", "quarter", "eighth", 1, 32, 64), "axis": ("rows", "columns"), AT: _EACH_MATRIX},
+        name="part-missing",
+        kinds=(*MATRICES, "logits"),
+        change=_missing,
+        what="of the matrix of {at}, the last {axis} are missing ({part})",
+        symptom="single channels are zero, or sums too small",
+        fix="read all shards; a last block that is not full counts as well",
+        seen="grids rounded down; one shard of several read",
+        parameters={"part": ("half", "quarter", "eighth", 1, 32, 64), "axis": ("rows", "columns"), AT: _EACH_MATRIX},
     ),
     Fault(
-        "embedding-row",
-        ("embd",),
-        _neighbour,
-        "the embedding's row is that of the id at an offset of {by}",
-        "embd is another token's",
-        "row i of token_embd.weight is id i, from 0",
-        "a padding row counted or not",
-        {"by": (1, -1)},
+        name="embedding-row",
+        kinds=("embd",),
+        change=_neighbour,
+        what="the embedding's row is that of the id at an offset of {by}",
+        symptom="embd is another token's",
+        fix="row i of token_embd.weight is id i, from 0",
+        seen="a padding row counted or not",
+        parameters={"by": (1, -1)},
         once=True,
     ),
 )

@@ -38,8 +38,8 @@ def softplus(x: Array) -> Array:
 def gelu(x: Array, params: OpParams) -> Array:
     """GELU by tanh, looked up in a table of float16: 0 up to −10, x from 10 on. Mirrors ggml_vec_gelu_f32.
 
-    The table holds ggml_gelu_f32 of every float16, rounded to float16; here it is computed. Without rounding (float64) it is
-    the formula itself.
+    The table holds ggml_gelu_f32 of every float16, rounded to float16; here it is computed, to the same bits. Without rounding
+    (float64) it is the formula itself.
     """
     if not params.rounded(x):
         return _gelu_by_tanh(x)
@@ -48,7 +48,13 @@ def gelu(x: Array, params: OpParams) -> Array:
 
 
 def _gelu_by_tanh(x: Array) -> Array:
-    return 0.5 * x * (1 + np.tanh(_SQRT_2_OVER_PI * x * (1 + _GELU_COEF_A * x * x)))
+    """0.5 · x · (1 + tanh(√(2/π) · x · (1 + 0.044715 · x · x))), mirrors ggml_gelu_f32.
+
+    The compiler contracts the inner sum to one fused multiply-add; tanhf and it are computed in float64 and rounded once.
+    """
+    inner = ((x * x.dtype.type(_GELU_COEF_A)).astype(np.float64) * x + 1).astype(x.dtype)
+    bent = np.tanh((x.dtype.type(_SQRT_2_OVER_PI) * x * inner).astype(np.float64)).astype(x.dtype)
+    return 0.5 * x * (1 + bent)
 
 
 def gelu_quick(x: Array, params: OpParams) -> Array:
@@ -59,7 +65,7 @@ def gelu_quick(x: Array, params: OpParams) -> Array:
 
 
 def _gelu_by_sigmoid(x: Array) -> Array:
-    return x * (1 / (1 + exponential(_GELU_QUICK_COEF * x)))
+    return x * (1 / (1 + exponential((x * x.dtype.type(_GELU_QUICK_COEF)).astype(np.float64)).astype(x.dtype)))
 
 
 def gelu_erf(x: Array, params: OpParams) -> Array:

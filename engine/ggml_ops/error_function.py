@@ -7,12 +7,12 @@ import numpy as np
 
 from ..backend import Array
 
-_DEGREE = 24  # of the polynomial; what it leaves is under 2e-16
+_DEGREE = 24  # of the polynomial; what it leaves is under the rounding of its evaluation
 _LARGEST = 6.0  # erf is 1 in float64 from here on
 
 
 def erf(x: Array) -> Array:
-    """erf(x) in float64, within 4e-16 of math.erf.
+    """erf(x) in float64, within 5e-15 of math.erf.
 
     erfc(z)·exp(z²) is smooth in z / (z + 3.75) and is interpolated there by Chebyshev polynomials (M. M. Shepherd and
     J. G. Laframboise, Math. Comp. 36, 1981); the coefficients are computed from math.erfc.
@@ -34,8 +34,9 @@ def _place(z: Array) -> Array:
 
 @lru_cache(maxsize=1)
 def _coefficients() -> tuple[float, ...]:
-    def scaled(t: np.ndarray) -> np.ndarray:
-        share = (t + 1) / 2 * (_LARGEST / (_LARGEST + 3.75))
-        return np.array([math.erfc(z) * math.exp(z * z) for z in 3.75 * share / (1 - share)])
-
-    return tuple(float(c) for c in np.polynomial.chebyshev.chebinterpolate(scaled, _DEGREE))
+    """Of the interpolation in the Chebyshev points of as many places as it has coefficients."""
+    angles = (np.arange(_DEGREE + 1) + 0.5) * (math.pi / (_DEGREE + 1))
+    share = (np.cos(angles) + 1) / 2 * (_LARGEST / (_LARGEST + 3.75))
+    scaled = np.array([math.erfc(z) * math.exp(z * z) for z in 3.75 * share / (1 - share)])
+    first, *rest = (float(np.mean(scaled * np.cos(order * angles))) for order in range(_DEGREE + 1))
+    return (first, *(2 * coefficient for coefficient in rest))

@@ -150,8 +150,9 @@ def timestep_embedding(x: Array, *, params: OpParams, shape: Shape) -> Array:
     width, period = params.int(0), params.int(1)
     half = width // 2
     (x,) = as_floats(x)
-    frequencies = xp.exp(-math.log(period) * xp.arange(half) / half).astype(np.float32)
-    angles = (x.reshape(-1, 1) * frequencies).astype(np.float64)
+    exponents = np.float32(-math.log(period)) * xp.arange(half).astype(np.float32) / np.float32(half)
+    frequencies = xp.exp(exponents.astype(np.float64)).astype(np.float32)  # the angles are float32 by definition, as RoPE's
+    angles = (x.astype(np.float32).reshape(-1, 1) * frequencies).astype(np.float64)
     parts = [np.cos(angles), np.sin(angles)] + ([xp.zeros_like(angles[:, :1])] if width % 2 else [])
     return np.concatenate(parts, axis=1).astype(x.dtype).reshape(shape)
 

@@ -13,13 +13,10 @@ from numpy.typing import NDArray
 
 from ..backend import Array, Backend
 from ..graph import PASSES, POSITIONS, TOKENS, Altered, Step, WeightSource, compute
+from ..inapplicable import NotApplicable
 from .batched import can_batch, compute_batch
 
 _QUIET = partial(np.errstate, over="ignore", invalid="ignore", divide="ignore")  # faults overflow: that is what they do
-# What a change raises that this model's shapes (or its lack of a weight) do not allow.
-# TypeError: of two faults at once the second one changed the operation that the first one had given other inputs.
-NOT_ALLOWED = (ValueError, KeyError, IndexError, TypeError)
-
 Visit = Callable[[str, Array], bool]  # a value that differs from the right run's; False ends the replay
 Edits = Mapping[int, Sequence[Step]]  # the steps that stand in place of the right one, by its number
 Judge = Callable[[str, Array], Sequence[bool]]  # a value of several versions, [M, …]: which of them to go on with
@@ -34,7 +31,7 @@ class _Right(Mapping[str, Array]):
     from there. No row of theirs may depend on a later one.
 
     Raises:
-        ValueError, IndexError: where faults are planted in the right run's steps, the model's shapes may not allow them.
+        NotApplicable: where faults are planted in the right run's steps, the model's shapes may not allow them.
     """
 
     def __init__(self, steps: Sequence[Step], given: Values, weights: WeightSource, longer: "Replay | None") -> None:
@@ -137,7 +134,7 @@ class Replay:
             The values that differ, by name.
 
         Raises:
-            ValueError: the model's shapes do not allow this change.
+            NotApplicable: the model's shapes do not allow this change.
         """
         changed: Values = {}
         with _QUIET():
@@ -155,7 +152,7 @@ class Replay:
         if right is not None:
             before = self.values[step.makes]
             if made.shape != before.shape:
-                raise ValueError(f"{step.makes} has shape {made.shape} instead of {before.shape}")
+                raise NotApplicable(f"{step.makes} has shape {made.shape} instead of {before.shape}")
             if bool((made == before).all()):
                 return False
         changed[step.makes] = made
@@ -224,7 +221,7 @@ class Replay:
             try:
                 for one in edits[version].get(number, (step,)):
                     self._changes(one, values)
-            except NOT_ALLOWED:
+            except NotApplicable:
                 changed[version] = None
         if not same:
             return

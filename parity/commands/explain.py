@@ -41,7 +41,7 @@ def explain(
     """
     from reports import explanation
 
-    from ..explain.explain import Options
+    from ..explain.explain import ExplainOptions
     from .output import answer, catalogue_as
 
     if catalogue:
@@ -60,7 +60,7 @@ def explain(
 
     chosen = model or default_model()
     ids = prompt_tokens(chosen, prompt, prompt_file, tokens)
-    options = Options(ids, max_faults, budget, backend.value, compute.value if compute else None)
+    options = ExplainOptions(ids, max_faults, budget, backend.value, compute.value if compute else None)
     dump = o.dump(ours, names, offset)
     if ref is not None:
         reference = o.dump(ref)

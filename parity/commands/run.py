@@ -16,10 +16,22 @@ from . import options as o
 )
 def run(
     given: o.Given,
+    hunt: Annotated[
+        bool,
+        typer.Option(
+            "--hunt",
+            help="Run your engine again with the points asked for next ({points}), down to the operation and its cause.",
+        ),
+    ] = False,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder of the run; default: runs/<time>-<model>.")] = None,
     form: o.FormatOption = o.Format.TEXT,
 ) -> None:
     """Run a prompt through our engine (or yours, --exec) and llama.cpp, and find the first divergence.
+
+    With --exec every point that your engine prints is compared, and {points} are the names of those that are wanted, with commas.
+    With --hunt the run goes on by itself, from the first divergence to the operation, and then looks for the cause:
+
+      parity run --prompt "Hi" --exec "./engine {model} {tokens} {out} {points}" --compute f32 --hunt
 
     Exits 0 for parity, 1 for a divergence.
     """
@@ -28,6 +40,8 @@ def run(
 
     if given["command"] is None and given["mapping"] != Mapping():
         raise InputError("--map and --offset are for a foreign engine.", "Give its command with --exec.", code="exec")
+    if hunt and given["command"] is None:
+        raise InputError("--hunt runs a foreign engine again and again.", "Give its command with --exec.", code="exec")
     child = Child(given["verbose"])  # it imports llama.cpp while this process imports all the rest
     from reference.client import Reference
 
@@ -37,6 +51,10 @@ def run(
     from .comparison_output import finish, prepare
     from .output import progress_bar
 
+    if hunt:
+        from .hunt_output import hunted
+
+        raise typer.Exit(hunted(Request(**given, out=out), started, form))
     with progress_bar(form) as progress:
         outcome = session.run(Request(**given, out=out), progress, started, lambda: prepare(form))
     raise typer.Exit(finish(outcome, form))

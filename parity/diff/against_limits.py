@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from checkpoints.answers.diff import Limits
 from checkpoints.points import LOGITS, OUTPUT_NORM, parse
 
+from .dataflow import Flow
 from .limits import ASSUMED_JUMP, EXACT_FLOOR, FUTURE_MASS
 from .measure import Measured
 from .noise import excused
@@ -25,13 +26,13 @@ class Held:
     notes: tuple[str, ...] = ()
 
 
-def hold(found: Measured, allowed: Limits, *, excuse_noise: bool) -> Held:
+def hold(found: Measured, allowed: Limits, model: Flow, *, excuse_noise: bool) -> Held:
     """Hold every record against its limit; `excuse_noise`: single positions where float32's own noise grows are let pass."""
     limit = _limit_of_each(found, allowed)
     of_limit = proportion(found.measures.nmse, found.measures.future_mass, limit)
     notes: tuple[str, ...] = ()
     if excuse_noise and allowed.operations == EXACT_FLOOR.operations:
-        limit, notes = excused(found.names, found.point, found.seq, found.token_idx, found.measures.nmse, of_limit, limit)
+        limit, notes = excused(model, found.point, found.seq, found.token_idx, found.measures.nmse, of_limit, limit)
         of_limit = proportion(found.measures.nmse, found.measures.future_mass, limit)
     return Held(limit, of_limit, of_limit > 1, notes)
 

@@ -10,11 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from checkpoints.answers.diff import Missing
+from checkpoints.dataflow import Dataflow
 from checkpoints.errors import DumpError
 from checkpoints.nearest import unknown_names
-from checkpoints.points import order
 from checkpoints.record import Dump, Rows
 
+from .dataflow import ordered
 from .tokens import SAME, TokenComparison
 
 _POSITION_BITS = 40  # the reader admits positions below 2^40
@@ -47,17 +48,19 @@ class Alignment:
     may_be_empty: bool = False
 
 
-def align(ours: Dump, ref: Dump, step: int | None = None, tokens: TokenComparison = SAME) -> Alignment:
+def align(
+    ours: Dump, ref: Dump, step: int | None = None, tokens: TokenComparison = SAME, whole: Dataflow | None = None
+) -> Alignment:
     """Align two dumps; `step` selects among contradicting records of one key on either side.
 
-    The order is the vocabulary's; nodes outside of it stand where the reference computed them. Records after the place where the
-    token sequences part are left out.
+    The order is that of the dataflow, without one the vocabulary's; nodes outside of it stand where the reference computed them.
+    Records after the place where the token sequences part are left out.
 
     Raises:
         DumpError: records of one key contradict each other, or the dumps have no key in common.
     """
     notes: list[str] = []
-    names = order([*ref.points, *ours.points])
+    names = ordered([*ref.points, *ours.points], whole)
     pairs: list[Pair] = []
     lacks_ours, lacks_ref = _Lacks(), _Lacks()
     for name in names:

@@ -11,7 +11,7 @@ from checkpoints.record import Dump, Header
 
 from .against_limits import hold
 from .align import Pair, align
-from .dataflow import upstream
+from .dataflow import dataflow_of, flow, upstream
 from .judge import judge
 from .limits import common_mode, limits
 from .measure import Measures, measured
@@ -70,9 +70,11 @@ def comparison(ours: Dump, ref: Dump, options: Options | None = None) -> Compari
     placed = Placed(ours) if options.placed else place(ours, ref)
     ours = placed.ours
     tokens = compare_tokens(ours, ref)
-    alignment = align(ours, ref, options.step, tokens)
+    whole, damaged = dataflow_of(ours, ref)
+    alignment = align(ours, ref, options.step, tokens, whole)
     found = measured(alignment, ours, ref)
-    held = hold(found, allowed, excuse_noise=options.tolerance is None)
+    model = flow(found.names, whole, _layers(ref) or _layers(ours))
+    held = hold(found, allowed, model, excuse_noise=options.tolerance is None)
     agreeing = np.bincount(found.point, weights=~held.failed, minlength=len(found.pairs))
     wrong = [pair.point for pair, right in zip(found.pairs, agreeing, strict=True) if not right]
     records = Records(
@@ -89,7 +91,8 @@ def comparison(ours: Dump, ref: Dump, options: Options | None = None) -> Compari
         limit=held.limit,
         of_limit=held.of_limit,
         failed=held.failed,
-        upstream=upstream(found.names, found.point, found.seq, found.token_idx, found.measures.nmse, held.failed),
+        upstream=upstream(model, found.point, found.seq, found.token_idx, found.measures.nmse, held.failed),
+        flow=model,
         limits=allowed,
         mode=common_mode(ours.header, ref.header),
         tokens=tokens,
@@ -101,6 +104,7 @@ def comparison(ours: Dump, ref: Dump, options: Options | None = None) -> Compari
         notes=(
             *((placed.note,) if placed.note else ()),
             *elsewhere(ours, ref, wrong),
+            *damaged,
             *alignment.notes,
             *found.notes,
             *held.notes,
@@ -108,6 +112,10 @@ def comparison(ours: Dump, ref: Dump, options: Options | None = None) -> Compari
         ),
     )
     return Comparison(records, judge(records))
+
+
+def _layers(dump: Dump) -> int | None:
+    return dump.header.model.layers if dump.header is not None else None
 
 
 def _notes(ours: Dump, ref: Dump, pairs: tuple[Pair, ...], measures: Measures) -> list[str]:

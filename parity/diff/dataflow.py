@@ -1,19 +1,22 @@
-"""What depends on what: which errors are origins, which are inherited, and where to look next.
+"""What depends on what among the compared points: which errors are origins, which are inherited, and what lies between two points.
 
-The value at (point p, position t) depends on every earlier point at positions ≤ t, except on branches of the same layer
-that have not met p's yet (queries, keys and values; gate and up).
+The value at (point p, position t) depends on every point that p is made from, directly or not, at positions ≤ t.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
-from checkpoints.points import EMBD, LOGITS, OUTPUT_NORM, in_layer, independent, parse
+from checkpoints.dataflow import CACHE, Dataflow, of_vocabulary
+from checkpoints.points import order
+from checkpoints.record import Dump
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
+Bools = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -21,40 +24,170 @@ class Upstream:
     """Of everything that a record depends on, [R]: the worst NMSE, and whether any of it failed."""
 
     worst: Floats
-    failed: NDArray[np.bool_]
+    failed: Bools
 
 
-def upstream(
-    points: Sequence[str], point: Ints, seq: Ints, token_idx: Ints, nmse: Floats, failed: NDArray[np.bool_]
-) -> Upstream:
+@dataclass(frozen=True)
+class Stretch:
+    """What lies between a point and the compared points before it.
+
+    `inputs` are the compared points that it begins with; `unrecorded` those in between that could be recorded as well. `nodes` are
+    all nodes of it, the point itself first: their operations make the point of its inputs.
+    """
+
+    inputs: tuple[str, ...]
+    unrecorded: tuple[str, ...]
+    nodes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Flow:
+    """A model's dataflow as seen from some of its points, those that are compared: `names`, in the order of computation.
+
+    `known` is False where no dump says how points are made, and the order of the vocabulary stands in.
+    """
+
+    whole: Dataflow
+    names: tuple[str, ...]
+    known: bool = False
+
+    @cached_property
+    def _compared(self) -> frozenset[str]:
+        return frozenset(self.names)
+
+    @cached_property
+    def parents(self) -> dict[str, tuple[str, ...]]:
+        """The nearest compared points that each compared point is made from."""
+        nearest: dict[str, tuple[str, ...]] = {}
+        for name, how in self.whole.made.items():
+            behind = (other for read in how.reads for other in ((read,) if read in self._compared else nearest[read]))
+            nearest[name] = tuple(dict.fromkeys(behind))
+        for number, name in enumerate(self.names):  # what the dataflow does not know follows on what stands before it
+            nearest.setdefault(name, self.names[number - 1 : number])
+        return {name: nearest[name] for name in self.names}
+
+    @cached_property
+    def children(self) -> dict[str, tuple[str, ...]]:
+        """The nearest compared points that are made from each compared point."""
+        found: dict[str, list[str]] = {name: [] for name in self.names}
+        for name, parents in self.parents.items():
+            for other in parents:
+                found[other].append(name)
+        return {name: tuple(children) for name, children in found.items()}
+
+    def ancestors(self, name: str) -> set[str]:
+        """All compared points that a compared point depends on."""
+        return _closure(name, self.parents)
+
+    def descendants(self, name: str) -> set[str]:
+        """All compared points that depend on a compared point."""
+        return _closure(name, self.children)
+
+    def between(self, name: str) -> Stretch | None:
+        """Back from a compared point to the compared points before it; None for a point that the dataflow does not know."""
+        if name not in self.whole.made:
+            return None
+        waiting, inputs, unrecorded, nodes = [name], list[str](), list[str](), [name]
+        seen = {name}
+        while waiting:
+            for other in self.whole.made[waiting.pop(0)].reads:
+                if other in seen:
+                    continue
+                seen.add(other)
+                if other in self._compared:
+                    inputs.append(other)
+                    continue
+                waiting.append(other)
+                nodes.append(other)
+                if not self.whole.part_of_next(other):
+                    unrecorded.append(other)
+        return Stretch(tuple(inputs), tuple(unrecorded), tuple(nodes))
+
+    def path(self, above: str, below: str) -> set[str]:
+        """All nodes on the ways from one point to another one, without the first, with the last."""
+        forward, waiting = {above}, [above]
+        while waiting:
+            for other in self.whole.readers.get(waiting.pop(), ()):
+                if other not in forward:
+                    forward.add(other)
+                    waiting.append(other)
+        back, waiting = set[str](), [below] if below in forward else []
+        while waiting:
+            name = waiting.pop()
+            if name in forward and name != above and name not in back:
+                back.add(name)
+                waiting += self.whole.made[name].reads
+        return back
+
+    def operations(self, nodes: Iterable[str]) -> frozenset[str]:
+        """ggml's names of the operations that make these nodes."""
+        return frozenset(self.whole.made[name].op for name in nodes if name in self.whole.made)
+
+
+def _closure(name: str, step: dict[str, tuple[str, ...]]) -> set[str]:
+    found: set[str] = set()
+    waiting = [name]
+    while waiting:
+        for other in step[waiting.pop()]:
+            if other not in found:
+                found.add(other)
+                waiting.append(other)
+    return found
+
+
+def dataflow_of(ours: Dump, ref: Dump) -> tuple[Dataflow | None, tuple[str, ...]]:
+    """The dataflow that a dump's header gives, the reference's first; None where neither does. Sentences for the user besides."""
+    for dump in (ref, ours):
+        if dump.header is not None and dump.header.dataflow:
+            try:
+                return Dataflow.from_json(dump.header.dataflow), ()
+            except ValueError as error:
+                return None, (f"{dump.path}: {error}: the vocabulary's order is taken instead",)
+    return None, ()
+
+
+def ordered(names: Collection[str], whole: Dataflow | None) -> list[str]:
+    """Names in the order of computation; what the dataflow does not know stays behind the name before it."""
+    listed = order(names)
+    if whole is None:
+        return listed
+    place = {name: number for number, name in enumerate(whole.made)}
+    keys: dict[str, tuple[int, int]] = {}
+    last = -1
+    for number, name in enumerate(listed):
+        known = place.get(name)
+        last = last if known is None else known
+        keys[name] = (last, -1 if known is not None else number)
+    return sorted(listed, key=keys.__getitem__)
+
+
+def flow(names: Sequence[str], whole: Dataflow | None = None, n_layers: int | None = None) -> Flow:
+    """The dataflow of compared points; without a whole one that of the vocabulary's order."""
+    return Flow(whole or of_vocabulary(names, n_layers), tuple(names), whole is not None)
+
+
+def upstream(model: Flow, point: Ints, seq: Ints, token_idx: Ints, nmse: Floats, failed: Bools) -> Upstream:
     """The errors above each record.
 
     Args:
-        points: names in dataflow order.
-        point: int64 [R], index into `points`, ascending.
+        model: the compared points; `point` int64 [R] is a record's index into its names, ascending.
         seq, token_idx: int64 [R].
         nmse: float64 [R], `failed`: bool [R].
     """
     worst, spoiled = np.zeros(len(point)), np.zeros(len(point), dtype=np.bool_)
-    starts = np.searchsorted(point, np.arange(len(points) + 1))
+    starts = np.searchsorted(point, np.arange(len(model.names) + 1))
     for sequence in sorted(set(seq.tolist())):  # np.unique would import numpy.ma, 20 ms
         places, place = np.unique(token_idx, return_inverse=True)
-        # Running maxima over positions: of all layers before, and of each point of the present layer.
-        before = _Front(np.zeros(len(places)), np.zeros(len(places), dtype=np.bool_))
-        layer: list[tuple[str, _Front]] = []
-        section: int | None = None
-        for number, name in enumerate(points):
+        nothing = _Front(np.zeros(len(places)), np.zeros(len(places), dtype=np.bool_))
+        # Running maxima over positions, of each point with all that it depends on.
+        fronts: dict[str, _Front] = {}
+        for number, name in enumerate(model.names):
             rows = np.arange(starts[number], starts[number + 1])
             rows = rows[seq[rows] == sequence]
-            if not len(rows):
-                continue
-            here = parse(name).layer
-            if here != section or here is None:
-                before, layer, section = _join([before, *(front for _, front in layer)]), [], here
-            above = _join([before, *(front for other, front in layer if not independent(other, name))])
+            above = _join([nothing, *(fronts[other] for other in model.parents[name] if other in fronts)])
             at = place[rows]
             worst[rows], spoiled[rows] = above.worst[at], above.failed[at]
-            layer.append((name, _Front.of(at, nmse[rows], failed[rows], len(places))))
+            fronts[name] = _join([above, _Front.of(at, nmse[rows], failed[rows], len(places))]) if len(rows) else above
     return Upstream(worst, spoiled)
 
 
@@ -63,10 +196,10 @@ class _Front:
     """Per position: the worst error at it or before it, and whether anything failed there."""
 
     worst: Floats
-    failed: NDArray[np.bool_]
+    failed: Bools
 
     @staticmethod
-    def of(at: Ints, nmse: Floats, failed: NDArray[np.bool_], length: int) -> "_Front":
+    def of(at: Ints, nmse: Floats, failed: Bools, length: int) -> "_Front":
         worst, spoiled = np.zeros(length), np.zeros(length, dtype=np.bool_)
         worst[at], spoiled[at] = np.nan_to_num(nmse, nan=0.0, posinf=np.inf), failed
         return _Front(np.maximum.accumulate(worst), np.logical_or.accumulate(spoiled))
@@ -80,114 +213,4 @@ def _join(fronts: list[_Front]) -> _Front:
     )
 
 
-# What each operation reads. A choice in brackets: the first that was recorded stands for all; "-" is the layer before.
-_READS: dict[str, tuple[tuple[str, ...], ...]] = {
-    "attn_norm": (("-",),),
-    "q": (("attn_norm",),),
-    "k": (("attn_norm",),),
-    "v": (("attn_norm",),),
-    "q_norm": (("q",),),
-    "k_norm": (("k",),),
-    "q_rope": (("q_norm", "q"),),
-    "k_rope": (("k_norm", "k"),),
-    "k_read": (("k_rope",),),
-    "v_read": (("v",),),
-    "kq": (("q_rope",), ("k_read", "k_rope")),
-    "kq_soft_max": (("kq",),),
-    "kqv_out": (("kq_soft_max",), ("v_read", "v")),
-    "attn_out": (("kqv_out",),),
-    "ffn_inp": (("attn_out",), ("-",)),
-    "ffn_norm": (("ffn_inp",),),
-    "ffn_gate": (("ffn_norm",),),
-    "ffn_up": (("ffn_norm",),),
-    "ffn_swiglu": (("ffn_gate",), ("ffn_up",)),
-    "ffn_out": (("ffn_swiglu",),),
-    "l_out": (("ffn_out",), ("ffn_inp",)),
-}
-_WIDE = 16  # layers of which everything is recorded in one further run; of more than these, the outputs come first
-
-
-def reads(name: str, recorded: Collection[str], n_layers: int | None = None) -> list[str] | None:
-    """The points that the operation making `name` reads, recorded or not; None for a node outside the vocabulary.
-
-    Optional points (query and key norms, rows read from the cache) stand in only where they were recorded. Without the
-    number of layers the last recorded layer is taken for the last.
-    """
-    point = parse(name)
-    if name == EMBD:
-        return []
-    if name == LOGITS:
-        return [OUTPUT_NORM]
-    if name == OUTPUT_NORM:
-        layers = [found for found in (parse(other).layer for other in recorded) if found is not None]
-        count = n_layers or (max(layers) + 1 if layers else 0)
-        return [in_layer(count - 1, "l_out")] if count else None
-    if point.layer is None or point.kind not in _READS:
-        return None
-    made: list[str] = []
-    for choice in _READS[point.kind]:
-        names = [_named(point.layer, kind) for kind in choice]
-        made.append(next((found for found in names if found in recorded), names[-1]))
-    return made
-
-
-def _named(layer: int, kind: str) -> str:
-    if kind != "-":
-        return in_layer(layer, kind)
-    return in_layer(layer - 1, "l_out") if layer else EMBD
-
-
-@dataclass(frozen=True)
-class Suspects:
-    """What lies between what agrees and what does not.
-
-    `inputs` are the recorded points that the unrecorded stretch begins with, `unrecorded` what lies between; with none of
-    those the operation itself is named. None of it is known (`inputs` empty) for a node outside the vocabulary.
-    """
-
-    inputs: tuple[str, ...]
-    unrecorded: tuple[str, ...]
-
-
-def suspects(name: str, recorded: Collection[str], n_layers: int | None = None) -> Suspects | None:
-    """Walk back from `name` until recorded points; None where the vocabulary doesn't know how it is made."""
-    waiting, inputs, between = [name], list[str](), list[str]()
-    seen: set[str] = set()
-    while waiting:
-        made = reads(waiting.pop(), recorded, n_layers)
-        if made is None:
-            return None
-        for other in (other for other in made if other not in seen):
-            seen.add(other)
-            if other in recorded:
-                inputs.append(other)
-            else:
-                between.append(other)
-                waiting.append(other)
-    return Suspects(tuple(inputs), tuple(between))
-
-
-def next_points(name: str, last: str | None, found: Suspects | None) -> str:
-    """A `--points` value for one more run that names the operation; empty if the records name it already.
-
-    `last` is the last point that agrees.
-    """
-    if found is not None and not found.unrecorded:
-        return ""
-    here = parse(name).layer
-    if found is None:
-        before = parse(last).layer if last else None
-        low = before if before is not None else 0
-        high = here if here is not None else low
-        return _layers(low, max(low, high)) if here is not None or before is not None else "all"
-    layers = sorted({layer for layer in (parse(other).layer for other in found.unrecorded) if layer is not None})
-    outside = [other for other in (*found.inputs, *found.unrecorded, name) if parse(other).layer not in layers]
-    if not layers:
-        return ",".join(sorted(set(outside), key=outside.index))
-    if len(layers) > _WIDE:
-        return ",".join([*dict.fromkeys(outside), f"blk.{{{layers[0]}..{layers[-1]}}}.{{kqv_out,ffn_inp,l_out}}"])
-    return ",".join([*dict.fromkeys(outside), _layers(layers[0], layers[-1])])
-
-
-def _layers(low: int, high: int) -> str:
-    return f"blk.{low}.*" if low == high else f"blk.{{{low}..{high}}}.*"
+__all__ = ["CACHE", "Flow", "Stretch", "Upstream", "dataflow_of", "flow", "ordered", "upstream"]

@@ -15,11 +15,12 @@ from checkpoints.answers.diff import (
     PointSummary,
     Verdict,
 )
-from checkpoints.points import EMBD, independent
+from checkpoints.points import EMBD
 
 from .choices import choices
-from .dataflow import Suspects, next_points, suspects
+from .dataflow import Stretch
 from .limits import FUTURE_MASS
+from .next_points import next_points
 from .pattern import Evidence, diagnose
 from .records import Records
 
@@ -40,9 +41,8 @@ def judge(records: Records) -> Verdict:
         first = origins[0]
         divergence = records.difference(first)
         agreement = _last_agreement(records, first)
-        recorded = set(records.names)
-        found = suspects(divergence.checkpoint, recorded, _layers(records))
-        advice = next_points(divergence.checkpoint, agreement.checkpoint if agreement else None, found)
+        found = records.flow.between(divergence.checkpoint)
+        advice = next_points(divergence.checkpoint, agreement.checkpoint if agreement else None, found, records.names)
         named = _operation(divergence.checkpoint, found)
         pattern = diagnose(_evidence(records, first, found))
     failed = divergence is not None or bool(records.failed.any()) or (records.strict and missing > 0)
@@ -111,8 +111,9 @@ def _summaries(records: Records) -> tuple[PointSummary, ...]:
 def _last_agreement(records: Records, first: int) -> Agreement | None:
     """The last point above the first divergence; above it nothing fails at positions up to it, or it were not the first."""
     name, position = records.names[records.point[first]], records.token_idx[first]
+    above = records.flow.ancestors(name)
     for number in range(int(records.point[first]) - 1, -1, -1):
-        if independent(records.names[number], name):
+        if records.names[number] not in above:
             continue
         here = (records.point == number) & (records.seq == records.seq[first])
         reach = here & (records.token_idx <= position)
@@ -122,14 +123,7 @@ def _last_agreement(records: Records, first: int) -> Agreement | None:
     return None
 
 
-def _layers(records: Records) -> int | None:
-    for dump in (records.ref, records.ours):
-        if dump.header is not None and dump.header.model.layers:
-            return dump.header.model.layers
-    return None
-
-
-def _operation(name: str, found: Suspects | None) -> str:
+def _operation(name: str, found: Stretch | None) -> str:
     if found is None or found.unrecorded:
         return ""
     if not found.inputs:
@@ -138,7 +132,7 @@ def _operation(name: str, found: Suspects | None) -> str:
     return f"{name} is made from {' and '.join(found.inputs)}, {agree}: this operation is wrong"
 
 
-def _evidence(records: Records, first: int, found: Suspects | None) -> Evidence:
+def _evidence(records: Records, first: int, found: Stretch | None) -> Evidence:
     """What the first diverging point shows at the positions that nothing above has spoiled."""
     name = records.names[records.point[first]]
     here = np.flatnonzero(
@@ -148,6 +142,8 @@ def _evidence(records: Records, first: int, found: Suspects | None) -> Evidence:
     failing = here[records.failed[here]]
     return Evidence(
         point=name,
+        flow=records.flow,
+        stretch=found,
         position=records.token_idx[here],
         failed=records.failed[here],
         step=records.step[here],

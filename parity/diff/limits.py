@@ -31,7 +31,7 @@ class Floor:
 
 # Measured: a float32 engine in NumPy against llama.cpp's CPU backend, 24 layers, 36 tokens, F32 weights and KV cache:
 # 1e-14 … 7e-13 at every point, logits 2e-13 (a trained model) … 1.2e-11 (0.5 B shape with outlier channels). 512 tokens of text
-# reach 2e-11, random ids the limit itself, at single positions (benchmarks/noise.py; `parity.outliers`).
+# reach 2e-11, random ids the limit itself, at single positions (benchmarks/noise.py; `parity.diff.noise`).
 EXACT_FLOOR = Floor(1e-10, 1e-9, "F32 on both sides: 7e-13, logits 1.2e-11 measured over 24 layers")
 # Measured end to end with native weights; llama.cpp rounds activations to the weights' partner type before products.
 _WEIGHTS = {

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from .dataflow import Upstream, upstream
+from .dataflow import Flow, Upstream, upstream
 from .limits import JUMP
 
 Floats = NDArray[np.float64]
@@ -46,7 +46,7 @@ def outliers(point: NDArray[np.int64], nmse: Floats, of_limit: Floats, upstream:
 
 
 def excused(
-    names: Sequence[str],
+    model: Flow,
     point: NDArray[np.int64],
     seq: NDArray[np.int64],
     token_idx: NDArray[np.int64],
@@ -57,10 +57,10 @@ def excused(
     """Every record's limit [R], `BEYOND` times higher for those that `outliers` finds, and the note on them.
 
     Args:
-        names, point, seq, token_idx, nmse: as `dataflow.upstream` takes them; `of_limit`: [R], the error in proportion to `limit`.
+        model, point, seq, token_idx, nmse: as `dataflow.upstream` takes them; `of_limit`: [R], the error in proportion to `limit`.
     """
-    noisy = outliers(point, nmse, of_limit, upstream(names, point, seq, token_idx, nmse, of_limit > 1))
-    return np.where(noisy, BEYOND * limit, limit), _said(point[noisy], names, of_limit[noisy])
+    noisy = outliers(point, nmse, of_limit, upstream(model, point, seq, token_idx, nmse, of_limit > 1))
+    return np.where(noisy, BEYOND * limit, limit), _said(point[noisy], model.names, of_limit[noisy])
 
 
 def _said(point: NDArray[np.int64], names: Sequence[str], of_limit: Floats) -> tuple[str, ...]:

@@ -8,6 +8,11 @@ from numpy.typing import NDArray
 from checkpoints.answers.diff import Pattern
 from checkpoints.points import EMBD, LOGITS, OUTPUT_NORM, parse
 
+from .dataflow import Flow, Stretch
+from .operations import SOFT_MAX, recurrent, suspects
+
+_NAMED = 6  # points of a stretch that are named one by one
+
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 
@@ -19,10 +24,13 @@ class Evidence:
     `step` and `decode` are our side's. `nonfinite`: our side has NaN or infinities there that the reference has not.
     `leak`: attention gives weight to later positions. `drifted`: the error grew without a jump.
     `settled`: everything this point is made from was recorded and agrees. `embedded`: the embedding was and does.
-    `token` is the text at the first failing position.
+    `token` is the text at the first failing position. `stretch` is what lies between the point and the points before it, None where
+    that is not known; `alike`: the error is of one size at all positions, right ones included.
     """
 
     point: str
+    flow: Flow
+    stretch: Stretch | None
     position: Ints
     failed: Bools
     step: Ints
@@ -33,40 +41,7 @@ class Evidence:
     settled: bool = False
     embedded: bool = False
     token: str | None = None
-
-
-_ATTENTION_INSIDE = ("kq", "kq_soft_max", "kqv_out")
-_PLAIN = {
-    "attn_norm": "the norm before attention: its weight or its epsilon",
-    "q": "the query projection: its weight (transposed, another layer's) or its bias",
-    "k": "the key projection: its weight (transposed, another layer's) or its bias",
-    "v": "the value projection: its weight (transposed, another layer's) or its bias",
-    "q_norm": "the query norm: its weight or its epsilon",
-    "k_norm": "the key norm: its weight or its epsilon",
-    "q_rope": "RoPE of the queries: pairs (halves or neighbours), base, position",
-    "k_rope": "RoPE of the keys: pairs (halves or neighbours), base, position",
-    "k_read": "the cache: which key rows were written and read",
-    "v_read": "the cache: which value rows were written and read",
-    "kq": "the query-key product: which key head a query head uses, or the cache",
-    "kq_soft_max": "scale, mask or softmax",
-    "kqv_out": "the sum over values: which value head a query head uses, the heads' order, or the cache",
-    "attn_out": "attention's output projection: its weight or its bias",
-    "ffn_inp": "the residual addition after attention",
-    "ffn_norm": "the norm before the feed-forward: its weight or its epsilon",
-    "ffn_gate": "the gate projection: its weight, or gate and up swapped",
-    "ffn_up": "the up projection: its weight, or gate and up swapped",
-    "ffn_swiglu": "the activation: SiLU of the gate, times up",
-    "ffn_out": "the down projection: its weight",
-    "l_out": "the residual addition after the feed-forward",
-    EMBD: "the embedding table: its dequantisation, its scale or its rows",
-    OUTPUT_NORM: "the last norm: its weight or its epsilon",
-    LOGITS: "the output matrix (tied to the embedding or not), its bias or a soft cap",
-}
-
-
-def operation(point: str) -> str:
-    """What the operation that makes `point` may have wrong, in words; empty for a node outside the vocabulary."""
-    return _PLAIN.get(parse(point).kind, "")
+    alike: bool = False
 
 
 def diagnose(seen: Evidence) -> Pattern | None:
@@ -80,24 +55,67 @@ def diagnose(seen: Evidence) -> Pattern | None:
         )
     if seen.leak:
         return Pattern("causal-mask", "attention gives weight to later positions: the causal mask is missing")
-    kind = parse(seen.point).kind
+    if seen.alike:
+        return Pattern(
+            "precision",
+            f"{where}, but the error is of one size at all positions: lower precision than the limit is for (--compute q8, bf16, f16)",
+        )
     if seen.point == EMBD:
         return _embedding(seen)
     if decoding := _decode_only(seen):
         return decoding
-    if not seen.settled and kind not in (OUTPUT_NORM, LOGITS) and _all_but_last(seen):
+    once = parse(seen.point).layer is None
+    if not seen.settled and not once and _all_but_last(seen):
         return Pattern("causal-mask", "wrong at every position but the last of the pass: the causal mask is missing or shifted")
     if seen.drifted:
         return Pattern("drift", "the error grew without a jump: precision rather than one wrong operation")
     shape = _shape(seen)
-    if seen.settled and (kind not in _ATTENTION_INSIDE or shape is None or shape.code.startswith("from-position")):
-        likely = operation(seen.point)
+    if seen.settled and (not _attends(seen) or shape is None or shape.code.startswith("from-position")):
+        likely = suspects(seen.flow, seen.stretch.nodes) if seen.stretch is not None else ""
         return Pattern("operation", f"{where}, and its inputs agree" + (f": {likely}" if likely else ""))
     if seen.point == LOGITS:
-        return Pattern("output-matrix", f"{where}: the last norm or {_PLAIN[LOGITS]}")
+        likely = suspects(seen.flow, (LOGITS,)) if LOGITS in seen.flow.whole.made else "the output matrix"
+        return Pattern("output-matrix", f"{where}: the last norm or {likely}, a soft cap")
     if seen.point == OUTPUT_NORM and shape is not None and shape.code == "from-position-0":
         return Pattern("output-norm", f"{where}: a layer after the last that was recorded, or the last norm")
     return shape
+
+
+def _attends(seen: Evidence) -> bool:
+    """Whether the operations between what agrees and this point are inside attention, where other positions come in."""
+    if seen.stretch is None:
+        return False
+    every = [seen.flow.whole.made[node] for node in seen.stretch.nodes]
+    return any(how.op in SOFT_MAX or (how.op == "MUL_MAT" and len(how.reads) > 1) for how in every)
+
+
+def _sides(seen: Evidence) -> tuple[list[str], list[str]] | None:
+    """The nodes of the stretch: those that a soft max stands behind, itself included, and those that come past it. None without one."""
+    if seen.stretch is None:
+        return None
+    inside = set(seen.stretch.nodes)
+    past, waiting = {seen.point}, [seen.point]
+    while waiting:
+        name = waiting.pop()
+        if seen.flow.whole.made[name].op in SOFT_MAX:
+            continue
+        for other in seen.flow.whole.made[name].reads:
+            if other in inside and other not in past:
+                past.add(other)
+                waiting.append(other)
+    behind = [name for name in seen.stretch.nodes if name not in past or seen.flow.whole.made[name].op in SOFT_MAX]
+    if not behind:
+        return None
+    return behind, [name for name in seen.stretch.nodes if name in past and name not in behind]
+
+
+def _listed(seen: Evidence, nodes: list[str]) -> str:
+    """The points among these nodes, where they are few enough to be named: "blk.3: kq or kq_soft_max"."""
+    named = [name for name in reversed(nodes) if name == seen.point or not seen.flow.whole.part_of_next(name)]
+    layers = {parse(name).layer for name in named}
+    if not named or len(named) > _NAMED or len(layers) != 1:
+        return ""
+    return " or ".join(parse(name).kind for name in named)
 
 
 def _where(seen: Evidence) -> str:
@@ -124,7 +142,7 @@ def _before(seen: Evidence) -> int:
 
 def _embedding(seen: Evidence) -> Pattern:
     if seen.failed.all() and len(seen.failed) > 1:
-        return Pattern("embedding", f"the embedding is wrong at every position: {_PLAIN[EMBD]}")
+        return Pattern("embedding", f"the embedding is wrong at every position: {suspects(seen.flow, (EMBD,)) or 'the table'}")
     token = f" of token {seen.token!r}" if seen.token is not None else ""
     return Pattern("embedding-row", f"{_where(seen)}: the embedding row{token}, or another token id")
 
@@ -155,9 +173,9 @@ def _shape(seen: Evidence) -> Pattern | None:
     tail = bool(seen.failed[int(seen.failed.argmax()) :].all())
     if tail and seen.failed.all():
         code = "from-position-0" if first == 0 else "every-position"
-        return Pattern(code, f"{where}: V, the output projection, FFN, a norm or weight, or no causal mask")
+        return Pattern(code, f"{where}: {_at_every_position(seen, first)}")
     if tail and _before(seen) == 0 and (len(failing) > 1 or first == 1):
-        return Pattern("from-position-1", f"{where}: Q, K, RoPE, the attention's scale or its mask")
+        return Pattern("from-position-1", f"{where}: {_beyond_one_key(seen)}")
     if tail and len(failing) > 1:
         return _tail(seen, first, where)
     if not seen.failed[1:].any():
@@ -178,3 +196,20 @@ def _tail(seen: Evidence, first: int, where: str) -> Pattern:
         size = first & -first
         return Pattern("chunk", f"{where}: {first} is a multiple of {size}: the edge of a chunk, a tile or a window")
     return Pattern("from-position-n", f"{where}: a limit at {first}: a window, the cache's size, or how far RoPE was scaled")
+
+
+def _at_every_position(seen: Evidence, first: int) -> str:
+    """What can be wrong at position 0 too, where attention has one key and its soft max is 1 whatever the scores are."""
+    sides = _sides(seen)
+    nodes = list(seen.stretch.nodes) if seen.stretch is not None else []
+    named = _listed(seen, sides[1] if sides is not None and first == 0 else nodes)
+    return named or "V, the output projection, FFN, a norm or weight, or no causal mask"
+
+
+def _beyond_one_key(seen: Evidence) -> str:
+    """What can be right at position 0 and wrong at all others."""
+    if seen.stretch is not None and any(recurrent(op) for op in seen.flow.operations(seen.stretch.nodes)):
+        return "what the recurrence carries from position to position: its state, its convolution or its decay"
+    sides = _sides(seen)
+    named = _listed(seen, sides[0]) if sides is not None else ""
+    return f"{named} (scale, mask)" if named else "Q, K, RoPE, the attention's scale or its mask"

@@ -10,7 +10,7 @@ from checkpoints.points import parse
 from checkpoints.record import DECODE, PREFILL, Dump
 
 from .align import Pair
-from .dataflow import Upstream
+from .dataflow import Flow, Upstream
 from .limits import FUTURE_MASS, JUMP
 from .measure import Measures
 from .tokens import TokenComparison
@@ -31,7 +31,7 @@ class Records:
         pairs: rows of both sides; `point` [R] is the index of a record's pair, `row` [R] its row there.
         decode: our side's phase.
         limit: NMSE limit of each record. `of_limit`: error in proportion to it; `failed` where that is above 1.
-        upstream: errors of what each record depends on.
+        upstream: errors of what each record depends on, by `flow`.
         left_out: records that the token sequences left out.
     """
 
@@ -49,6 +49,7 @@ class Records:
     of_limit: Floats
     failed: Bools
     upstream: Upstream
+    flow: Flow
     limits: Limits
     mode: str
     tokens: TokenComparison

@@ -6,16 +6,17 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-PACKAGES = ("numpy", "gguf", "llama-cpp-python", "pandas", "jsonlines", "orjson", "typer", "rich", "safetensors")
+from .. import requirements
+from .. import version as parity_version
 
 
 def check(*, empty_cache: bool = False) -> dict[str, Any]:
     """Versions, llama.cpp's backends, CUDA and the twin cache, as plain data. Problems are sentences, not exceptions."""
     facts: dict[str, Any] = {
-        "parity": version("parity"),
+        "parity": parity_version(),
         "python": f"{sys.version.split()[0]} ({sys.executable})",
         "platform": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": {name: _version(name) for name in requirements()},
         "llama.cpp": _llama(),
         "cuda": _cuda(),
     }

@@ -1,7 +1,8 @@
 /* parity_dump.h: write checkpoints of an engine for `parity diff` and `parity lint`. One header, C99 or C++, no dependency.
  *
  *   parity_dump *d = parity_open("ours.jsonl");
- *   parity_header(d, "my engine", "model.gguf", 24, tokens, n_tokens, "f32");
+ *   parity_header(d, "my engine", "model.gguf", 24, tokens, n_tokens, "f32"); // the arithmetic your kernels compute in
+ *   parity_only(d, argv[4]);                                                  // what {points} gives; without it, all
  *   parity_checkpoint(d, "blk.5.l_out", position, hidden, PARITY_F32, n);     // n values of one position, HOST memory
  *   parity_token(d, position, id, "text");
  *   parity_close(d);
@@ -33,7 +34,9 @@
 #include <cuda_runtime.h>
 #endif
 
-#define PARITY_SLICE 16  /* leading values that a record carries */
+#ifndef PARITY_SLICE
+#define PARITY_SLICE 16 /* leading values that a record carries; define it before the #include for more */
+#endif
 #define PARITY_SKETCH 32 /* projections of the whole row */
 
 typedef enum { PARITY_F32 = 0, PARITY_F16 = 1, PARITY_BF16 = 2 } parity_type;
@@ -43,6 +46,7 @@ typedef struct parity_dump {
     char error[256];
     long long checkpoints, tokens;
     int step, decode, seq;
+    char *only; /* ",name,name," or NULL for all */
 #if defined(_WIN32)
     CRITICAL_SECTION lock;
 #else
@@ -142,8 +146,9 @@ static inline int parity__written(parity_dump *d) {
     return 0;
 }
 
-/* The first line: which engine, which model file's name, how many layers, the prompt's token ids, and the arithmetic
- * ("f32", "tf32", "f16", "bf16", or NULL where it is not known). Unknown numbers are 0, unknown texts NULL. */
+/* The first line: which engine, which model file's name, how many layers, the prompt's token ids, and the arithmetic of its products
+ * ("f32", "tf32", "f16", "bf16", or "q8" where activations are rounded to 8 bits): the limits of the comparison follow from it. NULL,
+ * where it really is not known, makes the comparison a loose one. Other unknown numbers are 0, unknown texts NULL. */
 static inline int parity_header(parity_dump *d, const char *engine, const char *model, int layers, const int *tokens,
                                 int n_tokens, const char *compute) {
     int i, result;
@@ -166,6 +171,40 @@ static inline int parity_header(parity_dump *d, const char *engine, const char *
     result = parity__written(d);
     parity__unlock(d);
     return result;
+}
+
+/* Record these points only: names with commas, as {points} of `parity run --exec` gives them; NULL or "" for all. */
+static inline int parity_only(parity_dump *d, const char *names) {
+    size_t length = names ? strlen(names) : 0;
+    char *only = NULL;
+    if (!d) return -1;
+    if (length) {
+        only = (char *)malloc(length + 3);
+        if (!only) return parity__refuse(d, "parity_only", "out of memory");
+        only[0] = ',';
+        memcpy(only + 1, names, length);
+        memcpy(only + 1 + length, ",", 2);
+    }
+    parity__lock(d);
+    free(d->only);
+    d->only = only;
+    parity__unlock(d);
+    return 0;
+}
+
+/* Whether a point is recorded, so that an engine need not copy what nobody asks for. */
+static inline int parity_wants(parity_dump *d, const char *point) {
+    const char *at;
+    size_t length;
+    int wanted;
+    if (!d || !point) return 0;
+    length = strlen(point);
+    parity__lock(d);
+    for (at = d->only ? d->only + 1 : NULL; at && (at = strstr(at, point)) != NULL; at++)
+        if (at[-1] == ',' && at[length] == ',') break;
+    wanted = !d->only || at;
+    parity__unlock(d);
+    return wanted;
 }
 
 /* Say before each forward pass which one it is (from 0) and whether it decodes a single token. */
@@ -288,6 +327,7 @@ static inline int parity__arguments(parity_dump *d, const char *point, int posit
 static inline int parity_checkpoint(parity_dump *d, const char *point, int position, const void *values, parity_type type,
                                     size_t n) {
     if (parity__arguments(d, point, position, values, type, n)) return -1;
+    if (!parity_wants(d, point)) return 0;
 #ifdef PARITY_CUDA
     {
         struct cudaPointerAttributes at;
@@ -309,6 +349,7 @@ static inline int parity_checkpoint_device(parity_dump *d, const char *point, in
     void *copy;
     int result;
     if (parity__arguments(d, point, position, device_values, type, n)) return -1;
+    if (!parity_wants(d, point)) return 0;
     if (cudaPointerGetAttributes(&at, device_values) != cudaSuccess ||
         (at.type != cudaMemoryTypeDevice && at.type != cudaMemoryTypeManaged)) {
         cudaGetLastError();
@@ -364,6 +405,7 @@ static inline int parity_close(parity_dump *d) {
 #else
     pthread_mutex_destroy(&d->lock);
 #endif
+    free(d->only);
     free(d);
     return result;
 }

@@ -1,12 +1,14 @@
 //! Write checkpoints of a Rust engine for `parity diff` and `parity lint`. No dependency. Printed by `parity emit rust`.
 //!
-//!     let mut tap = parity_dump::Recorder::create("ours.jsonl", "my-model", &tokens)?;
+//!     // the arithmetic of your products ("f32", "tf32", "f16", "bf16", "q8"), and how many leading values a record carries
+//!     let mut tap = parity_dump::Recorder::create("ours.jsonl", "my-model", &tokens, "f32", 16)?;
+//!     tap.only(&points); // what {points} of `parity run --exec` gives; without it, all
 //!     tap.checkpoint("blk.5.l_out", position, &hidden)?; // all values of one position, in host memory
 //!     tap.finish()?;
 use std::fs::File;
 use std::io::{BufWriter, Result, Write};
 
-pub struct Recorder { out: BufWriter<File>, records: u64 }
+pub struct Recorder { out: BufWriter<File>, records: u64, slice: usize, only: Option<Vec<String>> }
 
 fn number(x: f64) -> String {
     if x.is_nan() { "\"NaN\"".into() } else if x.is_infinite() { format!("\"{}Infinity\"", if x > 0.0 { "" } else { "-" }) } else { format!("{x:e}") }
@@ -18,13 +20,19 @@ fn list(values: &[f32]) -> String {
 }
 
 impl Recorder {
-    pub fn create(path: &str, model: &str, tokens: &[u32]) -> Result<Self> {
+    pub fn create(path: &str, model: &str, tokens: &[u32], compute: &str, slice: usize) -> Result<Self> {
         let mut out = BufWriter::new(File::create(path)?);
-        writeln!(out, "{{\"type\":\"header\",\"format\":1,\"source\":\"rust\",\"model\":{{\"name\":{model:?}}},\"tokens\":{tokens:?},\"slice\":16}}")?;
-        Ok(Self { out, records: 0 })
+        writeln!(out, "{{\"type\":\"header\",\"format\":1,\"source\":\"rust\",\"model\":{{\"name\":{model:?}}},\"tokens\":{tokens:?},\"compute\":{compute:?},\"slice\":{slice}}}")?;
+        Ok(Self { out, records: 0, slice, only: None })
+    }
+
+    /// Record these points only: names with commas; an empty text stands for all.
+    pub fn only(&mut self, names: &str) {
+        self.only = if names.is_empty() { None } else { Some(names.split(',').map(str::to_string).collect()) };
     }
 
     pub fn checkpoint(&mut self, point: &str, position: usize, row: &[f32]) -> Result<()> {
+        if self.only.as_ref().is_some_and(|names| !names.iter().any(|name| name == point)) { return Ok(()); }
         let (mut sum, mut squares, mut sketch, mut nonfinite) = (0f64, 0f64, [0f64; 32], 0);
         for (i, &value) in row.iter().enumerate() {
             if !value.is_finite() { nonfinite += 1; continue; }
@@ -39,7 +47,7 @@ impl Recorder {
         self.records += 1;
         writeln!(self.out,
             "{{\"checkpoint\":\"{point}\",\"token_idx\":{position},\"dtype\":\"f32\",\"shape\":[{}],\"values\":[{}],\"stats\":{{\"n\":{},\"sum\":{},\"l2\":{},\"nonfinite\":{nonfinite}}},\"sketch\":[{}]}}",
-            row.len(), list(&row[..row.len().min(16)]), row.len(), number(sum), number(squares.sqrt()), list(&sketch))
+            row.len(), list(&row[..row.len().min(self.slice)]), row.len(), number(sum), number(squares.sqrt()), list(&sketch))
     }
 
     pub fn finish(mut self) -> Result<()> {

@@ -11,7 +11,7 @@ _TOP = '''"""Write checkpoints of a Python engine for `parity diff` and `parity 
 
     from parity_dump import Recorder
 
-    with Recorder("ours.jsonl", model="my-model", tokens=ids) as tap:
+    with Recorder("ours.jsonl", compute="f32", model="my-model", tokens=ids) as tap:
         tap("embd", hidden)  # [T, n] or [n]: NumPy, CuPy, PyTorch, JAX, anything with DLPack
         tap("blk.5.l_out", hidden)  # copied in this call: reuse your buffers
         tap.hook(torch_model)  # or: record the submodules of a PyTorch model whose names are known

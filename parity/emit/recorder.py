@@ -46,7 +46,10 @@ def _as_json(value: Any) -> Any:
 
 
 class Recorder:
-    """Writes checkpoints of an engine: `with Recorder("ours.jsonl", model="my-model", tokens=ids) as tap: tap("blk.5.l_out", hidden)`.
+    """Writes checkpoints: `with Recorder("ours.jsonl", compute="f32", model="my-model", tokens=ids) as tap: tap("blk.5.l_out", hidden)`.
+
+    `compute` is the arithmetic of your products ("f32", "tf32", "f16", "bf16", "q8"): the limits of the comparison follow from it.
+    `points` are the names to record, with commas, as {points} of `parity run --exec` gives them; "" records all.
 
     A value is copied in the call. Rows of a point stand at the positions after those that were recorded of it before, so that
     a prefill [T, n] and decode steps [1, n] number themselves; `positions` says it where some are left out.
@@ -59,16 +62,18 @@ class Recorder:
         self,
         path: "str | os.PathLike[str]",
         *,
+        compute: str,
         model: str = "",
         tokens: Sequence[int] = (),
         prompt: "str | None" = None,
         layers: "int | None" = None,
-        compute: str = "",
         source: str = "python",
+        points: str = "",
         slice_size: int = DEFAULT_SLICE,
         hparams: "Mapping[str, Any] | None" = None,
     ) -> None:
         self.layers = layers
+        self._only = frozenset(resolve(name, layers) for name in points.split(",") if name)
         self.slice_size = slice_size
         self.checkpoints = 0
         self.tokens = 0
@@ -96,6 +101,8 @@ class Recorder:
             TypeError, ValueError: it is no array, or has another number of rows than positions.
         """
         point = resolve(name, self.layers)
+        if self._only and point not in self._only:
+            return
         array = to_host(value)
         known = parse(point).known
         if known is not None and known.row == ("H", "t+1"):

@@ -10,7 +10,8 @@ import numpy as np
 from engine.backend import Array
 from engine.faults import SEEN, Planting
 from engine.graph import Step
-from engine.replay.replay import NOT_ALLOWED, Replay
+from engine.inapplicable import NotApplicable
+from engine.replay.replay import Replay
 from engine.synth import Shape, synthesize
 from engine.transformer import Transformer
 from engine.weights.gguf_model import GgufModel
@@ -60,7 +61,7 @@ class Probe:
                 name = self.planting.steps[self.end - 1].makes
                 steps = steps[: [step.makes for step in steps].index(name) + 1]
             changed = self.replay.run(steps, lambda _name, _made: True)
-        except NOT_ALLOWED:
+        except NotApplicable:
             return None
         return {name.removeprefix(SEEN): made for name, made in changed.items()}  # what is shown comes last
 

@@ -1,22 +1,20 @@
-"""Screens many candidates together: what they share is computed for all of them at once."""
+"""Screens many candidates together: what they share is computed for all of them at once, also of the layers behind their own."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from checkpoints.points import EMBD
+from checkpoints.points import EMBD, parse
 from engine.backend import Array, module_of
-from engine.graph import POSITIONS
-from engine.replay.replay import NOT_ALLOWED, Edits
+from engine.graph import POSITIONS, Step, WeightSource
+from engine.inapplicable import NotApplicable
+from engine.replay.batched import can_batch, compute_batch
+from engine.replay.replay import Edits, Stop
 
-from .layers import carry, distinct, steps_between
 from .records import Floats
-from .state import Candidate, Layers, Place, Screened, State
-
-if TYPE_CHECKING:
-    from .screening import Screening
+from .screening import Screening
+from .state import Candidate, Layers, RecordKey, Screened, State
 
 _SOON = 2  # rows of the first recorded point: one shows what acts on each row, the other what the attention does
 _ROWS = 1024  # rows at once: a bound of the memory
@@ -24,10 +22,12 @@ _ROWS = 1024  # rows at once: a bound of the memory
 # times the limit. What gets this far is checked on all rows, by the limit itself.
 _SLACK = 10.0
 _COMPARED = 64  # versions held against the dump at once: a bound of the memory, where they are logits
+_FEW = 2  # candidates for which the first rows of every point are not worth a look: it costs as much as a check of one of them
+_CARRIED = 512  # rows computed at once: enough to keep the matrix products busy
 _TOGETHER = 128  # candidates at once: enough to share Python's time, few enough to look at the clock between
 
 
-class Batch:
+class BatchScreening:
     """Screens candidates at a state's first place, in one layer, several or all.
 
     On few positions first: a row that is right in the dump contradicts most candidates before the first wrong row need
@@ -37,7 +37,7 @@ class Batch:
         ValueError: the state has no place that differs.
     """
 
-    def __init__(self, screening: "Screening", state: State, layers: Layers) -> None:
+    def __init__(self, screening: Screening, state: State, layers: Layers) -> None:
         if state.first is None:
             raise ValueError("nothing is left to explain")
         self._screening = screening
@@ -73,7 +73,7 @@ class Batch:
                 if not wrong.any():
                     passed.add(number)
                 if rows > self._first.row:
-                    place = Place(self._first.point, int(self._entry.rows[wrong].min())) if wrong.any() else None
+                    place = RecordKey(self._first.point, int(self._entry.rows[wrong].min())) if wrong.any() else None
                     results[number] = place, float(errors[self._entry.rows == self._first.row].max())
             waiting = [number for number in waiting if number in passed]
         for number in sorted(results):
@@ -109,7 +109,7 @@ class Batch:
             one = candidates[number]
             try:
                 edits = self._state.planting.edits(one.fault, one.layers, one.parameters, end)
-            except NOT_ALLOWED:
+            except NotApplicable:
                 continue
             if edits:
                 found[number] = edits
@@ -186,3 +186,98 @@ class Batch:
     def _causal(self, value: Array) -> bool:
         """Whether rows of a layer's output act on later ones only: 0 · NaN is NaN, under a mask as well."""
         return not self._after or bool(module_of(value).isfinite(value).all())
+
+
+def steps_between(state: State, layer: int, point: str) -> list[Step]:
+    """The steps between a layer's output and a point, if `carry` can compute them; else none."""
+    steps = list(state.steps[state.order[f"blk.{layer}.l_out"] + 1 : state.order[point] + 1])
+    known = parse(point).known
+    plain = known is not None and "t+1" not in known.row
+    return steps if plain and all(can_batch(step) for step in steps) else []
+
+
+def distinct(outputs: Mapping[int, Array]) -> list[tuple[Array, list[int]]]:
+    """The different ones among some arrays, by their bits, each with the keys of those that are equal to it."""
+    found: dict[bytes, tuple[Array, list[int]]] = {}
+    for number, output in outputs.items():
+        found.setdefault(output.tobytes(), (output, []))[1].append(number)
+    return list(found.values())
+
+
+def carry(
+    steps: Sequence[Step],
+    start: str,
+    outputs: Sequence[Array],
+    positions: Array,
+    weights: WeightSource,
+    stop: Stop = lambda: False,
+) -> Iterator[Array]:
+    """Compute the steps after value `start` for many versions of it: each [R, D] -> each version's last value [R, n].
+
+    Once `stop` says so, which is asked before each step, no more come.
+
+    Raises:
+        KeyError: a step reads something else than `start`, the positions, and what the steps before it make.
+    """
+    xp = module_of(positions)
+    size = max(1, _CARRIED // len(positions))
+    for begin in range(0, len(outputs), size):
+        batch = outputs[begin : begin + size]
+        values = {start: xp.concatenate(batch), POSITIONS: xp.tile(positions, len(batch))}
+        made = values[start].reshape(len(batch), *batch[0].shape)
+        for step in steps:
+            if stop():
+                return
+            made = compute_batch(step, [values[name] for name in step.names], len(batch), weights)
+            values[step.makes] = made.reshape(-1, *made.shape[2:])
+        yield from made
+
+
+def screened(
+    screening: Screening, state: State, layers: Layers, candidates: Sequence[Candidate]
+) -> Iterator[tuple[Candidate, Screened]]:
+    """The candidates of a scope that change something at the state's first place, and how far they get."""
+    if state.first is None:
+        return
+    yield from BatchScreening(screening, state, layers).screened([one for one in candidates if _plain(screening, state, one)])
+    for candidate in candidates:
+        if screening.budget.over():
+            return
+        result = None if _plain(screening, state, candidate) else screening.screen(state, candidate)
+        if result is not None:
+            yield candidate, result
+
+
+def _plain(screening: Screening, state: State, candidate: Candidate) -> bool:
+    """Whether a candidate can be computed together with others: nothing that the dump shows instead takes part."""
+    first = state.first
+    return (
+        first is not None
+        and state.root is None
+        and candidate.fault.shows is None
+        and screening.entries[first.point].point not in state.shown
+    )
+
+
+def beyond(screening: Screening, state: State, candidates: Sequence[Candidate]) -> Iterator[State]:
+    """The states of candidates that get beyond the state's first place, on all rows.
+
+    If one of them explains everything, those that the first rows already contradict somewhere are left out.
+    """
+    first = state.first
+    if first is None:
+        return
+    layers = candidates[0].layers if candidates else None
+    plain = [one for one in candidates if _plain(screening, state, one)]
+    kept = BatchScreening(screening, state, layers).agreeing(plain) if len(plain) > _FEW else plain
+    likely = [one for one in candidates if not _plain(screening, state, one) or one in kept]
+    rest = [one for one in candidates if one not in likely]
+    for some in (likely, rest):
+        whole = False
+        for candidate in some:
+            checked = screening.check(state, candidate)
+            if checked is not None and (checked.first is None or first < checked.first):
+                whole = whole or checked.first is None
+                yield checked
+        if whole:
+            return

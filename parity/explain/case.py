@@ -21,7 +21,7 @@ from .screening import Screening
 
 
 @dataclass(frozen=True)
-class Options:
+class ExplainOptions:
     """How to search. `tokens` are those of the dump, where its header does not say them; `budget` is in seconds."""
 
     tokens: tuple[int, ...] | None = None
@@ -40,7 +40,7 @@ class Case:
         InputError: the dump is of another model.
     """
 
-    def __init__(self, dump: Dump, model: Path, options: Options) -> None:
+    def __init__(self, dump: Dump, model: Path, options: ExplainOptions) -> None:
         self.dump = _first_sequence(dump)
         self.transformer = Transformer(GgufModel(model), choose(options.backend))
         tokens = _tokens(self.dump, options.tokens)

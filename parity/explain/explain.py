@@ -8,8 +8,7 @@ from time import perf_counter
 
 import numpy as np
 
-from checkpoints.answers.explain import Cause, Explanation, Named
-from checkpoints.answers.explain import Place as Where
+from checkpoints.answers.explain import Cause, Explanation, Named, Place
 from checkpoints.answers.lint import ERROR
 from checkpoints.points import in_layer, parse
 from checkpoints.record import Dump
@@ -19,30 +18,30 @@ from ..lint.lint import lint
 from ..lint.model_facts import ModelFacts
 from .apart import apart
 from .budget import Budget
-from .case import Case, Options
+from .case import Case, ExplainOptions
 from .leads import leads
-from .precision import KINDS, Floor, fits, floor, may_be_noise, with_noise
+from .precision import KINDS, PrecisionFloor, fits, floor, may_be_noise, with_noise
 from .records import Expected
 from .rows import garbage
 from .search import Search
-from .state import Candidate, Place, State
+from .state import Candidate, RecordKey, State
 
 EXACT = EXACT_FLOOR.operations
 # Shares of the time: of the budget for the search itself; of what is left then for a search without the points of one kind. The
 # rest is for the search that goes on from there.
 _FIRST, _OTHERS = 0.6, 0.7
 _NEXT = ("attn_norm", "q", "k", "v", "q_rope", "k_rope", "kqv_out", "attn_out", "ffn_inp", "ffn_norm", "ffn_swiglu", "l_out")
-__all__ = ["Case", "Options", "explain"]
+__all__ = ["Case", "ExplainOptions", "explain"]
 
 
-def explain(dump: Dump, model: Path, options: Options | None = None) -> Explanation:
+def explain(dump: Dump, model: Path, options: ExplainOptions | None = None) -> Explanation:
     """Find the known faults that reproduce a dump's numbers.
 
     Raises:
         ParityError: as `Case` does.
     """
     began = perf_counter()
-    options = options or Options()
+    options = options or ExplainOptions()
     budget = Budget(options.budget)
     case = Case(dump, model, options)
     noise = "" if options.compute in (None, "f32") else str(options.compute)
@@ -121,7 +120,7 @@ def _needed(search: Search, best: State) -> State:
     return best
 
 
-def _floor(case: Case, kind: str) -> Floor:
+def _floor(case: Case, kind: str) -> PrecisionFloor:
     return floor(kind, case.entries, case.transformer.steps, case.replay, case.make, case.positions)
 
 
@@ -195,16 +194,16 @@ def _count(entries: Sequence[Expected], state: State) -> int:
     return sum(int((errors > entry.limit).sum()) for entry, errors in zip(entries, state.nmse, strict=True))
 
 
-def _where(case: Case, state: State) -> Where | None:
+def _where(case: Case, state: State) -> Place | None:
     if state.first is None:
         return None
     entry = case.entries[state.first.point]
     at = entry.rows == state.first.row
     worst = state.nmse[state.first.point][at]
-    return Where(entry.point, int(case.positions[state.first.row]), float(worst.max()), float(entry.limit[at].max()))
+    return Place(entry.point, int(case.positions[state.first.row]), float(worst.max()), float(entry.limit[at].max()))
 
 
-def _last_agreement(entries: Sequence[Expected], first: Place | None) -> str | None:
+def _last_agreement(entries: Sequence[Expected], first: RecordKey | None) -> str | None:
     if first is None or first.point == 0:
         return None
     return entries[first.point - 1].point

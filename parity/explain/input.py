@@ -8,10 +8,9 @@ from checkpoints.answers.explain import Explanation
 from checkpoints.errors import InputError
 from checkpoints.record import Dump
 
-from ..diff.compare import Options as Comparison
-from ..diff.compare import compare
+from ..diff.compare import Options, compare
 from ..run.prompt import given_prompt
-from .explain import Case, Options, explain
+from .explain import Case, ExplainOptions, explain
 from .records import right_rows
 
 
@@ -32,7 +31,7 @@ def prompt_tokens(model: Path, prompt: str | None, file: Path | None, tokens: st
         return tuple(reference.tokenize(model, text or "").ids)
 
 
-def check_reference(ref: Dump, model: Path, options: Options) -> None:
+def check_reference(ref: Dump, model: Path, options: ExplainOptions) -> None:
     """Hold our engine to llama.cpp's dump of this prompt.
 
     Raises:
@@ -44,7 +43,7 @@ def check_reference(ref: Dump, model: Path, options: Options) -> None:
         header = replace(header, mode=ref.header.mode, kv_type=ref.header.kv_type)
     points = {entry.point: case.dump.points[entry.point] for entry in case.entries}
     verdict: Verdict = compare(
-        Dump("our engine", header, right_rows(case.replay, case.positions, points)), ref, Comparison(placed=True)
+        Dump("our engine", header, right_rows(case.replay, case.positions, points)), ref, Options(placed=True)
     )
     if not verdict:
         where = verdict.first_divergence
@@ -56,7 +55,7 @@ def check_reference(ref: Dump, model: Path, options: Options) -> None:
         )
 
 
-def explain_dump(dump: Dump, model: Path, options: Options) -> Explanation:
+def explain_dump(dump: Dump, model: Path, options: ExplainOptions) -> Explanation:
     """`explain`, with the arithmetic that the dump's header states."""
     stated = dump.header.compute.lower() if dump.header is not None else ""
     if options.compute is None and stated in ("f16", "bf16", "tf32"):

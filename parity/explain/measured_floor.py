@@ -9,7 +9,7 @@ from checkpoints.points import LOGITS
 from checkpoints.record import Dump
 
 from ..diff.limits import limits
-from .case import Case, Options
+from .case import Case, ExplainOptions
 from .precision import UPPER, floor
 
 
@@ -36,7 +36,7 @@ def measured_limits(ours: Dump, ref: Dump, model: Path, compute: str | None = No
         )
     if kind not in ("f16", "bf16", "tf32"):
         return None
-    case = Case(ref, model, Options())  # its tokens and positions are known; those of bare lines are not
+    case = Case(ref, model, ExplainOptions())  # its tokens and positions are known; those of bare lines are not
     found = floor(kind, case.entries, case.transformer.steps, case.replay, case.make, case.positions)
     header = replace(ours.header, compute="f32") if ours.header is not None else None
     types = limits(header, ref.header, compute="f32")

@@ -23,7 +23,7 @@ SINGLE = 30.0  # a single record against its point's mean
 
 
 @dataclass(frozen=True)
-class Floor:
+class PrecisionFloor:
     """Mean NMSE of each point that one arithmetic costs: with products rounded, and with every activation rounded."""
 
     kind: str
@@ -49,7 +49,7 @@ def floor(
     right: Replay,
     make: Callable[[Sequence[Step], int], Replay],
     positions: Ints,
-) -> Floor:
+) -> PrecisionFloor:
     """Measure what an arithmetic costs at each point of the dump."""
     means = []
     for storage in (False, True):
@@ -57,10 +57,10 @@ def floor(
         means.append(
             np.array([entry.between(other.on_host[entry.point], right.on_host[entry.point], positions) for entry in entries])
         )
-    return Floor(kind, means[0], np.maximum(*means))
+    return PrecisionFloor(kind, means[0], np.maximum(*means))
 
 
-def ratios(found: Floor, entries: Sequence[Expected]) -> list[tuple[float, float, float]]:
+def ratios(found: PrecisionFloor, entries: Sequence[Expected]) -> list[tuple[float, float, float]]:
     """How far each point lies from the floor: its mean error by that of rounded products, the same by that of rounded
     activations, its largest single error by the latter. NaN where that floor is below float32's own noise.
     """
@@ -73,7 +73,7 @@ def ratios(found: Floor, entries: Sequence[Expected]) -> list[tuple[float, float
     return made
 
 
-def fits(found: Floor, entries: Sequence[Expected]) -> float | None:
+def fits(found: PrecisionFloor, entries: Sequence[Expected]) -> float | None:
     """How well a dump's differences are this arithmetic's: |log| of the typical ratio, None if they are not.
 
     Every point must lie between the floor of rounded products and that of rounded activations, give or take the factors
@@ -93,7 +93,7 @@ def fits(found: Floor, entries: Sequence[Expected]) -> float | None:
     return abs(float(np.median(ratios))) if ratios else None
 
 
-def with_noise(found: Floor, entries: Sequence[Expected]) -> list[Expected]:
+def with_noise(found: PrecisionFloor, entries: Sequence[Expected]) -> list[Expected]:
     """The records with limits that this arithmetic does not exceed."""
     return [
         replace(entry, limit=np.maximum(entry.limit, UPPER * found.storage[number])) for number, entry in enumerate(entries)

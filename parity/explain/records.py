@@ -13,6 +13,7 @@ from checkpoints.summary import summarise
 from engine.replay.replay import Replay
 
 from ..diff.align import Pair, align
+from ..diff.dataflow import flow
 from ..diff.limits import EXACT_FLOOR
 from ..diff.measure import measure
 from ..diff.noise import excused
@@ -162,12 +163,12 @@ def expected(dump: Dump, replay: Replay, positions: Ints, header: Header) -> tup
 
 
 def _excused(entries: list[Expected]) -> tuple[list[Expected], tuple[str, ...]]:
-    """The records, those over their limit by float32's noise alone (`parity.outliers`) with a higher one, and the note on them."""
+    """The records, those over their limit by float32's noise alone (`parity.diff.noise`) with a higher one, and the note on them."""
     names = [entry.point for entry in entries]
     point = np.repeat(np.arange(len(entries)), [len(entry.rows) for entry in entries])
     seq, token_idx = (np.concatenate([getattr(entry.pair.ours, name) for entry in entries]) for name in ("seq", "token_idx"))
     nmse, limit = (np.concatenate([getattr(entry, name) for entry in entries]) for name in ("base", "limit"))
-    limit, note = excused(names, point, seq, token_idx, nmse, nmse / limit, limit)
+    limit, note = excused(flow(names), point, seq, token_idx, nmse, nmse / limit, limit)
     return [replace(entry, limit=limit[point == number]) for number, entry in enumerate(entries)], note
 
 

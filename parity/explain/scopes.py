@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import replace
 
+from .batch import screened
 from .screening import Screening
 from .state import Candidate, Layers, State
 
@@ -62,7 +63,7 @@ def ranges(screening: Screening, state: State) -> Iterator[State]:
     for begin, step in [*((layer, 1) for layer in reversed(suspects[:-1])), *((layer, 2) for layer in suspects[:2])]:
         layers = tuple(range(begin, screening.n_layers, step))
         whole = False
-        for candidate, (place, _) in screening.screened(state, layers, list(screening.candidates(state, layers))):
+        for candidate, (place, _) in screened(screening, state, layers, list(screening.candidates(state, layers))):
             made = screening.check(state, candidate) if place is None or (state.first and state.first < place) else None
             if made is not None and further(state, made):
                 found = [made, *rescoped(screening, state, made)]

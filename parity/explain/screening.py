@@ -8,15 +8,14 @@ from checkpoints.points import OUTPUT_NORM, parse
 from engine.backend import Array, Backend
 from engine.faults import CATALOGUE, SEEN, Planting
 from engine.graph import Step
-from engine.replay.replay import NOT_ALLOWED, Replay
+from engine.inapplicable import NotApplicable
+from engine.replay.replay import Replay
 
-from .batch import Batch
 from .budget import Budget
 from .records import Expected, Floats, Ints
-from .state import Candidate, Layers, Place, Screened, State, Tried, key, shown_points, unchanged_steps
+from .state import Candidate, Layers, RecordKey, Screened, State, Tried, key, shown_points, unchanged_steps
 
 MakeReplay = Callable[[Sequence[Step], int, Replay | None], Replay]
-_FEW = 2  # candidates for which the first rows of every point are not worth a look: it costs as much as a check of one of them
 _REPLAYS = 8  # replays that are kept; each holds every value of a run
 
 
@@ -57,11 +56,11 @@ class Screening:
         nmse = tuple(entry.base for entry in self.entries)
         return State((), Planting(self.right, self.number), nmse, self._first(nmse))
 
-    def _first(self, nmse: Sequence[Floats]) -> Place | None:
+    def _first(self, nmse: Sequence[Floats]) -> RecordKey | None:
         for number, (entry, errors) in enumerate(zip(self.entries, nmse, strict=False)):  # nmse may end early
             wrong = errors > entry.limit
             if wrong.any():
-                return Place(number, int(entry.rows[wrong].min()))
+                return RecordKey(number, int(entry.rows[wrong].min()))
         return None
 
     def replay(self, state: State, rows: int) -> Replay:
@@ -92,7 +91,7 @@ class Screening:
         try:
             needed = self._needed(steps, shown, until) if shown else steps
             self.replay(root, rows).run(needed, visit, unchanged_steps(needed, root))
-        except NOT_ALLOWED:
+        except NotApplicable:
             return None
         return found
 
@@ -126,7 +125,7 @@ class Screening:
 
         try:
             self.replay(root, rows).run(steps, visit, unchanged_steps(steps, root))
-        except NOT_ALLOWED:
+        except NotApplicable:
             return None
         return tuple(found.get(number, errors) for number, errors in enumerate(root.nmse))
 
@@ -165,7 +164,7 @@ class Screening:
         root = state.root or state
         try:
             steps = candidate.planted(state)
-        except NOT_ALLOWED:
+        except NotApplicable:
             return None
         shown = shown_points(steps)
         if unchanged_steps(steps, root) > root.order[entry.point] and entry.point not in shown:
@@ -195,13 +194,13 @@ class Screening:
         """How many positions the dump's tokens have."""
         return len(self.positions)
 
-    def left(self, place: Place, made: Array) -> float:
+    def left(self, place: RecordKey, made: Array) -> float:
         """NMSE of a value of the first rows at a place."""
         entry = self.entries[place.point]
         errors = entry.nmse(self.backend.to_host(made), self.positions[: made.shape[0]])
         return float(errors[entry.rows == place.row].max())
 
-    def recorded(self, place: Place, made: Array) -> Floats:
+    def recorded(self, place: RecordKey, made: Array) -> Floats:
         """The recorded elements of a value of the first rows at a place: [k]."""
         entry = self.entries[place.point]
         return entry.at(self.backend.to_host(made), self.positions[: made.shape[0]], place.row)
@@ -223,54 +222,9 @@ class Screening:
     def _check(self, state: State, candidate: Candidate) -> State | None:
         try:
             steps = candidate.planted(state)
-        except NOT_ALLOWED:
+        except NotApplicable:
             return None
         nmse = self._everything(state.root or state, steps)
         return (
             None if nmse is None else State((*state.faults, candidate), Planting(steps, self.number), nmse, self._first(nmse))
         )
-
-    def screened(self, state: State, layers: Layers, candidates: Sequence[Candidate]) -> Iterator[tuple[Candidate, Screened]]:
-        """The candidates of a scope that change something at the state's first place, and how far they get."""
-        if state.first is None:
-            return
-        yield from Batch(self, state, layers).screened([one for one in candidates if self._plain(state, one)])
-        for candidate in candidates:
-            if self.budget.over():
-                return
-            result = None if self._plain(state, candidate) else self.screen(state, candidate)
-            if result is not None:
-                yield candidate, result
-
-    def _plain(self, state: State, candidate: Candidate) -> bool:
-        """Whether a candidate can be computed together with others: nothing that the dump shows instead takes part."""
-        first = state.first
-        return (
-            first is not None
-            and state.root is None
-            and candidate.fault.shows is None
-            and self.entries[first.point].point not in state.shown
-        )
-
-    def beyond(self, state: State, candidates: Sequence[Candidate]) -> Iterator[State]:
-        """The states of candidates that get beyond the state's first place, on all rows.
-
-        If one of them explains everything, those that the first rows already contradict somewhere are left out.
-        """
-        first = state.first
-        if first is None:
-            return
-        layers = candidates[0].layers if candidates else None
-        plain = [one for one in candidates if self._plain(state, one)]
-        kept = Batch(self, state, layers).agreeing(plain) if len(plain) > _FEW else plain
-        likely = [one for one in candidates if not self._plain(state, one) or one in kept]
-        rest = [one for one in candidates if one not in likely]
-        for some in (likely, rest):
-            whole = False
-            for candidate in some:
-                checked = self.check(state, candidate)
-                if checked is not None and (checked.first is None or first < checked.first):
-                    whole = whole or checked.first is None
-                    yield checked
-            if whole:
-                return

@@ -12,8 +12,9 @@ from itertools import product, zip_longest
 import numpy as np
 
 from engine.faults import Planting
-from engine.replay.replay import NOT_ALLOWED
+from engine.inapplicable import NotApplicable
 
+from .batch import beyond, screened
 from .scopes import ranges, rescoped, stages
 from .screening import Screening
 from .state import Candidate, Layers, State, key, worst
@@ -58,11 +59,11 @@ class Search:
     def _beyond(self, state: State, layers: Layers, candidates: Sequence[Candidate]) -> Iterator[State]:
         """The states of the candidates that get beyond the state's first place."""
         passed: list[Candidate] = []
-        for candidate, (place, error) in self.screening.screened(state, layers, candidates):
+        for candidate, (place, error) in screened(self.screening, state, layers, candidates):
             self._note(state, candidate, error)
             if place is None or (state.first is not None and state.first < place):
                 passed.append(candidate)
-        return self.screening.beyond(state, passed)
+        return beyond(self.screening, state, passed)
 
     def _note(self, state: State, candidate: Candidate, error: float) -> None:
         """Keep what a candidate leaves of the error at the first place, as a lead."""
@@ -191,7 +192,7 @@ class Search:
         try:
             for one in below:
                 middle = State((*middle.faults, one), Planting(one.planted(middle)), start.nmse, start.first, start)
-        except NOT_ALLOWED:
+        except NotApplicable:
             return None
         return self.screening.check(middle, last)
 
@@ -228,7 +229,7 @@ class Search:
                     middle = State(
                         (*middle.faults, one), Planting(one.planted(middle)), state.nmse, state.first, state.root or state
                     )
-            except NOT_ALLOWED:
+            except NotApplicable:
                 continue
             checked = self.screening.check(middle, last)
             if checked is not None and (checked.first is None or (state.first is not None and state.first < checked.first)):

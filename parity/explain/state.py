@@ -26,22 +26,22 @@ class Candidate:
     layers: Layers = None
 
     def planted(self, state: "State") -> list[Step]:
-        """The state's steps with this fault. Raises ValueError or KeyError where it has no place."""
+        """The state's steps with this fault. Raises NotApplicable if the fault does not apply."""
         return state.planting.of(self.fault, self.layers, self.parameters)
 
 
 @dataclass(frozen=True)
-class Place:
+class RecordKey:
     """A record: number of the point in the dump, and the replay's row."""
 
     point: int
     row: int
 
-    def __lt__(self, other: "Place") -> bool:
+    def __lt__(self, other: "RecordKey") -> bool:
         return (self.point, self.row) < (other.point, other.row)
 
 
-Screened = tuple[Place | None, float]  # the first place that still differs, and the NMSE that is left at the old one
+Screened = tuple[RecordKey | None, float]  # the first place that still differs, and the NMSE that is left at the old one
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class State:
     faults: tuple[Candidate, ...]
     planting: Planting
     nmse: tuple[Floats, ...]
-    first: Place | None
+    first: RecordKey | None
     root: "State | None" = None
 
     @property

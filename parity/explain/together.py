@@ -14,11 +14,12 @@ import numpy as np
 from engine.backend import Array
 from engine.faults import AT, SEEN, Planting
 from engine.graph import Step
-from engine.replay.replay import NOT_ALLOWED, Replay
+from engine.inapplicable import NotApplicable
+from engine.replay.replay import Replay, same_start
 
 from .records import Floats, Ints
 from .screening import Screening
-from .state import Candidate, Layers, State, shown_points, unchanged_steps
+from .state import Candidate, Layers, State, shown_points
 
 # How many of the likely combinations are tried. Of 16 seeded pairs the right one had rank 0 to 1,250 among about 19,000 (ten
 # of them below 40), but for one at 14,203 (`benchmarks/explain_several.py --ranks`).
@@ -110,13 +111,13 @@ class Together:
         self._screening.tried.variants += 1
         try:
             state, replay = self._below(effects[:-1], rows)
-        except NOT_ALLOWED:
+        except NotApplicable:
             return float("inf")
         made = self._made(replay, state, last)
         return float("inf") if made is None else self._screening.left(self._first, made)
 
     def _below(self, effects: tuple[Effect, ...], rows: int) -> tuple[State, Replay]:
-        """The state with these planted, and its replay up to the first place. Raises one of NOT_ALLOWED."""
+        """The state with these planted, and its replay up to the first place. Raises NotApplicable."""
         if (effects, rows) not in self._replays:
             state = self._state
             for candidate in (effect.alike[0] for effect in effects):
@@ -175,11 +176,11 @@ class Together:
             needed = self._until(steps)
             if len(needed) > self._length + _BEYOND:
                 return None
-            begin = unchanged_steps(needed, state)
+            begin = same_start(needed, replay.steps)
             if begin <= self._agreed:
                 return None
             changed = replay.run(needed, lambda _name, _made: True, begin)
-        except NOT_ALLOWED:
+        except NotApplicable:
             return None
         return changed.get(self._shown(steps))
 

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +17,7 @@ from engine.capture.device import tap
 from engine.capture.host import Capture
 from engine.transformer import Transformer
 
+from .. import version
 from .request import Prompt
 
 TOP = 5  # logits a token record carries: enough to see what was nearly chosen
@@ -81,7 +81,7 @@ def header(transformer: Transformer, job: OursJob) -> Header:
         kv_type="f32",
         slice=job.slice_size if job.slice_size is not None else DEFAULT_SLICE,
         hparams={"eps": hp.eps, "heads": hp.n_heads, "kv_heads": hp.n_kv_heads, "vocab": hp.n_vocab, "rope_base": hp.rope_base},
-        build={"version": version("parity"), "backend": transformer.backend.name, "device": transformer.backend.device},
+        build={"version": version(), "backend": transformer.backend.name, "device": transformer.backend.device},
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
 

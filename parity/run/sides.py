@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Protocol
 
 from checkpoints.errors import InputError
-from checkpoints.points import layer_outputs
+from checkpoints.points import default_layers, layer_outputs, select
 from engine.opened import open_engine
 from engine.transformer import Transformer
 from engine.weights.gguf_model import GgufModel
 from reference.client import Reference
 from reference.jobs import DumpJob, DumpResult
 
-from .command import Command
+from .command import POINTS, Command
 from .ours import OursJob, chosen_points, dump
 from .request import Progress, Prompt, Request
 
@@ -113,7 +113,21 @@ class ExternalEngine:
         tokens = (*prompt.ids, *prompt.generated)
         if progress is not None:
             progress(self.name, 0, None)
-        self._command.run(model=self.model, tokens=tokens, out=out, points=self.points, portions=prompt.portions)
+        self._command.run(model=self.model, tokens=tokens, out=out, points=self._names(), portions=prompt.portions)
+
+    def _names(self) -> str:
+        """The points by name, with commas: an engine need not understand globs. They are llama.cpp's, as far as it has them."""
+        if not self._command.takes(POINTS):
+            return ""
+        described = self._reference.describe(self._request.model)
+        known = [name for name, _ in described.points]
+        layers, points = self._request.layers, self.points
+        if points == "default":
+            points = ",".join(layer_outputs(default_layers(described.n_layers) if layers is None else layers))
+        try:
+            return ",".join(select(points, known, described.n_layers))
+        except InputError:  # a name of the engine's own
+            return points
 
 
 class LlamaCpp:

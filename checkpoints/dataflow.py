@@ -1,0 +1,222 @@
+"""What each point of a model is made from, and by which operation: as a dump's header carries it, or as the vocabulary says it."""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Self
+
+from .points import EMBD, KINDS, LAYER_KINDS, LOGITS, OUTPUT_NORM, apart, in_layer, lanes, order, parse
+
+CACHE = "CACHE"  # the operation of what attention reads from its cache: rows that an earlier point wrote there
+_MOST_LAYERS = 100_000  # what a header may claim
+_SPAN = re.compile(r"(\d{1,6})(?:\.\.(\d{1,6}))?")
+
+
+@dataclass(frozen=True)
+class Made:
+    """How one point is made: ggml's name of the operation, the points that it reads, the GGUF names of its weights."""
+
+    op: str
+    reads: tuple[str, ...] = ()
+    weights: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Dataflow:
+    """Points in the order of computation, each with how it is made. What a point reads stands before it."""
+
+    made: Mapping[str, Made]
+
+    @cached_property
+    def readers(self) -> Mapping[str, tuple[str, ...]]:
+        """The points that read each point, in the order of computation."""
+        readers: dict[str, list[str]] = {name: [] for name in self.made}
+        for name, how in self.made.items():
+            for other in how.reads:
+                readers[other].append(name)
+        return {name: tuple(found) for name, found in readers.items()}
+
+    def part_of_next(self, name: str) -> bool:
+        """Whether a point is only the first part of what makes the next one: a product before its bias, a norm before its weight.
+
+        Only nodes outside the vocabulary are; so is what attention reads from its cache, which is another point's value.
+        """
+        how, readers = self.made[name], self.readers[name]
+        if how.op == CACHE:
+            return True
+        return parse(name).known is None and len(readers) == 1 and self.made[readers[0]].reads == (name,)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data; layers that are made alike are said once.
+
+        Keys are spans of layers ("0", "1..23") and "" for what stands once in the model. Names begin with "." for the same layer and
+        "^" for the one before.
+        """
+        layers: dict[int | None, dict[str, Any]] = {}
+        for name, how in self.made.items():
+            point = parse(name)
+            entry = [how.op, *([[_relative(other, point.layer) for other in names] for names in (how.reads, how.weights)])]
+            layers.setdefault(point.layer, {})[point.kind] = entry
+        plain: dict[str, Any] = {}
+        begin: int | None = None
+        numbers = sorted(layer for layer in layers if layer is not None)
+        for number in numbers:
+            if begin is not None and layers[number] == layers[begin] and number - 1 in layers:
+                continue_from = begin
+                plain.pop(_span(begin, number - 1))
+                plain[_span(continue_from, number)] = layers[begin]
+            else:
+                begin = number
+                plain[_span(number, number)] = layers[number]
+        return {"": layers.get(None, {}), **plain}
+
+    @classmethod
+    def from_json(cls, plain: Mapping[str, Any]) -> Self:
+        """The dataflow of such data, in the vocabulary's order.
+
+        Raises:
+            ValueError: the data are damaged.
+        """
+        made: dict[str, Made] = {}
+        for span, kinds in plain.items():
+            for layer in _layers(span):
+                for kind, entry in kinds.items() if isinstance(kinds, dict) else [("", None)]:
+                    name = kind if layer is None else in_layer(layer, kind)
+                    if entry is None or not _well_formed(entry):
+                        raise ValueError(f"the dataflow of {name!r} must be [operation, points, weights]")
+                    op, reads, weights = entry
+                    made[name] = Made(op, *(tuple(_absolute(text, layer) for text in texts) for texts in (reads, weights)))
+        for name, how in made.items():
+            if missing := [other for other in how.reads if other not in made]:
+                raise ValueError(f"the dataflow of {name!r} reads {missing[0]!r}, which is not in it")
+        return cls(_sorted(made))
+
+
+def _span(first: int, last: int) -> str:
+    return str(first) if first == last else f"{first}..{last}"
+
+
+def _layers(span: str) -> Iterable[int | None]:
+    if not span:
+        return (None,)
+    match = _SPAN.fullmatch(span)
+    first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+    if not first <= last < _MOST_LAYERS:
+        raise ValueError(f"{span!r} is no span of layers")
+    return range(first, last + 1)
+
+
+def _well_formed(entry: Any) -> bool:
+    if not isinstance(entry, list) or len(entry) != 3 or not isinstance(entry[0], str):
+        return False
+    return all(isinstance(texts, list) and all(isinstance(text, str) for text in texts) for texts in entry[1:])
+
+
+def _relative(name: str, layer: int | None) -> str:
+    other = parse(name)
+    if layer is None or other.layer is None or not 0 <= layer - other.layer <= 1:
+        return name
+    return f"{'.' if other.layer == layer else '^'}{other.kind}"
+
+
+def _absolute(text: str, layer: int | None) -> str:
+    if layer is None or text[:1] not in (".", "^"):
+        return text
+    return in_layer(layer - (text[0] == "^"), text[1:])
+
+
+def _sorted(made: dict[str, Made]) -> dict[str, Made]:
+    """In an order in which everything stands after what it reads; otherwise by the layer.
+
+    Raises:
+        ValueError: a point is made from itself.
+    """
+    placed: dict[str, Made] = {}
+    for start in sorted(made, key=_section):
+        stack = [(start, iter(made[start].reads))]
+        open_names = {start}
+        while stack and start not in placed:
+            name, waiting = stack[-1]
+            following = next((other for other in waiting if other not in placed), None)
+            if following is None:
+                placed[name] = made[name]
+                stack.pop()
+                open_names.discard(name)
+            elif following in open_names:
+                raise ValueError(f"the dataflow makes {following!r} from itself")
+            else:
+                stack.append((following, iter(made[following].reads)))
+                open_names.add(following)
+    return placed
+
+
+def _section(name: str) -> int:
+    layer = parse(name).layer
+    return -1 if layer is None and name == EMBD else (layer if layer is not None else _MOST_LAYERS)
+
+
+def of_vocabulary(recorded: Sequence[str], n_layers: int | None = None) -> Dataflow:
+    """What the order of the vocabulary says: a point reads the last one before it on each branch that it is not independent of.
+
+    The points are those of a layer of the vocabulary, optional ones only where they were recorded, and recorded names outside of it where
+    they stand in `recorded`. Without a number of layers the last recorded layer is taken for the last.
+    """
+    inside: dict[int, list[str]] = {}
+    outside: list[str] = []
+    for name in order([*recorded, EMBD, OUTPUT_NORM, LOGITS]):
+        point = parse(name)
+        if point.layer is None:
+            outside.append(name)
+        else:
+            inside.setdefault(point.layer, []).append(point.kind)
+    count = n_layers or max((layer + 1 for layer in inside), default=0)
+    made: dict[str, Made] = {EMBD: Made(KINDS[EMBD].op)}
+    last = EMBD
+    templates: dict[tuple[str, ...], dict[str, Made]] = {}
+    for layer in sorted({*range(count), *inside}):
+        kinds = tuple(inside.get(layer, ()))
+        for kind, how in _template(kinds, templates).items():
+            reads = tuple(last if other == _INPUT else in_layer(layer, other) for other in how.reads)
+            made[in_layer(layer, kind)] = Made(how.op, reads)
+        last = next(reversed(made))
+    for name in outside:
+        if name not in made:
+            made[name] = Made(KINDS[name].op if name in KINDS else "", (last,))
+            last = name
+    return Dataflow(made)
+
+
+def _template(kinds: tuple[str, ...], known: dict[tuple[str, ...], dict[str, Made]]) -> dict[str, Made]:
+    if kinds not in known:
+        known[kinds] = _layer(kinds)
+    return known[kinds]
+
+
+_INPUT = "-"  # what enters a layer
+
+
+def _layer(recorded: tuple[str, ...]) -> dict[str, Made]:
+    """The points of one layer by their kinds."""
+    wanted = [kind.name for kind in LAYER_KINDS if kind.name in recorded or not kind.optional]
+    names = [parse(name).kind for name in order([in_layer(0, kind) for kind in (*recorded, *wanted)])]
+    made: dict[str, Made] = {}
+    above: dict[str, set[str]] = {_INPUT: set()}
+    front = [_INPUT]
+    for name in names:
+        kind = KINDS.get(name)
+        lane = kind.lane if kind is not None else ""
+        parents = [other for other in front if not apart(_lane(other), lane)]
+        direct = [other for other in parents if not any(other in above[third] for third in parents)]
+        reads = dict.fromkeys([*direct, kind.adds] if kind is not None and kind.adds else direct)
+        made[name] = Made("" if kind is None else kind.op, tuple(reads))
+        above[name] = {*direct, *(further for other in direct for further in above[other])}
+        # A point stays in front while a branch that this one is not on may read it.
+        front = [
+            other for other in front if any(apart(lane, third) and not apart(_lane(other), third) for third in lanes())
+        ] + [name]
+    return made
+
+
+def _lane(kind: str) -> str:
+    return KINDS[kind].lane if kind in KINDS else ""

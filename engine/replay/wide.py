@@ -1,0 +1,70 @@
+"""The truth about a list of steps: the same steps computed in float64, from the same float32 weights.
+
+An operation computes in the type of its operands, so wide operands are all that it takes. What the file and ggml define in
+float32 stays what it is: weights, epsilon, scales, and RoPE's angles, which ggml multiplies up step by step in float32.
+"""
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .. import graph
+from ..backend import Array, Backend
+from ..graph import PASSES, POSITIONS, TOKENS, Step, WeightSource
+from ..kv_cache import KvCache
+
+
+class WideWeights:
+    """The float32 weights of another source as float64 arrays; nothing is kept, since they take twice the room."""
+
+    def __init__(self, source: WeightSource) -> None:
+        self._source = source
+
+    def raw(self, name: str) -> tuple[NDArray[np.uint8], int, tuple[int, ...]]:
+        """The file's own bytes, their ggml type and the weight's shape."""
+        return self._source.raw(name)
+
+    def array(self, host: NDArray[Any]) -> Array:
+        """A host array on the side where the steps compute; float64 if it has floating-point elements."""
+        made = self._source.array(host)
+        return made.astype(np.float64) if made.dtype.kind == "f" else made
+
+    def get(self, name: str) -> Array:
+        """The whole weight, float64."""
+        return self._source.get(name).astype(np.float64)
+
+    def rows(self, name: str, ids: Array) -> Array:
+        """The given rows of it, float64."""
+        return self._source.rows(name, ids).astype(np.float64)
+
+
+def wide_values(
+    steps: Sequence[Step],
+    tokens: Sequence[int],
+    positions: Sequence[int],
+    passes: Sequence[int],
+    weights: WeightSource,
+    backend: Backend,
+    wanted: Collection[str],
+) -> dict[str, NDArray[Any]]:
+    """What the wanted steps make in float64, on the host; those that no step makes are left out.
+
+    One pass over all positions, as in `Replay`; the steps behind the last wanted one are not computed.
+
+    Args:
+        positions, passes: of each token: its position, and the number of the forward pass that it belongs to.
+    """
+    found: dict[str, NDArray[Any]] = {}
+    last = max((number for number, step in enumerate(steps) if step.makes in wanted), default=-1)
+
+    def keep(name: str, made: Array) -> None:
+        if name in wanted:
+            found[name] = backend.to_host(made)
+
+    given = {TOKENS: tokens, POSITIONS: positions, PASSES: passes}
+    values = {name: backend.array(np.asarray(numbers, dtype=np.int64)) for name, numbers in given.items()}
+    with np.errstate(all="ignore"):  # faults overflow: that is what they do
+        graph.run(steps[: last + 1], values, WideWeights(weights), KvCache(backend.xp), keep)
+    return found

@@ -1,0 +1,129 @@
+"""Which of two sides that differ is right: the same steps in float64 are the truth that both are held against."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from checkpoints.record import Rows
+from checkpoints.summary import summarise
+from engine.backend import Backend
+from engine.graph import Step, WeightSource
+from engine.replay.wide import wide_values
+from engine.transformer import Transformer
+
+from ..diff.slices import SLICE_FLOOR
+
+Floats = NDArray[np.float64]
+
+
+class Arbiter:
+    """Knows the truth about one sequence: what a model's steps give in float64 for its tokens.
+
+    It is computed when it is first asked for, up to the last point that is asked for, and only those points are kept.
+
+    Args:
+        positions, passes: of each token: its position, and the number of the forward pass that it belongs to.
+    """
+
+    def __init__(
+        self,
+        steps: Sequence[Step],
+        weights: WeightSource,
+        backend: Backend,
+        tokens: Sequence[int],
+        positions: Sequence[int],
+        passes: Sequence[int],
+    ) -> None:
+        self._steps = tuple(steps)
+        self._weights = weights
+        self._backend = backend
+        self._tokens = tuple(tokens)
+        self._positions = np.asarray(positions, dtype=np.int64)
+        self._passes = tuple(passes)
+        self._points = frozenset(step.makes for step in steps)
+        self._truth: dict[str, NDArray[np.float64]] = {}
+
+    @classmethod
+    def of(cls, transformer: Transformer, tokens: Sequence[int], first: int = 0, prompt: int | None = None) -> "Arbiter":
+        """The arbiter of a prompt of so many tokens (None: all) and those generated after it, one a pass, from position `first` on."""
+        length = len(tokens) if prompt is None else prompt
+        passes = [max(0, row - length + 1) for row in range(len(tokens))]
+        positions = range(first, first + len(tokens))
+        return cls(transformer.steps, transformer.weights, transformer.backend, tokens, positions, passes)
+
+    def distances(self, points: Mapping[str, Rows]) -> dict[str, Floats]:
+        """How far records are from the truth: their NMSE, float64 [R] for each point.
+
+        It is that of the recorded elements or, if that is larger, the estimate of the whole row's from the sketch; infinite where
+        a value is not finite and the truth is. NaN for a record of another sequence or of a position without a token. Points
+        that the steps do not make are left out.
+        """
+        known = {name: rows for name, rows in points.items() if name in self._points}
+        missing = known.keys() - self._truth.keys()
+        if missing:
+            self._truth |= wide_values(
+                self._steps,
+                self._tokens,
+                self._positions.tolist(),
+                self._passes,
+                self._weights,
+                self._backend,
+                missing,
+            )
+        return {name: self._distance(rows, self._truth[name]) for name, rows in known.items()}
+
+    def _distance(self, rows: Rows, truth: NDArray[np.float64]) -> Floats:
+        index = rows.token_idx - self._positions[0]
+        here = (rows.seq == 0) & (index >= 0) & (index < len(self._positions))
+        made = np.full(len(rows), np.nan)
+        if here.any():
+            made[here] = _nmse(rows.take(here), *self._recorded(rows.take(here), index[here], truth))
+        return made
+
+    def _recorded(self, rows: Rows, index: NDArray[np.int64], truth: NDArray[np.float64]) -> tuple[Rows, Rows]:
+        """What a dump would record of the truth, as the sum of two float32 records: what it is and what rounding that leaves."""
+        size = None if rows.indices is not None else int(rows.values.shape[1])
+        with np.errstate(over="ignore", invalid="ignore"):
+            high = truth.astype(np.float32)
+            low = np.where(np.isfinite(high), truth - high, 0.0).astype(np.float32)
+        first = int(self._positions[0])
+        made = [
+            summarise(rows.point, np.ascontiguousarray(part), self._positions, slice_size=size, keep=index, first=first)
+            for part in (high, low)
+        ]
+        return made[0], made[1]
+
+
+def _nmse(rows: Rows, high: Rows, low: Rows) -> Floats:
+    """NMSE of records against the sum of two others of the same keys: [R]; the slice's floor is that of `slices`."""
+    values = rows.values.astype(np.float64)
+    present = np.arange(values.shape[1])[None, :] < rows.counts[:, None]
+    wanted = _elements(high, rows) + _elements(low, rows)
+    finite = np.isfinite(values) & np.isfinite(wanted)
+    use = present & finite
+    delta = np.where(use, values - wanted, 0.0)
+    if rows.quantum is not None:
+        delta[np.abs(delta) <= rows.quantum / 2] = 0.0
+    right = np.where(use, wanted, 0.0)
+    n, l2 = high.stats["n"], high.stats["l2"]
+    energy = np.fmax(np.einsum("ij,ij->i", right, right), SLICE_FLOOR * use.sum(axis=1) / n * l2**2)
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        error = np.where(use.any(axis=1), np.einsum("ij,ij->i", delta, delta) / energy, np.nan)
+        if rows.sketch is not None and high.sketch is not None and low.sketch is not None and rows.quantum is None:
+            apart = rows.sketch.astype(np.float64) - (high.sketch.astype(np.float64) + low.sketch)
+            error = np.fmax(error, np.mean(apart**2, axis=1) / l2**2)
+    odd = present & (np.isfinite(values) != np.isfinite(wanted))
+    error[odd.any(axis=1)] = np.inf
+    return error
+
+
+def _elements(whole: Rows, like: Rows) -> Floats:
+    """The elements of some records that others hold: float64 [R, k]; NaN where there are none."""
+    width = like.values.shape[1]
+    if like.indices is not None:
+        index = np.clip(like.indices, 0, whole.values.shape[1] - 1)
+        return np.take_along_axis(whole.values, index, axis=1).astype(np.float64)
+    made = np.full((len(like), width), np.nan)
+    made[:, : whole.values.shape[1]] = whole.values
+    return made

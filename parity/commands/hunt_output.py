@@ -1,0 +1,55 @@
+"""What `parity run --hunt` prints: each run of the engine when it has ended, then the cause."""
+
+import json
+from typing import TYPE_CHECKING
+
+from .options import Format
+from .output import DIVERGENCE_CODE, PARITY_CODE, progress_bar
+
+if TYPE_CHECKING:
+    from reference.client import Reference
+
+    from ..hunt.hunt import Heard
+    from ..run.request import Request
+
+
+def hunted(request: "Request", started: "Reference", form: Format) -> int:
+    """Hunt, print what is found as it is found, write diff.json and the report, and return the exit code."""
+    from rich.console import Console
+    from rich.text import Text
+
+    from checkpoints.whole_file import put
+    from reports import explanation
+    from reports import hunt as report
+    from reports.findings import finding
+    from reports.header import print_header, print_lines
+    from reports.html import write_html
+
+    from ..hunt.hunt import hunt
+    from .comparison_output import report as whole_report
+
+    console = Console()
+
+    def heard(step: "Heard") -> None:
+        if form is Format.JSON:
+            return
+        if step.round.number == 1:
+            print_header(console, step.ours.header, step.ref.header)
+        print_lines(console, report.round_lines(step.round, console.width))
+
+    with progress_bar(form) as progress:
+        result = hunt(request, progress, started, heard)
+    found, outcome = result.hunt, result.outcome
+    answer = report.as_json(found) | {"folder": str(outcome.folder), "seconds": round(outcome.seconds, 3)}
+    put(outcome.folder / "diff.json", (json.dumps(answer, indent=1) + "\n").encode())
+    if form is Format.JSON:
+        print(json.dumps(answer))
+    else:
+        print_lines(console, [Text(""), *report.lines(found, console.width)])
+    beside = [] if found.explanation is None else [finding(explanation.as_json(found.explanation), "explain")]
+    write_html(
+        whole_report(outcome.verdict, outcome.ours, outcome.ref, outcome.picture, beside), outcome.folder / "report.html"
+    )
+    if form is Format.TEXT:
+        print(f"{report.summary(found)}   {outcome.folder}/")
+    return PARITY_CODE if found else DIVERGENCE_CODE

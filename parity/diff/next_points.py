@@ -1,0 +1,53 @@
+"""What to record next: a `--points` value for one more run that names the operation."""
+
+from collections.abc import Collection, Sequence
+
+from checkpoints.points import parse
+
+from .dataflow import Stretch
+
+_WIDE = 16  # layers of which everything is recorded in one further run; of more than these, the outputs come first
+_FEW = 8  # points of one layer that are named one by one
+
+
+def next_points(name: str, last: str | None, found: Stretch | None, compared: Collection[str]) -> str:
+    """A `--points` value that closes the gap before `name`; empty if there is none.
+
+    Args:
+        last: the last point that agrees.
+        compared: what was recorded on both sides. A layer of which a part is there already is not asked for as a whole again.
+    """
+    if found is not None and not found.unrecorded:
+        return ""
+    here = parse(name).layer
+    if found is None:
+        before = parse(last).layer if last else None
+        low = before if before is not None else 0
+        high = here if here is not None else low
+        return _glob(low, max(low, high)) if here is not None or before is not None else "all"
+    layers = sorted({layer for layer in (parse(other).layer for other in found.unrecorded) if layer is not None})
+    every = [*found.inputs, *found.unrecorded, name]
+    begun = {point.layer for point in map(parse, compared) if point.layer is not None and point.kind != "l_out"}
+    if layers and (set(layers) <= begun or len(found.unrecorded) <= _FEW):
+        return listed(every)
+    outside = [other for other in every if parse(other).layer not in layers]
+    if not layers:
+        return ",".join(sorted(set(outside), key=outside.index))
+    if len(layers) > _WIDE:
+        return ",".join([*dict.fromkeys(outside), f"blk.{{{layers[0]}..{layers[-1]}}}.{{kqv_out,ffn_inp,l_out}}"])
+    return ",".join([*dict.fromkeys(outside), _glob(layers[0], layers[-1])])
+
+
+def listed(names: Sequence[str]) -> str:
+    """These points, those of one layer in braces."""
+    kinds: dict[int | None, list[str]] = {}
+    for name in dict.fromkeys(names):
+        point = parse(name)
+        kinds.setdefault(point.layer, []).append(point.kind)
+    outside = kinds.pop(None, [])
+    inside = [f"blk.{layer}.{some[0] if len(some) == 1 else '{' + ','.join(some) + '}'}" for layer, some in kinds.items()]
+    return ",".join([*outside, *inside])
+
+
+def _glob(low: int, high: int) -> str:
+    return f"blk.{low}.*" if low == high else f"blk.{{{low}..{high}}}.*"

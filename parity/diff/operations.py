@@ -1,0 +1,95 @@
+"""ggml's operations in words: what each may have wrong, and what kind of operation it is."""
+
+from collections.abc import Iterable, Sequence
+
+from checkpoints.dataflow import CACHE, Made
+
+from .dataflow import Flow
+
+# Each element of the result is made of the elements at the same place of the operands: where those agree, so far as they were
+# recorded, so far the operands of a slice are known.
+ELEMENTWISE = frozenset(
+    {"ADD", "SUB", "MUL", "DIV", "SCALE", "GLU", "UNARY", "CLAMP", "SQR", "SQRT", "CONT", "CPY", "DUP", "REPEAT"}
+)
+# Products with weights mix a whole row into each element.
+MIXING = frozenset({"MUL_MAT", "MUL_MAT_ID", "OUT_PROD"})
+SOFT_MAX = frozenset({"SOFT_MAX", "FLASH_ATTN_EXT"})
+_RECURRENT = ("SSM_", "RWKV_", "GATED_", "LINEAR_ATTN", "DELTA")
+
+_NORM = "the norm: {weights}its epsilon"
+_WORDS = {
+    "RMS_NORM": _NORM,
+    "NORM": _NORM,
+    "L2_NORM": "the L2 norm: its epsilon, or over which elements",
+    "GROUP_NORM": _NORM,
+    "ROPE": "RoPE: pairs (halves or neighbours), base, position",
+    "SOFT_MAX": "scale, mask or softmax",
+    "FLASH_ATTN_EXT": "attention: scale, mask, which key and value head a query head uses, or the cache",
+    "ADD": "the addition",
+    "SUB": "the subtraction",
+    "MUL": "the multiplication",
+    "DIV": "the division",
+    "SCALE": "the scale",
+    "CLAMP": "the bounds",
+    "GLU": "the gated activation: which function, or gate and up swapped",
+    "UNARY": "the activation function",
+    "GET_ROWS": "the table{of_weights}: its dequantisation, its scale or its rows",
+    "MUL_MAT_ID": "the experts' product{with_weights}: which experts, their order, or the weight",
+    "ARGSORT": "which experts are chosen",
+    "TOP_K": "which experts are chosen",
+    "CONCAT": "the order of what is joined",
+    "CACHE": "the cache: which rows were written and read",
+    "CONT": "the order of the elements",
+}
+
+
+def recurrent(op: str) -> bool:
+    """Whether an operation carries a state from position to position."""
+    return op.startswith(_RECURRENT) or op in ("SSM_SCAN", "SSM_CONV")
+
+
+def suspects(flow: Flow, nodes: Iterable[str]) -> str:
+    """What the operations that make these nodes (the last one first) may have wrong; empty where nothing is known of them."""
+    every = [(name, flow.whole.made[name]) for name in nodes if name in flow.whole.made]
+    weights = tuple(dict.fromkeys(weight for _, how in every for weight in how.weights))
+    operations = [how.op for _, how in every]
+    named = [weight for weight in weights if weight.endswith(".weight")]
+    biases = [weight for weight in weights if weight.endswith(".bias")]
+    words: list[str] = []
+    for op in dict.fromkeys(operations):
+        if op == "MUL_MAT":
+            words.append(_product(every, named))
+        elif op in ("ADD", "MUL") and {"MUL_MAT", "RMS_NORM", "NORM", "GROUP_NORM"} & set(operations) and weights:
+            continue  # the bias or the norm's weight: said below
+        elif op in ("CONT", CACHE) and len(operations) > 1:
+            continue
+        elif op in _WORDS:
+            words.append(
+                _WORDS[op].format(
+                    weights=_either([*named, *biases]) if named else "its weight or ",
+                    of_weights=f" {' and '.join(named)}" if named else "",
+                    with_weights=f" with {' and '.join(named)}" if named else "",
+                )
+            )
+        elif recurrent(op):
+            words.append(f"the recurrence ({op}): its state, its decay, or what a pass hands on to the next")
+        elif op:
+            words.append(f"ggml's {op}")
+    if biases and "MUL_MAT" in operations:
+        words.append(f"the bias {' and '.join(biases)}")
+    if CACHE in operations and len(operations) > 1:
+        words.append("the cache")
+    return ", or ".join(dict.fromkeys(words))
+
+
+def _product(every: Sequence[tuple[str, Made]], named: list[str]) -> str:
+    if named:
+        return f"the product with {' and '.join(named)}: transposed, or another layer's"
+    both = next((how.reads for _, how in every if how.op == "MUL_MAT" and len(how.reads) > 1), ())
+    if both:
+        return f"the product of {' and '.join(both)}: which key or value head a query head uses, or the heads' order"
+    return "the product: its weight (transposed, another layer's) or its bias"
+
+
+def _either(weights: list[str]) -> str:
+    return "".join(f"{weight} or " for weight in weights)

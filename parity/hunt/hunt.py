@@ -1,0 +1,165 @@
+"""A foreign engine is run again, each time with the points that the last comparison asks for, until the operation has a name."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from time import perf_counter
+
+import numpy as np
+
+from checkpoints.answers.explain import Explanation
+from checkpoints.answers.hunt import Hunt, Round
+from checkpoints.errors import InputError, ParityError
+from checkpoints.formats import load
+from checkpoints.jsonl import write
+from checkpoints.reading.reader import read
+from checkpoints.record import Dump, Header, Rows
+from reference.client import Reference
+
+from ..diff.compare import Comparison, comparison
+from ..explain.case import ExplainOptions
+from ..explain.input import explain_dump
+from ..lint.lint import refuse_unusable
+from ..run.command import POINTS, Command
+from ..run.request import Progress, Prompt, Request
+from ..run.session import OURS_FILE, REF_FILE, Outcome, comparison_options, following, new_folder, resolve_prompt
+from ..run.sides import ExternalEngine, LlamaCpp
+
+MOST_ROUNDS = 8  # layer outputs halve nothing: two or three runs lead from five places to one operation, a few more where slices are small
+
+
+@dataclass(frozen=True)
+class Heard:
+    """What is known after a round, for whoever shows it: the round, and both sides' dumps."""
+
+    round: Round
+    ours: Dump
+    ref: Dump
+
+
+@dataclass(frozen=True)
+class Hunted:
+    """The answer, and the last comparison with its dumps and folder."""
+
+    hunt: Hunt
+    outcome: Outcome
+
+
+def hunt(
+    request: Request,
+    progress: Progress | None = None,
+    started: Reference | None = None,
+    heard: Callable[[Heard], None] = lambda _: None,
+) -> Hunted:
+    """Run the engine until the operation has a name, then look for the cause.
+
+    Raises:
+        InputError: there is no foreign engine, or tokens are to be generated; ParityError: as `parity run`.
+    """
+    if request.command is None:
+        raise InputError("--hunt runs a foreign engine again and again.", "Give its command with --exec.", code="exec")
+    began = perf_counter()
+    with started or Reference(verbose=request.verbose, threads=request.threads) as reference:
+        folder = new_folder(request)
+        prompt = resolve_prompt(reference, request.model, request.prompt, request.tokens)
+        chase = _Chase(request, request.command, reference, prompt, folder, progress)
+        rounds: list[Round] = []
+        for step in chase.rounds():
+            rounds.append(step.round)
+            heard(step)
+    result = chase.result
+    explanation, unexplained = (None, "") if result.verdict else _explained(request, prompt, chase.ours)
+    answer = Hunt(
+        tuple(rounds), explanation, unexplained, chase.stopped, perf_counter() - began, tuple(dict.fromkeys(chase.notes))
+    )
+    outcome = Outcome(folder, chase.ours, chase.ref, result.verdict, result.picture, answer.seconds)
+    return Hunted(answer, outcome)
+
+
+class _Chase:
+    """The rounds of one hunt: what was recorded so far, and why it ends."""
+
+    def __init__(
+        self,
+        request: Request,
+        command: Command,
+        reference: Reference,
+        prompt: Prompt,
+        folder: Path,
+        progress: Progress | None,
+    ) -> None:
+        self._request, self._command, self._reference = request, command, reference
+        self._prompt, self._folder, self._progress = prompt, folder, progress
+        self.ours: Dump
+        self.ref: Dump
+        self.result: Comparison
+        self.stopped = ""
+        self.notes: list[str] = []
+
+    def rounds(self) -> Iterator[Heard]:
+        """Run after run, until the operation has a name or nothing more is to be learned."""
+        asked = self._request.points
+        known: Dump | None = None
+        for number in range(1, MOST_ROUNDS + 1):
+            printed = self._run(asked, number)
+            self.ours = printed if known is None else self._together(known, printed)
+            new = tuple(name for name in printed.points if known is None or name not in known.points)
+            known = self.ours
+            self.ref = self._reference_for(known)
+            self.result = comparison(self.ours, self.ref, comparison_options(self._request))
+            verdict = self.result.verdict
+            yield Heard(Round(number, asked, new, verdict), self.ours, self.ref)
+            if verdict or not verdict.next:
+                return
+            if number > 1 and not new:
+                self.stopped = f"{self._command.name} printed none of these points: {verdict.next}"
+                return
+            if verdict.next == asked:
+                self.stopped = f"the records of {asked} do not narrow it down further"
+                return
+            if not self._command.takes(POINTS):
+                self.stopped = (
+                    f"{self._command.name} prints the same points whatever is asked for: give it {POINTS} to go on by itself"
+                )
+                return
+            asked = verdict.next
+        self.stopped = f"{MOST_ROUNDS} runs did not lead to an operation"
+
+    def _run(self, asked: str, number: int) -> Dump:
+        side = ExternalEngine(replace(self._request, points=asked), self._command, self._reference)
+        out = self._folder / f"run-{number}.jsonl"
+        if self._progress is not None:
+            self._progress(f"run {number} of {side.name}", 0, None)
+        side.dump(self._prompt, out)
+        printed = load(out, self._request.mapping)
+        if not self._request.despite_lint:
+            refuse_unusable(printed, "your engine's dump")
+        return printed
+
+    def _together(self, before: Dump, now: Dump) -> Dump:
+        """What both runs printed; of a point that both have the later records."""
+        moved = [name for name in before.points if name in now.points and not _same(before.points[name], now.points[name])]
+        if moved:
+            self.notes.append(f"two runs of {self._command.name} differ at {moved[0]}: it does not repeat its own numbers")
+        return replace(now, points=before.points | now.points, tokens=now.tokens or before.tokens)
+
+    def _reference_for(self, ours: Dump) -> Dump:
+        write(ours, self._folder / OURS_FILE, Header(source=self._command.name))
+        LlamaCpp(following(self._request, ours), self._reference).dump(self._prompt, self._folder / REF_FILE, self._progress)
+        return read(self._folder / REF_FILE)
+
+
+def _same(a: Rows, b: Rows) -> bool:
+    return a.values.shape != b.values.shape or np.array_equal(a.values, b.values, equal_nan=True)
+
+
+def _explained(request: Request, prompt: Prompt, ours: Dump) -> tuple[Explanation | None, str]:
+    """The cause, or why it cannot be looked for."""
+    known = ours.header is not None and bool(ours.header.tokens)
+    options = ExplainOptions(
+        tokens=None if known else prompt.ids + prompt.generated, compute=request.compute, backend=request.backend
+    )
+    try:
+        return explain_dump(ours, request.model, options), ""
+    except ParityError as error:
+        return None, error.message

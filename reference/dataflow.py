@@ -1,0 +1,78 @@
+"""What each point of a graph is made from: the planned nodes, with everything unplanned between them walked through."""
+
+from collections.abc import Sequence
+
+from checkpoints.dataflow import CACHE, Dataflow, Made
+
+from .jobs import Node, Source
+from .naming import VIEWS, Planned
+
+_WRITTEN = {"SET_ROWS": 2, "CPY": 1}  # the operand that is written to; the first one is what is written
+
+
+def dataflow(nodes: Sequence[Node], planned: Sequence[Planned]) -> Dataflow:
+    """The dataflow of a pass.
+
+    Args:
+        nodes: all nodes of the graph, in the order of computation.
+        planned: the values that `naming.plan` takes from it.
+    """
+    return _Walk(nodes, planned).dataflow()
+
+
+class _Walk:
+    """From each planned value back to the planned values before it."""
+
+    def __init__(self, nodes: Sequence[Node], planned: Sequence[Planned]) -> None:
+        self._nodes = {node.address: node for node in nodes}
+        self._planned = planned
+        self._point = {item.node.address: item.point for item in planned if item.operand is None}
+        self._written: dict[int, list[Source]] = {}  # memory that nodes write to -> what they write there
+        for node in nodes:
+            if node.op in _WRITTEN and len(node.sources) > _WRITTEN[node.op]:
+                target = self._memory(node.sources[_WRITTEN[node.op]])
+                self._written.setdefault(target.address, []).append(node.sources[0])
+
+    def dataflow(self) -> Dataflow:
+        """Points in the order of computation; a graph that reads what comes later has that left out."""
+        read = {(item.node.address, item.operand): item.point for item in self._planned if item.operand is not None}
+        made: dict[str, Made] = {}
+        for item in self._planned:
+            node = item.node
+            sources = node.sources if item.operand is None else (node.sources[item.operand],)
+            points: list[str] = []
+            weights: list[str] = []
+            for number, source in enumerate(sources):
+                operand = read.get((node.address, number)) if item.operand is None else None
+                found = ([operand], []) if operand is not None else self._behind(source)
+                points += found[0]
+                weights += found[1]
+            known = [name for name in dict.fromkeys(points) if name in made]
+            made[item.point] = Made(node.op if item.operand is None else CACHE, tuple(known), tuple(dict.fromkeys(weights)))
+        return Dataflow(made)
+
+    def _memory(self, source: Source) -> Source:
+        """The tensor that owns the memory which a view shows."""
+        while source.op in VIEWS and source.address in self._nodes and self._nodes[source.address].sources:
+            source = self._nodes[source.address].sources[0]
+        return source
+
+    def _behind(self, first: Source) -> tuple[list[str], list[str]]:
+        """The nearest points, and the weights, that a tensor is made of."""
+        points: list[str] = []
+        weights: list[str] = []
+        waiting, seen = [first], set[int]()
+        while waiting:
+            source = waiting.pop(0)
+            if source.address in seen:
+                continue
+            seen.add(source.address)
+            if source.address in self._point:
+                points.append(self._point[source.address])
+            elif source.address in self._nodes:
+                waiting += self._nodes[source.address].sources
+            elif source.address in self._written:
+                waiting += self._written[source.address]
+            elif source.name.endswith((".weight", ".bias")):
+                weights.append(source.name)
+        return points, weights

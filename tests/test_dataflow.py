@@ -1,0 +1,107 @@
+"""What each point is made from: by the vocabulary's order, through a dump's header, and as llama.cpp's graph says it."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from dumps import HEADER, dump, noisy, random, spoiled
+
+from checkpoints.dataflow import CACHE, Dataflow, Made, of_vocabulary
+from checkpoints.points import LAYER_KINDS, in_layer
+from checkpoints.reading.reader import read
+from parity.diff.compare import compare
+from parity.diff.dataflow import flow, ordered
+from parity.models.embedded import path as embedded
+from reference.client import Reference
+from reference.jobs import DumpJob
+
+# A layer as Cohere builds it: attention and feed-forward side by side, both of one norm.
+PARALLEL = {
+    "embd": Made("GET_ROWS", (), ("token_embd.weight",)),
+    "blk.0.attn_norm": Made("NORM", ("embd",), ("blk.0.attn_norm.weight",)),
+    "blk.0.attn_out": Made("MUL_MAT", ("blk.0.attn_norm",), ("blk.0.attn_output.weight",)),
+    "blk.0.ffn_out": Made("MUL_MAT", ("blk.0.attn_norm",), ("blk.0.ffn_down.weight",)),
+    "blk.0.l_out": Made("ADD", ("blk.0.attn_out", "blk.0.ffn_out", "embd")),
+    "logits": Made("MUL_MAT", ("blk.0.l_out",), ("output.weight",)),
+}
+
+
+def test_the_vocabularys_order() -> None:
+    """Branches that have not met do not read each other; residual sums read both of their operands."""
+    made = of_vocabulary(["blk.1.l_out"], 2).made
+    assert made["blk.0.kq"].reads == ("blk.0.q_rope", "blk.0.k_rope")
+    assert made["blk.0.kqv_out"].reads == ("blk.0.v", "blk.0.kq_soft_max")
+    assert made["blk.0.ffn_swiglu"].reads == ("blk.0.ffn_gate", "blk.0.ffn_up")
+    assert made["blk.1.ffn_inp"].reads == ("blk.1.attn_out", "blk.0.l_out")
+    assert made["blk.1.l_out"].reads == ("blk.1.ffn_out", "blk.1.ffn_inp")
+    assert made["output_norm"].reads == ("blk.1.l_out",)
+    place = {name: number for number, name in enumerate(made)}
+    assert all(place[other] < place[name] for name, how in made.items() for other in how.reads)
+    optional = {kind.name for kind in LAYER_KINDS if kind.optional}
+    assert not optional & {name.rpartition(".")[2] for name in made}
+    assert of_vocabulary(["blk.0.q_norm"], 1).made["blk.0.q_rope"].reads == ("blk.0.q_norm",)
+
+
+def test_it_survives_a_header() -> None:
+    """As JSON, layers that are made alike are said once; damaged data are refused with what is wrong in them."""
+    whole = of_vocabulary([], 40)
+    plain = json.loads(json.dumps(whole.to_json()))
+    assert list(plain) == ["", "0", "1..39"]
+    again = Dataflow.from_json(plain)
+    assert list(again.made.items()) == list(whole.made.items())
+    for damaged in (
+        {"0": {"q": ["MUL_MAT", [".strange"], []]}},
+        {"0": {"q": ["MUL_MAT", [".q"], []]}},
+        {"0": {"q": "MUL_MAT"}},
+        {"0": 1},
+        {"5..2": {}},
+        {"0..999999999": {}},
+        {"x": {}},
+    ):
+        with pytest.raises(ValueError, match=r"dataflow|span"):
+            Dataflow.from_json(damaged)
+
+
+def test_any_architecture_by_its_own_graph() -> None:
+    """Two parallel branches have two origins, and the operation is named by what the header says, not by the vocabulary."""
+    plain = Dataflow(PARALLEL).to_json()
+    names = tuple(PARALLEL)
+    ref = random(names)
+    wrong = spoiled(noisy(ref), ("blk.0.attn_out", "blk.0.ffn_out", "blk.0.l_out", "logits"), slice(None))
+    verdict = compare(dump(wrong), dump(ref, header=replace(HEADER, dataflow=plain)))
+    assert [origin.first.checkpoint for origin in verdict.origins] == ["blk.0.attn_out", "blk.0.ffn_out"]
+    assert verdict.operation == "blk.0.attn_out is made from blk.0.attn_norm, which agrees: this operation is wrong"
+    assert verdict.pattern is not None
+    assert "blk.0.attn_output.weight" in verdict.pattern.sentence
+    assert ordered(["logits", "blk.0.ffn_out", "blk.0.attn_out"], Dataflow(PARALLEL)) == [
+        "blk.0.attn_out", "blk.0.ffn_out", "logits"
+    ]  # fmt: skip
+
+
+def test_a_damaged_header_falls_back() -> None:
+    """A dataflow that cannot be read costs a note, not the comparison."""
+    ref = random()
+    verdict = compare(dump(noisy(ref)), dump(ref, header=replace(HEADER, dataflow={"0": {"q": 1}})))
+    assert verdict
+    assert any("vocabulary's order" in note for note in verdict.notes)
+
+
+def test_llama_cpps_graph(tmp_path: Path) -> None:
+    """A reference's dump says what llama.cpp's graph says: for qwen2 that is the vocabulary's order, with weights and caches."""
+    with Reference() as reference:
+        reference.dump(DumpJob(embedded(), tmp_path / "ref.jsonl", (1, 2, 3)))
+    header = read(tmp_path / "ref.jsonl").header
+    assert header is not None
+    assert header.dataflow is not None
+    assert len(json.dumps(header.dataflow)) < 4096
+    whole = Dataflow.from_json(header.dataflow)
+    assert whole.made["blk.7.k_read"] == Made(CACHE, ("blk.7.k_rope",))
+    assert whole.made["blk.7.attn_out"].weights == ("blk.7.attn_output.weight",)
+    every = tuple(name for name in of_vocabulary([], 24).made)
+    parents = [{name: sorted(found) for name, found in model.parents.items()} for model in (flow(every, whole), flow(every))]
+    assert parents[0] == parents[1]
+    unread = {name for name, readers in whole.readers.items() if not readers}
+    assert unread == {"logits"}
+    assert whole.part_of_next("blk.3.Qcur")
+    assert not whole.part_of_next(in_layer(3, "q"))

@@ -1,0 +1,154 @@
+"""A foreign engine's command line: how it is filled in and started, and that nothing it does blocks, floods or fools a run."""
+
+import os
+import sys
+from pathlib import Path
+from time import monotonic
+
+import pytest
+from cli import Cli, refused
+
+from checkpoints.errors import InputError
+from parity.run import command as commands
+from parity.run.command import CRASHED, REFUSED, TIMED_OUT, UNUSABLE, Command, EngineError
+
+MODEL = Path("a model's.gguf")
+LINE = '{"checkpoint":"embd","token_idx":0,"values":[1.0]}'
+
+
+def engine(folder: Path, body: str) -> str:
+    """A command line that runs this Python program."""
+    path = folder / "engine.py"
+    path.write_text(f"import os, sys, time\n{body}\n")
+    return f"{sys.executable} {path}"
+
+
+def ran(line: str, out: Path, **options: object) -> str:
+    shell = bool(options.pop("shell", False))
+    timeout = float(str(options.pop("timeout", 20)))
+    Command(line, shell=shell, timeout=timeout).run(model=MODEL, tokens=[1, 2, 3], out=out, **options)  # type: ignore[arg-type]
+    return out.read_text()
+
+
+def failure(line: str, out: Path, **options: object) -> EngineError:
+    with pytest.raises(EngineError) as caught:
+        ran(line, out, **options)
+    assert len(str(caught.value).splitlines()) == 1
+    assert len(str(caught.value)) < 1000
+    return caught.value
+
+
+def test_placeholders_are_filled_once_and_need_no_quotes(tmp_path: Path) -> None:
+    """Model, tokens, points and portions arrive as they are, with spaces, quotes and what looks like a placeholder in them."""
+    line = engine(tmp_path, "open(sys.argv[1], 'w').write('|'.join(sys.argv[2:]))")
+    said = ran(f"{line} {{out}} {{model}} {{tokens}} {{points}} {{portions}}", tmp_path / "o", points="blk.{1..5}.*,{out}")
+    assert said == "a model's.gguf|1,2,3|blk.{1..5}.*,{out}|3"
+    said = ran(f"{line} {{out}} --x={{portions}}", tmp_path / "o", portions=(2, 1))
+    assert said == "--x=2,1"
+
+
+def test_standard_output_is_the_dump_without_out(tmp_path: Path) -> None:
+    """A command without {out} prints its dump."""
+    assert ran(engine(tmp_path, f"print('{LINE}')"), tmp_path / "o").strip() == LINE
+
+
+def test_leading_assignments_are_the_environment(tmp_path: Path) -> None:
+    """NAME=value words in front are set for the engine, placeholders included, and the rest of the environment stays."""
+    line = engine(tmp_path, "print(os.environ['A'], os.environ['B'], 'PATH' in os.environ)")
+    assert ran(f"A=1 B='x {{tokens}}' {line}", tmp_path / "o").strip() == "1 x 1,2,3 True"
+    assert "A" not in os.environ
+
+
+def test_a_shell_line_is_the_shells(tmp_path: Path) -> None:
+    """--exec-shell runs pipes and variables; what is filled in is quoted, so that no path is taken for a command."""
+    program = engine(tmp_path, "print(sys.argv[1:])")
+    said = ran(f"X=2; {program} {{model}} $X | tr a-z A-Z", tmp_path / "o", shell=True)
+    assert said.strip() == "[\"A MODEL'S.GGUF\", '2']"
+
+
+@pytest.mark.parametrize("line", ["", "   ", "A=1", "A=1 B=2 ", "'"])
+def test_nothing_to_run_is_an_error(line: str) -> None:
+    """An empty command (an unset variable in CI), one of assignments only and one with an open quote are refused."""
+    with pytest.raises(InputError, match="--exec"):
+        Command(line)
+
+
+@pytest.mark.parametrize("command", [("run", "--prompt", "hi"), ("drift", "check", "."), ("consistency", "--prompt", "hi")])
+@pytest.mark.parametrize("option", ["--exec", "--exec-shell"])
+def test_an_empty_command_is_an_error_everywhere(command: tuple[str, ...], option: str, parity: Cli) -> None:
+    """`--exec ""` never stands for parity's own engine: exit 2 in every command that takes one."""
+    refused(parity(*command, option, ""), f"{option} is empty")
+
+
+def test_an_engine_that_never_ends_is_stopped(tmp_path: Path) -> None:
+    """After the time limit the engine and its children are ended, and the error names the option."""
+    started = monotonic()
+    line = engine(tmp_path, "import subprocess; subprocess.run(['sleep', '60'])")
+    error = failure(line, tmp_path / "o", timeout=0.4)
+    assert (error.how, monotonic() - started < 10) == (TIMED_OUT, True)
+    assert "--exec-timeout" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("what", "body"),
+    [
+        ("a pipe", "os.mkfifo(sys.argv[1]); open(sys.argv[1], 'w').write('x')"),
+        ("a pipe", "os.mkfifo(sys.argv[1])"),
+        ("a link", "os.symlink('/dev/zero', sys.argv[1]); time.sleep(30)"),
+        ("no regular file", "os.mkdir(sys.argv[1])"),
+    ],
+)
+def test_a_dump_that_is_no_file_is_refused(what: str, body: str, tmp_path: Path) -> None:
+    """An {out} that becomes a pipe, a link or a folder ends the run at once instead of being read for ever."""
+    started = monotonic()
+    error = failure(f"{engine(tmp_path, body)} {{out}}", tmp_path / "o")
+    assert (error.how, monotonic() - started < 10) == (UNUSABLE, True)
+    assert what in str(error)
+
+
+def test_a_dump_without_end_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an engine writes is bounded, on its stdout and in {out}."""
+    monkeypatch.setattr(commands, "_LARGEST_DUMP", 1 << 20)
+    for line in (
+        engine(tmp_path, "while True: print('x' * 9999)"),
+        engine(tmp_path, "f = open('/dev/stdout', 'w')\nwhile 1: f.write('x' * 9999)"),
+    ):
+        assert "stopped after it had written" in str(failure(line, tmp_path / "o"))
+
+
+def test_a_flood_on_stderr_keeps_its_last_line(tmp_path: Path) -> None:
+    """200 MB on stderr neither block the engine nor stay in memory; the error repeats the last line, cleaned and cut."""
+    body = "for _ in range(2000): sys.stderr.write('y' * 100000)\nsys.stderr.write('\\nno \\x1b[31mroom' + 'z' * 9999 + '\\n'); sys.exit(4)"
+    error = failure(engine(tmp_path, body), tmp_path / "o")
+    assert "no �[31mroom" in str(error)
+    assert error.how == REFUSED
+
+
+def test_a_child_that_holds_stderr_is_not_waited_for(tmp_path: Path) -> None:
+    """A background process that keeps the pipe open delays neither a success nor a failure."""
+    started = monotonic()
+    spawn = "import subprocess; subprocess.Popen(['sleep', '20'], start_new_session=True)\n"
+    assert ran(engine(tmp_path, f"{spawn}print('{LINE}')"), tmp_path / "o").strip() == LINE
+    assert "exit code 3" in str(failure(engine(tmp_path, f"{spawn}sys.exit(3)"), tmp_path / "o"))
+    assert monotonic() - started < 10
+
+
+@pytest.mark.parametrize(
+    ("how", "body"),
+    [
+        (CRASHED, "os.kill(os.getpid(), 11)"),
+        (CRASHED, "raise KeyError('x')"),
+        (CRASHED, "sys.exit(1)"),
+        (REFUSED, "sys.exit('this engine has no mamba')"),
+    ],
+)
+def test_a_refusal_is_no_crash(how: str, body: str, tmp_path: Path) -> None:
+    """A signal, a traceback or a silent failure is a crash; an exit code with a sentence is a refusal."""
+    assert failure(engine(tmp_path, body), tmp_path / "o").how == how
+
+
+def test_what_an_earlier_run_left_is_not_taken(tmp_path: Path) -> None:
+    """An engine that ends well without writing is told so, even if a dump lies there from before."""
+    (tmp_path / "o").write_text(LINE)
+    assert "wrote no" in str(failure(f"{engine(tmp_path, 'pass')} {{out}}", tmp_path / "o"))
+    assert "cannot run" in str(failure("/nowhere/engine {out}", tmp_path / "o"))
