@@ -13,11 +13,11 @@ from checkpoints.errors import InputError, ModelError
 from checkpoints.gguf_file import Contents, contents
 
 from . import dump, twin
-from .callback import arrange, row_shape
 from .jobs import EXACT, Description, DumpJob, DumpResult, Tokens
 from .library import Library
 from .llama import Model, Session
-from .naming import Planned, plan
+from .naming import Planned
+from .rows import arrange, row_shape, survey
 from .sweep import dump_windows, window_size
 from .wanted import wanted_tensors
 from .windows import Window, open_window
@@ -152,7 +152,7 @@ class Service:
     ) -> None:
         """One forward pass whose values go to the parent as they come; not `last` leaves out the model's output."""
         count = len(inputs)
-        known = dump.available(plan(session.list_nodes(inputs), offset=offset), count, self._library.ggml.readable)
+        known = list(survey(session, inputs, offset=offset).known)
         if not last:
             known = [entry for entry in known if points.parse(entry.point).layer is not None]
         names = [entry.point for entry in known]
@@ -169,7 +169,7 @@ class Service:
         model = self._model(path)
         tokens = tuple(range(min(3, model.n_vocab)))
         with Session(model, n_ctx=len(tokens), n_batch=len(tokens)) as session:
-            known = dump.available(plan(session.list_nodes(tokens)), len(tokens), self._library.ggml.readable)
+            known = survey(session, tokens).known
         return Description(
             info=dump.describe(found, self._library),
             metadata=model.metadata(),

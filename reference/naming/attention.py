@@ -150,9 +150,8 @@ def _chain(graph: Structure, end: int, weights: tuple[str, ...]) -> list[int]:
     while paths:
         path = paths.pop(0)
         at = path[-1]
-        if graph.nodes[at].op == "MUL_MAT" and graph.weight(at):
-            if graph.weight(at) in weights:
-                return path
+        if graph.nodes[at].op == "MUL_MAT" and graph.weight(at) in weights:
+            return path
         for source in graph.sources[at]:
             if source is not None and source not in seen and graph.layers[source] == graph.layers[end]:
                 seen.add(source)

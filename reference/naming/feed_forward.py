@@ -40,7 +40,21 @@ def norm_points(graph: Structure, inside: Sequence[int]) -> dict[int, str]:
             continue
         taken.add(point)
         named[_with_bias(graph, i)] = point
+    if "ffn_norm" not in taken and (read := _read_by_feed_forward(graph, inside)) is not None:
+        named.setdefault(read, "ffn_norm")
     return named
+
+
+def _read_by_feed_forward(graph: Structure, inside: Sequence[int]) -> int | None:
+    """The normalised value that the feed-forward's first product reads, where the norm's weight has another name."""
+    for i in inside:
+        operand = graph.operand(i, 1)
+        if graph.nodes[i].op == "MUL_MAT" and graph.weight(i).startswith("ffn_") and operand is not None:
+            read = graph.base(operand)
+            scaled = read if graph.nodes[read].op == "MUL" else graph.operand(read)
+            normed = graph.operand(scaled) if scaled is not None and graph.nodes[scaled].op == "MUL" else None
+            return read if normed is not None and graph.nodes[graph.base(normed)].op in NORMS else None
+    return None
 
 
 def _with_bias(graph: Structure, i: int) -> int:

@@ -32,7 +32,7 @@ def model_points(graph: Structure, outside: Sequence[int]) -> dict[int, str]:
 def _embedding(graph: Structure, values: Sequence[int]) -> int | None:
     """What the first layer reads: token rows with whatever is done to them before. Several streams are no embedding."""
     entering = graph.inputs.get(min(graph.inputs)) if graph.inputs else None
-    if entering in values and graph.nodes[entering].ne[2] == 1:
+    if entering is not None and entering in values and graph.nodes[entering].ne[2] == 1:
         return entering
     for name in _EMBEDDINGS:
         found = [i for i in values if graph.nodes[i].name == name]

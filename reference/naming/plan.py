@@ -88,11 +88,12 @@ def _residual(graph: Structure, inside: Sequence[int], kinds: dict[int, str]) ->
     layer = graph.layers[inside[0]]
     entering = None if layer is None else graph.inputs.get(layer)
     leaving = None if layer is None else graph.outputs.get(layer)
-    if entering is None or leaving is None or not any(kind == "kq" for kind in kinds.values()):
+    if leaving is None or "kq" not in kinds.values():
         return {}
     for i in inside:
-        sources = {_plain(graph, source) for source in graph.sources[i] if source is not None}
-        if graph.nodes[i].op != "ADD" or i == leaving or entering not in sources or i in kinds:
+        # A hidden state that is given from outside, as a window's is, is a leaf.
+        sources = {None if source is None else _plain(graph, source) for source in graph.sources[i]}
+        if graph.nodes[i].op != "ADD" or i == leaving or entering not in sources or i in kinds or graph.weight(i):
             continue
         before = set(graph.upstream(i))
         if any(kinds.get(j) == "ffn_out" for j in before) or not any(kinds.get(j) == "kq" for j in before):
@@ -101,11 +102,13 @@ def _residual(graph: Structure, inside: Sequence[int], kinds: dict[int, str]) ->
     return {}
 
 
-def _plain(graph: Structure, i: int) -> int:
-    """A value before it was scaled or its rows selected."""
+def _plain(graph: Structure, i: int) -> int | None:
+    """A value before it was scaled or its rows selected; None where that is a leaf."""
     i = graph.base(i)
-    while (graph.nodes[i].op == "SCALE" or is_selection(graph.nodes[i])) and graph.sources[i][0] is not None:
-        i = graph.base(graph.sources[i][0])
+    while graph.nodes[i].op == "SCALE" or is_selection(graph.nodes[i]):
+        if (source := graph.operand(i)) is None:
+            return None
+        i = graph.base(source)
     return i
 
 
@@ -114,12 +117,14 @@ def _is_value(graph: Structure, i: int) -> bool:
     node = graph.nodes[i]
     if node.op in VIEWS:
         return stem(node.name) == "ffn_moe_topk" or _is_rows_of_scan(graph, i)
-    return node.op not in WRITES and node.op not in _ORDERS
+    if node.op == "SCALE" and (source := graph.operand(i)) is not None and graph.leaf(source):
+        return False  # the state of a new sequence, set to zero in its place
+    return node.op not in WRITES | _ORDERS | _SCANS
 
 
 def _is_rows_of_scan(graph: Structure, i: int) -> bool:
     """A view of the rows that a scan computed; its other views show the states."""
-    source = graph.sources[i][0] if graph.sources[i] else None
+    source = graph.operand(i)
     return source is not None and graph.nodes[source].op in _SCANS and not _is_written(graph, i)
 
 
@@ -130,22 +135,24 @@ def _is_written(graph: Structure, i: int) -> bool:
 def _is_state(graph: Structure, i: int) -> bool:
     """Whether a node writes the state that a sequence has after the pass."""
     node = graph.nodes[i]
-    if node.op != "CPY" or len(graph.sources[i]) < 2 or graph.sources[i][1] is None:
+    target = graph.operand(i, 1)
+    if node.op != "CPY" or target is None:
         return False
-    leaf = graph.leaf(graph.sources[i][1])
+    leaf = graph.leaf(target)
     return bool(leaf) and not leaf.startswith(("cache_k_l", "cache_v_l"))
 
 
 def _open_name(graph: Structure, i: int, layer: int | None) -> str:
     """The name of a node that the vocabulary doesn't have: ggml's, as far as it says something true."""
     node = graph.nodes[i]
-    name = stem(node.name) if layer is not None else node.name
+    name = stem(node.name)
     if _is_state(graph, i):
-        target = graph.sources[i][1]
+        target = graph.operand(i, 1)
         name = re.sub(r"(_l\d+|-\d+)$", "", graph.leaf(target)) if target is not None else name
     elif node.op in VIEWS and _is_rows_of_scan(graph, i):
-        source = graph.sources[i][0]
-        name = graph.nodes[source].op.lower() if source is not None else name
+        source = graph.operand(i)
+        if source is not None and name.startswith(("node_", stem(graph.nodes[source].name))):
+            name = graph.nodes[source].op.lower()
     name = re.sub(r" \(([^)]*)\)", r"_\1", name.rpartition("{}.")[2])
     if re.fullmatch(r"(node|leaf)_\d+\w*|_?", name):
         name = _by_weight(graph, i) or node.op.lower()

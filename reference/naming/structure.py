@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator, Sequence
 from functools import cached_property
+from itertools import pairwise
 
 from ..jobs import Node, Source
 from .planned import VIEWS
@@ -48,9 +49,7 @@ class Structure:
         numbers = sorted({layer for layer in self._stated if layer is not None and layer != OUTSIDE})
         self.inputs = {layer: entering for layer in numbers if (entering := self._entering(layer)) is not None}
         self.layers = self._spread(numbers[-1] if numbers else -1)
-        self.outputs = {
-            number: self.inputs[after] for number, after in zip(numbers, numbers[1:], strict=False) if after in self.inputs
-        }
+        self.outputs = {number: self.inputs[after] for number, after in pairwise(numbers) if after in self.inputs}
         if numbers and (last := self._leaving(numbers[-1])) is not None:
             self.outputs[numbers[-1]] = last
 
@@ -64,10 +63,15 @@ class Structure:
                     found[source] += found[i] if self.nodes[i].op in VIEWS else [i]
         return [sorted(set(readers)) for readers in found]
 
+    def operand(self, i: int, number: int = 0) -> int | None:
+        """One of a node's operands, None where it is a leaf or there is none."""
+        sources = self.sources[i]
+        return sources[number] if number < len(sources) else None
+
     def base(self, i: int) -> int:
         """The node whose value a view shows; a view of a leaf is its own base."""
-        while self.nodes[i].op in VIEWS and self.sources[i] and self.sources[i][0] is not None:
-            i = self.sources[i][0]  # type: ignore[assignment]
+        while self.nodes[i].op in VIEWS and (source := self.operand(i)) is not None:
+            i = source
         return i
 
     def leaf(self, i: int) -> str:
@@ -120,6 +124,8 @@ class Structure:
         for i, stated in enumerate(self._stated):
             if stated != layer or self.nodes[i].op in VIEWS:
                 continue
+            if self._reads_hidden_state(i):
+                return None
             operands = [self.base(source) for source in self.sources[i] if source is not None]
             if self.nodes[i].op == "ADD" and len(operands) > 1 and all(self._stated[at] != layer for at in operands):
                 self._stated[i] = layer - 1  # the sum that ends a layer has the name of what the next one begins with
@@ -129,6 +135,12 @@ class Structure:
                     return at
         return None
 
+    def _reads_hidden_state(self, i: int) -> bool:
+        """Whether a norm or a product reads a leaf, as where a hidden state is given instead of tokens."""
+        if self.nodes[i].op in NORMS:
+            return self.operand(i) is None
+        return self.nodes[i].op == "MUL_MAT" and bool(self.weight(i)) and self.operand(i, 1) is None
+
     def _reads_leaves(self, i: int) -> bool:
         """Whether a node only fetches what a leaf holds, as the state of a sequence; the embedding is no such node."""
         return self._stated[i] is None and all(source is None or self.leaf(source) for source in self.sources[i])
@@ -137,7 +149,8 @@ class Structure:
         inside = [i for i, number in enumerate(self.layers) if number == layer and self.nodes[i].op not in VIEWS | WRITES]
         crossing = [i for i in inside if any(self.layers[j] is None for j in self.readers[i])]
         named = [i for i in crossing if self.nodes[i].name == f"l_out-{layer}"]
-        return (named or crossing or inside or [None])[-1]
+        found = named or crossing or inside
+        return found[-1] if found else None
 
     def _spread(self, last: int) -> list[int | None]:
         """Layers of all nodes: as stated, else that which its operands enter, else theirs."""
