@@ -32,11 +32,13 @@ class Tap:
         self._signer = Signer()
         self._current: list[Planned] = []
         self._failure: BaseException | None = None
+        self._record: Callable[[int], None] | None = None
+        self._skipping = False
 
     @property
     def stop(self) -> bool:
         """Whether the computation need not go on: nothing will be taken from it."""
-        return self._failure is not None or self._listing is not None
+        return self._failure is not None or self._listing is not None or self._record is not None
 
     def list_nodes(self) -> None:
         """During the next pass only note the nodes."""
@@ -53,6 +55,16 @@ class Tap:
         self._marked = any(marked for _, marked in noted)
         return [node for node, marked in noted if marked or not self._marked]
 
+    def record(self, asked: Callable[[int], None]) -> None:
+        """During the next pass hand every node's address to `asked`, and compute nothing."""
+        self._reset()
+        self._record = asked
+
+    def skip(self) -> None:
+        """Leave the next pass after its first node; llama.cpp takes it for computed."""
+        self._reset()
+        self._skipping = True
+
     def take(self, wanted: Iterable[Planned], deliver: Deliver | None) -> None:
         """During the next pass hand the wanted values to `deliver`, each as it is computed."""
         self._reset()
@@ -62,7 +74,7 @@ class Tap:
             self._deliver = deliver
 
     def _reset(self) -> None:
-        self._listing, self._deliver, self._failure = None, None, None
+        self._listing, self._deliver, self._failure, self._record, self._skipping = None, None, None, None, False
         self._wanted = {}
         self._signer = Signer()
 
@@ -74,6 +86,14 @@ class Tap:
 
     def __call__(self, address: int, ask: bool, _data: int | None) -> bool:
         """`ggml_backend_sched_eval_callback`: whether the node is wanted; always True once its value was seen."""
+        if self._skipping:
+            return ask
+        if self._record is not None and ask and self._failure is None:
+            try:
+                self._record(address)
+            except BaseException as error:
+                self._failure = error
+            return False
         if self._failure is not None or (self._deliver is None and self._listing is None):
             return not ask
         try:

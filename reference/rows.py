@@ -75,18 +75,12 @@ def _taken(planned: Planned) -> Node:
     return replace(planned.node, ne=source.ne, type=source.type)
 
 
-def _is_scores(planned: Planned) -> bool:
-    """Whether it is laid out as [H, T, S]: attention's scores and weights, in the vocabulary's own layers."""
-    point = points.parse(planned.point)
-    return point.known is not None and point.known.row == ("H", "t+1")
-
-
 def row_shape(planned: Planned, count: int) -> tuple[str, ...]:
     """The shape of one position's row: numbers as text, "t+1" for the positions seen so far."""
     ne = _taken(planned).ne
     if planned.operand is not None:
         return ("t+1", str((ne[0] if planned.point.endswith("k_read") else ne[1]) * ne[2]))
-    if _is_scores(planned):
+    if points.of_scores(planned.point):
         return (str(ne[2]), "t+1")
     if planned.part is not None:
         ne = (planned.part[1] - planned.part[0], *ne[1:])
@@ -112,7 +106,7 @@ def arrange(planned: Planned, value: NDArray[np.float32], count: int, seen: int)
         value = value[..., planned.part[0] : planned.part[1]]
     if planned.once or (planned.axis is None and count == 1):
         return np.ascontiguousarray(value).reshape(1, -1)
-    if _is_scores(planned):
+    if points.of_scores(planned.point):
         return np.ascontiguousarray(value.reshape(-1, *value.shape[2:])[:, :, :seen])
     rows = np.moveaxis(value, 3 - planned.axis, 0) if planned.axis is not None else value.reshape(count, -1)
     shape = [size for i, size in enumerate(rows.shape[1:]) if size != 1 or any(n != 1 for n in rows.shape[1 : i + 1])]
