@@ -4,6 +4,7 @@ from typing import Annotated
 
 import typer
 
+from .. import version as parity_version
 from . import (
     conform,
     consistency,
@@ -37,9 +38,7 @@ app = typer.Typer(
 
 def _version(wanted: bool) -> None:
     if wanted:
-        from importlib.metadata import version
-
-        typer.echo(f"parity {version('parity')}")
+        typer.echo(f"parity {parity_version()}")
         raise typer.Exit
 
 
