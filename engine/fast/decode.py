@@ -122,7 +122,7 @@ class DecodeStep:
         """Bytes a second that the device's memory moves at most: two transfers a clock over the bus's width."""
         runtime = self._xp.cuda.runtime
         clock, width = (runtime.deviceGetAttribute(number, self._xp.cuda.Device().id) for number in (_MEMORY_CLOCK, _BUS_WIDTH))
-        return 2.0 * clock * 1000 * width / 8
+        return 2.0 * int(clock) * 1000 * int(width) / 8
 
     def _staging(self) -> dict[str, int]:
         """Bytes of shared memory for a block's rows of gate and up, and of down; none where both do not fit."""
