@@ -11,9 +11,11 @@ from numpy.typing import NDArray
 from checkpoints import points
 from checkpoints.errors import InputError, ModelError
 from checkpoints.gguf_file import Contents, contents
+from checkpoints.graph import RecordedGraph
 
 from . import dump, twin
 from .callback import arrange, row_shape
+from .graph import record
 from .jobs import EXACT, Description, DumpJob, DumpResult, Tokens
 from .library import Library
 from .llama import Model, Session
@@ -183,6 +185,12 @@ class Service:
             points=tuple((entry.point, row_shape(entry, len(tokens))) for entry in known),
             nodes=tuple(entry.node for entry in known),
         )
+
+    def graph(self, path: Path, mode: str, n_ctx: int, threads: int | None, *, item: Item) -> RecordedGraph:
+        """See `client.Reference.graph`."""
+        found = twin.checked(self._library, path)
+        model = self._computable(found, mode, threads)
+        return record(model, [tensor.name for tensor in found.tensors], fingerprint=found.fingerprint, n_ctx=n_ctx)
 
     def quantize(self, path: Path, ftype: str, out: Path, threads: int | None, *, item: Item) -> Path:
         """See `client.Reference.quantize`."""
