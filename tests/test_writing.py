@@ -171,3 +171,43 @@ def test_models_that_fit_nowhere_are_refused_before_they_are_begun(parity: Cli, 
     """What would fill the disk, the memory or llama.cpp's tables is one line, and leaves no file."""
     refused(parity("synth", *shape, "-o", "m.gguf"), said)
     assert not list(Path().iterdir())
+
+
+def contents_of(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+@pytest.mark.parametrize("engine", ["false {out}", "true {out}", "echo hello"])
+def test_a_failed_run_leaves_the_earlier_one(parity: Cli, tmp_path: Path, engine: str) -> None:
+    """A run into the folder of another, whose engine fails, leaves all four files of that as they were."""
+    assert parity("run", "--prompt", "hi", "-o", "r").code == 0
+    before = contents_of(Path("r"))
+    refused(parity("run", "--prompt", "ho", "-o", "r", "--exec", engine))
+    assert contents_of(Path("r")) == before
+
+
+def test_an_answer_never_stands_beside_other_dumps(parity: Cli, stories_run: Path) -> None:
+    """A run whose dumps are whole and then not judged leaves these dumps, and no answer of the run before."""
+    import json
+    import shutil
+
+    shutil.copytree(stories_run, "r")
+    lines = [json.loads(line) for line in (stories_run / "ours.jsonl").read_text().splitlines()]
+    for line in lines:
+        if line["type"] == "checkpoint":
+            line["stats"]["l2"] = 1e30  # which its own values contradict: lint calls the dump unusable
+    Path("wrong.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    ran = parity("run", "--prompt", "Once upon a time", "-o", "r", "--exec", "cp wrong.jsonl {out}")
+    refused(ran, "your engine's dump")
+    assert sorted(contents_of(Path("r"))) == ["ours.jsonl", "ref.jsonl"]
+    assert (Path("r") / "ours.jsonl").read_bytes() == Path("wrong.jsonl").read_bytes()
+
+
+def test_a_run_replaces_the_earlier_one_whole(parity: Cli, tmp_path: Path) -> None:
+    """A second run into a folder leaves its own files only, whole tensors of the first and what a killed run left included."""
+    assert parity("run", "--tokens", "5,6", "-o", "r", "--full").code == 0
+    (Path("r") / ".parity-run-left").mkdir()
+    (Path("r") / ".parity-run-left" / "ours.jsonl").write_text("half")
+    (Path("r") / "mine.txt").write_text("mine")
+    assert parity("run", "--tokens", "5,6", "-o", "r").code == 0
+    assert sorted(contents_of(Path("r"))) == ["diff.json", "mine.txt", "ours.jsonl", "ref.jsonl", "report.html"]
