@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from checkpoints.printable import no_command, printable
+
 from .options import AnswerFormat, Format
 from .output import DIVERGENCE_CODE, PARITY_CODE
 
@@ -43,7 +45,7 @@ def finish(outcome: "Outcome", form: Format) -> int:
     write_html(whole, outcome.folder / "report.html")
     if form is Format.TEXT:
         files = "  ".join(path.name for path in sorted(outcome.folder.iterdir(), reverse=True) if path.is_file())
-        print(f"{outcome.folder}/  {files}   {outcome.seconds:.1f} s")
+        print(no_command(f"{printable(str(outcome.folder), None)}/  {printable(files, 1000)}   {outcome.seconds:.1f} s"))
     return code
 
 
