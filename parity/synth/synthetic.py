@@ -1,12 +1,7 @@
 """A synthetic model in any of llama.cpp's types: made by gguf-py where it can, quantised by llama.cpp where it can't."""
 
-<<<<<<< HEAD
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-=======
-from collections.abc import Mapping
-from contextlib import nullcontext
->>>>>>> main
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -88,15 +83,9 @@ def make_by_recipe(
     """
     from reference.client import Reference
 
-<<<<<<< HEAD
     with _replacement(out) as replacement:
         plain = replacement.temporary
-        with Reference() as reference:
-=======
-    plain = out.with_name(out.name + ".f32.part")
-    try:
         with nullcontext(running) if running is not None else Reference() as reference:
->>>>>>> main
             write(plain, recipe, shape, changes, tokenizer=tokenizer)
             tensors = recipe.tensors(reference.wanted_tensors(plain), tied=shape.tied)
             write(plain, recipe, shape, changes, tensors, seed=seed, tokenizer=tokenizer)
