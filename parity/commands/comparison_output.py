@@ -94,7 +94,7 @@ def show_report(whole: "Report", form: AnswerFormat, *, html: Path | None, junit
     if form is AnswerFormat.MARKDOWN:
         from reports.markdown import markdown
 
-        print(markdown(whole), end="")
+        print("".join(map(no_command, markdown(whole).splitlines(keepends=True))), end="")
     elif form is not AnswerFormat.JUNIT:
         show(whole, Format.JSON if form is AnswerFormat.JSON else Format.TEXT)
     if form is AnswerFormat.GITHUB:
