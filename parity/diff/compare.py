@@ -1,4 +1,4 @@
-"""The comparison of two dumps, stage by stage: tokens, offsets, align, measure, limits, judge."""
+"""The comparison of two dumps, stage by stage: tokens, offsets, align, measure, limits, consumers, judge."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,6 +11,7 @@ from checkpoints.record import Dump, Header
 
 from .against_limits import hold
 from .align import Pair, align
+from .consumers import judged
 from .dataflow import dataflow_of, flow, upstream
 from .judge import judge
 from .limits import common_mode, limits
@@ -75,7 +76,10 @@ def comparison(ours: Dump, ref: Dump, options: Options | None = None) -> Compari
     found = measured(alignment, ours, ref)
     model = flow(found.names, whole, _layers(ref) or _layers(ours))
     held = hold(found, allowed, model, excuse_noise=options.tolerance is None)
-    agreeing = np.bincount(found.point, weights=~held.failed, minlength=len(found.pairs))
+    verdicts = judged(found, held, model, ours, ref)
+    failed = held.failed & ~verdicts.otherwise
+    trusted = np.where(verdicts.otherwise, 0.0, found.measures.nmse)
+    agreeing = np.bincount(found.point, weights=~failed, minlength=len(found.pairs))
     wrong = [pair.point for pair, right in zip(found.pairs, agreeing, strict=True) if not right]
     records = Records(
         ours=ours,
@@ -90,8 +94,11 @@ def comparison(ours: Dump, ref: Dump, options: Options | None = None) -> Compari
         measures=found.measures,
         limit=held.limit,
         of_limit=held.of_limit,
-        failed=held.failed,
-        upstream=upstream(model, found.point, found.seq, found.token_idx, found.measures.nmse, held.failed),
+        failed=failed,
+        otherwise=verdicts.otherwise,
+        record_faults=verdicts.faults,
+        undecided=verdicts.undecided,
+        upstream=upstream(model, found.point, found.seq, found.token_idx, trusted, failed),
         flow=model,
         limits=allowed,
         mode=common_mode(ours.header, ref.header),
