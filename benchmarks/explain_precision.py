@@ -101,11 +101,7 @@ def random_model(folder: Path, seed: int) -> tuple[Faulty, tuple[int, ...]]:
 
 def dump_of(faulty: Faulty, steps: Sequence[Step], tokens: tuple[int, ...]) -> Dump:
     """The dump of an engine that runs these steps."""
-    right, faulty.right = faulty.right, list(steps)
-    try:
-        return faulty.dump(Planted(()), tokens)
-    finally:
-        faulty.right = right
+    return faulty.dump(Planted(()), tokens, steps=steps)
 
 
 def right_engines(folder: Path, seeds: range) -> None:

@@ -1,1 +1,37 @@
 """The face: comparator, diagnosis, commands."""
+
+from pathlib import Path
+from typing import Any
+
+
+def version() -> str:
+    """This parity's version: of the installed package, or of the source tree that it is run from without being installed."""
+    from importlib import metadata
+
+    try:
+        return metadata.version("parity")
+    except metadata.PackageNotFoundError:
+        return f"{_project()['version']} (not installed)"
+
+
+def requirements() -> tuple[str, ...]:
+    """The distributions that parity needs, without its extras: "numpy", "gguf", …"""
+    import re
+    from importlib import metadata
+
+    try:
+        wanted = [line for line in metadata.requires("parity") or () if "extra ==" not in line]
+    except metadata.PackageNotFoundError:
+        wanted = _project()["dependencies"]
+    return tuple(re.split(r"[^\w.-]", line, maxsplit=1)[0] for line in wanted)
+
+
+def _project() -> dict[str, Any]:
+    """What the source tree's pyproject.toml says of the project; where only the packages were copied, nothing is known."""
+    import tomllib
+
+    try:
+        text = Path(__file__).parent.with_name("pyproject.toml").read_text(encoding="utf-8")
+    except OSError:
+        return {"version": "unknown", "dependencies": []}
+    return dict(tomllib.loads(text)["project"])

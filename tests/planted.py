@@ -69,13 +69,16 @@ class Faulty:
         size: int = 16,
         generated: int = 0,
         bare: bool = True,
+        steps: Sequence[Step] | None = None,
     ) -> Dump:
         """The dump of an engine with these faults; `bare`: values only, no sketch and no statistics. None of it knows the fault.
+
+        `steps` are those of an engine that differs in another way than the catalogue knows, else the right engine's.
 
         Raises:
             ValueError: the model has no place for the fault.
         """
-        self.transformer.steps = planted.steps(self.right)
+        self.transformer.steps = planted.steps(self.right if steps is None else steps)
         prompt, rest = tokens[: len(tokens) - generated], tokens[len(tokens) - generated :]
         with tempfile.TemporaryDirectory() as folder, np.errstate(all="ignore"):  # faults overflow: that is what they do
             out = Path(folder) / "ours.jsonl"

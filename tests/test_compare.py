@@ -1,7 +1,6 @@
 """Faults planted in synthetic dumps: the verdict names the place, the origins, the pattern and what to record next."""
 
 from dataclasses import replace
-from time import perf_counter
 
 import numpy as np
 import pytest
@@ -12,7 +11,7 @@ from checkpoints.errors import DumpError, InputError
 from checkpoints.points import LAYER_KINDS, select
 from checkpoints.record import Dump
 from checkpoints.summary import summarise
-from parity.diff.compare import Options, compare, comparison
+from parity.diff.compare import Options, compare
 from parity.diff.dataflow import flow, upstream
 
 # Every point of a model without query and key norms whose row does not grow with the position.
@@ -172,7 +171,7 @@ def test_a_fault_beyond_the_slice_is_seen() -> None:
     ref = random()
     ours = {name: x.copy() for name, x in ref.items()}
     ours["blk.10.l_out"][:, 50] *= 1.15
-    verdict = compare(dump(ours), dump(ref))
+    verdict = compare(dump(ours), dump(ref), Options(strict=True))
     assert verdict.first_divergence is not None
     assert verdict.first_divergence.nmse_slice == 0
     assert verdict.first_divergence.checkpoint == "blk.10.l_out"
@@ -250,14 +249,3 @@ def test_next_can_be_selected() -> None:
     chosen = select(verdict.next, names, 24)
     assert "blk.0.l_out" in chosen
     assert {"blk.1.attn_norm", "blk.3.q_rope", "blk.5.l_out"} <= set(chosen)
-
-
-def test_a_hundred_thousand_records_take_a_moment() -> None:
-    """Records are stacked: 100,000 of them compare without a Python loop over records."""
-    names = ("embd", *(f"blk.{i}.{kind}" for i in range(90) for kind in ("q", "kqv_out", "ffn_inp", "l_out")), "logits")
-    ref = random(names, positions=280)
-    sides = dump(ref), dump(ref)
-    began = perf_counter()
-    found = comparison(*sides).records
-    assert len(found) == 362 * 280
-    assert perf_counter() - began < 5  # 0.4 s on an idle core; the bound only tells a loop over records

@@ -19,7 +19,7 @@ BLOCKS = 512
 
 def random_blocks(kind: int, seed: int = 3) -> np.ndarray:
     """Blocks of random bytes whose float16 fields are finite: NaN payloads are no numbers to compare."""
-    elements, size, _ = FORMATS[kind]
+    size = FORMATS[kind][1]
     rng = np.random.default_rng(seed)
     blocks = rng.integers(0, 256, (BLOCKS, size), dtype=np.uint8)
     places = {
@@ -42,7 +42,6 @@ def random_blocks(kind: int, seed: int = 3) -> np.ndarray:
     if kind in (0, 30):
         values = rng.standard_normal(BLOCKS).astype(np.float32)[:, None]
         blocks[:] = values.view(np.uint8) if kind == 0 else values.view(np.uint8)[:, 2:]
-    assert elements * len(blocks) % elements == 0
     return blocks
 
 

@@ -79,11 +79,7 @@ def test_leads_tell_of_the_place_that_the_causes_leave(engine: Faulty) -> None:
         replace(step, op=lambda x, y: (x + y) * np.float32(1.25)) if step.makes == "blk.2.l_out" else step
         for step in plant(engine.right, CATALOGUE["rope-pairs"])
     ]
-    kept, engine.right = engine.right, unknown
-    try:
-        dump = engine.dump(RIGHT, PROMPT, points="embd,blk.0.l_out,blk.1.l_out,blk.2.l_out,logits")
-    finally:
-        engine.right = kept
+    dump = engine.dump(RIGHT, PROMPT, points="embd,blk.0.l_out,blk.1.l_out,blk.2.l_out,logits", steps=unknown)
     found = explain(dump, engine.model, ExplainOptions(budget=6))
     assert [cause.named.fault for cause in found.causes] == ["rope-pairs"]
     assert found.remaining is not None
@@ -170,11 +166,7 @@ def test_an_unknown_fault_gives_leads_and_the_points_to_record(engine: Faulty) -
         replace(step, op=lambda x, y: (x + y) * np.float32(1.25)) if step.makes == "blk.2.l_out" else step
         for step in engine.right
     ]
-    kept, engine.right = engine.right, right
-    try:
-        dump = engine.dump(RIGHT, PROMPT, points="embd,blk.1.l_out,blk.2.l_out,logits")
-    finally:
-        engine.right = kept
+    dump = engine.dump(RIGHT, PROMPT, points="embd,blk.1.l_out,blk.2.l_out,logits", steps=right)
     found = explain(dump, engine.model, ExplainOptions(budget=6))
     assert found.causes == ()
     assert found.remaining == found.first
@@ -261,12 +253,8 @@ def test_garbage_at_single_logits_is_named_with_their_ids(engine: Faulty) -> Non
         made[:, [3, 7]] = np.random.default_rng(1).standard_normal((len(x), 2))
         return made
 
-    kept = engine.right
-    engine.right = [replace(step, op=garbage) if step.makes == "logits" else step for step in kept]
-    try:
-        dump = engine.dump(RIGHT, PROMPT)
-    finally:
-        engine.right = kept
+    steps = [replace(step, op=garbage) if step.makes == "logits" else step for step in engine.right]
+    dump = engine.dump(RIGHT, PROMPT, steps=steps)
     found = explain(dump, engine.model, ExplainOptions(budget=20))
     assert [(cause.named.fault, cause.named.parameters) for cause in found.causes] == [("logits-garbage", {"ids": [3, 7]})]
     assert (found.remaining, found.next) == (None, "")

@@ -27,11 +27,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Faulty:
 def test_an_engine_that_sums_in_f16_is_not_accused(engine: Faulty) -> None:
     """Arithmetic that our own estimate of F16 does not copy is told from a fault all the same."""
     right: list[Step] = [replace(step, op=half_sums) if step.op is ops.linear else step for step in engine.right]
-    kept, engine.right = engine.right, right
-    try:
-        dump = engine.dump(RIGHT, PROMPT)
-    finally:
-        engine.right = kept
+    dump = engine.dump(RIGHT, PROMPT, steps=right)
     found = explain(dump, engine.model)
     assert found.precision_only in ("f16", "tf32")
     assert found.causes == ()
@@ -52,12 +48,8 @@ def test_llama_cpp_with_native_weights_is_not_accused(reference: Reference, tmp_
 
 def test_a_fault_of_an_f16_engine_is_found_above_its_noise(engine: Faulty) -> None:
     """With --compute the noise of that arithmetic is measured, and the fault stands out of it."""
-    kept = engine.right
-    engine.right = rounded(plant(kept, CATALOGUE["no-qkv-bias"]), "f16", storage=False)
-    try:
-        dump = engine.dump(RIGHT, PROMPT)
-    finally:
-        engine.right = kept
+    steps = rounded(plant(engine.right, CATALOGUE["no-qkv-bias"]), "f16", storage=False)
+    dump = engine.dump(RIGHT, PROMPT, steps=steps)
     found = explain(dump, engine.model, ExplainOptions(compute="f16"))
     assert found.remaining is None
     classes = [{cause.named.fault, *(other.fault for other in cause.equivalent)} for cause in found.causes]

@@ -2,7 +2,6 @@
 
 import random
 import struct
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -115,7 +114,7 @@ def test_what_is_not_the_default_is_taken_from_the_file(tmp_path: Path) -> None:
 
 
 def test_numbers_given_once_a_layer(tmp_path: Path) -> None:
-    """A list of equal numbers, one a layer, is that number; a list of different ones is refused by its key."""
+    """A list of equal numbers, one a layer, is that number; of different ones the largest is said, and that they differ."""
     skip = ("attention.head_count_kv", "feed_forward_length")
 
     def change(heads: list[int]) -> Callable[[gguf.GGUFWriter], None]:
@@ -127,8 +126,9 @@ def test_numbers_given_once_a_layer(tmp_path: Path) -> None:
 
     hp = GgufModel(write(tmp_path / "same.gguf", change([2, 2]), skip)).hyperparameters
     assert (hp.n_kv_heads, hp.n_ff) == (2, 64)
-    with pytest.raises(ModelError, match="head_count_kv differs from layer to layer"):
-        GgufModel(write(tmp_path / "different.gguf", change([2, 4]), skip))
+    hp = GgufModel(write(tmp_path / "different.gguf", change([2, 4]), skip)).hyperparameters
+    assert hp.n_kv_heads == 4
+    assert "head_count_kv differs from layer to layer" in hp.irregular
 
 
 @pytest.mark.parametrize(
@@ -223,7 +223,7 @@ def test_every_truncation_is_one_clear_error(small: bytes, scratch: Path) -> Non
 @given(st.integers(0, 2**32 - 1))
 @settings(max_examples=400, deadline=None)
 def test_damaged_bytes_never_raise_anything_else(small: bytes, scratch: Path, seed: int) -> None:
-    """Bytes overwritten anywhere in the header give a model or a ModelError, quickly and without a warning."""
+    """Bytes overwritten anywhere in the header give a model or a ModelError, and no warning."""
     rng = random.Random(seed)
     content = bytearray(small)
     header = small.index(b"blk.0.attn_norm.weight") + 64
@@ -233,18 +233,14 @@ def test_damaged_bytes_never_raise_anything_else(small: bytes, scratch: Path, se
         place = rng.randrange(4, header)
         content[place : place + len(raw)] = raw
     scratch.write_bytes(content)
-    begin = time.perf_counter()
-    with suppress(ModelError):
+    with suppress(ModelError):  # a count that is believed takes for ever
         use(scratch)
-    assert time.perf_counter() - begin < 2  # milliseconds; a count that is believed takes for ever
 
 
-def test_a_large_vocabulary_opens_quickly(synthetic: Callable[..., Path]) -> None:
-    """A vocabulary of 151,936 tokens opens in a fraction of a second (30 ms measured; gguf-py's reader takes 7 to 10 s)."""
+def test_a_large_vocabulary_opens_whole(synthetic: Callable[..., Path]) -> None:
+    """A vocabulary of 151,936 tokens is there to its last one (benchmarks/cpu.py measures how quickly)."""
     path = synthetic("tiny", "f16", vocab=151936, layers=1)
-    begin = time.perf_counter()
     model = GgufModel(path)
-    assert time.perf_counter() - begin < 0.5
     tokens = model.array("tokenizer.ggml.tokens")
     assert (len(tokens), tokens[-1]) == (151936, "<|pad_151935|>")
 

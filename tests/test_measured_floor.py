@@ -28,11 +28,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Faulty:
 
 
 def _dump(engine: Faulty, steps: Sequence[Step], compute: str) -> Dump:
-    kept, engine.right = engine.right, list(steps)
-    try:
-        dump = engine.dump(Planted(()), PROMPT)
-    finally:
-        engine.right = kept
+    dump = engine.dump(Planted(()), PROMPT, steps=steps)
     assert dump.header is not None
     return replace(dump, header=replace(dump.header, compute=compute))
 

@@ -4,6 +4,7 @@ from typing import Annotated
 
 import typer
 
+from .. import version as parity_version
 from . import consistency, convert, diff, doctor, drift, dump, emit, explain, isolate, lint, model, run, synth, twin, weights
 
 app = typer.Typer(
@@ -20,9 +21,7 @@ app = typer.Typer(
 
 def _version(wanted: bool) -> None:
     if wanted:
-        from importlib.metadata import version
-
-        typer.echo(f"parity {version('parity')}")
+        typer.echo(f"parity {parity_version()}")
         raise typer.Exit
 
 

@@ -11,7 +11,7 @@ from checkpoints.record import Dump, Header
 
 from .against_limits import hold
 from .align import Pair, align
-from .consumers import judged
+from .consumers import Judged, judged
 from .dataflow import dataflow_of, flow, upstream
 from .judge import judge
 from .limits import common_mode, limits
@@ -27,7 +27,8 @@ class Options:
     """How to compare.
 
     `tolerance`: one NMSE limit for everything. `compute`: arithmetic of our side (f32, tf32, f16, bf16) where its header
-    does not say it. `strict`: what one side lacks is a divergence. `step`: which of contradicting records of one key counts.
+    does not say it. `strict`: what one side lacks is a divergence, and so is a record that differs, whatever is
+    made from it. `step`: which of contradicting records of one key counts.
     `placed`: the caller says that our positions count as the reference's do; else they are looked for where nothing says it.
     `limits`: those to apply instead of the table's.
     """
@@ -76,7 +77,9 @@ def comparison(ours: Dump, ref: Dump, options: Options | None = None) -> Compari
     found = measured(alignment, ours, ref)
     model = flow(found.names, whole, _layers(ref) or _layers(ours))
     held = hold(found, allowed, model, excuse_noise=options.tolerance is None)
-    verdicts = judged(found, held, model, ours, ref)
+    verdicts = Judged(np.zeros(len(found.point), dtype=np.bool_))
+    if not options.strict:
+        verdicts = judged(found, held, model, ours, ref)
     failed = held.failed & ~verdicts.otherwise
     trusted = np.where(verdicts.otherwise, 0.0, found.measures.nmse)
     agreeing = np.bincount(found.point, weights=~failed, minlength=len(found.pairs))

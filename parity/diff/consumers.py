@@ -65,7 +65,7 @@ class _Consumers:
         for name in reversed(self._found.names):
             rows = self._rows[self._place[name]]
             wrong = rows[self._held.failed[rows]]
-            if not len(wrong):
+            if not len(wrong) or np.isinf(self._found.measures.nmse[wrong]).any():  # NaN agrees with nothing
                 continue
             decided = self._decisions(name, wrong)
             if decided is None:

@@ -37,12 +37,9 @@ def judge(records: Records) -> Verdict:
     if divergence is None and origins:
         first = explain_first(records, origins[0], rows_seen)
         divergence, pattern = first.divergence, first.pattern
-    otherwise = int(records.otherwise.sum())
-    failed = divergence is not None or bool(records.failed.any()) or (records.strict and missing + otherwise > 0)
+    failed = divergence is not None or bool(records.failed.any()) or (records.strict and missing > 0)
     if records.strict and missing:
         notes.append(f"--strict: {missing} records are missing on one side")
-    if records.strict and otherwise:
-        notes.append(f"--strict: {otherwise} records of ours show something else than the point that they are named after")
     trusted = np.flatnonzero(~records.otherwise)
     return Verdict(
         verdict=DIVERGENCE if failed else PARITY,

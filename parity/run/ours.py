@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +10,14 @@ from numpy.typing import NDArray
 
 from checkpoints.jsonl import Writer
 from checkpoints.points import default_layers, layer_outputs, select
-from checkpoints.record import DEFAULT_SLICE, Header, ModelInfo, Token
+from checkpoints.record import DEFAULT_SLICE, Header, Token
 from checkpoints.recording import Recording, passes
 from checkpoints.tensors import TensorWriter, beside
 from engine.capture.device import tap
 from engine.capture.host import Capture
 from engine.transformer import Transformer
 
+from .. import version
 from .request import Prompt
 
 TOP = 5  # logits a token record carries: enough to see what was nearly chosen
@@ -69,10 +69,9 @@ def chosen_points(transformer: Transformer, points: str, layers: tuple[int, ...]
 def header(transformer: Transformer, job: OursJob) -> Header:
     """Everything that could explain a difference later."""
     hp = transformer.hp
-    model = transformer.model
     return Header(
         source="engine",
-        model=ModelInfo(hp.name or model.path.stem, hp.architecture, hp.file_type, hp.n_layers, model.fingerprint),
+        model=transformer.model.info,
         tokens=job.tokens,
         pieces=job.pieces,
         prompt=job.prompt,
@@ -81,7 +80,7 @@ def header(transformer: Transformer, job: OursJob) -> Header:
         kv_type="f32",
         slice=job.slice_size if job.slice_size is not None else DEFAULT_SLICE,
         hparams={"eps": hp.eps, "heads": hp.n_heads, "kv_heads": hp.n_kv_heads, "vocab": hp.n_vocab, "rope_base": hp.rope_base},
-        build={"version": version("parity"), "backend": transformer.backend.name, "device": transformer.backend.device},
+        build={"version": version(), "backend": transformer.backend.name, "device": transformer.backend.device},
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
 

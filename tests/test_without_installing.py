@@ -1,0 +1,58 @@
+"""From a source tree that was never installed, parity works as it does when it is."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import parity
+from parity import requirements, version
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def source_tree(tmp_path: Path) -> Path:
+    """The packages and pyproject.toml in a folder that no metadata know of."""
+    for name in ("parity", "engine", "reference", "checkpoints", "reports"):
+        (tmp_path / name).symlink_to(Path(parity.__file__).parent.parent / name)
+    (tmp_path / "pyproject.toml").symlink_to(ROOT / "pyproject.toml")
+    return tmp_path
+
+
+def run(source_tree: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """`python -m parity …` by PYTHONPATH, with every package that is installed but parity itself."""
+    hide = (
+        "import sys, runpy, importlib.metadata as m\n"
+        "real = m.Distribution.from_name.__func__\n"
+        "def without_parity(cls, name):\n"
+        "    if name == 'parity':\n"
+        "        raise m.PackageNotFoundError(name)\n"
+        "    return real(cls, name)\n"
+        "m.Distribution.from_name = classmethod(without_parity)\n"
+        "sys.argv[0] = 'parity'\n"
+        "runpy.run_module('parity', run_name='__main__')\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(source_tree)}
+    command = [sys.executable, "-P", "-c", hide, *words]
+    return subprocess.run(command, cwd=source_tree, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_a_source_tree_runs_without_metadata(source_tree: Path) -> None:
+    """By PYTHONPATH alone `--version`, `dump ours` and `doctor` work; the version says that nothing was installed."""
+    said = run(source_tree, "--version")
+    assert (said.returncode, said.stdout) == (0, f"parity {version()} (not installed)\n")
+    said = run(source_tree, "dump", "ours", "--tokens", "1,2,3", "-o", "ours.jsonl")
+    assert said.returncode == 0, said.stderr
+    assert "(not installed)" in (source_tree / "ours.jsonl").read_text(encoding="utf-8").partition("\n")[0]
+    said = run(source_tree, "doctor")
+    assert said.returncode == 0, said.stderr
+    assert all(name in said.stdout for name in requirements())
+
+
+def test_the_requirements_are_those_of_the_project() -> None:
+    """What doctor looks for is what pyproject lists, without its extras."""
+    assert {"numpy", "llama-cpp-python", "jinja2", "pysimdjson"} <= set(requirements())
+    assert not {"pytest", "cupy-cuda12x"} & set(requirements())
