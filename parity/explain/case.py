@@ -2,19 +2,20 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from checkpoints.errors import DumpError
 from checkpoints.record import Dump, Header
-from engine.backend import choose
 from engine.graph import Step
+from engine.opened import open_engine
 from engine.replay.replay import Replay
-from engine.transformer import Transformer
 from engine.weights.gguf_model import GgufModel
 
 from ..diff.tokens import same_experiment
+from ..run.graphs import recorded_graph
 from .budget import Budget
 from .records import Expected, Ints, expected
 from .screening import Screening
@@ -42,7 +43,7 @@ class Case:
 
     def __init__(self, dump: Dump, model: Path, options: ExplainOptions) -> None:
         self.dump = _first_sequence(dump)
-        self.transformer = Transformer(GgufModel(model), choose(options.backend))
+        self.transformer = open_engine(GgufModel(model), options.backend, recorded=partial(recorded_graph, model))
         tokens = _tokens(self.dump, options.tokens)
         self.transformer.check(tokens, 0)
         last = max(int(rows.token_idx.max()) for rows in self.dump.points.values())

@@ -20,6 +20,7 @@ from engine.weights.rounding import Q4_1, Q5_1, q8_1_correction, round_activatio
 
 from .values import Value
 
+_FEW_OUTPUTS = 16
 _SAMPLES = 8  # of each product: a wrong layout leaves hardly one element in place
 
 
@@ -53,6 +54,20 @@ def dot_products(
     if bias is not None:
         dots += bias[chosen.o]
     return dots, np.linalg.norm(rounded, axis=1) * np.linalg.norm(rows, axis=1)
+
+
+def typical_energy(x: NDArray[np.float32], weights: WeightSource, name: str) -> NDArray[np.float64] | None:
+    """What Σ over outputs of a product's squares would be on the average if its terms had random signs: [T, in] -> float64 [T].
+
+    A product with few outputs (a gate of one number a position) may cancel to next to nothing, and rounding with it does not.
+    None where there are many outputs, which don't all cancel at once.
+    """
+    outputs = weights.raw(name)[2][0]
+    if outputs > _FEW_OUTPUTS:
+        return None
+    squares = weights.rows(name, np.arange(outputs)).astype(np.float64) ** 2
+    energy: NDArray[np.float64] = (x.astype(np.float64) ** 2 @ squares.T).sum(axis=1)
+    return energy
 
 
 def sample_product(

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from checkpoints.graph import Size
 from checkpoints.points import of_scores, parse
 from engine.graph import POSITIONS, TOKENS, History, Read, State, Step, View, WeightSource, compute, name_of
 
@@ -141,8 +140,7 @@ class Inputs:
             if parse(name).kind in CACHED or value.data.ndim == 1:
                 return value.data if rows is None or value.data.ndim > 1 else value.data[np.searchsorted(value.positions, rows)]
             found = value.data if rows is None else rows_at(name, value, rows)
-            producer = self._program.producers.get(name)
-            return found if producer is None else as_made(producer, found, self.seen)
+            return found if of_scores(name) else found.reshape(len(found), -1)
         producer = self._program.producers.get(name)
         if producer is None or not producer.inner:
             raise Missing(f"its input {name} was not recorded as a whole")
@@ -175,22 +173,6 @@ class Inputs:
             raise Missing(f"no whole row of {name} at position {gap}, which the cache held")
         rows = data[[order[position] for position in wanted]]
         return rows[:, 0] if name == POSITIONS else rows
-
-
-def as_made(step: Step, rows: Array, seen: int) -> Array:
-    """A recorded value, [T, …], in the layout in which the step makes it."""
-    if step.axis == 0 and rows.ndim != 2:
-        return rows.reshape(len(rows), -1)
-    if not step.axis or of_scores(step.makes):
-        return rows
-    sizes: Sequence[Size] | None = step.params.get("made")
-    if sizes is None and isinstance(step.reads[0], View):
-        sizes = step.reads[0].shape
-    if sizes is None:
-        return rows
-    shape = [size.at(len(rows), seen) for size in sizes]
-    others = [n for axis, n in enumerate(shape) if axis != step.axis]
-    return np.moveaxis(rows.reshape(len(rows), *others), 0, step.axis)
 
 
 def reads_rows_alone(step: Step) -> bool:

@@ -13,8 +13,9 @@ from checkpoints.errors import ModelError
 from checkpoints.points import parse
 from engine import ops
 from engine.graph import POSITIONS, TOKENS, Altered, Step, WeightSource, compute, viewed
+from engine.replay.products import product
 
-from .elements import Sample, sample_product
+from .elements import Sample, sample_product, typical_energy
 from .inputs import Inputs, Memory, Missing, Program, inputs_named, reads_rows_alone
 from .looks import look_of, other_epsilon
 from .routing import routing_error
@@ -206,14 +207,14 @@ class _Pass:
         definitions = [program.producers[step.makes] for program in self._programs]
         routing = self._program.routing.get(step.makes)
         best: tuple[NDArray[np.float64], str] | None = None
-        limit = self._limit(step)
+        limit, least = self._limit(step), self._typical_energy(definitions[0], inputs)
         for definition in definitions:
             ours = self._computed(definition, inputs)
             said = ""
             if routing is not None:
                 errors, said = routing_error(routing, inputs[0], ours, theirs)
             else:
-                errors = row_errors(step.makes, definition.rows(ours), theirs, positions)
+                errors = row_errors(step.makes, ours, theirs, positions, least)
             if best is None or errors.max() < best[0].max():
                 best = errors, said
             if best[0].max() <= limit:
@@ -283,10 +284,15 @@ class _Pass:
             return
         for eps in sorted(self._isolator.epsilons):
             with_eps = compute(replace(step, params={**step.params, "eps": eps}), inputs, self._weights)
-            error = float(row_errors(step.makes, step.rows(with_eps), theirs, positions).max())
+            error = float(row_errors(step.makes, with_eps, theirs, positions).max())
             if error * _NEARER < record.nmse:
                 record.wrong = True
                 record.reason = f"nearer with an epsilon of {eps:.2g}, as in other norms, than with {step.params['eps']:.2g}"
+
+    def _typical_energy(self, step: Step, inputs: Sequence[NDArray[np.float32]]) -> NDArray[np.float64] | None:
+        if step.op is not product or not isinstance(step.weights[0], Altered):
+            return None
+        return typical_energy(viewed(step.reads[0], inputs[0]), self._weights, step.weights[0].weight)
 
     def _sampled(self, step: Step, inputs: Sequence[NDArray[np.float32]], theirs: NDArray[np.float32]) -> float | None:
         if "native" not in step.params or not isinstance(step.weights[0], Altered):

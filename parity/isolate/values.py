@@ -45,13 +45,19 @@ def rows_at(name: str, value: Value, positions: NDArray[np.int64]) -> NDArray[np
     return data if len(rows) == len(value.positions) else data[rows]
 
 
-def row_errors(name: str, ours: NDArray[np.float32], theirs: NDArray[np.float32], positions: NDArray[np.int64]) -> Floats:
-    """NMSE of each row (position), over max(the row's energy, 1 % of the mean): float64 [rows].
+def row_errors(
+    name: str,
+    ours: NDArray[np.float32],
+    theirs: NDArray[np.float32],
+    positions: NDArray[np.int64],
+    least: Floats | None = None,
+) -> Floats:
+    """NMSE of each row (position), over max(the row's energy, 1 % of the mean, `least` of the row): float64 [rows].
 
-    Of `kq` only scores of positions up to the row's own count: masked scores are ignored.
+    Of `kq` only scores of positions up to the row's own count are compared: masked scores are ignored.
 
     Raises:
-        ValueError: another shape.
+        ModelError: another shape.
     """
     kind = parse(name).kind
     if of_scores(name):
@@ -72,7 +78,8 @@ def row_errors(name: str, ours: NDArray[np.float32], theirs: NDArray[np.float32]
     energy = np.einsum("ij,ij->i", b, b)
     error = np.einsum("ij,ij->i", delta, delta)
     with np.errstate(divide="ignore", invalid="ignore"):
-        nmse = np.where(error == 0, 0.0, error / np.maximum(energy, ROW_FLOOR * energy.mean()))
+        floor = np.maximum(ROW_FLOOR * energy.mean(), 0.0 if least is None else least)
+        nmse = np.where(error == 0, 0.0, error / np.maximum(energy, floor))
     return np.where(odd.any(axis=1), np.inf, nmse)
 
 
