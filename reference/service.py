@@ -14,12 +14,12 @@ from checkpoints.gguf_file import Contents, contents
 from checkpoints.graph import RecordedGraph
 
 from . import dump, twin
-from .callback import arrange, row_shape
 from .graph import record
 from .jobs import EXACT, Description, DumpJob, DumpResult, Tokens
 from .library import Library
 from .llama import Model, Session
-from .naming import Planned, plan
+from .naming import Planned
+from .rows import arrange, row_shape, survey
 from .sweep import dump_windows, window_size
 from .twin import Twins
 from .wanted import wanted_tensors
@@ -156,7 +156,7 @@ class Service:
     ) -> None:
         """One forward pass whose values go to the parent as they come; not `last` leaves out the model's output."""
         count = len(inputs)
-        known = dump.available(plan(session.list_nodes(inputs), offset=offset), count, self._library.ggml.readable)
+        known = list(survey(session, inputs, offset=offset).known)
         if not last:
             known = [entry for entry in known if points.parse(entry.point).layer is not None]
         names = [entry.point for entry in known]
@@ -173,7 +173,7 @@ class Service:
         model = self._model(path)
         tokens = tuple(range(min(3, model.n_vocab)))
         with Session(model, n_ctx=len(tokens), n_batch=len(tokens)) as session:
-            known = dump.available(plan(session.list_nodes(tokens)), len(tokens), self._library.ggml.readable)
+            known = survey(session, tokens).known
         return Description(
             info=dump.describe(found, self._library),
             metadata=model.metadata(),

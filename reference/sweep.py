@@ -25,7 +25,8 @@ from .dump import Emitter, Step
 from .jobs import EXACT, DumpJob, DumpResult
 from .library import Library
 from .llama import Model, Session
-from .naming import Planned, plan
+from .naming import Planned
+from .rows import survey
 from .windows import UNIFORM, Window, check_windows, free_memory, layer_bytes, open_window, vocabulary_of
 
 _SHARE = 2  # a whole model may take half of what is free
@@ -92,8 +93,7 @@ class _Sweep:
         return next(tensor.ne[1] for tensor in self.found.tensors if tensor.name == "token_embd.weight")
 
     def _known(self, session: Session, inputs: Any, first: int) -> list[Planned]:
-        planned = plan(session.list_nodes(inputs), offset=first)
-        return dump.available(planned, len(inputs), self.library.ggml.readable)
+        return list(survey(session, inputs, offset=first).known)
 
     def run(self, steps: Sequence[Step], names: set[str], emitter: Emitter | None) -> list[NDArray[np.float32]]:
         """Compute all steps; returns the logits of each one's last position."""
