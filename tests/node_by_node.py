@@ -16,7 +16,10 @@ from typing import Any
 import numpy as np
 
 from engine.ggml_ops import VIEWS, OpParams, operation
+from engine.replay import products
+from engine.replay.products import Blocks
 from engine.weights.dequantize import dequantize
+from engine.weights.rounding import F32
 from reference import llama
 from reference.ggml import COMPUTED, Ggml, Tensor
 from reference.library import Library
@@ -47,7 +50,6 @@ class Recomputing:
     def __init__(self, ggml: Ggml) -> None:
         self.ggml = ggml
         self.worst: dict[str, Worst] = {}
-        self.native = False
         self.stop = False
         self._operands: list[Any] | None = None
         self._kinds: list[int] = []
@@ -84,6 +86,9 @@ class Recomputing:
 
     def _read(self, tensor: Tensor) -> Any:
         kind = self.ggml.type_name(tensor.type)
+        whole = tensor.data is not None and not tensor.view_src and not tensor.op
+        if kind in ("f16", "bf16") and whole and tensor.ne[2] > 1:  # experts
+            kind = "blocks"
         if self.ggml.readable(kind) and kind != "i32":
             return self.ggml.read(tensor)
         shape = tuple(tensor.ne)[::-1]
@@ -91,12 +96,10 @@ class Recomputing:
             item = np.dtype({"i32": np.int32, "i64": np.int64}[kind])
             extent = item.itemsize + sum((n - 1) * stride for n, stride in zip(tensor.ne, tensor.nb, strict=True))
             return np.ndarray(shape, item, self._bytes(tensor, extent), 0, tuple(tensor.nb)[::-1]).copy()
-        if tensor.data in self._weights:
-            return self._weights[tensor.data]
-        row = self.ggml.row_size(tensor.type, tensor.ne[0])
-        rows = int(np.prod(shape[:-1]))
-        raw = self._bytes(tensor, row * rows).reshape(rows, row)
-        self._weights[tensor.data] = dequantize(raw, tensor.type, tensor.ne[0]).reshape(shape)
+        if tensor.data not in self._weights:
+            row = self.ggml.row_size(tensor.type, tensor.ne[0])
+            rows = int(np.prod(shape[:-1]))
+            self._weights[tensor.data] = Blocks(self._bytes(tensor, row * rows).reshape(rows, row), tensor.type, shape)
         return self._weights[tensor.data]
 
     def _bytes(self, tensor: Tensor, count: int) -> Any:
@@ -111,24 +114,40 @@ class Recomputing:
         operands, self._operands = self._operands or [], None
         params = OpParams(tuple(tensor.op_params), kind)
         with np.errstate(all="ignore"):
-            ours = operation(name, node)(*operands, params=params, shape=reference.shape)
+            ours = self._computed(name, node, operands, params, reference.shape)
         if ours.shape != reference.shape:
             raise ValueError(f"{ours.shape} for {reference.shape} at {node}")
         if name in _ORDERS:
             ours, reference = (np.take_along_axis(operands[0], places.astype(np.int64), -1) for places in (ours, reference))
-        cancelled = _typical_product(operands) if name == "MUL_MAT" else 0.0
-        self.worst.setdefault(name, Worst()).note(node, nmse(ours, reference, cancelled))
+        self.worst.setdefault(name, Worst()).note(node, nmse(ours, reference, _typical_size(name, operands, reference)))
+
+    def _computed(self, name: str, node: str, operands: list[Any], params: OpParams, shape: Any) -> Any:
+        if name == "MUL_MAT" and self._kinds[0] != F32:
+            return products.mul_mat(*operands, params=params, shape=shape, native=True, kind=self._kinds[0])
+        if name == "MUL_MAT_ID" and self._kinds[0] != F32:
+            return products.mul_mat_id(*operands, params=params, shape=shape, native=True)
+        given = [_values(operand) if isinstance(operand, Blocks) else operand for operand in operands]
+        return operation(name, node)(*given, params=params, shape=shape)
 
 
-def _typical_product(operands: Sequence[Any]) -> float:
+def _values(weight: Blocks) -> Any:
+    return dequantize(weight.raw, weight.kind, weight.columns).reshape(weight.shape)
+
+
+def _typical_size(name: str, operands: Sequence[Any], reference: Any) -> float:
     """The square of a product's typical size, where a few sums of K terms may all have cancelled: Σ over outputs of Σ(w·x)².
 
-    It is what Σb² of a product would be on the average if its terms had random signs.
+    It is what Σb² of a product would be on the average if its terms had random signs; 0 for what is no product.
     """
-    weight, x = (np.asarray(operand, np.float64) ** 2 for operand in operands[:2])
-    if weight.shape[:2] != (1, 1):
-        return 0.0
-    return float(np.sum(x @ weight[0, 0].T))
+    given = [_values(operand) if isinstance(operand, Blocks) else operand for operand in operands]
+    if name == "MUL_MAT" and given[0].shape[:2] == (1, 1):
+        weight, x = (np.asarray(operand, np.float64) ** 2 for operand in given)
+        return float(np.sum(x @ weight[0, 0].T))
+    if name == "LIGHTNING_INDEXER":
+        q, k, weights = (np.asarray(operand, np.float64) ** 2 for operand in given[:3])
+        scores = q @ k[:, None, :, 0, :].swapaxes(-1, -2)
+        return float(np.sum((weights[:, 0, :, None, :] @ scores)[:, None, :, 0][np.isfinite(reference)]))
+    return 0.0
 
 
 def nmse(ours: Any, reference: Any, least: float = 0.0) -> float:

@@ -17,7 +17,7 @@ from engine.weights.gguf_model import GgufModel
 from parity.isolate import isolate as isolation
 from parity.isolate.attention_checks import AttentionChecks, rotation_faults, soft_max_faults
 from parity.isolate.isolate import IsolateRequest, isolate
-from parity.isolate.row_errors import Value
+from parity.isolate.values import Value
 from parity.run.ours import OursJob, dump
 from reference.client import Reference
 

@@ -3,10 +3,11 @@
 A kernel in the stream that computed the value makes slice, statistics and sketch of its rows into a staging buffer; when
 the pass is over, one asynchronous copy brings the staged rows to a slab of pinned memory. Both are allocated once, of one
 size, and used as one ring: a pass takes its place in both. The writer thread waits for that copy's event, hands the rows on
-and gives their place back. The engine waits only where the ring has no place left, and counts that.
+and gives their place back; while the engine is busy it only moves them to a file, which needs next to none of Python's time, and
+formats them later. The engine waits only where the ring has no place left, and counts that.
 """
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from ..backend import Array, Backend
 from ..device import kernel
 from .host import Capture, Pass, RowSink
 from .ring import Ring
+from .spool import Spool
 from .staged import CAUSAL, PART_DOUBLES, PLAIN, Batch, Part, layout, record_type
 
 _CHUNK = 1024  # elements a block takes: the logits of one row are 149 blocks, one for each multiprocessor of an H200
@@ -76,6 +78,7 @@ class DeviceCapture(Capture):
         self._start: int | None = None  # the place where those of the pass in progress begin
         self._copies = self._xp.cuda.Stream(non_blocking=True)
         self._slab: NDArray[Any] = np.zeros(0, self._record)
+        self._spool = Spool()
         self._parts: list[Part] = []
         self._seen = np.zeros(0, dtype=np.int64)
         self._kept_there: Array = None
@@ -200,12 +203,21 @@ class DeviceCapture(Capture):
         self._beside, self._start = 0, None
         ring = self._ring
 
+        def format_records(records: NDArray[Any]) -> None:
+            for rows in batch.rows(records, self.slice_size):
+                self._sink.rows(rows)
+
         def write() -> None:
             try:
                 copied.synchronize()
-                for rows in batch.rows(here, self.slice_size):
-                    self._sink.rows(rows)
+                format_records(here)
             finally:
                 ring.give_back()
 
-        self._writer.put(write, here.nbytes, ring.give_back)
+        def set_aside() -> Callable[[], None]:
+            copied.synchronize()
+            spooled = self._spool.put(here)
+            ring.give_back()
+            return lambda: format_records(spooled.take())
+
+        self._writer.put(write, here.nbytes, ring.give_back, set_aside)

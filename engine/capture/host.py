@@ -147,8 +147,8 @@ class Capture:
         self._writer.check()
 
     def _at_exit(self) -> None:
-        """A process that forgets to close loses nothing. A failure that came out before is not told again."""
-        with suppress(BaseException) if self._writer.told else nullcontext():
+        """A process that forgets to close loses nothing. A failure that came out before is not raised again."""
+        with suppress(BaseException) if self._writer.failure_raised else nullcontext():
             self.close()
 
     def __enter__(self) -> Self:

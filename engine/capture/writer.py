@@ -1,41 +1,55 @@
 """The thread that writes what the engine hands over, while the engine rests.
 
 Python runs one thread at a time: summaries and formatting between the steps of a pass would hold the engine up. So the
-thread lets work come together until the engine is quiet, and takes it then in one go.
+thread lets work come together until the engine is quiet, and takes it then in one go. Where memory runs short first, it sets
+work aside as it is, which costs a copy and next to none of Python's time.
 """
 
 import threading
+from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import monotonic
 
 _LIMIT = 64 << 20  # bytes that may wait: the logits of a hundred positions of a vocabulary of 150,000
 _QUIET = 0.1  # seconds without new work that count as rest: longer than a decode step of a small model on a CPU (20 ms)
-_LATEST = 1.0  # seconds after which work is done also beside a busy engine: what a process that is killed can lose
+_LATEST = 1.0  # seconds after which work is done also beside a busy engine, piece by piece
+
+Write = Callable[[], None]
+
+
+def _nothing() -> None:
+    """What is discarded where nothing is held."""
 
 
 @dataclass(frozen=True)
 class _Work:
-    write: Callable[[], None]
-    discard: Callable[[], None]
+    write: Write
+    discard: Write
     size: int
+    put_at: float
+    set_aside: Callable[[], Write] | None
 
 
 class WriterThread:
     """Runs pieces of work in order, in a thread of its own.
 
-    It begins when nothing new came for 0.1 s, after 1 s, when half of the limit waits, when it is hurried or has to end.
-    Once a piece has failed the others are discarded, and the failure comes out in the next call. `waits` counts how often
-    somebody had to wait for room; `limit` is in bytes.
+    It begins when nothing new came for 0.1 s or when it has to end. A piece older than a second is done beside a busy engine,
+    and followed by a pause as long as it took, in which the engine has Python for itself. When half of the limit waits, or
+    somebody waits for room, pieces are set aside, those that cannot be are done. Once a piece has failed the others are
+    discarded, and the failure comes out in the next call. `waits` counts how often somebody had to wait for room; `limit` is
+    in bytes.
     """
 
     def __init__(self, limit: int = _LIMIT) -> None:
         self.waits = 0
-        self.told = False
+        self.failure_raised = False
         self.limit = limit
-        self._size = 0  # of what waits or is being written
-        self._waiting: list[_Work] = []
-        self._last = 0.0
+        self._size = 0  # of what waits, and is not set aside, or is being written
+        self._aside: deque[_Work] = deque()
+        self._waiting: deque[_Work] = deque()
+        self._last_put = 0.0
+        self._pause_until = 0.0
         self._hurried = False
         self._closing = False
         self._failure: BaseException | None = None
@@ -43,8 +57,12 @@ class WriterThread:
         self._thread = threading.Thread(target=self._run, name="checkpoint-writer", daemon=True)
         self._thread.start()
 
-    def put(self, write: Callable[[], None], size: int, discard: Callable[[], None] = lambda: None) -> None:
-        """Give the thread something to do that holds `size` bytes; `discard` is called instead once a piece has failed.
+    def put(self, write: Write, size: int, discard: Write = _nothing, set_aside: Callable[[], Write] | None = None) -> None:
+        """Give the thread something to do that holds `size` bytes.
+
+        Args:
+            discard: called instead once a piece has failed.
+            set_aside: gives the bytes back and returns what will do the work later. If it raises OSError the work is done at once.
 
         Raises:
             what an earlier piece has raised.
@@ -55,9 +73,9 @@ class WriterThread:
                 self.waits += 1
                 self._begin()
                 self._change.wait_for(lambda: not self._full(size))
-            self._waiting.append(_Work(write, discard, size))
+            self._last_put = monotonic()
+            self._waiting.append(_Work(write, discard, size, self._last_put, set_aside))
             self._size += size
-            self._last = monotonic()
             if 2 * self._size >= self.limit:
                 self._begin()
             elif len(self._waiting) == 1:
@@ -67,7 +85,7 @@ class WriterThread:
         return self._size > 0 and self._size + size > self.limit
 
     def hurry(self) -> None:
-        """Begin at once with what waits, and count that somebody waits for room."""
+        """Make room at once, and count that somebody waits for it."""
         with self._change:
             self.waits += 1
             self._begin()
@@ -77,9 +95,9 @@ class WriterThread:
         self._change.notify_all()
 
     def check(self) -> None:
-        """Raise what a piece of work has raised; `told` says that somebody has heard of it."""
+        """Raise what a piece of work has raised; `failure_raised` says that somebody has heard of it."""
         if self._failure is not None:
-            self.told = True
+            self.failure_raised = True
             raise self._failure
 
     def finish(self) -> None:
@@ -90,26 +108,53 @@ class WriterThread:
         self._thread.join()
 
     def _run(self) -> None:
-        while batch := self._next():
-            for work in batch:
+        while True:
+            with self._change:
+                following = self._next()
+            if following is None:
+                return
+            work, aside = following
+            began = monotonic()
+            later = self._set_aside(work) if aside else None
+            if later is None:
                 self._do(work)
-                with self._change:
-                    self._size -= work.size
-                    self._change.notify_all()
+            with self._change:
+                if later is not None:
+                    self._aside.append(later)
+                else:
+                    self._pause_until = 2 * monotonic() - began
+                self._size -= work.size
+                self._change.notify_all()
 
-    def _next(self) -> list[_Work]:
-        """What has come together when the time is right; nothing when all is done and no more will come."""
-        with self._change:
-            self._change.wait_for(lambda: self._waiting or self._closing)
-            latest = monotonic() + _LATEST
-            while not self._hurried and not self._closing:
-                left = min(self._last + _QUIET, latest) - monotonic()
-                if left <= 0:
-                    break
-                self._change.wait(left)
-            self._hurried = False
-            batch, self._waiting = self._waiting, []
-            return batch
+    def _next(self) -> tuple[_Work, bool] | None:
+        """The next piece when the time is right, and whether to set it aside; None when all is done and no more will come."""
+        while True:
+            if not self._waiting:
+                self._hurried = False
+            if self._hurried and self._can_wait(self._waiting[0]):
+                return self._waiting.popleft(), True
+            queue = self._aside or self._waiting
+            if not queue:
+                if self._closing:
+                    return None
+                self._change.wait()
+                continue
+            now = monotonic()
+            due = min(self._last_put + _QUIET, max(queue[0].put_at + _LATEST, self._pause_until))
+            if self._hurried or self._closing or now >= due:
+                return queue.popleft(), False
+            self._change.wait(due - now)
+
+    def _can_wait(self, work: _Work) -> bool:
+        """Whether a piece can make room without being done; one that holds nothing only keeps its place in the order."""
+        return self._failure is None and not self._closing and (work.set_aside is not None or not work.size)
+
+    def _set_aside(self, work: _Work) -> _Work | None:
+        try:
+            write = work.write if work.set_aside is None else work.set_aside()
+        except OSError:  # no disk for it: the engine waits for the work itself
+            return None
+        return replace(work, write=write, discard=_nothing, size=0, set_aside=None)
 
     def _do(self, work: _Work) -> None:
         if self._failure is not None:

@@ -1,63 +1,20 @@
 """The same steps, accumulated in float64 and rounded where ggml rounds: what one operation of the reference is held to.
 
-A model's own steps are what an engine runs fast. Here each product dequantises its weight a few rows at a time, brings the
-activations to the weight type's partner if the file's own types are computed (`native`), and sums in float64, so that only
-the reference's own float32 sums are left as a difference.
+A model's own steps are what an engine runs fast. Here each product is replaced by the one of `products`, so that only the
+reference's own float32 sums are left as a difference.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from .. import ops
-from ..backend import Array, module_of
-from ..graph import Altered, Step, WeightSource
-from ..weights.dequantize import dequantize
-from ..weights.rounding import F16, Q4_1, Q5_1, q8_1_correction, round_activations
-
-_CHUNK = 1 << 22  # weights dequantised at once: 32 MiB as float64
-
-
-@dataclass(frozen=True)
-class Blocks:
-    """A matrix as the file holds it: uint8 [out, bytes a row], its ggml type, and the length of a row."""
-
-    raw: Array
-    kind: int
-    columns: int
-
-    def rows(self, start: int, stop: int) -> Array:
-        """Rows start … stop − 1 as float64 [stop − start, columns]."""
-        return dequantize(self.raw[start:stop], self.kind, self.columns).astype(np.float64)
-
-
-def blocks_of(source: WeightSource, name: str) -> Blocks:
-    """A weight's blocks, on the side where the steps compute."""
-    raw, kind, shape = source.raw(name)
-    return Blocks(source.array(raw), kind, shape[-1])
-
-
-def product(x: Array, weight: Blocks, bias: Array | None = None, *, native: bool) -> Array:
-    """x · weightᵀ (+ bias), accumulated in float64: [T, in] -> float32 [T, out].
-
-    With `native` the activations are rounded as ggml_compute_forward_mul_mat rounds src1 (`vec_dot_type`).
-
-    Raises:
-        ModelError: a type that ggml's CPU backend does not multiply, as far as we know.
-    """
-    xp = module_of(x)
-    wide = (round_activations(x, weight.kind) if native else x).astype(np.float64)
-    count = len(weight.raw)
-    made = xp.empty((len(x), count), dtype=np.float64)
-    step = max(1, _CHUNK // weight.columns)
-    for start in range(0, count, step):
-        made[:, start : start + step] = wide @ weight.rows(start, min(start + step, count)).T
-    if native and weight.kind in (Q4_1, Q5_1):
-        made += q8_1_correction(x, weight.raw, weight.kind)
-    summed: Array = made.astype(np.float32)
-    return summed if bias is None else summed + bias
+from ..backend import Array
+from ..graph import Altered, Step
+from ..weights.rounding import F16, round_activations
+from .products import blocks_of, product
 
 
 def _scores(q: Array, k: Array, *, kv_kind: int, **heads: Any) -> Array:

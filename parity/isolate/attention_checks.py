@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from checkpoints.points import parse
 
 from ..diff.limits import FUTURE_MASS
-from .row_errors import Value
+from .values import Value
 
 # A float32 softmax of S weights sums to 1 within S · 2^-24; 1e-5 is that of 168 positions with every error in one direction,
 # and 100 times what the embedded model shows (1e-7).
@@ -44,6 +44,18 @@ class AttentionChecks:
                     self.rotations.add(name)
                     self.findings += [f"{name}: {said}" for said in rotation_faults(before, value)]
             yield name, value
+
+    def said(self) -> str:
+        """What was shown of attention as a whole."""
+        if self.findings:
+            return f"{len(self.findings)} findings"
+        parts = []
+        if self.layers:
+            weights = "the weights sum to 1, are 0 for later positions, not uniform, and move with the position"
+            parts.append(f"in {len(self.layers)} layers {weights}")
+        if self.rotations:
+            parts.append(f"{len(self.rotations)} rotations change Q or K, and differently at different positions")
+        return "; ".join(parts)
 
 
 def soft_max_faults(weights: NDArray[np.float32], positions: NDArray[np.int64]) -> list[str]:

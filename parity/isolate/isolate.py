@@ -1,6 +1,6 @@
 """`parity isolate`: where the values come from, and what is made of them."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
@@ -29,12 +29,10 @@ from ..models.embedded import path as default_model
 from ..run.request import Prompt
 from ..run.session import resolve_prompt
 from .attention_checks import AttentionChecks
-from .isolation_said import attention_said, not_checked
+from .elements import RowChecks
 from .judged_layers import graft, judged_layers
 from .operation import Isolator
-from .row_checks import RowChecks
-from .row_errors import Value
-from .whole_values import WholeValues
+from .values import Value, WholeValues
 
 # Measured: llama.cpp's CPU backend, 24 layers, 28 tokens, caches of F32 and F16; the worst operation of F32, F16, BF16, Q8_0,
 # Q4_0, Q4_1, Q5_0, Q5_1, Q2_K … Q6_K, IQ4_NL and IQ4_XS lies at 3e-13 at most.
@@ -124,11 +122,11 @@ def isolate(request: IsolateRequest, running: Reference | None = None) -> Isolat
         operations=tuple(operations),
         floor=floor,
         findings=tuple(bench.attention.findings),
-        not_checked=tuple(not_checked(operations, passes, request.kv_type)),
+        not_checked=tuple(_not_checked(operations, passes, request.kv_type)),
         elements=tuple(bench.rows.elements),
         facts={
             "backends": ", ".join(build.get("devices", ())) or build["backend"],
-            "attention": attention_said(bench.attention),
+            "attention": bench.attention.said(),
         },
     )
 
@@ -265,13 +263,13 @@ def _foreign(request: IsolateRequest, dump: Path, running: Reference | None) -> 
         limit_source=LIMIT_SOURCE if found.operations == LIMIT else found.source,
         operations=(*operations, *layers),
         findings=tuple(bench.attention.findings),
-        not_checked=tuple(not_checked(operations, passes, request.kv_type, foreign=True)),
+        not_checked=tuple(_not_checked(operations, passes, request.kv_type, foreign=True)),
         elements=tuple(bench.rows.elements),
         graft=tuple(grafted),
         graft_from=request.graft or "",
         facts={
             "judge of layers": f"llama.cpp {build['llama_cpp_python']}" if layers else "",
-            "attention": attention_said(bench.attention),
+            "attention": bench.attention.said(),
         },
     )
 
@@ -279,3 +277,19 @@ def _foreign(request: IsolateRequest, dump: Path, running: Reference | None) -> 
 def _named(transformer: Transformer) -> str:
     hp = transformer.hp
     return f"{hp.name or transformer.model.path.stem} · {hp.architecture}, {hp.n_layers} layers · {hp.file_type}"
+
+
+def _not_checked(operations: Sequence[Operation], passes: int, kv_type: str, *, foreign: bool = False) -> Iterator[str]:
+    """What this run says nothing of."""
+    hidden = [found for found in operations if found.status == NOT_OBSERVABLE]
+    if hidden:
+        yield f"{len(hidden)} operations that are not observable"
+    if passes == 1:
+        yield "decode steps" + ("" if foreign else " (--generate 4 adds them)")
+    yield "the tokenizer (parity tokens)" + (
+        ", and weights as your engine loaded them (parity weights --theirs)" if foreign else ""
+    )
+    if not foreign and kv_type == "f32":
+        yield "a KV cache of F16 (--kv-type f16)"
+    if not foreign:
+        yield "flash attention and other backends than the CPU"

@@ -18,7 +18,7 @@ from reference.jobs import Node
 
 from ..diff.align import Pair
 from ..diff.measure import measure
-from .whole_values import WholeValues
+from .values import WholeValues
 
 LAYER = "layer"
 

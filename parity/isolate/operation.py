@@ -19,7 +19,7 @@ from engine.graph import POSITIONS, TOKENS, Altered, History, RowsOf, Step, Weig
 
 from .elements import Sample, sample_product
 from .looks import look_of, other_epsilon
-from .row_errors import CACHED, Value, row_errors, rows_at
+from .values import CACHED, Value, row_errors, rows_at
 
 # A norm is one scale a row, and no sum of many products: right ones measured 3e-14 at most, and another epsilon, the smallest
 # fault known, is as small as 1e-12 where activations are large.
