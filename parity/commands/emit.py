@@ -16,7 +16,9 @@ class Language(StrEnum):
 
 
 def emit(
-    language: Annotated[Language, typer.Argument(help="c (and C++, CUDA), python, rust, or hf: a Hugging Face model.", show_default=False)],
+    language: Annotated[
+        Language, typer.Argument(help="c (and C++, CUDA), python, rust, or hf: a Hugging Face model.", show_default=False)
+    ],
 ) -> None:
     """Print the one file that your engine needs to write dumps: parity emit c > parity_dump.h.
 

@@ -221,11 +221,10 @@ def load(path: Path, device: str) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    options = {"dtype": torch.float32, "attn_implementation": "eager", "local_files_only": True}
-    if path.is_dir():
-        model = AutoModelForCausalLM.from_pretrained(str(path), **options)
-    else:
-        model = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, **options)
+    where, file = _source(path)
+    model = AutoModelForCausalLM.from_pretrained(
+        where, dtype=torch.float32, attn_implementation="eager", local_files_only=True, **file
+    )
     return model.to(device).eval()
 
 
@@ -233,23 +232,35 @@ def tokenized(path: Path, prompt: str) -> "dict[str, Any]":
     """Ids and pieces of a prompt as transformers' tokenizer makes them."""
     from transformers import AutoTokenizer
 
-    if path.is_dir():
-        tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
-    else:
-        tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name, local_files_only=True)
+    where, file = _source(path)
+    tokenizer = AutoTokenizer.from_pretrained(where, local_files_only=True, **file)
     ids = [int(number) for number in tokenizer(prompt)["input_ids"]]
     return {"ids": ids, "pieces": [tokenizer.decode([number]) for number in ids]}
+
+
+def _source(path: Path) -> "tuple[str, dict[str, str]]":
+    """How `from_pretrained` takes a path: a folder as it is, a GGUF file as its folder and its name."""
+    return (str(path), {}) if path.is_dir() else (str(path.parent), {"gguf_file": path.name})
 
 
 def dump(
     model: Any, tokens: "Sequence[int]", out: Path, *, points: str = "", size: int = 16, prompt: "str | None" = None
 ) -> None:
-    """Run the tokens in one forward pass and write every known value."""
+    """Run the tokens in one forward pass and write every known value. `size` 0 writes whole rows."""
     import torch
 
     config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
-    described = {"source": "hugging face", "layers": int(config.num_hidden_layers), "prompt": prompt, "points": points}
-    with Recorder(out, compute="f32", model=str(config.model_type), tokens=tokens, slice_size=size, **described) as tap:
+    with Recorder(
+        out,
+        compute="f32",
+        model=str(config.model_type),
+        tokens=tokens,
+        prompt=prompt,
+        layers=int(config.num_hidden_layers),
+        source="Hugging Face",
+        points=points,
+        slice_size=size or 1 << 31,
+    ) as tap:
         observer = Observer(model, tap)
         ids = torch.tensor([list(tokens)], device=model.device)
         with torch.no_grad(), observer.attached():
@@ -259,32 +270,45 @@ def dump(
 
 
 def main() -> int:
-    """Read the command line, write the dump; with --prompt also print what transformers' own tokenizer makes of it."""
+    """Read the command line and write the dump; what is wrong is one line on stderr."""
     parser = argparse.ArgumentParser(description="Checkpoints of a Hugging Face model, for parity diff.")
     parser.add_argument("model", type=Path, help="a GGUF file, or a folder with config.json and safetensors")
     parser.add_argument("--tokens", help="token ids with commas")
     parser.add_argument("--prompt", help="text; without --tokens transformers' tokenizer makes ids of it")
     parser.add_argument("--out", type=Path, required=True, help="the dump to write")
     parser.add_argument("--points", default="", help="names to record, with commas; default: all that are known")
-    parser.add_argument("--slice", type=int, default=16, help="leading values a record carries")
+    parser.add_argument("--slice", type=int, default=16, help="leading values a record carries; 0: whole rows")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--tokenizer", type=Path, help="write here what transformers' tokenizer makes of --prompt, as JSON")
     given = parser.parse_args()
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is fetched: the model is on disk
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if given.tokens is None and given.prompt is None:
         parser.error("give --tokens or --prompt")
-    own = None
+    own: dict[str, Any] = {}
     if given.prompt is not None:
         try:
             own = tokenized(given.model, given.prompt)
-        except Exception as error:  # whatever a tokenizer raises; with --tokens it is not needed
-            if given.tokens is None:
-                raise
-            own = {"problem": f"{type(error).__name__}: {error}"}
-        print(json.dumps(own))
-    tokens = [int(part) for part in given.tokens.split(",")] if given.tokens is not None else own["ids"]  # type: ignore[index]
-    dump(load(given.model, given.device), tokens, given.out, points=given.points, size=given.slice, prompt=given.prompt)
+        except Exception as error:  # a tokenizer raises anything; where ids are given it is not needed
+            own = {"problem": _one_line(error)}
+        if given.tokenizer is not None:
+            given.tokenizer.write_text(json.dumps(own), encoding="utf-8")
+    try:
+        tokens: list[int] = [int(part) for part in given.tokens.split(",")] if given.tokens is not None else own["ids"]
+    except (ValueError, KeyError):
+        print(f"no token ids: {own.get('problem') or '--tokens takes whole numbers with commas'}", file=sys.stderr)
+        return 2
+    try:
+        model = load(given.model, given.device)
+    except Exception as error:  # of many kinds: an architecture, a file or a device that transformers cannot use
+        print(f"transformers cannot load {given.model}: {_one_line(error)}", file=sys.stderr)
+        return 2
+    dump(model, tokens, given.out, points=given.points, size=given.slice, prompt=given.prompt)
     return 0
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from checkpoints.answers.picture import Picture
 from checkpoints.errors import DumpError, InputError
 from checkpoints.formats import load
 from checkpoints.nearest import unknown_names
-from checkpoints.points import DEFAULT_LAYERS, default_layers, parse
+from checkpoints.points import DEFAULT_LAYERS, default_layers, expand, parse
 from checkpoints.reading.reader import read
 from checkpoints.record import Dump
 from reference.client import Reference
@@ -24,6 +24,7 @@ from reference.jobs import DumpResult
 from ..diff.compare import Options, comparison
 from ..diff.tokens import same_model
 from ..lint.lint import refuse_unusable
+from .hugging_face import HuggingFace
 from .request import Progress, Prompt, Request
 from .sides import EXEC, OURS, LlamaCpp, OurEngine, Side, side_of
 
@@ -196,6 +197,50 @@ def dump_ours(request: Request, out: Path, progress: Progress | None = None) -> 
         prompt = resolve_prompt(reference, request.model, request.prompt, request.tokens)
     side.check(prompt)
     side.dump(prompt, out, progress)
+
+
+def dump_hugging_face(model: Path, given: dict[str, Any], out: Path, progress: Progress | None = None) -> str:
+    """`parity dump hf`: Hugging Face alone. Returns a sentence where its tokenizer makes other ids than llama.cpp's, else "".
+
+    Raises:
+        InputError: the interpreter has no transformers, or the prompt of a folder is given as neither text nor ids.
+        EngineError: transformers cannot load or run the model.
+    """
+    side = HuggingFace(
+        model, given["python"], given["device"], _listed(given["points"]), None if given["full"] else given["slice_size"]
+    )
+    if model.is_dir():
+        if not (model / "config.json").is_file():
+            raise InputError(
+                f"{model} has no config.json.", "Take a GGUF file, or a folder that `save_pretrained` wrote.", code="model"
+            )
+        prompt = Prompt(given["prompt"], given["tokens"] or (), ())
+        side.check(prompt)
+        said = side.dump(prompt, out, progress)
+        return "" if prompt.ids or not said.problem else said.problem
+    with Reference() as reference:
+        prompt = resolve_prompt(reference, model, given["prompt"], given["tokens"])
+    side.check(prompt)
+    said = side.dump(prompt, out, progress)
+    return said.difference(prompt) if given["prompt"] is not None and given["tokens"] is None else ""
+
+
+def _listed(points: str) -> str:
+    """A `--points` expression as names with commas, "" for all of them.
+
+    Raises:
+        InputError: it has globs: which points a Hugging Face model has is not known before it runs.
+    """
+    if points == "all":
+        return ""
+    names = expand(points)
+    if globs := [name for name in names if any(sign in name for sign in "*?[")]:
+        raise InputError(
+            f"--points {globs[0]!r}: names only for Hugging Face; which points it has is known when it has run.",
+            "Leave --points out to record all, or list them: 'blk.{0..3}.{q,k}'.",
+            code="points",
+        )
+    return ",".join(names)
 
 
 def dump_reference(request: Request, out: Path, follow: Dump | None = None) -> DumpResult:
