@@ -1,4 +1,4 @@
-"""A model file's identity without reading all of it."""
+"""A model file's name tag: what tells models apart without reading all of them. `checkpoints.content` is the seal."""
 
 import hashlib
 import os
@@ -12,7 +12,7 @@ _BLOCK = 4096  # bytes of one of them: a page
 def fingerprint(path: str | os.PathLike[str]) -> str:
     """SHA-256 (32 hex digits of it) of the file's size, its first MiB, 256 blocks spread evenly, and its end.
 
-    Two files that differ only between the sampled blocks have the same fingerprint: it tells models apart, it is no seal.
+    Two files that differ only between the sampled blocks have the same fingerprint; `content_hash` tells them apart.
 
     Raises:
         OSError: the file cannot be read.

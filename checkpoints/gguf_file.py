@@ -12,8 +12,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from .content import content_hash
 from .errors import ModelError
 from .fingerprint import fingerprint
+from .record import ModelInfo
 
 _ALIGNMENT = 32  # GGUF_DEFAULT_ALIGNMENT
 _MAX_DIMS = 4  # GGML_MAX_DIMS
@@ -23,6 +25,7 @@ _LEAST_VALUE, _LEAST_TENSOR = 13, 32
 SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # gguf_type -> bytes
 FORMATS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY, UINT32 = 8, 9, 4
+_FAMILIES = {0: "f32", 1: "f16", 30: "bf16", 28: "f64", 24: "i8", 25: "i16", 26: "i32", 27: "i64"}  # by ggml_type
 
 
 @dataclass(frozen=True)
@@ -89,20 +92,56 @@ class Contents:
         return (found.text() or "") if found else ""
 
     def integer(self, key: str) -> int | None:
-        """An integer of the metadata, None if it is not there."""
+        """An integer of the metadata, None if it is not there or is of another type."""
         found = self.metadata.get(key)
         number = found.number() if found else None
-        return int(number) if number is not None else None
+        return number if isinstance(number, int) and not isinstance(number, bool) else None
 
     @cached_property
     def fingerprint(self) -> str:
         """`checkpoints.fingerprint.fingerprint` of the file."""
         return fingerprint(self.path)
 
+    @cached_property
+    def content(self) -> str:
+        """`checkpoints.content.content_hash` of the file.
+
+        Raises:
+            ModelError: it cannot be read to its end, or is being written.
+        """
+        try:
+            return content_hash(self.path)
+        except OSError as error:
+            raise ModelError(
+                f"cannot read {self.path}: {error.strerror or error}.", "Check the file.", code="no-file"
+            ) from error
+
     @property
     def architecture(self) -> str:
         """`general.architecture`."""
         return self.text("general.architecture")
+
+    @property
+    def weight_families(self) -> tuple[str, ...]:
+        """Which of f32, f16, bf16 and quantised the matrices are."""
+        kinds = {_FAMILIES.get(tensor.type, "quantised") for tensor in self.tensors if len(tensor.ne) > 1}
+        return tuple(sorted(kinds))
+
+    def info(self, file_type: str) -> ModelInfo:
+        """What a dump says of this model: `file_type` is the name of `general.file_type`.
+
+        Raises:
+            ModelError: the file cannot be read to its end.
+        """
+        return ModelInfo(
+            name=self.text("general.name") or self.path.stem,
+            architecture=self.architecture,
+            file_type=file_type,
+            layers=self.layers or None,
+            fingerprint=self.fingerprint,
+            content=self.content,
+            weights=" ".join(self.weight_families),
+        )
 
     @property
     def layers(self) -> int:

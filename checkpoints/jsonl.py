@@ -12,6 +12,7 @@ import orjson
 from .errors import InputError
 from .lines import checkpoint_lines, end_line, header_line, token_line
 from .record import Dump, Header, Rows, Token
+from .whole_file import Replacement, open_new, unwritable
 
 
 def _dumps(value: Any) -> bytes:
@@ -19,27 +20,40 @@ def _dumps(value: Any) -> bytes:
 
 
 class Writer:
-    """Writes a dump line by line; what was written is readable even if the process is killed afterwards.
+    """Writes a dump line by line.
 
     The end record is written by `close`, and by leaving a `with` block without an exception: a dump without one was cut
-    short. Every call is flushed to the operating system.
+    short. Every call is flushed to the operating system. Where nothing stands at `path`, lines appear there as they are written,
+    readable even if the process is killed afterwards; where something does, it is replaced by `close`, if the dump is complete.
+
+    Args:
+        whole: nothing appears at `path` before `close`, in either case.
 
     Raises:
         InputError: the file cannot be created, or the disk refuses a write.
     """
 
-    def __init__(self, path: str | os.PathLike[str], header: Header | None = None) -> None:
+    def __init__(self, path: str | os.PathLike[str], header: Header | None = None, *, whole: bool = False) -> None:
         self.path = Path(path)
         self.checkpoints = 0
         self.tokens = 0
+        self._replacement: Replacement | None = None
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file: IO[bytes] = self.path.open("wb")
+            self._file: IO[bytes] = self._open(whole)
         except OSError as error:
             raise _unwritable(self.path, error) from error
         self._lines = jsonlines.Writer(self._file, dumps=_dumps)
         if header is not None:
             self.header(header)
+
+    def _open(self, whole: bool) -> IO[bytes]:
+        if not whole:
+            place = Path(os.path.realpath(self.path))
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileExistsError):
+                return open_new(place)
+        self._replacement = Replacement(self.path)
+        return self._replacement.temporary.open("wb")
 
     def header(self, header: Header) -> None:
         """Write the header line; it belongs first."""
@@ -62,17 +76,34 @@ class Writer:
         except OSError as error:
             with contextlib.suppress(OSError):  # closing tries the same write again
                 self._file.close()
+            self._discard()
             raise _unwritable(self.path, error) from error
 
-    def close(self, *, complete: bool = True) -> None:
-        """Close the file, with the end record if the dump is complete. A second call does nothing."""
+    def close(self, *, complete: bool = True, kept: bool | None = None) -> None:
+        """Close the file, with the end record if the dump is complete. A second call does nothing.
+
+        An incomplete dump takes no other file's place, unless it is to be `kept`.
+
+        Raises:
+            InputError: the disk refuses the last write; what stood at `path` is as it was.
+        """
         if self._file.closed:
             return
         try:
             if complete:
                 self._write([end_line(self.checkpoints, self.tokens)])
+            self._file.close()
+            if self._replacement is not None and (complete if kept is None else kept):
+                self._replacement.commit()
+        except OSError as error:
+            raise _unwritable(self.path, error) from error
         finally:
             self._file.close()
+            self._discard()
+
+    def _discard(self) -> None:
+        if self._replacement is not None:
+            self._replacement.discard()
 
     def __enter__(self) -> Self:
         return self
@@ -89,13 +120,13 @@ def write(dump: Dump, path: str | os.PathLike[str], header: Header) -> None:
     Raises:
         InputError: the file cannot be written.
     """
-    with Writer(path, dump.header or header) as writer:
+    with Writer(path, dump.header or header, whole=True) as writer:
         for rows in dump.points.values():
             writer.rows(rows)
         for token in dump.tokens:
             writer.token(token)
-        writer.close(complete=not dump.torn and (dump.header is None or dump.end is not None))
+        writer.close(complete=not dump.torn and (dump.header is None or dump.end is not None), kept=True)
 
 
 def _unwritable(path: Path, error: OSError) -> InputError:
-    return InputError(f"cannot write {path}: {error.strerror or error}.", "Choose another --out.", code="output")
+    return unwritable(path, error, "Choose another --out.")

@@ -99,6 +99,12 @@ def in_layer(layer: int, kind: str) -> str:
     return f"blk.{layer}.{kind}"
 
 
+def of_scores(name: str) -> bool:
+    """Whether a value is attention's [H, T, S]: `kq` and what is made of it before the values are (`kq_soft_max`, `kq_scaled_1`)."""
+    stem = parse(name).kind.partition(".")[0]
+    return stem == "kq" or stem.startswith("kq_")
+
+
 def all_points(n_layers: int, kinds: Iterable[str] | None = None) -> list[str]:
     """Every point of the vocabulary for a model of `n_layers`, in dataflow order; `kinds` leaves out what is not there."""
     names = [kind.name for kind in LAYER_KINDS if kinds is None or kind.name in set(kinds)]
@@ -258,7 +264,7 @@ def expand(expression: str) -> list[str]:
 
 
 def _braces(text: str) -> list[str]:
-    match = re.search(r"\{([^{}]*)\}", text)
+    match = re.search(r"\{([^{}]*(?:,|\.\.)[^{}]*)\}", text)  # as in a shell, `{}` and `{x}` are themselves
     if not match:
         return [text]
     if span := re.fullmatch(r"(\d{1,6})\.\.(\d{1,6})", match[1]):

@@ -23,8 +23,10 @@ DECODE = "decode"
 class ModelInfo:
     """Which model a dump is of.
 
-    `fingerprint` is `checkpoints.fingerprint.fingerprint` of the original file, `twin` that of its F32 copy where one was
-    computed: an engine that was given the copy names the copy.
+    `fingerprint` is `checkpoints.fingerprint.fingerprint` of the original file, which reads parts of it, `content` is
+    `checkpoints.content.content_hash`, which reads all; `twin` is the fingerprint of its F32 copy where one was computed: an
+    engine that was given the copy names the copy. `weights` are the families of the matrices' types ("f32 quantised"), which
+    decide what two sides may differ by: the file type is only what somebody called the mixture.
     """
 
     name: str = ""
@@ -33,6 +35,16 @@ class ModelInfo:
     layers: int | None = None
     fingerprint: str = ""
     twin: str = ""
+    content: str = ""
+    weights: str = ""
+
+    def may_be(self, other: "ModelInfo") -> bool:
+        """Whether both can be of one file, or of a file and its F32 copy, as far as they say."""
+        if not (self.fingerprint and other.fingerprint):
+            return True
+        if self.fingerprint == other.fingerprint:
+            return self.content == other.content or not (self.content and other.content)
+        return bool({self.fingerprint, self.twin} & {other.fingerprint, other.twin} - {""})
 
 
 @dataclass(frozen=True)

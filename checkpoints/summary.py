@@ -12,7 +12,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from .points import parse
+from .points import of_scores, parse
 from .record import SKETCH_SIZE, Rows
 
 _BLOCK = 8192  # elements a block of signs covers: 2 MiB as float64, so that a block stays in a core's cache
@@ -131,7 +131,7 @@ def _layout(point: str) -> str:
     """What a value's rows are: "causal" [H, T, S], "cached" [S, …], or nothing special, one row a position."""
     known = parse(point).known
     row = known.row if known is not None else ()
-    return "causal" if row == ("H", "t+1") else "cached" if row[:1] == ("t+1",) else ""
+    return "causal" if of_scores(point) else "cached" if row[:1] == ("t+1",) else ""
 
 
 def summarise(
@@ -151,8 +151,8 @@ def summarise(
 
     Args:
         point: canonical name; the vocabulary tells the layout of `tensor`.
-        tensor: float32, host memory. [T, …] one row a position; for `kq` and `kq_soft_max` [H, T, S] with one column a
-            cached position; for `k_read` and `v_read` [S, …], the cached rows. S may exceed the last position + 1 (padding).
+        tensor: float32, host memory. [T, …] one row a position; for `kq`, `kq_soft_max` and their like [H, T, S] with one
+            column a cached position; for `k_read` and `v_read` [S, …], the cached rows. S may exceed the last position + 1 (padding).
         token_idx: int64 [T], the positions of the T rows.
         slice_size: leading values a record carries; None for all of them.
         keep: indices into 0…T−1 of the rows to record; None for all.

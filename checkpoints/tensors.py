@@ -4,17 +4,20 @@ safetensors' own writer needs every tensor in memory at once; here the data goes
 which stands first in the file, is written when all shapes are known. The library reads the result.
 """
 
+import contextlib
 import json
 import os
 import shutil
 import struct
+import tempfile
 from pathlib import Path
 from typing import Any, Self, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import DumpError, InputError
+from .errors import DumpError
+from .whole_file import Replacement, unwritable
 
 _DTYPES = {"float32": "F32", "float16": "F16", "int64": "I64", "int32": "I32"}
 
@@ -38,14 +41,17 @@ class TensorWriter:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        self._part = self.path.with_name(self.path.name + ".part")
         self._entries: dict[str, dict[str, Any]] = {}
         self._size = 0
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self._part.open("wb")
+            self._replacement = Replacement(self.path)
+            try:
+                self._data = tempfile.TemporaryFile(dir=self._replacement.path.parent)  # noqa: SIM115 - closed by close
+            except OSError:
+                self._replacement.discard()
+                raise
         except OSError as error:
-            raise InputError(f"cannot write {self.path}: {error.strerror}.", "Choose another --out.", code="output") from error
+            raise unwritable(self.path, error, "Choose another --out.") from error
 
     def add(self, name: str, array: NDArray[Any]) -> None:
         """Append one tensor, in host memory; a name that is there already is an error (ValueError)."""
@@ -59,29 +65,29 @@ class TensorWriter:
             "data_offsets": [start, self._size],
         }
         try:
-            self._file.write(data.data if data.size else b"")
+            self._data.write(data.data if data.size else b"")
         except OSError as error:
-            raise InputError(f"cannot write {self.path}: {error.strerror}.", "Free disk space.", code="output") from error
+            raise unwritable(self.path, error, "Free disk space.") from error
 
     def close(self, *, complete: bool = True) -> None:
         """Put header and data together; with `complete` False, drop what was written. A second call does nothing."""
-        if self._file.closed:
+        if self._data.closed:
             return
-        self._file.close()
-        joined = self.path.with_name(self.path.name + ".whole")
         try:
             if complete:
                 header = json.dumps(self._entries).encode()
                 header += b" " * (-len(header) % 8)  # the format wants the data aligned to 8 bytes
-                with joined.open("wb") as whole, self._part.open("rb") as part:
-                    whole.write(struct.pack("<Q", len(header)) + header)
-                    shutil.copyfileobj(part, whole, 1 << 24)
-                joined.replace(self.path)
+                self._data.seek(0)
+                with self._replacement.temporary.open("wb") as file:
+                    file.write(struct.pack("<Q", len(header)) + header)
+                    shutil.copyfileobj(self._data, file, 1 << 24)
+                self._replacement.commit()
         except OSError as error:
-            raise InputError(f"cannot write {self.path}: {error.strerror}.", "Free disk space.", code="output") from error
+            raise unwritable(self.path, error, "Free disk space.") from error
         finally:
-            self._part.unlink(missing_ok=True)
-            joined.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # closing tries to write what is left
+                self._data.close()
+            self._replacement.discard()
 
     def __enter__(self) -> Self:
         return self

@@ -1,26 +1,206 @@
-"""Files that are there as a whole or not at all: what stood there before is lost only to something complete."""
+"""Files that are there as a whole or not at all: what stood there before is lost only to something complete.
 
+A file is written beside its place, under a random name that nobody else can have made, and renamed when it is complete. Its
+writer holds a lock on it (`flock`, which ends with the process), so whoever writes the same file next can tell what a killed run
+left behind from what another run is writing now, and removes the former.
+"""
+
+import contextlib
+import os
+import re
+import secrets
+import stat
 from pathlib import Path
+from types import TracebackType
+from typing import IO, Self
+
+try:
+    import fcntl
+except ImportError:  # Windows: nothing is locked, and nothing is swept
+    fcntl = None  # type: ignore[assignment]
 
 from .errors import InputError
 
+_LONGEST = 180  # bytes of a name that are kept in a temporary one, which may have 255
+_RANDOM = 8  # bytes: 16 hex digits
+_TEMPORARY = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{16}\.part")
+_ATTEMPTS = 100  # another name each: in vain only where the folder itself is the reason
+
+
+class Replacement:
+    """A file in the making: what is written to `temporary` becomes `path` with `commit`, else vanishes.
+
+    A link is followed: what it points to is replaced. Pipes and devices cannot be replaced: there `temporary` is the path itself.
+    A context manager that commits where nothing was raised.
+
+    Attributes:
+        temporary: where to write; it is there already, empty, and may be opened by other programs.
+
+    Raises:
+        OSError: there can be no such file.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(os.path.realpath(path))
+        self._descriptor = -1
+        if is_special(self.path):
+            self.temporary = self.path
+            return
+        if self.path.is_dir():
+            raise IsADirectoryError(21, "Is a directory")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        sweep(self.path)
+        self.temporary, self._descriptor = create_locked(self.path.parent, f".{_short(self.path.name)}.", ".part")
+        with contextlib.suppress(OSError):
+            os.fchmod(self._descriptor, stat.S_IMODE(self.path.stat().st_mode))  # of the file that it replaces
+
+    def commit(self) -> None:
+        """Put the file in its place. Where another stood there, the new one is on the disk before that goes.
+
+        Raises:
+            OSError: the disk refuses it; what stood there is as it was.
+        """
+        if (descriptor := self.commit_locked()) >= 0:
+            os.close(descriptor)
+
+    def commit_locked(self, path: Path | None = None, *, durable: bool = False) -> int:
+        """As `commit`, at `path` if it is given; returns a descriptor that holds a shared lock, -1 if there is none.
+
+        With `durable` the file is on the disk before it appears, also where nothing stood there.
+        """
+        if self._descriptor < 0:
+            return -1
+        target = path or self.path
+        try:
+            if durable or target.exists():
+                os.fsync(self._descriptor)
+            self.temporary.replace(target)
+        except BaseException:
+            self.discard()
+            raise
+        descriptor, self._descriptor = self._descriptor, -1
+        lock(descriptor, shared=True)  # others may use it at the same time
+        return descriptor
+
+    def discard(self) -> None:
+        """Remove what was written. A second call, or one after `commit`, does nothing."""
+        if self._descriptor >= 0:
+            with contextlib.suppress(OSError):
+                self.temporary.unlink()
+            descriptor, self._descriptor = self._descriptor, -1
+            os.close(descriptor)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if kind is None:
+            self.commit()
+        else:
+            self.discard()
+
 
 def put(path: Path, content: bytes) -> None:
-    """Write a file beside its place and move it there. A link, a pipe or a device is written to as it is.
+    """Write a file whole. A pipe or a device is written to as it is.
 
     Raises:
         InputError: it cannot be written; what stood there is as it was.
     """
     try:
-        if path.is_symlink() or (path.exists() and not path.is_file()):
-            path.write_bytes(content)
-            return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name[:200]}.partial")  # names end at 255 bytes
-        try:
-            partial.write_bytes(content)
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        with Replacement(path) as replacement, replacement.temporary.open("wb") as file:
+            file.write(content)
     except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror or error}.", "Choose another path.", code="output") from error
+        raise unwritable(path, error) from error
+
+
+def unwritable(path: str | os.PathLike[str], error: OSError, advice: str = "Choose another path.") -> InputError:
+    """The error that says why an output cannot be written."""
+    return InputError(f"cannot write {os.fspath(path)}: {error.strerror or error}.", advice, code="output")
+
+
+def is_special(path: Path) -> bool:
+    """Whether there is something at `path` that is neither file nor folder: a pipe, a device, a socket."""
+    return path.exists() and not path.is_file() and not path.is_dir()
+
+
+def sweep(path: Path) -> int:
+    """Remove what killed runs left of this file in its folder; returns the bytes that were freed."""
+    freed = 0
+    with contextlib.suppress(OSError):
+        for other in list(path.parent.iterdir()):
+            match = _TEMPORARY.fullmatch(other.name)
+            if match and match["name"] == _short(path.name):
+                freed += remove_unowned(other)
+    return freed
+
+
+def create_locked(folder: Path, prefix: str, suffix: str) -> tuple[Path, int]:
+    """A new file under a random name, and a descriptor that holds the lock on it until it is closed.
+
+    Raises:
+        OSError: none can be made in that folder.
+    """
+    for _ in range(_ATTEMPTS):
+        path = folder / f"{prefix}{secrets.token_hex(_RANDOM)}{suffix}"
+        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC | _NO_FOLLOW, 0o666)
+        if lock(descriptor) and not _still_there(path, descriptor):  # another run swept it before it was locked
+            os.close(descriptor)
+            continue
+        return path, descriptor
+    raise FileExistsError(17, "temporary files vanish as soon as they are made")
+
+
+def lock(descriptor: int, *, shared: bool = False, wait: bool = False) -> bool:
+    """Take the lock on an open file (`flock`); False where another process holds it.
+
+    Where the file system has no locks every file counts as unlocked when it is used, and as locked when it would be removed.
+    """
+    if fcntl is None:
+        return False
+    try:
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
+    except OSError:
+        return False
+    return True
+
+
+def remove_unowned(path: Path) -> int:
+    """Remove a file or folder that no process holds a lock on; returns the bytes that were freed, 0 where it stays."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | _NO_FOLLOW)
+    except OSError:
+        return 0
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode) or not lock(descriptor):
+            return 0
+        path.unlink()
+    except OSError:
+        return 0
+    finally:
+        os.close(descriptor)
+    return status.st_size
+
+
+def _still_there(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(path.lstat(), os.fstat(descriptor))
+    except OSError:
+        return False
+
+
+def _short(name: str) -> str:
+    """As much of a file's name as fits into a temporary one."""
+    return os.fsdecode(os.fsencode(name)[:_LONGEST])
+
+
+_NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
+
+
+def open_new(path: Path) -> IO[bytes]:
+    """A file that is not there yet, opened for writing; nothing that another put there, links included, is written through.
+
+    Raises:
+        FileExistsError: there is something; OSError: it cannot be made.
+    """
+    return os.fdopen(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC | _NO_FOLLOW, 0o666), "wb")

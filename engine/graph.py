@@ -5,14 +5,16 @@ one step was replaced.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .backend import Array
+from checkpoints.graph import NOTHING, Size
+
+from .backend import Array, module_of
 
 TOKENS = "tokens"
 POSITIONS = "positions"
@@ -27,10 +29,80 @@ class History:
 
 
 @dataclass(frozen=True)
+class State:
+    """A step reads what an earlier pass left: the last value of `of`, which a step of this pass makes anew; zeros at first."""
+
+    of: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class View:
+    """A step reads a part of a value, or its elements in another order, as ggml's views do: no copy.
+
+    Attributes:
+        of: the value, or the history of one.
+        whole: the shape of that value, as sizes of T and S.
+        shape, strides, offset: of what is read, in elements of the value's contiguous memory.
+    """
+
+    of: str | History
+    whole: tuple[Size, ...]
+    shape: tuple[Size, ...]
+    strides: tuple[Size, ...]
+    offset: Size = NOTHING
+
+    def apply(self, value: Array) -> Array:
+        """The elements that are read.
+
+        Raises:
+            ValueError: the value has another shape than `whole`, or the view reaches beyond it.
+        """
+        t, s = bound(self.whole, value.shape)
+        shape = tuple([size.at(t, s) for size in self.shape])
+        strides = tuple([size.at(t, s) for size in self.strides])
+        start = self.offset.at(t, s)
+        last = start + sum([(n - 1) * stride for n, stride in zip(shape, strides, strict=True)])
+        if min(start, *shape, *strides) < 0 or (last >= value.size and 0 not in shape):
+            raise ValueError(f"a view of {shape} reaches beyond the {value.size} elements of {self.of}")
+        flat = value.reshape(-1)[start:]
+        view: Array = module_of(value).lib.stride_tricks.as_strided(flat, shape, tuple([n * flat.itemsize for n in strides]))
+        return view
+
+
+def bound(sizes: Sequence[Size], shape: Sequence[int]) -> tuple[int, int]:
+    """T and S of a value of that shape; 0 for what its sizes do not depend on.
+
+    Raises:
+        ValueError: the shape has another number of dimensions.
+    """
+    t = s = 0
+    for size, n in zip(sizes, shape, strict=True):
+        if size.tokens and not size.cached and not size.product:
+            t = (n - size.fixed) // size.tokens
+        elif size.cached and not size.tokens and not size.product:
+            s = (n - size.fixed) // size.cached
+    return t, s
+
+
+Read = str | History | State | View
+
+
+@dataclass(frozen=True)
 class RowsOf:
     """A step takes single rows of a weight: it gets a function ids -> rows, so that only those are dequantised."""
 
     weight: str
+
+
+@dataclass(frozen=True)
+class WeightPart:
+    """A step takes a part of a weight: shape, strides and offset in elements."""
+
+    weight: str
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    offset: int
 
 
 @dataclass(frozen=True)
@@ -41,24 +113,67 @@ class Altered:
     make: Callable[["WeightSource", str], Array]
 
 
+Weight = str | RowsOf | WeightPart | Altered | None
+
+
 @dataclass(frozen=True)
 class Step:
     """One operation: `makes = op(*reads, *weights, **params)`.
 
-    `reads` names values made by earlier steps (or `tokens`, `positions`, `passes`), or their `History`; a weight of None stands
-    for an optional one that this model lacks.
+    `reads` names values made by earlier steps (or `tokens`, `positions`, `passes`), their `History`, a `View` of one of these, or
+    a recurrent `State`; a weight of None stands for an optional one that this model lacks.
+
+    Attributes:
+        axis: the dimension of its value that is the position; None of a value that has none.
+        inner: it is no point: only other steps read it.
     """
 
     makes: str
     op: Callable[..., Array]
-    reads: tuple[str | History, ...]
-    weights: tuple[str | RowsOf | Altered | None, ...] = ()
+    reads: tuple[Read, ...]
+    weights: tuple[Weight, ...] = ()
     params: Mapping[str, Any] = field(default_factory=dict)
+    axis: int | None = 0
+    inner: bool = False
 
     @cached_property
     def names(self) -> tuple[str, ...]:
-        """The names of the values that it reads, histories included."""
-        return tuple([read.of if isinstance(read, History) else read for read in self.reads])
+        """The names of the values that it reads, histories included; not those of states, which are of an earlier pass."""
+        return tuple([name_of(read) for read in self.reads if not isinstance(read, State)])
+
+    @cached_property
+    def histories(self) -> tuple[str, ...]:
+        """The names of the values whose rows of all passes it reads."""
+        sources = [read.of if isinstance(read, View) else read for read in self.reads]
+        return tuple([source.of for source in sources if isinstance(source, History)])
+
+    def rows(self, value: Array) -> Array:
+        """Its value as records want it: the position first, but for attention's [H, T, S]; ids as float32."""
+        if value.dtype.kind in "iu":
+            value = value.astype(np.float32)
+        if not self.axis or value.ndim == 3:
+            return value
+        return module_of(value).ascontiguousarray(np.moveaxis(value, self.axis, 0)).reshape(value.shape[self.axis], -1)
+
+
+def name_of(read: Read) -> str:
+    """The value that a read is of."""
+    of = read.of if isinstance(read, View) else read
+    return of if isinstance(of, str) else of.of
+
+
+def read_as(read: Read, name: str) -> Read:
+    """The same read of a value of another name."""
+    if isinstance(read, str):
+        return name
+    if isinstance(read, View):
+        return replace(read, of=History(name) if isinstance(read.of, History) else name)
+    return replace(read, of=name)
+
+
+def viewed(read: Read, value: Array) -> Array:
+    """What a step reads of a value."""
+    return read.apply(value) if isinstance(read, View) else value
 
 
 class WeightSource(Protocol):
@@ -86,21 +201,40 @@ class Cache(Protocol):
     def read(self, name: str) -> Array:
         """Rows 0…t."""
 
+    def state(self, read: State) -> Array:
+        """What the last pass left; zeros before the first."""
+
+    def leave(self, name: str, value: Array) -> None:
+        """Keep a state for the next pass."""
+
 
 Tap = Callable[[str, Array], None]
 
 
 def compute(step: Step, inputs: Sequence[Array], weights: WeightSource) -> Array:
-    """Run one step on given inputs, in the order of `step.reads`."""
+    """Run one step on given inputs, in the order of `step.reads`: whole values, of which it takes its views."""
     arguments = [_weight(weight, weights) for weight in step.weights]
-    return step.op(*inputs, *arguments, **step.params)
+    seen = [viewed(read, value) for read, value in zip(step.reads, inputs, strict=True)]
+    return step.op(*seen, *arguments, **step.params)
 
 
-def _weight(weight: str | RowsOf | Altered | None, source: WeightSource) -> Any:
+def _given(read: Read, live: Mapping[str, Array], cache: Cache) -> Array:
+    """The whole value that a read is of."""
+    if isinstance(read, State):
+        return cache.state(read)
+    of = read.of if isinstance(read, View) else read
+    return live[of] if isinstance(of, str) else cache.read(of.of)
+
+
+def _weight(weight: Weight, source: WeightSource) -> Any:
     if isinstance(weight, Altered):
         return weight.make(source, weight.weight)
     if isinstance(weight, RowsOf):
         return lambda ids: source.rows(weight.weight, ids)
+    if isinstance(weight, WeightPart):
+        sizes = tuple(map(Size, weight.shape)), tuple(map(Size, weight.strides)), Size(weight.offset)
+        whole = source.get(weight.weight)
+        return View(weight.weight, tuple(map(Size, whole.shape)), *sizes).apply(whole)
     return None if weight is None else source.get(weight)
 
 
@@ -117,18 +251,21 @@ def run(
         The last step's value and the kept ones, by name.
     """
     last_use = {name: index for index, step in enumerate(steps) for name in step.names}
-    remembered = {read.of for step in steps for read in step.reads if isinstance(read, History)}
+    remembered = {name for step in steps for name in step.histories}
+    carried = {read.of for step in steps for read in step.reads if isinstance(read, State)}
     wanted = {*keep, steps[-1].makes} if steps else set(keep)
     live = dict(values)
     for name in remembered & live.keys():
         cache.append(name, live[name])
     for index, step in enumerate(steps):
-        inputs = [cache.read(read.of) if isinstance(read, History) else live[read] for read in step.reads]
-        made = compute(step, inputs, weights)
-        tap(step.makes, made)
+        made = compute(step, [_given(read, live, cache) for read in step.reads], weights)
+        if not step.inner:
+            tap(step.makes, step.rows(made))
         live[step.makes] = made
         if step.makes in remembered:
             cache.append(step.makes, made)
+        if step.makes in carried:
+            cache.leave(step.makes, made)
         for name in (*step.names, step.makes):
             if last_use.get(name, -1) <= index and name not in wanted:
                 live.pop(name, None)

@@ -1,8 +1,9 @@
-"""Keys and values of the positions seen so far."""
+"""Keys and values of the positions seen so far, and recurrent states."""
 
 from typing import Any
 
 from .backend import Array
+from .graph import State
 
 _FIRST = 64  # rows of the first allocation; it doubles from there, so that appending stays linear
 
@@ -17,6 +18,7 @@ class KvCache:
         self._xp = xp
         self._buffers: dict[str, Array] = {}
         self._lengths: dict[str, int] = {}
+        self._states: dict[str, Array] = {}
 
     def append(self, name: str, rows: Array) -> None:
         """Add the rows of this pass: [T, n] (or [T])."""
@@ -34,6 +36,15 @@ class KvCache:
     def read(self, name: str) -> Array:
         """Rows 0…t: [S, n], a view that the next append does not change."""
         return self._buffers[name][: self._lengths[name]]
+
+    def state(self, read: State) -> Array:
+        """What the last pass left of a recurrent state; zeros before the first pass."""
+        held = self._states.get(read.of)
+        return self._xp.zeros(read.shape, dtype=self._xp.float32) if held is None else held
+
+    def leave(self, name: str, value: Array) -> None:
+        """Keep a state for the next pass."""
+        self._states[name] = value
 
     def __len__(self) -> int:
         """How many positions are held."""

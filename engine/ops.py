@@ -9,7 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from checkpoints.rules import visible
+
 from .backend import Array, module_of
+from .ggml_ops.soft_max import alibi_slopes
 
 
 def get_rows(ids: Array, take: Any) -> Array:
@@ -17,20 +20,35 @@ def get_rows(ids: Array, take: Any) -> Array:
     return take(ids)
 
 
-def rms_norm(x: Array, weight: Array, *, eps: float) -> Array:
-    """x / sqrt(mean(x²) + eps) · weight: [T, n], [n] -> [T, n].
+def rms_norm(x: Array, weight: Array, *, eps: float, heads: int = 1) -> Array:
+    """x / sqrt(mean(x²) + eps) · weight: [T, n], [n] -> [T, n]; with `heads` each head by itself, [T, heads · d], [d].
 
     The squares are summed in float64 and the mean rounded to float32, as in ggml_compute_forward_rms_norm_f32.
     """
+    if heads != 1:
+        return rms_norm(x.reshape(x.shape[0] * heads, -1), weight, eps=eps).reshape(x.shape[0], -1)
     wide = x.astype(np.float64)
     mean = (np.einsum("ij,ij->i", wide, wide) / x.shape[1]).astype(x.dtype)
     scale = np.float32(1) / np.sqrt(mean + np.float32(eps))
     return (x * scale[:, None]) * weight
 
 
+def layer_norm(x: Array, weight: Array, bias: Array | None = None, *, eps: float, heads: int = 1) -> Array:
+    """(x − mean) / sqrt(variance + eps) · weight (+ bias): [T, n], [n], [n] -> [T, n]; with `heads` each head by itself.
+
+    Mean and squares are summed in float64 and rounded to float32, as in ggml_compute_forward_norm_f32.
+    """
+    split = x.reshape(x.shape[0] * heads, -1)
+    centred = split - split.mean(axis=1, keepdims=True, dtype=np.float64).astype(x.dtype)
+    wide = centred.astype(np.float64)
+    variance = (np.einsum("ij,ij->i", wide, wide) / split.shape[1]).astype(x.dtype)
+    scaled = centred * (np.float32(1) / np.sqrt(variance + np.float32(eps)))[:, None] * weight
+    return (scaled if bias is None else scaled + bias).reshape(x.shape[0], -1)
+
+
 def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
-    """x · weightᵀ (+ bias): [T, in], [out, in], [out] -> [T, out]. Mirrors ggml_mul_mat (and ggml_add)."""
-    product = np.matmul(x, weight.T)
+    """x · weightᵀ (+ bias): [T, in], [out, in], [out] -> [T, out]; a weight [in] has one output. Mirrors ggml_mul_mat (and ggml_add)."""
+    product = np.matmul(x, weight.reshape(-1, x.shape[1]).T)
     if bias is not None:
         product += bias
     return product
@@ -88,8 +106,8 @@ def rotate(x: Array, cos: Array, sin: Array, *, heads: int, dims: int, pairs: st
 
 
 def cached(history: Array) -> Array:
-    """The cache rows of positions 0…t, as attention reads them: [S, K · d] -> [S, K · d]."""
-    return history
+    """The cache rows of positions 0…t, as attention reads them: [S, K · d] (or [S, K, d]) -> [S, K · d]."""
+    return history if history.ndim == 2 and history.flags.c_contiguous else part(history).reshape(history.shape[0], -1)
 
 
 def attention_scores(q: Array, k: Array, *, heads: int, kv_heads: int) -> Array:
@@ -104,16 +122,42 @@ def attention_scores(q: Array, k: Array, *, heads: int, kv_heads: int) -> Array:
     return np.matmul(queries, keys).reshape(heads, t, s)
 
 
-def causal_soft_max(scores: Array, positions: Array, key_positions: Array, *, scale: float) -> Array:
-    """softmax(scores · scale) over the keys at or before each query: [H, T, S], [T], [S] -> [H, T, S].
+def causal_soft_max(
+    scores: Array,
+    positions: Array,
+    key_positions: Array,
+    sinks: Array | None = None,
+    *,
+    scale: float,
+    window: str = "causal",
+    size: int = 0,
+    max_bias: float = 0.0,
+) -> Array:
+    """softmax(scores · scale) over the keys that each query sees: [H, T, S], [T], [S] -> [H, T, S].
 
+    `window` and `size` say which (`checkpoints.rules.visible`): those at or before the query, or fewer, or all. With `max_bias` a key
+    loses its head's slope times its distance (ALiBi). `sinks` [H] are one more score of each head, whose weight is dropped.
     Scale, mask, subtract the maximum, exponentiate in float32, sum in float64: ggml_compute_forward_soft_max_f32.
     """
-    later = key_positions[None, :] > positions[:, None]
-    shifted = np.where(later, np.float32(-np.inf), scores * np.float32(scale))
-    shifted -= shifted.max(axis=-1, keepdims=True)
+    later = (
+        key_positions[None, :] > positions[:, None]
+        if window == "causal"
+        else ~visible(positions, key_positions, window=window, size=size)
+    )
+    scaled = scores * np.float32(scale)
+    if max_bias > 0:
+        xp = module_of(scores)
+        slopes = xp.asarray(alibi_slopes(scores.shape[0], max_bias), dtype=scores.dtype)[:, None, None]
+        scaled = scaled - slopes * abs(positions[:, None] - key_positions[None, :]).astype(scores.dtype)
+    shifted = np.where(later, np.float32(-np.inf), scaled)
+    largest = shifted.max(axis=-1, keepdims=True)
+    if sinks is not None:
+        largest = np.maximum(largest, sinks[:, None, None])
+    shifted -= largest
     weights = np.exp(shifted)
     total = weights.sum(axis=-1, keepdims=True, dtype=np.float64)
+    if sinks is not None:
+        total = total + np.exp(sinks[:, None, None] - largest)
     weights *= (1.0 / total).astype(weights.dtype)
     return weights
 
@@ -139,3 +183,18 @@ def swiglu(gate: Array, up: Array) -> Array:
     """SiLU(gate) · up: [T, F], [T, F] -> [T, F]. Mirrors ggml_vec_swiglu_f32."""
     with np.errstate(over="ignore"):  # exp(-x) of a very negative x is infinite, and x / infinity the right zero
         return gate / (np.float32(1) + np.exp(-gate)) * up
+
+
+def part(x: Array) -> Array:
+    """A view as a value of its own: what it reads, one row a position. Queries that are a part of a fused QKV, for example."""
+    return module_of(x).ascontiguousarray(x)
+
+
+def left_in_state(before: Array, written: Array, *, start: int, size: int) -> Array:
+    """A recurrent state with a part of it overwritten: [size], [any shape of n elements] -> [size]; the part begins at `start`."""
+    flat = written.reshape(-1)
+    if flat.size == size:
+        return part(flat)
+    after = before.reshape(-1).copy()
+    after[start : start + flat.size] = flat
+    return after

@@ -4,11 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 
+from checkpoints.graph import RecordedGraph
 from checkpoints.points import parse
 
 from . import graph
 from .backend import Array, Backend
-from .graph import History, Step
+from .graph import Step
 from .kv_cache import KvCache
 from .transformer import Progress, Transformer, Weights
 from .weights.gguf_model import GgufModel
@@ -41,8 +42,15 @@ class SplitTransformer(Transformer):
         ModelError: as `Transformer`; InputError: a device that does not even hold the largest weight of its layers.
     """
 
-    def __init__(self, model: GgufModel, backends: Sequence[Backend], *, resident: bool = True) -> None:
-        super().__init__(model, backends[0], resident=False)
+    def __init__(
+        self,
+        model: GgufModel,
+        backends: Sequence[Backend],
+        *,
+        resident: bool = True,
+        recorded: RecordedGraph | None = None,
+    ) -> None:
+        super().__init__(model, backends[0], resident=False, recorded=recorded)
         self.stages = stages(model, self.steps, backends, resident=resident)
         numbers = ", ".join(str(backend.number) for backend in backends)
         self.backend = replace(
@@ -74,7 +82,7 @@ def stages(model: GgufModel, steps: Sequence[Step], backends: Sequence[Backend],
         # What belongs to no layer stands where the layer before it does: the embedding first, norm and logits last.
         layer = known if (known := parse(step.makes).layer) is not None else layer
         runs[layer * len(used) // n_layers].append(step)
-    reads = [{name for step in run for name in map(_value, step.reads)} for run in runs]
+    reads = [{name for step in run for name in step.names} for run in runs]
     makes = [{step.makes for step in run} for run in runs]
     return [
         Stage(
@@ -86,10 +94,6 @@ def stages(model: GgufModel, steps: Sequence[Step], backends: Sequence[Backend],
         )
         for i, (backend, run) in enumerate(zip(used, runs, strict=True))
     ]
-
-
-def _value(read: str | History) -> str:
-    return read.of if isinstance(read, History) else read
 
 
 def _wholes(run: Sequence[Step]) -> set[str]:

@@ -9,6 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from checkpoints.errors import InputError
+from checkpoints.graph import RecordedGraph
+from checkpoints.points import LOGITS
 
 from . import graph
 from .backend import Array, Backend
@@ -16,6 +18,7 @@ from .blocks import Blocks
 from .capture.host import Capture, Pass
 from .graph import Step
 from .kv_cache import KvCache
+from .lift import lift
 from .models import steps_of
 from .weights.gguf_model import GgufModel
 
@@ -84,15 +87,26 @@ class Progress:
 class Transformer:
     """Runs a model token by token or prompt by prompt.
 
+    `recorded` is llama.cpp's graph of the model, where its steps are not written by hand. `steps` are those of a pass over several
+    tokens, `single` those of a pass over one, where llama.cpp computes it in another way.
+
     Raises:
-        ModelError: an architecture that our engine does not have, a missing or misshapen weight.
+        ModelError: a graph is needed and not given, an operation that our engine lacks, a missing or misshapen weight.
     """
 
-    def __init__(self, model: GgufModel, backend: Backend, *, resident: bool = True) -> None:
+    def __init__(
+        self, model: GgufModel, backend: Backend, *, resident: bool = True, recorded: RecordedGraph | None = None
+    ) -> None:
         self.model = model
         self.backend = backend
         self.hp = model.hyperparameters
-        self.steps: Sequence[Step] = steps_of(self.hp.architecture, Blocks(self.hp, model.tensors))
+        self.steps: Sequence[Step]
+        self.single: Sequence[Step] | None = None
+        if recorded is None:
+            self.steps = steps_of(self.hp.architecture, Blocks(self.hp, model.tensors))
+        else:
+            lifted = lift(recorded)
+            self.steps, self.single = lifted.several, lifted.single
         self.weights: graph.WeightSource = Weights(model, backend, resident=resident)
 
     @property
@@ -103,7 +117,7 @@ class Transformer:
     @property
     def points(self) -> list[str]:
         """Every point that can be captured, in dataflow order."""
-        return [step.makes for step in self.steps]
+        return [step.makes for step in self.steps if not step.inner]
 
     def start(self, first_position: int = 0) -> Progress:
         """A new, empty sequence whose first token stands at `first_position`."""
@@ -131,7 +145,8 @@ class Transformer:
 
     def _compute(self, values: dict[str, Array], sequence: Progress, tap: graph.Tap) -> Array:
         """The last step's value."""
-        return graph.run(self.steps, values, self.weights, sequence.cache, tap)[self.steps[-1].makes]
+        steps = self.single if self.single is not None and len(values[graph.TOKENS]) == 1 else self.steps
+        return graph.run(steps, values, self.weights, sequence.cache, tap, keep=(LOGITS,))[LOGITS]
 
     def check(self, tokens: Sequence[int], before: int) -> None:
         """Raises InputError for tokens that this model cannot take after `before` positions."""

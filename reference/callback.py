@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable
 import numpy as np
 from numpy.typing import NDArray
 
+from checkpoints.points import of_scores
+
 from .ggml import COMPUTED, Ggml
 from .jobs import Node
 from .naming import Planned, Signature, Signer
@@ -31,11 +33,13 @@ class Tap:
         self._signer = Signer()
         self._current: list[Planned] = []
         self._failure: BaseException | None = None
+        self._record: Callable[[int], None] | None = None
+        self._skipping = False
 
     @property
     def stop(self) -> bool:
         """Whether the computation need not go on: nothing will be taken from it."""
-        return self._failure is not None or self._listing is not None
+        return self._failure is not None or self._listing is not None or self._record is not None
 
     def list_nodes(self) -> None:
         """During the next pass only note the nodes."""
@@ -51,6 +55,16 @@ class Tap:
         self._marked = any(marked for _, marked in noted)
         return [node for node, marked in noted if marked or not self._marked]
 
+    def record(self, asked: Callable[[int], None]) -> None:
+        """During the next pass hand every node's address to `asked`, and compute nothing."""
+        self._reset()
+        self._record = asked
+
+    def skip(self) -> None:
+        """Leave the next pass after its first node; llama.cpp takes it for computed."""
+        self._reset()
+        self._skipping = True
+
     def take(self, wanted: Iterable[Planned], deliver: Deliver | None) -> None:
         """During the next pass hand the wanted values to `deliver`, each as it is computed."""
         self._reset()
@@ -60,7 +74,7 @@ class Tap:
             self._deliver = deliver
 
     def _reset(self) -> None:
-        self._listing, self._deliver, self._failure = None, None, None
+        self._listing, self._deliver, self._failure, self._record, self._skipping = None, None, None, None, False
         self._wanted = {}
         self._signer = Signer()
 
@@ -72,6 +86,14 @@ class Tap:
 
     def __call__(self, address: int, ask: bool, _data: int | None) -> bool:
         """`ggml_backend_sched_eval_callback`: whether the node is wanted; always True once its value was seen."""
+        if self._skipping:
+            return ask
+        if self._record is not None and ask and self._failure is None:
+            try:
+                self._record(address)
+            except BaseException as error:
+                self._failure = error
+            return False
         if self._failure is not None or (self._deliver is None and self._listing is None):
             return not ask
         try:
@@ -119,7 +141,7 @@ def row_shape(planned: Planned, count: int) -> tuple[str, ...]:
     kind = planned.point.rpartition(".")[2]
     if planned.operand is not None:
         return ("t+1", str((ne[0] if kind == "k_read" else ne[1]) * ne[2]))
-    if kind in ("kq", "kq_soft_max"):
+    if of_scores(planned.point):
         return (str(ne[2]), "t+1")
     elements = ne[0] * ne[1] * ne[2] * ne[3]
     return (str(elements // count),)
@@ -149,7 +171,7 @@ def arrange(planned: Planned, value: NDArray[np.float32], count: int, seen: int)
         return np.ascontiguousarray(rows[:seen]).reshape(min(seen, len(rows)), -1)
     if planned.heads_first:
         whole = value.reshape(-1, *value.shape[2:])
-        if kind in ("kq", "kq_soft_max"):
+        if of_scores(planned.point):
             return np.ascontiguousarray(whole[:, :, :seen])
         return np.ascontiguousarray(whole.transpose(1, 0, 2))
     if count == 1:

@@ -1,5 +1,6 @@
 """The parent's handle on llama.cpp: starts the child, asks, and turns its end into one clear error."""
 
+import sys
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 
 from checkpoints import errors
 from checkpoints.errors import ReferenceFailed
+from checkpoints.graph import RecordedGraph
 
 from .child import Child, finish
 from .jobs import EXACT, Description, DumpJob, DumpResult, Node, Tokens
@@ -62,6 +64,9 @@ class Reference:
                     if answer[0] == "item":
                         yield answer[1]
                         continue
+                    if answer[0] == "note":
+                        print(f"parity: {answer[1]}", file=sys.stderr)
+                        continue
                     finished = True
                     break
             except GeneratorExit:
@@ -79,7 +84,7 @@ class Reference:
     def _drop_answer(self, child: Child) -> None:
         try:
             child.connection.send(("stop", (), {}))
-            while child.connection.recv()[0] == "item":
+            while child.connection.recv()[0] in ("item", "note"):
                 pass
         except (EOFError, OSError):
             finish(self._children)
@@ -183,6 +188,19 @@ class Reference:
     def describe(self, model: Path) -> Description:
         """What llama.cpp knows of a model: metadata, sizes, and the points of its graph in order."""
         return cast(Description, self._ask(f"loading {model}", "describe", Path(model)))
+
+    def graph(self, model: Path, mode: str = EXACT, *, n_ctx: int = 0, threads: int | None = None) -> RecordedGraph:
+        """The graph that llama.cpp builds for a model, in sizes that hold for every length; nothing is computed for it.
+
+        `n_ctx` is the context that a run will have: some architectures choose their RoPE factors by it.
+
+        Raises:
+            ModelError: the file; ReferenceFailed: a graph that changes its structure with the length.
+        """
+        return cast(
+            RecordedGraph,
+            self._ask(f"recording the graph of {model}", "graph", Path(model), mode, n_ctx, threads or self._threads),
+        )
 
     def quantize(self, model: Path, ftype: str, out: Path) -> Path:
         """Write a model with another file type ("Q4_K_M", "F16", …)."""

@@ -112,8 +112,7 @@ def describe(found: Contents, library: Library) -> ModelInfo:
     number = found.integer("general.file_type")
     names = {value: name for name, value in twin.file_types(library).items()}
     kind = names.get(number, "") if number is not None else ""
-    name = found.text("general.name") or found.path.stem
-    return ModelInfo(name, found.architecture, kind, found.layers or None, found.fingerprint)
+    return found.info(kind)
 
 
 def expression(job: DumpJob, n_layers: int) -> str:

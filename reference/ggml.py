@@ -27,6 +27,7 @@ _DTYPES: dict[str, Any] = {
     "bf16": np.uint16,  # the upper half of a float32
     "i32": np.int32,
 }
+_RAW_DTYPES: dict[str, Any] = {"f32": np.float32, "f16": np.float16, "i32": np.int32, "i64": np.int64}
 
 
 class Tensor(ctypes.Structure):
@@ -138,6 +139,25 @@ class Ggml:
     def _source(self, tensor: Tensor) -> Source:
         name = tensor.name.decode(errors="replace")
         return Source(name, self.op_name(tensor.op), self.type_name(tensor.type), tuple(tensor.ne), ctypes.addressof(tensor))
+
+    def bytes_of(self, address: int, count: int) -> bytes:
+        """The memory at an address; `tensor` has checked that a tensor lies there."""
+        return ctypes.string_at(address, count)
+
+    def read_raw(self, address: int) -> NDArray[Any]:
+        """The elements of a contiguous tensor as they are: flat, float32, float16, int32 or int64.
+
+        Raises:
+            ReferenceFailed: another type.
+        """
+        tensor = self.tensor(address)
+        kind = self.type_name(tensor.type)
+        if kind not in _RAW_DTYPES:
+            raise ReferenceFailed(f"input {tensor.name.decode()!r} has type {kind}.", "Take `parity dump ref`.", code="graph")
+        raw = np.empty(int(np.prod(list(tensor.ne))), dtype=_RAW_DTYPES[kind])
+        if raw.size:
+            self._read(ctypes.byref(tensor), raw.ctypes.data, 0, raw.nbytes)
+        return raw
 
     def readable(self, type_name: str) -> bool:
         """Whether values of this type can be converted to float32 here."""

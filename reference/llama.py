@@ -6,7 +6,7 @@ device, one ubatch, logits of every position. Runs in the child process only: gg
 
 import ctypes
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -210,6 +210,30 @@ class Session:
         self._decode(inputs, 0)
         self.tap.check()
         return self.tap.listed()
+
+    def record(self, inputs: Sequence[int], first: int, asked: Callable[[int], None]) -> None:
+        """Hand the address of every node of a pass over these tokens to `asked`; nothing is computed."""
+        self.tap.record(asked)
+        self._decode(inputs, first)
+        self.tap.check()
+
+    def skip(self, inputs: Sequence[int], first: int) -> None:
+        """Put these positions into the cache without computing what stands there: only to see graphs over a filled cache.
+
+        Raises:
+            ReferenceFailed: llama.cpp refused them.
+        """
+        self.tap.skip()
+        status = self._decode(inputs, first)
+        if status != 0:
+            raise ReferenceFailed(f"llama.cpp did not take {len(inputs)} positions (status {status}).", "Run with --verbose.")
+
+    def last_position(self) -> int | None:
+        """The last position that the memory holds; None where it is empty or the model has none."""
+        api = self.model.library.api
+        memory = api.llama_get_memory(self._context)
+        last = int(api.llama_memory_seq_pos_max(memory, 0)) if memory else -1
+        return last if last >= 0 else None
 
     def clear(self) -> None:
         """Forget every position."""

@@ -11,14 +11,17 @@ from numpy.typing import NDArray
 from checkpoints import points
 from checkpoints.errors import InputError, ModelError
 from checkpoints.gguf_file import Contents, contents
+from checkpoints.graph import RecordedGraph
 
 from . import dump, twin
 from .callback import arrange, row_shape
+from .graph import record
 from .jobs import EXACT, Description, DumpJob, DumpResult, Tokens
 from .library import Library
 from .llama import Model, Session
 from .naming import Planned, plan
 from .sweep import dump_windows, window_size
+from .twin import Twins
 from .wanted import wanted_tensors
 from .windows import Window, open_window
 
@@ -30,12 +33,13 @@ class Service:
 
     def __init__(self, verbose_fd: int | None) -> None:
         self._library = Library(verbose_fd)
+        self._twins = Twins(self._library)
         self._models: dict[bool, tuple[tuple[Any, ...], Model]] = {}
 
     def _model(self, path: Path, *, vocab_only: bool = False) -> Model:
         """The model, loaded now or still; one with weights and one without are kept."""
         status = path.stat()
-        identity = (str(path.resolve()), status.st_size, status.st_mtime_ns)
+        identity = (str(path.resolve()), status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
         held = self._models.get(vocab_only)
         if held is not None and held[0] == identity:
             return held[1]
@@ -52,11 +56,11 @@ class Service:
     def _computable(self, found: Contents, mode: str, threads: int | None) -> Model:
         if mode != EXACT:
             return self._model(found.path)
-        made = twin.twin(self._library, found, threads=threads)
+        path = self._twins.of(found, threads=threads)
         try:
-            return self._model(made)
+            return self._model(path)
         except ModelError as error:  # of a file in the cache, which the user never named
-            said = error.message.replace(str(made), str(found.path))
+            said = error.message.replace(str(path), str(found.path))
             raise ModelError(said, error.advice, code=error.code) from error
 
     def tokenize(self, path: Path, text: str, add_special: bool, parse_special: bool, *, item: Item) -> Tokens:
@@ -182,13 +186,26 @@ class Service:
             nodes=tuple(entry.node for entry in known),
         )
 
+    def graph(self, path: Path, mode: str, n_ctx: int, threads: int | None, *, item: Item) -> RecordedGraph:
+        """See `client.Reference.graph`."""
+        found = twin.checked(self._library, path)
+        model = self._computable(found, mode, threads)
+        return record(model, [tensor.name for tensor in found.tensors], fingerprint=found.fingerprint, n_ctx=n_ctx)
+
     def quantize(self, path: Path, ftype: str, out: Path, threads: int | None, *, item: Item) -> Path:
         """See `client.Reference.quantize`."""
         return twin.quantize(self._library, path, ftype, out, threads=threads)
 
     def twin(self, path: Path, out: Path | None, threads: int | None, *, item: Item) -> Path:
         """See `client.Reference.twin`."""
-        return twin.twin(self._library, twin.checked(self._library, path), out, threads=threads)
+        if out is not None:
+            return twin.quantize(self._library, path, "F32", out, threads=threads)
+        return self._twins.of(twin.checked(self._library, path), threads=threads)
+
+    @property
+    def notes(self) -> list[str]:
+        """What the user should know of the answers so far; the list is the caller's to empty."""
+        return self._twins.notes
 
     def wanted_tensors(self, path: Path, *, item: Item) -> list[tuple[str, tuple[int, ...]]]:
         """See `client.Reference.wanted_tensors`."""

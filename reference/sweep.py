@@ -19,7 +19,7 @@ from checkpoints.gguf_file import Contents
 from checkpoints.jsonl import Writer
 from checkpoints.tensors import beside
 
-from . import dump, twin
+from . import dump, twin, twin_cache
 from .callback import Deliver
 from .dump import Emitter, Step
 from .jobs import EXACT, DumpJob, DumpResult
@@ -51,10 +51,10 @@ def window_size(library: Library, found: Contents, job: DumpJob) -> int | None:
     if found.architecture not in UNIFORM or (found.integer("split.count") or 1) > 1 or not exact:
         return None
     need, free = twin.twin_bytes(found), free_memory()
-    folder = twin.workspace()
+    folder = twin_cache.workspace()
     if need * _SHARE < free:
         fits = need * _SHARE < shutil.disk_usage(folder).free
-        if fits or twin.is_f32(found) or twin.place(found).exists():
+        if fits or twin.is_f32(found) or twin_cache.has_twin(found):
             return None
     one, rest = layer_bytes(library, found, exact=exact)
     return min(max(1, (free // _WINDOW_SHARE - rest) // max(one, 1)), found.layers - 1) or None

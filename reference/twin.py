@@ -1,119 +1,25 @@
-"""F32 twins: copies of a model with every weight dequantised by llama.cpp, kept in a bounded cache.
+"""F32 twins: copies of a model with every weight dequantised by llama.cpp, and copies of any other type.
 
-A twin is bit-equal to gguf-py's dequantisation. It is found again by the original's fingerprint.
+A twin is bit-equal to gguf-py's dequantisation. `twin_cache` keeps them.
 """
 
 import ctypes
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import suppress
 from pathlib import Path
 
+from checkpoints.cache import cache_dir
+from checkpoints.content import content_hash, touched
 from checkpoints.errors import InputError, ModelError, ReferenceFailed
 from checkpoints.gguf_file import Contents, contents
+from checkpoints.whole_file import Replacement, is_special, unwritable
 
+from . import twin_cache
 from .library import Library, default_threads
 
-_DEFAULT_GB = 20.0  # of twins in the cache: one of a 4 B model, or all those of a test model; PARITY_CACHE_GB says another
 _F32 = 0  # ggml_type
-_MARK = "-f32.gguf"
-
-
-@dataclass(frozen=True)
-class Cached:
-    """One file of the cache: its bytes, and when it was last used (seconds since 1970)."""
-
-    path: Path
-    size: int
-    used: float
-
-
-def cache_dir() -> Path:
-    """$PARITY_CACHE, else $XDG_CACHE_HOME/parity, else ~/.cache/parity; it need not exist."""
-    if given := os.environ.get("PARITY_CACHE"):
-        return Path(given)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "parity"
-
-
-def cache_limit() -> int:
-    """The cache's bound in bytes: $PARITY_CACHE_GB, else 20 GB.
-
-    Raises:
-        InputError: the variable is no number.
-    """
-    text = os.environ.get("PARITY_CACHE_GB", "")
-    try:
-        return int(float(text or _DEFAULT_GB) * 1e9)
-    except (ValueError, OverflowError):
-        raise InputError(f"PARITY_CACHE_GB is {text!r}.", "Set it to a number of gigabytes.", code="environment") from None
-
-
-def cached() -> list[Cached]:
-    """The twins in the cache, the longest unused first."""
-    found: list[Cached] = []
-    folder = cache_dir()
-    for path in folder.glob(f"*{_MARK}") if folder.is_dir() else ():
-        with suppress(OSError):  # another process may just have removed it
-            status = path.stat()
-            found.append(Cached(path, status.st_size, status.st_mtime))
-    return sorted(found, key=lambda item: item.used)
-
-
-def empty_cache() -> int:
-    """Remove every twin and what an interrupted run left; returns the bytes that were freed."""
-    freed = 0
-    for item in cached():
-        item.path.unlink(missing_ok=True)
-        freed += item.size
-    return freed + _sweep(cache_dir())
-
-
-def _sweep(folder: Path) -> int:
-    """Remove temporary files and folders of processes that are gone."""
-    freed = 0
-    for path in folder.glob("tmp-*") if folder.is_dir() else ():
-        owner = path.name.split("-")[1]
-        if owner.isdigit() and not _alive(int(owner)):
-            freed += sum(file.stat().st_size for file in ([path] if path.is_file() else path.glob("*")))
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
-    return freed
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True
-
-
-def workspace() -> Path:
-    """The cache folder, made if need be and swept.
-
-    Raises:
-        InputError: it cannot be made or written to.
-    """
-    folder = cache_dir()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK):
-            raise PermissionError(13, "no permission")
-    except OSError as error:
-        raise InputError(
-            f"cannot write to the cache {folder}: {error.strerror}.",
-            "Set PARITY_CACHE to a folder that can be written.",
-            code="cache",
-        ) from error
-    _sweep(folder)
-    return folder
+_ATTEMPTS = 3  # to make a twin whose bytes stay what they are
 
 
 def is_f32(found: Contents) -> bool:
@@ -147,67 +53,78 @@ def checked(library: Library, path: Path) -> Contents:
     return found
 
 
-def twin(library: Library, found: Contents, out: Path | None = None, *, threads: int | None = None) -> Path:
-    """The F32 twin of a model that was `checked`: from the cache, or made now; `out` makes one there instead.
+class Twins:
+    """The twin that this process uses: made where there is none, checked before it is used, and not evicted meanwhile.
 
-    Raises:
-        ReferenceFailed: llama.cpp cannot convert it; InputError: cannot be written.
+    Attributes:
+        notes: what the user should know of them, one sentence each.
     """
-    path = found.path
-    if out is not None:
-        return quantize(library, path, "F32", out, threads=threads)
-    if is_f32(found):
-        return path
-    workspace()
-    target = place(found)
-    with suppress(OSError):
-        if target.stat().st_size >= twin_bytes(found):
-            os.utime(target)
-            return target
-    _make_room(twin_bytes(found), target.parent)
-    made = quantize(library, path, "F32", target, threads=threads)
-    _evict(made)
-    return made
 
+    def __init__(self, library: Library) -> None:
+        self._library = library
+        self._lock = -1  # a descriptor, which the end of the process closes
+        self.notes: list[str] = []
 
-def place(found: Contents) -> Path:
-    """Where the twin of a model stands in the cache, once it is made."""
-    return cache_dir() / f"{found.path.stem[:80]}-{found.fingerprint}{_MARK}"
+    def of(self, model: Contents, *, threads: int | None = None) -> Path:
+        """The F32 twin of a model that was `checked`; a model of F32 weights is its own. It is kept until the next is asked for.
 
-
-def _make_room(size: int, folder: Path) -> None:
-    """Twins that would go anyway go first, where the disk needs it."""
-    for item in cached():
-        if shutil.disk_usage(folder).free > size * 1.05:
-            return
-        item.path.unlink(missing_ok=True)
-    if shutil.disk_usage(folder).free < size:
+        Raises:
+            ReferenceFailed: llama.cpp cannot convert it; InputError: the cache cannot hold it; ModelError: the model was changed
+            meanwhile.
+        """
+        if is_f32(model):
+            return model.path
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+        twin_cache.workspace()
+        with twin_cache.making(model):
+            for _ in range(_ATTEMPTS):
+                try:
+                    taken = twin_cache.take(model)
+                except twin_cache.DamagedTwin:
+                    self.notes.append(f"the F32 copy of {model.path.name} in the cache was damaged; it was made again.")
+                    taken = None
+                path, self._lock = taken or self._make(model, threads)
+                if path.exists():
+                    return path
         raise InputError(
-            f"an F32 copy needs {size / 1e9:.1f} GB and {folder} has {shutil.disk_usage(folder).free / 1e9:.1f} GB free.",
-            "Set PARITY_CACHE to another disk, or take --mode native.",
-            code="disk",
+            f"F32 copies vanish from the cache {cache_dir()} while they are used.", "Set PARITY_CACHE.", code="cache"
         )
 
+    def _make(self, model: Contents, threads: int | None) -> tuple[Path, int]:
+        """Make the twin in the cache; returns it and a descriptor that keeps it there."""
+        folder = cache_dir()
+        twin_cache.make_room(twin_bytes(model))
+        before = model.path.stat()
+        try:
+            with Replacement(folder / twin_cache.name_of(model, "new")) as replacement:
+                convert(self._library, model, "F32", replacement.temporary, threads=threads)
+                whole(self._library, model, replacement.temporary)
+                if touched(before, model.path.stat()):
+                    raise ModelError(f"{model.path} was changed while it was read.", "Run again when it is whole.")
+                own = content_hash(replacement.temporary)
+                path = folder / twin_cache.name_of(model, own)
+                descriptor = replacement.commit_locked(path, durable=True)
+        except OSError as error:
+            raise twin_cache.cannot_write(folder, error) from error
+        twin_cache.evict()
+        return path, descriptor
 
-def _evict(keep: Path) -> None:
-    files = cached()
-    total = sum(item.size for item in files)
-    for item in files:
-        if total <= cache_limit():
-            return
-        if item.path != keep:
-            item.path.unlink(missing_ok=True)
-            total -= item.size
 
+def whole(library: Library, model: Contents, copy: Path) -> None:
+    """Check that a copy has all the model's tensors, as F32, up to its end.
 
-@contextmanager
-def temporary(folder: Path, label: str) -> Iterator[Path]:
-    """A path in `folder` for this process's own file, removed afterwards if it is still there."""
-    path = folder / f"tmp-{os.getpid()}-{label}"
+    Raises:
+        OSError: it does not: the disk lost some of it without a word.
+    """
     try:
-        yield path
-    finally:
-        path.unlink(missing_ok=True)
+        found = checked(library, copy)
+    except ModelError as error:
+        raise OSError(5, f"the copy of {model.path.name} was not written whole") from error
+    expected = {(tensor.name, tensor.ne) for tensor in model.tensors}
+    if {(tensor.name, tensor.ne) for tensor in found.tensors} != expected or not is_f32(found):
+        raise OSError(5, f"the copy of {model.path.name} was not written whole")
 
 
 def file_types(library: Library) -> dict[str, int]:
@@ -222,40 +139,68 @@ def file_types(library: Library) -> dict[str, int]:
 
 
 def quantize(library: Library, path: Path, ftype: str, out: Path, *, threads: int | None = None) -> Path:
-    """Write a model with another file type (`llama_model_quantize`), whole or not at all.
+    """Write a model with another file type, whole or not at all.
 
     Raises:
         InputError: no such type, or `out` cannot be written; ReferenceFailed: llama.cpp refused.
     """
-    types = file_types(library)
-    if ftype.upper() not in types:
-        raise InputError(f"no file type is called {ftype!r}.", f"There are {', '.join(sorted(types))}.", code="ftype")
-    checked(library, path)
-    _writable(out)
-    api = library.api
-    params = api.llama_model_quantize_default_params()
-    params.ftype = types[ftype.upper()]
-    params.allow_requantize = True
-    params.nthread = threads or default_threads()
-    with temporary(out.parent, out.name) as part:
-        library.lines.clear()
-        status = api.llama_model_quantize(os.fsencode(path), os.fsencode(part), ctypes.byref(params))
-        if status != 0 or not part.exists():
-            free = shutil.disk_usage(out.parent).free / 1e6  # llama.cpp says "iostream error" where the disk is full
-            raise ReferenceFailed(
-                f"llama.cpp cannot write {path.name} as {ftype.upper()}: {library.reason()}.",
-                f"{out.parent} has {free:,.0f} MB free; --verbose shows llama.cpp's log.",
-            )
-        part.replace(out)
+    model = checked(library, path)
+    file_type(library, ftype)
+    if is_special(out):
+        raise InputError(f"cannot write a model to {out}: it is a pipe or a device.", "Name a file.", code="output")
+    try:
+        with Replacement(out) as replacement:
+            convert(library, model, ftype, replacement.temporary, threads=threads)
+    except OSError as error:
+        raise unwritable(out, error, "Choose another --out.") from error
     return out
 
 
-def _writable(out: Path) -> None:
+def convert(library: Library, model: Contents, ftype: str, out: Path, *, threads: int | None = None) -> None:
+    """Have llama.cpp write a model with another file type into a file of ours (`llama_model_quantize`).
+
+    Raises:
+        InputError: no such type; ReferenceFailed: llama.cpp refused; OSError: the disk did.
+    """
+    api = library.api
+    params = api.llama_model_quantize_default_params()
+    params.ftype = file_type(library, ftype)
+    params.allow_requantize = True
+    params.nthread = threads or default_threads()
+    library.lines.clear()
+    status = api.llama_model_quantize(os.fsencode(model.path), os.fsencode(out), ctypes.byref(params))
+    if status == 0:
+        return
+    reason = library.reason()
+    if "iostream error" in reason:  # what llama.cpp says of any failed write: ask the disk itself
+        raise OSError(*_why(out))
+    raise ReferenceFailed(
+        f"llama.cpp cannot write {model.path.name} as {ftype.upper()}: {reason}.", "--verbose shows llama.cpp's log."
+    )
+
+
+def _why(out: Path) -> tuple[int, str]:
+    """Why nothing more can be written to a file."""
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        if out.is_dir():
-            raise IsADirectoryError(21, "it is a folder")
+        with out.open("ab") as file:
+            file.write(b"\0" * (1 << 20))
+            file.flush()
+            os.fsync(file.fileno())
     except OSError as error:
-        raise InputError(f"cannot write {out}: {error.strerror}.", "Choose another --out.", code="output") from error
-    if not os.access(out.parent, os.W_OK):
-        raise InputError(f"cannot write {out}: no permission.", "Choose another --out.", code="output")
+        return error.errno or 5, error.strerror or str(error)
+    free = 0
+    with suppress(OSError):
+        free = shutil.disk_usage(out.parent).free
+    return 28, f"No space left on device ({free / 1e6:,.0f} MB are free)"
+
+
+def file_type(library: Library, name: str) -> int:
+    """The number of a file type.
+
+    Raises:
+        InputError: there is none of that name.
+    """
+    types = file_types(library)
+    if name.upper() not in types:
+        raise InputError(f"no file type is called {name!r:.40}.", f"There are {', '.join(sorted(types))}.", code="ftype")
+    return types[name.upper()]

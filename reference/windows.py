@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import IO
 
 from checkpoints.errors import InputError
-from checkpoints.gguf_file import ARRAY, SIZES, Contents, TensorInfo, Value, header_bytes, string_value, uint32_value
+from checkpoints.gguf_file import ARRAY, SIZES, Contents, TensorInfo, Value, contents, header_bytes, string_value, uint32_value
 
 from .library import Library
 from .llama import Model
-from .twin import is_f32, quantize, temporary, workspace
+from .twin import convert, is_f32
+from .twin_cache import cannot_write, temporary, workspace
 
 # Architectures whose layers are all of one kind and do not look at their own number (no sliding-window pattern, no
 # layers without RoPE, no leading dense layers): only there is a renumbered layer the same layer.
@@ -93,13 +94,17 @@ def open_window(
             f"The model has layers 0…{found.layers - 1}.",
             code="layers",
         )
-    folder = workspace()
+    workspace()
     label = f"{window.first}-{window.stop}.gguf"
-    with temporary(folder, f"raw-{label}") as raw, temporary(folder, f"f32-{label}") as f32:
+    with temporary(f"raw-{label}") as raw, temporary(f"f32-{label}") as f32:
         _write(library, found, window, raw)
         path = raw
         if exact and not is_f32(found):
-            path = quantize(library, raw, "F32", f32, threads=threads)
+            try:
+                convert(library, contents(raw), "F32", f32, threads=threads)
+            except OSError as error:
+                raise cannot_write(f32.parent, error) from error
+            path = f32
             raw.unlink()
         with Model(library, path) as model:
             yield model
@@ -121,9 +126,7 @@ def _write(library: Library, found: Contents, window: Window, out: Path) -> None
                 _copy(library, found, part, source, target)
                 target.write(b"\0" * (-library.ggml.row_size(info.type, info.elements) % _ALIGNMENT))
     except OSError as error:
-        raise InputError(
-            f"cannot write a window to {out.parent}: {error.strerror}.", "Set PARITY_CACHE to another disk.", code="cache"
-        ) from error
+        raise cannot_write(out.parent, error) from error
 
 
 def _parts(found: Contents, window: Window) -> tuple[list[_Part], int]:

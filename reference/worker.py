@@ -1,7 +1,7 @@
 """The child process in which llama.cpp runs: reads requests from a pipe, answers, dies with its parent.
 
-An answer is any number of ("item", value), then ("done", value), ("error", class, message, advice, code) or
-("bug", traceback). Its stderr is a file of the parent's, where ggml's last words before an abort are found.
+An answer is any number of ("item", value) and ("note", sentence for the user), then ("done", value), ("error", class, message,
+advice, code) or ("bug", traceback). Its stderr is a file of the parent's, where ggml's last words before an abort are found.
 """
 
 import os
@@ -56,7 +56,10 @@ def serve(connection: Connection, verbose_fd: int | None) -> None:
             return
         if name == "stop":  # came when the answer was complete already
             continue
-        connection.send(failure or _answer(getattr(service, name), arguments, keywords, item))
+        answer = failure or _answer(getattr(service, name), arguments, keywords, item)
+        while service is not None and service.notes:
+            connection.send(("note", service.notes.pop(0)))
+        connection.send(answer)
 
 
 def _failed(error: errors.ParityError) -> tuple[Any, ...]:

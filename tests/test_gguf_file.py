@@ -1,5 +1,6 @@
 """Our GGUF reader against gguf-py's, and against files that were damaged on purpose."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from checkpoints.errors import ModelError
 from checkpoints.gguf_file import contents
+from engine.models import written_by_hand
 from engine.weights.gguf_model import GgufModel
 
 
@@ -71,16 +73,37 @@ def test_absurd_counts_take_no_memory_and_no_time(tmp_path: Path) -> None:
     ("key", "value", "said"),
     [
         ("split.count", 4, "split model"),
-        ("tiny.rope.scaling.type", "yarn", "yarn"),
-        ("tiny.attention.head_count_kv", [2, 4], "differs from layer to layer"),
-        ("tiny.attention.head_count", 5, "do not go together"),
-        ("tiny.rope.dimension_count", 7, "rotary"),
+        ("tiny.attention.head_count_kv", [2.0, 0.5], "no whole number"),
         ("tiny.embedding_length", "wide", "no int"),
         ("tiny.block_count", None, "tiny.block_count"),
     ],
 )
 def test_metadata_that_no_engine_can_use(tmp_path: Path, key: str, value: object, said: str) -> None:
-    """Missing, contradicting or unsupported metadata are named by their key or their meaning."""
+    """Missing or contradicting metadata are named by their key or their meaning."""
+    with pytest.raises(ModelError, match=said):
+        GgufModel(tiny(tmp_path / "m.gguf", key, value))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("tiny.rope.scaling.type", "yarn", "yarn"),
+        ("tiny.attention.head_count_kv", [2, 4], "differs from layer to layer"),
+        ("tiny.attention.head_count", 5, "do not go together"),
+        ("tiny.attention.head_count", 0, "0 heads"),
+        ("tiny.rope.dimension_count", 7, "rotary"),
+        ("tiny.expert_count", 8, "mixture of experts"),
+    ],
+)
+def test_metadata_that_no_written_list_has(tmp_path: Path, key: str, value: object, said: str) -> None:
+    """What lists of steps written by hand don't have is said, and no reason to refuse the file: the graph may have it."""
+    hyperparameters = GgufModel(tiny(tmp_path / "m.gguf", key, value)).hyperparameters
+    assert said in hyperparameters.irregular
+    assert not written_by_hand(replace(hyperparameters, architecture="qwen2"))
+
+
+def tiny(path: Path, key: str, value: object) -> Path:
+    """A model of one tensor with this key in its metadata."""
     keys: dict[str, object] = {
         "tiny.block_count": 2,
         "tiny.context_length": 16,
@@ -88,7 +111,7 @@ def test_metadata_that_no_engine_can_use(tmp_path: Path, key: str, value: object
         "tiny.feed_forward_length": 64,
         "tiny.attention.head_count": 4,
     } | {key: value}
-    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "tiny")
+    writer = gguf.GGUFWriter(path, "tiny")
     for name, content in keys.items():
         if isinstance(content, list):
             writer.add_array(name, content)
@@ -101,5 +124,4 @@ def test_metadata_that_no_engine_can_use(tmp_path: Path, key: str, value: object
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(ModelError, match=said):
-        GgufModel(tmp_path / "m.gguf")
+    return path

@@ -17,7 +17,7 @@ from reference.client import Reference
 from reference.jobs import EXACT, NATIVE, DumpJob
 from reference.library import Library
 from reference.sweep import window_size
-from reference.twin import cache_dir, cached, empty_cache
+from reference.twin_cache import cache_dir, cached, empty_cache
 
 TOKENS = (2047, 430, 457, 258, 403)
 
@@ -56,7 +56,7 @@ def test_cache_is_bounded(
     """The cache keeps the twins used last within its bound, and can be emptied."""
     monkeypatch.setenv("PARITY_CACHE", str(tmp_path))
     monkeypatch.setenv("PARITY_CACHE_GB", "0.1")  # one twin of 58 MB, not two
-    (tmp_path / "tmp-999999999-left.gguf").write_bytes(b"x")
+    (tmp_path / "tmp-0123-left.gguf").write_bytes(b"x")
     with Reference() as handle:
         handle.twin(stories)
         second = handle.twin(quantized("Q5_0"))

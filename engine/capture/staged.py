@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from checkpoints.points import parse
+from checkpoints.points import of_scores, parse
 from checkpoints.record import SKETCH_SIZE, STATISTICS, Rows
 
 from .host import Pass
@@ -101,7 +101,7 @@ def layout(name: str, shape: tuple[int, ...], tokens: int) -> tuple[int, int, in
     """
     known = parse(name).known
     row = known.row if known is not None else ()
-    if row == ("H", "t+1"):
+    if of_scores(name):
         if len(shape) != 3 or shape[1] != tokens:
             raise ValueError(f"{name}: {shape} is not [heads, {tokens}, cached positions]")
         return CAUSAL, shape[2], shape[0], 0

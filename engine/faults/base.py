@@ -9,7 +9,7 @@ from typing import Any
 
 from checkpoints.points import parse
 
-from ..graph import PASSES, POSITIONS, TOKENS, Altered, History, RowsOf, Step
+from ..graph import PASSES, POSITIONS, TOKENS, Read, Step, Weight, name_of, read_as
 from ..inapplicable import NotApplicable
 
 COPY = "~"  # ends the names of steps that compute a layer a second time
@@ -173,10 +173,8 @@ def as_recorded(steps: Sequence[Step]) -> list[Step]:
     """
     shown = {step.makes.removeprefix(SEEN) for step in steps if step.makes.startswith(SEEN)}
 
-    def name(read: str | History) -> str | History:
-        if isinstance(read, History):
-            return History(read.of + "!") if read.of in shown else read
-        return read + "!" if read in shown else read
+    def name(read: Read) -> Read:
+        return read_as(read, name_of(read) + "!") if name_of(read) in shown else read
 
     return [
         replace(
@@ -208,14 +206,14 @@ def with_parameters(step: Step, **parameters: Any) -> Step:
     return replace(step, params={**step.params, **parameters})
 
 
-def read_of(step: Step, number: int) -> str | History:
+def read_of(step: Step, number: int) -> Read:
     """What a step reads, by its number. Raises NotApplicable if it reads fewer."""
     if number >= len(step.reads):
         raise NotApplicable(f"{step.makes} reads only {len(step.reads)} values")
     return step.reads[number]
 
 
-def weight_of(step: Step, number: int) -> str | RowsOf | Altered | None:
+def weight_of(step: Step, number: int) -> Weight:
     """A weight of a step, by its number; None where it has fewer: the model lacks an optional one."""
     return step.weights[number] if number < len(step.weights) else None
 

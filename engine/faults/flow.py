@@ -8,7 +8,7 @@ import numpy as np
 
 from .. import ops
 from ..backend import Array
-from ..graph import History, Step
+from ..graph import Step, name_of, read_as
 from .base import AT, COPY, Fault, Parameters, Steps, kind_of, layer_input, layer_of, read_of, subsets
 
 _SUMS = ("ffn_inp", "l_out")
@@ -65,10 +65,7 @@ def _run_twice(step: Step, right: Steps, _parameters: Parameters) -> Sequence[St
     again = []
     for name, other in right.items():
         if name.startswith(prefix):
-            reads = tuple(
-                History(names.get(read.of, read.of)) if isinstance(read, History) else names.get(read, read)
-                for read in other.reads
-            )
+            reads = tuple(read_as(read, names.get(name_of(read), name_of(read))) for read in other.reads)
             again.append(replace(other, makes=name if name == step.makes else name + COPY, reads=reads))
     return [replace(step, makes=first), *again]
 

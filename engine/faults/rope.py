@@ -6,7 +6,7 @@ from typing import Any
 
 from .. import ops
 from ..backend import Array, module_of
-from ..graph import PASSES, POSITIONS, History, Step
+from ..graph import PASSES, POSITIONS, History, Step, name_of
 from ..inapplicable import NotApplicable
 from .base import AT, Fault, Parameters, Steps, parameter_of, read_of, sibling, subsets, weight_of, with_parameters
 
@@ -108,8 +108,7 @@ def _scores_of_unrotated_cache(
 
 
 def _after_cache(step: Step, right: Steps, _parameters: Parameters) -> Step:
-    key = read_of(sibling(step, right, "k_rope"), 0)
-    name = key if isinstance(key, str) else key.of
+    name = name_of(read_of(sibling(step, right, "k_rope"), 0))
     return replace(step, op=_scores_of_unrotated_cache, reads=(*step.reads, History(name), PASSES, History(PASSES)))
 
 

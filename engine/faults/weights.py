@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from ..backend import Array, module_of
-from ..graph import Altered, RowsOf, Step, WeightSource
+from ..graph import Altered, RowsOf, Step, WeightPart, WeightSource
 from ..inapplicable import NotApplicable
 from .base import AT, Fault, Parameters, Steps, Values, kind_of, layer_of, parameter_of, sibling, subsets, weight_of
 
@@ -33,6 +33,8 @@ def altered(step: Step, change: Callable[[Array], Array]) -> Step:
             return lambda ids: matrix[ids]
 
         return replace(step, weights=(Altered(name, rows), *step.weights[1:]))
+    if isinstance(first, WeightPart):
+        raise NotApplicable(f"{step.makes} reads a part of its weight")
     before = first.make if isinstance(first, Altered) else _as_it_is
     name = first.weight if isinstance(first, Altered) else first
 

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from checkpoints.errors import ModelError
 from checkpoints.gguf_file import ARRAY, Contents, contents
+from checkpoints.record import ModelInfo
 
 from .dequantize import FORMATS, dequantize, dequantize_into
 
@@ -40,7 +41,9 @@ class TensorInfo:
 class Hyperparameters:
     """What the metadata say of a model, in the field's words.
 
-    `rope_scale` multiplies the position (1 / factor of linear scaling), `value_size` is the width of one value head.
+    `rope_scale` multiplies the position (1 / factor of linear scaling), `value_size` is the width of one value head; of what differs
+    from layer to layer the largest is said. `irregular` says what no list of steps written by hand has ("" where there is nothing):
+    such a model is computed from llama.cpp's graph.
     """
 
     architecture: str
@@ -59,6 +62,7 @@ class Hyperparameters:
     rope_base: float
     rope_dims: int
     rope_scale: float
+    irregular: str = ""
 
 
 class GgufModel:
@@ -70,6 +74,7 @@ class GgufModel:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._irregular = ""
         self._contents = contents(path)
         self.metadata = {key: value.plain() for key, value in self._contents.metadata.items() if value.type != ARRAY}
         self.tensors = _tensors(self._contents)
@@ -81,6 +86,15 @@ class GgufModel:
     def fingerprint(self) -> str:
         """`checkpoints.fingerprint.fingerprint` of the file."""
         return self._contents.fingerprint
+
+    @property
+    def info(self) -> ModelInfo:
+        """What a dump says of this model.
+
+        Raises:
+            ModelError: the file cannot be read to its end.
+        """
+        return self._contents.info(self.hyperparameters.file_type)
 
     def raw(self, name: str) -> NDArray[np.uint8]:
         """A tensor's bytes, one row of blocks a line: uint8 [rows, bytes a row], a view of the memory map."""
@@ -127,14 +141,18 @@ class GgufModel:
         rope_base = own("rope.freq_base", float, 10000.0)
         if not (isfinite(rope_base) and rope_base > 0):
             raise self._wrong(f"a RoPE base of {rope_base} gives no frequencies")
-        if min(n_embd, n_heads, n_kv_heads) < 1 or n_heads % n_kv_heads:
-            raise self._wrong(f"width {n_embd}, {n_heads} heads and {n_kv_heads} key/value heads do not go together")
-        if f"{architecture}.attention.key_length" not in self.metadata and n_embd % n_heads:
-            raise self._wrong(f"width {n_embd} and {n_heads} heads do not go together")
-        head_size = own("attention.key_length", int, n_embd // n_heads)
+        if n_embd < 1:
+            raise self._wrong(f"a width of {n_embd} holds nothing")
+        if min(n_heads, n_kv_heads) < 1 or n_heads % n_kv_heads:
+            self._beyond(f"width {n_embd}, {n_heads} heads and {n_kv_heads} key/value heads do not go together")
+        elif f"{architecture}.attention.key_length" not in self.metadata and n_embd % n_heads:
+            self._beyond(f"width {n_embd} and {n_heads} heads do not go together")
+        head_size = own("attention.key_length", int, n_embd // max(n_heads, 1))
         rope_dims = own("rope.dimension_count", int, head_size)
         if not 0 < rope_dims <= head_size or rope_dims % 2:
-            raise self._wrong(f"{rope_dims} rotary dimensions do not fit a head of {head_size}")
+            self._beyond(f"{rope_dims} rotary dimensions do not fit a head of {head_size}")
+        if f"{architecture}.expert_count" in self.metadata:
+            self._beyond("it is a mixture of experts")
         embedding = self.tensors.get("token_embd.weight")
         return Hyperparameters(
             architecture=architecture,
@@ -153,7 +171,12 @@ class GgufModel:
             rope_base=rope_base,
             rope_dims=rope_dims,
             rope_scale=self._rope_scale(architecture),
+            irregular=self._irregular,
         )
+
+    def _beyond(self, what: str) -> None:
+        """Note what no list written by hand has; the first is enough."""
+        self._irregular = self._irregular or what
 
     def _wrong(self, what: str) -> ModelError:
         return ModelError(f"{self.path}: {what}.", "The metadata are damaged or made by hand: convert it again.")
@@ -173,9 +196,11 @@ class GgufModel:
         value = self.metadata.get(key, default)
         if listed := self.array(key):
             different = set(listed)
+            if not all(isinstance(number, int) and not isinstance(number, bool) for number in different):
+                raise self._wrong(f"{key} holds what is no whole number")
             if len(different) != 1:
-                raise ModelError(f"{self.path}: {key} differs from layer to layer.", "Our engine does not have such models.")
-            value = different.pop()
+                self._beyond(f"{key} differs from layer to layer")
+            value = max(different)
         if not isinstance(value, int) or isinstance(value, bool):
             raise self._wrong(f"{key} is {value!r:.60}, which is no whole number")
         return value
@@ -184,11 +209,7 @@ class GgufModel:
         kind = self._get(f"{architecture}.rope.scaling.type", str, "none")
         factor = self._get(f"{architecture}.rope.scaling.factor", float, 1.0)
         if kind not in ("none", "linear"):
-            raise ModelError(
-                f"{self.path} scales RoPE by {kind!r}; our engine has none and linear, and factors from a tensor.",
-                "`parity dump ref` and `parity diff` take it.",
-                code="rope-scaling",
-            )
+            self._beyond(f"it scales RoPE by {kind!r}")
         return 1.0 / factor if kind == "linear" and factor > 0 else 1.0
 
     def _file_type(self) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 from checkpoints.answers.diff import Difference, Pattern
 from checkpoints.errors import InputError
 from checkpoints.gguf_file import contents
-from checkpoints.record import Dump
+from checkpoints.record import Dump, ModelInfo
 
 TOKENS = "tokens"
 
@@ -34,7 +34,7 @@ def same_experiment(ours: Dump, ref: Dump) -> None:
     if left is None or right is None:
         return
     a, b = left.model, right.model
-    if a.fingerprint and b.fingerprint and not ({a.fingerprint, a.twin} & {b.fingerprint, b.twin} - {""}):
+    if not a.may_be(b):
         raise InputError(
             f"these are dumps of two models: ours of {_model(a.name, a.file_type, a.fingerprint)}, "
             f"the reference of {_model(b.name, b.file_type, b.fingerprint)}.",
@@ -60,9 +60,10 @@ def same_model(dump: Dump, path: Path) -> None:
         return
     file = contents(path)
     alike = (file.architecture, file.layers) == (known.architecture, known.layers)
-    if alike and file.text("general.name") in ("", known.name):
-        return
-    if file.fingerprint not in (known.fingerprint, known.twin):
+    given = ModelInfo(fingerprint=file.fingerprint, content=file.content)
+    if alike and file.text("general.name") in ("", known.name) and file.fingerprint != known.fingerprint:
+        return  # a copy of another type, such as the twin
+    if not known.may_be(given):
         raise InputError(
             f"{dump.path} is of another model than {path}: of {_model(known.name, known.file_type, known.fingerprint)}.",
             "Give the file that was run with --model.",

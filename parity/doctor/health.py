@@ -72,12 +72,13 @@ def _installed(name: str) -> bool:
 
 
 def _cache(empty: bool) -> dict[str, Any]:
-    from reference import twin
+    from checkpoints.cache import cache_dir, cache_limit
+    from reference import twin_cache
 
-    freed = twin.empty_cache() if empty else 0
-    entries = twin.cached()
-    facts: dict[str, Any] = {"folder": str(twin.cache_dir()), "files": len(entries)}
-    facts["size"] = f"{sum(entry.size for entry in entries) / 2**20:,.0f} MiB of at most {twin.cache_limit() / 2**30:,.0f} GiB"
+    freed = twin_cache.empty_cache() if empty else 0
+    entries = twin_cache.cached()
+    facts: dict[str, Any] = {"folder": str(cache_dir()), "files": len(entries)}
+    facts["size"] = f"{sum(entry.size for entry in entries) / 2**20:,.0f} MiB of at most {cache_limit() / 2**30:,.0f} GiB"
     if empty:
         facts["freed"] = f"{freed / 2**20:,.0f} MiB"
     return facts

@@ -77,6 +77,7 @@ def record(request: Recording, progress: Progress | None = None) -> Golden:
             source=request.side,
             model=seen_from(request.out, run.model),
             fingerprint=info.fingerprint,
+            content=info.content,
             model_name=info.name or run.model.stem,
             mode=run.mode,
             points=run.points,

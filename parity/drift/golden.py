@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from checkpoints.content import content_hash
 from checkpoints.errors import InputError
 from checkpoints.fingerprint import fingerprint
 from checkpoints.points import resolve
@@ -55,6 +56,7 @@ class Golden:
     created: str
     prompts: tuple[GoldenPrompt, ...]
     updates: tuple[dict[str, Any], ...] = ()
+    content: str = ""  # of the model file; recordings of parity 0.1 lack it
 
     def path(self, prompt: GoldenPrompt) -> Path:
         """Where a prompt's dump lies."""
@@ -76,12 +78,12 @@ class Golden:
         """
         path = given or (default_model.path() if self.model == EMBEDDED else self.folder / self.model)
         try:
-            found = fingerprint(path)
+            changed = fingerprint(path) != self.fingerprint or (self.content and content_hash(path) != self.content)
         except OSError as error:
             raise InputError(
-                f"cannot read the model {path}: {error.strerror}.", "Say where it is with --model.", code="model"
+                f"cannot read the model {path}: {error.strerror or error}.", "Say where it is with --model.", code="model"
             ) from error
-        if found != self.fingerprint:
+        if changed:
             raise InputError(
                 f"the model changed, which is no drift: {path} is not the {self.model_name} of these golden dumps.",
                 "Give that file with --model, or record the new one.",

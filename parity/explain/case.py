@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from checkpoints.errors import DumpError
-from checkpoints.record import Dump, Header, ModelInfo
+from checkpoints.record import Dump, Header
 from engine.backend import choose
 from engine.graph import Step
 from engine.replay.replay import Replay
@@ -79,12 +79,10 @@ class Case:
 
     def header(self) -> Header:
         """What a dump of our engine would say of itself."""
-        hp, model = self.transformer.hp, self.transformer.model
-        info = ModelInfo(hp.name or model.path.stem, hp.architecture, hp.file_type, hp.n_layers, model.fingerprint)
         known = self.dump.header
         return Header(
             source="engine",
-            model=info,
+            model=self.transformer.model.info,
             tokens=known.tokens if known is not None else self.tokens,
             prompt=known.prompt if known is not None else None,
             mode="exact",

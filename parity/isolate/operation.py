@@ -15,7 +15,7 @@ from checkpoints.answers.isolate import NOT_OBSERVABLE, PROVEN, WRONG, Operation
 from checkpoints.errors import ModelError
 from checkpoints.points import parse
 from engine import ops
-from engine.graph import POSITIONS, TOKENS, Altered, History, RowsOf, Step, WeightSource, compute
+from engine.graph import POSITIONS, TOKENS, Altered, History, Step, WeightSource, compute, name_of
 
 from .elements import Sample, sample_product
 from .looks import look_of, other_epsilon
@@ -195,10 +195,12 @@ class Isolator:
         for read in step.reads:
             if isinstance(read, History):
                 inputs.append(self._history(read.of, seen))
-            elif parse(read).kind in CACHED:
+            elif isinstance(read, str) and parse(read).kind in CACHED:
                 inputs.append(live[read].data)
-            else:
+            elif isinstance(read, str):
                 inputs.append(rows_at(read, live[read], common))
+            else:
+                raise ValueError("it reads a part of a value")
         return inputs, made.data if whole else rows_at(step.makes, made, common), made.positions if whole else common
 
     def _history(self, name: str, seen: int) -> NDArray[np.float32]:
@@ -235,7 +237,7 @@ class Isolator:
 
     def _weight(self, step: Step) -> str:
         first = step.weights[0] if step.weights else None
-        name = first.weight if isinstance(first, Altered | RowsOf) else first
+        name = first if first is None or isinstance(first, str) else first.weight
         if name is None:
             return ""
         from gguf import GGMLQuantizationType
@@ -248,5 +250,5 @@ class Isolator:
 
 def _names(step: Step) -> list[str]:
     """What it reads but tokens and positions, and what it makes, each once."""
-    read = [read if isinstance(read, str) else read.of for read in step.reads]
+    read = [name_of(read) for read in step.reads]
     return [name for name in dict.fromkeys(read) if name not in (TOKENS, POSITIONS)] + [step.makes]

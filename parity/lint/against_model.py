@@ -1,6 +1,7 @@
 """What only the model file can tell: other tokens' embeddings, late captures, a header that contradicts it."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -126,8 +127,8 @@ def hyperparameters(subject: Subject) -> Iterator[Hit]:
             value = said.get(name)
             if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value - wanted) > 1e-5 * abs(wanted):
                 yield Hit(None, None, f"hparams say {clean(name)} {value:g}, the model file {wanted:g}")
-    if header.model.fingerprint and header.model.fingerprint != model.model.fingerprint:
-        yield Hit(None, None, f"the dump is of another file than {model.model.path.name} (fingerprints differ)")
+    if header.model.fingerprint and not replace(header.model, twin="").may_be(model.model.info):
+        yield Hit(None, None, f"the dump is of another file than {clean(model.model.path.name)} (fingerprints differ)")
     outside = [token for token in header.tokens if not 0 <= token < model.hp.n_vocab]
     if outside:
         yield Hit(None, None, f"token {outside[0]} is outside of the vocabulary of {model.hp.n_vocab}", ERROR)

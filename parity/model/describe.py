@@ -24,6 +24,7 @@ def describe(path: Path) -> dict[str, Any]:
         "architecture": hp.architecture,
         "file_type": hp.file_type,
         "fingerprint": model.fingerprint,
+        "content": model.info.content,
         "layers": hp.n_layers,
         "width": hp.n_embd,
         "heads": hp.n_heads,

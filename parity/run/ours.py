@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from checkpoints.jsonl import Writer
 from checkpoints.points import default_layers, layer_outputs, select
-from checkpoints.record import DEFAULT_SLICE, Header, ModelInfo, Token
+from checkpoints.record import DEFAULT_SLICE, Header, Token
 from checkpoints.recording import Recording, passes
 from checkpoints.tensors import TensorWriter, beside
 from engine.capture.device import tap
@@ -69,10 +69,9 @@ def chosen_points(transformer: Transformer, points: str, layers: tuple[int, ...]
 def header(transformer: Transformer, job: OursJob) -> Header:
     """Everything that could explain a difference later."""
     hp = transformer.hp
-    model = transformer.model
     return Header(
         source="engine",
-        model=ModelInfo(hp.name or model.path.stem, hp.architecture, hp.file_type, hp.n_layers, model.fingerprint),
+        model=transformer.model.info,
         tokens=job.tokens,
         pieces=job.pieces,
         prompt=job.prompt,

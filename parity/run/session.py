@@ -193,7 +193,7 @@ def taken_instead(request: Request, ref: Dump) -> tuple[str, ...]:
 def dump_ours(request: Request, out: Path, progress: Progress | None = None) -> None:
     """`parity dump ours`: our side alone."""
     with Reference(verbose=request.verbose) as reference:
-        side = OurEngine(request)
+        side = OurEngine(request, reference)
         prompt = resolve_prompt(reference, request.model, request.prompt, request.tokens)
     side.check(prompt)
     side.dump(prompt, out, progress)

@@ -1,7 +1,7 @@
 """Who computes a prompt: our engine, a foreign engine that a command line starts, or llama.cpp. One protocol serves them all."""
 
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Protocol
 
@@ -45,12 +45,20 @@ class Side(Protocol):
 class OurEngine:
     """The engine that comes with parity. `resident`: keep the weights, because there is more than one forward pass.
 
-    `engine` is one that is open already, else it is opened here.
+    `engine` is one that is open already, else it is opened here; `reference` records the graph of a model whose steps are not
+    written by hand.
     """
 
     name = "our engine"
 
-    def __init__(self, request: Request, *, resident: bool | None = None, engine: Transformer | None = None) -> None:
+    def __init__(
+        self,
+        request: Request,
+        reference: Reference | None = None,
+        *,
+        resident: bool | None = None,
+        engine: Transformer | None = None,
+    ) -> None:
         self._request = request
         self._engine = engine or open_engine(
             GgufModel(request.model),
@@ -58,6 +66,7 @@ class OurEngine:
             request.devices,
             resident=request.generate > 0 if resident is None else resident,
             native=request.mode == "native" and not request.full,  # whole tensors are the exact engine's
+            recorded=None if reference is None else partial(reference.graph, request.model),
         )
 
     @property
@@ -179,4 +188,4 @@ def side_of(source: str, request: Request, reference: Reference, *, resident: bo
         if request.command is None:
             raise InputError("a foreign engine's numbers need its command.", "Give it with --exec.", code="exec")
         return ExternalEngine(request, request.command, reference)
-    return LlamaCpp(request, reference) if source == REF else OurEngine(request, resident=resident)
+    return LlamaCpp(request, reference) if source == REF else OurEngine(request, reference, resident=resident)

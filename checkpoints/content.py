@@ -1,0 +1,125 @@
+"""A file's identity by all of its bytes.
+
+SHA-256 in a tree of chunks: with the processor's SHA instructions a core hashes 1.4 GB/s, and chunks are hashed by all cores at
+once. What a large file's hash was is remembered in the cache, together with everything that tells whether the file was touched
+since; small files are hashed every time.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+from .cache import cache_dir
+from .whole_file import lock
+
+_CHUNK = 1 << 20  # bytes of a leaf of the tree: stays in a core's cache between being read and being hashed
+_REMEMBERED = 1 << 26  # bytes of a file from which on its hash is remembered: below, hashing takes 0.05 s
+_FOLDER = "hashes"
+_MOST = 500  # hashes that are remembered
+# A file may be written again within the same tick of its file system's clock: what was touched less than this before it was
+# hashed is hashed again. FAT's clock ticks every 2 s.
+_TICK_NS = 3_000_000_000
+_VERSION = 1
+
+
+def content_hash(path: str | os.PathLike[str]) -> str:
+    """32 hex digits that change with any byte of the file.
+
+    The leaves of the tree are SHA-256 of chunks of 1 MiB, the root is SHA-256 of the size and the leaves. From 64 MiB on the
+    result is taken from the cache where size, inode and the times of the last change (mtime, and ctime, which no program can
+    set) are those of when it was computed, and older than that.
+
+    Raises:
+        OSError: the file cannot be read, or was changed meanwhile.
+    """
+    with Path(path).open("rb", buffering=0) as file:
+        status = os.fstat(file.fileno())
+        if status.st_size < _REMEMBERED:
+            return _hash(file.fileno(), status.st_size)
+        with _record(status) as record:
+            if record >= 0 and (known := _remembered(record, status)):
+                return known
+            began = time.time_ns()
+            found = _hash(file.fileno(), status.st_size)
+            if touched(status, os.fstat(file.fileno())):
+                raise OSError(5, f"{path} was changed while it was read")
+            if record >= 0:
+                _remember(record, status, began, found)
+            return found
+
+
+def touched(before: os.stat_result, after: os.stat_result) -> bool:
+    """Whether a file was replaced or written to between two looks at it."""
+    return _signature(before) != _signature(after)
+
+
+def _signature(status: os.stat_result) -> dict[str, int]:
+    return {name: getattr(status, f"st_{name}") for name in ("dev", "ino", "size", "mtime_ns", "ctime_ns")}
+
+
+def _hash(descriptor: int, size: int) -> str:
+    offsets = range(0, size, _CHUNK)
+    buffers = threading.local()
+
+    def leaf(offset: int) -> bytes:
+        if not hasattr(buffers, "chunk"):
+            buffers.chunk = memoryview(bytearray(_CHUNK))
+        count = os.preadv(descriptor, [buffers.chunk], offset)
+        return hashlib.sha256(buffers.chunk[:count]).digest()
+
+    root = hashlib.sha256(str(size).encode())
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if cores > 1 and len(offsets) > 1:
+        with ThreadPoolExecutor(min(cores, 16)) as pool:
+            for digest in pool.map(leaf, offsets):
+                root.update(digest)
+    else:
+        for offset in offsets:
+            root.update(leaf(offset))
+    return root.hexdigest()[:32]
+
+
+@contextmanager
+def _record(status: os.stat_result) -> Iterator[int]:
+    """A descriptor of what is remembered of a file, locked, so that two processes don't hash it at once; -1 where there is none."""
+    folder = cache_dir() / _FOLDER
+    descriptor = -1
+    try:
+        with contextlib.suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            name = f"{status.st_dev:x}-{status.st_ino:x}.json"
+            flags = os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0)
+            descriptor = os.open(folder / name, flags, 0o666)
+            lock(descriptor, wait=True)
+        yield descriptor
+    finally:
+        if descriptor >= 0:
+            os.close(descriptor)
+
+
+def _remembered(record: int, status: os.stat_result) -> str:
+    """The hash of a file that was not touched since; empty where it is not known, or not sure."""
+    try:
+        found = json.loads(os.pread(record, 4096, 0))
+        same = found["version"] == _VERSION and found["file"] == _signature(status)
+        settled = max(status.st_mtime_ns, status.st_ctime_ns) + _TICK_NS < found["began_ns"]
+        return str(found["hash"]) if same and settled else ""
+    except (OSError, ValueError, TypeError, KeyError):
+        return ""
+
+
+def _remember(record: int, status: os.stat_result, began_ns: int, found: str) -> None:
+    line = {"version": _VERSION, "file": _signature(status), "began_ns": began_ns, "hash": found}
+    with contextlib.suppress(OSError):
+        os.ftruncate(record, 0)
+        os.pwrite(record, json.dumps(line).encode(), 0)
+        known = sorted((cache_dir() / _FOLDER).iterdir(), key=lambda path: path.stat().st_mtime)
+        for path in known[:-_MOST]:
+            path.unlink()

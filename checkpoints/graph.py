@@ -1,0 +1,241 @@
+"""The graph that llama.cpp computes for a model, as data: what every node is made from, by which operation, in which shape.
+
+A recording holds for every length: sizes, strides and offsets are expressions of T, the tokens of a pass, and S, the
+positions that the cache holds after it. It can be stored beside a dump and is read without llama.cpp.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, NamedTuple, Self
+
+from .errors import DumpError
+
+FORMAT = 1
+WEIGHT, INPUT, CACHE, STATE, NODE = "weight", "input", "cache", "state", "node"
+VIEWS = frozenset({"VIEW", "RESHAPE", "PERMUTE", "TRANSPOSE"})
+
+
+class Size(NamedTuple):
+    """fixed + tokens · T + cached · S + product · T · S."""
+
+    fixed: int
+    tokens: int = 0
+    cached: int = 0
+    product: int = 0
+
+    def at(self, t: int, s: int) -> int:
+        """Its value in a pass of t tokens that leaves s positions in the cache."""
+        return self.fixed + self.tokens * t + self.cached * s + self.product * t * s
+
+    @property
+    def constant(self) -> bool:
+        """Whether it is the same in every pass."""
+        return not (self.tokens or self.cached or self.product)
+
+    def divided(self, by: int) -> "Size":
+        """The same in units of `by`.
+
+        Raises:
+            ValueError: it is no multiple.
+        """
+        if any(number % by for number in self):
+            raise ValueError(f"{self} is no multiple of {by}")
+        return Size(*(number // by for number in self))
+
+
+Sizes = tuple[Size, Size, Size, Size]
+NOTHING = Size(0)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How an input follows from tokens and positions; `kind` is one of `checkpoints.rules.RULES`, proven on the recorded data."""
+
+    kind: str
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A node of the graph or one of its leaves.
+
+    Attributes:
+        kind: "node", or what a leaf is: "weight" (its name is the GGUF's), "input", "cache" (keys or values), "state" (recurrent).
+        op: ggml's name of the operation ("MUL_MAT"), "NONE" of a leaf.
+        params: the 16 int32 of `op_params` (a float is the same 32 bits); of a view zeros: its place is in `root` and `offset`.
+        type: ggml's name of the type ("f32").
+        ne: elements in each of four dimensions, the fastest first.
+        nb: bytes from one element to the next, likewise.
+        sources: the operands, as indices into the graph's tensors; None where ggml leaves an operand out.
+        root: the tensor whose memory this one shows, None if it has its own; `offset` bytes into it.
+        point: the name of the value in the vocabulary of points, "" where it has none.
+        operand_points: names of operands (by number) that are points of their own, as k_read and v_read are.
+        rule: of an input, what it is made of.
+    """
+
+    name: str
+    kind: str
+    op: str
+    params: tuple[int, ...]
+    type: str
+    ne: Sizes
+    nb: Sizes
+    sources: tuple[int | None, ...] = ()
+    root: int | None = None
+    offset: Size = NOTHING
+    point: str = ""
+    operand_points: Mapping[int, str] = field(default_factory=dict)
+    rule: Rule | None = None
+
+    @property
+    def position_axis(self) -> int | None:
+        """The dimension of `ne` that counts the tokens of the pass, None if there is not exactly one."""
+        found = [axis for axis, size in enumerate(self.ne) if size.tokens or size.product]
+        return found[0] if len(found) == 1 and self.ne[found[0]] == Size(0, 1) else None
+
+
+@dataclass(frozen=True)
+class Graph:
+    """One kind of pass: leaves and nodes, the nodes in the order of computation."""
+
+    tensors: tuple[Tensor, ...]
+
+    @cached_property
+    def consumers(self) -> Mapping[int, tuple[int, ...]]:
+        """Which tensors read each tensor, by index."""
+        found: dict[int, list[int]] = {}
+        for index, tensor in enumerate(self.tensors):
+            for source in tensor.sources:
+                if source is not None:
+                    found.setdefault(source, []).append(index)
+        return {source: tuple(dict.fromkeys(readers)) for source, readers in found.items()}
+
+    def root_of(self, index: int) -> int:
+        """The tensor that owns the memory which this one shows."""
+        root = self.tensors[index].root
+        return index if root is None else root
+
+
+@dataclass(frozen=True)
+class RecordedGraph:
+    """The graphs of a model: of a pass over several tokens, and of a step over one where that is built in another way.
+
+    `fingerprint` is the model file's; `causal` is False for encoders, where every position sees every other.
+    """
+
+    architecture: str
+    n_layers: int
+    fingerprint: str
+    several: Graph
+    single: Graph | None = None
+
+    def of(self, tokens: int) -> Graph:
+        """The graph of a pass over so many tokens."""
+        return self.single if tokens == 1 and self.single is not None else self.several
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for a JSON file."""
+        return {
+            "format": FORMAT,
+            "architecture": self.architecture,
+            "n_layers": self.n_layers,
+            "fingerprint": self.fingerprint,
+            "several": [_plain(tensor) for tensor in self.several.tensors],
+            "single": None if self.single is None else [_plain(tensor) for tensor in self.single.tensors],
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        """The recording of such data.
+
+        Raises:
+            DumpError: the data are damaged, or of another format.
+        """
+        try:
+            if data["format"] != FORMAT:
+                raise DumpError(
+                    f"the recorded graph has format {data['format']!r}, this version reads {FORMAT}.", "Record it again."
+                )
+            single = None if data["single"] is None else _graph(data["single"])
+            return cls(
+                str(data["architecture"]), int(data["n_layers"]), str(data["fingerprint"]), _graph(data["several"]), single
+            )
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise DumpError(f"the recorded graph is damaged ({error}).", "Record it again.", code="graph") from error
+
+
+def _plain(tensor: Tensor) -> dict[str, Any]:
+    """A tensor without what is at its usual value: a graph has thousands."""
+    plain: dict[str, Any] = {
+        "name": tensor.name,
+        "op": tensor.op,
+        "type": tensor.type,
+        "ne": _sizes(tensor.ne),
+        "nb": _sizes(tensor.nb),
+    }
+    if tensor.kind != NODE:
+        plain["kind"] = tensor.kind
+    if any(tensor.params):
+        plain["params"] = list(tensor.params)
+    if tensor.sources:
+        plain["sources"] = list(tensor.sources)
+    if tensor.root is not None:
+        plain |= {"root": tensor.root, "offset": _size(tensor.offset)}
+    if tensor.point:
+        plain["point"] = tensor.point
+    if tensor.operand_points:
+        plain["operand_points"] = {str(number): name for number, name in tensor.operand_points.items()}
+    if tensor.rule is not None:
+        plain["rule"] = {"kind": tensor.rule.kind, **tensor.rule.parameters}
+    return plain
+
+
+def _size(size: Size) -> int | list[int]:
+    return size.fixed if size.constant else list(size)
+
+
+def _sizes(sizes: Sequence[Size]) -> list[int | list[int]]:
+    return [_size(size) for size in sizes]
+
+
+def _graph(plain: Sequence[Mapping[str, Any]]) -> Graph:
+    tensors = tuple(_tensor(entry, len(plain)) for entry in plain)
+    return Graph(tensors)
+
+
+def _tensor(plain: Mapping[str, Any], count: int) -> Tensor:
+    sources = tuple(None if source is None else int(source) for source in plain.get("sources", ()))
+    root = plain.get("root")
+    if any(index is not None and not 0 <= index < count for index in (*sources, root)):
+        raise ValueError(f"{plain['name']!r} reads a tensor that is not there")
+    rule = plain.get("rule")
+    return Tensor(
+        name=str(plain["name"]),
+        kind=str(plain.get("kind", NODE)),
+        op=str(plain["op"]),
+        params=tuple(int(number) for number in plain.get("params", (0,) * 16)),
+        type=str(plain["type"]),
+        ne=_read_sizes(plain["ne"]),
+        nb=_read_sizes(plain["nb"]),
+        sources=sources,
+        root=root,
+        offset=_read_size(plain.get("offset", 0)),
+        point=str(plain.get("point", "")),
+        operand_points={int(number): str(name) for number, name in plain.get("operand_points", {}).items()},
+        rule=None if rule is None else Rule(rule["kind"], {key: value for key, value in rule.items() if key != "kind"}),
+    )
+
+
+def _read_size(plain: int | Sequence[int]) -> Size:
+    return Size(plain) if isinstance(plain, int) else Size(*(int(number) for number in plain))
+
+
+def _read_sizes(plain: Sequence[int | Sequence[int]]) -> Sizes:
+    first, second, third, fourth = (_read_size(entry) for entry in plain)
+    return first, second, third, fourth
+
+
+def renamed(graph: Graph, points: Mapping[int, str]) -> Graph:
+    """The same graph with other points, by index."""
+    return Graph(tuple(replace(tensor, point=points.get(i, tensor.point)) for i, tensor in enumerate(graph.tensors)))

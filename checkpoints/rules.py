@@ -1,0 +1,183 @@
+"""What llama.cpp gives a graph as input, as rules of tokens and positions: masks, positions, cache indices, output ids.
+
+A rule is a function of one pass; it is believed only if it gives back the recorded data of every pass (`explain`).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .graph import Rule
+
+Values = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One forward pass: ids and positions of its T tokens, and the positions of the S keys that the cache holds after it."""
+
+    tokens: NDArray[np.int64]
+    positions: NDArray[np.int64]
+    keys: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """The data of one input in one pass, flat, and its `ne`."""
+
+    now: Pass
+    ne: tuple[int, ...]
+    data: Values
+
+
+def visible(positions: Values, keys: Values, *, window: str, size: int) -> Values:
+    """Which keys each query sees: [T], [S] -> bool [T, S].
+
+    Windows are llama.cpp's (`llama_hparams::is_masked_swa`): "causal" sees all earlier positions, "standard" the last `size`, itself
+    included; "chunked" those of its own chunk of `size`; "symmetric" `size / 2` on both sides; "all" everything.
+    """
+    query, key = positions[:, None], keys[None, :]
+    if window == "all":
+        everything: Values = abs(query - key) >= 0
+        return everything
+    if window == "symmetric":
+        near: Values = abs(query - key) <= size // 2
+        return near
+    earlier: Values = key <= query
+    if window == "standard":
+        return earlier & (query - key < size)
+    if window == "chunked":
+        return earlier & (key >= query // size * size)
+    return earlier
+
+
+def _tokens(now: Pass) -> Values:
+    return now.tokens
+
+
+def _positions(now: Pass, *, sections: int = 1, zeros: int = 0) -> Values:
+    """The positions; with M-RoPE once for each section, the last `zeros` of which are zero for text."""
+    return np.concatenate([now.positions] * (sections - zeros) + [np.zeros_like(now.positions)] * zeros)
+
+
+def _rows(now: Pass) -> Values:
+    """0 … T − 1: all rows of the pass."""
+    return np.arange(len(now.tokens))
+
+
+def _cells(now: Pass) -> Values:
+    """The cells of the cache that this pass fills: the last T."""
+    return np.arange(len(now.keys) - len(now.tokens), len(now.keys))
+
+
+def _cells_transposed(now: Pass, *, cells: int, width: int) -> Values:
+    """The same where each channel has a row of the cache: channel · cells + cell."""
+    return (_cells(now)[:, None] + np.arange(width)[None, :] * cells).reshape(-1)
+
+
+def _zero(now: Pass) -> Values:
+    return np.zeros(1)
+
+
+def _mask(now: Pass, *, window: str, size: int = 0, alibi: bool = False) -> Values:
+    """0 (with ALiBi minus the distance) where a key is seen, −∞ elsewhere: [T, S]."""
+    seen = visible(now.positions, now.keys, window=window, size=size)
+    distance = -abs(now.positions[:, None] - now.keys[None, :]).astype(np.float32)
+    return np.where(seen, distance if alibi else np.float32(0), np.float32(-np.inf))
+
+
+def temperature(positions: Values, *, floor: int, scale: float, offset: float) -> Values:
+    """log(⌊(position + offset) / floor⌋ + 1) · scale + 1: [T]. Mirrors llm_graph_input_attn_temp::set_input."""
+    steps = np.floor((positions.astype(np.float32) + np.float32(offset)) / np.float32(floor))
+    factors: Values = (np.log(steps + np.float32(1)) * np.float32(scale) + np.float32(1)).astype(np.float32)
+    return factors
+
+
+def _temperature(now: Pass, *, floor: int, scale: float, offset: float) -> Values:
+    return temperature(now.positions, floor=floor, scale=scale, offset=offset)
+
+
+RULES: dict[str, Callable[..., Values]] = {
+    "tokens": _tokens,
+    "positions": _positions,
+    "rows": _rows,
+    "cells": _cells,
+    "cells_transposed": _cells_transposed,
+    "zero": _zero,
+    "mask": _mask,
+    "temperature": _temperature,
+}
+
+
+def explain(recorded: Sequence[Recorded], facts: Mapping[str, Any], first: Sequence[Rule] = ()) -> Rule | None:
+    """The first rule that gives the recorded data of every pass, None if none does; those of `first` are tried first.
+
+    `facts` are the model's metadata without the architecture's prefix, where temperatures have their parameters.
+    """
+    return next(
+        (rule for rule in (*first, *_candidates(recorded, facts)) if all(_gives(rule, entry) for entry in recorded)), None
+    )
+
+
+def _gives(rule: Rule, entry: Recorded) -> bool:
+    made = RULES[rule.kind](entry.now, **rule.parameters)
+    if rule.kind == "mask":
+        # The cache's padding is masked; so are rows that pad the pass.
+        columns, rows = entry.ne[:2]
+        padded = np.full((rows, columns), -np.inf, np.float32)
+        if made.shape[0] > rows or made.shape[1] > columns:
+            return False
+        padded[: made.shape[0], : made.shape[1]] = made
+        made = padded
+    flat = made.reshape(-1)
+    if flat.shape != entry.data.shape:
+        return False
+    if entry.data.dtype.kind == "f" and rule.kind == "temperature":
+        return bool(np.allclose(flat, entry.data, rtol=1e-6, atol=0))  # logf of libm and of NumPy
+    return bool(np.array_equal(flat, entry.data))
+
+
+def _candidates(recorded: Sequence[Recorded], facts: Mapping[str, Any]) -> list[Rule]:
+    first = recorded[0]
+    count = len(first.now.tokens)
+    if first.data.dtype.kind == "f":
+        masks = [Rule("mask", {"window": kind, "size": size}) for kind, size in _windows(recorded)]
+        masks += [Rule("mask", {**rule.parameters, "alibi": True}) for rule in masks]
+        floor = facts.get("attention.temperature_length") or facts.get("rope.scaling.original_context_length") or 8192
+        scale = facts.get("attention.temperature_scale") or 0.1
+        return [
+            *masks,
+            *(
+                Rule("temperature", {"floor": int(n), "scale": float(scale), "offset": o})
+                for n in (floor, 8192)
+                for o in (0.0, 1.0)
+            ),
+        ]
+    rules = [Rule("tokens"), Rule("rows"), Rule("cells"), Rule("positions"), Rule("zero")]
+    if first.ne[0] == 4 * count:
+        rules += [Rule("positions", {"sections": 4, "zeros": zeros}) for zeros in (1, 0)]
+    if first.ne[0] % count == 0 and first.data.size > count:
+        width = first.ne[0] // count
+        rules.append(Rule("cells_transposed", {"cells": int(first.data[1] - first.data[0]), "width": width}))
+    return rules
+
+
+def _windows(recorded: Sequence[Recorded]) -> list[tuple[str, int]]:
+    """Kinds and sizes of windows that the recorded masks may show: read off the farthest key that a query sees."""
+    found: list[tuple[str, int]] = [("causal", 0), ("all", 0)]
+    back, chunks = 0, set[int]()
+    for entry in recorded:
+        if entry.data.size < len(entry.now.positions) * entry.ne[0]:
+            continue
+        rows = np.isfinite(entry.data.reshape(-1, entry.ne[0]))[: len(entry.now.positions), : len(entry.now.keys)]
+        if not rows.any(axis=1).all():
+            continue
+        farthest = entry.now.keys[rows.argmax(axis=1)]
+        back = max(back, int((entry.now.positions - farthest).max()))
+        chunks.update(int(key) for key in farthest if key > entry.now.keys[0])
+    found += [("standard", back + 1), ("symmetric", 2 * back)]
+    sizes = sorted({start // part for start in chunks for part in range(1, 65) if start % part == 0}, reverse=True)
+    return found + [("chunked", size) for size in sizes if size > 1]

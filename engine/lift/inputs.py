@@ -1,0 +1,79 @@
+"""What llama.cpp gives a graph as input, as values of the engine: each by its rule, none by its data."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from checkpoints import rules
+from checkpoints.graph import Size, Tensor
+
+from ..backend import Array, module_of
+from ..graph import POSITIONS, TOKENS, History, Read, Step
+from .operands import Unliftable
+
+if TYPE_CHECKING:
+    from .lift import Lifter
+
+T, S = Size(0, 1), Size(0, 0, 1)
+
+
+def read(lifter: "Lifter", index: int, tensor: Tensor) -> tuple[str, tuple[Size, ...]]:
+    """The value that stands for an input, and its shape; a step that makes it of tokens or positions is added where it is needed.
+
+    Raises:
+        Unliftable: it follows no rule that the engine knows.
+    """
+    rule = tensor.rule
+    if rule is None:
+        raise Unliftable(f"its input {tensor.name} follows no known rule")
+    if rule.kind == "tokens":
+        return TOKENS, (lifter.t,)
+    if rule.kind == "positions" and not rule.parameters:
+        return POSITIONS, (lifter.t,)
+    if rule.kind not in _STEPS:
+        raise Unliftable(f"its input {tensor.name} (rule {rule.kind}) cannot be read here")
+    operation, reads, shape = _STEPS[rule.kind](lifter, rule.parameters)
+    name = "input." + ".".join(
+        [rule.kind, *(f"{value:g}" if isinstance(value, float) else str(value) for value in rule.parameters.values())]
+    )
+    return lifter.helper(Step(name, operation, reads, (), dict(rule.parameters), inner=True)), shape
+
+
+def sections(positions: Array, *, sections: int, zeros: int) -> Array:
+    """The positions of M-RoPE's sections, one behind the other: [T] -> [sections · T]; of text the last `zeros` are 0."""
+    return np.concatenate([positions] * (sections - zeros) + [positions * 0] * zeros)
+
+
+def temperature(positions: Array, *, floor: int, scale: float, offset: float) -> Array:
+    """The factor of each query that grows with its position: [T] -> float32 [T]. `checkpoints.rules.temperature`."""
+    xp = module_of(positions)
+    host = positions if xp is np else xp.asnumpy(positions)
+    return xp.asarray(rules.temperature(host, floor=floor, scale=scale, offset=offset))
+
+
+def mask(positions: Array, key_positions: Array, *, window: str, size: int = 0, alibi: bool = False) -> Array:
+    """0 (with ALiBi minus the distance) where a key is seen, −∞ elsewhere: [T], [S] -> float32 [T, S]."""
+    seen = rules.visible(positions, key_positions, window=window, size=size)
+    zero = positions[:, None].astype(np.float32) * np.float32(0)
+    value = -abs(positions[:, None] - key_positions[None, :]).astype(np.float32) if alibi else zero
+    return np.where(seen, value, np.float32(-np.inf))
+
+
+def zeros(positions: Array, **_parameters: Any) -> Array:
+    """The number 0: [T] -> [1]."""
+    return positions[:1] * 0
+
+
+Made = tuple[Callable[..., Array], tuple[Read, ...], tuple[Size, ...]]
+
+_STEPS: dict[str, Callable[["Lifter", Any], Made]] = {
+    "positions": lambda lifter, parameters: (
+        sections,
+        (POSITIONS,),
+        (Size(*(int(parameters["sections"]) * n for n in lifter.t)),),
+    ),
+    "temperature": lambda lifter, _parameters: (temperature, (POSITIONS,), (lifter.t,)),
+    "mask": lambda lifter, _parameters: (mask, (POSITIONS, History(POSITIONS)), (lifter.t, S)),
+    "zero": lambda _lifter, _parameters: (zeros, (POSITIONS,), (Size(1),)),
+}

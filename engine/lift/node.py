@@ -1,0 +1,72 @@
+"""A node of ggml's as a step's operation: operands brought into ggml's four dimensions, the result into the engine's layout."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Any
+
+from checkpoints.graph import Size
+
+from ..backend import Array
+from ..ggml_ops import OpParams, operation
+from ..graph import bound
+
+Shape = tuple[Size, ...]
+
+
+@dataclass(frozen=True)
+class Operand:
+    """One operand of a node: which of the step's inputs it is, that input's shape, and the four dimensions it is read in.
+
+    A matrix of which single rows are taken comes as a function, which stays as it is: `shape` is None.
+    """
+
+    index: int
+    whole: Shape
+    shape: Shape | None
+
+    @cached_property
+    def variable(self) -> bool:
+        """Whether its shape follows the length."""
+        return any(not size.constant for size in self.whole)
+
+
+@dataclass(frozen=True)
+class GgmlOperation:
+    """A step's operation that is one of ggml's, by its name."""
+
+    name: str
+
+    def __call__(
+        self,
+        *inputs: Any,
+        params: OpParams,
+        operands: tuple[Operand | None, ...],
+        shape: Shape,
+        made: Shape,
+        positions: int | None = None,
+    ) -> Array:
+        """The node's value in the shape `made`; `shape` is ggml's, in NumPy's order; `positions` the input that only tells T."""
+        t = s = 0
+        for operand in operands:
+            if operand is not None and operand.variable:
+                found = bound(operand.whole, inputs[operand.index].shape)
+                t, s = max(t, found[0]), max(s, found[1])
+        if positions is not None:  # no operand tells T
+            t = len(inputs[positions])
+        arguments = [None if operand is None else _shaped(inputs[operand.index], operand, t, s) for operand in operands]
+        result = _function(self.name)(*arguments, params=params, shape=_at(shape, t, s))
+        return result.reshape(_at(made, t, s))
+
+
+@lru_cache(maxsize=256)
+def _function(name: str) -> Callable[..., Array]:
+    return operation(name)
+
+
+def _at(sizes: Shape, t: int, s: int) -> tuple[int, ...]:
+    return tuple([size.at(t, s) for size in sizes])
+
+
+def _shaped(value: Any, operand: Operand, t: int, s: int) -> Any:
+    return value if operand.shape is None else value.reshape(_at(operand.shape, t, s))

@@ -1,0 +1,216 @@
+"""How a node's operands are read: which value owns the memory, and which of its elements in which order."""
+
+from dataclasses import dataclass
+
+from checkpoints.graph import CACHE, INPUT, NODE, STATE, VIEWS, WEIGHT, Graph, Size, Sizes, Tensor
+
+from ..graph import History, View
+
+ONE, ZERO = Size(1), Size(0)
+ITEM = {"f32": 4, "i32": 4, "f16": 2, "bf16": 2, "i64": 8}
+
+
+class Unliftable(Exception):
+    """This node cannot be brought into a step; the text says why."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a tensor shows: `base` owns the memory, `offset` counts bytes from its start."""
+
+    base: int
+    offset: Size
+
+
+def product(sizes: tuple[Size, ...]) -> Size:
+    """The number of elements of a shape.
+
+    Raises:
+        Unliftable: it grows with T² or S².
+    """
+    total = ONE
+    for size in sizes:
+        total = times(total, size)
+    return total
+
+
+def times(a: Size, b: Size) -> Size:
+    """a · b.
+
+    Raises:
+        Unliftable: it grows with T² or S².
+    """
+    if a.constant:
+        return Size(*(a.fixed * number for number in b))
+    if b.constant:
+        return Size(*(b.fixed * number for number in a))
+    if a.product or b.product or (a.tokens and b.tokens) or (a.cached and b.cached):
+        raise Unliftable("its size grows with the square of the length")
+    return Size(
+        a.fixed * b.fixed,
+        a.fixed * b.tokens + a.tokens * b.fixed,
+        a.fixed * b.cached + a.cached * b.fixed,
+        a.tokens * b.cached + a.cached * b.tokens,
+    )
+
+
+def contiguous(shape: tuple[Size, ...]) -> tuple[Size, ...]:
+    """Strides, in elements, of an array of this shape without gaps."""
+    strides: list[Size] = [ONE]
+    for size in reversed(shape[1:]):
+        strides.append(times(strides[-1], size))
+    return tuple(reversed(strides))
+
+
+def numpy_shape(ne: Sizes) -> tuple[Size, ...]:
+    """ggml's four sizes in NumPy's order."""
+    return tuple(reversed(ne))
+
+
+class Memory:
+    """Places of a graph's tensors, and the layout that each value has in the engine.
+
+    Args:
+        single: the graph is of a step over one token, where T is 1.
+    """
+
+    def __init__(self, graph: Graph, *, single: bool) -> None:
+        self.tensors = graph.tensors
+        self.t: Size = ONE if single else Size(0, 1)
+        self._single = single
+        self.own: set[int] = set()  # views that are values of their own, since they are points
+        self.same: dict[int, int] = {}  # nodes that give another one's value unchanged
+
+    def place(self, index: int) -> Place:
+        """Whose memory a tensor shows."""
+        tensor = self.tensors[index]
+        start = index
+        while tensor.kind == NODE and tensor.op in VIEWS and index not in self.own:
+            source = tensor.sources[0]
+            if source is None:
+                raise Unliftable("it shows no tensor")
+            index, tensor = source, self.tensors[source]
+            if index in self.same:
+                break
+        if index in self.same:
+            inner = self.place(self.same[index])
+            return Place(
+                inner.base,
+                _sum(
+                    _difference(self.tensors[start].offset, tensor.offset if start != index else self.tensors[start].offset),
+                    inner.offset,
+                ),
+            )
+        return Place(index, _difference(self.tensors[start].offset, tensor.offset))
+
+    def layout(self, index: int) -> tuple[tuple[Size, ...], int | None]:
+        """The shape of a node's value in the engine, and its position axis.
+
+        [T, n] where the positions are the slowest dimension; attention's scores [H, T, S]; else ggml's four dimensions.
+        """
+        tensor = self.tensors[index]
+        ne = tensor.ne
+        if ne[0].cached and ne[1] == self.t and ne[3] == ONE:
+            return (ne[2], ne[1], ne[0]), 1
+        if self._single:
+            return ((ONE, product(ne)), 0) if all(size.constant for size in ne) else (numpy_shape(ne), None)
+        axis = tensor.position_axis
+        if axis is None:
+            return numpy_shape(ne), None
+        if all(size == ONE for size in ne[axis + 1 :]):
+            return (ne[axis], product(ne[:axis])), 0
+        return numpy_shape(ne), 3 - axis
+
+    def whole(self, index: int) -> bool:
+        """Whether a tensor shows all of its base's elements in their order."""
+        place, tensor = self.place(index), self.tensors[index]
+        base = self.tensors[place.base]
+        if place.offset != ZERO or product(tensor.ne) != product(base.ne):
+            return False
+        shape = numpy_shape(tensor.ne)
+        return all(
+            size == ONE or stride == wanted
+            for size, stride, wanted in zip(shape, self.strides(index), contiguous(shape), strict=True)
+        )
+
+    def strides(self, index: int) -> tuple[Size, ...]:
+        """A tensor's strides in NumPy's order, in elements of its base's memory as the engine holds it.
+
+        Raises:
+            Unliftable: they are no multiples of the base's.
+        """
+        place, tensor = self.place(index), self.tensors[index]
+        base = self.tensors[place.base]
+        item = ITEM.get(base.type, 4)
+        if place.base in self.own or (base.kind in (NODE, WEIGHT) and not _dense(base, item)):
+            return tuple(
+                reversed(
+                    [
+                        ZERO if size == ONE else _translated(stride, base, item)
+                        for size, stride in zip(tensor.ne, tensor.nb, strict=True)
+                    ]
+                )
+            )
+        try:
+            return tuple(
+                reversed(
+                    [ZERO if size == ONE else stride.divided(item) for size, stride in zip(tensor.ne, tensor.nb, strict=True)]
+                )
+            )
+        except ValueError as error:
+            raise Unliftable("its strides are no whole elements") from error
+
+    def view(
+        self,
+        index: int,
+        of: str | History,
+        whole: tuple[Size, ...],
+        shape: tuple[Size, ...] | None = None,
+        strides: tuple[Size, ...] | None = None,
+    ) -> View:
+        """How a tensor is read out of its base's value."""
+        place = self.place(index)
+        base = self.tensors[place.base]
+        item = ITEM.get(base.type, 4)
+        offset = place.offset
+        if offset != ZERO:
+            try:
+                offset = offset.divided(item) if _dense(base, item) else _translated(offset, base, item)
+            except ValueError as error:
+                raise Unliftable("it starts inside of an element") from error
+        return View(of, whole, shape or numpy_shape(self.tensors[index].ne), strides or self.strides(index), offset)
+
+
+def _dense(base: Tensor, item: int) -> bool:
+    """Whether a tensor's own memory has no gaps."""
+    return all(
+        size == ONE or stride == Size(*(item * n for n in wanted))
+        for size, stride, wanted in zip(numpy_shape(base.ne), reversed(base.nb), contiguous(numpy_shape(base.ne)), strict=True)
+    )
+
+
+def _translated(stride: Size, base: Tensor, item: int) -> Size:
+    """A stride over memory with gaps, in elements of the same tensor without them."""
+    dense = contiguous(numpy_shape(base.ne))[::-1]
+    for axis in (3, 2, 1, 0):
+        own = base.nb[axis]
+        if base.ne[axis] == ONE or not own.constant or not own.fixed:
+            continue
+        if all(number % own.fixed == 0 for number in stride):
+            return times(stride.divided(own.fixed), dense[axis])
+    if stride == ZERO:
+        return ZERO
+    raise Unliftable("it shows another view's memory in another order")
+
+
+def _sum(a: Size, b: Size) -> Size:
+    return Size(*(x + y for x, y in zip(a, b, strict=True)))
+
+
+def _difference(a: Size, b: Size) -> Size:
+    return Size(*(x - y for x, y in zip(a, b, strict=True)))
+
+
+def leaf(tensor: Tensor) -> bool:
+    """Whether it is no node."""
+    return tensor.kind in (WEIGHT, INPUT, CACHE, STATE)

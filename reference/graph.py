@@ -1,0 +1,435 @@
+"""Records the graph of a model: what every node is made of, in sizes that hold for every length.
+
+Nothing is computed: the callback declines every node, and the abort callback stops each pass at its first one. Passes of two
+lengths over a cache filled to two lengths tell which sizes follow T and S; one more pass, of another length, is the proof. The
+cache is filled without computing, too: a pass whose callback leaves after the first node counts as done.
+"""
+
+import struct
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from checkpoints.errors import ReferenceFailed
+from checkpoints.graph import CACHE, INPUT, NODE, STATE, WEIGHT, Graph, RecordedGraph, Rule, Size, Tensor
+from checkpoints.rules import Pass, Recorded, explain
+
+from .ggml import COMPUTED, Ggml
+from .jobs import Node, Source
+from .llama import Model, Session
+from .naming import Signer, plan
+
+_LAYOUT = struct.Struct("<i4xQ4q4Qi16ii10QQQQ64s")  # struct ggml_tensor, as ggml.Tensor says it
+_INPUT = 1  # GGML_TENSOR_FLAG_INPUT
+_FIRST = 3  # the position of the first token, so that a position is never the number of its row or cell
+_PAD = 256  # llama_kv_cache::get_n_kv rounds up to it
+_BATCH = 64
+_MEMORY = 1 << 28  # bytes of cache that may be spent on seeing a window's far edge
+_STATES = ("cache_r_l", "cache_s_l")
+_FAR = 20_011  # a position behind which scales that grow with the position have begun to
+
+
+class _Raw(NamedTuple):
+    """The fields of one `ggml_tensor`; addresses are the library's."""
+
+    address: int
+    name: str
+    type: int
+    ne: tuple[int, ...]
+    nb: tuple[int, ...]
+    op: int
+    params: tuple[int, ...]
+    flags: int
+    sources: tuple[int, ...]
+    root: int
+    offset: int
+
+
+@dataclass
+class _Taken:
+    """One pass as it was asked for: its nodes in order, its leaves, and the data of the inputs."""
+
+    now: Pass
+    cached: int  # S with the cache's padding
+    nodes: list[_Raw] = field(default_factory=list)
+    leaves: dict[int, _Raw] = field(default_factory=dict)
+    data: dict[int, NDArray[Any]] = field(default_factory=dict)
+
+
+class Recorder:
+    """Notes one pass, node by node; `asked` is called inside the callback.
+
+    Raises (from the pass): ReferenceFailed: another layout of tensors, or an input of a type that cannot be read.
+    """
+
+    def __init__(self, ggml: Ggml, weights: frozenset[str], taken: _Taken) -> None:
+        self._ggml, self._weights, self._taken = ggml, weights, taken
+        self._known: set[int] = set()
+
+    def asked(self, address: int) -> None:
+        """Note a node and the leaves that it reads."""
+        raw = self._read(address)
+        self._taken.nodes.append(raw)
+        self._known.add(address)
+        for source in (*raw.sources, raw.root):
+            if source and source not in self._known:
+                self._known.add(source)
+                leaf = self._read(source)
+                if self._ggml.op_name(leaf.op) == "NONE":
+                    self._taken.leaves[source] = leaf
+                    if leaf.flags & _INPUT:
+                        self._taken.data[source] = self._ggml.read_raw(source)
+                else:  # a view that is asked for only later, or never
+                    self._known.discard(source)
+
+    def _read(self, address: int) -> _Raw:
+        self._ggml.tensor(address)  # checks the layout
+        fields = _LAYOUT.unpack(self._ggml.bytes_of(address, _LAYOUT.size))
+        sources = list(fields[28:38])
+        while sources and not sources[-1]:
+            sources.pop()
+        name = fields[41].split(b"\0", 1)[0].decode(errors="replace")
+        return _Raw(
+            address,
+            name,
+            fields[0],
+            fields[2:6],
+            fields[6:10],
+            fields[10],
+            fields[11:27],
+            fields[27],
+            tuple(sources),
+            fields[38],
+            fields[39],
+        )
+
+
+def record(model: Model, weights: Iterable[str], *, fingerprint: str, n_ctx: int = 0) -> RecordedGraph:
+    """The graphs of a loaded model.
+
+    Args:
+        weights: the names of the file's tensors.
+        n_ctx: the context that a run will have: some architectures choose their RoPE factors by it.
+
+    Raises:
+        ReferenceFailed: a graph that changes its structure with the length, or an input that follows no rule.
+    """
+    names = frozenset(weights)
+    facts = _facts(model)
+    window = int(facts.get("attention.sliding_window") or 0)
+    context = _context(facts, window, n_ctx, _bytes_a_position(model, facts))
+    with Session(model, n_ctx=context, n_batch=_BATCH) as session:
+        bench = _Bench(session, names, context)
+        bench.fill(2)
+        bench.settle()
+        grid = [bench.take(3), bench.take(5)]
+        singles = [bench.take(1)]
+        bench.fill_to(_PAD + 2)
+        grid += [bench.take(3), bench.take(5)]
+        singles.append(bench.take(1))
+        proofs = [bench.take(7)]
+        if window and context > window + _BATCH:
+            bench.fill_to(window + 2)
+            proofs.append(bench.take(6))
+        if not any(leaf.name.startswith(_STATES) for leaf in grid[0].leaves.values()):  # which a first pass sets to zero
+            session.clear()
+            bench.restart(_FAR)
+            proofs.append(bench.take(4))
+    ggml = model.library.ggml
+    several = _graph(grid, proofs, ggml, names, facts, "a pass over several tokens")
+    known = [(tensor.name, tensor.rule) for tensor in several.tensors if tensor.rule is not None]
+    single = _graph_of_one(singles, ggml, names, facts, known)
+    same = _same(several, single)
+    return RecordedGraph(facts["general.architecture"], model.n_layers, fingerprint, several, None if same else single)
+
+
+class _Bench:
+    """A session whose passes are noted or skipped; nothing is computed in either."""
+
+    def __init__(self, session: Session, weights: frozenset[str], n_ctx: int) -> None:
+        self._session, self._weights, self._n_ctx = session, weights, n_ctx
+        self._origin = _FIRST
+        self._next = _FIRST
+        self._cells_offset = 0
+
+    def restart(self, first: int) -> None:
+        """An empty cache; the next token stands at `first`."""
+        self._origin = self._next = first
+
+    def settle(self) -> None:
+        """Take up where the sequence ends according to llama.cpp."""
+        self._advance(self._next)
+
+    def _advance(self, after: int) -> None:
+        last = self._session.last_position()
+        self._next = after if last is None else last + 1
+
+    def fill(self, count: int) -> None:
+        """Let `count` positions count as computed."""
+        self._session.skip(_ids(self._next, count, self._session.model.n_vocab), self._next)
+        self._advance(self._next + count)
+
+    def fill_to(self, cells: int) -> None:
+        """Fill until so many positions are cached."""
+        while (missing := cells - (self._next - self._origin)) > 0:
+            before = self._next
+            self.fill(min(missing, _BATCH))
+            if self._next == before:  # no cache at all
+                return
+
+    def take(self, count: int) -> _Taken:
+        """Note a pass over `count` tokens."""
+        session, first = self._session, self._next
+        tokens = _ids(first, count, session.model.n_vocab)
+        used = first - self._origin + count
+        now = Pass(
+            np.array(tokens, np.int64),
+            np.arange(first, first + count, dtype=np.int64),
+            np.arange(self._origin, first + count, dtype=np.int64),
+        )
+        taken = _Taken(now, min(self._n_ctx, -(-used // _PAD) * _PAD))
+        session.record(tokens, first, Recorder(session.model.library.ggml, self._weights, taken).asked)
+        last = session.last_position()
+        # The positions of a pass that was stopped are taken back, except from recurrent memories, which cannot.
+        self._next = first if last is None else last + 1
+        return taken
+
+
+def _ids(first: int, count: int, n_vocab: int) -> tuple[int, ...]:
+    """Ids that are neither positions nor numbers of rows."""
+    return tuple((17 * (first + i) + 29) % n_vocab for i in range(count))
+
+
+def _facts(model: Model) -> dict[str, Any]:
+    """The metadata; those of the architecture without its name in front."""
+    metadata = model.metadata()
+    prefix = metadata.get("general.architecture", "") + "."
+    facts: dict[str, Any] = {key.removeprefix(prefix): _number(text) for key, text in metadata.items()}
+    return facts
+
+
+def _number(text: str) -> Any:
+    try:
+        return float(text) if "." in text or "e" in text else int(text)
+    except ValueError:
+        return text
+
+
+def _bytes_a_position(model: Model, facts: dict[str, Any]) -> int:
+    return 8 * model.n_layers * model.n_embd
+
+
+def _context(facts: dict[str, Any], window: int, wanted: int, size: int) -> int:
+    """Positions of the recording's context: two lengths of cache, the window if it can be afforded, and on the run's side of the
+    length at which RoPE factors change."""
+    context = 3 * _PAD
+    if window and (edge := -(-(window + 2 * _BATCH) // _PAD) * _PAD) * size <= _MEMORY:
+        context = max(context, edge)
+    original = facts.get("rope.scaling.original_context_length")
+    if isinstance(original, int) and original > 0:
+        run = -(-wanted // _PAD) * _PAD
+        if run > original:
+            context = max(context, -(-(original + 1) // _PAD) * _PAD)
+        elif original >= 3 * _PAD:
+            context = min(context, original)
+    return context
+
+
+def _graph(
+    grid: Sequence[_Taken], proofs: Sequence[_Taken], ggml: Ggml, weights: frozenset[str], facts: dict[str, Any], what: str
+) -> Graph:
+    """The graph of passes over (T1, S1), (T2, S1), (T1, S2), (T2, S2), held to further ones."""
+    flats = [_flat(taken, ggml) for taken in (*grid, *proofs)]
+    _same_structure(flats, what)
+    numbers = np.array([flat.numbers for flat in flats], dtype=np.int64)
+    (a, b, c, d), (t1, t2), (s1, s2) = (
+        numbers[:4],
+        [len(taken.now.tokens) for taken in grid[:2]],
+        (grid[0].cached, grid[2].cached),
+    )
+    dt, ds = t2 - t1, max(s2 - s1, 1)
+    product = (d - c - b + a) // (dt * ds)
+    tokens = (b - a) // dt - product * s1
+    cached = (c - a) // ds - product * t1
+    fixed = a - tokens * t1 - cached * s1 - product * t1 * s1
+    for taken, seen in zip((*grid, *proofs), numbers, strict=True):
+        t, s = len(taken.now.tokens), taken.cached
+        wrong = np.flatnonzero((fixed + tokens * t + cached * s + product * t * s != seen).any(axis=1))
+        if len(wrong):
+            raise _odd(flats[0].tensors[int(wrong[0])], f"has sizes that do not follow the length ({what})")
+    sizes = np.stack([fixed, tokens, cached, product], axis=-1)
+    return _assemble(flats, sizes, (*grid, *proofs), ggml, weights, facts)
+
+
+_Known = Sequence[tuple[str, Rule]]  # rules of inputs of that name, which one token alone may not tell apart
+
+
+def _graph_of_one(
+    singles: Sequence[_Taken], ggml: Ggml, weights: frozenset[str], facts: dict[str, Any], known: _Known
+) -> Graph:
+    """The graph of steps over one token, with the cache filled to two lengths."""
+    flats = [_flat(taken, ggml) for taken in singles]
+    _same_structure(flats, "a step over one token")
+    a, b = (flat.numbers for flat in flats)
+    cached = (b - a) // max(singles[1].cached - singles[0].cached, 1)
+    zero = np.zeros_like(cached)
+    sizes = np.stack([a - cached * singles[0].cached, zero, cached, zero], axis=-1)
+    return _assemble(flats, sizes, singles, ggml, weights, facts, known)
+
+
+@dataclass
+class _Flat:
+    """A pass with indices for addresses: leaves first, then nodes. `numbers` are ne, nb and offset: int64 [tensors, 9]."""
+
+    tensors: list[_Raw]
+    leaves: int
+    sources: list[tuple[int | None, ...]]
+    roots: list[int | None]
+    numbers: NDArray[np.int64]
+
+
+def _flat(taken: _Taken, ggml: Ggml) -> _Flat:
+    """Addresses become indices; nodes that stand in the graph but are not computed are left out."""
+    marked = any(node.flags & COMPUTED for node in taken.nodes)
+    nodes = [node for node in taken.nodes if not marked or node.flags & COMPUTED]
+    used = {source for node in nodes for source in (*node.sources, node.root)}
+    leaves = [leaf for address, leaf in taken.leaves.items() if address in used]
+    tensors = [*leaves, *nodes]
+    index = {raw.address: i for i, raw in enumerate(tensors)}
+    sources: list[tuple[int | None, ...]] = []
+    for raw in tensors:
+        if missing := [source for source in raw.sources if source and source not in index]:
+            raise ReferenceFailed(
+                f"node {raw.name!r} reads a tensor that is not in the graph ({missing[0]:#x}).", _ADVICE, code="graph"
+            )
+        sources.append(tuple(index[source] if source else None for source in raw.sources))
+    roots = [index.get(raw.root) if raw.root else None for raw in tensors]
+    numbers = np.array([[*raw.ne, *raw.nb, raw.offset] for raw in tensors], dtype=np.int64)
+    return _Flat(tensors, len(leaves), sources, roots, numbers)
+
+
+_ADVICE = "`parity dump ref` and `parity diff` take the model."
+
+
+def _odd(raw: _Raw, why: str) -> ReferenceFailed:
+    return ReferenceFailed(f"the graph cannot be recorded: node {raw.name!r} {why}.", _ADVICE, code="graph")
+
+
+def _same_structure(flats: Sequence[_Flat], what: str) -> None:
+    first = flats[0]
+    for other in flats[1:]:
+        if len(other.tensors) != len(first.tensors):
+            raise ReferenceFailed(
+                f"the graph cannot be recorded: {what} has {len(first.tensors)} tensors or {len(other.tensors)}, by its length.",
+                _ADVICE,
+                code="graph",
+            )
+        for i, (a, b) in enumerate(zip(first.tensors, other.tensors, strict=True)):
+            if a.op != b.op or first.sources[i] != other.sources[i] or first.roots[i] != other.roots[i]:
+                raise _odd(a, f"is made in another way at another length ({what})")
+
+
+def _assemble(
+    flats: Sequence[_Flat],
+    sizes: NDArray[np.int64],
+    passes: Sequence[_Taken],
+    ggml: Ggml,
+    weights: frozenset[str],
+    facts: dict[str, Any],
+    known: _Known = (),
+) -> Graph:
+    flat = flats[0]
+    points, operands = _points(flat, ggml)
+    tensors = []
+    for i, raw in enumerate(flat.tensors):
+        op = ggml.op_name(raw.op)
+        kind = NODE if i >= flat.leaves else _kind(raw, weights)
+        made = [Size(*(int(number) for number in row)) for row in sizes[i]]
+        params = raw.params if kind == NODE and op not in ("VIEW", "RESHAPE", "PERMUTE", "TRANSPOSE") else (0,) * 16
+        if kind == NODE and any(other.tensors[i].params != raw.params for other in flats) and params == raw.params:
+            raise _odd(raw, "has parameters that follow the length")
+        tensors.append(
+            Tensor(
+                name=raw.name,
+                kind=kind,
+                op=op,
+                params=params,
+                type=ggml.type_name(raw.type),
+                ne=(made[0], made[1], made[2], made[3]),
+                nb=(made[4], made[5], made[6], made[7]),
+                sources=flat.sources[i],
+                root=flat.roots[i],
+                offset=made[8],
+                point=points.get(i, ""),
+                operand_points=operands.get(i, {}),
+                rule=_rule(i, raw, flats, passes, facts, known) if kind == INPUT else None,
+            )
+        )
+    return Graph(tuple(tensors))
+
+
+def _kind(raw: _Raw, weights: frozenset[str]) -> str:
+    if raw.flags & _INPUT:
+        return INPUT
+    if raw.name.startswith(_STATES):
+        return STATE
+    if raw.name.startswith("cache_"):
+        return CACHE
+    if raw.name in weights:
+        return WEIGHT
+    raise _odd(raw, "is a leaf of unknown origin")
+
+
+def _rule(
+    index: int, raw: _Raw, flats: Sequence[_Flat], passes: Sequence[_Taken], facts: dict[str, Any], known: _Known
+) -> Rule | None:
+    recorded = [
+        Recorded(taken.now, flat.tensors[index].ne, taken.data[flat.tensors[index].address])
+        for flat, taken in zip(flats, passes, strict=True)
+    ]
+    return explain(recorded, facts, [rule for name, rule in known if name == raw.name])
+
+
+def _points(flat: _Flat, ggml: Ggml) -> tuple[dict[int, str], dict[int, dict[int, str]]]:
+    """The points that stand for nodes, and for operands of nodes, by index: those that a dump of the reference has."""
+
+    def source(raw: _Raw) -> Source:
+        return Source(raw.name, ggml.op_name(raw.op), ggml.type_name(raw.type), raw.ne)
+
+    nodes: list[Node] = []
+    for raw, sources in zip(flat.tensors[flat.leaves :], flat.sources[flat.leaves :], strict=True):
+        operands = tuple(source(flat.tensors[i]) for i in sources if i is not None)
+        nodes.append(Node(raw.name, ggml.op_name(raw.op), ggml.type_name(raw.type), raw.ne, raw.params, operands))
+    signer = Signer()
+    place = {
+        signer.sign(node.name, node.op, node.sources[0].name if node.sources else ""): i + flat.leaves
+        for i, node in enumerate(nodes)
+    }
+    points: dict[int, str] = {}
+    named: dict[int, dict[int, str]] = {}
+    for planned in plan(nodes):
+        index = place[planned.signature]
+        if planned.operand is None:
+            points[index] = planned.point
+        else:
+            named.setdefault(index, {})[planned.operand] = planned.point
+    return points, named
+
+
+def _same(several: Graph, single: Graph) -> bool:
+    """Whether a step over one token is the pass over several with T = 1."""
+    if len(several.tensors) != len(single.tensors):
+        return False
+    for a, b in zip(several.tensors, single.tensors, strict=True):
+        if (a.op, a.sources, a.root, a.params, a.point, a.rule) != (b.op, b.sources, b.root, b.params, b.point, b.rule):
+            return False
+        # One element has no stride that matters.
+        for axis in range(4):
+            if any(a.ne[axis].at(1, s) != b.ne[axis].at(1, s) for s in (_PAD, 2 * _PAD)):
+                return False
+        if any(a.offset.at(1, s) != b.offset.at(1, s) for s in (_PAD, 2 * _PAD)):
+            return False
+    return True

@@ -1,0 +1,195 @@
+"""The cache of F32 twins: found by the hash of the model, believed by the hash of their own, bounded in bytes.
+
+A twin's name carries both hashes, so a model that was changed anywhere has another twin, and a twin that was damaged anywhere is
+known as such before it is used. Whoever uses a twin or makes one holds a lock on it: it is not evicted meanwhile.
+"""
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from checkpoints.cache import cache_dir, cache_limit, require_cache
+from checkpoints.content import content_hash
+from checkpoints.errors import InputError
+from checkpoints.gguf_file import Contents
+from checkpoints.whole_file import create_locked, lock, remove_unowned
+
+_SUFFIX = "-f32.gguf"
+_TEMPORARY = "tmp-"
+_LONGEST_STEM = 60  # characters of the model's name that a twin's begins with
+
+
+@dataclass(frozen=True)
+class CachedTwin:
+    """One file of the cache: its bytes, and when it was last used (seconds since 1970)."""
+
+    path: Path
+    size: int
+    used: float
+
+
+def cached() -> list[CachedTwin]:
+    """The twins in the cache, the longest unused first."""
+    twins: list[CachedTwin] = []
+    folder = cache_dir()
+    for path in folder.glob(f"*{_SUFFIX}") if folder.is_dir() else ():
+        with suppress(OSError):  # another process may just have removed it
+            status = path.lstat()
+            if not path.name.startswith(_TEMPORARY):
+                twins.append(CachedTwin(path, status.st_size, status.st_mtime))
+    return sorted(twins, key=lambda twin: twin.used)
+
+
+def empty_cache() -> int:
+    """Remove every twin that nobody uses and what interrupted runs left; returns the bytes that were freed."""
+    return sum(remove_unowned(twin.path) for twin in cached()) + _sweep(cache_dir())
+
+
+def workspace() -> Path:
+    """The cache folder, made if need be and swept.
+
+    Raises:
+        InputError: it cannot be made or written to, or its bound is not a number.
+    """
+    cache_limit()
+    folder = require_cache()
+    _sweep(folder)
+    return folder
+
+
+def _sweep(folder: Path) -> int:
+    """Remove temporary files of processes that are gone."""
+    if not folder.is_dir():
+        return 0
+    return sum(remove_unowned(path) for pattern in (f"{_TEMPORARY}*", ".*.part") for path in folder.glob(pattern))
+
+
+@contextmanager
+def temporary(label: str) -> Iterator[Path]:
+    """An empty file of this process's own in the cache, removed afterwards if it is still there.
+
+    Raises:
+        InputError: there can be none.
+    """
+    folder = require_cache()
+    try:
+        path, descriptor = create_locked(folder, _TEMPORARY, f"-{label}")
+    except OSError as error:
+        raise cannot_write(folder, error) from error
+    try:
+        yield path
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def cannot_write(folder: Path, error: OSError) -> InputError:
+    """The error of a cache that refuses a file."""
+    return InputError(
+        f"cannot write to the cache {folder}: {error.strerror or error}.", "Set PARITY_CACHE to another disk.", code="cache"
+    )
+
+
+def has_twin(model: Contents) -> bool:
+    """Whether there is a twin of that model, damaged or not."""
+    return bool(_of_model(model))
+
+
+def _of_model(model: Contents) -> list[Path]:
+    return [
+        twin.path for twin in cached() if re.search(rf"-{model.content}-[0-9a-f]{{32}}{re.escape(_SUFFIX)}$", twin.path.name)
+    ]
+
+
+def take(model: Contents) -> tuple[Path, int] | None:
+    """A twin of that model whose bytes are as they were made, and a descriptor that keeps it from being evicted.
+
+    None where there is no twin.
+
+    Raises:
+        DamagedTwin: all that there were are damaged, and are gone now.
+    """
+    damaged = False
+    for path in _of_model(model):
+        with suppress(OSError):
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0))
+            whole = False
+            try:
+                lock(descriptor, shared=True, wait=True)
+                whole = content_hash(path) == path.name.removesuffix(_SUFFIX)[-32:]
+            finally:
+                if not whole:
+                    os.close(descriptor)
+            if whole:
+                with suppress(OSError):
+                    os.utime(path)
+                return path, descriptor
+            path.unlink()
+            damaged = True
+    if damaged:
+        raise DamagedTwin
+    return None
+
+
+class DamagedTwin(Exception):
+    """A twin in the cache was not what its name says; it was removed."""
+
+
+@contextmanager
+def making(model: Contents) -> Iterator[None]:
+    """While one process makes the twin of a model, another that wants it waits here and finds it afterwards."""
+    folder = require_cache() / "locks"
+    descriptor = -1
+    try:
+        with suppress(OSError):
+            folder.mkdir(exist_ok=True)
+            path = folder / model.content[:2]  # of some models: few files, which are never removed
+            descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0), 0o666)
+            lock(descriptor, wait=True)
+        yield
+    finally:
+        if descriptor >= 0:
+            os.close(descriptor)
+
+
+def name_of(model: Contents, own: str) -> str:
+    """The name of a twin whose own hash is `own`."""
+    stem = re.sub(r"[^\w.-]", "_", model.path.stem, flags=re.ASCII)[:_LONGEST_STEM].lstrip(".-")
+    return f"{stem or 'model'}-{model.content}-{own}{_SUFFIX}"
+
+
+def make_room(size: int) -> None:
+    """Remove twins that nobody uses, the longest unused first, until a new one of `size` bytes has room on the disk.
+
+    Raises:
+        InputError: it has none even so.
+    """
+    folder = cache_dir()
+    for twin in cached():
+        if shutil.disk_usage(folder).free > size * 1.05:
+            return
+        remove_unowned(twin.path)
+    if shutil.disk_usage(folder).free < size:
+        raise InputError(
+            f"an F32 copy needs {size / 1e9:.1f} GB and the cache {folder} has {shutil.disk_usage(folder).free / 1e9:.1f} GB free.",
+            "Set PARITY_CACHE to another disk, or take --mode native.",
+            code="disk",
+        )
+
+
+def evict() -> None:
+    """Remove twins that nobody uses, the longest unused first, until the rest is within the cache's bound.
+
+    Raises:
+        InputError: the bound is not a number.
+    """
+    twins = cached()
+    total, limit = sum(twin.size for twin in twins), cache_limit()
+    for twin in twins:
+        if total <= limit:
+            return
+        total -= remove_unowned(twin.path)

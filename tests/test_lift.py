@@ -1,0 +1,123 @@
+"""The lift: a graph becomes the house's steps, and they compute what llama.cpp computes."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from cli import Cli
+
+from checkpoints.errors import ModelError
+from engine import ops
+from engine.backend import choose
+from engine.blocks import Blocks
+from engine.graph import Step, View
+from engine.lift import lift
+from engine.models import steps_of
+from engine.transformer import Transformer
+from engine.weights.gguf_model import GgufModel
+from reference.client import Reference
+
+Make = Callable[..., Path]
+
+# One of each family: what is computed, at prompts of which lengths. Windows are of eight positions.
+FAMILIES = ("phi3", "olmo2", "stablelm", "granite", "mistral3", "glm4")
+MIXTURES = ("qwen3moe", "gpt-oss", "deepseek2", "llama4")
+RECURRENT = ("lfm2", "qwen35", "granitehybrid")
+
+
+def alike(step: Step) -> Step:
+    """A step with its numbers rounded to float32, as ggml's parameters are."""
+    params = {key: float(np.float32(value)) if isinstance(value, float) else value for key, value in step.params.items()}
+    return replace(step, params=params)
+
+
+@pytest.mark.parametrize("like", ["tiny", "tiny-llama"])
+def test_it_is_the_list_written_by_hand(reference: Reference, synthetic: Make, like: str) -> None:
+    """For qwen2 and llama the lifted list equals the one written by hand, step by step and in its order."""
+    path = synthetic(like)
+    model = GgufModel(path)
+    lifted = lift(reference.graph(path))
+    written = steps_of(model.hyperparameters.architecture, Blocks(model.hyperparameters, model.tensors))
+    assert lifted.single is None
+    assert [alike(step) for step in lifted.several] == [alike(step) for step in written]
+
+
+def verdict(parity: Cli, model: Path, *more: str) -> dict[str, Any]:
+    """`parity run` of every point, as data."""
+    ran = parity("run", "--model", model, "--points", "all", "--format", "json", "--out", "out", *more)
+    assert ran.code == 0, ran.out[:2000] + ran.err
+    return dict(ran.json)
+
+
+def ids(count: int) -> str:
+    """Token ids that all differ."""
+    return ",".join(str(50 + (37 * i + 11) % 1900) for i in range(count))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["qwen3", "mixtral", "mamba", *(pytest.param(name, marks=pytest.mark.slow) for name in (*FAMILIES, *MIXTURES, *RECURRENT))],
+)
+def test_every_point_agrees(parity: Cli, small_model: Make, name: str) -> None:
+    """Prompt and decode steps of lifted models agree with llama.cpp at every point, in exact mode."""
+    found = verdict(parity, small_model(name), "--tokens", ids(5), "--generate", "2")
+    assert found["verdict"] == "parity"
+    assert found["compared"] > 300
+
+
+@pytest.mark.parametrize("count", [1, 33])
+def test_windows_are_crossed(parity: Cli, small_model: Make, count: int) -> None:
+    """A prompt longer than the window of attention, and one of a single token; steps behind both."""
+    assert verdict(parity, small_model("gpt-oss"), "--tokens", ids(count), "--generate", "3")["verdict"] == "parity"
+
+
+def test_positions_begin_anywhere(parity: Cli, small_model: Make) -> None:
+    """`--first-position` moves positions and windows of a lifted model as it does those of a written one."""
+    found = verdict(parity, small_model("mistral3"), "--tokens", ids(12), "--first-position", "300")
+    assert found["verdict"] == "parity"
+
+
+def test_a_fused_product_is_views(reference: Reference, small_model: Make) -> None:
+    """phi3's queries, keys and values are parts of one product; its gate and up projection are read out of one."""
+    steps = {step.makes: step for step in lift(reference.graph(small_model("phi3", layers=1))).several}
+    assert [steps[f"blk.0.{kind}"].op for kind in "qkv"] == [ops.part] * 3
+    halves = steps["blk.0.ffn_swiglu"].reads
+    assert steps["blk.0.ffn_swiglu"].op is ops.swiglu
+    assert all(isinstance(half, View) for half in halves)
+
+
+def test_a_fault_in_the_graph_is_seen(parity: Cli, reference: Reference, small_model: Make) -> None:
+    """The comparison can fail: another epsilon of one norm changes the logits."""
+    path = small_model("qwen3", layers=1)
+    recorded = reference.graph(path)
+    right = Transformer(GgufModel(path), choose("numpy"), recorded=recorded)
+    wrong = Transformer(GgufModel(path), choose("numpy"), recorded=recorded)
+    wrong.steps = [
+        replace(step, params={**step.params, "eps": 1e-3}) if step.makes == "blk.0.attn_norm" else step for step in wrong.steps
+    ]
+    tokens = (5, 6, 7)
+    assert not np.allclose(right.forward(tokens, right.start()), wrong.forward(tokens, wrong.start()), rtol=1e-4)
+
+
+def test_an_operation_that_is_lacking_is_named(reference: Reference, small_model: Make) -> None:
+    """One line says the operation, where it stands, and what takes the model all the same."""
+    recorded = reference.graph(small_model("qwen3", layers=1))
+    tensors = tuple(replace(t, op="FLASH_ATTN_EXT") if t.point == "blk.0.kq" else t for t in recorded.several.tensors)
+    with pytest.raises(ModelError, match=r"FLASH_ATTN_EXT at blk\.0\.kq of qwen3") as error:
+        lift(replace(recorded, several=replace(recorded.several, tensors=tensors)))
+    assert "parity dump ref" in error.value.advice
+
+
+def test_views_stay_inside_their_value() -> None:
+    """A view that reaches beyond its value, as a damaged recording may have it, is an error and no read of other memory."""
+    from checkpoints.graph import Size
+
+    t = Size(0, 1)
+    view = View("x", (t, Size(4)), (t, Size(2)), (Size(4), Size(1)), Size(3))
+    with pytest.raises(ValueError, match="beyond"):
+        view.apply(np.zeros((3, 4), np.float32))
+    inside = replace(view, offset=Size(2))
+    np.testing.assert_array_equal(inside.apply(np.arange(8, dtype=np.float32).reshape(2, 4)), [[2, 3], [6, 7]])
