@@ -7,16 +7,19 @@ from rich.text import Text
 
 from checkpoints.answers.three_way import PAIRS, ThreeWay, ThreeWayPoint
 
+from .as_json import plain
 from .layout import columns
 from .numbers import clean, error
 
+_SHORT = {"llama.cpp": "ref", "Hugging Face": "hf"}  # in the table's head, which would be wider than its figures
 _ROWS = 24  # points that are shown; those where the sides differ come first
 
 
 def lines(found: ThreeWay, width: int) -> list[Text]:
     """The table of points, then the answer, for a terminal of `width` columns."""
     shown = _shown(found)
-    rows: list[tuple[str, ...]] = [("checkpoint", *(f"{found.sides[a]} – {found.sides[b]}" for a, b in PAIRS), "alone")]
+    heads = [_SHORT.get(side, side) for side in found.sides]
+    rows: list[tuple[str, ...]] = [("checkpoint", *(f"{heads[a]} – {heads[b]}" for a, b in PAIRS), "alone")]
     styles = ["dim"]
     for point in shown:
         who = found.sides[point.alone] if point.alone is not None else "all differ" if point.apart else ""
@@ -68,7 +71,7 @@ def as_json(found: ThreeWay) -> dict[str, Any]:
     def point(made: ThreeWayPoint) -> dict[str, Any]:
         return asdict(made) | {"alone": found.sides[made.alone] if made.alone is not None else None}
 
-    return {
+    answer = {
         "schema": 1,
         "verdict": "parity" if found else "divergence",
         "sides": list(found.sides),
@@ -79,3 +82,4 @@ def as_json(found: ThreeWay) -> dict[str, Any]:
         "answer": sentence(found),
         "notes": list(found.notes),
     }
+    return {key: plain(value) for key, value in answer.items()}

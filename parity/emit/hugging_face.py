@@ -49,16 +49,13 @@ _PLAIN = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj<": "ffn_swiglu",
     "mlp": "ffn_out",
-    "mlp.gate": "ffn_moe_logits",
-    "mlp.router": "ffn_moe_logits",
-    "block_sparse_moe.gate": "ffn_moe_logits",
-    "block_sparse_moe": "ffn_out",
     "": "l_out",
 }
+# What routes tokens to experts; where it is, the feed-forward's output is the experts'.
+_ROUTERS = ("mlp.gate", "mlp.router", "block_sparse_moe.gate")
 # A norm behind the attention and another behind the feed-forward, before each is added (Gemma 2 and 3, GLM-4, OLMo 2).
-_SANDWICH = _PLAIN | {
+_SANDWICH = {name: kind for name, kind in _PLAIN.items() if name != "post_attention_layernorm<"} | {
     "post_attention_layernorm": "attn_post_norm",
-    "post_attention_layernorm<": "attn_out",
     "pre_feedforward_layernorm": "ffn_norm",
     "pre_feedforward_layernorm<": "ffn_inp",
     "post_feedforward_layernorm": "ffn_post_norm",
@@ -71,7 +68,7 @@ _GPT2 = {
     "attn.c_proj": "attn_out",
     "ln_2<": "ffn_inp",
     "ln_2": "ffn_norm",
-    "mlp.c_fc": "ffn_up",
+    "mlp.c_fc": "ffn_up_b",
     "mlp.c_proj<": "ffn_gelu",
     "mlp": "ffn_out",
     "": "l_out",
@@ -92,6 +89,10 @@ def names_of(model: Any) -> "dict[str, str]":
         for name, kind in table.items():
             if name.rstrip("<") in inside:
                 found[f"{layer}.{name}" if name else layer] = f"blk.{number}.{kind}"
+        for router in _ROUTERS:
+            if router in inside:
+                found[f"{layer}.{router}"] = f"blk.{number}.ffn_moe_logits"
+                found[f"{layer}.{router.split('.')[0]}"] = f"blk.{number}.ffn_moe_out"
         if "self_attn.qkv_proj" in inside:
             found[f"{layer}.self_attn.qkv_proj"] = f"blk.{number}.qkv"
     for path in paths:
@@ -166,7 +167,7 @@ class Observer:
 
     def _weights(self, layer: int) -> "Callable[..., None]":
         def hook(_module: Any, _inputs: Any, output: Any) -> None:
-            weights = output[1] if isinstance(output, tuple) and len(output) > 1 else None
+            weights: Any = output[1] if isinstance(output, tuple) and len(output) > 1 else None
             if getattr(weights, "ndim", 0) == 4:
                 self.tap(f"blk.{layer}.kq_soft_max", weights[0])
 
@@ -244,16 +245,23 @@ def _source(path: Path) -> "tuple[str, dict[str, str]]":
 
 
 def dump(
-    model: Any, tokens: "Sequence[int]", out: Path, *, points: str = "", size: int = 16, prompt: "str | None" = None
+    model: Any,
+    tokens: "Sequence[int]",
+    out: Path,
+    *,
+    points: str = "",
+    size: int = 16,
+    prompt: "str | None" = None,
+    name: str = "",
 ) -> None:
-    """Run the tokens in one forward pass and write every known value. `size` 0 writes whole rows."""
+    """Run the tokens in one forward pass and write every known value. `size` 0 writes whole rows; `name` is the model's."""
     import torch
 
     config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
     with Recorder(
         out,
         compute="f32",
-        model=str(config.model_type),
+        model=name or str(config.model_type),
         tokens=tokens,
         prompt=prompt,
         layers=int(config.num_hidden_layers),
@@ -303,7 +311,7 @@ def main() -> int:
     except Exception as error:  # of many kinds: an architecture, a file or a device that transformers cannot use
         print(f"transformers cannot load {given.model}: {_one_line(error)}", file=sys.stderr)
         return 2
-    dump(model, tokens, given.out, points=given.points, size=given.slice, prompt=given.prompt)
+    dump(model, tokens, given.out, points=given.points, size=given.slice, prompt=given.prompt, name=given.model.name)
     return 0
 
 

@@ -59,7 +59,7 @@ class HuggingFace:
     timeout: float = DEFAULT_TIMEOUT
     name: str = "Hugging Face"
 
-    def check(self, prompt: Prompt) -> None:
+    def check(self, prompt: Prompt | None = None) -> None:
         """Raises InputError where the interpreter is not there, or has no torch or transformers."""
         probe = "import importlib.util as u; print([m for m in ('torch', 'transformers') if u.find_spec(m) is None])"
         try:

@@ -12,6 +12,7 @@ from typing import Any
 
 from checkpoints.answers.diff import Verdict
 from checkpoints.answers.picture import Picture
+from checkpoints.answers.three_way import ThreeWay
 from checkpoints.errors import DumpError, InputError
 from checkpoints.formats import load
 from checkpoints.nearest import unknown_names
@@ -22,13 +23,14 @@ from reference.client import Reference
 from reference.jobs import DumpResult
 
 from ..diff.compare import Options, comparison
+from ..diff.three_way import compare_three
 from ..diff.tokens import same_model
 from ..lint.lint import refuse_unusable
 from .hugging_face import HuggingFace
 from .request import Progress, Prompt, Request
 from .sides import EXEC, OURS, LlamaCpp, OurEngine, Side, side_of
 
-OURS_FILE, REF_FILE = "ours.jsonl", "ref.jsonl"
+OURS_FILE, REF_FILE, HF_FILE = "ours.jsonl", "ref.jsonl", "hf.jsonl"
 
 
 @dataclass(frozen=True)
@@ -197,6 +199,25 @@ def dump_ours(request: Request, out: Path, progress: Progress | None = None) -> 
         prompt = resolve_prompt(reference, request.model, request.prompt, request.tokens)
     side.check(prompt)
     side.dump(prompt, out, progress)
+
+
+def with_hugging_face(outcome: Outcome, side: HuggingFace, progress: Progress | None = None) -> tuple[ThreeWay, str]:
+    """Hugging Face as the third side of a run, on the same tokens and points, compared with both others.
+
+    Returns:
+        The comparison, and a sentence where transformers' tokenizer makes other ids of the prompt, else "".
+
+    Raises:
+        EngineError: transformers cannot load or run the model. DumpError: it has none of the points.
+    """
+    header = outcome.ref.header
+    assert header is not None
+    assert header.tokens is not None
+    generated = tuple(token.id for token in outcome.ref.tokens)
+    prompt = Prompt(header.prompt, header.tokens, header.pieces or (), generated=generated)
+    out = outcome.folder / HF_FILE
+    said = replace(side, points=",".join(outcome.ref.points)).dump(prompt, out, progress)
+    return compare_three((outcome.ours, outcome.ref, read(out))), said.difference(prompt) if header.prompt is not None else ""
 
 
 def dump_hugging_face(model: Path, given: dict[str, Any], out: Path, progress: Progress | None = None) -> str:
