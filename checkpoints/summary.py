@@ -146,6 +146,7 @@ def summarise(
     first: int = 0,
     seq: int = 0,
     dtype: str = "f32",
+    causal: bool = True,
 ) -> Rows:
     """The records of one point in one forward pass.
 
@@ -157,6 +158,7 @@ def summarise(
         slice_size: leading values a record carries; None for all of them.
         keep: indices into 0…T−1 of the rows to record; None for all.
         first: the position of the first cached row, where a sequence does not begin at 0.
+        causal: False where every position sees all S cached positions, as in an encoder; else it sees those up to itself.
 
     Raises:
         TypeError: `tensor` is not float32 in host memory.
@@ -164,7 +166,9 @@ def summarise(
     """
     kept = np.arange(len(token_idx)) if keep is None else keep
     copy = kept_copy(point, tensor, len(token_idx), kept)
-    (rows,) = summarise_pass([(point, copy)], token_idx, kept, step=step, decode=decode, slice_size=slice_size, first=first)
+    (rows,) = summarise_pass(
+        [(point, copy)], token_idx, kept, step=step, decode=decode, slice_size=slice_size, first=first, causal=causal
+    )
     return replace(rows, seq=np.full(len(kept), seq, dtype=np.int64), dtype=dtype)
 
 
@@ -177,6 +181,7 @@ def summarise_pass(
     decode: bool,
     slice_size: int | None,
     first: int,
+    causal: bool = True,
 ) -> list[Rows]:
     """The records of several points of one forward pass, in their order.
 
@@ -188,9 +193,11 @@ def summarise_pass(
     for number, (point, copy) in enumerate(copies):
         layout = _layout(point)
         if layout == "causal":
-            made[number] = _causal(point, copy, token_idx - first, kept, slice_size)
+            seen = token_idx - first + 1 if causal else np.full(len(token_idx), copy.shape[-1])
+            made[number] = _causal(point, copy, seen, kept, slice_size)
         elif layout == "cached":
-            made[number] = _cached(point, copy, token_idx - first, kept, slice_size)
+            seen = token_idx - first + 1 if causal else np.full(len(token_idx), copy.shape[0])
+            made[number] = _cached(point, copy, seen, kept, slice_size)
         else:
             alone = number if copy.size > _SMALL else -1
             widths.setdefault((copy.shape[1], alone), []).append(number)
@@ -228,19 +235,19 @@ def _split(made: _Made, parts: int) -> list[_Made]:
 
 
 def _causal(
-    point: str, tensor: NDArray[np.float32], token_idx: NDArray[np.int64], kept: NDArray[np.int64], size: int | None
+    point: str, tensor: NDArray[np.float32], sees: NDArray[np.int64], kept: NDArray[np.int64], size: int | None
 ) -> _Made:
-    if tensor.ndim != 3 or tensor.shape[1] != len(token_idx) or tensor.shape[2] <= int(token_idx.max(initial=0)):
-        raise ValueError(
-            f"{point}: {tensor.shape} is not [heads, {len(token_idx)}, at least {int(token_idx.max(initial=0)) + 1}]"
-        )
+    """`sees` [T]: how many of the S columns each position sees."""
+    most = int(sees.max(initial=0))
+    if tensor.ndim != 3 or tensor.shape[1] != len(sees) or tensor.shape[2] < most:
+        raise ValueError(f"{point}: {tensor.shape} is not [heads, {len(sees)}, at least {most}]")
     heads = tensor.shape[0]
     shapes: list[tuple[int, ...]] = []
     values: list[NDArray[np.float32]] = []
     stats: list[dict[str, NDArray[np.float64]]] = []
     sketches = np.zeros((len(kept), SKETCH_SIZE))
     for r, i in enumerate(kept):
-        seen = int(token_idx[i]) + 1
+        seen = int(sees[i])
         row = np.ascontiguousarray(tensor[:, i, :seen]).reshape(1, -1)
         clean, row_stats = _statistics(row)
         if point.endswith("kq_soft_max"):
@@ -256,9 +263,9 @@ def _causal(
 
 
 def _cached(
-    point: str, tensor: NDArray[np.float32], token_idx: NDArray[np.int64], kept: NDArray[np.int64], size: int | None
+    point: str, tensor: NDArray[np.float32], seen: NDArray[np.int64], kept: NDArray[np.int64], size: int | None
 ) -> _Made:
-    seen = token_idx + 1
+    """`seen` [T]: how many of the S rows each position sees."""
     if tensor.shape[0] < int(seen.max(initial=0)):
         raise ValueError(f"{point}: {tensor.shape} holds fewer than the {int(seen.max(initial=0))} rows that were read")
     rows = tensor.reshape(tensor.shape[0], -1)[: int(seen.max(initial=0))]

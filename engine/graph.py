@@ -124,7 +124,7 @@ class Step:
     a recurrent `State`; a weight of None stands for an optional one that this model lacks.
 
     Attributes:
-        axis: the dimension of its value that is the position; None of a value that has none.
+        axis: the dimension of its value that is the position: 0, or 1 of attention's scores [H, T, S]; None of a value that has none.
         inner: it is no point: only other steps read it.
     """
 
@@ -146,14 +146,6 @@ class Step:
         """The names of the values whose rows of all passes it reads."""
         sources = [read.of if isinstance(read, View) else read for read in self.reads]
         return tuple([source.of for source in sources if isinstance(source, History)])
-
-    def rows(self, value: Array) -> Array:
-        """Its value as records want it: the position first, but for attention's [H, T, S]; ids as float32."""
-        if value.dtype.kind in "iu":
-            value = value.astype(np.float32)
-        if not self.axis or value.ndim == 3:
-            return value
-        return module_of(value).ascontiguousarray(np.moveaxis(value, self.axis, 0)).reshape(value.shape[self.axis], -1)
 
 
 def name_of(read: Read) -> str:
@@ -211,6 +203,14 @@ class Cache(Protocol):
 Tap = Callable[[str, Array], None]
 
 
+def inputs_of(step: Step, value: Callable[[str], Array], weights: WeightSource) -> list[Array]:
+    """The whole values that a step reads where all positions are one pass: `value` gives them by name, and states are zeros."""
+    return [
+        weights.array(np.zeros(read.shape, np.float32)) if isinstance(read, State) else value(name_of(read))
+        for read in step.reads
+    ]
+
+
 def compute(step: Step, inputs: Sequence[Array], weights: WeightSource) -> Array:
     """Run one step on given inputs, in the order of `step.reads`: whole values, of which it takes its views."""
     arguments = [_weight(weight, weights) for weight in step.weights]
@@ -260,7 +260,7 @@ def run(
     for index, step in enumerate(steps):
         made = compute(step, [_given(read, live, cache) for read in step.reads], weights)
         if not step.inner:
-            tap(step.makes, step.rows(made))
+            tap(step.makes, made)
         live[step.makes] = made
         if step.makes in remembered:
             cache.append(step.makes, made)

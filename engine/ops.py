@@ -190,6 +190,11 @@ def part(x: Array) -> Array:
     return module_of(x).ascontiguousarray(x)
 
 
+def positions_first(x: Array) -> Array:
+    """A value whose positions are not the slowest dimension in ggml, one row a position: [T, …] -> [T, n]."""
+    return part(x).reshape(x.shape[0], -1)
+
+
 def left_in_state(before: Array, written: Array, *, start: int, size: int) -> Array:
     """A recurrent state with a part of it overwritten: [size], [any shape of n elements] -> [size]; the part begins at `start`."""
     flat = written.reshape(-1)

@@ -4,12 +4,10 @@
 in it would be swallowed by ctypes: it is kept, the computation is stopped, and `check` raises it afterwards.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-
-from checkpoints.points import of_scores
 
 from .ggml import COMPUTED, Ggml
 from .jobs import Node
@@ -27,6 +25,8 @@ class Tap:
     def __init__(self, ggml: Ggml) -> None:
         self._ggml = ggml
         self._listing: list[tuple[Node, bool]] | None = None
+        self.causal = True  # of the pass that was listed last: whether its masks hide every later position
+        self._masks: dict[int, bytes] = {}  # likewise: of each soft max by address its mask
         self._marked = False  # whether this llama.cpp marks the nodes that it computes
         self._wanted: dict[Signature, list[Planned]] = {}
         self._deliver: Deliver | None = None
@@ -45,6 +45,8 @@ class Tap:
         """During the next pass only note the nodes."""
         self._reset()
         self._listing = []
+        self.causal = True
+        self._masks = {}
 
     def listed(self) -> list[Node]:
         """The nodes noted, in the order of computation; without those that stand in the graph but are not computed.
@@ -64,6 +66,10 @@ class Tap:
         """Leave the next pass after its first node; llama.cpp takes it for computed."""
         self._reset()
         self._skipping = True
+
+    def masks_of(self, nodes: Sequence[Node]) -> list[bytes]:
+        """Of each node listed last the mask that it applies, b"" where it applies none."""
+        return [self._masks.get(node.address, b"") for node in nodes]
 
     def take(self, wanted: Iterable[Planned], deliver: Deliver | None) -> None:
         """During the next pass hand the wanted values to `deliver`, each as it is computed."""
@@ -109,6 +115,10 @@ class Tap:
         tensor = self._ggml.tensor(address)
         if self._listing is not None:
             self._listing.append((self._ggml.node(tensor), bool(tensor.flags & COMPUTED)))
+            if self._ggml.op_name(tensor.op) == "SOFT_MAX" and tensor.src[1]:
+                mask = self._ggml.read(tensor.src[1].contents)
+                self.causal = self.causal and not _shows_later(mask[0, 0], tensor.ne[1])
+                self._masks[address] = mask.tobytes()
             return False
         if self._marked and not tensor.flags & COMPUTED:
             self._current = []
@@ -127,55 +137,8 @@ class Tap:
             self._deliver(planned, self._ggml.read(source))
 
 
-def has_rows(planned: Planned, count: int) -> bool:
-    """Whether a planned value has one row for each of `count` positions."""
-    if planned.operand is not None or count == 1:
-        return True
-    shape = _trimmed(planned.node.ne[::-1])
-    return count in shape[:2] if not planned.heads_first else len(shape) > 2 and shape[1] == count
-
-
-def row_shape(planned: Planned, count: int) -> tuple[str, ...]:
-    """The shape of one position's row: numbers as text, "t+1" for the positions seen so far."""
-    ne = planned.node.ne if planned.operand is None else planned.node.sources[planned.operand].ne
-    kind = planned.point.rpartition(".")[2]
-    if planned.operand is not None:
-        return ("t+1", str((ne[0] if kind == "k_read" else ne[1]) * ne[2]))
-    if of_scores(planned.point):
-        return (str(ne[2]), "t+1")
-    elements = ne[0] * ne[1] * ne[2] * ne[3]
-    return (str(elements // count),)
-
-
-def _trimmed(shape: tuple[int, ...]) -> tuple[int, ...]:
-    while len(shape) > 1 and shape[0] == 1:
-        shape = shape[1:]
-    return shape
-
-
-def arrange(planned: Planned, value: NDArray[np.float32], count: int, seen: int) -> NDArray[np.float32]:
-    """A value as `checkpoints.summary.summarise` wants it.
-
-    Args:
-        planned: what it is.
-        value: as it was read, in four dimensions.
-        count: positions of this forward pass, T.
-        seen: cached positions after it, S; the cache's padding is cut off.
-
-    Returns:
-        [T, …]; [H, T, S] for `kq` and `kq_soft_max`; [S, K·d] for `k_read` and `v_read`.
-    """
-    kind = planned.point.rpartition(".")[2]
-    if planned.operand is not None:
-        rows = value[0].transpose(1, 0, 2) if kind == "k_read" else value[0].transpose(2, 0, 1)
-        return np.ascontiguousarray(rows[:seen]).reshape(min(seen, len(rows)), -1)
-    if planned.heads_first:
-        whole = value.reshape(-1, *value.shape[2:])
-        if of_scores(planned.point):
-            return np.ascontiguousarray(whole[:, :, :seen])
-        return np.ascontiguousarray(whole.transpose(1, 0, 2))
-    if count == 1:
-        return value.reshape(1, -1)
-    shape = _trimmed(value.shape)
-    rows = value.reshape(shape)
-    return rows if shape[0] == count else np.ascontiguousarray(np.moveaxis(rows, 1, 0))
+def _shows_later(mask: NDArray[np.float32], count: int) -> bool:
+    """Whether a mask [T, S] over an empty cache lets one of `count` positions see a later one."""
+    later = np.triu(np.ones((count, count), dtype=np.bool_), 1)
+    square = mask[:count, :count]
+    return square.shape == later.shape and bool(np.isfinite(square[later]).any())

@@ -26,7 +26,7 @@ class _Walk:
     def __init__(self, nodes: Sequence[Node], planned: Sequence[Planned]) -> None:
         self._nodes = {node.address: node for node in nodes}
         self._planned = planned
-        self._point = {item.node.address: item.point for item in planned if item.operand is None}
+        self._point = {item.node.address: item.point for item in planned if item.operand is None and item.part is None}
         self._written: dict[int, list[Source]] = {}  # memory that nodes write to -> what they write there
         for node in nodes:
             if node.op in _WRITTEN and len(node.sources) > _WRITTEN[node.op]:

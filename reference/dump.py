@@ -4,7 +4,7 @@ Holds one value at a time; knows the whole model only. `windows` does the same f
 """
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -25,12 +25,13 @@ from checkpoints.summary import summarise
 from checkpoints.tensors import TensorWriter, beside, key
 
 from . import twin
-from .callback import arrange, has_rows
 from .dataflow import dataflow
 from .jobs import EXACT, NATIVE, DumpJob, DumpResult
 from .library import Library, default_threads
 from .llama import Model, Session
-from .naming import Planned, plan
+from .naming import Planned
+from .passes import Plans, plans_of
+from .rows import arrange
 
 _TOP = 5  # logits named with each chosen token
 
@@ -67,31 +68,40 @@ def steps_of(prompt: Sequence[int], follow: Sequence[int], first: int = 0, porti
 
 @dataclass
 class Emitter:
-    """Turns values into records (and whole tensors) as they come; `step` is set before each forward pass."""
+    """Turns values into records (and whole tensors) as they come; `step` is set before each forward pass.
+
+    `first` is where the sequence begins, where that is not the job's first position; `causal` whether positions are hidden from
+    earlier ones.
+    """
 
     writer: Writer
     job: DumpJob
     tensors: TensorWriter | None = None
     step: Step = field(default_factory=lambda: Step(0, 0, ()))
+    first: int | None = None
+    causal: bool = True
 
     def __call__(self, planned: Planned, value: NDArray[np.float32]) -> None:
         """Record one value; called inside llama.cpp's callback."""
-        step = self.step
-        keep = self._kept()
+        step, keep = self.step, self._kept()
+        positions = step.positions
+        if planned.once:  # it belongs to the last position of the pass
+            keep, positions = keep[keep == len(positions) - 1] * 0, positions[-1:]
         if not len(keep):
             return
-        begin = self.job.first_position
+        begin = self.first if self.first is not None else self.job.first_position
         tensor = arrange(planned, value, len(step.tokens), step.first - begin + len(step.tokens))
         source = planned.node if planned.operand is None else planned.node.sources[planned.operand]
         rows = summarise(
             planned.point,
             tensor,
-            step.positions,
+            positions,
             step=step.number,
             decode=step.decode,
             slice_size=self.job.slice_size,
             keep=keep,
             first=begin,
+            causal=self.causal,
             dtype=source.type,
         )
         self.writer.rows(rows)
@@ -127,15 +137,6 @@ def expression(job: DumpJob, n_layers: int) -> str:
         raise InputError(f"the model has no layer {wrong[0]}.", f"Its layers are 0…{n_layers - 1}.", code="layers")
     named = ",".join(points.layer_outputs(job.layers))
     return ",".join(named if part.strip() == "default" else part for part in job.points.split(","))
-
-
-def available(planned: Iterable[Planned], count: int, readable: Callable[[str], bool]) -> list[Planned]:
-    """The planned values that can be recorded: one row a position, of a type that can be read."""
-    return [
-        item
-        for item in planned
-        if has_rows(item, count) and readable(item.node.type if item.operand is None else item.node.sources[item.operand].type)
-    ]
 
 
 def check(job: DumpJob, model: Model) -> None:
@@ -228,36 +229,41 @@ def dump_whole(library: Library, model: Model, job: DumpJob, info: ModelInfo, st
     """Dump a model that is in memory as a whole."""
     check(job, model)
     follow = tuple(job.lead or ())
-    n_ctx = len(job.tokens) + len(follow) + job.generate
+    first, prompt = job.first_position, job.tokens
+    if model.encoder_decoder:  # the encoder reads the prompt, the decoder begins with a token of its own
+        first, prompt = 0, (model.decoder_start,)
+    n_ctx = len(job.tokens) + len(prompt) + len(follow) + job.generate
     pieces = job.pieces or model.pieces(job.tokens)
     if model.path != job.model:
         info = replace(info, twin=fingerprint(model.path))
-    prompt_steps = steps_of(job.tokens, (), job.first_position, job.portions)
+    prompt_steps = steps_of(prompt, (), first, () if model.encoder_decoder else job.portions)
     with Session(model, n_ctx=n_ctx, n_batch=len(job.tokens), kv_type=job.kv_type, threads=job.threads) as session:
-        nodes = session.list_nodes(job.tokens)
-        planned = plan(nodes)
-        header = header_of(job, info, pieces, library, None, dataflow(nodes, planned))
-        known = available(planned, len(job.tokens), library.ggml.readable)
-        names = points.select(expression(job, model.n_layers), [item.point for item in known], model.n_layers)
-        wanted = [item for item in known if item.point in set(names)]
+        plans = plans_of(session, prompt, job.tokens if model.encoder_decoder else ())
+        generates(plans, job, info)
+        header = header_of(job, info, pieces, library, None, dataflow(plans.prompt.nodes, plans.prompt.planned))
+        names = points.select(expression(job, model.n_layers), plans.names, model.n_layers)
         planned_at = time.perf_counter()
         with Writer(job.out, header) as writer, tensors_beside(job) as tensors:
-            emitter = Emitter(writer, job, tensors)
+            emitter = Emitter(writer, job, tensors, first=first)
+            if plans.encoder is not None:
+                emitter.step, emitter.causal = Step(0, 0, job.tokens), plans.encoder.causal
+                session.decode(job.tokens, 0, plans.wanted(names, encoder=True), emitter, encode=True)
             chosen: list[int] = []
             generated: list[int] = []
+            emitter.causal = plans.prompt.causal
             *earlier, step = prompt_steps
             for part in earlier:
                 emitter.step = part
-                session.decode(part.tokens, part.first, wanted, emitter)
+                session.decode(part.tokens, part.first, plans.wanted(names, count=len(part.tokens)), emitter)
             while True:
                 emitter.step = step
-                session.decode(step.tokens, step.first, wanted, emitter)
+                session.decode(step.tokens, step.first, plans.wanted(names, count=len(step.tokens)), emitter)
                 if len(generated) == len(follow) + job.generate or (len(generated) > len(follow) and model.ends(generated[-1])):
                     break
                 logits = session.logits()
                 choice = int(logits.argmax())
                 token = follow[len(generated)] if len(generated) < len(follow) else choice
-                position = job.first_position + len(job.tokens) + len(generated)
+                position = first + len(prompt) + len(generated)
                 chosen.append(choice)
                 generated.append(token)
                 writer.token(token_record(model, position, token, logits))
@@ -277,6 +283,18 @@ def dump_whole(library: Library, model: Model, job: DumpJob, info: ModelInfo, st
         tensors=beside(job.out) if job.full else None,
         timings=timings,
     )
+
+
+def generates(plans: Plans, job: DumpJob, info: ModelInfo) -> None:
+    """Refuse to generate with a model that scores no tokens.
+
+    Raises:
+        InputError: tokens are asked for, and the graph has no logits.
+    """
+    if (job.generate or job.lead) and points.LOGITS not in plans.names:
+        raise InputError(
+            f"{info.architecture} makes embeddings of a text: it generates no tokens.", "Leave --generate out.", code="generate"
+        )
 
 
 def tensors_beside(job: DumpJob) -> AbstractContextManager[TensorWriter | None]:

@@ -397,12 +397,14 @@ def _points(flat: _Flat, ggml: Ggml) -> tuple[dict[int, str], dict[int, dict[int
     """The points that stand for nodes, and for operands of nodes, by index: those that a dump of the reference has."""
 
     def source(raw: _Raw) -> Source:
-        return Source(raw.name, ggml.op_name(raw.op), ggml.type_name(raw.type), raw.ne)
+        return Source(raw.name, ggml.op_name(raw.op), ggml.type_name(raw.type), raw.ne, raw.address)
 
     nodes: list[Node] = []
     for raw, sources in zip(flat.tensors[flat.leaves :], flat.sources[flat.leaves :], strict=True):
         operands = tuple(source(flat.tensors[i]) for i in sources if i is not None)
-        nodes.append(Node(raw.name, ggml.op_name(raw.op), ggml.type_name(raw.type), raw.ne, raw.params, operands))
+        nodes.append(
+            Node(raw.name, ggml.op_name(raw.op), ggml.type_name(raw.type), raw.ne, raw.params, operands, address=raw.address)
+        )
     signer = Signer()
     place = {
         signer.sign(node.name, node.op, node.sources[0].name if node.sources else ""): i + flat.leaves
@@ -411,6 +413,8 @@ def _points(flat: _Flat, ggml: Ggml) -> tuple[dict[int, str], dict[int, dict[int
     points: dict[int, str] = {}
     named: dict[int, dict[int, str]] = {}
     for planned in plan(nodes):
+        if planned.part is not None:  # a part of a value that has a point of its own
+            continue
         index = place[planned.signature]
         if planned.operand is None:
             points[index] = planned.point

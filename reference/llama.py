@@ -61,6 +61,26 @@ class Model:
             self.n_layers = int(self._value(f"{prefix}.block_count") or 0)
 
     @property
+    def embeds(self) -> bool:
+        """Whether it makes embeddings, not scores of tokens: an encoder alone, or a model whose file asks for pooling."""
+        api = self.library.api
+        pooling = self._value(f"{self._value('general.architecture')}.pooling_type")
+        return not api.llama_model_has_decoder(self._model) or pooling not in ("", "0")
+
+    @property
+    def encoder_decoder(self) -> bool:
+        """Whether an encoder reads the prompt and a decoder writes (`llama_encode`, then `llama_decode`)."""
+        api = self.library.api
+        return bool(api.llama_model_has_encoder(self._model) and api.llama_model_has_decoder(self._model))
+
+    @property
+    def decoder_start(self) -> int:
+        """The token that a decoder begins with (`llama_model_decoder_start_token`), BOS where the file names none."""
+        api = self.library.api
+        start = int(api.llama_model_decoder_start_token(self._model))
+        return start if start >= 0 else max(int(api.llama_vocab_bos(self._vocab)), 0)
+
+    @property
     def handle(self) -> Any:
         """The `llama_model *`."""
         return self._model
@@ -176,7 +196,9 @@ class Session:
         self._eval = api.ggml_backend_sched_eval_callback(self.tap)  # kept: the context holds the pointer only
         self._abort = api.ggml_abort_callback(lambda _data: self.tap.stop)
         params = api.llama_context_default_params()
-        params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max = n_ctx, n_batch, n_batch, 1
+        n_batch = max(n_batch, 4)  # a short prompt's graph is listed for more tokens, too
+        params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max = max(n_ctx, n_batch), n_batch, n_batch, 1
+        params.embeddings = model.embeds
         params.n_threads = params.n_threads_batch = threads or default_threads()
         params.flash_attn_type = 0  # LLAMA_FLASH_ATTN_TYPE_DISABLED; the default is AUTO, which was ON
         params.type_k = params.type_v = _KV_TYPES[kv_type]
@@ -191,23 +213,23 @@ class Session:
                 f"llama.cpp cannot compute {model.path}: {model.library.reason()}.", "Free memory, or take a shorter prompt."
             )
 
-    def list_nodes(self, inputs: Sequence[int] | NDArray[np.float32]) -> list[Node]:
+    def list_nodes(self, inputs: Sequence[int] | NDArray[np.float32], *, encode: bool = False) -> list[Node]:
         """The nodes of the graph for these inputs, in the order of computation; nothing stays in the cache."""
         # The abort callback stops the computation at its first node, when all have been asked for. Where the graph is
         # cut into several parts (a second backend), only the first was: then the whole pass has to be computed.
-        nodes = self._list(inputs)
-        if not any(node.name == "result_output" for node in nodes):
+        nodes = self._list(inputs, encode)
+        if not any(node.name.startswith("result_") for node in nodes):
             api = self.model.library.api
             never = api.ggml_abort_callback(lambda _data: False)
             api.llama_set_abort_callback(self._context, never, None)
-            nodes = self._list(inputs)
+            nodes = self._list(inputs, encode)
             api.llama_set_abort_callback(self._context, self._abort, None)
         self.clear()
         return nodes
 
-    def _list(self, inputs: Sequence[int] | NDArray[np.float32]) -> list[Node]:
+    def _list(self, inputs: Sequence[int] | NDArray[np.float32], encode: bool) -> list[Node]:
         self.tap.list_nodes()
-        self._decode(inputs, 0)
+        self._decode(inputs, 0, encode=encode)
         self.tap.check()
         return self.tap.listed()
 
@@ -248,8 +270,10 @@ class Session:
         first: int,
         wanted: Iterable[Planned] = (),
         deliver: Deliver | None = None,
+        *,
+        encode: bool = False,
     ) -> None:
-        """Compute positions first, first + 1, … (`llama_decode`), in one ubatch.
+        """Compute positions first, first + 1, … (`llama_decode`; `llama_encode` for an encoder's pass), in one ubatch.
 
         Args:
             inputs: token ids [T], or hidden states [T, D] that enter the first layer.
@@ -260,7 +284,7 @@ class Session:
         """
         self.tap.take(wanted, deliver)
         self.model.library.lines.clear()
-        status = self._decode(inputs, first)
+        status = self._decode(inputs, first, encode=encode)
         self.tap.check()
         if status != 0:
             raise ReferenceFailed(
@@ -268,7 +292,7 @@ class Session:
                 "Run again with --verbose to see its log.",
             )
 
-    def _decode(self, inputs: Sequence[int] | NDArray[np.float32], first: int) -> int:
+    def _decode(self, inputs: Sequence[int] | NDArray[np.float32], first: int, *, encode: bool = False) -> int:
         api, count = self.model.library.api, len(inputs)
         hidden = np.ascontiguousarray(inputs, np.float32) if isinstance(inputs, np.ndarray) else None
         batch = api.llama_batch_init(count, 0 if hidden is None else self.model.n_embd, 1)
@@ -283,7 +307,7 @@ class Session:
                 batch.n_seq_id[i] = 1
                 batch.seq_id[i][0] = 0
                 batch.logits[i] = 1  # else the last layer computes only the rows that were asked for
-            return int(api.llama_decode(self._context, batch))
+            return int((api.llama_encode if encode else api.llama_decode)(self._context, batch))
         finally:
             api.llama_batch_free(batch)
 

@@ -14,15 +14,16 @@ from checkpoints.gguf_file import Contents, contents
 from checkpoints.graph import RecordedGraph
 
 from . import dump, twin
-from .callback import arrange, row_shape
 from .graph import record
 from .jobs import EXACT, Description, DumpJob, DumpResult, Tokens
 from .library import Library
 from .llama import Model, Session
-from .naming import Planned, plan
+from .naming import Planned
+from .rows import arrange, row_shape, survey
 from .sweep import dump_windows, window_size
 from .twin import Twins
 from .wanted import wanted_tensors
+from .window_proof import prove
 from .windows import Window, open_window
 
 Item = Callable[[Any], None]
@@ -34,6 +35,7 @@ class Service:
     def __init__(self, verbose_fd: int | None) -> None:
         self._library = Library(verbose_fd)
         self._twins = Twins(self._library)
+        self._windows: dict[tuple[str, tuple[int, int], int], bool] = {}  # proven ones: whether they need an output matrix
         self._models: dict[bool, tuple[tuple[Any, ...], Model]] = {}
 
     def _model(self, path: Path, *, vocab_only: bool = False) -> Model:
@@ -136,12 +138,25 @@ class Service:
                 f"a hidden state of shape {hidden.shape} is not [T, {width}].", "Give one row a position.", code="hidden"
             )
         count = len(hidden)
-        window = Window(*span)
+        window = self._proven(found, span, count)
         with (
             open_window(self._library, found, window, exact=mode == EXACT, threads=threads) as model,
             Session(model, n_ctx=count, n_batch=count, kv_type=kv_type, threads=threads) as session,
         ):
             self._deliver(session, hidden, expression, found.layers, window.first, item, last=window.stop == found.layers)
+
+    def _proven(self, found: Contents, span: tuple[int, int], count: int) -> Window:
+        """The window of these layers, which is proven once to compute what the whole model does there."""
+        first, stop = span
+        if not 0 <= first < stop <= found.layers:
+            raise InputError(
+                f"there are no layers {first}…{stop - 1}.", f"The model has layers 0…{found.layers - 1}.", code="layers"
+            )
+        known = (found.fingerprint, span, count)
+        if known not in self._windows:
+            proof = prove(self._library, found, [span], (0,) * count, hidden=True)
+            self._windows[known] = proof.untied
+        return Window(first, stop, None, self._windows[known])
 
     def _deliver(
         self,
@@ -156,7 +171,7 @@ class Service:
     ) -> None:
         """One forward pass whose values go to the parent as they come; not `last` leaves out the model's output."""
         count = len(inputs)
-        known = dump.available(plan(session.list_nodes(inputs), offset=offset), count, self._library.ggml.readable)
+        known = list(survey(session, inputs, offset=offset).known)
         if not last:
             known = [entry for entry in known if points.parse(entry.point).layer is not None]
         names = [entry.point for entry in known]
@@ -173,7 +188,7 @@ class Service:
         model = self._model(path)
         tokens = tuple(range(min(3, model.n_vocab)))
         with Session(model, n_ctx=len(tokens), n_batch=len(tokens)) as session:
-            known = dump.available(plan(session.list_nodes(tokens)), len(tokens), self._library.ggml.readable)
+            known = survey(session, tokens).known
         return Description(
             info=dump.describe(found, self._library),
             metadata=model.metadata(),

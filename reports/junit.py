@@ -4,9 +4,11 @@ import re
 from collections.abc import Iterable, Sequence
 from xml.etree import ElementTree as ET
 
+from checkpoints.answers.conform import NO_REFERENCE, REFUSED, Conformance, axis
 from checkpoints.answers.diff import Difference, PointSummary, Verdict
 from checkpoints.answers.drift import Drift
 
+from .conform import outcome
 from .drift import factor, sentence, shortened
 from .drift import remarks as drift_remarks
 from .numbers import error, limit, of_limit, token
@@ -29,6 +31,30 @@ def drift_as_junit(drift: Drift) -> str:
         _texted(
             suite, "system-out", [*output, *(f"{point.checkpoint}: margin {factor(point.margin)}" for point in drift.points)]
         )
+        suites.append(suite)
+    return _written(suites)
+
+
+def conform_as_junit(found: Conformance) -> str:
+    """A conformance run: a suite an architecture, a case a cell; what is refused or has no reference is skipped."""
+    suites = []
+    for name in axis(found.results, "architecture"):
+        results = [result for result in found.results if result.cell.architecture == name]
+        failures = sum(result.wrong for result in results)
+        skipped = [result for result in results if result.verdict in (REFUSED, NO_REFERENCE)]
+        suite = ET.Element(
+            "testsuite", name=_plain(f"conform {name}"), tests=str(len(results)), failures=str(failures), errors="0"
+        )
+        suite.set("skipped", str(len(skipped)))
+        for result in results:
+            case = ET.SubElement(suite, "testcase", classname=_plain(name), time=f"{result.seconds:.3f}")
+            case.set("name", _plain(f"{result.cell.type} {result.cell.prompt} {result.cell.mode}"))
+            if result in skipped:
+                ET.SubElement(case, "skipped", message=_plain(outcome(result)))
+            elif result.wrong:
+                _failure(case, outcome(result), [result.sentence])
+            else:
+                _texted(case, "system-out", [outcome(result)])
         suites.append(suite)
     return _written(suites)
 

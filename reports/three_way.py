@@ -22,7 +22,7 @@ def lines(found: ThreeWay, width: int) -> list[Text]:
     rows: list[tuple[str, ...]] = [("checkpoint", *(f"{heads[a]} – {heads[b]}" for a, b in PAIRS), "alone")]
     styles = ["dim"]
     for point in shown:
-        who = found.sides[point.alone] if point.alone is not None else "all differ" if point.apart else ""
+        who = found.sides[point.alone] if point.alone is not None else "?" if point.differs else ""
         rows.append((clean(point.checkpoint), *(error(value) for value in point.nmse), who))
         styles.append("red" if who else "")
     rest = len(found.points) - len(shown)
@@ -40,7 +40,7 @@ def sentence(found: ThreeWay) -> str:
     point = found.first
     if point.alone is None:
         worst = max(value for value in point.nmse if value is not None)
-        return f"divergence at {clean(point.checkpoint)}: no two of the sides can be told to agree (worst NMSE {error(worst)})"
+        return f"divergence at {clean(point.checkpoint)}: which side is alone cannot be told, worst NMSE {error(worst)}"
     pair = next(number for number, sides in enumerate(PAIRS) if point.alone not in sides)
     first, second = (found.sides[side] for side in PAIRS[pair])
     value = point.nmse[pair]
@@ -57,7 +57,7 @@ def _shown(found: ThreeWay) -> list[ThreeWayPoint]:
     ranked = sorted(
         range(len(found.points)),
         key=lambda number: (
-            found.points[number].alone is None and not found.points[number].apart,
+            not found.points[number].differs,
             not found.points[number].checkpoint.endswith((".l_out", "embd", "output_norm", "logits")),
             number,
         ),

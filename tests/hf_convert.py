@@ -28,14 +28,7 @@ def convert(folder: Path, out: Path, **changes: Any) -> Path:
     for name, value in _joined(load_file(folder / "model.safetensors")).items():
         to = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert to is not None, name
-        if arch == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")) and not changes.get("skip_permute"):
-            heads = config["num_attention_heads" if "q_proj" in name else "num_key_value_heads"]
-            value = value.reshape(heads, 2, -1, value.shape[-1]).swapaxes(1, 2).reshape(value.shape)
-        if arch.startswith("gemma") and name.endswith("norm.weight") and not changes.get("skip_norm_offset"):
-            value = value + 1
-        if arch == "gpt2" and name.endswith((".c_attn.weight", ".c_proj.weight", ".c_fc.weight")):
-            value = value.T
-        tensors[to] = value
+        tensors[to] = _converted(arch, name, value, config, changes)
     if swap := changes.get("swap"):
         tensors[swap[0]], tensors[swap[1]] = tensors[swap[1]], tensors[swap[0]]
     tensors.pop(changes.get("drop", ""), None)
@@ -46,6 +39,17 @@ def convert(folder: Path, out: Path, **changes: Any) -> Path:
     writer.write_tensors_to_file()
     writer.close()
     return out
+
+
+def _converted(arch: str, name: str, value: np.ndarray, config: dict[str, Any], changes: dict[str, Any]) -> np.ndarray:
+    if arch == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")) and not changes.get("skip_permute"):
+        heads = config["num_attention_heads" if "q_proj" in name else "num_key_value_heads"]
+        return value.reshape(heads, 2, -1, value.shape[-1]).swapaxes(1, 2).reshape(value.shape)
+    if arch.startswith("gemma") and name.endswith("norm.weight") and not changes.get("skip_norm_offset"):
+        return value + 1
+    if arch == "gpt2" and name.endswith((".c_attn.weight", ".c_proj.weight", ".c_fc.weight")):
+        return value.T
+    return value
 
 
 def _joined(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -9,14 +9,14 @@ PAIRS = ((0, 1), (0, 2), (1, 2))  # which two sides each figure of a point compa
 class ThreeWayPoint:
     """One point. `nmse` and `of_limit` are the worst of each pair, in the order of PAIRS, None where a pair has no such record.
 
-    `alone` is the side that differs from two others which agree; `apart`: all three differ from each other.
+    `differs`: some pair is judged to differ, as `diff` judges it. `alone` is the side that differs from two others which agree.
     """
 
     checkpoint: str
     nmse: tuple[float | None, float | None, float | None]
     of_limit: tuple[float | None, float | None, float | None]
     alone: int | None = None
-    apart: bool = False
+    differs: bool = False
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,10 @@ _SMALL_PIECES = 1 << F32 | 1 << F16 | 1 << BF16  # types whose rows have a piece
 # Quantised rows of a 0.5 B model are 28 pieces: one warp takes a row of them, four that of the down projection.
 _QUANTISED_WARPS = {"QKV_WARPS": 1, "OUT_WARPS": 1, "GATE_WARPS": 1, "DOWN_WARPS": 4, "DOWN_ROWS": 2}
 _ALIGNED = 64  # floats, as CuPy aligns what it allocates by itself
+# Cycles between two pieces of weights on a device whose memory gives less than that many bytes a second; near.cuh has that of others.
+# Measured (BENCHMARKS.md): an H100 (3.35 TB/s) takes 0.509 ms a step at 320 and 0.519 at 280, an H200 (4.9 TB/s) 0.480 and 0.461.
+_SLOWER_MEMORY, _SLOWER_PACE = 4e12, 320
+_MEMORY_CLOCK, _BUS_WIDTH = 36, 37  # cudaDevAttrMemoryClockRate (kHz), cudaDevAttrGlobalMemoryBusWidth (bits)
 # Elements that a warp records at a time: the smallest number with which no block has two chunks, or the largest.
 _CHUNKS = (128, 256, 512, 1024)
 _MATRICES = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
@@ -108,9 +112,17 @@ class DecodeStep:
             "BLOCKS": self.blocks, "SPLITS": self.splits,
         }  # fmt: skip
         numbers |= self._staging()
+        if self._memory_bandwidth() < _SLOWER_MEMORY:
+            numbers["PACE"] = _SLOWER_PACE
         if not self.weights.types & _SMALL_PIECES:
             numbers |= _QUANTISED_WARPS
         return (*(f"{name}={value}" for name, value in numbers.items()), f"TYPES={self.weights.types}ull")
+
+    def _memory_bandwidth(self) -> float:
+        """Bytes a second that the device's memory moves at most: two transfers a clock over the bus's width."""
+        runtime = self._xp.cuda.runtime
+        clock, width = (runtime.deviceGetAttribute(number, self._xp.cuda.Device().id) for number in (_MEMORY_CLOCK, _BUS_WIDTH))
+        return 2.0 * int(clock) * 1000 * int(width) / 8
 
     def _staging(self) -> dict[str, int]:
         """Bytes of shared memory for a block's rows of gate and up, and of down; none where both do not fit."""

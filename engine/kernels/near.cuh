@@ -69,8 +69,10 @@ __device__ __forceinline__ void prefetch_rows(const Matrix& m, int first, int co
 // Small pieces with pauses: a burst would fill the memory's queues, and what the other warps read from the L2 cache, a few
 // kilobytes on the critical path, would wait behind it (measured: the whole burst's time is lost then).
 #ifndef PIECE
-#define PIECE 4096
-#define PACE 480                 // cycles from one piece to the next: 16 GB/s a multiprocessor, half of what memory gives
+#define PIECE 2048
+#endif
+#ifndef PACE
+#define PACE 280                 // cycles from one piece to the next: 14.5 GB/s a multiprocessor, 45 % of what an H200's memory gives
 #endif
 struct Producer {
     long long next;

@@ -17,7 +17,7 @@ from ..ggml_ops import OPERATIONS, OpParams
 from ..graph import PASSES, POSITIONS, TOKENS, History, Read, RowsOf, State, Step, View, WeightPart, name_of
 from . import inputs
 from .node import GgmlOperation, Operand
-from .operands import ONE, ZERO, Memory, Unliftable, numpy_shape, product, times
+from .operands import ONE, ZERO, Memory, Unliftable, contiguous, numpy_shape, product, times
 from .patterns import PATTERNS
 
 _COPIES = frozenset({"CPY", "DUP", "CONT"})
@@ -105,6 +105,20 @@ class Lifter:
         self._taken.add(step.makes)
         self.names[index] = step.makes
         self.done.update((index, *parts))
+
+    def _make_rows(self, index: int, step: Step) -> None:
+        """Take a step as what makes node `index`. Where its positions are an inner dimension, the point is a step that puts them first."""
+        shape, axis = self.memory.layout(index)
+        if step.inner or axis is None or axis == 0 or len(shape) == 3:
+            self.make(index, step)
+            return
+        value = replace(step, makes=f"{step.makes}.ggml", axis=None, inner=True)
+        self.make(index, value)
+        strides = contiguous(shape)
+        first = (axis, *(i for i in range(len(shape)) if i != axis))
+        read = View(value.makes, shape, tuple(shape[i] for i in first), tuple(strides[i] for i in first))
+        self._made.append(Step(step.makes, ops.positions_first, (read,)))
+        self._taken.add(step.makes)
 
     def helper(self, step: Step) -> str:
         """A step for a value that is no node; made once."""
@@ -251,7 +265,7 @@ class Lifter:
             else:
                 read, _, _ = self.read(index)
                 view = read if isinstance(read, View) else self.memory.view(index, name_of(read), self.memory.layout(base)[0])
-                self.make(index, Step(tensor.point, ops.part, (view,), axis=axis))
+                self._make_rows(index, Step(tensor.point, ops.part, (view,), axis=axis))
         finally:
             if index in self.names:
                 self.memory.own.add(index)
@@ -378,18 +392,10 @@ class Lifter:
         params = {"params": OpParams(tensor.params, tensor.type), "operands": operands, "shape": shape, "made": made}
         if positions is not None:
             params["positions"] = positions
-        name = self.name(index)
-        self.make(
+        inner = not tensor.point or axis is None
+        self._make_rows(
             index,
-            Step(
-                name,
-                GgmlOperation(tensor.op),
-                tuple(reads),
-                tuple(weights),
-                params,
-                axis=axis,
-                inner=not tensor.point or axis is None,
-            ),
+            Step(self.name(index), GgmlOperation(tensor.op), tuple(reads), tuple(weights), params, axis=axis, inner=inner),
         )
 
     def _weight(

@@ -125,6 +125,8 @@ class Memory:
         """Whether a tensor shows all of its base's elements in their order."""
         place, tensor = self.place(index), self.tensors[index]
         base = self.tensors[place.base]
+        if place.base == index and base.kind == WEIGHT:  # its strides are of blocks, not of elements
+            return True
         if place.offset != ZERO or product(tensor.ne) != product(base.ne):
             return False
         shape = numpy_shape(tensor.ne)

@@ -8,15 +8,17 @@ from collections.abc import Sequence
 
 from .. import ops
 from ..backend import Array
-from ..graph import PASSES, Step, WeightSource, compute
+from ..graph import PASSES, History, Step, WeightSource, compute
 
-_ROW_BY_ROW = (ops.rms_norm, ops.linear, ops.rope, ops.cached, ops.add, ops.swiglu)
+_ROW_BY_ROW = (ops.rms_norm, ops.layer_norm, ops.linear, ops.rope, ops.cached, ops.add, ops.swiglu)
 _ATTENTION = (ops.attention_scores, ops.causal_soft_max, ops.weighted_values)
 
 
 def can_batch(step: Step) -> bool:
     """Whether `compute_batch` knows how to lay versions of this step's inputs together."""
-    return step.op in (*_ROW_BY_ROW, *_ATTENTION) and PASSES not in step.names
+    by_head = step.op is ops.causal_soft_max and (step.weights or "max_bias" in step.params)  # sinks, ALiBi
+    plain = all(isinstance(read, str | History) for read in step.reads) and not by_head
+    return plain and step.op in (*_ROW_BY_ROW, *_ATTENTION) and PASSES not in step.names
 
 
 def compute_batch(step: Step, inputs: Sequence[Array], many: int, weights: WeightSource) -> Array:

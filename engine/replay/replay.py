@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..backend import Array, Backend
-from ..graph import PASSES, POSITIONS, TOKENS, Altered, Step, WeightSource, compute
+from ..graph import PASSES, POSITIONS, TOKENS, Altered, Step, WeightSource, compute, inputs_of
 from ..inapplicable import NotApplicable
 from .batched import can_batch, compute_batch
 
@@ -39,6 +39,7 @@ class _Right(Mapping[str, Array]):
         self._names = (*given, *(step.makes for step in steps))
         self._known = frozenset(self._names)
         self._steps = tuple(steps)
+        self._by_name = {step.makes: step for step in steps}
         self._next = 0 if longer is None else same_start(steps, longer.steps)
         self._longer = longer
         self._taken = frozenset(step.makes for step in steps[: self._next])
@@ -48,11 +49,16 @@ class _Right(Mapping[str, Array]):
         if name not in self._known:
             raise KeyError(name)
         if name in self._taken and name not in self._made and self._longer is not None:
-            self._made[name] = _first_rows(self._longer.values[name], len(self._made[TOKENS]))
+            step = self._by_name[name]
+            if step.axis is None:  # its rows do not lie side by side
+                with _QUIET():
+                    self._made[name] = compute(step, inputs_of(step, self.__getitem__, self._weights), self._weights)
+            else:
+                self._made[name] = _first_rows(self._longer.values[name], len(self._made[TOKENS]))
         while name not in self._made:
             step = self._steps[self._next]
             with _QUIET():
-                self._made[step.makes] = compute(step, [self[read] for read in step.names], self._weights)
+                self._made[step.makes] = compute(step, inputs_of(step, self.__getitem__, self._weights), self._weights)
             self._next += 1
         return self._made[name]
 
@@ -122,7 +128,8 @@ class Replay:
         self._last_reads: dict[int, dict[str, int]] = {}
 
     def _compute(self, step: Step, changed: Values) -> Array:
-        return compute(step, [changed[name] if name in changed else self.values[name] for name in step.names], self.weights)
+        inputs = inputs_of(step, lambda name: changed[name] if name in changed else self.values[name], self.weights)
+        return compute(step, inputs, self.weights)
 
     def run(self, steps: Sequence[Step], visit: Visit, begin: int = 0) -> Values:
         """Compute what differs from the right run, in order, until `visit` has seen enough.

@@ -5,7 +5,24 @@ from typing import Annotated
 import typer
 
 from .. import version as parity_version
-from . import consistency, convert, diff, doctor, drift, dump, emit, explain, isolate, lint, model, run, synth, twin, weights
+from . import (
+    conform,
+    consistency,
+    convert,
+    diff,
+    doctor,
+    drift,
+    dump,
+    emit,
+    explain,
+    isolate,
+    lint,
+    model,
+    run,
+    synth,
+    twin,
+    weights,
+)
 
 app = typer.Typer(
     name="parity",
@@ -40,6 +57,7 @@ app.command("explain", short_help="Which known fault reproduces your engine's nu
 app.add_typer(drift.app, name="drift", short_help="Golden dumps that keep numbers from moving unseen.")
 app.command("weights", short_help="Every weight dequantised three times; or yours against the file.")(weights.weights)
 app.command("consistency", short_help="An engine against itself: prefill, decode, chunks.")(consistency.consistency)
+app.command("conform", short_help="Tiny models of every architecture and type through an engine.")(conform.conform)
 app.command("convert", short_help="Any dump as format 1.")(convert.convert)
 app.command("emit", short_help="The file that your own engine needs to write dumps.")(emit.emit)
 app.command("model", short_help="What an engine must know of a model.")(model.model)

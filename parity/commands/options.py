@@ -66,6 +66,15 @@ class Compute(StrEnum):
     TF32 = "tf32"
     F16 = "f16"
     BF16 = "bf16"
+    Q8 = "q8"
+
+
+class Arbiter(StrEnum):
+    """Whether the same steps in float64 say which side is right."""
+
+    OFF = "off"
+    AUTO = "auto"
+    ALL = "all"
 
 
 _LONGEST_ROW = 1 << 31  # values: more than any row of an activation has
@@ -85,6 +94,13 @@ LayersOption = Annotated[str | None, typer.Option("--layers", help="Layers whose
 PositionsOption = Annotated[str, typer.Option("--positions", help="all, last, or a list: 0,3,7.")]
 SliceOption = Annotated[int, typer.Option("--slice", min=1, max=_LONGEST_ROW, help="Leading values a record carries.")]
 FullOption = Annotated[bool, typer.Option("--full", help="Write whole tensors besides, as safetensors.")]
+ArbiterOption = Annotated[
+    Arbiter,
+    typer.Option(
+        "--arbiter",
+        help="The same steps in float64 say which side is right: where that can decide (auto), wherever something differs (all), never.",
+    ),
+]
 BackendOption = Annotated[BackendName, typer.Option("--backend", help="Where our engine computes.")]
 DevicesOption = Annotated[
     str | None, typer.Option("--devices", help="CUDA devices, consecutive layers on consecutive ones: 0,1.", show_default=False)

@@ -26,7 +26,7 @@ def compare_three(dumps: tuple[Dump, Dump, Dump], options: Options | None = None
             raise kind(f"{sides[first]} and {sides[second]}: {error.message}", error.advice, code=error.code) from error
     found = [{point.checkpoint: point for point in verdict.points} for verdict in verdicts]
     points = tuple(_point(name, [pair.get(name) for pair in found]) for name in order(name for pair in found for name in pair))
-    wrong = next((point for point in points if any(value is not None and value > 1 for value in point.of_limit)), None)
+    wrong = next((point for point in points if point.differs), None)
     return ThreeWay(sides, points, _counts(verdicts), wrong, _notes(sides, verdicts))
 
 
@@ -61,4 +61,4 @@ def _point(name: str, pairs: list[PointSummary | None]) -> ThreeWayPoint:
         alone = next(side for side in range(3) if side not in PAIRS[right[0]])
     nmse = [pair.worst.nmse if pair is not None else None for pair in pairs]
     share = [pair.worst.of_limit if pair is not None else None for pair in pairs]
-    return ThreeWayPoint(name, (nmse[0], nmse[1], nmse[2]), (share[0], share[1], share[2]), alone, apart=len(wrong) == 3)
+    return ThreeWayPoint(name, (nmse[0], nmse[1], nmse[2]), (share[0], share[1], share[2]), alone, differs=bool(wrong))

@@ -202,7 +202,9 @@ class Observer:
             # [B, T, H, d], or [B, H, T, d] where the norm comes after the transposition: its input tells.
             plain = before is not None and source is not None and bool((source.reshape(before.shape) == before).all())
             value = value if plain else value.transpose(1, 2)
-        self.tap(f"{layer}.{self.renamed.get(kind, kind)}" if layer else point, value.reshape(*value.shape[:2], -1))
+        # A router sees the tokens of all sequences in one row, [T, experts]; everything else is [B, T, …].
+        flat = value if value.ndim == 2 else value.reshape(*value.shape[:2], -1)
+        self.tap(f"{layer}.{self.renamed.get(kind, kind)}" if layer else point, flat)
 
     def _split(self, value: Any) -> "tuple[Any, Any, Any]":
         """Queries, keys and values of one fused projection, laid side by side: [B, T, (H + 2K)·d]; Q and K by heads."""

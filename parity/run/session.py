@@ -1,7 +1,7 @@
 """Both sides of one experiment into one run folder: ours.jsonl, ref.jsonl, diff.json, report.html."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -162,14 +162,17 @@ def _one_after_the_other(
     LlamaCpp(following(request, printed), reference).dump(prompt, folder / REF_FILE, progress)
 
 
-def following(request: Request, dump: Dump) -> Request:
+def following(request: Request, dump: Dump, known: Sequence[str] = ()) -> Request:
     """The request that records what a dump has: its points, its positions, and no fewer values a row.
+
+    `known` are the points of this model in llama.cpp: of the vocabulary's own names those that it lacks are left out.
 
     Raises:
         DumpError: none of its points could be llama.cpp's.
     """
     # `blk.N.<node>` may be a name of llama.cpp's; what is neither that nor a point it cannot have.
     points = [name for name in dump.points if parse(name).known or parse(name).layer is not None]
+    points = [name for name in points if not known or name in known or not parse(name).known]
     if not points:
         raise DumpError(f"{dump.path} has no point that llama.cpp could have.", *unknown_names(dump.points), code="points")
     widest = max(int(dump.points[name].counts.max(initial=0)) for name in points)
@@ -280,7 +283,8 @@ def dump_reference(request: Request, out: Path, follow: Dump | None = None) -> D
         prompt = resolve_prompt(reference, request.model, request.prompt, request.tokens)
         if follow.tokens:
             prompt = prompt.followed_by(tuple(token.id for token in follow.tokens), ())
-        return LlamaCpp(following(request, follow), reference).dump(prompt, out)
+        known = [name for name, _ in reference.describe(request.model).points]
+        return LlamaCpp(following(request, follow, known), reference).dump(prompt, out)
 
 
 def _prompt_of(dump: Dump) -> dict[str, Any]:

@@ -91,12 +91,13 @@ class OurEngine:
 
 
 class ExternalEngine:
-    """A foreign engine that a command line starts. It is given the F32 twin in exact mode, else the file itself."""
+    """A foreign engine that a command line starts. It is given `model`, else the F32 twin in exact mode and the file itself in native."""
 
-    def __init__(self, request: Request, command: Command, reference: Reference) -> None:
+    def __init__(self, request: Request, command: Command, reference: Reference, *, model: Path | None = None) -> None:
         self._request = request
         self._command = command
         self._reference = reference
+        self._model = model
 
     @property
     def name(self) -> str:
@@ -115,6 +116,8 @@ class ExternalEngine:
     @cached_property
     def model(self) -> Path:
         """The file that it loads."""
+        if self._model is not None:
+            return self._model
         return self._reference.twin(self._request.model) if self._request.mode == "exact" else self._request.model
 
     def dump(self, prompt: Prompt, out: Path, progress: Progress | None = None) -> None:

@@ -1,12 +1,17 @@
 """A synthetic model in any of llama.cpp's types: made by gguf-py where it can, quantised by llama.cpp where it can't."""
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from checkpoints.errors import ModelError
 from engine.synth import Shape, synthesize
 from engine.synth.recipe import Recipe, Value
 from engine.synth.write import write
+
+if TYPE_CHECKING:
+    from reference.client import Reference
 
 _BY_GGUF = ("f32", "f16", "bf16", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0")
 
@@ -40,12 +45,14 @@ def make_by_recipe(
     kind: str | None = None,
     seed: int = 0,
     tokenizer: Path | None = None,
+    running: "Reference | None" = None,
 ) -> None:
     """Write a model of any architecture to `out`: llama.cpp names the tensors, and has loaded the file before it is there.
 
     Args:
         changes: metadata that replace the recipe's or come on top.
         kind: a file type of llama.cpp's ("q4_k_m"), which chooses each tensor's type; None for the recipe's own.
+        running: a reference that was started already and goes on afterwards.
 
     Raises:
         InputError: no such type, or an unwritable file; ModelError: llama.cpp makes no model of this shape.
@@ -54,7 +61,7 @@ def make_by_recipe(
 
     plain = out.with_name(out.name + ".f32.part")
     try:
-        with Reference() as reference:
+        with nullcontext(running) if running is not None else Reference() as reference:
             write(plain, recipe, shape, changes, tokenizer=tokenizer)
             tensors = recipe.tensors(reference.wanted_tensors(plain), tied=shape.tied)
             write(plain, recipe, shape, changes, tensors, seed=seed, tokenizer=tokenizer)

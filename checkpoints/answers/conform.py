@@ -1,0 +1,139 @@
+"""What a conformance run found: one result a cell of the matrix, and the causes that cells share. Data that travels and is kept."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+PARITY = "parity"
+LOWER = "parity at "  # + "F16", "BF16"
+DIVERGENCE = "divergence"
+REFUSED = "refused"
+CRASHED = "crashed"
+TIMED_OUT = "timed out"
+UNUSABLE = "unusable"  # a dump that cannot be read or believed
+NO_REFERENCE = "no reference"  # llama.cpp itself has no such model, or cannot run it
+WRONG = (DIVERGENCE, CRASHED, TIMED_OUT, UNUSABLE)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One place of the matrix: a tiny model of an architecture and a weight type, a prompt, and how it is fed."""
+
+    architecture: str
+    type: str
+    prompt: str
+    mode: str
+
+    @property
+    def name(self) -> str:
+        """For sentences and file names."""
+        return f"{self.architecture} {self.type} {self.prompt} {self.mode}"
+
+
+@dataclass(frozen=True)
+class CellResult:
+    """What became of a cell.
+
+    Attributes:
+        verdict: PARITY, LOWER + an arithmetic, DIVERGENCE, REFUSED, CRASHED, TIMED_OUT, UNUSABLE or NO_REFERENCE.
+        reason: the side's own words for what is neither parity nor divergence.
+        checkpoint, token_idx: the first divergence.
+        cause: what explains it, short, the same for cells of one cause: a fault's name and where, or the operation.
+        sentence: the cause in a sentence.
+        nmse, of_limit: of the record nearest to (or farthest beyond) its limit, at `worst`.
+        key: identifies engine, model, prompt and program: a cell of the same key need not run again.
+        report: its report, relative to the run's folder; "" where there is none.
+        kept: whether it was taken over from an earlier run.
+    """
+
+    cell: Cell
+    verdict: str
+    reason: str = ""
+    checkpoint: str = ""
+    token_idx: int = -1
+    cause: str = ""
+    sentence: str = ""
+    compared: int = 0
+    nmse: float | None = None
+    of_limit: float | None = None
+    worst: str = ""
+    seconds: float = 0.0
+    key: str = ""
+    report: str = ""
+    kept: bool = False
+
+    @property
+    def wrong(self) -> bool:
+        """Whether it is a failure: what an engine refuses is none."""
+        return self.verdict in WRONG
+
+    def as_dict(self) -> dict[str, Any]:
+        """Flat: the cell's fields beside the result's, for JSON and tables."""
+        own = {name: value for name, value in asdict(self).items() if name != "cell"}
+        return asdict(self.cell) | own
+
+    @staticmethod
+    def from_dict(facts: dict[str, Any]) -> "CellResult":
+        """The same, read back.
+
+        Raises:
+            KeyError, TypeError: it is of another version.
+        """
+        cell = Cell(**{field.name: facts[field.name] for field in fields(Cell)})
+        own = {field.name: facts[field.name] for field in fields(CellResult) if field.name != "cell"}
+        return CellResult(cell, **own)
+
+
+@dataclass(frozen=True)
+class SharedCause:
+    """Cells that fail alike."""
+
+    cause: str
+    sentence: str
+    cells: tuple[Cell, ...]
+
+
+@dataclass(frozen=True)
+class Conformance:
+    """The whole matrix; true where nothing is wrong.
+
+    Attributes:
+        side: who was tried, in words.
+        not_run: cells that an interruption left.
+    """
+
+    side: str
+    results: tuple[CellResult, ...]
+    not_run: tuple[Cell, ...] = ()
+    seconds: float = 0.0
+    workers: int = 1
+    folder: str = ""
+
+    def __bool__(self) -> bool:
+        return not any(result.wrong for result in self.results)
+
+    @property
+    def kept(self) -> int:
+        """How many results were taken over from an earlier run."""
+        return sum(result.kept for result in self.results)
+
+    @property
+    def counts(self) -> Counter[str]:
+        """How many cells each verdict has."""
+        return Counter(result.verdict for result in self.results)
+
+    @property
+    def causes(self) -> tuple[SharedCause, ...]:
+        """What the failing cells have in common, the most frequent first."""
+        groups: dict[str, list[CellResult]] = {}
+        for result in self.results:
+            if result.wrong:
+                groups.setdefault(result.cause or f"{result.verdict}: {result.reason.rstrip('.')}", []).append(result)
+        ranked = sorted(groups.items(), key=lambda group: -len(group[1]))
+        return tuple(SharedCause(name, of[0].sentence, tuple(result.cell for result in of)) for name, of in ranked)
+
+
+def axis(results: Sequence[CellResult], name: str) -> list[str]:
+    """The values of one axis of the matrix in the order in which they occur."""
+    return list(dict.fromkeys(str(getattr(result.cell, name)) for result in results))

@@ -1,0 +1,78 @@
+"""`parity conform`: tiny models of everything through an engine."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from checkpoints.errors import InputError
+
+from . import options as o
+
+
+@o.fills("command", "compute", "tolerance", "threads", "backend", "mapping", "verbose")
+def conform(
+    given: o.Given,
+    side: Annotated[
+        o.Side | None, typer.Option("--side", help="ours: the engine that comes with parity, instead of --exec.")
+    ] = None,
+    profile: Annotated[
+        str, typer.Option("--profile", help="The matrix: llama, quants, dense, moe, recurrent or all.")
+    ] = "llama",
+    architectures: Annotated[
+        str | None,
+        typer.Option("--architectures", help="Instead of the profile's: names and globs with commas: 'qwen*,gemma3'."),
+    ] = None,
+    types: Annotated[str | None, typer.Option("--types", help="Weight types instead of the profile's: 'F32,Q*_K'.")] = None,
+    prompts: Annotated[
+        str | None, typer.Option("--prompts", help="short (6 tokens), long (37: beyond attention windows), one, same.")
+    ] = None,
+    modes: Annotated[
+        str | None,
+        typer.Option(
+            "--modes", help="prefill, decode, chunked; the last two need {portions} in --exec. Default: all possible."
+        ),
+    ] = None,
+    explain: Annotated[bool, typer.Option("--explain/--no-explain", help="Look for the cause of what fails.")] = True,
+    workers: Annotated[int, typer.Option("--workers", min=1, max=256, help="Processes, each with its own llama.cpp.")] = 1,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="Folder of the run; default: runs/conform-<engine>. Finished cells are kept there."),
+    ] = None,
+    junit: Annotated[Path | None, typer.Option("--junit", help="Write JUnit XML besides: one case a cell.")] = None,
+    table: Annotated[Path | None, typer.Option("--table", help="Write every cell's figures: FILE.csv or FILE.parquet.")] = None,
+    form: o.AnswerOption = o.AnswerFormat.TEXT,
+) -> None:
+    """Is an engine right for every architecture and weight type? Tiny seeded models through it, a verdict each, one line a cause.
+
+    {model} is the model file itself, of the type that is tried; the engine may refuse it (a nonzero exit code and a sentence on
+    stderr): that is no failure. With {points} the engine is asked for every operation, so that a failure has a name.
+
+      parity conform --exec "./engine {model} {tokens} {out} {points}" --profile dense
+
+      parity conform --side ours --architectures 'qwen*' --types F32,Q4_K
+
+    Run it again after a fix: what did not change is not computed again. Exits 0 if nothing is wrong, 1 if a cell diverges, crashes
+    or takes too long.
+    """
+    from ..conform.bench import Settings
+    from ..conform.conform import ConformRequest
+    from ..conform.conform import conform as run
+    from ..conform.matrix import MODES, PREFILL, cells
+    from ..run.command import PORTIONS
+    from ..run.request import Request
+    from .conform_output import Shown, check_outputs, show
+
+    command = given["command"]
+    if (command is None) == (side is None):
+        raise InputError("whose conformance?", "Take one of --exec CMD and --side ours.", code="usage")
+    if side is o.Side.REF:
+        raise InputError("llama.cpp is what is compared with.", "Take --side ours, or your engine with --exec.", code="usage")
+    check_outputs(junit, table)
+    portions = command is None or command.takes(PORTIONS)
+    chosen = cells(profile, architectures, types, prompts, modes, MODES if portions else (PREFILL,))
+    folder = out or Path("runs") / f"conform-{'ours' if command is None else command.name}"
+    settings = Settings(Request(model=Path(), **given), folder, explain)
+    with Shown(form) as shown:
+        found = run(ConformRequest(settings, tuple(chosen), workers), shown)
+    raise typer.Exit(show(found, form, junit=junit, table=table))

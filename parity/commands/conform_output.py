@@ -1,0 +1,121 @@
+"""What `parity conform` prints while it runs and afterwards, and the files that it writes."""
+
+import json
+import sys
+from pathlib import Path
+from time import monotonic
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from checkpoints.errors import InputError
+
+from .options import AnswerFormat
+from .output import DIVERGENCE_CODE, PARITY_CODE
+
+if TYPE_CHECKING:
+    from checkpoints.answers.conform import CellResult, Conformance
+
+_INTERRUPTED = 130
+
+
+class Shown:
+    """Progress: a bar with an estimate on a terminal's stderr, and the first failure in the moment in which it is found."""
+
+    def __init__(self, form: AnswerFormat) -> None:
+        self._text = form in (AnswerFormat.TEXT, AnswerFormat.GITHUB)
+        self._bar: Any = None
+        self._task: Any = None
+        self._failed = False
+        self._began = monotonic()
+
+    def __enter__(self) -> Self:
+        if self._text and sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
+            self._bar.start()
+            self._task = self._bar.add_task("cells", total=None)
+        return self
+
+    def __call__(self, result: "CellResult", done: int, total: int) -> None:
+        """A cell is finished."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, total=total, description=result.cell.architecture)
+        if result.wrong and not self._failed and self._text:
+            from reports.conform import first_failure
+
+            self._failed = True
+            said = f"first failure, cell {done} of {total}: {first_failure(result)}"
+            if self._bar is not None:
+                self._bar.console.print(said, highlight=False, markup=False)
+            else:
+                print(said, file=sys.stderr, flush=True)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def check_outputs(junit: Path | None, table: Path | None) -> None:
+    """Refuse before hours are spent what could not be written afterwards.
+
+    Raises:
+        InputError: a table of another ending, or a folder that is not there.
+    """
+    from ..diff.table import check_ending
+
+    if table is not None:
+        check_ending(table)
+    for path in (junit, table):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise InputError(
+                f"cannot write {path}: there is no folder {path.parent}.", "Make it, or choose another.", code="output"
+            )
+
+
+def show(found: "Conformance", form: AnswerFormat, *, junit: Path | None, table: Path | None) -> int:
+    """Print the answer, write index.html and what else was asked for, and return the exit code.
+
+    Raises:
+        InputError: nothing was compared: every cell was refused, or a file cannot be written.
+    """
+    from reports import conform as report
+    from reports.conform_html import conform_html
+    from reports.files import save
+
+    save(conform_html(found), Path(found.folder) / "index.html")
+    save(json.dumps(report.as_json(found)) + "\n", Path(found.folder) / "conform.json")
+    if junit is not None or form is AnswerFormat.JUNIT:
+        from reports.junit import conform_as_junit
+
+        text = conform_as_junit(found)
+        if junit is not None:
+            save(text, junit)
+        if form is AnswerFormat.JUNIT:
+            print(text, end="")
+    if table is not None:
+        from ..conform.table import write_table
+
+        write_table(found, table)
+    if form is AnswerFormat.JSON:
+        print(json.dumps(report.as_json(found)))
+    elif form is AnswerFormat.MARKDOWN:
+        print(report.markdown(found), end="")
+    elif form is not AnswerFormat.JUNIT:
+        from rich.console import Console
+
+        from reports.header import print_lines
+
+        console = Console()
+        print_lines(console, list(report.lines(found, console.width)))
+    if found.not_run:
+        return _INTERRUPTED
+    if found and not any(result.compared for result in found.results):
+        raise InputError(
+            f"nothing was compared: {report.outcome(found.results[0])}.",
+            "Widen the matrix, or check the command.",
+            code="nothing",
+        )
+    return PARITY_CODE if found else DIVERGENCE_CODE

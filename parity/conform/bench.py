@@ -1,0 +1,201 @@
+"""One cell after another: the model is made, llama.cpp's dump taken or made, the side run, both compared, the cause looked for."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from time import perf_counter
+
+from checkpoints.answers.conform import (
+    CRASHED,
+    DIVERGENCE,
+    LOWER,
+    NO_REFERENCE,
+    PARITY,
+    REFUSED,
+    TIMED_OUT,
+    UNUSABLE,
+    Cell,
+    CellResult,
+)
+from checkpoints.answers.diff import Verdict
+from checkpoints.answers.explain import Explanation
+from checkpoints.errors import DumpError, ParityError
+from checkpoints.formats import load
+from checkpoints.points import parse
+from checkpoints.reading.reader import read
+from checkpoints.record import Dump
+from reference.client import Reference
+from reports import explanation as answers
+from reports.findings import finding
+from reports.html import write_html
+from reports.report import Report
+
+from ..diff.compare import Comparison, comparison
+from ..diff.limits import COMPUTES
+from ..explain.case import ExplainOptions
+from ..explain.input import explain_dump
+from ..run.command import EngineError
+from ..run.request import Prompt, Request
+from ..run.session import comparison_options
+from ..run.sides import ExternalEngine, LlamaCpp, OurEngine, Side
+from . import identity, results
+from .matrix import PROMPTS, portions
+from .models import Models
+
+_SLICE = 256  # leading values of llama.cpp's records: whole rows of nearly everything in a tiny model
+_EXPLAIN = 20.0  # seconds for the cause of one cell
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all cells of a run share: how the side is started and judged (`run`; its model and tokens are the cells')."""
+
+    run: Request
+    folder: Path
+    explain: bool = True
+
+
+class Bench:
+    """Runs cells in one process, with one llama.cpp. A context manager."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._reference = Reference(threads=settings.run.threads, verbose=settings.run.verbose)
+        self._models = Models(settings.folder / "models", self._reference, identity.program())
+        self._engine = identity.of_command(settings.run.command)
+
+    def __enter__(self) -> "Bench":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._reference.close()
+
+    def run(self, cell: Cell) -> CellResult:
+        """The cell's result: kept from an earlier run where nothing that it depends on has changed."""
+        began = perf_counter()
+        try:
+            model = self._models.path(cell.architecture, cell.type)
+        except ParityError as error:
+            return CellResult(cell, NO_REFERENCE, error.message)
+        run = self._settings.run
+        judged = (run.compute, run.tolerance, self._settings.explain, run.command.timeout if run.command else None)
+        model_key = identity.of_file(model)
+        key = identity.digest(identity.program(), self._engine, model_key, PROMPTS[cell.prompt], cell.mode, judged)
+        if (kept := results.load(self._settings.folder, key)) is not None:
+            return kept
+        result = self._fresh(cell, model, model_key)
+        result = replace(result, key=key, seconds=perf_counter() - began)
+        results.save(self._settings.folder, result)
+        return result
+
+    def _fresh(self, cell: Cell, model: Path, model_key: str) -> CellResult:
+        ids = PROMPTS[cell.prompt]
+        request = replace(self._settings.run, model=model, tokens=ids, points="all", slice_size=_SLICE)
+        prompt = Prompt(None, ids, ())
+        out = self._settings.folder / "dumps" / f"{cell.name.replace(' ', '-')}.jsonl"
+        out.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self._side(request).dump(replace(prompt, portions=portions(cell.mode, len(ids)) or ()), out)
+        except EngineError as error:
+            return CellResult(
+                cell, {"crashed": CRASHED, "refused": REFUSED, "timed out": TIMED_OUT}.get(error.how, UNUSABLE), error.message
+            )
+        except ParityError as error:  # our own engine has no such model
+            return CellResult(cell, REFUSED, error.message)
+        try:  # only now: what the side refuses needs no reference
+            ref = self._reference_dump(request, prompt, model_key, cell.prompt)
+        except ParityError as error:
+            return CellResult(cell, NO_REFERENCE, error.message)
+        try:
+            ours = load(out, request.mapping)
+            return self._judged(cell, request, ours, ref)
+        except DumpError as error:  # its path is another in every cell
+            return CellResult(cell, UNUSABLE, error.message.replace(str(out), "its dump"))
+
+    def _side(self, request: Request) -> Side:
+        if request.command is None:
+            return OurEngine(request, resident=True)
+        return ExternalEngine(request, request.command, self._reference, model=request.model)
+
+    def _reference_dump(self, request: Request, prompt: Prompt, model_key: str, name: str) -> Dump:
+        """llama.cpp's dump of a model and prompt: made once, whoever is compared with it."""
+        out = self._settings.folder / "reference" / f"{identity.digest(identity.program(), model_key, prompt.ids)}-{name}.jsonl"
+        if out.exists():
+            dump = read(out)
+            if dump.end is not None:
+                return dump
+        LlamaCpp(replace(request, mode="exact"), self._reference).dump(prompt, out)
+        return read(out)
+
+    def _judged(self, cell: Cell, request: Request, ours: Dump, ref: Dump) -> CellResult:
+        stated = request.compute or (ours.header.compute if ours.header is not None else "")
+        arithmetic = stated or "f32"
+        found = self._compared(request, ours, ref, arithmetic)
+        explanation: Explanation | None = None
+        if not found.verdict and not stated:
+            # Nothing says what the side computes in: a lower arithmetic is an explanation, unless a fault is a better one.
+            for lower in (name for name in COMPUTES if name not in ("f32", "tf32")):
+                coarser = self._compared(request, ours, ref, lower)
+                if coarser.verdict:
+                    explanation = self._explained(request, ours)
+                    if explanation is None or not explanation.causes:
+                        found, arithmetic = coarser, lower
+                    break
+        verdict = found.verdict
+        worst = verdict.worst
+        result = CellResult(
+            cell,
+            (PARITY if arithmetic == "f32" else LOWER + arithmetic.upper()) if verdict else DIVERGENCE,
+            compared=verdict.compared,
+            nmse=None if worst is None else worst.nmse,
+            of_limit=None if worst is None else worst.of_limit,
+            worst="" if worst is None else worst.checkpoint,
+        )
+        if verdict:
+            return result
+        first = verdict.first_divergence
+        explanation = explanation or self._explained(request, ours)
+        cause, sentence = cause_of(verdict, explanation)
+        return replace(
+            result,
+            checkpoint=first.checkpoint if first is not None else "",
+            token_idx=first.token_idx if first is not None else -1,
+            cause=cause,
+            sentence=sentence,
+            report=self._report(cell, ours, ref, found, explanation),
+        )
+
+    def _compared(self, request: Request, ours: Dump, ref: Dump, arithmetic: str) -> Comparison:
+        options = comparison_options(request)
+        header = ours.header.compute if ours.header is not None else ""
+        return comparison(ours, ref, options if header else replace(options, compute=arithmetic))
+
+    def _explained(self, request: Request, ours: Dump) -> Explanation | None:
+        if not self._settings.explain:
+            return None
+        known = ours.header is not None and bool(ours.header.tokens)
+        options = ExplainOptions(tokens=None if known else request.tokens, budget=_EXPLAIN, compute=request.compute)
+        try:
+            return explain_dump(ours, request.model, options)
+        except ParityError:  # an architecture that cannot be replayed: the comparison's own words stand
+            return None
+
+    def _report(self, cell: Cell, ours: Dump, ref: Dump, found: Comparison, explanation: Explanation | None) -> str:
+        name = f"cells/{cell.name.replace(' ', '-')}.html"
+        beside = () if explanation is None else (finding(answers.as_json(explanation), "explain"),)
+        write_html(Report(found.verdict, ours, ref, found.picture, beside), self._settings.folder / name)
+        return name
+
+
+def cause_of(verdict: Verdict, explanation: Explanation | None) -> tuple[str, str]:
+    """The cause, short and the same for cells that fail alike, and in a sentence: the fault, else the operation, else the place."""
+    if explanation is not None and explanation.causes:
+        names = " + ".join(cause.named.fault for cause in explanation.causes)
+        return names, "; ".join(cause.named.sentence for cause in explanation.causes)
+    first = verdict.first_divergence
+    if first is None:
+        return "records are missing", ""
+    kind = parse(first.checkpoint).kind
+    if verdict.operation:
+        return f"{kind} (operation)", verdict.operation
+    pattern = verdict.pattern.sentence if verdict.pattern is not None else ""
+    return f"first at {kind}", pattern

@@ -1,0 +1,56 @@
+"""What a result depends on, as a key: the engine's command and programs, the model, the prompt, how it is judged, and this code."""
+
+import hashlib
+import shlex
+import shutil
+from functools import cache
+from pathlib import Path
+
+import checkpoints
+import engine
+import parity
+import reference
+
+from ..run.command import Command
+
+_LARGEST_PROGRAM = (
+    1 << 30
+)  # bytes: larger files of a command line are data, not the program; their size and time stand for them
+
+
+def digest(*parts: object) -> str:
+    """32 hex digits."""
+    return hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()[:32]
+
+
+@cache
+def program() -> str:
+    """This code: every module and kernel that computes, judges or explains."""
+    hashed = hashlib.sha256()
+    for package in (checkpoints, engine, parity, reference):
+        root = Path(str(package.__file__)).parent
+        for path in sorted(path for suffix in ("*.py", "*.cu*", "*.so") for path in root.rglob(suffix)):
+            hashed.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes())
+    return hashed.hexdigest()[:32]
+
+
+def of_file(path: Path) -> str:
+    """A file by its content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:32]
+
+
+def of_command(command: Command | None) -> str:
+    """A command line and the content of every file that it names, the program first of all: a new build is another engine."""
+    if command is None:
+        return "ours"
+    parts: list[object] = [command.line, command.shell]
+    for word in shlex.split(command.line):
+        for text in (word, word.partition("=")[2]):
+            found = shutil.which(text) if text else None
+            path = Path(found or text)
+            if text and path.is_file():
+                info = path.stat()
+                small = info.st_size <= _LARGEST_PROGRAM
+                parts += [path, of_file(path) if small else (info.st_size, info.st_mtime_ns)]
+    return digest(*parts)

@@ -1,0 +1,119 @@
+"""The cells of a run: profiles, lists and globs of architectures, weight types, prompts and modes."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from itertools import product
+
+from checkpoints.answers.conform import Cell
+from checkpoints.errors import InputError
+from engine.synth.recipes import dense, encoders, experts, names, recurrent
+
+PREFILL, DECODE, CHUNKED = "prefill", "decode", "chunked"
+MODES = (PREFILL, DECODE, CHUNKED)
+# Column -> the file type that llama.cpp makes it with. Types that need an importance matrix are left out.
+TYPES = {
+    "F32": "F32", "F16": "F16", "BF16": "BF16", "Q8_0": "Q8_0", "Q4_0": "Q4_0", "Q4_1": "Q4_1", "Q5_0": "Q5_0", "Q5_1": "Q5_1",
+    "Q2_K": "Q2_K", "Q3_K": "Q3_K_S", "Q4_K": "Q4_K_S", "Q5_K": "Q5_K_S", "Q6_K": "Q6_K", "IQ4_NL": "IQ4_NL", "IQ4_XS": "IQ4_XS",
+}  # fmt: skip
+# Token ids: seeded, without special meaning. `long` goes beyond the attention windows of the tiny models and over several chunks.
+PROMPTS = {
+    "short": (17, 403, 1290, 88, 745, 1902),
+    "long": tuple((401 * i + 37) % 1999 + 3 for i in range(37)),
+    "one": (403,),
+    "same": (745,) * 9,
+}
+_DECODED = 3  # tokens that DECODE computes one by one after the rest
+_LISTED = 20  # names that an error lists
+_CHUNK = 4  # tokens a pass in CHUNKED
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A part of the matrix with a name."""
+
+    architectures: tuple[str, ...]
+    types: tuple[str, ...]
+    prompts: tuple[str, ...] = ("short", "long")
+
+
+def _family(*families: Iterable[object]) -> tuple[str, ...]:
+    return tuple(str(entry.name) for family in families for entry in family)  # type: ignore[attr-defined]
+
+
+_DENSE = ("llama", "qwen2", *_family(dense.RECIPES))
+PROFILES = {
+    "llama": Profile(("llama",), ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_K", "Q6_K"), tuple(PROMPTS)),
+    "quants": Profile(("llama",), tuple(TYPES)),
+    "dense": Profile(_DENSE, ("F32", "F16", "Q8_0", "Q4_K")),
+    "moe": Profile(_family(experts.RECIPES), ("F32", "F16", "Q8_0", "Q4_K")),
+    "recurrent": Profile(_family(recurrent.RECIPES), ("F32", "F16", "Q8_0")),
+    "all": Profile((*_DENSE, *_family(experts.RECIPES, recurrent.RECIPES, encoders.RECIPES)), ("F32", "F16", "Q8_0", "Q4_K")),
+}
+
+
+def cells(
+    profile: str,
+    architectures: str | None = None,
+    types: str | None = None,
+    prompts: str | None = None,
+    modes: str | None = None,
+    possible_modes: Sequence[str] = MODES,
+) -> list[Cell]:
+    """The cells of a profile, each axis replaced by the names and globs that are given for it (with commas).
+
+    Args:
+        possible_modes: those that the side can be asked for.
+
+    Raises:
+        InputError: no such profile, a name that there is not, or a mode that the side cannot be asked for.
+    """
+    if profile not in PROFILES:
+        raise InputError(f"there is no profile {profile!r}.", f"Take one of {', '.join(PROFILES)}.", code="profile")
+    chosen = PROFILES[profile]
+    wanted_modes = list(possible_modes) if modes is None else _picked(modes, MODES, "--modes")
+    if impossible := [mode for mode in wanted_modes if mode not in possible_modes]:
+        raise InputError(
+            f"{impossible[0]} needs an engine that is told how to take the prompt.",
+            "Give it {portions} in --exec: the numbers of tokens of each forward pass, with commas.",
+            code="modes",
+        )
+    axes = (
+        chosen.architectures if architectures is None else _picked(architectures, names(), "--architectures"),
+        chosen.types if types is None else _picked(types, tuple(TYPES), "--types"),
+        chosen.prompts if prompts is None else _picked(prompts, tuple(PROMPTS), "--prompts"),
+        wanted_modes,
+    )
+    return [Cell(*place) for place in product(*axes) if portions(place[3], len(PROMPTS[place[2]])) is not None]
+
+
+def portions(mode: str, count: int) -> tuple[int, ...] | None:
+    """How many tokens each pass takes of a prompt of `count`; None where the mode is no other than a prefill."""
+    if mode == PREFILL:
+        return (count,)
+    if mode == DECODE:
+        return (count - _DECODED, *[1] * _DECODED) if count > _DECODED else None
+    if count <= _CHUNK:
+        return None
+    return tuple([_CHUNK] * (count // _CHUNK) + ([count % _CHUNK] if count % _CHUNK else []))
+
+
+def _picked(text: str, known: Sequence[str], option: str) -> list[str]:
+    found: list[str] = []
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        matching = [name for name in known if fnmatchcase(name.lower(), part.lower())]
+        if not matching:
+            close = get_close_matches(part.lower(), known, n=3)
+            advice = f"Did you mean {' or '.join(close)}?" if close else _known(known)
+            raise InputError(f"{option} {part!r} is not known.", advice, code="matrix")
+        found += [name for name in matching if name not in found]
+    if not found:
+        raise InputError(f"{option} is empty.", _known(known), code="matrix")
+    return found
+
+
+def _known(names: Sequence[str]) -> str:
+    if len(names) > _LISTED:
+        return "`parity synth --architecture list` names all."
+    return f"Known: {', '.join(names)}."

@@ -1,0 +1,57 @@
+"""Points that stand once in a model: what enters the first layer, the final norm, logits, the pooled embedding."""
+
+from collections.abc import Sequence
+
+from checkpoints import points
+
+from ..jobs import Node
+from .planned import VIEWS
+from .structure import NORMS, Structure
+
+POOLED = "result_embd_pooled"
+_EMBEDDINGS = ("inp_scaled", "embd", "inp_embd")
+_FINAL_NORM = ("output_norm.", "enc.output_norm.", "dec.output_norm.")
+
+
+def model_points(graph: Structure, outside: Sequence[int]) -> dict[int, str]:
+    """Names of nodes outside the layers, by index."""
+    named: dict[int, str] = {}
+    values = [i for i in outside if graph.nodes[i].op not in VIEWS]
+    if (embedding := _embedding(graph, values)) is not None:
+        named[embedding] = points.EMBD
+    norm = [i for i in values if _is_final_norm(graph, i)]
+    if norm:
+        named[norm[-1]] = points.OUTPUT_NORM
+    rows = _vocabulary(graph.nodes)
+    scores = [i for i in values if graph.nodes[i].name == "result_output" or graph.nodes[i].ne[0] == rows]
+    if scores:
+        named[scores[-1]] = points.LOGITS
+    return named
+
+
+def _embedding(graph: Structure, values: Sequence[int]) -> int | None:
+    """What the first layer reads: token rows with whatever is done to them before. Several streams are no embedding."""
+    entering = graph.inputs.get(min(graph.inputs)) if graph.inputs else None
+    if entering is not None and entering in values and graph.nodes[entering].ne[2] == 1:
+        return entering
+    for name in _EMBEDDINGS:
+        found = [i for i in values if graph.nodes[i].name == name]
+        if found:
+            return found[-1]
+    return next((i for i in values if graph.nodes[i].op == "GET_ROWS"), None)
+
+
+def _is_final_norm(graph: Structure, i: int) -> bool:
+    node = graph.nodes[i]
+    if any(source.name.startswith(_FINAL_NORM) for source in node.sources):
+        return node.op in ("MUL", "ADD")
+    return node.name == "result_norm" and (node.op in NORMS or node.op in ("MUL", "ADD"))
+
+
+def _vocabulary(nodes: Sequence[Node]) -> int:
+    """Rows of the token embedding; 0 where there is none."""
+    for node in nodes:
+        for source in node.sources:
+            if source.name == "token_embd.weight":
+                return source.ne[1]
+    return 0

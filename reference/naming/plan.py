@@ -1,0 +1,179 @@
+"""The plan: every value of a graph that has a name, in the order in which it is computed."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+
+from checkpoints import points
+
+from ..jobs import Node
+from .attention import attention_points
+from .feed_forward import Part, feed_forward_points, norm_points
+from .once import POOLED, model_points
+from .planned import VIEWS, Planned, Signer
+from .structure import WRITES, Structure, is_selection, stem
+
+_ORDERS = frozenset({"ARGSORT"})  # of all experts: those that got in are a value of their own
+_SCANS = frozenset(
+    {"SSM_SCAN", "GATED_DELTA_NET", "RWKV_WKV6", "RWKV_WKV7", "GATED_LINEAR_ATTN"}
+)  # rows and states in one value
+_WEIGHTED = frozenset({"MUL_MAT", "MUL_MAT_ID", "MUL", "ADD"})
+
+
+def plan(nodes: Sequence[Node], *, offset: int = 0, prefix: str = "") -> list[Planned]:
+    """The values that a graph makes, in the order in which it computes them.
+
+    Args:
+        offset: added to the layers' numbers, for a window that starts at that layer.
+        prefix: in front of every name, for the encoder of an encoder–decoder.
+    """
+    signer = Signer()
+    signatures = [signer.sign(node.name, node.op, node.sources[0].name if node.sources else "") for node in nodes]
+    graph = Structure(nodes)
+    named, operands, parts = _name(graph, offset)
+    taken = {*named.values(), *(points.in_layer(layer + offset, part.name) for layer, part in _parts(graph, parts))}
+    planned: list[Planned] = []
+
+    def add(i: int, point: str, **how: object) -> None:
+        planned.append(Planned(replace(nodes[i], point=prefix + point), signatures[i], **how))  # type: ignore[arg-type]
+
+    for i, node in enumerate(nodes):
+        layer = graph.layers[i]
+        if i in operands:
+            source, point = operands[i]
+            add(i, point, operand=source)
+        if 0 in node.ne or is_selection(node):
+            continue
+        once = node.name == POOLED or _is_state(graph, i)
+        if i in named:
+            add(i, named[i])
+        elif once or _is_value(graph, i):
+            point = _free(_open_name(graph, i, None if layer is None else layer + offset), taken)
+            taken.add(point)
+            add(i, point, once=once)
+        for part in parts.get(i, ()):
+            if layer is not None:
+                add(i, points.in_layer(layer + offset, part.name), part=(part.start, part.stop))
+    return planned
+
+
+def _name(graph: Structure, offset: int) -> tuple[dict[int, str], dict[int, tuple[int, str]], dict[int, list[Part]]]:
+    """Points of the vocabulary: of nodes, of operands, of parts of nodes; by index."""
+    named: dict[int, str] = {}
+    operands: dict[int, tuple[int, str]] = {}
+    parts: dict[int, list[Part]] = {}
+    for layer in sorted({number for number in graph.layers if number is not None}):
+        inside = [i for i, number in enumerate(graph.layers) if number == layer]
+        attention = attention_points(graph, inside)
+        forward, halves = feed_forward_points(graph, inside)
+        kinds = forward | norm_points(graph, inside) | attention.nodes
+        if (leaving := graph.outputs.get(layer)) is not None:
+            kinds[leaving] = "l_out"
+        kinds |= _residual(graph, inside, kinds)
+        named |= {i: points.in_layer(layer + offset, kind) for i, kind in kinds.items()}
+        operands |= {i: (source, points.in_layer(layer + offset, kind)) for i, (source, kind) in attention.operands.items()}
+        parts |= halves
+    named |= model_points(graph, [i for i, number in enumerate(graph.layers) if number is None])
+    return named, operands, parts
+
+
+def _parts(graph: Structure, parts: dict[int, list[Part]]) -> list[tuple[int, Part]]:
+    return [(layer, part) for i, found in parts.items() for part in found if (layer := graph.layers[i]) is not None]
+
+
+def _residual(graph: Structure, inside: Sequence[int], kinds: dict[int, str]) -> dict[int, str]:
+    """Attention plus residual: the sum with what enters the layer, where the feed-forward comes only after it."""
+    if not inside or "ffn_inp" in kinds.values():
+        return {}
+    layer = graph.layers[inside[0]]
+    entering = None if layer is None else graph.inputs.get(layer)
+    leaving = None if layer is None else graph.outputs.get(layer)
+    if leaving is None or "kq" not in kinds.values():
+        return {}
+    for i in inside:
+        # A hidden state that is given from outside, as a window's is, is a leaf.
+        sources = {None if source is None else _plain(graph, source) for source in graph.sources[i]}
+        if graph.nodes[i].op != "ADD" or i == leaving or entering not in sources or i in kinds or graph.weight(i):
+            continue
+        before = set(graph.upstream(i))
+        if any(kinds.get(j) == "ffn_out" for j in before) or not any(kinds.get(j) == "kq" for j in before):
+            continue
+        return {i: "ffn_inp"}
+    return {}
+
+
+def _plain(graph: Structure, i: int) -> int | None:
+    """A value before it was scaled or its rows selected; None where that is a leaf."""
+    i = graph.base(i)
+    while graph.nodes[i].op == "SCALE" or is_selection(graph.nodes[i]):
+        if (source := graph.operand(i)) is None:
+            return None
+        i = graph.base(source)
+    return i
+
+
+def _is_value(graph: Structure, i: int) -> bool:
+    """Whether a node without a point is a value of its own: no view, no write, no list of all experts in order."""
+    node = graph.nodes[i]
+    if node.op in VIEWS:
+        return stem(node.name) == "ffn_moe_topk" or _is_rows_of_scan(graph, i)
+    if node.op == "SCALE" and (source := graph.operand(i)) is not None and graph.leaf(source):
+        return False  # the state of a new sequence, set to zero in its place
+    return node.op not in WRITES | _ORDERS | _SCANS
+
+
+def _is_rows_of_scan(graph: Structure, i: int) -> bool:
+    """A view of the rows that a scan computed; its other views show the states."""
+    source = graph.operand(i)
+    return source is not None and graph.nodes[source].op in _SCANS and not _is_written(graph, i)
+
+
+def _is_written(graph: Structure, i: int) -> bool:
+    return any(graph.nodes[j].op in WRITES and i in (graph.sources[j] or ()) for j in range(i + 1, len(graph.nodes)))
+
+
+def _is_state(graph: Structure, i: int) -> bool:
+    """Whether a node writes the state that a sequence has after the pass."""
+    node = graph.nodes[i]
+    target = graph.operand(i, 1)
+    if node.op != "CPY" or target is None:
+        return False
+    leaf = graph.leaf(target)
+    return bool(leaf) and not leaf.startswith(("cache_k_l", "cache_v_l"))
+
+
+def _open_name(graph: Structure, i: int, layer: int | None) -> str:
+    """The name of a node that the vocabulary doesn't have: ggml's, as far as it says something true."""
+    node = graph.nodes[i]
+    name = stem(node.name)
+    if _is_state(graph, i):
+        target = graph.operand(i, 1)
+        name = re.sub(r"(_l\d+|-\d+)$", "", graph.leaf(target)) if target is not None else name
+    elif node.op in VIEWS and _is_rows_of_scan(graph, i):
+        source = graph.operand(i)
+        if source is not None and name.startswith(("node_", stem(graph.nodes[source].name))):
+            name = graph.nodes[source].op.lower()
+    name = re.sub(r" \(([^)]*)\)", r"_\1", name.rpartition("{}.")[2])
+    if re.fullmatch(r"(node|leaf)_\d+\w*|_?", name):
+        name = _by_weight(graph, i) or node.op.lower()
+    elif layer is not None and name in points.KINDS:  # what the graph shows to be something else
+        name = _by_weight(graph, i) or f"{name}.{node.op.lower()}"
+    if layer is not None:
+        return points.in_layer(layer, name)
+    # A bare `norm` is an alias of the point after the norm's weight, which this is not.
+    return name if points.resolve(name) == name and name not in points.KINDS else f"node.{name}"
+
+
+def _by_weight(graph: Structure, i: int) -> str:
+    """The name of the weight that a node reads, where the vocabulary has no point of that name."""
+    name = graph.weight(i).rpartition(".")[0]
+    return name if graph.nodes[i].op in _WEIGHTED and "." not in name and name not in points.KINDS else ""
+
+
+def _free(name: str, taken: set[str]) -> str:
+    if name not in taken:
+        return name
+    number = 2
+    while f"{name}.{number}" in taken:
+        number += 1
+    return f"{name}.{number}"

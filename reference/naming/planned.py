@@ -1,0 +1,54 @@
+"""A value to take from a pass, and how its node is found again in the next one."""
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+
+from ..jobs import Node
+
+Signature = tuple[str, str, str, int]
+
+VIEWS = frozenset({"NONE", "VIEW", "RESHAPE", "PERMUTE", "TRANSPOSE"})
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A value to take.
+
+    Attributes:
+        node: the node, with the point that it stands for.
+        signature: how it is found again.
+        operand: None for the node's own value, a number for one of its sources'.
+        part: leading and last + 1 element of the innermost dimension, where the value is a part of the node's; None for all.
+        once: whether it stands once a pass and belongs to its last position, as a state does.
+        axis: ggml's dimension that counts the positions, None while it is not known or where there is none.
+    """
+
+    node: Node
+    signature: Signature
+    operand: int | None = None
+    part: tuple[int, int] | None = None
+    once: bool = False
+    axis: int | None = None
+
+    @property
+    def point(self) -> str:
+        """The canonical name."""
+        return self.node.point
+
+
+class Signer:
+    """Gives each node of one pass through a graph its signature; the same graph gives the same ones."""
+
+    def __init__(self) -> None:
+        self._seen: Counter[tuple[str, str, str]] = Counter()
+
+    def sign(self, name: str, op: str, first: str) -> Signature:
+        """(name, operation, first operand, occurrence); numbers that ggml gives to unnamed nodes are left out."""
+        stem = (_anonymous(name), op, _anonymous(first))
+        self._seen[stem] += 1
+        return (*stem, self._seen[stem])
+
+
+def _anonymous(name: str) -> str:
+    return re.sub(r"^(node|leaf)_\d+", r"\1", name) if name.startswith(("node_", "leaf_")) else name

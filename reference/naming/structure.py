@@ -1,0 +1,201 @@
+"""What a graph shows without any names of its own: who reads whom, and where each layer begins and ends."""
+
+import re
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from itertools import pairwise
+
+from ..jobs import Node, Source
+from .planned import VIEWS
+
+NORMS = frozenset({"NORM", "RMS_NORM", "L2_NORM", "GROUP_NORM"})
+WRITES = frozenset({"SET_ROWS", "CPY"})  # into a cache or a state
+OUTSIDE = -1
+_OWN_LAYER = re.compile(r"(.+?)-(\d+)((?: \(.*)?)")
+_WEIGHT = re.compile(r"(?:enc\.|dec\.)?blk\.(\d+)\.([^ ]+)(?: \(.*)?")
+# Weights that stand once in a model; frequency factors of RoPE (rope_*) do, too, and are read inside the layers.
+_ONCE = re.compile(r"(?!blk\.|enc\.blk\.|dec\.blk\.|rope_)[\w.]+\.(?:weight|bias)(?: \(.*)?")
+_OUTSIDE = re.compile(r"result_(?!embd$)|inp(?!_gate)")
+_CACHE = re.compile(r"cache_\w+_l(\d+)\b.*")
+
+
+def stem(name: str) -> str:
+    """A node's name without its layer and without what ggml appends to views: "Kcur-0 (view)" is "Kcur"."""
+    match = _OWN_LAYER.fullmatch(name)
+    return match[1] if match else name.partition(" (")[0]
+
+
+def is_selection(node: Node) -> bool:
+    """Whether it copies the rows whose logits were asked for: values that stand elsewhere already."""
+    return node.op == "GET_ROWS" and any(source.name in ("out_ids", "inp_out_ids") for source in node.sources)
+
+
+class Structure:
+    """A graph's nodes with their operands as indices, and the layer that each belongs to.
+
+    Attributes:
+        nodes: in the order of computation.
+        sources: of each node its operands' indices, None for a leaf.
+        layers: of each node its layer, None for what stands outside.
+        inputs: of each layer the node that enters it (the last layer's output or the embedding), where the graph tells.
+        outputs: of each layer the node that leaves it, likewise.
+    """
+
+    def __init__(self, nodes: Sequence[Node]) -> None:
+        self.nodes = nodes
+        self.sources = list(_sources(nodes))
+        self._stated = [_stated_layer(node) for node in nodes]
+        self._settle_norms()
+        numbers = sorted({layer for layer in self._stated if layer is not None and layer != OUTSIDE})
+        self.inputs = {layer: entering for layer in numbers if (entering := self._entering(layer)) is not None}
+        self.layers = self._spread(numbers[-1] if numbers else -1)
+        self.outputs = {number: self.inputs[after] for number, after in pairwise(numbers) if after in self.inputs}
+        if numbers and (last := self._leaving(numbers[-1])) is not None:
+            self.outputs[numbers[-1]] = last
+
+    @cached_property
+    def readers(self) -> list[list[int]]:
+        """Of each node the nodes that read it, through views too; views themselves are left out."""
+        found: list[list[int]] = [[] for _ in self.nodes]
+        for i in reversed(range(len(self.nodes))):
+            for source in self.sources[i]:
+                if source is not None:
+                    found[source] += found[i] if self.nodes[i].op in VIEWS else [i]
+        return [sorted(set(readers)) for readers in found]
+
+    def operand(self, i: int, number: int = 0) -> int | None:
+        """One of a node's operands, None where it is a leaf or there is none."""
+        sources = self.sources[i]
+        return sources[number] if number < len(sources) else None
+
+    def base(self, i: int) -> int:
+        """The node whose value a view shows; a view of a leaf is its own base."""
+        while self.nodes[i].op in VIEWS and (source := self.operand(i)) is not None:
+            i = source
+        return i
+
+    def leaf(self, i: int) -> str:
+        """The name of the leaf that a view shows, "" if it shows a node."""
+        i = self.base(i)
+        if self.nodes[i].op in VIEWS and self.nodes[i].sources:
+            return self.nodes[i].sources[0].name
+        return ""
+
+    def upstream(self, i: int) -> Iterator[int]:
+        """The node and everything in its layer that it is computed from."""
+        waiting, seen = [i], {i}
+        while waiting:
+            at = waiting.pop()
+            yield at
+            for source in self.sources[at]:
+                if (
+                    source is not None
+                    and source not in seen
+                    and self.layers[source] == self.layers[i]
+                    and not self._enters(source)
+                ):
+                    seen.add(source)
+                    waiting.append(source)
+
+    def _enters(self, i: int) -> bool:
+        return i in self._entrances
+
+    @cached_property
+    def _entrances(self) -> frozenset[int]:
+        return frozenset(self.inputs.values())
+
+    def weight(self, i: int) -> str:
+        """The weight that a node reads, without its layer ("attn_q.weight"), "" if it reads none."""
+        for source in self.nodes[i].sources:
+            if match := _WEIGHT.fullmatch(source.name):
+                return match[2]
+        return ""
+
+    def _settle_norms(self) -> None:
+        """A norm belongs where its weight does: llama.cpp calls the embedding's norm `norm-0`, and many others `norm`."""
+        for i in reversed(range(len(self.nodes))):
+            if self.nodes[i].op in NORMS:
+                places = {self._stated[j] for j in self.readers[i]}
+                if len(places) == 1 and None not in places:
+                    self._stated[i] = places.pop()
+
+    def _entering(self, layer: int) -> int | None:
+        """What the layer's first nodes read that is not of this layer."""
+        for i, stated in enumerate(self._stated):
+            if stated != layer or self.nodes[i].op in VIEWS:
+                continue
+            if self._reads_hidden_state(i):
+                return None
+            operands = [self.base(source) for source in self.sources[i] if source is not None]
+            if self.nodes[i].op == "ADD" and len(operands) > 1 and all(self._stated[at] != layer for at in operands):
+                self._stated[i] = layer - 1  # the sum that ends a layer has the name of what the next one begins with
+                return i
+            for at in operands:
+                if self.nodes[at].op not in VIEWS and self._stated[at] != layer and not self._reads_leaves(at):
+                    return at
+        return None
+
+    def _reads_hidden_state(self, i: int) -> bool:
+        """Whether a norm or a product reads a leaf, as where a hidden state is given instead of tokens."""
+        if self.nodes[i].op in NORMS:
+            return self.operand(i) is None
+        return self.nodes[i].op == "MUL_MAT" and bool(self.weight(i)) and self.operand(i, 1) is None
+
+    def _reads_leaves(self, i: int) -> bool:
+        """Whether a node only fetches what a leaf holds, as the state of a sequence; the embedding is no such node."""
+        return self._stated[i] is None and all(source is None or self.leaf(source) for source in self.sources[i])
+
+    def _leaving(self, layer: int) -> int | None:
+        inside = [i for i, number in enumerate(self.layers) if number == layer and self.nodes[i].op not in VIEWS | WRITES]
+        crossing = [i for i in inside if any(self.layers[j] is None for j in self.readers[i])]
+        named = [i for i in crossing if self.nodes[i].name == f"l_out-{layer}"]
+        found = named or crossing or inside
+        return found[-1] if found else None
+
+    def _spread(self, last: int) -> list[int | None]:
+        """Layers of all nodes: as stated, else that which its operands enter, else theirs."""
+        entering = {node: layer for layer, node in self.inputs.items()}
+        after = last + 1
+        layers: list[int | None] = []
+        reached: list[int] = []  # of each node the layer of what reads it: -1 before all layers, `after` behind them
+        for i, node in enumerate(self.nodes):
+            layer = self._stated[i]
+            operands = max((reached[source] for source in self.sources[i] if source is not None), default=OUTSIDE)
+            if layer is None:
+                layer = operands
+            elif layer == OUTSIDE and operands == after:
+                layer = after
+            layers.append(layer if 0 <= layer < after else None)
+            if node.op in VIEWS and operands != OUTSIDE:
+                reached.append(operands)
+            else:
+                reached.append(entering.get(i, layer + 1 if node.name == f"l_out-{layer}" else layer))
+        return layers
+
+
+def _sources(nodes: Sequence[Node]) -> Iterator[list[int | None]]:
+    """By address where it is known, else the last node before of that name, operation and shape."""
+    known: dict[tuple[object, ...], int] = {}
+    for i, node in enumerate(nodes):
+        yield [known.get(_key(source)) for source in node.sources]
+        known[_key(node)] = i
+
+
+def _key(tensor: Node | Source) -> tuple[object, ...]:
+    return (tensor.address,) if tensor.address else (tensor.name, tensor.op, tensor.ne)
+
+
+def _stated_layer(node: Node) -> int | None:
+    """The layer that a node's weight, name or cache states, OUTSIDE where they state that it has none, None where they don't."""
+    for source in node.sources:
+        if match := _WEIGHT.fullmatch(source.name):
+            return int(match[1])
+    if any(_ONCE.fullmatch(source.name) for source in node.sources) or _OUTSIDE.match(node.name):
+        return OUTSIDE
+    match = _OWN_LAYER.fullmatch(node.name)
+    if match and (node.op in VIEWS or not match[3]):  # a copy of a view keeps the name of what it copies
+        return int(match[2])
+    for source in node.sources:
+        if match := _CACHE.fullmatch(source.name):
+            return int(match[1])
+    return None

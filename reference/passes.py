@@ -1,0 +1,48 @@
+"""The passes of a run and what each of them computes: an encoder's, the prompt's, and those over one token."""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from .llama import Session
+from .naming import Planned
+from .rows import Survey, survey
+
+ENCODER = "enc."  # in front of the points of an encoder whose output a decoder reads, as in its weights' names
+
+
+@dataclass(frozen=True)
+class Plans:
+    """Surveys of a run's passes; `single` is that of one token, which llama.cpp may build in another way."""
+
+    prompt: Survey
+    single: Survey
+    encoder: Survey | None = None
+
+    @cached_property
+    def names(self) -> list[str]:
+        """Every point of the run, the encoder's first, in the order of computation."""
+        encoder = [] if self.encoder is None else [item.point for item in self.encoder.known]
+        return [*encoder, *(item.point for item in self.prompt.known)]
+
+    def wanted(self, names: Collection[str], *, count: int = 0, encoder: bool = False) -> list[Planned]:
+        """The values of those names in a pass over `count` tokens, or in the encoder's."""
+        chosen = set(names)
+        found = self.encoder if encoder else (self.single if count == 1 else self.prompt)
+        return [item for item in (() if found is None else found.known) if item.point in chosen]
+
+
+def plans_of(session: Session, prompt: Sequence[int], encoded: Sequence[int] = ()) -> Plans:
+    """List the graphs of a run; nothing of it stays in the session's cache.
+
+    Args:
+        prompt: what the (decoder's) first pass takes.
+        encoded: what an encoder takes before; nothing where there is none.
+    """
+    encoder = None
+    if encoded:
+        encoder = survey(session, encoded, prefix=ENCODER, encode=True)
+        session.decode(encoded, 0, encode=True)  # without it a decoder's graph cannot be built
+    whole = survey(session, prompt)
+    single = whole if len(prompt) == 1 else survey(session, prompt[:1])
+    return Plans(whole, single, encoder)

@@ -1,0 +1,223 @@
+"""A conformance run as text, JSON and Markdown: a letter a cell, a line a cause."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from rich.text import Text
+
+from checkpoints.answers.conform import (
+    CRASHED,
+    DIVERGENCE,
+    LOWER,
+    NO_REFERENCE,
+    PARITY,
+    REFUSED,
+    TIMED_OUT,
+    UNUSABLE,
+    CellResult,
+    Conformance,
+    SharedCause,
+    axis,
+)
+
+from .layout import labelled
+from .numbers import clean, count, error
+
+# Verdict -> its letter and what it says, the worst first: a place of the screen shows the worst of its prompts and modes.
+LETTERS = {
+    CRASHED: ("!", "crashed"),
+    TIMED_OUT: ("t", "timed out"),
+    DIVERGENCE: ("✗", "divergence"),
+    UNUSABLE: ("?", "unusable dump"),
+    LOWER: ("h", "parity in a lower arithmetic"),
+    PARITY: ("✓", "parity"),
+    REFUSED: ("–", "refused"),
+    NO_REFERENCE: ("·", "llama.cpp has no such model"),
+}
+_STYLE = {CRASHED: "bold red", TIMED_OUT: "bold red", DIVERGENCE: "bold red", UNUSABLE: "red", LOWER: "yellow", PARITY: "green"}
+_CAUSES = 8  # lines of causes on a screen; --format json and the report list all
+_LISTED = 4  # names in one of them
+
+
+def kind(verdict: str) -> str:
+    """The verdict without the arithmetic."""
+    return LOWER if verdict.startswith(LOWER) else verdict
+
+
+def lines(found: Conformance, width: int) -> Iterator[Text]:
+    """The whole screen."""
+    yield from matrix(found, width)
+    yield Text("")
+    for number, cause in enumerate(found.causes[:_CAUSES]):
+        yield from labelled([("causes" if not number else "", clean(said(cause, found)))], width, label=8)
+    if len(found.causes) > _CAUSES:
+        yield from labelled([("", f"and {len(found.causes) - _CAUSES} more (--format json lists them)")], width, label=8)
+    if refusals := _refusals(found):
+        yield from labelled([("refused", refusals)], width, label=9)
+    yield Text(summary(found), style="bold green" if found and found.counts[PARITY] else "bold red" if not found else "")
+
+
+def matrix(found: Conformance, width: int) -> Iterator[Text]:
+    """Architectures down, types across: the worst of each place, and what the letters say."""
+    types = axis(found.results, "type")
+    names = axis(found.results, "architecture")
+    if not types:
+        return
+    first = max(len(name) for name in names)
+    words = legend(found)
+    for number, block in enumerate(_blocks(types, width - first)):
+        if number:
+            yield Text("")
+        yield Text(" " * first + "".join(f"{_GAP}{name:>{_LEAST}}" for name in block), style="dim")
+        beside = first + sum(_column(name) for name in block) + 4 + max(map(len, words)) <= width and not number
+        for row, name in enumerate(names):
+            line = Text(f"{clean(name):<{first}}")
+            for column in block:
+                worst = worst_of(found, name, column)
+                line.append(" " * (_column(column) - 1))
+                line.append(LETTERS[worst][0] if worst else " ", style=_STYLE.get(worst, "dim"))
+            if beside and row < len(words):
+                line.append(f"    {words[row]}", style="dim")
+            line.rstrip()
+            yield line
+        if not number:
+            rest = words[len(names) :] if beside else words
+            if rest:
+                yield Text(" · ".join(rest), style="dim")
+
+
+_GAP = "  "
+_LEAST = 4
+
+
+def _column(name: str) -> int:
+    return len(_GAP) + max(_LEAST, len(name))
+
+
+def _blocks(types: Sequence[str], room: int) -> list[list[str]]:
+    """The types of each block: as many as fit beside each other."""
+    blocks: list[list[str]] = [[]]
+    for name in types:
+        if blocks[-1] and sum(map(_column, [*blocks[-1], name])) > room:
+            blocks.append([])
+        blocks[-1].append(name)
+    return blocks
+
+
+def worst_of(found: Conformance, architecture: str, type_name: str) -> str:
+    """The verdict that a place of the screen shows; "" where no cell was run."""
+    here = {kind(r.verdict) for r in found.results if (r.cell.architecture, r.cell.type) == (architecture, type_name)}
+    return next((name for name in LETTERS if name in here), "")
+
+
+def legend(found: Conformance) -> list[str]:
+    """What the letters that occur stand for."""
+    seen = {kind(result.verdict) for result in found.results}
+    return [f"{letter} {words}" for name, (letter, words) in reversed(LETTERS.items()) if name in seen]
+
+
+def said(cause: SharedCause, found: Conformance) -> str:
+    """One cause in a line: what, how many cells, which."""
+    parts = (_axis(name, [str(getattr(cell, name)) for cell in cause.cells], found) for name in _AXES)
+    return " · ".join([f"{cause.cause}: {count(len(cause.cells), 'cell')}", *filter(None, parts)])
+
+
+_AXES = {"architecture": "all architectures", "type": "all types", "prompt": "", "mode": ""}
+
+
+def _axis(name: str, values: Sequence[str], found: Conformance) -> str:
+    """The values of an axis in words; nothing where there is but one."""
+    here = list(dict.fromkeys(values))
+    every = axis(found.results, name)
+    if len(here) == len(every):
+        return "" if len(every) == 1 else _AXES[name]
+    shown = ", ".join(here[:_LISTED]) + (f" and {len(here) - _LISTED} more" if len(here) > _LISTED else "")
+    return shown if name in ("architecture", "type") else f"{name} {shown}"
+
+
+def _refusals(found: Conformance) -> str:
+    reasons: dict[str, int] = {}
+    for result in found.results:
+        if result.verdict == REFUSED:
+            reasons[clean(result.reason)] = reasons.get(clean(result.reason), 0) + 1
+    ranked = sorted(reasons.items(), key=lambda item: -item[1])
+    listed = " · ".join(f"{reason.rstrip('.')} ({count(number, 'cell')})" for reason, number in ranked[:3])
+    return listed + (f" · {len(ranked) - 3} other reasons" if len(ranked) > 3 else "")
+
+
+def summary(found: Conformance) -> str:
+    """Counts, time, and where the report lies."""
+    counts: dict[str, int] = {}
+    for verdict, number in found.counts.items():
+        counts[kind(verdict)] = counts.get(kind(verdict), 0) + number
+    parts = [
+        f"{counts[name]} {LETTERS[name][0]}"
+        for name in (PARITY, LOWER, DIVERGENCE, CRASHED, TIMED_OUT, UNUSABLE)
+        if name in counts
+    ]
+    parts += [
+        f"{counts[name]} {words}"
+        for name, words in ((REFUSED, "refused"), (NO_REFERENCE, "without a reference"))
+        if name in counts
+    ]
+    said = f"{count(len(found.results), 'cell')}: {', '.join(parts)}"
+    if found.not_run:
+        said += f", {len(found.not_run)} not run"
+    kept = f", {found.kept} kept from before" if found.kept else ""
+    workers = f", {found.workers} workers" if found.workers > 1 else ""
+    return f"{said} · {found.seconds:.0f} s{workers}{kept} · {found.folder}/index.html"
+
+
+def first_failure(result: CellResult) -> str:
+    """A failing cell in one line, for the moment in which it is found."""
+    return f"{result.cell.name}: {outcome(result)}"
+
+
+def outcome(result: CellResult) -> str:
+    """What became of a cell, in one line."""
+    if result.verdict == DIVERGENCE:
+        place = f" at {result.checkpoint}, position {result.token_idx}" if result.checkpoint else ""
+        return clean(f"divergence{place}{f' ({result.cause})' if result.cause else ''}")
+    if result.reason:
+        return clean(f"{result.verdict}: {result.reason}")
+    return clean(f"{result.verdict}, {result.compared} records, worst NMSE {error(result.nmse)} at {result.worst}")
+
+
+def as_json(found: Conformance) -> dict[str, Any]:
+    """Every cell, and every cause with its cells."""
+    return {
+        "schema": 1,
+        "verdict": "conforms" if found else "fails",
+        "side": found.side,
+        "counts": dict(found.counts),
+        "cells": [_cell(result) for result in found.results],
+        "causes": [
+            {"cause": cause.cause, "sentence": cause.sentence, "cells": [cell.name for cell in cause.cells]}
+            for cause in found.causes
+        ],
+        "not_run": [cell.name for cell in found.not_run],
+        "kept": found.kept,
+        "workers": found.workers,
+        "seconds": round(found.seconds, 3),
+        "folder": found.folder,
+    }
+
+
+def _cell(result: CellResult) -> dict[str, Any]:
+    facts = result.as_dict()
+    place = {"checkpoint": facts.pop("checkpoint"), "token_idx": facts.pop("token_idx")}
+    return facts | {"first_divergence": place if place["checkpoint"] else None}
+
+
+def markdown(found: Conformance) -> str:
+    """For a job summary or a pull request; ends with a line break."""
+    types = axis(found.results, "type")
+    rows = [f"| | {' | '.join(types)} |", f"|---|{':-:|' * len(types)}"]
+    for name in axis(found.results, "architecture"):
+        letters = [LETTERS[worst][0] if (worst := worst_of(found, name, column)) else "" for column in types]
+        rows.append(f"| {clean(name)} | {' | '.join(letters)} |")
+    causes = [f"- `{clean(said(cause, found)).replace('`', chr(39))}`" for cause in found.causes]
+    head = "## Conformance: " + ("nothing is wrong" if found else f"{sum(r.wrong for r in found.results)} cells fail")
+    return "\n".join(
+        [head, "", *rows, "", " · ".join(legend(found)), *([""] if causes else []), *causes, "", summary(found), ""]
+    )

@@ -1,0 +1,160 @@
+"""`parity conform`: a matrix of tiny models through an engine, a verdict a cell, one line a cause, resumable by content."""
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from xml.etree import ElementTree as ET
+
+import pandas as pd
+import pytest
+from cli import Cli, refused
+from foreign import compile_engine
+
+from checkpoints.answers.conform import CellResult
+from parity.conform.conform import parts_of
+from parity.conform.matrix import PROMPTS, TYPES, cells, portions
+
+needs_gcc = pytest.mark.skipif(shutil.which("gcc") is None, reason="there is no gcc")
+
+
+@pytest.fixture(scope="module")
+def c_engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The engine in C, compiled: qwen2 and llama, F32 weights only."""
+    return compile_engine(tmp_path_factory.mktemp("conform"))
+
+
+@pytest.fixture
+def conform(c_engine: Path, parity: Cli) -> Callable[..., tuple[int, dict]]:
+    """`parity conform` of the C engine with a fault: (exit code, JSON)."""
+
+    def run(fault: str, *words: str, types: str = "F32,Q8_0") -> tuple[int, dict]:
+        line = f"{c_engine} {{model}} {{tokens}} {{out}} '{fault}' {{points}}"
+        axes = ("--architectures", "llama,qwen2,qwen3", "--types", types, "--prompts", "short,same")
+        return parity.json("conform", "--exec", line, *axes, "--out", "c", *words)
+
+    return run
+
+
+@needs_gcc
+def test_what_the_engine_has_is_green_and_all_else_is_refused(conform: Callable[..., tuple[int, dict]]) -> None:
+    """Its two architectures in F32 are parity at every operation; other types and architectures are refused in its own words."""
+    code, answer = conform("")
+    assert (code, answer["verdict"]) == (0, "conforms")
+    verdicts = {(cell["architecture"], cell["type"]): cell["verdict"] for cell in answer["cells"]}
+    assert verdicts == {
+        ("llama", "F32"): "parity", ("qwen2", "F32"): "parity", ("qwen3", "F32"): "refused",
+        ("llama", "Q8_0"): "refused", ("qwen2", "Q8_0"): "refused", ("qwen3", "Q8_0"): "refused",
+    }  # fmt: skip
+    assert {cell["reason"].split(": ")[-1] for cell in answer["cells"] if cell["verdict"] == "refused"} == {
+        "it reads F32 weights only.",
+        "it computes qwen2 and llama only.",
+    }
+    assert all(cell["compared"] > 100 for cell in answer["cells"] if cell["verdict"] == "parity")
+
+
+@needs_gcc
+@pytest.mark.slow
+def test_one_cause_is_one_line_and_a_fix_runs_again(
+    conform: Callable[..., tuple[int, dict]], c_engine: Path, parity: Cli
+) -> None:
+    """Wrong RoPE pairs: every cell where they can be seen diverges with that cause; a second run keeps all, another engine none."""
+    code, answer = conform("rope", types="F32")
+    assert code == 1
+    assert [(cause["cause"], len(cause["cells"])) for cause in answer["causes"]] == [("rope-pairs", 4)]
+    diverging = [cell for cell in answer["cells"] if cell["verdict"] == "divergence"]
+    assert {(cell["prompt"], cell["first_divergence"]["checkpoint"]) for cell in diverging} == {
+        ("short", "blk.0.q_rope"),
+        ("same", "blk.0.q_rope"),
+    }
+    assert all(Path("c", cell["report"]).is_file() for cell in diverging)
+    code, again = conform("rope", types="F32")
+    assert (code, again["kept"], again["causes"]) == (1, len(answer["cells"]), answer["causes"])
+    assert conform("", types="F32")[1]["kept"] == 0  # another command is another engine
+    with c_engine.open("ab") as file:  # … and so is another build of it
+        file.write(b"\0")
+    assert conform("rope", types="F32")[1]["kept"] == 0
+    page = Path("c/index.html").read_text()
+    assert "rope-pairs: 4 cells" in page
+    assert diverging[0]["report"] in page
+
+
+@needs_gcc
+def test_what_it_prints_and_writes(c_engine: Path, parity: Cli) -> None:
+    """A screen with a letter a place, the first failure on stderr, JUnit with skipped cells, a CSV row a cell, Markdown."""
+    line = f"{c_engine} {{model}} {{tokens}} {{out}} rope {{points}}"
+    words = ("conform", "--exec", line, "--architectures", "qwen2", "--types", "F32,Q8_0", "--prompts", "short", "--out", "c")
+    said = parity(*words, "--junit", "c.xml", "--table", "c.csv")
+    assert said.code == 1
+    assert said.err.startswith("first failure, cell 1 of 2: qwen2 F32 short prefill: divergence at blk.0.q_rope, position 1")
+    screen = said.out.splitlines()
+    assert screen[:2] == ["        F32  Q8_0", "qwen2     ✗     –    – refused"]
+    assert "causes  rope-pairs: 1 cell · F32" in screen
+    assert screen[-1].startswith("2 cells: 1 ✗, 1 refused · ")
+    assert all(len(line) <= 80 for line in screen[:-1])
+    suite = ET.parse("c.xml").getroot()[0]
+    assert (suite.get("failures"), suite.get("skipped"), suite.get("tests")) == ("1", "1", "2")
+    table = pd.read_csv("c.csv")
+    assert table[["architecture", "type", "verdict", "cause"]].fillna("").values.tolist() == [
+        ["qwen2", "F32", "divergence", "rope-pairs"],
+        ["qwen2", "Q8_0", "refused", ""],
+    ]
+    assert "| qwen2 | ✗ | – |" in parity(*words, "--format", "markdown").out
+
+
+def test_our_engine_conforms_in_every_mode(parity: Cli) -> None:
+    """Prefill, decode and chunks of our engine agree with llama.cpp for a K type, whose models are wide enough for its blocks."""
+    code, answer = parity.json("conform", "--side", "ours", "--architectures", "qwen2", "--types", "Q4_K", "--prompts", "short")
+    assert code == 0
+    assert {cell["mode"]: cell["verdict"] for cell in answer["cells"]} == dict.fromkeys(
+        ("prefill", "decode", "chunked"), "parity"
+    )
+
+
+def test_an_engine_that_crashes_or_hangs_or_prints_nothing(parity: Cli, tmp_path: Path) -> None:
+    """Each is a verdict of its own and a failure; the run goes on."""
+    words = ("--architectures", "llama", "--types", "F32", "--prompts", "one")
+    for body, options, verdict in (
+        ("import os; os.kill(os.getpid(), 11)", (), "crashed"),
+        ("import time; time.sleep(60)", ("--exec-timeout", "0.5"), "timed out"),
+        ("pass", (), "unusable"),
+    ):
+        (tmp_path / "engine.py").write_text(body)
+        code, answer = parity.json("conform", "--exec", f"{sys.executable} engine.py {{model}}", *words, *options)
+        assert (code, [cell["verdict"] for cell in answer["cells"]]) == (1, [verdict])
+
+
+def test_what_it_refuses(parity: Cli) -> None:
+    """No side, two sides, unknown names, modes that the engine cannot be told, and a matrix of which nothing was compared."""
+    refused(parity("conform"), "--exec CMD")
+    refused(parity("conform", "--exec", "x", "--side", "ours"), "Take one of")
+    refused(parity("conform", "--exec", "", "--types", "F32"), "--exec is empty")
+    refused(parity("conform", "--side", "ours", "--architectures", "qwen9"), "qwen9", "qwen")
+    refused(parity("conform", "--side", "ours", "--profile", "everything"), "no profile")
+    refused(parity("conform", "--exec", "x {model}", "--modes", "decode"), "{portions}")
+    refused(parity("conform", "--side", "ours", "--table", "x.txt"), ".csv")
+    line = f"{sys.executable} -c 'import sys; sys.exit(\"no\")'"
+    told = parity(
+        "conform", "--exec", line, "--architectures", "llama", "--types", "F32", "--prompts", "one", "--format", "json"
+    )
+    assert told.code == 2
+
+
+def test_the_matrix_is_what_was_asked_for() -> None:
+    """Globs and lists replace the profile's axes, cells that would be a plain prefill are left out, parts keep architectures together."""
+    assert {cell.type for cell in cells("llama", types="Q*_K,f32")} == {"F32", *(name for name in TYPES if name.endswith("_K"))}
+    assert [(cell.prompt, cell.mode) for cell in cells("quants", types="F32", prompts="one,short")] == [
+        ("one", "prefill"), ("short", "prefill"), ("short", "decode"), ("short", "chunked"),
+    ]  # fmt: skip
+    for mode in ("prefill", "decode", "chunked"):
+        assert sum(portions(mode, len(PROMPTS["long"])) or ()) == len(PROMPTS["long"])
+    parts = parts_of(cells("dense", types="F32,F16"))
+    assert all(len({cell.architecture for cell in part}) == 1 for part in parts)
+    assert sum(map(len, parts)) == len(cells("dense", types="F32,F16"))
+
+
+def test_a_result_is_read_back() -> None:
+    """What is kept on disk is what was found."""
+    result = CellResult(cells("llama")[0], "divergence", checkpoint="blk.0.q", token_idx=3, cause="x", nmse=1e-3)
+    assert CellResult.from_dict(json.loads(json.dumps(result.as_dict()))) == result
