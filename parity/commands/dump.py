@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from checkpoints.printable import printable
+
 from . import options as o
 
 app = typer.Typer(
@@ -60,7 +62,7 @@ def ref(
     if followed is not None:
         notes(followed)
     if left:
-        print(f"left out, llama.cpp has no such point: {', '.join(left)}", file=sys.stderr)
+        print(f"left out, llama.cpp has no such point: {printable(', '.join(left), 1000)}", file=sys.stderr)
     written(out)
 
 
