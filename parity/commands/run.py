@@ -12,7 +12,19 @@ from . import options as o
 
 @o.fills(
     *("model", "prompt", "mode", "backend", "devices", "command", "points", "layers", "positions", "slice", "generate"),
-    *("full", "window", "threads", "first_position", "tolerance", "strict", "compute", "mapping", "despite_lint", "verbose"),
+    *(
+        "full",
+        "binary",
+        "window",
+        "threads",
+        "first_position",
+        "tolerance",
+        "strict",
+        "compute",
+        "mapping",
+        "despite_lint",
+        "verbose",
+    ),
 )
 def run(
     given: o.Given,

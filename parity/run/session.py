@@ -16,7 +16,6 @@ from checkpoints.errors import DumpError, InputError
 from checkpoints.formats import load
 from checkpoints.nearest import unknown_names
 from checkpoints.points import DEFAULT_LAYERS, default_layers, parse
-from checkpoints.reading.reader import read
 from checkpoints.record import Dump
 from reference.client import Reference
 from reference.jobs import DumpResult
@@ -100,7 +99,7 @@ def run(
             _one_after_the_other(request, reference, ours, prompt, folder, progress)
         else:
             _at_once(request, reference, ours, prompt, folder, progress, meanwhile)
-    left, right = load(folder / OURS_FILE, request.mapping), read(folder / REF_FILE)
+    left, right = load(folder / OURS_FILE, request.mapping), load(folder / REF_FILE)
     if request.command is not None and not request.despite_lint:
         refuse_unusable(left, "your engine's dump")
     found = comparison(left, right, comparison_options(request))
