@@ -43,6 +43,9 @@ def verdict_as_json(verdict: Verdict) -> dict[str, Any]:
         "choices": asdict(verdict.choices) if verdict.choices else None,
         "left_out": verdict.left_out,
         "notes": list(verdict.notes),
+        "record_faults": [asdict(fault) for fault in verdict.record_faults],
+        "seen": [{**asdict(item), "whole": item.whole} for item in verdict.seen],
+        "next_slice": verdict.next_slice,
     }
     return {key: plain(value) for key, value in made.items()}
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from rich.text import Text
 
-from checkpoints.answers.explain import Cause, Explanation, Lead, Named, Place
+from checkpoints.answers.explain import Cause, Explanation, Lead, Named, Place, TruthAt
 
 from .layout import labelled, wrap
 from .numbers import count, error, limit
@@ -31,6 +31,8 @@ def lines(found: Explanation, width: int) -> Iterator[Text]:
         yield from _precision(found, width)
     elif found.remaining is not None:
         yield from _left(found, found.remaining, width)
+    if found.truth is not None:
+        yield from _lines([("truth", _truth(found.truth))], width)
     if found.variants:
         nearest = (
             f"; the nearest other one leaves NMSE {error(found.nearest)}" if found.nearest is not None and not found else ""
@@ -109,8 +111,11 @@ def _left(found: Explanation, place: Place, width: int) -> list[Text]:
         rows = [("left over", f"the causes above do not reproduce {where}")]
     else:
         rows = [("no cause", f"no known fault reproduces what differs first, {where}")]
-    if found.last_agreement is not None and not found.causes:
-        rows.append(("after", f"{found.last_agreement}, where all agrees"))
+    if found.law:
+        rows.append(("law", f"at {place.checkpoint} {found.law}"))
+    rows += _where(found)
+    if found.looks_like:
+        rows.append(("looks", f"the numbers look like {_ARITHMETIC[found.looks_like]}, but the header says f32"))
     if not found.complete:
         rows.append(
             (
@@ -122,6 +127,38 @@ def _left(found: Explanation, place: Place, width: int) -> list[Text]:
     if found.next:
         rows.append(("next", f"record these and run explain again:  --points '{found.next}'"))
     return _lines(rows, width)
+
+
+def _where(found: Explanation) -> list[tuple[str, str]]:
+    """Which operation it is, or behind what it lies, and how much of that was seen."""
+    placed = found.placed
+    if placed is None:
+        agreed = found.last_agreement is not None and not found.causes
+        return [("after", f"{found.last_agreement}, where all agrees")] if agreed else []
+    agreeing = " and ".join(placed.agreeing[:3]) + (" and more" if len(placed.agreeing) > 3 else "")
+    agree = "agrees" if len(placed.agreeing) == 1 else "agree"
+    if not placed.sure and placed.agreeing:
+        seen = (
+            "" if placed.seen is None else f" in the {count(placed.seen[0], 'value')} of {placed.seen[1]:,} that were recorded"
+        )
+        return [
+            (
+                "after",
+                f"{agreeing}, which {agree}{seen}: the rest may be wrong there already (--slice or a sketch shows it)",
+            )
+        ]
+    if len(placed.operations) == 1:
+        made = f"is made from {agreeing}, which {agree} as whole rows" if placed.agreeing else "is made from the tokens alone"
+        return [("wrong", f"{placed.operations[0]} {made}: this operation is wrong")]
+    if placed.agreeing:
+        names = ", ".join(placed.operations[:5]) + (f", … {placed.operations[-1]}" if len(placed.operations) > 5 else "")
+        return [("wrong", f"one of {names}: {agreeing} {agree} as whole rows")]
+    return []
+
+
+def _truth(truth: TruthAt) -> str:
+    said = f"at the first place yours is {error(truth.ours)} from the same steps in float64, a right float32 engine {error(truth.right)}"
+    return f"{said}: yours is wrong" if truth.ours > 100 * truth.right else said
 
 
 def _lead(lead: Lead) -> str:
@@ -140,7 +177,11 @@ def as_json(found: Explanation) -> dict[str, Any]:
             {"sentence": lead.sentence, "removed": lead.removed, **(_named_as_json(lead.named) if lead.named else {})}
             for lead in found.leads
         ],
+        "law": found.law or None,
+        "operations": list(found.placed.operations) if found.placed is not None and found.placed.sure else [],
         "precision_only": found.precision_only or None,
+        "looks_like": found.looks_like or None,
+        "truth": None if found.truth is None else {"ours": found.truth.ours, "right": found.truth.right},
         "compared": found.records,
         "differing": found.differing,
         "first_divergence": _place_as_json(found.first),

@@ -30,13 +30,13 @@ def lines(report: LintReport, width: int) -> list[Text]:
     shown: list[Text] = []
     for number, finding in enumerate(report.findings):
         style = "bold red" if finding.severity == ERROR else "yellow"
-        made = labelled([(finding.rule, clean(finding.evidence))], width, label=_LABEL, indent=9)
-        head = Text(finding.severity.ljust(9), style=style)
-        made[0] = head.append_text(made[0][9:])
+        made = labelled([(finding.rule, clean(finding.evidence))], width, label=_LABEL, indent=10)
+        head = Text(finding.severity.ljust(10), style=style)
+        made[0] = head.append_text(made[0][10:])
         shown += made
         following = report.findings[number + 1].rule if number + 1 < len(report.findings) else None
         if following != finding.rule:  # the cause of several is said once, below them
-            shown += labelled([("usual cause", finding.cause), ("do", finding.advice)], width, label=_LABEL, indent=9)
+            shown += labelled([("usual cause", finding.cause), ("do", finding.advice)], width, label=_LABEL, indent=10)
     shown += labelled([("note", clean(note)) for note in report.notes], width)
     shown.append(_answer(report))
     return shown
@@ -44,7 +44,10 @@ def lines(report: LintReport, width: int) -> list[Text]:
 
 def _answer(report: LintReport) -> Text:
     if not report.usable:
-        return Text("unusable: a diff of this dump would blame a right engine", style="bold red")
+        return Text("unusable: no engine computes this, a diff of this dump would say nothing of yours", style="bold red")
+    if report.suspicions:
+        said = f"usable, with {count(len(report.suspicions), 'suspicion')}: captured or computed wrong? parity diff decides by what follows"
+        return Text(said, style="bold yellow")
     if report.findings:
         return Text(
             f"usable, with {count(len(report.findings), 'finding')} in {count(report.records, 'record')}", style="yellow"

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator
 
-from checkpoints.answers.diff import DIVERGENCE, Difference, Missing, Verdict
-from checkpoints.points import EMBD, parse
+from checkpoints.answers.diff import DIVERGENCE, Difference, Missing, RecordFault, Verdict
+from checkpoints.points import EMBD, LOGITS, parse
 
 from .numbers import clean, count, limit, ranges, token
 
@@ -30,8 +30,10 @@ def answer(verdict: Verdict) -> str:
         held += f", logits {limit(verdict.limits.logits)}"
     if verdict.limits.assumed:
         held += " (assumed)"
+    otherwise = sum(fault.records for fault in verdict.record_faults)
     if verdict:
-        return f"parity: {verdict.compared:,} of {count(verdict.compared, 'record')} agree, {held}"
+        said = f"parity: {verdict.compared - otherwise:,} of {count(verdict.compared, 'record')} agree"
+        return f"{said}, {otherwise:,} recorded otherwise, {held}" if otherwise else f"{said}, {held}"
     wrong = sum(point.failed for point in verdict.points)
     if wrong:
         what = f"{wrong:,} of {count(verdict.compared, 'record')} differ"
@@ -79,6 +81,13 @@ def remarks(verdict: Verdict) -> Iterator[tuple[str, str]]:
             yield "missing", f"{side} lacks {count(lacks.records, 'record')}: {_lacking(lacks)}"
     if verdict.left_out:
         yield "left out", f"{count(verdict.left_out, 'record')} after the tokens part"
+    yield from (("recorded", sentence) for sentence in _recorded(verdict))
+    mapping = tuple(dict.fromkeys(clean(fault.map) for fault in verdict.record_faults if fault.map))
+    if mapping:
+        yield "", f"to say so once: --map names.toml, with {'this line' if len(mapping) == 1 else 'these lines'} below [names]:"
+        yield from ((MAP_LINE, line) for line in mapping)
+    if said := rows_seen(verdict):
+        yield "seen", said
     choices = verdict.choices
     if choices is not None and choices.differs_at is not None:
         said = f"after position {choices.differs_at} ours chooses {choices.ours_id}, the reference {choices.ref_id}"
@@ -88,6 +97,58 @@ def remarks(verdict: Verdict) -> Iterator[tuple[str, str]]:
         yield "limit", verdict.limits.source
     for note in verdict.notes:
         yield "note", clean(note)
+
+
+MAP_LINE = "names.toml"  # names a remark that is a line to be copied
+RECORDED = {
+    "layout": "another layout",
+    "name": "another point",
+    "moment": "another moment",
+    "unknown": "recorded otherwise",
+}  # what a record shows instead, by the kind of the fault
+
+
+def _recorded(verdict: Verdict) -> Iterator[str]:
+    """What records of ours show instead of what their names say, one sentence for all layers that are alike."""
+    alike: dict[tuple[str, str, str], list[RecordFault]] = {}
+    for fault in verdict.record_faults:
+        reading, _, agreeing = fault.sentence.partition("; ")
+        alike.setdefault((parse(fault.checkpoint).kind, reading, agreeing if fault.layer is None else ""), []).append(fault)
+    for (kind, reading, _), faults in list(alike.items())[:6]:
+        layers = tuple(fault.layer for fault in faults if fault.layer is not None)
+        where = clean(faults[0].checkpoint) if len(faults) == 1 else f"blk.{_layers(layers)}.{clean(kind)}"
+        agreeing = faults[0].sentence.partition("; ")[2]
+        yield clean(f"{where}: {reading}; {agreeing}")
+    if len(alike) > 6:
+        yield f"and {len(alike) - 6} more like this (--format json: record_faults)"
+
+
+def _layers(layers: tuple[int, ...]) -> str:
+    """Layers as `--points` has them: "{0,5,10}", "{0..23}"."""
+    spans = ranges(layers)
+    whole = "–" in spans and "," not in spans
+    return "{" + (spans.replace("–", "..") if whole else ",".join(map(str, layers))) + "}"
+
+
+def rows_seen(verdict: Verdict) -> str:
+    """How much of a row was compared, where that is not all of it: "16 of 256 values a row, no sketch; logits 16 of 2,048"."""
+    parts = [item for item in verdict.seen if not (item.sketch or (item.of is not None and item.values >= item.of))]
+    if not parts:
+        return ""
+    logits = [item for item in parts if item.checkpoint == LOGITS]
+    others = [item for item in parts if item.checkpoint != LOGITS]
+    said: list[str] = []
+    if others:
+        values = sorted({item.values for item in others})
+        of = sorted({item.of for item in others if item.of is not None})
+        number = f"{values[0]}" if len(values) == 1 else f"{values[0]} to {values[-1]}"
+        sizes = "" if not of else (f" of {of[0]:,}" if len(of) == 1 else f" of {of[0]:,} to {of[-1]:,}")
+        told = "statistics, no sketch" if all(item.statistics for item in others) else "no sketch"
+        said.append(f"{number}{sizes} values a row, {told}")
+    if logits:
+        of_them = f" of {logits[0].of:,}" if logits[0].of is not None else " values"
+        said.append(f"logits {logits[0].values}{of_them}")
+    return "; ".join(said)
 
 
 def _lacking(lacks: Missing) -> str:

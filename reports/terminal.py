@@ -1,23 +1,24 @@
 """A verdict as text: one screen, the answer last, every line earns its place. Colour only where the console has it."""
 
 from collections.abc import Iterator
-from itertools import pairwise
+from itertools import groupby, pairwise
 
 from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
-from checkpoints.answers.diff import AGREES, FRESH, GROWN, INHERITED, Difference, PointSummary, Verdict
+from checkpoints.answers.diff import AGREES, FRESH, GROWN, INHERITED, OTHERWISE, Difference, PointSummary, Verdict
 from checkpoints.points import EMBD, LOGITS, OUTPUT_NORM, default_layers, in_layer
 
 from .header import print_lines
 from .layout import columns, cut, labelled, needed
 from .numbers import clean, count, error, of_limit, token, values
-from .sentences import answer, headline, reasons, remarks
+from .sentences import MAP_LINE, RECORDED, answer, headline, reasons, remarks
 
 _ROWS = 24  # rows of points, stretches that are left out included
-_STYLE = {AGREES: "", FRESH: "bold red", INHERITED: "red", GROWN: "yellow"}
+_STYLE = {AGREES: "", FRESH: "bold red", INHERITED: "red", GROWN: "yellow", OTHERWISE: "yellow"}
 _PLACE = 20  # columns of a position and its token
+_REMARK = 8  # columns of the names in front of what holds for parity, too
 _LABEL = 16  # columns of the names in front of what explains a divergence
 
 
@@ -106,7 +107,11 @@ def _point(verdict: Verdict, point: PointSummary) -> tuple[str, ...]:
 def _stretch(hidden: list[PointSummary]) -> tuple[str, ...]:
     worst = max((point.worst for point in hidden), key=lambda found: found.of_limit)
     failed = sum(point.failed > 0 for point in hidden)
+    otherwise = sum(point.status == OTHERWISE for point in hidden)
     said = "agree" if not failed else (INHERITED if failed == len(hidden) else f"{failed} of them wrong")
+    if otherwise:
+        worst = max((point.worst for point in hidden if point.status != OTHERWISE), key=lambda one: one.of_limit, default=worst)
+        said += f", {otherwise} recorded otherwise"
     return (
         f"… {count(len(hidden), 'point')}",
         str(sum(point.records for point in hidden)),
@@ -132,6 +137,9 @@ def _remark(verdict: Verdict, point: PointSummary) -> str:
             said.append(INHERITED)
         if point.failed < point.records:
             said.append(f"{point.failed} of {point.records} wrong")
+    elif point.status == OTHERWISE:
+        fault = next(fault for fault in verdict.record_faults if fault.checkpoint == point.checkpoint)
+        said.append(RECORDED[fault.kind])
     choices = verdict.choices
     if point.checkpoint == LOGITS and choices is not None:
         said.append(f"top-1 {choices.agree}/{choices.known}")
@@ -148,6 +156,7 @@ def _chosen(verdict: Verdict) -> set[int]:
     place = {name: number for number, name in enumerate(names)}
     wanted = [origin.first.checkpoint for origin in verdict.origins[:5]]
     wanted += [found.checkpoint for found in (verdict.last_agreement, verdict.worst) if found is not None]
+    wanted += [fault.checkpoint for fault in verdict.record_faults[:4]]
     wanted += [LOGITS, OUTPUT_NORM, EMBD]
     first = place.get(verdict.first_divergence.checkpoint) if verdict.first_divergence else None
     near = [] if first is None else [first + step for step in (-1, 1, -2, 2, -3, 3, 4, 5)]
@@ -176,8 +185,14 @@ def explanation(verdict: Verdict, width: int) -> Iterator[Text]:
             yield from _both(first, width)
         if verdict.next:
             yield from labelled([("next", "record these on both sides and run diff again:")], width, label=_LABEL, indent=2)
-            yield Text(" " * (_LABEL + 2) + f"--points '{clean(verdict.next)}'", style="bold")  # to be copied: never broken
-    yield from labelled(list(remarks(verdict)), width)
+            wider = f" --slice {verdict.next_slice}" if verdict.next_slice else ""
+            yield Text(
+                " " * (_LABEL + 2) + f"--points '{clean(verdict.next)}'{wider}", style="bold"
+            )  # to be copied: never broken
+    said = list(remarks(verdict))
+    for copied, group in groupby(said, key=lambda row: row[0] == MAP_LINE):
+        rows = list(group)
+        yield from [Text(f"  {line}", style="bold") for _, line in rows] if copied else labelled(rows, width, label=_REMARK)
     yield Text(answer(verdict), style="bold green" if verdict else "bold red")
 
 

@@ -1,5 +1,6 @@
 """A small engine to plant faults in, and its dumps."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from planted import Faulty, Planted
@@ -22,3 +23,9 @@ def small_engine(folder: Path) -> Faulty:
 def only(engine: Faulty, *faults: tuple[str, dict[str, object], tuple[int, ...] | None], points: str = "default") -> Dump:
     """The dump of an engine with these faults and no others."""
     return engine.dump(Planted(faults), PROMPT, points=points)
+
+
+def unstated(dump: Dump) -> Dump:
+    """The same dump of an engine that does not say what it computes in."""
+    assert dump.header is not None
+    return replace(dump, header=replace(dump.header, compute=""))

@@ -73,10 +73,10 @@ def test_three_faults_in_front_of_one_checkpoint_are_tried_together(engine: Faul
     assert {name for name, _, _ in faults} in [{candidate.fault.name for candidate in chosen} for chosen in found]
 
 
-def test_leads_tell_of_the_place_that_the_causes_leave(engine: Faulty) -> None:
+def test_a_law_tells_of_the_place_that_the_causes_leave(engine: Faulty) -> None:
     """A known fault before an unknown one: the first is the cause, and what is left is described by its own numbers."""
     unknown = [
-        replace(step, op=lambda x, y: (x + y) * np.float32(1.25)) if step.makes == "blk.2.l_out" else step
+        replace(step, op=lambda x, y: np.roll(x + y, 1, axis=1)) if step.makes == "blk.2.l_out" else step
         for step in plant(engine.right, CATALOGUE["rope-pairs"])
     ]
     dump = engine.dump(RIGHT, PROMPT, points="embd,blk.0.l_out,blk.1.l_out,blk.2.l_out,logits", steps=unknown)
@@ -84,7 +84,7 @@ def test_leads_tell_of_the_place_that_the_causes_leave(engine: Faulty) -> None:
     assert [cause.named.fault for cause in found.causes] == ["rope-pairs"]
     assert found.remaining is not None
     assert found.remaining.checkpoint == "blk.2.l_out"
-    assert any("1.25 times" in lead.sentence for lead in found.leads)
+    assert found.law == "element i is the right element i − 1: the row is rolled"
 
 
 @pytest.mark.parametrize(
@@ -160,17 +160,17 @@ def test_printed_decimals_are_enough(engine: Faulty, tmp_path: Path) -> None:
     assert [cause.named.fault for cause in found.causes] == ["rope-pairs"]
 
 
-def test_an_unknown_fault_gives_leads_and_the_points_to_record(engine: Faulty) -> None:
+def test_an_unknown_fault_gives_a_law_and_the_points_to_record(engine: Faulty) -> None:
     """Nobody is accused of what does not fit: the numbers are described and the next points named."""
     right = [
-        replace(step, op=lambda x, y: (x + y) * np.float32(1.25)) if step.makes == "blk.2.l_out" else step
+        replace(step, op=lambda x, y: np.roll(x + y, 1, axis=1)) if step.makes == "blk.2.l_out" else step
         for step in engine.right
     ]
     dump = engine.dump(RIGHT, PROMPT, points="embd,blk.1.l_out,blk.2.l_out,logits", steps=right)
     found = explain(dump, engine.model, ExplainOptions(budget=6))
     assert found.causes == ()
     assert found.remaining == found.first
-    assert any("1.25 times" in lead.sentence for lead in found.leads)
+    assert found.law == "element i is the right element i − 1: the row is rolled"
     assert "blk.2.q" in found.next
 
 
@@ -229,7 +229,7 @@ def test_wrong_requests_are_one_line(parity: Cli, engine: Faulty, tmp_path: Path
         (("explain", own, "--model", engine.model, "--ref", ref), "cannot stand in for llama.cpp"),
         (("explain", own, "--model", engine.model, "--ref", other), "two prompts"),
         (("explain", own, "--model", engine.model, "--tokens", "1,2"), "tokens"),
-        (("explain", own, "--model", engine.model, "--budget", "nan"), "--budget nan is no time"),
+        (("explain", own, "--model", engine.model, "--budget", "nan"), "--budget must be a finite number of seconds"),
     ):
         ran = parity(*arguments)
         assert ran.code == 2, arguments

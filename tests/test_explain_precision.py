@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from explaining import PROMPT, RIGHT, small_engine
+from explaining import PROMPT, RIGHT, small_engine, unstated
 from planted import Faulty, half_sums
 
 from checkpoints.reading.reader import read
@@ -27,7 +27,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Faulty:
 def test_an_engine_that_sums_in_f16_is_not_accused(engine: Faulty) -> None:
     """Arithmetic that our own estimate of F16 does not copy is told from a fault all the same."""
     right: list[Step] = [replace(step, op=half_sums) if step.op is ops.linear else step for step in engine.right]
-    dump = engine.dump(RIGHT, PROMPT, steps=right)
+    dump = unstated(engine.dump(RIGHT, PROMPT, steps=right))
     found = explain(dump, engine.model)
     assert found.precision_only in ("f16", "tf32")
     assert found.causes == ()

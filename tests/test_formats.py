@@ -106,7 +106,7 @@ def test_eval_callback_logs_are_compared_to_the_printed_precision(run: Path, sty
         for name, rows in found.points.items()
     }
     assert compare(found, ours).verdict == "parity"
-    worse = compare(replace(found, points=spoiled), ours)
+    worse = compare(replace(found, points=spoiled), ours, Options(strict=True))  # by itself: what follows agrees
     assert worse.first_divergence is not None
     assert worse.first_divergence.checkpoint == "blk.5.l_out"
 
@@ -131,6 +131,7 @@ def test_a_printed_sum_of_all_values_shows_what_the_printed_ones_hide(run: Path)
     """An error in rows and elements that no log prints is a divergence at the last position of its pass; a right sum is none."""
     ours, found = load(run), load(LOGS / "eval-callback-new.log")
     rows = found.points["blk.0.ffn_up"]
+    found = replace(found, points={"embd": found.points["embd"]})  # nothing that is made from it acquits the operation
     for last, off, place in ((7, 1.0, ("blk.0.ffn_up", 7)), (8, 1.0, ("blk.0.ffn_up", 8)), (7, 1e-5, None)):
         sums = rows.stats["pass_sum"] + np.where(rows.token_idx == last, np.float64(off), 0)
         spoiled = {**found.points, "blk.0.ffn_up": replace(rows, stats={**rows.stats, "pass_sum": sums})}

@@ -17,6 +17,7 @@ from engine.weights.gguf_model import GgufModel
 from parity.isolate import isolate as isolation
 from parity.isolate.attention_checks import AttentionChecks, rotation_faults, soft_max_faults
 from parity.isolate.isolate import IsolateRequest, isolate
+from parity.isolate.routing import Routing, routing_error
 from parity.isolate.values import Value
 from parity.run.ours import OursJob, dump
 from reference.client import Reference
@@ -54,6 +55,34 @@ def test_decode_steps_are_proven_too(like: str, synthetic: Callable[..., Path], 
     found = isolate(IsolateRequest(synthetic(like, "q8_0"), tokens=TOKENS, kv_type="f16", generate=3), reference)
     assert found.passes == 4
     assert {(item.status, item.passes) for item in found.operations} == {(PROVEN, 4)}
+
+
+# Windows with two RoPE bases, experts with sinks and MXFP4, MLA, a state and a convolution, both in one model, LayerNorm.
+ARCHITECTURES = ("gemma3", "gpt-oss", "deepseek2", "mamba2", "jamba", "phi2")
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_lifted_operations_are_proven(name: str, small_model: Callable[..., Path], reference: Reference) -> None:
+    """Every operation of models whose steps are read from llama.cpp's graph, on the file's own types, in decode steps too."""
+    found = isolate(IsolateRequest(small_model(name, "q8_0"), tokens=TOKENS, kv_type="f16", generate=2), reference)
+    all_proven(found)
+    assert {item.passes for item in found.operations} == {3}
+
+
+def test_routing_is_judged_as_a_set() -> None:
+    """The order of the chosen experts does not matter, a near tie may fall either way, and any other choice is wrong."""
+    values = np.array([[0.5, 0.3, 0.2, 0.1], [0.4, 0.3, 0.3, 0.0]], np.float32)
+    right = np.array([[0, 1, 2, 3], [0, 1, 2, 3]])
+    two = Routing(used=2)
+    for theirs in (right, right[:, [1, 0, 3, 2]], right[:, :2]):
+        assert routing_error(two, values, right, theirs.astype(np.float32))[0].max() == 0
+    tie = np.array([[0, 1, 2, 3], [2, 0, 1, 3]], np.float32)
+    errors, said = routing_error(two, values, right, tie)
+    assert (errors.max(), said) == (0, "1 near ties fell the other way")
+    for wrong in ([0, 2, 1, 3], [0, 0, 1, 2], [9, 0, 1, 2]):
+        errors, said = routing_error(two, values, right, np.array([wrong, [0, 1, 2, 3]], np.float32))
+        assert errors.tolist() == [np.inf, 0]
+    assert "1 were chosen instead of 2" in routing_error(two, values, right, right[:, :1].astype(np.float32))[1]
 
 
 def test_an_engine_that_rounds_nothing_is_not_ggml(
@@ -171,7 +200,7 @@ def test_rope_that_does_nothing_or_always_the_same_is_told() -> None:
     assert rotation_faults(x, x) == ["nothing changes under RoPE: it is not applied"]
     turn = np.linalg.qr(rng.standard_normal((8, 8)))[0].astype(np.float32)
     assert "same angle" in rotation_faults(x, Value(x.data @ turn, positions))[0]
-    checks = AttentionChecks()
+    checks = AttentionChecks({}, {"blk.0.q_rope": "blk.0.q"})
     other = Value(rng.standard_normal((5, 8)).astype(np.float32), positions)
     list(checks.watch([("blk.0.q", x), ("blk.0.q_rope", other)]))
     assert checks.findings == []

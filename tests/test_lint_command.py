@@ -51,19 +51,22 @@ def test_an_end_that_counts_more_records_than_there_are(right: Dump, tmp_path: P
 
 
 def test_a_diff_refuses_a_dump_that_lint_calls_unusable(right: Dump, parity: Cli, tmp_path: Path) -> None:
-    """Swapped buffers are exit 2, naming the side and the rule; --despite-lint compares, and finds the divergence they fake."""
-    for name, source in (("right", right), ("broken", swapped_buffers(right))):
+    """A device pointer is exit 2, naming the side and the rule; --despite-lint compares all the same."""
+    values = right.points["embd"].values.copy()
+    values[0, 3] = 1e18
+    pointer = replace(right, points={**right.points, "embd": replace(right.points["embd"], values=values)})
+    for name, source in (("right", right), ("broken", pointer)):
         with Writer(tmp_path / f"{name}.jsonl", source.header) as writer:
             for rows in source.points.values():
                 writer.rows(rows)
     refused = parity("diff", "broken.jsonl", "right.jsonl")
     assert refused.code == 2
-    assert "ours (broken.jsonl) is not to be believed: same-vector" in refused.err
+    assert "ours (broken.jsonl) is not to be believed: impossible-size" in refused.err
     assert refused.err.count("\n") == 1
     assert "the reference (broken.jsonl)" in parity("diff", "right.jsonl", "broken.jsonl").err
     code, answer = parity.json("diff", "broken.jsonl", "right.jsonl", "--despite-lint")
-    assert code == 1
-    assert answer["first_divergence"]["checkpoint"] == "embd"
+    assert code == 0, "what is made from the embedding agrees: only its record is wrong"
+    assert [fault["checkpoint"] for fault in answer["record_faults"]] == ["embd"]
     assert parity("diff", "right.jsonl", "right.jsonl").code == 0
 
 
@@ -76,8 +79,12 @@ def test_the_command_answers_people_and_machines(right: Dump, parity: Cli, tmp_p
     assert parity("lint", "right.jsonl").code == 0
     told = parity("lint", "broken.jsonl")
     assert told.code == 1
-    assert "unusable: a diff of this dump would blame a right engine" in told.out
+    assert "usable, with 1 suspicion: captured or computed wrong? parity diff decides" in told.out
     code, answer = parity.json("lint", "broken.jsonl")
     assert code == 1
-    assert answer["usable"] is False
+    assert answer["usable"] is True
+    assert answer["findings"][0]["severity"] == "suspicion"
     assert set(answer["findings"][0]) >= {"rule", "severity", "checkpoint", "token_idx", "evidence", "advice"}
+    code, answer = parity.json("diff", "broken.jsonl", "right.jsonl")
+    assert (code, answer["verdict"]) == (0, "parity"), "what is made from them agrees: captured late"
+    assert {fault["checkpoint"] for fault in answer["record_faults"]} == {"embd", "blk.1.l_out", "blk.5.l_out"}

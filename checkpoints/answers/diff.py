@@ -13,6 +13,7 @@ AGREES = "agrees"
 FRESH = "fresh"  # the error jumps here
 INHERITED = "inherited"  # wrong, but not more so than what it is made from explains
 GROWN = "grown"  # over the limit without a jump anywhere before it
+OTHERWISE = "recorded otherwise"  # the operation is right, the record shows something else
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,40 @@ class Pattern:
 
 
 @dataclass(frozen=True)
+class RecordFault:
+    """Records that show something else than their name says, while everything made from them agrees: the operation is right.
+
+    `kind`: "layout" (another order of the elements), "name" (another point of the layer), "moment" (another time: captured late, or
+    before a scale) or "unknown". `map` is the line of a `--map` file that settles it, empty where none does.
+    """
+
+    checkpoint: str
+    layer: int | None
+    kind: str
+    positions: tuple[int, ...]
+    records: int
+    sentence: str
+    map: str = ""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """How much of a point's rows the comparison saw: `values` of `of` elements (None: not known) and whether a sketch, or the
+    statistics, tell of the rest."""
+
+    checkpoint: str
+    values: int
+    of: int | None
+    sketch: bool
+    statistics: bool
+
+    @property
+    def whole(self) -> bool:
+        """Whether nothing of the rows was left out."""
+        return self.sketch or self.statistics or (self.of is not None and self.values >= self.of)
+
+
+@dataclass(frozen=True)
 class Missing:
     """What one side lacks of the other: points it has nothing of, positions lacking in common points, records in all."""
 
@@ -140,7 +175,8 @@ class Verdict:
     """The answer to "do these two dumps agree?"; true for parity.
 
     `next` is a `--points` value, empty where the records name the operation already (then `operation` says it).
-    `left_out` counts records after the place where the token sequences part.
+    `left_out` counts records after the place where the token sequences part. `next_slice` is how many leading values the next run has
+    to record, where what was seen of the rows does not settle it.
     """
 
     verdict: str
@@ -160,6 +196,9 @@ class Verdict:
     choices: Choices | None = None
     left_out: int = 0
     notes: tuple[str, ...] = ()
+    record_faults: tuple[RecordFault, ...] = ()
+    seen: tuple[Seen, ...] = ()
+    next_slice: int | None = None
 
     def __bool__(self) -> bool:
         return self.verdict == PARITY

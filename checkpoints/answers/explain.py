@@ -56,6 +56,29 @@ class Place:
 
 
 @dataclass(frozen=True)
+class TruthAt:
+    """How far both sides are from the same steps in float64 at the first place: NMSE of the dump, and of our right engine in float32."""
+
+    ours: float
+    right: float
+
+
+@dataclass(frozen=True)
+class Placed:
+    """Which operations are in question at the place that the causes leave.
+
+    Attributes:
+        operations: the names of what they make. agreeing: the recorded points that go into them, which agree.
+        sure: these were seen as whole rows. seen: how many values of a row of the one that was seen least, and how many it has.
+    """
+
+    operations: tuple[str, ...]
+    agreeing: tuple[str, ...]
+    sure: bool
+    seen: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
 class Explanation:
     """The answer. It is truthy when there is no fault: nothing differs, or by precision only.
 
@@ -63,6 +86,10 @@ class Explanation:
         first: where the dump first differs, None where it does not.
         last_agreement: the last point in front of it at which all records agree.
         causes: in the order in which they were found; together they explain `explained` of `differing` records.
+        law: how the recorded elements of the place that is left come from the right ones, if one sentence says it for all; or "".
+        placed: which operations are in question there.
+        looks_like: the arithmetic whose noise the numbers look like, where the header says f32; or "".
+        truth: how far both sides are from float64 at the first place, where the arbiter was asked.
         remaining: the first place that the causes do not explain.
         precision_only: the arithmetic that explains the difference: "f16", "bf16", "tf32", "q8", or "".
         next: points to record now, as a `--points` value.
@@ -76,6 +103,10 @@ class Explanation:
     causes: tuple[Cause, ...] = ()
     leads: tuple[Lead, ...] = ()
     precision_only: str = ""
+    law: str = ""
+    placed: Placed | None = None
+    looks_like: str = ""
+    truth: TruthAt | None = None
     remaining: Place | None = None
     next: str = ""
     faults: int = 0

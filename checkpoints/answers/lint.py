@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-ERROR = "error"  # the dump cannot be what it says: a comparison would blame a right engine
+ERROR = "error"  # no engine can mean this: a comparison would say nothing of the engine
+SUSPICION = "suspicion"  # captured wrong, or computed wrong: what is made from it decides, in a comparison
 WARNING = "warning"  # suspicious, but an engine may really compute this: a comparison is the judge
 
 
@@ -36,6 +37,11 @@ class LintReport:
     def usable(self) -> bool:
         """Whether a comparison of this dump says anything about the engine."""
         return all(finding.severity != ERROR for finding in self.findings)
+
+    @property
+    def suspicions(self) -> tuple[Finding, ...]:
+        """What a comparison has to decide: the capture or the engine."""
+        return tuple(finding for finding in self.findings if finding.severity == SUSPICION)
 
     def __bool__(self) -> bool:
         return not self.findings

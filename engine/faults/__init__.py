@@ -9,8 +9,9 @@ from dataclasses import replace
 
 from . import attention, biases, capture, dequantisation, feed_forward, flow, logits, norms, rope, tokens, weights
 from .base import AT, SEEN, Fault, Planting, Steps, as_recorded, plant
+from .fitted import FITTED, Fitted
 
-__all__ = ["AT", "CATALOGUE", "SEEN", "Fault", "Planting", "Steps", "as_recorded", "plant"]
+__all__ = ["AT", "CATALOGUE", "FITTED", "SEEN", "Fault", "Fitted", "Planting", "Steps", "as_recorded", "plant"]
 
 _GROUPS = {  # of faults with the same numbers the first one is named: a formula before weights that happen to look like it
     "tokens": tokens.FAULTS,

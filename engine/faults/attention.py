@@ -16,6 +16,8 @@ _SOFT = ("kq_soft_max",)
 
 
 def _scale(step: Step, right: Steps, parameters: Parameters) -> Step:
+    if isinstance(parameters["scale"], float):
+        return with_parameters(step, scale=parameters["scale"])
     scale = parameter_of(step, "scale")
     heads = parameter_of(sibling(step, right, "kq"), "heads")
     scales = {

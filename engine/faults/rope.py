@@ -34,8 +34,8 @@ _SHIFTS = {
 }
 
 
-def _moved(x: Array, positions: Array, factors: Array | None = None, *, by: str, **params: Any) -> Array:
-    return ops.rope(x, _SHIFTS[by](positions), factors, **params)
+def _moved(x: Array, positions: Array, factors: Array | None = None, *, by: str | float, **params: Any) -> Array:
+    return ops.rope(x, _SHIFTS[by](positions) if isinstance(by, str) else positions + int(by), factors, **params)
 
 
 def _with(step: Step, op: Callable[..., Array], *reads: str, **parameters: Any) -> Step:
@@ -139,6 +139,8 @@ def _no_factors(step: Step, _right: Steps, _parameters: Parameters) -> Step:
 
 def _scale(step: Step, _right: Steps, parameters: Parameters) -> Step:
     scale = parameter_of(step, "scale")
+    if isinstance(parameters["scaling"], float):
+        return with_parameters(step, scale=parameters["scaling"])
     return with_parameters(step, scale=1.0 if parameters["scaling"] == "ignored" else 1.0 / scale)
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -108,7 +109,7 @@ def _of_layer(step: Step, other: int) -> Step:
 
 
 def _n_layers(right: Steps) -> int:
-    return sum(name.endswith(".l_out") for name in right)
+    return next(layer for layer in count() if f"blk.{layer}.l_out" not in right)
 
 
 def _offset(step: Step, right: Steps, parameters: Parameters) -> Step:

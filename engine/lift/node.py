@@ -57,10 +57,14 @@ class GgmlOperation:
         if positions is not None:  # no operand tells T
             t = len(inputs[positions])
         arguments = [None if operand is None else _shaped(inputs[operand.index], operand, t, s) for operand in operands]
-        result = _function(self.name)(*arguments, params=params, shape=_at(shape, t, s))
+        result = self.compute(*arguments, params=params, shape=_at(shape, t, s))
         if result.dtype.kind in "iu":  # ids: whatever reads them takes whole numbers of any type
             result = result.astype(np.float32)
         return result.reshape(_at(made, t, s))
+
+    def compute(self, *arguments: Any, params: OpParams, shape: tuple[int, ...]) -> Array:
+        """The operation itself, in ggml's four dimensions."""
+        return _function(self.name)(*arguments, params=params, shape=shape)
 
 
 @lru_cache(maxsize=256)

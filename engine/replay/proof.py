@@ -5,16 +5,20 @@ reference's own float32 sums are left as a difference.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from checkpoints.points import parse
+
 from .. import ops
 from ..backend import Array
-from ..graph import Altered, Step
-from ..weights.rounding import F16, round_activations
-from .products import blocks_of, product
+from ..ggml_ops import OpParams
+from ..graph import POSITIONS, Altered, History, Read, Step, View, name_of
+from ..lift.node import GgmlOperation
+from ..weights.rounding import F16, F32, round_activations
+from .products import blocks_of, mul_mat, mul_mat_id, product
 
 
 def _scores(q: Array, k: Array, *, kv_kind: int, **heads: Any) -> Array:
@@ -31,24 +35,77 @@ def _stored(history: Array, *, kv_kind: int) -> Array:
     return round_activations(history, kv_kind)
 
 
+@dataclass(frozen=True)
+class _Product(GgmlOperation):
+    """MUL_MAT or MUL_MAT_ID, accumulated in float64; `kind` is the type of values that stand where the weight does."""
+
+    native: bool = False
+    kind: int = F32
+
+    def compute(self, *arguments: Any, params: OpParams, shape: Any) -> Array:
+        """The product, in ggml's four dimensions."""
+        if self.name == "MUL_MAT_ID":
+            return mul_mat_id(*arguments, params=params, shape=shape, native=self.native)
+        rounds = self.native or self.kind != F32
+        return mul_mat(*arguments, params=params, shape=shape, native=rounds, kind=self.kind)
+
+
+@dataclass(frozen=True)
+class _FromCache:
+    """An operation some of whose inputs the cache holds as `kind`: they are rounded first."""
+
+    op: Callable[..., Array]
+    places: tuple[int, ...]
+    kind: int
+
+    def __call__(self, *inputs: Array, **params: Any) -> Array:
+        rounded = [round_activations(x, self.kind) if place in self.places else x for place, x in enumerate(inputs)]
+        return self.op(*rounded, **params)
+
+
 def proof_steps(steps: Sequence[Step], *, native: bool, kv_type: str = "f32") -> list[Step]:
-    """The steps with each product replaced by the one above; everything else is what it was.
+    """The steps with each product replaced by one of `products`; everything else is what it was.
 
     Args:
         kv_type: "f32" or "f16", what the cache holds. A cache of F16 rounds queries and attention weights, too: they are
             the activations of a product whose weights are the cache.
     """
-    kinds = {"kv_kind": F16 if kv_type == "f16" else 0}
-    made = []
-    for step in steps:
-        if step.op is ops.linear and isinstance(step.weights[0], str):
-            weights = (Altered(step.weights[0], blocks_of), *step.weights[1:])
-            made.append(replace(step, op=product, weights=weights, params={"native": native}))
-        elif step.op in _WIDE:
-            made.append(replace(step, op=_WIDE[step.op], params={**step.params, **kinds}))
-        else:
-            made.append(step)
-    return made
+    kind = F16 if kv_type == "f16" else F32
+    return [_proof(step, native=native, kind=kind) for step in steps]
+
+
+def _proof(step: Step, *, native: bool, kind: int) -> Step:
+    if step.op is ops.linear and isinstance(step.weights[0], str):
+        weights = (Altered(step.weights[0], blocks_of), *step.weights[1:])
+        return replace(step, op=product, weights=weights, params={"native": native})
+    if step.op in _WIDE:
+        return replace(step, op=_WIDE[step.op], params={**step.params, "kv_kind": kind})
+    if isinstance(step.op, GgmlOperation):
+        if step.op.name in ("MUL_MAT", "MUL_MAT_ID"):
+            step = _wide_product(step, step.op.name, native=native, kind=kind)
+        places = tuple(place for place, read in enumerate(step.reads) if _cached_values(read))
+        if kind != F32 and places:
+            return replace(step, op=_FromCache(step.op, places, kind))
+    return step
+
+
+def _wide_product(step: Step, name: str, *, native: bool, kind: int) -> Step:
+    first = step.params["operands"][0].index - len(step.reads)
+    if first < 0:
+        read = step.reads[first]
+        held = kind if _cached_values(read) or parse(name_of(read)).kind in ("k_read", "v_read") else F32
+        return replace(step, op=_Product(name, native, held))
+    weight = step.weights[first]
+    if not isinstance(weight, str):
+        return replace(step, op=_Product(name, native))
+    weights = (*step.weights[:first], Altered(weight, blocks_of), *step.weights[first + 1 :])
+    return replace(step, op=_Product(name, native), weights=weights)
+
+
+def _cached_values(read: Read) -> bool:
+    """Whether a step reads the cache itself, and not by way of the points that show it."""
+    of = read.of if isinstance(read, View) else read
+    return isinstance(of, History) and of.of != POSITIONS
 
 
 _WIDE: dict[Callable[..., Array], Callable[..., Array]] = {

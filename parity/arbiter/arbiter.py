@@ -44,6 +44,11 @@ class Arbiter:
         self._points = frozenset(step.makes for step in steps)
         self._truth: dict[str, NDArray[np.float64]] = {}
 
+    @property
+    def asked(self) -> bool:
+        """Whether anything of the truth is known by now."""
+        return bool(self._truth)
+
     @classmethod
     def of(cls, transformer: Transformer, tokens: Sequence[int], first: int = 0, prompt: int | None = None) -> "Arbiter":
         """The arbiter of a prompt of so many tokens (None: all) and those generated after it, one a pass, from position `first` on."""

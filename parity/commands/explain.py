@@ -30,6 +30,7 @@ def explain(
         o.Compute | None,
         typer.Option("--compute", help="The arithmetic of your engine, if it is not f32: its noise is measured."),
     ] = None,
+    arbiter: o.ArbiterOption = o.Arbiter.AUTO,
     backend: o.BackendOption = o.BackendName.AUTO,
     catalogue: Annotated[bool, typer.Option("--list", help="Print the catalogue of known faults.")] = False,
     form: o.FormatOption = o.Format.TEXT,
@@ -56,11 +57,11 @@ def explain(
     from ..models.embedded import path as default_model
 
     if not isfinite(budget):
-        raise InputError(f"--budget {budget} is no time.", "Give seconds: --budget 60.", code="usage")
+        raise InputError(f"--budget must be a finite number of seconds, not {budget}.", "Write e.g. --budget 60.", code="usage")
 
     chosen = model or default_model()
     ids = prompt_tokens(chosen, prompt, prompt_file, tokens)
-    options = ExplainOptions(ids, max_faults, budget, backend.value, compute.value if compute else None)
+    options = ExplainOptions(ids, max_faults, budget, backend.value, compute.value if compute else None, arbiter.value)
     dump = o.dump(ours, names, offset)
     if ref is not None:
         reference = o.dump(ref)

@@ -66,6 +66,15 @@ class Compute(StrEnum):
     TF32 = "tf32"
     F16 = "f16"
     BF16 = "bf16"
+    Q8 = "q8"
+
+
+class Arbiter(StrEnum):
+    """Whether the same steps in float64 say which side is right."""
+
+    OFF = "off"
+    AUTO = "auto"
+    ALL = "all"
 
 
 _LONGEST_ROW = 1 << 31  # values: more than any row of an activation has
@@ -87,6 +96,13 @@ SliceOption = Annotated[int, typer.Option("--slice", min=1, max=_LONGEST_ROW, he
 FullOption = Annotated[bool, typer.Option("--full", help="Write whole tensors besides, as safetensors.")]
 BinaryOption = Annotated[
     bool, typer.Option("--binary", help="Write records as arrays beside the dump's lines: large dumps are read in no time.")
+]
+ArbiterOption = Annotated[
+    Arbiter,
+    typer.Option(
+        "--arbiter",
+        help="The same steps in float64 say which side is right: where that can decide (auto), wherever something differs (all), never.",
+    ),
 ]
 BackendOption = Annotated[BackendName, typer.Option("--backend", help="Where our engine computes.")]
 DevicesOption = Annotated[

@@ -1,4 +1,4 @@
-"""The comparison of two dumps, stage by stage: tokens, offsets, align, measure, limits, judge."""
+"""The comparison of two dumps, stage by stage: tokens, offsets, align, measure, limits, consumers, judge."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,6 +11,7 @@ from checkpoints.record import Dump, Header
 
 from .against_limits import hold
 from .align import Pair, align
+from .consumers import Judged, judged
 from .dataflow import dataflow_of, flow, upstream
 from .judge import judge
 from .limits import common_mode, limits
@@ -26,7 +27,8 @@ class Options:
     """How to compare.
 
     `tolerance`: one NMSE limit for everything. `compute`: arithmetic of our side (f32, tf32, f16, bf16) where its header
-    does not say it. `strict`: what one side lacks is a divergence. `step`: which of contradicting records of one key counts.
+    does not say it. `strict`: what one side lacks is a divergence, and so is a record that differs, whatever is
+    made from it. `step`: which of contradicting records of one key counts.
     `placed`: the caller says that our positions count as the reference's do; else they are looked for where nothing says it.
     `limits`: those to apply instead of the table's.
     """
@@ -75,7 +77,12 @@ def comparison(ours: Dump, ref: Dump, options: Options | None = None) -> Compari
     found = measured(alignment, ours, ref)
     model = flow(found.names, whole, _layers(ref) or _layers(ours))
     held = hold(found, allowed, model, excuse_noise=options.tolerance is None)
-    agreeing = np.bincount(found.point, weights=~held.failed, minlength=len(found.pairs))
+    verdicts = Judged(np.zeros(len(found.point), dtype=np.bool_))
+    if not options.strict:
+        verdicts = judged(found, held, model, ours, ref)
+    failed = held.failed & ~verdicts.otherwise
+    trusted = np.where(verdicts.otherwise, 0.0, found.measures.nmse)
+    agreeing = np.bincount(found.point, weights=~failed, minlength=len(found.pairs))
     wrong = [pair.point for pair, right in zip(found.pairs, agreeing, strict=True) if not right]
     records = Records(
         ours=ours,
@@ -90,8 +97,11 @@ def comparison(ours: Dump, ref: Dump, options: Options | None = None) -> Compari
         measures=found.measures,
         limit=held.limit,
         of_limit=held.of_limit,
-        failed=held.failed,
-        upstream=upstream(model, found.point, found.seq, found.token_idx, found.measures.nmse, held.failed),
+        failed=failed,
+        otherwise=verdicts.otherwise,
+        record_faults=verdicts.faults,
+        undecided=verdicts.undecided,
+        upstream=upstream(model, found.point, found.seq, found.token_idx, trusted, failed),
         flow=model,
         limits=allowed,
         mode=common_mode(ours.header, ref.header),
@@ -124,7 +134,8 @@ def _notes(ours: Dump, ref: Dump, pairs: tuple[Pair, ...], measures: Measures) -
     if left is not None and right is not None:
         for what, a, b in _settings(left, right):
             if a and b and a != b:
-                notes.append(f"{what}: ours {a}, the reference {b}")
+                looser = "; the looser limits, those of native mode, are taken" if what == "mode" else ""
+                notes.append(f"{what}: ours {a}, the reference {b}{looser}")
     printed = [pair for pair in pairs if pair.ours.quantum is not None or pair.ref.quantum is not None]
     if printed:
         step = max(

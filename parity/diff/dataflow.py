@@ -119,6 +119,16 @@ class Flow:
                 waiting += self.whole.made[name].reads
         return back
 
+    def meets(self, above: str, below: str, operations: Collection[str]) -> bool:
+        """Whether every way from one point to another one leads through one of these operations."""
+        reached, waiting = {above}, [above]
+        while waiting:
+            for other in self.whole.readers.get(waiting.pop(), ()):
+                if other not in reached and self.whole.made[other].op not in operations:
+                    reached.add(other)
+                    waiting.append(other)
+        return below not in reached
+
     def operations(self, nodes: Iterable[str]) -> frozenset[str]:
         """ggml's names of the operations that make these nodes."""
         return frozenset(self.whole.made[name].op for name in nodes if name in self.whole.made)

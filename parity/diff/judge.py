@@ -9,20 +9,17 @@ from checkpoints.answers.diff import (
     FRESH,
     GROWN,
     INHERITED,
+    OTHERWISE,
     PARITY,
-    Agreement,
     Origin,
     PointSummary,
     Verdict,
 )
-from checkpoints.points import EMBD
 
 from .choices import choices
-from .dataflow import Stretch
-from .limits import FUTURE_MASS
-from .next_points import next_points
-from .pattern import Evidence, diagnose
+from .first import First, explain_first
 from .records import Records
+from .seen import seen
 
 _ORIGINS = 20  # points of origin that a verdict carries; more are counted in a note
 
@@ -34,38 +31,37 @@ def judge(records: Records) -> Verdict:
     origins = _origins(records)
     if len(origins) > _ORIGINS:
         notes.append(f"{len(origins) - _ORIGINS} further points of origin are not listed")
+    rows_seen = tuple(seen(pair) for pair in records.pairs)
     divergence, pattern = records.tokens.divergence, records.tokens.pattern
-    agreement: Agreement | None = None
-    advice = named = ""
+    first: First | None = None
     if divergence is None and origins:
-        first = origins[0]
-        divergence = records.difference(first)
-        agreement = _last_agreement(records, first)
-        found = records.flow.between(divergence.checkpoint)
-        advice = next_points(divergence.checkpoint, agreement.checkpoint if agreement else None, found, records.names)
-        named = _operation(divergence.checkpoint, found)
-        pattern = diagnose(_evidence(records, first, found))
+        first = explain_first(records, origins[0], rows_seen)
+        divergence, pattern = first.divergence, first.pattern
     failed = divergence is not None or bool(records.failed.any()) or (records.strict and missing > 0)
     if records.strict and missing:
         notes.append(f"--strict: {missing} records are missing on one side")
+    trusted = np.flatnonzero(~records.otherwise)
     return Verdict(
         verdict=DIVERGENCE if failed else PARITY,
         compared=len(records),
         mode=records.mode,
         limits=records.limits,
         points=_summaries(records),
-        worst=records.difference(_worst(records, np.arange(len(records)))) if len(records) else None,
+        worst=records.difference(_worst(records, trusted)) if len(trusted) else None,
         first_divergence=divergence,
-        origins=tuple(_origin(records, first) for first in origins[:_ORIGINS]),
-        last_agreement=agreement,
-        next=advice,
-        operation=named,
+        origins=tuple(_origin(records, start) for start in origins[:_ORIGINS]),
+        last_agreement=first.agreement if first else None,
+        next=first.next if first else "",
+        next_slice=first.next_slice if first else None,
+        operation=first.operation if first else "",
         pattern=pattern,
         missing_ours=records.missing_ours,
         missing_ref=records.missing_ref,
         choices=choices(records),
         left_out=records.left_out,
         notes=tuple(notes),
+        record_faults=records.record_faults,
+        seen=rows_seen,
     )
 
 
@@ -103,55 +99,8 @@ def _summaries(records: Records) -> tuple[PointSummary, ...]:
         if failed.any():
             inherited = records.upstream.failed[rows][failed].any()
             status = FRESH if fresh[rows].any() else (INHERITED if inherited else GROWN)
+        elif records.otherwise[rows].any():
+            status = OTHERWISE
         worst = records.difference(_worst(records, rows))
         made.append(PointSummary(worst.checkpoint, worst.layer, len(rows), int(failed.sum()), status, worst))
     return tuple(made)
-
-
-def _last_agreement(records: Records, first: int) -> Agreement | None:
-    """The last point above the first divergence; above it nothing fails at positions up to it, or it were not the first."""
-    name, position = records.names[records.point[first]], records.token_idx[first]
-    above = records.flow.ancestors(name)
-    for number in range(int(records.point[first]) - 1, -1, -1):
-        if records.names[number] not in above:
-            continue
-        here = (records.point == number) & (records.seq == records.seq[first])
-        reach = here & (records.token_idx <= position)
-        if reach.any():
-            whole = not records.failed[here].any()
-            return Agreement(records.names[number], int((here if whole else reach).sum()), whole)
-    return None
-
-
-def _operation(name: str, found: Stretch | None) -> str:
-    if found is None or found.unrecorded:
-        return ""
-    if not found.inputs:
-        return f"{name} is looked up by token: the table or the row is wrong"
-    agree = "which agrees" if len(found.inputs) == 1 else "which agree"
-    return f"{name} is made from {' and '.join(found.inputs)}, {agree}: this operation is wrong"
-
-
-def _evidence(records: Records, first: int, found: Stretch | None) -> Evidence:
-    """What the first diverging point shows at the positions that nothing above has spoiled."""
-    name = records.names[records.point[first]]
-    here = np.flatnonzero(
-        (records.point == records.point[first]) & (records.seq == records.seq[first]) & ~records.upstream.failed
-    )
-    measures = records.measures
-    failing = here[records.failed[here]]
-    return Evidence(
-        point=name,
-        flow=records.flow,
-        stretch=found,
-        position=records.token_idx[here],
-        failed=records.failed[here],
-        step=records.step[here],
-        decode=records.decode[here],
-        nonfinite=bool(np.any(measures.nonfinite_ours[failing] > measures.nonfinite_ref[failing])),
-        leak=bool(np.any(measures.future_mass[failing] > FUTURE_MASS)),
-        drifted=not records.fresh()[failing].any(),
-        settled=found is not None and not found.unrecorded,
-        embedded=EMBD in records.names,
-        token=records.text.get(int(records.token_idx[first])),
-    )

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 
 from checkpoints.dataflow import CACHE, Made
 
-from .dataflow import Flow
+from .dataflow import Flow, Stretch
 
 # Each element of the result is made of the elements at the same place of the operands: where those agree, so far as they were
 # recorded, so far the operands of a slice are known.
@@ -80,6 +80,22 @@ def suspects(flow: Flow, nodes: Iterable[str]) -> str:
     if CACHE in operations and len(operations) > 1:
         words.append("the cache")
     return ", or ".join(dict.fromkeys(words))
+
+
+_NOUNS = {
+    "RMS_NORM": "the norm", "NORM": "the norm", "L2_NORM": "the norm", "GROUP_NORM": "the norm", "ROPE": "RoPE", "SCALE": "the scale",
+    "CLAMP": "the bound", "GLU": "the activation", "UNARY": "the activation", "SOFT_MAX": "the soft max",
+}  # fmt: skip
+
+
+def noun(flow: Flow, stretch: Stretch, unchanged: str) -> str:
+    """What a stretch of one operation is called where it leaves `unchanged` as it is: "the addition of blk.2.l_out"; else empty."""
+    operations = [flow.whole.made[name].op for name in stretch.nodes]
+    if stretch.unrecorded:
+        return ""
+    if operations == ["ADD"]:
+        return f"the addition of {' and '.join(name for name in stretch.inputs if name != unchanged)}"
+    return next((_NOUNS[op] for op in reversed(operations) if op in _NOUNS), "the operation")
 
 
 def _product(every: Sequence[tuple[str, Made]], named: list[str]) -> str:

@@ -11,7 +11,7 @@ from checkpoints.points import EMBD, LOGITS, OUTPUT_NORM, parse
 from .dataflow import Flow, Stretch
 from .operations import SOFT_MAX, recurrent, suspects
 
-_NAMED = 6  # points of a stretch that are named one by one
+_NAMED = 4  # points of a stretch that are named one by one
 
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from checkpoints.answers.diff import Difference, Limits, Missing
+from checkpoints.answers.diff import Difference, Limits, Missing, RecordFault
 from checkpoints.points import parse
 from checkpoints.record import DECODE, PREFILL, Dump
 
@@ -30,7 +30,9 @@ class Records:
         ours, ref: the dumps they came from.
         pairs: rows of both sides; `point` [R] is the index of a record's pair, `row` [R] its row there.
         decode: our side's phase.
-        limit: NMSE limit of each record. `of_limit`: error in proportion to it; `failed` where that is above 1.
+        limit: NMSE limit of each record. `of_limit`: error in proportion to it; `failed` where that is above 1, but
+            for those that are `otherwise`: they show something else than the point that they are named after.
+        undecided: points that differ, though nothing that is made from them does.
         upstream: errors of what each record depends on, by `flow`.
         left_out: records that the token sequences left out.
     """
@@ -48,6 +50,7 @@ class Records:
     limit: Floats
     of_limit: Floats
     failed: Bools
+    otherwise: Bools
     upstream: Upstream
     flow: Flow
     limits: Limits
@@ -59,6 +62,8 @@ class Records:
     left_out: int
     strict: bool
     notes: tuple[str, ...]
+    record_faults: tuple[RecordFault, ...] = ()
+    undecided: frozenset[str] = frozenset()
 
     def __len__(self) -> int:
         return len(self.point)

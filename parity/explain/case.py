@@ -14,22 +14,29 @@ from engine.opened import open_engine
 from engine.replay.replay import Replay
 from engine.weights.gguf_model import GgufModel
 
+from ..arbiter.arbiter import Arbiter
 from ..diff.tokens import same_experiment
 from ..run.graphs import recorded_graph
 from .budget import Budget
+from .noise import AUTO, allowed
 from .records import Expected, Ints, expected
 from .screening import Screening
 
 
 @dataclass(frozen=True)
 class ExplainOptions:
-    """How to search. `tokens` are those of the dump, where its header does not say them; `budget` is in seconds."""
+    """How to search.
+
+    `tokens` are those of the dump, where its header does not say them; `budget` is in seconds. `arbiter`: whether the same steps
+    in float64 set the limits of records that are over the table's: never, where that can decide, or wherever something differs.
+    """
 
     tokens: tuple[int, ...] | None = None
     max_faults: int = 4
     budget: float = 60.0
     backend: str = "auto"
     compute: str | None = None
+    arbiter: str = AUTO
 
 
 class Case:
@@ -43,6 +50,7 @@ class Case:
 
     def __init__(self, dump: Dump, model: Path, options: ExplainOptions) -> None:
         self.dump = _first_sequence(dump)
+        self._compute = options.compute or ""
         self.transformer = open_engine(GgufModel(model), options.backend, recorded=partial(recorded_graph, model))
         tokens = _tokens(self.dump, options.tokens)
         self.transformer.check(tokens, 0)
@@ -63,8 +71,26 @@ class Case:
         self.replay = self.make(self.transformer.steps, len(tokens))
         header = self.header()
         same_experiment(self.dump, Dump("our engine", header, {}))
-        self.entries, notes = expected(self.dump, self.replay, self.positions, header)
-        self.notes = (*self.dump.notes, *notes)
+        self.arbiter = Arbiter(
+            self.transformer.steps,
+            self.transformer.weights,
+            self.transformer.backend,
+            tokens,
+            self.positions.tolist(),
+            self.passes,
+        )
+        entries, notes = expected(self.dump, self.replay, self.positions, header)
+        self.entries, noise = allowed(entries, self.replay, self.positions, self.arbiter, options.arbiter)
+        self.notes = (*self.dump.notes, *notes, *noise)
+
+    @property
+    def states_f32(self) -> bool:
+        """Whether the dump, or who asks, says that it was computed in float32: then no lower arithmetic is an excuse."""
+        known = self.dump.header
+        if self._compute or known is None:
+            return self._compute.lower() == "f32"
+        # In native mode weights round the activations, and a cache of another type rounds keys and values, whatever the arithmetic.
+        return known.compute.lower() == "f32" and known.mode != "native" and known.kv_type.lower() in ("", "f32")
 
     def make(self, steps: Sequence[Step], rows: int, longer: Replay | None = None) -> Replay:
         """A replay over the first rows; `longer` is one over more of them, whose values it may take."""

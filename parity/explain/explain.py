@@ -8,7 +8,7 @@ from time import perf_counter
 
 import numpy as np
 
-from checkpoints.answers.explain import Cause, Explanation, Named, Place
+from checkpoints.answers.explain import Cause, Explanation, Named, Place, TruthAt
 from checkpoints.answers.lint import ERROR
 from checkpoints.points import in_layer, parse
 from checkpoints.record import Dump
@@ -19,9 +19,11 @@ from ..lint.model_facts import ModelFacts
 from .apart import apart
 from .budget import Budget
 from .case import Case, ExplainOptions
-from .leads import leads
+from .fits import said as said_of_number
+from .leads import believed, law_at, leads, placed
+from .noise import ALL, AUTO
 from .precision import KINDS, PrecisionFloor, fits, floor, may_be_noise, with_noise
-from .records import Expected
+from .records import Expected, right_rows
 from .rows import garbage
 from .search import Search
 from .state import Candidate, RecordKey, State
@@ -54,23 +56,51 @@ def explain(dump: Dump, model: Path, options: ExplainOptions | None = None) -> E
     if start.first is None:
         kind = noise if any((entry.base > EXACT).any() for entry in case.entries) else ""
     else:
-        kind = _precision(case, search.screening.budget) if may_be_noise(case.entries) and not search.everywhere(start) else ""
+        kind = "" if case.states_f32 else _looks_like(case, search, start)
         if not kind:
             best = _needed(search, _around(case, search, search.explain(start, options.max_faults), options.max_faults, budget))
+            best = believed(case.entries, search, start, best)
     answer = _answer(case, search, start, best)
     if not kind and best.first is not None:
         answer = _left_over(case, search, best, answer)
-    answer = replace(answer, notes=(*answer.notes, *_lint(case)))
-    return replace(answer, precision_only=kind, next="" if kind else answer.next, seconds=perf_counter() - began)
+    answer = replace(answer, truth=_truth(case, start, options.arbiter), notes=(*answer.notes, *_lint(case)))
+    return replace(
+        answer,
+        precision_only=kind,
+        looks_like=_looks_like(case, search, start) if case.states_f32 and best is start and start.first is not None else "",
+        next="" if kind else answer.next,
+        seconds=perf_counter() - began,
+    )
+
+
+def _looks_like(case: Case, search: Search, start: State) -> str:
+    """The arithmetic whose noise the differences are, if nothing fits them better: no fault, no number, no law of theirs; or ""."""
+    if not may_be_noise(case.entries) or search.simple(start) or law_at(case, search, start):
+        return ""
+    return _precision(case, search.screening.budget)
 
 
 def _left_over(case: Case, search: Search, best: State, answer: Explanation) -> Explanation:
-    """The answer with what the numbers say of the place that is left: a cause, if they name one by themselves, or leads."""
+    """The answer with what the numbers say of the place that is left: a cause, if they name one by themselves, a law, or leads."""
     values = search.screening.replay(best, len(case.positions)).on_host
     rows = garbage(case.entries, best, values, case.positions, answer.differing)
     if rows is not None:
         return replace(answer, causes=(*answer.causes, rows), remaining=None, next="")
-    return replace(answer, leads=tuple(leads(case.entries, best, search, case.positions)))
+    said = law_at(case, search, best)
+    found = leads(case.entries, best, search, case.positions)
+    return replace(answer, law=said, placed=placed(case, search, best), leads=tuple(found))
+
+
+def _truth(case: Case, start: State, arbiter: str) -> TruthAt | None:
+    """How far the dump and our right engine are from float64 at the first place, where the arbiter was asked."""
+    if start.first is None or not (arbiter == ALL or (arbiter == AUTO and case.arbiter.asked)):
+        return None
+    entry = case.entries[start.first.point]
+    theirs = case.arbiter.distances({entry.point: entry.pair.ours})[entry.point]
+    right = right_rows(case.replay, case.positions, {entry.point: entry.pair.ours})[entry.point].take(entry.rows)
+    ours = case.arbiter.distances({entry.point: right})[entry.point]
+    here = entry.rows == start.first.row
+    return TruthAt(float(theirs[here].max()), float(ours[here].max()))
 
 
 def _lint(case: Case) -> list[str]:
@@ -166,14 +196,14 @@ def _causes(case: Case, search: Search, start: State, best: State, differing: in
         others = search.equal(best, number)
         made.append(
             Cause(
-                named=_named(candidate),
+                named=_named(candidate, state),
                 explained=fixed / differing if differing else 0.0,
                 records=fixed,
                 nmse=max(reproduced, default=0.0),
                 symptom=candidate.fault.symptom,
                 fix=candidate.fault.fix,
                 seen=candidate.fault.seen,
-                equivalent=tuple(map(_named, others)),
+                equivalent=tuple(_named(other, state) for other in others),
                 apart=apart(case, state, candidate, others, search.screening.budget),
             )
         )
@@ -181,12 +211,14 @@ def _causes(case: Case, search: Search, start: State, best: State, differing: in
     return made
 
 
-def _named(candidate: Candidate) -> Named:
+def _named(candidate: Candidate, state: State) -> Named:
+    number = said_of_number(candidate, state.planting.right)
+    sentence = candidate.fault.sentence(candidate.parameters)
     return Named(
         candidate.fault.name,
         dict(candidate.parameters),
         candidate.layers,
-        candidate.fault.sentence(candidate.parameters),
+        f"{sentence}; {number}" if number else sentence,
     )
 
 

@@ -1,4 +1,4 @@
-"""What is left to say when no known fault reproduces the numbers: partial candidates, and what the numbers themselves say."""
+"""What is left to say when no known fault reproduces the numbers: which operation it is, what the numbers say, partial candidates."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -6,22 +6,109 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from checkpoints.answers.explain import Lead, Named
+from checkpoints.answers.explain import Lead, Named, Placed
 from checkpoints.points import parse
 from engine.backend import Array
-from engine.faults import SEEN
 
+from .case import Case
+from .laws import beside, law
 from .records import Expected, Floats, Ints
 from .search import Search
-from .state import State, key
+from .state import Candidate, State, key
 
 Values = Mapping[str, Array]
 
-_COUNT = 3  # partial candidates that are shown
-_WORTH = 0.5  # part of the error that a candidate must take away to be shown
-# What counts as equal in an observation: NMSE of float32 noise (tolerance.EXACT_FLOOR), with room for printed digits.
+_COUNT = 3  # partial candidates that are shown …
+_TRIED = 12  # … of so many, by what they take away at the first record
+# Part of the error that a lead takes away at every wrong record of the first point; elsewhere none may grow by more than _WORSE.
+# Of the wrong leads that were seen each took away 96 to 99.6 % at the first record, and little at the next ones.
+_WORTH, _WORSE = 0.9, 2.0
+# What counts as equal in an observation: NMSE of float32 noise (limits.EXACT_FLOOR), with room for printed digits.
 _EQUAL = 1e-9
 _F16_MAX = 65504.0  # the largest finite float16
+
+
+def believed(entries: Sequence[Expected], search: Search, start: State, best: State) -> State:
+    """The state with those of its faults that are causes, up to the first one that is none.
+
+    A cause reproduces the whole point at which the difference began, with numbers that say something, and spoils no record.
+    """
+    state = start
+    for number, candidate in enumerate(best.faults):
+        after = search.screening.reached(state, candidate)
+        if after is None:
+            return state
+        last = number == len(best.faults) - 1
+        if last and not _is_cause(entries, state, after):
+            return state
+        state = after
+    return state
+
+
+def _is_cause(entries: Sequence[Expected], before: State, after: State) -> bool:
+    if before.first is None or (after.first is not None and after.first.point <= before.first.point):
+        return False
+    spoiled = fixed = shown = 0
+    for entry, old, new in zip(entries, before.nmse, after.nmse, strict=True):
+        was, now = old > entry.limit, new > entry.limit
+        spoiled += int((now & ~was).sum())
+        fixed += int((was & ~now).sum())
+        finite = np.isfinite(np.where(entry.present, entry.values, 0.0)).all(axis=1)
+        # Non-finite values prove nothing, unless finite ones stand beside them where the fault makes them.
+        shown += int((was & ~now & (finite | (finite.any() & ~finite.all()))).sum())
+    return shown > 0 and spoiled < fixed and (spoiled == 0 or after.first is not None)
+
+
+def law_at(case: Case, search: Search, state: State) -> str:
+    """What the numbers say at a state's first place; "" where no law holds for all of them."""
+    if state.first is None:
+        return ""
+    entry = case.entries[state.first.point]
+    values = search.screening.replay(state, len(case.positions)).on_host
+    step = state.planting.right.get(entry.point)
+    if step is None:
+        return ""
+    name = step.weights[1] if len(step.weights) > 1 else None
+    bias = case.transformer.backend.to_host(case.replay.weights.get(name)) if isinstance(name, str) else None
+    bias = bias.astype(np.float64) if bias is not None and bias.ndim == 1 else None
+    found = beside(entry, state.nmse[state.first.point], values, case.positions, bias, _heads(state, entry.point))
+    return "" if found is None else law(found)
+
+
+def _heads(state: State, point: str) -> int | None:
+    """How many heads the rows of a point consist of, as the operation that makes it or reads it says."""
+    right = state.planting.right
+    name = point.rpartition(".")[2]
+    readers = [step for step in right.values() if point in step.names]
+    for step in (right[point], *readers):
+        heads = step.params.get("heads")
+        if isinstance(heads, int):
+            return int(step.params.get("kv_heads", heads)) if point in step.names[1:] else heads
+    weights = right[point].names[:1]
+    return _heads_of_scores(right, point) if name == "kqv_out" and weights else None
+
+
+def _heads_of_scores(right: Mapping[str, object], point: str) -> int | None:
+    scores = right.get(f"{point.rpartition('.')[0]}.kq")
+    heads = getattr(scores, "params", {}).get("heads")
+    return heads if isinstance(heads, int) else None
+
+
+def placed(case: Case, search: Search, state: State) -> Placed | None:
+    """Which operations are in question at a state's first place."""
+    if state.first is None:
+        return None
+    cone = search.screening.cone(state)
+    order = state.order
+    names = tuple(sorted(cone.steps, key=lambda name: order.get(name, 0)))
+    seen: tuple[int, int] | None = None
+    number = {entry.point: entry for entry in case.entries}
+    for name in cone.agreeing:
+        entry = number[name]
+        width = entry.width
+        if not entry.whole_rows and width and (seen is None or entry.values.shape[1] * seen[1] < seen[0] * width):
+            seen = int(entry.present.sum(axis=1).min()), width
+    return Placed(names, cone.agreeing, cone.sure, seen)
 
 
 def leads(entries: Sequence[Expected], state: State, search: Search, positions: Ints) -> list[Lead]:
@@ -32,20 +119,46 @@ def leads(entries: Sequence[Expected], state: State, search: Search, positions: 
     values = search.screening.replay(state, len(positions)).on_host
     seen = [Lead(sentence) for sentence in _observations(entry, values, positions)]
     best: dict[str, Lead] = {}
+    tried: set[str] = set()
     for removed, candidate in sorted(search.tried.removed.get(key(state.faults), []), key=lambda pair: -pair[0]):
-        if removed < _WORTH or len(best) >= _COUNT:
+        if removed < _WORTH or len(best) >= _COUNT or len(tried) >= _TRIED:
             break
+        if candidate.fault.name in best or str(key([candidate])) in tried:
+            continue
+        tried.add(str(key([candidate])))
+        least = _removed(entries, search, state, candidate)
+        if least is None:
+            continue
         named = Named(
             candidate.fault.name, dict(candidate.parameters), candidate.layers, candidate.fault.sentence(candidate.parameters)
         )
-        best.setdefault(named.fault, Lead(named.sentence, removed, named))
+        best[named.fault] = Lead(named.sentence, least, named)
     return [*seen, *best.values()]
+
+
+def _removed(entries: Sequence[Expected], search: Search, state: State, candidate: Candidate) -> float | None:
+    """The part of the error that a candidate takes away at every wrong record of the first point; None where it is no lead: that
+    is too little somewhere, or something else gets worse.
+    """
+    after = search.screening.reached(state, candidate)
+    if after is None or state.first is None:
+        return None
+    entry = entries[state.first.point]
+    old, new = state.nmse[state.first.point], after.nmse[state.first.point]
+    wrong = old > entry.limit
+    with np.errstate(invalid="ignore"):
+        least = float((1 - new[wrong] / old[wrong]).min())
+    if not np.isfinite(least) or least < _WORTH:
+        return None
+    for other, before, now in zip(entries, state.nmse, after.nmse, strict=True):
+        if (now > _WORSE * np.maximum(before, other.limit)).any():
+            return None
+    return least
 
 
 def _observations(entry: Expected, values: Values, positions: Ints) -> Iterator[str]:
     wrong = entry.base > entry.limit
     theirs = np.where(entry.present, entry.values, 0.0)[wrong]
-    right = np.where(entry.present, entry.taken(values[_shown(values, entry.point)], positions), 0.0)[wrong]
     if not np.isfinite(theirs).all():
         share = 1 - np.isfinite(theirs).mean()
         yield f"{share:.0%} of the values are NaN or infinite: an overflow, an empty softmax row, or memory never written"
@@ -55,67 +168,14 @@ def _observations(entry: Expected, values: Values, positions: Ints) -> Iterator[
         return
     if np.abs(theirs).max() == _F16_MAX or np.abs(theirs).max() > _F16_MAX:
         yield "values reach float16's largest (65504): saturation"
-    yield from _factor(theirs, right)
-    yield from _permutation(theirs, right)
-    yield from _shift(entry, values, positions, wrong)
     yield from _other_point(entry, values, positions, wrong)
     yield from _steps(theirs)
     yield _which(entry, wrong)
 
 
-def _shown(values: Values, point: str) -> str:
-    """The name of what the dump shows for a point: another one, where a cause is a fault of the capture."""
-    return SEEN + point if SEEN + point in values else point
-
-
 def _close(a: Floats, b: Floats) -> bool:
     energy = float((b * b).sum())
     return energy > 0 and float(((a - b) ** 2).sum()) <= _EQUAL * energy
-
-
-def _factor(theirs: Floats, right: Floats) -> Iterator[str]:
-    """One constant for all values, or one for each position."""
-    energy = np.einsum("ij,ij->i", right, right)
-    if not (energy > 0).all():
-        return
-    each = np.einsum("ij,ij->i", theirs, right) / energy
-    if _close(theirs, right * each[:, None]):
-        if np.ptp(each) <= 1e-4 * np.abs(each).max():
-            value = float(each.mean())
-            yield "the sign is wrong" if abs(value + 1) < 1e-4 else f"all values are {value:.6g} times the right ones"
-        else:
-            yield f"each position is off by a factor of its own ({each.min():.4g} to {each.max():.4g})"
-        return
-    offset = theirs - right
-    if offset.shape[0] > 1 and _close(offset, np.broadcast_to(offset[:1], offset.shape)):
-        yield "the same vector is added at every position: a bias missing, wrong or doubled"
-
-
-def _permutation(theirs: Floats, right: Floats) -> Iterator[str]:
-    """The same values in another order within the recorded slice."""
-    if theirs.shape[1] > 1 and _close(np.sort(theirs, axis=1), np.sort(right, axis=1)):
-        yield "the right values in another order: channels or heads are permuted"
-
-
-def _shift(entry: Expected, values: Values, positions: Ints, wrong: NDArray[np.bool_]) -> Iterator[str]:
-    """The right values of another position, or a mix of two neighbours."""
-    tensor = entry.taken_all(values[_shown(values, entry.point)], positions)
-    if tensor is None:
-        return
-    rows, theirs = entry.rows[wrong], np.where(entry.present, entry.values, 0.0)[wrong]
-    for by in range(-4, 5):
-        inside = (rows + by >= 0) & (rows + by < len(positions))
-        if by and inside.any() and _close(theirs[inside], tensor[rows[inside] + by][:, : theirs.shape[1]]):
-            yield f"position t holds the right values of position t {'+' if by > 0 else '−'} {abs(by)}"
-            return
-    inside = rows >= 1
-    if inside.sum() > 1:
-        now, before = tensor[rows[inside]], tensor[rows[inside] - 1]
-        mixed = theirs[inside] - now
-        base = before - now
-        share = float((mixed * base).sum() / max((base * base).sum(), 1e-300))
-        if 0.01 < share < 0.99 and _close(mixed, share * base):
-            yield f"each position is a mix: {share:.0%} of the one before"
 
 
 def _other_point(entry: Expected, values: Values, positions: Ints, wrong: NDArray[np.bool_]) -> Iterator[str]:

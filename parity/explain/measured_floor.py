@@ -43,7 +43,7 @@ def measured_limits(ours: Dump, ref: Dump, model: Path, compute: str | None = No
     least = {True: types.logits, False: types.operations}
     points = {
         entry.point: max(UPPER * float(cost), least[entry.point == LOGITS])
-        for entry, cost in zip(case.entries, found.storage, strict=True)
+        for entry, cost in zip(case.entries, found.cost(), strict=True)
     }
     others = [limit for name, limit in points.items() if name != LOGITS]
     return Limits(

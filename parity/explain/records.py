@@ -13,10 +13,8 @@ from checkpoints.summary import summarise
 from engine.replay.replay import Replay
 
 from ..diff.align import Pair, align
-from ..diff.dataflow import flow
 from ..diff.limits import EXACT_FLOOR
 from ..diff.measure import measure
-from ..diff.noise import excused
 from ..diff.slices import SLICE_FLOOR
 from ..diff.whole_rows import sizes
 
@@ -80,10 +78,29 @@ class Expected:
                 result[number] = self._measured(tensors[number], positions, here)
         return result
 
+    def residual(self, tensor: NDArray[np.float32], positions: Ints) -> Floats:
+        """The recorded elements' difference to a tensor of the first rows, each record's by its size: float64 [n]; absent ones are 0."""
+        here = self.rows < len(positions)
+        made = self._slice(tensor, positions, here)
+        present = self.present[here] & np.isfinite(self.values[here])
+        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+            delta = np.where(present, (made - self.values[here]) / np.sqrt(self.energy[here])[:, None], 0.0)
+        return np.asarray(delta.reshape(-1))
+
     @property
     def whole(self) -> bool:
         """Whether the records tell of more than their slice: a sketch or statistics of the whole row."""
         return self.pair.ours.sketch is not None or not {"l2", "sum", "nonfinite"}.isdisjoint(self.pair.ours.stats)
+
+    @property
+    def width(self) -> int:
+        """How many elements the longest row has; 0 where that is not known."""
+        return int(np.nan_to_num(sizes(self.pair.ref)).max(initial=0))
+
+    @property
+    def whole_rows(self) -> bool:
+        """Whether whole rows are seen: every value of them, or a sketch of all."""
+        return self.pair.ours.sketch is not None or bool((self.present.sum(axis=1) >= sizes(self.pair.ref)).all())
 
     def _measured(self, tensor: NDArray[np.float32], positions: Ints, here: NDArray[np.bool_]) -> Floats:
         made = _summary(self.point, tensor, positions, {self.point: self.pair.ours})
@@ -102,18 +119,19 @@ class Expected:
         here = self.rows == row
         return np.asarray(np.where(self.present[here], self._slice(tensor, positions, here), 0.0)[0])
 
-    def taken_all(self, tensor: NDArray[np.float32], positions: Ints) -> Floats | None:
-        """The leading elements of every row of a tensor: [T, k]; None where a row is no plain vector."""
+    def whole_values(self, tensor: NDArray[np.float32], positions: Ints) -> Floats | None:
+        """Every row of a tensor as a whole: [T, n]; None where a row is no plain vector."""
         known = parse(self.point).known
-        if self.index is not None or (known is not None and "t+1" in known.row):
+        if known is not None and "t+1" in known.row:
             return None
-        return tensor.reshape(len(positions), -1)[:, : self.values.shape[1]].astype(np.float64)
+        return tensor.reshape(len(positions), -1).astype(np.float64)
 
-    def between(self, one: NDArray[np.float32], other: NDArray[np.float32], positions: Ints) -> float:
-        """Mean NMSE of one tensor against another at the recorded elements; infinite where either is not finite."""
-        delta = np.where(self.present, self.taken(one, positions) - self.taken(other, positions), 0.0)
-        error = float((np.einsum("ij,ij->i", delta, delta) / self.energy).mean())
-        return error if np.isfinite(error) else float("inf")
+    def between(self, one: NDArray[np.float32], other: NDArray[np.float32], positions: Ints) -> Floats:
+        """NMSE of one tensor against another at the recorded elements: [R]; infinite where either is not finite."""
+        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+            delta = np.where(self.present, self.taken(one, positions) - self.taken(other, positions), 0.0)
+            error = np.einsum("ij,ij->i", delta, delta) / self.energy
+        return np.where(np.isfinite(error), error, np.inf)
 
     def _slice(self, tensor: NDArray[np.float32], positions: Ints, here: NDArray[np.bool_]) -> Floats:
         """The recorded elements of a candidate's tensor: float64 [records within its rows, k]."""
@@ -158,18 +176,20 @@ def expected(dump: Dump, replay: Replay, positions: Ints, header: Header) -> tup
         )
     right = Dump("our engine", header, right_rows(replay, positions, known))
     pairs = align(replace(dump, points=known), right).pairs
-    made, noise = _excused([_expected(pair, positions) for pair in pairs])
-    return made, (*(notes if foreign else ()), *noise)
+    return [_expected(pair, positions) for pair in pairs], tuple(notes if foreign else ())
 
 
-def _excused(entries: list[Expected]) -> tuple[list[Expected], tuple[str, ...]]:
-    """The records, those over their limit by float32's noise alone (`parity.diff.noise`) with a higher one, and the note on them."""
-    names = [entry.point for entry in entries]
+def columns(entries: Sequence[Expected]) -> tuple[Ints, Ints, Ints]:
+    """Of every record, one point after the other: the number of its point, its sequence, its position; int64 [R] each."""
     point = np.repeat(np.arange(len(entries)), [len(entry.rows) for entry in entries])
     seq, token_idx = (np.concatenate([getattr(entry.pair.ours, name) for entry in entries]) for name in ("seq", "token_idx"))
-    nmse, limit = (np.concatenate([getattr(entry, name) for entry in entries]) for name in ("base", "limit"))
-    limit, note = excused(flow(names), point, seq, token_idx, nmse, nmse / limit, limit)
-    return [replace(entry, limit=limit[point == number]) for number, entry in enumerate(entries)], note
+    return point, seq, token_idx
+
+
+def with_limits(entries: Sequence[Expected], limit: Floats) -> list[Expected]:
+    """The records with other limits: [R], one point after the other."""
+    ends = np.cumsum([len(entry.rows) for entry in entries])[:-1]
+    return [replace(entry, limit=part) for entry, part in zip(entries, np.split(limit, ends), strict=True)]
 
 
 def right_rows(replay: Replay, positions: Ints, points: Mapping[str, Rows] | Sequence[str]) -> dict[str, Rows]:

@@ -6,12 +6,13 @@ import numpy as np
 
 from checkpoints.points import OUTPUT_NORM, parse
 from engine.backend import Array, Backend
-from engine.faults import CATALOGUE, SEEN, Planting
+from engine.faults import AT, CATALOGUE, SEEN, Planting
 from engine.graph import Step
 from engine.inapplicable import NotApplicable
 from engine.replay.replay import Replay
 
 from .budget import Budget
+from .cone import Cone, cone
 from .records import Expected, Floats, Ints
 from .state import Candidate, Layers, RecordKey, Screened, State, Tried, key, shown_points, unchanged_steps
 
@@ -49,7 +50,8 @@ class Screening:
         self._whole = right
         self._replays: dict[tuple[str, ...], Replay] = {}
         self._checked: dict[tuple[str, ...], State | None] = {}
-        self.n_layers = sum(step.makes.endswith(".l_out") for step in steps)
+        self._cones: dict[tuple[str, ...], Cone] = {}
+        self.n_layers = 1 + max((layer for step in steps if (layer := parse(step.makes).layer) is not None), default=-1)
 
     def start(self) -> State:
         """The right engine itself."""
@@ -129,19 +131,33 @@ class Screening:
             return None
         return tuple(found.get(number, errors) for number, errors in enumerate(root.nmse))
 
+    def cone(self, state: State) -> Cone:
+        """The steps in question at the state's first place."""
+        name = key(state.faults)
+        if name not in self._cones:
+            self._cones[name] = cone(self.entries, state)
+        return self._cones[name]
+
     def candidates(self, state: State, layers: Layers) -> Iterator[Candidate]:
-        """Every variant of every fault in these layers (None: all)."""
+        """Every variant of every fault in these layers (None: all) that can act at the state's first place.
+
+        Where all that goes into the place was seen whole and agrees, only what changes a step in between, or what is shown, can.
+        """
         right = state.planting.right
+        kinds = self.cone(state).kinds if state.first is not None and self.cone(state).sure else None
         for fault in CATALOGUE.values():
             if layers is not None and (fault.once or not any(f"blk.0.{kind}" in right for kind in fault.kinds)):
                 continue
             for parameters in fault.variants(right):
-                yield Candidate(fault, parameters, layers)
+                if kinds is None or fault.shows is not None or not kinds.isdisjoint(parameters.get(AT, fault.kinds)):
+                    yield Candidate(fault, parameters, layers)
 
     def suspects(self, state: State) -> range:
         """The layers between the last point in front of the first place at which all is right, and that place."""
         if state.first is None:
             return range(0)
+        if self.cone(state).sure:
+            return self.cone(state).layers
         point = parse(self.entries[state.first.point].point)
         last = point.layer if point.layer is not None else (-1 if point.kind == "embd" else self.n_layers - 1)
         low = 0

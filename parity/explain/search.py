@@ -15,6 +15,7 @@ from engine.faults import Planting
 from engine.inapplicable import NotApplicable
 
 from .batch import beyond, screened
+from .fits import fitted
 from .scopes import ranges, rescoped, stages
 from .screening import Screening
 from .state import Candidate, Layers, State, key, worst
@@ -22,10 +23,16 @@ from .together import Together
 
 _BEAM = 4  # partial explanations that are followed
 _AT_ONCE = 3  # faults that are tried together
+_FITTED_LAYERS = 6  # single layers in which numbers are fitted: a fit is some ten passes for each of fifty of them
 _SAME = 12  # combinations of the same numbers at the first place that are checked everywhere
 # Two candidates reproduce the same numbers if their errors are of one size: float32's own noise over 24 layers is 7e-13
 # (tolerance.EXACT_FLOOR), so what lies below 1e-12, or within a factor of ten, is no difference.
 _SAME_NOISE, _SAME_FACTOR = 1e-12, 10.0
+
+
+def _whole(found: Sequence[State]) -> bool:
+    """Whether one of these states explains everything."""
+    return any(one.first is None for one in found)
 
 
 class Search:
@@ -88,10 +95,31 @@ class Search:
             return (0.0, round(float(np.log10(max(error, _SAME_NOISE) / _SAME_NOISE))), 0.0, *size, error)
         return (1.0, -state.first.point, -state.first.row, *size, worst(state, state.first.point - 1))
 
-    def everywhere(self, state: State) -> list[State]:
-        """States of one more fault in all layers that explain everything."""
-        found = self._once(state, single=False)
+    def simple(self, state: State) -> list[State]:
+        """States of one more fault that explain everything: in all layers or, if only one is in question, in that one."""
+        found = list(self._once(state, single=False))
+        if not _whole(found) and len(self.screening.suspects(state)) == 1:
+            found += self._once(state, single=True)
+        if not _whole(found):
+            found += self._numbers(state)
         return [one for one in found if one.first is None]
+
+    def _numbers(self, state: State) -> list[State]:
+        """States that get further by a number that is fitted: in all layers, or in one of the few in question."""
+        name = (*key(state.faults), "numbers")
+        if name not in self._stages:
+            found: list[State] = []
+            layers = self.screening.suspects(state)
+            begins = not layers or layers[0] == 0  # else a layer that agrees has what is in all of them
+            scopes: list[Layers] = [None] if begins else []
+            scopes += [(layer,) for layer in layers] if len(layers) <= _FITTED_LAYERS else []
+            scopes += [tuple(range(layers[-1], self.screening.n_layers))] if len(layers) == 1 and not begins else []
+            for scope in scopes:
+                found += fitted(self.screening, state, scope)
+                if _whole(found) or self.screening.budget.over():
+                    break
+            self._stages[name] = sorted(found, key=self.rank)
+        return self._stages[name]
 
     def _once(self, state: State, single: bool) -> list[State]:
         """`further`, remembered."""
@@ -137,6 +165,8 @@ class Search:
         found = everywhere
         if not (found and found[0].first is None):
             found = sorted([*found, *self._once(state, single=True)], key=self.rank)
+        if not _whole(found):
+            found = sorted([*found, *self._numbers(state)], key=self.rank)
         if not found and len(suspects) > 1:
             found = sorted(ranges(self.screening, state), key=self.rank)
         if not found:

@@ -1,12 +1,13 @@
 """What attention must do in any engine, whatever its weights: checked on the values themselves."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
-from checkpoints.points import parse
+from engine import ops
+from engine.graph import Step
 
 from ..diff.limits import FUTURE_MASS
 from .values import Value
@@ -18,32 +19,64 @@ _SUM = 1e-5
 _UNIFORM = 1e-6
 
 
+@dataclass(frozen=True)
+class Law:
+    """What must hold of attention's weights: `causal`: 0 for later positions; `sinks`: a part of them may be missing from the sum;
+    `whole`: every earlier position is seen.
+    """
+
+    causal: bool = True
+    sinks: bool = False
+    whole: bool = True
+
+
 @dataclass
 class AttentionChecks:
-    """Sees the values as they come; `findings` are the sentences of what is wrong, `seen` how many layers were looked at."""
+    """Sees the values as they come; `findings` are the sentences of what is wrong.
 
+    Attributes:
+        laws: by the name of attention's weights.
+        turned: what RoPE makes, and what it is made of.
+        first: the first position that is cached.
+    """
+
+    laws: Mapping[str, Law]
+    turned: Mapping[str, str]
     first: int = 0
     findings: list[str] = field(default_factory=list)
-    layers: set[int] = field(default_factory=set)
+    layers: set[str] = field(default_factory=set)
     rotations: set[str] = field(default_factory=set)
-    _before: dict[str, Value] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, steps: Sequence[Step]) -> "AttentionChecks":
+        """The checks of a model's attention."""
+        laws, turned = {}, {}
+        for step in steps:
+            if step.op is ops.causal_soft_max:
+                window = step.params.get("window", "causal")
+                laws[step.makes] = Law(window not in ("all", "symmetric"), any(step.weights), window in ("all", "causal"))
+            elif (step.op is ops.rope or getattr(step.op, "name", "") == "ROPE") and isinstance(step.reads[0], str):
+                turned[step.makes] = step.reads[0]
+        return cls(laws, turned)
 
     def watch(self, arriving: Iterable[tuple[str, Value]]) -> Iterable[tuple[str, Value]]:
         """The same values, looked at on their way."""
-        self._before.clear()
+        wanted = set(self.turned.values())
+        before: dict[str, Value] = {}
         for name, value in arriving:
-            point = parse(name)
-            if point.layer is not None:
-                if point.kind == "kq_soft_max":
-                    self.layers.add(point.layer)
-                    self.findings += [f"{name}: {said}" for said in soft_max_faults(value.data, value.positions - self.first)]
-                elif point.kind in ("q", "k", "q_norm", "k_norm"):
-                    self._before[f"blk.{point.layer}.{point.kind[0]}_rope"] = value
-                elif name in self._before:
-                    before = self._before.pop(name)
-                    self.rotations.add(name)
-                    self.findings += [f"{name}: {said}" for said in rotation_faults(before, value)]
+            if name in self.laws:
+                self.layers.add(name)
+                faults = soft_max_faults(value.data, value.positions - self.first, self.laws[name])
+                self.findings += [f"{name}: {fault}" for fault in faults]
+            if name in self.turned and self.turned[name] in before:
+                self.rotations.add(name)
+                self.findings += [f"{name}: {fault}" for fault in rotation_faults(before[self.turned[name]], value)]
+            if name in wanted:
+                before[name] = value
             yield name, value
+
+    def _plain(self) -> bool:
+        return all(self.laws[name] == _PLAIN for name in self.layers)
 
     def said(self) -> str:
         """What was shown of attention as a whole."""
@@ -52,27 +85,37 @@ class AttentionChecks:
         parts = []
         if self.layers:
             weights = "the weights sum to 1, are 0 for later positions, not uniform, and move with the position"
-            parts.append(f"in {len(self.layers)} layers {weights}")
+            parts.append(
+                f"in {len(self.layers)} layers {weights}" if self._plain() else f"{len(self.layers)} soft maxes hold together"
+            )
         if self.rotations:
             parts.append(f"{len(self.rotations)} rotations change Q or K, and differently at different positions")
         return "; ".join(parts)
 
 
-def soft_max_faults(weights: NDArray[np.float32], positions: NDArray[np.int64]) -> list[str]:
+_PLAIN = Law()
+
+
+def soft_max_faults(weights: NDArray[np.float32], positions: NDArray[np.int64], law: Law = _PLAIN) -> list[str]:
     """What is wrong with attention weights [H, T, S] of positions [T] (counted from the first cached one)."""
     wide = weights.astype(np.float64)
     said: list[str] = []
     if not np.isfinite(wide).all():
         return ["weights that are not finite"]
-    off = np.abs(wide.sum(axis=2) - 1)
+    off = wide.sum(axis=2) - 1
+    off = np.maximum(off, 0) if law.sinks else np.abs(off)
     if off.max() > _SUM:
         h, t = np.unravel_index(int(off.argmax()), off.shape)
         said.append(f"the weights of head {h}, position {positions[t]} sum to {wide[h, t].sum():.6g}, not 1")
+    if not law.causal:
+        return said
     later = np.arange(wide.shape[2])[None, :] > positions[:, None]
     future = np.where(later[None], np.abs(wide), 0).sum(axis=2)
     if future.max(initial=0) > FUTURE_MASS:
         h, t = np.unravel_index(int(future.argmax()), future.shape)
         said.append(f"head {h} at position {positions[t]} looks at later positions (weight {future[h, t]:.3g}): no causal mask")
+    if law.sinks or not law.whole:
+        return said
     count = np.minimum(positions + 1, wide.shape[2])
     many = np.flatnonzero(count > 1)
     uniform = [t for t in many if np.abs(wide[:, t, : count[t]] - 1 / count[t]).max() < _UNIFORM]

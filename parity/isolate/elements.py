@@ -20,6 +20,7 @@ from engine.weights.rounding import Q4_1, Q5_1, q8_1_correction, round_activatio
 
 from .values import Value
 
+_FEW_OUTPUTS = 16
 _SAMPLES = 8  # of each product: a wrong layout leaves hardly one element in place
 
 
@@ -55,6 +56,20 @@ def dot_products(
     return dots, np.linalg.norm(rounded, axis=1) * np.linalg.norm(rows, axis=1)
 
 
+def typical_energy(x: NDArray[np.float32], weights: WeightSource, name: str) -> NDArray[np.float64] | None:
+    """What Σ over outputs of a product's squares would be on the average if its terms had random signs: [T, in] -> float64 [T].
+
+    A product with few outputs (a gate of one number a position) may cancel to next to nothing, and rounding with it does not.
+    None where there are many outputs, which don't all cancel at once.
+    """
+    outputs = weights.raw(name)[2][0]
+    if outputs > _FEW_OUTPUTS:
+        return None
+    squares = weights.rows(name, np.arange(outputs)).astype(np.float64) ** 2
+    energy: NDArray[np.float64] = (x.astype(np.float64) ** 2 @ squares.T).sum(axis=1)
+    return energy
+
+
 def sample_product(
     chosen: Sample,
     x: NDArray[np.float32],
@@ -85,10 +100,20 @@ class RowChecks:
     weights: WeightSource
     limit: float
     elements: list[Element] = field(default_factory=list)
-    reason: str = ""
+    _steps: list[Step] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
-        count = self.weights.raw(self._matrix(self.definitions[0][-1]))[2][0]
+        if not self.rows:
+            return
+        made = [[step for step in steps if step.makes == LOGITS] for steps in self.definitions]
+        if not all(steps and "native" in steps[0].params for steps in made):
+            raise InputError(
+                "--rows wants logits that are a product with the output matrix; this model's are made in another way.",
+                "Leave --rows out.",
+                code="rows",
+            )
+        self._steps = [steps[0] for steps in made]
+        count = self.weights.raw(self._matrix(self._steps[0]))[2][0]
         if wrong := [row for row in self.rows if not 0 <= row < count]:
             raise InputError(f"--rows {wrong[0]} is outside the output matrix.", f"Its rows are 0…{count - 1:,}.", code="rows")
 
@@ -99,7 +124,7 @@ class RowChecks:
 
     def watch(self, arriving: Iterable[tuple[str, Value]]) -> Iterator[tuple[str, Value]]:
         """The same values, with the logits' input kept until they come."""
-        wanted = self.definitions[0][-1].reads[0]
+        wanted = self._steps[0].reads[0] if self.rows else ""
         before: Value | None = None
         for name, value in arriving:
             if name == wanted:
@@ -112,8 +137,7 @@ class RowChecks:
         chosen = Sample(np.full(len(self.rows), len(logits.positions) - 1), np.array(self.rows, dtype=np.int64))
         theirs = logits.data[chosen.t, chosen.o].astype(np.float64)
         best: tuple[NDArray[np.float64], NDArray[np.float64]] | None = None
-        for steps in self.definitions:
-            step = steps[-1]
+        for step in self._steps:
             bias = step.weights[1] if len(step.weights) > 1 else None
             added = self.weights.get(bias) if isinstance(bias, str) else None
             native = bool(step.params.get("native"))

@@ -1,9 +1,9 @@
 """`parity isolate`: where the values come from, and what is made of them."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 
 from checkpoints.answers.isolate import NOT_OBSERVABLE, WRONG, Graft, Isolation, Operation
 from checkpoints.errors import DumpError, InputError
+from checkpoints.graph import RecordedGraph
 from checkpoints.mapping import Mapping
 from checkpoints.record import Header
-from engine.backend import choose
-from engine.graph import Step
+from engine.opened import open_engine
 from engine.replay.proof import proof_steps
 from engine.transformer import Transformer
 from engine.weights.gguf_model import GgufModel
@@ -31,7 +31,7 @@ from ..run.session import resolve_prompt
 from .attention_checks import AttentionChecks
 from .elements import RowChecks
 from .judged_layers import graft, judged_layers
-from .operation import Isolator
+from .operation import Definition, Isolator
 from .values import Value, WholeValues
 
 # Measured: llama.cpp's CPU backend, 24 layers, 28 tokens, caches of F32 and F16; the worst operation of F32, F16, BF16, Q8_0,
@@ -77,11 +77,32 @@ class _Bench:
         self.isolator.run(tokens, positions, self.rows.watch(self.attention.watch(arriving)))
 
 
-def _bench(model: Path, modes: Sequence[bool], kv_type: str, limit: float, rows: Sequence[int] = ()) -> _Bench:
-    transformer = Transformer(GgufModel(model), choose("numpy"), resident=False)
-    definitions: list[list[Step]] = [proof_steps(transformer.steps, native=native, kv_type=kv_type) for native in modes]
-    isolator = Isolator(definitions, transformer.weights, limit)
-    return _Bench(transformer, isolator, AttentionChecks(), RowChecks(rows, definitions, transformer.weights, limit))
+def _bench(
+    model: Path,
+    graph: Callable[[], RecordedGraph],
+    modes: Sequence[bool],
+    kv_type: str,
+    limit: float,
+    rows: Sequence[int] = (),
+) -> _Bench:
+    """`graph` records llama.cpp's graph, where the model's steps are lifted from it; `modes` say which definitions are native."""
+    transformer = open_engine(GgufModel(model), "numpy", resident=False, recorded=graph)
+    definitions = [_definition(transformer, native, kv_type) for native in modes]
+    several = [definition.several for definition in definitions]
+    return _Bench(
+        transformer,
+        Isolator(definitions, transformer.weights, limit),
+        AttentionChecks.of(transformer.steps),
+        RowChecks(rows, several, transformer.weights, limit),
+    )
+
+
+def _definition(transformer: Transformer, native: bool, kv_type: str) -> Definition:
+    several, single = transformer.steps, transformer.single
+    return Definition(
+        proof_steps(several, native=native, kv_type=kv_type),
+        None if single is None else proof_steps(single, native=native, kv_type=kv_type),
+    )
 
 
 def isolate(request: IsolateRequest, running: Reference | None = None) -> Isolation:
@@ -99,8 +120,9 @@ def isolate(request: IsolateRequest, running: Reference | None = None) -> Isolat
     mode = request.mode or "native"
     if mode == "exact" and request.kv_type != "f32":
         raise InputError("exact mode has a cache of F32.", "Leave --kv-type out, or take --mode native.", code="kv_type")
-    bench = _bench(request.model, [mode == "native"], request.kv_type, LIMIT, request.rows)
     with _started(request, running) as reference:
+        graph = partial(reference.graph, request.model, mode)
+        bench = _bench(request.model, graph, [mode == "native"], request.kv_type, LIMIT, request.rows)
         prompt = resolve_prompt(reference, request.model, request.prompt, request.tokens)
         bench.transformer.check(prompt.ids, 0)
         passes = _feed_reference(reference, request, prompt, mode, bench)
@@ -181,8 +203,9 @@ def _feed_dump(values: WholeValues, bench: _Bench, tokens: NDArray[np.int64]) ->
 
 def calibrate(reference: Reference, mode: str, kv_type: str) -> float:
     """The worst NMSE of any operation of the embedded model on this machine, whose operations are known to be right."""
-    bench = _bench(default_model(), [mode == "native"], kv_type, LIMIT)
-    request = IsolateRequest(default_model(), tokens=_CALIBRATION, kv_type=kv_type)
+    model = default_model()
+    bench = _bench(model, partial(reference.graph, model, mode), [mode == "native"], kv_type, LIMIT)
+    request = IsolateRequest(model, tokens=_CALIBRATION, kv_type=kv_type)
     _feed_reference(reference, request, Prompt(None, _CALIBRATION, ()), mode, bench)
     return max((found.nmse or 0.0 for found in bench.isolator.operations()), default=0.0)
 
@@ -222,7 +245,6 @@ def _foreign(request: IsolateRequest, dump: Path, running: Reference | None) -> 
         replace(header, mode="exact", compute="f32", kv_type=""),
         compute=request.compute,
     )
-    bench = _bench(request.model, [mode == "native", mode != "native"], kv_type, found.operations, request.rows)
     layers: list[Operation] = []
     grafted: list[Graft] = []
     build: dict[str, Any] = {}
@@ -233,6 +255,10 @@ def _foreign(request: IsolateRequest, dump: Path, running: Reference | None) -> 
             """Started where it is needed: operations are judged without it."""
             return stack.enter_context(_started(request, running))
 
+        modes = [mode == "native", mode != "native"]
+        bench = _bench(
+            request.model, lambda: reference().graph(request.model, mode), modes, kv_type, found.operations, request.rows
+        )
         if request.prompt is not None or request.tokens is not None:
             prompt = resolve_prompt(reference(), request.model, request.prompt, request.tokens)
             tokens = np.array(prompt.ids, dtype=np.int64)

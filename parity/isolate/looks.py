@@ -30,13 +30,15 @@ def look_of(
     """
     if "native" in step.params:
         return _product(step, x, theirs, weights, nmse, limit, siblings)
-    if step.op is ops.rms_norm:
+    if step.op is ops.rms_norm and x.size == theirs.size:
         return _norm(step, x, theirs, weights, limit)
     return ""
 
 
 def _norm(step: Step, x: NDArray[np.float32], theirs: NDArray[np.float32], weights: WeightSource, limit: float) -> str:
-    if float(np.sum((x.astype(np.float64) - theirs) ** 2)) <= limit * float(np.sum(theirs.astype(np.float64) ** 2)):
+    if float(np.sum((x.astype(np.float64).reshape(theirs.shape) - theirs) ** 2)) <= limit * float(
+        np.sum(theirs.astype(np.float64) ** 2)
+    ):
         return "its output is its input: not normalised"
     eps = other_epsilon(step, x, theirs, weights, limit)
     return "" if eps is None else f"it is right with an epsilon of {eps:.2g} instead of {step.params['eps']:.2g}"
@@ -50,6 +52,7 @@ def other_epsilon(
     Solves 1 / sqrt(mean(x²) + ε) for ε, row by row.
     """
     weight = weights.get(str(step.weights[0]))
+    x, theirs = x.reshape(-1, weight.size), theirs.reshape(-1, weight.size)  # each head by itself
     wide = x.astype(np.float64)
     scaled = wide * weight
     with np.errstate(divide="ignore", invalid="ignore"):

@@ -1,12 +1,9 @@
-"""Judge every operation by its own inputs: what entered it, our step, what came out of it.
-
-Values are fed in the order in which an engine computed them and dropped when nobody needs them any more, so that one
-layer's are held and not the model's. Nothing is inherited here: each error is the operation's own.
-"""
+"""One operation of one layer at a time: computed from the inputs that it really had, compared with what came out of it."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,10 +12,13 @@ from checkpoints.answers.isolate import NOT_OBSERVABLE, PROVEN, WRONG, Operation
 from checkpoints.errors import ModelError
 from checkpoints.points import parse
 from engine import ops
-from engine.graph import POSITIONS, TOKENS, Altered, History, Step, WeightSource, compute, name_of
+from engine.graph import POSITIONS, TOKENS, Altered, Step, WeightSource, compute, viewed
+from engine.replay.products import product
 
-from .elements import Sample, sample_product
+from .elements import Sample, sample_product, typical_energy
+from .inputs import Inputs, Memory, Missing, Program, inputs_named, reads_rows_alone
 from .looks import look_of, other_epsilon
+from .routing import routing_error
 from .values import CACHED, Value, row_errors, rows_at
 
 # A norm is one scale a row, and no sum of many products: right ones measured 3e-14 at most, and another epsilon, the smallest
@@ -27,10 +27,29 @@ _NORM_LIMIT = 1e-12
 # Where activations are larger still, another epsilon is below that: it is told by comparison, once a norm with smaller
 # activations has shown it. Rounding doesn't prefer one epsilon to another; ten times nearer is no rounding.
 _NEARER = 10.0
+_NORMS = (ops.rms_norm, ops.layer_norm)
+
+
+@dataclass(frozen=True)
+class Definition:
+    """A model's steps that are right: of a pass over several tokens, and of one over a single token where that is another list."""
+
+    several: Sequence[Step]
+    single: Sequence[Step] | None = None
+
+    @cached_property
+    def programs(self) -> tuple[Program, Program]:
+        """Of several tokens, and of one."""
+        several = Program(self.several)
+        return several, several if self.single is None else Program(self.single)
+
+    def of(self, tokens: int) -> Program:
+        """The steps of a pass over so many tokens."""
+        return self.programs[tokens == 1]
 
 
 @dataclass
-class _Found:
+class _Record:
     """What the passes so far said of one operation."""
 
     nmse: float = -1.0
@@ -46,196 +65,51 @@ class Isolator:
     """Takes values as they come and judges each step as soon as its inputs and its output are there.
 
     Args:
-        definitions: one or more lists of the model's steps that are right (with and without ggml's rounding, say); an
-            operation is as wrong as it is by the nearest of them.
+        definitions: one or more definitions of the model that are right (with and without ggml's rounding, say); an operation
+            is as wrong as it is by the nearest of them.
         limit: NMSE above which an operation is wrong.
     """
 
-    definitions: Sequence[Sequence[Step]]
+    definitions: Sequence[Definition]
     weights: WeightSource
     limit: float
     sample: bool = True
-    _found: dict[str, _Found] = field(default_factory=lambda: defaultdict(_Found))
-    _past: dict[str, list[Value]] = field(default_factory=lambda: defaultdict(list))
-    _epsilons: set[float] = field(default_factory=set)
+    records: dict[str, _Record] = field(default_factory=lambda: defaultdict(_Record), init=False)
+    memory: Memory = field(default_factory=Memory, init=False)
+    epsilons: set[float] = field(default_factory=set, init=False)  # those that norms have shown
 
-    @property
+    @cached_property
     def steps(self) -> Sequence[Step]:
-        """The model's steps."""
-        return self.definitions[0]
+        """The model's operations, each once: those of a pass over several tokens, then those that only a single one has."""
+        several, single = self.definitions[0].programs
+        named = {step.makes: step for step in (*single.judged, *several.judged)}
+        order = dict.fromkeys([step.makes for step in (*several.judged, *single.judged)])
+        return [named[name] for name in order]
 
     def run(self, tokens: NDArray[np.int64], positions: NDArray[np.int64], arriving: Iterable[tuple[str, Value]]) -> None:
         """One forward pass: its tokens and positions [T], and its values by point as they were computed."""
-        missing = {step.makes for step in self.steps}
-        touching: dict[str, list[int]] = defaultdict(list)
-        for index, step in enumerate(self.steps):
-            for name in _names(step):
-                touching[name].append(index)
-        waiting = set(range(len(self.steps)))
-        left = Counter({name: len(users) for name, users in touching.items()})
-        live = {TOKENS: Value(tokens, positions), POSITIONS: Value(positions, positions)}
-        remembered = {read.of for step in self.steps for read in step.reads if isinstance(read, History)}
-        self._past[POSITIONS].append(live[POSITIONS])
-        for name, value in arriving:
-            if name not in left:
-                continue
-            missing.discard(name)
-            live[name] = value
-            if name in remembered:
-                self._past[name].append(value)
-            for index in touching[name]:
-                needed = _names(self.steps[index])
-                if all(used in live for used in needed):
-                    waiting.discard(index)
-                    self._judge(index, live)
-                    for used in needed:
-                        left[used] -= 1
-                        if not left[used]:
-                            live.pop(used, None)
-        for index in sorted(waiting):
-            step = self.steps[index]
-            lacks = [name for name in _names(step) if name in missing]
-            output = "its output was not recorded as a whole" if step.makes in lacks else ""
-            before = " and ".join(name for name in lacks if name != step.makes)
-            self._found[step.makes].reason = output or f"its input {before} was not recorded as a whole"
-
-    def _siblings(self, step: Step) -> list[str]:
-        """Weights of the other products of the same layer."""
-        layer = parse(step.makes).layer
-        near = [other for other in self.steps if other is not step and parse(other.makes).layer == layer]
-        return [other.weights[0].weight for other in near if other.weights and isinstance(other.weights[0], Altered)]
-
-    def _limit(self, step: Step) -> float:
-        return _NORM_LIMIT if step.op is ops.rms_norm and self.limit <= 1e-10 else self.limit
-
-    def _judge(self, index: int, live: dict[str, Value]) -> None:
-        step = self.steps[index]
-        found = self._found[step.makes]
-        try:
-            inputs, theirs, positions = self._aligned(step, live)
-        except ValueError as error:
-            found.reason = str(error)
-            return
-        found.passes += 1
-        wide = theirs.astype(np.float32, copy=False)
-        best: tuple[float, int, int, int] | None = None
-        limit = self._limit(step)
-        for steps in self.definitions:
-            try:
-                ours = compute(steps[index], inputs, self.weights)
-            except (ValueError, IndexError):
-                shapes = ", ".join(str(list(given.shape)) for given in inputs)
-                raise ModelError(f"{step.makes} cannot be computed from {shapes}.", "Is the dump of this model?") from None
-            errors = row_errors(parse(step.makes).kind, ours, wide, positions)
-            worst = int(np.argmax(errors))
-            if best is None or errors[worst] < best[0]:
-                best = float(errors[worst]), worst, int((errors > limit).sum()), len(errors)
-            if best[0] <= limit:
-                break
-        if best is not None and best[0] > found.nmse:
-            nmse, worst, wrong, count = best
-            found.nmse = nmse
-            found.position = int(positions[worst]) if len(positions) == count else worst + int(positions[0])
-            if nmse > limit:
-                look = look_of(self.definitions[-1][index], inputs[0], wide, self.weights, nmse, limit, self._siblings(step))
-                where = "" if wrong == count else f"{wrong} of {count} positions"
-                found.reason = "; ".join(part for part in (where, look) if part)
-                found.wrong = True
-        if step.op is ops.rms_norm:
-            self._judge_epsilon(step, inputs, wide, positions)
-        if self.sample:
-            sampled = [self._sampled(steps[index], inputs, wide) for steps in self.definitions]
-            if measured := [error for error in sampled if error is not None]:
-                found.sampled = max(found.sampled or 0.0, min(measured))
-
-    def _judge_epsilon(
-        self, step: Step, inputs: list[NDArray[np.float32]], theirs: NDArray[np.float32], positions: NDArray[np.int64]
-    ) -> None:
-        """Hold a norm against the epsilons that other norms have shown, or learn one from it."""
-        found = self._found[step.makes]
-        if found.wrong:
-            eps = other_epsilon(step, inputs[0], theirs, self.weights, self._limit(step))
-            self._epsilons |= {eps} if eps is not None else set()
-            return
-        for eps in sorted(self._epsilons):
-            made = compute(replace(step, params={**step.params, "eps": eps}), inputs, self.weights)
-            error = float(row_errors(parse(step.makes).kind, made, theirs, positions).max())
-            if error * _NEARER < found.nmse:
-                found.wrong = True
-                found.reason = f"nearer with an epsilon of {eps:.2g}, as in other norms, than with {step.params['eps']:.2g}"
-
-    def _sampled(self, step: Step, inputs: list[NDArray[np.float32]], theirs: NDArray[np.float32]) -> float | None:
-        if "native" not in step.params or not isinstance(step.weights[0], Altered):
-            return None
-        chosen = Sample.of(step.makes, *theirs.shape)
-        bias = step.weights[1] if len(step.weights) > 1 else None
-        added = self.weights.get(bias) if isinstance(bias, str) else None
-        return sample_product(
-            chosen, inputs[0], theirs, self.weights, step.weights[0].weight, added, native=bool(step.params["native"])
-        )
-
-    def _aligned(
-        self, step: Step, live: dict[str, Value]
-    ) -> tuple[list[NDArray[np.float32]], NDArray[np.float32], NDArray[np.int64]]:
-        """The step's inputs and output at the positions that all of them have.
-
-        Raises:
-            ValueError: they have none in common, or a history has gaps; the message says which.
-        """
-        made = live[step.makes]
-        whole = parse(step.makes).kind in CACHED
-        rows = [live[read] for read in step.reads if isinstance(read, str) and parse(read).kind not in CACHED]
-        common = made.positions
-        for value in [] if whole else rows:
-            common = np.intersect1d(common, value.positions)
-        if not len(common):
-            raise ValueError("its inputs and its output were recorded at different positions")
-        seen = int(made.positions.max()) + 1 - int(self._past[POSITIONS][0].positions[0])
-        inputs: list[NDArray[np.float32]] = []
-        for read in step.reads:
-            if isinstance(read, History):
-                inputs.append(self._history(read.of, seen))
-            elif isinstance(read, str) and parse(read).kind in CACHED:
-                inputs.append(live[read].data)
-            elif isinstance(read, str):
-                inputs.append(rows_at(read, live[read], common))
-            else:
-                raise ValueError("it reads a part of a value")
-        return inputs, made.data if whole else rows_at(step.makes, made, common), made.positions if whole else common
-
-    def _history(self, name: str, seen: int) -> NDArray[np.float32]:
-        parts = self._past[name]
-        positions = np.concatenate([part.positions for part in parts])
-        data = np.concatenate([part.data.reshape(len(part.positions), -1) for part in parts])
-        first = int(self._past[POSITIONS][0].positions[0])
-        order = {int(position): row for row, position in enumerate(positions)}
-        wanted = range(first, first + seen)
-        if gap := next((position for position in wanted if position not in order), None):
-            raise ValueError(f"no whole row of {name} at position {gap}, which the cache held")
-        rows = data[[order[position] for position in wanted]]
-        return rows[:, 0] if name == POSITIONS else rows
+        _Pass(self, tokens, positions).run(arriving)
 
     def operations(self) -> list[Operation]:
         """The verdict on each step, in the order of the model."""
         return [self._operation(step) for step in self.steps]
 
     def _operation(self, step: Step) -> Operation:
-        point, found = parse(step.makes), self._found[step.makes]
-        made = Operation(point.kind, point.layer, NOT_OBSERVABLE, weight=self._weight(step), reason=found.reason)
-        if found.nmse < 0:
-            return made
-        right = not found.wrong
+        point, record = parse(step.makes), self.records[step.makes]
+        judged = Operation(point.kind, point.layer, NOT_OBSERVABLE, weight=self._weight(step), reason=record.reason)
+        if record.nmse < 0:
+            return judged
         return replace(
-            made,
-            status=PROVEN if right else WRONG,
-            nmse=found.nmse,
-            position=found.position,
-            passes=found.passes,
-            sampled=found.sampled,
-            reason="" if right else found.reason,
+            judged,
+            status=WRONG if record.wrong else PROVEN,
+            nmse=record.nmse,
+            position=record.position,
+            passes=record.passes,
+            sampled=record.sampled,
         )
 
     def _weight(self, step: Step) -> str:
+        """The type of the weight that a step multiplies with, "" where it has none."""
         first = step.weights[0] if step.weights else None
         name = first if first is None or isinstance(first, str) else first.weight
         if name is None:
@@ -248,7 +122,204 @@ class Isolator:
             return ""
 
 
-def _names(step: Step) -> list[str]:
-    """What it reads but tokens and positions, and what it makes, each once."""
-    read = [name_of(read) for read in step.reads]
-    return [name for name in dict.fromkeys(read) if name not in (TOKENS, POSITIONS)] + [step.makes]
+class _Pass:
+    """One forward pass on its way through the isolator."""
+
+    def __init__(self, isolator: Isolator, tokens: NDArray[np.int64], positions: NDArray[np.int64]) -> None:
+        self._isolator, self._weights, self._memory = isolator, isolator.weights, isolator.memory
+        self._positions = positions
+        self._programs = [definition.of(len(positions)) for definition in isolator.definitions]
+        self._program = self._programs[0]
+        self._live = {TOKENS: Value(tokens, positions), POSITIONS: Value(positions, positions)}
+        self._memory.past[POSITIONS].append(self._live[POSITIONS])
+        self._inputs = Inputs(self._program, self._weights, self._memory, positions, self._live)
+        self._states: dict[str, NDArray[np.float32] | None] = {}
+
+    def run(self, arriving: Iterable[tuple[str, Value]]) -> None:
+        """Take each step when the last value that it needs has come, and drop values that nothing needs any more."""
+        program = self._program
+        steps = [*program.carried, *program.judged]  # rows of a cache come before the step that reads them
+        needed = {step.makes: program.needs(step) | (set() if step.inner else {step.makes}) for step in steps}
+        users = Counter(name for names in needed.values() for name in names)
+        waiting = {step.makes: step for step in steps}
+        came: set[str] = set()
+        for step in [step for step in steps if not needed[step.makes]]:
+            self._take(waiting.pop(step.makes))
+        readers: dict[str, list[str]] = defaultdict(list)
+        for makes, names in needed.items():
+            for name in names:
+                readers[name].append(makes)
+        for name, value in arriving:
+            if name not in users:
+                continue
+            came.add(name)
+            self._live[name] = value
+            if name in program.remembered:
+                self._memory.past[name].append(value)
+            for makes in readers[name]:
+                if makes in waiting and needed[makes] <= self._live.keys():
+                    self._take(waiting.pop(makes))
+                    users.subtract(needed[makes])
+            for used in [used for used in self._live if used in users and users[used] <= 0]:
+                del self._live[used]
+        for step in waiting.values():
+            self._lacks(step, sorted(needed[step.makes] - came))
+        self._memory.states.update(self._states)
+        self._memory.passes += 1
+
+    def _take(self, step: Step) -> None:
+        """Judge an operation, or keep what a later pass reads."""
+        try:
+            if not step.inner:
+                self._judge(step)
+                return
+            value = self._inputs.computed(step)
+        except Missing as error:
+            if step.inner:
+                self._states[step.makes] = None
+            else:
+                self._isolator.records[step.makes].reason = str(error)
+            return
+        if step.makes in self._program.remembered:
+            self._memory.past[step.makes].append(Value(value, self._positions))
+        self._states[step.makes] = value
+
+    def _lacks(self, step: Step, names: Sequence[str]) -> None:
+        """Say what was not recorded of a step."""
+        if step.inner:
+            self._states[step.makes] = None
+            return
+        before = " and ".join(name for name in names if name != step.makes)
+        output = "its output was not recorded as a whole"
+        self._isolator.records[step.makes].reason = (
+            output if step.makes in names else f"its input {before} was not recorded as a whole"
+        )
+
+    def _judge(self, step: Step) -> None:
+        """Compare a step's recorded value with the one that follows from its inputs.
+
+        Raises:
+            Missing: an input is not known at the positions of the output.
+        """
+        inputs, theirs, positions = self._aligned(step)
+        record = self._isolator.records[step.makes]
+        record.passes += 1
+        definitions = [program.producers[step.makes] for program in self._programs]
+        routing = self._program.routing.get(step.makes)
+        best: tuple[NDArray[np.float64], str] | None = None
+        limit, least = self._limit(step), self._typical_energy(definitions[0], inputs)
+        for definition in definitions:
+            ours = self._computed(definition, inputs)
+            said = ""
+            if routing is not None:
+                errors, said = routing_error(routing, inputs[0], ours, theirs)
+            else:
+                errors = row_errors(step.makes, ours, theirs, positions, least)
+            if best is None or errors.max() < best[0].max():
+                best = errors, said
+            if best[0].max() <= limit:
+                break
+        assert best is not None
+        self._note(step, definitions[-1], inputs, theirs, positions, *best)
+        if step.op is ops.rms_norm:
+            self._judge_epsilon(step, inputs, theirs, positions)
+        if self._isolator.sample:
+            sampled = [self._sampled(definition, inputs, theirs) for definition in definitions]
+            if measured := [error for error in sampled if error is not None]:
+                record.sampled = max(record.sampled or 0.0, min(measured))
+
+    def _computed(self, step: Step, inputs: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
+        try:
+            with np.errstate(all="ignore"):  # a foreign engine's inputs may be anything
+                computed: NDArray[np.float32] = compute(step, inputs, self._weights)
+        except (ValueError, IndexError):
+            shapes = ", ".join(str(list(given.shape)) for given in inputs)
+            raise ModelError(f"{step.makes} cannot be computed from {shapes}.", "Is the dump of this model?") from None
+        return computed
+
+    def _note(
+        self,
+        step: Step,
+        definition: Step,
+        inputs: Sequence[NDArray[np.float32]],
+        theirs: NDArray[np.float32],
+        positions: NDArray[np.int64],
+        errors: NDArray[np.float64],
+        said: str,
+    ) -> None:
+        """Keep the worst row of all passes, and what a wrong one looks like."""
+        record, limit = self._isolator.records[step.makes], self._limit(step)
+        worst = int(np.argmax(errors))
+        nmse = float(errors[worst])
+        if nmse <= record.nmse:
+            return
+        record.nmse = nmse
+        record.position = int(positions[worst]) if len(positions) == len(errors) else worst + int(positions[0])
+        record.reason = said
+        if nmse > limit:
+            wrong = int((errors > limit).sum())
+            where = "" if wrong == len(errors) else f"{wrong} of {len(errors)} positions"
+            first = viewed(definition.reads[0], inputs[0]) if inputs else theirs
+            look = said or look_of(definition, first, theirs, self._weights, nmse, limit, self._siblings(step))
+            record.reason = "; ".join(part for part in (where, look) if part)
+            record.wrong = True
+
+    def _siblings(self, step: Step) -> list[str]:
+        """Weights of the other products of the same layer."""
+        layer = parse(step.makes).layer
+        near = [other for other in self._program.steps if other is not step and parse(other.makes).layer == layer]
+        return [other.weights[0].weight for other in near if other.weights and isinstance(other.weights[0], Altered)]
+
+    def _limit(self, step: Step) -> float:
+        return _NORM_LIMIT if step.op in _NORMS and self._isolator.limit <= 1e-10 else self._isolator.limit
+
+    def _judge_epsilon(
+        self, step: Step, inputs: Sequence[NDArray[np.float32]], theirs: NDArray[np.float32], positions: NDArray[np.int64]
+    ) -> None:
+        """Hold a norm against the epsilons that other norms have shown, or learn one from it."""
+        record = self._isolator.records[step.makes]
+        if record.wrong:
+            eps = other_epsilon(step, viewed(step.reads[0], inputs[0]), theirs, self._weights, self._limit(step))
+            self._isolator.epsilons |= {eps} if eps is not None else set()
+            return
+        for eps in sorted(self._isolator.epsilons):
+            with_eps = compute(replace(step, params={**step.params, "eps": eps}), inputs, self._weights)
+            error = float(row_errors(step.makes, with_eps, theirs, positions).max())
+            if error * _NEARER < record.nmse:
+                record.wrong = True
+                record.reason = f"nearer with an epsilon of {eps:.2g}, as in other norms, than with {step.params['eps']:.2g}"
+
+    def _typical_energy(self, step: Step, inputs: Sequence[NDArray[np.float32]]) -> NDArray[np.float64] | None:
+        if step.op is not product or not isinstance(step.weights[0], Altered):
+            return None
+        return typical_energy(viewed(step.reads[0], inputs[0]), self._weights, step.weights[0].weight)
+
+    def _sampled(self, step: Step, inputs: Sequence[NDArray[np.float32]], theirs: NDArray[np.float32]) -> float | None:
+        if "native" not in step.params or not isinstance(step.weights[0], Altered):
+            return None
+        chosen = Sample.of(step.makes, *theirs.shape)
+        bias = step.weights[1] if len(step.weights) > 1 else None
+        added = self._weights.get(bias) if isinstance(bias, str) else None
+        x = viewed(step.reads[0], inputs[0])
+        return sample_product(
+            chosen, x, theirs, self._weights, step.weights[0].weight, added, native=bool(step.params["native"])
+        )
+
+    def _aligned(self, step: Step) -> tuple[list[NDArray[np.float32]], NDArray[np.float32], NDArray[np.int64]]:
+        """The step's inputs and output at the positions that all of them have.
+
+        Raises:
+            Missing: they have none in common, an operation over all positions lacks some, or a history has gaps.
+        """
+        output = self._live[step.makes]
+        if parse(step.makes).kind in CACHED:
+            return self._inputs.of(step), output.data, output.positions
+        common = output.positions
+        for name in inputs_named(step):
+            if name in self._live and parse(name).kind not in CACHED:
+                common = np.intersect1d(common, self._live[name].positions)
+        if not len(common):
+            raise Missing("its inputs and its output were recorded at different positions")
+        if len(common) != len(self._positions) and not reads_rows_alone(step):
+            raise Missing("its inputs or its output were not recorded at every position of the pass")
+        return self._inputs.of(step, common), rows_at(step.makes, output, common), common

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from checkpoints.errors import DumpError, ModelError
 from checkpoints.formats import load
 from checkpoints.mapping import Mapping
-from checkpoints.points import order, parse
+from checkpoints.points import of_scores, order, parse
 from checkpoints.record import Dump, Rows
 from checkpoints.tensors import TensorReader, beside
 
@@ -26,7 +26,6 @@ Floats = NDArray[np.float64]
 ROW_FLOOR = 0.01
 
 CACHED = ("k_read", "v_read")  # kinds of points whose rows are the cache's, not the pass's
-SCORES = ("kq", "kq_soft_max")
 
 
 @dataclass(frozen=True)
@@ -40,21 +39,28 @@ class Value:
 def rows_at(name: str, value: Value, positions: NDArray[np.int64]) -> NDArray[np.float32]:
     """The rows of a value at given positions: [T, n], or [H, T, S] for scores."""
     rows = np.searchsorted(value.positions, positions)
-    if parse(name).kind in SCORES:
+    if of_scores(name):
         return value.data if len(rows) == len(value.positions) else value.data[:, rows]
     data = value.data if value.data.ndim == 1 else value.data.reshape(len(value.positions), -1)
     return data if len(rows) == len(value.positions) else data[rows]
 
 
-def row_errors(kind: str, ours: NDArray[np.float32], theirs: NDArray[np.float32], positions: NDArray[np.int64]) -> Floats:
-    """NMSE of each row (position), over max(the row's energy, 1 % of the mean): float64 [rows].
+def row_errors(
+    name: str,
+    ours: NDArray[np.float32],
+    theirs: NDArray[np.float32],
+    positions: NDArray[np.int64],
+    least: Floats | None = None,
+) -> Floats:
+    """NMSE of each row (position), over max(the row's energy, 1 % of the mean, `least` of the row): float64 [rows].
 
-    Of `kq` only scores of positions up to the row's own count: masked scores are ignored.
+    Of `kq` only scores of positions up to the row's own count are compared: masked scores are ignored.
 
     Raises:
-        ValueError: another shape.
+        ModelError: another shape.
     """
-    if kind in SCORES:
+    kind = parse(name).kind
+    if of_scores(name):
         ours, theirs = ours.transpose(1, 0, 2), theirs.transpose(1, 0, 2)
         if kind == "kq" and ours.shape == theirs.shape:
             first = int(positions[-1]) + 1 - ours.shape[2]
@@ -72,7 +78,8 @@ def row_errors(kind: str, ours: NDArray[np.float32], theirs: NDArray[np.float32]
     energy = np.einsum("ij,ij->i", b, b)
     error = np.einsum("ij,ij->i", delta, delta)
     with np.errstate(divide="ignore", invalid="ignore"):
-        nmse = np.where(error == 0, 0.0, error / np.maximum(energy, ROW_FLOOR * energy.mean()))
+        floor = np.maximum(ROW_FLOOR * energy.mean(), 0.0 if least is None else least)
+        nmse = np.where(error == 0, 0.0, error / np.maximum(energy, floor))
     return np.where(odd.any(axis=1), np.inf, nmse)
 
 
@@ -152,12 +159,12 @@ class WholeValues:
         data = self._reader.get(name, step).astype(np.float32) if self._reader is not None else np.zeros(0, np.float32)
         positions = self._positions[step]
         kind = parse(name).kind
-        if data.ndim < 2 or (kind in SCORES and data.ndim != 3):
+        if data.ndim < 2 or (of_scores(name) and data.ndim != 3):
             raise DumpError(
                 f"{name} of pass {step} has shape {list(data.shape)} in the tensors file.",
                 "Write [positions, …], and [heads, positions, cached positions] for kq and kq_soft_max.",
             )
-        count = data.shape[1] if kind in SCORES else len(data)
+        count = data.shape[1] if of_scores(name) else len(data)
         if kind not in CACHED and count != len(positions):
             raise DumpError(
                 f"{name} of pass {step} has {count} rows in the tensors file, the dump {len(positions)} positions.",
@@ -173,7 +180,7 @@ def _from_rows(name: str, rows: Rows) -> Value:
     if kind in CACHED:  # the last position's record holds all rows
         shape = rows.shapes[-1]
         return Value(rows.values[-1, : int(rows.counts[-1])].reshape(shape[0], -1), rows.token_idx)
-    if kind in SCORES:
+    if of_scores(name):
         heads, seen = rows.shapes[-1][0], max(shape[-1] for shape in rows.shapes)
         data = np.zeros((heads, len(rows), seen), dtype=np.float32)
         for r, shape in enumerate(rows.shapes):

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from checkpoints.answers.lint import ERROR, Finding, LintReport
+from checkpoints.answers.lint import ERROR, SUSPICION, WARNING, Finding, LintReport
 from checkpoints.errors import DumpError
 from checkpoints.record import Dump
 
@@ -13,6 +13,7 @@ from .model_facts import ModelFacts, open_model
 from .rule import Subject
 from .table import RULES
 
+_GRAVITY = {ERROR: 0, SUSPICION: 1, WARNING: 2}
 # Findings of one rule that are listed one by one; a fault in every layer would fill the screen.
 _SHOWN = 5
 
@@ -43,7 +44,7 @@ def lint(dump: Dump, model: Path | ModelFacts | None = None) -> LintReport:
                 findings.append(
                     Finding(rule.name, severity, hit.checkpoint, hit.token_idx, hit.evidence, rule.cause, rule.advice)
                 )
-    findings.sort(key=lambda finding: finding.severity != ERROR)
+    findings.sort(key=lambda finding: _GRAVITY[finding.severity])
     return LintReport(dump.path, dump.records, tuple(findings), dump.notes)
 
 

@@ -1,28 +1,28 @@
 """The table of rules: each with what usually causes it and what to do. Every entry has a fixture in tests/lint_faults.py."""
 
-from checkpoints.answers.lint import ERROR, WARNING
+from checkpoints.answers.lint import ERROR, SUSPICION, WARNING
 
 from . import against_model, agreement, bits, copies, generated, layout, numbers
 from .rule import Rule
 
 RULES: tuple[Rule, ...] = (
     Rule(
-        "same-vector", ERROR, copies.same_vector,
+        "same-vector", SUSPICION, copies.same_vector,
         "a pointer kept instead of a copy, and two buffers that swap each layer",
         "copy when the value is computed (`parity emit c` shows how)",
     ),
     Rule(
-        "captured-late", ERROR, against_model.late_capture,
+        "captured-late", SUSPICION, against_model.late_capture,
         "all captures were read at the end of the pass, when the buffer held the last layer's output",
         "copy when the value is computed (`parity emit c` shows how)",
     ),
     Rule(
-        "stale-position", ERROR, copies.stale_position,
+        "stale-position", SUSPICION, copies.stale_position,
         "the buffer was read before the new position was computed, or the capture ran only once",
         "capture in the stream that computes the value, in every pass",
     ),
     Rule(
-        "idle-layer", WARNING, copies.idle_layer,
+        "idle-layer", SUSPICION, copies.idle_layer,
         "the layer's output is zero, was never added, or both captures read one buffer",
         "dump ffn_inp and ffn_out of that layer as well",
     ),
@@ -47,17 +47,17 @@ RULES: tuple[Rule, ...] = (
         "compare the kernel's number of rows with the vocabulary",
     ),
     Rule(
-        "flat-row", ERROR, numbers.flat_row,
+        "flat-row", SUSPICION, numbers.flat_row,
         "a buffer that was only initialised",
         "check that the capture comes after the kernel and reads its output",
     ),
     Rule(
-        "denormals", ERROR, numbers.denormals,
+        "denormals", SUSPICION, numbers.denormals,
         "integers or other bytes read as floats",
         "check the type and the offset of what is printed",
     ),
     Rule(
-        "wrong-dtype", ERROR, bits.wrong_type,
+        "wrong-dtype", SUSPICION, bits.wrong_type,
         "the buffer's type is another than the printing code takes it for",
         "convert to float32 by the buffer's true type before printing",
     ),
@@ -67,7 +67,7 @@ RULES: tuple[Rule, ...] = (
         "print as many leading values at every point",
     ),
     Rule(
-        "shape", ERROR, layout.shape,
+        "shape", SUSPICION, layout.shape,
         "another tensor than the name says, or a shape that was written by hand",
         "`parity model M` lists the points with their shapes",
     ),

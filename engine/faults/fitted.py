@@ -1,0 +1,250 @@
+"""Faults that are a number: it is fitted to the records, not looked up in a list."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from math import log10
+from typing import Any
+
+import numpy as np
+
+from .. import ops
+from ..backend import Array
+from ..graph import Step
+from .attention import FAULTS as ATTENTION
+from .base import AT, Fault, Parameters, Steps
+from .logits import FAULTS as LOGITS
+from .norms import FAULTS as NORMS
+from .rope import FAULTS as ROPE
+
+_SCALED = (
+    "attn_norm",
+    "ffn_norm",
+    "q",
+    "k",
+    "v",
+    "kqv_out",
+    "attn_out",
+    "ffn_gate",
+    "ffn_up",
+    "ffn_swiglu",
+    "ffn_out",
+    "ffn_inp",
+    "l_out",
+)
+_ONCE = ("embd", "output_norm", "logits")
+_WITH_BIAS = ("q", "k", "v")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fitted:
+    """A fault of which one parameter is a number to be fitted.
+
+    Attributes:
+        parameter: its name; `fault.parameters` has the others and what is tried of them.
+        wanted: the right value for this model, given the steps by name; None if the model has no such number.
+        starts: the values from which the fit begins, given the right one (0 where there is none).
+        positive: the number is positive, and fitted on a logarithmic scale.
+        whole: only the starts themselves are tried.
+        known: values that are met elsewhere, and where.
+    """
+
+    fault: Fault
+    parameter: str
+    wanted: Callable[[Steps], float | None]
+    starts: Callable[[float], tuple[float, ...]]
+    positive: bool = True
+    whole: bool = False
+    known: Mapping[float, str] | None = None
+
+    def variants(self, right: Steps) -> list[dict[str, Any]]:
+        """Every combination of the other parameters."""
+        others = {name: values for name, values in self.fault.parameters.items() if name != self.parameter}
+        return replace(self.fault, parameters=others).variants(right)
+
+    def said(self, value: float, right: Steps) -> str:
+        """What is to be said of a fitted value: the right one, and the nearest that is met elsewhere."""
+        wanted = self.wanted(right)
+        said = [] if wanted is None else [f"this model wants {_number(wanted, self.parameter)}"]
+        if self.known and value > 0:
+            near = min(self.known, key=lambda one: abs(log10(one) - log10(value)))
+            if wanted is None or near != np.float32(wanted):
+                said.append(f"the nearest that others have is {near:g} ({self.known[near]})")
+        return "; ".join(said)
+
+
+def _number(value: float, parameter: str) -> str:
+    """A number as it is said: an attention scale as one over a root as well."""
+    if parameter != "scale":
+        return f"{float(np.float32(value)):g}"
+    return f"{value:.4g}{as_root(value)}"
+
+
+def as_root(value: float) -> str:
+    """ " = 1/√n" where a number is that, else nothing."""
+    n = value**-2 if value > 0 else 0.0
+    return f" = 1/√{round(n)}" if n >= 1 and abs(n - round(n)) < 1e-3 * n else ""
+
+
+def _parameter(name: str, *kinds: str) -> Callable[[Steps], float | None]:
+    """The value of a parameter of the first step of these kinds."""
+
+    def wanted(right: Steps) -> float | None:
+        for step in right.values():
+            if step.makes.rpartition(".")[2] in kinds and name in step.params:
+                return float(step.params[name])
+        return None
+
+    return wanted
+
+
+@dataclass(frozen=True)
+class _Changed:
+    """An operation whose result, or only whose product in front of the bias, is multiplied or shifted by a number."""
+
+    op: Callable[..., Array]
+    by: float
+    how: str
+    product: bool
+
+    def __call__(self, *inputs: Any, **params: Any) -> Array:
+        bias = inputs[2] if self.product and len(inputs) > 2 else None
+        made = self.op(*inputs[:2], **params) if bias is not None else self.op(*inputs, **params)
+        number = made.dtype.type(self.by)
+        changed = made * number if self.how == "times" else made + number
+        return changed if bias is None else changed + bias
+
+
+def _multiplied(how: str) -> Callable[[Step, Steps, Parameters], Step]:
+    def change(step: Step, _right: Steps, parameters: Parameters) -> Step:
+        product = parameters["part"] == "the product without its bias"
+        if product and (step.op is not ops.linear or len(step.weights) < 2 or step.weights[1] is None):
+            return step
+        return replace(step, op=_Changed(step.op, parameters["by"], how, product))
+
+    return change
+
+
+_EVERY: dict[str, Any] = {"part": ("the result",), AT: tuple((kind,) for kind in (*_SCALED, *_ONCE))}
+_PRODUCTS: dict[str, Any] = {"part": ("the product without its bias",), AT: tuple((kind,) for kind in _WITH_BIAS)}
+
+
+def _new(name: str, what: str, fix: str, where: dict[str, Any], how: str) -> Fault:
+    return Fault(
+        name=name,
+        kinds=(*_SCALED, *_ONCE),
+        change=_multiplied(how),
+        what=what,
+        symptom="of plausible size; wrong by the same number everywhere",
+        fix=fix,
+        seen="multipliers of other architectures (Granite, Gemma, MiniCPM); scales folded into weights; constants added twice",
+        parameters={"by": (), **where},
+        group="fitted",
+    )
+
+
+def _soft_capped(scores: Array, positions: Array, key_positions: Array, *, scale: float, cap: float) -> Array:
+    number = scores.dtype.type(cap)
+    return ops.causal_soft_max(
+        number * np.tanh(scores * scores.dtype.type(scale) / number), positions, key_positions, scale=1.0
+    )
+
+
+def _attention_cap(step: Step, _right: Steps, parameters: Parameters) -> Step:
+    return replace(step, op=_soft_capped, params={**step.params, "cap": parameters["cap"]})
+
+
+_ATTENTION_CAP = Fault(
+    name="attn-softcap",
+    kinds=("kq_soft_max",),
+    change=_attention_cap,
+    what="attention's scores are capped, {cap} · tanh(x / {cap}), though the model has no cap",
+    symptom="position 0 is right, large scores are too small",
+    fix="only Gemma 2 caps its scores",
+    seen="ports of Gemma code",
+    parameters={"cap": ()},
+    group="fitted",
+)
+_TIMES = "{part} of {at} is {by} times what it is in this model"
+_PLUS = "{by} is added to every element of {at}"
+_SCALE_FIX, _PLUS_FIX = "take the factor out, or read it from the file", "take the constant out"
+
+
+def _named(faults: tuple[Fault, ...], name: str) -> Fault:
+    return next(fault for fault in faults if fault.name == name)
+
+
+def _around(*factors: float) -> Callable[[float], tuple[float, ...]]:
+    return lambda wanted: tuple(wanted * factor for factor in factors)
+
+
+FITTED = (
+    Fitted(
+        fault=_named(NORMS, "norm-epsilon"),
+        parameter="eps",
+        wanted=_parameter("eps", "attn_norm", "ffn_norm", "output_norm"),
+        starts=_around(3.0, 100.0),
+        known={1e-5: "Llama 2, Mistral", 1e-6: "Qwen2, Gemma", 1e-8: "Adam's", 1e-12: "BERT"},
+    ),
+    Fitted(
+        fault=_named(ATTENTION, "attn-scale"),
+        parameter="scale",
+        wanted=_parameter("scale", "kq_soft_max"),
+        starts=_around(1.1, 2.0, 0.5),
+    ),
+    Fitted(
+        fault=_named(ROPE, "rope-base"),
+        parameter="base",
+        wanted=_parameter("base", "q_rope"),
+        starts=lambda wanted: (1.05 * wanted, 0.95 * wanted, *(10.0**n for n in (2, 3, 3.5, 4, 4.5, 5, 5.5, 6, 6.5, 7, 8))),
+        known={1e4: "Llama 1 and 2", 5e5: "Llama 3", 1e6: "Qwen2, Mixtral"},
+    ),
+    Fitted(
+        fault=_named(ROPE, "rope-scaling"),
+        parameter="scaling",
+        wanted=_parameter("scale", "q_rope"),
+        starts=_around(1.02, 0.98, 0.5, 0.25, 0.125, 2.0, 4.0),
+    ),
+    Fitted(
+        fault=_named(ROPE, "rope-position"),
+        parameter="position",
+        wanted=lambda _right: None,
+        starts=lambda _wanted: tuple(float(n) for n in (*range(-16, 0), *range(1, 17))),
+        positive=False,
+        whole=True,
+    ),
+    Fitted(
+        fault=_new("multiplier", _TIMES, _SCALE_FIX, _EVERY, "times"),
+        parameter="by",
+        wanted=lambda _right: None,
+        starts=lambda _wanted: (1.01, 2.0, -1.0),
+        positive=False,
+    ),
+    Fitted(
+        fault=_new("product-multiplier", _TIMES, _SCALE_FIX, _PRODUCTS, "times"),
+        parameter="by",
+        wanted=lambda _right: None,
+        starts=lambda _wanted: (1.01, 2.0, -1.0),
+        positive=False,
+    ),
+    Fitted(
+        fault=_new("constant-added", _PLUS, _PLUS_FIX, _EVERY, "plus"),
+        parameter="by",
+        wanted=lambda _right: None,
+        starts=lambda _wanted: (0.01,),
+        positive=False,
+    ),
+    Fitted(
+        fault=_named(LOGITS, "logits-softcap"),
+        parameter="cap",
+        wanted=lambda _right: None,
+        starts=lambda _wanted: (10.0, 30.0, 100.0),
+        known={30.0: "Gemma 2's logits", 50.0: "Gemma 2's attention"},
+    ),
+    Fitted(
+        fault=_ATTENTION_CAP,
+        parameter="cap",
+        wanted=lambda _right: None,
+        starts=lambda _wanted: (10.0, 30.0, 100.0),
+        known={30.0: "Gemma 2's logits", 50.0: "Gemma 2's attention"},
+    ),
+)

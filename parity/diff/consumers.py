@@ -1,0 +1,181 @@
+"""The operation or the record? Where everything that is made from a wrong record agrees, the operation is right.
+
+What was recorded is then another layout, another moment or another point than its name says.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from checkpoints.answers.diff import RecordFault
+from checkpoints.points import parse
+from checkpoints.record import Dump
+
+from .against_limits import Held
+from .dataflow import Flow
+from .layouts import MOMENT, Allowed, Reading, head_size_of, reading
+from .measure import Measured
+from .operations import ELEMENTWISE, MIXING, SOFT_MAX
+from .same_vector import alike
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+Bools = NDArray[np.bool_]
+
+# A consumer's error has to be this many times below that of the record it is made from, both in proportion to their rows and, where
+# the consumer is a sum, in absolute terms: a residual stream that is much larger than what is added hides what is wrong in it.
+_BELOW = 100.0
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Which records of ours show something else than the point that they are named after, bool [R], and what they show."""
+
+    otherwise: Bools
+    faults: tuple[RecordFault, ...] = ()
+    undecided: frozenset[str] = frozenset()  # points that differ, and of which nothing that is made from them does
+
+
+def judged(found: Measured, held: Held, model: Flow, ours: Dump, ref: Dump) -> Judged:
+    """Hold every failing point against what is made from it."""
+    otherwise = np.zeros(len(found.point), dtype=np.bool_)
+    if not held.failed.any():
+        return Judged(otherwise)
+    return _Consumers(found, held, model, ours, ref).judged()
+
+
+class _Consumers:
+    """From the last point to the first: what is made from a point is judged before it."""
+
+    def __init__(self, found: Measured, held: Held, model: Flow, ours: Dump, ref: Dump) -> None:
+        self._found, self._held, self._model, self._ours, self._ref = found, held, model, ours, ref
+        self._place = {name: number for number, name in enumerate(found.names)}
+        self._rows = np.split(np.arange(len(found.point)), np.searchsorted(found.point, np.arange(1, len(found.pairs))))
+        self._at: dict[str, dict[tuple[int, int], int]] = {}
+        self._otherwise = np.zeros(len(found.point), dtype=np.bool_)
+        self._energy = _energies(found)
+        headers = [dump.header for dump in (ref, ours) if dump.header is not None]
+        self._head_size = head_size_of(ref.points, [header.hparams for header in headers])
+
+    def judged(self) -> Judged:
+        """All record faults, in dataflow order."""
+        faults: list[RecordFault] = []
+        undecided: set[str] = set()
+        for name in reversed(self._found.names):
+            rows = self._rows[self._place[name]]
+            wrong = rows[self._held.failed[rows]]
+            if not len(wrong) or np.isinf(self._found.measures.nmse[wrong]).any():  # NaN agrees with nothing
+                continue
+            decided = self._decisions(name, wrong)
+            if decided is None:
+                continue
+            read = self._reading(name, wrong)
+            if self._acquitted(name, decided, read):
+                self._otherwise[wrong] = True
+                faults.append(self._fault(name, wrong, read))
+            elif any(decided):
+                undecided.add(name)
+        return Judged(self._otherwise, tuple(reversed(faults)), frozenset(undecided))
+
+    def _reading(self, name: str, wrong: Ints) -> Reading | None:
+        pair = self._found.pairs[self._place[name]]
+        ours, ref = (side.take(self._found.row[wrong]) for side in (pair.ours, pair.ref))
+        allowed = Allowed.of(self._held.limit[wrong], self._found.measures.nmse[wrong], ours, ref)
+        found = reading(ours, ref, allowed, self._ref.points, self._head_size)
+        if found is None and (others := alike(name, ours, self._ours.points)):
+            return Reading(MOMENT, f"it is {others[0]} of ours: captured late, or from the buffer of that")
+        return found
+
+    def _decisions(self, name: str, wrong: Ints) -> list[bool] | None:
+        """For each wrong record of a point, whether what is made from it decides; None where something made from it is wrong, too."""
+        children = self._model.children[name]
+        if not children:
+            return None
+        decided: list[bool] = []
+        for record in wrong.tolist():
+            told = self._decided(name, record, children)
+            if told is None:
+                return None
+            decided.append(told)
+        return decided
+
+    def _acquitted(self, name: str, decided: list[bool], read: Reading | None) -> bool:
+        """Whether what is made from a point shows that its wrong records are no fault of the operation."""
+        if read is not None:
+            return any(decided)
+        # Without a reading nothing is taken for granted: all positions, and nothing that a soft max may have hidden.
+        children = self._model.children[name]
+        behind = any(self._model.meets(name, child, SOFT_MAX) for child in children)
+        return all(decided) and not behind
+
+    def _decided(self, name: str, record: int, children: tuple[str, ...]) -> bool | None:
+        """Whether everything made from a record agrees and would not if it were wrong; None where something made from it is wrong."""
+        told = True
+        for child in children:
+            other = self._record(child, record)
+            if other is None:
+                told = False
+            elif self._otherwise[other]:
+                continue  # judged by what is made from it in turn
+            elif self._held.failed[other]:
+                return None
+            elif not self._telling(name, child, record, other):
+                told = False
+        return told
+
+    def _record(self, name: str, like: int) -> int | None:
+        if name not in self._at:
+            rows = self._rows[self._place[name]]
+            keys = zip(self._found.seq[rows].tolist(), self._found.token_idx[rows].tolist(), strict=True)
+            self._at[name] = dict(zip(keys, rows.tolist(), strict=True))
+        return self._at[name].get((int(self._found.seq[like]), int(self._found.token_idx[like])))
+
+    def _telling(self, name: str, child: str, record: int, other: int) -> bool:
+        """Whether a consumer that agrees would not if the record were wrong: its error is far smaller, and it sees what is wrong."""
+        measures = self._found.measures
+        error, left = float(measures.nmse[record]), float(measures.nmse[other])
+        if not left * _BELOW <= error:
+            return False
+        operations = self._model.operations(self._model.path(name, child))
+        if operations <= ELEMENTWISE and not left * self._energy[other] * _BELOW <= error * self._energy[record]:
+            return False
+        if not (np.isnan(measures.nmse_row[other]) or measures.bound[other]) or operations & MIXING:
+            return True
+        if operations <= ELEMENTWISE and measures.nmse_slice[record] * _BELOW > self._held.limit[record]:
+            return True
+        # What is mixed further down sees the whole row.
+        return any(
+            self._agrees(further, record)
+            for further in self._model.children[child]
+            if self._model.operations(self._model.path(child, further)) & MIXING
+        )
+
+    def _agrees(self, name: str, like: int) -> bool:
+        other = self._record(name, like)
+        return other is not None and not self._held.failed[other]
+
+    def _fault(self, name: str, wrong: Ints, read: Reading | None) -> RecordFault:
+        children = " and ".join(self._model.children[name][:3])
+        agree = "agrees" if len(self._model.children[name]) == 1 else "agree"
+        what = read.sentence if read is not None else "another layout, moment or point than its name says"
+        return RecordFault(
+            checkpoint=name,
+            layer=parse(name).layer,
+            kind=read.kind if read is not None else "unknown",
+            positions=tuple(sorted(set(self._found.token_idx[wrong].tolist()))),
+            records=len(wrong),
+            sentence=f"{what}; {children}, made from it, {agree}",
+            map=read.mapping if read is not None else "",
+        )
+
+
+def _energies(found: Measured) -> Floats:
+    """‖b‖² of the reference's whole rows, [R]; where it is not recorded, of the slice."""
+    energies: list[Floats] = []
+    for pair in found.pairs:
+        values = np.nan_to_num(pair.ref.values.astype(np.float64), posinf=0.0, neginf=0.0)
+        sliced = np.sum(values**2, axis=1)
+        l2 = pair.ref.stats.get("l2")
+        energies.append(sliced if l2 is None else np.where(np.isnan(l2), sliced, l2**2))
+    return np.concatenate(energies) if energies else np.zeros(0)

@@ -1,0 +1,169 @@
+"""What explains the first divergence: the last agreement, the operation or what to record next, and the pattern."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from checkpoints.answers.diff import Agreement, Difference, Pattern, Seen
+from checkpoints.points import EMBD
+
+from .dataflow import Stretch
+from .layouts import Allowed, head_size_of, reading
+from .limits import FUTURE_MASS
+from .next_points import listed, next_points
+from .operations import ELEMENTWISE, noun
+from .pattern import Evidence, diagnose
+from .records import Records
+from .rounding import rounded_to
+from .same_vector import SameVector, same_vector
+
+Ints = NDArray[np.int64]
+
+# Where the error of the positions that pass is within this factor of that of those that fail, it is one error at all of them.
+_ALIKE = 30.0
+_LARGEST_ROUNDING = (
+    0.02  # NMSE: 8-bit activations cost up to some 5e-3 end to end (parity.diff.limits), 4 times that is no rounding
+)
+
+
+@dataclass(frozen=True)
+class First:
+    """Everything that a verdict says of the first divergence."""
+
+    divergence: Difference
+    agreement: Agreement | None
+    next: str
+    next_slice: int | None
+    operation: str
+    pattern: Pattern | None
+
+
+def explain_first(records: Records, first: int, seen: Sequence[Seen]) -> First:
+    """What explains the record `first`, the first of the first point of origin."""
+    name = records.names[records.point[first]]
+    divergence = records.difference(first)
+    agreement = _last_agreement(records, first)
+    stretch = records.flow.between(name)
+    twin = same_vector(records, first)
+    unseen = _unseen(records, first, stretch, seen)
+    settled = stretch is not None and not stretch.unrecorded
+    advice = next_points(name, agreement.checkpoint if agreement else None, stretch, records.names)
+    wider: int | None = None
+    operation = ""
+    if settled and stretch is not None and unseen and not (twin is not None and twin.idle):
+        behind = [parent for item in unseen for parent in records.flow.parents[item.checkpoint]]
+        advice = listed(sorted({*behind, *stretch.inputs, name}, key=records.names.index))
+        every = [item.of for item in (*unseen, *(item for item in seen if item.checkpoint == name)) if item.of is not None]
+        wider = max(every, default=None)
+        operation = _not_seen(name, unseen)
+    elif name in records.undecided:
+        operation = (
+            f"{name} differs, but {' and '.join(records.flow.children[name][:3])}, made from it, agree: the record is of another layout, "
+            "moment or name, or what follows hides the error (a soft max that hangs on one key)"
+        )
+    elif settled and stretch is not None:
+        operation = _operation(name, stretch)
+    pattern = _pattern(records, first, stretch, settled and not unseen and name not in records.undecided, twin)
+    return First(divergence, agreement, advice, wider, operation, pattern)
+
+
+def _operation(name: str, stretch: Stretch) -> str:
+    if not stretch.inputs:
+        return f"{name} is looked up by token: the table or the row is wrong"
+    agree = "which agrees" if len(stretch.inputs) == 1 else "which agree"
+    return f"{name} is made from {' and '.join(stretch.inputs)}, {agree}: this operation is wrong"
+
+
+def _not_seen(name: str, unseen: Sequence[Seen]) -> str:
+    what = " and ".join(
+        f"{item.values} of {item.of:,} values of {item.checkpoint}" if item.of else f"{item.values} values of {item.checkpoint}"
+        for item in unseen[:3]
+    )
+    return f"{name}, or what it is made from: only {what} were seen, which agree"
+
+
+def _unseen(records: Records, first: int, stretch: Stretch | None, seen: Sequence[Seen]) -> list[Seen]:
+    """The inputs that agree only so far as they were seen, where that leaves open whether the operation is wrong."""
+    if stretch is None:
+        return []
+    if records.flow.operations(stretch.nodes) <= ELEMENTWISE and records.measures.nmse_slice[first] > records.limit[first]:
+        return []  # elements that are wrong are made of the same elements of the inputs, which were seen
+    by_name = {item.checkpoint: item for item in seen}
+    return [by_name[name] for name in stretch.inputs if not by_name[name].whole]
+
+
+def _last_agreement(records: Records, first: int) -> Agreement | None:
+    """The last point above the first divergence; above it nothing fails at positions up to it, or it were not the first."""
+    name, position = records.names[records.point[first]], records.token_idx[first]
+    above = records.flow.ancestors(name)
+    for number in range(int(records.point[first]) - 1, -1, -1):
+        if records.names[number] not in above:
+            continue
+        here = (records.point == number) & (records.seq == records.seq[first])
+        reach = here & (records.token_idx <= position)
+        if reach.any() and not records.otherwise[reach].any():
+            whole = not (records.failed | records.otherwise)[here].any()
+            return Agreement(records.names[number], int((here if whole else reach).sum()), whole)
+    return None
+
+
+def _pattern(records: Records, first: int, stretch: Stretch | None, settled: bool, twin: SameVector | None) -> Pattern | None:
+    """What the values of the point say, else what the positions do at which it is wrong."""
+    name = records.names[records.point[first]]
+    here = np.flatnonzero(
+        (records.point == records.point[first]) & (records.seq == records.seq[first]) & ~records.upstream.failed
+    )
+    failing = here[records.failed[here]]
+    measures = records.measures
+    if twin is not None:
+        made = noun(records.flow, stretch, twin.input) if stretch is not None else ""
+        return Pattern("no-op" if twin.idle else "same-vector", twin.sentence(made))
+    pair = records.pairs[records.point[first]]
+    ours, ref = (side.take(records.row[failing]) for side in (pair.ours, pair.ref))
+    if type_name := rounded_to(ours, ref):
+        return Pattern(
+            "rounded",
+            f"{name} is the reference's rounded to {type_name}: it is stored or computed so (--compute {_COMPUTE[type_name]})",
+        )
+    allowed = Allowed.of(records.limit[failing], measures.nmse[failing], ours, ref)
+    headers = [dump.header.hparams for dump in (records.ref, records.ours) if dump.header is not None]
+    if found := reading(ours, ref, allowed, records.ref.points, head_size_of(records.ref.points, headers)):
+        after = " and ".join(records.flow.children[name][:2])
+        said = (
+            f"{found.sentence}; {after} made from it {'differ' if ' and ' in after else 'differs'}, too"
+            if after
+            else found.sentence
+        )
+        return Pattern("order" if found.kind == "layout" else "other-record", f"{name}: {said}")
+    return diagnose(
+        Evidence(
+            point=name,
+            flow=records.flow,
+            stretch=stretch,
+            position=records.token_idx[here],
+            failed=records.failed[here],
+            step=records.step[here],
+            decode=records.decode[here],
+            nonfinite=bool(np.any(measures.nonfinite_ours[failing] > measures.nonfinite_ref[failing])),
+            leak=bool(np.any(measures.future_mass[failing] > FUTURE_MASS)),
+            drifted=not records.fresh()[failing].any(),
+            settled=settled,
+            embedded=EMBD in records.names,
+            token=records.text.get(int(records.token_idx[first])),
+            alike=_alike(records, here, failing),
+        )
+    )
+
+
+_COMPUTE = {"F16": "f16", "BF16": "bf16", "TF32": "tf32", "8 bits a block": "q8"}
+
+
+def _alike(records: Records, here: Ints, failing: Ints) -> bool:
+    """Whether positions that pass have an error of the size of those that fail, all of it as small as rounding is."""
+    right = np.setdiff1d(here, failing)
+    errors = records.measures.nmse
+    if len(right) < 2 or not records.limits.assumed or float(errors[failing].max()) > _LARGEST_ROUNDING:
+        return False
+    return float(np.median(errors[right])) * _ALIKE >= float(np.median(errors[failing]))

@@ -1,0 +1,62 @@
+"""Whether one side's values are the other's, rounded to a lower type: then the type is the difference, and no operation."""
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from checkpoints.record import Rows
+
+Floats = NDArray[np.float32]
+
+_BLOCK = 32  # of Q8_0
+_TELLING = 8  # values that a type has to give back
+
+
+def rounded_to(ours: Rows, ref: Rows) -> str:
+    """The type ("F16", "BF16", "TF32", "8 bits a block") that the reference's values rounded to are ours, everywhere; else empty.
+
+    Leading values only; where the slice ends inside of a block that block is left out.
+    """
+    if ours.indices is not None or ref.indices is not None or not len(ours):
+        return ""
+    width = int(min(ours.counts.min(), ref.counts.min()))
+    a, b = ours.values[:, :width], ref.values[:, :width]
+    if width < _TELLING or not (np.isfinite(a).all() and np.isfinite(b).all()) or np.array_equal(a, b):
+        return ""
+    for name, rounding in _types():
+        made = rounding(b)
+        if made.shape[1] and np.array_equal(made, a[:, : made.shape[1]]):
+            return name
+    return "8 bits a block" if _steps(a, b) else ""
+
+
+def _types() -> Iterator[tuple[str, Callable[[Floats], Floats]]]:
+    yield "F16", lambda x: x.astype(np.float16).astype(np.float32)
+    yield "BF16", lambda x: _mantissa(x, 16)
+    yield "TF32", lambda x: _mantissa(x, 13)
+
+
+def _mantissa(x: Floats, dropped: int) -> Floats:
+    """Rounded to nearest even with so many bits of the mantissa dropped."""
+    bits = np.ascontiguousarray(x).view(np.uint32)
+    half = np.uint32((1 << (dropped - 1)) - 1) + ((bits >> np.uint32(dropped)) & np.uint32(1))
+    mask = np.uint32(0xFFFFFFFF ^ ((1 << dropped) - 1))
+    return np.asarray(((bits + half) & mask).view(np.float32))
+
+
+def _steps(a: Floats, b: Floats) -> bool:
+    """Whether every row of a, block by block, is whole multiples of one step, the largest of them 127 of it, and b lies within a step."""
+    blocks = a.shape[1] // _BLOCK
+    if not blocks:
+        return False
+    cut = a[:, : blocks * _BLOCK].reshape(-1, _BLOCK).astype(np.float64)
+    other = b[:, : blocks * _BLOCK].reshape(-1, _BLOCK).astype(np.float64)
+    step = np.abs(cut).max(axis=1, keepdims=True) / 127
+    if not step.all():
+        return False
+    levels = cut / step
+    # The step itself is kept in F16, and the largest value need not round to 127 of it to the bit.
+    return bool(
+        (np.abs(levels - np.rint(levels)) < 0.02).all() and (np.abs(cut - other) <= 0.51 * step * (1 + 2.0**-10) + 1e-12).all()
+    )

@@ -1,0 +1,91 @@
+"""Points of ours that hold one vector: an operation between them does nothing, or they were captured from one buffer."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from checkpoints.record import Rows
+
+from .records import Records
+
+Floats = NDArray[np.float32]
+
+_TELLING = 4  # different values that a row needs to be told from another
+
+
+@dataclass(frozen=True)
+class SameVector:
+    """A wrong point of ours that is another one of ours as well, value by value.
+
+    `input` is a point that it is made from and that agrees (empty: none): then what makes it does nothing. `others` are all points
+    that are the same, `wrong` those made from it that differ.
+    """
+
+    point: str
+    input: str
+    others: tuple[str, ...]
+    wrong: tuple[str, ...]
+
+    @property
+    def idle(self) -> bool:
+        """Whether the operation that makes the point is known to do nothing."""
+        return bool(self.input)
+
+    def sentence(self, operation: str) -> str:
+        """What it says; `operation` names what makes the point, empty where that is not known."""
+        if self.idle:
+            return f"{self.point} is {self.input}, unchanged: {operation or 'what lies between'} does nothing"
+        alike = " = ".join((self.point, *self.others[:3]))
+        alike += f" = {len(self.others) - 3} more" if len(self.others) > 3 else ""
+        after = " and ".join(self.wrong[:2]) or "what follows"
+        return (
+            f"{alike} in ours, and {after}, made from {'it' if len(self.others) == 1 else 'them'}, "
+            f"{'differ' if ' and ' in after else 'differs'}: nothing is computed between them, or all were captured from one buffer "
+            "(copy each value when it is computed)"
+        )
+
+
+def same_vector(records: Records, first: int) -> SameVector | None:
+    """The points of ours that are, at every failing position of the first divergence, the vector that it is; None without any."""
+    name = records.names[records.point[first]]
+    chosen = np.flatnonzero((records.point == records.point[first]) & records.failed & ~records.upstream.failed)
+    others = alike(name, records.pairs[records.point[first]].ours.take(records.row[chosen]), records.ours.points)
+    if not others:
+        return None
+    wrong = {
+        other for number, other in enumerate(records.names) if records.failed[records.point == number].any()
+    }  # fmt: skip
+    inputs = [other for other in records.flow.parents[name] if other in others and other not in wrong]
+    below = records.flow.descendants(name) - set(others)
+    return SameVector(
+        name, inputs[0] if inputs else "", others, tuple(other for other in records.names if other in below & wrong)
+    )
+
+
+def alike(name: str, rows: Rows, points: Mapping[str, Rows]) -> tuple[str, ...]:
+    """The other points that hold, at the positions of these records, the same vectors; none where those tell nothing."""
+    keys = [(int(seq), int(t)) for seq, t in zip(rows.seq, rows.token_idx, strict=True)]
+    if not any(len(set(row[np.isfinite(row)].tolist())) >= _TELLING for row in rows.values):
+        return ()
+    others: list[str] = []
+    for other, candidates in points.items():
+        if other == name or not _near(candidates.values, rows.values[0]):
+            continue
+        places = {(int(seq), int(t)): r for r, (seq, t) in enumerate(zip(candidates.seq, candidates.token_idx, strict=True))}
+        if all(
+            key in places and _equal(candidates.values[places[key]], row) for key, row in zip(keys, rows.values, strict=True)
+        ):
+            others.append(other)
+    return tuple(others)
+
+
+def _near(values: Floats, row: Floats) -> bool:
+    """Whether any record begins as this one does: a look before all are laid side by side."""
+    return bool((values[:, :1] == row[:1]).any())
+
+
+def _equal(a: Floats, b: Floats) -> bool:
+    width = min(len(a), len(b))
+    return bool(np.array_equal(a[:width], b[:width], equal_nan=True))

@@ -1,0 +1,72 @@
+"""The steps that are in question at a place: from it back to the recorded points that agree."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from checkpoints.points import parse
+
+from .records import Expected
+from .state import State
+
+
+@dataclass(frozen=True)
+class Cone:
+    """What may be wrong at a place.
+
+    Attributes:
+        steps: the names of the steps between the place and the recorded points that agree, the place's own included.
+        agreeing: those points. sure: all of them were seen as whole rows, at every position up to the place's.
+    """
+
+    steps: frozenset[str]
+    agreeing: tuple[str, ...]
+    sure: bool
+
+    @property
+    def layers(self) -> range:
+        """The layers that they lie in; empty where they lie outside of all."""
+        layers = {layer for name in self.steps if (layer := parse(name).layer) is not None}
+        return range(min(layers), max(layers) + 1) if layers else range(0)
+
+    @property
+    def kinds(self) -> frozenset[str]:
+        """Their kinds."""
+        return frozenset(parse(name).kind for name in self.steps)
+
+
+def cone(entries: Sequence[Expected], state: State) -> Cone:
+    """The steps in question at a state's first place.
+
+    Raises:
+        ValueError: the state has no place that differs.
+    """
+    if state.first is None:
+        raise ValueError("nothing is left to explain")
+    number = {entry.point: at for at, entry in enumerate(entries)}
+    right = state.planting.right
+    steps: set[str] = set()
+    ends: dict[str, bool] = {}
+    waiting = [entries[state.first.point].point]
+    while waiting:
+        name = waiting.pop()
+        if name in steps or name not in right:  # what is given: tokens, positions
+            continue
+        at = number.get(name)
+        if at is not None and at < state.first.point and name not in state.shown:
+            seen = _agrees(entries[at], state, at, state.first.row)
+            if seen is not None:
+                ends[name] = seen
+                continue
+        steps.add(name)
+        waiting += right[name].names
+    return Cone(frozenset(steps), tuple(name for name in number if name in ends), all(ends.values()))
+
+
+def _agrees(entry: Expected, state: State, at: int, row: int) -> bool | None:
+    """Whether a point that agrees was seen whole, at every position up to a row; None if it does not agree or has none of them."""
+    here = entry.rows <= row
+    if not here.any() or bool((state.nmse[at] > entry.limit)[here].any()):
+        return None
+    return len(np.unique(entry.rows[here])) > row and entry.whole_rows

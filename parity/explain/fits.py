@@ -1,0 +1,269 @@
+"""Faults that are a number (an epsilon, a scale, a base, a multiplier): it is fitted to the first place's records in a few passes."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from engine.backend import Array
+from engine.faults import AT, FITTED, Fitted
+from engine.inapplicable import NotApplicable
+
+from .records import Floats
+from .screening import Screening
+from .state import Candidate, Layers, State
+
+_STEP = 1e-2  # of the first step away from a start, on the fit's own scale
+_ROUNDS = 10  # passes after which a fit ends
+# Part of the error at the first place that a small change of the number must be able to take away for a fit to go on: a scale
+# that is wrong by a factor of three still shows a third of its error along its own derivative.
+_PROMISING = 0.3
+_KEPT = 12  # fits that go on after the first passes
+_SLACK = 10.0  # as `batch._SLACK`: products over few rows round otherwise
+_DIGITS = (1, 2, 3, 4, 5, 6, 8)  # significant digits of a fitted number: the fewest that reproduce the records are meant
+_AGAIN = 3  # times that a number is fitted again where it leaves a later place
+
+
+@dataclass
+class _Trial:
+    """One number in the course of being fitted, `at` on the fit's scale; residuals are float64 vectors."""
+
+    fit: Fitted
+    parameters: dict[str, Any]
+    at: float
+    best: float = np.inf
+    best_at: float = np.nan
+    last: tuple[float, Floats] | None = None
+    done: bool = field(default=False)
+
+    def value(self, at: float) -> float:
+        return float(np.exp(at)) if self.fit.positive else at
+
+    def candidate(self, at: float, layers: Layers) -> Candidate:
+        return Candidate(self.fit.fault, {self.fit.parameter: self.value(at), **self.parameters}, layers)
+
+    def learn(self, residual: Floats) -> None:
+        """Take what the current value leaves, and choose the next one: the secant of the last two, squares at their least."""
+        error = float(residual @ residual)
+        if not np.isfinite(error):
+            self.done = True
+            return
+        if error < self.best:
+            self.best, self.best_at = error, self.at
+        if self.last is None:
+            self.last = self.at, residual
+            self.at += _STEP
+            return
+        before, old = self.last
+        slope = (residual - old) / (self.at - before) if self.at != before else np.zeros_like(residual)
+        steep = float(slope @ slope)
+        if steep == 0 or not np.isfinite(steep):
+            self.done = True
+            return
+        move = float(np.clip(-(slope @ residual) / steep, -2.0, 2.0))
+        self.last = self.at, residual
+        self.at += move
+        self.done = abs(move) < 1e-9 * max(1.0, abs(self.at))
+
+
+class Fitting:
+    """Fits numbers at a state's first place, in one scope of layers."""
+
+    def __init__(self, screening: Screening, state: State, layers: Layers) -> None:
+        if state.first is None:
+            raise ValueError("nothing is left to explain")
+        self._screening = screening
+        self._state = state
+        self._layers = layers
+        self._point = state.first.point
+        self._rows = min(state.first.row + 2, screening.rows)
+
+    def states(self) -> Iterator[State]:
+        """States that get beyond the first place by a number; each fault once, the number with as few digits as will do."""
+        entry = self._screening.entries[self._point]
+        if entry.point in self._state.shown or self._state.root is not None:
+            return
+        for trial in self._converged(self._promising()):
+            state = self._checked(trial)
+            if state is not None:
+                yield state
+            if self._screening.budget.over():
+                return
+
+    def _trials(self) -> Iterator[_Trial]:
+        right = self._state.planting.right
+        for fit in FITTED:
+            if self._layers is not None and (fit.fault.once or not _in_layers(fit, self._layers, right)):
+                continue
+            wanted = fit.wanted(right)
+            starts = fit.starts(0.0 if wanted is None else wanted)
+            for parameters in fit.variants(right):
+                kinds = parameters.get(AT, fit.fault.kinds)
+                if not self._acts(kinds):
+                    continue
+                for start in starts:
+                    if start > 0 or not fit.positive:
+                        yield _Trial(fit, parameters, float(np.log(start)) if fit.positive else start)
+
+    def _acts(self, kinds: Sequence[str]) -> bool:
+        """Whether a fault of these kinds of step can act at the first place."""
+        cone = self._screening.cone(self._state)
+        return not cone.sure or not cone.kinds.isdisjoint(kinds)
+
+    def _promising(self) -> list[_Trial]:
+        """The trials that are worth more passes: those that leave least, and those that can take most away by a small change."""
+        trials = list(self._trials())
+        whole = [trial for trial in trials if trial.fit.whole]
+        rest = [trial for trial in trials if not trial.fit.whole]
+        wanted = self._residual_of_state()
+        energy = float(wanted @ wanted)
+        self._pass(whole)
+        self._pass(rest)
+        first = {id(trial): trial.last[1] for trial in rest if trial.last is not None}
+        self._pass(rest)
+        good: list[tuple[float, _Trial]] = [
+            (trial.best / energy, trial) for trial in whole if trial.best < (1 - _PROMISING) * energy
+        ]
+        for trial in rest:
+            if trial.last is None or trial.done or id(trial) not in first:
+                continue
+            left = min(trial.best, energy)
+            slope = trial.last[1] - first[id(trial)]
+            steep = float(slope @ slope)
+            gain = float(slope @ trial.last[1]) ** 2 / steep if steep > 0 else 0.0
+            share = max(0.0, float(trial.last[1] @ trial.last[1]) - gain) / energy
+            if min(share, left / energy) < 1 - _PROMISING:
+                good.append((min(share, left / energy), trial))
+        return [trial for _, trial in sorted(good, key=lambda pair: pair[0])[:_KEPT]]
+
+    def _converged(self, trials: Sequence[_Trial]) -> list[_Trial]:
+        """The trials that leave nothing at the first place, one for each fault and its other parameters."""
+        for _ in range(_ROUNDS):
+            going = [trial for trial in trials if not trial.done and not trial.fit.whole and trial.best > 0]
+            if not going or self._screening.budget.over():
+                break
+            self._pass(going)
+        found: dict[str, _Trial] = {}
+        for trial in sorted(trials, key=lambda one: one.best):
+            if np.isfinite(trial.best) and self._passes(trial, trial.best_at):
+                found.setdefault(f"{trial.fit.fault.name} {trial.parameters}", trial)
+        return list(found.values())
+
+    def _checked(self, trial: _Trial) -> State | None:
+        """The state with the fitted number on all rows and points, if it gets beyond the first place."""
+        first = self._state.first
+        state = self._screening.check(self._state, trial.candidate(trial.best_at, self._layers))
+        for _ in range(_AGAIN):
+            if state is None or state.first is None or first is None or trial.fit.whole:
+                break
+            again = Fitting(self._screening, self._state, self._layers)
+            again._point, again._rows = state.first.point, self._screening.rows
+            finer = again._refined(trial)
+            better = None if finer is None else self._screening.check(self._state, finer.candidate(finer.best_at, self._layers))
+            if better is None or finer is None or (better.first is not None and not state.first < better.first):
+                break
+            trial, state = finer, better
+        if state is None or not (state.first is None or (first is not None and first < state.first)):
+            return None
+        return self._rounded(trial, state)
+
+    def _refined(self, trial: _Trial) -> "_Trial | None":
+        """The number fitted again at this place, from where it is."""
+        other = _Trial(trial.fit, trial.parameters, trial.best_at)
+        scale = abs(trial.best_at) if not trial.fit.positive else 1.0
+        self._pass([other])
+        other.at = trial.best_at + 1e-4 * (scale or 1.0)
+        for _ in range(_ROUNDS):
+            if other.done:
+                break
+            self._pass([other])
+        return other if np.isfinite(other.best) else None
+
+    def _rounded(self, trial: _Trial, state: State) -> State:
+        """The state with the number of fewest digits that gets as far."""
+        value = trial.value(trial.best_at)
+        for digits in _DIGITS:
+            short = float(f"{value:.{digits}g}")
+            if short in (value, 0.0):
+                continue
+            at = float(np.log(short)) if trial.fit.positive else short
+            if not self._passes(trial, at):
+                continue
+            parameters = {trial.fit.parameter: short, **trial.parameters}
+            other = self._screening.check(self._state, Candidate(trial.fit.fault, parameters, self._layers))
+            if other is not None and (other.first is None or (state.first is not None and not other.first < state.first)):
+                return other
+        return state
+
+    def _passes(self, trial: _Trial, at: float) -> bool:
+        """Whether a value leaves nothing at the first place."""
+        made = self._values([trial.candidate(at, self._layers)])[0]
+        if made is None:
+            return False
+        entry, positions = self._screening.entries[self._point], self._screening.positions[: self._rows]
+        errors = entry.nmse(self._screening.backend.to_host(made), positions)
+        here = entry.rows < self._rows
+        return bool((errors[here] <= _SLACK * entry.limit[here]).all())
+
+    def _pass(self, trials: Sequence[_Trial]) -> None:
+        """One pass: what each trial's value leaves of the first place."""
+        made = self._values([trial.candidate(trial.at, self._layers) for trial in trials])
+        for trial, value in zip(trials, made, strict=True):
+            if value is None:
+                trial.done = True
+            else:
+                trial.learn(self._residual(value))
+
+    def _values(self, candidates: Sequence[Candidate]) -> list[Array | None]:
+        """What each candidate makes of the first rows of the first place; None where that is nothing else, or it does not apply."""
+        name = self._screening.entries[self._point].point
+        end = self._state.order[name] + 1
+        edits, numbers = [], []
+        for number, one in enumerate(candidates):
+            try:
+                edit = self._state.planting.edits(one.fault, one.layers, one.parameters, end)
+            except NotApplicable:
+                continue
+            if edit:
+                edits.append(edit)
+                numbers.append(number)
+        found: list[Array | None] = [None] * len(candidates)
+        if not edits or self._screening.budget.over():
+            return found
+        self._screening.tried.count([candidates[number] for number in numbers])
+        replay = self._screening.replay(self._state, self._rows)
+        made = replay.run_batch(edits, end, frozenset(), lambda _name, _values: (), self._screening.budget.over)
+        for number, values in zip(numbers, made, strict=True):
+            found[number] = values.get(name) if values else None
+        return found
+
+    def _residual(self, made: Array) -> Floats:
+        """What is left at the recorded elements of the first rows, in proportion to each record's size: float64 [n]."""
+        return self._screening.entries[self._point].residual(
+            self._screening.backend.to_host(made), self._screening.positions[: self._rows]
+        )
+
+    def _residual_of_state(self) -> Floats:
+        name = self._screening.entries[self._point].point
+        return self._residual(self._screening.replay(self._state, self._rows).values[name])
+
+
+def _in_layers(fit: Fitted, layers: Sequence[int], right: Any) -> bool:
+    return any(f"blk.{layers[0]}.{kind}" in right for kind in fit.fault.kinds)
+
+
+def fitted(screening: Screening, state: State, layers: Layers) -> list[State]:
+    """States that a fitted number leads beyond the state's first place."""
+    if state.first is None:
+        return []
+    return list(Fitting(screening, state, layers).states())
+
+
+def said(candidate: Candidate, right: Any) -> str:
+    """What a fitted number's sentence says beside the number; "" for a fault without one."""
+    for fit in FITTED:
+        value = candidate.parameters.get(fit.parameter)
+        if fit.fault is candidate.fault or fit.fault.name == candidate.fault.name:
+            return fit.said(value, right) if isinstance(value, float) else ""
+    return ""

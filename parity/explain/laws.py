@@ -1,0 +1,289 @@
+"""What the numbers say by themselves: one sentence on how the recorded elements come from the right ones, if it holds for all of them."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.backend import Array
+from engine.faults import SEEN
+
+from .records import Expected, Floats, Ints
+
+Values = Mapping[str, Array]
+Bools = NDArray[np.bool_]
+
+# A law holds if what it leaves of a record is this many times its limit at most: the printed digits of a constant have to do.
+_ROOM = 10.0
+_ROLLS = 64  # offsets of elements that are tried in either direction
+_SHIFTS = 4  # offsets of positions
+_LISTED = 6  # elements that a sentence lists
+_WIDE = 4096  # elements of a row among which a permutation is looked for
+_SHARES = 0.02, 0.98  # of a mix with another position: what is less is no mix
+
+
+@dataclass(frozen=True)
+class Beside:
+    """The wrong records of a place beside the right values.
+
+    Attributes:
+        theirs, right: float64 [R, k], the recorded elements. index: int64 [k], which elements of the row they are.
+        room: [R], the squared error that is noise. rows: [R], the right run's rows.
+        whole: float64 [T, n], the right rows as a whole; None where a row is no plain vector.
+        bias: [k], what is added to each element last, where the operation has such a vector.
+        heads: how many heads a row consists of, where it does.
+    """
+
+    theirs: Floats
+    right: Floats
+    index: Ints
+    room: Floats
+    rows: Ints
+    whole: Floats | None = None
+    bias: Floats | None = None
+    heads: int | None = None
+
+    def holds(self, law: Floats, elements: Bools | None = None) -> bool:
+        """Whether values [R, k] are theirs to rounding, at these elements."""
+        delta = self.theirs - law if elements is None else (self.theirs - law)[:, elements]
+        if not np.isfinite(delta).all():
+            return False
+        return bool((np.einsum("ij,ij->i", delta, delta) <= self.room).all())
+
+
+def beside(
+    entry: Expected, errors: Floats, values: Values, positions: Ints, bias: Floats | None = None, heads: int | None = None
+) -> Beside | None:
+    """The records of a point that are wrong by these errors [R], beside the right values; None where nothing can be laid beside."""
+    wrong = errors > entry.limit
+    name = SEEN + entry.point if SEEN + entry.point in values else entry.point
+    present = entry.present[wrong]
+    if not wrong.any() or not present.any():
+        return None
+    count = int(present.sum(axis=1).min())
+    if count == 0:
+        return None
+    right = entry.taken(values[name], positions)[wrong][:, :count]
+    if entry.index is None:
+        index = np.arange(count)
+    else:
+        index = entry.index[wrong][0, :count]
+        if not (entry.index[wrong][:, :count] == index).all():
+            return None
+    whole = entry.whole_values(values[name], positions)
+    fits = bias is not None and whole is not None and len(bias) == whole.shape[1]
+    return Beside(
+        theirs=entry.values[wrong][:, :count],
+        right=right,
+        index=index,
+        room=_ROOM * entry.limit[wrong] * entry.energy[wrong] + (entry.quantum[wrong][:, :count] ** 2).sum(axis=1),
+        rows=entry.rows[wrong],
+        whole=whole,
+        bias=bias[index] if fits and bias is not None else None,
+        heads=heads if whole is not None and heads and whole.shape[1] % heads == 0 else None,
+    )
+
+
+def law(found: Beside) -> str:
+    """The sentence of the first law that holds for every element; "" where none does."""
+    if not np.isfinite(found.theirs).all() or not np.isfinite(found.right).all():
+        return ""
+    every = np.ones(len(found.index), dtype=np.bool_)
+    said = next(_relations(found, every), "")
+    if said:
+        return f"every element {said}"
+    some = _differing(found)
+    if 0 < some.sum() < len(some):
+        relation = next(_relations(found, some), "") or next(_exchanged(found, some), "")
+        where = _elements(found, some)
+        if relation and (where or some.sum() <= _LISTED):
+            return f"{where or _listed(found.index[some])} {relation}; the others are right"
+        if where:
+            return f"{where} is wrong; the others are right"
+    return next(_moved(found), "")
+
+
+def _differing(found: Beside) -> Bools:
+    """The elements [k] that alone are wrong by more than all of a record may be, in any record."""
+    with np.errstate(over="ignore"):
+        return np.asarray(((found.theirs - found.right) ** 2 > found.room[:, None]).any(axis=0))
+
+
+def _relations(found: Beside, some: Bools) -> Iterator[str]:
+    """How these elements come from the right ones: by one number, or by one vector."""
+    theirs, right = found.theirs[:, some], found.right[:, some]
+    alone = "s" if some.sum() == 1 or some.all() else ""
+    if not theirs.any() and found.right[:, some].any():
+        yield f"{'is' if alone else 'are'} 0"
+        return
+    whole = found.right.copy()
+
+    def holds(values: Floats) -> bool:
+        whole[:, some] = values
+        return found.holds(whole, some)
+
+    factor = _factor(theirs, right)
+    if factor is not None and holds(right * factor):
+        if abs(factor + 1) < 1e-5:
+            yield f"{'has' if alone else 'have'} the wrong sign"
+        else:
+            yield f"{'is' if alone else 'are'} {_short(factor, lambda c: holds(right * c))} times the right one"
+        return
+    constant = float(np.mean(theirs - right))
+    if constant and holds(right + constant):
+        yield f"{'is' if alone else 'are'} the right one {_signed(_short(constant, lambda c: holds(right + c)))}"
+        return
+    if found.bias is not None:
+        bias = found.bias[some]
+        factor = _factor(theirs - bias, right - bias)
+        if factor is not None and holds((right - bias) * factor + bias):
+            number = _short(factor, lambda c: holds((right - bias) * c + bias))
+            yield f"{'is' if alone else 'are'} {number} times the right product; the bias is right"
+            return
+        for times, sentence in ((0.0, "lacks the bias"), (2.0, "has the bias twice"), (-1.0, "has the bias subtracted")):
+            if bias.any() and holds(right + (times - 1) * bias):
+                yield sentence if alone else sentence.replace("lacks", "lack").replace("has", "have")
+                return
+    if len(theirs) > 1:
+        vector = (theirs - right).mean(axis=0)
+        if vector.any() and holds(right + vector):
+            yield ("has" if alone else "have") + " the same vector added at every position: a bias missing, wrong or doubled"
+            return
+        energy = np.einsum("ij,ij->i", right, right)
+        if some.sum() > 1 and (energy > 0).all():
+            each = np.einsum("ij,ij->i", theirs, right) / energy
+            if holds(right * each[:, None]):
+                yield f"is off by a factor of its position ({each.min():.4g} to {each.max():.4g})"
+
+
+def _factor(theirs: Floats, right: Floats) -> float | None:
+    energy = float((right * right).sum())
+    return float((theirs * right).sum()) / energy if energy > 0 else None
+
+
+def _short(value: float, holds: Callable[[float], bool]) -> str:
+    """A number in as few digits as will do."""
+    for digits in range(1, 9):
+        short = f"{value:.{digits}g}"
+        if holds(float(short)):
+            return f"{float(short):g}" if digits <= 6 else short
+    return f"{value:.9g}"
+
+
+def _signed(number: str) -> str:
+    return f"minus {number[1:]}" if number.startswith("-") else f"plus {number}"
+
+
+def _exchanged(found: Beside, some: Bools) -> Iterator[str]:
+    """These elements hold each other's right values."""
+    numbers = np.flatnonzero(some)
+    if not 2 <= len(numbers) <= _LISTED:
+        return
+    order = [_match(found, int(number), numbers) for number in numbers]
+    if None in order or len(set(order)) < len(order):
+        return
+    if len(numbers) == 2:
+        yield "are exchanged"
+    else:
+        yield "hold each other's values in another order"
+
+
+def _match(found: Beside, number: int, among: Ints) -> int | None:
+    """Which of some elements' right values an element holds in every record."""
+    for other in among.tolist():
+        delta = found.theirs[:, number] - found.right[:, other]
+        if other != number and bool((delta * delta <= found.room).all()):
+            return int(other)
+    return None
+
+
+def _elements(found: Beside, some: Bools) -> str:
+    """Which elements these are, where they form a pattern; "" where they do not."""
+    index = found.index[some]
+    first, last = int(index[0]), int(index[-1])
+    leading = found.whole is None or len(found.index) < found.whole.shape[1]
+    seen = f" (of the {len(found.index)} recorded)" if leading else ""
+    if len(index) == 1:
+        return f"element {first} alone"
+    if found.heads and found.whole is not None:
+        size = found.whole.shape[1] // found.heads
+        heads = sorted(set((index // size).tolist()))
+        mine = found.index[np.isin(found.index // size, heads)]
+        if len(heads) < found.heads and len(mine) == len(index) and len(mine) >= min(size, 2):
+            return f"head {heads[0]} alone" if len(heads) == 1 else f"heads {', '.join(map(str, heads[:_LISTED]))}"
+    if bool(some[np.flatnonzero(some)[0] :].all()):
+        return f"everything from element {first} on{seen}"
+    if bool(some[: np.flatnonzero(some)[-1] + 1].all()):
+        return f"everything up to element {last}{seen}"
+    if len(index) > 2 and len(set(np.diff(index).tolist())) == 1 and index[1] - index[0] > 1:
+        return f"every {_ordinal(int(index[1] - index[0]))} element from {first} on{seen}"
+    if bool((np.diff(index) == 1).all()):
+        return f"elements {first} to {last}"
+    return f"elements {_listed(index)}" if len(index) == 2 else ""
+
+
+def _ordinal(number: int) -> str:
+    ending = "th" if 10 <= number % 100 <= 20 else {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th")
+    return f"{number}{ending}"
+
+
+def _listed(index: Ints) -> str:
+    return " and ".join(map(str, index.tolist())) if len(index) == 2 else ", ".join(map(str, index[:_LISTED].tolist()))
+
+
+def _moved(found: Beside) -> Iterator[str]:
+    """Right values at another place: of another element, another position, or a mix of two positions."""
+    whole = found.whole
+    if whole is None:
+        return
+    count, n = whole.shape
+    for by in (sign * step for step in range(1, min(_ROLLS, n - 1) + 1) for sign in (1, -1)):
+        if found.holds(whole[found.rows][:, (found.index - by) % n]):
+            yield f"element i is the right element i {'−' if by > 0 else '+'} {abs(by)}: the row is rolled"
+            return
+    for by in (sign * step for step in range(1, _SHIFTS + 1) for sign in (-1, 1)):
+        other = found.rows + by
+        inside = (other >= 0) & (other < count)
+        # The rows at the edge hold another one's, or the sequence's other end.
+        edge = np.clip(other, 0, count - 1)
+        for at in (edge, other % count):
+            if inside.any() and found.holds(whole[at][:, found.index]):
+                yield f"position t holds the right values of position t {'+' if by > 0 else '−'} {abs(by)}"
+                return
+    yield from _mix(found, whole)
+    yield from _permutation(found, whole)
+
+
+def _mix(found: Beside, whole: Floats) -> Iterator[str]:
+    inside = found.rows >= 1
+    if inside.sum() < 2 or not inside.all():
+        return
+    now, before = found.right, whole[found.rows - 1][:, found.index]
+    base = before - now
+    share = float(((found.theirs - now) * base).sum() / max(float((base * base).sum()), 1e-300))
+    if _SHARES[0] < share < _SHARES[1] and found.holds(now + share * base):
+        yield f"each position is a mix: {share:.0%} of the one before"
+
+
+def _permutation(found: Beside, whole: Floats) -> Iterator[str]:
+    """Every element holds the right value of another element, the same one in all records."""
+    right = whole[found.rows]
+    if right.shape[1] > _WIDE or len(found.index) < 2:
+        return
+    source = []
+    for number in range(len(found.index)):
+        delta = right - found.theirs[:, number][:, None]
+        good = np.flatnonzero((delta * delta <= found.room[:, None]).all(axis=0))
+        if len(good) == 0:
+            return
+        own = found.index[number]
+        source.append(int(own) if own in good else int(good[0]))
+    pairs = [(int(i), j) for i, j in zip(found.index, source, strict=True) if i != j]
+    if not pairs:
+        return
+    if len(pairs) == 2 and pairs[0] == pairs[1][::-1]:
+        yield f"elements {pairs[0][0]} and {pairs[0][1]} are exchanged; the others are right"
+        return
+    shown = ", ".join(f"{i} is the right element {j}" for i, j in pairs[:_LISTED])
+    yield f"the right values stand in another order: element {shown}{', …' if len(pairs) > _LISTED else ''}"

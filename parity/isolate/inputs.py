@@ -1,0 +1,186 @@
+"""What a step reads in one forward pass: recorded values, and what follows from them without being recorded itself.
+
+Values between points (masks, the parts of a recurrent state) are computed from the nearest recorded ones. Histories are put together
+from the passes before, states are what the pass before left.
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from checkpoints.points import of_scores, parse
+from engine.graph import POSITIONS, TOKENS, History, Read, State, Step, View, WeightSource, compute, name_of
+
+from .routing import Routing, routings
+from .values import CACHED, Value, rows_at
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Program:
+    """The steps of one kind of pass, and which recorded values each of them needs."""
+
+    steps: Sequence[Step]
+
+    @cached_property
+    def producers(self) -> Mapping[str, Step]:
+        """The step that makes each value."""
+        return {step.makes: step for step in self.steps}
+
+    @cached_property
+    def judged(self) -> Sequence[Step]:
+        """Steps whose value is a point."""
+        return [step for step in self.steps if not step.inner]
+
+    @cached_property
+    def carried(self) -> Sequence[Step]:
+        """Steps between points whose value a later pass reads: what is left in a state, rows of a cache."""
+        reads = [read for step in self.steps for read in step.reads]
+        names = {read.of for read in reads if isinstance(read, State)}
+        names |= {name for step in self.steps for name in step.histories}
+        return [step for step in self.steps if step.makes in names and step.inner]
+
+    @cached_property
+    def remembered(self) -> frozenset[str]:
+        """Values whose rows of all passes are read."""
+        return frozenset(name for step in self.steps for name in step.histories)
+
+    @cached_property
+    def _needs(self) -> dict[str, frozenset[str]]:
+        needs: dict[str, frozenset[str]] = {}
+        for step in self.steps:
+            found: set[str] = set()
+            for name in step.names:
+                producer = self.producers.get(name)
+                if name in (TOKENS, POSITIONS) or producer is None:
+                    continue
+                found |= needs.get(name, frozenset()) if producer.inner else {name}
+            needs[step.makes] = frozenset(found)
+        return needs
+
+    @cached_property
+    def routing(self) -> Mapping[str, Routing]:
+        """The steps that choose experts or keys."""
+        return routings(self.steps)
+
+    def needs(self, step: Step) -> frozenset[str]:
+        """The recorded values of this pass that a step's inputs follow from."""
+        return self._needs[step.makes]
+
+
+@dataclass
+class Memory:
+    """What passes leave to later ones: the rows of values that histories read, and states; a state of None is not known."""
+
+    past: dict[str, list[Value]] = field(default_factory=lambda: defaultdict(list))
+    states: dict[str, Array | None] = field(default_factory=dict)
+    passes: int = 0
+
+    @property
+    def first(self) -> int:
+        """The first position of all."""
+        return int(self.past[POSITIONS][0].positions[0])
+
+
+class Missing(ValueError):
+    """An input is not known; the message says which and why."""
+
+
+class Inputs:
+    """The inputs of the steps of one pass.
+
+    Args:
+        tokens, positions: of the pass, [T].
+        live: recorded values by name, as they come.
+    """
+
+    def __init__(
+        self, program: Program, weights: WeightSource, memory: Memory, positions: NDArray[np.int64], live: Mapping[str, Value]
+    ) -> None:
+        self._program, self._weights, self._memory = program, weights, memory
+        self._positions, self._live = positions, live
+        self._always: dict[str, Array] = {}  # what follows from tokens and positions alone
+
+    @property
+    def seen(self) -> int:
+        """Cached positions after this pass, S."""
+        return int(self._positions.max()) + 1 - self._memory.first
+
+    def of(self, step: Step, rows: NDArray[np.int64] | None = None) -> list[Array]:
+        """What a step reads, whole values in the order of `step.reads`; with `rows` only those positions of recorded ones.
+
+        Raises:
+            Missing: one is not known.
+        """
+        return [self._read(read, rows) for read in step.reads]
+
+    def _read(self, read: Read, rows: NDArray[np.int64] | None) -> Array:
+        if isinstance(read, State):
+            return self._state(read)
+        of = read.of if isinstance(read, View) else read
+        return self._history(of.of) if isinstance(of, History) else self._value(of, rows)
+
+    def _state(self, read: State) -> Array:
+        if not self._memory.passes:
+            return np.zeros(read.shape, dtype=np.float32)
+        state = self._memory.states.get(read.of)
+        if state is None:
+            raise Missing("what the pass before left in the state is not known")
+        return state
+
+    def _value(self, name: str, rows: NDArray[np.int64] | None) -> Array:
+        if name in self._live:
+            value = self._live[name]
+            if parse(name).kind in CACHED or value.data.ndim == 1:
+                return value.data if rows is None or value.data.ndim > 1 else value.data[np.searchsorted(value.positions, rows)]
+            found = value.data if rows is None else rows_at(name, value, rows)
+            return found if of_scores(name) else found.reshape(len(found), -1)
+        producer = self._program.producers.get(name)
+        if producer is None or not producer.inner:
+            raise Missing(f"its input {name} was not recorded as a whole")
+        if name in self._always:
+            return self._always[name]
+        made = self.computed(producer)
+        if not self._program.needs(producer) and not any(isinstance(read, State) for read in producer.reads):
+            self._always[name] = made
+        return made
+
+    def computed(self, step: Step) -> Array:
+        """The value of a step between points.
+
+        Raises:
+            Missing: one of its inputs is not known.
+        """
+        value: Array = compute(step, self.of(step), self._weights)
+        return value
+
+    def _history(self, name: str) -> Array:
+        parts = self._memory.past.get(name, [])
+        if not parts:
+            raise Missing(f"no whole row of {name}, which the cache held")
+        positions = np.concatenate([part.positions for part in parts])
+        data = np.concatenate([part.data.reshape(len(part.positions), -1) for part in parts])
+        order = {int(position): row for row, position in enumerate(positions)}
+        wanted = range(self._memory.first, self._memory.first + self.seen)
+        gap = next((position for position in wanted if position not in order), None)
+        if gap is not None:
+            raise Missing(f"no whole row of {name} at position {gap}, which the cache held")
+        rows = data[[order[position] for position in wanted]]
+        return rows[:, 0] if name == POSITIONS else rows
+
+
+def reads_rows_alone(step: Step) -> bool:
+    """Whether row t of the result follows from row t of the inputs (and a history), so that single positions can be judged."""
+    return "made" not in step.params and all(isinstance(read, str | History) for read in step.reads)
+
+
+def inputs_named(step: Step) -> list[str]:
+    """The values of this pass that a step reads itself, each once; not tokens and positions."""
+    names = [name_of(read) for read in step.reads if not isinstance(read, State)]
+    return [name for name in dict.fromkeys(names) if name not in (TOKENS, POSITIONS)]

@@ -1,0 +1,230 @@
+"""The record or the operation: a right engine that records otherwise is not accused, a wrong one is not acquitted."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from planted import Faulty, Planted
+
+from checkpoints.answers.diff import OTHERWISE, Verdict
+from checkpoints.mapping import read_mapping
+from checkpoints.points import parse
+from checkpoints.reading.reader import read
+from checkpoints.record import Dump
+from checkpoints.summary import summarise
+from parity.diff.compare import Options, compare
+from reference.client import Reference
+from reference.jobs import DumpJob
+
+TOKENS = (2047, 430, 457, 258, 403, 12, 99)
+HEAD = 32
+F32 = Options(compute="f32")
+Change = Callable[[NDArray[np.float32]], NDArray[np.float32]]
+
+
+@pytest.fixture(scope="module")
+def engine(stories: Path) -> Faulty:
+    return Faulty(stories)
+
+
+@pytest.fixture(scope="module")
+def right(engine: Faulty) -> Dump:
+    """Our engine, every point, whole rows."""
+    return engine.dump(Planted(()), TOKENS, points="all", size=4096, bare=False)
+
+
+@pytest.fixture(scope="module")
+def ref(reference: Reference, stories: Path, tmp_path_factory: pytest.TempPathFactory) -> Dump:
+    out = tmp_path_factory.mktemp("ref") / "ref.jsonl"
+    reference.dump(DumpJob(stories, out, TOKENS, points="all"))
+    return read(out)
+
+
+def changed(dump: Dump, change: Change, names: Callable[[str], bool], size: int | None = 16, *, bare: bool = False) -> Dump:
+    """A dump whose rows at these points were recorded in another way; `bare`: leading values and nothing else, at all points."""
+    points = {}
+    for name, rows in dump.points.items():
+        if len(set(rows.shapes)) > 1:  # rows that grow with the position
+            points[name] = rows
+            continue
+        values = change(rows.values) if names(name) else rows.values
+        made = summarise(name, np.ascontiguousarray(values), rows.token_idx, slice_size=size)
+        points[name] = replace(made, sketch=None, stats={}, shapes=((),) * len(made)) if bare else made
+    return replace(dump, points=points)
+
+
+def kinds(*wanted: str) -> Callable[[str], bool]:
+    """Points of these kinds in every layer."""
+    return lambda name: parse(name).kind in wanted
+
+
+def neighbours(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Heads whose halves lie interleaved: pairs side by side, as Meta's files have them."""
+    count, width = values.shape
+    return values.reshape(count, width // HEAD, 2, HEAD // 2).swapaxes(2, 3).reshape(count, width)
+
+
+def faults(verdict: Verdict) -> set[tuple[str, str]]:
+    """(kind of point, kind of fault) of all record faults."""
+    return {(parse(fault.checkpoint).kind, fault.kind) for fault in verdict.record_faults}
+
+
+@pytest.mark.parametrize("how", ["whole", "sketched", "bare"])
+def test_another_order_of_the_elements_is_named(right: Dump, ref: Dump, tmp_path: Path, how: str) -> None:
+    """Q and K as neighbours where llama.cpp has halves: parity, and the `--map` line that says so makes every record agree."""
+    size = None if how == "whole" else 16
+    wanted = kinds("q", "k", "q_rope", "k_rope")
+    ours = changed(right, neighbours, wanted, size, bare=how == "bare")
+    verdict = compare(ours, ref, F32)
+    assert verdict
+    assert faults(verdict) == {(kind, "layout") for kind in ("q", "k", "q_rope", "k_rope")}
+    assert all("neighbours where llama.cpp has halves" in fault.sentence for fault in verdict.record_faults)
+    assert {point.status for point in verdict.points if wanted(point.checkpoint)} == {OTHERWISE}
+    assert not compare(ours, ref, replace(F32, strict=True))
+    lines = "\n".join(sorted({fault.map for fault in verdict.record_faults}))
+    (tmp_path / "names.toml").write_text(f"[names]\n{lines}\n")
+    mapping = read_mapping(tmp_path / "names.toml")
+    if how == "bare":  # without the row's length a slice keeps its own: head_size is in the line
+        assert all("head_size = 32" in line for line in lines.splitlines())
+    settled = compare(mapping.renamed(ours), ref, F32)
+    assert settled
+    assert settled.record_faults == ()
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "said"),
+    [
+        ("kqv_out", lambda x: x.reshape(len(x), -1, HEAD).swapaxes(1, 2).reshape(len(x), -1), "interleaved"),
+        ("q", lambda x: x.reshape(len(x), -1, HEAD).swapaxes(0, 1).reshape(len(x), -1), "heads first"),
+        ("q", lambda x: x.reshape(len(x), 2, -1, HEAD).swapaxes(1, 2).reshape(len(x), -1), "another order"),
+        ("ffn_gate", lambda x: x / (1 + np.exp(-x)), "captured after the activation"),
+        ("attn_norm", lambda x: x * np.float32(0.25), "0.25 times"),
+    ],
+)
+def test_other_layouts_and_moments(right: Dump, ref: Dump, kind: str, change: Change, said: str) -> None:
+    """Heads interleaved, heads first, groups of heads, before a scale, after an activation: each is told, none is a divergence."""
+    whole = replace(ref, points=ref.points)
+    verdict = compare(changed(right, change, kinds(kind), None), changed_reference(right, whole), F32)
+    assert verdict, verdict.operation
+    assert {name for name, _ in faults(verdict)} == {kind}
+    assert all(said in fault.sentence for fault in verdict.record_faults)
+
+
+def changed_reference(right: Dump, ref: Dump) -> Dump:
+    """The reference with whole rows: ours stand for them, since the two agree to rounding."""
+    return replace(ref, points={name: right.points[name] for name in ref.points if name in right.points})
+
+
+def spoilt(dump: Dump, names: Callable[[str], bool], size: float = 0.1) -> Dump:
+    """Wrong at these points: the effect of a fault that is somewhere before."""
+    rng = np.random.default_rng(0)
+    plain = {name: rows for name, rows in dump.points.items() if len(set(rows.shapes)) == 1}
+    return changed(
+        replace(dump, points=plain), lambda x: (x * (1 + size * rng.standard_normal(x.shape))).astype(np.float32), names, None
+    )
+
+
+def captured(dump: Dump, source: str, *names: str) -> Dump:
+    """A dump that shows one point's values under other names."""
+    return replace(
+        dump,
+        points={
+            name: replace(dump.points[source], point=name) if name in names else rows for name, rows in dump.points.items()
+        },
+    )
+
+
+def only(dump: Dump, *names: str) -> Dump:
+    """Some of a dump's points."""
+    return replace(dump, points={name: dump.points[name] for name in names})
+
+
+FEW = ("embd", "blk.5.l_out", "blk.23.l_out", "output_norm", "logits")
+
+
+def test_one_vector_and_right_logits_is_the_capture(right: Dump, ref: Dump) -> None:
+    """embd = layer 5 = layer 23 while the logits agree: captured late, and the engine is right."""
+    verdict = compare(captured(only(right, *FEW), "blk.23.l_out", "embd", "blk.5.l_out"), ref, F32)
+    assert verdict
+    assert [fault.checkpoint for fault in verdict.record_faults] == ["embd", "blk.5.l_out"]
+    assert all(fault.kind == "moment" and "blk.23.l_out" in fault.sentence for fault in verdict.record_faults)
+    assert verdict.worst is not None
+    assert verdict.worst.of_limit < 1
+
+
+def test_one_vector_and_wrong_logits_is_a_divergence(right: Dump, ref: Dump) -> None:
+    """The same with wrong logits: a divergence that says both readings; where the embedding is right the layers do nothing."""
+    wrong = spoilt(only(right, *FEW), lambda name: name in ("blk.23.l_out", "output_norm", "logits"))
+    verdict = compare(captured(wrong, "blk.23.l_out", "embd", "blk.5.l_out"), ref, F32)
+    assert not verdict
+    assert verdict.pattern is not None
+    assert verdict.pattern.code == "same-vector"
+    assert "captured from one buffer" in verdict.pattern.sentence
+    idle = compare(captured(wrong, "embd", "blk.5.l_out", "blk.23.l_out"), ref, F32)
+    assert idle.pattern is not None
+    assert idle.pattern.code == "no-op"
+    assert idle.pattern.sentence.startswith("blk.5.l_out is embd, unchanged")
+
+
+@pytest.mark.parametrize(
+    ("point", "unchanged", "said"),
+    [
+        ("blk.3.ffn_inp", "blk.3.attn_out", "the addition of blk.2.l_out does nothing"),
+        ("blk.3.l_out", "blk.3.ffn_out", "the addition of blk.3.ffn_inp does nothing"),
+        ("output_norm", "blk.23.l_out", "the norm does nothing"),
+        ("blk.4.q_rope", "blk.4.q", "RoPE does nothing"),
+    ],
+)
+def test_an_operation_that_does_nothing(right: Dump, ref: Dump, point: str, unchanged: str, said: str) -> None:
+    """A missing residual, final norm or rotation, captured honestly: what follows differs, and the operation is named."""
+    order = list(ref.points)
+    wrong = spoilt(right, lambda name: name in order and order.index(name) > order.index(point))
+    verdict = compare(captured(wrong, unchanged, point), ref, F32)
+    assert verdict.first_divergence is not None
+    assert verdict.first_divergence.checkpoint == point
+    assert "this operation is wrong" in verdict.operation
+    assert verdict.pattern is not None
+    assert (verdict.pattern.code, verdict.next) == ("no-op", "")
+    assert said in verdict.pattern.sentence
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [
+        ("q", lambda x: x * np.float32(1.002)),  # a product scaled a little: no scale that anything explains
+        ("attn_out", lambda x: x * np.float32(3.0)),  # small beside the residual stream, and wrong
+        ("k", lambda x: np.roll(x, 1, axis=1)),
+        ("ffn_out", lambda x: -x),
+    ],
+)
+def test_a_wrong_engine_is_not_acquitted(right: Dump, ref: Dump, kind: str, change: Change) -> None:
+    """A wrong operation of one layer whose effect is in everything below is a divergence at its place, however it looks."""
+    point = f"blk.2.{kind}"
+    order = list(ref.points)
+    wrong = spoilt(right, lambda name: name in order and order.index(name) > order.index(point), 1e-3)
+    verdict = compare(changed(wrong, change, lambda name: name == point), ref, F32)
+    assert not verdict
+    assert verdict.record_faults == ()
+
+
+def test_a_small_error_beside_a_large_residual_is_no_record_fault(right: Dump, ref: Dump) -> None:
+    """What is added and wrong by a part in a thousand hides below the limit of the sum: that does not acquit it."""
+    names = ("blk.9.attn_out", "blk.9.ffn_inp", "blk.10.l_out", "logits")
+    added = right.points["blk.9.attn_out"].values * np.float32(2e-5)
+    ours = changed(only(right, *names), lambda x: x + added, lambda name: name in names[:2], None)
+    energy = [float(np.sum(right.points[name].values.astype(np.float64) ** 2)) for name in names[:2]]
+    assert energy[0] < energy[1] / 10
+    verdict = compare(ours, ref, F32)
+    assert not verdict
+    assert verdict.record_faults == ()
+
+
+def test_scores_that_a_soft_max_may_hide_stay_open(right: Dump, ref: Dump) -> None:
+    """Queries that are wrong in no way that a layout explains, while attention agrees: no acquittal, and both readings are said."""
+    ours = changed(only(right, "blk.0.q_rope", "blk.0.kqv_out", "blk.0.l_out", "logits"), lambda x: x**3, kinds("q_rope"))
+    verdict = compare(ours, ref, F32)
+    assert not verdict
+    assert "the record is of another layout, moment or name, or what follows hides the error" in verdict.operation
