@@ -17,6 +17,7 @@ from checkpoints import points
 from checkpoints.errors import InputError
 from checkpoints.gguf_file import Contents
 from checkpoints.jsonl import Writer
+from checkpoints.room import free_memory
 from checkpoints.tensors import beside
 
 from . import dump, twin, twin_cache
@@ -28,7 +29,7 @@ from .llama import Model, Session
 from .naming import Planned
 from .rows import survey
 from .window_proof import Proof, prove
-from .windows import Window, free_memory, layer_bytes, open_window, vocabulary_of
+from .windows import Window, layer_bytes, open_window, vocabulary_of
 
 _SHARE = 2  # a whole model may take half of what is free
 _WINDOW_SHARE = 4  # a window a quarter: its file, its copy as F32 and its page cache come together
