@@ -158,6 +158,7 @@ def dump_windows(library: Library, vocabulary: Model, found: Contents, job: Dump
     proof = prove(library, found, spans, job.tokens)
     sweep = _Sweep(library, found, job, spans, proof)
     known = [item.point for item in proof.whole.known]
+    dump.generates(proof.whole, job, info)
     names = points.select(dump.expression(job, found.layers), known, found.layers)
     planned_at = time.perf_counter()
     follow = list(job.lead or ())
@@ -170,7 +171,7 @@ def dump_windows(library: Library, vocabulary: Model, found: Contents, job: Dump
     pieces = job.pieces or vocabulary.pieces(job.tokens)
     header = dump.header_of(job, info, pieces, library, size)
     with open_dump(job.out, header, binary=job.binary) as writer, dump.tensors_beside(job) as tensors:
-        logits = sweep.run(steps, set(names), Emitter(writer, job, tensors))
+        logits = sweep.run(steps, set(names), Emitter(writer, job, tensors, causal=proof.whole.causal))
         for i, token in enumerate(follow):
             writer.token(dump.token_record(vocabulary, job.first_position + len(job.tokens) + i, token, logits[i]))
     return DumpResult(
