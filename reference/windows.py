@@ -5,7 +5,6 @@ model's own table of contents with the layers renumbered, no tokenizer, and the 
 rows that are needed; tensors are copied raw.
 """
 
-import os
 import re
 import struct
 from collections.abc import Iterator, Sequence
@@ -194,22 +193,6 @@ def _own_layers(value: Value, window: Window, n_layers: int) -> Value:
     size = SIZES[item]
     entries = value.raw[12 + window.first * size : 12 + window.stop * size]
     return replace(value, raw=struct.pack("<IQ", item, window.stop - window.first) + entries)
-
-
-def free_memory() -> int:
-    """Bytes that can be allocated now: the system's, or what its control group leaves."""
-    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                free = int(line.split()[1]) * 1024
-        group = Path("/sys/fs/cgroup")
-        limit = (group / "memory.max").read_text().strip()
-        if limit != "max":
-            free = min(free, int(limit) - int((group / "memory.current").read_text()))
-    except (OSError, ValueError):
-        pass  # not Linux, or no control group: the first number stands
-    return max(free, 0)
 
 
 def layer_bytes(library: Library, found: Contents, *, exact: bool) -> tuple[int, int]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from checkpoints.errors import InputError
 
-from .dense import Shape
+from .dense import MOST_LAYERS, Shape
 
 Value = bool | int | float | str | list[Any]
 Tensor = tuple[str, tuple[int, ...]]
@@ -32,6 +32,7 @@ class Recipe:
         without: regular expressions of optional tensors that the model does without.
         layer_norm: whether norms are LayerNorm (ε under its own key) instead of RMS.
         fused_qkv: whether Q, K and V lie in one tensor.
+        qk_norm: what the weights of norms of queries and keys lie around; small where scores are not scaled by 1/√d.
         kind: the file type where the user asks for no other.
     """
 
@@ -42,6 +43,7 @@ class Recipe:
     without: tuple[str, ...] = ()
     layer_norm: bool = False
     fused_qkv: bool = False
+    qk_norm: float = 1.0
     kind: str = "f16"
 
     def values(self, shape: Shape, changes: Mapping[str, Value]) -> dict[str, Value]:
@@ -100,6 +102,8 @@ def shape_of(recipe: Recipe, **changes: Any) -> Shape:
     if "heads" in asked and recipe.shape.kv_heads == recipe.shape.heads:
         asked.setdefault("kv_heads", asked["heads"])
     shape = replace(recipe.shape, **asked)
+    if shape.layers > MOST_LAYERS:
+        raise InputError(f"llama.cpp runs at most {MOST_LAYERS} layers.", "Change the shape.", code="shape")
     if shape.heads and not shape.head_size and shape.width % shape.heads:
         raise InputError(
             f"a width of {shape.width} is no multiple of {shape.heads} heads.",

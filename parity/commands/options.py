@@ -94,6 +94,9 @@ LayersOption = Annotated[str | None, typer.Option("--layers", help="Layers whose
 PositionsOption = Annotated[str, typer.Option("--positions", help="all, last, or a list: 0,3,7.")]
 SliceOption = Annotated[int, typer.Option("--slice", min=1, max=_LONGEST_ROW, help="Leading values a record carries.")]
 FullOption = Annotated[bool, typer.Option("--full", help="Write whole tensors besides, as safetensors.")]
+BinaryOption = Annotated[
+    bool, typer.Option("--binary", help="Write records as arrays beside the dump's lines: large dumps are read in no time.")
+]
 ArbiterOption = Annotated[
     Arbiter,
     typer.Option(
@@ -148,6 +151,11 @@ TimeoutOption = Annotated[
     float | None,
     typer.Option("--exec-timeout", min=0.001, help="Seconds after which your engine is stopped; default: 3600."),
 ]
+PythonOption = Annotated[
+    str,
+    typer.Option("--python", envvar="PARITY_HF_PYTHON", help="Interpreter that has torch and transformers, for Hugging Face."),
+]
+HfDeviceOption = Annotated[str, typer.Option("--hf-device", help="Where Hugging Face computes: cpu, cuda, cuda:1, mps.")]
 GenerateOption = Annotated[
     int, typer.Option("--generate", min=0, help="Tokens to generate: llama.cpp chooses, the other side is led along.")
 ]
@@ -292,6 +300,7 @@ GROUPS = {
     "positions": _one("positions", PositionsOption, "all", positions),
     "slice": _one("slice_size", SliceOption, 16),
     "full": _one("full", FullOption, False),
+    "binary": _one("binary", BinaryOption, False),
     "generate": _one("generate", GenerateOption, 0),
     "window": _one("window", WindowOption, "auto", window),
     "threads": _one("threads", ThreadsOption),
@@ -301,6 +310,10 @@ GROUPS = {
     "compute": _one("compute", ComputeOption),
     "mapping": Group(
         {"names": (MapOption, None), "offset": (OffsetOption, None)}, lambda names, offset: {"mapping": mapping(names, offset)}
+    ),
+    "hugging_face": Group(
+        {"python": (PythonOption, "python3"), "hf_device": (HfDeviceOption, "cpu")},
+        lambda python, hf_device: {"python": python, "device": hf_device},
     ),
     "despite_lint": _one("despite_lint", DespiteLintOption, False),
     "verbose": _one("verbose", VerboseOption, False),

@@ -12,7 +12,6 @@ from checkpoints.answers.hunt import Hunt, Round
 from checkpoints.errors import InputError, ParityError
 from checkpoints.formats import load
 from checkpoints.jsonl import write
-from checkpoints.reading.reader import read
 from checkpoints.record import Dump, Header, Rows
 from reference.client import Reference
 
@@ -22,6 +21,7 @@ from ..explain.input import explain_dump
 from ..lint.lint import refuse_unusable
 from ..run.command import POINTS, Command
 from ..run.request import Progress, Prompt, Request
+from ..run.results import forget_answer
 from ..run.session import OURS_FILE, REF_FILE, Outcome, comparison_options, following, new_folder, resolve_prompt
 from ..run.sides import ExternalEngine, LlamaCpp
 
@@ -144,9 +144,10 @@ class _Chase:
         return replace(now, points=before.points | now.points, tokens=now.tokens or before.tokens)
 
     def _reference_for(self, ours: Dump) -> Dump:
+        forget_answer(self._folder)
         write(ours, self._folder / OURS_FILE, Header(source=self._command.name))
         LlamaCpp(following(self._request, ours), self._reference).dump(self._prompt, self._folder / REF_FILE, self._progress)
-        return read(self._folder / REF_FILE)
+        return load(self._folder / REF_FILE)
 
 
 def _same(a: Rows, b: Rows) -> bool:
