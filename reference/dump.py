@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from checkpoints import points
+from checkpoints.columns import open_dump
 from checkpoints.dataflow import Dataflow
 from checkpoints.errors import InputError
 from checkpoints.fingerprint import fingerprint
@@ -243,7 +244,7 @@ def dump_whole(library: Library, model: Model, job: DumpJob, info: ModelInfo, st
         header = header_of(job, info, pieces, library, None, dataflow(plans.prompt.nodes, plans.prompt.planned))
         names = points.select(expression(job, model.n_layers), plans.names, model.n_layers)
         planned_at = time.perf_counter()
-        with Writer(job.out, header) as writer, tensors_beside(job) as tensors:
+        with open_dump(job.out, header, binary=job.binary) as writer, tensors_beside(job) as tensors:
             emitter = Emitter(writer, job, tensors, first=first)
             if plans.encoder is not None:
                 emitter.step, emitter.causal = Step(0, 0, job.tokens), plans.encoder.causal
