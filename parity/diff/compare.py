@@ -20,17 +20,18 @@ from .offsets import Placed, elsewhere, place
 from .picture import picture
 from .records import Records
 from .tokens import compare_tokens, same_experiment, token_text
+from .truth import Truth
 
 
 @dataclass(frozen=True)
 class Options:
     """How to compare.
 
-    `tolerance`: one NMSE limit for everything. `compute`: arithmetic of our side (f32, tf32, f16, bf16) where its header
+    `tolerance`: one NMSE limit for everything. `compute`: arithmetic of our side (f32, tf32, f16, bf16, q8) where its header
     does not say it. `strict`: what one side lacks is a divergence, and so is a record that differs, whatever is
     made from it. `step`: which of contradicting records of one key counts.
     `placed`: the caller says that our positions count as the reference's do; else they are looked for where nothing says it.
-    `limits`: those to apply instead of the table's.
+    `limits`: those to apply instead of the table's. `truth`: who knows what the model gives in float64.
     """
 
     tolerance: float | None = None
@@ -39,6 +40,7 @@ class Options:
     step: int | None = None
     placed: bool = False
     limits: Limits | None = None
+    truth: Truth | None = None
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ def comparison(ours: Dump, ref: Dump, options: Options | None = None) -> Compari
     alignment = align(ours, ref, options.step, tokens, whole)
     found = measured(alignment, ours, ref)
     model = flow(found.names, whole, _layers(ref) or _layers(ours))
-    held = hold(found, allowed, model, excuse_noise=options.tolerance is None)
+    held = hold(found, allowed, model, excuse_noise=options.tolerance is None, truth=options.truth)
     verdicts = Judged(np.zeros(len(found.point), dtype=np.bool_))
     if not options.strict:
         verdicts = judged(found, held, model, ours, ref)
@@ -111,6 +113,7 @@ def comparison(ours: Dump, ref: Dump, options: Options | None = None) -> Compari
         missing_ref=alignment.missing_ref,
         left_out=alignment.left_out,
         strict=options.strict,
+        stated=(options.compute or (ours.header.compute if ours.header is not None else "")).lower(),
         notes=(
             *((placed.note,) if placed.note else ()),
             *elsewhere(ours, ref, wrong),

@@ -13,11 +13,14 @@ from checkpoints.answers.diff import (
     PARITY,
     Origin,
     PointSummary,
+    Precision,
     Verdict,
 )
+from checkpoints.points import LOGITS
 
 from .choices import choices
 from .first import First, explain_first
+from .limits import EXACT_FLOOR, NATIVE, lowest
 from .records import Records
 from .seen import seen
 
@@ -62,7 +65,25 @@ def judge(records: Records) -> Verdict:
         notes=tuple(notes),
         record_faults=records.record_faults,
         seen=rows_seen,
+        precision=_precision(records),
     )
+
+
+def _precision(records: Records) -> Precision | None:
+    """In which arithmetic the sides were judged; where nothing says it, the most precise one that the errors allow."""
+    if records.mode == NATIVE or not len(records):
+        return None
+    trusted = ~records.otherwise
+    logits = np.array([name == LOGITS for name in records.names])[records.point] & trusted
+    nmse = records.measures.nmse
+    worst, worst_logits = (float(nmse[rows].max(initial=0.0)) for rows in (trusted & ~logits, logits))
+    exact = np.where(logits, EXACT_FLOOR.logits, EXACT_FLOOR.operations)
+    over = np.flatnonzero(trusted & (nmse > np.maximum(exact, np.where(records.limits.assumed, 0.0, records.limit))))
+    in_float32 = records.names[int(records.point[over[0]])] if len(over) and records.limits.assumed else ""
+    if records.limits.assumed:
+        arithmetic = lowest(worst, worst_logits)
+        return Precision(arithmetic, arithmetic != "f32", "assumed", in_float32)
+    return Precision(records.stated, False, "stated") if records.stated else None
 
 
 def _origins(records: Records) -> list[int]:

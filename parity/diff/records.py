@@ -32,6 +32,7 @@ class Records:
         decode: our side's phase.
         limit: NMSE limit of each record. `of_limit`: error in proportion to it; `failed` where that is above 1, but
             for those that are `otherwise`: they show something else than the point that they are named after.
+        stated: the arithmetic of ours, where a header or the caller says it.
         undecided: points that differ, though nothing that is made from them does.
         upstream: errors of what each record depends on, by `flow`.
         left_out: records that the token sequences left out.
@@ -61,6 +62,7 @@ class Records:
     missing_ref: Missing
     left_out: int
     strict: bool
+    stated: str
     notes: tuple[str, ...]
     record_faults: tuple[RecordFault, ...] = ()
     undecided: frozenset[str] = frozenset()
