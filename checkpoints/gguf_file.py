@@ -25,7 +25,7 @@ _LEAST_VALUE, _LEAST_TENSOR = 13, 32
 SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # gguf_type -> bytes
 FORMATS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY, UINT32 = 8, 9, 4
-_FAMILIES = {0: "f32", 1: "f16", 30: "bf16", 28: "f64", 24: "i8", 25: "i16", 26: "i32", 27: "i64"}  # by ggml_type
+_FAMILIES = {0: "f32", 1: "f16", 30: "bf16", 28: "f32"}  # by ggml_type; F64 is no coarser than F32
 
 
 @dataclass(frozen=True)

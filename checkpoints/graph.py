@@ -17,21 +17,22 @@ VIEWS = frozenset({"VIEW", "RESHAPE", "PERMUTE", "TRANSPOSE"})
 
 
 class Size(NamedTuple):
-    """fixed + tokens · T + cached · S + product · T · S."""
+    """fixed + tokens · T + cached · S + product · T · S + square · T²."""
 
     fixed: int
     tokens: int = 0
     cached: int = 0
     product: int = 0
+    square: int = 0
 
     def at(self, t: int, s: int) -> int:
         """Its value in a pass of t tokens that leaves s positions in the cache."""
-        return self.fixed + self.tokens * t + self.cached * s + self.product * t * s
+        return self.fixed + self.tokens * t + self.cached * s + self.product * t * s + self.square * t * t
 
     @property
     def constant(self) -> bool:
         """Whether it is the same in every pass."""
-        return not (self.tokens or self.cached or self.product)
+        return not (self.tokens or self.cached or self.product or self.square)
 
     def divided(self, by: int) -> "Size":
         """The same in units of `by`.
@@ -71,6 +72,7 @@ class Tensor:
         root: the tensor whose memory this one shows, None if it has its own; `offset` bytes into it.
         point: the name of the value in the vocabulary of points, "" where it has none.
         operand_points: names of operands (by number) that are points of their own, as k_read and v_read are.
+        parts: points that are a part of its rows: name, leading and last + 1 element of the innermost dimension.
         rule: of an input, what it is made of.
     """
 
@@ -86,12 +88,13 @@ class Tensor:
     offset: Size = NOTHING
     point: str = ""
     operand_points: Mapping[int, str] = field(default_factory=dict)
+    parts: tuple[tuple[str, int, int], ...] = ()
     rule: Rule | None = None
 
     @property
     def position_axis(self) -> int | None:
         """The dimension of `ne` that counts the tokens of the pass, None if there is not exactly one."""
-        found = [axis for axis, size in enumerate(self.ne) if size.tokens or size.product]
+        found = [axis for axis, size in enumerate(self.ne) if size.tokens or size.product or size.square]
         return found[0] if len(found) == 1 and self.ne[found[0]] == Size(0, 1) else None
 
 
@@ -186,6 +189,8 @@ def _plain(tensor: Tensor) -> dict[str, Any]:
         plain["point"] = tensor.point
     if tensor.operand_points:
         plain["operand_points"] = {str(number): name for number, name in tensor.operand_points.items()}
+    if tensor.parts:
+        plain["parts"] = [list(part) for part in tensor.parts]
     if tensor.rule is not None:
         plain["rule"] = {"kind": tensor.rule.kind, **tensor.rule.parameters}
     return plain
@@ -223,6 +228,7 @@ def _tensor(plain: Mapping[str, Any], count: int) -> Tensor:
         offset=_read_size(plain.get("offset", 0)),
         point=str(plain.get("point", "")),
         operand_points={int(number): str(name) for number, name in plain.get("operand_points", {}).items()},
+        parts=tuple((str(name), int(start), int(stop)) for name, start, stop in plain.get("parts", ())),
         rule=None if rule is None else Rule(rule["kind"], {key: value for key, value in rule.items() if key != "kind"}),
     )
 

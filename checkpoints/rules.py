@@ -82,6 +82,16 @@ def _zero(now: Pass) -> Values:
     return np.zeros(1)
 
 
+def _last(now: Pass) -> Values:
+    """The number of the last row."""
+    return np.array([len(now.tokens) - 1])
+
+
+def _mean(now: Pass) -> Values:
+    """1 / T for each row: the mean over the pass."""
+    return np.full(len(now.tokens), np.float32(1) / np.float32(len(now.tokens)), np.float32)
+
+
 def _mask(now: Pass, *, window: str, size: int = 0, alibi: bool = False) -> Values:
     """0 (with ALiBi minus the distance) where a key is seen, −∞ elsewhere: [T, S]."""
     seen = visible(now.positions, now.keys, window=window, size=size)
@@ -107,6 +117,8 @@ RULES: dict[str, Callable[..., Values]] = {
     "cells": _cells,
     "cells_transposed": _cells_transposed,
     "zero": _zero,
+    "last": _last,
+    "mean": _mean,
     "mask": _mask,
     "temperature": _temperature,
 }
@@ -149,6 +161,7 @@ def _candidates(recorded: Sequence[Recorded], facts: Mapping[str, Any]) -> list[
         floor = facts.get("attention.temperature_length") or facts.get("rope.scaling.original_context_length") or 8192
         scale = facts.get("attention.temperature_scale") or 0.1
         return [
+            Rule("mean"),
             *masks,
             *(
                 Rule("temperature", {"floor": int(n), "scale": float(scale), "offset": o})
@@ -156,7 +169,7 @@ def _candidates(recorded: Sequence[Recorded], facts: Mapping[str, Any]) -> list[
                 for o in (0.0, 1.0)
             ),
         ]
-    rules = [Rule("tokens"), Rule("rows"), Rule("cells"), Rule("positions"), Rule("zero")]
+    rules = [Rule("tokens"), Rule("rows"), Rule("cells"), Rule("positions"), Rule("zero"), Rule("last")]
     if first.ne[0] == 4 * count:
         rules += [Rule("positions", {"sections": 4, "zeros": zeros}) for zeros in (1, 0)]
     if first.ne[0] % count == 0 and first.data.size > count:

@@ -115,7 +115,10 @@ def put(path: Path, content: bytes) -> None:
 
 def unwritable(path: str | os.PathLike[str], error: OSError, advice: str = "Choose another path.") -> InputError:
     """The error that says why an output cannot be written."""
-    return InputError(f"cannot write {os.fspath(path)}: {error.strerror or error}.", advice, code="output")
+    reason = error.strerror or str(error)
+    if " requested and " in reason:  # NumPy's, which does not say why
+        reason = "the disk took only part of it"
+    return InputError(f"cannot write {os.fspath(path)}: {reason}.", advice, code="output")
 
 
 def is_special(path: Path) -> bool:

@@ -195,6 +195,11 @@ def positions_first(x: Array) -> Array:
     return part(x).reshape(x.shape[0], -1)
 
 
+def flat(x: Array) -> Array:
+    """A value as one row: [any shape of n elements] -> [1, n]."""
+    return part(x).reshape(1, -1)
+
+
 def left_in_state(before: Array, written: Array, *, start: int, size: int) -> Array:
     """A recurrent state with a part of it overwritten: [size], [any shape of n elements] -> [size]; the part begins at `start`."""
     flat = written.reshape(-1)

@@ -115,6 +115,11 @@ class Transformer:
         return "f32"
 
     @property
+    def causal(self) -> bool:
+        """Whether no position sees a later one; an encoder's do."""
+        return not any(step.params.get("window") in ("all", "symmetric") for step in self.steps)
+
+    @property
     def points(self) -> list[str]:
         """Every point that can be captured, in dataflow order."""
         return [step.makes for step in self.steps if not step.inner]
@@ -132,7 +137,7 @@ class Transformer:
         self.check(tokens, sequence.first + sequence.length)
         positions = np.arange(len(tokens), dtype=np.int64) + sequence.first + sequence.length
         if tap is not None:
-            tap.begin(Pass(positions, sequence.passes, decode=sequence.passes > 0, first=sequence.first))
+            tap.begin(Pass(positions, sequence.passes, decode=sequence.passes > 0, first=sequence.first, causal=self.causal))
         values = {
             graph.TOKENS: self.backend.array(np.asarray(tokens, dtype=np.int64)),
             graph.POSITIONS: self.backend.array(positions),
@@ -146,7 +151,8 @@ class Transformer:
     def _compute(self, values: dict[str, Array], sequence: Progress, tap: graph.Tap) -> Array:
         """The last step's value."""
         steps = self.single if self.single is not None and len(values[graph.TOKENS]) == 1 else self.steps
-        return graph.run(steps, values, self.weights, sequence.cache, tap, keep=(LOGITS,))[LOGITS]
+        last = LOGITS if any(step.makes == LOGITS for step in steps) else steps[-1].makes
+        return graph.run(steps, values, self.weights, sequence.cache, tap, keep=(last,))[last]
 
     def check(self, tokens: Sequence[int], before: int) -> None:
         """Raises InputError for tokens that this model cannot take after `before` positions."""

@@ -12,11 +12,13 @@ import sys
 from itertools import pairwise
 
 from checkpoints.errors import ParityError
+from checkpoints.printable import printable
 
 INTERRUPTED = 130
 UNREAD = 141  # what a shell shows of a program that wrote into a closed pipe: 128 + SIGPIPE
 INTERNAL = 3
 UNTESTABLE = 125  # git bisect's own
+_LONGEST_ERROR = 1500  # characters: a list of names that could have been meant is long, a value that is wrong is not
 
 
 # NumPy's OpenBLAS lets its threads spin for 2^26 cycles after each product, beside llama.cpp's threads on the same cores: `parity run`
@@ -69,8 +71,6 @@ def run(arguments: list[str]) -> int:
     except OSError as error:
         if os.environ.get("PARITY_TRACEBACK"):
             raise
-        if error.filename is None:
-            _drop_output()
         what = "the answer or a file cannot be written or read" if error.filename is None else str(error.filename)
         return _fail(arguments, 2, "system", f"{what}: {error.strerror or error}.", "Check space and permissions.")
     except Exception as error:
@@ -111,10 +111,15 @@ def _interrupted() -> int:
 def _fail(arguments: list[str], exit_code: int, code: str, message: str, advice: str, *, end: str = "") -> int:
     line = " ".join(f"{message}{end} {advice}".split())
     if _wants_json(arguments):
-        error = {"code": code, "message": " ".join(f"{message}{end}".split()), "advice": advice}
-        print(json.dumps({"schema": 1, "error": error}))
-    else:
-        print(f"parity: {line}", file=sys.stderr)
+        said = printable(" ".join(f"{message}{end}".split()), _LONGEST_ERROR)
+        error = {"code": code, "message": said, "advice": printable(advice, _LONGEST_ERROR)}
+        try:
+            print(json.dumps({"schema": 1, "error": error}), flush=True)
+        except OSError:  # nobody can read it there
+            _drop_output()
+        else:
+            return exit_code
+    print(f"parity: {printable(line, _LONGEST_ERROR)}", file=sys.stderr)
     return exit_code
 
 

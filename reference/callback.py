@@ -4,7 +4,7 @@
 in it would be swallowed by ctypes: it is kept, the computation is stopped, and `check` raises it afterwards.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +26,7 @@ class Tap:
         self._ggml = ggml
         self._listing: list[tuple[Node, bool]] | None = None
         self.causal = True  # of the pass that was listed last: whether its masks hide every later position
+        self._masks: dict[int, bytes] = {}  # likewise: of each soft max by address its mask
         self._marked = False  # whether this llama.cpp marks the nodes that it computes
         self._wanted: dict[Signature, list[Planned]] = {}
         self._deliver: Deliver | None = None
@@ -45,6 +46,7 @@ class Tap:
         self._reset()
         self._listing = []
         self.causal = True
+        self._masks = {}
 
     def listed(self) -> list[Node]:
         """The nodes noted, in the order of computation; without those that stand in the graph but are not computed.
@@ -64,6 +66,10 @@ class Tap:
         """Leave the next pass after its first node; llama.cpp takes it for computed."""
         self._reset()
         self._skipping = True
+
+    def masks_of(self, nodes: Sequence[Node]) -> list[bytes]:
+        """Of each node listed last the mask that it applies, b"" where it applies none."""
+        return [self._masks.get(node.address, b"") for node in nodes]
 
     def take(self, wanted: Iterable[Planned], deliver: Deliver | None) -> None:
         """During the next pass hand the wanted values to `deliver`, each as it is computed."""
@@ -109,8 +115,10 @@ class Tap:
         tensor = self._ggml.tensor(address)
         if self._listing is not None:
             self._listing.append((self._ggml.node(tensor), bool(tensor.flags & COMPUTED)))
-            if self.causal and self._ggml.op_name(tensor.op) == "SOFT_MAX" and tensor.src[1]:
-                self.causal = not _shows_later(self._ggml.read(tensor.src[1].contents)[0, 0], tensor.ne[1])
+            if self._ggml.op_name(tensor.op) == "SOFT_MAX" and tensor.src[1]:
+                mask = self._ggml.read(tensor.src[1].contents)
+                self.causal = self.causal and not _shows_later(mask[0, 0], tensor.ne[1])
+                self._masks[address] = mask.tobytes()
             return False
         if self._marked and not tensor.flags & COMPUTED:
             self._current = []

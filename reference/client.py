@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from checkpoints import errors
 from checkpoints.errors import ReferenceFailed
 from checkpoints.graph import RecordedGraph
+from checkpoints.printable import printable
 
 from .child import Child, finish
 from .jobs import EXACT, Description, DumpJob, DumpResult, Node, Tokens
@@ -65,7 +66,7 @@ class Reference:
                         yield answer[1]
                         continue
                     if answer[0] == "note":
-                        print(f"parity: {answer[1]}", file=sys.stderr)
+                        print(f"parity: {printable(answer[1], None)}", file=sys.stderr)
                         continue
                     finished = True
                     break

@@ -121,7 +121,9 @@ def record(model: Model, weights: Iterable[str], *, fingerprint: str, n_ctx: int
     facts = _facts(model)
     window = int(facts.get("attention.sliding_window") or 0)
     context = _context(facts, window, n_ctx, _bytes_a_position(model, facts))
-    with Session(model, n_ctx=context, n_batch=_BATCH) as session:
+    # An encoder's window is seen only by a pass that is longer.
+    batch = _BATCH if facts.get("attention.causal") != "false" else min(max(_BATCH, window + 8), context)
+    with Session(model, n_ctx=context, n_batch=batch) as session:
         bench = _Bench(session, names, context)
         bench.fill(2)
         bench.settle()
@@ -131,29 +133,31 @@ def record(model: Model, weights: Iterable[str], *, fingerprint: str, n_ctx: int
         grid += [bench.take(3), bench.take(5)]
         singles.append(bench.take(1))
         proofs = [bench.take(7)]
-        if window and context > window + _BATCH:
+        if not bench.caches:
+            proofs.append(bench.take(batch - 1))
+        elif window and context > window + _BATCH:
             bench.fill_to(window + 2)
             proofs.append(bench.take(6))
-        if not any(leaf.name.startswith(_STATES) for leaf in grid[0].leaves.values()):  # which a first pass sets to zero
+        # States are set to zero by a first pass, which is another graph therefore.
+        if bench.caches and not any(leaf.name.startswith(_STATES) for leaf in grid[0].leaves.values()):
             session.clear()
             bench.restart(_FAR)
             proofs.append(bench.take(4))
     ggml = model.library.ggml
     several = _graph(grid, proofs, ggml, names, facts, "a pass over several tokens")
-    known = [(tensor.name, tensor.rule) for tensor in several.tensors if tensor.rule is not None]
-    single = _graph_of_one(singles, ggml, names, facts, known)
+    single = _graph_of_one(singles, ggml, names, facts, several)
     same = _same(several, single)
     return RecordedGraph(facts["general.architecture"], model.n_layers, fingerprint, several, None if same else single)
 
 
 class _Bench:
-    """A session whose passes are noted or skipped; nothing is computed in either."""
+    """A session whose passes are noted or skipped; nothing is computed in either. `caches`: whether the model keeps positions."""
 
     def __init__(self, session: Session, weights: frozenset[str], n_ctx: int) -> None:
         self._session, self._weights, self._n_ctx = session, weights, n_ctx
         self._origin = _FIRST
         self._next = _FIRST
-        self._cells_offset = 0
+        self.caches = True
 
     def restart(self, first: int) -> None:
         """An empty cache; the next token stands at `first`."""
@@ -166,6 +170,7 @@ class _Bench:
     def _advance(self, after: int) -> None:
         last = self._session.last_position()
         self._next = after if last is None else last + 1
+        self.caches = last is not None
 
     def fill(self, count: int) -> None:
         """Let `count` positions count as computed."""
@@ -174,23 +179,23 @@ class _Bench:
 
     def fill_to(self, cells: int) -> None:
         """Fill until so many positions are cached."""
-        while (missing := cells - (self._next - self._origin)) > 0:
-            before = self._next
+        while self.caches and (missing := cells - (self._next - self._origin)) > 0:
             self.fill(min(missing, _BATCH))
-            if self._next == before:  # no cache at all
-                return
 
     def take(self, count: int) -> _Taken:
         """Note a pass over `count` tokens."""
         session, first = self._session, self._next
         tokens = _ids(first, count, session.model.n_vocab)
         used = first - self._origin + count
+        if not self.caches:  # each pass stands alone
+            first = self._origin = _FIRST
+            used = count
         now = Pass(
             np.array(tokens, np.int64),
             np.arange(first, first + count, dtype=np.int64),
             np.arange(self._origin, first + count, dtype=np.int64),
         )
-        taken = _Taken(now, min(self._n_ctx, -(-used // _PAD) * _PAD))
+        taken = _Taken(now, min(self._n_ctx, -(-used // _PAD) * _PAD) if self.caches else 0)
         session.record(tokens, first, Recorder(session.model.library.ggml, self._weights, taken).asked)
         last = session.last_position()
         # The positions of a pass that was stopped are taken back, except from recurrent memories, which cannot.
@@ -242,33 +247,44 @@ def _graph(
     grid: Sequence[_Taken], proofs: Sequence[_Taken], ggml: Ggml, weights: frozenset[str], facts: dict[str, Any], what: str
 ) -> Graph:
     """The graph of passes over (T1, S1), (T2, S1), (T1, S2), (T2, S2), held to further ones."""
-    flats = [_flat(taken, ggml) for taken in (*grid, *proofs)]
+    passes = (*grid, *proofs)
+    flats = [_flat(taken, ggml) for taken in passes]
     _same_structure(flats, what)
     numbers = np.array([flat.numbers for flat in flats], dtype=np.int64)
-    (a, b, c, d), (t1, t2), (s1, s2) = (
-        numbers[:4],
-        [len(taken.now.tokens) for taken in grid[:2]],
-        (grid[0].cached, grid[2].cached),
-    )
-    dt, ds = t2 - t1, max(s2 - s1, 1)
-    product = (d - c - b + a) // (dt * ds)
-    tokens = (b - a) // dt - product * s1
-    cached = (c - a) // ds - product * t1
-    fixed = a - tokens * t1 - cached * s1 - product * t1 * s1
-    for taken, seen in zip((*grid, *proofs), numbers, strict=True):
-        t, s = len(taken.now.tokens), taken.cached
-        wrong = np.flatnonzero((fixed + tokens * t + cached * s + product * t * s != seen).any(axis=1))
+    counts, cached = [len(taken.now.tokens) for taken in passes], [taken.cached for taken in passes]
+    sizes = _over_a_cache(numbers, counts, cached) if any(cached) else _without_a_cache(numbers, counts)
+    for t, s, seen in zip(counts, cached, numbers, strict=True):
+        wrong = np.flatnonzero((sizes @ np.array([1, t, s, t * s, t * t]) != seen).any(axis=1))
         if len(wrong):
             raise _odd(flats[0].tensors[int(wrong[0])], f"has sizes that do not follow the length ({what})")
-    sizes = np.stack([fixed, tokens, cached, product], axis=-1)
-    return _assemble(flats, sizes, (*grid, *proofs), ggml, weights, facts)
+    return _assemble(flats, sizes, passes, ggml, weights, facts)
 
 
 _Known = Sequence[tuple[str, Rule]]  # rules of inputs of that name, which one token alone may not tell apart
 
 
+def _over_a_cache(numbers: NDArray[np.int64], counts: Sequence[int], cached: Sequence[int]) -> NDArray[np.int64]:
+    """Sizes as expressions of T and S, from passes over (T1, S1), (T2, S1), (T1, S2), (T2, S2): int64 [tensors, 9, 5]."""
+    (a, b, c, d), t, s = numbers[:4], counts[0], cached[0]
+    dt, ds = counts[1] - t, max(cached[2] - s, 1)
+    product = (d - c - b + a) // (dt * ds)
+    tokens = (b - a) // dt - product * s
+    held = (c - a) // ds - product * t
+    return np.stack([a - tokens * t - held * s - product * t * s, tokens, held, product, np.zeros_like(a)], axis=-1)
+
+
+def _without_a_cache(numbers: NDArray[np.int64], counts: Sequence[int]) -> NDArray[np.int64]:
+    """The same of an encoder, whose keys are those of the pass: from passes of three lengths, with T²."""
+    (a, b), c = numbers[:2], numbers[counts.index(max(counts))]
+    t, u, v = counts[0], counts[1], max(counts)
+    square = ((c - a) * (u - t) - (b - a) * (v - t)) // ((v - t) * (v - u) * (u - t))
+    tokens = (b - a) // (u - t) - square * (u + t)
+    zero = np.zeros_like(a)
+    return np.stack([a - tokens * t - square * t * t, tokens, zero, zero, square], axis=-1)
+
+
 def _graph_of_one(
-    singles: Sequence[_Taken], ggml: Ggml, weights: frozenset[str], facts: dict[str, Any], known: _Known
+    singles: Sequence[_Taken], ggml: Ggml, weights: frozenset[str], facts: dict[str, Any], several: Graph
 ) -> Graph:
     """The graph of steps over one token, with the cache filled to two lengths."""
     flats = [_flat(taken, ggml) for taken in singles]
@@ -276,8 +292,8 @@ def _graph_of_one(
     a, b = (flat.numbers for flat in flats)
     cached = (b - a) // max(singles[1].cached - singles[0].cached, 1)
     zero = np.zeros_like(cached)
-    sizes = np.stack([a - cached * singles[0].cached, zero, cached, zero], axis=-1)
-    return _assemble(flats, sizes, singles, ggml, weights, facts, known)
+    sizes = np.stack([a - cached * singles[0].cached, zero, cached, zero, zero], axis=-1)
+    return _assemble(flats, sizes, singles, ggml, weights, facts, several)
 
 
 @dataclass
@@ -339,15 +355,20 @@ def _assemble(
     ggml: Ggml,
     weights: frozenset[str],
     facts: dict[str, Any],
-    known: _Known = (),
+    several: Graph | None = None,
 ) -> Graph:
     flat = flats[0]
-    points, operands = _points(flat, ggml)
+    names = _points(flat, ggml)
+    # What has a row for each position is seen only where there are several.
+    rows = frozenset() if several is None else {tensor.point for tensor in several.tensors}
+    known = () if several is None else [(tensor.name, tensor.rule) for tensor in several.tensors if tensor.rule is not None]
     tensors = []
     for i, raw in enumerate(flat.tensors):
         op = ggml.op_name(raw.op)
         kind = NODE if i >= flat.leaves else _kind(raw, weights)
         made = [Size(*(int(number) for number in row)) for row in sizes[i]]
+        ne = (made[0], made[1], made[2], made[3])
+        point = names.points.get(i, "")
         params = raw.params if kind == NODE and op not in ("VIEW", "RESHAPE", "PERMUTE", "TRANSPOSE") else (0,) * 16
         if kind == NODE and any(other.tensors[i].params != raw.params for other in flats) and params == raw.params:
             raise _odd(raw, "has parameters that follow the length")
@@ -358,13 +379,14 @@ def _assemble(
                 op=op,
                 params=params,
                 type=ggml.type_name(raw.type),
-                ne=(made[0], made[1], made[2], made[3]),
+                ne=ne,
                 nb=(made[4], made[5], made[6], made[7]),
                 sources=flat.sources[i],
                 root=flat.roots[i],
                 offset=made[8],
-                point=points.get(i, ""),
-                operand_points=operands.get(i, {}),
+                point=point if i in names.once or (point in rows if several is not None else Size(0, 1) in ne) else "",
+                operand_points=names.operands.get(i, {}),
+                parts=tuple(names.parts.get(i, ())),
                 rule=_rule(i, raw, flats, passes, facts, known) if kind == INPUT else None,
             )
         )
@@ -393,8 +415,18 @@ def _rule(
     return explain(recorded, facts, [rule for name, rule in known if name == raw.name])
 
 
-def _points(flat: _Flat, ggml: Ggml) -> tuple[dict[int, str], dict[int, dict[int, str]]]:
-    """The points that stand for nodes, and for operands of nodes, by index: those that a dump of the reference has."""
+@dataclass
+class _Names:
+    """The points that stand for nodes, for operands of nodes and for parts of nodes, by index."""
+
+    points: dict[int, str] = field(default_factory=dict)
+    operands: dict[int, dict[int, str]] = field(default_factory=dict)
+    parts: dict[int, list[tuple[str, int, int]]] = field(default_factory=dict)
+    once: set[int] = field(default_factory=set)
+
+
+def _points(flat: _Flat, ggml: Ggml) -> _Names:
+    """The points that a dump of the reference has."""
 
     def source(raw: _Raw) -> Source:
         return Source(raw.name, ggml.op_name(raw.op), ggml.type_name(raw.type), raw.ne, raw.address)
@@ -410,17 +442,18 @@ def _points(flat: _Flat, ggml: Ggml) -> tuple[dict[int, str], dict[int, dict[int
         signer.sign(node.name, node.op, node.sources[0].name if node.sources else ""): i + flat.leaves
         for i, node in enumerate(nodes)
     }
-    points: dict[int, str] = {}
-    named: dict[int, dict[int, str]] = {}
+    names = _Names()
     for planned in plan(nodes):
-        if planned.part is not None:  # a part of a value that has a point of its own
-            continue
         index = place[planned.signature]
-        if planned.operand is None:
-            points[index] = planned.point
+        if planned.part is not None:
+            names.parts.setdefault(index, []).append((planned.point, *planned.part))
+        elif planned.operand is None:
+            names.points[index] = planned.point
+            if planned.once:
+                names.once.add(index)
         else:
-            named.setdefault(index, {})[planned.operand] = planned.point
-    return points, named
+            names.operands.setdefault(index, {})[planned.operand] = planned.point
+    return names
 
 
 def _same(several: Graph, single: Graph) -> bool:

@@ -4,6 +4,8 @@ import os
 from collections import deque
 from typing import Any
 
+from checkpoints.printable import printable
+
 from .bindings import bindings
 from .ggml import Ggml
 
@@ -30,8 +32,9 @@ class Library:
 
     def _note(self, level: int, text: bytes, _data: int | None) -> None:
         self.lines.append((level, text.decode(errors="replace").rstrip("\n")))
-        if self._verbose_fd is not None:
-            os.write(self._verbose_fd, text)
+        if self._verbose_fd is not None:  # a model's metadata stand in it
+            lines = text.decode(errors="replace").split("\n")
+            os.write(self._verbose_fd, "\n".join(printable(line.expandtabs(), None) for line in lines).encode(errors="replace"))
 
     def reason(self) -> str:
         """The first error that llama.cpp logged since `lines` was cleared, without the names of its functions."""

@@ -57,8 +57,13 @@ class Model:
         self.n_params = int(api.llama_model_n_params(self._model))
         if vocab_only:  # llama.cpp leaves these at 0
             prefix = self._value("general.architecture")
-            self.n_ctx_train = int(self._value(f"{prefix}.context_length") or 0)
-            self.n_layers = int(self._value(f"{prefix}.block_count") or 0)
+            self.n_ctx_train = self._count(f"{prefix}.context_length")
+            self.n_layers = self._count(f"{prefix}.block_count")
+
+    def _count(self, key: str) -> int:
+        """A whole number of the metadata, 0 where there is none."""
+        text = self._value(key)
+        return int(text) if text.isascii() and text.isdigit() else 0
 
     @property
     def embeds(self) -> bool:

@@ -23,6 +23,7 @@ from .rows import arrange, row_shape, survey
 from .sweep import dump_windows, window_size
 from .twin import Twins
 from .wanted import wanted_tensors
+from .window_proof import prove
 from .windows import Window, open_window
 
 Item = Callable[[Any], None]
@@ -34,6 +35,7 @@ class Service:
     def __init__(self, verbose_fd: int | None) -> None:
         self._library = Library(verbose_fd)
         self._twins = Twins(self._library)
+        self._windows: dict[tuple[str, tuple[int, int], int], bool] = {}  # proven ones: whether they need an output matrix
         self._models: dict[bool, tuple[tuple[Any, ...], Model]] = {}
 
     def _model(self, path: Path, *, vocab_only: bool = False) -> Model:
@@ -136,12 +138,25 @@ class Service:
                 f"a hidden state of shape {hidden.shape} is not [T, {width}].", "Give one row a position.", code="hidden"
             )
         count = len(hidden)
-        window = Window(*span)
+        window = self._proven(found, span, count)
         with (
             open_window(self._library, found, window, exact=mode == EXACT, threads=threads) as model,
             Session(model, n_ctx=count, n_batch=count, kv_type=kv_type, threads=threads) as session,
         ):
             self._deliver(session, hidden, expression, found.layers, window.first, item, last=window.stop == found.layers)
+
+    def _proven(self, found: Contents, span: tuple[int, int], count: int) -> Window:
+        """The window of these layers, which is proven once to compute what the whole model does there."""
+        first, stop = span
+        if not 0 <= first < stop <= found.layers:
+            raise InputError(
+                f"there are no layers {first}…{stop - 1}.", f"The model has layers 0…{found.layers - 1}.", code="layers"
+            )
+        known = (found.fingerprint, span, count)
+        if known not in self._windows:
+            proof = prove(self._library, found, [span], (0,) * count, hidden=True)
+            self._windows[known] = proof.untied
+        return Window(first, stop, None, self._windows[known])
 
     def _deliver(
         self,

@@ -17,6 +17,7 @@ from checkpoints import points
 from checkpoints.errors import InputError
 from checkpoints.gguf_file import Contents
 from checkpoints.jsonl import Writer
+from checkpoints.room import free_memory
 from checkpoints.tensors import beside
 
 from . import dump, twin, twin_cache
@@ -27,7 +28,8 @@ from .library import Library
 from .llama import Model, Session
 from .naming import Planned
 from .rows import survey
-from .windows import UNIFORM, Window, check_windows, free_memory, layer_bytes, open_window, vocabulary_of
+from .window_proof import Proof, prove
+from .windows import Window, layer_bytes, open_window, vocabulary_of
 
 _SHARE = 2  # a whole model may take half of what is free
 _WINDOW_SHARE = 4  # a window a quarter: its file, its copy as F32 and its page cache come together
@@ -45,11 +47,10 @@ def window_size(library: Library, found: Contents, job: DumpJob) -> int | None:
     if isinstance(job.window, int):
         if job.window < 1:
             raise InputError(f"a window of {job.window} layers holds nothing.", "Take 1 or more.", code="window")
-        check_windows(found)
         return job.window if job.window < found.layers else None
     if job.window != "auto":
         raise InputError(f"--window {job.window!r} is none.", "Take auto, off, or a number of layers.", code="window")
-    if found.architecture not in UNIFORM or (found.integer("split.count") or 1) > 1 or not exact:
+    if (found.integer("split.count") or 1) > 1 or not exact:
         return None
     need, free = twin.twin_bytes(found), free_memory()
     folder = twin_cache.workspace()
@@ -68,25 +69,8 @@ class _Sweep:
     library: Library
     found: Contents
     job: DumpJob
-    size: int
-
-    def windows(self) -> list[tuple[int, int]]:
-        n_layers = self.found.layers
-        return [(first, min(first + self.size, n_layers)) for first in range(0, n_layers, self.size)]
-
-    def names(self) -> list[str]:
-        """Every point of the model, in order: layers are alike, so the first layer's graph tells."""
-        window = Window(0, 1, self.job.tokens)
-        with open_window(self.library, self.found, window, exact=self.job.mode == EXACT, threads=self.job.threads) as model:
-            inputs = _local(self.job.tokens, self.job.tokens, self.n_vocab)
-            with Session(model, n_ctx=len(inputs), n_batch=len(inputs), threads=self.job.threads) as session:
-                known = self._known(session, inputs, 0)
-        parsed = [points.parse(item.point) for item in known]
-        layered = [i for i, point in enumerate(parsed) if point.layer is not None]
-        before = [point.name for point in parsed[: layered[0]]]
-        after = [point.name for point in parsed[layered[0] :] if point.layer is None]
-        kinds = [point.kind for point in parsed if point.layer is not None]
-        return [*before, *(points.in_layer(i, kind) for i in range(self.found.layers) for kind in kinds), *after]
+    spans: Sequence[tuple[int, int]]
+    proof: Proof
 
     @property
     def n_vocab(self) -> int:
@@ -100,8 +84,8 @@ class _Sweep:
         hidden: list[NDArray[np.float32]] = []
         logits: list[NDArray[np.float32]] = []
         ids = tuple(token for step in steps for token in step.tokens)
-        for first, stop in self.windows():
-            window = Window(first, stop, ids if first == 0 else None)
+        for first, stop in self.spans:
+            window = Window(first, stop, ids if first == 0 else None, self.proof.untied)
             with open_window(self.library, self.found, window, exact=self.job.mode == EXACT, threads=self.job.threads) as model:
                 if first == 0:
                     inputs: list[Any] = [_local(step.tokens, ids, self.n_vocab) for step in steps]
@@ -170,8 +154,11 @@ def dump_windows(library: Library, vocabulary: Model, found: Contents, job: Dump
     """Dump a model of which only `size` layers at a time are in memory."""
     dump.check(job, vocabulary)
     info = dump.describe(found, library)
-    sweep = _Sweep(library, found, job, size)
-    names = points.select(dump.expression(job, found.layers), sweep.names(), found.layers)
+    spans = [(first, min(first + size, found.layers)) for first in range(0, found.layers, size)]
+    proof = prove(library, found, spans, job.tokens)
+    sweep = _Sweep(library, found, job, spans, proof)
+    known = [item.point for item in proof.whole.known]
+    names = points.select(dump.expression(job, found.layers), known, found.layers)
     planned_at = time.perf_counter()
     follow = list(job.lead or ())
     for _ in range(job.generate):

@@ -5,7 +5,6 @@ model's own table of contents with the layers renumbered, no tokenizer, and the 
 rows that are needed; tensors are copied raw.
 """
 
-import os
 import re
 import struct
 from collections.abc import Iterator, Sequence
@@ -22,9 +21,6 @@ from .llama import Model
 from .twin import convert, is_f32
 from .twin_cache import cannot_write, temporary, workspace
 
-# Architectures whose layers are all of one kind and do not look at their own number (no sliding-window pattern, no
-# layers without RoPE, no leading dense layers): only there is a renumbered layer the same layer.
-UNIFORM = frozenset({"gemma", "llama", "qwen2", "qwen2moe", "qwen3", "qwen3moe"})
 _ROWS = 32  # of an embedding or output matrix that nobody reads
 _ALIGNMENT = 32  # of tensors, as GGUF's default
 _CHUNK = 1 << 24  # bytes that are copied at a time
@@ -34,11 +30,17 @@ _EMBEDDING, _OUTPUT = "token_embd.weight", "output.weight"
 
 @dataclass(frozen=True)
 class Window:
-    """Layers first … stop − 1 of a model. `ids` are the tokens that will enter it; None where a hidden state does."""
+    """Layers first … stop − 1 of a model.
+
+    Attributes:
+        ids: the tokens that will enter it; None where a hidden state does.
+        untied: whether the last window has an output matrix beside the embedding, for architectures that take no other.
+    """
 
     first: int
     stop: int
     ids: tuple[int, ...] | None = None
+    untied: bool = False
 
 
 @dataclass(frozen=True)
@@ -48,24 +50,6 @@ class _Part:
     name: str
     source: TensorInfo
     rows: tuple[int, ...] | int | None = None
-
-
-def check_windows(found: Contents) -> None:
-    """Refuse a model that cannot be computed window by window.
-
-    Raises:
-        InputError: layers that are not all alike, or a file in several parts.
-    """
-    if found.architecture not in UNIFORM:
-        raise InputError(
-            f"{found.architecture} cannot be computed window by window: its layers are not known to be alike.",
-            "Leave --window out.",
-            code="window",
-        )
-    if (found.integer("split.count") or 1) > 1:
-        raise InputError(
-            f"{found.path.name} is one of several parts.", "Merge them first (llama-gguf-split --merge).", code="window"
-        )
 
 
 def vocabulary_of(ids: Sequence[int], n_vocab: int) -> tuple[int, ...]:
@@ -80,14 +64,15 @@ def vocabulary_of(ids: Sequence[int], n_vocab: int) -> tuple[int, ...]:
 
 @contextmanager
 def open_window(
-    library: Library, found: Contents, window: Window, *, exact: bool, threads: int | None = None
+    library: Library, found: Contents, window: Window, *, exact: bool = False, hollow: bool = False, threads: int | None = None
 ) -> Iterator[Model]:
-    """A window as a loaded model; its file is gone afterwards.
+    """A window as a loaded model; its file is gone afterwards. A hollow one has holes for weights: its graph can be listed.
+
+    That it computes what the whole model does is `window_proof.prove`'s to say.
 
     Raises:
-        InputError: no such layers, or a model that has no windows; ReferenceFailed: llama.cpp refuses.
+        InputError: no such layers; ModelError, ReferenceFailed: llama.cpp refuses.
     """
-    check_windows(found)
     if not 0 <= window.first < window.stop <= found.layers:
         raise InputError(
             f"there are no layers {window.first}…{window.stop - 1}.",
@@ -97,7 +82,7 @@ def open_window(
     workspace()
     label = f"{window.first}-{window.stop}.gguf"
     with temporary(f"raw-{label}") as raw, temporary(f"f32-{label}") as f32:
-        _write(library, found, window, raw)
+        _write(library, found, window, raw, hollow=hollow)
         path = raw
         if exact and not is_f32(found):
             try:
@@ -110,7 +95,7 @@ def open_window(
             yield model
 
 
-def _write(library: Library, found: Contents, window: Window, out: Path) -> None:
+def _write(library: Library, found: Contents, window: Window, out: Path, *, hollow: bool) -> None:
     parts, rows = _parts(found, window)
     infos: list[TensorInfo] = []
     offset = 0
@@ -122,6 +107,9 @@ def _write(library: Library, found: Contents, window: Window, out: Path) -> None
     try:
         with found.path.open("rb") as source, out.open("wb") as target:
             target.write(header_bytes(_metadata(found, window, rows), infos))
+            if hollow:
+                target.truncate(target.tell() + offset)
+                return
             for part, info in zip(parts, infos, strict=True):
                 _copy(library, found, part, source, target)
                 target.write(b"\0" * (-library.ggml.row_size(info.type, info.elements) % _ALIGNMENT))
@@ -151,6 +139,8 @@ def _parts(found: Contents, window: Window) -> tuple[list[_Part], int]:
         elif tensor.name == _OUTPUT:
             if not last:
                 parts.append(_Part(_OUTPUT, tensor, rows))
+            elif window.untied:
+                parts.append(_Part(_OUTPUT, tensor))
         elif tensor.name != _EMBEDDING:
             parts.append(_Part(tensor.name, tensor))
     return parts, rows
@@ -203,22 +193,6 @@ def _own_layers(value: Value, window: Window, n_layers: int) -> Value:
     size = SIZES[item]
     entries = value.raw[12 + window.first * size : 12 + window.stop * size]
     return replace(value, raw=struct.pack("<IQ", item, window.stop - window.first) + entries)
-
-
-def free_memory() -> int:
-    """Bytes that can be allocated now: the system's, or what its control group leaves."""
-    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                free = int(line.split()[1]) * 1024
-        group = Path("/sys/fs/cgroup")
-        limit = (group / "memory.max").read_text().strip()
-        if limit != "max":
-            free = min(free, int(limit) - int((group / "memory.current").read_text()))
-    except (OSError, ValueError):
-        pass  # not Linux, or no control group: the first number stands
-    return max(free, 0)
 
 
 def layer_bytes(library: Library, found: Contents, *, exact: bool) -> tuple[int, int]:

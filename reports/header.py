@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from rich.console import Console
 from rich.text import Text
 
+from checkpoints.printable import no_command, printable
 from checkpoints.record import Header
 
 from .layout import labelled
@@ -12,9 +13,20 @@ from .numbers import clean, count
 
 
 def print_lines(console: Console, lines: Iterator[Text] | list[Text]) -> None:
-    """Print lines as they are: nothing is wrapped, highlighted or read as markup."""
+    """Print lines as they are: nothing is wrapped, highlighted or read as markup, by a terminal or by GitHub's runner."""
     for line in lines:
-        console.print(line, highlight=False, soft_wrap=True)
+        console.print(_harmless(line), highlight=False, soft_wrap=True)
+
+
+def _harmless(line: Text) -> Text:
+    plain = no_command(printable(line.plain, None))
+    if plain == line.plain:
+        return line
+    kept = line.copy()
+    if len(plain) > len(kept.plain):
+        kept = Text("\\").append_text(kept)
+    kept.plain = plain
+    return kept
 
 
 def print_header(console: Console, ours: Header | None, ref: Header | None, generated: str = "") -> None:
@@ -26,7 +38,7 @@ def header(ours: Header | None, ref: Header | None, width: int, generated: str =
     """The lines of it; none where neither side has a header."""
     rows = list(_rows(ours, ref))
     if generated:
-        rows.append(("wrote", clean(generated)))
+        rows.append(("wrote", printable(generated, None)))
     return [*labelled(rows, width), Text("")] if rows else []
 
 
@@ -42,7 +54,7 @@ def _rows(ours: Header | None, ref: Header | None) -> Iterator[tuple[str, str]]:
     if named:
         yield "model", named
     if either.tokens:
-        pieces = clean("".join(either.pieces))
+        pieces = printable("".join(either.pieces), 1000)
         text = f"{len(either.tokens)}  {pieces if len(pieces) <= 60 else pieces[:59] + '…'}"
         yield "tokens", text.rstrip()
     for name, side in (("ours", ours), ("ref", ref)):

@@ -3,6 +3,8 @@
 import json
 from math import isfinite, isnan
 
+from checkpoints.printable import printable
+
 
 def error(value: float | None) -> str:
     """An error: "0", "1.2e-13", "∞", or "–" where it is not known."""
@@ -46,8 +48,8 @@ def token(text: str | None) -> str:
 
 
 def clean(text: str) -> str:
-    """Text from a dump without what a terminal would obey."""
-    return "".join(char if char.isprintable() else "\ufffd" for char in text)
+    """Text from a dump as it may be printed: on one line, without control characters, of a bounded length."""
+    return printable(text)
 
 
 def ranges(numbers: tuple[int, ...]) -> str:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..record import FORMAT, Header, ModelInfo, Token
+from . import words
 
 POSITIONS = 1 << 40  # positions and steps lie below this
 SEQUENCES = 1 << 22  # sequences below this: both together make one 63-bit key
@@ -136,6 +137,9 @@ def header(found: dict[str, Any]) -> Header:
             raise TypeError(f'"{name}" must be a list, not {taken[name]!r:.40}')
     if "slice" in taken:
         integer(taken["slice"], "slice")
+    for name, known in (("mode", words.mode), ("compute", words.compute), ("kv_type", words.kv_type)):
+        if name in taken:
+            taken[name] = known(taken[name])
     taken["model"] = _model(taken.get("model", {}))
     taken["tokens"] = tuple(integer(which, "tokens") for which in taken.get("tokens", []))
     taken["pieces"] = tuple(str(piece) for piece in taken.get("pieces", []))
@@ -153,6 +157,8 @@ def _model(found: Any) -> ModelInfo:
             integer(value, name)
         elif not isinstance(value, str):
             raise TypeError(f'"{name}" of the model must be a text, not {value!r:.40}')
+    if "file_type" in taken:
+        taken["file_type"] = words.file_type(taken["file_type"])
     return ModelInfo(**taken)
 
 

@@ -3,6 +3,7 @@
 from json import JSONDecodeError
 from pathlib import Path
 
+from ..printable import printable
 from . import lenient
 
 _HEAD = 1 << 16
@@ -34,9 +35,5 @@ def reason(path: Path) -> str:
         if isinstance(found, dict) and "type" not in found:
             lacking = ", ".join(f'"{key}"' for key in _KEYS if key not in found)
             named = ", ".join(str(key)[:20] for key in list(found)[:6])
-            return (
-                f"Line {number} lacks {lacking}; it has {''.join(c if c.isprintable() else '?' for c in named)}. "
-                if lacking
-                else ""
-            )
+            return f"Line {number} lacks {lacking}; it has {printable(named)}. " if lacking else ""
     return ""

@@ -19,7 +19,7 @@ from checkpoints.tensors import TensorWriter
 
 from ..backend import Array, Backend
 from ..device import kernel
-from .host import Capture, Pass, RowSink
+from .host import Capture, Pass, RowSink, stands_once
 from .ring import Ring
 from .spool import Spool
 from .staged import CAUSAL, PART_DOUBLES, PLAIN, Batch, Part, layout, record_type
@@ -89,7 +89,7 @@ class DeviceCapture(Capture):
     def begin(self, now: Pass) -> None:
         """Say where the pass that starts now stands; what the last one staged goes to the writer."""
         super().begin(now)
-        self._seen = now.token_idx[self._kept] - now.first + 1
+        self._seen = now.token_idx[self._kept] - now.first + 1 if now.causal else np.full(len(self._kept), len(now.token_idx))
         self._allocate(len(self.points) * len(self._kept))
         self._kept_there = None
 
@@ -120,6 +120,9 @@ class DeviceCapture(Capture):
         if name not in self.points or not len(self._kept):
             return
         self._check(name, value)
+        if stands_once(value, self._now):
+            self._record_once(name, self._backend.to_host(value))
+            return
         kind, s, heads, width = layout(name, value.shape, len(self._now.token_idx))
         if kind != PLAIN and s < int(self._seen.max()):
             raise ValueError(f"{name}: {value.shape} holds fewer than the {int(self._seen.max())} positions that were read")

@@ -37,12 +37,18 @@ class RowSink(Protocol):
 
 @dataclass(frozen=True)
 class Pass:
-    """Where in the sequence a forward pass stands."""
+    """Where in the sequence a forward pass stands; `causal`: whether no position sees a later one."""
 
     token_idx: NDArray[np.int64]
     step: int
     decode: bool
     first: int = 0
+    causal: bool = True
+
+
+def stands_once(value: Array, now: Pass) -> bool:
+    """Whether a value of this pass has one row for all of its positions, as a state after it or a pooled embedding."""
+    return value.ndim == 2 and value.shape[0] == 1 and len(now.token_idx) > 1
 
 
 def kept_rows(positions: Positions, now: Pass) -> NDArray[np.int64]:
@@ -109,13 +115,36 @@ class Capture:
         if name not in self.points or not len(self._kept):
             return
         host = self._backend.to_host(value)
-        copy = kept_copy(name, host, len(self._now.token_idx), self._kept)
-        self._held.append((name, copy))
+        if stands_once(value, self._now):
+            self._record_once(name, host)
+        else:
+            self._held.append((name, kept_copy(name, host, len(self._now.token_idx), self._kept)))
         if self._tensors is not None:
             tensors, entry, whole = self._tensors, key(name, self._now.step), np.array(host)
             self._writer.put(lambda: tensors.add(entry, whole), whole.nbytes)
         if sum(held.nbytes for _, held in self._held) >= _HELD:
             self._hand_over()
+
+    def _record_once(self, name: str, host: NDArray[np.float32]) -> None:
+        """Record what stands once a pass, with its last position; not where that is left out."""
+        now = self._now
+        if self._kept[-1] != len(now.token_idx) - 1:
+            return
+        copy = kept_copy(name, host, 1, np.zeros(1, np.int64))
+
+        def write() -> None:
+            (rows,) = summarise_pass(
+                [(name, copy)],
+                now.token_idx[-1:],
+                np.zeros(1, np.int64),
+                step=now.step,
+                decode=now.decode,
+                slice_size=self._slice,
+                first=now.first,
+            )
+            self._sink.rows(rows)
+
+        self._writer.put(write, copy.nbytes)
 
     def _hand_over(self) -> None:
         """Give the writer what was copied since the last time."""
@@ -126,7 +155,14 @@ class Capture:
 
         def write() -> None:
             for rows in summarise_pass(
-                held, now.token_idx, kept, step=now.step, decode=now.decode, slice_size=self._slice, first=now.first
+                held,
+                now.token_idx,
+                kept,
+                step=now.step,
+                decode=now.decode,
+                slice_size=self._slice,
+                first=now.first,
+                causal=now.causal,
             ):
                 self._sink.rows(rows)
 

@@ -9,13 +9,11 @@ from checkpoints import rules
 from checkpoints.graph import Size, Tensor
 
 from ..backend import Array, module_of
-from ..graph import POSITIONS, TOKENS, History, Read, Step
+from ..graph import POSITIONS, TOKENS, Read, Step
 from .operands import Unliftable
 
 if TYPE_CHECKING:
     from .lift import Lifter
-
-T, S = Size(0, 1), Size(0, 0, 1)
 
 
 def read(lifter: "Lifter", index: int, tensor: Tensor) -> tuple[str, tuple[Size, ...]]:
@@ -65,6 +63,16 @@ def zeros(positions: Array, **_parameters: Any) -> Array:
     return positions[:1] * 0
 
 
+def last(positions: Array) -> Array:
+    """The number of the last row: [T] -> [1]."""
+    return positions[-1:] * 0 + (len(positions) - 1)
+
+
+def mean(positions: Array) -> Array:
+    """1 / T for each row: [T] -> float32 [T]."""
+    return (positions * 0 + 1).astype(np.float32) / np.float32(len(positions))
+
+
 Made = tuple[Callable[..., Array], tuple[Read, ...], tuple[Size, ...]]
 
 _STEPS: dict[str, Callable[["Lifter", Any], Made]] = {
@@ -74,6 +82,8 @@ _STEPS: dict[str, Callable[["Lifter", Any], Made]] = {
         (Size(*(int(parameters["sections"]) * n for n in lifter.t)),),
     ),
     "temperature": lambda lifter, _parameters: (temperature, (POSITIONS,), (lifter.t,)),
-    "mask": lambda lifter, _parameters: (mask, (POSITIONS, History(POSITIONS)), (lifter.t, S)),
+    "mask": lambda lifter, _parameters: (mask, (POSITIONS, lifter.keys), (lifter.t, lifter.s)),
+    "last": lambda _lifter, _parameters: (last, (POSITIONS,), (Size(1),)),
+    "mean": lambda lifter, _parameters: (mean, (POSITIONS,), (lifter.t,)),
     "zero": lambda _lifter, _parameters: (zeros, (POSITIONS,), (Size(1),)),
 }

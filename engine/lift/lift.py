@@ -50,6 +50,9 @@ class Lifter:
         self.recording, self.graph, self.tensors = recording, graph, graph.tensors
         self.memory = Memory(graph, single=single)
         self.t: Size = self.memory.t
+        caches = any(tensor.kind == CACHE for tensor in graph.tensors)
+        self.s: Size = Size(0, 0, 1) if caches else self.t  # the number of keys
+        self.keys: Read = History(POSITIONS) if caches else POSITIONS  # and their positions
         self.names: dict[int, str] = {}  # node -> the value that a step makes of it
         self.done: set[int] = set()  # nodes that are a part of an earlier node's step
         self.written: dict[int, tuple[str, Size]] = {}  # cache leaf -> the value whose rows it holds, and their width
@@ -70,6 +73,8 @@ class Lifter:
                 self._lift(index, tensor)
             except Unliftable as error:
                 raise self.refused(index, str(error)) from error
+            for name, start, stop in tensor.parts if index in self.names else ():
+                self._part(index, name, start, stop)
         self._leave_states()
         return _ordered(_without_unread(self._made))
 
@@ -259,9 +264,17 @@ class Lifter:
             base = self.memory.place(index).base
             if base not in self.names:
                 return
-            axis = self.memory.layout(index)[1]
+            whole, axis = self.memory.layout(index)
             if axis == 0:
-                self.make(index, Step(tensor.point, ops.part, (self.rows(index),)))
+                try:
+                    self.make(index, Step(tensor.point, ops.part, (self.rows(index),)))
+                except Unliftable:  # heads with gaps between them
+                    shape, strides = numpy_shape(tensor.ne), self.memory.strides(index)
+                    first = shape.index(whole[0])
+                    view = self.memory.view(
+                        index, self.names[base], self.memory.layout(base)[0], shape[first:], strides[first:]
+                    )
+                    self.make(index, Step(tensor.point, ops.positions_first, (view,)))
             else:
                 read, _, _ = self.read(index)
                 view = read if isinstance(read, View) else self.memory.view(index, name_of(read), self.memory.layout(base)[0])
@@ -269,6 +282,14 @@ class Lifter:
         finally:
             if index in self.names:
                 self.memory.own.add(index)
+
+    def _part(self, index: int, name: str, start: int, stop: int) -> None:
+        """A point that is a part of each row of a value."""
+        whole, axis = self.memory.layout(index)
+        if axis != 0 or len(whole) != 2:
+            raise Unliftable(f"{name} is a part of what is no row")
+        view = View(self.names[index], whole, (self.t, Size(stop - start)), (whole[1], ONE), Size(start))
+        self.helper(Step(name, ops.part, (view,)))
 
     def _writes(self, index: int, tensor: Tensor) -> bool:
         """Whether a node writes into a cache or a state; then what it writes is noted."""
@@ -319,6 +340,8 @@ class Lifter:
         if tensor.op != "CPY" or not (start.constant and product(tensor.ne).constant):
             raise Unliftable("what it leaves in the state follows the length")
         self._left.setdefault(root, []).append((start.fixed, read))
+        if tensor.point:  # a row that belongs to the last position
+            self.helper(Step(tensor.point, ops.flat, (read,), axis=None))
         self.done.add(index)
 
     def _leave_states(self) -> None:
@@ -392,7 +415,7 @@ class Lifter:
         params = {"params": OpParams(tensor.params, tensor.type), "operands": operands, "shape": shape, "made": made}
         if positions is not None:
             params["positions"] = positions
-        inner = not tensor.point or axis is None
+        inner = not tensor.point or (axis is None and len(made) != 2)  # without a row for each position, or one for all
         self._make_rows(
             index,
             Step(self.name(index), GgmlOperation(tensor.op), tuple(reads), tuple(weights), params, axis=axis, inner=inner),
@@ -428,6 +451,30 @@ class Lifter:
         shape = numpy_shape(self.tensors[tensor.sources[number] or 0].ne)
         return shape, shape
 
+    def attended_name(self, index: int, tensor: Tensor, *, keys: bool) -> str | None:
+        """The value [S, K · d] that holds the keys or values of a product of attention; None if there is none.
+
+        What a cache holds is shown by a step of its own; where nothing is cached, it is the keys or values of the pass.
+        """
+        if 0 in tensor.operand_points:
+            self.attended(index, tensor, 0)
+            return tensor.operand_points[0]
+        source = tensor.sources[0]
+        base = self.memory.place(source).base if source is not None else None
+        if not keys and base is not None and self.tensors[base].op == "CONT" and self.memory.whole(source or 0):
+            source = self.tensors[base].sources[0]  # llama.cpp transposes the values before the product
+            base = self.memory.place(source).base if source is not None else None
+        if source is None or base not in self.names:
+            return None
+        shape, strides = numpy_shape(self.tensors[source].ne), self.memory.strides(source)
+        heads, width, seen = (shape[1], shape[3], shape[2]) if keys else (shape[1], shape[2], shape[3])
+        row = times(heads, width)
+        wanted = (ZERO, width, row, ONE) if keys else (ZERO, width, ONE, row)
+        rows = self.memory.layout(base)[0] == (seen, row) and self.memory.place(source).offset == ZERO
+        if rows and all(size == ONE or a == b for size, a, b in zip(shape, strides, wanted, strict=True)):
+            return self.names[base]
+        return None
+
     def attended(self, index: int, tensor: Tensor, number: int) -> View:
         """The keys [1, K, S, d] or values [1, K, d, S] of a product of attention, out of the step that shows them as [S, K · d]."""
         source = tensor.sources[number]
@@ -446,7 +493,7 @@ class Lifter:
         row = times(heads, width)
         dense = ONE in (width, by_element) and (heads == ONE or by_head == width)
         rows: Read
-        if dense and isinstance(of, History) and whole[1] == row and offset == ZERO and by_position == row:
+        if dense and whole == (seen, row) and offset == ZERO and by_position == row:
             rows = of
         elif dense:
             rows = View(of, whole, (seen, row), (by_position, ONE), offset)

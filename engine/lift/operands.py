@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from checkpoints.graph import CACHE, INPUT, NODE, STATE, VIEWS, WEIGHT, Graph, Size, Sizes, Tensor
+from checkpoints.points import of_scores
 
 from ..graph import History, View
 
@@ -26,7 +27,7 @@ def product(sizes: tuple[Size, ...]) -> Size:
     """The number of elements of a shape.
 
     Raises:
-        Unliftable: it grows with T² or S².
+        Unliftable: it grows faster than T², or with S².
     """
     total = ONE
     for size in sizes:
@@ -38,19 +39,20 @@ def times(a: Size, b: Size) -> Size:
     """a · b.
 
     Raises:
-        Unliftable: it grows with T² or S².
+        Unliftable: it grows faster than T², or with S².
     """
     if a.constant:
         return Size(*(a.fixed * number for number in b))
     if b.constant:
         return Size(*(b.fixed * number for number in a))
-    if a.product or b.product or (a.tokens and b.tokens) or (a.cached and b.cached):
-        raise Unliftable("its size grows with the square of the length")
+    if a.product or b.product or a.square or b.square or (a.cached and b.cached):
+        raise Unliftable("its size grows with a power of the length")
     return Size(
         a.fixed * b.fixed,
         a.fixed * b.tokens + a.tokens * b.fixed,
         a.fixed * b.cached + a.cached * b.fixed,
         a.tokens * b.cached + a.cached * b.tokens,
+        a.tokens * b.tokens,
     )
 
 
@@ -78,6 +80,8 @@ class Memory:
         self.tensors = graph.tensors
         self.t: Size = ONE if single else Size(0, 1)
         self._single = single
+        # Where nothing is cached, the keys are the positions of the pass.
+        self._square = not single and not any(tensor.kind == CACHE for tensor in graph.tensors)
         self.own: set[int] = set()  # views that are values of their own, since they are points
         self.same: dict[int, int] = {}  # nodes that give another one's value unchanged
 
@@ -110,13 +114,15 @@ class Memory:
         """
         tensor = self.tensors[index]
         ne = tensor.ne
-        if ne[0].cached and ne[1] == self.t and ne[3] == ONE:
+        keys = ne[0].cached or (self._square and ne[0] == self.t)
+        if keys and ne[1] == self.t and ne[3] == ONE and (not tensor.point or of_scores(tensor.point)):
             return (ne[2], ne[1], ne[0]), 1
         if self._single:
             return ((ONE, product(ne)), 0) if all(size.constant for size in ne) else (numpy_shape(ne), None)
         axis = tensor.position_axis
         if axis is None:
-            return numpy_shape(ne), None
+            once = tensor.point and tensor.op not in VIEWS and all(size.constant for size in ne)
+            return ((ONE, product(ne)) if once else numpy_shape(ne)), None
         if all(size == ONE for size in ne[axis + 1 :]):
             return (ne[axis], product(ne[:axis])), 0
         return numpy_shape(ne), 3 - axis

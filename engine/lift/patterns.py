@@ -9,10 +9,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from checkpoints.graph import NODE, Size, Tensor
-from checkpoints.points import parse
+from checkpoints.points import of_scores, parse
 
 from .. import ops
-from ..graph import POSITIONS, TOKENS, History, RowsOf, Step, View
+from ..graph import POSITIONS, TOKENS, RowsOf, Step, View
 from .operands import ONE, ZERO, Unliftable, numpy_shape, times
 
 if TYPE_CHECKING:
@@ -152,14 +152,14 @@ def embedding(lifter: "Lifter", index: int, tensor: Tensor) -> bool:
 
 def scores(lifter: "Lifter", index: int, tensor: Tensor) -> bool:
     """Queries times the keys that the cache holds."""
-    queries = tensor.sources[1]
-    if 0 not in tensor.operand_points or queries is None or not tensor.operand_points[0].endswith("k_read"):
+    keys_read, queries = tensor.sources[0], tensor.sources[1]
+    if queries is None or keys_read is None or not of_scores(tensor.point) or lifter.is_weight(keys_read):
         return False
     base = lifter.memory.place(queries).base
     shape = numpy_shape(lifter.tensors[queries].ne)
     name = lifter.names.get(base)
-    keys = lifter.tensors[tensor.sources[0] or 0]
-    if name is None or keys.ne[2].fixed == 0 or keys.ne[1] != tensor.ne[0] or not tensor.ne[0].cached:
+    keys = lifter.tensors[keys_read]
+    if name is None or not keys.ne[2].constant or keys.ne[1] != tensor.ne[0] or tensor.ne[0] != lifter.s:
         return False
     heads, d = shape[1], shape[3]
     row = times(heads, d)
@@ -170,9 +170,11 @@ def scores(lifter: "Lifter", index: int, tensor: Tensor) -> bool:
         size != ONE and have != want for size, have, want in zip(shape, lifter.memory.strides(queries), wanted, strict=True)
     ):
         return False
-    lifter.attended(index, tensor, 0)
+    read = lifter.attended_name(index, tensor, keys=True)
+    if read is None:
+        return False
     params = {"heads": heads.fixed, "kv_heads": keys.ne[2].fixed}
-    lifter.make(index, Step(lifter.name(index), ops.attention_scores, (name, tensor.operand_points[0]), (), params, axis=1))
+    lifter.make(index, Step(lifter.name(index), ops.attention_scores, (name, read), (), params, axis=1))
     return True
 
 
@@ -196,15 +198,19 @@ def soft_max(lifter: "Lifter", index: int, tensor: Tensor) -> bool:
     elif _float(tensor, 1) != 0 and rule.parameters["window"] != "causal":
         return False
     weights = () if sinks is None else (lifter.tensors[sinks].name,)
-    keys = History(POSITIONS)
-    lifter.make(index, Step(lifter.name(index), ops.causal_soft_max, (name, POSITIONS, keys), weights, params, axis=1))
+    reads = (name, POSITIONS, lifter.keys)
+    lifter.make(index, Step(lifter.name(index), ops.causal_soft_max, reads, weights, params, axis=1))
     return True
 
 
 def weighted_values(lifter: "Lifter", index: int, tensor: Tensor) -> bool:
     """Attention's weights times the values that the cache holds, the heads put side by side."""
     weights = tensor.sources[1]
-    if 0 not in tensor.operand_points or weights is None or not tensor.operand_points[0].endswith("v_read"):
+    if (
+        weights is None
+        or lifter.is_weight(tensor.sources[0])
+        or lifter.tensors[lifter.memory.place(weights).base].op != "SOFT_MAX"
+    ):
         return False
     name = lifter.value(weights)
     base = lifter.memory.place(weights).base
@@ -220,9 +226,11 @@ def weighted_values(lifter: "Lifter", index: int, tensor: Tensor) -> bool:
     values = lifter.tensors[tensor.sources[0] or 0]
     if lifter.memory.layout(last)[0] != (lifter.t, row) or shown.ne != (d, heads, lifter.t, ONE) or not values.ne[2].constant:
         return False
-    lifter.attended(index, tensor, 0)
+    read = lifter.attended_name(index, tensor, keys=False)
+    if read is None:
+        return False
     params = {"kv_heads": values.ne[2].fixed}
-    reads = (name, tensor.operand_points[0])
+    reads = (name, read)
     lifter.make(last, Step(lifter.name(last), ops.weighted_values, reads, (), params), index, permuted)
     return True
 

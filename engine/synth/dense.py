@@ -5,8 +5,9 @@ the residual stream is smaller by sqrt(2 · layers) (GPT-2's initialisation), no
 as trained models have them (Dettmers et al. 2022, "LLM.int8()").
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from numpy.typing import NDArray
 
 from checkpoints.errors import InputError
 from checkpoints.gguf_file import contents
+from checkpoints.room import require_room
+from checkpoints.whole_file import unwritable
 
 OUTLIERS = 3  # channels of a norm, and elements of a key bias, that stand out
 OUTLIER_SIZE = 4.0  # times the others; a choice, so that a few channels carry much of each sum, as in trained models
@@ -23,6 +26,10 @@ OUTLIER_SIZE = 4.0  # times the others; a choice, so that a few channels carry m
 QK_SCALE = 0.5
 # Llama 3.1's frequency factors: from 1 for fast rotations to 8 for slow ones (rope_freqs.weight of its GGUF files).
 SLOWEST_FACTOR = 8.0
+
+MOST_LAYERS = 512  # LLAMA_MAX_LAYERS in llama.cpp's llama-hparams.h
+_BYTES_AN_ELEMENT = 12  # float32 weights, their copy in the file's type, and what quantising takes besides
+_BYTES_A_TOKEN = 400  # three Python objects and what gguf-py makes of them
 
 
 @dataclass(frozen=True)
@@ -93,8 +100,11 @@ def shape_like(like: str, **changes: Any) -> Shape:
     shape = replace(PRESETS[like], **{name: value for name, value in changes.items() if value is not None})
     numbers = {field.name: getattr(shape, field.name) for field in fields(shape) if field.type in (int, "int")}
     small = [name for name, value in numbers.items() if value < (0 if name in ("head_size", "rope_dims") else 1)]
+    large = [name for name, value in numbers.items() if value >= 1 << 32]  # GGUF keeps these as uint32
     rules = {
+        f"--{large[0].replace('_', '-') if large else ''} is too large": bool(large),
         f"--{small[0].replace('_', '-') if small else ''} is too small": bool(small),
+        f"llama.cpp runs at most {MOST_LAYERS} layers": shape.layers > MOST_LAYERS,
         "only qwen2 and llama can be made": shape.architecture not in ("qwen2", "llama"),
         f"{shape.heads} heads cannot share {shape.kv_heads} key/value heads evenly": bool(
             not small and shape.heads % shape.kv_heads
@@ -133,6 +143,12 @@ def synthesize(out: Path, shape: Shape, *, weight_type: str = "f16", seed: int =
         raise InputError(
             f"{odd} has rows that are no multiple of {weight_type}'s blocks of {block}.", "Change the shape.", code="shape"
         )
+    check_size(
+        out,
+        [dims for _, dims in _tensors(shape)],
+        shape.vocab if tokenizer is not None else 0,
+        bits=8 * gguf.GGML_QUANT_SIZES[kind][1] / block,
+    )
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         writer = gguf.GGUFWriter(out, shape.architecture)
@@ -150,8 +166,23 @@ def synthesize(out: Path, shape: Shape, *, weight_type: str = "f16", seed: int =
             writer.write_tensor_data(gguf.quants.quantize(values, kind) if len(dims) == 2 else values)
         writer.close()
     except OSError as error:
-        raise InputError(f"cannot write {out}: {error.strerror or error}.", "Choose another -o.", code="output") from error
+        raise unwritable(out, error, "Choose another -o.") from error
     return out.stat().st_size
+
+
+def check_size(out: Path, tensors: Sequence[tuple[int, ...]], tokens: int, *, bits: float = 32.0) -> None:
+    """Refuse a model that the disk or the memory cannot hold while it is made.
+
+    Args:
+        tensors: the shapes of its tensors, each of which is made whole before it is written.
+        tokens: entries of its tokenizer, whose texts are Python objects while they are written.
+        bits: of one weight in the file.
+
+    Raises:
+        InputError: there is too little of either.
+    """
+    sizes = [prod(dims) for dims in tensors]
+    require_room(out, int(sum(sizes) * bits / 8), _BYTES_AN_ELEMENT * max(sizes, default=0) + _BYTES_A_TOKEN * tokens)
 
 
 def _type(name: str) -> Any:

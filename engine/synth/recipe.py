@@ -12,7 +12,7 @@ from typing import Any
 
 from checkpoints.errors import InputError
 
-from .dense import Shape
+from .dense import MOST_LAYERS, Shape
 
 Value = bool | int | float | str | list[Any]
 Tensor = tuple[str, tuple[int, ...]]
@@ -100,6 +100,8 @@ def shape_of(recipe: Recipe, **changes: Any) -> Shape:
     if "heads" in asked and recipe.shape.kv_heads == recipe.shape.heads:
         asked.setdefault("kv_heads", asked["heads"])
     shape = replace(recipe.shape, **asked)
+    if shape.layers > MOST_LAYERS:
+        raise InputError(f"llama.cpp runs at most {MOST_LAYERS} layers.", "Change the shape.", code="shape")
     if shape.heads and not shape.head_size and shape.width % shape.heads:
         raise InputError(
             f"a width of {shape.width} is no multiple of {shape.heads} heads.",

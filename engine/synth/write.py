@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 
 from checkpoints.errors import InputError
+from checkpoints.whole_file import unwritable
 
-from .dense import Shape, add_tokenizer
+from .dense import Shape, add_tokenizer, check_size
 from .recipe import Recipe, Tensor, Value
 from .values import values
 
@@ -30,6 +31,7 @@ def write(
     """
     import gguf
 
+    check_size(out, [dims for _, dims in tensors], shape.vocab if tokenizer is not None else 0)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         writer = gguf.GGUFWriter(out, recipe.architecture)
@@ -48,14 +50,16 @@ def write(
             writer.write_tensor_data(values(name, dims, seed=seed, layers=shape.layers, width=shape.width))
         writer.close()
     except OSError as error:
-        raise InputError(f"cannot write {out}: {error.strerror or error}.", "Choose another -o.", code="output") from error
+        raise unwritable(out, error, "Choose another -o.") from error
 
 
 def _add_value(writer: Any, key: str, value: Value) -> None:
     if isinstance(value, bool):
         writer.add_bool(key, value)
     elif isinstance(value, int):
-        writer.add_uint32(key, value)
+        if not -(1 << 31) <= value < 1 << 32:
+            raise InputError(f"{key} is {value}, which does not fit 32 bits.", "Change the shape or --set.", code="shape")
+        (writer.add_uint32 if value >= 0 else writer.add_int32)(key, value)
     elif isinstance(value, float):
         writer.add_float32(key, value)
     elif isinstance(value, str):

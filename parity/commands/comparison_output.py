@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from checkpoints.printable import no_command, printable
+
 from .options import AnswerFormat, Format
 from .output import DIVERGENCE_CODE, PARITY_CODE
 
@@ -43,7 +45,7 @@ def finish(outcome: "Outcome", form: Format) -> int:
     write_html(whole, outcome.folder / "report.html")
     if form is Format.TEXT:
         files = "  ".join(path.name for path in sorted(outcome.folder.iterdir(), reverse=True) if path.is_file())
-        print(f"{outcome.folder}/  {files}   {outcome.seconds:.1f} s")
+        print(no_command(f"{printable(str(outcome.folder), None)}/  {printable(files, 1000)}   {outcome.seconds:.1f} s"))
     return code
 
 
@@ -92,7 +94,7 @@ def show_report(whole: "Report", form: AnswerFormat, *, html: Path | None, junit
     if form is AnswerFormat.MARKDOWN:
         from reports.markdown import markdown
 
-        print(markdown(whole), end="")
+        print("".join(map(no_command, markdown(whole).splitlines(keepends=True))), end="")
     elif form is not AnswerFormat.JUNIT:
         show(whole, Format.JSON if form is AnswerFormat.JSON else Format.TEXT)
     if form is AnswerFormat.GITHUB:

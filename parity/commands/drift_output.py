@@ -6,6 +6,7 @@ from pathlib import Path
 
 from checkpoints.answers.drift import Drift, Entry, Margin
 from checkpoints.errors import InputError
+from checkpoints.printable import no_command
 
 from ..drift import ledger
 from .options import AnswerFormat, Format
@@ -35,7 +36,7 @@ def show(drift: Drift, form: AnswerFormat, junit: Path | None, summary: Path | N
     elif form is AnswerFormat.MARKDOWN:
         from reports.markdown import drift_as_markdown
 
-        print(drift_as_markdown(drift), end="")
+        print("".join(map(no_command, drift_as_markdown(drift).splitlines(keepends=True))), end="")
     else:
         from rich.console import Console
 

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from checkpoints.printable import printable
+
 from . import options as o
 
 app = typer.Typer(no_args_is_help=True, help="Write one side's dump: `dump ours` (our engine) or `dump ref` (llama.cpp).")
@@ -57,5 +59,5 @@ def ref(
     if followed is not None:
         notes(followed)
     if left:
-        print(f"left out, llama.cpp has no such point: {', '.join(left)}", file=sys.stderr)
+        print(f"left out, llama.cpp has no such point: {printable(', '.join(left), 1000)}", file=sys.stderr)
     written(out)

@@ -3,6 +3,8 @@
 import json
 from typing import TYPE_CHECKING
 
+from checkpoints.printable import printable
+
 from .options import Format
 from .output import DIVERGENCE_CODE, PARITY_CODE, progress_bar
 
@@ -51,5 +53,5 @@ def hunted(request: "Request", started: "Reference", form: Format) -> int:
         whole_report(outcome.verdict, outcome.ours, outcome.ref, outcome.picture, beside), outcome.folder / "report.html"
     )
     if form is Format.TEXT:
-        print(f"{report.summary(found)}   {outcome.folder}/")
+        print(f"{report.summary(found)}   {printable(str(outcome.folder), None)}/")
     return PARITY_CODE if found else DIVERGENCE_CODE

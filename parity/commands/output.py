@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from checkpoints.printable import no_command, printable
+
 from .options import Format
 
 if TYPE_CHECKING:
@@ -69,13 +71,14 @@ def catalogue_as(form: Format) -> None:
 def notes(dump: "Dump") -> None:
     """Say on stderr what the reader noticed of a dump, where the answer has no place for it."""
     for note in dump.notes:
-        print(f"{dump.path}: {note}", file=sys.stderr)
+        print(no_command(printable(f"{dump.path}: {note}", 1000)), file=sys.stderr)
 
 
 def written(path: Path) -> None:
     """Say on stderr what was written, so that stdout stays the answer's."""
     size = path.stat().st_size
-    print(f"{path}  {size / 2**20:,.1f} MiB" if size >= 1 << 20 else f"{path}  {size / 2**10:,.1f} KiB", file=sys.stderr)
+    what = f"{size / 2**20:,.1f} MiB" if size >= 1 << 20 else f"{size / 2**10:,.1f} KiB"
+    print(f"{no_command(printable(str(path), None))}  {what}", file=sys.stderr)
 
 
 @contextmanager
@@ -104,13 +107,13 @@ def print_facts(facts: Mapping[str, Any], form: Format) -> None:
         print(json.dumps({"schema": 1, **facts}))
         return
     for line in _lines(facts, 0):
-        print(line)
+        print(no_command(line))
 
 
 def _lines(facts: Mapping[str, Any], indent: int) -> Iterator[str]:
     width = max((len(str(name)) for name in facts), default=0)
     for name, value in facts.items():
-        head = " " * indent + str(name)
+        head = " " * indent + printable(str(name))
         if isinstance(value, Mapping):
             yield head
             yield from _lines(value, indent + 2)
@@ -122,8 +125,8 @@ def _text(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, list):
-        return ", ".join(map(str, value)) or "none"
-    return str(value)
+        return ", ".join(printable(str(item)) for item in value) or "none"
+    return printable(str(value))
 
 
 def print_tokens(tokens: "Tokens", form: Format) -> None:
@@ -135,6 +138,6 @@ def print_tokens(tokens: "Tokens", form: Format) -> None:
         )
         return
     for position, (number, piece) in enumerate(zip(tokens.ids, tokens.pieces, strict=True)):
-        print(f"{position:>6}  {number:>8}  {json.dumps(piece, ensure_ascii=False)}")
+        print(f"{position:>6}  {number:>8}  {printable(json.dumps(piece, ensure_ascii=False))}")
     added = "added in front of every prompt" if tokens.add_bos else "not added"
     print(f"{len(tokens.ids)} tokens of a vocabulary of {tokens.n_vocab:,}; BOS {tokens.bos} is {added}")

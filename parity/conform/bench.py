@@ -62,6 +62,7 @@ class Bench:
         self._reference = Reference(threads=settings.run.threads, verbose=settings.run.verbose)
         self._models = Models(settings.folder / "models", self._reference, identity.program())
         self._engine = identity.of_command(settings.run.command)
+        self._causes: dict[tuple[str, str, str], tuple[str, str]] = {}  # architecture, type, first divergent kind
 
     def __enter__(self) -> "Bench":
         return self
@@ -113,7 +114,7 @@ class Bench:
 
     def _side(self, request: Request) -> Side:
         if request.command is None:
-            return OurEngine(request, resident=True)
+            return OurEngine(request, self._reference, resident=True)
         return ExternalEngine(request, request.command, self._reference, model=request.model)
 
     def _reference_dump(self, request: Request, prompt: Prompt, model_key: str, name: str) -> Dump:
@@ -153,8 +154,12 @@ class Bench:
         if verdict:
             return result
         first = verdict.first_divergence
-        explanation = explanation or self._explained(request, ours)
-        cause, sentence = cause_of(verdict, explanation)
+        # Other prompts and modes of one model that part at the same operation have the same cause: it is looked for once.
+        place = cell.architecture, cell.type, parse(first.checkpoint).kind if first is not None else ""
+        if place not in self._causes:
+            explanation = explanation or self._explained(request, ours)
+            self._causes[place] = cause_of(verdict, explanation)
+        cause, sentence = self._causes[place]
         return replace(
             result,
             checkpoint=first.checkpoint if first is not None else "",

@@ -9,7 +9,7 @@ from math import inf
 
 from checkpoints.answers.diff import Limits
 from checkpoints.errors import InputError
-from checkpoints.record import Header
+from checkpoints.record import Header, ModelInfo
 
 EXACT = "exact"
 NATIVE = "native"
@@ -48,6 +48,7 @@ _KV = {
 }
 # Arithmetic other than f32 on one side; what counts is the mantissa that products are rounded to.
 _COMPUTE = {
+    "f64": EXACT_FLOOR,
     "f32": EXACT_FLOOR,
     "tf32": Floor(1e-5, 3e-5, "tf32 has f16's 10 bits of mantissa"),
     "f16": Floor(1e-5, 3e-5, "f16 arithmetic: as F16 weights"),
@@ -102,7 +103,7 @@ def limits(ours: Header | None, ref: Header | None, *, compute: str | None = Non
     sides = [side for side in (ours, ref) if side is not None]
     floors = [EXACT_FLOOR]
     if common_mode(ours, ref) != EXACT:
-        floors += [_WEIGHTS[family(side.model.file_type)] for side in sides if side.model.file_type]
+        floors += [_WEIGHTS[kind] for side in sides for kind in _families(side.model)]
         if ours is not None and ours.source == "engine" and ours.compute in _BOTH_ROUND:
             floors.append(_BOTH_ROUND[ours.compute])
     floors += [_KV[family(side.kv_type)] for side in sides if side.kv_type]
@@ -132,6 +133,13 @@ def lowest(nmse: float, logits: float) -> str:
 def fast_floor(file_type: str) -> Floor:
     """What the engine's fast mode may differ from exact mode, by the file's weights."""
     return _FAST[{"f32": "f32", "bf16": "bf16"}.get(family(file_type), "f16")]
+
+
+def _families(model: ModelInfo) -> list[str]:
+    """The families of the matrices' types; where they are not known, that of the file type, which is only a mixture's name."""
+    if model.weights:
+        return [kind if kind in _WEIGHTS else "quantised" for kind in model.weights.split()]
+    return [family(model.file_type)] if model.file_type else []
 
 
 def common_mode(ours: Header | None, ref: Header | None) -> str:

@@ -23,6 +23,7 @@ from ..explain.on_model import compared_on
 from ..lint.lint import refuse_unusable
 from ..run.command import POINTS, Command
 from ..run.request import Progress, Prompt, Request
+from ..run.results import forget_answer
 from ..run.session import OURS_FILE, REF_FILE, Outcome, comparison_options, following, new_folder, resolve_prompt
 from ..run.sides import ExternalEngine, LlamaCpp
 
@@ -145,6 +146,7 @@ class _Chase:
         return replace(now, points=before.points | now.points, tokens=now.tokens or before.tokens)
 
     def _reference_for(self, ours: Dump) -> Dump:
+        forget_answer(self._folder)
         write(ours, self._folder / OURS_FILE, Header(source=self._command.name))
         LlamaCpp(following(self._request, ours), self._reference).dump(self._prompt, self._folder / REF_FILE, self._progress)
         return read(self._folder / REF_FILE)

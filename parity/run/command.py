@@ -16,12 +16,12 @@ from time import monotonic
 from typing import IO
 
 from checkpoints.errors import InputError
+from checkpoints.printable import printable
 
 CRASHED, REFUSED, TIMED_OUT, UNUSABLE = "crashed", "refused", "timed out", "unusable"
 MODEL, TOKENS, OUT, POINTS, PORTIONS = "{model}", "{tokens}", "{out}", "{points}", "{portions}"
 DEFAULT_TIMEOUT = 3600.0  # seconds: a CPU engine may take minutes for a long prompt, but a night in CI is nobody's intention
 _TAIL = 1 << 16  # bytes of stderr that are kept: its last lines say what went wrong
-_LONGEST_LINE = 300  # characters of it that an error repeats
 _LARGEST_DUMP = 16 << 30  # bytes; a whole dump of 24 layers × 500 positions × 4,096 values in text is under 1 GB
 _WATCH = 0.05  # seconds between two looks at the clock and at the dump
 _GRACE = 1.0  # seconds that what is left in stderr's pipe may take once the engine has ended
@@ -176,7 +176,7 @@ class Command:
 
     def _failed(self, status: int, stderr: str) -> EngineError:
         lines = [line for line in stderr.splitlines() if line.strip()]
-        said = _printable(lines[-1])[:_LONGEST_LINE] if lines else "it printed nothing on stderr"
+        said = printable(lines[-1].strip()) if lines else "it printed nothing on stderr"
         killed = -status if status < 0 else status - 128 if self.shell and status > 128 else 0
         how = f"was killed by signal {killed}" if killed else f"failed with exit code {status}"
         crashed = bool(killed) or not lines or any(word in stderr for word in _UNHANDLED)
@@ -196,11 +196,6 @@ class Command:
 def _filled(text: str, values: Mapping[str, str]) -> str:
     """The text with every placeholder replaced, once: what a value contains is not looked at."""
     return re.sub(r"\{(?:model|tokens|out|points|portions)\}", lambda match: values[match[0]], text)
-
-
-def _printable(line: str) -> str:
-    """Without control characters, which would reach the terminal."""
-    return "".join(c if c.isprintable() else "�" for c in line.strip())
 
 
 def _remove(out: Path) -> None:

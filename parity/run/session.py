@@ -25,6 +25,7 @@ from ..diff.compare import Comparison, Options, comparison
 from ..diff.tokens import same_model
 from ..lint.lint import refuse_unusable
 from .request import Progress, Prompt, Request
+from .results import dumps_of
 from .sides import EXEC, OURS, LlamaCpp, OurEngine, Side, side_of
 
 OURS_FILE, REF_FILE = "ours.jsonl", "ref.jsonl"
@@ -97,10 +98,11 @@ def run(
         folder = new_folder(request)
         prompt = resolve_prompt(reference, request.model, request.prompt, request.tokens)
         ours.check(prompt)
-        if request.command is not None and (request.points, request.layers) == ("default", None):
-            _one_after_the_other(request, reference, ours, prompt, folder, progress)
-        else:
-            _at_once(request, reference, ours, prompt, folder, progress, meanwhile)
+        with dumps_of(folder) as dumps:
+            if request.command is not None and (request.points, request.layers) == ("default", None):
+                _one_after_the_other(request, reference, ours, prompt, dumps, progress)
+            else:
+                _at_once(request, reference, ours, prompt, dumps, progress, meanwhile)
     left, right = load(folder / OURS_FILE, request.mapping), read(folder / REF_FILE)
     if request.command is not None and not request.despite_lint:
         refuse_unusable(left, "your engine's dump")

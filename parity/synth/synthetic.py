@@ -1,11 +1,12 @@
 """A synthetic model in any of llama.cpp's types: made by gguf-py where it can, quantised by llama.cpp where it can't."""
 
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from checkpoints.errors import ModelError
+from checkpoints.errors import InputError, ModelError
+from checkpoints.whole_file import Replacement, is_special, unwritable
 from engine.synth import Shape, synthesize
 from engine.synth.recipe import Recipe, Value
 from engine.synth.write import write
@@ -22,18 +23,41 @@ def make(out: Path, shape: Shape, *, kind: str, seed: int = 0, tokenizer: Path |
     Raises:
         InputError: an impossible shape or type, or an unwritable file.
     """
-    if kind.lower() in _BY_GGUF:
-        synthesize(out, shape, weight_type=kind, seed=seed, tokenizer=tokenizer)
-        return
-    from reference.client import Reference
+    by_gguf = kind.lower() in _BY_GGUF
+    with _replacement(out) as replacement:
+        plain = replacement.temporary
+        synthesize(plain, shape, weight_type=kind if by_gguf else "f32", seed=seed, tokenizer=tokenizer)
+        if by_gguf:
+            replacement.commit()
+        else:
+            from reference.client import Reference
 
-    plain = out.with_name(out.name + ".f32.part")
+            with Reference() as reference:
+                reference.quantize(plain, kind, out)
+
+
+@contextmanager
+def _replacement(out: Path) -> Iterator[Replacement]:
+    """A file beside `out`, which takes its place where that is asked for, and is gone afterwards; errors name `out`.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    if is_special(out):
+        raise InputError(f"cannot write a model to {out}: it is a pipe or a device.", "Name a file.", code="output")
     try:
-        synthesize(plain, shape, weight_type="f32", seed=seed, tokenizer=tokenizer)
-        with Reference() as reference:
-            reference.quantize(plain, kind, out)
+        replacement = Replacement(out)
+    except OSError as error:
+        raise unwritable(out, error, "Choose another -o.") from error
+    try:
+        yield replacement
+    except OSError as error:
+        raise unwritable(out, error, "Choose another -o.") from error
+    except InputError as error:
+        message = error.message.replace(str(replacement.temporary), str(out))
+        raise type(error)(message, error.advice, code=error.code) from error
     finally:
-        plain.unlink(missing_ok=True)
+        replacement.discard()
 
 
 def make_by_recipe(
@@ -59,8 +83,8 @@ def make_by_recipe(
     """
     from reference.client import Reference
 
-    plain = out.with_name(out.name + ".f32.part")
-    try:
+    with _replacement(out) as replacement:
+        plain = replacement.temporary
         with nullcontext(running) if running is not None else Reference() as reference:
             write(plain, recipe, shape, changes, tokenizer=tokenizer)
             tensors = recipe.tensors(reference.wanted_tensors(plain), tied=shape.tied)
@@ -73,8 +97,6 @@ def make_by_recipe(
                 ) from error
             kind = kind or recipe.kind
             if kind.lower() == "f32":
-                plain.replace(out)
+                replacement.commit()
             else:
                 reference.quantize(plain, kind, out)
-    finally:
-        plain.unlink(missing_ok=True)

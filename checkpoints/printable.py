@@ -1,0 +1,19 @@
+"""Text that came from outside (files, models, engines, arguments), as it may be printed: one function for every printer."""
+
+LONGEST = 300  # characters of one name or value: more of it tells nobody more
+
+
+def printable(text: str, limit: int | None = LONGEST) -> str:
+    """The text on one line, without what a terminal would obey or hide, and cut after `limit` characters (None for all of it).
+
+    Control characters, line breaks, marks that change the direction of writing and halves of characters become U+FFFD.
+    """
+    if limit is not None and len(text) > limit:
+        text = text[: limit - 1] + "…"
+    return text if text.isprintable() else "".join(char if char.isprintable() else "\ufffd" for char in text)
+
+
+def no_command(line: str) -> str:
+    """A printed line that GitHub's runner does not take for one of its commands: "::name::" in front, or "##[name]" anywhere."""
+    line = line.replace("##[", "##(")
+    return f"\\{line}" if line.lstrip().startswith("::") else line

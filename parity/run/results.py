@@ -1,0 +1,69 @@
+"""A run's folder that holds an earlier run: it holds all of that until all of this run's dumps are there."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from tempfile import mkdtemp
+
+from checkpoints.errors import InputError
+from checkpoints.whole_file import lock
+
+DUMPS = ("ours.jsonl", "ref.jsonl", "ours.safetensors", "ref.safetensors")
+ANSWERS = ("diff.json", "report.html")
+_PREFIX = ".parity-run-"
+
+
+@contextmanager
+def dumps_of(folder: Path) -> Iterator[Path]:
+    """Where a run writes its dumps: `folder`, if it holds no other run; else a folder inside, whose files then take the others' place.
+
+    What another run left is as it was if this one fails, and its answer never stands beside new dumps.
+
+    Raises:
+        InputError: the folder cannot be written to.
+    """
+    if not any((folder / name).exists() for name in (*DUMPS, *ANSWERS)):
+        yield folder
+        return
+    _sweep(folder)
+    descriptor = -1
+    work = folder
+    try:
+        try:
+            work = Path(mkdtemp(prefix=_PREFIX, dir=folder))
+            descriptor = os.open(work, os.O_RDONLY)
+            lock(descriptor)
+        except OSError as error:
+            raise InputError(f"cannot write to {folder}: {error.strerror}.", "Choose another --out.", code="output") from error
+        yield work
+        forget_answer(folder)
+        for name in DUMPS:
+            if (work / name).exists():
+                (work / name).replace(folder / name)
+            else:
+                (folder / name).unlink(missing_ok=True)
+    finally:
+        if work != folder:
+            shutil.rmtree(work, ignore_errors=True)
+        if descriptor >= 0:
+            os.close(descriptor)
+
+
+def forget_answer(folder: Path) -> None:
+    """Remove an earlier run's answer, before dumps of another stand beside it."""
+    for name in ANSWERS:
+        (folder / name).unlink(missing_ok=True)
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what killed runs left."""
+    for left in folder.glob(f"{_PREFIX}*"):
+        with suppress(OSError):
+            descriptor = os.open(left, os.O_RDONLY | os.O_DIRECTORY | getattr(os, "O_NOFOLLOW", 0))
+            try:
+                if lock(descriptor):
+                    shutil.rmtree(left, ignore_errors=True)
+            finally:
+                os.close(descriptor)

@@ -1,0 +1,240 @@
+"""Whether layers that stand alone are the layers of the whole model: both graphs are listed and compared, node by node.
+
+A window renumbers its layers. Where llama.cpp builds a layer by its number (patterns of windows, dense layers in front, layers
+without RoPE), or does something to the hidden state before the first layer, the graphs differ, and there are no windows.
+Nothing is computed, and a window's file has holes instead of weights.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from checkpoints.errors import InputError, ModelError, ReferenceFailed
+from checkpoints.gguf_file import Contents
+
+from .jobs import Node, Source
+from .library import Library
+from .llama import Model, Session
+from .naming.planned import VIEWS
+from .naming.structure import Structure, is_selection
+from .rows import Survey, survey
+from .windows import Window, open_window, vocabulary_of
+
+_ROPE, _SECTIONS = "ROPE", 8  # bit of a rotation's mode: positions along several axes (GGML_ROPE_TYPE_MROPE)
+_NUMBER = re.compile(r"(?<=-)\d+(?= \(|$)|(?<=^blk\.)\d+|(?<=_l)\d+(?= \(|$)")
+_UNNAMED = re.compile(r"^(node|leaf)_\d+")
+_VOCABULARY = ("token_embd.weight", "output.weight")
+_Key = tuple[object, ...]
+
+
+@dataclass(frozen=True)
+class Proof:
+    """That a model's windows are the model: what the whole of it computes, and whether a window needs an output matrix."""
+
+    whole: Survey
+    untied: bool
+
+
+@dataclass(frozen=True)
+class _Listed:
+    """A graph's nodes, and what its masks hide."""
+
+    nodes: Sequence[Node]
+    masks: Sequence[bytes]
+
+
+def prove(
+    library: Library, found: Contents, spans: Sequence[tuple[int, int]], tokens: Sequence[int], *, hidden: bool = False
+) -> Proof:
+    """Hold the windows [first, stop) to the whole model, for a pass over these tokens; `hidden`: even layer 0 gets a hidden state.
+
+    Raises:
+        InputError: a window computes something else, or there is none; with the first layer or operation that differs.
+    """
+    if (found.integer("split.count") or 1) > 1:
+        raise InputError(
+            f"{found.path.name} is one of several parts.", "Merge them first (llama-gguf-split --merge).", code="window"
+        )
+    if not any(tensor.name == "token_embd.weight" for tensor in found.tensors):
+        raise refusal(found, "it has no token embedding")
+    with Model(library, found.path) as model:
+        if model.embeds or model.encoder_decoder:
+            raise refusal(found, "it is no decoder alone")
+        with Session(model, n_ctx=len(tokens), n_batch=len(tokens)) as session:
+            whole = survey(session, tokens)
+            listed = _Listed(whole.nodes, session.tap.masks_of(session.list_nodes(tokens)))
+        width = model.n_embd
+    graph = Structure(listed.nodes)
+    _one_mask(found, listed, graph)
+    _both_memories(found, listed, graph, spans)
+    untied = False
+    for first, stop in spans:
+        window = Window(first, stop, tuple(tokens) if first == 0 and not hidden else None, untied)
+        inputs = _inputs(found, window, width, len(tokens))
+        try:
+            alone = _list(library, found, window, inputs)
+        except ModelError as error:
+            if stop < found.layers or untied:
+                said = error.message.rpartition(f"{found.path.suffix}: ")[2].rstrip(".")
+                raise refusal(found, f"llama.cpp loads no {_span(first, stop)} of it ({said})") from error
+            untied = True  # this architecture doesn't take the embedding for its output
+            alone = _list(library, found, Window(first, stop, window.ids, untied), inputs)
+        _compare(found, (listed, graph), alone, window)
+    return Proof(whole, untied)
+
+
+def refusal(found: Contents, reason: str) -> InputError:
+    """The one line that says why a model has no windows."""
+    return InputError(
+        f"{found.architecture} cannot be computed window by window: {reason}.", "Leave --window out.", code="window"
+    )
+
+
+def _span(first: int, stop: int) -> str:
+    return f"layer {first}" if stop == first + 1 else f"stretch of layers {first} to {stop - 1}"
+
+
+def _inputs(found: Contents, window: Window, width: int, count: int) -> Sequence[int] | NDArray[np.float32]:
+    if window.ids is None:
+        return np.zeros((count, width), np.float32)
+    if window.stop == found.layers:
+        return window.ids
+    n_vocab = next(tensor.ne[1] for tensor in found.tensors if tensor.name == "token_embd.weight")
+    place = {number: row for row, number in enumerate(vocabulary_of(window.ids, n_vocab))}
+    return tuple(place[token] for token in window.ids)
+
+
+def _list(library: Library, found: Contents, window: Window, inputs: Sequence[int] | NDArray[np.float32]) -> _Listed:
+    with open_window(library, found, window, hollow=True) as model:
+        try:
+            with Session(model, n_ctx=len(inputs), n_batch=len(inputs)) as session:
+                nodes = session.list_nodes(inputs)
+                return _Listed(nodes, session.tap.masks_of(nodes))
+        except ReferenceFailed as error:
+            raise ModelError(error.message, error.advice, code=error.code) from error
+
+
+def _one_mask(found: Contents, listed: _Listed, graph: Structure) -> None:
+    """All layers attend through one mask: a renumbered layer could get another's, and only a long prompt would show it."""
+    masks = {
+        node.sources[1].address
+        for i, node in enumerate(listed.nodes)
+        if node.op == "SOFT_MAX" and len(node.sources) > 1 and graph.layers[i] is not None
+    }
+    if len(masks) > 1:
+        raise refusal(found, "its layers attend through different masks")
+    if any(node.op == _ROPE and node.op_params[2] & _SECTIONS for node in listed.nodes):
+        raise refusal(found, "its positions have several axes, which cannot be given with a hidden state")
+
+
+def _both_memories(found: Contents, listed: _Listed, graph: Structure, spans: Sequence[tuple[int, int]]) -> None:
+    """A model that has a cache of keys and values in some layers and states in others is built with both, or ggml aborts."""
+    cached = {
+        _cache_layer(node) for node in listed.nodes if any(source.name.startswith("cache_k_l") for source in node.sources)
+    }
+    states = {
+        graph.layers[i] for i, node in enumerate(listed.nodes) if node.op == "CPY" and graph.layers[i] is not None
+    } - cached
+    for first, stop in spans if cached and states else ():
+        span = set(range(first, stop))
+        if not (span & cached and span & states):
+            raise refusal(found, f"{_span(first, stop)} has no attention, or nothing else, and it is built with both")
+
+
+def _cache_layer(node: Node) -> int | None:
+    names = [source.name for source in node.sources if source.name.startswith("cache_k_l")]
+    match = re.search(r"_l(\d+)", names[0]) if names else None
+    return int(match[1]) if match else None
+
+
+def _compare(found: Contents, whole: tuple[_Listed, Structure], alone: _Listed, window: Window) -> None:
+    theirs, their_graph = whole
+    ours, our_graph = alone, Structure(alone.nodes)
+    last = window.stop == found.layers
+    own = [i for i, layer in enumerate(our_graph.layers) if last or layer is not None or _before(our_graph, i)]
+    span = [i for i in range(len(theirs.nodes)) if _in_span(their_graph, i, window, last=last)]
+    pairs = zip(_keys(theirs, their_graph, span, window.first), _keys(ours, our_graph, own, 0), strict=False)
+    count = 0
+    for (i, expected), (j, have) in pairs:
+        count += 1
+        if expected != have:
+            raise _difference(found, their_graph, i, our_graph, j)
+    left, right = (len([i for i in some if not _skipped(g, i)]) for g, some in ((their_graph, span), (our_graph, own)))
+    if not count == left == right:
+        raise refusal(found, f"{_span(window.first, window.stop)} is {left} operations, standing alone {right}")
+
+
+def _difference(found: Contents, whole: Structure, i: int, alone: Structure, j: int) -> InputError:
+    layer, node, other = whole.layers[i], whole.nodes[i], alone.nodes[j]
+    if alone.layers[j] is None and layer is not None:
+        return refusal(
+            found, f"{other.op} ({other.name}), which stands before the layers, would be applied to the hidden state again"
+        )
+    where = "outside the layers" if layer is None else f"in layer {layer}"
+    return refusal(found, f"{node.op} ({node.name}) {where} is built in another way where the layer stands alone")
+
+
+def _before(graph: Structure, i: int) -> bool:
+    """Whether a node outside the layers comes before them."""
+    first = next((j for j, layer in enumerate(graph.layers) if layer is not None), len(graph.nodes))
+    return i < first or any(graph.layers[j] is not None for j in graph.readers[i])
+
+
+def _in_span(graph: Structure, i: int, window: Window, *, last: bool) -> bool:
+    layer = graph.layers[i]
+    if layer is not None:
+        return window.first <= layer < window.stop
+    before = _before(graph, i)
+    return before if before and window.ids is not None else last and not before
+
+
+def _skipped(graph: Structure, i: int) -> bool:
+    """Views and copies of selected rows say nothing by themselves: what reads them is compared by what they show."""
+    node = graph.nodes[i]
+    return is_selection(node) or (node.op in VIEWS and (graph.layers[i] is None or not graph.readers[i]))
+
+
+def _keys(listed: _Listed, graph: Structure, span: Sequence[int], first: int) -> Iterator[tuple[int, _Key]]:
+    """Each node of a span by everything that decides its value, with layers and nodes numbered from the span's begin."""
+    place = {i: number for number, i in enumerate(i for i in span if not _skipped(graph, i))}
+    for i in place:
+        node = graph.nodes[i]
+        if _is_identity(node):
+            yield i, ("identity",)
+            continue
+        sources = tuple(_source(graph, i, number, place, first) for number in range(len(node.sources)))
+        yield i, (node.op, node.op_params, node.ne, sources, listed.masks[i])
+
+
+def _source(graph: Structure, i: int, number: int, place: dict[int, int], first: int) -> object:
+    source = graph.nodes[i].sources[number]
+    at = graph.operand(i, number)
+    while at is not None and is_selection(graph.nodes[at]):
+        source, at = graph.nodes[at].sources[0], graph.operand(at)
+    if at is None:
+        if source.name in _VOCABULARY:  # cut to the rows that are read; the one stands in for the other
+            return ("vocabulary", source.ne[0])
+        return "input" if _is_hidden_state(source) else (_renumbered(source.name, first), source.ne)
+    if at in place:
+        return place[at]
+    if graph.nodes[at].op in VIEWS:
+        view = graph.nodes[at]
+        return (view.op, view.op_params, view.ne, _source(graph, at, 0, place, first))
+    return "input" if at in graph.inputs.values() else ("elsewhere", source.name)
+
+
+def _is_hidden_state(source: Source) -> bool:
+    return source.op == "NONE" and source.name in ("embd", "inp_embd", "inp_embd_h")
+
+
+def _is_identity(node: Node) -> bool:
+    """A scale by 1 without a bias: what some architectures do to a hidden state instead of the embedding's scale."""
+    return node.op == "SCALE" and tuple(np.array(node.op_params[:2], np.int32).view(np.float32)) == (1.0, 0.0)
+
+
+def _renumbered(name: str, first: int) -> str:
+    name = _UNNAMED.sub(r"\1", name)
+    return _NUMBER.sub(lambda match: str(int(match[0]) - first), name)
