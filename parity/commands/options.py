@@ -148,6 +148,11 @@ TimeoutOption = Annotated[
     float | None,
     typer.Option("--exec-timeout", min=0.001, help="Seconds after which your engine is stopped; default: 3600."),
 ]
+PythonOption = Annotated[
+    str,
+    typer.Option("--python", envvar="PARITY_HF_PYTHON", help="Interpreter that has torch and transformers, for Hugging Face."),
+]
+HfDeviceOption = Annotated[str, typer.Option("--hf-device", help="Where Hugging Face computes: cpu, cuda, cuda:1, mps.")]
 GenerateOption = Annotated[
     int, typer.Option("--generate", min=0, help="Tokens to generate: llama.cpp chooses, the other side is led along.")
 ]
@@ -301,6 +306,10 @@ GROUPS = {
     "compute": _one("compute", ComputeOption),
     "mapping": Group(
         {"names": (MapOption, None), "offset": (OffsetOption, None)}, lambda names, offset: {"mapping": mapping(names, offset)}
+    ),
+    "hugging_face": Group(
+        {"python": (PythonOption, "python3"), "hf_device": (HfDeviceOption, "cpu")},
+        lambda python, hf_device: {"python": python, "device": hf_device},
     ),
     "despite_lint": _one("despite_lint", DespiteLintOption, False),
     "verbose": _one("verbose", VerboseOption, False),
