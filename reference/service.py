@@ -207,8 +207,9 @@ class Service:
         found = twin.checked(self._library, path)
         model = self._model(path)
         tokens = tuple(range(min(3, model.n_vocab)))
-        with Session(model, n_ctx=len(tokens), n_batch=len(tokens)) as session:
-            known = survey(session, tokens).known
+        with Session(model, n_ctx=2 * len(tokens), n_batch=len(tokens)) as session:
+            plans = plans_of(session, tokens, tokens if model.encoder_decoder else ())
+        known = [*(plans.encoder.known if plans.encoder is not None else ()), *plans.prompt.known]
         return Description(
             info=dump.describe(found, self._library),
             metadata=model.metadata(),
