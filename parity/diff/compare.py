@@ -72,8 +72,10 @@ def comparison(ours: Dump, ref: Dump, options: Options | None = None) -> Compari
         DumpError: nothing in common, records of one key that contradict each other, or no way to tell how our positions count.
     """
     found = _comparison(ours, ref, options or Options(), compare_tokens(ours, ref))
-    parted = own_choice(found.verdict.first_divergence, found.records.ours, ref)
-    return found if parted is None else _comparison(ours, ref, options or Options(), parted)
+    first, records = found.verdict.first_divergence, found.records
+    parted = own_choice(first, records.ours, ref)
+    before = first is not None and bool((records.token_idx < first.token_idx).any())
+    return found if parted is None or not before else _comparison(ours, ref, options or Options(), parted)
 
 
 def _comparison(ours: Dump, ref: Dump, options: Options, tokens: TokenComparison) -> Comparison:
