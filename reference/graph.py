@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from checkpoints.errors import ReferenceFailed
 from checkpoints.graph import CACHE, INPUT, NODE, STATE, WEIGHT, Graph, RecordedGraph, Rule, Size, Tensor
-from checkpoints.rules import Pass, Recorded, explain
+from checkpoints.rules import UNDEFINED, Pass, Recorded, explain
 
 from .ggml import COMPUTED, Ggml
 from .jobs import Node, Source
@@ -119,6 +119,9 @@ def record(model: Model, weights: Iterable[str], *, fingerprint: str, n_ctx: int
     """
     names = frozenset(weights)
     facts = _facts(model)
+    if model.encoder_decoder:
+        what = f"our engine does not have encoder–decoders ({facts['general.architecture']}): the decoder reads the encoder's output"
+        raise ReferenceFailed(f"{what}.", _ADVICE, code="graph")
     window = int(facts.get("attention.sliding_window") or 0)
     context = _context(facts, window, n_ctx, _bytes_a_position(model, facts))
     # An encoder's window is seen only by a pass that is longer.
@@ -400,14 +403,14 @@ def _kind(raw: _Raw, weights: frozenset[str]) -> str:
         return STATE
     if raw.name.startswith("cache_"):
         return CACHE
-    if raw.name in weights:
-        return WEIGHT
-    raise _odd(raw, "is a leaf of unknown origin")
+    return WEIGHT if raw.name in weights else INPUT
 
 
 def _rule(
     index: int, raw: _Raw, flats: Sequence[_Flat], passes: Sequence[_Taken], facts: dict[str, Any], known: _Known
 ) -> Rule | None:
+    if not raw.flags & _INPUT:  # memory that nothing was written to
+        return Rule(UNDEFINED)
     recorded = [
         Recorded(taken.now, flat.tensors[index].ne, taken.data[flat.tensors[index].address])
         for flat, taken in zip(flats, passes, strict=True)

@@ -15,10 +15,11 @@ from checkpoints.graph import RecordedGraph
 
 from . import dump, twin
 from .graph import record
-from .jobs import EXACT, Description, DumpJob, DumpResult, Tokens
+from .jobs import EXACT, NATIVE, Description, DumpJob, DumpResult, Tokens
 from .library import Library
 from .llama import Model, Session
 from .naming import Planned
+from .passes import plans_of
 from .rows import arrange, row_shape, survey
 from .sweep import dump_windows, window_size
 from .twin import Twins
@@ -188,7 +189,8 @@ class Service:
         model = self._model(path)
         tokens = tuple(range(min(3, model.n_vocab)))
         with Session(model, n_ctx=len(tokens), n_batch=len(tokens)) as session:
-            known = survey(session, tokens).known
+            plans = plans_of(session, tokens, tokens if model.encoder_decoder else ())
+            known = (*(plans.encoder.known if plans.encoder is not None else ()), *plans.prompt.known)
         return Description(
             info=dump.describe(found, self._library),
             metadata=model.metadata(),
@@ -204,7 +206,9 @@ class Service:
     def graph(self, path: Path, mode: str, n_ctx: int, threads: int | None, *, item: Item) -> RecordedGraph:
         """See `client.Reference.graph`."""
         found = twin.checked(self._library, path)
-        model = self._computable(found, mode, threads)
+        # A model that is computed in windows is never loaded as a twin; the file itself is only mapped into memory.
+        windows = window_size(self._library, found, DumpJob(path, path, (), mode=mode)) is not None
+        model = self._computable(found, NATIVE if windows else mode, threads)
         return record(model, [tensor.name for tensor in found.tensors], fingerprint=found.fingerprint, n_ctx=n_ctx)
 
     def quantize(self, path: Path, ftype: str, out: Path, threads: int | None, *, item: Item) -> Path:

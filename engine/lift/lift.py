@@ -301,6 +301,8 @@ class Lifter:
         if kind == STATE:
             self._write_state(index, tensor, root)
             return True
+        if kind == NODE and tensor.op == "SET_ROWS" and self.only_reader(root) == index:
+            return False  # a value with rows replaced, which nobody reads without them
         if kind != CACHE or tensor.op != "SET_ROWS":
             raise Unliftable("it writes into another value")
         source, ids = tensor.sources[0], tensor.sources[1]
@@ -393,6 +395,10 @@ class Lifter:
                 continue
             if tensor.op in _COPIES and number == 1:  # the target, which gives only its shape
                 found.append(None)
+                continue
+            if tensor.op == "FILL":  # the operand gives only its shape
+                found.append(("read", len(reads), (self.t,), (self.t,)))
+                reads.append(POSITIONS)
                 continue
             if number in tensor.operand_points:
                 found.append(("read", len(reads), *self.operand_point(index, tensor, number, reads)))

@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from checkpoints.errors import ModelError
+from checkpoints.errors import ModelError, ReferenceFailed
 from checkpoints.points import parse
 from engine.blocks import ROPE_FACTORS, Blocks
-from engine.models import architectures, steps_of
+from engine.models import steps_of, written_by_hand
 from engine.weights.gguf_model import GgufModel, Hyperparameters
 
 
@@ -44,23 +44,32 @@ def describe(path: Path) -> dict[str, Any]:
         "tokenizer": _tokenizer(model),
         "weights": _types(model),
     }
+    if not written_by_hand(hp):
+        return facts | _by_the_reference(path)
     try:
         steps = steps_of(hp.architecture, Blocks(hp, model.tensors))
     except ModelError as error:
-        return facts | {"our_engine": str(error), "points": _points_of_the_reference(path)}
+        return facts | {"our_engine": str(error), "points": {}}
     pairs = {step.params["pairs"] for step in steps if "pairs" in step.params}
     facts["rope_pairs"] = {"neox": "NEOX: x[i] with x[i + d/2]", "norm": "NORM: x[2i] with x[2i + 1]"}[pairs.pop()]
-    facts["our_engine"] = f"has {hp.architecture} (of {', '.join(architectures())})"
+    facts["our_engine"] = f"has the steps of {hp.architecture}, written by hand"
     facts["points"] = {step.makes: _shape(step.makes, hp) for step in steps}
     return facts
 
 
-def _points_of_the_reference(path: Path) -> dict[str, list[str]]:
-    """What llama.cpp can record of a model that our engine does not have."""
+def _by_the_reference(path: Path) -> dict[str, Any]:
+    """Of a model whose steps are not written by hand: whether our engine computes it, and what llama.cpp can record of it."""
+    from engine.lift import lift
     from reference.client import Reference
 
     with Reference() as reference:
-        return {name: [str(size) for size in shape] for name, shape in reference.describe(path).points}
+        points = {name: [str(size) for size in shape] for name, shape in reference.describe(path).points}
+        try:
+            steps = lift(reference.graph(path)).several
+            ours = f"computes it from llama.cpp's graph, in {len(steps)} steps"
+        except (ModelError, ReferenceFailed) as error:
+            ours = str(error)
+    return {"our_engine": ours, "points": points}
 
 
 def _family(name: str) -> str:
