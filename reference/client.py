@@ -132,7 +132,8 @@ class Reference:
             InputError, ModelError, ReferenceFailed: the request, the file, or llama.cpp.
         """
         job = replace(job, threads=job.threads or self._threads)
-        return cast(DumpResult, self._ask(f"computing {job.model}", "dump", job))
+        by_windows = " window by window" if isinstance(job.window, int) else ""
+        return cast(DumpResult, self._ask(f"computing {job.model}{by_windows}", "dump", job))
 
     def capture(
         self,

@@ -22,6 +22,7 @@ class Third(StrEnum):
     *("model", "prompt", "mode", "backend", "devices", "command", "points", "layers", "positions", "slice", "generate"),
     *(
         "full",
+        "binary",
         "window",
         "threads",
         "first_position",

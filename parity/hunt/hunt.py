@@ -12,7 +12,6 @@ from checkpoints.answers.hunt import Hunt, Round
 from checkpoints.errors import InputError, ParityError
 from checkpoints.formats import load
 from checkpoints.jsonl import write
-from checkpoints.reading.reader import read
 from checkpoints.record import Dump, Header, Rows
 from reference.client import Reference
 
@@ -148,7 +147,7 @@ class _Chase:
         forget_answer(self._folder)
         write(ours, self._folder / OURS_FILE, Header(source=self._command.name))
         LlamaCpp(following(self._request, ours), self._reference).dump(self._prompt, self._folder / REF_FILE, self._progress)
-        return read(self._folder / REF_FILE)
+        return load(self._folder / REF_FILE)
 
 
 def _same(a: Rows, b: Rows) -> bool:

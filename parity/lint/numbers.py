@@ -36,9 +36,12 @@ def non_finite(subject: Subject) -> Iterator[Hit]:
         width = np.arange(rows.values.shape[1])
         inside = width[None, :] < rows.counts[:, None]
         odd = ~np.isfinite(rows.values) & inside
-        if "kq" in kind(name) or "mask" in kind(name):
+        made = subject.made(name)
+        if "kq" in kind(name) or "mask" in kind(name) or (made is not None and made.op == "FILL"):
             odd &= ~np.isneginf(rows.values)  # a mask's −∞ is meant
         counted = np.nan_to_num(rows.stats.get("nonfinite", np.zeros(len(rows))))
+        if made is not None and made.op == "FILL":  # what the operation is for: −∞ everywhere
+            counted = np.zeros(len(rows))
         bad = (odd.any(axis=1) | (counted > 0)).nonzero()[0].tolist()
         if bad:
             first = min(bad, key=lambda r: int(rows.token_idx[r]))

@@ -105,7 +105,7 @@ def run(
                 _one_after_the_other(request, reference, ours, prompt, dumps, progress)
             else:
                 _at_once(request, reference, ours, prompt, dumps, progress, meanwhile)
-    left, right = load(folder / OURS_FILE, request.mapping), read(folder / REF_FILE)
+    left, right = load(folder / OURS_FILE, request.mapping), load(folder / REF_FILE)
     if request.command is not None and not request.despite_lint:
         refuse_unusable(left, "your engine's dump")
     found = comparison(left, right, comparison_options(request))
