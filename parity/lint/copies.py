@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 
 from checkpoints.dataflow import CACHE
-from checkpoints.points import EMBD, parse
+from checkpoints.points import EMBD, of_scores, parse
 
 from .rule import Hit, Place, Subject, kind, where
 
@@ -25,7 +25,7 @@ _BEFORE_ATTENTION = frozenset({"attn_norm", "q", "k", "v", "q_norm", "k_norm"})
 # Where attention and feed-forward stand side by side, so does what the first layer's feed-forward makes.
 _BESIDE_ATTENTION = frozenset({"ffn_norm", "ffn_gate", "ffn_up", "ffn_swiglu", "ffn_out"})
 # Operations whose result depends on the position or on other positions; of a shift, on the position before alone.
-_MIXING = frozenset({CACHE, "ROPE", "SOFT_MAX", "SSM_CONV", "SSM_SCAN", "GATED_DELTA_NET", "RWKV_WKV6", "RWKV_WKV7", "CPY"})
+_MIXING = frozenset({CACHE, "ROPE", "SSM_CONV", "SSM_SCAN", "GATED_DELTA_NET", "RWKV_WKV6", "RWKV_WKV7", "CPY"})
 _SHIFTS = frozenset({"CONCAT"})
 
 
@@ -135,8 +135,11 @@ def _of_its_token(subject: Subject, name: str) -> tuple[bool, bool]:
     """(whether a value depends on nothing but the position's own token, whether the one before takes part)."""
     point = parse(name)
     if name in subject.above:
-        made = [how for other in subject.above[name] if (how := subject.made(other)) is not None]
-        alone = not any(how.op in _MIXING or any("position" in weight for weight in how.weights) for how in made)
+        above = subject.above[name]
+        made = [how for other in above if (how := subject.made(other)) is not None]
+        alone = not any(of_scores(other) for other in above) and not any(
+            how.op in _MIXING or any("position" in weight for weight in how.weights) for how in made
+        )
         shifted = any(how.op in _SHIFTS for how in made)
         return alone and not shifted, alone and shifted
     # A node outside the vocabulary may stand before the attention, too.

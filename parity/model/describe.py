@@ -3,11 +3,12 @@
 from pathlib import Path
 from typing import Any
 
-from checkpoints.errors import ModelError, ReferenceFailed
+from checkpoints.errors import ParityError
 from checkpoints.points import parse
 from engine.blocks import ROPE_FACTORS, Blocks
-from engine.models import steps_of, written_by_hand
+from engine.models import architectures, steps_of, written_by_hand
 from engine.weights.gguf_model import GgufModel, Hyperparameters
+from reference.jobs import NATIVE
 
 
 def describe(path: Path) -> dict[str, Any]:
@@ -45,31 +46,28 @@ def describe(path: Path) -> dict[str, Any]:
         "weights": _types(model),
     }
     if not written_by_hand(hp):
-        return facts | _by_the_reference(path)
-    try:
-        steps = steps_of(hp.architecture, Blocks(hp, model.tensors))
-    except ModelError as error:
-        return facts | {"our_engine": str(error), "points": {}}
+        return facts | _of_the_graph(path)
+    steps = steps_of(hp.architecture, Blocks(hp, model.tensors))
     pairs = {step.params["pairs"] for step in steps if "pairs" in step.params}
     facts["rope_pairs"] = {"neox": "NEOX: x[i] with x[i + d/2]", "norm": "NORM: x[2i] with x[2i + 1]"}[pairs.pop()]
-    facts["our_engine"] = f"has the steps of {hp.architecture}, written by hand"
+    facts["steps"] = f"written by hand for {' and '.join(architectures())}, with a mode for fast decoding"
     facts["points"] = {step.makes: _shape(step.makes, hp) for step in steps}
     return facts
 
 
-def _by_the_reference(path: Path) -> dict[str, Any]:
-    """Of a model whose steps are not written by hand: whether our engine computes it, and what llama.cpp can record of it."""
-    from engine.lift import lift
+def _of_the_graph(path: Path) -> dict[str, Any]:
+    """What llama.cpp's graph of a model says, and the points that it can record."""
     from reference.client import Reference
+
+    from .graph_facts import graph_facts
 
     with Reference() as reference:
         points = {name: [str(size) for size in shape] for name, shape in reference.describe(path).points}
         try:
-            steps = lift(reference.graph(path)).several
-            ours = f"computes it from llama.cpp's graph, in {len(steps)} steps"
-        except (ModelError, ReferenceFailed) as error:
-            ours = str(error)
-    return {"our_engine": ours, "points": points}
+            facts = graph_facts(reference.graph(path, NATIVE))
+        except ParityError as error:
+            facts = {"graph": f"not recorded: {error.message}"}
+    return {**facts, "steps": "read from llama.cpp's graph", "points": points}
 
 
 def _family(name: str) -> str:
