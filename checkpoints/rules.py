@@ -4,7 +4,7 @@ A rule is a function of one pass; it is believed only if it gives back the recor
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -147,6 +147,13 @@ def explain(recorded: Sequence[Recorded], facts: Mapping[str, Any], first: Seque
     return next(
         (rule for rule in (*first, *_candidates(recorded, facts)) if all(_gives(rule, entry) for entry in recorded)), None
     )
+
+
+def _with_its_keys(entry: Recorded) -> Recorded:
+    """A mask over as many keys as tokens is of the pass's own: nothing is read from a cache."""
+    if entry.data.dtype.kind != "f" or entry.ne[0] != len(entry.now.tokens):
+        return entry
+    return replace(entry, now=replace(entry.now, keys=entry.now.positions))
 
 
 def _gives(rule: Rule, entry: Recorded) -> bool:
