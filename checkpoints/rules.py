@@ -92,6 +92,19 @@ def _mean(now: Pass) -> Values:
     return np.full(len(now.tokens), np.float32(1) / np.float32(len(now.tokens)), np.float32)
 
 
+def hadamard(size: int) -> Values:
+    """The orthonormal Walsh–Hadamard matrix: float32 [size, size], size a power of two. Mirrors ggml_gen_hadamard."""
+    matrix = np.ones((1, 1), np.float32)
+    while len(matrix) < size:
+        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
+    rotation: Values = matrix * (np.float32(1) / np.sqrt(np.float32(size)))
+    return rotation
+
+
+def _hadamard(_now: Pass, *, size: int) -> Values:
+    return hadamard(size)
+
+
 def _mask(now: Pass, *, window: str, size: int = 0, alibi: bool = False) -> Values:
     """0 (with ALiBi minus the distance) where a key is seen, −∞ elsewhere: [T, S]."""
     seen = visible(now.positions, now.keys, window=window, size=size)
@@ -119,6 +132,7 @@ RULES: dict[str, Callable[..., Values]] = {
     "zero": _zero,
     "last": _last,
     "mean": _mean,
+    "hadamard": _hadamard,
     "mask": _mask,
     "temperature": _temperature,
 }
@@ -158,10 +172,13 @@ def _candidates(recorded: Sequence[Recorded], facts: Mapping[str, Any]) -> list[
     if first.data.dtype.kind == "f":
         masks = [Rule("mask", {"window": kind, "size": size}) for kind, size in _windows(recorded)]
         masks += [Rule("mask", {**rule.parameters, "alibi": True}) for rule in masks]
+        size = first.ne[0]
+        rotation = [Rule("hadamard", {"size": size})] if size == first.ne[1] and not size & (size - 1) else []
         floor = facts.get("attention.temperature_length") or facts.get("rope.scaling.original_context_length") or 8192
         scale = facts.get("attention.temperature_scale") or 0.1
         return [
             Rule("mean"),
+            *rotation,
             *masks,
             *(
                 Rule("temperature", {"floor": int(n), "scale": float(scale), "offset": o})

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from checkpoints.errors import ReferenceFailed
-from checkpoints.graph import CACHE, INPUT, NODE, STATE, WEIGHT, Graph, RecordedGraph, Rule, Size, Tensor
+from checkpoints.graph import BLANK, CACHE, INPUT, NODE, STATE, WEIGHT, Graph, RecordedGraph, Rule, Size, Tensor
 from checkpoints.rules import Pass, Recorded, explain
 
 from .ggml import COMPUTED, Ggml
@@ -362,10 +362,20 @@ def _assemble(
     # What has a row for each position is seen only where there are several.
     rows = frozenset() if several is None else {tensor.point for tensor in several.tensors}
     known = () if several is None else [(tensor.name, tensor.rule) for tensor in several.tensors if tensor.rule is not None]
+    filled, read = (
+        {
+            source
+            for raw, sources in zip(flat.tensors, flat.sources, strict=True)
+            if (ggml.op_name(raw.op) == "FILL") == wanted
+            for source in sources
+        }
+        for wanted in (True, False)
+    )
+    blank = {i for i in filled - read if i is not None and not flat.tensors[i].flags & _INPUT}
     tensors = []
     for i, raw in enumerate(flat.tensors):
         op = ggml.op_name(raw.op)
-        kind = NODE if i >= flat.leaves else _kind(raw, weights)
+        kind = NODE if i >= flat.leaves else BLANK if i in blank else _kind(raw, weights)
         made = [Size(*(int(number) for number in row)) for row in sizes[i]]
         ne = (made[0], made[1], made[2], made[3])
         point = names.points.get(i, "")

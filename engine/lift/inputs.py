@@ -73,6 +73,11 @@ def mean(positions: Array) -> Array:
     return (positions * 0 + 1).astype(np.float32) / np.float32(len(positions))
 
 
+def hadamard(positions: Array, *, size: int) -> Array:
+    """The matrix that rotates cached keys: float32 [size, size]. `checkpoints.rules.hadamard`."""
+    return module_of(positions).asarray(rules.hadamard(size))
+
+
 Made = tuple[Callable[..., Array], tuple[Read, ...], tuple[Size, ...]]
 
 _STEPS: dict[str, Callable[["Lifter", Any], Made]] = {
@@ -83,6 +88,7 @@ _STEPS: dict[str, Callable[["Lifter", Any], Made]] = {
     ),
     "temperature": lambda lifter, _parameters: (temperature, (POSITIONS,), (lifter.t,)),
     "mask": lambda lifter, _parameters: (mask, (POSITIONS, lifter.keys), (lifter.t, lifter.s)),
+    "hadamard": lambda _lifter, parameters: (hadamard, (POSITIONS,), (Size(parameters["size"]), Size(parameters["size"]))),
     "last": lambda _lifter, _parameters: (last, (POSITIONS,), (Size(1),)),
     "mean": lambda lifter, _parameters: (mean, (POSITIONS,), (lifter.t,)),
     "zero": lambda _lifter, _parameters: (zeros, (POSITIONS,), (Size(1),)),

@@ -382,6 +382,8 @@ class Lifter:
         """A step of the node's own ggml operation."""
         if tensor.op not in OPERATIONS:
             raise Unliftable("it has no such operation")
+        if tensor.op == "TOP_K" and any(size.cached for size in self.tensors[tensor.sources[0] or 0].ne):
+            raise Unliftable("it chooses among the cache's cells, empty ones included (sparse attention)")
         reads: list[Read] = []
         weights: list[str | RowsOf | WeightPart] = []
         found: list[tuple[str, int, tuple[Size, ...], tuple[Size, ...] | None] | None] = []
@@ -393,7 +395,7 @@ class Lifter:
             if self.tensors[place.base].kind == WEIGHT:
                 found.append(self._weight(tensor, source, number, weights))
                 continue
-            if tensor.op in _COPIES and number == 1:  # the target, which gives only its shape
+            if (tensor.op in _COPIES and number == 1) or tensor.op == "FILL":  # the target, which gives only its shape
                 found.append(None)
                 continue
             if number in tensor.operand_points:
