@@ -13,7 +13,6 @@ from .errors import DumpError
 
 FORMAT = 1
 WEIGHT, INPUT, CACHE, STATE, NODE = "weight", "input", "cache", "state", "node"
-BLANK = "blank"
 VIEWS = frozenset({"VIEW", "RESHAPE", "PERMUTE", "TRANSPOSE"})
 
 
@@ -63,8 +62,7 @@ class Tensor:
     """A node of the graph or one of its leaves.
 
     Attributes:
-        kind: "node", or what a leaf is: "weight" (its name is the GGUF's), "input", "cache" (keys or values), "state" (recurrent),
-            "blank" (memory that a FILL writes: only its shape counts).
+        kind: "node", or what a leaf is: "weight" (its name is the GGUF's), "input", "cache" (keys or values), "state" (recurrent).
         op: ggml's name of the operation ("MUL_MAT"), "NONE" of a leaf.
         params: the 16 int32 of `op_params` (a float is the same 32 bits); of a view zeros: its place is in `root` and `offset`.
         type: ggml's name of the type ("f32").

@@ -63,6 +63,11 @@ def zeros(positions: Array, **_parameters: Any) -> Array:
     return positions[:1] * 0
 
 
+def rotation(positions: Array, *, size: int) -> Array:
+    """The Hadamard matrix that keys are rotated with: float32 [size, size]."""
+    return module_of(positions).asarray(rules.hadamard(size))
+
+
 def last(positions: Array) -> Array:
     """The number of the last row: [T] -> [1]."""
     return positions[-1:] * 0 + (len(positions) - 1)
@@ -71,11 +76,6 @@ def last(positions: Array) -> Array:
 def mean(positions: Array) -> Array:
     """1 / T for each row: [T] -> float32 [T]."""
     return (positions * 0 + 1).astype(np.float32) / np.float32(len(positions))
-
-
-def hadamard(positions: Array, *, size: int) -> Array:
-    """The matrix that rotates cached keys: float32 [size, size]. `checkpoints.rules.hadamard`."""
-    return module_of(positions).asarray(rules.hadamard(size))
 
 
 Made = tuple[Callable[..., Array], tuple[Read, ...], tuple[Size, ...]]
@@ -88,7 +88,7 @@ _STEPS: dict[str, Callable[["Lifter", Any], Made]] = {
     ),
     "temperature": lambda lifter, _parameters: (temperature, (POSITIONS,), (lifter.t,)),
     "mask": lambda lifter, _parameters: (mask, (POSITIONS, lifter.keys), (lifter.t, lifter.s)),
-    "hadamard": lambda _lifter, parameters: (hadamard, (POSITIONS,), (Size(parameters["size"]), Size(parameters["size"]))),
+    "hadamard": lambda _lifter, parameters: (rotation, (POSITIONS,), (Size(parameters["size"]),) * 2),
     "last": lambda _lifter, _parameters: (last, (POSITIONS,), (Size(1),)),
     "mean": lambda lifter, _parameters: (mean, (POSITIONS,), (lifter.t,)),
     "zero": lambda _lifter, _parameters: (zeros, (POSITIONS,), (Size(1),)),
