@@ -155,6 +155,22 @@ class Reference:
         )
         yield from _but_last(request)
 
+    def logits(
+        self,
+        model: Path,
+        tokens: Sequence[int],
+        *,
+        first: int = 0,
+        portion: int = 16,
+        mode: str = EXACT,
+        threads: int | None = None,
+    ) -> Iterator[NDArray[np.float32]]:
+        """The logits of positions `first`, … of these tokens, float32 [n, V] at a time with n ≤ `portion`: no more is in memory."""
+        request = self._request(
+            f"computing {model}", "logits", Path(model), tuple(tokens), first, portion, mode, threads or self._threads
+        )
+        yield from _but_last(request)
+
     def layers(
         self,
         model: Path,
