@@ -93,7 +93,7 @@ def without_own_noise(
     distance = own_distance(entries, make(plain, len(positions)), positions, truth)
     point, seq, token_idx = columns(entries)
     coarse = np.array([entry.point in truth.coarse for entry in entries])[point]
-    own = odd & (new <= raised(new, limit, distance, point, seq, token_idx, coarse))
+    own = odd & (new <= raised(new, limit, distance, point, seq, token_idx, coarse, NO_ROUNDING))
     ends = np.cumsum([len(entry.rows) for entry in entries])[:-1]
     return tuple(np.split(np.where(own, np.minimum(new, limit), new), ends))
 
