@@ -48,8 +48,19 @@ class _Walk:
                 points += found[0]
                 weights += found[1]
             known = [name for name in dict.fromkeys(points) if name in made]
-            made[item.point] = Made(node.op if item.operand is None else CACHE, tuple(known), tuple(dict.fromkeys(weights)))
+            made[item.point] = Made(
+                self._operation(node) if item.operand is None else CACHE, tuple(known), tuple(dict.fromkeys(weights))
+            )
         return Dataflow(made)
+
+    def _operation(self, node: Node) -> str:
+        """ggml's name of what makes a node; for a view of something unplanned, what makes that."""
+        while node.op in VIEWS and node.sources:
+            behind = self._nodes.get(node.sources[0].address)
+            if behind is None or behind.address in self._point:
+                break
+            node = behind
+        return node.op
 
     def _memory(self, source: Source) -> Source:
         """The tensor that owns the memory which a view shows."""

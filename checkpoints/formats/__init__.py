@@ -14,9 +14,14 @@ from ..points import parse
 from ..reading import reader
 from ..reading.fields import POSITIONS
 from ..record import Dump, Rows
-from . import arrays, eval_callback, model_debugger
+from . import arrays, columns, eval_callback, model_debugger
 
-_FORMATS = (model_debugger, arrays, eval_callback)  # the first that knows the path reads it; JSON lines are what is left
+_FORMATS = (
+    columns,
+    model_debugger,
+    arrays,
+    eval_callback,
+)  # the first that knows the path reads it; JSON lines are what is left
 
 
 def load(path: str | os.PathLike[str], mapping: Mapping | None = None) -> Dump:

@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 
 from .. import ops
-from ..backend import Array
+from ..backend import Array, module_of
 from ..graph import PASSES, History, Step
-from .base import Fault, Parameters, Steps, parameter_of, sibling, with_parameters
+from ..inapplicable import NotApplicable
+from .base import AT, Fault, Parameters, Steps, parameter_of, sibling, with_parameters
 from .value_layout import value_layout
 
 _SOFT = ("kq_soft_max",)
@@ -163,6 +164,18 @@ def _concatenate(step: Step, _right: Steps, parameters: Parameters) -> Step:
     return replace(step, op=_concatenated, params={**step.params, "order": parameters["order"]})
 
 
+def _rows_moved(history: Array, *, by: int) -> Array:
+    """Cache rows of other positions; where there is none, the first or last one."""
+    xp = module_of(history)
+    return history[xp.clip(xp.arange(history.shape[0]) + by, 0, history.shape[0] - 1)]
+
+
+def _cache_shifted(step: Step, _right: Steps, parameters: Parameters) -> Step:
+    if step.op is not ops.cached:
+        raise NotApplicable(f"{step.makes} is no plain read of the cache")
+    return replace(step, op=_rows_moved, params={**step.params, "by": parameters["by"]})
+
+
 FAULTS = (
     Fault(
         name="attn-scale",
@@ -267,6 +280,17 @@ FAULTS = (
         fix="read V as it was written: [position, head, d] or transposed, not one for the other",
         seen="V stored transposed for one kernel, read by another",
         parameters={"layout": ("transposed", "head by head")},
+        whole=True,
+    ),
+    Fault(
+        name="cache-shifted",
+        kinds=("k_read", "v_read"),
+        change=_cache_shifted,
+        what="attention reads the cache's rows at an offset of {by} positions, at {at}",
+        symptom="position 0 is right or nearly so; later ones mix the wrong positions",
+        fix="key and value of position s are row s of the cache",
+        seen="caches whose write index is advanced before the write, or for keys alone",
+        parameters={"by": (-1, 1), AT: (("v_read",), ("k_read",), ("k_read", "v_read"))},
         whole=True,
     ),
     Fault(

@@ -301,6 +301,8 @@ class Lifter:
         if kind == STATE:
             self._write_state(index, tensor, root)
             return True
+        if kind == NODE and tensor.op == "SET_ROWS":  # a value of its own: nothing reads the other one afterwards
+            return False
         if kind != CACHE or tensor.op != "SET_ROWS":
             raise Unliftable("it writes into another value")
         source, ids = tensor.sources[0], tensor.sources[1]

@@ -24,9 +24,10 @@ def diff(
         typer.Option(
             "--model",
             "-m",
-            help="GGUF file: where OURS computes in f16, bf16 or tf32, measure on it what that arithmetic costs.",
+            help="GGUF file of the dumps: measure on it what a lower arithmetic costs, and which one OURS has where it does not say.",
         ),
     ] = None,
+    arbiter: o.ArbiterOption = o.Arbiter.AUTO,
     strict: o.StrictOption = False,
     step: Annotated[
         int | None, typer.Option("--step", min=0, help="Of records that stand twice: those of this forward pass.")
@@ -67,20 +68,21 @@ def diff(
     if not despite_lint:
         refuse_unusable(left, "ours")
         refuse_unusable(right, "the reference")
-    measured = None
-    if model is not None and tolerance is None:
-        from ..explain.measured_floor import measured_limits
-
-        measured = measured_limits(left, right, model, compute.value if compute else None)
     chosen = Options(
-        limits=measured,
         tolerance=tolerance,
         compute=compute.value if compute else None,
         strict=strict,
         step=step,
         placed=mapping.position_offset is not None,
     )
-    found = comparison(left, right, chosen)
+    if model is None:
+        found = comparison(left, right, chosen)
+    else:
+        from ..diff.tokens import same_model
+        from ..explain.on_model import compared_on
+
+        same_model(right, model)
+        found = compared_on(left, right, chosen, model, arbiter.value)
     if table is not None:
         from ..diff.table import write_table
 

@@ -19,7 +19,22 @@ OutOption = Annotated[Path, typer.Option("--out", "-o", help="The dump to write.
 
 
 @app.command("ours", short_help="Run a prompt through our engine.")
-@o.fills(*("model", "prompt", "mode", "backend", "devices", "points", "layers", "positions", "slice", "full", "first_position"))
+@o.fills(
+    *(
+        "model",
+        "prompt",
+        "mode",
+        "backend",
+        "devices",
+        "points",
+        "layers",
+        "positions",
+        "slice",
+        "full",
+        "binary",
+        "first_position",
+    )
+)
 def ours(given: o.Given, out: OutOption) -> None:
     """Run a prompt through our engine and write what it computed."""
     from ..run import session
@@ -33,7 +48,20 @@ def ours(given: o.Given, out: OutOption) -> None:
 
 @app.command("ref", short_help="Run a prompt through llama.cpp, or along your dump.")
 @o.fills(
-    *("model", "optional_prompt", "mode", "points", "layers", "positions", "slice", "generate", "full", "window", "threads"),
+    *(
+        "model",
+        "optional_prompt",
+        "mode",
+        "points",
+        "layers",
+        "positions",
+        "slice",
+        "generate",
+        "full",
+        "binary",
+        "window",
+        "threads",
+    ),
     *("first_position", "verbose"),
 )
 def ref(

@@ -94,6 +94,9 @@ LayersOption = Annotated[str | None, typer.Option("--layers", help="Layers whose
 PositionsOption = Annotated[str, typer.Option("--positions", help="all, last, or a list: 0,3,7.")]
 SliceOption = Annotated[int, typer.Option("--slice", min=1, max=_LONGEST_ROW, help="Leading values a record carries.")]
 FullOption = Annotated[bool, typer.Option("--full", help="Write whole tensors besides, as safetensors.")]
+BinaryOption = Annotated[
+    bool, typer.Option("--binary", help="Write records as arrays beside the dump's lines: large dumps are read in no time.")
+]
 ArbiterOption = Annotated[
     Arbiter,
     typer.Option(
@@ -297,6 +300,7 @@ GROUPS = {
     "positions": _one("positions", PositionsOption, "all", positions),
     "slice": _one("slice_size", SliceOption, 16),
     "full": _one("full", FullOption, False),
+    "binary": _one("binary", BinaryOption, False),
     "generate": _one("generate", GenerateOption, 0),
     "window": _one("window", WindowOption, "auto", window),
     "threads": _one("threads", ThreadsOption),

@@ -2,14 +2,36 @@
 
 import sys
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from checkpoints.errors import InputError
 
 from . import options as o
+
+if TYPE_CHECKING:
+    from checkpoints.record import Dump
+
+    from ..diff.compare import Comparison, Options
+
+
+def _judged(model: Path, ours: "Dump", ref: "Dump", options: "Options") -> "Comparison":
+    """A comparison of two dumps of a model that is at hand."""
+    from ..explain.on_model import compared_on
+
+    return compared_on(ours, ref, options, model)
+
+
+def _prepare(form: o.Format) -> None:
+    """Import what comes after both sides: for while llama.cpp computes."""
+    import parity.explain.on_model  # noqa: F401
+
+    from .comparison_output import prepare
+
+    prepare(form)
 
 
 class Third(StrEnum):
@@ -22,6 +44,7 @@ class Third(StrEnum):
     *("model", "prompt", "mode", "backend", "devices", "command", "points", "layers", "positions", "slice", "generate"),
     *(
         "full",
+        "binary",
         "window",
         "threads",
         "first_position",
@@ -77,7 +100,7 @@ def run(
     started = Reference(verbose=given["verbose"], threads=given["threads"], child=child)
     from ..run import session
     from ..run.request import Request
-    from .comparison_output import finish, prepare
+    from .comparison_output import finish
     from .output import progress_bar
 
     if hunt:
@@ -95,7 +118,7 @@ def run(
             outcome = session.run(request, progress, started)
             found, said = session.with_hugging_face(outcome, side, progress)
         else:
-            outcome = session.run(request, progress, started, lambda: prepare(form))
+            outcome = session.run(request, progress, started, partial(_prepare, form), partial(_judged, request.model))
     if other is not None:
         if said:
             print(f"note: {said}", file=sys.stderr)

@@ -16,7 +16,7 @@ from .against_limits import Held
 from .dataflow import Flow
 from .layouts import MOMENT, Allowed, Reading, head_size_of, reading
 from .measure import Measured
-from .operations import ELEMENTWISE, MIXING, SOFT_MAX
+from .operations import ELEMENTWISE, MIXING
 from .same_vector import alike
 
 Floats = NDArray[np.float64]
@@ -106,7 +106,7 @@ class _Consumers:
             return any(decided)
         # Without a reading nothing is taken for granted: all positions, and nothing that a soft max may have hidden.
         children = self._model.children[name]
-        behind = any(self._model.meets(name, child, SOFT_MAX) for child in children)
+        behind = any(self._model.hidden(name, child) for child in children)
         return all(decided) and not behind
 
     def _decided(self, name: str, record: int, children: tuple[str, ...]) -> bool | None:

@@ -119,12 +119,28 @@ class Flow:
                 waiting += self.whole.made[name].reads
         return back
 
-    def meets(self, above: str, below: str, operations: Collection[str]) -> bool:
-        """Whether every way from one point to another one leads through one of these operations."""
+    def attends(self, name: str) -> bool:
+        """Whether a node is the soft max of attention: over the product of two activations, and not over a router's scores."""
+        how = self.whole.made.get(name)
+        if how is None or how.op not in ("SOFT_MAX", "FLASH_ATTN_EXT"):
+            return False
+        waiting, seen = list(how.reads), set[str]()
+        while waiting:
+            other = waiting.pop()
+            made = self.whole.made[other]
+            if len(made.reads) > 1 and made.op == "MUL_MAT":
+                return True
+            if other not in seen and made.op not in ("MUL_MAT", "RMS_NORM", "NORM", "GET_ROWS"):
+                seen.add(other)
+                waiting += made.reads
+        return how.op == "FLASH_ATTN_EXT"
+
+    def hidden(self, above: str, below: str) -> bool:
+        """Whether every way from one point to another one leads through the soft max of attention, which may hide an error."""
         reached, waiting = {above}, [above]
         while waiting:
             for other in self.whole.readers.get(waiting.pop(), ()):
-                if other not in reached and self.whole.made[other].op not in operations:
+                if other not in reached and not self.attends(other):
                     reached.add(other)
                     waiting.append(other)
         return below not in reached

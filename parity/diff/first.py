@@ -157,7 +157,7 @@ def _pattern(records: Records, first: int, stretch: Stretch | None, settled: boo
     )
 
 
-_COMPUTE = {"F16": "f16", "BF16": "bf16", "TF32": "tf32", "8 bits a block": "q8"}
+_COMPUTE = {"F16 or TF32": "f16", "F16": "f16", "BF16": "bf16", "TF32": "tf32", "8 bits a block": "q8"}
 
 
 def _alike(records: Records, here: Ints, failing: Ints) -> bool:

@@ -13,7 +13,6 @@ ELEMENTWISE = frozenset(
 )
 # Products with weights mix a whole row into each element.
 MIXING = frozenset({"MUL_MAT", "MUL_MAT_ID", "OUT_PROD"})
-SOFT_MAX = frozenset({"SOFT_MAX", "FLASH_ATTN_EXT"})
 _RECURRENT = ("SSM_", "RWKV_", "GATED_", "LINEAR_ATTN", "DELTA")
 
 _NORM = "the norm: {weights}its epsilon"

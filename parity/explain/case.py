@@ -71,14 +71,7 @@ class Case:
         self.replay = self.make(self.transformer.steps, len(tokens))
         header = self.header()
         same_experiment(self.dump, Dump("our engine", header, {}))
-        self.arbiter = Arbiter(
-            self.transformer.steps,
-            self.transformer.weights,
-            self.transformer.backend,
-            tokens,
-            self.positions.tolist(),
-            self.passes,
-        )
+        self.arbiter = self.truth_of(self.transformer.steps)
         entries, notes = expected(self.dump, self.replay, self.positions, header)
         self.entries, noise = allowed(entries, self.replay, self.positions, self.arbiter, options.arbiter)
         self.notes = (*self.dump.notes, *notes, *noise)
@@ -104,6 +97,11 @@ class Case:
             longer,
         )
 
+    def truth_of(self, steps: Sequence[Step]) -> Arbiter:
+        """What a list of steps makes of the dump's tokens in float64."""
+        weights, backend = self.transformer.weights, self.transformer.backend
+        return Arbiter(steps, weights, backend, self.tokens, self.positions.tolist(), self.passes)
+
     def header(self) -> Header:
         """What a dump of our engine would say of itself."""
         known = self.dump.header
@@ -120,7 +118,14 @@ class Case:
     def screening(self, entries: Sequence[Expected], budget: Budget) -> Screening:
         """A screening over some of the records."""
         return Screening(
-            entries, self.transformer.steps, self.replay, self.make, self.positions, self.transformer.backend, budget
+            entries,
+            self.transformer.steps,
+            self.replay,
+            self.make,
+            self.positions,
+            self.transformer.backend,
+            budget,
+            self.truth_of,
         )
 
 

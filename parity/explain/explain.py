@@ -49,7 +49,7 @@ def explain(dump: Dump, model: Path, options: ExplainOptions | None = None) -> E
     noise = "" if options.compute in (None, "f32") else str(options.compute)
     if noise:
         case.entries = with_noise(_floor(case, noise), case.entries)
-    search = Search(case.screening(case.entries, budget.part(_FIRST)))
+    search = Search(case.screening(case.entries, budget.part(_FIRST)), lambda state: _known(case, search, state))
     start = search.screening.start()
     kind = ""
     best = start
@@ -71,6 +71,11 @@ def explain(dump: Dump, model: Path, options: ExplainOptions | None = None) -> E
         next="" if kind else answer.next,
         seconds=perf_counter() - began,
     )
+
+
+def _known(case: Case, search: Search, state: State) -> bool:
+    """Whether what is wrong at a state's first place is known without a cause: one operation, and a law of its numbers."""
+    return len(search.screening.cone(state).steps) == 1 and bool(law_at(case, search, state))
 
 
 def _looks_like(case: Case, search: Search, start: State) -> str:
@@ -118,7 +123,7 @@ def _around(case: Case, search: Search, best: State, max_faults: int, budget: Bu
     The points of that kind are left out, and what explains the others is kept.
     """
     depth = max_faults - len(best.faults)
-    if best.first is None or depth < 2 or budget.late:
+    if best.first is None or depth < 2 or budget.late or search.screening.cone(best).sure:
         return best
     kind = parse(case.entries[best.first.point].point).kind
     others = [entry for entry in case.entries if parse(entry.point).kind != kind]

@@ -12,6 +12,7 @@ from engine.backend import Array
 
 from .case import Case
 from .laws import beside, law
+from .operands import other_operand
 from .records import Expected, Floats, Ints
 from .search import Search
 from .state import Candidate, State, key
@@ -23,40 +24,46 @@ _TRIED = 12  # … of so many, by what they take away at the first record
 # Part of the error that a lead takes away at every wrong record of the first point; elsewhere none may grow by more than _WORSE.
 # Of the wrong leads that were seen each took away 96 to 99.6 % at the first record, and little at the next ones.
 _WORTH, _WORSE = 0.9, 2.0
+_TOGETHER = 0.5
 # What counts as equal in an observation: NMSE of float32 noise (limits.EXACT_FLOOR), with room for printed digits.
 _EQUAL = 1e-9
 _F16_MAX = 65504.0  # the largest finite float16
 
 
 def believed(entries: Sequence[Expected], search: Search, start: State, best: State) -> State:
-    """The state with those of its faults that are causes, up to the first one that is none.
+    """The state with those of its faults that are causes.
 
-    A cause reproduces the whole point at which the difference began, with numbers that say something, and spoils no record.
+    A cause reproduces the whole point at which the difference began, with numbers that say something, and spoils more than it
+    mends nowhere. Faults that do so only together must reproduce most of all: two of them are enough to give one layer's numbers
+    by chance.
     """
-    state = start
-    for number, candidate in enumerate(best.faults):
+    state = accepted = start
+    apart = 0
+    for candidate in best.faults:
         after = search.screening.reached(state, candidate)
         if after is None:
-            return state
-        last = number == len(best.faults) - 1
-        if last and not _is_cause(entries, state, after):
-            return state
-        state = after
-    return state
+            break
+        state, apart = after, apart + 1
+        share = _mended(entries, accepted, after)
+        if share is not None and (apart == 1 or share >= _TOGETHER):
+            accepted, apart = after, 0
+    return accepted
 
 
-def _is_cause(entries: Sequence[Expected], before: State, after: State) -> bool:
+def _mended(entries: Sequence[Expected], before: State, after: State) -> float | None:
+    """The part of the wrong records that a further fault reproduces; None if it is no cause of them."""
     if before.first is None or (after.first is not None and after.first.point <= before.first.point):
-        return False
-    spoiled = fixed = shown = 0
+        return None
+    spoiled = mended = shown = wrong = 0
     for entry, old, new in zip(entries, before.nmse, after.nmse, strict=True):
         was, now = old > entry.limit, new > entry.limit
+        wrong += int(was.sum())
         spoiled += int((now & ~was).sum())
-        fixed += int((was & ~now).sum())
+        mended += int((was & ~now).sum())
         finite = np.isfinite(np.where(entry.present, entry.values, 0.0)).all(axis=1)
         # Non-finite values prove nothing, unless finite ones stand beside them where the fault makes them.
         shown += int((was & ~now & (finite | (finite.any() & ~finite.all()))).sum())
-    return shown > 0 and spoiled < fixed and (spoiled == 0 or after.first is not None)
+    return (mended - spoiled) / wrong if shown and spoiled < mended else None
 
 
 def law_at(case: Case, search: Search, state: State) -> str:
@@ -72,7 +79,8 @@ def law_at(case: Case, search: Search, state: State) -> str:
     bias = case.transformer.backend.to_host(case.replay.weights.get(name)) if isinstance(name, str) else None
     bias = bias.astype(np.float64) if bias is not None and bias.ndim == 1 else None
     found = beside(entry, state.nmse[state.first.point], values, case.positions, bias, _heads(state, entry.point))
-    return "" if found is None else law(found)
+    said = "" if found is None else law(found)
+    return said or other_operand(case, state, entry, state.nmse[state.first.point])
 
 
 def _heads(state: State, point: str) -> int | None:

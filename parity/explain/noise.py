@@ -1,9 +1,11 @@
 """Where float32's own rounding is amplified over the table's limit: the arbiter knows, and without it an excuse has to do."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from engine.faults import as_recorded
+from engine.graph import Step
 from engine.replay.replay import Replay
 
 from ..diff.dataflow import flow
@@ -15,6 +17,7 @@ OFF, AUTO, ALL = "off", "auto", "all"
 # NMSE above which no rounding of float32 is looked for. Measured (benchmarks/noise.py): at most 2e-10 between right engines; an engine
 # without residuals, which amplifies rounding most of all entries of the catalogue, 2e-9.
 BEYOND = 1e-7
+EXPLAINED = 1e3  # times that a record was worse before a fault that leaves no more than its own noise
 
 
 def allowed(
@@ -58,6 +61,34 @@ def _by_truth(
             f" {nmse[worst]:.1e} from our engine, which itself is {distance[worst]:.1e} from float64",
         )
     return with_limits(entries, higher), notes
+
+
+def without_own_noise(
+    entries: Sequence[Expected],
+    base: Sequence[Floats],
+    nmse: tuple[Floats, ...],
+    steps: Sequence[Step],
+    make: Callable[[Sequence[Step], int], Replay],
+    positions: Ints,
+    truth_of: Callable[[Sequence[Step]], Truth],
+) -> tuple[Floats, ...]:
+    """What a changed list of steps leaves at each record, [R] a point, where its own rounding is no more than that.
+
+    A fault may amplify float32's rounding over the limit: what is left is then a multiple of the list's own distance from float64,
+    and was far larger before.
+
+    Args:
+        base: what was left before it was changed.
+    """
+    old, new, limit = (np.concatenate(list(part)) for part in (base, nmse, [entry.limit for entry in entries]))
+    odd = (new > limit) & (new <= BEYOND) & (new * EXPLAINED <= old)
+    if not odd.any():
+        return nmse
+    plain = as_recorded(steps)
+    distance = own_distance(entries, make(plain, len(positions)), positions, truth_of(plain))
+    own = odd & (new <= raised(limit, distance, *columns(entries)))
+    ends = np.cumsum([len(entry.rows) for entry in entries])[:-1]
+    return tuple(np.split(np.where(own, np.minimum(new, limit), new), ends))
 
 
 def _excused(entries: Sequence[Expected]) -> tuple[list[Expected], tuple[str, ...]]:

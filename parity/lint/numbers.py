@@ -22,6 +22,7 @@ _SMALLEST_NORMAL = float(np.finfo(np.float32).tiny)
 # (Embeddings of 4-bit types, ReLU layers, norms with a zero weight and saturated attention have true zeros.)
 _DENSE = frozenset({"l_out", "ffn_inp", "attn_out", "q", "k", "v", "q_rope", "k_rope", LOGITS})
 _ENOUGH = 8  # values that a row must have before its pattern means anything
+_PADDED = frozenset({"CONCAT", "PAD", "FILL"})  # a sequence's first position has zeros before it
 # Distance from the row's median, in robust standard deviations (1.4826 · MAD), that no logit of a right model reaches: measured, at
 # most 9.2 on the embedded model (four random prompts of 256 tokens, 300 of its own) and 4.7 on six synthetic ones, where ids
 # have seen use. Ids that never occur lie within 0.3 of each other and 80 such deviations below a likely one: a distance has to be
@@ -36,9 +37,12 @@ def non_finite(subject: Subject) -> Iterator[Hit]:
         width = np.arange(rows.values.shape[1])
         inside = width[None, :] < rows.counts[:, None]
         odd = ~np.isfinite(rows.values) & inside
-        if "kq" in kind(name) or "mask" in kind(name):
+        made = subject.made(name)
+        if "kq" in kind(name) or "mask" in kind(name) or (made is not None and made.op == "FILL"):
             odd &= ~np.isneginf(rows.values)  # a mask's −∞ is meant
         counted = np.nan_to_num(rows.stats.get("nonfinite", np.zeros(len(rows))))
+        if made is not None and made.op == "FILL":  # what the operation is for: −∞ everywhere
+            counted = np.zeros(len(rows))
         bad = (odd.any(axis=1) | (counted > 0)).nonzero()[0].tolist()
         if bad:
             first = min(bad, key=lambda r: int(rows.token_idx[r]))
@@ -148,7 +152,10 @@ def flat_row(subject: Subject) -> Iterator[Hit]:
     for name, rows in subject.points.items():
         if kind(name) == "kq_soft_max" or "mask" in kind(name) or rows.values.shape[1] < _ENOUGH:
             continue
+        made = subject.made(name)
         even = _even_steps(rows)
+        if made is not None and made.op in _PADDED:
+            even &= rows.values[:, 0] != 0
         if even.any():
             bad = even.nonzero()[0].tolist()
             row = leading(rows, bad[0])

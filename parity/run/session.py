@@ -22,7 +22,7 @@ from checkpoints.record import Dump
 from reference.client import Reference
 from reference.jobs import DumpResult
 
-from ..diff.compare import Options, comparison
+from ..diff.compare import Comparison, Options, comparison
 from ..diff.three_way import compare_three
 from ..diff.tokens import same_model
 from ..lint.lint import refuse_unusable
@@ -84,8 +84,9 @@ def run(
     progress: Progress | None = None,
     started: Reference | None = None,
     meanwhile: Callable[[], None] = lambda: None,
+    judge: Callable[[Dump, Dump, Options], Comparison] = comparison,
 ) -> Outcome:
-    """Run both sides and compare them.
+    """Run both sides and compare them by `judge`.
 
     `started` is a reference that was started ahead, and is ended here; `meanwhile` is called where nothing is left to do but
     to wait for llama.cpp.
@@ -105,10 +106,10 @@ def run(
                 _one_after_the_other(request, reference, ours, prompt, dumps, progress)
             else:
                 _at_once(request, reference, ours, prompt, dumps, progress, meanwhile)
-    left, right = load(folder / OURS_FILE, request.mapping), read(folder / REF_FILE)
+    left, right = load(folder / OURS_FILE, request.mapping), load(folder / REF_FILE)
     if request.command is not None and not request.despite_lint:
         refuse_unusable(left, "your engine's dump")
-    found = comparison(left, right, comparison_options(request))
+    found = judge(left, right, comparison_options(request))
     verdict = replace(found.verdict, notes=(*taken_instead(request, right), *found.verdict.notes))
     return Outcome(folder, left, right, verdict, found.picture, perf_counter() - began)
 
