@@ -4,7 +4,7 @@ A rule is a function of one pass; it is believed only if it gives back the recor
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from .graph import Rule
 
 Values = NDArray[Any]
+UNDEFINED = "undefined"  # the rule of memory that a graph only takes the shape of: it has no values
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,19 @@ def _mean(now: Pass) -> Values:
     return np.full(len(now.tokens), np.float32(1) / np.float32(len(now.tokens)), np.float32)
 
 
+def hadamard(size: int) -> Values:
+    """Sylvester's matrix of ±1 over the root of its size: float32 [size, size]. Mirrors llama_kv_cache's rotation of keys."""
+    matrix: Values = np.ones((1, 1), np.float32)
+    while len(matrix) < size:
+        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
+    scaled: Values = (matrix / np.sqrt(np.float32(size))).astype(np.float32)
+    return scaled
+
+
+def _hadamard(now: Pass, *, size: int) -> Values:
+    return hadamard(size)
+
+
 def _mask(now: Pass, *, window: str, size: int = 0, alibi: bool = False) -> Values:
     """0 (with ALiBi minus the distance) where a key is seen, −∞ elsewhere: [T, S]."""
     seen = visible(now.positions, now.keys, window=window, size=size)
@@ -117,6 +131,7 @@ RULES: dict[str, Callable[..., Values]] = {
     "cells": _cells,
     "cells_transposed": _cells_transposed,
     "zero": _zero,
+    "hadamard": _hadamard,
     "last": _last,
     "mean": _mean,
     "mask": _mask,
@@ -134,6 +149,13 @@ def explain(recorded: Sequence[Recorded], facts: Mapping[str, Any], first: Seque
     )
 
 
+def _with_its_keys(entry: Recorded) -> Recorded:
+    """A mask over as many keys as tokens is of the pass's own: nothing is read from a cache."""
+    if entry.data.dtype.kind != "f" or entry.ne[0] != len(entry.now.tokens):
+        return entry
+    return replace(entry, now=replace(entry.now, keys=entry.now.positions))
+
+
 def _gives(rule: Rule, entry: Recorded) -> bool:
     made = RULES[rule.kind](entry.now, **rule.parameters)
     if rule.kind == "mask":
@@ -147,8 +169,8 @@ def _gives(rule: Rule, entry: Recorded) -> bool:
     flat = made.reshape(-1)
     if flat.shape != entry.data.shape:
         return False
-    if entry.data.dtype.kind == "f" and rule.kind == "temperature":
-        return bool(np.allclose(flat, entry.data, rtol=1e-6, atol=0))  # logf of libm and of NumPy
+    if entry.data.dtype.kind == "f" and rule.kind in ("temperature", "hadamard"):
+        return bool(np.allclose(flat, entry.data, rtol=1e-6, atol=0))  # logf of libm and of NumPy, another order of division
     return bool(np.array_equal(flat, entry.data))
 
 
@@ -160,8 +182,10 @@ def _candidates(recorded: Sequence[Recorded], facts: Mapping[str, Any]) -> list[
         masks += [Rule("mask", {**rule.parameters, "alibi": True}) for rule in masks]
         floor = facts.get("attention.temperature_length") or facts.get("rope.scaling.original_context_length") or 8192
         scale = facts.get("attention.temperature_scale") or 0.1
+        square = first.ne[0] == first.ne[1] and first.ne[0] & (first.ne[0] - 1) == 0
         return [
             Rule("mean"),
+            *([Rule("hadamard", {"size": first.ne[0]})] if square else []),
             *masks,
             *(
                 Rule("temperature", {"floor": int(n), "scale": float(scale), "offset": o})

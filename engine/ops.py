@@ -12,7 +12,6 @@ import numpy as np
 from checkpoints.rules import visible
 
 from .backend import Array, module_of
-from .ggml_ops.soft_max import alibi_slopes
 
 
 def get_rows(ids: Array, take: Any) -> Array:
@@ -146,6 +145,8 @@ def causal_soft_max(
     )
     scaled = scores * np.float32(scale)
     if max_bias > 0:
+        from .ggml_ops.soft_max import alibi_slopes
+
         xp = module_of(scores)
         slopes = xp.asarray(alibi_slopes(scores.shape[0], max_bias), dtype=scores.dtype)[:, None, None]
         scaled = scaled - slopes * abs(positions[:, None] - key_positions[None, :]).astype(scores.dtype)

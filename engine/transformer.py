@@ -18,7 +18,6 @@ from .blocks import Blocks
 from .capture.host import Capture, Pass
 from .graph import Step
 from .kv_cache import KvCache
-from .lift import lift
 from .models import steps_of
 from .weights.gguf_model import GgufModel
 
@@ -105,6 +104,8 @@ class Transformer:
         if recorded is None:
             self.steps = steps_of(self.hp.architecture, Blocks(self.hp, model.tensors))
         else:
+            from .lift import lift  # with all of ggml's operations, which a list written by hand does not need
+
             lifted = lift(recorded)
             self.steps, self.single = lifted.several, lifted.single
         self.weights: graph.WeightSource = Weights(model, backend, resident=resident)

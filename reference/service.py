@@ -15,7 +15,7 @@ from checkpoints.graph import RecordedGraph
 
 from . import dump, twin
 from .graph import record
-from .jobs import EXACT, Description, DumpJob, DumpResult, Tokens
+from .jobs import EXACT, NATIVE, Description, DumpJob, DumpResult, Tokens
 from .library import Library
 from .llama import Model, Session
 from .naming import Planned
@@ -225,7 +225,9 @@ class Service:
     def graph(self, path: Path, mode: str, n_ctx: int, threads: int | None, *, item: Item) -> RecordedGraph:
         """See `client.Reference.graph`."""
         found = twin.checked(self._library, path)
-        model = self._computable(found, mode, threads)
+        # A model that is computed in windows is never loaded as a twin; the file itself is only mapped into memory.
+        windows = window_size(self._library, found, DumpJob(path, path, (), mode=mode)) is not None
+        model = self._computable(found, NATIVE if windows else mode, threads)
         return record(model, [tensor.name for tensor in found.tensors], fingerprint=found.fingerprint, n_ctx=n_ctx)
 
     def quantize(self, path: Path, ftype: str, out: Path, threads: int | None, *, item: Item) -> Path:

@@ -20,7 +20,7 @@ from .offsets import Placed, elsewhere, place
 from .picture import picture
 from .records import Records
 from .routing import as_sets, routed
-from .tokens import compare_tokens, same_experiment, token_text
+from .tokens import TokenComparison, compare_tokens, own_choice, same_experiment, token_text
 from .truth import Truth
 
 
@@ -65,16 +65,24 @@ def compare(ours: Dump, ref: Dump, options: Options | None = None) -> Verdict:
 def comparison(ours: Dump, ref: Dump, options: Options | None = None) -> Comparison:
     """Compare two dumps.
 
+    An engine that chose other tokens than the reference is compared up to its first own choice, which is then what differs.
+
     Raises:
         InputError: two models or two prompts, or an unusable option.
         DumpError: nothing in common, records of one key that contradict each other, or no way to tell how our positions count.
     """
-    options = options or Options()
+    found = _comparison(ours, ref, options or Options(), compare_tokens(ours, ref))
+    first, records = found.verdict.first_divergence, found.records
+    parted = own_choice(first, records.ours, ref)
+    before = first is not None and bool((records.token_idx < first.token_idx).any())
+    return found if parted is None or not before else _comparison(ours, ref, options or Options(), parted)
+
+
+def _comparison(ours: Dump, ref: Dump, options: Options, tokens: TokenComparison) -> Comparison:
     allowed = options.limits or limits(ours.header, ref.header, compute=options.compute, tolerance=options.tolerance)
     same_experiment(ours, ref)
     placed = Placed(ours) if options.placed else place(ours, ref)
     ours = placed.ours
-    tokens = compare_tokens(ours, ref)
     whole, damaged = dataflow_of(ours, ref)
     alignment = align(ours, ref, options.step, tokens, whole)
     found = as_sets(measured(alignment, ours, ref))
