@@ -145,6 +145,11 @@ class Flow:
                     waiting.append(other)
         return below not in reached
 
+    def mixes(self, above: str, below: str) -> bool:
+        """Whether a product with weights lies on a way between two points: each element of the lower is then made of whole rows."""
+        nodes = [self.whole.made[name] for name in self.path(above, below) if name in self.whole.made]
+        return any(how.op in ("MUL_MAT", "MUL_MAT_ID", "OUT_PROD") and (how.weights or len(how.reads) == 1) for how in nodes)
+
     def operations(self, nodes: Iterable[str]) -> frozenset[str]:
         """ggml's names of the operations that make these nodes."""
         return frozenset(self.whole.made[name].op for name in nodes if name in self.whole.made)

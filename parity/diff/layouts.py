@@ -8,7 +8,7 @@ from math import prod
 import numpy as np
 from numpy.typing import NDArray
 
-from checkpoints.points import parse
+from checkpoints.points import order, parse
 from checkpoints.record import Rows
 
 from .whole_rows import sizes
@@ -75,8 +75,8 @@ def _reordered(ours: Rows, ref: Rows, allowed: Allowed, head_size: int | None) -
         return None
     if not _same_statistics(ours, ref):
         return _heads_first(ours, ref, allowed, head_size)
-    for order, sentence, mapping in _orders(size, head_size):
-        if _fits(ours, ref, order, allowed):
+    for source, sentence, mapping in _orders(size, head_size):
+        if _fits(ours, ref, source, allowed):
             kind = parse(ours.point).kind
             line = mapping.replace("POINT", f"blk.{{i}}.{kind}" if parse(ours.point).layer is not None else kind)
             return Reading(LAYOUT, sentence, line)
@@ -150,7 +150,9 @@ def _renamed(ours: Rows, ref: Rows, allowed: Allowed, others: Mapping[str, Rows]
         if pair is not None and _agree(*pair, allowed):
             same_layer = parse(name).layer == parse(ours.point).layer
             kind = NAME if same_layer else MOMENT
-            said = f"it is {name}" + ("" if same_layer else ": captured late, when its buffer held that, or under a wrong name")
+            early = order([name, ours.point])[0] == name
+            when = "before this was computed" if early else "late, when its buffer held that"
+            said = f"it is {name}" + ("" if same_layer else f": captured {when}, or under a wrong name")
             return Reading(kind, said, f'"{ours.point}" = "{name}"' if same_layer else "")
     return None
 
