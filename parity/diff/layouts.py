@@ -17,6 +17,7 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 LAYOUT, NAME, MOMENT = "layout", "name", "moment"
+_NEAR = 0.5  # relative: two records are looked at more closely where their first values are no further apart
 _TELLING = 8  # elements that have to be compared before a reordering is believed
 _SAME_STATISTIC = 1e-4  # relative: what an accumulation in float32 leaves of l2, min and max
 _MOST_HEADS = 512  # sizes of heads that are tried
@@ -159,13 +160,14 @@ def _renamed(ours: Rows, ref: Rows, allowed: Allowed, others: Mapping[str, Rows]
 
 def _first_alike(ours: Rows, rows: Rows, allowed: Allowed) -> bool:
     """Whether another point's record beside our first one could be it: looked at before all of them are brought together."""
-    at = np.flatnonzero((rows.seq == ours.seq[0]) & (rows.token_idx == ours.token_idx[0]))
     width = min(ours.values.shape[1], rows.values.shape[1])
-    return (
-        bool(len(at))
-        and width >= 4
-        and _agree(ours.values[:1, :width], rows.values[at[:1], :width], allowed.take(np.arange(1)))
-    )
+    at = np.flatnonzero((rows.seq == ours.seq[0]) & (rows.token_idx == ours.token_idx[0]))
+    if not len(at) or width < 4:
+        return False
+    mine, theirs = ours.values[0, :2].tolist(), rows.values[at[0], :2].tolist()  # most are told apart by two numbers
+    if any(abs(x - y) > _NEAR * max(abs(x), abs(y)) + allowed.step for x, y in zip(mine, theirs, strict=True)):
+        return False
+    return _agree(ours.values[:1, :width], rows.values[at[:1], :width], allowed.take(np.arange(1)))
 
 
 def _scaled(ours: Rows, ref: Rows, allowed: Allowed) -> Reading | None:
