@@ -130,9 +130,11 @@ def order(names: Iterable[str]) -> list[str]:
     unique = list(dict.fromkeys(names))
     place: dict[str, tuple[int, float, int]] = {}
     last: dict[int, float] = {}
+    begin = next((index for index, name in enumerate(unique) if parse(name).layer is not None), 0)
     for index, name in enumerate(unique):
         point = parse(name)
-        section = _section(point)
+        # What is listed before the first layer is computed before it: positions that are added, a norm of the embedding.
+        section = -1 if index < begin and point.known is None else _section(point)
         if point.known is not None:
             rank = float(_RANK.get(point.kind, 0))
             last[section] = max(rank, last.get(section, -1.0))

@@ -71,16 +71,19 @@ def comparison(ours: Dump, ref: Dump, options: Options | None = None) -> Compari
         InputError: two models or two prompts, or an unusable option.
         DumpError: nothing in common, records of one key that contradict each other, or no way to tell how our positions count.
     """
-    found = _comparison(ours, ref, options or Options(), compare_tokens(ours, ref))
-    parted = own_choice(found.verdict.first_divergence, found.records.ours, ref)
-    return found if parted is None else _comparison(ours, ref, options or Options(), parted)
+    found = _comparison(ours, ref, options or Options())
+    first, records = found.verdict.first_divergence, found.records
+    parted = own_choice(first, records.ours, ref)
+    before = first is not None and bool((records.token_idx < first.token_idx).any())
+    return found if parted is None or not before else _comparison(ours, ref, options or Options(), parted)
 
 
-def _comparison(ours: Dump, ref: Dump, options: Options, tokens: TokenComparison) -> Comparison:
+def _comparison(ours: Dump, ref: Dump, options: Options, parted: TokenComparison | None = None) -> Comparison:
     allowed = options.limits or limits(ours.header, ref.header, compute=options.compute, tolerance=options.tolerance)
     same_experiment(ours, ref)
     placed = Placed(ours) if options.placed else place(ours, ref)
     ours = placed.ours
+    tokens = parted or compare_tokens(ours, ref)
     whole, damaged = dataflow_of(ours, ref)
     alignment = align(ours, ref, options.step, tokens, whole)
     found = as_sets(measured(alignment, ours, ref))

@@ -56,7 +56,7 @@ def explain(dump: Dump, model: Path, options: ExplainOptions | None = None) -> E
     if start.first is None:
         kind = noise if any((entry.base > EXACT).any() for entry in case.entries) else ""
     else:
-        kind = "" if case.states_f32 else _looks_like(case, search, start)
+        kind = "" if case.states_f32 else _looks_like(case, search, start, budget)
         if not kind:
             best = _needed(search, _around(case, search, search.explain(start, options.max_faults), options.max_faults, budget))
             best = believed(case.entries, search, start, best)
@@ -67,7 +67,9 @@ def explain(dump: Dump, model: Path, options: ExplainOptions | None = None) -> E
     return replace(
         answer,
         precision_only=kind,
-        looks_like=_looks_like(case, search, start) if case.states_f32 and best is start and start.first is not None else "",
+        looks_like=_looks_like(case, search, start, budget)
+        if case.states_f32 and best is start and start.first is not None
+        else "",
         next="" if kind else answer.next,
         seconds=perf_counter() - began,
     )
@@ -78,11 +80,11 @@ def _known(case: Case, search: Search, state: State) -> bool:
     return len(search.screening.cone(state).steps) == 1 and bool(law_at(case, search, state))
 
 
-def _looks_like(case: Case, search: Search, start: State) -> str:
+def _looks_like(case: Case, search: Search, start: State, budget: Budget) -> str:
     """The arithmetic whose noise the differences are, if nothing fits them better: no fault, no number, no law of theirs; or ""."""
     if not may_be_noise(case.entries) or search.simple(start) or law_at(case, search, start):
         return ""
-    return _precision(case, search.screening.budget)
+    return _precision(case, budget)
 
 
 def _left_over(case: Case, search: Search, best: State, answer: Explanation) -> Explanation:

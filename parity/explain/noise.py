@@ -86,7 +86,7 @@ def without_own_noise(
         return nmse
     plain = as_recorded(steps)
     distance = own_distance(entries, make(plain, len(positions)), positions, truth_of(plain))
-    own = odd & (new <= raised(limit, distance, *columns(entries)))
+    own = odd & (new <= raised(limit, distance, *columns(entries), rounding=BEYOND))
     ends = np.cumsum([len(entry.rows) for entry in entries])[:-1]
     return tuple(np.split(np.where(own, np.minimum(new, limit), new), ends))
 

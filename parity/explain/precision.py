@@ -42,7 +42,11 @@ class PrecisionFloor:
 def may_be_noise(entries: Sequence[Expected]) -> bool:
     """Whether lower arithmetic can be the reason at all: no layer in front of the first place agrees to the end of float32."""
     first = next((number for number, entry in enumerate(entries) if (entry.base > entry.limit).any()), None)
-    return first is None or not any(parse(entry.point).layer is not None for entry in entries[:first])
+    if first is None:
+        return True
+    layer = parse(entries[first].point).layer
+    before = [parse(entry.point).layer for entry in entries[:first]]
+    return not any(known is not None and (layer is None or known < layer) for known in before)
 
 
 def floor(

@@ -217,13 +217,13 @@ class Screening:
     def left(self, place: RecordKey, made: Array) -> float:
         """NMSE of a value of the first rows at a place."""
         entry = self.entries[place.point]
-        errors = entry.nmse(self.backend.to_host(made), self.positions[: made.shape[0]])
+        errors = entry.nmse(self.backend.to_host(made), self.positions[: made.shape[-2]])
         return float(errors[entry.rows == place.row].max())
 
     def recorded(self, place: RecordKey, made: Array) -> Floats:
         """The recorded elements of a value of the first rows at a place: [k]."""
         entry = self.entries[place.point]
-        return entry.at(self.backend.to_host(made), self.positions[: made.shape[0]], place.row)
+        return entry.at(self.backend.to_host(made), self.positions[: made.shape[-2]], place.row)
 
     def check(self, state: State, candidate: Candidate) -> State | None:
         """The state with the candidate planted, on all rows and points; None where the model or the faults there do not allow it,

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 
 from checkpoints.dataflow import CACHE
-from checkpoints.points import EMBD, of_scores, parse
+from checkpoints.points import EMBD, in_layer, of_scores, parse
 
 from .rule import Hit, Place, Subject, kind, where
 
@@ -27,6 +27,7 @@ _BESIDE_ATTENTION = frozenset({"ffn_norm", "ffn_gate", "ffn_up", "ffn_swiglu", "
 # Operations whose result depends on the position or on other positions; of a shift, on the position before alone.
 _MIXING = frozenset({CACHE, "ROPE", "SSM_CONV", "SSM_SCAN", "GATED_DELTA_NET", "RWKV_WKV6", "RWKV_WKV7", "CPY"})
 _SHIFTS = frozenset({"CONCAT"})
+_COPIES = frozenset({"CONT", "CPY", "CAST", "DUP"})
 
 
 def _may_be_alike(subject: Subject, a: str, b: str) -> bool:
@@ -37,17 +38,27 @@ def _may_be_alike(subject: Subject, a: str, b: str) -> bool:
         return layers[0] is None or layers[1] is None or abs(layers[0] - layers[1]) < 2
     if layers[0] != layers[1]:
         return False
-    if {first.kind, second.kind} <= _CACHED and _one_cache(subject, a, b):
-        return True
-    return any({first.kind, second.kind} <= group for group in _ALIKE)
+    groups = (*_ALIKE, _ALIKE[1] | _ALIKE[2]) if _one_cache(subject, first.layer) else _ALIKE
+    return any({first.kind, second.kind} <= group for group in groups)
 
 
-def _one_cache(subject: Subject, a: str, b: str) -> bool:
-    """Whether keys and values are read from the same rows, as in latent attention."""
-    first, second = subject.made(a), subject.made(b)
-    if first is not None and second is not None:
-        return first.reads == second.reads
-    return subject.model is not None and f"blk.{parse(a).layer}.attn_kv_a_mqa.weight" in subject.model.model.tensors
+def _one_cache(subject: Subject, layer: int | None) -> bool:
+    """Whether a layer's keys and values are read from the same rows, as in latent attention."""
+    if layer is None:
+        return False
+    read = [_behind_copies(subject, in_layer(layer, kind)) for kind in ("k_read", "v_read")]
+    if all(read):
+        return read[0] == read[1]
+    return subject.model is not None and f"blk.{layer}.attn_kv_a_mqa.weight" in subject.model.model.tensors
+
+
+def _behind_copies(subject: Subject, name: str) -> frozenset[str]:
+    """What a value is made from, through copies in another layout."""
+    made = subject.made(name)
+    reads = frozenset() if made is None else frozenset(made.reads)
+    while len(reads) == 1 and (made := subject.made(next(iter(reads)))) is not None and made.op in _COPIES and made.reads:
+        reads = frozenset(made.reads)
+    return reads
 
 
 def _residual(name: str) -> int | None:
@@ -135,6 +146,10 @@ def _of_its_token(subject: Subject, name: str) -> tuple[bool, bool]:
     """(whether a value depends on nothing but the position's own token, whether the one before takes part)."""
     point = parse(name)
     if name in subject.above:
+        own = subject.made(name)
+        # The leading values of parts side by side are those of the first part.
+        if own is not None and own.op in _SHIFTS and any(_of_its_token(subject, part)[0] for part in own.reads):
+            return True, False
         above = subject.above[name]
         made = [how for other in above if (how := subject.made(other)) is not None]
         alone = not any(of_scores(other) for other in above) and not any(

@@ -38,10 +38,11 @@ def non_finite(subject: Subject) -> Iterator[Hit]:
         inside = width[None, :] < rows.counts[:, None]
         odd = ~np.isfinite(rows.values) & inside
         made = subject.made(name)
-        if "kq" in kind(name) or "mask" in kind(name) or (made is not None and made.op == "FILL"):
+        if "kq" in kind(name) or "mask" in kind(name):
             odd &= ~np.isneginf(rows.values)  # a mask's −∞ is meant
         counted = np.nan_to_num(rows.stats.get("nonfinite", np.zeros(len(rows))))
-        if made is not None and made.op == "FILL":  # what the operation is for: −∞ everywhere
+        if made is not None and (made.op == "FILL" or _hides_the_rest(rows, inside)):  # what is not to be chosen is −∞
+            odd &= ~np.isneginf(rows.values)
             counted = np.zeros(len(rows))
         bad = (odd.any(axis=1) | (counted > 0)).nonzero()[0].tolist()
         if bad:
@@ -51,6 +52,13 @@ def non_finite(subject: Subject) -> Iterator[Hit]:
             place = f", the first at index {int(at[0])}: {rows.values[first, at[0]]}" if len(at) else ""
             said = f"{name} has {count(what, 'value')} that {'is' if what == 1 else 'are'} no number{place}, {positions_of(rows, bad)}"
             yield Hit(name, int(rows.token_idx[first]), said)
+
+
+def _hides_the_rest(rows: Rows, inside: NDArray[np.bool_]) -> bool:
+    """Whether every row ends in −∞ and has no other value that is no number: scores to which a mask was added."""
+    hidden = np.isneginf(rows.values) & inside
+    ends = np.maximum.accumulate(hidden, axis=1) & inside
+    return bool((hidden == ends).all() and (np.isfinite(rows.values) | hidden | ~inside).all() and hidden.any())
 
 
 def impossible_size(subject: Subject) -> Iterator[Hit]:
@@ -150,7 +158,7 @@ def _median(row: NDArray[np.float64]) -> float:
 def flat_row(subject: Subject) -> Iterator[Hit]:
     """Rows of one repeated number, or of numbers in even steps."""
     for name, rows in subject.points.items():
-        if kind(name) == "kq_soft_max" or "mask" in kind(name) or rows.values.shape[1] < _ENOUGH:
+        if kind(name) == "kq_soft_max" or "mask" in kind(name) or rows.values.shape[1] < _ENOUGH or rows.dtype.startswith("i"):
             continue
         made = subject.made(name)
         even = _even_steps(rows)

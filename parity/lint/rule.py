@@ -154,7 +154,7 @@ def leading(rows: Rows, r: int) -> NDArray[np.float32]:
 
 def telling(rows: Rows) -> NDArray[np.bool_]:
     """bool [R]: records with enough different finite values to be told from others."""
-    if not len(rows) or rows.values.shape[1] < TELLING:
+    if not len(rows) or rows.values.shape[1] < TELLING or rows.dtype.startswith("i"):  # ids: few, and often the same
         return np.zeros(len(rows), dtype=np.bool_)
     values = np.sort(rows.values, axis=1)  # padding and NaN sort to the end
     finite = np.isfinite(values[:, 1:]) & np.isfinite(values[:, :-1])
