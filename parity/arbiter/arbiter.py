@@ -1,6 +1,7 @@
 """Which of two sides that differ is right: the same steps in float64 are the truth that both are held against."""
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,7 +10,7 @@ from checkpoints.record import Rows
 from checkpoints.summary import summarise
 from engine.backend import Backend
 from engine.graph import Step, WeightSource, sees_later
-from engine.replay.wide import wide_values
+from engine.replay.wide import coarse_points, wide_values
 from engine.transformer import Transformer
 
 from ..diff.slices import SLICE_FLOOR
@@ -51,6 +52,11 @@ class Arbiter:
     def asked(self) -> bool:
         """Whether anything of the truth is known by now."""
         return bool(self._truth)
+
+    @cached_property
+    def coarse(self) -> frozenset[str]:
+        """The points that ggml itself computes coarsely (`engine.replay.wide.coarse_points`)."""
+        return coarse_points(self._steps)
 
     @classmethod
     def of(cls, transformer: Transformer, tokens: Sequence[int], first: int = 0, prompt: int | None = None) -> "Arbiter":

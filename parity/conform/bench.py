@@ -39,7 +39,7 @@ from ..run.session import comparison_options
 from ..run.sides import ExternalEngine, LlamaCpp, OurEngine, Side
 from . import identity, results
 from .matrix import PROMPTS, portions
-from .models import Models
+from .models import Models, model_name
 
 _SLICE = 256  # leading values of llama.cpp's records: whole rows of nearly everything in a tiny model
 _EXPLAIN = 20.0  # seconds for the cause of one cell
@@ -52,6 +52,14 @@ class Settings:
     run: Request
     folder: Path
     explain: bool = True
+
+
+def key_of(settings: Settings, engine: str, cell: Cell) -> str:
+    """What a cell's result depends on, known before its model is made; `engine` is `identity.of_command`'s."""
+    run = settings.run
+    judged = (run.compute, run.tolerance, run.mapping, settings.explain, run.command.timeout if run.command else None)
+    model = model_name(cell.architecture, cell.type, identity.program())
+    return identity.digest(identity.program(), engine, model, PROMPTS[cell.prompt], cell.mode, judged)
 
 
 class Bench:
@@ -73,17 +81,15 @@ class Bench:
     def run(self, cell: Cell) -> CellResult:
         """The cell's result: kept from an earlier run where nothing that it depends on has changed."""
         began = perf_counter()
+        key = key_of(self._settings, self._engine, cell)
+        if (kept := results.load(self._settings.folder, key)) is not None:
+            return kept
         try:
             model = self._models.path(cell.architecture, cell.type)
         except ParityError as error:
-            return CellResult(cell, NO_REFERENCE, error.message)
-        run = self._settings.run
-        judged = (run.compute, run.tolerance, self._settings.explain, run.command.timeout if run.command else None)
-        model_key = identity.of_file(model)
-        key = identity.digest(identity.program(), self._engine, model_key, PROMPTS[cell.prompt], cell.mode, judged)
-        if (kept := results.load(self._settings.folder, key)) is not None:
-            return kept
-        result = self._fresh(cell, model, model_key)
+            result = CellResult(cell, NO_REFERENCE, error.message)
+        else:
+            result = self._fresh(cell, model, identity.of_file(model))
         result = replace(result, key=key, seconds=perf_counter() - began)
         results.save(self._settings.folder, result)
         return result

@@ -16,7 +16,7 @@ from .against_limits import Held
 from .dataflow import Flow
 from .layouts import MOMENT, Allowed, Reading, head_size_of, reading
 from .measure import Measured
-from .operations import ELEMENTWISE, MIXING
+from .operations import ELEMENTWISE
 from .same_vector import alike
 
 Floats = NDArray[np.float64]
@@ -140,15 +140,13 @@ class _Consumers:
         operations = self._model.operations(self._model.path(name, child))
         if operations <= ELEMENTWISE and not left * self._energy[other] * _BELOW <= error * self._energy[record]:
             return False
-        if not (np.isnan(measures.nmse_row[other]) or measures.bound[other]) or operations & MIXING:
+        if not (np.isnan(measures.nmse_row[other]) or measures.bound[other]) or self._model.mixes(name, child):
             return True
         if operations <= ELEMENTWISE and measures.nmse_slice[record] * _BELOW > self._held.limit[record]:
             return True
         # What is mixed further down sees the whole row.
         return any(
-            self._agrees(further, record)
-            for further in self._model.children[child]
-            if self._model.operations(self._model.path(child, further)) & MIXING
+            self._agrees(further, record) for further in self._model.children[child] if self._model.mixes(child, further)
         )
 
     def _agrees(self, name: str, like: int) -> bool:
