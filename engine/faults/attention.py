@@ -193,7 +193,7 @@ FAULTS = (
         name="gqa-modulo",
         kinds=("kq", "kqv_out"),
         change=_heads,
-        what="query head h reads key/value head {head} instead of h // (H / K)",
+        what="query head h reads key/value head {head} instead of h // (H / K), in {at} (kq: keys, kqv_out: values)",
         symptom="wrong from position 0 on in models with fewer key/value heads than heads",
         fix="query head h reads key/value head h // (H / K), not h % K",
         seen="attention kernels written for K = H",
