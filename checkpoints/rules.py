@@ -144,6 +144,7 @@ def explain(recorded: Sequence[Recorded], facts: Mapping[str, Any], first: Seque
 
     `facts` are the model's metadata without the architecture's prefix, where temperatures have their parameters.
     """
+    recorded = [_with_its_keys(entry) for entry in recorded]
     return next(
         (rule for rule in (*first, *_candidates(recorded, facts)) if all(_gives(rule, entry) for entry in recorded)), None
     )

@@ -148,6 +148,11 @@ class Step:
         return tuple([source.of for source in sources if isinstance(source, History)])
 
 
+def sees_later(steps: Sequence["Step"]) -> bool:
+    """Whether a position attends to later ones, as an encoder's do."""
+    return any(step.params.get("window") in ("all", "symmetric") for step in steps)
+
+
 def name_of(read: Read) -> str:
     """The value that a read is of."""
     of = read.of if isinstance(read, View) else read

@@ -1,5 +1,6 @@
 """Where cells run: processes of this machine, or the workers of a Dask cluster."""
 
+import logging
 import os
 import signal
 from collections.abc import Iterator
@@ -55,6 +56,8 @@ def _cluster(address: str) -> Iterator[Executor]:
             "Install parity with its cluster extra: pip install '.[cluster]'.",
             code="cluster",
         ) from None
+    for name in ("distributed", "tornado", "asyncio"):  # a lost connection is said once, below
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         client = Client(address, timeout="20s", set_as_default=False)
     except (OSError, ValueError, CommClosedError) as error:
