@@ -121,7 +121,7 @@ class Transformer:
     @property
     def causal(self) -> bool:
         """Whether no position sees a later one; an encoder's do."""
-        return not any(step.params.get("window") in ("all", "symmetric") for step in self.steps)
+        return not graph.sees_later(self.steps)
 
     @property
     def points(self) -> list[str]:

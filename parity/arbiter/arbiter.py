@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from checkpoints.record import Rows
 from checkpoints.summary import summarise
 from engine.backend import Backend
-from engine.graph import Step, WeightSource
+from engine.graph import Step, WeightSource, sees_later
 from engine.replay.wide import coarse_points, wide_values
 from engine.transformer import Transformer
 
@@ -42,7 +42,10 @@ class Arbiter:
         self._tokens = tuple(tokens)
         self._positions = np.asarray(positions, dtype=np.int64)
         self._passes = tuple(passes)
-        self._points = frozenset(step.makes for step in steps)
+        # A state after a pass has no row for each position, and other passes leave it at other ones; an encoder's scores have rows
+        # of other lengths than a decoder's.
+        whole = sees_later(steps)
+        self._points = frozenset(step.makes for step in steps if step.axis == 0 or (step.axis == 1 and not whole))
         self._truth: dict[str, NDArray[np.float64]] = {}
 
     @property
