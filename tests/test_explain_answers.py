@@ -120,6 +120,7 @@ def test_what_is_exactly_right_is_not_of_lower_arithmetic(engine: Faulty) -> Non
     assert found.precision_only == ""
 
 
+@pytest.mark.slow
 def test_nan_agrees_with_nothing(stories: Faulty) -> None:
     """NaN at every position from one point on is said to be NaN: that some fault makes NaN as well proves nothing."""
     tokens = tokens_of(stories.model, 6, seed=1)
@@ -151,6 +152,22 @@ def test_values_of_another_position_are_named(engine: Faulty, by: int) -> None:
     assert (names(found), found.remaining) == (["cache-shifted"], None)
 
 
+@pytest.mark.parametrize("read", [("v_read", "k_rope"), ("k_read", "v")])
+def test_one_cache_for_both_is_named(engine: Faulty, read: tuple[str, str]) -> None:
+    """Keys read where values are wanted, or the other way round, and no lead that takes most of one record's error away."""
+    found = explain(faulty(engine, "cache-of-other", read=read), engine.model, _PATIENT)
+    assert (names(found), found.remaining) == (["cache-of-other"], None)
+
+
+def test_queries_that_are_rotated_too_far_are_named(engine: Faulty) -> None:
+    """An offset of the queries' positions is a number of its own: not "rotates backwards", which takes 96 % of the error away."""
+    found = explain(faulty(engine, "rope-position", position=5.0, at=("q_rope",)), engine.model, _PATIENT)
+    assert found.remaining is None
+    assert found.causes[0].named.fault == "rope-position"
+    assert found.causes[0].named.parameters["position"] in (5.0, -5.0)
+
+
+@pytest.mark.slow
 def test_a_fault_that_amplifies_rounding_has_no_second_cause(stories: Faulty) -> None:
     """Without the residual rounding grows over the limit from layer to layer: that is no second fault."""
     tokens = tokens_of(stories.model, 6, seed=3)
@@ -253,6 +270,7 @@ def test_another_operand_is_named(engine: Faulty) -> None:
     assert names(found) == []
 
 
+@pytest.mark.slow
 def test_a_lead_takes_the_error_away_everywhere(engine: Faulty) -> None:
     """Queries of the position before, in the upper half of each head: many entries take most of one record's error away, none all."""
 

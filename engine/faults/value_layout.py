@@ -8,6 +8,7 @@ import numpy as np
 
 from ..backend import Array
 from ..graph import PASSES, Step
+from ..inapplicable import NotApplicable
 from .base import Parameters, Steps, kind_of, parameter_of, read_of, sibling
 
 Mix = Callable[[Array, Array], Array]  # weights [H, T, S], values [S, K · d] -> [T, H · d]
@@ -44,6 +45,8 @@ def value_layout(step: Step, right: Steps, parameters: Parameters) -> Step:
     layout, kv_heads = parameters["layout"], parameter_of(sibling(step, right, "kq"), "kv_heads")
     if kind_of(step) == "v_read":
         return replace(step, op=_LAYOUTS[layout], params={"kv_heads": kv_heads})
+    if step.op is _mixed:
+        raise NotApplicable(f"{step.makes}: the layout is changed already")
     mix = partial(step.op, **step.params)
     written = read_of(sibling(step, right, "v_read"), 0)
     return replace(

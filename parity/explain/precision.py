@@ -5,11 +5,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from checkpoints.points import parse
+from checkpoints.points import LOGITS, parse
 from engine.graph import Step
 from engine.replay.precision import ROUNDINGS, rounded
 from engine.replay.replay import Replay
 
+from ..diff.limits import EXACT_FLOOR
 from .records import Expected, Floats, Ints
 
 KINDS = tuple(ROUNDINGS)
@@ -78,7 +79,12 @@ def fits(found: PrecisionFloor, entries: Sequence[Expected]) -> float | None:
     costs = [(found.products[number], found.storage[number]) for number in numbers]
     if not entries:
         return None
-    base, limit = (np.concatenate([getattr(entry, name) for entry in entries]) for name in ("base", "limit"))
+    base = np.concatenate([entry.base for entry in entries])
+    # The table's limits: where they are raised (rounding that is amplified, a table of F16) this arithmetic still shows.
+    each = [
+        np.full(len(entry.rows), EXACT_FLOOR.logits if entry.point == LOGITS else EXACT_FLOOR.operations) for entry in entries
+    ]
+    limit = np.concatenate(each)
     products = np.concatenate([one for one, _ in costs])
     storage = np.maximum(products, np.concatenate([two for _, two in costs]))
     if not np.isfinite(base).all() or (base > SINGLE * np.maximum(storage, limit)).any():

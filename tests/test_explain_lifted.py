@@ -1,0 +1,60 @@
+"""`parity explain` and the arbiter on models whose steps are read from llama.cpp's graph."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from explaining import unstated
+from planted import Faulty, Planted, tokens_of
+
+from engine.replay.precision import rounded
+from parity.arbiter.arbiter import Arbiter
+from parity.explain.explain import ExplainOptions, explain
+from reference.client import Reference
+
+pytestmark = pytest.mark.slow
+_PATIENT = ExplainOptions(budget=300.0)
+
+
+@pytest.fixture(scope="module", params=["qwen3", "qwen3moe", "phi3"])
+def engine(request: pytest.FixtureRequest, reference: Reference, small_model: Callable[..., Path]) -> Faulty:
+    """A small model: QK-norms; routed experts; fused projections."""
+    path = small_model(request.param)
+    return Faulty(path, reference.graph(path))
+
+
+def test_the_truth_of_a_lifted_model_is_near_what_float32_gives(engine: Faulty) -> None:
+    """Every point is computed in float64, and our float32 run is near it: as far as rounding goes, or GELU's table of F16."""
+    tokens = tokens_of(engine.model, 7, seed=2)
+    found = Arbiter.of(engine.transformer, tokens).distances(engine.dump(Planted(()), tokens, points="*").points)
+    coarse = any(name.endswith("geglu") for name in found)
+    assert max(float(np.nanmax(distance)) for distance in found.values()) < (1e-4 if coarse else 1e-10)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("norm-epsilon", {"eps": 3e-2, "at": ("attn_norm", "ffn_norm", "output_norm")}),
+        ("rope-pairs", {}),
+        ("residual-missing", {"at": ("l_out",)}),
+    ],
+)
+def test_faults_are_named_in_any_architecture(engine: Faulty, name: str, parameters: dict[str, Any]) -> None:
+    """From the default points; a number is fitted there as well."""
+    tokens = tokens_of(engine.model, 7, seed=2)
+    found = explain(engine.dump(Planted(((name, parameters, None),)), tokens), engine.model, _PATIENT)
+    assert found.remaining is None
+    assert name in [named.fault for cause in found.causes for named in (cause.named, *cause.equivalent)]
+
+
+@pytest.mark.parametrize(("kind", "storage"), [("f16", False), ("bf16", True), ("q8", False)])
+def test_right_engines_in_lower_arithmetic_are_not_accused(engine: Faulty, kind: str, storage: bool) -> None:
+    """Products of routed experts are products, and ids of experts are no activations."""
+    tokens = tokens_of(engine.model, 7, seed=2)
+    dump = unstated(engine.dump(Planted(()), tokens, steps=rounded(engine.right, kind, storage=storage)))
+    found = explain(dump, engine.model, _PATIENT)
+    assert found
+    assert found.precision_only
+    assert found.causes == ()
