@@ -50,7 +50,8 @@ class _Rounded:
             elif self.op is ops.linear:  # weights are quantised already; attention runs in floating point
                 inputs = (rounding(inputs[0]), *inputs[1:])
         made = self.op(*inputs, **params)
-        return rounding(made) if self.storage and self.kind != "q8" else made
+        rounds = self.storage and self.kind != "q8" and made.dtype.kind == "f"  # ids and positions are no activations
+        return rounding(made) if rounds else made
 
 
 def rounded(steps: Sequence[Step], kind: str, *, storage: bool) -> list[Step]:
