@@ -100,9 +100,12 @@ def in_layer(layer: int, kind: str) -> str:
 
 
 def of_scores(name: str) -> bool:
-    """Whether a value is attention's [H, T, S]: `kq` and what is made of it before the values are (`kq_soft_max`, `kq_scaled_1`)."""
+    """Whether a value is attention's [H, T, S]: `kq` and what is made of it before the values are (`kq_soft_max`, `kq_scaled_1`).
+
+    So are the scores by which sparse attention chooses its keys (`indexer_score`), of one head.
+    """
     stem = parse(name).kind.partition(".")[0]
-    return stem == "kq" or stem.startswith("kq_")
+    return stem == "kq" or stem.startswith(("kq_", "indexer_score"))
 
 
 def all_points(n_layers: int, kinds: Iterable[str] | None = None) -> list[str]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from typing import Any
 
@@ -75,10 +76,13 @@ class Weights:
 
 @dataclass
 class Progress:
-    """One sequence in progress: its cache, how many tokens went in, how many passes were made."""
+    """One sequence in progress: where its first token stands, how many tokens went in, how many passes were made.
 
-    cache: KvCache
+    `caches` hold its earlier keys and values, one a device; none where an engine keeps them itself.
+    """
+
     first: int
+    caches: tuple[KvCache, ...] = ()
     length: int = 0
     passes: int = 0
 
@@ -115,10 +119,10 @@ class Transformer:
         """The arithmetic of products, for a dump's header."""
         return "f32"
 
-    @property
+    @cached_property
     def causal(self) -> bool:
         """Whether no position sees a later one; an encoder's do."""
-        return not any(step.params.get("window") in ("all", "symmetric") for step in self.steps)
+        return not graph.sees_later(self.steps)
 
     @property
     def points(self) -> list[str]:
@@ -127,7 +131,7 @@ class Transformer:
 
     def start(self, first_position: int = 0) -> Progress:
         """A new, empty sequence whose first token stands at `first_position`."""
-        return Progress(KvCache(self.backend.xp), first_position)
+        return Progress(first_position, (KvCache(self.backend.xp),))
 
     def forward(self, tokens: Sequence[int], sequence: Progress, tap: Capture | None = None) -> NDArray[np.float32]:
         """One pass over the next tokens of a sequence: [T] -> logits of the last position [V], on the host.
@@ -136,6 +140,12 @@ class Transformer:
             InputError: no tokens, ids outside the vocabulary, or more than the model's context holds.
         """
         self.check(tokens, sequence.first + sequence.length)
+        if sequence.length and not self.causal:
+            raise InputError(
+                "an encoder computes its whole input in one pass: what comes later changes what came before.",
+                "Give all tokens at once.",
+                code="encoder",
+            )
         positions = np.arange(len(tokens), dtype=np.int64) + sequence.first + sequence.length
         if tap is not None:
             tap.begin(Pass(positions, sequence.passes, decode=sequence.passes > 0, first=sequence.first, causal=self.causal))
@@ -153,7 +163,7 @@ class Transformer:
         """The last step's value."""
         steps = self.single if self.single is not None and len(values[graph.TOKENS]) == 1 else self.steps
         last = LOGITS if any(step.makes == LOGITS for step in steps) else steps[-1].makes
-        return graph.run(steps, values, self.weights, sequence.cache, tap, keep=(last,))[last]
+        return graph.run(steps, values, self.weights, sequence.caches[0], tap, keep=(last,))[last]
 
     def check(self, tokens: Sequence[int], before: int) -> None:
         """Raises InputError for tokens that this model cannot take after `before` positions."""

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from checkpoints.errors import ReferenceFailed
-from checkpoints.graph import CACHE, INPUT, NODE, STATE, WEIGHT, Graph, RecordedGraph, Rule, Size, Tensor
+from checkpoints.graph import CACHE, INPUT, NODE, STATE, VIEWS, WEIGHT, Graph, RecordedGraph, Rule, Size, Tensor
 from checkpoints.rules import UNDEFINED, Pass, Recorded, explain
 
 from .ggml import COMPUTED, Ggml
@@ -58,6 +58,17 @@ class _Taken:
     data: dict[int, NDArray[Any]] = field(default_factory=dict)
 
 
+@dataclass
+class _Flat:
+    """A pass with indices for addresses: leaves first, then nodes. `numbers` are ne, nb and offset: int64 [tensors, 9]."""
+
+    tensors: list[_Raw]
+    leaves: int
+    sources: list[tuple[int | None, ...]]
+    roots: list[int | None]
+    numbers: NDArray[np.int64]
+
+
 class Recorder:
     """Notes one pass, node by node; `asked` is called inside the callback.
 
@@ -85,11 +96,12 @@ class Recorder:
                     self._known.discard(source)
 
     def _read(self, address: int) -> _Raw:
-        self._ggml.tensor(address)  # checks the layout
+        if not self._known:
+            self._ggml.tensor(address)  # checks the layout
         fields = _LAYOUT.unpack(self._ggml.bytes_of(address, _LAYOUT.size))
-        sources = list(fields[28:38])
-        while sources and not sources[-1]:
-            sources.pop()
+        count = 10
+        while count and not fields[27 + count]:
+            count -= 1
         name = fields[41].split(b"\0", 1)[0].decode(errors="replace")
         return _Raw(
             address,
@@ -100,7 +112,7 @@ class Recorder:
             fields[10],
             fields[11:27],
             fields[27],
-            tuple(sources),
+            fields[28 : 28 + count],
             fields[38],
             fields[39],
         )
@@ -146,10 +158,10 @@ def record(model: Model, weights: Iterable[str], *, fingerprint: str, n_ctx: int
             bench.restart(_FAR)
             proofs.append(bench.take(4))
     ggml = model.library.ggml
-    several = _graph(grid, proofs, ggml, names, facts, "a pass over several tokens")
-    single = _graph_of_one(singles, ggml, names, facts, several)
-    same = _same(several, single)
-    return RecordedGraph(facts["general.architecture"], model.n_layers, fingerprint, several, None if same else single)
+    several, sizes, flat = _graph(grid, proofs, ggml, names, facts, "a pass over several tokens")
+    same = _has_one_token(several, sizes, flat, singles, ggml)
+    single = None if same else _graph_of_one(singles, ggml, names, facts, several)
+    return RecordedGraph(facts["general.architecture"], model.n_layers, fingerprint, several, single)
 
 
 class _Bench:
@@ -247,8 +259,8 @@ def _context(facts: dict[str, Any], window: int, wanted: int, size: int) -> int:
 
 def _graph(
     grid: Sequence[_Taken], proofs: Sequence[_Taken], ggml: Ggml, weights: frozenset[str], facts: dict[str, Any], what: str
-) -> Graph:
-    """The graph of passes over (T1, S1), (T2, S1), (T1, S2), (T2, S2), held to further ones."""
+) -> tuple[Graph, NDArray[np.int64], _Flat]:
+    """The graph of passes over (T1, S1), (T2, S1), (T1, S2), (T2, S2), held to further ones; its sizes, and the first of the passes."""
     passes = (*grid, *proofs)
     flats = [_flat(taken, ggml) for taken in passes]
     _same_structure(flats, what)
@@ -262,7 +274,7 @@ def _graph(
         wrong = _contradicted(sizes, places, numbers)
     if wrong.any():
         raise _odd(flats[0].tensors[int(wrong.argmax())], f"has sizes that do not follow the length ({what})")
-    return _assemble(flats, sizes, passes, ggml, weights, facts)
+    return _assemble(flats, sizes, passes, ggml, weights, facts), sizes, flats[0]
 
 
 _Known = Sequence[tuple[str, Rule]]  # rules of inputs of that name, which one token alone may not tell apart
@@ -305,17 +317,6 @@ def _graph_of_one(
     zero = np.zeros_like(cached)
     sizes = np.stack([a - cached * singles[0].cached, zero, cached, zero, zero], axis=-1)
     return _assemble(flats, sizes, singles, ggml, weights, facts, several)
-
-
-@dataclass
-class _Flat:
-    """A pass with indices for addresses: leaves first, then nodes. `numbers` are ne, nb and offset: int64 [tensors, 9]."""
-
-    tensors: list[_Raw]
-    leaves: int
-    sources: list[tuple[int | None, ...]]
-    roots: list[int | None]
-    numbers: NDArray[np.int64]
 
 
 def _flat(taken: _Taken, ggml: Ggml) -> _Flat:
@@ -371,6 +372,7 @@ def _assemble(
     flat = flats[0]
     names = _points(flat, ggml)
     kept = _kept(flat, ggml)
+    plain = sizes.tolist()
     # What has a row for each position is seen only where there are several.
     rows = frozenset() if several is None else {tensor.point for tensor in several.tensors}
     known = () if several is None else [(tensor.name, tensor.rule) for tensor in several.tensors if tensor.rule is not None]
@@ -378,10 +380,10 @@ def _assemble(
     for i, raw in enumerate(flat.tensors):
         op = ggml.op_name(raw.op)
         kind = NODE if i >= flat.leaves else _kind(i, raw, weights, kept)
-        made = [Size(*(int(number) for number in row)) for row in sizes[i]]
+        made = [Size(*row) for row in plain[i]]
         ne = (made[0], made[1], made[2], made[3])
         point = names.points.get(i, "")
-        params = raw.params if kind == NODE and op not in ("VIEW", "RESHAPE", "PERMUTE", "TRANSPOSE") else (0,) * 16
+        params = raw.params if kind == NODE and op not in VIEWS else (0,) * 16
         if kind == NODE and any(other.tensors[i].params != raw.params for other in flats) and params == raw.params:
             raise _odd(raw, "has parameters that follow the length")
         tensors.append(
@@ -473,17 +475,25 @@ def _points(flat: _Flat, ggml: Ggml) -> _Names:
     return names
 
 
-def _same(several: Graph, single: Graph) -> bool:
-    """Whether a step over one token is the pass over several with T = 1."""
-    if len(several.tensors) != len(single.tensors):
-        return False
-    for a, b in zip(several.tensors, single.tensors, strict=True):
-        if (a.op, a.sources, a.root, a.params, a.point, a.rule) != (b.op, b.sources, b.root, b.params, b.point, b.rule):
+def _has_one_token(several: Graph, sizes: NDArray[np.int64], flat: _Flat, singles: Sequence[_Taken], ggml: Ggml) -> bool:
+    """Whether a step over one token is the pass over several with T = 1: the same nodes, shapes and rules of inputs."""
+    for taken in singles:
+        one = _flat(taken, ggml)
+        if len(one.tensors) != len(flat.tensors) or one.sources != flat.sources or one.roots != flat.roots:
             return False
-        # One element has no stride that matters.
-        for axis in range(4):
-            if any(a.ne[axis].at(1, s) != b.ne[axis].at(1, s) for s in (_PAD, 2 * _PAD)):
-                return False
-        if any(a.offset.at(1, s) != b.offset.at(1, s) for s in (_PAD, 2 * _PAD)):
+        if any(
+            a.op != b.op or (a.params != b.params and tensor.op not in VIEWS)
+            for a, b, tensor in zip(one.tensors, flat.tensors, several.tensors, strict=True)
+        ):
             return False
+        expected = sizes @ np.array([1, 1, taken.cached, taken.cached, 1])
+        differs = expected != one.numbers
+        differs[:, 4:8] = False  # one element has no stride that matters
+        if differs.any():
+            return False
+        for index, tensor in enumerate(several.tensors):
+            if tensor.kind == INPUT and tensor.rule is not None and tensor.rule.kind != UNDEFINED:
+                raw = one.tensors[index]
+                if explain([Recorded(taken.now, raw.ne, taken.data[raw.address])], {}, [tensor.rule]) != tensor.rule:
+                    return False
     return True

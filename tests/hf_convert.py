@@ -12,8 +12,8 @@ ARCHITECTURES = {"mistral": "llama", "mixtral": "llama", "qwen3_moe": "qwen3moe"
 _EXPERTS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 
 
-def convert(folder: Path, out: Path, **changes: Any) -> Path:
-    """Write the model in `folder` to `out`, float32.
+def convert(folder: Path, out: Path, source: dict[str, np.ndarray] | None = None, **changes: Any) -> Path:
+    """Write the model in `folder` to `out`, float32. `source` are its tensors, where NumPy cannot read their type.
 
     `changes` plant a converter's fault: skip_permute, skip_norm_offset, eps=…, swap=(name, name), drop=name.
     """
@@ -24,8 +24,10 @@ def convert(folder: Path, out: Path, **changes: Any) -> Path:
     writer = gguf.GGUFWriter(out, arch)
     _metadata(writer, arch, config, layers, changes.get("eps"))
     names = gguf.get_tensor_name_map(next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == arch), layers)
+    files = () if source else sorted(folder.glob("*.safetensors"))
+    whole = {name: value for file in files for name, value in load_file(file).items()}
     tensors: dict[str, np.ndarray] = {}
-    for name, value in _joined(load_file(folder / "model.safetensors")).items():
+    for name, value in _joined(source or whole).items():
         to = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert to is not None, name
         tensors[to] = _converted(arch, name, value, config, changes)

@@ -58,6 +58,19 @@ def test_inputs_that_agree_in_sixteen_values_acquit_nothing(sides: tuple[Dump, D
     assert rows_seen(whole) == ""
 
 
+def test_another_product_of_the_same_row_shows_that_it_is_right(sides: tuple[Dump, Dump]) -> None:
+    """Sixteen values of the norm agree, and so do queries and keys, each made of all of it: then the values' product is wrong."""
+    right, _ = sides
+    rows = right.points["blk.2.v"]
+    wrong = {**right.points, "blk.2.v": replace(rows, values=rows.values[:, ::-1].copy())}
+    order = list(right.points)
+    for name in order[order.index("blk.2.v") + 1 :]:
+        if name not in ("blk.2.q", "blk.2.k", "blk.2.q_rope", "blk.2.k_rope", "blk.2.k_read", "blk.2.kq", "blk.2.kq_soft_max"):
+            wrong[name] = replace(right.points[name], values=right.points[name].values * np.float32(1.01))
+    verdict = compare(bare(replace(right, points=wrong)), right, F32)
+    assert verdict.operation == "blk.2.v is made from blk.2.attn_norm, which agrees: this operation is wrong"
+
+
 def test_next_names_what_is_missing_and_not_the_same_glob(sides: tuple[Dump, Dump]) -> None:
     """At kqv_out, with everything else of the layer recorded, kq and kq_soft_max are asked for by name, and V is not suspected."""
     right, wrong = sides

@@ -12,7 +12,7 @@ from .dataflow import Flow
 from .limits import ASSUMED_JUMP, EXACT_FLOOR, FUTURE_MASS
 from .measure import Measured
 from .noise import excused
-from .truth import Truth, raised
+from .truth import NO_COARSE_ROUNDING, NO_ROUNDING, Truth, raised
 
 Floats = NDArray[np.float64]
 
@@ -47,18 +47,14 @@ def hold(found: Measured, allowed: Limits, model: Flow, *, excuse_noise: bool, t
     return Held(limit, of_limit, of_limit > 1, notes)
 
 
-# NMSE above which no rounding of float32 is looked for. Measured (benchmarks/noise.py): at most 2e-10 between right engines; an engine
-# without residuals, which amplifies rounding most of all entries of the catalogue, 2e-9.
-_NO_ROUNDING = 1e-7
-
-
 def _by_truth(found: Measured, limit: Floats, truth: Truth) -> tuple[Floats, tuple[str, ...]] | None:
     """Every record's limit, raised where the reference itself is far from float64, and the note on it; None if that is not known.
 
     Nothing is computed where no error is small enough to be rounding.
     """
     nmse = found.measures.nmse
-    near = (nmse > limit) & (nmse <= _NO_ROUNDING)
+    coarse = np.array([pair.point in truth.coarse for pair in found.pairs])[found.point]
+    near = (nmse > limit) & (nmse <= np.where(coarse, NO_COARSE_ROUNDING, NO_ROUNDING))
     if not near.any():
         return limit, ()
     distances = truth.distances({pair.point: pair.ref for pair in found.pairs})
@@ -66,16 +62,21 @@ def _by_truth(found: Measured, limit: Floats, truth: Truth) -> tuple[Floats, tup
         return None
     known = [distances.get(pair.point, np.full(len(pair.ref), np.nan)) for pair in found.pairs]
     distance = np.concatenate(known)
-    higher = np.where(near, raised(limit, distance, found.point, found.seq, found.token_idx), limit)
+    higher = raised(nmse, limit, distance, found.point, found.seq, found.token_idx, coarse)
     passed = near & (nmse <= higher)
     if not passed.any():
         return higher, ()
     worst = int(np.argmax(np.where(passed, nmse, 0)))
     where = f"{found.names[found.point[worst]]}, position {found.token_idx[worst]}"
     return higher, (
-        f"noise: {int(passed.sum())} records are over the usual limit where float32's own rounding is amplified: at {where} the sides are "
+        f"noise: {int(passed.sum())} records are over the usual limit where {_reason(bool(coarse[worst]))}: at {where} the sides are "
         f"{nmse[worst]:.1e} apart, and the reference is {distance[worst]:.1e} from float64",
     )
+
+
+def _reason(coarse: bool) -> str:
+    """Why the reference itself is far from float64."""
+    return "llama.cpp's GELU is a table of float16" if coarse else "float32's own rounding is amplified"
 
 
 def proportion(nmse: Floats, future_mass: Floats, limit: Floats) -> Floats:

@@ -16,7 +16,7 @@ from .against_limits import Held
 from .dataflow import Flow
 from .layouts import MOMENT, Allowed, Reading, head_size_of, reading
 from .measure import Measured
-from .operations import ELEMENTWISE, MIXING
+from .operations import ELEMENTWISE
 from .same_vector import alike
 
 Floats = NDArray[np.float64]
@@ -140,24 +140,37 @@ class _Consumers:
         operations = self._model.operations(self._model.path(name, child))
         if operations <= ELEMENTWISE and not left * self._energy[other] * _BELOW <= error * self._energy[record]:
             return False
-        if not (np.isnan(measures.nmse_row[other]) or measures.bound[other]) or operations & MIXING:
+        if not (np.isnan(measures.nmse_row[other]) or measures.bound[other]) or self._model.mixes(name, child):
             return True
         if operations <= ELEMENTWISE and measures.nmse_slice[record] * _BELOW > self._held.limit[record]:
             return True
         # What is mixed further down sees the whole row.
         return any(
-            self._agrees(further, record)
-            for further in self._model.children[child]
-            if self._model.operations(self._model.path(child, further)) & MIXING
+            self._agrees(further, record) for further in self._model.children[child] if self._model.mixes(child, further)
         )
 
     def _agrees(self, name: str, like: int) -> bool:
         other = self._record(name, like)
         return other is not None and not self._held.failed[other]
 
+    def _agreeing(self, name: str) -> list[str]:
+        """The nearest points made from one that agree as they were recorded."""
+        agreeing: list[str] = []
+        waiting, seen = [*self._model.children[name]], set[str]()
+        while waiting:
+            child = waiting.pop(0)
+            if child in seen:
+                continue
+            seen.add(child)
+            if self._otherwise[self._rows[self._place[child]]].any():
+                waiting += self._model.children[child]
+            else:
+                agreeing.append(child)
+        return agreeing
+
     def _fault(self, name: str, wrong: Ints, read: Reading | None) -> RecordFault:
-        children = " and ".join(self._model.children[name][:3])
-        agree = "agrees" if len(self._model.children[name]) == 1 else "agree"
+        agreeing = self._agreeing(name)
+        children, agree = " and ".join(agreeing[:3]), "agrees" if len(agreeing) == 1 else "agree"
         what = read.sentence if read is not None else "another layout, moment or point than its name says"
         return RecordFault(
             checkpoint=name,

@@ -9,7 +9,7 @@ import numpy as np
 
 from checkpoints.errors import DumpError
 from checkpoints.record import Dump, Header
-from engine.graph import Step
+from engine.graph import Step, sees_later
 from engine.opened import open_engine
 from engine.replay.replay import Replay
 from engine.weights.gguf_model import GgufModel
@@ -52,6 +52,7 @@ class Case:
         self.dump = _first_sequence(dump)
         self._compute = options.compute or ""
         self.transformer = open_engine(GgufModel(model), options.backend, recorded=partial(recorded_graph, model))
+        self.dump = _rows_of_positions(self.dump, self.transformer.steps)
         tokens = _tokens(self.dump, options.tokens)
         self.transformer.check(tokens, 0)
         last = max(int(rows.token_idx.max()) for rows in self.dump.points.values())
@@ -127,6 +128,17 @@ class Case:
             budget,
             self.truth_of,
         )
+
+
+def _rows_of_positions(dump: Dump, steps: Sequence[Step]) -> Dump:
+    """The dump without what the replay shows in another way: states after a pass, since it is one pass; an encoder's scores."""
+    whole = sees_later(steps)
+    once = {step.makes for step in steps if step.axis is None or (step.axis == 1 and whole)}
+    if dump.points.keys() <= once:
+        raise DumpError(
+            f"{dump.path} has only states after passes.", "Record points that have a row for each position.", code="points"
+        )
+    return replace(dump, points={name: rows for name, rows in dump.points.items() if name not in once})
 
 
 def _first_sequence(dump: Dump) -> Dump:

@@ -16,10 +16,17 @@ Bools = NDArray[np.bool_]
 
 # A law holds if what it leaves of a record is this many times its limit at most: the printed digits of a constant have to do.
 ROOM = 10.0
+WRONG = "wrong; the others are right"  # the end of a sentence that says which elements are wrong, and not how
 _ROLLS = 64  # offsets of elements that are tried in either direction
 _SHIFTS = 4  # offsets of positions
 _LISTED = 6  # elements that a sentence lists
 _WIDE = 4096  # elements of a row among which a permutation is looked for
+# Orders of a row's or a head's elements that engines confuse: which right element stands at place i of so many.
+_ORDERS: dict[str, Callable[[int, int], int]] = {
+    "in reverse": lambda i, size: size - 1 - i,
+    "as neighbours (2i, 2i + 1) where halves (i, i + d/2) are wanted": lambda i, size: i // 2 + i % 2 * (size // 2),
+    "as halves (i, i + d/2) where neighbours (2i, 2i + 1) are wanted": lambda i, size: 2 * (i % (size // 2)) + i // (size // 2),
+}
 _SIGN = 1e-5  # of a factor from -1
 _SHARES = 0.02, 0.98  # of a mix with another position: what is less is no mix
 
@@ -98,12 +105,17 @@ def law(found: Beside) -> str:
     if 0 < some.sum() < len(some):
         where = _elements(found, some)
         many = not where or where.startswith(("elements", "heads"))
-        relation = next(_by_a_number(found, some, many), "") or next(_exchanged(found, some), "")
-        relation = relation or next(_by_a_vector(found, some, many), "")
+        exchanged = next(_exchanged(found, some), "")
+        if exchanged:
+            return f"elements {_listed(found.index[some])} {exchanged}; the others are right"
+        relation = next(_by_a_number(found, some, many), "") or next(_by_a_vector(found, some, many), "")
         if relation and (where or some.sum() <= _LISTED):
             return f"{where or f'elements {_listed(found.index[some])}'} {relation}; the others are right"
+        moved = "" if some.sum() == 1 else next(_moved(found), "")
+        if moved:
+            return moved
         if where:
-            return f"{where} {'are' if many else 'is'} wrong; the others are right"
+            return f"{where} {'are' if many else 'is'} {WRONG}"
     said = next(_by_a_vector(found, every, many=False), "")
     return f"every element {said}" if said else next(_moved(found), "")
 
@@ -143,9 +155,9 @@ def _by_a_number(found: Beside, some: Bools, many: bool) -> Iterator[str]:
     if factor is not None and holds((right - bias) * factor + bias):
         yield f"{be} {_short(factor, lambda c: holds((right - bias) * c + bias))} times the right product; the bias is right"
         return
-    for times, sentence in ((0.0, "not the bias"), (2.0, "the bias twice"), (-1.0, "the bias subtracted")):
+    for times, sentence in ((0.0, "without the bias"), (2.0, "with the bias twice"), (-1.0, "with the bias subtracted")):
         if bias.any() and holds(right + (times - 1) * bias):
-            yield f"{have} {sentence}"
+            yield f"{be} the right one {sentence}"
             return
 
 
@@ -272,10 +284,9 @@ def _moved(found: Beside) -> Iterator[str]:
 
 
 def _mix(found: Beside, whole: Floats) -> Iterator[str]:
-    inside = found.rows >= 1
-    if inside.sum() < 2 or not inside.all():
+    if (found.rows >= 1).sum() < 2:
         return
-    now, before = found.right, whole[found.rows - 1][:, found.index]
+    now, before = found.right, whole[np.maximum(found.rows - 1, 0)][:, found.index]
     base = before - now
     share = float(((found.theirs - now) * base).sum() / max(float((base * base).sum()), 1e-300))
     if _SHARES[0] < share < _SHARES[1] and found.holds(now + share * base):
@@ -300,6 +311,15 @@ def _permutation(found: Beside, whole: Floats) -> Iterator[str]:
         return
     if len(pairs) == 2 and pairs[0] == pairs[1][::-1]:
         yield f"elements {pairs[0][0]} and {pairs[0][1]} are exchanged; the others are right"
+        return
+    for size, of in ((right.shape[1], "the row"), (right.shape[1] // (found.heads or 1), "each head")):
+        for how, order in _ORDERS.items():
+            stands = [i // size * size + order(i % size, size) for i in found.index.tolist()]
+            if size > 2 and size % 2 == 0 and stands == source:
+                yield f"the right values stand in another order: {of} {how}"
+                return
+    if found.heads and all(i % size == j % size for i, j in pairs):
+        yield f"the heads stand in another order: head {pairs[0][0] // size} is the right head {pairs[0][1] // size}"
         return
     shown = ", ".join(f"{i} is the right element {j}" for i, j in pairs[:_LISTED])
     yield f"the right values stand in another order: element {shown}{', …' if len(pairs) > _LISTED else ''}"

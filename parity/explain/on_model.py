@@ -61,6 +61,11 @@ class _Model:
         """How far records are from float64 (`Truth`)."""
         return {} if self.case is None else self.case.arbiter.distances(points)
 
+    @property
+    def coarse(self) -> frozenset[str]:
+        """The points that the reference itself computes coarsely."""
+        return frozenset() if self.case is None else self.case.arbiter.coarse
+
     def floor(self, kind: str) -> PrecisionFloor | None:
         """What an arithmetic costs our right engine at each record of the reference."""
         case = self.case

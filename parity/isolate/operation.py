@@ -172,6 +172,7 @@ class _Pass:
         try:
             if not step.inner:
                 self._judge(step)
+                self._inputs.done_with(step)
                 return
             value = self._inputs.computed(step)
         except Missing as error:
