@@ -65,6 +65,8 @@ def rows_of(point: str, array: NDArray[Any], step: int = 0, first: int = 0) -> R
         return None
     with np.errstate(over="ignore"):
         values = np.ascontiguousarray(array, dtype=np.float32)
+    if (not_a_number := np.isnan(values)).any():  # of any kind: NumPy warns of signalling ones whenever it converts them
+        values = np.where(not_a_number, np.float32(np.nan), values)
     known = parse(point).known
     square = known is not None and known.row == ("H", "t+1")
     while values.ndim > (3 if square else 2) and len(values) == 1:
