@@ -30,7 +30,7 @@ from planted import Faulty, Planted, tokens_of
 from checkpoints.answers.explain import Explanation, Named
 from checkpoints.record import Dump
 from engine.backend import Array
-from engine.faults import CATALOGUE, as_recorded, plant
+from engine.faults import CATALOGUE, FITTED, as_recorded, plant
 from engine.graph import History, Step
 from engine.replay.replay import Replay
 from parity.explain.explain import ExplainOptions, explain
@@ -39,6 +39,9 @@ from parity.models import embedded as default_model
 SLICES = (10, 16, 1 << 20)
 # How far a named fault's numbers may lie from the edited engine's, NMSE at every point: both are computed here, in float32.
 SAME = 1e-9
+
+
+_FAULTS = {**CATALOGUE, **{fit.fault.name: fit.fault for fit in FITTED}}
 
 
 def edit(step: Step, how: str, draw: random.Random, right: dict[str, Step]) -> Step | None:
@@ -139,9 +142,9 @@ def same_numbers(faulty: Faulty, steps: Sequence[Step], causes: Sequence[Named],
     """Whether an engine with the named faults computes what the edited one computes."""
     other = list(faulty.right)
     for cause in causes:
-        if cause.fault not in CATALOGUE:
+        if cause.fault not in _FAULTS:
             return False
-        other = plant(other, CATALOGUE[cause.fault], cause.layers, **cause.parameters)
+        other = plant(other, _FAULTS[cause.fault], cause.layers, **cause.parameters)
     runs = []
     for some in (steps, as_recorded(other)):
         count, transformer = len(tokens), faulty.transformer
@@ -206,7 +209,8 @@ def _said(answer: Explanation) -> str:
     ]
     place = f"{answer.first.checkpoint} {answer.first.token_idx} {answer.first.nmse:.1e}" if answer.first is not None else "-"
     leads = [f"{lead.sentence[:70]}{'' if lead.removed is None else f' {lead.removed:.2f}'}" for lead in answer.leads]
-    return f"{place} {answer.precision_only} {causes} {leads}"
+    where = "" if answer.placed is None else f"of {len(answer.placed.operations)}{', sure' if answer.placed.sure else ''}"
+    return f"{place} {answer.precision_only}{answer.looks_like} {causes} law: {answer.law}; {where} {leads}"
 
 
 def right_engines(folder: Path, seeds: range, budget: float) -> None:

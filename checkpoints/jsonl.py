@@ -3,6 +3,7 @@
 import contextlib
 import os
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any, Self
 
@@ -120,7 +121,8 @@ def write(dump: Dump, path: str | os.PathLike[str], header: Header) -> None:
     Raises:
         InputError: the file cannot be written.
     """
-    with Writer(path, dump.header or header, whole=True) as writer:
+    described = replace(dump.header or header, columns=None)  # here they are lines
+    with Writer(path, described, whole=True) as writer:
         for rows in dump.points.values():
             writer.rows(rows)
         for token in dump.tokens:

@@ -100,9 +100,12 @@ def in_layer(layer: int, kind: str) -> str:
 
 
 def of_scores(name: str) -> bool:
-    """Whether a value is attention's [H, T, S]: `kq` and what is made of it before the values are (`kq_soft_max`, `kq_scaled_1`)."""
+    """Whether a value is attention's [H, T, S]: `kq` and what is made of it before the values are (`kq_soft_max`, `kq_scaled_1`).
+
+    So are the scores by which sparse attention chooses its keys (`indexer_score`), of one head.
+    """
     stem = parse(name).kind.partition(".")[0]
-    return stem == "kq" or stem.startswith("kq_")
+    return stem == "kq" or stem.startswith(("kq_", "indexer_score"))
 
 
 def all_points(n_layers: int, kinds: Iterable[str] | None = None) -> list[str]:
@@ -130,9 +133,11 @@ def order(names: Iterable[str]) -> list[str]:
     unique = list(dict.fromkeys(names))
     place: dict[str, tuple[int, float, int]] = {}
     last: dict[int, float] = {}
+    begin = next((index for index, name in enumerate(unique) if parse(name).layer is not None), 0)
     for index, name in enumerate(unique):
         point = parse(name)
-        section = _section(point)
+        # What is listed before the first layer is computed before it: positions that are added, a norm of the embedding.
+        section = -1 if index < begin and point.known is None else _section(point)
         if point.known is not None:
             rank = float(_RANK.get(point.kind, 0))
             last[section] = max(rank, last.get(section, -1.0))

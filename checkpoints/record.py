@@ -53,7 +53,7 @@ class Header:
 
     `tokens` are the ids of the prompt, `pieces` their texts; `compute` is the arithmetic (f32, tf32, f16, bf16),
     `mode` "exact" or "native", `slice` the number of leading values a record carries, `dataflow` what each point is made from
-    (`checkpoints.dataflow.Dataflow.to_json`).
+    (`checkpoints.dataflow.Dataflow.to_json`), `columns` where the records lie as arrays beside the lines (`checkpoints.columns`).
     """
 
     source: str
@@ -67,6 +67,7 @@ class Header:
     slice: int = DEFAULT_SLICE
     hparams: dict[str, Any] | None = None
     dataflow: dict[str, Any] | None = None
+    columns: dict[str, Any] | None = None
     build: dict[str, Any] = field(default_factory=dict)
     created: str = ""
     format: int = FORMAT

@@ -21,6 +21,7 @@ class Recording:
         positions: "all", "last" (of each forward pass), or positions in the sequence.
         slice_size: leading values a record carries; None for all of them.
         full: write whole tensors beside the dump, as safetensors.
+        binary: write records as arrays beside the dump's lines (`checkpoints.columns`).
         first_position: where the first token stands, so that long contexts can be tried without a long prompt.
     """
 
@@ -30,6 +31,7 @@ class Recording:
     positions: Positions = "all"
     slice_size: int | None = DEFAULT_SLICE
     full: bool = False
+    binary: bool = False
     first_position: int = 0
 
     def recording(self) -> dict[str, Any]:

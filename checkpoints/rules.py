@@ -4,7 +4,7 @@ A rule is a function of one pass; it is believed only if it gives back the recor
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from .graph import Rule
 
 Values = NDArray[Any]
+UNDEFINED = "undefined"  # the rule of memory that a graph only takes the shape of: it has no values
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,37 @@ def _mean(now: Pass) -> Values:
     return np.full(len(now.tokens), np.float32(1) / np.float32(len(now.tokens)), np.float32)
 
 
+def buckets(positions: Values, keys: Values, *, count: int, bidirectional: bool) -> Values:
+    """T5's bucket of each distance: [T], [S] -> int32 [T, S]. Mirrors llama_relative_position_bucket, in float32 and double as there."""
+    count = count // 2 if bidirectional else count
+    exact = count // 2
+    relative = keys[None, :] - positions[:, None]
+    before = np.where(relative > 0, count, 0) if bidirectional else np.zeros_like(relative)
+    distance = abs(relative) if bidirectional else -np.minimum(relative, 0)
+    with np.errstate(divide="ignore"):
+        steps = np.log((distance / exact).astype(np.float32)) * np.float32(count - exact) / np.log(128 / exact)
+    far = np.minimum(np.floor((exact + np.maximum(steps, -exact)).astype(np.float32)), count - 1)
+    found: Values = (before + np.where(distance < exact, distance, far)).astype(np.int32)
+    return found
+
+
+def _buckets(now: Pass, *, count: int, bidirectional: bool) -> Values:
+    return buckets(now.positions, now.keys, count=count, bidirectional=bidirectional)
+
+
+def hadamard(size: int) -> Values:
+    """Sylvester's matrix of ±1 over the root of its size: float32 [size, size]. Mirrors llama_kv_cache's rotation of keys."""
+    matrix: Values = np.ones((1, 1), np.float32)
+    while len(matrix) < size:
+        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
+    scaled: Values = (matrix / np.sqrt(np.float32(size))).astype(np.float32)
+    return scaled
+
+
+def _hadamard(now: Pass, *, size: int) -> Values:
+    return hadamard(size)
+
+
 def _mask(now: Pass, *, window: str, size: int = 0, alibi: bool = False) -> Values:
     """0 (with ALiBi minus the distance) where a key is seen, −∞ elsewhere: [T, S]."""
     seen = visible(now.positions, now.keys, window=window, size=size)
@@ -117,6 +149,8 @@ RULES: dict[str, Callable[..., Values]] = {
     "cells": _cells,
     "cells_transposed": _cells_transposed,
     "zero": _zero,
+    "hadamard": _hadamard,
+    "buckets": _buckets,
     "last": _last,
     "mean": _mean,
     "mask": _mask,
@@ -134,8 +168,16 @@ def explain(recorded: Sequence[Recorded], facts: Mapping[str, Any], first: Seque
     )
 
 
+def _with_its_keys(entry: Recorded) -> Recorded:
+    """What is over as many keys as tokens is of the pass's own keys: nothing is read from a cache."""
+    if entry.ne[0] != len(entry.now.tokens):
+        return entry
+    return replace(entry, now=replace(entry.now, keys=entry.now.positions))
+
+
 def _gives(rule: Rule, entry: Recorded) -> bool:
-    made = RULES[rule.kind](entry.now, **rule.parameters)
+    now = _with_its_keys(entry).now if rule.kind in ("mask", "buckets") else entry.now
+    made = RULES[rule.kind](now, **rule.parameters)
     if rule.kind == "mask":
         # The cache's padding is masked; so are rows that pad the pass.
         columns, rows = entry.ne[:2]
@@ -147,8 +189,8 @@ def _gives(rule: Rule, entry: Recorded) -> bool:
     flat = made.reshape(-1)
     if flat.shape != entry.data.shape:
         return False
-    if entry.data.dtype.kind == "f" and rule.kind == "temperature":
-        return bool(np.allclose(flat, entry.data, rtol=1e-6, atol=0))  # logf of libm and of NumPy
+    if entry.data.dtype.kind == "f" and rule.kind in ("temperature", "hadamard"):
+        return bool(np.allclose(flat, entry.data, rtol=1e-6, atol=0))  # logf of libm and of NumPy, another order of division
     return bool(np.array_equal(flat, entry.data))
 
 
@@ -160,8 +202,10 @@ def _candidates(recorded: Sequence[Recorded], facts: Mapping[str, Any]) -> list[
         masks += [Rule("mask", {**rule.parameters, "alibi": True}) for rule in masks]
         floor = facts.get("attention.temperature_length") or facts.get("rope.scaling.original_context_length") or 8192
         scale = facts.get("attention.temperature_scale") or 0.1
+        square = first.ne[0] == first.ne[1] and first.ne[0] & (first.ne[0] - 1) == 0
         return [
             Rule("mean"),
+            *([Rule("hadamard", {"size": first.ne[0]})] if square else []),
             *masks,
             *(
                 Rule("temperature", {"floor": int(n), "scale": float(scale), "offset": o})
@@ -170,6 +214,9 @@ def _candidates(recorded: Sequence[Recorded], facts: Mapping[str, Any]) -> list[
             ),
         ]
     rules = [Rule("tokens"), Rule("rows"), Rule("cells"), Rule("positions"), Rule("zero"), Rule("last")]
+    if first.ne[1] == count:
+        number = int(facts.get("attention.relative_buckets_count") or 32)
+        rules += [Rule("buckets", {"count": number, "bidirectional": both}) for both in (True, False)]
     if first.ne[0] == 4 * count:
         rules += [Rule("positions", {"sections": 4, "zeros": zeros}) for zeros in (1, 0)]
     if first.ne[0] % count == 0 and first.data.size > count:
@@ -182,7 +229,7 @@ def _windows(recorded: Sequence[Recorded]) -> list[tuple[str, int]]:
     """Kinds and sizes of windows that the recorded masks may show: read off the farthest key that a query sees."""
     found: list[tuple[str, int]] = [("causal", 0), ("all", 0)]
     back, chunks = 0, set[int]()
-    for entry in recorded:
+    for entry in map(_with_its_keys, recorded):
         if entry.data.size < len(entry.now.positions) * entry.ne[0]:
             continue
         rows = np.isfinite(entry.data.reshape(-1, entry.ne[0]))[: len(entry.now.positions), : len(entry.now.keys)]

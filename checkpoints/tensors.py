@@ -10,6 +10,7 @@ import os
 import shutil
 import struct
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 from .errors import DumpError
 from .whole_file import Replacement, unwritable
 
-_DTYPES = {"float32": "F32", "float16": "F16", "int64": "I64", "int32": "I32"}
+_DTYPES = {"float32": "F32", "float16": "F16", "float64": "F64", "int64": "I64", "int32": "I32"}
 
 
 def beside(dump: str | os.PathLike[str]) -> Path:
@@ -35,12 +36,15 @@ def key(point: str, step: int) -> str:
 class TensorWriter:
     """Writes tensors one after the other into a safetensors file; nothing stands at `path` until `close`.
 
+    `metadata` are texts that the file carries besides.
+
     Raises:
         InputError: the file cannot be written.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], metadata: Mapping[str, str] | None = None) -> None:
         self.path = Path(path)
+        self._metadata = dict(metadata or {})
         self._entries: dict[str, dict[str, Any]] = {}
         self._size = 0
         try:
@@ -75,7 +79,8 @@ class TensorWriter:
             return
         try:
             if complete:
-                header = json.dumps(self._entries).encode()
+                described = {"__metadata__": self._metadata, **self._entries} if self._metadata else self._entries
+                header = json.dumps(described).encode()
                 header += b" " * (-len(header) % 8)  # the format wants the data aligned to 8 bytes
                 self._data.seek(0)
                 with self._replacement.temporary.open("wb") as file:

@@ -1,7 +1,7 @@
 """One model over several devices: consecutive layers lie on consecutive devices, each with its own weights and KV cache."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import chain
 
 from checkpoints.graph import RecordedGraph
@@ -13,13 +13,6 @@ from .graph import Step
 from .kv_cache import KvCache
 from .transformer import Progress, Transformer, Weights
 from .weights.gguf_model import GgufModel
-
-
-@dataclass
-class SplitProgress(Progress):
-    """One sequence in progress, with a cache on every device."""
-
-    caches: list[KvCache] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -57,13 +50,11 @@ class SplitTransformer(Transformer):
             backends[0], spread=True, device=f"{backends[0].device}, device{'s' * (len(backends) > 1)} {numbers}"
         )
 
-    def start(self, first_position: int = 0) -> SplitProgress:
-        """A new, empty sequence whose first token stands at `first_position`."""
-        caches = [KvCache(stage.backend.xp) for stage in self.stages]
-        return SplitProgress(caches[0], first_position, caches=caches)
+    def start(self, first_position: int = 0) -> Progress:
+        """A new, empty sequence whose first token stands at `first_position`, with a cache on every device."""
+        return Progress(first_position, tuple(KvCache(stage.backend.xp) for stage in self.stages))
 
     def _compute(self, values: dict[str, Array], sequence: Progress, tap: graph.Tap) -> Array:
-        assert isinstance(sequence, SplitProgress)
         known = dict(values)
         for stage, cache in zip(self.stages, sequence.caches, strict=True):
             with stage.backend.current():

@@ -18,7 +18,6 @@ from .blocks import Blocks
 from .capture.host import Capture, Pass
 from .graph import Step
 from .kv_cache import KvCache
-from .lift import lift
 from .models import steps_of
 from .weights.gguf_model import GgufModel
 
@@ -76,10 +75,13 @@ class Weights:
 
 @dataclass
 class Progress:
-    """One sequence in progress: its cache, how many tokens went in, how many passes were made."""
+    """One sequence in progress: where its first token stands, how many tokens went in, how many passes were made.
 
-    cache: KvCache
+    `caches` hold its earlier keys and values, one a device; none where an engine keeps them itself.
+    """
+
     first: int
+    caches: tuple[KvCache, ...] = ()
     length: int = 0
     passes: int = 0
 
@@ -105,6 +107,8 @@ class Transformer:
         if recorded is None:
             self.steps = steps_of(self.hp.architecture, Blocks(self.hp, model.tensors))
         else:
+            from .lift import lift  # with all of ggml's operations, which a list written by hand does not need
+
             lifted = lift(recorded)
             self.steps, self.single = lifted.several, lifted.single
         self.weights: graph.WeightSource = Weights(model, backend, resident=resident)
@@ -117,7 +121,7 @@ class Transformer:
     @property
     def causal(self) -> bool:
         """Whether no position sees a later one; an encoder's do."""
-        return not any(step.params.get("window") in ("all", "symmetric") for step in self.steps)
+        return not graph.sees_later(self.steps)
 
     @property
     def points(self) -> list[str]:
@@ -126,7 +130,7 @@ class Transformer:
 
     def start(self, first_position: int = 0) -> Progress:
         """A new, empty sequence whose first token stands at `first_position`."""
-        return Progress(KvCache(self.backend.xp), first_position)
+        return Progress(first_position, (KvCache(self.backend.xp),))
 
     def forward(self, tokens: Sequence[int], sequence: Progress, tap: Capture | None = None) -> NDArray[np.float32]:
         """One pass over the next tokens of a sequence: [T] -> logits of the last position [V], on the host.
@@ -152,7 +156,7 @@ class Transformer:
         """The last step's value."""
         steps = self.single if self.single is not None and len(values[graph.TOKENS]) == 1 else self.steps
         last = LOGITS if any(step.makes == LOGITS for step in steps) else steps[-1].makes
-        return graph.run(steps, values, self.weights, sequence.cache, tap, keep=(last,))[last]
+        return graph.run(steps, values, self.weights, sequence.caches[0], tap, keep=(last,))[last]
 
     def check(self, tokens: Sequence[int], before: int) -> None:
         """Raises InputError for tokens that this model cannot take after `before` positions."""

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from .ggml import COMPUTED, Ggml
+from .ggml import COMPUTED, Ggml, Tensor
 from .jobs import Node
 from .naming import Planned, Signature, Signer
 
@@ -115,7 +115,7 @@ class Tap:
         tensor = self._ggml.tensor(address)
         if self._listing is not None:
             self._listing.append((self._ggml.node(tensor), bool(tensor.flags & COMPUTED)))
-            if self._ggml.op_name(tensor.op) == "SOFT_MAX" and tensor.src[1]:
+            if self._ggml.op_name(tensor.op) == "SOFT_MAX" and tensor.src[1] and self._given(tensor.src[1].contents):
                 mask = self._ggml.read(tensor.src[1].contents)
                 self.causal = self.causal and not _shows_later(mask[0, 0], tensor.ne[1])
                 self._masks[address] = mask.tobytes()
@@ -127,6 +127,11 @@ class Tap:
         name = tensor.name.decode(errors="replace")
         self._current = self._wanted.get(self._signer.sign(name, self._ggml.op_name(tensor.op), first), [])
         return bool(self._current)
+
+    def _given(self, tensor: Tensor) -> bool:
+        """Whether a tensor has its data before the pass: not what sparse attention computes as its mask."""
+        root = tensor.view_src.contents if tensor.view_src else tensor
+        return self._ggml.op_name(root.op) == "NONE"
 
     def _computed(self, address: int) -> None:
         if self._deliver is None:

@@ -132,7 +132,8 @@ class Reference:
             InputError, ModelError, ReferenceFailed: the request, the file, or llama.cpp.
         """
         job = replace(job, threads=job.threads or self._threads)
-        return cast(DumpResult, self._ask(f"computing {job.model}", "dump", job))
+        by_windows = " window by window" if isinstance(job.window, int) else ""
+        return cast(DumpResult, self._ask(f"computing {job.model}{by_windows}", "dump", job))
 
     def capture(
         self,
@@ -151,6 +152,22 @@ class Reference:
         """
         request = self._request(
             f"computing {model}", "capture", Path(model), tuple(tokens), points, mode, kv_type, threads or self._threads
+        )
+        yield from _but_last(request)
+
+    def logits(
+        self,
+        model: Path,
+        tokens: Sequence[int],
+        *,
+        first: int = 0,
+        portion: int = 16,
+        mode: str = EXACT,
+        threads: int | None = None,
+    ) -> Iterator[NDArray[np.float32]]:
+        """The logits of positions `first`, … of these tokens, float32 [n, V] at a time with n ≤ `portion`: no more is in memory."""
+        request = self._request(
+            f"computing {model}", "logits", Path(model), tuple(tokens), first, portion, mode, threads or self._threads
         )
         yield from _but_last(request)
 

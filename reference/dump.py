@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from checkpoints import points
+from checkpoints.columns import open_dump
 from checkpoints.dataflow import Dataflow
 from checkpoints.errors import InputError
 from checkpoints.fingerprint import fingerprint
@@ -30,8 +31,8 @@ from .jobs import EXACT, NATIVE, DumpJob, DumpResult
 from .library import Library, default_threads
 from .llama import Model, Session
 from .naming import Planned
-from .passes import Plans, plans_of
-from .rows import arrange
+from .passes import plans_of
+from .rows import Survey, arrange
 
 _TOP = 5  # logits named with each chosen token
 
@@ -239,11 +240,11 @@ def dump_whole(library: Library, model: Model, job: DumpJob, info: ModelInfo, st
     prompt_steps = steps_of(prompt, (), first, () if model.encoder_decoder else job.portions)
     with Session(model, n_ctx=n_ctx, n_batch=len(job.tokens), kv_type=job.kv_type, threads=job.threads) as session:
         plans = plans_of(session, prompt, job.tokens if model.encoder_decoder else ())
-        generates(plans, job, info)
+        generates(plans.prompt, job, info)
         header = header_of(job, info, pieces, library, None, dataflow(plans.prompt.nodes, plans.prompt.planned))
         names = points.select(expression(job, model.n_layers), plans.names, model.n_layers)
         planned_at = time.perf_counter()
-        with Writer(job.out, header) as writer, tensors_beside(job) as tensors:
+        with open_dump(job.out, header, binary=job.binary) as writer, tensors_beside(job) as tensors:
             emitter = Emitter(writer, job, tensors, first=first)
             if plans.encoder is not None:
                 emitter.step, emitter.causal = Step(0, 0, job.tokens), plans.encoder.causal
@@ -285,15 +286,20 @@ def dump_whole(library: Library, model: Model, job: DumpJob, info: ModelInfo, st
     )
 
 
-def generates(plans: Plans, job: DumpJob, info: ModelInfo) -> None:
-    """Refuse to generate with a model that scores no tokens.
+def generates(prompt: Survey, job: DumpJob, info: ModelInfo) -> None:
+    """Refuse to generate with a model that scores no tokens, or none that come next.
 
     Raises:
-        InputError: tokens are asked for, and the graph has no logits.
+        InputError: tokens are asked for.
     """
-    if (job.generate or job.lead) and points.LOGITS not in plans.names:
+    if not (job.generate or job.lead):
+        return
+    advice = "Leave --generate out."
+    if all(item.point != points.LOGITS for item in prompt.known):
+        raise InputError(f"{info.architecture} makes embeddings of a text: it generates no tokens.", advice, code="generate")
+    if not prompt.causal:
         raise InputError(
-            f"{info.architecture} makes embeddings of a text: it generates no tokens.", "Leave --generate out.", code="generate"
+            f"in {info.architecture} every position sees all others: no token comes after the text.", advice, code="generate"
         )
 
 

@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from checkpoints.errors import ReferenceFailed
-from checkpoints.graph import CACHE, INPUT, NODE, STATE, WEIGHT, Graph, RecordedGraph, Rule, Size, Tensor
-from checkpoints.rules import Pass, Recorded, explain
+from checkpoints.graph import CACHE, INPUT, NODE, STATE, VIEWS, WEIGHT, Graph, RecordedGraph, Rule, Size, Tensor
+from checkpoints.rules import UNDEFINED, Pass, Recorded, explain
 
 from .ggml import COMPUTED, Ggml
 from .jobs import Node, Source
@@ -28,7 +28,6 @@ _FIRST = 3  # the position of the first token, so that a position is never the n
 _PAD = 256  # llama_kv_cache::get_n_kv rounds up to it
 _BATCH = 64
 _MEMORY = 1 << 28  # bytes of cache that may be spent on seeing a window's far edge
-_STATES = ("cache_r_l", "cache_s_l")
 _FAR = 20_011  # a position behind which scales that grow with the position have begun to
 
 
@@ -59,6 +58,17 @@ class _Taken:
     data: dict[int, NDArray[Any]] = field(default_factory=dict)
 
 
+@dataclass
+class _Flat:
+    """A pass with indices for addresses: leaves first, then nodes. `numbers` are ne, nb and offset: int64 [tensors, 9]."""
+
+    tensors: list[_Raw]
+    leaves: int
+    sources: list[tuple[int | None, ...]]
+    roots: list[int | None]
+    numbers: NDArray[np.int64]
+
+
 class Recorder:
     """Notes one pass, node by node; `asked` is called inside the callback.
 
@@ -86,11 +96,12 @@ class Recorder:
                     self._known.discard(source)
 
     def _read(self, address: int) -> _Raw:
-        self._ggml.tensor(address)  # checks the layout
+        if not self._known:
+            self._ggml.tensor(address)  # checks the layout
         fields = _LAYOUT.unpack(self._ggml.bytes_of(address, _LAYOUT.size))
-        sources = list(fields[28:38])
-        while sources and not sources[-1]:
-            sources.pop()
+        count = 10
+        while count and not fields[27 + count]:
+            count -= 1
         name = fields[41].split(b"\0", 1)[0].decode(errors="replace")
         return _Raw(
             address,
@@ -101,7 +112,7 @@ class Recorder:
             fields[10],
             fields[11:27],
             fields[27],
-            tuple(sources),
+            fields[28 : 28 + count],
             fields[38],
             fields[39],
         )
@@ -119,10 +130,13 @@ def record(model: Model, weights: Iterable[str], *, fingerprint: str, n_ctx: int
     """
     names = frozenset(weights)
     facts = _facts(model)
+    if model.encoder_decoder:
+        what = f"our engine does not have encoder–decoders ({facts['general.architecture']}): the decoder reads the encoder's output"
+        raise ReferenceFailed(f"{what}.", _ADVICE, code="graph")
     window = int(facts.get("attention.sliding_window") or 0)
     context = _context(facts, window, n_ctx, _bytes_a_position(model, facts))
     # An encoder's window is seen only by a pass that is longer.
-    batch = _BATCH if facts.get("attention.causal") != "false" else min(max(_BATCH, window + 8), context)
+    batch = _BATCH if facts.get("attention.causal") != "false" else min(max(_BATCH + 1, window + 8), context)
     with Session(model, n_ctx=context, n_batch=batch) as session:
         bench = _Bench(session, names, context)
         bench.fill(2)
@@ -133,21 +147,21 @@ def record(model: Model, weights: Iterable[str], *, fingerprint: str, n_ctx: int
         grid += [bench.take(3), bench.take(5)]
         singles.append(bench.take(1))
         proofs = [bench.take(7)]
-        if not bench.caches:
+        if batch > _BATCH or not bench.caches:
             proofs.append(bench.take(batch - 1))
         elif window and context > window + _BATCH:
             bench.fill_to(window + 2)
             proofs.append(bench.take(6))
         # States are set to zero by a first pass, which is another graph therefore.
-        if bench.caches and not any(leaf.name.startswith(_STATES) for leaf in grid[0].leaves.values()):
+        if bench.caches and STATE not in _kept(_flat(grid[0], model.library.ggml), model.library.ggml).values():
             session.clear()
             bench.restart(_FAR)
             proofs.append(bench.take(4))
     ggml = model.library.ggml
-    several = _graph(grid, proofs, ggml, names, facts, "a pass over several tokens")
-    single = _graph_of_one(singles, ggml, names, facts, several)
-    same = _same(several, single)
-    return RecordedGraph(facts["general.architecture"], model.n_layers, fingerprint, several, None if same else single)
+    several, sizes, flat = _graph(grid, proofs, ggml, names, facts, "a pass over several tokens")
+    same = _has_one_token(several, sizes, flat, singles, ggml)
+    single = None if same else _graph_of_one(singles, ggml, names, facts, several)
+    return RecordedGraph(facts["general.architecture"], model.n_layers, fingerprint, several, single)
 
 
 class _Bench:
@@ -245,22 +259,31 @@ def _context(facts: dict[str, Any], window: int, wanted: int, size: int) -> int:
 
 def _graph(
     grid: Sequence[_Taken], proofs: Sequence[_Taken], ggml: Ggml, weights: frozenset[str], facts: dict[str, Any], what: str
-) -> Graph:
-    """The graph of passes over (T1, S1), (T2, S1), (T1, S2), (T2, S2), held to further ones."""
+) -> tuple[Graph, NDArray[np.int64], _Flat]:
+    """The graph of passes over (T1, S1), (T2, S1), (T1, S2), (T2, S2), held to further ones; its sizes, and the first of the passes."""
     passes = (*grid, *proofs)
     flats = [_flat(taken, ggml) for taken in passes]
     _same_structure(flats, what)
     numbers = np.array([flat.numbers for flat in flats], dtype=np.int64)
     counts, cached = [len(taken.now.tokens) for taken in passes], [taken.cached for taken in passes]
+    places = np.array([[1, t, s, t * s, t * t] for t, s in zip(counts, cached, strict=True)]).T
     sizes = _over_a_cache(numbers, counts, cached) if any(cached) else _without_a_cache(numbers, counts)
-    for t, s, seen in zip(counts, cached, numbers, strict=True):
-        wrong = np.flatnonzero((sizes @ np.array([1, t, s, t * s, t * t]) != seen).any(axis=1))
-        if len(wrong):
-            raise _odd(flats[0].tensors[int(wrong[0])], f"has sizes that do not follow the length ({what})")
-    return _assemble(flats, sizes, passes, ggml, weights, facts)
+    wrong = _contradicted(sizes, places, numbers)
+    if any(cached) and wrong.any():  # a model may have a cache and attend to the keys of the pass all the same
+        sizes[wrong] = _without_a_cache(numbers, counts)[wrong]
+        wrong = _contradicted(sizes, places, numbers)
+    if wrong.any():
+        raise _odd(flats[0].tensors[int(wrong.argmax())], f"has sizes that do not follow the length ({what})")
+    return _assemble(flats, sizes, passes, ggml, weights, facts), sizes, flats[0]
 
 
 _Known = Sequence[tuple[str, Rule]]  # rules of inputs of that name, which one token alone may not tell apart
+
+
+def _contradicted(sizes: NDArray[np.int64], places: NDArray[np.int64], numbers: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Which tensors have other numbers in a pass than these expressions give: bool [tensors]."""
+    wrong: NDArray[np.bool_] = (np.moveaxis(sizes @ places, -1, 0) != numbers).any(axis=(0, 2))
+    return wrong
 
 
 def _over_a_cache(numbers: NDArray[np.int64], counts: Sequence[int], cached: Sequence[int]) -> NDArray[np.int64]:
@@ -294,17 +317,6 @@ def _graph_of_one(
     zero = np.zeros_like(cached)
     sizes = np.stack([a - cached * singles[0].cached, zero, cached, zero, zero], axis=-1)
     return _assemble(flats, sizes, singles, ggml, weights, facts, several)
-
-
-@dataclass
-class _Flat:
-    """A pass with indices for addresses: leaves first, then nodes. `numbers` are ne, nb and offset: int64 [tensors, 9]."""
-
-    tensors: list[_Raw]
-    leaves: int
-    sources: list[tuple[int | None, ...]]
-    roots: list[int | None]
-    numbers: NDArray[np.int64]
 
 
 def _flat(taken: _Taken, ggml: Ggml) -> _Flat:
@@ -359,17 +371,19 @@ def _assemble(
 ) -> Graph:
     flat = flats[0]
     names = _points(flat, ggml)
+    kept = _kept(flat, ggml)
+    plain = sizes.tolist()
     # What has a row for each position is seen only where there are several.
     rows = frozenset() if several is None else {tensor.point for tensor in several.tensors}
     known = () if several is None else [(tensor.name, tensor.rule) for tensor in several.tensors if tensor.rule is not None]
     tensors = []
     for i, raw in enumerate(flat.tensors):
         op = ggml.op_name(raw.op)
-        kind = NODE if i >= flat.leaves else _kind(raw, weights)
-        made = [Size(*(int(number) for number in row)) for row in sizes[i]]
+        kind = NODE if i >= flat.leaves else _kind(i, raw, weights, kept)
+        made = [Size(*row) for row in plain[i]]
         ne = (made[0], made[1], made[2], made[3])
         point = names.points.get(i, "")
-        params = raw.params if kind == NODE and op not in ("VIEW", "RESHAPE", "PERMUTE", "TRANSPOSE") else (0,) * 16
+        params = raw.params if kind == NODE and op not in VIEWS else (0,) * 16
         if kind == NODE and any(other.tensors[i].params != raw.params for other in flats) and params == raw.params:
             raise _odd(raw, "has parameters that follow the length")
         tensors.append(
@@ -393,21 +407,26 @@ def _assemble(
     return Graph(tuple(tensors))
 
 
-def _kind(raw: _Raw, weights: frozenset[str]) -> str:
+def _kept(flat: _Flat, ggml: Ggml) -> dict[int, str]:
+    """What is kept from pass to pass, by index: rows are set in a cache, a state is copied as a whole."""
+    kinds = {"SET_ROWS": CACHE, "CPY": STATE}
+    written = [(root, ggml.op_name(raw.op)) for raw, root in zip(flat.tensors, flat.roots, strict=True) if root is not None]
+    return {root: kinds[op] for root, op in written if op in kinds}
+
+
+def _kind(index: int, raw: _Raw, weights: frozenset[str], kept: dict[int, str]) -> str:
     if raw.flags & _INPUT:
         return INPUT
-    if raw.name.startswith(_STATES):
-        return STATE
-    if raw.name.startswith("cache_"):
-        return CACHE
-    if raw.name in weights:
-        return WEIGHT
-    raise _odd(raw, "is a leaf of unknown origin")
+    if index in kept or raw.name.startswith("cache_"):
+        return kept.get(index, CACHE)
+    return WEIGHT if raw.name in weights else INPUT
 
 
 def _rule(
     index: int, raw: _Raw, flats: Sequence[_Flat], passes: Sequence[_Taken], facts: dict[str, Any], known: _Known
 ) -> Rule | None:
+    if not raw.flags & _INPUT:  # memory that nothing was written to
+        return Rule(UNDEFINED)
     recorded = [
         Recorded(taken.now, flat.tensors[index].ne, taken.data[flat.tensors[index].address])
         for flat, taken in zip(flats, passes, strict=True)
@@ -456,17 +475,25 @@ def _points(flat: _Flat, ggml: Ggml) -> _Names:
     return names
 
 
-def _same(several: Graph, single: Graph) -> bool:
-    """Whether a step over one token is the pass over several with T = 1."""
-    if len(several.tensors) != len(single.tensors):
-        return False
-    for a, b in zip(several.tensors, single.tensors, strict=True):
-        if (a.op, a.sources, a.root, a.params, a.point, a.rule) != (b.op, b.sources, b.root, b.params, b.point, b.rule):
+def _has_one_token(several: Graph, sizes: NDArray[np.int64], flat: _Flat, singles: Sequence[_Taken], ggml: Ggml) -> bool:
+    """Whether a step over one token is the pass over several with T = 1: the same nodes, shapes and rules of inputs."""
+    for taken in singles:
+        one = _flat(taken, ggml)
+        if len(one.tensors) != len(flat.tensors) or one.sources != flat.sources or one.roots != flat.roots:
             return False
-        # One element has no stride that matters.
-        for axis in range(4):
-            if any(a.ne[axis].at(1, s) != b.ne[axis].at(1, s) for s in (_PAD, 2 * _PAD)):
-                return False
-        if any(a.offset.at(1, s) != b.offset.at(1, s) for s in (_PAD, 2 * _PAD)):
+        if any(
+            a.op != b.op or (a.params != b.params and tensor.op not in VIEWS)
+            for a, b, tensor in zip(one.tensors, flat.tensors, several.tensors, strict=True)
+        ):
             return False
+        expected = sizes @ np.array([1, 1, taken.cached, taken.cached, 1])
+        differs = expected != one.numbers
+        differs[:, 4:8] = False  # one element has no stride that matters
+        if differs.any():
+            return False
+        for index, tensor in enumerate(several.tensors):
+            if tensor.kind == INPUT and tensor.rule is not None and tensor.rule.kind != UNDEFINED:
+                raw = one.tensors[index]
+                if explain([Recorded(taken.now, raw.ne, taken.data[raw.address])], {}, [tensor.rule]) != tensor.rule:
+                    return False
     return True

@@ -15,10 +15,11 @@ from checkpoints.graph import RecordedGraph
 
 from . import dump, twin
 from .graph import record
-from .jobs import EXACT, Description, DumpJob, DumpResult, Tokens
+from .jobs import EXACT, NATIVE, Description, DumpJob, DumpResult, Tokens
 from .library import Library
 from .llama import Model, Session
 from .naming import Planned
+from .passes import plans_of
 from .rows import arrange, row_shape, survey
 from .sweep import dump_windows, window_size
 from .twin import Twins
@@ -118,6 +119,25 @@ class Service:
         with Session(model, n_ctx=len(tokens), n_batch=len(tokens), kv_type=kv_type, threads=threads) as session:
             self._deliver(session, tokens, expression, model.n_layers, 0, item)
 
+    def logits(
+        self, path: Path, tokens: tuple[int, ...], first: int, portion: int, mode: str, threads: int | None, *, item: Item
+    ) -> None:
+        """See `client.Reference.logits`: items are float32 arrays [n, V]."""
+        found = twin.checked(self._library, path)
+        dump.check_tokens(self._vocabulary(found), tokens)
+        model = self._computable(found, mode, threads)
+        with Session(model, n_ctx=len(tokens), n_batch=min(portion, len(tokens)), threads=threads) as session:
+            plans = plans_of(session, tokens[:portion])
+            for start in range(0, len(tokens), portion):
+                part = tokens[start : start + portion]
+
+                def deliver(planned: Planned, value: NDArray[np.float32], start: int = start, count: int = len(part)) -> None:
+                    rows = arrange(planned, value, count, start + count)
+                    if start + count > first:
+                        item(rows[max(first - start, 0) :])
+
+                session.decode(part, start, plans.wanted([points.LOGITS], count=len(part)), deliver)
+
     def layers(
         self,
         path: Path,
@@ -187,8 +207,9 @@ class Service:
         found = twin.checked(self._library, path)
         model = self._model(path)
         tokens = tuple(range(min(3, model.n_vocab)))
-        with Session(model, n_ctx=len(tokens), n_batch=len(tokens)) as session:
-            known = survey(session, tokens).known
+        with Session(model, n_ctx=2 * len(tokens), n_batch=len(tokens)) as session:
+            plans = plans_of(session, tokens, tokens if model.encoder_decoder else ())
+        known = [*(plans.encoder.known if plans.encoder is not None else ()), *plans.prompt.known]
         return Description(
             info=dump.describe(found, self._library),
             metadata=model.metadata(),
@@ -204,7 +225,9 @@ class Service:
     def graph(self, path: Path, mode: str, n_ctx: int, threads: int | None, *, item: Item) -> RecordedGraph:
         """See `client.Reference.graph`."""
         found = twin.checked(self._library, path)
-        model = self._computable(found, mode, threads)
+        # A model that is computed in windows is never loaded as a twin; the file itself is only mapped into memory.
+        windows = window_size(self._library, found, DumpJob(path, path, (), mode=mode)) is not None
+        model = self._computable(found, NATIVE if windows else mode, threads)
         return record(model, [tensor.name for tensor in found.tensors], fingerprint=found.fingerprint, n_ctx=n_ctx)
 
     def quantize(self, path: Path, ftype: str, out: Path, threads: int | None, *, item: Item) -> Path:

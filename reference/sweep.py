@@ -14,14 +14,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from checkpoints import points
+from checkpoints.columns import open_dump
 from checkpoints.errors import InputError
 from checkpoints.gguf_file import Contents
-from checkpoints.jsonl import Writer
 from checkpoints.room import free_memory
 from checkpoints.tensors import beside
 
 from . import dump, twin, twin_cache
 from .callback import Deliver
+from .dataflow import dataflow
 from .dump import Emitter, Step
 from .jobs import EXACT, DumpJob, DumpResult
 from .library import Library
@@ -158,6 +159,7 @@ def dump_windows(library: Library, vocabulary: Model, found: Contents, job: Dump
     proof = prove(library, found, spans, job.tokens)
     sweep = _Sweep(library, found, job, spans, proof)
     known = [item.point for item in proof.whole.known]
+    dump.generates(proof.whole, job, info)
     names = points.select(dump.expression(job, found.layers), known, found.layers)
     planned_at = time.perf_counter()
     follow = list(job.lead or ())
@@ -168,9 +170,9 @@ def dump_windows(library: Library, vocabulary: Model, found: Contents, job: Dump
             break
     steps = dump.steps_of(job.tokens, follow, job.first_position)
     pieces = job.pieces or vocabulary.pieces(job.tokens)
-    header = dump.header_of(job, info, pieces, library, size)
-    with Writer(job.out, header) as writer, dump.tensors_beside(job) as tensors:
-        logits = sweep.run(steps, set(names), Emitter(writer, job, tensors))
+    header = dump.header_of(job, info, pieces, library, size, dataflow(proof.whole.nodes, proof.whole.planned))
+    with open_dump(job.out, header, binary=job.binary) as writer, dump.tensors_beside(job) as tensors:
+        logits = sweep.run(steps, set(names), Emitter(writer, job, tensors, causal=proof.whole.causal))
         for i, token in enumerate(follow):
             writer.token(dump.token_record(vocabulary, job.first_position + len(job.tokens) + i, token, logits[i]))
     return DumpResult(

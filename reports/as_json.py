@@ -46,6 +46,7 @@ def verdict_as_json(verdict: Verdict) -> dict[str, Any]:
         "record_faults": [asdict(fault) for fault in verdict.record_faults],
         "seen": [{**asdict(item), "whole": item.whole} for item in verdict.seen],
         "next_slice": verdict.next_slice,
+        "precision": asdict(verdict.precision) if verdict.precision else None,
     }
     return {key: plain(value) for key, value in made.items()}
 

@@ -17,6 +17,7 @@ _ARITHMETIC = {
     "q8": "quantised activations (8 bits in blocks)",
 }
 _LABEL = 8
+_OPERATIONS = 12  # operations in question that are listed
 
 
 def lines(found: Explanation, width: int) -> Iterator[Text]:
@@ -150,10 +151,11 @@ def _where(found: Explanation) -> list[tuple[str, str]]:
     if len(placed.operations) == 1:
         made = f"is made from {agreeing}, which {agree} as whole rows" if placed.agreeing else "is made from the tokens alone"
         return [("wrong", f"{placed.operations[0]} {made}: this operation is wrong")]
-    if placed.agreeing:
-        names = ", ".join(placed.operations[:5]) + (f", … {placed.operations[-1]}" if len(placed.operations) > 5 else "")
-        return [("wrong", f"one of {names}: {agreeing} {agree} as whole rows")]
-    return []
+    if not placed.agreeing:
+        return []
+    if len(placed.operations) > _OPERATIONS:
+        return [("after", f"{agreeing}, which {agree} as whole rows")]
+    return [("wrong", f"one of {', '.join(placed.operations)}: {agreeing} {agree} as whole rows")]
 
 
 def _truth(truth: TruthAt) -> str:

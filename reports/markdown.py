@@ -45,7 +45,8 @@ def _report(report: Report) -> Iterator[str]:
         yield ""
         yield from (f"- **{name or '…'}**: {text(sentence_)}" for name, sentence_ in said)
         if verdict.next:
-            yield f"- **next**: record these on both sides and run diff again: {code(f'--points {verdict.next!r}')}"
+            wider = f" --slice {verdict.next_slice}" if verdict.next_slice else ""
+            yield f"- **next**: record these on both sides and run diff again: {code(f'--points {verdict.next!r}{wider}')}"
     if verdict.points:
         yield "\n### Error along the model\n"
         yield from _points(report)

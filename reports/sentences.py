@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from checkpoints.answers.diff import DIVERGENCE, Difference, Missing, RecordFault, Verdict
 from checkpoints.points import EMBD, LOGITS, parse
 
-from .numbers import clean, count, limit, ranges, token
+from .numbers import clean, count, error, limit, ranges, token
 
 
 def headline(verdict: Verdict) -> str:
@@ -28,12 +28,18 @@ def answer(verdict: Verdict) -> str:
     held += f"limit {limit(verdict.limits.operations)}"
     if verdict.limits.logits != verdict.limits.operations:
         held += f", logits {limit(verdict.limits.logits)}"
-    if verdict.limits.assumed:
-        held += " (assumed)"
     otherwise = sum(fault.records for fault in verdict.record_faults)
+    precision = verdict.precision
     if verdict:
-        said = f"parity: {verdict.compared - otherwise:,} of {count(verdict.compared, 'record')} agree"
-        return f"{said}, {otherwise:,} recorded otherwise, {held}" if otherwise else f"{said}, {held}"
+        said = f"{verdict.compared - otherwise:,} of {count(verdict.compared, 'record')} agree"
+        said += f", {otherwise:,} recorded otherwise" if otherwise else ""
+        if precision is not None and precision.source == "assumed" and precision.arithmetic == "f32":
+            return f"parity: {said}, as float32 does: worst {error(verdict.worst.nmse if verdict.worst else None)}"
+        if precision is None or precision.source == "stated" or precision.arithmetic == "f32":
+            return f"parity: {said}, {held}"
+        how = "assumed: your dump does not say" if precision.assumed else "measured on the model"
+        at = f", worst {error(verdict.worst.nmse)} at {clean(verdict.worst.checkpoint)}" if verdict.worst is not None else ""
+        return f"parity as {ARITHMETIC[precision.arithmetic]} arithmetic ({how}): {said}{at}"
     wrong = sum(point.failed for point in verdict.points)
     if wrong:
         what = f"{wrong:,} of {count(verdict.compared, 'record')} differ"
@@ -41,7 +47,10 @@ def answer(verdict: Verdict) -> str:
         what = f"{count(verdict.compared, 'record')} before it compared"
     else:
         what = "records are missing"
-    return f"divergence: {what}, {held}"
+    return f"divergence{' (limit assumed)' if verdict.limits.assumed else ''}: {what}, {held}"
+
+
+ARITHMETIC = {"": "lower", "f32": "float32", "tf32": "TF32", "f16": "F16", "bf16": "BF16", "q8": "8-bit"}
 
 
 def reasons(verdict: Verdict) -> Iterator[tuple[str, str]]:
@@ -93,7 +102,10 @@ def remarks(verdict: Verdict) -> Iterator[tuple[str, str]]:
         said = f"after position {choices.differs_at} ours chooses {choices.ours_id}, the reference {choices.ref_id}"
         margin = f" (its margin: {choices.differs_margin:.2g})" if choices.differs_margin is not None else ""
         yield "first choice", said + margin
-    if verdict.limits.assumed:
+    precision = verdict.precision
+    if precision is not None and precision.in_float32:
+        yield "float32", f"in float32 {clean(precision.in_float32)} would be a divergence; --compute f32 judges so"
+    elif verdict.limits.assumed and (precision is None or precision.arithmetic != "f32"):
         yield "limit", verdict.limits.source
     for note in verdict.notes:
         yield "note", clean(note)

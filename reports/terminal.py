@@ -138,8 +138,7 @@ def _remark(verdict: Verdict, point: PointSummary) -> str:
         if point.failed < point.records:
             said.append(f"{point.failed} of {point.records} wrong")
     elif point.status == OTHERWISE:
-        fault = next(fault for fault in verdict.record_faults if fault.checkpoint == point.checkpoint)
-        said.append(RECORDED[fault.kind])
+        said += [RECORDED[fault.kind] for fault in verdict.record_faults if fault.checkpoint == point.checkpoint]
     choices = verdict.choices
     if point.checkpoint == LOGITS and choices is not None:
         said.append(f"top-1 {choices.agree}/{choices.known}")

@@ -60,7 +60,7 @@ def _first(first: FirstDifference) -> Iterator[tuple[str, str]]:
 
 def _answer(found: WeightsCheck, wrong: int) -> Text:
     checked = [tensor for tensor in found.tensors if tensor.status != NOT_CHECKED]
-    said = f"{len(checked) - wrong} of {count(len(found.tensors), 'tensor')} equal, tolerance {'0' if not found.theirs else '2e-6'}"
+    said = f"{len(checked) - wrong} of {count(len(found.tensors), 'tensor')} equal, tolerance {found.tolerance}"
     skipped = len(found.tensors) - len(checked)
     said += f", {skipped} not checked" if skipped else ""
     return Text(f"wrong: {said}", style="bold red") if wrong else Text(f"right: {said}", style="bold green")

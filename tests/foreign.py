@@ -6,10 +6,24 @@ from pathlib import Path
 from parity import emit
 
 
-def compile_engine(folder: Path) -> Path:
+def compile_engine(folder: Path, *flags: str) -> Path:
     """tests/foreign_engine.c as a program in `folder`: MODEL 1,2,3 OUT [FAULT [POINTS]]."""
     (folder / "parity_dump.h").write_text(emit.source("c"))
     source, program = Path(__file__).with_name("foreign_engine.c"), folder / "engine"
-    command = ["gcc", "-std=c99", "-O2", "-Wall", "-Wextra", "-Werror", "-pedantic", "-I", folder, source, "-o", program]
+    command = [
+        "gcc",
+        "-std=c99",
+        "-O2",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        "-pedantic",
+        *flags,
+        "-I",
+        folder,
+        source,
+        "-o",
+        program,
+    ]
     subprocess.run([*command, "-lm", "-lpthread"], check=True)
     return program

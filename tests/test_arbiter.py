@@ -18,7 +18,7 @@ from engine.transformer import Transformer
 from engine.weights.gguf_model import GgufModel
 from parity.arbiter.arbiter import Arbiter
 from parity.diff.limits import EXACT_FLOOR
-from parity.diff.truth import MULTIPLE, raised
+from parity.diff.truth import COARSE_MULTIPLE, MULTIPLE, raised
 
 
 @pytest.fixture(scope="module")
@@ -120,5 +120,16 @@ def test_a_limit_is_raised_at_the_position_where_the_reference_is_far_from_the_t
     token_idx = np.array([0, 1, 0, 1, 0, 1])
     distance = np.array([1e-14, 1e-13, 3e-14, 2e-11, np.nan, 1e-13])
     limit = np.array([1e-10, 1e-10, 1e-10, 1e-10, 1e-9, 1e-10])
-    found = raised(limit, distance, point, np.zeros(6, np.int64), token_idx)
+    nmse, fine = np.full(6, 5e-10), np.zeros(6, np.bool_)
+    found = raised(nmse, limit, distance, point, np.zeros(6, np.int64), token_idx, fine)
     assert found.tolist() == [1e-10, 1e-10, 1e-10, MULTIPLE * 2e-11, 1e-9, MULTIPLE * 2e-11]
+
+
+def test_a_coarse_reference_raises_limits_by_less_and_further_up() -> None:
+    """Behind a table of float16 four times the reference's own distance passes; elsewhere an error of that size is no rounding."""
+    point, token_idx = np.array([0, 1, 2]), np.zeros(3, np.int64)
+    distance, limit = np.array([1e-14, 2e-7, 3e-7]), np.full(3, 1e-10)
+    nmse = np.full(3, 6e-7)
+    found = raised(nmse, limit, distance, point, token_idx, token_idx, np.array([False, True, True]))
+    assert found.tolist() == [1e-10, COARSE_MULTIPLE * 2e-7, COARSE_MULTIPLE * 3e-7]
+    assert raised(nmse, limit, distance, point, token_idx, token_idx, np.zeros(3, np.bool_)).tolist() == limit.tolist()

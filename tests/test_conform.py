@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from xml.etree import ElementTree as ET
 
@@ -32,7 +33,7 @@ def conform(c_engine: Path, parity: Cli) -> Callable[..., tuple[int, dict]]:
     def run(fault: str, *words: str, types: str = "F32,Q8_0") -> tuple[int, dict]:
         line = f"{c_engine} {{model}} {{tokens}} {{out}} '{fault}' {{points}}"
         axes = ("--architectures", "llama,qwen2,qwen3", "--types", types, "--prompts", "short,same")
-        return parity.json("conform", "--exec", line, *axes, "--out", "c", *words)
+        return parity.json("conform", "--exec", line, *axes, "--workers", "1", "--out", "c", *words)
 
     return run
 
@@ -152,6 +153,26 @@ def test_the_matrix_is_what_was_asked_for() -> None:
     parts = parts_of(cells("dense", types="F32,F16"))
     assert all(len({cell.architecture for cell in part}) == 1 for part in parts)
     assert sum(map(len, parts)) == len(cells("dense", types="F32,F16"))
+
+
+@needs_gcc
+@pytest.mark.slow
+def test_a_lost_worker_costs_its_cells_only(c_engine: Path, parity: Cli, tmp_path: Path) -> None:
+    """Two workers, one killed by the engine that it runs, once: its cells run again, and every cell has its verdict."""
+    killer = tmp_path / "killer.sh"
+    killer.write_text(f'[ -e once ] || {{ touch once; kill -9 $PPID; }}\nexec {c_engine} "$@"\n')
+    line = "sh killer.sh {model} {tokens} {out} '' {points}"
+    words = ("--architectures", "llama,qwen2,qwen3", "--types", "F32", "--prompts", "short", "--workers", "2", "--out", "c")
+    code, answer = parity.json("conform", "--exec", line, *words)
+    assert (code, answer["workers"]) == (0, 2)
+    assert Path("once").exists()
+    assert [cell["verdict"] for cell in answer["cells"]] == ["parity", "parity", "refused"]
+
+
+def test_a_cluster_that_is_not_there_is_one_line(parity: Cli) -> None:
+    """Without Dask, or without a scheduler at the address, --cluster is refused before anything runs."""
+    words = ("conform", "--side", "ours", "--architectures", "llama", "--types", "F32", "--prompts", "one")
+    refused(parity(*words, "--cluster", "tcp://127.0.0.1:9"), "cluster" if find_spec("distributed") is None else "scheduler")
 
 
 def test_a_result_is_read_back() -> None:

@@ -17,7 +17,7 @@ from engine.weights.gguf_model import GgufModel
 from parity.isolate import isolate as isolation
 from parity.isolate.attention_checks import AttentionChecks, rotation_faults, soft_max_faults
 from parity.isolate.isolate import IsolateRequest, isolate
-from parity.isolate.routing import Routing, routing_error
+from parity.isolate.routing import routing_error
 from parity.isolate.values import Value
 from parity.run.ours import OursJob, dump
 from reference.client import Reference
@@ -69,19 +69,28 @@ def test_lifted_operations_are_proven(name: str, small_model: Callable[..., Path
     assert {item.passes for item in found.operations} == {3}
 
 
+def test_an_encoder_keeps_nothing_in_a_cache(small_model: Callable[..., Path], reference: Reference) -> None:
+    """An encoder's operations are proven whatever the cache's type: its attention reads keys and values as they are."""
+    all_proven(isolate(IsolateRequest(small_model("bert", "q8_0"), tokens=TOKENS, kv_type="f16"), reference))
+
+
 def test_routing_is_judged_as_a_set() -> None:
     """The order of the chosen experts does not matter, a near tie may fall either way, and any other choice is wrong."""
     values = np.array([[0.5, 0.3, 0.2, 0.1], [0.4, 0.3, 0.3, 0.0]], np.float32)
     right = np.array([[0, 1, 2, 3], [0, 1, 2, 3]])
-    two = Routing(used=2)
+    two = 2
     for theirs in (right, right[:, [1, 0, 3, 2]], right[:, :2]):
         assert routing_error(two, values, right, theirs.astype(np.float32))[0].max() == 0
     tie = np.array([[0, 1, 2, 3], [2, 0, 1, 3]], np.float32)
     errors, said = routing_error(two, values, right, tie)
-    assert (errors.max(), said) == (0, "1 near ties fell the other way")
-    for wrong in ([0, 2, 1, 3], [0, 0, 1, 2], [9, 0, 1, 2]):
+    assert (errors.max(), said) == (0, "1 near ties fell the other way (margin 0)")
+    for wrong, reason in (
+        ([0, 2, 1, 3], "it chose 2 (0.2) and not 1 (0.3)"),
+        ([0, 0, 1, 2], "it chose 0, 0"),
+        ([9, 0, 1, 2], "it chose 9, 0"),
+    ):
         errors, said = routing_error(two, values, right, np.array([wrong, [0, 1, 2, 3]], np.float32))
-        assert errors.tolist() == [np.inf, 0]
+        assert (errors.tolist(), said) == ([np.inf, 0], reason)
     assert "1 were chosen instead of 2" in routing_error(two, values, right, right[:, :1].astype(np.float32))[1]
 
 

@@ -1,15 +1,17 @@
 """Faults planted in an engine whose whole values are judged: each is named at its operations and layers, and nothing else."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from checkpoints.answers.isolate import PROVEN, WRONG, Isolation
-from engine.backend import choose
 from engine.faults import CATALOGUE, plant
 from engine.graph import Step
-from engine.transformer import Transformer
+from engine.opened import open_engine
 from engine.weights.gguf_model import GgufModel
 from parity.isolate.isolate import IsolateRequest, isolate
 from parity.run.ours import OursJob, dump
@@ -39,9 +41,10 @@ CASES = [(like, fault) for like in ("tiny", "tiny-llama") for fault in KINDS if 
 class Foreign:
     """An engine whose steps can be spoiled, and the judgement of what it dumped."""
 
-    def __init__(self, model: Path, folder: Path) -> None:
+    def __init__(self, model: Path, folder: Path, reference: Reference | None = None) -> None:
         self.model = model
-        self.engine = Transformer(GgufModel(model), choose("numpy"))
+        recorded = None if reference is None else partial(reference.graph, model)
+        self.engine = open_engine(GgufModel(model), "numpy", recorded=recorded)
         self.right = self.engine.steps
         self.out = folder / "foreign.jsonl"
 
@@ -163,3 +166,39 @@ def test_layers_are_judged_by_llama_cpp_where_only_outputs_are_there(synthetic: 
     layers = {item.layer: item.status for item in found.operations if item.operation == "layer"}
     assert layers == {0: PROVEN, 1: WRONG, 2: PROVEN, 3: WRONG}
     assert foreign.judged(foreign.right, full=False, points="embd,blk.*.l_out")
+
+
+# What an engine does instead, by the kind of point of mixtral: (the new operation, given the right one, and what is said of it).
+EXPERTS = {
+    "ffn_moe_topk": (lambda right: lambda *x, **p: (right(*x, **p) + 1) % 8, "it chose"),
+    "ffn_moe_weights_norm": (lambda _: lambda weights, _sum, **_p: weights.reshape(len(weights), -1), ""),
+    "ffn_moe_probs": (lambda _: lambda logits, **_p: 1 / (1 + np.exp(-logits)), ""),
+    "ffn_moe_down": (lambda right: lambda x, ids, w, **p: right(x, ids[:, ::-1], w, **p), ""),
+    "ffn_moe_swiglu": (lambda _: lambda gate, up: gate * up / (1 + np.exp(-up)), ""),
+}
+
+
+@pytest.mark.parametrize("kind", EXPERTS)
+def test_faults_of_experts_are_named(kind: str, small_model: Callable[..., Path], reference: Reference, tmp_path: Path) -> None:
+    """Choice, normalising, gating, order and activation of experts: each is named in its layer, and what follows from it is right."""
+    foreign = Foreign(small_model("mixtral", "q8_0"), tmp_path, reference)
+    alter, reason = EXPERTS[kind]
+    point = f"blk.2.{kind}"
+    assert point in {step.makes for step in foreign.right}
+    steps = [replace(step, op=alter(step.op)) if step.makes == point else step for step in foreign.right]
+    found = foreign.judged(steps)
+    assert [(item.name, item.reason.startswith(reason)) for item in found.wrong] == [(point, True)]
+    assert {item.status for item in found.operations} == {PROVEN, WRONG}
+
+
+def test_another_order_of_the_same_experts_is_right(
+    small_model: Callable[..., Path], reference: Reference, tmp_path: Path
+) -> None:
+    """An engine that lists the chosen experts the other way round has no fault."""
+    foreign = Foreign(small_model("mixtral", "q8_0"), tmp_path, reference)
+
+    def turned(step: Step) -> Step:
+        right = step.op
+        return replace(step, op=lambda *x, **p: right(*x, **p)[:, ::-1]) if step.makes.endswith("ffn_moe_topk") else step
+
+    assert foreign.judged([turned(step) for step in foreign.right])

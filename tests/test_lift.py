@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cli import Cli
+from cli import Cli, refused
 
 from checkpoints.errors import ModelError
 from engine import ops
@@ -121,3 +121,22 @@ def test_views_stay_inside_their_value() -> None:
         view.apply(np.zeros((3, 4), np.float32))
     inside = replace(view, offset=Size(2))
     np.testing.assert_array_equal(inside.apply(np.arange(8, dtype=np.float32).reshape(2, 4)), [[2, 3], [6, 7]])
+
+
+def test_an_encoder_sees_both_ways(parity: Cli, small_model: Make) -> None:
+    """Encoders have no cache: attention over the whole prompt and the pooled embedding agree."""
+    assert verdict(parity, small_model("nomic-bert"), "--tokens", ids(21))["verdict"] == "parity"
+
+
+def test_an_encoder_decoder_is_refused_in_one_line(parity: Cli, small_model: Make) -> None:
+    """T5's decoder reads what its encoder made, which the engine does not have."""
+    refused(parity("run", "--model", small_model("t5"), "--tokens", "1,2,3"), "encoder–decoders (t5)", "parity dump ref")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gemma3", "bert"])
+def test_gelu_of_a_table_is_no_divergence(parity: Cli, small_model: Make, name: str) -> None:
+    """ggml looks GELU up in a table of F16: where an argument falls on a step of it, float64 says how coarse the reference is there."""
+    found = verdict(parity, small_model(name), "--tokens", ids(33))
+    assert found["verdict"] == "parity"
+    assert any("from float64" in note for note in found["notes"])

@@ -7,14 +7,14 @@ import pytest
 from cli import Cli
 from planted import Faulty, Planted
 
-from checkpoints.errors import InputError
 from checkpoints.record import Dump
 from engine.faults import CATALOGUE, plant
 from engine.graph import Step
 from engine.replay.precision import rounded
 from engine.synth import Shape, synthesize
 from parity.diff.compare import Options, compare
-from parity.explain.measured_floor import measured_limits
+from parity.explain.on_model import compared_on
+from reports.sentences import answer, remarks
 
 PROMPT = (1, 17, 40, 299, 5, 5, 80, 3)
 
@@ -38,7 +38,7 @@ def test_a_right_engine_keeps_the_measured_limits(engine: Faulty, kind: str) -> 
     """Rounded products alone stay within what rounded products and activations cost, and would not pass as float32."""
     right = _dump(engine, engine.right, "f32")
     ours = _dump(engine, rounded(engine.right, kind, storage=False), kind)
-    verdict = compare(ours, right, Options(limits=measured_limits(ours, right, engine.model)))
+    verdict = compared_on(ours, right, Options(), engine.model).verdict
     assert verdict
     assert verdict.limits.source.startswith("measured")
     assert ours.header is not None
@@ -50,7 +50,7 @@ def test_a_deep_right_engine_is_accused_by_the_table_only(engine: Faulty) -> Non
     right = _dump(engine, engine.right, "f32")
     ours = _dump(engine, rounded(engine.right, "bf16", storage=True), "bf16")
     assert not compare(ours, right)
-    assert compare(ours, right, Options(limits=measured_limits(ours, right, engine.model)))
+    assert compared_on(ours, right, Options(), engine.model).verdict
 
 
 def test_a_fault_stands_out_of_the_measured_floor(engine: Faulty) -> None:
@@ -59,15 +59,52 @@ def test_a_fault_stands_out_of_the_measured_floor(engine: Faulty) -> None:
     for kind in ("f16", "bf16"):
         steps = plant(engine.right, CATALOGUE["activation"], activation="GELU (exact)")
         ours = _dump(engine, rounded(steps, kind, storage=True), kind)
-        verdict = compare(ours, right, Options(limits=measured_limits(ours, right, engine.model)))
+        verdict = compared_on(ours, right, Options(), engine.model).verdict
         assert verdict.first_divergence is not None
         assert verdict.first_divergence.checkpoint == "blk.0.l_out"
 
 
-def test_unknown_arithmetic_is_one_line(parity: Cli, engine: Faulty) -> None:
-    """Nothing can be measured for an engine that does not say what it computes in, and nothing need be for float32."""
+@pytest.mark.parametrize("kind", ["f32", "tf32", "f16", "bf16", "q8"])
+def test_unknown_arithmetic_is_found(engine: Faulty, kind: str) -> None:
+    """An engine that does not say what it computes in is judged by the model: the precision at which the sides agree is named."""
     right = _dump(engine, engine.right, "f32")
-    with pytest.raises(InputError, match="does not say what it computes in"):
-        measured_limits(replace(right, header=None), right, engine.model)
-    assert measured_limits(right, right, engine.model) is None
-    assert "--model" in parity("diff", "--help").out
+    steps = engine.right if kind == "f32" else rounded(engine.right, kind, storage=kind != "q8")
+    ours = replace(_dump(engine, steps, ""), header=None)
+    verdict = compared_on(ours, right, Options(), engine.model).verdict
+    assert verdict
+    assert verdict.precision is not None
+    assert not verdict.precision.assumed
+    assert verdict.precision.arithmetic in ({"tf32", "f16"} if kind in ("tf32", "f16") else {kind})
+    assert bool(verdict.precision.in_float32) == (kind != "f32")
+
+
+def test_a_fault_in_float32_is_no_precision(engine: Faulty) -> None:
+    """What jumps in a later layer, after layers that agree as float32 does, is judged as float32; without the model as assumed."""
+    right = _dump(engine, engine.right, "f32")
+    steps = plant(engine.right, CATALOGUE["norm-epsilon"], (5,), epsilon=1e-5)
+    ours = replace(_dump(engine, steps, ""), header=None)
+    verdict = compared_on(ours, right, Options(), engine.model).verdict
+    assert not verdict
+    assert verdict.precision is not None
+    assert verdict.precision.arithmetic == "f32"
+    assumed = compare(ours, right)
+    assert assumed.precision is not None
+    assert assumed.precision.assumed
+
+
+def test_the_first_words_say_what_is_assumed(engine: Faulty) -> None:
+    """Parity under an assumed limit begins with the arithmetic it holds for, and says what float32 would make of it."""
+    right = _dump(engine, engine.right, "f32")
+    ours = replace(_dump(engine, rounded(engine.right, "f16", storage=False), ""), header=None)
+    verdict = compare(ours, right)
+    assert verdict
+    assert answer(verdict).startswith("parity as F16 arithmetic (assumed: your dump does not say): 56 of 56 records agree")
+    assert ("float32", "in float32 blk.0.l_out would be a divergence; --compute f32 judges so") in list(remarks(verdict))
+    exact = replace(_dump(engine, engine.right, ""), header=None)
+    assert answer(compare(exact, right)).startswith("parity: 56 of 56 records agree")
+
+
+def test_it_is_an_option(parity: Cli) -> None:
+    """`diff --model` measures, `--arbiter` asks float64, `--compute q8` is an arithmetic."""
+    said = parity("diff", "--help").out
+    assert all(option in said for option in ("--model", "--arbiter", "q8"))

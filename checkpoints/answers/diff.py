@@ -126,6 +126,21 @@ class Seen:
 
 
 @dataclass(frozen=True)
+class Precision:
+    """The arithmetic (f32, tf32, f16, bf16, q8) at which the sides agree, or in which they were judged; empty where modes mix.
+
+    `source`: "stated" by a header or --compute, "measured" on the model, "assumed" where nothing says it; `assumed` is True for the
+    last, unless all records agree as float32 does. `in_float32` is the first point that would be a divergence in float32, empty
+    if none would.
+    """
+
+    arithmetic: str
+    assumed: bool
+    source: str
+    in_float32: str = ""
+
+
+@dataclass(frozen=True)
 class Missing:
     """What one side lacks of the other: points it has nothing of, positions lacking in common points, records in all."""
 
@@ -199,6 +214,7 @@ class Verdict:
     record_faults: tuple[RecordFault, ...] = ()
     seen: tuple[Seen, ...] = ()
     next_slice: int | None = None
+    precision: Precision | None = None
 
     def __bool__(self) -> bool:
         return self.verdict == PARITY

@@ -42,13 +42,16 @@ class TensorCheck:
 
 @dataclass(frozen=True)
 class WeightsCheck:
-    """The whole answer; `theirs` names the file of a foreign engine's weights, or is empty."""
+    """The whole answer; `theirs` names the file of a foreign engine's weights, or is empty. `tolerance` says
+    what still counts as equal.
+    """
 
     model: str
     theirs: str
     tensors: tuple[TensorCheck, ...]
     bytes: int
     notes: tuple[str, ...] = ()
+    tolerance: str = "0"
 
     def __bool__(self) -> bool:
         return all(tensor.right for tensor in self.tensors)

@@ -15,9 +15,14 @@ from ..reading import reader
 from ..reading.fields import POSITIONS
 from ..record import Dump, Rows
 from ..regular import STDIN, require_regular
-from . import arrays, eval_callback, model_debugger
+from . import arrays, columns, eval_callback, model_debugger
 
-_FORMATS = (model_debugger, arrays, eval_callback)  # the first that knows the path reads it; JSON lines are what is left
+_FORMATS = (
+    columns,
+    model_debugger,
+    arrays,
+    eval_callback,
+)  # the first that knows the path reads it; JSON lines are what is left
 
 
 _PIPED = "Write the dump to a file, or give - and pipe JSON lines in."

@@ -135,7 +135,7 @@ def header(found: dict[str, Any]) -> Header:
     for name in _TEXTS:
         if not isinstance(taken.get(name, ""), str):
             raise TypeError(f'"{name}" must be a text, not {taken[name]!r:.40}')
-    for name in ("hparams", "build", "dataflow"):
+    for name in ("hparams", "build", "dataflow", "columns"):
         if not isinstance(taken.get(name, {}), dict):
             raise TypeError(f'"{name}" must be an object, not {taken[name]!r:.40}')
     for name in ("tokens", "pieces"):

@@ -42,11 +42,12 @@ def read(path: str | os.PathLike[str]) -> Dump:
         if points[name] is not rows:
             unnumbered[name] = len(rows)
     dump = Dump(scan.name, header, points, tuple(tokens), end, scan.skipped, (), scan.torn)
-    notes = [said(unnumbered, len(points))] if unnumbered else []
-    return replace(dump, notes=(*_notes(dump), *notes))
+    counted_by_point = [said(unnumbered, len(points))] if unnumbered else []
+    return replace(dump, notes=(*notes(dump), *counted_by_point))
 
 
-def _notes(dump: Dump) -> Iterator[str]:
+def notes(dump: Dump) -> Iterator[str]:
+    """What a reader of a dump should know: that it was cut short, that lines were left out."""
     if dump.torn:
         yield "the last line is cut short and was left out"
     if dump.header is not None and dump.end is None:

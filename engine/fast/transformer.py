@@ -5,9 +5,7 @@ activations (and quantised weights) to half precision, or to bfloat16 for BF16 f
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +15,7 @@ from checkpoints.errors import InputError
 from ..backend import Array, Backend
 from ..capture.device import DeviceCapture
 from ..capture.host import Capture, Pass
-from ..transformer import Transformer
+from ..transformer import Progress, Transformer
 from ..weights.gguf_model import GgufModel
 from ..weights.packing import BF16, F32
 from .decode import DecodeStep
@@ -26,15 +24,6 @@ from .upload import Upload
 from .weights import FastWeights
 
 _POSITIONS = 2048  # places of the cache if nothing else is said
-
-
-@dataclass
-class FastProgress:
-    """The sequence in progress; a model has one at a time, since its cache is part of the steps."""
-
-    first: int
-    length: int = 0
-    passes: int = 0
 
 
 class FastTransformer(Transformer):
@@ -61,13 +50,13 @@ class FastTransformer(Transformer):
             return "f32"
         return "bf16" if self._weights.types >> BF16 & 1 else "f16"
 
-    def start(self, first_position: int = 0) -> Any:
-        """A new, empty sequence; it takes the place of the last."""
+    def start(self, first_position: int = 0) -> Progress:
+        """A new, empty sequence; it takes the place of the last, since the cache is part of the steps."""
         with self.stream:
             self.step.set_angles(first_position)
-        return FastProgress(first_position)
+        return Progress(first_position)
 
-    def forward(self, tokens: Sequence[int], sequence: Any, tap: Capture | None = None) -> NDArray[np.float32]:
+    def forward(self, tokens: Sequence[int], sequence: Progress, tap: Capture | None = None) -> NDArray[np.float32]:
         """One pass over the next tokens: [T] -> logits of the last position [V], on the host.
 
         Raises:
@@ -84,7 +73,7 @@ class FastTransformer(Transformer):
                 made = self._prefill(tokens, sequence, tap)[-1]
             return np.asarray(self._xp.asnumpy(made))
 
-    def generate(self, count: int, sequence: Any, tap: Capture | None = None) -> NDArray[np.int32]:
+    def generate(self, count: int, sequence: Progress, tap: Capture | None = None) -> NDArray[np.int32]:
         """`count` greedy steps after a prefill, chosen on the device: the ids of the tokens that were chosen [count + 1].
 
         The first is the prefill's own choice. Nothing waits for the device until all steps are launched.
@@ -96,7 +85,7 @@ class FastTransformer(Transformer):
                 self._decode(sequence, tap)
         return self.step.chosen(start, start + count + 1)
 
-    def generate_one(self, sequence: Any, tap: Capture | None = None) -> None:
+    def generate_one(self, sequence: Progress, tap: Capture | None = None) -> None:
         """Launch one greedy step and come back at once."""
         self._fits(sequence.length + 1)
         with self.stream:
@@ -110,14 +99,14 @@ class FastTransformer(Transformer):
                 code="context",
             )
 
-    def _decode(self, sequence: Any, tap: Capture | None) -> None:
+    def _decode(self, sequence: Progress, tap: Capture | None) -> None:
         """Launch one step; the token stands in the device's state.
 
         Raises:
             TypeError: a tap that steps of the device cannot be recorded by; nothing has been launched then.
         """
         if tap is not None and not isinstance(tap, DeviceCapture):
-            raise TypeError("the fast mode's steps are recorded by engine.capture_gpu.DeviceCapture")
+            raise TypeError("the fast mode's steps are recorded by engine.capture.device.DeviceCapture")
         if tap is not None:
             here = np.array([sequence.first + sequence.length])
             tap.begin(Pass(here, sequence.passes, decode=sequence.passes > 0, first=sequence.first))
@@ -125,7 +114,7 @@ class FastTransformer(Transformer):
         sequence.length += 1
         sequence.passes += 1
 
-    def _prefill(self, tokens: Sequence[int], sequence: Any, tap: Capture | None) -> Array:
+    def _prefill(self, tokens: Sequence[int], sequence: Progress, tap: Capture | None) -> Array:
         """Logits of all rows [T, V]: the same products whatever is captured."""
         past, t = sequence.length, len(tokens)
         positions = np.arange(t) + sequence.first + past

@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 
 from .. import ops
-from ..backend import Array
+from ..backend import Array, module_of
 from ..graph import PASSES, History, Step
-from .base import Fault, Parameters, Steps, parameter_of, sibling, with_parameters
+from ..inapplicable import NotApplicable
+from .base import AT, Fault, Parameters, Steps, kind_of, parameter_of, sibling, with_parameters
 from .value_layout import value_layout
 
 _SOFT = ("kq_soft_max",)
@@ -163,6 +164,26 @@ def _concatenate(step: Step, _right: Steps, parameters: Parameters) -> Step:
     return replace(step, op=_concatenated, params={**step.params, "order": parameters["order"]})
 
 
+def _rows_moved(history: Array, *, by: int) -> Array:
+    """Cache rows of other positions; where there is none, the first or last one."""
+    xp = module_of(history)
+    return history[xp.clip(xp.arange(history.shape[0]) + by, 0, history.shape[0] - 1)]
+
+
+def _other_cache(step: Step, right: Steps, parameters: Parameters) -> Step:
+    """The cache of another value: a step that reads keys where values are wanted, or the other way round."""
+    reads, instead = parameters["read"]
+    if kind_of(step) != reads or step.op is not ops.cached:
+        return step
+    return replace(step, reads=(History(sibling(step, right, instead).makes),))
+
+
+def _cache_shifted(step: Step, _right: Steps, parameters: Parameters) -> Step:
+    if step.op is not ops.cached:
+        raise NotApplicable(f"{step.makes} is no plain read of the cache")
+    return replace(step, op=_rows_moved, params={**step.params, "by": parameters["by"]})
+
+
 FAULTS = (
     Fault(
         name="attn-scale",
@@ -180,7 +201,7 @@ FAULTS = (
         name="gqa-modulo",
         kinds=("kq", "kqv_out"),
         change=_heads,
-        what="query head h reads key/value head {head} instead of h // (H / K)",
+        what="query head h reads key/value head {head} instead of h // (H / K), in {at} (kq: keys, kqv_out: values)",
         symptom="wrong from position 0 on in models with fewer key/value heads than heads",
         fix="query head h reads key/value head h // (H / K), not h % K",
         seen="attention kernels written for K = H",
@@ -268,6 +289,27 @@ FAULTS = (
         seen="V stored transposed for one kernel, read by another",
         parameters={"layout": ("transposed", "head by head")},
         whole=True,
+    ),
+    Fault(
+        name="cache-shifted",
+        kinds=("k_read", "v_read"),
+        change=_cache_shifted,
+        what="attention reads the cache's rows at an offset of {by} positions, at {at}",
+        symptom="position 0 is right or nearly so; later ones mix the wrong positions",
+        fix="key and value of position s are row s of the cache",
+        seen="caches whose write index is advanced before the write, or for keys alone",
+        parameters={"by": (-1, 1), AT: (("v_read",), ("k_read",), ("k_read", "v_read"))},
+        whole=True,
+    ),
+    Fault(
+        name="cache-of-other",
+        kinds=("k_read", "v_read"),
+        change=_other_cache,
+        what="attention reads another cache: {read} (what is read, and what it holds)",
+        symptom="wrong from position 0 or 1 on, of plausible size",
+        fix="keys and values have a cache each: two pointers, two offsets",
+        seen="one buffer for both caches; an offset of half the buffer that is missing",
+        parameters={"read": (("v_read", "k_rope"), ("v_read", "k"), ("k_read", "v"))},
     ),
     Fault(
         name="head-order",

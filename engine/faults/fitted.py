@@ -64,12 +64,13 @@ class Fitted:
     def said(self, value: float, right: Steps) -> str:
         """What is to be said of a fitted value: the right one, and the nearest that is met elsewhere."""
         wanted = self.wanted(right)
-        said = [] if wanted is None else [f"this model wants {_number(wanted, self.parameter)}"]
+        said = [f"{value:.4g}{as_root(value)}"] if self.parameter == "scale" and as_root(value) else []
+        said += [] if wanted is None else [f"this model wants {_number(wanted, self.parameter)}"]
         if self.known and value > 0:
             near = min(self.known, key=lambda one: abs(log10(one) - log10(value)))
             if wanted is None or near != np.float32(wanted):
                 said.append(f"the nearest that others have is {near:g} ({self.known[near]})")
-        return "; ".join(said)
+        return ", ".join(said)
 
 
 def _number(value: float, parameter: str) -> str:

@@ -9,6 +9,7 @@ import numpy as np
 from .. import ops
 from ..backend import Array
 from ..graph import Step, name_of, read_as
+from ..inapplicable import NotApplicable
 from .base import AT, COPY, Fault, Parameters, Steps, kind_of, layer_input, layer_of, read_of, subsets
 
 _SUMS = ("ffn_inp", "l_out")
@@ -81,6 +82,8 @@ def _scaled(ids: Array, take: Any, *, by: str) -> Array:
 
 
 def _scale(step: Step, _right: Steps, parameters: Parameters) -> Step:
+    if step.op is not ops.get_rows:
+        raise NotApplicable(f"{step.makes} is no plain look-up of rows")
     return replace(step, op=_scaled, params={"by": parameters["scaled"]})
 
 

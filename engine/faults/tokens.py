@@ -7,6 +7,7 @@ from typing import Any
 from .. import ops
 from ..backend import Array, module_of
 from ..graph import Step
+from ..inapplicable import NotApplicable
 from .base import Fault, Parameters, Steps
 
 _CHANGES: dict[str, Callable[[Any, Array], Array]] = {
@@ -23,6 +24,8 @@ def _moved(ids: Array, take: Any, *, how: str) -> Array:
 
 
 def _change(step: Step, _right: Steps, parameters: Parameters) -> Step:
+    if step.op is not ops.get_rows:
+        raise NotApplicable(f"{step.makes} is no plain look-up of rows")
     return replace(step, op=_moved, params={"how": parameters["tokens"]})
 
 

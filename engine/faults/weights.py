@@ -104,8 +104,18 @@ def _name_in(weight: Any, layer: int, other: int) -> Any:
     return weight
 
 
-def _of_layer(step: Step, other: int) -> Step:
-    return replace(step, weights=tuple(_name_in(weight, layer_of(step), other) for weight in step.weights))
+def _of_layer(step: Step, right: Steps, other: int) -> Step:
+    """The step with another layer's weights; unchanged where that layer has no such step, or other weights for it."""
+    theirs = right.get(f"blk.{other}.{kind_of(step)}")
+    weights = tuple(_name_in(weight, layer_of(step), other) for weight in step.weights)
+    if theirs is None or {_name_of(weight) for weight in weights} != {_name_of(weight) for weight in theirs.weights}:
+        return step
+    return replace(step, weights=weights)
+
+
+def _name_of(weight: Any) -> Any:
+    """The name of a weight as the file has it, whatever is made of it."""
+    return weight if weight is None or isinstance(weight, str) else _name_of(weight.weight)
 
 
 def _n_layers(right: Steps) -> int:
@@ -114,12 +124,12 @@ def _n_layers(right: Steps) -> int:
 
 def _offset(step: Step, right: Steps, parameters: Parameters) -> Step:
     other = layer_of(step) + parameters["by"]
-    return _of_layer(step, other) if f"blk.{other}.l_out" in right else step
+    return _of_layer(step, right, other)
 
 
-def _swap_layers(step: Step, _right: Steps, parameters: Parameters) -> Step:
+def _swap_layers(step: Step, right: Steps, parameters: Parameters) -> Step:
     first, layer = parameters["first"], layer_of(step)
-    return _of_layer(step, 2 * first + 1 - layer) if layer in (first, first + 1) else step
+    return _of_layer(step, right, 2 * first + 1 - layer) if layer in (first, first + 1) else step
 
 
 def _first_of_two(right: Steps) -> Values:

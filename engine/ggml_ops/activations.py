@@ -134,6 +134,12 @@ def unary(x: Array, *, params: OpParams, shape: Shape) -> Array:
     return _UNARY[params.int(0)](x, params)
 
 
+def looked_up(name: str, params: OpParams) -> bool:
+    """Whether ggml's CPU backend looks this operation up in a table of float16, which rounds its argument and its result."""
+    kinds = {"UNARY": UNARY_KINDS, "GLU": GLU_KINDS}.get(name, ())
+    return bool(kinds) and kinds[params.int(0)] in ("GELU", "GELU_QUICK", "GEGLU", "GEGLU_QUICK")
+
+
 def leaky_relu(x: Array, *, params: OpParams, shape: Shape) -> Array:
     """x, or float 0 times x where it is negative. Mirrors ggml_vec_leaky_relu_f32."""
     (x,) = as_floats(x)

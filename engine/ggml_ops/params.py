@@ -3,8 +3,10 @@
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..backend import Array, module_of
 
@@ -44,9 +46,23 @@ class OpParams:
 
 
 def as_floats(*arrays: Array) -> tuple[Array, ...]:
-    """The arrays in the dtype that an operation computes in: float64 where one of them is, else float32 (F16 and BF16 are widened)."""
+    """The arrays in the dtype that an operation computes in: float64 where one of them is, else float32 (F16 and BF16 are widened).
+
+    A constant that was made of nothing (ARANGE) lies on the host; it follows the others to their device.
+    """
     dtype = np.float64 if any(array.dtype == np.float64 for array in arrays) else np.float32
+    there = [array for array in arrays if not isinstance(array, np.ndarray)]
+    if there and len(there) < len(arrays):
+        xp = module_of(*there)
+        arrays = tuple(xp.asarray(array) for array in arrays)
     return tuple(array.astype(dtype, copy=False) for array in arrays)
+
+
+def on_host(array: Array) -> NDArray[Any]:
+    """A NumPy array of the same values."""
+    xp = module_of(array)
+    host: NDArray[Any] = np.asarray(array) if xp is np else xp.asnumpy(array)
+    return host
 
 
 def to_half(x: Array) -> Array:

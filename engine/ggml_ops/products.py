@@ -3,7 +3,7 @@
 import numpy as np
 
 from ..backend import Array, module_of
-from .params import OpParams, Shape, as_floats
+from .params import OpParams, Shape, as_floats, on_host
 
 
 def mul_mat(weight: Array, x: Array, *, params: OpParams, shape: Shape) -> Array:
@@ -34,7 +34,7 @@ def mul_mat_id(weights: Array, x: Array, ids: Array, *, params: OpParams, shape:
     tokens, used = chosen.shape
     rows = module_of(x).broadcast_to(x[0], (tokens, used, x.shape[-1])) if x.shape[2] == 1 else x[0]
     product = module_of(x).empty(shape, dtype=x.dtype)
-    for expert in sorted({int(e) for e in chosen.reshape(-1)}):
+    for expert in np.unique(on_host(chosen)).tolist():
         token, slot = np.nonzero(chosen == expert)
         product[0, token, slot] = np.matmul(rows[token, slot], weights[0, expert].astype(x.dtype, copy=False).T)
     return product

@@ -6,13 +6,12 @@ Parameters: int 1 how many elements are rotated, 2 the mode, 4 the original cont
 """
 
 import math
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..backend import Array, module_of
-from .params import OpParams, Shape, as_floats
+from .params import OpParams, Shape, as_floats, on_host
 
 NEOX, MROPE, VISION, IMROPE = 2, 8, 24, 40  # GGML_ROPE_TYPE_*; 0 is NORMAL
 
@@ -36,8 +35,8 @@ def _rotated(x: Array, positions: Array, factors: Array | None, params: OpParams
     mode = params.int(2)
     dims = params.int(1)
     pairs = dims if mode == VISION else dims // 2
-    host_positions = _on_host(positions).reshape(-1)
-    host_factors = None if factors is None else _on_host(factors).reshape(-1).astype(np.float32)
+    host_positions = on_host(positions).reshape(-1)
+    host_factors = None if factors is None else on_host(factors).reshape(-1).astype(np.float32)
     cos, sin = cosine_and_sine(host_positions, host_factors, pairs, x.shape[1], params)
     cos = xp.asarray(cos.astype(x.dtype))[None, :, None, :]
     sin = xp.asarray((sign * sin).astype(x.dtype))[None, :, None, :]
@@ -127,9 +126,3 @@ def _correction(params: OpParams, index: int) -> float:
     base = np.float32(params.float(5))
     inside = np.float32(params.int(4)) / (turns * np.float32(2) * np.float32(math.pi))
     return float(np.float32(params.int(1)) * np.log(inside) / (np.float32(2) * np.log(base)))
-
-
-def _on_host(array: Array) -> NDArray[Any]:
-    xp = module_of(array)
-    host: NDArray[Any] = np.asarray(array) if xp is np else xp.asnumpy(array)
-    return host

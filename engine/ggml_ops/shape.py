@@ -54,10 +54,10 @@ def concat(x: Array, y: Array, *, params: OpParams, shape: Shape) -> Array:
     return np.concatenate((x, y), axis=3 - params.int(0))
 
 
-def fill(like: Array, *, params: OpParams, shape: Shape) -> Array:
-    """float 0 everywhere. Mirrors ggml_compute_forward_fill."""
-    xp = module_of(like)
-    dtype = like.dtype if like.dtype.kind == "f" else np.float32
+def fill(target: Array | None = None, *, params: OpParams, shape: Shape) -> Array:
+    """float 0 everywhere, on the side of the target. Mirrors ggml_compute_forward_fill."""
+    xp = np if target is None else module_of(target)
+    dtype = target.dtype if target is not None and target.dtype.kind == "f" else np.float32
     return xp.full(shape, params.float(0), dtype=dtype)
 
 

@@ -301,6 +301,8 @@ class Lifter:
         if kind == STATE:
             self._write_state(index, tensor, root)
             return True
+        if kind == NODE and tensor.op == "SET_ROWS" and not self._read_after(root, index):
+            return False  # a value of its own: nothing reads the other one afterwards
         if kind != CACHE or tensor.op != "SET_ROWS":
             raise Unliftable("it writes into another value")
         source, ids = tensor.sources[0], tensor.sources[1]
@@ -330,6 +332,15 @@ class Lifter:
         self.written[root] = (name, width)
         self.done.add(index)
         return True
+
+    def _read_after(self, base: int, writer: int) -> bool:
+        """Whether a node reads a value, itself or through views, after another has written into it."""
+        for reader in self.graph.consumers.get(base, ()):
+            if reader == writer:
+                continue
+            if self._read_after(reader, writer) if self.tensors[reader].op in VIEWS else reader > writer:
+                return True
+        return False
 
     def _write_state(self, index: int, tensor: Tensor, root: int) -> None:
         """Note what a node leaves in a state; the steps that do it come after all others."""
@@ -380,6 +391,8 @@ class Lifter:
         """A step of the node's own ggml operation."""
         if tensor.op not in OPERATIONS:
             raise Unliftable("it has no such operation")
+        if tensor.op == "TOP_K" and (source := tensor.sources[0]) is not None and not self.tensors[source].ne[0].constant:
+            raise Unliftable("it chooses among cached positions, of which llama.cpp's padding is a part")
         reads: list[Read] = []
         weights: list[str | RowsOf | WeightPart] = []
         found: list[tuple[str, int, tuple[Size, ...], tuple[Size, ...] | None] | None] = []
@@ -393,6 +406,10 @@ class Lifter:
                 continue
             if tensor.op in _COPIES and number == 1:  # the target, which gives only its shape
                 found.append(None)
+                continue
+            if tensor.op == "FILL":  # the operand gives only its shape
+                found.append(("read", len(reads), (self.t,), (self.t,)))
+                reads.append(POSITIONS)
                 continue
             if number in tensor.operand_points:
                 found.append(("read", len(reads), *self.operand_point(index, tensor, number, reads)))

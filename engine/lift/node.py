@@ -9,7 +9,7 @@ import numpy as np
 
 from checkpoints.graph import Size
 
-from ..backend import Array
+from ..backend import Array, module_of
 from ..ggml_ops import OpParams, operation
 from ..graph import bound
 
@@ -58,6 +58,8 @@ class GgmlOperation:
             t = len(inputs[positions])
         arguments = [None if operand is None else _shaped(inputs[operand.index], operand, t, s) for operand in operands]
         result = self.compute(*arguments, params=params, shape=_at(shape, t, s))
+        if positions is not None:  # made of nothing, and so perhaps on the host
+            result = module_of(inputs[positions]).asarray(result)
         if result.dtype.kind in "iu":  # ids: whatever reads them takes whole numbers of any type
             result = result.astype(np.float32)
         return result.reshape(_at(made, t, s))

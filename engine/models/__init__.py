@@ -11,7 +11,7 @@ from ..weights.gguf_model import Hyperparameters
 
 
 def architectures() -> list[str]:
-    """The architectures that our engine has."""
+    """The architectures whose steps are written by hand."""
     return sorted(module.name for module in pkgutil.iter_modules(__path__))
 
 
@@ -24,12 +24,12 @@ def steps_of(architecture: str, blocks: Blocks) -> list[Step]:
     """The list of steps of a model.
 
     Raises:
-        ModelError: an architecture that our engine does not have; the message lists those it has.
+        ModelError: an architecture without such a list; the message says which have one.
     """
     if architecture not in architectures():
         raise ModelError(
-            f"our engine has no architecture {architecture!r}; it has {', '.join(architectures())}.",
-            "`parity dump ref` and `parity diff` take any architecture that llama.cpp runs.",
+            f"the steps of {architecture!r} are not written by hand ({', '.join(architectures())} are).",
+            "They are read from llama.cpp's graph, which was not recorded here.",
             code="architecture",
         )
     if blocks.hp.irregular:

@@ -10,7 +10,7 @@ import numpy as np
 
 from ..backend import Array, module_of
 from ..ggml_ops import OpParams
-from ..ggml_ops.params import Shape
+from ..ggml_ops.params import Shape, on_host
 from ..graph import WeightSource
 from ..weights.dequantize import dequantize
 from ..weights.rounding import F16, F32, Q4_1, Q5_1, q8_1_correction, round_activations
@@ -118,7 +118,7 @@ def mul_mat_id(weights: Blocks, x: Array, ids: Array, *, params: OpParams, shape
     tokens, used = chosen.shape
     rows = xp.broadcast_to(x[0], (tokens, used, x.shape[-1])) if x.shape[2] == 1 else x[0]
     made = xp.empty(shape, dtype=np.float32)
-    for expert in sorted({int(number) for number in chosen.reshape(-1)}):
+    for expert in np.unique(on_host(chosen)).tolist():
         token, slot = np.nonzero(chosen == expert)
         made[0, token, slot] = product(rows[token, slot], weights.matrix(expert), native=native)
     return made

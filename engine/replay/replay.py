@@ -262,6 +262,8 @@ class Replay:
         """Whether a changed step differs by its weights only, and those come out as the very same arrays."""
         if step.op is not right.op or step.reads != right.reads or step.params != right.params:
             return False
+        if len(step.weights) != len(right.weights):
+            return False
         for new, old in zip(step.weights, right.weights, strict=True):
             if new == old:
                 continue

@@ -12,8 +12,20 @@ from numpy.typing import NDArray
 
 from .. import graph
 from ..backend import Array, Backend
+from ..ggml_ops.activations import looked_up
 from ..graph import PASSES, POSITIONS, TOKENS, Step, WeightSource
 from ..kv_cache import KvCache
+from ..lift.node import GgmlOperation
+
+
+def coarse_points(steps: Sequence[Step]) -> frozenset[str]:
+    """The points that ggml itself computes coarsely: by a table of float16, or from what such a table gave."""
+    coarse: set[str] = set()
+    for step in steps:
+        table = isinstance(step.op, GgmlOperation) and looked_up(step.op.name, step.params["params"])
+        if table or not coarse.isdisjoint(step.names):
+            coarse.add(step.makes)
+    return frozenset(coarse)
 
 
 class WideWeights:

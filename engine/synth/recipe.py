@@ -32,6 +32,7 @@ class Recipe:
         without: regular expressions of optional tensors that the model does without.
         layer_norm: whether norms are LayerNorm (ε under its own key) instead of RMS.
         fused_qkv: whether Q, K and V lie in one tensor.
+        qk_norm: what the weights of norms of queries and keys lie around; small where scores are not scaled by 1/√d.
         kind: the file type where the user asks for no other.
     """
 
@@ -42,6 +43,7 @@ class Recipe:
     without: tuple[str, ...] = ()
     layer_norm: bool = False
     fused_qkv: bool = False
+    qk_norm: float = 1.0
     kind: str = "f16"
 
     def values(self, shape: Shape, changes: Mapping[str, Value]) -> dict[str, Value]:

@@ -22,7 +22,9 @@ _NORM = re.compile(r"norm(_\w+)?\.weight$|_ln\.weight$|post_attention_norm|post_
 _SMALL = re.compile(r"exp_probs_b|sinks|_b$|\.bias$|time_mix_(w0|a0|v0|k_k|k_a|r_k|lerp\w*|first|decay)|channel_mix_lerp|altup")
 
 
-def values(name: str, dims: tuple[int, ...], *, seed: int, layers: int, width: int) -> NDArray[np.float32]:
+def values(
+    name: str, dims: tuple[int, ...], *, seed: int, layers: int, width: int, qk_norm: float = 1.0
+) -> NDArray[np.float32]:
     """The values of one tensor: float32 of its row-major shape, the same for the same name, shape and seed."""
     rng = np.random.default_rng([seed, crc32(name.encode())])
     if re.search(r"rope_(freqs|factors\w*)\.weight$", name):
@@ -34,7 +36,8 @@ def values(name: str, dims: tuple[int, ...], *, seed: int, layers: int, width: i
     if re.search(r"\.ssm_d(\.|$)", name):
         return np.float32(1) + np.float32(0.1) * normal
     if _NORM.search(name):
-        return _norm(normal, rng, strong=dims == (width,))
+        weight = _norm(normal, rng, strong=dims == (width,))
+        return weight * np.float32(qk_norm) if re.search(r"attn_(q|k)_norm\.weight$", name) else weight
     if _SMALL.search(name) or len(dims) == 1:
         return np.float32(0.3) * normal
     scale = 1.0 / np.sqrt(dims[-1])

@@ -47,7 +47,9 @@ def write(
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for name, dims in tensors:
-            writer.write_tensor_data(values(name, dims, seed=seed, layers=shape.layers, width=shape.width))
+            writer.write_tensor_data(
+                values(name, dims, seed=seed, layers=shape.layers, width=shape.width, qk_norm=recipe.qk_norm)
+            )
         writer.close()
     except OSError as error:
         raise unwritable(out, error, "Choose another -o.") from error

@@ -206,8 +206,10 @@ class GgufModel:
         return value
 
     def _rope_scale(self, architecture: str) -> float:
-        kind = self._get(f"{architecture}.rope.scaling.type", str, "none")
-        factor = self._get(f"{architecture}.rope.scaling.factor", float, 1.0)
+        """What positions are multiplied with. Mirrors llama_model::load_hparams: without a type a factor is a linear one."""
+        kind = self._get(f"{architecture}.rope.scaling.type", str, "linear")
+        factor = self._get(f"{architecture}.rope.scaling.factor", float, 0.0)
+        factor = factor or self._get(f"{architecture}.rope.scale_linear", float, 0.0)
         if kind not in ("none", "linear"):
             self._beyond(f"it scales RoPE by {kind!r}")
         return 1.0 / factor if kind == "linear" and factor > 0 else 1.0

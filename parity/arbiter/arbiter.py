@@ -1,6 +1,7 @@
 """Which of two sides that differ is right: the same steps in float64 are the truth that both are held against."""
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -8,8 +9,8 @@ from numpy.typing import NDArray
 from checkpoints.record import Rows
 from checkpoints.summary import summarise
 from engine.backend import Backend
-from engine.graph import Step, WeightSource
-from engine.replay.wide import wide_values
+from engine.graph import Step, WeightSource, sees_later
+from engine.replay.wide import coarse_points, wide_values
 from engine.transformer import Transformer
 
 from ..diff.slices import SLICE_FLOOR
@@ -41,13 +42,21 @@ class Arbiter:
         self._tokens = tuple(tokens)
         self._positions = np.asarray(positions, dtype=np.int64)
         self._passes = tuple(passes)
-        self._points = frozenset(step.makes for step in steps)
+        # A state after a pass has no row for each position, and other passes leave it at other ones; an encoder's scores have rows
+        # of other lengths than a decoder's.
+        whole = sees_later(steps)
+        self._points = frozenset(step.makes for step in steps if step.axis == 0 or (step.axis == 1 and not whole))
         self._truth: dict[str, NDArray[np.float64]] = {}
 
     @property
     def asked(self) -> bool:
         """Whether anything of the truth is known by now."""
         return bool(self._truth)
+
+    @cached_property
+    def coarse(self) -> frozenset[str]:
+        """The points that ggml itself computes coarsely (`engine.replay.wide.coarse_points`)."""
+        return coarse_points(self._steps)
 
     @classmethod
     def of(cls, transformer: Transformer, tokens: Sequence[int], first: int = 0, prompt: int | None = None) -> "Arbiter":

@@ -19,6 +19,7 @@ from . import (
     lint,
     model,
     run,
+    score,
     synth,
     twin,
     weights,
@@ -58,6 +59,7 @@ app.add_typer(drift.app, name="drift", short_help="Golden dumps that keep number
 app.command("weights", short_help="Every weight dequantised three times; or yours against the file.")(weights.weights)
 app.command("consistency", short_help="An engine against itself: prefill, decode, chunks.")(consistency.consistency)
 app.command("conform", short_help="Tiny models of every architecture and type through an engine.")(conform.conform)
+app.command("score", short_help="Perplexity and KL divergence of two sides over a text.")(score.score)
 app.command("convert", short_help="Any dump as format 1.")(convert.convert)
 app.command("emit", short_help="The file that your own engine needs to write dumps.")(emit.emit)
 app.command("model", short_help="What an engine must know of a model.")(model.model)

@@ -34,7 +34,15 @@ def conform(
         ),
     ] = None,
     explain: Annotated[bool, typer.Option("--explain/--no-explain", help="Look for the cause of what fails.")] = True,
-    workers: Annotated[int, typer.Option("--workers", min=1, max=256, help="Processes, each with its own llama.cpp.")] = 1,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            "--workers", min=1, max=256, help="Processes, each with its own llama.cpp; default: what the machine has room for."
+        ),
+    ] = None,
+    cluster: Annotated[
+        str | None, typer.Option("--cluster", help="Run on a Dask cluster instead: tcp://host:8786 (pip install '.[cluster]').")
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option("--out", "-o", help="Folder of the run; default: runs/conform-<engine>. Finished cells are kept there."),
@@ -59,20 +67,24 @@ def conform(
     from ..conform.conform import ConformRequest
     from ..conform.conform import conform as run
     from ..conform.matrix import MODES, PREFILL, cells
+    from ..conform.workers import fitting
     from ..run.command import PORTIONS
     from ..run.request import Request
     from .conform_output import Shown, check_outputs, show
 
     command = given["command"]
     if (command is None) == (side is None):
-        raise InputError("whose conformance?", "Take one of --exec CMD and --side ours.", code="usage")
+        raise InputError("it is not said whose conformance is tested.", "Take one of --exec CMD and --side ours.", code="usage")
     if side is o.Side.REF:
-        raise InputError("llama.cpp is what is compared with.", "Take --side ours, or your engine with --exec.", code="usage")
+        raise InputError("llama.cpp is the reference here.", "Take --side ours, or your engine with --exec.", code="usage")
     check_outputs(junit, table)
     portions = command is None or command.takes(PORTIONS)
     chosen = cells(profile, architectures, types, prompts, modes, MODES if portions else (PREFILL,))
     folder = out or Path("runs") / f"conform-{'ours' if command is None else command.name}"
-    settings = Settings(Request(model=Path(), **given), folder, explain)
+    count = workers or (1 if cluster else fitting())
+    if count > 1 and given["threads"] is None:
+        given["threads"] = 1  # of each llama.cpp: the workers take the cores
+    settings = Settings(Request(model=Path(), **given), folder.absolute() if cluster else folder, explain)
     with Shown(form) as shown:
-        found = run(ConformRequest(settings, tuple(chosen), workers), shown)
+        found = run(ConformRequest(settings, tuple(chosen), count, cluster or ""), shown)
     raise typer.Exit(show(found, form, junit=junit, table=table))

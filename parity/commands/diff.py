@@ -5,12 +5,17 @@ from typing import Annotated
 
 import typer
 
+from checkpoints.errors import InputError
+
 from . import options as o
 
 
 def diff(
     ours: Annotated[Path, typer.Argument(help="Your engine's dump.", show_default=False)],
     ref: Annotated[Path, typer.Argument(help="llama.cpp's dump.", show_default=False)],
+    third: Annotated[
+        Path | None, typer.Argument(help="A third dump: at each point it is then said which side is alone.", show_default=False)
+    ] = None,
     form: o.AnswerOption = o.AnswerFormat.TEXT,
     tolerance: o.ToleranceOption = None,
     compute: o.ComputeOption = None,
@@ -19,9 +24,10 @@ def diff(
         typer.Option(
             "--model",
             "-m",
-            help="GGUF file: where OURS computes in f16, bf16 or tf32, measure on it what that arithmetic costs.",
+            help="GGUF file of the dumps: measure on it what a lower arithmetic costs, and which one OURS has where it does not say.",
         ),
     ] = None,
+    arbiter: o.ArbiterOption = o.Arbiter.AUTO,
     strict: o.StrictOption = False,
     step: Annotated[
         int | None, typer.Option("--step", min=0, help="Of records that stand twice: those of this forward pass.")
@@ -39,10 +45,12 @@ def diff(
     ] = None,
     junit: Annotated[Path | None, typer.Option("--junit", help="Write JUnit XML besides: one case a point.")] = None,
 ) -> None:
-    """Compare two dumps and name the first divergence.
+    """Compare two dumps, or three, and name the first divergence.
 
     Exits 0 for parity, 1 for a divergence, 2 if there is nothing to compare or lint calls a dump unusable.
     """
+    if third is not None:
+        raise typer.Exit(_three((ours, ref, third), form, (table, html, junit, model, step), names, offset, tolerance))
     from checkpoints.formats import load
 
     from ..diff.compare import Options, comparison
@@ -60,23 +68,50 @@ def diff(
     if not despite_lint:
         refuse_unusable(left, "ours")
         refuse_unusable(right, "the reference")
-    measured = None
-    if model is not None and tolerance is None:
-        from ..explain.measured_floor import measured_limits
-
-        measured = measured_limits(left, right, model, compute.value if compute else None)
     chosen = Options(
-        limits=measured,
         tolerance=tolerance,
         compute=compute.value if compute else None,
         strict=strict,
         step=step,
         placed=mapping.position_offset is not None,
     )
-    found = comparison(left, right, chosen)
+    if model is None:
+        found = comparison(left, right, chosen)
+    else:
+        from ..diff.tokens import same_model
+        from ..explain.on_model import compared_on
+
+        same_model(right, model)
+        found = compared_on(left, right, chosen, model, arbiter.value)
     if table is not None:
         from ..diff.table import write_table
 
         write_table(found.records, table)
     whole = report(found.verdict, left, right, found.picture, findings(include or ()))
     raise typer.Exit(show_report(whole, form, html=html, junit=junit))
+
+
+def _three(
+    paths: tuple[Path, Path, Path],
+    form: o.AnswerFormat,
+    given: tuple[object, ...],
+    names: Path | None,
+    offset: int | None,
+    tolerance: float | None,
+) -> int:
+    from checkpoints.formats import load
+
+    from ..diff.compare import Options
+    from ..diff.three_way import compare_three
+    from .three_way_output import show_three
+
+    if any(value is not None for value in given) or form.value not in (o.Format.TEXT, o.Format.JSON):
+        raise InputError(
+            "--table, --html, --junit, --model, --step and the formats of CI are for two dumps.",
+            "Compare the pair that interests you.",
+            code="three",
+        )
+    mapping = o.mapping(names, offset)
+    dumps = (load(paths[0], mapping), load(paths[1]), load(paths[2]))
+    options = Options(tolerance=tolerance, placed=mapping.position_offset is not None)
+    return show_three(compare_three(dumps, options), dumps, o.Format(form.value))

@@ -10,13 +10,31 @@ from checkpoints.printable import printable
 
 from . import options as o
 
-app = typer.Typer(no_args_is_help=True, help="Write one side's dump: `dump ours` (our engine) or `dump ref` (llama.cpp).")
+app = typer.Typer(
+    no_args_is_help=True,
+    help="Write one side's dump: `dump ours` (our engine), `dump ref` (llama.cpp) or `dump hf` (Hugging Face).",
+)
 
 OutOption = Annotated[Path, typer.Option("--out", "-o", help="The dump to write.")]
 
 
 @app.command("ours", short_help="Run a prompt through our engine.")
-@o.fills(*("model", "prompt", "mode", "backend", "devices", "points", "layers", "positions", "slice", "full", "first_position"))
+@o.fills(
+    *(
+        "model",
+        "prompt",
+        "mode",
+        "backend",
+        "devices",
+        "points",
+        "layers",
+        "positions",
+        "slice",
+        "full",
+        "binary",
+        "first_position",
+    )
+)
 def ours(given: o.Given, out: OutOption) -> None:
     """Run a prompt through our engine and write what it computed."""
     from ..run import session
@@ -30,7 +48,20 @@ def ours(given: o.Given, out: OutOption) -> None:
 
 @app.command("ref", short_help="Run a prompt through llama.cpp, or along your dump.")
 @o.fills(
-    *("model", "optional_prompt", "mode", "points", "layers", "positions", "slice", "generate", "full", "window", "threads"),
+    *(
+        "model",
+        "optional_prompt",
+        "mode",
+        "points",
+        "layers",
+        "positions",
+        "slice",
+        "generate",
+        "full",
+        "binary",
+        "window",
+        "threads",
+    ),
     *("first_position", "verbose"),
 )
 def ref(
@@ -60,4 +91,32 @@ def ref(
         notes(followed)
     if left:
         print(f"left out, llama.cpp has no such point: {printable(', '.join(left), 1000)}", file=sys.stderr)
+    written(out)
+
+
+@app.command("hf", short_help="Run a prompt through a Hugging Face model.")
+@o.fills("hugging_face", "prompt", "all_points", "slice", "full")
+def hf(
+    given: o.Given,
+    out: OutOption,
+    model: Annotated[
+        Path | None,
+        typer.Option(
+            "--model", "-m", help="GGUF file, or a folder with config.json and safetensors; default: the stories model."
+        ),
+    ] = None,
+) -> None:
+    """Run a prompt through transformers, float32 and eager attention, and write what it computed under llama.cpp's names.
+
+    It runs in an interpreter of yours that has torch and transformers (--python). Token ids are llama.cpp's where the model is
+    a GGUF file, and where transformers' tokenizer makes others, that is said; for a folder they are transformers' own.
+    """
+    from ..models.embedded import path as embedded
+    from ..run.session import dump_hugging_face
+    from .output import progress_bar, written
+
+    with progress_bar(o.Format.TEXT) as progress:
+        said = dump_hugging_face(model or embedded(), given, out, progress)
+    if said:
+        print(f"note: {said}", file=sys.stderr)
     written(out)

@@ -12,10 +12,13 @@ class Language(StrEnum):
     C = "c"
     PYTHON = "python"
     RUST = "rust"
+    HUGGING_FACE = "hf"
 
 
 def emit(
-    language: Annotated[Language, typer.Argument(help="c (and C++, CUDA), python, or rust.", show_default=False)],
+    language: Annotated[
+        Language, typer.Argument(help="c (and C++, CUDA), python, rust, or hf: a Hugging Face model.", show_default=False)
+    ],
 ) -> None:
     """Print the one file that your engine needs to write dumps: parity emit c > parity_dump.h.
 

@@ -94,6 +94,9 @@ LayersOption = Annotated[str | None, typer.Option("--layers", help="Layers whose
 PositionsOption = Annotated[str, typer.Option("--positions", help="all, last, or a list: 0,3,7.")]
 SliceOption = Annotated[int, typer.Option("--slice", min=1, max=_LONGEST_ROW, help="Leading values a record carries.")]
 FullOption = Annotated[bool, typer.Option("--full", help="Write whole tensors besides, as safetensors.")]
+BinaryOption = Annotated[
+    bool, typer.Option("--binary", help="Write records as arrays beside the dump's lines: large dumps are read in no time.")
+]
 ArbiterOption = Annotated[
     Arbiter,
     typer.Option(
@@ -116,7 +119,7 @@ ToleranceOption = Annotated[
     float | None,
     typer.Option("--tolerance", min=0.0, help="NMSE above which a record differs; default: looked up by types and mode."),
 ]
-StrictOption = Annotated[bool, typer.Option("--strict", help="What one side lacks is a divergence, too.")]
+StrictOption = Annotated[bool, typer.Option("--strict", help="Records that only one side has are a divergence, too.")]
 AnswerOption = Annotated[
     AnswerFormat,
     typer.Option("--format", help="text for people; json; for CI: markdown (job summary), junit, github (annotations)."),
@@ -148,6 +151,11 @@ TimeoutOption = Annotated[
     float | None,
     typer.Option("--exec-timeout", min=0.001, help="Seconds after which your engine is stopped; default: 3600."),
 ]
+PythonOption = Annotated[
+    str,
+    typer.Option("--python", envvar="PARITY_HF_PYTHON", help="Interpreter that has torch and transformers, for Hugging Face."),
+]
+HfDeviceOption = Annotated[str, typer.Option("--hf-device", help="Where Hugging Face computes: cpu, cuda, cuda:1, mps.")]
 GenerateOption = Annotated[
     int, typer.Option("--generate", min=0, help="Tokens to generate: llama.cpp chooses, the other side is led along.")
 ]
@@ -163,7 +171,9 @@ def no_input(out: Path | None, *inputs: Path | None) -> None:
     """
     for source in inputs:
         if out is not None and source is not None and out.exists() and source.exists() and out.samefile(source):
-            raise InputError(f"{out} is read and would be written over.", "Write to another file.", code="output")
+            raise InputError(
+                f"{out} is an input of this command and would be overwritten.", "Write to another file.", code="output"
+            )
 
 
 def mapping(names: Path | None, offset: int | None) -> "Mapping":
@@ -176,8 +186,8 @@ def mapping(names: Path | None, offset: int | None) -> "Mapping":
 
     from checkpoints.mapping import Mapping, read_mapping
 
-    found = read_mapping(names) if names is not None else Mapping()
-    return found if offset is None else replace(found, position_offset=(found.position_offset or 0) + offset)
+    read = read_mapping(names) if names is not None else Mapping()
+    return read if offset is None else replace(read, position_offset=(read.position_offset or 0) + offset)
 
 
 def dump(path: Path, names: Path | None = None, offset: int | None = None) -> "Dump":
@@ -195,12 +205,12 @@ def devices(text: str | None) -> tuple[int, ...]:
     """`--devices` as numbers; none for the backend's own choice.
 
     Raises:
-        InputError: they are no numbers, or one stands twice.
+        InputError: they are not numbers, or one occurs twice.
     """
-    found = numbers(text, "--devices") if text is not None else ()
-    if len(set(found)) < len(found):
-        raise InputError(f"--devices {text} names a device twice.", "Name each once.", code="devices")
-    return found
+    listed = numbers(text, "--devices") if text is not None else ()
+    if len(set(listed)) < len(listed):
+        raise InputError(f"--devices {text} names a device twice.", "Name each device once.", code="devices")
+    return listed
 
 
 def positions(text: str) -> Literal["all", "last"] | tuple[int, ...]:
@@ -222,7 +232,7 @@ def window(text: str) -> int | Literal["auto", "off"]:
     if text == "off":
         return "off"
     if not text.isdigit() or int(text) < 1:
-        raise InputError(f"--window wants auto, off or a number of layers, not {text!r}.")
+        raise InputError(f"--window must be auto, off or a number of layers, not {text!r}.", "Write e.g. --window 4.")
     return int(text)
 
 
@@ -292,6 +302,7 @@ GROUPS = {
     "positions": _one("positions", PositionsOption, "all", positions),
     "slice": _one("slice_size", SliceOption, 16),
     "full": _one("full", FullOption, False),
+    "binary": _one("binary", BinaryOption, False),
     "generate": _one("generate", GenerateOption, 0),
     "window": _one("window", WindowOption, "auto", window),
     "threads": _one("threads", ThreadsOption),
@@ -301,6 +312,10 @@ GROUPS = {
     "compute": _one("compute", ComputeOption),
     "mapping": Group(
         {"names": (MapOption, None), "offset": (OffsetOption, None)}, lambda names, offset: {"mapping": mapping(names, offset)}
+    ),
+    "hugging_face": Group(
+        {"python": (PythonOption, "python3"), "hf_device": (HfDeviceOption, "cpu")},
+        lambda python, hf_device: {"python": python, "device": hf_device},
     ),
     "despite_lint": _one("despite_lint", DespiteLintOption, False),
     "verbose": _one("verbose", VerboseOption, False),

@@ -1,7 +1,10 @@
 """`parity run`: both sides, the comparison, one screen."""
 
+import sys
+from enum import StrEnum
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -9,10 +12,50 @@ from checkpoints.errors import InputError
 
 from . import options as o
 
+if TYPE_CHECKING:
+    from checkpoints.record import Dump
+
+    from ..diff.compare import Comparison, Options
+
+
+def _judged(model: Path, ours: "Dump", ref: "Dump", options: "Options") -> "Comparison":
+    """A comparison of two dumps of a model that is at hand."""
+    from ..explain.on_model import compared_on
+
+    return compared_on(ours, ref, options, model)
+
+
+def _prepare(form: o.Format) -> None:
+    """Import what comes after both sides: for while llama.cpp computes."""
+    import parity.explain.on_model  # noqa: F401
+
+    from .comparison_output import prepare
+
+    prepare(form)
+
+
+class Third(StrEnum):
+    """Who computes besides our side and llama.cpp."""
+
+    HUGGING_FACE = "hf"
+
 
 @o.fills(
     *("model", "prompt", "mode", "backend", "devices", "command", "points", "layers", "positions", "slice", "generate"),
-    *("full", "window", "threads", "first_position", "tolerance", "strict", "compute", "mapping", "despite_lint", "verbose"),
+    *(
+        "full",
+        "binary",
+        "window",
+        "threads",
+        "first_position",
+        "tolerance",
+        "strict",
+        "compute",
+        "mapping",
+        "despite_lint",
+        "verbose",
+        "hugging_face",
+    ),
 )
 def run(
     given: o.Given,
@@ -23,6 +66,12 @@ def run(
             help="Run your engine again with the points asked for next ({points}), down to the operation and its cause.",
         ),
     ] = False,
+    other: Annotated[
+        Third | None,
+        typer.Option(
+            "--with", help="A third side besides ours and llama.cpp: hf is Hugging Face (--python); who is alone is named."
+        ),
+    ] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder of the run; default: runs/<time>-<model>.")] = None,
     form: o.FormatOption = o.Format.TEXT,
 ) -> None:
@@ -42,13 +91,16 @@ def run(
         raise InputError("--map and --offset are for a foreign engine.", "Give its command with --exec.", code="exec")
     if hunt and given["command"] is None:
         raise InputError("--hunt runs a foreign engine again and again.", "Give its command with --exec.", code="exec")
+    python, device = given.pop("python"), given.pop("device")
+    if other is not None and (given["mode"] != "exact" or hunt):
+        raise InputError("--with hf computes in float32: it is for exact mode, and not for --hunt.", code="three")
     child = Child(given["verbose"])  # it imports llama.cpp while this process imports all the rest
     from reference.client import Reference
 
     started = Reference(verbose=given["verbose"], threads=given["threads"], child=child)
     from ..run import session
     from ..run.request import Request
-    from .comparison_output import finish, prepare
+    from .comparison_output import finish
     from .output import progress_bar
 
     if hunt:
@@ -56,5 +108,19 @@ def run(
 
         raise typer.Exit(hunted(Request(**given, out=out), started, form))
     with progress_bar(form) as progress:
-        outcome = session.run(Request(**given, out=out), progress, started, lambda: prepare(form))
+        request = Request(**given, out=out)
+        if other is not None:
+            from ..run.hugging_face import HuggingFace
+            from .three_way_output import show_three
+
+            side = HuggingFace(request.model, python, device, slice_size=None if request.full else request.slice_size)
+            side.check()
+            outcome = session.run(request, progress, started)
+            found, said = session.with_hugging_face(outcome, side, progress)
+        else:
+            outcome = session.run(request, progress, started, partial(_prepare, form), partial(_judged, request.model))
+    if other is not None:
+        if said:
+            print(f"note: {said}", file=sys.stderr)
+        raise typer.Exit(show_three(found, (outcome.ours, outcome.ref, outcome.ref), form))
     raise typer.Exit(finish(outcome, form))

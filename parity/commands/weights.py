@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from checkpoints.errors import InputError
+
 from . import options as o
 
 
@@ -17,6 +19,10 @@ def weights(
             help="Weights that your engine dumped after loading, leading values suffice: safetensors, npz, or JSONL with GGUF names.",
         ),
     ] = None,
+    hf: Annotated[
+        Path | None,
+        typer.Option("--hf", help="The Hugging Face folder that the file was converted from: every tensor, and config.json."),
+    ] = None,
     backend: o.BackendOption = o.BackendName.AUTO,
     form: o.FormatOption = o.Format.TEXT,
 ) -> None:
@@ -26,13 +32,23 @@ def weights(
     loading, and give the file as --theirs: for each tensor this says equal, transposed, permuted, another tensor, off by a
     block, nibbles or scales swapped, wrong byte order, or where it first differs.
 
+    With --hf the file is held against the folder of safetensors that it was converted from, through the permutations, offsets,
+    transpositions and stacks that converters make; what is missing, exchanged or converted wrongly is named.
+
     Exits 0 if all are right, 1 if one is not.
     """
     from ..models.embedded import path as default_model
     from .output import answer, progress_bar
 
     path = model or default_model()
-    if theirs is not None:
+    if theirs is not None and hf is not None:
+        raise InputError("--theirs and --hf were given.", "Take one of them.", code="theirs")
+    if hf is not None:
+        from ..weights.conversion import check_conversion
+
+        with progress_bar(form) as progress:
+            found = check_conversion(path, hf, progress)
+    elif theirs is not None:
         from ..weights.foreign_weights import check_foreign
 
         found = check_foreign(path, theirs)

@@ -29,17 +29,17 @@ from reports.findings import finding
 from reports.html import write_html
 from reports.report import Report
 
-from ..diff.compare import Comparison, comparison
-from ..diff.limits import COMPUTES
+from ..diff.compare import Comparison
 from ..explain.case import ExplainOptions
 from ..explain.input import explain_dump
+from ..explain.on_model import compared_on
 from ..run.command import EngineError
 from ..run.request import Prompt, Request
 from ..run.session import comparison_options
 from ..run.sides import ExternalEngine, LlamaCpp, OurEngine, Side
 from . import identity, results
 from .matrix import PROMPTS, portions
-from .models import Models
+from .models import Models, model_name
 
 _SLICE = 256  # leading values of llama.cpp's records: whole rows of nearly everything in a tiny model
 _EXPLAIN = 20.0  # seconds for the cause of one cell
@@ -52,6 +52,14 @@ class Settings:
     run: Request
     folder: Path
     explain: bool = True
+
+
+def key_of(settings: Settings, engine: str, cell: Cell) -> str:
+    """What a cell's result depends on, known before its model is made; `engine` is `identity.of_command`'s."""
+    run = settings.run
+    judged = (run.compute, run.tolerance, run.mapping, settings.explain, run.command.timeout if run.command else None)
+    model = model_name(cell.architecture, cell.type, identity.program())
+    return identity.digest(identity.program(), engine, model, PROMPTS[cell.prompt], cell.mode, judged)
 
 
 class Bench:
@@ -73,17 +81,15 @@ class Bench:
     def run(self, cell: Cell) -> CellResult:
         """The cell's result: kept from an earlier run where nothing that it depends on has changed."""
         began = perf_counter()
+        key = key_of(self._settings, self._engine, cell)
+        if (kept := results.load(self._settings.folder, key)) is not None:
+            return kept
         try:
             model = self._models.path(cell.architecture, cell.type)
         except ParityError as error:
-            return CellResult(cell, NO_REFERENCE, error.message)
-        run = self._settings.run
-        judged = (run.compute, run.tolerance, self._settings.explain, run.command.timeout if run.command else None)
-        model_key = identity.of_file(model)
-        key = identity.digest(identity.program(), self._engine, model_key, PROMPTS[cell.prompt], cell.mode, judged)
-        if (kept := results.load(self._settings.folder, key)) is not None:
-            return kept
-        result = self._fresh(cell, model, model_key)
+            result = CellResult(cell, NO_REFERENCE, error.message)
+        else:
+            result = self._fresh(cell, model, identity.of_file(model))
         result = replace(result, key=key, seconds=perf_counter() - began)
         results.save(self._settings.folder, result)
         return result
@@ -128,24 +134,14 @@ class Bench:
         return read(out)
 
     def _judged(self, cell: Cell, request: Request, ours: Dump, ref: Dump) -> CellResult:
-        stated = request.compute or (ours.header.compute if ours.header is not None else "")
-        arithmetic = stated or "f32"
-        found = self._compared(request, ours, ref, arithmetic)
+        found = compared_on(ours, ref, comparison_options(request), request.model)
+        verdict, precision = found.verdict, found.verdict.precision
+        lower = precision.arithmetic.upper() if precision is not None and precision.in_float32 else ""
         explanation: Explanation | None = None
-        if not found.verdict and not stated:
-            # Nothing says what the side computes in: a lower arithmetic is an explanation, unless a fault is a better one.
-            for lower in (name for name in COMPUTES if name not in ("f32", "tf32")):
-                coarser = self._compared(request, ours, ref, lower)
-                if coarser.verdict:
-                    explanation = self._explained(request, ours)
-                    if explanation is None or not explanation.causes:
-                        found, arithmetic = coarser, lower
-                    break
-        verdict = found.verdict
         worst = verdict.worst
         result = CellResult(
             cell,
-            (PARITY if arithmetic == "f32" else LOWER + arithmetic.upper()) if verdict else DIVERGENCE,
+            (LOWER + lower if lower else PARITY) if verdict else DIVERGENCE,
             compared=verdict.compared,
             nmse=None if worst is None else worst.nmse,
             of_limit=None if worst is None else worst.of_limit,
@@ -157,7 +153,7 @@ class Bench:
         # Other prompts and modes of one model that part at the same operation have the same cause: it is looked for once.
         place = cell.architecture, cell.type, parse(first.checkpoint).kind if first is not None else ""
         if place not in self._causes:
-            explanation = explanation or self._explained(request, ours)
+            explanation = self._explained(request, ours)
             self._causes[place] = cause_of(verdict, explanation)
         cause, sentence = self._causes[place]
         return replace(
@@ -168,11 +164,6 @@ class Bench:
             sentence=sentence,
             report=self._report(cell, ours, ref, found, explanation),
         )
-
-    def _compared(self, request: Request, ours: Dump, ref: Dump, arithmetic: str) -> Comparison:
-        options = comparison_options(request)
-        header = ours.header.compute if ours.header is not None else ""
-        return comparison(ours, ref, options if header else replace(options, compute=arithmetic))
 
     def _explained(self, request: Request, ours: Dump) -> Explanation | None:
         if not self._settings.explain:

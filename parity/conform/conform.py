@@ -1,29 +1,34 @@
-"""The whole matrix, in this process or in several, resumable: what is finished is kept, whatever ends the run."""
+"""The whole matrix, in this process, in several, or on a cluster; resumable: what is finished is kept, whatever ends the run."""
 
-import signal
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
+from concurrent.futures import as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from functools import cache, partial
-from multiprocessing import get_context
+from functools import cache
 from time import perf_counter
 
-from checkpoints.answers.conform import Cell, CellResult, Conformance
+from checkpoints.answers.conform import CRASHED, Cell, CellResult, Conformance
 from checkpoints.errors import InputError
 
-from .bench import Bench, Settings
+from . import identity, results
+from .bench import Bench, Settings, key_of
+from .workers import workers_of
 
 Progress = Callable[[CellResult, int, int], None]  # a result, how many there are now, of how many
+_ATTEMPTS = 3  # of a part whose worker is lost; then the part itself is what ends it
 
 
 @dataclass(frozen=True)
 class ConformRequest:
-    """What `parity conform` was asked for. `workers`: processes, each with a llama.cpp of its own."""
+    """What `parity conform` was asked for.
+
+    `workers`: processes, each with a llama.cpp of its own. `cluster`: the address of a Dask scheduler, whose workers run the cells.
+    """
 
     settings: Settings
     cells: tuple[Cell, ...]
     workers: int = 1
+    cluster: str = ""
 
 
 def conform(request: ConformRequest, progress: Progress = lambda *_: None) -> Conformance:
@@ -54,30 +59,38 @@ def conform(request: ConformRequest, progress: Progress = lambda *_: None) -> Co
 
 
 def _results(request: ConformRequest) -> Iterator[CellResult]:
-    parts = parts_of(request.cells)
-    if request.workers == 1:
-        with Bench(request.settings) as bench:
-            for part in parts:
-                yield from (bench.run(cell) for cell in part)
+    settings, rest = request.settings, []
+    engine = identity.of_command(settings.run.command)
+    for cell in request.cells:
+        kept = results.load(settings.folder, key_of(settings, engine, cell))
+        if kept is None:
+            rest.append(cell)
+        else:
+            yield kept
+    parts = parts_of(rest)
+    if not request.cluster and (request.workers == 1 or len(parts) < 2):
+        if parts:
+            with Bench(settings) as bench:
+                for part in parts:
+                    yield from (bench.run(cell) for cell in part)
         return
-    with _processes(request.workers) as pool:
-        for finished in as_completed([pool.submit(partial(run_part, request.settings), part) for part in parts]):
-            yield from finished.result()
-
-
-@contextmanager
-def _processes(count: int) -> Iterator[Executor]:
-    """Worker processes; what has not begun when the block is left early does not begin."""
-    # Ctrl-C reaches all processes of a terminal: this one ends the others.
-    pool = ProcessPoolExecutor(count, mp_context=get_context("spawn"), initializer=_ignore_interrupts)
-    try:
-        yield pool
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _ignore_interrupts() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for attempt in range(_ATTEMPTS):
+        try:
+            with workers_of(min(request.workers, len(parts)), request.cluster) as pool:
+                pending = {pool.submit(run_part, settings, part): part for part in parts}
+                for finished in as_completed(pending):
+                    found = finished.result()
+                    parts.remove(pending[finished])
+                    for result in found:
+                        results.save(settings.folder, result)
+                        yield result
+        except BrokenProcessPool:  # a worker was killed: what the others had finished is kept, the rest runs again
+            if attempt + 1 == _ATTEMPTS:
+                yield from (
+                    CellResult(cell, CRASHED, "the worker process was lost, three times") for part in parts for cell in part
+                )
+        else:
+            return
 
 
 def parts_of(cells: Sequence[Cell]) -> list[list[Cell]]:

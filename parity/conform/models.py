@@ -17,7 +17,25 @@ from .matrix import TYPES
 SEED = 0
 # Super-blocks of the K and IQ types hold 256 elements: a narrower matrix would be stored in another type.
 _SUPER_BLOCK = 256
+_DENSE = {"llama": "tiny-llama", "qwen2": "tiny"}  # architectures that are made without a recipe, and the shape to start from
 _WIDE = {"width": _SUPER_BLOCK, "ff": 2 * _SUPER_BLOCK}
+
+
+def model_name(architecture: str, kind: str, program: str) -> str:
+    """Identifies a model by what it is made of: its recipe, type and seed, and the code that makes it."""
+    facts: list[object] = []
+    for wide in (False, True):
+        if architecture in _DENSE:
+            facts.append(str(_dense_shape(architecture, wide=wide)))
+        else:
+            chosen = recipe(architecture)
+            try:
+                own = _shape(chosen, wide=wide)
+            except InputError:
+                continue
+            facts.append({"values": chosen.values(own, {}), "without": chosen.without, "shape": str(own)})
+    digest = hashlib.sha256(json.dumps([facts, SEED, program], default=str, sort_keys=True).encode()).hexdigest()
+    return f"{architecture}-{kind}-{digest[:12]}"
 
 
 class Models:
@@ -39,35 +57,44 @@ class Models:
         return self._of_type(architecture, kind, wide=False)
 
     def _of_type(self, architecture: str, kind: str, *, wide: bool) -> Path:
+        out = self._named(architecture, kind, wide=wide)
+        if out.exists():
+            return out
         plain = self._plain(architecture, wide=wide)
-        if TYPES[kind] == "F32":
-            return plain
-        out = plain.with_name(plain.name.replace("-F32-", f"-{kind}-"))
-        if not out.exists():
+        if kind != "F32":
             self._reference.quantize(plain, TYPES[kind], out)
         return out
 
+    def _named(self, architecture: str, kind: str, *, wide: bool) -> Path:
+        return self._folder / f"{model_name(architecture, kind, self._program)}{'-wide' if wide else ''}.gguf"
+
     def _plain(self, architecture: str, *, wide: bool) -> Path:
-        changes = _WIDE if wide else {}
-        if architecture in ("llama", "qwen2"):
-            shape = shape_like("tiny-llama" if architecture == "llama" else "tiny", architecture=architecture, **changes)
-            out = self._named(architecture, {"shape": str(shape)})
-            if not out.exists():
-                make(out, shape, kind="f32", seed=SEED, tokenizer=embedded.path())
+        """The model in F32, from which the other types are made."""
+        out = self._named(architecture, "F32", wide=wide)
+        if out.exists():
+            return out
+        if architecture in _DENSE:
+            make(out, _dense_shape(architecture, wide=wide), kind="f32", seed=SEED, tokenizer=embedded.path())
             return out
         chosen = recipe(architecture)
-        own = _shape(chosen, wide=wide)
-        out = self._named(architecture, {"values": chosen.values(own, {}), "without": chosen.without, "shape": str(own)})
-        if not out.exists():
-            try:
-                make_by_recipe(out, chosen, own, {}, kind="F32", seed=SEED, tokenizer=embedded.path(), running=self._reference)
-            except ModelError as error:
-                raise ModelError(error.message.replace(str(out), f"a tiny {architecture}"), error.advice) from error
+        try:
+            make_by_recipe(
+                out,
+                chosen,
+                _shape(chosen, wide=wide),
+                {},
+                kind="F32",
+                seed=SEED,
+                tokenizer=embedded.path(),
+                running=self._reference,
+            )
+        except ModelError as error:
+            raise ModelError(error.message.replace(str(out), f"a tiny {architecture}"), error.advice) from error
         return out
 
-    def _named(self, architecture: str, facts: object) -> Path:
-        digest = hashlib.sha256(json.dumps([facts, SEED, self._program], default=str, sort_keys=True).encode()).hexdigest()
-        return self._folder / f"{architecture}-F32-{digest[:12]}.gguf"
+
+def _dense_shape(architecture: str, *, wide: bool) -> Shape:
+    return shape_like(_DENSE[architecture], architecture=architecture, **(_WIDE if wide else {}))
 
 
 def _shape(chosen: Recipe, *, wide: bool) -> Shape:

@@ -1,6 +1,6 @@
 """The comparison of two dumps, stage by stage: tokens, offsets, align, measure, limits, consumers, judge."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -19,18 +19,20 @@ from .measure import Measures, measured
 from .offsets import Placed, elsewhere, place
 from .picture import picture
 from .records import Records
-from .tokens import compare_tokens, same_experiment, token_text
+from .routing import as_sets, routed
+from .tokens import TokenComparison, compare_tokens, own_choice, same_experiment, token_text
+from .truth import Truth
 
 
 @dataclass(frozen=True)
 class Options:
     """How to compare.
 
-    `tolerance`: one NMSE limit for everything. `compute`: arithmetic of our side (f32, tf32, f16, bf16) where its header
+    `tolerance`: one NMSE limit for everything. `compute`: arithmetic of our side (f32, tf32, f16, bf16, q8) where its header
     does not say it. `strict`: what one side lacks is a divergence, and so is a record that differs, whatever is
     made from it. `step`: which of contradicting records of one key counts.
     `placed`: the caller says that our positions count as the reference's do; else they are looked for where nothing says it.
-    `limits`: those to apply instead of the table's.
+    `limits`: those to apply instead of the table's. `truth`: who knows what the model gives in float64.
     """
 
     tolerance: float | None = None
@@ -39,6 +41,7 @@ class Options:
     step: int | None = None
     placed: bool = False
     limits: Limits | None = None
+    truth: Truth | None = None
 
 
 @dataclass(frozen=True)
@@ -62,26 +65,37 @@ def compare(ours: Dump, ref: Dump, options: Options | None = None) -> Verdict:
 def comparison(ours: Dump, ref: Dump, options: Options | None = None) -> Comparison:
     """Compare two dumps.
 
+    An engine that chose other tokens than the reference is compared up to its first own choice, which is then what differs.
+
     Raises:
         InputError: two models or two prompts, or an unusable option.
         DumpError: nothing in common, records of one key that contradict each other, or no way to tell how our positions count.
     """
-    options = options or Options()
+    found = _comparison(ours, ref, options or Options())
+    first, records = found.verdict.first_divergence, found.records
+    parted = own_choice(first, records.ours, ref)
+    before = first is not None and bool((records.token_idx < first.token_idx).any())
+    return found if parted is None or not before else _comparison(ours, ref, options or Options(), parted)
+
+
+def _comparison(ours: Dump, ref: Dump, options: Options, parted: TokenComparison | None = None) -> Comparison:
     allowed = options.limits or limits(ours.header, ref.header, compute=options.compute, tolerance=options.tolerance)
     same_experiment(ours, ref)
     placed = Placed(ours) if options.placed else place(ours, ref)
     ours = placed.ours
-    tokens = compare_tokens(ours, ref)
+    tokens = parted or compare_tokens(ours, ref)
     whole, damaged = dataflow_of(ours, ref)
     alignment = align(ours, ref, options.step, tokens, whole)
-    found = measured(alignment, ours, ref)
+    found = as_sets(measured(alignment, ours, ref))
     model = flow(found.names, whole, _layers(ref) or _layers(ours))
-    held = hold(found, allowed, model, excuse_noise=options.tolerance is None)
+    held = hold(found, allowed, model, excuse_noise=options.tolerance is None, truth=options.truth)
+    routing = routed(found, held, model, ref.points)
+    held = replace(held, failed=held.failed & ~routing.open, notes=(*held.notes, *routing.notes))
     verdicts = Judged(np.zeros(len(found.point), dtype=np.bool_))
     if not options.strict:
         verdicts = judged(found, held, model, ours, ref)
     failed = held.failed & ~verdicts.otherwise
-    trusted = np.where(verdicts.otherwise, 0.0, found.measures.nmse)
+    trusted = np.where(verdicts.otherwise | routing.open, 0.0, found.measures.nmse)
     agreeing = np.bincount(found.point, weights=~failed, minlength=len(found.pairs))
     wrong = [pair.point for pair, right in zip(found.pairs, agreeing, strict=True) if not right]
     records = Records(
@@ -99,6 +113,7 @@ def comparison(ours: Dump, ref: Dump, options: Options | None = None) -> Compari
         of_limit=held.of_limit,
         failed=failed,
         otherwise=verdicts.otherwise,
+        open=routing.open,
         record_faults=verdicts.faults,
         undecided=verdicts.undecided,
         upstream=upstream(model, found.point, found.seq, found.token_idx, trusted, failed),
@@ -111,6 +126,7 @@ def comparison(ours: Dump, ref: Dump, options: Options | None = None) -> Compari
         missing_ref=alignment.missing_ref,
         left_out=alignment.left_out,
         strict=options.strict,
+        stated=(options.compute or (ours.header.compute if ours.header is not None else "")).lower(),
         notes=(
             *((placed.note,) if placed.note else ()),
             *elsewhere(ours, ref, wrong),

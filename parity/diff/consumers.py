@@ -16,7 +16,7 @@ from .against_limits import Held
 from .dataflow import Flow
 from .layouts import MOMENT, Allowed, Reading, head_size_of, reading
 from .measure import Measured
-from .operations import ELEMENTWISE, MIXING, SOFT_MAX
+from .operations import ELEMENTWISE
 from .same_vector import alike
 
 Floats = NDArray[np.float64]
@@ -106,7 +106,7 @@ class _Consumers:
             return any(decided)
         # Without a reading nothing is taken for granted: all positions, and nothing that a soft max may have hidden.
         children = self._model.children[name]
-        behind = any(self._model.meets(name, child, SOFT_MAX) for child in children)
+        behind = any(self._model.hidden(name, child) for child in children)
         return all(decided) and not behind
 
     def _decided(self, name: str, record: int, children: tuple[str, ...]) -> bool | None:
@@ -140,15 +140,13 @@ class _Consumers:
         operations = self._model.operations(self._model.path(name, child))
         if operations <= ELEMENTWISE and not left * self._energy[other] * _BELOW <= error * self._energy[record]:
             return False
-        if not (np.isnan(measures.nmse_row[other]) or measures.bound[other]) or operations & MIXING:
+        if not (np.isnan(measures.nmse_row[other]) or measures.bound[other]) or self._model.mixes(name, child):
             return True
         if operations <= ELEMENTWISE and measures.nmse_slice[record] * _BELOW > self._held.limit[record]:
             return True
         # What is mixed further down sees the whole row.
         return any(
-            self._agrees(further, record)
-            for further in self._model.children[child]
-            if self._model.operations(self._model.path(child, further)) & MIXING
+            self._agrees(further, record) for further in self._model.children[child] if self._model.mixes(child, further)
         )
 
     def _agrees(self, name: str, like: int) -> bool:

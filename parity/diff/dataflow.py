@@ -56,6 +56,10 @@ class Flow:
         return frozenset(self.names)
 
     @cached_property
+    def _place(self) -> dict[str, int]:
+        return {name: number for number, name in enumerate(self.whole.made)}
+
+    @cached_property
     def parents(self) -> dict[str, tuple[str, ...]]:
         """The nearest compared points that each compared point is made from."""
         nearest: dict[str, tuple[str, ...]] = {}
@@ -104,30 +108,45 @@ class Flow:
         return Stretch(tuple(inputs), tuple(unrecorded), tuple(nodes))
 
     def path(self, above: str, below: str) -> set[str]:
-        """All nodes on the ways from one point to another one, without the first, with the last."""
-        forward, waiting = {above}, [above]
-        while waiting:
-            for other in self.whole.readers.get(waiting.pop(), ()):
-                if other not in forward:
-                    forward.add(other)
-                    waiting.append(other)
-        back, waiting = set[str](), [below] if below in forward else []
-        while waiting:
-            name = waiting.pop()
-            if name in forward and name != above and name not in back:
-                back.add(name)
-                waiting += self.whole.made[name].reads
-        return back
+        """All nodes on the ways from a compared point to one that is made from it with no other compared one in between; with the last."""
+        stretch = self.between(below)
+        on_the_way: set[str] = set()
+        nodes = sorted(stretch.nodes, key=self._place.__getitem__) if stretch is not None else []
+        for name in nodes:  # what a node reads stands before it
+            if any(other == above or other in on_the_way for other in self.whole.made[name].reads):
+                on_the_way.add(name)
+        return on_the_way
 
-    def meets(self, above: str, below: str, operations: Collection[str]) -> bool:
-        """Whether every way from one point to another one leads through one of these operations."""
+    def attends(self, name: str) -> bool:
+        """Whether a node is the soft max of attention: over the product of two activations, and not over a router's scores."""
+        how = self.whole.made.get(name)
+        if how is None or how.op not in ("SOFT_MAX", "FLASH_ATTN_EXT"):
+            return False
+        waiting, seen = list(how.reads), set[str]()
+        while waiting:
+            other = waiting.pop()
+            made = self.whole.made[other]
+            if len(made.reads) > 1 and made.op == "MUL_MAT":
+                return True
+            if other not in seen and made.op not in ("MUL_MAT", "RMS_NORM", "NORM", "GET_ROWS"):
+                seen.add(other)
+                waiting += made.reads
+        return how.op == "FLASH_ATTN_EXT"
+
+    def hidden(self, above: str, below: str) -> bool:
+        """Whether every way from one point to another one leads through the soft max of attention, which may hide an error."""
         reached, waiting = {above}, [above]
         while waiting:
             for other in self.whole.readers.get(waiting.pop(), ()):
-                if other not in reached and self.whole.made[other].op not in operations:
+                if other not in reached and not self.attends(other):
                     reached.add(other)
                     waiting.append(other)
         return below not in reached
+
+    def mixes(self, above: str, below: str) -> bool:
+        """Whether a product with weights lies on a way between two points: each element of the lower is then made of whole rows."""
+        nodes = [self.whole.made[name] for name in self.path(above, below) if name in self.whole.made]
+        return any(how.op in ("MUL_MAT", "MUL_MAT_ID", "OUT_PROD") and (how.weights or len(how.reads) == 1) for how in nodes)
 
     def operations(self, nodes: Iterable[str]) -> frozenset[str]:
         """ggml's names of the operations that make these nodes."""

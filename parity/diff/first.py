@@ -91,7 +91,20 @@ def _unseen(records: Records, first: int, stretch: Stretch | None, seen: Sequenc
     if records.flow.operations(stretch.nodes) <= ELEMENTWISE and records.measures.nmse_slice[first] > records.limit[first]:
         return []  # elements that are wrong are made of the same elements of the inputs, which were seen
     by_name = {item.checkpoint: item for item in seen}
-    return [by_name[name] for name in stretch.inputs if not by_name[name].whole]
+    return [by_name[name] for name in stretch.inputs if not by_name[name].whole and not _seen_by_others(records, first, name)]
+
+
+def _seen_by_others(records: Records, first: int, name: str) -> bool:
+    """Whether another point made from `name` agrees at that position, each element of which is made of the whole row."""
+    seq, position = records.seq[first], records.token_idx[first]
+    wrong = records.names[records.point[first]]
+    for child in records.flow.children[name]:
+        if child == wrong or not records.flow.mixes(name, child):
+            continue
+        here = (records.point == records.names.index(child)) & (records.seq == seq) & (records.token_idx == position)
+        if here.any() and not (records.failed | records.otherwise | records.open)[here].any():
+            return True
+    return False
 
 
 def _last_agreement(records: Records, first: int) -> Agreement | None:
@@ -157,7 +170,7 @@ def _pattern(records: Records, first: int, stretch: Stretch | None, settled: boo
     )
 
 
-_COMPUTE = {"F16": "f16", "BF16": "bf16", "TF32": "tf32", "8 bits a block": "q8"}
+_COMPUTE = {"F16 or TF32": "f16", "F16": "f16", "BF16": "bf16", "TF32": "tf32", "8 bits a block": "q8"}
 
 
 def _alike(records: Records, here: Ints, failing: Ints) -> bool:

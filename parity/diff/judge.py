@@ -13,11 +13,14 @@ from checkpoints.answers.diff import (
     PARITY,
     Origin,
     PointSummary,
+    Precision,
     Verdict,
 )
+from checkpoints.points import LOGITS
 
 from .choices import choices
 from .first import First, explain_first
+from .limits import EXACT_FLOOR, NATIVE, lowest
 from .records import Records
 from .seen import seen
 
@@ -40,10 +43,10 @@ def judge(records: Records) -> Verdict:
     failed = divergence is not None or bool(records.failed.any()) or (records.strict and missing > 0)
     if records.strict and missing:
         notes.append(f"--strict: {missing} records are missing on one side")
-    trusted = np.flatnonzero(~records.otherwise)
+    trusted = np.flatnonzero(~(records.otherwise | records.open))
     return Verdict(
         verdict=DIVERGENCE if failed else PARITY,
-        compared=len(records),
+        compared=len(records) - int(records.open.sum()),
         mode=records.mode,
         limits=records.limits,
         points=_summaries(records),
@@ -62,7 +65,25 @@ def judge(records: Records) -> Verdict:
         notes=tuple(notes),
         record_faults=records.record_faults,
         seen=rows_seen,
+        precision=_precision(records),
     )
+
+
+def _precision(records: Records) -> Precision | None:
+    """In which arithmetic the sides were judged; where nothing says it, the most precise one that the errors allow."""
+    if records.mode == NATIVE or not len(records):
+        return None
+    trusted = ~(records.otherwise | records.open)
+    logits = np.array([name == LOGITS for name in records.names])[records.point] & trusted
+    nmse = records.measures.nmse
+    worst, worst_logits = (float(nmse[rows].max(initial=0.0)) for rows in (trusted & ~logits, logits))
+    exact = np.where(logits, EXACT_FLOOR.logits, EXACT_FLOOR.operations)
+    over = np.flatnonzero(trusted & (nmse > np.maximum(exact, np.where(records.limits.assumed, 0.0, records.limit))))
+    in_float32 = records.names[int(records.point[over[0]])] if len(over) and records.limits.assumed else ""
+    if records.limits.assumed:
+        arithmetic = lowest(worst, worst_logits)
+        return Precision(arithmetic, arithmetic != "f32", "assumed", in_float32)
+    return Precision(records.stated, False, "stated") if records.stated else None
 
 
 def _origins(records: Records) -> list[int]:
@@ -101,6 +122,7 @@ def _summaries(records: Records) -> tuple[PointSummary, ...]:
             status = FRESH if fresh[rows].any() else (INHERITED if inherited else GROWN)
         elif records.otherwise[rows].any():
             status = OTHERWISE
-        worst = records.difference(_worst(records, rows))
+        comparable = rows[~records.open[rows]]
+        worst = records.difference(_worst(records, comparable if len(comparable) else rows))
         made.append(PointSummary(worst.checkpoint, worst.layer, len(rows), int(failed.sum()), status, worst))
     return tuple(made)

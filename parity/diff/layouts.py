@@ -8,7 +8,7 @@ from math import prod
 import numpy as np
 from numpy.typing import NDArray
 
-from checkpoints.points import parse
+from checkpoints.points import order, parse
 from checkpoints.record import Rows
 
 from .whole_rows import sizes
@@ -17,6 +17,7 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 LAYOUT, NAME, MOMENT = "layout", "name", "moment"
+_NEAR = 0.5  # relative: two records are looked at more closely where their first values are no further apart
 _TELLING = 8  # elements that have to be compared before a reordering is believed
 _SAME_STATISTIC = 1e-4  # relative: what an accumulation in float32 leaves of l2, min and max
 _MOST_HEADS = 512  # sizes of heads that are tried
@@ -75,8 +76,8 @@ def _reordered(ours: Rows, ref: Rows, allowed: Allowed, head_size: int | None) -
         return None
     if not _same_statistics(ours, ref):
         return _heads_first(ours, ref, allowed, head_size)
-    for order, sentence, mapping in _orders(size, head_size):
-        if _fits(ours, ref, order, allowed):
+    for source, sentence, mapping in _orders(size, head_size):
+        if _fits(ours, ref, source, allowed):
             kind = parse(ours.point).kind
             line = mapping.replace("POINT", f"blk.{{i}}.{kind}" if parse(ours.point).layer is not None else kind)
             return Reading(LAYOUT, sentence, line)
@@ -150,20 +151,23 @@ def _renamed(ours: Rows, ref: Rows, allowed: Allowed, others: Mapping[str, Rows]
         if pair is not None and _agree(*pair, allowed):
             same_layer = parse(name).layer == parse(ours.point).layer
             kind = NAME if same_layer else MOMENT
-            said = f"it is {name}" + ("" if same_layer else ": captured late, when its buffer held that, or under a wrong name")
+            early = order([name, ours.point])[0] == name
+            when = "before this was computed" if early else "late, when its buffer held that"
+            said = f"it is {name}" + ("" if same_layer else f": captured {when}, or under a wrong name")
             return Reading(kind, said, f'"{ours.point}" = "{name}"' if same_layer else "")
     return None
 
 
 def _first_alike(ours: Rows, rows: Rows, allowed: Allowed) -> bool:
     """Whether another point's record beside our first one could be it: looked at before all of them are brought together."""
-    at = np.flatnonzero((rows.seq == ours.seq[0]) & (rows.token_idx == ours.token_idx[0]))
     width = min(ours.values.shape[1], rows.values.shape[1])
-    return (
-        bool(len(at))
-        and width >= 4
-        and _agree(ours.values[:1, :width], rows.values[at[:1], :width], allowed.take(np.arange(1)))
-    )
+    at = np.flatnonzero((rows.seq == ours.seq[0]) & (rows.token_idx == ours.token_idx[0]))
+    if not len(at) or width < 4:
+        return False
+    mine, theirs = ours.values[0, :2].tolist(), rows.values[at[0], :2].tolist()  # most are told apart by two numbers
+    if any(abs(x - y) > _NEAR * max(abs(x), abs(y)) + allowed.step for x, y in zip(mine, theirs, strict=True)):
+        return False
+    return _agree(ours.values[:1, :width], rows.values[at[:1], :width], allowed.take(np.arange(1)))
 
 
 def _scaled(ours: Rows, ref: Rows, allowed: Allowed) -> Reading | None:
@@ -228,7 +232,8 @@ def _bare(rows: Rows) -> bool:
 
 
 def _agree(a: NDArray[np.floating], b: NDArray[np.floating], allowed: Allowed) -> bool:
-    a, b = a.astype(np.float64), b.astype(np.float64)
+    with np.errstate(invalid="ignore"):  # NumPy warns of a signalling NaN
+        a, b = a.astype(np.float64), b.astype(np.float64)
     if not (np.isfinite(a).all() and np.isfinite(b).all()) or len(set(b[0].tolist())) < 3:
         return False
     delta = np.maximum(np.abs(a - b) - allowed.step, 0.0)

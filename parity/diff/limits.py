@@ -13,7 +13,7 @@ from checkpoints.record import Header, ModelInfo
 
 EXACT = "exact"
 NATIVE = "native"
-COMPUTES = ("f32", "tf32", "f16", "bf16")
+COMPUTES = ("f32", "tf32", "f16", "bf16", "q8")
 
 # Weight that attention gives to later positions: exactly 0 behind a causal mask, whether it is made of -inf, of -1e4 or
 # larger (exp underflows). 1e-6 is what ggml's test-backend-ops allows a softmax.
@@ -53,6 +53,7 @@ _COMPUTE = {
     "tf32": Floor(1e-5, 3e-5, "tf32 has f16's 10 bits of mantissa"),
     "f16": Floor(1e-5, 3e-5, "f16 arithmetic: as F16 weights"),
     "bf16": Floor(3e-4, 2e-3, "bf16 arithmetic: as BF16 weights"),
+    "q8": Floor(5e-3, 5e-2, "activations rounded to 8 bits: as quantised weights round them"),
 }
 # The fast mode on a device against exact mode, the stories model, a prompt and 70 steps on an H200: logits 2e-13 … 6e-13 with
 # F32 weights, 1e-7 … 9e-7 where a prefill rounds activations to F16, 5e-6 where to BF16; single points up to 5e-4 (BF16).
@@ -89,7 +90,7 @@ def limits(ours: Header | None, ref: Header | None, *, compute: str | None = Non
         tolerance: one limit for everything instead (`--tolerance`).
 
     Raises:
-        InputError: `compute` is none of f32, tf32, f16, bf16; `tolerance` is not a number ≥ 0.
+        InputError: `compute` is none of `COMPUTES`; `tolerance` is not a number ≥ 0.
     """
     if compute is not None and compute not in COMPUTES:
         raise InputError(f"--compute {compute!r} is not known.", f"Take one of {', '.join(COMPUTES)}.", code="compute")
@@ -115,6 +116,18 @@ def limits(ours: Header | None, ref: Header | None, *, compute: str | None = Non
     if assumed:
         source = "assumed: one side does not say what it computes in (--compute f32 judges exactly)"
     return Limits(loosest.operations, loosest.logits, source, assumed)
+
+
+def lowest(nmse: float, logits: float) -> str:
+    """The most precise arithmetic whose limits hold for these errors, of the logits and of everything else; empty if none's do."""
+    return next(
+        (
+            name
+            for name in ("f32", "f16", "bf16", "q8")
+            if nmse <= _COMPUTE[name].operations and logits <= _COMPUTE[name].logits
+        ),
+        "",
+    )
 
 
 def fast_floor(file_type: str) -> Floor:

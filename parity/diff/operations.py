@@ -13,7 +13,6 @@ ELEMENTWISE = frozenset(
 )
 # Products with weights mix a whole row into each element.
 MIXING = frozenset({"MUL_MAT", "MUL_MAT_ID", "OUT_PROD"})
-SOFT_MAX = frozenset({"SOFT_MAX", "FLASH_ATTN_EXT"})
 _RECURRENT = ("SSM_", "RWKV_", "GATED_", "LINEAR_ATTN", "DELTA")
 
 _NORM = "the norm: {weights}its epsilon"
@@ -61,7 +60,7 @@ def suspects(flow: Flow, nodes: Iterable[str]) -> str:
             words.append(_product(every, named))
         elif op in ("ADD", "MUL") and {"MUL_MAT", "RMS_NORM", "NORM", "GROUP_NORM"} & set(operations) and weights:
             continue  # the bias or the norm's weight: said below
-        elif op in ("CONT", CACHE) and len(operations) > 1:
+        elif op in ("CONT", "VIEW", CACHE) and len(operations) > 1:
             continue
         elif op in _WORDS:
             words.append(
@@ -89,13 +88,15 @@ _NOUNS = {
 
 
 def noun(flow: Flow, stretch: Stretch, unchanged: str) -> str:
-    """What a stretch of one operation is called where it leaves `unchanged` as it is: "the addition of blk.2.l_out"; else empty."""
-    operations = [flow.whole.made[name].op for name in stretch.nodes]
+    """What makes the first node of a stretch is called where it leaves `unchanged` as it is: "the addition of blk.2.l_out"; else empty."""
+    last = flow.whole.made[stretch.nodes[0]]
+    if last.op == "ADD" and unchanged in last.reads:
+        return f"the addition of {' and '.join(name for name in last.reads if name != unchanged)}"
     if stretch.unrecorded:
         return ""
-    if operations == ["ADD"]:
-        return f"the addition of {' and '.join(name for name in stretch.inputs if name != unchanged)}"
-    return next((_NOUNS[op] for op in reversed(operations) if op in _NOUNS), "the operation")
+    return next(
+        (_NOUNS[op] for op in (flow.whole.made[name].op for name in reversed(stretch.nodes)) if op in _NOUNS), "the operation"
+    )
 
 
 def _product(every: Sequence[tuple[str, Made]], named: list[str]) -> str:

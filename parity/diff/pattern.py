@@ -9,7 +9,7 @@ from checkpoints.answers.diff import Pattern
 from checkpoints.points import EMBD, LOGITS, OUTPUT_NORM, parse
 
 from .dataflow import Flow, Stretch
-from .operations import SOFT_MAX, recurrent, suspects
+from .operations import recurrent, suspects
 
 _NAMED = 4  # points of a stretch that are named one by one
 
@@ -86,7 +86,7 @@ def _attends(seen: Evidence) -> bool:
     if seen.stretch is None:
         return False
     every = [seen.flow.whole.made[node] for node in seen.stretch.nodes]
-    return any(how.op in SOFT_MAX or (how.op == "MUL_MAT" and len(how.reads) > 1) for how in every)
+    return any(map(seen.flow.attends, seen.stretch.nodes)) or any(how.op == "MUL_MAT" and len(how.reads) > 1 for how in every)
 
 
 def _sides(seen: Evidence) -> tuple[list[str], list[str]] | None:
@@ -97,13 +97,13 @@ def _sides(seen: Evidence) -> tuple[list[str], list[str]] | None:
     past, waiting = {seen.point}, [seen.point]
     while waiting:
         name = waiting.pop()
-        if seen.flow.whole.made[name].op in SOFT_MAX:
+        if seen.flow.attends(name):
             continue
         for other in seen.flow.whole.made[name].reads:
             if other in inside and other not in past:
                 past.add(other)
                 waiting.append(other)
-    behind = [name for name in seen.stretch.nodes if name not in past or seen.flow.whole.made[name].op in SOFT_MAX]
+    behind = [name for name in seen.stretch.nodes if name not in past or seen.flow.attends(name)]
     if not behind:
         return None
     return behind, [name for name in seen.stretch.nodes if name in past and name not in behind]

@@ -28,7 +28,10 @@ def grid(records: Records) -> Grid:
     for name, values in (
         ("nmse", records.measures.nmse),
         ("max_abs", records.measures.max_abs),
-        ("of_limit", records.of_limit),
+        (
+            "of_limit",
+            np.where(records.otherwise | records.open, 0.0, records.of_limit),
+        ),  # such an error says nothing of the engine
         ("limit", records.limit),
     ):
         layers[name][place] = values

@@ -32,6 +32,8 @@ class Records:
         decode: our side's phase.
         limit: NMSE limit of each record. `of_limit`: error in proportion to it; `failed` where that is above 1, but
             for those that are `otherwise`: they show something else than the point that they are named after.
+        open: records that cannot be compared: other experts computed them than the reference's, after a near tie.
+        stated: the arithmetic of ours, where a header or the caller says it.
         undecided: points that differ, though nothing that is made from them does.
         upstream: errors of what each record depends on, by `flow`.
         left_out: records that the token sequences left out.
@@ -51,6 +53,7 @@ class Records:
     of_limit: Floats
     failed: Bools
     otherwise: Bools
+    open: Bools
     upstream: Upstream
     flow: Flow
     limits: Limits
@@ -61,6 +64,7 @@ class Records:
     missing_ref: Missing
     left_out: int
     strict: bool
+    stated: str
     notes: tuple[str, ...]
     record_faults: tuple[RecordFault, ...] = ()
     undecided: frozenset[str] = frozenset()

@@ -14,7 +14,7 @@ _TELLING = 8  # values that a type has to give back
 
 
 def rounded_to(ours: Rows, ref: Rows) -> str:
-    """The type ("F16", "BF16", "TF32", "8 bits a block") that the reference's values rounded to are ours, everywhere; else empty.
+    """The type ("F16 or TF32", "BF16", "8 bits a block") that the reference's values rounded to are ours, everywhere; else empty.
 
     Leading values only; where the slice ends inside of a block that block is left out.
     """
@@ -24,10 +24,9 @@ def rounded_to(ours: Rows, ref: Rows) -> str:
     a, b = ours.values[:, :width], ref.values[:, :width]
     if width < _TELLING or not (np.isfinite(a).all() and np.isfinite(b).all()) or np.array_equal(a, b):
         return ""
-    for name, rounding in _types():
-        made = rounding(b)
-        if made.shape[1] and np.array_equal(made, a[:, : made.shape[1]]):
-            return name
+    fitting = [name for name, rounding in _types() if np.array_equal(rounding(b), a)]
+    if fitting:
+        return " or ".join(fitting)
     return "8 bits a block" if _steps(a, b) else ""
 
 

@@ -1,11 +1,13 @@
 """Are the two dumps of one experiment? Models, prompts and token ids, before any number is compared."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import inf
 from pathlib import Path
 
 from checkpoints.answers.diff import Difference, Pattern
 from checkpoints.errors import InputError
 from checkpoints.gguf_file import contents
+from checkpoints.points import EMBD
 from checkpoints.record import Dump, ModelInfo
 
 TOKENS = "tokens"
@@ -91,6 +93,26 @@ def compare_tokens(ours: Dump, ref: Dump) -> TokenComparison:
             )
             return TokenComparison(token.token_idx, notes=(said,))
     return TokenComparison()
+
+
+def own_choice(first: Difference | None, ours: Dump, ref: Dump) -> TokenComparison | None:
+    """The tokens part where the embedding first differs at a token that llama.cpp generated, and ours does not say which it took.
+
+    An engine that chooses for itself computes another text from there on: its choice is what differs, not its embedding.
+    """
+    if first is None or first.checkpoint != EMBD:
+        return None
+    position = first.token_idx
+    chosen = next((token for token in ref.tokens if (token.seq, token.token_idx) == (first.seq, position)), None)
+    told = ours.header is not None and len(ours.header.tokens) > position
+    if chosen is None or told or any(token.token_idx == position for token in ours.tokens):
+        return None
+    sentence = (
+        f"ours goes on with another token than {_piece(chosen.id, chosen.text)}, which llama.cpp chose at position {position}: it "
+        "chooses for itself (or reads another row of the embedding)"
+    )
+    at = replace(first, checkpoint=TOKENS, layer=None, nmse=None, max_abs=None, limit=0.0, of_limit=inf, ours=(), ref=())
+    return TokenComparison(position, at, Pattern("own-choice", sentence))
 
 
 def token_text(ours: Dump, ref: Dump) -> dict[int, str]:

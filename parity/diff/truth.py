@@ -12,8 +12,15 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 
+Bools = NDArray[np.bool_]
+
+
 class Truth(Protocol):
     """Who knows what the model's steps give in float64 (`parity.arbiter` does)."""
+
+    @property
+    def coarse(self) -> frozenset[str]:
+        """The points that the reference itself computes coarsely: by a table of float16, or from what such a table gave."""
 
     def distances(self, points: Mapping[str, Rows]) -> dict[str, Floats]:
         """How far records are from the truth: their NMSE, float64 [R] for each point; NaN where it is not known."""
@@ -24,22 +31,48 @@ class Truth(Protocol):
 # luck. Measured (benchmarks/noise.py --truth -n 10 --tokens 300: NumPy's products and products summed in another order, 156,000
 # records, those with an NMSE above 1e-12): at most 48 times; this is twice that.
 MULTIPLE = 100.0
+# NMSE above which no rounding of float32 is looked for. Measured (benchmarks/noise.py): at most 2e-10 between right engines; an engine
+# without residuals, which amplifies rounding most of all entries of the catalogue, 2e-9.
+NO_ROUNDING = 1e-7
+# The same where the reference is coarse, as from ggml's table of GELU on (argument and result have float16's eleven bits: 1e-7 to 3e-7
+# at the operation). A right engine is then as far from the reference as the reference from the truth, be it that its GELU is exact or
+# that another entry of the table was met: twice that where both err, and twice again. Behind 5 to 22 layers of the small gemma3n and
+# gemma4 of random weights the reference is up to 5e-5 from the truth; twenty times that is no rounding.
+COARSE_MULTIPLE = 4.0
+NO_COARSE_ROUNDING = 1e-3
+# What rounding alone reaches is no more than this (benchmarks/noise.py: 2e-10): beyond it a right engine is as far from the reference as
+# the reference from the truth, and not a hundred times as far.
+ROUNDING = 1e-8
 
 
-def raised(limit: Floats, distance: Floats, point: Ints, seq: Ints, token_idx: Ints) -> Floats:
+def raised(
+    nmse: Floats,
+    limit: Floats,
+    distance: Floats,
+    point: Ints,
+    seq: Ints,
+    token_idx: Ints,
+    coarse: Bools,
+    rounding: float = ROUNDING,
+) -> Floats:
     """Every record's limit [R], raised where the reference itself is far from the truth; never lowered.
 
     Args:
+        nmse: of each record; where it is beyond any rounding its limit stays.
         limit: of each record by the table. distance: NMSE of the reference's record from the truth; NaN where that is not known.
         point, seq, token_idx: int64 [R]; the number of each record's point in dataflow order, its sequence and position.
+        coarse: whether the reference computes the record's point coarsely.
+        rounding: NMSE up to which `MULTIPLE` times the distance is rounding; beyond it is `COARSE_MULTIPLE` times.
     """
     order = np.lexsort((point, token_idx, seq))
     known = np.where(np.isfinite(distance), distance, 0.0)[order]
     borders = (np.diff(seq[order]) != 0) | (np.diff(token_idx[order]) != 0)
     starts = [0, *(np.flatnonzero(borders) + 1).tolist()]
-    worst = np.empty_like(known)
+    so_far = np.empty_like(known)
     for begin, end in zip(starts, [*starts[1:], len(order)], strict=True):
-        worst[begin:end] = np.maximum.accumulate(known[begin:end])
-    made = np.empty_like(known)
-    made[order] = MULTIPLE * worst
-    return np.maximum(limit, made)
+        so_far[begin:end] = np.maximum.accumulate(known[begin:end])
+    worst = np.empty_like(known)
+    worst[order] = so_far
+    near = nmse <= np.where(coarse, NO_COARSE_ROUNDING, NO_ROUNDING)
+    by_distance = np.maximum(np.minimum(MULTIPLE * worst, rounding), COARSE_MULTIPLE * worst)
+    return np.where(near, np.maximum(limit, by_distance), limit)

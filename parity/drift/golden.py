@@ -128,7 +128,7 @@ def load(folder: Path) -> Golden:
     try:
         facts = json.loads(read_text(path))
         if facts.pop("format") != FORMAT:
-            raise InputError(f"{path} is of a newer format.", "Take a newer parity.", code="golden")
+            raise InputError(f"{path} is of a newer format.", "Update parity.", code="golden")
         prompts = tuple(_prompt(item) for item in facts.pop("prompts"))
         golden = Golden(folder=folder, prompts=prompts, updates=tuple(facts.pop("updates")), **facts)
     except OSError as error:
@@ -178,11 +178,11 @@ def read_prompts(path: Path) -> tuple[str, ...]:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise InputError(f"cannot read {path}: {reason}.", "Check --prompts.", code="prompts") from error
-    found = tuple(line.replace("\\n", "\n") for line in lines if line.strip())
-    if not found or len(set(found)) < len(found):
-        what = "holds no prompt" if not found else "holds a prompt twice"
-        raise InputError(f"{path} {what}.", "Write one prompt a line.", code="prompts")
-    return found
+    prompts = tuple(line.replace("\\n", "\n") for line in lines if line.strip())
+    if not prompts or len(set(prompts)) < len(prompts):
+        what = "holds no prompt" if not prompts else "holds a prompt twice"
+        raise InputError(f"{path} {what}.", "Write one prompt on each line.", code="prompts")
+    return prompts
 
 
 def rewrite(golden: Golden, prompt: GoldenPrompt, new: Path, points: Collection[str]) -> None:
@@ -206,7 +206,7 @@ def now() -> str:
 
 def _key(line: bytes) -> tuple[str, int, int] | None:
     """(point, seq, position) of a record's line; None for any other line."""
-    found = json.loads(line)
-    if "checkpoint" not in found:
+    record = json.loads(line)
+    if "checkpoint" not in record:
         return None
-    return resolve(found["checkpoint"]), int(found.get("seq", 0)), int(found["token_idx"])
+    return resolve(record["checkpoint"]), int(record.get("seq", 0)), int(record["token_idx"])

@@ -7,7 +7,11 @@ FILES = {"c": "parity_dump.h", "rust": "parity_dump.rs"}
 
 
 def source(language: str) -> str:
-    """The text of the emitter for "c", "python" or "rust"."""
+    """The text of the emitter for "c", "python" or "rust", or of the driver of a Hugging Face model for "hf"."""
+    if language == "hf":
+        from .python import hugging_face_file
+
+        return hugging_face_file()
     if language == "python":
         from .python import single_file
 

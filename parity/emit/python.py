@@ -24,16 +24,39 @@ from __future__ import annotations
 '''
 
 
+_HF_TOP = '''"""Checkpoints of a Hugging Face model for `parity diff`. One file; needs Python 3.10, torch, transformers and NumPy.
+
+    python parity_hf.py model.gguf --tokens 1,2,3 --out hf.jsonl
+    parity diff hf.jsonl ref.jsonl
+
+Printed by `parity emit hf`, put together from parity's own source: don't edit, print it again.
+"""
+
+from __future__ import annotations
+
+'''
+
+
+def hugging_face_file() -> str:
+    """The text of parity_hf.py: the recorder, and what drives a model of transformers."""
+    return _put_together(_HF_TOP, "recorder", "hugging_face")
+
+
 def single_file() -> str:
     """The text of parity_dump.py."""
+    return _put_together(_TOP, "recorder")
+
+
+def _put_together(top: str, *names: str) -> str:
+    """One file of the modules that define a dump and of the named ones beside this file."""
     here = Path(__file__).parent
     folder = Path(checkpoints.__file__).parent
     imports: set[str] = set()
-    files = [*(folder / f"{name}.py" for name in _MODULES), here / "recorder.py"]
+    files = [*(folder / f"{name}.py" for name in _MODULES), *(here / f"{name}.py" for name in names)]
     bodies = [_body(path.read_text(encoding="utf-8"), imports) for path in files]
     plain = sorted(line for line in imports if line.startswith("import "))
     named = sorted(line for line in imports if line.startswith("from "))
-    return _TOP + "\n".join((*plain, *named)) + "\n\n" + "\n".join(bodies)
+    return top + "\n".join((*plain, *named)) + "\n\n" + "\n".join(bodies)
 
 
 def _body(source: str, imports: set[str]) -> str:

@@ -162,7 +162,7 @@ class BatchScreening:
     def _errors(self, made: dict[int, Array], rows: int) -> Iterator[tuple[int, Floats]]:
         """NMSE at the first place's point, by candidate: [records]."""
         for used in {rows, self._screening.rows}:
-            some = {number: value for number, value in made.items() if len(value) == used}
+            some = {number: value for number, value in made.items() if value.shape[-2] == used}
             if some:
                 yield from self._errors_of(some, used)
 

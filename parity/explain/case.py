@@ -9,7 +9,7 @@ import numpy as np
 
 from checkpoints.errors import DumpError
 from checkpoints.record import Dump, Header
-from engine.graph import Step
+from engine.graph import Step, sees_later
 from engine.opened import open_engine
 from engine.replay.replay import Replay
 from engine.weights.gguf_model import GgufModel
@@ -52,6 +52,7 @@ class Case:
         self.dump = _first_sequence(dump)
         self._compute = options.compute or ""
         self.transformer = open_engine(GgufModel(model), options.backend, recorded=partial(recorded_graph, model))
+        self.dump = _rows_of_positions(self.dump, self.transformer.steps)
         tokens = _tokens(self.dump, options.tokens)
         self.transformer.check(tokens, 0)
         last = max(int(rows.token_idx.max()) for rows in self.dump.points.values())
@@ -71,14 +72,7 @@ class Case:
         self.replay = self.make(self.transformer.steps, len(tokens))
         header = self.header()
         same_experiment(self.dump, Dump("our engine", header, {}))
-        self.arbiter = Arbiter(
-            self.transformer.steps,
-            self.transformer.weights,
-            self.transformer.backend,
-            tokens,
-            self.positions.tolist(),
-            self.passes,
-        )
+        self.arbiter = self.truth_of(self.transformer.steps)
         entries, notes = expected(self.dump, self.replay, self.positions, header)
         self.entries, noise = allowed(entries, self.replay, self.positions, self.arbiter, options.arbiter)
         self.notes = (*self.dump.notes, *notes, *noise)
@@ -104,6 +98,11 @@ class Case:
             longer,
         )
 
+    def truth_of(self, steps: Sequence[Step]) -> Arbiter:
+        """What a list of steps makes of the dump's tokens in float64."""
+        weights, backend = self.transformer.weights, self.transformer.backend
+        return Arbiter(steps, weights, backend, self.tokens, self.positions.tolist(), self.passes)
+
     def header(self) -> Header:
         """What a dump of our engine would say of itself."""
         known = self.dump.header
@@ -120,8 +119,26 @@ class Case:
     def screening(self, entries: Sequence[Expected], budget: Budget) -> Screening:
         """A screening over some of the records."""
         return Screening(
-            entries, self.transformer.steps, self.replay, self.make, self.positions, self.transformer.backend, budget
+            entries,
+            self.transformer.steps,
+            self.replay,
+            self.make,
+            self.positions,
+            self.transformer.backend,
+            budget,
+            self.truth_of,
         )
+
+
+def _rows_of_positions(dump: Dump, steps: Sequence[Step]) -> Dump:
+    """The dump without what the replay shows in another way: states after a pass, since it is one pass; an encoder's scores."""
+    whole = sees_later(steps)
+    once = {step.makes for step in steps if step.axis is None or (step.axis == 1 and whole)}
+    if dump.points.keys() <= once:
+        raise DumpError(
+            f"{dump.path} has only states after passes.", "Record points that have a row for each position.", code="points"
+        )
+    return replace(dump, points={name: rows for name, rows in dump.points.items() if name not in once})
 
 
 def _first_sequence(dump: Dump) -> Dump:

@@ -20,6 +20,7 @@ from .apart import apart
 from .budget import Budget
 from .case import Case, ExplainOptions
 from .fits import said as said_of_number
+from .laws import WRONG
 from .leads import believed, law_at, leads, placed
 from .noise import ALL, AUTO
 from .precision import KINDS, PrecisionFloor, fits, floor, may_be_noise, with_noise
@@ -49,46 +50,55 @@ def explain(dump: Dump, model: Path, options: ExplainOptions | None = None) -> E
     noise = "" if options.compute in (None, "f32") else str(options.compute)
     if noise:
         case.entries = with_noise(_floor(case, noise), case.entries)
-    search = Search(case.screening(case.entries, budget.part(_FIRST)))
+    search = Search(case.screening(case.entries, budget.part(_FIRST)), lambda state: _known(case, search, state))
     start = search.screening.start()
     kind = ""
     best = start
     if start.first is None:
         kind = noise if any((entry.base > EXACT).any() for entry in case.entries) else ""
     else:
-        kind = "" if case.states_f32 else _looks_like(case, search, start)
+        kind = "" if case.states_f32 else _looks_like(case, search, start, budget)
         if not kind:
             best = _needed(search, _around(case, search, search.explain(start, options.max_faults), options.max_faults, budget))
             best = believed(case.entries, search, start, best)
     answer = _answer(case, search, start, best)
     if not kind and best.first is not None:
         answer = _left_over(case, search, best, answer)
-    answer = replace(answer, truth=_truth(case, start, options.arbiter), notes=(*answer.notes, *_lint(case)))
+    truth = _truth(case, start, options.arbiter) if options.arbiter == ALL or not answer.causes else None
+    answer = replace(answer, truth=truth, notes=(*answer.notes, *_lint(case)))
     return replace(
         answer,
         precision_only=kind,
-        looks_like=_looks_like(case, search, start) if case.states_f32 and best is start and start.first is not None else "",
+        looks_like=_looks_like(case, search, start, budget)
+        if case.states_f32 and best is start and start.first is not None
+        else "",
         next="" if kind else answer.next,
         seconds=perf_counter() - began,
     )
 
 
-def _looks_like(case: Case, search: Search, start: State) -> str:
+def _known(case: Case, search: Search, state: State) -> bool:
+    """Whether what is wrong at a state's first place is known without a cause: one operation, and a law of its numbers."""
+    return len(search.screening.cone(state).steps) == 1 and bool(law_at(case, search, state))
+
+
+def _looks_like(case: Case, search: Search, start: State, budget: Budget) -> str:
     """The arithmetic whose noise the differences are, if nothing fits them better: no fault, no number, no law of theirs; or ""."""
     if not may_be_noise(case.entries) or search.simple(start) or law_at(case, search, start):
         return ""
-    return _precision(case, search.screening.budget)
+    return _precision(case, budget)
 
 
 def _left_over(case: Case, search: Search, best: State, answer: Explanation) -> Explanation:
     """The answer with what the numbers say of the place that is left: a cause, if they name one by themselves, a law, or leads."""
     values = search.screening.replay(best, len(case.positions)).on_host
-    rows = garbage(case.entries, best, values, case.positions, answer.differing)
+    said, where = law_at(case, search, best), placed(case, search, best)
+    rows = garbage(case.entries, best, values, case.positions, answer.differing) if not said or said.endswith(WRONG) else None
     if rows is not None:
         return replace(answer, causes=(*answer.causes, rows), remaining=None, next="")
-    said = law_at(case, search, best)
-    found = leads(case.entries, best, search, case.positions)
-    return replace(answer, law=said, placed=placed(case, search, best), leads=tuple(found))
+    single = where is not None and where.sure and len(where.operations) == 1
+    found = [] if said else leads(case.entries, best, search, case.positions, single=single)
+    return replace(answer, law=said, placed=where, leads=tuple(found))
 
 
 def _truth(case: Case, start: State, arbiter: str) -> TruthAt | None:
@@ -118,7 +128,7 @@ def _around(case: Case, search: Search, best: State, max_faults: int, budget: Bu
     The points of that kind are left out, and what explains the others is kept.
     """
     depth = max_faults - len(best.faults)
-    if best.first is None or depth < 2 or budget.late:
+    if best.first is None or depth < 2 or budget.late or search.screening.cone(best).sure:
         return best
     kind = parse(case.entries[best.first.point].point).kind
     others = [entry for entry in case.entries if parse(entry.point).kind != kind]

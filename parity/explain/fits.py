@@ -22,6 +22,7 @@ _PROMISING = 0.3
 _KEPT = 12  # fits that go on after the first passes
 _SLACK = 10.0  # as `batch._SLACK`: products over few rows round otherwise
 _DIGITS = (1, 2, 3, 4, 5, 6, 8)  # significant digits of a fitted number: the fewest that reproduce the records are meant
+_NEAR = 0.01  # part of the error that a fit may leave for round numbers near it to be tried
 _AGAIN = 3  # times that a number is fitted again where it leaves a later place
 
 
@@ -145,10 +146,25 @@ class Fitting:
                 break
             self._pass(going)
         found: dict[str, _Trial] = {}
+        wanted = self._residual_of_state()
         for trial in sorted(trials, key=lambda one: one.best):
-            if np.isfinite(trial.best) and self._passes(trial, trial.best_at):
+            if not np.isfinite(trial.best) or trial.best > _NEAR * float(wanted @ wanted):
+                continue
+            at = next((at for at in (trial.best_at, *self._short(trial)) if self._passes(trial, at)), None)
+            if at is not None:
+                trial.best_at = at
                 found.setdefault(f"{trial.fit.fault.name} {trial.parameters}", trial)
         return list(found.values())
+
+    def _short(self, trial: _Trial) -> Iterator[float]:
+        """Round numbers near the fitted one: where an operation has steps (a table of F16) only the very number leaves nothing."""
+        value = trial.value(trial.best_at)
+        numbers = [float(f"{value:.{digits}g}") for digits in _DIGITS[:4]]
+        if trial.fit.parameter == "scale" and value > 0:
+            numbers.insert(0, round(value**-2) ** -0.5 if value < 1 else value)
+        for number in numbers:
+            if number and (number > 0 or not trial.fit.positive):
+                yield float(np.log(number)) if trial.fit.positive else number
 
     def _checked(self, trial: _Trial) -> State | None:
         """The state with the fitted number on all rows and points, if it gets beyond the first place."""
@@ -258,6 +274,13 @@ def fitted(screening: Screening, state: State, layers: Layers) -> list[State]:
     if state.first is None:
         return []
     return list(Fitting(screening, state, layers).states())
+
+
+def is_number(candidate: Candidate) -> bool:
+    """Whether a fault's parameter is a number that may have been fitted."""
+    return any(
+        fit.fault.name == candidate.fault.name and isinstance(candidate.parameters.get(fit.parameter), float) for fit in FITTED
+    )
 
 
 def said(candidate: Candidate, right: Any) -> str:

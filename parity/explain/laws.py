@@ -15,11 +15,19 @@ Values = Mapping[str, Array]
 Bools = NDArray[np.bool_]
 
 # A law holds if what it leaves of a record is this many times its limit at most: the printed digits of a constant have to do.
-_ROOM = 10.0
+ROOM = 10.0
+WRONG = "wrong; the others are right"  # the end of a sentence that says which elements are wrong, and not how
 _ROLLS = 64  # offsets of elements that are tried in either direction
 _SHIFTS = 4  # offsets of positions
 _LISTED = 6  # elements that a sentence lists
 _WIDE = 4096  # elements of a row among which a permutation is looked for
+# Orders of a row's or a head's elements that engines confuse: which right element stands at place i of so many.
+_ORDERS: dict[str, Callable[[int, int], int]] = {
+    "in reverse": lambda i, size: size - 1 - i,
+    "as neighbours (2i, 2i + 1) where halves (i, i + d/2) are wanted": lambda i, size: i // 2 + i % 2 * (size // 2),
+    "as halves (i, i + d/2) where neighbours (2i, 2i + 1) are wanted": lambda i, size: 2 * (i % (size // 2)) + i // (size // 2),
+}
+_SIGN = 1e-5  # of a factor from -1
 _SHARES = 0.02, 0.98  # of a mix with another position: what is less is no mix
 
 
@@ -77,7 +85,7 @@ def beside(
         theirs=entry.values[wrong][:, :count],
         right=right,
         index=index,
-        room=_ROOM * entry.limit[wrong] * entry.energy[wrong] + (entry.quantum[wrong][:, :count] ** 2).sum(axis=1),
+        room=ROOM * entry.limit[wrong] * entry.energy[wrong] + (entry.quantum[wrong][:, :count] ** 2).sum(axis=1),
         rows=entry.rows[wrong],
         whole=whole,
         bias=bias[index] if fits and bias is not None else None,
@@ -90,18 +98,26 @@ def law(found: Beside) -> str:
     if not np.isfinite(found.theirs).all() or not np.isfinite(found.right).all():
         return ""
     every = np.ones(len(found.index), dtype=np.bool_)
-    said = next(_relations(found, every), "")
+    said = next(_by_a_number(found, every, many=False), "")
     if said:
         return f"every element {said}"
     some = _differing(found)
     if 0 < some.sum() < len(some):
-        relation = next(_relations(found, some), "") or next(_exchanged(found, some), "")
         where = _elements(found, some)
+        many = not where or where.startswith(("elements", "heads"))
+        exchanged = next(_exchanged(found, some), "")
+        if exchanged:
+            return f"elements {_listed(found.index[some])} {exchanged}; the others are right"
+        relation = next(_by_a_number(found, some, many), "") or next(_by_a_vector(found, some, many), "")
         if relation and (where or some.sum() <= _LISTED):
-            return f"{where or _listed(found.index[some])} {relation}; the others are right"
+            return f"{where or f'elements {_listed(found.index[some])}'} {relation}; the others are right"
+        moved = "" if some.sum() == 1 else next(_moved(found), "")
+        if moved:
+            return moved
         if where:
-            return f"{where} is wrong; the others are right"
-    return next(_moved(found), "")
+            return f"{where} {'are' if many else 'is'} {WRONG}"
+    said = next(_by_a_vector(found, every, many=False), "")
+    return f"every element {said}" if said else next(_moved(found), "")
 
 
 def _differing(found: Beside) -> Bools:
@@ -110,51 +126,63 @@ def _differing(found: Beside) -> Bools:
         return np.asarray(((found.theirs - found.right) ** 2 > found.room[:, None]).any(axis=0))
 
 
-def _relations(found: Beside, some: Bools) -> Iterator[str]:
-    """How these elements come from the right ones: by one number, or by one vector."""
+def _by_a_number(found: Beside, some: Bools, many: bool) -> Iterator[str]:
+    """How these elements come from the right ones by one number, or by the operation's bias."""
     theirs, right = found.theirs[:, some], found.right[:, some]
-    alone = "s" if some.sum() == 1 or some.all() else ""
-    if not theirs.any() and found.right[:, some].any():
-        yield f"{'is' if alone else 'are'} 0"
-        return
-    whole = found.right.copy()
+    be, have = ("are", "have") if many else ("is", "has")
 
     def holds(values: Floats) -> bool:
-        whole[:, some] = values
-        return found.holds(whole, some)
+        return _holds(found, some, values)
 
+    if not theirs.any() and right.any():
+        yield f"{be} 0"
+        return
     factor = _factor(theirs, right)
     if factor is not None and holds(right * factor):
-        if abs(factor + 1) < 1e-5:
-            yield f"{'has' if alone else 'have'} the wrong sign"
-        else:
-            yield f"{'is' if alone else 'are'} {_short(factor, lambda c: holds(right * c))} times the right one"
+        wrong_sign = abs(factor + 1) < _SIGN
+        yield (
+            f"{have} the wrong sign" if wrong_sign else f"{be} {_short(factor, lambda c: holds(right * c))} times the right one"
+        )
         return
     constant = float(np.mean(theirs - right))
     if constant and holds(right + constant):
-        yield f"{'is' if alone else 'are'} the right one {_signed(_short(constant, lambda c: holds(right + c)))}"
+        yield f"{be} the right one {_signed(_short(constant, lambda c: holds(right + c)))}"
         return
-    if found.bias is not None:
-        bias = found.bias[some]
-        factor = _factor(theirs - bias, right - bias)
-        if factor is not None and holds((right - bias) * factor + bias):
-            number = _short(factor, lambda c: holds((right - bias) * c + bias))
-            yield f"{'is' if alone else 'are'} {number} times the right product; the bias is right"
+    if found.bias is None:
+        return
+    bias = found.bias[some]
+    factor = _factor(theirs - bias, right - bias)
+    if factor is not None and holds((right - bias) * factor + bias):
+        yield f"{be} {_short(factor, lambda c: holds((right - bias) * c + bias))} times the right product; the bias is right"
+        return
+    for times, sentence in ((0.0, "without the bias"), (2.0, "with the bias twice"), (-1.0, "with the bias subtracted")):
+        if bias.any() and holds(right + (times - 1) * bias):
+            yield f"{be} the right one {sentence}"
             return
-        for times, sentence in ((0.0, "lacks the bias"), (2.0, "has the bias twice"), (-1.0, "has the bias subtracted")):
-            if bias.any() and holds(right + (times - 1) * bias):
-                yield sentence if alone else sentence.replace("lacks", "lack").replace("has", "have")
-                return
-    if len(theirs) > 1:
-        vector = (theirs - right).mean(axis=0)
-        if vector.any() and holds(right + vector):
-            yield ("has" if alone else "have") + " the same vector added at every position: a bias missing, wrong or doubled"
-            return
-        energy = np.einsum("ij,ij->i", right, right)
-        if some.sum() > 1 and (energy > 0).all():
-            each = np.einsum("ij,ij->i", theirs, right) / energy
-            if holds(right * each[:, None]):
-                yield f"is off by a factor of its position ({each.min():.4g} to {each.max():.4g})"
+
+
+def _by_a_vector(found: Beside, some: Bools, many: bool) -> Iterator[str]:
+    """The same vector added at every position, or one factor for each position."""
+    theirs, right = found.theirs[:, some], found.right[:, some]
+    be, have = ("are", "have") if many else ("is", "has")
+    if len(theirs) < 2:
+        return
+    vector = (theirs - right).mean(axis=0)
+    if vector.any() and _holds(found, some, right + vector):
+        yield f"{have} the same vector added at every position: a bias missing, wrong or doubled"
+        return
+    energy = np.einsum("ij,ij->i", right, right)
+    if some.sum() > 1 and (energy > 0).all():
+        each = np.einsum("ij,ij->i", theirs, right) / energy
+        if _holds(found, some, right * each[:, None]):
+            yield f"{be} off by a factor of the position's own ({each.min():.4g} to {each.max():.4g})"
+
+
+def _holds(found: Beside, some: Bools, values: Floats) -> bool:
+    """Whether values of some elements [R, s] are theirs to rounding."""
+    whole = found.right.copy()
+    whole[:, some] = values
+    return found.holds(whole, some)
 
 
 def _factor(theirs: Floats, right: Floats) -> float | None:
@@ -256,10 +284,9 @@ def _moved(found: Beside) -> Iterator[str]:
 
 
 def _mix(found: Beside, whole: Floats) -> Iterator[str]:
-    inside = found.rows >= 1
-    if inside.sum() < 2 or not inside.all():
+    if (found.rows >= 1).sum() < 2:
         return
-    now, before = found.right, whole[found.rows - 1][:, found.index]
+    now, before = found.right, whole[np.maximum(found.rows - 1, 0)][:, found.index]
     base = before - now
     share = float(((found.theirs - now) * base).sum() / max(float((base * base).sum()), 1e-300))
     if _SHARES[0] < share < _SHARES[1] and found.holds(now + share * base):
@@ -284,6 +311,15 @@ def _permutation(found: Beside, whole: Floats) -> Iterator[str]:
         return
     if len(pairs) == 2 and pairs[0] == pairs[1][::-1]:
         yield f"elements {pairs[0][0]} and {pairs[0][1]} are exchanged; the others are right"
+        return
+    for size, of in ((right.shape[1], "the row"), (right.shape[1] // (found.heads or 1), "each head")):
+        for how, order in _ORDERS.items():
+            stands = [i // size * size + order(i % size, size) for i in found.index.tolist()]
+            if size > 2 and size % 2 == 0 and stands == source:
+                yield f"the right values stand in another order: {of} {how}"
+                return
+    if found.heads and all(i % size == j % size for i, j in pairs):
+        yield f"the heads stand in another order: head {pairs[0][0] // size} is the right head {pairs[0][1] // size}"
         return
     shown = ", ".join(f"{i} is the right element {j}" for i, j in pairs[:_LISTED])
     yield f"the right values stand in another order: element {shown}{', …' if len(pairs) > _LISTED else ''}"

@@ -12,6 +12,7 @@ from engine.backend import Array
 
 from .case import Case
 from .laws import beside, law
+from .operands import other_operand
 from .records import Expected, Floats, Ints
 from .search import Search
 from .state import Candidate, State, key
@@ -23,40 +24,46 @@ _TRIED = 12  # … of so many, by what they take away at the first record
 # Part of the error that a lead takes away at every wrong record of the first point; elsewhere none may grow by more than _WORSE.
 # Of the wrong leads that were seen each took away 96 to 99.6 % at the first record, and little at the next ones.
 _WORTH, _WORSE = 0.9, 2.0
+_TOGETHER = 0.5
 # What counts as equal in an observation: NMSE of float32 noise (limits.EXACT_FLOOR), with room for printed digits.
 _EQUAL = 1e-9
 _F16_MAX = 65504.0  # the largest finite float16
 
 
 def believed(entries: Sequence[Expected], search: Search, start: State, best: State) -> State:
-    """The state with those of its faults that are causes, up to the first one that is none.
+    """The state with those of its faults that are causes.
 
-    A cause reproduces the whole point at which the difference began, with numbers that say something, and spoils no record.
+    A cause reproduces the whole point at which the difference began, with numbers that say something, and spoils more than it
+    mends nowhere. Faults that do so only together must reproduce most of all: two of them are enough to give one layer's numbers
+    by chance.
     """
-    state = start
-    for number, candidate in enumerate(best.faults):
+    state = accepted = start
+    apart = 0
+    for candidate in best.faults:
         after = search.screening.reached(state, candidate)
         if after is None:
-            return state
-        last = number == len(best.faults) - 1
-        if last and not _is_cause(entries, state, after):
-            return state
-        state = after
-    return state
+            break
+        state, apart = after, apart + 1
+        share = _mended(entries, accepted, after)
+        if share is not None and (apart == 1 or share >= _TOGETHER):
+            accepted, apart = after, 0
+    return accepted
 
 
-def _is_cause(entries: Sequence[Expected], before: State, after: State) -> bool:
+def _mended(entries: Sequence[Expected], before: State, after: State) -> float | None:
+    """The part of the wrong records that a further fault reproduces; None if it is no cause of them."""
     if before.first is None or (after.first is not None and after.first.point <= before.first.point):
-        return False
-    spoiled = fixed = shown = 0
+        return None
+    spoiled = mended = shown = wrong = 0
     for entry, old, new in zip(entries, before.nmse, after.nmse, strict=True):
         was, now = old > entry.limit, new > entry.limit
+        wrong += int(was.sum())
         spoiled += int((now & ~was).sum())
-        fixed += int((was & ~now).sum())
+        mended += int((was & ~now).sum())
         finite = np.isfinite(np.where(entry.present, entry.values, 0.0)).all(axis=1)
         # Non-finite values prove nothing, unless finite ones stand beside them where the fault makes them.
         shown += int((was & ~now & (finite | (finite.any() & ~finite.all()))).sum())
-    return shown > 0 and spoiled < fixed and (spoiled == 0 or after.first is not None)
+    return (mended - spoiled) / wrong if shown and spoiled < mended else None
 
 
 def law_at(case: Case, search: Search, state: State) -> str:
@@ -72,7 +79,8 @@ def law_at(case: Case, search: Search, state: State) -> str:
     bias = case.transformer.backend.to_host(case.replay.weights.get(name)) if isinstance(name, str) else None
     bias = bias.astype(np.float64) if bias is not None and bias.ndim == 1 else None
     found = beside(entry, state.nmse[state.first.point], values, case.positions, bias, _heads(state, entry.point))
-    return "" if found is None else law(found)
+    said = "" if found is None else law(found)
+    return said or other_operand(case, state, entry, state.nmse[state.first.point])
 
 
 def _heads(state: State, point: str) -> int | None:
@@ -111,13 +119,16 @@ def placed(case: Case, search: Search, state: State) -> Placed | None:
     return Placed(names, cone.agreeing, cone.sure, seen)
 
 
-def leads(entries: Sequence[Expected], state: State, search: Search, positions: Ints) -> list[Lead]:
-    """What is to be said of a state's first place: observations, then the candidates that take most of the error away."""
+def leads(entries: Sequence[Expected], state: State, search: Search, positions: Ints, *, single: bool) -> list[Lead]:
+    """What is to be said of a state's first place: observations, then the candidates that take most of the error away.
+
+    `single`: one operation is in question, so that nobody need be told which ones may be.
+    """
     if state.first is None:
         return []
     entry = replace(entries[state.first.point], base=state.nmse[state.first.point])
     values = search.screening.replay(state, len(positions)).on_host
-    seen = [Lead(sentence) for sentence in _observations(entry, values, positions)]
+    seen = [Lead(sentence) for sentence in _observations(entry, values, positions, single)]
     best: dict[str, Lead] = {}
     tried: set[str] = set()
     for removed, candidate in sorted(search.tried.removed.get(key(state.faults), []), key=lambda pair: -pair[0]):
@@ -156,7 +167,7 @@ def _removed(entries: Sequence[Expected], search: Search, state: State, candidat
     return least
 
 
-def _observations(entry: Expected, values: Values, positions: Ints) -> Iterator[str]:
+def _observations(entry: Expected, values: Values, positions: Ints, single: bool) -> Iterator[str]:
     wrong = entry.base > entry.limit
     theirs = np.where(entry.present, entry.values, 0.0)[wrong]
     if not np.isfinite(theirs).all():
@@ -170,7 +181,7 @@ def _observations(entry: Expected, values: Values, positions: Ints) -> Iterator[
         yield "values reach float16's largest (65504): saturation"
     yield from _other_point(entry, values, positions, wrong)
     yield from _steps(theirs)
-    yield _which(entry, wrong)
+    yield _which(entry, wrong, single)
 
 
 def _close(a: Floats, b: Floats) -> bool:
@@ -202,15 +213,16 @@ def _steps(theirs: Floats) -> Iterator[str]:
         yield "every value has 10 bits of mantissa: the engine keeps activations in F16 (or TF32)"
 
 
-def _which(entry: Expected, wrong: NDArray[np.bool_]) -> str:
+def _which(entry: Expected, wrong: NDArray[np.bool_], single: bool) -> str:
     """Which positions are wrong, and what acts there."""
     rows = entry.rows[wrong]
     outside = parse(entry.point).layer is None
     if len(rows) == len(entry.rows):
         acts = "this operation or its weights" if outside else "values, output projection, feed-forward, a norm or weights"
-        return f"all positions are wrong: {acts}"
+        return "all positions are wrong" if single else f"all positions are wrong: {acts}"
     if rows.min() > 0 and len(rows) == (entry.rows >= rows.min()).sum():
         right = "position 0 is" if rows.min() == 1 else f"positions 0 to {rows.min() - 1} are"
-        return f"{right} right, all later ones wrong: queries, keys, RoPE, scale, mask or cache"
+        acts = "" if single else ": queries, keys, RoPE, scale, mask or cache"
+        return f"{right} right, all later ones wrong{acts}"
     listed = f"{', '.join(str(int(row)) for row in rows[:6])}{', …' if len(rows) > 6 else ''}"
     return f"{len(rows)} of {len(entry.rows)} positions are wrong, the others right: {listed}"

@@ -1,20 +1,20 @@
 """Where float32's own rounding is amplified over the table's limit: the arbiter knows, and without it an excuse has to do."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from engine.faults import as_recorded
+from engine.graph import Step
 from engine.replay.replay import Replay
 
 from ..diff.dataflow import flow
 from ..diff.noise import excused
-from ..diff.truth import Truth, raised
+from ..diff.truth import NO_COARSE_ROUNDING, NO_ROUNDING, Truth, raised
 from .records import Expected, Floats, Ints, columns, right_rows, with_limits
 
 OFF, AUTO, ALL = "off", "auto", "all"
-# NMSE above which no rounding of float32 is looked for. Measured (benchmarks/noise.py): at most 2e-10 between right engines; an engine
-# without residuals, which amplifies rounding most of all entries of the catalogue, 2e-9.
-BEYOND = 1e-7
+EXPLAINED = 1e3  # times that a record was worse before a fault that leaves no more than its own noise
 
 
 def allowed(
@@ -25,12 +25,17 @@ def allowed(
     The reference whose distance from the truth counts is our right engine in float32.
     """
     over = [bool((entry.base > entry.limit).any()) for entry in entries]
-    near = any(bool(((entry.base > entry.limit) & (entry.base <= BEYOND)).any()) for entry in entries)
+    near = any(bool(((entry.base > entry.limit) & (entry.base <= _beyond(entry, truth))).any()) for entry in entries)
     if not any(over) or (arbiter == AUTO and not near):
         return list(entries), ()
     if arbiter == OFF:
         return _excused(entries)
     return _by_truth(entries, right, positions, truth)
+
+
+def _beyond(entry: Expected, truth: Truth) -> float:
+    """NMSE above which a point's records show no rounding."""
+    return NO_COARSE_ROUNDING if entry.point in truth.coarse else NO_ROUNDING
 
 
 def own_distance(entries: Sequence[Expected], values: Replay, positions: Ints, truth: Truth) -> Floats:
@@ -47,7 +52,8 @@ def _by_truth(
     point, seq, token_idx = columns(entries)
     nmse, limit = (np.concatenate([getattr(entry, name) for entry in entries]) for name in ("base", "limit"))
     distance = own_distance(entries, right, positions, truth)
-    higher = np.where(nmse <= BEYOND, raised(limit, distance, point, seq, token_idx), limit)
+    coarse = np.array([entry.point in truth.coarse for entry in entries])[point]
+    higher = raised(nmse, limit, distance, point, seq, token_idx, coarse)
     passed = (nmse > limit) & (nmse <= higher)
     notes: tuple[str, ...] = ()
     if passed.any():
@@ -58,6 +64,38 @@ def _by_truth(
             f" {nmse[worst]:.1e} from our engine, which itself is {distance[worst]:.1e} from float64",
         )
     return with_limits(entries, higher), notes
+
+
+def without_own_noise(
+    entries: Sequence[Expected],
+    base: Sequence[Floats],
+    nmse: tuple[Floats, ...],
+    steps: Sequence[Step],
+    make: Callable[[Sequence[Step], int], Replay],
+    positions: Ints,
+    truth_of: Callable[[Sequence[Step]], Truth],
+) -> tuple[Floats, ...]:
+    """What a changed list of steps leaves at each record, [R] a point, where its own rounding is no more than that.
+
+    A fault may amplify float32's rounding over the limit: what is left is then a multiple of the list's own distance from float64,
+    and was far larger before.
+
+    Args:
+        base: what was left before it was changed.
+    """
+    old, new, limit = (np.concatenate(list(part)) for part in (base, nmse, [entry.limit for entry in entries]))
+    plain = as_recorded(steps)
+    truth = truth_of(plain)
+    beyond = np.concatenate([np.full(len(entry.rows), _beyond(entry, truth)) for entry in entries])
+    odd = (new > limit) & (new <= beyond) & (new * EXPLAINED <= old)
+    if not odd.any():
+        return nmse
+    distance = own_distance(entries, make(plain, len(positions)), positions, truth)
+    point, seq, token_idx = columns(entries)
+    coarse = np.array([entry.point in truth.coarse for entry in entries])[point]
+    own = odd & (new <= raised(new, limit, distance, point, seq, token_idx, coarse, NO_ROUNDING))
+    ends = np.cumsum([len(entry.rows) for entry in entries])[:-1]
+    return tuple(np.split(np.where(own, np.minimum(new, limit), new), ends))
 
 
 def _excused(entries: Sequence[Expected]) -> tuple[list[Expected], tuple[str, ...]]:

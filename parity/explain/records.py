@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from checkpoints.errors import DumpError
-from checkpoints.points import LOGITS, parse
+from checkpoints.points import LOGITS, of_scores, parse
 from checkpoints.record import Dump, Header, Rows
 from checkpoints.summary import summarise
 from engine.replay.replay import Replay
@@ -122,7 +122,7 @@ class Expected:
     def whole_values(self, tensor: NDArray[np.float32], positions: Ints) -> Floats | None:
         """Every row of a tensor as a whole: [T, n]; None where a row is no plain vector."""
         known = parse(self.point).known
-        if known is not None and "t+1" in known.row:
+        if of_scores(self.point) or (known is not None and "t+1" in known.row):
             return None
         return tensor.reshape(len(positions), -1).astype(np.float64)
 
@@ -141,7 +141,7 @@ class Expected:
         """`_slice` of M tensors: [M, records within their rows, k]."""
         width = self.values.shape[1]
         known = parse(self.point).known
-        if known is not None and "t+1" in known.row:
+        if of_scores(self.point) or (known is not None and "t+1" in known.row):
             return np.array([self._growing(tensor, positions, here) for tensor in tensors])
         flat = tensors.reshape(len(tensors), len(positions), -1)
         if self.index is not None:

@@ -11,8 +11,10 @@ from engine.graph import Step
 from engine.inapplicable import NotApplicable
 from engine.replay.replay import Replay
 
+from ..diff.truth import Truth
 from .budget import Budget
 from .cone import Cone, cone
+from .noise import without_own_noise
 from .records import Expected, Floats, Ints
 from .state import Candidate, Layers, RecordKey, Screened, State, Tried, key, shown_points, unchanged_steps
 
@@ -26,7 +28,7 @@ class Screening:
     Args:
         right: the replay of `steps` over all rows. make: gives the replay of a list of steps over the first so many rows,
             with the values that it may take from a longer one.
-        budget: with which screening ends.
+        budget: with which screening ends. truth_of: gives what a list of steps makes in float64.
     """
 
     def __init__(
@@ -38,6 +40,7 @@ class Screening:
         positions: Ints,
         backend: Backend,
         budget: Budget,
+        truth_of: Callable[[Sequence[Step]], Truth],
     ) -> None:
         self.entries = list(entries)
         self.right = tuple(steps)
@@ -46,6 +49,7 @@ class Screening:
         self.positions = positions
         self.backend = backend
         self.budget = budget
+        self._truth_of = truth_of
         self.number = {entry.point: number for number, entry in enumerate(self.entries)}
         self._whole = right
         self._replays: dict[tuple[str, ...], Replay] = {}
@@ -213,13 +217,13 @@ class Screening:
     def left(self, place: RecordKey, made: Array) -> float:
         """NMSE of a value of the first rows at a place."""
         entry = self.entries[place.point]
-        errors = entry.nmse(self.backend.to_host(made), self.positions[: made.shape[0]])
+        errors = entry.nmse(self.backend.to_host(made), self.positions[: made.shape[-2]])
         return float(errors[entry.rows == place.row].max())
 
     def recorded(self, place: RecordKey, made: Array) -> Floats:
         """The recorded elements of a value of the first rows at a place: [k]."""
         entry = self.entries[place.point]
-        return entry.at(self.backend.to_host(made), self.positions[: made.shape[0]], place.row)
+        return entry.at(self.backend.to_host(made), self.positions[: made.shape[-2]], place.row)
 
     def check(self, state: State, candidate: Candidate) -> State | None:
         """The state with the candidate planted, on all rows and points; None where the model or the faults there do not allow it,
@@ -241,6 +245,14 @@ class Screening:
         except NotApplicable:
             return None
         nmse = self._everything(state.root or state, steps)
-        return (
-            None if nmse is None else State((*state.faults, candidate), Planting(steps, self.number), nmse, self._first(nmse))
-        )
+        if nmse is None:
+            return None
+        first = self._first(nmse)
+        if first is not None and (state.first is None or state.first < first):
+            nmse = without_own_noise(self.entries, state.nmse, nmse, steps, self.make_anew, self.positions, self._truth_of)
+            first = self._first(nmse)
+        return State((*state.faults, candidate), Planting(steps, self.number), nmse, first)
+
+    def make_anew(self, steps: Sequence[Step], rows: int) -> Replay:
+        """A replay of these steps that takes nothing over from another one."""
+        return self.make(steps, rows, None)

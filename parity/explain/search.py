@@ -5,7 +5,7 @@ screened at the first place that the state does not explain, on as few positions
 beyond that place, checked on all of them.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import product, zip_longest
 
@@ -15,7 +15,7 @@ from engine.faults import Planting
 from engine.inapplicable import NotApplicable
 
 from .batch import beyond, screened
-from .fits import fitted
+from .fits import fitted, is_number
 from .scopes import ranges, rescoped, stages
 from .screening import Screening
 from .state import Candidate, Layers, State, key, worst
@@ -36,10 +36,14 @@ def _whole(found: Sequence[State]) -> bool:
 
 
 class Search:
-    """Searches the catalogue over the records of a dump, by one screening."""
+    """Searches the catalogue over the records of a dump, by one screening.
 
-    def __init__(self, screening: Screening) -> None:
+    `ends` says of a state that no single fault gets further whether the search may end there: what is wrong is known.
+    """
+
+    def __init__(self, screening: Screening, ends: Callable[[State], bool] = lambda _state: False) -> None:
         self.screening = screening
+        self._stop = ends
         self.tried = screening.tried
         self.right = {step.makes: step for step in screening.right}
         self._found: dict[tuple[str, ...], list[State]] = {}
@@ -92,7 +96,9 @@ class Search:
         size = (len(state.faults), single, sum(self.right.get(step.makes) is not step for step in state.steps))
         if state.first is None:
             error = worst(state, len(state.nmse))
-            return (0.0, round(float(np.log10(max(error, _SAME_NOISE) / _SAME_NOISE))), 0.0, *size, error)
+            # A number has its error from the digits that it was fitted to: among numbers the order of the list decides.
+            last = np.inf if state.faults and is_number(state.faults[-1]) else error
+            return (0.0, round(float(np.log10(max(error, _SAME_NOISE) / _SAME_NOISE))), 0.0, *size, last)
         return (1.0, -state.first.point, -state.first.row, *size, worst(state, state.first.point - 1))
 
     def simple(self, state: State) -> list[State]:
@@ -167,6 +173,8 @@ class Search:
             found = sorted([*found, *self._once(state, single=True)], key=self.rank)
         if not _whole(found):
             found = sorted([*found, *self._numbers(state)], key=self.rank)
+        if not found and self._stop(state):
+            return state
         if not found and len(suspects) > 1:
             found = sorted(ranges(self.screening, state), key=self.rank)
         if not found:

@@ -24,6 +24,7 @@ from .state import Candidate, Layers, State, shown_points
 # How many of the likely combinations are tried. Of 16 seeded pairs the right one had rank 0 to 1,250 among about 19,000 (ten
 # of them below 40), but for one at 14,203 (`benchmarks/explain_several.py --ranks`).
 MOST = 3000
+_MOST_OF_ONE = 100  # where one operation is in question: two faults of one operation are rare, and the search is to end
 _BEYOND = 2  # steps after the first place that a wrong capture may show; a layer's more are not worth it for each candidate
 _REPLAYS = 64  # replays that are kept, of one interval each
 # Added to the diagonal of unit effects' inner products: those that are equal in float32 stay solvable.
@@ -69,7 +70,9 @@ class Together:
 
     def found(self, number: int) -> Iterator[list[tuple[Candidate, ...]]]:
         """Combinations that leave nothing at the first place, each with those that differ in one fault; the likely ones first."""
-        for chosen in self.likely(number)[:MOST]:
+        few = self._screening.cone(self._state)
+        most = _MOST_OF_ONE if few.sure and len(few.steps) == 1 else MOST
+        for chosen in self.likely(number)[:most]:
             effects = [self.effects[index] for index in chosen]
             for order in self._orders(effects):
                 if self._screening.budget.over():

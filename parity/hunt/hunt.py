@@ -12,13 +12,13 @@ from checkpoints.answers.hunt import Hunt, Round
 from checkpoints.errors import InputError, ParityError
 from checkpoints.formats import load
 from checkpoints.jsonl import write
-from checkpoints.reading.reader import read
 from checkpoints.record import Dump, Header, Rows
 from reference.client import Reference
 
-from ..diff.compare import Comparison, comparison
+from ..diff.compare import Comparison
 from ..explain.case import ExplainOptions
 from ..explain.input import explain_dump
+from ..explain.on_model import compared_on
 from ..lint.lint import refuse_unusable
 from ..run.command import POINTS, Command
 from ..run.request import Progress, Prompt, Request
@@ -107,7 +107,7 @@ class _Chase:
             new = tuple(name for name in printed.points if known is None or name not in known.points)
             known = self.ours
             self.ref = self._reference_for(known)
-            self.result = comparison(self.ours, self.ref, comparison_options(self._request))
+            self.result = compared_on(self.ours, self.ref, comparison_options(self._request), self._request.model)
             verdict = self.result.verdict
             yield Heard(Round(number, asked, new, verdict), self.ours, self.ref)
             if verdict or not verdict.next:
@@ -148,7 +148,7 @@ class _Chase:
         forget_answer(self._folder)
         write(ours, self._folder / OURS_FILE, Header(source=self._command.name))
         LlamaCpp(following(self._request, ours), self._reference).dump(self._prompt, self._folder / REF_FILE, self._progress)
-        return read(self._folder / REF_FILE)
+        return load(self._folder / REF_FILE)
 
 
 def _same(a: Rows, b: Rows) -> bool:

@@ -6,7 +6,7 @@ wrong leading dimension, layout or row.
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from math import sqrt
+from math import prod, sqrt
 from zlib import crc32
 
 import numpy as np
@@ -62,7 +62,7 @@ def typical_energy(x: NDArray[np.float32], weights: WeightSource, name: str) -> 
     A product with few outputs (a gate of one number a position) may cancel to next to nothing, and rounding with it does not.
     None where there are many outputs, which don't all cancel at once.
     """
-    outputs = weights.raw(name)[2][0]
+    outputs = prod(weights.raw(name)[2][:-1])  # one, of a weight that is a vector
     if outputs > _FEW_OUTPUTS:
         return None
     squares = weights.rows(name, np.arange(outputs)).astype(np.float64) ** 2

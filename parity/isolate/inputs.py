@@ -4,7 +4,7 @@ Values between points (masks, the parts of a recurrent state) are computed from 
 from the passes before, states are what the pass before left.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -105,7 +105,8 @@ class Inputs:
     ) -> None:
         self._program, self._weights, self._memory = program, weights, memory
         self._positions, self._live = positions, live
-        self._always: dict[str, Array] = {}  # what follows from tokens and positions alone
+        self._between: dict[str, Array] = {}  # values between points, as long as steps that read them are to come
+        self._readers = Counter(name for step in program.steps for name in dict.fromkeys(step.names))
 
     @property
     def seen(self) -> int:
@@ -144,12 +145,16 @@ class Inputs:
         producer = self._program.producers.get(name)
         if producer is None or not producer.inner:
             raise Missing(f"its input {name} was not recorded as a whole")
-        if name in self._always:
-            return self._always[name]
-        made = self.computed(producer)
-        if not self._program.needs(producer) and not any(isinstance(read, State) for read in producer.reads):
-            self._always[name] = made
-        return made
+        if name not in self._between:
+            self._between[name] = self.computed(producer)
+        return self._between[name]
+
+    def done_with(self, step: Step) -> None:
+        """Drop what no later step reads: `step` was the last reader of it that is still to come."""
+        for name in dict.fromkeys(step.names):
+            self._readers[name] -= 1
+            if self._readers[name] <= 0:
+                self._between.pop(name, None)
 
     def computed(self, step: Step) -> Array:
         """The value of a step between points.
@@ -158,6 +163,7 @@ class Inputs:
             Missing: one of its inputs is not known.
         """
         value: Array = compute(step, self.of(step), self._weights)
+        self.done_with(step)
         return value
 
     def _history(self, name: str) -> Array:

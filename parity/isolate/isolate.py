@@ -159,7 +159,7 @@ def _started(request: IsolateRequest, running: Reference | None) -> AbstractCont
 
 def _feed_reference(reference: Reference, request: IsolateRequest, prompt: Prompt, mode: str, bench: _Bench) -> int:
     """Let llama.cpp compute the prompt (and what it generates) and judge each pass; returns the number of passes."""
-    points = ",".join(bench.transformer.points)
+    points = "all"  # what isolates nothing is passed over
     positions = np.arange(len(prompt.ids), dtype=np.int64)
     if not request.generate:
         captured = reference.capture(request.model, prompt.ids, points, mode, kv_type=request.kv_type, threads=request.threads)

@@ -172,6 +172,7 @@ class _Pass:
         try:
             if not step.inner:
                 self._judge(step)
+                self._inputs.done_with(step)
                 return
             value = self._inputs.computed(step)
         except Missing as error:
@@ -212,7 +213,7 @@ class _Pass:
             ours = self._computed(definition, inputs)
             said = ""
             if routing is not None:
-                errors, said = routing_error(routing, inputs[0], ours, theirs)
+                errors, said = routing_error(routing.used, self._ordered(routing.ordering, positions), ours, theirs)
             else:
                 errors = row_errors(step.makes, ours, theirs, positions, least)
             if best is None or errors.max() < best[0].max():
@@ -227,6 +228,11 @@ class _Pass:
             sampled = [self._sampled(definition, inputs, theirs) for definition in definitions]
             if measured := [error for error in sampled if error is not None]:
                 record.sampled = max(record.sampled or 0.0, min(measured))
+
+    def _ordered(self, step: Step, positions: NDArray[np.int64]) -> NDArray[np.float32]:
+        """The values that an ordering step orders."""
+        ordered: NDArray[np.float32] = viewed(step.reads[0], self._inputs.of(step, positions)[0])
+        return ordered
 
     def _computed(self, step: Step, inputs: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
         try:
@@ -314,6 +320,8 @@ class _Pass:
         output = self._live[step.makes]
         if parse(step.makes).kind in CACHED:
             return self._inputs.of(step), output.data, output.positions
+        if step.axis is None:  # it stands once in a pass
+            return self._inputs.of(step), output.data, output.positions[-1:]
         common = output.positions
         for name in inputs_named(step):
             if name in self._live and parse(name).kind not in CACHED:

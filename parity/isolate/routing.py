@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from engine import ops
 from engine.graph import Step, View, name_of
 
 _ORDERS = ("ARGSORT", "TOP_K")
@@ -16,22 +17,26 @@ NEAR_TIE = 1e-6
 
 @dataclass(frozen=True)
 class Routing:
-    """A step that orders values: how many of the places are used afterwards."""
+    """A choice: the step that orders values, and how many of the places are used afterwards (0: all)."""
 
+    ordering: Step
     used: int
 
 
 def routings(steps: Sequence[Step]) -> Mapping[str, Routing]:
-    """The steps that choose, by what they make."""
+    """The choices among a model's steps, by the name of the places: those of an ordering step, or of the view that cuts them off."""
+    ordering = {step.makes: step for step in steps if getattr(step.op, "name", "") in _ORDERS}
     found: dict[str, Routing] = {}
     for step in steps:
-        if getattr(step.op, "name", "") in _ORDERS:
-            found[step.makes] = Routing(_used(step, steps))
+        if step.makes in ordering:
+            found[step.makes] = Routing(step, _used(step, steps))
+        elif step.op is ops.part and name_of(step.reads[0]) in ordering and isinstance(step.reads[0], View):
+            found[step.makes] = Routing(ordering[name_of(step.reads[0])], step.reads[0].shape[-1].fixed)
     return found
 
 
 def _used(step: Step, steps: Sequence[Step]) -> int:
-    """How many of the chosen places other steps read: the longest row of their views."""
+    """How many of the ordered places other steps read: the longest row of their views."""
     width = 0
     for other in steps:
         for read in other.reads:
@@ -43,11 +48,12 @@ def _used(step: Step, steps: Sequence[Step]) -> int:
 
 
 def routing_error(
-    routing: Routing, values: NDArray[np.float32], ours: NDArray[Any], theirs: NDArray[np.float32]
+    used: int, values: NDArray[np.float32], ours: NDArray[Any], theirs: NDArray[np.float32]
 ) -> tuple[NDArray[np.float64], str]:
     """0 for each row whose choice is right, infinite for others, and what is to say.
 
     Args:
+        used: how many of the first places are the choice; 0 for all.
         values: what was ordered, with one row a position (float32 [T, E], or any shape of that many elements).
         ours, theirs: the places in order, [T, E] or [T, k].
     """
@@ -55,24 +61,27 @@ def routing_error(
     ordered = theirs.reshape(rows, -1).astype(np.int64)
     values = values.reshape(rows, -1)
     right = np.asarray(ours).reshape(rows, -1).astype(np.int64)
-    count = min(routing.used or right.shape[1], right.shape[1])
+    count = min(used or right.shape[1], right.shape[1])
     if ordered.shape[1] < count:
         return np.full(rows, np.inf), f"{ordered.shape[1]} were chosen instead of {count}"
     errors = np.zeros(rows)
-    ties = 0
+    ties: list[float] = []
+    said = ""
     for row in range(rows):
         chosen, wanted = set(ordered[row, :count].tolist()), set(right[row, :count].tolist())
         if chosen == wanted:
             continue
-        if not all(0 <= place < values.shape[1] for place in chosen) or len(chosen) != count:
-            errors[row] = np.inf
+        if len(chosen) != count or not all(0 <= place < values.shape[1] for place in chosen):
+            errors[row], said = np.inf, said or f"it chose {', '.join(str(place) for place in ordered[row, :count])}"
             continue
-        last = float(values[row, right[row, count - 1]])
-        apart = max((abs(float(values[row, place]) - last) for place in chosen ^ wanted), default=0.0)
-        if apart <= NEAR_TIE * max(abs(last), 1e-30):
-            ties += 1
+        best = max(wanted - chosen, key=lambda place: values[row, place])
+        least = min(chosen - wanted, key=lambda place: values[row, place])
+        margin = abs(float(values[row, best]) - float(values[row, least]))
+        if margin <= NEAR_TIE * max(abs(float(values[row, best])), 1e-30):
+            ties.append(margin)
         else:
             errors[row] = np.inf
-    if np.isinf(errors).any():
-        return errors, "others were chosen than those with the largest values"
-    return errors, f"{ties} near ties fell the other way" if ties else ""
+            said = said or f"it chose {least} ({values[row, least]:.3g}) and not {best} ({values[row, best]:.3g})"
+    if said or not ties:
+        return errors, said
+    return errors, f"{len(ties)} near ties fell the other way (margin {max(ties):.1g})"

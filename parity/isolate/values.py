@@ -165,6 +165,8 @@ class WholeValues:
                 "Write [positions, …], and [heads, positions, cached positions] for kq and kq_soft_max.",
             )
         count = data.shape[1] if of_scores(name) else len(data)
+        if count == 1 and kind not in CACHED:  # a state after the pass, or a pooled embedding
+            return Value(data, positions[-1:])
         if kind not in CACHED and count != len(positions):
             raise DumpError(
                 f"{name} of pass {step} has {count} rows in the tensors file, the dump {len(positions)} positions.",

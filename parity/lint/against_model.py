@@ -31,10 +31,15 @@ def _cosine(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
     return float(a @ b) / norms if norms > 0 else 0.0
 
 
+_ADDED_TO_EMBEDDING = frozenset({"position_embd.weight", "token_types.weight", "token_embd_norm.weight"})
+
+
 def embedding_row(subject: Subject) -> Iterator[Hit]:
     """The embedding at a position is another token's than the tokens say."""
     model, rows = subject.model, subject.points.get(EMBD)
     if model is None or rows is None or rows.indices is not None or "token_embd.weight" not in model.model.tensors:
+        return
+    if _ADDED_TO_EMBEDDING & model.model.tensors.keys():  # then what enters the layers is no row of the table
         return
     usable = telling(rows)
     wrong: list[tuple[int, int]] = []

@@ -6,6 +6,7 @@ from math import prod
 import numpy as np
 from numpy.typing import NDArray
 
+from checkpoints.points import parse
 from checkpoints.record import SKETCH_SIZE, Rows
 from checkpoints.summary import sketch as sketch_of
 
@@ -90,6 +91,14 @@ def _sketch(rows: Rows, values: NDArray[np.float64], whole: NDArray[np.bool_]) -
     yield "the sketch is not the values'", wrong
 
 
+def _has_sinks(subject: Subject, name: str) -> bool:
+    """Whether a share of the attention goes nowhere (`attn_sinks.weight`, an additional score of each head)."""
+    made, layer = subject.made(name), parse(name).layer
+    if made is not None and any("sinks" in weight for weight in made.weights):
+        return True
+    return subject.model is not None and f"blk.{layer}.attn_sinks.weight" in subject.model.model.tensors
+
+
 def attention_rows(subject: Subject) -> Iterator[Hit]:
     """Attention weights that do not sum to 1, or that are the same for every position."""
     sums: dict[str, list[int]] = {}
@@ -99,6 +108,7 @@ def attention_rows(subject: Subject) -> Iterator[Hit]:
         if kind(name) != "kq_soft_max":
             continue
         totals = rows.stats.get("sum")
+        sinks = _has_sinks(subject, name)
         for r, shape in enumerate(rows.shapes):
             scattered = rows.indices is not None and rows.indices[r, 0] >= 0
             if len(shape) != 2 or min(shape) < 1 or scattered:
@@ -108,7 +118,7 @@ def attention_rows(subject: Subject) -> Iterator[Hit]:
             whole = row[: len(row) // seen * seen].reshape(-1, seen)
             total = whole.sum(axis=1)
             mean = totals[r] / heads if totals is not None and np.isfinite(totals[r]) else 1.0
-            off = [float(x) for x in (*total, mean) if not abs(x - 1) <= _SUM]
+            off = [float(x) for x in (*total, mean) if not (abs(x - 1) <= _SUM or (sinks and 0 <= x < 1))]
             if off:
                 sums.setdefault(name, []).append(r)
                 said.setdefault(name, f"{off[0]:.4g}")

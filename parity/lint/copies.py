@@ -4,7 +4,8 @@ from collections import defaultdict
 from collections.abc import Iterator
 from itertools import pairwise
 
-from checkpoints.points import EMBD, parse
+from checkpoints.dataflow import CACHE
+from checkpoints.points import EMBD, in_layer, of_scores, parse
 
 from .rule import Hit, Place, Subject, kind, where
 
@@ -21,14 +22,43 @@ _NEVER = frozenset({"kq_soft_max"})
 _CACHED = frozenset({"k_read", "v_read"})
 # What layer 0 makes before attention mixes positions depends on the token alone.
 _BEFORE_ATTENTION = frozenset({"attn_norm", "q", "k", "v", "q_norm", "k_norm"})
+# Where attention and feed-forward stand side by side, so does what the first layer's feed-forward makes.
+_BESIDE_ATTENTION = frozenset({"ffn_norm", "ffn_gate", "ffn_up", "ffn_swiglu", "ffn_out"})
+# Operations whose result depends on the position or on other positions; of a shift, on the position before alone.
+_MIXING = frozenset({CACHE, "ROPE", "SSM_CONV", "SSM_SCAN", "GATED_DELTA_NET", "RWKV_WKV6", "RWKV_WKV7", "CPY"})
+_SHIFTS = frozenset({"CONCAT"})
+_COPIES = frozenset({"CONT", "CPY", "CAST", "DUP"})
 
 
-def _may_be_alike(a: str, b: str) -> bool:
+def _may_be_alike(subject: Subject, a: str, b: str) -> bool:
     first, second = parse(a), parse(b)
+    layers = (subject.home(a), subject.home(b))
     if first.known is None or second.known is None:
         # Views and copies of nodes outside the vocabulary are many, within a layer and from one to the next.
-        return first.layer is None or second.layer is None or abs(first.layer - second.layer) < 2
-    return first.layer == second.layer and any({first.kind, second.kind} <= group for group in _ALIKE)
+        return layers[0] is None or layers[1] is None or abs(layers[0] - layers[1]) < 2
+    if layers[0] != layers[1]:
+        return False
+    groups = (*_ALIKE, _ALIKE[1] | _ALIKE[2]) if _one_cache(subject, first.layer) else _ALIKE
+    return any({first.kind, second.kind} <= group for group in groups)
+
+
+def _one_cache(subject: Subject, layer: int | None) -> bool:
+    """Whether a layer's keys and values are read from the same rows, as in latent attention."""
+    if layer is None:
+        return False
+    read = [_behind_copies(subject, in_layer(layer, kind)) for kind in ("k_read", "v_read")]
+    if all(read):
+        return read[0] == read[1]
+    return subject.model is not None and f"blk.{layer}.attn_kv_a_mqa.weight" in subject.model.model.tensors
+
+
+def _behind_copies(subject: Subject, name: str) -> frozenset[str]:
+    """What a value is made from, through copies in another layout."""
+    made = subject.made(name)
+    reads = frozenset() if made is None else frozenset(made.reads)
+    while len(reads) == 1 and (made := subject.made(next(iter(reads)))) is not None and made.op in _COPIES and made.reads:
+        reads = frozenset(made.reads)
+    return reads
 
 
 def _residual(name: str) -> int | None:
@@ -64,7 +94,7 @@ def _same_sets(subject: Subject) -> dict[tuple[str, ...], list[int]]:
                 seen[vector].append(name)
     found: dict[tuple[str, ...], list[int]] = defaultdict(list)
     for (place, _), names in seen.items():
-        unlike = [name for name in names if any(not _may_be_alike(name, other) for other in names if other != name)]
+        unlike = [name for name in names if any(not _may_be_alike(subject, name, other) for other in names if other != name)]
         if len(set(unlike)) > 1:
             found[tuple(dict.fromkeys(unlike))].append(place[1])
     return found
@@ -96,16 +126,37 @@ def stale_position(subject: Subject) -> Iterator[Hit]:
         by_value: dict[tuple[int, bytes], list[int]] = defaultdict(list)
         for (seq, position, _), data in subject.vectors[name]:
             by_value[seq, data].append(position)
-        # A node outside the vocabulary may stand before the attention, too.
-        free = name == EMBD or (point.layer == 0 and (point.kind in _BEFORE_ATTENTION or point.known is None))
+        free, shifted = _of_its_token(subject, name)
         stale: set[int] = set()
         for positions in by_value.values():
             ordered = sorted(set(positions))
             for before, after in pairwise(ordered):
                 same = subject.same_input(before, after)
                 excused = same is not False if free else after < subject.uniform_until
+                if shifted and not excused:
+                    excused = before > 0 and subject.same_input(before - 1, after - 1) is not False
                 if not excused:
                     stale.update((before, after))
         if stale:
             total = len(set(rows.token_idx.tolist()))
             yield Hit(name, min(stale), f"{name} is the same vector {where(sorted(stale), total)}")
+
+
+def _of_its_token(subject: Subject, name: str) -> tuple[bool, bool]:
+    """(whether a value depends on nothing but the position's own token, whether the one before takes part)."""
+    point = parse(name)
+    if name in subject.above:
+        own = subject.made(name)
+        # The leading values of parts side by side are those of the first part.
+        if own is not None and own.op in _SHIFTS and any(_of_its_token(subject, part)[0] for part in own.reads):
+            return True, False
+        above = subject.above[name]
+        made = [how for other in above if (how := subject.made(other)) is not None]
+        alone = not any(of_scores(other) for other in above) and not any(
+            how.op in _MIXING or any("position" in weight for weight in how.weights) for how in made
+        )
+        shifted = any(how.op in _SHIFTS for how in made)
+        return alone and not shifted, alone and shifted
+    # A node outside the vocabulary may stand before the attention, too.
+    kinds = _BEFORE_ATTENTION | _BESIDE_ATTENTION
+    return name == EMBD or (point.layer == 0 and (point.kind in kinds or point.known is None)), False

@@ -2,8 +2,8 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from itertools import product
 from math import prod
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -12,10 +12,8 @@ from checkpoints.points import LOGITS, OUTPUT_NORM, parse
 from checkpoints.record import Rows
 from reports.numbers import ranges
 
+from .model_facts import ModelFacts
 from .rule import Hit, Subject, positions_of
-
-if TYPE_CHECKING:
-    from engine.weights.gguf_model import Hyperparameters
 
 
 def value_count(subject: Subject) -> Iterator[Hit]:
@@ -36,11 +34,30 @@ def value_count(subject: Subject) -> Iterator[Hit]:
             yield Hit(name, int(rows.token_idx[r]), said)
 
 
-def _numbers(hp: "Hyperparameters", point_kind: str) -> dict[str, int]:
-    size = hp.value_size if point_kind in ("v", "v_read", "kqv_out") else hp.head_size
+def _wanted(model: ModelFacts, name: str) -> dict[str, set[int]]:
+    """What each letter of the vocabulary may be in a point's layer: by the layer's own tensors where it has them."""
+    hp, point = model.hp, parse(name)
+    size = hp.value_size if point.kind in ("v", "v_read", "kqv_out") else hp.head_size
+    wanted = {"D": {hp.n_embd}, "V": {hp.n_vocab}, "F": {hp.n_ff}, "H": {hp.n_heads}}
+    wanted |= {"H*d": {hp.n_heads * size}, "K*d": {hp.n_kv_heads * size}}
+    if model.alike or point.layer is None:
+        return wanted
+    # Heads and widths of layers that are not all alike: only what a matrix of this layer says is certain.
+    rows = {
+        kind: model.rows(f"blk.{point.layer}.{kind}.weight") for kind in ("attn_q", "attn_k", "attn_v", "ffn_gate", "ffn_up")
+    }
+    forward = {rows["ffn_up"]} if rows["ffn_gate"] else {rows["ffn_up"], rows["ffn_up"] // 2}
+    heads = {"attn_q": rows["attn_q"] if point.kind == "q" else 0, "attn_k": rows["attn_k"], "attn_v": rows["attn_v"]}
+    letter = "attn_v" if point.kind == "v" else "attn_k" if point.kind == "k" else "attn_q" if point.kind == "q" else ""
+    known = heads.get(letter, 0)
     return {
-        "D": hp.n_embd, "F": hp.n_ff, "V": hp.n_vocab, "H": hp.n_heads, "H*d": hp.n_heads * size, "K*d": hp.n_kv_heads * size
-    }  # fmt: skip
+        "D": {hp.n_embd},
+        "V": {hp.n_vocab},
+        "F": forward if rows["ffn_up"] else set(),
+        "H": set(),
+        "H*d": {known, known // 2} if known else set(),  # a gate of attention may lie in the queries' product
+        "K*d": {known} if known else set(),
+    }
 
 
 def shape(subject: Subject) -> Iterator[Hit]:
@@ -56,12 +73,17 @@ def shape(subject: Subject) -> Iterator[Hit]:
             continue
         if point.known is None:
             continue
-        letters = _numbers(hp, point.kind)
+        letters = _wanted(subject.model, name)
+        if any(not letters.get(letter, {1}) for letter in point.known.row):
+            continue
         for wrong, members in _by_shape(rows).items():
             first = members[0]
-            seen = int(rows.token_idx[first]) + 1
-            wanted = [letters.get(letter, seen) for letter in point.known.row]
-            if prod(wrong) == prod(wanted) or ("t+1" in point.known.row and _later_start(wrong, wanted, rows)):
+            seen = {int(rows.token_idx[first]) + 1, *(() if subject.model.alike else (len(rows),))}
+            choices = list(product(*(sorted(letters.get(letter, seen)) for letter in point.known.row)))
+            if any(prod(wrong) == prod(choice) for choice in choices):
+                continue
+            wanted = list(choices[0])
+            if "t+1" in point.known.row and _later_start(wrong, wanted, rows):
                 continue
             per_row = wrong[-1] == wanted[-1] and len(wanted) == 1
             said = f"{name} says shape {list(wrong)}, the model's row is {wanted}, {positions_of(rows, members)}"
@@ -88,13 +110,14 @@ def _by_shape(rows: Rows) -> dict[tuple[int, ...], list[int]]:
 
 def _shapes_disagree(subject: Subject) -> Iterator[Hit]:
     """Points whose rows have the same letter in the vocabulary have the same length."""
-    by_letter: dict[tuple[str, ...], dict[int, str]] = defaultdict(dict)
+    by_letter: dict[tuple[int | None, tuple[str, ...]], dict[int, str]] = defaultdict(dict)
     for name, rows in subject.points.items():
         known = parse(name).known
         if known is None or "t+1" in known.row or known.row in (("H*d",), ("K*d",)):
             continue
         for shape in _by_shape(rows):
-            by_letter[known.row].setdefault(prod(shape), name)
+            layer = parse(name).layer if known.row == ("F",) else None  # feed-forwards of two layers may differ in width
+            by_letter[layer, known.row].setdefault(prod(shape), name)
     for lengths in by_letter.values():
         if len(lengths) > 1:
             listed = ", ".join(f"{name} {length}" for length, name in sorted(lengths.items())[:4])

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from checkpoints.answers.lint import ERROR, SUSPICION, WARNING, Finding, LintReport
+from checkpoints.dataflow import Dataflow
 from checkpoints.errors import DumpError
 from checkpoints.record import Dump
 
@@ -18,8 +19,8 @@ _GRAVITY = {ERROR: 0, SUSPICION: 1, WARNING: 2}
 _SHOWN = 5
 
 
-def lint(dump: Dump, model: Path | ModelFacts | None = None) -> LintReport:
-    """Look at one dump; with a model file also at what only that can tell.
+def lint(dump: Dump, model: Path | ModelFacts | None = None, dataflow: Dataflow | None = None) -> LintReport:
+    """Look at one dump; with a model file also at what only that can tell. `dataflow` is another dump's of the same model.
 
     Raises:
         ModelError: the model file cannot be read as one. InputError: the dump's header names another one.
@@ -27,7 +28,7 @@ def lint(dump: Dump, model: Path | ModelFacts | None = None) -> LintReport:
     facts = open_model(model) if isinstance(model, Path) else model
     if facts is not None:
         same_model(dump, facts.model.path)
-    subject = Subject(dump, facts)
+    subject = Subject(dump, facts, dataflow)
     findings: list[Finding] = []
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):  # garbage is what lint is for
         for rule in RULES:

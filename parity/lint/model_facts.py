@@ -30,6 +30,13 @@ class ModelFacts:
         return self.model.hyperparameters
 
     @property
+    def alike(self) -> bool:
+        """Whether all its layers are alike, of an architecture with plain heads and one feed-forward."""
+        from engine.models import written_by_hand
+
+        return written_by_hand(self.hp)
+
+    @property
     def layers(self) -> int:
         """How many layers it has."""
         return self.hp.n_layers
@@ -53,6 +60,11 @@ class ModelFacts:
             if cosines[at] > cosine:
                 best, cosine = start + at, float(cosines[at])
         return best, cosine
+
+    def rows(self, name: str) -> int:
+        """The rows of a matrix, 0 where the model has none of that name."""
+        info = self.model.tensors.get(name)
+        return info.shape[0] if info is not None else 0
 
     def output_norm(self) -> NDArray[np.float32] | None:
         """The final norm's weights [D], or None where the model names them otherwise."""

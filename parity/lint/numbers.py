@@ -22,6 +22,7 @@ _SMALLEST_NORMAL = float(np.finfo(np.float32).tiny)
 # (Embeddings of 4-bit types, ReLU layers, norms with a zero weight and saturated attention have true zeros.)
 _DENSE = frozenset({"l_out", "ffn_inp", "attn_out", "q", "k", "v", "q_rope", "k_rope", LOGITS})
 _ENOUGH = 8  # values that a row must have before its pattern means anything
+_PADDED = frozenset({"CONCAT", "PAD", "FILL"})  # a sequence's first position has zeros before it
 # Distance from the row's median, in robust standard deviations (1.4826 · MAD), that no logit of a right model reaches: measured, at
 # most 9.2 on the embedded model (four random prompts of 256 tokens, 300 of its own) and 4.7 on six synthetic ones, where ids
 # have seen use. Ids that never occur lie within 0.3 of each other and 80 such deviations below a likely one: a distance has to be
@@ -36,9 +37,13 @@ def non_finite(subject: Subject) -> Iterator[Hit]:
         width = np.arange(rows.values.shape[1])
         inside = width[None, :] < rows.counts[:, None]
         odd = ~np.isfinite(rows.values) & inside
+        made = subject.made(name)
         if "kq" in kind(name) or "mask" in kind(name):
             odd &= ~np.isneginf(rows.values)  # a mask's −∞ is meant
         counted = np.nan_to_num(rows.stats.get("nonfinite", np.zeros(len(rows))))
+        if made is not None and (made.op == "FILL" or _hides_the_rest(rows, inside)):  # what is not to be chosen is −∞
+            odd &= ~np.isneginf(rows.values)
+            counted = np.zeros(len(rows))
         bad = (odd.any(axis=1) | (counted > 0)).nonzero()[0].tolist()
         if bad:
             first = min(bad, key=lambda r: int(rows.token_idx[r]))
@@ -47,6 +52,13 @@ def non_finite(subject: Subject) -> Iterator[Hit]:
             place = f", the first at index {int(at[0])}: {rows.values[first, at[0]]}" if len(at) else ""
             said = f"{name} has {count(what, 'value')} that {'is' if what == 1 else 'are'} no number{place}, {positions_of(rows, bad)}"
             yield Hit(name, int(rows.token_idx[first]), said)
+
+
+def _hides_the_rest(rows: Rows, inside: NDArray[np.bool_]) -> bool:
+    """Whether every row ends in −∞ and has no other value that is no number: scores to which a mask was added."""
+    hidden = np.isneginf(rows.values) & inside
+    ends = np.maximum.accumulate(hidden, axis=1) & inside
+    return bool((hidden == ends).all() and (np.isfinite(rows.values) | hidden | ~inside).all() and hidden.any())
 
 
 def impossible_size(subject: Subject) -> Iterator[Hit]:
@@ -146,9 +158,12 @@ def _median(row: NDArray[np.float64]) -> float:
 def flat_row(subject: Subject) -> Iterator[Hit]:
     """Rows of one repeated number, or of numbers in even steps."""
     for name, rows in subject.points.items():
-        if kind(name) == "kq_soft_max" or "mask" in kind(name) or rows.values.shape[1] < _ENOUGH:
+        if kind(name) == "kq_soft_max" or "mask" in kind(name) or rows.values.shape[1] < _ENOUGH or rows.dtype.startswith("i"):
             continue
+        made = subject.made(name)
         even = _even_steps(rows)
+        if made is not None and made.op in _PADDED:
+            even &= rows.values[:, 0] != 0
         if even.any():
             bad = even.nonzero()[0].tolist()
             row = leading(rows, bad[0])

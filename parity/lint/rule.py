@@ -8,7 +8,8 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from checkpoints.points import EMBD, order, parse
+from checkpoints.dataflow import Dataflow, Made
+from checkpoints.points import EMBD, in_layer, order, parse
 from checkpoints.record import Dump, Rows
 from reports.numbers import count, ranges
 
@@ -36,6 +37,7 @@ class Rule:
     advice: str
 
 
+_ENCODER = "enc."  # in front of an encoder's points: the prompt is its input, the decoder's positions are others
 Place = tuple[int, int, int]  # seq, token_idx, step
 
 # A vector is told from another by its values only if it has this many, this many of them different: two of the few numbers
@@ -45,10 +47,41 @@ TELLING = 4
 
 @dataclass(frozen=True)
 class Subject:
-    """A dump as rules look at it; `model` is known with `--model`."""
+    """A dump as rules look at it; `model` is known with `--model`, `given` is the dataflow of another dump of the model."""
 
     dump: Dump
     model: ModelFacts | None = None
+    given: Dataflow | None = None
+
+    @cached_property
+    def dataflow(self) -> Dataflow | None:
+        """What each point is made from, where this dump or another one says it."""
+        header = self.dump.header
+        if self.given is not None or header is None or not header.dataflow:
+            return self.given
+        try:
+            return Dataflow.from_json(header.dataflow)
+        except ValueError:
+            return None
+
+    def made(self, name: str) -> Made | None:
+        """How a point is made, None where nothing says it."""
+        return None if self.dataflow is None else self.dataflow.made.get(name)
+
+    @cached_property
+    def above(self) -> dict[str, frozenset[str]]:
+        """Of each point of the dataflow everything that it is made from, itself included."""
+        found: dict[str, frozenset[str]] = {}
+        for name, how in self.dataflow.made.items() if self.dataflow is not None else ():
+            found[name] = frozenset({name}).union(*(found.get(other, frozenset()) for other in how.reads))
+        return found
+
+    def home(self, name: str) -> int | None:
+        """The layer whose keys and values a point is made from: layers may share a cache."""
+        layer = parse(name).layer
+        read = None if layer is None else self.made(in_layer(layer, "v_read"))
+        shared = {parse(other).layer for other in read.reads} if read is not None else set()
+        return shared.pop() if len(shared) == 1 else layer
 
     @cached_property
     def points(self) -> dict[str, Rows]:
@@ -82,7 +115,7 @@ class Subject:
         """
         known = {token.token_idx: token.id for token in self.dump.tokens if token.seq == 0}
         header = self.dump.header
-        if header is None or not header.tokens:
+        if header is None or not header.tokens or any(name.startswith(_ENCODER) for name in self.points):
             return known
         recorded = [rows.token_idx[(rows.seq == 0) & ~rows.decode] for rows in self.points.values()]
         first = min((int(positions.min()) for positions in recorded if len(positions)), default=0)
@@ -126,7 +159,7 @@ def leading(rows: Rows, r: int) -> NDArray[np.float32]:
 
 def telling(rows: Rows) -> NDArray[np.bool_]:
     """bool [R]: records with enough different finite values to be told from others."""
-    if not len(rows) or rows.values.shape[1] < TELLING:
+    if not len(rows) or rows.values.shape[1] < TELLING or rows.dtype.startswith("i"):  # ids: few, and often the same
         return np.zeros(len(rows), dtype=np.bool_)
     values = np.sort(rows.values, axis=1)  # padding and NaN sort to the end
     finite = np.isfinite(values[:, 1:]) & np.isfinite(values[:, :-1])

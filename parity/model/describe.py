@@ -3,11 +3,12 @@
 from pathlib import Path
 from typing import Any
 
-from checkpoints.errors import ModelError
+from checkpoints.errors import ParityError
 from checkpoints.points import parse
 from engine.blocks import ROPE_FACTORS, Blocks
-from engine.models import architectures, steps_of
+from engine.models import architectures, steps_of, written_by_hand
 from engine.weights.gguf_model import GgufModel, Hyperparameters
+from reference.jobs import NATIVE
 
 
 def describe(path: Path) -> dict[str, Any]:
@@ -44,23 +45,29 @@ def describe(path: Path) -> dict[str, Any]:
         "tokenizer": _tokenizer(model),
         "weights": _types(model),
     }
-    try:
-        steps = steps_of(hp.architecture, Blocks(hp, model.tensors))
-    except ModelError as error:
-        return facts | {"our_engine": str(error), "points": _points_of_the_reference(path)}
+    if not written_by_hand(hp):
+        return facts | _of_the_graph(path)
+    steps = steps_of(hp.architecture, Blocks(hp, model.tensors))
     pairs = {step.params["pairs"] for step in steps if "pairs" in step.params}
     facts["rope_pairs"] = {"neox": "NEOX: x[i] with x[i + d/2]", "norm": "NORM: x[2i] with x[2i + 1]"}[pairs.pop()]
-    facts["our_engine"] = f"has {hp.architecture} (of {', '.join(architectures())})"
+    facts["steps"] = f"written by hand for {' and '.join(architectures())}, with a mode for fast decoding"
     facts["points"] = {step.makes: _shape(step.makes, hp) for step in steps}
     return facts
 
 
-def _points_of_the_reference(path: Path) -> dict[str, list[str]]:
-    """What llama.cpp can record of a model that our engine does not have."""
+def _of_the_graph(path: Path) -> dict[str, Any]:
+    """What llama.cpp's graph of a model says, and the points that it can record."""
     from reference.client import Reference
 
+    from .graph_facts import graph_facts
+
     with Reference() as reference:
-        return {name: [str(size) for size in shape] for name, shape in reference.describe(path).points}
+        points = {name: [str(size) for size in shape] for name, shape in reference.describe(path).points}
+        try:
+            facts = graph_facts(reference.graph(path, NATIVE))
+        except ParityError as error:
+            facts = {"graph": f"not recorded: {error.message}"}
+    return {**facts, "steps": "read from llama.cpp's graph", "points": points}
 
 
 def _family(name: str) -> str:

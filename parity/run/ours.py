@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from checkpoints.jsonl import Writer
+from checkpoints.columns import open_dump
 from checkpoints.points import default_layers, layer_outputs, select
 from checkpoints.record import DEFAULT_SLICE, Header, Token
 from checkpoints.recording import Recording, passes
@@ -98,7 +98,7 @@ def dump(transformer: Transformer, job: OursJob) -> Header:
     total = len(transformer.steps) * (len(passes(len(job.tokens), job.portions)) + len(job.generated))
     done = 0
 
-    with Writer(job.out, described) as writer:
+    with open_dump(job.out, described, binary=job.binary) as writer:
         try:
             with tap(
                 writer, points, transformer.backend, positions=job.positions, slice_size=job.slice_size, tensors=tensors

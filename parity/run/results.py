@@ -7,10 +7,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import mkdtemp
 
+from checkpoints import columns
 from checkpoints.errors import InputError
 from checkpoints.whole_file import lock
 
-DUMPS = ("ours.jsonl", "ref.jsonl", "ours.safetensors", "ref.safetensors")
+DUMPS = tuple(f"{side}{ending}" for side in ("ours", "ref") for ending in (".jsonl", ".safetensors", columns.ENDING))
 ANSWERS = ("diff.json", "report.html")
 _PREFIX = ".parity-run-"
 

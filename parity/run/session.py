@@ -1,7 +1,7 @@
 """Both sides of one experiment into one run folder: ours.jsonl, ref.jsonl, diff.json, report.html."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -12,23 +12,26 @@ from typing import Any
 
 from checkpoints.answers.diff import Verdict
 from checkpoints.answers.picture import Picture
+from checkpoints.answers.three_way import ThreeWay
 from checkpoints.errors import DumpError, InputError
 from checkpoints.formats import load
 from checkpoints.nearest import unknown_names
-from checkpoints.points import DEFAULT_LAYERS, default_layers, parse
+from checkpoints.points import DEFAULT_LAYERS, default_layers, expand, parse
 from checkpoints.reading.reader import read
 from checkpoints.record import Dump
 from reference.client import Reference
 from reference.jobs import DumpResult
 
-from ..diff.compare import Options, comparison
+from ..diff.compare import Comparison, Options, comparison
+from ..diff.three_way import compare_three
 from ..diff.tokens import same_model
 from ..lint.lint import refuse_unusable
+from .hugging_face import HuggingFace
 from .request import Progress, Prompt, Request
 from .results import dumps_of
 from .sides import EXEC, OURS, LlamaCpp, OurEngine, Side, side_of
 
-OURS_FILE, REF_FILE = "ours.jsonl", "ref.jsonl"
+OURS_FILE, REF_FILE, HF_FILE = "ours.jsonl", "ref.jsonl", "hf.jsonl"
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ def resolve_prompt(reference: Reference, model: Path, text: str | None, tokens: 
     text = text or ""
     tokenized = reference.tokenize(model, text)
     if not tokenized.ids:
-        raise InputError("the prompt has no tokens.", "Write a word at least.", code="prompt")
+        raise InputError("the prompt has no tokens.", "Give at least one word.", code="prompt")
     return Prompt(text, tuple(tokenized.ids), tuple(tokenized.pieces))
 
 
@@ -81,8 +84,9 @@ def run(
     progress: Progress | None = None,
     started: Reference | None = None,
     meanwhile: Callable[[], None] = lambda: None,
+    judge: Callable[[Dump, Dump, Options], Comparison] = comparison,
 ) -> Outcome:
-    """Run both sides and compare them.
+    """Run both sides and compare them by `judge`.
 
     `started` is a reference that was started ahead, and is ended here; `meanwhile` is called where nothing is left to do but
     to wait for llama.cpp.
@@ -102,10 +106,10 @@ def run(
                 _one_after_the_other(request, reference, ours, prompt, dumps, progress)
             else:
                 _at_once(request, reference, ours, prompt, dumps, progress, meanwhile)
-    left, right = load(folder / OURS_FILE, request.mapping), read(folder / REF_FILE)
+    left, right = load(folder / OURS_FILE, request.mapping), load(folder / REF_FILE)
     if request.command is not None and not request.despite_lint:
         refuse_unusable(left, "your engine's dump")
-    found = comparison(left, right, comparison_options(request))
+    found = judge(left, right, comparison_options(request))
     verdict = replace(found.verdict, notes=(*taken_instead(request, right), *found.verdict.notes))
     return Outcome(folder, left, right, verdict, found.picture, perf_counter() - began)
 
@@ -161,14 +165,17 @@ def _one_after_the_other(
     LlamaCpp(following(request, printed), reference).dump(prompt, folder / REF_FILE, progress)
 
 
-def following(request: Request, dump: Dump) -> Request:
+def following(request: Request, dump: Dump, known: Sequence[str] = ()) -> Request:
     """The request that records what a dump has: its points, its positions, and no fewer values a row.
+
+    `known` are the points of this model in llama.cpp: of the vocabulary's own names those that it lacks are left out.
 
     Raises:
         DumpError: none of its points could be llama.cpp's.
     """
     # `blk.N.<node>` may be a name of llama.cpp's; what is neither that nor a point it cannot have.
     points = [name for name in dump.points if parse(name).known or parse(name).layer is not None]
+    points = [name for name in points if not known or name in known or not parse(name).known]
     if not points:
         raise DumpError(f"{dump.path} has no point that llama.cpp could have.", *unknown_names(dump.points), code="points")
     widest = max(int(dump.points[name].counts.max(initial=0)) for name in points)
@@ -200,6 +207,69 @@ def dump_ours(request: Request, out: Path, progress: Progress | None = None) -> 
     side.dump(prompt, out, progress)
 
 
+def with_hugging_face(outcome: Outcome, side: HuggingFace, progress: Progress | None = None) -> tuple[ThreeWay, str]:
+    """Hugging Face as the third side of a run, on the same tokens and points, compared with both others.
+
+    Returns:
+        The comparison, and a sentence where transformers' tokenizer makes other ids of the prompt, else "".
+
+    Raises:
+        EngineError: transformers cannot load or run the model. DumpError: it has none of the points.
+    """
+    header = outcome.ref.header
+    assert header is not None
+    assert header.tokens is not None
+    generated = tuple(token.id for token in outcome.ref.tokens)
+    prompt = Prompt(header.prompt, header.tokens, header.pieces or (), generated=generated)
+    out = outcome.folder / HF_FILE
+    said = replace(side, points=",".join(outcome.ref.points)).dump(prompt, out, progress)
+    return compare_three((outcome.ours, outcome.ref, read(out))), said.difference(prompt) if header.prompt is not None else ""
+
+
+def dump_hugging_face(model: Path, given: dict[str, Any], out: Path, progress: Progress | None = None) -> str:
+    """`parity dump hf`: Hugging Face alone. Returns a sentence where its tokenizer makes other ids than llama.cpp's, else "".
+
+    Raises:
+        InputError: the interpreter has no transformers, or the prompt of a folder is given as neither text nor ids.
+        EngineError: transformers cannot load or run the model.
+    """
+    side = HuggingFace(
+        model, given["python"], given["device"], _listed(given["points"]), None if given["full"] else given["slice_size"]
+    )
+    if model.is_dir():
+        if not (model / "config.json").is_file():
+            raise InputError(
+                f"{model} has no config.json.", "Take a GGUF file, or a folder that `save_pretrained` wrote.", code="model"
+            )
+        prompt = Prompt(given["prompt"], given["tokens"] or (), ())
+        side.check(prompt)
+        said = side.dump(prompt, out, progress)
+        return "" if prompt.ids or not said.problem else said.problem
+    with Reference() as reference:
+        prompt = resolve_prompt(reference, model, given["prompt"], given["tokens"])
+    side.check(prompt)
+    said = side.dump(prompt, out, progress)
+    return said.difference(prompt) if given["prompt"] is not None and given["tokens"] is None else ""
+
+
+def _listed(points: str) -> str:
+    """A `--points` expression as names with commas, "" for all of them.
+
+    Raises:
+        InputError: it has globs: which points a Hugging Face model has is not known before it runs.
+    """
+    if points == "all":
+        return ""
+    names = expand(points)
+    if globs := [name for name in names if any(sign in name for sign in "*?[")]:
+        raise InputError(
+            f"--points {globs[0]!r}: names only for Hugging Face; which points it has is known when it has run.",
+            "Leave --points out to record all, or list them: 'blk.{0..3}.{q,k}'.",
+            code="points",
+        )
+    return ",".join(names)
+
+
 def dump_reference(request: Request, out: Path, follow: Dump | None = None) -> DumpResult:
     """`parity dump ref`: llama.cpp alone, on a prompt, or led along the tokens, points and positions of another dump.
 
@@ -216,7 +286,8 @@ def dump_reference(request: Request, out: Path, follow: Dump | None = None) -> D
         prompt = resolve_prompt(reference, request.model, request.prompt, request.tokens)
         if follow.tokens:
             prompt = prompt.followed_by(tuple(token.id for token in follow.tokens), ())
-        return LlamaCpp(following(request, follow), reference).dump(prompt, out)
+        known = [name for name, _ in reference.describe(request.model).points]
+        return LlamaCpp(following(request, follow, known), reference).dump(prompt, out)
 
 
 def _prompt_of(dump: Dump) -> dict[str, Any]:

@@ -66,7 +66,7 @@ class OurEngine:
             request.devices,
             resident=request.generate > 0 if resident is None else resident,
             native=request.mode == "native" and not request.full,  # whole tensors are the exact engine's
-            recorded=None if reference is None else partial(reference.graph, request.model),
+            recorded=None if reference is None else partial(reference.graph, request.model, request.mode),
         )
 
     @property

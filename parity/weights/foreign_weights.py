@@ -58,7 +58,9 @@ def check_foreign(path: Path, theirs: Path) -> WeightsCheck:
     if missing := len(model.tensors) - len(known):
         notes.append(f"{missing} tensors of the model are not in {theirs.name}: they were not checked")
     size = sum(values.nbytes for values in known.values())
-    return WeightsCheck(f"{model.hyperparameters.name or path.stem} ({path})", theirs.name, tuple(checks), size, tuple(notes))
+    return WeightsCheck(
+        f"{model.hyperparameters.name or path.stem} ({path})", theirs.name, tuple(checks), size, tuple(notes), "2e-6"
+    )
 
 
 def _tensor(

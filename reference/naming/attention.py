@@ -139,8 +139,8 @@ def _projected(graph: Structure, end: int, weights: tuple[str, ...]) -> int | No
 
 
 def _changed(graph: Structure, i: int, whole: int) -> bool:
-    """Whether a norm or a rotation lies between a product and a value."""
-    return any(graph.nodes[j].op in (*NORMS, "ROPE") for j in graph.upstream(i) if j > whole)
+    """Whether a norm, a rotation or padding lies between a product and a value."""
+    return any(graph.nodes[j].op in (*NORMS, "ROPE", "PAD") for j in graph.upstream(i) if j > whole)
 
 
 def _chain(graph: Structure, end: int, weights: tuple[str, ...]) -> list[int]:

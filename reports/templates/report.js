@@ -141,8 +141,8 @@
   // ---- the error along the model
   const known = points.map((p, i) => ({ ...p, i, name: grid.points[i] })).filter((p) => p.nmse !== null);
   const least = d3.min(known, (p) => p.nmse || undefined) || 1e-16;
-  const symbols = { agrees: "circle", fresh: "star", inherited: "triangle", grown: "square" };
-  const inks = { agrees: "#3a78b5", fresh: "#d62718", inherited: "#e07b1f", grown: "#a98600" };
+  const symbols = { agrees: "circle", fresh: "star", inherited: "triangle", grown: "square", "recorded otherwise": "diamond" };
+  const inks = { agrees: "#3a78b5", fresh: "#d62718", inherited: "#e07b1f", grown: "#a98600", "recorded otherwise": "#7a7a7a" };
   function drawAlong() {
     if (!known.length) return;
     const statuses = Object.keys(symbols).filter((status) => known.some((p) => p.status === status));

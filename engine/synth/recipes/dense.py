@@ -57,6 +57,7 @@ RECIPES = (
         width=64,
         ff=96,
         head_size=32,
+        qk_norm=0.35,
     ),
     small(
         "gemma4",
@@ -77,6 +78,7 @@ RECIPES = (
         layers=5,
         head_size=64,
         rope_base=1e6,
+        qk_norm=0.35,
     ),
     small(
         "phi3", {"rope.dimension_count": head, "attention.sliding_window": 0}, BIAS, FACTORS, r"output\.bias", fused_qkv=True

@@ -36,6 +36,7 @@ def small(
     context: int = 512,
     layer_norm: bool = False,
     fused_qkv: bool = False,
+    qk_norm: float = 1.0,
     kind: str = "f16",
 ) -> Recipe:
     """An entry: metadata, then what it does without; the shape is small where nothing else is said."""
@@ -53,7 +54,7 @@ def small(
         rope_base=rope_base,
         context=context,
     )
-    return Recipe(name, shape.architecture, shape, metadata or {}, without, layer_norm, fused_qkv, kind)
+    return Recipe(name, shape.architecture, shape, metadata or {}, without, layer_norm, fused_qkv, qk_norm, kind)
 
 
 def head(shape: Shape) -> int:

@@ -1,0 +1,67 @@
+"""How well a side predicts a text, and how far its predictions are from another's: data; `reports` formats it."""
+
+from dataclasses import dataclass, field
+
+PERCENTILES = (99.9, 99.0, 95.0, 90.0, 50.0, 10.0, 5.0, 1.0)
+
+
+@dataclass(frozen=True)
+class Worst:
+    """The position where the two sides part most.
+
+    `position` counts in its chunk; `before` is the text that leads there, `token` the id that follows in the text.
+    """
+
+    chunk: int
+    position: int
+    kl: float
+    before: str
+    token: int
+    text: str
+    ours: tuple[tuple[int, float], ...]
+    base: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The figures of one run over a text. Natural logarithms throughout.
+
+    Attributes:
+        positions: how many predictions were scored: the second half of each chunk, as llama-perplexity scores them.
+        perplexity, base_perplexity: exp of the mean negative log-likelihood of the text's own next token; None without that side.
+        perplexity_error: one standard deviation of `perplexity`, from the spread over positions.
+        kl_mean, kl_max: KL(base ‖ side) of the predictions; `kl_error` one standard deviation of the mean.
+        kl_percentiles: percentile -> KL.
+        same_top: the share of positions whose first choice is the same; `top_k`: mean share of the base's first five that are among ours.
+        delta_p_mean, delta_p_rms: of the probability of the text's own token, side − base.
+        exact: whole rows of both sides were there; else KL is of the base file's top entries and one entry for all others, a lower
+            bound, `unseen` the largest probability that a row of the base left to that entry.
+    """
+
+    side: str
+    base: str
+    text: str
+    model: str
+    tokens: int
+    context: int
+    chunks: int
+    positions: int
+    perplexity: float
+    perplexity_error: float
+    base_perplexity: float | None = None
+    kl_mean: float | None = None
+    kl_error: float | None = None
+    kl_max: float | None = None
+    kl_percentiles: dict[float, float] = field(default_factory=dict)
+    same_top: float | None = None
+    top_k: float | None = None
+    delta_p_mean: float | None = None
+    delta_p_rms: float | None = None
+    exact: bool = True
+    unseen: float = 0.0
+    worst: Worst | None = None
+    seconds: float = 0.0
+    notes: tuple[str, ...] = ()
+
+    def __bool__(self) -> bool:
+        return True

@@ -1,0 +1,33 @@
+"""What a comparison of three sides found: at each point, who is alone."""
+
+from dataclasses import dataclass
+
+PAIRS = ((0, 1), (0, 2), (1, 2))  # which two sides each figure of a point compares
+
+
+@dataclass(frozen=True)
+class ThreeWayPoint:
+    """One point. `nmse` and `of_limit` are the worst of each pair, in the order of PAIRS, None where a pair has no such record.
+
+    `differs`: some pair is judged to differ, as `diff` judges it. `alone` is the side that differs from two others which agree.
+    """
+
+    checkpoint: str
+    nmse: tuple[float | None, float | None, float | None]
+    of_limit: tuple[float | None, float | None, float | None]
+    alone: int | None = None
+    differs: bool = False
+
+
+@dataclass(frozen=True)
+class ThreeWay:
+    """The answer for three sides; true where all agree. `first` is the first point in dataflow order at which they do not."""
+
+    sides: tuple[str, str, str]
+    points: tuple[ThreeWayPoint, ...]
+    compared: tuple[int, int, int]
+    first: ThreeWayPoint | None = None
+    notes: tuple[str, ...] = ()
+
+    def __bool__(self) -> bool:
+        return self.first is None

@@ -1,0 +1,177 @@
+"""Dumps whose records lie as arrays in a safetensors file beside the JSON lines (`checkpoints.columns` writes them)."""
+
+import stat
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..columns import KIND, beside
+from ..errors import DumpError
+from ..mapping import Mapping
+from ..reading import fields, lenient
+from ..reading.reader import notes
+from ..record import SKETCH_SIZE, Dump, End, Header, Rows, Token
+
+_FIRST_LINE = 1 << 24  # bytes of a header at most: the pieces and the dataflow of a long prompt
+_KINDS = {"place": np.int64, "shape": np.int64, "counts": np.int64, "values": np.float32, "stats": np.float64}
+_OPTIONAL = {"sketch": np.float32, "indices": np.int64, "quantum": np.float64}
+_AGAIN = "Dump again; both files belong together."
+
+
+def detect(path: Path) -> bool:
+    """A file of lines whose header names a file of arrays."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        return False
+    with path.open("rb") as file:
+        line = file.readline(_FIRST_LINE)
+    return line.startswith(b"{") and b'"columns"' in line and _header(line) is not None
+
+
+def _header(line: bytes) -> Header | None:
+    """The header that a line holds, if it names a file of arrays."""
+    try:
+        found = lenient.loads(line)
+        if not isinstance(found, dict) or found.get("type") != "header" or not isinstance(found.get("columns"), dict):
+            return None
+        return fields.header(found)
+    except (TypeError, ValueError, KeyError, OverflowError):  # the reader of lines says what is wrong with it
+        return None
+
+
+def read(path: Path, mapping: Mapping) -> Dump:
+    """All records of both files.
+
+    Raises:
+        DumpError: the arrays are not there, are another dump's, or do not fit the lines.
+    """
+    with path.open("rb") as file:
+        first, *lines = file.read().split(b"\n")
+    header = _header(first)
+    if header is None:
+        raise DumpError(f"{path} has changed while it was read.", _AGAIN, code="columns")
+    arrays = _Arrays(path, header)
+    parts: dict[str, list[Rows]] = {}
+    tokens: list[Token] = []
+    end: End | None = None
+    skipped = 0
+    for number, line in enumerate(lines, 2):
+        try:
+            item = _item(line, arrays)
+        except (TypeError, ValueError, KeyError, OverflowError) as error:
+            raise DumpError(f"{path}, line {number}: {error}.", _AGAIN, code="columns") from error
+        if isinstance(item, Rows):
+            parts.setdefault(item.point, []).append(item)
+        elif isinstance(item, Token):
+            tokens.append(item)
+        elif isinstance(item, End):
+            end = item
+        else:
+            skipped += bool(line.strip())
+    if not parts:
+        raise DumpError(f"{path} has no checkpoint record.", _AGAIN, code="no-records")
+    points = {name: Rows.stack(several) for name, several in parts.items()}
+    dump = Dump(str(path), header, points, tuple(tokens), end, skipped)
+    return mapping.renamed(replace(dump, notes=tuple(notes(dump))))
+
+
+def _item(line: bytes, arrays: "_Arrays") -> Rows | Token | End | None:
+    """What one line holds."""
+    try:
+        found = lenient.loads(line)
+    except ValueError:
+        return None
+    kind = found.get("type") if isinstance(found, dict) else None
+    if kind == KIND:
+        return arrays.rows(found)
+    if kind == "token":
+        return fields.token(found)
+    if kind == "end":
+        return End(fields.integer(found.get("checkpoints", 0), "checkpoints"), fields.integer(found.get("tokens", 0), "tokens"))
+    return None
+
+
+class _Arrays:
+    """The file of arrays of a dump."""
+
+    def __init__(self, dump: Path, header: Header) -> None:
+        from safetensors import SafetensorError, safe_open
+
+        named = (header.columns or {}).get("file")
+        if named != beside(dump).name and (not isinstance(named, str) or Path(named).name != named):
+            raise DumpError(f"{dump} names its arrays {named!r:.60}, which is not a file beside it.", _AGAIN, code="columns")
+        self.path = dump.with_name(named)
+        try:
+            file: Any = safe_open(self.path, framework="numpy")
+            self._open = file
+            self._names = set(file.keys())
+            identity = (file.metadata() or {}).get("dump")
+        except (OSError, SafetensorError) as error:
+            why = " ".join(str(error).split())[:100]
+            raise DumpError(f"cannot read {self.path}, the arrays of {dump}: {why}.", _AGAIN, code="columns") from error
+        if identity != (header.columns or {}).get("id"):
+            raise DumpError(f"{self.path} holds the arrays of another dump than {dump}.", _AGAIN, code="columns")
+
+    def _get(self, name: str, kind: type[Any]) -> NDArray[Any]:
+        if name not in self._names:
+            raise DumpError(f"{self.path} has no array {name!r:.80}.", _AGAIN, code="columns")
+        array: NDArray[Any] = self._open.get_tensor(name)
+        if array.dtype != kind:
+            raise DumpError(f"{self.path}: {name:.80} is {array.dtype}, not {kind.__name__}.", _AGAIN, code="columns")
+        return array
+
+    def rows(self, line: dict[str, Any]) -> Rows:
+        """The records of one part.
+
+        Raises:
+            DumpError: an array is missing, or they do not fit together.
+        """
+        point, names = line.get("checkpoint"), line.get("stats", [])
+        stem = f"{point}/{line.get('part')}/"
+        arrays = {name: self._get(stem + name, kind) for name, kind in _KINDS.items()}
+        arrays |= {name: self._get(stem + name, kind) for name, kind in _OPTIONAL.items() if stem + name in self._names}
+        count, width = len(arrays["values"]), arrays["values"].shape[-1]
+        wanted = {"place": (count, 4), "counts": (count,), "values": (count, width), "stats": (count, len(names))}
+        wanted |= {"sketch": (count, SKETCH_SIZE), "indices": (count, width), "quantum": (count, width)}
+        fits = all(array.shape == wanted.get(name, array.shape) for name, array in arrays.items())
+        counts = arrays["counts"]
+        fits = fits and arrays["shape"].ndim == 2 and len(arrays["shape"]) == count and isinstance(point, str)
+        fits = fits and line.get("records") == count and bool(((counts >= 0) & (counts <= width)).all())
+        fits = fits and bool((arrays["place"] >= 0).all()) and all(isinstance(name, str) for name in names)
+        if not fits:
+            raise DumpError(f"{self.path}: the arrays of {point!r:.80} do not fit together.", _AGAIN, code="columns")
+        place = arrays["place"]
+        return Rows(
+            point=str(point),
+            seq=place[:, 0],
+            token_idx=place[:, 1],
+            step=place[:, 2],
+            decode=place[:, 3] != 0,
+            shapes=_shapes(arrays["shape"]),
+            values=arrays["values"],
+            counts=counts,
+            stats={name: arrays["stats"][:, i] for i, name in enumerate(names)},
+            sketch=arrays.get("sketch"),
+            indices=arrays.get("indices"),
+            quantum=arrays.get("quantum"),
+            dtype=str(line.get("dtype", "f32")),
+        )
+
+
+def _shapes(table: NDArray[np.int64]) -> tuple[tuple[int, ...], ...]:
+    """Shapes from a table with -1 behind the last axis of each, as the reader of lines gives them.
+
+    Raises:
+        ValueError: a shape beyond any activation.
+    """
+    alike = len(table) > 1 and bool((table == table[0]).all())
+    rows = table[:1] if alike else table
+    shapes = [tuple(row) for row in rows.tolist()]
+    plain = (
+        (rows >= 0).all(axis=1) & (rows[:, :1] != 1).all(axis=1) & (np.prod(rows.astype(np.float64), axis=1) < fields.POSITIONS)
+    )
+    for i in np.flatnonzero(~plain).tolist():
+        shapes[i] = fields.shape([axis for axis in shapes[i] if axis >= 0])
+    return tuple(shapes) * (len(table) if alike else 1)

@@ -1,0 +1,84 @@
+"""`parity score`: perplexity, and the distance of two sides' predictions over a text."""
+
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from checkpoints.errors import InputError
+
+from . import options as o
+
+
+class ScoreFormat(StrEnum):
+    """How a score is printed."""
+
+    TEXT = "text"
+    JSON = "json"
+    MARKDOWN = "markdown"
+
+
+@o.fills("model", "command", "mode", "backend", "devices", "threads", "compute", "mapping", "verbose")
+def score(
+    given: o.Given,
+    text: Annotated[Path, typer.Option("--text", help="UTF-8 text to predict, such as wiki.test.raw.", show_default=False)],
+    side: Annotated[
+        o.Side | None, typer.Option("--side", help="ours (default) or ref, llama.cpp itself: with --mode native its loss.")
+    ] = None,
+    base: Annotated[Path | None, typer.Option("--base", help="Compare with this base file of an earlier --save-base.")] = None,
+    base_model: Annotated[
+        Path | None, typer.Option("--base-model", help="Compare with llama.cpp on this file: the F16 original, say.")
+    ] = None,
+    save_base: Annotated[
+        Path | None,
+        typer.Option("--save-base", help="Keep the side's predictions: the largest logits of each and the sum of all."),
+    ] = None,
+    alone: Annotated[bool, typer.Option("--alone", help="Perplexity only, without a base.")] = False,
+    context: Annotated[int, typer.Option("--context", min=1, help="Tokens a chunk; the second half of each is scored.")] = 512,
+    chunks: Annotated[int | None, typer.Option("--chunks", min=1, help="Only so many chunks.")] = None,
+    explain_worst: Annotated[
+        bool,
+        typer.Option("--explain-worst", help="Run both sides to the worst position and go on to layer, operation and cause."),
+    ] = False,
+    form: Annotated[
+        ScoreFormat, typer.Option("--format", help="text for people, json, or markdown to paste into a pull request.")
+    ] = ScoreFormat.TEXT,
+) -> None:
+    """Perplexity, KL divergence and same first choice of your engine (or ours, or llama.cpp in native mode) over a text.
+
+    The base is llama.cpp in exact mode on the same model, --base-model, or a --base file. Figures are those of
+    llama-perplexity --kl-divergence, one row of logits at a time.
+
+      parity score --text wiki.test.raw --model M.gguf --exec "./engine {model} {tokens} {out}"
+
+      parity score --text wiki.test.raw --model M-Q4_K_M.gguf --base-model M-F16.gguf --side ref --mode native
+
+    Exits 0 whatever the figures are; with --explain-worst 1 where the worst position is a divergence.
+    """
+    from ..run.request import Request
+    from ..run.sides import EXEC, OURS
+    from ..score.score import ScoreRequest
+    from ..score.score import score as run
+    from .score_output import explained, show
+
+    if sum(chosen is not None for chosen in (given["command"], side)) > 1:
+        raise InputError("--exec and --side were given.", "Take one of them.", code="usage")
+    if sum((base is not None, base_model is not None, alone)) > 1:
+        raise InputError("more than one base was given.", "Take one of --base, --base-model and --alone.", code="usage")
+    if explain_worst and alone:
+        raise InputError("--explain-worst needs a base.", "Leave --alone out.", code="usage")
+    o.no_input(save_base, text, base, base_model, given["model"])
+    source = EXEC if given["command"] is not None else (side.value if side is not None else OURS)
+    request = ScoreRequest(Request(**given), text, source, context, chunks, base, base_model, save_base, alone)
+
+    def progress(done: int, total: int, perplexity: float) -> None:
+        if sys.stderr.isatty():
+            end = "\n" if done == total else ""
+            print(f"\rchunk {done} of {total}, perplexity {perplexity:.4f} ", end=end, file=sys.stderr, flush=True)
+
+    found, leading = run(request, progress)
+    show(found, form.value)
+    if explain_worst and leading:
+        raise typer.Exit(explained(request.run, source, leading, quiet=form is not ScoreFormat.TEXT))

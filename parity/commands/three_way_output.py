@@ -1,0 +1,28 @@
+"""What a comparison of three sides prints."""
+
+import json
+from typing import TYPE_CHECKING
+
+from .options import Format
+from .output import DIVERGENCE_CODE, PARITY_CODE
+
+if TYPE_CHECKING:
+    from checkpoints.answers.three_way import ThreeWay
+    from checkpoints.record import Dump
+
+
+def show_three(found: "ThreeWay", dumps: "tuple[Dump, Dump, Dump]", form: Format) -> int:
+    """Print the answer and return the exit code."""
+    from reports.three_way import as_json, lines
+
+    if form is Format.JSON:
+        print(json.dumps(as_json(found)))
+        return PARITY_CODE if found else DIVERGENCE_CODE
+    from rich.console import Console
+
+    from reports.header import print_header, print_lines
+
+    console = Console()
+    print_header(console, dumps[0].header, dumps[1].header, "".join(token.text for token in dumps[1].tokens))
+    print_lines(console, lines(found, console.width))
+    return PARITY_CODE if found else DIVERGENCE_CODE

@@ -1,0 +1,81 @@
+"""Where cells run: processes of this machine, or the workers of a Dask cluster."""
+
+import logging
+import os
+import signal
+from collections.abc import Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor
+from contextlib import contextmanager
+from multiprocessing import get_context
+
+from checkpoints.errors import InputError
+
+_MEMORY = 1 << 30  # bytes a worker may take: llama.cpp, NumPy and a tiny model, 0.3 GB measured
+_MOST = 16
+
+
+def fitting() -> int:
+    """How many workers this machine has cores and memory for."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    pages = os.sysconf("SC_AVPHYS_PAGES") if "SC_AVPHYS_PAGES" in os.sysconf_names else 0
+    room = pages * os.sysconf("SC_PAGE_SIZE") // _MEMORY if pages else cores
+    return max(1, min(cores, room, _MOST))
+
+
+@contextmanager
+def workers_of(count: int, cluster: str = "") -> Iterator[Executor]:
+    """Workers; what has not begun when the block is left early does not begin.
+
+    Raises:
+        InputError: there is no such cluster, it goes away, or Dask is not installed.
+    """
+    if cluster:
+        with _cluster(cluster) as pool:
+            yield pool
+        return
+    # Ctrl-C reaches all processes of a terminal: this one ends the others.
+    pool = ProcessPoolExecutor(count, mp_context=get_context("spawn"), initializer=_ignore_interrupts)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _ignore_interrupts() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+@contextmanager
+def _cluster(address: str) -> Iterator[Executor]:
+    try:
+        from distributed import Client
+        from distributed.comm import CommClosedError
+    except ImportError:
+        raise InputError(
+            "--cluster needs Dask, which is not installed.",
+            "Install parity with its cluster extra: pip install '.[cluster]'.",
+            code="cluster",
+        ) from None
+    for name in ("distributed", "tornado", "asyncio"):  # a lost connection is said once, below
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    try:
+        client = Client(address, timeout="20s", set_as_default=False)
+    except (OSError, ValueError, CommClosedError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"there is no Dask scheduler at {address}: {reason}.", "Check --cluster tcp://host:port.", code="cluster"
+        ) from error
+    pool: Executor = client.get_executor(pure=False, retries=2)
+    try:
+        yield pool
+    except Exception as error:
+        if type(error).__module__.split(".")[0] in ("distributed", "asyncio", "concurrent", "tornado"):
+            raise InputError(
+                f"the cluster at {address} went away ({type(error).__name__}): what was finished is kept.",
+                "Run the same command again to go on.",
+                code="cluster",
+            ) from error
+        raise
+    finally:
+        pool.shutdown(wait=False)
+        client.close(timeout=2)

@@ -1,0 +1,137 @@
+"""Which experts a router chose: ids are compared as sets, and a near tie that flips is no fault.
+
+After a flip other experts compute, so that nothing that depends on it can be compared at that position and later ones.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from checkpoints.points import parse
+from checkpoints.record import Rows
+
+from .against_limits import Held
+from .align import Pair
+from .dataflow import Flow
+from .measure import Measured
+
+Floats = NDArray[np.float64]
+Bools = NDArray[np.bool_]
+
+_SHOWN = 3  # flips that are said one by one
+
+
+def is_routing(pair: Pair) -> bool:
+    """Whether a point's values are ids of experts."""
+    return pair.ref.dtype.startswith("i") or parse(pair.point).kind.endswith("moe_topk")
+
+
+def as_sets(found: Measured) -> Measured:
+    """The measures with the error of chosen experts as the share of them that the other side did not choose; order is none."""
+    if not any(map(is_routing, found.pairs)):
+        return found
+    columns = {name: getattr(found.measures, name).copy() for name in ("nmse", "nmse_slice", "nmse_row", "max_abs")}
+    for number, pair in enumerate(found.pairs):
+        if not is_routing(pair):
+            continue
+        rows = np.flatnonzero(found.point == number)
+        errors = [_apart(_ids(pair.ours, r), _ids(pair.ref, r)) for r in found.row[rows].tolist()]
+        for column in columns.values():
+            column[rows] = errors
+    return replace(found, measures=replace(found.measures, **columns))
+
+
+def _ids(rows: Rows, r: int) -> frozenset[int]:
+    values = rows.values[r, : int(rows.counts[r])]
+    return frozenset(int(value) for value in values[np.isfinite(values)])
+
+
+def _apart(ours: frozenset[int], ref: frozenset[int]) -> float:
+    return len(ref - ours) / max(len(ref), 1) if len(ours) == len(ref) else 1.0
+
+
+@dataclass(frozen=True)
+class Routed:
+    """`open`: records, bool [R], that differ and cannot be compared, since other experts, or the same in another order, computed them."""
+
+    open: Bools
+    notes: tuple[str, ...] = ()
+
+
+def routed(found: Measured, held: Held, model: Flow, ref: Mapping[str, Rows]) -> Routed:
+    """What flipped near ties, and experts in another order, leave open."""
+    left_open = np.zeros(len(found.point), dtype=np.bool_)
+    flips: list[str] = []
+    orders: list[str] = []
+    for number, pair in enumerate(found.pairs):
+        if not is_routing(pair):
+            continue
+        below = model.descendants(pair.point)
+        layer = parse(pair.point).layer
+        inside = {name for name in below if parse(name).layer == layer and "moe" in name and not name.endswith("moe_out")}
+        for record in np.flatnonzero(found.point == number).tolist():
+            r = int(found.row[record])
+            seq, position = int(found.seq[record]), int(found.token_idx[record])
+            if held.failed[record]:
+                ours, theirs = _ids(pair.ours, r), _ids(pair.ref, r)
+                margin = _tie(ours, theirs, seq, position, model, pair.point, ref, float(held.limit[record]))
+                if margin is None:
+                    continue
+                left_open[record] = True
+                left_open |= _of(found, below) & (found.seq == seq) & (found.token_idx >= position)
+                flips.append(
+                    f"{pair.point}, position {position}: ours takes expert {_listed(ours - theirs)}, the reference "
+                    f"{_listed(theirs - ours)}: a near tie ({margin:.1e} apart)"
+                )
+            elif not np.array_equal(
+                pair.ours.values[r, : int(pair.ours.counts[r])], pair.ref.values[r, : int(pair.ref.counts[r])]
+            ):
+                here = _of(found, inside) & (found.seq == seq) & (found.token_idx == position) & held.failed
+                left_open |= here
+                if here.any():
+                    orders.append(pair.point)
+    notes = [*flips[:_SHOWN]]
+    if flips:
+        more = f"and {len(flips) - _SHOWN} more near ties; " if len(flips) > _SHOWN else ""
+        notes.append(f"{more}what other experts computed is not compared: {int((left_open & held.failed).sum())} records")
+    if orders:
+        notes.append(f"{orders[0]}{' and others' if len(set(orders)) > 1 else ''}: the same experts in another order")
+    return Routed(left_open & held.failed, tuple(notes))
+
+
+def _of(found: Measured, names: set[str]) -> Bools:
+    wanted = np.array([name in names for name in found.names], dtype=np.bool_)
+    return np.asarray(wanted[found.point])
+
+
+def _listed(ids: frozenset[int]) -> str:
+    return " and ".join(map(str, sorted(ids)))
+
+
+def _tie(
+    ours: frozenset[int],
+    theirs: frozenset[int],
+    seq: int,
+    position: int,
+    model: Flow,
+    point: str,
+    ref: Mapping[str, Rows],
+    limit: float,
+) -> float | None:
+    """How far apart the reference's scores of the exchanged experts are, if an error within the limit may exchange them; else None."""
+    for name in model.whole.made[point].reads if point in model.whole.made else ():
+        rows = ref.get(name)
+        if rows is None:
+            continue
+        at = np.flatnonzero((rows.seq == seq) & (rows.token_idx == position))
+        if not len(at) or not rows.full()[at[0]]:
+            continue
+        scores = rows.values[at[0], : int(rows.counts[at[0]])].astype(np.float64)
+        if max(ours | theirs) >= len(scores) or len(ours) != len(theirs):
+            return None
+        lost, won = scores[sorted(theirs - ours)], scores[sorted(ours - theirs)]
+        margin = float(lost.max() - won.min())
+        return margin if margin**2 <= limit * float(np.sum(scores**2)) else None
+    return None

@@ -1,0 +1,64 @@
+"""Three dumps of one experiment: every pair compared as `diff` does, and at each point the side that stands alone."""
+
+from checkpoints.answers.diff import PointSummary, Verdict
+from checkpoints.answers.three_way import PAIRS, ThreeWay, ThreeWayPoint
+from checkpoints.errors import DumpError, InputError
+from checkpoints.points import order
+from checkpoints.record import Dump
+
+from .compare import Options, compare
+
+
+def compare_three(dumps: tuple[Dump, Dump, Dump], options: Options | None = None) -> ThreeWay:
+    """Compare each two of three dumps.
+
+    Raises:
+        InputError: two models or two prompts.
+        DumpError: two of them have nothing in common; the message says which.
+    """
+    sides = names(dumps)
+    verdicts = []
+    for first, second in PAIRS:
+        try:
+            verdicts.append(compare(dumps[first], dumps[second], options))
+        except (DumpError, InputError) as error:
+            kind = type(error)
+            raise kind(f"{sides[first]} and {sides[second]}: {error.message}", error.advice, code=error.code) from error
+    found = [{point.checkpoint: point for point in verdict.points} for verdict in verdicts]
+    points = tuple(_point(name, [pair.get(name) for pair in found]) for name in order(name for pair in found for name in pair))
+    wrong = next((point for point in points if point.differs), None)
+    return ThreeWay(sides, points, _counts(verdicts), wrong, _notes(sides, verdicts))
+
+
+def names(dumps: tuple[Dump, Dump, Dump]) -> tuple[str, str, str]:
+    """What each side calls itself, or its file where two call themselves the same or one does not say."""
+    said = [dump.header.source if dump.header is not None else "" for dump in dumps]
+    said = ["ours" if name == "engine" else name for name in said]
+    unique = [name if name and said.count(name) == 1 else str(dump.path) for name, dump in zip(said, dumps, strict=True)]
+    return (unique[0], unique[1], unique[2])
+
+
+def _counts(verdicts: list[Verdict]) -> tuple[int, int, int]:
+    first, second, third = (verdict.compared for verdict in verdicts)
+    return (first, second, third)
+
+
+def _notes(sides: tuple[str, str, str], verdicts: list[Verdict]) -> tuple[str, ...]:
+    """What the comparisons noted, each once; a pair's are named where they are not all three's."""
+    said: dict[str, list[str]] = {}
+    for (first, second), verdict in zip(PAIRS, verdicts, strict=True):
+        for note in verdict.notes:
+            said.setdefault(note, []).append(f"{sides[first]} – {sides[second]}")
+    return tuple(note if len(pairs) == len(PAIRS) else f"{', '.join(pairs)}: {note}" for note, pairs in said.items())
+
+
+def _point(name: str, pairs: list[PointSummary | None]) -> ThreeWayPoint:
+    wrong = [number for number, pair in enumerate(pairs) if pair is not None and pair.failed]
+    right = [number for number, pair in enumerate(pairs) if pair is not None and not pair.failed]
+    alone = None
+    if len(wrong) == 2 and right:
+        # The side that both failing pairs share: the third pair, which agrees, is without it.
+        alone = next(side for side in range(3) if side not in PAIRS[right[0]])
+    nmse = [pair.worst.nmse if pair is not None else None for pair in pairs]
+    share = [pair.worst.of_limit if pair is not None else None for pair in pairs]
+    return ThreeWayPoint(name, (nmse[0], nmse[1], nmse[2]), (share[0], share[1], share[2]), alone, differs=bool(wrong))

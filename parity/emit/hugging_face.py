@@ -1,0 +1,325 @@
+"""Hugging Face's own model as a side. `parity emit hf` prints this file together with the recorder: it runs where torch and
+transformers are, which parity itself does not need.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from .recorder import Recorder
+
+# Converters to GGUF permute the rows of Q and K for these, from halves to neighbours (`permute` in convert_hf_to_gguf.py):
+# what llama.cpp calls Q and K is then the same numbers in another order. Known, and undone here.
+PERMUTED = frozenset(
+    (
+        "llama",
+        "mistral",
+        "mixtral",
+        "granite",
+        "granitemoe",
+        "smollm3",
+        "arcee",
+        "minicpm",
+        "olmo",
+        "internlm2",
+        "xverse",
+        "baichuan",
+    )
+)
+# Module names inside a layer and what their outputs are; `<` names what goes into the module.
+_PLAIN = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "q",
+    "self_attn.k_proj": "k",
+    "self_attn.v_proj": "v",
+    "self_attn.q_norm": "q_norm",
+    "self_attn.k_norm": "k_norm",
+    "self_attn.o_proj": "attn_out",
+    "self_attn.o_proj<": "kqv_out",
+    "self_attn.dense": "attn_out",
+    "self_attn.dense<": "kqv_out",
+    "post_attention_layernorm": "ffn_norm",
+    "post_attention_layernorm<": "ffn_inp",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj<": "ffn_swiglu",
+    "mlp": "ffn_out",
+    "": "l_out",
+}
+# What routes tokens to experts; where it is, the feed-forward's output is the experts'.
+_ROUTERS = ("mlp.gate", "mlp.router", "block_sparse_moe.gate")
+# A norm behind the attention and another behind the feed-forward, before each is added (Gemma 2 and 3, GLM-4, OLMo 2).
+_SANDWICH = {name: kind for name, kind in _PLAIN.items() if name != "post_attention_layernorm<"} | {
+    "post_attention_layernorm": "attn_post_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "pre_feedforward_layernorm<": "ffn_inp",
+    "post_feedforward_layernorm": "ffn_post_norm",
+}
+# gpt2's names; its three projections are one module, and so are falcon's and phi3's.
+_GPT2 = {
+    "ln_1": "attn_norm",
+    "attn.c_attn": "qkv",
+    "attn.c_proj<": "kqv_out",
+    "attn.c_proj": "attn_out",
+    "ln_2<": "ffn_inp",
+    "ln_2": "ffn_norm",
+    "mlp.c_fc": "ffn_up_b",
+    "mlp.c_proj<": "ffn_gelu",
+    "mlp": "ffn_out",
+    "": "l_out",
+}
+_ONCE = {"embed_tokens": "embd", "wte": "embd", "norm": "output_norm", "ln_f": "output_norm", "final_layernorm": "output_norm"}
+_GATED = ("hidden_act", "hidden_activation")
+
+
+def names_of(model: Any) -> "dict[str, str]":
+    """Module path -> point for every module of the model whose value is known; a path that ends in "<" is a module's input."""
+    paths = [name for name, _ in model.named_modules()]
+    layers = [name for name in paths if name.rsplit(".", 1)[-1].isdigit() and name.rsplit(".", 2)[-2] in ("layers", "h")]
+    inside = {path.removeprefix(layers[0]).lstrip(".") for path in paths if path.startswith(layers[0])} if layers else set()
+    table = _GPT2 if "ln_1" in inside else _SANDWICH if "pre_feedforward_layernorm" in inside else _PLAIN
+    found: dict[str, str] = {}
+    for layer in layers:
+        number = layer.rsplit(".", 1)[-1]
+        for name, kind in table.items():
+            if name.rstrip("<") in inside:
+                found[f"{layer}.{name}" if name else layer] = f"blk.{number}.{kind}"
+        for router in _ROUTERS:
+            if router in inside:
+                found[f"{layer}.{router}"] = f"blk.{number}.ffn_moe_logits"
+                found[f"{layer}.{router.split('.')[0]}"] = f"blk.{number}.ffn_moe_out"
+        if "self_attn.qkv_proj" in inside:
+            found[f"{layer}.self_attn.qkv_proj"] = f"blk.{number}.qkv"
+    for path in paths:
+        leaf = path.rsplit(".", 1)[-1]
+        if leaf in _ONCE and not any(path.startswith(layer + ".") for layer in layers):
+            found[path] = _ONCE[leaf]
+    return found
+
+
+class Observer:
+    """Records what a transformers model computes, under the names that llama.cpp gives it."""
+
+    def __init__(self, model: Any, tap: Recorder) -> None:
+        self.model = model
+        self.tap = tap
+        config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+        self.kind = str(config.model_type)
+        self.heads = int(config.num_attention_heads)
+        self.kv_heads = int(getattr(config, "num_key_value_heads", None) or self.heads)
+        self.layer = 0
+        self.projected: dict[str, Any] = {}
+        # Where the embedding is multiplied before the first layer reads it, the module's output is not ggml's `embd`.
+        self.scaled = type(model.get_input_embeddings()).__name__ != "Embedding"
+        gelu = "gelu" in str(next((getattr(config, name) for name in _GATED if hasattr(config, name)), ""))
+        self.renamed = {"ffn_swiglu": "ffn_geglu"} if gelu else {}
+
+    @contextmanager
+    def attached(self) -> "Iterator[None]":
+        """Hooks on every module whose name is known, and on the function that rotates queries and keys."""
+        modules = dict(self.model.named_modules())
+        handles = []
+        for path, point in names_of(self.model).items():
+            module = modules[path.rstrip("<")]
+            if path.endswith("<"):
+                handles.append(module.register_forward_pre_hook(self._input(point)))
+            else:
+                handles.append(module.register_forward_hook(self._output(point)))
+        attentions = {path: module for path, module in modules.items() if path.endswith(("self_attn", ".attn"))}
+        for path, module in attentions.items():
+            number = int(path.split(".")[-2])
+            handles.append(module.register_forward_pre_hook(self._enter(number)))
+            handles.append(module.register_forward_hook(self._weights(number)))
+        place = sys.modules[type(next(iter(attentions.values()))).__module__] if attentions else None
+        rotate = getattr(place, "apply_rotary_pos_emb", None)
+        if rotate is not None:
+            place.apply_rotary_pos_emb = self._rotated(rotate)  # type: ignore[union-attr]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            if rotate is not None:
+                place.apply_rotary_pos_emb = rotate  # type: ignore[union-attr]
+
+    def _output(self, point: str) -> "Callable[..., None]":
+        def hook(_module: Any, inputs: Any, output: Any) -> None:
+            self._value(point, output[0] if isinstance(output, tuple) else output, inputs[0] if inputs else None)
+
+        return hook
+
+    def _input(self, point: str) -> "Callable[..., None]":
+        def hook(_module: Any, inputs: Any) -> None:
+            self._value(point, inputs[0], None)
+
+        return hook
+
+    def _enter(self, layer: int) -> "Callable[..., None]":
+        def hook(_module: Any, _inputs: Any) -> None:
+            self.layer = layer
+
+        return hook
+
+    def _weights(self, layer: int) -> "Callable[..., None]":
+        def hook(_module: Any, _inputs: Any, output: Any) -> None:
+            weights: Any = output[1] if isinstance(output, tuple) and len(output) > 1 else None
+            if getattr(weights, "ndim", 0) == 4:
+                self.tap(f"blk.{layer}.kq_soft_max", weights[0])
+
+        return hook
+
+    def _rotated(self, rotate: "Callable[..., Any]") -> "Callable[..., Any]":
+        def wrapped(*arguments: Any, **named: Any) -> Any:
+            q, k = rotate(*arguments, **named)
+            for point, value, heads in (("q_rope", q, self.heads), ("k_rope", k, self.kv_heads)):
+                if value.ndim == 4 and value.shape[1] == heads:  # [B, H, T, d]
+                    self._heads(f"blk.{self.layer}.{point}", value.transpose(1, 2))
+            return q, k
+
+        return wrapped
+
+    def _value(self, point: str, value: Any, source: Any) -> None:
+        layer, _, kind = point.rpartition(".")
+        if kind == "embd" and self.scaled:
+            point = "inp_scaled"
+        elif kind == "qkv":
+            q, k, v = self._split(value)
+            self._heads(f"{layer}.q", q)
+            self._heads(f"{layer}.k", k)
+            self.tap(f"{layer}.v", v)
+            return
+        elif kind in ("q", "k"):
+            self.projected[kind] = value
+            self._heads(point, value.unflatten(-1, (self.heads if kind == "q" else self.kv_heads, -1)))
+            return
+        elif kind in ("q_norm", "k_norm") and value.ndim == 4:
+            before = self.projected.get(kind[0])
+            # [B, T, H, d], or [B, H, T, d] where the norm comes after the transposition: its input tells.
+            plain = before is not None and source is not None and bool((source.reshape(before.shape) == before).all())
+            value = value if plain else value.transpose(1, 2)
+        # A router sees the tokens of all sequences in one row, [T, experts]; everything else is [B, T, …].
+        flat = value if value.ndim == 2 else value.reshape(*value.shape[:2], -1)
+        self.tap(f"{layer}.{self.renamed.get(kind, kind)}" if layer else point, flat)
+
+    def _split(self, value: Any) -> "tuple[Any, Any, Any]":
+        """Queries, keys and values of one fused projection, laid side by side: [B, T, (H + 2K)·d]; Q and K by heads."""
+        size = value.shape[-1] // (self.heads + 2 * self.kv_heads)
+        q, k, v = value.split((self.heads * size, self.kv_heads * size, self.kv_heads * size), dim=-1)
+        return q.unflatten(-1, (self.heads, size)), k.unflatten(-1, (self.kv_heads, size)), v
+
+    def _heads(self, point: str, value: Any) -> None:
+        """Queries or keys [B, T, H, d], in the order in which a GGUF file has their rows."""
+        if self.kind in PERMUTED:
+            value = value.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
+        self.tap(point, value.flatten(-2))
+
+
+def load(path: Path, device: str) -> Any:
+    """The model in float32 with eager attention: a GGUF file, which transformers dequantises itself, or a folder of safetensors."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    where, file = _source(path)
+    model = AutoModelForCausalLM.from_pretrained(
+        where, dtype=torch.float32, attn_implementation="eager", local_files_only=True, **file
+    )
+    return model.to(device).eval()
+
+
+def tokenized(path: Path, prompt: str) -> "dict[str, Any]":
+    """Ids and pieces of a prompt as transformers' tokenizer makes them."""
+    from transformers import AutoTokenizer
+
+    where, file = _source(path)
+    tokenizer = AutoTokenizer.from_pretrained(where, local_files_only=True, **file)
+    ids = [int(number) for number in tokenizer(prompt)["input_ids"]]
+    return {"ids": ids, "pieces": [tokenizer.decode([number]) for number in ids]}
+
+
+def _source(path: Path) -> "tuple[str, dict[str, str]]":
+    """How `from_pretrained` takes a path: a folder as it is, a GGUF file as its folder and its name."""
+    return (str(path), {}) if path.is_dir() else (str(path.parent), {"gguf_file": path.name})
+
+
+def dump(
+    model: Any,
+    tokens: "Sequence[int]",
+    out: Path,
+    *,
+    points: str = "",
+    size: int = 16,
+    prompt: "str | None" = None,
+    name: str = "",
+) -> None:
+    """Run the tokens in one forward pass and write every known value. `size` 0 writes whole rows; `name` is the model's."""
+    import torch
+
+    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    with Recorder(
+        out,
+        compute="f32",
+        model=name or str(config.model_type),
+        tokens=tokens,
+        prompt=prompt,
+        layers=int(config.num_hidden_layers),
+        source="Hugging Face",
+        points=points,
+        slice_size=size or 1 << 31,
+    ) as tap:
+        observer = Observer(model, tap)
+        ids = torch.tensor([list(tokens)], device=model.device)
+        with torch.no_grad(), observer.attached():
+            # Logits come from here and not from `lm_head`: some families cap them afterwards.
+            logits = model(input_ids=ids, use_cache=False, output_attentions=True).logits
+        tap("logits", logits)
+
+
+def main() -> int:
+    """Read the command line and write the dump; what is wrong is one line on stderr."""
+    parser = argparse.ArgumentParser(description="Checkpoints of a Hugging Face model, for parity diff.")
+    parser.add_argument("model", type=Path, help="a GGUF file, or a folder with config.json and safetensors")
+    parser.add_argument("--tokens", help="token ids with commas")
+    parser.add_argument("--prompt", help="text; without --tokens transformers' tokenizer makes ids of it")
+    parser.add_argument("--out", type=Path, required=True, help="the dump to write")
+    parser.add_argument("--points", default="", help="names to record, with commas; default: all that are known")
+    parser.add_argument("--slice", type=int, default=16, help="leading values a record carries; 0: whole rows")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--tokenizer", type=Path, help="write here what transformers' tokenizer makes of --prompt, as JSON")
+    given = parser.parse_args()
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is fetched: the model is on disk
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if given.tokens is None and given.prompt is None:
+        parser.error("give --tokens or --prompt")
+    own: dict[str, Any] = {}
+    if given.prompt is not None:
+        try:
+            own = tokenized(given.model, given.prompt)
+        except Exception as error:  # a tokenizer raises anything; where ids are given it is not needed
+            own = {"problem": _one_line(error)}
+        if given.tokenizer is not None:
+            given.tokenizer.write_text(json.dumps(own), encoding="utf-8")
+    try:
+        tokens: list[int] = [int(part) for part in given.tokens.split(",")] if given.tokens is not None else own["ids"]
+    except (ValueError, KeyError):
+        print(f"no token ids: {own.get('problem') or '--tokens takes whole numbers with commas'}", file=sys.stderr)
+        return 2
+    try:
+        model = load(given.model, given.device)
+    except Exception as error:  # of many kinds: an architecture, a file or a device that transformers cannot use
+        print(f"transformers cannot load {given.model}: {_one_line(error)}", file=sys.stderr)
+        return 2
+    dump(model, tokens, given.out, points=given.points, size=given.slice, prompt=given.prompt, name=given.model.name)
+    return 0
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

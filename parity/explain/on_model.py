@@ -1,0 +1,154 @@
+"""A comparison where the model is at hand: arithmetic is measured on it, and float64 is asked where rounding is amplified."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from checkpoints.answers.diff import AGREES, Limits, Precision
+from checkpoints.errors import ParityError
+from checkpoints.points import LOGITS
+from checkpoints.record import Dump, Rows
+
+from ..diff.compare import Comparison, Options, comparison
+from ..diff.limits import NATIVE, common_mode, limits
+from ..diff.operations import MIXING
+from .case import Case, ExplainOptions
+from .noise import OFF
+from .precision import LOWER, UPPER, PrecisionFloor, floor
+
+# From the most precise on: the first one that explains the first computed point is taken.
+_KINDS = ("tf32", "f16", "q8", "bf16")
+
+
+def compared_on(ours: Dump, ref: Dump, options: Options, model: Path, arbiter: str = "auto") -> Comparison:
+    """Compare two dumps of a known model. Raises as `comparison` does.
+
+    Where OURS computes in a lower arithmetic its limits are measured; where it does not say in which, the most precise one that
+    explains the first difference is found. A model that our engine does not have is compared as though it were not known.
+    """
+    if options.tolerance is not None or options.limits is not None:
+        return comparison(ours, ref, options)
+    known = _Model(ref, model)
+    options = replace(options, truth=None if arbiter == OFF else known)
+    stated = (options.compute or (ours.header.compute if ours.header is not None else "")).lower()
+    if stated in _KINDS and (measured := known.limits(ours, stated)) is not None:
+        return comparison(ours, ref, replace(options, limits=measured))
+    if stated or common_mode(ours.header, ref.header) == NATIVE:
+        return comparison(ours, ref, options)
+    return _measured(ours, ref, options, known)
+
+
+@dataclass(frozen=True)
+class _Model:
+    """What a model file tells of the reference's dump, computed when it is first asked for; nothing where our engine lacks the model."""
+
+    ref: Dump
+    path: Path
+
+    @cached_property
+    def case(self) -> Case | None:
+        """The right engine beside the reference: the reference's tokens and positions are known, those of bare lines are not."""
+        try:
+            return Case(self.ref, self.path, ExplainOptions())
+        except ParityError:
+            return None
+
+    def distances(self, points: Mapping[str, Rows]) -> dict[str, NDArray[np.float64]]:
+        """How far records are from float64 (`Truth`)."""
+        return {} if self.case is None else self.case.arbiter.distances(points)
+
+    @property
+    def coarse(self) -> frozenset[str]:
+        """The points that the reference itself computes coarsely."""
+        return frozenset() if self.case is None else self.case.arbiter.coarse
+
+    def floor(self, kind: str) -> PrecisionFloor | None:
+        """What an arithmetic costs our right engine at each record of the reference."""
+        case = self.case
+        return (
+            None if case is None else floor(kind, case.entries, case.transformer.steps, case.replay, case.make, case.positions)
+        )
+
+    def limits(self, ours: Dump, kind: str, cost: PrecisionFloor | None = None) -> Limits | None:
+        """Limits by point for a side in that arithmetic: `UPPER` times the measured cost, never below what the files' own types allow."""
+        cost = cost or self.floor(kind)
+        if cost is None or self.case is None:
+            return None
+        header = replace(ours.header, compute="f32") if ours.header is not None else None
+        types = limits(header, self.ref.header, compute="f32")
+        least = {True: types.logits, False: types.operations}
+        points = {
+            entry.point: max(UPPER * float(mean), least[entry.point == LOGITS])
+            for entry, mean in zip(self.case.entries, cost.cost(), strict=True)
+        }
+        others = [limit for name, limit in points.items() if name != LOGITS]
+        return Limits(
+            max(others, default=types.operations),
+            points.get(LOGITS, types.logits),
+            f"measured: {UPPER:g} times what {kind} arithmetic costs our engine on this model and prompt, by point",
+            points=points,
+        )
+
+
+def _measured(ours: Dump, ref: Dump, options: Options, known: _Model) -> Comparison:
+    """Nothing says what OURS computes in: float32, unless its first computed point differs as a lower arithmetic does."""
+    exact = comparison(ours, ref, replace(options, compute="f32"))
+    as_float32 = _with(exact, "f32", "")
+    first = exact.verdict.first_divergence
+    if (
+        exact.verdict
+        or first is None
+        or first.checkpoint not in exact.records.names
+        or _computed_before(exact, first.checkpoint)
+    ):
+        return as_float32
+    if known.case is None:
+        return comparison(ours, ref, options)
+    wanted = next((number for number, entry in enumerate(known.case.entries) if entry.point == first.checkpoint), None)
+    if wanted is None:
+        return as_float32
+    error = float(np.mean(exact.records.measures.nmse[exact.records.point == exact.records.names.index(first.checkpoint)]))
+    candidates: list[Comparison] = []
+    for kind in _KINDS:
+        cost = known.floor(kind)
+        allowed = known.limits(ours, kind, cost)
+        if cost is None or allowed is None:
+            continue
+        if not float(cost.products[wanted].mean()) * LOWER <= error <= allowed.points[first.checkpoint]:
+            continue
+        tried = comparison(ours, ref, replace(options, compute=kind, limits=allowed))
+        if any(point.checkpoint == first.checkpoint and point.status == AGREES for point in tried.verdict.points):
+            candidates.append(_with(tried, kind, first.checkpoint))
+    return next((found for found in candidates if found.verdict), candidates[0] if candidates else as_float32)
+
+
+def _with(found: Comparison, arithmetic: str, in_float32: str) -> Comparison:
+    return replace(found, verdict=replace(found.verdict, precision=Precision(arithmetic, False, "measured", in_float32)))
+
+
+def _computed_before(found: Comparison, first: str) -> bool:
+    """Whether a product with weights agrees as float32 does before the first difference: then the arithmetic is float32."""
+    model = found.records.flow
+    for point in found.verdict.points:
+        if point.checkpoint == first:
+            break
+        behind = {point.checkpoint, *_above(found, point.checkpoint)} if point.checkpoint in model.whole.made else set[str]()
+        if point.status == AGREES and MIXING & model.operations(behind):
+            return True
+    return False
+
+
+def _above(found: Comparison, name: str) -> set[str]:
+    """All nodes that a point is made of."""
+    made = found.records.flow.whole.made
+    every, waiting = set[str](), [name]
+    while waiting:
+        for other in made[waiting.pop()].reads:
+            if other not in every:
+                every.add(other)
+                waiting.append(other)
+    return every

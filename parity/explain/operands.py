@@ -1,0 +1,66 @@
+"""One operation is wrong: is it the right one, made from another value or with another weight?"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+
+from engine.graph import Step, compute, inputs_of
+from engine.replay.replay import Replay
+
+from .case import Case
+from .laws import ROOM
+from .records import Expected, Floats
+from .state import State
+
+_ROWS = 2  # rows of the first look
+
+
+def other_operand(case: Case, state: State, entry: Expected, errors: Floats) -> str:
+    """The sentence "is what … makes of …" for a point that is wrong by these errors [R]; "" where no other operand gives its values.
+
+    Every value of the right run in front of it, of an operand's own shape, stands in for that operand; so does every weight of the
+    model of a weight's own shape.
+    """
+    step = state.planting.right.get(entry.point)
+    wrong = errors > entry.limit
+    if step is None or not wrong.any():
+        return ""
+    rows = min(int(entry.rows[wrong].min()) + _ROWS, len(case.positions))
+    first = case.make(case.transformer.steps, rows, case.replay)
+    for other, sentence in _changed(case, state, step):
+        if _gives(case, entry, other, first) and _gives(case, entry, other, case.replay):
+            return sentence
+    return ""
+
+
+def _changed(case: Case, state: State, step: Step) -> Iterator[tuple[Step, str]]:
+    """The step with one operand or weight exchanged, and what is to be said of it."""
+    values = case.replay.values
+    before = [name for name, number in state.order.items() if number < state.order[step.makes]]
+    for at, read in enumerate(step.reads):
+        if not isinstance(read, str) or read not in state.order:
+            continue
+        shape = values[read].shape
+        for name in reversed(before):
+            if name != read and values[name].shape == shape:
+                reads = (*step.reads[:at], name, *step.reads[at + 1 :])
+                yield replace(step, reads=reads), f"is what this operation makes of {name} instead of {read}"
+    tensors = case.transformer.model.tensors
+    for at, weight in enumerate(step.weights):
+        if not isinstance(weight, str) or weight not in tensors:
+            continue
+        for name, info in tensors.items():
+            if name != weight and info.shape == tensors[weight].shape:
+                weights = (*step.weights[:at], name, *step.weights[at + 1 :])
+                yield replace(step, weights=weights), f"is what this operation makes with {name} instead of {weight}"
+
+
+def _gives(case: Case, entry: Expected, step: Step, replay: Replay) -> bool:
+    """Whether a changed step, computed from the values of a right run, gives what was recorded of its rows."""
+    with np.errstate(all="ignore"):
+        made = compute(step, inputs_of(step, replay.values.__getitem__, replay.weights), replay.weights)
+    positions = case.positions[: replay.rows]
+    errors = entry.nmse(case.transformer.backend.to_host(made), positions)
+    here = entry.rows < replay.rows
+    return bool((errors[here] <= ROOM * entry.limit[here]).all())

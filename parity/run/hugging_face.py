@@ -1,0 +1,99 @@
+"""Hugging Face as a side: one emitted file, run by an interpreter that has torch and transformers."""
+
+import json
+import shlex
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from checkpoints.errors import InputError
+
+from ..emit import source
+from .command import DEFAULT_TIMEOUT, Command
+from .request import Progress, Prompt
+
+ADVICE = "pip install torch transformers gguf accelerate there, or name an interpreter that has them with --python."
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """What transformers' own tokenizer makes of a prompt; `problem` says why it makes nothing."""
+
+    ids: tuple[int, ...] = ()
+    pieces: tuple[str, ...] = ()
+    problem: str = ""
+
+    def difference(self, prompt: Prompt) -> str:
+        """A sentence on the first place where llama.cpp makes another token of the text; empty where there is none."""
+        if self.problem:
+            return f"transformers has no tokenizer for this model: {self.problem}"
+        for place, (mine, theirs) in enumerate(zip(prompt.ids, self.ids, strict=False)):
+            if mine != theirs:
+                pieces = (*prompt.pieces, *[""] * len(prompt.ids))
+                return (
+                    f"the tokenizers differ at position {place}: llama.cpp has {mine} {pieces[place]!r}, "
+                    f"Hugging Face {theirs} {self.pieces[place]!r}; both sides were given llama.cpp's ids"
+                )
+        if len(self.ids) != len(prompt.ids):
+            return (
+                f"the tokenizers differ in length: llama.cpp makes {len(prompt.ids)} tokens, Hugging Face {len(self.ids)}; "
+                "both sides were given llama.cpp's ids"
+            )
+        return ""
+
+
+@dataclass(frozen=True)
+class HuggingFace:
+    """transformers' model, float32, eager attention.
+
+    `model` is a GGUF file, which transformers dequantises itself, or a folder with config.json and safetensors. `points` are
+    names with commas, or "" for all that are known.
+    """
+
+    model: Path
+    python: str = "python3"
+    device: str = "cpu"
+    points: str = ""
+    slice_size: int | None = 16
+    timeout: float = DEFAULT_TIMEOUT
+    name: str = "Hugging Face"
+
+    def check(self, prompt: Prompt | None = None) -> None:
+        """Raises InputError where the interpreter is not there, or has no torch or transformers."""
+        probe = "import importlib.util as u; print([m for m in ('torch', 'transformers') if u.find_spec(m) is None])"
+        try:
+            done = subprocess.run([self.python, "-P", "-c", probe], capture_output=True, text=True, check=False, timeout=60)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise InputError(f"cannot run {self.python}: {error}.", "Check --python.", code="python") from error
+        if done.returncode or not done.stdout.startswith("["):
+            raise InputError(f"{self.python} is not a Python of version 3.11 or newer.", "Check --python.", code="python")
+        if done.stdout.strip() != "[]":
+            lacking = done.stdout.strip(" []\n").replace("'", "")
+            raise InputError(f"{self.python} has no {lacking}.", f"Run: {ADVICE}", code="python")
+
+    def dump(self, prompt: Prompt, out: Path, progress: Progress | None = None) -> Tokenizer:
+        """Compute the prompt, and the tokens that it is led along, in one pass, and write `out`.
+
+        Returns:
+            What transformers' own tokenizer makes of the prompt's text.
+
+        Raises:
+            EngineError: transformers cannot load the model, or fails.
+        """
+        if progress is not None:
+            progress(self.name, 0, None)
+        with TemporaryDirectory(prefix="parity-hf-") as scratch:
+            script, said = Path(scratch) / "parity_hf.py", Path(scratch) / "tokenizer.json"
+            script.write_text(source("hf"), encoding="utf-8")
+            words = [self.python, str(script), "{model}", "--out", "{out}", "--device", self.device, "--tokenizer", str(said)]
+            words += ["--slice", str(self.slice_size or 0)]
+            if prompt.ids:
+                words += ["--tokens", "{tokens}"]
+            if prompt.text is not None:
+                words += [f"--prompt={prompt.text}"]
+            if self.points:
+                words += ["--points", "{points}"]
+            ids = (*prompt.ids, *prompt.generated)
+            Command(shlex.join(words), timeout=self.timeout).run(model=self.model, tokens=ids, out=out, points=self.points)
+            return Tokenizer(**json.loads(said.read_text(encoding="utf-8"))) if said.exists() else Tokenizer()

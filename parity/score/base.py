@@ -1,0 +1,115 @@
+"""A base file: each prediction of one side as its largest logits and the logarithm of the sum of all, O(K) a position."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from checkpoints.errors import InputError
+from checkpoints.whole_file import put
+
+from .measures import largest, log_sum
+from .text import Chunk
+
+KEPT = 256  # logits a position: 2 KB, where a row of 151,936 has 594 KB
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Base:
+    """The predictions of one side over a text.
+
+    Attributes:
+        name: who made them.
+        tokens: int64 [N], the chunks' ids one after the other; `context` of them a chunk.
+        ids: int32 [P, K], logits: float32 [P, K], largest first; log_sums: float64 [P]; next_logits: float32 [P], of the text's own token.
+    """
+
+    name: str
+    context: int
+    tokens: NDArray[np.int64]
+    ids: NDArray[np.int32]
+    logits: NDArray[np.float32]
+    log_sums: NDArray[np.float64]
+    next_logits: NDArray[np.float32]
+
+    def check(self, chunks: Sequence[Chunk], path: Path) -> None:
+        """Raises InputError where these are not the tokens that it was made of."""
+        given = np.array([token for chunk in chunks for token in chunk.tokens], dtype=np.int64)
+        if len(given) > len(self.tokens) or not np.array_equal(given, self.tokens[: len(given)]):
+            raise InputError(
+                f"{path} is of another text, tokenizer or --context.", "Make it anew with --save-base.", code="base"
+            )
+
+
+class BaseWriter:
+    """Collects a base, position after position."""
+
+    def __init__(self, name: str, context: int, kept: int = KEPT) -> None:
+        self._name, self._context, self._kept = name, context, kept
+        self._tokens: list[int] = []
+        self._ids: list[NDArray[np.int32]] = []
+        self._logits: list[NDArray[np.float32]] = []
+        self._log_sums: list[float] = []
+        self._next: list[float] = []
+
+    def chunk(self, chunk: Chunk) -> None:
+        """A chunk begins."""
+        self._tokens += chunk.tokens
+
+    def add(self, row: NDArray[np.float32], following: int) -> None:
+        """One prediction [V]; `following` is the text's own next token."""
+        top = largest(row, self._kept)
+        self._ids.append(top.astype(np.int32))
+        self._logits.append(row[top].astype(np.float32))
+        self._log_sums.append(log_sum(row))
+        self._next.append(float(row[following]))
+
+    def save(self, path: Path) -> None:
+        """Write it.
+
+        Raises:
+            InputError: it cannot be written.
+        """
+        from safetensors.numpy import save
+
+        arrays: dict[str, NDArray[Any]] = {
+            "tokens": np.array(self._tokens, dtype=np.int64),
+            "ids": np.stack(self._ids),
+            "logits": np.stack(self._logits),
+            "log_sums": np.array(self._log_sums),
+            "next_logits": np.array(self._next, dtype=np.float32),
+        }
+        put(path, save(arrays, {"format": str(_FORMAT), "name": self._name, "context": str(self._context)}))
+
+
+def load(path: Path) -> Base:
+    """Read a base file.
+
+    Raises:
+        InputError: it cannot be read, or is none.
+    """
+    try:
+        facts, arrays = _read(path)
+        base = Base(facts["name"], int(facts["context"]), **arrays)
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}.", "Check --base.", code="base") from error
+    except Exception as error:  # safetensors has errors of its own
+        raise InputError(f"{path} is no base file of this version.", "Make it with --save-base.", code="base") from error
+    count = len(base.log_sums)
+    if base.ids.shape != base.logits.shape or base.ids.ndim != 2 or {len(base.ids), len(base.next_logits)} != {count}:
+        raise InputError(f"{path} is damaged: its arrays do not belong together.", "Make it anew.", code="base")
+    return base
+
+
+def _read(path: Path) -> tuple[dict[str, str], dict[str, NDArray[Any]]]:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="numpy") as file:
+        facts = file.metadata() or {}
+        if facts.get("format") != str(_FORMAT):
+            raise ValueError("another format")
+        return facts, {name: file.get_tensor(name) for name in ("tokens", "ids", "logits", "log_sums", "next_logits")}

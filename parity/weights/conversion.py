@@ -1,0 +1,281 @@
+"""A GGUF against the Hugging Face folder that it was converted from: every tensor through what converters do to it.
+
+Names are mapped by gguf-py's table, the one that llama.cpp's converter uses. A tensor that is not what its source gives is held
+against what comes of the usual mistakes. A few rows at a time: memory does not grow with the model.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from math import isclose
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from checkpoints.answers.weights import DIFFERENT, EQUAL, NOT_CHECKED, FirstDifference, TensorCheck, WeightsCheck
+from checkpoints.errors import InputError
+from engine.weights.dequantize import dequantize
+from engine.weights.gguf_model import GgufModel, TensorInfo
+
+from .safetensors_folder import Floats, Folder, Stored
+from .weights import Progress, type_name
+
+# NMSE that quantising to two bits and a half leaves (Q2_K of Gaussian weights: 0.07); a wrong order of rows gives 2, a missing
+# offset of 1 at weights of 0.15 gives 0.98. Types of 16 bits and more round: half a step of bfloat16's 8 bits is 2^-9.
+_QUANTISED, _ROUNDED = 0.25, 2.0**-17
+_CHUNK = 1 << 22  # elements at a time
+_PERMUTING = frozenset(
+    ("llama", "granite", "granitemoe", "minicpm", "olmo", "internlm2", "xverse", "baichuan", "smollm3", "arcee")
+)
+_OFFSET = re.compile(r"gemma\d*(-embedding)?|nemotron")  # converters store 1 + w of their norms
+_TRANSPOSED = frozenset(("gpt2",))  # keeps [in, out] (Conv1D)
+_EXPERT = re.compile(r"(.*)\.experts\.(\d+)\.(\w+)\.weight")
+_MIXTRAL = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+_BY = ("GGUF", "folder")
+_MADE = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")  # by converters, of config.json
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where a tensor of the GGUF comes from: one tensor, or one for each expert."""
+
+    parts: tuple[Stored, ...]
+    names: tuple[str, ...]
+
+    def rows(self, start: int, stop: int, per_part: int, *, transposed: bool = False) -> Floats:
+        """Rows [start, stop) of the parts laid one after the other, which must lie in one part."""
+        part = self.parts[start // per_part]
+        first = start % per_part
+        if len(part.shape) == 1:
+            return part.part()[None]
+        if transposed:
+            return np.ascontiguousarray(part.part((slice(None), slice(first, first + stop - start))).T)
+        if len(part.shape) == 3:  # experts that are stacked already
+            rows = part.shape[1]
+            return part.part((start // rows, slice(start % rows, start % rows + stop - start)))
+        return part.part(slice(first, first + stop - start))
+
+
+Change = Callable[[Floats], Floats]
+
+
+def check_conversion(path: Path, folder: Path, progress: Progress | None = None) -> WeightsCheck:
+    """Say for each tensor of a GGUF whether it is what the folder's tensors give, and what config.json and the metadata disagree on.
+
+    Raises:
+        ModelError: the GGUF cannot be read. InputError: the folder cannot, or is another architecture's.
+    """
+    model, source = GgufModel(path), Folder(folder)
+    arch, heads = model.hyperparameters.architecture, (model.hyperparameters.n_heads, model.hyperparameters.n_kv_heads)
+    sources, stray = _sources(arch, model.hyperparameters.n_layers, source)
+    if not sources.keys() & model.tensors.keys():
+        raise InputError(f"{folder} has no tensor of a {arch} model.", "Is it the folder that this GGUF was made of?")
+    checks: list[TensorCheck] = []
+    total = sum(info.n_bytes for info in model.tensors.values())
+    done = 0
+    for info in model.tensors.values():
+        checks.append(_tensor(model, info, sources.get(info.name), arch, heads))
+        done += info.n_bytes
+        if progress is not None:
+            progress("weights", done, total)
+    missing = [name for name in sources if name not in model.tensors and not _tied(name, model, sources)]
+    checks += [TensorCheck(name, "", (), "missing", reason="the folder has it, the GGUF has not") for name in missing]
+    checks += list(_settings(model, source))
+    notes = (f"without a place in a {arch} file: {', '.join(stray[:4])}{', …' * (len(stray) > 4)}",) if stray else ()
+    name = f"{model.hyperparameters.name or path.stem} ({path})"
+    return WeightsCheck(name, str(folder), tuple(checks), total, notes, tolerance="what each type rounds")
+
+
+def _sources(arch: str, layers: int, folder: Folder) -> tuple[dict[str, _Source], list[str]]:
+    """The source of each GGUF tensor by its name, and the folder's tensors that none is made of."""
+    import gguf
+
+    kind = next((kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == arch), None)
+    if kind is None:
+        raise InputError(f"gguf-py has no names of the architecture {arch}.", "Conversion cannot be checked for it.")
+    names = gguf.get_tensor_name_map(kind, layers)
+    found: dict[str, _Source] = {}
+    experts: dict[str, dict[int, str]] = {}
+    stray: list[str] = []
+    for name, stored in folder.tensors.items():
+        if match := _EXPERT.fullmatch(name):
+            head = match[1].replace("block_sparse_moe", "mlp")
+            experts.setdefault(f"{head}.experts.{_MIXTRAL.get(match[3], match[3])}.weight", {})[int(match[2])] = name
+            continue
+        to = names.get_name(name.replace("model.language_model.", "model."), try_suffixes=(".weight", ".bias"))
+        if to is None:
+            stray.append(name)
+        else:
+            found[to] = _Source((stored,), (name,))
+    for joined, members in experts.items():
+        to = names.get_name(joined, try_suffixes=(".weight",))
+        if to is None or sorted(members) != list(range(len(members))):
+            stray += members.values()
+            continue
+        ordered = tuple(members[number] for number in range(len(members)))
+        found[to] = _Source(tuple(folder.tensors[name] for name in ordered), ordered)
+    return found, stray
+
+
+def _tied(name: str, model: GgufModel, sources: dict[str, _Source]) -> bool:
+    """Whether a GGUF rightly lacks the output matrix: it is the embedding's, which is stored once."""
+    if name != "output.weight" or "token_embd.weight" not in sources or "token_embd.weight" not in model.tensors:
+        return False
+    a, b = sources[name].parts[0], sources["token_embd.weight"].parts[0]
+    return a.shape == b.shape and all(
+        np.array_equal(a.part(slice(start, start + 1024)), b.part(slice(start, start + 1024)))
+        for start in range(0, a.shape[0], 1024)
+    )
+
+
+def _tensor(model: GgufModel, info: TensorInfo, source: _Source | None, arch: str, heads: tuple[int, int]) -> TensorCheck:
+    kind, count = type_name(info.type), int(np.prod(info.shape))
+    if source is None:
+        if info.name in _MADE or info.name == "output.weight":
+            return TensorCheck(
+                info.name, kind, info.shape, NOT_CHECKED, 0, (), "no tensor of the folder: the converter made it"
+            )
+        return TensorCheck(info.name, kind, info.shape, "extra", 0, (), "the folder has no such tensor")
+    size = sum(int(np.prod(part.shape)) for part in source.parts)
+    if size != count:
+        shapes = " + ".join(str(list(part.shape)) for part in source.parts[:2])
+        return TensorCheck(info.name, kind, info.shape, DIFFERENT, 0, _BY, f"{size:,} values in the folder, {shapes}")
+    right = _expected(info, arch, heads)
+    error, first = _compare(model, info, source, right, heads, arch)
+    limit = 0.0 if info.type in (0,) else _ROUNDED if info.type in (1, 30) else _QUANTISED
+    if error <= limit:
+        status = EQUAL if error == 0 else f"{EQUAL} as {kind}"
+        return TensorCheck(info.name, kind, info.shape, status, count, _BY)
+    for what, change in _mistakes(info, arch, heads):
+        if _compare(model, info, source, change, heads, arch)[0] <= limit:
+            return TensorCheck(info.name, kind, info.shape, what, count, _BY, what, first)
+    if other := _other(model, info, source, right, heads, arch, limit):
+        what = f"it is {other}"
+        return TensorCheck(info.name, kind, info.shape, DIFFERENT, count, _BY, what, first)
+    reason = f"nothing known gives these values (NMSE {error:.1e})"
+    return TensorCheck(info.name, kind, info.shape, DIFFERENT, count, _BY, reason, first)
+
+
+def _heads(name: str, heads: tuple[int, int]) -> int:
+    """The heads whose rows a tensor's rows are, 0 for those that have none."""
+    return heads[0] if ".attn_q." in name else heads[1] if ".attn_k." in name else 0
+
+
+def _expected(info: TensorInfo, arch: str, heads: tuple[int, int]) -> Change:
+    if arch in _PERMUTING and _heads(info.name, heads):
+        return lambda rows: permuted(rows, info.shape, _heads(info.name, heads))
+    if _OFFSET.fullmatch(arch) and info.name.endswith("norm.weight"):
+        return lambda rows: rows + np.float32(1)
+    return lambda rows: rows
+
+
+def _mistakes(info: TensorInfo, arch: str, heads: tuple[int, int]) -> Iterator[tuple[str, Change]]:
+    """What else a converter may have done, and what comes of it."""
+    if n := _heads(info.name, heads):
+        if arch in _PERMUTING:
+            yield "not permuted: llama.cpp rotates neighbours here, the folder's rows are halves", lambda rows: rows
+            other = heads[1] if n == heads[0] else heads[0]
+            if info.shape[0] % (2 * other) == 0 and other != n:
+                yield f"permuted by {other} heads instead of {n}", lambda rows: permuted(rows, info.shape, other)
+        else:
+            yield "permuted, which this architecture's rows are not", lambda rows: permuted(rows, info.shape, n)
+    if info.name.endswith("norm.weight"):
+        if _OFFSET.fullmatch(arch):
+            yield "without the 1 that llama.cpp expects in this norm's weight", lambda rows: rows
+        else:
+            yield "with 1 added, which this architecture's norm does not expect", lambda rows: rows + np.float32(1)
+
+
+def permuted(rows: Floats, shape: tuple[int, ...], heads: int) -> Floats:
+    """Whole heads' rows from halves to neighbours: `LlamaModel.permute` of convert_hf_to_gguf.py. Of a bias, its elements."""
+    head = shape[0] // heads
+    grid = rows.reshape(-1, 2, head // 2, rows.shape[-1] if len(shape) > 1 else 1)
+    return np.ascontiguousarray(grid.swapaxes(1, 2)).reshape(rows.shape)
+
+
+def _other(
+    model: GgufModel, info: TensorInfo, source: _Source, right: Change, heads: tuple[int, int], arch: str, limit: float
+) -> str:
+    """The name of the GGUF's tensor of the same shape and layer that holds these values, if one does."""
+    layer = info.name.rsplit(".", 2)[0]
+    for name, other in model.tensors.items():
+        if name == info.name or other.shape != info.shape or not name.startswith(layer):
+            continue
+        if _compare(model, other, source, right, heads, arch)[0] <= limit:
+            return f"exchanged: its values stand in {name}"
+    return ""
+
+
+def _compare(
+    model: GgufModel, info: TensorInfo, source: _Source, change: Change, heads: tuple[int, int], arch: str
+) -> tuple[float, FirstDifference | None]:
+    """NMSE of a tensor against its source, and the first element that is off by more than a hundredth of its row's size."""
+    raw = model.raw(info.name)
+    rows, columns = len(raw), info.shape[-1]
+    per_part = rows // len(source.parts)
+    turned = arch in _TRANSPOSED and len(info.shape) == 2 and info.name.startswith("blk.")  # Conv1D keeps [in, out]
+    unit = info.shape[0] // _heads(info.name, heads) if _heads(info.name, heads) and len(info.shape) == 2 else 1
+    step = max(unit, _CHUNK // columns // unit * unit)
+    error = energy = 0.0
+    first: FirstDifference | None = None
+    for part in range(0, rows, per_part):
+        for start in range(part, part + per_part, step):
+            stop = min(start + step, part + per_part)
+            held = dequantize(raw[start:stop], info.type, columns).astype(np.float64)
+            wanted = change(source.rows(start, stop, per_part, transposed=turned)).astype(np.float64)
+            if wanted.shape != held.shape:
+                return np.inf, None
+            error += float(((held - wanted) ** 2).sum())
+            energy += float((wanted**2).sum())
+            if first is None:
+                first = _first(held, wanted, start, columns, info)
+    return error / energy if energy else (0.0 if error == 0 else np.inf), first
+
+
+def _first(
+    held: NDArray[np.float64], wanted: NDArray[np.float64], start: int, columns: int, info: TensorInfo
+) -> FirstDifference | None:
+    size = np.sqrt((wanted**2).mean(axis=1, keepdims=True))
+    off = np.abs(held - wanted) > (
+        0.01 * size if info.type not in (0, 1, 30) else 2.0**-8 * np.abs(wanted) if info.type else 0.0
+    )
+    if not off.any():
+        return None
+    at = int(off.argmax())
+    row, column = divmod(at, columns)
+    values = {"GGUF": float(held[row, column]), "folder": float(wanted[row, column])}
+    return FirstDifference((start + row) * columns + column, start + row, "", values)
+
+
+def _settings(model: GgufModel, folder: Folder) -> Iterator[TensorCheck]:
+    """config.json against the metadata: the numbers that every engine reads."""
+    hp = model.hyperparameters
+    for what, mine, theirs in (
+        ("layers", hp.n_layers, folder.number("num_hidden_layers", "n_layer")),
+        ("embedding width", hp.n_embd, folder.number("hidden_size", "n_embd")),
+        ("heads", hp.n_heads, folder.number("num_attention_heads", "n_head")),
+        ("key/value heads", hp.n_kv_heads, folder.number("num_key_value_heads")),
+        ("experts", _of(model, "expert_count"), folder.number("num_local_experts", "num_experts", "n_routed_experts")),
+        ("experts a token", _of(model, "expert_used_count"), folder.number("num_experts_per_tok")),
+    ):
+        if theirs is not None and mine is not None and mine != theirs:
+            yield TensorCheck(what, "", (), DIFFERENT, reason=f"config.json says {theirs}, the GGUF {mine}")
+    eps = next(
+        (folder.config[name] for name in ("rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps") if name in folder.config),
+        None,
+    )
+    held = _of(model, "attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon")
+    if isinstance(eps, float) and held is not None and not isclose(held, eps, rel_tol=1e-6):
+        yield TensorCheck("ε", "", (), DIFFERENT, reason=f"config.json says {eps:g}, the GGUF {held:.7g}")
+    rope = folder.config.get("rope_parameters") or folder.config.get("rope_scaling") or {}
+    rope = rope.get("full_attention", rope) if isinstance(rope, dict) else {}
+    base = rope.get("rope_theta", folder.config.get("rope_theta"))
+    if isinstance(base, (int, float)) and hp.rope_base and not isclose(hp.rope_base, base, rel_tol=1e-6):
+        yield TensorCheck("RoPE base", "", (), DIFFERENT, reason=f"config.json says {base:g}, the GGUF {hp.rope_base:g}")
+
+
+def _of(model: GgufModel, *keys: str) -> float | None:
+    """The first of these numbers that the metadata have, under the architecture's name."""
+    values = (model.metadata.get(f"{model.hyperparameters.architecture}.{key}") for key in keys)
+    return next((value for value in values if isinstance(value, (int, float))), None)

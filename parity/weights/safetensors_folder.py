@@ -1,0 +1,85 @@
+"""A Hugging Face model's folder: config.json and the tensors of its safetensors files, a few rows at a time."""
+
+import json
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from checkpoints.errors import InputError
+
+Floats = NDArray[np.float32]
+_TYPES = {"F32": np.float32, "F16": np.float16, "F64": np.float64}
+_LARGEST_HEADER = 100_000_000  # bytes: what the format's own reader allows
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor: its bytes in a memory map, their type and the shape as PyTorch has it."""
+
+    raw: NDArray[np.uint8]
+    dtype: str
+    shape: tuple[int, ...]
+
+    def part(self, index: Any = ...) -> Floats:
+        """What `tensor[index]` is, as float32; only those bytes are read."""
+        if self.dtype == "BF16":
+            bits = self.raw.view(np.uint16).reshape(self.shape)[index]
+            return np.asarray((bits.astype(np.uint32) << np.uint32(16)).view(np.float32))
+        return np.asarray(self.raw.view(_TYPES[self.dtype]).reshape(self.shape)[index], dtype=np.float32)
+
+
+class Folder:
+    """The model in a folder that `save_pretrained` wrote.
+
+    Raises:
+        InputError: no config.json or no safetensors there, or a damaged file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        files = sorted(path.glob("*.safetensors"))
+        try:
+            config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise InputError(f"cannot read {path / 'config.json'}.", "Take a folder that save_pretrained wrote.") from error
+        if not files or not isinstance(config, dict):
+            raise InputError(f"{path} has no safetensors.", "Take a folder that save_pretrained wrote.")
+        # Models that also see or hear keep the language model's numbers in a part of their own.
+        inner = config.get("text_config")
+        self.config: dict[str, Any] = {**config, **inner} if isinstance(inner, dict) else config
+        self.tensors: dict[str, Stored] = {}
+        for file in files:
+            self.tensors.update(_stored(file))
+
+    def number(self, *names: str) -> int | None:
+        """The first of these entries of config.json that is a whole number."""
+        values = (self.config.get(name) for name in names)
+        return next((value for value in values if isinstance(value, int) and not isinstance(value, bool)), None)
+
+
+def _stored(file: Path) -> dict[str, Stored]:
+    try:
+        data = np.memmap(file, dtype=np.uint8, mode="r")
+        size = int.from_bytes(data[:8].tobytes(), "little")
+        if not 2 <= size <= min(len(data) - 8, _LARGEST_HEADER):
+            raise ValueError("the header's length is wrong")  # noqa: TRY301  # told with the other kinds of damage, below
+        header = json.loads(data[8 : 8 + size].tobytes())
+        found = {}
+        for name, entry in header.items():
+            if name == "__metadata__":
+                continue
+            begin, end = entry["data_offsets"]
+            shape, dtype = tuple(map(int, entry["shape"])), str(entry["dtype"])
+            width = 2 if dtype == "BF16" else np.dtype(_TYPES[dtype]).itemsize if dtype in _TYPES else 0
+            if width == 0:
+                continue  # integers: buffers, or weights that are packed in a way of their own
+            if not 0 <= begin <= end <= len(data) - 8 - size or end - begin != width * prod(shape):
+                raise ValueError(f"{name} does not lie where the header says")  # noqa: TRY301
+            found[name] = Stored(data[8 + size + begin : 8 + size + end], dtype, shape)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(f"cannot read {file}: {' '.join(str(error).split())[:100]}.", "Download it again.") from error
+    return found

@@ -1,0 +1,120 @@
+"""Dumps with their records as arrays beside the lines: the same records, the same verdict, and one line where the files don't fit."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cli import Cli
+
+from checkpoints.columns import ColumnsWriter, beside
+from checkpoints.errors import DumpError
+from checkpoints.formats import load
+from checkpoints.jsonl import write
+from checkpoints.record import Dump, Header, Rows
+
+
+def both_ways(parity: Cli, folder: Path) -> tuple[Path, Path]:
+    """The same run of our engine as JSON lines and with arrays."""
+    lines, arrays = folder / "lines.jsonl", folder / "arrays.jsonl"
+    for out, more in ((lines, ()), (arrays, ("--binary",))):
+        done = parity("dump", "ours", "--tokens", "1,2,3,4,5", "--points", "blk.{0,23}.*,embd,logits", "-o", out, *more)
+        assert done.code == 0, done.err
+    return lines, arrays
+
+
+def same(one: Rows, other: Rows) -> bool:
+    """Whether two points' records are the same to the bit."""
+    equal = all(
+        np.array_equal(getattr(one, name), getattr(other, name), equal_nan=True)
+        for name in ("seq", "token_idx", "step", "decode", "values", "counts")
+    )
+    sketches = one.sketch is not None and other.sketch is not None and np.array_equal(one.sketch, other.sketch)
+    stats = one.stats.keys() == other.stats.keys() and all(
+        np.array_equal(one.stats[name], other.stats[name]) for name in one.stats
+    )
+    return equal and sketches and stats and one.shapes == other.shapes and one.dtype == other.dtype
+
+
+def test_arrays_and_lines_hold_the_same_records(parity: Cli, tmp_path: Path) -> None:
+    """Every record of every point, read back from arrays, is what the JSON lines give: values, statistics, sketch, shapes, places."""
+    lines, arrays = (load(path) for path in both_ways(parity, tmp_path))
+    assert list(arrays.points) == list(lines.points)
+    assert all(same(arrays.points[name], rows) for name, rows in lines.points.items())
+    assert arrays.end == lines.end
+    assert arrays.notes == lines.notes
+
+
+def test_a_run_with_arrays_reaches_the_same_verdict(parity: Cli, tmp_path: Path) -> None:
+    """`run --binary`: the figures of every record are those of the run with lines, to the bit, generated tokens included."""
+    answers = []
+    for name, more in (("lines", ()), ("arrays", ("--binary",))):
+        done = parity("run", "--tokens", "1,2,3", "--generate", 2, "--format", "json", "-o", tmp_path / name, *more)
+        assert done.code == 0, done.err
+        answers.append(json.loads(done.out))
+    assert answers[0]["worst"] == answers[1]["worst"]
+    assert answers[0]["compared"] == answers[1]["compared"]
+    assert {path.name for path in (tmp_path / "arrays").iterdir()} > {"ours.columns.safetensors", "ref.columns.safetensors"}
+
+
+def test_parts_of_a_point_are_put_together(parity: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Records that were written in several parts are one point's again, in their order."""
+    monkeypatch.setattr("checkpoints.columns._HELD", 4096)
+    written, wanted = tmp_path / "parts.jsonl", load(both_ways(parity, tmp_path)[0])
+    rows = [rows.take([i]) for rows in wanted.points.values() for i in range(len(rows))]
+    with ColumnsWriter(written, Header(source="engine")) as writer:
+        for row in rows:
+            writer.rows(row)
+    assert written.read_text(encoding="utf-8").count('"type":"columns"') > len(wanted.points)
+    arrays = load(written)
+    assert all(same(arrays.points[name], rows) for name, rows in wanted.points.items())
+
+
+def _other_identity(dump: Path) -> None:
+    text = dump.read_text(encoding="utf-8")
+    dump.write_text(text.replace('"id":"', '"id":"0', 1), encoding="utf-8")
+
+
+def _short(dump: Path) -> None:
+    arrays = beside(dump)
+    arrays.write_bytes(arrays.read_bytes()[:5000])
+
+
+def _elsewhere(dump: Path) -> None:
+    dump.write_text(dump.read_text(encoding="utf-8").replace(beside(dump).name, "../secret.safetensors", 1), encoding="utf-8")
+
+
+def _miscounted(dump: Path) -> None:
+    dump.write_text(dump.read_text(encoding="utf-8").replace('"records":5', '"records":7', 1), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (_other_identity, "the arrays of another dump"),
+        (_short, "cannot read"),
+        (_elsewhere, "is not a file beside it"),
+        (_miscounted, "do not fit together"),
+        (lambda dump: beside(dump).unlink(), "cannot read"),
+    ],
+)
+def test_files_that_do_not_belong_together_are_one_line(
+    parity: Cli, tmp_path: Path, damage: Callable[[Path], None], said: str
+) -> None:
+    """A missing, damaged, foreign or miscounted file of arrays is refused in one line with exit code 2."""
+    _, arrays = both_ways(parity, tmp_path)
+    damage(arrays)
+    with pytest.raises(DumpError, match=said):
+        load(arrays)
+    assert parity("lint", arrays).code == 2
+
+
+def test_convert_reads_arrays(parity: Cli, tmp_path: Path) -> None:
+    """What was recorded as arrays becomes JSON lines by writing it as any other dump."""
+    lines, arrays = both_ways(parity, tmp_path)
+    dump: Dump = load(arrays)
+    out = tmp_path / "converted.jsonl"
+    write(dump, out, Header(source="engine"))
+    converted, right = load(out), load(lines)
+    assert all(same(converted.points[name], rows) for name, rows in right.points.items())

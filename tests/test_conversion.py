@@ -1,0 +1,204 @@
+"""`parity weights --hf`: a GGUF against the folder it was converted from, right and with planted faults of conversion."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from cli import Cli
+from hf_convert import convert
+
+from reference.client import Reference
+
+V, D, F, H, K, LAYERS = 96, 64, 128, 4, 2, 2
+ROW = D // H
+NORMS = {"attn_norm", "ffn_norm", "post_attention_norm", "post_ffw_norm", "output_norm"}
+FAMILIES = ("llama", "qwen2", "gemma2", "mixtral", "gpt2")
+
+
+def tensors(family: str) -> dict[str, np.ndarray]:
+    """Random tensors under the names that transformers gives them."""
+    rng = np.random.default_rng(3)
+
+    def random(*shape: int) -> np.ndarray:
+        return (0.15 * rng.standard_normal(shape)).astype(np.float32)
+
+    made: dict[str, np.ndarray] = {}
+    if family == "gpt2":
+        made |= {"transformer.wte.weight": random(V, D), "transformer.wpe.weight": random(512, D)}
+        made |= {"transformer.ln_f.weight": random(D), "transformer.ln_f.bias": random(D)}
+        for layer in range(LAYERS):
+            head = f"transformer.h.{layer}"
+            for name, shape in (
+                ("attn.c_attn", (D, 3 * D)),
+                ("attn.c_proj", (D, D)),
+                ("mlp.c_fc", (D, F)),
+                ("mlp.c_proj", (F, D)),
+            ):
+                made |= {f"{head}.{name}.weight": random(*shape), f"{head}.{name}.bias": random(shape[1])}
+            made |= {f"{head}.{norm}.{part}": random(D) for norm in ("ln_1", "ln_2") for part in ("weight", "bias")}
+        return made
+    made |= {"model.embed_tokens.weight": random(V, D), "model.norm.weight": random(D)}
+    if family != "gemma2":
+        made["lm_head.weight"] = random(V, D)
+    for layer in range(LAYERS):
+        head = f"model.layers.{layer}"
+        for name, rows in (("q", H * ROW), ("k", K * ROW), ("v", K * ROW)):
+            made[f"{head}.self_attn.{name}_proj.weight"] = random(rows, D)
+            if family == "qwen2":
+                made[f"{head}.self_attn.{name}_proj.bias"] = random(rows)
+        made[f"{head}.self_attn.o_proj.weight"] = random(D, H * ROW)
+        norms = ["input_layernorm", "post_attention_layernorm"]
+        norms += ["pre_feedforward_layernorm", "post_feedforward_layernorm"] * (family == "gemma2")
+        made |= {f"{head}.{norm}.weight": random(D) for norm in norms}
+        if family == "mixtral":
+            made[f"{head}.block_sparse_moe.gate.weight"] = random(4, D)
+            for expert in range(4):
+                place = f"{head}.block_sparse_moe.experts.{expert}"
+                made |= {
+                    f"{place}.w1.weight": random(F, D),
+                    f"{place}.w2.weight": random(D, F),
+                    f"{place}.w3.weight": random(F, D),
+                }
+        else:
+            made |= {f"{head}.mlp.gate_proj.weight": random(F, D), f"{head}.mlp.up_proj.weight": random(F, D)}
+            made[f"{head}.mlp.down_proj.weight"] = random(D, F)
+    return made
+
+
+def save(path: Path, content: dict[str, np.ndarray], *, bf16: bool = False) -> None:
+    """A safetensors file; bfloat16, which NumPy lacks, is written as its bits."""
+    header, body = {}, b""
+    for name, value in content.items():
+        data = (value.view(np.uint32) >> 16).astype("<u2").tobytes() if bf16 else value.tobytes()
+        header[name] = {
+            "dtype": "BF16" if bf16 else "F32",
+            "shape": value.shape,
+            "data_offsets": [len(body), len(body) + len(data)],
+        }
+        body += data
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + body)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Callable[..., Path]:
+    """A function that writes a family's folder: config.json and safetensors in two files."""
+
+    def make(family: str, **changes: Any) -> Path:
+        place = tmp_path / family
+        place.mkdir()
+        config: dict[str, Any] = {
+            "model_type": family, "vocab_size": V, "hidden_size": D, "num_hidden_layers": LAYERS, "num_attention_heads": H,
+            "num_key_value_heads": K, "intermediate_size": F, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
+            "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0,
+        }  # fmt: skip
+        if family == "mixtral":
+            config |= {"num_local_experts": 4, "num_experts_per_tok": 2}
+        if family == "gpt2":
+            config = {
+                "model_type": family, "vocab_size": V, "n_embd": D, "n_layer": LAYERS, "n_head": H, "n_inner": F,
+                "layer_norm_epsilon": 1e-5,
+            }  # fmt: skip
+        (place / "config.json").write_text(json.dumps(config | changes), encoding="utf-8")
+        content = tensors(family)
+        half = len(content) // 2
+        save(place / "model-00001-of-00002.safetensors", dict(list(content.items())[:half]))
+        save(place / "model-00002-of-00002.safetensors", dict(list(content.items())[half:]))
+        return place
+
+    return make
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_right_conversion_is_equal_tensor_by_tensor(
+    family: str, folder: Callable[..., Path], parity: Cli, tmp_path: Path
+) -> None:
+    """Permuted, offset, stacked, transposed: each tensor is what its source gives, to the bit, and config.json agrees."""
+    source = folder(family)
+    code, answer = parity.json("weights", "--model", convert(source, tmp_path / "m.gguf"), "--hf", source)
+    assert (code, answer["verdict"]) == (0, "right"), [tensor for tensor in answer["tensors"] if tensor["status"] != "equal"]
+    assert {tensor["status"] for tensor in answer["tensors"]} == {"equal"}
+    assert len(answer["tensors"]) > 10
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "names", "said"),
+    [
+        ("llama", {"skip_permute": True}, {"attn_q", "attn_k"}, "not permuted"),
+        ("gemma2", {"skip_norm_offset": True}, NORMS, "without the 1"),
+        ("qwen2", {"swap": ("blk.1.ffn_gate.weight", "blk.1.ffn_up.weight")}, {"ffn_gate", "ffn_up"}, "exchanged"),
+        ("qwen2", {"drop": "blk.1.attn_k.bias"}, {"attn_k"}, "the GGUF has not"),
+        ("qwen2", {"eps": 1e-5}, {"ε"}, "config.json says 1e-06, the GGUF"),
+    ],
+)  # fmt: skip
+def test_a_fault_of_conversion_is_named(
+    family: str,
+    changes: dict[str, Any],
+    names: set[str],
+    said: str,
+    folder: Callable[..., Path],
+    parity: Cli,
+    tmp_path: Path,
+) -> None:
+    """What the converter forgot, exchanged or lost is said of exactly the tensors that it concerns."""
+    source = folder(family)
+    code, answer = parity.json("weights", "--model", convert(source, tmp_path / "m.gguf", **changes), "--hf", source)
+    wrong = [tensor for tensor in answer["tensors"] if not tensor["status"].startswith("equal")]
+    assert code == 1
+    assert {tensor["name"].removesuffix(".weight").removesuffix(".bias").rpartition(".")[2] for tensor in wrong} == names
+    assert all(said in tensor["reason"] for tensor in wrong)
+
+
+@pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q4_0"])
+def test_a_quantised_file_is_equal_as_its_type(
+    kind: str, folder: Callable[..., Path], reference: Reference, parity: Cli, tmp_path: Path
+) -> None:
+    """Rounding to the type is no fault, and a planted permutation still is one."""
+    source = folder("qwen2")
+    plain = convert(source, tmp_path / "m.gguf")
+    model = reference.quantize(plain, kind, tmp_path / "quantised.gguf")
+    code, answer = parity.json("weights", "--model", model, "--hf", source)
+    assert code == 0, [tensor for tensor in answer["tensors"] if not tensor["status"].startswith("equal")]
+    assert f"equal as {kind}" in {tensor["status"] for tensor in answer["tensors"]}
+    wrong = convert(source, tmp_path / "w.gguf", swap=("blk.0.ffn_gate.weight", "blk.0.ffn_up.weight"))
+    model = reference.quantize(wrong, kind, tmp_path / "wrong.gguf")
+    assert parity("weights", "--model", model, "--hf", source).code == 1
+
+
+def test_bfloat16_is_read_by_its_bits(folder: Callable[..., Path], parity: Cli, tmp_path: Path) -> None:
+    """A folder in bfloat16 against a GGUF of the same numbers in float32 is equal to the bit."""
+    source = folder("llama")
+    cut = {name: (value.view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32) for name, value in tensors("llama").items()}
+    for file in source.glob("*.safetensors"):
+        file.unlink()
+    save(source / "model.safetensors", cut, bf16=True)
+    model = convert(source, tmp_path / "m.gguf", cut)
+    assert parity("weights", "--model", model, "--hf", source).code == 0
+
+
+@pytest.mark.parametrize("damage", ["no-config", "no-tensors", "cut", "header", "offsets", "other-model"])
+def test_a_damaged_folder_is_one_line(damage: str, folder: Callable[..., Path], parity: Cli, tmp_path: Path) -> None:
+    """What cannot be read is named, exit 2, and no traceback."""
+    source = folder("llama")
+    model = convert(source, tmp_path / "m.gguf")
+    first, second = sorted(source.glob("*.safetensors"))
+    if damage == "no-config":
+        (source / "config.json").unlink()
+    elif damage == "no-tensors":
+        first.unlink()
+        second.unlink()
+    elif damage == "cut":
+        first.write_bytes(first.read_bytes()[:-100])
+    elif damage == "header":
+        first.write_bytes(b"\xff" * 100)
+    elif damage == "offsets":
+        first.write_bytes(first.read_bytes().replace(b'"data_offsets": [0', b'"data_offsets": [9', 1))
+    else:
+        save(first, {"something.else": np.ones(3, np.float32)})
+        second.unlink()
+    refused = parity("weights", "--model", model, "--hf", source)
+    assert refused.code == 2, refused.out
+    assert refused.err.count("\n") == 1

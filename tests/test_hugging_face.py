@@ -1,0 +1,168 @@
+"""Hugging Face as a side: transformers' own models against llama.cpp and our engine, and what conversion does to them."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from cli import Cli
+from hf_convert import convert
+
+from parity.emit import source
+from parity.run.hugging_face import HuggingFace, Tokenizer
+from parity.run.request import Prompt
+
+PYTHON = os.environ.get("PARITY_HF_PYTHON", "")
+TOKENS = "5,9,17,44,3,60"
+EXACT_FAMILIES = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "phi3")
+# ggml's GELU is a table of F16 (ggml_gelu_f16 in ggml-cpu/vec.h): 9e-8 … 3e-7 an operation, 1.3e-6 at the worst point after
+# three layers, measured here on all three families.
+TABLE_FAMILIES, TABLE = ("gemma2", "gemma3", "gpt2"), "1e-5"
+
+needs_transformers = pytest.mark.skipif(
+    not PYTHON, reason="PARITY_HF_PYTHON names no interpreter that has torch and transformers"
+)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A function that makes a tiny random model of a family with transformers' own classes, and gives its folder."""
+    folder = tmp_path_factory.mktemp("families")
+
+    def make(family: str) -> Path:
+        made = folder / family
+        if not made.exists():
+            script = Path(__file__).with_name("hf_make.py")
+            subprocess.run([PYTHON, str(script), family, str(made)], check=True, capture_output=True)
+        return made
+
+    return make
+
+
+@needs_transformers
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [*EXACT_FAMILIES, *TABLE_FAMILIES])
+def test_a_family_agrees_with_llama_cpp(family: str, model: Callable[[str], Path], parity: Cli, tmp_path: Path) -> None:
+    """What transformers computes from its own folder is what llama.cpp computes from the converted file, at every known point."""
+    gguf = convert(model(family), tmp_path / "model.gguf")
+    made = parity("dump", "hf", "--python", PYTHON, "--model", model(family), "--tokens", TOKENS, "-o", "hf.jsonl")
+    assert made.code == 0, made.err
+    assert parity("dump", "ref", "--model", gguf, "--follow", "hf.jsonl", "-o", "ref.jsonl").code == 0
+    limit = ["--tolerance", TABLE] if family in TABLE_FAMILIES else []
+    code, answer = parity.json("diff", "hf.jsonl", "ref.jsonl", *limit)
+    assert (code, answer["verdict"]) == (0, "parity"), answer["first_divergence"]
+    assert answer["compared"] >= 6 * (3 + 3 * 11)  # six positions, three points of the model, at least eleven of each layer
+
+
+@needs_transformers
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "changes", "place"),
+    [
+        ("llama", {"skip_permute": True}, "blk.0.q"),
+        ("gemma3", {"skip_norm_offset": True}, "blk.0.attn_norm"),
+        ("qwen3", {"eps": 1e-4}, "blk.0.attn_norm"),
+        ("qwen2", {"swap": ("blk.1.ffn_gate.weight", "blk.1.ffn_up.weight")}, "blk.1.ffn_gate"),
+    ],
+)
+def test_a_fault_of_conversion_is_located(
+    family: str, changes: dict[str, object], place: str, model: Callable[[str], Path], parity: Cli, tmp_path: Path
+) -> None:
+    """A converter that forgets a permutation or an offset, or writes another ε, diverges at the operation that reads it."""
+    gguf = convert(model(family), tmp_path / "model.gguf", **changes)
+    assert parity("dump", "hf", "--python", PYTHON, "--model", model(family), "--tokens", TOKENS, "-o", "hf.jsonl").code == 0
+    assert parity("dump", "ref", "--model", gguf, "--follow", "hf.jsonl", "-o", "ref.jsonl").code == 0
+    code, answer = parity.json("diff", "hf.jsonl", "ref.jsonl", *(["--tolerance", TABLE] if family in TABLE_FAMILIES else []))
+    assert code == 1
+    assert answer["first_divergence"]["checkpoint"] == place
+
+
+@needs_transformers
+@pytest.mark.slow
+def test_three_sides_of_a_run_agree(parity: Cli) -> None:
+    """`run --with hf`: transformers dequantises the embedded Q8_0 file by itself, and all three agree at every point."""
+    code, answer = parity.json(
+        "run", "--prompt", "Once upon a time", "--points", "all", "--with", "hf", "--python", PYTHON, "--out", "whole"
+    )
+    assert (code, answer["verdict"], answer["sides"]) == (0, "parity", ["ours", "llama.cpp", "Hugging Face"])
+    assert min(answer["compared"]) > 1500
+    assert Path("whole/hf.jsonl").exists()
+
+
+def test_an_interpreter_without_torch_is_one_line(parity: Cli) -> None:
+    """What lacks is named, with the command that installs it; nothing is written."""
+    bare = parity("dump", "hf", "--python", sys.executable, "--prompt", "hi", "-o", "hf.jsonl")
+    assert bare.code == 2
+    assert "has no torch, transformers. Run: pip install" in bare.err
+    none = parity("dump", "hf", "--python", "no-such-python", "--prompt", "hi", "-o", "hf.jsonl")
+    assert none.code == 2
+    assert "cannot run no-such-python" in none.err
+    assert not Path("hf.jsonl").exists()
+
+
+def test_a_folder_without_a_config_is_one_line(parity: Cli, tmp_path: Path) -> None:
+    """A folder that is no model's is refused before anything is started."""
+    (tmp_path / "empty").mkdir()
+    refused = parity("dump", "hf", "--model", tmp_path / "empty", "--tokens", "1", "-o", "hf.jsonl")
+    assert (refused.code, "has no config.json" in refused.err) == (2, True)
+
+
+def test_globs_are_refused(parity: Cli) -> None:
+    """Which points a model of transformers has is known when it has run."""
+    refused = parity("dump", "hf", "--points", "blk.*.q", "--tokens", "1", "-o", "hf.jsonl")
+    assert (refused.code, "names only for Hugging Face" in refused.err) == (2, True)
+
+
+def test_tokenizers_are_compared_by_ids_and_pieces() -> None:
+    """The first different piece is named with both ids, or the lengths where one is the other's beginning."""
+    prompt = Prompt("a b", (1, 5, 6), ("<s>", "a", " b"))
+    assert Tokenizer((1, 5, 6), ("<s>", "a", " b")).difference(prompt) == ""
+    other = Tokenizer((1, 5, 7), ("<s>", "a", "b")).difference(prompt)
+    assert "position 2: llama.cpp has 6 ' b', Hugging Face 7 'b'" in other
+    assert "llama.cpp makes 3 tokens, Hugging Face 2" in Tokenizer((1, 5), ("<s>", "a")).difference(prompt)
+    assert "no tokenizer" in Tokenizer(problem="OSError: none").difference(prompt)
+
+
+def test_the_emitted_file_is_whole(tmp_path: Path) -> None:
+    """It compiles, needs torch and transformers only where it uses them, and its help is to be read without either."""
+    script = tmp_path / "parity_hf.py"
+    script.write_text(source("hf"), encoding="utf-8")
+    code = f"import sys, runpy; sys.argv = ['x', '--help']; runpy.run_path({str(script)!r}, run_name='__main__')"
+    done = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, "--tokens" in done.stdout) == (0, True), done.stderr
+
+
+def test_three_dumps_name_the_one_that_is_alone(parity: Cli, stories_run: Path, tmp_path: Path) -> None:
+    """With a value changed in one of three dumps that agree, that one is alone at that point and nowhere else."""
+    lines = (stories_run / "ours.jsonl").read_text(encoding="utf-8").splitlines()
+    third = tmp_path / "third.jsonl"
+    changed = []
+    for line in lines:
+        record = json.loads(line)
+        if record.get("type") == "header":
+            record["source"] = "third"
+        if record.get("checkpoint") == "logits" and record["token_idx"] == 2:
+            record["values"][3] += 0.5
+        changed.append(json.dumps(record))
+    third.write_text("\n".join(changed), encoding="utf-8")
+    paths = (stories_run / "ours.jsonl", stories_run / "ref.jsonl", third)
+    code, answer = parity.json("diff", *paths, "--despite-lint")
+    assert (code, answer["sides"]) == (1, ["ours", "llama.cpp", "third"])
+    assert {point["checkpoint"]: point["alone"] for point in answer["points"] if point["alone"]} == {"logits": "third"}
+    said = parity("diff", *paths, "--despite-lint").out
+    assert re.search(r"divergence at logits: ours and llama.cpp agree to \d\.\de-1\d, third is alone", said)
+    assert parity("diff", paths[0], paths[1], paths[1]).code == 0
+    refused = parity("diff", *paths, "--html", "x.html")
+    assert (refused.code, "are for two dumps" in refused.err) == (2, True)
+
+
+def test_a_side_is_checked_before_anything_runs(parity: Cli) -> None:
+    """`run --with hf` of an interpreter that has no torch, or in native mode, ends before a folder is made."""
+    refused = parity("run", "--prompt", "hi", "--with", "hf", "--python", sys.executable, "--out", "folder")
+    assert (refused.code, Path("folder").exists()) == (2, False)
+    assert parity("run", "--prompt", "hi", "--with", "hf", "--mode", "native").code == 2
+    assert HuggingFace(Path("x")).name == "Hugging Face"

@@ -1,0 +1,176 @@
+"""What a comparison did not see acquits nothing; what a type or a near tie explains accuses nobody."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from dumps import HEADER, Arrays, dump, noisy, random, spoiled
+from planted import Faulty, Planted
+
+from checkpoints.dataflow import Dataflow, Made
+from checkpoints.record import Dump
+from engine.replay.precision import ROUNDINGS
+from parity.diff.compare import Options, compare
+from parity.explain.on_model import compared_on
+from reports.sentences import remarks, rows_seen
+
+TOKENS = (2047, 430, 457, 258, 403, 12, 99)
+F32 = Options(compute="f32")
+
+
+def bare(found: Dump, size: int = 16) -> Dump:
+    """A dump of leading values and nothing else."""
+    points = {
+        name: replace(rows, values=rows.values[:, :size], counts=np.minimum(rows.counts, size), sketch=None, stats={})
+        for name, rows in found.points.items()
+    }
+    return replace(found, points=points, header=None)
+
+
+@pytest.fixture(scope="module")
+def sides(stories) -> tuple[Dump, Dump]:  # type: ignore[no-untyped-def]
+    """A right engine, and one that maps query heads to key heads in turn instead of in groups, at every point."""
+    engine = Faulty(stories)
+    wrong = Planted((("gqa-modulo", {}, None),))
+    return (
+        engine.dump(Planted(()), TOKENS, points="all", size=16, bare=False),
+        engine.dump(wrong, TOKENS, points="all", size=16, bare=False),
+    )
+
+
+def test_inputs_that_agree_in_sixteen_values_acquit_nothing(sides: tuple[Dump, Dump]) -> None:
+    """Heads mapped in turn leave the first head right: attn_out is not called wrong, and whole rows are asked for; with a sketch
+    attention itself is named."""
+    right, wrong = sides
+    kept = {name: rows for name, rows in wrong.points.items() if not name.endswith((".kq", ".kq_soft_max"))}
+    wrong = replace(wrong, points=kept)
+    verdict = compare(bare(wrong), right, F32)
+    assert verdict.first_divergence is not None
+    assert verdict.first_divergence.checkpoint == "blk.0.attn_out"
+    assert "this operation is wrong" not in verdict.operation
+    assert "16 of 256 values of blk.0.kqv_out" in verdict.operation
+    assert verdict.next_slice == 256
+    assert "kqv_out" in verdict.next
+    assert rows_seen(verdict).startswith("16 of 64 to 512 values a row, no sketch; logits 16 of 2,048")
+    whole = compare(wrong, right, F32)
+    assert whole.first_divergence is not None
+    assert whole.first_divergence.checkpoint == "blk.0.kqv_out"
+    assert rows_seen(whole) == ""
+
+
+def test_another_product_of_the_same_row_shows_that_it_is_right(sides: tuple[Dump, Dump]) -> None:
+    """Sixteen values of the norm agree, and so do queries and keys, each made of all of it: then the values' product is wrong."""
+    right, _ = sides
+    rows = right.points["blk.2.v"]
+    wrong = {**right.points, "blk.2.v": replace(rows, values=rows.values[:, ::-1].copy())}
+    order = list(right.points)
+    for name in order[order.index("blk.2.v") + 1 :]:
+        if name not in ("blk.2.q", "blk.2.k", "blk.2.q_rope", "blk.2.k_rope", "blk.2.k_read", "blk.2.kq", "blk.2.kq_soft_max"):
+            wrong[name] = replace(right.points[name], values=right.points[name].values * np.float32(1.01))
+    verdict = compare(bare(replace(right, points=wrong)), right, F32)
+    assert verdict.operation == "blk.2.v is made from blk.2.attn_norm, which agrees: this operation is wrong"
+
+
+def test_next_names_what_is_missing_and_not_the_same_glob(sides: tuple[Dump, Dump]) -> None:
+    """At kqv_out, with everything else of the layer recorded, kq and kq_soft_max are asked for by name, and V is not suspected."""
+    right, wrong = sides
+    kept = {name: rows for name, rows in wrong.points.items() if not name.endswith((".kq", ".kq_soft_max"))}
+    verdict = compare(replace(wrong, points=kept), right, F32)
+    assert "*" not in verdict.next
+    assert {"kq", "kq_soft_max", "kqv_out"} <= set(verdict.next.partition("{")[2].rstrip("}").split(","))
+    assert verdict.pattern is not None
+    assert "FFN" not in verdict.pattern.sentence
+    named = compare(wrong, right, F32)
+    assert named.first_divergence is not None
+    assert named.first_divergence.checkpoint == "blk.0.kq"
+    assert "which key or value head" in (named.pattern.sentence if named.pattern else "")
+    assert named.next == ""
+
+
+@pytest.mark.parametrize(("kind", "said"), [("f16", "F16"), ("bf16", "BF16"), ("tf32", "TF32"), ("q8", "8 bits a block")])
+def test_the_step_of_a_type_is_seen_before_a_pattern_is_told(stories, kind: str, said: str) -> None:  # type: ignore[no-untyped-def]
+    """An embedding kept in a lower type, declared as float32, is the type's rounding and no dequantisation at fault."""
+    engine = Faulty(stories)
+    right = engine.dump(Planted(()), TOKENS, size=4096, bare=False)
+    rounded = ROUNDINGS[kind](right.points["embd"].values * np.float32(1.2345678))
+    exact = right.points["embd"].values * np.float32(1.2345678)
+    ref = replace(right, points={**right.points, "embd": replace(right.points["embd"], values=exact, stats={}, sketch=None)})
+    ours = replace(ref, points={**ref.points, "embd": replace(ref.points["embd"], values=rounded)})
+    verdict = compare(ours, ref, replace(F32, strict=True))
+    assert verdict.pattern is not None
+    assert verdict.pattern.code == "rounded"
+    assert said in verdict.pattern.sentence
+
+
+def test_an_engine_with_8_bit_activations_is_judged_as_one(stories) -> None:  # type: ignore[no-untyped-def]
+    """W8A8, not declared: no embedding row is blamed; declared or measured it is parity."""
+    from engine.replay.precision import rounded
+
+    engine = Faulty(stories)
+    right = engine.dump(Planted(()), TOKENS, bare=False)
+    ours = engine.dump(Planted(()), TOKENS, steps=rounded(engine.right, "q8", storage=False))
+    ours = replace(ours, header=None)
+    undeclared = compare(ours, right)
+    assert undeclared or (undeclared.pattern is not None and "embedding row" not in undeclared.pattern.sentence)
+    assert compare(ours, right, Options(compute="q8"))
+    measured = compared_on(ours, right, Options(), stories).verdict
+    assert measured
+    assert measured.precision is not None
+    assert (measured.precision.arithmetic, measured.precision.assumed) == ("q8", False)
+
+
+ROUTER = {
+    "embd": Made("GET_ROWS"),
+    "blk.0.ffn_moe_probs": Made("SOFT_MAX", ("embd",)),
+    "blk.0.ffn_moe_topk": Made("ARGSORT", ("blk.0.ffn_moe_probs",)),
+    "blk.0.ffn_moe_gate": Made("MUL_MAT_ID", ("embd", "blk.0.ffn_moe_topk")),
+    "blk.0.ffn_moe_out": Made("ADD", ("blk.0.ffn_moe_gate",)),
+    "blk.0.l_out": Made("ADD", ("blk.0.ffn_moe_out", "embd")),
+    "logits": Made("MUL_MAT", ("blk.0.l_out",), ("output.weight",)),
+}
+
+
+def routing(gap: float) -> tuple[Arrays, Arrays]:
+    """Two sides of a router of 8 experts that differ in the second of two at position 4, whose scores are `gap` apart."""
+    ref = random(tuple(ROUTER), positions=8)
+    ref["blk.0.ffn_moe_probs"] = np.tile(np.linspace(0.8, 0.1, 8, dtype=np.float32), (8, 1))
+    ref["blk.0.ffn_moe_probs"][4, 2] = ref["blk.0.ffn_moe_probs"][4, 1] - np.float32(gap)
+    ref["blk.0.ffn_moe_topk"] = np.tile(np.array([0, 1], dtype=np.float32), (8, 1))
+    ours = spoiled(ref, ("blk.0.ffn_moe_gate", "blk.0.ffn_moe_out", "blk.0.l_out", "logits"), [4], 1.0)
+    ours["blk.0.ffn_moe_topk"] = ref["blk.0.ffn_moe_topk"].copy()
+    ours["blk.0.ffn_moe_topk"][4] = (0, 2)
+    return ours, ref
+
+
+def both(gap: float) -> tuple[Dump, Dump]:
+    ours, ref = routing(gap)
+    header = replace(HEADER, dataflow=Dataflow(ROUTER).to_json())
+    return dump(noisy(ours) | {"blk.0.ffn_moe_topk": ours["blk.0.ffn_moe_topk"]}, header=header), dump(ref, header=header)
+
+
+def test_a_near_tie_that_flips_is_said_and_is_no_divergence() -> None:
+    """Experts whose scores are closer than the limit may be exchanged: what they compute is left out, and it is said."""
+    verdict = compare(*both(1e-7))
+    assert verdict
+    assert verdict.compared == 8 * len(ROUTER) - 5
+    assert any("ours takes expert 2, the reference 1: a near tie" in said for _, said in remarks(verdict))
+
+
+def test_another_expert_is_a_divergence() -> None:
+    """Experts whose scores are far apart are no tie: the choice itself is called wrong."""
+    verdict = compare(*both(0.05))
+    assert verdict.first_divergence is not None
+    assert (verdict.first_divergence.checkpoint, verdict.first_divergence.token_idx) == ("blk.0.ffn_moe_topk", 4)
+    assert "which experts are chosen" in (verdict.pattern.sentence if verdict.pattern else "")
+
+
+def test_the_order_of_experts_is_none() -> None:
+    """The same experts in another order are the same choice; what they compute in another order cannot be compared."""
+    ours, ref = routing(0.05)
+    ours = {name: ref[name].copy() for name in ours}
+    ours["blk.0.ffn_moe_topk"] = ours["blk.0.ffn_moe_topk"][:, ::-1].copy()
+    ours["blk.0.ffn_moe_gate"] = np.roll(ours["blk.0.ffn_moe_gate"], 32, axis=1)
+    header = replace(HEADER, dataflow=Dataflow(ROUTER).to_json())
+    verdict = compare(dump(ours, header=header), dump(ref, header=header))
+    assert verdict
+    assert any("another order" in note for note in verdict.notes)
