@@ -9,6 +9,7 @@ from typing import Any, Self
 from .points import EMBD, KINDS, LAYER_KINDS, LOGITS, OUTPUT_NORM, apart, in_layer, lanes, order, parse
 
 CACHE = "CACHE"  # the operation of what attention reads from its cache: rows that an earlier point wrote there
+_VIEWS = frozenset({"VIEW", "RESHAPE", "PERMUTE", "TRANSPOSE"})  # parts of a fused product
 _MOST_LAYERS = 100_000  # what a header may claim
 _SPAN = re.compile(r"(\d{1,6})(?:\.\.(\d{1,6}))?")
 
@@ -45,7 +46,9 @@ class Dataflow:
         how, readers = self.made[name], self.readers[name]
         if how.op == CACHE:
             return True
-        return parse(name).known is None and len(readers) == 1 and self.made[readers[0]].reads == (name,)
+        if parse(name).known is not None or not readers or any(self.made[reader].reads != (name,) for reader in readers):
+            return False
+        return len(readers) == 1 or all(self.made[reader].op in _VIEWS for reader in readers)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data; layers that are made alike are said once.

@@ -93,6 +93,24 @@ def _mean(now: Pass) -> Values:
     return np.full(len(now.tokens), np.float32(1) / np.float32(len(now.tokens)), np.float32)
 
 
+def buckets(positions: Values, keys: Values, *, count: int, bidirectional: bool) -> Values:
+    """T5's bucket of each distance: [T], [S] -> int32 [T, S]. Mirrors llama_relative_position_bucket, in float32 and double as there."""
+    count = count // 2 if bidirectional else count
+    exact = count // 2
+    relative = keys[None, :] - positions[:, None]
+    before = np.where(relative > 0, count, 0) if bidirectional else np.zeros_like(relative)
+    distance = abs(relative) if bidirectional else -np.minimum(relative, 0)
+    with np.errstate(divide="ignore"):
+        steps = np.log((distance / exact).astype(np.float32)) * np.float32(count - exact) / np.log(128 / exact)
+    far = np.minimum(np.floor((exact + np.maximum(steps, -exact)).astype(np.float32)), count - 1)
+    found: Values = (before + np.where(distance < exact, distance, far)).astype(np.int32)
+    return found
+
+
+def _buckets(now: Pass, *, count: int, bidirectional: bool) -> Values:
+    return buckets(now.positions, now.keys, count=count, bidirectional=bidirectional)
+
+
 def hadamard(size: int) -> Values:
     """Sylvester's matrix of ±1 over the root of its size: float32 [size, size]. Mirrors llama_kv_cache's rotation of keys."""
     matrix: Values = np.ones((1, 1), np.float32)
@@ -132,6 +150,7 @@ RULES: dict[str, Callable[..., Values]] = {
     "cells_transposed": _cells_transposed,
     "zero": _zero,
     "hadamard": _hadamard,
+    "buckets": _buckets,
     "last": _last,
     "mean": _mean,
     "mask": _mask,
@@ -144,21 +163,21 @@ def explain(recorded: Sequence[Recorded], facts: Mapping[str, Any], first: Seque
 
     `facts` are the model's metadata without the architecture's prefix, where temperatures have their parameters.
     """
-    recorded = [_with_its_keys(entry) for entry in recorded]
     return next(
         (rule for rule in (*first, *_candidates(recorded, facts)) if all(_gives(rule, entry) for entry in recorded)), None
     )
 
 
 def _with_its_keys(entry: Recorded) -> Recorded:
-    """A mask over as many keys as tokens is of the pass's own: nothing is read from a cache."""
-    if entry.data.dtype.kind != "f" or entry.ne[0] != len(entry.now.tokens):
+    """What is over as many keys as tokens is of the pass's own keys: nothing is read from a cache."""
+    if entry.ne[0] != len(entry.now.tokens):
         return entry
     return replace(entry, now=replace(entry.now, keys=entry.now.positions))
 
 
 def _gives(rule: Rule, entry: Recorded) -> bool:
-    made = RULES[rule.kind](entry.now, **rule.parameters)
+    now = _with_its_keys(entry).now if rule.kind in ("mask", "buckets") else entry.now
+    made = RULES[rule.kind](now, **rule.parameters)
     if rule.kind == "mask":
         # The cache's padding is masked; so are rows that pad the pass.
         columns, rows = entry.ne[:2]
@@ -195,6 +214,9 @@ def _candidates(recorded: Sequence[Recorded], facts: Mapping[str, Any]) -> list[
             ),
         ]
     rules = [Rule("tokens"), Rule("rows"), Rule("cells"), Rule("positions"), Rule("zero"), Rule("last")]
+    if first.ne[1] == count:
+        number = int(facts.get("attention.relative_buckets_count") or 32)
+        rules += [Rule("buckets", {"count": number, "bidirectional": both}) for both in (True, False)]
     if first.ne[0] == 4 * count:
         rules += [Rule("positions", {"sections": 4, "zeros": zeros}) for zeros in (1, 0)]
     if first.ne[0] % count == 0 and first.data.size > count:
@@ -207,7 +229,7 @@ def _windows(recorded: Sequence[Recorded]) -> list[tuple[str, int]]:
     """Kinds and sizes of windows that the recorded masks may show: read off the farthest key that a query sees."""
     found: list[tuple[str, int]] = [("causal", 0), ("all", 0)]
     back, chunks = 0, set[int]()
-    for entry in recorded:
+    for entry in map(_with_its_keys, recorded):
         if entry.data.size < len(entry.now.positions) * entry.ne[0]:
             continue
         rows = np.isfinite(entry.data.reshape(-1, entry.ne[0]))[: len(entry.now.positions), : len(entry.now.keys)]

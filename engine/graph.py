@@ -7,6 +7,7 @@ one step was replaced.
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from math import isqrt
 from typing import Any, Protocol
 
 import numpy as np
@@ -82,6 +83,8 @@ def bound(sizes: Sequence[Size], shape: Sequence[int]) -> tuple[int, int]:
             t = (n - size.fixed) // size.tokens
         elif size.cached and not size.tokens and not size.product:
             s = (n - size.fixed) // size.cached
+        elif size.square and not size.tokens:
+            t = isqrt((n - size.fixed) // size.square)
     return t, s
 
 

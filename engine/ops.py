@@ -66,7 +66,7 @@ def rope_angles(
 
     The angle is multiplied step by step in float32, `theta *= theta_scale`, as ggml_rope_cache_init does: computing
     position · base^(-2i/dims) directly differs by ulps that grow with the position. `scale` is the linear scaling
-    (1 / factor), `factors` [dims / 2] divide each frequency (the tensor rope_freqs.weight).
+    (1 / factor), `factors` (the first dims / 2) divide each frequency (the tensor rope_freqs.weight).
     """
     xp = module_of(positions)
     step = np.float32(np.power(np.float32(base), np.float32(-2.0) / np.float32(dims), dtype=np.float32))
@@ -75,7 +75,7 @@ def rope_angles(
     # On the host, also for a device: a parallel product would multiply in another order.
     angles = xp.asarray(np.multiply.accumulate(factors_of_theta, axis=1))
     if factors is not None:
-        angles = angles / factors[None, :].astype(np.float32)
+        angles = angles / factors[None, : dims // 2].astype(np.float32)  # there may be more, for other layers
     # cosf and sinf of the float32 angle: computed in float64, since float32 versions differ between libraries.
     wide = (angles * np.float32(scale)).astype(np.float64)
     return np.cos(wide).astype(dtype), np.sin(wide).astype(dtype)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from checkpoints.dataflow import CACHE, Dataflow, Made
+from checkpoints.points import parse
 
 from .jobs import Node, Source
 from .naming import VIEWS, Planned
@@ -27,6 +28,14 @@ class _Walk:
         self._nodes = {node.address: node for node in nodes}
         self._planned = planned
         self._point = {item.node.address: item.point for item in planned if item.operand is None and item.part is None}
+        self._views: dict[int, list[str]] = {}  # a node without a name of its own -> the points that are views of it
+        for item in planned:
+            if item.part is not None:
+                self._views.setdefault(item.node.address, []).append(item.point)
+            elif item.operand is None and item.node.op in VIEWS and item.node.sources:
+                whole = self._memory(item.node.sources[0], stop=True)
+                if whole.address in self._point and parse(self._point[whole.address]).known is None:
+                    self._views.setdefault(whole.address, []).append(item.point)
         self._written: dict[int, list[Source]] = {}  # memory that nodes write to -> what they write there
         for node in nodes:
             if node.op in _WRITTEN and len(node.sources) > _WRITTEN[node.op]:
@@ -39,12 +48,15 @@ class _Walk:
         made: dict[str, Made] = {}
         for item in self._planned:
             node = item.node
+            if item.part is not None and node.address in self._point:
+                made[item.point] = Made("VIEW", (self._point[node.address],) if self._point[node.address] in made else ())
+                continue
             sources = node.sources if item.operand is None else (node.sources[item.operand],)
             points: list[str] = []
             weights: list[str] = []
             for number, source in enumerate(sources):
                 operand = read.get((node.address, number)) if item.operand is None else None
-                found = ([operand], []) if operand is not None else self._behind(source)
+                found = ([operand], []) if operand is not None else self._behind(source, item.point)
                 points += found[0]
                 weights += found[1]
             known = [name for name in dict.fromkeys(points) if name in made]
@@ -62,14 +74,16 @@ class _Walk:
             node = behind
         return node.op
 
-    def _memory(self, source: Source) -> Source:
-        """The tensor that owns the memory which a view shows."""
+    def _memory(self, source: Source, *, stop: bool = False) -> Source:
+        """The tensor that owns the memory which a view shows; with `stop`, or the first point on the way to it."""
         while source.op in VIEWS and source.address in self._nodes and self._nodes[source.address].sources:
+            if stop and source.address in self._point:
+                break
             source = self._nodes[source.address].sources[0]
         return source
 
-    def _behind(self, first: Source) -> tuple[list[str], list[str]]:
-        """The nearest points, and the weights, that a tensor is made of."""
+    def _behind(self, first: Source, point: str) -> tuple[list[str], list[str]]:
+        """The nearest points, and the weights, that a tensor is made of; for a fused product its parts, where they are points."""
         points: list[str] = []
         weights: list[str] = []
         waiting, seen = [first], set[int]()
@@ -79,7 +93,8 @@ class _Walk:
                 continue
             seen.add(source.address)
             if source.address in self._point:
-                points.append(self._point[source.address])
+                parts = self._views.get(source.address, [])
+                points += parts if parts and point not in parts else [self._point[source.address]]
             elif source.address in self._nodes:
                 waiting += self._nodes[source.address].sources
             elif source.address in self._written:

@@ -22,6 +22,7 @@ from checkpoints.tensors import beside
 
 from . import dump, twin, twin_cache
 from .callback import Deliver
+from .dataflow import dataflow
 from .dump import Emitter, Step
 from .jobs import EXACT, DumpJob, DumpResult
 from .library import Library
@@ -169,7 +170,7 @@ def dump_windows(library: Library, vocabulary: Model, found: Contents, job: Dump
             break
     steps = dump.steps_of(job.tokens, follow, job.first_position)
     pieces = job.pieces or vocabulary.pieces(job.tokens)
-    header = dump.header_of(job, info, pieces, library, size)
+    header = dump.header_of(job, info, pieces, library, size, dataflow(proof.whole.nodes, proof.whole.planned))
     with open_dump(job.out, header, binary=job.binary) as writer, dump.tensors_beside(job) as tensors:
         logits = sweep.run(steps, set(names), Emitter(writer, job, tensors, causal=proof.whole.causal))
         for i, token in enumerate(follow):

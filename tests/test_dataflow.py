@@ -1,6 +1,7 @@
 """What each point is made from: by the vocabulary's order, through a dump's header, and as llama.cpp's graph says it."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -105,3 +106,26 @@ def test_llama_cpps_graph(tmp_path: Path) -> None:
     assert unread == {"logits"}
     assert whole.part_of_next("blk.3.Qcur")
     assert not whole.part_of_next(in_layer(3, "q"))
+
+
+def test_a_fused_product_is_read_by_its_parts(small_model: Callable[..., Path], reference: Reference, tmp_path: Path) -> None:
+    """phi3 multiplies once for gate and up, and once for queries, keys and values: the parts are what follows is made from."""
+    reference.dump(DumpJob(small_model("phi3"), tmp_path / "ref.jsonl", (5, 6, 7), points="all"))
+    header = read(tmp_path / "ref.jsonl").header
+    assert header is not None
+    whole = Dataflow.from_json(header.dataflow or {})
+    assert whole.made["blk.0.ffn_swiglu"].reads == ("blk.0.ffn_gate", "blk.0.ffn_up")
+    assert whole.made["blk.0.ffn_gate"].reads == whole.made["blk.0.ffn_up"].reads == ("blk.0.ffn_gate_up",)
+    assert whole.part_of_next("blk.0.ffn_gate_up")
+    assert [name for name, readers in whole.readers.items() if not readers] == ["logits"]
+
+
+def test_experts_are_read_by_the_router(small_model: Callable[..., Path], reference: Reference, tmp_path: Path) -> None:
+    """A mixture of experts says that the experts' products read what the router chose."""
+    reference.dump(DumpJob(small_model("qwen3moe"), tmp_path / "ref.jsonl", (5, 6, 7), points="all"))
+    dumped = read(tmp_path / "ref.jsonl")
+    assert dumped.header is not None
+    whole = Dataflow.from_json(dumped.header.dataflow or {})
+    assert "blk.0.ffn_moe_topk" in whole.made["blk.0.ffn_moe_gate"].reads
+    assert whole.made["blk.0.ffn_moe_topk"].op in ("ARGSORT", "TOP_K")
+    assert compare(dumped, dumped)

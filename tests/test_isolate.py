@@ -69,6 +69,11 @@ def test_lifted_operations_are_proven(name: str, small_model: Callable[..., Path
     assert {item.passes for item in found.operations} == {3}
 
 
+def test_an_encoder_keeps_nothing_in_a_cache(small_model: Callable[..., Path], reference: Reference) -> None:
+    """An encoder's operations are proven whatever the cache's type: its attention reads keys and values as they are."""
+    all_proven(isolate(IsolateRequest(small_model("bert", "q8_0"), tokens=TOKENS, kv_type="f16"), reference))
+
+
 def test_routing_is_judged_as_a_set() -> None:
     """The order of the chosen experts does not matter, a near tie may fall either way, and any other choice is wrong."""
     values = np.array([[0.5, 0.3, 0.2, 0.1], [0.4, 0.3, 0.3, 0.0]], np.float32)

@@ -10,7 +10,7 @@ from .. import ops
 from ..backend import Array, module_of
 from ..graph import PASSES, History, Step
 from ..inapplicable import NotApplicable
-from .base import AT, Fault, Parameters, Steps, parameter_of, sibling, with_parameters
+from .base import AT, Fault, Parameters, Steps, kind_of, parameter_of, sibling, with_parameters
 from .value_layout import value_layout
 
 _SOFT = ("kq_soft_max",)
@@ -170,6 +170,14 @@ def _rows_moved(history: Array, *, by: int) -> Array:
     return history[xp.clip(xp.arange(history.shape[0]) + by, 0, history.shape[0] - 1)]
 
 
+def _other_cache(step: Step, right: Steps, parameters: Parameters) -> Step:
+    """The cache of another value: a step that reads keys where values are wanted, or the other way round."""
+    reads, instead = parameters["read"]
+    if kind_of(step) != reads or step.op is not ops.cached:
+        return step
+    return replace(step, reads=(History(sibling(step, right, instead).makes),))
+
+
 def _cache_shifted(step: Step, _right: Steps, parameters: Parameters) -> Step:
     if step.op is not ops.cached:
         raise NotApplicable(f"{step.makes} is no plain read of the cache")
@@ -292,6 +300,16 @@ FAULTS = (
         seen="caches whose write index is advanced before the write, or for keys alone",
         parameters={"by": (-1, 1), AT: (("v_read",), ("k_read",), ("k_read", "v_read"))},
         whole=True,
+    ),
+    Fault(
+        name="cache-of-other",
+        kinds=("k_read", "v_read"),
+        change=_other_cache,
+        what="attention reads another cache: {read} (what is read, and what it holds)",
+        symptom="wrong from position 0 or 1 on, of plausible size",
+        fix="keys and values have a cache each: two pointers, two offsets",
+        seen="one buffer for both caches; an offset of half the buffer that is missing",
+        parameters={"read": (("v_read", "k_rope"), ("v_read", "k"), ("k_read", "v"))},
     ),
     Fault(
         name="head-order",

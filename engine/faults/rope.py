@@ -109,7 +109,8 @@ def _scores_of_unrotated_cache(
 
 def _after_cache(step: Step, right: Steps, _parameters: Parameters) -> Step:
     rotated = sibling(step, right, "k_rope")
-    if step.op is not ops.attention_scores or name_of(read_of(sibling(step, right, "k_read"), 0)) != rotated.makes:
+    plain = step.op is ops.attention_scores and rotated.op is ops.rope
+    if not plain or name_of(read_of(sibling(step, right, "k_read"), 0)) != rotated.makes:
         raise NotApplicable(f"{step.makes} does not read the rotated keys as they are")
     name = name_of(read_of(rotated, 0))
     return replace(step, op=_scores_of_unrotated_cache, reads=(*step.reads, History(name), PASSES, History(PASSES)))

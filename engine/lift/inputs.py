@@ -68,6 +68,13 @@ def rotation(positions: Array, *, size: int) -> Array:
     return module_of(positions).asarray(rules.hadamard(size))
 
 
+def buckets(positions: Array, key_positions: Array, *, count: int, bidirectional: bool) -> Array:
+    """T5's bucket of each distance: [T], [S] -> int32 [T, S]. `checkpoints.rules.buckets`, on the host."""
+    xp = module_of(positions)
+    host = (positions, key_positions) if xp is np else (xp.asnumpy(positions), xp.asnumpy(key_positions))
+    return xp.asarray(rules.buckets(*host, count=count, bidirectional=bidirectional))
+
+
 def last(positions: Array) -> Array:
     """The number of the last row: [T] -> [1]."""
     return positions[-1:] * 0 + (len(positions) - 1)
@@ -88,6 +95,7 @@ _STEPS: dict[str, Callable[["Lifter", Any], Made]] = {
     ),
     "temperature": lambda lifter, _parameters: (temperature, (POSITIONS,), (lifter.t,)),
     "mask": lambda lifter, _parameters: (mask, (POSITIONS, lifter.keys), (lifter.t, lifter.s)),
+    "buckets": lambda lifter, _parameters: (buckets, (POSITIONS, lifter.keys), (lifter.t, lifter.s)),
     "hadamard": lambda _lifter, parameters: (rotation, (POSITIONS,), (Size(parameters["size"]),) * 2),
     "last": lambda _lifter, _parameters: (last, (POSITIONS,), (Size(1),)),
     "mean": lambda lifter, _parameters: (mean, (POSITIONS,), (lifter.t,)),

@@ -11,7 +11,9 @@ from ..backend import Array, module_of
 from ..graph import Step
 from ..weights.rounding import BF16, F16, Q8_0, round_activations
 
-_PRODUCTS = (ops.linear, ops.attention_scores, ops.weighted_values)
+_ATTENTION = (ops.attention_scores, ops.weighted_values)
+_PRODUCTS = (ops.linear, *_ATTENTION)
+_GGML_PRODUCTS = ("MUL_MAT", "MUL_MAT_ID")  # products of lifted models that are no operation of the house
 
 
 def tf32(x: Array) -> Array:
@@ -36,21 +38,31 @@ ROUNDINGS: dict[str, Callable[[Array], Array]] = {
 
 @dataclass(frozen=True)
 class _Rounded:
-    """An operation whose factors, and with `storage` also whose result, are rounded."""
+    """An operation whose factors, and with `storage` also whose result, are rounded; `reads` of its operands are no weights."""
 
     op: Callable[..., Array]
     kind: str
     storage: bool
+    reads: int
 
     def __call__(self, *inputs: Any, **params: Any) -> Array:
         rounding = ROUNDINGS[self.kind]
-        if self.op in _PRODUCTS:
+        if self.op in _PRODUCTS or getattr(self.op, "name", "") in _GGML_PRODUCTS:
             if self.kind != "q8":
-                inputs = (rounding(inputs[0]), rounding(inputs[1]), *inputs[2:])
-            elif self.op is ops.linear:  # weights are quantised already; attention runs in floating point
-                inputs = (rounding(inputs[0]), *inputs[1:])
+                inputs = tuple(
+                    _each(rounding, one) if at < 2 or self.op not in _PRODUCTS else one for at, one in enumerate(inputs)
+                )
+            elif self.op not in _ATTENTION:  # weights are quantised already; attention runs in floating point
+                inputs = tuple(_each(rounding, one) if at < self.reads else one for at, one in enumerate(inputs))
         made = self.op(*inputs, **params)
-        return rounding(made) if self.storage and self.kind != "q8" else made
+        return _each(rounding, made) if self.storage and self.kind != "q8" else made
+
+
+def _each(rounding: Callable[[Array], Array], x: Any) -> Any:
+    """An operand rounded; what holds whole numbers only (ids of experts, float32 like every value) stays."""
+    if getattr(x, "dtype", None) != np.float32 or not x.size or bool((x == np.rint(x)).all()):
+        return x
+    return rounding(x)
 
 
 def rounded(steps: Sequence[Step], kind: str, *, storage: bool) -> list[Step]:
@@ -58,4 +70,4 @@ def rounded(steps: Sequence[Step], kind: str, *, storage: bool) -> list[Step]:
 
     The factors of every matrix product are rounded, sums are float32. With `storage` every activation is kept in that type too.
     """
-    return [replace(step, op=_Rounded(step.op, kind, storage)) for step in steps]
+    return [replace(step, op=_Rounded(step.op, kind, storage, len(step.reads))) for step in steps]

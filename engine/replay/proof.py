@@ -35,6 +35,9 @@ def _stored(history: Array, *, kv_kind: int) -> Array:
     return round_activations(history, kv_kind)
 
 
+_SHOWN = ("k_read", "v_read")  # points that show the cache
+
+
 @dataclass(frozen=True)
 class _Product(GgmlOperation):
     """MUL_MAT or MUL_MAT_ID, accumulated in float64; `kind` is the type of values that stand where the weight does."""
@@ -78,8 +81,9 @@ def _proof(step: Step, *, native: bool, kind: int) -> Step:
     if step.op is ops.linear and isinstance(step.weights[0], str):
         weights = (Altered(step.weights[0], blocks_of), *step.weights[1:])
         return replace(step, op=product, weights=weights, params={"native": native})
-    if step.op in _WIDE:
-        return replace(step, op=_WIDE[step.op], params={**step.params, "kv_kind": kind})
+    if step.op in _WIDE:  # an encoder's attention reads no cache
+        held = kind if step.op is ops.cached or parse(name_of(step.reads[1])).kind in _SHOWN else F32
+        return replace(step, op=_WIDE[step.op], params={**step.params, "kv_kind": held})
     if isinstance(step.op, GgmlOperation):
         if step.op.name in ("MUL_MAT", "MUL_MAT_ID"):
             step = _wide_product(step, step.op.name, native=native, kind=kind)
@@ -93,7 +97,7 @@ def _wide_product(step: Step, name: str, *, native: bool, kind: int) -> Step:
     first = step.params["operands"][0].index - len(step.reads)
     if first < 0:
         read = step.reads[first]
-        held = kind if _cached_values(read) or parse(name_of(read)).kind in ("k_read", "v_read") else F32
+        held = kind if _cached_values(read) or parse(name_of(read)).kind in _SHOWN else F32
         return replace(step, op=_Product(name, native, held))
     weight = step.weights[first]
     if not isinstance(weight, str):

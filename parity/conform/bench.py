@@ -29,10 +29,10 @@ from reports.findings import finding
 from reports.html import write_html
 from reports.report import Report
 
-from ..diff.compare import Comparison, comparison
-from ..diff.limits import COMPUTES
+from ..diff.compare import Comparison
 from ..explain.case import ExplainOptions
 from ..explain.input import explain_dump
+from ..explain.on_model import compared_on
 from ..run.command import EngineError
 from ..run.request import Prompt, Request
 from ..run.session import comparison_options
@@ -134,24 +134,14 @@ class Bench:
         return read(out)
 
     def _judged(self, cell: Cell, request: Request, ours: Dump, ref: Dump) -> CellResult:
-        stated = request.compute or (ours.header.compute if ours.header is not None else "")
-        arithmetic = stated or "f32"
-        found = self._compared(request, ours, ref, arithmetic)
+        found = compared_on(ours, ref, comparison_options(request), request.model)
+        verdict, precision = found.verdict, found.verdict.precision
+        lower = precision.arithmetic.upper() if precision is not None and precision.in_float32 else ""
         explanation: Explanation | None = None
-        if not found.verdict and not stated:
-            # Nothing says what the side computes in: a lower arithmetic is an explanation, unless a fault is a better one.
-            for lower in (name for name in COMPUTES if name not in ("f32", "tf32")):
-                coarser = self._compared(request, ours, ref, lower)
-                if coarser.verdict:
-                    explanation = self._explained(request, ours)
-                    if explanation is None or not explanation.causes:
-                        found, arithmetic = coarser, lower
-                    break
-        verdict = found.verdict
         worst = verdict.worst
         result = CellResult(
             cell,
-            (PARITY if arithmetic == "f32" else LOWER + arithmetic.upper()) if verdict else DIVERGENCE,
+            (LOWER + lower if lower else PARITY) if verdict else DIVERGENCE,
             compared=verdict.compared,
             nmse=None if worst is None else worst.nmse,
             of_limit=None if worst is None else worst.of_limit,
@@ -163,7 +153,7 @@ class Bench:
         # Other prompts and modes of one model that part at the same operation have the same cause: it is looked for once.
         place = cell.architecture, cell.type, parse(first.checkpoint).kind if first is not None else ""
         if place not in self._causes:
-            explanation = explanation or self._explained(request, ours)
+            explanation = self._explained(request, ours)
             self._causes[place] = cause_of(verdict, explanation)
         cause, sentence = self._causes[place]
         return replace(
@@ -174,11 +164,6 @@ class Bench:
             sentence=sentence,
             report=self._report(cell, ours, ref, found, explanation),
         )
-
-    def _compared(self, request: Request, ours: Dump, ref: Dump, arithmetic: str) -> Comparison:
-        options = comparison_options(request)
-        header = ours.header.compute if ours.header is not None else ""
-        return comparison(ours, ref, options if header else replace(options, compute=arithmetic))
 
     def _explained(self, request: Request, ours: Dump) -> Explanation | None:
         if not self._settings.explain:

@@ -138,7 +138,7 @@ def _causal(other: Dump, whole: Dump, ids: Sequence[int], options: Options) -> C
     verdict = compare(_before(other, stop, ids), _before(whole, stop, ids), options)
     suspect = "" if verdict else MASK
     reason = "" if verdict else "earlier positions see a later token: no causal mask, or one that is off by one"
-    return Check("another last token", "all positions before a last token that was exchanged", verdict, suspect, reason)
+    return Check("another last token", "the last token exchanged", verdict, suspect, reason)
 
 
 def _before(dump: Dump, stop: int, ids: Sequence[int]) -> Dump:

@@ -232,7 +232,8 @@ def _bare(rows: Rows) -> bool:
 
 
 def _agree(a: NDArray[np.floating], b: NDArray[np.floating], allowed: Allowed) -> bool:
-    a, b = a.astype(np.float64), b.astype(np.float64)
+    with np.errstate(invalid="ignore"):  # NumPy warns of a signalling NaN
+        a, b = a.astype(np.float64), b.astype(np.float64)
     if not (np.isfinite(a).all() and np.isfinite(b).all()) or len(set(b[0].tolist())) < 3:
         return False
     delta = np.maximum(np.abs(a - b) - allowed.step, 0.0)

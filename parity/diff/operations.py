@@ -60,7 +60,7 @@ def suspects(flow: Flow, nodes: Iterable[str]) -> str:
             words.append(_product(every, named))
         elif op in ("ADD", "MUL") and {"MUL_MAT", "RMS_NORM", "NORM", "GROUP_NORM"} & set(operations) and weights:
             continue  # the bias or the norm's weight: said below
-        elif op in ("CONT", CACHE) and len(operations) > 1:
+        elif op in ("CONT", "VIEW", CACHE) and len(operations) > 1:
             continue
         elif op in _WORDS:
             words.append(

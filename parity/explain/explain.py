@@ -20,6 +20,7 @@ from .apart import apart
 from .budget import Budget
 from .case import Case, ExplainOptions
 from .fits import said as said_of_number
+from .laws import WRONG
 from .leads import believed, law_at, leads, placed
 from .noise import ALL, AUTO
 from .precision import KINDS, PrecisionFloor, fits, floor, may_be_noise, with_noise
@@ -63,7 +64,8 @@ def explain(dump: Dump, model: Path, options: ExplainOptions | None = None) -> E
     answer = _answer(case, search, start, best)
     if not kind and best.first is not None:
         answer = _left_over(case, search, best, answer)
-    answer = replace(answer, truth=_truth(case, start, options.arbiter), notes=(*answer.notes, *_lint(case)))
+    truth = _truth(case, start, options.arbiter) if options.arbiter == ALL or not answer.causes else None
+    answer = replace(answer, truth=truth, notes=(*answer.notes, *_lint(case)))
     return replace(
         answer,
         precision_only=kind,
@@ -90,12 +92,13 @@ def _looks_like(case: Case, search: Search, start: State, budget: Budget) -> str
 def _left_over(case: Case, search: Search, best: State, answer: Explanation) -> Explanation:
     """The answer with what the numbers say of the place that is left: a cause, if they name one by themselves, a law, or leads."""
     values = search.screening.replay(best, len(case.positions)).on_host
-    rows = garbage(case.entries, best, values, case.positions, answer.differing)
+    said, where = law_at(case, search, best), placed(case, search, best)
+    rows = garbage(case.entries, best, values, case.positions, answer.differing) if not said or said.endswith(WRONG) else None
     if rows is not None:
         return replace(answer, causes=(*answer.causes, rows), remaining=None, next="")
-    said = law_at(case, search, best)
-    found = leads(case.entries, best, search, case.positions)
-    return replace(answer, law=said, placed=placed(case, search, best), leads=tuple(found))
+    single = where is not None and where.sure and len(where.operations) == 1
+    found = [] if said else leads(case.entries, best, search, case.positions, single=single)
+    return replace(answer, law=said, placed=where, leads=tuple(found))
 
 
 def _truth(case: Case, start: State, arbiter: str) -> TruthAt | None:

@@ -276,6 +276,13 @@ def fitted(screening: Screening, state: State, layers: Layers) -> list[State]:
     return list(Fitting(screening, state, layers).states())
 
 
+def is_number(candidate: Candidate) -> bool:
+    """Whether a fault's parameter is a number that may have been fitted."""
+    return any(
+        fit.fault.name == candidate.fault.name and isinstance(candidate.parameters.get(fit.parameter), float) for fit in FITTED
+    )
+
+
 def said(candidate: Candidate, right: Any) -> str:
     """What a fitted number's sentence says beside the number; "" for a fault without one."""
     for fit in FITTED:

@@ -16,6 +16,7 @@ Bools = NDArray[np.bool_]
 
 # A law holds if what it leaves of a record is this many times its limit at most: the printed digits of a constant have to do.
 ROOM = 10.0
+WRONG = "wrong; the others are right"  # the end of a sentence that says which elements are wrong, and not how
 _ROLLS = 64  # offsets of elements that are tried in either direction
 _SHIFTS = 4  # offsets of positions
 _LISTED = 6  # elements that a sentence lists
@@ -114,7 +115,7 @@ def law(found: Beside) -> str:
         if moved:
             return moved
         if where:
-            return f"{where} {'are' if many else 'is'} wrong; the others are right"
+            return f"{where} {'are' if many else 'is'} {WRONG}"
     said = next(_by_a_vector(found, every, many=False), "")
     return f"every element {said}" if said else next(_moved(found), "")
 

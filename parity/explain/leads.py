@@ -119,13 +119,16 @@ def placed(case: Case, search: Search, state: State) -> Placed | None:
     return Placed(names, cone.agreeing, cone.sure, seen)
 
 
-def leads(entries: Sequence[Expected], state: State, search: Search, positions: Ints) -> list[Lead]:
-    """What is to be said of a state's first place: observations, then the candidates that take most of the error away."""
+def leads(entries: Sequence[Expected], state: State, search: Search, positions: Ints, *, single: bool) -> list[Lead]:
+    """What is to be said of a state's first place: observations, then the candidates that take most of the error away.
+
+    `single`: one operation is in question, so that nobody need be told which ones may be.
+    """
     if state.first is None:
         return []
     entry = replace(entries[state.first.point], base=state.nmse[state.first.point])
     values = search.screening.replay(state, len(positions)).on_host
-    seen = [Lead(sentence) for sentence in _observations(entry, values, positions)]
+    seen = [Lead(sentence) for sentence in _observations(entry, values, positions, single)]
     best: dict[str, Lead] = {}
     tried: set[str] = set()
     for removed, candidate in sorted(search.tried.removed.get(key(state.faults), []), key=lambda pair: -pair[0]):
@@ -164,7 +167,7 @@ def _removed(entries: Sequence[Expected], search: Search, state: State, candidat
     return least
 
 
-def _observations(entry: Expected, values: Values, positions: Ints) -> Iterator[str]:
+def _observations(entry: Expected, values: Values, positions: Ints, single: bool) -> Iterator[str]:
     wrong = entry.base > entry.limit
     theirs = np.where(entry.present, entry.values, 0.0)[wrong]
     if not np.isfinite(theirs).all():
@@ -178,7 +181,7 @@ def _observations(entry: Expected, values: Values, positions: Ints) -> Iterator[
         yield "values reach float16's largest (65504): saturation"
     yield from _other_point(entry, values, positions, wrong)
     yield from _steps(theirs)
-    yield _which(entry, wrong)
+    yield _which(entry, wrong, single)
 
 
 def _close(a: Floats, b: Floats) -> bool:
@@ -210,15 +213,16 @@ def _steps(theirs: Floats) -> Iterator[str]:
         yield "every value has 10 bits of mantissa: the engine keeps activations in F16 (or TF32)"
 
 
-def _which(entry: Expected, wrong: NDArray[np.bool_]) -> str:
+def _which(entry: Expected, wrong: NDArray[np.bool_], single: bool) -> str:
     """Which positions are wrong, and what acts there."""
     rows = entry.rows[wrong]
     outside = parse(entry.point).layer is None
     if len(rows) == len(entry.rows):
         acts = "this operation or its weights" if outside else "values, output projection, feed-forward, a norm or weights"
-        return f"all positions are wrong: {acts}"
+        return "all positions are wrong" if single else f"all positions are wrong: {acts}"
     if rows.min() > 0 and len(rows) == (entry.rows >= rows.min()).sum():
         right = "position 0 is" if rows.min() == 1 else f"positions 0 to {rows.min() - 1} are"
-        return f"{right} right, all later ones wrong: queries, keys, RoPE, scale, mask or cache"
+        acts = "" if single else ": queries, keys, RoPE, scale, mask or cache"
+        return f"{right} right, all later ones wrong{acts}"
     listed = f"{', '.join(str(int(row)) for row in rows[:6])}{', …' if len(rows) > 6 else ''}"
     return f"{len(rows)} of {len(entry.rows)} positions are wrong, the others right: {listed}"

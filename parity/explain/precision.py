@@ -73,21 +73,32 @@ def fits(found: PrecisionFloor, entries: Sequence[Expected]) -> float | None:
     At every record the error must have the size of what this arithmetic costs there, give or take the factors above; what it
     must have changed may not be exactly right, and what it does not change must be.
     """
+    numbers = [number for number, entry in enumerate(entries) if not _ids(entry)]
+    entries = [entries[number] for number in numbers]
+    costs = [(found.products[number], found.storage[number]) for number in numbers]
+    if not entries:
+        return None
     base, limit = (np.concatenate([getattr(entry, name) for entry in entries]) for name in ("base", "limit"))
-    products = np.concatenate(found.products)
-    storage = np.maximum(products, np.concatenate(found.storage))
+    products = np.concatenate([one for one, _ in costs])
+    storage = np.maximum(products, np.concatenate([two for _, two in costs]))
     if not np.isfinite(base).all() or (base > SINGLE * np.maximum(storage, limit)).any():
         return None
     visible = products > VISIBLE * limit
     if not visible.any() or (visible & (base <= limit)).sum() > SPARED * visible.sum():
         return None
-    for entry, one, two in zip(entries, found.products, found.storage, strict=True):
+    for entry, (one, two) in zip(entries, costs, strict=True):
         noise, mean = float(entry.limit.max()), float(entry.base.mean())
         if mean > UPPER * max(float(one.mean()), float(two.mean()), noise / UPPER):
             return None
         if float(one.mean()) > noise and mean < LOWER * float(one.mean()):
             return None
     return abs(float(np.median(np.log(base[visible] / np.sqrt(products[visible] * storage[visible])))))
+
+
+def _ids(entry: Expected) -> bool:
+    """Whether a point holds ids (of chosen experts): how far one is from another says nothing, and a near tie flips."""
+    values = entry.pair.ref.values
+    return bool((values == np.rint(values)).all()) and bool((values > 1).any())
 
 
 def ratios(found: PrecisionFloor, entries: Sequence[Expected]) -> list[tuple[float, float, float]]:

@@ -15,7 +15,7 @@ from engine.faults import Planting
 from engine.inapplicable import NotApplicable
 
 from .batch import beyond, screened
-from .fits import fitted
+from .fits import fitted, is_number
 from .scopes import ranges, rescoped, stages
 from .screening import Screening
 from .state import Candidate, Layers, State, key, worst
@@ -96,7 +96,9 @@ class Search:
         size = (len(state.faults), single, sum(self.right.get(step.makes) is not step for step in state.steps))
         if state.first is None:
             error = worst(state, len(state.nmse))
-            return (0.0, round(float(np.log10(max(error, _SAME_NOISE) / _SAME_NOISE))), 0.0, *size, error)
+            # A number has its error from the digits that it was fitted to: among numbers the order of the list decides.
+            last = np.inf if state.faults and is_number(state.faults[-1]) else error
+            return (0.0, round(float(np.log10(max(error, _SAME_NOISE) / _SAME_NOISE))), 0.0, *size, last)
         return (1.0, -state.first.point, -state.first.row, *size, worst(state, state.first.point - 1))
 
     def simple(self, state: State) -> list[State]:
