@@ -217,6 +217,7 @@ def main(arguments: list[str]) -> None:
             counts[name, became] += 1
             if wrong:
                 failures.append(f"  {seed}: {architecture}, {accident}, {name}: {wrong}")
+                print(failures[-1], file=sys.stderr, flush=True)
     print("| command | mutants | answers, confirmed by a fresh cache | one line | failed | slowest, s |")
     print("|---" * 6 + "|")
     for name in COMMANDS:
