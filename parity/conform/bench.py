@@ -89,7 +89,10 @@ class Bench:
         except ParityError as error:
             result = CellResult(cell, NO_REFERENCE, error.message)
         else:
-            result = self._fresh(cell, model, identity.of_file(model))
+            try:
+                result = self._fresh(cell, model, identity.of_file(model))
+            except Exception as error:  # a fault of ours in one cell must neither hide nor cost all the others
+                result = CellResult(cell, CRASHED, f"internal error of parity: {type(error).__name__}: {error}")
         result = replace(result, key=key, seconds=perf_counter() - began)
         results.save(self._settings.folder, result)
         return result
