@@ -1,5 +1,7 @@
 """Points of attention: what goes into its two products, told from the products backwards."""
 
+import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import prod
@@ -33,6 +35,7 @@ def attention_points(graph: Structure, inside: Sequence[int]) -> Points:
     if weights is None or mixed is None:
         return points
     points.nodes |= {scores: "kq", weights: "kq_soft_max"}
+    points.nodes |= _between(graph, inside, scores, weights)
     cached = False
     if _cache(graph, graph.sources[scores][0]):
         cached = True
@@ -51,6 +54,20 @@ def attention_points(graph: Structure, inside: Sequence[int]) -> Points:
         if start is not None:
             points.nodes.setdefault(start, letter)
     return points
+
+
+def _between(graph: Structure, inside: Sequence[int], scores: int, weights: int) -> dict[int, str]:
+    """Nodes without a name from the scores to their soft max: "kq_scale", "kq_unary", "kq_scale.2"; they are scores, too."""
+    before, counts = set(graph.upstream(weights)), Counter[str]()
+    named: dict[int, str] = {}
+    for i in inside:
+        node = graph.nodes[i]
+        unnamed = re.fullmatch(r"node_\d+", stem(node.name)) is not None
+        if scores < i < weights and i in before and unnamed and node.op not in VIEWS and scores in set(graph.upstream(i)):
+            kind = f"kq_{node.op.lower()}"
+            counts[kind] += 1
+            named[i] = kind if counts[kind] == 1 else f"{kind}.{counts[kind]}"
+    return named
 
 
 def _is_scores(graph: Structure, i: int) -> bool:
