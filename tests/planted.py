@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from checkpoints.graph import RecordedGraph
 from checkpoints.reading.reader import read
 from checkpoints.record import Dump
 from engine.backend import Array, choose
@@ -53,11 +54,11 @@ def half_sums(x: Array, weight: Array, bias: Array | None = None) -> Array:
 
 
 class Faulty:
-    """Writes the dumps of faulty engines of one model."""
+    """Writes the dumps of faulty engines of one model; `recorded` is llama.cpp's graph, where its steps are lifted from that."""
 
-    def __init__(self, model: Path) -> None:
+    def __init__(self, model: Path, recorded: RecordedGraph | None = None) -> None:
         self.model = model
-        self.transformer = Transformer(GgufModel(model), choose("numpy"))
+        self.transformer = Transformer(GgufModel(model), choose("numpy"), recorded=recorded)
         self.right = self.transformer.steps
 
     def dump(

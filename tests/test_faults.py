@@ -37,7 +37,8 @@ EXPECTED = {
     "q4k-scale-min": ({"q", "k", "v"}, "from-position-0"),
 }
 # From position 0 on, the softmax over one key is 1: a fault in Q or K shows there only where Q or K are recorded.
-OPERATION_PATTERN = {"no-causal-mask": "causal-mask"}
+# What is more than "this operation": what a mask lets through, whose numbers stand there, an operation that does nothing.
+OPERATION_PATTERN = {"no-causal-mask": "causal-mask", "gate-up-swapped": "other-record", "no-final-norm": "no-op"}
 
 
 class Lab:

@@ -133,7 +133,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"slice_size": 0}, "slice of 0"),
     ({"window": 0}, "window of 0"),
     ({"window": "some"}, "'some'"),
-    ({"points": ""}, "names nothing"),
+    ({"points": ""}, "selects nothing"),
     ({"points": "blk.24.q"}, "no point is called"),
 ]
 

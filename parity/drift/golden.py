@@ -13,6 +13,7 @@ from checkpoints.content import content_hash
 from checkpoints.errors import InputError
 from checkpoints.fingerprint import fingerprint
 from checkpoints.points import resolve
+from checkpoints.regular import read_text
 from checkpoints.whole_file import put
 
 from ..models import embedded as default_model
@@ -125,7 +126,7 @@ def load(folder: Path) -> Golden:
     """
     path = folder / MANIFEST
     try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
+        facts = json.loads(read_text(path))
         if facts.pop("format") != FORMAT:
             raise InputError(f"{path} is of a newer format.", "Update parity.", code="golden")
         prompts = tuple(_prompt(item) for item in facts.pop("prompts"))
@@ -173,7 +174,7 @@ def read_prompts(path: Path) -> tuple[str, ...]:
         InputError: it cannot be read, holds no prompt, or one twice.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = read_text(path).splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise InputError(f"cannot read {path}: {reason}.", "Check --prompts.", code="prompts") from error

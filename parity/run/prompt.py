@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from checkpoints.errors import InputError
+from checkpoints.regular import read_text
 
 
 def numbers(text: str, name: str) -> tuple[int, ...]:
@@ -38,7 +39,7 @@ def given_prompt(text: str | None, file: Path | None, tokens: str | None) -> tup
         return None, ids
     if file is not None:
         try:
-            text = file.read_text(encoding="utf-8")
+            text = read_text(file)
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
             raise InputError(f"cannot read {file}: {reason}.", "Check --prompt-file.", code="prompt") from error
