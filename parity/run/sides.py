@@ -70,6 +70,11 @@ class OurEngine:
         )
 
     @property
+    def engine(self) -> Transformer:
+        """The engine itself."""
+        return self._engine
+
+    @property
     def points(self) -> str:
         """The points by name: llama.cpp's graph has nodes besides that nobody asked for."""
         return ",".join(chosen_points(self._engine, self._request.points, self._request.layers))
