@@ -4,7 +4,7 @@ from typing import Any
 
 BOTH = (None, (2,))
 ALL = (None,)
-_LAYER = {"at": ("kq_scaled_2",)}
+_LOGITS = {"at": ("logits",)}  # a cap of 50 hardly moves the scores of random weights
 
 PLACES: dict[str, tuple[str, dict[str, Any], tuple[tuple[int, ...] | None, ...]]] = {
     "head-norm-missing": ("qwen3", {}, BOTH),
@@ -18,7 +18,7 @@ PLACES: dict[str, tuple[str, dict[str, Any], tuple[tuple[int, ...] | None, ...]]
     "window-ignored": ("gemma3", {}, BOTH),
     "window-on-other-layers": ("gemma3", {}, BOTH),
     "window-kind": ("gemma3", {}, BOTH),
-    "softcap-missing": ("gemma2", _LAYER, BOTH),
+    "softcap-missing": ("gemma2", _LOGITS, ALL),
     "sinks-missing": ("gpt-oss", {}, BOTH),
     "query-scale": ("gemma3", {}, BOTH),
     "keys-for-values": ("qwen3", {}, BOTH),
