@@ -151,24 +151,24 @@ ACCIDENTS: dict[str, Accident] = {
 }
 
 
-def parity(words: tuple[str, ...], cache: Path, **names: Path) -> tuple[int, str, str]:
-    """Exit code, stdout without what changes from run to run, stderr."""
+def parity(words: tuple[str, ...], cache: Path, **names: Path) -> tuple[int, str]:
+    """Exit code and stderr."""
     filled = [word.format(**names) for word in words]
     done = subprocess.run(
-        [sys.executable, "-P", "-m", "parity", *filled, *(["--format", "json"] if filled[0] in ("run", "isolate") else [])],
+        [sys.executable, "-P", "-m", "parity", *filled],
         env=os.environ | {"PARITY_CACHE": str(cache)},
         capture_output=True,
         timeout=SECONDS,
         check=False,
     )
-    return done.returncode, done.stdout.decode("utf-8", "replace"), done.stderr.decode("utf-8", "replace")
+    return done.returncode, done.stderr.decode("utf-8", "replace")
 
 
 def judge(name: str, model: Path, warm: Path, folder: Path) -> tuple[str, str]:
     """What became of a command on a mutant ("answer" or "one line"), and what is wrong with that (empty if nothing)."""
     cache = folder / "cache"
     shutil.copytree(warm, cache)
-    code, _, said = parity(COMMANDS[name], cache, model=model, folder=folder)
+    code, said = parity(COMMANDS[name], cache, model=model, folder=folder)
     if any(not char.isprintable() and char != "\n" for char in said):
         return "failed", f"control characters on stderr: {said[:200]!r}"
     if code == 2:
@@ -176,7 +176,7 @@ def judge(name: str, model: Path, warm: Path, folder: Path) -> tuple[str, str]:
         return ("one line", "") if len(lines) == 1 and len(said) < 3000 else ("failed", f"{len(lines)} lines: {said[-200:]!r}")
     if code not in (0, 1):
         return "failed", f"exit {code}: {said[-300:]!r}"
-    fresh, _, _ = parity(COMMANDS[name], folder / "fresh", model=model, folder=folder)
+    fresh, _ = parity(COMMANDS[name], folder / "fresh", model=model, folder=folder)
     return ("answer", "") if fresh == code else ("failed", f"exit {code} with the cache of before, {fresh} with a fresh one")
 
 
