@@ -148,9 +148,13 @@ def _of_its_token(subject: Subject, name: str) -> tuple[bool, bool]:
     if name in subject.above:
         own = subject.made(name)
         # The leading values of parts side by side are those of the first part.
-        if own is not None and own.op in _SHIFTS and any(_of_its_token(subject, part)[0] for part in own.reads):
+        # Of a head that is rotated in part they may be those that stay, which only llama.cpp's own dump is believed to show.
+        header = subject.dump.header
+        parts = _SHIFTS | ({"ROPE"} if header is not None and header.source == "llama.cpp" else set())
+        if own is not None and own.op in parts and any(_of_its_token(subject, part)[0] for part in own.reads):
             return True, True
-        above = subject.above[name]
+        # Scores of one token's queries with the same keys are the same, where nothing is rotated.
+        above = subject.above[name] - ({name, in_layer(point.layer or 0, "k_read")} if point.kind == "kq" else set())
         made = [how for other in above if (how := subject.made(other)) is not None]
         alone = not any(of_scores(other) for other in above) and not any(
             how.op in _MIXING or any("position" in weight for weight in how.weights) for how in made

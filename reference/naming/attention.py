@@ -9,6 +9,7 @@ from math import prod
 from .planned import VIEWS
 from .structure import NORMS, WRITES, Structure, stem
 
+_CHANGES = ("ROPE", "PAD", "CONCAT", "MUL_MAT")
 _FUSED = "attn_qkv.weight"
 _QUERY = ("attn_q.weight", "attn_q_b.weight", _FUSED)
 _KEY = ("attn_k.weight", _FUSED)
@@ -156,8 +157,8 @@ def _projected(graph: Structure, end: int, weights: tuple[str, ...]) -> int | No
 
 
 def _changed(graph: Structure, i: int, whole: int) -> bool:
-    """Whether a norm, a rotation or padding lies between a product and a value."""
-    return any(graph.nodes[j].op in (*NORMS, "ROPE", "PAD") for j in graph.upstream(i) if j > whole)
+    """Whether a norm, a rotation, padding or another product lies between a product and a value."""
+    return any(graph.nodes[j].op in (*NORMS, *_CHANGES) for j in graph.upstream(i) if j > whole)
 
 
 def _chain(graph: Structure, end: int, weights: tuple[str, ...]) -> list[int]:
