@@ -1,6 +1,6 @@
 """Mutants of every format through what `parity lint` and `parity diff` do.
 
-Run: python benchmarks/fuzz.py [-n 10000] [--only KIND] [--first SEED]
+Run: python benchmarks/fuzz.py [-n 10000] [--only KIND] [--first SEED]; models: python benchmarks/fuzz.py gguf (`fuzz_gguf`)
 
 Each must end in a verdict or in one line, within ten seconds of computing and 1 GiB; the seeds of those that do not are listed.
 """
@@ -66,6 +66,10 @@ def row(kind: str, first: int, count: int) -> str:
 
 def main() -> None:
     """Print the table; exit 1 where a case failed."""
+    if sys.argv[1:2] == ["gguf"]:
+        import fuzz_gguf
+
+        fuzz_gguf.main(sys.argv[2:])
     parser = argparse.ArgumentParser()
     parser.add_argument("-n", type=int, default=10_000)
     parser.add_argument("--only", choices=KINDS, action="append")

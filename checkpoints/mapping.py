@@ -22,7 +22,9 @@ from numpy.typing import NDArray
 from .errors import InputError
 from .points import parse, resolve
 from .record import Dump, Rows
+from .regular import read_text
 
+_LARGEST = 1 << 22  # bytes of a mapping file: 40,000 names
 _KEYS = {"point", "transpose", "reshape", "rope_pairs", "heads", "head_size"}
 
 
@@ -175,7 +177,7 @@ def read_mapping(path: Path) -> Mapping:
         InputError: it cannot be read, or says something that is not known.
     """
     try:
-        found = tomllib.loads(path.read_text(encoding="utf-8"))
+        found = tomllib.loads(read_text(path, _LARGEST))
     except (OSError, ValueError, RecursionError) as error:
         reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())
         raise InputError(f"cannot read {path}: {reason}.", "It is TOML: [names], their = our.", code="map") from error

@@ -22,9 +22,9 @@ class Kind:
 
     `row` is the shape of one position's row in the letters of the design: D embedding, H heads, K key/value heads,
     d head size, F feed-forward, V vocabulary, t+1 the positions seen so far. `lane` names the branch of the layer that
-    the value belongs to; values of two branches that have not met yet do not depend on each other. `op` is ggml's name of the
-    operation that makes it in a plain transformer; `adds` a point of the layer that it reads besides those right before it ("-": the
-    layer's input). `optional`: not every model has it, or not every engine can record it.
+    the value belongs to; values of two branches that have not met yet do not depend on each other. `op` is ggml's name for the
+    operation that makes it in a plain transformer. `adds` names a further point of the layer that this operation reads, in addition to
+    its predecessors ("-": the layer's input). `optional`: not every model has it, or not every engine can record it.
     """
 
     name: str
@@ -75,7 +75,7 @@ _LAYER_POINT = re.compile(r"blk\.(\d+)\.(.+)", re.DOTALL)
 
 @dataclass(frozen=True)
 class Point:
-    """A parsed point: `layer` is None for the points that stand once in a model; `kind` is its name in the layer."""
+    """A parsed point: `layer` is None for the points that occur once in a model; `kind` is its name within the layer."""
 
     name: str
     layer: int | None
@@ -109,7 +109,7 @@ def of_scores(name: str) -> bool:
 
 
 def all_points(n_layers: int, kinds: Iterable[str] | None = None) -> list[str]:
-    """Every point of the vocabulary for a model of `n_layers`, in dataflow order; `kinds` leaves out what is not there."""
+    """Every point of the vocabulary for a model of `n_layers`, in dataflow order; `kinds`, if given, keeps only those of each layer."""
     names = [kind.name for kind in LAYER_KINDS if kinds is None or kind.name in set(kinds)]
     return [EMBD, *(in_layer(i, name) for i in range(n_layers) for name in names), OUTPUT_NORM, LOGITS]
 
@@ -120,7 +120,7 @@ def default_layers(n_layers: int) -> list[int]:
 
 
 def layer_outputs(layers: Iterable[int]) -> list[str]:
-    """The card's set for given layers: embedding, those layers' outputs, output norm, logits."""
+    """The default set for the given layers: embedding, those layers' outputs, output norm, logits."""
     return [EMBD, *(in_layer(layer, "l_out") for layer in layers), OUTPUT_NORM, LOGITS]
 
 
@@ -158,7 +158,7 @@ def _section(point: Point) -> int:
 
 
 def independent(a: str, b: str) -> bool:
-    """Whether two points of one layer lie on branches that have not met, so that neither can spoil the other."""
+    """Whether two points of one layer lie on branches that have not met, so that an error in one cannot cause one in the other."""
     first, second = parse(a), parse(b)
     if first.layer is None or first.layer != second.layer or first.known is None or second.known is None:
         return False
@@ -213,7 +213,7 @@ _ONCE = {
 
 
 def resolve(name: str, n_layers: int | None = None) -> str:
-    """The canonical name of an alias (the card's C0…C25, `layer_5`, ggml's and Hugging Face's names), else the name itself.
+    """The canonical name of an alias (C0…C25, `layer_5`, ggml's and Hugging Face's names), else the name itself.
 
     Hugging Face's `hidden_states[i]` is layer i's *input*, and its last one comes after the norm: the number of layers
     decides, and without it only index 0 is known.
@@ -314,5 +314,5 @@ def select(expression: str, available: Sequence[str], n_layers: int | None = Non
             raise InputError(f"no point is called {part!r}.", hint, code="points")
         wanted.update(matched)
     if not wanted:
-        raise InputError("--points names nothing.", "Write e.g. --points all.", code="points")
+        raise InputError("--points selects nothing.", "Write e.g. --points all.", code="points")
     return [name for name in available if name in wanted]

@@ -38,7 +38,8 @@ def layer_norm(x: Array, weight: Array, bias: Array | None = None, *, eps: float
     Mean and squares are summed in float64 and rounded to float32, as in ggml_compute_forward_norm_f32.
     """
     split = x.reshape(x.shape[0] * heads, -1)
-    centred = split - split.mean(axis=1, keepdims=True, dtype=np.float64).astype(x.dtype)
+    total = split.sum(axis=1, keepdims=True, dtype=np.float64).astype(x.dtype)  # rounded before the division, as there
+    centred = split - total / split.shape[1]
     wide = centred.astype(np.float64)
     variance = (np.einsum("ij,ij->i", wide, wide) / split.shape[1]).astype(x.dtype)
     scaled = centred * (np.float32(1) / np.sqrt(variance + np.float32(eps)))[:, None] * weight

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from typing import Any
 
@@ -118,7 +119,7 @@ class Transformer:
         """The arithmetic of products, for a dump's header."""
         return "f32"
 
-    @property
+    @cached_property
     def causal(self) -> bool:
         """Whether no position sees a later one; an encoder's do."""
         return not graph.sees_later(self.steps)
@@ -139,6 +140,12 @@ class Transformer:
             InputError: no tokens, ids outside the vocabulary, or more than the model's context holds.
         """
         self.check(tokens, sequence.first + sequence.length)
+        if sequence.length and not self.causal:
+            raise InputError(
+                "an encoder computes its whole input in one pass: what comes later changes what came before.",
+                "Give all tokens at once.",
+                code="encoder",
+            )
         positions = np.arange(len(tokens), dtype=np.int64) + sequence.first + sequence.length
         if tap is not None:
             tap.begin(Pass(positions, sequence.passes, decode=sequence.passes > 0, first=sequence.first, causal=self.causal))

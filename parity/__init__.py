@@ -1,7 +1,21 @@
 """The face: comparator, diagnosis, commands."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .interface import Dump, ParityError, Verdict, compare, read, table
+
+__all__ = ["Dump", "ParityError", "Verdict", "compare", "read", "table", "version"]
+
+
+def __getattr__(name: str) -> Any:
+    """The names of `interface`, imported when they are asked for: commands start without them."""
+    if name in __all__:
+        from . import interface
+
+        return getattr(interface, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def version() -> str:

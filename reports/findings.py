@@ -23,14 +23,14 @@ def finding(answer: Any, name: str) -> Finding:
     """The part of a report for one command's JSON answer; `name` is the file it came from.
 
     Raises:
-        InputError: it is no answer of lint, isolate or explain.
+        InputError: it is not an answer of lint, isolate or explain.
     """
     if isinstance(answer, Mapping):
         for key, make in (("operations", _isolate), ("findings", _lint), ("causes", _explain)):
             if isinstance(answer.get(key), list) and all(isinstance(item, Mapping) for item in answer[key]):
                 return make(answer, answer[key])
     raise InputError(
-        f"{name} is no answer of `parity lint`, `isolate` or `explain`.",
+        f"{name} is not an answer of `parity lint`, `isolate` or `explain`.",
         "Write one with --format json > FILE.",
         code="include",
     )
@@ -41,9 +41,9 @@ def _isolate(_answer: Mapping[str, Any], operations: Sequence[Mapping[str, Any]]
     status = [str(item.get("status")) for item in operations]
     wrong = [item for item in operations if item.get("status") == "wrong"]
     proven = status.count("proven")
-    said = f"{proven} of {count(len(operations), 'operation')} proven right on the reference's own inputs"
-    said += f", {len(wrong)} wrong" if wrong else ""
-    said += f", {status.count('not observable')} not observable" if "not observable" in status else ""
+    summary = f"{proven} of {count(len(operations), 'operation')} proven right on the reference's own inputs"
+    summary += f", {len(wrong)} wrong" if wrong else ""
+    summary += f", {status.count('not observable')} not observable" if "not observable" in status else ""
     rows = [_texts(item, "operation", "layer", "status", "nmse") for item in wrong]
     for kind in dict.fromkeys(str(item.get("operation")) for item in operations):
         right = [item for item in operations if str(item.get("operation")) == kind and item.get("status") == "proven"]
@@ -51,18 +51,18 @@ def _isolate(_answer: Mapping[str, Any], operations: Sequence[Mapping[str, Any]]
             errors = [item["nmse"] for item in right if isinstance(item.get("nmse"), (int, float))]
             layers = count(len(right), "layer") if len(right) > 1 else _text(right[0].get("layer"))
             rows.append((clean(kind), layers, "proven", error(max(errors, default=None))))
-    return Finding("Operation by operation", said, ("operation", "layer", "status", "NMSE"), tuple(rows))
+    return Finding("Operation by operation", summary, ("operation", "layer", "status", "NMSE"), tuple(rows))
 
 
 def _lint(answer: Mapping[str, Any], findings: Sequence[Mapping[str, Any]]) -> Finding:
     if not findings:
-        said = "nothing found: this dump is to be believed"
+        summary = "nothing found: this dump can be trusted"
     else:
-        said = count(len(findings), "finding") + (
+        summary = count(len(findings), "finding") + (
             "" if answer.get("usable", True) else ": a comparison of this dump is not usable"
         )
     names = ("severity", "rule", "checkpoint", "token_idx", "evidence", "advice")
-    return Finding("Is the dump to be believed?", said, names, tuple(_texts(item, *names) for item in findings))
+    return Finding("Can the dump be trusted?", summary, names, tuple(_texts(item, *names) for item in findings))
 
 
 def _explain(_answer: Mapping[str, Any], causes: Sequence[Mapping[str, Any]]) -> Finding:
@@ -75,13 +75,13 @@ def _explain(_answer: Mapping[str, Any], causes: Sequence[Mapping[str, Any]]) ->
         same = cause.get("equivalent")
         others = [other for other in same if isinstance(other, Mapping)] if isinstance(same, list) else []
         rows += [(*_texts(other, "fault", "sentence", "layers"), "the same", "", "") for other in others]
-    said = (
+    summary = (
         f"{count(len(causes), 'cause')} found that reproduce these numbers"
         if causes
         else "no known fault reproduces these numbers"
     )
     return Finding(
-        "Which known fault is it?", said, ("fault", "what it does", "layers", "explains", "NMSE", "fix"), tuple(rows)
+        "Which known fault is it?", summary, ("fault", "what it does", "layers", "explains", "NMSE", "fix"), tuple(rows)
     )
 
 

@@ -54,7 +54,7 @@ def half_sums(x: Array, weight: Array, bias: Array | None = None) -> Array:
 
 
 class Faulty:
-    """Writes the dumps of faulty engines of one model."""
+    """Writes the dumps of faulty engines of one model; `recorded` is llama.cpp's graph, where its steps are lifted from that."""
 
     def __init__(self, model: Path, recorded: RecordedGraph | None = None) -> None:
         self.model = model

@@ -101,10 +101,14 @@ def test_f16_arithmetic_is_no_excuse_where_the_header_says_f32(engine: Faulty) -
     dump = engine.dump(RIGHT, PROMPT, steps=rounded(engine.right, "f16", storage=True))
     free = explain(unstated(dump), engine.model, _PATIENT)
     bound = explain(dump, engine.model, _PATIENT)
-    assert (free.precision_only, free.looks_like, bool(free)) == ("f16", "", True)
-    assert (bound.precision_only, bound.looks_like, bool(bound), bound.causes) == ("", "f16", False, ())
+    alike = ("f16", "tf32")  # both keep eleven bits: which of the two fits better is the processor's luck
+    assert free.precision_only in alike
+    assert (free.looks_like, bool(free)) == ("", True)
+    assert bound.looks_like in alike
+    assert (bound.precision_only, bool(bound), bound.causes) == ("", False, ())
     again = explain(unstated(dump), engine.model, replace(_PATIENT, compute="f32"))
-    assert (again.precision_only, again.looks_like) == ("", "f16")
+    assert again.precision_only == ""
+    assert again.looks_like in alike
 
 
 def test_what_is_exactly_right_is_not_of_lower_arithmetic(engine: Faulty) -> None:

@@ -27,8 +27,9 @@ def test_single_layers_are_screened_together_as_one_by_one(engine: Faulty) -> No
     names = [step.makes for step in engine.right]
     steps = engine.right[names.index("blk.1.l_out") + 1 : names.index("blk.3.l_out") + 1]
     rng = np.random.default_rng(2)
-    outputs = [rng.standard_normal((len(PROMPT), engine.transformer.hp.n_embd)).astype(np.float32) for _ in range(3)]
     weights, positions = case.replay.weights, case.positions
+    shape = (len(PROMPT), engine.transformer.hp.n_embd)
+    outputs = [weights.array(rng.standard_normal(shape).astype(np.float32)) for _ in range(3)]
     together = carry(steps, "blk.1.l_out", outputs, positions, weights)
     for one, many in zip(outputs, together, strict=True):
         alone = next(carry(steps, "blk.1.l_out", [one], positions, weights))

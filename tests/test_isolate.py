@@ -69,6 +69,13 @@ def test_lifted_operations_are_proven(name: str, small_model: Callable[..., Path
     assert {item.passes for item in found.operations} == {3}
 
 
+def test_experts_of_k_quants_are_proven(small_model: Callable[..., Path], reference: Reference) -> None:
+    """MUL_MAT_ID of Q4_K and Q6_K experts is proven: activations are rounded in super-blocks of 256, as for any product."""
+    found = isolate(IsolateRequest(small_model("mixtral", "q4_k_m", width=256, ff=256), tokens=TOKENS), reference)
+    all_proven(found)
+    assert {item.weight for item in found.operations if item.operation == "ffn_moe_down"} == {"Q4_K", "Q6_K"}
+
+
 def test_an_encoder_keeps_nothing_in_a_cache(small_model: Callable[..., Path], reference: Reference) -> None:
     """An encoder's operations are proven whatever the cache's type: its attention reads keys and values as they are."""
     all_proven(isolate(IsolateRequest(small_model("bert", "q8_0"), tokens=TOKENS, kv_type="f16"), reference))

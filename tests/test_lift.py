@@ -140,3 +140,10 @@ def test_gelu_of_a_table_is_no_divergence(parity: Cli, small_model: Make, name: 
     found = verdict(parity, small_model(name), "--tokens", ids(33))
     assert found["verdict"] == "parity"
     assert any("from float64" in note for note in found["notes"])
+
+
+@pytest.mark.parametrize("name", ["qwen35", pytest.param("gemma3", marks=pytest.mark.slow)])
+def test_other_portions_come_out_the_same(parity: Cli, small_model: Make, name: str) -> None:
+    """States, windows and GELU's table: chunks and single tokens give what one pass gives."""
+    ran = parity("consistency", "--model", small_model(name), "--tokens", ids(9))
+    assert ran.code == 0, ran.out

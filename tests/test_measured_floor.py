@@ -45,11 +45,15 @@ def test_a_right_engine_keeps_the_measured_limits(engine: Faulty, kind: str) -> 
     assert not compare(replace(ours, header=replace(ours.header, compute="f32")), right)
 
 
-def test_a_deep_right_engine_is_accused_by_the_table_only(engine: Faulty) -> None:
-    """Activations kept in BF16 cost more over 24 layers than a limit for every model allows; measured, they are right."""
+def test_a_deep_right_engine_is_excused_by_the_table_and_proven_by_the_model(engine: Faulty) -> None:
+    """Activations kept in BF16 cost more over 24 layers than a limit for every model allows: without a jump that is excused, and said;
+    measured, they are right."""
     right = _dump(engine, engine.right, "f32")
     ours = _dump(engine, rounded(engine.right, "bf16", storage=True), "bf16")
-    assert not compare(ours, right)
+    excused = compare(ours, right)
+    assert excused
+    assert any("an excuse: --model measures it" in note for note in excused.notes)
+    assert not compare(ours, right, Options(strict=True))
     assert compared_on(ours, right, Options(), engine.model).verdict
 
 

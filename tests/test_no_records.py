@@ -12,7 +12,7 @@ from cli import Cli
         ('log\n{"checkpoint":"C0","token_idx":0,"data":[1,2]}', 'Line 2 lacks "values"; it has checkpoint, token_idx, data.'),
         ('{"checkpoint":"C0","token_idx":0,"values":[1,2,]}', "Line 1 is no JSON: "),
         ("embd 0.1 0.2", "has no checkpoint record in 1 lines. A record is"),
-        ('{"\\u001b[31m": 1}', "it has ?[31m."),
+        ('{"\\u001b[31m": 1}', "it has \ufffd[31m."),
         ("{" * 5000, "Line 1 is no JSON: "),
     ],
 )

@@ -92,6 +92,14 @@ def test_a_norm_is_a_norm(reference: Reference, small_model: Make) -> None:
         np.testing.assert_allclose(found[f"blk.{layer}.ffn_norm"], expected, rtol=1e-4, atol=1e-5)
 
 
+def test_norms_behind_the_branches(reference: Reference, small_model: Make) -> None:
+    """olmo2 normalises what attention and feed-forward give: what goes into the feed-forward is the sum, and no norm."""
+    found = values(reference, small_model("olmo2", layers=2))
+    assert "blk.1.ffn_norm" not in found
+    expected = found["blk.0.l_out"] + found["blk.1.attn_post_norm"]
+    np.testing.assert_allclose(found["blk.1.ffn_inp"], expected, rtol=1e-5, atol=1e-6)
+
+
 def test_a_product_comes_with_its_bias(reference: Reference, small_model: Make) -> None:
     """gpt2: `ffn_up`, `ffn_out` and `attn_out` are the values after the bias, the products before it have names of their own."""
     model = small_model("gpt2", layers=1)

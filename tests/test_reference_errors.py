@@ -130,10 +130,10 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"positions": "some"}, "'some'"),
     ({"layers": (24,)}, "no layer 24"),
     ({"generate": -1}, "cannot generate -1"),
-    ({"slice": 0}, "slice of 0"),
+    ({"slice_size": 0}, "slice of 0"),
     ({"window": 0}, "window of 0"),
     ({"window": "some"}, "'some'"),
-    ({"points": ""}, "names nothing"),
+    ({"points": ""}, "selects nothing"),
     ({"points": "blk.24.q"}, "no point is called"),
 ]
 

@@ -217,7 +217,7 @@ def test_answers_of_other_commands_become_parts() -> None:
     )
     assert explain.rows[0][2:4] == ("1, 2", "100 %")
     assert explain.rows[1][0] == "x"
-    assert "believed" in finding({"usable": True, "findings": []}, "f").sentence
+    assert "trusted" in finding({"usable": True, "findings": []}, "f").sentence
     for wrong in ({}, [], {"findings": 3}, {"causes": [1]}):
         with pytest.raises(InputError):
             finding(wrong, "f")

@@ -170,6 +170,6 @@ def test_nothing_is_written_over_what_is_read(parity: Cli, stories_run: Path, st
         ("convert", dump, "-o", link),
         *(("diff", dump, ref, option, dump) for option in ("--html", "--junit", "--table")),
     ):
-        refused(parity(*words), "is read and would be written over")
+        refused(parity(*words), "is an input of this command and would be overwritten")
     assert model.read_bytes() == stories.read_bytes()
     assert dump.read_bytes() == (stories_run / "ours.jsonl").read_bytes()

@@ -78,6 +78,7 @@ def test_lint_and_convert_print_names_as_text(parity: Cli) -> None:
     harmless(ran.out, ran.err)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", ["tokenizer_ggml_pre", "general_architecture", "general_name", "tokenizer_ggml_model"])
 @pytest.mark.parametrize("command", ["model", "tokens", "run", "isolate"])
 def test_metadata_of_a_model_are_text(parity: Cli, stories: Path, tmp_path: Path, key: str, command: str) -> None:
@@ -143,6 +144,7 @@ def test_an_answer_that_cannot_be_written_is_said(tmp_path: Path, words: tuple[s
     assert len(ran.stderr.splitlines()) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "value",
     [Value(7, b"\x01"), Value(6, struct.pack("<f", float("nan"))), Value(12, struct.pack("<d", 1e300)), Value(5, b"\xff" * 4)],

@@ -91,7 +91,7 @@ def test_a_model_without_a_tokenizer_takes_ids_only(parity: Cli, tmp_path: Path)
         (("--prompt", "a", "--tokens", "1"), "more than one prompt"),
         (("--tokens", "5,2048"), "token id 2048 is outside the vocabulary"),
         (("--tokens", "-1"), "token id -1 is outside"),
-        (("--tokens", "a,b"), "--tokens wants whole numbers"),
+        (("--tokens", "a,b"), "--tokens must be whole numbers"),
         (("--tokens", ",".join(["1"] * 513)), "513 positions are more than the model's context of 512"),
         (("--prompt", "a", "--points", "blk.99.q"), "no point is called 'blk.99.q'"),
         (("--prompt", "a", "--points", "blk.{1"), "unbalanced braces"),

@@ -14,6 +14,7 @@ from ..points import parse
 from ..reading import reader
 from ..reading.fields import POSITIONS
 from ..record import Dump, Rows
+from ..regular import STDIN, require_regular
 from . import arrays, columns, eval_callback, model_debugger
 
 _FORMATS = (
@@ -22,6 +23,9 @@ _FORMATS = (
     arrays,
     eval_callback,
 )  # the first that knows the path reads it; JSON lines are what is left
+
+
+_PIPED = "Write the dump to a file, or give - and pipe JSON lines in."
 
 
 def load(path: str | os.PathLike[str], mapping: Mapping | None = None) -> Dump:
@@ -34,7 +38,7 @@ def load(path: str | os.PathLike[str], mapping: Mapping | None = None) -> Dump:
     """
     given = mapping or Mapping()
     place = Path(path)
-    form = _format_of(place)
+    form = _format_of(place) if os.fspath(path) != STDIN else None
     dump = form.read(place, given) if form is not None else _with_unknown(given.renamed(reader.read(path)))
     return shifted(dump, given.position_offset) if given.position_offset else dump
 
@@ -42,6 +46,7 @@ def load(path: str | os.PathLike[str], mapping: Mapping | None = None) -> Dump:
 def _format_of(place: Path) -> ModuleType | None:
     """The format that knows a path; None for JSON lines, which are what is left."""
     try:
+        require_regular(place, DumpError, _PIPED)
         found = next((form for form in _FORMATS if form.detect(place)), None)
         folder = place.is_dir()
     except OSError as error:

@@ -1,8 +1,10 @@
 """Whole arrays: .npy, .npz and .safetensors files, or folders of them, named by point."""
 
 import json
+import stat
 import zipfile
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,11 @@ from ..record import Dump, Rows
 from ..summary import summarise
 
 _ENDINGS = (".npy", ".npz", ".safetensors")
-_LARGEST = 1 << 30  # bytes of one file, or of one array in an archive: what is larger does not fit beside its copies
+_LARGEST = 1 << 30  # bytes of a file, of all arrays of an archive together, and of all files of a folder
+_RATIO = 100  # times an archive's own size that its arrays may be: activations shrink to a half at best, zeros to a thousandth
+_SMALL = 1 << 24  # bytes of arrays that any archive may hold
+_MOST = 1 << 15  # arrays of a file: 500 layers of 60 points each
+_HEADER = 1 << 23  # bytes of a safetensors header: 250 each of so many arrays
 _TYPES = {"F32": np.float32, "F16": np.float16, "F64": np.float64}
 
 
@@ -59,6 +65,8 @@ def rows_of(point: str, array: NDArray[Any], step: int = 0, first: int = 0) -> R
         return None
     with np.errstate(over="ignore"):
         values = np.ascontiguousarray(array, dtype=np.float32)
+    if (not_a_number := np.isnan(values)).any():  # of any kind: NumPy warns of signalling ones whenever it converts them
+        values = np.where(not_a_number, np.float32(np.nan), values)
     known = parse(point).known
     square = known is not None and known.row == ("H", "t+1")
     while values.ndim > (3 if square else 2) and len(values) == 1:
@@ -77,10 +85,22 @@ def rows_of(point: str, array: NDArray[Any], step: int = 0, first: int = 0) -> R
 def _check_size(file: Path) -> None:
     """Raises DumpError for what would fill the memory, a small archive of huge arrays too."""
     try:
-        size = file.stat().st_size
+        status = file.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise DumpError(f"{file} is no regular file.", "Name a file.", code="no-file")
+        size = status.st_size
         if file.suffix == ".npz":
             with zipfile.ZipFile(file) as archive:
-                size = max((member.file_size for member in archive.infolist()), default=0)
+                members = archive.infolist()
+                size = sum(member.file_size for member in members)
+            if len(members) > _MOST:
+                raise DumpError(f"{file} holds {len(members):,} arrays.", "Save fewer points.", code="array")
+            if size > max(_SMALL, _RATIO * status.st_size):
+                raise DumpError(
+                    f"{file} has {status.st_size:,} bytes and would unpack to {size:,}: these are no activations.",
+                    "Save the arrays again.",
+                    code="array",
+                )
     except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError) as error:
         raise DumpError(f"cannot read {file}: {' '.join(str(error).split())[:100]}.", "Save it again.", code="array") from error
     if size > _LARGEST:
@@ -114,6 +134,17 @@ def _arrays(file: Path) -> Iterator[tuple[str, NDArray[Any]]]:
         raise DumpError(f"cannot read {file}: {type(error).__name__}.", "Save it again.", code="array") from error
 
 
+def _check_regions(header: dict[str, Any]) -> None:
+    """Raises ValueError where two arrays are of the same bytes, which the format forbids: many of them could fill the memory."""
+    regions = sorted(
+        (int(entry["data_offsets"][0]), int(entry["data_offsets"][1]))
+        for name, entry in header.items()
+        if name != "__metadata__" and isinstance(entry, dict)
+    )
+    if any(begin < end for (_, end), (begin, stop) in pairwise(regions) if stop > begin):
+        raise ValueError("two of its arrays overlap")
+
+
 def safetensors(file: Path) -> Iterator[tuple[str, NDArray[Any]]]:
     """Names and float arrays of a safetensors file; bfloat16, which NumPy lacks, becomes float32.
 
@@ -124,10 +155,15 @@ def safetensors(file: Path) -> Iterator[tuple[str, NDArray[Any]]]:
     size = int.from_bytes(data[:8].tobytes(), "little") if len(data) >= 8 else 0
     if not 2 <= size <= len(data) - 8:
         raise ValueError("it is no safetensors file")
+    if size > _HEADER:
+        raise ValueError(f"its header has {size:,} bytes, more than {_MOST:,} arrays take")
     body = data[8 + size :]
     header = json.loads(data[8 : 8 + size].tobytes())
     if not isinstance(header, dict):
         raise ValueError("its header is no object")  # noqa: TRY004  # a file's fault, not a caller's
+    if len(header) > _MOST:
+        raise ValueError(f"it holds {len(header):,} arrays")
+    _check_regions(header)
     for name, entry in header.items():
         if name == "__metadata__" or not isinstance(entry, dict):
             continue

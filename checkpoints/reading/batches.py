@@ -12,6 +12,7 @@ from .labels import Labels
 from .slabs import Odd, Slab, as_rows
 
 _PENDING = 1 << 22  # values that wait to become Rows: 16 MiB …
+_HEADERS = 100  # of dumps that were appended to each other
 _RECORDS = 1 << 16  # … or records: their other fields take more than 16 values do
 
 Item = Header | Rows | Token | End
@@ -37,6 +38,7 @@ class Blocks:
         self._name = name
         self.header = header
         self._serial = 0
+        self._headers = 0
         self._waiting = 0
         self._slabs: list[Slab] = []
         self._labels = Labels()
@@ -132,6 +134,11 @@ class Blocks:
             self._slabs.append(item)
             self._waiting += item.values.size
         elif isinstance(item, Header):
+            self._headers += 1
+            if self._headers > _HEADERS:
+                raise DumpError(
+                    f"{self._name} has more than {_HEADERS} headers.", "Write one, as the first line.", code="record"
+                )
             yield from self.flush()
             self.header = item
             self._labels.of_model(item.model.layers)

@@ -16,6 +16,7 @@ from ..record import FORMAT, Header, ModelInfo, Token
 from . import words
 
 POSITIONS = 1 << 40  # positions and steps lie below this
+_DIMENSIONS = 16  # of a shape, leading ones left out: ggml has 4
 SEQUENCES = 1 << 22  # sequences below this: both together make one 63-bit key
 _WORDS = {
     "NaN": np.nan,
@@ -27,10 +28,6 @@ _WORDS = {
     "-inf": -np.inf,
 }
 _VALUES = re.compile(rb'"values"\s*:\s*(\[[^\]]*\])')
-_LEADING = 64, 1024  # bytes of the values' text whose digits are looked at first; of random ones, 64 are too few in 2 %
-_DECIMAL = re.compile(r"[+-]?(\d*)(?:\.(\d*))?(?:[eE]([+-]?\d+))?")
-# A float32 needs up to 9 significant digits. A text whose values all stop at 7 or fewer was rounded for print.
-_PRINTED_DIGITS = 7
 
 
 def integer(found: Any, name: str, limit: int = POSITIONS) -> int:
@@ -52,20 +49,26 @@ def number(value: Any) -> float:
     return np.nan if value is None else float(value)
 
 
-def check_numbers(found: Any, name: str) -> None:
-    """Raises where a list is none, or holds something that is no number. Plain numbers cost next to nothing."""
+def numbers(found: Any, name: str) -> NDArray[np.float64]:
+    """A list of numbers, or of words for non-finite ones, as an array.
+
+    Raises:
+        TypeError: it is no list, or holds something that is no number; ValueError: an unknown word.
+    """
     if not isinstance(found, list):
         raise TypeError(f"{name} must be a list of numbers, not {found!r:.40}")
-    if not {type(value) for value in found} <= {float, int}:
-        for value in found:
-            number(value)
+    kinds = {type(value) for value in found}
+    if not kinds <= {float, int}:
+        known = {word: number(word) for word in {value for value in found if isinstance(value, str)}}
+        found = [known[value] if isinstance(value, str) else number(value) for value in found]
+    return np.array(found, dtype=np.float64)
 
 
 def statistics(found: Any) -> dict[str, Any]:
     """The statistics of a record, numbers by name."""
     if not isinstance(found, dict):
         raise TypeError(f'"stats" must be an object, not {found!r:.40}')
-    check_numbers(list(found.values()), '"stats"')
+    numbers(list(found.values()), '"stats"')
     return found
 
 
@@ -73,7 +76,10 @@ def indices(found: Any, count: int) -> list[int]:
     """The elements that `count` scattered values are, each once."""
     if not isinstance(found, list) or len(found) != count or not count:
         raise ValueError(f'"indices" must be a list of one index for each of {count} values')
-    listed = [integer(index, "indices") for index in found]
+    if {type(index) for index in found} == {int} and min(found) >= 0 and max(found) < POSITIONS:
+        listed = found
+    else:
+        listed = [integer(index, "indices") for index in found]
     if len(set(listed)) != count:
         raise ValueError('"indices" names an element twice')
     return listed
@@ -81,9 +87,7 @@ def indices(found: Any, count: int) -> list[int]:
 
 def steps(found: Any, count: int) -> NDArray[np.float64]:
     """The steps of the decimals that `count` values were printed with, given as one number for all or as one each."""
-    listed = found if isinstance(found, list) else [found]
-    check_numbers(listed, '"quantum"')
-    given = np.array([number(step) for step in listed], dtype=np.float64)
+    given = numbers(found if isinstance(found, list) else [found], '"quantum"')
     if len(given) not in (1, count) or not np.isfinite(given).all() or (given < 0).any():
         raise ValueError(f'"quantum" must be a step from 0, or one for each of {count} values')
     return np.broadcast_to(given, (count,)).copy()
@@ -91,15 +95,17 @@ def steps(found: Any, count: int) -> NDArray[np.float64]:
 
 def shape(found: Any) -> tuple[int, ...]:
     """A shape as a list or as text ("[1,151936]"); leading ones are dropped, since a record is one position's row."""
-    numbers = [int(text) for text in re.findall(r"-?\d+", found)] if isinstance(found, str) else (found or [])
-    if not isinstance(numbers, (list, tuple)):
+    sizes = [int(text) for text in re.findall(r"-?\d+", found)] if isinstance(found, str) else (found or [])
+    if not isinstance(sizes, (list, tuple)):
         raise TypeError(f'"shape" must be a list, not {found!r:.40}')
-    sizes = tuple(integer(size, "shape") for size in numbers)
-    while len(sizes) > 1 and sizes[0] == 1:
-        sizes = sizes[1:]
-    if prod(sizes) >= POSITIONS:
-        raise ValueError(f'"shape" is beyond any activation: {list(sizes)}')
-    return sizes
+    ones = next((i for i, size in enumerate(sizes) if type(size) is not int or size != 1), len(sizes))
+    sizes = sizes[min(ones, max(len(sizes) - 1, 0)) :]
+    if len(sizes) > _DIMENSIONS:
+        raise ValueError(f'"shape" has {len(sizes)} dimensions, more than any activation')
+    whole = tuple(integer(size, "shape") for size in sizes)
+    if prod(whole) >= POSITIONS:
+        raise ValueError(f'"shape" is beyond any activation: {list(whole)}')
+    return whole
 
 
 def token(found: dict[str, Any]) -> Token:
@@ -173,46 +179,3 @@ def values_text(line: bytes) -> bytes:
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):  # bare nan, an infinite number
         match = _VALUES.search(line)
         return match[1] if match else b""
-
-
-def surely_exact(text: bytes) -> bool:
-    """Whether the first of these JSON numbers alone show that their text gives every float32: then `quantum` is None."""
-    return any(_shows_all_digits(text[1:size].split(b",")[:-1]) for size in _LEADING)
-
-
-def _shows_all_digits(numbers: list[bytes]) -> bool:
-    mantissas = [number.strip().partition(b"e")[0] for number in numbers]
-    digits = max((len(number.replace(b".", b"").strip(b"-0")) for number in mantissas), default=0)
-    return digits > _PRINTED_DIGITS and len({len(number.partition(b".")[2]) for number in mantissas}) > 1
-
-
-def quantum(text: bytes, count: int) -> NDArray[np.float64] | None:
-    """The step of the last printed decimal of each of `count` values, or None where the text gives every float32 exactly.
-
-    `%f` prints the same number of decimals everywhere; `%g` stops at a number of significant digits.
-    """
-    texts = [text.strip().strip('"') for text in text.decode("ascii", "replace").strip("[] ").split(",")]
-    parsed = [_DECIMAL.fullmatch(text) for text in texts]
-    if len(texts) != count or not count:
-        return None
-    decimals, digits = [], []
-    for found in parsed:
-        if found is None or not (found[1] or found[2]):
-            continue  # nan, inf
-        decimals.append((len(found[2] or ""), int(found[3] or 0)))
-        digits.append(len(((found[1] or "") + (found[2] or "")).strip("0")))
-    if not decimals or (max(digits) > _PRINTED_DIGITS and len({places for places, _ in decimals}) > 1):
-        return None
-    if len({places for places, _ in decimals}) == 1 and any(places for places, _ in decimals):
-        steps = [10.0 ** (exponent - places) for places, exponent in decimals]
-    else:
-        steps = [_last_digit(found, max(digits)) for found in parsed if found is not None and (found[1] or found[2])]
-    quanta = np.zeros(count)
-    quanta[[i for i, found in enumerate(parsed) if found is not None and (found[1] or found[2])]] = steps
-    return quanta
-
-
-def _last_digit(found: re.Match[str], digits: int) -> float:
-    """The step of the last of `digits` significant digits of a printed number."""
-    value = abs(float(found[0]))
-    return 0.0 if value == 0 else float(10.0 ** (np.floor(np.log10(value)) - digits + 1))

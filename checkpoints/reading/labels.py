@@ -2,7 +2,11 @@
 
 from collections.abc import Sequence
 
+from ..errors import DumpError
 from ..points import resolve
+
+_MOST = 1 << 15  # names of a file: 500 layers of 60 points each
+_LONGEST = 1 << 10  # characters of one
 
 
 class Labels:
@@ -24,6 +28,13 @@ class Labels:
         known = self._printed
         for label in dict.fromkeys(labels):
             if label not in known:
+                if len(label) > _LONGEST or len(known) >= _MOST:
+                    what = f"a name of {len(label):,} characters" if len(label) > _LONGEST else f"more than {_MOST:,} names"
+                    raise DumpError(
+                        f"it has {what}, beginning with {label[:40]!r}.",
+                        "Name points by layer and kind, and positions by token_idx.",
+                        code="names",
+                    )
                 name = resolve(label, self._layers)
                 number = self._numbers.setdefault(name, len(self.names))
                 if number == len(self.names):

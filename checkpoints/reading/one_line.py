@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..record import DECODE, SKETCH_SIZE, End, Header, Token
+from . import digits as printed
 from . import fields, lenient
 from .labels import Labels
 from .slabs import Slab
@@ -50,10 +51,10 @@ def _record(found: dict[str, Any], line: bytes, labels: Labels, serial: int, *, 
     shape = fields.shape(found.get("shape"))
     if shape and prod(shape) < len(values):
         raise ValueError(f"{label} has {len(values)} values, more than its shape {list(shape)} holds")
-    fields.check_numbers(values, '"values"')
+    numbers = fields.numbers(values, '"values"')
     sketch, indices = found.get("sketch"), found.get("indices")
     if sketch is not None:
-        fields.check_numbers(sketch, '"sketch"')
+        sketch = fields.numbers(sketch, '"sketch"')
         if len(sketch) != SKETCH_SIZE:
             raise ValueError(f"{label} has a sketch of {len(sketch)} numbers instead of {SKETCH_SIZE}")
     scattered = None if indices is None else np.array([fields.indices(indices, len(values))], dtype=np.int64)
@@ -61,17 +62,17 @@ def _record(found: dict[str, Any], line: bytes, labels: Labels, serial: int, *, 
     if found.get("quantum") is not None:  # of what was printed in some other format
         quantum: NDArray[np.float64] | None = fields.steps(found["quantum"], len(values))
     else:
-        quantum = fields.quantum(fields.values_text(line), len(values)) if digits else None
+        quantum = printed.quantum(fields.values_text(line), len(values)) if digits else None
     with np.errstate(over="ignore"):
         return Slab(
             np.array(labels.numbers([label])),
             np.array([serial]),
             np.array([(seq, token_idx, step, found.get("phase") == DECODE)], dtype=np.int64),
             [shape],
-            np.array([[fields.number(x) for x in values]], dtype=np.float64).astype(np.float32).reshape(1, len(values)),
+            numbers.astype(np.float32).reshape(1, len(values)),
             [str(found.get("dtype", "f32"))],
             stats,
-            None if sketch is None else np.array([[fields.number(x) for x in sketch]], dtype=np.float64).astype(np.float32),
+            None if sketch is None else sketch.astype(np.float32)[None, :],
             None if quantum is None else quantum[None, :],
             scattered,
         )

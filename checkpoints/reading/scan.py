@@ -7,11 +7,13 @@ are read by several processes (`checkpoints.ranges`).
 """
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 from ..errors import DumpError
+from ..regular import STDIN, require_regular
 from .batches import Blocks, Item
 from .no_records import reason
 from .parallel import BLOCK, Readers, next_block
@@ -53,10 +55,15 @@ class Scan:
     def __iter__(self) -> Iterator[Item]:
         place = Path(self.name)
         try:
-            if place.is_file() and place.stat().st_size == 0:
-                raise DumpError(f"{self.name} is empty.", "Was the engine stopped before it wrote anything?", code="empty")
-            with place.open("rb") as file, Readers(place, self._processes) as readers:
-                yield from self._items(file, readers)
+            if self.name == STDIN:
+                with Readers(Path(os.devnull), 0) as readers:
+                    yield from self._items(sys.stdin.buffer, readers)
+            else:
+                require_regular(place, DumpError, "Write the dump to a file, or give - and pipe JSON lines in.")
+                if place.is_file() and place.stat().st_size == 0:
+                    raise DumpError(f"{self.name} is empty.", "Was the engine stopped before it wrote anything?", code="empty")
+                with place.open("rb") as file, Readers(place, self._processes) as readers:
+                    yield from self._items(file, readers)
         except OSError as error:
             raise DumpError(
                 f"cannot read {self.name}: {error.strerror or error}.", "Check the path.", code="no-file"

@@ -120,6 +120,7 @@ class DeviceCapture(Capture):
         if name not in self.points or not len(self._kept):
             return
         self._check(name, value)
+        value = self._xp.ascontiguousarray(value)  # what a step reads may be a view, and so what it makes
         if stands_once(value, self._now):
             self._record_once(name, self._backend.to_host(value))
             return
@@ -177,8 +178,6 @@ class DeviceCapture(Capture):
             )
         if value.dtype != np.float32:
             raise TypeError(f"{name}: expected float32, got {value.dtype}")
-        if not value.flags.c_contiguous:
-            raise TypeError(f"{name}: the value's memory is not contiguous; copy it first")
 
     def _room(self, rows: int, chunks: int) -> None:
         """Scratch for the chunks of so many rows; the counters begin, and stay between kernels, at zero."""

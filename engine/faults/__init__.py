@@ -7,7 +7,24 @@ file and a test.
 from collections.abc import Mapping
 from dataclasses import replace
 
-from . import attention, biases, capture, dequantisation, feed_forward, flow, logits, norms, rope, tokens, weights
+from . import (
+    attention,
+    biases,
+    capture,
+    dequantisation,
+    experts,
+    feed_forward,
+    flow,
+    head_norms,
+    logits,
+    multipliers,
+    norms,
+    recurrent,
+    rope,
+    tokens,
+    weights,
+    windows,
+)  # fmt: skip
 from .base import AT, SEEN, Fault, Planting, Steps, as_recorded, plant
 from .fitted import FITTED, Fitted
 
@@ -16,10 +33,13 @@ __all__ = ["AT", "CATALOGUE", "FITTED", "SEEN", "Fault", "Fitted", "Planting", "
 _GROUPS = {  # of faults with the same numbers the first one is named: a formula before weights that happen to look like it
     "tokens": tokens.FAULTS,
     "RoPE": rope.FAULTS,
-    "norms": norms.FAULTS,
-    "attention": attention.FAULTS,
+    "norms": (*norms.FAULTS, *head_norms.FAULTS),
+    "attention": (*attention.FAULTS, *windows.FAULTS),
     "feed-forward": feed_forward.FAULTS,
+    "experts": experts.FAULTS,
+    "recurrent layers": recurrent.FAULTS,
     "residual and flow": flow.FAULTS,
+    "numbers of a model": multipliers.FAULTS,
     "logits": logits.FAULTS,
     "weights": (*weights.FAULTS, *biases.FAULTS),
     "dequantisation": dequantisation.FAULTS,

@@ -98,6 +98,10 @@ class Planting:
                 places.setdefault((kind, _ANY), []).append(number)
         return places
 
+    def has_layers(self, fault: Fault) -> bool:
+        """Whether some layer has a step that the fault changes."""
+        return any((kind, _ANY) in self._places for kind in fault.kinds)
+
     def edits(
         self, fault: Fault, layers: Collection[int] | None, parameters: Parameters, end: int | None = None
     ) -> dict[int, tuple[Step, ...]]:

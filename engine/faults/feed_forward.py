@@ -2,19 +2,19 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from math import erf
 
 import numpy as np
 
 from .. import ops
 from ..backend import Array
+from ..ggml_ops.error_function import erf
 from ..graph import Step
 from .base import Fault, Parameters, Steps, sibling
 
 
 def _gelu_exact(x: Array) -> Array:
     wide = x.astype(np.float64)
-    return (0.5 * wide * (1.0 + np.vectorize(erf)(wide / np.sqrt(2.0)))).astype(np.float32)
+    return (0.5 * wide * (1.0 + erf(wide / np.sqrt(2.0)))).astype(np.float32)
 
 
 def _gelu_tanh(x: Array) -> Array:

@@ -16,8 +16,7 @@ def rms_norm(x: Array, *, params: OpParams, shape: Shape) -> Array:
 def norm(x: Array, *, params: OpParams, shape: Shape) -> Array:
     """(x − mean) / √(variance + ε), ε in float 0. Mirrors ggml_compute_forward_norm_f32; both sums in float64."""
     (x,) = as_floats(x)
-    mean = _mean(x, (-1,))
-    centred = x - mean
+    centred = x - x.sum(axis=-1, keepdims=True, dtype=np.float64).astype(x.dtype) / x.shape[-1]  # rounded before the division
     return centred * (1 / np.sqrt(_mean(centred * centred, (-1,)) + x.dtype.type(params.float(0))))
 
 

@@ -62,7 +62,9 @@ class GgmlOperation:
             result = module_of(inputs[positions]).asarray(result)
         if result.dtype.kind in "iu":  # ids: whatever reads them takes whole numbers of any type
             result = result.astype(np.float32)
-        return result.reshape(_at(made, t, s))
+        # Whatever taps it, or takes a view of it, reads its memory in order.
+        contiguous: Array = module_of(result).ascontiguousarray(result.reshape(_at(made, t, s)))
+        return contiguous
 
     def compute(self, *arguments: Any, params: OpParams, shape: tuple[int, ...]) -> Array:
         """The operation itself, in ggml's four dimensions."""

@@ -155,7 +155,10 @@ class Replay:
         right = self._right.get(step.makes)
         if changed.keys().isdisjoint(step.names) and (right is step or (right is not None and self._same_weights(step, right))):
             return False
-        made = self._compute(step, changed)
+        try:
+            made = self._compute(step, changed)
+        except ValueError as error:  # NumPy's: shapes that do not go together, where the fault doesn't fit this model
+            raise NotApplicable(f"{step.makes}: {error}") from error
         if right is not None:
             before = self.values[step.makes]
             if made.shape != before.shape:

@@ -28,7 +28,8 @@ def values(
     """The values of one tensor: float32 of its row-major shape, the same for the same name, shape and seed."""
     rng = np.random.default_rng([seed, crc32(name.encode())])
     if re.search(r"rope_(freqs|factors\w*)\.weight$", name):
-        return np.geomspace(1.0, SLOWEST_FACTOR, dims[-1], dtype=np.float32).reshape(dims)
+        slowest = SLOWEST_FACTOR**0.5 if "short" in name else SLOWEST_FACTOR
+        return np.geomspace(1.0, slowest, dims[-1], dtype=np.float32).reshape(dims)
     normal = rng.standard_normal(dims, dtype=np.float32)
     if re.search(r"\.ssm_a(\.|$)", name):  # A = -exp(A_log): a decay
         decay: NDArray[np.float32] = np.exp(np.float32(0.5) * normal)

@@ -63,12 +63,13 @@ def findings(paths: Sequence[Path]) -> "list[Finding]":
         InputError: a file cannot be read, or is no such answer.
     """
     from checkpoints.errors import InputError
+    from checkpoints.regular import read_text
     from reports.findings import finding
 
     made: list[Finding] = []
     for path in paths:
         try:
-            made.append(finding(json.loads(path.read_text(encoding="utf-8")), str(path)))
+            made.append(finding(json.loads(read_text(path)), str(path)))
         except OSError as error:
             raise InputError(f"cannot read {path}: {error.strerror}.", "Check --include.", code="include") from error
         except ValueError as error:

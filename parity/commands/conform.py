@@ -74,9 +74,9 @@ def conform(
 
     command = given["command"]
     if (command is None) == (side is None):
-        raise InputError("whose conformance?", "Take one of --exec CMD and --side ours.", code="usage")
+        raise InputError("it is not said whose conformance is tested.", "Take one of --exec CMD and --side ours.", code="usage")
     if side is o.Side.REF:
-        raise InputError("llama.cpp is what is compared with.", "Take --side ours, or your engine with --exec.", code="usage")
+        raise InputError("llama.cpp is the reference here.", "Take --side ours, or your engine with --exec.", code="usage")
     check_outputs(junit, table)
     portions = command is None or command.takes(PORTIONS)
     chosen = cells(profile, architectures, types, prompts, modes, MODES if portions else (PREFILL,))

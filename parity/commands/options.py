@@ -119,7 +119,7 @@ ToleranceOption = Annotated[
     float | None,
     typer.Option("--tolerance", min=0.0, help="NMSE above which a record differs; default: looked up by types and mode."),
 ]
-StrictOption = Annotated[bool, typer.Option("--strict", help="What one side lacks is a divergence, too.")]
+StrictOption = Annotated[bool, typer.Option("--strict", help="Records that only one side has are a divergence, too.")]
 AnswerOption = Annotated[
     AnswerFormat,
     typer.Option("--format", help="text for people; json; for CI: markdown (job summary), junit, github (annotations)."),
@@ -171,7 +171,9 @@ def no_input(out: Path | None, *inputs: Path | None) -> None:
     """
     for source in inputs:
         if out is not None and source is not None and out.exists() and source.exists() and out.samefile(source):
-            raise InputError(f"{out} is read and would be written over.", "Write to another file.", code="output")
+            raise InputError(
+                f"{out} is an input of this command and would be overwritten.", "Write to another file.", code="output"
+            )
 
 
 def mapping(names: Path | None, offset: int | None) -> "Mapping":
@@ -184,8 +186,8 @@ def mapping(names: Path | None, offset: int | None) -> "Mapping":
 
     from checkpoints.mapping import Mapping, read_mapping
 
-    found = read_mapping(names) if names is not None else Mapping()
-    return found if offset is None else replace(found, position_offset=(found.position_offset or 0) + offset)
+    read = read_mapping(names) if names is not None else Mapping()
+    return read if offset is None else replace(read, position_offset=(read.position_offset or 0) + offset)
 
 
 def dump(path: Path, names: Path | None = None, offset: int | None = None) -> "Dump":
@@ -203,12 +205,12 @@ def devices(text: str | None) -> tuple[int, ...]:
     """`--devices` as numbers; none for the backend's own choice.
 
     Raises:
-        InputError: they are no numbers, or one stands twice.
+        InputError: they are not numbers, or one occurs twice.
     """
-    found = numbers(text, "--devices") if text is not None else ()
-    if len(set(found)) < len(found):
-        raise InputError(f"--devices {text} names a device twice.", "Name each once.", code="devices")
-    return found
+    listed = numbers(text, "--devices") if text is not None else ()
+    if len(set(listed)) < len(listed):
+        raise InputError(f"--devices {text} names a device twice.", "Name each device once.", code="devices")
+    return listed
 
 
 def positions(text: str) -> Literal["all", "last"] | tuple[int, ...]:
@@ -230,7 +232,7 @@ def window(text: str) -> int | Literal["auto", "off"]:
     if text == "off":
         return "off"
     if not text.isdigit() or int(text) < 1:
-        raise InputError(f"--window wants auto, off or a number of layers, not {text!r}.")
+        raise InputError(f"--window must be auto, off or a number of layers, not {text!r}.", "Write e.g. --window 4.")
     return int(text)
 
 

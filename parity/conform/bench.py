@@ -33,7 +33,7 @@ from ..diff.compare import Comparison
 from ..explain.case import ExplainOptions
 from ..explain.input import explain_dump
 from ..explain.on_model import compared_on
-from ..run.command import EngineError
+from ..run.command import POINTS, EngineError
 from ..run.request import Prompt, Request
 from ..run.session import comparison_options
 from ..run.sides import ExternalEngine, LlamaCpp, OurEngine, Side
@@ -89,7 +89,10 @@ class Bench:
         except ParityError as error:
             result = CellResult(cell, NO_REFERENCE, error.message)
         else:
-            result = self._fresh(cell, model, identity.of_file(model))
+            try:
+                result = self._fresh(cell, model, identity.of_file(model))
+            except Exception as error:  # a fault of ours in one cell must neither hide nor cost all the others
+                result = CellResult(cell, CRASHED, f"internal error of parity: {type(error).__name__}: {error}")
         result = replace(result, key=key, seconds=perf_counter() - began)
         results.save(self._settings.folder, result)
         return result
@@ -121,7 +124,8 @@ class Bench:
     def _side(self, request: Request) -> Side:
         if request.command is None:
             return OurEngine(request, self._reference, resident=True)
-        return ExternalEngine(request, request.command, self._reference, model=request.model)
+        names = self._models.points(request.model) if request.command.takes(POINTS) else ""
+        return ExternalEngine(request, request.command, self._reference, model=request.model, names=names)
 
     def _reference_dump(self, request: Request, prompt: Prompt, model_key: str, name: str) -> Dump:
         """llama.cpp's dump of a model and prompt: made once, whoever is compared with it."""

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 from checkpoints.errors import InputError, ModelError, ReferenceFailed
+from checkpoints.whole_file import put
 from engine.synth import Shape, shape_like
 from engine.synth.recipe import Recipe, shape_of
 from engine.synth.recipes import recipe
@@ -55,6 +56,16 @@ class Models:
             except (InputError, ReferenceFailed):  # an architecture whose other sizes do not go with this width
                 pass
         return self._of_type(architecture, kind, wide=False)
+
+    def points(self, model: Path) -> str:
+        """Every point of a model, with commas, kept beside it: llama.cpp builds its graph once to list them."""
+        kept = model.with_suffix(".points")
+        try:
+            return kept.read_text(encoding="utf-8")
+        except OSError:
+            names = ",".join(name for name, _ in self._reference.describe(model).points)
+            put(kept, names.encode())
+            return names
 
     def _of_type(self, architecture: str, kind: str, *, wide: bool) -> Path:
         out = self._named(architecture, kind, wide=wide)

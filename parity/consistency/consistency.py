@@ -16,11 +16,12 @@ from checkpoints.points import parse
 from checkpoints.record import Dump, Header
 from reference.client import Reference
 
+from ..arbiter.arbiter import Arbiter
 from ..diff.compare import Options, compare
 from ..run.command import PORTIONS
 from ..run.request import Prompt, Request
 from ..run.session import comparison_options, resolve_prompt
-from ..run.sides import EXEC, OURS, Side, side_of
+from ..run.sides import EXEC, OURS, OurEngine, Side, side_of
 
 CACHE, POSITIONS, MASK, BATCH = "cache", "positions", "mask", "batch size"
 _BY_KIND = {
@@ -79,6 +80,8 @@ def of_side(side: Side, prompt: Prompt, request: ConsistencyRequest, vocabulary:
     run, command = request.run, request.run.command
     takes_portions = request.source != EXEC or command is None or command.takes(PORTIONS)
     options = comparison_options(run)
+    if isinstance(side, OurEngine):  # GELU's table is coarse: float64 says how far two right passes may be apart
+        options = replace(options, truth=Arbiter.of(side.engine, prompt.ids, run.first_position))
     checks: list[Check] = []
     with TemporaryDirectory(prefix="parity-consistency-") as folder:
 

@@ -14,7 +14,7 @@ from .align import Pair, align
 from .consumers import Judged, judged
 from .dataflow import dataflow_of, flow, upstream
 from .judge import judge
-from .limits import common_mode, limits
+from .limits import EXACT_FLOOR, NATIVE, common_mode, limits
 from .measure import Measures, measured
 from .offsets import Placed, elsewhere, place
 from .picture import picture
@@ -88,7 +88,19 @@ def _comparison(ours: Dump, ref: Dump, options: Options, parted: TokenComparison
     alignment = align(ours, ref, options.step, tokens, whole)
     found = as_sets(measured(alignment, ours, ref))
     model = flow(found.names, whole, _layers(ref) or _layers(ours))
-    held = hold(found, allowed, model, excuse_noise=options.tolerance is None, truth=options.truth)
+    lower = (
+        options.limits is None
+        and common_mode(ours.header, ref.header) != NATIVE
+        and allowed.operations > EXACT_FLOOR.operations
+    )
+    held = hold(
+        found,
+        allowed,
+        model,
+        excuse_noise=options.tolerance is None,
+        truth=options.truth,
+        lower_arithmetic=lower and not options.strict,
+    )
     routing = routed(found, held, model, ref.points)
     held = replace(held, failed=held.failed & ~routing.open, notes=(*held.notes, *routing.notes))
     verdicts = Judged(np.zeros(len(found.point), dtype=np.bool_))

@@ -153,9 +153,24 @@ class _Consumers:
         other = self._record(name, like)
         return other is not None and not self._held.failed[other]
 
+    def _agreeing(self, name: str) -> list[str]:
+        """The nearest points made from one that agree as they were recorded."""
+        agreeing: list[str] = []
+        waiting, seen = [*self._model.children[name]], set[str]()
+        while waiting:
+            child = waiting.pop(0)
+            if child in seen:
+                continue
+            seen.add(child)
+            if self._otherwise[self._rows[self._place[child]]].any():
+                waiting += self._model.children[child]
+            else:
+                agreeing.append(child)
+        return agreeing
+
     def _fault(self, name: str, wrong: Ints, read: Reading | None) -> RecordFault:
-        children = " and ".join(self._model.children[name][:3])
-        agree = "agrees" if len(self._model.children[name]) == 1 else "agree"
+        agreeing = self._agreeing(name)
+        children, agree = " and ".join(agreeing[:3]), "agrees" if len(agreeing) == 1 else "agree"
         what = read.sentence if read is not None else "another layout, moment or point than its name says"
         return RecordFault(
             checkpoint=name,

@@ -11,7 +11,7 @@ from checkpoints.points import EMBD
 
 from .dataflow import Stretch
 from .layouts import Allowed, head_size_of, reading
-from .limits import FUTURE_MASS
+from .limits import EXACT_FLOOR, FUTURE_MASS
 from .next_points import listed, next_points
 from .operations import ELEMENTWISE, noun
 from .pattern import Evidence, diagnose
@@ -62,6 +62,16 @@ def explain_first(records: Records, first: int, seen: Sequence[Seen]) -> First:
         operation = (
             f"{name} differs, but {' and '.join(records.flow.children[name][:3])}, made from it, agree: the record is of another layout, "
             "moment or name, or what follows hides the error (a soft max that hangs on one key)"
+        )
+    elif (
+        settled
+        and stretch is not None
+        and not divergence.fresh
+        and stretch.inputs
+        and records.limits.operations > EXACT_FLOOR.operations
+    ):
+        operation = (
+            f"{name}: its error grew from that of {' and '.join(stretch.inputs)} without a jump, as lower precision does"
         )
     elif settled and stretch is not None:
         operation = _operation(name, stretch)

@@ -173,7 +173,7 @@ def _first_alike(ours: Rows, rows: Rows, allowed: Allowed) -> bool:
 def _scaled(ours: Rows, ref: Rows, allowed: Allowed) -> Reading | None:
     """A constant factor, or the value after an activation."""
     width = int(min(ours.counts.min(), ref.counts.min()))
-    a, b = ours.values[:, :width].astype(np.float64), ref.values[:, :width].astype(np.float64)
+    a, b = _wide(ours.values[:, :width]), _wide(ref.values[:, :width])
     if width < _TELLING or not (np.isfinite(a).all() and np.isfinite(b).all()):
         return None
     for name, function in _ACTIVATIONS.items():
@@ -224,7 +224,13 @@ def _together(ours: Rows, rows: Rows, shift: int, *, all_of_it: bool = True) -> 
     width = min(ours.values.shape[1], rows.values.shape[1])
     if width < min(_TELLING, ours.values.shape[1]) or width < 4:
         return None
-    return ours.values[mine, :width].astype(np.float64), rows.values[theirs, :width].astype(np.float64)
+    return _wide(ours.values[mine, :width]), _wide(rows.values[theirs, :width])
+
+
+def _wide(values: NDArray[np.floating]) -> NDArray[np.float64]:
+    """The values as float64; NumPy would warn of a signalling NaN."""
+    with np.errstate(invalid="ignore"):
+        return values.astype(np.float64)
 
 
 def _bare(rows: Rows) -> bool:
@@ -232,7 +238,7 @@ def _bare(rows: Rows) -> bool:
 
 
 def _agree(a: NDArray[np.floating], b: NDArray[np.floating], allowed: Allowed) -> bool:
-    a, b = a.astype(np.float64), b.astype(np.float64)
+    a, b = _wide(a), _wide(b)
     if not (np.isfinite(a).all() and np.isfinite(b).all()) or len(set(b[0].tolist())) < 3:
         return False
     delta = np.maximum(np.abs(a - b) - allowed.step, 0.0)

@@ -191,10 +191,10 @@ def _margins(verdicts: Sequence[Verdict]) -> list[Margin]:
     worst: dict[str, Margin] = {}
     for number, verdict in enumerate(verdicts):
         for point in verdict.points:
-            found = point.worst
-            made = Margin(point.checkpoint, found.nmse or 0.0, found.limit, found.of_limit, number, found.token_idx)
-            if point.checkpoint not in worst or made.of_limit > worst[point.checkpoint].of_limit:
-                worst[point.checkpoint] = made
+            record = point.worst
+            margin = Margin(point.checkpoint, record.nmse or 0.0, record.limit, record.of_limit, number, record.token_idx)
+            if point.checkpoint not in worst or margin.of_limit > worst[point.checkpoint].of_limit:
+                worst[point.checkpoint] = margin
     return list(worst.values())
 
 
@@ -205,7 +205,7 @@ def _update(
     if source != golden.source:
         raise InputError(
             f"--update would put another side's numbers ({source}) into golden dumps of {golden.source}.",
-            "Mend the engine, or record anew.",
+            "Repair the engine, or record the golden dumps again.",
             code="update",
         )
     updated: list[tuple[int, str]] = []
@@ -213,7 +213,7 @@ def _update(
         if any(lacks.records for lacks in (verdict.missing_ours, verdict.missing_ref)) or not verdict.points:
             raise InputError(
                 f"prompt {number} has other tokens or records than its golden dump: --update rewrites numbers only.",
-                "Record the set anew.",
+                "Record the set again.",
                 code="update",
             )
         wrong = [point.checkpoint for point in verdict.points if point.failed]
@@ -256,17 +256,17 @@ def _assigned(golden: Golden, dumps: Sequence[Path]) -> list[Path]:
     if len(dumps) != len(golden.prompts):
         raise InputError(
             f"there are {len(golden.prompts)} golden prompts and {len(dumps)} dumps.",
-            "Give one dump a prompt.",
+            "Give one dump for each prompt.",
             code="prompts-changed",
         )
     headers = [formats.load(path).header for path in dumps]
     by_tokens = {header.tokens: path for header, path in zip(headers, dumps, strict=True) if header and header.tokens}
     if len(by_tokens) < len(dumps):
         return list(dumps)
-    found: list[Path] = []
+    assigned: list[Path] = []
     for prompt in golden.prompts:
         path = by_tokens.get(prompt.tokens) or by_tokens.get((*prompt.tokens, *prompt.generated))
         if path is None:
             return list(dumps)  # the comparison says where the tokens part
-        found.append(path)
-    return found
+        assigned.append(path)
+    return assigned

@@ -13,6 +13,7 @@ from checkpoints.content import content_hash
 from checkpoints.errors import InputError
 from checkpoints.fingerprint import fingerprint
 from checkpoints.points import resolve
+from checkpoints.regular import read_text
 from checkpoints.whole_file import put
 
 from ..models import embedded as default_model
@@ -125,9 +126,9 @@ def load(folder: Path) -> Golden:
     """
     path = folder / MANIFEST
     try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
+        facts = json.loads(read_text(path))
         if facts.pop("format") != FORMAT:
-            raise InputError(f"{path} is of a newer format.", "Take a newer parity.", code="golden")
+            raise InputError(f"{path} is of a newer format.", "Update parity.", code="golden")
         prompts = tuple(_prompt(item) for item in facts.pop("prompts"))
         golden = Golden(folder=folder, prompts=prompts, updates=tuple(facts.pop("updates")), **facts)
     except OSError as error:
@@ -173,15 +174,15 @@ def read_prompts(path: Path) -> tuple[str, ...]:
         InputError: it cannot be read, holds no prompt, or one twice.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = read_text(path).splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise InputError(f"cannot read {path}: {reason}.", "Check --prompts.", code="prompts") from error
-    found = tuple(line.replace("\\n", "\n") for line in lines if line.strip())
-    if not found or len(set(found)) < len(found):
-        what = "holds no prompt" if not found else "holds a prompt twice"
-        raise InputError(f"{path} {what}.", "Write one prompt a line.", code="prompts")
-    return found
+    prompts = tuple(line.replace("\\n", "\n") for line in lines if line.strip())
+    if not prompts or len(set(prompts)) < len(prompts):
+        what = "holds no prompt" if not prompts else "holds a prompt twice"
+        raise InputError(f"{path} {what}.", "Write one prompt on each line.", code="prompts")
+    return prompts
 
 
 def rewrite(golden: Golden, prompt: GoldenPrompt, new: Path, points: Collection[str]) -> None:
@@ -205,7 +206,7 @@ def now() -> str:
 
 def _key(line: bytes) -> tuple[str, int, int] | None:
     """(point, seq, position) of a record's line; None for any other line."""
-    found = json.loads(line)
-    if "checkpoint" not in found:
+    record = json.loads(line)
+    if "checkpoint" not in record:
         return None
-    return resolve(found["checkpoint"]), int(found.get("seq", 0)), int(found["token_idx"])
+    return resolve(record["checkpoint"]), int(record.get("seq", 0)), int(record["token_idx"])

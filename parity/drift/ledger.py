@@ -87,8 +87,8 @@ def comparable(entries: Iterable[Entry], source: str, golden: str) -> list[Entry
 
 def best(entries: Sequence[Entry], point: str) -> float | None:
     """The smallest proportion of its limit that a point had where the check passed."""
-    found = [entry.points[point][2] for entry in entries if point in entry.points and entry.verdict == "parity"]
-    return min(found, default=None)
+    shares = [entry.points[point][2] for entry in entries if point in entry.points and entry.verdict == "parity"]
+    return min(shares, default=None)
 
 
 def findings(points: Sequence[Margin]) -> list[str]:
@@ -127,13 +127,13 @@ def commit() -> tuple[str, bool]:
     if named := os.environ.get("GITHUB_SHA"):
         return named, False
     try:
-        found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
         dirty = subprocess.run(
             ["git", "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True, check=True
         ).stdout
     except (OSError, subprocess.CalledProcessError):
         return "", False
-    return found, bool(dirty.strip())
+    return head, bool(dirty.strip())
 
 
 def _entry(line: dict[str, Any]) -> Entry:
@@ -146,13 +146,13 @@ def _entry(line: dict[str, Any]) -> Entry:
         source=line["source"],
         golden=line["golden"],
         versions=line["versions"],
-        points={name: _figures(found) for name, found in line["points"].items()},
+        points={name: _figures(figures) for name, figures in line["points"].items()},
     )
 
 
-def _figures(found: dict[str, Any]) -> tuple[float, float, float]:
-    nmse, limit, margin = float(found["nmse"]), float(found["limit"]), found["margin"]
-    of_limit = found.get("of_limit")
+def _figures(figures: dict[str, Any]) -> tuple[float, float, float]:
+    nmse, limit, margin = float(figures["nmse"]), float(figures["limit"]), figures["margin"]
+    of_limit = figures.get("of_limit")
     return nmse, limit, float(of_limit) if of_limit is not None else (1 / float(margin) if margin else 0.0)
 
 

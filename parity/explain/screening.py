@@ -150,7 +150,7 @@ class Screening:
         right = state.planting.right
         kinds = self.cone(state).kinds if state.first is not None and self.cone(state).sure else None
         for fault in CATALOGUE.values():
-            if layers is not None and (fault.once or not any(f"blk.0.{kind}" in right for kind in fault.kinds)):
+            if layers is not None and (fault.once or not state.planting.has_layers(fault)):
                 continue
             for parameters in fault.variants(right):
                 if kinds is None or fault.shows is not None or not kinds.isdisjoint(parameters.get(AT, fault.kinds)):

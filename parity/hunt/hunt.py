@@ -22,7 +22,7 @@ from ..explain.on_model import compared_on
 from ..lint.lint import refuse_unusable
 from ..run.command import POINTS, Command
 from ..run.request import Progress, Prompt, Request
-from ..run.results import forget_answer
+from ..run.results import dumps_of
 from ..run.session import OURS_FILE, REF_FILE, Outcome, comparison_options, following, new_folder, resolve_prompt
 from ..run.sides import ExternalEngine, LlamaCpp
 
@@ -63,11 +63,12 @@ def hunt(
     with started or Reference(verbose=request.verbose, threads=request.threads) as reference:
         folder = new_folder(request)
         prompt = resolve_prompt(reference, request.model, request.prompt, request.tokens)
-        chase = _Chase(request, request.command, reference, prompt, folder, progress)
         rounds: list[Round] = []
-        for step in chase.rounds():
-            rounds.append(step.round)
-            heard(step)
+        with dumps_of(folder) as dumps:
+            chase = _Chase(request, request.command, reference, prompt, dumps, progress)
+            for step in chase.rounds():
+                rounds.append(step.round)
+                heard(step)
     result = chase.result
     explanation, unexplained = (None, "") if result.verdict else _explained(request, prompt, chase.ours)
     answer = Hunt(
@@ -128,9 +129,9 @@ class _Chase:
 
     def _run(self, asked: str, number: int) -> Dump:
         side = ExternalEngine(replace(self._request, points=asked), self._command, self._reference)
-        out = self._folder / f"run-{number}.jsonl"
         if self._progress is not None:
             self._progress(f"run {number} of {side.name}", 0, None)
+        out = self._folder / OURS_FILE  # where it stays if it cannot be believed; else the points of all runs replace it
         side.dump(self._prompt, out)
         printed = load(out, self._request.mapping)
         if not self._request.despite_lint:
@@ -145,7 +146,6 @@ class _Chase:
         return replace(now, points=before.points | now.points, tokens=now.tokens or before.tokens)
 
     def _reference_for(self, ours: Dump) -> Dump:
-        forget_answer(self._folder)
         write(ours, self._folder / OURS_FILE, Header(source=self._command.name))
         LlamaCpp(following(self._request, ours), self._reference).dump(self._prompt, self._folder / REF_FILE, self._progress)
         return load(self._folder / REF_FILE)

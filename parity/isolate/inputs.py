@@ -8,12 +8,14 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import prod
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from checkpoints.points import of_scores, parse
+from engine import ops
 from engine.graph import POSITIONS, TOKENS, History, Read, State, Step, View, WeightSource, compute, name_of
 
 from .routing import Routing, routings
@@ -52,6 +54,17 @@ class Program:
         return frozenset(name for step in self.steps for name in step.histories)
 
     @cached_property
+    def shown(self) -> Mapping[str, Step]:
+        """Values in ggml's order of dimensions, and the point that shows each with one row a position."""
+        return {
+            name_of(step.reads[0]): step
+            for step in self.steps
+            if step.op is ops.positions_first
+            and isinstance(step.reads[0], View)
+            and self.producers[name_of(step.reads[0])].inner
+        }
+
+    @cached_property
     def _needs(self) -> dict[str, frozenset[str]]:
         needs: dict[str, frozenset[str]] = {}
         for step in self.steps:
@@ -59,6 +72,9 @@ class Program:
             for name in step.names:
                 producer = self.producers.get(name)
                 if name in (TOKENS, POSITIONS) or producer is None:
+                    continue
+                if name in self.shown and self.shown[name] is not step:
+                    found.add(self.shown[name].makes)
                     continue
                 found |= needs.get(name, frozenset()) if producer.inner else {name}
             needs[step.makes] = frozenset(found)
@@ -145,6 +161,9 @@ class Inputs:
         producer = self._program.producers.get(name)
         if producer is None or not producer.inner:
             raise Missing(f"its input {name} was not recorded as a whole")
+        shown = self._program.shown.get(name)
+        if shown is not None and shown.makes in self._live:
+            return _as_ggml_has_it(shown, self._live[shown.makes].data, self.seen)
         if name not in self._between:
             self._between[name] = self.computed(producer)
         return self._between[name]
@@ -179,6 +198,17 @@ class Inputs:
             raise Missing(f"no whole row of {name} at position {gap}, which the cache held")
         rows = data[[order[position] for position in wanted]]
         return rows[:, 0] if name == POSITIONS else rows
+
+
+def _as_ggml_has_it(shown: Step, rows: Array, seen: int) -> Array:
+    """The recorded rows of a point, [T, n], as the value that it shows: with the positions where ggml has them."""
+    view = shown.reads[0]
+    assert isinstance(view, View)
+    shape = [size.at(len(rows), seen) for size in view.whole]
+    first = view.strides[0].at(len(rows), seen)
+    axis = next(i for i, size in enumerate(view.whole) if size == view.shape[0] and prod(shape[i + 1 :]) == first)
+    others = [n for i, n in enumerate(shape) if i != axis]
+    return np.ascontiguousarray(np.moveaxis(rows.reshape(len(rows), *others), 0, axis))
 
 
 def reads_rows_alone(step: Step) -> bool:

@@ -143,20 +143,24 @@ def stale_position(subject: Subject) -> Iterator[Hit]:
 
 
 def _of_its_token(subject: Subject, name: str) -> tuple[bool, bool]:
-    """(whether a value depends on nothing but the position's own token, whether the one before takes part)."""
+    """(whether a value depends on nothing but the position's own token, whether it may be the one before that it shows)."""
     point = parse(name)
     if name in subject.above:
         own = subject.made(name)
         # The leading values of parts side by side are those of the first part.
-        if own is not None and own.op in _SHIFTS and any(_of_its_token(subject, part)[0] for part in own.reads):
-            return True, False
-        above = subject.above[name]
+        # Of a head that is rotated in part they may be those that stay, which only llama.cpp's own dump is believed to show.
+        header = subject.dump.header
+        parts = _SHIFTS | ({"ROPE"} if header is not None and header.source == "llama.cpp" else set())
+        if own is not None and own.op in parts and any(_of_its_token(subject, part)[0] for part in own.reads):
+            return True, True
+        # Scores of one token's queries with the same keys are the same, where nothing is rotated.
+        above = subject.above[name] - ({name, in_layer(point.layer or 0, "k_read")} if point.kind == "kq" else set())
         made = [how for other in above if (how := subject.made(other)) is not None]
         alone = not any(of_scores(other) for other in above) and not any(
             how.op in _MIXING or any("position" in weight for weight in how.weights) for how in made
         )
         shifted = any(how.op in _SHIFTS for how in made)
-        return alone and not shifted, alone and shifted
+        return alone, alone and shifted
     # A node outside the vocabulary may stand before the attention, too.
     kinds = _BEFORE_ATTENTION | _BESIDE_ATTENTION
     return name == EMBD or (point.layer == 0 and (point.kind in kinds or point.known is None)), False

@@ -73,6 +73,8 @@ def shape(subject: Subject) -> Iterator[Hit]:
             continue
         if point.known is None:
             continue
+        if _streams(subject, name):
+            continue
         letters = _wanted(subject.model, name)
         if any(not letters.get(letter, {1}) for letter in point.known.row):
             continue
@@ -90,6 +92,12 @@ def shape(subject: Subject) -> Iterator[Hit]:
             if per_row:
                 said += ": that is a whole pass, a record is one position's row"
             yield Hit(name, int(rows.token_idx[first]), said, WARNING if per_row else None)
+
+
+def _streams(subject: Subject, name: str) -> bool:
+    """Whether a value is several streams of the width side by side."""
+    made = subject.made(name)
+    return made is not None and made.op == "CONCAT" and parse(name).kind == "l_out"
 
 
 def _later_start(found: tuple[int, ...], wanted: list[int], rows: Rows) -> bool:
@@ -113,7 +121,7 @@ def _shapes_disagree(subject: Subject) -> Iterator[Hit]:
     by_letter: dict[tuple[int | None, tuple[str, ...]], dict[int, str]] = defaultdict(dict)
     for name, rows in subject.points.items():
         known = parse(name).known
-        if known is None or "t+1" in known.row or known.row in (("H*d",), ("K*d",)):
+        if known is None or "t+1" in known.row or known.row in (("H*d",), ("K*d",)) or _streams(subject, name):
             continue
         for shape in _by_shape(rows):
             layer = parse(name).layer if known.row == ("F",) else None  # feed-forwards of two layers may differ in width

@@ -130,11 +130,16 @@ class Subject:
         """Whether the tokens at two positions are the same; None where neither ids nor embeddings tell."""
         if a in self.ids and b in self.ids:
             return self.ids[a] == self.ids[b]
+        rows = self._embeddings
+        return rows[a] == rows[b] if a in rows and b in rows else None
+
+    @cached_property
+    def _embeddings(self) -> dict[int, bytes]:
+        """The recorded embedding of each position, as bytes; empty where there is none."""
         embd = self.points.get(EMBD)
         if embd is None:
-            return None
-        rows = {int(position): bytes(embd.values[r].tobytes()) for r, position in enumerate(embd.token_idx)}
-        return rows[a] == rows[b] if a in rows and b in rows else None
+            return {}
+        return {int(position): bytes(embd.values[r].tobytes()) for r, position in enumerate(embd.token_idx)}
 
     @cached_property
     def uniform_until(self) -> int:

@@ -199,7 +199,7 @@ def _filled(text: str, values: Mapping[str, str]) -> str:
 
 
 def _remove(out: Path) -> None:
-    """What an earlier run left there is not this one's."""
+    """Remove what an earlier run left there: it must not be taken for this run's dump."""
     out.unlink(missing_ok=True)
 
 

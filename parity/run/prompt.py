@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from checkpoints.errors import InputError
+from checkpoints.regular import read_text
 
 
 def numbers(text: str, name: str) -> tuple[int, ...]:
@@ -16,7 +17,9 @@ def numbers(text: str, name: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(",") if part.strip())
     except ValueError:
-        raise InputError(f"{name} wants whole numbers with commas, not {text!r}.", f"Write e.g. {name} 1,2,3.") from None
+        raise InputError(
+            f"{name} must be whole numbers separated by commas, not {text!r}.", f"Write e.g. {name} 1,2,3."
+        ) from None
 
 
 def given_prompt(text: str | None, file: Path | None, tokens: str | None) -> tuple[str | None, tuple[int, ...] | None]:
@@ -36,12 +39,12 @@ def given_prompt(text: str | None, file: Path | None, tokens: str | None) -> tup
         return None, ids
     if file is not None:
         try:
-            text = file.read_text(encoding="utf-8")
+            text = read_text(file)
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
             raise InputError(f"cannot read {file}: {reason}.", "Check --prompt-file.", code="prompt") from error
     if not text:
-        raise InputError("the prompt is empty.", "Write a word at least.", code="prompt")
+        raise InputError("the prompt is empty.", "Give at least one word.", code="prompt")
     try:
         # In a locale without UTF-8 the command line's bytes come as surrogates.
         return os.fsencode(text).decode("utf-8"), None

@@ -75,7 +75,7 @@ def resolve_prompt(reference: Reference, model: Path, text: str | None, tokens: 
     text = text or ""
     tokenized = reference.tokenize(model, text)
     if not tokenized.ids:
-        raise InputError("the prompt has no tokens.", "Write a word at least.", code="prompt")
+        raise InputError("the prompt has no tokens.", "Give at least one word.", code="prompt")
     return Prompt(text, tuple(tokenized.ids), tuple(tokenized.pieces))
 
 

@@ -70,6 +70,11 @@ class OurEngine:
         )
 
     @property
+    def engine(self) -> Transformer:
+        """The engine itself."""
+        return self._engine
+
+    @property
     def points(self) -> str:
         """The points by name: llama.cpp's graph has nodes besides that nobody asked for."""
         return ",".join(chosen_points(self._engine, self._request.points, self._request.layers))
@@ -91,13 +96,19 @@ class OurEngine:
 
 
 class ExternalEngine:
-    """A foreign engine that a command line starts. It is given `model`, else the F32 twin in exact mode and the file itself in native."""
+    """A foreign engine that a command line starts. It is given `model`, else the F32 twin in exact mode and the file itself in native.
 
-    def __init__(self, request: Request, command: Command, reference: Reference, *, model: Path | None = None) -> None:
+    `names` are the points that it is told, where they are known already.
+    """
+
+    def __init__(
+        self, request: Request, command: Command, reference: Reference, *, model: Path | None = None, names: str | None = None
+    ) -> None:
         self._request = request
         self._command = command
         self._reference = reference
         self._model = model
+        self._known_names = names
 
     @property
     def name(self) -> str:
@@ -131,6 +142,8 @@ class ExternalEngine:
         """The points by name, with commas: an engine need not understand globs. They are llama.cpp's, as far as it has them."""
         if not self._command.takes(POINTS):
             return ""
+        if self._known_names is not None:
+            return self._known_names
         described = self._reference.describe(self._request.model)
         known = [name for name, _ in described.points]
         layers, points = self._request.layers, self.points

@@ -1,5 +1,7 @@
 """Points of attention: what goes into its two products, told from the products backwards."""
 
+import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import prod
@@ -7,6 +9,7 @@ from math import prod
 from .planned import VIEWS
 from .structure import NORMS, WRITES, Structure, stem
 
+_CHANGES = ("ROPE", "PAD", "CONCAT", "MUL_MAT")
 _FUSED = "attn_qkv.weight"
 _QUERY = ("attn_q.weight", "attn_q_b.weight", _FUSED)
 _KEY = ("attn_k.weight", _FUSED)
@@ -33,6 +36,7 @@ def attention_points(graph: Structure, inside: Sequence[int]) -> Points:
     if weights is None or mixed is None:
         return points
     points.nodes |= {scores: "kq", weights: "kq_soft_max"}
+    points.nodes |= _between(graph, inside, scores, weights)
     cached = False
     if _cache(graph, graph.sources[scores][0]):
         cached = True
@@ -51,6 +55,20 @@ def attention_points(graph: Structure, inside: Sequence[int]) -> Points:
         if start is not None:
             points.nodes.setdefault(start, letter)
     return points
+
+
+def _between(graph: Structure, inside: Sequence[int], scores: int, weights: int) -> dict[int, str]:
+    """Nodes without a name from the scores to their soft max: "kq_scale", "kq_unary", "kq_scale.2"; they are scores, too."""
+    before, counts = set(graph.upstream(weights)), Counter[str]()
+    named: dict[int, str] = {}
+    for i in inside:
+        node = graph.nodes[i]
+        unnamed = re.fullmatch(r"node_\d+", stem(node.name)) is not None
+        if scores < i < weights and i in before and unnamed and node.op not in VIEWS and scores in set(graph.upstream(i)):
+            kind = f"kq_{node.op.lower()}"
+            counts[kind] += 1
+            named[i] = kind if counts[kind] == 1 else f"{kind}.{counts[kind]}"
+    return named
 
 
 def _is_scores(graph: Structure, i: int) -> bool:
@@ -139,8 +157,8 @@ def _projected(graph: Structure, end: int, weights: tuple[str, ...]) -> int | No
 
 
 def _changed(graph: Structure, i: int, whole: int) -> bool:
-    """Whether a norm, a rotation or padding lies between a product and a value."""
-    return any(graph.nodes[j].op in (*NORMS, "ROPE", "PAD") for j in graph.upstream(i) if j > whole)
+    """Whether a norm, a rotation, padding or another product lies between a product and a value."""
+    return any(graph.nodes[j].op in (*NORMS, *_CHANGES) for j in graph.upstream(i) if j > whole)
 
 
 def _chain(graph: Structure, end: int, weights: tuple[str, ...]) -> list[int]:

@@ -51,7 +51,8 @@ def _read_by_feed_forward(graph: Structure, inside: Sequence[int]) -> int | None
         operand = graph.operand(i, 1)
         if graph.nodes[i].op == "MUL_MAT" and graph.weight(i).startswith("ffn_") and operand is not None:
             read = graph.base(operand)
-            scaled = read if graph.nodes[read].op == "MUL" else graph.operand(read)
+            biased = graph.nodes[read].op == "ADD" and graph.weight(read).endswith(".bias")
+            scaled = read if graph.nodes[read].op == "MUL" else (graph.operand(read) if biased else None)
             normed = graph.operand(scaled) if scaled is not None and graph.nodes[scaled].op == "MUL" else None
             return read if normed is not None and graph.nodes[graph.base(normed)].op in NORMS else None
     return None

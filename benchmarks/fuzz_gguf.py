@@ -1,0 +1,227 @@
+"""Mutants of GGUF files through the commands that read models. Run: python benchmarks/fuzz.py gguf [-n 300] [--first SEED]
+
+Five architectures; accidents to metadata, the table of tensors, offsets, types, the tokenizer and the data. Each mutant takes the
+place of the right model whose twin is in the cache, and one command is run on it: it must end in an answer, which a fresh cache
+gives as well, or in one line. The seeds of those that do not are listed.
+"""
+
+import argparse
+import os
+import random
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+from checkpoints.gguf_file import ARRAY, STRING, Contents, TensorInfo, Value, contents, header_bytes, string_value
+
+ARCHITECTURES = ("qwen2", "llama", "qwen3", "gemma3", "phi3")
+COMMANDS: dict[str, tuple[str, ...]] = {
+    "model": ("model", "{model}"),
+    "tokens": ("tokens", "--model", "{model}", "--prompt", "Once upon"),
+    "weights": ("weights", "--model", "{model}"),
+    "run": ("run", "--model", "{model}", "--tokens", "5,6,7", "-o", "{folder}/run"),
+    "isolate": ("isolate", "--model", "{model}", "--tokens", "5,6"),
+    "twin": ("twin", "{model}", "-o", "{folder}/twin.gguf"),
+}
+SECONDS = 120  # for one command on a busy machine
+_SHOWN = 20
+_NUMBERS = (0, 1, 2, 3, 7, 255, 511, 65535, 1 << 20, (1 << 31) - 1, 1 << 31, (1 << 32) - 1)
+
+Draw = random.Random
+Accident = Callable[[Contents, bytes, Draw], bytes]
+
+
+def _with(found: Contents, data: bytes, metadata: dict[str, Value], tensors: list[TensorInfo]) -> bytes:
+    return header_bytes(metadata, tensors) + data[found.data :]
+
+
+def metadata(found: Contents, data: bytes, draw: Draw) -> bytes:
+    """One value lost, of another type, or another number; or one of another model's keys."""
+    values = dict(found.metadata)
+    key = draw.choice([name for name in values if not name.startswith("tokenizer.")])
+    kind = draw.randrange(6)
+    if kind == 0:
+        del values[key]
+    elif kind == 1:
+        values[key] = Value(4, struct.pack("<I", draw.choice(_NUMBERS)))
+    elif kind == 2:
+        values[key] = Value(6, struct.pack("<f", draw.choice((0.0, -1.0, 1e-30, 1e30, float("nan"), float("inf")))))
+    elif kind == 3:
+        values[key] = string_value(draw.choice(("", "\x1b[31m", "x" * 100_000, "llama", "gemma3", "\u202e")))
+    elif kind == 4:
+        values[key] = Value(7, b"\x01")
+    else:
+        keys = ("rope.scaling.factor", "rope.scale_linear", "attention.head_count", "expert_count", "attention.sliding_window")
+        values[f"{found.architecture}.{draw.choice(keys)}"] = Value(6, struct.pack("<f", draw.choice((0.0, 2.0, 8.0, -1.0))))
+    return _with(found, data, values, list(found.tensors))
+
+
+def table(found: Contents, data: bytes, draw: Draw) -> bytes:
+    """A tensor lost, renamed, twice, or of another shape."""
+    tensors = list(found.tensors)
+    i = draw.randrange(len(tensors))
+    one = tensors[i]
+    kind = draw.randrange(4)
+    if kind == 0:
+        del tensors[i]
+    elif kind == 1:
+        tensors[i] = TensorInfo(draw.choice(("x", one.name.upper(), "blk.0.attn_q.weight", "")), one.ne, one.type, one.offset)
+    elif kind == 2:
+        tensors.append(one)
+    else:
+        sizes = list(one.ne)
+        sizes[draw.randrange(len(sizes))] = draw.choice((0, 1, 32, 64, 1 << 20, 1 << 40, 1 << 63))
+        tensors[i] = TensorInfo(one.name, tuple(sizes), one.type, one.offset)
+    return _with(found, data, dict(found.metadata), tensors)
+
+
+def offsets(found: Contents, data: bytes, draw: Draw) -> bytes:
+    """A tensor elsewhere: odd, on another, beyond the end."""
+    tensors = list(found.tensors)
+    i = draw.randrange(len(tensors))
+    at = draw.choice((0, 1, tensors[i].offset + 32, tensors[i - 1].offset, len(data), (1 << 63) - 1, (1 << 64) - 32))
+    tensors[i] = TensorInfo(tensors[i].name, tensors[i].ne, tensors[i].type, at)
+    return _with(found, data, dict(found.metadata), tensors)
+
+
+def types(found: Contents, data: bytes, draw: Draw) -> bytes:
+    """A tensor of another type than its bytes, known or not."""
+    tensors = list(found.tensors)
+    i = draw.randrange(len(tensors))
+    one = tensors[i]
+    tensors[i] = TensorInfo(one.name, one.ne, draw.choice((0, 1, 2, 8, 12, 14, 30, 4, 31, 99, (1 << 32) - 1)), one.offset)
+    return _with(found, data, dict(found.metadata), tensors)
+
+
+def tokenizer(found: Contents, data: bytes, draw: Draw) -> bytes:
+    """A key of the tokenizer lost or another, an array of it shorter or of another type."""
+    values = dict(found.metadata)
+    key = draw.choice([name for name in values if name.startswith("tokenizer.")])
+    value = values[key]
+    if value.type == ARRAY and draw.random() < 0.7:
+        kind, count = struct.unpack_from("<IQ", value.raw)
+        if kind == STRING:
+            texts = value.plain()[: draw.choice((0, 1, count // 2, count))]
+            if texts:
+                texts[draw.randrange(len(texts))] = draw.choice(("", "\x1b[2J", "x" * 5000, "a b", " "))
+            raw = b"".join(struct.pack("<Q", len(text.encode())) + text.encode() for text in texts)
+            values[key] = Value(ARRAY, struct.pack("<IQ", STRING, len(texts)) + raw)
+        else:
+            size = (len(value.raw) - 12) // max(count, 1)
+            kept = draw.choice((0, 1, count // 2))
+            values[key] = Value(ARRAY, struct.pack("<IQ", kind, kept) + value.raw[12 : 12 + kept * size])
+    elif draw.random() < 0.5:
+        del values[key]
+    else:
+        values[key] = Value(4, struct.pack("<I", draw.choice(_NUMBERS)))
+    return _with(found, data, values, list(found.tensors))
+
+
+def damage(found: Contents, data: bytes, draw: Draw) -> bytes:
+    """Bytes flipped, zeroed or cut, anywhere."""
+    spoiled = bytearray(data)
+    kind = draw.randrange(4)
+    at = draw.randrange(len(spoiled)) if draw.random() < 0.7 else draw.randrange(found.data)
+    if kind == 0:
+        spoiled[at] ^= 1 << draw.randrange(8)
+    elif kind == 1:
+        end = min(at + draw.choice((4, 64, 4096, 70_000)), len(spoiled))
+        spoiled[at:end] = bytes(end - at)
+    elif kind == 2:
+        del spoiled[at:]
+    else:
+        end = min(at + draw.choice((4, 64)), len(spoiled))
+        spoiled[at:end] = draw.randbytes(end - at)
+    return bytes(spoiled)
+
+
+ACCIDENTS: dict[str, Accident] = {
+    "metadata": metadata,
+    "table": table,
+    "offsets": offsets,
+    "types": types,
+    "tokenizer": tokenizer,
+    "data": damage,
+}
+
+
+def parity(words: tuple[str, ...], cache: Path, **names: Path) -> tuple[int, str]:
+    """Exit code and stderr."""
+    filled = [word.format(**names) for word in words]
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "parity", *filled],
+        env=os.environ | {"PARITY_CACHE": str(cache)},
+        capture_output=True,
+        timeout=SECONDS,
+        check=False,
+    )
+    return done.returncode, done.stderr.decode("utf-8", "replace")
+
+
+def judge(name: str, model: Path, warm: Path, folder: Path) -> tuple[str, str]:
+    """What became of a command on a mutant ("answer" or "one line"), and what is wrong with that (empty if nothing)."""
+    cache = folder / "cache"
+    shutil.copytree(warm, cache)
+    code, said = parity(COMMANDS[name], cache, model=model, folder=folder)
+    if any(not char.isprintable() and char != "\n" for char in said):
+        return "failed", f"control characters on stderr: {said[:200]!r}"
+    if code == 2:
+        lines = [line for line in said.splitlines() if not line.startswith("left out")]
+        return ("one line", "") if len(lines) == 1 and len(said) < 3000 else ("failed", f"{len(lines)} lines: {said[-200:]!r}")
+    if code not in (0, 1):
+        return "failed", f"exit {code}: {said[-300:]!r}"
+    fresh, _ = parity(COMMANDS[name], folder / "fresh", model=model, folder=folder)
+    return ("answer", "") if fresh == code else ("failed", f"exit {code} with the cache of before, {fresh} with a fresh one")
+
+
+def main(arguments: list[str]) -> None:
+    """Print a row a command and the seeds of failures; exit 1 where there was one."""
+    parser = argparse.ArgumentParser(prog="fuzz.py gguf")
+    parser.add_argument("-n", type=int, default=300)
+    parser.add_argument("--first", type=int, default=0)
+    given = parser.parse_args(arguments)
+    counts: Counter[tuple[str, str]] = Counter()
+    slowest: dict[str, float] = {}
+    failures: list[str] = []
+    with tempfile.TemporaryDirectory() as top:
+        models: dict[str, tuple[Path, Path]] = {}
+        for architecture in ARCHITECTURES:
+            model, warm = Path(top, f"{architecture}.gguf"), Path(top, f"{architecture}-cache")
+            subprocess.run(
+                [sys.executable, "-P", "-m", "parity", "synth", "--architecture", architecture, "--type", "q8_0", "-o", model],
+                check=True,
+                capture_output=True,
+            )
+            parity(COMMANDS["run"], warm, model=model, folder=Path(top, "first"))
+            models[architecture] = model, warm
+        for seed in range(given.first, given.first + given.n):
+            draw = random.Random(f"gguf {seed}")
+            architecture, accident, name = draw.choice(ARCHITECTURES), draw.choice(list(ACCIDENTS)), draw.choice(list(COMMANDS))
+            model, warm = models[architecture]
+            right = model.read_bytes()
+            with tempfile.TemporaryDirectory(dir=top) as folder:
+                mutant = Path(folder, model.name)
+                mutant.write_bytes(ACCIDENTS[accident](contents(model), right, draw))
+                began = time.perf_counter()
+                try:
+                    became, wrong = judge(name, mutant, warm, Path(folder))
+                except subprocess.TimeoutExpired:
+                    became, wrong = "failed", f"more than {SECONDS} s"
+                slowest[name] = max(slowest.get(name, 0.0), time.perf_counter() - began)
+            counts[name, became] += 1
+            if wrong:
+                failures.append(f"  {seed}: {architecture}, {accident}, {name}: {wrong}")
+                print(failures[-1], file=sys.stderr, flush=True)
+    print("| command | mutants | answers, confirmed by a fresh cache | one line | failed | slowest, s |")
+    print("|---" * 6 + "|")
+    for name in COMMANDS:
+        row = [counts[name, became] for became in ("answer", "one line", "failed")]
+        print(f"| {name} | {sum(row)} | {row[0]} | {row[1]} | {row[2]} | {slowest.get(name, 0.0):.1f} |")
+    print("\n".join(failures[:_SHOWN]))
+    sys.exit(bool(failures))

@@ -1,0 +1,37 @@
+"""What may be read as a file: a regular one. A pipe could make a command wait for ever, a device never end."""
+
+import stat
+from pathlib import Path
+
+from .errors import InputError
+
+STDIN = "-"
+
+
+def require_regular(path: Path, error: type[InputError] = InputError, advice: str = "") -> None:
+    """Refuse what is neither file nor folder. What is not there is left to whoever opens it.
+
+    Raises:
+        InputError (or the `error` given): it is a pipe, a device or a socket.
+        OSError: it cannot be looked at.
+    """
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        what = "a pipe" if stat.S_ISFIFO(mode) else "a socket" if stat.S_ISSOCK(mode) else "a device"
+        raise error(f"{path} is {what}.", advice or "Name a regular file.", code="no-file")
+
+
+def read_text(path: Path, largest: int = 1 << 26) -> str:
+    """A small text file, UTF-8.
+
+    Raises:
+        InputError: it is no regular file, or has more than `largest` bytes.
+        OSError, UnicodeDecodeError: it cannot be read.
+    """
+    require_regular(path)
+    if (size := path.stat().st_size) > largest:
+        raise InputError(f"{path} has {size:,} bytes, more than the {largest:,} that are read.", "Is it the right file?")
+    return path.read_text(encoding="utf-8")

@@ -1,0 +1,87 @@
+"""Changes of steps that several groups of faults make: an operation left out, its result changed, a parameter of ggml's replaced."""
+
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ..backend import Array
+from ..graph import Read, Step, name_of
+from ..inapplicable import NotApplicable
+from ..lift.node import GgmlOperation
+from .base import Steps, read_of
+
+
+def copied(x: Array) -> Array:
+    """The value as it is."""
+    return x.copy()
+
+
+def only(step: Step, read: Read) -> Step:
+    """The step does nothing but hand on one of the values that it reads."""
+    return replace(step, op=copied, reads=(read,), weights=(), params={})
+
+
+def left_out(step: Step) -> Step:
+    """The step of one of ggml's operations hands on its only operand in its own layout: a scale by 1."""
+    params = replace(step.params["params"], values=struct.unpack("<2i", struct.pack("<2f", 1.0, 0.0)))
+    return replace(step, op=GgmlOperation("SCALE"), params={**step.params, "params": params})
+
+
+@dataclass(frozen=True)
+class Then:
+    """An operation whose result is changed afterwards."""
+
+    op: Callable[..., Array]
+    change: Callable[[Array], Array]
+
+    def __call__(self, *inputs: Any, **params: Any) -> Array:
+        """The changed result."""
+        return self.change(self.op(*inputs, **params))
+
+
+def ggml(step: Step, *names: str) -> bool:
+    """Whether the step is one of these operations of ggml's, which no operation of the house stands for."""
+    return isinstance(step.op, GgmlOperation) and step.op.name in names
+
+
+def require(step: Step, *names: str) -> Step:
+    """The step, if it is one of these operations of ggml's.
+
+    Raises:
+        NotApplicable: it is another one.
+    """
+    if not ggml(step, *names):
+        raise NotApplicable(f"{step.makes} is no {' or '.join(names)}")
+    return step
+
+
+def integer(step: Step, index: int) -> int:
+    """An integer of ggml's parameters of a step."""
+    return int(step.params["params"].int(index))
+
+
+def number(step: Step, index: int) -> float:
+    """A float of ggml's parameters of a step."""
+    return float(step.params["params"].float(index))
+
+
+def with_values(step: Step, changes: Mapping[int, int | float]) -> Step:
+    """The step with some of ggml's parameters replaced: a float by its bits."""
+    params = step.params["params"]
+    values = list(params.values)
+    for index, value in changes.items():
+        values[index] = struct.unpack("<i", struct.pack("<f", value))[0] if isinstance(value, float) else value
+    return replace(step, params={**step.params, "params": replace(params, values=tuple(values))})
+
+
+def maker(step: Step, right: Steps, read: int = 0) -> Step:
+    """The step that makes one of the values that a step reads.
+
+    Raises:
+        NotApplicable: no step makes it.
+    """
+    name = name_of(read_of(step, read))
+    if name not in right:
+        raise NotApplicable(f"no step makes {name}")
+    return right[name]

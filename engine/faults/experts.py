@@ -1,0 +1,170 @@
+"""Faults of mixtures of experts: how experts are chosen, weighted, added, and what each of them computes."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from .. import ops
+from ..backend import Array
+from ..graph import Step
+from ..inapplicable import NotApplicable
+from .base import Fault, Parameters, Steps, read_of, sibling
+from .edits import Then, ggml, maker, only, require
+
+_WEIGHTS = ("ffn_moe_weights",)
+
+
+def _not_normalised(step: Step, _right: Steps, _parameters: Parameters) -> Step:
+    return only(require(step, "DIV"), read_of(step, 0))
+
+
+def _rows_to_one(weights: Array) -> Array:
+    rows = weights.reshape(weights.shape[0], -1)
+    return (rows / rows.sum(axis=1, keepdims=True)).reshape(weights.shape)
+
+
+def _normalised(step: Step, right: Steps, _parameters: Parameters) -> Step:
+    if step.makes.replace("ffn_moe_weights", "ffn_moe_weights_norm") in right:
+        raise NotApplicable(f"{step.makes} is normalised anyway")
+    return replace(require(step, "GET_ROWS"), op=Then(step.op, _rows_to_one))
+
+
+def _unscaled(step: Step, _right: Steps, _parameters: Parameters) -> Step:
+    return only(require(step, "SCALE"), read_of(step, 0))
+
+
+def _sigmoid(scores: Array) -> Array:
+    with np.errstate(over="ignore"):
+        return np.float32(1) / (np.float32(1) + np.exp(-scores))
+
+
+def _soft_max(scores: Array) -> Array:
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    return weights / weights.sum(axis=-1, keepdims=True)
+
+
+def _gating(step: Step, _right: Steps, _parameters: Parameters) -> Step:
+    op = _sigmoid if ggml(require(step, "SOFT_MAX", "UNARY"), "SOFT_MAX") else _soft_max
+    return replace(step, op=op, params={})
+
+
+def _biased_weights(step: Step, right: Steps, _parameters: Parameters) -> Step:
+    biased = sibling(step, right, "ffn_moe_probs_biased")
+    return replace(require(step, "GET_ROWS"), reads=(biased.makes, *step.reads[1:]))
+
+
+def _unbiased(step: Step, _right: Steps, _parameters: Parameters) -> Step:
+    return only(require(step, "ADD"), read_of(step, 0))
+
+
+def _without_last(weights: Array) -> Array:
+    rows = weights.reshape(weights.shape[0], -1).copy()
+    if rows.shape[1] < 2:
+        raise NotApplicable("one expert alone is chosen")
+    rows[:, -1] = 0
+    return rows.reshape(weights.shape)
+
+
+def _reversed(weights: Array) -> Array:
+    return weights.reshape(weights.shape[0], -1)[:, ::-1].reshape(weights.shape)
+
+
+def _on_weights(change: Callable[[Array], Array]) -> Callable[[Step, Steps, Parameters], Step]:
+    def planted(step: Step, _right: Steps, _parameters: Parameters) -> Step:
+        return replace(require(step, "GET_ROWS"), op=Then(step.op, change))
+
+    return planted
+
+
+def _reads_shared(step: Step, right: Steps) -> int:
+    """Which operand of a sum is the shared expert's."""
+    for number in range(len(step.reads)):
+        if "shexp" in maker(step, right, number).makes:
+            return number
+    raise NotApplicable(f"{step.makes} adds no shared expert")
+
+
+def _no_shared(step: Step, right: Steps, _parameters: Parameters) -> Step:
+    if step.op is not ops.add:
+        raise NotApplicable(f"{step.makes} is no sum")
+    return only(step, read_of(step, 1 - _reads_shared(step, right)))
+
+
+def _no_gate(step: Step, right: Steps, _parameters: Parameters) -> Step:
+    return only(require(step, "MUL"), read_of(step, _reads_shared(step, right)))
+
+
+def _swapped(step: Step, _right: Steps, _parameters: Parameters) -> Step:
+    if len(step.reads) != 2:
+        raise NotApplicable(f"{step.makes} reads no gate and up")
+    return replace(step, reads=(step.reads[1], step.reads[0]))
+
+
+def _new(name: str, kinds: tuple[str, ...], change: Callable[[Step, Steps, Parameters], Step], *said: str) -> Fault:
+    what, symptom, fix, seen = said
+    return Fault(name=name, kinds=kinds, change=change, what=what, symptom=symptom, fix=fix, seen=seen)
+
+
+_RIGHT_LOGITS = "the router's scores are right, what the experts give together is not"
+_NORMS: Any = ("ffn_moe_weights_norm",)
+
+FAULTS = (
+    _new(
+        "experts-not-normalised", _NORMS, _not_normalised,
+        "the chosen experts' weights are not divided by their sum", _RIGHT_LOGITS,
+        "norm_topk_prob: divide the chosen weights by their sum", "Qwen2-MoE code that loads Qwen3-MoE",
+    ),
+    _new(
+        "experts-normalised", _WEIGHTS, _normalised,
+        "the chosen experts' weights are divided by their sum, which this model does not do", _RIGHT_LOGITS,
+        "softmax over all experts, then choose, and leave the weights as they are", "Mixtral code that loads Qwen2-MoE or OLMoE",
+    ),
+    _new(
+        "experts-scale-missing", ("ffn_moe_weights_scaled",), _unscaled,
+        "the experts' weights are not multiplied by expert_weights_scale", _RIGHT_LOGITS,
+        "multiply the chosen weights by <architecture>.expert_weights_scale", "DeepSeek's routed_scaling_factor forgotten",
+    ),
+    _new(
+        "experts-gating", ("ffn_moe_probs",), _gating,
+        "softmax where this model's router wants a sigmoid, or the other way round",
+        "the router's logits are right, its probabilities are not",
+        "expert_gating_func says which: 1 softmax, 2 sigmoid", "Mixtral code that loads DeepSeek-V3 or GLM-4.5",
+    ),
+    _new(
+        "experts-bias-as-weight", _WEIGHTS, _biased_weights,
+        "the bias that chooses experts also weighs them", _RIGHT_LOGITS,
+        "choose by probability + bias, weigh by the probability alone", "DeepSeek-V3's exp_probs_b added for good",
+    ),
+    _new(
+        "experts-bias-ignored", ("ffn_moe_probs_biased",), _unbiased,
+        "experts are chosen without the bias exp_probs_b", "other experts are chosen at some positions",
+        "choose by probability + exp_probs_b", "Mixtral code that loads DeepSeek-V3",
+    ),
+    _new(
+        "experts-one-fewer", _WEIGHTS, _on_weights(_without_last),
+        "the last of the chosen experts is left out", _RIGHT_LOGITS,
+        "as many experts as <architecture>.expert_used_count", "a loop that ends one too early",
+    ),
+    _new(
+        "experts-weights-exchanged", _WEIGHTS, _on_weights(_reversed),
+        "the chosen experts have each other's weights", _RIGHT_LOGITS,
+        "keep ids and weights in one order", "ids sorted after the weights were taken",
+    ),
+    _new(
+        "shared-expert-missing", ("ffn_out", "ffn_moe_out_merged"), _no_shared,
+        "the shared expert is not added", "wrong from the first layer with experts on",
+        "add ffn_*_shexp's result to that of the routed experts", "Mixtral code that loads Qwen2-MoE or DeepSeek",
+    ),
+    _new(
+        "shared-expert-gate-missing", ("ffn_shexp_out", "ffn_shexp_gated"), _no_gate,
+        "the shared expert's gate is missing", "wrong from the first layer with experts on",
+        "multiply by sigmoid(ffn_gate_inp_shexp · x)", "DeepSeek code that loads Qwen2-MoE",
+    ),
+    _new(
+        "experts-gate-up-swapped", ("ffn_moe_swiglu", "ffn_moe_geglu", "ffn_moe_swiglu_oai"), _swapped,
+        "gate and up of the experts are exchanged", "wrong from the first layer with experts on",
+        "in a fused tensor the gate's rows come first", "fused gate_up weights split in the wrong order",
+    ),
+)  # fmt: skip

@@ -1,0 +1,107 @@
+"""Faults of recurrent layers: convolutions, decays, gates, the state from pass to pass."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from .. import ops
+from ..backend import Array
+from ..graph import Step
+from ..inapplicable import NotApplicable
+from .base import Fault, Parameters, Steps, read_of
+from .edits import ggml, integer, left_out, only, require
+
+_CONVOLUTIONS = ("ssm_conv", "conv.conv", "conv_output_raw")
+_SOFTPLUS = 15  # enum ggml_unary_op
+
+
+def _tap(step: Step, _right: Steps, parameters: Parameters) -> Step:
+    return replace(require(step, "SSM_CONV"), op=_Rolled(step.op, parameters["by"]))
+
+
+class _Rolled:
+    """A convolution whose taps stand elsewhere: inputs, weight [channels, taps]."""
+
+    def __init__(self, op: Any, by: int) -> None:
+        self._op, self._by = op, by
+
+    def __call__(self, *inputs: Any, **params: Any) -> Array:
+        *values, weight = inputs
+        moved = weight[..., ::-1] if self._by == 0 else np.roll(weight, self._by, axis=-1)
+        made: Array = self._op(*values, moved, **params)
+        return made
+
+
+def _no_softplus(step: Step, _right: Steps, _parameters: Parameters) -> Step:
+    require(step, "UNARY")
+    if integer(step, 0) != _SOFTPLUS:
+        raise NotApplicable(f"{step.makes} is no softplus")
+    return left_out(step)
+
+
+def _no_decay(step: Step, _right: Steps, _parameters: Parameters) -> Step:
+    return only(require(step, "MUL"), read_of(step, 0))
+
+
+def _no_skip(step: Step, right: Steps, _parameters: Parameters) -> Step:
+    scaled = [read for read in step.names if ggml(right.get(read, step), "MUL") and "ssm_d" in str(right[read].weights)]
+    if step.op is not ops.add or not scaled:
+        raise NotApplicable(f"{step.makes} adds no D · x")
+    return only(step, next(read for read in step.reads if read != scaled[0]))
+
+
+def _no_bias(step: Step, _right: Steps, _parameters: Parameters) -> Step:
+    if not ggml(step, "ADD") or "ssm" not in str(step.weights):
+        raise NotApplicable(f"{step.makes} adds no bias")
+    return only(step, read_of(step, 0))
+
+
+FAULTS = (
+    Fault(
+        name="convolution-taps",
+        kinds=_CONVOLUTIONS,
+        change=_tap,
+        what="the convolution's taps stand {by} places away (0: in reverse)",
+        symptom="wrong from position 0 on, of plausible size",
+        fix="the last tap is the position itself",
+        seen="kernels stored the other way round; a state that is one position late",
+        parameters={"by": (1, -1, 0)},
+    ),
+    Fault(
+        name="time-step-softplus-missing",
+        kinds=("a_softplus",),
+        change=_no_softplus,
+        what="the time step is used without softplus",
+        symptom="states that grow instead of decaying",
+        fix="dt = softplus(projection + bias)",
+        seen="softplus fused into a kernel that was exchanged",
+    ),
+    Fault(
+        name="decay-missing",
+        kinds=("gate",),
+        change=_no_decay,
+        what="the decay is not multiplied by A = −exp(A_log)",
+        symptom="right at position 0, then wrong",
+        fix="multiply softplus(dt) by ssm_a, which GGUF stores as −exp(A_log)",
+        seen="exp applied a second time, or never",
+    ),
+    Fault(
+        name="skip-missing",
+        kinds=("add",),
+        change=_no_skip,
+        what="D · x is not added to the scan's result",
+        symptom="wrong from position 0 on",
+        fix="y + ssm_d · x",
+        seen="scan kernels without the skip connection",
+    ),
+    Fault(
+        name="convolution-bias-missing",
+        kinds=("ssm_conv1d",),
+        change=_no_bias,
+        what="the convolution's bias is not added",
+        symptom="wrong from position 0 on",
+        fix="add ssm_conv1d.bias before SiLU",
+        seen="kernels for models without the bias",
+    ),
+)

@@ -1,0 +1,169 @@
+"""Faults of what only some models' attention has: windows, soft caps, sinks, a scale of the queries."""
+
+from dataclasses import replace
+
+from .. import ops
+from ..backend import Array
+from ..graph import Step
+from ..inapplicable import NotApplicable
+from .base import AT, Fault, Parameters, Steps, parameter_of, read_of, sibling, subsets, with_parameters
+from .edits import ggml, integer, maker, number, only, require, with_values
+
+_SOFT = ("kq_soft_max",)
+_TANH = 4  # GGML_UNARY_OP_TANH
+_CAPPED = ("kq_scaled_2", "logits")
+_SCALES = ("scale", "Qcur")
+
+
+def _has_window(step: Step) -> bool:
+    return step.op is ops.causal_soft_max and step.params.get("window", "causal") not in ("causal", "all")
+
+
+def _off_by_one(step: Step, _right: Steps, parameters: Parameters) -> Step:
+    if not _has_window(step):
+        return step
+    return with_parameters(step, size=step.params["size"] + (1 if parameters["holds"] == "one more" else -1))
+
+
+def _ignored(step: Step, _right: Steps, _parameters: Parameters) -> Step:
+    return with_parameters(step, window="causal", size=0) if _has_window(step) else step
+
+
+def _other_layers(step: Step, right: Steps, _parameters: Parameters) -> Step:
+    others = [other for other in right.values() if other.op is ops.causal_soft_max]
+    windows = {(other.params.get("window", "causal"), other.params.get("size", 0)) for other in others}
+    if step.op is not ops.causal_soft_max or len(windows) != 2:
+        raise NotApplicable(f"{step.makes}: there are no two kinds of layers")
+    own = (step.params.get("window", "causal"), step.params.get("size", 0))
+    window, size = next(iter(windows - {own}))
+    return with_parameters(step, window=window, size=size)
+
+
+def _chunks(step: Step, _right: Steps, parameters: Parameters) -> Step:
+    return with_parameters(step, window=parameters["window"]) if _has_window(step) else step
+
+
+def _cap(step: Step, right: Steps) -> tuple[Step, float]:
+    """The step in front of c · tanh(x / c) that ends in this one, and c."""
+    if not ggml(step, "SCALE"):
+        raise NotApplicable(f"{step.makes} ends no soft cap")
+    tanh = maker(step, right)
+    if not ggml(tanh, "UNARY") or integer(tanh, 0) != _TANH:
+        raise NotApplicable(f"{step.makes} ends no soft cap")
+    return require(maker(tanh, right), "SCALE"), number(step, 0)
+
+
+def _uncapped(step: Step, right: Steps, _parameters: Parameters) -> Step:
+    return only(step, read_of(_cap(step, right)[0], 0))
+
+
+def _no_sinks(step: Step, _right: Steps, _parameters: Parameters) -> Step:
+    return replace(step, weights=()) if any(weight is not None for weight in step.weights) else step
+
+
+def _query_scale(step: Step, right: Steps, parameters: Parameters) -> Step:
+    require(step, "SCALE")
+    if read_of(step, 0) != sibling(step, right, "q_rope").makes:
+        raise NotApplicable(f"{step.makes} does not scale the queries")
+    heads = parameter_of(sibling(step, right, "kq"), "heads")
+    scale = number(step, 0)
+    scales = {
+        "missing": 1.0,
+        "applied twice": scale**2,
+        "by the width": scale * heads**-0.5,
+        "by half the head size": scale * 2**0.5,
+    }
+    return with_values(step, {0: float(scales[parameters["scale"]])})
+
+
+def _keys_if_as_wide(values: Array, keys: Array) -> Array:
+    if values.shape != keys.shape:
+        raise NotApplicable("keys and values are of different widths")
+    return ops.cached(keys)
+
+
+def _rotated_keys(step: Step, right: Steps, _parameters: Parameters) -> Step:
+    keys = sibling(step, right, "k_read")
+    if step.op is not ops.cached or keys.op is not ops.cached:
+        raise NotApplicable(f"{step.makes} is no plain read of the cache")
+    return replace(step, op=_keys_if_as_wide, reads=(*step.reads, *keys.reads))
+
+
+FAULTS = (
+    Fault(
+        name="window-off-by-one",
+        kinds=_SOFT,
+        change=_off_by_one,
+        what="the attention's window holds {holds} position than it should",
+        symptom="right while the text is shorter than the window, then wrong in layers with a window",
+        fix="a window of n holds the position itself and the n − 1 before it",
+        seen="< for ≤ in the mask",
+        parameters={"holds": ("one more", "one fewer")},
+    ),
+    Fault(
+        name="window-ignored",
+        kinds=_SOFT,
+        change=_ignored,
+        what="layers with a window of attention see all earlier positions",
+        symptom="right while the text is shorter than the window",
+        fix="read <architecture>.attention.sliding_window, and which layers have it",
+        seen="Llama code that loads Gemma 2, Gemma 3, Cohere 2 or gpt-oss",
+    ),
+    Fault(
+        name="window-on-other-layers",
+        kinds=_SOFT,
+        change=_other_layers,
+        what="layers that see everything have the window, and those with a window see everything",
+        symptom="right while the text is shorter than the window",
+        fix="the pattern begins with layer 0: compare `parity model`",
+        seen="patterns counted from 1",
+    ),
+    Fault(
+        name="window-kind",
+        kinds=_SOFT,
+        change=_chunks,
+        what="the window is of kind {window!r}, which is not this model's",
+        symptom="right while the text is shorter than the window",
+        fix="Llama 4 attends within chunks, others to the last n positions",
+        seen="one mask for all models",
+        parameters={"window": ("chunked", "standard", "symmetric")},
+    ),
+    Fault(
+        name="softcap-missing",
+        kinds=_CAPPED,
+        change=_uncapped,
+        what="the soft cap is missing, in {at}",
+        symptom="large scores are too large, small ones are right",
+        fix="c · tanh(x / c) with attn_logit_softcapping and final_logit_softcapping",
+        seen="fused attention that has no cap",
+        parameters={AT: subsets(*_CAPPED)},
+    ),
+    Fault(
+        name="sinks-missing",
+        kinds=_SOFT,
+        change=_no_sinks,
+        what="attention's sinks are left out: a head's weights sum to 1",
+        symptom="wrong from position 0 on, attention too strong",
+        fix="one more score a head, attn_sinks, whose weight is dropped",
+        seen="Llama code that loads gpt-oss",
+    ),
+    Fault(
+        name="query-scale",
+        kinds=_SCALES,
+        change=_query_scale,
+        what="the scale of the queries is {scale}",
+        symptom="position 0 is right, later ones are wrong",
+        fix="scale the queries once, by the number that `parity model` says",
+        seen="query_pre_attn_scalar taken for the head size; scales applied to queries and scores",
+        parameters={"scale": ("missing", "applied twice", "by the width", "by half the head size")},
+    ),
+    Fault(
+        name="keys-for-values",
+        kinds=("v_read",),
+        change=_rotated_keys,
+        what="attention mixes keys, not values",
+        symptom="wrong from position 0 on",
+        fix="the second product reads the cache of values",
+        seen="one pointer for both caches",
+    ),
+)

@@ -1,0 +1,150 @@
+"""Any dump under 10 MB is answered within 10 seconds of computing and 1 GB, and nothing that never ends is waited for."""
+
+import io
+import json
+import os
+import resource
+import struct
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cli import Cli, refused
+
+ROOT = Path(__file__).parent.parent
+SECONDS, MEMORY = 10, 1 << 30
+SIZE = 9_900_000
+
+
+def lines(make: Callable[[int], bytes]) -> bytes:
+    """As many lines as fit."""
+    made: list[bytes] = []
+    size = 0
+    while size < SIZE:
+        made.append(make(len(made)) + b"\n")
+        size += len(made[-1])
+    return b"".join(made[:-1])
+
+
+def record(values: bytes, fields: bytes = b'"token_idx":0') -> bytes:
+    return b'{"checkpoint":"embd",%b,"values":[%b]}' % (fields, values)
+
+
+def many(text: bytes, size: int = SIZE - 200) -> bytes:
+    """A list of this, as long as fits."""
+    return b",".join([text] * (size // (len(text) + 1)))
+
+
+def zeros() -> bytes:
+    """A small archive that would unpack to gigabytes."""
+    array, archive = io.BytesIO(), io.BytesIO()
+    np.save(array, np.zeros(1 << 24, np.float32))
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as file:
+        for i in range(24):
+            file.writestr(f"blk.{i}.l_out.npy", array.getvalue())
+    return archive.getvalue()
+
+
+def tensors(entries: Iterable[tuple[str, list[int], int, int]], data: int) -> bytes:
+    """A safetensors file with these (name, shape, begin, end)."""
+    header = json.dumps({name: {"dtype": "F32", "shape": shape, "data_offsets": [a, b]} for name, shape, a, b in entries})
+    return struct.pack("<Q", len(header)) + header.encode() + bytes(data)
+
+
+FILES: dict[str, Callable[[], bytes]] = {
+    "one-shape.jsonl": lambda: record(b"1", b'"token_idx":0,"shape":[%b]' % many(b"1")),
+    "shapes.jsonl": lambda: lines(lambda i: record(b"1.5", b'"token_idx":%d,"shape":[%b]' % (i, many(b"1", 800)))),
+    "names.jsonl": lambda: lines(lambda i: b'{"checkpoint":"n%d","token_idx":0,"values":[1]}' % i),
+    "long-name.jsonl": lambda: b'{"checkpoint":"%b","token_idx":0,"values":[1]}\n' % (b"x" * (SIZE - 100)),
+    "points.jsonl": lambda: b"".join(b'{"checkpoint":"n%d","token_idx":0,"values":[1.5]}\n' % i for i in range(10_000)),
+    "one-line.jsonl": lambda: record(many(b"1")),
+    "digits.jsonl": lambda: lines(lambda i: record(b"0,1,2,3,4,5,6,7,8,9," * 10 + b"0", b'"token_idx":%d' % i)),
+    "words.jsonl": lambda: record(many(b"nan")),
+    "short.jsonl": lambda: lines(lambda i: record(b"1", b'"token_idx":%d' % i)),
+    "steps.jsonl": lambda: lines(lambda i: record(b"%d" % i, b'"token_idx":0,"step":%d' % i)),
+    "statistics.jsonl": lambda: lines(lambda i: record(b"1", b'"token_idx":%d,"stats":{"s%d":1}' % (i, i))),
+    "headers.jsonl": lambda: record(b"1") + b"\n" + lines(lambda i: b'{"type":"header","source":"x"}'),
+    "tokens.jsonl": lambda: record(b"1") + b"\n" + lines(lambda i: b'{"type":"token","token_idx":%d,"id":1}' % i),
+    "indices.jsonl": lambda: record(
+        many(b"1", 1_600_000), b'"token_idx":0,"indices":[%b]' % b",".join(b"%d" % i for i in range(800_000))
+    ),
+    "nested.jsonl": lambda: record(b"1", b'"x":%b%b,"token_idx":0' % (b"[" * 4_900_000, b"]" * 4_900_000)),
+    "number.jsonl": lambda: record(b"1" * (SIZE - 100)),
+    "braces.jsonl": lambda: b"{" * SIZE,
+    "zeros.npz": zeros,
+    "overlap.safetensors": lambda: tensors(((f"blk.{i}.l_out", [1, 1 << 18], 0, 1 << 20) for i in range(2000)), 1 << 20),
+    "many.safetensors": lambda: tensors(((f"n{i}", [1, 1], 4 * i, 4 * i + 4) for i in range(100_000)), 400_000),
+}
+
+
+def bounded(*words: object) -> tuple[int, str]:
+    """A parity that may compute for `SECONDS` and allocate `MEMORY` more than its modules take; its exit code and last words."""
+    modules = 1 << 30  # of address space: what NumPy, OpenBLAS and pandas map
+    ran = subprocess.run(
+        [sys.executable, "-P", "-m", "parity", *map(str, words)],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OPENBLAS_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: (
+            resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS)),
+            resource.setrlimit(resource.RLIMIT_AS, (MEMORY + modules, MEMORY + modules)),
+        ),
+        check=False,
+    )
+    return ran.returncode, ran.stderr[-300:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FILES)
+def test_a_small_dump_is_answered_soon_and_in_little_memory(tmp_path: Path, name: str) -> None:
+    """Each of these, which took minutes or gigabytes, ends in an answer or one line."""
+    path = tmp_path / name
+    path.write_bytes(FILES[name]())
+    assert path.stat().st_size < 10_000_000
+    code, said = bounded("lint", path)
+    assert code in (0, 1, 2), (code, said)
+    assert "not enough memory" not in said
+    assert len(said.splitlines()) <= 1
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("names.jsonl", "more than 32,768 names"),
+        ("long-name.jsonl", "a name of"),
+        ("zeros.npz", "these are no activations"),
+        ("overlap.safetensors", "two of its arrays overlap"),
+        ("many.safetensors", "100,000 arrays"),
+    ],
+)
+def test_what_no_engine_writes_is_refused_by_its_reason(parity: Cli, tmp_path: Path, name: str, said: str) -> None:
+    """The line says what there is too much of."""
+    (tmp_path / name).write_bytes(FILES[name]())
+    refused(parity("lint", name), said)
+
+
+def test_a_pipe_or_a_device_is_not_waited_for(parity: Cli, stories_run: Path) -> None:
+    """A dump, a mapping, a prompt or an answer that is a pipe without a writer, or a device without an end, is refused."""
+    os.mkfifo("pipe")
+    dump = stories_run / "ours.jsonl"
+    refused(parity("lint", "pipe"), "pipe is a pipe", "give - and pipe JSON lines in")
+    refused(parity("diff", dump, "/dev/zero"), "/dev/zero is a device")
+    refused(parity("lint", dump, "--map", "/dev/zero"), "/dev/zero is a device")
+    refused(parity("lint", dump, "--map", "pipe"), "pipe is a pipe")
+    refused(parity("tokens", "--prompt-file", "pipe"), "pipe is a pipe")
+    refused(parity("diff", dump, dump, "--html", "r.html", "--include", "pipe"), "pipe is a pipe")
+
+
+def test_json_lines_can_be_piped_in(stories_run: Path) -> None:
+    """`-` is standard input, for `lint` and for either side of `diff`."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    for words in (("lint", "-"), ("diff", "-", stories_run / "ref.jsonl")):
+        with (stories_run / "ours.jsonl").open("rb") as file:
+            ran = subprocess.run(
+                [sys.executable, "-P", "-m", "parity", *words], stdin=file, env=environment, capture_output=True, check=False
+            )
+        assert (ran.returncode, ran.stderr) == (0, b"")

@@ -1,0 +1,71 @@
+"""Faults that only some architectures can have: each is named in a model that has what it spoils, in all layers and in one."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from fault_places import PLACES
+from planted import Faulty, Planted, tokens_of
+
+from engine.faults import CATALOGUE
+from parity.explain.explain import ExplainOptions, explain
+from reference.client import Reference
+
+_QUICK = {"head-norm-missing", "experts-one-fewer", "window-ignored"}
+
+
+@pytest.fixture(scope="module")
+def faulty(reference: Reference, small_model: Callable[..., Path]) -> Callable[[str], Faulty]:
+    """The engine of a recipe's model, lifted from llama.cpp's graph."""
+    made: dict[str, Faulty] = {}
+
+    def of(name: str) -> Faulty:
+        if name not in made:
+            model = small_model(name)
+            made[name] = Faulty(model, reference.graph(model))
+        return made[name]
+
+    return of
+
+
+@pytest.mark.parametrize(
+    ("name", "layers"),
+    [
+        pytest.param(name, layers, marks=() if name in _QUICK and layers is None else pytest.mark.slow)
+        for name, (_, _, places) in PLACES.items()
+        for layers in places
+    ],
+)
+def test_each_fault_is_named(faulty: Callable[[str], Faulty], name: str, layers: tuple[int, ...] | None) -> None:
+    """Sixteen values a record are enough to name the fault, or one with the same numbers, and nothing besides."""
+    recipe, chosen, _ = PLACES[name]
+    engine = faulty(recipe)
+    tokens = tokens_of(engine.model, 14, seed=5)
+    parameters = CATALOGUE[name].variants({step.makes: step for step in engine.right})[0] | chosen
+    found = explain(engine.dump(Planted(((name, parameters, layers),)), tokens), engine.model, ExplainOptions(tokens=tokens))
+    assert found.first is not None
+    assert found.remaining is None
+    assert len(found.causes) == 1
+    assert found.causes[0].explained == 1
+    assert name in {found.causes[0].named.fault, *(other.fault for other in found.causes[0].equivalent)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", sorted({recipe for recipe, _, _ in PLACES.values()}))
+def test_no_fault_in_a_right_engine(faulty: Callable[[str], Faulty], recipe: str) -> None:
+    """The right engine of each of these models has no fault at any point."""
+    engine = faulty(recipe)
+    tokens = tokens_of(engine.model, 14, seed=6)
+    found = explain(engine.dump(Planted(()), tokens, points="all"), engine.model, ExplainOptions(tokens=tokens))
+    assert not found.causes
+    assert found.differing == 0
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_each_entry_speaks_to_the_user(name: str) -> None:
+    """Each entry has its sentences, and each of its listed variants can be said."""
+    fault = CATALOGUE[name]
+    assert all((fault.symptom, fault.fix, fault.seen, fault.group, fault.what))
+    variants = fault.variants({})
+    assert variants
+    assert all("{" not in fault.sentence(parameters) for parameters in variants)
