@@ -94,6 +94,8 @@ def _same_sets(subject: Subject) -> dict[tuple[str, ...], list[int]]:
                 seen[vector].append(name)
     found: dict[tuple[str, ...], list[int]] = defaultdict(list)
     for (place, _), names in seen.items():
+        if len(names) == 1:  # nearly all of them
+            continue
         unlike = [name for name in names if any(not _may_be_alike(subject, name, other) for other in names if other != name)]
         if len(set(unlike)) > 1:
             found[tuple(dict.fromkeys(unlike))].append(place[1])
