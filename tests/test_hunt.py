@@ -122,7 +122,7 @@ def test_an_engine_that_does_not_repeat_itself_is_told_so(
         "run", "--model", synthetic(layers=4), "--tokens", "5,99,7,300", "--hunt", "--compute", "f32", "--exec", line
     )
     assert code == 1
-    assert any("does not repeat its own numbers" in note for note in answer["notes"])
+    assert any("its numbers are not reproducible" in note for note in answer["notes"])
 
 
 def test_what_it_refuses(parity: Cli) -> None:
