@@ -90,7 +90,7 @@ def test_wrong_requests(parity: Cli) -> None:
         (("--architecture", "qwen3", "--set", "block_count=text"), "block_count"),
         (("--architecture", "qwen3", "--vocab", "100"), "vocabulary only 100"),
         (("--architecture", "gptneox", "--tied"), "output.weight"),
-        (("--set", "rope.freq_base=1"), "made by a recipe"),
+        (("--set", "rope.freq_base=1"), "--set works with --architecture only"),
     ):
         refused(parity("synth", *arguments, "-o", "m.gguf"), said)
         assert not list(Path().iterdir())

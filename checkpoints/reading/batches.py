@@ -126,7 +126,7 @@ class Blocks:
             item = careful.item(line, self._labels, self._serial + 1, digits=self.header is None)
         except (TypeError, ValueError, KeyError, OverflowError) as error:
             where = f"{self._name}, line {self.line + number + 1}"
-            raise DumpError(f"{where}: {error}.", "Mend what writes it.", code="record") from error
+            raise DumpError(f"{where}: {error}.", "Correct the code that writes it.", code="record") from error
         if item is None:
             self.skipped += 1
         elif isinstance(item, Slab):

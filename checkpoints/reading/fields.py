@@ -33,14 +33,14 @@ _VALUES = re.compile(rb'"values"\s*:\s*(\[[^\]]*\])')
 def integer(found: Any, name: str, limit: int = POSITIONS) -> int:
     """A whole number from 0 to `limit` − 1."""
     if isinstance(found, bool) or not isinstance(found, int) or not 0 <= found < limit:
-        raise ValueError(f'"{name}" must be a whole number from 0, not {found!r:.40}')
+        raise ValueError(f'"{name}" must be a whole number, 0 or more, not {found!r:.40}')
     return found
 
 
 def number(value: Any) -> float:
     """A number, or one of the words that stand for non-finite ones; null is NaN."""
     if isinstance(value, (bool, list, dict)):
-        raise TypeError(f"{value!r:.40} is no number")
+        raise TypeError(f"{value!r:.40} is not a number")
     if isinstance(value, str):
         word = value.split("(")[0].lower()
         if word in ("-nan", "nan"):
@@ -89,7 +89,7 @@ def steps(found: Any, count: int) -> NDArray[np.float64]:
     """The steps of the decimals that `count` values were printed with, given as one number for all or as one each."""
     given = numbers(found if isinstance(found, list) else [found], '"quantum"')
     if len(given) not in (1, count) or not np.isfinite(given).all() or (given < 0).any():
-        raise ValueError(f'"quantum" must be a step from 0, or one for each of {count} values')
+        raise ValueError(f'"quantum" must be a step size, 0 or more, or one for each of {count} values')
     return np.broadcast_to(given, (count,)).copy()
 
 
@@ -101,10 +101,10 @@ def shape(found: Any) -> tuple[int, ...]:
     ones = next((i for i, size in enumerate(sizes) if type(size) is not int or size != 1), len(sizes))
     sizes = sizes[min(ones, max(len(sizes) - 1, 0)) :]
     if len(sizes) > _DIMENSIONS:
-        raise ValueError(f'"shape" has {len(sizes)} dimensions, more than any activation')
+        raise ValueError(f'"shape" has {len(sizes)} dimensions, more than any activation has')
     whole = tuple(integer(size, "shape") for size in sizes)
     if prod(whole) >= POSITIONS:
-        raise ValueError(f'"shape" is beyond any activation: {list(whole)}')
+        raise ValueError(f'"shape" is larger than any activation: {list(whole)}')
     return whole
 
 

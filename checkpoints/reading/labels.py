@@ -31,7 +31,7 @@ class Labels:
                 if len(label) > _LONGEST or len(known) >= _MOST:
                     what = f"a name of {len(label):,} characters" if len(label) > _LONGEST else f"more than {_MOST:,} names"
                     raise DumpError(
-                        f"it has {what}, beginning with {label[:40]!r}.",
+                        f"it has {what}, starting with {label[:40]!r}.",
                         "Name points by layer and kind, and positions by token_idx.",
                         code="names",
                     )

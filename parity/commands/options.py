@@ -104,7 +104,7 @@ ArbiterOption = Annotated[
     Arbiter,
     typer.Option(
         "--arbiter",
-        help="Let the same steps in float64 say which side is right: where they can decide (auto), at every difference (all), or never.",
+        help="Let the same steps in float64 say which side is right: where they can decide (auto), everywhere (all), or never (off).",
     ),
 ]
 BackendOption = Annotated[BackendName, typer.Option("--backend", help="Where our engine computes.")]
