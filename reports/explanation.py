@@ -33,7 +33,7 @@ def lines(found: Explanation, width: int) -> Iterator[Text]:
     elif found.remaining is not None:
         yield from _left(found, found.remaining, width)
     if found.truth is not None:
-        yield from _lines([("truth", _truth(found.truth))], width)
+        yield from _lines([("truth", _truth(found.truth, right=bool(found)))], width)
     if found.variants:
         nearest = (
             f"; the nearest other one leaves NMSE {error(found.nearest)}" if found.nearest is not None and not found else ""
@@ -158,9 +158,12 @@ def _where(found: Explanation) -> list[tuple[str, str]]:
     return [("wrong", f"one of {', '.join(placed.operations)}: {agreeing} {agree} as whole rows")]
 
 
-def _truth(truth: TruthAt) -> str:
+def _truth(truth: TruthAt, *, right: bool) -> str:
+    """How far both are from float64; an engine that is right in its lower arithmetic is not called wrong by it."""
     said = f"at the first place yours is {error(truth.ours)} off the same steps in float64, a right float32 engine {error(truth.right)}"
-    return f"{said}: your engine is wrong" if truth.ours > 100 * truth.right else said
+    if truth.ours <= 100 * truth.right:
+        return said
+    return f"{said}: yours is {'coarser' if right else 'wrong'}"
 
 
 def _lead(lead: Lead) -> str:

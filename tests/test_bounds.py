@@ -114,8 +114,8 @@ def test_a_small_dump_is_answered_soon_and_in_little_memory(tmp_path: Path, name
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("names.jsonl", "more than 32,768 names"),
-        ("long-name.jsonl", "a name of"),
+        ("names.jsonl", "names.jsonl has more than 32,768 names"),
+        ("long-name.jsonl", "long-name.jsonl has a name of"),
         ("zeros.npz", "these are not activations"),
         ("overlap.safetensors", "two of its arrays overlap"),
         ("many.safetensors", "100,000 arrays"),

@@ -9,7 +9,7 @@ import pytest
 from explaining import PROMPT, RIGHT, small_engine, unstated
 from planted import Faulty, Planted, tokens_of
 
-from checkpoints.answers.explain import Explanation
+from checkpoints.answers.explain import Explanation, Place, TruthAt
 from checkpoints.record import Dump
 from engine.backend import Array
 from engine.faults import plant
@@ -19,6 +19,7 @@ from engine.replay.precision import rounded
 from engine.synth import Shape, synthesize
 from parity.explain.explain import ExplainOptions, explain
 from parity.models import embedded
+from reports.explanation import lines
 
 _PATIENT = ExplainOptions(budget=300.0)
 
@@ -296,3 +297,12 @@ def test_the_truth_is_told_beside_both_sides(engine: Faulty) -> None:
     assert found.truth.right < 1e-12
     assert found.truth.ours > 1e-10
     assert explain(dump, engine.model, replace(_PATIENT, arbiter="off")).truth is None
+
+
+def test_a_right_engine_in_lower_arithmetic_is_coarser_not_wrong(engine: Faulty) -> None:
+    """The sentence on float64 agrees with the verdict: where precision explains all, it says coarser, where a fault is left, wrong."""
+    rounding = Explanation(1, 1, None, None, precision_only="f16", truth=TruthAt(4.5e-8, 1e-14))
+    assert "yours is coarser" in " ".join(line.plain for line in lines(rounding, 200))
+    place = Place("blk.0.attn_norm", 0, 4.5e-8, 1e-10)
+    left = replace(rounding, first=place, precision_only="", remaining=place)
+    assert "yours is wrong" in " ".join(line.plain for line in lines(left, 200))

@@ -20,11 +20,17 @@ def shell(line: str, *arguments: object, **environment: str) -> subprocess.Compl
     return subprocess.run(words, capture_output=True, text=True, env=os.environ | here | environment, check=False)
 
 
-def test_dumps_come_through_pipes(stories_run: Path) -> None:
-    """Both sides of a diff may be pipes, as an engine that prints to another program needs it."""
-    ran = shell('parity diff <(cat "$1") <(cat "$2")', stories_run / "ours.jsonl", stories_run / "ref.jsonl")
-    assert (ran.returncode, ran.stderr) == (0, "")
-    assert "35 of 35 records agree" in ran.stdout
+def test_a_dump_comes_through_a_pipe_as_standard_input_only(stories_run: Path) -> None:
+    """An engine's output is piped in as `-`, on either side; `<(…)` names a pipe, which could be waited for without end."""
+    dumps = (stories_run / "ours.jsonl", stories_run / "ref.jsonl")
+    for line in ('cat "$1" | parity diff - "$2"', 'cat "$2" | parity diff "$1" -'):
+        ran = shell(line, *dumps)
+        assert (ran.returncode, ran.stderr) == (0, "")
+        assert "35 of 35 records agree" in ran.stdout
+    for line in ('parity diff <(cat "$1") "$2"', 'parity diff "$1" <(cat "$2")', 'parity lint <(cat "$1")'):
+        ran = shell(line, *dumps)
+        assert (ran.returncode, ran.stdout) == (2, "")
+        one_line(ran.stderr, "is a pipe. Write the dump to a file, or give - and pipe JSON lines in.")
 
 
 def test_an_answer_that_nobody_reads_is_neither_parity_nor_divergence(stories_run: Path) -> None:

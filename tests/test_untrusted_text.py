@@ -54,7 +54,7 @@ def dump(path: str, *names: str, **header: object) -> Path:
     return Path(path)
 
 
-NAMES = ("::stop-commands::x", "::error::y", "##[error]z", EVIL, "embd", "x" * 3000)
+NAMES = ("::stop-commands::x", "::error::y", "##[error]z", EVIL, "embd", "x" * 1000)
 
 
 @pytest.mark.parametrize("form", ["text", "github", "markdown"])

@@ -41,7 +41,7 @@ class Blocks:
         self._headers = 0
         self._waiting = 0
         self._slabs: list[Slab] = []
-        self._labels = Labels()
+        self._labels = Labels(name)
         if header is not None:
             self._labels.of_model(header.model.layers)
         self._parser = parser or Parser()

@@ -10,9 +10,10 @@ _LONGEST = 1 << 10  # characters of one
 
 
 class Labels:
-    """Points in the order in which a file names them. `names` are canonical."""
+    """Points in the order in which a file (`dump`, for errors) names them. `names` are canonical."""
 
-    def __init__(self) -> None:
+    def __init__(self, dump: str) -> None:
+        self._dump = dump
         self.names: list[str] = []
         self._numbers: dict[str, int] = {}  # by canonical name
         self._printed: dict[str, int] = {}
@@ -24,14 +25,18 @@ class Labels:
         self._printed.clear()
 
     def numbers(self, labels: Sequence[str]) -> list[int]:
-        """The numbers of the points that these names mean."""
+        """The numbers of the points that these names mean.
+
+        Raises:
+            DumpError: a name is too long, or there are too many.
+        """
         known = self._printed
         for label in dict.fromkeys(labels):
             if label not in known:
                 if len(label) > _LONGEST or len(known) >= _MOST:
                     what = f"a name of {len(label):,} characters" if len(label) > _LONGEST else f"more than {_MOST:,} names"
                     raise DumpError(
-                        f"it has {what}, starting with {label[:40]!r}.",
+                        f"{self._dump} has {what}, beginning with {label[:40]!r}.",
                         "Name points by layer and kind, and positions by token_idx.",
                         code="names",
                     )

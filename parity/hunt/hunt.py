@@ -2,16 +2,19 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from time import perf_counter
 
 import numpy as np
 
+from checkpoints.answers.diff import Verdict
 from checkpoints.answers.explain import Explanation
 from checkpoints.answers.hunt import Hunt, Round
 from checkpoints.errors import InputError, ParityError
 from checkpoints.formats import load
 from checkpoints.jsonl import write
+from checkpoints.points import expand
 from checkpoints.record import Dump, Header, Rows
 from reference.client import Reference
 
@@ -114,7 +117,7 @@ class _Chase:
             if verdict or not verdict.next:
                 return
             if number > 1 and not new:
-                self.stopped = f"{self._command.name} printed none of these points: {verdict.next}"
+                self.stopped = self._nothing_new(verdict)
                 return
             if verdict.next == asked:
                 self.stopped = f"the records of {asked} do not narrow it down further"
@@ -124,6 +127,15 @@ class _Chase:
                 return
             asked = verdict.next
         self.stopped = f"{MOST_ROUNDS} runs did not lead to an operation"
+
+    def _nothing_new(self, verdict: Verdict) -> str:
+        """Why a run taught nothing: the points asked for are not there, or they are, with too few values."""
+        lacking = [name for name in expand(verdict.next) if not any(fnmatchcase(point, name) for point in self.ours.points)]
+        if lacking:
+            return f"{self._command.name} printed none of these points: {','.join(lacking)}"
+        if verdict.next_slice is not None:
+            return f"{self._command.name} printed these points already: print {verdict.next_slice} values a row, or the sketch"
+        return f"the records of {verdict.next} do not narrow it down further"
 
     def _run(self, asked: str, number: int) -> Dump:
         side = ExternalEngine(replace(self._request, points=asked), self._command, self._reference)

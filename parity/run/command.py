@@ -81,7 +81,10 @@ class Command:
     @property
     def name(self) -> str:
         """The program's name, as messages use it."""
-        return Path(self._split()[1][0]).name
+        words = self._split()[1]
+        while len(words) > 1 and (Path(words[0]).name == "env" or _ASSIGNMENT.fullmatch(words[0])):
+            words = words[1:]  # `env NAME=value CMD` starts CMD
+        return Path(words[0]).name
 
     def takes(self, placeholder: str) -> bool:
         """Whether the line contains this placeholder."""
