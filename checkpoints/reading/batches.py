@@ -1,4 +1,4 @@
-"""Blocks of whole lines, and what stands in them: records by the thousand where they are plain, else line by line."""
+"""Blocks of whole lines and their content: plain records are read by the thousand, all others line by line."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import suppress

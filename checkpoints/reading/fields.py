@@ -1,4 +1,4 @@
-"""What the fields of one JSON line may hold, and what they become. Errors are TypeError or ValueError with a sentence.
+"""The fields of one JSON line: what they may hold, and how it is converted. Errors are TypeError or ValueError with a sentence.
 
 Foreign engines print numbers as words, shapes as text and decimals that were rounded: all that is understood here.
 """
@@ -53,7 +53,7 @@ def numbers(found: Any, name: str) -> NDArray[np.float64]:
     """A list of numbers, or of words for non-finite ones, as an array.
 
     Raises:
-        TypeError: it is no list, or holds something that is no number; ValueError: an unknown word.
+        TypeError: it is not a list, or an element is not a number; ValueError: an unknown word.
     """
     if not isinstance(found, list):
         raise TypeError(f"{name} must be a list of numbers, not {found!r:.40}")
