@@ -9,6 +9,7 @@ from checkpoints.answers.explain import Cause, Explanation, Lead, Named, Place, 
 
 from .layout import labelled, wrap
 from .numbers import count, error, limit
+from .sentences import rows_seen
 
 _ARITHMETIC = {
     "f16": "F16 or TF32 (10 bits of mantissa)",
@@ -32,6 +33,8 @@ def lines(found: Explanation, width: int) -> Iterator[Text]:
         yield from _precision(found, width)
     elif found.remaining is not None:
         yield from _left(found, found.remaining, width)
+    if found and (seen := rows_seen(found.seen)):
+        yield from _lines([("seen", f"{seen}: the rest of the rows is not known")], width)
     if found.truth is not None:
         yield from _lines([("truth", _truth(found.truth, right=bool(found)))], width)
     if found.variants:

@@ -1,8 +1,8 @@
 """A verdict in sentences: what the terminal, the HTML report and Markdown say alike. Text from dumps is cleaned, not escaped."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
-from checkpoints.answers.diff import DIVERGENCE, Difference, Missing, RecordFault, Verdict
+from checkpoints.answers.diff import DIVERGENCE, Difference, Missing, RecordFault, Seen, Verdict
 from checkpoints.points import EMBD, LOGITS, parse
 
 from .numbers import clean, count, error, limit, ranges, token
@@ -95,7 +95,7 @@ def remarks(verdict: Verdict) -> Iterator[tuple[str, str]]:
     if mapping:
         yield "", f"to say so once: --map names.toml, with {'this line' if len(mapping) == 1 else 'these lines'} below [names]:"
         yield from ((MAP_LINE, line) for line in mapping)
-    if said := rows_seen(verdict):
+    if said := rows_seen(verdict.seen):
         yield "seen", said
     choices = verdict.choices
     if choices is not None and choices.differs_at is not None:
@@ -142,9 +142,9 @@ def _layers(layers: tuple[int, ...]) -> str:
     return "{" + (spans.replace("–", "..") if whole else ",".join(map(str, layers))) + "}"
 
 
-def rows_seen(verdict: Verdict) -> str:
+def rows_seen(points: Sequence[Seen]) -> str:
     """How much of a row was compared, where that is not all of it: "16 of 256 values a row, no sketch; logits 16 of 2,048"."""
-    parts = [item for item in verdict.seen if not (item.sketch or (item.of is not None and item.values >= item.of))]
+    parts = [item for item in points if not (item.sketch or (item.of is not None and item.values >= item.of))]
     if not parts:
         return ""
     logits = [item for item in parts if item.checkpoint == LOGITS]

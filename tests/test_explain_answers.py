@@ -306,3 +306,14 @@ def test_a_right_engine_in_lower_arithmetic_is_coarser_not_wrong(engine: Faulty)
     place = Place("blk.0.attn_norm", 0, 4.5e-8, 1e-10)
     left = replace(rounding, first=place, precision_only="", remaining=place)
     assert "yours is wrong" in " ".join(line.plain for line in lines(left, 200))
+
+
+def test_what_was_not_seen_is_not_acquitted(engine: Faulty) -> None:
+    """Where all 16 recorded values of a row agree, the answer says that these are all that is known; whole rows leave nothing to say."""
+    dump = engine.dump(RIGHT, PROMPT)
+    slices = explain(dump, engine.model, _PATIENT)
+    assert slices
+    assert any("16 of " in line.plain and "no sketch" in line.plain for line in lines(slices, 200))
+    assert not any(
+        "of the rows" in line.plain for line in lines(explain(engine.dump(RIGHT, PROMPT, size=4096), engine.model), 200)
+    )
