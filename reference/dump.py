@@ -297,10 +297,18 @@ def generates(prompt: Survey, job: DumpJob, info: ModelInfo) -> None:
     advice = "Leave --generate out."
     if all(item.point != points.LOGITS for item in prompt.known):
         raise InputError(f"{info.architecture} makes embeddings of a text: it generates no tokens.", advice, code="generate")
-    if not prompt.causal:
+    # The mask of a single token shows nothing; but whoever sees only what came before keeps it in a cache or a state.
+    alone = len(job.tokens) == 1 and not any(_kept(item.point) for item in prompt.known)
+    if alone or not prompt.causal:
         raise InputError(
             f"in {info.architecture} every position sees all others: no token comes after the text.", advice, code="generate"
         )
+
+
+def _kept(point: str) -> bool:
+    """Whether a point is read from a cache, or is a recurrent state."""
+    kind = points.parse(point).kind
+    return kind in ("k_read", "v_read") or "cache" in kind or "state" in kind
 
 
 def tensors_beside(job: DumpJob) -> AbstractContextManager[TensorWriter | None]:
