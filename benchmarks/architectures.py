@@ -87,7 +87,7 @@ def _measured(chosen: Recipe, prompts: Sequence[int], generate: int, folder: Pat
             try:
                 verdict = run(request, judge=partial(compared_on, model=model)).verdict
             except ParityError as error:
-                if "generates no tokens" not in str(error):
+                if error.code != "generate":  # an encoder, or a decoder that sees both ways
                     raise
                 verdict = run(replace(request, generate=0), judge=partial(compared_on, model=model)).verdict
             compared += verdict.compared

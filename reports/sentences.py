@@ -1,15 +1,15 @@
 """A verdict in sentences: what the terminal, the HTML report and Markdown say alike. Text from dumps is cleaned, not escaped."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
-from checkpoints.answers.diff import DIVERGENCE, Difference, Missing, RecordFault, Verdict
+from checkpoints.answers.diff import DIVERGENCE, Difference, Missing, RecordFault, Seen, Verdict
 from checkpoints.points import EMBD, LOGITS, parse
 
 from .numbers import clean, count, error, limit, ranges, token
 
 
 def headline(verdict: Verdict) -> str:
-    """Where the sides part, or that they don't, in one line."""
+    """Where the sides diverge, or that they agree, in one line."""
     first = verdict.first_divergence
     if first is not None:
         return f"divergence at {place(first)}"
@@ -84,18 +84,18 @@ def _between(last: str, first: Difference) -> str:
 
 
 def remarks(verdict: Verdict) -> Iterator[tuple[str, str]]:
-    """Named sentences that hold for parity, too: what is missing, left out, assumed, noted."""
+    """Named sentences that apply to parity, too: what is missing, left out, assumed, noted."""
     for side, lacks in (("ours", verdict.missing_ours), ("the reference", verdict.missing_ref)):
         if lacks.records:
             yield "missing", f"{side} lacks {count(lacks.records, 'record')}: {_lacking(lacks)}"
     if verdict.left_out:
-        yield "left out", f"{count(verdict.left_out, 'record')} after the tokens part"
+        yield "left out", f"{count(verdict.left_out, 'record')} after the point at which the tokens differ"
     yield from (("recorded", sentence) for sentence in _recorded(verdict))
     mapping = tuple(dict.fromkeys(clean(fault.map) for fault in verdict.record_faults if fault.map))
     if mapping:
         yield "", f"to say so once: --map names.toml, with {'this line' if len(mapping) == 1 else 'these lines'} below [names]:"
         yield from ((MAP_LINE, line) for line in mapping)
-    if said := rows_seen(verdict):
+    if said := rows_seen(verdict.seen):
         yield "seen", said
     choices = verdict.choices
     if choices is not None and choices.differs_at is not None:
@@ -121,7 +121,7 @@ RECORDED = {
 
 
 def _recorded(verdict: Verdict) -> Iterator[str]:
-    """What records of ours show instead of what their names say, one sentence for all layers that are alike."""
+    """What our records hold instead of what their names say: one sentence for all layers that are alike."""
     alike: dict[tuple[str, str, str], list[RecordFault]] = {}
     for fault in verdict.record_faults:
         reading, _, agreeing = fault.sentence.partition("; ")
@@ -142,9 +142,9 @@ def _layers(layers: tuple[int, ...]) -> str:
     return "{" + (spans.replace("–", "..") if whole else ",".join(map(str, layers))) + "}"
 
 
-def rows_seen(verdict: Verdict) -> str:
+def rows_seen(points: Sequence[Seen]) -> str:
     """How much of a row was compared, where that is not all of it: "16 of 256 values a row, no sketch; logits 16 of 2,048"."""
-    parts = [item for item in verdict.seen if not (item.sketch or (item.of is not None and item.values >= item.of))]
+    parts = [item for item in points if not (item.sketch or (item.of is not None and item.values >= item.of))]
     if not parts:
         return ""
     logits = [item for item in parts if item.checkpoint == LOGITS]

@@ -9,7 +9,7 @@ import pytest
 from explaining import PROMPT, RIGHT, small_engine, unstated
 from planted import Faulty, Planted, tokens_of
 
-from checkpoints.answers.explain import Explanation
+from checkpoints.answers.explain import Explanation, Place, TruthAt
 from checkpoints.record import Dump
 from engine.backend import Array
 from engine.faults import plant
@@ -19,6 +19,7 @@ from engine.replay.precision import rounded
 from engine.synth import Shape, synthesize
 from parity.explain.explain import ExplainOptions, explain
 from parity.models import embedded
+from reports.explanation import lines
 
 _PATIENT = ExplainOptions(budget=300.0)
 
@@ -296,3 +297,39 @@ def test_the_truth_is_told_beside_both_sides(engine: Faulty) -> None:
     assert found.truth.right < 1e-12
     assert found.truth.ours > 1e-10
     assert explain(dump, engine.model, replace(_PATIENT, arbiter="off")).truth is None
+
+
+def test_a_right_engine_in_lower_arithmetic_is_coarser_not_wrong(engine: Faulty) -> None:
+    """The sentence on float64 agrees with the verdict: where precision explains all, it says coarser, where a fault is left, wrong."""
+    rounding = Explanation(1, 1, None, None, precision_only="f16", truth=TruthAt(4.5e-8, 1e-14))
+    assert "yours is coarser" in " ".join(line.plain for line in lines(rounding, 200))
+    place = Place("blk.0.attn_norm", 0, 4.5e-8, 1e-10)
+    left = replace(rounding, first=place, precision_only="", remaining=place)
+    assert "yours is wrong" in " ".join(line.plain for line in lines(left, 200))
+
+
+def test_what_was_not_seen_is_not_acquitted(engine: Faulty) -> None:
+    """Where all 16 recorded values of a row agree, the answer says that these are all that is known; whole rows leave nothing to say."""
+    dump = engine.dump(RIGHT, PROMPT)
+    slices = explain(dump, engine.model, _PATIENT)
+    assert slices
+    assert any("16 of " in line.plain and "no sketch" in line.plain for line in lines(slices, 200))
+    assert not any(
+        "of the rows" in line.plain for line in lines(explain(engine.dump(RIGHT, PROMPT, size=4096), engine.model), 200)
+    )
+
+
+def test_a_fault_outside_of_the_slice_is_not_a_factor_of_one(engine: Faulty) -> None:
+    """One logit far behind the slice is wrong and the sketch shows it: no law of the 16 values, which are right."""
+
+    def late(x: Array) -> Array:
+        return np.concatenate([x[..., :-1], x[..., -1:] + np.float32(50)], axis=-1)
+
+    steps = [
+        replace(step, op=lambda *inputs, op=step.op, **params: late(op(*inputs, **params))) if step.makes == "logits" else step
+        for step in engine.right
+    ]
+    found = explain(engine.dump(RIGHT, PROMPT, steps=steps, bare=False), engine.model, _PATIENT)
+    assert found.first is not None
+    assert found.first.checkpoint == "logits"
+    assert found.law == "every recorded element is right: what differs was not recorded"

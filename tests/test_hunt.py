@@ -1,5 +1,6 @@
 """`parity run --hunt`: one command leads a foreign engine from the first divergence to the operation and its cause."""
 
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -14,7 +15,7 @@ needs_gcc = pytest.mark.skipif(shutil.which("gcc") is None, reason="there is no 
 
 # Our engine with a fault, as somebody's script: it prints the points that it is asked for, as bare lines or all it has.
 SCRIPT = """
-import sys, json
+import os, sys, json
 from pathlib import Path
 import numpy as np
 from engine.backend import choose
@@ -36,7 +37,7 @@ class Printed:
             print(json.dumps({"checkpoint": rows.point, "token_idx": t, "values": moved.astype(float).tolist()}))
     def token(self, token): pass
 
-with Capture(Printed(), wanted, engine.backend, slice_size=64) as tap:
+with Capture(Printed(), wanted, engine.backend, slice_size=int(os.environ.get("SLICE", "64"))) as tap:
     engine.forward([int(t) for t in tokens.split(",")], engine.start(), tap)
 """
 
@@ -106,11 +107,22 @@ def test_why_it_stops(parity: Cli, script: Callable[..., str], synthetic: Callab
     words = ("run", "--model", synthetic(layers=4), "--tokens", "5,99,7,300", "--hunt", "--compute", "f32", "--exec")
     code, answer = parity.json(*words, script("no-qkv-bias", "2", points="blk.0.l_out,blk.3.l_out"))
     assert (code, len(answer["runs"])) == (1, 1)
-    assert "give it {points}" in answer["stopped"]
+    assert "put {points} into its command" in answer["stopped"]
     assert answer["explanation"] is not None
     code, answer = parity.json(*words, f"X={{points}} {script('no-qkv-bias', '2', points='blk.0.l_out,blk.3.l_out')}")
     assert (code, len(answer["runs"])) == (1, 2)
     assert "printed none of these points" in answer["stopped"]
+
+
+def test_points_that_are_there_already_are_not_called_missing(
+    parity: Cli, script: Callable[..., str], synthetic: Callable[..., Path]
+) -> None:
+    """A slice that leaves part of the inputs unseen: the hunt asks for wider rows of the program behind `env`, not for points it has."""
+    line = "env SLICE=4 " + script("no-qkv-bias", "2")
+    words = ("run", "--model", synthetic(layers=4), "--tokens", "5,99,7,300", "--hunt", "--compute", "f32", "--exec")
+    code, answer = parity.json(*words, line)
+    assert code == 1
+    assert re.fullmatch(r"python[\d.]* printed these points already: print \d+ values a row, or the sketch", answer["stopped"])
 
 
 def test_an_engine_that_does_not_repeat_itself_is_told_so(
@@ -122,7 +134,7 @@ def test_an_engine_that_does_not_repeat_itself_is_told_so(
         "run", "--model", synthetic(layers=4), "--tokens", "5,99,7,300", "--hunt", "--compute", "f32", "--exec", line
     )
     assert code == 1
-    assert any("does not repeat its own numbers" in note for note in answer["notes"])
+    assert any("its numbers are not reproducible" in note for note in answer["notes"])
 
 
 def test_what_it_refuses(parity: Cli) -> None:

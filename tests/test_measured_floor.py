@@ -9,6 +9,7 @@ from planted import Faulty, Planted
 
 from checkpoints.record import Dump
 from engine.faults import CATALOGUE, plant
+from engine.faults.fitted import FITTED
 from engine.graph import Step
 from engine.replay.precision import rounded
 from engine.synth import Shape, synthesize
@@ -80,6 +81,18 @@ def test_unknown_arithmetic_is_found(engine: Faulty, kind: str) -> None:
     assert not verdict.precision.assumed
     assert verdict.precision.arithmetic in ({"tf32", "f16"} if kind in ("tf32", "f16") else {kind})
     assert bool(verdict.precision.in_float32) == (kind != "f32")
+
+
+def test_what_an_arithmetic_spares_is_not_explained_by_it(engine: Faulty) -> None:
+    """Queries scaled in the first layer, keys and values exact beside them: no arithmetic rounds one product and not the other."""
+    right = engine.dump(Planted(()), PROMPT, points="blk.0.q,blk.0.v,blk.0.k")
+    fault = next(fit.fault for fit in FITTED if fit.fault.name == "multiplier")
+    steps = plant(engine.right, fault, (0,), by=1.01, part="the result", at=("q",))
+    ours = replace(engine.dump(Planted(()), PROMPT, steps=steps, points="blk.0.q,blk.0.v,blk.0.k"), header=None)
+    verdict = compared_on(ours, right, Options(), engine.model).verdict
+    assert not verdict
+    assert verdict.precision is not None
+    assert verdict.precision.arithmetic == "f32"
 
 
 def test_a_fault_in_float32_is_no_precision(engine: Faulty) -> None:

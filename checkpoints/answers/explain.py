@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from .diff import Seen
+
 
 @dataclass(frozen=True)
 class Named:
@@ -91,6 +93,7 @@ class Explanation:
         looks_like: the arithmetic whose noise the numbers look like, where the header says f32; or "".
         truth: how far both sides are from float64 at the first place, where the arbiter was asked.
         remaining: the first place that the causes do not explain.
+        seen: how much of each point's rows the dump tells.
         precision_only: the arithmetic that explains the difference: "f16", "bf16", "tf32", "q8", or "".
         next: points to record now, as a `--points` value.
         complete: False if the search ran out of time.
@@ -115,6 +118,7 @@ class Explanation:
     seconds: float = 0.0
     complete: bool = True
     notes: tuple[str, ...] = field(default_factory=tuple)
+    seen: tuple[Seen, ...] = ()
 
     def __bool__(self) -> bool:
         return self.first is None or bool(self.precision_only)

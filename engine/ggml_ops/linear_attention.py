@@ -8,9 +8,10 @@ import numpy as np
 
 from ..backend import Array, module_of
 from .activations import exponential
-from .params import OpParams, Shape, as_floats
+from .params import OpParams, Shape, as_floats, in_float64
 
 
+@in_float64
 def rwkv_wkv6(
     k: Array, v: Array, r: Array, first: Array, decay: Array, state: Array, *, params: OpParams, shape: Shape
 ) -> Array:
@@ -30,6 +31,7 @@ def rwkv_wkv6(
     return _joined(outputs, held, shape)
 
 
+@in_float64
 def gated_linear_attention(k: Array, v: Array, q: Array, gate: Array, state: Array, *, params: OpParams, shape: Shape) -> Array:
     """State = gate · state + k ⊗ v, out = (q · scale) · state; float 0 is the scale.
 
@@ -44,6 +46,7 @@ def gated_linear_attention(k: Array, v: Array, q: Array, gate: Array, state: Arr
     return _joined(outputs, held, shape)
 
 
+@in_float64
 def rwkv_wkv7(
     r: Array, w: Array, k: Array, v: Array, a: Array, b: Array, state: Array, *, params: OpParams, shape: Shape
 ) -> Array:
@@ -62,6 +65,7 @@ def rwkv_wkv7(
     return _joined(outputs, held, shape)
 
 
+@in_float64
 def gated_delta_net(
     q: Array, k: Array, v: Array, gate: Array, beta: Array, state: Array, *, params: OpParams, shape: Shape
 ) -> Array:

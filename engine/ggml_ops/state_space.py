@@ -4,7 +4,7 @@ import numpy as np
 
 from ..backend import Array, module_of
 from .activations import exponential, softplus
-from .params import OpParams, Shape, as_floats
+from .params import OpParams, Shape, as_floats, in_float64
 
 
 def ssm_conv(x: Array, kernel: Array, *, params: OpParams, shape: Shape) -> Array:
@@ -21,6 +21,7 @@ def ssm_conv(x: Array, kernel: Array, *, params: OpParams, shape: Shape) -> Arra
     return total.transpose(0, 2, 1)[None]
 
 
+@in_float64
 def ssm_scan(
     states: Array, x: Array, dt: Array, a: Array, b: Array, c: Array, ids: Array, *, params: OpParams, shape: Shape
 ) -> Array:

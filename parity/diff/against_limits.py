@@ -12,7 +12,7 @@ from .dataflow import Flow, upstream
 from .limits import ASSUMED_JUMP, EXACT_FLOOR, FUTURE_MASS, JUMP
 from .measure import Measured
 from .noise import BEYOND, excused
-from .truth import NO_COARSE_ROUNDING, NO_ROUNDING, Truth, raised
+from .truth import NO_COARSE_ROUNDING, NO_ROUNDING, Truth, of_few, raised
 
 Floats = NDArray[np.float64]
 
@@ -90,7 +90,7 @@ def _by_truth(found: Measured, limit: Floats, truth: Truth) -> tuple[Floats, tup
     distances = truth.distances({pair.point: pair.ref for pair in found.pairs})
     if not distances:
         return None
-    known = [distances.get(pair.point, np.full(len(pair.ref), np.nan)) for pair in found.pairs]
+    known = [of_few(distances.get(pair.point, np.full(len(pair.ref), np.nan)), pair.ref) for pair in found.pairs]
     distance = np.concatenate(known)
     higher = raised(nmse, limit, distance, found.point, found.seq, found.token_idx, coarse)
     passed = near & (nmse <= higher)

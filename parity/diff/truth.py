@@ -45,6 +45,26 @@ NO_COARSE_ROUNDING = 1e-3
 ROUNDING = 1e-8
 
 
+# Elements of a row that may cancel all together: a gate of one number is a product of a whole row. `isolate` takes as many
+# (`parity.isolate.operation`).
+FEW = 16
+
+
+def of_few(distance: Floats, rows: Rows) -> Floats:
+    """The distances of a point's records, [R], where its rows hold few elements; those of others as they are.
+
+    Such a row is large at one position and all but nothing at another, by how its terms cancel, while what rounding leaves of it is
+    about the same at all: the largest of that counts everywhere.
+    """
+    n, l2 = rows.stats.get("n"), rows.stats.get("l2")
+    if n is None or l2 is None or not len(rows) or not (n <= FEW).all():
+        return distance
+    energy = l2**2
+    left = np.where(np.isfinite(distance), distance * energy, 0.0).max()
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.fmax(distance, np.where(energy > 0, left / energy, 0.0))
+
+
 def raised(
     nmse: Floats,
     limit: Floats,

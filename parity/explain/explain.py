@@ -14,6 +14,7 @@ from checkpoints.points import in_layer, parse
 from checkpoints.record import Dump
 
 from ..diff.limits import EXACT_FLOOR
+from ..diff.seen import seen
 from ..lint.lint import lint
 from ..lint.model_facts import ModelFacts
 from .apart import apart
@@ -188,6 +189,7 @@ def _answer(case: Case, search: Search, start: State, best: State) -> Explanatio
         nearest=search.tried.nearest if np.isfinite(search.tried.nearest) else None,
         complete=search.screening.budget.complete,
         notes=case.notes,
+        seen=tuple(seen(entry.pair) for entry in case.entries),
     )
 
 

@@ -10,7 +10,7 @@ from engine.replay.replay import Replay
 
 from ..diff.dataflow import flow
 from ..diff.noise import excused
-from ..diff.truth import NO_COARSE_ROUNDING, NO_ROUNDING, Truth, raised
+from ..diff.truth import NO_COARSE_ROUNDING, NO_ROUNDING, Truth, of_few, raised
 from .records import Expected, Floats, Ints, columns, right_rows, with_limits
 
 OFF, AUTO, ALL = "off", "auto", "all"
@@ -42,8 +42,9 @@ def own_distance(entries: Sequence[Expected], values: Replay, positions: Ints, t
     """How far our own float32 values are from the truth at the recorded elements: NMSE [R], one point after the other."""
     rows = right_rows(values, positions, {entry.point: entry.pair.ours for entry in entries})
     index = {entry.point: entry.rows for entry in entries}
-    distances = truth.distances({name: one.take(index[name]) for name, one in rows.items()})
-    return np.concatenate([distances[entry.point] for entry in entries])
+    taken = {name: one.take(index[name]) for name, one in rows.items()}
+    distances = truth.distances(taken)
+    return np.concatenate([of_few(distances[entry.point], taken[entry.point]) for entry in entries])
 
 
 def _by_truth(

@@ -2,16 +2,19 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from time import perf_counter
 
 import numpy as np
 
+from checkpoints.answers.diff import Verdict
 from checkpoints.answers.explain import Explanation
 from checkpoints.answers.hunt import Hunt, Round
 from checkpoints.errors import InputError, ParityError
 from checkpoints.formats import load
 from checkpoints.jsonl import write
+from checkpoints.points import expand
 from checkpoints.record import Dump, Header, Rows
 from reference.client import Reference
 
@@ -31,7 +34,7 @@ MOST_ROUNDS = 8  # layer outputs halve nothing: two or three runs lead from five
 
 @dataclass(frozen=True)
 class Heard:
-    """What is known after a round, for whoever shows it: the round, and both sides' dumps."""
+    """What is known after a round, for display: the round, and both sides' dumps."""
 
     round: Round
     ours: Dump
@@ -58,7 +61,7 @@ def hunt(
         InputError: there is no foreign engine, or tokens are to be generated; ParityError: as `parity run`.
     """
     if request.command is None:
-        raise InputError("--hunt runs a foreign engine again and again.", "Give its command with --exec.", code="exec")
+        raise InputError("--hunt needs an engine of yours.", "Give its command with --exec.", code="exec")
     began = perf_counter()
     with started or Reference(verbose=request.verbose, threads=request.threads) as reference:
         folder = new_folder(request)
@@ -99,7 +102,7 @@ class _Chase:
         self.notes: list[str] = []
 
     def rounds(self) -> Iterator[Heard]:
-        """Run after run, until the operation has a name or nothing more is to be learned."""
+        """Run after run, until the operation has a name or another run would tell nothing new."""
         asked = self._request.points
         known: Dump | None = None
         for number in range(1, MOST_ROUNDS + 1):
@@ -114,18 +117,25 @@ class _Chase:
             if verdict or not verdict.next:
                 return
             if number > 1 and not new:
-                self.stopped = f"{self._command.name} printed none of these points: {verdict.next}"
+                self.stopped = self._nothing_new(verdict)
                 return
             if verdict.next == asked:
                 self.stopped = f"the records of {asked} do not narrow it down further"
                 return
             if not self._command.takes(POINTS):
-                self.stopped = (
-                    f"{self._command.name} prints the same points whatever is asked for: give it {POINTS} to go on by itself"
-                )
+                self.stopped = f"{self._command.name} prints the same points every time: put {POINTS} into its command"
                 return
             asked = verdict.next
         self.stopped = f"{MOST_ROUNDS} runs did not lead to an operation"
+
+    def _nothing_new(self, verdict: Verdict) -> str:
+        """Why a run taught nothing: the points asked for are not there, or they are, with too few values."""
+        lacking = [name for name in expand(verdict.next) if not any(fnmatchcase(point, name) for point in self.ours.points)]
+        if lacking:
+            return f"{self._command.name} printed none of these points: {','.join(lacking)}"
+        if verdict.next_slice is not None:
+            return f"{self._command.name} printed these points already: print {verdict.next_slice} values a row, or the sketch"
+        return f"the records of {verdict.next} do not narrow it down further"
 
     def _run(self, asked: str, number: int) -> Dump:
         side = ExternalEngine(replace(self._request, points=asked), self._command, self._reference)
@@ -139,10 +149,10 @@ class _Chase:
         return printed
 
     def _together(self, before: Dump, now: Dump) -> Dump:
-        """What both runs printed; of a point that both have the later records."""
+        """The points that either run printed; if both have one, the later records."""
         moved = [name for name in before.points if name in now.points and not _same(before.points[name], now.points[name])]
         if moved:
-            self.notes.append(f"two runs of {self._command.name} differ at {moved[0]}: it does not repeat its own numbers")
+            self.notes.append(f"two runs of {self._command.name} differ at {moved[0]}: its numbers are not reproducible")
         return replace(now, points=before.points | now.points, tokens=now.tokens or before.tokens)
 
     def _reference_for(self, ours: Dump) -> Dump:
