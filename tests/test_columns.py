@@ -1,6 +1,7 @@
 """Dumps with their records as arrays beside the lines: the same records, the same verdict, and one line where the files don't fit."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -140,4 +141,13 @@ def test_a_type_that_numpy_lacks_and_an_empty_name_are_said(parity: Cli, tmp_pat
     arrays.write_bytes(data)
     dump.write_text(dump.read_text(encoding="utf-8").replace(f'"file":"{arrays.name}"', '"file":""', 1), encoding="utf-8")
     with pytest.raises(DumpError, match="not a file beside it"):
+        load(dump)
+
+
+def test_arrays_that_are_a_pipe_are_not_waited_for(parity: Cli, tmp_path: Path) -> None:
+    """A file of arrays that became a pipe without a writer is refused at once."""
+    dump = both_ways(parity, tmp_path)[1]
+    beside(dump).unlink()
+    os.mkfifo(beside(dump))
+    with pytest.raises(DumpError, match="is a pipe"):
         load(dump)

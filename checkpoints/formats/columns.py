@@ -14,6 +14,7 @@ from ..mapping import Mapping
 from ..reading import fields, lenient
 from ..reading.reader import notes
 from ..record import SKETCH_SIZE, Dump, End, Header, Rows, Token
+from ..regular import require_regular
 
 _FIRST_LINE = 1 << 24  # bytes of a header at most: the pieces and the dataflow of a long prompt
 _KINDS = {"place": np.int64, "shape": np.int64, "counts": np.int64, "values": np.float32, "stats": np.float64}
@@ -105,6 +106,7 @@ class _Arrays:
         self.path = dump.with_name(named)
         self._given: set[str] = set()
         try:
+            require_regular(self.path, DumpError, _AGAIN)
             file: Any = safe_open(self.path, framework="numpy")
             self._open = file
             self._names = set(file.keys())
