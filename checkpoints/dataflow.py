@@ -106,7 +106,7 @@ def _layers(span: str) -> Iterable[int | None]:
     match = _SPAN.fullmatch(span)
     first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
     if not first <= last < _MOST_LAYERS:
-        raise ValueError(f"{span!r} is no span of layers")
+        raise ValueError(f"{span!r} is not a span of layers")
     return range(first, last + 1)
 
 
@@ -147,7 +147,7 @@ def _sorted(made: dict[str, Made]) -> dict[str, Made]:
                 stack.pop()
                 open_names.discard(name)
             elif following in open_names:
-                raise ValueError(f"the dataflow makes {following!r} from itself")
+                raise ValueError(f"in the dataflow {following!r} depends on itself")
             else:
                 stack.append((following, iter(made[following].reads)))
                 open_names.add(following)

@@ -92,7 +92,7 @@ def _miscounted(dump: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        (_other_identity, "the arrays of another dump"),
+        (_other_identity, "the arrays of a dump other than"),
         (_short, "cannot read"),
         (_elsewhere, "is not a file beside it"),
         (_miscounted, "do not fit together"),

@@ -51,7 +51,7 @@ def read(path: Path, mapping: Mapping) -> Dump:
         first, *lines = file.read().split(b"\n")
     header = _header(first)
     if header is None:
-        raise DumpError(f"{path} has changed while it was read.", _AGAIN, code="columns")
+        raise DumpError(f"{path} changed while it was being read.", _AGAIN, code="columns")
     arrays = _Arrays(path, header)
     parts: dict[str, list[Rows]] = {}
     tokens: list[Token] = []
@@ -112,7 +112,7 @@ class _Arrays:
             why = " ".join(str(error).split())[:100]
             raise DumpError(f"cannot read {self.path}, the arrays of {dump}: {why}.", _AGAIN, code="columns") from error
         if identity != (header.columns or {}).get("id"):
-            raise DumpError(f"{self.path} holds the arrays of another dump than {dump}.", _AGAIN, code="columns")
+            raise DumpError(f"{self.path} holds the arrays of a dump other than {dump}.", _AGAIN, code="columns")
 
     def _get(self, name: str, kind: type[Any]) -> NDArray[Any]:
         if name not in self._names:
