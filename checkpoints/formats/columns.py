@@ -100,9 +100,10 @@ class _Arrays:
         from safetensors import SafetensorError, safe_open
 
         named = (header.columns or {}).get("file")
-        if named != beside(dump).name and (not isinstance(named, str) or Path(named).name != named):
+        if named != beside(dump).name and (not isinstance(named, str) or not named or Path(named).name != named):
             raise DumpError(f"{dump} names its arrays {named!r:.60}, which is not a file beside it.", _AGAIN, code="columns")
         self.path = dump.with_name(named)
+        self._given: set[str] = set()
         try:
             file: Any = safe_open(self.path, framework="numpy")
             self._open = file
@@ -117,7 +118,12 @@ class _Arrays:
     def _get(self, name: str, kind: type[Any]) -> NDArray[Any]:
         if name not in self._names:
             raise DumpError(f"{self.path} has no array {name!r:.80}.", _AGAIN, code="columns")
-        array: NDArray[Any] = self._open.get_tensor(name)
+        try:
+            array: NDArray[Any] = self._open.get_tensor(name)
+        except Exception as error:  # the library's own, and NumPy's where it lacks the type
+            raise DumpError(
+                f"{self.path}: {name:.80} is not {kind.__name__}: {error!s:.80}.", _AGAIN, code="columns"
+            ) from error
         if array.dtype != kind:
             raise DumpError(f"{self.path}: {name:.80} is {array.dtype}, not {kind.__name__}.", _AGAIN, code="columns")
         return array
@@ -130,6 +136,9 @@ class _Arrays:
         """
         point, names = line.get("checkpoint"), line.get("stats", [])
         stem = f"{point}/{line.get('part')}/"
+        if stem in self._given:  # again and again, a small file would fill the memory
+            raise DumpError(f"{self.path}: {stem[:-1]!r:.80} is named by two lines.", _AGAIN, code="columns")
+        self._given.add(stem)
         arrays = {name: self._get(stem + name, kind) for name, kind in _KINDS.items()}
         arrays |= {name: self._get(stem + name, kind) for name, kind in _OPTIONAL.items() if stem + name in self._names}
         count, width = len(arrays["values"]), arrays["values"].shape[-1]
