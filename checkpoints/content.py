@@ -49,7 +49,7 @@ def content_hash(path: str | os.PathLike[str]) -> str:
             began = time.time_ns()
             found = _hash(file.fileno(), status.st_size)
             if touched(status, os.fstat(file.fileno())):
-                raise OSError(5, f"{path} was changed while it was read")
+                raise OSError(5, f"{path} changed while it was being read")
             if record >= 0:
                 _remember(record, status, began, found)
             return found

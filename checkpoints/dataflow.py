@@ -11,6 +11,8 @@ from .points import EMBD, KINDS, LAYER_KINDS, LOGITS, OUTPUT_NORM, apart, in_lay
 CACHE = "CACHE"  # the operation of what attention reads from its cache: rows that an earlier point wrote there
 _VIEWS = frozenset({"VIEW", "RESHAPE", "PERMUTE", "TRANSPOSE"})  # parts of a fused product
 _MOST_LAYERS = 100_000  # what a header may claim
+_MOST = 1 << 13  # points of a dataflow: 126 layers of 60
+_MOST_NAMES = 1 << 17  # points and weights that they read, all together
 _SPAN = re.compile(r"(\d{1,6})(?:\.\.(\d{1,6}))?")
 
 
@@ -82,6 +84,7 @@ class Dataflow:
             ValueError: the data are damaged.
         """
         made: dict[str, Made] = {}
+        names = 0
         for span, kinds in plain.items():
             for layer in _layers(span):
                 for kind, entry in kinds.items() if isinstance(kinds, dict) else [("", None)]:
@@ -89,6 +92,9 @@ class Dataflow:
                     if entry is None or not _well_formed(entry):
                         raise ValueError(f"the dataflow of {name!r} must be [operation, points, weights]")
                     op, reads, weights = entry
+                    names += len(reads) + len(weights)
+                    if len(made) >= _MOST or names > _MOST_NAMES:
+                        raise ValueError(f"the dataflow has more than {_MOST:,} points or {_MOST_NAMES:,} names")
                     made[name] = Made(op, *(tuple(_absolute(text, layer) for text in texts) for texts in (reads, weights)))
         for name, how in made.items():
             if missing := [other for other in how.reads if other not in made]:
@@ -106,7 +112,7 @@ def _layers(span: str) -> Iterable[int | None]:
     match = _SPAN.fullmatch(span)
     first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
     if not first <= last < _MOST_LAYERS:
-        raise ValueError(f"{span!r} is no span of layers")
+        raise ValueError(f"{span!r} is not a span of layers")
     return range(first, last + 1)
 
 
@@ -147,7 +153,7 @@ def _sorted(made: dict[str, Made]) -> dict[str, Made]:
                 stack.pop()
                 open_names.discard(name)
             elif following in open_names:
-                raise ValueError(f"the dataflow makes {following!r} from itself")
+                raise ValueError(f"in the dataflow {following!r} depends on itself")
             else:
                 stack.append((following, iter(made[following].reads)))
                 open_names.add(following)

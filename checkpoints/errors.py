@@ -36,7 +36,7 @@ class DumpError(InputError):
 
 
 class ReferenceFailed(ParityError):
-    """llama.cpp refused the work or died of it (exit 2: the model or the request is at fault)."""
+    """llama.cpp refused the request or crashed on it (exit 2: the model or the request is at fault)."""
 
     def __init__(self, message: str, advice: str = "", *, code: str = "reference") -> None:
         super().__init__(message, advice, code=code)

@@ -180,9 +180,9 @@ class _Cursor:
             elif item == STRING:
                 self.skip_strings(count)
             else:
-                raise ValueError(f"its metadata have an array of type {item}")
+                raise ValueError(f"its metadata have an array of unknown type {item}")
         else:
-            raise ValueError(f"its metadata have a value of type {kind}")
+            raise ValueError(f"its metadata have a value of unknown type {kind}")
         if self.at > len(self.data):
             raise EOFError
 
@@ -241,7 +241,7 @@ def _parse(path: Path, data: mmap.mmap) -> Contents:
         raise ModelError(f"{path} {what}.", "Convert it again (version 3, little-endian).", code="version")
     n_tensors, n_values = cursor.number("Q"), cursor.number("Q")
     if n_values * _LEAST_VALUE + n_tensors * _LEAST_TENSOR > len(data):
-        raise ValueError(f"it counts {n_values} values and {n_tensors} tensors, more than it has room for")
+        raise ValueError(f"it claims {n_values} values and {n_tensors} tensors, more than fit into the file")
     metadata: dict[str, Value] = {}
     for _ in range(n_values):
         key, kind = cursor.string(), cursor.number("I")
@@ -255,7 +255,7 @@ def _parse(path: Path, data: mmap.mmap) -> Contents:
             raise ValueError(f"tensor {name!r} has {n_dims} dimensions")
         ne = tuple(cursor.number("Q") for _ in range(n_dims))
         if name in tensors:
-            raise ValueError(f"it has two tensors {name!r}")
+            raise ValueError(f"it has two tensors named {name!r}")
         tensors[name] = TensorInfo(name, ne, cursor.number("I"), cursor.number("Q"))
     step = metadata["general.alignment"].number() if "general.alignment" in metadata else _ALIGNMENT
     if not isinstance(step, int) or step < 1:

@@ -41,7 +41,7 @@ class Size(NamedTuple):
             ValueError: it is no multiple.
         """
         if any(number % by for number in self):
-            raise ValueError(f"{self} is no multiple of {by}")
+            raise ValueError(f"{self} is not a multiple of {by}")
         return Size(*(number // by for number in self))
 
 

@@ -105,7 +105,7 @@ class Mapping:
             return replace(rows, values=values, sketch=None, stats={})
         if entry.reshape or entry.transpose:
             raise InputError(
-                f"{self.path}: {name} is recorded as a slice; reshape and transpose need whole rows.",
+                f"{self.path}: {name} is only a slice; reshape and transpose need whole rows.",
                 "Print all values of it, or arrays (.npz).",
                 code="map",
             )
@@ -191,7 +191,7 @@ def read_mapping(path: Path) -> Mapping:
     if not all(
         isinstance(offset, int) and not isinstance(offset, bool) for offset in (layers, 0 if positions is None else positions)
     ):
-        raise InputError(f"{path}: offsets are whole numbers.", code="map")
+        raise InputError(f"{path}: offsets must be whole numbers.", code="map")
     entries = tuple(_entry(path, str(theirs), ours) for theirs, ours in names.items())
     return Mapping(entries, layers, positions, str(path))
 

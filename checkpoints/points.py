@@ -311,7 +311,7 @@ def select(expression: str, available: Sequence[str], n_layers: int | None = Non
 
             near = get_close_matches(pattern, available, n=3)
             hint = f"Nearest: {', '.join(near)}." if near else "`parity model M` lists the points of a model."
-            raise InputError(f"no point is called {part!r}.", hint, code="points")
+            raise InputError(f"there is no point {part!r}.", hint, code="points")
         wanted.update(matched)
     if not wanted:
         raise InputError("--points selects nothing.", "Write e.g. --points all.", code="points")

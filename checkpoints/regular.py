@@ -33,5 +33,5 @@ def read_text(path: Path, largest: int = 1 << 26) -> str:
     """
     require_regular(path)
     if (size := path.stat().st_size) > largest:
-        raise InputError(f"{path} has {size:,} bytes, more than the {largest:,} that are read.", "Is it the right file?")
+        raise InputError(f"{path} has {size:,} bytes, more than the limit of {largest:,}.", "Is it the right file?")
     return path.read_text(encoding="utf-8")

@@ -43,13 +43,13 @@ def require_room(path: Path, size: int, memory: int) -> None:
     """
     if size > (free := free_disk(path)):
         raise InputError(
-            f"{path} would take {_gigabytes(size)}, and its disk has {_gigabytes(free)} free.",
+            f"{path} would take {_gigabytes(size)}, but its disk has only {_gigabytes(free)} free.",
             "Make it smaller, or write to another disk.",
             code="disk",
         )
     if memory > (free := free_memory()):
         raise InputError(
-            f"making {path} takes {_gigabytes(memory)} of memory, and {_gigabytes(free)} are free.",
+            f"making {path} takes {_gigabytes(memory)} of memory, but only {_gigabytes(free)} are free.",
             "Make it smaller.",
             code="memory",
         )

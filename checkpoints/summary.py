@@ -116,7 +116,9 @@ def kept_copy(point: str, tensor: NDArray[np.float32], tokens: int, kept: NDArra
         ValueError: it does not hold one row for each of `tokens` positions.
     """
     if not isinstance(tensor, np.ndarray):
-        raise TypeError(f"{point}: a record is made of host memory, got {type(tensor).__name__}; copy it to the host first")
+        raise TypeError(
+            f"{point}: a record needs an array in host memory, not {type(tensor).__name__}: copy it to the host first"
+        )
     if tensor.dtype != np.float32:
         raise TypeError(f"{point}: expected float32, got {tensor.dtype}")
     if _layout(point):

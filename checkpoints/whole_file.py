@@ -150,7 +150,7 @@ def create_locked(folder: Path, prefix: str, suffix: str) -> tuple[Path, int]:
             os.close(descriptor)
             continue
         return path, descriptor
-    raise FileExistsError(17, "temporary files vanish as soon as they are made")
+    raise FileExistsError(17, "temporary files disappear as soon as they are created")
 
 
 def lock(descriptor: int, *, shared: bool = False, wait: bool = False) -> bool:

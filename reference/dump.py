@@ -147,27 +147,27 @@ def check(job: DumpJob, model: Model) -> None:
         InputError: no tokens, ids outside the vocabulary, too many of them, unknown mode, type or positions.
     """
     if job.mode not in (EXACT, NATIVE):
-        raise InputError(f"no mode is called {job.mode!r}.", "Take exact or native.", code="mode")
+        raise InputError(f"--mode {job.mode!r} is not known.", "Take exact or native.", code="mode")
     if job.kv_type not in ("f32", "f16") or (job.kv_type != "f32" and job.mode == EXACT):
         raise InputError(
-            f"--kv-type {job.kv_type} is not to be had in {job.mode} mode.", "Exact mode takes f32.", code="kv_type"
+            f"--kv-type {job.kv_type} is not available in {job.mode} mode.", "Exact mode takes f32.", code="kv_type"
         )
     if job.generate < 0:
         raise InputError(f"cannot generate {job.generate} tokens.", "Take 0 or more.", code="generate")
     if job.slice_size is not None and job.slice_size < 1:
-        raise InputError(f"a slice of {job.slice_size} values holds nothing.", "Take 1 or more.", code="slice")
+        raise InputError(f"--slice must be at least 1, not {job.slice_size}.", "Take 1 or more.", code="slice")
     check_tokens(model, job.tokens, job.first_position + job.generate + len(job.lead or ()))
     model.checked(job.lead or ())
     if isinstance(job.positions, str):
         if job.positions not in ("all", "last"):
-            raise InputError(f"--positions {job.positions!r} is none.", "Take all, last, or a list.", code="positions")
+            raise InputError(f"--positions {job.positions!r} is not valid.", "Take all, last, or a list.", code="positions")
         return
     first = job.first_position
     last = first + len(job.tokens) + job.generate + len(job.lead or ()) - 1
     if wrong := [position for position in job.positions if not first <= position <= last]:
         raise InputError(f"there is no position {wrong[0]}.", f"The run has positions {first}…{last}.", code="positions")
     if not job.positions:
-        raise InputError("--positions names none.", "Take all, last, or a list.", code="positions")
+        raise InputError("--positions selects no position.", "Take all, last, or a list.", code="positions")
 
 
 def check_tokens(model: Model, tokens: Sequence[int], more: int = 0) -> None:
@@ -296,12 +296,12 @@ def generates(prompt: Survey, job: DumpJob, info: ModelInfo) -> None:
         return
     advice = "Leave --generate out."
     if all(item.point != points.LOGITS for item in prompt.known):
-        raise InputError(f"{info.architecture} makes embeddings of a text: it generates no tokens.", advice, code="generate")
+        raise InputError(f"{info.architecture} computes embeddings and cannot generate tokens.", advice, code="generate")
     # The mask of a single token shows nothing; but whoever sees only what came before keeps it in a cache or a state.
     alone = len(job.tokens) == 1 and not any(_kept(item.point) for item in prompt.known)
     if alone or not prompt.causal:
         raise InputError(
-            f"in {info.architecture} every position sees all others: no token comes after the text.", advice, code="generate"
+            f"in {info.architecture} every position sees all others, so it cannot generate tokens.", advice, code="generate"
         )
 
 

@@ -118,7 +118,7 @@ class Ggml:
         plausible = name == ours and all(0 < n < 1 << 40 for n in tensor.ne) and 0 <= tensor.op < 512
         if not plausible or int(self._nbytes(address)) != _extent(tensor, _item(self.type_name(tensor.type))):
             raise ReferenceFailed(
-                f"this llama.cpp lays out its tensors in another way (read {ours!r}, the library says {name!r}).",
+                f"this version of llama.cpp lays out its tensors differently (read {ours!r}, the library says {name!r}).",
                 "Install llama-cpp-python 0.3.36.",
                 code="abi",
             )
@@ -153,7 +153,11 @@ class Ggml:
         tensor = self.tensor(address)
         kind = self.type_name(tensor.type)
         if kind not in _RAW_DTYPES:
-            raise ReferenceFailed(f"input {tensor.name.decode()!r} has type {kind}.", "Take `parity dump ref`.", code="graph")
+            raise ReferenceFailed(
+                f"input {tensor.name.decode()!r} has type {kind}, which cannot be recorded.",
+                "Use `parity dump ref`.",
+                code="graph",
+            )
         raw = np.empty(int(np.prod(list(tensor.ne))), dtype=_RAW_DTYPES[kind])
         if raw.size:
             self._read(ctypes.byref(tensor), raw.ctypes.data, 0, raw.nbytes)
@@ -174,7 +178,9 @@ class Ggml:
         """
         kind = self.type_name(tensor.type)
         if kind not in _DTYPES:
-            raise ReferenceFailed(f"node {tensor.name.decode()!r} has type {kind}.", "Leave it out of --points.")
+            raise ReferenceFailed(
+                f"node {tensor.name.decode()!r} has type {kind}, which cannot be recorded.", "Leave it out of --points."
+            )
         dtype = np.dtype(_DTYPES[kind])
         raw = np.empty(_extent(tensor, dtype.itemsize), dtype=np.uint8)
         self._read(ctypes.byref(tensor), raw.ctypes.data, 0, raw.nbytes)

@@ -253,7 +253,7 @@ class Session:
         self.tap.skip()
         status = self._decode(inputs, first)
         if status != 0:
-            raise ReferenceFailed(f"llama.cpp did not take {len(inputs)} positions (status {status}).", "Run with --verbose.")
+            raise ReferenceFailed(f"llama.cpp did not accept {len(inputs)} positions (status {status}).", "Run with --verbose.")
 
     def last_position(self) -> int | None:
         """The last position that the memory holds; None where it is empty or the model has none."""

@@ -47,7 +47,9 @@ def wanted_tensors(library: Library, path: Path) -> list[tuple[str, tuple[int, .
     ggml.gguf_free(metadata)
     if not model:
         raise ModelError(
-            f"llama.cpp makes no model of these metadata: {library.reason()}.", "Change the shape or --set.", code="shape"
+            f"llama.cpp cannot make a model with these metadata: {library.reason()}.",
+            "Change the shape or --set.",
+            code="shape",
         )
     api.llama_model_free(model)
     return list(wanted.items())

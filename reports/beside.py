@@ -15,7 +15,7 @@ _ROWS = 5  # of a finding's table: the screen is the verdict's; the HTML and Mar
 
 
 def lines(report: Report, width: int) -> Iterator[Text]:
-    """The lines of it; none where there is nothing to say."""
+    """These lines; none if there is nothing to say."""
     rows: list[tuple[str, str]] = []
     if report.verdict.first_divergence is not None:
         sides = (("ours", report.picture.ours), ("ref", report.picture.ref))

@@ -126,7 +126,7 @@ _AXES = {"architecture": "all architectures", "type": "all types", "prompt": "",
 
 
 def _axis(name: str, values: Sequence[str], found: Conformance) -> str:
-    """The values of an axis in words; nothing where there is but one."""
+    """The values of an axis in words; empty if there is only one."""
     here = list(dict.fromkeys(values))
     every = axis(found.results, name)
     if len(here) == len(every):
@@ -169,12 +169,12 @@ def summary(found: Conformance) -> str:
 
 
 def first_failure(result: CellResult) -> str:
-    """A failing cell in one line, for the moment in which it is found."""
+    """A failing cell in one line, shown as soon as it is found."""
     return f"{result.cell.name}: {outcome(result)}"
 
 
 def outcome(result: CellResult) -> str:
-    """What became of a cell, in one line."""
+    """The result of a cell, in one line."""
     if result.verdict == DIVERGENCE:
         place = f" at {result.checkpoint}, position {result.token_idx}" if result.checkpoint else ""
         return clean(f"divergence{place}{f' ({result.cause})' if result.cause else ''}")

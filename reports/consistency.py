@@ -1,4 +1,4 @@
-"""What comparing an engine with itself found, as text and as JSON."""
+"""The result of comparing an engine with itself, as text and as JSON."""
 
 from collections.abc import Iterator
 from typing import Any

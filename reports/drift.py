@@ -55,10 +55,10 @@ def sentence(drift: Drift) -> str:
 
 
 def remarks(drift: Drift) -> Iterator[tuple[str, str]]:
-    """Named sentences: what is another version than before, what grows, what was rewritten."""
+    """Named sentences: which versions changed, which errors grow, what was rewritten."""
     moved = max((point.of_limit for point in drift.points), default=0.0)
     for change in drift.changes:
-        said = f"{clean(change.what)} was {clean(change.before)}, is {clean(change.now)}"
+        said = f"{clean(change.what)} was {clean(change.before)}, is now {clean(change.now)}"
         yield "changed", said
     if drift.changes:
         yield "", f"the numbers {'moved by up to ' + of_limit(moved) + ' of their limits' if moved else 'did not move'}"

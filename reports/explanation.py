@@ -22,7 +22,7 @@ _OPERATIONS = 12  # operations in question that are listed
 
 
 def lines(found: Explanation, width: int) -> Iterator[Text]:
-    """The verdict first: causes, or that there is no fault, or what is left to go on."""
+    """The verdict first: causes, or that there is no fault, or what is known if no cause was found."""
     for number, cause in enumerate(found.causes):
         yield from _cause(cause, number, found, width)
     if found.first is None and found.precision_only:
@@ -42,7 +42,7 @@ def lines(found: Explanation, width: int) -> Iterator[Text]:
             f"; the nearest other one leaves NMSE {error(found.nearest)}" if found.nearest is not None and not found else ""
         )
         searched = f"tried {count(found.faults, 'fault')} ({count(found.variants, 'variant')}) in {found.seconds:.1f} s"
-        searched += "" if found.complete or found.remaining is not None else ", all that --budget left time for"
+        searched += "" if found.complete or found.remaining is not None else ", as many as --budget left time for"
         yield from (Text(line, style="dim") for line in wrap(searched + nearest, width))
     yield from (Text(line, style="dim") for note in found.notes for line in wrap(f"note: {note}", width))
 
@@ -56,7 +56,7 @@ def _lines(rows: Sequence[tuple[str, str]], width: int) -> list[Text]:
 
 
 def layers_text(layers: tuple[int, ...] | None) -> str:
-    """In which layers: "" for all, ", only in layer 17", ", only in layers 7 to 23", ", only in layers 1, 3, … 23"."""
+    """The layers as text: "" for all, ", only in layer 17", ", only in layers 7 to 23", ", only in layers 1, 3, … 23"."""
     if layers is None:
         return ""
     if len(layers) == 1:
@@ -89,7 +89,7 @@ def _cause(cause: Cause, number: int, found: Explanation, width: int) -> list[Te
 
 
 def _begins(found: Explanation, first: Place) -> str:
-    """Where the dump first differs, and up to where it does not."""
+    """Where the dump first differs, and the last point that agrees."""
     before = f"; {found.last_agreement} agrees" if found.last_agreement is not None else ""
     return f"{first.checkpoint}, position {first.token_idx}, NMSE {error(first.nmse)}{before}"
 
@@ -105,7 +105,7 @@ def _precision(found: Explanation, width: int) -> list[Text]:
     ]
     if first is not None:
         rows.append(("begins", f"{first.checkpoint}, position {first.token_idx}, NMSE {error(first.nmse)}"))
-    rows.append(("if not", "meant, look for a lower type: TF32 switched on, F16 weights or cache, quantised activations"))
+    rows.append(("if not", "intended, look for a lower type: TF32 switched on, F16 weights or cache, quantised activations"))
     return _lines(rows, width)
 
 
@@ -124,7 +124,7 @@ def _left(found: Explanation, place: Place, width: int) -> list[Text]:
         rows.append(
             (
                 "time",
-                "the budget was spent before everything was tried: --budget SECONDS gives more, the points below make it quick",
+                "the budget ran out before everything was tried: raise --budget, or record the points below for a quicker search",
             )
         )
     rows += [("numbers" if lead.removed is None else "lead", _lead(lead)) for lead in found.leads]
@@ -134,7 +134,7 @@ def _left(found: Explanation, place: Place, width: int) -> list[Text]:
 
 
 def _where(found: Explanation) -> list[tuple[str, str]]:
-    """Which operation it is, or behind what it lies, and how much of that was seen."""
+    """Which operation is wrong, or after which point the fault lies, and how much of that point was recorded."""
     placed = found.placed
     if placed is None:
         agreed = found.last_agreement is not None and not found.causes
@@ -163,7 +163,7 @@ def _where(found: Explanation) -> list[tuple[str, str]]:
 
 def _truth(truth: TruthAt, *, right: bool) -> str:
     """How far both are from float64; an engine that is right in its lower arithmetic is not called wrong by it."""
-    said = f"at the first place yours is {error(truth.ours)} from the same steps in float64, a right float32 engine {error(truth.right)}"
+    said = f"at the first place yours is {error(truth.ours)} off the same steps in float64, a right float32 engine {error(truth.right)}"
     if truth.ours <= 100 * truth.right:
         return said
     return f"{said}: yours is {'coarser' if right else 'wrong'}"
@@ -172,11 +172,11 @@ def _truth(truth: TruthAt, *, right: bool) -> str:
 def _lead(lead: Lead) -> str:
     if lead.named is None or lead.removed is None:
         return lead.sentence
-    return f"{lead.removed:.1%} of the error goes with {_same(lead.named)}"
+    return f"{lead.removed:.1%} of the error disappears with {_same(lead.named)}"
 
 
 def as_json(found: Explanation) -> dict[str, Any]:
-    """The answer with the keys of the design."""
+    """The answer as one JSON object."""
     return {
         "schema": 1,
         "verdict": "no fault" if found else ("explained" if found.remaining is None else "unexplained"),

@@ -16,7 +16,7 @@ def save(text: str, path: Path) -> None:
 
 
 def append(text: str, path: Path) -> None:
-    """Add to a text file, which need not be there.
+    """Append to a text file, which is created if it does not exist.
 
     Raises:
         InputError: it cannot be written.

@@ -37,7 +37,7 @@ def finding(answer: Any, name: str) -> Finding:
 
 
 def _isolate(_answer: Mapping[str, Any], operations: Sequence[Mapping[str, Any]]) -> Finding:
-    """Right operations are counted by kind: a table of some hundred rows that all say "proven" proves less."""
+    """Right operations are counted by kind: a table of a hundred rows that all say "proven" would tell less."""
     status = [str(item.get("status")) for item in operations]
     wrong = [item for item in operations if item.get("status") == "wrong"]
     proven = status.count("proven")
@@ -58,15 +58,13 @@ def _lint(answer: Mapping[str, Any], findings: Sequence[Mapping[str, Any]]) -> F
     if not findings:
         summary = "nothing found: this dump can be trusted"
     else:
-        summary = count(len(findings), "finding") + (
-            "" if answer.get("usable", True) else ": a comparison of this dump is not usable"
-        )
+        summary = count(len(findings), "finding") + ("" if answer.get("usable", True) else ": do not compare this dump")
     names = ("severity", "rule", "checkpoint", "token_idx", "evidence", "advice")
     return Finding("Can the dump be trusted?", summary, names, tuple(_texts(item, *names) for item in findings))
 
 
 def _explain(_answer: Mapping[str, Any], causes: Sequence[Mapping[str, Any]]) -> Finding:
-    """Faults that cannot be told apart here stand below the one that they are equivalent to."""
+    """Faults that give the same numbers are listed below the one they are equivalent to."""
     rows: list[tuple[str, ...]] = []
     for cause in causes:
         rows.append(

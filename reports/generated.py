@@ -37,7 +37,7 @@ def generated(ours: Dump, ref: Dump) -> list[Choice]:
 
 
 def _first(token: Token) -> int:
-    """A side's own first choice: one that is led along another's tokens lists it in `top`."""
+    """A side's own first choice; a side that follows another's tokens lists it in `top`."""
     return token.top[0][0] if token.top else token.id
 
 

@@ -35,7 +35,7 @@ def print_header(console: Console, ours: Header | None, ref: Header | None, gene
 
 
 def header(ours: Header | None, ref: Header | None, width: int, generated: str = "") -> list[Text]:
-    """The lines of it; none where neither side has a header."""
+    """These lines; none if neither side has a header."""
     rows = list(_rows(ours, ref))
     if generated:
         rows.append(("wrote", printable(generated, None)))

@@ -19,7 +19,7 @@ _NARROW = 20  # commits that are drawn at least
 
 
 def lines(entries: Sequence[Entry], width: int) -> Iterator[Text]:
-    """For each side and set of golden dumps its points, a bar a check: the higher, the nearer to the limit."""
+    """The points of each side and set of golden dumps, one bar per check: the higher, the nearer to the limit."""
     for label, group in groups(entries):
         last = group[-1]
         yield Text(f"{label} · {count(len(group), 'check')}, {group[0].time[:10]} to {last.time[:10]}", style="bold")

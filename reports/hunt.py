@@ -18,7 +18,7 @@ _LABEL = 8
 
 
 def round_lines(found: Round, width: int) -> list[Text]:
-    """One run: what was recorded, and where the sides part now."""
+    """One run: what was recorded, and where the sides diverge now."""
     return labelled(
         [(f"run {found.number}", f"{clean(_recorded(found))}: {clean(_parted(found.verdict))}")], width, label=_LABEL
     )

@@ -1,4 +1,4 @@
-"""What isolating found as text and as JSON: a table of operations by layers, then what is right and wrong in words."""
+"""The result of isolating, as text and as JSON: a table of operations by layers, then a summary in words."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -132,7 +132,7 @@ def _grafts(found: Isolation, width: int) -> Iterator[Text]:
     last = found.graft[-1]
     mean = sum(item.kl for item in found.graft) / len(found.graft)
     said = (
-        f"llama.cpp, going on from {clean(found.graft_from)} of this engine, chooses another next token at {len(changed)} of "
+        f"llama.cpp, going on from {clean(found.graft_from)} of this engine, chooses a different next token at {len(changed)} of "
         f"{count(len(found.graft), 'position')}; mean KL {error(mean)}, at the last position {error(last.kl)} "
         f"(margin {last.margin:.2g})"
     )
@@ -163,7 +163,7 @@ def _counted(found: Isolation) -> str:
 
 
 def as_json(found: Isolation) -> dict[str, Any]:
-    """The contract's keys: `operations`, `wrong`, and everything besides."""
+    """One JSON object with `operations`, `wrong` and every other figure."""
     answer = {key: value for key, value in asdict(found).items() if key not in ("operations", "graft", "elements")}
     return {
         "schema": 1,

@@ -23,7 +23,7 @@ def junit(verdict: Verdict) -> str:
 
 
 def drift_as_junit(drift: Drift) -> str:
-    """A check against golden dumps: a suite a prompt, a case a point; what grows is in the suites' output."""
+    """A check against golden dumps: a suite a prompt, a case a point; growing errors are in the suites' output."""
     suites = []
     for item in drift.checked:
         suite = _suite(f"drift {shortened(item.prompt)}", item.verdict)

@@ -1,4 +1,4 @@
-"""Columns and labelled sentences as lines of text, without trailing blanks, so that piped output is clean."""
+"""Columns and labelled sentences as lines of text, without trailing spaces, so that piped output is clean."""
 
 from collections.abc import Sequence
 
@@ -48,7 +48,7 @@ def labelled(rows: Sequence[tuple[str, str]], width: int, *, label: int = 0, ind
 
 
 def wrap(text: str, width: int) -> list[str]:
-    """Lines of at most `width` cells, broken at blanks; a longer word stays whole, so that it can be copied."""
+    """Lines of at most `width` cells, broken at spaces; a longer word stays whole, so that it can be copied."""
     lines: list[str] = [""]
     for word in text.split(" "):
         longer = f"{lines[-1]} {word}" if lines[-1] else word

@@ -44,12 +44,14 @@ def lines(report: LintReport, width: int) -> list[Text]:
 
 def _answer(report: LintReport) -> Text:
     if not report.usable:
-        return Text("unusable: no engine computes this, a diff of this dump would say nothing of yours", style="bold red")
+        return Text(
+            "unusable: no engine computes such values, so comparing this dump would say nothing about yours", style="bold red"
+        )
     if report.suspicions:
-        said = f"usable, with {count(len(report.suspicions), 'suspicion')}: captured or computed wrong? parity diff decides by what follows"
+        said = f"usable, with {count(len(report.suspicions), 'suspicion')}: captured or computed wrong? parity diff tells"
         return Text(said, style="bold yellow")
     if report.findings:
         return Text(
             f"usable, with {count(len(report.findings), 'finding')} in {count(report.records, 'record')}", style="yellow"
         )
-    return Text(f"clean: {count(report.records, 'record')}, nothing to object", style="bold green")
+    return Text(f"clean: {count(report.records, 'record')}, no findings", style="bold green")

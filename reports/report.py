@@ -1,4 +1,4 @@
-"""What a report is made of, whatever it is written as: gathered once, formatted by html.py, markdown.py and terminal.py."""
+"""What a report consists of, in any format: gathered once, formatted by html.py, markdown.py and terminal.py."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -9,7 +9,7 @@ from .numbers import clean, count, error, limit, ranges, token
 
 
 def headline(verdict: Verdict) -> str:
-    """Where the sides part, or that they don't, in one line."""
+    """Where the sides diverge, or that they agree, in one line."""
     first = verdict.first_divergence
     if first is not None:
         return f"divergence at {place(first)}"
@@ -84,12 +84,12 @@ def _between(last: str, first: Difference) -> str:
 
 
 def remarks(verdict: Verdict) -> Iterator[tuple[str, str]]:
-    """Named sentences that hold for parity, too: what is missing, left out, assumed, noted."""
+    """Named sentences that apply to parity, too: what is missing, left out, assumed, noted."""
     for side, lacks in (("ours", verdict.missing_ours), ("the reference", verdict.missing_ref)):
         if lacks.records:
             yield "missing", f"{side} lacks {count(lacks.records, 'record')}: {_lacking(lacks)}"
     if verdict.left_out:
-        yield "left out", f"{count(verdict.left_out, 'record')} after the tokens part"
+        yield "left out", f"{count(verdict.left_out, 'record')} after the point at which the tokens differ"
     yield from (("recorded", sentence) for sentence in _recorded(verdict))
     mapping = tuple(dict.fromkeys(clean(fault.map) for fault in verdict.record_faults if fault.map))
     if mapping:
@@ -121,7 +121,7 @@ RECORDED = {
 
 
 def _recorded(verdict: Verdict) -> Iterator[str]:
-    """What records of ours show instead of what their names say, one sentence for all layers that are alike."""
+    """What our records hold instead of what their names say: one sentence for all layers that are alike."""
     alike: dict[tuple[str, str, str], list[RecordFault]] = {}
     for fault in verdict.record_faults:
         reading, _, agreeing = fault.sentence.partition("; ")

@@ -40,7 +40,7 @@ def sentence(found: ThreeWay) -> str:
     point = found.first
     if point.alone is None:
         worst = max(value for value in point.nmse if value is not None)
-        return f"divergence at {clean(point.checkpoint)}: which side is alone cannot be told, worst NMSE {error(worst)}"
+        return f"divergence at {clean(point.checkpoint)}: it cannot be told which side is alone, worst NMSE {error(worst)}"
     pair = next(number for number, sides in enumerate(PAIRS) if point.alone not in sides)
     first, second = (found.sides[side] for side in PAIRS[pair])
     value = point.nmse[pair]

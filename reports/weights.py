@@ -1,4 +1,4 @@
-"""What checking weights found, as text and as JSON."""
+"""The result of checking weights, as text and as JSON."""
 
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -67,7 +67,7 @@ def _answer(found: WeightsCheck, wrong: int) -> Text:
 
 
 def as_json(found: WeightsCheck) -> dict[str, Any]:
-    """The contract's keys: `tensors` with `name`, `type`, `status`."""
+    """One JSON object: `tensors` with `name`, `type`, `status` each, and the summary."""
     return {
         "schema": 1,
         "verdict": "right" if found else "wrong",

@@ -59,7 +59,7 @@ def test_records_that_agree_are_merged() -> None:
     verdict = compare(doubled(side, "embd", 0, 1), side)
     assert verdict
     assert verdict.compared == 36
-    assert any("came twice" in note for note in verdict.notes)
+    assert any("occur twice" in note for note in verdict.notes)
 
 
 def test_records_that_contradict_each_other_are_refused_or_selected() -> None:

@@ -1,6 +1,7 @@
 """Dumps with their records as arrays beside the lines: the same records, the same verdict, and one line where the files don't fit."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -92,7 +93,7 @@ def _miscounted(dump: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        (_other_identity, "the arrays of another dump"),
+        (_other_identity, "the arrays of a dump other than"),
         (_short, "cannot read"),
         (_elsewhere, "is not a file beside it"),
         (_miscounted, "do not fit together"),
@@ -118,3 +119,35 @@ def test_convert_reads_arrays(parity: Cli, tmp_path: Path) -> None:
     write(dump, out, Header(source="engine"))
     converted, right = load(out), load(lines)
     assert all(same(converted.points[name], rows) for name, rows in right.points.items())
+
+
+def test_a_part_is_named_once(parity: Cli, tmp_path: Path) -> None:
+    """A line that names the same arrays again, which could fill the memory, is refused."""
+    dump = both_ways(parity, tmp_path)[1]
+    header, part, *others = dump.read_text(encoding="utf-8").splitlines()
+    dump.write_text("\n".join([header, part, part, *others]), encoding="utf-8")
+    with pytest.raises(DumpError, match="is named by two lines"):
+        load(dump)
+
+
+def test_a_type_that_numpy_lacks_and_an_empty_name_are_said(parity: Cli, tmp_path: Path) -> None:
+    """Arrays of 8-bit floats and a header that names no file end in one line."""
+    dump = both_ways(parity, tmp_path)[1]
+    arrays = beside(dump)
+    data = arrays.read_bytes()
+    arrays.write_bytes(data.replace(b'"F32", "shape": [5, 16]', b'"F8_E4M3","shape":[320]', 1))
+    with pytest.raises(DumpError, match="is not float32"):
+        load(dump)
+    arrays.write_bytes(data)
+    dump.write_text(dump.read_text(encoding="utf-8").replace(f'"file":"{arrays.name}"', '"file":""', 1), encoding="utf-8")
+    with pytest.raises(DumpError, match="not a file beside it"):
+        load(dump)
+
+
+def test_arrays_that_are_a_pipe_are_not_waited_for(parity: Cli, tmp_path: Path) -> None:
+    """A file of arrays that became a pipe without a writer is refused at once."""
+    dump = both_ways(parity, tmp_path)[1]
+    beside(dump).unlink()
+    os.mkfifo(beside(dump))
+    with pytest.raises(DumpError, match="is a pipe"):
+        load(dump)

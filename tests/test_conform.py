@@ -132,7 +132,7 @@ def test_what_it_refuses(parity: Cli) -> None:
     refused(parity("conform", "--exec", "x", "--side", "ours"), "Take one of")
     refused(parity("conform", "--exec", "", "--types", "F32"), "--exec is empty")
     refused(parity("conform", "--side", "ours", "--architectures", "qwen9"), "qwen9", "qwen")
-    refused(parity("conform", "--side", "ours", "--profile", "everything"), "no profile")
+    refused(parity("conform", "--side", "ours", "--profile", "everything"), "--profile 'everything' is not known")
     refused(parity("conform", "--exec", "x {model}", "--modes", "decode"), "{portions}")
     refused(parity("conform", "--side", "ours", "--table", "x.txt"), ".csv")
     line = f"{sys.executable} -c 'import sys; sys.exit(\"no\")'"

@@ -129,3 +129,18 @@ def test_experts_are_read_by_the_router(small_model: Callable[..., Path], refere
     assert "blk.0.ffn_moe_topk" in whole.made["blk.0.ffn_moe_gate"].reads
     assert whole.made["blk.0.ffn_moe_topk"].op in ("ARGSORT", "TOP_K")
     assert compare(dumped, dumped)
+
+
+@pytest.mark.parametrize(
+    "plain",
+    [
+        {"0..99999": {"a": ["ADD", [], []]}},
+        {"": {f"n{i}": ["ADD", [f"n{i - 1}"] if i else [], []] for i in range(30_000)}},
+        {"": {"a": ["ADD", [], []], "b": ["ADD", ["a"] * 200_000, []]}},
+    ],
+    ids=["layers", "chain", "reads"],
+)
+def test_a_dataflow_beyond_any_model_is_refused(plain: dict[str, object]) -> None:
+    """A header of some bytes can claim millions of points: it is refused before they are made."""
+    with pytest.raises(ValueError, match="more than"):
+        Dataflow.from_json(plain)

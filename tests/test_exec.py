@@ -95,7 +95,7 @@ def test_an_engine_that_never_ends_is_stopped(tmp_path: Path) -> None:
         ("a pipe", "os.mkfifo(sys.argv[1]); open(sys.argv[1], 'w').write('x')"),
         ("a pipe", "os.mkfifo(sys.argv[1])"),
         ("a link", "os.symlink('/dev/zero', sys.argv[1]); time.sleep(30)"),
-        ("no regular file", "os.mkdir(sys.argv[1])"),
+        ("something that is not a regular file", "os.mkdir(sys.argv[1])"),
     ],
 )
 def test_a_dump_that_is_no_file_is_refused(what: str, body: str, tmp_path: Path) -> None:
@@ -150,5 +150,5 @@ def test_a_refusal_is_no_crash(how: str, body: str, tmp_path: Path) -> None:
 def test_what_an_earlier_run_left_is_not_taken(tmp_path: Path) -> None:
     """An engine that ends well without writing is told so, even if a dump lies there from before."""
     (tmp_path / "o").write_text(LINE)
-    assert "wrote no" in str(failure(f"{engine(tmp_path, 'pass')} {{out}}", tmp_path / "o"))
+    assert "did not write" in str(failure(f"{engine(tmp_path, 'pass')} {{out}}", tmp_path / "o"))
     assert "cannot run" in str(failure("/nowhere/engine {out}", tmp_path / "o"))

@@ -224,7 +224,7 @@ def test_wrong_requests_are_one_line(parity: Cli, engine: Faulty, tmp_path: Path
     ref = _written(wrong, tmp_path / "ref.jsonl", wrong.header)
     for arguments, said in (
         (("explain",), "no dump was given"),
-        (("explain", bare, "--model", engine.model), "does not say which tokens"),
+        (("explain", bare, "--model", engine.model), "does not say for which tokens"),
         (("explain", own), "model"),
         (("explain", own, "--model", engine.model, "--ref", ref), "cannot stand in for llama.cpp"),
         (("explain", own, "--model", engine.model, "--ref", other), "two prompts"),

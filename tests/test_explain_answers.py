@@ -317,3 +317,19 @@ def test_what_was_not_seen_is_not_acquitted(engine: Faulty) -> None:
     assert not any(
         "of the rows" in line.plain for line in lines(explain(engine.dump(RIGHT, PROMPT, size=4096), engine.model), 200)
     )
+
+
+def test_a_fault_outside_of_the_slice_is_not_a_factor_of_one(engine: Faulty) -> None:
+    """One logit far behind the slice is wrong and the sketch shows it: no law of the 16 values, which are right."""
+
+    def late(x: Array) -> Array:
+        return np.concatenate([x[..., :-1], x[..., -1:] + np.float32(50)], axis=-1)
+
+    steps = [
+        replace(step, op=lambda *inputs, op=step.op, **params: late(op(*inputs, **params))) if step.makes == "logits" else step
+        for step in engine.right
+    ]
+    found = explain(engine.dump(RIGHT, PROMPT, steps=steps, bare=False), engine.model, _PATIENT)
+    assert found.first is not None
+    assert found.first.checkpoint == "logits"
+    assert found.law == "every recorded element is right: what differs was not recorded"

@@ -107,7 +107,7 @@ def test_why_it_stops(parity: Cli, script: Callable[..., str], synthetic: Callab
     words = ("run", "--model", synthetic(layers=4), "--tokens", "5,99,7,300", "--hunt", "--compute", "f32", "--exec")
     code, answer = parity.json(*words, script("no-qkv-bias", "2", points="blk.0.l_out,blk.3.l_out"))
     assert (code, len(answer["runs"])) == (1, 1)
-    assert "give it {points}" in answer["stopped"]
+    assert "put {points} into its command" in answer["stopped"]
     assert answer["explanation"] is not None
     code, answer = parity.json(*words, f"X={{points}} {script('no-qkv-bias', '2', points='blk.0.l_out,blk.3.l_out')}")
     assert (code, len(answer["runs"])) == (1, 2)
@@ -134,7 +134,7 @@ def test_an_engine_that_does_not_repeat_itself_is_told_so(
         "run", "--model", synthetic(layers=4), "--tokens", "5,99,7,300", "--hunt", "--compute", "f32", "--exec", line
     )
     assert code == 1
-    assert any("does not repeat its own numbers" in note for note in answer["notes"])
+    assert any("its numbers are not reproducible" in note for note in answer["notes"])
 
 
 def test_what_it_refuses(parity: Cli) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cli import Cli
+from cli import Cli, refused
 
 from checkpoints.answers.isolate import PROVEN, Isolation
 from engine.backend import choose
@@ -280,3 +280,10 @@ def test_tensors_of_another_shape_are_refused(
     save_file(tensors | {name: np.zeros(shape, np.float32)}, tmp_path / "ours.safetensors")
     said = parity("isolate", tmp_path / "ours.jsonl", "--model", model)
     assert (said.code, said.err.count("\n")) == (2, 1)
+
+
+def test_whole_rows_without_their_shape_are_asked_for_it(parity: Cli, tmp_path: Path) -> None:
+    """Lines that don't say how long a row is: the refusal names the field that says so."""
+    dump = tmp_path / "bare.jsonl"
+    dump.write_text('{"checkpoint": "embd", "token_idx": 0, "values": [1, 2]}\n')
+    refused(parity("isolate", dump, "--tokens", "5"), '"shape": [width]')

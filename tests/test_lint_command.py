@@ -61,7 +61,7 @@ def test_a_diff_refuses_a_dump_that_lint_calls_unusable(right: Dump, parity: Cli
                 writer.rows(rows)
     refused = parity("diff", "broken.jsonl", "right.jsonl")
     assert refused.code == 2
-    assert "ours (broken.jsonl) is not to be believed: impossible-size" in refused.err
+    assert "ours (broken.jsonl) cannot be trusted: impossible-size" in refused.err
     assert refused.err.count("\n") == 1
     assert "the reference (broken.jsonl)" in parity("diff", "right.jsonl", "broken.jsonl").err
     code, answer = parity.json("diff", "broken.jsonl", "right.jsonl", "--despite-lint")
@@ -79,7 +79,7 @@ def test_the_command_answers_people_and_machines(right: Dump, parity: Cli, tmp_p
     assert parity("lint", "right.jsonl").code == 0
     told = parity("lint", "broken.jsonl")
     assert told.code == 1
-    assert "usable, with 1 suspicion: captured or computed wrong? parity diff decides" in told.out
+    assert "usable, with 1 suspicion: captured or computed wrong? parity diff tells" in told.out
     code, answer = parity.json("lint", "broken.jsonl")
     assert code == 1
     assert answer["usable"] is True

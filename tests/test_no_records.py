@@ -10,10 +10,10 @@ from cli import Cli
     ("text", "said"),
     [
         ('log\n{"checkpoint":"C0","token_idx":0,"data":[1,2]}', 'Line 2 lacks "values"; it has checkpoint, token_idx, data.'),
-        ('{"checkpoint":"C0","token_idx":0,"values":[1,2,]}', "Line 1 is no JSON: "),
+        ('{"checkpoint":"C0","token_idx":0,"values":[1,2,]}', "Line 1 is not JSON: "),
         ("embd 0.1 0.2", "has no checkpoint record in 1 lines. A record is"),
         ('{"\\u001b[31m": 1}', "it has \ufffd[31m."),
-        ("{" * 5000, "Line 1 is no JSON: "),
+        ("{" * 5000, "Line 1 is not JSON: "),
     ],
 )
 def test_what_the_first_line_lacks_is_said(text: str, said: str, parity: Cli) -> None:

@@ -267,6 +267,6 @@ def test_description(reference: Reference) -> None:
 
 def test_wrong_points(reference: Reference, folder: Path, tokens: tuple[int, ...]) -> None:
     """A point that the graph doesn't have is named, with the nearest ones."""
-    with pytest.raises(InputError, match=r"no point is called 'blk.0.kw'.*blk\.0\.k"):
+    with pytest.raises(InputError, match=r"there is no point 'blk.0.kw'.*blk\.0\.k"):
         reference.dump(DumpJob(MODEL, folder / "none.jsonl", tokens, points="blk.0.kw"))
     assert not (folder / "none.jsonl").exists()

@@ -118,7 +118,7 @@ def test_layers_that_do_not_exist_are_replaced_and_said(parity: Cli, synthetic: 
     ran = parity("run", "--model", synthetic("tiny", layers=5), *ONCE)
     assert ran.code == 0
     assert "blk.4.l_out" in ran.out
-    assert "the model has 5 layers: recorded 0 and 4 instead of 0, 5, 10 and 23" in ran.out
+    assert "the model has 5 layers: 0 and 4 were recorded instead of 0, 5, 10 and 23" in ran.out
 
 
 def test_native_mode_compares_the_files_own_types(parity: Cli) -> None:

@@ -131,9 +131,9 @@ def test_what_it_refuses(parity: Cli, text: Path, tmp_path: Path) -> None:
     refused(parity("score", "--text", "empty.txt"), "holds no text")
     refused(parity("score", "--text", "latin.txt"), "not UTF-8")
     refused(parity("score", "--text", "short.txt"), "fewer than one chunk")
-    refused(parity("score", "--text", text, "--context", "2"), "scores nothing")
+    refused(parity("score", "--text", text, "--context", "2"), "is too small to score anything")
     refused(parity("score", "--text", text, "--context", "100000"), "trained for")
-    refused(parity("score", "--text", text, "--context", CONTEXT, "--base", "other.base"), "no base file")
+    refused(parity("score", "--text", text, "--context", CONTEXT, "--base", "other.base"), "is not a base file")
     refused(parity("score", "--text", text, "--base", "x", "--alone"), "more than one base")
     assert parity("score", "--text", text, "--context", CONTEXT, "--chunks", "1", "--alone", "--save-base", "b.base").code == 0
     (tmp_path / "another.txt").write_text(TEXT[::-1])

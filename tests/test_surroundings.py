@@ -121,7 +121,7 @@ def test_what_an_earlier_run_left_is_not_this_engines(parity: Cli, tmp_path: Pat
     """An engine that writes nothing is said to, also where the folder holds the dump of a run before."""
     assert parity("run", "--prompt", "hi", "-o", tmp_path / "again").code == 0
     ran = parity("run", "--prompt", "hi", "-o", tmp_path / "again", "--exec", "true {out}")
-    refused(ran, "ended well but wrote no")
+    refused(ran, "exited with code 0 but did not write")
 
 
 def test_a_cut_dump_stays_cut_when_it_is_converted(stories_run: Path, parity: Cli, tmp_path: Path) -> None:
@@ -176,6 +176,6 @@ def test_nothing_is_written_over_what_is_read(parity: Cli, stories_run: Path, st
         ("convert", dump, "-o", link),
         *(("diff", dump, ref, option, dump) for option in ("--html", "--junit", "--table")),
     ):
-        refused(parity(*words), "is an input of this command and would be overwritten")
+        refused(parity(*words), "is an input of this command and must not be overwritten")
     assert model.read_bytes() == stories.read_bytes()
     assert dump.read_bytes() == (stories_run / "ours.jsonl").read_bytes()

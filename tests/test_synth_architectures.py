@@ -85,12 +85,12 @@ def test_wrong_requests(parity: Cli) -> None:
         (("--architecture", "qwen3", "--type", "q9_9"), "q9_9"),
         (("--architecture", "granite", "--width", "130"), "no multiple of 4 heads"),
         (("--architecture", "qwen3", "--kv-heads", "3"), "4 heads cannot share 3"),
-        (("--architecture", "qwen3", "--like", "tiny"), "--like names shapes of qwen2 and llama"),
+        (("--architecture", "qwen3", "--like", "tiny"), "--like is for shapes of qwen2 and llama"),
         (("--architecture", "qwen3", "--set", "expert_count"), "has no value"),
         (("--architecture", "qwen3", "--set", "block_count=text"), "block_count"),
         (("--architecture", "qwen3", "--vocab", "100"), "vocabulary only 100"),
         (("--architecture", "gptneox", "--tied"), "output.weight"),
-        (("--set", "rope.freq_base=1"), "made by a recipe"),
+        (("--set", "rope.freq_base=1"), "--set works with --architecture only"),
     ):
         refused(parity("synth", *arguments, "-o", "m.gguf"), said)
         assert not list(Path().iterdir())

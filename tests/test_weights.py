@@ -192,7 +192,7 @@ def test_not_a_number_in_the_file_is_said(parity: Cli, stories: Path, tmp_path: 
     (tmp_path / "damaged.gguf").write_bytes(data)
     code, answer = parity.json("weights", "--model", tmp_path / "damaged.gguf")
     assert (code, sum(tensor["nonfinite"] for tensor in answer["tensors"])) == (0, 1)
-    assert "NaN or infinities stand in the file itself: blk.3.ffn_norm.weight" in answer["notes"]
+    assert "the file itself contains NaN or infinities: blk.3.ffn_norm.weight" in answer["notes"]
 
 
 def test_a_hostile_file_of_weights_is_one_line(parity: Cli, stories: Path, tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ def shifted(dump: Dump, offset: int) -> Dump:
     if lowest + offset < 0:
         raise DumpError(f"{dump.path}: an offset of {offset} puts position {lowest} below 0.", "Positions count from 0.")
     if highest + offset >= POSITIONS:
-        raise DumpError(f"{dump.path}: an offset of {offset} is beyond any position.", "Positions count from 0.")
+        raise DumpError(f"{dump.path}: an offset of {offset} is larger than any position.", "Positions count from 0.")
     points: dict[str, Rows] = {
         name: replace(rows, token_idx=rows.token_idx + np.int64(offset)) for name, rows in dump.points.items()
     }

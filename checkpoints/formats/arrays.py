@@ -87,7 +87,7 @@ def _check_size(file: Path) -> None:
     try:
         status = file.stat()
         if not stat.S_ISREG(status.st_mode):
-            raise DumpError(f"{file} is no regular file.", "Name a file.", code="no-file")
+            raise DumpError(f"{file} is not a regular file.", "Name a file.", code="no-file")
         size = status.st_size
         if file.suffix == ".npz":
             with zipfile.ZipFile(file) as archive:
@@ -97,7 +97,7 @@ def _check_size(file: Path) -> None:
                 raise DumpError(f"{file} holds {len(members):,} arrays.", "Save fewer points.", code="array")
             if size > max(_SMALL, _RATIO * status.st_size):
                 raise DumpError(
-                    f"{file} has {status.st_size:,} bytes and would unpack to {size:,}: these are no activations.",
+                    f"{file} has {status.st_size:,} bytes and would unpack to {size:,}: these are not activations.",
                     "Save the arrays again.",
                     code="array",
                 )
@@ -154,13 +154,13 @@ def safetensors(file: Path) -> Iterator[tuple[str, NDArray[Any]]]:
     data = np.memmap(file, dtype=np.uint8, mode="r")
     size = int.from_bytes(data[:8].tobytes(), "little") if len(data) >= 8 else 0
     if not 2 <= size <= len(data) - 8:
-        raise ValueError("it is no safetensors file")
+        raise ValueError("it is not a safetensors file")
     if size > _HEADER:
         raise ValueError(f"its header has {size:,} bytes, more than {_MOST:,} arrays take")
     body = data[8 + size :]
     header = json.loads(data[8 : 8 + size].tobytes())
     if not isinstance(header, dict):
-        raise ValueError("its header is no object")  # noqa: TRY004  # a file's fault, not a caller's
+        raise ValueError("its header is not a JSON object")  # noqa: TRY004  # a file's fault, not a caller's
     if len(header) > _MOST:
         raise ValueError(f"it holds {len(header):,} arrays")
     _check_regions(header)

@@ -14,6 +14,7 @@ from ..mapping import Mapping
 from ..reading import fields, lenient
 from ..reading.reader import notes
 from ..record import SKETCH_SIZE, Dump, End, Header, Rows, Token
+from ..regular import require_regular
 
 _FIRST_LINE = 1 << 24  # bytes of a header at most: the pieces and the dataflow of a long prompt
 _KINDS = {"place": np.int64, "shape": np.int64, "counts": np.int64, "values": np.float32, "stats": np.float64}
@@ -51,7 +52,7 @@ def read(path: Path, mapping: Mapping) -> Dump:
         first, *lines = file.read().split(b"\n")
     header = _header(first)
     if header is None:
-        raise DumpError(f"{path} has changed while it was read.", _AGAIN, code="columns")
+        raise DumpError(f"{path} changed while it was being read.", _AGAIN, code="columns")
     arrays = _Arrays(path, header)
     parts: dict[str, list[Rows]] = {}
     tokens: list[Token] = []
@@ -100,10 +101,12 @@ class _Arrays:
         from safetensors import SafetensorError, safe_open
 
         named = (header.columns or {}).get("file")
-        if named != beside(dump).name and (not isinstance(named, str) or Path(named).name != named):
+        if named != beside(dump).name and (not isinstance(named, str) or not named or Path(named).name != named):
             raise DumpError(f"{dump} names its arrays {named!r:.60}, which is not a file beside it.", _AGAIN, code="columns")
         self.path = dump.with_name(named)
+        self._given: set[str] = set()
         try:
+            require_regular(self.path, DumpError, _AGAIN)
             file: Any = safe_open(self.path, framework="numpy")
             self._open = file
             self._names = set(file.keys())
@@ -112,12 +115,17 @@ class _Arrays:
             why = " ".join(str(error).split())[:100]
             raise DumpError(f"cannot read {self.path}, the arrays of {dump}: {why}.", _AGAIN, code="columns") from error
         if identity != (header.columns or {}).get("id"):
-            raise DumpError(f"{self.path} holds the arrays of another dump than {dump}.", _AGAIN, code="columns")
+            raise DumpError(f"{self.path} holds the arrays of a dump other than {dump}.", _AGAIN, code="columns")
 
     def _get(self, name: str, kind: type[Any]) -> NDArray[Any]:
         if name not in self._names:
             raise DumpError(f"{self.path} has no array {name!r:.80}.", _AGAIN, code="columns")
-        array: NDArray[Any] = self._open.get_tensor(name)
+        try:
+            array: NDArray[Any] = self._open.get_tensor(name)
+        except Exception as error:  # the library's own, and NumPy's where it lacks the type
+            raise DumpError(
+                f"{self.path}: {name:.80} is not {kind.__name__}: {error!s:.80}.", _AGAIN, code="columns"
+            ) from error
         if array.dtype != kind:
             raise DumpError(f"{self.path}: {name:.80} is {array.dtype}, not {kind.__name__}.", _AGAIN, code="columns")
         return array
@@ -130,6 +138,9 @@ class _Arrays:
         """
         point, names = line.get("checkpoint"), line.get("stats", [])
         stem = f"{point}/{line.get('part')}/"
+        if stem in self._given:  # again and again, a small file would fill the memory
+            raise DumpError(f"{self.path}: {stem[:-1]!r:.80} is named by two lines.", _AGAIN, code="columns")
+        self._given.add(stem)
         arrays = {name: self._get(stem + name, kind) for name, kind in _KINDS.items()}
         arrays |= {name: self._get(stem + name, kind) for name, kind in _OPTIONAL.items() if stem + name in self._names}
         count, width = len(arrays["values"]), arrays["values"].shape[-1]

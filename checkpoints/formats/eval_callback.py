@@ -84,7 +84,7 @@ def read(path: Path, mapping: Mapping) -> Dump:
         raise DumpError(f"cannot read {path}: {error.strerror}.", "Check the path.", code="no-file") from error
     made = {name: found for name, found in points.items() if found.records}
     if not made:
-        raise DumpError(f"{path} prints no tensor of a known name.", "Was it filtered?", code="no-records")
+        raise DumpError(f"{path} has no tensor with a known name.", "Was the log filtered?", code="no-records")
     every = sums_of_all(verdicts)
     said = "their sums are of all values" if every else "no sum is of more than these"
     rows = {name: found.rows(name, sums=every) for name, found in made.items()}

@@ -28,7 +28,7 @@ def printed_rows(point: str, text: str, sizes: str) -> Rows | None:
     """
     given = _SIZES.fullmatch(sizes)
     if given is None:
-        raise ValueError("its shape is no torch.Size")
+        raise ValueError("its shape is not a torch.Size")
     shape = tuple(int(size) for size in given[1].split(",") if size.strip())
     body = text[text.index("[") : text.rindex("]") + 1]
     decimals = _DECIMALS.search(body)
@@ -52,7 +52,7 @@ def _walk(node: Any, shape: tuple[int, ...], before: tuple[int, ...] = ()) -> It
         return
     size = shape[len(before)]
     if not isinstance(node, list):
-        raise ValueError("its lists are not as deep as its shape")  # noqa: TRY004  # a file's fault, not a caller's
+        raise ValueError("its lists are not nested as deeply as its shape says")  # noqa: TRY004  # a file's fault, not a caller's
     gap = node.index(_GAP) if _GAP in node else len(node)
     if len(node) > size + (gap < len(node)) or (gap == len(node) and gap != size):
         raise ValueError("its lists do not have the length that its shape says")

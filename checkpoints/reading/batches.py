@@ -1,4 +1,4 @@
-"""Blocks of whole lines, and what stands in them: records by the thousand where they are plain, else line by line."""
+"""Blocks of whole lines and their content: plain records are read by the thousand, all others line by line."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -126,7 +126,7 @@ class Blocks:
             item = careful.item(line, self._labels, self._serial + 1, digits=self.header is None)
         except (TypeError, ValueError, KeyError, OverflowError) as error:
             where = f"{self._name}, line {self.line + number + 1}"
-            raise DumpError(f"{where}: {error}.", "Mend what writes it.", code="record") from error
+            raise DumpError(f"{where}: {error}.", "Correct the code that writes it.", code="record") from error
         if item is None:
             self.skipped += 1
         elif isinstance(item, Slab):

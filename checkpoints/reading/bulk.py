@@ -1,6 +1,6 @@
-"""Many lines of records at once, where they are plain: what engines print by the million.
+"""Plain records, which engines print by the million: many lines at once.
 
-msgspec checks and takes apart what stands around the values; simdjson reads the values of all lines into one array. What
+msgspec checks and parses everything but the values; simdjson reads the values of all lines into one array. What
 either does not understand is `Odd`, and is read again line by line (`checkpoints.careful`), with the same result.
 """
 
@@ -51,7 +51,7 @@ class Record(msgspec.Struct, gc=False):
 
 
 def others(found: Sequence[Record], texts: Sequence[Text]) -> list[int]:
-    """Which lines are no records: headers, tokens, ends, and what is nothing of a dump."""
+    """Which lines are not records: headers, tokens, ends, and lines that do not belong to a dump."""
     if {record.type for record in found} == {RECORD} and all(texts) and all(record.checkpoint is not None for record in found):
         return []
     return [i for i, one in enumerate(found) if one.type != RECORD or one.checkpoint is None or not texts[i]]
@@ -119,7 +119,7 @@ class Parser:
         With `digits`, the digits that were printed are looked at (`checkpoints.printed`).
 
         Raises:
-            Odd: a record needs the careful way; nothing was taken.
+            Odd: a record needs the careful reader; nothing was taken.
         """
         columns = zip(*map(_columns, found), strict=True)
         names, seqs, positions, steps, phases, dtypes, given, statistics, sketches, indices, quanta = columns
@@ -199,7 +199,7 @@ def _cut(block: bytes) -> tuple[bytes, list[memoryview]]:
     """Lines without the numbers of their values, and those numbers with their brackets; empty where a line has none.
 
     Raises:
-        Odd: it is not sure that these are a record's own values.
+        Odd: these may not be the record's own values.
     """
     view = memoryview(block)
     rest: list[bytes] = []

@@ -1,4 +1,4 @@
-"""What the fields of one JSON line may hold, and what they become. Errors are TypeError or ValueError with a sentence.
+"""The fields of one JSON line: what they may hold, and how it is converted. Errors are TypeError or ValueError with a sentence.
 
 Foreign engines print numbers as words, shapes as text and decimals that were rounded: all that is understood here.
 """
@@ -33,14 +33,14 @@ _VALUES = re.compile(rb'"values"\s*:\s*(\[[^\]]*\])')
 def integer(found: Any, name: str, limit: int = POSITIONS) -> int:
     """A whole number from 0 to `limit` − 1."""
     if isinstance(found, bool) or not isinstance(found, int) or not 0 <= found < limit:
-        raise ValueError(f'"{name}" must be a whole number from 0, not {found!r:.40}')
+        raise ValueError(f'"{name}" must be a whole number, 0 or more, not {found!r:.40}')
     return found
 
 
 def number(value: Any) -> float:
     """A number, or one of the words that stand for non-finite ones; null is NaN."""
     if isinstance(value, (bool, list, dict)):
-        raise TypeError(f"{value!r:.40} is no number")
+        raise TypeError(f"{value!r:.40} is not a number")
     if isinstance(value, str):
         word = value.split("(")[0].lower()
         if word in ("-nan", "nan"):
@@ -53,7 +53,7 @@ def numbers(found: Any, name: str) -> NDArray[np.float64]:
     """A list of numbers, or of words for non-finite ones, as an array.
 
     Raises:
-        TypeError: it is no list, or holds something that is no number; ValueError: an unknown word.
+        TypeError: it is not a list, or an element is not a number; ValueError: an unknown word.
     """
     if not isinstance(found, list):
         raise TypeError(f"{name} must be a list of numbers, not {found!r:.40}")
@@ -89,7 +89,7 @@ def steps(found: Any, count: int) -> NDArray[np.float64]:
     """The steps of the decimals that `count` values were printed with, given as one number for all or as one each."""
     given = numbers(found if isinstance(found, list) else [found], '"quantum"')
     if len(given) not in (1, count) or not np.isfinite(given).all() or (given < 0).any():
-        raise ValueError(f'"quantum" must be a step from 0, or one for each of {count} values')
+        raise ValueError(f'"quantum" must be a step size, 0 or more, or one for each of {count} values')
     return np.broadcast_to(given, (count,)).copy()
 
 
@@ -101,10 +101,10 @@ def shape(found: Any) -> tuple[int, ...]:
     ones = next((i for i, size in enumerate(sizes) if type(size) is not int or size != 1), len(sizes))
     sizes = sizes[min(ones, max(len(sizes) - 1, 0)) :]
     if len(sizes) > _DIMENSIONS:
-        raise ValueError(f'"shape" has {len(sizes)} dimensions, more than any activation')
+        raise ValueError(f'"shape" has {len(sizes)} dimensions, more than any activation has')
     whole = tuple(integer(size, "shape") for size in sizes)
     if prod(whole) >= POSITIONS:
-        raise ValueError(f'"shape" is beyond any activation: {list(whole)}')
+        raise ValueError(f'"shape" is larger than any activation: {list(whole)}')
     return whole
 
 

@@ -1,4 +1,4 @@
-"""Names as they are printed, and the numbers that stand for their points while a file is read."""
+"""Names as they are printed, and the numbers that represent their points while a file is read."""
 
 from collections.abc import Sequence
 

@@ -34,7 +34,7 @@ def loads(text: str | bytes) -> Any:
 
 
 def whole(line: bytes) -> bool:
-    """Whether this is blank or a line's whole JSON, and no line that was cut short."""
+    """Whether this is blank or a line's complete JSON, rather than a line that was cut short."""
     try:
         return not line.strip() or loads(line) is not None
     except ValueError:

@@ -1,4 +1,4 @@
-"""Why a file has no record, as far as its first lines show it."""
+"""Why a file has no record, as far as its first lines tell."""
 
 from json import JSONDecodeError
 from pathlib import Path
@@ -20,18 +20,18 @@ def reason(path: Path) -> str:
     except OSError:
         return ""
     if head.startswith(b"GGUF"):
-        return "It is a model: --model takes it. "
+        return "It is a model: give it as --model. "
     if b"\0" in head:
-        return "It is no text. "
+        return "It is not a text file. "
     for number, line in enumerate(head.split(b"\n"), 1):
         if b"{" not in line:
             continue
         try:
             found = lenient.loads(line)
         except JSONDecodeError as error:
-            return f"Line {number} is no JSON: {error.msg.lower()} at character {error.pos} after the brace. "
+            return f"Line {number} is not JSON: {error.msg.lower()} at character {error.pos} after the brace. "
         except ValueError as error:
-            return f"Line {number} is no JSON: {error}. "
+            return f"Line {number} is not JSON: {error}. "
         if isinstance(found, dict) and "type" not in found:
             lacking = ", ".join(f'"{key}"' for key in _KEYS if key not in found)
             named = ", ".join(str(key)[:20] for key in list(found)[:6])

@@ -1,4 +1,4 @@
-"""One line of a dump, whatever it is, with every check in words."""
+"""One line of a dump, of any kind, with every check and its message."""
 
 from math import prod
 from typing import Any
@@ -17,7 +17,7 @@ RECORD = "checkpoint"
 
 
 def item(line: bytes, labels: Labels, serial: int, *, digits: bool) -> Header | Token | End | Slab | None:
-    """What one line holds; None where it is nothing of a dump. `serial` is the number that a record takes in the file.
+    """What one line holds; None if it does not belong to a dump. `serial` is the number that a record takes in the file.
 
     With `digits`, the digits that were printed are looked at.
 

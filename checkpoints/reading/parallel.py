@@ -37,7 +37,7 @@ _BOOT = (
 
 @dataclass(frozen=True)
 class Found:
-    """What stands in a range, and where the next one begins."""
+    """The content of a range, and where the next one begins."""
 
     items: list[Item]
     stop: int
@@ -146,7 +146,7 @@ class _Child:
             theirs.close()
 
     def started(self) -> bool:
-        """Whether it has said that it is there. Raises EOFError where it has died."""
+        """Whether it has reported that it is ready. Raises EOFError if it has died."""
         if not self._started and self._pipe.poll():
             self._pipe.recv()
             self._started = True
@@ -166,7 +166,7 @@ class _Child:
 
 
 def serve() -> None:
-    """A process's work: ranges as they are asked for, until nobody is there to ask."""
+    """A process's work: reads ranges as they are requested, until the pipe is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # who asked is interrupted, and ends this
     gc.disable()  # what lines become has no cycles; looking for them takes a twentieth of the time
     pipe: Connection = Connection(int(sys.argv[2]))
@@ -180,7 +180,7 @@ def serve() -> None:
 
 
 def _read(parser: Parser, path: Path, start: int, stop: int, header: Header | None) -> Found | None:
-    """What stands in a range of bytes, or None where that is for the caller to read."""
+    """The content of a range of bytes, or None if the caller has to read it."""
     blocks = Blocks(os.fspath(path), header, parser)
     items: list[Item] = []
     try:

@@ -33,8 +33,8 @@ def read(path: str | os.PathLike[str]) -> Dump:
     for name, found in parts.items():
         if blown_up(found):
             raise DumpError(
-                f"{scan.name}: the records of {name} hold from few to very many values.",
-                "Print as many in each.",
+                f"{scan.name}: the records of {name} differ too much in their number of values.",
+                "Print the same number in each.",
                 code="record",
             )
         rows = Rows.stack(found)

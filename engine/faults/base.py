@@ -35,12 +35,12 @@ class Fault:
         kinds: the kinds of step that it changes ("q_rope" in every layer, "output_norm" once).
         change: the changed step, or several in its place, given the right one, all steps by name, and the parameters.
         what: what is wrong, in a sentence; `{name}` stands for a parameter's value.
-        symptom, fix, seen: sentences for the user: what it looks like, how to mend it, where it was met.
-        parameters: the values that are tried, by name; `at` lists subsets of `kinds`. A function makes the values out of
+        symptom, fix, seen: sentences for the user: what it looks like, how to fix it, where it was seen.
+        parameters: the values that are tried, by name; `at` lists subsets of `kinds`. A function computes the values from
             the steps.
         shows: of a fault of the capture: the step that makes what the dump shows for a point, None where it is right.
-        whole: later positions act on earlier ones, so that a run over the first positions does not show the fault.
-        once: it is one place of the model or all of it, not something that each layer can have by itself.
+        whole: later positions affect earlier ones, so that a run over the first positions does not show the fault.
+        once: it concerns one place of the model or all of it, not single layers.
     """
 
     name: str
@@ -125,7 +125,7 @@ class Planting:
                 raise NotApplicable(f"{step.makes}: another fault has changed the same operation")
             for name in step.names:
                 if name not in made and self.order.get(name, number if name not in _GIVEN else -1) >= number:
-                    raise NotApplicable(f"{step.makes} would read {name} before it is made")
+                    raise NotApplicable(f"{step.makes} would read {name} before it is computed")
             made.add(step.makes)
 
     def _numbers(self, fault: Fault, layers: Collection[int] | None, parameters: Parameters) -> Iterator[int]:

@@ -107,7 +107,7 @@ def _new(name: str, kinds: tuple[str, ...], change: Callable[[Step, Steps, Param
     return Fault(name=name, kinds=kinds, change=change, what=what, symptom=symptom, fix=fix, seen=seen)
 
 
-_RIGHT_LOGITS = "the router's scores are right, what the experts give together is not"
+_RIGHT_LOGITS = "the router's scores are right, the experts' combined result is not"
 _NORMS: Any = ("ffn_moe_weights_norm",)
 
 FAULTS = (
@@ -128,14 +128,14 @@ FAULTS = (
     ),
     _new(
         "experts-gating", ("ffn_moe_probs",), _gating,
-        "softmax where this model's router wants a sigmoid, or the other way round",
+        "the router uses a softmax where this model wants a sigmoid, or the other way round",
         "the router's logits are right, its probabilities are not",
         "expert_gating_func says which: 1 softmax, 2 sigmoid", "Mixtral code that loads DeepSeek-V3 or GLM-4.5",
     ),
     _new(
         "experts-bias-as-weight", _WEIGHTS, _biased_weights,
-        "the bias that chooses experts also weighs them", _RIGHT_LOGITS,
-        "choose by probability + bias, weigh by the probability alone", "DeepSeek-V3's exp_probs_b added for good",
+        "the bias for choosing experts is used in their weights as well", _RIGHT_LOGITS,
+        "choose by probability + bias, but weight by the probability alone", "DeepSeek-V3's exp_probs_b added to the probabilities",
     ),
     _new(
         "experts-bias-ignored", ("ffn_moe_probs_biased",), _unbiased,
@@ -145,12 +145,12 @@ FAULTS = (
     _new(
         "experts-one-fewer", _WEIGHTS, _on_weights(_without_last),
         "the last of the chosen experts is left out", _RIGHT_LOGITS,
-        "as many experts as <architecture>.expert_used_count", "a loop that ends one too early",
+        "use as many experts as <architecture>.expert_used_count says", "a loop that ends one too early",
     ),
     _new(
         "experts-weights-exchanged", _WEIGHTS, _on_weights(_reversed),
         "the chosen experts have each other's weights", _RIGHT_LOGITS,
-        "keep ids and weights in one order", "ids sorted after the weights were taken",
+        "keep ids and weights in the same order", "ids sorted after the weights were taken",
     ),
     _new(
         "shared-expert-missing", ("ffn_out", "ffn_moe_out_merged"), _no_shared,

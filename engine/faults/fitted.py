@@ -165,7 +165,7 @@ _ATTENTION_CAP = Fault(
     parameters={"cap": ()},
     group="fitted",
 )
-_TIMES = "{part} of {at} is {by} times what it is in this model"
+_TIMES = "{part} of {at} is {by} times as large as in this model"
 _PLUS = "{by} is added to every element of {at}"
 _SCALE_FIX, _PLUS_FIX = "take the factor out, or read it from the file", "take the constant out"
 

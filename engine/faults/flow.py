@@ -107,7 +107,7 @@ FAULTS = (
         what="the residual stream skips the attention (ffn_inp) or the feed-forward (l_out): {at}",
         symptom="wrong from layer 0 on; the stream changes too little",
         fix="add the branch's output to the stream",
-        seen="an output that is written to a buffer nobody reads",
+        seen="an output that is written to a buffer that nothing reads",
         parameters={AT: (("l_out",), ("ffn_inp",))},
     ),
     Fault(
@@ -117,7 +117,7 @@ FAULTS = (
         what="the residual is taken after the norm, at {at}",
         symptom="wrong from layer 0, position 0 on",
         fix="keep the stream as it was before the norm",
-        seen="norms that work in place",
+        seen="norms that overwrite their input",
         parameters=_EACH,
     ),
     Fault(

@@ -101,12 +101,12 @@ FAULTS = (
     ),
     _new(
         "head-norm-after-rope", ("q_rope", "k_rope"), _after_rope,
-        "heads are normalised after RoPE, not before, in {at}", "right where the norm's weight is even, else wrong from position 1 on",
-        "first q_norm and k_norm, then RoPE", "Llama 4, which normalises after RoPE",
+        "heads are normalised after RoPE, not before, in {at}", "right if the norm's weight is constant, else wrong from position 1 on",
+        "apply q_norm and k_norm before RoPE", "Llama 4, which normalises after RoPE",
     ),
     _new(
         "post-norm-missing", _BEHIND, _missing,
-        "what a branch gives is not normalised before it is added, in {at}", "residuals of the wrong size from layer 0 on",
+        "a branch's result is not normalised before it is added, in {at}", "residuals of the wrong size from layer 0 on",
         "normalise attention's and feed-forward's result before the sum", "pre-norm code that loads Gemma 2, Gemma 3 or OLMo 2",
     ),
     _new(

@@ -81,7 +81,7 @@ _TEXTS = {
         "ε is added outside the square root, in {at}",
         "a difference that looks like rounding",
         "x / sqrt(mean(x²) + ε)",
-        "formulas copied from papers",
+        "formulas copied from a paper",
     ),
     "norm-weight-missing": (
         "the norm's weight is not applied, in {at}",
@@ -111,13 +111,13 @@ _TEXTS = {
         "each half of the row is normalised by itself, in {at}",
         "a small difference from position 0 on",
         "reduce over the whole row: across all warps or blocks",
-        "reductions that end at a block's edge",
+        "reductions that stop at the edge of a thread block",
     ),
     "norm-skipped": (
         "the norm is skipped, in {at}",
         "values of the wrong size",
         "normalise before the projections",
-        "pre-norm read as post-norm",
+        "a pre-norm model taken for a post-norm one",
     ),
 }
 
@@ -160,7 +160,7 @@ FAULTS = (
         what="the final norm is missing",
         symptom="all layers right, logits of the wrong size",
         fix="normalise with output_norm.weight before the output matrix",
-        seen="ports from code in which the norm is part of the head",
+        seen="ports of code in which the norm is part of the head",
         once=True,
     ),
 )

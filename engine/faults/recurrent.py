@@ -62,7 +62,7 @@ FAULTS = (
         name="convolution-taps",
         kinds=_CONVOLUTIONS,
         change=_tap,
-        what="the convolution's taps stand {by} places away (0: in reverse)",
+        what="the convolution's taps are shifted by {by} (0: reversed)",
         symptom="wrong from position 0 on, of plausible size",
         fix="the last tap is the position itself",
         seen="kernels stored the other way round; a state that is one position late",
@@ -75,7 +75,7 @@ FAULTS = (
         what="the time step is used without softplus",
         symptom="states that grow instead of decaying",
         fix="dt = softplus(projection + bias)",
-        seen="softplus fused into a kernel that was exchanged",
+        seen="softplus fused into a kernel that was replaced",
     ),
     Fault(
         name="decay-missing",

@@ -60,7 +60,7 @@ def findings(paths: Sequence[Path]) -> "list[Finding]":
     """JSON answers of other commands as parts of a report.
 
     Raises:
-        InputError: a file cannot be read, or is no such answer.
+        InputError: a file cannot be read, or is not such an answer.
     """
     from checkpoints.errors import InputError
     from checkpoints.regular import read_text

@@ -1,4 +1,4 @@
-"""`parity conform`: tiny models of everything through an engine."""
+"""`parity conform`: an engine on tiny models of every architecture and type."""
 
 from pathlib import Path
 from typing import Annotated
@@ -14,23 +14,30 @@ from . import options as o
 def conform(
     given: o.Given,
     side: Annotated[
-        o.Side | None, typer.Option("--side", help="ours: the engine that comes with parity, instead of --exec.")
+        o.Side | None, typer.Option("--side", help="ours: test the engine that comes with parity, instead of --exec.")
     ] = None,
     profile: Annotated[
         str, typer.Option("--profile", help="The matrix: llama, quants, dense, moe, recurrent or all.")
     ] = "llama",
     architectures: Annotated[
         str | None,
-        typer.Option("--architectures", help="Instead of the profile's: names and globs with commas: 'qwen*,gemma3'."),
+        typer.Option(
+            "--architectures",
+            help="Architectures instead of the profile's: names and globs, separated by commas: 'qwen*,gemma3'.",
+        ),
     ] = None,
     types: Annotated[str | None, typer.Option("--types", help="Weight types instead of the profile's: 'F32,Q*_K'.")] = None,
     prompts: Annotated[
-        str | None, typer.Option("--prompts", help="short (6 tokens), long (37: beyond attention windows), one, same.")
+        str | None,
+        typer.Option(
+            "--prompts",
+            help="Prompts: short (6 tokens), long (37, beyond attention windows), one (a single token), same (one token nine times).",
+        ),
     ] = None,
     modes: Annotated[
         str | None,
         typer.Option(
-            "--modes", help="prefill, decode, chunked; the last two need {portions} in --exec. Default: all possible."
+            "--modes", help="Modes: prefill, decode, chunked; the last two need {portions} in --exec. Default: all possible."
         ),
     ] = None,
     explain: Annotated[bool, typer.Option("--explain/--no-explain", help="Look for the cause of what fails.")] = True,
@@ -51,16 +58,16 @@ def conform(
     table: Annotated[Path | None, typer.Option("--table", help="Write every cell's figures: FILE.csv or FILE.parquet.")] = None,
     form: o.AnswerOption = o.AnswerFormat.TEXT,
 ) -> None:
-    """Is an engine right for every architecture and weight type? Tiny seeded models through it, a verdict each, one line a cause.
+    """Is an engine right for every architecture and weight type? Runs it on tiny seeded models: a verdict for each, one line per cause.
 
-    {model} is the model file itself, of the type that is tried; the engine may refuse it (a nonzero exit code and a sentence on
-    stderr): that is no failure. With {points} the engine is asked for every operation, so that a failure has a name.
+    {model} is the model file itself, in the type under test; an engine may refuse it (a nonzero exit code and a sentence on
+    stderr), which is not a failure. With {points} the engine is asked for every operation, so that a failure has a name.
 
       parity conform --exec "./engine {model} {tokens} {out} {points}" --profile dense
 
       parity conform --side ours --architectures 'qwen*' --types F32,Q4_K
 
-    Run it again after a fix: what did not change is not computed again. Exits 0 if nothing is wrong, 1 if a cell diverges, crashes
+    Run it again after a fix: only what changed is computed again. Exits 0 if nothing is wrong, 1 if a cell diverges, crashes
     or takes too long.
     """
     from ..conform.bench import Settings
@@ -74,9 +81,13 @@ def conform(
 
     command = given["command"]
     if (command is None) == (side is None):
-        raise InputError("it is not said whose conformance is tested.", "Take one of --exec CMD and --side ours.", code="usage")
+        raise InputError("no engine to test was given.", "Take one of --exec CMD and --side ours.", code="usage")
     if side is o.Side.REF:
-        raise InputError("llama.cpp is the reference here.", "Take --side ours, or your engine with --exec.", code="usage")
+        raise InputError(
+            "--side ref cannot be tested: llama.cpp is the reference.",
+            "Take --side ours, or your engine with --exec.",
+            code="usage",
+        )
     check_outputs(junit, table)
     portions = command is None or command.takes(PORTIONS)
     chosen = cells(profile, architectures, types, prompts, modes, MODES if portions else (PREFILL,))

@@ -19,7 +19,7 @@ _INTERRUPTED = 130
 
 
 class Shown:
-    """Progress: a bar with an estimate on a terminal's stderr, and the first failure in the moment in which it is found."""
+    """Progress: a bar with an estimate on a terminal's stderr, and the first failure as soon as it is found."""
 
     def __init__(self, form: AnswerFormat) -> None:
         self._text = form in (AnswerFormat.TEXT, AnswerFormat.GITHUB)
@@ -59,10 +59,10 @@ class Shown:
 
 
 def check_outputs(junit: Path | None, table: Path | None) -> None:
-    """Refuse before hours are spent what could not be written afterwards.
+    """Refuse output files that cannot be written before hours are spent on the run.
 
     Raises:
-        InputError: a table of another ending, or a folder that is not there.
+        InputError: a table with an unknown file ending, or a folder that does not exist.
     """
     from ..diff.table import check_ending
 
@@ -71,12 +71,14 @@ def check_outputs(junit: Path | None, table: Path | None) -> None:
     for path in (junit, table):
         if path is not None and not path.absolute().parent.is_dir():
             raise InputError(
-                f"cannot write {path}: there is no folder {path.parent}.", "Make it, or choose another.", code="output"
+                f"cannot write {path}: the folder {path.parent} does not exist.",
+                "Create the folder, or choose another one.",
+                code="output",
             )
 
 
 def show(found: "Conformance", form: AnswerFormat, *, junit: Path | None, table: Path | None) -> int:
-    """Print the answer, write index.html and what else was asked for, and return the exit code.
+    """Print the answer, write index.html and whatever else was asked for, and return the exit code.
 
     Raises:
         InputError: nothing was compared: every cell was refused, or a file cannot be written.

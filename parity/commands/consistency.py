@@ -20,10 +20,10 @@ def consistency(
         typer.Argument(help="Two dumps of your engine over the same tokens, computed in different portions."),
     ] = None,
     side: Annotated[o.Side | None, typer.Option("--side", help="Our engine (ours, the default) or llama.cpp (ref).")] = None,
-    chunk: Annotated[int, typer.Option("--chunk", min=1, help="Tokens a chunk in the check of a prefill in chunks.")] = 4,
+    chunk: Annotated[int, typer.Option("--chunk", min=1, help="Tokens per chunk when the prefill is checked in chunks.")] = 4,
     form: o.FormatOption = o.Format.TEXT,
 ) -> None:
-    """Does an engine agree with itself? The prompt at once, token by token, in chunks: no reference is needed.
+    """Does an engine agree with itself? Computes a prompt at once, token by token and in chunks; needs no reference.
 
     Your first token is right and the text falls apart later? Then prefill and decode disagree: dump the same tokens twice, once
     as one prompt and once token by token, and give both dumps. What fails says whether cache, positions or mask are to blame.
@@ -34,7 +34,7 @@ def consistency(
 
       parity consistency --model M.gguf --prompt "Hi"    our engine; --side ref: llama.cpp
 
-    {portions} are the numbers of tokens that each forward pass is to take, with commas: 4,4,1. Exits 0 if all agree, 1 if
+    {portions} stands for the number of tokens in each forward pass, separated by commas: 4,4,1. Exits 0 if all agree, 1 if
     something differs.
     """
     from ..consistency.consistency import ConsistencyRequest

@@ -14,7 +14,10 @@ def diff(
     ours: Annotated[Path, typer.Argument(help="Your engine's dump.", show_default=False)],
     ref: Annotated[Path, typer.Argument(help="llama.cpp's dump.", show_default=False)],
     third: Annotated[
-        Path | None, typer.Argument(help="A third dump: at each point it is then said which side is alone.", show_default=False)
+        Path | None,
+        typer.Argument(
+            help="A third dump: the answer then says at each point which side disagrees with the other two.", show_default=False
+        ),
     ] = None,
     form: o.AnswerOption = o.AnswerFormat.TEXT,
     tolerance: o.ToleranceOption = None,
@@ -24,13 +27,13 @@ def diff(
         typer.Option(
             "--model",
             "-m",
-            help="GGUF file of the dumps: measure on it what a lower arithmetic costs, and which one OURS has where it does not say.",
+            help="GGUF file of the dumps: measures the error of lower precisions on it, and which one OURS uses if it does not say.",
         ),
     ] = None,
     arbiter: o.ArbiterOption = o.Arbiter.AUTO,
     strict: o.StrictOption = False,
     step: Annotated[
-        int | None, typer.Option("--step", min=0, help="Of records that stand twice: those of this forward pass.")
+        int | None, typer.Option("--step", min=0, help="If a record occurs twice, use the one of this forward pass.")
     ] = None,
     names: o.MapOption = None,
     offset: o.OffsetOption = None,
@@ -47,7 +50,7 @@ def diff(
 ) -> None:
     """Compare two dumps, or three, and name the first divergence.
 
-    Exits 0 for parity, 1 for a divergence, 2 if there is nothing to compare or lint calls a dump unusable.
+    Exits 0 for parity, 1 for a divergence, 2 if there is nothing to compare or lint finds a dump unusable.
     """
     if third is not None:
         raise typer.Exit(_three((ours, ref, third), form, (table, html, junit, model, step), names, offset, tolerance))
@@ -107,8 +110,8 @@ def _three(
 
     if any(value is not None for value in given) or form.value not in (o.Format.TEXT, o.Format.JSON):
         raise InputError(
-            "--table, --html, --junit, --model, --step and the formats of CI are for two dumps.",
-            "Compare the pair that interests you.",
+            "--table, --html, --junit, --model, --step and the CI formats need exactly two dumps.",
+            "Leave the third dump out.",
             code="three",
         )
     mapping = o.mapping(names, offset)

@@ -56,18 +56,21 @@ def check(
         list[Path] | None, typer.Option("--ours", help="Dumps of your engine, one a prompt; repeat the option.")
     ] = None,
     side: Annotated[
-        o.Side | None, typer.Option("--side", help="Run our engine (ours) or llama.cpp (ref); default: whoever was recorded.")
+        o.Side | None,
+        typer.Option("--side", help="Run our engine (ours) or llama.cpp (ref); default: the side that was recorded."),
     ] = None,
-    model: Annotated[Path | None, typer.Option("--model", "-m", help="The model, where it does not lie as recorded.")] = None,
-    mode: Annotated[o.Mode | None, typer.Option("--mode", help="Refuse golden dumps of the other mode.")] = None,
-    prompts: Annotated[Path | None, typer.Option("--prompts", help="Refuse golden dumps of other prompts than these.")] = None,
-    update: Annotated[bool, typer.Option("--update", help="Rewrite the golden points that are shown as moved.")] = False,
+    model: Annotated[
+        Path | None, typer.Option("--model", "-m", help="GGUF file, if it is no longer where it was recorded.")
+    ] = None,
+    mode: Annotated[o.Mode | None, typer.Option("--mode", help="Refuse golden dumps recorded in another mode.")] = None,
+    prompts: Annotated[Path | None, typer.Option("--prompts", help="Refuse golden dumps of prompts other than these.")] = None,
+    update: Annotated[bool, typer.Option("--update", help="Rewrite the golden records of points that moved.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Errors that grow within their limits exit 1, too.")] = False,
     bisect: Annotated[
         bool, typer.Option("--bisect", help="For `git bisect run`: what cannot be tested exits 125, not 2.")
     ] = False,
     ledger: LedgerOption = None,
-    no_ledger: Annotated[bool, typer.Option("--no-ledger", help="Don't note this check.")] = False,
+    no_ledger: Annotated[bool, typer.Option("--no-ledger", help="Don't add this check to the ledger.")] = False,
     junit: Annotated[Path | None, typer.Option("--junit", help="Write JUnit XML besides: one case a point.")] = None,
     summary: Annotated[Path | None, typer.Option("--summary", help="Append Markdown to this file (a job summary).")] = None,
     form: o.AnswerOption = o.AnswerFormat.TEXT,

@@ -84,7 +84,7 @@ def show_history(folder: Path, book: Path | None, html: Path | None, form: Forma
         console = Console()
         print_lines(console, list(lines(entries, console.width)))
         said = [("finding", found) for found in findings]
-        said += [("note", f"{skipped} lines of {path} are no entries and were skipped")] if skipped else []
+        said += [("note", f"{skipped} lines of {path} are not entries and were skipped")] if skipped else []
         print_lines(console, labelled(said, console.width))
     return DIVERGENCE_CODE if strict and findings else PARITY_CODE
 

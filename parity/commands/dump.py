@@ -46,7 +46,7 @@ def ours(given: o.Given, out: OutOption) -> None:
     written(out)
 
 
-@app.command("ref", short_help="Run a prompt through llama.cpp, or along your dump.")
+@app.command("ref", short_help="Run a prompt, or the tokens of your dump, through llama.cpp.")
 @o.fills(
     *(
         "model",
@@ -70,7 +70,8 @@ def ref(
     follow: Annotated[
         Path | None,
         typer.Option(
-            "--follow", help="Take tokens (generated ones too), points and positions from this dump and lead llama.cpp along."
+            "--follow",
+            help="Take the tokens (generated ones too), points and positions from this dump, and run llama.cpp along them.",
         ),
     ] = None,
     names: o.MapOption = None,
@@ -90,7 +91,7 @@ def ref(
     if followed is not None:
         notes(followed)
     if left:
-        print(f"left out, llama.cpp has no such point: {printable(', '.join(left), 1000)}", file=sys.stderr)
+        print(f"left out, because llama.cpp has no such point: {printable(', '.join(left), 1000)}", file=sys.stderr)
     written(out)
 
 
@@ -108,8 +109,8 @@ def hf(
 ) -> None:
     """Run a prompt through transformers, float32 and eager attention, and write what it computed under llama.cpp's names.
 
-    It runs in an interpreter of yours that has torch and transformers (--python). Token ids are llama.cpp's where the model is
-    a GGUF file, and where transformers' tokenizer makes others, that is said; for a folder they are transformers' own.
+    It runs in a Python interpreter of yours that has torch and transformers (--python). For a GGUF file the token ids are
+    llama.cpp's, and a note tells if transformers' tokenizer disagrees; for a folder they are transformers' own.
     """
     from ..models.embedded import path as embedded
     from ..run.session import dump_hugging_face

@@ -22,7 +22,7 @@ def emit(
 ) -> None:
     """Print the one file that your engine needs to write dumps: parity emit c > parity_dump.h.
 
-    It copies values in the moment they are computed, with the statistics and the sketch that a whole row's comparison needs.
+    It copies values as soon as they are computed, with the statistics and the sketch that a whole row's comparison needs.
     """
     import sys
 

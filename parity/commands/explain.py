@@ -22,13 +22,14 @@ def explain(
     tokens: o.TokensOption = None,
     names: o.MapOption = None,
     offset: o.OffsetOption = None,
-    max_faults: Annotated[int, typer.Option("--max-faults", min=1, max=8, help="Faults at once.")] = 4,
+    max_faults: Annotated[int, typer.Option("--max-faults", min=1, max=8, help="Largest number of faults to combine.")] = 4,
     budget: Annotated[
-        float, typer.Option("--budget", min=0.1, help="Seconds after which the search answers with what it has.")
+        float,
+        typer.Option("--budget", min=0.1, help="Seconds after which the search stops and answers with what it has found."),
     ] = 60.0,
     compute: Annotated[
         o.Compute | None,
-        typer.Option("--compute", help="The arithmetic of your engine, if it is not f32: its noise is measured."),
+        typer.Option("--compute", help="The arithmetic of your engine, if it is not f32; its rounding noise is measured."),
     ] = None,
     arbiter: o.ArbiterOption = o.Arbiter.AUTO,
     backend: o.BackendOption = o.BackendName.AUTO,

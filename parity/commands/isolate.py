@@ -31,7 +31,8 @@ def isolate(
     mode: Annotated[
         o.Mode | None,
         typer.Option(
-            "--mode", help="native: the file's own types with ggml's rounding; exact: as F32. Default: native, or the dump's."
+            "--mode",
+            help="native: the file's own types with ggml's rounding; exact: all in F32. Default: the dump's mode, else native.",
         ),
     ] = None,
     kv_type: Annotated[CacheType, typer.Option("--kv-type", help="llama.cpp's KV cache (native mode).")] = CacheType.F32,
@@ -40,13 +41,13 @@ def isolate(
         str | None, typer.Option("--rows", help="Logits to recompute one by one from the output matrix's rows: 8850,44394.")
     ] = None,
     tensors: Annotated[
-        Path | None, typer.Option("--tensors", help="The dump's safetensors file, if it doesn't lie beside it.")
+        Path | None, typer.Option("--tensors", help="The dump's safetensors file, if it is not beside the dump.")
     ] = None,
     names: o.MapOption = None,
     offset: o.OffsetOption = None,
     compute: o.ComputeOption = None,
     windows: Annotated[
-        bool, typer.Option(help="Let llama.cpp judge layers of which only inputs and outputs are there.")
+        bool, typer.Option(help="Let llama.cpp judge layers of which only inputs and outputs were recorded.")
     ] = True,
     graft: Annotated[
         str | None,
@@ -56,12 +57,12 @@ def isolate(
     form: o.FormatOption = o.Format.TEXT,
     verbose: o.VerboseOption = False,
 ) -> None:
-    """Which operations are wrong, all of them, and which are proven right and need not be looked at again.
+    """Name all operations that are wrong, and those that are proven right and need not be looked at again.
 
-    Your engine writes garbage and everything behind the first wrong value is wrong as well? Here nothing is inherited: each
-    operation of each layer is computed anew from the inputs that it really had, and compared with what came out of it.
+    Your engine writes garbage and everything after the first wrong value is wrong as well? Here no error is inherited: each
+    operation of each layer is computed again from the inputs that it really had, and compared with its output.
 
-      parity isolate ours.jsonl --model M.gguf       your engine: record whole values (a tensors file, or all values a record)
+      parity isolate ours.jsonl --model M.gguf       your engine: record whole rows (dump --full, or all values in each record)
 
       parity isolate --model M.gguf --prompt "Hi"    llama.cpp itself: our definition of each operation is held to it
 
@@ -73,7 +74,7 @@ def isolate(
     from .output import answer
 
     if dump is None and any(value is not None for value in (tensors, names, offset)):
-        raise InputError("--tensors, --map and --offset are for a dump.", "Give it: parity isolate DUMP …", code="usage")
+        raise InputError("--tensors, --map and --offset need a dump.", "Give it: parity isolate DUMP …", code="usage")
     given = [value for value in (prompt, prompt_file, tokens) if value is not None]
     text, ids = given_prompt(prompt, prompt_file, tokens) if dump is None or given else (None, None)
     found = judge(

@@ -1,4 +1,4 @@
-"""`parity lint`: is this dump itself to be believed?"""
+"""`parity lint`: can this dump be trusted?"""
 
 from pathlib import Path
 from typing import Annotated
@@ -12,13 +12,15 @@ def lint(
     file: Annotated[Path, typer.Argument(help="A dump: your engine's, or llama.cpp's.", show_default=False)],
     model: Annotated[
         Path | None,
-        typer.Option("--model", "-m", help="GGUF file that the dump is of: tells late captures, other tokens, wrong shapes."),
+        typer.Option(
+            "--model", "-m", help="GGUF file of the dump: with it late captures, wrong tokens and wrong shapes are found, too."
+        ),
     ] = None,
     names: o.MapOption = None,
     offset: o.OffsetOption = None,
     form: o.FormatOption = o.Format.TEXT,
 ) -> None:
-    """Is this dump itself to be believed?
+    """Can this dump be trusted?
 
     Before your engine is blamed: does the dump show what the engine computed? Finds buffers captured too late or not copied,
     device memory read on the host, wrong types, doubled or missing positions, cut files. Exits 0 if clean, 1 with findings.

@@ -85,31 +85,41 @@ PromptOption = Annotated[str | None, typer.Option("--prompt", "-p", help="The pr
 PromptFileOption = Annotated[Path | None, typer.Option("--prompt-file", help="File with the prompt, UTF-8.")]
 TokensOption = Annotated[str | None, typer.Option("--tokens", help="Token ids instead of a prompt: 1,2,3.")]
 ModeOption = Annotated[
-    Mode, typer.Option("--mode", help="exact: as F32 on both sides, a right engine agrees to 1e-12; native: the file's types.")
+    Mode, typer.Option("--mode", help="exact: F32 on both sides, a right engine agrees to 1e-12; native: the file's own types.")
 ]
 PointsOption = Annotated[
     str, typer.Option("--points", help="What to record: default, all, or names and globs such as 'blk.{1..5}.{q,k}'.")
 ]
 LayersOption = Annotated[str | None, typer.Option("--layers", help="Layers whose output is recorded: 0,5,10,23.")]
 PositionsOption = Annotated[str, typer.Option("--positions", help="all, last, or a list: 0,3,7.")]
-SliceOption = Annotated[int, typer.Option("--slice", min=1, max=_LONGEST_ROW, help="Leading values a record carries.")]
-FullOption = Annotated[bool, typer.Option("--full", help="Write whole tensors besides, as safetensors.")]
+SliceOption = Annotated[int, typer.Option("--slice", min=1, max=_LONGEST_ROW, help="Number of leading values in each record.")]
+FullOption = Annotated[bool, typer.Option("--full", help="Also write whole tensors, as safetensors.")]
 BinaryOption = Annotated[
-    bool, typer.Option("--binary", help="Write records as arrays beside the dump's lines: large dumps are read in no time.")
+    bool,
+    typer.Option(
+        "--binary", help="Write records as arrays in a safetensors file beside the dump: large dumps are read ten times faster."
+    ),
 ]
 ArbiterOption = Annotated[
     Arbiter,
     typer.Option(
         "--arbiter",
-        help="The same steps in float64 say which side is right: where that can decide (auto), wherever something differs (all), never.",
+        help="Let the same steps in float64 say which side is right: where they can decide (auto), everywhere (all), or never (off).",
     ),
 ]
 BackendOption = Annotated[BackendName, typer.Option("--backend", help="Where our engine computes.")]
 DevicesOption = Annotated[
-    str | None, typer.Option("--devices", help="CUDA devices, consecutive layers on consecutive ones: 0,1.", show_default=False)
+    str | None,
+    typer.Option(
+        "--devices", help="CUDA devices, for instance 0,1: consecutive layers go to consecutive devices.", show_default=False
+    ),
 ]
 WindowOption = Annotated[
-    str, typer.Option("--window", help="llama.cpp window by window: auto, off, or layers a window (exact mode, large models).")
+    str,
+    typer.Option(
+        "--window",
+        help="Run llama.cpp in windows of layers: auto, off, or layers per window (exact mode, for models larger than memory).",
+    ),
 ]
 ThreadsOption = Annotated[
     int | None, typer.Option("--threads", min=1, max=_MOST_THREADS, help="Threads of llama.cpp; default: all cores.")
@@ -119,23 +129,23 @@ ToleranceOption = Annotated[
     float | None,
     typer.Option("--tolerance", min=0.0, help="NMSE above which a record differs; default: looked up by types and mode."),
 ]
-StrictOption = Annotated[bool, typer.Option("--strict", help="Records that only one side has are a divergence, too.")]
+StrictOption = Annotated[bool, typer.Option("--strict", help="Count records that only one side has as a divergence.")]
 AnswerOption = Annotated[
     AnswerFormat,
     typer.Option("--format", help="text for people; json; for CI: markdown (job summary), junit, github (annotations)."),
 ]
 ComputeOption = Annotated[
-    Compute | None, typer.Option("--compute", help="The arithmetic of your engine, where its dump doesn't say it.")
+    Compute | None, typer.Option("--compute", help="The arithmetic of your engine, if its dump does not name it.")
 ]
-DespiteLintOption = Annotated[
-    bool, typer.Option("--despite-lint", help="Compare also where lint says that a dump is not to be believed.")
-]
+DespiteLintOption = Annotated[bool, typer.Option("--despite-lint", help="Compare even if lint finds a dump unusable.")]
 MapOption = Annotated[
     Path | None, typer.Option("--map", help="TOML file that says what your names mean: their name = our point.")
 ]
 OffsetOption = Annotated[
     int | None,
-    typer.Option("--offset", help="Added to every position of your dump; 0: they count from the prompt's first token."),
+    typer.Option(
+        "--offset", help="Number added to every position of your dump; 0: positions count from the prompt's first token."
+    ),
 ]
 ExecOption = Annotated[
     str | None,
@@ -157,7 +167,7 @@ PythonOption = Annotated[
 ]
 HfDeviceOption = Annotated[str, typer.Option("--hf-device", help="Where Hugging Face computes: cpu, cuda, cuda:1, mps.")]
 GenerateOption = Annotated[
-    int, typer.Option("--generate", min=0, help="Tokens to generate: llama.cpp chooses, the other side is led along.")
+    int, typer.Option("--generate", min=0, help="Tokens to generate: llama.cpp chooses them, the other side follows.")
 ]
 FormatOption = Annotated[Format, typer.Option("--format", help="text for people, json for machines.")]
 VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="Show llama.cpp's own log.")]
@@ -172,12 +182,12 @@ def no_input(out: Path | None, *inputs: Path | None) -> None:
     for source in inputs:
         if out is not None and source is not None and out.exists() and source.exists() and out.samefile(source):
             raise InputError(
-                f"{out} is an input of this command and would be overwritten.", "Write to another file.", code="output"
+                f"{out} is an input of this command and must not be overwritten.", "Write to another file.", code="output"
             )
 
 
 def mapping(names: Path | None, offset: int | None) -> "Mapping":
-    """--map and --offset as one: what names mean and where positions count from, which an offset says besides the file's own.
+    """--map and --offset as one mapping: what names mean and where positions count from; --offset replaces the file's own offset.
 
     Raises:
         InputError: the mapping cannot be read.
@@ -209,7 +219,7 @@ def devices(text: str | None) -> tuple[int, ...]:
     """
     listed = numbers(text, "--devices") if text is not None else ()
     if len(set(listed)) < len(listed):
-        raise InputError(f"--devices {text} names a device twice.", "Name each device once.", code="devices")
+        raise InputError(f"--devices {text} names a device more than once.", "Name each device once.", code="devices")
     return listed
 
 
@@ -221,7 +231,7 @@ def positions(text: str) -> Literal["all", "last"] | tuple[int, ...]:
         return "last"
     listed = numbers(text, "--positions")
     if not listed or min(listed) < 0:
-        raise InputError(f"--positions {text!r} names no position.", "Write all, last, or a list such as 0,3,7.")
+        raise InputError(f"--positions {text!r} is not valid.", "Write all, last, or a list such as 0,3,7.")
     return listed
 
 
@@ -282,7 +292,7 @@ def _command(command: str | None, shell: str | None, timeout: float | None) -> G
     line = command if command is not None else shell
     if line is None:
         if timeout is not None:
-            raise InputError("--exec-timeout is for a foreign engine.", "Give its command with --exec.", code="exec")
+            raise InputError("--exec-timeout needs an engine of yours.", "Give its command with --exec.", code="exec")
         return {"command": None}
     return {"command": Command(line, shell=shell is not None, timeout=timeout or DEFAULT_TIMEOUT)}
 

@@ -63,13 +63,14 @@ def run(
         bool,
         typer.Option(
             "--hunt",
-            help="Run your engine again with the points asked for next ({points}), down to the operation and its cause.",
+            help="Run your engine again and again with more points ({points}), down to the operation and its cause.",
         ),
     ] = False,
     other: Annotated[
         Third | None,
         typer.Option(
-            "--with", help="A third side besides ours and llama.cpp: hf is Hugging Face (--python); who is alone is named."
+            "--with",
+            help="A third side besides ours and llama.cpp: hf is Hugging Face (--python); the side that disagrees is named.",
         ),
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder of the run; default: runs/<time>-<model>.")] = None,
@@ -77,7 +78,7 @@ def run(
 ) -> None:
     """Run a prompt through our engine (or yours, --exec) and llama.cpp, and find the first divergence.
 
-    With --exec every point that your engine prints is compared, and {points} are the names of those that are wanted, with commas.
+    With --exec every point that your engine prints is compared; {points} stands for the names of those wanted, with commas.
     With --hunt the run goes on by itself, from the first divergence to the operation, and then looks for the cause:
 
       parity run --prompt "Hi" --exec "./engine {model} {tokens} {out} {points}" --compute f32 --hunt
@@ -88,12 +89,12 @@ def run(
     from reference.child import Child
 
     if given["command"] is None and given["mapping"] != Mapping():
-        raise InputError("--map and --offset are for a foreign engine.", "Give its command with --exec.", code="exec")
+        raise InputError("--map and --offset need an engine of yours.", "Give its command with --exec.", code="exec")
     if hunt and given["command"] is None:
-        raise InputError("--hunt runs a foreign engine again and again.", "Give its command with --exec.", code="exec")
+        raise InputError("--hunt needs an engine of yours.", "Give its command with --exec.", code="exec")
     python, device = given.pop("python"), given.pop("device")
     if other is not None and (given["mode"] != "exact" or hunt):
-        raise InputError("--with hf computes in float32: it is for exact mode, and not for --hunt.", code="three")
+        raise InputError("--with hf is only for exact mode (it computes in float32), and not for --hunt.", code="three")
     child = Child(given["verbose"])  # it imports llama.cpp while this process imports all the rest
     from reference.client import Reference
 

@@ -25,28 +25,36 @@ def score(
     given: o.Given,
     text: Annotated[Path, typer.Option("--text", help="UTF-8 text to predict, such as wiki.test.raw.", show_default=False)],
     side: Annotated[
-        o.Side | None, typer.Option("--side", help="ours (default) or ref, llama.cpp itself: with --mode native its loss.")
+        o.Side | None,
+        typer.Option(
+            "--side", help="ours (default) or ref: llama.cpp itself, for instance with --mode native what that mode loses."
+        ),
     ] = None,
     base: Annotated[Path | None, typer.Option("--base", help="Compare with this base file of an earlier --save-base.")] = None,
     base_model: Annotated[
-        Path | None, typer.Option("--base-model", help="Compare with llama.cpp on this file: the F16 original, say.")
+        Path | None,
+        typer.Option("--base-model", help="Compare with llama.cpp on this GGUF file, for instance the F16 original."),
     ] = None,
     save_base: Annotated[
         Path | None,
-        typer.Option("--save-base", help="Keep the side's predictions: the largest logits of each and the sum of all."),
+        typer.Option(
+            "--save-base", help="Write the predictions to a base file: the largest logits of each and the sum of all."
+        ),
     ] = None,
     alone: Annotated[bool, typer.Option("--alone", help="Perplexity only, without a base.")] = False,
     context: Annotated[int, typer.Option("--context", min=1, help="Tokens a chunk; the second half of each is scored.")] = 512,
-    chunks: Annotated[int | None, typer.Option("--chunks", min=1, help="Only so many chunks.")] = None,
+    chunks: Annotated[int | None, typer.Option("--chunks", min=1, help="Largest number of chunks to score.")] = None,
     explain_worst: Annotated[
         bool,
-        typer.Option("--explain-worst", help="Run both sides to the worst position and go on to layer, operation and cause."),
+        typer.Option(
+            "--explain-worst", help="Run both sides up to the worst position and look for the layer, operation and cause."
+        ),
     ] = False,
     form: Annotated[
         ScoreFormat, typer.Option("--format", help="text for people, json, or markdown to paste into a pull request.")
     ] = ScoreFormat.TEXT,
 ) -> None:
-    """Perplexity, KL divergence and same first choice of your engine (or ours, or llama.cpp in native mode) over a text.
+    """Perplexity, KL divergence and agreement of the first choice of your engine (or ours, or llama.cpp in native mode) over a text.
 
     The base is llama.cpp in exact mode on the same model, --base-model, or a --base file. Figures are those of
     llama-perplexity --kl-divergence, one row of logits at a time.
@@ -55,7 +63,7 @@ def score(
 
       parity score --text wiki.test.raw --model M-Q4_K_M.gguf --base-model M-F16.gguf --side ref --mode native
 
-    Exits 0 whatever the figures are; with --explain-worst 1 where the worst position is a divergence.
+    Exits 0 whatever the figures are; with --explain-worst, 1 if the worst position is a divergence.
     """
     from ..run.request import Request
     from ..run.sides import EXEC, OURS

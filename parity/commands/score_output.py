@@ -36,7 +36,7 @@ def explained(run: "Request", source: str, leading: tuple[int, ...], *, quiet: b
     """Run both sides along the tokens that lead to the worst position, and return the exit code.
 
     Raises:
-        InputError: llama.cpp is the side: it is what others are held to.
+        InputError: the side is llama.cpp itself, which is the reference.
     """
     from ..run.sides import EXEC, REF
 

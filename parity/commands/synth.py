@@ -29,12 +29,16 @@ def synth(
     heads: Annotated[int | None, typer.Option("--heads", min=1, help="Query heads.")] = None,
     kv_heads: Annotated[int | None, typer.Option("--kv-heads", min=1, help="Key/value heads.")] = None,
     head_size: Annotated[
-        int | None, typer.Option("--head-size", min=2, help="Size of one head, where it is not width / heads.")
+        int | None, typer.Option("--head-size", min=2, help="Size of one head, if it is not width / heads.")
     ] = None,
     ff: Annotated[int | None, typer.Option("--ff", min=1, help="Feed-forward width.")] = None,
     vocab: Annotated[int | None, typer.Option("--vocab", min=1, help="Vocabulary size.")] = None,
-    tied: Annotated[bool | None, typer.Option("--tied/--untied", help="Whether the output matrix is the embedding's.")] = None,
-    context: Annotated[int | None, typer.Option("--context", min=1, help="Positions the model was trained for.")] = None,
+    tied: Annotated[
+        bool | None, typer.Option("--tied/--untied", help="Whether the output matrix is the embedding matrix.")
+    ] = None,
+    context: Annotated[
+        int | None, typer.Option("--context", min=1, help="Context length that the model claims to be trained for.")
+    ] = None,
     rope_base: Annotated[float | None, typer.Option("--rope-base", help="Base of the rotary frequencies.")] = None,
     settings: Annotated[
         list[str] | None,
@@ -43,18 +47,22 @@ def synth(
         ),
     ] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the weights.")] = 0,
-    stub_vocabulary: Annotated[bool, typer.Option("--stub-vocabulary", help="No tokenizer: prompts by --tokens only.")] = False,
+    stub_vocabulary: Annotated[
+        bool, typer.Option("--stub-vocabulary", help="Leave the tokenizer out: prompts are then given by --tokens only.")
+    ] = False,
 ) -> None:
     """Write a GGUF with seeded random weights: qwen2 and llama of any shape, over a hundred other architectures small."""
     if rope_base is not None and not 0 < rope_base < inf:
-        raise InputError(f"a RoPE base of {rope_base} gives no frequencies.", "Write e.g. --rope-base 10000.", code="shape")
+        raise InputError(
+            f"--rope-base must be a finite number above 0, not {rope_base}.", "Write e.g. --rope-base 10000.", code="shape"
+        )
     if architecture == "list":
         from engine.synth.recipes import names
 
         print("\n".join(names()))
         return
     if out is None:
-        raise InputError("no file to write is named.", "Give -o FILE.", code="output")
+        raise InputError("no output file was given.", "Write -o FILE.", code="output")
     from ..models.embedded import path as default_model
     from ..synth.synthetic import make, make_by_recipe
     from .output import written
@@ -77,7 +85,7 @@ def synth(
 
         if settings:
             raise InputError(
-                "--set is for the architectures that are made by a recipe.", "`--architecture list` names them.", code="set"
+                "--set works with --architecture only.", "`--architecture list` names the architectures.", code="set"
             )
         shape = shape_like(like or "tiny", architecture=architecture, **changes)
         make(out, shape, kind=kind or "f16", seed=seed, tokenizer=tokenizer)
@@ -88,7 +96,7 @@ def synth(
         chosen = recipe(architecture)
         if like is not None:
             raise InputError(
-                "--like names shapes of qwen2 and llama.", f"Give --layers, --width, … for {architecture}.", code="shape"
+                "--like is for shapes of qwen2 and llama only.", f"Give --layers, --width, … for {architecture}.", code="shape"
             )
         own = shape_of(chosen, **changes)
         make_by_recipe(out, chosen, own, parse_settings(settings or ()), kind=kind, seed=seed, tokenizer=tokenizer)

@@ -16,12 +16,14 @@ def weights(
         Path | None,
         typer.Option(
             "--theirs",
-            help="Weights that your engine dumped after loading, leading values suffice: safetensors, npz, or JSONL with GGUF names.",
+            help="Weights as your engine holds them after loading (leading values suffice): safetensors, npz, or JSONL, under GGUF names.",
         ),
     ] = None,
     hf: Annotated[
         Path | None,
-        typer.Option("--hf", help="The Hugging Face folder that the file was converted from: every tensor, and config.json."),
+        typer.Option(
+            "--hf", help="The Hugging Face folder that the file was converted from: every tensor and config.json are compared."
+        ),
     ] = None,
     backend: o.BackendOption = o.BackendName.AUTO,
     form: o.FormatOption = o.Format.TEXT,

@@ -1,4 +1,4 @@
-"""One cell after another: the model is made, llama.cpp's dump taken or made, the side run, both compared, the cause looked for."""
+"""One cell after another: make the model, get llama.cpp's dump, run the side, compare both, look for the cause."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -128,7 +128,7 @@ class Bench:
         return ExternalEngine(request, request.command, self._reference, model=request.model, names=names)
 
     def _reference_dump(self, request: Request, prompt: Prompt, model_key: str, name: str) -> Dump:
-        """llama.cpp's dump of a model and prompt: made once, whoever is compared with it."""
+        """llama.cpp's dump of a model and prompt: made once, whichever side is compared with it."""
         out = self._settings.folder / "reference" / f"{identity.digest(identity.program(), model_key, prompt.ids)}-{name}.jsonl"
         if out.exists():
             dump = read(out)

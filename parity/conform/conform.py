@@ -1,4 +1,4 @@
-"""The whole matrix, in this process, in several, or on a cluster; resumable: what is finished is kept, whatever ends the run."""
+"""The whole matrix, in this process, in several, or on a cluster. Finished cells are kept, however the run ends."""
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import as_completed
@@ -32,7 +32,7 @@ class ConformRequest:
 
 
 def conform(request: ConformRequest, progress: Progress = lambda *_: None) -> Conformance:
-    """Run all cells; an interruption gives what there is until then.
+    """Run all cells; after an interruption the answer has the cells finished until then.
 
     Raises:
         InputError: there is no cell, or the folder cannot be written.
@@ -86,15 +86,13 @@ def _results(request: ConformRequest) -> Iterator[CellResult]:
                         yield result
         except BrokenProcessPool:  # a worker was killed: what the others had finished is kept, the rest runs again
             if attempt + 1 == _ATTEMPTS:
-                yield from (
-                    CellResult(cell, CRASHED, "the worker process was lost, three times") for part in parts for cell in part
-                )
+                yield from (CellResult(cell, CRASHED, "the worker process died three times") for part in parts for cell in part)
         else:
             return
 
 
 def parts_of(cells: Sequence[Cell]) -> list[list[Cell]]:
-    """What one worker takes at once: the cells of one architecture, which share models."""
+    """The parts that workers take: cells of one architecture, which share models."""
     parts: dict[str, list[Cell]] = {}
     for cell in cells:
         parts.setdefault(cell.architecture, []).append(cell)

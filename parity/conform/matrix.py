@@ -67,16 +67,16 @@ def cells(
         possible_modes: those that the side can be asked for.
 
     Raises:
-        InputError: no such profile, a name that there is not, or a mode that the side cannot be asked for.
+        InputError: an unknown profile or name, or a mode that the side cannot be asked for.
     """
     if profile not in PROFILES:
-        raise InputError(f"there is no profile {profile!r}.", f"Take one of {', '.join(PROFILES)}.", code="profile")
+        raise InputError(f"--profile {profile!r} is not known.", f"Take one of {', '.join(PROFILES)}.", code="profile")
     chosen = PROFILES[profile]
     wanted_modes = list(possible_modes) if modes is None else _picked(modes, MODES, "--modes")
     if impossible := [mode for mode in wanted_modes if mode not in possible_modes]:
         raise InputError(
-            f"{impossible[0]} needs an engine that is told how to take the prompt.",
-            "Give it {portions} in --exec: the numbers of tokens of each forward pass, with commas.",
+            f"--modes {impossible[0]} needs an engine that is told how to split the prompt.",
+            "Put {portions} into --exec: the number of tokens in each forward pass, separated by commas.",
             code="modes",
         )
     axes = (
@@ -89,7 +89,7 @@ def cells(
 
 
 def portions(mode: str, count: int) -> tuple[int, ...] | None:
-    """How many tokens each pass takes of a prompt of `count`; None where the mode is no other than a prefill."""
+    """How many tokens each pass takes of a prompt of `count`; None if the mode would be the same as a prefill."""
     if mode == PREFILL:
         return (count,)
     if mode == DECODE:

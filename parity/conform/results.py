@@ -11,7 +11,7 @@ FOLDER = "results"
 
 
 def load(folder: Path, key: str) -> CellResult | None:
-    """A result that was kept; None where there is none, or one of another version."""
+    """A result that was kept; None if there is none, or only one of another version."""
     try:
         facts = json.loads((folder / FOLDER / f"{key}.json").read_text(encoding="utf-8"))
         return replace(CellResult.from_dict(facts), kept=True)

@@ -24,10 +24,10 @@ def fitting() -> int:
 
 @contextmanager
 def workers_of(count: int, cluster: str = "") -> Iterator[Executor]:
-    """Workers; what has not begun when the block is left early does not begin.
+    """Workers; when the block is left early, work that has not begun is dropped.
 
     Raises:
-        InputError: there is no such cluster, it goes away, or Dask is not installed.
+        InputError: there is no such cluster, its connection is lost, or Dask is not installed.
     """
     if cluster:
         with _cluster(cluster) as pool:
@@ -71,7 +71,7 @@ def _cluster(address: str) -> Iterator[Executor]:
     except Exception as error:
         if type(error).__module__.split(".")[0] in ("distributed", "asyncio", "concurrent", "tornado"):
             raise InputError(
-                f"the cluster at {address} went away ({type(error).__name__}): what was finished is kept.",
+                f"the connection to the cluster at {address} was lost ({type(error).__name__}); finished cells are kept.",
                 "Run the same command again to go on.",
                 code="cluster",
             ) from error

@@ -58,7 +58,7 @@ def consistency(request: ConsistencyRequest) -> Consistency:
     if request.dumps is not None:
         return two_dumps(request, *request.dumps)
     if request.chunk < 1:
-        raise InputError(f"chunks of {request.chunk} tokens hold nothing.", "Take 1 or more.", code="chunk")
+        raise InputError(f"--chunk must be at least 1, not {request.chunk}.", "Take 1 or more.", code="chunk")
     run = request.run
     with Reference(verbose=run.verbose, threads=run.threads) as reference:
         side = side_of(request.source, run, reference, resident=True)
@@ -101,7 +101,7 @@ def of_side(side: Side, prompt: Prompt, request: ConsistencyRequest, vocabulary:
         _described(side, whole),
         tuple(checks),
         (
-            *(() if takes_portions else (f"portions: {side.name} is not told them; give it {PORTIONS} in --exec",)),
+            *(() if takes_portions else (f"portions: {side.name} is not told about them; put {PORTIONS} into --exec",)),
             "padding and batches of several prompts: one sequence is computed at a time",
         ),
     )

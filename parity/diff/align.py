@@ -149,7 +149,7 @@ def _unique(rows: Rows, path: str, step: int | None, notes: list[str]) -> Rows:
     same = _same(rows, head[~starts], doubled)
     if not same.all():
         heads = _select(rows, path, step, by_key, starts, doubled[~same])
-    notes.append(f"{path}: {len(doubled)} records of {rows.point} came twice; each position counts once")
+    notes.append(f"{path}: {len(doubled)} records of {rows.point} occur twice; each position counts once")
     return rows.take(heads)
 
 

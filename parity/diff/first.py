@@ -91,7 +91,7 @@ def _not_seen(name: str, unseen: Sequence[Seen]) -> str:
         f"{item.values} of {item.of:,} values of {item.checkpoint}" if item.of else f"{item.values} values of {item.checkpoint}"
         for item in unseen[:3]
     )
-    return f"{name}, or what it is made from: only {what} were seen, which agree"
+    return f"{name}, or what it is made from: only {what} were recorded, and these agree"
 
 
 def _unseen(records: Records, first: int, stretch: Stretch | None, seen: Sequence[Seen]) -> list[Seen]:

@@ -162,7 +162,7 @@ def _answer(
         changes=moved,
         findings=tuple(ledger.findings(points)),
         updated=updated,
-        notes=(f"{skipped} lines of {book} are no entries and were skipped",) if skipped else (),
+        notes=(f"{skipped} lines of {book} are not entries and were skipped",) if skipped else (),
     )
     if request.keep_ledger and not updated:
         commit, dirty = ledger.commit()
@@ -255,7 +255,7 @@ def _assigned(golden: Golden, dumps: Sequence[Path]) -> list[Path]:
     """The given dumps in the order of the prompts they are of: by token ids where they say them, else by their order."""
     if len(dumps) != len(golden.prompts):
         raise InputError(
-            f"there are {len(golden.prompts)} golden prompts and {len(dumps)} dumps.",
+            f"{len(dumps)} dumps were given for {len(golden.prompts)} golden prompts.",
             "Give one dump for each prompt.",
             code="prompts-changed",
         )

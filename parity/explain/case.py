@@ -154,7 +154,9 @@ def _tokens(dump: Dump, given: tuple[int, ...] | None) -> tuple[int, ...]:
         return given
     if dump.header is None or not dump.header.tokens:
         raise DumpError(
-            f"{dump.path} does not say which tokens it is of.", "Give them: --tokens 1,2,3, or --prompt.", code="tokens"
+            f"{dump.path} does not say for which tokens it was recorded.",
+            "Give them: --tokens 1,2,3, or --prompt.",
+            code="tokens",
         )
     generated = sorted((token.token_idx, token.id) for token in dump.tokens if token.seq == 0)
     return (*dump.header.tokens, *(number for _, number in generated))

@@ -97,6 +97,8 @@ def law(found: Beside) -> str:
     """The sentence of the first law that holds for every element; "" where none does."""
     if not np.isfinite(found.theirs).all() or not np.isfinite(found.right).all():
         return ""
+    if (((found.theirs - found.right) ** 2).sum(axis=1) <= found.room / ROOM).all():
+        return "every recorded element is right: what differs was not recorded"
     every = np.ones(len(found.index), dtype=np.bool_)
     said = next(_by_a_number(found, every, many=False), "")
     if said:

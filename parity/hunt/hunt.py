@@ -34,7 +34,7 @@ MOST_ROUNDS = 8  # layer outputs halve nothing: two or three runs lead from five
 
 @dataclass(frozen=True)
 class Heard:
-    """What is known after a round, for whoever shows it: the round, and both sides' dumps."""
+    """What is known after a round, for display: the round, and both sides' dumps."""
 
     round: Round
     ours: Dump
@@ -61,7 +61,7 @@ def hunt(
         InputError: there is no foreign engine, or tokens are to be generated; ParityError: as `parity run`.
     """
     if request.command is None:
-        raise InputError("--hunt runs a foreign engine again and again.", "Give its command with --exec.", code="exec")
+        raise InputError("--hunt needs an engine of yours.", "Give its command with --exec.", code="exec")
     began = perf_counter()
     with started or Reference(verbose=request.verbose, threads=request.threads) as reference:
         folder = new_folder(request)
@@ -102,7 +102,7 @@ class _Chase:
         self.notes: list[str] = []
 
     def rounds(self) -> Iterator[Heard]:
-        """Run after run, until the operation has a name or nothing more is to be learned."""
+        """Run after run, until the operation has a name or another run would tell nothing new."""
         asked = self._request.points
         known: Dump | None = None
         for number in range(1, MOST_ROUNDS + 1):
@@ -123,9 +123,7 @@ class _Chase:
                 self.stopped = f"the records of {asked} do not narrow it down further"
                 return
             if not self._command.takes(POINTS):
-                self.stopped = (
-                    f"{self._command.name} prints the same points whatever is asked for: give it {POINTS} to go on by itself"
-                )
+                self.stopped = f"{self._command.name} prints the same points every time: put {POINTS} into its command"
                 return
             asked = verdict.next
         self.stopped = f"{MOST_ROUNDS} runs did not lead to an operation"
@@ -151,10 +149,10 @@ class _Chase:
         return printed
 
     def _together(self, before: Dump, now: Dump) -> Dump:
-        """What both runs printed; of a point that both have the later records."""
+        """The points that either run printed; if both have one, the later records."""
         moved = [name for name in before.points if name in now.points and not _same(before.points[name], now.points[name])]
         if moved:
-            self.notes.append(f"two runs of {self._command.name} differ at {moved[0]}: it does not repeat its own numbers")
+            self.notes.append(f"two runs of {self._command.name} differ at {moved[0]}: its numbers are not reproducible")
         return replace(now, points=before.points | now.points, tokens=now.tokens or before.tokens)
 
     def _reference_for(self, ours: Dump) -> Dump:

@@ -275,7 +275,7 @@ def _foreign(request: IsolateRequest, dump: Path, running: Reference | None) -> 
     if all(item.status == NOT_OBSERVABLE for item in (*operations, *layers)) and not grafted:
         raise DumpError(
             f"{dump} has no operation whose inputs and output are there as a whole.",
-            "Record whole values: a tensors file, or all values of each record (parity emit shows how).",
+            'Record whole values: a tensors file, or all values of each record and their "shape": [width] (parity emit shows how).',
             code="nothing",
         )
     return Isolation(

@@ -131,7 +131,9 @@ class WholeValues:
         """
         header = self.dump.header
         if header is None or not header.tokens:
-            raise DumpError(f"{self.path} does not say which tokens it is of.", "Give --tokens or --prompt.", code="tokens")
+            raise DumpError(
+                f"{self.path} does not say for which tokens it was recorded.", "Give --tokens or --prompt.", code="tokens"
+            )
         return np.array([*header.tokens, *(token.id for token in self.dump.tokens)], dtype=np.int64)
 
     def arriving(self, step: int) -> Iterator[tuple[str, Value]]:

@@ -1,4 +1,4 @@
-"""Is this dump itself to be believed? Runs every rule of `lint_rules.table` over one dump."""
+"""Can this dump be trusted? Runs every rule of `lint_rules.table` over one dump."""
 
 from pathlib import Path
 
@@ -57,7 +57,7 @@ def refuse_unusable(dump: Dump, side: str) -> None:
     errors = [finding for finding in report.findings if finding.severity == ERROR]
     more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
     raise DumpError(
-        f"{side} ({dump.path}) is not to be believed: {errors[0].rule}: {errors[0].evidence}{more}.",
+        f"{side} ({dump.path}) cannot be trusted: {errors[0].rule}: {errors[0].evidence}{more}.",
         f"Usual cause: {errors[0].cause}. `parity lint {dump.path}` lists everything, --despite-lint compares all the same.",
         code="unusable",
     )

@@ -1,4 +1,4 @@
-"""A foreign engine's command line: what it is, how it is started, watched and ended, and what an error of it says."""
+"""A foreign engine's command line: how it is started, watched and stopped, and what its errors say."""
 
 import os
 import re
@@ -47,7 +47,7 @@ class Command:
     `timeout` is in seconds.
 
     Raises:
-        InputError: it is empty, its quotes don't match, or the time limit is none.
+        InputError: it is empty, its quotes don't match, or the time limit is not a positive number.
     """
 
     line: str
@@ -80,14 +80,14 @@ class Command:
 
     @property
     def name(self) -> str:
-        """The program, for sentences about it."""
+        """The program's name, as messages use it."""
         words = self._split()[1]
         while len(words) > 1 and (Path(words[0]).name == "env" or _ASSIGNMENT.fullmatch(words[0])):
             words = words[1:]  # `env NAME=value CMD` starts CMD
         return Path(words[0]).name
 
     def takes(self, placeholder: str) -> bool:
-        """Whether the line has a place for it."""
+        """Whether the line contains this placeholder."""
         return placeholder in self.line
 
     def run(
@@ -96,7 +96,7 @@ class Command:
         """Start the engine and wait until it has written `out`; without {out} in the line its stdout is the dump.
 
         Raises:
-            EngineError: the program is not there, it failed, took too long, wrote without end, or left no dump.
+            EngineError: the program does not exist, failed, took too long, wrote too much, or left no dump.
         """
         values = {
             MODEL: str(model),
@@ -148,7 +148,7 @@ class Command:
             raise self._failed(process.returncode, tail.text())
 
     def _wait(self, process: "subprocess.Popen[bytes]", out: Path) -> EngineError | None:
-        """Wait for the engine's end; the error for which it has to be stopped, if there is one."""
+        """Wait until the engine ends; returns the error for which it had to be stopped, if any."""
         deadline = monotonic() + self.timeout
         largest = min(_LARGEST_DUMP, shutil.disk_usage(out.parent).free // 2)
         pause = 0.002
@@ -174,8 +174,8 @@ class Command:
                     )
 
     def _no_file(self, out: Path, mode: int) -> EngineError:
-        kind = "a pipe" if stat.S_ISFIFO(mode) else "a link" if stat.S_ISLNK(mode) else "no regular file"
-        return EngineError(f"{self.name} made {out} {kind}.", "It must write a regular file to {out}.")
+        kind = "a pipe" if stat.S_ISFIFO(mode) else "a link" if stat.S_ISLNK(mode) else "something that is not a regular file"
+        return EngineError(f"{self.name} made {out} into {kind}.", "It must write a regular file to {out}.")
 
     def _failed(self, status: int, stderr: str) -> EngineError:
         lines = [line for line in stderr.splitlines() if line.strip()]
@@ -184,30 +184,32 @@ class Command:
         how = f"was killed by signal {killed}" if killed else f"failed with exit code {status}"
         crashed = bool(killed) or not lines or any(word in stderr for word in _UNHANDLED)
         return EngineError(
-            f"{self.name} {how}: {said.rstrip('.')}.", "Run the command by itself.", how=CRASHED if crashed else REFUSED
+            f"{self.name} {how}: {said.rstrip('.')}.",
+            "Run the command by itself to see why.",
+            how=CRASHED if crashed else REFUSED,
         )
 
     def _dumped(self, out: Path) -> None:
         try:
             found = out.lstat()
         except OSError:
-            raise EngineError(f"{self.name} ended well but wrote no {out}.", "It must write to {out}.") from None
+            raise EngineError(f"{self.name} exited with code 0 but did not write {out}.", "It must write to {out}.") from None
         if not stat.S_ISREG(found.st_mode):
             raise self._no_file(out, found.st_mode)
 
 
 def _filled(text: str, values: Mapping[str, str]) -> str:
-    """The text with every placeholder replaced, once: what a value contains is not looked at."""
+    """The text with every placeholder replaced; placeholders inside the values are left alone."""
     return re.sub(r"\{(?:model|tokens|out|points|portions)\}", lambda match: values[match[0]], text)
 
 
 def _remove(out: Path) -> None:
-    """Remove what an earlier run left there: it must not be taken for this run's dump."""
+    """Remove what an earlier run left there, so that it is not taken for this run's dump."""
     out.unlink(missing_ok=True)
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:
-    """End an engine and the children that it has not set free."""
+    """End an engine and the children in its process group."""
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -229,6 +231,6 @@ class _Tail:
                 self._kept = (self._kept + piece)[-_TAIL:]
 
     def text(self) -> str:
-        """What came last. A child that goes on holding the pipe is not waited for."""
+        """The last bytes. A child that keeps the pipe open is not waited for."""
         self._thread.join(_GRACE)
         return self._kept.decode("utf-8", "replace")

@@ -1,4 +1,4 @@
-"""llama.cpp's graph of a model, where no reference runs already."""
+"""llama.cpp's graph of a model, if no reference is running yet."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ from reference.client import Reference
 
 
 def recorded_graph(model: Path) -> RecordedGraph:
-    """The graph, by a reference that is started for it.
+    """The graph, recorded by a reference that is started for this.
 
     Raises:
         ModelError, ReferenceFailed: as `Reference.graph`.

@@ -18,14 +18,14 @@ ADVICE = "pip install torch transformers gguf accelerate there, or name an inter
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """What transformers' own tokenizer makes of a prompt; `problem` says why it makes nothing."""
+    """The ids that transformers' own tokenizer gives a prompt; `problem` says why there are none."""
 
     ids: tuple[int, ...] = ()
     pieces: tuple[str, ...] = ()
     problem: str = ""
 
     def difference(self, prompt: Prompt) -> str:
-        """A sentence on the first place where llama.cpp makes another token of the text; empty where there is none."""
+        """A sentence on the first position at which llama.cpp tokenizes the text differently; empty if there is none."""
         if self.problem:
             return f"transformers has no tokenizer for this model: {self.problem}"
         for place, (mine, theirs) in enumerate(zip(prompt.ids, self.ids, strict=False)):
@@ -60,14 +60,14 @@ class HuggingFace:
     name: str = "Hugging Face"
 
     def check(self, prompt: Prompt | None = None) -> None:
-        """Raises InputError where the interpreter is not there, or has no torch or transformers."""
+        """Raises InputError if the interpreter does not exist, or has no torch or transformers."""
         probe = "import importlib.util as u; print([m for m in ('torch', 'transformers') if u.find_spec(m) is None])"
         try:
             done = subprocess.run([self.python, "-P", "-c", probe], capture_output=True, text=True, check=False, timeout=60)
         except (OSError, subprocess.TimeoutExpired) as error:
             raise InputError(f"cannot run {self.python}: {error}.", "Check --python.", code="python") from error
         if done.returncode or not done.stdout.startswith("["):
-            raise InputError(f"{self.python} is not a Python of version 3.11 or newer.", "Check --python.", code="python")
+            raise InputError(f"{self.python} is not Python 3.11 or newer.", "Check --python.", code="python")
         if done.stdout.strip() != "[]":
             lacking = done.stdout.strip(" []\n").replace("'", "")
             raise InputError(f"{self.python} has no {lacking}.", f"Run: {ADVICE}", code="python")

@@ -25,7 +25,7 @@ TOP = 5  # logits a token record carries: enough to see what was nearly chosen
 
 @dataclass(frozen=True)
 class OursJob(Recording):
-    """What our engine is to record. `generated` are the ids that it is led along after the prompt, with their texts."""
+    """What our engine has to record. `generated` are the ids that follow the prompt, with their texts."""
 
     out: Path
     tokens: tuple[int, ...]

@@ -12,7 +12,7 @@ def numbers(text: str, name: str) -> tuple[int, ...]:
     """A comma-separated list of whole numbers.
 
     Raises:
-        InputError: it is none; the message names the option.
+        InputError: it is not such a list; the message names the option.
     """
     try:
         return tuple(int(part) for part in text.split(",") if part.strip())
@@ -26,7 +26,7 @@ def given_prompt(text: str | None, file: Path | None, tokens: str | None) -> tup
     """The prompt's text or its token ids: exactly one of the three options is given.
 
     Raises:
-        InputError: none or several are given, the file cannot be read, or the prompt is empty.
+        InputError: none or more than one is given, the file cannot be read, or the prompt is empty.
     """
     given: Sequence[object] = [value for value in (text, file, tokens) if value is not None]
     if len(given) != 1:
@@ -49,4 +49,4 @@ def given_prompt(text: str | None, file: Path | None, tokens: str | None) -> tup
         # In a locale without UTF-8 the command line's bytes come as surrogates.
         return os.fsencode(text).decode("utf-8"), None
     except UnicodeError:
-        raise InputError("the prompt is not UTF-8.", "Check its encoding, or give --prompt-file.", code="prompt") from None
+        raise InputError("the prompt is not UTF-8.", "Encode it as UTF-8, or give --prompt-file.", code="prompt") from None

@@ -1,4 +1,4 @@
-"""What one experiment is asked to be: plain data that commands fill in and that is passed on whole."""
+"""What a run is asked to do: plain data that commands fill in and that is passed on whole."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -15,10 +15,10 @@ Progress = Callable[[str, int, int | None], None]  # (side, done, total); no tot
 
 @dataclass(frozen=True)
 class Request(Recording):
-    """What `parity run` was asked for. Where ids are given, `tokens` are taken and `prompt` is only the text they stand for.
+    """What `parity run` was asked for. If ids are given, `tokens` are used and `prompt` is only the text they stand for.
 
     `command` starts a foreign engine; `mapping` says what its names mean and where its positions begin. `generate` is how many
-    tokens llama.cpp is to choose after the prompt, which our side is then led along.
+    tokens llama.cpp has to choose after the prompt; our side then computes the same tokens.
     """
 
     model: Path
@@ -41,7 +41,7 @@ class Request(Recording):
 
 @dataclass(frozen=True)
 class Prompt:
-    """Token ids with their texts, and those of the tokens that a side is led along after them.
+    """Token ids with their texts, and the same of the generated tokens that follow them.
 
     `portions` says how many of the prompt's tokens each forward pass takes; () for all of them in one.
     """
@@ -54,5 +54,5 @@ class Prompt:
     portions: tuple[int, ...] = ()
 
     def followed_by(self, ids: tuple[int, ...], pieces: tuple[str, ...]) -> Self:
-        """The same prompt, with tokens to be led along after it."""
+        """The same prompt, with generated tokens after it."""
         return replace(self, generated=ids, generated_pieces=pieces)

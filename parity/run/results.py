@@ -1,4 +1,4 @@
-"""A run's folder that holds an earlier run: it holds all of that until all of this run's dumps are there."""
+"""A run into a folder that holds an earlier run: the earlier one stays whole until all dumps of this one are written."""
 
 import os
 import shutil
@@ -18,9 +18,9 @@ _PREFIX = ".parity-run-"
 
 @contextmanager
 def dumps_of(folder: Path) -> Iterator[Path]:
-    """Where a run writes its dumps: `folder`, if it holds no other run; else a folder inside, whose files then take the others' place.
+    """Where a run writes its dumps: `folder`, or, if that holds a run, a folder inside it whose files replace the old ones at the end.
 
-    What another run left is as it was if this one fails, and its answer never stands beside new dumps.
+    If this run fails, the earlier one is left as it was; an old answer never lies beside new dumps.
 
     Raises:
         InputError: the folder cannot be written to.
@@ -53,7 +53,7 @@ def dumps_of(folder: Path) -> Iterator[Path]:
 
 
 def forget_answer(folder: Path) -> None:
-    """Remove an earlier run's answer, before dumps of another stand beside it."""
+    """Remove an earlier run's answer before the new dumps are put there."""
     for name in ANSWERS:
         (folder / name).unlink(missing_ok=True)
 

@@ -36,7 +36,7 @@ OURS_FILE, REF_FILE, HF_FILE = "ours.jsonl", "ref.jsonl", "hf.jsonl"
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run found and where it lies. `seconds` is the wall time of both sides and the comparison."""
+    """What a run found, and its folder. `seconds` is the wall time of both sides and the comparison."""
 
     folder: Path
     ours: Dump
@@ -65,7 +65,7 @@ def new_folder(request: Request) -> Path:
 
 
 def resolve_prompt(reference: Reference, model: Path, text: str | None, tokens: tuple[int, ...] | None = None) -> Prompt:
-    """The prompt's ids and pieces, as llama.cpp makes them: of `tokens` where they are given (`text` is what they stand for).
+    """The prompt's ids and pieces, as llama.cpp makes them; `tokens`, if given, are used instead of tokenizing `text`.
 
     Raises:
         InputError: the prompt has no tokens, or ids are outside the vocabulary.
@@ -88,8 +88,8 @@ def run(
 ) -> Outcome:
     """Run both sides and compare them by `judge`.
 
-    `started` is a reference that was started ahead, and is ended here; `meanwhile` is called where nothing is left to do but
-    to wait for llama.cpp.
+    `started` is a reference that was started earlier, and is closed here; `meanwhile` is called while llama.cpp is all there
+    is to wait for.
 
     Raises:
         ParityError: whatever is wrong with the request, the model, a side or the reference, in one line.
@@ -133,7 +133,7 @@ def _at_once(
     progress: Progress | None,
     meanwhile: Callable[[], None],
 ) -> None:
-    """Both sides compute at the same time, unless tokens are generated: then llama.cpp chooses first, and ours is led along."""
+    """Both sides compute at the same time, unless tokens are generated: then llama.cpp chooses them first, and ours follows."""
     ref = LlamaCpp(replace(request, points=ours.points, layers=None), reference)
     if request.generate:
         chosen = ref.dump(prompt, folder / REF_FILE, progress).generated
@@ -154,7 +154,7 @@ def _at_once(
 def _one_after_the_other(
     request: Request, reference: Reference, ours: Side, prompt: Prompt, folder: Path, progress: Progress | None
 ) -> None:
-    """A foreign engine that was not asked for certain points runs first; llama.cpp then records whatever it has printed."""
+    """A foreign engine that was not asked for certain points runs first; llama.cpp then records the points that it printed."""
     if request.generate:
         with TemporaryDirectory(prefix="parity-run-") as scratch:
             chooser = LlamaCpp(replace(request, points="logits", slice_size=1, full=False), reference)
@@ -166,18 +166,18 @@ def _one_after_the_other(
 
 
 def following(request: Request, dump: Dump, known: Sequence[str] = ()) -> Request:
-    """The request that records what a dump has: its points, its positions, and no fewer values a row.
+    """The request that records what a dump has: its points, its positions, and at least as many values per row.
 
     `known` are the points of this model in llama.cpp: of the vocabulary's own names those that it lacks are left out.
 
     Raises:
-        DumpError: none of its points could be llama.cpp's.
+        DumpError: llama.cpp has none of its points.
     """
     # `blk.N.<node>` may be a name of llama.cpp's; what is neither that nor a point it cannot have.
     points = [name for name in dump.points if parse(name).known or parse(name).layer is not None]
     points = [name for name in points if not known or name in known or not parse(name).known]
     if not points:
-        raise DumpError(f"{dump.path} has no point that llama.cpp could have.", *unknown_names(dump.points), code="points")
+        raise DumpError(f"{dump.path} has no point that llama.cpp has.", *unknown_names(dump.points), code="points")
     widest = max(int(dump.points[name].counts.max(initial=0)) for name in points)
     size = None if request.slice_size is None else max(request.slice_size, widest)
     request = replace(request, points=",".join(points), layers=None, slice_size=size)
@@ -188,14 +188,14 @@ def following(request: Request, dump: Dump, known: Sequence[str] = ()) -> Reques
 
 
 def taken_instead(request: Request, ref: Dump) -> tuple[str, ...]:
-    """A sentence where the default layers are not all there, saying which were recorded in their place."""
+    """If the model lacks some of the default layers: a sentence that says which were recorded instead."""
     layers = ref.header.model.layers if ref.header else None
     if layers is None or request.points != "default" or request.layers is not None or max(DEFAULT_LAYERS) == layers - 1:
         return ()
     wanted, taken = (
         " and ".join(", ".join(map(str, some)).rsplit(", ", 1)) for some in (DEFAULT_LAYERS, default_layers(layers))
     )
-    return (f"the model has {layers} layer{'s' * (layers > 1)}: recorded {taken} instead of {wanted}",)
+    return (f"the model has {layers} layer{'s' * (layers > 1)}: {taken} were recorded instead of {wanted}",)
 
 
 def dump_ours(request: Request, out: Path, progress: Progress | None = None) -> None:
@@ -263,7 +263,7 @@ def _listed(points: str) -> str:
     names = expand(points)
     if globs := [name for name in names if any(sign in name for sign in "*?[")]:
         raise InputError(
-            f"--points {globs[0]!r}: names only for Hugging Face; which points it has is known when it has run.",
+            f"--points {globs[0]!r} has wildcards, which do not work with Hugging Face: its points are known only after it has run.",
             "Leave --points out to record all, or list them: 'blk.{0..3}.{q,k}'.",
             code="points",
         )
@@ -271,10 +271,10 @@ def _listed(points: str) -> str:
 
 
 def dump_reference(request: Request, out: Path, follow: Dump | None = None) -> DumpResult:
-    """`parity dump ref`: llama.cpp alone, on a prompt, or led along the tokens, points and positions of another dump.
+    """`parity dump ref`: llama.cpp alone, on a prompt, or on the tokens, points and positions of another dump.
 
     Raises:
-        DumpError: the dump to follow does not say its tokens, or has none of its own points in llama.cpp.
+        DumpError: the dump to follow does not name its tokens, or llama.cpp has none of its points.
     """
     with Reference(verbose=request.verbose, threads=request.threads) as reference:
         if follow is None:
@@ -295,4 +295,6 @@ def _prompt_of(dump: Dump) -> dict[str, Any]:
         return {"tokens": dump.header.tokens, "prompt": dump.header.prompt}
     if dump.header is not None and dump.header.prompt:
         return {"prompt": dump.header.prompt}
-    raise DumpError(f"{dump.path} does not say which tokens it is of.", "Give --prompt or --tokens as well.", code="tokens")
+    raise DumpError(
+        f"{dump.path} does not say for which tokens it was recorded.", "Give --prompt or --tokens as well.", code="tokens"
+    )

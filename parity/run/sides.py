@@ -21,11 +21,11 @@ OURS, REF, EXEC = "ours", "ref", "exec"
 
 
 class Side(Protocol):
-    """Whoever computes prompts and writes a dump of each. What is recorded is the request's; a side is opened once."""
+    """An engine that computes prompts and writes a dump of each. The request says what is recorded; a side is opened once."""
 
     @property
     def name(self) -> str:
-        """What sentences call it."""
+        """Its name in messages."""
 
     @property
     def points(self) -> str:
@@ -76,7 +76,7 @@ class OurEngine:
 
     @property
     def points(self) -> str:
-        """The points by name: llama.cpp's graph has nodes besides that nobody asked for."""
+        """The points by name, since llama.cpp's graph has further nodes that nobody asked for."""
         return ",".join(chosen_points(self._engine, self._request.points, self._request.layers))
 
     def check(self, prompt: Prompt) -> None:
@@ -98,7 +98,7 @@ class OurEngine:
 class ExternalEngine:
     """A foreign engine that a command line starts. It is given `model`, else the F32 twin in exact mode and the file itself in native.
 
-    `names` are the points that it is told, where they are known already.
+    `names` are the points that it is asked for, if they are known already.
     """
 
     def __init__(
@@ -117,12 +117,12 @@ class ExternalEngine:
 
     @property
     def points(self) -> str:
-        """What was asked for; which of it a foreign engine records is its own matter."""
+        """The points asked for; a foreign engine may record fewer."""
         request = self._request
         return ",".join(layer_outputs(request.layers)) if request.layers is not None else request.points
 
     def check(self, prompt: Prompt) -> None:
-        """A foreign engine judges its tokens itself."""
+        """Nothing to check: a foreign engine checks its tokens itself."""
 
     @cached_property
     def model(self) -> Path:
@@ -132,7 +132,7 @@ class ExternalEngine:
         return self._reference.twin(self._request.model) if self._request.mode == "exact" else self._request.model
 
     def dump(self, prompt: Prompt, out: Path, progress: Progress | None = None) -> None:
-        """Start it; it is to write `out`. Raises EngineError where it does not."""
+        """Run it, so that it writes `out`. Raises EngineError if it does not."""
         tokens = (*prompt.ids, *prompt.generated)
         if progress is not None:
             progress(self.name, 0, None)
@@ -202,6 +202,6 @@ def side_of(source: str, request: Request, reference: Reference, *, resident: bo
     """
     if source == EXEC:
         if request.command is None:
-            raise InputError("a foreign engine's numbers need its command.", "Give it with --exec.", code="exec")
+            raise InputError("no command was given to run your engine.", "Give one with --exec.", code="exec")
         return ExternalEngine(request, request.command, reference)
     return LlamaCpp(request, reference) if source == REF else OurEngine(request, reference, resident=resident)

@@ -37,11 +37,11 @@ class Base:
     next_logits: NDArray[np.float32]
 
     def check(self, chunks: Sequence[Chunk], path: Path) -> None:
-        """Raises InputError where these are not the tokens that it was made of."""
+        """Raises InputError if it was made from other tokens."""
         given = np.array([token for chunk in chunks for token in chunk.tokens], dtype=np.int64)
         if len(given) > len(self.tokens) or not np.array_equal(given, self.tokens[: len(given)]):
             raise InputError(
-                f"{path} is of another text, tokenizer or --context.", "Make it anew with --save-base.", code="base"
+                f"{path} was made with another text, tokenizer or --context.", "Make it again with --save-base.", code="base"
             )
 
 
@@ -90,7 +90,7 @@ def load(path: Path) -> Base:
     """Read a base file.
 
     Raises:
-        InputError: it cannot be read, or is none.
+        InputError: it cannot be read, or is not a base file.
     """
     try:
         facts, arrays = _read(path)
@@ -98,10 +98,12 @@ def load(path: Path) -> Base:
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}.", "Check --base.", code="base") from error
     except Exception as error:  # safetensors has errors of its own
-        raise InputError(f"{path} is no base file of this version.", "Make it with --save-base.", code="base") from error
+        raise InputError(f"{path} is not a base file of this version.", "Make it with --save-base.", code="base") from error
     count = len(base.log_sums)
     if base.ids.shape != base.logits.shape or base.ids.ndim != 2 or {len(base.ids), len(base.next_logits)} != {count}:
-        raise InputError(f"{path} is damaged: its arrays do not belong together.", "Make it anew.", code="base")
+        raise InputError(
+            f"{path} is damaged: its arrays do not belong together.", "Make it again with --save-base.", code="base"
+        )
     return base
 
 

@@ -140,7 +140,7 @@ class ExternalPredictions:
                 due = next(wanted, None)
             if due is not None:
                 raise DumpError(
-                    f"{self.name} printed no logits of position {due}.",
+                    f"{self.name} printed no logits for position {due}.",
                     "A score needs them at every position, in order.",
                     code="logits",
                 )

@@ -1,4 +1,4 @@
-"""Predictions over a text: how good they are, and how far from a base's."""
+"""Predictions over a text: how good they are, and how far from those of a base."""
 
 from collections.abc import Callable
 from contextlib import ExitStack, closing
@@ -120,13 +120,13 @@ def _same_vocabulary(reference: Reference, model: Path, vocabulary: int) -> None
     if count != vocabulary:
         raise InputError(
             f"{model.name} has {count:,} tokens and the side's model {vocabulary:,}: their predictions cannot be compared.",
-            "Take a --base-model of the same vocabulary.",
+            "Take a --base-model with the same vocabulary.",
             code="base",
         )
 
 
 class _Figures:
-    """What is known while chunks go by: sums, and where it is worst."""
+    """What is known after each chunk: sums, and the worst position."""
 
     def __init__(self, base: "Base | Predictor | None", writer: BaseWriter | None) -> None:
         self.tally = Tally()

@@ -28,18 +28,18 @@ class Chunk:
 def chunks(reference: Reference, model: Path, text: str, context: int, most: int | None = None) -> tuple[list[Chunk], int]:
     """The chunks of a text, and how many tokens it has.
 
-    As in llama.cpp's perplexity tool (`perplexity.cpp`): the text's ids in stretches of `context`, what is left over dropped; where the
+    As in llama.cpp's perplexity tool (`perplexity.cpp`): the text's ids in stretches of `context`, without the remainder; if the
     vocabulary wants a BOS, each stretch's first id is replaced by it; predictions of the second half are scored.
 
     Raises:
         InputError: the context is too small, or the text too short for one chunk.
     """
     if context < 4:
-        raise InputError(f"a context of {context} tokens scores nothing.", "Take --context 64 or more.", code="context")
+        raise InputError(f"--context {context} is too small to score anything.", "Take --context 64 or more.", code="context")
     ids = reference.tokenize(model, text)
     if ids.n_ctx_train and context > ids.n_ctx_train:
         raise InputError(
-            f"a context of {context} is more than the {ids.n_ctx_train} positions that the model was trained for.",
+            f"--context {context} is more than the {ids.n_ctx_train} positions that the model was trained for.",
             f"Take --context {ids.n_ctx_train}.",
             code="context",
         )

@@ -47,7 +47,7 @@ class Folder:
         except (OSError, ValueError) as error:
             raise InputError(f"cannot read {path / 'config.json'}.", "Take a folder that save_pretrained wrote.") from error
         if not files or not isinstance(config, dict):
-            raise InputError(f"{path} has no safetensors.", "Take a folder that save_pretrained wrote.")
+            raise InputError(f"{path} contains no safetensors file.", "Take a folder that save_pretrained wrote.")
         # Models that also see or hear keep the language model's numbers in a part of their own.
         inner = config.get("text_config")
         self.config: dict[str, Any] = {**config, **inner} if isinstance(inner, dict) else config
@@ -78,7 +78,7 @@ def _stored(file: Path) -> dict[str, Stored]:
             if width == 0:
                 continue  # integers: buffers, or weights that are packed in a way of their own
             if not 0 <= begin <= end <= len(data) - 8 - size or end - begin != width * prod(shape):
-                raise ValueError(f"{name} does not lie where the header says")  # noqa: TRY301
+                raise ValueError(f"{name} is not where the header says")  # noqa: TRY301
             found[name] = Stored(data[8 + size + begin : 8 + size + end], dtype, shape)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"cannot read {file}: {' '.join(str(error).split())[:100]}.", "Download it again.") from error

@@ -40,7 +40,7 @@ def check_weights(path: Path, backend: str = "auto", progress: Progress | None =
 
         checks.append(_tensor(model, info, side, by_libggml, advanced))
     odd = [check.name for check in checks if check.nonfinite]
-    damaged = f"NaN or infinities stand in the file itself: {', '.join(odd[:4])}{', …' if len(odd) > 4 else ''}"
+    damaged = f"the file itself contains NaN or infinities: {', '.join(odd[:4])}{', …' if len(odd) > 4 else ''}"
     notes = (f"ours on {side.device}", *((damaged,) if odd else ()))
     return WeightsCheck(f"{model.hyperparameters.name or path.stem} ({path})", "", tuple(checks), total, notes)
 
@@ -70,7 +70,13 @@ def _tensor(
         by = tuple(found)
         if len(by) < 2:
             return TensorCheck(
-                info.name, name, info.shape, NOT_CHECKED, 0, by, f"only {by[0] if by else 'nobody'} reads {name}"
+                info.name,
+                name,
+                info.shape,
+                NOT_CHECKED,
+                0,
+                by,
+                f"only {by[0]} reads {name}" if by else f"nothing here reads {name}",
             )
         if (first := _first_difference(found, part, info, start * columns)) is not None:
             return TensorCheck(info.name, name, info.shape, DIFFERENT, rows * columns, by, _blame(first), first)
