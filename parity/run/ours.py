@@ -61,8 +61,10 @@ def chosen_points(transformer: Transformer, points: str, layers: tuple[int, ...]
         InputError: a layer or a point that the model does not have.
     """
     if points == "default":
-        names = layer_outputs(default_layers(transformer.hp.n_layers) if layers is None else layers)
-        return select(",".join(names), transformer.points, transformer.hp.n_layers)
+        if layers is None:
+            default = set(layer_outputs(default_layers(transformer.hp.n_layers)))
+            return [name for name in transformer.points if name in default]  # an encoder has no logits
+        return select(",".join(layer_outputs(layers)), transformer.points, transformer.hp.n_layers)
     return select(points, transformer.points, transformer.hp.n_layers)
 
 
