@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -151,3 +152,12 @@ def test_arrays_that_are_a_pipe_are_not_waited_for(parity: Cli, tmp_path: Path) 
     os.mkfifo(beside(dump))
     with pytest.raises(DumpError, match="is a pipe"):
         load(dump)
+
+
+def test_steps_of_decimals_are_finite(parity: Cli, tmp_path: Path) -> None:
+    """An infinite step, by which everything would agree, is refused as in lines."""
+    rows = load(both_ways(parity, tmp_path)[1]).points["embd"]
+    with ColumnsWriter(tmp_path / "steps.jsonl", Header(source="engine")) as writer:
+        writer.rows(replace(rows, quantum=np.full(rows.values.shape, np.inf)))
+    with pytest.raises(DumpError, match="do not fit together"):
+        load(tmp_path / "steps.jsonl")

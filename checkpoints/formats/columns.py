@@ -151,6 +151,8 @@ class _Arrays:
         fits = fits and arrays["shape"].ndim == 2 and len(arrays["shape"]) == count and isinstance(point, str)
         fits = fits and line.get("records") == count and bool(((counts >= 0) & (counts <= width)).all())
         fits = fits and bool((arrays["place"] >= 0).all()) and all(isinstance(name, str) for name in names)
+        quantum = arrays.get("quantum", np.zeros(0))
+        fits = fits and bool((np.isfinite(quantum) & (quantum >= 0)).all())
         if not fits:
             raise DumpError(f"{self.path}: the arrays of {point!r:.80} do not fit together.", _AGAIN, code="columns")
         place = arrays["place"]
