@@ -72,7 +72,12 @@ def run(arguments: list[str]) -> int:
         if os.environ.get("PARITY_TRACEBACK"):
             raise
         what = "the answer or a file cannot be written or read" if error.filename is None else str(error.filename)
-        return _fail(arguments, 2, "system", f"{what}: {error.strerror or error}.", "Check space and permissions.")
+        code = _fail(arguments, 2, "system", f"{what}: {error.strerror or error}.", "Check space and permissions.")
+        try:
+            sys.stdout.flush()
+        except OSError:  # it was the answer itself
+            _drop_output()
+        return code
     except Exception as error:
         # typer's own errors: its copy of click's classes, which it does not export.
         if type(error).__name__ == "Abort":

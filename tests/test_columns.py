@@ -161,3 +161,16 @@ def test_steps_of_decimals_are_finite(parity: Cli, tmp_path: Path) -> None:
         writer.rows(replace(rows, quantum=np.full(rows.values.shape, np.inf)))
     with pytest.raises(DumpError, match="do not fit together"):
         load(tmp_path / "steps.jsonl")
+
+
+def test_a_step_larger_than_the_values_makes_nothing_agree(parity: Cli, tmp_path: Path) -> None:
+    """Decimals cannot have been printed in steps of 1e300: such a record is refused, in lines as in arrays."""
+    line = {"checkpoint": "embd", "token_idx": 0, "values": [0.5, -0.25], "quantum": 1e300}
+    (tmp_path / "odd.jsonl").write_text(json.dumps(line) + "\n", encoding="utf-8")
+    with pytest.raises(DumpError, match='"quantum" of embd is larger than all of its values'):
+        load(tmp_path / "odd.jsonl")
+    rows = load(both_ways(parity, tmp_path)[0]).points["embd"]
+    with ColumnsWriter(tmp_path / "arrays.jsonl", Header(source="engine")) as writer:
+        writer.rows(replace(rows, quantum=np.full(rows.values.shape, 1e300)))
+    with pytest.raises(DumpError, match="do not fit together"):
+        load(tmp_path / "arrays.jsonl")

@@ -153,6 +153,7 @@ class _Arrays:
         fits = fits and bool((arrays["place"] >= 0).all()) and all(isinstance(name, str) for name in names)
         quantum = arrays.get("quantum", np.zeros(0))
         fits = fits and bool((np.isfinite(quantum) & (quantum >= 0)).all())
+        fits = fits and not (quantum.size and fields.beyond_values(quantum, arrays["values"]).any())
         if not fits:
             raise DumpError(f"{self.path}: the arrays of {point!r:.80} do not fit together.", _AGAIN, code="columns")
         place = arrays["place"]

@@ -93,6 +93,13 @@ def steps(found: Any, count: int) -> NDArray[np.float64]:
     return np.broadcast_to(given, (count,)).copy()
 
 
+def beyond_values(steps: NDArray[np.float64], values: NDArray[np.floating]) -> NDArray[np.bool_]:
+    """Whether the step of a row's decimals is larger than all that was printed with it, [R] of [R, k]: then nothing was printed."""
+    largest = np.where(np.isfinite(values), np.abs(values.astype(np.float64)), 0.0).max(axis=1, initial=1.0)
+    beyond: NDArray[np.bool_] = steps.max(axis=1, initial=0.0) > largest
+    return beyond
+
+
 def shape(found: Any) -> tuple[int, ...]:
     """A shape as a list or as text ("[1,151936]"); leading ones are dropped, since a record is one position's row."""
     sizes = [int(text) for text in re.findall(r"-?\d+", found)] if isinstance(found, str) else (found or [])

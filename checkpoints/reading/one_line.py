@@ -60,7 +60,10 @@ def _record(found: dict[str, Any], line: bytes, labels: Labels, serial: int, *, 
     scattered = None if indices is None else np.array([fields.indices(indices, len(values))], dtype=np.int64)
     stats = {name: np.array([fields.number(x)]) for name, x in fields.statistics(found.get("stats") or {}).items()}
     if found.get("quantum") is not None:  # of what was printed in some other format
-        quantum: NDArray[np.float64] | None = fields.steps(found["quantum"], len(values))
+        steps = fields.steps(found["quantum"], len(values))
+        quantum: NDArray[np.float64] | None = steps
+        if fields.beyond_values(steps[None, :], numbers[None, :]).any():
+            raise ValueError(f'"quantum" of {label} is larger than all of its values')
     else:
         quantum = printed.quantum(fields.values_text(line), len(values)) if digits else None
     with np.errstate(over="ignore"):
