@@ -167,7 +167,7 @@ HEADS = {
     ),
     "a list in a list": (
         b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q1sIIQ", 1, b"k", 9, 9, 1) + bytes(64),
-        "array of type 9",
+        "array of unknown type 9",
     ),
 }
 
@@ -204,7 +204,7 @@ def test_tensors_that_contradict_the_file(small: bytes, scratch: Path) -> None:
         "unknown type 77": patched(small, at + 20, "<I", 77),
         "blocks of 32": half_block,
         "has 9 dimensions": patched(small, at, "<I", 9),
-        "two tensors 'blk.0.attn_q.weight'": small.replace(b"blk.0.attn_k.weight", b"blk.0.attn_q.weight"),
+        "two tensors named 'blk.0.attn_q.weight'": small.replace(b"blk.0.attn_k.weight", b"blk.0.attn_q.weight"),
     }
     for said, content in wrong.items():
         scratch.write_bytes(content)

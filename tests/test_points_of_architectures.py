@@ -163,7 +163,7 @@ def test_encoders_are_not_cut(reference: Reference, small_model: Make, tmp_path:
     assert pooled.token_idx.tolist() == [len(TOKENS) - 1]
     np.testing.assert_allclose(pooled.values[0], made.points["blk.1.l_out"].values.mean(axis=0), rtol=1e-4, atol=1e-5)
     asked = parity("dump", "ref", "--model", model, "--tokens", "1,2,3", "--generate", "2", "-o", "d.jsonl")
-    refused(asked, "bert makes embeddings", "--generate")
+    refused(asked, "bert computes embeddings", "--generate")
 
 
 def test_encoder_and_decoder(reference: Reference, small_model: Make, tmp_path: Path) -> None:

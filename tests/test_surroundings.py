@@ -136,7 +136,7 @@ def test_a_cut_dump_stays_cut_when_it_is_converted(stories_run: Path, parity: Cl
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (lambda folder, stories: stories, "It is a model: --model takes it."),
+        (lambda folder, stories: stories, "It is a model: give it as --model."),
         (lambda folder, stories: folder / ("x" * 300), "File name too long"),
         (lambda folder, stories: folder, "Name the dump in it: ours.jsonl, ref.jsonl."),
     ],

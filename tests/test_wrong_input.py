@@ -158,7 +158,7 @@ BAD_DUMPS = {
     "shape": (b'{"checkpoint":"embd","token_idx":0,"shape":[2],"values":[1,2,3]}\n', "3 values, more than its shape [2]"),
     "position": (b'{"checkpoint":"embd","token_idx":-1,"values":[1]}\n', "token_idx"),
     "words": (b'{"checkpoint":"embd","token_idx":0,"values":["one"]}\n', "line 1"),
-    "nested": (b'{"checkpoint":"embd","token_idx":0,"values":[[1]]}\n', "no number"),
+    "nested": (b'{"checkpoint":"embd","token_idx":0,"values":[[1]]}\n', "is not a number"),
     "null-name": (b'{"checkpoint":null,"token_idx":0,"values":[1]}\n', "line 1"),
 }
 
