@@ -15,7 +15,7 @@ import numpy as np
 import simdjson
 from numpy.typing import NDArray
 
-from ..record import DECODE, SKETCH_SIZE
+from ..record import DECODE, SKETCH_SIZE, STATISTICS
 from . import digits as printed
 from . import fields
 from .labels import Labels
@@ -240,16 +240,18 @@ def _no_nesting(texts: Sequence[Text]) -> None:
 
 
 def _stats(found: Sequence[dict[str, float] | None]) -> dict[str, NDArray[np.float64]]:
-    """Statistics by name; NaN where a record lacks one."""
+    """The format's statistics by name, NaN where a record lacks one; names of others' own are left out, since there may be any number."""
     if not any(found):
         return {}
     given = [row or {} for row in found]
     names = list(given[0])
     if any(list(row) != names for row in given):
-        names = list(dict.fromkeys(name for row in given for name in row))
+        names = [name for name in STATISTICS if any(name in row for row in given)]
         given = [{name: row.get(name, np.nan) for name in names} for row in given]
+    if not names:
+        return {}
     columns = np.fromiter(chain.from_iterable(map(dict.values, given)), np.float64, len(given) * len(names))
-    return dict(zip(names, columns.reshape(-1, len(names)).T, strict=True))
+    return {name: column for name, column in zip(names, columns.reshape(-1, len(names)).T, strict=True) if name in STATISTICS}
 
 
 def _single(wide: NDArray[np.float64]) -> NDArray[np.float32]:

@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from ..record import FORMAT, Header, ModelInfo, Token
+from ..record import FORMAT, STATISTICS, Header, ModelInfo, Token
 from . import words
 
 POSITIONS = 1 << 40  # positions and steps lie below this
@@ -65,11 +65,11 @@ def numbers(found: Any, name: str) -> NDArray[np.float64]:
 
 
 def statistics(found: Any) -> dict[str, Any]:
-    """The statistics of a record, numbers by name."""
+    """The format's statistics of a record, numbers by name; those of others' own are left out."""
     if not isinstance(found, dict):
         raise TypeError(f'"stats" must be an object, not {found!r:.40}')
     numbers(list(found.values()), '"stats"')
-    return found
+    return {name: found[name] for name in STATISTICS if name in found}
 
 
 def indices(found: Any, count: int) -> list[int]:
