@@ -68,7 +68,7 @@ _GPT2 = {
     "attn.c_proj": "attn_out",
     "ln_2<": "ffn_inp",
     "ln_2": "ffn_norm",
-    "mlp.c_fc": "ffn_up_b",
+    "mlp.c_fc": "ffn_up",
     "mlp.c_proj<": "ffn_gelu",
     "mlp": "ffn_out",
     "": "l_out",
