@@ -36,6 +36,31 @@ PLACES: dict[str, tuple[str, dict[str, Any], tuple[tuple[int, ...] | None, ...]]
     "multiplier": ("granite", {"how": "missing", "at": ("scale", "scale.2")}, BOTH),
     "rope-base-of-other-layers": ("gemma3", {}, BOTH),
     "yarn": ("llama-yarn", {}, BOTH),
+    "rope-sections": ("qwen2vl", {}, BOTH),
+    "rope-front": ("minicpm3", {"at": ("q_rope",)}, BOTH),
+    "rope-magnitude": ("phi3-longrope", {}, BOTH),
+    "rope-factors-of-other-length": ("phi3-longrope", {}, BOTH),
+    "cache-of-other-layer": ("qwen3", {}, BOTH),
+    "softcap-after-mask": ("gemma2-small-caps", {}, BOTH),
+    "softcap-before-scale": ("gemma2-small-caps", {}, BOTH),
+    "latent-norm-missing": ("deepseek2", {}, BOTH),
+    "latent-rope-part": ("deepseek2", {}, BOTH),
+    "latent-parts-joined": ("deepseek2", {}, BOTH),
+    "latent-absorbed": ("deepseek2", {}, BOTH),
+    "experts-order": ("mixtral", {}, BOTH),
+    "experts-one-more": ("qwen3moe", {}, BOTH),
+    "router-order": ("qwen3moe", {}, BOTH),
+    "experts-layout": ("mixtral", {}, BOTH),
+    "mxfp4-scale": ("gpt-oss", {}, BOTH),
+    "mxfp4-integers": ("gpt-oss", {}, BOTH),
+    "fused-qkv-order": ("phi3", {}, BOTH),
+    "fused-qkv-by-group": ("phi3", {}, BOTH),
+    "attention-gate-missing": ("qwen35", {}, (None, (3,))),
+    "delta-gate-missing": ("qwen35", {}, BOTH),
+    "delta-beta": ("qwen3next", {}, BOTH),
+    "delta-norm-missing": ("kimi-linear", {}, BOTH),
+    "state-not-carried": ("qwen35", {}, BOTH),
+    "state-of-other-sequence": ("lfm2", {}, ALL),
     "gelu-kind": ("gemma", {"gelu": "quick"}, BOTH),
     "swiglu-clamp": ("gpt-oss", {}, BOTH),
     "position-rows": ("gpt2", {}, ALL),
@@ -46,3 +71,8 @@ PLACES: dict[str, tuple[str, dict[str, Any], tuple[tuple[int, ...] | None, ...]]
     "skip-missing": ("mamba", {}, BOTH),
     "convolution-bias-missing": ("mamba", {}, BOTH),
 }
+
+SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {  # other metadata than the recipe's: name here -> (recipe, metadata)
+    "gemma2-small-caps": ("gemma2", {"attn_logit_softcapping": 3.0}),  # so small that scores of random weights reach it
+}
+GENERATED = {"state-not-carried"}  # seen in decode steps only

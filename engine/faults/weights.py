@@ -72,7 +72,7 @@ def _heads(step: Step, right: Steps) -> int:
     return int(parameter_of(sibling(step, right, f"{kind_of(step)}_rope"), "heads"))
 
 
-def _permuted(rows: Array, heads: int, to: str) -> Array:
+def permuted(rows: Array, heads: int, to: str) -> Array:
     """LlamaModel.permute of convert_hf_to_gguf.py along the first axis, or its inverse."""
     if rows.shape[0] % (2 * heads):
         raise NotApplicable(f"{rows.shape[0]} rows are no pairs in {heads} heads")
@@ -83,11 +83,11 @@ def _permuted(rows: Array, heads: int, to: str) -> Array:
 
 def _permute(step: Step, right: Steps, parameters: Parameters) -> Step:
     heads, to = _heads(step, right), parameters["to"]
-    changed = altered(step, lambda weight: _permuted(weight, heads, to))
+    changed = altered(step, lambda weight: permuted(weight, heads, to))
     bias = weight_of(step, 1)
     if not isinstance(bias, str) or parameters["bias"] == "left":
         return changed
-    moved = Altered(bias, lambda source, name: _permuted(source.get(name), heads, to))
+    moved = Altered(bias, lambda source, name: permuted(source.get(name), heads, to))
     return replace(changed, weights=(changed.weights[0], moved))
 
 
