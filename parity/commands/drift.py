@@ -106,13 +106,24 @@ def check(
 
 @app.command("history", short_help="The margins of all checks over commits.")
 def history(
-    folder: FolderArgument,
+    folder: Annotated[
+        Path, typer.Argument(help="Folder of `parity drift record`, or of `parity conform`.", show_default=False)
+    ],
     ledger: LedgerOption = None,
+    since: Annotated[
+        str,
+        typer.Option("--since", help="What came nearer to its limit since then: days (7d), weeks (2w) or a date (2026-11-19)."),
+    ] = "7d",
     html: Annotated[Path | None, typer.Option("--html", help="Write a report with the margins drawn.")] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Exit 1 where an error grows or comes near its limit.")] = False,
     form: o.FormatOption = o.Format.TEXT,
 ) -> None:
-    """Show the margins of all checks over commits, and warn before a limit is reached."""
+    """Show the margins of all checks over commits, and warn before a limit is reached.
+
+    For a folder of `parity conform` each cell of the matrix is a line: which one came nearer to its limit since last week?
+
+      parity drift history runs/conform-engine --since 7d
+    """
     from .drift_output import show_history
 
-    raise typer.Exit(show_history(folder, ledger, html, form, strict=strict))
+    raise typer.Exit(show_history(folder, ledger, html, form, strict=strict, since=since))
