@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from checkpoints.errors import ReferenceFailed
 from checkpoints.graph import CACHE, INPUT, NODE, STATE, VIEWS, WEIGHT, Graph, RecordedGraph, Rule, Size, Tensor
+from checkpoints.long_factors import long_above
 from checkpoints.rules import UNDEFINED, Pass, Recorded, explain
 
 from .ggml import COMPUTED, Ggml
@@ -27,7 +28,11 @@ _INPUT = 1  # GGML_TENSOR_FLAG_INPUT
 _FIRST = 3  # the position of the first token, so that a position is never the number of its row or cell
 _PAD = 256  # llama_kv_cache::get_n_kv rounds up to it
 _BATCH = 64
-_MEMORY = 1 << 28  # bytes of cache that may be spent on seeing a window's far edge
+_BLOCK = 32  # positions that are cached at the beginning and again before a window's edge
+_CROSSING = 12  # tokens of a pass across that edge
+_MEMORY = 1 << 28  # bytes of cache that may be spent on seeing a window's far edge where positions cannot be moved
+_FARTHEST = 16_384  # the longest window for which so many positions are filled: the time grows with its square
+_LONGEST_BATCH = 4096  # tokens of a pass that is made to see an encoder's window
 _FAR = 20_011  # a position behind which scales that grow with the position have begun to
 
 
@@ -133,10 +138,14 @@ def record(model: Model, weights: Iterable[str], *, fingerprint: str, n_ctx: int
     if model.encoder_decoder:
         what = f"our engine does not have encoder–decoders ({facts['general.architecture']}): the decoder reads the encoder's output"
         raise ReferenceFailed(f"{what}.", _ADVICE, code="graph")
-    window = int(facts.get("attention.sliding_window") or 0)
+    window = model.window
     context = _context(facts, window, n_ctx, _bytes_a_position(model, facts))
     # An encoder's window is seen only by a pass that is longer.
-    batch = _BATCH if facts.get("attention.causal") != "false" else min(max(_BATCH + 1, window + 8), context)
+    batch = _BATCH
+    if facts.get("attention.causal") == "false":
+        batch = max(_BATCH + 1, min(window + 8, _LONGEST_BATCH))
+        context = max(context, batch)
+    crossed = window < _PAD  # by the passes over the cache's second length
     with Session(model, n_ctx=context, n_batch=batch) as session:
         bench = _Bench(session, names, context)
         bench.fill(2)
@@ -149,9 +158,14 @@ def record(model: Model, weights: Iterable[str], *, fingerprint: str, n_ctx: int
         proofs = [bench.take(7)]
         if batch > _BATCH or not bench.caches:
             proofs.append(bench.take(batch - 1))
-        elif window and context > window + _BATCH:
+            crossed = batch - 1 > window
+        elif not crossed and bench.spread(window):
+            proofs.append(bench.take(_CROSSING))
+            crossed = True
+        elif not crossed and context > window + _BATCH:
             bench.fill_to(window + 2)
             proofs.append(bench.take(6))
+            crossed = True
         # States are set to zero by a first pass, which is another graph therefore.
         if bench.caches and STATE not in _kept(_flat(grid[0], model.library.ggml), model.library.ggml).values():
             session.clear()
@@ -161,7 +175,17 @@ def record(model: Model, weights: Iterable[str], *, fingerprint: str, n_ctx: int
     several, sizes, flat = _graph(grid, proofs, ggml, names, facts, "a pass over several tokens")
     same = _has_one_token(several, sizes, flat, singles, ggml)
     single = None if same else _graph_of_one(singles, ggml, names, facts, several)
-    return RecordedGraph(facts["general.architecture"], model.n_layers, fingerprint, several, single)
+    # A window whose edge was not seen may be one of several kinds, which agree up to half of it.
+    longest = None if crossed else max(window // 2, 1)
+    return RecordedGraph(
+        facts["general.architecture"],
+        model.n_layers,
+        fingerprint,
+        several,
+        single,
+        longest,
+        long_above(names, facts.get("rope.scaling.original_context_length") or facts.get("context_length")),
+    )
 
 
 class _Bench:
@@ -171,11 +195,13 @@ class _Bench:
         self._session, self._weights, self._n_ctx = session, weights, n_ctx
         self._origin = _FIRST
         self._next = _FIRST
+        self._gap = (_FIRST, 0)  # the position before which, and how many, none are cached
         self.caches = True
 
     def restart(self, first: int) -> None:
         """An empty cache; the next token stands at `first`."""
         self._origin = self._next = first
+        self._gap = (first, 0)
 
     def settle(self) -> None:
         """Take up where the sequence ends according to llama.cpp."""
@@ -196,20 +222,49 @@ class _Bench:
         while self.caches and (missing := cells - (self._next - self._origin)) > 0:
             self.fill(min(missing, _BATCH))
 
+    def spread(self, window: int) -> bool:
+        """Cache the first positions and those just before `window`, none in between, so that the next pass over `_CROSSING` tokens
+        crosses the edge of a window of that length, counted from the query as well as in chunks.
+
+        The pass begins before the edge: llama.cpp puts what it adds into cells that no later position will see.
+
+        Returns:
+            False where llama.cpp cannot move what is cached (and nothing was done).
+        """
+        if not self.caches or not self._session.can_move_positions():
+            return False
+        self._session.clear()
+        self.restart(_FIRST)
+        self.fill(_BLOCK)
+        before = self._next
+        self.fill(_BLOCK)
+        by = window - _CROSSING // 2 - 1 - self._next
+        self._session.move_positions(before, by)
+        self._gap = (before, by)
+        self._next += by
+        self.fill(1)  # keys are rotated anew by a graph of its own, before that of this pass
+        return True
+
+    def _keys(self, stop: int) -> NDArray[np.int64]:
+        """The positions that are cached before `stop`."""
+        before, by = self._gap
+        positions = np.arange(self._origin, stop, dtype=np.int64)
+        return positions[(positions < before) | (positions >= before + by)]
+
     def take(self, count: int) -> _Taken:
         """Note a pass over `count` tokens."""
         session, first = self._session, self._next
         tokens = _ids(first, count, session.model.n_vocab)
-        used = first - self._origin + count
+        keys = self._keys(first + count)
         if not self.caches:  # each pass stands alone
             first = self._origin = _FIRST
-            used = count
+            keys = np.arange(first, first + count, dtype=np.int64)
         now = Pass(
             np.array(tokens, np.int64),
             np.arange(first, first + count, dtype=np.int64),
-            np.arange(self._origin, first + count, dtype=np.int64),
+            keys,
         )
-        taken = _Taken(now, min(self._n_ctx, -(-used // _PAD) * _PAD) if self.caches else 0)
+        taken = _Taken(now, min(self._n_ctx, -(-len(keys) // _PAD) * _PAD) if self.caches else 0)
         session.record(tokens, first, Recorder(session.model.library.ggml, self._weights, taken).asked)
         last = session.last_position()
         # The positions of a pass that was stopped are taken back, except from recurrent memories, which cannot.
@@ -245,7 +300,7 @@ def _context(facts: dict[str, Any], window: int, wanted: int, size: int) -> int:
     """Positions of the recording's context: two lengths of cache, the window if it can be afforded, and on the run's side of the
     length at which RoPE factors change."""
     context = 3 * _PAD
-    if window and (edge := -(-(window + 2 * _BATCH) // _PAD) * _PAD) * size <= _MEMORY:
+    if _PAD <= window <= _FARTHEST and (edge := -(-(window + 2 * _BATCH) // _PAD) * _PAD) * size <= _MEMORY:
         context = max(context, edge)
     original = facts.get("rope.scaling.original_context_length")
     if isinstance(original, int) and original > 0:
