@@ -70,7 +70,7 @@ def test_a_window_whose_edge_cannot_be_reached(reference: Reference, small_model
     from engine.transformer import Transformer
     from engine.weights.gguf_model import GgufModel
 
-    model = small_model("step35", layers=4, settings={"attention.sliding_window": 40_000, "step35.context_length": 80_000})
+    model = small_model("step35", layers=4, context=80_000, settings={"attention.sliding_window": 40_000})
     recorded = reference.graph(model)
     assert recorded.longest == 20_000
     engine = Transformer(GgufModel(model), choose("numpy"), recorded=recorded)
