@@ -204,7 +204,9 @@ def table(lines: Sequence[dict[str, Any]]) -> str:
     for kind in ARITHMETIC:
         here = [line["said"] for line in judged_lines if line["kind"] == kind]
         counts = Counter(f"{name} {text.partition(':')[0]}" for said in here for name, text in said.items() if text != "right")
-        rows.append(f"{kind:<5} {len(here):>4}  {', '.join(f'{what} {n}' for what, n in sorted(counts.items())) or 'all right'}")
+        rows.append(
+            f"{kind:<5} {len(here):>4}  {', '.join(f'{what} {n}' for what, n in sorted(counts.items())) or 'all right'}"
+        )
     return "\n".join(rows)
 
 
@@ -214,7 +216,9 @@ def main() -> None:
     parser.add_argument("-n", type=int, default=1000)
     parser.add_argument("--from", dest="first", type=int, default=0, help="the first model's seed")
     parser.add_argument("--out", type=Path, default=Path("right_engines.jsonl"))
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="of processor time; then the rest is left for another run")
+    parser.add_argument(
+        "--seconds", type=float, default=float("inf"), help="of processor time; then the rest is left for another run"
+    )
     options = parser.parse_args()
     lines = [json.loads(text) for text in options.out.read_text().splitlines()] if options.out.exists() else []
     finished = {seed for seed, n in Counter(line["seed"] for line in lines).items() if n == PER_MODEL}
