@@ -320,6 +320,7 @@ GROUPS = {
     "tolerance": _one("tolerance", ToleranceOption),
     "strict": _one("strict", StrictOption, False),
     "compute": _one("compute", ComputeOption),
+    "arbiter": _one("arbiter", ArbiterOption, Arbiter.AUTO),
     "mapping": Group(
         {"names": (MapOption, None), "offset": (OffsetOption, None)}, lambda names, offset: {"mapping": mapping(names, offset)}
     ),

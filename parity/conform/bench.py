@@ -160,7 +160,7 @@ class Bench:
     def _judged(self, cell: Cell, request: Request, ours: Dump, ref: Dump) -> CellResult:
         from ..explain.on_model import compared_on  # with the arbiter and all steps
 
-        found = compared_on(ours, ref, comparison_options(request), request.model)
+        found = compared_on(ours, ref, comparison_options(request), request.model, third_side=False)
         verdict, precision = found.verdict, found.verdict.precision
         lower = precision.arithmetic.upper() if precision is not None and precision.in_float32 else ""
         explanation: Explanation | None = None
