@@ -56,7 +56,7 @@ def conform(
     ] = None,
     junit: Annotated[Path | None, typer.Option("--junit", help="Write JUnit XML besides: one case a cell.")] = None,
     table: Annotated[Path | None, typer.Option("--table", help="Write every cell's figures: FILE.csv or FILE.parquet.")] = None,
-    form: o.AnswerOption = o.AnswerFormat.TEXT,
+    output_format: o.AnswerOption = o.AnswerFormat.TEXT,
 ) -> None:
     """Is an engine right for every architecture and weight type? Runs it on tiny seeded models: a verdict for each, one line per cause.
 
@@ -96,6 +96,6 @@ def conform(
     if count > 1 and given["threads"] is None:
         given["threads"] = 1  # of each llama.cpp: the workers take the cores
     settings = Settings(Request(model=Path(), **given), folder.absolute() if cluster else folder, explain)
-    with Shown(form) as shown:
+    with Shown(output_format) as shown:
         found = run(ConformRequest(settings, tuple(chosen), count, cluster or ""), shown)
-    raise typer.Exit(show(found, form, junit=junit, table=table))
+    raise typer.Exit(show(found, output_format, junit=junit, table=table))
