@@ -52,6 +52,9 @@ class Engine(Protocol):
     def check(self, tokens: Sequence[int], before: int) -> None:
         """Raises InputError for tokens that this model cannot take after `before` positions."""
 
+    def expect(self, positions: int) -> None:
+        """Take the steps of a run over so many positions in all: some models rotate by other frequencies in a longer context."""
+
     def start(self, first_position: int = 0) -> Progress:
         """A new, empty sequence whose first token stands at `first_position`."""
 

@@ -67,6 +67,9 @@ class FastTransformer:
         """Raises InputError for tokens that this model cannot take after `before` positions."""
         check_tokens(self.hp, tokens, before)
 
+    def expect(self, positions: int) -> None:
+        """Nothing to do: this mode has no model whose frequencies follow the length."""
+
     def start(self, first_position: int = 0) -> Progress:
         """A new, empty sequence; it takes the place of the last, since the cache is part of the steps."""
         with self.stream:

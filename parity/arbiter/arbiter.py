@@ -87,6 +87,14 @@ class Arbiter:
             )
         return {name: self._distance(rows, self._truth[name]) for name, rows in known.items()}
 
+    def record(self, rows: Rows) -> Rows:
+        """What a dump would record of the truth under the keys of some records, rounded to float32.
+
+        Raises:
+            KeyError: a point that was not asked for before.
+        """
+        return self._recorded(rows, rows.token_idx - self._positions[0], self._truth[rows.point])[0]
+
     def _distance(self, rows: Rows, truth: NDArray[np.float64]) -> Floats:
         index = rows.token_idx - self._positions[0]
         here = (rows.seq == 0) & (index >= 0) & (index < len(self._positions))

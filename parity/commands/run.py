@@ -16,13 +16,14 @@ if TYPE_CHECKING:
     from checkpoints.record import Dump
 
     from ..diff.compare import Comparison, Options
+    from ..run.request import Request
 
 
-def _judged(model: Path, ours: "Dump", ref: "Dump", options: "Options") -> "Comparison":
+def _judged(request: "Request", ours: "Dump", ref: "Dump", options: "Options") -> "Comparison":
     """A comparison of two dumps of a model that is at hand."""
     from ..explain.on_model import compared_on
 
-    return compared_on(ours, ref, options, model)
+    return compared_on(ours, ref, options, request.model, request.arbiter)
 
 
 def _prepare(output_format: o.Format) -> None:
@@ -51,6 +52,7 @@ class Third(StrEnum):
         "tolerance",
         "strict",
         "compute",
+        "arbiter",
         "mapping",
         "despite_lint",
         "verbose",
@@ -119,7 +121,7 @@ def run(
             outcome = session.run(request, progress, started)
             found, said = session.with_hugging_face(outcome, side, progress)
         else:
-            outcome = session.run(request, progress, started, partial(_prepare, output_format), partial(_judged, request.model))
+            outcome = session.run(request, progress, started, partial(_prepare, output_format), partial(_judged, request))
     if other is not None:
         if said:
             print(f"note: {said}", file=sys.stderr)

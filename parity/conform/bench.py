@@ -138,7 +138,7 @@ class Bench:
         return read(out)
 
     def _judged(self, cell: Cell, request: Request, ours: Dump, ref: Dump) -> CellResult:
-        found = compared_on(ours, ref, comparison_options(request), request.model)
+        found = compared_on(ours, ref, comparison_options(request), request.model, third_side=False)
         verdict, precision = found.verdict, found.verdict.precision
         lower = precision.arithmetic.upper() if precision is not None and precision.in_float32 else ""
         explanation: Explanation | None = None

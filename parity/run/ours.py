@@ -95,6 +95,7 @@ def dump(engine: Engine, job: OursJob) -> Header:
     """
     points = chosen_points(engine, job.points, job.layers)
     engine.check(job.tokens + job.generated, job.first_position)
+    engine.expect(len(job.tokens + job.generated))
     described = header(engine, job)
     tensors = TensorWriter(beside(job.out)) if job.full else None
     total = len(engine.steps) * (len(passes(len(job.tokens), job.portions)) + len(job.generated))

@@ -18,7 +18,8 @@ class Request(Recording):
     """What `parity run` was asked for. If ids are given, `tokens` are used and `prompt` is only the text they stand for.
 
     `command` starts a foreign engine; `mapping` says what its names mean and where its positions begin. `generate` is how many
-    tokens llama.cpp has to choose after the prompt; our side then computes the same tokens.
+    tokens llama.cpp has to choose after the prompt; our side then computes the same tokens. `arbiter`: where float64 is asked which
+    side is right ("off", "auto", "all").
     """
 
     model: Path
@@ -33,6 +34,7 @@ class Request(Recording):
     tolerance: float | None = None
     strict: bool = False
     compute: str | None = None
+    arbiter: str = "auto"
     despite_lint: bool = False
     mapping: Mapping = field(default_factory=Mapping)
     out: Path | None = None
