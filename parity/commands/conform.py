@@ -69,7 +69,7 @@ def conform(
     ] = None,
     junit: Annotated[Path | None, typer.Option("--junit", help="Write JUnit XML besides: one case a cell.")] = None,
     table: Annotated[Path | None, typer.Option("--table", help="Write every cell's figures: FILE.csv or FILE.parquet.")] = None,
-    form: o.AnswerOption = o.AnswerFormat.TEXT,
+    output_format: o.AnswerOption = o.AnswerFormat.TEXT,
 ) -> None:
     """Is an engine right for every architecture and weight type? Runs it on tiny seeded models: a verdict for each, one line per cause.
 
@@ -114,6 +114,6 @@ def conform(
         explain,
         theirs if side is ConformSide.HF else None,
     )
-    with Shown(form) as shown:
+    with Shown(output_format) as shown:
         found = run(ConformRequest(settings, tuple(chosen), count, cluster or ""), shown)
-    raise typer.Exit(show(found, form, junit=junit, table=table))
+    raise typer.Exit(show(found, output_format, junit=junit, table=table))

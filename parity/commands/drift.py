@@ -73,7 +73,7 @@ def check(
     no_ledger: Annotated[bool, typer.Option("--no-ledger", help="Don't add this check to the ledger.")] = False,
     junit: Annotated[Path | None, typer.Option("--junit", help="Write JUnit XML besides: one case a point.")] = None,
     summary: Annotated[Path | None, typer.Option("--summary", help="Append Markdown to this file (a job summary).")] = None,
-    form: o.AnswerOption = o.AnswerFormat.TEXT,
+    output_format: o.AnswerOption = o.AnswerFormat.TEXT,
 ) -> None:
     """Run again (or run your engine, or read its dumps) and compare with the golden dumps.
 
@@ -99,9 +99,9 @@ def check(
         keep_ledger=not no_ledger,
         **given,
     )
-    with progress_bar(o.Format.TEXT if form is o.AnswerFormat.TEXT else o.Format.JSON) as progress:
+    with progress_bar(o.Format.TEXT if output_format is o.AnswerFormat.TEXT else o.Format.JSON) as progress:
         answer = drift.check(request, progress)
-    raise typer.Exit(show(answer, form, junit, summary, strict=strict))
+    raise typer.Exit(show(answer, output_format, junit, summary, strict=strict))
 
 
 @app.command("history", short_help="The margins of all checks over commits.")
@@ -116,7 +116,7 @@ def history(
     ] = "7d",
     html: Annotated[Path | None, typer.Option("--html", help="Write a report with the margins drawn.")] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Exit 1 where an error grows or comes near its limit.")] = False,
-    form: o.FormatOption = o.Format.TEXT,
+    output_format: o.FormatOption = o.Format.TEXT,
 ) -> None:
     """Show the margins of all checks over commits, and warn before a limit is reached.
 
@@ -126,4 +126,4 @@ def history(
     """
     from .drift_output import show_history
 
-    raise typer.Exit(show_history(folder, ledger, html, form, strict=strict, since=since))
+    raise typer.Exit(show_history(folder, ledger, html, output_format, strict=strict, since=since))

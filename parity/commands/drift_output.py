@@ -14,7 +14,7 @@ from .options import AnswerFormat, Format
 from .output import DIVERGENCE_CODE, PARITY_CODE
 
 
-def show(drift: Drift, form: AnswerFormat, junit: Path | None, summary: Path | None, *, strict: bool) -> int:
+def show(drift: Drift, output_format: AnswerFormat, junit: Path | None, summary: Path | None, *, strict: bool) -> int:
     """Print a check's answer, write its JUnit file, append to its summary, and return the exit code."""
     if summary is not None:
         from reports.files import append
@@ -26,15 +26,15 @@ def show(drift: Drift, form: AnswerFormat, junit: Path | None, summary: Path | N
         from reports.junit import drift_as_junit
 
         save(drift_as_junit(drift), junit)
-    if form is AnswerFormat.JSON:
+    if output_format is AnswerFormat.JSON:
         from reports.drift import drift_as_json
 
         print(json.dumps(drift_as_json(drift)))
-    elif form is AnswerFormat.JUNIT:
+    elif output_format is AnswerFormat.JUNIT:
         from reports.junit import drift_as_junit
 
         print(drift_as_junit(drift), end="")
-    elif form is AnswerFormat.MARKDOWN:
+    elif output_format is AnswerFormat.MARKDOWN:
         from reports.markdown import drift_as_markdown
 
         print("".join(map(no_command, drift_as_markdown(drift).splitlines(keepends=True))), end="")
@@ -46,7 +46,7 @@ def show(drift: Drift, form: AnswerFormat, junit: Path | None, summary: Path | N
 
         console = Console()
         print_lines(console, lines(drift, console.width))
-        if form is AnswerFormat.GITHUB:
+        if output_format is AnswerFormat.GITHUB:
             from reports.github import drift_annotations
 
             print("\n".join(drift_annotations(drift)))
@@ -54,7 +54,9 @@ def show(drift: Drift, form: AnswerFormat, junit: Path | None, summary: Path | N
     return DIVERGENCE_CODE if wrong or (strict and drift.findings) else PARITY_CODE
 
 
-def show_history(folder: Path, book: Path | None, html: Path | None, form: Format, *, strict: bool, since: str = "7d") -> int:
+def show_history(
+    folder: Path, book: Path | None, html: Path | None, output_format: Format, *, strict: bool, since: str = "7d"
+) -> int:
     """Print a ledger and return the exit code.
 
     Raises:
@@ -75,7 +77,7 @@ def show_history(folder: Path, book: Path | None, html: Path | None, form: Forma
         from reports.history_html import history_html
 
         save(history_html(entries, findings), html)
-    if form is Format.JSON:
+    if output_format is Format.JSON:
         from reports.history import history_as_json
 
         print(json.dumps(history_as_json(entries, findings, moved)))

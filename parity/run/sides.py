@@ -7,8 +7,8 @@ from typing import Protocol
 
 from checkpoints.errors import InputError
 from checkpoints.points import default_layers, layer_outputs, select
+from engine.engine import Engine
 from engine.opened import open_engine
-from engine.transformer import Transformer
 from engine.weights.gguf_model import GgufModel
 from reference.client import Reference
 from reference.jobs import DumpJob, DumpResult
@@ -63,7 +63,7 @@ class OurEngine:
         reference: Reference | None = None,
         *,
         resident: bool | None = None,
-        engine: Transformer | None = None,
+        engine: Engine | None = None,
     ) -> None:
         self._request = request
         self._engine = engine or open_engine(
@@ -76,7 +76,7 @@ class OurEngine:
         )
 
     @property
-    def engine(self) -> Transformer:
+    def engine(self) -> Engine:
         """The engine itself."""
         return self._engine
 
