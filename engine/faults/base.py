@@ -9,6 +9,7 @@ from typing import Any
 
 from checkpoints.points import parse
 
+from .. import ops
 from ..graph import PASSES, POSITIONS, TOKENS, Read, Step, Weight, name_of, read_as
 from ..inapplicable import NotApplicable
 from ..lift.node import GgmlOperation
@@ -246,10 +247,19 @@ def layer_of(step: Step) -> int:
     return layer
 
 
+_OPERATIONS: Mapping[Callable[..., Any], str] = {  # of the house, by the names that ggml has for them
+    ops.linear: "MUL_MAT",
+    ops.rms_norm: "RMS_NORM",
+    ops.layer_norm: "NORM",
+    ops.causal_soft_max: "SOFT_MAX",
+}
+
+
 def kinds_of(step: Step) -> tuple[str, ...]:
     """What a fault's `kinds` may call a step: its kind in its layer, and the operation of ggml's that it is."""
     kind = _parse(step.makes).kind.rstrip(COPY)
-    return (kind, step.op.name) if isinstance(step.op, GgmlOperation) else (kind,)
+    operation = step.op.name if isinstance(step.op, GgmlOperation) else _OPERATIONS.get(step.op)
+    return (kind,) if operation is None else (kind, operation)
 
 
 def layer_near(step: Step) -> int | None:

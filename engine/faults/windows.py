@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from .. import ops
 from ..backend import Array
-from ..graph import Step
+from ..graph import Altered, Step, WeightSource
 from ..inapplicable import NotApplicable
 from .base import AT, Fault, Parameters, Steps, parameter_of, read_of, sibling, subsets, with_parameters
 from .edits import ggml, integer, maker, number, only, require, with_values
@@ -57,8 +57,15 @@ def _uncapped(step: Step, right: Steps, _parameters: Parameters) -> Step:
     return only(step, read_of(_cap(step, right)[0], 0))
 
 
-def _no_sinks(step: Step, _right: Steps, _parameters: Parameters) -> Step:
-    return replace(step, weights=()) if any(weight is not None for weight in step.weights) else step
+def _zero(source: WeightSource, name: str) -> Array:
+    return source.get(name) * 0
+
+
+def _no_sinks(step: Step, _right: Steps, parameters: Parameters) -> Step:
+    sinks = [weight for weight in step.weights if isinstance(weight, str)]
+    if not sinks:
+        return step
+    return replace(step, weights=() if parameters["sinks"] == "left out" else (Altered(sinks[0], _zero),))
 
 
 def _query_scale(step: Step, right: Steps, parameters: Parameters) -> Step:
@@ -142,10 +149,11 @@ FAULTS = (
         name="sinks-missing",
         kinds=_SOFT,
         change=_no_sinks,
-        what="attention's sinks are left out: a head's weights sum to 1",
+        what="attention's sinks are {sinks}",
         symptom="wrong from position 0 on, attention too strong",
         fix="add one score per head (attn_sinks) to the softmax and drop its weight",
-        seen="Llama code that loads gpt-oss",
+        seen="Llama code that loads gpt-oss; a buffer of sinks that nobody has filled",
+        parameters={"sinks": ("left out", "zero")},
     ),
     Fault(
         name="query-scale",
