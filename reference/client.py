@@ -125,6 +125,10 @@ class Reference:
         """
         return list(self._ask(f"reading the vocabulary of {model}", "pieces", Path(model), tuple(ids)))
 
+    def chat_texts(self, model: Path, text: str) -> dict[str, str]:
+        """Template name -> what that chat template makes of a text; "own" is the file's. See `reference.chat`."""
+        return dict(self._ask(f"reading the chat template of {model}", "chat_texts", Path(model), text))
+
     def dump(self, job: DumpJob) -> DumpResult:
         """Compute a prompt (and what follows it) and write `job.out`.
 
@@ -163,11 +167,12 @@ class Reference:
         first: int = 0,
         portion: int = 16,
         mode: str = EXACT,
+        kv_type: str = "f32",
         threads: int | None = None,
     ) -> Iterator[NDArray[np.float32]]:
         """The logits of positions `first`, … of these tokens, float32 [n, V] at a time with n ≤ `portion`: no more is in memory."""
         request = self._request(
-            f"computing {model}", "logits", Path(model), tuple(tokens), first, portion, mode, threads or self._threads
+            f"computing {model}", "logits", Path(model), tuple(tokens), first, portion, mode, kv_type, threads or self._threads
         )
         yield from _but_last(request)
 

@@ -1,6 +1,7 @@
 """Options that several commands share, and how their texts become values."""
 
 import inspect
+import json
 from collections.abc import Callable
 from collections.abc import Mapping as Named
 from dataclasses import dataclass
@@ -75,6 +76,14 @@ class Arbiter(StrEnum):
     OFF = "off"
     AUTO = "auto"
     ALL = "all"
+
+
+class ServerApi(StrEnum):
+    """How a server is asked."""
+
+    AUTO = "auto"
+    OPENAI = "openai"
+    LLAMA_CPP = "llama.cpp"
 
 
 _LONGEST_ROW = 1 << 31  # values: more than any row of an activation has
@@ -166,6 +175,39 @@ PythonOption = Annotated[
     typer.Option("--python", envvar="PARITY_HF_PYTHON", help="Interpreter that has torch and transformers, for Hugging Face."),
 ]
 HfDeviceOption = Annotated[str, typer.Option("--hf-device", help="Where Hugging Face computes: cpu, cuda, cuda:1, mps.")]
+ServerOption = Annotated[
+    str | None,
+    typer.Option(
+        "--server",
+        help="A running server as our side: its log-probabilities over the prompt, and with --generate its choices.",
+        show_default=False,
+    ),
+]
+ServerApiOption = Annotated[
+    ServerApi,
+    typer.Option("--server-api", help="openai: /v1/completions; llama.cpp: /completion; auto: by the URL, else by trying."),
+]
+ServerTopOption = Annotated[
+    int, typer.Option("--server-top", min=1, max=100, help="Candidates to ask for at each position (OpenAI's limit is 5).")
+]
+ServerModelOption = Annotated[
+    str, typer.Option("--server-model", help="The model's name in requests, for a server that has several.")
+]
+ServerJsonOption = Annotated[
+    str, typer.Option("--server-json", help="JSON object whose members go into every request: '{\"repeat_penalty\": 1}'.")
+]
+ServerRateOption = Annotated[
+    float | None, typer.Option("--server-rate", help="Largest number of requests a second.", show_default=False)
+]
+ServerTimeoutOption = Annotated[
+    float, typer.Option("--server-timeout", help="Seconds a request may take, its retries included.")
+]
+DumpPrefixOption = Annotated[
+    bool,
+    typer.Option(
+        "--dump-prefix", help="With --server: then dump llama.cpp on the tokens up to the first wrong prediction (ref.jsonl)."
+    ),
+]
 GenerateOption = Annotated[
     int, typer.Option("--generate", min=0, help="Tokens to generate: llama.cpp chooses them, the other side follows.")
 ]
@@ -278,6 +320,35 @@ def _prompt(prompt: str | None, prompt_file: Path | None, tokens: str | None) ->
     return {"prompt": text, "tokens": ids}
 
 
+def _server(
+    server: str | None,
+    server_api: str,
+    server_top: int,
+    server_model: str,
+    server_json: str,
+    server_rate: float | None,
+    server_timeout: float,
+    dump_prefix: bool,
+) -> Given:
+    if server is None:
+        if dump_prefix or server_json or server_model or server_rate is not None:
+            raise InputError("--server-… and --dump-prefix need a server.", "Give its URL with --server.", code="server")
+        return {"server": None}
+    from ..server.http import Connection, key_from_environment
+    from ..server.session import ServerRequest
+
+    try:
+        extra = json.loads(server_json) if server_json else {}
+    except ValueError as error:
+        raise InputError(
+            f"--server-json is not JSON: {error}.", "Write e.g. '{\"repeat_penalty\": 1}'.", code="server"
+        ) from None
+    if not isinstance(extra, dict):
+        raise InputError("--server-json must be a JSON object.", "Write e.g. '{\"repeat_penalty\": 1}'.", code="server")
+    connection = Connection(server, key_from_environment(), server_timeout, server_rate)
+    return {"server": ServerRequest(connection, server_api, server_top, server_model, extra, dump_prefix)}
+
+
 def _optional_prompt(prompt: str | None, prompt_file: Path | None, tokens: str | None) -> Given:
     if all(text is None for text in (prompt, prompt_file, tokens)):
         return {"prompt": None, "tokens": None}
@@ -326,6 +397,19 @@ GROUPS = {
     "hugging_face": Group(
         {"python": (PythonOption, "python3"), "hf_device": (HfDeviceOption, "cpu")},
         lambda python, hf_device: {"python": python, "device": hf_device},
+    ),
+    "server": Group(
+        {
+            "server": (ServerOption, None),
+            "server_api": (ServerApiOption, ServerApi.AUTO),
+            "server_top": (ServerTopOption, 5),
+            "server_model": (ServerModelOption, ""),
+            "server_json": (ServerJsonOption, ""),
+            "server_rate": (ServerRateOption, None),
+            "server_timeout": (ServerTimeoutOption, 120.0),
+            "dump_prefix": (DumpPrefixOption, False),
+        },
+        _server,
     ),
     "despite_lint": _one("despite_lint", DespiteLintOption, False),
     "verbose": _one("verbose", VerboseOption, False),

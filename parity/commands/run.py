@@ -55,6 +55,7 @@ class Third(StrEnum):
         "despite_lint",
         "verbose",
         "hugging_face",
+        "server",
     ),
 )
 def run(
@@ -83,6 +84,11 @@ def run(
 
       parity run --prompt "Hi" --exec "./engine {model} {tokens} {out} {points}" --compute f32 --hunt
 
+    With --server a running server is our side. It has no checkpoints: its log-probabilities and choices are compared, what explains
+    them is named (BOS, template, sampler), and the command that leads on to the checkpoints is printed:
+
+      parity run --prompt-file text.txt --model M.gguf --server http://127.0.0.1:8080 --generate 32
+
     Exits 0 for parity, 1 for a divergence.
     """
     from checkpoints.mapping import Mapping
@@ -95,6 +101,14 @@ def run(
     python, device = given.pop("python"), given.pop("device")
     if other is not None and (given["mode"] != "exact" or hunt):
         raise InputError("--with hf is only for exact mode (it computes in float32), and not for --hunt.", code="three")
+    if (server := given.pop("server")) is not None:
+        from .server_output import compared_with_server
+
+        if given["command"] is not None or other is not None or given["positions"] != "all" or given["full"]:
+            raise InputError(
+                "--server does not go with --exec, --with, --positions or --full.", "Leave them out.", code="server"
+            )
+        raise typer.Exit(compared_with_server({**given, "out": out}, server, form))
     child = Child(given["verbose"])  # it imports llama.cpp while this process imports all the rest
     from reference.client import Reference
 
