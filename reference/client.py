@@ -21,7 +21,7 @@ from .jobs import EXACT, Description, DumpJob, DumpResult, Node, Tokens
 
 
 class Reference:
-    """llama.cpp in a child process, which is started at once and ends with this object.
+    """llama.cpp in a child process, which is started at once (or with `start=False` by the first request) and ends with this object.
 
     A request after the child died starts a new one. One request at a time: another thread waits. A context manager.
 
@@ -31,14 +31,17 @@ class Reference:
         child: a process that was started ahead, with the same `verbose`.
     """
 
-    def __init__(self, *, verbose: bool = False, threads: int | None = None, child: Child | None = None) -> None:
+    def __init__(
+        self, *, verbose: bool = False, threads: int | None = None, child: Child | None = None, start: bool = True
+    ) -> None:
         self._verbose = verbose
         self._threads = threads
         self._children: list[Child] = [] if child is None else [child]
         self._lock = threading.Lock()
         self._holder: int | None = None  # the thread whose request is being answered
         self._finalizer = weakref.finalize(self, finish, self._children)
-        self._start()
+        if start:
+            self._start()
 
     def _start(self) -> Child:
         if not self._children:

@@ -99,7 +99,7 @@ class Service:
         """See `client.Reference.dump`."""
         started = time.perf_counter()
         found = twin.checked(self._library, job.model)
-        if (size := window_size(self._library, found, job)) is not None:
+        if job.plain and (size := window_size(self._library, found, job)) is not None:
             return dump_windows(self._library, self._vocabulary(found), found, job, size, started)
         dump.check(job, self._vocabulary(found))  # before minutes are spent on a twin
         info = dump.describe(found, self._library)

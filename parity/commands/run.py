@@ -16,22 +16,23 @@ if TYPE_CHECKING:
     from checkpoints.record import Dump
 
     from ..diff.compare import Comparison, Options
+    from ..run.request import Request
 
 
-def _judged(model: Path, ours: "Dump", ref: "Dump", options: "Options") -> "Comparison":
+def _judged(request: "Request", ours: "Dump", ref: "Dump", options: "Options") -> "Comparison":
     """A comparison of two dumps of a model that is at hand."""
     from ..explain.on_model import compared_on
 
-    return compared_on(ours, ref, options, model)
+    return compared_on(ours, ref, options, request.model, request.arbiter)
 
 
-def _prepare(form: o.Format) -> None:
+def _prepare(output_format: o.Format) -> None:
     """Import what comes after both sides: for while llama.cpp computes."""
     import parity.explain.on_model  # noqa: F401
 
     from .comparison_output import prepare
 
-    prepare(form)
+    prepare(output_format)
 
 
 class Third(StrEnum):
@@ -51,6 +52,7 @@ class Third(StrEnum):
         "tolerance",
         "strict",
         "compute",
+        "arbiter",
         "mapping",
         "despite_lint",
         "verbose",
@@ -75,7 +77,7 @@ def run(
         ),
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder of the run; default: runs/<time>-<model>.")] = None,
-    form: o.FormatOption = o.Format.TEXT,
+    output_format: o.FormatOption = o.Format.TEXT,
 ) -> None:
     """Run a prompt through our engine (or yours, --exec) and llama.cpp, and find the first divergence.
 
@@ -108,7 +110,7 @@ def run(
             raise InputError(
                 "--server does not go with --exec, --with, --positions or --full.", "Leave them out.", code="server"
             )
-        raise typer.Exit(compared_with_server({**given, "out": out}, server, form))
+        raise typer.Exit(compared_with_server({**given, "out": out}, server, output_format))
     child = Child(given["verbose"])  # it imports llama.cpp while this process imports all the rest
     from reference.client import Reference
 
@@ -121,8 +123,8 @@ def run(
     if hunt:
         from .hunt_output import hunted
 
-        raise typer.Exit(hunted(Request(**given, out=out), started, form))
-    with progress_bar(form) as progress:
+        raise typer.Exit(hunted(Request(**given, out=out), started, output_format))
+    with progress_bar(output_format) as progress:
         request = Request(**given, out=out)
         if other is not None:
             from ..run.hugging_face import HuggingFace
@@ -133,9 +135,9 @@ def run(
             outcome = session.run(request, progress, started)
             found, said = session.with_hugging_face(outcome, side, progress)
         else:
-            outcome = session.run(request, progress, started, partial(_prepare, form), partial(_judged, request.model))
+            outcome = session.run(request, progress, started, partial(_prepare, output_format), partial(_judged, request))
     if other is not None:
         if said:
             print(f"note: {said}", file=sys.stderr)
-        raise typer.Exit(show_three(found, (outcome.ours, outcome.ref, outcome.ref), form))
-    raise typer.Exit(finish(outcome, form))
+        raise typer.Exit(show_three(found, (outcome.ours, outcome.ref, outcome.ref), output_format))
+    raise typer.Exit(finish(outcome, output_format))

@@ -9,13 +9,13 @@ if TYPE_CHECKING:
     from ..server.session import ServerRequest
 
 
-def compared_with_server(given: dict[str, Any], server: "ServerRequest", form: Format) -> int:
+def compared_with_server(given: dict[str, Any], server: "ServerRequest", output_format: Format) -> int:
     """Compare a server with llama.cpp, print the answer, and return the exit code."""
     from reports import server as room
 
     from ..run.request import Request
     from ..server.session import compare_server
 
-    with progress_bar(form) as progress:
+    with progress_bar(output_format) as progress:
         found = compare_server(Request(**given), server, progress)
-    return answer(found, room, form)
+    return answer(found, room, output_format)

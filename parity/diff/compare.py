@@ -7,7 +7,7 @@ import numpy as np
 
 from checkpoints.answers.diff import Limits, Verdict
 from checkpoints.answers.picture import Picture
-from checkpoints.record import Dump, Header
+from checkpoints.record import Dump, Header, Rows
 
 from .against_limits import hold
 from .align import Pair, align
@@ -46,15 +46,19 @@ class Options:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What a comparison gives: every record with its numbers, and the answer."""
+    """What a comparison gives: every record with its numbers, and the answer.
+
+    `truth` is the record that the answer is about as float64 has it, where that was asked.
+    """
 
     records: Records
     verdict: Verdict
+    truth: Rows | None = None
 
     @cached_property
     def picture(self) -> Picture:
         """What a report draws of it."""
-        return picture(self.records, self.verdict)
+        return picture(self.records, self.verdict, self.truth)
 
 
 def compare(ours: Dump, ref: Dump, options: Options | None = None) -> Verdict:
