@@ -1,7 +1,7 @@
 """Our engine: a GGUF model as a list of steps, its weights and its KV cache."""
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 from typing import Any
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from checkpoints.errors import InputError
 from checkpoints.graph import RecordedGraph
+from checkpoints.long_factors import LONG, SHORT, factors_of
 from checkpoints.points import LOGITS
 
 from . import graph
@@ -105,6 +106,8 @@ class Transformer:
         self.hp = model.hyperparameters
         self.steps: Sequence[Step]
         self.single: Sequence[Step] | None = None
+        self.longest = None if recorded is None else recorded.longest
+        self._long_above = None if recorded is None else recorded.long_above
         if recorded is None:
             self.steps = steps_of(self.hp.architecture, Blocks(self.hp, model.tensors))
         else:
@@ -128,6 +131,16 @@ class Transformer:
     def points(self) -> list[str]:
         """Every point that can be captured, in dataflow order."""
         return [step.makes for step in self.steps if not step.inner]
+
+    def expect(self, positions: int) -> None:
+        """Take the steps of a run over so many positions in all: some models rotate by other frequencies in a longer context."""
+        if self._long_above is None:
+            return
+        wanted = factors_of(positions, self._long_above)
+        if any(wanted in step.weights for step in self.steps):
+            return
+        self.steps = [_with_factors(step, wanted) for step in self.steps]
+        self.single = None if self.single is None else [_with_factors(step, wanted) for step in self.single]
 
     def start(self, first_position: int = 0) -> Progress:
         """A new, empty sequence whose first token stands at `first_position`."""
@@ -182,6 +195,20 @@ class Transformer:
                 "Take a shorter prompt.",
                 code="context",
             )
+        if self.longest is not None and before + len(tokens) > self.longest:
+            raise InputError(
+                f"how attention's windows cut {before + len(tokens):,} positions was not seen when the graph of "
+                f"{self.hp.architecture} was recorded: it is known for {self.longest:,}.",
+                "Take a shorter prompt; `parity dump ref` and `parity diff` take any.",
+                code="context",
+            )
+
+
+def _with_factors(step: Step, wanted: str) -> Step:
+    """The step with those frequency factors in the place of the others."""
+    if not {SHORT, LONG} & {weight for weight in step.weights if isinstance(weight, str)}:
+        return step
+    return replace(step, weights=tuple(wanted if weight in (SHORT, LONG) else weight for weight in step.weights))
 
 
 def _nothing(_name: str, _value: Array) -> None:

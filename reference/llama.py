@@ -55,6 +55,7 @@ class Model:
         self.n_layers = int(api.llama_model_n_layer(self._model))
         self.n_ctx_train = int(api.llama_model_n_ctx_train(self._model))
         self.n_params = int(api.llama_model_n_params(self._model))
+        self.window = int(api.llama_model_n_swa(self._model))  # positions that windowed attention sees; 0 without one
         if vocab_only:  # llama.cpp leaves these at 0
             prefix = self._value("general.architecture")
             self.n_ctx_train = self._count(f"{prefix}.context_length")
@@ -261,6 +262,20 @@ class Session:
         memory = api.llama_get_memory(self._context)
         last = int(api.llama_memory_seq_pos_max(memory, 0)) if memory else -1
         return last if last >= 0 else None
+
+    def can_move_positions(self) -> bool:
+        """Whether cached keys may be given other positions (`llama_memory_can_shift`)."""
+        api = self.model.library.api
+        memory = api.llama_get_memory(self._context)
+        return bool(memory) and bool(api.llama_memory_can_shift(memory))
+
+    def move_positions(self, first: int, by: int) -> None:
+        """Let what is cached at `first` and later stand `by` positions further on (`llama_memory_seq_add`).
+
+        The next pass rotates the keys again before its own graph.
+        """
+        api = self.model.library.api
+        api.llama_memory_seq_add(api.llama_get_memory(self._context), 0, first, -1, by)
 
     def clear(self) -> None:
         """Forget every position."""

@@ -55,6 +55,7 @@ class Case:
         self.dump = _rows_of_positions(self.dump, self.transformer.steps)
         tokens = _tokens(self.dump, options.tokens)
         self.transformer.check(tokens, 0)
+        self.transformer.expect(len(tokens))
         last = max(int(rows.token_idx.max()) for rows in self.dump.points.values())
         first = min(int(rows.token_idx.min()) for rows in self.dump.points.values())
         prompt = len(self.dump.header.tokens) if self.dump.header is not None and self.dump.header.tokens else len(tokens)

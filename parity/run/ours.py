@@ -95,6 +95,7 @@ def dump(transformer: Transformer, job: OursJob) -> Header:
     """
     points = chosen_points(transformer, job.points, job.layers)
     transformer.check(job.tokens + job.generated, job.first_position)
+    transformer.expect(len(job.tokens + job.generated))
     described = header(transformer, job)
     tensors = TensorWriter(beside(job.out)) if job.full else None
     total = len(transformer.steps) * (len(passes(len(job.tokens), job.portions)) + len(job.generated))

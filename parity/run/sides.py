@@ -82,6 +82,7 @@ class OurEngine:
     def check(self, prompt: Prompt) -> None:
         """Raises InputError for tokens that the model cannot take."""
         self._engine.check(prompt.ids + prompt.generated, self._request.first_position)
+        self._engine.expect(len(prompt.ids + prompt.generated))
 
     def dump(self, prompt: Prompt, out: Path, progress: Progress | None = None) -> None:
         """Compute the prompt, then the tokens that it is led along, and write `out`."""

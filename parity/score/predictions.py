@@ -89,6 +89,7 @@ class OurPredictions:
 
     def rows(self, chunk: Chunk) -> Rows:
         """(position, logits [V]) of the scored positions, in order."""
+        self._engine.expect(len(chunk.tokens))
         sequence = self._engine.start()
         tokens = chunk.tokens[:-1]
         for start in range(0, len(tokens), PORTION):

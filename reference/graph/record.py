@@ -8,16 +8,19 @@ from numpy.typing import NDArray
 
 from checkpoints.errors import ReferenceFailed
 from checkpoints.graph import INPUT, STATE, VIEWS, Graph, RecordedGraph
+from checkpoints.long_factors import long_above
 from checkpoints.rules import UNDEFINED, Recorded, explain
 
 from ..ggml import Ggml
 from ..llama import Model, Session
 from .assemble import assemble, kept_leaves
-from .passes import BATCH, PAD, PassSession
+from .passes import BATCH, CROSSING, PAD, PassSession
 from .raw import ADVICE, FlatPass, RawPass, flatten, same_structure, unrecordable
 from .sizes import contradicted, over_a_cache, without_a_cache
 
-_MEMORY = 1 << 28  # bytes of cache that may be spent on seeing a window's far edge
+_MEMORY = 1 << 28  # bytes of cache that may be spent on seeing a window's far edge where positions cannot be moved
+_FARTHEST = 16_384  # the longest window for which so many positions are filled: the time grows with its square
+_LONGEST_BATCH = 4096  # tokens of a pass that is made to see an encoder's window
 _FAR = 20_011  # a position behind which scales that grow with the position have begun to
 
 
@@ -36,10 +39,14 @@ def record(model: Model, weights: Iterable[str], *, fingerprint: str, n_ctx: int
     if model.encoder_decoder:
         what = f"our engine does not have encoder–decoders ({facts['general.architecture']}): the decoder reads the encoder's output"
         raise ReferenceFailed(f"{what}.", ADVICE, code="graph")
-    window = int(facts.get("attention.sliding_window") or 0)
+    window = model.window
     context = _context(facts, window, n_ctx, 8 * model.n_layers * model.n_embd)
     # An encoder's window is seen only by a pass that is longer.
-    batch = BATCH if facts.get("attention.causal") != "false" else min(max(BATCH + 1, window + 8), context)
+    batch = BATCH
+    if facts.get("attention.causal") == "false":
+        batch = max(BATCH + 1, min(window + 8, _LONGEST_BATCH))
+        context = max(context, batch)
+    crossed = window < PAD  # by the passes over the cache's second length
     with Session(model, n_ctx=context, n_batch=batch) as session:
         bench = PassSession(session, names, context)
         bench.fill(2)
@@ -52,9 +59,14 @@ def record(model: Model, weights: Iterable[str], *, fingerprint: str, n_ctx: int
         proofs = [bench.take(7)]
         if batch > BATCH or not bench.caches:
             proofs.append(bench.take(batch - 1))
-        elif window and context > window + BATCH:
+            crossed = batch - 1 > window
+        elif not crossed and bench.spread(window):
+            proofs.append(bench.take(CROSSING))
+            crossed = True
+        elif not crossed and context > window + BATCH:
             bench.fill_to(window + 2)
             proofs.append(bench.take(6))
+            crossed = True
         # States are set to zero by a first pass, which is another graph therefore.
         if bench.caches and STATE not in kept_leaves(flatten(grid[0], model.library.ggml), model.library.ggml).values():
             session.clear()
@@ -64,7 +76,10 @@ def record(model: Model, weights: Iterable[str], *, fingerprint: str, n_ctx: int
     several, sizes, flat = _several(grid, proofs, ggml, names, facts, "a pass over several tokens")
     same = _has_one_token(several, sizes, flat, singles, ggml)
     single = None if same else _graph_of_one(singles, ggml, names, facts, several)
-    return RecordedGraph(facts["general.architecture"], model.n_layers, fingerprint, several, single)
+    # A window whose edge was not seen may be one of several kinds, which agree up to half of it.
+    longest = None if crossed else max(window // 2, 1)
+    above = long_above(names, facts.get("rope.scaling.original_context_length") or facts.get("context_length"))
+    return RecordedGraph(facts["general.architecture"], model.n_layers, fingerprint, several, single, longest, above)
 
 
 def _facts(model: Model) -> dict[str, Any]:
@@ -86,7 +101,7 @@ def _context(facts: dict[str, Any], window: int, wanted: int, size: int) -> int:
     """Positions of the recording's context: two lengths of cache, the window if it can be afforded, and on the run's side of the
     length at which RoPE factors change."""
     context = 3 * PAD
-    if window and (edge := -(-(window + 2 * BATCH) // PAD) * PAD) * size <= _MEMORY:
+    if PAD <= window <= _FARTHEST and (edge := -(-(window + 2 * BATCH) // PAD) * PAD) * size <= _MEMORY:
         context = max(context, edge)
     original = facts.get("rope.scaling.original_context_length")
     if isinstance(original, int) and original > 0:
