@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from checkpoints.points import OUTPUT_NORM, parse
+from checkpoints.points import OUTPUT_NORM, of_scores, parse
 from engine.backend import Array, Backend
 from engine.faults import AT, CATALOGUE, SEEN, Planting
 from engine.graph import Step
