@@ -19,6 +19,8 @@ from . import (
     expert_layouts,
     experts,
     feed_forward,
+    fitted,
+    fitted_numbers,
     flow,
     fused,
     head_norms,
@@ -36,7 +38,7 @@ from . import (
     windows,
 )  # fmt: skip
 from .base import AT, SEEN, Fault, Planting, Steps, as_recorded, plant
-from .fitted import FITTED, Fitted
+from .fitted import Fitted
 
 __all__ = ["AT", "CATALOGUE", "FITTED", "SEEN", "Fault", "Fitted", "Planting", "Steps", "as_recorded", "plant"]
 
@@ -55,6 +57,7 @@ _GROUPS = {  # of faults with the same numbers the first one is named: a formula
     "dequantisation": (*dequantisation.FAULTS, *block_scales.FAULTS),
     "capture": capture.FAULTS,
 }
+FITTED = (*fitted_numbers.FITTED, *fitted.FITTED)  # a number of the metadata before a factor that nobody wrote down
 CATALOGUE: Mapping[str, Fault] = {
     fault.name: replace(fault, group=group) for group, faults in _GROUPS.items() for fault in faults
 }

@@ -41,6 +41,7 @@ class Fault:
         symptom, fix, seen: sentences for the user: what it looks like, how to fix it, where it was seen.
         parameters: the values that are tried, by name; `at` lists subsets of `kinds`. A function computes the values from
             the steps.
+        says: what `what` says for a value of a parameter that would be hard to read.
         shows: of a fault of the capture: the step that makes what the dump shows for a point, None where it is right.
         whole: later positions affect earlier ones, so that a run over the first positions does not show the fault.
         once: it concerns one place of the model or all of it, not single layers.
@@ -55,6 +56,7 @@ class Fault:
     seen: str
     parameters: Mapping[str, Values | Callable[[Steps], Values]] = field(default_factory=dict)
     group: str = ""
+    says: Mapping[Any, str] = field(default_factory=dict)
     shows: Record | None = None
     whole: bool = False
     once: bool = False
@@ -66,7 +68,9 @@ class Fault:
 
     def sentence(self, parameters: Parameters) -> str:
         """What is wrong, with the parameters' values."""
-        return self.what.format(**{name: _text(value) for name, value in parameters.items()})
+        return self.what.format(
+            **{name: self.says[value] if value in self.says else _text(value) for name, value in parameters.items()}
+        )
 
 
 class Planting:

@@ -25,8 +25,10 @@ def _multiplier(step: Step, right: Steps, parameters: Parameters) -> Step:
     before = maker(step, right)
     if ggml(before, "UNARY") and integer(before, 0) == _TANH:
         raise NotApplicable(f"{step.makes} ends a soft cap")
-    by = number(step, 0)
-    return with_values(step, {0: float({"missing": 1.0, "applied twice": by**2, "inverted": 1 / by}[parameters["how"]])})
+    by, how = number(step, 0), parameters["how"]
+    if isinstance(how, float):
+        return with_values(step, {0: how})
+    return with_values(step, {0: float({"missing": 1.0, "applied twice": by**2, "inverted": 1 / by}[how])})
 
 
 def _bases(right: Steps) -> tuple[float, ...]:

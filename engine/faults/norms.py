@@ -10,7 +10,7 @@ from .. import ops
 from ..backend import Array
 from ..graph import Step
 from .base import AT, Fault, Parameters, Steps, Values, kind_of, sibling, subsets, with_parameters
-from .edits import ggml, with_values
+from .edits import ggml, number, with_values
 
 _NORMS = ("attn_norm", "ffn_norm", "output_norm")
 _ANY_NORM = {AT: (*subsets(*_NORMS), ("attn_norm", "ffn_norm"))}
@@ -35,12 +35,13 @@ def _also_others(right: Steps) -> Values:
     return (*_ANY_NORM[AT], *(subsets(*others) if (others := _others(right)) else ()))
 
 
-def _epsilon(step: Step, _right: Steps, parameters: Parameters) -> Step:
-    return (
-        with_values(step, {0: float(parameters["eps"])})
-        if ggml(step, *_OPERATIONS)
-        else with_parameters(step, eps=parameters["eps"])
-    )
+def _epsilon(step: Step, right: Steps, parameters: Parameters) -> Step:
+    eps = float(parameters["eps"])
+    if not ggml(step, *_OPERATIONS):
+        return with_parameters(step, eps=eps)
+    # A norm without weight may stand for another one, with another ε in proportion: a length is a root mean square times √d.
+    common = next((float(other.params["eps"]) for other in right.values() if other.op in (ops.rms_norm, ops.layer_norm)), 0.0)
+    return with_values(step, {0: number(step, 0) * eps / common if common else eps})
 
 
 def _outside(x: Array, weight: Array, *, eps: float) -> Array:
@@ -178,6 +179,7 @@ FAULTS = (
         fix="read <architecture>.attention.layer_norm_rms_epsilon from the file",
         seen="engines that carry 1e-5 as a constant",
         parameters={"eps": (1e-5, 1e-6, 1e-8, 1e-12, 0.0), AT: _everywhere},
+        says={_OPERATIONS: "every norm"},
     ),
     *(_by(name) for name in _TEXTS),
     Fault(

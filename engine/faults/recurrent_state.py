@@ -154,6 +154,7 @@ FAULTS = (
         fix="keep the scan's state and the convolution's last inputs from pass to pass",
         seen="states that are allocated anew for each batch; a convolution that pads with zeros in decode",
         parameters={AT: ((*_SCANS, *_CONVOLUTION), _SCANS, _CONVOLUTION)},
+        says={(*_SCANS, *_CONVOLUTION): "scans and convolutions", _SCANS: "scans", _CONVOLUTION: "convolutions"},
     ),
     Fault(
         name="state-of-other-sequence",

@@ -86,7 +86,7 @@ def with_rotary(step: Step, **values: Any) -> Step:
 
 def heads_of(step: Step) -> int:
     """How many heads a rotation turns."""
-    return int(parameter_of(step, "heads") if step.op is ops.rope else step.params["shape"][-2].fixed)
+    return int(parameter_of(step, "heads") if step.op is ops.rope else require_rotation(step).params["shape"][-2].fixed)
 
 
 def head_size(step: Step) -> int:

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from .. import ops
-from ..backend import Array
+from ..backend import Array, module_of
 from ..graph import Altered, Step, WeightSource
 from ..inapplicable import NotApplicable
 from .base import AT, Fault, Parameters, Steps, parameter_of, read_of, sibling, subsets, with_parameters
@@ -43,8 +43,12 @@ def _chunks(step: Step, _right: Steps, parameters: Parameters) -> Step:
     return with_parameters(step, window=parameters["window"]) if _has_window(step) else step
 
 
-def _cap(step: Step, right: Steps) -> tuple[Step, float]:
-    """The step in front of c · tanh(x / c) that ends in this one, and c."""
+def cap_of(step: Step, right: Steps) -> tuple[Step, float]:
+    """The step in front of c · tanh(x / c) that ends in this one, and c.
+
+    Raises:
+        NotApplicable: it ends no soft cap.
+    """
     if not ggml(step, "SCALE"):
         raise NotApplicable(f"{step.makes} ends no soft cap")
     tanh = maker(step, right)
@@ -54,11 +58,22 @@ def _cap(step: Step, right: Steps) -> tuple[Step, float]:
 
 
 def _uncapped(step: Step, right: Steps, _parameters: Parameters) -> Step:
-    return only(step, read_of(_cap(step, right)[0], 0))
+    return only(step, read_of(cap_of(step, right)[0], 0))
 
 
 def _zero(source: WeightSource, name: str) -> Array:
     return source.get(name) * 0
+
+
+def recapped(step: Step, right: Steps, cap: float) -> Step:
+    """The step with another cap: of scores [H, T, S] or logits [T, V]."""
+    return replace(step, op=_capped, reads=(read_of(cap_of(step, right)[0], 0),), params={"cap": cap})
+
+
+def _capped(x: Array, *, cap: float) -> Array:
+    number = x.dtype.type(cap)
+    capped: Array = number * module_of(x).tanh(x / number)
+    return capped
 
 
 def _no_sinks(step: Step, _right: Steps, parameters: Parameters) -> Step:
@@ -72,6 +87,8 @@ def _query_scale(step: Step, right: Steps, parameters: Parameters) -> Step:
     require(step, "SCALE")
     if read_of(step, 0) != sibling(step, right, "q_rope").makes:
         raise NotApplicable(f"{step.makes} does not scale the queries")
+    if isinstance(parameters["scale"], float):
+        return with_values(step, {0: parameters["scale"]})
     heads = parameter_of(sibling(step, right, "kq"), "heads")
     scale = number(step, 0)
     scales = {
