@@ -184,8 +184,8 @@ def judge(command: str, model: Path, warm: Path, folder: Path) -> tuple[str, str
         return ("one line", "") if len(lines) == 1 and len(said) < 3000 else ("failed", f"{len(lines)} lines: {said[-200:]!r}")
     if code not in (0, 1):
         return "failed", f"exit {code}: {said[-300:]!r}"
-    if said:
-        return "failed", f"exit {code} and words on stderr: {said[-300:]!r}"
+    if "Warning" in said or "Traceback" in said:
+        return "failed", f"exit {code} with a warning: {said[-300:]!r}"
     fresh, _ = parity(command, folder / "fresh", model=model, folder=folder)
     return ("answer", "") if fresh == code else ("failed", f"exit {code} with the cache of before, {fresh} with a fresh one")
 
