@@ -16,18 +16,18 @@ from numpy.typing import NDArray
 Text = msgspec.Raw | memoryview | bytes
 
 _WORD = re.compile(
-    rb'(?<=[\[,\s])(?:"[+-]?nan(?:\(\w*\))?"|"[+-]?inf(?:inity)?"|-?nan(?:\(\w*\))?|[+-]?inf(?:inity)?|(?-i:null))(?=[\],\s])',
-    re.IGNORECASE,
+    rb'"[+-]?nan(?:\(\w*\))?"|"[+-]?inf(?:inity)?"|-?nan(?:\(\w*\))?|[+-]?inf(?:inity)?|(?-i:null)', re.IGNORECASE
 )
-_NUMBER = rb"-?(?:0|[1-9]\d*)(?:\.\d+)?(?:[eE][-+]?\d+)?"
-_QUOTED = re.compile(rb'"(' + _NUMBER + rb')"')
-_BARE_NUMBER = re.compile(rb"(?<=[\[,])" + _NUMBER + rb"(?=[\],])")
+_NUMBER = re.compile(rb"-?(?:0|[1-9]\d*)(?:\.\d+)?(?:[eE][-+]?\d+)?")
+_QUOTED = re.compile(rb'"(' + _NUMBER.pattern + rb')"')
 _BLANKS = b" \t\r\n"
-_LONGEST = 1000  # characters of a number that is not simdjson's to read; Python reads integers of up to 4,300
-_BYTES = 1 << 26  # of such numbers as fixed-width texts
+_LONGEST = 300  # characters of a number that simdjson refuses: a longer integer is beyond float64
+_FAR = re.compile(rb"[eE]\+?0*[1-9]\d\d")  # an exponent that may be beyond float64's
+_INTEGER = 18  # characters of which every integer fits 64 bits
 
 _SEPARATOR = np.zeros(256, dtype=np.bool_)
 _SEPARATOR[list(b"[], \t\r\n")] = True
+_TO_COMMAS = bytes(ord(",") if _SEPARATOR[i] else i for i in range(256))
 _IS_WORD = np.zeros(256, dtype=np.bool_)
 _IS_WORD[list(b"nNiI")] = True
 
@@ -57,7 +57,9 @@ class NumberParser:
         """The numbers of these arrays, each with its brackets; None where something else stands in one of them."""
         array = _joined(texts)
         plain = self._plain(array)
-        return Numbers(*plain, texts) if plain is not None else self._with_words(array)
+        if plain is not None:
+            return Numbers(*plain, texts)
+        return self._with_words(array) if all(bytes(text).startswith(b"[") for text in texts) else None
 
     def _plain(self, array: bytes) -> tuple[NDArray[np.float64], list[int]] | None:
         """Of arrays in an array that hold nothing but numbers."""
@@ -76,25 +78,85 @@ class NumberParser:
         """The same with words for numbers, numbers in quotes and numbers beyond float64."""
         if b'"' in array:
             array = _QUOTED.sub(rb"\1", array)
-        zeroed, words = _WORD.subn(b"0", array)
-        plain = self._plain(zeroed) or _huge(zeroed)
-        if plain is None:
+        words = _words(array)
+        plain = None if words is None else self._plain(words.zeroed) or self._with_huge(words.zeroed)
+        if plain is None or words is None:
             return None
         flat, counts = plain
-        texts = _WORD.sub(b"", array) if words else array
-        if words:
-            at, meant = _words(array)
-            if len(at) != words or len(flat) <= int(at[-1]):
+        if len(words.at):
+            if len(flat) <= int(words.at[-1]):
                 return None
             flat = flat.copy()
-            flat[at] = meant
-        parts = texts[1:-1].split(b"],[")
+            flat[words.at] = words.values
+        parts = words.dropped[1:-1].split(b"],[")
         return Numbers(flat, counts, [part.strip(b"[]" + _BLANKS) for part in parts]) if len(parts) == len(counts) else None
+
+    def _with_huge(self, array: bytes) -> tuple[NDArray[np.float64], list[int]] | None:
+        """The same with numbers that no float64 or 64-bit integer holds, which simdjson refuses: infinite, as Python reads them."""
+        rows = array.translate(None, _BLANKS)[2:-2].split(b"],[")
+        elements = [number for row in rows if row for number in row.split(b",")]
+        if max(map(len, elements), default=0) > _LONGEST:
+            return None
+        special = {text for text in set(elements) if len(text) > _INTEGER or _FAR.search(text)}
+        if not all(map(_NUMBER.fullmatch, special)):
+            return None
+        values = {text: float(int(text)) if text.strip(b"-").isdigit() else float(text) for text in special}
+        rare = [i for i, text in enumerate(elements) if text in special]
+        texts = [elements[i] for i in rare]
+        for i in rare:
+            elements[i] = b"0"
+        plain = self._plain(b"[[" + b",".join(elements) + b"]]")
+        if plain is None:
+            return None
+        flat = plain[0].copy()
+        flat[rare] = [values[text] for text in texts]
+        return flat, [row.count(b",") + 1 if row else 0 for row in rows]
 
 
 def without_words(text: bytes) -> bytes:
     """The text of one array with nothing where words stand for numbers."""
-    return _WORD.sub(b"", _QUOTED.sub(rb"\1", text) if b'"' in text else text)
+    words = _words(_QUOTED.sub(rb"\1", text) if b'"' in text else text)
+    return text if words is None else words.dropped
+
+
+@dataclass(frozen=True)
+class _Words:
+    """Words among the numbers of a text: which elements they are [W], what they mean [W], and the text with zeros or nothing there."""
+
+    at: NDArray[np.int64]
+    values: NDArray[np.float64]
+    zeroed: bytes
+    dropped: bytes
+
+
+def _words(array: bytes) -> _Words | None:
+    """The words in arrays of numbers; None where one is not known."""
+    data = np.frombuffer(array, np.uint8)
+    inside = ~_SEPARATOR[data]
+    begins = inside.copy()
+    begins[1:] &= ~inside[:-1]
+    starts = np.flatnonzero(begins)
+    if not len(starts):
+        return _Words(starts, np.zeros(0), array, array)
+    behind_quote = np.minimum(starts + (data[starts] == ord('"')), len(data) - 1)
+    first = data[behind_quote]
+    negative = first == ord("-")
+    letter = data[np.minimum(behind_quote + (negative | (first == ord("+"))), len(data) - 1)]
+    is_word = _IS_WORD[letter]
+    at = np.flatnonzero(is_word)
+    of_word = inside & is_word[np.maximum(np.cumsum(begins, dtype=np.int32) - 1, 0)]
+    each = of_word.copy()
+    each[:-1] |= of_word[1:]  # with what separates it from the one before
+    different = set(data[each].tobytes().translate(_TO_COMMAS).split(b",")) - {b""}
+    if not all(map(_WORD.fullmatch, different)):
+        return None
+    zeroed, kept = data.copy(), ~of_word
+    zeroed[starts[at]] = ord("0")
+    dropped = data[kept].tobytes()
+    kept[starts[at]] = True
+    infinite = (letter[at] | 0x20) == ord("i")
+    meant = np.where(infinite, np.where(negative[at], -np.inf, np.inf), np.nan)
+    return _Words(at, meant, zeroed[kept].tobytes(), dropped)
 
 
 def _joined(texts: Sequence[Text]) -> bytes:
@@ -103,30 +165,3 @@ def _joined(texts: Sequence[Text]) -> bytes:
     pieces[1::2] = texts
     pieces[0], pieces[-1] = b"[", b"]"
     return b"".join(pieces)
-
-
-def _words(array: bytes) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Which elements are words [W], and what they mean [W]."""
-    data = np.frombuffer(array, np.uint8)
-    inside = ~_SEPARATOR[data]
-    starts = np.flatnonzero(inside[1:] & ~inside[:-1]) + 1
-    starts_unquoted = starts + (data[starts] == ord('"'))
-    first = data[starts_unquoted]
-    negative = first == ord("-")
-    letter = data[starts_unquoted + (negative | (first == ord("+")))]
-    at = np.flatnonzero(_IS_WORD[letter])
-    infinite = (letter[at] | 0x20) == ord("i")
-    return at, np.where(infinite, np.where(negative[at], -np.inf, np.inf), np.nan)
-
-
-def _huge(array: bytes) -> tuple[NDArray[np.float64], list[int]] | None:
-    """Numbers that simdjson refuses since no float64 or 64-bit integer holds them: infinite, as Python reads them."""
-    text = array.translate(None, _BLANKS)
-    if len(_BARE_NUMBER.sub(b"", text).translate(None, b",[]")):
-        return None
-    rows = text[2:-2].split(b"],[")
-    elements = [b"0" if number == b"-0" else number for row in rows if row for number in row.split(b",")]  # an integer
-    longest = max(map(len, elements), default=0)
-    if not all(elements) or longest > _LONGEST or longest * len(elements) > _BYTES:
-        return None
-    return np.array(elements, dtype="S").astype(np.float64), [row.count(b",") + 1 if row else 0 for row in rows]

@@ -39,8 +39,10 @@ def quanta(texts: Sequence[Text], values: Floats) -> Floats | None:
     unsure = np.ones(rows, dtype=np.bool_)
     steps = np.zeros((rows, width))
     step = _step(samples, values[picked])
+    known: dict[int, Floats | None] = {}
     if step is None:
-        if all(quantum(text, values[i]) is None for text, i in zip(samples, picked, strict=True)):
+        known = {i: quantum(text, values[i]) for text, i in zip(samples, picked, strict=True)}
+        if all(own is None for own in known.values()):
             return None
     else:
         with np.errstate(invalid="ignore", over="ignore"):
@@ -55,7 +57,7 @@ def quanta(texts: Sequence[Text], values: Floats) -> Floats | None:
         if together is not None:
             steps[rest], rest = together, rest[:0]
     for r in rest.tolist():
-        own = quantum(bytes(texts[r]), values[r])
+        own = known[r] if r in known else quantum(bytes(texts[r]), values[r])
         if own is not None:
             steps[r] = own
     return steps if steps.any() else None
@@ -154,12 +156,12 @@ def _of_numbers(text: bytes, values: Floats) -> _Decimals | None:
     if len(ends) != count:
         return None
     starts = np.concatenate([[0], ends[:-1] + 1])
-    number = np.repeat(np.arange(count), ends - starts + 1)  # which one a byte belongs to
+    number = np.repeat(np.arange(count, dtype=np.int32), ends - starts + 1)  # which one a byte belongs to
 
-    def seen(marks: NDArray[np.bool_]) -> NDArray[np.int64]:
+    def seen(marks: NDArray[np.bool_]) -> NDArray[np.int32]:
         """How many of these bytes came before each byte of its own number, itself included."""
-        total = np.cumsum(marks)
-        before: NDArray[np.int64] = (total[starts] - marks[starts])[number]
+        total = np.cumsum(marks, dtype=np.int32)
+        before: NDArray[np.int32] = (total[starts] - marks[starts])[number]
         return total - before
 
     is_exponent = (data == ord("e")) | (data == ord("E"))
