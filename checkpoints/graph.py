@@ -124,7 +124,11 @@ class Graph:
 class RecordedGraph:
     """The graphs of a model: of a pass over several tokens, and of a step over one where that is built in another way.
 
-    `fingerprint` is the model file's; `causal` is False for encoders, where every position sees every other.
+    Attributes:
+        fingerprint: the model file's.
+        longest: how many positions its rules of inputs are proven for, None where they hold for any number.
+        long_above: the context (a run's positions, padded as llama.cpp does) above which RoPE takes its long factors instead of its short
+            ones, None where it has only one kind.
     """
 
     architecture: str
@@ -132,6 +136,8 @@ class RecordedGraph:
     fingerprint: str
     several: Graph
     single: Graph | None = None
+    longest: int | None = None
+    long_above: int | None = None
 
     def of(self, tokens: int) -> Graph:
         """The graph of a pass over so many tokens."""
@@ -144,6 +150,8 @@ class RecordedGraph:
             "architecture": self.architecture,
             "n_layers": self.n_layers,
             "fingerprint": self.fingerprint,
+            "longest": self.longest,
+            "long_above": self.long_above,
             "several": [_plain(tensor) for tensor in self.several.tensors],
             "single": None if self.single is None else [_plain(tensor) for tensor in self.single.tensors],
         }
@@ -161,8 +169,15 @@ class RecordedGraph:
                     f"the recorded graph has format {data['format']!r}, this version reads {FORMAT}.", "Record it again."
                 )
             single = None if data["single"] is None else _graph(data["single"])
+            longest, above = data.get("longest"), data.get("long_above")
             return cls(
-                str(data["architecture"]), int(data["n_layers"]), str(data["fingerprint"]), _graph(data["several"]), single
+                str(data["architecture"]),
+                int(data["n_layers"]),
+                str(data["fingerprint"]),
+                _graph(data["several"]),
+                single,
+                None if longest is None else int(longest),
+                None if above is None else int(above),
             )
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise DumpError(f"the recorded graph is damaged ({error}).", "Record it again.", code="graph") from error

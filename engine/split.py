@@ -9,10 +9,12 @@ from checkpoints.points import parse
 
 from . import graph
 from .backend import Array, Backend
+from .engine import Progress
 from .graph import Step
 from .kv_cache import KvCache
-from .transformer import Progress, Transformer, Weights
+from .transformer import Transformer
 from .weights.gguf_model import GgufModel
+from .weights.source import Weights
 
 
 @dataclass(frozen=True)
@@ -44,11 +46,19 @@ class SplitTransformer(Transformer):
         recorded: RecordedGraph | None = None,
     ) -> None:
         super().__init__(model, backends[0], resident=False, recorded=recorded)
+        self._backends, self._resident = backends, resident
         self.stages = stages(model, self.steps, backends, resident=resident)
         numbers = ", ".join(str(backend.number) for backend in backends)
         self.backend = replace(
             backends[0], spread=True, device=f"{backends[0].device}, device{'s' * (len(backends) > 1)} {numbers}"
         )
+
+    def expect(self, positions: int) -> None:
+        """As `Transformer.expect`."""
+        before = self.steps
+        super().expect(positions)
+        if self.steps is not before:
+            self.stages = stages(self.model, self.steps, self._backends, resident=self._resident)
 
     def start(self, first_position: int = 0) -> Progress:
         """A new, empty sequence whose first token stands at `first_position`, with a cache on every device."""

@@ -1,94 +1,31 @@
 """Our engine: a GGUF model as a list of steps, its weights and its KV cache."""
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
-from math import prod
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from checkpoints.errors import InputError
 from checkpoints.graph import RecordedGraph
+from checkpoints.long_factors import LONG, SHORT, factors_of
 from checkpoints.points import LOGITS
 
 from . import graph
 from .backend import Array, Backend
 from .blocks import Blocks
-from .capture.host import Capture, Pass
+from .capture.tap import Capture, Pass
+from .engine import Progress, check_tokens, points_of
 from .graph import Step
 from .kv_cache import KvCache
 from .models import steps_of
 from .weights.gguf_model import GgufModel
-
-
-class Weights:
-    """The model's weights as float32 arrays on a backend.
-
-    With `resident` each is dequantised once and kept; without, it is dropped when the step is done, which a single
-    forward pass wants: the peak is then one weight and not the model. `names` are those that will be asked for, None for all.
-    """
-
-    def __init__(self, model: GgufModel, backend: Backend, *, resident: bool, names: Collection[str] | None = None) -> None:
-        self._model = model
-        self._backend = backend
-        self._resident = resident and self._all_fit(model.tensors if names is None else names)
-        self._held: dict[str, Array] = {}
-
-    @property
-    def resident(self) -> bool:
-        """Whether weights are kept."""
-        return self._resident
-
-    def _all_fit(self, names: Collection[str]) -> bool:
-        """Whether the device holds these weights as float32; else they are streamed, one step's at a time."""
-        free = self._backend.free_bytes()
-        sizes = [4 * prod(self._model.tensors[name].shape) for name in names]
-        if free is None or not sizes:
-            return True
-        # A step's weight, its result and the products' workspace: twice the largest weight is room enough.
-        self._backend.require(2 * max(sizes), f"the largest weight of {self._model.path.name} as float32")
-        return sum(sizes) + 2 * max(sizes) <= free
-
-    def get(self, name: str) -> Array:
-        """The whole weight: float32, row-major (out, in)."""
-        if name in self._held:
-            return self._held[name]
-        weight = self._backend.array(self._model.load(name))
-        if self._resident:
-            self._held[name] = weight
-        return weight
-
-    def raw(self, name: str) -> tuple[NDArray[np.uint8], int, tuple[int, ...]]:
-        """The file's own bytes [rows, bytes a row], their ggml type and the weight's shape."""
-        info = self._model.tensors[name]
-        return self._model.raw(name), info.type, info.shape
-
-    def array(self, host: NDArray[Any]) -> Array:
-        """A host array on this side."""
-        return self._backend.array(host)
-
-    def rows(self, name: str, ids: Array) -> Array:
-        """The given rows of a matrix: [len(ids), in]."""
-        return self._backend.array(self._model.load_rows(name, self._backend.to_host(ids)))
-
-
-@dataclass
-class Progress:
-    """One sequence in progress: where its first token stands, how many tokens went in, how many passes were made.
-
-    `caches` hold its earlier keys and values, one a device; none where an engine keeps them itself.
-    """
-
-    first: int
-    caches: tuple[KvCache, ...] = ()
-    length: int = 0
-    passes: int = 0
+from .weights.source import Weights
 
 
 class Transformer:
-    """Runs a model token by token or prompt by prompt.
+    """Runs a model step by step, on one device or on the host, in float32; an `Engine`.
 
     `recorded` is llama.cpp's graph of the model, where its steps are not written by hand. `steps` are those of a pass over several
     tokens, `single` those of a pass over one, where llama.cpp computes it in another way.
@@ -105,6 +42,8 @@ class Transformer:
         self.hp = model.hyperparameters
         self.steps: Sequence[Step]
         self.single: Sequence[Step] | None = None
+        self.longest = None if recorded is None else recorded.longest
+        self._long_above = None if recorded is None else recorded.long_above
         if recorded is None:
             self.steps = steps_of(self.hp.architecture, Blocks(self.hp, model.tensors))
         else:
@@ -127,7 +66,17 @@ class Transformer:
     @property
     def points(self) -> list[str]:
         """Every point that can be captured, in dataflow order."""
-        return [step.makes for step in self.steps if not step.inner]
+        return points_of(self.steps)
+
+    def expect(self, positions: int) -> None:
+        """Take the steps of a run over so many positions in all: some models rotate by other frequencies in a longer context."""
+        if self._long_above is None:
+            return
+        wanted = factors_of(positions, self._long_above)
+        if any(wanted in step.weights for step in self.steps):
+            return
+        self.steps = [_with_factors(step, wanted) for step in self.steps]
+        self.single = None if self.single is None else [_with_factors(step, wanted) for step in self.single]
 
     def start(self, first_position: int = 0) -> Progress:
         """A new, empty sequence whose first token stands at `first_position`."""
@@ -167,21 +116,21 @@ class Transformer:
 
     def check(self, tokens: Sequence[int], before: int) -> None:
         """Raises InputError for tokens that this model cannot take after `before` positions."""
-        if not len(tokens):
-            raise InputError("there are no tokens.", "Give a prompt that is not empty.", code="tokens")
-        wrong = [token for token in tokens if not 0 <= token < self.hp.n_vocab]
-        if wrong:
+        check_tokens(self.hp, tokens, before)
+        if self.longest is not None and before + len(tokens) > self.longest:
             raise InputError(
-                f"token id {wrong[0]} is outside the vocabulary of {self.hp.n_vocab:,} tokens.",
-                "`parity tokens` shows how llama.cpp tokenizes a prompt.",
-                code="tokens",
-            )
-        if before + len(tokens) > self.hp.n_ctx_train:
-            raise InputError(
-                f"{before + len(tokens):,} positions are more than the model's context of {self.hp.n_ctx_train:,}.",
-                "Take a shorter prompt.",
+                f"how attention's windows cut {before + len(tokens):,} positions was not seen when the graph of "
+                f"{self.hp.architecture} was recorded: it is known for {self.longest:,}.",
+                "Take a shorter prompt; `parity dump ref` and `parity diff` take any.",
                 code="context",
             )
+
+
+def _with_factors(step: Step, wanted: str) -> Step:
+    """The step with those frequency factors in the place of the others."""
+    if not {SHORT, LONG} & {weight for weight in step.weights if isinstance(weight, str)}:
+        return step
+    return replace(step, weights=tuple(wanted if weight in (SHORT, LONG) else weight for weight in step.weights))
 
 
 def _nothing(_name: str, _value: Array) -> None:

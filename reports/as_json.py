@@ -47,6 +47,8 @@ def verdict_as_json(verdict: Verdict) -> dict[str, Any]:
         "seen": [{**asdict(item), "whole": item.whole} for item in verdict.seen],
         "next_slice": verdict.next_slice,
         "precision": asdict(verdict.precision) if verdict.precision else None,
+        "truth": asdict(verdict.truth) if verdict.truth else None,
+        "truth_points": [asdict(point) for point in verdict.truth_points],
     }
     return {key: plain(value) for key, value in made.items()}
 

@@ -18,7 +18,7 @@ def lines(report: Report, width: int) -> Iterator[Text]:
     """These lines; none if there is nothing to say."""
     rows: list[tuple[str, str]] = []
     if report.verdict.first_divergence is not None:
-        sides = (("ours", report.picture.ours), ("ref", report.picture.ref))
+        sides = (("ours", report.picture.ours), ("ref", report.picture.ref), ("f64", report.picture.truth))
         rows += [("spread", f"{name}  {said}") for name, side in sides if side is not None and (said := spread(side))]
     differing = [choice for choice in generated(report.ours, report.ref) if not choice.same]
     if differing:

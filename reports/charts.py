@@ -50,6 +50,7 @@ def figures(verdict: Verdict, picture: Picture) -> dict[str, Any]:
     """Everything that `templates/report.js` draws; NaN and infinities are null."""
     grid = picture.grid
     first = verdict.first_divergence
+    truth = {point.checkpoint: point for point in verdict.truth_points}
     return {
         "code": {"first": FIRST, "steps": _STEPS, "decades": DECADES},
         "grid": _grid(grid),
@@ -60,12 +61,13 @@ def figures(verdict: Verdict, picture: Picture) -> dict[str, Any]:
                 "limit": point.worst.limit,
                 "status": point.status,
                 "token_idx": point.worst.token_idx,
+                "truth": [_finite(far.ours), _finite(far.ref)] if (far := truth.get(point.checkpoint)) is not None else None,
             }
             for point in verdict.points
         ],
         "spreads": [
             {"side": side, **_spread(found)}
-            for side, found in (("ours", picture.ours), ("reference", picture.ref))
+            for side, found in (("ours", picture.ours), ("reference", picture.ref), ("float64", picture.truth))
             if found is not None
         ],
     }

@@ -31,9 +31,11 @@ def html(report: Report) -> str:
         shown=first or verdict.worst,
         reasons=list(reasons(verdict)),
         remarks=list(remarks(verdict)),
-        both=_both(first or verdict.worst),
+        sides=["ours", "reference"] + (["float64"] if verdict.truth is not None and verdict.truth.values else []),
+        elements=_elements(first or verdict.worst, verdict.truth.values if verdict.truth is not None else ()),
         points=verdict.points,
-        spreads=[("ours", report.picture.ours), ("reference", report.picture.ref)],
+        truth={point.checkpoint: point for point in verdict.truth_points},
+        spreads=[("ours", report.picture.ours), ("reference", report.picture.ref), ("float64", report.picture.truth)],
         findings=report.findings,
         choices=generated(report.ours, report.ref),
         prompt=text,
@@ -81,15 +83,14 @@ def _asset(name: str) -> Any:
     return Markup(files("reports").joinpath("templates", name).read_text(encoding="utf-8"))
 
 
-def _both(found: Difference | None) -> list[tuple[int, str, str, bool]]:
-    """(element, ours, reference, is the largest difference) of the values that a verdict carries."""
+def _elements(found: Difference | None, truth: tuple[float, ...]) -> list[tuple[int, tuple[str, ...], bool]]:
+    """(element, its value on each side, is the largest difference) of the values that a verdict carries."""
     if found is None:
         return []
-    if found.checkpoint == "tokens":
-        rows = [[str(int(x)) for x in row] for row in (found.ours, found.ref)]
-    else:
-        rows = list(values(found.ours, found.ref))
+    sides = [found.ours, found.ref, *([truth] if truth else [])]
+    tokens = found.checkpoint == "tokens"
+    rows = [[str(int(x)) for x in row] for row in sides] if tokens else values(*sides)
     longest = max(map(len, rows))
     padded = [row + [""] * (longest - len(row)) for row in rows]
-    base = found.token_idx if found.checkpoint == "tokens" else 0
-    return [(base + n, a, b, n == found.index) for n, (a, b) in enumerate(zip(*padded, strict=True))]
+    base = found.token_idx if tokens else 0
+    return [(base + n, cells, n == found.index) for n, cells in enumerate(zip(*padded, strict=True))]

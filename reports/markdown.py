@@ -37,8 +37,8 @@ def _report(report: Report) -> Iterator[str]:
     shown = verdict.first_divergence or verdict.worst
     if shown is not None:
         yield f"\n### {'First divergence' if verdict.first_divergence else 'Nearest to its limit'}\n"
-        yield from _shown(shown)
-        sides = (("ours", report.picture.ours), ("reference", report.picture.ref))
+        yield from _shown(shown, verdict.truth.values if verdict.truth is not None else ())
+        sides = (("ours", report.picture.ours), ("reference", report.picture.ref), ("float64", report.picture.truth))
         yield from (f"- {name}: {told}" for name, side in sides if side is not None and (told := spread(side)))
     said = list(reasons(verdict))
     if said or verdict.next:
@@ -77,7 +77,7 @@ def _report(report: Report) -> Iterator[str]:
     yield from table(("", "ours", "reference"), [(text(name), code(a), code(b)) for name, a, b in how_it_was_run(report)])
 
 
-def _shown(found: Difference) -> Iterator[str]:
+def _shown(found: Difference, truth: tuple[float, ...]) -> Iterator[str]:
     named = " ".join([str(found.token_idx), code(token(found.token)) if found.token is not None else ""]).rstrip()
     yield from table(
         ("point", "layer", "position", "NMSE", "of limit", "largest \\|Δ\\|", "error"),
@@ -94,19 +94,20 @@ def _shown(found: Difference) -> Iterator[str]:
         ],
     )
     if found.ours or found.ref:
-        mine, theirs = values(found.ours, found.ref)
-        width = max(len(mine), len(theirs))
+        sides = {"ours": found.ours, "reference": found.ref} | ({"float64": truth} if truth else {})
+        texts = values(*sides.values())
+        width = max(map(len, texts))
         yield ""
         yield from table(
             ("", *map(str, range(width))),
-            [(name, *row, *[""] * (width - len(row))) for name, row in (("ours", mine), ("reference", theirs))],
+            [(name, *row, *[""] * (width - len(row))) for name, row in zip(sides, texts, strict=True)],
         )
 
 
 def _points(report: Report) -> Iterator[str]:
     every = report.verdict.points
     telling = sorted(range(len(every)), key=lambda n: (every[n].failed == 0, -every[n].worst.of_limit))[:_POINTS]
-    rows = [
+    rows: list[tuple[str, ...]] = [
         (
             code(point.checkpoint),
             str(point.records),
@@ -117,7 +118,15 @@ def _points(report: Report) -> Iterator[str]:
         )
         for point in (every[n] for n in sorted(telling))
     ]
-    yield from table(("checkpoint", "records", "worst NMSE", "of limit", "at", ""), rows)
+    head: tuple[str, ...] = ("checkpoint", "records", "worst NMSE", "of limit", "at", "")
+    if truth := {point.checkpoint: point for point in report.verdict.truth_points}:
+        head = (*head, "ours – float64", "reference – float64")
+        far = [truth.get(every[n].checkpoint) for n in sorted(telling)]
+        rows = [
+            (*row, *(("", "") if found is None else (error(found.ours), error(found.ref))))
+            for row, found in zip(rows, far, strict=True)
+        ]
+    yield from table(head, rows)
     if len(every) > len(telling):
         yield f"\n{len(every) - len(telling)} further points are nearer to the reference than these."
 

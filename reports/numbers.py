@@ -33,10 +33,10 @@ def limit(value: float) -> str:
     return f"{value:.0e}" if value == float(f"{value:.0e}") else f"{value:g}"
 
 
-def values(ours: tuple[float, ...], ref: tuple[float, ...]) -> tuple[list[str], list[str]]:
-    """Both rows with the fewest digits, from 6 on, that tell them apart (9 tell every float32 apart)."""
+def values(ours: tuple[float, ...], ref: tuple[float, ...], *others: tuple[float, ...]) -> list[list[str]]:
+    """Rows with the fewest digits, from 6 on, that tell the first two apart (9 tell every float32 apart)."""
     for digits in range(6, 10):
-        texts = [f"{x:.{digits}g}" for x in ours], [f"{x:.{digits}g}" for x in ref]
+        texts = [[f"{x:.{digits}g}" for x in side] for side in (ours, ref, *others)]
         if texts[0] != texts[1]:
             break
     return texts

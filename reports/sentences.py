@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
-from checkpoints.answers.diff import DIVERGENCE, Difference, Missing, RecordFault, Seen, Verdict
+from checkpoints.answers.diff import DIVERGENCE, Difference, Missing, RecordFault, Seen, TruthPoint, Verdict
 from checkpoints.points import EMBD, LOGITS, parse
 
 from .numbers import clean, count, error, limit, ranges, token
@@ -66,11 +66,34 @@ def reasons(verdict: Verdict) -> Iterator[tuple[str, str]]:
         yield "operation", clean(verdict.operation)
     if verdict.pattern is not None:
         yield "pattern", clean(verdict.pattern.sentence)
+    if verdict.truth is not None and verdict.first_divergence is not None:
+        yield "float64", truth(verdict.truth)
     for origin in verdict.origins[1:4]:
         said = f"{clean(origin.first.checkpoint)}, {'position' if len(origin.positions) == 1 else 'positions'} "
         yield "also wrong", f"{said}{ranges(origin.positions)}: not caused by the first"
     if len(verdict.origins) > 4:
         yield "", f"and {count(len(verdict.origins) - 4, 'further point')} of origin"
+
+
+def truth(found: TruthPoint) -> str:
+    """How far both sides are from the same steps in float64, and which of them is the one that is off."""
+    said = f"ours is {error(found.ours)} from the same steps in float64, the reference {error(found.ref)}"
+    if found.alone == "ours":
+        return f"{said}: ours is the one that is off"
+    if found.alone == "reference":
+        return f"{said}: the reference is the one that is off"
+    return f"{said}: neither is far nearer than the other"
+
+
+def _everywhere(points: Sequence[TruthPoint]) -> Iterator[str]:
+    """The worst record of each side against float64, over all points that were asked."""
+    for name, far in (
+        ("ours", [(point.ours, point.checkpoint) for point in points if point.ours is not None]),
+        ("the reference", [(point.ref, point.checkpoint) for point in points if point.ref is not None]),
+    ):
+        if far:
+            worst, where = max(far)
+            yield f"{name} is at most {error(worst)} from float64, at {clean(where)}"
 
 
 def _between(last: str, first: Difference) -> str:
@@ -107,6 +130,8 @@ def remarks(verdict: Verdict) -> Iterator[tuple[str, str]]:
         yield "float32", f"in float32 {clean(precision.in_float32)} would be a divergence; --compute f32 judges so"
     elif verdict.limits.assumed and (precision is None or precision.arithmetic != "f32"):
         yield "limit", verdict.limits.source
+    if verdict.first_divergence is None and (said := "; ".join(_everywhere(verdict.truth_points))):
+        yield "float64", said
     for note in verdict.notes:
         yield "note", clean(note)
 

@@ -181,7 +181,7 @@ def explanation(verdict: Verdict, width: int) -> Iterator[Text]:
         yield Text(headline(verdict), style="bold red")
         yield from labelled(list(reasons(verdict)), width, label=_LABEL, indent=2)
         if first.ours or first.ref:
-            yield from _both(first, width)
+            yield from _values(first, width, verdict.truth.values if verdict.truth is not None else ())
         if verdict.next:
             yield from labelled([("next", "record these on both sides and run diff again:")], width, label=_LABEL, indent=2)
             wider = f" --slice {verdict.next_slice}" if verdict.next_slice else ""
@@ -195,22 +195,21 @@ def explanation(verdict: Verdict, width: int) -> Iterator[Text]:
     yield Text(answer(verdict), style="bold green" if verdict else "bold red")
 
 
-def _both(found: Difference, width: int) -> list[Text]:
-    """The values of both sides around the largest difference, as many as fit."""
-    if found.checkpoint == "tokens":
-        mine, theirs = [[str(int(x)) for x in row] for row in (found.ours, found.ref)]
-    else:
-        mine, theirs = values(found.ours, found.ref)
-    cell = max((len(text) for text in (*mine, *theirs)), default=1) + 2
+def _values(found: Difference, width: int, truth: tuple[float, ...]) -> list[Text]:
+    """The values of both sides, and of float64 where it is known, around the largest difference, as many as fit."""
+    named = {"ours": found.ours, "ref": found.ref} | ({"float64": truth} if truth else {})
+    tokens = found.checkpoint == "tokens"
+    texts = [[str(int(x)) for x in row] for row in named.values()] if tokens else values(*named.values())
+    cell = max((len(text) for row in texts for text in row), default=1) + 2
     room = max(2, (width - _LABEL - 2) // cell)
-    longest = max(len(mine), len(theirs))
+    longest = max(map(len, texts))
     index = found.index if found.index is not None and found.index < longest else 0
     start = max(0, min(index - room // 2, longest - room))
     base = found.token_idx if found.checkpoint == "tokens" else 0
     shown = range(start, min(start + room, longest))
     rows = [
         ("", *(str(base + number) for number in shown)),
-        *((name, *(row[n] if n < len(row) else "" for n in shown)) for name, row in (("ours", mine), ("ref", theirs))),
+        *((name, *(row[n] if n < len(row) else "" for n in shown)) for name, row in zip(named, texts, strict=True)),
     ]
     padded = [(f"  {row[0]}".ljust(_LABEL), *row[1:]) for row in rows]
-    return columns(padded, frozenset(range(1, len(rows[0]))), ["dim", "", ""], width)
+    return columns(padded, frozenset(range(1, len(rows[0]))), ["dim", *[""] * len(named)], width)

@@ -43,6 +43,59 @@ def test_two_masks_are_told_apart(reference: Reference, small_model: Make) -> No
     assert sorted((mask["window"], mask["size"]) for mask in masks) == [("causal", 0), ("standard", 8)]
 
 
+@pytest.mark.parametrize(
+    ("architecture", "settings", "wanted"),
+    [
+        ("llama4", {}, ("chunked", 8192)),
+        ("cohere2", {"attention.sliding_window": 20_000}, ("standard", 20_000)),
+        ("modern-bert", {"attention.sliding_window": 600}, ("symmetric", 600)),
+        ("step35", {"attention.sliding_window": 300}, ("standard", 300)),  # whose cached positions llama.cpp cannot move
+    ],
+)
+def test_a_window_longer_than_the_recorded_passes(
+    reference: Reference, small_model: Make, architecture: str, settings: dict[str, int], wanted: tuple[str, int]
+) -> None:
+    """The far edge of a long window is seen by a pass that crosses it, and so is of which kind the window is."""
+    recorded = reference.graph(small_model(architecture, layers=4, settings=settings))
+    assert recorded.longest is None
+    masks = [rule.parameters for rule in rules(recorded) if rule is not None and rule.kind == "mask"]
+    assert wanted in [(mask["window"], mask["size"]) for mask in masks]
+    assert None not in rules(recorded)
+
+
+def test_a_window_whose_edge_cannot_be_reached(reference: Reference, small_model: Make) -> None:
+    """A prompt that may be longer than a window which was not seen is refused; shorter ones are computed."""
+    from checkpoints.errors import InputError
+    from engine.backend import choose
+    from engine.transformer import Transformer
+    from engine.weights.gguf_model import GgufModel
+
+    model = small_model("step35", layers=4, context=80_000, settings={"attention.sliding_window": 40_000})
+    recorded = reference.graph(model)
+    assert recorded.longest == 20_000
+    engine = Transformer(GgufModel(model), choose("numpy"), recorded=recorded)
+    engine.check([1] * 20_000, 0)
+    with pytest.raises(InputError, match="known for 20,000"):
+        engine.check([1] * 20_001, 0)
+
+
+@pytest.mark.parametrize("original", [128, 256])
+def test_long_factors_follow_the_context(reference: Reference, small_model: Make, tmp_path: Path, original: int) -> None:
+    """Where a file has two sets of RoPE factors, ours are those that llama.cpp takes for a run of that length."""
+    from engine.backend import choose
+    from engine.transformer import Transformer
+    from engine.weights.gguf_model import GgufModel
+
+    model = small_model("phi3-longrope", layers=1, settings={"rope.scaling.original_context_length": original})
+    engine = Transformer(GgufModel(model), choose("numpy"), recorded=reference.graph(model))
+    for count in (5, 257):
+        tokens = tuple(range(3, 3 + count))
+        [(_, theirs)] = reference.capture(model, tokens, "logits")
+        engine.expect(count)
+        ours = engine.forward(tokens, engine.start())
+        assert np.square(ours - theirs[-1]).sum() < 1e-9 * np.square(theirs[-1]).sum()
+
+
 def test_scales_that_grow_with_the_position(reference: Reference, small_model: Make) -> None:
     """Attention's temperature is proven at positions at which it is not 1."""
     kinds = {rule.kind for rule in rules(reference.graph(small_model("mistral3", layers=1))) if rule is not None}

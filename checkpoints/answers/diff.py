@@ -141,6 +141,27 @@ class Precision:
 
 
 @dataclass(frozen=True)
+class TruthPoint:
+    """How far both sides are from the same steps in float64 at one point: NMSE of the worst record of each, None where it is not known.
+
+    `alone` is the side that is far from it while the other is near ("ours" or "reference"), empty where both are about as far.
+    """
+
+    checkpoint: str
+    ours: float | None
+    ref: float | None
+    alone: str = ""
+
+
+@dataclass(frozen=True)
+class TruthRecord(TruthPoint):
+    """The same of one record, the one that an answer is about; `values` are its first values in float64, as float32 shows them."""
+
+    token_idx: int = 0
+    values: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
 class Missing:
     """What one side lacks of the other: points it has nothing of, positions lacking in common points, records in all."""
 
@@ -191,7 +212,8 @@ class Verdict:
 
     `next` is a `--points` value, empty where the records name the operation already (then `operation` says it).
     `left_out` counts records after the place where the token sequences part. `next_slice` is how many leading values the next run has
-    to record, where what was seen of the rows does not settle it.
+    to record, where what was seen of the rows does not settle it. `truth` is what float64 says of the first divergence (of the worst
+    record where there is none), `truth_points` of the points in dataflow order; both are empty where it was not asked.
     """
 
     verdict: str
@@ -215,6 +237,8 @@ class Verdict:
     seen: tuple[Seen, ...] = ()
     next_slice: int | None = None
     precision: Precision | None = None
+    truth: TruthRecord | None = None
+    truth_points: tuple[TruthPoint, ...] = ()
 
     def __bool__(self) -> bool:
         return self.verdict == PARITY

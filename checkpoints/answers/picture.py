@@ -37,8 +37,12 @@ class Spread:
 
 @dataclass(frozen=True)
 class Picture:
-    """`ours` and `ref` are the spreads of the record that the report is about: the first divergence, else the worst."""
+    """`ours` and `ref` are the spreads of the record that the report is about: the first divergence, else the worst.
+
+    `truth` is that of the same steps in float64, where they were asked.
+    """
 
     grid: Grid
     ours: Spread | None = None
     ref: Spread | None = None
+    truth: Spread | None = None

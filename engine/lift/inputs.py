@@ -13,7 +13,7 @@ from ..graph import POSITIONS, TOKENS, Read, Step
 from .operands import Unliftable
 
 if TYPE_CHECKING:
-    from .lift import Lifter
+    from .lifter import Lifter
 
 
 def read(lifter: "Lifter", index: int, tensor: Tensor) -> tuple[str, tuple[Size, ...]]:

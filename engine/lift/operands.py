@@ -1,5 +1,6 @@
 """How a node's operands are read: which value owns the memory, and which of its elements in which order."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from checkpoints.graph import CACHE, INPUT, NODE, STATE, VIEWS, WEIGHT, Graph, Size, Sizes, Tensor
@@ -222,3 +223,21 @@ def _difference(a: Size, b: Size) -> Size:
 def leaf(tensor: Tensor) -> bool:
     """Whether it is no node."""
     return tensor.kind in (WEIGHT, INPUT, CACHE, STATE)
+
+
+def row_strides(shape: Sequence[Size], strides: Sequence[Size], t: Size) -> tuple[Size, Size]:
+    """The strides of a four-dimensional view as [T, n].
+
+    Raises:
+        Unliftable: a row's elements do not lie one behind the other.
+    """
+    axis = next((i for i, size in enumerate(shape) if size != ONE), len(shape) - 1)
+    if t != ONE and shape[axis] != t:
+        raise Unliftable("its rows are not the positions")
+    inner = range(axis + 1, len(shape)) if t != ONE else range(axis, len(shape))
+    step = ONE
+    for i in reversed(inner):
+        if shape[i] != ONE and strides[i] != step:
+            raise Unliftable("the elements of a row do not lie one behind the other")
+        step = times(step, shape[i])
+    return (strides[axis] if t != ONE else ZERO), ONE

@@ -13,10 +13,14 @@ from .records import Records
 _SHOWN = 4096  # values of a row that are drawn: more than a picture's width can tell apart
 
 
-def picture(records: Records, verdict: Verdict) -> Picture:
-    """The grid of all records, and both sides of the first divergence (of the worst record where there is none)."""
+def picture(records: Records, verdict: Verdict, truth: Rows | None = None) -> Picture:
+    """The grid of all records, and both sides of the first divergence (of the worst record where there is none).
+
+    `truth` is that one record as float64 has it, if that is known.
+    """
     shown = verdict.first_divergence or verdict.worst
-    return Picture(grid(records), *(_spread(records, shown, mine) for mine in (True, False)))
+    ours, ref = (_spread(records, shown, mine) for mine in (True, False))
+    return Picture(grid(records), ours, ref, None if truth is None else _of_row(truth, 0))
 
 
 def grid(records: Records) -> Grid:

@@ -10,7 +10,7 @@ import numpy as np
 from checkpoints.errors import DumpError
 from checkpoints.record import Dump, Header
 from engine.graph import Step, sees_later
-from engine.opened import open_engine
+from engine.opened import open_plain
 from engine.replay.replay import Replay
 from engine.weights.gguf_model import GgufModel
 
@@ -51,10 +51,11 @@ class Case:
     def __init__(self, dump: Dump, model: Path, options: ExplainOptions) -> None:
         self.dump = _first_sequence(dump)
         self._compute = options.compute or ""
-        self.transformer = open_engine(GgufModel(model), options.backend, recorded=partial(recorded_graph, model))
+        self.transformer = open_plain(GgufModel(model), options.backend, recorded=partial(recorded_graph, model))
         self.dump = _rows_of_positions(self.dump, self.transformer.steps)
         tokens = _tokens(self.dump, options.tokens)
         self.transformer.check(tokens, 0)
+        self.transformer.expect(len(tokens))
         last = max(int(rows.token_idx.max()) for rows in self.dump.points.values())
         first = min(int(rows.token_idx.min()) for rows in self.dump.points.values())
         prompt = len(self.dump.header.tokens) if self.dump.header is not None and self.dump.header.tokens else len(tokens)

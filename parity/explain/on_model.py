@@ -13,27 +13,41 @@ from checkpoints.errors import ParityError
 from checkpoints.points import LOGITS
 from checkpoints.record import Dump, Rows
 
+from ..arbiter.third_side import with_truth
 from ..diff.compare import Comparison, Options, comparison
 from ..diff.limits import NATIVE, common_mode, limits
 from ..diff.operations import MIXING
 from .case import Case, ExplainOptions
-from .noise import OFF
+from .noise import ALL, AUTO, OFF
 from .precision import LOWER, UPPER, PrecisionFloor, floor
 
 # From the most precise on: the first one that explains the first computed point is taken.
 _KINDS = ("tf32", "f16", "q8", "bf16")
 
 
-def compared_on(ours: Dump, ref: Dump, options: Options, model: Path, arbiter: str = "auto") -> Comparison:
+def compared_on(
+    ours: Dump, ref: Dump, options: Options, model: Path, arbiter: str = AUTO, *, third_side: bool = True
+) -> Comparison:
     """Compare two dumps of a known model. Raises as `comparison` does.
 
     Where OURS computes in a lower arithmetic its limits are measured; where it does not say in which, the most precise one that
     explains the first difference is found. A model that our engine does not have is compared as though it were not known.
+
+    Args:
+        arbiter: "off", "auto" (float64 says which side is right where they differ in exact mode) or "all" (at every point).
+        third_side: the answer says how far both sides are from float64; else float64 only sets limits.
     """
+    known = _Model(ref, model)
+    found = _compared(ours, ref, replace(options, truth=None if arbiter == OFF else known), known)
+    native = common_mode(ours.header, ref.header) == NATIVE
+    if arbiter == OFF or not third_side or (arbiter == AUTO and (native or (found.verdict and not known.asked))):
+        return found
+    return found if known.case is None else with_truth(found, known.case.arbiter, everywhere=arbiter == ALL)
+
+
+def _compared(ours: Dump, ref: Dump, options: Options, known: "_Model") -> Comparison:
     if options.tolerance is not None or options.limits is not None:
         return comparison(ours, ref, options)
-    known = _Model(ref, model)
-    options = replace(options, truth=None if arbiter == OFF else known)
     stated = (options.compute or (ours.header.compute if ours.header is not None else "")).lower()
     if stated in _KINDS and (measured := known.limits(ours, stated)) is not None:
         return comparison(ours, ref, replace(options, limits=measured))
@@ -56,6 +70,11 @@ class _Model:
             return Case(self.ref, self.path, ExplainOptions())
         except ParityError:
             return None
+
+    @property
+    def asked(self) -> bool:
+        """Whether float64 was asked for anything by now."""
+        return "case" in self.__dict__ and self.case is not None and self.case.arbiter.asked
 
     def distances(self, points: Mapping[str, Rows]) -> dict[str, NDArray[np.float64]]:
         """How far records are from float64 (`Truth`)."""

@@ -111,7 +111,14 @@ class _Chase:
             new = tuple(name for name in printed.points if known is None or name not in known.points)
             known = self.ours
             self.ref = self._reference_for(known)
-            self.result = compared_on(self.ours, self.ref, comparison_options(self._request), self._request.model)
+            self.result = compared_on(
+                self.ours,
+                self.ref,
+                comparison_options(self._request),
+                self._request.model,
+                self._request.arbiter,
+                third_side=False,
+            )
             verdict = self.result.verdict
             yield Heard(Round(number, asked, new, verdict), self.ours, self.ref)
             if verdict or not verdict.next:

@@ -16,7 +16,7 @@ from checkpoints.errors import DumpError, InputError
 from checkpoints.graph import RecordedGraph
 from checkpoints.mapping import Mapping
 from checkpoints.record import Header
-from engine.opened import open_engine
+from engine.opened import open_plain
 from engine.replay.proof import proof_steps
 from engine.transformer import Transformer
 from engine.weights.gguf_model import GgufModel
@@ -83,10 +83,15 @@ def _bench(
     modes: Sequence[bool],
     kv_type: str,
     limit: float,
+    expected: int,
     rows: Sequence[int] = (),
 ) -> _Bench:
-    """`graph` records llama.cpp's graph, where the model's steps are lifted from it; `modes` say which definitions are native."""
-    transformer = open_engine(GgufModel(model), "numpy", resident=False, recorded=graph)
+    """`graph` records llama.cpp's graph, where the model's steps are lifted from it; `modes` say which definitions are native.
+
+    `expected` is the number of positions of the run.
+    """
+    transformer = open_plain(GgufModel(model), "numpy", resident=False, recorded=graph)
+    transformer.expect(expected)
     definitions = [_definition(transformer, native, kv_type) for native in modes]
     several = [definition.several for definition in definitions]
     return _Bench(
@@ -122,8 +127,9 @@ def isolate(request: IsolateRequest, running: Reference | None = None) -> Isolat
         raise InputError("exact mode has a cache of F32.", "Leave --kv-type out, or take --mode native.", code="kv_type")
     with _started(request, running) as reference:
         graph = partial(reference.graph, request.model, mode)
-        bench = _bench(request.model, graph, [mode == "native"], request.kv_type, LIMIT, request.rows)
         prompt = resolve_prompt(reference, request.model, request.prompt, request.tokens)
+        expected = len(prompt.ids) + request.generate
+        bench = _bench(request.model, graph, [mode == "native"], request.kv_type, LIMIT, expected, request.rows)
         bench.transformer.check(prompt.ids, 0)
         passes = _feed_reference(reference, request, prompt, mode, bench)
         build = reference.versions()
@@ -204,7 +210,7 @@ def _feed_dump(values: WholeValues, bench: _Bench, tokens: NDArray[np.int64]) ->
 def calibrate(reference: Reference, mode: str, kv_type: str) -> float:
     """The worst NMSE of any operation of the embedded model on this machine, whose operations are known to be right."""
     model = default_model()
-    bench = _bench(model, partial(reference.graph, model, mode), [mode == "native"], kv_type, LIMIT)
+    bench = _bench(model, partial(reference.graph, model, mode), [mode == "native"], kv_type, LIMIT, len(_CALIBRATION))
     request = IsolateRequest(model, tokens=_CALIBRATION, kv_type=kv_type)
     _feed_reference(reference, request, Prompt(None, _CALIBRATION, ()), mode, bench)
     return max((found.nmse or 0.0 for found in bench.isolator.operations()), default=0.0)
@@ -256,14 +262,20 @@ def _foreign(request: IsolateRequest, dump: Path, running: Reference | None) -> 
             return stack.enter_context(_started(request, running))
 
         modes = [mode == "native", mode != "native"]
-        bench = _bench(
-            request.model, lambda: reference().graph(request.model, mode), modes, kv_type, found.operations, request.rows
-        )
         if request.prompt is not None or request.tokens is not None:
             prompt = resolve_prompt(reference(), request.model, request.prompt, request.tokens)
             tokens = np.array(prompt.ids, dtype=np.int64)
         else:
             tokens = values.tokens()
+        bench = _bench(
+            request.model,
+            lambda: reference().graph(request.model, mode),
+            modes,
+            kv_type,
+            found.operations,
+            len(tokens),
+            request.rows,
+        )
         bench.transformer.check([int(token) for token in tokens], 0)
         passes = _feed_dump(values, bench, tokens)
         operations = bench.isolator.operations()

@@ -35,7 +35,7 @@
     const known = spreads.filter((s) => s.low !== null && s.high !== null);
     const around = spreads.filter((s) => s.deviation !== null).map((s) => ({ side: s.side, x1: s.mean - s.deviation, x2: s.mean + s.deviation, mean: s.mean }));
     show("spreads", Plot.plot({
-      width: width("spreads"), height: 130, marginLeft: 70, marginTop: 10, marginBottom: 38,
+      width: width("spreads"), height: 66 + 32 * spreads.length, marginLeft: 70, marginTop: 10, marginBottom: 38,
       x: { label: "value", nice: true }, y: { type: "band", label: null, domain: spreads.map((s) => s.side) },
       marks: [
         Plot.ruleY(known, { y: "side", x1: "low", x2: "high", stroke: "currentColor", strokeOpacity: 0.5 }),
@@ -43,7 +43,7 @@
         Plot.tickX(ticks, { x: "x", y: "side", stroke: "currentColor", insetTop: 4, insetBottom: 4 }),
         Plot.tickX(around, { x: "mean", y: "side", stroke: "steelblue", strokeWidth: 3 }),
       ],
-    }), "Distribution of the row's values, ours above the reference");
+    }), "Distribution of the row's values, side by side");
   }
 
   // ---- the heat map
@@ -140,7 +140,7 @@
 
   // ---- the error along the model
   const known = points.map((p, i) => ({ ...p, i, name: grid.points[i] })).filter((p) => p.nmse !== null);
-  const least = d3.min(known, (p) => p.nmse || undefined) || 1e-16;
+  const least = d3.min(known.flatMap((p) => [p.nmse, ...(p.truth || [])]), (x) => x || undefined) || 1e-16;
   const symbols = { agrees: "circle", fresh: "star", inherited: "triangle", grown: "square", "recorded otherwise": "diamond" };
   const inks = { agrees: "#3a78b5", fresh: "#d62718", inherited: "#e07b1f", grown: "#a98600", "recorded otherwise": "#7a7a7a" };
   function drawAlong() {
@@ -148,6 +148,10 @@
     const statuses = Object.keys(symbols).filter((status) => known.some((p) => p.status === status));
     const ticks = named ? known.map((p) => [p.i, p.name]) : spread(grid.layers, (width("along") - 70) / rows / 3.4);
     const steps = points.map((p, i) => ({ i, limit: p.limit || null }));
+    const truth = ["ours – float64", "reference – float64"].map((name, side) => ({
+      name, ink: ["#2b8a3e", "#7048b6"][side],
+      at: points.flatMap((p, i) => (p.truth && p.truth[side] !== null ? [{ i, far: p.truth[side] || least / 10 }] : [])),
+    })).filter((s) => s.at.length);
     show("along", Plot.plot({
       width: width("along"), height: 320, marginLeft: 56, marginRight: 16, marginBottom: 80,
       x: { domain: [-0.5, rows - 0.5], label: null, ticks: [] },
@@ -158,9 +162,14 @@
         Plot.axisX(ticks.map(([i]) => i), { text: ticks.map(([, name]) => name), tickRotate: -40, tickSize: 3, label: null }),
         Plot.line(steps, { x: "i", y: "limit", curve: "step", stroke: "currentColor", strokeDasharray: "4 3" }),
         Plot.text(steps.slice(0, 1), { x: "i", y: "limit", text: () => "limit", dy: -8, textAnchor: "start" }),
+        ...truth.flatMap((s) => [
+          Plot.line(s.at, { x: "i", y: "far", stroke: s.ink, strokeWidth: 1.5 }),
+          Plot.dot(s.at, { x: "i", y: "far", stroke: s.ink, r: 2 }),
+          Plot.text(s.at.slice(-1), { x: "i", y: "far", text: () => s.name, fill: s.ink, dx: -6, dy: -8, textAnchor: "end" }),
+        ]),
         Plot.line(known, { x: "i", y: (p) => p.nmse || least / 10, stroke: "currentColor", strokeOpacity: 0.25 }),
         Plot.dot(known, { x: "i", y: (p) => p.nmse || least / 10, fill: "status", stroke: "status", symbol: "status", r: rows > 100 ? 2.5 : 4.5 }),
-        Plot.tip(known, Plot.pointerX({ x: "i", y: (p) => p.nmse || least / 10, title: (p) => `${p.name}\nNMSE ${power(p.nmse)} at position ${p.token_idx}\n${p.status}`, fill: "var(--paper)" })),
+        Plot.tip(known, Plot.pointerX({ x: "i", y: (p) => p.nmse || least / 10, title: (p) => `${p.name}\nNMSE ${power(p.nmse)} at position ${p.token_idx}\n${p.status}${p.truth ? `\nfrom float64: ours ${power(p.truth[0] ?? NaN)}, reference ${power(p.truth[1] ?? NaN)}` : ""}`, fill: "var(--paper)" })),
       ],
     }), "Worst NMSE of each point against its limit");
   }

@@ -1,0 +1,248 @@
+"""Right engines in any arithmetic: does any command accuse one, or call one exact that is not?
+
+    python benchmarks/right_engines.py [-n 1000] [--from 0] [--out FILE.jsonl] [--seconds S]
+
+Engines come in tens: a seeded small model (architecture and weight type go through all of them), its reference by llama.cpp, and our
+engine in F32, F16, BF16, TF32 and 8-bit arithmetic, each as two dumps: 10, 16 or all values a row, the default points or all, bare lines
+(no header, shape, statistics or sketch) or a whole dump, its arithmetic stated or not. `lint`, `diff` without and with the model and
+`explain` judge each.
+
+*accused*: lint finds an error, or diff says divergence, or explain names a cause or a place. *called exact*: an answer that says, without
+"assumed", that an engine in lower arithmetic agrees as float32 does. *suspected* (lint's suspicions; diff's "8-bit arithmetic, not
+declared") accuses nobody and is counted for itself.
+
+`--out` keeps one line an engine; a run with the same file goes on behind its last line. `--seconds` ends it after so long.
+"""
+
+import argparse
+import json
+import os
+import random
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from time import perf_counter, process_time
+from typing import Any
+
+import numpy as np
+from explain_precision import half_sums, other_order
+from planted import Faulty, Planted, tokens_of
+
+from checkpoints.answers.lint import ERROR
+from checkpoints.errors import ParityError
+from checkpoints.graph import RecordedGraph
+from checkpoints.points import layer_outputs
+from checkpoints.reading.reader import read
+from checkpoints.record import Dump, End, Rows
+from engine import ops
+from engine.graph import Step
+from engine.replay.precision import rounded
+from engine.synth.recipe import shape_of
+from engine.synth.recipes import RECIPES
+from parity.diff.compare import Options, compare
+from parity.explain import case as explain_case
+from parity.explain.explain import ExplainOptions, explain
+from parity.explain.on_model import compared_on
+from parity.lint.lint import lint
+from parity.lint.model_facts import ModelFacts
+from parity.models.embedded import path as embedded
+from parity.synth.synthetic import make_by_recipe
+from reference.client import Reference
+from reference.jobs import DumpJob
+
+TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q5_1", "q4_k_m", "q6_k", "iq4_nl", "q3_k_m")
+SLICES = (10, 16, None)
+EACH = 2  # dumps of one engine
+_BUDGET = 60.0  # seconds that `explain` may search; a right engine needs a fraction of one
+
+Arithmetic = Callable[[Sequence[Step]], Sequence[Step]]
+
+
+def _products(steps: Sequence[Step], op: Callable[..., Any]) -> list[Step]:
+    return [replace(step, op=op) if step.op is ops.linear else step for step in steps]
+
+
+def _rounded(kind: str, storage: bool) -> Arithmetic:
+    return partial(rounded, kind=kind, storage=storage)
+
+
+# Each arithmetic in the ways that engines have of it; one of them is drawn.
+ARITHMETIC: dict[str, tuple[Arithmetic, ...]] = {
+    "f32": (list, partial(_products, op=other_order)),
+    "f16": (_rounded("f16", False), _rounded("f16", True), partial(_products, op=half_sums)),
+    "bf16": (_rounded("bf16", False), _rounded("bf16", True)),
+    "tf32": (_rounded("tf32", False),),
+    "q8": (_rounded("q8", False),),
+}
+PER_MODEL = EACH * len(ARITHMETIC)
+
+
+@dataclass(frozen=True)
+class Written:
+    """How an engine writes its dump."""
+
+    size: int | None
+    points: str
+    bare: bool
+    stated: bool
+
+    @staticmethod
+    def drawn(draw: random.Random) -> "Written":
+        """One of all ways."""
+        return Written(draw.choice(SLICES), draw.choice(["default", "all"]), draw.random() < 0.5, draw.random() < 0.3)
+
+    def of(self, whole: Dump, layers: int, compute: str) -> Dump:
+        """What is written of a dump that has everything."""
+        wanted = set(layer_outputs(range(layers))) if self.points == "default" else set(whole.points)
+        points = {name: self._rows(rows) for name, rows in whole.points.items() if name in wanted}
+        if self.bare:
+            return Dump("ours.jsonl", None, points)
+        assert whole.header is not None
+        size = whole.header.slice if self.size is None else self.size
+        header = replace(whole.header, source="an engine", compute=compute if self.stated else "", dataflow=None, slice=size)
+        return replace(whole, header=header, points=points, end=End(sum(len(rows) for rows in points.values())))
+
+    def _rows(self, rows: Rows) -> Rows:
+        size = rows.values.shape[1] if self.size is None else min(self.size, rows.values.shape[1])
+        cut = replace(rows, values=rows.values[:, :size], counts=np.minimum(rows.counts, size))
+        return replace(cut, stats={}, sketch=None, shapes=((),) * len(rows)) if self.bare else cut
+
+
+@dataclass(frozen=True)
+class Model:
+    """A small model with its reference: the engine, a prompt, and llama.cpp's dump of it."""
+
+    name: str
+    path: Path
+    faulty: Faulty
+    tokens: tuple[int, ...]
+    ref: Dump
+    graph: RecordedGraph
+
+
+def model_of(seed: int, folder: Path, reference: Reference) -> Model:
+    """The seed's model; raises ParityError where our engine or llama.cpp has none of this kind."""
+    names = sorted(RECIPES)
+    name, kind = names[seed * 37 % len(names)], TYPES[seed % len(TYPES)]
+    path, draw = folder / "model.gguf", random.Random(seed)
+    chosen = RECIPES[name]
+    make_by_recipe(path, chosen, shape_of(chosen), {}, kind=kind, seed=seed, tokenizer=embedded(), running=reference)
+    graph = reference.graph(path)
+    faulty = Faulty(path, graph)
+    tokens = tokens_of(path, draw.randrange(4, 10), seed)
+    out = folder / "ref.jsonl"
+    reference.dump(DumpJob(path, out, tokens, points="all", slice_size=None))
+    return Model(f"{name} {kind}", path, faulty, tokens, read(out), graph)
+
+
+def judged(model: Model, dump: Dump, way: Written, kind: str) -> dict[str, str]:
+    """What each command says of a right engine's dump: "right", "accused: …", "called exact" or "suspected: …"."""
+    explain_case.recorded_graph = lambda _: model.graph  # recorded once a model, not once a command
+    compute = kind if way.bare and way.stated else None
+    found = lint(dump, ModelFacts(model.faulty.transformer.model)).findings
+    errors = [finding.rule for finding in found if finding.severity == ERROR]
+    said = {"lint": f"accused: {errors}" if errors else f"suspected: {[one.rule for one in found]}" if found else "right"}
+    for name, answer in (
+        ("diff", lambda: compare(dump, model.ref, Options(compute=compute))),
+        ("diff --model", lambda: compared_on(dump, model.ref, Options(compute=compute), model.path).verdict),
+    ):
+        verdict = answer()
+        precision, first = verdict.precision, verdict.first_divergence
+        if first is not None and verdict.pattern is not None and verdict.pattern.code == "eight-bits":
+            said[name] = "suspected"
+        elif first is not None:
+            said[name] = f"accused: {first.checkpoint} {first.token_idx} {first.nmse:.1e}"
+        elif verdict.record_faults:
+            said[name] = f"accused: {[(one.checkpoint, one.kind) for one in verdict.record_faults[:3]]}"
+        elif kind != "f32" and precision is not None and precision.arithmetic == "f32" and _visible(verdict):
+            said[name] = "called exact"
+        else:
+            said[name] = "right"
+    answer = explain(dump, model.path, ExplainOptions(tokens=model.tokens, budget=_BUDGET, compute=compute))
+    if answer.causes or not answer:
+        causes = [(cause.named.fault, cause.named.layers) for cause in answer.causes]
+        said["explain"] = f"accused: {causes} {answer.first} {answer.law}"
+    else:
+        said["explain"] = "right"
+    return said
+
+
+def _visible(verdict: Any) -> bool:
+    """Whether anything is further apart than float32's noise: what an arithmetic does not change at the recorded points is exact."""
+    return verdict.worst is not None and verdict.worst.of_limit > 1
+
+
+def engines(seed: int, folder: Path, reference: Reference) -> Iterator[dict[str, Any]]:
+    """The ten engines of one model, and what they are told."""
+    try:
+        model = model_of(seed, folder, reference)
+    except ParityError as error:
+        yield from ({"seed": seed, "number": n, "refused": str(error)} for n in range(PER_MODEL))
+        return
+    draw, number = random.Random(seed), 0
+    layers = model.faulty.transformer.model.info.layers or 1
+    for kind, ways in ARITHMETIC.items():
+        steps = draw.choice(ways)(model.faulty.right)
+        whole = model.faulty.dump(Planted(()), model.tokens, points="all", size=1 << 20, bare=False, steps=steps)
+        for _ in range(EACH):
+            way = Written.drawn(draw)
+            began = perf_counter()
+            line = {"seed": seed, "number": number, "model": model.name, "kind": kind, "written": vars(way)}
+            try:
+                line["said"] = judged(model, way.of(whole, layers, kind), way, kind)
+            except ParityError as error:
+                line["said"] = {"all": f"accused: refused, {error}"}
+            yield line | {"seconds": round(perf_counter() - began, 2)}
+            number += 1
+
+
+def table(lines: Sequence[dict[str, Any]]) -> str:
+    """What was found, by arithmetic and command."""
+    judged_lines = [line for line in lines if "said" in line]
+    rows = [f"{len(judged_lines)} engines, {len(lines) - len(judged_lines)} refused; not right, of all:"]
+    for kind in ARITHMETIC:
+        here = [line["said"] for line in judged_lines if line["kind"] == kind]
+        counts = Counter(f"{name} {text.partition(':')[0]}" for said in here for name, text in said.items() if text != "right")
+        rows.append(
+            f"{kind:<5} {len(here):>4}  {', '.join(f'{what} {n}' for what, n in sorted(counts.items())) or 'all right'}"
+        )
+    return "\n".join(rows)
+
+
+def main() -> None:
+    """Go on where the file ends, and print the table."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("-n", type=int, default=1000)
+    parser.add_argument("--from", dest="first", type=int, default=0, help="the first model's seed")
+    parser.add_argument("--out", type=Path, default=Path("right_engines.jsonl"))
+    parser.add_argument(
+        "--seconds", type=float, default=float("inf"), help="of processor time; then the rest is left for another run"
+    )
+    options = parser.parse_args()
+    lines = [json.loads(text) for text in options.out.read_text().splitlines()] if options.out.exists() else []
+    finished = {seed for seed, n in Counter(line["seed"] for line in lines).items() if n == PER_MODEL}
+    lines = [line for line in lines if line["seed"] in finished]
+    with tempfile.TemporaryDirectory() as folder, Reference() as reference:
+        os.environ["PARITY_CACHE"] = folder
+        seed = options.first
+        while sum("said" in line for line in lines) < options.n and process_time() < options.seconds:
+            if seed not in finished:
+                found = list(engines(seed, Path(folder), reference))
+                lines += found
+                with options.out.open("a") as out:
+                    out.writelines(json.dumps(line) + "\n" for line in found)
+                for line in found:
+                    odd = {name: text for name, text in line.get("said", {}).items() if text != "right"}
+                    if odd:
+                        print(line["seed"], line["model"], line["kind"], line["written"], odd, flush=True)
+                if "refused" in found[0]:
+                    print(seed, found[0]["refused"], flush=True)
+            seed += 1
+    print(table(lines))
+
+
+if __name__ == "__main__":
+    main()

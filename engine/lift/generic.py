@@ -1,0 +1,98 @@
+"""A step of a node's own ggml operation, for what is no operation of the house."""
+
+from typing import TYPE_CHECKING
+
+from checkpoints.graph import WEIGHT, Size, Tensor
+
+from ..ggml_ops import OPERATIONS, OpParams
+from ..graph import POSITIONS, Read, RowsOf, Step, WeightPart
+from .attention import attended
+from .node import GgmlOperation, Operand
+from .operands import ONE, Unliftable, numpy_shape
+
+if TYPE_CHECKING:
+    from .lifter import Lifter
+
+_COPIES = frozenset({"CPY", "DUP", "CONT"})
+
+
+def generic(lifter: "Lifter", index: int, tensor: Tensor) -> None:
+    """A step of the node's own ggml operation."""
+    if tensor.op not in OPERATIONS:
+        raise Unliftable("it has no such operation")
+    if tensor.op == "TOP_K" and (source := tensor.sources[0]) is not None and not lifter.tensors[source].ne[0].constant:
+        raise Unliftable("it chooses among cached positions, of which llama.cpp's padding is a part")
+    reads: list[Read] = []
+    weights: list[str | RowsOf | WeightPart] = []
+    found: list[tuple[str, int, tuple[Size, ...], tuple[Size, ...] | None] | None] = []
+    for number, source in enumerate(tensor.sources):
+        if source is None:
+            found.append(None)
+            continue
+        place = lifter.memory.place(source)
+        if lifter.tensors[place.base].kind == WEIGHT:
+            found.append(_weight(lifter, tensor, source, number, weights))
+            continue
+        if tensor.op in _COPIES and number == 1:  # the target, which gives only its shape
+            found.append(None)
+            continue
+        if tensor.op == "FILL":  # the operand gives only its shape
+            found.append(("read", len(reads), (lifter.t,), (lifter.t,)))
+            reads.append(POSITIONS)
+            continue
+        if number in tensor.operand_points:
+            found.append(("read", len(reads), *_operand_point(lifter, index, tensor, number, reads)))
+            continue
+        read, whole, shape = lifter.read(source)
+        found.append(("read", len(reads), whole, shape))
+        reads.append(read)
+    made, axis = lifter.memory.layout(index)
+    shape = numpy_shape(tensor.ne)
+    positions = None
+    if any(not size.constant for size in shape) and not any(
+        entry and any(not size.constant for size in entry[2]) for entry in found
+    ):
+        positions = len(reads)
+        reads.append(POSITIONS)
+    operands = tuple(
+        None if entry is None else Operand(entry[1] + (len(reads) if entry[0] == "weight" else 0), entry[2], entry[3])
+        for entry in found
+    )
+    params = {"params": OpParams(tensor.params, tensor.type), "operands": operands, "shape": shape, "made": made}
+    if positions is not None:
+        params["positions"] = positions
+    inner = not tensor.point or (axis is None and len(made) != 2)  # without a row for each position, or one for all
+    lifter.make_rows(
+        index,
+        Step(lifter.name(index), GgmlOperation(tensor.op), tuple(reads), tuple(weights), params, axis=axis, inner=inner),
+    )
+
+
+def _weight(
+    lifter: "Lifter", tensor: Tensor, source: int, number: int, weights: list[str | RowsOf | WeightPart]
+) -> tuple[str, int, tuple[Size, ...], tuple[Size, ...] | None]:
+    base = lifter.memory.place(source).base
+    info, shown = lifter.tensors[base], lifter.tensors[source]
+    shape = numpy_shape(shown.ne)
+    entry = ("weight", len(weights), shape, shape)
+    if source == base and tensor.op == "GET_ROWS" and number == 0 and info.ne[2] == info.ne[3] == ONE:
+        weights.append(RowsOf(info.name))
+        return ("weight", entry[1], shape, None)
+    if lifter.memory.whole(source):
+        weights.append(info.name)
+    else:
+        view = lifter.memory.view(source, info.name, numpy_shape(info.ne))
+        weights.append(
+            WeightPart(info.name, tuple(s.fixed for s in view.shape), tuple(s.fixed for s in view.strides), view.offset.fixed)
+        )
+    return entry
+
+
+def _operand_point(
+    lifter: "Lifter", index: int, tensor: Tensor, number: int, reads: list[Read]
+) -> tuple[tuple[Size, ...], tuple[Size, ...]]:
+    """An operand that is a point of its own: keys or values as attention reads them. Its step is made, and read."""
+    read = attended(lifter, index, tensor, number)
+    reads.append(read)
+    shape = numpy_shape(lifter.tensors[tensor.sources[number] or 0].ne)
+    return shape, shape

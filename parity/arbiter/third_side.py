@@ -1,0 +1,69 @@
+"""Float64 beside the two sides of a comparison: how far each of them is from it, point by point."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from checkpoints.answers.diff import Difference, TruthPoint, TruthRecord
+from checkpoints.record import Rows
+
+from ..diff.align import Pair
+from ..diff.compare import Comparison
+from ..diff.truth import MULTIPLE
+from .arbiter import Arbiter
+
+Floats = NDArray[np.float64]
+
+
+def with_truth(found: Comparison, arbiter: Arbiter, *, everywhere: bool) -> Comparison:
+    """The comparison with what float64 says of it.
+
+    Args:
+        everywhere: of every compared point; else of those up to the first divergence, and of all where the arbiter was asked already.
+    """
+    pairs = _asked(found, arbiter, everywhere=everywhere)
+    if not pairs:
+        return found
+    ours, ref = (arbiter.distances({pair.point: getattr(pair, side) for pair in pairs}) for side in ("ours", "ref"))
+    points = tuple(_point(pair.point, ours[pair.point], ref[pair.point]) for pair in pairs if pair.point in ours)
+    shown = found.verdict.first_divergence or found.verdict.worst
+    pair = next((pair for pair in pairs if shown is not None and pair.point == shown.checkpoint and pair.point in ours), None)
+    record = None if pair is None or shown is None else _record(pair, shown, arbiter, ours[pair.point], ref[pair.point])
+    verdict = replace(found.verdict, truth_points=points, truth=None if record is None else record[0])
+    return replace(found, verdict=verdict, truth=None if record is None else record[1])
+
+
+def _asked(found: Comparison, arbiter: Arbiter, *, everywhere: bool) -> Sequence[Pair]:
+    pairs, first = found.records.pairs, found.verdict.first_divergence
+    if everywhere or (first is None and arbiter.asked):
+        return pairs
+    if first is None or first.checkpoint not in found.records.names:
+        return ()
+    return pairs[: found.records.names.index(first.checkpoint) + 1]
+
+
+def _point(name: str, ours: Floats, ref: Floats) -> TruthPoint:
+    far = [None if np.isnan(errors).all() else float(np.nanmax(errors)) for errors in (ours, ref)]
+    return TruthPoint(name, far[0], far[1], _alone(far[0], far[1]))
+
+
+def _record(pair: Pair, shown: Difference, arbiter: Arbiter, ours: Floats, ref: Floats) -> tuple[TruthRecord, Rows] | None:
+    """What float64 says of one record, and that record as float64 has it; None where it is not known."""
+    at = np.flatnonzero((pair.ref.seq == shown.seq) & (pair.ref.token_idx == shown.token_idx))
+    if not len(at) or np.isnan(ours[at[0]]) or np.isnan(ref[at[0]]):
+        return None
+    truth = arbiter.record(pair.ref.take(at[:1]))
+    values = tuple(truth.values[0, : len(shown.ref)].tolist())
+    far = float(ours[at[0]]), float(ref[at[0]])
+    return TruthRecord(pair.point, *far, _alone(*far), shown.token_idx, values), truth
+
+
+def _alone(ours: float | None, ref: float | None) -> str:
+    """The side that is further from the truth than rounding brings it, seen from the other one."""
+    if ours is None or ref is None or ours == ref:
+        return ""
+    if ours > MULTIPLE * ref:
+        return "ours"
+    return "reference" if ref > MULTIPLE * ours else ""

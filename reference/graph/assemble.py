@@ -1,0 +1,99 @@
+"""A recorded graph out of its flattened passes: kinds of leaves, rules of inputs, sizes, points."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from checkpoints.graph import CACHE, INPUT, NODE, STATE, VIEWS, WEIGHT, Graph, Rule, Size, Tensor
+from checkpoints.rules import UNDEFINED, Recorded, explain
+
+from ..ggml import Ggml
+from .points import points_of
+from .raw import INPUT_FLAG, FlatPass, RawPass, RawTensor, unrecordable
+
+_Known = Sequence[tuple[str, Rule]]  # rules of inputs of that name, which one token alone may not tell apart
+
+
+def assemble(
+    flats: Sequence[FlatPass],
+    sizes: NDArray[np.int64],
+    passes: Sequence[RawPass],
+    ggml: Ggml,
+    weights: frozenset[str],
+    facts: dict[str, Any],
+    several: Graph | None = None,
+) -> Graph:
+    """The graph of passes that have one structure.
+
+    Args:
+        sizes: of every tensor, as expressions of T and S: int64 [tensors, 9, 5].
+        several: where these are passes over one token, the graph of a pass over more: it says what has a row for each position.
+
+    Raises:
+        ReferenceFailed: parameters that follow the length, or an input that follows no rule.
+    """
+    flat = flats[0]
+    names = points_of(flat, ggml)
+    kept = kept_leaves(flat, ggml)
+    plain = sizes.tolist()
+    # What has a row for each position is seen only where there are several.
+    rows = frozenset() if several is None else {tensor.point for tensor in several.tensors}
+    known = () if several is None else [(tensor.name, tensor.rule) for tensor in several.tensors if tensor.rule is not None]
+    tensors = []
+    for i, raw in enumerate(flat.tensors):
+        op = ggml.op_name(raw.op)
+        kind = NODE if i >= flat.leaves else _kind(i, raw, weights, kept)
+        made = [Size(*row) for row in plain[i]]
+        ne = (made[0], made[1], made[2], made[3])
+        point = names.points.get(i, "")
+        params = raw.params if kind == NODE and op not in VIEWS else (0,) * 16
+        if kind == NODE and any(other.tensors[i].params != raw.params for other in flats) and params == raw.params:
+            raise unrecordable(raw, "has parameters that follow the length")
+        tensors.append(
+            Tensor(
+                name=raw.name,
+                kind=kind,
+                op=op,
+                params=params,
+                type=ggml.type_name(raw.type),
+                ne=ne,
+                nb=(made[4], made[5], made[6], made[7]),
+                sources=flat.sources[i],
+                root=flat.roots[i],
+                offset=made[8],
+                point=point if i in names.once or (point in rows if several is not None else Size(0, 1) in ne) else "",
+                operand_points=names.operands.get(i, {}),
+                parts=tuple(names.parts.get(i, ())),
+                rule=_rule(i, raw, flats, passes, facts, known) if kind == INPUT else None,
+            )
+        )
+    return Graph(tuple(tensors))
+
+
+def kept_leaves(flat: FlatPass, ggml: Ggml) -> dict[int, str]:
+    """What is kept from pass to pass, by index: rows are set in a cache, a state is copied as a whole."""
+    kinds = {"SET_ROWS": CACHE, "CPY": STATE}
+    written = [(root, ggml.op_name(raw.op)) for raw, root in zip(flat.tensors, flat.roots, strict=True) if root is not None]
+    return {root: kinds[op] for root, op in written if op in kinds}
+
+
+def _kind(index: int, raw: RawTensor, weights: frozenset[str], kept: dict[int, str]) -> str:
+    if raw.flags & INPUT_FLAG:
+        return INPUT
+    if index in kept or raw.name.startswith("cache_"):
+        return kept.get(index, CACHE)
+    return WEIGHT if raw.name in weights else INPUT
+
+
+def _rule(
+    index: int, raw: RawTensor, flats: Sequence[FlatPass], passes: Sequence[RawPass], facts: dict[str, Any], known: _Known
+) -> Rule | None:
+    if not raw.flags & INPUT_FLAG:  # memory that nothing was written to
+        return Rule(UNDEFINED)
+    recorded = [
+        Recorded(taken.now, flat.tensors[index].ne, taken.data[flat.tensors[index].address])
+        for flat, taken in zip(flats, passes, strict=True)
+    ]
+    return explain(recorded, facts, [rule for name, rule in known if name == raw.name])

@@ -1,0 +1,104 @@
+"""A session whose passes are noted or skipped: a cache is filled to a length, and a pass over it noted, without computing."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from checkpoints.rules import Pass
+
+from ..llama import Session
+from .raw import RawPass, Recorder
+
+_FIRST = 3  # the position of the first token, so that a position is never the number of its row or cell
+PAD = 256  # llama_kv_cache::get_n_kv rounds up to it
+BATCH = 64
+CROSSING = 12  # tokens of a pass across a window's edge
+_BLOCK = 32  # positions that are cached at the beginning, and again before that edge
+
+
+class PassSession:
+    """A session whose passes are noted or skipped; nothing is computed in either. `caches`: whether the model keeps positions."""
+
+    def __init__(self, session: Session, weights: frozenset[str], n_ctx: int) -> None:
+        self._session, self._weights, self._n_ctx = session, weights, n_ctx
+        self._origin = _FIRST
+        self._next = _FIRST
+        self._gap = (_FIRST, 0)  # the position before which, and how many, none are cached
+        self.caches = True
+
+    def restart(self, first: int) -> None:
+        """An empty cache; the next token stands at `first`."""
+        self._origin = self._next = first
+        self._gap = (first, 0)
+
+    def settle(self) -> None:
+        """Take up where the sequence ends according to llama.cpp."""
+        self._advance(self._next)
+
+    def _advance(self, after: int) -> None:
+        last = self._session.last_position()
+        self._next = after if last is None else last + 1
+        self.caches = last is not None
+
+    def fill(self, count: int) -> None:
+        """Let `count` positions count as computed."""
+        self._session.skip(_ids(self._next, count, self._session.model.n_vocab), self._next)
+        self._advance(self._next + count)
+
+    def fill_to(self, cells: int) -> None:
+        """Fill until so many positions are cached."""
+        while self.caches and (missing := cells - (self._next - self._origin)) > 0:
+            self.fill(min(missing, BATCH))
+
+    def spread(self, window: int) -> bool:
+        """Cache the first positions and those just before `window`, none in between, so that the next pass over `CROSSING` tokens
+        crosses the edge of a window of that length, counted from the query as well as in chunks.
+
+        The pass begins before the edge: llama.cpp puts what it adds into cells that no later position will see.
+
+        Returns:
+            False where llama.cpp cannot move what is cached (and nothing was done).
+        """
+        if not self.caches or not self._session.can_move_positions():
+            return False
+        self._session.clear()
+        self.restart(_FIRST)
+        self.fill(_BLOCK)
+        before = self._next
+        self.fill(_BLOCK)
+        by = window - CROSSING // 2 - 1 - self._next
+        self._session.move_positions(before, by)
+        self._gap = (before, by)
+        self._next += by
+        self.fill(1)  # keys are rotated anew by a graph of its own, before that of this pass
+        return True
+
+    def _keys(self, stop: int) -> NDArray[np.int64]:
+        """The positions that are cached before `stop`."""
+        before, by = self._gap
+        positions = np.arange(self._origin, stop, dtype=np.int64)
+        return positions[(positions < before) | (positions >= before + by)]
+
+    def take(self, count: int) -> RawPass:
+        """Note a pass over `count` tokens."""
+        session, first = self._session, self._next
+        tokens = _ids(first, count, session.model.n_vocab)
+        keys = self._keys(first + count)
+        if not self.caches:  # each pass stands alone
+            first = self._origin = _FIRST
+            keys = np.arange(first, first + count, dtype=np.int64)
+        now = Pass(
+            np.array(tokens, np.int64),
+            np.arange(first, first + count, dtype=np.int64),
+            keys,
+        )
+        taken = RawPass(now, min(self._n_ctx, -(-len(keys) // PAD) * PAD) if self.caches else 0)
+        session.record(tokens, first, Recorder(session.model.library.ggml, self._weights, taken).asked)
+        last = session.last_position()
+        # The positions of a pass that was stopped are taken back, except from recurrent memories, which cannot.
+        self._next = first if last is None else last + 1
+        return taken
+
+
+def _ids(first: int, count: int, n_vocab: int) -> tuple[int, ...]:
+    """Ids that are neither positions nor numbers of rows."""
+    return tuple((17 * (first + i) + 29) % n_vocab for i in range(count))

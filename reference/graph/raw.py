@@ -1,0 +1,145 @@
+"""Tensors of a graph as llama.cpp lays them out in memory, and the recorder that copies them during a pass."""
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from checkpoints.errors import ReferenceFailed
+from checkpoints.rules import Pass
+
+from ..ggml import COMPUTED, Ggml
+
+_LAYOUT = struct.Struct("<i4xQ4q4Qi16ii10QQQQ64s")  # struct ggml_tensor, as ggml.Tensor says it
+INPUT_FLAG = 1  # GGML_TENSOR_FLAG_INPUT
+ADVICE = "`parity dump ref` and `parity diff` take the model."
+
+
+class RawTensor(NamedTuple):
+    """The fields of one `ggml_tensor`; addresses are the library's."""
+
+    address: int
+    name: str
+    type: int
+    ne: tuple[int, ...]
+    nb: tuple[int, ...]
+    op: int
+    params: tuple[int, ...]
+    flags: int
+    sources: tuple[int, ...]
+    root: int
+    offset: int
+
+
+@dataclass
+class RawPass:
+    """One pass as it was asked for: its nodes in order, its leaves, and the data of the inputs."""
+
+    now: Pass
+    cached: int  # S with the cache's padding
+    nodes: list[RawTensor] = field(default_factory=list)
+    leaves: dict[int, RawTensor] = field(default_factory=dict)
+    data: dict[int, NDArray[Any]] = field(default_factory=dict)
+
+
+class Recorder:
+    """Notes one pass, node by node; `asked` is called inside the callback.
+
+    Raises (from the pass): ReferenceFailed: another layout of tensors, or an input of a type that cannot be read.
+    """
+
+    def __init__(self, ggml: Ggml, weights: frozenset[str], taken: RawPass) -> None:
+        self._ggml, self._weights, self._taken = ggml, weights, taken
+        self._known: set[int] = set()
+
+    def asked(self, address: int) -> None:
+        """Note a node and the leaves that it reads."""
+        raw = self._read(address)
+        self._taken.nodes.append(raw)
+        self._known.add(address)
+        for source in (*raw.sources, raw.root):
+            if source and source not in self._known:
+                self._known.add(source)
+                leaf = self._read(source)
+                if self._ggml.op_name(leaf.op) == "NONE":
+                    self._taken.leaves[source] = leaf
+                    if leaf.flags & INPUT_FLAG:
+                        self._taken.data[source] = self._ggml.read_raw(source)
+                else:  # a view that is asked for only later, or never
+                    self._known.discard(source)
+
+    def _read(self, address: int) -> RawTensor:
+        if not self._known:
+            self._ggml.tensor(address)  # checks the layout
+        fields = _LAYOUT.unpack(self._ggml.bytes_of(address, _LAYOUT.size))
+        count = 10
+        while count and not fields[27 + count]:
+            count -= 1
+        name = fields[41].split(b"\0", 1)[0].decode(errors="replace")
+        return RawTensor(
+            address,
+            name,
+            fields[0],
+            fields[2:6],
+            fields[6:10],
+            fields[10],
+            fields[11:27],
+            fields[27],
+            fields[28 : 28 + count],
+            fields[38],
+            fields[39],
+        )
+
+
+@dataclass
+class FlatPass:
+    """A pass with indices for addresses: leaves first, then nodes. `numbers` are ne, nb and offset: int64 [tensors, 9]."""
+
+    tensors: list[RawTensor]
+    leaves: int
+    sources: list[tuple[int | None, ...]]
+    roots: list[int | None]
+    numbers: NDArray[np.int64]
+
+
+def flatten(taken: RawPass, ggml: Ggml) -> FlatPass:
+    """Addresses become indices; nodes that stand in the graph but are not computed are left out."""
+    marked = any(node.flags & COMPUTED for node in taken.nodes)
+    nodes = [node for node in taken.nodes if not marked or node.flags & COMPUTED]
+    used = {source for node in nodes for source in (*node.sources, node.root)}
+    leaves = [leaf for address, leaf in taken.leaves.items() if address in used]
+    tensors = [*leaves, *nodes]
+    index = {raw.address: i for i, raw in enumerate(tensors)}
+    sources: list[tuple[int | None, ...]] = []
+    for raw in tensors:
+        if missing := [source for source in raw.sources if source and source not in index]:
+            raise ReferenceFailed(
+                f"node {raw.name!r} reads a tensor that is not in the graph ({missing[0]:#x}).", ADVICE, code="graph"
+            )
+        sources.append(tuple(index[source] if source else None for source in raw.sources))
+    roots = [index.get(raw.root) if raw.root else None for raw in tensors]
+    numbers = np.array([[*raw.ne, *raw.nb, raw.offset] for raw in tensors], dtype=np.int64)
+    return FlatPass(tensors, len(leaves), sources, roots, numbers)
+
+
+def unrecordable(raw: RawTensor, why: str) -> ReferenceFailed:
+    """The error that names the node for which a graph cannot be recorded."""
+    return ReferenceFailed(f"the graph cannot be recorded: node {raw.name!r} {why}.", ADVICE, code="graph")
+
+
+def same_structure(flats: Sequence[FlatPass], what: str) -> None:
+    """Raise ReferenceFailed where passes have other nodes or operands at another length."""
+    first = flats[0]
+    for other in flats[1:]:
+        if len(other.tensors) != len(first.tensors):
+            raise ReferenceFailed(
+                f"the graph cannot be recorded: {what} has {len(first.tensors)} tensors or {len(other.tensors)}, by its length.",
+                ADVICE,
+                code="graph",
+            )
+        for i, (a, b) in enumerate(zip(first.tensors, other.tensors, strict=True)):
+            if a.op != b.op or first.sources[i] != other.sources[i] or first.roots[i] != other.roots[i]:
+                raise unrecordable(a, f"is made in another way at another length ({what})")

@@ -1,0 +1,170 @@
+"""The graphs of a loaded model: which passes are noted, and what they have to agree in."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from checkpoints.errors import ReferenceFailed
+from checkpoints.graph import INPUT, STATE, VIEWS, Graph, RecordedGraph
+from checkpoints.long_factors import long_above
+from checkpoints.rules import UNDEFINED, Recorded, explain
+
+from ..ggml import Ggml
+from ..llama import Model, Session
+from .assemble import assemble, kept_leaves
+from .passes import BATCH, CROSSING, PAD, PassSession
+from .raw import ADVICE, FlatPass, RawPass, flatten, same_structure, unrecordable
+from .sizes import contradicted, over_a_cache, without_a_cache
+
+_MEMORY = 1 << 28  # bytes of cache that may be spent on seeing a window's far edge where positions cannot be moved
+_FARTHEST = 16_384  # the longest window for which so many positions are filled: the time grows with its square
+_LONGEST_BATCH = 4096  # tokens of a pass that is made to see an encoder's window
+_FAR = 20_011  # a position behind which scales that grow with the position have begun to
+
+
+def record(model: Model, weights: Iterable[str], *, fingerprint: str, n_ctx: int = 0) -> RecordedGraph:
+    """The graphs of a loaded model.
+
+    Args:
+        weights: the names of the file's tensors.
+        n_ctx: the context that a run will have: some architectures choose their RoPE factors by it.
+
+    Raises:
+        ReferenceFailed: a graph that changes its structure with the length, or an input that follows no rule.
+    """
+    names = frozenset(weights)
+    facts = _facts(model)
+    if model.encoder_decoder:
+        what = f"our engine does not have encoder–decoders ({facts['general.architecture']}): the decoder reads the encoder's output"
+        raise ReferenceFailed(f"{what}.", ADVICE, code="graph")
+    window = model.window
+    context = _context(facts, window, n_ctx, 8 * model.n_layers * model.n_embd)
+    # An encoder's window is seen only by a pass that is longer.
+    batch = BATCH
+    if facts.get("attention.causal") == "false":
+        batch = max(BATCH + 1, min(window + 8, _LONGEST_BATCH))
+        context = max(context, batch)
+    crossed = window < PAD  # by the passes over the cache's second length
+    with Session(model, n_ctx=context, n_batch=batch) as session:
+        bench = PassSession(session, names, context)
+        bench.fill(2)
+        bench.settle()
+        grid = [bench.take(3), bench.take(5)]
+        singles = [bench.take(1)]
+        bench.fill_to(PAD + 2)
+        grid += [bench.take(3), bench.take(5)]
+        singles.append(bench.take(1))
+        proofs = [bench.take(7)]
+        if batch > BATCH or not bench.caches:
+            proofs.append(bench.take(batch - 1))
+            crossed = batch - 1 > window
+        elif not crossed and bench.spread(window):
+            proofs.append(bench.take(CROSSING))
+            crossed = True
+        elif not crossed and context > window + BATCH:
+            bench.fill_to(window + 2)
+            proofs.append(bench.take(6))
+            crossed = True
+        # States are set to zero by a first pass, which is another graph therefore.
+        if bench.caches and STATE not in kept_leaves(flatten(grid[0], model.library.ggml), model.library.ggml).values():
+            session.clear()
+            bench.restart(_FAR)
+            proofs.append(bench.take(4))
+    ggml = model.library.ggml
+    several, sizes, flat = _several(grid, proofs, ggml, names, facts, "a pass over several tokens")
+    same = _has_one_token(several, sizes, flat, singles, ggml)
+    single = None if same else _graph_of_one(singles, ggml, names, facts, several)
+    # A window whose edge was not seen may be one of several kinds, which agree up to half of it.
+    longest = None if crossed else max(window // 2, 1)
+    above = long_above(names, facts.get("rope.scaling.original_context_length") or facts.get("context_length"))
+    return RecordedGraph(facts["general.architecture"], model.n_layers, fingerprint, several, single, longest, above)
+
+
+def _facts(model: Model) -> dict[str, Any]:
+    """The metadata; those of the architecture without its name in front."""
+    metadata = model.metadata()
+    prefix = metadata.get("general.architecture", "") + "."
+    facts: dict[str, Any] = {key.removeprefix(prefix): _number(text) for key, text in metadata.items()}
+    return facts
+
+
+def _number(text: str) -> Any:
+    try:
+        return float(text) if "." in text or "e" in text else int(text)
+    except ValueError:
+        return text
+
+
+def _context(facts: dict[str, Any], window: int, wanted: int, size: int) -> int:
+    """Positions of the recording's context: two lengths of cache, the window if it can be afforded, and on the run's side of the
+    length at which RoPE factors change."""
+    context = 3 * PAD
+    if PAD <= window <= _FARTHEST and (edge := -(-(window + 2 * BATCH) // PAD) * PAD) * size <= _MEMORY:
+        context = max(context, edge)
+    original = facts.get("rope.scaling.original_context_length")
+    if isinstance(original, int) and original > 0:
+        run = -(-wanted // PAD) * PAD
+        if run > original:
+            context = max(context, -(-(original + 1) // PAD) * PAD)
+        elif original >= 3 * PAD:
+            context = min(context, original)
+    return context
+
+
+def _several(
+    grid: Sequence[RawPass], proofs: Sequence[RawPass], ggml: Ggml, weights: frozenset[str], facts: dict[str, Any], what: str
+) -> tuple[Graph, NDArray[np.int64], FlatPass]:
+    """The graph of passes over (T1, S1), (T2, S1), (T1, S2), (T2, S2), held to further ones; its sizes, and the first of the passes."""
+    passes = (*grid, *proofs)
+    flats = [flatten(taken, ggml) for taken in passes]
+    same_structure(flats, what)
+    numbers = np.array([flat.numbers for flat in flats], dtype=np.int64)
+    counts, cached = [len(taken.now.tokens) for taken in passes], [taken.cached for taken in passes]
+    places = np.array([[1, t, s, t * s, t * t] for t, s in zip(counts, cached, strict=True)]).T
+    sizes = over_a_cache(numbers, counts, cached) if any(cached) else without_a_cache(numbers, counts)
+    wrong = contradicted(sizes, places, numbers)
+    if any(cached) and wrong.any():  # a model may have a cache and attend to the keys of the pass all the same
+        sizes[wrong] = without_a_cache(numbers, counts)[wrong]
+        wrong = contradicted(sizes, places, numbers)
+    if wrong.any():
+        raise unrecordable(flats[0].tensors[int(wrong.argmax())], f"has sizes that do not follow the length ({what})")
+    return assemble(flats, sizes, passes, ggml, weights, facts), sizes, flats[0]
+
+
+def _graph_of_one(
+    singles: Sequence[RawPass], ggml: Ggml, weights: frozenset[str], facts: dict[str, Any], several: Graph
+) -> Graph:
+    """The graph of steps over one token, with the cache filled to two lengths."""
+    flats = [flatten(taken, ggml) for taken in singles]
+    same_structure(flats, "a step over one token")
+    a, b = (flat.numbers for flat in flats)
+    cached = (b - a) // max(singles[1].cached - singles[0].cached, 1)
+    zero = np.zeros_like(cached)
+    sizes = np.stack([a - cached * singles[0].cached, zero, cached, zero, zero], axis=-1)
+    return assemble(flats, sizes, singles, ggml, weights, facts, several)
+
+
+def _has_one_token(several: Graph, sizes: NDArray[np.int64], flat: FlatPass, singles: Sequence[RawPass], ggml: Ggml) -> bool:
+    """Whether a step over one token is the pass over several with T = 1: the same nodes, shapes and rules of inputs."""
+    for taken in singles:
+        one = flatten(taken, ggml)
+        if len(one.tensors) != len(flat.tensors) or one.sources != flat.sources or one.roots != flat.roots:
+            return False
+        if any(
+            a.op != b.op or (a.params != b.params and tensor.op not in VIEWS)
+            for a, b, tensor in zip(one.tensors, flat.tensors, several.tensors, strict=True)
+        ):
+            return False
+        expected = sizes @ np.array([1, 1, taken.cached, taken.cached, 1])
+        differs = expected != one.numbers
+        differs[:, 4:8] = False  # one element has no stride that matters
+        if differs.any():
+            return False
+        for index, tensor in enumerate(several.tensors):
+            if tensor.kind == INPUT and tensor.rule is not None and tensor.rule.kind != UNDEFINED:
+                raw = one.tensors[index]
+                if explain([Recorded(taken.now, raw.ne, taken.data[raw.address])], {}, [tensor.rule]) != tensor.rule:
+                    return False
+    return True

@@ -1,0 +1,98 @@
+"""Float64 as the third side of a comparison: which side is off, by how much, and what the answers say of it."""
+
+from pathlib import Path
+
+import pytest
+from cli import Cli
+from planted import Faulty, Planted
+
+from checkpoints.reading.reader import read
+from checkpoints.record import Dump
+from parity.diff.compare import Comparison, Options
+from parity.explain.on_model import compared_on
+from reference.client import Reference
+from reference.jobs import DumpJob
+from reports.as_json import verdict_as_json
+from reports.html import html
+from reports.markdown import markdown
+from reports.report import Report
+
+TOKENS = (2047, 5, 11, 500)
+_ROPE = Planted((("rope-pairs", {}, (7,)),))
+
+
+@pytest.fixture(scope="module")
+def faulty(stories: Path) -> Faulty:
+    """The embedded model, into which faults are planted."""
+    return Faulty(stories)
+
+
+@pytest.fixture(scope="module")
+def ref(reference: Reference, stories: Path, tmp_path_factory: pytest.TempPathFactory) -> Dump:
+    """llama.cpp on the same tokens."""
+    out = tmp_path_factory.mktemp("ref") / "ref.jsonl"
+    reference.dump(DumpJob(stories, out, TOKENS))
+    return read(out)
+
+
+def _compared(faulty: Faulty, ours: Dump, ref: Dump, arbiter: str) -> Comparison:
+    return compared_on(ours, ref, Options(), faulty.model, arbiter)
+
+
+def test_the_side_that_is_off_is_named(faulty: Faulty, ref: Dump) -> None:
+    """A wrong RoPE is as far from float64 as from the reference, the reference is near it, and float64's values are the reference's."""
+    found = _compared(faulty, faulty.dump(_ROPE, TOKENS, bare=False), ref, "auto").verdict
+    assert found.first_divergence is not None
+    assert found.truth is not None
+    assert (found.truth.checkpoint, found.truth.token_idx) == ("blk.10.l_out", found.first_divergence.token_idx)
+    assert found.truth.alone == "ours"
+    assert found.truth.ours == pytest.approx(found.first_divergence.nmse, rel=1e-3)
+    assert found.truth.ref is not None
+    assert found.truth.ref < 1e-12
+    assert found.truth.values == pytest.approx(found.first_divergence.ref, rel=1e-5)
+    assert [point.checkpoint for point in found.truth_points] == ["embd", "blk.0.l_out", "blk.5.l_out", "blk.10.l_out"]
+
+
+def test_a_reference_that_is_off_is_named_as_well(faulty: Faulty, ref: Dump) -> None:
+    """The sides exchanged: nothing favours the reference."""
+    wrong = faulty.dump(_ROPE, TOKENS, bare=False)
+    found = _compared(faulty, ref, wrong, "auto").verdict
+    assert found.truth is not None
+    assert found.truth.alone == "reference"
+
+
+def test_off_and_all(faulty: Faulty, ref: Dump) -> None:
+    """`off` asks nothing, not even where the sides differ; `all` asks everywhere where they agree; `auto` does not."""
+    right = faulty.dump(Planted(()), TOKENS, bare=False)
+    assert not _compared(faulty, right, ref, "auto").verdict.truth_points
+    assert not _compared(faulty, faulty.dump(_ROPE, TOKENS, bare=False), ref, "off").verdict.truth_points
+    found = _compared(faulty, right, ref, "all").verdict
+    assert found
+    assert [point.checkpoint for point in found.truth_points] == [point.checkpoint for point in found.points]
+    assert all(point.ours is not None and point.ours < 1e-11 for point in found.truth_points)
+    assert found.truth is not None
+    assert not found.truth.alone
+
+
+def test_every_report_shows_all_three(faulty: Faulty, ref: Dump) -> None:
+    """Values, distribution and distances of float64 stand in the HTML and Markdown reports and in the JSON."""
+    ours = faulty.dump(_ROPE, TOKENS, bare=False)
+    found = _compared(faulty, ours, ref, "auto")
+    report = Report(found.verdict, ours, ref, found.picture)
+    text = html(report)
+    assert text.count('<tr><th scope="row">float64</th>') == 1
+    assert "float64: 256 elements" in text
+    assert "ours – float64" in text
+    assert "| float64 |" in markdown(report)
+    answer = verdict_as_json(found.verdict)
+    assert answer["truth"]["alone"] == "ours"
+    assert [point["checkpoint"] for point in answer["truth_points"]][-1] == "blk.10.l_out"
+
+
+def test_run_takes_the_option(parity: Cli) -> None:
+    """`run --arbiter all` says how far both sides are from float64; without it nothing is said where they agree."""
+    asked = parity("run", "--prompt", "Once", "--arbiter", "all")
+    assert asked.code == 0
+    assert "ours is at most" in asked.out
+    assert "from float64" in asked.out
+    assert "float64" not in parity("run", "--prompt", "Once").out
