@@ -79,17 +79,21 @@ class Weights:
 class Progress:
     """One sequence in progress: where its first token stands, how many tokens went in, how many passes were made.
 
-    `caches` hold its earlier keys and values, one a device; none where an engine keeps them itself.
+    `encoded` is what an encoder made of a prompt, [E, D]: the tokens that are counted are then the decoder's. `caches` hold its
+    earlier keys and values, one a device; none where an engine keeps them itself.
     """
 
     first: int
     caches: tuple[KvCache, ...] = ()
     length: int = 0
     passes: int = 0
+    encoded: Array | None = None
 
 
 class Transformer:
     """Runs a model token by token or prompt by prompt.
+
+    Of an encoder–decoder the first pass is the encoder's over the prompt and the decoder's over its own first token.
 
     `recorded` is llama.cpp's graph of the model, where its steps are not written by hand. `steps` are those of a pass over several
     tokens, `single` those of a pass over one, where llama.cpp computes it in another way.
@@ -106,6 +110,8 @@ class Transformer:
         self.hp = model.hyperparameters
         self.steps: Sequence[Step]
         self.single: Sequence[Step] | None = None
+        self.encoder: Sequence[Step] | None = None
+        self.decoder_start = None if recorded is None else recorded.start
         self.longest = None if recorded is None else recorded.longest
         self._long_above = None if recorded is None else recorded.long_above
         if recorded is None:
@@ -114,7 +120,7 @@ class Transformer:
             from .lift import lift  # with all of ggml's operations, which a list written by hand does not need
 
             lifted = lift(recorded)
-            self.steps, self.single = lifted.several, lifted.single
+            self.steps, self.single, self.encoder = lifted.several, lifted.single, lifted.encoder
         self.weights: graph.WeightSource = Weights(model, backend, resident=resident)
 
     @property
@@ -130,7 +136,7 @@ class Transformer:
     @property
     def points(self) -> list[str]:
         """Every point that can be captured, in dataflow order."""
-        return [step.makes for step in self.steps if not step.inner]
+        return [step.makes for step in (*(self.encoder or ()), *self.steps) if not step.inner]
 
     def expect(self, positions: int) -> None:
         """Take the steps of a run over so many positions in all: some models rotate by other frequencies in a longer context."""
@@ -153,6 +159,9 @@ class Transformer:
             InputError: no tokens, ids outside the vocabulary, or more than the model's context holds.
         """
         self.check(tokens, sequence.first + sequence.length)
+        if self.encoder is not None and sequence.encoded is None:
+            self._encode(tokens, sequence, tap)
+            tokens = (self.decoder_start or 0,)
         if sequence.length and not self.causal:
             raise InputError(
                 "an encoder computes its whole input in one pass: what comes later changes what came before.",
@@ -162,7 +171,8 @@ class Transformer:
         positions = np.arange(len(tokens), dtype=np.int64) + sequence.first + sequence.length
         if tap is not None:
             tap.begin(Pass(positions, sequence.passes, decode=sequence.passes > 0, first=sequence.first, causal=self.causal))
-        values = {
+        values: dict[str, Array] = {} if sequence.encoded is None else {graph.ENCODED: sequence.encoded}
+        values |= {
             graph.TOKENS: self.backend.array(np.asarray(tokens, dtype=np.int64)),
             graph.POSITIONS: self.backend.array(positions),
             graph.PASSES: self.backend.array(np.full(len(tokens), sequence.passes)),
@@ -171,6 +181,20 @@ class Transformer:
         sequence.length += len(tokens)
         sequence.passes += 1
         return self.backend.to_host(logits[-1])
+
+    def _encode(self, tokens: Sequence[int], sequence: Progress, tap: Capture | None) -> None:
+        """The encoder's pass over a prompt; what it leaves is kept beside the sequence, whose positions are the decoder's."""
+        assert self.encoder is not None
+        positions = np.arange(len(tokens), dtype=np.int64)
+        if tap is not None:
+            tap.begin(Pass(positions, sequence.passes, decode=False, causal=not graph.sees_later(self.encoder)))
+        values = {
+            graph.ENCODER + graph.TOKENS: self.backend.array(np.asarray(tokens, dtype=np.int64)),
+            graph.ENCODER + graph.POSITIONS: self.backend.array(positions),
+        }
+        last = self.encoder[-1].makes
+        made = graph.run(self.encoder, values, self.weights, sequence.caches[0], tap or _nothing, keep=(last,))
+        sequence.encoded = made[last]
 
     def _compute(self, values: dict[str, Array], sequence: Progress, tap: graph.Tap) -> Array:
         """The last step's value."""
