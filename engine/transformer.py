@@ -149,8 +149,8 @@ class Transformer:
         self.single = None if self.single is None else [_with_factors(step, wanted) for step in self.single]
 
     def start(self, first_position: int = 0) -> Progress:
-        """A new, empty sequence whose first token stands at `first_position`."""
-        return Progress(first_position, (KvCache(self.backend.xp),))
+        """A new, empty sequence whose first token stands at `first_position`; a decoder's after an encoder always at 0."""
+        return Progress(0 if self.encoder is not None else first_position, (KvCache(self.backend.xp),))
 
     def forward(self, tokens: Sequence[int], sequence: Progress, tap: Capture | None = None) -> NDArray[np.float32]:
         """One pass over the next tokens of a sequence: [T] -> logits of the last position [V], on the host.
@@ -163,11 +163,7 @@ class Transformer:
             self._encode(tokens, sequence, tap)
             tokens = (self.decoder_start or 0,)
         if sequence.length and not self.causal:
-            raise InputError(
-                "an encoder computes its whole input in one pass: what comes later changes what came before.",
-                "Give all tokens at once.",
-                code="encoder",
-            )
+            raise whole_input()
         positions = np.arange(len(tokens), dtype=np.int64) + sequence.first + sequence.length
         if tap is not None:
             tap.begin(Pass(positions, sequence.passes, decode=sequence.passes > 0, first=sequence.first, causal=self.causal))
@@ -226,6 +222,15 @@ class Transformer:
                 "Take a shorter prompt; `parity dump ref` and `parity diff` take any.",
                 code="context",
             )
+
+
+def whole_input() -> InputError:
+    """The error of whoever gives an encoder its input in portions."""
+    return InputError(
+        "an encoder computes its whole input in one pass: what comes later changes what came before.",
+        "Give all tokens at once.",
+        code="encoder",
+    )
 
 
 def _with_factors(step: Step, wanted: str) -> Step:

@@ -15,7 +15,7 @@ from checkpoints.recording import Recording, passes
 from checkpoints.tensors import TensorWriter, beside
 from engine.capture.device import tap
 from engine.capture.host import Capture
-from engine.transformer import Transformer
+from engine.transformer import Transformer, whole_input
 
 from .. import version
 from .request import Prompt
@@ -127,6 +127,8 @@ def dump(transformer: Transformer, job: OursJob) -> Header:
 
 def _passes(transformer: Transformer, job: OursJob, capture: Capture) -> None:
     progress = transformer.start(job.first_position)
+    if transformer.encoder is not None and len(passes(len(job.tokens), job.portions)) > 1:
+        raise whole_input()
     for part in passes(len(job.tokens), job.portions):
         logits = transformer.forward(job.tokens[part], progress, capture)
     texts = job.generated_pieces or ("",) * len(job.generated)
