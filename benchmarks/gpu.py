@@ -25,7 +25,8 @@ import numpy as np
 from checkpoints.jsonl import Writer
 from checkpoints.record import Rows, Token
 from engine.backend import choose
-from engine.capture.device import DeviceCapture
+from engine.capture.device import DeviceStage
+from engine.capture.tap import Capture
 from engine.fast.transformer import FastTransformer
 from engine.synth import shape_like, synthesize
 from engine.weights.gguf_model import GgufModel
@@ -125,7 +126,7 @@ def timed(engine: FastTransformer, points: str, sink: Any) -> list[float]:
     from cupy.cuda import Event, get_elapsed_time
 
     names = chosen_points(engine, points, None) if points != "none" else []
-    with DeviceCapture(sink, names, engine.backend) as tap:
+    with Capture(DeviceStage(sink, names, engine.backend)) as tap:
         sequence = engine.start()
         engine.forward(list(range(100, 108)), sequence, tap)
         engine.generate(4, sequence, tap)
@@ -177,7 +178,7 @@ def prefill(engine: FastTransformer, theirs: dict[str, float]) -> list[tuple[str
     names = chosen_points(engine, "default", None)
     runs = []
     for _ in range(4 * REPEATS):
-        with DeviceCapture(Sink(), names, engine.backend) as tap:
+        with Capture(DeviceStage(Sink(), names, engine.backend)) as tap:
             engine.forward(prompt[:PROMPT], engine.start(), tap)  # slab and staging are there afterwards
             sequence = engine.start()
             engine.stream.synchronize()

@@ -24,7 +24,8 @@ from typing import Any
 from checkpoints.jsonl import Writer
 from engine.backend import choose
 from engine.capture.device import tap
-from engine.capture.host import Capture
+from engine.capture.tap import Capture
+from engine.engine import Engine
 from engine.transformer import Transformer
 from engine.weights.gguf_model import GgufModel
 from parity.models.embedded import path as default_model
@@ -36,7 +37,7 @@ REPEATS = 15  # pairs
 GOAL_MS = 20
 
 
-def engine_of(backend: str, model: Path) -> Transformer:
+def engine_of(backend: str, model: Path) -> Engine:
     """The engine that serves."""
     if backend == "fast":
         from engine.fast.transformer import FastTransformer
@@ -45,7 +46,7 @@ def engine_of(backend: str, model: Path) -> Transformer:
     return Transformer(GgufModel(model), choose(backend))
 
 
-def generate(engine: Transformer, capture: Capture | None) -> list[int]:
+def generate(engine: Engine, capture: Capture | None) -> list[int]:
     """32 greedy tokens after the prompt."""
     taken: list[int] = []
     sequence = engine.start()
@@ -57,14 +58,14 @@ def generate(engine: Transformer, capture: Capture | None) -> list[int]:
 
 
 @contextmanager
-def recording(engine: Transformer, points: list[str], path: Path) -> Iterator[Capture]:
+def recording(engine: Engine, points: list[str], path: Path) -> Iterator[Capture]:
     """The checkpoints of one request, in a file of its own."""
     with Writer(path) as writer, tap(writer, points, engine.backend) as capture:
         yield capture
 
 
 @contextmanager
-def server(engine: Transformer, folder: Path) -> Iterator[str]:
+def server(engine: Engine, folder: Path) -> Iterator[str]:
     """The server on a free port; /on records, /off does not, /free is answered at once when no request is at work."""
     points = chosen_points(engine, "default", None)
 

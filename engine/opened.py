@@ -5,9 +5,23 @@ from collections.abc import Callable, Sequence
 from checkpoints.graph import RecordedGraph
 
 from .backend import choose
+from .engine import Engine
 from .models import written_by_hand
 from .transformer import Transformer
 from .weights.gguf_model import GgufModel
+
+Recording = Callable[[], RecordedGraph]  # gives llama.cpp's graph of the model; called only where one is needed
+
+
+def open_plain(
+    model: GgufModel, backend: str = "auto", *, resident: bool = True, recorded: Recording | None = None
+) -> Transformer:
+    """Our engine on one backend, whose steps and weights can be taken one by one.
+
+    Raises:
+        InputError: no such backend; ModelError: as `Transformer`.
+    """
+    return Transformer(model, choose(backend), resident=resident, recorded=_graph(model, recorded))
 
 
 def open_engine(
@@ -17,27 +31,31 @@ def open_engine(
     *,
     resident: bool = True,
     native: bool = False,
-    recorded: Callable[[], RecordedGraph] | None = None,
-) -> Transformer:
+    recorded: Recording | None = None,
+) -> Engine:
     """Our engine on the backend of that name, or with its layers spread over CUDA `devices`; in float32 arithmetic.
 
-    `recorded` gives llama.cpp's graph of the model; it is called only where the steps are not written by hand. `native`
-    takes the fast mode instead (weights in the file's own types) with CuPy and no `devices`, where that mode has the model.
+    `native` takes the fast mode instead (weights in the file's own types) with CuPy and no `devices`, where that mode has the
+    model.
 
     Raises:
         InputError: no such backend or device, or too little memory there; ModelError: as `Transformer`.
     """
-    written = recorded is None or written_by_hand(model.hyperparameters)
-    graph = None if written or recorded is None else recorded()
-    if not devices:
-        chosen = choose(backend)
-        if native and chosen.name == "cupy":
-            from .fast.transformer import FastTransformer
-            from .fast.weights import lacking
+    graph = _graph(model, recorded)
+    if devices:
+        from .split import SplitTransformer
 
-            if graph is None and lacking(model) is None:
-                return FastTransformer(model, chosen)
-        return Transformer(model, chosen, resident=resident, recorded=graph)
-    from .split import SplitTransformer
+        return SplitTransformer(model, [choose(backend, number) for number in devices], resident=resident, recorded=graph)
+    chosen = choose(backend)
+    if native and chosen.name == "cupy" and graph is None:
+        from .fast.transformer import FastTransformer
+        from .fast.weights import lacking
 
-    return SplitTransformer(model, [choose(backend, number) for number in devices], resident=resident, recorded=graph)
+        if lacking(model) is None:
+            return FastTransformer(model, chosen)
+    return Transformer(model, chosen, resident=resident, recorded=graph)
+
+
+def _graph(model: GgufModel, recorded: Recording | None) -> RecordedGraph | None:
+    """llama.cpp's graph where the steps are not written by hand and somebody can record it."""
+    return None if recorded is None or written_by_hand(model.hyperparameters) else recorded()

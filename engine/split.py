@@ -9,10 +9,12 @@ from checkpoints.points import parse
 
 from . import graph
 from .backend import Array, Backend
+from .engine import Progress
 from .graph import Step
 from .kv_cache import KvCache
-from .transformer import Progress, Transformer, Weights
+from .transformer import Transformer
 from .weights.gguf_model import GgufModel
+from .weights.source import Weights
 
 
 @dataclass(frozen=True)

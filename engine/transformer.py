@@ -1,10 +1,8 @@
 """Our engine: a GGUF model as a list of steps, its weights and its KV cache."""
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
-from math import prod
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,81 +15,17 @@ from checkpoints.points import LOGITS
 from . import graph
 from .backend import Array, Backend
 from .blocks import Blocks
-from .capture.host import Capture, Pass
+from .capture.tap import Capture, Pass
+from .engine import Progress, check_tokens, points_of, whole_input
 from .graph import Step
 from .kv_cache import KvCache
 from .models import steps_of
 from .weights.gguf_model import GgufModel
-
-
-class Weights:
-    """The model's weights as float32 arrays on a backend.
-
-    With `resident` each is dequantised once and kept; without, it is dropped when the step is done, which a single
-    forward pass wants: the peak is then one weight and not the model. `names` are those that will be asked for, None for all.
-    """
-
-    def __init__(self, model: GgufModel, backend: Backend, *, resident: bool, names: Collection[str] | None = None) -> None:
-        self._model = model
-        self._backend = backend
-        self._resident = resident and self._all_fit(model.tensors if names is None else names)
-        self._held: dict[str, Array] = {}
-
-    @property
-    def resident(self) -> bool:
-        """Whether weights are kept."""
-        return self._resident
-
-    def _all_fit(self, names: Collection[str]) -> bool:
-        """Whether the device holds these weights as float32; else they are streamed, one step's at a time."""
-        free = self._backend.free_bytes()
-        sizes = [4 * prod(self._model.tensors[name].shape) for name in names]
-        if free is None or not sizes:
-            return True
-        # A step's weight, its result and the products' workspace: twice the largest weight is room enough.
-        self._backend.require(2 * max(sizes), f"the largest weight of {self._model.path.name} as float32")
-        return sum(sizes) + 2 * max(sizes) <= free
-
-    def get(self, name: str) -> Array:
-        """The whole weight: float32, row-major (out, in)."""
-        if name in self._held:
-            return self._held[name]
-        weight = self._backend.array(self._model.load(name))
-        if self._resident:
-            self._held[name] = weight
-        return weight
-
-    def raw(self, name: str) -> tuple[NDArray[np.uint8], int, tuple[int, ...]]:
-        """The file's own bytes [rows, bytes a row], their ggml type and the weight's shape."""
-        info = self._model.tensors[name]
-        return self._model.raw(name), info.type, info.shape
-
-    def array(self, host: NDArray[Any]) -> Array:
-        """A host array on this side."""
-        return self._backend.array(host)
-
-    def rows(self, name: str, ids: Array) -> Array:
-        """The given rows of a matrix: [len(ids), in]."""
-        return self._backend.array(self._model.load_rows(name, self._backend.to_host(ids)))
-
-
-@dataclass
-class Progress:
-    """One sequence in progress: where its first token stands, how many tokens went in, how many passes were made.
-
-    `encoded` is what an encoder made of a prompt, [E, D]: the tokens that are counted are then the decoder's. `caches` hold its
-    earlier keys and values, one a device; none where an engine keeps them itself.
-    """
-
-    first: int
-    caches: tuple[KvCache, ...] = ()
-    length: int = 0
-    passes: int = 0
-    encoded: Array | None = None
+from .weights.source import Weights
 
 
 class Transformer:
-    """Runs a model token by token or prompt by prompt.
+    """Runs a model step by step, on one device or on the host, in float32; an `Engine`.
 
     Of an encoder–decoder the first pass is the encoder's over the prompt and the decoder's over its own first token.
 
@@ -136,7 +70,7 @@ class Transformer:
     @property
     def points(self) -> list[str]:
         """Every point that can be captured, in dataflow order."""
-        return [step.makes for step in (*(self.encoder or ()), *self.steps) if not step.inner]
+        return points_of((*(self.encoder or ()), *self.steps))
 
     def expect(self, positions: int) -> None:
         """Take the steps of a run over so many positions in all: some models rotate by other frequencies in a longer context."""
@@ -200,21 +134,7 @@ class Transformer:
 
     def check(self, tokens: Sequence[int], before: int) -> None:
         """Raises InputError for tokens that this model cannot take after `before` positions."""
-        if not len(tokens):
-            raise InputError("there are no tokens.", "Give a prompt that is not empty.", code="tokens")
-        wrong = [token for token in tokens if not 0 <= token < self.hp.n_vocab]
-        if wrong:
-            raise InputError(
-                f"token id {wrong[0]} is outside the vocabulary of {self.hp.n_vocab:,} tokens.",
-                "`parity tokens` shows how llama.cpp tokenizes a prompt.",
-                code="tokens",
-            )
-        if before + len(tokens) > self.hp.n_ctx_train:
-            raise InputError(
-                f"{before + len(tokens):,} positions are more than the model's context of {self.hp.n_ctx_train:,}.",
-                "Take a shorter prompt.",
-                code="context",
-            )
+        check_tokens(self.hp, tokens, before)
         if self.longest is not None and before + len(tokens) > self.longest:
             raise InputError(
                 f"how attention's windows cut {before + len(tokens):,} positions was not seen when the graph of "
@@ -222,15 +142,6 @@ class Transformer:
                 "Take a shorter prompt; `parity dump ref` and `parity diff` take any.",
                 code="context",
             )
-
-
-def whole_input() -> InputError:
-    """The error of whoever gives an encoder its input in portions."""
-    return InputError(
-        "an encoder computes its whole input in one pass: what comes later changes what came before.",
-        "Give all tokens at once.",
-        code="encoder",
-    )
 
 
 def _with_factors(step: Step, wanted: str) -> Step:

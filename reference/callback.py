@@ -35,6 +35,8 @@ class Tap:
         self._failure: BaseException | None = None
         self._record: Callable[[int], None] | None = None
         self._skipping = False
+        self._opening: tuple[str, str, str] | None = None  # the first node of a pass's graph
+        self._next: Callable[[], Iterable[Planned]] | None = None
 
     @property
     def stop(self) -> bool:
@@ -71,9 +73,18 @@ class Tap:
         """Of each node listed last the mask that it applies, b"" where it applies none."""
         return [self._masks.get(node.address, b"") for node in nodes]
 
-    def take(self, wanted: Iterable[Planned], deliver: Deliver | None) -> None:
-        """During the next pass hand the wanted values to `deliver`, each as it is computed."""
+    def take(
+        self,
+        wanted: Iterable[Planned],
+        deliver: Deliver | None,
+        again: Callable[[], Iterable[Planned]] | None = None,
+    ) -> None:
+        """During the next pass hand the wanted values to `deliver`, each as it is computed.
+
+        `again` is called where llama.cpp begins with a further ubatch of the pass, for the values that are wanted of it.
+        """
         self._reset()
+        self._next = again
         if deliver is not None:
             for planned in wanted:
                 self._wanted.setdefault(planned.signature, []).append(planned)
@@ -83,6 +94,7 @@ class Tap:
         self._listing, self._deliver, self._failure, self._record, self._skipping = None, None, None, None, False
         self._wanted = {}
         self._signer = Signer()
+        self._opening = self._next = None
 
     def check(self) -> None:
         """Raise what was raised inside the callback."""
@@ -125,8 +137,20 @@ class Tap:
             return False
         first = tensor.src[0].contents.name.decode(errors="replace") if tensor.src[0] else ""
         name = tensor.name.decode(errors="replace")
-        self._current = self._wanted.get(self._signer.sign(name, self._ggml.op_name(tensor.op), first), [])
+        op = self._ggml.op_name(tensor.op)
+        if self._next is not None:
+            self._count_ubatches((name, op, first))
+        self._current = self._wanted.get(self._signer.sign(name, op, first), [])
         return bool(self._current)
+
+    def _count_ubatches(self, node: tuple[str, str, str]) -> None:
+        """A graph that begins again is that of the next ubatch."""
+        if self._opening is None:
+            self._opening = node
+        elif node == self._opening and self._next is not None:
+            self._signer, self._wanted = Signer(), {}
+            for planned in self._next():
+                self._wanted.setdefault(planned.signature, []).append(planned)
 
     def _given(self, tensor: Tensor) -> bool:
         """Whether a tensor has its data before the pass: not what sparse attention computes as its mask."""

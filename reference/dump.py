@@ -5,7 +5,7 @@ Holds one value at a time; knows the whole model only. `windows` does the same f
 
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from itertools import accumulate
@@ -31,7 +31,7 @@ from .jobs import EXACT, NATIVE, DumpJob, DumpResult
 from .library import Library, default_threads
 from .llama import Model, Session
 from .naming import Planned
-from .passes import plans_of
+from .passes import Plans, plans_of
 from .rows import Survey, arrange
 
 _TOP = 5  # logits named with each chosen token
@@ -72,7 +72,7 @@ class Emitter:
     """Turns values into records (and whole tensors) as they come; `step` is set before each forward pass.
 
     `first` is where the sequence begins, where that is not the job's first position; `causal` whether positions are hidden from
-    earlier ones.
+    earlier ones; `before` how many rows of other sequences stand before this one's in a pass.
     """
 
     writer: Writer
@@ -81,6 +81,7 @@ class Emitter:
     step: Step = field(default_factory=lambda: Step(0, 0, ()))
     first: int | None = None
     causal: bool = True
+    before: int = 0
 
     def __call__(self, planned: Planned, value: NDArray[np.float32]) -> None:
         """Record one value; called inside llama.cpp's callback."""
@@ -91,7 +92,10 @@ class Emitter:
         if not len(keep):
             return
         begin = self.first if self.first is not None else self.job.first_position
-        tensor = arrange(planned, value, len(step.tokens), step.first - begin + len(step.tokens))
+        rows_of_pass = self.before + len(step.tokens)
+        tensor = arrange(planned, value, rows_of_pass, step.first - begin + rows_of_pass)
+        if self.before:
+            tensor = tensor[:, self.before :, self.before :] if points.of_scores(planned.point) else tensor[self.before :]
         source = planned.node if planned.operand is None else planned.node.sources[planned.operand]
         rows = summarise(
             planned.point,
@@ -237,28 +241,47 @@ def dump_whole(library: Library, model: Model, job: DumpJob, info: ModelInfo, st
     pieces = job.pieces or model.pieces(job.tokens)
     if model.path != job.model:
         info = replace(info, twin=fingerprint(model.path))
-    prompt_steps = steps_of(prompt, (), first, () if model.encoder_decoder else job.portions)
-    with Session(model, n_ctx=n_ctx, n_batch=len(job.tokens), kv_type=job.kv_type, threads=job.threads) as session:
+    prompt_steps = steps_of(prompt, (), first, () if model.encoder_decoder else job.passes)
+    before = sum(map(len, job.companions))
+    with ExitStack() as stack:
+
+        def opened(n_ubatch: int | None = None, n_seq: int = 1) -> Session:
+            count = len(job.tokens) + before
+            session = Session(
+                model,
+                n_ctx=n_ctx + before,
+                n_batch=count,
+                kv_type=job.kv_type,
+                threads=job.threads,
+                n_ubatch=n_ubatch,
+                n_seq=n_seq,
+            )
+            return stack.enter_context(session)
+
+        session = opened()
         plans = plans_of(session, prompt, job.tokens if model.encoder_decoder else ())
+        check_ways(plans, job, info)
         generates(plans.prompt, job, info)
         header = header_of(job, info, pieces, library, None, dataflow(plans.prompt.nodes, plans.prompt.planned))
         names = points.select(expression(job, model.n_layers), plans.names, model.n_layers)
         planned_at = time.perf_counter()
         with open_dump(job.out, header, binary=job.binary) as writer, tensors_beside(job) as tensors:
-            emitter = Emitter(writer, job, tensors, first=first)
+            emitter = Emitter(writer, job, tensors, first=first, before=before)
             if plans.encoder is not None:
                 emitter.step, emitter.causal = Step(0, 0, job.tokens), plans.encoder.causal
                 session.decode(job.tokens, 0, plans.wanted(names, encoder=True), emitter, encode=True)
-            chosen: list[int] = []
-            generated: list[int] = []
+            chosen, generated = list[int](), list[int]()
             emitter.causal = plans.prompt.causal
             *earlier, step = prompt_steps
+            if not job.plain:
+                session = opened(n_ubatch=job.ubatch, n_seq=len(job.companions) + 1)
             for part in earlier:
-                emitter.step = part
-                session.decode(part.tokens, part.first, plans.wanted(names, count=len(part.tokens)), emitter)
+                _computed(session, part, plans, names, emitter, job)
+            if job.saved:
+                earlier_session, session = session, opened()
+                session.restore(earlier_session.state())
             while True:
-                emitter.step = step
-                session.decode(step.tokens, step.first, plans.wanted(names, count=len(step.tokens)), emitter)
+                _computed(session, step, plans, names, emitter, job)
                 if len(generated) == len(follow) + job.generate or (len(generated) > len(follow) and model.ends(generated[-1])):
                     break
                 logits = session.logits()
@@ -286,6 +309,22 @@ def dump_whole(library: Library, model: Model, job: DumpJob, info: ModelInfo, st
     )
 
 
+def _computed(session: Session, step: Step, plans: Plans, names: Sequence[str], emitter: Emitter, job: DumpJob) -> None:
+    """One pass, in the ubatches that the job asks for, among its companions."""
+    size = job.ubatch or len(step.tokens)
+    ubatches = (
+        Step(step.number, step.first + begin, step.tokens[begin : begin + size]) for begin in range(0, len(step.tokens), size)
+    )
+
+    def following() -> list[Planned]:
+        emitter.step = next(ubatches)
+        count = len(emitter.step.tokens)
+        return plans.wanted(names, count=2 if job.companions else count)
+
+    again = following if job.ubatch is not None else None
+    session.decode(step.tokens, step.first, following(), emitter, again=again, companions=job.companions)
+
+
 def generates(prompt: Survey, job: DumpJob, info: ModelInfo) -> None:
     """Refuse to generate with a model that scores no tokens, or none that come next.
 
@@ -303,6 +342,27 @@ def generates(prompt: Survey, job: DumpJob, info: ModelInfo) -> None:
         raise InputError(
             f"in {info.architecture} every position sees all others, so it cannot generate tokens.", advice, code="generate"
         )
+
+
+def check_ways(plans: Plans, job: DumpJob, info: ModelInfo) -> None:
+    """Refuse ubatches, sequences or a saved state for what cannot be computed so, or whose values could not be told apart.
+
+    Raises:
+        InputError: an encoder, or several sequences of a model with recurrent states.
+    """
+    if job.plain:
+        return
+    if plans.encoder is not None or not plans.prompt.causal:
+        raise InputError(f"{info.architecture} is an encoder: it computes its whole input at once.", code="encoder")
+    if job.companions and any("state" in points.parse(name).kind or "conv" in points.parse(name).kind for name in plans.names):
+        raise InputError(
+            f"{info.architecture} has recurrent states: sequences of unequal length are not computed in one graph.",
+            code="sequences",
+        )
+    if (job.companions or job.saved) and (job.portions or job.ubatch or job.generate or job.lead):
+        raise InputError("sequences and saved states are for a prompt in one pass.", code="ways")
+    if not 0 <= job.saved < len(job.tokens):
+        raise InputError(f"a state cannot be saved after {job.saved} of {len(job.tokens)} tokens.", code="ways")
 
 
 def _kept(point: str) -> bool:

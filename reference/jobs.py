@@ -63,6 +63,9 @@ class DumpJob(Recording):
         generate: how many tokens to choose greedily after the prompt.
         lead: ids to follow after the prompt instead of choosing.
         portions: how many of the prompt's tokens each forward pass takes; () for all of them in one.
+        ubatch: the most tokens that llama.cpp computes at once within a pass (`n_ubatch`); None for all.
+        companions: prompts that are computed in the same pass as other sequences, before this one; they are not recorded.
+        saved: how many tokens are computed before the state is saved (`llama_state_get_data`) and set in a new context.
         window: "off" (the whole model at once), a number of layers, or "auto" (whole where it fits).
         kv_type: "f32", or in native mode also "f16".
     """
@@ -75,9 +78,22 @@ class DumpJob(Recording):
     generate: int = 0
     lead: tuple[int, ...] | None = None
     portions: tuple[int, ...] = ()
+    ubatch: int | None = None
+    companions: tuple[tuple[int, ...], ...] = ()
+    saved: int = 0
     window: str | int = "auto"
     threads: int | None = None
     kv_type: str = "f32"
+
+    @property
+    def passes(self) -> tuple[int, ...]:
+        """How many of the prompt's tokens each pass takes, () for all in one."""
+        return (self.saved, len(self.tokens) - self.saved) if self.saved else self.portions
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is one sequence, in ubatches as large as its passes, in one context."""
+        return self.ubatch is None and not self.companions and not self.saved
 
 
 @dataclass(frozen=True)

@@ -189,13 +189,24 @@ class Session:
 
     Args:
         model: loaded with weights.
-        n_ctx: positions in all; `n_batch` the most in one forward pass.
+        n_ctx: positions in all; `n_batch` the most in one forward pass, `n_ubatch` the most that are computed at once (all).
+        n_seq: sequences that one pass may hold; they share one cache (`kv_unified`), so that a pass is one graph.
 
     Raises:
         ReferenceFailed: llama.cpp makes no context.
     """
 
-    def __init__(self, model: Model, *, n_ctx: int, n_batch: int, kv_type: str = "f32", threads: int | None = None) -> None:
+    def __init__(
+        self,
+        model: Model,
+        *,
+        n_ctx: int,
+        n_batch: int,
+        kv_type: str = "f32",
+        threads: int | None = None,
+        n_ubatch: int | None = None,
+        n_seq: int = 1,
+    ) -> None:
         api = model.library.api
         self.model = model
         self.tap = Tap(model.library.ggml)
@@ -203,7 +214,8 @@ class Session:
         self._abort = api.ggml_abort_callback(lambda _data: self.tap.stop)
         params = api.llama_context_default_params()
         n_batch = max(n_batch, 4)  # a short prompt's graph is listed for more tokens, too
-        params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max = max(n_ctx, n_batch), n_batch, n_batch, 1
+        params.n_ctx, params.n_batch, params.n_ubatch = max(n_ctx, n_batch), n_batch, n_ubatch or n_batch
+        params.n_seq_max, params.kv_unified = n_seq, n_seq > 1
         params.embeddings = model.embeds
         params.n_threads = params.n_threads_batch = threads or default_threads()
         params.flash_attn_type = 0  # LLAMA_FLASH_ATTN_TYPE_DISABLED; the default is AUTO, which was ON
@@ -292,19 +304,23 @@ class Session:
         deliver: Deliver | None = None,
         *,
         encode: bool = False,
+        again: Callable[[], Iterable[Planned]] | None = None,
+        companions: Sequence[Sequence[int]] = (),
     ) -> None:
-        """Compute positions first, first + 1, … (`llama_decode`; `llama_encode` for an encoder's pass), in one ubatch.
+        """Compute positions first, first + 1, … (`llama_decode`; `llama_encode` for an encoder's pass).
 
         Args:
             inputs: token ids [T], or hidden states [T, D] that enter the first layer.
             wanted: what `deliver` shall get while it is computed.
+            again: what it shall get of each further ubatch.
+            companions: token ids of sequences 0, 1, … that stand before these inputs in the batch, from position 0.
 
         Raises:
             ReferenceFailed: llama.cpp refused, or ran out of memory; whatever `deliver` raised.
         """
-        self.tap.take(wanted, deliver)
+        self.tap.take(wanted, deliver, again)
         self.model.library.lines.clear()
-        status = self._decode(inputs, first, encode=encode)
+        status = self._decode(inputs, first, encode=encode, companions=companions)
         self.tap.check()
         if status != 0:
             raise ReferenceFailed(
@@ -312,20 +328,33 @@ class Session:
                 "Run again with --verbose to see its log.",
             )
 
-    def _decode(self, inputs: Sequence[int] | NDArray[np.float32], first: int, *, encode: bool = False) -> int:
-        api, count = self.model.library.api, len(inputs)
+    def _decode(
+        self,
+        inputs: Sequence[int] | NDArray[np.float32],
+        first: int,
+        *,
+        encode: bool = False,
+        companions: Sequence[Sequence[int]] = (),
+    ) -> int:
+        api, own = self.model.library.api, len(inputs)
+        others = [(token, place, seq) for seq, ids in enumerate(companions) for place, token in enumerate(ids)]
+        count = len(others) + own
         hidden = np.ascontiguousarray(inputs, np.float32) if isinstance(inputs, np.ndarray) else None
         batch = api.llama_batch_init(count, 0 if hidden is None else self.model.n_embd, 1)
         try:
             batch.n_tokens = count
             if hidden is not None:
                 ctypes.memmove(batch.embd, hidden.ctypes.data, hidden.nbytes)
-            for i in range(count):
+            for i, (token, place, seq) in enumerate(others):
+                batch.token[i], batch.pos[i], batch.seq_id[i][0] = token, place, seq
+            for i in range(own):
+                at = len(others) + i
                 if hidden is None:
-                    batch.token[i] = int(inputs[i])
-                batch.pos[i] = first + i
+                    batch.token[at] = int(inputs[i])
+                batch.pos[at] = first + i
+                batch.seq_id[at][0] = len(companions)
+            for i in range(count):
                 batch.n_seq_id[i] = 1
-                batch.seq_id[i][0] = 0
                 batch.logits[i] = 1  # else the last layer computes only the rows that were asked for
             return int((api.llama_encode if encode else api.llama_decode)(self._context, batch))
         finally:
@@ -335,6 +364,23 @@ class Session:
         """The logits of the last position of the last pass: float32 [V]."""
         pointer = self.model.library.api.llama_get_logits_ith(self._context, -1)
         return np.ctypeslib.as_array(pointer, shape=(self.model.n_vocab,)).copy()
+
+    def state(self) -> bytes:
+        """Everything that a new session needs to go on (`llama_state_get_data`)."""
+        api = self.model.library.api
+        size = int(api.llama_state_get_size(self._context))
+        buffer = (ctypes.c_uint8 * size)()
+        return bytes(buffer[: int(api.llama_state_get_data(self._context, buffer, size))])
+
+    def restore(self, state: bytes) -> None:
+        """Go on from a state (`llama_state_set_data`).
+
+        Raises:
+            ReferenceFailed: llama.cpp does not take it.
+        """
+        buffer = (ctypes.c_uint8 * len(state)).from_buffer_copy(state)
+        if int(self.model.library.api.llama_state_set_data(self._context, buffer, len(state))) != len(state):
+            raise ReferenceFailed("llama.cpp does not take back the state that it saved.", "Run with --verbose.")
 
     def close(self) -> None:
         """Give its memory back. A second call does nothing."""

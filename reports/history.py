@@ -1,20 +1,24 @@
 """The margins of a ledger over commits."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from math import log10
 from typing import Any
 
 from rich.text import Text
 
-from checkpoints.answers.drift import Entry
+from checkpoints.answers.drift import Closer, Entry
 
 from .as_json import SCHEMA, plain
 from .drift import factor
 from .layout import columns
 from .numbers import clean, count
 
+_CONFORM = "conform "  # what a conformance run's source begins with
 _BARS = "▁▂▃▄▅▆▇█"
 _DECADES = 4.0  # below the limit that the bars tell apart: the lowest is 1e-4 of it and less, the highest beyond it
+_MOST = 40  # points or cells that a screen lists: of more, those nearest to their limits
+_NEAREST = 8  # that came closer to their limits and are named
 _NARROW = 20  # commits that are drawn at least
 
 
@@ -23,15 +27,20 @@ def lines(entries: Sequence[Entry], width: int) -> Iterator[Text]:
     for label, group in groups(entries):
         last = group[-1]
         yield Text(f"{label} · {count(len(group), 'check')}, {group[0].time[:10]} to {last.time[:10]}", style="bold")
-        names = list(dict.fromkeys(name for entry in group for name in entry.points))
+        every = list(dict.fromkeys(name for entry in group for name in entry.points))
+        nearest = sorted(every, key=lambda name: -last.points[name][2] if name in last.points else 0.0)[:_MOST]
+        names = [name for name in every if name in set(nearest)]
         room = max(_NARROW, width - max(map(len, names), default=0) - 38)
         drawn = group[-room:]
-        rows: list[tuple[str, ...]] = [("checkpoint", "first", "narrowest", "now", "█ beyond the limit")]
+        what = "cell" if group[0].source.startswith(_CONFORM) else "checkpoint"
+        rows: list[tuple[str, ...]] = [(what, "first", "narrowest", "now", "█ beyond the limit")]
         for name in names:
             known = [entry.points[name][2] for entry in group if name in entry.points]
             bars = "".join(bar(entry.points[name][2]) if name in entry.points else " " for entry in drawn)
             rows.append((clean(name), *(factor(margin(value)) for value in (known[0], max(known), known[-1])), bars))
         yield from columns(rows, frozenset({1, 2, 3}), ["dim", *[""] * (len(rows) - 1)], width)
+        if len(every) > len(names):
+            yield Text(f"and {len(every) - len(names)} farther from their limits", style="dim")
         yield Text(f"last  {last.time}  {last.commit[:12] or 'no commit'}  {last.verdict}", style="dim")
         yield Text("")
 
@@ -43,9 +52,29 @@ def groups(entries: Sequence[Entry]) -> list[tuple[str, list[Entry]]]:
         made.setdefault((entry.source, entry.golden), []).append(entry)
     names = {"ours": "our engine", "ref": "llama.cpp", "exec": "a foreign engine", "dumps": "dumps of a foreign engine"}
     return [
-        (f"{names.get(source, clean(source))} against golden dumps {clean(golden)[:8]}", group)
+        (clean(f"conformance of {source.removeprefix(_CONFORM)} ({group[-1].versions.get('source', '')})"), group)
+        if source.startswith(_CONFORM)
+        else (f"{names.get(source, clean(source))} against golden dumps {clean(golden)[:8]}", group)
         for (source, golden), group in made.items()
     ]
+
+
+def closer_sentences(moved: Sequence[tuple[str, Sequence[Closer]]]) -> list[str]:
+    """What came nearer to its limit, the most grown first: a sentence each, for each side."""
+    said: list[str] = []
+    for label, every in moved:
+        told = f"{label}: " if len(moved) > 1 else ""
+        said += [
+            f"{told}{clean(one.name)}: {share(one.now)} of its limit, {share(one.before)} on {one.since[:10]}"
+            for one in every[:_NEAREST]
+        ]
+        said += [f"{told}and {len(every) - _NEAREST} more (--format json lists them)"] if len(every) > _NEAREST else []
+    return said
+
+
+def share(of_limit: float) -> str:
+    """A proportion of a limit: "0.31 %", "4.2 ×" beyond it."""
+    return f"{100 * of_limit:.2g} %" if of_limit <= 1 else factor(of_limit)
 
 
 def bar(of_limit: float) -> str:
@@ -63,8 +92,11 @@ def margin(of_limit: float) -> float | None:
     return 1 / of_limit if of_limit else None
 
 
-def history_as_json(entries: Sequence[Entry], findings: Sequence[str]) -> dict[str, Any]:
-    """One JSON object: `checks`, oldest first, each with `points` and their `margin`; `findings` of the last ones."""
+def history_as_json(
+    entries: Sequence[Entry], findings: Sequence[str], moved: Sequence[tuple[str, Sequence[Closer]]] = ()
+) -> dict[str, Any]:
+    """One JSON object: `checks`, oldest first, each with `points` and their `margin`; `findings` of the last ones; `closer`."""
+    closer = plain([{"side": label, **asdict(one)} for label, every in moved for one in every])
     checks = [
         {
             "time": entry.time,
@@ -80,4 +112,4 @@ def history_as_json(entries: Sequence[Entry], findings: Sequence[str]) -> dict[s
         }
         for entry in entries
     ]
-    return {"schema": SCHEMA, "checks": plain(checks), "findings": list(findings)}
+    return {"schema": SCHEMA, "checks": plain(checks), "findings": list(findings), "closer": closer}

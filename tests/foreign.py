@@ -1,9 +1,17 @@
-"""Somebody else's engine in C, compiled for a test."""
+"""Somebody else's engines: one in C, compiled for a test, and one in NumPy."""
 
 import subprocess
+import sys
 from pathlib import Path
 
 from parity import emit
+
+NUMPY_ENGINE = Path(__file__).with_name("foreign_engine.py")
+
+
+def numpy_engine(*options: str) -> str:
+    """tests/foreign_engine.py as a line for --exec, which is told {points} and whatever else the options name."""
+    return " ".join([sys.executable, str(NUMPY_ENGINE), "{model} {sequences} {out} --points={points}", *options])
 
 
 def compile_engine(folder: Path, *flags: str) -> Path:

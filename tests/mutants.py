@@ -20,9 +20,10 @@ from checkpoints.jsonl import Writer
 from checkpoints.mapping import Mapping, read_mapping
 from checkpoints.record import Dump, Token
 from parity.commands.comparison_output import report, show_report
-from parity.commands.options import AnswerFormat, numbers
+from parity.commands.options import AnswerFormat
 from parity.diff.compare import comparison
 from parity.lint.lint import lint
+from parity.run.prompt import numbers
 
 LOGS = Path(__file__).parent / "logs"
 POINTS = ("embd", "blk.0.l_out", "logits")

@@ -14,7 +14,8 @@ from checkpoints.reading.reader import read
 from checkpoints.record import Rows, Token
 from checkpoints.summary import kept_copy, summarise, summarise_pass
 from engine.backend import choose
-from engine.capture.host import Capture, Pass
+from engine.capture.host import HostStage
+from engine.capture.tap import Capture, Pass
 from engine.transformer import Transformer
 from engine.weights.gguf_model import GgufModel
 
@@ -48,7 +49,7 @@ def test_buffers_that_are_reused_do_not_change_what_was_captured() -> None:
     """Two buffers that swap each layer give 24 different records, each what was computed, also with a slow writer."""
     sink = Sink(delay=0.002)
     buffers = [np.zeros((3, 32), dtype=np.float32), np.zeros((3, 32), dtype=np.float32)]
-    with Capture(sink, [f"blk.{i}.l_out" for i in range(24)], choose("numpy")) as tap:
+    with Capture(HostStage(sink, [f"blk.{i}.l_out" for i in range(24)], choose("numpy"))) as tap:
         tap.begin(one_pass())
         for layer in range(24):
             buffer = buffers[layer % 2]
@@ -66,7 +67,7 @@ def test_full_tensors_are_copies_too(tmp_path: Path) -> None:
 
     path = tmp_path / "full.safetensors"
     value = np.ones((3, 8), dtype=np.float32)
-    with TensorWriter(path) as tensors, Capture(Sink(), ["embd"], choose("numpy"), tensors=tensors) as tap:
+    with TensorWriter(path) as tensors, Capture(HostStage(Sink(), ["embd"], choose("numpy"), tensors=tensors)) as tap:
         tap.begin(one_pass())
         tap("embd", value)
         value[:] = 7
@@ -76,7 +77,7 @@ def test_full_tensors_are_copies_too(tmp_path: Path) -> None:
 def test_the_seven_default_checkpoints_are_seven_different_vectors(stories: Path, tmp_path: Path) -> None:
     """At every position of a right engine's dump, the seven default points hold seven different vectors."""
     engine = Transformer(GgufModel(stories), choose("numpy"))
-    with Writer(tmp_path / "ours.jsonl") as writer, Capture(writer, DEFAULTS, engine.backend) as tap:
+    with Writer(tmp_path / "ours.jsonl") as writer, Capture(HostStage(writer, DEFAULTS, engine.backend)) as tap:
         engine.forward([2047, 5, 6, 7], engine.start(), tap)
     points = read(tmp_path / "ours.jsonl").points
     assert tuple(points) == DEFAULTS
@@ -91,15 +92,15 @@ def test_a_late_capture_would_be_seen(stories: Path) -> None:
     kept: dict[str, np.ndarray] = {}
     sink = Sink()
 
-    class Both(Capture):
-        def __call__(self, name: str, value: np.ndarray) -> None:
-            if name in self.points and value.shape == (4, 256):
+    class InSharedBuffers(HostStage):
+        def record(self, name: str, value: np.ndarray) -> None:
+            if value.shape == (4, 256):
                 buffer = shared[len(kept) % 2]
                 buffer[:] = value
                 kept[name] = buffer
-                super().__call__(name, buffer)
+                super().record(name, buffer)
 
-    with Both(sink, DEFAULTS, engine.backend) as tap:
+    with Capture(InSharedBuffers(sink, DEFAULTS, engine.backend)) as tap:
         engine.forward([2047, 5, 6, 7], engine.start(), tap)
     taken = {rows.point: rows.values for rows in sink.taken}
     late = {name: summarise(name, value, np.arange(4)).values for name, value in kept.items()}
@@ -109,7 +110,7 @@ def test_a_late_capture_would_be_seen(stories: Path) -> None:
 
 def test_a_failing_writer_stops_the_engine() -> None:
     """What fails in the writer's thread comes out in the engine's thread, and at the latest when the tap closes."""
-    tap = Capture(Sink(fail_at=1), ["embd"], choose("numpy"))
+    tap = Capture(HostStage(Sink(fail_at=1), ["embd"], choose("numpy")))
 
     def many() -> None:
         for _ in range(1000):
@@ -126,7 +127,7 @@ def test_a_failing_writer_stops_the_engine() -> None:
 def test_a_slow_writer_loses_nothing_and_the_waits_are_counted() -> None:
     """When more copies wait than the writer may hold, the engine waits, says how often, and every record arrives."""
     sink = Sink(delay=0.0005)
-    with Capture(sink, ["embd"], choose("numpy")) as tap:
+    with Capture(HostStage(sink, ["embd"], choose("numpy"))) as tap:
         for number in range(400):
             tap.begin(one_pass())
             tap("embd", np.full((3, 1 << 15), number, dtype=np.float32))
@@ -157,7 +158,7 @@ def test_logits_do_not_depend_on_what_is_captured(stories: Path) -> None:
     engine = Transformer(GgufModel(stories), choose("numpy"))
     plain = engine.forward([2047, 9, 8, 7], engine.start())
     for points in (DEFAULTS, engine.points):
-        with Capture(Sink(), points, engine.backend) as tap:
+        with Capture(HostStage(Sink(), points, engine.backend)) as tap:
             assert (engine.forward([2047, 9, 8, 7], engine.start(), tap) == plain).all()
 
 
@@ -167,8 +168,9 @@ def test_a_process_that_forgets_to_close_loses_nothing(tmp_path: Path) -> None:
 import sys, numpy
 from checkpoints.jsonl import Writer
 from engine.backend import choose
-from engine.capture.host import Capture, Pass
-tap = Capture(Writer(sys.argv[1]), ["embd"], choose("numpy"))
+from engine.capture.host import HostStage
+from engine.capture.tap import Capture, Pass
+tap = Capture(HostStage(Writer(sys.argv[1]), ["embd"], choose("numpy")))
 for step in range(50):
     tap.begin(Pass(numpy.array([step]), step, decode=step > 0))
     tap("embd", numpy.full((1, 8), step, dtype=numpy.float32))
@@ -184,10 +186,11 @@ def test_a_failure_that_was_raised_is_not_told_again_at_exit() -> None:
     script = """
 import sys, time, numpy
 from engine.backend import choose
-from engine.capture.host import Capture, Pass
+from engine.capture.host import HostStage
+from engine.capture.tap import Capture, Pass
 class Full:
     def rows(self, rows): raise OSError("disk full")
-tap = Capture(Full(), ["embd"], choose("numpy"))
+tap = Capture(HostStage(Full(), ["embd"], choose("numpy")))
 for step in range(2):
     tap.begin(Pass(numpy.array([step]), step, decode=step > 0))
     tap("embd", numpy.ones((1, 8), dtype=numpy.float32))
@@ -217,7 +220,7 @@ def test_an_exception_in_a_pass_keeps_what_was_computed_before_it() -> None:
             raise RuntimeError("step")
 
     with pytest.raises(RuntimeError, match="step"):
-        failing(Capture(sink, ["embd", "logits"], choose("numpy")))
+        failing(Capture(HostStage(sink, ["embd", "logits"], choose("numpy"))))
     assert [rows.point for rows in sink.taken] == ["embd"]
 
 

@@ -1,6 +1,7 @@
 """`parity conform`: a matrix of tiny models through an engine, a verdict a cell, one line a cause, resumable by content."""
 
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -11,11 +12,11 @@ from xml.etree import ElementTree as ET
 import pandas as pd
 import pytest
 from cli import Cli, refused
-from foreign import compile_engine
+from foreign import compile_engine, numpy_engine
 
 from checkpoints.answers.conform import CellResult
 from parity.conform.conform import parts_of
-from parity.conform.matrix import PROMPTS, TYPES, cells, portions
+from parity.conform.matrix import PROMPTS, TYPES, cells, modes_of, prompt_of
 
 needs_gcc = pytest.mark.skipif(shutil.which("gcc") is None, reason="there is no gcc")
 
@@ -113,6 +114,98 @@ def test_our_engine_conforms_in_every_mode(parity: Cli) -> None:
     )
 
 
+EVERY_WAY = ("--portions={portions}", "--state={state}")
+ONLY = ("--architectures", "llama,qwen2,qwen3", "--workers", "1", "--out", "c")
+
+
+@pytest.mark.slow
+def test_a_numpy_engine_in_all_types_and_modes(parity: Cli) -> None:
+    """An engine that dequantises by gguf-py: two architectures in F32 and a K type are green in every mode, others are refused."""
+    words = ("--types", "F32,Q4_K", "--prompts", "short")
+    code, answer = parity.json("conform", "--exec", numpy_engine(*EVERY_WAY), *ONLY, *words)
+    assert code == 0
+    verdicts = {(cell["architecture"], cell["type"], cell["mode"]): cell["verdict"] for cell in answer["cells"]}
+    modes = ("prefill", "decode", "chunked", "batch", "state")
+    assert verdicts == {
+        (name, kind, mode): "refused" if name == "qwen3" else "parity"
+        for name in ("llama", "qwen2", "qwen3")
+        for kind in ("F32", "Q4_K")
+        for mode in modes
+    }
+    assert all(cell["compared"] > 100 for cell in answer["cells"] if cell["verdict"] == "parity" and cell["mode"] != "state")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fault", "cause", "modes"),
+    [
+        ("rope", "rope-pairs", {"prefill", "decode", "chunked", "batch", "state"}),
+        ("pad", "first at kqv_out, in batch only", {"batch"}),
+        ("state", "first at kqv_out, in state only", {"state"}),
+    ],
+)
+def test_a_fault_of_the_numpy_engine_is_one_cause(parity: Cli, fault: str, cause: str, modes: set[str]) -> None:
+    """Wrong RoPE pairs fail in every cell by one cause; seen padding and a state saved wrong fail in their own mode only."""
+    words = ("--architectures", "llama", "--types", "F32", "--prompts", "short", "--workers", "1", "--out", "c")
+    code, answer = parity.json("conform", "--exec", numpy_engine(*EVERY_WAY, "--fault", fault), *words)
+    assert code == 1
+    assert {cell["mode"] for cell in answer["cells"] if cell["verdict"] == "divergence"} == modes
+    assert [found["cause"] for found in answer["causes"]] == [cause]
+
+
+def test_a_batch_without_numbers_and_a_state_that_is_not_used(parity: Cli, tmp_path: Path) -> None:
+    """Lines without `seq`, a state that is not written, and one that is not read are told apart, each in a sentence."""
+    record = '{"checkpoint": "embd", "token_idx": 0, "values": [1.0]}'
+    words = ("--architectures", "llama", "--types", "F32", "--prompts", "short", "--workers", "1")
+    for body, mode, said in (
+        (f"print('{record}')", "batch", "it has no records of sequence 3"),
+        (f"print('{record}')", "state", "left no state"),
+        (f"open(sys.argv[2], 'w').close(); print('{record}')", "state", "computed positions below 3 again"),
+    ):
+        (tmp_path / "engine.py").write_text(f"import sys\n{body}\n")
+        line = f"{sys.executable} {tmp_path / 'engine.py'} {{sequences}} {{state}}"
+        code, answer = parity.json("conform", "--exec", line, *words, "--modes", mode)
+        assert code == 1
+        assert [cell["verdict"] for cell in answer["cells"]] == ["unusable"]
+        assert said in answer["cells"][0]["reason"]
+
+
+@needs_gcc
+@pytest.mark.slow
+def test_a_run_is_a_check_of_its_ledger(conform: Callable[..., tuple[int, dict]], parity: Cli) -> None:
+    """Two runs with another limit: `drift history` shows each cell, and which came nearer to its limit since the first."""
+    words = ("--no-explain",)
+    assert conform("", *words, types="F32")[0] == 0
+    assert conform("", *words, "--tolerance", "1e-10", types="F32")[0] == 0
+    code, history = parity.json("drift", "history", "c", "--since", "0d")
+    assert (code, len(history["checks"])) == (0, 2)
+    assert history["closer"] == []  # nothing between now and now
+    lines = Path("c/ledger.jsonl").read_text().splitlines()
+    old, new = json.loads(lines[0]), json.loads(lines[1])
+    cell = "qwen2 F32 short prefill"
+    old["time"] = "2020-01-01T00:00:00+00:00"
+    new["points"][cell]["of_limit"] = 5 * old["points"][cell]["of_limit"]
+    Path("c/ledger.jsonl").write_text("\n".join(map(json.dumps, (old, new))) + "\n")
+    code, history = parity.json("drift", "history", "c", "--since", "1w")
+    assert history["closer"][0]["name"] == cell
+    assert history["closer"][0]["now"] == pytest.approx(5 * history["closer"][0]["before"], rel=1e-3)
+    screen = parity("drift", "history", "c").out
+    assert f"closer  {cell}: " in screen
+    refused(parity("drift", "history", "c", "--since", "soon"), "--since 'soon' is not a time")
+
+
+@pytest.mark.slow
+def test_hugging_face_conforms(parity: Cli) -> None:
+    """transformers' own models of the tiny files agree with llama.cpp; what it cannot load is refused, which is no failure."""
+    python = os.environ.get("PARITY_HF_PYTHON")
+    if not python:
+        pytest.skip("PARITY_HF_PYTHON names no interpreter with torch and transformers")
+    words = ("--architectures", "qwen2,mpt", "--types", "Q8_0", "--prompts", "short", "--workers", "1", "--out", "c")
+    code, answer = parity.json("conform", "--side", "hf", "--python", python, *words)
+    assert code == 0
+    assert [(cell["architecture"], cell["verdict"]) for cell in answer["cells"]] == [("qwen2", "parity"), ("mpt", "refused")]
+
+
 def test_an_engine_that_crashes_or_hangs_or_prints_nothing(parity: Cli, tmp_path: Path) -> None:
     """Each is a verdict of its own and a failure; the run goes on."""
     words = ("--architectures", "llama", "--types", "F32", "--prompts", "one")
@@ -133,7 +226,9 @@ def test_what_it_refuses(parity: Cli) -> None:
     refused(parity("conform", "--exec", "", "--types", "F32"), "--exec is empty")
     refused(parity("conform", "--side", "ours", "--architectures", "qwen9"), "qwen9", "qwen")
     refused(parity("conform", "--side", "ours", "--profile", "everything"), "--profile 'everything' is not known")
-    refused(parity("conform", "--exec", "x {model}", "--modes", "decode"), "{portions}")
+    for mode, needed in (("decode", "{portions}"), ("batch", "{sequences}"), ("state", "{state}")):
+        refused(parity("conform", "--exec", "x {model}", "--modes", mode), needed)
+    refused(parity("conform", "--side", "hf", "--python", "no-such-python"), "no-such-python")
     refused(parity("conform", "--side", "ours", "--table", "x.txt"), ".csv")
     line = f"{sys.executable} -c 'import sys; sys.exit(\"no\")'"
     told = parity(
@@ -146,10 +241,15 @@ def test_the_matrix_is_what_was_asked_for() -> None:
     """Globs and lists replace the profile's axes, cells that would be a plain prefill are left out, parts keep architectures together."""
     assert {cell.type for cell in cells("llama", types="Q*_K,f32")} == {"F32", *(name for name in TYPES if name.endswith("_K"))}
     assert [(cell.prompt, cell.mode) for cell in cells("quants", types="F32", prompts="one,short")] == [
-        ("one", "prefill"), ("short", "prefill"), ("short", "decode"), ("short", "chunked"),
+        ("one", "prefill"), ("one", "batch"),
+        ("short", "prefill"), ("short", "decode"), ("short", "chunked"), ("short", "batch"), ("short", "state"),
     ]  # fmt: skip
-    for mode in ("prefill", "decode", "chunked"):
-        assert sum(portions(mode, len(PROMPTS["long"])) or ()) == len(PROMPTS["long"])
+    for cell in cells("llama", types="F32", prompts="long"):
+        prompt = prompt_of(cell)
+        assert prompt is not None
+        assert prompt.ids == PROMPTS["long"]
+        assert sum(prompt.portions) in (0, len(prompt.ids))
+    assert modes_of({"{state}", "{portions}"}) == ("prefill", "decode", "chunked", "state")
     parts = parts_of(cells("dense", types="F32,F16"))
     assert all(len({cell.architecture for cell in part}) == 1 for part in parts)
     assert sum(map(len, parts)) == len(cells("dense", types="F32,F16"))

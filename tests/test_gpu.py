@@ -11,8 +11,9 @@ from test_run import SHAPES
 from checkpoints.points import parse
 from checkpoints.record import Rows, Token
 from engine.backend import choose
-from engine.capture.device import DeviceCapture
-from engine.capture.host import Capture, Pass
+from engine.capture.device import DeviceStage
+from engine.capture.host import HostStage
+from engine.capture.tap import Capture, Pass
 from engine.fast.transformer import FastTransformer
 from engine.transformer import Transformer
 from engine.weights.dequantize import FORMATS, dequantize
@@ -80,8 +81,8 @@ def test_records_equal_a_blocking_copy(stories: Path) -> None:
     """Every record of every point equals, values to the bit, sketch and statistics to rounding, that of a blocking copy."""
     engine = Transformer(GgufModel(stories), choose("cupy"))
     pinned, blocking = Sink(), Sink()
-    for kind, sink in ((DeviceCapture, pinned), (Capture, blocking)):
-        with kind(sink, engine.points, engine.backend) as tap:
+    for stage, sink in ((DeviceStage, pinned), (HostStage, blocking)):
+        with Capture(stage(sink, engine.points, engine.backend)) as tap:
             sequence = engine.start()
             engine.forward(PROMPT, sequence, tap)
             for token in (5, 6, 7):
@@ -96,11 +97,11 @@ def test_records_of_a_fast_step_equal_a_blocking_copy(stories: Path) -> None:
     made, blocking = Sink(), Sink()
     sequence = engine.start()
     engine.forward(PROMPT, sequence)
-    with DeviceCapture(made, names, engine.backend) as tap:
+    with Capture(DeviceStage(made, names, engine.backend)) as tap:
         for token in (5, 6, 7):
             engine.forward([token], sequence, tap)
     seen = sequence.length
-    with Capture(blocking, names, engine.backend) as tap:
+    with Capture(HostStage(blocking, names, engine.backend)) as tap:
         tap.begin(Pass(np.array([seen - 1]), seen - len(PROMPT), decode=True))
         for name in names:
             tap(name, left_by(engine, name, seen))

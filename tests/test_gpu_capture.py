@@ -13,8 +13,9 @@ from checkpoints.errors import InputError
 from checkpoints.jsonl import Writer
 from checkpoints.record import Rows, Token
 from engine.backend import choose
-from engine.capture.device import DeviceCapture
-from engine.capture.host import Capture, Pass
+from engine.capture.device import DeviceStage
+from engine.capture.host import HostStage
+from engine.capture.tap import Capture, Pass
 from engine.fast.transformer import FastTransformer
 from engine.synth import shape_like, synthesize
 from engine.weights.gguf_model import GgufModel
@@ -50,7 +51,7 @@ def one_pass(position: int = 0, count: int = 3) -> Pass:
 def test_buffers_that_swap_each_layer_give_different_records() -> None:
     """Two device buffers that alternate and are overwritten at once give 24 records of what was computed."""
     sink, buffers = Sink(delay=0.001), [cupy.zeros((3, 32), np.float32), cupy.zeros((3, 32), np.float32)]
-    with DeviceCapture(sink, [f"blk.{i}.l_out" for i in range(24)], choose("cupy")) as tap:
+    with Capture(DeviceStage(sink, [f"blk.{i}.l_out" for i in range(24)], choose("cupy"))) as tap:
         tap.begin(one_pass())
         for layer in range(24):
             buffers[layer % 2][:] = layer + cupy.arange(32, dtype=np.float32)
@@ -64,7 +65,7 @@ def test_buffers_that_swap_each_layer_give_different_records() -> None:
 def test_ten_thousand_steps_with_a_slow_writer_lose_nothing(ring: int, delay: float) -> None:
     """10,000 passes over two swapped buffers arrive complete and in order, also through a ring of eight."""
     sink, buffers = Sink(delay=delay), [cupy.zeros((1, 32), np.float32), cupy.zeros((1, 32), np.float32)]
-    with DeviceCapture(sink, ["embd"], choose("cupy"), ring=ring) as tap:
+    with Capture(DeviceStage(sink, ["embd"], choose("cupy"), ring=ring)) as tap:
         for step in range(10_000):
             tap.begin(one_pass(step, 1))
             buffers[step % 2].fill(step)
@@ -76,7 +77,7 @@ def test_ten_thousand_steps_with_a_slow_writer_lose_nothing(ring: int, delay: fl
 
 def test_a_dying_writer_stops_the_engine_also_where_the_ring_is_full() -> None:
     """What fails in the thread comes out in the engine's next calls and in close; nothing waits for ever."""
-    tap = DeviceCapture(Sink(fail_at=3), ["embd"], choose("cupy"), ring=4)
+    tap = Capture(DeviceStage(Sink(fail_at=3), ["embd"], choose("cupy"), ring=4))
 
     def many() -> None:
         for step in range(10_000):
@@ -98,14 +99,14 @@ def test_a_full_disk_is_one_clear_error(tmp_path: Path) -> None:
     ).returncode:
         pytest.skip("mounting a tmpfs is not allowed here")
 
-    def many(tap: DeviceCapture) -> None:
+    def many(tap: Capture) -> None:
         for step in range(5_000):
             tap.begin(one_pass(step, 1))
             tap("embd", cupy.zeros((1, 64), np.float32))
         tap.close()
 
     try:
-        tap = DeviceCapture(Writer(small / "ours.jsonl"), ["embd"], choose("cupy"))
+        tap = Capture(DeviceStage(Writer(small / "ours.jsonl"), ["embd"], choose("cupy")))
         with pytest.raises(InputError, match="No space left"):
             many(tap)
     finally:
@@ -116,7 +117,7 @@ def test_memory_of_the_wrong_side_is_a_type_error() -> None:
     """A host array for the kernel and a device array for the writer are refused by name."""
     from checkpoints.summary import summarise
 
-    with DeviceCapture(Sink(), ["embd"], choose("cupy")) as tap:
+    with Capture(DeviceStage(Sink(), ["embd"], choose("cupy"))) as tap:
         tap.begin(one_pass())
         with pytest.raises(TypeError, match="host memory"):
             tap("embd", np.zeros((3, 4), np.float32))
@@ -130,8 +131,8 @@ def test_non_finite_values_are_counted() -> None:
     """NaN and infinities count as non-finite and are zero to sums and sketch; the slice shows them as they are."""
     value = np.array([[1, np.nan, -3, np.inf], [np.nan] * 4], np.float32)
     ours, theirs = Sink(), Sink()
-    for kind, sink, there in ((DeviceCapture, ours, cupy.asarray(value)), (Capture, theirs, cupy.asarray(value))):
-        with kind(sink, ["embd"], choose("cupy")) as tap:
+    for stage, sink, there in ((DeviceStage, ours, cupy.asarray(value)), (HostStage, theirs, cupy.asarray(value))):
+        with Capture(stage(sink, ["embd"], choose("cupy"))) as tap:
             tap.begin(one_pass(0, 2))
             tap("embd", there)
     for name in ("n", "sum", "l2", "min", "max", "nonfinite", "absmax_at"):
@@ -145,7 +146,7 @@ def test_fast_logits_do_not_depend_on_what_is_captured(stories: Path) -> None:
     engine = FastTransformer(GgufModel(stories), choose("cupy"), positions=128)
     found = []
     for points in ((), DEFAULTS, tuple(engine.points)):
-        with DeviceCapture(Sink(), points, engine.backend) as tap:
+        with Capture(DeviceStage(Sink(), points, engine.backend)) as tap:
             sequence = engine.start()
             logits = [engine.forward([2047, 9, 8, 7], sequence, tap)]
             logits += [engine.forward([token], sequence, tap) for token in range(40)]
@@ -160,7 +161,7 @@ def test_a_step_with_a_tap_of_the_host_is_refused_before_it_runs(stories: Path) 
     engine = FastTransformer(GgufModel(stories), choose("cupy"), positions=16)
     one, found = engine.start(), []
     engine.forward([2047, 9, 8], one)
-    with Capture(Sink(), ["embd"], engine.backend) as tap, pytest.raises(TypeError, match="DeviceCapture"):
+    with Capture(HostStage(Sink(), ["embd"], engine.backend)) as tap, pytest.raises(TypeError, match="DeviceStage"):
         engine.forward([7], one, tap)
     found.append(engine.forward([7], one))
     two = engine.start()
@@ -173,7 +174,8 @@ _SHORT_RUN = """
 import sys
 from pathlib import Path
 from engine.backend import choose
-from engine.capture.device import DeviceCapture
+from engine.capture.device import DeviceStage
+from engine.capture.tap import Capture
 from engine.fast.transformer import FastTransformer
 from engine.weights.gguf_model import GgufModel
 from engine.transformer import Transformer
@@ -182,7 +184,7 @@ class Sink:
     def token(self, token): pass
 for make in (Transformer, FastTransformer):
     engine = make(GgufModel(Path(sys.argv[1])), choose("cupy"))
-    with DeviceCapture(Sink(), engine.points, engine.backend) as tap:
+    with Capture(DeviceStage(Sink(), engine.points, engine.backend)) as tap:
         sequence = engine.start()
         for tokens in ([5, 6, 7], [1], [2], [3]):
             engine.forward(tokens, sequence, tap)

@@ -19,7 +19,8 @@ import os, sys, json
 from pathlib import Path
 import numpy as np
 from engine.backend import choose
-from engine.capture.host import Capture
+from engine.capture.host import HostStage
+from engine.capture.tap import Capture
 from engine.faults import CATALOGUE, plant
 from engine.transformer import Transformer
 from engine.weights.gguf_model import GgufModel
@@ -37,7 +38,7 @@ class Printed:
             print(json.dumps({"checkpoint": rows.point, "token_idx": t, "values": moved.astype(float).tolist()}))
     def token(self, token): pass
 
-with Capture(Printed(), wanted, engine.backend, slice_size=int(os.environ.get("SLICE", "64"))) as tap:
+with Capture(HostStage(Printed(), wanted, engine.backend, slice_size=int(os.environ.get("SLICE", "64")))) as tap:
     engine.forward([int(t) for t in tokens.split(",")], engine.start(), tap)
 """
 

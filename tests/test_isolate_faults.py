@@ -11,7 +11,7 @@ import pytest
 from checkpoints.answers.isolate import PROVEN, WRONG, Isolation
 from engine.faults import CATALOGUE, plant
 from engine.graph import Step
-from engine.opened import open_engine
+from engine.opened import open_plain
 from engine.weights.gguf_model import GgufModel
 from parity.isolate.isolate import IsolateRequest, isolate
 from parity.run.ours import OursJob, dump
@@ -44,7 +44,7 @@ class Foreign:
     def __init__(self, model: Path, folder: Path, reference: Reference | None = None) -> None:
         self.model = model
         recorded = None if reference is None else partial(reference.graph, model)
-        self.engine = open_engine(GgufModel(model), "numpy", recorded=recorded)
+        self.engine = open_plain(GgufModel(model), "numpy", recorded=recorded)
         self.right = self.engine.steps
         self.out = folder / "foreign.jsonl"
 

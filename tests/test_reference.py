@@ -12,6 +12,7 @@ from checkpoints.errors import InputError
 from checkpoints.reading.reader import read
 from checkpoints.tensors import TensorReader
 from parity.diff.compare import compare
+from parity.models import embedded
 from reference.client import Reference
 from reference.jobs import EXACT, NATIVE, DumpJob, DumpResult
 
@@ -270,3 +271,25 @@ def test_wrong_points(reference: Reference, folder: Path, tokens: tuple[int, ...
     with pytest.raises(InputError, match=r"there is no point 'blk.0.kw'.*blk\.0\.k"):
         reference.dump(DumpJob(MODEL, folder / "none.jsonl", tokens, points="blk.0.kw"))
     assert not (folder / "none.jsonl").exists()
+
+
+WAYS = {
+    "ubatches of one": {"ubatch": 1},
+    "ubatches of two, the last of one": {"ubatch": 2},
+    "a saved state": {"saved": 2},
+    "among shorter and longer sequences": {"companions": ((5, 6), tuple(range(8, 20)))},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_ways_of_computing_a_prompt(reference: Reference, folder: Path, tokens: tuple[int, ...], way: str) -> None:
+    """In ubatches, from a saved state and in a batch llama.cpp computes every point of every position as it does alone."""
+    dumps = []
+    for number, ways in enumerate(({}, WAYS[way])):
+        out = folder / f"{number}.jsonl"
+        reference.dump(DumpJob(embedded.path(), out, (*tokens, 11)[: len(tokens) | 1], points="all", **ways))
+        dumps.append(read(out))
+    verdict = compare(*dumps)
+    assert verdict
+    assert not verdict.missing_ours.records
+    assert not verdict.missing_ref.records

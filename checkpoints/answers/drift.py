@@ -76,8 +76,21 @@ class Drift:
 
 
 @dataclass(frozen=True)
+class Closer:
+    """A point (or a cell of a conformance run) that is nearer to its limit than it was; both errors are in proportion to the limit."""
+
+    name: str
+    before: float
+    now: float
+    since: str
+
+
+@dataclass(frozen=True)
 class Entry:
-    """One check as its ledger keeps it. `points`: point -> (nmse, limit, of_limit); `golden` tells sets of dumps apart."""
+    """One check (or conformance run, whose cells are the points) as its ledger keeps it.
+
+    `points`: point -> (nmse, limit, of_limit); `golden` tells sets of dumps apart.
+    """
 
     time: str
     commit: str

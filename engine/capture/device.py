@@ -1,4 +1,4 @@
-"""The tap on a device: records are made where the value was computed and reach the host in one copy a pass.
+"""The stage on a device: records are made where the value was computed and reach the host in one copy a pass.
 
 A kernel in the stream that computed the value makes slice, statistics and sketch of its rows into a staging buffer; when
 the pass is over, one asynchronous copy brings the staged rows to a slab of pinned memory. Both are allocated once, of one
@@ -19,16 +19,18 @@ from checkpoints.tensors import TensorWriter
 
 from ..backend import Array, Backend
 from ..device import kernel
-from .host import Capture, Pass, RowSink, stands_once
+from .host import HostStage, record_once
 from .ring import Ring
 from .spool import Spool
 from .staged import CAUSAL, PART_DOUBLES, PLAIN, Batch, Part, layout, record_type
+from .tap import Capture, Pass, RowSink, stands_once
+from .writer import WriterThread
 
 _CHUNK = 1024  # elements a block takes: the logits of one row are 149 blocks, one for each multiprocessor of an H200
 _LARGE_CHUNK = 8192  # … and where many rows fill the device anyway, larger chunks are less overhead
 _MANY_BLOCKS = 8192
 _LARGEST = 3  # passes of any size that the slab holds: one is not half of it, so that the writer lets the next begin in peace
-_RING = 256  # decode passes that the slab holds: as many batches as the blocking tap lets wait
+_RING = 256  # decode passes that the slab holds: as many batches as the host's stage lets wait
 
 
 def tap(
@@ -40,21 +42,17 @@ def tap(
     slice_size: int | None = DEFAULT_SLICE,
     tensors: TensorWriter | None = None,
 ) -> Capture:
-    """The tap for a backend: pinned copies on the current device; on the host or for whole tensors the blocking one.
+    """The tap for a backend: a stage on the current device; for values in host memory or whole tensors, copies on the host.
 
     Over several devices too: a slab would be filled from each, by kernels and a stream of copies of its own.
     """
     if backend.name == "numpy" or backend.spread or tensors is not None or slice_size is None:
-        return Capture(sink, points, backend, positions=positions, slice_size=slice_size, tensors=tensors)
-    return DeviceCapture(sink, points, backend, positions=positions, slice_size=slice_size)
+        return Capture(HostStage(sink, points, backend, slice_size=slice_size, tensors=tensors), positions=positions)
+    return Capture(DeviceStage(sink, points, backend, slice_size=slice_size), positions=positions)
 
 
-class DeviceCapture(Capture):
-    """The tap of a device; the same interface as `Capture`, and the same records to float64's rounding.
-
-    Raises (in a call):
-        TypeError: the value is not a float32 array on the device.
-    """
+class DeviceStage:
+    """Makes records on the device; the same as the host's to float64's rounding."""
 
     def __init__(
         self,
@@ -62,18 +60,22 @@ class DeviceCapture(Capture):
         points: Collection[str],
         backend: Backend,
         *,
-        positions: Positions = "all",
         slice_size: int = DEFAULT_SLICE,
         ring: int = _RING,
     ) -> None:
-        super().__init__(sink, points, backend, positions=positions, slice_size=slice_size)
+        self.points = frozenset(points)
+        self.sink = sink
+        self.writer = WriterThread()
+        self._backend = backend
+        self._now = Pass(np.zeros(0, dtype=np.int64), 0, decode=False)
+        self._kept = np.zeros(0, dtype=np.int64)
         self._xp = backend.xp
         self._record = record_type(slice_size)
         self._passes = ring
         self.slice_size = slice_size
         self._step_places = len(self.points)  # of the slab that a decode step takes
         self._beside = 0  # places of the pass in progress that are no records
-        self._ring = Ring(0, self._writer.hurry)
+        self._ring = Ring(0, self.writer.hurry)
         self._staging: Array = None  # of the slab's size, place by place: no pass waits until another's records are copied out
         self._start: int | None = None  # the place where those of the pass in progress begin
         self._copies = self._xp.cuda.Stream(non_blocking=True)
@@ -86,9 +88,9 @@ class DeviceCapture(Capture):
         self._counters: Array = None
         self._kernel = kernel("summary", "summarise_value")
 
-    def begin(self, now: Pass) -> None:
-        """Say where the pass that starts now stands; what the last one staged goes to the writer."""
-        super().begin(now)
+    def begin(self, now: Pass, kept: NDArray[np.int64]) -> None:
+        """A pass starts, of which these rows are recorded."""
+        self._now, self._kept = now, kept
         self._seen = now.token_idx[self._kept] - now.first + 1 if now.causal else np.full(len(self._kept), len(now.token_idx))
         self._allocate(len(self.points) * len(self._kept))
         self._kept_there = None
@@ -99,8 +101,8 @@ class DeviceCapture(Capture):
         if self._staging is not None and len(self._slab) >= capacity:
             return
         self._ring.drain()
-        self._ring = Ring(capacity, self._writer.hurry)
-        self._writer.limit = capacity * self._record.itemsize
+        self._ring = Ring(capacity, self.writer.hurry)
+        self.writer.limit = capacity * self._record.itemsize
         # Not by cupyx, which takes as long to import as a model to load.
         pinned = self._xp.cuda.alloc_pinned_memory(capacity * self._record.itemsize)
         self._slab = np.frombuffer(pinned, self._record, capacity)
@@ -113,16 +115,13 @@ class DeviceCapture(Capture):
             self._start = self._ring.take(count)
         return self._staging[(self._start + len(self._parts) * len(self._kept)) * self._record.itemsize :]
 
-    def __call__(self, name: str, value: Array) -> None:
-        """Record a value; called by the loop right after the step."""
-        if self.on_value is not None:
-            self.on_value(name)
-        if name not in self.points or not len(self._kept):
-            return
+    def record(self, name: str, value: Array) -> None:
+        """Launch the kernel that makes the records of a value; raises as `Stage.record`."""
         self._check(name, value)
         value = self._xp.ascontiguousarray(value)  # what a step reads may be a view, and so what it makes
         if stands_once(value, self._now):
-            self._record_once(name, self._backend.to_host(value))
+            host = self._backend.to_host(value)
+            record_once(self.sink, self.writer, name, host, self._now, self._kept, self.slice_size)
             return
         kind, s, heads, width = layout(name, value.shape, len(self._now.token_idx))
         if kind != PLAIN and s < int(self._seen.max()):
@@ -154,11 +153,6 @@ class DeviceCapture(Capture):
         """The size of one record in staging buffer and slab."""
         return self._record.itemsize
 
-    @property
-    def keeps_rows(self) -> bool:
-        """Whether anything of the pass in progress is recorded."""
-        return len(self._kept) > 0
-
     def staging(self, places: int) -> Array:
         """Where this step's records are staged, with room for so many."""
         self._step_places = places
@@ -173,8 +167,8 @@ class DeviceCapture(Capture):
     def _check(self, name: str, value: Array) -> None:
         if not isinstance(value, self._xp.ndarray):
             raise TypeError(
-                f"{name}: the device's tap takes device memory, got {type(value).__name__} in host memory; "
-                "use engine.capture.Capture for a host engine"
+                f"{name}: the stage of a device takes device memory, got {type(value).__name__} in host memory; "
+                "use engine.capture.host.HostStage for a host engine"
             )
         if value.dtype != np.float32:
             raise TypeError(f"{name}: expected float32, got {value.dtype}")
@@ -186,12 +180,12 @@ class DeviceCapture(Capture):
         if self._counters is None or self._counters.size < rows:
             self._counters = self._xp.zeros(rows, dtype=np.uint32)
 
-    def _hand_over(self) -> None:
+    def hand_over(self) -> None:
         """Copy what this pass staged into the slab, without waiting for it, and tell the writer."""
         start = self._start
         if start is None or not self._parts:
             return
-        self._writer.check()
+        self.writer.check()
         batch = Batch(self._now, self._kept, self._seen, tuple(self._parts))
         count = len(self._parts) * len(self._kept) + self._beside
         here, runtime = self._slab[start : start + count], self._xp.cuda.runtime
@@ -207,7 +201,7 @@ class DeviceCapture(Capture):
 
         def format_records(records: NDArray[Any]) -> None:
             for rows in batch.rows(records, self.slice_size):
-                self._sink.rows(rows)
+                self.sink.rows(rows)
 
         def write() -> None:
             try:
@@ -222,4 +216,4 @@ class DeviceCapture(Capture):
             ring.give_back()
             return lambda: format_records(spooled.take())
 
-        self._writer.put(write, here.nbytes, ring.give_back, set_aside)
+        self.writer.put(write, here.nbytes, ring.give_back, set_aside)

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from checkpoints.points import of_scores, parse
 from checkpoints.record import SKETCH_SIZE, STATISTICS, Rows
 
-from .host import Pass
+from .tap import Pass
 
 PLAIN, CAUSAL, CACHED, LAST = range(4)  # the layouts of summary.cuh
 

@@ -11,7 +11,7 @@ from checkpoints.points import in_layer, parse
 
 from .. import ops
 from ..backend import Array, Backend
-from ..capture.device import DeviceCapture
+from ..capture.device import DeviceStage
 from ..capture.staged import CACHED, CAUSAL, LAST, PART_DOUBLES, PLAIN, Part
 from ..device import kernel
 from ..weights.packing import BF16, F16, F32
@@ -189,18 +189,18 @@ class DecodeStep:
         """The next step takes the largest of these logits [V], chosen on the device, at this place."""
         self._place_best((1,), (1024,), (self.state, logits, np.int32(position), self.tokens))
 
-    def launch(self, tap: DeviceCapture | None) -> None:
+    def launch(self, stage: DeviceStage | None) -> None:
         """One step, with the records that the tap wants; nothing waits for it."""
-        names = frozenset() if tap is None else tap.points
-        size = 0 if tap is None else tap.slice_size
+        names = frozenset() if stage is None else stage.points
+        size = 0 if stage is None else stage.slice_size
         if (names, size) not in self._wanted:
-            self._wanted[names, size] = self._records([name for name in self.points if name in names], tap)
+            self._wanted[names, size] = self._records([name for name in self.points if name in names], stage)
         wanted, hp = self._wanted[names, size], self._hp
-        records = tap.staging(wanted.places) if tap is not None and wanted.parts else np.uint64(0)
+        records = stage.staging(wanted.places) if stage is not None and wanted.parts else np.uint64(0)
         step = (self._model[1], np.float32(hp.eps), np.float32(hp.head_size**-0.5), *wanted.arguments, records)
         self._kernel((self.blocks,), (_THREADS,), step, shared_mem=self._shared)
-        if tap is not None and wanted.parts:
-            tap.staged(wanted.parts)
+        if stage is not None and wanted.parts:
+            stage.staged(wanted.parts)
 
     @property
     def points(self) -> list[str]:
@@ -210,7 +210,7 @@ class DecodeStep:
         kinds.insert(kinds.index("kq") + 1, "kq_soft_max")
         return ["embd", *(in_layer(i, kind) for i in range(self._hp.n_layers) for kind in kinds), "output_norm", "logits"]
 
-    def _records(self, points: Sequence[str], tap: DeviceCapture | None) -> _Wanted:
+    def _records(self, points: Sequence[str], stage: DeviceStage | None) -> _Wanted:
         """A table with a line for each chunk that a point may have, but for the logits, which each block sums up by itself."""
         xp = self._xp
         work: list[tuple[int, ...]] = []
@@ -227,7 +227,7 @@ class DecodeStep:
         table = xp.asarray(np.array(work, dtype=np.int64).reshape(-1))
         chunks = xp.empty(max(1, len(work)) * PART_DOUBLES, dtype=np.float64)
         counters = xp.zeros(max(1, len(points)), dtype=np.uint32)
-        slice_size, size = (0, 1) if tap is None else (tap.slice_size, tap.record_bytes)
+        slice_size, size = (0, 1) if stage is None else (stage.slice_size, stage.record_bytes)
         logits = points.index("logits") if "logits" in points else -1
         places = len(points) + (-(-8 * PART_DOUBLES * self.blocks // size) if logits >= 0 else 0)
         numbers = tuple(np.int32(number) for number in (len(work), chunk, slice_size, size, logits))

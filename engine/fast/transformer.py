@@ -13,11 +13,15 @@ from numpy.typing import NDArray
 from checkpoints.errors import InputError
 
 from ..backend import Array, Backend
-from ..capture.device import DeviceCapture
-from ..capture.host import Capture, Pass
-from ..transformer import Progress, Transformer
+from ..blocks import Blocks
+from ..capture.device import DeviceStage
+from ..capture.tap import Capture, Pass
+from ..engine import Progress, check_tokens, points_of
+from ..graph import Step, WeightSource
+from ..models import steps_of
 from ..weights.gguf_model import GgufModel
 from ..weights.packing import BF16, F32
+from ..weights.source import Weights
 from .decode import DecodeStep
 from .prefill import Prefill
 from .upload import Upload
@@ -26,15 +30,20 @@ from .weights import FastWeights
 _POSITIONS = 2048  # places of the cache if nothing else is said
 
 
-class FastTransformer(Transformer):
-    """Runs a model in its own types; same interface as `Transformer`, one sequence at a time.
+class FastTransformer:
+    """Runs a model in its own types, one sequence at a time; an `Engine`. `steps` and `weights` are what its kernels stand for.
 
     Raises:
         ModelError: the model has an architecture, shape or bias that this mode does not have.
     """
 
     def __init__(self, model: GgufModel, backend: Backend, *, positions: int = _POSITIONS) -> None:
-        super().__init__(model, backend, resident=False)
+        self.model = model
+        self.backend = backend
+        self.hp = model.hyperparameters
+        self.encoder: Sequence[Step] | None = None
+        self.steps: Sequence[Step] = steps_of(self.hp.architecture, Blocks(self.hp, model.tensors))
+        self.weights: WeightSource = Weights(model, backend, resident=False)
         xp = backend.xp
         self._xp = xp
         self.stream = xp.cuda.Stream(non_blocking=True)
@@ -49,6 +58,18 @@ class FastTransformer(Transformer):
         if self._weights.types == 1 << F32:
             return "f32"
         return "bf16" if self._weights.types >> BF16 & 1 else "f16"
+
+    @property
+    def points(self) -> list[str]:
+        """Every point that can be captured, in dataflow order."""
+        return points_of(self.steps)
+
+    def check(self, tokens: Sequence[int], before: int) -> None:
+        """Raises InputError for tokens that this model cannot take after `before` positions."""
+        check_tokens(self.hp, tokens, before)
+
+    def expect(self, positions: int) -> None:
+        """Nothing to do: this mode has no model whose frequencies follow the length."""
 
     def start(self, first_position: int = 0) -> Progress:
         """A new, empty sequence; it takes the place of the last, since the cache is part of the steps."""
@@ -105,12 +126,14 @@ class FastTransformer(Transformer):
         Raises:
             TypeError: a tap that steps of the device cannot be recorded by; nothing has been launched then.
         """
-        if tap is not None and not isinstance(tap, DeviceCapture):
-            raise TypeError("the fast mode's steps are recorded by engine.capture.device.DeviceCapture")
+        stage: DeviceStage | None = None
         if tap is not None:
+            if not isinstance(tap.stage, DeviceStage):
+                raise TypeError("the fast mode's steps are recorded by engine.capture.device.DeviceStage")
             here = np.array([sequence.first + sequence.length])
             tap.begin(Pass(here, sequence.passes, decode=sequence.passes > 0, first=sequence.first))
-        self.step.launch(tap if tap is not None and tap.keeps_rows else None)
+            stage = tap.stage if tap.keeps_rows else None
+        self.step.launch(stage)
         sequence.length += 1
         sequence.passes += 1
 

@@ -183,7 +183,7 @@ FITTED = (
         fault=_named(NORMS, "norm-epsilon"),
         parameter="eps",
         wanted=_parameter("eps", "attn_norm", "ffn_norm", "output_norm"),
-        starts=_around(3.0, 100.0),
+        starts=_around(3.0, 100.0, 3e3, 1e5),
         known={1e-5: "Llama 2, Mistral", 1e-6: "Qwen2, Gemma", 1e-8: "Adam's", 1e-12: "BERT"},
     ),
     Fitted(

@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 from checkpoints.record import Rows
 from checkpoints.summary import summarise
 from engine.backend import Backend
+from engine.engine import Engine
 from engine.graph import Step, WeightSource, sees_later
 from engine.replay.wide import coarse_points, wide_values
-from engine.transformer import Transformer
 
 from ..diff.slices import SLICE_FLOOR
 
@@ -63,12 +63,12 @@ class Arbiter:
         return coarse_points(self._steps)
 
     @classmethod
-    def of(cls, transformer: Transformer, tokens: Sequence[int], first: int = 0, prompt: int | None = None) -> "Arbiter":
+    def of(cls, engine: Engine, tokens: Sequence[int], first: int = 0, prompt: int | None = None) -> "Arbiter":
         """The arbiter of a prompt of so many tokens (None: all) and those generated after it, one a pass, from position `first` on."""
         length = len(tokens) if prompt is None else prompt
         passes = [max(0, row - length + 1) for row in range(len(tokens))]
         positions = range(first, first + len(tokens))
-        return cls(transformer.steps, transformer.weights, transformer.backend, tokens, positions, passes)
+        return cls(engine.steps, engine.weights, engine.backend, tokens, positions, passes)
 
     def distances(self, points: Mapping[str, Rows]) -> dict[str, Floats]:
         """How far records are from the truth: their NMSE, float64 [R] for each point.

@@ -13,6 +13,7 @@ from .output import DIVERGENCE_CODE, PARITY_CODE
 if TYPE_CHECKING:
     from checkpoints.answers.diff import Verdict
     from checkpoints.answers.picture import Picture
+    from checkpoints.answers.references import References
     from checkpoints.record import Dump
     from reports.findings import Finding
     from reports.report import Report
@@ -20,30 +21,41 @@ if TYPE_CHECKING:
     from ..run.session import Outcome
 
 
-def prepare(form: Format) -> None:
+def prepare(output_format: Format) -> None:
     """Import what `finish` will use and compile the report's template: for while llama.cpp computes."""
     from reports.html import template
 
     template("report.html")
-    if form is Format.TEXT:
+    if output_format is Format.TEXT:
         import rich.console  # noqa: F401
 
         import reports.terminal  # noqa: F401
 
 
-def finish(outcome: "Outcome", form: Format) -> int:
+def finish(outcome: "Outcome", output_format: Format, references: "References | None" = None) -> int:
     """Print a run's answer, write diff.json beside the dumps, and return the exit code."""
     from checkpoints.whole_file import put
     from reports.as_json import verdict_as_json
     from reports.html import write_html
 
     answer = verdict_as_json(outcome.verdict) | {"folder": str(outcome.folder), "seconds": round(outcome.seconds, 3)}
+    if references is not None:
+        from reports import references as room
+
+        answer["references"] = room.as_json(references)
     put(outcome.folder / "diff.json", (json.dumps(answer, indent=1) + "\n").encode())
     whole = report(outcome.verdict, outcome.ours, outcome.ref, outcome.picture)
-    code = show(whole, form, extra=answer)
+    code = show(whole, output_format, extra=answer)
+    if references is not None and output_format is Format.TEXT:
+        from rich.console import Console
+
+        from reports.header import print_lines
+
+        console = Console()
+        print_lines(console, [*room.lines(references, console.width)])
     # The answer is on the screen before the report is drawn.
     write_html(whole, outcome.folder / "report.html")
-    if form is Format.TEXT:
+    if output_format is Format.TEXT:
         files = "  ".join(path.name for path in sorted(outcome.folder.iterdir(), reverse=True) if path.is_file())
         print(no_command(f"{printable(str(outcome.folder), None)}/  {printable(files, 1000)}   {outcome.seconds:.1f} s"))
     return code
@@ -77,37 +89,37 @@ def findings(paths: Sequence[Path]) -> "list[Finding]":
     return made
 
 
-def show_report(whole: "Report", form: AnswerFormat, *, html: Path | None, junit: Path | None) -> int:
+def show_report(whole: "Report", output_format: AnswerFormat, *, html: Path | None, junit: Path | None) -> int:
     """Print a comparison's answer in any of CI's formats, write the files that were asked for, return the exit code."""
     from reports.files import save
     from reports.html import write_html
 
     if html is not None:
         write_html(whole, html)
-    if junit is not None or form is AnswerFormat.JUNIT:
+    if junit is not None or output_format is AnswerFormat.JUNIT:
         from reports.junit import junit as as_junit
 
         text = as_junit(whole.verdict)
         if junit is not None:
             save(text, junit)
-        if form is AnswerFormat.JUNIT:
+        if output_format is AnswerFormat.JUNIT:
             print(text, end="")
-    if form is AnswerFormat.MARKDOWN:
+    if output_format is AnswerFormat.MARKDOWN:
         from reports.markdown import markdown
 
         print("".join(map(no_command, markdown(whole).splitlines(keepends=True))), end="")
-    elif form is not AnswerFormat.JUNIT:
-        show(whole, Format.JSON if form is AnswerFormat.JSON else Format.TEXT)
-    if form is AnswerFormat.GITHUB:
+    elif output_format is not AnswerFormat.JUNIT:
+        show(whole, Format.JSON if output_format is AnswerFormat.JSON else Format.TEXT)
+    if output_format is AnswerFormat.GITHUB:
         from reports.github import annotations
 
         print("\n".join(annotations(whole.verdict)))
     return PARITY_CODE if whole.verdict else DIVERGENCE_CODE
 
 
-def show(whole: "Report", form: Format, extra: Mapping[str, Any] | None = None) -> int:
+def show(whole: "Report", output_format: Format, extra: Mapping[str, Any] | None = None) -> int:
     """Print a comparison's answer and return the exit code."""
-    if form is Format.JSON:
+    if output_format is Format.JSON:
         from reports.as_json import verdict_as_json
 
         print(json.dumps(verdict_as_json(whole.verdict) | dict(extra or {})))

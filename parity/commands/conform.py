@@ -1,5 +1,6 @@
 """`parity conform`: an engine on tiny models of every architecture and type."""
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -10,11 +11,21 @@ from checkpoints.errors import InputError
 from . import options as o
 
 
-@o.fills("command", "compute", "tolerance", "threads", "backend", "mapping", "verbose")
+class ConformSide(StrEnum):
+    """What may be tested against llama.cpp."""
+
+    OURS = "ours"
+    HF = "hf"
+
+
+@o.fills("command", "hugging_face", "compute", "tolerance", "threads", "backend", "mapping", "verbose")
 def conform(
     given: o.Given,
     side: Annotated[
-        o.Side | None, typer.Option("--side", help="ours: test the engine that comes with parity, instead of --exec.")
+        ConformSide | None,
+        typer.Option(
+            "--side", help="Instead of --exec: the engine that comes with parity (ours), or Hugging Face (hf, in --python)."
+        ),
     ] = None,
     profile: Annotated[
         str, typer.Option("--profile", help="The matrix: llama, quants, dense, moe, recurrent or all.")
@@ -37,7 +48,9 @@ def conform(
     modes: Annotated[
         str | None,
         typer.Option(
-            "--modes", help="Modes: prefill, decode, chunked; the last two need {portions} in --exec. Default: all possible."
+            "--modes",
+            help="Modes: prefill; decode, chunked ({portions} in --exec); batch ({sequences}); state ({state}). "
+            "Default: all that the engine can be told.",
         ),
     ] = None,
     explain: Annotated[bool, typer.Option("--explain/--no-explain", help="Look for the cause of what fails.")] = True,
@@ -56,7 +69,7 @@ def conform(
     ] = None,
     junit: Annotated[Path | None, typer.Option("--junit", help="Write JUnit XML besides: one case a cell.")] = None,
     table: Annotated[Path | None, typer.Option("--table", help="Write every cell's figures: FILE.csv or FILE.parquet.")] = None,
-    form: o.AnswerOption = o.AnswerFormat.TEXT,
+    output_format: o.AnswerOption = o.AnswerFormat.TEXT,
 ) -> None:
     """Is an engine right for every architecture and weight type? Runs it on tiny seeded models: a verdict for each, one line per cause.
 
@@ -64,6 +77,8 @@ def conform(
     stderr), which is not a failure. With {points} the engine is asked for every operation, so that a failure has a name.
 
       parity conform --exec "./engine {model} {tokens} {out} {points}" --profile dense
+
+      parity conform --exec "./engine {model} {sequences} {out} {points} {portions} {state}" --modes batch,state
 
       parity conform --side ours --architectures 'qwen*' --types F32,Q4_K
 
@@ -73,29 +88,32 @@ def conform(
     from ..conform.bench import Settings
     from ..conform.conform import ConformRequest
     from ..conform.conform import conform as run
-    from ..conform.matrix import MODES, PREFILL, cells
+    from ..conform.matrix import cells, modes_of
     from ..conform.workers import fitting
-    from ..run.command import PORTIONS
+    from ..run.hugging_face import HuggingFace
     from ..run.request import Request
+    from ..run.sides import OurEngine
     from .conform_output import Shown, check_outputs, show
 
     command = given["command"]
     if (command is None) == (side is None):
-        raise InputError("no engine to test was given.", "Take one of --exec CMD and --side ours.", code="usage")
-    if side is o.Side.REF:
-        raise InputError(
-            "--side ref cannot be tested: llama.cpp is the reference.",
-            "Take --side ours, or your engine with --exec.",
-            code="usage",
-        )
+        raise InputError("no engine to test was given.", "Take one of --exec CMD, --side ours and --side hf.", code="usage")
     check_outputs(junit, table)
-    portions = command is None or command.takes(PORTIONS)
-    chosen = cells(profile, architectures, types, prompts, modes, MODES if portions else (PREFILL,))
-    folder = out or Path("runs") / f"conform-{'ours' if command is None else command.name}"
+    theirs = HuggingFace(Path(), given.pop("python"), given.pop("device"), slice_size=None)
+    if side is ConformSide.HF:
+        theirs.check()
+    ways = OurEngine.ways if side is ConformSide.OURS else () if command is None else command.ways
+    chosen = cells(profile, architectures, types, prompts, modes, modes_of(ways))
+    folder = out or Path("runs") / f"conform-{side.value if side is not None else command.name}"
     count = workers or (1 if cluster else fitting())
     if count > 1 and given["threads"] is None:
         given["threads"] = 1  # of each llama.cpp: the workers take the cores
-    settings = Settings(Request(model=Path(), **given), folder.absolute() if cluster else folder, explain)
-    with Shown(form) as shown:
+    settings = Settings(
+        Request(model=Path(), **given),
+        folder.absolute() if cluster else folder,
+        explain,
+        theirs if side is ConformSide.HF else None,
+    )
+    with Shown(output_format) as shown:
         found = run(ConformRequest(settings, tuple(chosen), count, cluster or ""), shown)
-    raise typer.Exit(show(found, form, junit=junit, table=table))
+    raise typer.Exit(show(found, output_format, junit=junit, table=table))

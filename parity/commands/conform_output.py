@@ -21,8 +21,8 @@ _INTERRUPTED = 130
 class Shown:
     """Progress: a bar with an estimate on a terminal's stderr, and the first failure as soon as it is found."""
 
-    def __init__(self, form: AnswerFormat) -> None:
-        self._text = form in (AnswerFormat.TEXT, AnswerFormat.GITHUB)
+    def __init__(self, output_format: AnswerFormat) -> None:
+        self._text = output_format in (AnswerFormat.TEXT, AnswerFormat.GITHUB)
         self._bar: Any = None
         self._task: Any = None
         self._failed = False
@@ -77,7 +77,7 @@ def check_outputs(junit: Path | None, table: Path | None) -> None:
             )
 
 
-def show(found: "Conformance", form: AnswerFormat, *, junit: Path | None, table: Path | None) -> int:
+def show(found: "Conformance", output_format: AnswerFormat, *, junit: Path | None, table: Path | None) -> int:
     """Print the answer, write index.html and whatever else was asked for, and return the exit code.
 
     Raises:
@@ -89,23 +89,23 @@ def show(found: "Conformance", form: AnswerFormat, *, junit: Path | None, table:
 
     save(conform_html(found), Path(found.folder) / "index.html")
     save(json.dumps(report.as_json(found)) + "\n", Path(found.folder) / "conform.json")
-    if junit is not None or form is AnswerFormat.JUNIT:
+    if junit is not None or output_format is AnswerFormat.JUNIT:
         from reports.junit import conform_as_junit
 
         text = conform_as_junit(found)
         if junit is not None:
             save(text, junit)
-        if form is AnswerFormat.JUNIT:
+        if output_format is AnswerFormat.JUNIT:
             print(text, end="")
     if table is not None:
         from ..conform.table import write_table
 
         write_table(found, table)
-    if form is AnswerFormat.JSON:
+    if output_format is AnswerFormat.JSON:
         print(json.dumps(report.as_json(found)))
-    elif form is AnswerFormat.MARKDOWN:
+    elif output_format is AnswerFormat.MARKDOWN:
         print(report.markdown(found), end="")
-    elif form is not AnswerFormat.JUNIT:
+    elif output_format is not AnswerFormat.JUNIT:
         from rich.console import Console
 
         from reports.header import print_lines

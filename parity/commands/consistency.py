@@ -21,7 +21,7 @@ def consistency(
     ] = None,
     side: Annotated[o.Side | None, typer.Option("--side", help="Our engine (ours, the default) or llama.cpp (ref).")] = None,
     chunk: Annotated[int, typer.Option("--chunk", min=1, help="Tokens per chunk when the prefill is checked in chunks.")] = 4,
-    form: o.FormatOption = o.Format.TEXT,
+    output_format: o.FormatOption = o.Format.TEXT,
 ) -> None:
     """Does an engine agree with itself? Computes a prompt at once, token by token and in chunks; needs no reference.
 
@@ -55,4 +55,4 @@ def consistency(
     result = check(ConsistencyRequest(Request(**given), source, chunk, pair))
     from reports import consistency as report
 
-    raise typer.Exit(answer(result, report, form))
+    raise typer.Exit(answer(result, report, output_format))

@@ -8,7 +8,9 @@ import typer
 from . import options as o
 
 
+@o.fills("mapping")
 def convert(
+    given: o.Given,
     source: Annotated[
         Path,
         typer.Argument(
@@ -16,17 +18,15 @@ def convert(
         ),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="The dump to write.", show_default=False)],
-    names: o.MapOption = None,
-    offset: o.OffsetOption = None,
 ) -> None:
     """Write what your engine left behind as a dump of format 1: one JSON object a line, as `parity diff` and `lint` take it."""
+    from checkpoints.formats import load
     from checkpoints.jsonl import write
     from checkpoints.record import Header
 
     from .output import notes, written
 
-    o.no_input(out, source, names)
-    dump = o.dump(source, names, offset)
+    dump = load(source, given["mapping"])
     write(dump, out, Header(source=f"converted from {source.name}"))
     notes(dump)
     written(out)

@@ -1,7 +1,7 @@
 """`parity diff`: compare two dumps."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -9,8 +9,15 @@ from checkpoints.errors import InputError
 
 from . import options as o
 
+if TYPE_CHECKING:
+    from checkpoints.record import Dump
 
+    from ..diff.compare import Options
+
+
+@o.fills("tolerance", "compute", "arbiter", "strict", "mapping", "despite_lint")
 def diff(
+    given: o.Given,
     ours: Annotated[Path, typer.Argument(help="Your engine's dump.", show_default=False)],
     ref: Annotated[Path, typer.Argument(help="llama.cpp's dump.", show_default=False)],
     third: Annotated[
@@ -19,9 +26,7 @@ def diff(
             help="A third dump: the answer then says at each point which side disagrees with the other two.", show_default=False
         ),
     ] = None,
-    form: o.AnswerOption = o.AnswerFormat.TEXT,
-    tolerance: o.ToleranceOption = None,
-    compute: o.ComputeOption = None,
+    output_format: o.AnswerOption = o.AnswerFormat.TEXT,
     model: Annotated[
         Path | None,
         typer.Option(
@@ -30,14 +35,9 @@ def diff(
             help="GGUF file of the dumps: measures the error of lower precisions on it, and which one OURS uses if it does not say.",
         ),
     ] = None,
-    arbiter: o.ArbiterOption = o.Arbiter.AUTO,
-    strict: o.StrictOption = False,
     step: Annotated[
         int | None, typer.Option("--step", min=0, help="If a record occurs twice, use the one of this forward pass.")
     ] = None,
-    names: o.MapOption = None,
-    offset: o.OffsetOption = None,
-    despite_lint: o.DespiteLintOption = False,
     table: Annotated[
         Path | None, typer.Option("--table", help="Write every record's figures: FILE.csv or FILE.parquet.")
     ] = None,
@@ -52,69 +52,49 @@ def diff(
 
     Exits 0 for parity, 1 for a divergence, 2 if there is nothing to compare or lint finds a dump unusable.
     """
-    if third is not None:
-        raise typer.Exit(_three((ours, ref, third), form, (table, html, junit, model, step), names, offset, tolerance))
     from checkpoints.formats import load
 
     from ..diff.compare import Options, comparison
     from ..lint.lint import refuse_unusable
     from .comparison_output import findings, report, show_report
 
-    for out in (table, html, junit):
-        o.no_input(out, ours, ref, model, names, *(include or ()))
+    mapping, despite_lint, arbiter = (given.pop(name) for name in ("mapping", "despite_lint", "arbiter"))
+    options = Options(**given, step=step, placed=mapping.position_offset is not None)
+    if third is not None:
+        of_two = (table, html, junit, model, step, options.compute, options.strict or None)
+        if any(value is not None for value in of_two) or output_format.value not in set(o.Format):
+            raise InputError(
+                "--table, --html, --junit, --model, --step, --compute, --strict and the CI formats need exactly two dumps.",
+                "Leave the third dump out.",
+                code="three",
+            )
+        raise typer.Exit(_three((load(ours, mapping), load(ref), load(third)), options, o.Format(output_format.value)))
     if table is not None:
         from ..diff.table import check_ending
 
         check_ending(table)
-    mapping = o.mapping(names, offset)
     left, right = load(ours, mapping), load(ref)
     if not despite_lint:
         refuse_unusable(left, "ours")
         refuse_unusable(right, "the reference")
-    chosen = Options(
-        tolerance=tolerance,
-        compute=compute.value if compute else None,
-        strict=strict,
-        step=step,
-        placed=mapping.position_offset is not None,
-    )
     if model is None:
-        found = comparison(left, right, chosen)
+        compared = comparison(left, right, options)
     else:
         from ..diff.tokens import same_model
         from ..explain.on_model import compared_on
 
         same_model(right, model)
-        found = compared_on(left, right, chosen, model, arbiter.value)
+        compared = compared_on(left, right, options, model, arbiter)
     if table is not None:
         from ..diff.table import write_table
 
-        write_table(found.records, table)
-    whole = report(found.verdict, left, right, found.picture, findings(include or ()))
-    raise typer.Exit(show_report(whole, form, html=html, junit=junit))
+        write_table(compared.records, table)
+    whole = report(compared.verdict, left, right, compared.picture, findings(include or ()))
+    raise typer.Exit(show_report(whole, output_format, html=html, junit=junit))
 
 
-def _three(
-    paths: tuple[Path, Path, Path],
-    form: o.AnswerFormat,
-    given: tuple[object, ...],
-    names: Path | None,
-    offset: int | None,
-    tolerance: float | None,
-) -> int:
-    from checkpoints.formats import load
-
-    from ..diff.compare import Options
+def _three(dumps: tuple["Dump", "Dump", "Dump"], options: "Options", output_format: o.Format) -> int:
     from ..diff.three_way import compare_three
     from .three_way_output import show_three
 
-    if any(value is not None for value in given) or form.value not in (o.Format.TEXT, o.Format.JSON):
-        raise InputError(
-            "--table, --html, --junit, --model, --step and the CI formats need exactly two dumps.",
-            "Leave the third dump out.",
-            code="three",
-        )
-    mapping = o.mapping(names, offset)
-    dumps = (load(paths[0], mapping), load(paths[1]), load(paths[2]))
-    options = Options(tolerance=tolerance, placed=mapping.position_offset is not None)
-    return show_three(compare_three(dumps, options), dumps, o.Format(form.value))
+    return show_three(compare_three(dumps, options), dumps, output_format)

@@ -9,10 +9,10 @@ from . import options as o
 
 def doctor(
     empty_cache: Annotated[bool, typer.Option("--empty-cache", help="Delete the cached F32 twins.")] = False,
-    form: o.FormatOption = o.Format.TEXT,
+    output_format: o.FormatOption = o.Format.TEXT,
 ) -> None:
     """Versions, llama.cpp's backends, CUDA, and the cache of F32 twins."""
     from ..doctor.health import check
     from .output import print_facts
 
-    print_facts(check(empty_cache=empty_cache), form)
+    print_facts(check(empty_cache=empty_cache), output_format)

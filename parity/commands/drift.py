@@ -73,7 +73,7 @@ def check(
     no_ledger: Annotated[bool, typer.Option("--no-ledger", help="Don't add this check to the ledger.")] = False,
     junit: Annotated[Path | None, typer.Option("--junit", help="Write JUnit XML besides: one case a point.")] = None,
     summary: Annotated[Path | None, typer.Option("--summary", help="Append Markdown to this file (a job summary).")] = None,
-    form: o.AnswerOption = o.AnswerFormat.TEXT,
+    output_format: o.AnswerOption = o.AnswerFormat.TEXT,
 ) -> None:
     """Run again (or run your engine, or read its dumps) and compare with the golden dumps.
 
@@ -99,20 +99,31 @@ def check(
         keep_ledger=not no_ledger,
         **given,
     )
-    with progress_bar(o.Format.TEXT if form is o.AnswerFormat.TEXT else o.Format.JSON) as progress:
+    with progress_bar(o.Format.TEXT if output_format is o.AnswerFormat.TEXT else o.Format.JSON) as progress:
         answer = drift.check(request, progress)
-    raise typer.Exit(show(answer, form, junit, summary, strict=strict))
+    raise typer.Exit(show(answer, output_format, junit, summary, strict=strict))
 
 
 @app.command("history", short_help="The margins of all checks over commits.")
 def history(
-    folder: FolderArgument,
+    folder: Annotated[
+        Path, typer.Argument(help="Folder of `parity drift record`, or of `parity conform`.", show_default=False)
+    ],
     ledger: LedgerOption = None,
+    since: Annotated[
+        str,
+        typer.Option("--since", help="What came nearer to its limit since then: days (7d), weeks (2w) or a date (2026-11-19)."),
+    ] = "7d",
     html: Annotated[Path | None, typer.Option("--html", help="Write a report with the margins drawn.")] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Exit 1 where an error grows or comes near its limit.")] = False,
-    form: o.FormatOption = o.Format.TEXT,
+    output_format: o.FormatOption = o.Format.TEXT,
 ) -> None:
-    """Show the margins of all checks over commits, and warn before a limit is reached."""
+    """Show the margins of all checks over commits, and warn before a limit is reached.
+
+    For a folder of `parity conform` each cell of the matrix is a line: which one came nearer to its limit since last week?
+
+      parity drift history runs/conform-engine --since 7d
+    """
     from .drift_output import show_history
 
-    raise typer.Exit(show_history(folder, ledger, html, form, strict=strict))
+    raise typer.Exit(show_history(folder, ledger, html, output_format, strict=strict, since=since))

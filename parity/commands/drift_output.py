@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from checkpoints.answers.drift import Drift, Entry, Margin
@@ -13,7 +14,7 @@ from .options import AnswerFormat, Format
 from .output import DIVERGENCE_CODE, PARITY_CODE
 
 
-def show(drift: Drift, form: AnswerFormat, junit: Path | None, summary: Path | None, *, strict: bool) -> int:
+def show(drift: Drift, output_format: AnswerFormat, junit: Path | None, summary: Path | None, *, strict: bool) -> int:
     """Print a check's answer, write its JUnit file, append to its summary, and return the exit code."""
     if summary is not None:
         from reports.files import append
@@ -25,15 +26,15 @@ def show(drift: Drift, form: AnswerFormat, junit: Path | None, summary: Path | N
         from reports.junit import drift_as_junit
 
         save(drift_as_junit(drift), junit)
-    if form is AnswerFormat.JSON:
+    if output_format is AnswerFormat.JSON:
         from reports.drift import drift_as_json
 
         print(json.dumps(drift_as_json(drift)))
-    elif form is AnswerFormat.JUNIT:
+    elif output_format is AnswerFormat.JUNIT:
         from reports.junit import drift_as_junit
 
         print(drift_as_junit(drift), end="")
-    elif form is AnswerFormat.MARKDOWN:
+    elif output_format is AnswerFormat.MARKDOWN:
         from reports.markdown import drift_as_markdown
 
         print("".join(map(no_command, drift_as_markdown(drift).splitlines(keepends=True))), end="")
@@ -45,7 +46,7 @@ def show(drift: Drift, form: AnswerFormat, junit: Path | None, summary: Path | N
 
         console = Console()
         print_lines(console, lines(drift, console.width))
-        if form is AnswerFormat.GITHUB:
+        if output_format is AnswerFormat.GITHUB:
             from reports.github import drift_annotations
 
             print("\n".join(drift_annotations(drift)))
@@ -53,27 +54,33 @@ def show(drift: Drift, form: AnswerFormat, junit: Path | None, summary: Path | N
     return DIVERGENCE_CODE if wrong or (strict and drift.findings) else PARITY_CODE
 
 
-def show_history(folder: Path, book: Path | None, html: Path | None, form: Format, *, strict: bool) -> int:
+def show_history(
+    folder: Path, book: Path | None, html: Path | None, output_format: Format, *, strict: bool, since: str = "7d"
+) -> int:
     """Print a ledger and return the exit code.
 
     Raises:
-        InputError: there is no ledger, or nothing in it.
+        InputError: there is no ledger, or nothing in it; `since` is neither a number of days or weeks nor a date.
     """
+    begin = _begin(since)
     path = book or folder / ledger.NAME
+    from reports.history import closer_sentences, groups
+
     entries, skipped = ledger.read(path)
     if not entries:
         what = "has no entry" if path.exists() else "is not there"
-        raise InputError(f"{path} {what}.", "`parity drift check` writes it.", code="ledger")
+        raise InputError(f"{path} {what}.", "`parity drift check` and `parity conform` write it.", code="ledger")
     findings = last_findings(entries)
+    moved = [(label, ledger.closer(group, begin)) for label, group in groups(entries)]
     if html is not None:
         from reports.files import save
         from reports.history_html import history_html
 
         save(history_html(entries, findings), html)
-    if form is Format.JSON:
+    if output_format is Format.JSON:
         from reports.history import history_as_json
 
-        print(json.dumps(history_as_json(entries, findings)))
+        print(json.dumps(history_as_json(entries, findings, moved)))
     else:
         from rich.console import Console
 
@@ -86,7 +93,23 @@ def show_history(folder: Path, book: Path | None, html: Path | None, form: Forma
         said = [("finding", found) for found in findings]
         said += [("note", f"{skipped} lines of {path} are not entries and were skipped")] if skipped else []
         print_lines(console, labelled(said, console.width))
+        print_lines(console, labelled([("closer", one) for one in closer_sentences(moved)], console.width))
     return DIVERGENCE_CODE if strict and findings else PARITY_CODE
+
+
+def _begin(since: str) -> datetime:
+    """The time that --since stands for."""
+    try:
+        if since[-1:] in ("d", "w"):
+            return datetime.now(UTC) - timedelta(days=int(since[:-1]) * (7 if since[-1] == "w" else 1))
+        time = datetime.fromisoformat(since)
+        return time if time.tzinfo else time.replace(tzinfo=UTC)
+    except (ValueError, OverflowError):
+        raise InputError(
+            f"--since {since!r} is not a time.",
+            "Take a number of days (7d), of weeks (2w), or a date (2026-11-19).",
+            code="since",
+        ) from None
 
 
 def last_findings(entries: list[Entry]) -> list[str]:

@@ -62,7 +62,7 @@ def ours(given: o.Given, out: OutOption) -> None:
         "window",
         "threads",
     ),
-    *("first_position", "verbose"),
+    *("first_position", "verbose", "mapping"),
 )
 def ref(
     given: o.Given,
@@ -74,10 +74,10 @@ def ref(
             help="Take the tokens (generated ones too), points and positions from this dump, and run llama.cpp along them.",
         ),
     ] = None,
-    names: o.MapOption = None,
-    offset: o.OffsetOption = None,
 ) -> None:
     """Run a prompt through llama.cpp and write what it computed; any architecture that llama.cpp has."""
+    from checkpoints.formats import load
+
     from ..run import session
     from ..run.prompt import given_prompt
     from ..run.request import Request
@@ -85,7 +85,8 @@ def ref(
 
     if follow is None and given["prompt"] is given["tokens"] is None:
         given_prompt(None, None, None)
-    followed = o.dump(follow, names, offset) if follow is not None else None
+    mapping = given.pop("mapping")  # of what is followed: llama.cpp's own names need none
+    followed = load(follow, mapping) if follow is not None else None
     result = session.dump_reference(Request(**given), out, followed)
     left = [name for name in followed.points if name not in result.points] if followed is not None else []
     if followed is not None:

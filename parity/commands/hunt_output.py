@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ..run.request import Request
 
 
-def hunted(request: "Request", started: "Reference", form: Format) -> int:
+def hunted(request: "Request", started: "Reference", output_format: Format) -> int:
     """Hunt, print what is found as it is found, write diff.json and the report, and return the exit code."""
     from rich.console import Console
     from rich.text import Text
@@ -33,18 +33,18 @@ def hunted(request: "Request", started: "Reference", form: Format) -> int:
     console = Console()
 
     def heard(step: "Heard") -> None:
-        if form is Format.JSON:
+        if output_format is Format.JSON:
             return
         if step.round.number == 1:
             print_header(console, step.ours.header, step.ref.header)
         print_lines(console, report.round_lines(step.round, console.width))
 
-    with progress_bar(form) as progress:
+    with progress_bar(output_format) as progress:
         result = hunt(request, progress, started, heard)
     found, outcome = result.hunt, result.outcome
     answer = report.as_json(found) | {"folder": str(outcome.folder), "seconds": round(outcome.seconds, 3)}
     put(outcome.folder / "diff.json", (json.dumps(answer, indent=1) + "\n").encode())
-    if form is Format.JSON:
+    if output_format is Format.JSON:
         print(json.dumps(answer))
     else:
         print_lines(console, [Text(""), *report.lines(found, console.width)])
@@ -52,6 +52,6 @@ def hunted(request: "Request", started: "Reference", form: Format) -> int:
     write_html(
         whole_report(outcome.verdict, outcome.ours, outcome.ref, outcome.picture, beside), outcome.folder / "report.html"
     )
-    if form is Format.TEXT:
+    if output_format is Format.TEXT:
         print(f"{report.summary(found)}   {printable(str(outcome.folder), None)}/")
     return PARITY_CODE if found else DIVERGENCE_CODE

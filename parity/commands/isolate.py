@@ -19,15 +19,13 @@ class CacheType(StrEnum):
     F16 = "f16"
 
 
+@o.fills("model", "optional_prompt", "mapping", "compute", "threads", "verbose")
 def isolate(
+    given: o.Given,
     dump: Annotated[
         Path | None,
         typer.Argument(help="Your engine's dump with whole values; without it llama.cpp's own operations are proven."),
     ] = None,
-    model: o.ModelOption = None,
-    prompt: o.PromptOption = None,
-    prompt_file: o.PromptFileOption = None,
-    tokens: o.TokensOption = None,
     mode: Annotated[
         o.Mode | None,
         typer.Option(
@@ -43,9 +41,6 @@ def isolate(
     tensors: Annotated[
         Path | None, typer.Option("--tensors", help="The dump's safetensors file, if it is not beside the dump.")
     ] = None,
-    names: o.MapOption = None,
-    offset: o.OffsetOption = None,
-    compute: o.ComputeOption = None,
     windows: Annotated[
         bool, typer.Option(help="Let llama.cpp judge layers of which only inputs and outputs were recorded.")
     ] = True,
@@ -53,9 +48,7 @@ def isolate(
         str | None,
         typer.Option("--graft", help="blk.N.l_out: llama.cpp goes on from your hidden state; does the next token change?"),
     ] = None,
-    threads: o.ThreadsOption = None,
-    form: o.FormatOption = o.Format.TEXT,
-    verbose: o.VerboseOption = False,
+    output_format: o.FormatOption = o.Format.TEXT,
 ) -> None:
     """Name all operations that are wrong, and those that are proven right and need not be looked at again.
 
@@ -68,34 +61,26 @@ def isolate(
 
     Exits 0 if nothing is wrong, 1 if something is.
     """
-    from ..isolate.isolate import IsolateRequest
-    from ..isolate.isolate import isolate as judge
-    from ..models.embedded import path as default_model
-    from .output import answer
-
-    if dump is None and any(value is not None for value in (tensors, names, offset)):
-        raise InputError("--tensors, --map and --offset need a dump.", "Give it: parity isolate DUMP …", code="usage")
-    given = [value for value in (prompt, prompt_file, tokens) if value is not None]
-    text, ids = given_prompt(prompt, prompt_file, tokens) if dump is None or given else (None, None)
-    found = judge(
-        IsolateRequest(
-            model=model or default_model(),
-            prompt=text,
-            tokens=ids,
-            mode=mode.value if mode is not None else "",
-            kv_type=kv_type.value,
-            generate=generate,
-            rows=numbers(rows, "--rows") if rows is not None else (),
-            dump=dump,
-            tensors=tensors,
-            mapping=o.mapping(names, offset),
-            compute=compute.value if compute else None,
-            windows=windows,
-            graft=graft,
-            threads=threads,
-            verbose=verbose,
-        )
-    )
+    from checkpoints.mapping import Mapping
     from reports import isolation
 
-    raise typer.Exit(answer(found, isolation, form))
+    from ..isolate.isolate import IsolateRequest
+    from ..isolate.isolate import isolate as judge
+    from .output import answer
+
+    if dump is None and (tensors is not None or given["mapping"] != Mapping()):
+        raise InputError("--tensors, --map and --offset need a dump.", "Give it: parity isolate DUMP …", code="usage")
+    if dump is None and given["prompt"] is given["tokens"] is None:
+        given_prompt(None, None, None)
+    request = IsolateRequest(
+        **given,
+        mode=mode.value if mode is not None else "",
+        kv_type=kv_type.value,
+        generate=generate,
+        rows=numbers(rows, "--rows") if rows is not None else (),
+        dump=dump,
+        tensors=tensors,
+        windows=windows,
+        graft=graft,
+    )
+    raise typer.Exit(answer(judge(request), isolation, output_format))

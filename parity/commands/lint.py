@@ -8,7 +8,9 @@ import typer
 from . import options as o
 
 
+@o.fills("mapping")
 def lint(
+    given: o.Given,
     file: Annotated[Path, typer.Argument(help="A dump: your engine's, or llama.cpp's.", show_default=False)],
     model: Annotated[
         Path | None,
@@ -16,18 +18,17 @@ def lint(
             "--model", "-m", help="GGUF file of the dump: with it late captures, wrong tokens and wrong shapes are found, too."
         ),
     ] = None,
-    names: o.MapOption = None,
-    offset: o.OffsetOption = None,
-    form: o.FormatOption = o.Format.TEXT,
+    output_format: o.FormatOption = o.Format.TEXT,
 ) -> None:
     """Can this dump be trusted?
 
     Before your engine is blamed: does the dump show what the engine computed? Finds buffers captured too late or not copied,
     device memory read on the host, wrong types, doubled or missing positions, cut files. Exits 0 if clean, 1 with findings.
     """
-    from reports import lint as room
+    from checkpoints.formats import load
+    from reports import lint as report
 
-    from ..lint.lint import lint as look
+    from ..lint.lint import lint as check
     from .output import answer
 
-    raise typer.Exit(answer(look(o.dump(file, names, offset), model), room, form))
+    raise typer.Exit(answer(check(load(file, given["mapping"]), model), report, output_format))

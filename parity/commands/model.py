@@ -5,7 +5,6 @@ from typing import Annotated
 
 import typer
 
-from ..run.prompt import given_prompt
 from . import options as o
 
 
@@ -13,29 +12,23 @@ def model(
     path: Annotated[
         Path | None, typer.Argument(metavar="M", help="GGUF file; default: the embedded stories model.", show_default=False)
     ] = None,
-    form: o.FormatOption = o.Format.TEXT,
+    output_format: o.FormatOption = o.Format.TEXT,
 ) -> None:
     """What an engine must know of a model: ε, RoPE kind and base, head size, tied output, and the points with their shapes."""
     from ..model.describe import describe
     from ..models.embedded import path as default_model
     from .output import print_facts
 
-    print_facts(describe(path or default_model()), form)
+    print_facts(describe(path or default_model()), output_format)
 
 
-def tokens(
-    model: o.ModelOption = None,
-    prompt: o.PromptOption = None,
-    prompt_file: o.PromptFileOption = None,
-    form: o.FormatOption = o.Format.TEXT,
-) -> None:
+@o.fills("model", "text")
+def tokens(given: o.Given, output_format: o.FormatOption = o.Format.TEXT) -> None:
     """Token ids and pieces of a prompt, as llama.cpp makes them, special tokens included."""
     from reference.client import Reference
 
-    from ..models.embedded import path as default_model
     from .output import print_tokens
 
-    text, _ = given_prompt(prompt, prompt_file, None)
     with Reference() as reference:
-        made = reference.tokenize(model or default_model(), text or "")
-    print_tokens(made, form)
+        tokenized = reference.tokenize(given["model"], given["prompt"])
+    print_tokens(tokenized, output_format)

@@ -33,9 +33,9 @@ class Room(Protocol):
         """As one JSON object."""
 
 
-def answer(found: Any, room: Room, form: Format) -> int:
+def answer(found: Any, room: Room, output_format: Format) -> int:
     """Print an answer that is true where nothing is wrong, and return the exit code."""
-    if form is Format.JSON:
+    if output_format is Format.JSON:
         print(json.dumps(room.as_json(found)))
     else:
         from rich.console import Console
@@ -47,11 +47,11 @@ def answer(found: Any, room: Room, form: Format) -> int:
     return PARITY_CODE if found else DIVERGENCE_CODE
 
 
-def catalogue_as(form: Format) -> None:
+def catalogue_as(output_format: Format) -> None:
     """Print the catalogue of known faults."""
     from engine.faults import CATALOGUE
 
-    if form is Format.JSON:
+    if output_format is Format.JSON:
         faults = [
             {"fault": fault.name, "group": fault.group, "symptom": fault.symptom, "fix": fault.fix, "seen": fault.seen}
             for fault in CATALOGUE.values()
@@ -82,9 +82,9 @@ def written(path: Path) -> None:
 
 
 @contextmanager
-def progress_bar(form: Format) -> Iterator["Progress | None"]:
+def progress_bar(output_format: Format) -> Iterator["Progress | None"]:
     """A bar on stderr while a run computes; nothing where stderr is no terminal or the answer is for machines."""
-    if form is Format.JSON or not sys.stderr.isatty():
+    if output_format is Format.JSON or not sys.stderr.isatty():
         yield None
         return
     from rich.console import Console
@@ -101,9 +101,9 @@ def progress_bar(form: Format) -> Iterator["Progress | None"]:
         yield update
 
 
-def print_facts(facts: Mapping[str, Any], form: Format) -> None:
+def print_facts(facts: Mapping[str, Any], output_format: Format) -> None:
     """Named facts, one a line; nested ones indented."""
-    if form is Format.JSON:
+    if output_format is Format.JSON:
         print(json.dumps({"schema": 1, **facts}))
         return
     for line in _lines(facts, 0):
@@ -129,9 +129,9 @@ def _text(value: Any) -> str:
     return printable(str(value))
 
 
-def print_tokens(tokens: "Tokens", form: Format) -> None:
+def print_tokens(tokens: "Tokens", output_format: Format) -> None:
     """Ids and pieces, one a line."""
-    if form is Format.JSON:
+    if output_format is Format.JSON:
         facts = {"ids": list(tokens.ids), "pieces": list(tokens.pieces), "bos": tokens.bos, "eos": tokens.eos}
         print(
             json.dumps({"schema": 1, **facts, "add_bos": tokens.add_bos, "add_eos": tokens.add_eos, "n_vocab": tokens.n_vocab})

@@ -50,7 +50,7 @@ def score(
             "--explain-worst", help="Run both sides up to the worst position and look for the layer, operation and cause."
         ),
     ] = False,
-    form: Annotated[
+    output_format: Annotated[
         ScoreFormat, typer.Option("--format", help="text for people, json, or markdown to paste into a pull request.")
     ] = ScoreFormat.TEXT,
 ) -> None:
@@ -77,7 +77,6 @@ def score(
         raise InputError("more than one base was given.", "Take one of --base, --base-model and --alone.", code="usage")
     if explain_worst and alone:
         raise InputError("--explain-worst needs a base.", "Leave --alone out.", code="usage")
-    o.no_input(save_base, text, base, base_model, given["model"])
     source = EXEC if given["command"] is not None else (side.value if side is not None else OURS)
     request = ScoreRequest(Request(**given), text, source, context, chunks, base, base_model, save_base, alone)
 
@@ -87,6 +86,6 @@ def score(
             print(f"\rchunk {done} of {total}, perplexity {perplexity:.4f} ", end=end, file=sys.stderr, flush=True)
 
     found, leading = run(request, progress)
-    show(found, form.value)
+    show(found, output_format.value)
     if explain_worst and leading:
-        raise typer.Exit(explained(request.run, source, leading, quiet=form is not ScoreFormat.TEXT))
+        raise typer.Exit(explained(request.run, source, leading, quiet=output_format is not ScoreFormat.TEXT))

@@ -15,13 +15,13 @@ if TYPE_CHECKING:
     from ..run.request import Request
 
 
-def show(found: "Scored", form: str) -> None:
+def show(found: "Scored", output_format: str) -> None:
     """Print the figures."""
     from reports import score as report
 
-    if form == "json":
+    if output_format == "json":
         print(json.dumps(report.as_json(found)))
-    elif form == "markdown":
+    elif output_format == "markdown":
         print(report.markdown(found), end="")
     else:
         from rich.console import Console

@@ -11,11 +11,11 @@ if TYPE_CHECKING:
     from checkpoints.record import Dump
 
 
-def show_three(found: "ThreeWay", dumps: "tuple[Dump, Dump, Dump]", form: Format) -> int:
+def show_three(found: "ThreeWay", dumps: "tuple[Dump, Dump, Dump]", output_format: Format) -> int:
     """Print the answer and return the exit code."""
     from reports.three_way import as_json, lines
 
-    if form is Format.JSON:
+    if output_format is Format.JSON:
         print(json.dumps(as_json(found)))
         return PARITY_CODE if found else DIVERGENCE_CODE
     from rich.console import Console

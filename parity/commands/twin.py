@@ -8,18 +8,18 @@ import typer
 from . import options as o
 
 
+@o.fills("verbose")
 def twin(
+    given: o.Given,
     model: Annotated[Path, typer.Argument(help="GGUF file.", show_default=False)],
     out: Annotated[Path, typer.Option("--out", "-o", help="The file to write.")],
     kind: Annotated[str, typer.Option("--type", help="F32, or another of llama.cpp's types: F16, Q8_0, Q4_K_M, …")] = "F32",
-    verbose: o.VerboseOption = False,
 ) -> None:
     """Write an F32 copy of a model with llama.cpp: what exact mode runs, and what your engine should load for it."""
     from reference.client import Reference
 
     from .output import written
 
-    o.no_input(out, model)
-    with Reference(verbose=verbose) as reference:
+    with Reference(verbose=given["verbose"]) as reference:
         reference.quantize(model, kind, out)
     written(out)

@@ -10,8 +10,9 @@ from checkpoints.errors import InputError
 from . import options as o
 
 
+@o.fills("model", "backend")
 def weights(
-    model: o.ModelOption = None,
+    given: o.Given,
     theirs: Annotated[
         Path | None,
         typer.Option(
@@ -25,8 +26,7 @@ def weights(
             "--hf", help="The Hugging Face folder that the file was converted from: every tensor and config.json are compared."
         ),
     ] = None,
-    backend: o.BackendOption = o.BackendName.AUTO,
-    form: o.FormatOption = o.Format.TEXT,
+    output_format: o.FormatOption = o.Format.TEXT,
 ) -> None:
     """Are the weights read right? Every tensor dequantised by us, by libggml and by gguf-py, byte for byte.
 
@@ -39,26 +39,24 @@ def weights(
 
     Exits 0 if all are right, 1 if one is not.
     """
-    from ..models.embedded import path as default_model
     from .output import answer, progress_bar
 
-    path = model or default_model()
     if theirs is not None and hf is not None:
         raise InputError("--theirs and --hf were given.", "Take one of them.", code="theirs")
     if hf is not None:
         from ..weights.conversion import check_conversion
 
-        with progress_bar(form) as progress:
-            found = check_conversion(path, hf, progress)
+        with progress_bar(output_format) as progress:
+            found = check_conversion(given["model"], hf, progress)
     elif theirs is not None:
         from ..weights.foreign_weights import check_foreign
 
-        found = check_foreign(path, theirs)
+        found = check_foreign(given["model"], theirs)
     else:
         from ..weights.weights import check_weights
 
-        with progress_bar(form) as progress:
-            found = check_weights(path, backend.value, progress)
+        with progress_bar(output_format) as progress:
+            found = check_weights(given["model"], given["backend"], progress)
     from reports import weights as report
 
-    raise typer.Exit(answer(found, report, form))
+    raise typer.Exit(answer(found, report, output_format))

@@ -19,7 +19,6 @@ from checkpoints.answers.conform import (
 from checkpoints.answers.diff import Verdict
 from checkpoints.answers.explain import Explanation
 from checkpoints.errors import DumpError, ParityError
-from checkpoints.formats import load
 from checkpoints.points import parse
 from checkpoints.reading.reader import read
 from checkpoints.record import Dump
@@ -30,15 +29,14 @@ from reports.html import write_html
 from reports.report import Report
 
 from ..diff.compare import Comparison
-from ..explain.case import ExplainOptions
-from ..explain.input import explain_dump
-from ..explain.on_model import compared_on
 from ..run.command import POINTS, EngineError
+from ..run.hugging_face import HuggingFace
 from ..run.request import Prompt, Request
 from ..run.session import comparison_options
-from ..run.sides import ExternalEngine, LlamaCpp, OurEngine, Side
+from ..run.sides import ExternalEngine, LlamaCpp, OurEngine
+from ..run.state import loaded
 from . import identity, results
-from .matrix import PROMPTS, portions
+from .matrix import PREFILL, prompt_of
 from .models import Models, model_name
 
 _SLICE = 256  # leading values of llama.cpp's records: whole rows of nearly everything in a tiny model
@@ -47,11 +45,29 @@ _EXPLAIN = 20.0  # seconds for the cause of one cell
 
 @dataclass(frozen=True)
 class Settings:
-    """What all cells of a run share: how the side is started and judged (`run`; its model and tokens are the cells')."""
+    """What all cells of a run share: how the side is started and judged (`run`; its model and tokens are the cells').
+
+    The side is `run.command`, else `hugging_face`, else our engine.
+    """
 
     run: Request
     folder: Path
     explain: bool = True
+    hugging_face: HuggingFace | None = None
+
+    @property
+    def name(self) -> str:
+        """The side's short name."""
+        if self.run.command is not None:
+            return self.run.command.name
+        return "hf" if self.hugging_face is not None else "ours"
+
+    @property
+    def side(self) -> str:
+        """The side in words."""
+        if self.run.command is not None:
+            return self.run.command.line
+        return self.hugging_face.name if self.hugging_face is not None else "our engine"
 
 
 def key_of(settings: Settings, engine: str, cell: Cell) -> str:
@@ -59,17 +75,17 @@ def key_of(settings: Settings, engine: str, cell: Cell) -> str:
     run = settings.run
     judged = (run.compute, run.tolerance, run.mapping, settings.explain, run.command.timeout if run.command else None)
     model = model_name(cell.architecture, cell.type, identity.program())
-    return identity.digest(identity.program(), engine, model, PROMPTS[cell.prompt], cell.mode, judged)
+    return identity.digest(identity.program(), engine, model, prompt_of(cell), cell.mode, judged)
 
 
 class Bench:
-    """Runs cells in one process, with one llama.cpp. A context manager."""
+    """Runs cells in one process, with one llama.cpp, which is started by the first cell that needs it. A context manager."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._reference = Reference(threads=settings.run.threads, verbose=settings.run.verbose)
+        self._reference = Reference(threads=settings.run.threads, verbose=settings.run.verbose, start=False)
         self._models = Models(settings.folder / "models", self._reference, identity.program())
-        self._engine = identity.of_command(settings.run.command)
+        self._engine = identity.of_side(settings.run.command, settings.hugging_face)
         self._causes: dict[tuple[str, str, str], tuple[str, str]] = {}  # architecture, type, first divergent kind
 
     def __enter__(self) -> "Bench":
@@ -98,32 +114,36 @@ class Bench:
         return result
 
     def _fresh(self, cell: Cell, model: Path, model_key: str) -> CellResult:
-        ids = PROMPTS[cell.prompt]
-        request = replace(self._settings.run, model=model, tokens=ids, points="all", slice_size=_SLICE)
-        prompt = Prompt(None, ids, ())
+        prompt = prompt_of(cell)
+        assert prompt is not None  # the matrix has no such cells
+        request = replace(self._settings.run, model=model, tokens=prompt.ids, points="all", slice_size=_SLICE)
         out = self._settings.folder / "dumps" / f"{cell.name.replace(' ', '-')}.jsonl"
         out.parent.mkdir(parents=True, exist_ok=True)
         try:
-            self._side(request).dump(replace(prompt, portions=portions(cell.mode, len(ids)) or ()), out)
+            self._side(request).dump(prompt, out)
+            ours = loaded(out, prompt, request.mapping)
+        except DumpError as error:  # its path is another in every cell
+            return CellResult(cell, UNUSABLE, error.message.replace(str(out), "its dump"))
         except EngineError as error:
-            return CellResult(
-                cell, {"crashed": CRASHED, "refused": REFUSED, "timed out": TIMED_OUT}.get(error.how, UNUSABLE), error.message
-            )
+            verdict = {"crashed": CRASHED, "refused": REFUSED, "timed out": TIMED_OUT}.get(error.how, UNUSABLE)
+            return CellResult(cell, verdict, error.message.replace(str(model), "the model"))
         except ParityError as error:  # our own engine has no such model
             return CellResult(cell, REFUSED, error.message)
         try:  # only now: what the side refuses needs no reference
-            ref = self._reference_dump(request, prompt, model_key, cell.prompt)
+            ref = self._reference_dump(request, Prompt(None, prompt.ids, ()), model_key, cell.prompt)
         except ParityError as error:
             return CellResult(cell, NO_REFERENCE, error.message)
         try:
-            ours = load(out, request.mapping)
             return self._judged(cell, request, ours, ref)
-        except DumpError as error:  # its path is another in every cell
+        except DumpError as error:
             return CellResult(cell, UNUSABLE, error.message.replace(str(out), "its dump"))
 
-    def _side(self, request: Request) -> Side:
+    def _side(self, request: Request) -> ExternalEngine | HuggingFace | OurEngine:
         if request.command is None:
-            return OurEngine(request, self._reference, resident=True)
+            theirs = self._settings.hugging_face
+            return (
+                OurEngine(request, self._reference, resident=True) if theirs is None else replace(theirs, model=request.model)
+            )
         names = self._models.points(request.model) if request.command.takes(POINTS) else ""
         return ExternalEngine(request, request.command, self._reference, model=request.model, names=names)
 
@@ -138,6 +158,8 @@ class Bench:
         return read(out)
 
     def _judged(self, cell: Cell, request: Request, ours: Dump, ref: Dump) -> CellResult:
+        from ..explain.on_model import compared_on  # with the arbiter and all steps
+
         found = compared_on(ours, ref, comparison_options(request), request.model, third_side=False)
         verdict, precision = found.verdict, found.verdict.precision
         lower = precision.arithmetic.upper() if precision is not None and precision.in_float32 else ""
@@ -160,6 +182,8 @@ class Bench:
             explanation = self._explained(request, ours)
             self._causes[place] = cause_of(verdict, explanation)
         cause, sentence = self._causes[place]
+        if cell.mode != PREFILL and self._passed(replace(cell, mode=PREFILL)):
+            cause = f"{cause}, in {cell.mode} only"
         return replace(
             result,
             checkpoint=first.checkpoint if first is not None else "",
@@ -169,9 +193,17 @@ class Bench:
             report=self._report(cell, ours, ref, found, explanation),
         )
 
+    def _passed(self, cell: Cell) -> bool:
+        """Whether that cell was parity."""
+        kept = results.load(self._settings.folder, key_of(self._settings, self._engine, cell))
+        return kept is not None and kept.verdict == PARITY
+
     def _explained(self, request: Request, ours: Dump) -> Explanation | None:
         if not self._settings.explain:
             return None
+        from ..explain.case import ExplainOptions
+        from ..explain.input import explain_dump
+
         known = ours.header is not None and bool(ours.header.tokens)
         options = ExplainOptions(tokens=None if known else request.tokens, budget=_EXPLAIN, compute=request.compute)
         try:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import cache
 from time import perf_counter
 
@@ -12,6 +13,7 @@ from checkpoints.errors import InputError
 
 from . import identity, results
 from .bench import Bench, Settings, key_of
+from .history import noted
 from .workers import workers_of
 
 Progress = Callable[[CellResult, int, int], None]  # a result, how many there are now, of how many
@@ -47,20 +49,22 @@ def conform(request: ConformRequest, progress: Progress = lambda *_: None) -> Co
             progress(result, len(done), len(request.cells))
     except KeyboardInterrupt:
         pass  # what is missing is in `not_run`
-    command = request.settings.run.command
-    return Conformance(
-        side=command.line if command is not None else "our engine",
+    found = Conformance(
+        side=request.settings.side,
         results=tuple(done[cell] for cell in request.cells if cell in done),
         not_run=tuple(cell for cell in request.cells if cell not in done),
         seconds=perf_counter() - began,
         workers=request.workers,
         folder=str(request.settings.folder),
     )
+    if not found.not_run:
+        noted(found, request.settings, datetime.now(UTC).isoformat(timespec="seconds"))
+    return found
 
 
 def _results(request: ConformRequest) -> Iterator[CellResult]:
     settings, rest = request.settings, []
-    engine = identity.of_command(settings.run.command)
+    engine = identity.of_side(settings.run.command, settings.hugging_face)
     for cell in request.cells:
         kept = results.load(settings.folder, key_of(settings, engine, cell))
         if kept is None:

@@ -12,6 +12,7 @@ import parity
 import reference
 
 from ..run.command import Command
+from ..run.hugging_face import HuggingFace
 
 _LARGEST_PROGRAM = (
     1 << 30
@@ -40,10 +41,17 @@ def of_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()[:32]
 
 
-def of_command(command: Command | None) -> str:
+def of_side(command: Command | None, hugging_face: HuggingFace | None = None) -> str:
+    """A foreign engine's command, Hugging Face's versions, or our engine."""
+    if command is not None:
+        return of_command(command)
+    if hugging_face is not None:
+        return digest(hugging_face.python, hugging_face.device, hugging_face.versions())
+    return "ours"
+
+
+def of_command(command: Command) -> str:
     """A command line and the content of every file that it names, the program first of all: a new build is another engine."""
-    if command is None:
-        return "ours"
     parts: list[object] = [command.line, command.shell]
     for word in shlex.split(command.line):
         for text in (word, word.partition("=")[2]):

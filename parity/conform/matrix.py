@@ -1,7 +1,7 @@
 """The cells of a run: profiles, lists and globs of architectures, weight types, prompts and modes."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from itertools import product
@@ -10,8 +10,13 @@ from checkpoints.answers.conform import Cell
 from checkpoints.errors import InputError
 from engine.synth.recipes import dense, encoders, experts, names, recurrent
 
-PREFILL, DECODE, CHUNKED = "prefill", "decode", "chunked"
-MODES = (PREFILL, DECODE, CHUNKED)
+from ..run import command
+from ..run.request import Prompt
+
+PREFILL, DECODE, CHUNKED, BATCH, STATE = "prefill", "decode", "chunked", "batch", "state"
+MODES = (PREFILL, DECODE, CHUNKED, BATCH, STATE)
+# What a side must be told for a mode: the placeholder of its command line.
+NEEDS = {DECODE: command.PORTIONS, CHUNKED: command.PORTIONS, BATCH: command.SEQUENCES, STATE: command.STATE}
 # Column -> the file type that llama.cpp makes it with. Types that need an importance matrix are left out.
 TYPES = {
     "F32": "F32", "F16": "F16", "BF16": "BF16", "Q8_0": "Q8_0", "Q4_0": "Q4_0", "Q4_1": "Q4_1", "Q5_0": "Q5_0", "Q5_1": "Q5_1",
@@ -24,7 +29,7 @@ PROMPTS = {
     "one": (403,),
     "same": (745,) * 9,
 }
-_DECODED = 3  # tokens that DECODE computes one by one after the rest
+_DECODED = 3  # tokens that DECODE computes one by one after the rest, and STATE after its state was restored
 _LISTED = 20  # names that an error lists
 _CHUNK = 4  # tokens a pass in CHUNKED
 
@@ -74,9 +79,10 @@ def cells(
     chosen = PROFILES[profile]
     wanted_modes = list(possible_modes) if modes is None else _picked(modes, MODES, "--modes")
     if impossible := [mode for mode in wanted_modes if mode not in possible_modes]:
+        needed = NEEDS[impossible[0]]
         raise InputError(
-            f"--modes {impossible[0]} needs an engine that is told how to split the prompt.",
-            "Put {portions} into --exec: the number of tokens in each forward pass, separated by commas.",
+            f"--modes {impossible[0]} needs an engine that is told {_TOLD[needed][0]}.",
+            f"Put {needed} into --exec: {_TOLD[needed][1]}.",
             code="modes",
         )
     axes = (
@@ -85,18 +91,37 @@ def cells(
         chosen.prompts if prompts is None else _picked(prompts, tuple(PROMPTS), "--prompts"),
         wanted_modes,
     )
-    return [Cell(*place) for place in product(*axes) if portions(place[3], len(PROMPTS[place[2]])) is not None]
+    return [cell for cell in (Cell(*place) for place in product(*axes)) if prompt_of(cell) is not None]
 
 
-def portions(mode: str, count: int) -> tuple[int, ...] | None:
-    """How many tokens each pass takes of a prompt of `count`; None if the mode would be the same as a prefill."""
-    if mode == PREFILL:
-        return (count,)
-    if mode == DECODE:
-        return (count - _DECODED, *[1] * _DECODED) if count > _DECODED else None
-    if count <= _CHUNK:
+_TOLD = {
+    command.PORTIONS: ("how to split the prompt", "the number of tokens in each forward pass, separated by commas"),
+    command.SEQUENCES: ("several prompts at once", "ids with commas, prompts with semicolons, in the place of {tokens}"),
+    command.STATE: ("where its state is kept", "a file to go on from if it is there, and to leave the state in at the end"),
+}
+
+
+def prompt_of(cell: Cell) -> Prompt | None:
+    """The cell's prompt and how it is computed; None if the mode would be the same as a prefill."""
+    ids = PROMPTS[cell.prompt]
+    prompt, count = Prompt(None, ids, ()), len(ids)
+    if cell.mode == PREFILL:
+        return prompt
+    if cell.mode == BATCH:  # the others of PROMPTS, shorter ones and longer ones
+        return replace(prompt, companions=tuple(other for name, other in PROMPTS.items() if name != cell.prompt))
+    if cell.mode == CHUNKED:
+        rest = [count % _CHUNK] if count % _CHUNK else []
+        return replace(prompt, portions=(*[_CHUNK] * (count // _CHUNK), *rest)) if count > _CHUNK else None
+    if count <= _DECODED:
         return None
-    return tuple([_CHUNK] * (count // _CHUNK) + ([count % _CHUNK] if count % _CHUNK else []))
+    if cell.mode == STATE:
+        return replace(prompt, saved=count - _DECODED)
+    return replace(prompt, portions=(count - _DECODED, *[1] * _DECODED))
+
+
+def modes_of(ways: Collection[str]) -> tuple[str, ...]:
+    """The modes that a side can be asked for, which can be told `ways`."""
+    return tuple(mode for mode in MODES if mode not in NEEDS or NEEDS[mode] in ways)
 
 
 def _picked(text: str, known: Sequence[str], option: str) -> list[str]:

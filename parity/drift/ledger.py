@@ -4,12 +4,13 @@ import json
 import os
 import subprocess
 from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import orjson
 
-from checkpoints.answers.drift import Change, Entry, Margin
+from checkpoints.answers.drift import Change, Closer, Entry, Margin
 from checkpoints.errors import InputError
 from checkpoints.record import Header
 
@@ -23,6 +24,8 @@ GROWTH = 10.0
 # the stored golden dumps against our engine on six kernel families of OpenBLAS, one and two threads: 0.0026 … 0.0068 of the
 # limit, so that no move between machines is tenfold of it; where both sides are the same build, 0.
 NOISE = 3e-3
+_MOVED = 1.01  # times an earlier error: a smaller move is none that anybody would look at
+_NOTHING = 1e-6  # of the limit: below it two errors are both nothing
 # Nearer to the limit than this is warned of before it is reached.
 NEAR = 0.1
 
@@ -105,6 +108,31 @@ def findings(points: Sequence[Margin]) -> list[str]:
     return said
 
 
+def closer(entries: Sequence[Entry], since: datetime) -> list[Closer]:
+    """What came nearer to its limit from the last check before `since` (else the first one) to the last of all; the most grown first.
+
+    Args:
+        entries: checks that can be compared with each other, oldest first.
+        since: a time with its zone.
+    """
+    earlier = [entry for entry in entries if _time(entry.time) <= since] or list(entries[:1])
+    if not earlier or earlier[-1] is entries[-1]:
+        return []
+    before, now = earlier[-1], entries[-1]
+    moved = [
+        Closer(name, before.points[name][2], figures[2], before.time)
+        for name, figures in now.points.items()
+        if name in before.points and figures[2] > _MOVED * max(before.points[name][2], _NOTHING)
+    ]
+    return sorted(moved, key=lambda moved: -moved.now / max(moved.before, _NOTHING))
+
+
+def _time(text: str) -> datetime:
+    """Raises ValueError for what is no time."""
+    time = datetime.fromisoformat(text)
+    return time if time.tzinfo else time.replace(tzinfo=UTC)
+
+
 def versions(header: Header | None) -> dict[str, str]:
     """What could explain a change: versions, backend, device, threads, as a dump's header says it."""
     if header is None:
@@ -139,6 +167,7 @@ def commit() -> tuple[str, bool]:
 def _entry(line: dict[str, Any]) -> Entry:
     if line["schema"] != SCHEMA:
         raise ValueError("a newer schema")
+    _time(line["time"])
     return Entry(
         time=line["time"],
         commit=line["commit"],

@@ -10,7 +10,7 @@ import numpy as np
 from checkpoints.errors import DumpError, ModelError
 from checkpoints.record import Dump, Header
 from engine.graph import Step, sees_later
-from engine.opened import open_engine
+from engine.opened import open_plain
 from engine.replay.replay import Replay
 from engine.weights.gguf_model import GgufModel
 
@@ -51,7 +51,7 @@ class Case:
     def __init__(self, dump: Dump, model: Path, options: ExplainOptions) -> None:
         self.dump = _first_sequence(dump)
         self._compute = options.compute or ""
-        self.transformer = open_engine(GgufModel(model), options.backend, recorded=partial(recorded_graph, model))
+        self.transformer = open_plain(GgufModel(model), options.backend, recorded=partial(recorded_graph, model))
         if self.transformer.encoder is not None:
             raise ModelError(
                 f"explain does not have encoder–decoders ({self.transformer.hp.architecture}) yet.",

@@ -19,7 +19,8 @@ _ROUNDS = 10  # passes after which a fit ends
 # Part of the error at the first place that a small change of the number must be able to take away for a fit to go on: a scale
 # that is wrong by a factor of three still shows a third of its error along its own derivative.
 _PROMISING = 0.3
-_KEPT = 12  # fits that go on after the first passes
+_KEPT = 12  # fits that go on after the first passes …
+_OF_ONE = 2  # … and those of them that are of one fault at one place, from different starts
 _SLACK = 10.0  # as `batch._SLACK`: products over few rows round otherwise
 _DIGITS = (1, 2, 3, 4, 5, 6, 8)  # significant digits of a fitted number: the fewest that reproduce the records are meant
 _NEAR = 0.01  # part of the error that a fit may leave for round numbers near it to be tried
@@ -140,7 +141,7 @@ class Fitting:
             share = max(0.0, float(trial.last[1] @ trial.last[1]) - gain) / energy
             if min(share, left / energy) < 1 - _PROMISING:
                 good.append((min(share, left / energy), trial))
-        return [trial for _, trial in sorted(good, key=lambda pair: pair[0])[:_KEPT]]
+        return _apart([trial for _, trial in sorted(good, key=lambda pair: pair[0])])[:_KEPT]
 
     def _converged(self, trials: Sequence[_Trial]) -> list[_Trial]:
         """The trials that leave nothing at the first place, one for each fault and its other parameters."""
@@ -267,6 +268,19 @@ class Fitting:
     def _residual_of_state(self) -> Floats:
         name = self._screening.entries[self._point].point
         return self._residual(self._screening.replay(self._state, self._rows).values[name])
+
+
+def _apart(trials: Sequence[_Trial]) -> list[_Trial]:
+    """The trials without those of the same fault and place that go to the same number, and at most so many of one: a factor of a
+    result is met from every start, and would take the places of other faults.
+    """
+    kept: list[_Trial] = []
+    for trial in trials:
+        same = [one for one in kept if one.fit is trial.fit and one.parameters == trial.parameters]
+        near = any(abs(one.at - trial.at) <= _STEP * max(1.0, abs(trial.at)) for one in same)
+        if not near and len(same) < _OF_ONE:
+            kept.append(trial)
+    return kept
 
 
 def _in_layers(fit: Fitted, layers: Sequence[int], right: Any) -> bool:

@@ -9,26 +9,18 @@ from checkpoints.errors import InputError
 from checkpoints.record import Dump
 
 from ..diff.compare import Options, compare
-from ..run.prompt import given_prompt
 from .explain import Case, ExplainOptions, explain
 from .records import right_rows
 
 
-def prompt_tokens(model: Path, prompt: str | None, file: Path | None, tokens: str | None) -> tuple[int, ...] | None:
-    """The ids of the prompt that was given, as llama.cpp makes them; None where none was.
-
-    Raises:
-        InputError: more than one of the three, or an unreadable file.
-    """
-    if prompt is None and file is None and tokens is None:
-        return None
-    text, ids = given_prompt(prompt, file, tokens)
-    if ids is not None:
-        return ids
+def prompt_ids(model: Path, prompt: str | None, tokens: tuple[int, ...] | None) -> tuple[int, ...] | None:
+    """The token ids that were given, or those that llama.cpp makes of the text; None where neither was given."""
+    if prompt is None:
+        return tokens
     from reference.client import Reference
 
     with Reference() as reference:
-        return tuple(reference.tokenize(model, text or "").ids)
+        return tuple(reference.tokenize(model, prompt).ids)
 
 
 def check_reference(ref: Dump, model: Path, options: ExplainOptions) -> None:

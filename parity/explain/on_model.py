@@ -12,7 +12,7 @@ from checkpoints.answers.diff import AGREES, Limits, Precision
 from checkpoints.errors import ParityError
 from checkpoints.points import LOGITS
 from checkpoints.record import Dump, Rows
-from engine.opened import open_engine
+from engine.opened import open_plain
 from engine.weights.gguf_model import GgufModel
 
 from ..arbiter.encoder_decoder import EncoderDecoderArbiter
@@ -54,7 +54,7 @@ def _of_encoder_decoder(ref: Dump, path: Path) -> EncoderDecoderArbiter | None:
     if ref.header is None or not ref.header.tokens:
         return None
     try:
-        transformer = open_engine(GgufModel(path), recorded=partial(recorded_graph, path))
+        transformer = open_plain(GgufModel(path), recorded=partial(recorded_graph, path))
     except ParityError:
         return None
     if transformer.encoder is None:

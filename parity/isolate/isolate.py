@@ -16,7 +16,7 @@ from checkpoints.errors import DumpError, InputError, ModelError
 from checkpoints.graph import RecordedGraph
 from checkpoints.mapping import Mapping
 from checkpoints.record import Header
-from engine.opened import open_engine
+from engine.opened import open_plain
 from engine.replay.proof import proof_steps
 from engine.transformer import Transformer
 from engine.weights.gguf_model import GgufModel
@@ -90,7 +90,7 @@ def _bench(
 
     `expected` is the number of positions of the run.
     """
-    transformer = open_engine(GgufModel(model), "numpy", resident=False, recorded=graph)
+    transformer = open_plain(GgufModel(model), "numpy", resident=False, recorded=graph)
     if transformer.encoder is not None:
         raise ModelError(
             f"isolate does not have encoder–decoders ({transformer.hp.architecture}) yet.",

@@ -10,9 +10,9 @@ from checkpoints.answers.isolate import NOT_OBSERVABLE, PROVEN, WRONG, Graft, Op
 from checkpoints.errors import InputError
 from checkpoints.points import EMBD, LOGITS, OUTPUT_NORM, in_layer, parse, resolve
 from checkpoints.summary import summarise
+from engine.engine import Engine
 from engine.graph import compute
 from engine.replay.proof import proof_steps
-from engine.transformer import Transformer
 from reference.client import Reference
 from reference.jobs import Node
 
@@ -84,14 +84,14 @@ def _compared(values: WholeValues, output: str, computed: NDArray[np.float32], l
 
 
 def graft(
-    reference: Reference, transformer: Transformer, values: WholeValues, tokens: NDArray[np.int64], point: str, mode: str
+    reference: Reference, engine: Engine, values: WholeValues, tokens: NDArray[np.int64], point: str, mode: str
 ) -> list[Graft]:
     """What llama.cpp makes of a foreign hidden state, position by position, against its own run over the same tokens.
 
     Raises:
         InputError: the point is not a layer's output, or is not there as a whole.
     """
-    name, n_layers = resolve(point), transformer.hp.n_layers
+    name, n_layers = resolve(point), engine.hp.n_layers
     parsed = parse(name)
     layer = -1 if name == EMBD else parsed.layer
     if layer is None or (name != EMBD and parsed.kind != "l_out") or layer >= n_layers:
@@ -101,13 +101,13 @@ def graft(
     state = hidden_state(values, name)
     if state is None:
         raise InputError(f"the dump has no whole {name} at every position.", "Record it: --full, all positions.", code="graft")
-    path = transformer.model.path
+    path = engine.model.path
     ids = [int(token) for token in tokens[: len(state)]]
     own = dict(_by_point(reference.capture(path, ids, LOGITS, mode)))[LOGITS]
     if layer == n_layers - 1:  # nothing of llama.cpp is left to go on with but the norm and the output matrix
-        head = proof_steps(transformer.steps, native=mode == "native")[-2:]
-        normed = compute(head[0], [state], transformer.weights)
-        grafted = compute(head[1], [normed], transformer.weights)
+        head = proof_steps(engine.steps, native=mode == "native")[-2:]
+        normed = compute(head[0], [state], engine.weights)
+        grafted = compute(head[1], [normed], engine.weights)
     else:
         going_on = reference.layers(path, layer + 1, n_layers, state, f"{OUTPUT_NORM},{LOGITS}", mode)
         grafted = dict(_by_point(going_on))[LOGITS]

@@ -20,6 +20,7 @@ from checkpoints.printable import printable
 
 CRASHED, REFUSED, TIMED_OUT, UNUSABLE = "crashed", "refused", "timed out", "unusable"
 MODEL, TOKENS, OUT, POINTS, PORTIONS = "{model}", "{tokens}", "{out}", "{points}", "{portions}"
+SEQUENCES, STATE, UBATCH = "{sequences}", "{state}", "{ubatch}"
 DEFAULT_TIMEOUT = 3600.0  # seconds: a CPU engine may take minutes for a long prompt, but a night in CI is nobody's intention
 _TAIL = 1 << 16  # bytes of stderr that are kept: its last lines say what went wrong
 _LARGEST_DUMP = 16 << 30  # bytes; a whole dump of 24 layers × 500 positions × 4,096 values in text is under 1 GB
@@ -42,7 +43,8 @@ class EngineError(InputError):
 class Command:
     """A foreign engine as `--exec` or `--exec-shell` describes it.
 
-    `line` knows {model}, {tokens} (ids with commas), {out}, {points} and {portions}. Without `shell` it is split as a shell would,
+    `line` knows {model}, {tokens} (ids with commas), {sequences} (several prompts, with semicolons), {out}, {points}, {portions},
+    {ubatch} and {state}. Without `shell` it is split as a shell would,
     and started without one: no quoting of paths is needed; leading NAME=value words are set in its environment.
     `timeout` is in seconds.
 
@@ -90,10 +92,30 @@ class Command:
         """Whether the line contains this placeholder."""
         return placeholder in self.line
 
+    @property
+    def ways(self) -> frozenset[str]:
+        """The placeholders in it that say how a prompt is to be computed."""
+        return frozenset(filter(self.takes, (PORTIONS, UBATCH, SEQUENCES, STATE)))
+
     def run(
-        self, *, model: Path, tokens: Sequence[int], out: Path, points: str = "default", portions: Sequence[int] = ()
+        self,
+        *,
+        model: Path,
+        tokens: Sequence[int],
+        out: Path,
+        points: str = "default",
+        portions: Sequence[int] = (),
+        sequences: Sequence[Sequence[int]] = (),
+        ubatch: int | None = None,
+        state: Path | None = None,
     ) -> None:
         """Start the engine and wait until it has written `out`; without {out} in the line its stdout is the dump.
+
+        Args:
+            portions: the number of tokens of each forward pass; all in one (of the longest prompt of several), if empty.
+            sequences: prompts that are computed together; `tokens` alone, if empty.
+            ubatch: the most tokens that are to be computed at once; as many as there are, if None.
+            state: the file from which the engine goes on if it is there, and in which it leaves its state; none, if None.
 
         Raises:
             EngineError: the program does not exist, failed, took too long, wrote too much, or left no dump.
@@ -103,7 +125,10 @@ class Command:
             TOKENS: ",".join(map(str, tokens)),
             OUT: str(out),
             POINTS: points,
-            PORTIONS: ",".join(map(str, portions or (len(tokens),))),
+            PORTIONS: ",".join(map(str, portions or (max(map(len, sequences or (tokens,))),))),
+            SEQUENCES: ";".join(",".join(map(str, ids)) for ids in sequences or (tokens,)),
+            UBATCH: str(ubatch or sum(map(len, sequences or (tokens,)))),
+            STATE: "" if state is None else str(state),
         }
         environment, program = self._split()
         arguments: list[str] | str
@@ -200,7 +225,7 @@ class Command:
 
 def _filled(text: str, values: Mapping[str, str]) -> str:
     """The text with every placeholder replaced; placeholders inside the values are left alone."""
-    return re.sub(r"\{(?:model|tokens|out|points|portions)\}", lambda match: values[match[0]], text)
+    return re.sub(r"\{(?:model|tokens|out|points|portions|sequences|ubatch|state)\}", lambda match: values[match[0]], text)
 
 
 def _remove(out: Path) -> None:

@@ -72,6 +72,12 @@ class HuggingFace:
             lacking = done.stdout.strip(" []\n").replace("'", "")
             raise InputError(f"{self.python} has no {lacking}.", f"Run: {ADVICE}", code="python")
 
+    def versions(self) -> str:
+        """The versions of torch and transformers in that interpreter, as text. Raises InputError as `check` does."""
+        self.check()
+        probe = "import importlib.metadata as m; print(*map(m.version, ('torch', 'transformers')))"
+        return subprocess.run([self.python, "-P", "-c", probe], capture_output=True, text=True, check=False, timeout=60).stdout
+
     def dump(self, prompt: Prompt, out: Path, progress: Progress | None = None) -> Tokenizer:
         """Compute the prompt, and the tokens that it is led along, in one pass, and write `out`.
 

@@ -14,8 +14,8 @@ from checkpoints.record import DEFAULT_SLICE, Header, Token
 from checkpoints.recording import Recording, passes
 from checkpoints.tensors import TensorWriter, beside
 from engine.capture.device import tap
-from engine.capture.host import Capture
-from engine.transformer import Transformer, whole_input
+from engine.capture.tap import Capture
+from engine.engine import Engine, whole_input
 
 from .. import version
 from .request import Prompt
@@ -54,7 +54,7 @@ class OursJob(Recording):
         )
 
 
-def chosen_points(transformer: Transformer, points: str, layers: tuple[int, ...] | None) -> list[str]:
+def chosen_points(engine: Engine, points: str, layers: tuple[int, ...] | None) -> list[str]:
     """The points that `--points` and `--layers` stand for in this model.
 
     Raises:
@@ -62,49 +62,49 @@ def chosen_points(transformer: Transformer, points: str, layers: tuple[int, ...]
     """
     if points == "default":
         if layers is None:
-            default = set(layer_outputs(default_layers(transformer.hp.n_layers)))
-            return [name for name in transformer.points if name in default]  # an encoder has no logits
-        return select(",".join(layer_outputs(layers)), transformer.points, transformer.hp.n_layers)
-    return select(points, transformer.points, transformer.hp.n_layers)
+            default = set(layer_outputs(default_layers(engine.hp.n_layers)))
+            return [name for name in engine.points if name in default]  # an encoder has no logits
+        return select(",".join(layer_outputs(layers)), engine.points, engine.hp.n_layers)
+    return select(points, engine.points, engine.hp.n_layers)
 
 
-def header(transformer: Transformer, job: OursJob) -> Header:
+def header(engine: Engine, job: OursJob) -> Header:
     """Everything that could explain a difference later."""
-    hp = transformer.hp
+    hp = engine.hp
     return Header(
         source="engine",
-        model=transformer.model.info,
+        model=engine.model.info,
         tokens=job.tokens,
         pieces=job.pieces,
         prompt=job.prompt,
         mode=job.mode,
-        compute=transformer.compute,
+        compute=engine.compute,
         kv_type="f32",
         slice=job.slice_size if job.slice_size is not None else DEFAULT_SLICE,
         hparams={"eps": hp.eps, "heads": hp.n_heads, "kv_heads": hp.n_kv_heads, "vocab": hp.n_vocab, "rope_base": hp.rope_base},
-        build={"version": version(), "backend": transformer.backend.name, "device": transformer.backend.device},
+        build={"version": version(), "backend": engine.backend.name, "device": engine.backend.device},
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
 
 
-def dump(transformer: Transformer, job: OursJob) -> Header:
+def dump(engine: Engine, job: OursJob) -> Header:
     """Run the prompt, then one step for each generated token, and write the dump to `job.out`.
 
     Raises:
         InputError: tokens the model cannot take, unknown points, an unwritable file.
     """
-    points = chosen_points(transformer, job.points, job.layers)
-    transformer.check(job.tokens + job.generated, job.first_position)
-    transformer.expect(len(job.tokens + job.generated))
-    described = header(transformer, job)
+    points = chosen_points(engine, job.points, job.layers)
+    engine.check(job.tokens + job.generated, job.first_position)
+    engine.expect(len(job.tokens + job.generated))
+    described = header(engine, job)
     tensors = TensorWriter(beside(job.out)) if job.full else None
-    total = len(transformer.steps) * (len(passes(len(job.tokens), job.portions)) + len(job.generated))
+    total = len(engine.steps) * (len(passes(len(job.tokens), job.portions)) + len(job.generated))
     done = 0
 
     with open_dump(job.out, described, binary=job.binary) as writer:
         try:
             with tap(
-                writer, points, transformer.backend, positions=job.positions, slice_size=job.slice_size, tensors=tensors
+                writer, points, engine.backend, positions=job.positions, slice_size=job.slice_size, tensors=tensors
             ) as capture:
                 if job.on_step is not None:
                     report = job.on_step
@@ -115,7 +115,7 @@ def dump(transformer: Transformer, job: OursJob) -> Header:
                         report(done, total)
 
                     capture.on_value = count
-                _passes(transformer, job, capture)
+                _passes(engine, job, capture)
         except BaseException:
             if tensors is not None:
                 tensors.close(complete=False)
@@ -125,16 +125,16 @@ def dump(transformer: Transformer, job: OursJob) -> Header:
     return described
 
 
-def _passes(transformer: Transformer, job: OursJob, capture: Capture) -> None:
-    progress = transformer.start(job.first_position)
-    if transformer.encoder is not None and len(passes(len(job.tokens), job.portions)) > 1:
+def _passes(engine: Engine, job: OursJob, capture: Capture) -> None:
+    progress = engine.start(job.first_position)
+    if engine.encoder is not None and len(passes(len(job.tokens), job.portions)) > 1:
         raise whole_input()
     for part in passes(len(job.tokens), job.portions):
-        logits = transformer.forward(job.tokens[part], progress, capture)
+        logits = engine.forward(job.tokens[part], progress, capture)
     texts = job.generated_pieces or ("",) * len(job.generated)
     for token, text in zip(job.generated, texts, strict=True):
         capture.token(Token(progress.first + progress.length, token, text, top_logits(logits)))
-        logits = transformer.forward([token], progress, capture)
+        logits = engine.forward([token], progress, capture)
 
 
 def top_logits(logits: NDArray[np.float32], count: int = TOP) -> tuple[tuple[int, float], ...]:

@@ -43,9 +43,13 @@ class Request(Recording):
 
 @dataclass(frozen=True)
 class Prompt:
-    """Token ids with their texts, and the same of the generated tokens that follow them.
+    """Token ids with their texts, and the same of the generated tokens that follow them; and how they are computed.
 
-    `portions` says how many of the prompt's tokens each forward pass takes; () for all of them in one.
+    Attributes:
+        portions: how many of the prompt's tokens each forward pass takes; () for all of them in one.
+        ubatch: the most tokens that the engine computes at once within a pass; None for all.
+        companions: prompts that are computed together with this one, which is the last sequence of the batch.
+        saved: how many tokens are computed before the state is saved, and restored by a new process; 0 for none of it.
     """
 
     text: str | None
@@ -54,6 +58,9 @@ class Prompt:
     generated: tuple[int, ...] = ()
     generated_pieces: tuple[str, ...] = ()
     portions: tuple[int, ...] = ()
+    ubatch: int | None = None
+    companions: tuple[tuple[int, ...], ...] = ()
+    saved: int = 0
 
     def followed_by(self, ids: tuple[int, ...], pieces: tuple[str, ...]) -> Self:
         """The same prompt, with generated tokens after it."""

@@ -7,15 +7,16 @@ from typing import Protocol
 
 from checkpoints.errors import InputError
 from checkpoints.points import default_layers, layer_outputs, select
+from engine.engine import Engine
 from engine.opened import open_engine
-from engine.transformer import Transformer
 from engine.weights.gguf_model import GgufModel
 from reference.client import Reference
 from reference.jobs import DumpJob, DumpResult
 
-from .command import POINTS, Command
+from .command import POINTS, PORTIONS, SEQUENCES, STATE, UBATCH, Command
 from .ours import OursJob, chosen_points, dump
 from .request import Progress, Prompt, Request
+from .state import resumed
 
 OURS, REF, EXEC = "ours", "ref", "exec"
 
@@ -30,6 +31,10 @@ class Side(Protocol):
     @property
     def points(self) -> str:
         """The points that it is asked for, as a `--points` expression."""
+
+    @property
+    def ways(self) -> frozenset[str]:
+        """The placeholders of what it can be told about how a prompt is computed: PORTIONS, UBATCH, SEQUENCES, STATE."""
 
     def check(self, prompt: Prompt) -> None:
         """Raises InputError for tokens that it cannot take."""
@@ -50,6 +55,7 @@ class OurEngine:
     """
 
     name = "our engine"
+    ways = frozenset({PORTIONS})  # one sequence, in ubatches that are passes, kept in memory
 
     def __init__(
         self,
@@ -57,7 +63,7 @@ class OurEngine:
         reference: Reference | None = None,
         *,
         resident: bool | None = None,
-        engine: Transformer | None = None,
+        engine: Engine | None = None,
     ) -> None:
         self._request = request
         self._engine = engine or open_engine(
@@ -70,7 +76,7 @@ class OurEngine:
         )
 
     @property
-    def engine(self) -> Transformer:
+    def engine(self) -> Engine:
         """The engine itself."""
         return self._engine
 
@@ -122,6 +128,11 @@ class ExternalEngine:
         request = self._request
         return ",".join(layer_outputs(request.layers)) if request.layers is not None else request.points
 
+    @property
+    def ways(self) -> frozenset[str]:
+        """Those that its command line names."""
+        return self._command.ways
+
     def check(self, prompt: Prompt) -> None:
         """Nothing to check: a foreign engine checks its tokens itself."""
 
@@ -137,7 +148,18 @@ class ExternalEngine:
         tokens = (*prompt.ids, *prompt.generated)
         if progress is not None:
             progress(self.name, 0, None)
-        self._command.run(model=self.model, tokens=tokens, out=out, points=self._names(), portions=prompt.portions)
+        if prompt.saved:
+            resumed(self._command, self.model, prompt, out, self._names())
+            return
+        self._command.run(
+            model=self.model,
+            tokens=tokens,
+            out=out,
+            points=self._names(),
+            portions=prompt.portions,
+            sequences=(*prompt.companions, tokens),
+            ubatch=prompt.ubatch,
+        )
 
     def _names(self) -> str:
         """The points by name, with commas: an engine need not understand globs. They are llama.cpp's, as far as it has them."""
@@ -160,6 +182,7 @@ class LlamaCpp:
     """llama.cpp, in the reference's process."""
 
     name = "llama.cpp"
+    ways = frozenset({PORTIONS, UBATCH, SEQUENCES, STATE})
 
     def __init__(self, request: Request, reference: Reference) -> None:
         self._request = request
@@ -188,6 +211,9 @@ class LlamaCpp:
                 generate=0 if prompt.generated else request.generate,
                 lead=prompt.generated or None,
                 portions=prompt.portions,
+                ubatch=prompt.ubatch,
+                companions=prompt.companions,
+                saved=prompt.saved,
                 window=request.window,
                 threads=request.threads,
                 **request.recording(),

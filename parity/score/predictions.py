@@ -14,7 +14,8 @@ from checkpoints.points import LOGITS
 from checkpoints.reading.scan import Scan
 from checkpoints.record import Rows as Records
 from checkpoints.record import Token
-from engine.capture.host import Capture
+from engine.capture.host import HostStage
+from engine.capture.tap import Capture
 from engine.opened import open_engine
 from engine.weights.gguf_model import GgufModel
 from reference.client import Reference
@@ -94,7 +95,7 @@ class OurPredictions:
         tokens = chunk.tokens[:-1]
         for start in range(0, len(tokens), PORTION):
             sink = _Collected()
-            with Capture(sink, [LOGITS], self._engine.backend, slice_size=None) as tap:
+            with Capture(HostStage(sink, [LOGITS], self._engine.backend, slice_size=None)) as tap:
                 self._engine.forward(tokens[start : start + PORTION], sequence, tap)
             for part in sink.parts:
                 for position, values in zip(part.token_idx.tolist(), part.values, strict=True):

@@ -1,0 +1,108 @@
+"""Every entry of the catalogue planted into every architecture: it applies or says that it does not, and nothing else comes out of one.
+
+Run as `PYTHONPATH=tests python benchmarks/explain_entries.py [NAME …] [--skip NAME,…]`. Small models are made by recipe. Each variant of
+each entry (of numbers that are fitted: what their fit begins with) is planted in all layers and in one, and run. Then the right engine's
+own dump of every point is explained: it has no fault. Exit code 1 if an entry raised anything but `NotApplicable`, or a right engine was
+accused.
+"""
+
+import argparse
+import sys
+import tempfile
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from time import perf_counter
+from traceback import extract_tb
+from typing import Any
+
+import numpy as np
+from planted import Faulty, Planted, tokens_of
+
+from checkpoints.errors import ParityError
+from engine.faults import CATALOGUE, FITTED, Fault, Planting
+from engine.graph import Step
+from engine.inapplicable import NotApplicable
+from engine.replay.replay import Replay
+from engine.synth.recipe import shape_of
+from engine.synth.recipes import RECIPES
+from parity.explain.explain import ExplainOptions, explain
+from parity.models.embedded import path as embedded
+from parity.synth.synthetic import make_by_recipe
+from reference.client import Reference
+
+_TOKENS = 6
+
+
+def entries(right: dict[str, Step]) -> Iterator[tuple[Fault, dict[str, Any]]]:
+    """Every fault with every variant, numbers with what their fits begin with."""
+    for fault in CATALOGUE.values():
+        for parameters in fault.variants(right):
+            yield fault, parameters
+    for fit in FITTED:
+        wanted = fit.wanted(right)
+        for start in fit.starts(0.0 if wanted is None else wanted)[:2]:
+            for parameters in fit.variants(right):
+                yield fit.fault, {fit.parameter: start, **parameters}
+
+
+def swept(faulty: Faulty, raised: Counter[str]) -> tuple[int, int]:
+    """How many variants apply to a model, and how many do not; what else comes out of one is counted in `raised`."""
+    tokens = tokens_of(faulty.model, _TOKENS, seed=1)
+    transformer, passes = faulty.transformer, [0] * (_TOKENS - 2) + [1, 2]
+    right = Replay(faulty.right, tokens, range(_TOKENS), passes, transformer.weights, transformer.backend)
+    planting = Planting(faulty.right)
+    applied = inapplicable = 0
+    for fault, parameters in entries({step.makes: step for step in faulty.right}):
+        for layers in (None, (1,)):
+            if layers is not None and (fault.once or not planting.has_layers(fault)):
+                continue
+            try:
+                right.run(planting.of(fault, layers, parameters), lambda _name, _made: True)
+                applied += 1
+            except NotApplicable:
+                inapplicable += 1
+            except Exception as error:  # what the benchmark looks for
+                at = extract_tb(error.__traceback__)[-1]
+                raised[f"{fault.name}: {type(error).__name__}: {error} ({Path(at.filename).name}:{at.lineno})"] += 1
+    return applied, inapplicable
+
+
+def main() -> None:
+    """Sweep and print, architecture by architecture."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("names", nargs="*", help="recipes; all without")
+    parser.add_argument("--skip", default="", help="recipes that are left out")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    bad = 0
+    with tempfile.TemporaryDirectory() as folder, Reference() as reference, np.errstate(all="ignore"):
+        for name in options.names or RECIPES:
+            if name in options.skip.split(","):
+                continue
+            began = perf_counter()
+            model = Path(folder) / f"{name}.gguf"
+            chosen = RECIPES[name]
+            raised: Counter[str] = Counter()
+            try:
+                make_by_recipe(model, chosen, shape_of(chosen), {}, tokenizer=embedded())
+                faulty = Faulty(model, reference.graph(model))
+            except ParityError as error:
+                print(f"{name}: refused: {error.message}", flush=True)
+                continue
+            applied, inapplicable = swept(faulty, raised)
+            tokens = tokens_of(model, _TOKENS, seed=2)
+            answer = explain(faulty.dump(Planted(()), tokens, points="all"), model, ExplainOptions(tokens=tokens, budget=5.0))
+            accused = "" if answer and not answer.differing else f"; THE RIGHT ENGINE IS ACCUSED at {answer.first}"
+            bad += len(raised) + bool(accused)
+            seconds = perf_counter() - began
+            print(f"{name}: {applied} applied, {inapplicable} not applicable{accused}, {seconds:.1f} s", flush=True)
+            for what, count in raised.items():
+                print(f"   {count} × {what}", flush=True)
+            model.unlink()
+    sys.exit(1 if bad else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""The tap: records what a step has just computed, and hands the records of a pass to the thread that writes them.
+
+A record is made of a copy taken in the moment the value is computed; no pointer into the engine is kept, so buffers that
+are reused later cannot change it. Where that copy lies is the stage's: host memory (`HostStage`) or a ring on the device
+(`DeviceStage`). Formatting and disk are the writer thread's: the engine goes on, and waits only where too much waits to be
+written, which is counted.
+"""
+
+import atexit
+from collections.abc import Callable
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass
+from typing import Protocol, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from checkpoints.record import Rows, Token
+from checkpoints.recording import Positions
+
+from ..backend import Array
+from .writer import WriterThread
+
+
+class RowSink(Protocol):
+    """What the writer thread writes to: a `checkpoints.jsonl.Writer`, or a list in a test."""
+
+    def rows(self, rows: Rows) -> None:
+        """Take the records of one point and pass."""
+
+    def token(self, token: Token) -> None:
+        """Take one generated token."""
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Where in the sequence a forward pass stands; `causal`: whether no position sees a later one."""
+
+    token_idx: NDArray[np.int64]
+    step: int
+    decode: bool
+    first: int = 0
+    causal: bool = True
+
+
+def stands_once(value: Array, now: Pass) -> bool:
+    """Whether a value of this pass has one row for all of its positions, as a state after it or a pooled embedding."""
+    return value.ndim == 2 and value.shape[0] == 1 and len(now.token_idx) > 1
+
+
+def kept_rows(positions: Positions, now: Pass) -> NDArray[np.int64]:
+    """Indices of the rows of this pass that are recorded: all, the last one, or those at given positions."""
+    if positions == "all":
+        return np.arange(len(now.token_idx))
+    if positions == "last":
+        return np.array([len(now.token_idx) - 1])
+    return np.flatnonzero(np.isin(now.token_idx, np.array(positions, dtype=np.int64)))
+
+
+class Stage(Protocol):
+    """Where the records of a pass are made and held until the writer thread takes them."""
+
+    points: frozenset[str]
+    sink: RowSink
+    writer: WriterThread
+
+    def begin(self, now: Pass, kept: NDArray[np.int64]) -> None:
+        """A pass starts, of which these rows are recorded; what the last one made has been handed over."""
+
+    def record(self, name: str, value: Array) -> None:
+        """Record a value that a step has just computed.
+
+        Raises:
+            TypeError: it is not float32, or lies in the wrong memory.
+            ValueError: it does not hold a row for each position of the pass.
+            what failed in the writer's thread.
+        """
+
+    def hand_over(self) -> None:
+        """Give the writer what was recorded since the last time."""
+
+
+class Capture:
+    """A tap: records the points of its stage, pass by pass.
+
+    What fails in the writer's thread comes out in the engine's next call, and at the latest in `close`.
+    `on_value`, if set, hears of every value computed.
+    """
+
+    def __init__(self, stage: Stage, *, positions: Positions = "all") -> None:
+        self.stage = stage
+        self.on_value: Callable[[str], None] | None = None
+        self._positions = positions
+        self._rows_kept = 0
+        atexit.register(self._at_exit)
+
+    @property
+    def waits(self) -> int:
+        """How often the engine had to wait for the writer."""
+        return self.stage.writer.waits
+
+    @property
+    def keeps_rows(self) -> bool:
+        """Whether anything of the pass in progress is recorded."""
+        return self._rows_kept > 0
+
+    def begin(self, now: Pass) -> None:
+        """Say where the pass that starts now stands; what the last one made goes to the writer."""
+        self.stage.hand_over()
+        self.stage.writer.check()
+        kept = kept_rows(self._positions, now)
+        self._rows_kept = len(kept)
+        self.stage.begin(now, kept)
+
+    def __call__(self, name: str, value: Array) -> None:
+        """Record a value; called by the loop right after the step. Raises what the stage's `record` raises."""
+        if self.on_value is not None:
+            self.on_value(name)
+        if name in self.stage.points and self._rows_kept:
+            self.stage.record(name, value)
+
+    def token(self, token: Token) -> None:
+        """Record one generated token, after the pass that chose it."""
+        self.stage.hand_over()
+        sink = self.stage.sink
+        self.stage.writer.put(lambda: sink.token(token), 0)
+
+    def close(self) -> None:
+        """Hand over the last pass and wait until everything is written. Raises what failed in the thread."""
+        atexit.unregister(self._at_exit)
+        try:
+            self.stage.hand_over()
+        finally:
+            self.stage.writer.finish()
+        self.stage.writer.check()
+
+    def _at_exit(self) -> None:
+        """A process that forgets to close loses nothing. A failure that came out before is not raised again."""
+        with suppress(BaseException) if self.stage.writer.failure_raised else nullcontext():
+            self.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        with nullcontext() if kind is None else suppress(BaseException):  # what failed first is already under way
+            self.close()

@@ -1,0 +1,8 @@
+"""Options that several commands share: the words they take, their declarations, the values they become, the table of all."""
+
+from .choices import AnswerFormat, Format, Mode, Side
+from .declared import AnswerOption, FormatOption
+from .groups import fills
+from .values import Given
+
+__all__ = ["AnswerFormat", "AnswerOption", "Format", "FormatOption", "Given", "Mode", "Side", "fills"]

@@ -1,0 +1,127 @@
+"""The table of options: which option gives which fields of a request, and the decorator that gives them to a command."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+from . import declared, references, server, values
+from .choices import Arbiter, BackendName, Mode
+from .values import Given
+
+
+@dataclass(frozen=True)
+class Group:
+    """Options that give one or more fields of a request together: `fields` makes those of their texts."""
+
+    options: Mapping[str, tuple[Any, Any]]  # parameter: (annotation, default)
+    fields: Callable[..., Given]
+
+
+def _one(name: str, annotation: Any, default: Any = None, convert: Callable[[Any], Any] = lambda value: value) -> Group:
+    """The option that gives the field of its name."""
+    return Group({name: (annotation, default)}, lambda **texts: {name: convert(texts[name])})
+
+
+_PROMPT_OPTIONS = {
+    "prompt": (declared.PromptOption, None),
+    "prompt_file": (declared.PromptFileOption, None),
+    "tokens": (declared.TokensOption, None),
+}
+GROUPS = {
+    "model": _one("model", declared.ModelOption, None, values.model_path),
+    "prompt": Group(_PROMPT_OPTIONS, values.prompt_fields),
+    "optional_prompt": Group(_PROMPT_OPTIONS, values.optional_prompt_fields),
+    "text": Group(
+        {"prompt": (declared.PromptOption, None), "prompt_file": (declared.PromptFileOption, None)}, values.text_field
+    ),
+    "mode": _one("mode", declared.ModeOption, Mode.EXACT),
+    "backend": _one("backend", declared.BackendOption, BackendName.AUTO),
+    "devices": _one("devices", declared.DevicesOption, None, values.devices),
+    "command": Group(
+        {
+            "command": (declared.ExecOption, None),
+            "shell": (declared.ShellOption, None),
+            "timeout": (declared.TimeoutOption, None),
+        },
+        values.command_fields,
+    ),
+    "points": _one("points", declared.PointsOption, "default"),
+    "all_points": _one("points", declared.PointsOption, "all"),
+    "layers": _one("layers", declared.LayersOption, None, values.layers),
+    "positions": _one("positions", declared.PositionsOption, "all", values.positions),
+    "slice": _one("slice_size", declared.SliceOption, 16),
+    "full": _one("full", declared.FullOption, False),
+    "binary": _one("binary", declared.BinaryOption, False),
+    "generate": _one("generate", declared.GenerateOption, 0),
+    "window": _one("window", declared.WindowOption, "auto", values.window),
+    "threads": _one("threads", declared.ThreadsOption),
+    "first_position": _one("first_position", declared.FirstOption, 0),
+    "tolerance": _one("tolerance", declared.ToleranceOption),
+    "strict": _one("strict", declared.StrictOption, False),
+    "compute": _one("compute", declared.ComputeOption),
+    "arbiter": _one("arbiter", declared.ArbiterOption, Arbiter.AUTO),
+    "mapping": Group(
+        {"names": (declared.MapOption, None), "offset": (declared.OffsetOption, None)},
+        lambda names, offset: {"mapping": values.mapping(names, offset)},
+    ),
+    "hugging_face": Group(
+        {"python": (declared.PythonOption, "python3"), "hf_device": (declared.HfDeviceOption, "cpu")},
+        lambda python, hf_device: {"python": python, "device": hf_device},
+    ),
+    "others": Group(references.OPTIONS, references.others_field),
+    "server": Group(server.OPTIONS, server.server_field),
+    "despite_lint": _one("despite_lint", declared.DespiteLintOption, False),
+    "verbose": _one("verbose", declared.VerboseOption, False),
+}
+
+
+# What a command writes to; every other path that it is given is read.
+_OUTPUTS = frozenset({"out", "table", "html", "junit", "save_base"})
+
+
+def fills(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A command whose first parameter, `given`, holds the fields that these groups of options give, each declared once, above.
+
+    The command's other parameters follow the options. None of the files that it reads may be one that it writes.
+    """
+    groups = [GROUPS[name] for name in names]
+
+    def with_options(command: Callable[..., None]) -> Callable[..., None]:
+        own = list(inspect.signature(command).parameters.values())[1:]
+        options = {name: option for group in groups for name, option in group.options.items()}
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        added = [
+            inspect.Parameter(name, keyword, default=default, annotation=kind) for name, (kind, default) in options.items()
+        ]
+
+        @wraps(command)
+        def called(**texts: Any) -> None:
+            given: Given = {}
+            values.keep_inputs(_paths(texts, written=True), _paths(texts, written=False))
+            for group in groups:
+                given |= group.fields(**{name: _plain(texts.pop(name)) for name in group.options})
+            values.keep_inputs(_paths(texts, written=True), _paths(given, written=False))  # the embedded model, too
+            command(given, **texts)
+
+        required = [p.replace(kind=keyword) for p in own if p.default is p.empty]
+        others = [p.replace(kind=keyword) for p in own if p.default is not p.empty]
+        called.__signature__ = inspect.Signature([*required, *added, *others])  # type: ignore[attr-defined]
+        called.__annotations__ = {parameter.name: parameter.annotation for parameter in (*required, *added, *others)}
+        return called
+
+    return with_options
+
+
+def _paths(texts: Mapping[str, Any], *, written: bool) -> list[Path]:
+    """The paths that a command was given: those that it writes to, or those that it reads."""
+    given = [value for name, value in texts.items() if (name in _OUTPUTS) is written]
+    return [path for value in given for path in (value if isinstance(value, list) else [value]) if isinstance(path, Path)]
+
+
+def _plain(value: Any) -> Any:
+    """An enumeration's text: requests travel to other processes, which know nothing of commands."""
+    return value.value if isinstance(value, Enum) else value

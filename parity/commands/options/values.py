@@ -1,0 +1,121 @@
+"""How the texts of options become values, and what is refused on the way."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from checkpoints.errors import InputError
+
+from ...run.prompt import given_prompt, numbers
+
+if TYPE_CHECKING:
+    from checkpoints.mapping import Mapping
+
+Given = dict[str, Any]  # fields of a request by name: `Request(**given)`
+
+
+def keep_inputs(outputs: Iterable[Path], inputs: Iterable[Path]) -> None:
+    """Refuse to write over what is read.
+
+    Raises:
+        InputError: one of `outputs` is one of `inputs`.
+    """
+    read = [path for path in inputs if path.exists()]
+    for out in outputs:
+        if out.exists() and any(out.samefile(path) for path in read):
+            raise InputError(
+                f"{out} is an input of this command and must not be overwritten.", "Write to another file.", code="output"
+            )
+
+
+def mapping(names: Path | None, offset: int | None) -> "Mapping":
+    """--map and --offset as one mapping: what names mean and where positions count from; --offset replaces the file's own offset.
+
+    Raises:
+        InputError: the mapping cannot be read.
+    """
+    from dataclasses import replace
+
+    from checkpoints.mapping import Mapping, read_mapping
+
+    read = read_mapping(names) if names is not None else Mapping()
+    return read if offset is None else replace(read, position_offset=(read.position_offset or 0) + offset)
+
+
+def devices(text: str | None) -> tuple[int, ...]:
+    """`--devices` as numbers; none for the backend's own choice.
+
+    Raises:
+        InputError: they are not numbers, or one occurs twice.
+    """
+    listed = numbers(text, "--devices") if text is not None else ()
+    if len(set(listed)) < len(listed):
+        raise InputError(f"--devices {text} names a device more than once.", "Name each device once.", code="devices")
+    return listed
+
+
+def positions(text: str) -> Literal["all", "last"] | tuple[int, ...]:
+    """`--positions` as the engine and the reference take it."""
+    if text == "all":
+        return "all"
+    if text == "last":
+        return "last"
+    listed = numbers(text, "--positions")
+    if not listed or min(listed) < 0:
+        raise InputError(f"--positions {text!r} is not valid.", "Write all, last, or a list such as 0,3,7.")
+    return listed
+
+
+def window(text: str) -> int | Literal["auto", "off"]:
+    """`--window` as the reference takes it."""
+    if text == "auto":
+        return "auto"
+    if text == "off":
+        return "off"
+    if not text.isdigit() or int(text) < 1:
+        raise InputError(f"--window must be auto, off or a number of layers, not {text!r}.", "Write e.g. --window 4.")
+    return int(text)
+
+
+def layers(text: str | None) -> tuple[int, ...] | None:
+    """`--layers` as the request takes it."""
+    return numbers(text, "--layers") if text is not None else None
+
+
+def model_path(path: Path | None) -> Path:
+    """`--model`, or the embedded model."""
+    from ...models.embedded import path as embedded
+
+    return path or embedded()
+
+
+def prompt_fields(prompt: str | None, prompt_file: Path | None, tokens: str | None) -> Given:
+    """The prompt's text or its token ids. Raises InputError where there is not exactly one of the three."""
+    text, ids = given_prompt(prompt, prompt_file, tokens)
+    return {"prompt": text, "tokens": ids}
+
+
+def text_field(prompt: str | None, prompt_file: Path | None) -> Given:
+    """The prompt's text. Raises InputError where there is not exactly one of the two."""
+    return {"prompt": given_prompt(prompt, prompt_file, None)[0]}
+
+
+def optional_prompt_fields(prompt: str | None, prompt_file: Path | None, tokens: str | None) -> Given:
+    """The same of a command that can do without a prompt: neither text nor ids where none of the three is given."""
+    if all(text is None for text in (prompt, prompt_file, tokens)):
+        return {"prompt": None, "tokens": None}
+    return prompt_fields(prompt, prompt_file, tokens)
+
+
+def command_fields(command: str | None, shell: str | None, timeout: float | None) -> Given:
+    """The user's engine, if one was given."""
+    from ...run.command import DEFAULT_TIMEOUT, Command
+
+    if command is not None and shell is not None:
+        raise InputError("--exec and --exec-shell were given.", "Take one of them.", code="exec")
+    line = command if command is not None else shell
+    if line is None:
+        if timeout is not None:
+            raise InputError("--exec-timeout needs an engine of yours.", "Give its command with --exec.", code="exec")
+        return {"command": None}
+    return {"command": Command(line, shell=shell is not None, timeout=timeout or DEFAULT_TIMEOUT)}
