@@ -14,6 +14,7 @@ from checkpoints.gguf_file import Contents, contents
 from checkpoints.graph import RecordedGraph
 
 from . import dump, twin
+from .chat import chat_texts, own_template
 from .graph import record
 from .jobs import EXACT, NATIVE, Description, DumpJob, DumpResult, Tokens
 from .library import Library
@@ -90,6 +91,10 @@ class Service:
         """See `client.Reference.pieces`."""
         return self._vocabulary(contents(path)).pieces(ids)
 
+    def chat_texts(self, path: Path, text: str, *, item: Item) -> dict[str, str]:
+        """See `client.Reference.chat_texts`."""
+        return chat_texts(self._library, own_template(self._vocabulary(contents(path)).metadata()), text)
+
     def dump(self, job: DumpJob, *, item: Item) -> DumpResult:
         """See `client.Reference.dump`."""
         started = time.perf_counter()
@@ -120,13 +125,23 @@ class Service:
             self._deliver(session, tokens, expression, model.n_layers, 0, item)
 
     def logits(
-        self, path: Path, tokens: tuple[int, ...], first: int, portion: int, mode: str, threads: int | None, *, item: Item
+        self,
+        path: Path,
+        tokens: tuple[int, ...],
+        first: int,
+        portion: int,
+        mode: str,
+        kv_type: str,
+        threads: int | None,
+        *,
+        item: Item,
     ) -> None:
         """See `client.Reference.logits`: items are float32 arrays [n, V]."""
         found = twin.checked(self._library, path)
         dump.check_tokens(self._vocabulary(found), tokens)
         model = self._computable(found, mode, threads)
-        with Session(model, n_ctx=len(tokens), n_batch=min(portion, len(tokens)), threads=threads) as session:
+        batch = min(portion, len(tokens))
+        with Session(model, n_ctx=len(tokens), n_batch=batch, kv_type=kv_type, threads=threads) as session:
             plans = plans_of(session, tokens[:portion])
             for start in range(0, len(tokens), portion):
                 part = tokens[start : start + portion]

@@ -1,0 +1,114 @@
+"""The options of a server as a side, and the request that they give together."""
+
+import json
+from enum import StrEnum
+from typing import Annotated, Any
+
+import typer
+
+from checkpoints.errors import InputError
+
+from .values import Given
+
+
+class ServerApi(StrEnum):
+    """How a server is asked."""
+
+    AUTO = "auto"
+    OPENAI = "openai"
+    LLAMA_CPP = "llama.cpp"
+
+
+_EXAMPLE = "Write e.g. '{\"repeat_penalty\": 1}'."
+OPTIONS: dict[str, tuple[Any, Any]] = {
+    "server": (
+        Annotated[
+            str | None,
+            typer.Option(
+                "--server",
+                help="A running server as our side: its log-probabilities over the prompt, and with --generate its choices.",
+                show_default=False,
+            ),
+        ],
+        None,
+    ),
+    "server_api": (
+        Annotated[
+            ServerApi,
+            typer.Option(
+                "--server-api", help="openai: /v1/completions; llama.cpp: /completion; auto: by the URL, else by trying."
+            ),
+        ],
+        ServerApi.AUTO,
+    ),
+    "server_top": (
+        Annotated[
+            int,
+            typer.Option(
+                "--server-top", min=1, max=100, help="Candidates to ask for at each position (OpenAI allows 5 at the most)."
+            ),
+        ],
+        5,
+    ),
+    "server_model": (
+        Annotated[str, typer.Option("--server-model", help="The model's name in requests, for a server that has several.")],
+        "",
+    ),
+    "server_json": (
+        Annotated[
+            str,
+            typer.Option("--server-json", help="JSON object whose members go into every request: '{\"repeat_penalty\": 1}'."),
+        ],
+        "",
+    ),
+    "server_rate": (
+        Annotated[float | None, typer.Option("--server-rate", help="Largest number of requests a second.", show_default=False)],
+        None,
+    ),
+    "server_timeout": (
+        Annotated[float, typer.Option("--server-timeout", help="Seconds that a request may take, its retries included.")],
+        120.0,
+    ),
+    "dump_prefix": (
+        Annotated[
+            bool,
+            typer.Option(
+                "--dump-prefix",
+                help="With --server: then dump llama.cpp on the tokens up to the first wrong prediction (ref.jsonl).",
+            ),
+        ],
+        False,
+    ),
+}
+
+
+def server_field(
+    server: str | None,
+    server_api: str,
+    server_top: int,
+    server_model: str,
+    server_json: str,
+    server_rate: float | None,
+    server_timeout: float,
+    dump_prefix: bool,
+) -> Given:
+    """The server to ask and how; None without --server.
+
+    Raises:
+        InputError: the URL, the JSON or a number is wrong, or one of these options is given without --server.
+    """
+    if server is None:
+        if dump_prefix or server_json or server_model or server_rate is not None:
+            raise InputError("--server-… and --dump-prefix need a server.", "Give its URL with --server.", code="server")
+        return {"server": None}
+    from ...server.http import Connection, key_from_environment
+    from ...server.session import ServerRequest
+
+    try:
+        extra = json.loads(server_json) if server_json else {}
+    except ValueError as error:
+        raise InputError(f"--server-json is not JSON: {error}.", _EXAMPLE, code="server") from None
+    if not isinstance(extra, dict):
+        raise InputError("--server-json must be a JSON object.", _EXAMPLE, code="server")
+    connection = Connection(server, key_from_environment(), server_timeout, server_rate)
+    return {"server": ServerRequest(connection, server_api, server_top, server_model, extra, dump_prefix)}

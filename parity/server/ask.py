@@ -1,0 +1,172 @@
+"""The questions: what the server predicts at each position of a text (teacher forcing), and what it chooses by itself (greedy)."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+from ..run.request import Prompt
+from .dialects import Dialect
+from .http import ServerError
+from .predictions import Candidate, Prediction
+from .vocabulary import Vocabulary
+
+Progress = Callable[[str, int, int | None], None]
+_AT_ONCE = 512  # requests of one comparison where a position takes one: more of them are spread over the text
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the server predicted behind the tokens up to `position`.
+
+    `chosen` is the token that it chose there, None where the text's own follows; `prefix` is the text that it was given, None where
+    it was given all of it, or ids.
+    """
+
+    position: int
+    candidates: tuple[Candidate, ...]
+    own: Candidate | None = None
+    chosen: int | None = None
+    prefix: str | None = None
+
+
+@dataclass(frozen=True)
+class Heard:
+    """Everything that the server said.
+
+    `tokens` are llama.cpp's ids of the prompt and then what the server chose; `around` is what it echoed before and behind the text;
+    `tokenizer` the first position whose piece is another, with both pieces.
+    """
+
+    tokens: tuple[int, ...]
+    prompt: int
+    asked: tuple[Asked, ...]
+    echoed: bool
+    prompt_tokens: int | None = None
+    around: tuple[str, str] | None = None
+    tokenizer: tuple[int, str, str] | None = None
+    notes: tuple[str, ...] = field(default=())
+
+
+def listen(
+    dialect: Dialect,
+    prompt: Prompt,
+    vocabulary: Vocabulary,
+    prefix_ids: Callable[[str], Sequence[int]],
+    generate: int,
+    progress: Progress | None = None,
+) -> Heard:
+    """Ask about every position of the prompt, then let the server choose `generate` tokens.
+
+    `prefix_ids` tokenizes as llama.cpp does: without echo a position is asked by the text that leads to it, as far as that text alone
+    has the same tokens.
+
+    Raises:
+        ServerError: it refuses, or gives no candidates.
+    """
+    given: str | Sequence[int] = prompt.text if prompt.text is not None else prompt.ids
+    first = dialect.complete(given, max(generate, 1), echo=dialect.echoes is not False)
+    if not first.generated:
+        raise ServerError(f"the server chose no token after the prompt.{_stopped(first.text)}", "Take another prompt.")
+    heard = Heard(prompt.ids, len(prompt.ids), (), bool(first.prompt), first.prompt_tokens)
+    listened = (
+        _echoed(heard, first.prompt, prompt, vocabulary)
+        if first.prompt
+        else _one_by_one(heard, dialect, prompt, prefix_ids, progress)
+    )
+    return _chosen(listened, first.generated, vocabulary, generate)
+
+
+def _stopped(text: str) -> str:
+    return f" It answered {text[:40]!r}." if text else ""
+
+
+def _echoed(heard: Heard, predictions: Sequence[Prediction], prompt: Prompt, vocabulary: Vocabulary) -> Heard:
+    """Predictions of the prompt's own tokens, as far as they are the tokens that llama.cpp makes."""
+    text = prompt.text if prompt.text is not None else "".join(prompt.pieces)
+    before, found, behind = "".join(item.token.text for item in predictions).partition(text)
+    hidden = _hidden(prompt, vocabulary)
+    shown = list(predictions)
+    if shown and prompt.ids and vocabulary.ids(shown[0].token)[:1] == prompt.ids[:1] and hidden:
+        hidden = 0  # this server shows its BOS as well
+        before = before.removeprefix(shown[0].token.text)
+    if found and (before.strip() or behind.strip()):
+        return replace(heard, around=(before, behind))
+    asked: list[Asked] = []
+    for number, item in enumerate(shown):
+        index = number + hidden
+        piece = prompt.pieces[index] if index < len(prompt.ids) else ""
+        if index >= len(prompt.ids) or not (
+            vocabulary.same(item.token, prompt.ids[index]) or (number == 0 and item.token.text.strip() == piece.strip())
+        ):
+            return replace(heard, asked=tuple(asked), tokenizer=(index, piece, item.token.text))
+        if item.candidates and index > 0:
+            asked.append(Asked(index - 1, item.candidates, item.token))
+    if len(shown) + hidden < len(prompt.ids):
+        index = len(shown) + hidden
+        return replace(heard, asked=tuple(asked), tokenizer=(index, prompt.pieces[index], ""))
+    return replace(heard, asked=tuple(asked))
+
+
+def _hidden(prompt: Prompt, vocabulary: Vocabulary) -> int:
+    """How many leading tokens stand for nothing in the text: a BOS."""
+    text = prompt.text if prompt.text is not None else ""
+    first = prompt.pieces[0] if prompt.pieces else ""
+    return int(bool(text) and len(prompt.ids) > 1 and not text.lstrip().startswith(first.strip() or "\0"))
+
+
+def _one_by_one(
+    heard: Heard, dialect: Dialect, prompt: Prompt, prefix_ids: Callable[[str], Sequence[int]], progress: Progress | None
+) -> Heard:
+    """One request a position, but for the last, which the first request asked about already."""
+    questions: list[tuple[int, str | None, str | Sequence[int]]] = []
+    left = 0
+    text = ""
+    hidden = _hidden(prompt, Vocabulary(()))
+    for index in range(len(prompt.ids) - 1):
+        if prompt.text is None:
+            questions.append((index, None, prompt.ids[: index + 1]))
+            continue
+        text += prompt.pieces[index] if index >= hidden else ""
+        prefix = text.lstrip(" ") if not prompt.text.startswith(" ") else text
+        if prefix.strip() and prompt.text.startswith(prefix) and tuple(prefix_ids(prefix)) == prompt.ids[: index + 1]:
+            questions.append((index, prefix, prefix))
+        elif index >= hidden:
+            left += 1
+    notes = []
+    if left:
+        notes.append(
+            f"{left} positions were not asked about: the text up to there has other tokens by itself, and the server does not echo"
+        )
+    if len(questions) > _AT_ONCE:
+        notes.append(f"{len(questions)} positions were to be asked one by one: {_AT_ONCE} of them were")
+        questions = [questions[number * len(questions) // _AT_ONCE] for number in range(_AT_ONCE)]
+    asked = []
+    for number, (index, known, question) in enumerate(questions):
+        if progress is not None:
+            progress("server", number, len(questions))
+        answer = dialect.complete(question, 1)
+        if answer.generated and answer.generated[0].candidates:
+            own = next((c for c in answer.generated[0].candidates if c.id == prompt.ids[index + 1]), None)
+            asked.append(Asked(index, answer.generated[0].candidates, own, prefix=known))
+    return replace(heard, asked=tuple(asked), notes=tuple(notes))
+
+
+def _chosen(heard: Heard, generated: Sequence[Prediction], vocabulary: Vocabulary, generate: int) -> Heard:
+    """The predictions behind the prompt, along the tokens that the server chose, up to one whose id is not known."""
+    tokens, asked, notes = list(heard.tokens), list(heard.asked), list(heard.notes)
+    for number, item in enumerate(generated):
+        possible = vocabulary.ids(item.token)
+        known = {candidate.text: candidate.id for candidate in item.candidates if candidate.id is not None}
+        chosen = possible[0] if len(possible) == 1 else known.get(item.token.text)
+        if chosen is None and possible:
+            chosen = possible[0]
+        if item.candidates:
+            asked.append(Asked(len(tokens) - 1, item.candidates, item.token, chosen if generate else None))
+        if chosen is None:
+            if generate:
+                notes.append(
+                    f"the server's token {number} ({item.token.text[:20]!r}) cannot be told from its text; it is followed up to there"
+                )
+            break
+        if number < generate:
+            tokens.append(chosen)
+    return replace(heard, tokens=tuple(tokens), asked=tuple(asked), notes=tuple(notes))

@@ -1,0 +1,91 @@
+"""llama.cpp's own predictions at the positions that a server was asked about, and what llama.cpp differs from itself there."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import exp, log
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from reference.client import Reference
+from reference.jobs import EXACT, NATIVE
+
+from ..score.measures import kl_of_top, largest, log_sum
+from .predictions import Candidate
+from .vocabulary import Vocabulary
+
+Row = NDArray[np.float32]  # logits [V]
+_KEPT = 256  # largest logits of a row that are kept to compare two passes
+_LEAST = 1e-9  # probability that a list leaves to all other tokens, at the least: servers print sums that are 1 up to rounding
+_PORTION = 16
+_NOTHING = -69.0  # log(1e-30): what a server calls impossible
+
+
+@dataclass(frozen=True)
+class Floor:
+    """KL of two passes of llama.cpp over the same tokens, float32 and the file's own types with an F16 cache: worst and mean."""
+
+    worst: float
+    mean: float
+
+
+def rows(
+    reference: Reference, model: Path, tokens: Sequence[int], first: int, mode: str, kv_type: str = "f32"
+) -> Iterator[tuple[int, Row]]:
+    """(position, logits [V]) from `first` on."""
+    position = first
+    for part in reference.logits(model, tokens, first=first, portion=_PORTION, mode=mode, kv_type=kv_type):
+        for row in part:
+            yield position, row
+            position += 1
+
+
+def floor_of(reference: Reference, model: Path, tokens: Sequence[int], first: int) -> Floor:
+    """What llama.cpp differs from itself on these tokens, between float32 and how a server computes the file."""
+    kept = []
+    for _, row in rows(reference, model, tokens, first, NATIVE, "f16"):
+        top = largest(row, _KEPT)
+        kept.append((top, row[top], log_sum(row)))
+    found = []
+    for (_, row), (top, logits, total) in zip(rows(reference, model, tokens, first, EXACT), kept, strict=True):
+        found.append(kl_of_top(top, logits, total, row)[0])
+    return Floor(max(found), float(np.mean(found)))
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A server's candidates by id: int64 [K] and natural logarithms float64 [K], most probable first."""
+
+    ids: NDArray[np.int64]
+    logprobs: NDArray[np.float64]
+
+    @property
+    def rest(self) -> float:
+        """The probability that is left to all other tokens."""
+        return max(1.0 - float(np.exp(self.logprobs).sum()), _LEAST)
+
+
+def listed(candidates: Sequence[Candidate], vocabulary: Vocabulary, row: Row) -> Listed:
+    """The candidates whose token is known; of several tokens with one text, the one that llama.cpp finds most probable."""
+    known: dict[int, float] = {}
+    for candidate in candidates:
+        number = vocabulary.one(candidate, lambda one: float(row[one]))
+        if number is not None and number not in known:
+            known[number] = max(candidate.logprob, _NOTHING)
+    return Listed(np.array(list(known), dtype=np.int64), np.array(list(known.values())))
+
+
+def kl(row: Row, server: Listed) -> float:
+    """KL(llama.cpp ‖ server) over the server's candidates, all other tokens together as one more: a lower bound of the whole."""
+    if not len(server.ids):
+        return 0.0
+    p = row[server.ids].astype(np.float64) - log_sum(row)
+    left = max(1.0 - float(np.exp(p).sum()), 0.0)
+    rest = left * (log(left) - log(server.rest)) if left > _LEAST else 0.0
+    return max(float(np.sum(np.exp(p) * (p - server.logprobs))) + rest, 0.0)
+
+
+def probability(row: Row, number: int) -> float:
+    """llama.cpp's probability of a token."""
+    return exp(float(row[number]) - log_sum(row))

@@ -1,0 +1,227 @@
+"""What explains a server's numbers: the same text read in another way, or llama.cpp's logits changed by a sampler."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from checkpoints.answers.server import ServerCause
+from checkpoints.printable import printable
+from reference.client import Reference
+from reference.jobs import Tokens
+
+from ..run.request import Prompt
+from .ask import Asked, Heard
+from .base import Row, kl, listed, rows
+from .vocabulary import Vocabulary
+
+_SAMPLE = 12  # predictions on which a reading is tried
+_TEMPLATED = 3  # predictions on which a chat template is tried: each takes a pass of its own
+_ENOUGH = 0.9  # share of the sample that must be explained: single positions are amplified (docs/your-engine.md)
+_BETTER = 10.0  # how many times nearer than the text as it stands
+_TEMPERATURES = (0.05, 20.0)
+_PENALTIES = np.concatenate([np.arange(1.01, 1.5, 0.01), np.arange(1.5, 2.01, 0.05), np.arange(0.5, 1.0, 0.05)])
+
+
+@dataclass(frozen=True)
+class Case:
+    """Everything that a cause is looked for with. `whole` are llama.cpp's rows [V] at the sampled positions, `limit` a KL."""
+
+    reference: Reference
+    model: Path
+    mode: str
+    prompt: Prompt
+    heard: Heard
+    special: Tokens
+    vocabulary: Vocabulary
+    sample: tuple[tuple[Asked, Row], ...]
+    limit: float
+
+    def without(self, sample: "Sequence[tuple[Asked, Row]]") -> float:
+        """The worst KL of these predictions as they were asked for."""
+        return max(self.of(asked, row) for asked, row in sample)
+
+    def of(self, asked: Asked, row: Row) -> float:
+        """KL of one prediction, if llama.cpp's row is this one."""
+        return kl(row, listed(asked.candidates, self.vocabulary, row))
+
+
+def sampled(asked: Sequence[Asked]) -> tuple[Asked, ...]:
+    """Predictions spread over all that were asked for."""
+    count = min(_SAMPLE, len(asked))
+    return tuple(asked[number * len(asked) // count] for number in range(count))
+
+
+def causes(case: Case) -> Iterator[ServerCause]:
+    """The first reading that explains the predictions, if one does."""
+    for find in (_echo, _beginning, _temperature, _penalty, _template, _tokenizer):
+        found = find(case)
+        if found is not None:
+            yield found
+            return
+
+
+def _echo(case: Case) -> ServerCause | None:
+    if case.heard.around is None:
+        return None
+    before, behind = (printable(repr(text), 80) for text in case.heard.around)
+    return ServerCause(
+        "template",
+        f"the server does not complete the text: what it echoes has {before} before it and {behind} behind it",
+        "Turn off the chat template for completions, or give both sides the whole text.",
+    )
+
+
+def _tokenizer(case: Case) -> ServerCause | None:
+    if case.heard.tokenizer is None:
+        return None
+    position, ours, theirs = case.heard.tokenizer
+    return ServerCause(
+        "tokenizer",
+        f"the server's tokens are others from position {position} on: llama.cpp has {printable(repr(ours), 40)}, the server "
+        f"{printable(repr(theirs), 40)}",
+        "Compare vocabularies and pre-tokenizers; `parity tokens` shows llama.cpp's.",
+    )
+
+
+def _judged(
+    case: Case, name: str, sentence: str, advice: str, explained: Sequence[float], sample: Sequence[tuple[Asked, Row]]
+) -> ServerCause | None:
+    """The cause, if it explains enough of the sample, and what was asked for does not."""
+    if not explained:
+        return None
+    right = sum(value <= case.limit for value in explained)
+    # Of many readings the one that is nearest; noise of a sampler's or a quantised server's numbers is in `limit`.
+    without = case.without(sample)
+    if right < _ENOUGH * len(explained) or not without > _BETTER * float(np.median(explained)):
+        return None
+    return ServerCause(name, sentence, advice, max(explained), without, len(explained))
+
+
+def _readings(case: Case, ids: Sequence[int], moved: int) -> dict[int, list[float]]:
+    """KL of the sampled predictions if the server reads `ids`, in which each position lies `moved` further: for log-probabilities at
+    their own position (0), and for those that stand one token too early (1) or too late (-1).
+    """
+    found: dict[int, list[float]] = {0: [], 1: [], -1: []}
+    sample = {asked.position + moved: asked for asked, _ in case.sample}
+    for position, row in rows(case.reference, case.model, ids, 0, case.mode):
+        for shift, values in found.items():
+            if position - shift in sample:
+                values.append(case.of(sample[position - shift], row))
+    return found
+
+
+_SHIFTED = {
+    0: "",
+    1: "each position has the log-probabilities of the next: they stand one token too early",
+    -1: "each position has the log-probabilities of the one before: they stand one token too late",
+}
+
+
+def _beginning(case: Case) -> ServerCause | None:
+    """A BOS that is missing, doubled or too much, and log-probabilities that stand beside their token."""
+    ids, bos = case.heard.tokens, case.special.bos
+    variants = [("", tuple(ids), 0, "", "")]
+    if bos is not None:
+        told = case.heard.prompt_tokens
+        says = f", and says that the prompt has {told} tokens" if told is not None else ""
+        where = f"({printable(case.vocabulary.pieces[bos], 30)}) before the text{says}"
+        flag = "as the file's add_bos_token says"
+        if ids[:1] == (bos,):
+            doubled = "Let one place add it: the tokenizer or the template, not both."
+            variants += [
+                ("bos-missing", ids[1:], -1, f"the server reads no BOS {where}", f"Add it, {flag}."),
+                ("bos-doubled", (bos, *ids), 1, f"the server reads two BOS {where}", doubled),
+            ]
+        else:
+            variants.append(("bos-added", (bos, *ids), 1, f"the server reads a BOS {where}", f"Leave it out, {flag}."))
+    readings = [(variant, _readings(case, variant[1], variant[2])) for variant in variants if variant[1]]
+    for shift, how in _SHIFTED.items():
+        for (name, _, _, sentence, advice), explained in readings:
+            if not name and not shift:
+                continue  # as it was asked for
+            words = "; ".join(filter(None, (sentence, how)))
+            what = " ".join(filter(None, (advice, "Logits at position t predict token t + 1." if shift else "")))
+            if found := _judged(case, name or "shifted", words, what, explained[shift], case.sample):
+                return found
+    return None
+
+
+def _temperature(case: Case) -> ServerCause | None:
+    """Logits that were divided by a temperature: every difference of two candidates is scaled by the same factor."""
+    ratios = []
+    for asked, row in case.sample:
+        server = listed(asked.candidates, case.vocabulary, row)
+        keep = np.isfinite(server.logprobs) & (server.logprobs > -30)
+        ids, logprobs = server.ids[keep], server.logprobs[keep]
+        if len(ids) > 1:
+            ours = row[ids].astype(np.float64)
+            ratios.append(
+                float(np.median((logprobs[1:] - logprobs[0]) / np.where(ours[1:] == ours[0], np.nan, ours[1:] - ours[0])))
+            )
+    if not ratios or not np.isfinite(ratios).all() or np.median(ratios) <= 0:
+        return None
+    temperature = 1 / float(np.median(ratios))
+    if not _TEMPERATURES[0] < temperature < _TEMPERATURES[1]:
+        return None
+    explained = [case.of(asked, (row / np.float32(temperature)).astype(np.float32)) for asked, row in case.sample]
+    sentence = f"the sampler's work: the log-probabilities are of logits divided by a temperature of {temperature:.3g}"
+    return _judged(
+        case, "temperature", sentence, "Ask for those before the sampler, or at temperature 1.", explained, case.sample
+    )
+
+
+def _penalty(case: Case) -> ServerCause | None:
+    """A repeat penalty: positive logits of tokens that were seen are divided by it, negative ones multiplied (llama_sampler_penalties)."""
+
+    def worst(penalty: float) -> list[float]:
+        return [case.of(asked, penalised(row, case.heard.tokens[: asked.position + 1], penalty)) for asked, row in case.sample]
+
+    best = min((float(np.mean(worst(float(penalty)))), float(penalty)) for penalty in _PENALTIES)[1]
+    sentence = f"the sampler's work: the log-probabilities are of logits with a repeat penalty of {best:.2f}"
+    return _judged(case, "repeat-penalty", sentence, "Ask for repeat_penalty 1.", worst(best), case.sample)
+
+
+def penalised(row: Row, seen: Sequence[int], penalty: float) -> Row:
+    """A row [V] with llama.cpp's repeat penalty on the last 64 tokens."""
+    changed = row.copy()
+    ids = np.unique(np.array(seen[-64:], dtype=np.int64))
+    changed[ids] = np.where(row[ids] > 0, row[ids] / penalty, row[ids] * penalty)
+    return changed
+
+
+def _template(case: Case) -> ServerCause | None:
+    """A chat template around the text: each position that was asked by its own text is tried as a user's message."""
+    asked = [(one, row) for one, row in case.sample if one.chosen is None and (one.prefix is not None or _at_end(case, one))]
+    asked = asked[-_TEMPLATED:]
+    if not asked or case.prompt.text is None:
+        return None
+    last = asked[-1][0]
+    text = last.prefix if last.prefix is not None else case.prompt.text
+    for name, wrapped in case.reference.chat_texts(case.model, text).items():
+        ids = case.reference.tokenize(case.model, wrapped).ids
+        if case.heard.prompt_tokens is not None and _at_end(case, last) and abs(len(ids) - case.heard.prompt_tokens) > 1:
+            continue
+        if case.of(last, _last_row(case, ids)) > case.limit:
+            continue
+        explained = [case.of(one, _last_row(case, _wrapped(case, one, name))) for one, _ in asked]
+        which = "the file's own chat template" if name == "own" else f"the chat template {name!r}"
+        sentence = f"the server puts {which} around the text: it reads {printable(repr(wrapped), 120)}"
+        advice = "Turn off the chat template for completions, or give both sides the whole text."
+        if found := _judged(case, "template", sentence, advice, explained, asked):
+            return found
+    return None
+
+
+def _at_end(case: Case, asked: Asked) -> bool:
+    return asked.position == case.heard.prompt - 1
+
+
+def _wrapped(case: Case, asked: Asked, name: str) -> Sequence[int]:
+    text = asked.prefix if asked.prefix is not None else case.prompt.text or ""
+    return case.reference.tokenize(case.model, case.reference.chat_texts(case.model, text)[name]).ids
+
+
+def _last_row(case: Case, ids: Sequence[int]) -> Row:
+    return [row for _, row in rows(case.reference, case.model, ids, len(ids) - 1, case.mode)][-1]

@@ -1,0 +1,54 @@
+"""Whether a server chooses what it finds most probable, as temperature 0 asks it to; and what else explains its choices."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from checkpoints.answers.server import ServerCause
+
+from .ask import Asked
+from .base import Row
+from .causes import penalised
+
+_TIE = 1e-3  # log-probability: two candidates that are nearer may be chosen in either order
+_PENALTIES = np.arange(1.02, 2.01, 0.02)
+
+
+def unfaithful(asked: Sequence[Asked]) -> tuple[tuple[int, str, str], ...]:
+    """(position, the chosen token's text, a better one's) of every choice that is not the most probable of its own candidates."""
+    found = []
+    for one in asked:
+        if one.chosen is None or one.own is None:
+            continue
+        own = next((item.logprob for item in one.candidates if item.text == one.own.text), one.own.logprob)
+        if one.candidates[0].logprob > own + _TIE:
+            found.append((one.position, one.own.text, one.candidates[0].text))
+    return tuple(found)
+
+
+def cause(asked: Sequence[tuple[Asked, Row]], tokens: Sequence[int], wrong: Sequence[tuple[int, str, str]]) -> ServerCause:
+    """Why it chooses otherwise: a repeat penalty that explains every choice, else a sampler that is not greedy."""
+    position, chosen, better = wrong[0]
+    first = (
+        f"the sampler: at {len(wrong)} of {len(asked)} steps it chose another token than its own most probable one, "
+        f"first {chosen!r} instead of {better!r} at position {position}"
+    )
+    fits = [
+        float(penalty)
+        for penalty in _PENALTIES
+        if all(int(np.argmax(penalised(row, tokens[: one.position + 1], float(penalty)))) == one.chosen for one, row in asked)
+    ]
+    if fits:
+        span = f"{fits[0]:.2f}" if len(fits) == 1 else f"{fits[0]:.2f} to {fits[-1]:.2f}"
+        return ServerCause(
+            "repeat-penalty",
+            f"{first}; a repeat penalty of {span} explains every choice",
+            "Ask for none: --server-json '{\"repeat_penalty\": 1}'.",
+            tried=len(asked),
+        )
+    return ServerCause(
+        "sampler",
+        f"{first}; no repeat penalty explains that: it samples, although temperature 0 was asked for",
+        "Look for a temperature, a seed or a penalty that the server sets by itself.",
+        tried=len(asked),
+    )

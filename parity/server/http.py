@@ -1,0 +1,276 @@
+"""JSON over HTTP from a server that nobody vouches for: every answer is bounded in time and size, every failure is one line."""
+
+import itertools
+import json
+import math
+import os
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from time import monotonic, sleep
+from typing import Any
+from urllib.parse import urlsplit
+
+import urllib3
+from urllib3.exceptions import HTTPError, MaxRetryError, NewConnectionError, SSLError
+from urllib3.response import BaseHTTPResponse
+from urllib3.util.retry import Retry
+
+from checkpoints.errors import InputError
+from checkpoints.printable import printable
+
+KEY_VARIABLE = "PARITY_API_KEY"
+DEFAULT_TIMEOUT = 120.0  # seconds a request: a long prompt on a CPU takes one, a night in CI is nobody's intention
+LARGEST = 64 << 20  # bytes of an answer; 20 candidates for each of 32,768 positions are 40 MB
+_PIECE = 1 << 16
+_BUSY = (429, 502, 503, 504)  # what passes: too many requests, a proxy without its server, a model that is still loading
+_RETRIES = 5
+_BACK_OFF = 0.25  # seconds before the second attempt; twice as long before each further one
+_LONGEST_PAUSE = 10.0  # seconds between two attempts, whatever Retry-After says
+_SHOWN = 200  # characters of a server's own words
+
+
+class ServerError(InputError):
+    """The server cannot be used as asked (exit 2); `status` is its HTTP status, 0 where there was none."""
+
+    def __init__(self, message: str, advice: str = "", *, status: int = 0) -> None:
+        super().__init__(message, advice, code="server")
+        self.status = status
+
+
+class _Passing(Exception):
+    """What may be gone at the next attempt; `pause` is how long the server asks to wait, None where it does not."""
+
+    def __init__(self, error: ServerError, attempts: int, pause: float | None = None) -> None:
+        super().__init__(str(error))
+        self.error = error
+        self.attempts = attempts
+        self.pause = pause
+
+
+@dataclass
+class Connection:
+    """One server. `rate` is the largest number of requests a second, None for as many as it answers; `timeout` is in seconds
+    and counts for a whole request with its retries.
+
+    Raises:
+        InputError: the URL is not http(s), or a number is out of range.
+    """
+
+    url: str
+    key: str = ""
+    timeout: float = DEFAULT_TIMEOUT
+    rate: float | None = None
+    retries: int = _RETRIES
+    requests: int = field(default=0, init=False)
+    _last: float = field(default=-math.inf, init=False)
+
+    def __post_init__(self) -> None:
+        try:
+            parts = urlsplit(self.url)
+            port = parts.port
+        except ValueError as error:
+            raise ServerError(
+                f"--server {printable(self.url)} is no URL: {error}.", "Write e.g. http://127.0.0.1:8080."
+            ) from None
+        if parts.scheme not in ("http", "https") or not parts.hostname or port == 0:
+            raise ServerError(f"--server {printable(self.url)} is no http(s) URL.", "Write e.g. http://127.0.0.1:8080.")
+        if parts.query or parts.fragment:
+            raise ServerError("--server must not have a query or a fragment (? or #).", "Write e.g. http://127.0.0.1:8080/v1.")
+        if parts.username or parts.password:
+            raise ServerError("--server must not contain a user or a password.", f"Put the key into ${KEY_VARIABLE}.")
+        if not math.isfinite(self.timeout) or self.timeout <= 0:
+            raise InputError("--server-timeout must be a positive number of seconds.", code="server")
+        if self.rate is not None and (not math.isfinite(self.rate) or self.rate <= 0):
+            raise InputError("--server-rate must be a positive number of requests a second.", code="server")
+        if not self.key.isascii() or not self.key.isprintable() or " " in self.key:
+            raise ServerError("the API key has characters that no HTTP header can hold.", f"Check ${KEY_VARIABLE}.")
+        # No redirects: the key belongs to this server, and to no other. Its own retries would read the whole body of an error.
+        self._pool = urllib3.PoolManager(num_pools=1, retries=False)
+
+    @property
+    def path(self) -> str:
+        """The URL's path without a closing slash."""
+        return urlsplit(self.url).path.rstrip("/")
+
+    @property
+    def name(self) -> str:
+        """Host and port, as messages name it."""
+        return printable(urlsplit(self.url).netloc)
+
+    def post(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
+        """The JSON object with which the server answers a JSON object.
+
+        Raises:
+            ServerError: no connection, a time-out, a TLS failure, another status than 200, or something other than a JSON object.
+        """
+        self._wait()
+        status, data = self._in_time(lambda stop: self._attempts(path, body, stop))
+        if status != 200:
+            raise self._refused(status, data, path)
+        return self._object(data, path)
+
+    def _wait(self) -> None:
+        if self.rate is not None:
+            sleep(max(self._last + 1 / self.rate - monotonic(), 0.0))
+            self._last = monotonic()
+
+    def _in_time(self, work: "Callable[[threading.Event], tuple[int, bytes]]") -> tuple[int, bytes]:
+        """The work's result, waited for no longer than `timeout`: a server that sends a byte now and then never times out by itself."""
+        results: list[tuple[int, bytes]] = []
+        failures: list[BaseException] = []
+        stop = threading.Event()
+
+        def run() -> None:
+            try:
+                results.append(work(stop))
+            except BaseException as error:  # raised again by whoever waits
+                failures.append(error)
+
+        thread = threading.Thread(target=run, name="parity-request", daemon=True)
+        thread.start()
+        try:
+            thread.join(self.timeout)
+        finally:
+            stop.set()
+        if failures:
+            raise failures[0]
+        if not results:
+            raise self._late()
+        return results[0]
+
+    def _attempts(self, path: str, body: Mapping[str, Any], stop: threading.Event) -> tuple[int, bytes]:
+        """Status and body, after as many attempts as the failure deserves."""
+        for attempt in itertools.count():
+            self.requests += 1
+            try:
+                return self._exchange(path, body, stop)
+            except _Passing as failure:
+                if attempt >= min(failure.attempts, self.retries) or stop.is_set():
+                    raise failure.error from failure
+                wanted = _BACK_OFF * 2**attempt if failure.pause is None else failure.pause
+            if stop.wait(min(max(wanted, 1 / self.rate if self.rate else 0.0), _LONGEST_PAUSE)):
+                break
+        raise self._late()
+
+    def _exchange(self, path: str, body: Mapping[str, Any], stop: threading.Event) -> tuple[int, bytes]:
+        parts = urlsplit(self.url)
+        headers = {"Content-Type": "application/json", "Accept": "application/json", "Accept-Encoding": "identity"}
+        if self.key:
+            headers["Authorization"] = f"Bearer {self.key}"
+        try:
+            response = self._pool.request(
+                "POST",
+                f"{parts.scheme}://{parts.netloc}{path}",
+                body=json.dumps(body).encode(),
+                headers=headers,
+                redirect=False,
+                preload_content=False,
+                decode_content=False,
+                timeout=urllib3.Timeout(connect=min(self.timeout, 10.0), read=self.timeout),
+            )
+            try:
+                data = self._read(response, stop)
+            finally:
+                response.close()
+        except (HTTPError, OSError, ValueError) as error:
+            raise self._unreachable(error) from error
+        if response.status in _BUSY:
+            raise _Passing(self._refused(response.status, data, path), _RETRIES, _retry_after(response))
+        return response.status, data
+
+    def _read(self, response: BaseHTTPResponse, stop: threading.Event) -> bytes:
+        encoding = response.headers.get("Content-Encoding", "identity")
+        if encoding.strip().lower() not in ("", "identity"):
+            raise ServerError(
+                f"{self.name} answers in the encoding {printable(encoding, 40)}, which was not asked for.", "Turn it off."
+            )
+        parts: list[bytes] = []
+        size = 0
+        limit = LARGEST if response.status == 200 else _PIECE
+        while not stop.is_set():
+            piece = response.read(_PIECE)
+            if not piece:
+                break
+            parts.append(piece)
+            size += len(piece)
+            if size > limit:
+                if response.status != 200:
+                    break
+                raise ServerError(f"{self.name} answers with more than {LARGEST >> 20} MiB.", "Is this a completion server?")
+        return b"".join(parts)
+
+    def _late(self) -> ServerError:
+        return ServerError(
+            f"{self.name} did not answer within {self.timeout:g} seconds.",
+            "--server-timeout gives it more, or take a shorter text.",
+        )
+
+    def _unreachable(self, error: BaseException) -> "ServerError | _Passing":
+        if isinstance(error, MaxRetryError) and error.reason is not None:
+            error = error.reason
+        if isinstance(error, NewConnectionError):
+            words = str(error.__cause__ or error).rsplit("] ", 1)[-1]
+            reason = f"{self.name} cannot be reached: {printable(words, _SHOWN)}."
+            return _Passing(ServerError(reason, "Is the server running? Check --server."), 2)
+        if isinstance(error, urllib3.exceptions.TimeoutError):
+            return self._late()
+        if isinstance(error, SSLError):
+            words = str(error.args[0] if error.args else error)
+            return ServerError(
+                f"{self.name} has no TLS connection that can be trusted: {printable(words, _SHOWN)}.",
+                "SSL_CERT_FILE names a file with its certificate; a server without TLS is http://.",
+            )
+        words = printable(str(error), _SHOWN) or type(error).__name__
+        return _Passing(ServerError(f"{self.name} broke off: {words}.", "Look into the server's log."), 2)
+
+    def _refused(self, status: int, data: bytes, path: str) -> ServerError:
+        words = _words(data)
+        if 300 <= status < 400:
+            return ServerError(
+                f"{self.name} redirects {path} elsewhere ({status}).", "Give the final URL to --server.", status=status
+            )
+        advice = {
+            401: f"Set ${KEY_VARIABLE} to its API key.",
+            403: f"Set ${KEY_VARIABLE} to its API key.",
+            404: "Check --server and --server-api.",
+            429: "--server-rate limits the requests a second.",
+        }.get(status, "Look into the server's log.")
+        if "logprobs" in words or "logits_all" in words:
+            advice = "Let it give log-probabilities; llama-cpp-python's server does with --logits_all true."
+        return ServerError(f"{self.name} answered {status} to {path}{f': {words}' if words else ''}.", advice, status=status)
+
+    def _object(self, data: bytes, path: str) -> dict[str, Any]:
+        try:
+            answer = json.loads(data)
+        except (ValueError, RecursionError):
+            raise ServerError(f"{self.name} did not answer {path} with JSON.", "Check --server and --server-api.") from None
+        if not isinstance(answer, dict):
+            raise ServerError(f"{self.name} did not answer {path} with a JSON object.", "Check --server and --server-api.")
+        return answer
+
+
+def _retry_after(response: BaseHTTPResponse) -> float | None:
+    try:
+        return Retry().get_retry_after(response)
+    except HTTPError:  # a header that is no time
+        return None
+
+
+def _words(data: bytes) -> str:
+    """What the server says of an error: OpenAI's `error.message`, FastAPI's `detail`, else the beginning of a text."""
+    text: Any
+    try:
+        said = json.loads(data)
+        error = said.get("error", said)
+        text = error if isinstance(error, str) else error.get("message") or error.get("detail") or ""
+    except (ValueError, AttributeError, RecursionError):
+        text = data[: 4 * _SHOWN].decode("utf-8", "replace")
+        if "<html" in text.lower():
+            return ""
+    return printable(" ".join(str(text).split()), _SHOWN).rstrip(".")
+
+
+def key_from_environment() -> str:
+    """The API key: $PARITY_API_KEY, "" without one."""
+    return os.environ.get(KEY_VARIABLE, "")

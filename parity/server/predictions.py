@@ -1,0 +1,153 @@
+"""What a server says of one prediction, read from the three shapes in which servers write it."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .http import ServerError
+
+_NEVER = -1e4  # a natural logarithm below it is a probability of 0, however a server writes that (-inf, -3.4e38, -9999)
+_MOST = 1 << 20  # predictions of one answer
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One token with its log-probability (natural); `id` is None where the server names tokens by their text only."""
+
+    text: str
+    logprob: float
+    id: int | None = None
+    data: bytes | None = None
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the server said of one position: the token that stands there, and its candidates, most probable first.
+
+    `logprob` is the token's own; None where nothing predicted it (the first token of an echoed prompt).
+    """
+
+    token: Candidate
+    logprob: float | None
+    candidates: tuple[Candidate, ...]
+
+
+def legacy(logprobs: dict[str, Any], where: str) -> list[Prediction]:
+    """OpenAI's first schema: `tokens`, `token_logprobs` and `top_logprobs`, lists of one length; a position's candidates are an
+    object of texts (OpenAI, llama-cpp-python, vLLM) or a list of such objects.
+
+    Raises:
+        ServerError: the lists do not belong together, or a number is none.
+    """
+    tokens, own = logprobs.get("tokens"), logprobs.get("token_logprobs")
+    top = logprobs.get("top_logprobs") or [None] * (len(tokens) if isinstance(tokens, list) else 0)
+    if not (isinstance(tokens, list) and isinstance(own, list) and isinstance(top, list)) or not len(tokens) == len(own) == len(
+        top
+    ):
+        raise _malformed(where, "tokens, token_logprobs and top_logprobs are not lists of one length")
+    _bounded(tokens, where)
+    found = []
+    for text, value, listed in zip(tokens, own, top, strict=True):
+        if not isinstance(text, str) or not (listed is None or isinstance(listed, dict | list)):
+            raise _malformed(where, "a token is no text, or its candidates are no object")
+        pairs = listed.items() if isinstance(listed, dict) else [item for part in listed or () for item in _pairs(part, where)]
+        candidates = [_candidate(name, number, where) for name, number in pairs]
+        logprob = None if value is None else number_of(value, where)
+        found.append(Prediction(_candidate(text, logprob or 0.0, where), logprob, _ordered(candidates)))
+    return found
+
+
+def _pairs(part: Any, where: str) -> list[tuple[Any, Any]]:
+    if not isinstance(part, dict):
+        raise _malformed(where, "a position's candidates are no object")
+    return list(part.items())
+
+
+def listed(content: Sequence[Any], where: str) -> list[Prediction]:
+    """The newer schema, and llama.cpp's own: a list of {token, logprob, bytes, id, top_logprobs: [{…}]}.
+
+    llama.cpp writes `prob` and `top_probs` for probabilities behind its sampler, and before 2025 {content, probs: [{tok_str, prob}]}.
+
+    Raises:
+        ServerError: it is not such a list, or a number is none.
+    """
+    _bounded(content, where)
+    found = []
+    for entry in content:
+        if not isinstance(entry, dict):
+            raise _malformed(where, "a position is no object")
+        inner: Any = next((entry[name] for name in ("top_logprobs", "top_probs", "probs") if entry.get(name) is not None), [])
+        if not isinstance(inner, list) or not all(isinstance(item, dict) for item in inner):
+            raise _malformed(where, "a position's candidates are no list of objects")
+        candidates = [_entry(item, where) for item in inner]
+        token = _entry(entry, where, [item.logprob for item in candidates if item.text == entry.get("content")])
+        found.append(Prediction(token, token.logprob, _ordered(candidates)))
+    return found
+
+
+def _entry(item: dict[str, Any], where: str, otherwise: Sequence[float] = ()) -> Candidate:
+    text = next((item[name] for name in ("token", "tok_str", "content") if isinstance(item.get(name), str)), None)
+    if text is None:
+        raise _malformed(where, "a token has no text")
+    if item.get("logprob") is not None:
+        value = number_of(item["logprob"], where)
+    elif item.get("prob") is not None:
+        value = _of_probability(item["prob"], where)
+    elif otherwise:
+        value = otherwise[0]
+    else:
+        raise _malformed(where, "a token has neither logprob nor prob")
+    number, data = item.get("id"), item.get("bytes")
+    if isinstance(data, list) and not all(isinstance(byte, int) and 0 <= byte < 256 for byte in data):
+        raise _malformed(where, "a token's bytes are no bytes")
+    return Candidate(
+        text,
+        value,
+        number if isinstance(number, int) and not isinstance(number, bool) and number >= 0 else _numbered(text),
+        bytes(data) if isinstance(data, list) else None,
+    )
+
+
+def _candidate(text: Any, value: Any, where: str) -> Candidate:
+    return Candidate(str(text), number_of(value, where), _numbered(str(text)))
+
+
+def _numbered(text: str) -> int | None:
+    """The id of a token that the server writes as "token_id:123" (vLLM's return_tokens_as_token_ids)."""
+    digits = text.removeprefix("token_id:")
+    return int(digits) if digits != text and digits.isascii() and digits.isdigit() and len(digits) < 10 else None
+
+
+def number_of(value: Any, where: str) -> float:
+    """A log-probability as a number; every way to write one of 0 is −∞.
+
+    Raises:
+        ServerError: it is no number, NaN, or above 0 by more than rounding.
+    """
+    if isinstance(value, str) and value in ("-Infinity", "-inf"):
+        return -math.inf
+    if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
+        raise _malformed(where, f"a log-probability is {str(value)[:40]}")
+    if value > 1e-3:
+        raise _malformed(where, f"a log-probability is {str(value)[:40]}, above 0: are these logits?")
+    return -math.inf if value < _NEVER else min(float(value), 0.0)
+
+
+def _of_probability(value: Any, where: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1 + 1e-3:
+        raise _malformed(where, f"a probability is {str(value)[:40]}")
+    return min(math.log(value), 0.0) if value > 0 else -math.inf
+
+
+def _ordered(candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
+    return tuple(sorted(candidates, key=lambda candidate: -candidate.logprob))
+
+
+def _bounded(entries: Sequence[Any], where: str) -> None:
+    if len(entries) > _MOST:
+        raise _malformed(where, f"it has {len(entries):,} predictions")
+
+
+def _malformed(where: str, why: str) -> ServerError:
+    return ServerError(f"{where} gives log-probabilities that cannot be read: {why}.", "Check --server-api.")

@@ -1,0 +1,196 @@
+"""A running server beside llama.cpp: ask, compute the same positions, compare, look for the cause, lead on to the checkpoints."""
+
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+
+from checkpoints.answers.server import GREEDY, TEACHER_FORCED, Predicted, ServerAnswer, ServerCause
+from checkpoints.errors import InputError
+from checkpoints.whole_file import put
+from reference.client import Reference
+
+from ..run.request import Prompt, Request
+from ..run.session import REF_FILE, dump_reference, new_folder, resolve_prompt
+from ..score.measures import largest, log_sum
+from . import choices
+from .ask import Asked, Heard, Progress, listen
+from .base import Floor, Row, floor_of, kl, listed, rows
+from .causes import Case, causes, sampled
+from .dialects import AUTO, Dialect, dialect_of
+from .http import Connection
+from .vocabulary import Vocabulary
+
+SERVER_FILE = "server.json"
+# A right server's worst KL is at most 1.0 times what llama.cpp differs from itself on the same tokens, between float32 and the file's
+# own types with an F16 cache: llama-cpp-python's server and llama.cpp's own, Q8_0, texts of 5 to 38 tokens. Other kernels (a GPU's)
+# round otherwise: five times that distance is allowed, and KL goes with its square. A missing BOS is at 80 times this limit.
+_TIMES = 25.0
+_LEAST_LIMIT = 1e-5  # KL: servers print seven digits, and an F16 cache moves an F32 model's by 2e-6
+
+
+@dataclass(frozen=True)
+class ServerRequest:
+    """How the server is asked: `top` candidates a position, `extra` members of every request's JSON, `model` its name there."""
+
+    connection: Connection
+    api: str = AUTO
+    top: int = 5
+    model: str = ""
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    dump_prefix: bool = False
+
+
+def compare_server(request: Request, wanted: ServerRequest, progress: Progress | None = None) -> ServerAnswer:
+    """Ask the server for its predictions over the prompt and `request.generate` choices of its own, and hold them against llama.cpp's.
+
+    Raises:
+        ServerError: the server cannot be reached, or answers what cannot be used. InputError, ModelError: the prompt or the model.
+    """
+    began = perf_counter()
+    connection = wanted.connection
+    with Reference(verbose=request.verbose, threads=request.threads) as reference:
+        prompt = resolve_prompt(reference, request.model, request.prompt, request.tokens)
+        folder = new_folder(request)
+        special = reference.tokenize(request.model, "a")
+        vocabulary = Vocabulary(reference.pieces(request.model, range(special.n_vocab)))
+        given: str | Sequence[int] = prompt.text if prompt.text is not None else prompt.ids
+        dialect = dialect_of(connection, wanted.api, wanted.top, wanted.model, wanted.extra, given)
+        heard = listen(
+            dialect, prompt, vocabulary, lambda text: reference.tokenize(request.model, text).ids, request.generate, progress
+        )
+        if not heard.asked and heard.around is None and heard.tokenizer is None:
+            raise InputError(
+                "the server gave no candidates that could be compared.", "Ask for more with --server-top.", code="server"
+            )
+        if progress is not None:
+            progress("llama.cpp", 0, None)
+        answer = _compared(reference, request, prompt, heard, vocabulary, dialect)
+    answer = replace(answer, requests=connection.requests, folder=str(folder), url=connection.name)
+    if wanted.dump_prefix and answer.prefix:
+        dumped = replace(
+            request, prompt=None, tokens=answer.prefix, points="all" if request.points == "default" else request.points
+        )
+        dump_reference(dumped, folder / REF_FILE)
+    answer = replace(answer, seconds=perf_counter() - began)
+    put(folder / SERVER_FILE, (json.dumps(asdict(answer), indent=1, allow_nan=False) + "\n").encode())
+    return answer
+
+
+def _compared(
+    reference: Reference, request: Request, prompt: Prompt, heard: Heard, vocabulary: Vocabulary, dialect: Dialect
+) -> ServerAnswer:
+    by_position = {asked.position: asked for asked in heard.asked}
+    floor = Floor(0.0, 0.0)
+    predictions: list[Predicted] = []
+    kept: list[tuple[Asked, Row]] = []
+    greedy: list[tuple[Asked, Row]] = []
+    if by_position:
+        first, tokens = min(by_position), heard.tokens[: max(by_position) + 1]
+        floor = floor_of(reference, request.model, tokens, first)
+        limit = request.tolerance if request.tolerance is not None else max(_TIMES * floor.worst, _LEAST_LIMIT)
+        wanted = {asked.position for asked in sampled(heard.asked)}
+        for position, row in rows(reference, request.model, tokens, first, request.mode):
+            asked = by_position.get(position)
+            if asked is None:
+                continue
+            predictions.append(_predicted(asked, row, heard, vocabulary, limit))
+            if position in wanted:
+                kept.append((asked, row.copy()))
+            if asked.chosen is not None:
+                greedy.append((asked, row.copy() if len(greedy) < 64 else row[:0]))
+    else:
+        limit = _LEAST_LIMIT
+    wrong = next((item for item in predictions if item.wrong), None)
+    other = next((item for item in predictions if not item.same_choice), None)
+    case = Case(
+        reference,
+        request.model,
+        request.mode,
+        prompt,
+        heard,
+        reference.tokenize(request.model, "a"),
+        vocabulary,
+        tuple(kept),
+        limit,
+    )
+    found: list[ServerCause] = list(causes(case)) if wrong is not None or heard.around or heard.tokenizer else []
+    unfaithful = choices.unfaithful([asked for asked, _ in greedy])
+    if unfaithful and not found:
+        found.append(choices.cause([item for item in greedy if len(item[1])], heard.tokens, unfaithful))
+    place = wrong or other
+    prefix = heard.tokens[: place.position + 1] if place is not None else ()
+    return ServerAnswer(
+        url="",
+        api=dialect.name,
+        model=request.model.name,
+        mode=request.mode,
+        prompt=heard.prompt,
+        tokens=heard.tokens,
+        predictions=tuple(predictions),
+        limit=limit,
+        floor=floor.worst,
+        echoed=heard.echoed,
+        requests=0,
+        seconds=0.0,
+        first=wrong,
+        first_choice=other,
+        causes=tuple(found),
+        unfaithful=unfaithful,
+        prefix=prefix,
+        next_command=_next(request.model, prefix) if wrong is not None else "",
+        notes=heard.notes,
+    )
+
+
+def _predicted(asked: Asked, row: Row, heard: Heard, vocabulary: Vocabulary, limit: float) -> Predicted:
+    server = listed(asked.candidates, vocabulary, row)
+    total = log_sum(row)
+    pieces = vocabulary.pieces
+    top = largest(row, max(len(asked.candidates), 2))
+    known = {int(number): float(value) for number, value in zip(server.ids, server.logprobs, strict=True)}
+    shown = [(vocabulary.one(item, lambda one: float(row[one])), item) for item in asked.candidates]
+    in_text = asked.position + 1 < heard.prompt
+    follows = heard.tokens[asked.position + 1] if asked.position + 1 < len(heard.tokens) else -1
+    theirs = next((number for number, _ in shown[:1] if number is not None), None)
+    distance = kl(row, server)
+    return Predicted(
+        asked.position,
+        pieces[heard.tokens[asked.position]],
+        TEACHER_FORCED if in_text else GREEDY,
+        distance,
+        tuple((-1 if number is None else number, item.text, max(item.logprob, -1e4)) for number, item in shown),
+        tuple((int(number), pieces[int(number)], float(row[number]) - total) for number in top),
+        follows,
+        known.get(follows, _own(asked)),
+        float(row[follows]) - total if follows >= 0 else None,
+        float(row[top[0]] - row[theirs]) if theirs is not None else 0.0,
+        wrong=not np.isfinite(distance) or distance > limit,
+    )
+
+
+def _own(asked: Asked) -> float | None:
+    return max(asked.own.logprob, -1e4) if asked.own is not None else None
+
+
+def _next(model: Path, prefix: Sequence[int]) -> str:
+    """The command that records every point of llama.cpp on these tokens."""
+    words = [
+        "parity",
+        "dump",
+        "ref",
+        "--model",
+        str(model),
+        "--tokens",
+        ",".join(map(str, prefix)),
+        "--points",
+        "all",
+        "-o",
+        REF_FILE,
+    ]
+    return shlex.join(words)

@@ -1,0 +1,38 @@
+"""Which token a server means: by id, by bytes, or by its text."""
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+
+from .predictions import Candidate
+
+BROKEN = "\ufffd"  # a piece of a character that is no text by itself
+
+
+class Vocabulary:
+    """The pieces of a model's vocabulary, as `Reference.pieces` gives them."""
+
+    def __init__(self, pieces: Sequence[str]) -> None:
+        self.pieces = tuple(pieces)
+        self._ids: dict[str, list[int]] = defaultdict(list)
+        for number, piece in enumerate(self.pieces):
+            self._ids[piece].append(number)
+
+    def ids(self, candidate: Candidate) -> Sequence[int]:
+        """The tokens that it can be; none where the vocabulary has no such piece.
+
+        Some servers strip a leading blank, and half a character is the same text for many tokens: then by text nothing is known.
+        """
+        if candidate.id is not None:
+            return (candidate.id,) if candidate.id < len(self.pieces) else ()
+        text = candidate.data.decode("utf-8", "replace") if candidate.data is not None else candidate.text
+        if text == "" or (BROKEN in text and len(self._ids.get(text, ())) != 1):
+            return ()
+        return self._ids.get(text) or self._ids.get(" " + text) or ()
+
+    def one(self, candidate: Candidate, probability: Callable[[int], float]) -> int | None:
+        """The token that it is: of several with this text the most probable one."""
+        return max(self.ids(candidate), key=probability, default=None)
+
+    def same(self, candidate: Candidate, number: int) -> bool:
+        """Whether the server can mean this token."""
+        return number in self.ids(candidate) or BROKEN in self.pieces[number] or candidate.text in ("", BROKEN)

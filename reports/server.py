@@ -1,0 +1,144 @@
+"""A server beside llama.cpp, as text and as JSON."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from rich.text import Text
+
+from checkpoints.answers.server import GREEDY, Predicted, ServerAnswer, ServerCause
+from checkpoints.printable import printable
+
+from .as_json import plain
+from .layout import columns, labelled
+from .numbers import clean, count, error, of_limit, ranges
+
+_ROW = 4  # predictions of a row, at the least
+_PARTS = 6  # rows of the table: enough to see a drift grow, few enough for one look
+
+
+def lines(found: ServerAnswer, width: int) -> Iterator[Text]:
+    """Who was compared, how far they are apart along the text, the first wrong prediction and its cause."""
+    asked = "one request echoed the text" if found.echoed else "one request a position"
+    made = len(found.tokens) - found.prompt
+    yield from labelled(
+        [
+            ("server", f"{clean(found.url)} · {clean(found.api)} · {asked}, {count(found.requests, 'request')}"),
+            ("ref", f"llama.cpp · {clean(found.model)} · {found.mode}"),
+            ("tokens", f"{count(found.prompt, 'token')} of text" + (f", {made} chosen by the server" if made else "")),
+        ],
+        width,
+    )
+    yield Text("")
+    if found.predictions:
+        yield from _table(found, width)
+        yield Text("")
+    if found.first is not None:
+        yield from labelled(list(_place(found.first)), width)
+    if found.first_choice is not None:
+        yield from labelled([("choice", _choice(found.first_choice))], width)
+    for cause in found.causes:
+        yield from labelled(list(_cause(cause)), width)
+    if found.next_command:
+        yield from labelled([("next", printable(found.next_command, 2000))], width)
+    yield from (Text(f"note  {clean(note)}", style="dim") for note in found.notes)
+    yield Text(sentence(found), style="bold")
+    yield Text(f"{clean(found.folder)}/   {found.seconds:.1f} s", style="dim")
+
+
+def _table(found: ServerAnswer, width: int) -> list[Text]:
+    rows: list[tuple[str, ...]] = [("positions", "predictions", "mean KL", "worst KL", "of limit", "same choice", "at")]
+    styles = ["dim"]
+    groups = [
+        [item for item in found.predictions if item.kind != GREEDY],
+        [item for item in found.predictions if item.kind == GREEDY],
+    ]
+    for group in groups:
+        for part in _split(group, _PARTS):
+            worst = max(part, key=lambda item: item.kl)
+            share = worst.kl / found.limit
+            rows.append(
+                (
+                    ranges(tuple(range(part[0].position, part[-1].position + 1)))
+                    + (" greedy" if part[0].kind == GREEDY else ""),
+                    str(len(part)),
+                    error(float(np.mean([item.kl for item in part]))),
+                    error(worst.kl),
+                    of_limit(share),
+                    f"{sum(item.same_choice for item in part)}/{len(part)}",
+                    f"{worst.position} {clean(repr(worst.before))}",
+                )
+            )
+            styles.append("red" if any(item.wrong for item in part) else "")
+    return columns(rows, frozenset({1, 2, 3, 4, 5}), styles, width)
+
+
+def _split(items: Sequence[Predicted], parts: int) -> list[Sequence[Predicted]]:
+    parts = min(parts, max(len(items) // _ROW, 1))
+    edges = sorted({number * len(items) // parts for number in range(parts + 1)})
+    return [items[a:b] for a, b in pairwise(edges)]
+
+
+def _place(item: Predicted) -> Iterator[tuple[str, str]]:
+    yield "first", f"position {item.position}, behind {clean(repr(item.before))}: KL {error(item.kl)}"
+    yield "server", _candidates(item.server)
+    yield "ref", _candidates(item.ref)
+
+
+def _choice(item: Predicted) -> str:
+    """The first position at which both would go on differently."""
+    ours, theirs = item.ref[0], item.server[0]
+    return (
+        f"the first other choice is at position {item.position}: llama.cpp {clean(repr(ours[1]))}, the server {clean(repr(theirs[1]))}, "
+        f"which llama.cpp has {item.margin:.3g} below its own, in log-probability"
+    )
+
+
+def _candidates(top: Sequence[tuple[int, str, float]]) -> str:
+    return "  ".join(f"{clean(repr(text))} {value:.4f}" for _, text, value in top[:5])
+
+
+def _cause(cause: ServerCause) -> Iterator[tuple[str, str]]:
+    yield "cause", f"{cause.name}: {printable(cause.sentence, 600)}"
+    if cause.kl is not None:
+        yield (
+            "",
+            f"so read, {cause.tried} predictions have a worst KL of {error(cause.kl)}, as asked for {error(cause.without)}",
+        )
+    yield "do", clean(cause.advice)
+
+
+def sentence(found: ServerAnswer) -> str:
+    """The answer in one line."""
+    total = len(found.predictions)
+    same = sum(item.same_choice for item in found.predictions)
+    what = f"first choices the same at {same} of {total}; limit KL {error(found.limit)}"
+    if found:
+        return f"parity: {total} of {total} predictions agree, {what}"
+    wrong = sum(item.wrong for item in found.predictions)
+    if found.first is not None:
+        return f"divergence: {wrong} of {total} predictions differ, from position {found.first.position} on; {what}"
+    if found.unfaithful:
+        return f"divergence: the predictions agree, but {count(len(found.unfaithful), 'choice')} not the most probable token; {what}"
+    return f"divergence: the server reads another text; {what}"
+
+
+def as_json(found: ServerAnswer) -> dict[str, Any]:
+    """The whole answer."""
+
+    def prediction(item: Predicted | None) -> dict[str, Any] | None:
+        return None if item is None else asdict(item) | {"same_choice": item.same_choice}
+
+    answer = asdict(found) | {
+        "schema": 1,
+        "verdict": "parity" if found else "divergence",
+        "compared": len(found.predictions),
+        "predictions": [prediction(item) for item in found.predictions],
+        "first_divergence": prediction(found.first),
+        "first_choice": prediction(found.first_choice),
+        "answer": sentence(found),
+    }
+    del answer["first"]
+    return {key: plain(value) for key, value in answer.items()}

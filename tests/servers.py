@@ -1,0 +1,76 @@
+"""Starts a real completion server on a free port of loopback, right or with a planted fault.
+
+Run by an interpreter that has the server's package: `servers.py KIND MODEL PORT_FILE [FAULT]`. KIND is `llama_cpp` (llama-cpp-python's
+own server, FastAPI) or `xllamacpp` (llama.cpp's own server, the C++ one, as that package builds it).
+"""
+
+import os
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def changed(fault: str, prompt: str, given: dict[str, Any]) -> str:
+    """The prompt as a faulty server reads it; a sampler's fault changes the settings instead."""
+    if fault == "temperature":
+        given |= {"temperature": 1.5, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 7}
+    if fault == "penalty":
+        given |= {"repeat_penalty": 1.3}
+    if fault == "template-hidden":
+        given["echo"] = False
+    if fault.startswith("template"):
+        return f"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
+    return prompt
+
+
+def llama_cpp(model: str, port: int, fault: str) -> None:
+    import llama_cpp
+    import uvicorn
+    from llama_cpp.server.app import create_app
+    from llama_cpp.server.settings import ModelSettings, ServerSettings
+
+    right = llama_cpp.Llama.create_completion
+    if fault:
+
+        def create_completion(self: Any, prompt: str, *arguments: Any, **given: Any) -> Any:
+            return right(self, changed(fault, prompt, given), *arguments, **given)
+
+        llama_cpp.Llama.create_completion = create_completion
+        llama_cpp.Llama.__call__ = create_completion
+    settings = ModelSettings(model=model, logits_all=fault != "no-logprobs", n_ctx=512, n_threads=1, verbose=False)
+    app = create_app(server_settings=ServerSettings(), model_settings=[settings])
+    uvicorn.run(app, host="127.0.0.1", port=port, log_level="warning")
+
+
+def xllamacpp(model: str, port: int, _fault: str) -> None:
+    import xllamacpp
+
+    params = xllamacpp.CommonParams()
+    params.model.path = model
+    params.n_ctx = 512
+    params.n_parallel = 1
+    params.hostnames = ["127.0.0.1"]
+    params.port = port
+    params.cpuparams.n_threads = 1
+    params.warmup = False
+    params.fit_params = False
+    server = xllamacpp.Server(params)
+    while server.listening_address:
+        time.sleep(0.2)
+        if os.getppid() == 1:
+            return
+
+
+if __name__ == "__main__":
+    kind, model, port_file, *rest = sys.argv[1:]
+    chosen = free_port()
+    Path(port_file).write_text(str(chosen), encoding="utf-8")
+    {"llama_cpp": llama_cpp, "xllamacpp": xllamacpp}[kind](model, chosen, rest[0] if rest else "")
