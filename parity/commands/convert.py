@@ -14,7 +14,7 @@ def convert(
     source: Annotated[
         Path,
         typer.Argument(
-            help="JSON lines, an eval-callback log, a debugger's folder (Hugging Face, SGLang, TensorRT-LLM), .npy, .npz, .safetensors or .pt.",
+            help="JSON lines, an eval-callback log, a debugger's folder, .npy, .npz, .safetensors or .pt.",
             show_default=False,
         ),
     ],
