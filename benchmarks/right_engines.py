@@ -151,7 +151,9 @@ def judged(model: Model, dump: Dump, way: Written, kind: str) -> dict[str, str]:
     ):
         verdict = answer()
         precision, first = verdict.precision, verdict.first_divergence
-        if first is not None:
+        if first is not None and verdict.pattern is not None and verdict.pattern.code == "eight-bits":
+            said[name] = "suspected"
+        elif first is not None:
             said[name] = f"accused: {first.checkpoint} {first.token_idx} {first.nmse:.1e}"
         elif verdict.record_faults:
             said[name] = f"accused: {[(one.checkpoint, one.kind) for one in verdict.record_faults[:3]]}"

@@ -78,13 +78,18 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Contents:
-    """What a GGUF file holds, and where: `data` is the file offset of the data section, `size` of the file's end."""
+    """What a GGUF file holds, and where: `data` is the file offset of the data section, `size` of the file's end.
+
+    `header_end` is where the table of contents ends, before the padding to a multiple of `alignment`.
+    """
 
     path: Path
     metadata: dict[str, Value]
     tensors: tuple[TensorInfo, ...]
     data: int
     size: int
+    header_end: int
+    alignment: int
 
     def text(self, key: str) -> str:
         """A string of the metadata, "" if it is not there."""
@@ -260,7 +265,7 @@ def _parse(path: Path, data: mmap.mmap) -> Contents:
     step = metadata["general.alignment"].number() if "general.alignment" in metadata else _ALIGNMENT
     if not isinstance(step, int) or step < 1:
         raise ValueError(f"its alignment is {step!r}")
-    return Contents(path, metadata, tuple(tensors.values()), -(-cursor.at // step) * step, len(data))
+    return Contents(path, metadata, tuple(tensors.values()), -(-cursor.at // step) * step, len(data), cursor.at, step)
 
 
 def string_value(text: str) -> Value:

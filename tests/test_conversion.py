@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 from cli import Cli
@@ -202,3 +203,92 @@ def test_a_damaged_folder_is_one_line(damage: str, folder: Callable[..., Path], 
     refused = parity("weights", "--model", model, "--hf", source)
     assert refused.code == 2, refused.out
     assert refused.err.count("\n") == 1
+
+
+def _add(path: Path, out: Path, tensors_: dict[str, np.ndarray], **numbers: Any) -> Path:
+    """The same file with further tensors and metadata, by gguf-py."""
+    reader = gguf.GGUFReader(path)
+    writer = gguf.GGUFWriter(out, "llama")
+    for name, field in reader.fields.items():
+        if name.startswith("GGUF.") or name == "general.architecture":
+            continue
+        if field.types[0] != gguf.GGUFValueType.ARRAY:
+            writer.add_key_value(name, field.contents(), field.types[0])
+    for name, value in numbers.items():
+        kind = gguf.GGUFValueType.STRING if isinstance(value, str) else gguf.GGUFValueType.FLOAT32
+        writer.add_key_value(f"llama.rope.scaling.{name}", value, kind)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, tensor.data)
+    for name, values in tensors_.items():
+        writer.add_tensor(name, values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return out
+
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 128,
+}
+
+
+def llama3_factors(size: int, base: float) -> np.ndarray:
+    """One pair after the other, as transformers' _compute_llama3_parameters decides by the wavelength."""
+    made = []
+    for pair in range(size // 2):
+        wave = 2 * np.pi * base ** (2 * pair / size)
+        if wave < 128 / 4.0:
+            made.append(1.0)
+        elif wave > 128 / 1.0:
+            made.append(8.0)
+        else:
+            smooth = (128 / wave - 1.0) / (4.0 - 1.0)
+            made.append(1 / ((1 - smooth) / 8.0 + smooth))
+    return np.array(made, np.float32)
+
+
+def test_ropes_factors_are_those_of_config_json(folder: Callable[..., Path], parity: Cli, tmp_path: Path) -> None:
+    """llama3's frequencies: right ones are equal, those of another factor, their inverse and none at all are told."""
+    source = folder("llama", rope_scaling=LLAMA3)
+    plain = convert(source, tmp_path / "plain.gguf")
+    right = llama3_factors(D // H, 10000.0)
+    assert len(set(right.tolist())) > 2
+    said = {}
+    for name, values in {"right": right, "other": llama3_factors(D // H, 500.0), "inverse": 1 / right}.items():
+        model = _add(plain, tmp_path / f"{name}.gguf", {"rope_freqs.weight": values.astype(np.float32)})
+        code, answer = parity.json("weights", "--model", model, "--hf", source)
+        said[name] = (
+            code,
+            [tensor["reason"] for tensor in answer["tensors"] if tensor["status"] not in ("equal", "not checked")],
+        )
+    assert said["right"] == (0, [])
+    assert said["other"] == (1, ["other factors than config.json gives"])
+    assert said["inverse"] == (1, ["1 / the factors that config.json gives"])
+    code, answer = parity.json("weights", "--model", plain, "--hf", source)
+    assert code == 1
+    assert "the GGUF has no factors" in answer["tensors"][-1]["reason"]
+
+
+@pytest.mark.parametrize(
+    ("config", "held", "said"),
+    [
+        ({"rope_type": "linear", "factor": 4.0}, {"type": "linear", "factor": 4.0}, ""),
+        ({"rope_type": "linear", "factor": 4.0}, {"type": "linear", "factor": 2.0}, "config.json says 4, the GGUF 2"),
+        ({"rope_type": "yarn", "factor": 4.0}, {}, "config.json says yarn, the GGUF none"),
+        ({}, {"type": "linear", "factor": 2.0}, "config.json says default, the GGUF linear"),
+    ],
+)
+def test_ropes_scaling_is_that_of_config_json(
+    config: dict[str, Any], held: dict[str, Any], said: str, folder: Callable[..., Path], parity: Cli, tmp_path: Path
+) -> None:
+    """The kind of scaling and its factor are held to config.json."""
+    source = folder("llama", rope_scaling=config)
+    model = _add(convert(source, tmp_path / "plain.gguf"), tmp_path / "m.gguf", {}, **held)
+    code, answer = parity.json("weights", "--model", model, "--hf", source)
+    wrong = [tensor["reason"] for tensor in answer["tensors"] if tensor["status"] != "equal"]
+    assert (code, wrong) == ((1, [said]) if said else (0, []))

@@ -392,6 +392,7 @@ def test_what_was_not_seen_is_not_acquitted(engine: Faulty) -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_fault_outside_of_the_slice_is_not_a_factor_of_one(engine: Faulty) -> None:
     """One logit far behind the slice is wrong and the sketch shows it: no law of the 16 values, which are right."""
 

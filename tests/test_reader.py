@@ -156,6 +156,7 @@ KEYS = (
 )
 
 
+@pytest.mark.slow
 @same_file
 @given(
     st.lists(

@@ -135,7 +135,7 @@ def test_what_was_done_to_a_weight_is_told(quantized: Callable[[str], Path], tmp
         "off by one block": {"blk.1.attn_q.weight": q.reshape(-1)[256:356]},
         "nibbles swapped": {up: head(altered(model, up, swap_nibbles, 144))},
         "scales and mins swapped": {up: head(altered(model, up, mins, 144))},
-        "different": {"blk.1.attn_q.weight": head(q) * 1.01},
+        "scaled by a constant: 1.01 times the file's values": {"blk.1.attn_q.weight": head(q) * np.float32(1.01)},
     }
     for status, values in cases.items():
         np.savez(tmp_path / "theirs.npz", **values)

@@ -83,6 +83,11 @@ class GgufModel:
         self.hyperparameters = self._hyperparameters()
 
     @property
+    def contents(self) -> Contents:
+        """The file's table of contents."""
+        return self._contents
+
+    @property
     def fingerprint(self) -> str:
         """`checkpoints.fingerprint.fingerprint` of the file."""
         return self._contents.fingerprint

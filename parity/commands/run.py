@@ -57,6 +57,7 @@ class Third(StrEnum):
         "despite_lint",
         "verbose",
         "hugging_face",
+        "others",
         "server",
     ),
 )
@@ -91,6 +92,9 @@ def run(
 
       parity run --prompt-file text.txt --model M.gguf --server http://127.0.0.1:8080 --generate 32
 
+    With --ref-python or --ref-lib other versions or builds of llama.cpp run beside the installed one: a table says at which points the
+    reference itself moved, and what references differ by, as far as it is rounding, is allowed our side as well.
+
     Exits 0 for parity, 1 for a divergence.
     """
     from checkpoints.mapping import Mapping
@@ -100,7 +104,11 @@ def run(
         raise InputError("--map and --offset need an engine of yours.", "Give its command with --exec.", code="exec")
     if hunt and given["command"] is None:
         raise InputError("--hunt needs an engine of yours.", "Give its command with --exec.", code="exec")
-    python, device = given.pop("python"), given.pop("device")
+    python, device, others = given.pop("python"), given.pop("device"), given.pop("others")
+    if others and (hunt or other is not None or given["server"] is not None):
+        raise InputError(
+            "--ref-python and --ref-lib do not go with --hunt, --with or --server.", "Leave them out.", code="builds"
+        )
     if other is not None and (given["mode"] != "exact" or hunt):
         raise InputError("--with hf is only for exact mode (it computes in float32), and not for --hunt.", code="three")
     if (server := given.pop("server")) is not None:
@@ -135,9 +143,15 @@ def run(
             outcome = session.run(request, progress, started)
             found, said = session.with_hugging_face(outcome, side, progress)
         else:
-            outcome = session.run(request, progress, started, partial(_prepare, output_format), partial(_judged, request))
+            judge = partial(_judged, request)
+            outcome = session.run(request, progress, started, partial(_prepare, output_format), judge)
+            references = None
+            if others:
+                from ..run.references import beside
+
+                outcome, references = beside(outcome, request, others, judge, progress)
     if other is not None:
         if said:
             print(f"note: {said}", file=sys.stderr)
         raise typer.Exit(show_three(found, (outcome.ours, outcome.ref, outcome.ref), output_format))
-    raise typer.Exit(finish(outcome, output_format))
+    raise typer.Exit(finish(outcome, output_format, references))

@@ -13,6 +13,7 @@ from .against_limits import hold
 from .align import Pair, align
 from .consumers import Judged, judged
 from .dataflow import dataflow_of, flow, upstream
+from .eight_bits import allowed_of_eight_bits, looks_like_eight_bits, suspicion
 from .judge import judge
 from .limits import EXACT_FLOOR, NATIVE, common_mode, limits
 from .measure import Measures, measured
@@ -75,11 +76,17 @@ def comparison(ours: Dump, ref: Dump, options: Options | None = None) -> Compari
         InputError: two models or two prompts, or an unusable option.
         DumpError: nothing in common, records of one key that contradict each other, or no way to tell how our positions count.
     """
-    found = _comparison(ours, ref, options or Options())
+    options = options or Options()
+    found = _comparison(ours, ref, options)
     first, records = found.verdict.first_divergence, found.records
     parted = own_choice(first, records.ours, ref)
     before = first is not None and bool((records.token_idx < first.token_idx).any())
-    return found if parted is None or not before else _comparison(ours, ref, options or Options(), parted)
+    if parted is not None and before:
+        return _comparison(ours, ref, options, parted)
+    if first is None or options.strict or options.limits is not None or not looks_like_eight_bits(records):
+        return found
+    assumed = _comparison(ours, ref, replace(options, limits=allowed_of_eight_bits()))
+    return assumed if assumed.verdict else replace(found, verdict=suspicion(found.verdict))
 
 
 def _comparison(ours: Dump, ref: Dump, options: Options, parted: TokenComparison | None = None) -> Comparison:
@@ -93,7 +100,7 @@ def _comparison(ours: Dump, ref: Dump, options: Options, parted: TokenComparison
     found = as_sets(measured(alignment, ours, ref))
     model = flow(found.names, whole, _layers(ref) or _layers(ours))
     lower = (
-        options.limits is None
+        (options.limits is None or allowed.assumed)
         and common_mode(ours.header, ref.header) != NATIVE
         and allowed.operations > EXACT_FLOOR.operations
     )

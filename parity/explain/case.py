@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from checkpoints.errors import DumpError
+from checkpoints.errors import DumpError, ModelError
 from checkpoints.record import Dump, Header
 from engine.graph import Step, sees_later
 from engine.opened import open_plain
@@ -52,6 +52,12 @@ class Case:
         self.dump = _first_sequence(dump)
         self._compute = options.compute or ""
         self.transformer = open_plain(GgufModel(model), options.backend, recorded=partial(recorded_graph, model))
+        if self.transformer.encoder is not None:
+            raise ModelError(
+                f"explain does not have encoder–decoders ({self.transformer.hp.architecture}) yet.",
+                "`parity diff` and `parity isolate` take the model.",
+                code="encoder-decoder",
+            )
         self.dump = _rows_of_positions(self.dump, self.transformer.steps)
         tokens = _tokens(self.dump, options.tokens)
         self.transformer.check(tokens, 0)

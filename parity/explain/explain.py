@@ -89,7 +89,8 @@ def _known(case: Case, search: Search, state: State) -> bool:
 
 def _looks_like(case: Case, search: Search, start: State, budget: Budget) -> tuple[str, ...]:
     """The arithmetics whose noise the differences are, the best first, if nothing fits them better: no fault, no number, no law."""
-    if not may_be_noise(case.entries) or search.simple(start) or law_at(case, search, start):
+    said = law_at(case, search, start)
+    if not may_be_noise(case.entries) or search.simple(start) or (said and not said.endswith(WRONG)):
         return ()
     return _precision(case, budget)
 

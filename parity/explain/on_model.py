@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +12,15 @@ from checkpoints.answers.diff import AGREES, Limits, Precision
 from checkpoints.errors import ParityError
 from checkpoints.points import LOGITS
 from checkpoints.record import Dump, Rows
+from engine.opened import open_plain
+from engine.weights.gguf_model import GgufModel
 
-from ..arbiter.third_side import with_truth
+from ..arbiter.encoder_decoder import EncoderDecoderArbiter
+from ..arbiter.third_side import AnyArbiter, with_truth
 from ..diff.compare import Comparison, Options, comparison
 from ..diff.limits import NATIVE, common_mode, limits
 from ..diff.operations import MIXING
+from ..run.graphs import recorded_graph
 from .case import Case, ExplainOptions
 from .noise import ALL, AUTO, OFF
 from .precision import LOWER, UPPER, PrecisionFloor, best, floor, mismatch
@@ -41,7 +45,21 @@ def compared_on(
     native = common_mode(ours.header, ref.header) == NATIVE
     if arbiter == OFF or not third_side or (arbiter == AUTO and (native or (found.verdict and not known.asked))):
         return found
-    return found if known.case is None else with_truth(found, known.case.arbiter, everywhere=arbiter == ALL)
+    return found if known.truth is None else with_truth(found, known.truth, everywhere=arbiter == ALL)
+
+
+def _of_encoder_decoder(ref: Dump, path: Path) -> EncoderDecoderArbiter | None:
+    """The truth about the reference's prompt and what it generated, where the model is an encoder–decoder."""
+    if ref.header is None or not ref.header.tokens:
+        return None
+    try:
+        transformer = open_plain(GgufModel(path), recorded=partial(recorded_graph, path))
+    except ParityError:
+        return None
+    if transformer.encoder is None:
+        return None
+    generated = sorted((token.token_idx, token.id) for token in ref.tokens if token.seq == 0)
+    return EncoderDecoderArbiter(transformer, ref.header.tokens, [number for _, number in generated])
 
 
 def _compared(ours: Dump, ref: Dump, options: Options, known: "_Model") -> Comparison:
@@ -70,19 +88,24 @@ class _Model:
         except ParityError:
             return None
 
+    @cached_property
+    def truth(self) -> AnyArbiter | None:
+        """The steps in float64 over the reference's tokens; None where our engine lacks the model."""
+        return self.case.arbiter if self.case is not None else _of_encoder_decoder(self.ref, self.path)
+
     @property
     def asked(self) -> bool:
         """Whether float64 was asked for anything by now."""
-        return "case" in self.__dict__ and self.case is not None and self.case.arbiter.asked
+        return "truth" in self.__dict__ and self.truth is not None and self.truth.asked
 
     def distances(self, points: Mapping[str, Rows]) -> dict[str, NDArray[np.float64]]:
         """How far records are from float64 (`Truth`)."""
-        return {} if self.case is None else self.case.arbiter.distances(points)
+        return {} if self.truth is None else self.truth.distances(points)
 
     @property
     def coarse(self) -> frozenset[str]:
         """The points that the reference itself computes coarsely."""
-        return frozenset() if self.case is None else self.case.arbiter.coarse
+        return frozenset() if self.truth is None else self.truth.coarse
 
     def floor(self, kind: str) -> PrecisionFloor | None:
         """What an arithmetic costs our right engine at each record of the reference."""

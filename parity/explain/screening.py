@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from checkpoints.points import OUTPUT_NORM, parse
+from checkpoints.points import OUTPUT_NORM, of_scores, parse
 from engine.backend import Array, Backend
 from engine.faults import AT, CATALOGUE, SEEN, Planting
 from engine.graph import Step
@@ -117,6 +117,8 @@ class Screening:
         number = self.number.get(point)
         if number is None or (point in shown and name == point):
             return None
+        if point in shown and not of_scores(point) and made.shape[0] != rows:
+            raise NotApplicable(f"{point} cannot show a value of shape {list(made.shape)}, which has no row for each position")
         found[number] = self.entries[number].nmse(self.backend.to_host(made), self.positions[:rows])
         return number
 

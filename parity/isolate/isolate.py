@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from checkpoints.answers.isolate import NOT_OBSERVABLE, WRONG, Graft, Isolation, Operation
-from checkpoints.errors import DumpError, InputError
+from checkpoints.errors import DumpError, InputError, ModelError
 from checkpoints.graph import RecordedGraph
 from checkpoints.mapping import Mapping
 from checkpoints.record import Header
@@ -91,6 +91,12 @@ def _bench(
     `expected` is the number of positions of the run.
     """
     transformer = open_plain(GgufModel(model), "numpy", resident=False, recorded=graph)
+    if transformer.encoder is not None:
+        raise ModelError(
+            f"isolate does not have encoder–decoders ({transformer.hp.architecture}) yet.",
+            "`parity run` and `parity diff` take the model.",
+            code="encoder-decoder",
+        )
     transformer.expect(expected)
     definitions = [_definition(transformer, native, kv_type) for native in modes]
     several = [definition.several for definition in definitions]

@@ -7,7 +7,6 @@ against what comes of the usual mistakes. A few rows at a time: memory does not 
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from math import isclose
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +17,13 @@ from checkpoints.errors import InputError
 from engine.weights.dequantize import dequantize
 from engine.weights.gguf_model import GgufModel, TensorInfo
 
+from .conversion_settings import FACTOR_ROUNDING, MADE, rope_factors, settings
+from .quantisation_loss import largest_loss
 from .safetensors_folder import Floats, Folder, Stored
 from .weights import Progress, type_name
 
-# NMSE that quantising to two bits and a half leaves (Q2_K of Gaussian weights: 0.07); a wrong order of rows gives 2, a missing
-# offset of 1 at weights of 0.15 gives 0.98. Types of 16 bits and more round: half a step of bfloat16's 8 bits is 2^-9.
-_QUANTISED, _ROUNDED = 0.25, 2.0**-17
+# A type of 16 bits rounds: half a step of bfloat16's 8 bits is 2^-9.
+_ROUNDED = 2.0**-17
 _CHUNK = 1 << 22  # elements at a time
 _PERMUTING = frozenset(
     ("llama", "granite", "granitemoe", "minicpm", "olmo", "internlm2", "xverse", "baichuan", "smollm3", "arcee")
@@ -33,7 +33,6 @@ _TRANSPOSED = frozenset(("gpt2",))  # keeps [in, out] (Conv1D)
 _EXPERT = re.compile(r"(.*)\.experts\.(\d+)\.(\w+)\.weight")
 _MIXTRAL = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 _BY = ("GGUF", "folder")
-_MADE = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")  # by converters, of config.json
 
 
 @dataclass(frozen=True)
@@ -75,13 +74,16 @@ def check_conversion(path: Path, folder: Path, progress: Progress | None = None)
     total = sum(info.n_bytes for info in model.tensors.values())
     done = 0
     for info in model.tensors.values():
-        checks.append(_tensor(model, info, sources.get(info.name), arch, heads))
+        made = rope_factors(info.name, source) if info.name in MADE else None
+        checks.append(
+            _factors(model, info, made) if made is not None else _tensor(model, info, sources.get(info.name), arch, heads)
+        )
         done += info.n_bytes
         if progress is not None:
             progress("weights", done, total)
     missing = [name for name in sources if name not in model.tensors and not _tied(name, model, sources)]
     checks += [TensorCheck(name, "", (), "missing", reason="the folder has it, the GGUF has not") for name in missing]
-    checks += list(_settings(model, source))
+    checks += list(settings(model, source))
     notes = (f"without a place in a {arch} file: {', '.join(stray[:4])}{', …' * (len(stray) > 4)}",) if stray else ()
     name = f"{model.hyperparameters.name or path.stem} ({path})"
     return WeightsCheck(name, str(folder), tuple(checks), total, notes, tolerance="what each type rounds")
@@ -132,10 +134,11 @@ def _tied(name: str, model: GgufModel, sources: dict[str, _Source]) -> bool:
 def _tensor(model: GgufModel, info: TensorInfo, source: _Source | None, arch: str, heads: tuple[int, int]) -> TensorCheck:
     kind, count = type_name(info.type), int(np.prod(info.shape))
     if source is None:
-        if info.name in _MADE or info.name == "output.weight":
-            return TensorCheck(
-                info.name, kind, info.shape, NOT_CHECKED, 0, (), "no tensor of the folder: the converter made it"
+        if info.name in MADE or info.name == "output.weight":
+            reason = (
+                "no tensor of the folder, and config.json does not say it" if info.name in MADE else "no tensor of the folder"
             )
+            return TensorCheck(info.name, kind, info.shape, NOT_CHECKED, 0, (), f"{reason}: the converter made it")
         return TensorCheck(info.name, kind, info.shape, "extra", 0, (), "the folder has no such tensor")
     size = sum(int(np.prod(part.shape)) for part in source.parts)
     if size != count:
@@ -143,7 +146,7 @@ def _tensor(model: GgufModel, info: TensorInfo, source: _Source | None, arch: st
         return TensorCheck(info.name, kind, info.shape, DIFFERENT, 0, _BY, f"{size:,} values in the folder, {shapes}")
     right = _expected(info, arch, heads)
     error, first = _compare(model, info, source, right, heads, arch)
-    limit = 0.0 if info.type in (0,) else _ROUNDED if info.type in (1, 30) else _QUANTISED
+    limit = 0.0 if info.type == 0 else _ROUNDED if info.type in (1, 30) else largest_loss(info.type)
     if error <= limit:
         status = EQUAL if error == 0 else f"{EQUAL} as {kind}"
         return TensorCheck(info.name, kind, info.shape, status, count, _BY)
@@ -155,6 +158,23 @@ def _tensor(model: GgufModel, info: TensorInfo, source: _Source | None, arch: st
         return TensorCheck(info.name, kind, info.shape, DIFFERENT, count, _BY, what, first)
     reason = f"nothing known gives these values (NMSE {error:.1e})"
     return TensorCheck(info.name, kind, info.shape, DIFFERENT, count, _BY, reason, first)
+
+
+def _factors(model: GgufModel, info: TensorInfo, right: Floats) -> TensorCheck:
+    """RoPE's factors against those that config.json gives."""
+    kind, held = type_name(info.type), model.load(info.name).reshape(-1)
+    if held.shape == right.shape and np.allclose(held, right, rtol=FACTOR_ROUNDING, atol=0):
+        return TensorCheck(info.name, kind, info.shape, EQUAL, len(held), _BY)
+    if held.shape != right.shape:
+        return TensorCheck(info.name, kind, info.shape, DIFFERENT, 0, _BY, f"config.json gives {len(right)} factors")
+    at = int(np.argmax(np.abs(held - right) > FACTOR_ROUNDING * np.abs(right)))
+    first = FirstDifference(at, at, "", {"GGUF": float(held[at]), "folder": float(right[at])})
+    said = (
+        "1 / the factors that config.json gives"
+        if np.allclose(held * right, 1, rtol=FACTOR_ROUNDING)
+        else "other factors than config.json gives"
+    )
+    return TensorCheck(info.name, kind, info.shape, DIFFERENT, len(held), _BY, said, first)
 
 
 def _heads(name: str, heads: tuple[int, int]) -> int:
@@ -246,36 +266,3 @@ def _first(
     row, column = divmod(at, columns)
     values = {"GGUF": float(held[row, column]), "folder": float(wanted[row, column])}
     return FirstDifference((start + row) * columns + column, start + row, "", values)
-
-
-def _settings(model: GgufModel, folder: Folder) -> Iterator[TensorCheck]:
-    """config.json against the metadata: the numbers that every engine reads."""
-    hp = model.hyperparameters
-    for what, mine, theirs in (
-        ("layers", hp.n_layers, folder.number("num_hidden_layers", "n_layer")),
-        ("embedding width", hp.n_embd, folder.number("hidden_size", "n_embd")),
-        ("heads", hp.n_heads, folder.number("num_attention_heads", "n_head")),
-        ("key/value heads", hp.n_kv_heads, folder.number("num_key_value_heads")),
-        ("experts", _of(model, "expert_count"), folder.number("num_local_experts", "num_experts", "n_routed_experts")),
-        ("experts a token", _of(model, "expert_used_count"), folder.number("num_experts_per_tok")),
-    ):
-        if theirs is not None and mine is not None and mine != theirs:
-            yield TensorCheck(what, "", (), DIFFERENT, reason=f"config.json says {theirs}, the GGUF {mine}")
-    eps = next(
-        (folder.config[name] for name in ("rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps") if name in folder.config),
-        None,
-    )
-    held = _of(model, "attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon")
-    if isinstance(eps, float) and held is not None and not isclose(held, eps, rel_tol=1e-6):
-        yield TensorCheck("ε", "", (), DIFFERENT, reason=f"config.json says {eps:g}, the GGUF {held:.7g}")
-    rope = folder.config.get("rope_parameters") or folder.config.get("rope_scaling") or {}
-    rope = rope.get("full_attention", rope) if isinstance(rope, dict) else {}
-    base = rope.get("rope_theta", folder.config.get("rope_theta"))
-    if isinstance(base, (int, float)) and hp.rope_base and not isclose(hp.rope_base, base, rel_tol=1e-6):
-        yield TensorCheck("RoPE base", "", (), DIFFERENT, reason=f"config.json says {base:g}, the GGUF {hp.rope_base:g}")
-
-
-def _of(model: GgufModel, *keys: str) -> float | None:
-    """The first of these numbers that the metadata have, under the architecture's name."""
-    values = (model.metadata.get(f"{model.hyperparameters.architecture}.{key}") for key in keys)
-    return next((value for value in values if isinstance(value, (int, float))), None)

@@ -1,0 +1,91 @@
+"""Whether the errors of a side that doesn't say its arithmetic are what 8-bit activations leave: noise, everywhere, of that size.
+
+No proof: a fault that makes noise of that size is not told from it. The answer says that it is assumed, and what settles it.
+"""
+
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from checkpoints.answers.diff import Limits, Pattern, Verdict
+from checkpoints.points import parse
+
+from .limits import EXACT_FLOOR, limits
+from .operations import MIXING
+from .records import Records
+from .routing import is_routing
+from .slices import prepare
+
+Floats = NDArray[np.float64]
+
+# Share of an error's energy that is along the values themselves (another scale, another epsilon) or the same at every position (a
+# constant, a bias). Of noise in N recorded elements the first is 1/N on the average, of noise at T positions the second is 1/T.
+_ALONG, _COMMON = 0.25, 0.7
+_POSITIONS = 3  # fewer do not tell noise from a constant
+# Positions of the first computed point may be this far apart in NMSE: right engines measured up to 143, of ten values a row
+# (benchmarks/right_engines.py). A fault of attention leaves position 0 right: a million times.
+_ALIKE = 1000.0
+
+
+def allowed_of_eight_bits() -> Limits:
+    """The limits of 8-bit activations, assumed."""
+    found = limits(None, None, compute="q8")
+    said = "assumed: the errors look like those of 8-bit activations (--compute q8 says so, --compute f32 judges exactly)"
+    return Limits(found.operations, found.logits, said, assumed=True)
+
+
+def looks_like_eight_bits(records: Records) -> bool:
+    """Whether nothing speaks against 8-bit activations: noise from the first products on, at every position."""
+    errors = records.measures.nmse
+    known = not records.limits.assumed or records.tokens.divergence is not None
+    if known or not np.isfinite(errors).all():
+        return False
+    typical = np.array([np.median(errors[records.point == number]) for number in range(len(records.pairs))])
+    wrong = typical > EXACT_FLOOR.operations
+    multiplied = np.array([_multiplied(records, pair.point) for pair in records.pairs])
+    # Ids of experts are right or are others. What is made before the first layer may have rows that are no whole blocks.
+    must = multiplied & np.array([parse(pair.point).layer is not None and not is_routing(pair) for pair in records.pairs])
+    if not (multiplied & wrong).any() or (must & ~wrong).any() or records.failed[~multiplied[records.point]].any():
+        return False
+    first = int(np.argmax(multiplied & wrong))
+    here = errors[records.point == first]
+    if len(here) < _POSITIONS or here.min() <= 0 or here.max() > _ALIKE * here.min():
+        return False
+    return _is_noise(records, first)
+
+
+def suspicion(found: Verdict) -> Verdict:
+    """A divergence that may be 8-bit arithmetic: that is said, and no operation is blamed."""
+    said = (
+        "noise from the first product on, at every position and of the size that 8-bit activations make: 8-bit arithmetic that is not "
+        "declared? --compute q8 judges so, --model M.gguf measures it"
+    )
+    return replace(found, pattern=Pattern("eight-bits", said), operation="")
+
+
+def _multiplied(records: Records, name: str) -> bool:
+    """Whether a point lies behind a product."""
+    made = records.flow.whole.made
+    behind, waiting = {name}, [name]
+    while waiting:
+        for other in made[waiting.pop()].reads if name in made else ():
+            if other not in behind:
+                behind.add(other)
+                waiting.append(other)
+    return bool(MIXING & records.flow.operations(behind))
+
+
+def _is_noise(records: Records, number: int) -> bool:
+    """Whether the recorded errors of a point are neither along its values nor the same at every position."""
+    values = prepare(records.pairs[number])
+    a, b = values.a.astype(np.float64), values.b.astype(np.float64)
+    if values.index is not None or not a.size or not (np.isfinite(a).all() and np.isfinite(b).all()):
+        return False
+    delta = a - b
+    energy = float((delta * delta).sum())
+    if energy == 0:
+        return False
+    along = float((delta * b).sum()) ** 2 / (energy * max(float((b * b).sum()), 1e-300))
+    common = len(delta) * float((delta.mean(axis=0) ** 2).sum()) / energy
+    return along <= _ALONG and common <= _COMMON

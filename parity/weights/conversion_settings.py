@@ -1,0 +1,113 @@
+"""config.json against a GGUF's metadata: the numbers that every engine reads, and RoPE's factors, which converters make of them."""
+
+from collections.abc import Iterator
+from math import isclose
+from typing import Any
+
+import numpy as np
+
+from checkpoints.answers.weights import DIFFERENT, TensorCheck
+from engine.weights.gguf_model import GgufModel
+
+from .safetensors_folder import Floats, Folder
+
+MADE = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")  # by converters, of config.json
+FACTOR_ROUNDING = 1e-5  # converters compute the factors in float32, from powers: a few ulps
+_NAMES = {"llama3": "none", "linear": "linear", "yarn": "yarn", "longrope": "longrope", "su": "longrope", "default": "none"}
+
+
+def settings(model: GgufModel, folder: Folder) -> Iterator[TensorCheck]:
+    """config.json against the metadata: the numbers that every engine reads."""
+    hp = model.hyperparameters
+    for what, mine, theirs in (
+        ("layers", hp.n_layers, folder.number("num_hidden_layers", "n_layer")),
+        ("embedding width", hp.n_embd, folder.number("hidden_size", "n_embd")),
+        ("heads", hp.n_heads, folder.number("num_attention_heads", "n_head")),
+        ("key/value heads", hp.n_kv_heads, folder.number("num_key_value_heads")),
+        ("experts", _of(model, "expert_count"), folder.number("num_local_experts", "num_experts", "n_routed_experts")),
+        ("experts a token", _of(model, "expert_used_count"), folder.number("num_experts_per_tok")),
+    ):
+        if theirs is not None and mine is not None and mine != theirs:
+            yield TensorCheck(what, "", (), DIFFERENT, reason=f"config.json says {theirs}, the GGUF {mine}")
+    eps = next(
+        (folder.config[name] for name in ("rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps") if name in folder.config),
+        None,
+    )
+    held = _of(model, "attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon")
+    if isinstance(eps, float) and held is not None and not isclose(held, eps, rel_tol=1e-6):
+        yield TensorCheck("ε", "", (), DIFFERENT, reason=f"config.json says {eps:g}, the GGUF {held:.7g}")
+    rope = _rope(folder)
+    base = rope.get("rope_theta", folder.config.get("rope_theta"))
+    if isinstance(base, (int, float)) and hp.rope_base and not isclose(hp.rope_base, base, rel_tol=1e-6):
+        yield TensorCheck("RoPE base", "", (), DIFFERENT, reason=f"config.json says {base:g}, the GGUF {hp.rope_base:g}")
+    yield from _scaling(model, folder, rope)
+
+
+def _rope(folder: Folder) -> dict[str, Any]:
+    """config.json's entry on RoPE; of a model with several kinds of layers that of its full attention."""
+    rope = folder.config.get("rope_parameters") or folder.config.get("rope_scaling") or {}
+    found = rope.get("full_attention", rope) if isinstance(rope, dict) else {}
+    return found if isinstance(found, dict) else {}
+
+
+def _scaling(model: GgufModel, folder: Folder, rope: dict[str, Any]) -> Iterator[TensorCheck]:
+    """How far and in which way RoPE is scaled."""
+    kind = str(rope.get("rope_type", rope.get("type", "default")))
+    if kind not in _NAMES:
+        return
+    held = str(model.metadata.get(f"{model.hyperparameters.architecture}.rope.scaling.type", "none"))
+    if held != _NAMES[kind] and not (kind == "longrope" and "rope_factors_long.weight" in model.tensors):
+        yield TensorCheck("RoPE scaling", "", (), DIFFERENT, reason=f"config.json says {kind}, the GGUF {held}")
+        return
+    if kind == "llama3" and "rope_freqs.weight" not in model.tensors:
+        yield TensorCheck(
+            "rope_freqs.weight", "", (), "missing", reason="config.json scales frequencies (llama3), the GGUF has no factors"
+        )
+    for what, theirs, mine in (
+        ("RoPE scaling factor", rope.get("factor"), _of(model, "rope.scaling.factor")),
+        (
+            "RoPE's original context",
+            rope.get("original_max_position_embeddings", folder.config.get("original_max_position_embeddings")),
+            _of(model, "rope.scaling.original_context_length"),
+        ),
+    ):
+        asked = kind in ("linear", "yarn") if "factor" in what else kind == "yarn"
+        if asked and isinstance(theirs, (int, float)) and (mine is None or not isclose(mine, theirs, rel_tol=1e-6)):
+            yield TensorCheck(
+                what,
+                "",
+                (),
+                DIFFERENT,
+                reason=f"config.json says {theirs:g}, the GGUF {'nothing' if mine is None else f'{mine:g}'}",
+            )
+
+
+def rope_factors(name: str, folder: Folder) -> Floats | None:
+    """By what a converter's tensor divides RoPE's frequencies, as config.json gives it; None where that does not say it.
+
+    `rope_freqs` are llama3's: frequencies with long waves are divided by `factor`, with short ones by 1, in between by a mix of
+    both (`Llama3Model.generate_extra_tensors` of convert_hf_to_gguf.py; `_compute_llama3_parameters` of transformers).
+    """
+    rope = _rope(folder)
+    kind = rope.get("rope_type", rope.get("type"))
+    if name != "rope_freqs.weight":
+        factors = rope.get("long_factor" if "long" in name else "short_factor")
+        return np.array(factors, dtype=np.float32) if isinstance(factors, list) and factors else None
+    if kind != "llama3":
+        return None
+    try:
+        base = float(rope.get("rope_theta", folder.config.get("rope_theta", 10000.0)))
+        size = folder.number("head_dim") or folder.config["hidden_size"] // folder.config["num_attention_heads"]
+        factor, low, high = (float(rope[key]) for key in ("factor", "low_freq_factor", "high_freq_factor"))
+        context = float(rope["original_max_position_embeddings"])
+    except (KeyError, TypeError, ValueError, ZeroDivisionError):
+        return None
+    turns = context / (2 * np.pi * base ** (np.arange(0, size, 2) / size))  # of each pair over the original context
+    smooth = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    return np.asarray(1 / ((1 - smooth) / factor + smooth), dtype=np.float32)
+
+
+def _of(model: GgufModel, *keys: str) -> float | None:
+    """The first of these numbers that the metadata have, under the architecture's name."""
+    values = (model.metadata.get(f"{model.hyperparameters.architecture}.{key}") for key in keys)
+    return next((value for value in values if isinstance(value, (int, float))), None)
