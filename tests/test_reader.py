@@ -155,6 +155,7 @@ KEYS = (
 )
 
 
+@pytest.mark.slow
 @same_file
 @given(
     st.lists(
