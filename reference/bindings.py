@@ -1,9 +1,14 @@
 """llama-cpp-python's ctypes functions, without all that its package imports besides."""
 
+import os
 import sys
 from importlib import import_module
-from importlib.util import find_spec, module_from_spec
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from pathlib import Path
 from typing import Any
+
+from .builds import PACKAGE_VARIABLE
 
 _PACKAGE = "llama_cpp"
 
@@ -20,10 +25,17 @@ def bindings() -> Any:
     name = f"{_PACKAGE}.{_PACKAGE}"
     if name in sys.modules:
         return sys.modules[name]
-    if (spec := find_spec(_PACKAGE)) is None:
+    if (spec := _spec()) is None:
         raise ImportError(f"No module named {_PACKAGE!r}")
     sys.modules[_PACKAGE] = module_from_spec(spec)
     try:
         return import_module(name)
     finally:
         del sys.modules[_PACKAGE]
+
+
+def _spec() -> ModuleSpec | None:
+    """Where the package is: in another environment, if this process was started for that one's, else on the path."""
+    if not (folder := os.environ.get(PACKAGE_VARIABLE)):
+        return find_spec(_PACKAGE)
+    return spec_from_file_location(_PACKAGE, Path(folder) / "__init__.py", submodule_search_locations=[folder])

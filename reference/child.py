@@ -14,6 +14,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import IO
 
+from .builds import Build
+
 _LAST_WORDS = re.compile(
     r"(GGML_ASSERT\(.*|GGML_ABORT.*|what\(\):.*|.*\bterminate called\b.*|.*[Oo]ut of memory.*|.*Error: .*)"
 )
@@ -30,9 +32,9 @@ _ENVIRONMENT = {
 
 
 class Child:
-    """A running worker: process, pipe, and the file that its stderr goes to."""
+    """A running worker: process, pipe, and the file that its stderr goes to. `build` is another llama.cpp than the installed one."""
 
-    def __init__(self, verbose: bool) -> None:
+    def __init__(self, verbose: bool, build: Build | None = None) -> None:
         ours, theirs = Pipe()
         self.connection: Connection = ours
         self.stderr: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the child
@@ -46,7 +48,7 @@ class Child:
                 stdout=subprocess.DEVNULL,
                 stderr=self.stderr,
                 pass_fds=passed,
-                env=_ENVIRONMENT | os.environ,
+                env=_ENVIRONMENT | os.environ | (build.environment() if build is not None else {}),
             )
         finally:
             theirs.close()

@@ -16,6 +16,7 @@ from checkpoints.errors import ReferenceFailed
 from checkpoints.graph import RecordedGraph
 from checkpoints.printable import printable
 
+from .builds import Build
 from .child import Child, finish
 from .jobs import EXACT, Description, DumpJob, DumpResult, Node, Tokens
 
@@ -28,12 +29,20 @@ class Reference:
     Args:
         verbose: llama.cpp's own log goes to this process's stderr.
         threads: for every request that names none; None for all cores that the process may use.
-        child: a process that was started ahead, with the same `verbose`.
+        child: a process that was started ahead, with the same `verbose` and `build`.
+        build: another llama.cpp than the installed one.
     """
 
     def __init__(
-        self, *, verbose: bool = False, threads: int | None = None, child: Child | None = None, start: bool = True
+        self,
+        *,
+        verbose: bool = False,
+        threads: int | None = None,
+        child: Child | None = None,
+        start: bool = True,
+        build: Build | None = None,
     ) -> None:
+        self._build = build
         self._verbose = verbose
         self._threads = threads
         self._children: list[Child] = [] if child is None else [child]
@@ -45,7 +54,7 @@ class Reference:
 
     def _start(self) -> Child:
         if not self._children:
-            self._children.append(Child(self._verbose))
+            self._children.append(Child(self._verbose, self._build))
         return self._children[0]
 
     @property

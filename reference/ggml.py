@@ -5,6 +5,7 @@ first value is believed; another layout is an error, never wrong numbers.
 """
 
 import ctypes
+import os
 import sys
 from functools import lru_cache
 from pathlib import Path
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from checkpoints.errors import ReferenceFailed
 
 from .bindings import bindings
+from .builds import LIBRARY_VARIABLE
 from .jobs import Node, Source
 
 _MAX_NAME = 64  # GGML_MAX_NAME
@@ -58,7 +60,7 @@ class Ggml:
     """
 
     def __init__(self) -> None:
-        folder = Path(bindings().__file__).parent / "lib"
+        folder = Path(os.environ.get(LIBRARY_VARIABLE) or Path(bindings().__file__).parent / "lib")
         suffix = ".dylib" if sys.platform == "darwin" else ".so"
         try:
             library = ctypes.CDLL(str(folder / f"libggml-base{suffix}"))

@@ -2,6 +2,7 @@
 
 import os
 from collections import deque
+from pathlib import Path
 from typing import Any
 
 from checkpoints.printable import printable
@@ -48,17 +49,22 @@ class Library:
 
     def versions(self) -> dict[str, Any]:
         """llama-cpp-python's version, llama.cpp's, and what the CPU code was built with."""
-        from importlib.metadata import version
-
         system = self.api.llama_print_system_info().decode(errors="replace").strip(" |")
         named = getattr(self.api, "llama_version", None)
         return {
-            "llama_cpp_python": version("llama_cpp_python"),
+            "llama_cpp_python": self._version(),
             "llama_cpp": named().decode() if named is not None else "",
             "system": system,
             "backend": system.partition(" :")[0],
             "devices": list(self.devices()),
         }
+
+    def _version(self) -> str:
+        """The version of the bindings, which may lie in another environment; "" where that does not say."""
+        from importlib.metadata import distributions
+
+        place = str(Path(self.api.__file__).parent.parent)
+        return next((found.version for found in distributions(name="llama_cpp_python", path=[place])), "")
 
     def devices(self) -> tuple[str, ...]:
         """Every device that this ggml may compute on, as `ggml_backend_dev_name` says: "CPU", "BLAS", "CUDA0"."""

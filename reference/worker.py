@@ -39,7 +39,7 @@ def serve(connection: Connection, verbose_fd: int | None) -> None:
         service = Service(verbose_fd)  # loads llama.cpp while the parent does its own work
     except errors.ParityError as error:
         failure = _failed(error)
-    except (ImportError, OSError) as error:
+    except (ImportError, OSError, RuntimeError) as error:  # the bindings raise the last where the library does not load
         message = f"llama-cpp-python cannot be loaded: {error}."
         failure = _failed(errors.ReferenceFailed(message, "Install it: pip install llama-cpp-python.", code="install"))
 

@@ -13,6 +13,7 @@ from .output import DIVERGENCE_CODE, PARITY_CODE
 if TYPE_CHECKING:
     from checkpoints.answers.diff import Verdict
     from checkpoints.answers.picture import Picture
+    from checkpoints.answers.references import References
     from checkpoints.record import Dump
     from reports.findings import Finding
     from reports.report import Report
@@ -31,16 +32,27 @@ def prepare(output_format: Format) -> None:
         import reports.terminal  # noqa: F401
 
 
-def finish(outcome: "Outcome", output_format: Format) -> int:
+def finish(outcome: "Outcome", output_format: Format, references: "References | None" = None) -> int:
     """Print a run's answer, write diff.json beside the dumps, and return the exit code."""
     from checkpoints.whole_file import put
     from reports.as_json import verdict_as_json
     from reports.html import write_html
 
     answer = verdict_as_json(outcome.verdict) | {"folder": str(outcome.folder), "seconds": round(outcome.seconds, 3)}
+    if references is not None:
+        from reports import references as room
+
+        answer["references"] = room.as_json(references)
     put(outcome.folder / "diff.json", (json.dumps(answer, indent=1) + "\n").encode())
     whole = report(outcome.verdict, outcome.ours, outcome.ref, outcome.picture)
     code = show(whole, output_format, extra=answer)
+    if references is not None and output_format is Format.TEXT:
+        from rich.console import Console
+
+        from reports.header import print_lines
+
+        console = Console()
+        print_lines(console, [*room.lines(references, console.width)])
     # The answer is on the screen before the report is drawn.
     write_html(whole, outcome.folder / "report.html")
     if output_format is Format.TEXT:

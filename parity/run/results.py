@@ -13,6 +13,7 @@ from checkpoints.whole_file import lock
 
 DUMPS = tuple(f"{side}{ending}" for side in ("ours", "ref") for ending in (".jsonl", ".safetensors", columns.ENDING))
 ANSWERS = ("diff.json", "report.html")
+_OTHERS = ("hf.jsonl", "ref-[0-9]*.jsonl")  # dumps of further sides, which belong to their run's answer
 _PREFIX = ".parity-run-"
 
 
@@ -56,6 +57,9 @@ def forget_answer(folder: Path) -> None:
     """Remove an earlier run's answer before the new dumps are put there."""
     for name in ANSWERS:
         (folder / name).unlink(missing_ok=True)
+    for pattern in _OTHERS:
+        for path in folder.glob(pattern):
+            path.unlink(missing_ok=True)
 
 
 def _sweep(folder: Path) -> None:

@@ -36,6 +36,8 @@ def attention_points(graph: Structure, inside: Sequence[int]) -> Points:
     if weights is None or mixed is None:
         return points
     points.nodes |= {scores: "kq", weights: "kq_soft_max"}
+    if re.fullmatch(r"node_\d+", stem(graph.nodes[mixed].name)):  # llama.cpp of 2025 gave it no name
+        points.nodes[mixed] = "kqv"
     points.nodes |= _between(graph, inside, scores, weights)
     cached = False
     if _cache(graph, graph.sources[scores][0]):
@@ -128,7 +130,9 @@ def _written(graph: Structure, inside: Sequence[int], letter: str) -> int | None
     """What is written into the layer's cache."""
     for i in inside:
         node = graph.nodes[i]
-        if node.op in WRITES and any(source.name.startswith(f"cache_{letter}_l") for source in node.sources):
+        # The cache is an operand of the node, or only in its name: a view of the cache (llama.cpp of 2025).
+        names = (node.name, *(source.name for source in node.sources))
+        if node.op in WRITES and any(name.startswith(f"cache_{letter}_l") for name in names):
             return graph.sources[i][0]
     return None
 

@@ -8,7 +8,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
-from . import declared, server, values
+from . import declared, references, server, values
 from .choices import Arbiter, BackendName, Mode
 from .values import Given
 
@@ -72,6 +72,7 @@ GROUPS = {
         {"python": (declared.PythonOption, "python3"), "hf_device": (declared.HfDeviceOption, "cpu")},
         lambda python, hf_device: {"python": python, "device": hf_device},
     ),
+    "others": Group(references.OPTIONS, references.others_field),
     "server": Group(server.OPTIONS, server.server_field),
     "despite_lint": _one("despite_lint", declared.DespiteLintOption, False),
     "verbose": _one("verbose", declared.VerboseOption, False),

@@ -1,0 +1,152 @@
+"""Other versions or builds of llama.cpp beside the reference: how far they are apart, and what that allows our side."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from checkpoints.answers.diff import Limits
+from checkpoints.answers.references import Moved, MovedPoint, References
+from checkpoints.errors import ParityError
+from checkpoints.points import LOGITS, parse
+from checkpoints.reading.reader import read
+from checkpoints.record import Dump, Header
+from reference.builds import Build
+from reference.client import Reference
+
+from ..diff.compare import Comparison, Options, comparison
+from ..diff.limits import NATIVE, common_mode, limits
+from ..diff.truth import NO_ROUNDING
+from .request import Progress, Prompt, Request
+from .session import Outcome, comparison_options, following
+from .sides import LlamaCpp
+
+# A right engine is as far from one reference as another reference is, give or take: ten times that distance is allowed. (A right
+# float32 engine's usual limit is fifty times the noise that was measured.)
+TIMES = 10.0
+
+
+@dataclass(frozen=True)
+class Other:
+    """Another llama.cpp, and what the user called it."""
+
+    build: Build
+    label: str
+
+
+def beside(
+    outcome: Outcome,
+    request: Request,
+    others: Sequence[Other],
+    judge: Callable[[Dump, Dump, Options], Comparison] = comparison,
+    progress: Progress | None = None,
+) -> tuple[Outcome, References]:
+    """Run each other llama.cpp on the tokens and points of a run's reference, and hold our side against what they differ by.
+
+    Returns:
+        The outcome, judged again where the spread of the references raises a limit that our side is over; and what was found.
+
+    Raises:
+        ParityError: another llama.cpp cannot be run, or has nothing in common with the reference; the message names it.
+    """
+    moved = []
+    spread: dict[str, float] = {}
+    header = outcome.ref.header
+    for number, other in enumerate(others, 2):
+        path = outcome.folder / f"ref-{number}.jsonl"
+        try:
+            _dump(other, outcome, request, path, progress)
+            dump = read(path)
+            found = comparison(dump, outcome.ref, Options(placed=True))
+        except ParityError as error:
+            raise type(error)(f"{other.label}: {error.message}", error.advice, code=error.code) from error
+        one, points = _moved(found, header, dump.header, other.label, set(outcome.ref.points) - set(dump.points))
+        moved.append(one)
+        if one.rounding:
+            spread |= {name: max(spread.get(name, 0.0), value) for name, value in points.items()}
+    return _judged(outcome, request, tuple(moved), spread, judge)
+
+
+def _dump(other: Other, outcome: Outcome, request: Request, out: Path, progress: Progress | None) -> None:
+    header = outcome.ref.header
+    assert header is not None
+    generated = tuple(token.id for token in outcome.ref.tokens)
+    prompt = Prompt(header.prompt, header.tokens, header.pieces, generated=generated)
+    with Reference(verbose=request.verbose, threads=request.threads, build=other.build) as reference:
+        known = [name for name, _ in reference.describe(request.model).points]
+        points = [name for name in following(request, outcome.ref, known).points.split(",") if name in known]
+        asked = replace(following(request, outcome.ref, known), points=",".join(points), full=False, binary=False)
+        LlamaCpp(asked, reference).dump(prompt, out, progress)
+
+
+def name_of(header: Header | None, label: str = "") -> str:
+    """What a llama.cpp calls itself: "llama.cpp 0.3.36", with `label` where that is asked for."""
+    version = str((header.build if header is not None else {}).get("llama_cpp_python", ""))
+    return " ".join(filter(None, ("llama.cpp", version, f"({label})" if label else "")))
+
+
+def _moved(
+    found: Comparison, base: Header | None, other: Header | None, label: str, missing: set[str]
+) -> tuple[Moved, dict[str, float]]:
+    """The table by kind of point, and the worst NMSE of each point."""
+    records = found.records
+    nmse = np.nan_to_num(records.measures.nmse, nan=np.inf)
+    worst: dict[str, MovedPoint] = {}
+    points: dict[str, float] = {}
+    for number, name in enumerate(records.names):
+        rows = np.flatnonzero(records.point == number)
+        if not len(rows):
+            continue
+        at = int(rows[np.argmax(nmse[rows])])
+        point = parse(name)
+        kind = name if point.layer is None else f"blk.*.{point.kind}"
+        points[name] = float(nmse[at])
+        made = MovedPoint(kind, len(rows), float(nmse[at]), point.layer, int(records.token_idx[at]))
+        before = worst.get(kind)
+        count = len(rows) + (before.records if before is not None else 0)
+        worst[kind] = replace(made if before is None or made.nmse > before.nmse else before, records=count)
+    table = tuple(worst.values())
+    top = max(table, key=lambda point: point.nmse, default=None)
+    native = common_mode(base, other) == NATIVE
+    bound = limits(base, other).operations if native else NO_ROUNDING
+    same = name_of(base) == name_of(other)
+    return (
+        Moved(
+            name_of(base),
+            name_of(other, label if same else ""),
+            table,
+            len(nmse),
+            next((point for point in table if point.nmse > 0), None),
+            top if top is not None and top.nmse > 0 else None,
+            tuple(sorted(missing)),
+            rounding=top is None or top.nmse <= bound,
+        ),
+        points,
+    )
+
+
+def _judged(
+    outcome: Outcome,
+    request: Request,
+    moved: tuple[Moved, ...],
+    spread: dict[str, float],
+    judge: Callable[[Dump, Dump, Options], Comparison],
+) -> tuple[Outcome, References]:
+    """Our side once more, where it is over a limit that the references are over, or nearly, among themselves."""
+    usual = outcome.verdict.limits
+    raised = {name: TIMES * value for name, value in spread.items() if TIMES * value > _usual(usual, name)}
+    if outcome.verdict or not raised:
+        return outcome, References(moved)
+    points = {**usual.points, **raised}
+    allowed = replace(
+        usual, points=points, source=f"{usual.source}; {TIMES:g} times what the references differ by", assumed=False
+    )
+    found = judge(outcome.ours, outcome.ref, replace(comparison_options(request), limits=allowed))
+    notes = (f"limits of {len(raised)} points are {TIMES:g} times what the references differ by there",)
+    verdict = replace(found.verdict, notes=(*notes, *found.verdict.notes))
+    return replace(outcome, verdict=verdict, picture=found.picture), References(moved, bool(verdict), TIMES)
+
+
+def _usual(allowed: Limits, name: str) -> float:
+    return allowed.points.get(name, allowed.logits if name == LOGITS else allowed.operations)

@@ -1,0 +1,58 @@
+"""What other versions of llama.cpp differ by, as text and as JSON."""
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+from rich.text import Text
+
+from checkpoints.answers.references import Moved, MovedPoint, References
+
+from .as_json import plain
+from .layout import columns
+from .numbers import clean, count, error
+
+_ROWS = 12  # kinds of points that are shown: those that moved most
+
+
+def lines(found: References, width: int) -> Iterator[Text]:
+    """A table of the kinds that moved most for each other reference, and a sentence on it."""
+    for moved in found.moved:
+        shown = sorted(moved.points, key=lambda point: -point.nmse)[:_ROWS]
+        rows: list[tuple[str, ...]] = [("reference moved at", "records", "worst NMSE", "layer", "position")]
+        rows += [_row(point) for point in moved.points if point in shown and point.nmse > 0]
+        if len(rows) > 1:
+            yield from columns(rows, frozenset({1, 2, 3, 4}), ["dim", *[""] * (len(rows) - 1)], width)
+        rest = sum(point.nmse > 0 for point in moved.points) - (len(rows) - 1)
+        if rest > 0:
+            yield Text(f"… {rest} more kinds moved less", style="dim")
+        yield Text(sentence(moved), style="bold")
+    if found.within:
+        yield Text(
+            f"our side is nowhere further from the reference than {found.times:g} times what the references differ by",
+            style="bold",
+        )
+
+
+def _row(point: MovedPoint) -> tuple[str, ...]:
+    layer = "–" if point.layer is None else str(point.layer)
+    return clean(point.kind), f"{point.records:,}", error(point.nmse), layer, str(point.token_idx)
+
+
+def sentence(moved: Moved) -> str:
+    """What moved, in one line."""
+    pair = f"{clean(moved.other)} and {clean(moved.base)}"
+    lacking = f"; {count(len(moved.missing), 'point')} only in {clean(moved.base)}" if moved.missing else ""
+    if moved.worst is None:
+        return f"references: {pair} are identical in {moved.compared:,} records{lacking}"
+    first = f", first at {clean(moved.first.kind)}" if moved.first is not None else ""
+    floor = "" if moved.rounding else "; more than rounding explains: another formula, and no floor for your engine"
+    where = f"{clean(moved.worst.kind)} by {error(moved.worst.nmse)}"
+    return f"references: between {pair} the reference moved at {where}{first}{floor}{lacking}"
+
+
+def as_json(found: References) -> dict[str, Any]:
+    """Everything, with the sentences."""
+    moved = [asdict(one) | {"answer": sentence(one)} for one in found.moved]
+    answer: dict[str, Any] = plain(asdict(found) | {"moved": moved})
+    return answer
