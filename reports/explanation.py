@@ -12,11 +12,12 @@ from .numbers import count, error, limit
 from .sentences import rows_seen
 
 _ARITHMETIC = {
-    "f16": "F16 or TF32 (10 bits of mantissa)",
-    "tf32": "F16 or TF32 (10 bits of mantissa)",
+    "f16": "F16 (10 bits of mantissa)",
+    "tf32": "TF32 (10 bits of mantissa)",
     "bf16": "BF16 (7 bits of mantissa)",
     "q8": "quantised activations (8 bits in blocks)",
 }
+_STATED = {"header": "the header says f32", "--compute": "--compute f32 was given"}
 _LABEL = 8
 _OPERATIONS = 12  # operations in question that are listed
 
@@ -26,7 +27,7 @@ def lines(found: Explanation, width: int) -> Iterator[Text]:
     for number, cause in enumerate(found.causes):
         yield from _cause(cause, number, found, width)
     if found.first is None and found.precision_only:
-        yield from _lines([("no fault", f"agrees within the noise of {_ARITHMETIC[found.precision_only]}")], width)
+        yield from _lines([("no fault", f"agrees within the noise of {_arithmetic(found.precision_only, found)}")], width)
     elif found.first is None:
         yield from _lines([("no fault", f"all {found.records:,} records agree with the right engine")], width)
     elif found.precision_only:
@@ -98,10 +99,18 @@ def _same(named: Named) -> str:
     return f"{named.fault}: {named.sentence}{layers_text(named.layers)}"
 
 
+def _arithmetic(kind: str, found: Explanation) -> str:
+    """The arithmetic that fits best, and those that cannot be told from it."""
+    return " or ".join(_ARITHMETIC[one] for one in dict.fromkeys((kind, *found.precision_alike)))
+
+
 def _precision(found: Explanation, width: int) -> list[Text]:
     first = found.first
     rows = [
-        ("no fault", f"the differences are those of {_ARITHMETIC[found.precision_only]}: a right engine in that arithmetic")
+        (
+            "no fault",
+            f"the differences are those of {_arithmetic(found.precision_only, found)}: a right engine in that arithmetic",
+        )
     ]
     if first is not None:
         rows.append(("begins", f"{first.checkpoint}, position {first.token_idx}, NMSE {error(first.nmse)}"))
@@ -119,7 +128,7 @@ def _left(found: Explanation, place: Place, width: int) -> list[Text]:
         rows.append(("law", f"at {place.checkpoint} {found.law}"))
     rows += _where(found)
     if found.looks_like:
-        rows.append(("looks", f"the numbers look like {_ARITHMETIC[found.looks_like]}, but the header says f32"))
+        rows.append(("looks", f"the numbers look like {_arithmetic(found.looks_like, found)}, but {_STATED[found.f32_stated]}"))
     if not found.complete:
         rows.append(
             (
@@ -188,7 +197,9 @@ def as_json(found: Explanation) -> dict[str, Any]:
         "law": found.law or None,
         "operations": list(found.placed.operations) if found.placed is not None and found.placed.sure else [],
         "precision_only": found.precision_only or None,
+        "precision_alike": list(found.precision_alike),
         "looks_like": found.looks_like or None,
+        "f32_stated": found.f32_stated or None,
         "truth": None if found.truth is None else {"ours": found.truth.ours, "right": found.truth.right},
         "compared": found.records,
         "differing": found.differing,

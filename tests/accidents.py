@@ -47,8 +47,10 @@ def archived(data: bytes, draw: random.Random, others: list[bytes]) -> bytes:
         return b""
     made = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(data)) as archive, zipfile.ZipFile(made, "w", zipfile.ZIP_DEFLATED) as spoiled:
-        for number, name in enumerate(archive.namelist()):
-            spoiled.writestr(name, mutated(archive.read(name), draw, others) if number == 0 else archive.read(name))
+        names = archive.namelist()
+        chosen = draw.choice((0, draw.randrange(len(names))))  # the first describes the others, where any does
+        for number, name in enumerate(names):
+            spoiled.writestr(name, mutated(archive.read(name), draw, others) if number == chosen else archive.read(name))
     return made.getvalue()
 
 

@@ -96,8 +96,54 @@ def _tree(kind: str) -> dict[str, bytes]:
     return {name: text.encode(), **kept}
 
 
+def _zipped(name: str) -> dict[str, bytes]:
+    """The files of a folder that a foreign debugger left."""
+    with zipfile.ZipFile(LOGS / f"{name}.zip") as archive:
+        return {file: archive.read(file) for file in archive.namelist()}
+
+
+def _edge() -> dict[str, bytes]:
+    """Two rounds of Edge-LLM's layer debugger."""
+    cache = next(iter(random_arrays(("embd",), positions=4).values()))[:, :16]
+    pairs = np.ascontiguousarray(np.broadcast_to(cache.reshape(1, 1, 1, 4, 16), (1, 2, 1, 4, 16)), np.float32)
+    arrays: dict[str, np.ndarray] = {}
+    for number in range(2):
+        arrays |= {f"round_{number}.logits": cache[:1], f"round_{number}.layer_0.kv": pairs}
+        arrays |= {
+            f"round_{number}.{name}": np.array([3 + number], np.int32) for name in ("context_lengths", "generated_token_ids")
+        }
+    save_file(arrays, "edge.safetensors")
+    return {"edgellm_dump.safetensors": Path("edge.safetensors").read_bytes()}
+
+
+def _llama_debug() -> dict[str, bytes]:
+    """Logits of the last of three tokens, with ids and prompt beside."""
+    logits = random_arrays(("logits",), positions=1)["logits"]
+    ids = np.array([1, 403, 407], np.int32).tobytes()
+    prompt = b"prompt: Once upon\nn_tokens: 3\ntoken ids: 1, 403, 407\n"
+    return {
+        "llamacpp-m.bin": logits.astype(np.float32).tobytes(),
+        "llamacpp-m-tokens.bin": ids,
+        "llamacpp-m-prompt.txt": prompt,
+    }
+
+
+FOLDERS: dict[str, Callable[[], dict[str, bytes]]] = {
+    "torch": lambda: {"kinds.pt": _zipped("torch-save")["kinds.pt"]},
+    "sglang": lambda: dict(list(_zipped("sglang-dumper").items())[3:8]),
+    "sglang hook": lambda: _zipped("sglang-hook"),
+    "tensorrt-llm": lambda: {Path(name).name: data for name, data in list(_zipped("tensorrt-llm").items())[2:6]},
+    "edge-llm": _edge,
+    "llama-debug": _llama_debug,
+    "debug mode": lambda: {"debug.log": (LOGS / "debug-mode.log").read_bytes()},
+}
+WHOLE = ("torch", "sglang", "sglang hook", "tensorrt-llm", "edge-llm")  # the folder is the dump
+
+
 def right_files(kind: str) -> dict[str, bytes]:
     """The files of a right dump, by name; the first is the one that is mutated most. Writes into the working folder."""
+    if kind in FOLDERS:
+        return FOLDERS[kind]()
     if kind.startswith("tree"):
         return _tree("printed" if "printed" in kind else "arrays")
     if kind == "map":
@@ -118,7 +164,7 @@ MAKERS: dict[str, Callable[[], bytes]] = {
     "safetensors": lambda: _arrays("safetensors"),
 }
 NAMED = {"lines": "a.jsonl", "bare": "a.jsonl", "old log": "a.log", "middle log": "a.log", "new log": "a.log"}
-KINDS = (*MAKERS, "tree", "tree printed", "map", "tokens")
+KINDS = (*MAKERS, "tree", "tree printed", "map", "tokens", *FOLDERS)
 
 
 def cases(kind: str, seeds: range, folder: Path) -> Iterator[tuple[int, Callable[[], str]]]:
@@ -137,6 +183,7 @@ def cases(kind: str, seeds: range, folder: Path) -> Iterator[tuple[int, Callable
     right = folder / "right"
     right.mkdir(exist_ok=True)
     for name, data in files.items():
+        (right / name).parent.mkdir(parents=True, exist_ok=True)
         (right / name).write_bytes(data)
     ref = _load(right, kind, names[0])
     for seed in seeds:
@@ -145,6 +192,7 @@ def cases(kind: str, seeds: range, folder: Path) -> Iterator[tuple[int, Callable
         wrong = folder / "wrong"
         wrong.mkdir(exist_ok=True)
         for name, data in files.items():
+            (wrong / name).parent.mkdir(parents=True, exist_ok=True)
             (wrong / name).write_bytes(data if name != spoiled else archived(data, draw, others) or mutated(data, draw, others))
         yield seed, lambda: _answer(wrong, ref, kind, names[0])  # noqa: B023  # called before the next is made
 
@@ -152,7 +200,7 @@ def cases(kind: str, seeds: range, folder: Path) -> Iterator[tuple[int, Callable
 def _load(folder: Path, kind: str, first: str) -> Dump:
     if kind == "map":
         return load(folder / "theirs.safetensors", read_mapping(folder / first))
-    return load(folder if kind.startswith("tree") else folder / first, Mapping())
+    return load(folder if kind.startswith("tree") or kind in WHOLE else folder / first, Mapping())
 
 
 def _answer(folder: Path, ref: Dump, kind: str, first: str) -> str:

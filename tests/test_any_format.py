@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 from cli import Cli
 
 from checkpoints.reading.reader import read
@@ -31,6 +32,7 @@ def arrays(stories: Path, fault: str | None = None) -> dict[str, np.ndarray]:
     return {"wte" if name == "embd" else name: rows.values for name, rows in found.items()}
 
 
+@pytest.mark.slow
 def test_follow_takes_arrays_and_foreign_names(stories: Path, parity: Cli) -> None:
     """`dump ref --follow` leads llama.cpp along an .npz with a mapping, leaves out what it cannot have and says so."""
     np.savez("ours.npz", **arrays(stories), nonsense=ODD)  # type: ignore[arg-type]

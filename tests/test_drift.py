@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from cli import Cli
+from slow import slow_but
 
 from checkpoints.answers.drift import Entry
 from engine.backend import choose
@@ -89,7 +90,7 @@ def test_an_engine_that_prints_bare_lines_is_checked(golden: Golden, engine: Tra
         assert (code, answer["points"][0]["limit"]) == (0, limit)
 
 
-@pytest.mark.parametrize("name", TEN)
+@pytest.mark.parametrize("name", slow_but(TEN, "rope-pairs", "norm-epsilon", "no-final-norm"))
 def test_each_fault_is_drift(
     name: str, golden: Golden, engine: Transformer, quantized: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -160,6 +161,7 @@ def test_a_damaged_folder_is_one_line(damage: str, golden: Golden, tmp_path: Pat
     assert "Traceback" not in ran.err
 
 
+@pytest.mark.slow
 def test_update_rewrites_what_it_shows(golden: Golden, tmp_path: Path, parity: Cli) -> None:
     """--update takes the new numbers of the points that moved; every other line stays, to the byte."""
     folder = tmp_path / "moved"

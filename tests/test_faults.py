@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from cli import Cli
+from slow import slow_but
 
 from checkpoints.answers.diff import Verdict
 from checkpoints.reading.reader import read
@@ -96,7 +97,7 @@ def kinds(verdict: Verdict) -> set[str]:
     return {origin.first.checkpoint.split(".")[-1] for origin in verdict.origins}
 
 
-@pytest.mark.parametrize("fault", EXPECTED)
+@pytest.mark.parametrize("fault", slow_but(EXPECTED, "rope-pairs", "no-qkv-bias", "no-causal-mask"))
 def test_all_points_name_the_operation(lab: Lab, fault: str) -> None:
     """With every point recorded, the origins are the faulty operations of layer 0 and nothing else."""
     steps = plant(lab.engine(kind_of(fault)).steps, CATALOGUE[fault])

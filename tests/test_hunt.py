@@ -63,6 +63,7 @@ def script(tmp_path: Path) -> Callable[..., str]:
 
 
 @needs_gcc
+@pytest.mark.slow
 def test_from_garbage_to_the_cause(c_engine: Path, parity: Cli) -> None:
     """Wrong RoPE pairs from layer 7 on: two runs lead from layer outputs to blk.7.q_rope, and explain names them and the layers."""
     line = f"{c_engine} {{model}} {{tokens}} {{out}} late {{points}}"

@@ -30,6 +30,7 @@ def ended(out: Path, how: signal.Signals) -> tuple[int, str]:
     return process.returncode, said
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_a_readable_dump_and_exits_130(tmp_path: Path) -> None:
     """A run that is interrupted exits 130 with one line and no traceback, and what it wrote is whole lines without an end."""
     assert ended(tmp_path / "o.jsonl", signal.SIGINT) == (130, "parity: interrupted\n")

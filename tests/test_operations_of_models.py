@@ -27,6 +27,7 @@ def test_every_node_is_computed_as_llama_cpp_computes_it(small_model: Callable[.
     _proven(small_model(name, "f32"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["deepseek2"])
 def test_every_node_of_quantised_weights_too(small_model: Callable[..., Path], name: str) -> None:
     """The same of Q4_K_M weights: products with experts and with stacked matrices round activations as ggml does."""

@@ -35,6 +35,7 @@ def test_an_error_that_grows_at_a_single_position_is_noise() -> None:
     assert any("noise: 3 records at single positions of blk.4.l_out, blk.5.l_out" in note for note in found.notes)
 
 
+@pytest.mark.slow
 def test_a_right_engine_is_not_accused_at_a_knifes_edge(parity: Cli) -> None:
     """A real prompt whose noise reaches the limit, seed 13 of benchmarks/noise.py: position 71 is over it and is no divergence."""
     draw = Random(13)

@@ -7,6 +7,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
+from slow import slow_but
 
 from checkpoints.errors import InputError
 from checkpoints.gguf_file import contents
@@ -66,7 +67,7 @@ def test_cache_is_bounded(
     assert cached() == []
 
 
-@pytest.mark.parametrize("mode", [EXACT, NATIVE])
+@pytest.mark.parametrize("mode", slow_but([EXACT, NATIVE], EXACT))
 def test_windows_are_the_whole(reference: Reference, stories: Path, tmp_path: Path, mode: str) -> None:
     """Prefill and decode are bit-identical in windows of 1, 5 and all layers, F32 and Q8_0."""
     some = "embd,blk.*.{attn_norm,q_rope,k_read,kq_soft_max,attn_out,l_out},output_norm,logits"
@@ -90,6 +91,7 @@ def test_windows_are_the_whole(reference: Reference, stories: Path, tmp_path: Pa
         assert dumps[0].records == dumps[1].records
 
 
+@pytest.mark.slow
 def test_generating_in_windows(reference: Reference, stories: Path, tmp_path: Path) -> None:
     """Tokens chosen window by window are those that the whole model chooses."""
     job = DumpJob(stories, tmp_path / "a.jsonl", TOKENS, generate=3, window="off")

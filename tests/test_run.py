@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from cli import Cli
+from slow import slow_but
 
 from checkpoints.reading.reader import read
 
@@ -55,6 +56,7 @@ def test_every_point_agrees(parity: Cli) -> None:
     assert worst(answer) <= 1e-10
 
 
+@pytest.mark.slow
 def test_every_greedy_choice_of_64_tokens_agrees(parity: Cli) -> None:
     """Led along 64 generated tokens, our engine would have chosen each of them itself."""
     code, answer = parity.json("run", *ONCE, "--generate", "64", "--out", "g")
@@ -67,7 +69,7 @@ def test_every_greedy_choice_of_64_tokens_agrees(parity: Cli) -> None:
     assert ours.points["logits"].decode.sum() == 64
 
 
-@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("kind", slow_but(TYPES, "Q8_0", "Q4_K_M"))
 def test_every_weight_type_is_exact(parity: Cli, quantized: Callable[[str], Path], kind: str) -> None:
     """Our engine dequantises the original file itself and equals llama.cpp on its F32 twin, whatever the type."""
     code, answer = parity.json("run", "--model", quantized(kind), *ONCE)
@@ -95,7 +97,7 @@ def test_every_shape_is_exact_at_every_point(parity: Cli, synthetic: Callable[..
     assert (code, answer["verdict"]) == (0, "parity"), answer["first_divergence"]
 
 
-@pytest.mark.parametrize("count", [1, 2, 33, 500])
+@pytest.mark.parametrize("count", slow_but([1, 2, 33, 500], 1, 2, 33))
 def test_prompts_of_every_length(parity: Cli, count: int) -> None:
     """Prompts of 1, 2, 33 and 500 tokens agree at every position."""
     tokens = ",".join(["2047", *(str(100 + 31 * i % 1900) for i in range(count - 1))])

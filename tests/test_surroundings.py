@@ -101,6 +101,7 @@ def test_a_full_disk_leaves_the_old_tensors(parity: Cli, tmp_path: Path) -> None
     assert (tmp_path / "new" / "ours.safetensors").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_golden_dumps_are_replaced_together(parity: Cli, tmp_path: Path) -> None:
     """A recording that fails leaves the golden dumps of the one before it, byte for byte."""
     (tmp_path / "prompts.txt").write_text("Once\nThe dog\n")

@@ -183,6 +183,7 @@ def test_files_in_the_making_are_left_to_their_owner(tmp_path: Path) -> None:
     assert not list(folder.iterdir())
 
 
+@pytest.mark.slow
 def test_several_models_at_once_share_a_cache_that_is_too_small(
     synthetic: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -15,12 +15,29 @@ from ..reading import reader
 from ..reading.fields import POSITIONS
 from ..record import Dump, Rows
 from ..regular import STDIN, require_regular
-from . import arrays, columns, eval_callback, model_debugger
+from . import (
+    arrays,
+    columns,
+    debug_mode,
+    edge_llm,
+    eval_callback,
+    llama_debug,
+    model_debugger,
+    sglang,
+    tensorrt_llm,
+    torch_file,
+)
 
 _FORMATS = (
     columns,
     model_debugger,
+    edge_llm,
+    llama_debug,
+    sglang,
+    tensorrt_llm,
     arrays,
+    torch_file,
+    debug_mode,
     eval_callback,
 )  # the first that knows the path reads it; JSON lines are what is left
 
@@ -29,7 +46,7 @@ _PIPED = "Write the dump to a file, or give - and pipe JSON lines in."
 
 
 def load(path: str | os.PathLike[str], mapping: Mapping | None = None) -> Dump:
-    """Read a dump of any known format: JSON lines, eval-callback logs, model debugger trees, .npy, .npz, .safetensors.
+    """Read a dump of any known format: JSON lines, eval-callback logs, model debugger trees, .npy, .npz, .safetensors, .pt and the like.
 
     `mapping` says what foreign names mean, and what is added to every position.
 
@@ -55,7 +72,7 @@ def _format_of(place: Path) -> ModuleType | None:
         dumps = sorted(file.name for file in place.glob("*.jsonl"))
         advice = f"Name the dump in it: {', '.join(dumps[:4])}." if dumps else "Name a dump."
         raise DumpError(
-            f"{place} is a folder without .npy, .npz or .safetensors files or a debugger tree.", advice, code="no-file"
+            f"{place} is a folder without .npy, .npz, .safetensors or .pt files or a debugger tree.", advice, code="no-file"
         )
     return found
 

@@ -24,7 +24,8 @@ _RATIO = 100  # times an archive's own size that its arrays may be: activations 
 _SMALL = 1 << 24  # bytes of arrays that any archive may hold
 _MOST = 1 << 15  # arrays of a file: 500 layers of 60 points each
 _HEADER = 1 << 23  # bytes of a safetensors header: 250 each of so many arrays
-_TYPES = {"F32": np.float32, "F16": np.float16, "F64": np.float64}
+_TYPES: dict[str, Any] = {"F32": np.float32, "F16": np.float16, "F64": np.float64}
+_INTEGERS: dict[str, Any] = {"I32": np.int32, "I64": np.int64}
 
 
 def detect(path: Path) -> bool:
@@ -82,7 +83,7 @@ def rows_of(point: str, array: NDArray[Any], step: int = 0, first: int = 0) -> R
     return summarise(point, values, positions, step=step, decode=step > 0 and len(values) == 1, slice_size=None)
 
 
-def _check_size(file: Path) -> None:
+def check_size(file: Path) -> None:
     """Raises DumpError for what would fill the memory, a small archive of huge arrays too."""
     try:
         status = file.stat()
@@ -108,7 +109,7 @@ def _check_size(file: Path) -> None:
 
 
 def _arrays(file: Path) -> Iterator[tuple[str, NDArray[Any]]]:
-    _check_size(file)
+    check_size(file)
     try:
         if file.suffix == ".safetensors":
             yield from safetensors(file)
@@ -145,8 +146,8 @@ def _check_regions(header: dict[str, Any]) -> None:
         raise ValueError("two of its arrays overlap")
 
 
-def safetensors(file: Path) -> Iterator[tuple[str, NDArray[Any]]]:
-    """Names and float arrays of a safetensors file; bfloat16, which NumPy lacks, becomes float32.
+def safetensors(file: Path, *, integers: bool = False) -> Iterator[tuple[str, NDArray[Any]]]:
+    """Names and float arrays of a safetensors file, with `integers` those too; bfloat16, which NumPy lacks, becomes float32.
 
     Raises:
         ValueError: it is no such file.
@@ -172,5 +173,5 @@ def safetensors(file: Path) -> Iterator[tuple[str, NDArray[Any]]]:
         raw = body[begin:end]
         if entry["dtype"] == "BF16":
             yield name, (raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32).reshape(shape)
-        elif entry["dtype"] in _TYPES:
-            yield name, raw.view(_TYPES[entry["dtype"]]).reshape(shape)
+        elif (kind := (_TYPES | (_INTEGERS if integers else {})).get(entry["dtype"])) is not None:
+            yield name, raw.view(kind).reshape(shape)

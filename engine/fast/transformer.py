@@ -41,6 +41,7 @@ class FastTransformer:
         self.model = model
         self.backend = backend
         self.hp = model.hyperparameters
+        self.encoder: Sequence[Step] | None = None
         self.steps: Sequence[Step] = steps_of(self.hp.architecture, Blocks(self.hp, model.tensors))
         self.weights: WeightSource = Weights(model, backend, resident=False)
         xp = backend.xp

@@ -1,7 +1,8 @@
 """Which of two sides that differ is right: the same steps in float64 are the truth that both are held against."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +26,7 @@ class Arbiter:
 
     Args:
         positions, passes: of each token: its position, and the number of the forward pass that it belongs to.
+        given: further values in float64 that the steps read and none of them makes.
     """
 
     def __init__(
@@ -35,6 +37,7 @@ class Arbiter:
         tokens: Sequence[int],
         positions: Sequence[int],
         passes: Sequence[int],
+        given: Callable[[], Mapping[str, NDArray[Any]]] = dict,
     ) -> None:
         self._steps = tuple(steps)
         self._weights = weights
@@ -42,6 +45,7 @@ class Arbiter:
         self._tokens = tuple(tokens)
         self._positions = np.asarray(positions, dtype=np.int64)
         self._passes = tuple(passes)
+        self._given = given
         # A state after a pass has no row for each position, and other passes leave it at other ones; an encoder's scores have rows
         # of other lengths than a decoder's.
         whole = sees_later(steps)
@@ -74,18 +78,20 @@ class Arbiter:
         that the steps do not make are left out.
         """
         known = {name: rows for name, rows in points.items() if name in self._points}
-        missing = known.keys() - self._truth.keys()
-        if missing:
-            self._truth |= wide_values(
-                self._steps,
-                self._tokens,
-                self._positions.tolist(),
-                self._passes,
-                self._weights,
-                self._backend,
-                missing,
-            )
+        self._compute(known.keys() - self._truth.keys())
         return {name: self._distance(rows, self._truth[name]) for name, rows in known.items()}
+
+    def value(self, point: str) -> NDArray[np.float64]:
+        """The whole value of a point."""
+        self._compute({point} - self._truth.keys())
+        return self._truth[point]
+
+    def _compute(self, missing: Collection[str]) -> None:
+        if missing:
+            positions, given = self._positions.tolist(), self._given()
+            self._truth |= wide_values(
+                self._steps, self._tokens, positions, self._passes, self._weights, self._backend, missing, given
+            )
 
     def record(self, rows: Rows) -> Rows:
         """What a dump would record of the truth under the keys of some records, rounded to float32.

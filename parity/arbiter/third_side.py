@@ -13,11 +13,15 @@ from ..diff.align import Pair
 from ..diff.compare import Comparison
 from ..diff.truth import MULTIPLE
 from .arbiter import Arbiter
+from .encoder_decoder import EncoderDecoderArbiter
 
 Floats = NDArray[np.float64]
 
 
-def with_truth(found: Comparison, arbiter: Arbiter, *, everywhere: bool) -> Comparison:
+AnyArbiter = Arbiter | EncoderDecoderArbiter
+
+
+def with_truth(found: Comparison, arbiter: AnyArbiter, *, everywhere: bool) -> Comparison:
     """The comparison with what float64 says of it.
 
     Args:
@@ -35,7 +39,7 @@ def with_truth(found: Comparison, arbiter: Arbiter, *, everywhere: bool) -> Comp
     return replace(found, verdict=verdict, truth=None if record is None else record[1])
 
 
-def _asked(found: Comparison, arbiter: Arbiter, *, everywhere: bool) -> Sequence[Pair]:
+def _asked(found: Comparison, arbiter: AnyArbiter, *, everywhere: bool) -> Sequence[Pair]:
     pairs, first = found.records.pairs, found.verdict.first_divergence
     if everywhere or (first is None and arbiter.asked):
         return pairs
@@ -49,7 +53,7 @@ def _point(name: str, ours: Floats, ref: Floats) -> TruthPoint:
     return TruthPoint(name, far[0], far[1], _alone(far[0], far[1]))
 
 
-def _record(pair: Pair, shown: Difference, arbiter: Arbiter, ours: Floats, ref: Floats) -> tuple[TruthRecord, Rows] | None:
+def _record(pair: Pair, shown: Difference, arbiter: AnyArbiter, ours: Floats, ref: Floats) -> tuple[TruthRecord, Rows] | None:
     """What float64 says of one record, and that record as float64 has it; None where it is not known."""
     at = np.flatnonzero((pair.ref.seq == shown.seq) & (pair.ref.token_idx == shown.token_idx))
     if not len(at) or np.isnan(ours[at[0]]) or np.isnan(ref[at[0]]):

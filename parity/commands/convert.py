@@ -14,7 +14,8 @@ def convert(
     source: Annotated[
         Path,
         typer.Argument(
-            help="JSON lines, an eval-callback log, a model debugger's folder, .npy, .npz or .safetensors.", show_default=False
+            help="JSON lines, an eval-callback log, a debugger's folder, .npy, .npz, .safetensors or .pt.",
+            show_default=False,
         ),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="The dump to write.", show_default=False)],

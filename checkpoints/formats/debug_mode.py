@@ -1,0 +1,86 @@
+"""Logs of PyTorch's `DebugMode` with `log_tensor_hashes`: a line for each operation, with a hash of its result.
+
+        aten::addmm(t: f32[8], t: f32[2, 4], t: f32[4, 8])  ->  t: f32[2, 8]  # {'hash': 6.691675990819931}
+
+A hash is the L1 norm of the whole tensor in float64: no activation, but two such logs can be compared, and the first operation at
+which they part found. Each operation is a point, named by its module and its place among operations of its name there.
+"""
+
+import re
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import DumpError
+from ..mapping import Mapping
+from ..record import Dump, Header, Rows
+from ..regular import read_text
+from ..summary import summarise
+
+_MODULE = re.compile(r"(\s*)\[nn\.Mod(?: \(compile\))?\] ([\w.\-]{1,300})")
+_CALL = re.compile(
+    r"(\s*)((?:aten|torch\.ops\.\w+|\w+)::[\w.]+)\(.*\)\s+->\s+(?:t: (\w+)\[)?.*# \{.*'hash': (\([^)]*\)|\[[^\]]*\]|[-\w.+]+)"
+)
+_COMPUTE = {"f32": "f32", "f16": "f16", "bf16": "bf16"}  # PyTorch's names of types -> a header's
+_HEAD = 1 << 16
+_LARGEST = 1 << 28  # bytes: 100 of each of a million operations
+_MOST = 1 << 20  # hashes of one operation are its first
+
+
+def detect(path: Path) -> bool:
+    """A text with operations and their hashes."""
+    if path.is_dir() or path.suffix in (".jsonl", ".pt", ".npy", ".npz", ".safetensors"):
+        return False
+    with path.open("rb") as file:
+        head = file.read(_HEAD)
+    return b"::" in head and b"# {'" in head and b"'hash': " in head and b"->" in head
+
+
+def read(path: Path, mapping: Mapping) -> Dump:
+    """One record an operation, at position 0: the L1 norm of what it made.
+
+    Raises:
+        DumpError: it cannot be read, or no operation has a hash that is a number.
+    """
+    try:
+        lines = read_text(path, _LARGEST).splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DumpError(f"cannot read {path}: {' '.join(str(error).split())[:100]}.", "Write debug_string() again.") from error
+    modules: list[tuple[int, str]] = []
+    seen: dict[str, int] = {}
+    points: dict[str, Rows] = {}
+    compute = ""
+    for line in lines:
+        if (module := _MODULE.match(line)) is not None:
+            depth = len(module[1])
+            modules = [*(one for one in modules if one[0] < depth), (depth, module[2])]
+            continue
+        call = _CALL.match(line)
+        value = None if call is None else _number(call[4])
+        if call is None or value is None:
+            continue
+        if len(points) >= _MOST:
+            break
+        inside = next((name for depth, name in reversed(modules) if depth < len(call[1])), "")
+        label = ".".join(filter(None, (inside, call[2].replace("::", "."))))
+        seen[label] = seen.get(label, 0) + 1
+        compute = compute or _COMPUTE.get(call[3] or "", "")
+        name, _ = mapping.entry(f"{label}#{seen[label]}")
+        with np.errstate(over="ignore"):
+            values = np.array([[value]], np.float64).astype(np.float32)
+        points[name] = summarise(name, values, np.zeros(1, np.int64), slice_size=None)
+    if not points:
+        raise DumpError(
+            f"{path} has no operation with a hash that is a number.", "Use DebugMode.log_tensor_hashes().", code="no-records"
+        )
+    note = "values are hashes (L1 norms) of whole tensors: compare with another such log"
+    return Dump(str(path), Header("DebugMode", compute=compute), points, notes=(note,))
+
+
+def _number(text: str) -> float | None:
+    """The hash, or the first of several."""
+    first = text.strip("()[]").split(",")[0].strip()
+    try:
+        return float(first)
+    except ValueError:
+        return None

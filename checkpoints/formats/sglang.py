@@ -1,0 +1,201 @@
+"""What SGLang writes: its dumper's files, one a tensor and rank, and its tensor hook's, one a forward pass and rank.
+
+    dump_20261101_…/step=0___rank=1___dump_index=7___name=attn_out___layer_id=3.pt      {"value": tensor, "meta": {"dims": "t h[tp]"}}
+    TP0_PP0_Rank0_pid4711/Pass00000.pt                                                  {"model.layers.0.self_attn.o_proj": tensor}
+
+Shards of tensor-parallel ranks are joined by the noted dims, else by trying the axes. Positions, sequences and token ids are taken
+from the `positions` and `input_ids` of the same pass, where they were dumped.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import DumpError
+from ..mapping import Mapping
+from ..nearest import unknown_names
+from ..reading.fields import POSITIONS
+from ..record import Dump, Header, Rows
+from ..summary import summarise
+from . import torch_file
+from .arrays import rows_of
+from .shards import joined
+
+_TAG = re.compile(r"(\w+)=(.*)", re.DOTALL)
+_RANK = re.compile(r"TP(\d{1,5})_PP(\d{1,5})_Rank(\d{1,6})_pid\d+")
+_PASS = re.compile(r"Pass(\d{1,9})\.pt")
+_OLD_RANK = re.compile(r"sglang_dump_.*_(\d{1,6})")
+_HOOKED, _OUTPUT = "non_intrusive__", ".output"
+_FILES = 1 << 17  # files of a folder: 60 layers, 20 tensors, 8 ranks, 10 steps
+_TOTAL = 4 << 30  # bytes of all of them
+_LARGEST_NUMBER = 1 << 40
+_AGAIN = "Dump again, into an empty folder."
+
+
+@dataclass
+class _Tensor:
+    """One tensor of one pass: its parts by rank; `number` is its place in the order of dumping."""
+
+    name: str
+    parts: dict[int, NDArray[Any]] = field(default_factory=dict)
+    dims: str = ""
+
+
+def detect(path: Path) -> bool:
+    """One of its files by name, or a folder that has some, itself or in the folders of ranks."""
+    if not path.is_dir():
+        return path.suffix == ".pt" and ("___name=" in path.name or bool(_PASS.fullmatch(path.name)))
+    return next(_files(path), None) is not None
+
+
+def _files(path: Path) -> Iterator[Path]:
+    folders = [path, *(child for child in sorted(path.iterdir()) if child.is_dir())] if path.is_dir() else []
+    for folder in folders:
+        for file in sorted(folder.iterdir()):
+            if file.suffix == ".pt" and ("name=" in file.name or _PASS.fullmatch(file.name)):
+                yield file
+
+
+def read(path: Path, mapping: Mapping) -> Dump:
+    """All tensors whose rows are positions, the shards of ranks joined.
+
+    Raises:
+        DumpError: a file cannot be read, or there is no tensor of activations.
+    """
+    files = list(_files(path)) if path.is_dir() else [path]
+    if len(files) > _FILES or sum(file.stat().st_size for file in files) > _TOTAL:
+        raise DumpError(f"{path} holds {len(files):,} files, or more than 4 GiB.", "Dump fewer layers or steps.", code="array")
+    passes: dict[int, dict[str, _Tensor]] = {}
+    for file in files:
+        _collected(file, passes)
+    points: dict[str, list[Rows]] = {}
+    notes: dict[str, int] = {}
+    tokens: tuple[int, ...] = ()
+    for number, (_, tensors) in enumerate(sorted(passes.items())):
+        places = _Places.of(tensors)
+        tokens = tokens or places.tokens
+        for tensor in tensors.values():
+            made = _rows(tensor, number, places, mapping, notes)
+            if made is not None:
+                points.setdefault(made.point, []).append(made)
+    if not points:
+        raise DumpError(f"{path} holds no tensor of activations.", "Dump layers' outputs by name.", code="no-records")
+    stacked = {name: Rows.stack(parts) for name, parts in points.items()}
+    said = [f"{what}: {count} tensors" for what, count in notes.items()]
+    header = Header("sglang", tokens=tokens) if tokens else None
+    return Dump(str(path), header, stacked, notes=(*said, *unknown_names(stacked)))
+
+
+def _collected(file: Path, passes: dict[int, dict[str, _Tensor]]) -> None:
+    """Add what a file holds to its pass."""
+    value = torch_file.contents(file)
+    if (found := _PASS.fullmatch(file.name)) is not None:
+        rank = _RANK.fullmatch(file.parent.name)
+        tensors = passes.setdefault(int(found[1]), {})
+        for name, array in torch_file.named(value, file.stem):
+            tensors.setdefault(name, _Tensor(name)).parts[int(rank[3]) if rank else 0] = array
+        return
+    tags = {str(match[1]): str(match[2]) for part in file.stem.split("___") if (match := _TAG.fullmatch(part))}
+    meta = value.get("meta") if isinstance(value, dict) else None
+    meta = meta if isinstance(meta, dict) else {}
+    given = value.get("value") if isinstance(value, dict) else value
+    if not isinstance(given, np.ndarray) or "name" not in tags:
+        return
+    old = _OLD_RANK.fullmatch(file.parent.name)
+    rank_number = _number(tags.get("rank", old[1] if old else "0"))
+    step = _number(tags.get("step", tags.get("forward_pass_id", "0")))
+    label = _label(tags["name"], tags.get("layer_id", ""))
+    if label is None:
+        return
+    tensor = passes.setdefault(step, {}).setdefault(label, _Tensor(label))
+    tensor.parts[rank_number] = given
+    dims = meta.get("dims")
+    tensor.dims = dims if isinstance(dims, str) else tensor.dims
+
+
+def _number(text: str) -> int:
+    return min(int(text), _LARGEST_NUMBER) if text.isascii() and text.isdigit() and len(text) < 20 else 0
+
+
+def _label(name: str, layer: str) -> str | None:
+    """The name to look up: with its layer, and without what the dumper's hooks put around a module's name; None for inputs."""
+    if name.startswith(_HOOKED):
+        name = name.removeprefix(_HOOKED)
+        if not name.endswith(_OUTPUT):
+            return None
+        name = name.removesuffix(_OUTPUT)
+    if layer.isascii() and layer.isdigit() and "layers." not in name and not name.startswith("blk."):
+        return f"layers.{int(layer[:9])}.{name}"
+    return name
+
+
+@dataclass(frozen=True)
+class _Places:
+    """Where the rows of a pass stand: their positions and sequences, None where that was not dumped."""
+
+    positions: NDArray[np.int64] | None
+    seq: NDArray[np.int64] | None
+    tokens: tuple[int, ...]
+
+    @staticmethod
+    def of(tensors: dict[str, _Tensor]) -> "_Places":
+        """From what the pass itself dumped."""
+
+        def one(ending: str) -> NDArray[np.int64] | None:
+            found = next((t for name, t in tensors.items() if name.rpartition(".")[2] == ending and t.parts), None)
+            array = None if found is None else found.parts[min(found.parts)]
+            usable = array is not None and array.ndim == 1 and array.dtype.kind in "iu" and array.size
+            return np.asarray(array, np.int64) if usable else None
+
+        positions, ids, lengths = one("positions"), one("input_ids"), one("seq_lens")
+        if positions is not None and not ((positions >= 0) & (positions < POSITIONS)).all():
+            positions = None
+        if positions is None:
+            return _Places(None, None, ())
+        begins = np.diff(positions, prepend=positions[0] - 1) != 1
+        each = lengths is not None and len(lengths) == len(positions)  # a decode step: one token of every sequence
+        seq = np.arange(len(positions)) if each else np.cumsum(begins)
+        first = ids is not None and len(ids) == len(positions) and positions[0] == 0
+        tokens = tuple(int(n) for n in ids[seq == 0]) if first and ids is not None else ()
+        return _Places(positions, seq, tokens if min(tokens, default=0) >= 0 else ())
+
+
+def _rows(tensor: _Tensor, step: int, places: _Places, mapping: Mapping, notes: dict[str, int]) -> Rows | None:
+    point, entry = mapping.entry(tensor.name)
+    layered = re.fullmatch(r"(?:.*\.)?layers\.(\d{1,9})\.(.+)", point)
+    if layered:  # a name of their own: a node of that layer, by its name
+        point = f"blk.{int(layered[1])}.{layered[2]}"
+    parts = [tensor.parts[rank] for rank in sorted(tensor.parts)]
+    if any(part.dtype.kind not in "f" for part in parts):
+        return None
+    count = None if places.positions is None else len(places.positions)
+    whole, how = joined(parts, tensor.dims, count)
+    if how:
+        what = f"shards of {len(parts)} ranks are {how}" if whole is not None else f"left out: {how}"
+        notes[what] = notes.get(what, 0) + 1
+    if whole is None:
+        return None
+    made = rows_of(point, mapping.array(entry, whole), step)
+    if made is None or places.positions is None or places.seq is None:
+        return made
+    if len(made) == len(places.positions):
+        values = np.ascontiguousarray(made.values)
+        return _at(point, values, places.positions, places.seq, step)
+    last = np.flatnonzero(np.append(np.diff(places.seq) != 0, True))  # logits: the last token of every sequence
+    if len(made) == len(last):
+        return _at(point, made.values, places.positions[last], places.seq[last], step)
+    return made
+
+
+def _at(point: str, values: NDArray[np.float32], positions: NDArray[np.int64], seq: NDArray[np.int64], step: int) -> Rows:
+    """Rows at given positions of given sequences."""
+    parts = [
+        summarise(point, values[seq == one], positions[seq == one], step=step, decode=step > 0, slice_size=None, seq=int(one))
+        for one in np.unique(seq)
+    ]
+    return Rows.stack(parts)

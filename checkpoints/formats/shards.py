@@ -1,0 +1,72 @@
+"""Tensors of which each process of a tensor-parallel run holds a part, joined."""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+_PARALLEL = ("tp", "sp", "etp")
+_DIM = re.compile(r"[^\s\[]+(?:\[([^\]]*)\])?")
+
+
+def joined(parts: Sequence[NDArray[Any]], dims: str = "", count: int | None = None) -> tuple[NDArray[Any] | None, str]:
+    """The whole tensor, and what was done: "" for a single part, "the same on all", "joined along axis 1", "summed".
+
+    Args:
+        parts: one for each process, in the order of their ranks.
+        dims: the axes as SGLang's dumper notes them: "t h[tp] d", "t d[tp:partial]", "t d # tp:replicated"; "" if it does not.
+        count: the number of positions of the pass, if it is known: it tells the axis of positions from those that are split.
+
+    Returns:
+        None, with the reason, for parts that do not fit together.
+    """
+    if len(parts) == 1:
+        return parts[0], ""
+    named = _axis(dims)
+    if named == _SUM:
+        if len({part.shape for part in parts}) > 1:
+            return None, "partial sums of different shapes"
+        return np.sum([np.asarray(part, np.float64) for part in parts], axis=0).astype(np.float32), "summed"
+    if isinstance(named, int):
+        axis: int | None = named if named < parts[0].ndim else None
+    elif all(part.shape == parts[0].shape and np.array_equal(part, parts[0], equal_nan=True) for part in parts):
+        return parts[0], "the same on all"
+    elif dims and named is None and "replicated" in dims:
+        return None, "not the same on all processes, though noted as replicated"
+    else:
+        axis = _tried(parts, count)
+    if axis is None:
+        return None, "not the same on all processes, and of no axis that can be joined"
+    rest = {(*part.shape[:axis], *part.shape[axis + 1 :]) for part in parts}
+    if len(rest) > 1:
+        return None, f"parts of different shapes beside axis {axis}"
+    return np.concatenate(parts, axis=axis), f"joined along axis {axis}"
+
+
+_SUM = "sum"
+
+
+def _axis(dims: str) -> int | str | None:
+    """The axis that is split, `_SUM` for partial sums, None where the notes name none."""
+    for axis, found in enumerate(_DIM.finditer(dims.partition("#")[0])):
+        for modifier in (found[1] or "").split(","):
+            name, _, how = modifier.strip().partition(":")
+            if name in _PARALLEL:
+                return _SUM if how == "partial" else axis
+    return None
+
+
+def _tried(parts: Sequence[NDArray[Any]], count: int | None) -> int | None:
+    """The axis along which parts without notes are split: not that of the positions, else the positions themselves."""
+    first = parts[0]
+    if count is not None and first.ndim > 1 and first.shape[0] != count and sum(part.shape[0] for part in parts) == count:
+        return 0
+    axis = next((axis for axis in range(first.ndim) if len({part.shape[axis] for part in parts}) > 1), None)
+    if axis is not None:
+        return axis
+    if first.ndim < 2:
+        return 0 if count is None or len(first) != count else None
+    leading = 1 if first.shape[0] == 1 and count not in (None, 1) else 0
+    return min(leading + 1, first.ndim - 1)  # heads of [T, heads, size], features of [T, features]

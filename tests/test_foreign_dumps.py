@@ -1,0 +1,235 @@
+"""Dumps of other engines' own debuggers: SGLang, TensorRT-LLM, Edge-LLM, llama-debug, torch.save, PyTorch's DebugMode.
+
+The .pt files in tests/logs were written by torch 2.13's own torch.save (tests/torch_make.py); nothing here needs torch.
+"""
+
+import io
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from checkpoints.errors import DumpError
+from checkpoints.formats import load
+from checkpoints.formats.shards import joined
+from checkpoints.formats.torch_file import Opaque, contents
+from checkpoints.record import Dump
+from engine.opened import open_engine
+from engine.weights.gguf_model import GgufModel
+from parity.diff.compare import Options, compare
+from parity.models import embedded
+from parity.run.ours import OursJob, dump
+
+LOGS = Path(__file__).parent / "logs"
+IDS = (1, 403, 407)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Dump:
+    """Our engine on the same tokens, whole rows."""
+    out = tmp_path_factory.mktemp("run") / "run.jsonl"
+    dump(open_engine(GgufModel(embedded.path()), "numpy"), OursJob(out, IDS, points="all", slice_size=4096))
+    return load(out)
+
+
+def unpacked(name: str, folder: Path) -> Path:
+    with zipfile.ZipFile(LOGS / f"{name}.zip") as archive:
+        archive.extractall(folder)
+    return folder
+
+
+def same(found: Dump, run: Dump) -> tuple[str, int]:
+    """The verdict and the records compared, by exact limits."""
+    verdict = compare(found, run, Options(compute="f32"))
+    return verdict.verdict, verdict.compared
+
+
+def test_every_type_view_and_wrapper_of_torch_save(tmp_path: Path) -> None:
+    """Each tensor of a real file is what was saved: all types, a transposed view, a window of a larger one, a parameter."""
+    unpacked("torch-save", tmp_path)
+    found = contents(tmp_path / "kinds.pt")
+    right = np.arange(12).reshape(3, 4)
+    for name in ("float16", "bfloat16", "float64", "int64", "int32", "int16", "int8", "uint8", "float32", "parameter"):
+        assert np.array_equal(found[name], right), name
+    assert np.array_equal(found["transposed"], right)
+    assert np.array_equal(found["window"], np.arange(40).reshape(4, 10)[:3, :4])
+    assert np.array_equal(found["ordered"]["a"], right)
+    assert found["size"] == (3, 4)
+    assert found["dtype"] == Opaque("torch.float32")
+    assert isinstance(found["float8"], Opaque)
+    assert contents(tmp_path / "state.pt")["weight"].shape == (3, 4)
+    assert list(load(tmp_path / "layer_0.pt").points) == ["blk.0.l_out"]
+
+
+def test_sglang_dumper_with_two_ranks(tmp_path: Path, run: Dump) -> None:
+    """Shards are joined by dims, by trying, or summed, copies are taken once: every record agrees with our engine's."""
+    found = load(unpacked("sglang-dumper", tmp_path))
+    assert found.header is not None
+    assert found.header.tokens == IDS
+    names = {"embd", *(f"blk.0.{kind}" for kind in ("q", "kqv_out", "attn_out", "ffn_inp", "l_out", "hidden_after_mlp"))}
+    assert set(found.points) == names
+    assert same(found, run) == ("parity", 3 * 6)
+    assert any("summed" in note for note in found.notes)
+    assert any("joined along axis 1" in note for note in found.notes)
+
+
+def test_sglang_tensor_hook(tmp_path: Path, run: Dump) -> None:
+    """A file a pass, keyed by module: positions from the batch's information, logits of the last token at its position."""
+    found = load(unpacked("sglang-hook", tmp_path))
+    assert found.points["logits"].token_idx.tolist() == [2]
+    assert same(found, run)[0] == "parity"
+    assert {"embd", "blk.0.attn_norm", "blk.0.attn_out", "blk.0.ffn_out", "output_norm", "logits"} <= set(found.points)
+
+
+def test_tensorrt_llm_debug_hook(tmp_path: Path, run: Dump) -> None:
+    """Modules by their place; what a module returned is told from its arguments; a residual handed on beside is added."""
+    found = load(unpacked("tensorrt-llm", tmp_path) / "data_dump")
+    kinds = ("attn_norm", "kqv_out", "attn_out", "ffn_norm", "ffn_swiglu", "ffn_out", "l_out")
+    assert set(found.points) == {"embd", "blk.1.l_out", "output_norm", "logits", *(f"blk.0.{kind}" for kind in kinds)}
+    assert found.points["logits"].token_idx.tolist() == [2]
+    assert same(found, run) == ("parity", 3 * 10 + 1)
+
+
+def test_edge_llm_rounds(tmp_path: Path, run: Dump) -> None:
+    """Two rounds of two sequences: keys and values of the positions that each round made, logits at their ends, chosen tokens."""
+    k, v = (run.points[f"blk.0.{kind}"].values.reshape(3, 1, -1).transpose(1, 0, 2) for kind in ("k_rope", "v"))
+    cache = np.full((2, 2, 1, 8, k.shape[2]), 7, np.float16).astype(np.float32)
+    cache[:, 0, :, :3], cache[:, 1, :, :3] = k, v
+    logits = np.stack([run.points["logits"].values[1]] * 2), np.stack([run.points["logits"].values[2]] * 2)
+    arrays: dict[str, Any] = {}
+    for number in range(2):
+        arrays[f"round_{number}.logits"] = logits[number]
+        arrays[f"round_{number}.layer_0.kv"] = cache
+        arrays[f"round_{number}.context_lengths"] = np.full(2, 2 + number, np.int32)
+        arrays[f"round_{number}.generated_token_ids"] = np.full(2, 407 + number, np.int32)
+    save_file(arrays, tmp_path / "edgellm_dump.safetensors")
+    found = load(tmp_path)
+    assert [(token.token_idx, token.id, token.seq) for token in found.tokens] == [
+        (2, 407, 0),
+        (2, 407, 1),
+        (3, 408, 0),
+        (3, 408, 1),
+    ]
+    assert {
+        name: sorted(zip(rows.seq.tolist(), rows.token_idx.tolist(), strict=True)) for name, rows in found.points.items()
+    } == {
+        "logits": [(0, 1), (0, 2), (1, 1), (1, 2)],
+        **{f"blk.0.{kind}": [(seq, t) for seq in (0, 1) for t in range(3)] for kind in ("k_rope", "v")},
+    }
+    for name, rows in found.points.items():
+        for r, position in enumerate(rows.token_idx):
+            assert np.array_equal(rows.values[r], run.points[name].values[position])
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+def test_llama_debug_files(tmp_path: Path, run: Dump, pooled: bool) -> None:
+    """Logits stand at the last token; embeddings are one row a token, or a single one of length 1 where they are pooled."""
+    stem = tmp_path / "llamacpp-stories"
+    np.array(IDS, np.int32).tofile(f"{stem}-tokens.bin")
+    Path(f"{stem}-prompt.txt").write_text("prompt: Once\nupon\nn_tokens: 3\ntoken ids: 1, 403, 407\n")
+    run.points["logits"].values[2].tofile(f"{stem}.bin")
+    found = load(f"{stem}.bin")
+    assert found.header is not None
+    assert (found.header.tokens, found.header.prompt) == (IDS, "Once\nupon")
+    assert same(found, run) == ("parity", 1)
+    assert found.points["logits"].token_idx.tolist() == [2]
+    rows = run.points["output_norm"].values
+    (rows[0] / np.linalg.norm(rows[0]) if pooled else rows).astype(np.float32).tofile(f"{stem}-embeddings.bin")
+    for name in ("-tokens.bin", "-prompt.txt"):
+        Path(f"{stem}{name}").rename(f"{stem}-embeddings{name}")
+    found = load(f"{stem}-embeddings.bin")
+    assert list(found.points) == ["result_embd_pooled" if pooled else "output_norm"]
+    if not pooled:
+        assert same(found, run) == ("parity", 3)
+    with pytest.raises(DumpError, match="holds 2 files of values"):
+        load(tmp_path)
+
+
+def test_two_debug_mode_logs_are_compared(run: Dump) -> None:
+    """Hashes of two runs agree with themselves; the operation whose result is wrong is the first divergence."""
+    right, wrong = load(LOGS / "debug-mode.log"), load(LOGS / "debug-mode-wrong.log")
+    assert compare(load(LOGS / "debug-mode.log"), right).verdict == "parity"
+    first = compare(wrong, right).first_divergence
+    assert first is not None
+    assert first.checkpoint.startswith("Sequential.2.aten.")
+
+
+def test_shards_without_notes() -> None:
+    """Copies are told from parts, positions from features; what does not fit together is left out, with the reason."""
+    whole = np.arange(24, dtype=np.float32).reshape(4, 6)
+    halves = [whole[:, :3], whole[:, 3:]]
+    assert np.array_equal(joined(halves, count=4)[0], whole)
+    assert np.array_equal(joined([whole[:2], whole[2:]], count=4)[0], whole)  # sequence parallel
+    assert np.array_equal(joined([whole, whole.copy()])[0], whole)
+    assert np.array_equal(joined([whole * 0.25, whole * 0.75], "t d[tp:partial]")[0], whole)
+    heads = whole.reshape(4, 3, 2)
+    assert np.array_equal(joined([heads[:, :1], heads[:, 1:]], "t h[tp] d")[0], heads)
+    assert joined([whole, whole + 1], "t d # tp:replicated") == (
+        None,
+        "not the same on all processes, though noted as replicated",
+    )
+    assert joined([whole, whole[:3, :2]])[0] is None
+
+
+class Called(Exception):
+    """Raised if a pickle's code ran."""
+
+
+def _raise() -> None:
+    raise Called
+
+
+class Evil:
+    """Asks a pickle to call a function."""
+
+    def __reduce__(self) -> Any:
+        return _raise, ()
+
+
+def torch_zip(description: bytes, **storages: bytes) -> bytes:
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as archive:
+        archive.writestr("a/data.pkl", description)
+        for name, data in storages.items():
+            archive.writestr(f"a/data/{name.removeprefix('s')}", data)
+    return out.getvalue()
+
+
+def test_no_code_of_a_pickle_runs_and_no_small_file_fills_the_memory(tmp_path: Path) -> None:
+    """What a pickle would call is not called; tensors larger than their storage, memory tricks and other files are refused."""
+    file = tmp_path / "a.pt"
+    file.write_bytes(torch_zip(pickle.dumps({"x": Evil()}, 2)))
+    assert isinstance(contents(file)["x"], Opaque)
+    storage = b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpuK\x04tQ"
+    tensor = b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n(" + storage
+    for description, said in (
+        (tensor + b"K\x00J\x00\x00\x00\x40\x85K\x00\x85\x89NtR.", "larger than its storage"),
+        (tensor + b"K\x02K\x03\x85K\x01\x85\x89NtR.", "larger than its storage"),
+        (b"\x80\x02K\x01r\xff\xff\xff\x7f.", ""),  # a memo of two thousand million places
+        (b"\x80\x02" + b"]" * (1 << 21), "too long"),
+        (b"\x80\x02K\x01K\x02K\x03s.", "no dictionary"),
+        (b"\x80\x02]", "pickle exhausted"),
+    ):
+        file.write_bytes(torch_zip(description, s0=np.arange(4, dtype=np.float32).tobytes()))
+        if said:
+            with pytest.raises(DumpError, match=said):
+                contents(file)
+        else:
+            assert contents(file) == 1
+    bomb = io.BytesIO()
+    with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a/data.pkl", b"\x80\x02N.")
+        archive.writestr("a/data/0", bytes(1 << 26))
+    for data, said in (
+        (bomb.getvalue(), "would unpack"),
+        (b"", "an empty file"),
+        (b"\x80\x02N.", "old format"),
+        (torch_zip(b""), "cannot read"),
+    ):
+        file.write_bytes(data)
+        with pytest.raises(DumpError, match=said):
+            contents(file)
