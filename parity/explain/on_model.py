@@ -170,17 +170,21 @@ def _measured(ours: Dump, ref: Dump, options: Options, known: _Model) -> Compari
     return next((found for found in candidates if found.verdict), candidates[0] if candidates else as_float32)
 
 
-def _with(found: Comparison, arithmetic: str, in_float32: str) -> Comparison:
-    return replace(found, verdict=replace(found.verdict, precision=Precision(arithmetic, False, "measured", in_float32)))
+def _with(comparison: Comparison, arithmetic: str, in_float32: str) -> Comparison:
+    return replace(
+        comparison, verdict=replace(comparison.verdict, precision=Precision(arithmetic, False, "measured", in_float32))
+    )
 
 
-def _computed_before(found: Comparison, first: str) -> bool:
+def _computed_before(comparison: Comparison, first: str) -> bool:
     """Whether a product with weights agrees as float32 does before the first difference: then the arithmetic is float32."""
-    model = found.records.flow
-    for point in found.verdict.points:
+    model = comparison.records.flow
+    for point in comparison.verdict.points:
         if point.checkpoint == first:
             break
-        behind = {point.checkpoint, *_above(found, point.checkpoint)} if point.checkpoint in model.whole.made else set[str]()
+        behind = (
+            {point.checkpoint, *_above(comparison, point.checkpoint)} if point.checkpoint in model.whole.made else set[str]()
+        )
         if point.status == AGREES and MIXING & model.operations(behind):
             return True
     return False
@@ -199,9 +203,9 @@ def _spared(exact: Comparison, case: Case, cost: PrecisionFloor) -> bool:
     return False
 
 
-def _above(found: Comparison, name: str) -> set[str]:
+def _above(comparison: Comparison, name: str) -> set[str]:
     """All nodes that a point is made of."""
-    made = found.records.flow.whole.made
+    made = comparison.records.flow.whole.made
     every, waiting = set[str](), [name]
     while waiting:
         for other in made[waiting.pop()].reads:

@@ -68,7 +68,7 @@ def floor(
     return PrecisionFloor(kind, *costs)
 
 
-def fits(found: PrecisionFloor, entries: Sequence[Expected]) -> float | None:
+def fits(precision_floor: PrecisionFloor, entries: Sequence[Expected]) -> float | None:
     """How well a dump's differences are this arithmetic's: |log| of the typical ratio, None if they are not.
 
     At every record the error must have the size of what this arithmetic costs there, give or take the factors above; what it
@@ -76,7 +76,7 @@ def fits(found: PrecisionFloor, entries: Sequence[Expected]) -> float | None:
     """
     numbers = [number for number, entry in enumerate(entries) if not _ids(entry)]
     entries = [entries[number] for number in numbers]
-    costs = [(found.products[number], found.storage[number]) for number in numbers]
+    costs = [(precision_floor.products[number], precision_floor.storage[number]) for number in numbers]
     if not entries:
         return None
     base = np.concatenate([entry.base for entry in entries])
@@ -107,12 +107,12 @@ def _ids(entry: Expected) -> bool:
     return bool((values == np.rint(values)).all()) and bool((values > 1).any())
 
 
-def ratios(found: PrecisionFloor, entries: Sequence[Expected]) -> list[tuple[float, float, float]]:
+def ratios(precision_floor: PrecisionFloor, entries: Sequence[Expected]) -> list[tuple[float, float, float]]:
     """How far each point lies from the floor: its mean error by that of rounded products, the same by that of rounded
     activations, its largest single error by its record's cost. NaN where that floor is below float32's own noise.
     """
     made = []
-    for entry, products, storage in zip(entries, found.products, found.storage, strict=True):
+    for entry, products, storage in zip(entries, precision_floor.products, precision_floor.storage, strict=True):
         noise, mean = float(entry.limit.max()), float(entry.base.mean())
         upper = np.maximum(products, storage)
         lower = mean / float(products.mean()) if products.mean() > noise else float("nan")
@@ -122,8 +122,9 @@ def ratios(found: PrecisionFloor, entries: Sequence[Expected]) -> list[tuple[flo
     return made
 
 
-def with_noise(found: PrecisionFloor, entries: Sequence[Expected]) -> list[Expected]:
+def with_noise(precision_floor: PrecisionFloor, entries: Sequence[Expected]) -> list[Expected]:
     """The records with limits that this arithmetic does not exceed."""
     return [
-        replace(entry, limit=np.maximum(entry.limit, UPPER * cost)) for entry, cost in zip(entries, found.cost(), strict=True)
+        replace(entry, limit=np.maximum(entry.limit, UPPER * cost))
+        for entry, cost in zip(entries, precision_floor.cost(), strict=True)
     ]
