@@ -12,11 +12,12 @@ from .numbers import count, error, limit
 from .sentences import rows_seen
 
 _ARITHMETIC = {
-    "f16": "F16 or TF32 (10 bits of mantissa)",
-    "tf32": "F16 or TF32 (10 bits of mantissa)",
+    "f16": "F16 (10 bits of mantissa)",
+    "tf32": "TF32 (10 bits of mantissa)",
     "bf16": "BF16 (7 bits of mantissa)",
     "q8": "quantised activations (8 bits in blocks)",
 }
+_STATED = {"header": "the header says f32", "--compute": "--compute f32 was given"}
 _LABEL = 8
 _OPERATIONS = 12  # operations in question that are listed
 
@@ -26,7 +27,9 @@ def lines(explanation: Explanation, width: int) -> Iterator[Text]:
     for number, cause in enumerate(explanation.causes):
         yield from _cause(cause, number, explanation, width)
     if explanation.first is None and explanation.precision_only:
-        yield from _lines([("no fault", f"agrees within the noise of {_ARITHMETIC[explanation.precision_only]}")], width)
+        yield from _lines(
+            [("no fault", f"agrees within the noise of {_arithmetic(explanation.precision_only, explanation)}")], width
+        )
     elif explanation.first is None:
         yield from _lines([("no fault", f"all {explanation.records:,} records agree with the right engine")], width)
     elif explanation.precision_only:
@@ -100,12 +103,17 @@ def _same(named: Named) -> str:
     return f"{named.fault}: {named.sentence}{layers_text(named.layers)}"
 
 
+def _arithmetic(kind: str, found: Explanation) -> str:
+    """The arithmetic that fits best, and those that cannot be told from it."""
+    return " or ".join(_ARITHMETIC[one] for one in dict.fromkeys((kind, *found.precision_alike)))
+
+
 def _precision(explanation: Explanation, width: int) -> list[Text]:
     first = explanation.first
     rows = [
         (
             "no fault",
-            f"the differences are those of {_ARITHMETIC[explanation.precision_only]}: a right engine in that arithmetic",
+            f"the differences are those of {_arithmetic(explanation.precision_only, explanation)}: a right engine in that arithmetic",
         )
     ]
     if first is not None:
@@ -124,7 +132,12 @@ def _left(explanation: Explanation, place: Place, width: int) -> list[Text]:
         rows.append(("law", f"at {place.checkpoint} {explanation.law}"))
     rows += _where(explanation)
     if explanation.looks_like:
-        rows.append(("looks", f"the numbers look like {_ARITHMETIC[explanation.looks_like]}, but the header says f32"))
+        rows.append(
+            (
+                "looks",
+                f"the numbers look like {_arithmetic(explanation.looks_like, explanation)}, but {_STATED[explanation.f32_stated]}",
+            )
+        )
     if not explanation.complete:
         rows.append(
             (
@@ -193,7 +206,9 @@ def as_json(explanation: Explanation) -> dict[str, Any]:
         "law": explanation.law or None,
         "operations": list(explanation.placed.operations) if explanation.placed is not None and explanation.placed.sure else [],
         "precision_only": explanation.precision_only or None,
+        "precision_alike": list(explanation.precision_alike),
         "looks_like": explanation.looks_like or None,
+        "f32_stated": explanation.f32_stated or None,
         "truth": None if explanation.truth is None else {"ours": explanation.truth.ours, "right": explanation.truth.right},
         "compared": explanation.records,
         "differing": explanation.differing,

@@ -39,7 +39,8 @@ def answer(verdict: Verdict) -> str:
             return f"parity: {sentence}, {held}"
         how = "assumed: your dump does not say" if precision.assumed else "measured on the model"
         at = f", worst {error(verdict.worst.nmse)} at {clean(verdict.worst.checkpoint)}" if verdict.worst is not None else ""
-        return f"parity as {ARITHMETIC[precision.arithmetic]} arithmetic ({how}): {sentence}{at}"
+        kinds = " or ".join(ARITHMETIC[kind] for kind in (precision.arithmetic, *precision.alike))
+        return f"parity as {kinds} arithmetic ({how}): {sentence}{at}"
     wrong = sum(point.failed for point in verdict.points)
     if wrong:
         what = f"{wrong:,} of {count(verdict.compared, 'record')} differ"
@@ -72,7 +73,8 @@ def reasons(verdict: Verdict) -> Iterator[tuple[str, str]]:
         yield "float64", truth(verdict.truth)
     for origin in verdict.origins[1:4]:
         text = f"{clean(origin.first.checkpoint)}, {'position' if len(origin.positions) == 1 else 'positions'} "
-        yield "also wrong", f"{text}{ranges(origin.positions)}: not caused by the first"
+        how = "not caused by the first" if origin.first.fresh else "grown from what is under the limit before it"
+        yield "also wrong", f"{text}{ranges(origin.positions)}: {how}"
     if len(verdict.origins) > 4:
         yield "", f"and {count(len(verdict.origins) - 4, 'further point')} of origin"
 

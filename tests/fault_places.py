@@ -9,6 +9,7 @@ _LOGITS = {"at": ("logits",)}  # a cap of 50 hardly moves the scores of random w
 PLACES: dict[str, tuple[str, dict[str, Any], tuple[tuple[int, ...] | None, ...]]] = {
     "head-norm-missing": ("qwen3", {}, BOTH),
     "head-norm-whole-width": ("qwen3", {}, BOTH),
+    "head-norm-across-heads": ("qwen3", {}, BOTH),
     "head-norm-after-rope": ("qwen3", {}, BOTH),
     "post-norm-missing": ("gemma2", {}, BOTH),
     "post-norm-one-plus-weight": ("gemma3", {}, BOTH),

@@ -10,8 +10,9 @@ import numpy as np
 from .. import ops
 from ..backend import Array
 from ..graph import Step
+from ..inapplicable import NotApplicable
 from .attention import FAULTS as ATTENTION
-from .base import AT, Fault, Parameters, Steps
+from .base import AT, Fault, Parameters, Steps, with_parameters
 from .logits import FAULTS as LOGITS
 from .norms import FAULTS as NORMS
 from .rope import FAULTS as ROPE
@@ -33,6 +34,21 @@ _SCALED = (
 )
 _ONCE = ("embd", "output_norm", "logits")
 _WITH_BIAS = ("q", "k", "v")
+# Norms that not every model has: of heads, of compressed queries and keys, inside and behind a branch.
+_OTHER_NORMS = (
+    *(
+        "q_norm",
+        "k_norm",
+        "attn_q_a_norm",
+        "kv_cmpr",
+        "kv_compressed",
+        "attn_sub_norm",
+        "ffn_sub_norm",
+        "ssm_norm",
+        "attn_norm_2",
+    ),
+    *("attn_post_norm", "ffn_post_norm", "post_attn_norm", "post_mlp_norm"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,9 +181,38 @@ _ATTENTION_CAP = Fault(
     parameters={"cap": ()},
     group="fitted",
 )
+
+
+def _epsilon(step: Step, _right: Steps, parameters: Parameters) -> Step:
+    if "eps" not in step.params:
+        raise NotApplicable(f"{step.makes} is no norm")
+    return with_parameters(step, eps=parameters["eps"])
+
+
+def _other_norms(right: Steps) -> tuple[tuple[str, ...], ...]:
+    """The kinds of such norms that a model has: all, queries' and keys', each."""
+    have = {step.makes.rpartition(".")[2] for step in right.values() if "eps" in step.params}
+    each = tuple(kind for kind in _OTHER_NORMS if kind in have)
+    heads = tuple(kind for kind in each if kind in ("q_norm", "k_norm"))
+    return tuple(dict.fromkeys(chosen for chosen in (each, heads, *((kind,) for kind in each)) if chosen))
+
+
+_OTHER_EPSILON = Fault(
+    name="head-norm-epsilon",
+    kinds=_OTHER_NORMS,
+    change=_epsilon,
+    what="ε is {eps}, which is not this model's, in {at}",
+    symptom="a difference of 1e-8 to 1e-3 that looks like rounding",
+    fix="read <architecture>.attention.layer_norm_rms_epsilon from the file, for the norms of heads and branches as well",
+    seen="norm kernels with a constant of their own for queries and keys",
+    parameters={"eps": (), AT: _other_norms},
+    group="fitted",
+)
 _TIMES = "{part} of {at} is {by} times as large as in this model"
 _PLUS = "{by} is added to every element of {at}"
 _SCALE_FIX, _PLUS_FIX = "take the factor out, or read it from the file", "take the constant out"
+
+_EPSILONS = {1e-5: "Llama 2, Mistral", 1e-6: "Qwen2, Gemma", 1e-8: "Adam's", 1e-12: "BERT"}
 
 
 def _named(faults: tuple[Fault, ...], name: str) -> Fault:
@@ -184,7 +229,14 @@ FITTED = (
         parameter="eps",
         wanted=_parameter("eps", "attn_norm", "ffn_norm", "output_norm"),
         starts=_around(3.0, 100.0, 3e3, 1e5),
-        known={1e-5: "Llama 2, Mistral", 1e-6: "Qwen2, Gemma", 1e-8: "Adam's", 1e-12: "BERT"},
+        known=_EPSILONS,
+    ),
+    Fitted(
+        fault=_OTHER_EPSILON,
+        parameter="eps",
+        wanted=_parameter("eps", *_OTHER_NORMS),
+        starts=_around(3.0, 100.0, 3e3, 1e5),
+        known=_EPSILONS,
     ),
     Fitted(
         fault=_named(ATTENTION, "attn-scale"),

@@ -54,7 +54,14 @@ def _halves(x: Array, weight: Array, *, eps: float) -> Array:
     return np.concatenate(parts, axis=1)
 
 
+def _over_positions(x: Array, weight: Array, *, eps: float) -> Array:
+    """Each element by its root mean square over all positions of the pass."""
+    mean = np.mean(x.astype(np.float64) ** 2, axis=0).astype(np.float32)
+    return x / np.sqrt(mean + np.float32(eps))[None, :] * weight
+
+
 _OPS = {
+    "norm-over-positions": _over_positions,
     "eps-outside-root": _outside,
     "norm-weight-missing": _no_weight,
     "norm-one-plus-weight": _plus_one,
@@ -73,7 +80,17 @@ def _by(name: str) -> "Fault":
 
     # A final norm that is skipped has an entry of its own.
     where = {AT: subsets("attn_norm", "ffn_norm")} if name == "norm-skipped" else _ANY_NORM
-    return Fault(name=name, kinds=_NORMS, change=change, what=what, symptom=symptom, fix=fix, seen=seen, parameters=where)
+    return Fault(
+        name=name,
+        kinds=_NORMS,
+        change=change,
+        what=what,
+        symptom=symptom,
+        fix=fix,
+        seen=seen,
+        parameters=where,
+        whole=name == "norm-over-positions",
+    )
 
 
 _TEXTS = {
@@ -112,6 +129,12 @@ _TEXTS = {
         "a small difference from position 0 on",
         "reduce over the whole row: across all warps or blocks",
         "reductions that stop at the edge of a thread block",
+    ),
+    "norm-over-positions": (
+        "the norm reduces over the positions, not over the row, in {at}",
+        "wrong from position 0 on, and another result for another length of the prompt",
+        "reduce along the elements of each position's row",
+        "matrices whose rows and columns are confused",
     ),
     "norm-skipped": (
         "the norm is skipped, in {at}",
