@@ -210,6 +210,7 @@ int main(int argc, char **argv) {
         parity_inject(d, "blk.0.l_out", 1, brain, PARITY_BF16, 300) != 1 || parity_inject(d, "blk.0.l_out", 2, row, PARITY_F32, 300) != 0 ||
         parity_inject(d, "blk.1.l_out", 0, row, PARITY_F32, 300) != 0) {
         puts(parity_error(d));
+        parity_close(d);
         return 1;
     }
     fwrite(row, 4, 300, stdout);
@@ -237,7 +238,9 @@ def test_the_header_rounds_as_numpy_does(tmp_path: Path, monkeypatch: pytest.Mon
     scale = np.exp(random.uniform(-20, 12, 300 - 90 - len(special)))
     with np.errstate(invalid="ignore"):
         row = np.concatenate([halves, special, random.normal(size=len(scale)) * scale]).astype(np.float32)
-    write_values(tmp_path / "values", {"embd": np.zeros((3, 7), np.float32), "blk.0.l_out": np.stack([row * 0, row])})
+    write_values(
+        tmp_path / "values", {"embd": np.zeros((3, 7), np.float32), "blk.0.l_out": np.stack([np.zeros_like(row), row])}
+    )
     monkeypatch.setenv("PARITY_INJECT", str(tmp_path / "values"))
     out = subprocess.run([tmp_path / "program", tmp_path / "x.jsonl"], check=True, capture_output=True).stdout
     np.testing.assert_array_equal(np.frombuffer(out[:1200], "<f4"), row)

@@ -97,7 +97,7 @@ def ref(
 
 
 @app.command("hf", short_help="Run a prompt through a Hugging Face model.")
-@o.fills("hugging_face", "prompt", "all_points", "slice", "full")
+@o.fills("hugging_face", "prompt", "all_points", "positions", "slice", "full")
 def hf(
     given: o.Given,
     out: OutOption,

@@ -48,7 +48,7 @@ class HuggingFace:
     """transformers' model, float32, eager attention.
 
     `model` is a GGUF file, which transformers dequantises itself, or a folder with config.json and safetensors. `points` are
-    names with commas, or "" for all that are known.
+    names with commas, or "" for all that are known; `positions` "all", "last" or numbers with commas.
     """
 
     model: Path
@@ -57,6 +57,7 @@ class HuggingFace:
     points: str = ""
     slice_size: int | None = 16
     timeout: float = DEFAULT_TIMEOUT
+    positions: str = "all"
     name: str = "Hugging Face"
 
     def check(self, prompt: Prompt | None = None) -> None:
@@ -110,6 +111,8 @@ class HuggingFace:
                 words += [f"--prompt={prompt.text}"]
             if self.points:
                 words += ["--points", "{points}"]
+            if self.positions != "all":
+                words += ["--positions", self.positions]
             ids = (*prompt.ids, *prompt.generated)
             Command(shlex.join(words), timeout=self.timeout).run(model=self.model, tokens=ids, out=out, points=self.points)
             return (

@@ -236,7 +236,12 @@ def dump_hugging_face(model: Path, given: dict[str, Any], out: Path, progress: P
         EngineError: transformers cannot load or run the model.
     """
     side = HuggingFace(
-        model, given["python"], given["device"], _listed(given["points"]), None if given["full"] else given["slice_size"]
+        model,
+        given["python"],
+        given["device"],
+        _listed(given["points"]),
+        None if given["full"] else given["slice_size"],
+        positions=given["positions"] if isinstance(given["positions"], str) else ",".join(map(str, given["positions"])),
     )
     if model.is_dir():
         if not (model / "config.json").is_file():
@@ -255,21 +260,8 @@ def dump_hugging_face(model: Path, given: dict[str, Any], out: Path, progress: P
 
 
 def _listed(points: str) -> str:
-    """A `--points` expression as names with commas, "" for all of them.
-
-    Raises:
-        InputError: it has globs: which points a Hugging Face model has is not known before it runs.
-    """
-    if points == "all":
-        return ""
-    names = expand(points)
-    if globs := [name for name in names if any(sign in name for sign in "*?[")]:
-        raise InputError(
-            f"--points {globs[0]!r} has wildcards, which do not work with Hugging Face: its points are known only after it has run.",
-            "Leave --points out to record all, or list them: 'blk.{0..3}.{q,k}'.",
-            code="points",
-        )
-    return ",".join(names)
+    """A `--points` expression as names and wildcards with commas, "" for all of them: what a model has is known only when it runs."""
+    return "" if points == "all" else ",".join(expand(points))
 
 
 def dump_reference(request: Request, out: Path, follow: Dump | None = None) -> DumpResult:
