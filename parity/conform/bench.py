@@ -160,8 +160,8 @@ class Bench:
     def _judged(self, cell: Cell, request: Request, ours: Dump, ref: Dump) -> CellResult:
         from ..explain.on_model import compared_on  # with the arbiter and all steps
 
-        found = compared_on(ours, ref, comparison_options(request), request.model, third_side=False)
-        verdict, precision = found.verdict, found.verdict.precision
+        comparison = compared_on(ours, ref, comparison_options(request), request.model, third_side=False)
+        verdict, precision = comparison.verdict, comparison.verdict.precision
         lower = precision.arithmetic.upper() if precision is not None and precision.in_float32 else ""
         explanation: Explanation | None = None
         worst = verdict.worst
@@ -190,7 +190,7 @@ class Bench:
             token_idx=first.token_idx if first is not None else -1,
             cause=cause,
             sentence=sentence,
-            report=self._report(cell, ours, ref, found, explanation),
+            report=self._report(cell, ours, ref, comparison, explanation),
         )
 
     def _passed(self, cell: Cell) -> bool:
@@ -211,10 +211,10 @@ class Bench:
         except ParityError:  # an architecture that cannot be replayed: the comparison's own words stand
             return None
 
-    def _report(self, cell: Cell, ours: Dump, ref: Dump, found: Comparison, explanation: Explanation | None) -> str:
+    def _report(self, cell: Cell, ours: Dump, ref: Dump, comparison: Comparison, explanation: Explanation | None) -> str:
         name = f"cells/{cell.name.replace(' ', '-')}.html"
         beside = () if explanation is None else (finding(answers.as_json(explanation), "explain"),)
-        write_html(Report(found.verdict, ours, ref, found.picture, beside), self._settings.folder / name)
+        write_html(Report(comparison.verdict, ours, ref, comparison.picture, beside), self._settings.folder / name)
         return name
 
 
