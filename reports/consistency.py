@@ -16,7 +16,7 @@ def lines(found: Consistency, width: int) -> Iterator[Text]:
     """The whole answer, for a terminal of `width` columns."""
     yield from labelled([("engine", clean(found.engine))], width)
     yield Text("")
-    rows: list[tuple[str, ...]] = [("check", "records", "worst NMSE", "", "computed as")]
+    rows: list[tuple[str, ...]] = [("check", "records", "worst NMSE", "", "bits differ from", "computed as")]
     rows += [_row(check) for check in found.checks]
     styles = ["dim", *("" if check.verdict is None or check.verdict else "bold red" for check in found.checks)]
     yield from columns(rows, frozenset({1, 2}), styles, width)
@@ -30,10 +30,17 @@ def lines(found: Consistency, width: int) -> Iterator[Text]:
 
 def _row(check: Check) -> tuple[str, ...]:
     if check.verdict is None:
-        return (check.name, "–", "–", "not made", clean(check.reason))
+        return (check.name, "–", "–", "not made", "", clean(check.reason))
     worst = check.verdict.worst
     said = "same" if check.verdict else "differs"
-    return (check.name, f"{check.verdict.compared:,}", error(worst.nmse if worst else 0.0), said, clean(check.what))
+    return (
+        check.name,
+        f"{check.verdict.compared:,}",
+        error(worst.nmse if worst else 0.0),
+        said,
+        clean(check.differs) or "–",
+        clean(check.what),
+    )
 
 
 def _answer(found: Consistency) -> Text:
@@ -58,6 +65,7 @@ def as_json(found: Consistency) -> dict[str, Any]:
                 "what": check.what,
                 "suspect": check.suspect,
                 "reason": check.reason,
+                "first_to_differ": check.differs,
                 "diff": None if check.verdict is None else verdict_as_json(check.verdict),
             }
             for check in found.checks
