@@ -1,7 +1,8 @@
 """The graph that llama.cpp computes for a model, as data: what every node is made from, by which operation, in which shape.
 
 A recording holds for every length: sizes, strides and offsets are expressions of T, the tokens of a pass, and S, the
-positions that the cache holds after it. It can be stored beside a dump and is read without llama.cpp.
+positions that the cache holds after it; those of a decoder that reads an encoder's output also of E, its rows. It can be stored
+beside a dump and is read without llama.cpp.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,22 +18,25 @@ VIEWS = frozenset({"VIEW", "RESHAPE", "PERMUTE", "TRANSPOSE"})
 
 
 class Size(NamedTuple):
-    """fixed + tokens · T + cached · S + product · T · S + square · T²."""
+    """fixed + tokens · T + cached · S + product · T · S + square · T² + encoded · E + crossed · T · E."""
 
     fixed: int
     tokens: int = 0
     cached: int = 0
     product: int = 0
     square: int = 0
+    encoded: int = 0
+    crossed: int = 0
 
-    def at(self, t: int, s: int) -> int:
-        """Its value in a pass of t tokens that leaves s positions in the cache."""
-        return self.fixed + self.tokens * t + self.cached * s + self.product * t * s + self.square * t * t
+    def at(self, t: int, s: int, e: int = 0) -> int:
+        """Its value in a pass of t tokens that leaves s positions in the cache and reads e rows of an encoder's output."""
+        known = self.fixed + self.tokens * t + self.cached * s + self.product * t * s + self.square * t * t
+        return known + (self.encoded + self.crossed * t) * e
 
     @property
     def constant(self) -> bool:
         """Whether it is the same in every pass."""
-        return not (self.tokens or self.cached or self.product or self.square)
+        return not any(self[1:])
 
     def divided(self, by: int) -> "Size":
         """The same in units of `by`.
@@ -94,7 +98,7 @@ class Tensor:
     @property
     def position_axis(self) -> int | None:
         """The dimension of `ne` that counts the tokens of the pass, None if there is not exactly one."""
-        found = [axis for axis, size in enumerate(self.ne) if size.tokens or size.product or size.square]
+        found = [axis for axis, size in enumerate(self.ne) if size.tokens or size.product or size.square or size.crossed]
         return found[0] if len(found) == 1 and self.ne[found[0]] == Size(0, 1) else None
 
 
@@ -129,6 +133,7 @@ class RecordedGraph:
         longest: how many positions its rules of inputs are proven for, None where they hold for any number.
         long_above: the context (a run's positions, padded as llama.cpp does) above which RoPE takes its long factors instead of its short
             ones, None where it has only one kind.
+        encoder: of an encoder–decoder, the graph of the encoder's pass; the others are the decoder's, which begins with token `start`.
     """
 
     architecture: str
@@ -138,6 +143,8 @@ class RecordedGraph:
     single: Graph | None = None
     longest: int | None = None
     long_above: int | None = None
+    encoder: Graph | None = None
+    start: int | None = None
 
     def of(self, tokens: int) -> Graph:
         """The graph of a pass over so many tokens."""
@@ -154,6 +161,8 @@ class RecordedGraph:
             "long_above": self.long_above,
             "several": [_plain(tensor) for tensor in self.several.tensors],
             "single": None if self.single is None else [_plain(tensor) for tensor in self.single.tensors],
+            "encoder": None if self.encoder is None else [_plain(tensor) for tensor in self.encoder.tensors],
+            "start": self.start,
         }
 
     @classmethod
@@ -169,15 +178,20 @@ class RecordedGraph:
                     f"the recorded graph has format {data['format']!r}, this version reads {FORMAT}.", "Record it again."
                 )
             single = None if data["single"] is None else _graph(data["single"])
-            longest, above = data.get("longest"), data.get("long_above")
+            longest, above, start = (
+                None if data.get(name) is None else int(data[name]) for name in ("longest", "long_above", "start")
+            )
+            encoder = None if data.get("encoder") is None else _graph(data["encoder"])
             return cls(
                 str(data["architecture"]),
                 int(data["n_layers"]),
                 str(data["fingerprint"]),
                 _graph(data["several"]),
                 single,
-                None if longest is None else int(longest),
-                None if above is None else int(above),
+                longest,
+                above,
+                encoder,
+                start,
             )
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise DumpError(f"the recorded graph is damaged ({error}).", "Record it again.", code="graph") from error

@@ -104,7 +104,7 @@ def of_scores(name: str) -> bool:
 
     So are the scores by which sparse attention chooses its keys (`indexer_score`), of one head.
     """
-    stem = parse(name).kind.partition(".")[0]
+    stem = parse(name.removeprefix("enc.")).kind.partition(".")[0]  # of an encoder–decoder's encoder as well
     return stem == "kq" or stem.startswith(("kq_", "indexer_score"))
 
 

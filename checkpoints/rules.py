@@ -18,11 +18,15 @@ UNDEFINED = "undefined"  # the rule of memory that a graph only takes the shape 
 
 @dataclass(frozen=True)
 class Pass:
-    """One forward pass: ids and positions of its T tokens, and the positions of the S keys that the cache holds after it."""
+    """One forward pass: ids and positions of its T tokens, and the positions of the S keys that the cache holds after it.
+
+    `encoded` is what an encoder left for this pass of a decoder: float32 [E, D].
+    """
 
     tokens: NDArray[np.int64]
     positions: NDArray[np.int64]
     keys: NDArray[np.int64]
+    encoded: NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True)
@@ -142,6 +146,16 @@ def _temperature(now: Pass, *, floor: int, scale: float, offset: float) -> Value
     return temperature(now.positions, floor=floor, scale=scale, offset=offset)
 
 
+def _encoded(now: Pass) -> Values:
+    """The encoder's output."""
+    return np.zeros((0, 0), np.float32) if now.encoded is None else now.encoded
+
+
+def _sees_encoded(now: Pass) -> Values:
+    """The mask of a decoder that sees every row of the encoder's output: zeros [T, E]."""
+    return np.zeros((len(now.tokens), len(_encoded(now))), np.float32)
+
+
 RULES: dict[str, Callable[..., Values]] = {
     "tokens": _tokens,
     "positions": _positions,
@@ -155,6 +169,8 @@ RULES: dict[str, Callable[..., Values]] = {
     "mean": _mean,
     "mask": _mask,
     "temperature": _temperature,
+    "encoded": _encoded,
+    "sees_encoded": _sees_encoded,
 }
 
 
@@ -186,6 +202,10 @@ def _gives(rule: Rule, entry: Recorded) -> bool:
             return False
         padded[: made.shape[0], : made.shape[1]] = made
         made = padded
+    if rule.kind == "buckets" and made.ndim == 2 and made.shape[1] < entry.ne[0]:
+        # Those of the cache's padding say nothing: its scores are masked.
+        data = entry.data.reshape(-1, entry.ne[0])[: len(made), : made.shape[1]]
+        return bool(np.array_equal(made, data))
     flat = made.reshape(-1)
     if flat.shape != entry.data.shape:
         return False
@@ -203,7 +223,9 @@ def _candidates(recorded: Sequence[Recorded], facts: Mapping[str, Any]) -> list[
         floor = facts.get("attention.temperature_length") or facts.get("rope.scaling.original_context_length") or 8192
         scale = facts.get("attention.temperature_scale") or 0.1
         square = first.ne[0] == first.ne[1] and first.ne[0] & (first.ne[0] - 1) == 0
+        from_encoder = [Rule("encoded"), Rule("sees_encoded")] if first.now.encoded is not None else []
         return [
+            *from_encoder,
             Rule("mean"),
             *([Rule("hadamard", {"size": first.ne[0]})] if square else []),
             *masks,

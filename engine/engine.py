@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from checkpoints.errors import InputError
 
-from .backend import Backend
+from .backend import Array, Backend
 from .capture.tap import Capture
 from .graph import Step, WeightSource
 from .kv_cache import KvCache
@@ -20,25 +20,29 @@ from .weights.gguf_model import GgufModel, Hyperparameters
 class Progress:
     """One sequence in progress: where its first token stands, how many tokens went in, how many passes were made.
 
-    `caches` hold its earlier keys and values, one a device; none where an engine keeps them itself.
+    `caches` hold its earlier keys and values, one a device; none where an engine keeps them itself. `encoded` is what an encoder
+    made of a prompt, [E, D]: the tokens that are counted are then the decoder's.
     """
 
     first: int
     caches: tuple[KvCache, ...] = ()
     length: int = 0
     passes: int = 0
+    encoded: Array | None = None
 
 
 class Engine(Protocol):
     """Runs a model token by token or prompt by prompt, and shows a tap what it computes.
 
-    `steps` and `weights` (float32) say what is computed, for whoever computes a step by itself.
+    `steps` and `weights` (float32) say what is computed, for whoever computes a step by itself; `encoder` are the steps of the pass
+    that an encoder–decoder begins with.
     """
 
     model: GgufModel
     backend: Backend
     hp: Hyperparameters
     steps: Sequence[Step]
+    encoder: Sequence[Step] | None
     weights: WeightSource
 
     @property
@@ -88,3 +92,12 @@ def check_tokens(hp: Hyperparameters, tokens: Sequence[int], before: int) -> Non
             "Take a shorter prompt.",
             code="context",
         )
+
+
+def whole_input() -> InputError:
+    """The error of whoever gives an encoder its input in portions."""
+    return InputError(
+        "an encoder computes its whole input in one pass: what comes later changes what came before.",
+        "Give all tokens at once.",
+        code="encoder",
+    )

@@ -19,6 +19,8 @@ from .backend import Array, module_of
 
 TOKENS = "tokens"
 POSITIONS = "positions"
+ENCODED = "encoded"  # an encoder's output, which a decoder reads: [E, D]
+ENCODER = "enc."  # in front of the names of an encoder's values, where a decoder has such as well
 PASSES = "passes"  # the number of the forward pass that each position belongs to: 0 for the prompt, then 1, 2, …
 
 
@@ -43,7 +45,7 @@ class View:
 
     Attributes:
         of: the value, or the history of one.
-        whole: the shape of that value, as sizes of T and S.
+        whole: the shape of that value, as sizes of T, S and E.
         shape, strides, offset: of what is read, in elements of the value's contiguous memory.
     """
 
@@ -59,10 +61,10 @@ class View:
         Raises:
             ValueError: the value has another shape than `whole`, or the view reaches beyond it.
         """
-        t, s = bound(self.whole, value.shape)
-        shape = tuple([size.at(t, s) for size in self.shape])
-        strides = tuple([size.at(t, s) for size in self.strides])
-        start = self.offset.at(t, s)
+        lengths = bound(self.whole, value.shape)
+        shape = tuple([size.at(*lengths) for size in self.shape])
+        strides = tuple([size.at(*lengths) for size in self.strides])
+        start = self.offset.at(*lengths)
         last = start + sum([(n - 1) * stride for n, stride in zip(shape, strides, strict=True)])
         if min(start, *shape, *strides) < 0 or (last >= value.size and 0 not in shape):
             raise ValueError(f"a view of {shape} reaches beyond the {value.size} elements of {self.of}")
@@ -71,13 +73,13 @@ class View:
         return view
 
 
-def bound(sizes: Sequence[Size], shape: Sequence[int]) -> tuple[int, int]:
-    """T and S of a value of that shape; 0 for what its sizes do not depend on.
+def bound(sizes: Sequence[Size], shape: Sequence[int]) -> tuple[int, int, int]:
+    """T, S and E of a value of that shape; 0 for what its sizes do not depend on.
 
     Raises:
         ValueError: the shape has another number of dimensions.
     """
-    t = s = 0
+    t = s = e = 0
     for size, n in zip(sizes, shape, strict=True):
         if size.tokens and not size.cached and not size.product:
             t = (n - size.fixed) // size.tokens
@@ -85,7 +87,9 @@ def bound(sizes: Sequence[Size], shape: Sequence[int]) -> tuple[int, int]:
             s = (n - size.fixed) // size.cached
         elif size.square and not size.tokens:
             t = isqrt((n - size.fixed) // size.square)
-    return t, s
+        elif size.encoded and not size.tokens and not size.crossed:
+            e = (n - size.fixed) // size.encoded
+    return t, s, e
 
 
 Read = str | History | State | View
@@ -266,14 +270,14 @@ def run(
     for name in remembered & live.keys():
         cache.append(name, live[name])
     for index, step in enumerate(steps):
-        made = compute(step, [_given(read, live, cache) for read in step.reads], weights)
+        value = compute(step, [_given(read, live, cache) for read in step.reads], weights)
         if not step.inner:
-            tap(step.makes, made)
-        live[step.makes] = made
+            tap(step.makes, value)
+        live[step.makes] = value
         if step.makes in remembered:
-            cache.append(step.makes, made)
+            cache.append(step.makes, value)
         if step.makes in carried:
-            cache.leave(step.makes, made)
+            cache.leave(step.makes, value)
         for name in (*step.names, step.makes):
             if last_use.get(name, -1) <= index and name not in wanted:
                 live.pop(name, None)

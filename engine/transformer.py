@@ -16,7 +16,7 @@ from . import graph
 from .backend import Array, Backend
 from .blocks import Blocks
 from .capture.tap import Capture, Pass
-from .engine import Progress, check_tokens, points_of
+from .engine import Progress, check_tokens, points_of, whole_input
 from .graph import Step
 from .kv_cache import KvCache
 from .models import steps_of
@@ -26,6 +26,8 @@ from .weights.source import Weights
 
 class Transformer:
     """Runs a model step by step, on one device or on the host, in float32; an `Engine`.
+
+    Of an encoder–decoder the first pass is the encoder's over the prompt and the decoder's over its own first token.
 
     `recorded` is llama.cpp's graph of the model, where its steps are not written by hand. `steps` are those of a pass over several
     tokens, `single` those of a pass over one, where llama.cpp computes it in another way.
@@ -42,6 +44,8 @@ class Transformer:
         self.hp = model.hyperparameters
         self.steps: Sequence[Step]
         self.single: Sequence[Step] | None = None
+        self.encoder: Sequence[Step] | None = None
+        self.decoder_start = None if recorded is None else recorded.start
         self.longest = None if recorded is None else recorded.longest
         self._long_above = None if recorded is None else recorded.long_above
         if recorded is None:
@@ -50,7 +54,7 @@ class Transformer:
             from .lift import lift  # with all of ggml's operations, which a list written by hand does not need
 
             lifted = lift(recorded)
-            self.steps, self.single = lifted.several, lifted.single
+            self.steps, self.single, self.encoder = lifted.several, lifted.single, lifted.encoder
         self.weights: graph.WeightSource = Weights(model, backend, resident=resident)
 
     @property
@@ -66,7 +70,7 @@ class Transformer:
     @property
     def points(self) -> list[str]:
         """Every point that can be captured, in dataflow order."""
-        return points_of(self.steps)
+        return points_of((*(self.encoder or ()), *self.steps))
 
     def expect(self, positions: int) -> None:
         """Take the steps of a run over so many positions in all: some models rotate by other frequencies in a longer context."""
@@ -79,8 +83,8 @@ class Transformer:
         self.single = None if self.single is None else [_with_factors(step, wanted) for step in self.single]
 
     def start(self, first_position: int = 0) -> Progress:
-        """A new, empty sequence whose first token stands at `first_position`."""
-        return Progress(first_position, (KvCache(self.backend.xp),))
+        """A new, empty sequence whose first token stands at `first_position`; a decoder's after an encoder always at 0."""
+        return Progress(0 if self.encoder is not None else first_position, (KvCache(self.backend.xp),))
 
     def forward(self, tokens: Sequence[int], sequence: Progress, tap: Capture | None = None) -> NDArray[np.float32]:
         """One pass over the next tokens of a sequence: [T] -> logits of the last position [V], on the host.
@@ -89,16 +93,16 @@ class Transformer:
             InputError: no tokens, ids outside the vocabulary, or more than the model's context holds.
         """
         self.check(tokens, sequence.first + sequence.length)
+        if self.encoder is not None and sequence.encoded is None:
+            self._encode(tokens, sequence, tap)
+            tokens = (self.decoder_start or 0,)
         if sequence.length and not self.causal:
-            raise InputError(
-                "an encoder computes its whole input in one pass: what comes later changes what came before.",
-                "Give all tokens at once.",
-                code="encoder",
-            )
+            raise whole_input()
         positions = np.arange(len(tokens), dtype=np.int64) + sequence.first + sequence.length
         if tap is not None:
             tap.begin(Pass(positions, sequence.passes, decode=sequence.passes > 0, first=sequence.first, causal=self.causal))
-        values = {
+        values: dict[str, Array] = {} if sequence.encoded is None else {graph.ENCODED: sequence.encoded}
+        values |= {
             graph.TOKENS: self.backend.array(np.asarray(tokens, dtype=np.int64)),
             graph.POSITIONS: self.backend.array(positions),
             graph.PASSES: self.backend.array(np.full(len(tokens), sequence.passes)),
@@ -107,6 +111,20 @@ class Transformer:
         sequence.length += len(tokens)
         sequence.passes += 1
         return self.backend.to_host(logits[-1])
+
+    def _encode(self, tokens: Sequence[int], sequence: Progress, tap: Capture | None) -> None:
+        """The encoder's pass over a prompt; what it leaves is kept beside the sequence, whose positions are the decoder's."""
+        assert self.encoder is not None
+        positions = np.arange(len(tokens), dtype=np.int64)
+        if tap is not None:
+            tap.begin(Pass(positions, sequence.passes, decode=False, causal=not graph.sees_later(self.encoder)))
+        values = {
+            graph.ENCODER + graph.TOKENS: self.backend.array(np.asarray(tokens, dtype=np.int64)),
+            graph.ENCODER + graph.POSITIONS: self.backend.array(positions),
+        }
+        last = self.encoder[-1].makes
+        encoded = graph.run(self.encoder, values, self.weights, sequence.caches[0], tap or _nothing, keep=(last,))
+        sequence.encoded = encoded[last]
 
     def _compute(self, values: dict[str, Array], sequence: Progress, tap: graph.Tap) -> Array:
         """The last step's value."""

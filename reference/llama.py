@@ -251,10 +251,10 @@ class Session:
         self.tap.check()
         return self.tap.listed()
 
-    def record(self, inputs: Sequence[int], first: int, asked: Callable[[int], None]) -> None:
+    def record(self, inputs: Sequence[int], first: int, asked: Callable[[int], None], *, encode: bool = False) -> None:
         """Hand the address of every node of a pass over these tokens to `asked`; nothing is computed."""
         self.tap.record(asked)
-        self._decode(inputs, first)
+        self._decode(inputs, first, encode=encode)
         self.tap.check()
 
     def skip(self, inputs: Sequence[int], first: int) -> None:

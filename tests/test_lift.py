@@ -128,9 +128,19 @@ def test_an_encoder_sees_both_ways(parity: Cli, small_model: Make) -> None:
     assert verdict(parity, small_model("nomic-bert"), "--tokens", ids(21))["verdict"] == "parity"
 
 
-def test_an_encoder_decoder_is_refused_in_one_line(parity: Cli, small_model: Make) -> None:
-    """T5's decoder reads what its encoder made, which the engine does not have."""
-    refused(parity("run", "--model", small_model("t5"), "--tokens", "1,2,3"), "encoder–decoders (t5)", "parity dump ref")
+def test_an_encoder_decoder(parity: Cli, small_model: Make) -> None:
+    """t5: the encoder's pass, the decoder's over its cache and the encoder's rows, and tokens generated agree at every point."""
+    found = verdict(parity, small_model("t5"), "--tokens", ids(11), "--generate", "3")
+    assert found["verdict"] == "parity"
+    assert {"enc.blk.0.kq_soft_max", "blk.0.cross_kq_soft_max", "blk.0.kq_b"} <= {
+        point["checkpoint"] for point in found["points"]
+    }
+
+
+@pytest.mark.parametrize("command", ["isolate", "consistency"])
+def test_what_has_no_encoder_decoders_says_so(parity: Cli, small_model: Make, command: str) -> None:
+    """What judges passes one by one refuses a model of two kinds of passes in one line."""
+    refused(parity(command, "--model", small_model("t5"), "--tokens", "1,2,3,4,5"), "encoder")
 
 
 @pytest.mark.slow

@@ -9,8 +9,8 @@ from checkpoints import rules
 from checkpoints.graph import Size, Tensor
 
 from ..backend import Array, module_of
-from ..graph import POSITIONS, TOKENS, Read, Step
-from .operands import Unliftable
+from ..graph import ENCODED, POSITIONS, TOKENS, Read, Step
+from .operands import ONE, Unliftable, numpy_shape
 
 if TYPE_CHECKING:
     from .lifter import Lifter
@@ -29,13 +29,17 @@ def read(lifter: "Lifter", index: int, tensor: Tensor) -> tuple[str, tuple[Size,
         return TOKENS, (lifter.t,)
     if rule.kind == "positions" and not rule.parameters:
         return POSITIONS, (lifter.t,)
+    if rule.kind == "encoded":
+        return ENCODED, tuple(size for size in numpy_shape(tensor.ne) if size != ONE)
     if rule.kind not in _STEPS:
         raise Unliftable(f"its input {tensor.name} (rule {rule.kind}) cannot be read here")
     operation, reads, shape = _STEPS[rule.kind](lifter, rule.parameters)
     name = "input." + ".".join(
         [rule.kind, *(f"{value:g}" if isinstance(value, float) else str(value) for value in rule.parameters.values())]
     )
-    return lifter.helper(Step(name, operation, reads, (), dict(rule.parameters), inner=True)), shape
+    # Of sections and masks the first rows are not those of a shorter pass.
+    axis = 0 if shape == (lifter.t,) else None
+    return lifter.helper(Step(name, operation, reads, (), dict(rule.parameters), axis=axis, inner=True)), shape
 
 
 def sections(positions: Array, *, sections: int, zeros: int) -> Array:
@@ -61,6 +65,11 @@ def mask(positions: Array, key_positions: Array, *, window: str, size: int = 0, 
 def zeros(positions: Array, **_parameters: Any) -> Array:
     """The number 0: [T] -> [1]."""
     return positions[:1] * 0
+
+
+def sees_encoded(positions: Array, encoded: Array) -> Array:
+    """The mask of a decoder, which sees all of an encoder's rows: [T], [E, D] -> zeros, float32 [T, E]."""
+    return module_of(encoded).zeros((len(positions), len(encoded)), np.float32)
 
 
 def rotation(positions: Array, *, size: int) -> Array:
@@ -96,6 +105,7 @@ _STEPS: dict[str, Callable[["Lifter", Any], Made]] = {
     "temperature": lambda lifter, _parameters: (temperature, (POSITIONS,), (lifter.t,)),
     "mask": lambda lifter, _parameters: (mask, (POSITIONS, lifter.keys), (lifter.t, lifter.s)),
     "buckets": lambda lifter, _parameters: (buckets, (POSITIONS, lifter.keys), (lifter.t, lifter.s)),
+    "sees_encoded": lambda lifter, _parameters: (sees_encoded, (POSITIONS, ENCODED), (lifter.t, Size(0, encoded=1))),
     "hadamard": lambda _lifter, parameters: (rotation, (POSITIONS,), (Size(parameters["size"]),) * 2),
     "last": lambda _lifter, _parameters: (last, (POSITIONS,), (Size(1),)),
     "mean": lambda lifter, _parameters: (mean, (POSITIONS,), (lifter.t,)),

@@ -5,13 +5,13 @@ how an operand is read; every other node becomes a step of its ggml operation. W
 the node that writes it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from checkpoints.graph import NODE, VIEWS, RecordedGraph, Size, Tensor
 from checkpoints.points import order
 
 from .. import ops
-from ..graph import PASSES, POSITIONS, TOKENS, State, Step, View, name_of
+from ..graph import ENCODED, ENCODER, PASSES, POSITIONS, TOKENS, State, Step, View, name_of, read_as
 from .generic import generic
 from .kept import leave_states, selects, writes
 from .lifter import Lifter
@@ -21,10 +21,14 @@ from .patterns import PATTERNS
 
 @dataclass(frozen=True)
 class Lifted:
-    """The steps of a model: of a pass over several tokens, and of one over a single token where that is another list."""
+    """The steps of a model: of a pass over several tokens, and of one over a single token where that is another list.
+
+    `encoder` are those of the pass whose last value such a pass reads as `ENCODED`, in an encoder–decoder.
+    """
 
     several: tuple[Step, ...]
     single: tuple[Step, ...] | None = None
+    encoder: tuple[Step, ...] | None = None
 
 
 def lift(recording: RecordedGraph) -> Lifted:
@@ -36,7 +40,20 @@ def lift(recording: RecordedGraph) -> Lifted:
     """
     several = _steps(Lifter(recording, recording.several))
     single = None if recording.single is None else tuple(_steps(Lifter(recording, recording.single, single=True)))
-    return Lifted(tuple(several), single)
+    if recording.encoder is None:
+        return Lifted(tuple(several), single)
+    encoder = _steps(Lifter(recording, recording.encoder))
+    return Lifted(tuple(several), single, tuple(_of_the_encoder(step) for step in encoder))
+
+
+def _of_the_encoder(step: Step) -> Step:
+    """The same step with inputs and inner values by names of their own, since the decoder has such as well."""
+
+    def named(name: str) -> str:
+        return name if name.startswith(ENCODER) else ENCODER + name
+
+    reads = tuple(read_as(read, named(name_of(read))) for read in step.reads)
+    return replace(step, makes=named(step.makes), reads=reads)
 
 
 def _steps(lifter: Lifter) -> list[Step]:
@@ -125,14 +142,14 @@ def _ordered(steps: list[Step]) -> list[Step]:
     by_name = {step.makes: step for step in steps}
     place = {name: number for number, name in enumerate(order([step.makes for step in steps if not step.inner]))}
     result: list[Step] = []
-    made = {TOKENS, POSITIONS, PASSES}
+    known = {TOKENS, POSITIONS, PASSES, ENCODED}
 
     def put(step: Step) -> None:
         for name in step.names:
-            if name not in made:
+            if name not in known:
                 put(by_name[name])
-        if step.makes not in made:
-            made.add(step.makes)
+        if step.makes not in known:
+            known.add(step.makes)
             result.append(step)
 
     for step in sorted((step for step in steps if not step.inner), key=lambda step: place[step.makes]):

@@ -45,25 +45,25 @@ class GgmlOperation:
         params: OpParams,
         operands: tuple[Operand | None, ...],
         shape: Shape,
-        made: Shape,
+        result_shape: Shape,
         positions: int | None = None,
     ) -> Array:
-        """The node's value in the shape `made`; `shape` is ggml's, in NumPy's order; `positions` the input that only tells T."""
-        t = s = 0
+        """The node's value in the shape `result_shape`; `shape` is ggml's, in NumPy's order; `positions` the input that only tells T."""
+        t = s = e = 0
         for operand in operands:
             if operand is not None and operand.variable:
-                found = bound(operand.whole, inputs[operand.index].shape)
-                t, s = max(t, found[0]), max(s, found[1])
+                sizes = bound(operand.whole, inputs[operand.index].shape)
+                t, s, e = max(t, sizes[0]), max(s, sizes[1]), max(e, sizes[2])
         if positions is not None:  # no operand tells T
             t = len(inputs[positions])
-        arguments = [None if operand is None else _shaped(inputs[operand.index], operand, t, s) for operand in operands]
-        result = self.compute(*arguments, params=params, shape=_at(shape, t, s))
+        arguments = [None if operand is None else _shaped(inputs[operand.index], operand, (t, s, e)) for operand in operands]
+        result = self.compute(*arguments, params=params, shape=_at(shape, (t, s, e)))
         if positions is not None:  # made of nothing, and so perhaps on the host
             result = module_of(inputs[positions]).asarray(result)
         if result.dtype.kind in "iu":  # ids: whatever reads them takes whole numbers of any type
             result = result.astype(np.float32)
         # Whatever taps it, or takes a view of it, reads its memory in order.
-        contiguous: Array = module_of(result).ascontiguousarray(result.reshape(_at(made, t, s)))
+        contiguous: Array = module_of(result).ascontiguousarray(result.reshape(_at(result_shape, (t, s, e))))
         return contiguous
 
     def compute(self, *arguments: Any, params: OpParams, shape: tuple[int, ...]) -> Array:
@@ -76,9 +76,9 @@ def _function(name: str) -> Callable[..., Array]:
     return operation(name)
 
 
-def _at(sizes: Shape, t: int, s: int) -> tuple[int, ...]:
-    return tuple([size.at(t, s) for size in sizes])
+def _at(sizes: Shape, lengths: tuple[int, int, int]) -> tuple[int, ...]:
+    return tuple([size.at(*lengths) for size in sizes])
 
 
-def _shaped(value: Any, operand: Operand, t: int, s: int) -> Any:
-    return value if operand.shape is None else value.reshape(_at(operand.shape, t, s))
+def _shaped(value: Any, operand: Operand, lengths: tuple[int, int, int]) -> Any:
+    return value if operand.shape is None else value.reshape(_at(operand.shape, lengths))

@@ -46,7 +46,7 @@ def times(a: Size, b: Size) -> Size:
         return Size(*(a.fixed * number for number in b))
     if b.constant:
         return Size(*(b.fixed * number for number in a))
-    if a.product or b.product or a.square or b.square or (a.cached and b.cached):
+    if any((*a[3:5], *b[3:5], a.crossed, b.crossed)) or any(a[i] and b[j] for i in (2, 5) for j in (2, 5)):
         raise Unliftable("its size grows with a power of the length")
     return Size(
         a.fixed * b.fixed,
@@ -54,6 +54,8 @@ def times(a: Size, b: Size) -> Size:
         a.fixed * b.cached + a.cached * b.fixed,
         a.tokens * b.cached + a.cached * b.tokens,
         a.tokens * b.tokens,
+        a.fixed * b.encoded + a.encoded * b.fixed,
+        a.tokens * b.encoded + a.encoded * b.tokens,
     )
 
 
@@ -123,7 +125,7 @@ class Memory:
         axis = tensor.position_axis
         if axis is None:
             once = tensor.point and tensor.op not in VIEWS and all(size.constant for size in ne)
-            return ((ONE, product(ne)) if once else numpy_shape(ne)), None
+            return ((ONE, product(ne)) if once else _pairs_apart(numpy_shape(ne))), None
         if all(size == ONE for size in ne[axis + 1 :]):
             return (ne[axis], product(ne[:axis])), 0
         return numpy_shape(ne), 3 - axis
@@ -188,6 +190,12 @@ class Memory:
             except ValueError as error:
                 raise Unliftable("it starts inside of an element") from error
         return View(of, whole, shape or numpy_shape(self.tensors[index].ne), strides or self.strides(index), offset)
+
+
+def _pairs_apart(shape: tuple[Size, ...]) -> tuple[Size, ...]:
+    """A shape in which pairs of query and key, T · S in one dimension, are two: of the product alone neither could be told."""
+    pairs = Size(0, product=1)
+    return tuple(size for whole in shape for size in ((Size(0, 1), Size(0, 0, 1)) if whole == pairs else (whole,)))
 
 
 def _dense(base: Tensor, item: int) -> bool:

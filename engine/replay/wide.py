@@ -4,7 +4,8 @@ An operation computes in the type of its operands, so wide operands are all that
 float32 stays what it is: weights, epsilon, scales, and RoPE's angles, which ggml multiplies up step by step in float32.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -18,9 +19,9 @@ from ..kv_cache import KvCache
 from ..lift.node import GgmlOperation
 
 
-def coarse_points(steps: Sequence[Step]) -> frozenset[str]:
-    """The points that ggml itself computes coarsely: by a table of float16, or from what such a table gave."""
-    coarse: set[str] = set()
+def coarse_points(steps: Sequence[Step], given: Collection[str] = ()) -> frozenset[str]:
+    """The points that ggml itself computes coarsely: by a table of float16, or from what such a table gave, as it did those `given`."""
+    coarse = set(given)
     for step in steps:
         table = isinstance(step.op, GgmlOperation) and looked_up(step.op.name, step.params["params"])
         if table or not coarse.isdisjoint(step.names):
@@ -60,6 +61,7 @@ def wide_values(
     weights: WeightSource,
     backend: Backend,
     wanted: Collection[str],
+    given: Mapping[str, NDArray[Any]] = MappingProxyType({}),
 ) -> dict[str, NDArray[Any]]:
     """What the wanted steps make in float64, on the host; those that no step makes are left out.
 
@@ -67,16 +69,18 @@ def wide_values(
 
     Args:
         positions, passes: of each token: its position, and the number of the forward pass that it belongs to.
+        given: further values that steps read and none makes, float64.
     """
-    found: dict[str, NDArray[Any]] = {}
+    values_of: dict[str, NDArray[Any]] = {}
     last = max((number for number, step in enumerate(steps) if step.makes in wanted), default=-1)
 
-    def keep(name: str, made: Array) -> None:
+    def keep(name: str, value: Array) -> None:
         if name in wanted:
-            found[name] = backend.to_host(made)
+            values_of[name] = backend.to_host(value)
 
-    given = {TOKENS: tokens, POSITIONS: positions, PASSES: passes}
-    values = {name: backend.array(np.asarray(numbers, dtype=np.int64)) for name, numbers in given.items()}
+    numbers = {TOKENS: tokens, POSITIONS: positions, PASSES: passes}
+    values = {name: backend.array(np.asarray(of, dtype=np.int64)) for name, of in numbers.items()}
+    values |= {name: backend.array(value) for name, value in given.items()}
     with np.errstate(all="ignore"):  # faults overflow: that is what they do
         graph.run(steps[: last + 1], values, WideWeights(weights), KvCache(backend.xp), keep)
-    return found
+    return values_of

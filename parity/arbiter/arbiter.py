@@ -1,7 +1,8 @@
 """Which of two sides that differ is right: the same steps in float64 are the truth that both are held against."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +26,7 @@ class Arbiter:
 
     Args:
         positions, passes: of each token: its position, and the number of the forward pass that it belongs to.
+        given: further values in float64 that the steps read and none of them makes.
     """
 
     def __init__(
@@ -35,6 +37,7 @@ class Arbiter:
         tokens: Sequence[int],
         positions: Sequence[int],
         passes: Sequence[int],
+        given: Callable[[], Mapping[str, NDArray[Any]]] = dict,
     ) -> None:
         self._steps = tuple(steps)
         self._weights = weights
@@ -42,6 +45,7 @@ class Arbiter:
         self._tokens = tuple(tokens)
         self._positions = np.asarray(positions, dtype=np.int64)
         self._passes = tuple(passes)
+        self._given = given
         # A state after a pass has no row for each position, and other passes leave it at other ones; an encoder's scores have rows
         # of other lengths than a decoder's.
         whole = sees_later(steps)
@@ -74,18 +78,20 @@ class Arbiter:
         that the steps do not make are left out.
         """
         known = {name: rows for name, rows in points.items() if name in self._points}
-        missing = known.keys() - self._truth.keys()
-        if missing:
-            self._truth |= wide_values(
-                self._steps,
-                self._tokens,
-                self._positions.tolist(),
-                self._passes,
-                self._weights,
-                self._backend,
-                missing,
-            )
+        self._compute(known.keys() - self._truth.keys())
         return {name: self._distance(rows, self._truth[name]) for name, rows in known.items()}
+
+    def value(self, point: str) -> NDArray[np.float64]:
+        """The whole value of a point."""
+        self._compute({point} - self._truth.keys())
+        return self._truth[point]
+
+    def _compute(self, missing: Collection[str]) -> None:
+        if missing:
+            positions, given = self._positions.tolist(), self._given()
+            self._truth |= wide_values(
+                self._steps, self._tokens, positions, self._passes, self._weights, self._backend, missing, given
+            )
 
     def record(self, rows: Rows) -> Rows:
         """What a dump would record of the truth under the keys of some records, rounded to float32.
@@ -98,10 +104,10 @@ class Arbiter:
     def _distance(self, rows: Rows, truth: NDArray[np.float64]) -> Floats:
         index = rows.token_idx - self._positions[0]
         here = (rows.seq == 0) & (index >= 0) & (index < len(self._positions))
-        made = np.full(len(rows), np.nan)
+        distances = np.full(len(rows), np.nan)
         if here.any():
-            made[here] = _nmse(rows.take(here), *self._recorded(rows.take(here), index[here], truth))
-        return made
+            distances[here] = _nmse(rows.take(here), *self._recorded(rows.take(here), index[here], truth))
+        return distances
 
     def _recorded(self, rows: Rows, index: NDArray[np.int64], truth: NDArray[np.float64]) -> tuple[Rows, Rows]:
         """What a dump would record of the truth, as the sum of two float32 records: what it is and what rounding that leaves."""
@@ -110,11 +116,11 @@ class Arbiter:
             high = truth.astype(np.float32)
             low = np.where(np.isfinite(high), truth - high, 0.0).astype(np.float32)
         first = int(self._positions[0])
-        made = [
+        recorded = [
             summarise(rows.point, np.ascontiguousarray(part), self._positions, slice_size=size, keep=index, first=first)
             for part in (high, low)
         ]
-        return made[0], made[1]
+        return recorded[0], recorded[1]
 
 
 def _nmse(rows: Rows, high: Rows, low: Rows) -> Floats:
@@ -146,6 +152,6 @@ def _elements(whole: Rows, like: Rows) -> Floats:
     if like.indices is not None:
         index = np.clip(like.indices, 0, whole.values.shape[1] - 1)
         return np.take_along_axis(whole.values, index, axis=1).astype(np.float64)
-    made = np.full((len(like), width), np.nan)
-    made[:, : whole.values.shape[1]] = whole.values
-    return made
+    elements = np.full((len(like), width), np.nan)
+    elements[:, : whole.values.shape[1]] = whole.values
+    return elements

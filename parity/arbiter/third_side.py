@@ -13,35 +13,39 @@ from ..diff.align import Pair
 from ..diff.compare import Comparison
 from ..diff.truth import MULTIPLE
 from .arbiter import Arbiter
+from .encoder_decoder import EncoderDecoderArbiter
 
 Floats = NDArray[np.float64]
 
 
-def with_truth(found: Comparison, arbiter: Arbiter, *, everywhere: bool) -> Comparison:
+AnyArbiter = Arbiter | EncoderDecoderArbiter
+
+
+def with_truth(comparison: Comparison, arbiter: AnyArbiter, *, everywhere: bool) -> Comparison:
     """The comparison with what float64 says of it.
 
     Args:
         everywhere: of every compared point; else of those up to the first divergence, and of all where the arbiter was asked already.
     """
-    pairs = _asked(found, arbiter, everywhere=everywhere)
+    pairs = _asked(comparison, arbiter, everywhere=everywhere)
     if not pairs:
-        return found
+        return comparison
     ours, ref = (arbiter.distances({pair.point: getattr(pair, side) for pair in pairs}) for side in ("ours", "ref"))
     points = tuple(_point(pair.point, ours[pair.point], ref[pair.point]) for pair in pairs if pair.point in ours)
-    shown = found.verdict.first_divergence or found.verdict.worst
+    shown = comparison.verdict.first_divergence or comparison.verdict.worst
     pair = next((pair for pair in pairs if shown is not None and pair.point == shown.checkpoint and pair.point in ours), None)
     record = None if pair is None or shown is None else _record(pair, shown, arbiter, ours[pair.point], ref[pair.point])
-    verdict = replace(found.verdict, truth_points=points, truth=None if record is None else record[0])
-    return replace(found, verdict=verdict, truth=None if record is None else record[1])
+    verdict = replace(comparison.verdict, truth_points=points, truth=None if record is None else record[0])
+    return replace(comparison, verdict=verdict, truth=None if record is None else record[1])
 
 
-def _asked(found: Comparison, arbiter: Arbiter, *, everywhere: bool) -> Sequence[Pair]:
-    pairs, first = found.records.pairs, found.verdict.first_divergence
+def _asked(comparison: Comparison, arbiter: AnyArbiter, *, everywhere: bool) -> Sequence[Pair]:
+    pairs, first = comparison.records.pairs, comparison.verdict.first_divergence
     if everywhere or (first is None and arbiter.asked):
         return pairs
-    if first is None or first.checkpoint not in found.records.names:
+    if first is None or first.checkpoint not in comparison.records.names:
         return ()
-    return pairs[: found.records.names.index(first.checkpoint) + 1]
+    return pairs[: comparison.records.names.index(first.checkpoint) + 1]
 
 
 def _point(name: str, ours: Floats, ref: Floats) -> TruthPoint:
@@ -49,7 +53,7 @@ def _point(name: str, ours: Floats, ref: Floats) -> TruthPoint:
     return TruthPoint(name, far[0], far[1], _alone(far[0], far[1]))
 
 
-def _record(pair: Pair, shown: Difference, arbiter: Arbiter, ours: Floats, ref: Floats) -> tuple[TruthRecord, Rows] | None:
+def _record(pair: Pair, shown: Difference, arbiter: AnyArbiter, ours: Floats, ref: Floats) -> tuple[TruthRecord, Rows] | None:
     """What float64 says of one record, and that record as float64 has it; None where it is not known."""
     at = np.flatnonzero((pair.ref.seq == shown.seq) & (pair.ref.token_idx == shown.token_idx))
     if not len(at) or np.isnan(ours[at[0]]) or np.isnan(ref[at[0]]):

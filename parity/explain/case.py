@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from checkpoints.errors import DumpError
+from checkpoints.errors import DumpError, ModelError
 from checkpoints.record import Dump, Header
 from engine.graph import Step, sees_later
 from engine.opened import open_plain
@@ -52,6 +52,12 @@ class Case:
         self.dump = _first_sequence(dump)
         self._compute = options.compute or ""
         self.transformer = open_plain(GgufModel(model), options.backend, recorded=partial(recorded_graph, model))
+        if self.transformer.encoder is not None:
+            raise ModelError(
+                f"explain does not have encoder–decoders ({self.transformer.hp.architecture}) yet.",
+                "`parity diff` and `parity isolate` take the model.",
+                code="encoder-decoder",
+            )
         self.dump = _rows_of_positions(self.dump, self.transformer.steps)
         tokens = _tokens(self.dump, options.tokens)
         self.transformer.check(tokens, 0)
@@ -76,7 +82,8 @@ class Case:
         self.arbiter = self.truth_of(self.transformer.steps)
         entries, notes = expected(self.dump, self.replay, self.positions, header)
         self.entries, noise = allowed(entries, self.replay, self.positions, self.arbiter, options.arbiter)
-        self.notes = (*self.dump.notes, *notes, *noise)
+        self.notes = (*self.dump.notes, *notes)
+        self.noise = noise
 
     @property
     def states_f32(self) -> bool:
@@ -86,6 +93,11 @@ class Case:
             return self._compute.lower() == "f32"
         # In native mode weights round the activations, and a cache of another type rounds keys and values, whatever the arithmetic.
         return known.compute.lower() == "f32" and known.mode != "native" and known.kv_type.lower() in ("", "f32")
+
+    @property
+    def stated_by(self) -> str:
+        """Who says that the dump was computed in float32: "--compute", "header", or nobody, ""."""
+        return "" if not self.states_f32 else "--compute" if self._compute else "header"
 
     def make(self, steps: Sequence[Step], rows: int, longer: Replay | None = None) -> Replay:
         """A replay over the first rows; `longer` is one over more of them, whose values it may take."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -12,17 +12,20 @@ from checkpoints.answers.diff import AGREES, Limits, Precision
 from checkpoints.errors import ParityError
 from checkpoints.points import LOGITS
 from checkpoints.record import Dump, Rows
+from engine.opened import open_plain
+from engine.weights.gguf_model import GgufModel
 
-from ..arbiter.third_side import with_truth
+from ..arbiter.encoder_decoder import EncoderDecoderArbiter
+from ..arbiter.third_side import AnyArbiter, with_truth
 from ..diff.compare import Comparison, Options, comparison
 from ..diff.limits import NATIVE, common_mode, limits
 from ..diff.operations import MIXING
+from ..run.graphs import recorded_graph
 from .case import Case, ExplainOptions
 from .noise import ALL, AUTO, OFF
-from .precision import LOWER, UPPER, PrecisionFloor, floor
+from .precision import LOWER, UPPER, PrecisionFloor, best, floor, mismatch
 
-# From the most precise on: the first one that explains the first computed point is taken.
-_KINDS = ("tf32", "f16", "q8", "bf16")
+_KINDS = ("f16", "tf32", "bf16", "q8")
 
 
 def compared_on(
@@ -30,8 +33,8 @@ def compared_on(
 ) -> Comparison:
     """Compare two dumps of a known model. Raises as `comparison` does.
 
-    Where OURS computes in a lower arithmetic its limits are measured; where it does not say in which, the most precise one that
-    explains the first difference is found. A model that our engine does not have is compared as though it were not known.
+    Where OURS computes in a lower arithmetic its limits are measured; where it does not say in which, the one that
+    fits best is found. A model that our engine does not have is compared as though it were not known.
 
     Args:
         arbiter: "off", "auto" (float64 says which side is right where they differ in exact mode) or "all" (at every point).
@@ -42,7 +45,21 @@ def compared_on(
     native = common_mode(ours.header, ref.header) == NATIVE
     if arbiter == OFF or not third_side or (arbiter == AUTO and (native or (found.verdict and not known.asked))):
         return found
-    return found if known.case is None else with_truth(found, known.case.arbiter, everywhere=arbiter == ALL)
+    return found if known.truth is None else with_truth(found, known.truth, everywhere=arbiter == ALL)
+
+
+def _of_encoder_decoder(ref: Dump, path: Path) -> EncoderDecoderArbiter | None:
+    """The truth about the reference's prompt and what it generated, where the model is an encoder–decoder."""
+    if ref.header is None or not ref.header.tokens:
+        return None
+    try:
+        transformer = open_plain(GgufModel(path), recorded=partial(recorded_graph, path))
+    except ParityError:
+        return None
+    if transformer.encoder is None:
+        return None
+    generated = sorted((token.token_idx, token.id) for token in ref.tokens if token.seq == 0)
+    return EncoderDecoderArbiter(transformer, ref.header.tokens, [number for _, number in generated])
 
 
 def _compared(ours: Dump, ref: Dump, options: Options, known: "_Model") -> Comparison:
@@ -71,19 +88,24 @@ class _Model:
         except ParityError:
             return None
 
+    @cached_property
+    def truth(self) -> AnyArbiter | None:
+        """The steps in float64 over the reference's tokens; None where our engine lacks the model."""
+        return self.case.arbiter if self.case is not None else _of_encoder_decoder(self.ref, self.path)
+
     @property
     def asked(self) -> bool:
         """Whether float64 was asked for anything by now."""
-        return "case" in self.__dict__ and self.case is not None and self.case.arbiter.asked
+        return "truth" in self.__dict__ and self.truth is not None and self.truth.asked
 
     def distances(self, points: Mapping[str, Rows]) -> dict[str, NDArray[np.float64]]:
         """How far records are from float64 (`Truth`)."""
-        return {} if self.case is None else self.case.arbiter.distances(points)
+        return {} if self.truth is None else self.truth.distances(points)
 
     @property
     def coarse(self) -> frozenset[str]:
         """The points that the reference itself computes coarsely."""
-        return frozenset() if self.case is None else self.case.arbiter.coarse
+        return frozenset() if self.truth is None else self.truth.coarse
 
     def floor(self, kind: str) -> PrecisionFloor | None:
         """What an arithmetic costs our right engine at each record of the reference."""
@@ -131,7 +153,8 @@ def _measured(ours: Dump, ref: Dump, options: Options, known: _Model) -> Compari
     if wanted is None:
         return as_float32
     error = float(np.mean(exact.records.measures.nmse[exact.records.point == exact.records.names.index(first.checkpoint)]))
-    candidates: list[Comparison] = []
+    candidates: dict[str, Comparison] = {}
+    far: dict[str, float] = {}
     for kind in _KINDS:
         cost = known.floor(kind)
         allowed = known.limits(ours, kind, cost)
@@ -143,12 +166,26 @@ def _measured(ours: Dump, ref: Dump, options: Options, known: _Model) -> Compari
             continue
         tried = comparison(ours, ref, replace(options, compute=kind, limits=allowed))
         if any(point.checkpoint == first.checkpoint and point.status == AGREES for point in tried.verdict.points):
-            candidates.append(_with(tried, kind, first.checkpoint))
-    return next((found for found in candidates if found.verdict), candidates[0] if candidates else as_float32)
+            candidates[kind], far[kind] = tried, mismatch(_errors(exact, known.case, cost))
+    agreeing = {kind: far[kind] for kind, found in candidates.items() if found.verdict}
+    fitting = best(agreeing or far)
+    return _with(candidates[fitting[0]], fitting[0], first.checkpoint, fitting[1:]) if fitting else as_float32
 
 
-def _with(found: Comparison, arithmetic: str, in_float32: str) -> Comparison:
-    return replace(found, verdict=replace(found.verdict, precision=Precision(arithmetic, False, "measured", in_float32)))
+def _with(found: Comparison, arithmetic: str, in_float32: str, alike: tuple[str, ...] = ()) -> Comparison:
+    precision = Precision(arithmetic, False, "measured", in_float32, alike)
+    return replace(found, verdict=replace(found.verdict, precision=precision))
+
+
+def _errors(exact: Comparison, case: Case, cost: PrecisionFloor) -> list[tuple[float, float, float]]:
+    """Of each point the mean error, and what the arithmetic costs there: with products, and with activations rounded."""
+    records = exact.records
+    numbers = {name: number for number, name in enumerate(records.names)}
+    return [
+        (float(records.measures.nmse[records.point == numbers[entry.point]].mean()), float(one.mean()), float(two.mean()))
+        for entry, one, two in zip(case.entries, cost.products, cost.storage, strict=True)
+        if entry.point in numbers
+    ]
 
 
 def _computed_before(found: Comparison, first: str) -> bool:

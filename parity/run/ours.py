@@ -15,7 +15,7 @@ from checkpoints.recording import Recording, passes
 from checkpoints.tensors import TensorWriter, beside
 from engine.capture.device import tap
 from engine.capture.tap import Capture
-from engine.engine import Engine
+from engine.engine import Engine, whole_input
 
 from .. import version
 from .request import Prompt
@@ -127,6 +127,8 @@ def dump(engine: Engine, job: OursJob) -> Header:
 
 def _passes(engine: Engine, job: OursJob, capture: Capture) -> None:
     progress = engine.start(job.first_position)
+    if engine.encoder is not None and len(passes(len(job.tokens), job.portions)) > 1:
+        raise whole_input()
     for part in passes(len(job.tokens), job.portions):
         logits = engine.forward(job.tokens[part], progress, capture)
     texts = job.generated_pieces or ("",) * len(job.generated)

@@ -24,18 +24,20 @@ def assemble(
     weights: frozenset[str],
     facts: dict[str, Any],
     several: Graph | None = None,
+    prefix: str = "",
 ) -> Graph:
     """The graph of passes that have one structure.
 
     Args:
-        sizes: of every tensor, as expressions of T and S: int64 [tensors, 9, 5].
+        sizes: of every tensor, as expressions of T, S and E: int64 [tensors, 9, 7].
         several: where these are passes over one token, the graph of a pass over more: it says what has a row for each position.
+        prefix: put in front of the points.
 
     Raises:
         ReferenceFailed: parameters that follow the length, or an input that follows no rule.
     """
     flat = flats[0]
-    names = points_of(flat, ggml)
+    names = points_of(flat, ggml, prefix)
     kept = kept_leaves(flat, ggml)
     plain = sizes.tolist()
     # What has a row for each position is seen only where there are several.

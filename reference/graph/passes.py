@@ -6,6 +6,9 @@ from numpy.typing import NDArray
 from checkpoints.rules import Pass
 
 from ..llama import Session
+from ..naming import Planned
+from ..passes import ENCODER
+from ..rows import survey
 from .raw import RawPass, Recorder
 
 _FIRST = 3  # the position of the first token, so that a position is never the number of its row or cell
@@ -16,14 +19,18 @@ _BLOCK = 32  # positions that are cached at the beginning, and again before that
 
 
 class PassSession:
-    """A session whose passes are noted or skipped; nothing is computed in either. `caches`: whether the model keeps positions."""
+    """A session whose passes are noted or skipped; nothing is computed in either. `caches`: whether the model keeps positions.
 
-    def __init__(self, session: Session, weights: frozenset[str], n_ctx: int) -> None:
-        self._session, self._weights, self._n_ctx = session, weights, n_ctx
+    `encode`: they are the passes of the encoder of an encoder–decoder. `encoded` is what an encoder left for a decoder's passes.
+    """
+
+    def __init__(self, session: Session, weights: frozenset[str], n_ctx: int, *, encode: bool = False) -> None:
+        self._session, self._weights, self._n_ctx, self._encode = session, weights, n_ctx, encode
+        self.encoded: NDArray[np.float32] | None = None
         self._origin = _FIRST
         self._next = _FIRST
         self._gap = (_FIRST, 0)  # the position before which, and how many, none are cached
-        self.caches = True
+        self.caches = not encode
 
     def restart(self, first: int) -> None:
         """An empty cache; the next token stands at `first`."""
@@ -90,13 +97,29 @@ class PassSession:
             np.array(tokens, np.int64),
             np.arange(first, first + count, dtype=np.int64),
             keys,
+            self.encoded,
         )
         taken = RawPass(now, min(self._n_ctx, -(-len(keys) // PAD) * PAD) if self.caches else 0)
-        session.record(tokens, first, Recorder(session.model.library.ggml, self._weights, taken).asked)
+        session.record(tokens, first, Recorder(session.model.library.ggml, self._weights, taken).asked, encode=self._encode)
         last = session.last_position()
         # The positions of a pass that was stopped are taken back, except from recurrent memories, which cannot.
         self._next = first if last is None else last + 1
         return taken
+
+
+def output_of_encoder(session: Session) -> Planned:
+    """The last value of an encoder's pass; whatever is cached is forgotten."""
+    *_, last = survey(session, _ids(_FIRST, 4, session.model.n_vocab), prefix=ENCODER, encode=True).known
+    return last
+
+
+def encode(session: Session, output: Planned, count: int) -> NDArray[np.float32]:
+    """Let an encoder compute `count` tokens: its output, as the decoder's next passes are given it, float32 [E, D]."""
+    tokens = _ids(_FIRST, count, session.model.n_vocab)
+    last = session.last_position()
+    rows: list[NDArray[np.float32]] = []
+    session.decode(tokens, 0 if last is None else last + 1, [output], lambda _planned, value: rows.append(value), encode=True)
+    return rows[0].reshape(count, -1)
 
 
 def _ids(first: int, count: int, n_vocab: int) -> tuple[int, ...]:

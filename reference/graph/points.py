@@ -18,8 +18,8 @@ class Names:
     once: set[int] = field(default_factory=set)
 
 
-def points_of(flat: FlatPass, ggml: Ggml) -> Names:
-    """The points that a dump of the reference has."""
+def points_of(flat: FlatPass, ggml: Ggml, prefix: str = "") -> Names:
+    """The points that a dump of the reference has, with `prefix` in front."""
 
     def source(raw: RawTensor) -> Source:
         return Source(raw.name, ggml.op_name(raw.op), ggml.type_name(raw.type), raw.ne, raw.address)
@@ -36,7 +36,7 @@ def points_of(flat: FlatPass, ggml: Ggml) -> Names:
         for i, node in enumerate(nodes)
     }
     names = Names()
-    for planned in plan(nodes):
+    for planned in plan(nodes, prefix=prefix):
         index = place[planned.signature]
         if planned.part is not None:
             names.parts.setdefault(index, []).append((planned.point, *planned.part))

@@ -6,21 +6,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from checkpoints.errors import ReferenceFailed
 from checkpoints.graph import INPUT, STATE, VIEWS, Graph, RecordedGraph
 from checkpoints.long_factors import long_above
 from checkpoints.rules import UNDEFINED, Recorded, explain
 
 from ..ggml import Ggml
 from ..llama import Model, Session
+from ..passes import ENCODER
 from .assemble import assemble, kept_leaves
-from .passes import BATCH, CROSSING, PAD, PassSession
-from .raw import ADVICE, FlatPass, RawPass, flatten, same_structure, unrecordable
-from .sizes import contradicted, over_a_cache, without_a_cache
+from .passes import BATCH, CROSSING, PAD, PassSession, encode, output_of_encoder
+from .raw import FlatPass, RawPass, flatten, same_structure, unrecordable
+from .sizes import contradicted, over_a_cache, over_an_encoder, without_a_cache
 
 _MEMORY = 1 << 28  # bytes of cache that may be spent on seeing a window's far edge where positions cannot be moved
 _FARTHEST = 16_384  # the longest window for which so many positions are filled: the time grows with its square
 _LONGEST_BATCH = 4096  # tokens of a pass that is made to see an encoder's window
+_ENCODED = (9, 6)  # rows of an encoder's output, as many as no recorded pass of the decoder has tokens
 _FAR = 20_011  # a position behind which scales that grow with the position have begun to
 
 
@@ -37,8 +38,7 @@ def record(model: Model, weights: Iterable[str], *, fingerprint: str, n_ctx: int
     names = frozenset(weights)
     facts = _facts(model)
     if model.encoder_decoder:
-        what = f"our engine does not have encoder–decoders ({facts['general.architecture']}): the decoder reads the encoder's output"
-        raise ReferenceFailed(f"{what}.", ADVICE, code="graph")
+        return _encoder_decoder(model, names, facts, fingerprint)
     window = model.window
     context = _context(facts, window, n_ctx, 8 * model.n_layers * model.n_embd)
     # An encoder's window is seen only by a pass that is longer.
@@ -82,6 +82,44 @@ def record(model: Model, weights: Iterable[str], *, fingerprint: str, n_ctx: int
     return RecordedGraph(facts["general.architecture"], model.n_layers, fingerprint, several, single, longest, above)
 
 
+def _encoder_decoder(model: Model, names: frozenset[str], facts: dict[str, Any], fingerprint: str) -> RecordedGraph:
+    """The graphs of an encoder's pass and of the decoder's passes after it, over outputs of two lengths.
+
+    The encoder computes its two short inputs, so that what the decoder is given can be held to it.
+    """
+    ggml = model.library.ggml
+    with Session(model, n_ctx=3 * PAD, n_batch=BATCH) as session:
+        encoder = PassSession(session, names, 3 * PAD, encode=True)
+        grid = [encoder.take(3), encoder.take(5)]
+        proofs = [encoder.take(7), encoder.take(BATCH - 1)]
+        encoded, _, _ = _several(grid, proofs, ggml, names, facts, "an encoder's pass", prefix=ENCODER)
+        output = output_of_encoder(session)
+        decoder = PassSession(session, names, 3 * PAD)
+        decoder.encoded = encode(session, output, _ENCODED[0])
+        decoder.fill(2)
+        decoder.settle()
+        grid, singles = [decoder.take(3), decoder.take(5)], [decoder.take(1)]
+        decoder.fill_to(PAD + 2)
+        grid += [decoder.take(3), decoder.take(5)]
+        singles.append(decoder.take(1))
+        proofs = [decoder.take(7)]
+        decoder.encoded = encode(session, output, _ENCODED[1])
+        proofs += [decoder.take(3), decoder.take(5), decoder.take(4)]
+    several, sizes, flat = _several(grid, proofs, ggml, names, facts, "a decoder's pass")
+    single = (
+        None if _has_one_token(several, sizes, flat, singles, ggml) else _graph_of_one(singles, ggml, names, facts, several)
+    )
+    return RecordedGraph(
+        facts["general.architecture"],
+        model.n_layers,
+        fingerprint,
+        several,
+        single,
+        encoder=encoded,
+        start=model.decoder_start,
+    )
+
+
 def _facts(model: Model) -> dict[str, Any]:
     """The metadata; those of the architecture without its name in front."""
     metadata = model.metadata()
@@ -114,23 +152,37 @@ def _context(facts: dict[str, Any], window: int, wanted: int, size: int) -> int:
 
 
 def _several(
-    grid: Sequence[RawPass], proofs: Sequence[RawPass], ggml: Ggml, weights: frozenset[str], facts: dict[str, Any], what: str
+    grid: Sequence[RawPass],
+    proofs: Sequence[RawPass],
+    ggml: Ggml,
+    weights: frozenset[str],
+    facts: dict[str, Any],
+    what: str,
+    prefix: str = "",
 ) -> tuple[Graph, NDArray[np.int64], FlatPass]:
-    """The graph of passes over (T1, S1), (T2, S1), (T1, S2), (T2, S2), held to further ones; its sizes, and the first of the passes."""
+    """The graph of passes over (T1, S1), (T2, S1), (T1, S2), (T2, S2), held to further ones; its sizes, and the first of the passes.
+
+    A decoder's proofs are (…, S2) over one output of the encoder and then (T1, S2), (T2, S2), … over another. `prefix` is put in
+    front of the points.
+    """
     passes = (*grid, *proofs)
     flats = [flatten(taken, ggml) for taken in passes]
     same_structure(flats, what)
     numbers = np.array([flat.numbers for flat in flats], dtype=np.int64)
     counts, cached = [len(taken.now.tokens) for taken in passes], [taken.cached for taken in passes]
-    places = np.array([[1, t, s, t * s, t * t] for t, s in zip(counts, cached, strict=True)]).T
+    encoded = [0 if taken.now.encoded is None else len(taken.now.encoded) for taken in passes]
+    places = np.array([[1, t, s, t * s, t * t, e, t * e] for t, s, e in zip(counts, cached, encoded, strict=True)]).T
+    crossed = over_an_encoder(numbers, counts, encoded)
+    numbers = numbers - np.moveaxis(crossed @ places, -1, 0)
     sizes = over_a_cache(numbers, counts, cached) if any(cached) else without_a_cache(numbers, counts)
     wrong = contradicted(sizes, places, numbers)
     if any(cached) and wrong.any():  # a model may have a cache and attend to the keys of the pass all the same
         sizes[wrong] = without_a_cache(numbers, counts)[wrong]
         wrong = contradicted(sizes, places, numbers)
+    sizes = sizes + crossed
     if wrong.any():
         raise unrecordable(flats[0].tensors[int(wrong.argmax())], f"has sizes that do not follow the length ({what})")
-    return assemble(flats, sizes, passes, ggml, weights, facts), sizes, flats[0]
+    return assemble(flats, sizes, passes, ggml, weights, facts, prefix=prefix), sizes, flats[0]
 
 
 def _graph_of_one(
@@ -142,7 +194,7 @@ def _graph_of_one(
     a, b = (flat.numbers for flat in flats)
     cached = (b - a) // max(singles[1].cached - singles[0].cached, 1)
     zero = np.zeros_like(cached)
-    sizes = np.stack([a - cached * singles[0].cached, zero, cached, zero, zero], axis=-1)
+    sizes = np.stack([a - cached * singles[0].cached, zero, cached, zero, zero, zero, zero], axis=-1)
     return assemble(flats, sizes, singles, ggml, weights, facts, several)
 
 
@@ -157,7 +209,8 @@ def _has_one_token(several: Graph, sizes: NDArray[np.int64], flat: FlatPass, sin
             for a, b, tensor in zip(one.tensors, flat.tensors, several.tensors, strict=True)
         ):
             return False
-        expected = sizes @ np.array([1, 1, taken.cached, taken.cached, 1])
+        rows = 0 if taken.now.encoded is None else len(taken.now.encoded)
+        expected = sizes @ np.array([1, 1, taken.cached, taken.cached, 1, rows, rows])
         differs = expected != one.numbers
         differs[:, 4:8] = False  # one element has no stride that matters
         if differs.any():

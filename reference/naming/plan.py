@@ -17,6 +17,7 @@ _ORDERS = frozenset({"ARGSORT"})  # of all experts: those that got in are a valu
 _SCANS = frozenset(
     {"SSM_SCAN", "GATED_DELTA_NET", "RWKV_WKV6", "RWKV_WKV7", "GATED_LINEAR_ATTN"}
 )  # rows and states in one value
+_OF_ATTENTION = frozenset({"Qcur", "Kcur", "Vcur", "kq", "kq_soft_max", "kqv", "kqv_out", "v_cont"})
 _WEIGHTED = frozenset({"MUL_MAT", "MUL_MAT_ID", "MUL", "ADD"})
 
 
@@ -154,6 +155,10 @@ def _open_name(graph: Structure, i: int, layer: int | None) -> str:
         if source is not None and name.startswith(("node_", stem(graph.nodes[source].name))):
             name = graph.nodes[source].op.lower()
     name = re.sub(r" \(([^)]*)\)", r"_\1", name.rpartition("{}.")[2])
+    if name == "pos_bias":  # added to the scores, and padded as they are
+        name = "kq_b"
+    if name in _OF_ATTENTION and _crosses(graph, i):
+        return points.in_layer(layer, f"cross_{name}") if layer is not None else f"cross_{name}"
     if re.fullmatch(r"(node|leaf)_\d+\w*|_?", name):
         name = _by_weight(graph, i) or node.op.lower()
     elif layer is not None and name in points.KINDS:  # what the graph shows to be something else
@@ -162,6 +167,12 @@ def _open_name(graph: Structure, i: int, layer: int | None) -> str:
         return points.in_layer(layer, name)
     # A bare `norm` is an alias of the point after the norm's weight, which this is not.
     return name if points.resolve(name) == name and name not in points.KINDS else f"node.{name}"
+
+
+def _crosses(graph: Structure, i: int) -> bool:
+    """Whether a node is a part of attention to an encoder's output."""
+    inside = (j for j in (i, *graph.upstream(i)) if graph.layers[j] == graph.layers[i])
+    return any(".cross_attn_" in f".{graph.weight(j)}" for j in inside)
 
 
 def _by_weight(graph: Structure, i: int) -> str:

@@ -1,0 +1,63 @@
+"""The truth about an encoder–decoder: the encoder's steps over the prompt, the decoder's over its own tokens, each in float64."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+
+from checkpoints.record import Rows
+from engine.graph import ENCODED, ENCODER, POSITIONS, TOKENS, Step, name_of, read_as
+from engine.replay.wide import coarse_points
+from engine.transformer import Transformer
+
+from .arbiter import Arbiter, Floats
+
+
+class EncoderDecoderArbiter:
+    """Knows the truth about a prompt that an encoder reads and the tokens that a decoder generates from it.
+
+    Args:
+        transformer: an encoder–decoder.
+        prompt, generated: ids of the encoder's tokens, and of those that follow the decoder's first one.
+    """
+
+    def __init__(self, transformer: Transformer, prompt: Sequence[int], generated: Sequence[int]) -> None:
+        steps = transformer.encoder or ()
+        computed = transformer.weights, transformer.backend
+        self._last = steps[-1].makes
+        self._encoder = Arbiter([_alone(step) for step in steps], *computed, prompt, range(len(prompt)), [0] * len(prompt))
+        tokens = (transformer.decoder_start or 0, *generated)
+        numbers = range(len(tokens))
+        self._decoder = Arbiter(transformer.steps, *computed, tokens, numbers, numbers, lambda: {ENCODED: self._encoded})
+        self._decoder_steps = transformer.steps
+
+    @property
+    def _encoded(self) -> Floats:
+        return self._encoder.value(self._last)
+
+    @property
+    def asked(self) -> bool:
+        """Whether anything of the truth is known by now."""
+        return self._encoder.asked or self._decoder.asked
+
+    @cached_property
+    def coarse(self) -> frozenset[str]:
+        """The points that ggml itself computes coarsely, the decoder's where what it reads of the encoder is."""
+        first = self._encoder.coarse
+        return first | coarse_points(self._decoder_steps, (ENCODED,) if self._last in first else ())
+
+    def distances(self, points: Mapping[str, Rows]) -> dict[str, Floats]:
+        """As `Arbiter.distances`."""
+        first = {name: rows for name, rows in points.items() if name.startswith(ENCODER)}
+        return self._encoder.distances(first) | self._decoder.distances(
+            {name: rows for name, rows in points.items() if name not in first}
+        )
+
+    def record(self, rows: Rows) -> Rows:
+        """As `Arbiter.record`."""
+        return (self._encoder if rows.point.startswith(ENCODER) else self._decoder).record(rows)
+
+
+def _alone(step: Step) -> Step:
+    """A step of the encoder as that of a model whose tokens are the prompt."""
+    inputs = {ENCODER + name: name for name in (TOKENS, POSITIONS)}
+    return replace(step, reads=tuple(read_as(read, inputs.get(name_of(read), name_of(read))) for read in step.reads))
