@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
 import numpy as np
@@ -87,7 +88,8 @@ class Recorder:
     """Writes checkpoints: `with Recorder("ours.jsonl", compute="f32", model="my-model", tokens=ids) as tap: tap("blk.5.l_out", hidden)`.
 
     `compute` is the arithmetic of your products ("f32", "tf32", "f16", "bf16", "q8"): the limits of the comparison follow from it.
-    `points` are the names to record, with commas, as {points} of `parity run --exec` gives them; "" records all.
+    `points` are the names to record, with commas, as {points} of `parity run --exec` gives them; "" records all. Names may have
+    wildcards ("blk.*.q"). `positions` are those to record, None for all.
 
     A value is copied in the call. Rows of a point stand at the positions after those that were recorded of it before, so that
     a prefill [T, n] and decode steps [1, n] number themselves; `positions` says it where some are left out.
@@ -107,11 +109,15 @@ class Recorder:
         layers: "int | None" = None,
         source: str = "python",
         points: str = "",
+        positions: "Sequence[int] | None" = None,
         slice_size: int = DEFAULT_SLICE,
         hparams: "Mapping[str, Any] | None" = None,
     ) -> None:
         self.layers = layers
-        self._only = frozenset(resolve(name, layers) for name in points.split(",") if name)
+        listed = [name for name in points.split(",") if name]
+        self._globs = tuple(name for name in listed if any(sign in name for sign in "*?["))
+        self._only = frozenset(resolve(name, layers) for name in listed if name not in self._globs)
+        self._positions = None if positions is None else frozenset(positions)
         self.slice_size = slice_size
         self.checkpoints = 0
         self.tokens = 0
@@ -141,7 +147,7 @@ class Recorder:
             TypeError, ValueError: it is no array, or has another number of rows than positions.
         """
         point = resolve(name, self.layers)
-        if self._only and point not in self._only:
+        if not self._wants(point):
             return
         array = to_host(value)
         known = parse(point).known
@@ -154,14 +160,23 @@ class Recorder:
         else:
             self._record(point, np.atleast_2d(array), 1 if array.ndim < 2 else len(array), 0, positions)
 
+    def _wants(self, point: str) -> bool:
+        if not self._only and not self._globs:
+            return True
+        return point in self._only or any(fnmatchcase(point, name) for name in self._globs)
+
     def _record(self, point: str, array: NDArray[np.float32], rows: int, seq: int, positions: "Sequence[int] | None") -> None:
         start = self._next.get((point, seq), 0)
         at = np.arange(start, start + rows) if positions is None else np.asarray(positions, dtype=np.int64)
         step = self._passes.get((point, seq), 0)
-        made = summarise(point, array, at, step=step, decode=step > 0 and rows == 1, slice_size=self.slice_size, seq=seq)
-        for line in checkpoint_lines(made):
-            self._write(line)
-        self.checkpoints += len(made)
+        kept = [i for i, position in enumerate(at.tolist()) if self._positions is None or position in self._positions]
+        if kept:
+            decode = step > 0 and rows == 1
+            array = array if len(kept) == rows else array[:, kept] if array.ndim == 3 else array[kept]
+            made = summarise(point, array, at[kept], step=step, decode=decode, slice_size=self.slice_size, seq=seq)
+            for line in checkpoint_lines(made):
+                self._write(line)
+            self.checkpoints += len(made)
         self._next[point, seq] = int(at[-1]) + 1 if len(at) else start
         self._passes[point, seq] = step + 1
 
