@@ -17,6 +17,7 @@ from engine.faults.fitted import FITTED
 from engine.graph import Step
 from engine.replay.precision import rounded
 from engine.synth import Shape, synthesize
+from parity.diff.compare import compare
 from parity.explain.explain import ExplainOptions, explain
 from parity.models import embedded
 from reports.explanation import lines
@@ -107,7 +108,10 @@ def test_f16_arithmetic_is_no_excuse_where_the_header_says_f32(engine: Faulty) -
     assert (free.looks_like, bool(free)) == ("", True)
     assert bound.looks_like in alike
     assert (bound.precision_only, bool(bound), bound.causes) == ("", False, ())
+    assert set(alike) <= {bound.looks_like, *bound.precision_alike}, "F16 and TF32 keep eleven bits: both are said"
+    assert any("the header says f32" in line.plain for line in lines(bound, 300))
     again = explain(unstated(dump), engine.model, replace(_PATIENT, compute="f32"))
+    assert any("--compute f32 was given" in line.plain for line in lines(again, 300))
     assert again.precision_only == ""
     assert again.looks_like in alike
 
@@ -138,7 +142,8 @@ def test_nan_agrees_with_nothing(stories: Faulty) -> None:
     dump = stories.dump(RIGHT, tokens, points="blk.{5..9}.*", steps=steps)
     found = explain(dump, stories.model, ExplainOptions(budget=20.0))
     assert names(found) == []
-    assert any("NaN" in lead.sentence for lead in found.leads)
+    assert found.law.startswith("every recorded element is NaN")
+    assert found.complete
     assert found.first is not None
     assert found.first.checkpoint == "blk.7.ffn_out"
 
@@ -221,6 +226,7 @@ def _cut(x: Array) -> Array:
     ("point", "change", "said"),
     [
         ("blk.2.ffn_up", _swapped, "elements 3 and 7 are exchanged; the others are right"),
+        ("blk.2.v", lambda x: np.roll(x, 8, axis=1), "heads 0 and 1 are exchanged"),
         ("blk.2.ffn_up", _blocks, "every 32nd element from 0 on is the right one plus 0.5; the others are right"),
         ("blk.2.q", _head, "head 3 alone is 1.5 times the right one; the others are right"),
         ("blk.2.ffn_norm", _negated, "element 5 alone has the wrong sign; the others are right"),
@@ -265,6 +271,73 @@ def test_what_was_not_seen_is_not_said_to_agree(engine: Faulty) -> None:
 
 def _operand(steps: Sequence[Step], name: str, operand: str) -> list[Step]:
     return [replace(step, reads=(operand, *step.reads[1:])) if step.makes == name else step for step in steps]
+
+
+def test_heads_of_which_one_is_recorded_are_heads(engine: Faulty) -> None:
+    """Eight values of the first key head are those of the second: no row is said to be rolled."""
+    found = explain(
+        edited(engine, "blk.2.v", lambda x: np.roll(x, 8, axis=1), size=8), engine.model, ExplainOptions(budget=600.0)
+    )
+    assert found.law == "head 0 is the right head 1 (1 of 2 heads recorded)"
+
+
+def _not_finite(x: Array) -> Array:
+    made = x.copy()
+    made[3, :2] = np.inf
+    return made
+
+
+def test_infinities_are_said_where_they_are(engine: Faulty) -> None:
+    """Two infinite elements of one position: the law says which, and that the others are right."""
+    found = explain(edited(engine, "blk.2.q", _not_finite), engine.model, ExplainOptions(budget=600.0))
+    assert found.law.startswith("everything up to element 1 is ∞")
+    assert found.law.endswith("the others are right")
+    assert names(found) == []
+
+
+def test_nan_under_the_mask_is_no_second_fault(engine: Faulty) -> None:
+    """Values that are NaN at position 3 make attention's result NaN at the positions before as well, since 0 · NaN is NaN."""
+
+    def late(x: Array) -> Array:
+        made = x.copy()
+        made[3] = np.nan
+        return made
+
+    right = engine.dump(RIGHT, PROMPT, points="*", size=1 << 20)
+    verdict = compare(edited(engine, "blk.1.v", late), right)
+    assert [(origin.first.checkpoint, origin.positions) for origin in verdict.origins] == [("blk.1.v", (3,))]
+
+
+def test_an_error_that_grows_is_no_edge(engine: Faulty) -> None:
+    """An error in proportion to the position passes the limit somewhere: no window begins there, and no element alone is wrong."""
+
+    def grows(x: Array) -> Array:
+        signs = np.where(np.arange(x.shape[1]) % 2, 1, -1)
+        return x * (1 + np.float32(4e-6) * np.arange(len(x), dtype=np.float32)[:, None] * signs.astype(np.float32))
+
+    dump = edited(engine, "blk.0.attn_out", grows)
+    verdict = compare(dump, engine.dump(RIGHT, PROMPT, points="*", size=1 << 20))
+    assert verdict.pattern is not None
+    assert verdict.first_divergence is not None
+    assert verdict.first_divergence.token_idx > 1
+    assert "window" not in verdict.pattern.sentence
+    assert "alone" not in explain(dump, engine.model, ExplainOptions(budget=5.0)).law
+
+
+def test_zeros_behind_an_unseen_infinity_are_not_attention(engine: Faulty) -> None:
+    """An infinity outside of the slice makes the next norm 0 from position 1 on: nothing there joins positions."""
+
+    def late(x: Array) -> Array:
+        made = x.copy()
+        made[1:, 100] = np.inf
+        return made
+
+    dump = edited(engine, "blk.1.ffn_out", late, size=16)
+    right = engine.dump(RIGHT, PROMPT, points="*", size=16)
+    pattern = compare(dump, right).pattern
+    assert pattern is not None
+    assert "all values are 0" in pattern.sentence
+    assert "RoPE" not in pattern.sentence
 
 
 def test_another_operand_is_named(engine: Faulty) -> None:

@@ -9,6 +9,7 @@ import pytest
 from explaining import unstated
 from planted import Faulty, Planted, tokens_of
 
+from engine.faults import FITTED, plant
 from engine.replay.precision import rounded
 from parity.arbiter.arbiter import Arbiter
 from parity.explain.explain import ExplainOptions, explain
@@ -49,6 +50,35 @@ def test_faults_are_named_in_any_architecture(engine: Faulty, name: str, paramet
     assert name in [named.fault for cause in found.causes for named in (cause.named, *cause.equivalent)]
 
 
+@pytest.mark.parametrize("result", ["q_rope holds the result", "q_norm holds the result", "both hold the result"])
+def test_a_norm_behind_rope_is_one_cause(reference: Reference, small_model: Callable[..., Path], result: str) -> None:
+    """Whatever an engine that normalises behind RoPE calls what it records: one cause that reproduces every record."""
+    model = small_model("qwen3")
+    engine = Faulty(model, reference.graph(model))
+    planted = Planted((("head-norm-after-rope", {"result": result}, None),))
+    found = explain(engine.dump(planted, tokens_of(model, 7, seed=2), points="*"), model, _PATIENT)
+    assert [(cause.named.fault, cause.named.parameters["result"]) for cause in found.causes] == [
+        ("head-norm-after-rope", result)
+    ]
+    assert found.remaining is None
+
+
+@pytest.mark.parametrize("points", ["default", "*"])
+def test_the_epsilon_of_one_layers_head_norms_is_fitted(
+    reference: Reference, small_model: Callable[..., Path], points: str
+) -> None:
+    """ε 1e-4 for 1e-6 in the norms of queries and keys of layer 2."""
+    model = small_model("qwen3")
+    engine = Faulty(model, reference.graph(model))
+    fault = next(fit.fault for fit in FITTED if fit.fault.name == "head-norm-epsilon")
+    steps = plant(engine.right, fault, (2,), eps=1e-4, at=("q_norm", "k_norm"))
+    found = explain(engine.dump(Planted(()), tokens_of(model, 7, seed=2), points=points, steps=steps), model, _PATIENT)
+    assert found.remaining is None
+    assert [(cause.named.fault, cause.named.parameters["eps"], cause.named.layers) for cause in found.causes] == [
+        ("head-norm-epsilon", 1e-4, (2,))
+    ]
+
+
 @pytest.mark.parametrize(("kind", "storage"), [("f16", False), ("bf16", True), ("q8", False)])
 def test_right_engines_in_lower_arithmetic_are_not_accused(engine: Faulty, kind: str, storage: bool) -> None:
     """Products of routed experts are products, and ids of experts are no activations."""
@@ -56,5 +86,6 @@ def test_right_engines_in_lower_arithmetic_are_not_accused(engine: Faulty, kind:
     dump = unstated(engine.dump(Planted(()), tokens, steps=rounded(engine.right, kind, storage=storage)))
     found = explain(dump, engine.model, _PATIENT)
     assert found
-    assert found.precision_only
+    assert kind in {found.precision_only, *found.precision_alike}
+    assert "q8" not in found.precision_alike, "BF16 and 8-bit activations can be told apart here"
     assert found.causes == ()

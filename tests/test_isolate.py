@@ -12,9 +12,9 @@ from checkpoints.answers.isolate import PROVEN, Isolation
 from engine.backend import choose
 from engine.faults import CATALOGUE, plant
 from engine.graph import Step
+from engine.replay.proof import proof_steps
 from engine.transformer import Transformer
 from engine.weights.gguf_model import GgufModel
-from parity.isolate import isolate as isolation
 from parity.isolate.attention_checks import AttentionChecks, rotation_faults, soft_max_faults
 from parity.isolate.isolate import IsolateRequest, isolate
 from parity.isolate.routing import routing_error
@@ -101,37 +101,38 @@ def test_routing_is_judged_as_a_set() -> None:
     assert "1 were chosen instead of 2" in routing_error(two, values, right, right[:, :1].astype(np.float32))[1]
 
 
-def test_an_engine_that_rounds_nothing_is_not_ggml(
-    synthetic: Callable[..., Path], reference: Reference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def unrounded(steps: Sequence[Step], *, native: bool, kv_type: str) -> list[Step]:
+    """A definition of the operations that does not round as ggml does."""
+    del native
+    return proof_steps(steps, native=False, kv_type=kv_type)
+
+
+def test_operations_without_ggmls_rounding_are_wrong(
+    synthetic: Callable[..., Path], reference: Reference, tmp_path: Path
 ) -> None:
     """The check can fail: without ggml's rounding, products of Q4_K_M are wrong by 1e-6 and more, and only products are."""
     model = reference.quantize(synthetic(layers=2, width=256, ff=512), "Q4_K_M", tmp_path / "model.gguf")
-    right = isolation.proof_steps
-    calls: list[bool] = []
+    calibrated: list[bool] = []
 
-    def unrounded(steps: Sequence[Step], *, native: bool, kv_type: str) -> list[Step]:
-        calls.append(native)
-        return right(steps, native=native and len(calls) > 1, kv_type=kv_type)  # the calibration is right
+    def unrounded_model(steps: Sequence[Step], *, native: bool, kv_type: str) -> list[Step]:
+        define = proof_steps if calibrated else unrounded  # the machine's own floor is measured afterwards
+        calibrated.append(True)
+        return define(steps, native=native, kv_type=kv_type)
 
-    monkeypatch.setattr(isolation, "proof_steps", unrounded)
-    found = isolate(IsolateRequest(model, tokens=TOKENS), reference)
-    assert {item.operation for item in found.wrong} == {"q", "k", "v", "attn_out", "ffn_gate", "ffn_up", "ffn_out", "logits"}
-    assert min(item.nmse or 0 for item in found.wrong) > 1e-6
-    assert found.floor is not None
-    assert found.floor < 1e-12
-    assert "rounding" in found.wrong[0].reason
+    isolation = isolate(IsolateRequest(model, tokens=TOKENS), reference, unrounded_model)
+    products = {"q", "k", "v", "attn_out", "ffn_gate", "ffn_up", "ffn_out", "logits"}
+    assert {item.operation for item in isolation.wrong} == products
+    assert min(item.nmse or 0 for item in isolation.wrong) > 1e-6
+    assert isolation.floor is not None
+    assert isolation.floor < 1e-12
+    assert "rounding" in isolation.wrong[0].reason
 
 
-def test_nothing_is_wrong_under_the_floor_of_this_machine(
-    synthetic: Callable[..., Path], reference: Reference, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nothing_is_wrong_under_the_floor_of_this_machine(synthetic: Callable[..., Path], reference: Reference) -> None:
     """Where the embedded model itself shows such errors, an operation is not observable, and the reason says so."""
-    right = isolation.proof_steps
-    monkeypatch.setattr(isolation, "proof_steps", lambda steps, native, kv_type: right(steps, native=False, kv_type=kv_type))
-    monkeypatch.setattr(isolation, "calibrate", lambda *_: 1e-3)
-    found = isolate(IsolateRequest(synthetic(kind="q8_0", layers=3), tokens=TOKENS), reference)
-    assert found.wrong == ()
-    assert any("embedded model" in item.reason for item in found.operations)
+    isolation = isolate(IsolateRequest(synthetic(kind="q8_0", layers=3), tokens=TOKENS), reference, unrounded)
+    assert isolation.wrong == ()
+    assert any("embedded model" in item.reason for item in isolation.operations)
 
 
 def test_the_command_shows_a_table_and_json(parity: Cli, synthetic: Callable[..., Path]) -> None:

@@ -131,13 +131,14 @@ class Precision:
 
     `source`: "stated" by a header or --compute, "measured" on the model, "assumed" where nothing says it; `assumed` is True for the
     last, unless all records agree as float32 does. `in_float32` is the first point that would be a divergence in float32, empty
-    if none would.
+    if none would. `alike`: other arithmetics that fit the measured differences as well.
     """
 
     arithmetic: str
     assumed: bool
     source: str
     in_float32: str = ""
+    alike: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -90,11 +90,13 @@ class Explanation:
         causes: in the order in which they were found; together they explain `explained` of `differing` records.
         law: how the recorded elements of the place that is left come from the right ones, if one sentence says it for all; or "".
         placed: which operations are in question there.
-        looks_like: the arithmetic whose noise the numbers look like, where the header says f32; or "".
+        looks_like: the arithmetic whose noise the numbers look like, where f32 is stated; or "".
+        f32_stated: who says that it was computed in float32: "header", "--compute", or "".
         truth: how far both sides are from float64 at the first place, where the arbiter was asked.
         remaining: the first place that the causes do not explain.
         seen: how much of each point's rows the dump tells.
         precision_only: the arithmetic that explains the difference: "f16", "bf16", "tf32", "q8", or "".
+        precision_alike: others that fit as well as that or `looks_like`, so that they cannot be told apart.
         next: points to record now, as a `--points` value.
         complete: False if the search ran out of time.
     """
@@ -108,7 +110,9 @@ class Explanation:
     precision_only: str = ""
     law: str = ""
     placed: Placed | None = None
+    precision_alike: tuple[str, ...] = ()
     looks_like: str = ""
+    f32_stated: str = ""
     truth: TruthAt | None = None
     remaining: Place | None = None
     next: str = ""

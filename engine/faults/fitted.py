@@ -10,11 +10,13 @@ import numpy as np
 from .. import ops
 from ..backend import Array
 from ..graph import Step
+from ..inapplicable import NotApplicable
 from .attention import FAULTS as ATTENTION
-from .base import AT, Fault, Parameters, Steps
+from .base import AT, Fault, Parameters, Steps, with_parameters
 from .logits import FAULTS as LOGITS
 from .norms import FAULTS as NORMS
 from .rope import FAULTS as ROPE
+from .rotation import is_rotation, rotary
 
 _SCALED = (
     "attn_norm",
@@ -33,6 +35,21 @@ _SCALED = (
 )
 _ONCE = ("embd", "output_norm", "logits")
 _WITH_BIAS = ("q", "k", "v")
+# Norms that not every model has: of heads, of compressed queries and keys, inside and behind a branch.
+_OTHER_NORMS = (
+    *(
+        "q_norm",
+        "k_norm",
+        "attn_q_a_norm",
+        "kv_cmpr",
+        "kv_compressed",
+        "attn_sub_norm",
+        "ffn_sub_norm",
+        "ssm_norm",
+        "attn_norm_2",
+    ),
+    *("attn_post_norm", "ffn_post_norm", "post_attn_norm", "post_mlp_norm"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,11 +83,28 @@ class Fitted:
         wanted = self.wanted(right)
         said = [f"{value:.4g}{as_root(value)}"] if self.parameter == "scale" and as_root(value) else []
         said += [] if wanted is None else [f"this model wants {_number(wanted, self.parameter)}"]
+        if self.parameter == "scale" and wanted:
+            said += _near_scale(value, wanted, right)
         if self.known and value > 0:
             near = min(self.known, key=lambda one: abs(log10(one) - log10(value)))
             if wanted is None or near != np.float32(wanted):
                 said.append(f"the nearest that others have is {near:g} ({self.known[near]})")
         return ", ".join(said)
+
+
+def _near_scale(value: float, wanted: float, right: Steps) -> list[str]:
+    """What an attention scale may be instead of the right one, if it is near: by the sizes that other engines take."""
+    heads = next((int(step.params["heads"]) for step in right.values() if step.op is ops.attention_scores), 1)
+    others = {
+        1.0: "no scale",
+        wanted**2: "the scale applied twice",
+        1 / wanted: "its inverse",
+        wanted * heads**-0.5: "by the width of all heads",
+        wanted * 2**0.5: "by half the head size",
+        wanted * 0.5**0.5: "by twice the head size",
+    }
+    near = min(others, key=lambda other: abs(log10(other) - log10(value)))
+    return [f"it is {others[near]}"] if abs(value - near) < 1e-3 * near else []
 
 
 def _number(value: float, parameter: str) -> str:
@@ -93,6 +127,8 @@ def _parameter(name: str, *kinds: str) -> Callable[[Steps], float | None]:
         for step in right.values():
             if step.makes.rpartition(".")[2] in kinds and name in step.params:
                 return float(step.params[name])
+            if step.makes.rpartition(".")[2] in kinds and is_rotation(step):  # one of ggml's
+                return float(rotary(step, name))
         return None
 
     return wanted
@@ -165,16 +201,46 @@ _ATTENTION_CAP = Fault(
     parameters={"cap": ()},
     group="fitted",
 )
+
+
+def _epsilon(step: Step, _right: Steps, parameters: Parameters) -> Step:
+    if "eps" not in step.params:
+        raise NotApplicable(f"{step.makes} is no norm")
+    return with_parameters(step, eps=parameters["eps"])
+
+
+def _other_norms(right: Steps) -> tuple[tuple[str, ...], ...]:
+    """The kinds of such norms that a model has: all, queries' and keys', each."""
+    have = {step.makes.rpartition(".")[2] for step in right.values() if "eps" in step.params}
+    each = tuple(kind for kind in _OTHER_NORMS if kind in have)
+    heads = tuple(kind for kind in each if kind in ("q_norm", "k_norm"))
+    return tuple(dict.fromkeys(chosen for chosen in (each, heads, *((kind,) for kind in each)) if chosen))
+
+
+_OTHER_EPSILON = Fault(
+    name="head-norm-epsilon",
+    kinds=_OTHER_NORMS,
+    change=_epsilon,
+    what="ε is {eps}, which is not this model's, in {at}",
+    symptom="a difference of 1e-8 to 1e-3 that looks like rounding",
+    fix="read <architecture>.attention.layer_norm_rms_epsilon from the file, for the norms of heads and branches as well",
+    seen="norm kernels with a constant of their own for queries and keys",
+    parameters={"eps": (), AT: _other_norms},
+    group="fitted",
+)
 _TIMES = "{part} of {at} is {by} times as large as in this model"
 _PLUS = "{by} is added to every element of {at}"
 _SCALE_FIX, _PLUS_FIX = "take the factor out, or read it from the file", "take the constant out"
+
+_EPSILONS = {1e-5: "Llama 2, Mistral", 1e-6: "Qwen2, Gemma", 1e-8: "Adam's", 1e-12: "BERT"}
 
 
 def _named(faults: tuple[Fault, ...], name: str) -> Fault:
     return next(fault for fault in faults if fault.name == name)
 
 
-def _around(*factors: float) -> Callable[[float], tuple[float, ...]]:
+def around(*factors: float) -> Callable[[float], tuple[float, ...]]:
+    """Starts at these multiples of the right number."""
     return lambda wanted: tuple(wanted * factor for factor in factors)
 
 
@@ -183,27 +249,34 @@ FITTED = (
         fault=_named(NORMS, "norm-epsilon"),
         parameter="eps",
         wanted=_parameter("eps", "attn_norm", "ffn_norm", "output_norm"),
-        starts=_around(3.0, 100.0, 3e3, 1e5),
-        known={1e-5: "Llama 2, Mistral", 1e-6: "Qwen2, Gemma", 1e-8: "Adam's", 1e-12: "BERT"},
+        starts=around(3.0, 100.0, 3e3, 1e5),
+        known=_EPSILONS,
+    ),
+    Fitted(
+        fault=_OTHER_EPSILON,
+        parameter="eps",
+        wanted=_parameter("eps", *_OTHER_NORMS),
+        starts=around(3.0, 100.0, 3e3, 1e5),
+        known=_EPSILONS,
     ),
     Fitted(
         fault=_named(ATTENTION, "attn-scale"),
         parameter="scale",
         wanted=_parameter("scale", "kq_soft_max"),
-        starts=_around(1.1, 2.0, 0.5),
+        starts=around(1.1, 2.0, 0.5),
     ),
     Fitted(
         fault=_named(ROPE, "rope-base"),
         parameter="base",
-        wanted=_parameter("base", "q_rope"),
+        wanted=_parameter("base", "q_rope", "q_pe"),
         starts=lambda wanted: (1.05 * wanted, 0.95 * wanted, *(10.0**n for n in (2, 3, 3.5, 4, 4.5, 5, 5.5, 6, 6.5, 7, 8))),
         known={1e4: "Llama 1 and 2", 5e5: "Llama 3", 1e6: "Qwen2, Mixtral"},
     ),
     Fitted(
         fault=_named(ROPE, "rope-scaling"),
         parameter="scaling",
-        wanted=_parameter("scale", "q_rope"),
-        starts=_around(1.02, 0.98, 0.5, 0.25, 0.125, 2.0, 4.0),
+        wanted=_parameter("scale", "q_rope", "q_pe"),
+        starts=around(1.02, 0.98, 0.5, 0.25, 0.125, 2.0, 4.0),
     ),
     Fitted(
         fault=_named(ROPE, "rope-position"),

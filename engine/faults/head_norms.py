@@ -8,9 +8,9 @@ import numpy as np
 
 from .. import ops
 from ..backend import Array, module_of
-from ..graph import Step
+from ..graph import Step, name_of, read_as
 from ..inapplicable import NotApplicable
-from .base import AT, Fault, Parameters, Steps, kind_of, read_of, sibling, subsets, with_parameters
+from .base import AT, Fault, Parameters, Steps, kind_of, read_of, sibling, subsets
 from .edits import only
 
 _HEADS = ("q_norm", "k_norm")
@@ -33,6 +33,19 @@ def _whole_width(step: Step, _right: Steps, _parameters: Parameters) -> Step:
     return replace(step, op=_whole)
 
 
+def _over_heads(x: Array, weight: Array, *, eps: float, heads: int) -> Array:
+    """Each element of a head by its root mean square over all heads."""
+    split = x.reshape(x.shape[0], heads, -1)
+    mean = np.mean(split.astype(np.float64) ** 2, axis=1, keepdims=True).astype(np.float32)
+    return (split / np.sqrt(mean + np.float32(eps)) * weight).reshape(x.shape)
+
+
+def _across_heads(step: Step, _right: Steps, _parameters: Parameters) -> Step:
+    if step.op is not ops.rms_norm or step.params.get("heads", 1) == 1:
+        raise NotApplicable(f"{step.makes} does not normalise heads")
+    return replace(step, op=_over_heads)
+
+
 def _plus_one(x: Array, weight: Array, *, eps: float, heads: int = 1) -> Array:
     return ops.rms_norm(x, weight + np.float32(1), eps=eps, heads=heads)
 
@@ -49,13 +62,35 @@ def _rope_then_norm(
     return ops.rms_norm(ops.rope(x, positions, factors, **rope), weight, eps=eps, heads=normed)
 
 
-def _after_rope(step: Step, right: Steps, _parameters: Parameters) -> Step:
-    norm = sibling(step, right, kind_of(step).replace("_rope", "_norm"))
-    if step.op is not ops.rope or norm.op is not ops.rms_norm or read_of(step, 0) != norm.makes:
-        raise NotApplicable(f"{step.makes} does not rotate what a norm made")
-    params = {**step.params, "eps": norm.params["eps"], "normed": norm.params.get("heads", 1)}
-    reads, weights = (read_of(norm, 0), *step.reads[1:]), (step.weights[0] if step.weights else None, norm.weights[0])
-    return replace(step, op=_rope_then_norm, reads=reads, weights=weights, params=params)
+# What the points hold in an engine that normalises behind RoPE: either name may be that of the result.
+_RESULT = ("q_rope holds the result", "q_norm holds the result", "both hold the result")
+_QUERIES, _KEYS = ("q_norm", "q_rope", "kq"), ("k_norm", "k_rope", "k_read")
+
+
+def _after_rope(step: Step, right: Steps, parameters: Parameters) -> Step:
+    letter, _, kind = kind_of(step).partition("_")
+    if kind in ("", "read"):  # who reads queries or keys: scores, the cache
+        return _reads_norm(step, right, parameters) if parameters["result"] == _RESULT[1] else step
+    norm, rope = sibling(step, right, f"{letter}_norm"), sibling(step, right, f"{letter}_rope")
+    if rope.op is not ops.rope or norm.op is not ops.rms_norm or read_of(rope, 0) != norm.makes:
+        raise NotApplicable(f"{rope.makes} does not rotate what a norm made")
+    if kind == "norm" and parameters["result"] == _RESULT[0]:
+        return step
+    raw = (read_of(norm, 0), *rope.reads[1:])
+    if kind == "rope" and parameters["result"] == _RESULT[1]:
+        return replace(rope, reads=raw)
+    if kind == "rope" and parameters["result"] == _RESULT[2]:
+        return only(rope, norm.makes)
+    weights = (rope.weights[0] if rope.weights else None, norm.weights[0])
+    params = {**rope.params, "eps": norm.params["eps"], "normed": norm.params.get("heads", 1)}
+    return replace(step, op=_rope_then_norm, reads=raw, weights=weights, params=params)
+
+
+def _reads_norm(step: Step, right: Steps, parameters: Parameters) -> Step:
+    kinds = [kind for kind in ("q", "k") if f"{kind}_norm" in parameters[AT]]
+    others = {sibling(step, right, f"{kind}_rope").makes: sibling(step, right, f"{kind}_norm").makes for kind in kinds}
+    reads = tuple(read_as(read, others[name_of(read)]) if name_of(read) in others else read for read in step.reads)
+    return replace(step, reads=reads)
 
 
 def _without_bias(step: Step, _right: Steps, _parameters: Parameters) -> Step:
@@ -75,8 +110,10 @@ def _root_mean_square(step: Step, _right: Steps, _parameters: Parameters) -> Ste
     return replace(step, op=_uncentred)
 
 
-def _epsilon(step: Step, _right: Steps, parameters: Parameters) -> Step:
-    return with_parameters(step, eps=parameters["eps"])
+_LATENTS = ("kv_cmpr", "kv_compressed", "attn_q_a_norm")
+_SCANNED = ("ssm_norm",)
+_OTHERS = (*_HEADS, *_BEHIND, *_LATENTS, *_SCANNED)
+_GROUPS: dict[str, Any] = {AT: (_OTHERS, _HEADS, _BEHIND, _LATENTS, *((kind,) for kind in _OTHERS))}
 
 
 def _at(kinds: tuple[str, ...]) -> dict[str, Any]:
@@ -85,7 +122,8 @@ def _at(kinds: tuple[str, ...]) -> dict[str, Any]:
 
 def _new(name: str, kinds: tuple[str, ...], change: Callable[[Step, Steps, Parameters], Step], *said: str) -> Fault:
     what, symptom, fix, seen = said
-    return Fault(name=name, kinds=kinds, change=change, what=what, symptom=symptom, fix=fix, seen=seen, parameters=_at(kinds))
+    where = _GROUPS if kinds == _OTHERS else _at(kinds)
+    return Fault(name=name, kinds=kinds, change=change, what=what, symptom=symptom, fix=fix, seen=seen, parameters=where)
 
 
 FAULTS = (
@@ -100,9 +138,19 @@ FAULTS = (
         "reshape to [T, heads, head size] before the norm", "norm kernels that are given [T, width]",
     ),
     _new(
-        "head-norm-after-rope", ("q_rope", "k_rope"), _after_rope,
-        "heads are normalised after RoPE, not before, in {at}", "right if the norm's weight is constant, else wrong from position 1 on",
-        "apply q_norm and k_norm before RoPE", "Llama 4, which normalises after RoPE",
+        "head-norm-across-heads", _HEADS, _across_heads,
+        "each element is normalised over the heads, not each head over its elements, in {at}",
+        "position 0 is right, later ones are wrong", "reduce along the last axis of [T, heads, head size]",
+        "layouts [T, head size, heads] read as [T, heads, head size]",
+    ),
+    replace(
+        _new(
+            "head-norm-after-rope", (*_QUERIES, *_KEYS), _after_rope,
+            "heads are normalised after RoPE, not before ({result}), in {at}",
+            "right if the norm's weight is constant, else wrong from position 1 on",
+            "apply q_norm and k_norm before RoPE", "Llama 4, which normalises after RoPE",
+        ),
+        parameters={"result": _RESULT, AT: ((*_QUERIES, *_KEYS), _QUERIES, _KEYS)},
     ),
     _new(
         "post-norm-missing", _BEHIND, _missing,
@@ -110,7 +158,7 @@ FAULTS = (
         "normalise attention's and feed-forward's result before the sum", "pre-norm code that loads Gemma 2, Gemma 3 or OLMo 2",
     ),
     _new(
-        "post-norm-one-plus-weight", (*_HEADS, *_BEHIND), _one_more,
+        "post-norm-one-plus-weight", _OTHERS, _one_more,
         "the norm multiplies by 1 + weight, in {at}", "values about twice too large",
         "GGUF stores the whole weight, also for Gemma: multiply by it as it is", "ports of Gemma code",
     ),

@@ -176,11 +176,23 @@ def _pattern(records: Records, first: int, stretch: Stretch | None, settled: boo
             embedded=EMBD in records.names,
             token=records.text.get(int(records.token_idx[first])),
             alike=_alike(records, here, failing),
+            gradual=_gradual(records, here),
+            zero=len(failing) > 0 and not ours.values.any() and bool(ref.values.any(axis=1).all()),
         )
     )
 
 
+# An edge (a window's, the cache's, RoPE's) parts right positions from wrong ones: these have noise, 1e-12 or so, and those an error beyond
+# the limit of 1e-10. An error that grows from position to position has less than this factor between two neighbours at the limit.
+_EDGE = 30.0
 _COMPUTE = {"F16 or TF32": "f16", "F16": "f16", "BF16": "bf16", "TF32": "tf32", "8 bits a block": "q8"}
+
+
+def _gradual(records: Records, here: Ints) -> bool:
+    """Whether the error grows over the limit: the last position that passes, in front of the first that fails, is nearly as wrong."""
+    errors, failed = records.measures.nmse[here], records.failed[here]
+    at = int(failed.argmax())
+    return at > 0 and not failed[:at].any() and bool(errors[at] <= _EDGE * errors[:at].max())
 
 
 def _alike(records: Records, here: Ints, failing: Ints) -> bool:

@@ -93,7 +93,21 @@ def _origins(records: Records) -> list[int]:
         return []
     order = np.lexsort((records.token_idx[minimal], records.seq[minimal], records.point[minimal], records.decode[minimal]))
     _, first = np.unique(records.point[minimal][order], return_index=True)
-    return [int(i) for i in minimal[order][np.sort(first)]]
+    starts = [int(i) for i in minimal[order][np.sort(first)]]
+    return [start for start in starts if not _under_the_mask(records, minimal, start)]
+
+
+def _under_the_mask(records: Records, minimal: NDArray[np.int64], start: int) -> bool:
+    """Whether the records of a point of origin are NaN or infinite only, and so is a later position of what the point is made from:
+    a mask gives that position the weight 0, and 0 · NaN is NaN.
+    """
+    odd = records.measures.nonfinite_ours > records.measures.nonfinite_ref
+    if not odd[minimal[records.point[minimal] == records.point[start]]].all():
+        return False
+    numbers = {name: number for number, name in enumerate(records.names)}
+    above = [numbers[name] for name in records.flow.ancestors(records.names[records.point[start]]) if name in numbers]
+    later = (records.token_idx > records.token_idx[start]) & (records.seq == records.seq[start])
+    return bool((odd & later & np.isin(records.point, above)).any())
 
 
 def _origin(records: Records, first: int) -> Origin:

@@ -25,7 +25,8 @@ class Evidence:
     `leak`: attention gives weight to later positions. `drifted`: the error grew without a jump.
     `settled`: everything this point is made from was recorded and agrees. `embedded`: the embedding was and does.
     `token` is the text at the first failing position. `stretch` is what lies between the point and the points before it, None where
-    that is not known; `alike`: the error is of one size at all positions, right ones included.
+    that is not known; `alike`: the error is of one size at all positions, right ones included; `gradual`: it grows over the limit, and the
+    positions before are nearly as wrong.
     """
 
     point: str
@@ -42,6 +43,8 @@ class Evidence:
     embedded: bool = False
     token: str | None = None
     alike: bool = False
+    gradual: bool = False
+    zero: bool = False
 
 
 def diagnose(seen: Evidence) -> Pattern | None:
@@ -53,6 +56,14 @@ def diagnose(seen: Evidence) -> Pattern | None:
         return Pattern(
             "nonfinite", f"NaN or infinity, {where}: an overflow, a division by zero, or memory that was never written"
         )
+    if seen.zero:
+        norm = seen.stretch is not None and any("NORM" in op for op in seen.flow.operations(seen.stretch.nodes))
+        why = (
+            "a norm of a row with an infinity that was not recorded, or memory that was never written"
+            if norm
+            else "memory never written"
+        )
+        return Pattern("zero", f"all values are 0, {where}: {why}")
     if seen.leak:
         return Pattern("causal-mask", "attention gives weight to later positions: the causal mask is missing")
     if seen.alike:
@@ -180,6 +191,8 @@ def _shape(seen: Evidence) -> Pattern | None:
         return _tail(seen, first, where)
     if not seen.failed[1:].any():
         return Pattern("first-position", f"only position {first} is wrong: BOS, or what position 0 is taken for")
+    if between := _between_positions(seen):
+        return Pattern("single-positions", f"{where}: {between}")
     if seen.embedded:
         said = "embd is right there: attention (Q, K, RoPE, mask) at these positions, or an error that is under the limit elsewhere"
         return Pattern("single-positions", f"{where}; {said}")
@@ -190,6 +203,11 @@ def _shape(seen: Evidence) -> Pattern | None:
 def _tail(seen: Evidence, first: int, where: str) -> Pattern:
     """Wrong from a position above 1 on."""
     at = int(seen.failed.argmax())
+    if seen.gradual:
+        return Pattern(
+            "grown",
+            f"{where}, by an error that grows with the position and is just under the limit before {first}: no edge there",
+        )
     if seen.step[at] != seen.step[at - 1]:
         return Pattern("chunk", f"{where}: a new pass begins there: what the cache kept of the chunk before, or its positions")
     if first >= 16 and first % 16 == 0 and first - _before(seen) == 1:
@@ -206,10 +224,22 @@ def _at_every_position(seen: Evidence, first: int) -> str:
     return named or "V, the output projection, FFN, a norm or weight, or no causal mask"
 
 
+def _between_positions(seen: Evidence) -> str:
+    """What is to be said where no operation joins positions between what agrees and this point, so that it cannot be attention; else ""."""
+    if seen.stretch is None or seen.settled or not seen.stretch.inputs or _attends(seen):
+        return ""
+    if any(recurrent(op) for op in seen.flow.operations(seen.stretch.nodes)):
+        return ""
+    unseen = " and ".join(seen.stretch.inputs[:2])
+    return f"what was not recorded of {unseen}, or an operation at these positions alone: none here joins positions"
+
+
 def _beyond_one_key(seen: Evidence) -> str:
     """What can be right at position 0 and wrong at all others."""
     if seen.stretch is not None and any(recurrent(op) for op in seen.flow.operations(seen.stretch.nodes)):
         return "what the recurrence carries from position to position: its state, its convolution or its decay"
+    if between := _between_positions(seen):
+        return between
     sides = _sides(seen)
     named = _listed(seen, sides[0]) if sides is not None else ""
     return f"{named} (scale, mask)" if named else "Q, K, RoPE, the attention's scale or its mask"

@@ -82,7 +82,8 @@ class Case:
         self.arbiter = self.truth_of(self.transformer.steps)
         entries, notes = expected(self.dump, self.replay, self.positions, header)
         self.entries, noise = allowed(entries, self.replay, self.positions, self.arbiter, options.arbiter)
-        self.notes = (*self.dump.notes, *notes, *noise)
+        self.notes = (*self.dump.notes, *notes)
+        self.noise = noise
 
     @property
     def states_f32(self) -> bool:
@@ -92,6 +93,11 @@ class Case:
             return self._compute.lower() == "f32"
         # In native mode weights round the activations, and a cache of another type rounds keys and values, whatever the arithmetic.
         return known.compute.lower() == "f32" and known.mode != "native" and known.kv_type.lower() in ("", "f32")
+
+    @property
+    def stated_by(self) -> str:
+        """Who says that the dump was computed in float32: "--compute", "header", or nobody, ""."""
+        return "" if not self.states_f32 else "--compute" if self._compute else "header"
 
     def make(self, steps: Sequence[Step], rows: int, longer: Replay | None = None) -> Replay:
         """A replay over the first rows; `longer` is one over more of them, whose values it may take."""

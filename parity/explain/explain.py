@@ -25,6 +25,7 @@ from .laws import WRONG
 from .leads import believed, law_at, leads, placed
 from .noise import ALL, AUTO
 from .precision import KINDS, PrecisionFloor, fits, floor, may_be_noise, with_noise
+from .precision import best as best_kinds
 from .records import Expected, right_rows
 from .rows import garbage
 from .search import Search
@@ -53,27 +54,30 @@ def explain(dump: Dump, model: Path, options: ExplainOptions | None = None) -> E
         case.entries = with_noise(_floor(case, noise), case.entries)
     search = Search(case.screening(case.entries, budget.part(_FIRST)), lambda state: _known(case, search, state))
     start = search.screening.start()
-    kind = ""
+    kinds: tuple[str, ...] = ()
     best = start
     if start.first is None:
-        kind = noise if any((entry.base > EXACT).any() for entry in case.entries) else ""
+        kinds = (noise,) if noise and any((entry.base > EXACT).any() for entry in case.entries) else ()
     else:
-        kind = "" if case.states_f32 else _looks_like(case, search, start, budget)
-        if not kind:
+        kinds = () if case.states_f32 else _looks_like(case, search, start, budget)
+        if not kinds:
             best = _needed(search, _around(case, search, search.explain(start, options.max_faults), options.max_faults, budget))
             best = believed(case.entries, search, start, best)
     answer = _answer(case, search, start, best)
-    if not kind and best.first is not None:
+    if not kinds and best.first is not None:
         answer = _left_over(case, search, best, answer)
     truth = _truth(case, start, options.arbiter) if options.arbiter == ALL or not answer.causes else None
-    answer = replace(answer, truth=truth, notes=(*answer.notes, *_lint(case)))
+    notes = (*case.notes, *(() if answer.causes else case.noise), *_lint(case))
+    likes = _looks_like(case, search, start, budget) if case.states_f32 and best is start and start.first is not None else ()
     return replace(
         answer,
-        precision_only=kind,
-        looks_like=_looks_like(case, search, start, budget)
-        if case.states_f32 and best is start and start.first is not None
-        else "",
-        next="" if kind else answer.next,
+        truth=truth,
+        notes=notes,
+        precision_only=kinds[0] if kinds else "",
+        precision_alike=kinds[1:] or likes[1:],
+        looks_like=likes[0] if likes else "",
+        f32_stated=case.stated_by,
+        next="" if kinds else answer.next,
         seconds=perf_counter() - began,
     )
 
@@ -83,11 +87,11 @@ def _known(case: Case, search: Search, state: State) -> bool:
     return len(search.screening.cone(state).steps) == 1 and bool(law_at(case, search, state))
 
 
-def _looks_like(case: Case, search: Search, start: State, budget: Budget) -> str:
-    """The arithmetic whose noise the differences are, if nothing fits them better: no fault, no number, no law of theirs; or ""."""
+def _looks_like(case: Case, search: Search, start: State, budget: Budget) -> tuple[str, ...]:
+    """The arithmetics whose noise the differences are, the best first, if nothing fits them better: no fault, no number, no law."""
     said = law_at(case, search, start)
     if not may_be_noise(case.entries) or search.simple(start) or (said and not said.endswith(WRONG)):
-        return ""
+        return ()
     return _precision(case, budget)
 
 
@@ -130,7 +134,7 @@ def _around(case: Case, search: Search, best: State, max_faults: int, budget: Bu
     The points of that kind are left out, and what explains the others is kept.
     """
     depth = max_faults - len(best.faults)
-    if best.first is None or depth < 2 or budget.late or search.screening.cone(best).sure:
+    if best.first is None or depth < 2 or budget.late or search.screening.cone(best).sure or _known(case, search, best):
         return best
     kind = parse(case.entries[best.first.point].point).kind
     others = [entry for entry in case.entries if parse(entry.point).kind != kind]
@@ -166,11 +170,10 @@ def _floor(case: Case, kind: str) -> PrecisionFloor:
     return floor(kind, case.entries, case.transformer.steps, case.replay, case.make, case.positions)
 
 
-def _precision(case: Case, budget: Budget) -> str:
-    """The arithmetic whose noise the differences are, of those that there is time for, or ""."""
+def _precision(case: Case, budget: Budget) -> tuple[str, ...]:
+    """The arithmetics whose noise the differences are, of those that there is time for."""
     fit = {kind: fits(_floor(case, kind), case.entries) for kind in KINDS if not budget.over()}
-    good = {kind: value for kind, value in fit.items() if value is not None}
-    return min(good, key=good.__getitem__) if good else ""
+    return best_kinds({kind: value for kind, value in fit.items() if value is not None})
 
 
 def _answer(case: Case, search: Search, start: State, best: State) -> Explanation:

@@ -20,6 +20,7 @@ ROOM = 10.0
 # law that is meant leaves rounding and printed digits alone.
 _LEFT = 0.1
 WRONG = "wrong; the others are right"  # the end of a sentence that says which elements are wrong, and not how
+ZERO = "every element is 0"
 _ROLLS = 64  # offsets of elements that are tried in either direction
 _SHIFTS = 4  # offsets of positions
 _LISTED = 6  # elements that a sentence lists
@@ -30,6 +31,7 @@ _ORDERS: dict[str, Callable[[int, int], int]] = {
     "as neighbours (2i, 2i + 1) where halves (i, i + d/2) are wanted": lambda i, size: i // 2 + i % 2 * (size // 2),
     "as halves (i, i + d/2) where neighbours (2i, 2i + 1) are wanted": lambda i, size: 2 * (i % (size // 2)) + i // (size // 2),
 }
+_OTHERS = 1e-3  # part of the squared error that elements which are said to be right may hold
 _SIGN = 1e-5  # of a factor from -1
 _SHARES = 0.02, 0.98  # of a mix with another position: what is less is no mix
 
@@ -57,7 +59,8 @@ class Beside:
 
     def holds(self, law: Floats, elements: Bools | None = None) -> bool:
         """Whether values [R, k] are theirs to rounding, at these elements."""
-        delta = self.theirs - law if elements is None else (self.theirs - law)[:, elements]
+        with np.errstate(invalid="ignore"):
+            delta = self.theirs - law if elements is None else (self.theirs - law)[:, elements]
         if not np.isfinite(delta).all():
             return False
         wrong = self.theirs - self.right if elements is None else (self.theirs - self.right)[:, elements]
@@ -101,8 +104,10 @@ def beside(
 
 def law(found: Beside) -> str:
     """The sentence of the first law that holds for every element; "" where none does."""
-    if not np.isfinite(found.theirs).all() or not np.isfinite(found.right).all():
+    if not np.isfinite(found.right).all():
         return ""
+    if not np.isfinite(found.theirs).all():
+        return _not_finite(found)
     if (((found.theirs - found.right) ** 2).sum(axis=1) <= found.room / ROOM).all():
         return "every recorded element is right: what differs was not recorded"
     every = np.ones(len(found.index), dtype=np.bool_)
@@ -110,7 +115,7 @@ def law(found: Beside) -> str:
     if said:
         return f"every element {said}"
     some = _differing(found)
-    if 0 < some.sum() < len(some):
+    if 0 < some.sum() < len(some) and _alone(found, some):
         where = _elements(found, some)
         many = not where or where.startswith(("elements", "heads"))
         exchanged = next(_exchanged(found, some), "")
@@ -132,6 +137,29 @@ def _differing(found: Beside) -> Bools:
     """The elements [k] that alone are wrong by more than all of a record may be, in any record."""
     with np.errstate(over="ignore"):
         return np.asarray(((found.theirs - found.right) ** 2 > found.room[:, None]).any(axis=0))
+
+
+def _not_finite(found: Beside) -> str:
+    """Which elements are NaN or infinite, where all others are right; "" where they are not."""
+    odd = ~np.isfinite(found.theirs)
+    columns = np.asarray(odd.any(axis=0))
+    if not found.holds(np.where(np.isfinite(found.theirs), found.right, 0.0), ~columns):
+        return ""
+    values = found.theirs[odd]
+    kinds = [
+        name for name, here in (("NaN", np.isnan(values)), ("∞", values == np.inf), ("−∞", values == -np.inf)) if here.any()
+    ]
+    what = f"{' or '.join(kinds)}: an overflow, a division by zero, an empty soft max row, or memory never written"
+    if columns.all():
+        return f"every recorded element is {what}" if odd.all() else ""
+    where = _elements(found, columns) or f"elements {_listed(found.index[columns])}{', …' if columns.sum() > _LISTED else ''}"
+    return f"{where} {'are' if where.startswith(('elements', 'heads')) else 'is'} {what}; the others are right"
+
+
+def _alone(found: Beside, some: Bools) -> bool:
+    """Whether the other elements are right, and not only less wrong than one element may be where a record is just over its limit."""
+    errors = (found.theirs - found.right) ** 2
+    return bool(errors[:, ~some].sum() <= _OTHERS * errors[:, some].sum())
 
 
 def _by_a_number(found: Beside, some: Bools, many: bool) -> Iterator[str]:
@@ -274,6 +302,7 @@ def _moved(found: Beside) -> Iterator[str]:
     if whole is None:
         return
     count, n = whole.shape
+    yield from _heads_moved(found, whole)
     for by in (sign * step for step in range(1, min(_ROLLS, n - 1) + 1) for sign in (1, -1)):
         if found.holds(whole[found.rows][:, (found.index - by) % n]):
             yield f"element i is the right element i {'−' if by > 0 else '+'} {abs(by)}: the row is rolled"
@@ -289,6 +318,35 @@ def _moved(found: Beside) -> Iterator[str]:
                 return
     yield from _mix(found, whole)
     yield from _permutation(found, whole)
+
+
+def _heads_moved(found: Beside, whole: Floats) -> Iterator[str]:
+    """Every recorded head holds the right values of one head, and not each of its own."""
+    if not found.heads or found.heads < 2:
+        return
+    size = whole.shape[1] // found.heads
+    recorded = sorted(set((found.index // size).tolist()))
+    source: dict[int, int] = {}
+    for head in recorded:
+        mine = found.index // size == head
+        if mine.sum() < 2:
+            return
+        for other in (head, *(one for one in range(found.heads) if one != head)):
+            if _holds(found, mine, whole[found.rows][:, found.index[mine] + (other - head) * size]):
+                source[head] = other
+                break
+        else:
+            return
+    moved = {head: other for head, other in source.items() if head != other}
+    if not moved:
+        return
+    each = ", ".join(f"head {head} is the right head {other}" for head, other in list(moved.items())[:_LISTED])
+    if len(recorded) < found.heads:
+        yield f"{each} ({len(recorded)} of {found.heads} heads recorded)"
+    elif len(moved) == 2 and set(moved) == set(moved.values()):
+        yield f"heads {' and '.join(map(str, moved))} are exchanged"
+    else:
+        yield f"the heads stand in another order: {each}{', …' if len(moved) > _LISTED else ''}"
 
 
 def _mix(found: Beside, whole: Floats) -> Iterator[str]:
@@ -326,8 +384,5 @@ def _permutation(found: Beside, whole: Floats) -> Iterator[str]:
             if size > 2 and size % 2 == 0 and stands == source:
                 yield f"the right values stand in another order: {of} {how}"
                 return
-    if found.heads and all(i % size == j % size for i, j in pairs):
-        yield f"the heads stand in another order: head {pairs[0][0] // size} is the right head {pairs[0][1] // size}"
-        return
     shown = ", ".join(f"{i} is the right element {j}" for i, j in pairs[:_LISTED])
     yield f"the right values stand in another order: element {shown}{', …' if len(pairs) > _LISTED else ''}"

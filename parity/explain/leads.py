@@ -9,9 +9,10 @@ from numpy.typing import NDArray
 from checkpoints.answers.explain import Lead, Named, Placed
 from checkpoints.points import parse
 from engine.backend import Array
+from engine.graph import History
 
 from .case import Case
-from .laws import beside, law
+from .laws import ZERO, beside, law
 from .operands import other_operand
 from .records import Expected, Floats, Ints
 from .search import Search
@@ -25,6 +26,7 @@ _TRIED = 12  # … of so many, by what they take away at the first record
 # Of the wrong leads that were seen each took away 96 to 99.6 % at the first record, and little at the next ones.
 _WORTH, _WORSE = 0.9, 2.0
 _TOGETHER = 0.5
+_HANDED_ON = 2  # readers that are asked how many heads a row has: v's is the cache, whose is attention
 # What counts as equal in an observation: NMSE of float32 noise (limits.EXACT_FLOOR), with room for printed digits.
 _EQUAL = 1e-9
 _F16_MAX = 65504.0  # the largest finite float16
@@ -80,20 +82,26 @@ def law_at(case: Case, search: Search, state: State) -> str:
     bias = bias.astype(np.float64) if bias is not None and bias.ndim == 1 else None
     found = beside(entry, state.nmse[state.first.point], values, case.positions, bias, _heads(state, entry.point))
     said = "" if found is None else law(found)
+    if said == ZERO and "eps" in step.params:
+        said += ": a norm makes that of a row with an infinity, which was not recorded, or it did not run"
     return said or other_operand(case, state, entry, state.nmse[state.first.point])
 
 
 def _heads(state: State, point: str) -> int | None:
-    """How many heads the rows of a point consist of, as the operation that makes it or reads it says."""
+    """How many heads the rows of a point consist of: as the operation that makes it says, or one that reads it or hands it on."""
     right = state.planting.right
-    name = point.rpartition(".")[2]
-    readers = [step for step in right.values() if point in step.names]
-    for step in (right[point], *readers):
-        heads = step.params.get("heads")
-        if isinstance(heads, int):
-            return int(step.params.get("kv_heads", heads)) if point in step.names[1:] else heads
-    weights = right[point].names[:1]
-    return _heads_of_scores(right, point) if name == "kqv_out" and weights else None
+    made = right[point].params.get("heads")
+    if isinstance(made, int):
+        return made
+    names = {point}
+    for _ in range(_HANDED_ON):
+        for step in right.values():
+            for at, name in enumerate(step.names):
+                heads = step.params.get("kv_heads" if at and "kv_heads" in step.params else "heads")
+                if name in names and isinstance(heads, int):
+                    return heads
+        names = {step.makes for step in right.values() for read in step.reads if isinstance(read, History) and read.of in names}
+    return _heads_of_scores(right, point) if point.endswith(".kqv_out") else None
 
 
 def _heads_of_scores(right: Mapping[str, object], point: str) -> int | None:

@@ -23,10 +23,9 @@ from ..diff.operations import MIXING
 from ..run.graphs import recorded_graph
 from .case import Case, ExplainOptions
 from .noise import ALL, AUTO, OFF
-from .precision import LOWER, UPPER, PrecisionFloor, floor
+from .precision import LOWER, UPPER, PrecisionFloor, best, floor, mismatch
 
-# From the most precise on: the first one that explains the first computed point is taken.
-_KINDS = ("tf32", "f16", "q8", "bf16")
+_KINDS = ("f16", "tf32", "bf16", "q8")
 
 
 def compared_on(
@@ -34,8 +33,8 @@ def compared_on(
 ) -> Comparison:
     """Compare two dumps of a known model. Raises as `comparison` does.
 
-    Where OURS computes in a lower arithmetic its limits are measured; where it does not say in which, the most precise one that
-    explains the first difference is found. A model that our engine does not have is compared as though it were not known.
+    Where OURS computes in a lower arithmetic its limits are measured; where it does not say in which, the one that
+    fits best is found. A model that our engine does not have is compared as though it were not known.
 
     Args:
         arbiter: "off", "auto" (float64 says which side is right where they differ in exact mode) or "all" (at every point).
@@ -154,7 +153,8 @@ def _measured(ours: Dump, ref: Dump, options: Options, known: _Model) -> Compari
     if wanted is None:
         return as_float32
     error = float(np.mean(exact.records.measures.nmse[exact.records.point == exact.records.names.index(first.checkpoint)]))
-    candidates: list[Comparison] = []
+    candidates: dict[str, Comparison] = {}
+    far: dict[str, float] = {}
     for kind in _KINDS:
         cost = known.floor(kind)
         allowed = known.limits(ours, kind, cost)
@@ -166,12 +166,26 @@ def _measured(ours: Dump, ref: Dump, options: Options, known: _Model) -> Compari
             continue
         tried = comparison(ours, ref, replace(options, compute=kind, limits=allowed))
         if any(point.checkpoint == first.checkpoint and point.status == AGREES for point in tried.verdict.points):
-            candidates.append(_with(tried, kind, first.checkpoint))
-    return next((found for found in candidates if found.verdict), candidates[0] if candidates else as_float32)
+            candidates[kind], far[kind] = tried, mismatch(_errors(exact, known.case, cost))
+    agreeing = {kind: far[kind] for kind, found in candidates.items() if found.verdict}
+    fitting = best(agreeing or far)
+    return _with(candidates[fitting[0]], fitting[0], first.checkpoint, fitting[1:]) if fitting else as_float32
 
 
-def _with(found: Comparison, arithmetic: str, in_float32: str) -> Comparison:
-    return replace(found, verdict=replace(found.verdict, precision=Precision(arithmetic, False, "measured", in_float32)))
+def _with(found: Comparison, arithmetic: str, in_float32: str, alike: tuple[str, ...] = ()) -> Comparison:
+    precision = Precision(arithmetic, False, "measured", in_float32, alike)
+    return replace(found, verdict=replace(found.verdict, precision=precision))
+
+
+def _errors(exact: Comparison, case: Case, cost: PrecisionFloor) -> list[tuple[float, float, float]]:
+    """Of each point the mean error, and what the arithmetic costs there: with products, and with activations rounded."""
+    records = exact.records
+    numbers = {name: number for number, name in enumerate(records.names)}
+    return [
+        (float(records.measures.nmse[records.point == numbers[entry.point]].mean()), float(one.mean()), float(two.mean()))
+        for entry, one, two in zip(case.entries, cost.products, cost.storage, strict=True)
+        if entry.point in numbers
+    ]
 
 
 def _computed_before(found: Comparison, first: str) -> bool:

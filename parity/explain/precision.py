@@ -1,6 +1,6 @@
 """Whether differences are those of lower arithmetic only: the right engine, rounded, is the measure."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -23,6 +23,10 @@ SINGLE = 100.0  # a single record against what its own activations cost when rou
 # Of the records that rounding must have changed by at least this many times their limit, this part may be exactly right or so:
 # a single value can come out right by luck, a position or a point cannot.
 VISIBLE, SPARED = 30.0, 0.01
+# Arithmetics that fit worse than the best by less than this (a factor of e of NMSE) cannot be told from it: F16 and TF32 keep eleven
+# bits alike and differ by less than 0.1, and a right engine's sums in F16 lay 0.5 from either; BF16 and 8-bit activations lie 1.1 to 2.8
+# apart (`parity.explain.precision.mismatch`, three lifted and three random models, seven arithmetics).
+TOLD_APART, EQUAL = 1.0, 0.1
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,7 @@ def floor(
 
 
 def fits(found: PrecisionFloor, entries: Sequence[Expected]) -> float | None:
-    """How well a dump's differences are this arithmetic's: |log| of the typical ratio, None if they are not.
+    """How badly a dump's differences fit this arithmetic (`mismatch`), None if they are not its own.
 
     At every record the error must have the size of what this arithmetic costs there, give or take the factors above; what it
     must have changed may not be exactly right, and what it does not change must be.
@@ -98,7 +102,34 @@ def fits(found: PrecisionFloor, entries: Sequence[Expected]) -> float | None:
             return None
         if float(one.mean()) > noise and mean < LOWER * float(one.mean()):
             return None
-    return abs(float(np.median(np.log(base[visible] / np.sqrt(products[visible] * storage[visible])))))
+    return mismatch(
+        [
+            (float(entry.base.mean()), float(one.mean()), float(two.mean()))
+            for entry, (one, two) in zip(entries, costs, strict=True)
+        ]
+    )
+
+
+def mismatch(points: Sequence[tuple[float, float, float]]) -> float:
+    """How far errors lie from what an arithmetic costs: the mean over the points of |log(error / cost)|, for rounded products or rounded
+    activations, whichever is nearer; of each point its mean error and what both cost. Infinite where neither shows.
+    """
+    values = np.array(points, dtype=np.float64).reshape(-1, 3)
+    nearest = np.inf
+    for cost in (values[:, 1], values[:, 2]):
+        shows = (cost > VISIBLE * EXACT_FLOOR.operations) & (values[:, 0] > 0)
+        if shows.any():
+            nearest = min(nearest, float(np.abs(np.log(values[shows, 0] / cost[shows])).mean()))
+    return nearest
+
+
+def best(mismatches: Mapping[str, float]) -> tuple[str, ...]:
+    """The arithmetics that fit best, the best first: more than one where they cannot be told apart; none of none."""
+    if not mismatches:
+        return ()
+    least = min(mismatches.values())
+    beyond = {kind: value - least for kind, value in mismatches.items() if value - least < TOLD_APART}
+    return tuple(sorted(beyond, key=lambda kind: beyond[kind] if beyond[kind] > EQUAL else 0.0))
 
 
 def _ids(entry: Expected) -> bool:

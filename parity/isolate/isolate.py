@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +15,9 @@ from checkpoints.answers.isolate import NOT_OBSERVABLE, WRONG, Graft, Isolation,
 from checkpoints.errors import DumpError, InputError, ModelError
 from checkpoints.graph import RecordedGraph
 from checkpoints.mapping import Mapping
+from checkpoints.points import parse
 from checkpoints.record import Header
+from engine.graph import Step
 from engine.opened import open_plain
 from engine.replay.proof import proof_steps
 from engine.transformer import Transformer
@@ -30,8 +32,10 @@ from ..run.request import Prompt
 from ..run.session import resolve_prompt
 from .attention_checks import AttentionChecks
 from .elements import RowChecks
-from .judged_layers import graft, judged_layers
+from .judged_layers import eliminated, graft, judged_layers
 from .operation import Definition, Isolator
+from .suspicions import as_eight_bits, in_order
+from .unrecorded import passed_over, stretches, without
 from .values import Value, WholeValues
 
 # Measured: llama.cpp's CPU backend, 24 layers, 28 tokens, caches of F32 and F16; the worst operation of F32, F16, BF16, Q8_0,
@@ -40,6 +44,7 @@ LIMIT = 1e-10
 LIMIT_SOURCE = "one operation with ggml's rounding: 1e-12 measured in every type"
 # An operation is not called wrong under this many times the worst one of the embedded model on this machine.
 _FLOOR_FACTOR = 10.0
+_NO_OUTPUT = "its output was not recorded as a whole"
 _CALIBRATION = tuple(range(1, 9))  # any eight tokens: operations are judged one by one
 
 
@@ -64,6 +69,13 @@ class IsolateRequest:
     verbose: bool = False
 
 
+class Define(Protocol):
+    """What a model's operations are held to: the steps that compute them as the reference should."""
+
+    def __call__(self, steps: Sequence[Step], /, *, native: bool, kv_type: str) -> list[Step]:
+        """One step for each of `steps`."""
+
+
 @dataclass
 class _Bench:
     """The model's steps, what watches the values, and what judges them."""
@@ -85,6 +97,7 @@ def _bench(
     limit: float,
     expected: int,
     rows: Sequence[int] = (),
+    define: Define = proof_steps,
 ) -> _Bench:
     """`graph` records llama.cpp's graph, where the model's steps are lifted from it; `modes` say which definitions are native.
 
@@ -98,7 +111,7 @@ def _bench(
             code="encoder-decoder",
         )
     transformer.expect(expected)
-    definitions = [_definition(transformer, native, kv_type) for native in modes]
+    definitions = [_definition(transformer, native, kv_type, define) for native in modes]
     several = [definition.several for definition in definitions]
     return _Bench(
         transformer,
@@ -108,18 +121,19 @@ def _bench(
     )
 
 
-def _definition(transformer: Transformer, native: bool, kv_type: str) -> Definition:
+def _definition(transformer: Transformer, native: bool, kv_type: str, define: Define) -> Definition:
     several, single = transformer.steps, transformer.single
     return Definition(
-        proof_steps(several, native=native, kv_type=kv_type),
-        None if single is None else proof_steps(single, native=native, kv_type=kv_type),
+        define(several, native=native, kv_type=kv_type),
+        None if single is None else define(single, native=native, kv_type=kv_type),
     )
 
 
-def isolate(request: IsolateRequest, running: Reference | None = None) -> Isolation:
+def isolate(request: IsolateRequest, running: Reference | None = None, define: Define = proof_steps) -> Isolation:
     """Judge every operation of llama.cpp, or of a foreign engine's dump, by its own inputs.
 
     `running` is a reference that was started already and goes on afterwards; without it one is started where it is needed.
+    `define` gives what llama.cpp's own operations are held to.
 
     Raises:
         ParityError: whatever is wrong with the request, the model, the dump or the reference, in one line.
@@ -135,14 +149,14 @@ def isolate(request: IsolateRequest, running: Reference | None = None) -> Isolat
         graph = partial(reference.graph, request.model, mode)
         prompt = resolve_prompt(reference, request.model, request.prompt, request.tokens)
         expected = len(prompt.ids) + request.generate
-        bench = _bench(request.model, graph, [mode == "native"], request.kv_type, LIMIT, expected, request.rows)
+        bench = _bench(request.model, graph, [mode == "native"], request.kv_type, LIMIT, expected, request.rows, define)
         bench.transformer.check(prompt.ids, 0)
         passes = _feed_reference(reference, request, prompt, mode, bench)
         build = reference.versions()
         operations = _without_blas(bench.isolator.operations(), build.get("devices", ()))
         floor = None
         if any(found.status == WRONG for found in operations):
-            floor = calibrate(reference, mode, request.kv_type)
+            floor = calibrate(reference, mode, request.kv_type, define)
             operations = [_above(found, floor) for found in operations]
     return Isolation(
         judged=f"llama.cpp {build['llama_cpp_python']}",
@@ -213,10 +227,11 @@ def _feed_dump(values: WholeValues, bench: _Bench, tokens: NDArray[np.int64]) ->
     return len(values.passes)
 
 
-def calibrate(reference: Reference, mode: str, kv_type: str) -> float:
+def calibrate(reference: Reference, mode: str, kv_type: str, define: Define = proof_steps) -> float:
     """The worst NMSE of any operation of the embedded model on this machine, whose operations are known to be right."""
     model = default_model()
-    bench = _bench(model, partial(reference.graph, model, mode), [mode == "native"], kv_type, LIMIT, len(_CALIBRATION))
+    graph = partial(reference.graph, model, mode)
+    bench = _bench(model, graph, [mode == "native"], kv_type, LIMIT, len(_CALIBRATION), define=define)
     request = IsolateRequest(model, tokens=_CALIBRATION, kv_type=kv_type)
     _feed_reference(reference, request, Prompt(None, _CALIBRATION, ()), mode, bench)
     return max((found.nmse or 0.0 for found in bench.isolator.operations()), default=0.0)
@@ -283,11 +298,19 @@ def _foreign(request: IsolateRequest, dump: Path, running: Reference | None) -> 
             request.rows,
         )
         bench.transformer.check([int(token) for token in tokens], 0)
+        if values.unshaped:
+            values.with_shapes(dict(reference().describe(request.model).points))
+        lacking = _pass_over(bench, values, mode, kv_type)
         passes = _feed_dump(values, bench, tokens)
-        operations = bench.isolator.operations()
+        operations = in_order([*bench.isolator.operations(), *lacking], bench.transformer.steps)
         if request.windows and any(item.status == NOT_OBSERVABLE and item.layer is not None for item in operations):
-            layers = judged_layers(reference(), request.model, values, operations, mode, found.operations)
+            layers = eliminated(
+                operations, judged_layers(reference(), request.model, values, operations, mode, found.operations)
+            )
             build = reference().versions()
+        if found.assumed:
+            judged = as_eight_bits([*operations, *layers])
+            operations, layers = judged[: len(operations)], judged[len(operations) :]
         if request.graft:
             grafted = graft(reference(), bench.transformer, values, tokens, request.graft, mode)
     if all(item.status == NOT_OBSERVABLE for item in (*operations, *layers)) and not grafted:
@@ -316,6 +339,25 @@ def _foreign(request: IsolateRequest, dump: Path, running: Reference | None) -> 
             "attention": bench.attention.said(),
         },
     )
+
+
+def _pass_over(bench: _Bench, values: WholeValues, mode: str, kv_type: str) -> list[Operation]:
+    """Let points that the dump lacks be computed anew where that is sound; what is said of their operations."""
+    if kv_type != "f32":  # a cache of F16 rounds scores' weights: a value computed anew is rounded otherwise here and there
+        return []
+    recorded = {name for step in values.passes for name in values.points(step)}
+    steps = bench.transformer.steps
+    names = passed_over(steps, recorded, rounds=mode == "native")
+    isolator = bench.isolator
+    isolator.definitions = [without(definition, names) for definition in isolator.definitions]
+    isolator.stretches = stretches(steps, names)
+    judged = {name: to for to, through in isolator.stretches.items() if to in recorded for name in through}
+    made = []
+    for name in names:
+        together = f"not recorded as a whole; judged together with {judged[name]}" if name in judged else _NO_OUTPUT
+        point = parse(name)
+        made.append(Operation(point.kind, point.layer, NOT_OBSERVABLE, reason=together))
+    return made
 
 
 def _named(transformer: Transformer) -> str:

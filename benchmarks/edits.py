@@ -1,0 +1,289 @@
+"""Faults that no entry of the catalogue describes, one edited operation each: is anybody acquitted, or given a wrong cause?
+
+Run as `PYTHONPATH=tests:benchmarks python benchmarks/edits.py [-n 200] [--from 0] [--budget 20] [--arch NAME,…]`. Every case is drawn by
+its seed: an architecture of `ARCHITECTURES` or a qwen2 or llama of random shape, a random prompt, one operation of it, in one layer, from
+one layer on or in all; slices of 10, 16 or all values, with a sketch or not, the default points or all, a header that says f32 or nothing.
+
+An edit scales (0.5 % to 2 times), shifts, rolls, permutes, exchanges two elements, negates one, sets one or all behind one to zero, or
+takes another position, of the operation's result or of one operand; or it takes another value of the same shape as operand.
+
+`acquitted` is an answer that says "no fault" though a recorded value differs; `wrong cause` names a fault that does not make the engine's
+numbers, at every recorded point, in whole rows. `located`: the first place is the first recorded point that the edit changes, and the
+operation is among those in question; `at the operation`: it is the only one. `elsewhere` is any other place.
+"""
+
+import argparse
+import random
+import statistics
+import tempfile
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+from explain_precision import random_model
+from planted import Faulty, Planted, tokens_of
+
+from checkpoints.answers.explain import Explanation, Named
+from checkpoints.record import Dump
+from engine.backend import Array
+from engine.faults import CATALOGUE, FITTED, SEEN, plant
+from engine.graph import History, Step
+from engine.inapplicable import NotApplicable
+from engine.replay.replay import Replay
+from engine.synth.recipe import shape_of
+from engine.synth.recipes import RECIPES
+from parity.explain.explain import ExplainOptions, explain
+from parity.models.embedded import path as embedded
+from parity.synth.synthetic import make_by_recipe
+from reference.client import Reference
+
+SLICES = (10, 16, 1 << 20)
+# How far a named fault's numbers may lie from the edited engine's, NMSE at every point: both are computed here, in float32.
+SAME = 1e-9
+ARCHITECTURES = (
+    *("qwen3", "qwen3moe", "phi3", "gemma2", "gemma3", "granite", "deepseek2", "lfm2", "mamba", "qwen35", "gpt2", "starcoder2"),
+    *("gpt-oss", "falcon", "olmo2", "command-r", "glm4", "stablelm", "mixtral", "cohere2"),
+)
+WAYS = ("scaled", "shifted", "rolled", "permuted", "exchanged", "negated", "zeroed", "position", "operand")
+_FAULTS = {**CATALOGUE, **{fit.fault.name: fit.fault for fit in FITTED}}
+_INSIDE = ("kq", "kq_soft_max")  # rows behind a mask: what moves elements of them makes values of later positions
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One edited operation: the steps with it, the first edited step, and what was done."""
+
+    steps: list[Step]
+    first: str
+    how: str
+    what: str
+
+
+def _change(how: str, draw: random.Random) -> Callable[[Array], Array]:
+    """What is done to a value [T, …, n]."""
+    by = draw.choice([1 + draw.choice([1, -1]) * draw.uniform(0.005, 0.1), draw.uniform(0.5, 2.0), -1.0, 0.0, 2.0])
+    plus = draw.choice([1, -1]) * draw.choice([0.003, 0.01, 0.1])
+    seed, by_elements = draw.randrange(1 << 30), draw.choice([1, -1, 2, 8])
+    part = draw.random()
+
+    def some(x: Array) -> list[int]:
+        return random.Random(seed).sample(range(min(x.shape[-1], 10)), min(x.shape[-1], 2))
+
+    def changed(x: Array) -> Array:
+        out = x.copy()
+        if how == "exchanged":
+            out[..., some(x)] = x[..., some(x)[::-1]]
+        elif how == "negated":
+            out[..., some(x)[0]] *= x.dtype.type(-1)
+        else:
+            out[..., some(x)[0] : None if part < 0.5 else some(x)[0] + 1] = 0
+        return out
+
+    ways: dict[str, Callable[[Array], Array]] = {
+        "scaled": lambda x: x * x.dtype.type(by),
+        "shifted": lambda x: x + x.dtype.type(plus),
+        "rolled": lambda x: np.roll(x, by_elements, axis=-1),
+        "permuted": lambda x: x[..., np.random.default_rng(seed).permutation(x.shape[-1])],
+        "position": lambda x: np.roll(x, 1, axis=0),
+    }
+    return ways.get(how, changed)
+
+
+def _edited(
+    step: Step, how: str, draw: random.Random, right: dict[str, Step], shapes: dict[str, tuple[int, ...]]
+) -> Step | None:
+    """The step with this edit; None where it has no place."""
+    if how == "operand":
+        order = list(right)
+        at = draw.randrange(len(step.reads)) if step.reads else 0
+        if not step.reads or not isinstance(step.reads[at], str) or step.reads[at] not in shapes:
+            return None
+        mine = shapes[str(step.reads[at])]
+        alike = [
+            name
+            for name in order[: order.index(step.makes)]
+            if shapes.get(name) == mine and name != step.reads[at] and right[name].axis == 0
+        ]
+        return replace(step, reads=(*step.reads[:at], draw.choice(alike), *step.reads[at + 1 :])) if alike else None
+    change = _change(how, draw)
+    places = [at for at, read in enumerate(step.reads) if isinstance(read, str) and read in shapes and right[read].axis == 0]
+    at = draw.choice(places) if places and draw.random() < 0.5 else -1
+
+    def op(*inputs: Any, **params: Any) -> Array:
+        if at < 0:
+            return change(step.op(*inputs, **params))
+        return step.op(*(change(one) if number == at else one for number, one in enumerate(inputs)), **params)
+
+    return replace(step, op=op)
+
+
+def drawn(faulty: Faulty, tokens: tuple[int, ...], draw: random.Random) -> Edit:
+    """One operation edited in some layers."""
+    right = {step.makes: step for step in faulty.right}
+    values = replay(faulty, faulty.right, tokens).values
+    shapes = {name: values[name].shape for name in right if values[name].dtype.kind == "f"}
+    while True:
+        chosen = draw.choice(faulty.right)
+        how, layers = draw.choice(WAYS), draw.choice(["one", "all", "from"])
+        head, _, kind = chosen.makes.rpartition(".")
+        inside = kind in _INSIDE and how in ("rolled", "permuted", "zeroed", "exchanged", "negated", "shifted")
+        history = any(isinstance(read, History) for read in chosen.reads)
+        if chosen.axis != 0 or inside or history or chosen.makes not in shapes or chosen.makes.startswith(SEEN):
+            continue
+        seed = draw.randrange(1 << 30)
+        same = [name for name in right if head and name.endswith(f".{kind}")]
+        names = [chosen.makes] if layers == "one" or not head else same if layers == "all" else same[same.index(chosen.makes) :]
+        made = {name: _edited(right[name], how, random.Random(seed), right, shapes) for name in names}
+        if any(step is None for step in made.values()):
+            continue
+        steps = [made.get(step.makes) or step for step in faulty.right]
+        try:
+            replay(faulty, steps, tokens)
+        except (NotApplicable, ValueError, IndexError, TypeError):
+            continue  # the edit has no place in this operation's shapes
+        where = chosen.makes if len(names) == 1 else f"{names[0]} … {names[-1]}"
+        return Edit(steps, names[0], how, f"{how} at {where}")
+
+
+def replay(faulty: Faulty, steps: Sequence[Step], tokens: tuple[int, ...]) -> Replay:
+    """These steps run over these tokens in one pass."""
+    count, transformer = len(tokens), faulty.transformer
+    with np.errstate(all="ignore"):
+        return Replay(steps, tokens, range(count), [0] * count, transformer.weights, transformer.backend)
+
+
+def same_numbers(faulty: Faulty, edit: Edit, causes: Sequence[Named], tokens: tuple[int, ...], points: Sequence[str]) -> bool:
+    """Whether an engine with the named faults computes what the edited one computes, at these points."""
+    other = list(faulty.right)
+    for cause in causes:
+        if cause.fault not in _FAULTS:
+            return False
+        other = plant(other, _FAULTS[cause.fault], cause.layers, **cause.parameters)
+    one, two = replay(faulty, edit.steps, tokens).values, replay(faulty, other, tokens).values
+    with np.errstate(all="ignore"):
+        for point in points:
+            a, b = (np.asarray(run[run_name(run, point)], dtype=np.float64) for run in (one, two))
+            if not ((a - b) ** 2).sum() <= SAME * (a**2).sum():
+                return False
+    return True
+
+
+def run_name(values: Any, point: str) -> str:
+    """What a dump shows for a point: another step's value where the capture is wrong."""
+    return SEEN + point if SEEN + point in values else point
+
+
+def outcome(answer: Explanation, faulty: Faulty, edit: Edit, tokens: tuple[int, ...], points: Sequence[str]) -> str:
+    """One word for what the answer is."""
+    if answer.first is None and not answer.precision_only:
+        return "not seen"
+    if answer:
+        return "acquitted"
+    if answer.causes:
+        return (
+            "named" if same_numbers(faulty, edit, [cause.named for cause in answer.causes], tokens, points) else "wrong cause"
+        )
+    if answer.placed is None or answer.first is None:
+        return "elsewhere"
+    if edit.first not in answer.placed.operations:
+        return "elsewhere"
+    return "at the operation" if len(answer.placed.operations) == 1 else "located"
+
+
+def sentence(answer: Explanation) -> str:
+    """An answer in a line."""
+    causes = [
+        f"{cause.named.fault} {cause.named.parameters} {cause.named.layers} {cause.explained:.2f}" for cause in answer.causes
+    ]
+    place = f"{answer.first.checkpoint} {answer.first.token_idx} {answer.first.nmse:.1e}" if answer.first is not None else "-"
+    leads = [f"{lead.sentence[:70]}{'' if lead.removed is None else f' {lead.removed:.2f}'}" for lead in answer.leads]
+    where = "" if answer.placed is None else f"of {len(answer.placed.operations)}{', sure' if answer.placed.sure else ''}"
+    return f"{place} {answer.precision_only}{answer.looks_like} {causes} law: {answer.law}; {where} {leads}"
+
+
+class Models:
+    """The engines of small models, each made once."""
+
+    def __init__(self, folder: Path, reference: Reference, architectures: Sequence[str]) -> None:
+        self._folder = folder
+        self._reference = reference
+        self._names = architectures
+        self._made: dict[str, Faulty] = {}
+
+    def of(self, seed: int, draw: random.Random) -> tuple[str, Faulty, tuple[int, ...]]:
+        """An architecture's name, its engine, and a prompt."""
+        if seed % 7 == 0 and self._names == ARCHITECTURES:
+            faulty, tokens = random_model(self._folder, seed)
+            return faulty.transformer.model.hyperparameters.architecture, faulty, tokens[:12]
+        name = self._names[seed % len(self._names)]
+        if name not in self._made:
+            path = self._folder / f"{name}.gguf"
+            make_by_recipe(path, RECIPES[name], shape_of(RECIPES[name]), {}, tokenizer=embedded())
+            self._made[name] = Faulty(path, self._reference.graph(path))
+        return name, self._made[name], tokens_of(self._made[name].model, draw.randrange(4, 12), seed)
+
+
+def dump_of(
+    faulty: Faulty, steps: Sequence[Step], tokens: tuple[int, ...], points: str, size: int, bare: bool, stated: bool
+) -> Dump:
+    """The dump of an engine that runs these steps."""
+    found = faulty.dump(Planted(()), tokens, points=points, size=size, bare=bare, steps=steps)
+    if found.header is not None and not stated:
+        found = replace(found, header=replace(found.header, compute=""))
+    return found
+
+
+def cases(models: Models, seeds: range, budget: float) -> Iterator[tuple[str, str, str, float]]:
+    """Every case's edit, points, outcome and seconds; printed as they come."""
+    for seed in seeds:
+        draw = random.Random(seed)
+        name, faulty, tokens = models.of(seed, draw)
+        edit = drawn(faulty, tokens, draw)
+        points, size = draw.choice(["default", "*"]), draw.choice(SLICES)
+        bare, stated = draw.random() < 0.5, draw.random() < 0.5
+        dump = dump_of(faulty, edit.steps, tokens, points, size, bare, stated)
+        began = perf_counter()
+        answer = explain(dump, faulty.model, ExplainOptions(budget=budget))
+        spent = perf_counter() - began
+        known = {step.makes for step in faulty.right}
+        said = outcome(answer, faulty, edit, tokens, [point for point in dump.points if point in known])
+        shape = f"{points}, {size if size < 1 << 20 else 'all'}{'' if bare else ', sketch'}{', f32' if stated else ''}"
+        print(f"seed {seed} {name}: {edit.what} ({shape}): {said}, {spent:.1f} s; {sentence(answer)}", flush=True)
+        yield edit.how, points, said, spent
+
+
+def table(measured: Sequence[tuple[str, str, str, float]]) -> str:
+    """Outcomes by edit, and the times."""
+    words = ("named", "at the operation", "located", "elsewhere", "not seen", "acquitted", "wrong cause")
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    for how, points, said, _ in measured:
+        for row in (how, "default points" if points == "default" else "all points", "all"):
+            counts[row][said] += 1
+    lines = [f"| edit | {' | '.join(words)} |", f"|---|{'---|' * len(words)}"]
+    lines += [
+        f"| {row} | {' | '.join(str(counts[row][word]) for word in words)} |" for row in (*WAYS, *list(counts)) if row in counts
+    ]
+    times = sorted(spent for *_, spent in measured)
+    return "\n".join([*dict.fromkeys(lines), f"median {statistics.median(times):.1f} s, slowest {times[-1]:.1f} s"])
+
+
+def main() -> None:
+    """Print the cases and the table."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("-n", type=int, default=200)
+    parser.add_argument("--from", dest="first", type=int, default=0)
+    parser.add_argument("--budget", type=float, default=20.0)
+    parser.add_argument("--arch", default=",".join(ARCHITECTURES))
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder, Reference() as reference:
+        models = Models(Path(folder), reference, tuple(options.arch.split(",")))
+        measured = list(cases(models, range(options.first, options.first + options.n), options.budget))
+    print(table(measured))
+
+
+if __name__ == "__main__":
+    main()
