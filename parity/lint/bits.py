@@ -31,9 +31,9 @@ def _spread(rows: NDArray[np.floating]) -> Floats:
     """[R]: deviation of log2|x| of each row; infinite where a value is zero or not finite."""
     size = np.abs(rows.astype(np.float64))
     usable = np.all(np.isfinite(size) & (size > 0), axis=1) & (rows.shape[1] >= _ENOUGH // 2)
-    found = np.full(len(rows), np.inf)
-    found[usable] = np.std(np.log2(size[usable]), axis=1)
-    return found
+    spreads = np.full(len(rows), np.inf)
+    spreads[usable] = np.std(np.log2(size[usable]), axis=1)
+    return spreads
 
 
 def _plausible(rows: NDArray[np.floating]) -> Bools:
@@ -46,8 +46,8 @@ def _plausible(rows: NDArray[np.floating]) -> Bools:
 def _narrow(rows: NDArray[np.floating]) -> Bools:
     size = np.abs(rows.astype(np.float64))
     both = (rows > 0).any(axis=1) & (rows < 0).any(axis=1)
-    found: Bools = both & np.isfinite(size).all(axis=1) & (size.min(axis=1) >= _TOO_NARROW * size.max(axis=1))
-    return found
+    narrow: Bools = both & np.isfinite(size).all(axis=1) & (size.min(axis=1) >= _TOO_NARROW * size.max(axis=1))
+    return narrow
 
 
 def _bf16(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
@@ -101,17 +101,17 @@ def _where(condition: Bools, check: Callable[[Bools], Bools]) -> Bools:
 def wrong_type(subject: Subject) -> Iterator[Hit]:
     """dtype contradicts the values."""
     for names, width in _batches(subject):
-        found = confusion(np.concatenate([subject.points[name].values[:, :width] for name in names]))
+        candidates = confusion(np.concatenate([subject.points[name].values[:, :width] for name in names]))
         stop = 0
         for name in names:
             rows = subject.points[name]
             start, stop = stop, stop + len(rows)
-            for said, wrong in found.items():
+            for evidence, wrong in candidates.items():
                 # One row in a million looks like another type's by chance; a wrong type is wrong in every row of a point.
                 bad = wrong[start:stop].nonzero()[0].tolist()
                 if len(bad) * 2 > len(rows):
                     shown = ", ".join(f"{x:.4g}" for x in leading(rows, bad[0])[:4])
-                    text = f"{name} says {rows.dtype}, its values ({shown}, …) are {said}, {positions_of(rows, bad)}"
+                    text = f"{name} says {rows.dtype}, its values ({shown}, …) are {evidence}, {positions_of(rows, bad)}"
                     yield Hit(name, int(rows.token_idx[bad[0]]), text)
                     break
 

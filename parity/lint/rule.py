@@ -176,8 +176,8 @@ def telling(rows: Rows) -> NDArray[np.bool_]:
     values = np.sort(rows.values, axis=1)  # padding and NaN sort to the end
     finite = np.isfinite(values[:, 1:]) & np.isfinite(values[:, :-1])
     different = 1 + np.sum((values[:, 1:] != values[:, :-1]) & finite, axis=1)
-    found: NDArray[np.bool_] = (different >= TELLING) & (rows.counts >= TELLING)
-    return found
+    enough: NDArray[np.bool_] = (different >= TELLING) & (rows.counts >= TELLING)
+    return enough
 
 
 def where(positions: Sequence[int], total: int | None = None) -> str:
@@ -193,9 +193,9 @@ def kind(name: str) -> str:
     return parse(name).kind
 
 
-def by_point(found: dict[str, list[int]], subject: Subject, say: Callable[[str, list[int]], str]) -> Iterator[Hit]:
+def by_point(rows_of: dict[str, list[int]], subject: Subject, say: Callable[[str, list[int]], str]) -> Iterator[Hit]:
     """One hit for a point, however many of its records are concerned."""
-    for name, rows in found.items():
+    for name, rows in rows_of.items():
         first = min(rows, key=lambda r: int(subject.points[name].token_idx[r]))
         yield Hit(name, int(subject.points[name].token_idx[first]), say(name, rows))
 
