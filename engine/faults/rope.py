@@ -1,13 +1,14 @@
 """Faults of the rotary position embedding."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .. import ops
 from ..backend import Array, module_of
 from ..graph import PASSES, POSITIONS, History, Step, name_of
 from ..inapplicable import NotApplicable
+from ..lift.node import GgmlOperation
 from .base import AT, Fault, Parameters, Steps, parameter_of, read_of, sibling, subsets, weight_of, with_parameters
 
 _ROPE = ("q_rope", "k_rope")
@@ -137,7 +138,21 @@ def _exponent(step: Step, _right: Steps, parameters: Parameters) -> Step:
     return _with(step, _frequencies, over=int(over))
 
 
+@dataclass(frozen=True)
+class _Unfactored:
+    """One of ggml's rotations, whose last operand are the frequency factors, with factors of 1."""
+
+    op: GgmlOperation
+
+    def __call__(self, *inputs: Any, **params: Any) -> Array:
+        return self.op(*inputs[:-1], module_of(inputs[-1]).ones_like(inputs[-1]), **params)
+
+
 def _no_factors(step: Step, _right: Steps, _parameters: Parameters) -> Step:
+    if isinstance(step.op, GgmlOperation):
+        if not step.weights or step.weights[-1] is None:
+            raise NotApplicable(f"{step.makes} has no frequency factors")
+        return replace(step, op=_Unfactored(step.op))
     return replace(step, weights=(None,))
 
 
