@@ -1,22 +1,25 @@
-"""Mutants of GGUF files through the commands that read models. Run: python benchmarks/fuzz.py gguf [-n 300] [--first SEED]
+"""Mutants of GGUF files through the commands that read models. Run: python benchmarks/fuzz.py gguf [-n 300] [--first SEED] [--log FILE]
 
 Five architectures; accidents to metadata, the table of tensors, offsets, types, the tokenizer and the data. Each mutant takes the
 place of the right model whose twin is in the cache, and one command is run on it: it must end in an answer, which a fresh cache
-gives as well, or in one line. The seeds of those that do not are listed.
+gives as well, or in one line. The seeds of those that do not are listed. With --log, a run that was stopped goes on where it was.
 """
 
 import argparse
-import os
+import json
 import random
 import shutil
 import struct
-import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
+
+import forked
 
 from checkpoints.gguf_file import ARRAY, STRING, Contents, TensorInfo, Value, contents, header_bytes, string_value
 
@@ -151,24 +154,29 @@ ACCIDENTS: dict[str, Accident] = {
 }
 
 
-def parity(words: tuple[str, ...], cache: Path, **names: Path) -> tuple[int, str]:
+@dataclass(frozen=True)
+class Case:
+    """What became of one mutant: "answer", "one line" or "failed", and then why."""
+
+    seed: int
+    architecture: str
+    accident: str
+    command: str
+    became: str
+    wrong: str
+    seconds: float
+
+
+def parity(command: str, cache: Path, **names: Path) -> tuple[int, str]:
     """Exit code and stderr."""
-    filled = [word.format(**names) for word in words]
-    done = subprocess.run(
-        [sys.executable, "-P", "-m", "parity", *filled],
-        env=os.environ | {"PARITY_CACHE": str(cache)},
-        capture_output=True,
-        timeout=SECONDS,
-        check=False,
-    )
-    return done.returncode, done.stderr.decode("utf-8", "replace")
+    return forked.command([word.format(**names) for word in COMMANDS[command]], cache, SECONDS)
 
 
-def judge(name: str, model: Path, warm: Path, folder: Path) -> tuple[str, str]:
-    """What became of a command on a mutant ("answer" or "one line"), and what is wrong with that (empty if nothing)."""
+def judge(command: str, model: Path, warm: Path, folder: Path) -> tuple[str, str]:
+    """What became of a command on a mutant, and what is wrong with that (empty if nothing)."""
     cache = folder / "cache"
     shutil.copytree(warm, cache)
-    code, said = parity(COMMANDS[name], cache, model=model, folder=folder)
+    code, said = parity(command, cache, model=model, folder=folder)
     if any(not char.isprintable() and char != "\n" for char in said):
         return "failed", f"control characters on stderr: {said[:200]!r}"
     if code == 2:
@@ -176,52 +184,82 @@ def judge(name: str, model: Path, warm: Path, folder: Path) -> tuple[str, str]:
         return ("one line", "") if len(lines) == 1 and len(said) < 3000 else ("failed", f"{len(lines)} lines: {said[-200:]!r}")
     if code not in (0, 1):
         return "failed", f"exit {code}: {said[-300:]!r}"
-    fresh, _ = parity(COMMANDS[name], folder / "fresh", model=model, folder=folder)
+    if "Warning" in said or "Traceback" in said:
+        return "failed", f"exit {code} with a warning: {said[-300:]!r}"
+    fresh, _ = parity(command, folder / "fresh", model=model, folder=folder)
     return ("answer", "") if fresh == code else ("failed", f"exit {code} with the cache of before, {fresh} with a fresh one")
 
 
+def case(seed: int, models: dict[str, tuple[Path, Path]], top: str) -> Case:
+    """Make the mutant of a seed and run its command on it."""
+    draw = random.Random(f"gguf {seed}")
+    architecture, accident, command = draw.choice(ARCHITECTURES), draw.choice(list(ACCIDENTS)), draw.choice(list(COMMANDS))
+    model, warm = models[architecture]
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory(dir=top) as folder:
+        mutant = Path(folder, model.name)
+        mutant.write_bytes(ACCIDENTS[accident](contents(model), model.read_bytes(), draw))
+        try:
+            became, wrong = judge(command, mutant, warm, Path(folder))
+        except TimeoutError:
+            became, wrong = "failed", f"more than {SECONDS} s"
+    return Case(seed, architecture, accident, command, became, wrong, round(time.perf_counter() - began, 2))
+
+
+def earlier(log: Path | None) -> list[Case]:
+    """The cases that an interrupted or shorter run has written."""
+    if log is None or not log.exists():
+        return []
+    return [Case(**json.loads(line)) for line in log.read_text().splitlines()]
+
+
+def table(cases: list[Case]) -> str:
+    """A row a command, and the failures."""
+    lines = [
+        "| command | mutants | answers, confirmed by a fresh cache | one line | failed | median, slowest, s |",
+        "|---" * 6 + "|",
+    ]
+    for name in [*COMMANDS, "all"]:
+        own = [one for one in cases if name in (one.command, "all")]
+        if own:
+            counts = Counter(one.became for one in own)
+            row = " | ".join(str(counts[became]) for became in ("answer", "one line", "failed"))
+            took = [one.seconds for one in own]
+            lines.append(f"| {name} | {len(own)} | {row} | {median(took):.1f}, {max(took):.1f} |")
+    failures = [one for one in cases if one.wrong]
+    lines += [f"  {one.seed}: {one.architecture}, {one.accident}, {one.command}: {one.wrong}" for one in failures[:_SHOWN]]
+    return "\n".join(lines)
+
+
 def main(arguments: list[str]) -> None:
-    """Print a row a command and the seeds of failures; exit 1 where there was one."""
+    """Print the table and the failures; exit 1 where there was one."""
     parser = argparse.ArgumentParser(prog="fuzz.py gguf")
-    parser.add_argument("-n", type=int, default=300)
+    parser.add_argument("-n", type=int, default=300, help="seeds from --first on")
     parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no mutant after so long")
+    parser.add_argument("--log", type=Path, help="a line a case; seeds that it has are not run again, so that a run goes on")
     given = parser.parse_args(arguments)
-    counts: Counter[tuple[str, str]] = Counter()
-    slowest: dict[str, float] = {}
-    failures: list[str] = []
+    forked.warm()
+    cases = earlier(given.log)
+    known = {one.seed for one in cases}
+    until = time.monotonic() + given.seconds
     with tempfile.TemporaryDirectory() as top:
-        models: dict[str, tuple[Path, Path]] = {}
-        for architecture in ARCHITECTURES:
-            model, warm = Path(top, f"{architecture}.gguf"), Path(top, f"{architecture}-cache")
-            subprocess.run(
-                [sys.executable, "-P", "-m", "parity", "synth", "--architecture", architecture, "--type", "q8_0", "-o", model],
-                check=True,
-                capture_output=True,
-            )
-            parity(COMMANDS["run"], warm, model=model, folder=Path(top, "first"))
-            models[architecture] = model, warm
+        models = {name: (Path(top, f"{name}.gguf"), Path(top, f"{name}-cache")) for name in ARCHITECTURES}
+        for architecture, (model, warm) in models.items():
+            words = ["synth", "--architecture", architecture, "--type", "q8_0", "-o", str(model)]
+            code, said = forked.command(words, warm, SECONDS)
+            if code or parity("run", warm, model=model, folder=Path(top, "first"))[0]:
+                sys.exit(f"{architecture}: the right model does not pass: {said}")
         for seed in range(given.first, given.first + given.n):
-            draw = random.Random(f"gguf {seed}")
-            architecture, accident, name = draw.choice(ARCHITECTURES), draw.choice(list(ACCIDENTS)), draw.choice(list(COMMANDS))
-            model, warm = models[architecture]
-            right = model.read_bytes()
-            with tempfile.TemporaryDirectory(dir=top) as folder:
-                mutant = Path(folder, model.name)
-                mutant.write_bytes(ACCIDENTS[accident](contents(model), right, draw))
-                began = time.perf_counter()
-                try:
-                    became, wrong = judge(name, mutant, warm, Path(folder))
-                except subprocess.TimeoutExpired:
-                    became, wrong = "failed", f"more than {SECONDS} s"
-                slowest[name] = max(slowest.get(name, 0.0), time.perf_counter() - began)
-            counts[name, became] += 1
-            if wrong:
-                failures.append(f"  {seed}: {architecture}, {accident}, {name}: {wrong}")
-                print(failures[-1], file=sys.stderr, flush=True)
-    print("| command | mutants | answers, confirmed by a fresh cache | one line | failed | slowest, s |")
-    print("|---" * 6 + "|")
-    for name in COMMANDS:
-        row = [counts[name, became] for became in ("answer", "one line", "failed")]
-        print(f"| {name} | {sum(row)} | {row[0]} | {row[1]} | {row[2]} | {slowest.get(name, 0.0):.1f} |")
-    print("\n".join(failures[:_SHOWN]))
-    sys.exit(bool(failures))
+            if seed in known:
+                continue
+            if time.monotonic() > until:
+                break
+            cases.append(case(seed, models, top))
+            if cases[-1].wrong:
+                print(f"  {seed}: {cases[-1].wrong}", file=sys.stderr, flush=True)
+            if given.log is not None:
+                with given.log.open("a") as log:
+                    log.write(json.dumps(asdict(cases[-1])) + "\n")
+    print(table(cases))
+    sys.exit(any(one.wrong for one in cases))

@@ -20,7 +20,13 @@ def _as_text(value: float) -> float | str:
 
 def _numbers(row: NDArray[np.float32], finite: bool) -> Any:
     """A row for a JSON writer that knows float32, and writes the shortest digits that give it back."""
-    return row if finite else [x if np.isfinite(x) else _as_text(float(x)) for x in row]
+    if finite:
+        return row
+    numbers: list[Any] = list(row)
+    for kind, word in ((np.isnan(row), "NaN"), (row == np.inf, "Infinity"), (row == -np.inf, "-Infinity")):
+        for i in np.flatnonzero(kind).tolist():
+            numbers[i] = word
+    return numbers
 
 
 def _steps(row: NDArray[np.float64]) -> float | list[float]:

@@ -66,9 +66,9 @@ def figures(verdict: Verdict, picture: Picture) -> dict[str, Any]:
             for point in verdict.points
         ],
         "spreads": [
-            {"side": side, **_spread(found)}
-            for side, found in (("ours", picture.ours), ("reference", picture.ref), ("float64", picture.truth))
-            if found is not None
+            {"side": side, **_spread(rows)}
+            for side, rows in (("ours", picture.ours), ("reference", picture.ref), ("float64", picture.truth))
+            if rows is not None
         ],
     }
 
@@ -96,16 +96,16 @@ def _grid(grid: Grid) -> dict[str, Any]:
 
 def _layers(points: tuple[str, ...]) -> list[list[Any]]:
     """[first row, name] of each stretch of points of one layer."""
-    made: list[list[Any]] = []
+    layers: list[list[Any]] = []
     row = 0
     for layer, members in groupby(points, lambda name: parse(name).layer):
         names = list(members)
         if layer is not None:
-            made.append([row, f"blk.{layer}"])
+            layers.append([row, f"blk.{layer}"])
         else:
-            made += [[row + number, clean(name)] for number, name in enumerate(names)]
+            layers += [[row + number, clean(name)] for number, name in enumerate(names)]
         row += len(names)
-    return made
+    return layers
 
 
 def _mark(grid: Grid, checkpoint: str, seq: int, position: int) -> list[int] | None:
@@ -114,13 +114,13 @@ def _mark(grid: Grid, checkpoint: str, seq: int, position: int) -> list[int] | N
     return [grid.points.index(checkpoint), grid.columns.index((seq, position))]
 
 
-def _spread(found: Spread) -> dict[str, Any]:
+def _spread(spread: Spread) -> dict[str, Any]:
     return {
-        "values": list(found.values),
-        "low": found.low,
-        "high": found.high,
-        "mean": found.mean,
-        "deviation": found.deviation,
+        "values": list(spread.values),
+        "low": spread.low,
+        "high": spread.high,
+        "mean": spread.mean,
+        "deviation": spread.deviation,
     }
 
 

@@ -3,7 +3,8 @@
  *   foreign_engine MODEL 1,2,3 OUT [FAULT [POINTS]]
  *
  * FAULT is a mistake that engines make: "swap" keeps pointers to two buffers that swap each layer and writes them at the end
- * of the pass; "rope" rotates the other architecture's pairs, "late" does so from layer 7 on. POINTS are the names to record, with
+ * of the pass; "rope" rotates the other architecture's pairs, "late" does so from layer 7 on, "layers:2,5" in those layers only. "deaf-layers:2"
+ * besides takes no injected values. POINTS are the names to record, with
  * commas; without them the embedding, all layers' outputs, the last norm and the logits. What it cannot compute it refuses. */
 #include "parity_dump.h"
 
@@ -165,6 +166,14 @@ static void rope(float *x, int n_heads, int size, int position, int neighbours) 
     }
 }
 
+/* Whether "layers:2,5" names this layer. */
+static int named(const char *fault, int layer) {
+    const char *at = strstr(fault, "layers:");
+    for (at = at ? at + 6 : NULL; at; at = strchr(at + 1, ','))
+        if (atoi(at + 1) == layer) return 1;
+    return 0;
+}
+
 static void attention(float *out, const float *q, const float *keys, const float *values, int position, int size) {
     int h, t, i, kv = kv_heads * size;
     for (h = 0; h < heads; h++) {
@@ -224,9 +233,10 @@ int main(int argc, char **argv) {
         memcpy(hidden, find("token_embd.weight")->data + (size_t)tokens[position] * (size_t)width, sizeof(float) * (size_t)width);
         kept[0] = hidden;
         if (strcmp(fault, "swap") != 0) parity_checkpoint(dump, "embd", position, hidden, PARITY_F32, (size_t)width);
+        if (strncmp(fault, "deaf", 4) != 0) parity_inject(dump, "embd", position, hidden, PARITY_F32, (size_t)width);
         for (layer = 0; layer < n_layers; layer++) {
             float *k = keys[layer] + position * kv, *v = values[layer] + position * kv, *swapped = hidden;
-            wrong = strcmp(fault, "rope") == 0 || (strcmp(fault, "late") == 0 && layer >= 7);
+            wrong = strcmp(fault, "rope") == 0 || (strcmp(fault, "late") == 0 && layer >= 7) || named(fault, layer);
             neighbours = (strcmp(architecture, "llama") == 0) != wrong;
             norm(x, hidden, weight(layer, "attn_norm.weight"));
             linear(q, x, weight(layer, "attn_q.weight"), weight(layer, "attn_q.bias"), width, width);
@@ -261,6 +271,7 @@ int main(int argc, char **argv) {
             kept[layer + 1] = hidden;
             snprintf(name, sizeof name, "blk.%d.l_out", layer);
             if (strcmp(fault, "swap") != 0) parity_checkpoint(dump, name, position, hidden, PARITY_F32, (size_t)width);
+            if (strncmp(fault, "deaf", 4) != 0) parity_inject(dump, name, position, hidden, PARITY_F32, (size_t)width);
         }
         if (strcmp(fault, "swap") == 0) /* too late: both buffers have been written again */
             for (layer = 0; layer <= n_layers; layer++) {

@@ -43,7 +43,7 @@ def zeros() -> bytes:
     """A small archive that would unpack to gigabytes."""
     array, archive = io.BytesIO(), io.BytesIO()
     np.save(array, np.zeros(1 << 24, np.float32))
-    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as file:
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as file:
         for i in range(24):
             file.writestr(f"blk.{i}.l_out.npy", array.getvalue())
     return archive.getvalue()
@@ -64,6 +64,11 @@ FILES: dict[str, Callable[[], bytes]] = {
     "one-line.jsonl": lambda: record(many(b"1")),
     "digits.jsonl": lambda: lines(lambda i: record(b"0,1,2,3,4,5,6,7,8,9," * 10 + b"0", b'"token_idx":%d' % i)),
     "words.jsonl": lambda: record(many(b"nan")),
+    "mixed-words.jsonl": lambda: record(many(b'nan,NaN,"NaN",-inf,Infinity,null,-nan(ind),0.123456,1e-5')),
+    "sparse-words.jsonl": lambda: lines(lambda i: record(b"0.25,-3.5," * 8 + b"nan", b'"token_idx":%d' % i)),
+    "statistics-words.jsonl": lambda: lines(lambda i: record(b"nan,inf", b'"token_idx":%d,"stats":{"sum":nan,"l2":inf}' % i)),
+    "huge.jsonl": lambda: record(many(b"1e999,1")),
+    "texts.jsonl": lambda: record(many(b'"1.5"')),
     "short.jsonl": lambda: lines(lambda i: record(b"1", b'"token_idx":%d' % i)),
     "steps.jsonl": lambda: lines(lambda i: record(b"%d" % i, b'"token_idx":0,"step":%d' % i)),
     "statistics.jsonl": lambda: lines(lambda i: record(b"1", b'"token_idx":%d,"stats":{"s%d":1}' % (i, i))),
@@ -109,6 +114,20 @@ def test_a_small_dump_is_answered_soon_and_in_little_memory(tmp_path: Path, name
     assert code in (0, 1, 2), (code, said)
     assert "not enough memory" not in said
     assert len(said.splitlines()) <= 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["words.jsonl", "mixed-words.jsonl", "statistics-words.jsonl", "one-line.jsonl", "digits.jsonl"]
+)
+def test_a_small_dump_is_compared_and_converted_soon(tmp_path: Path, name: str) -> None:
+    """The longest to read are no longer for the commands that do more with them."""
+    path = tmp_path / name
+    path.write_bytes(FILES[name]())
+    for words in (("diff", path, path), ("convert", path, "-o", tmp_path / "converted.jsonl")):
+        code, said = bounded(*words)
+        assert code in (0, 1, 2), (words[0], code, said)
+        assert len(said.splitlines()) <= 1
 
 
 @pytest.mark.parametrize(

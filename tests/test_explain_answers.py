@@ -259,6 +259,7 @@ def test_a_number_at_one_operation_is_a_cause(engine: Faulty, change: Callable[[
     assert found.causes[0].named.parameters["by"] in (1.002, 0.01)
 
 
+@pytest.mark.slow
 def test_a_number_of_the_first_layer_is_not_said_of_all(engine: Faulty) -> None:
     """Keys scaled in layer 0 alone: what explains that layer in all layers explains a part, and no part is a cause."""
     found = explain(edited(engine, "blk.0.k_rope", lambda x: x * np.float32(0.65), "default"), engine.model, _PATIENT)
@@ -266,6 +267,7 @@ def test_a_number_of_the_first_layer_is_not_said_of_all(engine: Faulty) -> None:
     assert [cause.named.layers for cause in found.causes] == [(0,)]
 
 
+@pytest.mark.slow
 def test_what_two_elements_hold_is_no_lower_arithmetic(engine: Faulty) -> None:
     """Two small elements are exchanged in all layers: an error of the size of 8-bit noise that lies in two of all elements."""
 
@@ -335,6 +337,7 @@ def test_nan_under_the_mask_is_no_second_fault(engine: Faulty) -> None:
     assert [(origin.first.checkpoint, origin.positions) for origin in verdict.origins] == [("blk.1.v", (3,))]
 
 
+@pytest.mark.slow
 def test_an_error_that_grows_is_no_edge(engine: Faulty) -> None:
     """An error in proportion to the position passes the limit somewhere: no window begins there, and no element alone is wrong."""
 

@@ -9,9 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from cli import Cli
+from cli import Cli, refused
 from hf_convert import convert
 
+from checkpoints.reading.reader import read
 from parity.emit import source
 from parity.run.hugging_face import HuggingFace, Tokenizer
 from parity.run.request import Prompt
@@ -111,10 +112,24 @@ def test_a_folder_without_a_config_is_one_line(parity: Cli, tmp_path: Path) -> N
     assert (refused.code, "has no config.json" in refused.err) == (2, True)
 
 
-def test_globs_are_refused(parity: Cli) -> None:
-    """Which points a model of transformers has is known when it has run."""
-    refused = parity("dump", "hf", "--points", "blk.*.q", "--tokens", "1", "-o", "hf.jsonl")
-    assert (refused.code, "do not work with Hugging Face" in refused.err) == (2, True)
+@needs_transformers
+@pytest.mark.slow
+def test_points_by_wildcard_and_some_positions(model: Callable[[str], Path], parity: Cli) -> None:
+    """Wildcards and braces choose among the points that the model turns out to have; rows of other positions are left out."""
+    dump = ("dump", "hf", "--python", PYTHON, "--model", model("qwen2"), "--tokens", TOKENS, "-o", "hf.jsonl")
+    assert parity(*dump, "--points", "blk.{0,2}.*_rope,blk.*.kq_soft_max,logits", "--positions", "1,4").code == 0
+    found = read(Path("hf.jsonl"))
+    assert sorted(found.points) == sorted(
+        [f"blk.{layer}.{letter}_rope" for layer in (0, 2) for letter in "qk"]
+        + [f"blk.{layer}.kq_soft_max" for layer in range(3)]
+        + ["logits"]
+    )
+    assert all(rows.token_idx.tolist() == [1, 4] for rows in found.points.values())
+    assert [shape[-1] for shape in found.points["blk.0.kq_soft_max"].shapes] == [2, 5]
+    assert parity(*dump, "--positions", "last").code == 0
+    assert {position for rows in read(Path("hf.jsonl")).points.values() for position in rows.token_idx.tolist()} == {5}
+    refused(parity(*dump, "--positions", "9"), "there are positions 0 to 5")
+    refused(parity(*dump, "--points", "blk.*.nothing"), "has none of these points")
 
 
 def test_tokenizers_are_compared_by_ids_and_pieces() -> None:

@@ -106,7 +106,7 @@ def test_a_process_that_dies_loses_nothing(tmp_path: Path, monkeypatch: pytest.M
     answer = ranges._Child.answer
     asked: list[int] = []
 
-    def killed(child: ranges._Child) -> ranges.Found | None:
+    def killed(child: ranges._Child) -> ranges.RangeContent | None:
         asked.append(1)
         if len(asked) == 5:
             child._process.kill()

@@ -1,10 +1,12 @@
 """Plain records, which engines print by the million: many lines at once.
 
-msgspec checks and parses everything but the values; simdjson reads the values of all lines into one array. What
-either does not understand is `Odd`, and is read again line by line (`checkpoints.careful`), with the same result.
+msgspec checks and parses everything but the values; simdjson reads the values of all lines into one array
+(`checkpoints.reading.arrays`). What either does not understand is left, and said to be: `checkpoints.reading.one_line` reads it,
+line by line, with the same result.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from itertools import chain
 from math import prod
 from operator import attrgetter
@@ -12,14 +14,14 @@ from typing import Annotated, Any
 
 import msgspec
 import numpy as np
-import simdjson
 from numpy.typing import NDArray
 
 from ..record import DECODE, SKETCH_SIZE, STATISTICS
 from . import digits as printed
-from . import fields
+from . import fields, lenient
+from .arrays import NumberParser, Numbers, Text
 from .labels import Labels
-from .slabs import Odd, Slab
+from .slabs import Slab
 from .unnumbered import UNNUMBERED
 
 _WIDE = 2048  # bytes of a line from which its values are cut out first: msgspec would walk through them, find does not
@@ -27,13 +29,12 @@ _NONE = msgspec.Raw(b"")
 _BREAK, _OPEN, _CLOSE, _BRACKET = b"\n{}["
 _PARTS = 1 << 16  # shapes that are remembered: few are used, a hostile file has a new one in each record
 _Position = Annotated[int, msgspec.Meta(ge=0, lt=fields.POSITIONS)]
+_NOT_DECODED = msgspec.MsgspecError, UnicodeDecodeError, RecursionError
 RECORD = "checkpoint"
 
-Text = msgspec.Raw | memoryview | bytes
 
-
-class Record(msgspec.Struct, gc=False):
-    """The fields of a line that are looked at; of wrong types they are `Odd`."""
+class RecordFields(msgspec.Struct, gc=False):
+    """The fields of a line that are looked at."""
 
     type: str | None = RECORD
     checkpoint: str | None = None
@@ -50,11 +51,10 @@ class Record(msgspec.Struct, gc=False):
     quantum: msgspec.Raw = _NONE
 
 
-def others(found: Sequence[Record], texts: Sequence[Text]) -> list[int]:
-    """Which lines are not records: headers, tokens, ends, and lines that do not belong to a dump."""
-    if {record.type for record in found} == {RECORD} and all(texts) and all(record.checkpoint is not None for record in found):
-        return []
-    return [i for i, one in enumerate(found) if one.type != RECORD or one.checkpoint is None or not texts[i]]
+class _FieldsWithWords(RecordFields, gc=False):
+    """The same where a statistic may be a word."""
+
+    stats: Any = None
 
 
 _columns = attrgetter(
@@ -62,154 +62,226 @@ _columns = attrgetter(
 )
 
 
-class Parser:
+@dataclass(frozen=True)
+class Taken:
+    """The records that the bulk parser took of a block's lines, and what it left.
+
+    Attributes:
+        records, texts: the fields of each record [R], and the text of its values with its brackets.
+        numbers: each record's line in the block [R], from 0.
+        left: numbers and texts of the other lines.
+        skipped: how many lines hold no object at all.
+    """
+
+    records: list[RecordFields]
+    texts: Sequence[Text]
+    numbers: Sequence[int]
+    left: Sequence[tuple[int, bytes]] = ()
+    skipped: int = 0
+
+    def between(self, start: int, stop: int) -> "Taken":
+        """The records of the lines start…stop, without what was left."""
+        a, b = np.searchsorted(self.numbers, [start, stop]).tolist()
+        return self if b - a == len(self.records) else Taken(self.records[a:b], self.texts[a:b], self.numbers[a:b])
+
+    def pick(self, members: Sequence[int]) -> "Taken":
+        """Some of the records."""
+        return Taken([self.records[i] for i in members], [self.texts[i] for i in members], [self.numbers[i] for i in members])
+
+
+class BulkParser:
     """Takes lines apart. It holds the buffers of simdjson and the shapes that were seen, and nothing of any file."""
 
     def __init__(self) -> None:
-        self._numbers = simdjson.Parser()
-        self._lines = msgspec.json.Decoder(Record)
-        self._shapes: dict[Any, tuple[tuple[int, ...], float]] = {}
+        self._numbers = NumberParser()
+        self._lines = msgspec.json.Decoder(RecordFields)
+        self._lines_with_words = msgspec.json.Decoder(_FieldsWithWords)
+        self._shapes: dict[Any, tuple[tuple[int, ...] | None, float]] = {}
 
-    def records(self, block: bytes) -> tuple[list[Record], Sequence[Text]]:
-        """The records of whole lines, one a line, and the text of each one's values with its brackets.
+    def lines(self, block: bytes) -> Taken:
+        """The records of whole lines: all together where every line is an object, else of each line that is one."""
+        plain = self._plain(block)
+        if plain is not None:
+            records, texts = plain
+            others = _others(records, texts)
+            if not others:
+                return Taken(records, texts, range(len(records)))
+            lines = block.split(b"\n")
+            return _without(Taken(records, texts, range(len(records)), [(i, lines[i]) for i in others]), others)
+        numbers, objects, skipped = _objects(block)
+        trimmed = b"".join([line + b"\n" for line in objects])
+        plain = self._plain(trimmed) if trimmed and trimmed != block else None
+        if plain is None:
+            fields_of_lines = [self._line(line) for line in objects]
+            records, texts = [record for record, _ in fields_of_lines], [text for _, text in fields_of_lines]
+        else:
+            records, texts = plain
+        others = _others(records, texts)
+        return _without(Taken(records, texts, numbers, [(numbers[i], objects[i]) for i in others], skipped), others)
 
-        Raises:
-            Odd: a line is no JSON object, or has a field of a wrong type.
-        """
-        texts: Sequence[Text]
-        rest, texts = (block, ()) if block.find(b"\n") < _WIDE else _cut(block)
-        count = _lines_of_objects(rest)
+    def _plain(self, block: bytes) -> tuple[list[RecordFields], Sequence[Text]] | None:
+        """The fields of lines of which each is a JSON object, and the texts of their values; None where one is not."""
+        texts: Sequence[Text] | None = None
+        rest = block
+        if block.find(b"\n") >= _WIDE:
+            cut = _cut(block)
+            if cut is None:
+                return None
+            rest, texts = cut
+        count = _objects_alone(rest)
+        if count is None:
+            return None
         try:
-            found = self._lines.decode_lines(rest)
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-            raise Odd from error
-        if len(found) != count:
-            raise Odd
-        if not texts:
-            texts = [record.values for record in found]
-            _no_nesting(texts)
-            return found, texts
-        for record, text in zip(found, texts, strict=True):
-            if bytes(record.values) != (b"[]" if text else b""):
-                raise Odd
-        return found, texts
+            records = self._lines.decode_lines(rest)
+        except _NOT_DECODED:  # the library's way to say that a line is something else
+            return None
+        if len(records) != count:
+            return None
+        if texts is None:
+            texts = [record.values for record in records]
+            return None if _nested(texts) else (records, texts)
+        fitting = all(bytes(r.values) == (b"[]" if text else b"") for r, text in zip(records, texts, strict=True))
+        return (records, texts) if fitting else None
 
-    def floats(self, texts: Sequence[Text]) -> tuple[NDArray[np.float64], list[int]]:
-        """Numbers of many arrays laid end to end, and how many each has. Arrays in arrays are not told from longer ones.
+    def _line(self, line: bytes) -> tuple[RecordFields, Text]:
+        """The fields of one line and the text of its values; a record without a name where it is not understood."""
+        rest, text = _cut_line(line)
+        record = self._decoded(rest)
+        if record is None and text is not None:  # what was cut out may belong to something else
+            record, text = self._decoded(line), None
+        if record is None:
+            return _NOTHING, b""
+        if text is None:
+            return record, b"" if _nested([record.values]) else record.values
+        return (record, text) if bytes(record.values) == b"[]" else (_NOTHING, b"")
 
-        Raises:
-            Odd: words or objects among them.
-        """
-        parsed: Any = None
+    def _decoded(self, line: bytes) -> RecordFields | None:
+        """The fields of an object, also with bare words for numbers; None where it is none or has a field of a wrong type."""
         try:
-            parsed = self._numbers.parse(_array(texts))
-            counts = list(map(len, parsed))
-            flat = np.frombuffer(parsed.as_buffer(of_type="d"), np.float64) if any(counts) else np.zeros(0)
-        except (ValueError, TypeError, RuntimeError) as error:
-            raise Odd from error
-        finally:
-            del parsed  # the parser is used again only when nothing of it is held
-        if len(flat) != sum(counts):
-            raise Odd
-        return flat, counts
+            return self._lines.decode(line)
+        except _NOT_DECODED:
+            pass
+        try:
+            record = self._lines_with_words.decode(lenient.quoted(line))
+            if record.stats:
+                record.stats = {name: fields.number(x) for name, x in fields.statistics(record.stats).items()}
+        except (*_NOT_DECODED, TypeError, ValueError):
+            return None
+        return record
 
-    def slabs(self, found: Sequence[Record], texts: Sequence[Text], labels: Labels, serial: int, *, digits: bool) -> list[Slab]:
-        """Records as arrays, one slab for each number of values; `serial` is the first's number in the file.
+    def slabs(self, taken: Taken, labels: Labels, first: int, *, digits: bool) -> tuple[list[Slab], list[int]]:
+        """Records as arrays, one slab for each number of values; and which of the records were left, as their lines.
 
-        With `digits`, the digits that were printed are looked at (`checkpoints.printed`).
-
-        Raises:
-            Odd: a record needs the careful reader; nothing was taken.
+        Args:
+            first: number of the block's first line in the file.
+            digits: look at the digits that were printed (`checkpoints.reading.digits`).
         """
-        columns = zip(*map(_columns, found), strict=True)
+        if not taken.records:
+            return [], []
+        columns = zip(*map(_columns, taken.records), strict=True)
         names, seqs, positions, steps, phases, dtypes, given, statistics, sketches, indices, quanta = columns
+        left: set[int] = set()
         if any(indices) or any(quanta):
-            raise Odd
-        values, counts = self.floats(texts)
-        shapes = self._sizes(given, counts)
+            left |= {i for i, (a, b) in enumerate(zip(indices, quanta, strict=True)) if a or b}
+        values = None if left else self._numbers.read(taken.texts)
+        if values is None:
+            left |= {i for i, text in enumerate(taken.texts) if i not in left and self._numbers.read([text]) is None}
+        shapes, wrong = self._sizes(given, values.counts) if values is not None else ([], [])
+        sketch, bad = self._sketch(sketches)
+        left.update(wrong, bad)
+        if left or values is None:
+            kept = [i for i in range(len(taken.records)) if i not in left]
+            slabs, more = self.slabs(taken.pick(kept), labels, first, digits=digits)
+            return slabs, sorted([*more, *(taken.numbers[i] for i in left)])
         point = np.array(labels.numbers(names), dtype=np.int64)
         place = np.array([seqs, positions, steps, [phase == DECODE for phase in phases]], dtype=np.int64).T
-        stats, sketch = _stats(statistics), self._sketch(sketches)
-        order = np.arange(serial, serial + len(found))
-        if len(set(counts)) == 1:
-            wide = values.reshape(len(found), counts[0])
-            quantum = printed.quanta(texts, wide) if digits else None
-            return [Slab(point, order, place, shapes, _single(wide), list(dtypes), stats, sketch, quantum)]
-        made = []
-        starts = np.cumsum([0, *counts[:-1]])
-        for width in dict.fromkeys(counts):
-            members = np.flatnonzero(np.array(counts) == width)
-            listed = members.tolist()
-            wide = values[starts[members, None] + np.arange(width)]
-            made.append(
-                Slab(
-                    point[members],
-                    order[members],
-                    place[members],
-                    [shapes[i] for i in listed],
-                    _single(wide),
-                    [dtypes[i] for i in listed],
-                    {name: column[members] for name, column in stats.items()},
-                    None if sketch is None else sketch[members],
-                    printed.quanta([texts[i] for i in listed], wide) if digits else None,
-                )
-            )
-        return made
+        order = first + np.array(taken.numbers, dtype=np.int64)
+        whole = Slab(point, order, place, shapes, _EMPTY, list(dtypes), _stats(statistics), sketch)
+        return _by_width(whole, values, digits=digits), []
 
-    def _sizes(self, given: Sequence[Any], counts: list[int]) -> list[tuple[int, ...]]:
-        """The shape of each record, from how it is given."""
+    def _sizes(self, given: Sequence[Any], counts: list[int]) -> tuple[list[tuple[int, ...]], list[int]]:
+        """The shape of each record, from how it is given; and which of them are wrong or hold less than the record's values."""
         known = self._shapes
-        for one in set(given).difference(known):
+        for size in set(given).difference(known):
             if len(known) >= _PARTS:
                 known.clear()
             try:
-                shape = fields.shape(one)
-            except (TypeError, ValueError) as error:
-                raise Odd from error
-            known[one] = shape, prod(shape) if shape else np.inf
-        both = [known[one] for one in given]
-        if any(count > size for count, (_, size) in zip(counts, both, strict=True)):
-            raise Odd
-        return [shape for shape, _ in both]
+                shape = fields.shape(size)
+                known[size] = shape, prod(shape) if shape else np.inf
+            except (TypeError, ValueError):
+                known[size] = None, -1.0
+        both = [known.get(size, (None, -1.0)) for size in given]
+        wrong = [i for i, (count, (_, size)) in enumerate(zip(counts, both, strict=True)) if count > size]
+        return [shape or () for shape, _ in both], wrong
 
-    def _sketch(self, texts: Sequence[Text]) -> NDArray[np.float32] | None:
+    def _sketch(self, texts: Sequence[Text]) -> tuple[NDArray[np.float32] | None, list[int]]:
+        """The sketch of each record [R, 32], if they have any; and which of them are wrong, or lack it while others have one."""
         if not any(texts):
-            return None
-        _no_nesting(texts)
-        numbers, counts = self.floats(texts)
-        if any(count != SKETCH_SIZE for count in counts):
-            raise Odd
-        return _single(numbers.reshape(-1, SKETCH_SIZE))
+            return None, []
+        numbers = None if _nested(texts) else self._numbers.read([text or b"[]" for text in texts])
+        if numbers is not None and all(count == SKETCH_SIZE for count in numbers.counts):
+            return _single(numbers.flat.reshape(-1, SKETCH_SIZE)), []
+        return None, [i for i, text in enumerate(texts) if not self._is_sketch(text)]
+
+    def _is_sketch(self, text: Text) -> bool:
+        numbers = self._numbers.read([text]) if text and not _nested([text]) else None
+        return numbers is not None and numbers.counts == [SKETCH_SIZE]
 
 
-def _lines_of_objects(block: bytes) -> int:
-    """How many lines there are, each from a brace to a brace: with as many objects in them, each line is one.
+_NOTHING = RecordFields()
+_EMPTY = np.zeros((0, 0), dtype=np.float32)
 
-    Raises:
-        Odd: a line begins or ends with something else.
-    """
+
+def _others(records: Sequence[RecordFields], texts: Sequence[Text]) -> list[int]:
+    """Which lines are not records: headers, tokens, ends, and lines that do not belong to a dump."""
+    if {record.type for record in records} == {RECORD} and all(texts) and all(r.checkpoint is not None for r in records):
+        return []
+    return [i for i, record in enumerate(records) if record.type != RECORD or record.checkpoint is None or not texts[i]]
+
+
+def _without(taken: Taken, others: Sequence[int]) -> Taken:
+    """The same without these among the records."""
+    if not others:
+        return taken
+    dropped = set(others)
+    kept = taken.pick([i for i in range(len(taken.records)) if i not in dropped])
+    return replace(kept, left=taken.left, skipped=taken.skipped)
+
+
+def _objects_alone(block: bytes) -> int | None:
+    """How many lines there are if each is from a brace to a brace: with as many objects in them, each line is one."""
     data = np.frombuffer(block, np.uint8)
     ends = np.flatnonzero(data == _BREAK)
     if not block.startswith(b"{") or (data[ends - 1] != _CLOSE).any() or (data[ends[:-1] + 1] != _OPEN).any():
-        raise Odd
+        return None
     return len(ends)
 
 
-def _cut(block: bytes) -> tuple[bytes, list[memoryview]]:
-    """Lines without the numbers of their values, and those numbers with their brackets; empty where a line has none.
+def _objects(block: bytes) -> tuple[list[int], list[bytes], int]:
+    """Numbers of the lines that have a brace, those lines from it on, and how many lines have none and are not blank."""
+    numbers, objects, skipped = [], [], 0
+    for number, line in enumerate(block.split(b"\n")[:-1]):
+        start = line.find(b"{")
+        if start >= 0:
+            numbers.append(number)
+            objects.append(line[start:].rstrip())
+        else:
+            skipped += bool(line.strip())
+    return numbers, objects, skipped
 
-    Raises:
-        Odd: these may not be the record's own values.
+
+def _cut(block: bytes) -> tuple[bytes, list[Text]] | None:
+    """Lines without the numbers of their values, and those numbers with their brackets, empty where a line has none.
+
+    None where these may not be the record's own values.
     """
     view = memoryview(block)
     rest: list[bytes] = []
-    texts: list[memoryview] = []
+    texts: list[Text] = []
     begin = cut = 0
     while begin < len(block):
         end = block.index(b"\n", begin) + 1
-        at = block.find(b'"values"', begin, end)
-        opened = block.find(b"[", at, end) if at >= 0 else -1
-        closed = block.find(b"]", opened, end) if opened >= 0 else -1
+        opened, closed = _values(block, begin, end)
         if closed < 0:
             rest.append(block[begin:end])
             texts.append(view[:0])
@@ -219,38 +291,76 @@ def _cut(block: bytes) -> tuple[bytes, list[memoryview]]:
             cut += 1
         begin = end
     joined = b"".join(rest)
-    # A second "values", or one spelt with escapes, could be the record's own.
-    if b"\\" in joined or joined.count(b'"values"') != cut:
-        raise Odd
-    return joined, texts
+    return None if _may_be_others(joined, cut) else (joined, texts)
 
 
-def _array(texts: Sequence[Text]) -> bytes:
-    """The texts as elements of one array, copied once: they are most of a file."""
-    pieces: list[Text] = [b","] * (2 * len(texts) + 1)
-    pieces[1::2] = texts
-    pieces[0], pieces[-1] = b"[", b"]"
-    return b"".join(pieces)
+def _cut_line(line: bytes) -> tuple[bytes, Text | None]:
+    """The same of one line; the text is None where nothing was cut out."""
+    opened, closed = _values(line, 0, len(line))
+    if closed < 0:
+        return line, None
+    rest = line[: opened + 1] + line[closed:]
+    return (line, None) if _may_be_others(rest, 1) else (rest, line[opened : closed + 1])
 
 
-def _no_nesting(texts: Sequence[Text]) -> None:
-    """Raises Odd where there are more brackets than one an array. What was cut out ends at its first closing one."""
-    if np.count_nonzero(np.frombuffer(b"".join(texts), np.uint8) == _BRACKET) > len(texts):
-        raise Odd
+def _values(block: bytes, begin: int, end: int) -> tuple[int, int]:
+    """Where the list of values of a line begins and ends; below 0 where it has none."""
+    at = block.find(b'"values"', begin, end)
+    opened = block.find(b"[", at, end) if at >= 0 else -1
+    return opened, block.find(b"]", opened, end) if opened >= 0 else -1
 
 
-def _stats(found: Sequence[dict[str, float] | None]) -> dict[str, NDArray[np.float64]]:
+def _may_be_others(rest: bytes, cut: int) -> bool:
+    """Whether what was cut out of `cut` lines may belong to something else: a second "values", or one spelt with escapes."""
+    return b"\\" in rest or rest.count(b'"values"') != cut
+
+
+def _nested(texts: Sequence[Text]) -> bool:
+    """Whether there are more brackets than one an array. What was cut out ends at its first closing one."""
+    return bool(np.count_nonzero(np.frombuffer(b"".join(texts), np.uint8) == _BRACKET) > len(texts))
+
+
+def _by_width(records: Slab, values: Numbers, *, digits: bool) -> list[Slab]:
+    """A slab for each number of values; `records` is all but these."""
+    counts = values.counts
+    if len(set(counts)) == 1:
+        wide = values.flat.reshape(len(counts), counts[0])
+        quantum = printed.quanta(values.texts, wide) if digits else None
+        return [replace(records, values=_single(wide), quantum=quantum)]
+    slabs = []
+    starts = np.cumsum([0, *counts[:-1]])
+    for width in dict.fromkeys(counts):
+        members = np.flatnonzero(np.array(counts) == width)
+        listed = members.tolist()
+        wide = values.flat[starts[members, None] + np.arange(width)]
+        slabs.append(
+            Slab(
+                records.point[members],
+                records.serial[members],
+                records.place[members],
+                [records.shapes[i] for i in listed],
+                _single(wide),
+                [records.dtypes[i] for i in listed],
+                {name: column[members] for name, column in records.stats.items()},
+                None if records.sketch is None else records.sketch[members],
+                printed.quanta([values.texts[i] for i in listed], wide) if digits else None,
+            )
+        )
+    return slabs
+
+
+def _stats(given: Sequence[dict[str, float] | None]) -> dict[str, NDArray[np.float64]]:
     """The format's statistics by name, NaN where a record lacks one; names of others' own are left out, since there may be any number."""
-    if not any(found):
+    if not any(given):
         return {}
-    given = [row or {} for row in found]
-    names = list(given[0])
-    if any(list(row) != names for row in given):
-        names = [name for name in STATISTICS if any(name in row for row in given)]
-        given = [{name: row.get(name, np.nan) for name in names} for row in given]
+    rows = [row or {} for row in given]
+    names = list(rows[0])
+    if any(list(row) != names for row in rows):
+        names = [name for name in STATISTICS if any(name in row for row in rows)]
+        rows = [{name: row.get(name, np.nan) for name in names} for row in rows]
     if not names:
         return {}
-    columns = np.fromiter(chain.from_iterable(map(dict.values, given)), np.float64, len(given) * len(names))
+    columns = np.fromiter(chain.from_iterable(map(dict.values, rows)), np.float64, len(rows) * len(names))
     return {name: column for name, column in zip(names, columns.reshape(-1, len(names)).T, strict=True) if name in STATISTICS}
 
 

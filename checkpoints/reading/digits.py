@@ -11,9 +11,11 @@ from numpy.typing import NDArray
 # A float32 needs up to 9 significant digits. A text whose values all stop at 7 or fewer was rounded for print.
 _PRINTED_DIGITS = 7
 _SURE = 64, 1024  # bytes of the values' text whose digits are looked at first; of random ones, 64 are too few in 2 %
-_PLAIN = re.compile(rb"[-+0-9.eE,]*")  # numbers alone: no words, no blanks
+_PLAIN = re.compile(rb"[-+0-9.eE,]*")  # numbers alone: no blanks; nothing where a word stood
 _FEW = 256  # numbers that are looked at one by one in the time that arrays take to be made
 _DECIMAL = re.compile(r"[+-]?(\d*)(?:\.(\d*))?(?:[eE]([+-]?\d+))?")
+_BLANKS = b" \t\r\n"
+_EXPONENT, _HUGE = 8, 10_000  # digits of an exponent that are looked at, and one beyond every float64
 _SAMPLES = 8  # lines whose digits are looked at one by one; one printf writes all lines of a file …
 _LEADING = 32  # … and all values of a line: whether the rest fits is seen from the values themselves
 
@@ -24,45 +26,49 @@ Text = msgspec.Raw | memoryview | bytes
 def quanta(texts: Sequence[Text], values: Floats) -> Floats | None:
     """`quantum` of many records at once: the texts [R] of their values and these [R, k] -> [R, k], or None where all are exact.
 
-    A few lines tell how the file is printed; the values themselves show which others are printed so. Where they don't fit,
-    the line's own text decides.
+    A text has nothing where a word stands for a number (`checkpoints.reading.arrays.Numbers`). A few lines tell how the file is
+    printed; the values themselves show which others are printed so. Where they don't fit, the line's own text decides.
     """
     rows, width = values.shape
     if not rows or not width:
         return None
-    picked = [bytes(texts[i]) for i in sorted({i * (rows - 1) // max(_SAMPLES - 1, 1) for i in range(_SAMPLES)})]
-    if all(surely_exact(text) for text in picked):
+    picked = sorted({i * (rows - 1) // max(_SAMPLES - 1, 1) for i in range(_SAMPLES)})
+    samples = [bytes(texts[i]) for i in picked]
+    if all(surely_exact(text) for text in samples):
         return None
     unsure = np.ones(rows, dtype=np.bool_)
-    found = np.zeros((rows, width))
-    step = _step(picked, width)
+    steps = np.zeros((rows, width))
+    step = _step(samples, values[picked])
+    known: dict[int, Floats | None] = {}
     if step is None:
-        if all(quantum(text, width) is None for text in picked):
+        known = {i: quantum(text, values[i]) for text, i in zip(samples, picked, strict=True)}
+        if all(own is None for own in known.values()):
             return None
     else:
-        scaled = values / step
-        # float64 holds a printed decimal to 1e-16 of itself.
-        unsure = ~np.all(np.abs(scaled - np.rint(scaled)) <= 1e-9 + 4e-16 * np.abs(scaled), axis=1)
-        found[~unsure] = step
-    rest = np.flatnonzero(unsure).tolist()
-    if (
-        len(rest) > 1
-        and (together := _many(b",".join(bytes(texts[r]).strip(b"[] ") for r in rest), len(rest), width)) is not None
-    ):
-        found[rest], rest = together, []
-    for r in rest:
-        own = quantum(bytes(texts[r]), width)
+        with np.errstate(invalid="ignore", over="ignore"):
+            scaled = values / step
+            # float64 holds a printed decimal to 1e-16 of itself; what is not finite is decided by its text.
+            unsure = ~np.all(np.abs(scaled - np.rint(scaled)) <= 1e-9 + 4e-16 * np.abs(scaled), axis=1)
+        unsure |= ~np.isfinite(values).all(axis=1)
+        steps[~unsure] = step
+    rest = np.flatnonzero(unsure)
+    if len(rest) > 1:
+        together = _many(b",".join(bytes(texts[r]).strip(b"[] ") for r in rest.tolist()), values[rest])
+        if together is not None:
+            steps[rest], rest = together, rest[:0]
+    for r in rest.tolist():
+        own = known[r] if r in known else quantum(bytes(texts[r]), values[r])
         if own is not None:
-            found[r] = own
-    return found if found.any() else None
+            steps[r] = own
+    return steps if steps.any() else None
 
 
-def _step(texts: list[bytes], width: int) -> float | None:
+def _step(texts: list[bytes], values: Floats) -> float | None:
     """The one step of the leading values of all these texts; None where they differ, or are exact."""
-    count = min(width, _LEADING)
+    count = min(values.shape[1], _LEADING)
     steps: set[float] = set()
-    for text in texts:
-        sample = quantum(b",".join(text.split(b",", count)[:count]), count)
+    for text, row in zip(texts, values, strict=True):
+        sample = quantum(b",".join(text.split(b",", count)[:count]), row[:count])
         steps |= {-1.0} if sample is None else set(sample.tolist())
     step = steps.pop() if len(steps) == 1 else 0.0
     return step if step > 0 else None
@@ -81,109 +87,102 @@ def _shows_all_digits(numbers: list[bytes]) -> bool:
 
 @dataclass(frozen=True)
 class _Decimals:
-    """How k numbers are printed: decimals after the point, significant digits, exponent, and the number; `printed` are no words."""
+    """How k numbers are printed: decimals after the point, significant digits, exponent; `printed` are finite and no words."""
 
     places: NDArray[np.int64]
     digits: NDArray[np.int64]
     exponents: NDArray[np.int64]
-    values: Floats
     printed: NDArray[np.bool_]
 
 
-def quantum(text: bytes, count: int) -> Floats | None:
-    """The step of the last printed decimal of each of `count` values, or None where the text gives every float32 exactly.
+def quantum(text: bytes, values: Floats) -> Floats | None:
+    """The step of the last printed decimal of each of `values` [k], or None where the text gives every float32 exactly.
 
-    `%f` prints the same number of decimals everywhere; `%g` stops at a number of significant digits.
+    `%f` prints the same number of decimals everywhere; `%g` stops at a number of significant digits. Words have no step.
     """
-    decimals = _decimals(text.strip(b"[] "), count)
+    decimals = _decimals(text.strip(b"[] "), values)
     if decimals is None or not decimals.printed.any():
         return None
-    places, exponents = decimals.places[decimals.printed], decimals.exponents[decimals.printed]
-    most = int(decimals.digits[decimals.printed].max())
-    alike = bool((places == places[0]).all())
-    if most > _PRINTED_DIGITS and not alike:
-        return None
-    steps = np.zeros(count)
-    if alike and places[0]:
-        steps[decimals.printed] = 10.0 ** (exponents - places).astype(np.float64)
-    else:  # the last of `most` significant digits of each
-        size = np.abs(decimals.values)
-        known = decimals.printed & (size > 0)
-        steps[known] = 10.0 ** (np.floor(np.log10(size[known])) - most + 1)
-    return steps
+    steps = _steps(decimals, values, (1, len(values)))
+    return steps[0] if steps.any() else None
 
 
-def _many(text: bytes, rows: int, width: int) -> Floats | None:
-    """`quantum` [rows, width] of rows laid end to end, 0 where a row's text gives every float32; None where there are words in them."""
-    text = text.replace(b" ", b"")
-    every = _of_numbers(text, rows * width) if _PLAIN.fullmatch(text) else None
-    if every is None or not every.printed.all():
-        return None
-    shape = rows, width
-    places, digits, size = every.places.reshape(shape), every.digits.reshape(shape), np.abs(every.values).reshape(shape)
-    most = digits.max(axis=1, keepdims=True)
-    alike = (places == places[:, :1]).all(axis=1, keepdims=True)
-    with np.errstate(divide="ignore"):
+def _many(text: bytes, values: Floats) -> Floats | None:
+    """`quantum` of the rows [R, k] that are laid end to end in a text; 0 where a row's text gives every float32."""
+    text = text.translate(None, _BLANKS)
+    every = _of_numbers(text, values.ravel()) if _PLAIN.fullmatch(text) else None
+    return None if every is None else _steps(every, values, values.shape)
+
+
+def _steps(decimals: _Decimals, values: Floats, shape: tuple[int, ...]) -> Floats:
+    """The steps of rows: of their decimals where all have as many, else of the last of the most digits that one has."""
+    places, digits, printed = decimals.places.reshape(shape), decimals.digits.reshape(shape), decimals.printed.reshape(shape)
+    size = np.abs(values).reshape(shape)
+    most = np.where(printed, digits, 0).max(axis=1, keepdims=True)
+    highest = np.where(printed, places, 0).max(axis=1, keepdims=True)
+    alike = ((places == highest) | ~printed).all(axis=1, keepdims=True)
+    with np.errstate(divide="ignore", over="ignore"):
         last = np.where(size > 0, 10.0 ** (np.floor(np.log10(size)) - most + 1), 0.0)
-    fixed = 10.0 ** (every.exponents.reshape(shape) - places).astype(np.float64)
-    steps = np.where(alike & (places[:, :1] > 0), fixed, last)
-    return np.where((most > _PRINTED_DIGITS) & ~alike, 0.0, steps)
+        fixed = 10.0 ** (decimals.exponents.reshape(shape) - places).astype(np.float64)
+    steps = np.where(alike & (highest > 0), fixed, last)
+    steps[((most > _PRINTED_DIGITS) & ~alike)[:, 0]] = 0.0
+    return np.where(printed & np.isfinite(steps), steps, 0.0)
 
 
-def _decimals(text: bytes, count: int) -> _Decimals | None:
-    """What is printed; None where it is not `count` numbers or words."""
-    if not count:
+def _decimals(text: bytes, values: Floats) -> _Decimals | None:
+    """What is printed; None where it is not as many numbers or words as there are values."""
+    if not len(values):
         return None
-    text = text.replace(b" ", b"")
-    if count > _FEW and _PLAIN.fullmatch(text):
-        return _of_numbers(text, count)
-    words = [word.strip().strip('"') for word in text.decode("ascii", "replace").split(",")]
-    if len(words) != count:
+    text = text.translate(None, _BLANKS)
+    if len(values) > _FEW and _PLAIN.fullmatch(text):
+        return _of_numbers(text, values)
+    words = [word.strip('"') for word in text.decode("ascii", "replace").split(",")]
+    if len(words) != len(values):
         return None
-    found = [_DECIMAL.fullmatch(word) for word in words]
-    matches = [match if match is not None and (match[1] or match[2]) else None for match in found]  # not nan, inf
+    matches = [match if (match := _DECIMAL.fullmatch(word)) and (match[1] or match[2]) else None for word in words]
     return _Decimals(
         np.array([len(match[2] or "") if match else 0 for match in matches]),
         np.array([len(((match[1] or "") + (match[2] or "")).strip("0")) if match else 0 for match in matches]),
-        np.array([int(match[3] or 0) if match else 0 for match in matches]),
-        np.array([float(match[0]) if match else 0.0 for match in matches]),
-        np.array([match is not None for match in matches]),
+        np.array([max(-_HUGE, min(int((match[3] or "0")[:_EXPONENT]), _HUGE)) if match else 0 for match in matches]),
+        np.array([match is not None for match in matches]) & np.isfinite(values),
     )
 
 
-def _of_numbers(text: bytes, count: int) -> _Decimals | None:
+def _of_numbers(text: bytes, values: Floats) -> _Decimals | None:
     """The same of numbers alone, all at once."""
-    values = np.array(text.split(b","))
-    if len(values) != count:
-        return None
     data = np.frombuffer(text + b",", np.uint8)
     ends = np.flatnonzero(data == ord(","))
+    count = len(values)
+    if len(ends) != count:
+        return None
     starts = np.concatenate([[0], ends[:-1] + 1])
-    number = np.repeat(np.arange(count), ends - starts + 1)  # which one a byte belongs to
+    number = np.repeat(np.arange(count, dtype=np.int32), ends - starts + 1)  # which one a byte belongs to
 
-    def seen(marks: NDArray[np.bool_]) -> NDArray[np.int64]:
+    def seen(marks: NDArray[np.bool_]) -> NDArray[np.int32]:
         """How many of these bytes came before each byte of its own number, itself included."""
-        total = np.cumsum(marks)
-        before: NDArray[np.int64] = (total[starts] - marks[starts])[number]
+        total = np.cumsum(marks, dtype=np.int32)
+        before: NDArray[np.int32] = (total[starts] - marks[starts])[number]
         return total - before
 
-    exponent = (data == ord("e")) | (data == ord("E"))
-    mantissa = (data >= ord("0")) & (data <= ord("9")) & (seen(exponent) == 0)
+    is_exponent = (data == ord("e")) | (data == ord("E"))
+    in_exponent = seen(is_exponent) > 0
+    digit = (data >= ord("0")) & (data <= ord("9"))
+    mantissa = digit & ~in_exponent
     place = np.where(mantissa, seen(mantissa), 0)
     telling = mantissa & (data != ord("0"))
     last = np.maximum.reduceat(np.where(telling, place, 0), starts)
     first = np.minimum.reduceat(np.where(telling, place, len(data)), starts)
-    places = np.add.reduceat(mantissa & (seen(data == ord(".")) > 0), starts, dtype=np.int64)
     exponents = np.zeros(count, dtype=np.int64)
-    try:
-        for i in np.unique(number[exponent]).tolist():
-            exponents[i] = int(re.split(b"[eE]", bytes(values[i]))[1])
-        return _Decimals(
-            places,
-            np.where(last > 0, last - first + 1, 0),
-            exponents,
-            values.astype(np.float64),
-            np.add.reduceat(mantissa, starts, dtype=np.int64) > 0,
-        )
-    except (ValueError, OverflowError):
-        return None
+    if is_exponent.any():
+        power = digit & in_exponent
+        behind = ends[number] - np.arange(len(data)) - 1  # digits that follow this one, in an exponent
+        worth = np.where(power, (data - float(ord("0"))) * 10.0 ** np.minimum(behind, _EXPONENT), 0.0)
+        below = np.logical_or.reduceat(in_exponent & (data == ord("-")), starts)
+        size = np.minimum(np.add.reduceat(worth, starts), _HUGE).astype(np.int64)
+        exponents = np.where(below, -size, size)
+    return _Decimals(
+        np.add.reduceat(mantissa & (seen(data == ord(".")) > 0), starts, dtype=np.int64),
+        np.where(last > 0, last - first + 1, 0),
+        exponents,
+        (np.add.reduceat(mantissa, starts, dtype=np.int64) > 0) & np.isfinite(values),
+    )

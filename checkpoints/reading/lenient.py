@@ -9,6 +9,14 @@ import orjson
 _BARE = re.compile(r'(?<![\w"])(-?nan(?:\(\w*\))?|[+-]?inf(?:inity)?|-?NaN|[+-]?Infinity)(?![\w"])', re.IGNORECASE)
 
 
+_BARE_BYTES = re.compile(_BARE.pattern.encode(), re.IGNORECASE)
+
+
+def quoted(line: bytes) -> bytes:
+    """A line with its bare nan and inf in quotes, so that it may be JSON."""
+    return _BARE_BYTES.sub(rb'"\1"', line)
+
+
 def loads(text: str | bytes) -> Any:
     """One line's JSON; text before the first brace and bare nan/inf are tolerated.
 

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from ..record import DECODE, SKETCH_SIZE, End, Header, Token
 from . import digits as printed
 from . import fields, lenient
+from .arrays import without_words
 from .labels import Labels
 from .slabs import Slab
 from .unnumbered import UNNUMBERED
@@ -17,63 +18,66 @@ RECORD = "checkpoint"
 
 
 def item(line: bytes, labels: Labels, serial: int, *, digits: bool) -> Header | Token | End | Slab | None:
-    """What one line holds; None if it does not belong to a dump. `serial` is the number that a record takes in the file.
+    """What one line holds; None if it does not belong to a dump. `serial` is the number of the line in the file.
 
     With `digits`, the digits that were printed are looked at.
 
     Raises:
         TypeError, ValueError, KeyError, OverflowError: it contradicts itself; the text says how.
     """
+    line = line[max(line.find(b"{"), 0) :].rstrip()  # a logger's words may stand before it
     try:
-        found = lenient.loads(line)
+        content = lenient.loads(line)
     except ValueError:
         return None
-    kind = found.get("type", RECORD) if isinstance(found, dict) else None
+    kind = content.get("type", RECORD) if isinstance(content, dict) else None
     if kind == "header":
-        return fields.header(found)
+        return fields.header(content)
     if kind == "token":
-        return fields.token(found)
+        return fields.token(content)
     if kind == "end":
-        return End(fields.integer(found.get("checkpoints", 0), "checkpoints"), fields.integer(found.get("tokens", 0), "tokens"))
-    if kind is not None and "checkpoint" in found and "values" in found:
-        return _record(found, line, labels, serial, digits=digits)
+        return End(
+            fields.integer(content.get("checkpoints", 0), "checkpoints"), fields.integer(content.get("tokens", 0), "tokens")
+        )
+    if kind is not None and "checkpoint" in content and "values" in content:
+        return _record(content, line, labels, serial, digits=digits)
     return None
 
 
-def _record(found: dict[str, Any], line: bytes, labels: Labels, serial: int, *, digits: bool) -> Slab:
+def _record(content: dict[str, Any], line: bytes, labels: Labels, serial: int, *, digits: bool) -> Slab:
     """One record, with words for numbers and scattered values."""
-    label, values = found["checkpoint"], found["values"]
+    label, values = content["checkpoint"], content["values"]
     if not isinstance(label, str) or not isinstance(values, list):
         raise TypeError('"checkpoint" must be a name and "values" a list of numbers')
-    token_idx = fields.integer(found["token_idx"], "token_idx") if "token_idx" in found else UNNUMBERED
-    step = fields.integer(found.get("step", 0), "step")
-    seq = fields.integer(found.get("seq", 0), "seq", fields.SEQUENCES)
-    shape = fields.shape(found.get("shape"))
+    token_idx = fields.integer(content["token_idx"], "token_idx") if "token_idx" in content else UNNUMBERED
+    step = fields.integer(content.get("step", 0), "step")
+    seq = fields.integer(content.get("seq", 0), "seq", fields.SEQUENCES)
+    shape = fields.shape(content.get("shape"))
     if shape and prod(shape) < len(values):
         raise ValueError(f"{label} has {len(values)} values, more than its shape {list(shape)} holds")
     numbers = fields.numbers(values, '"values"')
-    sketch, indices = found.get("sketch"), found.get("indices")
+    sketch, indices = content.get("sketch"), content.get("indices")
     if sketch is not None:
         sketch = fields.numbers(sketch, '"sketch"')
         if len(sketch) != SKETCH_SIZE:
             raise ValueError(f"{label} has a sketch of {len(sketch)} numbers instead of {SKETCH_SIZE}")
     scattered = None if indices is None else np.array([fields.indices(indices, len(values))], dtype=np.int64)
-    stats = {name: np.array([fields.number(x)]) for name, x in fields.statistics(found.get("stats") or {}).items()}
-    if found.get("quantum") is not None:  # of what was printed in some other format
-        steps = fields.steps(found["quantum"], len(values))
+    stats = {name: np.array([fields.number(x)]) for name, x in fields.statistics(content.get("stats") or {}).items()}
+    if content.get("quantum") is not None:  # of what was printed in some other format
+        steps = fields.steps(content["quantum"], len(values))
         quantum: NDArray[np.float64] | None = steps
         if fields.beyond_values(steps[None, :], numbers[None, :]).any():
             raise ValueError(f'"quantum" of {label} is larger than all of its values')
     else:
-        quantum = printed.quantum(fields.values_text(line), len(values)) if digits else None
+        quantum = printed.quantum(without_words(fields.values_text(line)), numbers) if digits else None
     with np.errstate(over="ignore"):
         return Slab(
             np.array(labels.numbers([label])),
             np.array([serial]),
-            np.array([(seq, token_idx, step, found.get("phase") == DECODE)], dtype=np.int64),
+            np.array([(seq, token_idx, step, content.get("phase") == DECODE)], dtype=np.int64),
             [shape],
             numbers.astype(np.float32).reshape(1, len(values)),
-            [str(found.get("dtype", "f32"))],
+            [str(content.get("dtype", "f32"))],
             stats,
             None if sketch is None else sketch.astype(np.float32)[None, :],
             None if quantum is None else quantum[None, :],

@@ -19,8 +19,8 @@ from typing import BinaryIO, Self
 
 from ..errors import DumpError
 from ..record import Header
-from .batches import Blocks, Item
-from .bulk import Parser
+from .batches import Item, LineReader
+from .bulk import BulkParser
 
 BLOCK = 1 << 19  # bytes read at once: what is made of them stays in a core's cache
 LINE = 1 << 26  # bytes of the longest line: a row of 4 million values; as objects such a line takes 1 GB
@@ -36,7 +36,7 @@ _BOOT = (
 
 
 @dataclass(frozen=True)
-class Found:
+class RangeContent:
     """The content of a range, and where the next one begins."""
 
     items: list[Item]
@@ -92,7 +92,7 @@ class Readers:
             self.end()
             return False
 
-    def found(self, start: int, header: Header | None) -> Iterator[Found]:
+    def contents(self, start: int, header: Header | None) -> Iterator[RangeContent]:
         """What stands in the file from the line that begins at `start`, up to what they cannot read or the file's end."""
         starts = list(range(start, self._size, _RANGE))
         count = len(self._children)
@@ -101,13 +101,13 @@ class Readers:
                 self._children[number % count].ask(self._path, begin, begin + _RANGE, header)
             for number in range(len(starts)):
                 child = self._children[number % count]
-                found = child.answer()
-                if found is None:
+                content = child.answer()
+                if content is None:
                     return
                 if number + _AHEAD * count < len(starts):
                     begin = starts[number + _AHEAD * count]
                     child.ask(self._path, begin, begin + _RANGE, header)
-                yield found
+                yield content
         except (EOFError, OSError):  # it has died: out of memory
             return
         finally:
@@ -155,9 +155,9 @@ class _Child:
     def ask(self, path: Path, start: int, stop: int, header: Header | None) -> None:
         self._pipe.send((path, start, stop, header))
 
-    def answer(self) -> Found | None:
-        found: Found | None = self._pipe.recv()
-        return found
+    def answer(self) -> RangeContent | None:
+        content: RangeContent | None = self._pipe.recv()
+        return content
 
     def end(self) -> None:
         self._pipe.close()
@@ -171,7 +171,7 @@ def serve() -> None:
     gc.disable()  # what lines become has no cycles; looking for them takes a twentieth of the time
     pipe: Connection = Connection(int(sys.argv[2]))
     pipe.send(None)
-    parser = Parser()
+    parser = BulkParser()
     try:
         while True:
             pipe.send(_read(parser, *pipe.recv()))
@@ -179,9 +179,9 @@ def serve() -> None:
         return
 
 
-def _read(parser: Parser, path: Path, start: int, stop: int, header: Header | None) -> Found | None:
+def _read(parser: BulkParser, path: Path, start: int, stop: int, header: Header | None) -> RangeContent | None:
     """The content of a range of bytes, or None if the caller has to read it."""
-    blocks = Blocks(os.fspath(path), header, parser)
+    reader = LineReader(os.fspath(path), header, parser)
     items: list[Item] = []
     try:
         with path.open("rb") as file:
@@ -190,13 +190,13 @@ def _read(parser: Parser, path: Path, start: int, stop: int, header: Header | No
                 pass
             position = file.tell()
             while position < stop and (block := next_block(file, "", 0, min(BLOCK, stop - position))):
-                items += blocks.take(block)
-                if blocks.many_wait:
-                    items += blocks.flush()
+                items += reader.take(block)
+                if reader.many_wait:
+                    items += reader.flush()
                 position += len(block)
-        items += blocks.flush()
+        items += reader.flush()
     except Exception:  # the caller meets it again, and knows the line's number
         return None
     if any(isinstance(item, Header) for item in items):
         return None
-    return Found(items, position, blocks.line, blocks.records, blocks.skipped, blocks.torn)
+    return RangeContent(items, position, reader.line, reader.records, reader.skipped, reader.torn)

@@ -2,8 +2,8 @@
 
 What a foreign engine prints is accepted where it can be understood (`checkpoints.fields`, `checkpoints.lenient`). Lines that
 are no records are skipped and counted; a record that contradicts itself is an error that names its line. Lines are read many at
-a time (`checkpoints.plain`); what that way doesn't understand is read again line by line (`checkpoints.careful`). Large files
-are read by several processes (`checkpoints.ranges`).
+a time (`checkpoints.reading.bulk`); what is left is read line by line (`checkpoints.reading.one_line`). Large files are read by
+several processes (`checkpoints.reading.parallel`).
 """
 
 import os
@@ -14,7 +14,7 @@ from typing import BinaryIO
 
 from ..errors import DumpError
 from ..regular import STDIN, require_regular
-from .batches import Blocks, Item
+from .batches import Item, LineReader
 from .no_records import reason
 from .parallel import BLOCK, Readers, next_block
 
@@ -35,22 +35,22 @@ class Scan:
     def __init__(self, path: str | os.PathLike[str], *, processes: int | None = None) -> None:
         self.name = os.fspath(path)
         self._processes = processes
-        self._blocks = Blocks(self.name)
+        self._reader = LineReader(self.name)
 
     @property
     def skipped(self) -> int:
         """Lines that are no records."""
-        return self._blocks.skipped
+        return self._reader.skipped
 
     @property
     def records(self) -> int:
         """Records that were given."""
-        return self._blocks.records
+        return self._reader.records
 
     @property
     def torn(self) -> bool:
         """Whether the last line was cut short."""
-        return self._blocks.torn
+        return self._reader.torn
 
     def __iter__(self) -> Iterator[Item]:
         place = Path(self.name)
@@ -70,24 +70,24 @@ class Scan:
             ) from error
         if not self.records:
             raise DumpError(
-                f"{self.name} has no checkpoint record in {self._blocks.line} lines.",
+                f"{self.name} has no checkpoint record in {self._reader.line} lines.",
                 reason(place) + 'A record is a JSON line with "checkpoint", "token_idx" and "values".',
                 code="no-records",
             )
 
     def _items(self, file: BinaryIO, readers: Readers) -> Iterator[Item]:
         """What stands in the file: read here until the other processes have started, and what they leave."""
-        blocks, position = self._blocks, 0
-        while block := next_block(file, self.name, blocks.line, BLOCK):
+        reader, position = self._reader, 0
+        while block := next_block(file, self.name, reader.line, BLOCK):
             position += len(block)
-            yield from blocks.take(block)
-            if blocks.many_wait:
-                yield from blocks.flush()
+            yield from reader.take(block)
+            if reader.many_wait:
+                yield from reader.flush()
             if readers.ready():
-                yield from blocks.flush()
-                for found in readers.found(position, blocks.header):
-                    position = found.stop
-                    blocks.count(found.lines, found.records, found.skipped, torn=found.torn)
-                    yield from found.items
+                yield from reader.flush()
+                for content in readers.contents(position, reader.header):
+                    position = content.stop
+                    reader.count(content.lines, content.records, content.skipped, torn=content.torn)
+                    yield from content.items
                 file.seek(position)
-        yield from blocks.flush()
+        yield from reader.flush()

@@ -11,17 +11,13 @@ from numpy.typing import NDArray
 from ..record import SKETCH_SIZE, Rows
 
 
-class Odd(Exception):
-    """Something that only the careful way reads, line by line: words for numbers, scattered values, a wrong type."""
-
-
 @dataclass(frozen=True)
 class Slab:
     """R records with the same number of values each, of any points.
 
     Attributes:
-        point: int64 [R], number of the point in the order of first appearance.
-        serial: int64 [R], number of the record in the file: those of one point keep their order.
+        point: int64 [R], number of the point.
+        serial: int64 [R], number of the record's line in the file: those of one point keep their order.
         place: int64 [R, 4], sequence, position, pass and whether it decodes.
         values: float32 [R, k]; quantum, indices: [R, k] or None; sketch: float32 [R, 32] or None.
         stats: name -> float64 [R].
@@ -40,13 +36,13 @@ class Slab:
 
 
 def as_rows(slabs: Sequence[Slab], names: Sequence[str]) -> Iterator[Rows]:
-    """One `Rows` a point, in the order of the points' numbers; `names` are theirs. Rows of several widths are padded.
+    """One `Rows` a point, in the order of their first records; `names` are the points'. Rows of several widths are padded.
 
     Where padding would blow them up, a point comes in several `Rows`, one a width.
     """
     by_width: dict[int, list[Slab]] = {}
-    for one in slabs:
-        by_width.setdefault(one.values.shape[1], []).append(one)
+    for slab in sorted(slabs, key=lambda slab: int(slab.serial[0])):  # what was read line by line comes before the rest
+        by_width.setdefault(slab.values.shape[1], []).append(slab)
     parts: dict[int, list[tuple[NDArray[np.int64], Rows]]] = {}
     for same in by_width.values():
         joined = _by_point(same)
@@ -54,13 +50,12 @@ def as_rows(slabs: Sequence[Slab], names: Sequence[str]) -> Iterator[Rows]:
         for begin, end in zip(starts, [*starts[1:], len(joined.point)], strict=True):
             number, members = int(joined.point[begin]), slice(begin, end)
             parts.setdefault(number, []).append((joined.serial[members], _rows(joined, names[number], members)))
-    for number in sorted(parts):
-        found = parts[number]
-        rows = [part for _, part in found]
-        if len(found) == 1 or blown_up(rows):
+    for of_point in sorted(parts.values(), key=lambda widths: min(int(serial.min()) for serial, _ in widths)):
+        rows = [part for _, part in of_point]
+        if len(of_point) == 1 or blown_up(rows):
             yield from rows
         else:
-            order = np.argsort(np.concatenate([serial for serial, _ in found]), kind="stable")
+            order = np.argsort(np.concatenate([serial for serial, _ in of_point]), kind="stable")
             yield Rows.stack(rows).take(order)
 
 
@@ -76,38 +71,38 @@ def blown_up(parts: Sequence[Rows]) -> bool:
 
 def _by_point(slabs: list[Slab]) -> Slab:
     """All of them as one, the records of a point together and in their order."""
-    point = np.concatenate([one.point for one in slabs])
-    order = np.argsort(point, kind="stable")
+    point = np.concatenate([slab.point for slab in slabs])
+    order = np.lexsort([np.concatenate([slab.serial for slab in slabs]), point])
     listed = order.tolist()
-    shapes = list(chain.from_iterable(one.shapes for one in slabs))
-    dtypes = list(chain.from_iterable(one.dtypes for one in slabs))
+    shapes = list(chain.from_iterable(slab.shapes for slab in slabs))
+    dtypes = list(chain.from_iterable(slab.dtypes for slab in slabs))
     width = slabs[0].values.shape[1]
     values = np.empty((len(order), width), dtype=np.float32)
     place_of, start = np.argsort(order), 0
-    for one in slabs:  # most of the memory: copied once
-        values[place_of[start : start + len(one.point)]] = one.values
-        start += len(one.point)
+    for slab in slabs:  # most of the memory: copied once
+        values[place_of[start : start + len(slab.point)]] = slab.values
+        start += len(slab.point)
 
     def column(name: str, size: int, filler: float, dtype: Any) -> NDArray[Any] | None:
-        arrays = [getattr(one, name) for one in slabs]
+        arrays = [getattr(slab, name) for slab in slabs]
         if all(part is None for part in arrays):
             return None
         full = [
-            np.full((len(one.point), size), filler, dtype=dtype) if part is None else part
-            for one, part in zip(slabs, arrays, strict=True)
+            np.full((len(slab.point), size), filler, dtype=dtype) if part is None else part
+            for slab, part in zip(slabs, arrays, strict=True)
         ]
         return np.concatenate(full)[order]
 
-    names = dict.fromkeys(name for one in slabs for name in one.stats)
+    names = dict.fromkeys(name for slab in slabs for name in slab.stats)
     return Slab(
         point[order],
-        np.concatenate([one.serial for one in slabs])[order],
-        np.concatenate([one.place for one in slabs])[order],
+        np.concatenate([slab.serial for slab in slabs])[order],
+        np.concatenate([slab.place for slab in slabs])[order],
         [shapes[i] for i in listed],
         values,
         [dtypes[i] for i in listed],
         {
-            name: np.concatenate([one.stats.get(name, np.full(len(one.point), np.nan)) for one in slabs])[order]
+            name: np.concatenate([slab.stats.get(name, np.full(len(slab.point), np.nan)) for slab in slabs])[order]
             for name in names
         },
         column("sketch", SKETCH_SIZE, np.nan, np.float32),

@@ -1,6 +1,7 @@
 """`parity run`: both sides, the comparison, one screen."""
 
 import sys
+from collections.abc import Sequence
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
@@ -14,8 +15,10 @@ from . import options as o
 
 if TYPE_CHECKING:
     from checkpoints.record import Dump
+    from reference.client import Reference
 
     from ..diff.compare import Comparison, Options
+    from ..run.references import Other
     from ..run.request import Request
 
 
@@ -70,6 +73,13 @@ def run(
             help="Run your engine again and again with more points ({points}), down to the operation and its cause.",
         ),
     ] = False,
+    bisect: Annotated[
+        bool,
+        typer.Option(
+            "--bisect",
+            help="Which layers of your engine are wrong, each given llama.cpp's input? Two runs; the engine calls parity_inject.",
+        ),
+    ] = False,
     other: Annotated[
         Third | None,
         typer.Option(
@@ -87,6 +97,9 @@ def run(
 
       parity run --prompt "Hi" --exec "./engine {model} {tokens} {out} {points}" --compute f32 --hunt
 
+    With --bisect two runs say which layers are wrong, each given llama.cpp's own input, whatever the others did before. The engine
+    takes that input by parity_inject (`parity emit c` and `python` have it), behind the checkpoints of embd and of each blk.N.l_out.
+
     With --server a running server is our side. It has no checkpoints: its log-probabilities and choices are compared, what explains
     them is named (BOS, template, sampler), and the command that leads on to the checkpoints is printed:
 
@@ -97,61 +110,86 @@ def run(
 
     Exits 0 for parity, 1 for a divergence.
     """
-    from checkpoints.mapping import Mapping
-    from reference.child import Child
-
-    if given["command"] is None and given["mapping"] != Mapping():
-        raise InputError("--map and --offset need an engine of yours.", "Give its command with --exec.", code="exec")
-    if hunt and given["command"] is None:
-        raise InputError("--hunt needs an engine of yours.", "Give its command with --exec.", code="exec")
+    _refuse_mixtures(given, hunt=hunt, bisect=bisect, third=other is not None)
     python, device, others = given.pop("python"), given.pop("device"), given.pop("others")
-    if others and (hunt or other is not None or given["server"] is not None):
-        raise InputError(
-            "--ref-python and --ref-lib do not go with --hunt, --with or --server.", "Leave them out.", code="builds"
-        )
-    if other is not None and (given["mode"] != "exact" or hunt):
-        raise InputError("--with hf is only for exact mode (it computes in float32), and not for --hunt.", code="three")
     if (server := given.pop("server")) is not None:
         from .server_output import compared_with_server
 
-        if given["command"] is not None or other is not None or given["positions"] != "all" or given["full"]:
-            raise InputError(
-                "--server does not go with --exec, --with, --positions or --full.", "Leave them out.", code="server"
-            )
         raise typer.Exit(compared_with_server({**given, "out": out}, server, output_format))
+    from reference.child import Child
+
     child = Child(given["verbose"])  # it imports llama.cpp while this process imports all the rest
     from reference.client import Reference
 
     started = Reference(verbose=given["verbose"], threads=given["threads"], child=child)
-    from ..run import session
     from ..run.request import Request
-    from .comparison_output import finish
-    from .output import progress_bar
 
+    request = Request(**given, out=out)
+    if bisect:
+        from .bisect_output import bisected
+
+        raise typer.Exit(bisected(request, started, output_format))
     if hunt:
         from .hunt_output import hunted
 
-        raise typer.Exit(hunted(Request(**given, out=out), started, output_format))
-    with progress_bar(output_format) as progress:
-        request = Request(**given, out=out)
-        if other is not None:
-            from ..run.hugging_face import HuggingFace
-            from .three_way_output import show_three
-
-            side = HuggingFace(request.model, python, device, slice_size=None if request.full else request.slice_size)
-            side.check()
-            outcome = session.run(request, progress, started)
-            found, said = session.with_hugging_face(outcome, side, progress)
-        else:
-            judge = partial(_judged, request)
-            outcome = session.run(request, progress, started, partial(_prepare, output_format), judge)
-            references = None
-            if others:
-                from ..run.references import beside
-
-                outcome, references = beside(outcome, request, others, judge, progress)
+        raise typer.Exit(hunted(request, started, output_format))
     if other is not None:
-        if said:
-            print(f"note: {said}", file=sys.stderr)
-        raise typer.Exit(show_three(found, (outcome.ours, outcome.ref, outcome.ref), output_format))
-    raise typer.Exit(finish(outcome, output_format, references))
+        raise typer.Exit(_with_hugging_face(request, started, python, device, output_format))
+    raise typer.Exit(_two_sides(request, started, others, output_format))
+
+
+def _refuse_mixtures(given: o.Given, *, hunt: bool, bisect: bool, third: bool) -> None:
+    """Raises InputError for options that don't go together."""
+    from checkpoints.mapping import Mapping
+
+    engine, server, others = given["command"] is not None, given["server"] is not None, bool(given["others"])
+    if not engine and given["mapping"] != Mapping():
+        raise InputError("--map and --offset need an engine of yours.", "Give its command with --exec.", code="exec")
+    if hunt and not engine:
+        raise InputError("--hunt needs an engine of yours.", "Give its command with --exec.", code="exec")
+    if bisect and (not engine or hunt or third or server or others):
+        raise InputError(
+            "--bisect needs an engine of yours (--exec), and no other side.", "Leave the others out.", code="bisect"
+        )
+    if others and (hunt or third or server):
+        raise InputError(
+            "--ref-python and --ref-lib do not go with --hunt, --with or --server.", "Leave them out.", code="builds"
+        )
+    if third and (given["mode"] != "exact" or hunt):
+        raise InputError("--with hf is only for exact mode (it computes in float32), and not for --hunt.", code="three")
+    if server and (engine or third or given["positions"] != "all" or given["full"]):
+        raise InputError("--server does not go with --exec, --with, --positions or --full.", "Leave them out.", code="server")
+
+
+def _with_hugging_face(request: "Request", started: "Reference", python: str, device: str, output_format: o.Format) -> int:
+    """Our side, llama.cpp and Hugging Face: print who is alone, and return the exit code."""
+    from ..run import session
+    from ..run.hugging_face import HuggingFace
+    from .output import progress_bar
+    from .three_way_output import show_three
+
+    with progress_bar(output_format) as progress:
+        side = HuggingFace(request.model, python, device, slice_size=None if request.full else request.slice_size)
+        side.check()
+        outcome = session.run(request, progress, started)
+        found, said = session.with_hugging_face(outcome, side, progress)
+    if said:
+        print(f"note: {said}", file=sys.stderr)
+    return show_three(found, (outcome.ours, outcome.ref, outcome.ref), output_format)
+
+
+def _two_sides(request: "Request", started: "Reference", others: "Sequence[Other]", output_format: o.Format) -> int:
+    """Our side and llama.cpp, and other versions of it beside: print the comparison, and return the exit code."""
+    from ..run import session
+    from .comparison_output import finish
+    from .output import progress_bar
+
+    judge = partial(_judged, request)
+    references = None
+    with progress_bar(output_format) as progress:
+        outcome = session.run(request, progress, started, partial(_prepare, output_format), judge)
+        if others:
+            from ..run.references import beside
+
+            outcome, references = beside(outcome, request, others, judge, progress)
+    return finish(outcome, output_format, references)

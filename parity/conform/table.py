@@ -13,21 +13,21 @@ if TYPE_CHECKING:
     import pandas
 
 
-def table(found: Conformance) -> "pandas.DataFrame":
+def table(conformance: Conformance) -> "pandas.DataFrame":
     """A data frame with a row for each cell."""
     import pandas
 
-    return pandas.DataFrame([result.as_dict() for result in found.results])
+    return pandas.DataFrame([result.as_dict() for result in conformance.results])
 
 
-def write_table(found: Conformance, path: Path) -> None:
+def write_table(conformance: Conformance, path: Path) -> None:
     """Write it as .csv or .parquet, which the name's ending chooses.
 
     Raises:
         InputError: another ending, Parquet without pyarrow, or the file cannot be written.
     """
     check_ending(path)
-    frame = table(found)
+    frame = table(conformance)
     try:
         data = frame.to_csv(index=False).encode() if path.suffix == ".csv" else frame.to_parquet(index=False)
     except ImportError as error:

@@ -37,24 +37,26 @@ class Judged:
     undecided: frozenset[str] = frozenset()  # points that differ, and of which nothing that is made from them does
 
 
-def judged(found: Measured, held: Held, model: Flow, ours: Dump, ref: Dump) -> Judged:
+def judged(measured: Measured, held: Held, model: Flow, ours: Dump, ref: Dump) -> Judged:
     """Hold every failing point against what is made from it."""
-    otherwise = np.zeros(len(found.point), dtype=np.bool_)
+    otherwise = np.zeros(len(measured.point), dtype=np.bool_)
     if not held.failed.any():
         return Judged(otherwise)
-    return _Consumers(found, held, model, ours, ref).judged()
+    return _Consumers(measured, held, model, ours, ref).judged()
 
 
 class _Consumers:
     """From the last point to the first: what is made from a point is judged before it."""
 
-    def __init__(self, found: Measured, held: Held, model: Flow, ours: Dump, ref: Dump) -> None:
-        self._found, self._held, self._model, self._ours, self._ref = found, held, model, ours, ref
-        self._place = {name: number for number, name in enumerate(found.names)}
-        self._rows = np.split(np.arange(len(found.point)), np.searchsorted(found.point, np.arange(1, len(found.pairs))))
+    def __init__(self, measured: Measured, held: Held, model: Flow, ours: Dump, ref: Dump) -> None:
+        self._found, self._held, self._model, self._ours, self._ref = measured, held, model, ours, ref
+        self._place = {name: number for number, name in enumerate(measured.names)}
+        self._rows = np.split(
+            np.arange(len(measured.point)), np.searchsorted(measured.point, np.arange(1, len(measured.pairs)))
+        )
         self._at: dict[str, dict[tuple[int, int], int]] = {}
-        self._otherwise = np.zeros(len(found.point), dtype=np.bool_)
-        self._energy = _energies(found)
+        self._otherwise = np.zeros(len(measured.point), dtype=np.bool_)
+        self._energy = _energies(measured)
         headers = [dump.header for dump in (ref, ours) if dump.header is not None]
         self._head_size = head_size_of(ref.points, [header.hparams for header in headers])
 
@@ -183,10 +185,10 @@ class _Consumers:
         )
 
 
-def _energies(found: Measured) -> Floats:
+def _energies(measured: Measured) -> Floats:
     """‖b‖² of the reference's whole rows, [R]; where it is not recorded, of the slice."""
     energies: list[Floats] = []
-    for pair in found.pairs:
+    for pair in measured.pairs:
         values = np.nan_to_num(pair.ref.values.astype(np.float64), posinf=0.0, neginf=0.0)
         sliced = np.sum(values**2, axis=1)
         l2 = pair.ref.stats.get("l2")

@@ -252,11 +252,18 @@ def dump(
     out: Path,
     *,
     points: str = "",
+    positions: str = "all",
     size: int = 16,
     prompt: "str | None" = None,
     name: str = "",
-) -> None:
-    """Run the tokens in one forward pass and write every known value. `size` 0 writes whole rows; `name` is the model's."""
+) -> int:
+    """Run the tokens in one forward pass and write every known value; returns how many records that made.
+
+    `size` 0 writes whole rows; `name` is the model's; `points` and `positions` are as on the command line.
+
+    Raises:
+        ValueError: there is no such position.
+    """
     import torch
 
     config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
@@ -269,6 +276,7 @@ def dump(
         layers=int(config.num_hidden_layers),
         source="Hugging Face",
         points=points,
+        positions=_positions(positions, len(tokens)),
         slice_size=size or 1 << 31,
     ) as tap:
         observer = Observer(model, tap)
@@ -277,6 +285,21 @@ def dump(
             # Logits come from here and not from `lm_head`: some families cap them afterwards.
             logits = model(input_ids=ids, use_cache=False, output_attentions=True).logits
         tap("logits", logits)
+        return tap.checkpoints
+
+
+def _positions(text: str, count: int) -> "Sequence[int] | None":
+    """The positions of `count` tokens that "all", "last" or a list with commas names; None for all.
+
+    Raises:
+        ValueError: a list that is none, or a position behind the last token.
+    """
+    if text in ("all", ""):
+        return None
+    listed = [count - 1] if text == "last" else [int(part) for part in text.split(",")]
+    if min(listed) < 0 or max(listed) >= count:
+        raise ValueError(f"--positions {text}: there are positions 0 to {count - 1}")
+    return listed
 
 
 def main() -> int:
@@ -286,7 +309,10 @@ def main() -> int:
     parser.add_argument("--tokens", help="token ids with commas")
     parser.add_argument("--prompt", help="text; without --tokens transformers' tokenizer makes ids of it")
     parser.add_argument("--out", type=Path, required=True, help="the dump to write")
-    parser.add_argument("--points", default="", help="names to record, with commas; default: all that are known")
+    parser.add_argument(
+        "--points", default="", help="names to record, with commas, or with wildcards (blk.*.q); default: all that are known"
+    )
+    parser.add_argument("--positions", default="all", help="positions to record: all, last, or a list with commas")
     parser.add_argument("--slice", type=int, default=16, help="leading values a record carries; 0: whole rows")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--tokenizer", type=Path, help="write here what transformers' tokenizer makes of --prompt, as JSON")
@@ -313,8 +339,15 @@ def main() -> int:
     except Exception as error:  # of many kinds: an architecture, a file or a device that transformers cannot use
         print(f"transformers cannot load {given.model}: {_one_line(error)}", file=sys.stderr)
         return 2
-    dump(model, tokens, given.out, points=given.points, size=given.slice, prompt=given.prompt, name=given.model.name)
-    return 0
+    what = {"points": given.points, "positions": given.positions, "size": given.slice, "prompt": given.prompt}
+    try:
+        count = dump(model, tokens, given.out, **what, name=given.model.name)
+    except ValueError as error:
+        print(_one_line(error).removeprefix("ValueError: "), file=sys.stderr)
+        return 2
+    if not count:
+        print(f"this model has none of these points: {given.points}", file=sys.stderr)
+    return 0 if count else 2
 
 
 def _one_line(error: Exception) -> str:

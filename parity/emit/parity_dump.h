@@ -15,7 +15,12 @@
  *   parity_checkpoint_device(d, "blk.5.l_out", position, device_pointer, PARITY_F16, n, stream);
  *
  * It copies in that stream, into pinned memory of its own, and waits for the copy before it returns. A device pointer that is
- * given to parity_checkpoint is an error then, not a crash or garbage. */
+ * given to parity_checkpoint is an error then, not a crash or garbage.
+ *
+ * For `parity run --exec … --bisect`, which finds the layers that are wrong given right inputs, add one line behind the checkpoints of
+ * the embedding and of each layer's output; it replaces the row where $PARITY_INJECT names a file that has it, and costs nothing else:
+ *
+ *   parity_inject(d, "blk.5.l_out", position, hidden, PARITY_F32, n);   // or parity_inject_device(…, stream) */
 #ifndef PARITY_DUMP_H
 #define PARITY_DUMP_H
 
@@ -41,12 +46,21 @@
 
 typedef enum { PARITY_F32 = 0, PARITY_F16 = 1, PARITY_BF16 = 2 } parity_type;
 
+/* Values of $PARITY_INJECT: positions first … first + rows − 1 of a point, and where they begin in the file. */
+struct parity_injected {
+    char point[64];
+    long long first, rows, width, at;
+};
+
 typedef struct parity_dump {
     FILE *file;
     char error[256];
     long long checkpoints, tokens;
     int step, decode, seq;
     char *only; /* ",name,name," or NULL for all */
+    FILE *inject; /* $PARITY_INJECT, NULL without it */
+    struct parity_injected *injected;
+    int n_injected;
 #if defined(_WIN32)
     CRITICAL_SECTION lock;
 #else
@@ -95,6 +109,39 @@ static inline int parity__refuse(parity_dump *d, const char *point, const char *
 /* The first thing that went wrong, or an empty text. */
 static inline const char *parity_error(const parity_dump *d) { return d ? d->error : "the dump could not be opened"; }
 
+/* Where $PARITY_INJECT has the rows of which point: a line "PARITY-INJECT 1", then for each point a line "name first rows width" and
+ * rows × width float32, little-endian. */
+static inline void parity__index(parity_dump *d, const char *path) {
+    char line[128], point[64];
+    long long first, rows, width;
+    struct parity_injected *more;
+    d->inject = fopen(path, "rb");
+    if (!d->inject || !fgets(line, sizeof line, d->inject) || strcmp(line, "PARITY-INJECT 1\n") != 0) {
+        parity__fail(d, "%.150s: not a file of values to inject", path);
+        return;
+    }
+    while (fgets(line, sizeof line, d->inject)) {
+        if (sscanf(line, "%63s %lld %lld %lld", point, &first, &rows, &width) != 4 || first < 0 || rows < 1 || width < 1 ||
+            rows > 1 << 24 || width > 1 << 28) {
+            parity__fail(d, "%.150s: damaged", path);
+            return;
+        }
+        more = (struct parity_injected *)realloc(d->injected, (size_t)(d->n_injected + 1) * sizeof *more);
+        if (!more) {
+            parity__fail(d, "out of memory");
+            return;
+        }
+        d->injected = more;
+        more += d->n_injected++;
+        strcpy(more->point, point);
+        more->first = first;
+        more->rows = rows;
+        more->width = width;
+        more->at = (long long)ftell(d->inject);
+        if (fseek(d->inject, (long)(4 * rows * width), SEEK_CUR) != 0) parity__fail(d, "%.150s: cut short", path);
+    }
+}
+
 /* Create a dump; NULL where the file cannot be created or memory is short. */
 static inline parity_dump *parity_open(const char *path) {
     parity_dump *d = (parity_dump *)calloc(1, sizeof *d);
@@ -109,6 +156,7 @@ static inline parity_dump *parity_open(const char *path) {
 #else
     pthread_mutex_init(&d->lock, NULL);
 #endif
+    if (getenv("PARITY_INJECT") && *getenv("PARITY_INJECT")) parity__index(d, getenv("PARITY_INJECT"));
     return d;
 }
 
@@ -375,6 +423,91 @@ static inline int parity_checkpoint_device(parity_dump *d, const char *point, in
 }
 #endif
 
+/* A float32 as F16 or BF16, rounded to nearest, ties to even. */
+static inline uint16_t parity__half(float value, parity_type type) {
+    uint32_t bits, sign, shift, mantissa, rest, halfway;
+    int exponent;
+    uint16_t result;
+    memcpy(&bits, &value, sizeof bits);
+    if (type == PARITY_BF16) {
+        if (isnan(value)) return (uint16_t)(bits >> 16 | 64);
+        return (uint16_t)((bits + 0x7FFFu + (bits >> 16 & 1)) >> 16);
+    }
+    sign = bits >> 16 & 0x8000u;
+    if (isnan(value)) return (uint16_t)(sign | 0x7E00u);
+    exponent = (int)(bits >> 23 & 255) - 112;
+    if (exponent >= 31) return (uint16_t)(sign | 0x7C00u);
+    if (exponent < -10) return (uint16_t)sign;
+    mantissa = (bits & 0x7FFFFFu) | 0x800000u;
+    shift = exponent > 0 ? 13 : (uint32_t)(14 - exponent);
+    rest = mantissa & ((1u << shift) - 1);
+    halfway = 1u << (shift - 1);
+    mantissa >>= shift;
+    /* The implicit bit counts one exponent up; a carry out of the mantissa does, too, and 65520 becomes infinity. */
+    result = (uint16_t)(exponent > 0 ? ((uint32_t)(exponent - 1) << 10) + mantissa : mantissa);
+    if (rest > halfway || (rest == halfway && (mantissa & 1))) result++;
+    return (uint16_t)(sign | result);
+}
+
+/* Replace one position's row, n values in HOST memory, by the reference's, where $PARITY_INJECT names a file that has it; call it
+ * right behind parity_checkpoint. Returns 1 if it was replaced, 0 if not, -1 for an error. */
+static inline int parity_inject(parity_dump *d, const char *point, int position, void *values, parity_type type, size_t n) {
+    struct parity_injected *found = NULL;
+    float *row;
+    size_t i;
+    int j;
+    if (!d) return -1;
+    if (!d->inject) return 0;
+    if (parity__arguments(d, point, position, values, type, n)) return -1;
+    for (j = 0; j < d->n_injected && !found; j++)
+        if (strcmp(d->injected[j].point, point) == 0 && position >= d->injected[j].first &&
+            position < d->injected[j].first + d->injected[j].rows)
+            found = &d->injected[j];
+    if (!found) return 0;
+    if ((size_t)found->width != n) return parity__refuse(d, point, "the reference's row has another number of values");
+    row = (float *)malloc(4 * n);
+    if (!row) return parity__refuse(d, point, "out of memory");
+    parity__lock(d);
+    if (fseek(d->inject, (long)(found->at + 4 * (position - found->first) * found->width), SEEK_SET) != 0 ||
+        fread(row, 4, n, d->inject) != n)
+        parity__fail(d, "%s: the values to inject are cut short", point);
+    j = d->error[0] ? -1 : 1;
+    parity__unlock(d);
+    for (i = 0; i < n && j == 1; i++) {
+        uint16_t half;
+        if (type == PARITY_F32) {
+            memcpy((unsigned char *)values + 4 * i, row + i, 4);
+            continue;
+        }
+        half = parity__half(row[i], type);
+        memcpy((unsigned char *)values + 2 * i, &half, 2);
+    }
+    free(row);
+    return j;
+}
+
+#ifdef PARITY_CUDA
+/* The same for DEVICE memory, in `stream`, behind what computed it; waits for the copy. */
+static inline int parity_inject_device(parity_dump *d, const char *point, int position, void *device_values, parity_type type,
+                                       size_t n, cudaStream_t stream) {
+    size_t size = n * (type == PARITY_F32 ? 4 : 2);
+    cudaError_t status = cudaSuccess;
+    void *row;
+    int result;
+    if (!d) return -1;
+    if (!d->inject) return 0;
+    row = malloc(size ? size : 1);
+    if (!row) return parity__refuse(d, point, "out of memory");
+    result = parity_inject(d, point, position, row, type, n);
+    if (result == 1) {
+        status = cudaMemcpyAsync(device_values, row, size, cudaMemcpyHostToDevice, stream);
+        if (status == cudaSuccess) status = cudaStreamSynchronize(stream);
+    }
+    free(row);
+    return status == cudaSuccess ? result : parity__refuse(d, point, cudaGetErrorString(status));
+}
+#endif
+
 /* A generated token: the position it will stand at, its id, its text (or NULL). */
 static inline int parity_token(parity_dump *d, int position, int id, const char *text) {
     int result;
@@ -405,6 +538,8 @@ static inline int parity_close(parity_dump *d) {
 #else
     pthread_mutex_destroy(&d->lock);
 #endif
+    if (d->inject) fclose(d->inject);
+    free(d->injected);
     free(d->only);
     free(d);
     return result;

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,44 @@ def to_host(value: Any) -> NDArray[np.float32]:
     return np.array(value, dtype=np.float32, order="C", copy=True)
 
 
+def _to_inject(path: str) -> "dict[str, tuple[int, NDArray[np.float32]]]":
+    """Point -> first position and rows [T, n] of a file of values to inject: a line "PARITY-INJECT 1", then for each point a line
+    "name first rows width" and rows × width float32, little-endian.
+
+    Raises:
+        OSError, ValueError: it cannot be read, or is no such file.
+    """
+    found: dict[str, tuple[int, NDArray[np.float32]]] = {}
+    if not path:
+        return found
+    with open(path, "rb") as file:  # noqa: PTH123
+        if file.readline(128) != b"PARITY-INJECT 1\n":
+            raise ValueError(f"{path}: not a file of values to inject")
+        while line := file.readline(128):
+            words = line.split()
+            if len(words) != 4 or not all(word.isdigit() for word in words[1:]):
+                raise ValueError(f"{path}: damaged")
+            first, rows, width = (int(word) for word in words[1:])
+            data = file.read(4 * rows * width)
+            if not data or len(data) != 4 * rows * width:
+                raise ValueError(f"{path}: cut short")
+            found[words[0].decode()] = (first, np.frombuffer(data, "<f4").reshape(rows, width))
+    return found
+
+
+def _like(value: Any, host: "NDArray[np.float32]") -> Any:
+    """An array in host memory as one of the same kind, type and device as `value`."""
+    if hasattr(value, "detach") and hasattr(value, "new_tensor"):  # PyTorch
+        return value.new_tensor(host)
+    if hasattr(value, "__cuda_array_interface__") and hasattr(value, "get"):  # CuPy
+        made = value.copy()
+        made.set(host.astype(value.dtype).reshape(value.shape))
+        return made
+    if isinstance(value, np.ndarray):
+        return host.astype(value.dtype).reshape(value.shape)
+    return host.reshape(value.shape)
+
+
 def _as_json(value: Any) -> Any:
     """float32 with the shortest digits that give it back."""
     if isinstance(value, np.ndarray):
@@ -49,7 +88,8 @@ class Recorder:
     """Writes checkpoints: `with Recorder("ours.jsonl", compute="f32", model="my-model", tokens=ids) as tap: tap("blk.5.l_out", hidden)`.
 
     `compute` is the arithmetic of your products ("f32", "tf32", "f16", "bf16", "q8"): the limits of the comparison follow from it.
-    `points` are the names to record, with commas, as {points} of `parity run --exec` gives them; "" records all.
+    `points` are the names to record, with commas, as {points} of `parity run --exec` gives them; "" records all. Names may have
+    wildcards ("blk.*.q"). `positions` are those to record, None for all.
 
     A value is copied in the call. Rows of a point stand at the positions after those that were recorded of it before, so that
     a prefill [T, n] and decode steps [1, n] number themselves; `positions` says it where some are left out.
@@ -69,16 +109,22 @@ class Recorder:
         layers: "int | None" = None,
         source: str = "python",
         points: str = "",
+        positions: "Sequence[int] | None" = None,
         slice_size: int = DEFAULT_SLICE,
         hparams: "Mapping[str, Any] | None" = None,
     ) -> None:
         self.layers = layers
-        self._only = frozenset(resolve(name, layers) for name in points.split(",") if name)
+        listed = [name for name in points.split(",") if name]
+        self._globs = tuple(name for name in listed if any(sign in name for sign in "*?["))
+        self._only = frozenset(resolve(name, layers) for name in listed if name not in self._globs)
+        self._positions = None if positions is None else frozenset(positions)
         self.slice_size = slice_size
         self.checkpoints = 0
         self.tokens = 0
         self._next: dict[tuple[str, int], int] = {}
         self._passes: dict[tuple[str, int], int] = {}
+        self._given = _to_inject(os.environ.get("PARITY_INJECT", ""))
+        self._injected: dict[str, int] = {}
         self._file = open(path, "wb")  # noqa: SIM115, PTH123  # closed by close
         self._write(
             header_line(
@@ -101,7 +147,7 @@ class Recorder:
             TypeError, ValueError: it is no array, or has another number of rows than positions.
         """
         point = resolve(name, self.layers)
-        if self._only and point not in self._only:
+        if not self._wants(point):
             return
         array = to_host(value)
         known = parse(point).known
@@ -114,16 +160,53 @@ class Recorder:
         else:
             self._record(point, np.atleast_2d(array), 1 if array.ndim < 2 else len(array), 0, positions)
 
+    def _wants(self, point: str) -> bool:
+        if not self._only and not self._globs:
+            return True
+        return point in self._only or any(fnmatchcase(point, name) for name in self._globs)
+
     def _record(self, point: str, array: NDArray[np.float32], rows: int, seq: int, positions: "Sequence[int] | None") -> None:
         start = self._next.get((point, seq), 0)
         at = np.arange(start, start + rows) if positions is None else np.asarray(positions, dtype=np.int64)
         step = self._passes.get((point, seq), 0)
-        made = summarise(point, array, at, step=step, decode=step > 0 and rows == 1, slice_size=self.slice_size, seq=seq)
-        for line in checkpoint_lines(made):
-            self._write(line)
-        self.checkpoints += len(made)
+        kept = [i for i, position in enumerate(at.tolist()) if self._positions is None or position in self._positions]
+        if kept:
+            decode = step > 0 and rows == 1
+            array = array if len(kept) == rows else array[:, kept] if array.ndim == 3 else array[kept]
+            made = summarise(point, array, at[kept], step=step, decode=decode, slice_size=self.slice_size, seq=seq)
+            for line in checkpoint_lines(made):
+                self._write(line)
+            self.checkpoints += len(made)
         self._next[point, seq] = int(at[-1]) + 1 if len(at) else start
         self._passes[point, seq] = step + 1
+
+    def inject(self, name: str, value: Any, positions: "Sequence[int] | None" = None) -> Any:
+        """The value, with the reference's rows in it where $PARITY_INJECT names a file that has them.
+
+        Call it right behind the checkpoint: `hidden = tap.inject("blk.5.l_out", hidden)`. [T, n] or [1, T, n], rows numbered as they
+        are there; the array that comes back is of the same kind, type and device. For `parity run --exec … --bisect`; without that
+        variable it is the value itself.
+
+        Raises:
+            ValueError: the reference's rows have another number of values.
+        """
+        if not self._given:
+            return value
+        point = resolve(name, self.layers)
+        host = to_host(value)
+        rows = host.reshape(-1, host.shape[-1]) if host.ndim > 1 else host[None]
+        start = self._injected.get(point, 0)
+        at = list(range(start, start + len(rows))) if positions is None else list(positions)
+        self._injected[point] = at[-1] + 1 if at else start
+        if point not in self._given:
+            return value
+        first, given = self._given[point]
+        if given.shape[1] != rows.shape[1]:
+            raise ValueError(f"{name} has {rows.shape[1]} values a row, the reference's {given.shape[1]}")
+        for row, position in zip(rows, at, strict=True):
+            if first <= position < first + len(given):
+                row[:] = given[position - first]
+        return _like(value, host)
 
     def token(self, position: int, number: int, text: str = "", seq: int = 0) -> None:
         """Record a generated token and the position it will stand at."""
@@ -141,8 +224,13 @@ class Recorder:
             if point is None or (names is None and parse(point).known is None):
                 continue
 
-            def record(_module: Any, _inputs: Any, output: Any, point: str = point) -> None:
-                self(point, output[0] if isinstance(output, tuple) else output)
+            def record(_module: Any, _inputs: Any, output: Any, point: str = point) -> Any:
+                value = output[0] if isinstance(output, tuple) else output
+                self(point, value)
+                if not self._given:
+                    return None  # the output stays as it is
+                changed = self.inject(point, value)
+                return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
             handles.append(part.register_forward_hook(record))
         return handles

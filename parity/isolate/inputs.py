@@ -5,7 +5,7 @@ from the passes before, states are what the pass before left.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
@@ -26,9 +26,13 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True)
 class Program:
-    """The steps of one kind of pass, and which recorded values each of them needs."""
+    """The steps of one kind of pass, and which recorded values each of them needs.
+
+    `passed_over` are points that the dump lacks, and that are computed anew.
+    """
 
     steps: Sequence[Step]
+    passed_over: Collection[str] = ()
 
     @cached_property
     def producers(self) -> Mapping[str, Step]:
@@ -60,6 +64,7 @@ class Program:
             name_of(step.reads[0]): step
             for step in self.steps
             if step.op is ops.positions_first
+            and not step.inner
             and isinstance(step.reads[0], View)
             and self.producers[name_of(step.reads[0])].inner
         }
@@ -165,7 +170,10 @@ class Inputs:
         if shown is not None and shown.makes in self._live:
             return _as_ggml_has_it(shown, self._live[shown.makes].data, self.seen)
         if name not in self._between:
-            self._between[name] = self.computed(producer)
+            made = self.computed(producer)
+            # A point has one row a position, like the recorded ones.
+            plain = name in self._program.passed_over and producer.axis == 0 and not of_scores(name)
+            self._between[name] = made.reshape(len(made), -1) if plain else made
         return self._between[name]
 
     def done_with(self, step: Step) -> None:
@@ -213,7 +221,7 @@ def _as_ggml_has_it(shown: Step, rows: Array, seen: int) -> Array:
 
 def reads_rows_alone(step: Step) -> bool:
     """Whether row t of the result follows from row t of the inputs (and a history), so that single positions can be judged."""
-    return "made" not in step.params and all(isinstance(read, str | History) for read in step.reads)
+    return "result_shape" not in step.params and all(isinstance(read, str | History) for read in step.reads)
 
 
 def inputs_named(step: Step) -> list[str]:

@@ -15,6 +15,7 @@ from checkpoints.answers.isolate import NOT_OBSERVABLE, WRONG, Graft, Isolation,
 from checkpoints.errors import DumpError, InputError, ModelError
 from checkpoints.graph import RecordedGraph
 from checkpoints.mapping import Mapping
+from checkpoints.points import parse
 from checkpoints.record import Header
 from engine.graph import Step
 from engine.opened import open_plain
@@ -31,8 +32,10 @@ from ..run.request import Prompt
 from ..run.session import resolve_prompt
 from .attention_checks import AttentionChecks
 from .elements import RowChecks
-from .judged_layers import graft, judged_layers
+from .judged_layers import eliminated, graft, judged_layers
 from .operation import Definition, Isolator
+from .suspicions import as_eight_bits, in_order
+from .unrecorded import passed_over, stretches, without
 from .values import Value, WholeValues
 
 # Measured: llama.cpp's CPU backend, 24 layers, 28 tokens, caches of F32 and F16; the worst operation of F32, F16, BF16, Q8_0,
@@ -41,6 +44,7 @@ LIMIT = 1e-10
 LIMIT_SOURCE = "one operation with ggml's rounding: 1e-12 measured in every type"
 # An operation is not called wrong under this many times the worst one of the embedded model on this machine.
 _FLOOR_FACTOR = 10.0
+_NO_OUTPUT = "its output was not recorded as a whole"
 _CALIBRATION = tuple(range(1, 9))  # any eight tokens: operations are judged one by one
 
 
@@ -294,11 +298,19 @@ def _foreign(request: IsolateRequest, dump: Path, running: Reference | None) -> 
             request.rows,
         )
         bench.transformer.check([int(token) for token in tokens], 0)
+        if values.unshaped:
+            values.with_shapes(dict(reference().describe(request.model).points))
+        lacking = _pass_over(bench, values, mode, kv_type)
         passes = _feed_dump(values, bench, tokens)
-        operations = bench.isolator.operations()
+        operations = in_order([*bench.isolator.operations(), *lacking], bench.transformer.steps)
         if request.windows and any(item.status == NOT_OBSERVABLE and item.layer is not None for item in operations):
-            layers = judged_layers(reference(), request.model, values, operations, mode, found.operations)
+            layers = eliminated(
+                operations, judged_layers(reference(), request.model, values, operations, mode, found.operations)
+            )
             build = reference().versions()
+        if found.assumed:
+            judged = as_eight_bits([*operations, *layers])
+            operations, layers = judged[: len(operations)], judged[len(operations) :]
         if request.graft:
             grafted = graft(reference(), bench.transformer, values, tokens, request.graft, mode)
     if all(item.status == NOT_OBSERVABLE for item in (*operations, *layers)) and not grafted:
@@ -327,6 +339,25 @@ def _foreign(request: IsolateRequest, dump: Path, running: Reference | None) -> 
             "attention": bench.attention.said(),
         },
     )
+
+
+def _pass_over(bench: _Bench, values: WholeValues, mode: str, kv_type: str) -> list[Operation]:
+    """Let points that the dump lacks be computed anew where that is sound; what is said of their operations."""
+    if kv_type != "f32":  # a cache of F16 rounds scores' weights: a value computed anew is rounded otherwise here and there
+        return []
+    recorded = {name for step in values.passes for name in values.points(step)}
+    steps = bench.transformer.steps
+    names = passed_over(steps, recorded, rounds=mode == "native")
+    isolator = bench.isolator
+    isolator.definitions = [without(definition, names) for definition in isolator.definitions]
+    isolator.stretches = stretches(steps, names)
+    judged = {name: to for to, through in isolator.stretches.items() if to in recorded for name in through}
+    made = []
+    for name in names:
+        together = f"not recorded as a whole; judged together with {judged[name]}" if name in judged else _NO_OUTPUT
+        point = parse(name)
+        made.append(Operation(point.kind, point.layer, NOT_OBSERVABLE, reason=together))
+    return made
 
 
 def _named(transformer: Transformer) -> str:

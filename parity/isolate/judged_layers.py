@@ -1,6 +1,7 @@
 """llama.cpp as the judge of a foreign engine's layers: fed with that engine's own hidden state, window by window."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from reference.jobs import Node
 
 from ..diff.align import Pair
 from ..diff.measure import measure
+from .unrecorded import attends
 from .values import WholeValues
 
 LAYER = "layer"
@@ -53,9 +55,29 @@ def judged_layers(
         if state is None:
             made.append(Operation(LAYER, layer, NOT_OBSERVABLE, reason=f"no whole value of {before} at every position"))
             continue
-        computed = dict(_by_point(reference.layers(model, layer, layer + 1, state, output, mode)))[output]
+        try:
+            computed = dict(_by_point(reference.layers(model, layer, layer + 1, state, output, mode)))[output]
+        except InputError as error:  # an architecture whose layers don't stand alone
+            made.append(Operation(LAYER, layer, NOT_OBSERVABLE, reason=error.message))
+            continue
         made.append(_compared(values, output, computed, layer, limit))
     return made
+
+
+def eliminated(operations: Sequence[Operation], layers: Sequence[Operation]) -> list[Operation]:
+    """The layers; of one that is wrong though every recorded operation of it is right, what it must be then."""
+    return [replace(layer, reason=f"{layer.reason}{_rest(operations, layer)}") for layer in layers]
+
+
+def _rest(operations: Sequence[Operation], layer: Operation) -> str:
+    """What must be wrong in a wrong layer, where all that was judged of it is right; "" else."""
+    inside = [found for found in operations if found.layer == layer.layer]
+    rest = [found.operation for found in inside if found.status == NOT_OBSERVABLE]
+    proven = [found for found in inside if found.status == PROVEN]
+    if layer.status != WRONG or not rest or not proven or len(rest) + len(proven) < len(inside):
+        return ""
+    named = "attention" if all(map(attends, rest)) else f"one of {', '.join(rest)}"
+    return f"; every operation of it that could be judged is right: so it is {named}"
 
 
 def _by_point(items: Iterable[tuple[Node, NDArray[np.float32]]]) -> Iterable[tuple[str, NDArray[np.float32]]]:

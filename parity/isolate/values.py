@@ -4,7 +4,8 @@ A dump has whole values in the safetensors file beside it, or in records that ca
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,28 @@ class WholeValues:
             step: np.unique(np.concatenate([rows.token_idx[rows.step == step] for rows in self._rows.values()]))
             for step in self.passes
         }
+
+    @property
+    def unshaped(self) -> bool:
+        """Whether some records do not say the shape of their row: bare lines, of which only the model tells which are whole."""
+        return any(() in rows.shapes for rows in self._rows.values())
+
+    def with_shapes(self, shapes: dict[str, tuple[str, ...]]) -> None:
+        """Take records without a shape for whole where they have as many values as the model's row of that point.
+
+        Args:
+            shapes: point -> the shape of its row as text, "t+1" for the positions seen so far.
+        """
+        first = min((int(rows.token_idx.min()) for rows in self._rows.values() if len(rows)), default=0)
+        for name, rows in self._rows.items():
+            if name not in shapes or rows.indices is not None:
+                continue
+            found = []
+            for shape, position, count in zip(rows.shapes, rows.token_idx.tolist(), rows.counts.tolist(), strict=True):
+                known = tuple(position - first + 1 if size == "t+1" else int(size) for size in shapes[name])
+                found.append(known if shape == () and prod(known) == count else shape)
+            self._rows[name] = replace(rows, shapes=tuple(found))
+        self.dump = replace(self.dump, points={**self.dump.points, **self._rows})
 
     def positions(self, step: int) -> NDArray[np.int64]:
         """The positions of a forward pass, int64 [T]."""

@@ -84,17 +84,17 @@ def _sketch(rows: Rows, values: NDArray[np.float64], whole: NDArray[np.bool_]) -
     wrong = np.zeros(len(rows), dtype=np.bool_)
     for count in set(rows.counts[checked].tolist()):
         same = checked[rows.counts[checked] == count]
-        made = sketch_of(values[same, :count].astype(np.float32))
+        sketches = sketch_of(values[same, :count].astype(np.float32))
         slack = 0.0 if rows.quantum is None else rows.quantum[same].max(axis=1, initial=0.0) * np.sqrt(count) * 4
-        far = np.abs(made - rows.sketch[same]).max(axis=1) > _ROUNDING * np.maximum(l2[same], 1e-30) + slack
+        far = np.abs(sketches - rows.sketch[same]).max(axis=1) > _ROUNDING * np.maximum(l2[same], 1e-30) + slack
         wrong[same] = far
     yield "the sketch is not the values'", wrong
 
 
 def _has_sinks(subject: Subject, name: str) -> bool:
     """Whether a share of the attention goes nowhere (`attn_sinks.weight`, an additional score of each head)."""
-    made, layer = subject.made(name), parse(name).layer
-    if made is not None and any("sinks" in weight for weight in made.weights):
+    origin, layer = subject.made(name), parse(name).layer
+    if origin is not None and any("sinks" in weight for weight in origin.weights):
         return True
     return subject.model is not None and f"blk.{layer}.attn_sinks.weight" in subject.model.model.tensors
 
@@ -103,7 +103,7 @@ def attention_rows(subject: Subject) -> Iterator[Hit]:
     """Attention weights that do not sum to 1, or that are the same for every position."""
     sums: dict[str, list[int]] = {}
     even: dict[str, list[int]] = {}
-    said: dict[str, str] = {}
+    evidence: dict[str, str] = {}
     for name, rows in subject.points.items():
         if kind(name) != "kq_soft_max":
             continue
@@ -121,12 +121,12 @@ def attention_rows(subject: Subject) -> Iterator[Hit]:
             off = [float(x) for x in (*total, mean) if not (abs(x - 1) <= _SUM or (sinks and 0 <= x < 1))]
             if off:
                 sums.setdefault(name, []).append(r)
-                said.setdefault(name, f"{off[0]:.4g}")
+                evidence.setdefault(name, f"{off[0]:.4g}")
             elif seen > 2 and len(whole) and float(np.abs(whole - 1 / seen).max()) < 1e-6 / seen:
                 even.setdefault(name, []).append(r)
 
     def not_one(name: str, bad: list[int]) -> str:
-        return f"{name}: a head's weights sum to {said[name]} instead of 1, {positions_of(subject.points[name], bad)}"
+        return f"{name}: a head's weights sum to {evidence[name]} instead of 1, {positions_of(subject.points[name], bad)}"
 
     def uniform(name: str, bad: list[int]) -> str:
         return f"{name}: every position has the same weight, {positions_of(subject.points[name], bad)}"

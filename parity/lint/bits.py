@@ -30,23 +30,23 @@ def _spread(rows: NDArray[np.floating]) -> Floats:
     """[R]: deviation of log2|x| of each row; infinite where a value is zero or not finite."""
     size = np.abs(rows.astype(np.float64))
     usable = np.all(np.isfinite(size) & (size > 0), axis=1) & (rows.shape[1] >= _ENOUGH // 2)
-    found = np.full(len(rows), np.inf)
-    found[usable] = np.std(np.log2(size[usable]), axis=1)
-    return found
+    spreads = np.full(len(rows), np.inf)
+    spreads[usable] = np.std(np.log2(size[usable]), axis=1)
+    return spreads
 
 
 def _plausible(rows: NDArray[np.floating]) -> Bools:
     spread = _spread(rows)
-    found: Bools = (spread > _PLAUSIBLE[0]) & (spread < _PLAUSIBLE[1])
-    found[found] = np.abs(rows[found].astype(np.float64)).max(axis=1) < 1e6
-    return found
+    plausible: Bools = (spread > _PLAUSIBLE[0]) & (spread < _PLAUSIBLE[1])
+    plausible[plausible] = np.abs(rows[plausible].astype(np.float64)).max(axis=1) < 1e6
+    return plausible
 
 
 def _narrow(rows: NDArray[np.floating]) -> Bools:
     size = np.abs(rows.astype(np.float64))
     both = (rows > 0).any(axis=1) & (rows < 0).any(axis=1)
-    found: Bools = both & np.isfinite(size).all(axis=1) & (size.min(axis=1) >= _TOO_NARROW * size.max(axis=1))
-    return found
+    narrow: Bools = both & np.isfinite(size).all(axis=1) & (size.min(axis=1) >= _TOO_NARROW * size.max(axis=1))
+    return narrow
 
 
 def _bf16(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
@@ -69,7 +69,7 @@ def confusion(rows: NDArray[np.float32]) -> dict[str, Bools]:
     pairs = np.stack([low, high], axis=2).reshape(len(rows), -1)
     even = _spread(rows[:, 0::2]) > _TOO_WIDE
     every_second = "every second value is the lower half of a float"
-    found = {
+    shares = {
         "F16 bits read as BF16": is_bf16 & wide & _plausible(high.view(np.float16)),
         f"F32 bits read as BF16 ({every_second})": is_bf16 & even & _plausible(rows[:, 1::2]),
         "BF16 bits read as F16": is_f16 & _narrow(rows) & _plausible(_bf16(words)),
@@ -78,24 +78,24 @@ def confusion(rows: NDArray[np.float32]) -> dict[str, Bools]:
     }
     if width >= 2 * _ENOUGH - 4:  # half of the values must be enough
         halves = _narrow(rows[:, 1::2]) & ~_narrow(rows[:, 0::2]) & _plausible(_bf16(words[:, 1::2]))
-        found[f"F32 bits read as F16 ({every_second})"] = is_f16 & halves
-    return found
+        shares[f"F32 bits read as F16 ({every_second})"] = is_f16 & halves
+    return shares
 
 
 def wrong_type(subject: Subject) -> Iterator[Hit]:
     """dtype contradicts the values."""
     for names, width in _batches(subject):
-        found = confusion(np.concatenate([subject.points[name].values[:, :width] for name in names]))
+        candidates = confusion(np.concatenate([subject.points[name].values[:, :width] for name in names]))
         stop = 0
         for name in names:
             rows = subject.points[name]
             start, stop = stop, stop + len(rows)
-            for said, wrong in found.items():
+            for evidence, wrong in candidates.items():
                 # One row in a million looks like another type's by chance; a wrong type is wrong in every row of a point.
                 bad = wrong[start:stop].nonzero()[0].tolist()
                 if len(bad) * 2 > len(rows):
                     shown = ", ".join(f"{x:.4g}" for x in leading(rows, bad[0])[:4])
-                    text = f"{name} says {rows.dtype}, its values ({shown}, …) are {said}, {positions_of(rows, bad)}"
+                    text = f"{name} says {rows.dtype}, its values ({shown}, …) are {evidence}, {positions_of(rows, bad)}"
                     yield Hit(name, int(rows.token_idx[bad[0]]), text)
                     break
 

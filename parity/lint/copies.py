@@ -54,10 +54,10 @@ def _one_cache(subject: Subject, layer: int | None) -> bool:
 
 def _behind_copies(subject: Subject, name: str) -> frozenset[str]:
     """What a value is made from, through copies in another layout."""
-    made = subject.made(name)
-    reads = frozenset() if made is None else frozenset(made.reads)
-    while len(reads) == 1 and (made := subject.made(next(iter(reads)))) is not None and made.op in _COPIES and made.reads:
-        reads = frozenset(made.reads)
+    origin = subject.made(name)
+    reads = frozenset() if origin is None else frozenset(origin.reads)
+    while len(reads) == 1 and (origin := subject.made(next(iter(reads)))) is not None and origin.op in _COPIES and origin.reads:
+        reads = frozenset(origin.reads)
     return reads
 
 
@@ -88,18 +88,18 @@ def _span(layers: set[int | None]) -> int:
 def _same_sets(subject: Subject) -> dict[tuple[str, ...], list[int]]:
     """Sets of points that hold one vector at a position, with those positions."""
     seen: dict[tuple[Place, bytes], list[str]] = defaultdict(list)
-    for name, told in subject.vectors.items():
+    for name, places in subject.vectors.items():
         if kind(name) not in _NEVER:
-            for vector in told:
+            for vector in places:
                 seen[vector].append(name)
-    found: dict[tuple[str, ...], list[int]] = defaultdict(list)
+    positions_of_set: dict[tuple[str, ...], list[int]] = defaultdict(list)
     for (place, _), names in seen.items():
         if len(names) == 1:  # nearly all of them
             continue
         unlike = [name for name in names if any(not _may_be_alike(subject, name, other) for other in names if other != name)]
         if len(set(unlike)) > 1:
-            found[tuple(dict.fromkeys(unlike))].append(place[1])
-    return found
+            positions_of_set[tuple(dict.fromkeys(unlike))].append(place[1])
+    return positions_of_set
 
 
 def same_vector(subject: Subject) -> Iterator[Hit]:
@@ -157,11 +157,11 @@ def _of_its_token(subject: Subject, name: str) -> tuple[bool, bool]:
             return True, True
         # Scores of one token's queries with the same keys are the same, where nothing is rotated.
         above = subject.above[name] - ({name, in_layer(point.layer or 0, "k_read")} if point.kind == "kq" else set())
-        made = [how for other in above if (how := subject.made(other)) is not None]
+        origins = [how for other in above if (how := subject.made(other)) is not None]
         alone = not any(of_scores(other) for other in above) and not any(
-            how.op in _MIXING or any("position" in weight for weight in how.weights) for how in made
+            how.op in _MIXING or any("position" in weight for weight in how.weights) for how in origins
         )
-        shifted = any(how.op in _SHIFTS for how in made)
+        shifted = any(how.op in _SHIFTS for how in origins)
         return alone, alone and shifted
     # A node outside the vocabulary may stand before the attention, too.
     kinds = _BEFORE_ATTENTION | _BESIDE_ATTENTION

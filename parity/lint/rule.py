@@ -71,10 +71,10 @@ class Subject:
     @cached_property
     def above(self) -> dict[str, frozenset[str]]:
         """Of each point of the dataflow everything that it is made from, itself included."""
-        found: dict[str, frozenset[str]] = {}
+        ancestors: dict[str, frozenset[str]] = {}
         for name, how in self.dataflow.made.items() if self.dataflow is not None else ():
-            found[name] = frozenset({name}).union(*(found.get(other, frozenset()) for other in how.reads))
-        return found
+            ancestors[name] = frozenset({name}).union(*(ancestors.get(other, frozenset()) for other in how.reads))
+        return ancestors
 
     def home(self, name: str) -> int | None:
         """The layer whose keys and values a point is made from: layers may share a cache."""
@@ -91,13 +91,13 @@ class Subject:
     @cached_property
     def vectors(self) -> dict[str, list[tuple[Place, bytes]]]:
         """For each point, where each record that can be told from others stands, and its values as bytes."""
-        found: dict[str, list[tuple[Place, bytes]]] = {}
+        places_of: dict[str, list[tuple[Place, bytes]]] = {}
         for name, rows in self.points.items():
             usable = telling(rows).nonzero()[0].tolist()
             places = list(zip(rows.seq.tolist(), rows.token_idx.tolist(), rows.step.tolist(), strict=True))
             counts = rows.counts.tolist()
-            found[name] = [(places[r], rows.values[r, : counts[r]].tobytes()) for r in usable]
-        return found
+            places_of[name] = [(places[r], rows.values[r, : counts[r]].tobytes()) for r in usable]
+        return places_of
 
     @cached_property
     def layers(self) -> int | None:
@@ -164,8 +164,8 @@ def telling(rows: Rows) -> NDArray[np.bool_]:
     values = np.sort(rows.values, axis=1)  # padding and NaN sort to the end
     finite = np.isfinite(values[:, 1:]) & np.isfinite(values[:, :-1])
     different = 1 + np.sum((values[:, 1:] != values[:, :-1]) & finite, axis=1)
-    found: NDArray[np.bool_] = (different >= TELLING) & (rows.counts >= TELLING)
-    return found
+    enough: NDArray[np.bool_] = (different >= TELLING) & (rows.counts >= TELLING)
+    return enough
 
 
 def where(positions: Sequence[int], total: int | None = None) -> str:
@@ -181,9 +181,9 @@ def kind(name: str) -> str:
     return parse(name).kind
 
 
-def by_point(found: dict[str, list[int]], subject: Subject, say: Callable[[str, list[int]], str]) -> Iterator[Hit]:
+def by_point(rows_of: dict[str, list[int]], subject: Subject, say: Callable[[str, list[int]], str]) -> Iterator[Hit]:
     """One hit for a point, however many of its records are concerned."""
-    for name, rows in found.items():
+    for name, rows in rows_of.items():
         first = min(rows, key=lambda r: int(subject.points[name].token_idx[r]))
         yield Hit(name, int(subject.points[name].token_idx[first]), say(name, rows))
 

@@ -46,7 +46,7 @@ class Command:
     `line` knows {model}, {tokens} (ids with commas), {sequences} (several prompts, with semicolons), {out}, {points}, {portions},
     {ubatch} and {state}. Without `shell` it is split as a shell would,
     and started without one: no quoting of paths is needed; leading NAME=value words are set in its environment.
-    `timeout` is in seconds.
+    `timeout` is in seconds; `variables` are set in its environment as well.
 
     Raises:
         InputError: it is empty, its quotes don't match, or the time limit is not a positive number.
@@ -55,6 +55,7 @@ class Command:
     line: str
     shell: bool = False
     timeout: float = DEFAULT_TIMEOUT
+    variables: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
         if not self.timeout > 0:
@@ -154,7 +155,7 @@ class Command:
                 stdin=subprocess.DEVNULL,
                 stdout=stdout,
                 stderr=subprocess.PIPE,
-                env=os.environ | environment,
+                env=os.environ | environment | dict(self.variables),
                 start_new_session=True,  # so that its children can be ended with it
             )
         finally:

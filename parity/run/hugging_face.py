@@ -48,7 +48,7 @@ class HuggingFace:
     """transformers' model, float32, eager attention.
 
     `model` is a GGUF file, which transformers dequantises itself, or a folder with config.json and safetensors. `points` are
-    names with commas, or "" for all that are known.
+    names with commas, or "" for all that are known; `positions` "all", "last" or numbers with commas.
     """
 
     model: Path
@@ -57,6 +57,7 @@ class HuggingFace:
     points: str = ""
     slice_size: int | None = 16
     timeout: float = DEFAULT_TIMEOUT
+    positions: str = "all"
     name: str = "Hugging Face"
 
     def check(self, prompt: Prompt | None = None) -> None:
@@ -90,9 +91,19 @@ class HuggingFace:
         if progress is not None:
             progress(self.name, 0, None)
         with TemporaryDirectory(prefix="parity-hf-") as scratch:
-            script, said = Path(scratch) / "parity_hf.py", Path(scratch) / "tokenizer.json"
+            script, tokenizer_note = Path(scratch) / "parity_hf.py", Path(scratch) / "tokenizer.json"
             script.write_text(source("hf"), encoding="utf-8")
-            words = [self.python, str(script), "{model}", "--out", "{out}", "--device", self.device, "--tokenizer", str(said)]
+            words = [
+                self.python,
+                str(script),
+                "{model}",
+                "--out",
+                "{out}",
+                "--device",
+                self.device,
+                "--tokenizer",
+                str(tokenizer_note),
+            ]
             words += ["--slice", str(self.slice_size or 0)]
             if prompt.ids:
                 words += ["--tokens", "{tokens}"]
@@ -100,6 +111,10 @@ class HuggingFace:
                 words += [f"--prompt={prompt.text}"]
             if self.points:
                 words += ["--points", "{points}"]
+            if self.positions != "all":
+                words += ["--positions", self.positions]
             ids = (*prompt.ids, *prompt.generated)
             Command(shlex.join(words), timeout=self.timeout).run(model=self.model, tokens=ids, out=out, points=self.points)
-            return Tokenizer(**json.loads(said.read_text(encoding="utf-8"))) if said.exists() else Tokenizer()
+            return (
+                Tokenizer(**json.loads(tokenizer_note.read_text(encoding="utf-8"))) if tokenizer_note.exists() else Tokenizer()
+            )

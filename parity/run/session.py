@@ -109,9 +109,9 @@ def run(
     left, right = load(folder / OURS_FILE, request.mapping), load(folder / REF_FILE)
     if request.command is not None and not request.despite_lint:
         refuse_unusable(left, "your engine's dump")
-    found = judge(left, right, comparison_options(request))
-    verdict = replace(found.verdict, notes=(*taken_instead(request, right), *found.verdict.notes))
-    return Outcome(folder, left, right, verdict, found.picture, perf_counter() - began)
+    compared = judge(left, right, comparison_options(request))
+    verdict = replace(compared.verdict, notes=(*taken_instead(request, right), *compared.verdict.notes))
+    return Outcome(folder, left, right, verdict, compared.picture, perf_counter() - began)
 
 
 def comparison_options(request: Request) -> Options:
@@ -222,8 +222,10 @@ def with_hugging_face(outcome: Outcome, side: HuggingFace, progress: Progress | 
     generated = tuple(token.id for token in outcome.ref.tokens)
     prompt = Prompt(header.prompt, header.tokens, header.pieces or (), generated=generated)
     out = outcome.folder / HF_FILE
-    said = replace(side, points=",".join(outcome.ref.points)).dump(prompt, out, progress)
-    return compare_three((outcome.ours, outcome.ref, read(out))), said.difference(prompt) if header.prompt is not None else ""
+    tokenizer = replace(side, points=",".join(outcome.ref.points)).dump(prompt, out, progress)
+    return compare_three((outcome.ours, outcome.ref, read(out))), tokenizer.difference(
+        prompt
+    ) if header.prompt is not None else ""
 
 
 def dump_hugging_face(model: Path, given: dict[str, Any], out: Path, progress: Progress | None = None) -> str:
@@ -234,7 +236,12 @@ def dump_hugging_face(model: Path, given: dict[str, Any], out: Path, progress: P
         EngineError: transformers cannot load or run the model.
     """
     side = HuggingFace(
-        model, given["python"], given["device"], _listed(given["points"]), None if given["full"] else given["slice_size"]
+        model,
+        given["python"],
+        given["device"],
+        _listed(given["points"]),
+        None if given["full"] else given["slice_size"],
+        positions=given["positions"] if isinstance(given["positions"], str) else ",".join(map(str, given["positions"])),
     )
     if model.is_dir():
         if not (model / "config.json").is_file():
@@ -243,31 +250,18 @@ def dump_hugging_face(model: Path, given: dict[str, Any], out: Path, progress: P
             )
         prompt = Prompt(given["prompt"], given["tokens"] or (), ())
         side.check(prompt)
-        said = side.dump(prompt, out, progress)
-        return "" if prompt.ids or not said.problem else said.problem
+        tokenizer = side.dump(prompt, out, progress)
+        return "" if prompt.ids or not tokenizer.problem else tokenizer.problem
     with Reference() as reference:
         prompt = resolve_prompt(reference, model, given["prompt"], given["tokens"])
     side.check(prompt)
-    said = side.dump(prompt, out, progress)
-    return said.difference(prompt) if given["prompt"] is not None and given["tokens"] is None else ""
+    tokenizer = side.dump(prompt, out, progress)
+    return tokenizer.difference(prompt) if given["prompt"] is not None and given["tokens"] is None else ""
 
 
 def _listed(points: str) -> str:
-    """A `--points` expression as names with commas, "" for all of them.
-
-    Raises:
-        InputError: it has globs: which points a Hugging Face model has is not known before it runs.
-    """
-    if points == "all":
-        return ""
-    names = expand(points)
-    if globs := [name for name in names if any(sign in name for sign in "*?[")]:
-        raise InputError(
-            f"--points {globs[0]!r} has wildcards, which do not work with Hugging Face: its points are known only after it has run.",
-            "Leave --points out to record all, or list them: 'blk.{0..3}.{q,k}'.",
-            code="points",
-        )
-    return ",".join(names)
+    """A `--points` expression as names and wildcards with commas, "" for all of them: what a model has is known only when it runs."""
+    return "" if points == "all" else ",".join(expand(points))
 
 
 def dump_reference(request: Request, out: Path, follow: Dump | None = None) -> DumpResult:

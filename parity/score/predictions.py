@@ -53,8 +53,8 @@ class LlamaCppPredictions:
     def rows(self, chunk: Chunk) -> Rows:
         """(position, logits [V]) of the scored positions, in order."""
         position = chunk.first
-        found = self.reference.logits(self.model, chunk.tokens[:-1], first=chunk.first, portion=PORTION, mode=self.mode)
-        for part in found:
+        predictions = self.reference.logits(self.model, chunk.tokens[:-1], first=chunk.first, portion=PORTION, mode=self.mode)
+        for part in predictions:
             for row in part:
                 yield position, row
                 position += 1

@@ -1,0 +1,43 @@
+"""Which layers of an engine are wrong, each given the reference's input: data; `reports` formats it."""
+
+from dataclasses import dataclass
+
+RIGHT, WRONG, NOT_JUDGED = "right", "wrong", "not judged"
+
+
+@dataclass(frozen=True)
+class JudgedPart:
+    """One part of the model: the embedding, a layer, or what follows the last one.
+
+    `name` is "embd", "blk.7" or "output". Where it is wrong, `point` is the first of its points that differs, with the worst record's
+    NMSE, its limit and position; `reason` says why it could not be judged.
+    """
+
+    name: str
+    status: str
+    point: str = ""
+    nmse: float | None = None
+    limit: float | None = None
+    token_idx: int | None = None
+    records: int = 0
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Bisected:
+    """The answer; true where every part that was judged is right, and at least one was."""
+
+    parts: tuple[JudgedPart, ...]
+    runs: int
+    engine: str
+    seconds: float
+    folder: str
+    notes: tuple[str, ...] = ()
+
+    @property
+    def wrong(self) -> tuple[JudgedPart, ...]:
+        """The parts that are wrong given right inputs."""
+        return tuple(part for part in self.parts if part.status == WRONG)
+
+    def __bool__(self) -> bool:
+        return not self.wrong

@@ -1,0 +1,167 @@
+"""Many JSON arrays of numbers as one NumPy array: simdjson reads numbers, words for non-finite ones are put in afterwards.
+
+What counts as a number here is what `checkpoints.reading.fields.number` takes, as far as engines print it by the million.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+import numpy as np
+import simdjson
+from numpy.typing import NDArray
+
+Text = msgspec.Raw | memoryview | bytes
+
+_WORD = re.compile(
+    rb'"[+-]?nan(?:\(\w*\))?"|"[+-]?inf(?:inity)?"|-?nan(?:\(\w*\))?|[+-]?inf(?:inity)?|(?-i:null)', re.IGNORECASE
+)
+_NUMBER = re.compile(rb"-?(?:0|[1-9]\d*)(?:\.\d+)?(?:[eE][-+]?\d+)?")
+_QUOTED = re.compile(rb'"(' + _NUMBER.pattern + rb')"')
+_BLANKS = b" \t\r\n"
+_LONGEST = 300  # characters of a number that simdjson refuses: a longer integer is beyond float64
+_FAR = re.compile(rb"[eE]\+?0*[1-9]\d\d")  # an exponent that may be beyond float64's
+_INTEGER = 18  # characters of which every integer fits 64 bits
+
+_SEPARATOR = np.zeros(256, dtype=np.bool_)
+_SEPARATOR[list(b"[], \t\r\n")] = True
+_TO_COMMAS = bytes(ord(",") if _SEPARATOR[i] else i for i in range(256))
+_IS_WORD = np.zeros(256, dtype=np.bool_)
+_IS_WORD[list(b"nNiI")] = True
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """The numbers of R arrays.
+
+    Attributes:
+        flat: float64 [N], laid end to end.
+        counts: how many each array has.
+        texts: the arrays' texts, empty where a word stood for a number: what was printed as decimals.
+    """
+
+    flat: NDArray[np.float64]
+    counts: list[int]
+    texts: Sequence[Text]
+
+
+class NumberParser:
+    """Reads arrays of numbers; it holds the buffers of simdjson. Arrays in arrays are not told from longer ones."""
+
+    def __init__(self) -> None:
+        self._simdjson = simdjson.Parser()
+
+    def read(self, texts: Sequence[Text]) -> Numbers | None:
+        """The numbers of these arrays, each with its brackets; None where something else stands in one of them."""
+        array = _joined(texts)
+        plain = self._plain(array)
+        if plain is not None:
+            return Numbers(*plain, texts)
+        return self._with_words(array) if all(bytes(text).startswith(b"[") for text in texts) else None
+
+    def _plain(self, array: bytes) -> tuple[NDArray[np.float64], list[int]] | None:
+        """Of arrays in an array that hold nothing but numbers."""
+        parsed: Any = None
+        try:
+            parsed = self._simdjson.parse(array)
+            counts = list(map(len, parsed))
+            flat = np.frombuffer(parsed.as_buffer(of_type="d"), np.float64) if any(counts) else np.zeros(0)
+        except (ValueError, TypeError, RuntimeError):  # the library's way to say that there is something else
+            return None
+        finally:
+            del parsed  # the parser is used again only when nothing of it is held
+        return (flat, counts) if len(flat) == sum(counts) else None
+
+    def _with_words(self, array: bytes) -> Numbers | None:
+        """The same with words for numbers, numbers in quotes and numbers beyond float64."""
+        if b'"' in array:
+            array = _QUOTED.sub(rb"\1", array)
+        words = _words(array)
+        plain = None if words is None else self._plain(words.zeroed) or self._with_huge(words.zeroed)
+        if plain is None or words is None:
+            return None
+        flat, counts = plain
+        if len(words.at):
+            if len(flat) <= int(words.at[-1]):
+                return None
+            flat = flat.copy()
+            flat[words.at] = words.values
+        parts = words.dropped[1:-1].split(b"],[")
+        return Numbers(flat, counts, [part.strip(b"[]" + _BLANKS) for part in parts]) if len(parts) == len(counts) else None
+
+    def _with_huge(self, array: bytes) -> tuple[NDArray[np.float64], list[int]] | None:
+        """The same with numbers that no float64 or 64-bit integer holds, which simdjson refuses: infinite, as Python reads them."""
+        rows = array.translate(None, _BLANKS)[2:-2].split(b"],[")
+        elements = [number for row in rows if row for number in row.split(b",")]
+        if max(map(len, elements), default=0) > _LONGEST:
+            return None
+        special = {text for text in set(elements) if len(text) > _INTEGER or _FAR.search(text)}
+        if not all(map(_NUMBER.fullmatch, special)):
+            return None
+        values = {text: float(int(text)) if text.strip(b"-").isdigit() else float(text) for text in special}
+        rare = [i for i, text in enumerate(elements) if text in special]
+        texts = [elements[i] for i in rare]
+        for i in rare:
+            elements[i] = b"0"
+        plain = self._plain(b"[[" + b",".join(elements) + b"]]")
+        if plain is None:
+            return None
+        flat = plain[0].copy()
+        flat[rare] = [values[text] for text in texts]
+        return flat, [row.count(b",") + 1 if row else 0 for row in rows]
+
+
+def without_words(text: bytes) -> bytes:
+    """The text of one array with nothing where words stand for numbers."""
+    words = _words(_QUOTED.sub(rb"\1", text) if b'"' in text else text)
+    return text if words is None else words.dropped
+
+
+@dataclass(frozen=True)
+class _Words:
+    """Words among the numbers of a text: which elements they are [W], what they mean [W], and the text with zeros or nothing there."""
+
+    at: NDArray[np.int64]
+    values: NDArray[np.float64]
+    zeroed: bytes
+    dropped: bytes
+
+
+def _words(array: bytes) -> _Words | None:
+    """The words in arrays of numbers; None where one is not known."""
+    data = np.frombuffer(array, np.uint8)
+    inside = ~_SEPARATOR[data]
+    begins = inside.copy()
+    begins[1:] &= ~inside[:-1]
+    starts = np.flatnonzero(begins)
+    if not len(starts):
+        return _Words(starts, np.zeros(0), array, array)
+    behind_quote = np.minimum(starts + (data[starts] == ord('"')), len(data) - 1)
+    first = data[behind_quote]
+    negative = first == ord("-")
+    letter = data[np.minimum(behind_quote + (negative | (first == ord("+"))), len(data) - 1)]
+    is_word = _IS_WORD[letter]
+    at = np.flatnonzero(is_word)
+    of_word = inside & is_word[np.maximum(np.cumsum(begins, dtype=np.int32) - 1, 0)]
+    each = of_word.copy()
+    each[:-1] |= of_word[1:]  # with what separates it from the one before
+    different = set(data[each].tobytes().translate(_TO_COMMAS).split(b",")) - {b""}
+    if not all(map(_WORD.fullmatch, different)):
+        return None
+    zeroed, kept = data.copy(), ~of_word
+    zeroed[starts[at]] = ord("0")
+    dropped = data[kept].tobytes()
+    kept[starts[at]] = True
+    infinite = (letter[at] | 0x20) == ord("i")
+    meant = np.where(infinite, np.where(negative[at], -np.inf, np.inf), np.nan)
+    return _Words(at, meant, zeroed[kept].tobytes(), dropped)
+
+
+def _joined(texts: Sequence[Text]) -> bytes:
+    """The texts as elements of one array, copied once: they are most of a file."""
+    pieces: list[Text] = [b","] * (2 * len(texts) + 1)
+    pieces[1::2] = texts
+    pieces[0], pieces[-1] = b"[", b"]"
+    return b"".join(pieces)

@@ -1,0 +1,38 @@
+"""What speaks for another arithmetic than the one that operations were judged in: said, before any of them is blamed."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from checkpoints.answers.isolate import NOT_OBSERVABLE, WRONG, Operation
+from engine.graph import Step
+
+from ..diff.limits import EXACT_FLOOR, limits
+from .judged_layers import LAYER
+
+# Errors of 8-bit products are of one size: between the smallest and the largest of a right engine's products lie, measured, at most a
+# factor of 300 (tests/test_isolate_attention.py).
+_ALIKE = 1000.0
+_REASON = (
+    "its error is noise of the size that 8-bit activations make, as in every product here: not declared? --compute q8 judges so"
+)
+
+
+def as_eight_bits(operations: Sequence[Operation]) -> list[Operation]:
+    """The operations, whole layers among them; where all that is wrong is products with weights, by what 8-bit activations cost, and no
+    product is right to float32's end, none is blamed.
+    """
+    wrong = [found for found in operations if found.status == WRONG]
+    products = [found for found in operations if found.sampled is not None or (found in wrong and found.weight)]
+    errors = [found.nmse for found in products if found.nmse is not None]
+    most = limits(None, None, compute="q8").operations
+    alike = bool(errors) and min(errors) > EXACT_FLOOR.operations and max(errors) <= min(most, _ALIKE * min(errors))
+    others = [found for found in wrong if found not in products]
+    if not alike or any(found.operation != LAYER or found.nmse is None or found.nmse > most for found in others):
+        return list(operations)
+    return [replace(found, status=NOT_OBSERVABLE, reason=_REASON) if found in wrong else found for found in operations]
+
+
+def in_order(operations: Sequence[Operation], steps: Sequence[Step]) -> list[Operation]:
+    """The operations in the order of the model."""
+    place = {step.makes: number for number, step in enumerate(steps)}
+    return sorted(operations, key=lambda found: place.get(found.name, len(place)))

@@ -1,0 +1,83 @@
+"""Points that a dump lacks, passed over: what is made of them is judged from the nearest recorded values before them.
+
+Attention needs no scores to be judged: queries, keys and values at all positions say what comes out of it.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+
+from engine import ops
+from engine.graph import Step
+
+from .operation import Definition
+
+ATTENTION = ("k_read", "v_read")
+
+
+def attends(kind: str) -> bool:
+    """Whether a kind of point lies inside of attention: scores, their soft max, what the cache gave, the mix of values."""
+    return kind.startswith("kq") or kind in ATTENTION
+
+
+def passed_over(steps: Sequence[Step], recorded: Collection[str], *, rounds: bool) -> frozenset[str]:
+    """The points that a dump lacks and that are computed anew, because nothing but plain arithmetic makes them.
+
+    Args:
+        recorded: the points that are there as a whole, in some pass.
+        rounds: products round their activations: a value computed anew would be rounded otherwise here and there, so that only what is
+            read by operations without weights is passed over.
+    """
+    found = {step.makes for step in steps if not step.inner and step.makes not in recorded and _plain(step)}
+    if not rounds:
+        return frozenset(found)
+    readers: dict[str, list[Step]] = {}
+    for step in steps:
+        for name in step.names:
+            readers.setdefault(name, []).append(step)
+    known = {step.makes: step for step in steps}
+    while kept := {name for name in found if any(not _plain(known[to]) for to in _judged(name, readers, found) if to in known)}:
+        found -= kept
+    return frozenset(found)
+
+
+def _judged(name: str, readers: Mapping[str, Sequence[Step]], found: set[str]) -> set[str]:
+    """The steps that are judged by way of a value: its readers, through those between points and those that are passed over."""
+    reached, waiting = set[str](), [name]
+    while waiting:
+        for step in readers.get(waiting.pop(), ()):
+            if step.makes not in reached:
+                reached.add(step.makes)
+                if step.inner or step.makes in found:
+                    waiting.append(step.makes)
+    return reached
+
+
+def _plain(step: Step) -> bool:
+    """Whether a step has no weights but sinks of attention, and follows from earlier values at all."""
+    return bool(step.names) and (not any(step.weights) or step.op is ops.causal_soft_max)
+
+
+def without(definition: Definition, names: Collection[str]) -> Definition:
+    """The definition with these points computed like any value between points."""
+
+    def hidden(steps: Sequence[Step]) -> list[Step]:
+        return [replace(step, inner=True) if step.makes in names else step for step in steps]
+
+    return Definition(hidden(definition.several), None if definition.single is None else hidden(definition.single), names)
+
+
+def stretches(steps: Sequence[Step], names: Collection[str]) -> dict[str, tuple[str, ...]]:
+    """Judged points that are made by way of points that are passed over, and the latter in the order of the model."""
+    through: dict[str, dict[str, None]] = {}
+    found: dict[str, tuple[str, ...]] = {}
+    for step in steps:
+        behind: dict[str, None] = {}
+        for name in step.names:
+            behind |= through.get(name, {})
+        if step.makes in names:
+            behind[step.makes] = None
+        if step.inner or step.makes in names:
+            through[step.makes] = behind
+        elif behind:
+            found[step.makes] = tuple(behind)
+    return found
