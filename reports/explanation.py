@@ -31,7 +31,9 @@ def lines(explanation: Explanation, width: int) -> Iterator[Text]:
             [("no fault", f"agrees within the noise of {_arithmetic(explanation.precision_only, explanation)}")], width
         )
     elif explanation.first is None:
-        yield from _lines([("no fault", f"all {explanation.records:,} records agree with the right engine")], width)
+        noisy = any(note.startswith("noise:") for note in explanation.notes)
+        within = ", some only within the noise that the note says" if noisy else ""
+        yield from _lines([("no fault", f"all {explanation.records:,} records agree with the right engine{within}")], width)
     elif explanation.precision_only:
         yield from _precision(explanation, width)
     elif explanation.remaining is not None:

@@ -23,6 +23,7 @@ _KEPT = 12  # fits that go on after the first passes …
 _OF_ONE = 2  # … and those of them that are of one fault at one place, from different starts
 _SLACK = 10.0  # as `batch._SLACK`: products over few rows round otherwise
 _DIGITS = (1, 2, 3, 4, 5, 6, 8)  # significant digits of a fitted number: the fewest that reproduce the records are meant
+_ZERO = 1e-4  # a fitted factor below this is tried as 0 first
 _NEAR = 0.01  # part of the error that a fit may leave for round numbers near it to be tried
 _AGAIN = 3  # times that a number is fitted again where it leaves a later place
 
@@ -211,9 +212,11 @@ class Fitting:
     def _rounded(self, trial: _Trial, state: State) -> State:
         """The state with the number of fewest digits that gets as far."""
         value = trial.value(trial.best_at)
-        for digits in _DIGITS:
-            short = float(f"{value:.{digits}g}")
-            if short in (value, 0.0):
+        numbers = [float(f"{value:.{digits}g}") for digits in _DIGITS]
+        if not trial.fit.positive and abs(value) < _ZERO:
+            numbers.insert(0, 0.0)
+        for short in numbers:
+            if short == value or (short == 0.0 and trial.fit.positive):
                 continue
             at = float(np.log(short)) if trial.fit.positive else short
             if not self._passes(trial, at):

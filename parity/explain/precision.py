@@ -19,6 +19,9 @@ KINDS = tuple(ROUNDINGS)
 # a point's mean lay between 0.09 times the floor of rounded products and 3.8 times that of rounded activations (both with sums
 # in F16, which our rounding does not copy), its largest single record at 35 times the latter at most.
 UPPER, LOWER = 30.0, 1 / 300.0
+# Between the points' ratios at most: those of one arithmetic lie within a factor of three of each other where that was measured (three
+# lifted and three random models); a fault that is diluted in the first layer and grows by the last has more.
+APART = 20.0
 TOGETHER = 6.0  # the mean of all points' ratios: above the largest of single ones, 3.8
 SINGLE = 100.0  # a single record against what its own activations cost when rounded
 # Of the records that rounding must have changed by at least this many times their limit, this part may be exactly right or so:
@@ -106,12 +109,19 @@ def fits(found: PrecisionFloor, entries: Sequence[Expected]) -> float | None:
             return None
         if float(one.mean()) > noise and mean < LOWER * float(one.mean()):
             return None
-    return mismatch(
-        [
-            (float(entry.base.mean()), float(one.mean()), float(two.mean()))
-            for entry, (one, two) in zip(entries, costs, strict=True)
-        ]
-    )
+    points = [
+        (float(entry.base.mean()), float(one.mean()), float(two.mean()))
+        for entry, (one, two) in zip(entries, costs, strict=True)
+    ]
+    return mismatch(points) if _even(points) else None
+
+
+def _even(points: Sequence[tuple[float, float, float]]) -> bool:
+    """Whether the points' errors, by what the arithmetic costs there, are of one size, and not far above it together."""
+    above = [
+        np.log(error / max(one, two)) for error, one, two in points if error > 0 and one > VISIBLE * EXACT_FLOOR.operations
+    ]
+    return not above or (float(np.mean(above)) <= np.log(TOGETHER) and max(above) - min(above) <= np.log(APART))
 
 
 def _concentrated(entry: Expected) -> bool:
