@@ -64,8 +64,8 @@ def by_all_cores(path: Path) -> tuple[int, int]:
 
 def whole(path: Path) -> tuple[int, int]:
     """The same, read as the commands read it."""
-    found = load(path)
-    return found.records, sum(rows.values.size for rows in found.points.values())
+    dump = load(path)
+    return dump.records, sum(rows.values.size for rows in dump.points.values())
 
 
 def peak() -> float:
@@ -102,9 +102,9 @@ def numbers(path: Path, seconds: float) -> float:
     while perf_counter() < until:
         began = process_time()
         for block in blocks:
-            found = parser.parse(block)
-            found.as_buffer(of_type="d")
-            del found
+            records = parser.parse(block)
+            records.as_buffer(of_type="d")
+            del records
         best = min(best, process_time() - began)
     return count / best / 1e6
 
