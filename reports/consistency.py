@@ -16,7 +16,7 @@ def lines(consistency: Consistency, width: int) -> Iterator[Text]:
     """The whole answer, for a terminal of `width` columns."""
     yield from labelled([("engine", clean(consistency.engine))], width)
     yield Text("")
-    rows: list[tuple[str, ...]] = [("check", "records", "worst NMSE", "", "computed as")]
+    rows: list[tuple[str, ...]] = [("check", "records", "worst NMSE", "", "bits differ from", "computed as")]
     rows += [_row(check) for check in consistency.checks]
     styles = ["dim", *("" if check.verdict is None or check.verdict else "bold red" for check in consistency.checks)]
     yield from columns(rows, frozenset({1, 2}), styles, width)
@@ -30,10 +30,11 @@ def lines(consistency: Consistency, width: int) -> Iterator[Text]:
 
 def _row(check: Check) -> tuple[str, ...]:
     if check.verdict is None:
-        return (check.name, "–", "–", "not made", clean(check.reason))
+        return (check.name, "–", "–", "not made", "", clean(check.reason))
     worst = check.verdict.worst
     answer = "same" if check.verdict else "differs"
-    return (check.name, f"{check.verdict.compared:,}", error(worst.nmse if worst else 0.0), answer, clean(check.what))
+    figures = f"{check.verdict.compared:,}", error(worst.nmse if worst else 0.0)
+    return (check.name, *figures, answer, clean(check.differs) or "–", clean(check.what))
 
 
 def _answer(consistency: Consistency) -> Text:
@@ -58,6 +59,7 @@ def as_json(consistency: Consistency) -> dict[str, Any]:
                 "what": check.what,
                 "suspect": check.suspect,
                 "reason": check.reason,
+                "first_to_differ": check.differs,
                 "diff": None if check.verdict is None else verdict_as_json(check.verdict),
             }
             for check in consistency.checks

@@ -37,7 +37,9 @@ def read(lifter: "Lifter", index: int, tensor: Tensor) -> tuple[str, tuple[Size,
     name = "input." + ".".join(
         [rule.kind, *(f"{value:g}" if isinstance(value, float) else str(value) for value in rule.parameters.values())]
     )
-    return lifter.helper(Step(name, operation, reads, (), dict(rule.parameters), inner=True)), shape
+    # Of sections and masks the first rows are not those of a shorter pass.
+    axis = 0 if shape == (lifter.t,) else None
+    return lifter.helper(Step(name, operation, reads, (), dict(rule.parameters), axis=axis, inner=True)), shape
 
 
 def sections(positions: Array, *, sections: int, zeros: int) -> Array:

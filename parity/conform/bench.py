@@ -106,14 +106,14 @@ class Bench:
             result = CellResult(cell, NO_REFERENCE, error.message)
         else:
             try:
-                result = self._fresh(cell, model, identity.of_file(model))
+                result = self._fresh(cell, model)
             except Exception as error:  # a fault of ours in one cell must neither hide nor cost all the others
                 result = CellResult(cell, CRASHED, f"internal error of parity: {type(error).__name__}: {error}")
         result = replace(result, key=key, seconds=perf_counter() - began)
         results.save(self._settings.folder, result)
         return result
 
-    def _fresh(self, cell: Cell, model: Path, model_key: str) -> CellResult:
+    def _fresh(self, cell: Cell, model: Path) -> CellResult:
         prompt = prompt_of(cell)
         assert prompt is not None  # the matrix has no such cells
         request = replace(self._settings.run, model=model, tokens=prompt.ids, points="all", slice_size=_SLICE)
@@ -130,7 +130,7 @@ class Bench:
         except ParityError as error:  # our own engine has no such model
             return CellResult(cell, REFUSED, error.message)
         try:  # only now: what the side refuses needs no reference
-            ref = self._reference_dump(request, Prompt(None, prompt.ids, ()), model_key, cell.prompt)
+            ref = self._reference_dump(request, Prompt(None, prompt.ids, ()), identity.of_file(model), cell.prompt)
         except ParityError as error:
             return CellResult(cell, NO_REFERENCE, error.message)
         try:
