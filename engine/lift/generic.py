@@ -58,7 +58,12 @@ def generic(lifter: "Lifter", index: int, tensor: Tensor) -> None:
         None if entry is None else Operand(entry[1] + (len(reads) if entry[0] == "weight" else 0), entry[2], entry[3])
         for entry in operands_read
     )
-    params = {"params": OpParams(tensor.params, tensor.type), "operands": operands, "shape": shape, "result_shape": result_shape}
+    params = {
+        "params": OpParams(tensor.params, tensor.type),
+        "operands": operands,
+        "shape": shape,
+        "result_shape": result_shape,
+    }
     if positions is not None:
         params["positions"] = positions
     inner = not tensor.point or (axis is None and len(result_shape) != 2)  # without a row for each position, or one for all
