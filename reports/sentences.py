@@ -1,6 +1,7 @@
 """A verdict in sentences: what the terminal, the HTML report and Markdown say alike. Text from dumps is cleaned, not escaped."""
 
 from collections.abc import Iterator, Sequence
+from math import isclose
 
 from checkpoints.answers.diff import DIVERGENCE, Difference, Missing, RecordFault, Seen, TruthPoint, Verdict
 from checkpoints.points import EMBD, LOGITS, parse
@@ -28,6 +29,10 @@ def answer(verdict: Verdict) -> str:
     held += f"limit {limit(verdict.limits.operations)}"
     if verdict.limits.logits != verdict.limits.operations:
         held += f", logits {limit(verdict.limits.logits)}"
+    own = limits_of_their_own(verdict)
+    if own:
+        low, high = (limit(find(own.values())) for find in (min, max))
+        held += f" ({count(len(own), 'point')} judged by {low if low == high else f'{low} to {high}'})"
     otherwise = sum(fault.records for fault in verdict.record_faults)
     precision = verdict.precision
     if verdict:
@@ -49,6 +54,13 @@ def answer(verdict: Verdict) -> str:
     else:
         what = "records are missing"
     return f"divergence{' (limit assumed)' if verdict.limits.assumed else ''}: {what}, {held}"
+
+
+def limits_of_their_own(verdict: Verdict) -> dict[str, float]:
+    """Points whose worst record was judged by another limit than the printed one: its "of limit" is in proportion to this."""
+    printed = {LOGITS: verdict.limits.logits}
+    found = {point.checkpoint: point.worst.limit for point in verdict.points if point.worst.of_limit}
+    return {name: value for name, value in found.items() if not isclose(value, printed.get(name, verdict.limits.operations))}
 
 
 ARITHMETIC = {"": "lower", "f32": "float32", "tf32": "TF32", "f16": "F16", "bf16": "BF16", "q8": "8-bit"}
