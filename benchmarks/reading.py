@@ -21,6 +21,7 @@ import simdjson
 
 from checkpoints.formats import load
 from checkpoints.jsonl import Writer
+from checkpoints.reading.parallel import Sharing
 from checkpoints.reading.scan import Scan
 from checkpoints.record import Header, Rows
 from checkpoints.summary import summarise
@@ -53,7 +54,7 @@ def own(path: Path, positions: int) -> None:
 
 def streamed(path: Path, processes: int | None = 0) -> tuple[int, int]:
     """Records and values of a stream through the file."""
-    sizes = [(len(rows), rows.values.size) for rows in Scan(path, processes=processes) if isinstance(rows, Rows)]
+    sizes = [(len(rows), rows.values.size) for rows in Scan(path, Sharing(processes=processes)) if isinstance(rows, Rows)]
     return sum(n for n, _ in sizes), sum(v for _, v in sizes)
 
 
