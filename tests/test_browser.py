@@ -195,3 +195,29 @@ def test_it_prints(page: Page) -> None:
         assert page.driver.execute_cdp_cmd("Page.printToPDF", {})["data"]
     finally:
         page.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
+
+
+def test_the_dataflow_is_coloured_and_leads_to_figures(page: Page) -> None:
+    """The layer of the first divergence is drawn, its point in red; a click leads to its figures; another can be chosen."""
+    page.open("diverging")
+    first = REPORTS["diverging"]().verdict.first_divergence
+    assert first is not None
+    strokes = page.js(
+        "return Object.fromEntries([...document.querySelectorAll('#flow .known')].map("
+        "(g) => [g.dataset.point, g.querySelector('rect').getAttribute('stroke')]))"
+    )
+    assert strokes[first.checkpoint] == "#d62718"
+    page.js(
+        "document.querySelector(`#flow [data-point='${arguments[0]}']`).dispatchEvent(new MouseEvent('click'))",
+        first.checkpoint,
+    )
+    assert page.text("#readout").startswith(f"{first.checkpoint}, position ")
+    assert page.text(".chosen th") == first.checkpoint
+    layers = page.js("return [...document.querySelectorAll('#flow-layer option')].map((o) => o.label)")
+    assert len(layers) > 1
+    page.js("const s = document.querySelector('#flow-layer'); s.value = 0; s.dispatchEvent(new Event('change'))")
+    assert page.js("return document.querySelector('#flow svg').getAttribute('aria-label')") == f"Dataflow of {layers[0]}"
+    assert "#3a78b5" in page.js(
+        "return [...document.querySelectorAll('#flow .known rect')].map((r) => r.getAttribute('stroke'))"
+    )
+    assert page.driver.get_log("browser") == []
