@@ -4,8 +4,8 @@
 
 Engines come in tens: a seeded small model (architecture and weight type go through all of them), its reference by llama.cpp, and our
 engine in F32, F16, BF16, TF32 and 8-bit arithmetic, each as two dumps: 10, 16 or all values a row, the default points or all, bare lines
-(no header, shape, statistics or sketch) or a whole dump, its arithmetic stated or not. `lint`, `diff` without and with the model and
-`explain` judge each.
+(no header, shape, statistics or sketch) or a whole dump, its arithmetic stated or not. `lint` and `diff`, without and with the model,
+judge each; with `--explain` so does `explain`, which takes most of the time (`explain_right.py` has right engines of its own).
 
 *accused*: lint finds an error, or diff says divergence, or explain names a cause or a place. *called exact*: an answer that says, without
 "assumed", that an engine in lower arithmetic agrees as float32 does. *suspected* (lint's suspicions; diff's "8-bit arithmetic, not
@@ -32,7 +32,7 @@ from explain_precision import half_sums, other_order
 from planted import Faulty, Planted, tokens_of
 
 from checkpoints.answers.lint import ERROR
-from checkpoints.errors import ParityError
+from checkpoints.errors import InputError, ParityError
 from checkpoints.graph import RecordedGraph
 from checkpoints.points import layer_outputs
 from checkpoints.reading.reader import read
@@ -56,6 +56,7 @@ from reference.jobs import DumpJob
 TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q5_1", "q4_k_m", "q6_k", "iq4_nl", "q3_k_m")
 SLICES = (10, 16, None)
 EACH = 2  # dumps of one engine
+MOST_LAYERS = 8
 _BUDGET = 60.0  # seconds that `explain` may search; a right engine needs a fraction of one
 
 Arithmetic = Callable[[Sequence[Step]], Sequence[Step]]
@@ -130,6 +131,8 @@ def model_of(seed: int, folder: Path, reference: Reference) -> Model:
     path, draw = folder / "model.gguf", random.Random(seed)
     chosen = RECIPES[name]
     make_by_recipe(path, chosen, shape_of(chosen), {}, kind=kind, seed=seed, tokenizer=embedded(), running=reference)
+    if reference.describe(path).n_layers > MOST_LAYERS:
+        raise InputError(f"{name} has too many layers for a thousand engines", "Another seed takes another architecture.")
     graph = reference.graph(path)
     faulty = Faulty(path, graph)
     tokens = tokens_of(path, draw.randrange(4, 10), seed)
@@ -138,7 +141,7 @@ def model_of(seed: int, folder: Path, reference: Reference) -> Model:
     return Model(f"{name} {kind}", path, faulty, tokens, read(out), graph)
 
 
-def judged(model: Model, dump: Dump, way: Written, kind: str) -> dict[str, str]:
+def judged(model: Model, dump: Dump, way: Written, kind: str, *, explained: bool) -> dict[str, str]:
     """What each command says of a right engine's dump: "right", "accused: …", "called exact" or "suspected: …"."""
     explain_case.recorded_graph = lambda _: model.graph  # recorded once a model, not once a command
     compute = kind if way.bare and way.stated else None
@@ -161,6 +164,8 @@ def judged(model: Model, dump: Dump, way: Written, kind: str) -> dict[str, str]:
             said[name] = "called exact"
         else:
             said[name] = "right"
+    if not explained:
+        return said
     answer = explain(dump, model.path, ExplainOptions(tokens=model.tokens, budget=_BUDGET, compute=compute))
     if answer.causes or not answer:
         causes = [(cause.named.fault, cause.named.layers) for cause in answer.causes]
@@ -175,7 +180,7 @@ def _visible(verdict: Any) -> bool:
     return verdict.worst is not None and verdict.worst.of_limit > 1
 
 
-def engines(seed: int, folder: Path, reference: Reference) -> Iterator[dict[str, Any]]:
+def engines(seed: int, folder: Path, reference: Reference, *, explained: bool) -> Iterator[dict[str, Any]]:
     """The ten engines of one model, and what they are told."""
     try:
         model = model_of(seed, folder, reference)
@@ -192,7 +197,7 @@ def engines(seed: int, folder: Path, reference: Reference) -> Iterator[dict[str,
             began = perf_counter()
             line = {"seed": seed, "number": number, "model": model.name, "kind": kind, "written": vars(way)}
             try:
-                line["said"] = judged(model, way.of(whole, layers, kind), way, kind)
+                line["said"] = judged(model, way.of(whole, layers, kind), way, kind, explained=explained)
             except ParityError as error:
                 line["said"] = {"all": f"accused: refused, {error}"}
             yield line | {"seconds": round(perf_counter() - began, 2)}
@@ -221,6 +226,7 @@ def main() -> None:
     parser.add_argument(
         "--seconds", type=float, default=float("inf"), help="of processor time; then the rest is left for another run"
     )
+    parser.add_argument("--explain", action="store_true", help="explain each engine as well")
     options = parser.parse_args()
     lines = [json.loads(text) for text in options.out.read_text().splitlines()] if options.out.exists() else []
     finished = {seed for seed, n in Counter(line["seed"] for line in lines).items() if n == PER_MODEL}
@@ -230,7 +236,7 @@ def main() -> None:
         seed = options.first
         while sum("said" in line for line in lines) < options.n and process_time() < options.seconds:
             if seed not in finished:
-                found = list(engines(seed, Path(folder), reference))
+                found = list(engines(seed, Path(folder), reference, explained=options.explain))
                 lines += found
                 with options.out.open("a") as out:
                     out.writelines(json.dumps(line) + "\n" for line in found)

@@ -60,8 +60,8 @@ class Blocks:
     def linear(self, makes: str, reads: str, weight: str, shape: tuple[int, int], *, bias: bool | None = None) -> Step:
         """A projection of shape (out, in). `bias` says whether it has one; None: where the file has it."""
         name = f"{weight}.bias"
-        found = self.optional(name, shape[0]) if bias is None else (self.weight(name, shape[0]) if bias else None)
-        return Step(makes, ops.linear, (reads,), (self.weight(f"{weight}.weight", *shape), found))
+        bias_name = self.optional(name, shape[0]) if bias is None else (self.weight(name, shape[0]) if bias else None)
+        return Step(makes, ops.linear, (reads,), (self.weight(f"{weight}.weight", *shape), bias_name))
 
     def rope(self, makes: str, reads: str, heads: int, pairs: str) -> Step:
         """Rotary position embedding; the frequency factors are used where the file has them."""

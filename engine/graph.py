@@ -270,14 +270,14 @@ def run(
     for name in remembered & live.keys():
         cache.append(name, live[name])
     for index, step in enumerate(steps):
-        made = compute(step, [_given(read, live, cache) for read in step.reads], weights)
+        value = compute(step, [_given(read, live, cache) for read in step.reads], weights)
         if not step.inner:
-            tap(step.makes, made)
-        live[step.makes] = made
+            tap(step.makes, value)
+        live[step.makes] = value
         if step.makes in remembered:
-            cache.append(step.makes, made)
+            cache.append(step.makes, value)
         if step.makes in carried:
-            cache.leave(step.makes, made)
+            cache.leave(step.makes, value)
         for name in (*step.names, step.makes):
             if last_use.get(name, -1) <= index and name not in wanted:
                 live.pop(name, None)

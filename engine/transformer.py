@@ -123,8 +123,8 @@ class Transformer:
             graph.ENCODER + graph.POSITIONS: self.backend.array(positions),
         }
         last = self.encoder[-1].makes
-        made = graph.run(self.encoder, values, self.weights, sequence.caches[0], tap or _nothing, keep=(last,))
-        sequence.encoded = made[last]
+        encoded = graph.run(self.encoder, values, self.weights, sequence.caches[0], tap or _nothing, keep=(last,))
+        sequence.encoded = encoded[last]
 
     def _compute(self, values: dict[str, Array], sequence: Progress, tap: graph.Tap) -> Array:
         """The last step's value."""

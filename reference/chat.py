@@ -17,18 +17,18 @@ def chat_texts(library: Library, own: str, text: str) -> dict[str, str]:
     count = api.llama_chat_builtin_templates(None, 0)
     names = (ctypes.c_char_p * count)()
     api.llama_chat_builtin_templates(names, count)
-    found = {"own": own.encode(errors="replace")} if own else {}
-    found |= {name.decode(): name for name in names if name}
+    templates = {"own": own.encode(errors="replace")} if own else {}
+    templates |= {name.decode(): name for name in names if name}
     raw = text.encode(errors="surrogateescape")
     message = (api.llama_chat_message * 1)()
     message[0].role, message[0].content = b"user", raw
     buffer = ctypes.create_string_buffer(len(raw) + _LARGEST)
-    made: dict[str, str] = {}
-    for name, template in found.items():
+    texts: dict[str, str] = {}
+    for name, template in templates.items():
         size = api.llama_chat_apply_template(template, message, 1, True, buffer, len(buffer))
         if 0 < size <= len(buffer):
-            made[name] = buffer.raw[:size].decode(errors="replace")
-    return made
+            texts[name] = buffer.raw[:size].decode(errors="replace")
+    return texts
 
 
 def own_template(metadata: dict[str, str]) -> str:

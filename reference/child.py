@@ -39,11 +39,11 @@ class Child:
         self.connection: Connection = ours
         self.stderr: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the child
         root = str(Path(__file__).resolve().parent.parent)
-        told = os.dup(2) if verbose else -1
-        passed = [theirs.fileno(), *([told] if verbose else [])]
+        log = os.dup(2) if verbose else -1
+        passed = [theirs.fileno(), *([log] if verbose else [])]
         try:
             self.process = subprocess.Popen(
-                [sys.executable, "-P", "-c", _BOOT, root, str(theirs.fileno()), str(told)],
+                [sys.executable, "-P", "-c", _BOOT, root, str(theirs.fileno()), str(log)],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=self.stderr,
@@ -53,7 +53,7 @@ class Child:
         finally:
             theirs.close()
             if verbose:
-                os.close(told)
+                os.close(log)
 
     def last_words(self) -> str:
         """What it said on stderr before it ended: ggml's assertion, an exception, else its last line."""

@@ -122,12 +122,12 @@ class Emitter:
         return np.flatnonzero(np.isin(self.step.positions, np.array(self.job.positions))).astype(np.int64)
 
 
-def describe(found: Contents, library: Library) -> ModelInfo:
+def describe(contents: Contents, library: Library) -> ModelInfo:
     """Which model a dump is of: always the original file, never its twin."""
-    number = found.integer("general.file_type")
+    number = contents.integer("general.file_type")
     names = {value: name for name, value in twin.file_types(library).items()}
     kind = names.get(number, "") if number is not None else ""
-    return found.info(kind)
+    return contents.info(kind)
 
 
 def expression(job: DumpJob, n_layers: int) -> str:

@@ -54,17 +54,23 @@ class Service:
         self._models[vocab_only] = (identity, model)
         return model
 
-    def _vocabulary(self, found: Contents) -> Model:
-        return self._model(found.path, vocab_only=True)
+    def _vocabulary(self, contents: Contents) -> Model:
+        return self._model(contents.path, vocab_only=True)
 
-    def _computable(self, found: Contents, mode: str, threads: int | None) -> Model:
+    def _computable_for(self, path: Path, tokens: tuple[int, ...], mode: str, threads: int | None) -> Model:
+        """The model that computes these tokens. Raises InputError for tokens that are not in its vocabulary."""
+        contents = twin.checked(self._library, path)
+        dump.check_tokens(self._vocabulary(contents), tokens)
+        return self._computable(contents, mode, threads)
+
+    def _computable(self, contents: Contents, mode: str, threads: int | None) -> Model:
         if mode != EXACT:
-            return self._model(found.path)
-        path = self._twins.of(found, threads=threads)
+            return self._model(contents.path)
+        path = self._twins.of(contents, threads=threads)
         try:
             return self._model(path)
         except ModelError as error:  # of a file in the cache, which the user never named
-            said = error.message.replace(str(path), str(found.path))
+            said = error.message.replace(str(path), str(contents.path))
             raise ModelError(said, error.advice, code=error.code) from error
 
     def tokenize(self, path: Path, text: str, add_special: bool, parse_special: bool, *, item: Item) -> Tokens:
@@ -118,9 +124,7 @@ class Service:
         item: Item,
     ) -> None:
         """See `client.Reference.capture`: items are (Node, float32 array)."""
-        found = twin.checked(self._library, path)
-        dump.check_tokens(self._vocabulary(found), tokens)
-        model = self._computable(found, mode, threads)
+        model = self._computable_for(path, tokens, mode, threads)
         with Session(model, n_ctx=len(tokens), n_batch=len(tokens), kv_type=kv_type, threads=threads) as session:
             self._deliver(session, tokens, expression, model.n_layers, 0, item)
 
@@ -137,9 +141,7 @@ class Service:
         item: Item,
     ) -> None:
         """See `client.Reference.logits`: items are float32 arrays [n, V]."""
-        found = twin.checked(self._library, path)
-        dump.check_tokens(self._vocabulary(found), tokens)
-        model = self._computable(found, mode, threads)
+        model = self._computable_for(path, tokens, mode, threads)
         batch = min(portion, len(tokens))
         with Session(model, n_ctx=len(tokens), n_batch=batch, kv_type=kv_type, threads=threads) as session:
             plans = plans_of(session, tokens[:portion])
@@ -166,30 +168,30 @@ class Service:
         item: Item,
     ) -> None:
         """See `client.Reference.layers`: items are (Node, float32 array)."""
-        found = twin.checked(self._library, path)
-        width = found.integer(f"{found.architecture}.embedding_length")
+        contents = twin.checked(self._library, path)
+        width = contents.integer(f"{contents.architecture}.embedding_length")
         if hidden.ndim != 2 or not len(hidden) or hidden.shape[1] != width:
             raise InputError(
                 f"a hidden state of shape {hidden.shape} is not [T, {width}].", "Give one row a position.", code="hidden"
             )
         count = len(hidden)
-        window = self._proven(found, span, count)
+        window = self._proven(contents, span, count)
         with (
-            open_window(self._library, found, window, exact=mode == EXACT, threads=threads) as model,
+            open_window(self._library, contents, window, exact=mode == EXACT, threads=threads) as model,
             Session(model, n_ctx=count, n_batch=count, kv_type=kv_type, threads=threads) as session,
         ):
-            self._deliver(session, hidden, expression, found.layers, window.first, item, last=window.stop == found.layers)
+            self._deliver(session, hidden, expression, contents.layers, window.first, item, last=window.stop == contents.layers)
 
-    def _proven(self, found: Contents, span: tuple[int, int], count: int) -> Window:
+    def _proven(self, contents: Contents, span: tuple[int, int], count: int) -> Window:
         """The window of these layers, which is proven once to compute what the whole model does there."""
         first, stop = span
-        if not 0 <= first < stop <= found.layers:
+        if not 0 <= first < stop <= contents.layers:
             raise InputError(
-                f"there are no layers {first}…{stop - 1}.", f"The model has layers 0…{found.layers - 1}.", code="layers"
+                f"there are no layers {first}…{stop - 1}.", f"The model has layers 0…{contents.layers - 1}.", code="layers"
             )
-        known = (found.fingerprint, span, count)
+        known = (contents.fingerprint, span, count)
         if known not in self._windows:
-            proof = prove(self._library, found, [span], (0,) * count, hidden=True)
+            proof = prove(self._library, contents, [span], (0,) * count, hidden=True)
             self._windows[known] = proof.untied
         return Window(first, stop, None, self._windows[known])
 
@@ -219,14 +221,14 @@ class Service:
 
     def describe(self, path: Path, *, item: Item) -> Description:
         """See `client.Reference.describe`."""
-        found = twin.checked(self._library, path)
+        contents = twin.checked(self._library, path)
         model = self._model(path)
         tokens = tuple(range(min(3, model.n_vocab)))
         with Session(model, n_ctx=2 * len(tokens), n_batch=len(tokens)) as session:
             plans = plans_of(session, tokens, tokens if model.encoder_decoder else ())
         known = [*(plans.encoder.known if plans.encoder is not None else ()), *plans.prompt.known]
         return Description(
-            info=dump.describe(found, self._library),
+            info=dump.describe(contents, self._library),
             metadata=model.metadata(),
             n_layers=model.n_layers,
             n_embd=model.n_embd,
@@ -239,11 +241,11 @@ class Service:
 
     def graph(self, path: Path, mode: str, n_ctx: int, threads: int | None, *, item: Item) -> RecordedGraph:
         """See `client.Reference.graph`."""
-        found = twin.checked(self._library, path)
+        contents = twin.checked(self._library, path)
         # A model that is computed in windows is never loaded as a twin; the file itself is only mapped into memory.
-        windows = window_size(self._library, found, DumpJob(path, path, (), mode=mode)) is not None
-        model = self._computable(found, NATIVE if windows else mode, threads)
-        return record(model, [tensor.name for tensor in found.tensors], fingerprint=found.fingerprint, n_ctx=n_ctx)
+        windows = window_size(self._library, contents, DumpJob(path, path, (), mode=mode)) is not None
+        model = self._computable(contents, NATIVE if windows else mode, threads)
+        return record(model, [tensor.name for tensor in contents.tensors], fingerprint=contents.fingerprint, n_ctx=n_ctx)
 
     def quantize(self, path: Path, ftype: str, out: Path, threads: int | None, *, item: Item) -> Path:
         """See `client.Reference.quantize`."""

@@ -36,7 +36,7 @@ _SHARE = 2  # a whole model may take half of what is free
 _WINDOW_SHARE = 4  # a window a quarter: its file, its copy as F32 and its page cache come together
 
 
-def window_size(library: Library, found: Contents, job: DumpJob) -> int | None:
+def window_size(library: Library, contents: Contents, job: DumpJob) -> int | None:
     """How many layers a window has, None for the whole model at once.
 
     Raises:
@@ -48,19 +48,19 @@ def window_size(library: Library, found: Contents, job: DumpJob) -> int | None:
     if isinstance(job.window, int):
         if job.window < 1:
             raise InputError(f"a window of {job.window} layers holds nothing.", "Take 1 or more.", code="window")
-        return job.window if job.window < found.layers else None
+        return job.window if job.window < contents.layers else None
     if job.window != "auto":
         raise InputError(f"--window {job.window!r} is none.", "Take auto, off, or a number of layers.", code="window")
-    if (found.integer("split.count") or 1) > 1 or not exact:
+    if (contents.integer("split.count") or 1) > 1 or not exact:
         return None
-    need, free = twin.twin_bytes(found), free_memory()
+    need, free = twin.twin_bytes(contents), free_memory()
     folder = twin_cache.workspace()
     if need * _SHARE < free:
         fits = need * _SHARE < shutil.disk_usage(folder).free
-        if fits or twin.is_f32(found) or twin_cache.has_twin(found):
+        if fits or twin.is_f32(contents) or twin_cache.has_twin(contents):
             return None
-    one, rest = layer_bytes(library, found, exact=exact)
-    return min(max(1, (free // _WINDOW_SHARE - rest) // max(one, 1)), found.layers - 1) or None
+    one, rest = layer_bytes(library, contents, exact=exact)
+    return min(max(1, (free // _WINDOW_SHARE - rest) // max(one, 1)), contents.layers - 1) or None
 
 
 @dataclass(frozen=True)
@@ -151,16 +151,18 @@ def _tee(outputs: list[NDArray[np.float32]], output: str, names: set[str], emitt
     return deliver
 
 
-def dump_windows(library: Library, vocabulary: Model, found: Contents, job: DumpJob, size: int, started: float) -> DumpResult:
+def dump_windows(
+    library: Library, vocabulary: Model, contents: Contents, job: DumpJob, size: int, started: float
+) -> DumpResult:
     """Dump a model of which only `size` layers at a time are in memory."""
     dump.check(job, vocabulary)
-    info = dump.describe(found, library)
-    spans = [(first, min(first + size, found.layers)) for first in range(0, found.layers, size)]
-    proof = prove(library, found, spans, job.tokens)
-    sweep = _Sweep(library, found, job, spans, proof)
+    info = dump.describe(contents, library)
+    spans = [(first, min(first + size, contents.layers)) for first in range(0, contents.layers, size)]
+    proof = prove(library, contents, spans, job.tokens)
+    sweep = _Sweep(library, contents, job, spans, proof)
     known = [item.point for item in proof.whole.known]
     dump.generates(proof.whole, job, info)
-    names = points.select(dump.expression(job, found.layers), known, found.layers)
+    names = points.select(dump.expression(job, contents.layers), known, contents.layers)
     planned_at = time.perf_counter()
     follow = list(job.lead or ())
     for _ in range(job.generate):
@@ -180,7 +182,7 @@ def dump_windows(library: Library, vocabulary: Model, found: Contents, job: Dump
         header=header,
         model=info,
         computed=job.model,
-        n_layers=found.layers,
+        n_layers=contents.layers,
         points=tuple(names),
         records=writer.checkpoints,
         generated=tuple(follow),

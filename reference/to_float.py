@@ -61,12 +61,12 @@ class ToFloat:
         """
         if kind == 0:  # F32 has no function: the bytes are the values
             return np.ascontiguousarray(raw).reshape(-1).view(np.float32)
-        found = self._traits(kind).contents
-        if not found.to_float or not found.blck_size:
+        traits = self._traits(kind).contents
+        if not traits.to_float or not traits.blck_size:
             return None
-        if elements % found.blck_size or raw.size != elements // found.blck_size * found.type_size:
+        if elements % traits.blck_size or raw.size != elements // traits.blck_size * traits.type_size:
             raise ReferenceFailed(f"libggml has blocks of another size for type {kind}.", "Install llama-cpp-python 0.3.36.")
         out = np.empty(elements, dtype=np.float32)
         data = np.ascontiguousarray(raw)
-        found.to_float(data.ctypes.data, out.ctypes.data, elements)
+        traits.to_float(data.ctypes.data, out.ctypes.data, elements)
         return out

@@ -22,14 +22,14 @@ _F32 = 0  # ggml_type
 _ATTEMPTS = 3  # to make a twin whose bytes stay what they are
 
 
-def is_f32(found: Contents) -> bool:
+def is_f32(contents: Contents) -> bool:
     """Whether every tensor is F32 already: such a model is its own twin."""
-    return all(tensor.type == _F32 for tensor in found.tensors)
+    return all(tensor.type == _F32 for tensor in contents.tensors)
 
 
-def twin_bytes(found: Contents) -> int:
+def twin_bytes(contents: Contents) -> int:
     """What a twin takes, in memory as on disk."""
-    return 4 * sum(tensor.elements for tensor in found.tensors)
+    return 4 * sum(tensor.elements for tensor in contents.tensors)
 
 
 def checked(library: Library, path: Path) -> Contents:
@@ -38,19 +38,19 @@ def checked(library: Library, path: Path) -> Contents:
     Raises:
         ModelError: not a GGUF, no tensors in it, or cut short.
     """
-    found = contents(path)
-    if not found.tensors:
+    file = contents(path)
+    if not file.tensors:
         raise ModelError(
             f"{path} has a tokenizer but no tensors: it can tokenize, not compute.", "Take a model file with weights."
         )
-    for tensor in found.tensors:
-        end = found.data + tensor.offset + library.ggml.row_size(tensor.type, tensor.elements)
-        if end > found.size:
+    for tensor in file.tensors:
+        end = file.data + tensor.offset + library.ggml.row_size(tensor.type, tensor.elements)
+        if end > file.size:
             raise ModelError(
-                f"{path} is cut short: tensor {tensor.name} ends at byte {end:,}, the file at {found.size:,}.",
+                f"{path} is cut short: tensor {tensor.name} ends at byte {end:,}, the file at {file.size:,}.",
                 "Download it again.",
             )
-    return found
+    return file
 
 
 class Twins:
@@ -119,23 +119,23 @@ def whole(library: Library, model: Contents, copy: Path) -> None:
         OSError: it does not: the disk lost some of it without a word.
     """
     try:
-        found = checked(library, copy)
+        file = checked(library, copy)
     except ModelError as error:
         raise OSError(5, f"the copy of {model.path.name} was not written whole") from error
     expected = {(tensor.name, tensor.ne) for tensor in model.tensors}
-    if {(tensor.name, tensor.ne) for tensor in found.tensors} != expected or not is_f32(found):
+    if {(tensor.name, tensor.ne) for tensor in file.tensors} != expected or not is_f32(file):
         raise OSError(5, f"the copy of {model.path.name} was not written whole")
 
 
 def file_types(library: Library) -> dict[str, int]:
     """The names of llama.cpp's file types: "Q4_K_M" -> 15 (`enum llama_ftype`)."""
     prefixes = ("LLAMA_FTYPE_MOSTLY_", "LLAMA_FTYPE_ALL_")
-    found: dict[str, int] = {}
+    counts: dict[str, int] = {}
     for name in dir(library.api):
         for prefix in prefixes:
             if name.startswith(prefix):
-                found[name.removeprefix(prefix)] = int(getattr(library.api, name))
-    return found
+                counts[name.removeprefix(prefix)] = int(getattr(library.api, name))
+    return counts
 
 
 def quantize(library: Library, path: Path, ftype: str, out: Path, *, threads: int | None = None) -> Path:

@@ -47,49 +47,49 @@ class _Listed:
 
 
 def prove(
-    library: Library, found: Contents, spans: Sequence[tuple[int, int]], tokens: Sequence[int], *, hidden: bool = False
+    library: Library, contents: Contents, spans: Sequence[tuple[int, int]], tokens: Sequence[int], *, hidden: bool = False
 ) -> Proof:
     """Hold the windows [first, stop) to the whole model, for a pass over these tokens; `hidden`: even layer 0 gets a hidden state.
 
     Raises:
         InputError: a window computes something else, or there is none; with the first layer or operation that differs.
     """
-    if (found.integer("split.count") or 1) > 1:
+    if (contents.integer("split.count") or 1) > 1:
         raise InputError(
-            f"{found.path.name} is one of several parts.", "Merge them first (llama-gguf-split --merge).", code="window"
+            f"{contents.path.name} is one of several parts.", "Merge them first (llama-gguf-split --merge).", code="window"
         )
-    if not any(tensor.name == "token_embd.weight" for tensor in found.tensors):
-        raise refusal(found, "it has no token embedding")
-    with Model(library, found.path) as model:
+    if not any(tensor.name == "token_embd.weight" for tensor in contents.tensors):
+        raise refusal(contents, "it has no token embedding")
+    with Model(library, contents.path) as model:
         if model.embeds or model.encoder_decoder:
-            raise refusal(found, "it is no decoder alone")
+            raise refusal(contents, "it is no decoder alone")
         with Session(model, n_ctx=len(tokens), n_batch=len(tokens)) as session:
             whole = survey(session, tokens)
             listed = _Listed(whole.nodes, session.tap.masks_of(session.list_nodes(tokens)))
         width = model.n_embd
     graph = Structure(listed.nodes)
-    _one_mask(found, listed, graph)
-    _both_memories(found, listed, graph, spans)
+    _one_mask(contents, listed, graph)
+    _both_memories(contents, listed, graph, spans)
     untied = False
     for first, stop in spans:
         window = Window(first, stop, tuple(tokens) if first == 0 and not hidden else None, untied)
-        inputs = _inputs(found, window, width, len(tokens))
+        inputs = _inputs(contents, window, width, len(tokens))
         try:
-            alone = _list(library, found, window, inputs)
+            alone = _list(library, contents, window, inputs)
         except ModelError as error:
-            if stop < found.layers or untied:
-                said = error.message.rpartition(f"{found.path.suffix}: ")[2].rstrip(".")
-                raise refusal(found, f"llama.cpp loads no {_span(first, stop)} of it ({said})") from error
+            if stop < contents.layers or untied:
+                reason = error.message.rpartition(f"{contents.path.suffix}: ")[2].rstrip(".")
+                raise refusal(contents, f"llama.cpp loads no {_span(first, stop)} of it ({reason})") from error
             untied = True  # this architecture doesn't take the embedding for its output
-            alone = _list(library, found, Window(first, stop, window.ids, untied), inputs)
-        _compare(found, (listed, graph), alone, window)
+            alone = _list(library, contents, Window(first, stop, window.ids, untied), inputs)
+        _compare(contents, (listed, graph), alone, window)
     return Proof(whole, untied)
 
 
-def refusal(found: Contents, reason: str) -> InputError:
+def refusal(contents: Contents, reason: str) -> InputError:
     """The one line that says why a model has no windows."""
     return InputError(
-        f"{found.architecture} cannot be computed window by window: {reason}.", "Leave --window out.", code="window"
+        f"{contents.architecture} cannot be computed window by window: {reason}.", "Leave --window out.", code="window"
     )
 
 
@@ -97,18 +97,18 @@ def _span(first: int, stop: int) -> str:
     return f"layer {first}" if stop == first + 1 else f"stretch of layers {first} to {stop - 1}"
 
 
-def _inputs(found: Contents, window: Window, width: int, count: int) -> Sequence[int] | NDArray[np.float32]:
+def _inputs(contents: Contents, window: Window, width: int, count: int) -> Sequence[int] | NDArray[np.float32]:
     if window.ids is None:
         return np.zeros((count, width), np.float32)
-    if window.stop == found.layers:
+    if window.stop == contents.layers:
         return window.ids
-    n_vocab = next(tensor.ne[1] for tensor in found.tensors if tensor.name == "token_embd.weight")
+    n_vocab = next(tensor.ne[1] for tensor in contents.tensors if tensor.name == "token_embd.weight")
     place = {number: row for row, number in enumerate(vocabulary_of(window.ids, n_vocab))}
     return tuple(place[token] for token in window.ids)
 
 
-def _list(library: Library, found: Contents, window: Window, inputs: Sequence[int] | NDArray[np.float32]) -> _Listed:
-    with open_window(library, found, window, hollow=True) as model:
+def _list(library: Library, contents: Contents, window: Window, inputs: Sequence[int] | NDArray[np.float32]) -> _Listed:
+    with open_window(library, contents, window, hollow=True) as model:
         try:
             with Session(model, n_ctx=len(inputs), n_batch=len(inputs)) as session:
                 nodes = session.list_nodes(inputs)
@@ -117,7 +117,7 @@ def _list(library: Library, found: Contents, window: Window, inputs: Sequence[in
             raise ModelError(error.message, error.advice, code=error.code) from error
 
 
-def _one_mask(found: Contents, listed: _Listed, graph: Structure) -> None:
+def _one_mask(contents: Contents, listed: _Listed, graph: Structure) -> None:
     """All layers attend through one mask: a renumbered layer could get another's, and only a long prompt would show it."""
     masks = {
         node.sources[1].address
@@ -125,12 +125,12 @@ def _one_mask(found: Contents, listed: _Listed, graph: Structure) -> None:
         if node.op == "SOFT_MAX" and len(node.sources) > 1 and graph.layers[i] is not None
     }
     if len(masks) > 1:
-        raise refusal(found, "its layers attend through different masks")
+        raise refusal(contents, "its layers attend through different masks")
     if any(node.op == _ROPE and node.op_params[2] & _SECTIONS for node in listed.nodes):
-        raise refusal(found, "its positions have several axes, which cannot be given with a hidden state")
+        raise refusal(contents, "its positions have several axes, which cannot be given with a hidden state")
 
 
-def _both_memories(found: Contents, listed: _Listed, graph: Structure, spans: Sequence[tuple[int, int]]) -> None:
+def _both_memories(contents: Contents, listed: _Listed, graph: Structure, spans: Sequence[tuple[int, int]]) -> None:
     """A model that has a cache of keys and values in some layers and states in others is built with both, or ggml aborts."""
     cached = {
         _cache_layer(node) for node in listed.nodes if any(source.name.startswith("cache_k_l") for source in node.sources)
@@ -141,7 +141,7 @@ def _both_memories(found: Contents, listed: _Listed, graph: Structure, spans: Se
     for first, stop in spans if cached and states else ():
         span = set(range(first, stop))
         if not (span & cached and span & states):
-            raise refusal(found, f"{_span(first, stop)} has no attention, or nothing else, and it is built with both")
+            raise refusal(contents, f"{_span(first, stop)} has no attention, or nothing else, and it is built with both")
 
 
 def _cache_layer(node: Node) -> int | None:
@@ -150,10 +150,10 @@ def _cache_layer(node: Node) -> int | None:
     return int(match[1]) if match else None
 
 
-def _compare(found: Contents, whole: tuple[_Listed, Structure], alone: _Listed, window: Window) -> None:
+def _compare(contents: Contents, whole: tuple[_Listed, Structure], alone: _Listed, window: Window) -> None:
     theirs, their_graph = whole
     ours, our_graph = alone, Structure(alone.nodes)
-    last = window.stop == found.layers
+    last = window.stop == contents.layers
     own = [i for i, layer in enumerate(our_graph.layers) if last or layer is not None or _before(our_graph, i)]
     span = [i for i in range(len(theirs.nodes)) if _in_span(their_graph, i, window, last=last)]
     pairs = zip(_keys(theirs, their_graph, span, window.first), _keys(ours, our_graph, own, 0), strict=False)
@@ -161,20 +161,20 @@ def _compare(found: Contents, whole: tuple[_Listed, Structure], alone: _Listed, 
     for (i, expected), (j, have) in pairs:
         count += 1
         if expected != have:
-            raise _difference(found, their_graph, i, our_graph, j)
+            raise _difference(contents, their_graph, i, our_graph, j)
     left, right = (len([i for i in some if not _skipped(g, i)]) for g, some in ((their_graph, span), (our_graph, own)))
     if not count == left == right:
-        raise refusal(found, f"{_span(window.first, window.stop)} is {left} operations, standing alone {right}")
+        raise refusal(contents, f"{_span(window.first, window.stop)} is {left} operations, standing alone {right}")
 
 
-def _difference(found: Contents, whole: Structure, i: int, alone: Structure, j: int) -> InputError:
+def _difference(contents: Contents, whole: Structure, i: int, alone: Structure, j: int) -> InputError:
     layer, node, other = whole.layers[i], whole.nodes[i], alone.nodes[j]
     if alone.layers[j] is None and layer is not None:
         return refusal(
-            found, f"{other.op} ({other.name}), which stands before the layers, would be applied to the hidden state again"
+            contents, f"{other.op} ({other.name}), which stands before the layers, would be applied to the hidden state again"
         )
     where = "outside the layers" if layer is None else f"in layer {layer}"
-    return refusal(found, f"{node.op} ({node.name}) {where} is built in another way where the layer stands alone")
+    return refusal(contents, f"{node.op} ({node.name}) {where} is built in another way where the layer stands alone")
 
 
 def _before(graph: Structure, i: int) -> bool:

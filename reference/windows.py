@@ -64,7 +64,7 @@ def vocabulary_of(ids: Sequence[int], n_vocab: int) -> tuple[int, ...]:
 
 @contextmanager
 def open_window(
-    library: Library, found: Contents, window: Window, *, exact: bool = False, hollow: bool = False, threads: int | None = None
+    library: Library, whole: Contents, window: Window, *, exact: bool = False, hollow: bool = False, threads: int | None = None
 ) -> Iterator[Model]:
     """A window as a loaded model; its file is gone afterwards. A hollow one has holes for weights: its graph can be listed.
 
@@ -73,18 +73,18 @@ def open_window(
     Raises:
         InputError: no such layers; ModelError, ReferenceFailed: llama.cpp refuses.
     """
-    if not 0 <= window.first < window.stop <= found.layers:
+    if not 0 <= window.first < window.stop <= whole.layers:
         raise InputError(
             f"there are no layers {window.first}…{window.stop - 1}.",
-            f"The model has layers 0…{found.layers - 1}.",
+            f"The model has layers 0…{whole.layers - 1}.",
             code="layers",
         )
     workspace()
     label = f"{window.first}-{window.stop}.gguf"
     with temporary(f"raw-{label}") as raw, temporary(f"f32-{label}") as f32:
-        _write(library, found, window, raw, hollow=hollow)
+        _write(library, whole, window, raw, hollow=hollow)
         path = raw
-        if exact and not is_f32(found):
+        if exact and not is_f32(whole):
             try:
                 convert(library, contents(raw), "F32", f32, threads=threads)
             except OSError as error:
@@ -95,8 +95,8 @@ def open_window(
             yield model
 
 
-def _write(library: Library, found: Contents, window: Window, out: Path, *, hollow: bool) -> None:
-    parts, rows = _parts(found, window)
+def _write(library: Library, contents: Contents, window: Window, out: Path, *, hollow: bool) -> None:
+    parts, rows = _parts(contents, window)
     infos: list[TensorInfo] = []
     offset = 0
     for part in parts:
@@ -105,24 +105,24 @@ def _write(library: Library, found: Contents, window: Window, out: Path, *, holl
         size = library.ggml.row_size(part.source.type, infos[-1].elements)
         offset += -(-size // _ALIGNMENT) * _ALIGNMENT
     try:
-        with found.path.open("rb") as source, out.open("wb") as target:
-            target.write(header_bytes(_metadata(found, window, rows), infos))
+        with contents.path.open("rb") as source, out.open("wb") as target:
+            target.write(header_bytes(_metadata(contents, window, rows), infos))
             if hollow:
                 target.truncate(target.tell() + offset)
                 return
             for part, info in zip(parts, infos, strict=True):
-                _copy(library, found, part, source, target)
+                _copy(library, contents, part, source, target)
                 target.write(b"\0" * (-library.ggml.row_size(info.type, info.elements) % _ALIGNMENT))
     except OSError as error:
         raise cannot_write(out.parent, error) from error
 
 
-def _parts(found: Contents, window: Window) -> tuple[list[_Part], int]:
+def _parts(contents: Contents, window: Window) -> tuple[list[_Part], int]:
     """The tensors of a window's file, and the size of its vocabulary."""
-    named = {tensor.name: tensor for tensor in found.tensors}
+    named = {tensor.name: tensor for tensor in contents.tensors}
     embedding = named[_EMBEDDING]
     n_vocab = embedding.ne[1]
-    last = window.stop == found.layers
+    last = window.stop == contents.layers
     ids = None if window.ids is None or last else vocabulary_of(window.ids, n_vocab)
     rows = n_vocab if last else (len(ids) if ids is not None else min(_ROWS, n_vocab))
     parts: list[_Part] = []
@@ -131,7 +131,7 @@ def _parts(found: Contents, window: Window) -> tuple[list[_Part], int]:
         parts.append(_Part(_EMBEDDING, named.get(_OUTPUT, embedding)))
     else:
         parts.append(_Part(_EMBEDDING, embedding, ids if ids is not None else rows))
-    for tensor in found.tensors:
+    for tensor in contents.tensors:
         match = _LAYER.fullmatch(tensor.name)
         if match:
             if window.first <= int(match[1]) < window.stop:
@@ -152,8 +152,8 @@ def _shape(part: _Part) -> tuple[int, ...]:
     return (part.source.ne[0], part.rows if isinstance(part.rows, int) else len(part.rows))
 
 
-def _copy(library: Library, found: Contents, part: _Part, source: IO[bytes], target: IO[bytes]) -> None:
-    start = found.data + part.source.offset
+def _copy(library: Library, contents: Contents, part: _Part, source: IO[bytes], target: IO[bytes]) -> None:
+    start = contents.data + part.source.offset
     row = library.ggml.row_size(part.source.type, part.source.ne[0])
     if isinstance(part.rows, tuple):
         for number in part.rows:
@@ -165,18 +165,18 @@ def _copy(library: Library, found: Contents, part: _Part, source: IO[bytes], tar
     while left > 0:
         chunk = source.read(min(_CHUNK, left))
         if not chunk:
-            raise OSError(5, f"{found.path} ends too early")
+            raise OSError(5, f"{contents.path} ends too early")
         target.write(chunk)
         left -= len(chunk)
 
 
-def _metadata(found: Contents, window: Window, rows: int) -> dict[str, Value]:
-    prefix = f"{found.architecture}."
+def _metadata(contents: Contents, window: Window, rows: int) -> dict[str, Value]:
+    prefix = f"{contents.architecture}."
     kept: dict[str, Value] = {}
-    for name, value in found.metadata.items():
+    for name, value in contents.metadata.items():
         if name.startswith(("tokenizer.", "split.")) or name == "general.alignment":
             continue
-        kept[name] = _own_layers(value, window, found.layers) if name.startswith(prefix) else value
+        kept[name] = _own_layers(value, window, contents.layers) if name.startswith(prefix) else value
     kept[f"{prefix}block_count"] = uint32_value(window.stop - window.first)
     kept[f"{prefix}vocab_size"] = uint32_value(rows)
     kept["tokenizer.ggml.model"] = string_value("no_vocab")
@@ -195,13 +195,13 @@ def _own_layers(value: Value, window: Window, n_layers: int) -> Value:
     return replace(value, raw=struct.pack("<IQ", item, window.stop - window.first) + entries)
 
 
-def layer_bytes(library: Library, found: Contents, *, exact: bool) -> tuple[int, int]:
+def layer_bytes(library: Library, contents: Contents, *, exact: bool) -> tuple[int, int]:
     """(bytes of one layer, bytes of everything that stands outside the layers), as they are computed."""
     inside = outside = 0
-    for tensor in found.tensors:
+    for tensor in contents.tensors:
         size = 4 * tensor.elements if exact else library.ggml.row_size(tensor.type, tensor.elements)
         if _LAYER.fullmatch(tensor.name):
             inside += size
         else:
             outside += size
-    return inside // max(found.layers, 1), outside
+    return inside // max(contents.layers, 1), outside

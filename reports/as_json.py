@@ -14,7 +14,7 @@ def verdict_as_json(verdict: Verdict) -> dict[str, Any]:
 
     What is not known is null; non-finite numbers are the strings "NaN", "Infinity" and "-Infinity", as in a dump.
     """
-    made = {
+    fields = {
         "schema": SCHEMA,
         "verdict": verdict.verdict,
         "compared": verdict.compared,
@@ -50,7 +50,7 @@ def verdict_as_json(verdict: Verdict) -> dict[str, Any]:
         "truth": asdict(verdict.truth) if verdict.truth else None,
         "truth_points": [asdict(point) for point in verdict.truth_points],
     }
-    return {key: plain(value) for key, value in made.items()}
+    return {key: plain(value) for key, value in fields.items()}
 
 
 def plain(value: Any) -> Any:
@@ -64,13 +64,13 @@ def plain(value: Any) -> Any:
     return value
 
 
-def _difference(found: Difference | None, *, values: bool = True) -> dict[str, Any] | None:
-    if found is None:
+def _difference(difference: Difference | None, *, values: bool = True) -> dict[str, Any] | None:
+    if difference is None:
         return None
-    made = asdict(found)
+    fields = asdict(difference)
     if not values:
-        del made["ours"], made["ref"]
-    return made
+        del fields["ours"], fields["ref"]
+    return fields
 
 
 def _missing(lacks: Missing) -> dict[str, Any]:

@@ -19,18 +19,18 @@ def lines(report: Report, width: int) -> Iterator[Text]:
     rows: list[tuple[str, str]] = []
     if report.verdict.first_divergence is not None:
         sides = (("ours", report.picture.ours), ("ref", report.picture.ref), ("f64", report.picture.truth))
-        rows += [("spread", f"{name}  {said}") for name, side in sides if side is not None and (said := spread(side))]
+        rows += [("spread", f"{name}  {figures}") for name, side in sides if side is not None and (figures := spread(side))]
     differing = [choice for choice in generated(report.ours, report.ref) if not choice.same]
     if differing:
         first = differing[0]
         margin = "" if first.margin is None else f", margin {first.margin:.3g}"
         where = f"{count(len(differing), 'choice')} of the generated text differ, the first at position {first.position}"
         rows.append(("choices", f"{where}: ours {first.ours}, ref {first.ref}{margin}"))
-    for found in report.findings:
-        rows.append((clean(found.title), clean(found.sentence)))
-        rows += [(clean(found.title), "  ".join(map(clean, row))) for row in found.rows[:_ROWS]]
-        if len(found.rows) > _ROWS:
-            rows.append((clean(found.title), f"… {len(found.rows) - _ROWS} more (--html, --format markdown)"))
+    for finding in report.findings:
+        rows.append((clean(finding.title), clean(finding.sentence)))
+        rows += [(clean(finding.title), "  ".join(map(clean, row))) for row in finding.rows[:_ROWS]]
+        if len(finding.rows) > _ROWS:
+            rows.append((clean(finding.title), f"… {len(finding.rows) - _ROWS} more (--html, --format markdown)"))
     yield from labelled(rows, width)
     if rows:
         yield Text("")

@@ -5,6 +5,7 @@ base64 of little-endian integers. `templates/report.js` reads the same code.
 """
 
 import base64
+from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 
@@ -14,7 +15,9 @@ from numpy.typing import NDArray
 from checkpoints.answers.diff import Verdict
 from checkpoints.answers.picture import Grid, Picture, Spread
 from checkpoints.points import parse
+from checkpoints.record import Dump
 
+from .flow import flows
 from .numbers import clean, token
 
 UNKNOWN, ZERO, FIRST, INFINITE = 0, 1, 2, 65535
@@ -46,14 +49,15 @@ def decode(codes: NDArray[np.uint16]) -> NDArray[np.float64]:
     return values
 
 
-def figures(verdict: Verdict, picture: Picture) -> dict[str, Any]:
-    """Everything that `templates/report.js` draws; NaN and infinities are null."""
+def figures(verdict: Verdict, picture: Picture, sides: Sequence[Dump] = ()) -> dict[str, Any]:
+    """Everything that `templates/report.js` draws; NaN and infinities are null. `sides` are the dumps, for their dataflow."""
     grid = picture.grid
     first = verdict.first_divergence
     truth = {point.checkpoint: point for point in verdict.truth_points}
     return {
         "code": {"first": FIRST, "steps": _STEPS, "decades": DECADES},
         "grid": _grid(grid),
+        "flow": flows(verdict, grid.points, sides),
         "mark": _mark(grid, first.checkpoint, first.seq, first.token_idx) if first is not None else None,
         "points": [
             {
@@ -66,9 +70,9 @@ def figures(verdict: Verdict, picture: Picture) -> dict[str, Any]:
             for point in verdict.points
         ],
         "spreads": [
-            {"side": side, **_spread(found)}
-            for side, found in (("ours", picture.ours), ("reference", picture.ref), ("float64", picture.truth))
-            if found is not None
+            {"side": side, **_spread(rows)}
+            for side, rows in (("ours", picture.ours), ("reference", picture.ref), ("float64", picture.truth))
+            if rows is not None
         ],
     }
 
@@ -96,16 +100,16 @@ def _grid(grid: Grid) -> dict[str, Any]:
 
 def _layers(points: tuple[str, ...]) -> list[list[Any]]:
     """[first row, name] of each stretch of points of one layer."""
-    made: list[list[Any]] = []
+    layers: list[list[Any]] = []
     row = 0
     for layer, members in groupby(points, lambda name: parse(name).layer):
         names = list(members)
         if layer is not None:
-            made.append([row, f"blk.{layer}"])
+            layers.append([row, f"blk.{layer}"])
         else:
-            made += [[row + number, clean(name)] for number, name in enumerate(names)]
+            layers += [[row + number, clean(name)] for number, name in enumerate(names)]
         row += len(names)
-    return made
+    return layers
 
 
 def _mark(grid: Grid, checkpoint: str, seq: int, position: int) -> list[int] | None:
@@ -114,13 +118,13 @@ def _mark(grid: Grid, checkpoint: str, seq: int, position: int) -> list[int] | N
     return [grid.points.index(checkpoint), grid.columns.index((seq, position))]
 
 
-def _spread(found: Spread) -> dict[str, Any]:
+def _spread(spread: Spread) -> dict[str, Any]:
     return {
-        "values": list(found.values),
-        "low": found.low,
-        "high": found.high,
-        "mean": found.mean,
-        "deviation": found.deviation,
+        "values": list(spread.values),
+        "low": spread.low,
+        "high": spread.high,
+        "mean": spread.mean,
+        "deviation": spread.deviation,
     }
 
 

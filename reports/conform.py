@@ -44,27 +44,30 @@ def kind(verdict: str) -> str:
     return LOWER if verdict.startswith(LOWER) else verdict
 
 
-def lines(found: Conformance, width: int) -> Iterator[Text]:
+def lines(conformance: Conformance, width: int) -> Iterator[Text]:
     """The whole screen."""
-    yield from matrix(found, width)
+    yield from matrix(conformance, width)
     yield Text("")
-    for number, cause in enumerate(found.causes[:_CAUSES]):
-        yield from labelled([("causes" if not number else "", clean(said(cause, found)))], width, label=8)
-    if len(found.causes) > _CAUSES:
-        yield from labelled([("", f"and {len(found.causes) - _CAUSES} more (--format json lists them)")], width, label=8)
-    if refusals := _refusals(found):
+    for number, cause in enumerate(conformance.causes[:_CAUSES]):
+        yield from labelled([("causes" if not number else "", clean(said(cause, conformance)))], width, label=8)
+    if len(conformance.causes) > _CAUSES:
+        yield from labelled([("", f"and {len(conformance.causes) - _CAUSES} more (--format json lists them)")], width, label=8)
+    if refusals := _refusals(conformance):
         yield from labelled([("refused", refusals)], width, label=9)
-    yield Text(summary(found), style="bold green" if found and found.counts[PARITY] else "bold red" if not found else "")
+    yield Text(
+        summary(conformance),
+        style="bold green" if conformance and conformance.counts[PARITY] else "bold red" if not conformance else "",
+    )
 
 
-def matrix(found: Conformance, width: int) -> Iterator[Text]:
+def matrix(conformance: Conformance, width: int) -> Iterator[Text]:
     """Architectures down, types across: the worst of each place, and what the letters say."""
-    types = axis(found.results, "type")
-    names = axis(found.results, "architecture")
+    types = axis(conformance.results, "type")
+    names = axis(conformance.results, "architecture")
     if not types:
         return
     first = max(len(name) for name in names)
-    words = legend(found)
+    words = legend(conformance)
     for number, block in enumerate(_blocks(types, width - first)):
         if number:
             yield Text("")
@@ -73,7 +76,7 @@ def matrix(found: Conformance, width: int) -> Iterator[Text]:
         for row, name in enumerate(names):
             line = Text(f"{clean(name):<{first}}")
             for column in block:
-                worst = worst_of(found, name, column)
+                worst = worst_of(conformance, name, column)
                 line.append(" " * (_column(column) - 1))
                 line.append(LETTERS[worst][0] if worst else " ", style=_STYLE.get(worst, "dim"))
             if beside and row < len(words):
@@ -104,40 +107,40 @@ def _blocks(types: Sequence[str], room: int) -> list[list[str]]:
     return blocks
 
 
-def worst_of(found: Conformance, architecture: str, type_name: str) -> str:
+def worst_of(conformance: Conformance, architecture: str, type_name: str) -> str:
     """The verdict that a place of the screen shows; "" where no cell was run."""
-    here = {kind(r.verdict) for r in found.results if (r.cell.architecture, r.cell.type) == (architecture, type_name)}
+    here = {kind(r.verdict) for r in conformance.results if (r.cell.architecture, r.cell.type) == (architecture, type_name)}
     return next((name for name in LETTERS if name in here), "")
 
 
-def legend(found: Conformance) -> list[str]:
+def legend(conformance: Conformance) -> list[str]:
     """What the letters that occur stand for."""
-    seen = {kind(result.verdict) for result in found.results}
+    seen = {kind(result.verdict) for result in conformance.results}
     return [f"{letter} {words}" for name, (letter, words) in reversed(LETTERS.items()) if name in seen]
 
 
-def said(cause: SharedCause, found: Conformance) -> str:
+def said(cause: SharedCause, conformance: Conformance) -> str:
     """One cause in a line: what, how many cells, which."""
-    parts = (_axis(name, [str(getattr(cell, name)) for cell in cause.cells], found) for name in _AXES)
+    parts = (_axis(name, [str(getattr(cell, name)) for cell in cause.cells], conformance) for name in _AXES)
     return " · ".join([f"{cause.cause}: {count(len(cause.cells), 'cell')}", *filter(None, parts)])
 
 
 _AXES = {"architecture": "all architectures", "type": "all types", "prompt": "", "mode": ""}
 
 
-def _axis(name: str, values: Sequence[str], found: Conformance) -> str:
+def _axis(name: str, values: Sequence[str], conformance: Conformance) -> str:
     """The values of an axis in words; empty if there is only one."""
     here = list(dict.fromkeys(values))
-    every = axis(found.results, name)
+    every = axis(conformance.results, name)
     if len(here) == len(every):
         return "" if len(every) == 1 else _AXES[name]
     shown = ", ".join(here[:_LISTED]) + (f" and {len(here) - _LISTED} more" if len(here) > _LISTED else "")
     return shown if name in ("architecture", "type") else f"{name} {shown}"
 
 
-def _refusals(found: Conformance) -> str:
+def _refusals(conformance: Conformance) -> str:
     reasons: dict[str, int] = {}
-    for result in found.results:
+    for result in conformance.results:
         if result.verdict == REFUSED:
             reasons[clean(result.reason)] = reasons.get(clean(result.reason), 0) + 1
     ranked = sorted(reasons.items(), key=lambda item: -item[1])
@@ -145,10 +148,10 @@ def _refusals(found: Conformance) -> str:
     return listed + (f" · {len(ranked) - 3} other reasons" if len(ranked) > 3 else "")
 
 
-def summary(found: Conformance) -> str:
+def summary(conformance: Conformance) -> str:
     """Counts, time, and where the report lies."""
     counts: dict[str, int] = {}
-    for verdict, number in found.counts.items():
+    for verdict, number in conformance.counts.items():
         counts[kind(verdict)] = counts.get(kind(verdict), 0) + number
     parts = [
         f"{counts[name]} {LETTERS[name][0]}"
@@ -160,12 +163,12 @@ def summary(found: Conformance) -> str:
         for name, words in ((REFUSED, "refused"), (NO_REFERENCE, "without a reference"))
         if name in counts
     ]
-    said = f"{count(len(found.results), 'cell')}: {', '.join(parts)}"
-    if found.not_run:
-        said += f", {len(found.not_run)} not run"
-    kept = f", {found.kept} kept from before" if found.kept else ""
-    workers = f", {found.workers} workers" if found.workers > 1 else ""
-    return f"{said} · {found.seconds:.0f} s{workers}{kept} · {found.folder}/index.html"
+    sentence = f"{count(len(conformance.results), 'cell')}: {', '.join(parts)}"
+    if conformance.not_run:
+        sentence += f", {len(conformance.not_run)} not run"
+    kept = f", {conformance.kept} kept from before" if conformance.kept else ""
+    workers = f", {conformance.workers} workers" if conformance.workers > 1 else ""
+    return f"{sentence} · {conformance.seconds:.0f} s{workers}{kept} · {conformance.folder}/index.html"
 
 
 def first_failure(result: CellResult) -> str:
@@ -183,23 +186,23 @@ def outcome(result: CellResult) -> str:
     return clean(f"{result.verdict}, {result.compared} records, worst NMSE {error(result.nmse)} at {result.worst}")
 
 
-def as_json(found: Conformance) -> dict[str, Any]:
+def as_json(conformance: Conformance) -> dict[str, Any]:
     """Every cell, and every cause with its cells."""
     return {
         "schema": 1,
-        "verdict": "conforms" if found else "fails",
-        "side": found.side,
-        "counts": dict(found.counts),
-        "cells": [_cell(result) for result in found.results],
+        "verdict": "conforms" if conformance else "fails",
+        "side": conformance.side,
+        "counts": dict(conformance.counts),
+        "cells": [_cell(result) for result in conformance.results],
         "causes": [
             {"cause": cause.cause, "sentence": cause.sentence, "cells": [cell.name for cell in cause.cells]}
-            for cause in found.causes
+            for cause in conformance.causes
         ],
-        "not_run": [cell.name for cell in found.not_run],
-        "kept": found.kept,
-        "workers": found.workers,
-        "seconds": round(found.seconds, 3),
-        "folder": found.folder,
+        "not_run": [cell.name for cell in conformance.not_run],
+        "kept": conformance.kept,
+        "workers": conformance.workers,
+        "seconds": round(conformance.seconds, 3),
+        "folder": conformance.folder,
     }
 
 
@@ -209,15 +212,17 @@ def _cell(result: CellResult) -> dict[str, Any]:
     return facts | {"first_divergence": place if place["checkpoint"] else None}
 
 
-def markdown(found: Conformance) -> str:
+def markdown(conformance: Conformance) -> str:
     """For a job summary or a pull request; ends with a line break."""
-    types = axis(found.results, "type")
+    types = axis(conformance.results, "type")
     rows = [f"| | {' | '.join(types)} |", f"|---|{':-:|' * len(types)}"]
-    for name in axis(found.results, "architecture"):
-        letters = [LETTERS[worst][0] if (worst := worst_of(found, name, column)) else "" for column in types]
+    for name in axis(conformance.results, "architecture"):
+        letters = [LETTERS[worst][0] if (worst := worst_of(conformance, name, column)) else "" for column in types]
         rows.append(f"| {clean(name)} | {' | '.join(letters)} |")
-    causes = [f"- `{clean(said(cause, found)).replace('`', chr(39))}`" for cause in found.causes]
-    head = "## Conformance: " + ("nothing is wrong" if found else f"{sum(r.wrong for r in found.results)} cells fail")
+    causes = [f"- `{clean(said(cause, conformance)).replace('`', chr(39))}`" for cause in conformance.causes]
+    head = "## Conformance: " + (
+        "nothing is wrong" if conformance else f"{sum(r.wrong for r in conformance.results)} cells fail"
+    )
     return "\n".join(
-        [head, "", *rows, "", " · ".join(legend(found)), *([""] if causes else []), *causes, "", summary(found), ""]
+        [head, "", *rows, "", " · ".join(legend(conformance)), *([""] if causes else []), *causes, "", summary(conformance), ""]
     )

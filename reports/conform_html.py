@@ -6,20 +6,20 @@ from .conform import LETTERS, legend, outcome, said, summary, worst_of
 from .html import template
 
 
-def conform_html(found: Conformance) -> str:
+def conform_html(conformance: Conformance) -> str:
     """The whole document: causes, the matrix, every cell; links are relative to the run's folder."""
-    types = axis(found.results, "type")
-    failing = sum(result.wrong for result in found.results)
+    types = axis(conformance.results, "type")
+    failing = sum(result.wrong for result in conformance.results)
     return template("conform.html").render(
-        found=found,
-        headline="nothing is wrong" if found else f"{failing} of {len(found.results)} cells fail",
-        summary=summary(found),
-        causes=[(said(cause, found), cause.sentence) for cause in found.causes],
-        legend=" · ".join(legend(found)),
+        found=conformance,
+        headline="nothing is wrong" if conformance else f"{failing} of {len(conformance.results)} cells fail",
+        summary=summary(conformance),
+        causes=[(said(cause, conformance), cause.sentence) for cause in conformance.causes],
+        legend=" · ".join(legend(conformance)),
         types=types,
         matrix=[
-            (name, [LETTERS[worst] if (worst := worst_of(found, name, column)) else ("", "") for column in types])
-            for name in axis(found.results, "architecture")
+            (name, [LETTERS[worst] if (worst := worst_of(conformance, name, column)) else ("", "") for column in types])
+            for name in axis(conformance.results, "architecture")
         ],
-        cells=[(result, outcome(result)) for result in found.results],
+        cells=[(result, outcome(result)) for result in conformance.results],
     )

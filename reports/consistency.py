@@ -12,55 +12,57 @@ from .layout import columns, labelled
 from .numbers import clean, count, error, limit
 
 
-def lines(found: Consistency, width: int) -> Iterator[Text]:
+def lines(consistency: Consistency, width: int) -> Iterator[Text]:
     """The whole answer, for a terminal of `width` columns."""
-    yield from labelled([("engine", clean(found.engine))], width)
+    yield from labelled([("engine", clean(consistency.engine))], width)
     yield Text("")
-    rows: list[tuple[str, ...]] = [("check", "records", "worst NMSE", "", "computed as")]
-    rows += [_row(check) for check in found.checks]
-    styles = ["dim", *("" if check.verdict is None or check.verdict else "bold red" for check in found.checks)]
+    rows: list[tuple[str, ...]] = [("check", "records", "worst NMSE", "", "bits differ from", "computed as")]
+    rows += [_row(check) for check in consistency.checks]
+    styles = ["dim", *("" if check.verdict is None or check.verdict else "bold red" for check in consistency.checks)]
     yield from columns(rows, frozenset({1, 2}), styles, width)
     yield Text("")
-    for check in found.checks:
+    for check in consistency.checks:
         if check.suspect:
             yield from labelled([("suspect", f"{check.suspect}: {clean(check.reason)} [{check.name}]")], width)
-    yield from labelled([("not checked", clean(said)) for said in found.not_checked], width)
-    yield _answer(found)
+    yield from labelled([("not checked", clean(reason)) for reason in consistency.not_checked], width)
+    yield _answer(consistency)
 
 
 def _row(check: Check) -> tuple[str, ...]:
     if check.verdict is None:
-        return (check.name, "–", "–", "not made", clean(check.reason))
+        return (check.name, "–", "–", "not made", "", clean(check.reason))
     worst = check.verdict.worst
-    said = "same" if check.verdict else "differs"
-    return (check.name, f"{check.verdict.compared:,}", error(worst.nmse if worst else 0.0), said, clean(check.what))
+    answer = "same" if check.verdict else "differs"
+    figures = f"{check.verdict.compared:,}", error(worst.nmse if worst else 0.0)
+    return (check.name, *figures, answer, clean(check.differs) or "–", clean(check.what))
 
 
-def _answer(found: Consistency) -> Text:
-    failed = [check for check in found.checks if check.verdict is not None and not check.verdict]
-    made = [check for check in found.checks if check.verdict is not None]
-    held = f", limit {limit(made[0].verdict.limits.operations)}" if made and made[0].verdict is not None else ""
+def _answer(consistency: Consistency) -> Text:
+    failed = [check for check in consistency.checks if check.verdict is not None and not check.verdict]
+    compared = [check for check in consistency.checks if check.verdict is not None]
+    held = f", limit {limit(compared[0].verdict.limits.operations)}" if compared and compared[0].verdict is not None else ""
     if failed:
         names = ", ".join(check.name for check in failed)
-        return Text(f"inconsistent: {names} ({len(failed)} of {count(len(made), 'check')}){held}", style="bold red")
-    return Text(f"consistent: {count(len(made), 'check')}{held}", style="bold green")
+        return Text(f"inconsistent: {names} ({len(failed)} of {count(len(compared), 'check')}){held}", style="bold red")
+    return Text(f"consistent: {count(len(compared), 'check')}{held}", style="bold green")
 
 
-def as_json(found: Consistency) -> dict[str, Any]:
+def as_json(consistency: Consistency) -> dict[str, Any]:
     """Every check with its whole verdict."""
     return {
         "schema": 1,
-        "verdict": "consistent" if found else "inconsistent",
-        "engine": found.engine,
+        "verdict": "consistent" if consistency else "inconsistent",
+        "engine": consistency.engine,
         "checks": [
             {
                 "name": check.name,
                 "what": check.what,
                 "suspect": check.suspect,
                 "reason": check.reason,
+                "first_to_differ": check.differs,
                 "diff": None if check.verdict is None else verdict_as_json(check.verdict),
             }
-            for check in found.checks
+            for check in consistency.checks
         ],
-        "not_checked": list(found.not_checked),
+        "not_checked": list(consistency.not_checked),
     }

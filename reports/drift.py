@@ -58,12 +58,12 @@ def remarks(drift: Drift) -> Iterator[tuple[str, str]]:
     """Named sentences: which versions changed, which errors grow, what was rewritten."""
     moved = max((point.of_limit for point in drift.points), default=0.0)
     for change in drift.changes:
-        said = f"{clean(change.what)} was {clean(change.before)}, is now {clean(change.now)}"
-        yield "changed", said
+        sentence = f"{clean(change.what)} was {clean(change.before)}, is now {clean(change.now)}"
+        yield "changed", sentence
     if drift.changes:
         yield "", f"the numbers {'moved by up to ' + of_limit(moved) + ' of their limits' if moved else 'did not move'}"
-    for found in drift.findings:
-        yield "finding", clean(found)
+    for finding in drift.findings:
+        yield "finding", clean(finding)
     for number, name in drift.updated:
         yield "rewritten", f"prompt {number}: {clean(name)}"
     for note in drift.notes:
@@ -77,7 +77,7 @@ def shortened(text: str) -> str:
 
 def drift_as_json(drift: Drift) -> dict[str, Any]:
     """One JSON object with at least `verdict` and `points` (each with `margin`: how many times larger it may become)."""
-    made: dict[str, Any] = {
+    fields: dict[str, Any] = {
         "schema": SCHEMA,
         "verdict": drift.verdict,
         "compared": drift.compared,
@@ -105,7 +105,7 @@ def drift_as_json(drift: Drift) -> dict[str, Any]:
         "updated": [{"prompt": number, "checkpoint": name} for number, name in drift.updated],
         "notes": list(drift.notes),
     }
-    return {key: plain(value) for key, value in made.items()}
+    return {key: plain(value) for key, value in fields.items()}
 
 
 def _table(points: tuple[Margin, ...], width: int) -> list[Text]:
@@ -119,6 +119,6 @@ def _table(points: tuple[Margin, ...], width: int) -> list[Text]:
         where = f"prompt {point.prompt}, position {point.token_idx}" if point.of_limit else ""
         rows.append((clean(point.checkpoint), error(point.nmse), of_limit(point.of_limit), factor(point.margin), was, where))
         styles.append("bold red" if point.of_limit > 1 else "")
-    made = columns(rows, frozenset({1, 2, 3, 4}), styles, width)
+    lines = columns(rows, frozenset({1, 2, 3, 4}), styles, width)
     hidden = len(points) - len(shown)
-    return [*made, *([Text(f"… {count(hidden, 'further point')} with less", style="dim")] if hidden else [])]
+    return [*lines, *([Text(f"… {count(hidden, 'further point')} with less", style="dim")] if hidden else [])]

@@ -22,30 +22,34 @@ _LABEL = 8
 _OPERATIONS = 12  # operations in question that are listed
 
 
-def lines(found: Explanation, width: int) -> Iterator[Text]:
+def lines(explanation: Explanation, width: int) -> Iterator[Text]:
     """The verdict first: causes, or that there is no fault, or what is known if no cause was found."""
-    for number, cause in enumerate(found.causes):
-        yield from _cause(cause, number, found, width)
-    if found.first is None and found.precision_only:
-        yield from _lines([("no fault", f"agrees within the noise of {_arithmetic(found.precision_only, found)}")], width)
-    elif found.first is None:
-        yield from _lines([("no fault", f"all {found.records:,} records agree with the right engine")], width)
-    elif found.precision_only:
-        yield from _precision(found, width)
-    elif found.remaining is not None:
-        yield from _left(found, found.remaining, width)
-    if found and (seen := rows_seen(found.seen)):
-        yield from _lines([("seen", f"{seen}: the rest of the rows is not known")], width)
-    if found.truth is not None:
-        yield from _lines([("truth", _truth(found.truth, right=bool(found)))], width)
-    if found.variants:
-        nearest = (
-            f"; the nearest other one leaves NMSE {error(found.nearest)}" if found.nearest is not None and not found else ""
+    for number, cause in enumerate(explanation.causes):
+        yield from _cause(cause, number, explanation, width)
+    if explanation.first is None and explanation.precision_only:
+        yield from _lines(
+            [("no fault", f"agrees within the noise of {_arithmetic(explanation.precision_only, explanation)}")], width
         )
-        searched = f"tried {count(found.faults, 'fault')} ({count(found.variants, 'variant')}) in {found.seconds:.1f} s"
-        searched += "" if found.complete or found.remaining is not None else ", as many as --budget left time for"
+    elif explanation.first is None:
+        yield from _lines([("no fault", f"all {explanation.records:,} records agree with the right engine")], width)
+    elif explanation.precision_only:
+        yield from _precision(explanation, width)
+    elif explanation.remaining is not None:
+        yield from _left(explanation, explanation.remaining, width)
+    if explanation and (seen := rows_seen(explanation.seen)):
+        yield from _lines([("seen", f"{seen}: the rest of the rows is not known")], width)
+    if explanation.truth is not None:
+        yield from _lines([("truth", _truth(explanation.truth, right=bool(explanation)))], width)
+    if explanation.variants:
+        nearest = (
+            f"; the nearest other one leaves NMSE {error(explanation.nearest)}"
+            if explanation.nearest is not None and not explanation
+            else ""
+        )
+        searched = f"tried {count(explanation.faults, 'fault')} ({count(explanation.variants, 'variant')}) in {explanation.seconds:.1f} s"
+        searched += "" if explanation.complete or explanation.remaining is not None else ", as many as --budget left time for"
         yield from (Text(line, style="dim") for line in wrap(searched + nearest, width))
-    yield from (Text(line, style="dim") for note in found.notes for line in wrap(f"note: {note}", width))
+    yield from (Text(line, style="dim") for note in explanation.notes for line in wrap(f"note: {note}", width))
 
 
 def _lines(rows: Sequence[tuple[str, str]], width: int) -> list[Text]:
@@ -69,13 +73,13 @@ def layers_text(layers: tuple[int, ...] | None) -> str:
     )
 
 
-def _cause(cause: Cause, number: int, found: Explanation, width: int) -> list[Text]:
+def _cause(cause: Cause, number: int, explanation: Explanation, width: int) -> list[Text]:
     named = cause.named
-    total = f"{cause.records:,} of {count(found.differing, 'differing record')}"
+    total = f"{cause.records:,} of {count(explanation.differing, 'differing record')}"
     together = "with the causes above, reproduces" if number else "reproduces"
     rows = [
         ("cause", f"{named.fault}: {named.sentence}{layers_text(named.layers)}"),
-        *([("begins", _begins(found, found.first))] if not number and found.first is not None else []),
+        *([("begins", _begins(explanation, explanation.first))] if not number and explanation.first is not None else []),
         ("numbers", f"{together} {total}, worst NMSE {error(cause.nmse)}"),
         ("looks", cause.symptom),
         ("fix", cause.fix),
@@ -89,9 +93,9 @@ def _cause(cause: Cause, number: int, found: Explanation, width: int) -> list[Te
     return _lines(rows, width)
 
 
-def _begins(found: Explanation, first: Place) -> str:
+def _begins(explanation: Explanation, first: Place) -> str:
     """Where the dump first differs, and the last point that agrees."""
-    before = f"; {found.last_agreement} agrees" if found.last_agreement is not None else ""
+    before = f"; {explanation.last_agreement} agrees" if explanation.last_agreement is not None else ""
     return f"{first.checkpoint}, position {first.token_idx}, NMSE {error(first.nmse)}{before}"
 
 
@@ -104,12 +108,12 @@ def _arithmetic(kind: str, found: Explanation) -> str:
     return " or ".join(_ARITHMETIC[one] for one in dict.fromkeys((kind, *found.precision_alike)))
 
 
-def _precision(found: Explanation, width: int) -> list[Text]:
-    first = found.first
+def _precision(explanation: Explanation, width: int) -> list[Text]:
+    first = explanation.first
     rows = [
         (
             "no fault",
-            f"the differences are those of {_arithmetic(found.precision_only, found)}: a right engine in that arithmetic",
+            f"the differences are those of {_arithmetic(explanation.precision_only, explanation)}: a right engine in that arithmetic",
         )
     ]
     if first is not None:
@@ -118,36 +122,41 @@ def _precision(found: Explanation, width: int) -> list[Text]:
     return _lines(rows, width)
 
 
-def _left(found: Explanation, place: Place, width: int) -> list[Text]:
+def _left(explanation: Explanation, place: Place, width: int) -> list[Text]:
     where = f"{place.checkpoint}, position {place.token_idx}: NMSE {error(place.nmse)}, limit {limit(place.limit)}"
-    if found.causes:
+    if explanation.causes:
         rows = [("left over", f"the causes above do not reproduce {where}")]
     else:
         rows = [("no cause", f"no known fault reproduces what differs first, {where}")]
-    if found.law:
-        rows.append(("law", f"at {place.checkpoint} {found.law}"))
-    rows += _where(found)
-    if found.looks_like:
-        rows.append(("looks", f"the numbers look like {_arithmetic(found.looks_like, found)}, but {_STATED[found.f32_stated]}"))
-    if not found.complete:
+    if explanation.law:
+        rows.append(("law", f"at {place.checkpoint} {explanation.law}"))
+    rows += _where(explanation)
+    if explanation.looks_like:
+        rows.append(
+            (
+                "looks",
+                f"the numbers look like {_arithmetic(explanation.looks_like, explanation)}, but {_STATED[explanation.f32_stated]}",
+            )
+        )
+    if not explanation.complete:
         rows.append(
             (
                 "time",
                 "the budget ran out before everything was tried: raise --budget, or record the points below for a quicker search",
             )
         )
-    rows += [("numbers" if lead.removed is None else "lead", _lead(lead)) for lead in found.leads]
-    if found.next:
-        rows.append(("next", f"record these and run explain again:  --points '{found.next}'"))
+    rows += [("numbers" if lead.removed is None else "lead", _lead(lead)) for lead in explanation.leads]
+    if explanation.next:
+        rows.append(("next", f"record these and run explain again:  --points '{explanation.next}'"))
     return _lines(rows, width)
 
 
-def _where(found: Explanation) -> list[tuple[str, str]]:
+def _where(explanation: Explanation) -> list[tuple[str, str]]:
     """Which operation is wrong, or after which point the fault lies, and how much of that point was recorded."""
-    placed = found.placed
+    placed = explanation.placed
     if placed is None:
-        agreed = found.last_agreement is not None and not found.causes
-        return [("after", f"{found.last_agreement}, where all agrees")] if agreed else []
+        agreed = explanation.last_agreement is not None and not explanation.causes
+        return [("after", f"{explanation.last_agreement}, where all agrees")] if agreed else []
     agreeing = " and ".join(placed.agreeing[:3]) + (" and more" if len(placed.agreeing) > 3 else "")
     agree = "agrees" if len(placed.agreeing) == 1 else "agree"
     if not placed.sure and placed.agreeing:
@@ -161,8 +170,8 @@ def _where(found: Explanation) -> list[tuple[str, str]]:
             )
         ]
     if len(placed.operations) == 1:
-        made = f"is made from {agreeing}, which {agree} as whole rows" if placed.agreeing else "is made from the tokens alone"
-        return [("wrong", f"{placed.operations[0]} {made}: this operation is wrong")]
+        origin = f"is made from {agreeing}, which {agree} as whole rows" if placed.agreeing else "is made from the tokens alone"
+        return [("wrong", f"{placed.operations[0]} {origin}: this operation is wrong")]
     if not placed.agreeing:
         return []
     if len(placed.operations) > _OPERATIONS:
@@ -172,10 +181,10 @@ def _where(found: Explanation) -> list[tuple[str, str]]:
 
 def _truth(truth: TruthAt, *, right: bool) -> str:
     """How far both are from float64; an engine that is right in its lower arithmetic is not called wrong by it."""
-    said = f"at the first place yours is {error(truth.ours)} off the same steps in float64, a right float32 engine {error(truth.right)}"
+    sentence = f"at the first place yours is {error(truth.ours)} off the same steps in float64, a right float32 engine {error(truth.right)}"
     if truth.ours <= 100 * truth.right:
-        return said
-    return f"{said}: yours is {'coarser' if right else 'wrong'}"
+        return sentence
+    return f"{sentence}: yours is {'coarser' if right else 'wrong'}"
 
 
 def _lead(lead: Lead) -> str:
@@ -184,32 +193,37 @@ def _lead(lead: Lead) -> str:
     return f"{lead.removed:.1%} of the error disappears with {_same(lead.named)}"
 
 
-def as_json(found: Explanation) -> dict[str, Any]:
+def as_json(explanation: Explanation) -> dict[str, Any]:
     """The answer as one JSON object."""
     return {
         "schema": 1,
-        "verdict": "no fault" if found else ("explained" if found.remaining is None else "unexplained"),
-        "causes": [_cause_as_json(cause) for cause in found.causes],
+        "verdict": "no fault" if explanation else ("explained" if explanation.remaining is None else "unexplained"),
+        "causes": [_cause_as_json(cause) for cause in explanation.causes],
         "leads": [
             {"sentence": lead.sentence, "removed": lead.removed, **(_named_as_json(lead.named) if lead.named else {})}
-            for lead in found.leads
+            for lead in explanation.leads
         ],
-        "law": found.law or None,
-        "operations": list(found.placed.operations) if found.placed is not None and found.placed.sure else [],
-        "precision_only": found.precision_only or None,
-        "precision_alike": list(found.precision_alike),
-        "looks_like": found.looks_like or None,
-        "f32_stated": found.f32_stated or None,
-        "truth": None if found.truth is None else {"ours": found.truth.ours, "right": found.truth.right},
-        "compared": found.records,
-        "differing": found.differing,
-        "first_divergence": _place_as_json(found.first),
-        "last_agreement": found.last_agreement,
-        "remaining": _place_as_json(found.remaining),
-        "next": found.next or None,
-        "tried": {"faults": found.faults, "variants": found.variants, "nearest": found.nearest, "complete": found.complete},
-        "seconds": round(found.seconds, 3),
-        "notes": list(found.notes),
+        "law": explanation.law or None,
+        "operations": list(explanation.placed.operations) if explanation.placed is not None and explanation.placed.sure else [],
+        "precision_only": explanation.precision_only or None,
+        "precision_alike": list(explanation.precision_alike),
+        "looks_like": explanation.looks_like or None,
+        "f32_stated": explanation.f32_stated or None,
+        "truth": None if explanation.truth is None else {"ours": explanation.truth.ours, "right": explanation.truth.right},
+        "compared": explanation.records,
+        "differing": explanation.differing,
+        "first_divergence": _place_as_json(explanation.first),
+        "last_agreement": explanation.last_agreement,
+        "remaining": _place_as_json(explanation.remaining),
+        "next": explanation.next or None,
+        "tried": {
+            "faults": explanation.faults,
+            "variants": explanation.variants,
+            "nearest": explanation.nearest,
+            "complete": explanation.complete,
+        },
+        "seconds": round(explanation.seconds, 3),
+        "notes": list(explanation.notes),
     }
 
 

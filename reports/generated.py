@@ -25,15 +25,15 @@ def generated(ours: Dump, ref: Dump) -> list[Choice]:
     for side in (ours, ref):
         if side.header is not None:
             texts |= dict(zip(side.header.tokens, side.header.pieces, strict=False))
-    made: list[Choice] = []
+    choices: list[Choice] = []
     for theirs in sorted((token for token in ref.tokens if token.seq == 0), key=lambda token: token.token_idx):
         other = mine.get(theirs.token_idx)
         if other is None:
             continue
         a, b = _first(other), _first(theirs)
         margin = theirs.top[0][1] - theirs.top[1][1] if len(theirs.top) > 1 else None
-        made.append(Choice(theirs.token_idx, _named(a, texts), _named(b, texts), a == b, margin))
-    return made
+        choices.append(Choice(theirs.token_idx, _named(a, texts), _named(b, texts), a == b, margin))
+    return choices
 
 
 def _first(token: Token) -> int:

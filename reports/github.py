@@ -22,8 +22,8 @@ def drift_annotations(drift: Drift) -> Iterator[str]:
     """An error a prompt that moved, a warning a finding, else a notice."""
     for item in drift.checked:
         if not item.verdict:
-            said = [f"prompt {shortened(item.prompt)}", headline(item.verdict), answer(item.verdict), *_named(item.verdict)]
-            yield _command("error", "parity drift", "\n".join(said))
+            lines = [f"prompt {shortened(item.prompt)}", headline(item.verdict), answer(item.verdict), *_named(item.verdict)]
+            yield _command("error", "parity drift", "\n".join(lines))
     for name, said_ in drift_remarks(drift):
         yield _command("warning", f"parity drift: {name}" if name else "parity drift", said_)
     if drift:
@@ -31,8 +31,8 @@ def drift_annotations(drift: Drift) -> Iterator[str]:
 
 
 def _named(verdict: Verdict) -> list[str]:
-    made = [f"{name}: {said}" for name, said in reasons(verdict)]
-    return [*made, f"next: --points '{verdict.next}'"] if verdict.next else made
+    remarks = [f"{name}: {text}" for name, text in reasons(verdict)]
+    return [*remarks, f"next: --points '{verdict.next}'"] if verdict.next else remarks
 
 
 def _command(kind: str, title: str, message: str) -> str:

@@ -68,11 +68,11 @@ def _side(side: Header) -> str:
     build = side.build
     version = build.get("version") or build.get("llama_cpp_python")
     threads = build.get("threads")
-    made = [
+    parts = [
         " ".join(clean(str(part)) for part in (side.source, version) if part),
         clean(str(build.get("device") or build.get("backend") or "")),
         count(threads, "thread") if isinstance(threads, int) else "",
         clean(str(build.get("weights") or side.compute)),
         f"KV {clean(side.kv_type)}" if side.kv_type else "",
     ]
-    return " · ".join(part for part in made if part)
+    return " · ".join(part for part in parts if part)

@@ -47,29 +47,29 @@ def lines(entries: Sequence[Entry], width: int) -> Iterator[Text]:
 
 def groups(entries: Sequence[Entry]) -> list[tuple[str, list[Entry]]]:
     """Checks that can be compared with each other: of one side, against the same golden numbers."""
-    made: dict[tuple[str, str], list[Entry]] = {}
+    series: dict[tuple[str, str], list[Entry]] = {}
     for entry in entries:
-        made.setdefault((entry.source, entry.golden), []).append(entry)
+        series.setdefault((entry.source, entry.golden), []).append(entry)
     names = {"ours": "our engine", "ref": "llama.cpp", "exec": "a foreign engine", "dumps": "dumps of a foreign engine"}
     return [
         (clean(f"conformance of {source.removeprefix(_CONFORM)} ({group[-1].versions.get('source', '')})"), group)
         if source.startswith(_CONFORM)
         else (f"{names.get(source, clean(source))} against golden dumps {clean(golden)[:8]}", group)
-        for (source, golden), group in made.items()
+        for (source, golden), group in series.items()
     ]
 
 
 def closer_sentences(moved: Sequence[tuple[str, Sequence[Closer]]]) -> list[str]:
     """What came nearer to its limit, the most grown first: a sentence each, for each side."""
-    said: list[str] = []
+    sentences: list[str] = []
     for label, every in moved:
-        told = f"{label}: " if len(moved) > 1 else ""
-        said += [
-            f"{told}{clean(one.name)}: {share(one.now)} of its limit, {share(one.before)} on {one.since[:10]}"
+        prefix = f"{label}: " if len(moved) > 1 else ""
+        sentences += [
+            f"{prefix}{clean(one.name)}: {share(one.now)} of its limit, {share(one.before)} on {one.since[:10]}"
             for one in every[:_NEAREST]
         ]
-        said += [f"{told}and {len(every) - _NEAREST} more (--format json lists them)"] if len(every) > _NEAREST else []
-    return said
+        sentences += [f"{prefix}and {len(every) - _NEAREST} more (--format json lists them)"] if len(every) > _NEAREST else []
+    return sentences
 
 
 def share(of_limit: float) -> str:

@@ -41,7 +41,7 @@ def html(report: Report) -> str:
         prompt=text,
         prompt_tokens=tokens,
         run=how_it_was_run(report),
-        figures=figures(verdict, report.picture),
+        figures=figures(verdict, report.picture, (report.ref, report.ours)),
     )
 
 
@@ -59,11 +59,11 @@ def template(name: str) -> "Template":
     """A template of this package, compiled once; everything that it prints is escaped."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    made = Environment(
+    environment = Environment(
         loader=PackageLoader("reports"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    made.globals["asset"] = _asset
-    made.filters |= {
+    environment.globals["asset"] = _asset
+    environment.filters |= {
         "error": error,
         "of_limit": of_limit,
         "limit": limit,
@@ -73,7 +73,7 @@ def template(name: str) -> "Template":
         "place": place,
         "number": lambda value: "" if value is None else f"{value:.6g}",
     }
-    return made.get_template(name)
+    return environment.get_template(name)
 
 
 def _asset(name: str) -> Any:
@@ -83,14 +83,14 @@ def _asset(name: str) -> Any:
     return Markup(files("reports").joinpath("templates", name).read_text(encoding="utf-8"))
 
 
-def _elements(found: Difference | None, truth: tuple[float, ...]) -> list[tuple[int, tuple[str, ...], bool]]:
+def _elements(difference: Difference | None, truth: tuple[float, ...]) -> list[tuple[int, tuple[str, ...], bool]]:
     """(element, its value on each side, is the largest difference) of the values that a verdict carries."""
-    if found is None:
+    if difference is None:
         return []
-    sides = [found.ours, found.ref, *([truth] if truth else [])]
-    tokens = found.checkpoint == "tokens"
+    sides = [difference.ours, difference.ref, *([truth] if truth else [])]
+    tokens = difference.checkpoint == "tokens"
     rows = [[str(int(x)) for x in row] for row in sides] if tokens else values(*sides)
     longest = max(map(len, rows))
     padded = [row + [""] * (longest - len(row)) for row in rows]
-    base = found.token_idx if tokens else 0
-    return [(base + n, cells, n == found.index) for n, cells in enumerate(zip(*padded, strict=True))]
+    base = difference.token_idx if tokens else 0
+    return [(base + n, cells, n == difference.index) for n, cells in enumerate(zip(*padded, strict=True))]

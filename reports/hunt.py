@@ -17,64 +17,66 @@ from .numbers import clean, count
 _LABEL = 8
 
 
-def round_lines(found: Round, width: int) -> list[Text]:
+def round_lines(hunt_round: Round, width: int) -> list[Text]:
     """One run: what was recorded, and where the sides diverge now."""
     return labelled(
-        [(f"run {found.number}", f"{clean(_recorded(found))}: {clean(_parted(found.verdict))}")], width, label=_LABEL
+        [(f"run {hunt_round.number}", f"{clean(_recorded(hunt_round))}: {clean(_parted(hunt_round.verdict))}")],
+        width,
+        label=_LABEL,
     )
 
 
-def _recorded(found: Round) -> str:
-    if not found.recorded:
+def _recorded(hunt_round: Round) -> str:
+    if not hunt_round.recorded:
         return "nothing new"
-    if found.asked not in ("default", "all"):
-        return found.asked
-    layers = [parse(name).layer for name in found.recorded if parse(name).kind == "l_out"]
+    if hunt_round.asked not in ("default", "all"):
+        return hunt_round.asked
+    layers = [parse(name).layer for name in hunt_round.recorded if parse(name).kind == "l_out"]
     outputs = set(layer_outputs([layer for layer in layers if layer is not None]))
-    if set(found.recorded) <= outputs:
-        rest = [name for name in found.recorded if name in ("embd", "output_norm", "logits")]
+    if set(hunt_round.recorded) <= outputs:
+        rest = [name for name in hunt_round.recorded if name in ("embd", "output_norm", "logits")]
         return ", ".join([*rest[:1], count(len(layers), "layer"), *rest[1:]])
-    return count(len(found.recorded), "point")
+    return count(len(hunt_round.recorded), "point")
 
 
 def _parted(verdict: Verdict) -> str:
     first, last = verdict.first_divergence, verdict.last_agreement
     if first is None:
         return "all agree" if verdict else verdict.verdict
-    said = f"divergence at {first.checkpoint}, position {first.token_idx}"
-    return f"{said}; {last.checkpoint} agrees" if last is not None else said
+    sentence = f"divergence at {first.checkpoint}, position {first.token_idx}"
+    return f"{sentence}; {last.checkpoint} agrees" if last is not None else sentence
 
 
-def lines(found: Hunt, width: int) -> Iterator[Text]:
+def lines(hunt: Hunt, width: int) -> Iterator[Text]:
     """What stands behind the runs: the cause and how it was found; or the comparison, where there is none."""
-    if found:
-        yield from terminal.lines(found.verdict, width)
+    if hunt:
+        yield from terminal.lines(hunt.verdict, width)
     else:
-        if found.explanation is None or not found.explanation.causes:
-            yield from terminal.lines(found.verdict, width)
+        if hunt.explanation is None or not hunt.explanation.causes:
+            yield from terminal.lines(hunt.verdict, width)
             yield Text("")
-        if found.explanation is not None:
-            yield from explanation.lines(found.explanation, width)
-        yield from labelled(list(_left(found)), width, label=_LABEL)
-    yield from (Text(line, style="dim") for note in found.notes for line in wrap(f"note: {clean(note)}", width))
+        if hunt.explanation is not None:
+            yield from explanation.lines(hunt.explanation, width)
+        yield from labelled(list(_left(hunt)), width, label=_LABEL)
+    yield from (Text(line, style="dim") for note in hunt.notes for line in wrap(f"note: {clean(note)}", width))
 
 
-def _left(found: Hunt) -> Iterator[tuple[str, str]]:
-    if found.unexplained:
-        yield "cause", f"not looked for: {clean(found.unexplained)}"
-    whole = found.explanation is not None and found.explanation.causes and found.explanation.remaining is None
-    if found.stopped and not whole:  # more points would tell nothing that the cause doesn't
-        yield "stopped", clean(found.stopped)
+def _left(hunt: Hunt) -> Iterator[tuple[str, str]]:
+    if hunt.unexplained:
+        yield "cause", f"not looked for: {clean(hunt.unexplained)}"
+    whole = hunt.explanation is not None and hunt.explanation.causes and hunt.explanation.remaining is None
+    if hunt.stopped and not whole:  # more points would tell nothing that the cause doesn't
+        yield "stopped", clean(hunt.stopped)
 
 
-def summary(found: Hunt) -> str:
+def summary(hunt: Hunt) -> str:
     """What it took."""
-    return f"{count(len(found.rounds), 'run')} of your engine, {found.seconds:.1f} s"
+    return f"{count(len(hunt.rounds), 'run')} of your engine, {hunt.seconds:.1f} s"
 
 
-def as_json(found: Hunt) -> dict[str, Any]:
+def as_json(hunt: Hunt) -> dict[str, Any]:
     """The last comparison's answer, each run in `runs`, and explain's whole answer."""
-    return verdict_as_json(found.verdict) | {
+    return verdict_as_json(hunt.verdict) | {
         "runs": [
             {
                 "asked": step.asked,
@@ -84,10 +86,10 @@ def as_json(found: Hunt) -> dict[str, Any]:
                 "last_agreement": step.verdict.last_agreement.checkpoint if step.verdict.last_agreement else None,
                 "next": step.verdict.next,
             }
-            for step in found.rounds
+            for step in hunt.rounds
         ],
-        "explanation": None if found.explanation is None else explanation.as_json(found.explanation),
-        "unexplained": found.unexplained,
-        "stopped": found.stopped,
-        "notes": [*found.verdict.notes, *found.notes],
+        "explanation": None if hunt.explanation is None else explanation.as_json(hunt.explanation),
+        "unexplained": hunt.unexplained,
+        "stopped": hunt.stopped,
+        "notes": [*hunt.verdict.notes, *hunt.notes],
     }

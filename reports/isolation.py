@@ -20,34 +20,34 @@ _WRONG_SHOWN = 24
 _GRAFTS_SHOWN = 8
 
 
-def lines(found: Isolation, width: int) -> Iterator[Text]:
+def lines(isolation: Isolation, width: int) -> Iterator[Text]:
     """The whole answer, for a terminal of `width` columns."""
-    yield from labelled(list(_head(found)), width)
+    yield from labelled(list(_head(isolation)), width)
     yield Text("")
-    groups = _groups(found.operations)
+    groups = _groups(isolation.operations)
     yield from _table(groups, width)
     yield Text("")
-    yield from labelled(list(_words(found, groups)), width)
-    yield from _elements(found, width)
-    yield from _grafts(found, width)
-    yield from labelled([("not checked", clean(said)) for said in found.not_checked], width)
-    yield _answer(found)
+    yield from labelled(list(_words(isolation, groups)), width)
+    yield from _elements(isolation, width)
+    yield from _grafts(isolation, width)
+    yield from labelled([("not checked", clean(reason)) for reason in isolation.not_checked], width)
+    yield _answer(isolation)
 
 
-def _head(found: Isolation) -> Iterator[tuple[str, str]]:
-    yield "model", clean(found.model)
-    passes = f", {found.passes} passes" if found.passes > 1 else ""
-    cache = f", KV {found.kv_type}"
-    yield "judged", clean(f"{found.judged} · {found.mode}{cache} · {count(found.positions, 'position')}{passes}")
-    for name, value in found.facts.items():
+def _head(isolation: Isolation) -> Iterator[tuple[str, str]]:
+    yield "model", clean(isolation.model)
+    passes = f", {isolation.passes} passes" if isolation.passes > 1 else ""
+    cache = f", KV {isolation.kv_type}"
+    yield "judged", clean(f"{isolation.judged} · {isolation.mode}{cache} · {count(isolation.positions, 'position')}{passes}")
+    for name, value in isolation.facts.items():
         if value:
             yield name, clean(str(value))
 
 
 def _groups(operations: Sequence[Operation]) -> dict[str, list[Operation]]:
     groups: dict[str, list[Operation]] = {}
-    for found in operations:
-        groups.setdefault(found.operation, []).append(found)
+    for operation in operations:
+        groups.setdefault(operation.operation, []).append(operation)
     return groups
 
 
@@ -55,18 +55,18 @@ def _table(groups: dict[str, list[Operation]], width: int) -> list[Text]:
     rows: list[tuple[str, ...]] = [("operation", "proven", "worst NMSE", "layers")]
     styles = ["dim"]
     for name, group in groups.items():
-        states = {found.status for found in group}
+        states = {operation.status for operation in group}
         if states == {NOT_OBSERVABLE}:  # said in words, with the reason
             continue
-        proven = [found.nmse for found in group if found.status == PROVEN and found.nmse is not None]
-        signs = "".join(_SIGN[found.status] for found in group)
+        proven = [operation.nmse for operation in group if operation.status == PROVEN and operation.nmse is not None]
+        signs = "".join(_SIGN[operation.status] for operation in group)
         worst = error(max(proven)) if proven else "–"
         rows.append((name, f"{len(proven)}/{len(group)}", worst, signs))
         styles.append(_STYLE[WRONG if WRONG in states else NOT_OBSERVABLE if NOT_OBSERVABLE in states else PROVEN])
     return columns(rows, frozenset({1, 2}), styles, width)
 
 
-def _words(found: Isolation, groups: dict[str, list[Operation]]) -> Iterator[tuple[str, str]]:
+def _words(isolation: Isolation, groups: dict[str, list[Operation]]) -> Iterator[tuple[str, str]]:
     right: list[str] = []
     for name, group in groups.items():
         proven = [item for item in group if item.status == PROVEN and item.nmse is not None]
@@ -74,23 +74,23 @@ def _words(found: Isolation, groups: dict[str, list[Operation]]) -> Iterator[tup
             worst = error(max(item.nmse or 0.0 for item in proven))
             where = f" in {len(proven)} of {len(group)} layers" if group[0].layer is not None else ""
             right.append(f"{name}{where} ({worst})")
-    if right and found.wrong:
+    if right and isolation.wrong:
         yield "right", ", ".join(right)
-    for item in found.wrong[:_WRONG_SHOWN]:
+    for item in isolation.wrong[:_WRONG_SHOWN]:
         yield "wrong", _said(item)
-    if len(found.wrong) > _WRONG_SHOWN:
-        yield "wrong", f"and {count(len(found.wrong) - _WRONG_SHOWN, 'further operation')}: --format json lists them"
-    for reason, items in _hidden(found).items():
+    if len(isolation.wrong) > _WRONG_SHOWN:
+        yield "wrong", f"and {count(len(isolation.wrong) - _WRONG_SHOWN, 'further operation')}: --format json lists them"
+    for reason, items in _hidden(isolation).items():
         where = ", ".join(f"{kind}{_in_layers(layers)}" for kind, layers in items.items())
         yield "not observable", clean(f"{reason}: {where}")
-    for said in found.findings[:_WRONG_SHOWN]:
-        yield "attention", clean(said)
+    for finding in isolation.findings[:_WRONG_SHOWN]:
+        yield "attention", clean(finding)
 
 
-def _hidden(found: Isolation) -> dict[str, dict[str, list[int]]]:
+def _hidden(isolation: Isolation) -> dict[str, dict[str, list[int]]]:
     """Reason -> kind -> layers of what is not observable; the layer's number is left out of a reason."""
     reasons: dict[str, dict[str, list[int]]] = {}
-    for item in found.operations:
+    for item in isolation.operations:
         if item.status == NOT_OBSERVABLE:
             reason = re.sub(r"blk\.\d+\.", "blk.N.", item.reason)
             layers = reasons.setdefault(reason, {}).setdefault(item.operation, [])
@@ -113,66 +113,66 @@ def _said(item: Operation) -> str:
     return clean(f"{name} ({error(item.nmse)}{place}{what}{weight}){reason}")
 
 
-def _elements(found: Isolation, width: int) -> list[Text]:
-    if not found.elements:
+def _elements(isolation: Isolation, width: int) -> list[Text]:
+    if not isolation.elements:
         return []
     rows: list[tuple[str, ...]] = [("logit", "position", "theirs", "float64 dot", "error", "")]
     styles = ["dim"]
-    for item in found.elements:
-        said = "" if item.right else "← another number"
-        rows.append((str(item.row), str(item.position), f"{item.theirs:.7g}", f"{item.dot:.7g}", error(item.error), said))
+    for item in isolation.elements:
+        mark = "" if item.right else "← another number"
+        rows.append((str(item.row), str(item.position), f"{item.theirs:.7g}", f"{item.dot:.7g}", error(item.error), mark))
         styles.append("" if item.right else "bold red")
     return columns(rows, frozenset({0, 1, 2, 3, 4}), styles, width)
 
 
-def _grafts(found: Isolation, width: int) -> Iterator[Text]:
-    if not found.graft:
+def _grafts(isolation: Isolation, width: int) -> Iterator[Text]:
+    if not isolation.graft:
         return
-    changed = [item for item in found.graft if item.changes]
-    last = found.graft[-1]
-    mean = sum(item.kl for item in found.graft) / len(found.graft)
-    said = (
-        f"llama.cpp, going on from {clean(found.graft_from)} of this engine, chooses a different next token at {len(changed)} of "
-        f"{count(len(found.graft), 'position')}; mean KL {error(mean)}, at the last position {error(last.kl)} "
+    changed = [item for item in isolation.graft if item.changes]
+    last = isolation.graft[-1]
+    mean = sum(item.kl for item in isolation.graft) / len(isolation.graft)
+    sentence = (
+        f"llama.cpp, going on from {clean(isolation.graft_from)} of this engine, chooses a different next token at {len(changed)} of "
+        f"{count(len(isolation.graft), 'position')}; mean KL {error(mean)}, at the last position {error(last.kl)} "
         f"(margin {last.margin:.2g})"
     )
-    yield from labelled([("graft", said)], width)
+    yield from labelled([("graft", sentence)], width)
     for item in changed[:_GRAFTS_SHOWN]:
         where = f"position {item.position} {token(item.token)}: {item.own_choice} becomes {item.grafted_choice}"
         yield from labelled([("", f"{where} (KL {error(item.kl)}, margin {item.margin:.2g})")], width, label=7)
 
 
-def _answer(found: Isolation) -> Text:
-    proven = sum(item.status == PROVEN for item in found.operations)
-    total = len(found.operations)
-    floor = f", floor here {error(found.floor)}" if found.floor is not None else ""
-    held = f"limit {limit(found.limit)} ({found.limit_source}){floor}"
-    hidden = sum(item.status == NOT_OBSERVABLE for item in found.operations)
-    said = f"{proven} of {count(total, 'operation')} proven" + (f", {hidden} not observable" if hidden else "")
-    if found:
-        return Text(f"{'right' if not hidden else 'nothing wrong seen'}: {said}, {held}", style="bold green")
-    return Text(f"wrong: {_counted(found)}; {said}, {held}", style="bold red")
+def _answer(isolation: Isolation) -> Text:
+    proven = sum(item.status == PROVEN for item in isolation.operations)
+    total = len(isolation.operations)
+    floor = f", floor here {error(isolation.floor)}" if isolation.floor is not None else ""
+    held = f"limit {limit(isolation.limit)} ({isolation.limit_source}){floor}"
+    hidden = sum(item.status == NOT_OBSERVABLE for item in isolation.operations)
+    sentence = f"{proven} of {count(total, 'operation')} proven" + (f", {hidden} not observable" if hidden else "")
+    if isolation:
+        return Text(f"{'right' if not hidden else 'nothing wrong seen'}: {sentence}, {held}", style="bold green")
+    return Text(f"wrong: {_counted(isolation)}; {sentence}, {held}", style="bold red")
 
 
-def _counted(found: Isolation) -> str:
-    elements = sum(not item.right for item in found.elements)
-    parts = [count(len(found.wrong), "operation")] if found.wrong else []
-    parts += [count(len(found.findings), "finding") + " in attention"] if found.findings else []
+def _counted(isolation: Isolation) -> str:
+    elements = sum(not item.right for item in isolation.elements)
+    parts = [count(len(isolation.wrong), "operation")] if isolation.wrong else []
+    parts += [count(len(isolation.findings), "finding") + " in attention"] if isolation.findings else []
     parts += [count(elements, "logit")] if elements else []
     return ", ".join(parts)
 
 
-def as_json(found: Isolation) -> dict[str, Any]:
+def as_json(isolation: Isolation) -> dict[str, Any]:
     """One JSON object with `operations`, `wrong` and every other figure."""
-    answer = {key: value for key, value in asdict(found).items() if key not in ("operations", "graft", "elements")}
+    answer = {key: value for key, value in asdict(isolation).items() if key not in ("operations", "graft", "elements")}
     return {
         "schema": 1,
-        "verdict": "right" if found else "wrong",
+        "verdict": "right" if isolation else "wrong",
         **{key: list(value) if isinstance(value, tuple) else value for key, value in answer.items()},
-        "operations": [_operation(item) for item in found.operations],
-        "wrong": [item.name for item in found.wrong],
-        "elements": [asdict(item) | {"error": _finite(item.error)} for item in found.elements],
-        "graft": [asdict(item) | {"changes": item.changes} for item in found.graft],
+        "operations": [_operation(item) for item in isolation.operations],
+        "wrong": [item.name for item in isolation.wrong],
+        "elements": [asdict(item) | {"error": _finite(item.error)} for item in isolation.elements],
+        "graft": [asdict(item) | {"changes": item.changes} for item in isolation.graft],
     }
 
 

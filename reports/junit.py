@@ -27,7 +27,7 @@ def drift_as_junit(drift: Drift) -> str:
     suites = []
     for item in drift.checked:
         suite = _suite(f"drift {shortened(item.prompt)}", item.verdict)
-        output = [sentence(drift), *(f"{name}: {said}".lstrip(": ") for name, said in drift_remarks(drift))]
+        output = [sentence(drift), *(f"{name}: {text}".lstrip(": ") for name, text in drift_remarks(drift))]
         _texted(
             suite, "system-out", [*output, *(f"{point.checkpoint}: margin {factor(point.margin)}" for point in drift.points)]
         )
@@ -35,11 +35,11 @@ def drift_as_junit(drift: Drift) -> str:
     return _written(suites)
 
 
-def conform_as_junit(found: Conformance) -> str:
+def conform_as_junit(conformance: Conformance) -> str:
     """A conformance run: a suite an architecture, a case a cell; what is refused or has no reference is skipped."""
     suites = []
-    for name in axis(found.results, "architecture"):
-        results = [result for result in found.results if result.cell.architecture == name]
+    for name in axis(conformance.results, "architecture"):
+        results = [result for result in conformance.results if result.cell.architecture == name]
         failures = sum(result.wrong for result in results)
         skipped = [result for result in results if result.verdict in (REFUSED, NO_REFERENCE)]
         suite = ET.Element(
@@ -79,26 +79,26 @@ def _suite(name: str, verdict: Verdict) -> ET.Element:
 def _case(suite: str, point: PointSummary) -> ET.Element:
     case = ET.Element("testcase", classname=_plain(suite), name=_plain(point.checkpoint))
     if point.failed:
-        said = (
+        message = (
             f"{point.status}: {point.failed} of {point.records} records differ, {of_limit(point.worst.of_limit)} of the limit"
         )
-        _failure(case, said, _figures(point.worst))
+        _failure(case, message, _figures(point.worst))
     else:
         _texted(case, "system-out", _figures(point.worst))
     return case
 
 
-def _figures(found: Difference) -> Iterable[str]:
-    yield f"worst record: position {found.token_idx} {token(found.token)}".rstrip()
-    yield f"NMSE {error(found.nmse)}, limit {limit(found.limit)} ({of_limit(found.of_limit)})"
-    yield f"largest difference {error(found.max_abs)}"
-    if found.ours or found.ref:
-        yield f"ours {' '.join(f'{x:.9g}' for x in found.ours)}"
-        yield f"ref  {' '.join(f'{x:.9g}' for x in found.ref)}"
+def _figures(difference: Difference) -> Iterable[str]:
+    yield f"worst record: position {difference.token_idx} {token(difference.token)}".rstrip()
+    yield f"NMSE {error(difference.nmse)}, limit {limit(difference.limit)} ({of_limit(difference.of_limit)})"
+    yield f"largest difference {error(difference.max_abs)}"
+    if difference.ours or difference.ref:
+        yield f"ours {' '.join(f'{x:.9g}' for x in difference.ours)}"
+        yield f"ref  {' '.join(f'{x:.9g}' for x in difference.ref)}"
 
 
 def _sentences(verdict: Verdict) -> list[str]:
-    return [f"{name}: {said}" for name, said in (*reasons(verdict), *remarks(verdict))]
+    return [f"{name}: {text}" for name, text in (*reasons(verdict), *remarks(verdict))]
 
 
 def _failure(case: ET.Element, message: str, lines: Iterable[str]) -> None:

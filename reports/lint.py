@@ -30,10 +30,10 @@ def lines(report: LintReport, width: int) -> list[Text]:
     shown: list[Text] = []
     for number, finding in enumerate(report.findings):
         style = "bold red" if finding.severity == ERROR else "yellow"
-        made = labelled([(finding.rule, clean(finding.evidence))], width, label=_LABEL, indent=10)
+        texts = labelled([(finding.rule, clean(finding.evidence))], width, label=_LABEL, indent=10)
         head = Text(finding.severity.ljust(10), style=style)
-        made[0] = head.append_text(made[0][10:])
-        shown += made
+        texts[0] = head.append_text(texts[0][10:])
+        shown += texts
         following = report.findings[number + 1].rule if number + 1 < len(report.findings) else None
         if following != finding.rule:  # the cause of several is said once, below them
             shown += labelled([("usual cause", finding.cause), ("do", finding.advice)], width, label=_LABEL, indent=10)
@@ -48,8 +48,8 @@ def _answer(report: LintReport) -> Text:
             "unusable: no engine computes such values, so comparing this dump would say nothing about yours", style="bold red"
         )
     if report.suspicions:
-        said = f"usable, with {count(len(report.suspicions), 'suspicion')}: captured or computed wrong? parity diff tells"
-        return Text(said, style="bold yellow")
+        sentence = f"usable, with {count(len(report.suspicions), 'suspicion')}: captured or computed wrong? parity diff tells"
+        return Text(sentence, style="bold yellow")
     if report.findings:
         return Text(
             f"usable, with {count(len(report.findings), 'finding')} in {count(report.records, 'record')}", style="yellow"

@@ -39,21 +39,21 @@ def _report(report: Report) -> Iterator[str]:
         yield f"\n### {'First divergence' if verdict.first_divergence else 'Nearest to its limit'}\n"
         yield from _shown(shown, verdict.truth.values if verdict.truth is not None else ())
         sides = (("ours", report.picture.ours), ("reference", report.picture.ref), ("float64", report.picture.truth))
-        yield from (f"- {name}: {told}" for name, side in sides if side is not None and (told := spread(side)))
-    said = list(reasons(verdict))
-    if said or verdict.next:
+        yield from (f"- {name}: {figures}" for name, side in sides if side is not None and (figures := spread(side)))
+    lines = list(reasons(verdict))
+    if lines or verdict.next:
         yield ""
-        yield from (f"- **{name or '…'}**: {text(sentence_)}" for name, sentence_ in said)
+        yield from (f"- **{name or '…'}**: {text(sentence_)}" for name, sentence_ in lines)
         if verdict.next:
             wider = f" --slice {verdict.next_slice}" if verdict.next_slice else ""
             yield f"- **next**: record these on both sides and run diff again: {code(f'--points {verdict.next!r}{wider}')}"
     if verdict.points:
         yield "\n### Error along the model\n"
         yield from _points(report)
-    for found in report.findings:
-        yield f"\n### {text(found.title)}\n\n{text(found.sentence)}\n"
-        if found.rows:
-            yield from table(found.columns, [tuple(map(text, row)) for row in found.rows])
+    for finding in report.findings:
+        yield f"\n### {text(finding.title)}\n\n{text(finding.sentence)}\n"
+        if finding.rows:
+            yield from table(finding.columns, [tuple(map(text, row)) for row in finding.rows])
     choices = generated(report.ours, report.ref)
     if choices:
         yield "\n### Generated text\n"
@@ -71,30 +71,32 @@ def _report(report: Report) -> Iterator[str]:
             ],
         )
     yield "\n### How it was run\n"
-    yield from (f"- **{name}**: {text(found)}" for name, found in remarks(verdict))
+    yield from (f"- **{name}**: {text(finding)}" for name, finding in remarks(verdict))
     limits = verdict.limits
     yield f"- limit {limit(limits.operations)}, logits {limit(limits.logits)}: {text(limits.source)}\n"
     yield from table(("", "ours", "reference"), [(text(name), code(a), code(b)) for name, a, b in how_it_was_run(report)])
 
 
-def _shown(found: Difference, truth: tuple[float, ...]) -> Iterator[str]:
-    named = " ".join([str(found.token_idx), code(token(found.token)) if found.token is not None else ""]).rstrip()
+def _shown(difference: Difference, truth: tuple[float, ...]) -> Iterator[str]:
+    named = " ".join(
+        [str(difference.token_idx), code(token(difference.token)) if difference.token is not None else ""]
+    ).rstrip()
     yield from table(
         ("point", "layer", "position", "NMSE", "of limit", "largest \\|Δ\\|", "error"),
         [
             (
-                code(found.checkpoint),
-                "" if found.layer is None else str(found.layer),
+                code(difference.checkpoint),
+                "" if difference.layer is None else str(difference.layer),
                 named,
-                error(found.nmse),
-                of_limit(found.of_limit),
-                error(found.max_abs),
-                "fresh" if found.fresh else "",
+                error(difference.nmse),
+                of_limit(difference.of_limit),
+                error(difference.max_abs),
+                "fresh" if difference.fresh else "",
             )
         ],
     )
-    if found.ours or found.ref:
-        sides = {"ours": found.ours, "reference": found.ref} | ({"float64": truth} if truth else {})
+    if difference.ours or difference.ref:
+        sides = {"ours": difference.ours, "reference": difference.ref} | ({"float64": truth} if truth else {})
         texts = values(*sides.values())
         width = max(map(len, texts))
         yield ""
@@ -123,8 +125,8 @@ def _points(report: Report) -> Iterator[str]:
         head = (*head, "ours – float64", "reference – float64")
         far = [truth.get(every[n].checkpoint) for n in sorted(telling)]
         rows = [
-            (*row, *(("", "") if found is None else (error(found.ours), error(found.ref))))
-            for row, found in zip(rows, far, strict=True)
+            (*row, *(("", "") if errors is None else (error(errors.ours), error(errors.ref))))
+            for row, errors in zip(rows, far, strict=True)
         ]
     yield from table(head, rows)
     if len(every) > len(telling):
@@ -134,7 +136,7 @@ def _points(report: Report) -> Iterator[str]:
 def _drift(drift: Drift) -> Iterator[str]:
     yield f"## {text(sentence(drift))}\n"
     yield f"- golden: {text(drift.golden)}\n- checked: {text(drift.side)}"
-    yield from (f"- **{name or '…'}**: {text(said)}" for name, said in drift_remarks(drift))
+    yield from (f"- **{name or '…'}**: {text(remark)}" for name, remark in drift_remarks(drift))
     for item in drift.checked:
         first = item.verdict.first_divergence
         if not item.verdict:
@@ -157,17 +159,17 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
 
 def text(value: str) -> str:
     """Text that Markdown and HTML show as it is."""
-    made = clean(value).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    escaped = clean(value).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     for mark in "\\`*_[]|~#":
-        made = made.replace(mark, "\\" + mark)
-    return made
+        escaped = escaped.replace(mark, "\\" + mark)
+    return escaped
 
 
 def code(value: str) -> str:
     """A code span, in a table's cell too; empty for no text."""
-    made = clean(value)
-    if not made:
+    cleaned = clean(value)
+    if not cleaned:
         return ""
-    fence = "`" * (1 + max((len(run) for run in "".join(c if c == "`" else " " for c in made).split()), default=0))
-    pad = " " if made.startswith("`") or made.endswith("`") else ""
-    return f"{fence}{pad}{made.replace('|', chr(92) + '|')}{pad}{fence}"
+    fence = "`" * (1 + max((len(run) for run in "".join(c if c == "`" else " " for c in cleaned).split()), default=0))
+    pad = " " if cleaned.startswith("`") or cleaned.endswith("`") else ""
+    return f"{fence}{pad}{cleaned.replace('|', chr(92) + '|')}{pad}{fence}"

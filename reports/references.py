@@ -15,9 +15,9 @@ from .numbers import clean, count, error
 _ROWS = 12  # kinds of points that are shown: those that moved most
 
 
-def lines(found: References, width: int) -> Iterator[Text]:
+def lines(references: References, width: int) -> Iterator[Text]:
     """A table of the kinds that moved most for each other reference, and a sentence on it."""
-    for moved in found.moved:
+    for moved in references.moved:
         shown = sorted(moved.points, key=lambda point: -point.nmse)[:_ROWS]
         rows: list[tuple[str, ...]] = [("reference moved at", "records", "worst NMSE", "layer", "position")]
         rows += [_row(point) for point in moved.points if point in shown and point.nmse > 0]
@@ -27,9 +27,9 @@ def lines(found: References, width: int) -> Iterator[Text]:
         if rest > 0:
             yield Text(f"… {rest} more kinds moved less", style="dim")
         yield Text(sentence(moved), style="bold")
-    if found.within:
+    if references.within:
         yield Text(
-            f"our side is nowhere further from the reference than {found.times:g} times what the references differ by",
+            f"our side is nowhere further from the reference than {references.times:g} times what the references differ by",
             style="bold",
         )
 
@@ -51,8 +51,8 @@ def sentence(moved: Moved) -> str:
     return f"references: between {pair} the reference moved at {where}{first}{floor}{lacking}"
 
 
-def as_json(found: References) -> dict[str, Any]:
+def as_json(references: References) -> dict[str, Any]:
     """Everything, with the sentences."""
-    moved = [asdict(one) | {"answer": sentence(one)} for one in found.moved]
-    answer: dict[str, Any] = plain(asdict(found) | {"moved": moved})
+    moved = [asdict(one) | {"answer": sentence(one)} for one in references.moved]
+    answer: dict[str, Any] = plain(asdict(references) | {"moved": moved})
     return answer

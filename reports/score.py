@@ -12,43 +12,43 @@ from .layout import labelled
 from .numbers import clean, count
 
 
-def lines(found: Scored, width: int) -> Iterator[Text]:
+def lines(score: Scored, width: int) -> Iterator[Text]:
     """All figures, the worst position last."""
     yield from labelled(
         [
-            ("side", clean(found.side)),
-            *([("base", clean(found.base))] if found.base else []),
-            ("text", f"{clean(found.text)}: {count(found.tokens, 'token')}, {_scored(found)}"),
+            ("side", clean(score.side)),
+            *([("base", clean(score.base))] if score.base else []),
+            ("text", f"{clean(score.text)}: {count(score.tokens, 'token')}, {_scored(score)}"),
         ],
         width,
     )
     yield Text("")
-    yield from labelled([(name, value) for name, value in figures(found)], width)
-    if found.worst is not None:
+    yield from labelled([(name, value) for name, value in figures(score)], width)
+    if score.worst is not None:
         yield Text("")
-        yield from labelled(_worst(found.worst), width)
-    yield from (Text(f"note: {clean(note)}", style="dim") for note in found.notes)
-    yield Text(f"{count(found.positions, 'prediction')} in {found.seconds:.1f} s", style="dim")
+        yield from labelled(_worst(score.worst), width)
+    yield from (Text(f"note: {clean(note)}", style="dim") for note in score.notes)
+    yield Text(f"{count(score.positions, 'prediction')} in {score.seconds:.1f} s", style="dim")
 
 
-def _scored(found: Scored) -> str:
+def _scored(score: Scored) -> str:
     return (
-        f"{count(found.chunks, 'chunk')} of {found.context}, {count(found.positions, 'prediction')} (the second half of each)"
+        f"{count(score.chunks, 'chunk')} of {score.context}, {count(score.positions, 'prediction')} (the second half of each)"
     )
 
 
-def figures(found: Scored) -> Iterator[tuple[str, str]]:
+def figures(score: Scored) -> Iterator[tuple[str, str]]:
     """Names and values, in the order and with the definitions of llama-perplexity --kl-divergence."""
-    yield "perplexity", f"{found.perplexity:.4f} ± {found.perplexity_error:.4f}"
-    if found.kl_mean is None:
+    yield "perplexity", f"{score.perplexity:.4f} ± {score.perplexity_error:.4f}"
+    if score.kl_mean is None:
         return
-    base = found.base_perplexity or 0.0
-    yield "base's perplexity", f"{base:.4f}, ratio {found.perplexity / base:.6f}"
-    bound = "" if found.exact else f" (lower bound: the base's other tokens, {found.unseen:.1e} at most, count as one)"
-    yield "KL divergence", f"mean {_number(found.kl_mean)} ± {_number(found.kl_error)}, max {_number(found.kl_max)}{bound}"
-    yield "percentiles", " · ".join(f"{of:g} % {_number(value)}" for of, value in found.kl_percentiles.items())
-    yield "same first choice", f"{100 * (found.same_top or 0):.3f} %, first five shared {100 * (found.top_k or 0):.3f} %"
-    yield "Δp of the text", f"mean {100 * (found.delta_p_mean or 0):+.4f} %, RMS {100 * (found.delta_p_rms or 0):.4f} %"
+    base = score.base_perplexity or 0.0
+    yield "base's perplexity", f"{base:.4f}, ratio {score.perplexity / base:.6f}"
+    bound = "" if score.exact else f" (lower bound: the base's other tokens, {score.unseen:.1e} at most, count as one)"
+    yield "KL divergence", f"mean {_number(score.kl_mean)} ± {_number(score.kl_error)}, max {_number(score.kl_max)}{bound}"
+    yield "percentiles", " · ".join(f"{of:g} % {_number(value)}" for of, value in score.kl_percentiles.items())
+    yield "same first choice", f"{100 * (score.same_top or 0):.3f} %, first five shared {100 * (score.top_k or 0):.3f} %"
+    yield "Δp of the text", f"mean {100 * (score.delta_p_mean or 0):+.4f} %, RMS {100 * (score.delta_p_rms or 0):.4f} %"
 
 
 def _number(value: float | None) -> str:
@@ -69,37 +69,37 @@ def _choices(top: Sequence[tuple[int, float]]) -> str:
     return "  ".join(f"{number} {value:.4f}" for number, value in top)
 
 
-def as_json(found: Scored) -> dict[str, Any]:
+def as_json(score: Scored) -> dict[str, Any]:
     """Every figure; `perplexity` and `kl` as the contract has them."""
-    worst = found.worst
+    worst = score.worst
     return {
         "schema": 1,
-        "side": found.side,
-        "base": found.base,
-        "model": found.model,
-        "text": found.text,
-        "tokens": found.tokens,
-        "context": found.context,
-        "chunks": found.chunks,
-        "positions": found.positions,
+        "side": score.side,
+        "base": score.base,
+        "model": score.model,
+        "text": score.text,
+        "tokens": score.tokens,
+        "context": score.context,
+        "chunks": score.chunks,
+        "positions": score.positions,
         "perplexity": {
-            "ours": plain(found.perplexity),
-            "error": plain(found.perplexity_error),
-            "base": plain(found.base_perplexity),
+            "ours": plain(score.perplexity),
+            "error": plain(score.perplexity_error),
+            "base": plain(score.base_perplexity),
         },
         "kl": None
-        if found.kl_mean is None
+        if score.kl_mean is None
         else {
-            "mean": found.kl_mean,
-            "error": found.kl_error,
-            "max": found.kl_max,
-            "percentiles": {f"{of:g}": value for of, value in found.kl_percentiles.items()},
-            "exact": found.exact,
-            "unseen": found.unseen,
+            "mean": score.kl_mean,
+            "error": score.kl_error,
+            "max": score.kl_max,
+            "percentiles": {f"{of:g}": value for of, value in score.kl_percentiles.items()},
+            "exact": score.exact,
+            "unseen": score.unseen,
         },
-        "same_top": found.same_top,
-        "top_k": found.top_k,
-        "delta_p": None if found.delta_p_mean is None else {"mean": found.delta_p_mean, "rms": found.delta_p_rms},
+        "same_top": score.same_top,
+        "top_k": score.top_k,
+        "delta_p": None if score.delta_p_mean is None else {"mean": score.delta_p_mean, "rms": score.delta_p_rms},
         "worst": None
         if worst is None
         else {
@@ -112,18 +112,18 @@ def as_json(found: Scored) -> dict[str, Any]:
             "ours": [list(item) for item in worst.ours],
             "base": [list(item) for item in worst.base],
         },
-        "seconds": round(found.seconds, 3),
-        "notes": list(found.notes),
+        "seconds": round(score.seconds, 3),
+        "notes": list(score.notes),
     }
 
 
-def markdown(found: Scored) -> str:
+def markdown(score: Scored) -> str:
     """One block to paste; ends with a line break."""
-    rows = [f"| {name} | {value} |" for name, value in figures(found)]
-    against = f" against {clean(found.base)}" if found.base else ""
+    rows = [f"| {name} | {value} |" for name, value in figures(score)]
+    against = f" against {clean(score.base)}" if score.base else ""
     return "\n".join(
         [
-            f"**{clean(found.side)}**{against}: `{clean(found.model)}` on `{clean(found.text)}`, {_scored(found)}",
+            f"**{clean(score.side)}**{against}: `{clean(score.model)}` on `{clean(score.text)}`, {_scored(score)}",
             "",
             "| | |",
             "|---|---|",

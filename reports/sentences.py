@@ -1,6 +1,7 @@
 """A verdict in sentences: what the terminal, the HTML report and Markdown say alike. Text from dumps is cleaned, not escaped."""
 
 from collections.abc import Iterator, Sequence
+from math import isclose
 
 from checkpoints.answers.diff import DIVERGENCE, Difference, Missing, RecordFault, Seen, TruthPoint, Verdict
 from checkpoints.points import EMBD, LOGITS, parse
@@ -16,10 +17,10 @@ def headline(verdict: Verdict) -> str:
     return "parity" if verdict else f"{DIVERGENCE}: records are missing"
 
 
-def place(found: Difference) -> str:
+def place(difference: Difference) -> str:
     """ "blk.5.l_out, position 1 " upon""."""
-    where = f"position {found.token_idx} {token(found.token)}".rstrip()
-    return f"{clean(found.checkpoint)}, {where}"
+    where = f"position {difference.token_idx} {token(difference.token)}".rstrip()
+    return f"{clean(difference.checkpoint)}, {where}"
 
 
 def answer(verdict: Verdict) -> str:
@@ -28,19 +29,23 @@ def answer(verdict: Verdict) -> str:
     held += f"limit {limit(verdict.limits.operations)}"
     if verdict.limits.logits != verdict.limits.operations:
         held += f", logits {limit(verdict.limits.logits)}"
+    own = limits_of_their_own(verdict)
+    if own:
+        low, high = (limit(find(own.values())) for find in (min, max))
+        held += f" ({count(len(own), 'point')} judged by {low if low == high else f'{low} to {high}'})"
     otherwise = sum(fault.records for fault in verdict.record_faults)
     precision = verdict.precision
     if verdict:
-        said = f"{verdict.compared - otherwise:,} of {count(verdict.compared, 'record')} agree"
-        said += f", {otherwise:,} recorded otherwise" if otherwise else ""
+        sentence = f"{verdict.compared - otherwise:,} of {count(verdict.compared, 'record')} agree"
+        sentence += f", {otherwise:,} recorded otherwise" if otherwise else ""
         if precision is not None and precision.source == "assumed" and precision.arithmetic == "f32":
-            return f"parity: {said}, as float32 does: worst {error(verdict.worst.nmse if verdict.worst else None)}"
+            return f"parity: {sentence}, as float32 does: worst {error(verdict.worst.nmse if verdict.worst else None)}"
         if precision is None or precision.source == "stated" or precision.arithmetic == "f32":
-            return f"parity: {said}, {held}"
+            return f"parity: {sentence}, {held}"
         how = "assumed: your dump does not say" if precision.assumed else "measured on the model"
         at = f", worst {error(verdict.worst.nmse)} at {clean(verdict.worst.checkpoint)}" if verdict.worst is not None else ""
         kinds = " or ".join(ARITHMETIC[kind] for kind in (precision.arithmetic, *precision.alike))
-        return f"parity as {kinds} arithmetic ({how}): {said}{at}"
+        return f"parity as {kinds} arithmetic ({how}): {sentence}{at}"
     wrong = sum(point.failed for point in verdict.points)
     if wrong:
         what = f"{wrong:,} of {count(verdict.compared, 'record')} differ"
@@ -51,18 +56,27 @@ def answer(verdict: Verdict) -> str:
     return f"divergence{' (limit assumed)' if verdict.limits.assumed else ''}: {what}, {held}"
 
 
+def limits_of_their_own(verdict: Verdict) -> dict[str, float]:
+    """Points whose worst record was judged by another limit than the printed one: its "of limit" is in proportion to this."""
+    printed = {LOGITS: verdict.limits.logits}
+    found = {point.checkpoint: point.worst.limit for point in verdict.points if point.worst.of_limit}
+    return {name: value for name, value in found.items() if not isclose(value, printed.get(name, verdict.limits.operations))}
+
+
 ARITHMETIC = {"": "lower", "f32": "float32", "tf32": "TF32", "f16": "F16", "bf16": "BF16", "q8": "8-bit"}
 
 
 def reasons(verdict: Verdict) -> Iterator[tuple[str, str]]:
     """Named sentences that explain a divergence; a name that repeats is empty."""
-    found = verdict.last_agreement
-    if found is not None and verdict.first_divergence is not None:
+    agreement = verdict.last_agreement
+    if agreement is not None and verdict.first_divergence is not None:
         where = (
-            f"all {count(found.positions, 'position')}" if found.whole else f"its first {count(found.positions, 'position')}"
+            f"all {count(agreement.positions, 'position')}"
+            if agreement.whole
+            else f"its first {count(agreement.positions, 'position')}"
         )
-        between = _between(found.checkpoint, verdict.first_divergence)
-        yield "last agreement", f"{clean(found.checkpoint)}, {where}{between}"
+        between = _between(agreement.checkpoint, verdict.first_divergence)
+        yield "last agreement", f"{clean(agreement.checkpoint)}, {where}{between}"
     if verdict.operation:
         yield "operation", clean(verdict.operation)
     if verdict.pattern is not None:
@@ -70,21 +84,21 @@ def reasons(verdict: Verdict) -> Iterator[tuple[str, str]]:
     if verdict.truth is not None and verdict.first_divergence is not None:
         yield "float64", truth(verdict.truth)
     for origin in verdict.origins[1:4]:
-        said = f"{clean(origin.first.checkpoint)}, {'position' if len(origin.positions) == 1 else 'positions'} "
+        text = f"{clean(origin.first.checkpoint)}, {'position' if len(origin.positions) == 1 else 'positions'} "
         how = "not caused by the first" if origin.first.fresh else "grown from what is under the limit before it"
-        yield "also wrong", f"{said}{ranges(origin.positions)}: {how}"
+        yield "also wrong", f"{text}{ranges(origin.positions)}: {how}"
     if len(verdict.origins) > 4:
         yield "", f"and {count(len(verdict.origins) - 4, 'further point')} of origin"
 
 
-def truth(found: TruthPoint) -> str:
+def truth(point: TruthPoint) -> str:
     """How far both sides are from the same steps in float64, and which of them is the one that is off."""
-    said = f"ours is {error(found.ours)} from the same steps in float64, the reference {error(found.ref)}"
-    if found.alone == "ours":
-        return f"{said}: ours is the one that is off"
-    if found.alone == "reference":
-        return f"{said}: the reference is the one that is off"
-    return f"{said}: neither is far nearer than the other"
+    sentence = f"ours is {error(point.ours)} from the same steps in float64, the reference {error(point.ref)}"
+    if point.alone == "ours":
+        return f"{sentence}: ours is the one that is off"
+    if point.alone == "reference":
+        return f"{sentence}: the reference is the one that is off"
+    return f"{sentence}: neither is far nearer than the other"
 
 
 def _everywhere(points: Sequence[TruthPoint]) -> Iterator[str]:
@@ -120,20 +134,20 @@ def remarks(verdict: Verdict) -> Iterator[tuple[str, str]]:
     if mapping:
         yield "", f"to say so once: --map names.toml, with {'this line' if len(mapping) == 1 else 'these lines'} below [names]:"
         yield from ((MAP_LINE, line) for line in mapping)
-    if said := rows_seen(verdict.seen):
-        yield "seen", said
+    if seen := rows_seen(verdict.seen):
+        yield "seen", seen
     choices = verdict.choices
     if choices is not None and choices.differs_at is not None:
-        said = f"after position {choices.differs_at} ours chooses {choices.ours_id}, the reference {choices.ref_id}"
+        seen = f"after position {choices.differs_at} ours chooses {choices.ours_id}, the reference {choices.ref_id}"
         margin = f" (its margin: {choices.differs_margin:.2g})" if choices.differs_margin is not None else ""
-        yield "first choice", said + margin
+        yield "first choice", seen + margin
     precision = verdict.precision
     if precision is not None and precision.in_float32:
         yield "float32", f"in float32 {clean(precision.in_float32)} would be a divergence; --compute f32 judges so"
     elif verdict.limits.assumed and (precision is None or precision.arithmetic != "f32"):
         yield "limit", verdict.limits.source
-    if verdict.first_divergence is None and (said := "; ".join(_everywhere(verdict.truth_points))):
-        yield "float64", said
+    if verdict.first_divergence is None and (seen := "; ".join(_everywhere(verdict.truth_points))):
+        yield "float64", seen
     for note in verdict.notes:
         yield "note", clean(note)
 
@@ -176,25 +190,25 @@ def rows_seen(points: Sequence[Seen]) -> str:
         return ""
     logits = [item for item in parts if item.checkpoint == LOGITS]
     others = [item for item in parts if item.checkpoint != LOGITS]
-    said: list[str] = []
+    sentences: list[str] = []
     if others:
         values = sorted({item.values for item in others})
         of = sorted({item.of for item in others if item.of is not None})
         number = f"{values[0]}" if len(values) == 1 else f"{values[0]} to {values[-1]}"
         sizes = "" if not of else (f" of {of[0]:,}" if len(of) == 1 else f" of {of[0]:,} to {of[-1]:,}")
-        told = "statistics, no sketch" if all(item.statistics for item in others) else "no sketch"
-        said.append(f"{number}{sizes} values a row, {told}")
+        besides = "statistics, no sketch" if all(item.statistics for item in others) else "no sketch"
+        sentences.append(f"{number}{sizes} values a row, {besides}")
     if logits:
         of_them = f" of {logits[0].of:,}" if logits[0].of is not None else " values"
-        said.append(f"logits {logits[0].values}{of_them}")
-    return "; ".join(said)
+        sentences.append(f"logits {logits[0].values}{of_them}")
+    return "; ".join(sentences)
 
 
 def _lacking(lacks: Missing) -> str:
-    said: list[str] = []
+    parts: list[str] = []
     if lacks.points:
         listed = ", ".join(clean(name) for name in lacks.points[:3])
-        said.append(listed + (f" and {count(len(lacks.points) - 3, 'further point')}" if len(lacks.points) > 3 else ""))
+        parts.append(listed + (f" and {count(len(lacks.points) - 3, 'further point')}" if len(lacks.points) > 3 else ""))
     if lacks.positions:
-        said.append(f"positions {ranges(lacks.positions)}" + (" of common points" if lacks.points else ""))
-    return "; ".join(said)
+        parts.append(f"positions {ranges(lacks.positions)}" + (" of common points" if lacks.points else ""))
+    return "; ".join(parts)

@@ -19,46 +19,53 @@ _ROW = 4  # predictions of a row, at the least
 _PARTS = 6  # rows of the table: enough to see a drift grow, few enough for one look
 
 
-def lines(found: ServerAnswer, width: int) -> Iterator[Text]:
+def lines(server_answer: ServerAnswer, width: int) -> Iterator[Text]:
     """Who was compared, how far they are apart along the text, the first wrong prediction and its cause."""
-    asked = "one request echoed the text" if found.echoed else "one request a position"
-    made = len(found.tokens) - found.prompt
+    asked = "one request echoed the text" if server_answer.echoed else "one request a position"
+    generated = len(server_answer.tokens) - server_answer.prompt
     yield from labelled(
         [
-            ("server", f"{clean(found.url)} · {clean(found.api)} · {asked}, {count(found.requests, 'request')}"),
-            ("ref", f"llama.cpp · {clean(found.model)} · {found.mode}"),
-            ("tokens", f"{count(found.prompt, 'token')} of text" + (f", {made} chosen by the server" if made else "")),
+            (
+                "server",
+                f"{clean(server_answer.url)} · {clean(server_answer.api)} · {asked}, {count(server_answer.requests, 'request')}",
+            ),
+            ("ref", f"llama.cpp · {clean(server_answer.model)} · {server_answer.mode}"),
+            (
+                "tokens",
+                f"{count(server_answer.prompt, 'token')} of text"
+                + (f", {generated} chosen by the server" if generated else ""),
+            ),
         ],
         width,
     )
     yield Text("")
-    if found.predictions:
-        yield from _table(found, width)
+    if server_answer.predictions:
+        yield from _table(server_answer, width)
         yield Text("")
-    if found.first is not None:
-        yield from labelled(list(_place(found.first)), width)
-    if found.first_choice is not None:
-        yield from labelled([("choice", _choice(found.first_choice))], width)
-    for cause in found.causes:
+    if server_answer.first is not None:
+        yield from labelled(list(_place(server_answer.first)), width)
+    if server_answer.first_choice is not None:
+        yield from labelled([("choice", _choice(server_answer.first_choice))], width)
+    for cause in server_answer.causes:
         yield from labelled(list(_cause(cause)), width)
-    if found.next_command:
-        yield from labelled([("next", printable(found.next_command, 2000))], width)
-    yield from (Text(f"note  {clean(note)}", style="dim") for note in found.notes)
-    yield Text(sentence(found), style="bold")
-    yield Text(f"{clean(found.folder)}/   {found.seconds:.1f} s", style="dim")
+    if server_answer.next_command:
+        yield from labelled([("next", printable(server_answer.next_command, 2000))], width)
+    yield from (Text(f"note  {clean(note)}", style="dim") for note in server_answer.notes)
+    yield Text(sentence(server_answer), style="bold")
+    yield Text(f"{clean(server_answer.folder)}/   {server_answer.seconds:.1f} s", style="dim")
 
 
-def _table(found: ServerAnswer, width: int) -> list[Text]:
+def _table(server_answer: ServerAnswer, width: int) -> list[Text]:
     rows: list[tuple[str, ...]] = [("positions", "predictions", "mean KL", "worst KL", "of limit", "same choice", "at")]
     styles = ["dim"]
     groups = [
-        [item for item in found.predictions if item.kind != GREEDY],
-        [item for item in found.predictions if item.kind == GREEDY],
+        [item for item in server_answer.predictions if item.kind != GREEDY],
+        [item for item in server_answer.predictions if item.kind == GREEDY],
     ]
     for group in groups:
         for part in _split(group, _PARTS):
             worst = max(part, key=lambda item: item.kl)
-            share = worst.kl / found.limit
+            share = worst.kl / server_answer.limit
             rows.append(
                 (
                     ranges(tuple(range(part[0].position, part[-1].position + 1)))
@@ -110,35 +117,36 @@ def _cause(cause: ServerCause) -> Iterator[tuple[str, str]]:
     yield "do", clean(cause.advice)
 
 
-def sentence(found: ServerAnswer) -> str:
+def sentence(server_answer: ServerAnswer) -> str:
     """The answer in one line."""
-    total = len(found.predictions)
-    same = sum(item.same_choice for item in found.predictions)
-    what = f"first choices the same at {same} of {total}; limit KL {error(found.limit)}"
-    if found:
+    total = len(server_answer.predictions)
+    same = sum(item.same_choice for item in server_answer.predictions)
+    what = f"first choices the same at {same} of {total}; limit KL {error(server_answer.limit)}"
+    if server_answer:
         return f"parity: {total} of {total} predictions agree, {what}"
-    wrong = sum(item.wrong for item in found.predictions)
-    if found.first is not None:
-        return f"divergence: {wrong} of {total} predictions differ, from position {found.first.position} on; {what}"
-    if found.unfaithful:
-        return f"divergence: the predictions agree, but {count(len(found.unfaithful), 'choice')} not the most probable token; {what}"
+    wrong = sum(item.wrong for item in server_answer.predictions)
+    if server_answer.first is not None:
+        return f"divergence: {wrong} of {total} predictions differ, from position {server_answer.first.position} on; {what}"
+    if server_answer.unfaithful:
+        choices = count(len(server_answer.unfaithful), "choice")
+        return f"divergence: the predictions agree, but {choices} not the most probable token; {what}"
     return f"divergence: the server reads another text; {what}"
 
 
-def as_json(found: ServerAnswer) -> dict[str, Any]:
+def as_json(server_answer: ServerAnswer) -> dict[str, Any]:
     """The whole answer."""
 
     def prediction(item: Predicted | None) -> dict[str, Any] | None:
         return None if item is None else asdict(item) | {"same_choice": item.same_choice}
 
-    answer = asdict(found) | {
+    answer = asdict(server_answer) | {
         "schema": 1,
-        "verdict": "parity" if found else "divergence",
-        "compared": len(found.predictions),
-        "predictions": [prediction(item) for item in found.predictions],
-        "first_divergence": prediction(found.first),
-        "first_choice": prediction(found.first_choice),
-        "answer": sentence(found),
+        "verdict": "parity" if server_answer else "divergence",
+        "compared": len(server_answer.predictions),
+        "predictions": [prediction(item) for item in server_answer.predictions],
+        "first_divergence": prediction(server_answer.first),
+        "first_choice": prediction(server_answer.first_choice),
+        "answer": sentence(server_answer),
     }
     del answer["first"]
     return {key: plain(value) for key, value in answer.items()}

@@ -105,46 +105,46 @@ def _point(verdict: Verdict, point: PointSummary) -> tuple[str, ...]:
 
 
 def _stretch(hidden: list[PointSummary]) -> tuple[str, ...]:
-    worst = max((point.worst for point in hidden), key=lambda found: found.of_limit)
+    worst = max((point.worst for point in hidden), key=lambda worst_of: worst_of.of_limit)
     failed = sum(point.failed > 0 for point in hidden)
     otherwise = sum(point.status == OTHERWISE for point in hidden)
-    said = "agree" if not failed else (INHERITED if failed == len(hidden) else f"{failed} of them wrong")
+    words = "agree" if not failed else (INHERITED if failed == len(hidden) else f"{failed} of them wrong")
     if otherwise:
         worst = max((point.worst for point in hidden if point.status != OTHERWISE), key=lambda one: one.of_limit, default=worst)
-        said += f", {otherwise} recorded otherwise"
+        words += f", {otherwise} recorded otherwise"
     return (
         f"… {count(len(hidden), 'point')}",
         str(sum(point.records for point in hidden)),
         error(worst.nmse),
         of_limit(worst.of_limit),
         "",
-        said,
+        words,
     )
 
 
 def _remark(verdict: Verdict, point: PointSummary) -> str:
-    said: list[str] = []
+    words: list[str] = []
     if point.failed:
         first = verdict.first_divergence
         origins = {origin.first.checkpoint for origin in verdict.origins}
         if first is not None and first.checkpoint == point.checkpoint:
-            said.append(f"← first divergence{', fresh' if first.fresh else ''}")
+            words.append(f"← first divergence{', fresh' if first.fresh else ''}")
         elif point.checkpoint in origins:
-            said.append("← another origin")
+            words.append("← another origin")
         elif point.status == FRESH:
-            said.append("jumps again")
+            words.append("jumps again")
         else:
-            said.append(INHERITED)
+            words.append(INHERITED)
         if point.failed < point.records:
-            said.append(f"{point.failed} of {point.records} wrong")
+            words.append(f"{point.failed} of {point.records} wrong")
     elif point.status == OTHERWISE:
-        said += [RECORDED[fault.kind] for fault in verdict.record_faults if fault.checkpoint == point.checkpoint]
+        words += [RECORDED[fault.kind] for fault in verdict.record_faults if fault.checkpoint == point.checkpoint]
     choices = verdict.choices
     if point.checkpoint == LOGITS and choices is not None:
-        said.append(f"top-1 {choices.agree}/{choices.known}")
+        words.append(f"top-1 {choices.agree}/{choices.known}")
         if choices.kl is not None:
-            said.append(f"KL {error(choices.kl)}")
-    return " · ".join(said)
+            words.append(f"KL {error(choices.kl)}")
+    return " · ".join(words)
 
 
 def _chosen(verdict: Verdict) -> set[int]:
@@ -154,7 +154,7 @@ def _chosen(verdict: Verdict) -> set[int]:
         return set(range(len(names)))
     place = {name: number for number, name in enumerate(names)}
     wanted = [origin.first.checkpoint for origin in verdict.origins[:5]]
-    wanted += [found.checkpoint for found in (verdict.last_agreement, verdict.worst) if found is not None]
+    wanted += [shown.checkpoint for shown in (verdict.last_agreement, verdict.worst) if shown is not None]
     wanted += [fault.checkpoint for fault in verdict.record_faults[:4]]
     wanted += [LOGITS, OUTPUT_NORM, EMBD]
     first = place.get(verdict.first_divergence.checkpoint) if verdict.first_divergence else None
@@ -188,24 +188,24 @@ def explanation(verdict: Verdict, width: int) -> Iterator[Text]:
             yield Text(
                 " " * (_LABEL + 2) + f"--points '{clean(verdict.next)}'{wider}", style="bold"
             )  # to be copied: never broken
-    said = list(remarks(verdict))
-    for copied, group in groupby(said, key=lambda row: row[0] == MAP_LINE):
+    lines = list(remarks(verdict))
+    for copied, group in groupby(lines, key=lambda row: row[0] == MAP_LINE):
         rows = list(group)
         yield from [Text(f"  {line}", style="bold") for _, line in rows] if copied else labelled(rows, width, label=_REMARK)
     yield Text(answer(verdict), style="bold green" if verdict else "bold red")
 
 
-def _values(found: Difference, width: int, truth: tuple[float, ...]) -> list[Text]:
+def _values(difference: Difference, width: int, truth: tuple[float, ...]) -> list[Text]:
     """The values of both sides, and of float64 where it is known, around the largest difference, as many as fit."""
-    named = {"ours": found.ours, "ref": found.ref} | ({"float64": truth} if truth else {})
-    tokens = found.checkpoint == "tokens"
+    named = {"ours": difference.ours, "ref": difference.ref} | ({"float64": truth} if truth else {})
+    tokens = difference.checkpoint == "tokens"
     texts = [[str(int(x)) for x in row] for row in named.values()] if tokens else values(*named.values())
     cell = max((len(text) for row in texts for text in row), default=1) + 2
     room = max(2, (width - _LABEL - 2) // cell)
     longest = max(map(len, texts))
-    index = found.index if found.index is not None and found.index < longest else 0
+    index = difference.index if difference.index is not None and difference.index < longest else 0
     start = max(0, min(index - room // 2, longest - room))
-    base = found.token_idx if found.checkpoint == "tokens" else 0
+    base = difference.token_idx if difference.checkpoint == "tokens" else 0
     shown = range(start, min(start + room, longest))
     rows = [
         ("", *(str(base + number) for number in shown)),

@@ -16,28 +16,28 @@ _SHOWN = 24
 _BYTES = 48  # of a differing block, in hex
 
 
-def lines(found: WeightsCheck, width: int) -> Iterator[Text]:
+def lines(check: WeightsCheck, width: int) -> Iterator[Text]:
     """The whole answer, for a terminal of `width` columns."""
-    head = [("model", clean(found.model))]
-    if found.theirs:
-        head.append(("theirs", clean(found.theirs)))
-    yield from labelled([*head, *(("note", clean(note)) for note in found.notes)], width)
+    head = [("model", clean(check.model))]
+    if check.theirs:
+        head.append(("theirs", clean(check.theirs)))
+    yield from labelled([*head, *(("note", clean(note)) for note in check.notes)], width)
     yield Text("")
-    yield from _table(found, width)
+    yield from _table(check, width)
     yield Text("")
-    wrong = [tensor for tensor in found.tensors if not tensor.right]
+    wrong = [tensor for tensor in check.tensors if not tensor.right]
     for tensor in wrong[:_SHOWN]:
         yield Text(f"{clean(tensor.name)}: {clean(tensor.reason or tensor.status)}", style="bold red")
         if tensor.first is not None:
             yield from labelled(list(_first(tensor.first)), width, indent=2)
     if len(wrong) > _SHOWN:
         yield Text(f"and {count(len(wrong) - _SHOWN, 'further tensor')}: --format json lists them")
-    yield _answer(found, len(wrong))
+    yield _answer(check, len(wrong))
 
 
-def _table(found: WeightsCheck, width: int) -> list[Text]:
+def _table(check: WeightsCheck, width: int) -> list[Text]:
     groups: dict[tuple[str, str], list[TensorCheck]] = {}
-    for tensor in found.tensors:
+    for tensor in check.tensors:
         status = tensor.status.partition(":")[0]
         groups.setdefault((tensor.type, status), []).append(tensor)
     rows: list[tuple[str, ...]] = [("type", "tensors", "values", "status", "by")]
@@ -58,29 +58,29 @@ def _first(first: FirstDifference) -> Iterator[tuple[str, str]]:
         yield name, f"{value:.9g}"
 
 
-def _answer(found: WeightsCheck, wrong: int) -> Text:
-    checked = [tensor for tensor in found.tensors if tensor.status != NOT_CHECKED]
-    said = f"{len(checked) - wrong} of {count(len(found.tensors), 'tensor')} equal, tolerance {found.tolerance}"
-    skipped = len(found.tensors) - len(checked)
-    said += f", {skipped} not checked" if skipped else ""
-    return Text(f"wrong: {said}", style="bold red") if wrong else Text(f"right: {said}", style="bold green")
+def _answer(check: WeightsCheck, wrong: int) -> Text:
+    checked = [tensor for tensor in check.tensors if tensor.status != NOT_CHECKED]
+    sentence = f"{len(checked) - wrong} of {count(len(check.tensors), 'tensor')} equal, tolerance {check.tolerance}"
+    skipped = len(check.tensors) - len(checked)
+    sentence += f", {skipped} not checked" if skipped else ""
+    return Text(f"wrong: {sentence}", style="bold red") if wrong else Text(f"right: {sentence}", style="bold green")
 
 
-def as_json(found: WeightsCheck) -> dict[str, Any]:
+def as_json(check: WeightsCheck) -> dict[str, Any]:
     """One JSON object: `tensors` with `name`, `type`, `status` each, and the summary."""
     return {
         "schema": 1,
-        "verdict": "right" if found else "wrong",
-        "model": found.model,
-        "theirs": found.theirs,
-        "bytes": found.bytes,
-        "notes": list(found.notes),
-        "tensors": [_as_json(tensor) for tensor in found.tensors],
+        "verdict": "right" if check else "wrong",
+        "model": check.model,
+        "theirs": check.theirs,
+        "bytes": check.bytes,
+        "notes": list(check.notes),
+        "tensors": [_as_json(tensor) for tensor in check.tensors],
     }
 
 
 def _as_json(tensor: TensorCheck) -> dict[str, Any]:
-    made = asdict(tensor)
-    if made["first"] is not None:  # JSON has no infinity
-        made["first"]["values"] = {k: v if isfinite(v) else str(v) for k, v in made["first"]["values"].items()}
-    return made
+    fields = asdict(tensor)
+    if fields["first"] is not None:  # JSON has no infinity
+        fields["first"]["values"] = {k: v if isfinite(v) else str(v) for k, v in fields["first"]["values"].items()}
+    return fields

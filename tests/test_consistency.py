@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from cli import Cli
+from foreign import numpy_engine
 
 from checkpoints.answers.consistency import Consistency
 from checkpoints.points import parse
@@ -140,3 +141,42 @@ def test_the_command_and_what_it_refuses(parity: Cli, stories: Path) -> None:
     for arguments in (["--tokens", "5"], ["a.jsonl"], [], ["a.jsonl", "b.jsonl"], ["--tokens", "1,2", "--points", "nothing"]):
         said = parity("consistency", *arguments)
         assert (said.code, said.err.count("\n")) == (2, 1)
+
+
+EVERY_WAY = ("--portions={portions}", "--state={state}", "--ubatch={ubatch}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fault", "failing", "suspect", "point"),
+    [
+        ("", set(), "", ""),
+        ("ubatch", {"ubatches of 1", "prefill and one step"}, "positions", "blk.0.q_rope"),
+        ("pad", {"among other sequences"}, "sequences", "blk.0.kqv_out"),
+        ("state", {"a restored state"}, "state", "blk.0.kqv_out"),
+    ],
+)
+def test_every_way_of_a_foreign_engine(
+    parity: Cli, synthetic: Callable[..., Path], fault: str, failing: set[str], suspect: str, point: str
+) -> None:
+    """Ubatches, a batch of unequal sequences and a restored state: each fault fails in its own way, at its operation."""
+    line = numpy_engine(*EVERY_WAY, f"--fault={fault}")
+    code, found = parity.json("consistency", "--tokens", "1,17,40,29", "--model", synthetic(layers=2), "--exec", line)
+    checks = {check["name"]: check for check in found["checks"]}
+    wrong = {name for name, check in checks.items() if check["diff"]["verdict"] != "parity"}
+    assert code == bool(failing)
+    assert failing <= wrong
+    assert bool(wrong) == bool(failing)
+    assert found["not_checked"] == []
+    for name in failing:
+        assert (checks[name]["suspect"], checks[name]["diff"]["first_divergence"]["checkpoint"]) == (suspect, point)
+
+
+@pytest.mark.slow
+def test_llama_cpp_against_itself(parity: Cli, synthetic: Callable[..., Path]) -> None:
+    """llama.cpp in portions, ubatches, among other sequences and from a saved state: the same to rounding, a state to the bit."""
+    code, found = parity.json("consistency", "--tokens", "1,17,40,29,5", "--model", synthetic(layers=2), "--side", "ref")
+    assert code == 0
+    checks = {check["name"]: check for check in found["checks"]}
+    assert {"ubatches of 1", "ubatches of 4", "among other sequences", "a restored state"} <= set(checks)
+    assert checks["a restored state"]["first_to_differ"] == ""

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from fault_places import PLACES
+from fault_places import GENERATED, PLACES, SETTINGS
 from planted import Faulty, Planted, tokens_of
 
 from engine.faults import CATALOGUE
@@ -21,7 +21,8 @@ def faulty(reference: Reference, small_model: Callable[..., Path]) -> Callable[[
 
     def of(name: str) -> Faulty:
         if name not in made:
-            model = small_model(name)
+            recipe, settings = SETTINGS.get(name, (name, {}))
+            model = small_model(recipe, settings=settings)
             made[name] = Faulty(model, reference.graph(model))
         return made[name]
 
@@ -42,7 +43,8 @@ def test_each_fault_is_named(faulty: Callable[[str], Faulty], name: str, layers:
     engine = faulty(recipe)
     tokens = tokens_of(engine.model, 14, seed=5)
     parameters = CATALOGUE[name].variants({step.makes: step for step in engine.right})[0] | chosen
-    found = explain(engine.dump(Planted(((name, parameters, layers),)), tokens), engine.model, ExplainOptions(tokens=tokens))
+    dump = engine.dump(Planted(((name, parameters, layers),)), tokens, generated=4 if name in GENERATED else 0)
+    found = explain(dump, engine.model, ExplainOptions(tokens=tokens))
     assert found.first is not None
     assert found.remaining is None
     assert len(found.causes) == 1

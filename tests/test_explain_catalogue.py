@@ -18,7 +18,15 @@ _QWEN2 = Shape("qwen2", 3, 112, 14, 2, 0, 128, 300)
 _LLAMA = Shape("llama", 3, 64, 4, 4, 16, 96, 300, biases=False, eps=1e-5, rope_base=5e5, rope_factors=True, rope_scaling=4.0)
 _BLOCKS = Shape("qwen2", 3, 64, 4, 2, 0, 128, 300)  # rows that are multiples of 32
 _SUPERBLOCKS = Shape("qwen2", 2, 256, 4, 2, 0, 256, 320)  # rows that are multiples of 256
-_BY_PASS = {"rope-position-per-pass", "rope-after-cache", "cache-row-missing", "cache-stale", "v-layout", "capture-row"}
+_BY_PASS = {
+    "rope-position-per-pass",
+    "rope-position-by-prompt",
+    "rope-after-cache",
+    "cache-row-missing",
+    "cache-stale",
+    "v-layout",
+    "capture-row",
+}
 _MODELS: dict[str, tuple[Shape, str]] = {
     "qkv-order": (_LLAMA, "f16"),
     "rope-factors-ignored": (_LLAMA, "f16"),
@@ -32,10 +40,12 @@ _MODELS: dict[str, tuple[Shape, str]] = {
     "quants-signedness": (_BLOCKS, "q8_0"),
     "q4k-scale-min": (_SUPERBLOCKS, "Q4_K_M"),
     "scale-rounded": (_SUPERBLOCKS, "Q6_K"),
+    "q3k-scales": (_SUPERBLOCKS, "Q3_K_M"),
+    "keys-permuted-by-query-heads": (_BLOCKS, "f16"),
 }
 # Those that only some architectures can have are shown in test_explain_architectures.
 _ANYWHERE = [name for name in CATALOGUE if name not in PLACES]
-_BY_LLAMA = {"Q4_K_M", "Q6_K"}  # types that gguf-py cannot make
+_BY_LLAMA = {"Q3_K_M", "Q4_K_M", "Q6_K"}  # types that gguf-py cannot make
 
 Models = Callable[[str], Faulty]
 

@@ -12,7 +12,8 @@ class Check:
     Attributes:
         name: short ("one token at a time"); `what` the two ways in words.
         verdict: the comparison; None where it could not be made (`reason` says why).
-        suspect: "cache", "positions", "mask", "batch size" or "" where nothing differs; `reason` explains it.
+        suspect: "cache", "positions", "mask", "batch size", "sequences", "state" or "" where nothing differs; `reason` explains it.
+        differs: the first point of which any value differs at all, be it by a rounding; "" where both are the same bits.
     """
 
     name: str
@@ -20,6 +21,7 @@ class Check:
     verdict: Verdict | None
     suspect: str = ""
     reason: str = ""
+    differs: str = ""
 
 
 @dataclass(frozen=True)

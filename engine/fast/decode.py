@@ -254,5 +254,5 @@ class DecodeStep:
     def chosen(self, start: int, stop: int) -> NDArray[np.int32]:
         """The tokens chosen for positions start…stop; waits for the steps."""
         self._stream.synchronize()
-        found: NDArray[np.int32] = self._xp.asnumpy(self.tokens[start:stop])
-        return found
+        tokens: NDArray[np.int32] = self._xp.asnumpy(self.tokens[start:stop])
+        return tokens

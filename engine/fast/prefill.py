@@ -36,9 +36,9 @@ class _Place:
     keys: Array
     values: Array
 
-    def tell(self, keep: Keep, first: int, made: tuple[Array, ...]) -> None:
+    def tell(self, keep: Keep, first: int, values: tuple[Array, ...]) -> None:
         """Hand on the values of neighbouring points, from the `first` of `_POINTS` on."""
-        for name, value in zip(self.names[first : first + len(made)], made, strict=True):
+        for name, value in zip(self.names[first : first + len(values)], values, strict=True):
             keep(name, value)
 
 
@@ -75,7 +75,7 @@ class Prefill:
         hp, w, step = self._hp, self._weights, self._step
         t = len(tokens)
         s, width, q_width, k_width = past + t, hp.n_embd, hp.n_heads * hp.head_size, hp.n_kv_heads * hp.head_size
-        x, normed, low, made = self._floats(t, width), self._floats(t, width), self._lows(t, width), self._floats(t, width)
+        x, normed, low, product = self._floats(t, width), self._floats(t, width), self._lows(t, width), self._floats(t, width)
         projected, q, k = self._floats(t, q_width + 2 * k_width), self._floats(t, q_width), self._floats(t, k_width)
         q_rope, mixed, low_q = self._floats(t, q_width), self._floats(t, q_width), self._lows(t, q_width)
         gates, swiglu, low_f = self._floats(2, t, hp.n_ff), self._floats(t, hp.n_ff), self._lows(t, hp.n_ff)
@@ -98,18 +98,18 @@ class Prefill:
                 place.tell(keep, 0, (normed, q, k, new_v, q_rope, new_k, all_k, all_v))
             self._attend(pointers[i], t, s, (scores, *sizes, shares))
             self._run("lower", 256, (mixed, np.int64(mixed.size), low_q))
-            self._product(layer.out, low_q, mixed, made)
-            self._norm(made, m["attn_output"].bias, x, x, layer.ffn_norm, normed, low)
+            self._product(layer.out, low_q, mixed, product)
+            self._norm(product, m["attn_output"].bias, x, x, layer.ffn_norm, normed, low)
             if keep:
-                place.tell(keep, 8, (scores, shares, mixed, made, x, normed))
+                place.tell(keep, 8, (scores, shares, mixed, product, x, normed))
             self._product(layer.gate_up, low, normed, gates)
             self._add_biases((gate, up), (m["ffn_gate"], m["ffn_up"]))
             self._run("swiglu", 1024, (gate, up, np.int64(swiglu.size), swiglu, low_f))
-            self._product(layer.down, low_f, swiglu, made)
+            self._product(layer.down, low_f, swiglu, product)
             after = w.layers[i + 1].attn_norm if i + 1 < hp.n_layers else w.norm
-            self._norm(made, m["ffn_down"].bias, x, x, after, normed, low)
+            self._norm(product, m["ffn_down"].bias, x, x, after, normed, low)
             if keep:
-                place.tell(keep, 14, (gate, up, swiglu, made, x))
+                place.tell(keep, 14, (gate, up, swiglu, product, x))
         if keep:
             keep("output_norm", normed)
         logits = self._floats(t, hp.n_vocab)
@@ -128,10 +128,10 @@ class Prefill:
     def _run(self, name: str, blocks: int, arguments: tuple[Any, ...], threads: int = 256, shared: int = 0) -> None:
         self._kernels[name]((blocks,), (threads,), arguments, shared_mem=shared)
 
-    def _norm(self, made: Array, bias: Array, residual: Array, total: Array, weight: Array, out: Array, low: Array) -> None:
-        t, n = made.shape
+    def _norm(self, product: Array, bias: Array, residual: Array, total: Array, weight: Array, out: Array, low: Array) -> None:
+        t, n = product.shape
         numbers = (np.float32(self._hp.eps), np.int32(n))
-        self._run("add_norm", t, (made, _or_null(bias), _or_null(residual), total, weight, *numbers, out, low), shared=4 * n)
+        self._run("add_norm", t, (product, _or_null(bias), _or_null(residual), total, weight, *numbers, out, low), shared=4 * n)
 
     def _add_biases(self, values: Sequence[Array], matrices: Sequence[Packed]) -> None:
         for value, matrix in zip(values, matrices, strict=True):

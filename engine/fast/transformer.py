@@ -89,10 +89,10 @@ class FastTransformer:
             if len(tokens) == 1:
                 self.step.place_token(int(tokens[0]), sequence.length)
                 self._decode(sequence, tap)
-                made = self.step.logits
+                logits = self.step.logits
             else:
-                made = self._prefill(tokens, sequence, tap)[-1]
-            return np.asarray(self._xp.asnumpy(made))
+                logits = self._prefill(tokens, sequence, tap)[-1]
+            return np.asarray(self._xp.asnumpy(logits))
 
     def generate(self, count: int, sequence: Progress, tap: Capture | None = None) -> NDArray[np.int32]:
         """`count` greedy steps after a prefill, chosen on the device: the ids of the tokens that were chosen [count + 1].

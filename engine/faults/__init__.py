@@ -10,41 +10,54 @@ from dataclasses import replace
 from . import (
     attention,
     biases,
+    block_scales,
+    caches,
     capture,
+    delta_rule,
     dequantisation,
+    expert_counts,
+    expert_layouts,
     experts,
     feed_forward,
+    fitted,
+    fitted_numbers,
     flow,
+    fused,
     head_norms,
+    latent,
     logits,
+    masks,
     multipliers,
     norms,
     recurrent,
+    recurrent_state,
     rope,
+    rope_extended,
     tokens,
     weights,
     windows,
 )  # fmt: skip
 from .base import AT, SEEN, Fault, Planting, Steps, as_recorded, plant
-from .fitted import FITTED, Fitted
+from .fitted import Fitted
 
 __all__ = ["AT", "CATALOGUE", "FITTED", "SEEN", "Fault", "Fitted", "Planting", "Steps", "as_recorded", "plant"]
 
 _GROUPS = {  # of faults with the same numbers the first one is named: a formula before weights that happen to look like it
     "tokens": tokens.FAULTS,
-    "RoPE": rope.FAULTS,
+    "RoPE": (*rope.FAULTS, *rope_extended.FAULTS),
     "norms": (*norms.FAULTS, *head_norms.FAULTS),
-    "attention": (*attention.FAULTS, *windows.FAULTS),
+    "attention": (*attention.FAULTS, *masks.FAULTS, *windows.FAULTS, *caches.FAULTS, *latent.FAULTS),
     "feed-forward": feed_forward.FAULTS,
-    "experts": experts.FAULTS,
-    "recurrent layers": recurrent.FAULTS,
+    "experts": (*experts.FAULTS, *expert_counts.FAULTS, *expert_layouts.FAULTS),
+    "recurrent layers": (*recurrent.FAULTS, *delta_rule.FAULTS, *recurrent_state.FAULTS),
     "residual and flow": flow.FAULTS,
     "numbers of a model": multipliers.FAULTS,
     "logits": logits.FAULTS,
-    "weights": (*weights.FAULTS, *biases.FAULTS),
-    "dequantisation": dequantisation.FAULTS,
+    "weights": (*weights.FAULTS, *fused.FAULTS, *biases.FAULTS),
+    "dequantisation": (*dequantisation.FAULTS, *block_scales.FAULTS),
     "capture": capture.FAULTS,
 }
+FITTED = (*fitted_numbers.FITTED, *fitted.FITTED)  # a number of the metadata before a factor that nobody wrote down
 CATALOGUE: Mapping[str, Fault] = {
     fault.name: replace(fault, group=group) for group, faults in _GROUPS.items() for fault in faults
 }

@@ -9,8 +9,10 @@ from typing import Any
 
 from checkpoints.points import parse
 
+from .. import ops
 from ..graph import PASSES, POSITIONS, TOKENS, Read, Step, Weight, name_of, read_as
 from ..inapplicable import NotApplicable
+from ..lift.node import GgmlOperation
 
 COPY = "~"  # ends the names of steps that compute a layer a second time
 SEEN = "seen:"  # starts the name of what a dump shows for a point, where that is not what the engine computed
@@ -32,12 +34,14 @@ class Fault:
     """One way in which an engine can be wrong.
 
     Attributes:
-        kinds: the kinds of step that it changes ("q_rope" in every layer, "output_norm" once).
+        kinds: the kinds of step that it changes ("q_rope" in every layer, "output_norm" once), or ggml's operations ("SSM_SCAN"),
+            whatever a model calls what they make.
         change: the changed step, or several in its place, given the right one, all steps by name, and the parameters.
         what: what is wrong, in a sentence; `{name}` stands for a parameter's value.
         symptom, fix, seen: sentences for the user: what it looks like, how to fix it, where it was seen.
         parameters: the values that are tried, by name; `at` lists subsets of `kinds`. A function computes the values from
             the steps.
+        says: what `what` says for a value of a parameter that would be hard to read.
         shows: of a fault of the capture: the step that makes what the dump shows for a point, None where it is right.
         whole: later positions affect earlier ones, so that a run over the first positions does not show the fault.
         once: it concerns one place of the model or all of it, not single layers.
@@ -52,6 +56,7 @@ class Fault:
     seen: str
     parameters: Mapping[str, Values | Callable[[Steps], Values]] = field(default_factory=dict)
     group: str = ""
+    says: Mapping[Any, str] = field(default_factory=dict)
     shows: Record | None = None
     whole: bool = False
     once: bool = False
@@ -63,7 +68,9 @@ class Fault:
 
     def sentence(self, parameters: Parameters) -> str:
         """What is wrong, with the parameters' values."""
-        return self.what.format(**{name: _text(value) for name, value in parameters.items()})
+        return self.what.format(
+            **{name: self.says[value] if value in self.says else _text(value) for name, value in parameters.items()}
+        )
 
 
 class Planting:
@@ -91,11 +98,11 @@ class Planting:
         """The numbers of the steps of a kind, by layer."""
         places: dict[tuple[str, int | None], list[int]] = {}
         for number, step in enumerate(self.steps):
-            point = _parse(step.makes)
-            kind = point.kind.rstrip(COPY)
-            places.setdefault((kind, point.layer), []).append(number)
-            if point.layer is not None:
-                places.setdefault((kind, _ANY), []).append(number)
+            layer = layer_near(step)
+            for kind in kinds_of(step):
+                places.setdefault((kind, layer), []).append(number)
+                if layer is not None:
+                    places.setdefault((kind, _ANY), []).append(number)
         return places
 
     def has_layers(self, fault: Fault) -> bool:
@@ -114,12 +121,15 @@ class Planting:
             changed = fault.change(step, self.right, parameters)
             if changed != step:
                 found[number] = (changed,) if isinstance(changed, Step) else tuple(changed)
-                self._check(found[number], number)
+                self._check(found[number], number, found)
         return dict(sorted(found.items()))
 
-    def _check(self, changed: Sequence[Step], number: int) -> None:
-        """Raises NotApplicable if steps in the place of that number cannot be computed there: two faults changed one, each for itself."""
-        made: set[str] = set()
+    def _check(self, changed: Sequence[Step], number: int, found: Mapping[int, Sequence[Step]]) -> None:
+        """Raises NotApplicable if steps in the place of that number cannot be computed there: two faults changed one, each for itself.
+
+        `found` is what else is changed, whose new values are known behind it.
+        """
+        made = {step.makes for place, steps in found.items() if place < number and len(steps) > 1 for step in steps}
         for step in changed:
             if not _takes(step.op, len(step.reads) + len(step.weights), frozenset(step.params)):
                 raise NotApplicable(f"{step.makes}: another fault has changed the same operation")
@@ -239,6 +249,29 @@ def layer_of(step: Step) -> int:
     if layer is None:
         raise NotApplicable(f"{step.makes} stands outside the layers")
     return layer
+
+
+_OPERATIONS: Mapping[Callable[..., Any], str] = {  # of the house, by the names that ggml has for them
+    ops.linear: "MUL_MAT",
+    ops.rms_norm: "RMS_NORM",
+    ops.layer_norm: "NORM",
+    ops.causal_soft_max: "SOFT_MAX",
+}
+
+
+def kinds_of(step: Step) -> tuple[str, ...]:
+    """What a fault's `kinds` may call a step: its kind in its layer, and the operation of ggml's that it is."""
+    kind = _parse(step.makes).kind.rstrip(COPY)
+    operation = step.op.name if isinstance(step.op, GgmlOperation) else _OPERATIONS.get(step.op)
+    return (kind,) if operation is None else (kind, operation)
+
+
+def layer_near(step: Step) -> int | None:
+    """The layer that a step belongs to: by its own name or, where that has none, by the last layer that it reads from."""
+    layer = _parse(step.makes).layer
+    if layer is not None or not step.inner:
+        return layer
+    return max((near for name in step.names if (near := _parse(name).layer) is not None), default=None)
 
 
 def kind_of(step: Step) -> str:

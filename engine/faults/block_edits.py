@@ -12,7 +12,21 @@ from numpy.typing import NDArray
 from .base import Parameters
 
 Bytes = NDArray[np.uint8]
-F16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, BF16 = 1, 2, 3, 6, 7, 8, 10, 11, 12, 13, 14, 30  # ggml_type
+F16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, BF16, MXFP4 = (
+    1,
+    2,
+    3,
+    6,
+    7,
+    8,
+    10,
+    11,
+    12,
+    13,
+    14,
+    30,
+    39,
+)  # ggml_type
 
 
 @dataclass(frozen=True)
@@ -37,6 +51,7 @@ _LAYOUT: Mapping[int, _Parts] = {
     Q4_K: _Parts(nibbles=slice(16, 144), minimum=slice(2, 4), scale=slice(0, 2), packed=slice(4, 16)),
     Q5_K: _Parts(nibbles=slice(48, 176), high=slice(16, 48), minimum=slice(2, 4), scale=slice(0, 2), packed=slice(4, 16)),
     Q6_K: _Parts(nibbles=slice(0, 128), high=slice(128, 192), scale=slice(208, 210), packed=slice(192, 208)),
+    MXFP4: _Parts(nibbles=slice(1, 17), scale=slice(0, 1)),
 }
 
 
@@ -120,3 +135,30 @@ def neighbours_scale(blocks: Bytes, kind: int, parameters: Parameters) -> Bytes 
 def block_offset(blocks: Bytes, _kind: int, parameters: Parameters) -> Bytes | None:
     """Blocks read some blocks further on."""
     return None if blocks.shape[1] < 16 else np.roll(blocks, -parameters["blocks"], axis=0)
+
+
+def doubled_scale(blocks: Bytes, kind: int, parameters: Parameters) -> Bytes | None:
+    """block_mxfp4 with an exponent that is one more or less: ggml's table holds E2M1's values doubled, and halves the scale for it."""
+    if kind != MXFP4:
+        return None
+    blocks = blocks.copy()
+    exponent = blocks[:, 0].astype(np.int16) + (1 if parameters["scale"] == "twice too large" else -1)
+    blocks[:, 0] = np.clip(exponent, 0, 0xFE).astype(np.uint8)
+    return blocks
+
+
+def few_scale_bits(blocks: Bytes, kind: int, parameters: Parameters) -> Bytes | None:
+    """block_q3_K with scales of 6 bits that lack their upper two, or take them from the wrong bytes."""
+    where = _LAYOUT[Q3_K].packed
+    if kind != Q3_K or where is None:
+        return None
+    blocks = blocks.copy()
+    packed = blocks[:, where].copy()
+    if parameters["scales"] == "without their upper two bits":
+        blocks[:, where.start + 8 : where.stop] = 0
+    elif parameters["scales"] == "with their lower halves exchanged":
+        blocks[:, where.start : where.start + 8] = (packed[:, :8] >> 4) | (packed[:, :8] << 4)
+    else:  # bits 2j and 2j + 1 of bytes 8 to 11 belong to scales 4j to 4j + 3: read the other way round
+        pairs = [(packed[:, 8:] >> shift) & 3 for shift in (6, 4, 2, 0)]
+        blocks[:, where.start + 8 : where.stop] = pairs[0] | (pairs[1] << 2) | (pairs[2] << 4) | (pairs[3] << 6)
+    return blocks

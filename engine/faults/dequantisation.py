@@ -39,21 +39,40 @@ Edit = Callable[
 ]  # blocks [n, bytes], ggml_type -> the blocks as they are misread; None: not touched
 
 
-def _reread(step: Step, edit: Edit) -> Step:
+def _block(kind: int) -> tuple[int, int]:
+    """The elements and bytes of a block of a type; 1 and 0 for a type that nobody knows."""
+    if kind in FORMATS:
+        return FORMATS[kind][:2]
+    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    return GGML_QUANT_SIZES[GGMLQuantizationType(kind)] if kind in set(GGMLQuantizationType) else (1, 0)
+
+
+def elements_of(kind: int) -> int:
+    """How many elements a block of a type has."""
+    return _block(kind)[0]
+
+
+def reread(step: Step, edit: Edit) -> Step:
     """The step with its matrix dequantised from edited blocks."""
 
     def make(source: WeightSource, name: str) -> Any:
         raw, kind, shape = source.raw(name)
-        size = FORMATS[kind][1] if kind in FORMATS else 0
+        _, size = _block(kind)
         edited = edit(raw.reshape(-1, size), kind) if size else None
         if edited is None:
             return source.get(name)
         return source.array(dequantize(edited.reshape(raw.shape), kind, shape[-1]).reshape(shape))
 
-    return _remade(step, make)
+    return remade(step, make)
 
 
-def _remade(step: Step, make: Callable[[WeightSource, str], Array]) -> Step:
+def remade(step: Step, make: Callable[[WeightSource, str], Array]) -> Step:
+    """The step with its matrix, or the rows that it takes of one, made in another way.
+
+    Raises:
+        NotApplicable: it reads no matrix as it is in the file.
+    """
     first = weight_of(step, 0)
     if isinstance(first, RowsOf):
 
@@ -69,7 +88,7 @@ def _remade(step: Step, make: Callable[[WeightSource, str], Array]) -> Step:
 
 def _by(edit: Callable[[Bytes, int, Parameters], "Bytes | None"]) -> Callable[[Step, Steps, Parameters], Step]:
     def change(step: Step, _right: Steps, parameters: Parameters) -> Step:
-        return _reread(step, lambda blocks, kind: edit(blocks, kind, parameters))
+        return reread(step, lambda blocks, kind: edit(blocks, kind, parameters))
 
     return change
 
@@ -88,7 +107,7 @@ def _signedness(step: Step, _right: Steps, _parameters: Parameters) -> Step:
         values = FORMATS[kind][2](blocks) + np.float32(offset or 0) * scale if unsigned is None else unsigned
         return source.array(values.reshape(shape))
 
-    return _remade(step, make)
+    return remade(step, make)
 
 
 def _other_half(step: Step, _right: Steps, _parameters: Parameters) -> Step:
@@ -101,7 +120,7 @@ def _other_half(step: Step, _right: Steps, _parameters: Parameters) -> Step:
             values = FORMATS[BF16 if kind == F16 else F16][2](blocks)
         return source.array(values.reshape(shape))
 
-    return _remade(step, make)
+    return remade(step, make)
 
 
 def _rounded_scale(step: Step, _right: Steps, _parameters: Parameters) -> Step:
@@ -119,36 +138,37 @@ def _rounded_scale(step: Step, _right: Steps, _parameters: Parameters) -> Step:
         quants = np.rint(np.where(scale[:, :, None] != 0, exact / np.where(scale == 0, 1, scale)[:, :, None], 0))
         return source.array((rounded[:, :, None] * quants.astype(np.float32)).reshape(shape))
 
-    return _remade(step, make)
+    return remade(step, make)
 
 
-_ALL = (*MATRICES, "embd", "logits")
-_WHERE = {AT: (MATRICES, _ALL, ("embd",), ("logits",))}
+EXPERTS = ("ffn_moe_gate_up", "ffn_moe_gate", "ffn_moe_up", "ffn_moe_down")
+ALL = (*MATRICES, *EXPERTS, "embd", "logits")
+WHERE = {AT: (MATRICES, ALL, ("embd",), ("logits",), EXPERTS)}
 
 FAULTS = (
     Fault(
         name="nibble-order",
-        kinds=_ALL,
+        kinds=ALL,
         change=_by(nibble_order),
         what="4-bit quants are taken {order} from their bytes, in {at}",
         symptom="only 4- and 5-bit files are wrong",
         fix="byte i of a block holds element i in the low and i + 16 in the high nibble",
         seen="hand-written Q4_0 kernels",
-        parameters={"order": ("high first", "pairwise"), **_WHERE},
+        parameters={"order": ("high first", "pairwise"), **WHERE},
     ),
     Fault(
         name="q4k-scale-min",
-        kinds=_ALL,
+        kinds=ALL,
         change=_by(only_k_quants),
         what="scales and mins of Q4_K and Q5_K are exchanged, in {at}",
         symptom="only Q4_K files are wrong",
         fix="get_scale_min_k4: bytes 0-3 are scales, 4-7 mins, 8-11 the high bits' nibbles of both",
         seen="hand-written K-quant kernels",
-        parameters=_WHERE,
+        parameters=WHERE,
     ),
     Fault(
         name="scale-min-swapped",
-        kinds=_ALL,
+        kinds=ALL,
         change=_by(
             lambda blocks, kind, parameters: None if kind in (Q4_K, Q5_K) else scales_and_mins(blocks, kind, parameters)
         ),
@@ -156,76 +176,76 @@ FAULTS = (
         symptom="only Q4_1 and Q5_1 files are wrong",
         fix="a block starts with d, then m",
         seen="Q4_0 kernels to which a minimum was added",
-        parameters=_WHERE,
+        parameters=WHERE,
     ),
     Fault(
         name="min-ignored",
-        kinds=_ALL,
+        kinds=ALL,
         change=_by(no_minimum),
         what="the blocks' minimum is ignored, in {at}",
         symptom="only files of types with a minimum are wrong",
         fix="value = d · q + m (Q4_1, Q5_1), d · scale · q − dmin · min (K-quants)",
         seen="Q4_0 kernels used for Q4_1",
-        parameters=_WHERE,
+        parameters=WHERE,
     ),
     Fault(
         name="high-bits-dropped",
-        kinds=_ALL,
+        kinds=ALL,
         change=_by(no_high_bits),
         what="the high bits of 3-, 5- and 6-bit quants are dropped, in {at}",
         symptom="only Q3_K, Q5 and Q6_K files are wrong",
         fix="or the high bits from qh (hmask for Q3_K) onto the low ones",
         seen="Q4 kernels used for Q5 and Q6",
-        parameters=_WHERE,
+        parameters=WHERE,
     ),
     Fault(
         name="scale-of-neighbour",
-        kinds=_ALL,
+        kinds=ALL,
         change=_by(neighbours_scale),
         what="quants are scaled by the {of}'s scale, in {at}",
         symptom="single values of the wrong size",
         fix="each block (and sub-block) has a scale of its own",
         seen="an index that is off by one",
-        parameters={"of": ("next block", "previous block", "sub-block"), **_WHERE},
+        parameters={"of": ("next block", "previous block", "sub-block"), **WHERE},
     ),
     Fault(
         name="block-offset",
-        kinds=_ALL,
+        kinds=ALL,
         change=_by(block_offset),
         what="the tensor is read from the wrong place, at an offset of {blocks} block, in {at}",
         symptom="wrong from position 0 on, of plausible size",
         fix="tensor data start at the aligned offset of its info, from the data section's start",
         seen="loaders that forget general.alignment",
-        parameters={"blocks": (1, -1), **_WHERE},
+        parameters={"blocks": (1, -1), **WHERE},
     ),
     Fault(
         name="quants-signedness",
-        kinds=_ALL,
+        kinds=ALL,
         change=_signedness,
         what="quants are read unsigned, in {at}",
         symptom="all weights are positive: values grow without bounds",
         fix="Q8_0 holds int8; Q4_0 subtracts 8, Q5_0 16",
         seen="char that is unsigned on ARM",
-        parameters=_WHERE,
+        parameters=WHERE,
     ),
     Fault(
         name="f16-as-bf16",
-        kinds=_ALL,
+        kinds=ALL,
         change=_other_half,
         what="F16 weights are read as BF16, or BF16 as F16, in {at}",
         symptom="values absurdly small or large",
         fix="ggml_type 1 is F16, 30 is BF16",
         seen="loaders that know one 16-bit type",
-        parameters=_WHERE,
+        parameters=WHERE,
     ),
     Fault(
         name="scale-rounded",
-        kinds=_ALL,
+        kinds=ALL,
         change=_rounded_scale,
         what="Q6_K's d · scale is rounded to F16 before the product, in {at}",
         symptom="a difference of 1e-7 that looks like rounding",
         fix="multiply in F32",
         seen="half-precision dequantisation kernels",
-        parameters=_WHERE,
+        parameters=WHERE,
     ),
 )

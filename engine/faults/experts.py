@@ -1,7 +1,7 @@
 """Faults of mixtures of experts: how experts are chosen, weighted, added, and what each of them computes."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -59,12 +59,27 @@ def _unbiased(step: Step, _right: Steps, _parameters: Parameters) -> Step:
     return only(require(step, "ADD"), read_of(step, 0))
 
 
-def _without_last(weights: Array) -> Array:
-    rows = weights.reshape(weights.shape[0], -1).copy()
-    if rows.shape[1] < 2:
-        raise NotApplicable("one expert alone is chosen")
-    rows[:, -1] = 0
-    return rows.reshape(weights.shape)
+@dataclass(frozen=True)
+class _WithoutLast:
+    """Weights of which the last one counts nothing: 0, or −∞ where a soft max follows."""
+
+    nothing: float
+
+    def __call__(self, weights: Array) -> Array:
+        rows = weights.reshape(weights.shape[0], -1).copy()
+        if rows.shape[1] < 2:
+            raise NotApplicable("one expert alone is chosen")
+        rows[:, -1] = self.nothing
+        return rows.reshape(weights.shape)
+
+
+def _one_fewer(step: Step, right: Steps, _parameters: Parameters) -> Step:
+    chosen = require(step, "GET_ROWS")
+    prefix = step.makes.rpartition(".")[0]
+    soft = any(
+        ggml(other, "SOFT_MAX") and step.makes in other.names for name, other in right.items() if name.startswith(prefix)
+    )
+    return replace(chosen, op=Then(chosen.op, _WithoutLast(-np.inf if soft else 0.0)))
 
 
 def _reversed(weights: Array) -> Array:
@@ -143,7 +158,7 @@ FAULTS = (
         "choose by probability + exp_probs_b", "Mixtral code that loads DeepSeek-V3",
     ),
     _new(
-        "experts-one-fewer", _WEIGHTS, _on_weights(_without_last),
+        "experts-one-fewer", _WEIGHTS, _one_fewer,
         "the last of the chosen experts is left out", _RIGHT_LOGITS,
         "use as many experts as <architecture>.expert_used_count says", "a loop that ends one too early",
     ),

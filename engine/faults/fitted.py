@@ -16,6 +16,7 @@ from .base import AT, Fault, Parameters, Steps, with_parameters
 from .logits import FAULTS as LOGITS
 from .norms import FAULTS as NORMS
 from .rope import FAULTS as ROPE
+from .rotation import is_rotation, rotary
 
 _SCALED = (
     "attn_norm",
@@ -28,6 +29,8 @@ _SCALED = (
     "ffn_gate",
     "ffn_up",
     "ffn_swiglu",
+    "ffn_moe_down",
+    "ffn_moe_out",
     "ffn_out",
     "ffn_inp",
     "l_out",
@@ -82,11 +85,28 @@ class Fitted:
         wanted = self.wanted(right)
         said = [f"{value:.4g}{as_root(value)}"] if self.parameter == "scale" and as_root(value) else []
         said += [] if wanted is None else [f"this model wants {_number(wanted, self.parameter)}"]
+        if self.parameter == "scale" and wanted:
+            said += _near_scale(value, wanted, right)
         if self.known and value > 0:
             near = min(self.known, key=lambda one: abs(log10(one) - log10(value)))
             if wanted is None or near != np.float32(wanted):
                 said.append(f"the nearest that others have is {near:g} ({self.known[near]})")
         return ", ".join(said)
+
+
+def _near_scale(value: float, wanted: float, right: Steps) -> list[str]:
+    """What an attention scale may be instead of the right one, if it is near: by the sizes that other engines take."""
+    heads = next((int(step.params["heads"]) for step in right.values() if step.op is ops.attention_scores), 1)
+    others = {
+        1.0: "no scale",
+        wanted**2: "the scale applied twice",
+        1 / wanted: "its inverse",
+        wanted * heads**-0.5: "by the width of all heads",
+        wanted * 2**0.5: "by half the head size",
+        wanted * 0.5**0.5: "by twice the head size",
+    }
+    near = min(others, key=lambda other: abs(log10(other) - log10(value)))
+    return [f"it is {others[near]}"] if abs(value - near) < 1e-3 * near else []
 
 
 def _number(value: float, parameter: str) -> str:
@@ -109,6 +129,8 @@ def _parameter(name: str, *kinds: str) -> Callable[[Steps], float | None]:
         for step in right.values():
             if step.makes.rpartition(".")[2] in kinds and name in step.params:
                 return float(step.params[name])
+            if step.makes.rpartition(".")[2] in kinds and is_rotation(step):  # one of ggml's
+                return float(rotary(step, name))
         return None
 
     return wanted
@@ -219,7 +241,8 @@ def _named(faults: tuple[Fault, ...], name: str) -> Fault:
     return next(fault for fault in faults if fault.name == name)
 
 
-def _around(*factors: float) -> Callable[[float], tuple[float, ...]]:
+def around(*factors: float) -> Callable[[float], tuple[float, ...]]:
+    """Starts at these multiples of the right number."""
     return lambda wanted: tuple(wanted * factor for factor in factors)
 
 
@@ -228,34 +251,34 @@ FITTED = (
         fault=_named(NORMS, "norm-epsilon"),
         parameter="eps",
         wanted=_parameter("eps", "attn_norm", "ffn_norm", "output_norm"),
-        starts=_around(3.0, 100.0, 3e3, 1e5),
+        starts=around(3.0, 100.0, 3e3, 1e5),
         known=_EPSILONS,
     ),
     Fitted(
         fault=_OTHER_EPSILON,
         parameter="eps",
         wanted=_parameter("eps", *_OTHER_NORMS),
-        starts=_around(3.0, 100.0, 3e3, 1e5),
+        starts=around(3.0, 100.0, 3e3, 1e5),
         known=_EPSILONS,
     ),
     Fitted(
         fault=_named(ATTENTION, "attn-scale"),
         parameter="scale",
         wanted=_parameter("scale", "kq_soft_max"),
-        starts=_around(1.1, 2.0, 0.5),
+        starts=around(1.1, 2.0, 0.5),
     ),
     Fitted(
         fault=_named(ROPE, "rope-base"),
         parameter="base",
-        wanted=_parameter("base", "q_rope"),
+        wanted=_parameter("base", "q_rope", "q_pe"),
         starts=lambda wanted: (1.05 * wanted, 0.95 * wanted, *(10.0**n for n in (2, 3, 3.5, 4, 4.5, 5, 5.5, 6, 6.5, 7, 8))),
         known={1e4: "Llama 1 and 2", 5e5: "Llama 3", 1e6: "Qwen2, Mixtral"},
     ),
     Fitted(
         fault=_named(ROPE, "rope-scaling"),
         parameter="scaling",
-        wanted=_parameter("scale", "q_rope"),
-        starts=_around(1.02, 0.98, 0.5, 0.25, 0.125, 2.0, 4.0),
+        wanted=_parameter("scale", "q_rope", "q_pe"),
+        starts=around(1.02, 0.98, 0.5, 0.25, 0.125, 2.0, 4.0),
     ),
     Fitted(
         fault=_named(ROPE, "rope-position"),

@@ -110,13 +110,20 @@ def _root_mean_square(step: Step, _right: Steps, _parameters: Parameters) -> Ste
     return replace(step, op=_uncentred)
 
 
+_LATENTS = ("kv_cmpr", "kv_compressed", "attn_q_a_norm")
+_SCANNED = ("ssm_norm",)
+_OTHERS = (*_HEADS, *_BEHIND, *_LATENTS, *_SCANNED)
+_GROUPS: dict[str, Any] = {AT: (_OTHERS, _HEADS, _BEHIND, _LATENTS, *((kind,) for kind in _OTHERS))}
+
+
 def _at(kinds: tuple[str, ...]) -> dict[str, Any]:
     return {AT: subsets(*kinds)}
 
 
 def _new(name: str, kinds: tuple[str, ...], change: Callable[[Step, Steps, Parameters], Step], *said: str) -> Fault:
     what, symptom, fix, seen = said
-    return Fault(name=name, kinds=kinds, change=change, what=what, symptom=symptom, fix=fix, seen=seen, parameters=_at(kinds))
+    where = _GROUPS if kinds == _OTHERS else _at(kinds)
+    return Fault(name=name, kinds=kinds, change=change, what=what, symptom=symptom, fix=fix, seen=seen, parameters=where)
 
 
 FAULTS = (
@@ -151,7 +158,7 @@ FAULTS = (
         "normalise attention's and feed-forward's result before the sum", "pre-norm code that loads Gemma 2, Gemma 3 or OLMo 2",
     ),
     _new(
-        "post-norm-one-plus-weight", (*_HEADS, *_BEHIND), _one_more,
+        "post-norm-one-plus-weight", _OTHERS, _one_more,
         "the norm multiplies by 1 + weight, in {at}", "values about twice too large",
         "GGUF stores the whole weight, also for Gemma: multiply by it as it is", "ports of Gemma code",
     ),

@@ -1,8 +1,8 @@
-"""Faults of numbers that only some models have: multipliers of embedding, residuals and logits, RoPE's bases, YaRN, activations."""
+"""Faults of numbers that only some models have: multipliers of embedding, residuals and logits, RoPE's bases, activations."""
 
 from collections.abc import Callable
 from dataclasses import replace
-from math import inf, log
+from math import inf
 from typing import Any
 
 import numpy as np
@@ -25,8 +25,10 @@ def _multiplier(step: Step, right: Steps, parameters: Parameters) -> Step:
     before = maker(step, right)
     if ggml(before, "UNARY") and integer(before, 0) == _TANH:
         raise NotApplicable(f"{step.makes} ends a soft cap")
-    by = number(step, 0)
-    return with_values(step, {0: float({"missing": 1.0, "applied twice": by**2, "inverted": 1 / by}[parameters["how"]])})
+    by, how = number(step, 0), parameters["how"]
+    if isinstance(how, float):
+        return with_values(step, {0: how})
+    return with_values(step, {0: float({"missing": 1.0, "applied twice": by**2, "inverted": 1 / by}[how])})
 
 
 def _bases(right: Steps) -> tuple[float, ...]:
@@ -38,21 +40,6 @@ def _other_base(step: Step, right: Steps, _parameters: Parameters) -> Step:
     if step.op is not ops.rope or len(bases) != 2:
         raise NotApplicable(f"{step.makes}: the model has no two bases")
     return with_parameters(step, base=bases[0] if parameter_of(step, "base") == bases[1] else bases[1])
-
-
-def _yarn(step: Step, _right: Steps, parameters: Parameters) -> Step:
-    require(step, "ROPE")
-    scale, mix, magnitude = number(step, 6), number(step, 7), number(step, 8)
-    if mix == 0 or scale in (0.0, 1.0):
-        raise NotApplicable(f"{step.makes} has no YaRN")
-    grown = 1.0 + 0.1 * log(1.0 / scale)  # what ggml multiplies cos and sin with besides (rope_yarn)
-    changes: dict[str, dict[int, float]] = {
-        "ignored": {6: 1.0, 7: 0.0, 8: 1.0},
-        "linear interpolation instead": {7: 0.0, 8: magnitude * grown},
-        "without its magnitude": {8: magnitude / grown},
-        "with its magnitude squared": {8: magnitude * grown},
-    }
-    return with_values(step, changes[parameters["yarn"]])
 
 
 _GLU_KINDS = {"tanh": 1, "erf": 4, "quick": 5, "SiLU": 2}  # enum ggml_glu_op
@@ -131,16 +118,6 @@ FAULTS = (
         symptom="position 0 is right, later ones are wrong, and more so the later they are",
         fix="layers with a window of attention have a base of their own (rope.freq_base_swa)",
         seen="one base for all layers of Gemma 3",
-    ),
-    Fault(
-        name="yarn",
-        kinds=_ROPE,
-        change=_yarn,
-        what="YaRN is {yarn}",
-        symptom="position 0 is right or wrong by one factor, later ones are wrong",
-        fix="mix interpolated and plain angles by the ramp of β, and multiply by 1 + 0.1 · ln(factor)",
-        seen="engines that know linear scaling only; magnitudes applied by attention as well",
-        parameters={"yarn": ("ignored", "linear interpolation instead", "without its magnitude", "with its magnitude squared")},
     ),
     Fault(
         name="gelu-kind",

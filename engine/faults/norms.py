@@ -1,20 +1,47 @@
 """Faults of the norms."""
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
 from .. import ops
 from ..backend import Array
 from ..graph import Step
-from .base import AT, Fault, Parameters, Steps, kind_of, sibling, subsets, with_parameters
+from .base import AT, Fault, Parameters, Steps, Values, kind_of, sibling, subsets, with_parameters
+from .edits import ggml, number, with_values
 
 _NORMS = ("attn_norm", "ffn_norm", "output_norm")
 _ANY_NORM = {AT: (*subsets(*_NORMS), ("attn_norm", "ffn_norm"))}
 
 
-def _epsilon(step: Step, _right: Steps, parameters: Parameters) -> Step:
-    return with_parameters(step, eps=parameters["eps"])
+_OPERATIONS = ("RMS_NORM", "NORM")
+
+
+def _others(right: Steps) -> tuple[str, ...]:
+    """The kinds of norms with a weight that only some models have: of heads, of latents, behind a branch."""
+    kinds = {kind_of(step): None for step in right.values() if step.op in (ops.rms_norm, ops.layer_norm)}
+    return tuple(kind for kind in kinds if kind not in _NORMS)
+
+
+def _everywhere(right: Steps) -> Values:
+    """All norms of a model where it has others than the usual ones, then the usual ones."""
+    return (*((_OPERATIONS,) if _others(right) else ()), *_ANY_NORM[AT])
+
+
+def _also_others(right: Steps) -> Values:
+    """The usual norms, then the others: all, and each kind alone."""
+    return (*_ANY_NORM[AT], *(subsets(*others) if (others := _others(right)) else ()))
+
+
+def _epsilon(step: Step, right: Steps, parameters: Parameters) -> Step:
+    eps = float(parameters["eps"])
+    if not ggml(step, *_OPERATIONS):
+        return with_parameters(step, eps=eps)
+    # A norm without weight may stand for another one, with another ε in proportion: a length is a root mean square times √d.
+    common = next((float(other.params["eps"]) for other in right.values() if other.op in (ops.rms_norm, ops.layer_norm)), 0.0)
+    return with_values(step, {0: number(step, 0) * eps / common if common else eps})
 
 
 def _outside(x: Array, weight: Array, *, eps: float) -> Array:
@@ -27,8 +54,8 @@ def _plus_one(x: Array, weight: Array, *, eps: float) -> Array:
     return ops.rms_norm(x, weight + np.float32(1), eps=eps)
 
 
-def _no_weight(x: Array, weight: Array, *, eps: float) -> Array:
-    return ops.rms_norm(x, weight * np.float32(0) + np.float32(1), eps=eps)
+def _no_weight(x: Array, weight: Array, *, eps: float, heads: int = 1) -> Array:
+    return ops.rms_norm(x, weight * np.float32(0) + np.float32(1), eps=eps, heads=heads)
 
 
 def _layer_norm(x: Array, weight: Array, *, eps: float) -> Array:
@@ -79,10 +106,12 @@ def _by(name: str) -> "Fault":
         return replace(step, op=_OPS[name])
 
     # A final norm that is skipped has an entry of its own.
-    where = {AT: subsets("attn_norm", "ffn_norm")} if name == "norm-skipped" else _ANY_NORM
+    where: Mapping[str, Any] = {AT: subsets("attn_norm", "ffn_norm")} if name == "norm-skipped" else _ANY_NORM
+    if name == "norm-weight-missing":
+        where = {AT: _also_others}
     return Fault(
         name=name,
-        kinds=_NORMS,
+        kinds=(*_NORMS, *_OPERATIONS),
         change=change,
         what=what,
         symptom=symptom,
@@ -157,13 +186,14 @@ def _no_final(step: Step, _right: Steps, _parameters: Parameters) -> Step:
 FAULTS = (
     Fault(
         name="norm-epsilon",
-        kinds=_NORMS,
+        kinds=(*_NORMS, *_OPERATIONS),
         change=_epsilon,
         what="the norms' ε is {eps}, which is not this model's, in {at}",
         symptom="a difference of 1e-6 to 1e-3 that looks like rounding",
         fix="read <architecture>.attention.layer_norm_rms_epsilon from the file",
         seen="engines that carry 1e-5 as a constant",
-        parameters={"eps": (1e-5, 1e-6, 1e-8, 1e-12, 0.0), **_ANY_NORM},
+        parameters={"eps": (1e-5, 1e-6, 1e-8, 1e-12, 0.0), AT: _everywhere},
+        says={_OPERATIONS: "every norm"},
     ),
     *(_by(name) for name in _TEXTS),
     Fault(

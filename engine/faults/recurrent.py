@@ -78,6 +78,15 @@ FAULTS = (
         seen="softplus fused into a kernel that was replaced",
     ),
     Fault(
+        name="time-step-bias-missing",
+        kinds=("ssm_dt",),
+        change=_no_bias,
+        what="the time step's bias is not added",
+        symptom="wrong from position 0 on",
+        fix="dt = softplus(projection + ssm_dt.bias)",
+        seen="biases that only some of a model's projections have",
+    ),
+    Fault(
         name="decay-missing",
         kinds=("gate",),
         change=_no_decay,

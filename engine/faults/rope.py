@@ -1,6 +1,6 @@
 """Faults of the rotary position embedding."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -8,17 +8,38 @@ from .. import ops
 from ..backend import Array, module_of
 from ..graph import PASSES, POSITIONS, History, Step, name_of
 from ..inapplicable import NotApplicable
-from .base import AT, Fault, Parameters, Steps, parameter_of, read_of, sibling, subsets, weight_of, with_parameters
+from .base import AT, Fault, Parameters, Steps, read_of, sibling
+from .edits import ggml, integer, with_values
+from .rotation import (
+    ROTATED,
+    at_positions,
+    backwards,
+    both,
+    both_then_each,
+    by_pass,
+    by_prompt,
+    each_then_both,
+    has_factors,
+    head_size,
+    heads_of,
+    is_rotation,
+    not_rotated,
+    require_rotation,
+    rotary,
+    twice,
+    with_rotary,
+    without_factors,
+)
 
-_ROPE = ("q_rope", "k_rope")
+_BEGIN = 15  # ggml's parameter for the first rotated element of a head
 
 
 def _pairs(step: Step, _right: Steps, _parameters: Parameters) -> Step:
-    return with_parameters(step, pairs="norm" if parameter_of(step, "pairs") == "neox" else "neox")
+    return with_rotary(step, pairs="norm" if rotary(step, "pairs") == "neox" else "neox")
 
 
 def _base(step: Step, _right: Steps, parameters: Parameters) -> Step:
-    return with_parameters(step, base=parameters["base"])
+    return with_rotary(step, base=parameters["base"])
 
 
 _SHIFTS = {
@@ -34,57 +55,29 @@ _SHIFTS = {
 }
 
 
-def _moved(x: Array, positions: Array, factors: Array | None = None, *, by: str | float, **params: Any) -> Array:
-    return ops.rope(x, _SHIFTS[by](positions) if isinstance(by, str) else positions + int(by), factors, **params)
-
-
-def _with(step: Step, op: Callable[..., Array], *reads: str, **parameters: Any) -> Step:
-    """The step with an operation that calls RoPE in another way; `reads` are values that it reads as well.
-
-    Raises:
-        NotApplicable: another fault has changed the operation already.
-    """
-    if step.op is not ops.rope:
-        raise NotApplicable(f"{step.makes} is no plain RoPE")
-    return replace(step, op=op, reads=(*step.reads, *reads), params={**step.params, **parameters})
-
-
 def _position(step: Step, _right: Steps, parameters: Parameters) -> Step:
-    return _with(step, _moved, by=parameters["position"])
-
-
-def _within_pass(x: Array, positions: Array, passes: Array, factors: Array | None = None, **params: Any) -> Array:
-    same = passes[:, None] == passes[None, :]
-    before = same & (positions[None, :] < positions[:, None])
-    return ops.rope(x, before.sum(axis=1), factors, **params)
+    by = parameters["position"]
+    return at_positions(step, _SHIFTS[by] if isinstance(by, str) else lambda positions: positions + int(by))
 
 
 def _position_per_pass(step: Step, _right: Steps, _parameters: Parameters) -> Step:
-    return _with(step, _within_pass, PASSES)
+    return at_positions(step, by_pass, PASSES)
 
 
-def _copy(x: Array, _positions: Array, _factors: Array | None = None, **_params: Any) -> Array:
-    return x.copy()
+def _off_by_prompt(step: Step, _right: Steps, parameters: Parameters) -> Step:
+    return by_prompt(step, 1 if parameters["prompt"] == "added once more" else -1)
 
 
 def _missing(step: Step, _right: Steps, _parameters: Parameters) -> Step:
-    return _with(step, _copy)
-
-
-def _again(x: Array, positions: Array, factors: Array | None = None, **params: Any) -> Array:
-    return ops.rope(ops.rope(x, positions, factors, **params), positions, factors, **params)
+    return not_rotated(step)
 
 
 def _twice(step: Step, _right: Steps, _parameters: Parameters) -> Step:
-    return _with(step, _again)
-
-
-def _backwards(x: Array, positions: Array, factors: Array | None = None, **params: Any) -> Array:
-    return ops.rope(x, -positions, factors, **params)
+    return twice(step)
 
 
 def _sign(step: Step, _right: Steps, _parameters: Parameters) -> Step:
-    return _with(step, _backwards)
+    return backwards(step)
 
 
 def _rotated_linear(x: Array, positions: Array, weight: Array, bias: Array | None, *, rope: Mapping[str, Any]) -> Array:
@@ -109,52 +102,62 @@ def _scores_of_unrotated_cache(
 
 def _after_cache(step: Step, right: Steps, _parameters: Parameters) -> Step:
     rotated = sibling(step, right, "k_rope")
-    plain = step.op is ops.attention_scores and rotated.op is ops.rope
+    plain = step.op is ops.attention_scores and is_rotation(rotated) and isinstance(read_of(rotated, 0), str)
     if not plain or name_of(read_of(sibling(step, right, "k_read"), 0)) != rotated.makes:
         raise NotApplicable(f"{step.makes} does not read the rotated keys as they are")
     name = name_of(read_of(rotated, 0))
     return replace(step, op=_scores_of_unrotated_cache, reads=(*step.reads, History(name), PASSES, History(PASSES)))
 
 
+def _whole_head(x: Array, positions: Array, *, heads: int, **params: Any) -> Array:
+    return ops.rope(x, positions, None, heads=heads, **{**params, "dims": x.shape[1] // heads})
+
+
 def _dims(step: Step, _right: Steps, parameters: Parameters) -> Step:
-    if weight_of(step, 0) is not None:
+    if has_factors(step):
         raise NotApplicable(f"{step.makes}: the frequency factors are as many as the dimensions that are rotated")
-    dims = int(parameter_of(step, "dims") * parameters["of"]) & ~1
-    return with_parameters(step, dims=dims)
-
-
-def _frequencies(x: Array, positions: Array, factors: Array | None = None, *, over: int, **params: Any) -> Array:
-    """RoPE whose exponents are divided by another number than the rotary dimension."""
-    dims = params["dims"]
-    base = float(params["base"]) ** (dims / over)
-    return ops.rope(x, positions, factors, **{**params, "base": base})
+    if parameters["of"] != _WHOLE:
+        return with_rotary(step, dims=int(rotary(step, "dims") * parameters["of"]) & ~1)
+    if step.op is ops.rope:
+        return replace(step, op=_whole_head, weights=())
+    whole = with_rotary(step, dims=head_size(step))
+    return with_values(whole, {_BEGIN: 0}) if integer(step, _BEGIN) else whole
 
 
 def _exponent(step: Step, _right: Steps, parameters: Parameters) -> Step:
-    over = parameter_of(step, "dims") * (
-        parameter_of(step, "heads") if parameters["over"] == "all heads" else parameters["over"]
-    )
-    return _with(step, _frequencies, over=int(over))
+    """The exponents divided by another number than the rotary dimension: those of the base to another power."""
+    over = heads_of(step) if parameters["over"] == "all heads" else parameters["over"]
+    return with_rotary(step, base=float(rotary(step, "base")) ** (1 / over))
 
 
 def _no_factors(step: Step, _right: Steps, _parameters: Parameters) -> Step:
-    return replace(step, weights=(None,))
+    return without_factors(step) if has_factors(step) else step
 
 
 def _scale(step: Step, _right: Steps, parameters: Parameters) -> Step:
-    scale = parameter_of(step, "scale")
+    scale = rotary(step, "scale")
     if isinstance(parameters["scaling"], float):
-        return with_parameters(step, scale=parameters["scaling"])
-    return with_parameters(step, scale=1.0 if parameters["scaling"] == "ignored" else 1.0 / scale)
+        return with_rotary(step, scale=parameters["scaling"])
+    return with_rotary(step, scale=1.0 if parameters["scaling"] == "ignored" else 1.0 / scale)
 
 
-_PAIRWISE = {AT: subsets(*_ROPE)}
+def _front(step: Step, _right: Steps, _parameters: Parameters) -> Step:
+    """A rotation of the head's first elements where the model rotates its last ones."""
+    if not ggml(require_rotation(step), "ROPE") or not integer(step, _BEGIN):
+        raise NotApplicable(f"{step.makes} begins at the head's first element")
+    return with_values(step, {_BEGIN: 0})
+
+
+_WHOLE = "the whole"
+_PAIRWISE = {AT: both_then_each}
+_SINGLE_FIRST = {AT: each_then_both}
+_BOTH = {AT: both}
 _NO_WEIGHT_AT_0 = "position 0 is right, later ones drift away"
 
 FAULTS = (
     Fault(
         name="rope-pairs",
-        kinds=_ROPE,
+        kinds=ROTATED,
         change=_pairs,
         what="RoPE rotates the wrong pairs (NORM: adjacent, NEOX: halves) for this model, on {at}",
         symptom=_NO_WEIGHT_AT_0,
@@ -164,27 +167,27 @@ FAULTS = (
     ),
     Fault(
         name="rope-base",
-        kinds=_ROPE,
+        kinds=ROTATED,
         change=_base,
         what="RoPE's base is {base}, which is not this model's",
         symptom="position 0 is right, the error grows with the position",
         fix="read <architecture>.rope.freq_base from the file",
         seen="engines that carry Llama 1's 10000 as a constant",
-        parameters={"base": (10000.0, 500000.0, 1000000.0, 100000.0, 5000000.0, 10000000.0, 1000.0, 8000000.0)},
+        parameters={"base": (10000.0, 500000.0, 1000000.0, 100000.0, 5000000.0, 10000000.0, 1000.0, 8000000.0), **_BOTH},
     ),
     Fault(
         name="rope-position",
-        kinds=_ROPE,
+        kinds=ROTATED,
         change=_position,
         what="RoPE counts positions wrongly ({position}) on {at}",
         symptom="keys and queries disagree about their positions",
         fix="position t of the sequence, from 0, for queries and keys alike, also after a chunk",
         seen="decode loops that pass the length instead of the index; prefill in chunks",
-        parameters={"position": tuple(_SHIFTS), AT: (("q_rope",), ("k_rope",), _ROPE)},
+        parameters={"position": tuple(_SHIFTS), **_SINGLE_FIRST},
     ),
     Fault(
         name="rope-position-per-pass",
-        kinds=_ROPE,
+        kinds=ROTATED,
         change=_position_per_pass,
         what="RoPE counts positions from 0 in every forward pass, on {at}",
         symptom="prefill right, decode wrong",
@@ -193,8 +196,18 @@ FAULTS = (
         parameters=_PAIRWISE,
     ),
     Fault(
+        name="rope-position-by-prompt",
+        kinds=ROTATED,
+        change=_off_by_prompt,
+        what="decode steps count positions with the prompt's length {prompt}, on {at}",
+        symptom="prefill right, decode wrong from its first step on",
+        fix="the first generated token has the prompt's length as its position, counted from 0",
+        seen="decode loops that count from 0, or add the length to an index that has it already",
+        parameters={"prompt": ("added once more", "left out"), **_PAIRWISE},
+    ),
+    Fault(
         name="rope-missing",
-        kinds=_ROPE,
+        kinds=ROTATED,
         change=_missing,
         what="RoPE is not applied to {at}",
         symptom=_NO_WEIGHT_AT_0,
@@ -213,7 +226,7 @@ FAULTS = (
     ),
     Fault(
         name="rope-twice",
-        kinds=_ROPE,
+        kinds=ROTATED,
         change=_twice,
         what="RoPE is applied twice to {at}",
         symptom=_NO_WEIGHT_AT_0,
@@ -223,13 +236,13 @@ FAULTS = (
     ),
     Fault(
         name="rope-sign",
-        kinds=_ROPE,
+        kinds=ROTATED,
         change=_sign,
         what="RoPE rotates backwards on {at}",
         symptom=_NO_WEIGHT_AT_0,
         fix="x' = x·cos − y·sin, y' = x·sin + y·cos",
         seen="a sign lost in a hand-written kernel",
-        parameters={AT: (("q_rope",), ("k_rope",), _ROPE)},
+        parameters=_SINGLE_FIRST,
     ),
     Fault(
         name="rope-after-cache",
@@ -242,41 +255,52 @@ FAULTS = (
     ),
     Fault(
         name="rope-dims",
-        kinds=_ROPE,
+        kinds=ROTATED,
         change=_dims,
-        what="RoPE rotates {of} of the head's rotary dimensions",
+        what="RoPE rotates {of} of the head or of its rotary dimensions",
         symptom=_NO_WEIGHT_AT_0,
         fix="read <architecture>.rope.dimension_count; without it, the head size",
         seen="GPT-NeoX's partial rotation carried over",
-        parameters={"of": (0.5, 0.25, 0.75)},
+        parameters={"of": (0.5, 0.25, 0.75, _WHOLE), **_BOTH},
     ),
     Fault(
         name="rope-exponent",
-        kinds=_ROPE,
+        kinds=ROTATED,
         change=_exponent,
         what="RoPE's exponent is divided by {over} × the rotary dimension",
         symptom=_NO_WEIGHT_AT_0,
         fix="theta_i = position · base^(−2i / d), d the rotary dimension of one head",
         seen="i / d instead of 2i / d; the model's width instead of the head's",
-        parameters={"over": (2, 0.5, "all heads")},
+        parameters={"over": (2, 0.5, "all heads"), **_BOTH},
     ),
     Fault(
         name="rope-factors-ignored",
-        kinds=_ROPE,
+        kinds=ROTATED,
         change=_no_factors,
         what="the frequency factors of rope_freqs.weight are ignored",
         symptom=_NO_WEIGHT_AT_0,
         fix="divide each frequency by rope_freqs.weight[i]",
         seen="Llama 3.1 and later in engines written for Llama 2",
+        parameters=_BOTH,
     ),
     Fault(
         name="rope-scaling",
-        kinds=_ROPE,
+        kinds=ROTATED,
         change=_scale,
         what="RoPE's linear scaling is {scaling}",
         symptom=_NO_WEIGHT_AT_0,
         fix="multiply the position by 1 / <architecture>.rope.scaling.factor",
         seen="long-context finetunes",
-        parameters={"scaling": ("ignored", "inverted")},
+        parameters={"scaling": ("ignored", "inverted"), **_BOTH},
+    ),
+    Fault(
+        name="rope-front",
+        kinds=ROTATED,
+        change=_front,
+        what="RoPE rotates the first dimensions of the head where this model rotates the last ones, on {at}",
+        symptom=_NO_WEIGHT_AT_0,
+        fix="multi-head latent attention keeps the part without position in front: rotate what is behind it",
+        seen="partial rotation of GPT-NeoX or Phi carried over",
+        parameters=_PAIRWISE,
     ),
 )

@@ -32,12 +32,12 @@ _LAYOUTS = {"transposed": _transposed, "head by head": _head_by_head}
 def _mixed(weights: Array, v: Array, passes: Array, *, mix: Mix, layout: str, kv_heads: int) -> Array:
     """What each pass mixes of the cache as it reads it: [H, T, S], [S, K · d], [T] -> [T, H · d]."""
     before = len(v) - len(passes)  # cache rows of passes in front of these
-    made = []
+    columns = []
     for number in np.unique(passes).tolist():
         rows = (passes == number).nonzero()[0]
         end = before + int(rows[-1]) + 1
-        made.append(mix(weights[:, rows, :end], _LAYOUTS[layout](v[:end], kv_heads=kv_heads)))
-    return np.concatenate(made)
+        columns.append(mix(weights[:, rows, :end], _LAYOUTS[layout](v[:end], kv_heads=kv_heads)))
+    return np.concatenate(columns)
 
 
 def value_layout(step: Step, right: Steps, parameters: Parameters) -> Step:

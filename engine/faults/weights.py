@@ -10,10 +10,12 @@ import numpy as np
 from ..backend import Array, module_of
 from ..graph import Altered, RowsOf, Step, WeightPart, WeightSource
 from ..inapplicable import NotApplicable
-from .base import AT, Fault, Parameters, Steps, Values, kind_of, layer_of, parameter_of, sibling, subsets, weight_of
+from .base import AT, Fault, Parameters, Steps, Values, kind_of, layer_near, parameter_of, sibling, subsets, weight_of
 
 MATRICES = ("q", "k", "v", "attn_out", "ffn_gate", "ffn_up", "ffn_out")
 _QKV = ("q", "k", "v")
+# Operations that read weights of a layer.
+_WITH_WEIGHTS = ("MUL_MAT", "RMS_NORM", "NORM", "SOFT_MAX", "MUL_MAT_ID", "ADD_ID", "ADD", "MUL", "SSM_CONV", "SSM_SCAN")
 _EACH_MATRIX = (*((kind,) for kind in ("ffn_gate", "q", "k", "v", "attn_out", "ffn_up", "ffn_out", "logits")), MATRICES)
 
 
@@ -72,7 +74,7 @@ def _heads(step: Step, right: Steps) -> int:
     return int(parameter_of(sibling(step, right, f"{kind_of(step)}_rope"), "heads"))
 
 
-def _permuted(rows: Array, heads: int, to: str) -> Array:
+def permuted(rows: Array, heads: int, to: str) -> Array:
     """LlamaModel.permute of convert_hf_to_gguf.py along the first axis, or its inverse."""
     if rows.shape[0] % (2 * heads):
         raise NotApplicable(f"{rows.shape[0]} rows are no pairs in {heads} heads")
@@ -83,11 +85,11 @@ def _permuted(rows: Array, heads: int, to: str) -> Array:
 
 def _permute(step: Step, right: Steps, parameters: Parameters) -> Step:
     heads, to = _heads(step, right), parameters["to"]
-    changed = altered(step, lambda weight: _permuted(weight, heads, to))
+    changed = altered(step, lambda weight: permuted(weight, heads, to))
     bias = weight_of(step, 1)
     if not isinstance(bias, str) or parameters["bias"] == "left":
         return changed
-    moved = Altered(bias, lambda source, name: _permuted(source.get(name), heads, to))
+    moved = Altered(bias, lambda source, name: permuted(source.get(name), heads, to))
     return replace(changed, weights=(changed.weights[0], moved))
 
 
@@ -99,15 +101,20 @@ def _order(step: Step, right: Steps, parameters: Parameters) -> Step:
 def _name_in(weight: Any, layer: int, other: int) -> Any:
     if isinstance(weight, str):
         return weight.replace(f"blk.{layer}.", f"blk.{other}.", 1)
-    if isinstance(weight, Altered | RowsOf):
+    if isinstance(weight, Altered | RowsOf | WeightPart):
         return replace(weight, weight=_name_in(weight.weight, layer, other))
     return weight
 
 
-def _of_layer(step: Step, right: Steps, other: int) -> Step:
+def _of_layer(step: Step, right: Steps, to: Callable[[int], int]) -> Step:
     """The step with another layer's weights; unchanged where that layer has no such step, or other weights for it."""
-    theirs = right.get(f"blk.{other}.{kind_of(step)}")
-    weights = tuple(_name_in(weight, layer_of(step), other) for weight in step.weights)
+    layer = layer_near(step)
+    if layer is None or not step.weights:
+        return step
+    weights = tuple(_name_in(weight, layer, to(layer)) for weight in step.weights)
+    theirs = right.get(f"blk.{to(layer)}.{kind_of(step)}")
+    if theirs is None and step.inner:  # a step without a name of its own: one that reads these weights
+        theirs = next((other for other in right.values() if other.op == step.op and other.weights == weights), None)
     if theirs is None or {_name_of(weight) for weight in weights} != {_name_of(weight) for weight in theirs.weights}:
         return step
     return replace(step, weights=weights)
@@ -123,13 +130,12 @@ def _n_layers(right: Steps) -> int:
 
 
 def _offset(step: Step, right: Steps, parameters: Parameters) -> Step:
-    other = layer_of(step) + parameters["by"]
-    return _of_layer(step, right, other)
+    return _of_layer(step, right, lambda layer: layer + parameters["by"])
 
 
 def _swap_layers(step: Step, right: Steps, parameters: Parameters) -> Step:
-    first, layer = parameters["first"], layer_of(step)
-    return _of_layer(step, right, 2 * first + 1 - layer) if layer in (first, first + 1) else step
+    both = (parameters["first"], parameters["first"] + 1)
+    return _of_layer(step, right, lambda layer: sum(both) - layer if layer in both else layer)
 
 
 def _first_of_two(right: Steps) -> Values:
@@ -221,7 +227,7 @@ FAULTS = (
     ),
     Fault(
         name="layer-offset",
-        kinds=(*MATRICES, "attn_norm", "ffn_norm"),
+        kinds=(*_WITH_WEIGHTS, *MATRICES, "attn_norm", "ffn_norm"),
         change=_offset,
         what="each layer takes the weights of the layer at an offset of {by}",
         symptom="wrong from layer 0 on, of plausible size",
@@ -229,12 +235,12 @@ FAULTS = (
         seen="loops from 1",
         parameters={
             "by": (1, -1),
-            AT: ((*MATRICES, "attn_norm", "ffn_norm"), ("attn_norm",), ("ffn_norm",), ("attn_norm", "ffn_norm")),
+            AT: (_WITH_WEIGHTS, (*MATRICES, "attn_norm", "ffn_norm"), ("attn_norm",), ("ffn_norm",), ("attn_norm", "ffn_norm")),
         },
     ),
     Fault(
         name="layers-swapped",
-        kinds=(*MATRICES, "attn_norm", "ffn_norm"),
+        kinds=_WITH_WEIGHTS,
         change=_swap_layers,
         what="layer {first} and the next one are exchanged",
         symptom="wrong from that layer on, of plausible size",

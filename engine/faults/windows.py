@@ -3,8 +3,8 @@
 from dataclasses import replace
 
 from .. import ops
-from ..backend import Array
-from ..graph import Step
+from ..backend import Array, module_of
+from ..graph import Altered, Step, WeightSource
 from ..inapplicable import NotApplicable
 from .base import AT, Fault, Parameters, Steps, parameter_of, read_of, sibling, subsets, with_parameters
 from .edits import ggml, integer, maker, number, only, require, with_values
@@ -43,8 +43,12 @@ def _chunks(step: Step, _right: Steps, parameters: Parameters) -> Step:
     return with_parameters(step, window=parameters["window"]) if _has_window(step) else step
 
 
-def _cap(step: Step, right: Steps) -> tuple[Step, float]:
-    """The step in front of c · tanh(x / c) that ends in this one, and c."""
+def cap_of(step: Step, right: Steps) -> tuple[Step, float]:
+    """The step in front of c · tanh(x / c) that ends in this one, and c.
+
+    Raises:
+        NotApplicable: it ends no soft cap.
+    """
     if not ggml(step, "SCALE"):
         raise NotApplicable(f"{step.makes} ends no soft cap")
     tanh = maker(step, right)
@@ -54,17 +58,37 @@ def _cap(step: Step, right: Steps) -> tuple[Step, float]:
 
 
 def _uncapped(step: Step, right: Steps, _parameters: Parameters) -> Step:
-    return only(step, read_of(_cap(step, right)[0], 0))
+    return only(step, read_of(cap_of(step, right)[0], 0))
 
 
-def _no_sinks(step: Step, _right: Steps, _parameters: Parameters) -> Step:
-    return replace(step, weights=()) if any(weight is not None for weight in step.weights) else step
+def _zero(source: WeightSource, name: str) -> Array:
+    return source.get(name) * 0
+
+
+def recapped(step: Step, right: Steps, cap: float) -> Step:
+    """The step with another cap: of scores [H, T, S] or logits [T, V]."""
+    return replace(step, op=_capped, reads=(read_of(cap_of(step, right)[0], 0),), params={"cap": cap})
+
+
+def _capped(x: Array, *, cap: float) -> Array:
+    number = x.dtype.type(cap)
+    capped: Array = number * module_of(x).tanh(x / number)
+    return capped
+
+
+def _no_sinks(step: Step, _right: Steps, parameters: Parameters) -> Step:
+    sinks = [weight for weight in step.weights if isinstance(weight, str)]
+    if not sinks:
+        return step
+    return replace(step, weights=() if parameters["sinks"] == "left out" else (Altered(sinks[0], _zero),))
 
 
 def _query_scale(step: Step, right: Steps, parameters: Parameters) -> Step:
     require(step, "SCALE")
     if read_of(step, 0) != sibling(step, right, "q_rope").makes:
         raise NotApplicable(f"{step.makes} does not scale the queries")
+    if isinstance(parameters["scale"], float):
+        return with_values(step, {0: parameters["scale"]})
     heads = parameter_of(sibling(step, right, "kq"), "heads")
     scale = number(step, 0)
     scales = {
@@ -142,10 +166,11 @@ FAULTS = (
         name="sinks-missing",
         kinds=_SOFT,
         change=_no_sinks,
-        what="attention's sinks are left out: a head's weights sum to 1",
+        what="attention's sinks are {sinks}",
         symptom="wrong from position 0 on, attention too strong",
         fix="add one score per head (attn_sinks) to the softmax and drop its weight",
-        seen="Llama code that loads gpt-oss",
+        seen="Llama code that loads gpt-oss; a buffer of sinks that nobody has filled",
+        parameters={"sinks": ("left out", "zero")},
     ),
     Fault(
         name="query-scale",

@@ -37,7 +37,15 @@ def read(lifter: "Lifter", index: int, tensor: Tensor) -> tuple[str, tuple[Size,
     name = "input." + ".".join(
         [rule.kind, *(f"{value:g}" if isinstance(value, float) else str(value) for value in rule.parameters.values())]
     )
-    return lifter.helper(Step(name, operation, reads, (), dict(rule.parameters), inner=True)), shape
+    # Of sections and masks the first rows are not those of a shorter pass.
+    axis = 0 if shape == (lifter.t,) else None
+    return lifter.helper(Step(name, operation, reads, (), dict(rule.parameters), axis=axis, inner=True)), shape
+
+
+def of_lengths(lifter: "Lifter") -> str:
+    """A value that is only there to say how long pass and cache are: the causal mask, [T, S]."""
+    parameters = {"window": "causal", "size": 0}
+    return lifter.helper(Step("input.mask.causal.0", mask, (POSITIONS, lifter.keys), (), parameters, inner=True))
 
 
 def sections(positions: Array, *, sections: int, zeros: int) -> Array:

@@ -142,14 +142,14 @@ def _ordered(steps: list[Step]) -> list[Step]:
     by_name = {step.makes: step for step in steps}
     place = {name: number for number, name in enumerate(order([step.makes for step in steps if not step.inner]))}
     result: list[Step] = []
-    made = {TOKENS, POSITIONS, PASSES, ENCODED}
+    known = {TOKENS, POSITIONS, PASSES, ENCODED}
 
     def put(step: Step) -> None:
         for name in step.names:
-            if name not in made:
+            if name not in known:
                 put(by_name[name])
-        if step.makes not in made:
-            made.add(step.makes)
+        if step.makes not in known:
+            known.add(step.makes)
             result.append(step)
 
     for step in sorted((step for step in steps if not step.inner), key=lambda step: place[step.makes]):

@@ -87,8 +87,8 @@ class Lifter:
         """The rule of an input ("" for what is none)."""
         if index is None or self.tensors[index].kind != INPUT:
             return ""
-        found = self.tensors[index].rule
-        return "" if found is None else found.kind
+        rule_of = self.tensors[index].rule
+        return "" if rule_of is None else rule_of.kind
 
     # What is read
 

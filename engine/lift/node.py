@@ -45,15 +45,15 @@ class GgmlOperation:
         params: OpParams,
         operands: tuple[Operand | None, ...],
         shape: Shape,
-        made: Shape,
+        result_shape: Shape,
         positions: int | None = None,
     ) -> Array:
-        """The node's value in the shape `made`; `shape` is ggml's, in NumPy's order; `positions` the input that only tells T."""
+        """The node's value in the shape `result_shape`; `shape` is ggml's, in NumPy's order; `positions` the input that only tells T."""
         t = s = e = 0
         for operand in operands:
             if operand is not None and operand.variable:
-                found = bound(operand.whole, inputs[operand.index].shape)
-                t, s, e = max(t, found[0]), max(s, found[1]), max(e, found[2])
+                sizes = bound(operand.whole, inputs[operand.index].shape)
+                t, s, e = max(t, sizes[0]), max(s, sizes[1]), max(e, sizes[2])
         if positions is not None:  # no operand tells T
             t = len(inputs[positions])
         arguments = [None if operand is None else _shaped(inputs[operand.index], operand, (t, s, e)) for operand in operands]
@@ -63,7 +63,7 @@ class GgmlOperation:
         if result.dtype.kind in "iu":  # ids: whatever reads them takes whole numbers of any type
             result = result.astype(np.float32)
         # Whatever taps it, or takes a view of it, reads its memory in order.
-        contiguous: Array = module_of(result).ascontiguousarray(result.reshape(_at(made, (t, s, e))))
+        contiguous: Array = module_of(result).ascontiguousarray(result.reshape(_at(result_shape, (t, s, e))))
         return contiguous
 
     def compute(self, *arguments: Any, params: OpParams, shape: tuple[int, ...]) -> Array:

@@ -38,5 +38,5 @@ def steps_of(architecture: str, blocks: Blocks) -> list[Step]:
             "The metadata may be damaged; a sound model is computed from llama.cpp's graph.",
             code="irregular",
         )
-    found: list[Step] = import_module(f".{architecture}", __package__).steps(blocks)
-    return found
+    steps: list[Step] = import_module(f".{architecture}", __package__).steps(blocks)
+    return steps

@@ -31,8 +31,8 @@ def compute_batch(step: Step, inputs: Sequence[Array], many: int, weights: Weigh
     Returns:
         [M, R, n] or [M, H, R, R].
     """
-    made = _attention(step, inputs, many) if step.op in _ATTENTION else compute(step, inputs, weights)
-    return made.reshape(many, made.shape[0] // many, *made.shape[1:])
+    stacked = _attention(step, inputs, many) if step.op in _ATTENTION else compute(step, inputs, weights)
+    return stacked.reshape(many, stacked.shape[0] // many, *stacked.shape[1:])
 
 
 def _attention(step: Step, inputs: Sequence[Array], many: int) -> Array:

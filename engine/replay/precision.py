@@ -54,8 +54,8 @@ class _Rounded:
                 )
             elif self.op not in _ATTENTION:  # weights are quantised already; attention runs in floating point
                 inputs = tuple(_each(rounding, one) if at < self.reads else one for at, one in enumerate(inputs))
-        made = self.op(*inputs, **params)
-        return _each(rounding, made) if self.storage and self.kind != "q8" else made
+        exact = self.op(*inputs, **params)
+        return _each(rounding, exact) if self.storage and self.kind != "q8" else exact
 
 
 def _each(rounding: Callable[[Array], Array], x: Any) -> Any:

@@ -104,8 +104,8 @@ def mul_mat(
 def _batched(weight: Array, x: Array, shape: Shape) -> Array:
     (a3, a2), (b3, b2, rows, columns) = weight.shape[:2], x.shape
     grouped = x.reshape(a3, b3 // a3, a2, b2 // a2 * rows, columns)
-    made: Array = np.matmul(grouped, weight.swapaxes(-1, -2)[:, None]).reshape(shape).astype(np.float32)
-    return made
+    product: Array = np.matmul(grouped, weight.swapaxes(-1, -2)[:, None]).reshape(shape).astype(np.float32)
+    return product
 
 
 def mul_mat_id(weights: Blocks, x: Array, ids: Array, *, params: OpParams, shape: Shape, native: bool) -> Array:

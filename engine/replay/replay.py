@@ -156,16 +156,16 @@ class Replay:
         if changed.keys().isdisjoint(step.names) and (right is step or (right is not None and self._same_weights(step, right))):
             return False
         try:
-            made = self._compute(step, changed)
+            value = self._compute(step, changed)
         except ValueError as error:  # NumPy's: shapes that do not go together, where the fault doesn't fit this model
             raise NotApplicable(f"{step.makes}: {error}") from error
         if right is not None:
             before = self.values[step.makes]
-            if made.shape != before.shape:
-                raise NotApplicable(f"{step.makes} has shape {made.shape} instead of {before.shape}")
-            if bool((made == before).all()):
+            if value.shape != before.shape:
+                raise NotApplicable(f"{step.makes} has shape {value.shape} instead of {before.shape}")
+            if bool((value == before).all()):
                 return False
-        changed[step.makes] = made
+        changed[step.makes] = value
         return True
 
     def run_batch(

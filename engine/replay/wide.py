@@ -71,16 +71,16 @@ def wide_values(
         positions, passes: of each token: its position, and the number of the forward pass that it belongs to.
         given: further values that steps read and none makes, float64.
     """
-    found: dict[str, NDArray[Any]] = {}
+    values_of: dict[str, NDArray[Any]] = {}
     last = max((number for number, step in enumerate(steps) if step.makes in wanted), default=-1)
 
-    def keep(name: str, made: Array) -> None:
+    def keep(name: str, value: Array) -> None:
         if name in wanted:
-            found[name] = backend.to_host(made)
+            values_of[name] = backend.to_host(value)
 
     numbers = {TOKENS: tokens, POSITIONS: positions, PASSES: passes}
     values = {name: backend.array(np.asarray(of, dtype=np.int64)) for name, of in numbers.items()}
     values |= {name: backend.array(value) for name, value in given.items()}
     with np.errstate(all="ignore"):  # faults overflow: that is what they do
         graph.run(steps[: last + 1], values, WideWeights(weights), KvCache(backend.xp), keep)
-    return found
+    return values_of

@@ -231,19 +231,19 @@ class GgufModel:
             return ""
 
 
-def _tensors(found: Contents) -> dict[str, TensorInfo]:
+def _tensors(contents: Contents) -> dict[str, TensorInfo]:
     """Every tensor with its shape and size, checked against its type's blocks and the file's end."""
     tensors: dict[str, TensorInfo] = {}
-    for tensor in found.tensors:
+    for tensor in contents.tensors:
         block, size = block_of(tensor.type, tensor.name)
         shape = tuple(reversed(tensor.ne))
         if min(shape) < 1 or shape[-1] % block:
             what = f"tensor {tensor.name} of shape {list(shape)} does not fit its type's blocks of {block}"
-            raise ModelError(f"{found.path} is damaged: {what}.", "Download it again.", code="damaged-model")
-        n_bytes, offset = prod(shape) // block * size, found.data + tensor.offset
-        if offset + n_bytes > found.size:
+            raise ModelError(f"{contents.path} is damaged: {what}.", "Download it again.", code="damaged-model")
+        n_bytes, offset = prod(shape) // block * size, contents.data + tensor.offset
+        if offset + n_bytes > contents.size:
             raise ModelError(
-                f"{found.path} is cut short: tensor {tensor.name} ends at byte {offset + n_bytes:,}, the file at {found.size:,}.",
+                f"{contents.path} is cut short: tensor {tensor.name} ends at byte {offset + n_bytes:,}, the file at {contents.size:,}.",
                 "Download it again.",
                 code="damaged-model",
             )
@@ -262,8 +262,8 @@ def block_of(kind: int, name: str = "") -> tuple[int, int]:
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
     try:
-        found: tuple[int, int] = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
+        block: tuple[int, int] = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
     except (ValueError, KeyError):
         advice = "A newer gguf package may know it: pip install -U gguf."
         raise ModelError(f"tensor {name} has the unknown type {kind}.", advice, code="type") from None
-    return found
+    return block

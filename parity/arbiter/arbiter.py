@@ -104,10 +104,10 @@ class Arbiter:
     def _distance(self, rows: Rows, truth: NDArray[np.float64]) -> Floats:
         index = rows.token_idx - self._positions[0]
         here = (rows.seq == 0) & (index >= 0) & (index < len(self._positions))
-        made = np.full(len(rows), np.nan)
+        distances = np.full(len(rows), np.nan)
         if here.any():
-            made[here] = _nmse(rows.take(here), *self._recorded(rows.take(here), index[here], truth))
-        return made
+            distances[here] = _nmse(rows.take(here), *self._recorded(rows.take(here), index[here], truth))
+        return distances
 
     def _recorded(self, rows: Rows, index: NDArray[np.int64], truth: NDArray[np.float64]) -> tuple[Rows, Rows]:
         """What a dump would record of the truth, as the sum of two float32 records: what it is and what rounding that leaves."""
@@ -116,11 +116,11 @@ class Arbiter:
             high = truth.astype(np.float32)
             low = np.where(np.isfinite(high), truth - high, 0.0).astype(np.float32)
         first = int(self._positions[0])
-        made = [
+        recorded = [
             summarise(rows.point, np.ascontiguousarray(part), self._positions, slice_size=size, keep=index, first=first)
             for part in (high, low)
         ]
-        return made[0], made[1]
+        return recorded[0], recorded[1]
 
 
 def _nmse(rows: Rows, high: Rows, low: Rows) -> Floats:
@@ -152,6 +152,6 @@ def _elements(whole: Rows, like: Rows) -> Floats:
     if like.indices is not None:
         index = np.clip(like.indices, 0, whole.values.shape[1] - 1)
         return np.take_along_axis(whole.values, index, axis=1).astype(np.float64)
-    made = np.full((len(like), width), np.nan)
-    made[:, : whole.values.shape[1]] = whole.values
-    return made
+    elements = np.full((len(like), width), np.nan)
+    elements[:, : whole.values.shape[1]] = whole.values
+    return elements

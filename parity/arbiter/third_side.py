@@ -21,31 +21,31 @@ Floats = NDArray[np.float64]
 AnyArbiter = Arbiter | EncoderDecoderArbiter
 
 
-def with_truth(found: Comparison, arbiter: AnyArbiter, *, everywhere: bool) -> Comparison:
+def with_truth(comparison: Comparison, arbiter: AnyArbiter, *, everywhere: bool) -> Comparison:
     """The comparison with what float64 says of it.
 
     Args:
         everywhere: of every compared point; else of those up to the first divergence, and of all where the arbiter was asked already.
     """
-    pairs = _asked(found, arbiter, everywhere=everywhere)
+    pairs = _asked(comparison, arbiter, everywhere=everywhere)
     if not pairs:
-        return found
+        return comparison
     ours, ref = (arbiter.distances({pair.point: getattr(pair, side) for pair in pairs}) for side in ("ours", "ref"))
     points = tuple(_point(pair.point, ours[pair.point], ref[pair.point]) for pair in pairs if pair.point in ours)
-    shown = found.verdict.first_divergence or found.verdict.worst
+    shown = comparison.verdict.first_divergence or comparison.verdict.worst
     pair = next((pair for pair in pairs if shown is not None and pair.point == shown.checkpoint and pair.point in ours), None)
     record = None if pair is None or shown is None else _record(pair, shown, arbiter, ours[pair.point], ref[pair.point])
-    verdict = replace(found.verdict, truth_points=points, truth=None if record is None else record[0])
-    return replace(found, verdict=verdict, truth=None if record is None else record[1])
+    verdict = replace(comparison.verdict, truth_points=points, truth=None if record is None else record[0])
+    return replace(comparison, verdict=verdict, truth=None if record is None else record[1])
 
 
-def _asked(found: Comparison, arbiter: AnyArbiter, *, everywhere: bool) -> Sequence[Pair]:
-    pairs, first = found.records.pairs, found.verdict.first_divergence
+def _asked(comparison: Comparison, arbiter: AnyArbiter, *, everywhere: bool) -> Sequence[Pair]:
+    pairs, first = comparison.records.pairs, comparison.verdict.first_divergence
     if everywhere or (first is None and arbiter.asked):
         return pairs
-    if first is None or first.checkpoint not in found.records.names:
+    if first is None or first.checkpoint not in comparison.records.names:
         return ()
-    return pairs[: found.records.names.index(first.checkpoint) + 1]
+    return pairs[: comparison.records.names.index(first.checkpoint) + 1]
 
 
 def _point(name: str, ours: Floats, ref: Floats) -> TruthPoint:

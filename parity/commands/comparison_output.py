@@ -61,11 +61,11 @@ def finish(outcome: "Outcome", output_format: Format, references: "References | 
     return code
 
 
-def report(verdict: "Verdict", ours: "Dump", ref: "Dump", picture: "Picture", found: "Sequence[Finding]" = ()) -> "Report":
+def report(verdict: "Verdict", ours: "Dump", ref: "Dump", picture: "Picture", findings: "Sequence[Finding]" = ()) -> "Report":
     """A comparison with everything that belongs beside it."""
     from reports.report import Report
 
-    return Report(verdict, ours, ref, picture, tuple(found))
+    return Report(verdict, ours, ref, picture, tuple(findings))
 
 
 def findings(paths: Sequence[Path]) -> "list[Finding]":
@@ -78,15 +78,15 @@ def findings(paths: Sequence[Path]) -> "list[Finding]":
     from checkpoints.regular import read_text
     from reports.findings import finding
 
-    made: list[Finding] = []
+    read: list[Finding] = []
     for path in paths:
         try:
-            made.append(finding(json.loads(read_text(path)), str(path)))
+            read.append(finding(json.loads(read_text(path)), str(path)))
         except OSError as error:
             raise InputError(f"cannot read {path}: {error.strerror}.", "Check --include.", code="include") from error
         except ValueError as error:
             raise InputError(f"{path} is not JSON.", "Write one with --format json > FILE.", code="include") from error
-    return made
+    return read
 
 
 def show_report(whole: "Report", output_format: AnswerFormat, *, html: Path | None, junit: Path | None) -> int:

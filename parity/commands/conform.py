@@ -115,5 +115,5 @@ def conform(
         theirs if side is ConformSide.HF else None,
     )
     with Shown(output_format) as shown:
-        found = run(ConformRequest(settings, tuple(chosen), count, cluster or ""), shown)
-    raise typer.Exit(show(found, output_format, junit=junit, table=table))
+        conformance = run(ConformRequest(settings, tuple(chosen), count, cluster or ""), shown)
+    raise typer.Exit(show(conformance, output_format, junit=junit, table=table))

@@ -47,11 +47,11 @@ class Shown:
             from reports.conform import first_failure
 
             self._failed = True
-            said = f"first failure, cell {done} of {total}: {first_failure(result)}"
+            sentence = f"first failure, cell {done} of {total}: {first_failure(result)}"
             if self._bar is not None:
-                self._bar.console.print(said, highlight=False, markup=False)
+                self._bar.console.print(sentence, highlight=False, markup=False)
             else:
-                print(said, file=sys.stderr, flush=True)
+                print(sentence, file=sys.stderr, flush=True)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._bar is not None:
@@ -77,7 +77,7 @@ def check_outputs(junit: Path | None, table: Path | None) -> None:
             )
 
 
-def show(found: "Conformance", output_format: AnswerFormat, *, junit: Path | None, table: Path | None) -> int:
+def show(conformance: "Conformance", output_format: AnswerFormat, *, junit: Path | None, table: Path | None) -> int:
     """Print the answer, write index.html and whatever else was asked for, and return the exit code.
 
     Raises:
@@ -87,12 +87,12 @@ def show(found: "Conformance", output_format: AnswerFormat, *, junit: Path | Non
     from reports.conform_html import conform_html
     from reports.files import save
 
-    save(conform_html(found), Path(found.folder) / "index.html")
-    save(json.dumps(report.as_json(found)) + "\n", Path(found.folder) / "conform.json")
+    save(conform_html(conformance), Path(conformance.folder) / "index.html")
+    save(json.dumps(report.as_json(conformance)) + "\n", Path(conformance.folder) / "conform.json")
     if junit is not None or output_format is AnswerFormat.JUNIT:
         from reports.junit import conform_as_junit
 
-        text = conform_as_junit(found)
+        text = conform_as_junit(conformance)
         if junit is not None:
             save(text, junit)
         if output_format is AnswerFormat.JUNIT:
@@ -100,24 +100,24 @@ def show(found: "Conformance", output_format: AnswerFormat, *, junit: Path | Non
     if table is not None:
         from ..conform.table import write_table
 
-        write_table(found, table)
+        write_table(conformance, table)
     if output_format is AnswerFormat.JSON:
-        print(json.dumps(report.as_json(found)))
+        print(json.dumps(report.as_json(conformance)))
     elif output_format is AnswerFormat.MARKDOWN:
-        print(report.markdown(found), end="")
+        print(report.markdown(conformance), end="")
     elif output_format is not AnswerFormat.JUNIT:
         from rich.console import Console
 
         from reports.header import print_lines
 
         console = Console()
-        print_lines(console, list(report.lines(found, console.width)))
-    if found.not_run:
+        print_lines(console, list(report.lines(conformance, console.width)))
+    if conformance.not_run:
         return _INTERRUPTED
-    if found and not any(result.compared for result in found.results):
+    if conformance and not any(result.compared for result in conformance.results):
         raise InputError(
-            f"nothing was compared: {report.outcome(found.results[0])}.",
+            f"nothing was compared: {report.outcome(conformance.results[0])}.",
             "Widen the matrix, or check the command.",
             code="nothing",
         )
-    return PARITY_CODE if found else DIVERGENCE_CODE
+    return PARITY_CODE if conformance else DIVERGENCE_CODE

@@ -90,9 +90,9 @@ def show_history(
 
         console = Console()
         print_lines(console, list(lines(entries, console.width)))
-        said = [("finding", found) for found in findings]
-        said += [("note", f"{skipped} lines of {path} are not entries and were skipped")] if skipped else []
-        print_lines(console, labelled(said, console.width))
+        remarks = [("finding", finding) for finding in findings]
+        remarks += [("note", f"{skipped} lines of {path} are not entries and were skipped")] if skipped else []
+        print_lines(console, labelled(remarks, console.width))
         print_lines(console, labelled([("closer", one) for one in closer_sentences(moved)], console.width))
     return DIVERGENCE_CODE if strict and findings else PARITY_CODE
 
@@ -117,9 +117,9 @@ def last_findings(entries: list[Entry]) -> list[str]:
     last: dict[tuple[str, str], list[Entry]] = {}
     for entry in entries:
         last.setdefault((entry.source, entry.golden), []).append(entry)
-    said: list[str] = []
+    sentences: list[str] = []
     for (source, _), group in last.items():
         points = [Margin(name, *figures) for name, figures in group[-1].points.items()]
         points = [replace(point, before=ledger.best(group[:-1], point.checkpoint)) for point in points]
-        said += [f"{source}: {found}" for found in ledger.findings(points)]
-    return said
+        sentences += [f"{source}: {finding}" for finding in ledger.findings(points)]
+    return sentences

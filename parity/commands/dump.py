@@ -118,7 +118,7 @@ def hf(
     from .output import progress_bar, written
 
     with progress_bar(o.Format.TEXT) as progress:
-        said = dump_hugging_face(model or embedded(), given, out, progress)
-    if said:
-        print(f"note: {said}", file=sys.stderr)
+        note = dump_hugging_face(model or embedded(), given, out, progress)
+    if note:
+        print(f"note: {note}", file=sys.stderr)
     written(out)

@@ -13,16 +13,24 @@ class Language(StrEnum):
     PYTHON = "python"
     RUST = "rust"
     HUGGING_FACE = "hf"
+    PYTEST = "pytest"
 
 
 def emit(
     language: Annotated[
-        Language, typer.Argument(help="c (and C++, CUDA), python, rust, or hf: a Hugging Face model.", show_default=False)
+        Language,
+        typer.Argument(
+            help="c (and C++, CUDA), python, rust, hf: a Hugging Face model, or pytest: a fixture for your tests.",
+            show_default=False,
+        ),
     ],
 ) -> None:
     """Print the one file that your engine needs to write dumps: parity emit c > parity_dump.h.
 
     It copies values as soon as they are computed, with the statistics and the sketch that a whole row's comparison needs.
+
+    `parity emit pytest > tests/parity_pytest.py` prints a fixture, parity_golden(dump, golden, model=…), whose failing assertion
+    shows the first divergence and its cause.
     """
     import sys
 

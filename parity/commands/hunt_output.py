@@ -41,17 +41,17 @@ def hunted(request: "Request", started: "Reference", output_format: Format) -> i
 
     with progress_bar(output_format) as progress:
         result = hunt(request, progress, started, heard)
-    found, outcome = result.hunt, result.outcome
-    answer = report.as_json(found) | {"folder": str(outcome.folder), "seconds": round(outcome.seconds, 3)}
+    answered, outcome = result.hunt, result.outcome
+    answer = report.as_json(answered) | {"folder": str(outcome.folder), "seconds": round(outcome.seconds, 3)}
     put(outcome.folder / "diff.json", (json.dumps(answer, indent=1) + "\n").encode())
     if output_format is Format.JSON:
         print(json.dumps(answer))
     else:
-        print_lines(console, [Text(""), *report.lines(found, console.width)])
-    beside = [] if found.explanation is None else [finding(explanation.as_json(found.explanation), "explain")]
+        print_lines(console, [Text(""), *report.lines(answered, console.width)])
+    beside = [] if answered.explanation is None else [finding(explanation.as_json(answered.explanation), "explain")]
     write_html(
         whole_report(outcome.verdict, outcome.ours, outcome.ref, outcome.picture, beside), outcome.folder / "report.html"
     )
     if output_format is Format.TEXT:
-        print(f"{report.summary(found)}   {printable(str(outcome.folder), None)}/")
-    return PARITY_CODE if found else DIVERGENCE_CODE
+        print(f"{report.summary(answered)}   {printable(str(outcome.folder), None)}/")
+    return PARITY_CODE if answered else DIVERGENCE_CODE

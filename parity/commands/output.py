@@ -26,25 +26,25 @@ DIVERGENCE_CODE = 1
 class Room(Protocol):
     """A room of `reports` that shows one kind of answer."""
 
-    def lines(self, found: Any, width: int) -> Iterable["Text"]:
+    def lines(self, result: Any, width: int) -> Iterable["Text"]:
         """As text, for a terminal of `width` columns."""
 
-    def as_json(self, found: Any) -> dict[str, Any]:
+    def as_json(self, result: Any) -> dict[str, Any]:
         """As one JSON object."""
 
 
-def answer(found: Any, room: Room, output_format: Format) -> int:
+def answer(result: Any, room: Room, output_format: Format) -> int:
     """Print an answer that is true where nothing is wrong, and return the exit code."""
     if output_format is Format.JSON:
-        print(json.dumps(room.as_json(found)))
+        print(json.dumps(room.as_json(result)))
     else:
         from rich.console import Console
 
         from reports.header import print_lines
 
         console = Console()
-        print_lines(console, list(room.lines(found, console.width)))
-    return PARITY_CODE if found else DIVERGENCE_CODE
+        print_lines(console, list(room.lines(result, console.width)))
+    return PARITY_CODE if result else DIVERGENCE_CODE
 
 
 def catalogue_as(output_format: Format) -> None:

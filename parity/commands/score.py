@@ -85,7 +85,7 @@ def score(
             end = "\n" if done == total else ""
             print(f"\rchunk {done} of {total}, perplexity {perplexity:.4f} ", end=end, file=sys.stderr, flush=True)
 
-    found, leading = run(request, progress)
-    show(found, output_format.value)
+    scored, leading = run(request, progress)
+    show(scored, output_format.value)
     if explain_worst and leading:
         raise typer.Exit(explained(request.run, source, leading, quiet=output_format is not ScoreFormat.TEXT))

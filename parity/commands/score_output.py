@@ -15,21 +15,21 @@ if TYPE_CHECKING:
     from ..run.request import Request
 
 
-def show(found: "Scored", output_format: str) -> None:
+def show(score: "Scored", output_format: str) -> None:
     """Print the figures."""
     from reports import score as report
 
     if output_format == "json":
-        print(json.dumps(report.as_json(found)))
+        print(json.dumps(report.as_json(score)))
     elif output_format == "markdown":
-        print(report.markdown(found), end="")
+        print(report.markdown(score), end="")
     else:
         from rich.console import Console
 
         from reports.header import print_lines
 
         console = Console()
-        print_lines(console, list(report.lines(found, console.width)))
+        print_lines(console, list(report.lines(score, console.width)))
 
 
 def explained(run: "Request", source: str, leading: tuple[int, ...], *, quiet: bool) -> int:

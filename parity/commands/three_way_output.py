@@ -11,18 +11,18 @@ if TYPE_CHECKING:
     from checkpoints.record import Dump
 
 
-def show_three(found: "ThreeWay", dumps: "tuple[Dump, Dump, Dump]", output_format: Format) -> int:
+def show_three(three_way: "ThreeWay", dumps: "tuple[Dump, Dump, Dump]", output_format: Format) -> int:
     """Print the answer and return the exit code."""
     from reports.three_way import as_json, lines
 
     if output_format is Format.JSON:
-        print(json.dumps(as_json(found)))
-        return PARITY_CODE if found else DIVERGENCE_CODE
+        print(json.dumps(as_json(three_way)))
+        return PARITY_CODE if three_way else DIVERGENCE_CODE
     from rich.console import Console
 
     from reports.header import print_header, print_lines
 
     console = Console()
     print_header(console, dumps[0].header, dumps[1].header, "".join(token.text for token in dumps[1].tokens))
-    print_lines(console, lines(found, console.width))
-    return PARITY_CODE if found else DIVERGENCE_CODE
+    print_lines(console, lines(three_way, console.width))
+    return PARITY_CODE if three_way else DIVERGENCE_CODE

@@ -47,16 +47,16 @@ def weights(
         from ..weights.conversion import check_conversion
 
         with progress_bar(output_format) as progress:
-            found = check_conversion(given["model"], hf, progress)
+            checked = check_conversion(given["model"], hf, progress)
     elif theirs is not None:
         from ..weights.foreign_weights import check_foreign
 
-        found = check_foreign(given["model"], theirs)
+        checked = check_foreign(given["model"], theirs)
     else:
         from ..weights.weights import check_weights
 
         with progress_bar(output_format) as progress:
-            found = check_weights(given["model"], given["backend"], progress)
+            checked = check_weights(given["model"], given["backend"], progress)
     from reports import weights as report
 
-    raise typer.Exit(answer(found, report, output_format))
+    raise typer.Exit(answer(checked, report, output_format))

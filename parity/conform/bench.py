@@ -106,14 +106,14 @@ class Bench:
             result = CellResult(cell, NO_REFERENCE, error.message)
         else:
             try:
-                result = self._fresh(cell, model, identity.of_file(model))
+                result = self._fresh(cell, model)
             except Exception as error:  # a fault of ours in one cell must neither hide nor cost all the others
                 result = CellResult(cell, CRASHED, f"internal error of parity: {type(error).__name__}: {error}")
         result = replace(result, key=key, seconds=perf_counter() - began)
         results.save(self._settings.folder, result)
         return result
 
-    def _fresh(self, cell: Cell, model: Path, model_key: str) -> CellResult:
+    def _fresh(self, cell: Cell, model: Path) -> CellResult:
         prompt = prompt_of(cell)
         assert prompt is not None  # the matrix has no such cells
         request = replace(self._settings.run, model=model, tokens=prompt.ids, points="all", slice_size=_SLICE)
@@ -130,7 +130,7 @@ class Bench:
         except ParityError as error:  # our own engine has no such model
             return CellResult(cell, REFUSED, error.message)
         try:  # only now: what the side refuses needs no reference
-            ref = self._reference_dump(request, Prompt(None, prompt.ids, ()), model_key, cell.prompt)
+            ref = self._reference_dump(request, Prompt(None, prompt.ids, ()), identity.of_file(model), cell.prompt)
         except ParityError as error:
             return CellResult(cell, NO_REFERENCE, error.message)
         try:
@@ -160,8 +160,8 @@ class Bench:
     def _judged(self, cell: Cell, request: Request, ours: Dump, ref: Dump) -> CellResult:
         from ..explain.on_model import compared_on  # with the arbiter and all steps
 
-        found = compared_on(ours, ref, comparison_options(request), request.model, third_side=False)
-        verdict, precision = found.verdict, found.verdict.precision
+        comparison = compared_on(ours, ref, comparison_options(request), request.model, third_side=False)
+        verdict, precision = comparison.verdict, comparison.verdict.precision
         lower = precision.arithmetic.upper() if precision is not None and precision.in_float32 else ""
         explanation: Explanation | None = None
         worst = verdict.worst
@@ -190,7 +190,7 @@ class Bench:
             token_idx=first.token_idx if first is not None else -1,
             cause=cause,
             sentence=sentence,
-            report=self._report(cell, ours, ref, found, explanation),
+            report=self._report(cell, ours, ref, comparison, explanation),
         )
 
     def _passed(self, cell: Cell) -> bool:
@@ -211,10 +211,10 @@ class Bench:
         except ParityError:  # an architecture that cannot be replayed: the comparison's own words stand
             return None
 
-    def _report(self, cell: Cell, ours: Dump, ref: Dump, found: Comparison, explanation: Explanation | None) -> str:
+    def _report(self, cell: Cell, ours: Dump, ref: Dump, comparison: Comparison, explanation: Explanation | None) -> str:
         name = f"cells/{cell.name.replace(' ', '-')}.html"
         beside = () if explanation is None else (finding(answers.as_json(explanation), "explain"),)
-        write_html(Report(found.verdict, ours, ref, found.picture, beside), self._settings.folder / name)
+        write_html(Report(comparison.verdict, ours, ref, comparison.picture, beside), self._settings.folder / name)
         return name
 
 

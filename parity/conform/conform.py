@@ -49,7 +49,7 @@ def conform(request: ConformRequest, progress: Progress = lambda *_: None) -> Co
             progress(result, len(done), len(request.cells))
     except KeyboardInterrupt:
         pass  # what is missing is in `not_run`
-    found = Conformance(
+    conformance = Conformance(
         side=request.settings.side,
         results=tuple(done[cell] for cell in request.cells if cell in done),
         not_run=tuple(cell for cell in request.cells if cell not in done),
@@ -57,9 +57,9 @@ def conform(request: ConformRequest, progress: Progress = lambda *_: None) -> Co
         workers=request.workers,
         folder=str(request.settings.folder),
     )
-    if not found.not_run:
-        noted(found, request.settings, datetime.now(UTC).isoformat(timespec="seconds"))
-    return found
+    if not conformance.not_run:
+        noted(conformance, request.settings, datetime.now(UTC).isoformat(timespec="seconds"))
+    return conformance
 
 
 def _results(request: ConformRequest) -> Iterator[CellResult]:
@@ -83,9 +83,9 @@ def _results(request: ConformRequest) -> Iterator[CellResult]:
             with workers_of(min(request.workers, len(parts)), request.cluster) as pool:
                 pending = {pool.submit(run_part, settings, part): part for part in parts}
                 for finished in as_completed(pending):
-                    found = finished.result()
+                    cell_result = finished.result()
                     parts.remove(pending[finished])
-                    for result in found:
+                    for result in cell_result:
                         results.save(settings.folder, result)
                         yield result
         except BrokenProcessPool:  # a worker was killed: what the others had finished is kept, the rest runs again

@@ -11,7 +11,7 @@ from .bench import Settings
 SOURCE = "conform"
 
 
-def noted(found: Conformance, settings: Settings, time: str) -> None:
+def noted(conformance: Conformance, settings: Settings, time: str) -> None:
     """Add a finished run to the ledger of its folder. A new build of an engine is compared with earlier ones of the same command.
 
     Raises:
@@ -19,15 +19,22 @@ def noted(found: Conformance, settings: Settings, time: str) -> None:
     """
     margins = {
         result.cell.name: (result.nmse, result.nmse / result.of_limit if result.of_limit else 0.0, result.of_limit)
-        for result in found.results
+        for result in conformance.results
         if result.nmse is not None and result.of_limit is not None
     }
     if not margins:
         return
     commit, dirty = ledger.commit()
-    versions = {"source": found.side, "program": identity.program()}
-    verdict = PARITY if found else DIVERGENCE
+    versions = {"source": conformance.side, "program": identity.program()}
+    verdict = PARITY if conformance else DIVERGENCE
     entry = Entry(
-        time, commit, verdict, f"{SOURCE} {settings.name}", identity.digest(found.side), versions, margins, {"dirty": dirty}
+        time,
+        commit,
+        verdict,
+        f"{SOURCE} {settings.name}",
+        identity.digest(conformance.side),
+        versions,
+        margins,
+        {"dirty": dirty},
     )
     ledger.append(settings.folder / ledger.NAME, entry)

@@ -55,8 +55,8 @@ def of_command(command: Command) -> str:
     parts: list[object] = [command.line, command.shell]
     for word in shlex.split(command.line):
         for text in (word, word.partition("=")[2]):
-            found = shutil.which(text) if text else None
-            path = Path(found or text)
+            program = shutil.which(text) if text else None
+            path = Path(program or text)
             if text and path.is_file():
                 info = path.stat()
                 small = info.st_size <= _LARGEST_PROGRAM

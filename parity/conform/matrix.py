@@ -125,17 +125,17 @@ def modes_of(ways: Collection[str]) -> tuple[str, ...]:
 
 
 def _picked(text: str, known: Sequence[str], option: str) -> list[str]:
-    found: list[str] = []
+    picked: list[str] = []
     for part in filter(None, (part.strip() for part in text.split(","))):
         matching = [name for name in known if fnmatchcase(name.lower(), part.lower())]
         if not matching:
             close = get_close_matches(part.lower(), known, n=3)
             advice = f"Did you mean {' or '.join(close)}?" if close else _known(known)
             raise InputError(f"{option} {part!r} is not known.", advice, code="matrix")
-        found += [name for name in matching if name not in found]
-    if not found:
+        picked += [name for name in matching if name not in picked]
+    if not picked:
         raise InputError(f"{option} is empty.", _known(known), code="matrix")
-    return found
+    return picked
 
 
 def _known(names: Sequence[str]) -> str:

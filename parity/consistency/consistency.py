@@ -1,6 +1,6 @@
 """An engine against itself: the same positions computed in other portions must come out the same."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,16 +14,20 @@ from checkpoints.errors import DumpError, InputError
 from checkpoints.formats import load
 from checkpoints.points import parse
 from checkpoints.record import Dump, Header
+from engine.engine import Engine, whole_input
+from engine.graph import sees_later
 from reference.client import Reference
 
 from ..arbiter.arbiter import Arbiter
 from ..diff.compare import Options, compare
-from ..run.command import PORTIONS
+from ..run.command import PORTIONS, SEQUENCES, STATE, UBATCH, EngineError
 from ..run.request import Prompt, Request
 from ..run.session import comparison_options, resolve_prompt
-from ..run.sides import EXEC, OURS, OurEngine, Side, side_of
+from ..run.sides import OURS, ExternalEngine, OurEngine, Side, side_of
+from ..run.state import loaded
 
 CACHE, POSITIONS, MASK, BATCH = "cache", "positions", "mask", "batch size"
+OTHERS, SAVED = "sequences", "state"
 _BY_KIND = {
     **dict.fromkeys(("q_rope", "k_rope"), POSITIONS),
     **dict.fromkeys(("k_read", "v_read"), CACHE),
@@ -34,8 +38,11 @@ _WORDS = {
     CACHE: "keys or values of earlier passes are not those that were computed: rows written to or read from other places",
     POSITIONS: "Q or K are rotated by another position: the count of earlier tokens is not added, or added twice",
     MASK: "scores are right and weights are not: the mask takes positions of this pass for positions in the sequence",
+    OTHERS: "a prompt comes out differently among others: padding or others' rows are seen, or positions are counted with theirs",
+    SAVED: "what is saved is not all that is needed, or is put back elsewhere: keys, values, positions",
     BATCH: "the same row comes out differently among other rows: a kernel that depends on the number of tokens",
 }
+_BY_WAY = {SEQUENCES: OTHERS, STATE: SAVED}
 _ROWWISE = ("attn_norm", "q", "k", "v", "attn_out", "ffn_norm", "ffn_gate", "ffn_up", "ffn_swiglu", "ffn_out")
 
 
@@ -77,34 +84,85 @@ def of_side(side: Side, prompt: Prompt, request: ConsistencyRequest, vocabulary:
     if count < 2:
         raise InputError("one token cannot be computed in portions.", "Take a longer prompt.", code="prompt")
     side.check(prompt)
-    run, command = request.run, request.run.command
-    takes_portions = request.source != EXEC or command is None or command.takes(PORTIONS)
+    run = request.run
     options = comparison_options(run)
     if isinstance(side, OurEngine):  # GELU's table is coarse: float64 says how far two right passes may be apart
         options = replace(options, truth=Arbiter.of(side.engine, prompt.ids, run.first_position))
     checks: list[Check] = []
+    not_checked = [f"{what}: {side.name} {_untold(side, way)}" for way, what in _WAYS.items() if way not in side.ways]
     with TemporaryDirectory(prefix="parity-consistency-") as folder:
 
         def dumped(prompt: Prompt) -> Dump:
             out = Path(folder) / "dump.jsonl"
             side.dump(prompt, out)
-            return load(out, run.mapping)
+            # A foreign engine prints every sequence, and after a restored state the rest; the others record this prompt, whole.
+            printed = prompt if isinstance(side, ExternalEngine) else replace(prompt, companions=(), saved=0)
+            return loaded(out, printed, run.mapping)
 
         whole = dumped(prompt)
-        for name, portions in (_portions(count, request.chunk) if takes_portions else {}).items():
-            verdict = compare(dumped(replace(prompt, portions=tuple(portions))), whole, options)
-            suspect, reason = suspected(verdict, _starts(portions))
-            checks.append(Check(name, f"{_said(portions)} against a prefill of {count}", verdict, suspect, reason))
-        other = dumped(replace(prompt, ids=(*prompt.ids[:-1], (prompt.ids[-1] + 1) % vocabulary), pieces=()))
-        checks.append(_causal(other, whole, prompt.ids, options))
-    return Consistency(
-        _described(side, whole),
-        tuple(checks),
-        (
-            *(() if takes_portions else (f"portions: {side.name} is not told about them; put {PORTIONS} into --exec",)),
-            "padding and batches of several prompts: one sequence is computed at a time",
-        ),
-    )
+        for name, way, what in _ways(side, prompt, request.chunk):
+            try:
+                verdict = compare(dumped(way), whole, options)
+            except EngineError:
+                raise
+            except InputError as error:  # a model that llama.cpp does not compute so: an encoder, recurrent states in a batch
+                not_checked.append(f"{name}: {error.message}")
+                continue
+            suspect, reason = suspected(verdict, _starts(way.portions or (way.saved, count)), way=_way_of(way))
+            checks.append(
+                Check(name, f"{what} against a prefill of {count}", verdict, suspect, reason, first_to_differ(verdict))
+            )
+        if isinstance(side, OurEngine) and _sees_later(side.engine):
+            not_checked.append("another last token: in an encoder every position sees all others")
+        else:
+            other = dumped(replace(prompt, ids=(*prompt.ids[:-1], (prompt.ids[-1] + 1) % vocabulary), pieces=()))
+            checks.append(_causal(other, whole, prompt.ids, options))
+    if not checks:
+        raise whole_input()
+    return Consistency(_described(side, whole), tuple(checks), tuple(not_checked))
+
+
+_WAYS = {
+    PORTIONS: "portions", UBATCH: "ubatch sizes", SEQUENCES: "several sequences in a batch", STATE: "saved and restored state",
+}  # fmt: skip
+
+
+def _untold(side: Side, way: str) -> str:
+    if isinstance(side, OurEngine):
+        return "computes one sequence at a time, in passes that are not cut further, and saves no state"
+    return f"is not told about them; put {way} into --exec"
+
+
+def _ways(side: Side, prompt: Prompt, chunk: int) -> Iterator[tuple[str, Prompt, str]]:
+    """(name, the prompt computed another way, that way in words), of the ways that the side can be told."""
+    ids, count = prompt.ids, len(prompt.ids)
+    if PORTIONS in side.ways:
+        for name, portions in _portions(count, chunk).items():
+            yield name, replace(prompt, portions=tuple(portions)), _said(portions)
+    if UBATCH in side.ways:
+        for size in dict.fromkeys((1, chunk)):
+            if size < count:
+                yield f"ubatches of {size}", replace(prompt, ubatch=size), f"a pass in ubatches of {size}"
+    if SEQUENCES in side.ways:  # a shorter one, the same one, a longer one
+        companions = (ids[: (count + 1) // 2], ids, (*ids, *ids[: (count + 1) // 2]))
+        yield (
+            "among other sequences",
+            replace(prompt, companions=companions),
+            "the last of four sequences, one of them the same,",
+        )
+    if STATE in side.ways:
+        saved = count // 2
+        yield "a restored state", replace(prompt, saved=saved), f"{saved}, a state saved and restored, and {count - saved}"
+
+
+def _way_of(prompt: Prompt) -> str:
+    return SEQUENCES if prompt.companions else STATE if prompt.saved else UBATCH if prompt.ubatch else PORTIONS
+
+
+def first_to_differ(verdict: Verdict) -> str:
+    """The first point, in dataflow order, of which any value differs at all: the first operation that depends on what must not matter."""
+    differing = (point for point in verdict.points if point.worst.nmse or point.worst.max_abs)
+    return next((point.checkpoint for point in differing), "")
 
 
 def _described(side: Side, whole: Dump) -> str:
@@ -135,13 +193,18 @@ def _said(portions: Sequence[int]) -> str:
     return " + ".join(map(str, portions)) if len(portions) <= 4 else f"{portions[0]} + … + {portions[-1]}"
 
 
+def _sees_later(engine: Engine) -> bool:
+    """Whether positions of the prompt see later ones by design."""
+    return engine.encoder is not None or sees_later(engine.steps)
+
+
 def _causal(other: Dump, whole: Dump, ids: Sequence[int], options: Options) -> Check:
     """The last token exchanged: no position before it may notice."""
     stop = len(ids) - 1
     verdict = compare(_before(other, stop, ids), _before(whole, stop, ids), options)
     suspect = "" if verdict else MASK
     reason = "" if verdict else "earlier positions see a later token: no causal mask, or one that is off by one"
-    return Check("another last token", "the last token exchanged", verdict, suspect, reason)
+    return Check("another last token", "the last token exchanged", verdict, suspect, reason, first_to_differ(verdict))
 
 
 def _before(dump: Dump, stop: int, ids: Sequence[int]) -> Dump:
@@ -155,12 +218,13 @@ _ALL_POINTS = "--points all tells which of them"
 _MORE_POINTS = "dumps of q_rope, k_rope, kq_soft_max and kqv_out would tell which of them"
 
 
-def suspected(verdict: Verdict, starts: NDArray[np.int64], advice: str = _ALL_POINTS) -> tuple[str, str]:
+def suspected(verdict: Verdict, starts: NDArray[np.int64], advice: str = _ALL_POINTS, way: str = PORTIONS) -> tuple[str, str]:
     """What to suspect where a comparison_options of portions fails, and a sentence; nothing where it doesn't.
 
     Args:
         starts: the first positions of the portions, int64.
         advice: what would tell more, where the recorded points leave it open.
+        way: how the other side was computed: the placeholder that says it.
     """
     first = verdict.first_divergence
     if verdict or first is None:
@@ -168,6 +232,8 @@ def suspected(verdict: Verdict, starts: NDArray[np.int64], advice: str = _ALL_PO
     kinds = [parse(origin.first.checkpoint).kind for origin in verdict.origins] or [parse(first.checkpoint).kind]
     suspects = [_BY_KIND[kind] for kind in kinds if kind in _BY_KIND]
     at = f"first at {first.checkpoint}, position {first.token_idx}"
+    if way in _BY_WAY:
+        return _BY_WAY[way], f"{_WORDS[_BY_WAY[way]]} ({at})"
     if suspects:
         return suspects[0], f"{_WORDS[suspects[0]]} ({at})"
     if first.token_idx < int(starts[1] if len(starts) > 1 else 0) or parse(first.checkpoint).kind in _ROWWISE:
@@ -195,7 +261,12 @@ def two_dumps(request: ConsistencyRequest, left: Path, right: Path) -> Consisten
     suspect, reason = suspected(verdict, _starts(finer), _MORE_POINTS)
     source = (a.header or b.header or Header("")).source
     check = Check(
-        "two dumps", f"{left.name} ({_said(passes[0])}) against {right.name} ({_said(passes[1])})", verdict, suspect, reason
+        "two dumps",
+        f"{left.name} ({_said(passes[0])}) against {right.name} ({_said(passes[1])})",
+        verdict,
+        suspect,
+        reason,
+        first_to_differ(verdict),
     )
     return Consistency(
         source or "a foreign engine", (check,), ("padding and batches: dump them and compare with `parity diff`",)

@@ -28,7 +28,7 @@ class Held:
 
 
 def hold(
-    found: Measured,
+    measured: Measured,
     allowed: Limits,
     model: Flow,
     *,
@@ -43,30 +43,32 @@ def hold(
             rare they are.
         lower_arithmetic: the limits are the table's for an arithmetic below float32, in exact mode.
     """
-    limit = _limit_of_each(found, allowed)
-    of_limit = proportion(found.measures.nmse, found.measures.future_mass, limit)
+    limit = _limit_of_each(measured, allowed)
+    of_limit = proportion(measured.measures.nmse, measured.measures.future_mass, limit)
     notes: tuple[str, ...] = ()
     if excuse_noise and allowed.operations == EXACT_FLOOR.operations:
-        higher = None if truth is None else _by_truth(found, limit, truth)
+        higher = None if truth is None else _by_truth(measured, limit, truth)
         if higher is not None:
             limit, notes = higher
         else:
-            limit, notes = excused(model, found.point, found.seq, found.token_idx, found.measures.nmse, of_limit, limit)
-        of_limit = proportion(found.measures.nmse, found.measures.future_mass, limit)
+            limit, notes = excused(
+                model, measured.point, measured.seq, measured.token_idx, measured.measures.nmse, of_limit, limit
+            )
+        of_limit = proportion(measured.measures.nmse, measured.measures.future_mass, limit)
     elif excuse_noise and lower_arithmetic:
-        limit, notes = _grown(found, limit, of_limit, model)
-        of_limit = proportion(found.measures.nmse, found.measures.future_mass, limit)
+        limit, notes = _grown(measured, limit, of_limit, model)
+        of_limit = proportion(measured.measures.nmse, measured.measures.future_mass, limit)
     return Held(limit, of_limit, of_limit > 1, notes)
 
 
-def _grown(found: Measured, limit: Floats, of_limit: Floats, model: Flow) -> tuple[Floats, tuple[str, ...]]:
+def _grown(measured: Measured, limit: Floats, of_limit: Floats, model: Flow) -> tuple[Floats, tuple[str, ...]]:
     """Every record's limit, higher where a lower arithmetic's error grew over the table's from layer to layer, and the note on it.
 
     The table is one for all models: right engines with rounded products and activations were up to 3.1 times over it at inner points of
     six layers of random weights, while nothing jumped.
     """
-    nmse = found.measures.nmse
-    above = upstream(model, found.point, found.seq, found.token_idx, nmse, of_limit > 1)
+    nmse = measured.measures.nmse
+    above = upstream(model, measured.point, measured.seq, measured.token_idx, nmse, of_limit > 1)
     with np.errstate(invalid="ignore"):
         grown = (of_limit > 1) & (of_limit <= BEYOND) & (nmse <= JUMP * above.worst)
     if not grown.any():
@@ -77,27 +79,27 @@ def _grown(found: Measured, limit: Floats, of_limit: Floats, model: Flow) -> tup
     )
 
 
-def _by_truth(found: Measured, limit: Floats, truth: Truth) -> tuple[Floats, tuple[str, ...]] | None:
+def _by_truth(measured: Measured, limit: Floats, truth: Truth) -> tuple[Floats, tuple[str, ...]] | None:
     """Every record's limit, raised where the reference itself is far from float64, and the note on it; None if that is not known.
 
     Nothing is computed where no error is small enough to be rounding.
     """
-    nmse = found.measures.nmse
-    coarse = np.array([pair.point in truth.coarse for pair in found.pairs])[found.point]
+    nmse = measured.measures.nmse
+    coarse = np.array([pair.point in truth.coarse for pair in measured.pairs])[measured.point]
     near = (nmse > limit) & (nmse <= np.where(coarse, NO_COARSE_ROUNDING, NO_ROUNDING))
     if not near.any():
         return limit, ()
-    distances = truth.distances({pair.point: pair.ref for pair in found.pairs})
+    distances = truth.distances({pair.point: pair.ref for pair in measured.pairs})
     if not distances:
         return None
-    known = [of_few(distances.get(pair.point, np.full(len(pair.ref), np.nan)), pair.ref) for pair in found.pairs]
+    known = [of_few(distances.get(pair.point, np.full(len(pair.ref), np.nan)), pair.ref) for pair in measured.pairs]
     distance = np.concatenate(known)
-    higher = raised(nmse, limit, distance, found.point, found.seq, found.token_idx, coarse)
+    higher = raised(nmse, limit, distance, measured.point, measured.seq, measured.token_idx, coarse)
     passed = near & (nmse <= higher)
     if not passed.any():
         return higher, ()
     worst = int(np.argmax(np.where(passed, nmse, 0)))
-    where = f"{found.names[found.point[worst]]}, position {found.token_idx[worst]}"
+    where = f"{measured.names[measured.point[worst]]}, position {measured.token_idx[worst]}"
     return higher, (
         f"noise: {int(passed.sum())} records are over the usual limit where {_reason(bool(coarse[worst]))}: at {where} the sides are "
         f"{nmse[worst]:.1e} apart, and the reference is {distance[worst]:.1e} from float64",
@@ -116,23 +118,26 @@ def proportion(nmse: Floats, future_mass: Floats, limit: Floats) -> Floats:
     return np.fmax(ratio, np.where(future_mass > FUTURE_MASS, future_mass / FUTURE_MASS, 0.0))
 
 
-def _limit_of_each(found: Measured, allowed: Limits) -> Floats:
+def _limit_of_each(measured: Measured, allowed: Limits) -> Floats:
     """float64 [R]. Where the arithmetic is not known, the noise of the layers before sets the limit.
 
     A whole layer that agrees shows the engine's own noise; what jumps far above it later is no noise, however small it is
     against the loosest arithmetic. Before the first whole layer, and never above it, the loosest limit holds.
     """
     chosen = np.array(
-        [allowed.points.get(pair.point, allowed.logits if pair.point == LOGITS else allowed.operations) for pair in found.pairs]
+        [
+            allowed.points.get(pair.point, allowed.logits if pair.point == LOGITS else allowed.operations)
+            for pair in measured.pairs
+        ]
     )
-    if allowed.assumed and len(found.measures):
+    if allowed.assumed and len(measured.measures):
         noise = 0.0
-        starts = np.searchsorted(found.point, np.arange(len(found.pairs)))
-        worst = np.maximum.reduceat(found.measures.nmse, starts)
-        for number, pair in enumerate(found.pairs):
+        starts = np.searchsorted(measured.point, np.arange(len(measured.pairs)))
+        worst = np.maximum.reduceat(measured.measures.nmse, starts)
+        for number, pair in enumerate(measured.pairs):
             if noise:
                 floor = EXACT_FLOOR.logits if pair.point == LOGITS else EXACT_FLOOR.operations
                 chosen[number] = min(chosen[number], max(floor, ASSUMED_JUMP * noise))
             if (parse(pair.point).kind == "l_out" or pair.point == OUTPUT_NORM) and worst[number] <= chosen[number]:
                 noise = max(noise, float(worst[number]))
-    return chosen[found.point] if len(found.point) else np.zeros(0)
+    return chosen[measured.point] if len(measured.point) else np.zeros(0)

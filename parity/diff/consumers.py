@@ -37,24 +37,26 @@ class Judged:
     undecided: frozenset[str] = frozenset()  # points that differ, and of which nothing that is made from them does
 
 
-def judged(found: Measured, held: Held, model: Flow, ours: Dump, ref: Dump) -> Judged:
+def judged(measured: Measured, held: Held, model: Flow, ours: Dump, ref: Dump) -> Judged:
     """Hold every failing point against what is made from it."""
-    otherwise = np.zeros(len(found.point), dtype=np.bool_)
+    otherwise = np.zeros(len(measured.point), dtype=np.bool_)
     if not held.failed.any():
         return Judged(otherwise)
-    return _Consumers(found, held, model, ours, ref).judged()
+    return _Consumers(measured, held, model, ours, ref).judged()
 
 
 class _Consumers:
     """From the last point to the first: what is made from a point is judged before it."""
 
-    def __init__(self, found: Measured, held: Held, model: Flow, ours: Dump, ref: Dump) -> None:
-        self._found, self._held, self._model, self._ours, self._ref = found, held, model, ours, ref
-        self._place = {name: number for number, name in enumerate(found.names)}
-        self._rows = np.split(np.arange(len(found.point)), np.searchsorted(found.point, np.arange(1, len(found.pairs))))
+    def __init__(self, measured: Measured, held: Held, model: Flow, ours: Dump, ref: Dump) -> None:
+        self._found, self._held, self._model, self._ours, self._ref = measured, held, model, ours, ref
+        self._place = {name: number for number, name in enumerate(measured.names)}
+        self._rows = np.split(
+            np.arange(len(measured.point)), np.searchsorted(measured.point, np.arange(1, len(measured.pairs)))
+        )
         self._at: dict[str, dict[tuple[int, int], int]] = {}
-        self._otherwise = np.zeros(len(found.point), dtype=np.bool_)
-        self._energy = _energies(found)
+        self._otherwise = np.zeros(len(measured.point), dtype=np.bool_)
+        self._energy = _energies(measured)
         headers = [dump.header for dump in (ref, ours) if dump.header is not None]
         self._head_size = head_size_of(ref.points, [header.hparams for header in headers])
 
@@ -82,10 +84,10 @@ class _Consumers:
         pair = self._found.pairs[self._place[name]]
         ours, ref = (side.take(self._found.row[wrong]) for side in (pair.ours, pair.ref))
         allowed = Allowed.of(self._held.limit[wrong], self._found.measures.nmse[wrong], ours, ref)
-        found = reading(ours, ref, allowed, self._ref.points, self._head_size)
-        if found is None and (others := alike(name, ours, self._ours.points)):
+        layout = reading(ours, ref, allowed, self._ref.points, self._head_size)
+        if layout is None and (others := alike(name, ours, self._ours.points)):
             return Reading(MOMENT, f"it is {others[0]} of ours: captured late, or from the buffer of that")
-        return found
+        return layout
 
     def _decisions(self, name: str, wrong: Ints) -> list[bool] | None:
         """For each wrong record of a point, whether what is made from it decides; None where something made from it is wrong, too."""
@@ -111,18 +113,18 @@ class _Consumers:
 
     def _decided(self, name: str, record: int, children: tuple[str, ...]) -> bool | None:
         """Whether everything made from a record agrees and would not if it were wrong; None where something made from it is wrong."""
-        told = True
+        decided = True
         for child in children:
             other = self._record(child, record)
             if other is None:
-                told = False
+                decided = False
             elif self._otherwise[other]:
                 continue  # judged by what is made from it in turn
             elif self._held.failed[other]:
                 return None
             elif not self._telling(name, child, record, other):
-                told = False
-        return told
+                decided = False
+        return decided
 
     def _record(self, name: str, like: int) -> int | None:
         if name not in self._at:
@@ -183,10 +185,10 @@ class _Consumers:
         )
 
 
-def _energies(found: Measured) -> Floats:
+def _energies(measured: Measured) -> Floats:
     """‖b‖² of the reference's whole rows, [R]; where it is not recorded, of the slice."""
     energies: list[Floats] = []
-    for pair in found.pairs:
+    for pair in measured.pairs:
         values = np.nan_to_num(pair.ref.values.astype(np.float64), posinf=0.0, neginf=0.0)
         sliced = np.sum(values**2, axis=1)
         l2 = pair.ref.stats.get("l2")

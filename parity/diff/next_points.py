@@ -10,25 +10,25 @@ _WIDE = 16  # layers of which everything is recorded in one further run; of more
 _FEW = 8  # points of one layer that are named one by one
 
 
-def next_points(name: str, last: str | None, found: Stretch | None, compared: Collection[str]) -> str:
+def next_points(name: str, last: str | None, stretch: Stretch | None, compared: Collection[str]) -> str:
     """A `--points` value that closes the gap before `name`; empty if there is none.
 
     Args:
         last: the last point that agrees.
         compared: what was recorded on both sides. A layer of which a part is there already is not asked for as a whole again.
     """
-    if found is not None and not found.unrecorded:
+    if stretch is not None and not stretch.unrecorded:
         return ""
     here = parse(name).layer
-    if found is None:
+    if stretch is None:
         before = parse(last).layer if last else None
         low = before if before is not None else 0
         high = here if here is not None else low
         return _glob(low, max(low, high)) if here is not None or before is not None else "all"
-    layers = sorted({layer for layer in (parse(other).layer for other in found.unrecorded) if layer is not None})
-    every = [*found.inputs, *found.unrecorded, name]
+    layers = sorted({layer for layer in (parse(other).layer for other in stretch.unrecorded) if layer is not None})
+    every = [*stretch.inputs, *stretch.unrecorded, name]
     begun = {point.layer for point in map(parse, compared) if point.layer is not None and point.kind != "l_out"}
-    if layers and (set(layers) <= begun or len(found.unrecorded) <= _FEW):
+    if layers and (set(layers) <= begun or len(stretch.unrecorded) <= _FEW):
         return listed(every)
     outside = [other for other in every if parse(other).layer not in layers]
     if not layers:

@@ -28,19 +28,19 @@ def is_routing(pair: Pair) -> bool:
     return pair.ref.dtype.startswith("i") or parse(pair.point).kind.endswith("moe_topk")
 
 
-def as_sets(found: Measured) -> Measured:
+def as_sets(measured: Measured) -> Measured:
     """The measures with the error of chosen experts as the share of them that the other side did not choose; order is none."""
-    if not any(map(is_routing, found.pairs)):
-        return found
-    columns = {name: getattr(found.measures, name).copy() for name in ("nmse", "nmse_slice", "nmse_row", "max_abs")}
-    for number, pair in enumerate(found.pairs):
+    if not any(map(is_routing, measured.pairs)):
+        return measured
+    columns = {name: getattr(measured.measures, name).copy() for name in ("nmse", "nmse_slice", "nmse_row", "max_abs")}
+    for number, pair in enumerate(measured.pairs):
         if not is_routing(pair):
             continue
-        rows = np.flatnonzero(found.point == number)
-        errors = [_apart(_ids(pair.ours, r), _ids(pair.ref, r)) for r in found.row[rows].tolist()]
+        rows = np.flatnonzero(measured.point == number)
+        errors = [_apart(_ids(pair.ours, r), _ids(pair.ref, r)) for r in measured.row[rows].tolist()]
         for column in columns.values():
             column[rows] = errors
-    return replace(found, measures=replace(found.measures, **columns))
+    return replace(measured, measures=replace(measured.measures, **columns))
 
 
 def _ids(rows: Rows, r: int) -> frozenset[int]:
@@ -60,27 +60,27 @@ class Routed:
     notes: tuple[str, ...] = ()
 
 
-def routed(found: Measured, held: Held, model: Flow, ref: Mapping[str, Rows]) -> Routed:
+def routed(measured: Measured, held: Held, model: Flow, ref: Mapping[str, Rows]) -> Routed:
     """What flipped near ties, and experts in another order, leave open."""
-    left_open = np.zeros(len(found.point), dtype=np.bool_)
+    left_open = np.zeros(len(measured.point), dtype=np.bool_)
     flips: list[str] = []
     orders: list[str] = []
-    for number, pair in enumerate(found.pairs):
+    for number, pair in enumerate(measured.pairs):
         if not is_routing(pair):
             continue
         below = model.descendants(pair.point)
         layer = parse(pair.point).layer
         inside = {name for name in below if parse(name).layer == layer and "moe" in name and not name.endswith("moe_out")}
-        for record in np.flatnonzero(found.point == number).tolist():
-            r = int(found.row[record])
-            seq, position = int(found.seq[record]), int(found.token_idx[record])
+        for record in np.flatnonzero(measured.point == number).tolist():
+            r = int(measured.row[record])
+            seq, position = int(measured.seq[record]), int(measured.token_idx[record])
             if held.failed[record]:
                 ours, theirs = _ids(pair.ours, r), _ids(pair.ref, r)
                 margin = _tie(ours, theirs, seq, position, model, pair.point, ref, float(held.limit[record]))
                 if margin is None:
                     continue
                 left_open[record] = True
-                left_open |= _of(found, below) & (found.seq == seq) & (found.token_idx >= position)
+                left_open |= _of(measured, below) & (measured.seq == seq) & (measured.token_idx >= position)
                 flips.append(
                     f"{pair.point}, position {position}: ours takes expert {_listed(ours - theirs)}, the reference "
                     f"{_listed(theirs - ours)}: a near tie ({margin:.1e} apart)"
@@ -88,7 +88,7 @@ def routed(found: Measured, held: Held, model: Flow, ref: Mapping[str, Rows]) ->
             elif not np.array_equal(
                 pair.ours.values[r, : int(pair.ours.counts[r])], pair.ref.values[r, : int(pair.ref.counts[r])]
             ):
-                here = _of(found, inside) & (found.seq == seq) & (found.token_idx == position) & held.failed
+                here = _of(measured, inside) & (measured.seq == seq) & (measured.token_idx == position) & held.failed
                 left_open |= here
                 if here.any():
                     orders.append(pair.point)
@@ -101,9 +101,9 @@ def routed(found: Measured, held: Held, model: Flow, ref: Mapping[str, Rows]) ->
     return Routed(left_open & held.failed, tuple(notes))
 
 
-def _of(found: Measured, names: set[str]) -> Bools:
-    wanted = np.array([name in names for name in found.names], dtype=np.bool_)
-    return np.asarray(wanted[found.point])
+def _of(measured: Measured, names: set[str]) -> Bools:
+    wanted = np.array([name in names for name in measured.names], dtype=np.bool_)
+    return np.asarray(wanted[measured.point])
 
 
 def _listed(ids: frozenset[int]) -> str:

@@ -98,9 +98,9 @@ class Golden:
         new = [text for text in texts if text not in recorded]
         gone = [text for text in recorded if text not in texts]
         if new or gone:
-            said = f"{len(new)} new, {len(gone)} gone; the first is {json.dumps((new or gone)[0][:60], ensure_ascii=False)}"
+            changes = f"{len(new)} new, {len(gone)} gone; the first is {json.dumps((new or gone)[0][:60], ensure_ascii=False)}"
             raise InputError(
-                f"the prompt set changed, which is no drift: {said}.", "Record the new set.", code="prompts-changed"
+                f"the prompt set changed, which is no drift: {changes}.", "Record the new set.", code="prompts-changed"
             )
 
     def same_mode(self, mode: str | None) -> None:

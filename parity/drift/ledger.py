@@ -96,16 +96,16 @@ def best(entries: Sequence[Entry], point: str) -> float | None:
 
 def findings(points: Sequence[Margin]) -> list[str]:
     """Sentences about errors within their limits that have grown, or are near."""
-    said: list[str] = []
+    sentences: list[str] = []
     for point in points:
         if point.of_limit > 1:
             continue
         if point.before is not None and point.of_limit >= GROWTH * max(point.before, NOISE):
             was = f"{point.before:.2g}" if point.before else "none"
-            said.append(f"{point.checkpoint}: the error is {point.of_limit:.2g} of its limit, {was} at its best")
+            sentences.append(f"{point.checkpoint}: the error is {point.of_limit:.2g} of its limit, {was} at its best")
         elif point.of_limit > NEAR:
-            said.append(f"{point.checkpoint}: the error is near its limit, {point.of_limit:.2g} of it")
-    return said
+            sentences.append(f"{point.checkpoint}: the error is near its limit, {point.of_limit:.2g} of it")
+    return sentences
 
 
 def closer(entries: Sequence[Entry], since: datetime) -> list[Closer]:

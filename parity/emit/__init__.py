@@ -3,11 +3,11 @@
 from pathlib import Path
 
 _HERE = Path(__file__).parent
-FILES = {"c": "parity_dump.h", "rust": "parity_dump.rs"}
+FILES = {"c": "parity_dump.h", "rust": "parity_dump.rs", "pytest": "golden_fixture.py"}
 
 
 def source(language: str) -> str:
-    """The text of the emitter for "c", "python" or "rust", or of the driver of a Hugging Face model for "hf"."""
+    """The text of the emitter for "c", "python" or "rust", of the driver of a Hugging Face model for "hf", of the fixture for "pytest"."""
     if language == "hf":
         from .python import hugging_face_file
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from checkpoints.points import parse
+from engine.faults.base import kinds_of
 
 from .records import Expected
 from .state import State
@@ -17,10 +18,12 @@ class Cone:
 
     Attributes:
         steps: the names of the steps between the place and the recorded points that agree, the place's own included.
+        kinds: what a fault's `kinds` may call them.
         agreeing: those points. sure: all of them were seen as whole rows, at every position up to the place's.
     """
 
     steps: frozenset[str]
+    kinds: frozenset[str]
     agreeing: tuple[str, ...]
     sure: bool
 
@@ -29,11 +32,6 @@ class Cone:
         """The layers that they lie in; empty where they lie outside of all."""
         layers = {layer for name in self.steps if (layer := parse(name).layer) is not None}
         return range(min(layers), max(layers) + 1) if layers else range(0)
-
-    @property
-    def kinds(self) -> frozenset[str]:
-        """Their kinds."""
-        return frozenset(parse(name).kind for name in self.steps)
 
 
 def cone(entries: Sequence[Expected], state: State) -> Cone:
@@ -61,7 +59,8 @@ def cone(entries: Sequence[Expected], state: State) -> Cone:
                 continue
         steps.add(name)
         waiting += right[name].names
-    return Cone(frozenset(steps), tuple(name for name in number if name in ends), all(ends.values()))
+    kinds = frozenset(kind for name in steps for kind in kinds_of(right[name]))
+    return Cone(frozenset(steps), kinds, tuple(name for name in number if name in ends), all(ends.values()))
 
 
 def _agrees(entry: Expected, state: State, at: int, row: int) -> bool | None:

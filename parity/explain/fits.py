@@ -102,7 +102,7 @@ class Fitting:
             starts = fit.starts(0.0 if wanted is None else wanted)
             for parameters in fit.variants(right):
                 kinds = parameters.get(AT, fit.fault.kinds)
-                if not self._acts(kinds):
+                if not self._acts(kinds) or (self._layers is None and self._agrees_elsewhere(kinds)):
                     continue
                 for start in starts:
                     if start > 0 or not fit.positive:
@@ -112,6 +112,13 @@ class Fitting:
         """Whether a fault of these kinds of step can act at the first place."""
         cone = self._screening.cone(self._state)
         return not cone.sure or not cone.kinds.isdisjoint(kinds)
+
+    def _agrees_elsewhere(self, kinds: Sequence[str]) -> bool:
+        """Whether a layer in front of those in question has such a step: then a fault in all layers would be seen there."""
+        layers = self._screening.suspects(self._state)
+        right = self._state.planting.right
+        has = [any(f"blk.{layer}.{kind}" in right for kind in kinds) for layer in range(layers[-1] + 1)] if layers else []
+        return bool(layers) and layers[0] > 0 and (any(has[: layers[0]]) or not any(has))
 
     def _promising(self) -> list[_Trial]:
         """The trials that are worth more passes: those that leave least, and those that can take most away by a small change."""
@@ -294,17 +301,21 @@ def fitted(screening: Screening, state: State, layers: Layers) -> list[State]:
     return list(Fitting(screening, state, layers).states())
 
 
-def is_number(candidate: Candidate) -> bool:
-    """Whether a fault's parameter is a number that may have been fitted."""
-    return any(
-        fit.fault.name == candidate.fault.name and isinstance(candidate.parameters.get(fit.parameter), float) for fit in FITTED
-    )
+def order_of_number(candidate: Candidate) -> int | None:
+    """The place in the list of what is fitted, where a fault's parameter is a number that may have been; None for other faults."""
+    for place, fit in enumerate(FITTED):
+        if fit.fault.name == candidate.fault.name and isinstance(candidate.parameters.get(fit.parameter), float):
+            return place
+    return None
 
 
 def said(candidate: Candidate, right: Any) -> str:
     """What a fitted number's sentence says beside the number; "" for a fault without one."""
-    for fit in FITTED:
+    mine = [fit for fit in FITTED if fit.fault is candidate.fault] or [
+        fit for fit in FITTED if fit.fault.name == candidate.fault.name
+    ]
+    for fit in mine:
         value = candidate.parameters.get(fit.parameter)
-        if fit.fault is candidate.fault or fit.fault.name == candidate.fault.name:
-            return fit.said(value, right) if isinstance(value, float) else ""
+        if isinstance(value, float):
+            return fit.said(value, right)
     return ""

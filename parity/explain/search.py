@@ -15,7 +15,7 @@ from engine.faults import Planting
 from engine.inapplicable import NotApplicable
 
 from .batch import beyond, screened
-from .fits import fitted, is_number
+from .fits import fitted, order_of_number
 from .scopes import ranges, rescoped, stages
 from .screening import Screening
 from .state import Candidate, Layers, State, key, worst
@@ -72,7 +72,7 @@ class Search:
         passed: list[Candidate] = []
         for candidate, (place, error) in screened(self.screening, state, layers, candidates):
             self._note(state, candidate, error)
-            if place is None or (state.first is not None and state.first < place):
+            if place is None or (state.first is not None and state.first < place) or self.screening.all_but_noise(state, error):
                 passed.append(candidate)
         return beyond(self.screening, state, passed)
 
@@ -97,7 +97,8 @@ class Search:
         if state.first is None:
             error = worst(state, len(state.nmse))
             # A number has its error from the digits that it was fitted to: among numbers the order of the list decides.
-            last = np.inf if state.faults and is_number(state.faults[-1]) else error
+            order = order_of_number(state.faults[-1]) if state.faults else None
+            last = error if order is None else 1.0 + order
             return (0.0, round(float(np.log10(max(error, _SAME_NOISE) / _SAME_NOISE))), 0.0, *size, last)
         return (1.0, -state.first.point, -state.first.row, *size, worst(state, state.first.point - 1))
 
@@ -116,12 +117,17 @@ class Search:
         if name not in self._stages:
             found: list[State] = []
             layers = self.screening.suspects(state)
-            begins = not layers or layers[0] == 0  # else a layer that agrees has what is in all of them
-            scopes: list[Layers] = [None] if begins else []
+            begins = not layers or layers[0] == 0
+            scopes: list[Layers] = [None]
             scopes += [(layer,) for layer in layers] if len(layers) <= _FITTED_LAYERS else []
             scopes += [tuple(range(layers[-1], self.screening.n_layers))] if len(layers) == 1 and not begins else []
             for scope in scopes:
-                found += fitted(self.screening, state, scope)
+                mine = fitted(self.screening, state, scope)
+                # The number as it is in fewer layers: what holds in all of those that a point shows need not hold in all.
+                found += [
+                    *mine,
+                    *(other for one in sorted(mine, key=self.rank)[:_BEAM] for other in rescoped(self.screening, state, one)),
+                ]
                 if _whole(found) or self.screening.budget.over():
                     break
             self._stages[name] = sorted(found, key=self.rank)

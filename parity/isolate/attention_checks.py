@@ -99,34 +99,36 @@ _PLAIN = Law()
 def soft_max_faults(weights: NDArray[np.float32], positions: NDArray[np.int64], law: Law = _PLAIN) -> list[str]:
     """What is wrong with attention weights [H, T, S] of positions [T] (counted from the first cached one)."""
     wide = weights.astype(np.float64)
-    said: list[str] = []
+    faults: list[str] = []
     if not np.isfinite(wide).all():
         return ["weights that are not finite"]
     off = wide.sum(axis=2) - 1
     off = np.maximum(off, 0) if law.sinks else np.abs(off)
     if off.max() > _SUM:
         h, t = np.unravel_index(int(off.argmax()), off.shape)
-        said.append(f"the weights of head {h}, position {positions[t]} sum to {wide[h, t].sum():.6g}, not 1")
+        faults.append(f"the weights of head {h}, position {positions[t]} sum to {wide[h, t].sum():.6g}, not 1")
     if not law.causal:
-        return said
+        return faults
     later = np.arange(wide.shape[2])[None, :] > positions[:, None]
     future = np.where(later[None], np.abs(wide), 0).sum(axis=2)
     if future.max(initial=0) > FUTURE_MASS:
         h, t = np.unravel_index(int(future.argmax()), future.shape)
-        said.append(f"head {h} at position {positions[t]} looks at later positions (weight {future[h, t]:.3g}): no causal mask")
+        faults.append(
+            f"head {h} at position {positions[t]} looks at later positions (weight {future[h, t]:.3g}): no causal mask"
+        )
     if law.sinks or not law.whole:
-        return said
+        return faults
     count = np.minimum(positions + 1, wide.shape[2])
     many = np.flatnonzero(count > 1)
     uniform = [t for t in many if np.abs(wide[:, t, : count[t]] - 1 / count[t]).max() < _UNIFORM]
     if len(many) and len(uniform) == len(many):
-        said.append("every position weighs all positions alike: the scores are not used, or are all equal")
+        faults.append("every position weighs all positions alike: the scores are not used, or are all equal")
     elif len(many) > 1:
         shortest = int(count[many[0]])
         cut = wide[:, many, :shortest]
         if np.abs(cut - cut[:, :1]).max() == 0:
-            said.append("the weights do not change with the position: one row is repeated")
-    return said
+            faults.append("the weights do not change with the position: one row is repeated")
+    return faults
 
 
 def rotation_faults(before: Value, after: Value) -> list[str]:

@@ -105,14 +105,14 @@ class RowChecks:
     def __post_init__(self) -> None:
         if not self.rows:
             return
-        made = [[step for step in steps if step.makes == LOGITS] for steps in self.definitions]
-        if not all(steps and "native" in steps[0].params for steps in made):
+        heads = [[step for step in steps if step.makes == LOGITS] for steps in self.definitions]
+        if not all(steps and "native" in steps[0].params for steps in heads):
             raise InputError(
                 "--rows wants logits that are a product with the output matrix; this model's are made in another way.",
                 "Leave --rows out.",
                 code="rows",
             )
-        self._steps = [steps[0] for steps in made]
+        self._steps = [steps[0] for steps in heads]
         count = self.weights.raw(self._matrix(self._steps[0]))[2][0]
         if wrong := [row for row in self.rows if not 0 <= row < count]:
             raise InputError(f"--rows {wrong[0]} is outside the output matrix.", f"Its rows are 0…{count - 1:,}.", code="rows")
@@ -145,7 +145,7 @@ class RowChecks:
             error = np.nan_to_num(np.abs(theirs - dots) / size, nan=np.inf)
             if best is None or error.max() < best[1].max():
                 best = dots, error
-        for row, said, dot, off in zip(self.rows, theirs, *(best or ((), ())), strict=True):
+        for row, value, dot, off in zip(self.rows, theirs, *(best or ((), ())), strict=True):
             # The limit is of a squared error.
             right = bool(off <= sqrt(self.limit))
-            self.elements.append(Element(row, int(logits.positions[-1]), float(said), float(dot), float(off), right))
+            self.elements.append(Element(row, int(logits.positions[-1]), float(value), float(dot), float(off), right))

@@ -221,7 +221,7 @@ def _as_ggml_has_it(shown: Step, rows: Array, seen: int) -> Array:
 
 def reads_rows_alone(step: Step) -> bool:
     """Whether row t of the result follows from row t of the inputs (and a history), so that single positions can be judged."""
-    return "made" not in step.params and all(isinstance(read, str | History) for read in step.reads)
+    return "result_shape" not in step.params and all(isinstance(read, str | History) for read in step.reads)
 
 
 def inputs_named(step: Step) -> list[str]:

@@ -85,8 +85,8 @@ def _product(
     energy = max(float(np.sum(theirs.astype(np.float64) ** 2)), 1e-300)
 
     def is_product(weight: NDArray[np.float32], added: str | None) -> bool:
-        made = wide @ weight.T.astype(np.float64) + (weights.get(added) if added is not None else 0.0)
-        return bool(np.sum((made - theirs) ** 2) / energy <= near)
+        product = wide @ weight.T.astype(np.float64) + (weights.get(added) if added is not None else 0.0)
+        return bool(np.sum((product - theirs) ** 2) / energy <= near)
 
     if shape[0] * shape[1] <= _LARGEST:
         weight, added = weights.get(name), bias if isinstance(bias, str) else None

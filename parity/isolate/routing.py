@@ -26,13 +26,13 @@ class Routing:
 def routings(steps: Sequence[Step]) -> Mapping[str, Routing]:
     """The choices among a model's steps, by the name of the places: those of an ordering step, or of the view that cuts them off."""
     ordering = {step.makes: step for step in steps if getattr(step.op, "name", "") in _ORDERS}
-    found: dict[str, Routing] = {}
+    by_layer: dict[str, Routing] = {}
     for step in steps:
         if step.makes in ordering:
-            found[step.makes] = Routing(step, _used(step, steps))
+            by_layer[step.makes] = Routing(step, _used(step, steps))
         elif step.op is ops.part and name_of(step.reads[0]) in ordering and isinstance(step.reads[0], View):
-            found[step.makes] = Routing(ordering[name_of(step.reads[0])], step.reads[0].shape[-1].fixed)
-    return found
+            by_layer[step.makes] = Routing(ordering[name_of(step.reads[0])], step.reads[0].shape[-1].fixed)
+    return by_layer
 
 
 def _used(step: Step, steps: Sequence[Step]) -> int:
@@ -66,13 +66,13 @@ def routing_error(
         return np.full(rows, np.inf), f"{ordered.shape[1]} were chosen instead of {count}"
     errors = np.zeros(rows)
     ties: list[float] = []
-    said = ""
+    reason = ""
     for row in range(rows):
         chosen, wanted = set(ordered[row, :count].tolist()), set(right[row, :count].tolist())
         if chosen == wanted:
             continue
         if len(chosen) != count or not all(0 <= place < values.shape[1] for place in chosen):
-            errors[row], said = np.inf, said or f"it chose {', '.join(str(place) for place in ordered[row, :count])}"
+            errors[row], reason = np.inf, reason or f"it chose {', '.join(str(place) for place in ordered[row, :count])}"
             continue
         best = max(wanted - chosen, key=lambda place: values[row, place])
         least = min(chosen - wanted, key=lambda place: values[row, place])
@@ -81,7 +81,7 @@ def routing_error(
             ties.append(margin)
         else:
             errors[row] = np.inf
-            said = said or f"it chose {least} ({values[row, least]:.3g}) and not {best} ({values[row, best]:.3g})"
-    if said or not ties:
-        return errors, said
+            reason = reason or f"it chose {least} ({values[row, least]:.3g}) and not {best} ({values[row, best]:.3g})"
+    if reason or not ties:
+        return errors, reason
     return errors, f"{len(ties)} near ties fell the other way (margin {max(ties):.1g})"

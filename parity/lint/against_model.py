@@ -55,11 +55,11 @@ def embedding_row(subject: Subject) -> Iterator[Hit]:
     if not wrong:
         return
     position, r = wrong[0]
-    found, cosine = model.nearest_token(leading(rows, r))
-    said = f"tokens says {subject.ids[position]} at position {position}, the row is "
-    said += f"token {found}'s" if cosine > _SAME_DIRECTION else "no token's embedding"
+    nearest, cosine = model.nearest_token(leading(rows, r))
+    evidence = f"tokens says {subject.ids[position]} at position {position}, the row is "
+    evidence += f"token {nearest}'s" if cosine > _SAME_DIRECTION else "no token's embedding"
     more = f"; so at {len(wrong)} positions in all" if len(wrong) > 1 else ""
-    yield Hit(EMBD, position, said + more)
+    yield Hit(EMBD, position, evidence + more)
 
 
 def late_capture(subject: Subject) -> Iterator[Hit]:
@@ -87,8 +87,8 @@ def late_capture(subject: Subject) -> Iterator[Hit]:
         names = list(late)
         shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
         positions = [position for listed in late.values() for position in listed]
-        said = f"captured late: these are {last}, not {shown} ({OUTPUT_NORM} is the norm of them), {where(positions)}"
-        yield Hit(names[0], min(positions), said)
+        evidence = f"captured late: these are {last}, not {shown} ({OUTPUT_NORM} is the norm of them), {where(positions)}"
+        yield Hit(names[0], min(positions), evidence)
 
 
 def _is_embedding(subject: Subject, model: ModelFacts, position: int, row: NDArray[np.float32]) -> bool:
@@ -123,13 +123,13 @@ def hyperparameters(subject: Subject) -> Iterator[Hit]:
     model, header = subject.model, subject.dump.header
     if model is None or header is None:
         return
-    said = {str(name).lower(): value for name, value in (header.hparams or {}).items()}
+    stated = {str(name).lower(): value for name, value in (header.hparams or {}).items()}
     if header.model.layers is not None:
-        said.setdefault("layers", header.model.layers)
+        stated.setdefault("layers", header.model.layers)
     for field, names in _SAID.items():
         wanted = getattr(model.hp, field)
         for name in names:
-            value = said.get(name)
+            value = stated.get(name)
             if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value - wanted) > 1e-5 * abs(wanted):
                 yield Hit(None, None, f"hparams say {clean(name)} {value:g}, the model file {wanted:g}")
     if header.model.fingerprint and not replace(header.model, twin="").may_be(model.model.info):

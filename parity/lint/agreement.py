@@ -1,7 +1,6 @@
 """What a record says of itself twice: values against statistics and sketch, attention rows against their sum."""
 
 from collections.abc import Iterator
-from math import prod
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,8 +55,8 @@ def _contradictions(rows: Rows) -> Iterator[tuple[str, NDArray[np.bool_]]]:
             off = np.abs(stats["sum"] - values.sum(axis=1)) > _ROUNDING * scale + rows.values.shape[1] * slack
             yield "stats.sum is not the values' sum", whole & off
         if "n" in stats:
-            sizes = np.array([prod(shape) if shape else np.nan for shape in rows.shapes], dtype=np.float64)
-            yield "stats.n contradicts the shape", np.abs(stats["n"] - sizes) > 0
+            sizes = rows.sizes()
+            yield "stats.n contradicts the shape", (sizes >= 0) & (np.abs(stats["n"] - sizes) > 0)
             if "sum" in stats and "l2" in stats:
                 # Cauchy-Schwarz: no row has a larger sum.
                 most = np.sqrt(np.maximum(stats["n"], 0)) * stats["l2"]
@@ -77,24 +76,23 @@ def _sketch(rows: Rows, values: NDArray[np.float64], whole: NDArray[np.bool_]) -
     ratio = np.mean(rows.sketch.astype(np.float64) ** 2, axis=1) / np.where(l2 > 0, l2, 1.0) ** 2
     low, high = _SKETCH_RANGE
     # With fewer elements than projections the signs repeat themselves and the ratio scatters more.
-    sizes = np.array([prod(shape) if shape else 0 for shape in rows.shapes])
-    judged = there & (l2 > 0) & (sizes >= SKETCH_SIZE)
+    judged = there & (l2 > 0) & (rows.sizes() >= SKETCH_SIZE)
     yield "the sketch is of another row than stats.l2", judged & ((ratio < low) | (ratio > high))
     checked = np.flatnonzero(whole & there)
     wrong = np.zeros(len(rows), dtype=np.bool_)
     for count in set(rows.counts[checked].tolist()):
         same = checked[rows.counts[checked] == count]
-        made = sketch_of(values[same, :count].astype(np.float32))
+        sketches = sketch_of(values[same, :count].astype(np.float32))
         slack = 0.0 if rows.quantum is None else rows.quantum[same].max(axis=1, initial=0.0) * np.sqrt(count) * 4
-        far = np.abs(made - rows.sketch[same]).max(axis=1) > _ROUNDING * np.maximum(l2[same], 1e-30) + slack
+        far = np.abs(sketches - rows.sketch[same]).max(axis=1) > _ROUNDING * np.maximum(l2[same], 1e-30) + slack
         wrong[same] = far
     yield "the sketch is not the values'", wrong
 
 
 def _has_sinks(subject: Subject, name: str) -> bool:
     """Whether a share of the attention goes nowhere (`attn_sinks.weight`, an additional score of each head)."""
-    made, layer = subject.made(name), parse(name).layer
-    if made is not None and any("sinks" in weight for weight in made.weights):
+    origin, layer = subject.made(name), parse(name).layer
+    if origin is not None and any("sinks" in weight for weight in origin.weights):
         return True
     return subject.model is not None and f"blk.{layer}.attn_sinks.weight" in subject.model.model.tensors
 
@@ -103,7 +101,7 @@ def attention_rows(subject: Subject) -> Iterator[Hit]:
     """Attention weights that do not sum to 1, or that are the same for every position."""
     sums: dict[str, list[int]] = {}
     even: dict[str, list[int]] = {}
-    said: dict[str, str] = {}
+    evidence: dict[str, str] = {}
     for name, rows in subject.points.items():
         if kind(name) != "kq_soft_max":
             continue
@@ -121,12 +119,12 @@ def attention_rows(subject: Subject) -> Iterator[Hit]:
             off = [float(x) for x in (*total, mean) if not (abs(x - 1) <= _SUM or (sinks and 0 <= x < 1))]
             if off:
                 sums.setdefault(name, []).append(r)
-                said.setdefault(name, f"{off[0]:.4g}")
+                evidence.setdefault(name, f"{off[0]:.4g}")
             elif seen > 2 and len(whole) and float(np.abs(whole - 1 / seen).max()) < 1e-6 / seen:
                 even.setdefault(name, []).append(r)
 
     def not_one(name: str, bad: list[int]) -> str:
-        return f"{name}: a head's weights sum to {said[name]} instead of 1, {positions_of(subject.points[name], bad)}"
+        return f"{name}: a head's weights sum to {evidence[name]} instead of 1, {positions_of(subject.points[name], bad)}"
 
     def uniform(name: str, bad: list[int]) -> str:
         return f"{name}: every position has the same weight, {positions_of(subject.points[name], bad)}"

@@ -16,10 +16,10 @@ _LONGEST = 64  # ids of a cycle that are looked for
 def repetition(subject: Subject) -> Iterator[Hit]:
     """The same token again and again, or a cycle of several."""
     for tokens in _generated(subject):
-        found = cycle([token.id for token in tokens])
-        if found is None:
+        repeated = cycle([token.id for token in tokens])
+        if repeated is None:
             continue
-        start, period, length = found
+        start, period, length = repeated
         text = "".join(token.text for token in tokens[start : start + period])
         what = f"token {tokens[start].id}" if period == 1 else f"a cycle of {period} tokens"
         shown = f" {text[:40]!r}" if text else ""

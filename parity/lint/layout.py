@@ -19,19 +19,21 @@ from .rule import Hit, Subject, positions_of
 def value_count(subject: Subject) -> Iterator[Hit]:
     """Fewer values than the slice and the shape promise."""
     header = subject.dump.header
-    sizes = Counter(count for rows in subject.points.values() for count in rows.counts.tolist())
-    if not sizes:
+    if not subject.points:
+        return
+    counts, often = np.unique(np.concatenate([rows.counts for rows in subject.points.values()]), return_counts=True)
+    if not len(counts):
         return
     # Without a header the slice is what most records have.
-    usual = header.slice if header is not None else sizes.most_common(1)[0][0]
+    usual = header.slice if header is not None else int(counts[often.argmax()])
     for name, rows in subject.points.items():
-        whole = rows.full()
-        short = [r for r in range(len(rows)) if rows.counts[r] < usual and not whole[r] and (header or rows.shapes[r])]
+        fewer = np.flatnonzero((rows.counts < usual) & ~rows.full()).tolist()
+        short = [r for r in fewer if header or rows.shapes[r]]
         if short and rows.indices is None:
             r = short[0]
             shape = f" of {list(rows.shapes[r])}" if rows.shapes[r] else ""
-            said = f"{name} has {int(rows.counts[r])} values{shape}, the slice is {usual}, {positions_of(rows, short)}"
-            yield Hit(name, int(rows.token_idx[r]), said)
+            evidence = f"{name} has {int(rows.counts[r])} values{shape}, the slice is {usual}, {positions_of(rows, short)}"
+            yield Hit(name, int(rows.token_idx[r]), evidence)
 
 
 def _wanted(model: ModelFacts, name: str) -> dict[str, set[int]]:
@@ -88,32 +90,32 @@ def shape(subject: Subject) -> Iterator[Hit]:
             if "t+1" in point.known.row and _later_start(wrong, wanted, rows):
                 continue
             per_row = wrong[-1] == wanted[-1] and len(wanted) == 1
-            said = f"{name} says shape {list(wrong)}, the model's row is {wanted}, {positions_of(rows, members)}"
+            evidence = f"{name} says shape {list(wrong)}, the model's row is {wanted}, {positions_of(rows, members)}"
             if per_row:
-                said += ": that is a whole pass, a record is one position's row"
-            yield Hit(name, int(rows.token_idx[first]), said, WARNING if per_row else None)
+                evidence += ": that is a whole pass, a record is one position's row"
+            yield Hit(name, int(rows.token_idx[first]), evidence, WARNING if per_row else None)
 
 
 def _streams(subject: Subject, name: str) -> bool:
     """Whether a value is several streams of the width side by side."""
-    made = subject.made(name)
-    return made is not None and made.op == "CONCAT" and parse(name).kind == "l_out"
+    origin = subject.made(name)
+    return origin is not None and origin.op == "CONCAT" and parse(name).kind == "l_out"
 
 
-def _later_start(found: tuple[int, ...], wanted: list[int], rows: Rows) -> bool:
+def _later_start(shape: tuple[int, ...], wanted: list[int], rows: Rows) -> bool:
     """A sequence that begins later than position 0 has fewer cached rows than its positions count."""
     first = int(rows.token_idx.min())
-    return first > 0 and len(found) == len(wanted) and prod(found) <= prod(wanted)
+    return first > 0 and len(shape) == len(wanted) and prod(shape) <= prod(wanted)
 
 
 def _by_shape(rows: Rows) -> dict[tuple[int, ...], list[int]]:
     if "t+1" in (known.row if (known := parse(rows.point).known) else ()):
         return {shape: [r] for r, shape in enumerate(rows.shapes) if shape}
-    found: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    rows_of: dict[tuple[int, ...], list[int]] = defaultdict(list)
     for r, shape in enumerate(rows.shapes):
         if shape:
-            found[shape].append(r)
-    return found
+            rows_of[shape].append(r)
+    return rows_of
 
 
 def _shapes_disagree(subject: Subject) -> Iterator[Hit]:
@@ -155,6 +157,8 @@ def doubled(subject: Subject) -> Iterator[Hit]:
     """Two records of one position and pass with different values; said once for all points where it is alike."""
     alike: dict[tuple[int, str], list[str]] = defaultdict(list)
     for name, rows in subject.points.items():
+        if len(np.unique(rows.token_idx)) == len(rows):
+            continue
         seen: dict[tuple[int, int, int], int] = {}
         bad: list[int] = []
         for r, place in enumerate(zip(rows.seq.tolist(), rows.token_idx.tolist(), rows.step.tolist(), strict=True)):
@@ -165,10 +169,10 @@ def doubled(subject: Subject) -> Iterator[Hit]:
             alike[len(bad), positions_of(rows, bad)].append(name)
     for (contradicting, places), names in alike.items():
         more = f" and {len(names) - 3} more points" if len(names) > 3 else ""
-        said = (
+        evidence = (
             f"{', '.join(names[:3])}{more}: {contradicting + 1} records contradict others of their position and pass, {places}"
         )
-        yield Hit(names[0], int(subject.points[names[0]].token_idx.min()), said)
+        yield Hit(names[0], int(subject.points[names[0]].token_idx.min()), evidence)
 
 
 def order(subject: Subject) -> Iterator[Hit]:
@@ -177,8 +181,8 @@ def order(subject: Subject) -> Iterator[Hit]:
         back = (np.diff(rows.token_idx) < 0) & (np.diff(rows.seq) == 0) & (np.diff(rows.step) == 0)
         if back.any():
             at = int(np.flatnonzero(back)[0])
-            said = f"{name} goes from position {int(rows.token_idx[at])} back to {int(rows.token_idx[at + 1])}"
-            yield Hit(name, int(rows.token_idx[at + 1]), said)
+            evidence = f"{name} goes from position {int(rows.token_idx[at])} back to {int(rows.token_idx[at + 1])}"
+            yield Hit(name, int(rows.token_idx[at + 1]), evidence)
 
 
 def truncated(subject: Subject) -> Iterator[Hit]:

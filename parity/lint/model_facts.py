@@ -44,8 +44,8 @@ class ModelFacts:
     def embeddings(self, ids: Sequence[int], width: int) -> NDArray[np.float32]:
         """The leading `width` values of embedding rows: float32 [len(ids), width]."""
         rows = self.model.load_rows("token_embd.weight", np.asarray(ids, dtype=np.int64))
-        found: NDArray[np.float32] = rows[:, :width]
-        return found
+        leading: NDArray[np.float32] = rows[:, :width]
+        return leading
 
     def nearest_token(self, row: NDArray[np.float32]) -> tuple[int, float]:
         """The token whose embedding points most nearly where `row` (leading values) points, with the cosine."""

@@ -38,11 +38,11 @@ def non_finite(subject: Subject) -> Iterator[Hit]:
         width = np.arange(rows.values.shape[1])
         inside = width[None, :] < rows.counts[:, None]
         odd = ~np.isfinite(rows.values) & inside
-        made = subject.made(name)
+        origin = subject.made(name)
         if "kq" in kind(name) or "mask" in kind(name):
             odd &= ~np.isneginf(rows.values)  # a mask's −∞ is meant
         counted = np.nan_to_num(rows.stats.get("nonfinite", np.zeros(len(rows))))
-        if made is not None and (made.op == "FILL" or _hides_the_rest(rows, inside)):  # what is not to be chosen is −∞
+        if origin is not None and (origin.op == "FILL" or _hides_the_rest(rows, inside)):  # what is not to be chosen is −∞
             odd &= ~np.isneginf(rows.values)
             counted = np.zeros(len(rows))
         bad = (odd.any(axis=1) | (counted > 0)).nonzero()[0].tolist()
@@ -51,8 +51,8 @@ def non_finite(subject: Subject) -> Iterator[Hit]:
             what = int(max(counted[first], odd[first].sum()))
             at = np.flatnonzero(odd[first])
             place = f", the first at index {int(at[0])}: {rows.values[first, at[0]]}" if len(at) else ""
-            said = f"{name} has {count(what, 'value')} that {'is' if what == 1 else 'are'} no number{place}, {positions_of(rows, bad)}"
-            yield Hit(name, int(rows.token_idx[first]), said)
+            evidence = f"{name} has {count(what, 'value')} that {'is' if what == 1 else 'are'} no number{place}, {positions_of(rows, bad)}"
+            yield Hit(name, int(rows.token_idx[first]), evidence)
 
 
 def _hides_the_rest(rows: Rows, inside: NDArray[np.bool_]) -> bool:
@@ -80,8 +80,8 @@ def impossible_size(subject: Subject) -> Iterator[Hit]:
         # A row that is huge as a whole is an engine that overflows, which a comparison can name.
         scattered = len(nonzero) == 0 or float(np.min(nonzero)) < largest[first] / _SPREAD
         shown = ", ".join(f"{x:.3g}" for x in _telling_values(row)) or f"{largest[first]:.3g}"
-        said = f"{name} holds values up to {largest[first]:.1e} ({shown}), {positions_of(rows, bad)}"
-        yield Hit(name, int(rows.token_idx[first]), said, None if scattered else WARNING)
+        evidence = f"{name} holds values up to {largest[first]:.1e} ({shown}), {positions_of(rows, bad)}"
+        yield Hit(name, int(rows.token_idx[first]), evidence, None if scattered else WARNING)
 
 
 def _telling_values(row: NDArray[np.float32]) -> list[float]:
@@ -101,7 +101,7 @@ def _telling_values(row: NDArray[np.float32]) -> list[float]:
 
 def exact_zeros(subject: Subject) -> Iterator[Hit]:
     """Exact zeros among plausible values, where a sum of many products stands."""
-    found: dict[str, list[int]] = {}
+    rows_of: dict[str, list[int]] = {}
     for name, rows in subject.points.items():
         if kind(name) not in _DENSE or rows.values.shape[1] < _ENOUGH:
             continue
@@ -113,7 +113,7 @@ def exact_zeros(subject: Subject) -> Iterator[Hit]:
             typical = np.nanmedian(np.where(zero | ~inside, np.nan, np.abs(rows.values))[some], axis=1)
             some[some] = typical > 1000 * rows.quantum[some].max(axis=1)
         if some.any():
-            found[name] = some.nonzero()[0].tolist()
+            rows_of[name] = some.nonzero()[0].tolist()
 
     def say(name: str, bad: list[int]) -> str:
         rows = subject.points[name]
@@ -123,7 +123,7 @@ def exact_zeros(subject: Subject) -> Iterator[Hit]:
             f"{ranges(tuple(zeros.tolist()))}), {positions_of(rows, bad)}"
         )
 
-    yield from by_point(found, subject, say)
+    yield from by_point(rows_of, subject, say)
 
 
 def garbage_logits(subject: Subject) -> Iterator[Hit]:
@@ -161,9 +161,9 @@ def flat_row(subject: Subject) -> Iterator[Hit]:
     for name, rows in subject.points.items():
         if kind(name) == "kq_soft_max" or "mask" in kind(name) or rows.values.shape[1] < _ENOUGH or rows.dtype.startswith("i"):
             continue
-        made = subject.made(name)
+        origin = subject.made(name)
         even = _even_steps(rows)
-        if made is not None and (made.op in _PADDED or parse(name).known is None):
+        if origin is not None and (origin.op in _PADDED or parse(name).known is None):
             even &= rows.values[:, 0] != 0
         if even.any():
             bad = even.nonzero()[0].tolist()
@@ -188,13 +188,13 @@ def _even_steps(rows: Rows) -> NDArray[np.bool_]:
         same = np.abs(steps - steps[:, :1]) <= room[:, None]
         # A slope that the rounding swallows is none.
         visible = (np.abs(steps[:, 0]) > 100 * room) | np.all((steps == 0) | ~inside[:, 1:], axis=1)
-    found: NDArray[np.bool_] = np.all(same | ~inside[:, 1:], axis=1) & (rows.counts >= _ENOUGH) & visible
-    return found
+    even: NDArray[np.bool_] = np.all(same | ~inside[:, 1:], axis=1) & (rows.counts >= _ENOUGH) & visible
+    return even
 
 
 def denormals(subject: Subject) -> Iterator[Hit]:
     """Rows mostly below the smallest normal float32: integers or other bits read as floats."""
-    found: dict[str, list[int]] = {}
+    rows_of: dict[str, list[int]] = {}
     for name, rows in subject.points.items():
         if kind(name) == "kq_soft_max" or rows.values.shape[1] < _ENOUGH:
             continue
@@ -202,11 +202,11 @@ def denormals(subject: Subject) -> Iterator[Hit]:
         tiny = np.sum((size > 0) & (size < _SMALLEST_NORMAL), axis=1)
         bad = ((tiny * 2 > np.sum(size > 0, axis=1)) & (tiny >= _ENOUGH // 2)).nonzero()[0].tolist()
         if bad:
-            found[name] = bad
+            rows_of[name] = bad
 
     def say(name: str, bad: list[int]) -> str:
         row = leading(subject.points[name], bad[0])
         example = next(float(x) for x in row if 0 < abs(x) < _SMALLEST_NORMAL)
         return f"{name} is mostly denormal numbers such as {example:.2g}, {positions_of(subject.points[name], bad)}"
 
-    yield from by_point(found, subject, say)
+    yield from by_point(rows_of, subject, say)

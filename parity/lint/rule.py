@@ -68,14 +68,6 @@ class Subject:
         """How a point is made, None where nothing says it."""
         return None if self.dataflow is None else self.dataflow.made.get(name)
 
-    @cached_property
-    def above(self) -> dict[str, frozenset[str]]:
-        """Of each point of the dataflow everything that it is made from, itself included."""
-        found: dict[str, frozenset[str]] = {}
-        for name, how in self.dataflow.made.items() if self.dataflow is not None else ():
-            found[name] = frozenset({name}).union(*(found.get(other, frozenset()) for other in how.reads))
-        return found
-
     def home(self, name: str) -> int | None:
         """The layer whose keys and values a point is made from: layers may share a cache."""
         layer = parse(name).layer
@@ -90,13 +82,23 @@ class Subject:
 
     @cached_property
     def vectors(self) -> dict[str, list[tuple[Place, bytes]]]:
-        """For each point, where each record that can be told from others stands, and its values as bytes."""
+        """For each point, where each record stands whose values occur in another one, too, and these as bytes.
+
+        Only of records that can be told from others by their values.
+        """
+        usable = {name: telling(rows).nonzero()[0] for name, rows in self.points.items()}
+        hashes = {name: _hashes(rows)[usable[name]] for name, rows in self.points.items()}
+        values, often = np.unique(np.concatenate([np.zeros(0, np.uint64), *hashes.values()]), return_counts=True)
+        repeated = values[often > 1]
         found: dict[str, list[tuple[Place, bytes]]] = {}
         for name, rows in self.points.items():
-            usable = telling(rows).nonzero()[0].tolist()
-            places = list(zip(rows.seq.tolist(), rows.token_idx.tolist(), rows.step.tolist(), strict=True))
-            counts = rows.counts.tolist()
-            found[name] = [(places[r], rows.values[r, : counts[r]].tobytes()) for r in usable]
+            members = usable[name][np.isin(hashes[name], repeated)]
+            places = zip(rows.seq[members].tolist(), rows.token_idx[members].tolist(), rows.step[members].tolist(), strict=True)
+            counts = rows.counts[members].tolist()
+            found[name] = [
+                (place, rows.values[r, :count].tobytes())
+                for place, r, count in zip(places, members.tolist(), counts, strict=True)
+            ]
         return found
 
     @cached_property
@@ -151,6 +153,16 @@ class Subject:
         return positions[-1] + 1 if positions else 0
 
 
+def _hashes(rows: Rows) -> NDArray[np.uint64]:
+    """uint64 [R]: the same of two records with the same values, nearly always another of others."""
+    width = rows.values.shape[1]
+    bits = np.ascontiguousarray(rows.values).view(np.uint32).astype(np.uint64)
+    inside = np.arange(width)[None, :] < rows.counts[:, None]
+    factors = np.random.default_rng(0).integers(1 << 63, size=width, dtype=np.uint64) | np.uint64(1)
+    total: NDArray[np.uint64] = (np.where(inside, bits + np.uint64(1), np.uint64(0)) * factors).sum(axis=1, dtype=np.uint64)
+    return total
+
+
 def leading(rows: Rows, r: int) -> NDArray[np.float32]:
     """The values of one record without padding."""
     row: NDArray[np.float32] = rows.values[r, : int(rows.counts[r])]
@@ -164,8 +176,8 @@ def telling(rows: Rows) -> NDArray[np.bool_]:
     values = np.sort(rows.values, axis=1)  # padding and NaN sort to the end
     finite = np.isfinite(values[:, 1:]) & np.isfinite(values[:, :-1])
     different = 1 + np.sum((values[:, 1:] != values[:, :-1]) & finite, axis=1)
-    found: NDArray[np.bool_] = (different >= TELLING) & (rows.counts >= TELLING)
-    return found
+    enough: NDArray[np.bool_] = (different >= TELLING) & (rows.counts >= TELLING)
+    return enough
 
 
 def where(positions: Sequence[int], total: int | None = None) -> str:
@@ -181,9 +193,9 @@ def kind(name: str) -> str:
     return parse(name).kind
 
 
-def by_point(found: dict[str, list[int]], subject: Subject, say: Callable[[str, list[int]], str]) -> Iterator[Hit]:
+def by_point(rows_of: dict[str, list[int]], subject: Subject, say: Callable[[str, list[int]], str]) -> Iterator[Hit]:
     """One hit for a point, however many of its records are concerned."""
-    for name, rows in found.items():
+    for name, rows in rows_of.items():
         first = min(rows, key=lambda r: int(subject.points[name].token_idx[r]))
         yield Hit(name, int(subject.points[name].token_idx[first]), say(name, rows))
 

@@ -87,8 +87,8 @@ def _types(model: GgufModel) -> dict[str, int]:
 
 def _tokenizer(model: GgufModel) -> dict[str, Any]:
     wanted = {"model": "model", "pre": "pre", "bos": "bos_token_id", "eos": "eos_token_id", "add_bos": "add_bos_token"}
-    found = {short: model.metadata.get(f"tokenizer.ggml.{key}") for short, key in wanted.items()}
-    return {short: value for short, value in found.items() if value is not None}
+    facts = {short: model.metadata.get(f"tokenizer.ggml.{key}") for short, key in wanted.items()}
+    return {short: value for short, value in facts.items() if value is not None}
 
 
 def _shape(name: str, hp: Hyperparameters) -> list[str]:

@@ -115,7 +115,7 @@ class _Read:
                 yield j
 
     def _rope(self, inside: list[int]) -> Facts:
-        said: list[str] = []
+        lines: list[str] = []
         for tensor in self._of(inside, "ROPE"):
             mode = tensor.params[2]
             pairs = "NEOX (x[i] with x[i + d/2])" if mode & _NEOX else "NORM (x[2i] with x[2i + 1])"
@@ -134,33 +134,33 @@ class _Read:
                 parts.append(f"magnitude {magnitude:g}")
             factors = [self._tensors[i].name for i in tensor.sources[2:3] if i is not None]
             parts += [f"frequency factors {parse(name).kind}" for name in factors]
-            said.append(", ".join(parts))
-        return {"rope": " · ".join(dict.fromkeys(said))} if said else {}
+            lines.append(", ".join(parts))
+        return {"rope": " · ".join(dict.fromkeys(lines))} if lines else {}
 
     def _attention(self, inside: list[int]) -> Facts:
-        found: Facts = {}
+        facts: Facts = {}
         for tensor in self._of(inside, "SOFT_MAX"):
             if parse(tensor.point).kind != "kq_soft_max":
                 continue
-            found["heads"] = tensor.ne[2].fixed
-            found["attention_scale"] = _float(tensor, 0)
+            facts["heads"] = tensor.ne[2].fixed
+            facts["attention_scale"] = _float(tensor, 0)
             mask = None if len(tensor.sources) < 2 or tensor.sources[1] is None else self._tensors[tensor.sources[1]]
             if mask is not None and mask.rule is not None:
                 window, size = mask.rule.parameters.get("window"), mask.rule.parameters.get("size")
-                found["sees"] = _WINDOWS.get(str(window), str(window)).format(size=size)
+                facts["sees"] = _WINDOWS.get(str(window), str(window)).format(size=size)
             if (bias := _float(tensor, 1)) != 0:
-                found["alibi_max_bias"] = bias
+                facts["alibi_max_bias"] = bias
             if len(tensor.sources) > 2 and tensor.sources[2] is not None:
-                found["attention_sinks"] = parse(self._tensors[tensor.sources[2]].name).kind
-        if not found:
+                facts["attention_sinks"] = parse(self._tensors[tensor.sources[2]].name).kind
+        if not facts:
             return {}
         if cap := self._cap(inside):
-            found["attention_soft_cap"] = cap
+            facts["attention_soft_cap"] = cap
         read = {self._cache(i) for i in inside if parse(self._tensors[i].point).kind == "kq"} - {None}
         own = {parse(self._tensors[i].point).layer for i in inside}
         if read and not read & own:
-            found["cache_of_layer"] = next(iter(read))
-        return {"attention": found}
+            facts["cache_of_layer"] = next(iter(read))
+        return {"attention": facts}
 
     def _cache(self, i: int) -> int | None:
         source = self._tensors[i].sources[0]
@@ -178,16 +178,16 @@ class _Read:
         return None
 
     def _activation(self, inside: list[int]) -> Facts:
-        said: list[str] = []
+        names: list[str] = []
         for tensor in self._of(inside, "GLU"):
             kind = GLU_KINDS[tensor.params[0]]
             halves = "" if len([i for i in tensor.sources if i is not None]) > 1 else ", gate and up in one product"
             more = f" (α {_float(tensor, 2):g}, limit {_float(tensor, 3):g})" if kind == "SWIGLU_OAI" else ""
-            said.append(f"{kind}{more} of {tensor.ne[0].fixed}{halves}")
+            names.append(f"{kind}{more} of {tensor.ne[0].fixed}{halves}")
         plain = [
             UNARY_KINDS[tensor.params[0]] for tensor in self._of(inside, "UNARY") if tensor.params[0] not in (_TANH, _SIGMOID)
         ]
-        return {"activation": ", ".join(dict.fromkeys([*said, *plain]))} if said or plain else {}
+        return {"activation": ", ".join(dict.fromkeys([*names, *plain]))} if names or plain else {}
 
     def _experts(self, inside: list[int]) -> Facts:
         routed = next(self._of(inside, "MUL_MAT_ID"), None)
@@ -196,39 +196,39 @@ class _Read:
         kinds = {parse(self._tensors[i].point).kind: self._tensors[i] for i in inside}
         names = {kind for i in inside for kind in self._weights(self._tensors[i])}
         stacked = routed.sources[0]
-        found: Facts = {"used": routed.ne[1].fixed, "gating": _gating(kinds)}
+        facts: Facts = {"used": routed.ne[1].fixed, "gating": _gating(kinds)}
         if stacked is not None:
-            found["experts"] = self._tensors[stacked].ne[2].fixed
-        found["weights_normalised"] = "ffn_moe_weights_norm" in kinds
+            facts["experts"] = self._tensors[stacked].ne[2].fixed
+        facts["weights_normalised"] = "ffn_moe_weights_norm" in kinds
         if (scaled := kinds.get("ffn_moe_weights_scaled")) is not None:
-            found["weights_scale"] = _float(scaled, 0)
+            facts["weights_scale"] = _float(scaled, 0)
         if any(name.startswith("exp_probs_b") for name in names):
-            found["selection_bias"] = True
+            facts["selection_bias"] = True
         if any("_shexp" in name for name in names):
-            found["shared_expert"] = "with a gate" if any("gate_inp_shexp" in name for name in names) else "without a gate"
-        return {"experts": found}
+            facts["shared_expert"] = "with a gate" if any("gate_inp_shexp" in name for name in names) else "without a gate"
+        return {"experts": facts}
 
     def _states(self, inside: list[int]) -> Facts:
-        found: Facts = {}
+        facts: Facts = {}
         for tensor in self._of(inside, *_STATES):
             if tensor.op == "SSM_CONV" and tensor.sources[1] is not None:
-                found["convolution"] = f"{self._tensors[tensor.sources[1]].ne[0].fixed} positions"
+                facts["convolution"] = f"{self._tensors[tensor.sources[1]].ne[0].fixed} positions"
             elif tensor.op != "SSM_CONV":
-                found["recurrence"] = tensor.op
+                facts["recurrence"] = tensor.op
         for i in inside:
             tensor = self._tensors[i]
             if tensor.op == "CPY" and (kind := parse(tensor.point).kind):
-                found[kind] = f"state of {tensor.ne[0].fixed * tensor.ne[1].fixed} values"
-        return {"states": found} if found else {}
+                facts[kind] = f"state of {tensor.ne[0].fixed * tensor.ne[1].fixed} values"
+        return {"states": facts} if facts else {}
 
     def _scales(self, inside: list[int]) -> Facts:
         capped = {j for i in inside if self._tensors[i].op == "UNARY" for j in self._readers(i)}
-        said = [
+        lines = [
             _said_scale(self._tensors[i])
             for i in inside
             if self._tensors[i].op == "SCALE" and i not in capped and _float(self._tensors[i], 0) != 1
         ]
-        return {"scales": said} if said else {}
+        return {"scales": lines} if lines else {}
 
 
 def _gating(kinds: Mapping[str, Tensor]) -> str:

@@ -91,9 +91,19 @@ class HuggingFace:
         if progress is not None:
             progress(self.name, 0, None)
         with TemporaryDirectory(prefix="parity-hf-") as scratch:
-            script, said = Path(scratch) / "parity_hf.py", Path(scratch) / "tokenizer.json"
+            script, tokenizer_note = Path(scratch) / "parity_hf.py", Path(scratch) / "tokenizer.json"
             script.write_text(source("hf"), encoding="utf-8")
-            words = [self.python, str(script), "{model}", "--out", "{out}", "--device", self.device, "--tokenizer", str(said)]
+            words = [
+                self.python,
+                str(script),
+                "{model}",
+                "--out",
+                "{out}",
+                "--device",
+                self.device,
+                "--tokenizer",
+                str(tokenizer_note),
+            ]
             words += ["--slice", str(self.slice_size or 0)]
             if prompt.ids:
                 words += ["--tokens", "{tokens}"]
@@ -105,4 +115,6 @@ class HuggingFace:
                 words += ["--positions", self.positions]
             ids = (*prompt.ids, *prompt.generated)
             Command(shlex.join(words), timeout=self.timeout).run(model=self.model, tokens=ids, out=out, points=self.points)
-            return Tokenizer(**json.loads(said.read_text(encoding="utf-8"))) if said.exists() else Tokenizer()
+            return (
+                Tokenizer(**json.loads(tokenizer_note.read_text(encoding="utf-8"))) if tokenizer_note.exists() else Tokenizer()
+            )

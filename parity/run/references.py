@@ -58,10 +58,10 @@ def beside(
         try:
             _dump(other, outcome, request, path, progress)
             dump = read(path)
-            found = comparison(dump, outcome.ref, Options(placed=True))
+            compared = comparison(dump, outcome.ref, Options(placed=True))
         except ParityError as error:
             raise type(error)(f"{other.label}: {error.message}", error.advice, code=error.code) from error
-        one, points = _moved(found, header, dump.header, other.label, set(outcome.ref.points) - set(dump.points))
+        one, points = _moved(compared, header, dump.header, other.label, set(outcome.ref.points) - set(dump.points))
         moved.append(one)
         if one.rounding:
             spread |= {name: max(spread.get(name, 0.0), value) for name, value in points.items()}
@@ -87,10 +87,10 @@ def name_of(header: Header | None, label: str = "") -> str:
 
 
 def _moved(
-    found: Comparison, base: Header | None, other: Header | None, label: str, missing: set[str]
+    comparison: Comparison, base: Header | None, other: Header | None, label: str, missing: set[str]
 ) -> tuple[Moved, dict[str, float]]:
     """The table by kind of point, and the worst NMSE of each point."""
-    records = found.records
+    records = comparison.records
     nmse = np.nan_to_num(records.measures.nmse, nan=np.inf)
     worst: dict[str, MovedPoint] = {}
     points: dict[str, float] = {}
@@ -102,10 +102,10 @@ def _moved(
         point = parse(name)
         kind = name if point.layer is None else f"blk.*.{point.kind}"
         points[name] = float(nmse[at])
-        made = MovedPoint(kind, len(rows), float(nmse[at]), point.layer, int(records.token_idx[at]))
+        moved = MovedPoint(kind, len(rows), float(nmse[at]), point.layer, int(records.token_idx[at]))
         before = worst.get(kind)
         count = len(rows) + (before.records if before is not None else 0)
-        worst[kind] = replace(made if before is None or made.nmse > before.nmse else before, records=count)
+        worst[kind] = replace(moved if before is None or moved.nmse > before.nmse else before, records=count)
     table = tuple(worst.values())
     top = max(table, key=lambda point: point.nmse, default=None)
     native = common_mode(base, other) == NATIVE
@@ -142,10 +142,10 @@ def _judged(
     allowed = replace(
         usual, points=points, source=f"{usual.source}; {TIMES:g} times what the references differ by", assumed=False
     )
-    found = judge(outcome.ours, outcome.ref, replace(comparison_options(request), limits=allowed))
+    judged = judge(outcome.ours, outcome.ref, replace(comparison_options(request), limits=allowed))
     notes = (f"limits of {len(raised)} points are {TIMES:g} times what the references differ by there",)
-    verdict = replace(found.verdict, notes=(*notes, *found.verdict.notes))
-    return replace(outcome, verdict=verdict, picture=found.picture), References(moved, bool(verdict), TIMES)
+    verdict = replace(judged.verdict, notes=(*notes, *judged.verdict.notes))
+    return replace(outcome, verdict=verdict, picture=judged.picture), References(moved, bool(verdict), TIMES)
 
 
 def _usual(allowed: Limits, name: str) -> float:

@@ -109,9 +109,9 @@ def run(
     left, right = load(folder / OURS_FILE, request.mapping), load(folder / REF_FILE)
     if request.command is not None and not request.despite_lint:
         refuse_unusable(left, "your engine's dump")
-    found = judge(left, right, comparison_options(request))
-    verdict = replace(found.verdict, notes=(*taken_instead(request, right), *found.verdict.notes))
-    return Outcome(folder, left, right, verdict, found.picture, perf_counter() - began)
+    compared = judge(left, right, comparison_options(request))
+    verdict = replace(compared.verdict, notes=(*taken_instead(request, right), *compared.verdict.notes))
+    return Outcome(folder, left, right, verdict, compared.picture, perf_counter() - began)
 
 
 def comparison_options(request: Request) -> Options:
@@ -222,8 +222,10 @@ def with_hugging_face(outcome: Outcome, side: HuggingFace, progress: Progress | 
     generated = tuple(token.id for token in outcome.ref.tokens)
     prompt = Prompt(header.prompt, header.tokens, header.pieces or (), generated=generated)
     out = outcome.folder / HF_FILE
-    said = replace(side, points=",".join(outcome.ref.points)).dump(prompt, out, progress)
-    return compare_three((outcome.ours, outcome.ref, read(out))), said.difference(prompt) if header.prompt is not None else ""
+    tokenizer = replace(side, points=",".join(outcome.ref.points)).dump(prompt, out, progress)
+    return compare_three((outcome.ours, outcome.ref, read(out))), tokenizer.difference(
+        prompt
+    ) if header.prompt is not None else ""
 
 
 def dump_hugging_face(model: Path, given: dict[str, Any], out: Path, progress: Progress | None = None) -> str:
@@ -248,13 +250,13 @@ def dump_hugging_face(model: Path, given: dict[str, Any], out: Path, progress: P
             )
         prompt = Prompt(given["prompt"], given["tokens"] or (), ())
         side.check(prompt)
-        said = side.dump(prompt, out, progress)
-        return "" if prompt.ids or not said.problem else said.problem
+        tokenizer = side.dump(prompt, out, progress)
+        return "" if prompt.ids or not tokenizer.problem else tokenizer.problem
     with Reference() as reference:
         prompt = resolve_prompt(reference, model, given["prompt"], given["tokens"])
     side.check(prompt)
-    said = side.dump(prompt, out, progress)
-    return said.difference(prompt) if given["prompt"] is not None and given["tokens"] is None else ""
+    tokenizer = side.dump(prompt, out, progress)
+    return tokenizer.difference(prompt) if given["prompt"] is not None and given["tokens"] is None else ""
 
 
 def _listed(points: str) -> str:

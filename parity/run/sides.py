@@ -94,10 +94,10 @@ class OurEngine:
         """Compute the prompt, then the tokens that it is led along, and write `out`."""
         report: Callable[[int, int], None] | None = None
         if progress is not None:
-            said = progress
+            update = progress
 
             def report(done: int, total: int) -> None:
-                said("ours", done, total)
+                update("ours", done, total)
 
         dump(self._engine, OursJob.of(prompt, out, self._request, report))
 

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from checkpoints.errors import DumpError
 from checkpoints.points import LOGITS
+from checkpoints.reading.parallel import Sharing
 from checkpoints.reading.scan import Scan
 from checkpoints.record import Rows as Records
 from checkpoints.record import Token
@@ -53,8 +54,8 @@ class LlamaCppPredictions:
     def rows(self, chunk: Chunk) -> Rows:
         """(position, logits [V]) of the scored positions, in order."""
         position = chunk.first
-        found = self.reference.logits(self.model, chunk.tokens[:-1], first=chunk.first, portion=PORTION, mode=self.mode)
-        for part in found:
+        predictions = self.reference.logits(self.model, chunk.tokens[:-1], first=chunk.first, portion=PORTION, mode=self.mode)
+        for part in predictions:
             for row in part:
                 yield position, row
                 position += 1
@@ -149,7 +150,7 @@ class ExternalPredictions:
 
     def _printed(self, out: Path) -> Rows:
         mapping = self._request.mapping
-        for item in Scan(out, processes=0):
+        for item in Scan(out, Sharing(processes=0)):
             if isinstance(item, Records) and (item.point == LOGITS or mapping.entry(item.point)[0] == LOGITS):
                 offset = mapping.position_offset or 0
                 for position, values in zip(item.token_idx.tolist(), item.values, strict=True):

@@ -50,13 +50,13 @@ def chunks(reference: Reference, model: Path, text: str, context: int, most: int
             "Take a longer text, or a smaller --context.",
             code="text",
         )
-    found = []
+    cut = []
     for number in range(min(count, most) if most is not None else count):
         tokens: Sequence[int] = ids.ids[number * context : (number + 1) * context]
         if ids.add_bos and ids.bos is not None:
             tokens = (ids.bos, *tokens[1:])
-        found.append(Chunk(number, tuple(tokens), context // 2))
-    return found, len(ids.ids)
+        cut.append(Chunk(number, tuple(tokens), context // 2))
+    return cut, len(ids.ids)
 
 
 def read_text(path: Path) -> str:

@@ -74,9 +74,9 @@ def check_conversion(path: Path, folder: Path, progress: Progress | None = None)
     total = sum(info.n_bytes for info in model.tensors.values())
     done = 0
     for info in model.tensors.values():
-        made = rope_factors(info.name, source) if info.name in MADE else None
+        factors = rope_factors(info.name, source) if info.name in MADE else None
         checks.append(
-            _factors(model, info, made) if made is not None else _tensor(model, info, sources.get(info.name), arch, heads)
+            _factors(model, info, factors) if factors is not None else _tensor(model, info, sources.get(info.name), arch, heads)
         )
         done += info.n_bytes
         if progress is not None:
@@ -97,7 +97,7 @@ def _sources(arch: str, layers: int, folder: Folder) -> tuple[dict[str, _Source]
     if kind is None:
         raise InputError(f"gguf-py has no names of the architecture {arch}.", "Conversion cannot be checked for it.")
     names = gguf.get_tensor_name_map(kind, layers)
-    found: dict[str, _Source] = {}
+    sources: dict[str, _Source] = {}
     experts: dict[str, dict[int, str]] = {}
     stray: list[str] = []
     for name, stored in folder.tensors.items():
@@ -109,15 +109,15 @@ def _sources(arch: str, layers: int, folder: Folder) -> tuple[dict[str, _Source]
         if to is None:
             stray.append(name)
         else:
-            found[to] = _Source((stored,), (name,))
+            sources[to] = _Source((stored,), (name,))
     for joined, members in experts.items():
         to = names.get_name(joined, try_suffixes=(".weight",))
         if to is None or sorted(members) != list(range(len(members))):
             stray += members.values()
             continue
         ordered = tuple(members[number] for number in range(len(members)))
-        found[to] = _Source(tuple(folder.tensors[name] for name in ordered), ordered)
-    return found, stray
+        sources[to] = _Source(tuple(folder.tensors[name] for name in ordered), ordered)
+    return sources, stray
 
 
 def _tied(name: str, model: GgufModel, sources: dict[str, _Source]) -> bool:
@@ -169,12 +169,12 @@ def _factors(model: GgufModel, info: TensorInfo, right: Floats) -> TensorCheck:
         return TensorCheck(info.name, kind, info.shape, DIFFERENT, 0, _BY, f"config.json gives {len(right)} factors")
     at = int(np.argmax(np.abs(held - right) > FACTOR_ROUNDING * np.abs(right)))
     first = FirstDifference(at, at, "", {"GGUF": float(held[at]), "folder": float(right[at])})
-    said = (
+    reason = (
         "1 / the factors that config.json gives"
         if np.allclose(held * right, 1, rtol=FACTOR_ROUNDING)
         else "other factors than config.json gives"
     )
-    return TensorCheck(info.name, kind, info.shape, DIFFERENT, len(held), _BY, said, first)
+    return TensorCheck(info.name, kind, info.shape, DIFFERENT, len(held), _BY, reason, first)
 
 
 def _heads(name: str, heads: tuple[int, int]) -> int:

@@ -46,8 +46,8 @@ def settings(model: GgufModel, folder: Folder) -> Iterator[TensorCheck]:
 def _rope(folder: Folder) -> dict[str, Any]:
     """config.json's entry on RoPE; of a model with several kinds of layers that of its full attention."""
     rope = folder.config.get("rope_parameters") or folder.config.get("rope_scaling") or {}
-    found = rope.get("full_attention", rope) if isinstance(rope, dict) else {}
-    return found if isinstance(found, dict) else {}
+    settings = rope.get("full_attention", rope) if isinstance(rope, dict) else {}
+    return settings if isinstance(settings, dict) else {}
 
 
 def _scaling(model: GgufModel, folder: Folder, rope: dict[str, Any]) -> Iterator[TensorCheck]:

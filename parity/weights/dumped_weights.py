@@ -21,13 +21,13 @@ def load(path: Path) -> dict[str, Floats]:
     """
     try:
         if path.suffix == ".safetensors":
-            found = dict(_safetensors(path))
+            weights = dict(_safetensors(path))
         elif path.suffix == ".npz":
             with np.load(path, allow_pickle=False) as archive:
-                found = {name: archive[name] for name in archive.files}
+                weights = {name: archive[name] for name in archive.files}
         else:
-            found = dict(_jsonl(path))
-        flat = {name: np.asarray(values).astype(np.float32).reshape(-1) for name, values in found.items()}
+            weights = dict(_jsonl(path))
+        flat = {name: np.asarray(values).astype(np.float32).reshape(-1) for name, values in weights.items()}
     except DumpError:
         raise
     except Exception as error:  # each library has errors of its own for a damaged file

@@ -68,21 +68,21 @@ def _tensor(
     if narrow := _narrowed(values, right):
         return TensorCheck(info.name, kind, info.shape, f"equal as {narrow}", len(values))
     first = _first(values, right, info)
-    for status, made in mishaps(model, info, len(values), heads):
-        candidate = made()
+    for status, mishap in mishaps(model, info, len(values), heads):
+        candidate = mishap()
         if candidate is None or len(candidate) < len(values):
             continue
         candidate = candidate[: len(values)]
         if same(values, candidate):
             return TensorCheck(info.name, kind, info.shape, status, len(values), (), status, first)
         if narrow := _narrowed(values, candidate):
-            said = f"{status}, as {narrow}"
-            return TensorCheck(info.name, kind, info.shape, said, len(values), (), said, first)
+            verdict = f"{status}, as {narrow}"
+            return TensorCheck(info.name, kind, info.shape, verdict, len(values), (), verdict, first)
     if other := _another(model, info, values, leading):
         status = f"equal to another tensor: {other}"
         return TensorCheck(info.name, kind, info.shape, status, len(values), (), status, first)
-    if said := _scaled(values, right):
-        return TensorCheck(info.name, kind, info.shape, said, len(values), (), said, first)
+    if verdict := _scaled(values, right):
+        return TensorCheck(info.name, kind, info.shape, verdict, len(values), (), verdict, first)
     return TensorCheck(info.name, kind, info.shape, DIFFERENT, len(values), (), "nothing known gives these values", first)
 
 
@@ -128,8 +128,8 @@ def _scaled(theirs: Floats, right: Floats) -> str:
 def _short(value: float) -> str:
     """A number, with the root that it is the inverse of where there is one: "0.125 = 1/√64"."""
     root = round(1 / value**2) if value else 0
-    said = f"{value:.6g}"
-    return f"{said} = 1/√{root}" if 1 < root < 1 << 16 and abs(value * root**0.5 - 1) < _CLOSE else said
+    text = f"{value:.6g}"
+    return f"{text} = 1/√{root}" if 1 < root < 1 << 16 and abs(value * root**0.5 - 1) < _CLOSE else text
 
 
 def _first(values: Floats, right: Floats, info: TensorInfo) -> FirstDifference:
@@ -144,5 +144,5 @@ def _another(model: GgufModel, info: TensorInfo, values: Floats, leading: dict[s
         for name, other in model.tensors.items():
             leading[name] = first_values(model, other, min(_OTHERS, int(np.prod(other.shape))))
     count = min(len(values), _OTHERS)
-    found: Mapping[str, Floats] = {name: other for name, other in leading.items() if name != info.name and len(other) >= count}
-    return next((name for name, other in found.items() if same(values[:count], other[:count])), "")
+    others: Mapping[str, Floats] = {name: other for name, other in leading.items() if name != info.name and len(other) >= count}
+    return next((name for name, other in others.items() if same(values[:count], other[:count])), "")

@@ -120,8 +120,8 @@ def _altered(
 
 def _elsewhere(model: GgufModel, info: TensorInfo, count: int) -> Iterator[tuple[str, Made]]:
     """The tensor read from another byte of the file: its offset counted from the wrong place."""
-    found = model.contents
-    start, end, alignment = found.data, found.header_end, found.alignment
+    contents = model.contents
+    start, end, alignment = contents.data, contents.header_end, contents.alignment
     if start != end:
         yield "read too early: the padding behind the header is not skipped", lambda: _at(model, info, count, end - start)
     yield (

@@ -68,7 +68,7 @@ def _stored(file: Path) -> dict[str, Stored]:
         if not 2 <= size <= min(len(data) - 8, _LARGEST_HEADER):
             raise ValueError("the header's length is wrong")  # noqa: TRY301  # told with the other kinds of damage, below
         header = json.loads(data[8 : 8 + size].tobytes())
-        found = {}
+        stored = {}
         for name, entry in header.items():
             if name == "__metadata__":
                 continue
@@ -79,7 +79,7 @@ def _stored(file: Path) -> dict[str, Stored]:
                 continue  # integers: buffers, or weights that are packed in a way of their own
             if not 0 <= begin <= end <= len(data) - 8 - size or end - begin != width * prod(shape):
                 raise ValueError(f"{name} is not where the header says")  # noqa: TRY301
-            found[name] = Stored(data[8 + size + begin : 8 + size + end], dtype, shape)
+            stored[name] = Stored(data[8 + size + begin : 8 + size + end], dtype, shape)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"cannot read {file}: {' '.join(str(error).split())[:100]}.", "Download it again.") from error
-    return found
+    return stored

@@ -66,8 +66,8 @@ def _tensor(
     name = type_name(info.type)
     for start in range(0, rows, step):
         part = raw[start : start + step]
-        found = _results(part, info, columns, side, by_libggml)
-        by = tuple(found)
+        results = _results(part, info, columns, side, by_libggml)
+        by = tuple(results)
         if len(by) < 2:
             return TensorCheck(
                 info.name,
@@ -78,9 +78,9 @@ def _tensor(
                 by,
                 f"only {by[0]} reads {name}" if by else f"nothing here reads {name}",
             )
-        if (first := _first_difference(found, part, info, start * columns)) is not None:
+        if (first := _first_difference(results, part, info, start * columns)) is not None:
             return TensorCheck(info.name, name, info.shape, DIFFERENT, rows * columns, by, _blame(first), first)
-        nonfinite += int(np.count_nonzero(~np.isfinite(found[by[0]])))
+        nonfinite += int(np.count_nonzero(~np.isfinite(results[by[0]])))
         advanced(part.size)
     return TensorCheck(info.name, name, info.shape, EQUAL, rows * columns, by, nonfinite=nonfinite)
 
@@ -90,24 +90,24 @@ def _results(part: NDArray[np.uint8], info: TensorInfo, columns: int, side: Back
     from gguf import GGMLQuantizationType
     from gguf.quants import dequantize as by_gguf
 
-    found: dict[str, Floats] = {}
+    results: dict[str, Floats] = {}
     if info.type in FORMATS:  # our other formats go through gguf-py, which would be compared with itself
-        found[OURS] = side.to_host(dequantize(side.array(part), info.type, columns)).reshape(-1)
+        results[OURS] = side.to_host(dequantize(side.array(part), info.type, columns)).reshape(-1)
     if (values := by_libggml(part, info.type, len(part) * columns)) is not None:
-        found[LIBGGML] = values
+        results[LIBGGML] = values
     try:
         with np.errstate(all="ignore"):
-            found[GGUF] = np.asarray(by_gguf(part, GGMLQuantizationType(info.type)), dtype=np.float32).reshape(-1)
+            results[GGUF] = np.asarray(by_gguf(part, GGMLQuantizationType(info.type)), dtype=np.float32).reshape(-1)
     except (NotImplementedError, ValueError):
         pass  # gguf-py has no dequantisation of this type
-    return found
+    return results
 
 
 def _first_difference(
-    found: Mapping[str, Floats], part: NDArray[np.uint8], info: TensorInfo, offset: int
+    dequantised: Mapping[str, Floats], part: NDArray[np.uint8], info: TensorInfo, offset: int
 ) -> FirstDifference | None:
     """The first element whose bits are not the same in all results; NaN is NaN, whatever its payload."""
-    results = list(found.values())
+    results = list(dequantised.values())
     odd = np.zeros(len(results[0]), dtype=np.bool_)
     for other in results[1:]:
         odd |= (results[0].view(np.uint32) != other.view(np.uint32)) & ~(np.isnan(results[0]) & np.isnan(other))
@@ -121,7 +121,7 @@ def _first_difference(
         offset + at,
         offset // elements + block,
         bytes(raw).hex(),
-        {name: float(values[at]) for name, values in found.items()},
+        {name: float(values[at]) for name, values in dequantised.items()},
     )
 
 

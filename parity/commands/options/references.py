@@ -46,7 +46,7 @@ def others_field(ref_python: list[str] | None, ref_lib: Path | None) -> Given:
 
     from ...run.references import Other
 
-    found = [Other(of_interpreter(python), python) for python in ref_python or ()]
+    others = [Other(of_interpreter(python), python) for python in ref_python or ()]
     if ref_lib is not None:
-        found.append(Other(of_library(ref_lib), str(ref_lib)))
-    return {"others": tuple(found)}
+        others.append(Other(of_library(ref_lib), str(ref_lib)))
+    return {"others": tuple(others)}

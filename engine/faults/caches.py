@@ -1,0 +1,147 @@
+"""Faults of the cache and of what attention sees of it: another layer's rows, heads left at zero, caps at the wrong place."""
+
+from dataclasses import replace
+from math import exp
+
+from .. import ops
+from ..backend import Array, module_of
+from ..graph import History, Step, name_of
+from ..inapplicable import NotApplicable
+from .base import AT, Fault, Parameters, Steps, kind_of, layer_of, parameter_of, read_of, sibling, subsets
+from .edits import integer, maker, number, require
+
+_READS = ("k_read", "v_read")
+_SOFT = ("kq_soft_max",)
+_TANH = 4  # GGML_UNARY_OP_TANH
+_SEEN_BELOW = 16.0  # exp(−16) = 1e-7 is float32's rounding: with a larger cap a masked key's weight is not seen
+
+
+def _plain_read(step: Step) -> Step:
+    if step.op is not ops.cached or not isinstance(read_of(step, 0), History):
+        raise NotApplicable(f"{step.makes} is no plain read of the cache")
+    return step
+
+
+def _of_other_layer(step: Step, right: Steps, parameters: Parameters) -> Step:
+    """The rows of an earlier layer that has a cache of the same kind and width; the first such layer has only its own."""
+    kind, layer = kind_of(_plain_read(step)), layer_of(step)
+    earlier = [other for other in range(layer) if f"blk.{other}.{kind}" in right]
+    if not earlier:
+        return step
+    other = right[f"blk.{earlier[0] if parameters['layer'] == 'the first' else earlier[-1]}.{kind}"]
+    return replace(step, op=_same_width, reads=(*step.reads, *_plain_read(other).reads))
+
+
+def _same_width(own: Array, other: Array) -> Array:
+    if own.shape != other.shape:
+        raise NotApplicable("the layers' caches are of different widths")
+    return ops.cached(other)
+
+
+_HEADS = {
+    "the last head": lambda heads: range(heads - 1, heads),
+    "the second half of the heads": lambda heads: range(heads // 2, heads),
+    "every head but the first": lambda heads: range(1, heads),
+}
+
+
+def _zeroed(history: Array, *, kv_heads: int, heads: str) -> Array:
+    """Cache rows [S, K · d] in which some heads are zero."""
+    rows = ops.cached(history).reshape(history.shape[0], kv_heads, -1).copy()
+    rows[:, list(_HEADS[heads](kv_heads))] = 0
+    zeroed: Array = rows.reshape(history.shape[0], -1)
+    return zeroed
+
+
+def _heads_zeroed(step: Step, right: Steps, parameters: Parameters) -> Step:
+    kv_heads = parameter_of(sibling(step, right, "kq"), "kv_heads")
+    if kv_heads < 2:
+        raise NotApplicable(f"{step.makes} holds one head")
+    return replace(_plain_read(step), op=_zeroed, params={"kv_heads": kv_heads, "heads": parameters["heads"]})
+
+
+def _capped_mask(
+    scores: Array,
+    positions: Array,
+    key_positions: Array,
+    sinks: Array | None = None,
+    *,
+    cap: float,
+    scale: float,
+    **params: object,
+) -> Array:
+    """The soft max of scores that were masked before they were capped: a masked key has the score −cap, not −∞."""
+    xp = module_of(scores)
+    seen = ops.causal_soft_max(xp.zeros_like(scores), positions, key_positions, scale=1.0, **params) > 0  # type: ignore[arg-type]
+    masked = xp.where(seen, scores, scores.dtype.type(-cap))
+    return ops.causal_soft_max(masked, positions, key_positions, sinks, scale=scale, window="all")
+
+
+def _cap_after_mask(step: Step, right: Steps, _parameters: Parameters) -> Step:
+    cap = require(maker(step, right), "SCALE")
+    tanh = require(maker(cap, right), "UNARY")
+    if step.op is not ops.causal_soft_max or integer(tanh, 0) != _TANH:
+        raise NotApplicable(f"{step.makes} reads no capped scores")
+    if number(cap, 0) > _SEEN_BELOW:
+        raise NotApplicable(f"a masked key's weight of {exp(-number(cap, 0)):.0e} is not seen")
+    return replace(step, op=_capped_mask, params={**step.params, "cap": number(cap, 0)})
+
+
+def _cap_before_scale(step: Step, right: Steps, _parameters: Parameters) -> Step:
+    """The cap on scores that are not divided by √d yet, the division behind it."""
+    queries = sibling(step, right, "kq")
+    scaled = require(maker(queries, right), "SCALE")
+    by = number(scaled, 0)
+    if name_of(read_of(scaled, 0)) != sibling(step, right, "q_rope").makes or by == 0:
+        raise NotApplicable(f"{step.makes}: the queries are not scaled")
+    first = require(maker(require(maker(step, right), "UNARY"), right), "SCALE")
+    return replace(step, op=_late_scale, reads=(read_of(first, 0),), params={"cap": number(step, 0), "by": by})
+
+
+def _late_scale(scores: Array, *, cap: float, by: float) -> Array:
+    number = scores.dtype.type
+    capped: Array = number(cap) * module_of(scores).tanh(scores / number(by) / number(cap)) * number(by)
+    return capped
+
+
+FAULTS = (
+    Fault(
+        name="cache-of-other-layer",
+        kinds=_READS,
+        change=_of_other_layer,
+        what="layers read the cache of {layer} layer before them that has one, at {at}",
+        symptom="the first layer with attention is right, the others are wrong from position 0 or 1 on",
+        fix="each layer has rows of its own; only models that say so (attention.shared_kv_layers) share them",
+        seen="one buffer for all layers; an index of the layer that is missing or off by one",
+        parameters={"layer": ("the last", "the first"), AT: subsets(*_READS)},
+    ),
+    Fault(
+        name="cache-heads-zero",
+        kinds=_READS,
+        change=_heads_zeroed,
+        what="{heads} of the cache's rows are zero, at {at}",
+        symptom="single heads of attention are wrong",
+        fix="write all key/value heads of a position into its row",
+        seen="writes that cover one head, or half a warp; a grid by the wrong number of heads",
+        parameters={"heads": tuple(_HEADS), AT: (("v_read",), ("k_read",), _READS)},
+    ),
+    Fault(
+        name="softcap-after-mask",
+        kinds=_SOFT,
+        change=_cap_after_mask,
+        what="scores are masked before the soft cap, which makes −cap of −∞: later positions are seen",
+        symptom="slightly wrong at all positions but the last",
+        fix="cap first, mask then",
+        seen="masks that are folded into the product, caps that are added behind it",
+        whole=True,
+    ),
+    Fault(
+        name="softcap-before-scale",
+        kinds=("kq_scaled_2",),
+        change=_cap_before_scale,
+        what="attention's soft cap is put on scores that are not scaled yet",
+        symptom="position 0 is right, large scores are too small",
+        fix="scale the queries or the scores, then cap",
+        seen="fused attention that scales in its soft max",
+    ),
+)

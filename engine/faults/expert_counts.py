@@ -1,0 +1,99 @@
+"""Faults of how many experts are used: one more than the model has been recorded with."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from .. import ops
+from ..backend import Array, module_of
+from ..graph import Step, View, name_of, read_as
+from ..inapplicable import NotApplicable
+from .base import COPY, Fault, Parameters, Steps, layer_of, read_of, sibling
+from .edits import ggml, integer, maker, number, require
+
+_SOFT_MAX, _SUM = "soft max", "sum"
+
+
+@dataclass(frozen=True)
+class _Weighting:
+    """What is made of the chosen experts' raw weights: which norm, its least sum, and the scale."""
+
+    norm: str = ""
+    least: float = 0.0
+    scale: float = 1.0
+
+
+def _weighting(step: Step, right: Steps, raw: str) -> _Weighting:
+    """The weighting that leads from the raw weights to those that a product with the experts' results reads.
+
+    Raises:
+        NotApplicable: something else lies between.
+    """
+    weighting = _Weighting()
+    name = name_of(read_of(step, 1))
+    while name != raw:
+        made = right.get(name, step)
+        if ggml(made, "SCALE"):
+            weighting = replace(weighting, scale=weighting.scale * number(made, 0))
+        elif ggml(made, "SOFT_MAX"):
+            weighting = replace(weighting, norm=_SOFT_MAX)
+        elif ggml(made, "DIV"):
+            clamped = maker(made, right, 1)
+            least = number(clamped, 0) if ggml(clamped, "CLAMP") else 0.0
+            weighting = replace(weighting, norm=_SUM, least=least)
+        else:
+            raise NotApplicable(f"{step.makes}: the experts' weights are made by another operation")
+        name = name_of(read_of(made, 0))
+    return weighting
+
+
+def _mixed(down: Array, next_down: Array, raw: Array, next_raw: Array, *, used: int, weighting: _Weighting) -> Array:
+    """The experts' weighted sum with one more: results [T, used · D] of the first and of those one rank on, raw weights [T, used]."""
+    xp, rows = module_of(down), down.shape[0]
+    weights = xp.concatenate([raw.reshape(rows, used), next_raw.reshape(rows, used)[:, -1:]], axis=1)
+    if weighting.norm == _SOFT_MAX:
+        weights = xp.exp(weights - weights.max(axis=1, keepdims=True))
+    if weighting.norm:
+        least = weights.dtype.type(weighting.least if weighting.norm == _SUM else 0.0)
+        weights = weights / xp.maximum(weights.sum(axis=1, keepdims=True), least)
+    experts = xp.concatenate([down.reshape(rows, used, -1), next_down.reshape(rows, used, -1)[:, -1:]], axis=1)
+    summed: Array = (experts * (weights * weights.dtype.type(weighting.scale))[:, :, None]).sum(axis=1)
+    return summed
+
+
+def _one_more(step: Step, right: Steps, _parameters: Parameters) -> Sequence[Step]:
+    chosen, weighted = sibling(step, right, "ffn_moe_topk"), require(sibling(step, right, "ffn_moe_weighted"), "MUL")
+    ranks, raw = read_of(chosen, 0), sibling(step, right, "ffn_moe_weights").makes
+    if step.op is not ops.add or chosen.op is not ops.part or not isinstance(ranks, View) or not ranks.shape[-1].constant:
+        raise NotApplicable(f"{step.makes} sums no chosen experts")
+    used, all_ranks = ranks.shape[-1].fixed, ranks.whole[-1].fixed
+    if used >= all_ranks or not ggml(maker(chosen, right), "ARGSORT") or integer(maker(chosen, right), 0) != 1:
+        raise NotApplicable(f"{step.makes}: there is no further expert")
+    weighting, down = _weighting(weighted, right, raw), name_of(read_of(weighted, 0))
+    copied = {chosen.makes}
+    copies = [
+        replace(chosen, makes=chosen.makes + COPY, reads=(replace(ranks, offset=ranks.offset._replace(fixed=1)),), inner=True)
+    ]
+    for name, other in right.items():
+        if name.startswith(f"blk.{layer_of(step)}.") and not copied.isdisjoint(other.names) and name != weighted.makes:
+            copied.add(name)
+            reads = tuple(read_as(read, name_of(read) + COPY) if name_of(read) in copied else read for read in other.reads)
+            copies.append(replace(other, makes=name + COPY, reads=reads, inner=True))
+            if name == down:
+                break
+    if not {raw, down} <= copied:
+        raise NotApplicable(f"{step.makes}: the experts' results are not made of the chosen ids")
+    reads = (down, down + COPY, raw, raw + COPY)
+    return [*copies, replace(step, op=_mixed, reads=reads, params={"used": used, "weighting": weighting})]
+
+
+FAULTS = (
+    Fault(
+        name="experts-one-more",
+        kinds=("ffn_moe_out",),
+        change=_one_more,
+        what="one expert more is used than this model wants",
+        symptom="the router's scores are right, the experts' combined result is not",
+        fix="use as many experts as <architecture>.expert_used_count says",
+        seen="a loop that ends one too late; another size of the same family",
+    ),
+)

@@ -1,0 +1,172 @@
+"""Faults of how experts' weights are laid out: their order, their three dimensions, gate and up in one tensor."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from .. import ops
+from ..backend import Array, module_of
+from ..graph import Altered, Step
+from ..inapplicable import NotApplicable
+from .base import AT, Fault, Parameters, Steps, weight_of
+from .edits import ggml, require
+from .weights import altered
+
+_PRODUCTS = ("ffn_moe_gate_up", "ffn_moe_gate", "ffn_moe_up", "ffn_moe_down")
+_GATED = ("ffn_swiglu", "ffn_geglu", "ffn_moe_swiglu", "ffn_moe_geglu", "ffn_moe_swiglu_oai")
+
+
+def _by_text(count: int) -> list[int]:
+    """Numbers sorted as text: 0, 1, 10, 11, 2, …"""
+    return sorted(range(count), key=str)
+
+
+_ORDERS: dict[str, Callable[[int], list[int]]] = {
+    "one on": lambda count: [*range(1, count), 0],
+    "one back": lambda count: [count - 1, *range(count - 1)],
+    "in reverse": lambda count: list(range(count))[::-1],
+    "sorted by their numbers as text": _by_text,
+    "every second one first": lambda count: [*range(0, count, 2), *range(1, count, 2)],
+}
+
+
+def _experts(step: Step, change: Callable[[Array], Array]) -> Step:
+    """The step with the matrices of its experts [E, out, in] changed."""
+
+    def checked(weight: Array) -> Array:
+        if weight.ndim != 3:
+            raise NotApplicable(f"{step.makes} reads no matrices of experts")
+        return change(weight)
+
+    return altered(require(step, "MUL_MAT_ID"), checked)
+
+
+def _order(step: Step, _right: Steps, parameters: Parameters) -> Step:
+    return _experts(step, lambda weight: weight[_ORDERS[parameters["order"]](weight.shape[0])])
+
+
+def _router(step: Step, _right: Steps, parameters: Parameters) -> Step:
+    weight = weight_of(step, 0)
+    if step.op is not ops.linear or not isinstance(weight, str) or not weight.endswith("ffn_gate_inp.weight"):
+        return step
+    order = _ORDERS[parameters["order"]]
+    changed = altered(step, lambda rows: rows[order(rows.shape[0])])
+    bias = weight_of(step, 1)
+    if not isinstance(bias, str) or parameters["bias"] == "left":
+        return changed
+    moved = Altered(bias, lambda source, name: source.get(name)[order(source.get(name).shape[0])])
+    return replace(changed, weights=(changed.weights[0], moved))
+
+
+def _each_turned(weight: Array) -> Array:
+    """Each expert's matrix read transposed, [E, in, out] for [E, out, in]."""
+    return weight.swapaxes(1, 2).copy().reshape(weight.shape)
+
+
+def _experts_last(weight: Array) -> Array:
+    """[out, in, E] for [E, out, in]."""
+    return weight.reshape(*weight.shape[1:], weight.shape[0]).transpose(2, 0, 1).copy()
+
+
+def _experts_between(weight: Array) -> Array:
+    """[out, E, in] for [E, out, in]."""
+    experts, rows, columns = weight.shape
+    return weight.reshape(rows, experts, columns).swapaxes(0, 1).copy()
+
+
+_LAYOUTS = {
+    "[expert, in, out]": _each_turned,
+    "[out, in, expert]": _experts_last,
+    "[out, expert, in]": _experts_between,
+}
+
+
+def _layout(step: Step, _right: Steps, parameters: Parameters) -> Step:
+    return _experts(step, _LAYOUTS[parameters["layout"]])
+
+
+def _in_turn(gate: Array, up: Array) -> tuple[Array, Array]:
+    """Gate and up of rows that lie in halves and are taken in turn."""
+    both = module_of(gate).concatenate([gate, up], axis=-1)
+    return both[..., 0::2], both[..., 1::2]
+
+
+def _in_halves(gate: Array, up: Array) -> tuple[Array, Array]:
+    """Gate and up of rows that lie in turn and are taken as halves."""
+    both = module_of(gate).stack([gate, up], axis=-1).reshape(*gate.shape[:-1], -1)
+    return both[..., : gate.shape[-1]], both[..., gate.shape[-1] :]
+
+
+def _exchanged(gate: Array, up: Array) -> tuple[Array, Array]:
+    return up, gate
+
+
+_SPLITS = {"in turn, for halves": _in_turn, "as halves, for rows in turn": _in_halves, "in the other order": _exchanged}
+
+
+@dataclass(frozen=True)
+class _Resplit:
+    """A gated activation whose two inputs were split wrongly."""
+
+    op: Callable[..., Array]
+    how: str
+
+    def __call__(self, gate: Array, up: Array, **params: Any) -> Array:
+        """The activated product."""
+        gate, up = (module_of(gate).ascontiguousarray(part) for part in _SPLITS[self.how](gate, up))
+        return self.op(gate, up, **params)
+
+
+def _split(step: Step, _right: Steps, parameters: Parameters) -> Step:
+    if len(step.reads) != 2 or not (step.op is ops.swiglu or ggml(step, "GLU")):
+        raise NotApplicable(f"{step.makes} reads no gate and up")
+    return replace(step, op=_Resplit(step.op, parameters["split"]))
+
+
+_RIGHT_ROUTING = "routing is right, the experts' results are not"
+
+FAULTS = (
+    Fault(
+        name="experts-order",
+        kinds=_PRODUCTS,
+        change=_order,
+        what="the experts' matrices are in another order ({order}), in {at}",
+        symptom=_RIGHT_ROUTING,
+        fix="expert e is row e of the first dimension of ffn_*_exps, and of the router's output",
+        seen="experts gathered from single tensors by their names: 10 before 2",
+        parameters={
+            "order": tuple(_ORDERS),
+            AT: (_PRODUCTS, ("ffn_moe_down",), ("ffn_moe_gate_up", "ffn_moe_gate", "ffn_moe_up")),
+        },
+    ),
+    Fault(
+        name="router-order",
+        kinds=("ffn_moe_logits", "ffn_moe_probs"),
+        change=_router,
+        what="the router's rows are in another order ({order}; bias {bias})",
+        symptom="other experts are chosen at most positions",
+        fix="row e of ffn_gate_inp is expert e of ffn_*_exps",
+        seen="experts sorted by their names on one side only",
+        parameters={"order": tuple(_ORDERS), "bias": ("moved", "left")},
+    ),
+    Fault(
+        name="experts-layout",
+        kinds=_PRODUCTS,
+        change=_layout,
+        what="the experts' matrices are read as {layout} instead of [expert, out, in], in {at}",
+        symptom=_RIGHT_ROUTING,
+        fix="GGUF stores them as [expert, out, in], in fastest",
+        seen="checkpoints of Hugging Face that hold [expert, in, out] (gpt-oss, Llama 4)",
+        parameters={"layout": tuple(_LAYOUTS), AT: (_PRODUCTS, *((kind,) for kind in _PRODUCTS))},
+    ),
+    Fault(
+        name="gate-up-split",
+        kinds=_GATED,
+        change=_split,
+        what="the rows of gate and up are split {split}",
+        symptom="fluent nonsense from the first such layer on",
+        fix="in one tensor gate's rows come first, then up's; where a checkpoint has them in turn (gpt-oss) its converter parts them",
+        seen="fused gate_up weights of one family read as another's",
+        parameters={"split": tuple(_SPLITS)},
+    ),
+)

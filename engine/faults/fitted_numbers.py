@@ -1,0 +1,110 @@
+"""Numbers that only some models have, fitted: scales of queries, multipliers, soft caps."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from ..graph import Step
+from ..inapplicable import NotApplicable
+from .base import AT, Fault, Parameters, Steps, kind_of
+from .edits import ggml, number
+from .fitted import Fitted, around
+from .multipliers import FAULTS as MULTIPLIERS
+from .windows import FAULTS as WINDOWS
+from .windows import cap_of, recapped
+
+_CAPPED = ("kq_scaled_2", "logits")
+_QUERIES = ("scale", "Qcur")
+
+
+def _named(faults: tuple[Fault, ...], name: str) -> Fault:
+    return next(fault for fault in faults if fault.name == name)
+
+
+def _scale_of(*kinds: str) -> Callable[[Steps], float | None]:
+    """The number of the first SCALE of these kinds that ends no soft cap."""
+
+    def wanted(right: Steps) -> float | None:
+        for step in right.values():
+            if kind_of(step) in kinds and ggml(step, "SCALE"):
+                try:
+                    cap_of(step, right)
+                except NotApplicable:
+                    return number(step, 0)
+        return None
+
+    return wanted
+
+
+def _cap(kind: str) -> Callable[[Steps], float | None]:
+    def wanted(right: Steps) -> float | None:
+        for step in right.values():
+            if kind_of(step) == kind:
+                try:
+                    return cap_of(step, right)[1]
+                except NotApplicable:
+                    return None
+        return None
+
+    return wanted
+
+
+def _other_cap(step: Step, right: Steps, parameters: Parameters) -> Step:
+    return recapped(step, right, parameters["cap"])
+
+
+def _at(fault: Fault, parameter: str, *kinds: str) -> Fault:
+    """The fault in these steps, with a number that is fitted."""
+    parameters: dict[str, Any] = {parameter: (), AT: (kinds,)}
+    return replace(fault, kinds=kinds, parameters=parameters)
+
+
+_CAP = Fault(
+    name="softcap-value",
+    kinds=_CAPPED,
+    change=_other_cap,
+    what="the soft cap is {cap}, in {at}",
+    symptom="large scores are too small or too large, small ones are right",
+    fix="attn_logit_softcapping for attention, final_logit_softcapping for the logits",
+    seen="one cap for both; caps of another model as constants",
+    parameters={"cap": (), AT: (("logits",),)},
+    group="fitted",
+)
+_MULTIPLIER = _named(MULTIPLIERS, "multiplier")
+_MULTIPLIED = {  # the steps that multiply by a number of the metadata, and whose numbers are met elsewhere
+    ("embd",): {1.0: "none", 12.0: "Granite, MiniCPM", 11.3: "Gemma's √128"},
+    ("scale", "scale.2"): {1.0: "none", 0.22: "Granite"},
+    ("hidden_scaled", "hidden_scaled_ffn"): {1.0: "none"},
+    ("logits",): {1.0: "none", 0.0625: "Command R", 1 / 6: "Granite"},
+    ("ffn_moe_weights_scaled",): {1.0: "none", 2.5: "DeepSeek-V3", 16.0: "DeepSeek-V2"},
+}
+_CAPS = {30.0: "Gemma 2's logits, Grok", 50.0: "Gemma 2's attention"}
+
+FITTED = (
+    Fitted(
+        fault=_at(_named(WINDOWS, "query-scale"), "scale", *_QUERIES),
+        parameter="scale",
+        wanted=_scale_of(*_QUERIES),
+        starts=around(1.1, 2.0, 0.5),
+    ),
+    *(
+        Fitted(
+            fault=_at(_MULTIPLIER, "how", *kinds),
+            parameter="how",
+            wanted=_scale_of(*kinds),
+            starts=around(1.05, 2.0, 0.5),
+            known=known,
+        )
+        for kinds, known in _MULTIPLIED.items()
+    ),
+    *(
+        Fitted(
+            fault=_at(_CAP, "cap", kind),
+            parameter="cap",
+            wanted=_cap(kind),
+            starts=around(1.1, 2.0, 0.5),
+            known=_CAPS,
+        )
+        for kind in _CAPPED
+    ),
+)

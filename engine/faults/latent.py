@@ -1,0 +1,128 @@
+"""Faults of multi-head latent attention: norms of the latents, where the rotated part lies, what is multiplied into the queries."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from checkpoints.graph import Size
+
+from .. import ops
+from ..backend import Array
+from ..graph import Step, View
+from ..inapplicable import NotApplicable
+from .base import AT, Fault, Parameters, Steps, layer_of, read_of, weight_of
+from .edits import only, require
+from .weights import altered
+
+_LATENT_NORMS = ("attn_kv_a_norm", "attn_q_a_norm")
+_ABSORBED = ("attn_k_b", "attn_v_b")
+
+
+def _norm_missing(step: Step, _right: Steps, parameters: Parameters) -> Step:
+    weight = weight_of(step, 0)
+    if not isinstance(weight, str) or not any(f".{name}." in weight for name in parameters["norm"]):
+        return step
+    if step.op is not ops.rms_norm:
+        raise NotApplicable(f"{step.makes} is no plain norm")
+    return only(step, read_of(step, 0))
+
+
+def _parts(step: Step, right: Steps) -> list[View]:
+    """The two parts that the steps of a layer read of the value that a step reads a part of, the one in front first."""
+    own = read_of(step, 0)
+    if not isinstance(own, View):
+        raise NotApplicable(f"{step.makes} reads a whole value")
+    layer = f"blk.{layer_of(step)}."
+    reads = [read for name, other in right.items() if name.startswith(layer) for read in other.reads]
+    parts = {read.offset.fixed: read for read in reads if isinstance(read, View) and read.of == own.of}
+    if len(parts) != 2 or 0 not in parts:
+        raise NotApplicable(f"{step.makes}: the value is not read in two parts")
+    return [parts[offset] for offset in sorted(parts)]
+
+
+def _exchanged_parts(step: Step, right: Steps, _parameters: Parameters) -> Step:
+    """Each part read where it lies if the one behind stood in front."""
+    front, behind = _parts(step, right)
+    own = read_of(step, 0)
+    assert isinstance(own, View)
+    offset = Size(0) if own.offset == behind.offset else Size(behind.shape[-1].fixed)
+    if not (front.shape[-1].constant and behind.shape[-1].constant):
+        raise NotApplicable(f"{step.makes}: the parts' widths follow the length")
+    return replace(step, reads=(replace(own, offset=offset), *step.reads[1:]))
+
+
+def _joined_the_other_way(step: Step, _right: Steps, _parameters: Parameters) -> Step:
+    first, second = require(step, "CONCAT").params["operands"]
+    return replace(step, params={**step.params, "operands": (second, first)})
+
+
+def _turned(weight: Array) -> Array:
+    """Each head's matrix read transposed: [H, out, in] whose memory is taken for [H, in, out]."""
+    heads, rows, columns = weight.shape
+    return weight.reshape(heads, columns, rows).swapaxes(1, 2).copy()
+
+
+_READ: dict[str, Callable[[Array], Array]] = {
+    "transposed": _turned,
+    "of the next head": lambda weight: weight[[*range(1, weight.shape[0]), 0]],
+    "of the first head": lambda weight: weight[[0] * weight.shape[0]],
+}
+
+
+def _absorbed(step: Step, _right: Steps, parameters: Parameters) -> Step:
+    weight = weight_of(step, 0)
+    if not isinstance(weight, str) or f".{parameters['weight']}." not in weight:
+        return step
+    change = _READ[parameters["read"]]
+
+    def checked(matrix: Array) -> Array:
+        if matrix.ndim != 3:
+            raise NotApplicable(f"{weight} is not one matrix a head")
+        return change(matrix)
+
+    return altered(require(step, "MUL_MAT"), checked)
+
+
+_QUERY_PARTS, _KEY_PARTS = ("q_pe", "q_nope_absorbed.ggml"), ("k_pe", "kv_cmpr")
+
+FAULTS = (
+    Fault(
+        name="latent-norm-missing",
+        kinds=("kv_cmpr", "kv_compressed", "attn_q_a_norm"),
+        change=_norm_missing,
+        what="the latent of {norm} is not normalised",
+        symptom="attention is wrong from position 0 on",
+        fix="RMS norm of the compressed keys and values (attn_kv_a_norm), and of the queries' latent (attn_q_a_norm)",
+        seen="plain low-rank projections taken for MLA",
+        parameters={"norm": (_LATENT_NORMS, *((name,) for name in _LATENT_NORMS))},
+    ),
+    Fault(
+        name="latent-rope-part",
+        kinds=(*_QUERY_PARTS, *_KEY_PARTS),
+        change=_exchanged_parts,
+        what="the rotated part is taken from the front where it lies behind, in {at}",
+        symptom="attention is wrong from position 0 or 1 on",
+        fix="the projection makes the part without position first, then the part for RoPE",
+        seen="code for models that rotate a head's first dimensions",
+        parameters={AT: ((*_QUERY_PARTS, *_KEY_PARTS), _QUERY_PARTS, _KEY_PARTS)},
+    ),
+    Fault(
+        name="latent-parts-joined",
+        kinds=("q_rope", "k_rope"),
+        change=_joined_the_other_way,
+        what="the rotated part is put in front of the other one, in {at}",
+        symptom="scores are wrong from position 1 on",
+        fix="queries and keys alike: first the part without position, then the rotated one",
+        seen="queries and keys that were put together in two places",
+        parameters={AT: (("k_rope",), ("q_rope",), ("q_rope", "k_rope"))},
+    ),
+    Fault(
+        name="latent-absorbed",
+        kinds=("MUL_MAT",),
+        change=_absorbed,
+        what="the matrix {weight} that a head multiplies with is {read}",
+        symptom="attention is wrong from position 0 or 1 on",
+        fix="attn_k_b [heads, latent, part] goes into the queries, attn_v_b [heads, value, latent] behind attention: each head its own",
+        seen="attn_kv_b split or transposed a second time: GGUF stores both parts ready to multiply",
+        parameters={"read": tuple(_READ), "weight": _ABSORBED},
+    ),
+)

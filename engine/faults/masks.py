@@ -1,0 +1,147 @@
+"""Faults of attention's mask: which keys a position sees, in one pass and of the passes before it."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from checkpoints.rules import visible
+
+from ..backend import Array
+from ..graph import PASSES, History, Step
+from .base import Fault, Parameters, Steps
+
+_SOFT = ("kq_soft_max",)
+
+Allowed = Callable[[Array, Array, Array, Array], Array]  # query and key positions, query and key passes -> bool [T, S]
+
+_CHUNKS = (4, 8, 16, 32, 64, 128, 256, 512)
+
+
+def _within(chunk: int) -> Allowed:
+    return lambda t, s, _p, _q: (s <= t) & (s // chunk == t // chunk)
+
+
+_MASKS: dict[str, Allowed] = {
+    "none": lambda _t, _s, p, q: q <= p,  # keys of later passes are not in the cache yet
+    "the next one as well": lambda t, s, p, q: (s <= t + 1) & (q <= p),
+    "earlier ones, not itself": lambda t, s, _p, _q: (s < t) | ((s == t) & (t == t.min())),
+    "itself and later ones": lambda t, s, p, q: (s >= t) & (q <= p),
+    "own pass only": lambda t, s, p, q: (s <= t) & (p == q),
+    "itself only": lambda t, s, _p, _q: s == t,
+    "without the cache's last row": lambda t, s, p, q: (s <= t) & ~((s == t - 1) & (q < p)),
+    "without the cache's first row": lambda t, s, p, q: (s <= t) & ~((s == s.min()) & (q < p)),
+    "own key missing": lambda t, s, p, _q: (s <= t) & ~((s == t) & (p > p.min())),
+    "cache written to one row": lambda t, s, p, q: (s <= t) & ((q == q.min()) | (p == q)),
+    **{f"its own chunk of {n}": _within(n) for n in _CHUNKS},
+    "prompt only": lambda t, s, p, q: (s <= t) & ((q == q.min()) | (p == q.min())),
+}
+
+
+def _masked(
+    scores: Array,
+    positions: Array,
+    key_positions: Array,
+    passes: Array,
+    key_passes: Array,
+    sinks: Array | None = None,
+    *,
+    scale: float,
+    mask: str,
+    window: str = "causal",
+    size: int = 0,
+) -> Array:
+    """softmax with another mask than the causal one, in layers with a window behind its begin only; a row that may see nothing is
+    not a number, as in any engine.
+    """
+    allowed = _MASKS[mask](positions[:, None], key_positions[None, :], passes[:, None], key_passes[None, :])
+    if window != "causal":
+        later = key_positions[None, :] > positions[:, None]
+        allowed = allowed & (later | visible(positions, key_positions, window=window, size=size))
+    shifted = np.where(allowed, scores * np.float32(scale), np.float32(-np.inf))
+    largest = shifted.max(axis=-1, keepdims=True)
+    if sinks is not None:
+        largest = np.maximum(largest, sinks[:, None, None])
+    with np.errstate(invalid="ignore"):
+        weights = np.exp(shifted - largest)
+        total = weights.sum(axis=-1, keepdims=True, dtype=np.float64)
+        if sinks is not None:
+            total = total + np.exp(sinks[:, None, None] - largest)
+        return weights * (1.0 / total).astype(np.float32)
+
+
+def _with_mask(step: Step, mask: str) -> Step:
+    return replace(step, op=_masked, reads=(*step.reads, PASSES, History(PASSES)), params={**step.params, "mask": mask})
+
+
+def _mask(name: str | None = None) -> Any:
+    def change(step: Step, _right: Steps, parameters: Parameters) -> Step:
+        return _with_mask(step, name or parameters["mask"])
+
+    return change
+
+
+FAULTS = (
+    Fault(
+        name="no-causal-mask",
+        kinds=_SOFT,
+        change=_mask("none"),
+        what="there is no causal mask",
+        symptom="prefill wrong everywhere but at the last position; decode right",
+        fix="mask scores of later positions with -inf before the softmax",
+        seen="batched prefill added to a decode-only engine",
+        whole=True,
+    ),
+    Fault(
+        name="mask-shifted",
+        kinds=_SOFT,
+        change=_mask(),
+        what="the causal mask is wrong: a position sees {mask}",
+        symptom="off by one key: a small error from the second position on",
+        fix="position t sees keys 0 to t, itself included",
+        seen="< taken for <= in a kernel",
+        parameters={"mask": ("the next one as well", "earlier ones, not itself", "itself and later ones")},
+        whole=True,
+    ),
+    Fault(
+        name="cache-not-read",
+        kinds=_SOFT,
+        change=_mask(),
+        what="attention does not read the cache: {mask}",
+        symptom="position 0 is right; each later one ignores those before it",
+        fix="attend to rows 0 to t of the cache",
+        seen="early versions of a decode loop",
+        parameters={"mask": ("itself only", "own pass only")},
+    ),
+    Fault(
+        name="cache-row-missing",
+        kinds=_SOFT,
+        change=_mask(),
+        what="the cache is not read completely: {mask}",
+        symptom="prefill right, decode wrong",
+        fix="write the row of position t to slot t before attention reads 0 to t",
+        seen="the length counted before or after the write",
+        parameters={"mask": ("without the cache's last row", "without the cache's first row", "own key missing")},
+    ),
+    Fault(
+        name="cache-stale",
+        kinds=_SOFT,
+        change=_mask(),
+        what="the cache is not kept: {mask}",
+        symptom="the first decode step is right, the next ones are wrong",
+        fix="advance the write position by one each step",
+        seen="a decode loop that keeps passing the position of the prompt's end",
+        parameters={"mask": ("cache written to one row", "prompt only")},
+    ),
+    Fault(
+        name="mask-in-chunks",
+        kinds=_SOFT,
+        change=_mask(),
+        what="a position sees the keys of {mask} only",
+        symptom="right in the first chunk, wrong from a multiple of its length on",
+        fix="a chunk of the prompt attends to all chunks before it as well",
+        seen="prefill in chunks whose mask is made for each chunk by itself",
+        parameters={"mask": tuple(f"its own chunk of {n}" for n in _CHUNKS)},
+    ),
+)

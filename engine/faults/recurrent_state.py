@@ -1,0 +1,170 @@
+"""Faults of what recurrent layers carry along: a state that each pass begins anew, or that another sequence has left."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from ..backend import Array, module_of
+from ..ggml_ops.params import on_host
+from ..graph import PASSES, Read, State, Step, View, name_of, read_as
+from ..inapplicable import NotApplicable
+from ..lift.node import Operand
+from .base import AT, COPY, Fault, Parameters, Steps
+from .edits import ggml
+
+_STATES = {"GATED_DELTA_NET": 5, "SSM_SCAN": 0, "RWKV_WKV6": 5, "RWKV_WKV7": 6}  # which operand is the state
+_SCANS = tuple(_STATES)
+_CONVOLUTION = ("SSM_CONV",)
+_JOINS = ("CONCAT",)  # a convolution's inputs: what is left of the pass before, then this pass's
+
+
+@dataclass(frozen=True)
+class _ByPass:
+    """An operation computed for each pass by itself, as if nothing had been before. `at` is where the inputs say the passes."""
+
+    op: Callable[..., Array]
+    at: int
+
+    def passes(self, inputs: Sequence[Any]) -> tuple[list[Any], list[tuple[int, int, int]]]:
+        """The operation's own inputs, and each pass: its number, its first row and the one behind its last."""
+        passes = inputs[self.at]
+        own = [value for number, value in enumerate(inputs) if number != self.at]
+        numbers, starts = np.unique(on_host(passes), return_index=True)
+        ends = [*starts[1:].tolist(), len(passes)]
+        return own, list(zip(numbers.tolist(), starts.tolist(), ends, strict=True))
+
+
+@dataclass(frozen=True)
+class _ScanByPass(_ByPass):
+    """A scan, whose result is the rows, then the state that it leaves."""
+
+    state: int
+
+    def __call__(self, *inputs: Any, operands: tuple[Operand | None, ...], **params: Any) -> Array:
+        """All rows, then the last pass's state."""
+        own, each = self.passes(inputs)
+        rows, left = [], None
+        for number, begin, end in each:
+            part = [_rows(value, place, operands, begin, end) for place, value in enumerate(own)]
+            if number > 0:
+                part[self.state] = part[self.state] * 0
+            made = self.op(*part, operands=operands, **params)
+            size = own[self.state].size
+            rows.append(made.reshape(-1)[:-size])
+            left = (made.reshape(-1)[-size:], made)
+        assert left is not None
+        flat = module_of(left[0]).concatenate([*rows, left[0]])
+        return flat.reshape(_joined(left[1].shape, flat.size))
+
+
+def _joined(shape: tuple[int, ...], size: int) -> tuple[int, ...]:
+    """The shape of all rows, where the first dimension that is not 1 grows with them."""
+    place = next((place for place, n in enumerate(shape) if n != 1), len(shape) - 1)
+    rest = int(np.prod(shape[place + 1 :], dtype=np.int64))
+    return (*shape[:place], size // rest, *shape[place + 1 :])
+
+
+def _rows(value: Any, place: int, operands: tuple[Operand | None, ...], begin: int, end: int) -> Any:
+    """The rows of one pass, of an input that has rows."""
+    operand = next((one for one in operands if one is not None and one.index == place), None)
+    axis = None if operand is None else next((axis for axis, size in enumerate(operand.whole) if size.tokens), None)
+    return value if axis is None else value[(slice(None),) * axis + (slice(begin, end),)]
+
+
+@dataclass(frozen=True)
+class _ConvolutionByPass(_ByPass):
+    """A convolution over [·, T + taps − 1], the first columns of which are of the pass before."""
+
+    def __call__(self, *inputs: Any, **params: Any) -> Array:
+        """All rows."""
+        own, each = self.passes(inputs)
+        x, weight, *rest = own
+        before = weight.shape[-1] - 1
+        made = []
+        for number, begin, end in each:
+            part = x[..., begin : end + before].copy()
+            if number > 0:
+                part[..., :before] = 0
+            made.append(self.op(part, weight, *rest, **params))
+        return module_of(x).concatenate(made)
+
+
+def _not_carried(step: Step, _right: Steps, _parameters: Parameters) -> Step:
+    if ggml(step, *_CONVOLUTION):
+        return replace(step, op=_ConvolutionByPass(step.op, len(step.reads)), reads=(*step.reads, PASSES))
+    if not ggml(step, *_SCANS):
+        raise NotApplicable(f"{step.makes} keeps no state")
+    state = step.params["operands"][_STATES[step.op.name]].index  # type: ignore[attr-defined]
+    return replace(step, op=_ScanByPass(step.op, len(step.reads), state), reads=(*step.reads, PASSES))
+
+
+def _left_behind(step: Step, right: Steps, _parameters: Parameters) -> Step | Sequence[Step]:
+    """The whole model once more in front, and its last states where the second run's would begin with zeros."""
+    states = {
+        name: read.of for name, other in right.items() for read in other.reads if isinstance(read, State) and name != read.of
+    }
+    if not states:
+        raise NotApplicable("the model keeps no state")
+    if step.makes == next(iter(right)):
+        return [*_copies(right, set(states.values())), step]
+    if not any(name_of(read) in states for read in step.reads if isinstance(read, View)):
+        return step
+    reads = tuple(_of_the_copy(read, states) for read in step.reads)
+    return replace(step, reads=reads)
+
+
+def _of_the_copy(read: Read, states: dict[str, str]) -> Read:
+    return read_as(read, states[name_of(read)] + COPY) if isinstance(read, View) and name_of(read) in states else read
+
+
+def _copies(right: Steps, ends: set[str]) -> list[Step]:
+    """Copies of the steps that lead to some values, in their order."""
+    needed: set[str] = set()
+    waiting = list(ends)
+    while waiting:
+        name = waiting.pop()
+        if name in right and name not in needed:
+            needed.add(name)
+            waiting += right[name].names
+    return [
+        replace(
+            other,
+            makes=name + COPY,
+            inner=True,
+            reads=tuple(_named_as_copied(read, needed) for read in other.reads),
+        )
+        for name, other in right.items()
+        if name in needed
+    ]
+
+
+def _named_as_copied(read: Read, copied: set[str]) -> Read:
+    return read_as(read, name_of(read) + COPY) if name_of(read) in copied and not isinstance(read, State) else read
+
+
+FAULTS = (
+    Fault(
+        name="state-not-carried",
+        kinds=(*_SCANS, *_CONVOLUTION),
+        change=_not_carried,
+        what="each forward pass begins with an empty state, in {at}",
+        symptom="prefill right, decode wrong from its first step on",
+        fix="keep the scan's state and the convolution's last inputs from pass to pass",
+        seen="states that are allocated anew for each batch; a convolution that pads with zeros in decode",
+        parameters={AT: ((*_SCANS, *_CONVOLUTION), _SCANS, _CONVOLUTION)},
+        says={(*_SCANS, *_CONVOLUTION): "scans and convolutions", _SCANS: "scans", _CONVOLUTION: "convolutions"},
+    ),
+    Fault(
+        name="state-of-other-sequence",
+        kinds=("embd", *_JOINS, *_SCANS),
+        change=_left_behind,
+        what="the prompt begins with the state that the same prompt has left before, not with an empty one",
+        symptom="wrong from position 0 on in layers with a state, right in a fresh process",
+        fix="set states and convolutions to zero when a sequence begins",
+        seen="warm-up runs and second requests of servers",
+        whole=True,
+        once=True,
+    ),
+)

@@ -1,0 +1,143 @@
+"""Faults of the rotations that only ggml's operation computes: YaRN, long contexts' frequency factors, sections of several positions."""
+
+from dataclasses import replace
+from math import log
+
+from ..backend import Array, module_of
+from ..graph import Step
+from ..inapplicable import NotApplicable
+from .base import AT, Fault, Parameters, Steps
+from .edits import integer, number, require, with_values
+from .rotation import ROTATED, at_positions, both, both_then_each
+
+# ggml's op_params of ROPE: integers, then floats.
+_MODE, _CONTEXT, _FIRST_SECTION = 2, 4, 11
+_SCALE, _MIX, _MAGNITUDE, _FAST, _SLOW = 6, 7, 8, 9, 10
+_SIDE_BY_SIDE, _INTERLEAVED = 8, 40  # GGML_ROPE_TYPE_MROPE, GGML_ROPE_TYPE_IMROPE
+_SECTIONS = 4
+
+
+def _yarn(step: Step, _right: Steps, parameters: Parameters) -> Step:
+    require(step, "ROPE")
+    scale, mix, magnitude = number(step, _SCALE), number(step, _MIX), number(step, _MAGNITUDE)
+    if mix == 0 or scale in (0.0, 1.0):
+        raise NotApplicable(f"{step.makes} has no YaRN")
+    grown = 1.0 + 0.1 * log(1.0 / scale)  # what ggml multiplies cos and sin with besides (rope_yarn)
+    context, fast, slow = integer(step, _CONTEXT), number(step, _FAST), number(step, _SLOW)
+    changes: dict[str, dict[int, int | float]] = {
+        "ignored": {_SCALE: 1.0, _MIX: 0.0, _MAGNITUDE: 1.0},
+        "used without its ramp: every frequency is interpolated": {_MIX: 0.0, _MAGNITUDE: magnitude * grown},
+        "used without its ramp and magnitude: linear interpolation": {_MIX: 0.0, _MAGNITUDE: 1.0},
+        "used without its factor: the magnitude alone": {_SCALE: 1.0, _MIX: 0.0, _MAGNITUDE: magnitude * grown},
+        "used without its magnitude": {_MAGNITUDE: 1.0 / grown},
+        "used with its magnitude squared": {_MAGNITUDE: magnitude**2 * grown},
+        "used with β fast and β slow exchanged": {_FAST: slow, _SLOW: fast},
+        "used with a ramp by the extended context, not the original one": {_CONTEXT: round(context / scale)},
+    }
+    return with_values(step, changes[parameters["yarn"]])
+
+
+_YARN = (
+    "ignored",
+    "used without its ramp: every frequency is interpolated",
+    "used without its ramp and magnitude: linear interpolation",
+    "used without its factor: the magnitude alone",
+    "used without its magnitude",
+    "used with its magnitude squared",
+    "used with β fast and β slow exchanged",
+    "used with a ramp by the extended context, not the original one",
+)
+
+
+def _magnitude(step: Step, _right: Steps, parameters: Parameters) -> Step:
+    require(step, "ROPE")
+    magnitude = number(step, _MAGNITUDE)
+    if magnitude == 1 or number(step, _MIX) != 0:
+        raise NotApplicable(f"{step.makes} multiplies by no magnitude of its own")
+    return with_values(step, {_MAGNITUDE: 1.0 if parameters["magnitude"] == "left out" else magnitude**2})
+
+
+def _other_factors(step: Step, _right: Steps, _parameters: Parameters) -> Step:
+    """Long contexts' factors for short ones', or the other way round."""
+    others = {"rope_factors_short": "rope_factors_long", "rope_factors_long": "rope_factors_short"}
+    weights = list(step.weights)
+    for place, weight in enumerate(weights):
+        name = next((name for name in others if isinstance(weight, str) and name in weight), None)
+        if name is not None:
+            weights[place] = str(weight).replace(name, others[name])
+    if weights == list(step.weights):
+        raise NotApplicable(f"{step.makes} has no factors for two lengths")
+    return replace(step, weights=tuple(weights))
+
+
+def _time_alone(positions: Array) -> Array:
+    """Positions whose sections of height and width are 0: [4 · T]."""
+    sections = module_of(positions).zeros_like(positions).reshape(_SECTIONS, -1)
+    sections[0] = positions.reshape(_SECTIONS, -1)[0]
+    moved: Array = sections.reshape(positions.shape)
+    return moved
+
+
+def _sections(step: Step, _right: Steps, parameters: Parameters) -> Step:
+    mode = integer(require(step, "ROPE"), _MODE)
+    if mode not in (_SIDE_BY_SIDE, _INTERLEAVED):
+        raise NotApplicable(f"{step.makes} has no sections")
+    if parameters["sections"] == "only time's section is rotated":
+        return at_positions(step, _time_alone)
+    if parameters["sections"] == "the sections of time and width are exchanged":
+        first, last = integer(step, _FIRST_SECTION), integer(step, _FIRST_SECTION + 2)
+        return with_values(step, {_FIRST_SECTION: last, _FIRST_SECTION + 2: first})
+    return with_values(step, {_MODE: _INTERLEAVED if mode == _SIDE_BY_SIDE else _SIDE_BY_SIDE})
+
+
+_LATER = "position 0 is right, later ones are wrong"
+
+FAULTS = (
+    Fault(
+        name="yarn",
+        kinds=ROTATED,
+        change=_yarn,
+        what="YaRN is {yarn}, on {at}",
+        symptom="position 0 is right or wrong by one factor, later ones are wrong",
+        fix="mix interpolated and plain angles by the ramp of β, and multiply cos and sin by 1 + 0.1 · ln(factor), once",
+        seen="engines that know linear scaling only; magnitudes applied by attention as well",
+        parameters={"yarn": _YARN, AT: both_then_each},
+    ),
+    Fault(
+        name="rope-magnitude",
+        kinds=ROTATED,
+        change=_magnitude,
+        what="the magnitude of the scaled rotation is {magnitude}, on {at}",
+        symptom="wrong from position 1 on, scores too small or too large by one factor",
+        fix="multiply cos and sin by rope.scaling.attn_factor, once: for queries and for keys",
+        seen="longrope read as frequency factors alone",
+        parameters={"magnitude": ("left out", "squared"), AT: both},
+    ),
+    Fault(
+        name="rope-factors-of-other-length",
+        kinds=ROTATED,
+        change=_other_factors,
+        what="the frequency factors for long contexts are used for a short one, or the other way round, on {at}",
+        symptom=_LATER,
+        fix="rope_factors_short while the context is at most the original one, rope_factors_long beyond",
+        seen="Phi-3 ports that look at the model's context, not at their own",
+        parameters={AT: both},
+    ),
+    Fault(
+        name="rope-sections",
+        kinds=ROTATED,
+        change=_sections,
+        what="the sections of the rotation are wrong: {sections}, on {at}",
+        symptom=_LATER,
+        fix="text has one position for time, height and width; the fourth section is 0; sections lie side by side, or in turn",
+        seen="Qwen2-VL code that loads Qwen3-VL or Qwen3.5; text as if it were an image's first row",
+        parameters={
+            "sections": (
+                "only time's section is rotated",
+                "in turn for side by side, or the other way round",
+                "the sections of time and width are exchanged",
+            ),
+            AT: both,
+        },
+    ),
+)

@@ -1,0 +1,79 @@
+"""`diff` without a model and without a declared arithmetic: noise of 8-bit activations is told from faults."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from planted import Faulty, Planted, tokens_of
+
+from checkpoints.answers.diff import Verdict
+from checkpoints.record import Dump
+from engine.faults import CATALOGUE
+from engine.replay.precision import rounded
+from parity.diff.compare import Options, compare
+from reports.sentences import answer
+
+RIGHT = Planted(())
+
+
+@pytest.fixture(scope="module")
+def engine(synthetic: Callable[..., Path]) -> Faulty:
+    """Six layers of random weights."""
+    return Faulty(synthetic(layers=6, width=128, heads=4, kv_heads=2, ff=192))
+
+
+def told(engine: Faulty, planted: Planted = RIGHT, **asked: Any) -> Verdict:
+    """What `diff` says of an engine that does not say its arithmetic, against the right one in float32."""
+    tokens = tokens_of(engine.model, 7, seed=4)
+    points, strict = asked.pop("points", "default"), asked.pop("strict", False)
+    right = engine.dump(RIGHT, tokens, points=points, size=1 << 20, bare=False)
+    return compare(_bare(engine.dump(planted, tokens, points=points, **asked)), right, Options(strict=strict))
+
+
+def _bare(dump: Dump) -> Dump:
+    assert dump.header is not None
+    return replace(dump, header=replace(dump.header, compute="", mode="", source="an engine"))
+
+
+@pytest.mark.parametrize("points", ["default", "all"])
+@pytest.mark.parametrize("size", [10, 16, 1 << 20])
+def test_undeclared_8_bit_activations_are_an_assumption(engine: Faulty, points: str, size: int) -> None:
+    """An engine that multiplies 8-bit activations, and does not say so, agrees as 8-bit arithmetic: assumed, in the first words."""
+    found = told(engine, points=points, size=size, steps=rounded(engine.right, "q8", storage=False))
+    assert found
+    assert found.precision is not None
+    assert found.precision.assumed
+    assert found.precision.arithmetic in ("bf16", "q8", "")
+    assert found.precision.in_float32
+    assert "assumed" in answer(found).partition(":")[0]
+    if found.limits.operations > 1e-3:
+        assert "--compute q8" in found.limits.source
+
+
+def test_strict_assumes_nothing(engine: Faulty) -> None:
+    """--strict judges the same dump by the looser types' limits only where the table has them."""
+    found = told(engine, strict=True, steps=rounded(engine.right, "q8", storage=False))
+    assert found.limits.operations < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "layers"),
+    [
+        ("rope-pairs", {}, None),
+        ("rope-pairs", {}, (3,)),
+        ("attn-scale", {}, None),
+        ("residual-missing", {"at": ("l_out",)}, (2,)),
+        ("gqa-modulo", {}, None),
+        ("norm-epsilon", {"eps": 1e-1, "at": ("attn_norm", "ffn_norm")}, None),
+    ],
+)
+def test_faults_are_no_8_bit_arithmetic(
+    engine: Faulty, name: str, parameters: dict[str, Any], layers: tuple[int, ...] | None
+) -> None:
+    """A fault that leaves a position or a layer right, or is far larger, or is another scale: a divergence, and no suspicion."""
+    parameters = CATALOGUE[name].variants({step.makes: step for step in engine.right})[0] | parameters
+    found = told(engine, Planted(((name, parameters, layers),)))
+    assert not found
+    assert found.pattern is None or found.pattern.code != "eight-bits"
