@@ -5,6 +5,7 @@ base64 of little-endian integers. `templates/report.js` reads the same code.
 """
 
 import base64
+from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 
@@ -14,7 +15,9 @@ from numpy.typing import NDArray
 from checkpoints.answers.diff import Verdict
 from checkpoints.answers.picture import Grid, Picture, Spread
 from checkpoints.points import parse
+from checkpoints.record import Dump
 
+from .flow import flows
 from .numbers import clean, token
 
 UNKNOWN, ZERO, FIRST, INFINITE = 0, 1, 2, 65535
@@ -46,14 +49,15 @@ def decode(codes: NDArray[np.uint16]) -> NDArray[np.float64]:
     return values
 
 
-def figures(verdict: Verdict, picture: Picture) -> dict[str, Any]:
-    """Everything that `templates/report.js` draws; NaN and infinities are null."""
+def figures(verdict: Verdict, picture: Picture, sides: Sequence[Dump] = ()) -> dict[str, Any]:
+    """Everything that `templates/report.js` draws; NaN and infinities are null. `sides` are the dumps, for their dataflow."""
     grid = picture.grid
     first = verdict.first_divergence
     truth = {point.checkpoint: point for point in verdict.truth_points}
     return {
         "code": {"first": FIRST, "steps": _STEPS, "decades": DECADES},
         "grid": _grid(grid),
+        "flow": flows(verdict, grid.points, sides),
         "mark": _mark(grid, first.checkpoint, first.seq, first.token_idx) if first is not None else None,
         "points": [
             {

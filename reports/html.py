@@ -41,7 +41,7 @@ def html(report: Report) -> str:
         prompt=text,
         prompt_tokens=tokens,
         run=how_it_was_run(report),
-        figures=figures(verdict, report.picture),
+        figures=figures(verdict, report.picture, (report.ref, report.ours)),
     )
 
 

@@ -28,8 +28,8 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Faulty:
 
 
 def _other_order(x: Array, weight: Array, bias: Array | None = None) -> Array:
-    made = np.einsum("ti,oi->to", x[:, ::-1], weight[:, ::-1], optimize=False)
-    return made if bias is None else made + bias
+    product = np.einsum("ti,oi->to", x[:, ::-1], weight[:, ::-1], optimize=False)
+    return product if bias is None else product + bias
 
 
 def _values(transformer: Transformer, steps: list[Step] | None = None) -> dict[str, Array]:
@@ -96,9 +96,9 @@ def test_what_was_not_recorded_of_this_sequence_is_not_judged(engine: Faulty) ->
     values = rows.values.copy()
     values[1, 3] = np.nan
     odd = replace(rows, values=values, token_idx=rows.token_idx + np.array([0] * 7 + [5]), seq=np.array([1] + [0] * 7))
-    found = arbiter.distances({"blk.0.l_out": odd, "blk.0.unknown": rows})
-    assert list(found) == ["blk.0.l_out"]
-    distance = found["blk.0.l_out"]
+    distances = arbiter.distances({"blk.0.l_out": odd, "blk.0.unknown": rows})
+    assert list(distances) == ["blk.0.l_out"]
+    distance = distances["blk.0.l_out"]
     assert np.isnan(distance[[0, 7]]).all()
     assert np.isinf(distance[1])
     assert (distance[2:7] < 1e-11).all()
@@ -121,8 +121,8 @@ def test_a_limit_is_raised_at_the_position_where_the_reference_is_far_from_the_t
     distance = np.array([1e-14, 1e-13, 3e-14, 2e-11, np.nan, 1e-13])
     limit = np.array([1e-10, 1e-10, 1e-10, 1e-10, 1e-9, 1e-10])
     nmse, fine = np.full(6, 5e-10), np.zeros(6, np.bool_)
-    found = raised(nmse, limit, distance, point, np.zeros(6, np.int64), token_idx, fine)
-    assert found.tolist() == [1e-10, 1e-10, 1e-10, MULTIPLE * 2e-11, 1e-9, MULTIPLE * 2e-11]
+    limits = raised(nmse, limit, distance, point, np.zeros(6, np.int64), token_idx, fine)
+    assert limits.tolist() == [1e-10, 1e-10, 1e-10, MULTIPLE * 2e-11, 1e-9, MULTIPLE * 2e-11]
 
 
 def test_a_coarse_reference_raises_limits_by_less_and_further_up() -> None:
@@ -130,6 +130,6 @@ def test_a_coarse_reference_raises_limits_by_less_and_further_up() -> None:
     point, token_idx = np.array([0, 1, 2]), np.zeros(3, np.int64)
     distance, limit = np.array([1e-14, 2e-7, 3e-7]), np.full(3, 1e-10)
     nmse = np.full(3, 6e-7)
-    found = raised(nmse, limit, distance, point, token_idx, token_idx, np.array([False, True, True]))
-    assert found.tolist() == [1e-10, COARSE_MULTIPLE * 2e-7, COARSE_MULTIPLE * 3e-7]
+    limits = raised(nmse, limit, distance, point, token_idx, token_idx, np.array([False, True, True]))
+    assert limits.tolist() == [1e-10, COARSE_MULTIPLE * 2e-7, COARSE_MULTIPLE * 3e-7]
     assert raised(nmse, limit, distance, point, token_idx, token_idx, np.zeros(3, np.bool_)).tolist() == limit.tolist()

@@ -92,7 +92,7 @@ def _miscounted(dump: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "said"),
+    ("damage", "message"),
     [
         (_other_identity, "the arrays of a dump other than"),
         (_short, "cannot read"),
@@ -102,12 +102,12 @@ def _miscounted(dump: Path) -> None:
     ],
 )
 def test_files_that_do_not_belong_together_are_one_line(
-    parity: Cli, tmp_path: Path, damage: Callable[[Path], None], said: str
+    parity: Cli, tmp_path: Path, damage: Callable[[Path], None], message: str
 ) -> None:
     """A missing, damaged, foreign or miscounted file of arrays is refused in one line with exit code 2."""
     _, arrays = both_ways(parity, tmp_path)
     damage(arrays)
-    with pytest.raises(DumpError, match=said):
+    with pytest.raises(DumpError, match=message):
         load(arrays)
     assert parity("lint", arrays).code == 2
 

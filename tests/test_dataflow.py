@@ -30,17 +30,17 @@ PARALLEL = {
 
 def test_the_vocabularys_order() -> None:
     """Branches that have not met do not read each other; residual sums read both of their operands."""
-    made = of_vocabulary(["blk.1.l_out"], 2).made
-    assert made["blk.0.kq"].reads == ("blk.0.q_rope", "blk.0.k_rope")
-    assert made["blk.0.kqv_out"].reads == ("blk.0.v", "blk.0.kq_soft_max")
-    assert made["blk.0.ffn_swiglu"].reads == ("blk.0.ffn_gate", "blk.0.ffn_up")
-    assert made["blk.1.ffn_inp"].reads == ("blk.1.attn_out", "blk.0.l_out")
-    assert made["blk.1.l_out"].reads == ("blk.1.ffn_out", "blk.1.ffn_inp")
-    assert made["output_norm"].reads == ("blk.1.l_out",)
-    place = {name: number for number, name in enumerate(made)}
-    assert all(place[other] < place[name] for name, how in made.items() for other in how.reads)
+    origins = of_vocabulary(["blk.1.l_out"], 2).made
+    assert origins["blk.0.kq"].reads == ("blk.0.q_rope", "blk.0.k_rope")
+    assert origins["blk.0.kqv_out"].reads == ("blk.0.v", "blk.0.kq_soft_max")
+    assert origins["blk.0.ffn_swiglu"].reads == ("blk.0.ffn_gate", "blk.0.ffn_up")
+    assert origins["blk.1.ffn_inp"].reads == ("blk.1.attn_out", "blk.0.l_out")
+    assert origins["blk.1.l_out"].reads == ("blk.1.ffn_out", "blk.1.ffn_inp")
+    assert origins["output_norm"].reads == ("blk.1.l_out",)
+    place = {name: number for number, name in enumerate(origins)}
+    assert all(place[other] < place[name] for name, how in origins.items() for other in how.reads)
     optional = {kind.name for kind in LAYER_KINDS if kind.optional}
-    assert not optional & {name.rpartition(".")[2] for name in made}
+    assert not optional & {name.rpartition(".")[2] for name in origins}
     assert of_vocabulary(["blk.0.q_norm"], 1).made["blk.0.q_rope"].reads == ("blk.0.q_norm",)
 
 
@@ -100,7 +100,7 @@ def test_llama_cpps_graph(tmp_path: Path) -> None:
     assert whole.made["blk.7.k_read"] == Made(CACHE, ("blk.7.k_rope",))
     assert whole.made["blk.7.attn_out"].weights == ("blk.7.attn_output.weight",)
     every = tuple(name for name in of_vocabulary([], 24).made)
-    parents = [{name: sorted(found) for name, found in model.parents.items()} for model in (flow(every, whole), flow(every))]
+    parents = [{name: sorted(names) for name, names in model.parents.items()} for model in (flow(every, whole), flow(every))]
     assert parents[0] == parents[1]
     unread = {name for name, readers in whole.readers.items() if not readers}
     assert unread == {"logits"}

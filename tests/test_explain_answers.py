@@ -259,6 +259,35 @@ def test_a_number_at_one_operation_is_a_cause(engine: Faulty, change: Callable[[
     assert found.causes[0].named.parameters["by"] in (1.002, 0.01)
 
 
+@pytest.mark.slow
+def test_a_number_of_the_first_layer_is_not_said_of_all(engine: Faulty) -> None:
+    """Keys scaled in layer 0 alone: what explains that layer in all layers explains a part, and no part is a cause."""
+    found = explain(edited(engine, "blk.0.k_rope", lambda x: x * np.float32(0.65), "default"), engine.model, _PATIENT)
+    assert found.remaining is None
+    assert [cause.named.layers for cause in found.causes] == [(0,)]
+
+
+@pytest.mark.slow
+def test_what_two_elements_hold_is_no_lower_arithmetic(engine: Faulty) -> None:
+    """Two small elements are exchanged in all layers: an error of the size of 8-bit noise that lies in two of all elements."""
+
+    def swapped(step: Step) -> Step:
+        def op(*inputs: Any, **params: Any) -> Array:
+            made = step.op(*inputs, **params)
+            made[:, [3, 5]] += np.float32(0.01) * np.array([1, -1], np.float32)
+            return made
+
+        return replace(step, op=op) if step.makes.endswith("ffn_out") else step
+
+    found = explain(
+        unstated(engine.dump(RIGHT, PROMPT, steps=[swapped(step) for step in engine.right])),
+        engine.model,
+        ExplainOptions(budget=5.0),
+    )
+    assert not found
+    assert (found.precision_only, names(found)) == ("", [])
+
+
 def test_what_was_not_seen_is_not_said_to_agree(engine: Faulty) -> None:
     """Zero behind the recorded values: the next point differs, and the one in front of it was seen in part."""
     found = explain(edited(engine, "blk.1.ffn_out", _cut, size=16), engine.model, ExplainOptions(budget=5.0))
@@ -308,6 +337,7 @@ def test_nan_under_the_mask_is_no_second_fault(engine: Faulty) -> None:
     assert [(origin.first.checkpoint, origin.positions) for origin in verdict.origins] == [("blk.1.v", (3,))]
 
 
+@pytest.mark.slow
 def test_an_error_that_grows_is_no_edge(engine: Faulty) -> None:
     """An error in proportion to the position passes the limit somewhere: no window begins there, and no element alone is wrong."""
 

@@ -139,6 +139,8 @@ CASES: list[Case] = [
     ("ARGSORT", [ids(6, 16, below=4).astype(np.float32)], (1, 1, 6, 16), (1,)),
     ("TOP_K", [normal(3, 100)], (1, 1, 3, 7), ()),
     ("TOP_K", [normal(3, 100)], (1, 1, 3, 1), ()),
+    ("TOP_K", [np.maximum(normal(40, 33), 0)], (1, 1, 40, 20), ()),  # as many are 0 as not
+    ("TOP_K", [ids(40, 33, below=5).astype(np.float32)], (1, 1, 40, 7), ()),
     ("LEAKY_RELU", [normal(3, 8)], (1, 1, 3, 8), packed(0.1)),
     ("FILL", [normal(3, 8)], (1, 1, 3, 8), packed(-2.5)),
     ("SSM_CONV", [normal(2, 8, 9), normal(8, 4)], (1, 2, 6, 8), ()),

@@ -137,6 +137,24 @@ def test_an_encoder_decoder(parity: Cli, small_model: Make) -> None:
     }
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["deepseek32", "glm-dsa"])
+def test_sparse_attention(parity: Cli, small_model: Make, name: str) -> None:
+    """An indexer chooses eight of the cached positions, also where scores that a ReLU made 0 tie; of fewer it takes all."""
+    model = small_model(name, layers=2)
+    assert verdict(parity, model, "--tokens", ids(33), "--generate", "2")["verdict"] == "parity"
+    assert verdict(parity, model, "--tokens", ids(5))["verdict"] == "parity"
+
+
+@pytest.mark.slow
+def test_a_choice_that_was_not_seen_is_refused(parity: Cli, small_model: Make) -> None:
+    """Where sparse attention takes everything that was cached when the graph was recorded, longer prompts are refused."""
+    model = small_model("deepseek32", layers=2, context=4096, settings={"attention.indexer.top_k": 600})
+    assert verdict(parity, model, "--tokens", ids(12))["verdict"] == "parity"
+    refused(parity("run", "--model", model, "--tokens", ids(513)), "known for 512")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["isolate", "consistency"])
 def test_what_has_no_encoder_decoders_says_so(parity: Cli, small_model: Make, command: str) -> None:
     """What judges passes one by one refuses a model of two kinds of passes in one line."""

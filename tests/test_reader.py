@@ -270,7 +270,7 @@ def test_many_lines_at_once_give_what_each_gives_alone(tmp_path: Path, lines: li
 
 def all_left(_: BulkParser, block: bytes) -> Taken:
     """No line is taken together with others."""
-    return Taken([], [], [], list(enumerate(block.split(b"\n")[:-1])))
+    return Taken([], [], np.zeros(0, np.int64), list(enumerate(block.split(b"\n")[:-1])))
 
 
 def fields_of(rows: Rows) -> list[object]:

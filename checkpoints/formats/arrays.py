@@ -49,14 +49,14 @@ def read(path: Path, mapping: Mapping) -> Dump:
             label, _, step = name.rpartition("/")
             label, number = (label, int(step)) if label and step.isdigit() else (name, 0)
             point, entry = mapping.entry(label)
-            made = rows_of(point, mapping.array(entry, array), number, sum(map(len, parts.get(point, []))))
-            if made is None:
+            rows = rows_of(point, mapping.array(entry, array), number, sum(map(len, parts.get(point, []))))
+            if rows is None:
                 notes.append(f"{name} has shape {list(array.shape)}, which is not rows of positions; left out")
             else:
-                parts.setdefault(point, []).append(made)
+                parts.setdefault(point, []).append(rows)
     if not parts:
         raise DumpError(f"{path} holds no array of activations.", "Name arrays by point: embd, blk.5.l_out.", code="no-records")
-    points = {name: Rows.stack(found) for name, found in parts.items()}
+    points = {name: Rows.stack(batches) for name, batches in parts.items()}
     return Dump(str(path), None, points, notes=(*notes, *unknown_names(points)))
 
 
@@ -114,9 +114,9 @@ def _arrays(file: Path) -> Iterator[tuple[str, NDArray[Any]]]:
         if file.suffix == ".safetensors":
             yield from safetensors(file)
         elif file.suffix == ".npz":
-            with np.load(file, allow_pickle=False) as found:
-                for name in found.files:
-                    yield name, np.asarray(found[name])  # bytes where a member is no array, which have no kind of ours
+            with np.load(file, allow_pickle=False) as archive:
+                for name in archive.files:
+                    yield name, np.asarray(archive[name])  # bytes where a member is no array, which have no kind of ours
         else:
             yield file.stem, np.load(file, mmap_mode="r", allow_pickle=False)
     except (
@@ -129,8 +129,8 @@ def _arrays(file: Path) -> Iterator[tuple[str, NDArray[Any]]]:
         OverflowError,
         SyntaxError,
     ) as error:
-        said = " ".join(str(error).split())[:100]
-        raise DumpError(f"cannot read {file}: {said}.", "Save it again.", code="array") from error
+        reason = " ".join(str(error).split())[:100]
+        raise DumpError(f"cannot read {file}: {reason}.", "Save it again.", code="array") from error
     except Exception as error:  # zlib and the header's parser have errors of their own
         raise DumpError(f"cannot read {file}: {type(error).__name__}.", "Save it again.", code="array") from error
 

@@ -6,6 +6,7 @@ from checkpoints.graph import WEIGHT, Size, Tensor
 
 from ..ggml_ops import OPERATIONS, OpParams
 from ..graph import POSITIONS, Read, RowsOf, Step, WeightPart
+from . import inputs
 from .attention import attended
 from .node import GgmlOperation, Operand
 from .operands import ONE, Unliftable, numpy_shape
@@ -20,8 +21,6 @@ def generic(lifter: "Lifter", index: int, tensor: Tensor) -> None:
     """A step of the node's own ggml operation."""
     if tensor.op not in OPERATIONS:
         raise Unliftable("it has no such operation")
-    if tensor.op == "TOP_K" and (source := tensor.sources[0]) is not None and not lifter.tensors[source].ne[0].constant:
-        raise Unliftable("it chooses among cached positions, of which llama.cpp's padding is a part")
     reads: list[Read] = []
     weights: list[str | RowsOf | WeightPart] = []
     operands_read: list[tuple[str, int, tuple[Size, ...], tuple[Size, ...] | None] | None] = []
@@ -37,8 +36,10 @@ def generic(lifter: "Lifter", index: int, tensor: Tensor) -> None:
             operands_read.append(None)
             continue
         if tensor.op == "FILL":  # the operand gives only its shape
-            operands_read.append(("read", len(reads), (lifter.t,), (lifter.t,)))
-            reads.append(POSITIONS)
+            cached = any(size.cached for size in tensor.ne)
+            lengths = (lifter.t, lifter.s) if cached else (lifter.t,)
+            operands_read.append(("read", len(reads), lengths, lengths))
+            reads.append(inputs.of_lengths(lifter) if cached else POSITIONS)
             continue
         if number in tensor.operand_points:
             operands_read.append(("read", len(reads), *_operand_point(lifter, index, tensor, number, reads)))
@@ -58,10 +59,16 @@ def generic(lifter: "Lifter", index: int, tensor: Tensor) -> None:
         None if entry is None else Operand(entry[1] + (len(reads) if entry[0] == "weight" else 0), entry[2], entry[3])
         for entry in operands_read
     )
-    params = {"params": OpParams(tensor.params, tensor.type), "operands": operands, "shape": shape, "result_shape": result_shape}
+    params = {
+        "params": OpParams(tensor.params, tensor.type),
+        "operands": operands,
+        "shape": shape,
+        "result_shape": result_shape,
+    }
     if positions is not None:
         params["positions"] = positions
-    inner = not tensor.point or (axis is None and len(result_shape) != 2)  # without a row for each position, or one for all
+    # Without a row for each position, or one for all; or llama.cpp's padding is a part of its rows.
+    inner = not tensor.point or (axis is None and len(result_shape) != 2) or lifter.memory.padded(index)
     lifter.make_rows(
         index,
         Step(lifter.name(index), GgmlOperation(tensor.op), tuple(reads), tuple(weights), params, axis=axis, inner=inner),

@@ -42,6 +42,12 @@ def read(lifter: "Lifter", index: int, tensor: Tensor) -> tuple[str, tuple[Size,
     return lifter.helper(Step(name, operation, reads, (), dict(rule.parameters), axis=axis, inner=True)), shape
 
 
+def of_lengths(lifter: "Lifter") -> str:
+    """A value that is only there to say how long pass and cache are: the causal mask, [T, S]."""
+    parameters = {"window": "causal", "size": 0}
+    return lifter.helper(Step("input.mask.causal.0", mask, (POSITIONS, lifter.keys), (), parameters, inner=True))
+
+
 def sections(positions: Array, *, sections: int, zeros: int) -> Array:
     """The positions of M-RoPE's sections, one behind the other: [T] -> [sections · T]; of text the last `zeros` are 0."""
     return np.concatenate([positions] * (sections - zeros) + [positions * 0] * zeros)

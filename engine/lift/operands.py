@@ -118,7 +118,7 @@ class Memory:
         tensor = self.tensors[index]
         ne = tensor.ne
         keys = ne[0].cached or (self._square and ne[0] == self.t)
-        if keys and ne[1] == self.t and ne[3] == ONE and (not tensor.point or of_scores(tensor.point)):
+        if keys and ne[1] == self.t and ne[3] == ONE and (not tensor.point or of_scores(tensor.point) or self.padded(index)):
             return (ne[2], ne[1], ne[0]), 1
         if self._single:
             return ((ONE, product(ne)), 0) if all(size.constant for size in ne) else (numpy_shape(ne), None)
@@ -129,6 +129,15 @@ class Memory:
         if all(size == ONE for size in ne[axis + 1 :]):
             return (ne[axis], product(ne[:axis])), 0
         return numpy_shape(ne), 3 - axis
+
+    def padded(self, index: int) -> bool:
+        """Whether llama.cpp's padding is a part of a value: its rows are as long as the cache and no scores, or name cells of it."""
+        tensor = self.tensors[index]
+        if tensor.op == "CONT" and (copied := tensor.sources[0]) is not None and self.tensors[copied].op == "TOP_K":
+            tensor = self.tensors[copied]
+        source = tensor.sources[0] if tensor.op == "TOP_K" else None
+        chosen = source is not None and bool(self.tensors[source].ne[0].cached)
+        return chosen or (tensor.kind == NODE and bool(tensor.ne[0].cached) and not of_scores(tensor.point))
 
     def whole(self, index: int) -> bool:
         """Whether a tensor shows all of its base's elements in their order."""

@@ -87,10 +87,10 @@ class _Consumers:
         pair = self._found.pairs[self._place[name]]
         ours, ref = (side.take(self._found.row[wrong]) for side in (pair.ours, pair.ref))
         allowed = Allowed.of(self._held.limit[wrong], self._found.measures.nmse[wrong], ours, ref)
-        found = reading(ours, ref, allowed, self._ref.points, self._head_size)
-        if found is None and (others := alike(name, ours, self._ours.points)):
+        layout = reading(ours, ref, allowed, self._ref.points, self._head_size)
+        if layout is None and (others := alike(name, ours, self._ours.points)):
             return Reading(MOMENT, f"it is {others[0]} of ours: captured late, or from the buffer of that")
-        return found
+        return layout
 
     def _decisions(self, name: str, wrong: Ints) -> list[bool] | None:
         """For each wrong record of a point, whether what is made from it decides; None where something made from it is wrong, too."""
@@ -116,18 +116,18 @@ class _Consumers:
 
     def _decided(self, name: str, record: int, children: tuple[str, ...]) -> bool | None:
         """Whether everything made from a record agrees and would not if it were wrong; None where something made from it is wrong."""
-        told = True
+        decided = True
         for child in children:
             other = self._record(child, record)
             if other is None:
-                told = False
+                decided = False
             elif self._otherwise[other]:
                 continue  # judged by what is made from it in turn
             elif self._held.failed[other]:
                 return None
             elif not self._telling(name, child, record, other):
-                told = False
-        return told
+                decided = False
+        return decided
 
     def _record(self, name: str, like: int) -> int | None:
         if name not in self._at:

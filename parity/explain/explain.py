@@ -160,7 +160,7 @@ def _needed(search: Search, best: State) -> State:
         state: State | None = search.screening.start()
         for candidate in best.faults:
             if candidate is not left_out and state is not None:
-                state = search.screening.check(state, candidate)
+                state = search.screening.reached(state, candidate)
         if state is not None and search.rank(state) < search.rank(best):
             best = state
     return best

@@ -307,6 +307,11 @@ def _moved(found: Beside) -> Iterator[str]:
         if found.holds(whole[found.rows][:, (found.index - by) % n]):
             yield f"element i is the right element i {'−' if by > 0 else '+'} {abs(by)}: the row is rolled"
             return
+    size = n // found.heads if found.heads else n
+    for by in (sign * step for step in range(1, min(_ROLLS, size - 1) + 1) for sign in (1, -1)) if size < n else ():
+        if found.holds(whole[found.rows][:, found.index // size * size + (found.index - by) % size]):
+            yield f"element i of each head is its right element i {'−' if by > 0 else '+'} {abs(by)}: each head is rolled"
+            return
     for by in (sign * step for step in range(1, _SHIFTS + 1) for sign in (-1, 1)):
         other = found.rows + by
         inside = (other >= 0) & (other < count)

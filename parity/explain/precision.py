@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from checkpoints.points import LOGITS, parse
+from checkpoints.points import LOGITS, of_scores, parse
 from engine.graph import Step
 from engine.replay.precision import ROUNDINGS, rounded
 from engine.replay.replay import Replay
@@ -19,6 +19,7 @@ KINDS = tuple(ROUNDINGS)
 # a point's mean lay between 0.09 times the floor of rounded products and 3.8 times that of rounded activations (both with sums
 # in F16, which our rounding does not copy), its largest single record at 35 times the latter at most.
 UPPER, LOWER = 30.0, 1 / 300.0
+TOGETHER = 6.0  # the mean of all points' ratios: above the largest of single ones, 3.8
 SINGLE = 100.0  # a single record against what its own activations cost when rounded
 # Of the records that rounding must have changed by at least this many times their limit, this part may be exactly right or so:
 # a single value can come out right by luck, a position or a point cannot.
@@ -26,6 +27,7 @@ VISIBLE, SPARED = 30.0, 0.01
 # Arithmetics that fit worse than the best by less than this (a factor of e of NMSE) cannot be told from it: F16 and TF32 keep eleven
 # bits alike and differ by less than 0.1, and a right engine's sums in F16 lay 0.5 from either; BF16 and 8-bit activations lie 1.1 to 2.8
 # apart (`parity.explain.precision.mismatch`, three lifted and three random models, seven arithmetics).
+_MANY = 10  # recorded elements of a row
 TOLD_APART, EQUAL = 1.0, 0.1
 
 
@@ -93,6 +95,8 @@ def fits(found: PrecisionFloor, entries: Sequence[Expected]) -> float | None:
     storage = np.maximum(products, np.concatenate([two for _, two in costs]))
     if not np.isfinite(base).all() or (base > SINGLE * np.maximum(storage, limit)).any():
         return None
+    if any(_concentrated(entry) for entry in entries):
+        return None
     visible = products > VISIBLE * limit
     if not visible.any() or (visible & (base <= limit)).sum() > SPARED * visible.sum():
         return None
@@ -108,6 +112,17 @@ def fits(found: PrecisionFloor, entries: Sequence[Expected]) -> float | None:
             for entry, (one, two) in zip(entries, costs, strict=True)
         ]
     )
+
+
+def _concentrated(entry: Expected) -> bool:
+    """Whether all but a tenth of a point's error lies in two of many recorded elements: rounding spreads it over all."""
+    right = entry.pair.ref.values.astype(np.float64)
+    if right.shape != entry.values.shape or right.shape[1] < _MANY or of_scores(entry.point):
+        return False
+    delta = np.where(entry.present & np.isfinite(entry.values), entry.values - right, 0.0)
+    columns = np.sort((delta**2 / entry.energy[:, None]).sum(axis=0))[::-1]
+    over = bool((entry.base > entry.limit).any())
+    return over and bool(columns[:2].sum() > 0.9 * columns.sum())
 
 
 def mismatch(points: Sequence[tuple[float, float, float]]) -> float:

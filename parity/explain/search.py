@@ -72,7 +72,7 @@ class Search:
         passed: list[Candidate] = []
         for candidate, (place, error) in screened(self.screening, state, layers, candidates):
             self._note(state, candidate, error)
-            if place is None or (state.first is not None and state.first < place):
+            if place is None or (state.first is not None and state.first < place) or self.screening.all_but_noise(state, error):
                 passed.append(candidate)
         return beyond(self.screening, state, passed)
 
@@ -122,7 +122,12 @@ class Search:
             scopes += [(layer,) for layer in layers] if len(layers) <= _FITTED_LAYERS else []
             scopes += [tuple(range(layers[-1], self.screening.n_layers))] if len(layers) == 1 and not begins else []
             for scope in scopes:
-                found += fitted(self.screening, state, scope)
+                mine = fitted(self.screening, state, scope)
+                # The number as it is in fewer layers: what holds in all of those that a point shows need not hold in all.
+                found += [
+                    *mine,
+                    *(other for one in sorted(mine, key=self.rank)[:_BEAM] for other in rescoped(self.screening, state, one)),
+                ]
                 if _whole(found) or self.screening.budget.over():
                     break
             self._stages[name] = sorted(found, key=self.rank)

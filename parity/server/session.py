@@ -119,10 +119,10 @@ def _compared(
         tuple(kept),
         limit,
     )
-    found: list[ServerCause] = list(causes(case)) if wrong is not None or heard.around or heard.tokenizer else []
+    found_causes: list[ServerCause] = list(causes(case)) if wrong is not None or heard.around or heard.tokenizer else []
     unfaithful = choices.unfaithful([asked for asked, _ in greedy])
-    if unfaithful and not found:
-        found.append(choices.cause([item for item in greedy if len(item[1])], heard.tokens, unfaithful))
+    if unfaithful and not found_causes:
+        found_causes.append(choices.cause([item for item in greedy if len(item[1])], heard.tokens, unfaithful))
     place = wrong or other
     prefix = heard.tokens[: place.position + 1] if place is not None else ()
     return ServerAnswer(
@@ -140,7 +140,7 @@ def _compared(
         seconds=0.0,
         first=wrong,
         first_choice=other,
-        causes=tuple(found),
+        causes=tuple(found_causes),
         unfaithful=unfaithful,
         prefix=prefix,
         next_command=_next(request.model, prefix) if wrong is not None else "",

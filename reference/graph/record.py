@@ -78,6 +78,9 @@ def record(model: Model, weights: Iterable[str], *, fingerprint: str, n_ctx: int
     single = None if same else _graph_of_one(singles, ggml, names, facts, several)
     # A window whose edge was not seen may be one of several kinds, which agree up to half of it.
     longest = None if crossed else max(window // 2, 1)
+    chooses_all = any(tensor.op == "TOP_K" and tensor.ne[0].cached for tensor in several.tensors)
+    if chooses_all:  # of what is cached; where it begins to choose was not seen
+        longest = min(longest or context, max(taken.cached for taken in (*grid, *proofs)))
     above = long_above(names, facts.get("rope.scaling.original_context_length") or facts.get("context_length"))
     return RecordedGraph(facts["general.architecture"], model.n_layers, fingerprint, several, single, longest, above)
 

@@ -176,6 +176,15 @@
 
   function draw() { drawSpreads(); drawMap(); drawAlong(); }
   draw();
+  // A point of the graph leads to its figures: its worst record in the map, and its row in the table.
+  drawFlow(data.flow, points, inks, (row) => {
+    const worst = d3.maxIndex(d3.range(columns), (c) => ofLimit[row * columns + c]);
+    tell([row, Math.max(worst, 0)]);
+    document.getElementById("map").focus();
+    document.getElementById("map-title").scrollIntoView();
+    document.querySelectorAll(".points tbody tr").forEach((tr, i) => tr.classList.toggle("chosen", i === row));
+    document.querySelectorAll(".points tbody tr")[row]?.scrollIntoView({ block: "nearest" });
+  });
   listen();
   let drawn = document.body.clientWidth;
   addEventListener("resize", () => requestAnimationFrame(() => {
