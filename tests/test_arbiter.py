@@ -1,5 +1,6 @@
 """The arbiter: the same steps in float64 say which of two sides is right, and how far float32 itself is from the truth."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,14 +12,15 @@ from planted import Faulty
 from checkpoints.record import Rows
 from engine import ops
 from engine.backend import Array, choose
-from engine.graph import Step
-from engine.replay.wide import WideWeights, wide_values
+from engine.graph import Step, compute
+from engine.replay.wide import WideWeights, entry_errors, is_looked_up, wide_values
 from engine.synth import Shape, synthesize
 from engine.transformer import Transformer
 from engine.weights.gguf_model import GgufModel
 from parity.arbiter.arbiter import Arbiter
 from parity.diff.limits import EXACT_FLOOR
 from parity.diff.truth import COARSE_MULTIPLE, MULTIPLE, raised
+from reference.client import Reference
 
 
 @pytest.fixture(scope="module")
@@ -133,3 +135,19 @@ def test_a_coarse_reference_raises_limits_by_less_and_further_up() -> None:
     limits = raised(nmse, limit, distance, point, token_idx, token_idx, np.array([False, True, True]))
     assert limits.tolist() == [1e-10, COARSE_MULTIPLE * 2e-7, COARSE_MULTIPLE * 3e-7]
     assert raised(nmse, limit, distance, point, token_idx, token_idx, np.zeros(3, np.bool_)).tolist() == limit.tolist()
+
+
+def test_the_neighbouring_entry_of_a_table(reference: Reference, small_model: Callable[..., Path]) -> None:
+    """A gated GELU looked up one float16 beside its argument lies within `entry_errors`, whose NMSE is a few millionths at most."""
+    model = small_model("gemma3", layers=1)
+    engine = Transformer(GgufModel(model), choose("numpy"), recorded=reference.graph(model))
+    step = next(step for step in engine.steps if is_looked_up(step))
+    rng = np.random.default_rng(5)
+    gate = rng.uniform(-2.5, 6, (3, 192))  # where the table has normal numbers
+    up = rng.standard_normal((3, 192))
+    allowed = entry_errors(step, [gate, up], engine.weights)
+    as_ggml = replace(step, params={**step.params, "params": replace(step.params["params"], rounds=True)})
+    here = compute(as_ggml, [gate, up], engine.weights)
+    for beside in (gate * (1 + 2**-11), gate * (1 - 2**-11)):
+        assert (abs(compute(as_ggml, [beside, up], engine.weights) - here) <= allowed).all()
+    assert 1e-7 < np.square(allowed).sum() / np.square(here).sum() < 1e-5

@@ -115,6 +115,10 @@ class _Model:
         """How far records are from float64 (`Truth`)."""
         return {} if self.truth is None else self.truth.distances(points)
 
+    def one_entry(self, points: Mapping[str, Rows]) -> dict[str, NDArray[np.float64]]:
+        """What one entry of a table makes of records (`Truth`)."""
+        return {} if self.truth is None else self.truth.one_entry(points)
+
     @property
     def coarse(self) -> frozenset[str]:
         """The points that the reference itself computes coarsely."""
