@@ -57,6 +57,12 @@ class Service:
     def _vocabulary(self, contents: Contents) -> Model:
         return self._model(contents.path, vocab_only=True)
 
+    def _computable_for(self, path: Path, tokens: tuple[int, ...], mode: str, threads: int | None) -> Model:
+        """The model that computes these tokens. Raises InputError for tokens that are not in its vocabulary."""
+        contents = twin.checked(self._library, path)
+        dump.check_tokens(self._vocabulary(contents), tokens)
+        return self._computable(contents, mode, threads)
+
     def _computable(self, contents: Contents, mode: str, threads: int | None) -> Model:
         if mode != EXACT:
             return self._model(contents.path)
@@ -118,9 +124,7 @@ class Service:
         item: Item,
     ) -> None:
         """See `client.Reference.capture`: items are (Node, float32 array)."""
-        contents = twin.checked(self._library, path)
-        dump.check_tokens(self._vocabulary(contents), tokens)
-        model = self._computable(contents, mode, threads)
+        model = self._computable_for(path, tokens, mode, threads)
         with Session(model, n_ctx=len(tokens), n_batch=len(tokens), kv_type=kv_type, threads=threads) as session:
             self._deliver(session, tokens, expression, model.n_layers, 0, item)
 
@@ -137,9 +141,7 @@ class Service:
         item: Item,
     ) -> None:
         """See `client.Reference.logits`: items are float32 arrays [n, V]."""
-        contents = twin.checked(self._library, path)
-        dump.check_tokens(self._vocabulary(contents), tokens)
-        model = self._computable(contents, mode, threads)
+        model = self._computable_for(path, tokens, mode, threads)
         batch = min(portion, len(tokens))
         with Session(model, n_ctx=len(tokens), n_batch=batch, kv_type=kv_type, threads=threads) as session:
             plans = plans_of(session, tokens[:portion])

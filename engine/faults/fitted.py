@@ -29,6 +29,8 @@ _SCALED = (
     "ffn_gate",
     "ffn_up",
     "ffn_swiglu",
+    "ffn_moe_down",
+    "ffn_moe_out",
     "ffn_out",
     "ffn_inp",
     "l_out",

@@ -21,6 +21,7 @@ from .budget import Budget
 from .noise import AUTO, allowed
 from .records import Expected, Ints, expected
 from .screening import Screening
+from .ties import resolved
 
 
 @dataclass(frozen=True)
@@ -81,9 +82,22 @@ class Case:
         same_experiment(self.dump, Dump("our engine", header, {}))
         self.arbiter = self.truth_of(self.transformer.steps)
         entries, notes = expected(self.dump, self.replay, self.positions, header)
+        self._arbiter_option = options.arbiter
         self.entries, noise = allowed(entries, self.replay, self.positions, self.arbiter, options.arbiter)
-        self.notes = (*self.dump.notes, *notes)
         self.noise = noise
+        self.notes = (*self.dump.notes, *notes, *resolved(self))
+
+    def compared(self, steps: Sequence[Step]) -> list[Expected]:
+        """The dump's records beside those of another list of steps."""
+        replay = self.make(steps, len(self.tokens))
+        entries, _ = expected(self.dump, replay, self.positions, self.header())
+        return allowed(entries, replay, self.positions, self.truth_of(steps), self._arbiter_option)[0]
+
+    def take(self, steps: Sequence[Step], entries: list[Expected]) -> None:
+        """Let another list of steps be the right engine."""
+        self.transformer.steps = list(steps)
+        self.replay, self.arbiter = self.make(steps, len(self.tokens)), self.truth_of(steps)
+        self.entries = entries
 
     @property
     def states_f32(self) -> bool:

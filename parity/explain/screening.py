@@ -11,10 +11,10 @@ from engine.graph import Step
 from engine.inapplicable import NotApplicable
 from engine.replay.replay import Replay
 
-from ..diff.truth import Truth
+from ..diff.truth import NO_COARSE_ROUNDING, Truth
 from .budget import Budget
 from .cone import Cone, cone
-from .noise import without_own_noise
+from .noise import EXPLAINED, without_own_noise
 from .records import Expected, Floats, Ints
 from .state import Candidate, Layers, RecordKey, Screened, State, Tried, key, shown_points, unchanged_steps
 
@@ -250,10 +250,21 @@ class Screening:
         if nmse is None:
             return None
         first = self._first(nmse)
-        if first is not None and (state.first is None or state.first < first):
+        if first is not None and (
+            state.first is None or state.first < first or self.all_but_noise(state, nmse[state.first.point])
+        ):
             nmse = without_own_noise(self.entries, state.nmse, nmse, steps, self.make_anew, self.positions, self._truth_of)
             first = self._first(nmse)
         return State((*state.faults, candidate), Planting(steps, self.number), nmse, first)
+
+    def all_but_noise(self, state: State, errors: Floats | float) -> bool:
+        """Whether so little is left at a state's first place that it may be the noise of the changed steps themselves."""
+        if state.first is None:
+            return False
+        here = self.entries[state.first.point].rows == state.first.row
+        before = float(state.nmse[state.first.point][here].max())
+        left = float(errors) if isinstance(errors, float) else float(errors[here].max())
+        return left * EXPLAINED <= before and left <= NO_COARSE_ROUNDING
 
     def make_anew(self, steps: Sequence[Step], rows: int) -> Replay:
         """A replay of these steps that takes nothing over from another one."""

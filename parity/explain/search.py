@@ -72,7 +72,7 @@ class Search:
         passed: list[Candidate] = []
         for candidate, (place, error) in screened(self.screening, state, layers, candidates):
             self._note(state, candidate, error)
-            if place is None or (state.first is not None and state.first < place):
+            if place is None or (state.first is not None and state.first < place) or self.screening.all_but_noise(state, error):
                 passed.append(candidate)
         return beyond(self.screening, state, passed)
 
