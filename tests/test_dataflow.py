@@ -13,6 +13,7 @@ from checkpoints.points import LAYER_KINDS, in_layer
 from checkpoints.reading.reader import read
 from parity.diff.compare import compare
 from parity.diff.dataflow import flow, ordered
+from parity.lint.lint import lint
 from parity.models.embedded import path as embedded
 from reference.client import Reference
 from reference.jobs import DumpJob
@@ -81,11 +82,14 @@ def test_any_architecture_by_its_own_graph() -> None:
 
 
 def test_a_damaged_header_falls_back() -> None:
-    """A dataflow that cannot be read costs a note, not the comparison."""
+    """A dataflow that cannot be read costs a note, from diff and lint, not the comparison."""
     ref = random()
     verdict = compare(dump(noisy(ref)), dump(ref, header=replace(HEADER, dataflow={"0": {"q": 1}})))
     assert verdict
     assert any("vocabulary's order" in note for note in verdict.notes)
+    assert any(
+        "dataflow is left out" in note for note in lint(dump(ref, header=replace(HEADER, dataflow={"0": {"q": 1}}))).notes
+    )
 
 
 def test_llama_cpps_graph(tmp_path: Path) -> None:

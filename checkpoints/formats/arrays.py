@@ -42,6 +42,10 @@ def read(path: Path, mapping: Mapping) -> Dump:
         DumpError: a file cannot be read, or there is no array that can be rows of positions.
     """
     files = sorted(file for file in path.iterdir() if file.suffix in _ENDINGS) if path.is_dir() else [path]
+    if len(files) > _MOST:
+        raise DumpError(f"{path} holds {len(files):,} files of arrays.", "Save fewer points.", code="array")
+    if sum(map(check_size, files)) > _LARGEST:
+        raise DumpError(f"the arrays of {path} are more than 1 GiB together.", "Save fewer positions or points.", code="array")
     parts: dict[str, list[Rows]] = {}
     notes: list[str] = []
     for file in files:
@@ -83,8 +87,8 @@ def rows_of(point: str, array: NDArray[Any], step: int = 0, first: int = 0) -> R
     return summarise(point, values, positions, step=step, decode=step > 0 and len(values) == 1, slice_size=None)
 
 
-def check_size(file: Path) -> None:
-    """Raises DumpError for what would fill the memory, a small archive of huge arrays too."""
+def check_size(file: Path) -> int:
+    """The bytes of a file's arrays. Raises DumpError for what would fill the memory, a small archive of huge arrays too."""
     try:
         status = file.stat()
         if not stat.S_ISREG(status.st_mode):
@@ -106,10 +110,10 @@ def check_size(file: Path) -> None:
         raise DumpError(f"cannot read {file}: {' '.join(str(error).split())[:100]}.", "Save it again.", code="array") from error
     if size > _LARGEST:
         raise DumpError(f"{file} holds more than 1 GiB.", "Save fewer positions or points, or single arrays.", code="array")
+    return size
 
 
 def _arrays(file: Path) -> Iterator[tuple[str, NDArray[Any]]]:
-    check_size(file)
     try:
         if file.suffix == ".safetensors":
             yield from safetensors(file)
