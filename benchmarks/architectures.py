@@ -97,7 +97,7 @@ def _measured(chosen: Recipe, prompts: Sequence[int], generate: int, folder: Pat
                 found = f"divergence at {verdict.first_divergence.checkpoint}, {count} tokens"
     except ParityError as error:
         return Row(chosen.name, f"refused: {error.message}", "", "")
-    return Row(chosen.name, found, f"{worst:.1e} at {where}, {compared:,} records", _consistent(model, prompts[0]))
+    return Row(chosen.name, found, f"{worst:.1e} at {where}, {compared:,} records", _consistent(model, max(prompts)))
 
 
 def _consistent(model: Path, count: int) -> str:

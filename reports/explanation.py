@@ -105,9 +105,9 @@ def _same(named: Named) -> str:
     return f"{named.fault}: {named.sentence}{layers_text(named.layers)}"
 
 
-def _arithmetic(kind: str, found: Explanation) -> str:
+def _arithmetic(kind: str, explanation: Explanation) -> str:
     """The arithmetic that fits best, and those that cannot be told from it."""
-    return " or ".join(_ARITHMETIC[one] for one in dict.fromkeys((kind, *found.precision_alike)))
+    return " or ".join(_ARITHMETIC[one] for one in dict.fromkeys((kind, *explanation.precision_alike)))
 
 
 def _precision(explanation: Explanation, width: int) -> list[Text]:

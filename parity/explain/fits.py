@@ -158,7 +158,7 @@ class Fitting:
             if not going or self._screening.budget.over():
                 break
             self._pass(going)
-        found: dict[str, _Trial] = {}
+        trials_of: dict[str, _Trial] = {}
         wanted = self._residual_of_state()
         for trial in sorted(trials, key=lambda one: one.best):
             if not np.isfinite(trial.best) or trial.best > _NEAR * float(wanted @ wanted):
@@ -166,8 +166,8 @@ class Fitting:
             at = next((at for at in (trial.best_at, *self._short(trial)) if self._passes(trial, at)), None)
             if at is not None:
                 trial.best_at = at
-                found.setdefault(f"{trial.fit.fault.name} {trial.parameters}", trial)
-        return list(found.values())
+                trials_of.setdefault(f"{trial.fit.fault.name} {trial.parameters}", trial)
+        return list(trials_of.values())
 
     def _short(self, trial: _Trial) -> Iterator[float]:
         """Round numbers near the fitted one: where an operation has steps (a table of F16) only the very number leaves nothing."""
@@ -229,18 +229,18 @@ class Fitting:
 
     def _passes(self, trial: _Trial, at: float) -> bool:
         """Whether a value leaves nothing at the first place."""
-        made = self._values([trial.candidate(at, self._layers)])[0]
-        if made is None:
+        value = self._values([trial.candidate(at, self._layers)])[0]
+        if value is None:
             return False
         entry, positions = self._screening.entries[self._point], self._screening.positions[: self._rows]
-        errors = entry.nmse(self._screening.backend.to_host(made), positions)
+        errors = entry.nmse(self._screening.backend.to_host(value), positions)
         here = entry.rows < self._rows
         return bool((errors[here] <= _SLACK * entry.limit[here]).all())
 
     def _pass(self, trials: Sequence[_Trial]) -> None:
         """One pass: what each trial's value leaves of the first place."""
-        made = self._values([trial.candidate(trial.at, self._layers) for trial in trials])
-        for trial, value in zip(trials, made, strict=True):
+        values = self._values([trial.candidate(trial.at, self._layers) for trial in trials])
+        for trial, value in zip(trials, values, strict=True):
             if value is None:
                 trial.done = True
             else:
@@ -264,15 +264,15 @@ class Fitting:
             return found
         self._screening.tried.count([candidates[number] for number in numbers])
         replay = self._screening.replay(self._state, self._rows)
-        made = replay.run_batch(edits, end, frozenset(), lambda _name, _values: (), self._screening.budget.over)
-        for number, values in zip(numbers, made, strict=True):
+        run = replay.run_batch(edits, end, frozenset(), lambda _name, _values: (), self._screening.budget.over)
+        for number, values in zip(numbers, run, strict=True):
             found[number] = values.get(name) if values else None
         return found
 
-    def _residual(self, made: Array) -> Floats:
+    def _residual(self, value: Array) -> Floats:
         """What is left at the recorded elements of the first rows, in proportion to each record's size: float64 [n]."""
         return self._screening.entries[self._point].residual(
-            self._screening.backend.to_host(made), self._screening.positions[: self._rows]
+            self._screening.backend.to_host(value), self._screening.positions[: self._rows]
         )
 
     def _residual_of_state(self) -> Floats:

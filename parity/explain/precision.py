@@ -77,7 +77,7 @@ def floor(
     return PrecisionFloor(kind, *costs)
 
 
-def fits(found: PrecisionFloor, entries: Sequence[Expected]) -> float | None:
+def fits(measured: PrecisionFloor, entries: Sequence[Expected]) -> float | None:
     """How badly a dump's differences fit this arithmetic (`mismatch`), None if they are not its own.
 
     At every record the error must have the size of what this arithmetic costs there, give or take the factors above; what it
@@ -85,7 +85,7 @@ def fits(found: PrecisionFloor, entries: Sequence[Expected]) -> float | None:
     """
     numbers = [number for number, entry in enumerate(entries) if not _ids(entry)]
     entries = [entries[number] for number in numbers]
-    costs = [(found.products[number], found.storage[number]) for number in numbers]
+    costs = [(measured.products[number], measured.storage[number]) for number in numbers]
     if not entries:
         return None
     base = np.concatenate([entry.base for entry in entries])
@@ -163,23 +163,24 @@ def _ids(entry: Expected) -> bool:
     return bool((values == np.rint(values)).all()) and bool((values > 1).any())
 
 
-def ratios(found: PrecisionFloor, entries: Sequence[Expected]) -> list[tuple[float, float, float]]:
+def ratios(measured: PrecisionFloor, entries: Sequence[Expected]) -> list[tuple[float, float, float]]:
     """How far each point lies from the floor: its mean error by that of rounded products, the same by that of rounded
     activations, its largest single error by its record's cost. NaN where that floor is below float32's own noise.
     """
-    made = []
-    for entry, products, storage in zip(entries, found.products, found.storage, strict=True):
+    of_entry = []
+    for entry, products, storage in zip(entries, measured.products, measured.storage, strict=True):
         noise, mean = float(entry.limit.max()), float(entry.base.mean())
         upper = np.maximum(products, storage)
         lower = mean / float(products.mean()) if products.mean() > noise else float("nan")
         seen = upper > noise
         worst = float((entry.base[seen] / upper[seen]).max()) if seen.any() else float("nan")
-        made.append((lower, mean / float(upper.mean()) if upper.mean() > noise else float("nan"), worst))
-    return made
+        of_entry.append((lower, mean / float(upper.mean()) if upper.mean() > noise else float("nan"), worst))
+    return of_entry
 
 
-def with_noise(found: PrecisionFloor, entries: Sequence[Expected]) -> list[Expected]:
+def with_noise(measured: PrecisionFloor, entries: Sequence[Expected]) -> list[Expected]:
     """The records with limits that this arithmetic does not exceed."""
     return [
-        replace(entry, limit=np.maximum(entry.limit, UPPER * cost)) for entry, cost in zip(entries, found.cost(), strict=True)
+        replace(entry, limit=np.maximum(entry.limit, UPPER * cost))
+        for entry, cost in zip(entries, measured.cost(), strict=True)
     ]
