@@ -160,10 +160,10 @@ def _cell(lines: Sequence[dict[str, Any]]) -> str:
 def _summary(lines: Sequence[dict[str, Any]]) -> str:
     acting = [line for line in lines if line["outcome"] in ("named", "missed")]
     seconds, passes = (sorted(line[what] for line in acting) or [0.0] for what in ("seconds", "passes"))
-    found = sum(line["outcome"] == "named" for line in acting)
+    named = sum(line["outcome"] == "named" for line in acting)
     middle = len(seconds) // 2
     return (
-        f"{len(acting)} | {found} | {len(acting) - found} | {seconds[middle]:.2f} | {seconds[-1]:.2f}"
+        f"{len(acting)} | {named} | {len(acting) - named} | {seconds[middle]:.2f} | {seconds[-1]:.2f}"
         f" | {passes[middle]:.0f} | {passes[-1]:.0f}"
     )
 

@@ -132,7 +132,7 @@ def test_numbers_given_once_a_layer(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "skip", "said"),
+    ("change", "skip", "message"),
     [
         (None, ("embedding_length",), "no llama.embedding_length"),
         (None, ("tensors",), "tokenizer but no tensors"),
@@ -144,11 +144,11 @@ def test_numbers_given_once_a_layer(tmp_path: Path) -> None:
     ],
 )
 def test_metadata_that_no_engine_can_use(
-    tmp_path: Path, change: Callable[[gguf.GGUFWriter], None] | None, skip: tuple[str, ...], said: str
+    tmp_path: Path, change: Callable[[gguf.GGUFWriter], None] | None, skip: tuple[str, ...], message: str
 ) -> None:
     """What is missing or contradictory in the metadata is named, and what to do about it."""
     path = write(tmp_path / "model.gguf", change or (lambda _: None), skip)
-    with pytest.raises(ModelError, match=said) as error:
+    with pytest.raises(ModelError, match=message) as error:
         GgufModel(path)
     assert error.value.advice
 
@@ -175,9 +175,9 @@ HEADS = {
 @pytest.mark.parametrize("name", HEADS)
 def test_files_that_are_no_model(scratch: Path, name: str) -> None:
     """Each wrong beginning is named at once, whatever the counts in it claim."""
-    content, said = HEADS[name]
+    content, message = HEADS[name]
     scratch.write_bytes(content)
-    with pytest.raises(ModelError, match=said):
+    with pytest.raises(ModelError, match=message):
         GgufModel(scratch)
 
 
@@ -206,9 +206,9 @@ def test_tensors_that_contradict_the_file(small: bytes, scratch: Path) -> None:
         "has 9 dimensions": patched(small, at, "<I", 9),
         "two tensors named 'blk.0.attn_q.weight'": small.replace(b"blk.0.attn_k.weight", b"blk.0.attn_q.weight"),
     }
-    for said, content in wrong.items():
+    for message, content in wrong.items():
         scratch.write_bytes(content)
-        with pytest.raises(ModelError, match=said):
+        with pytest.raises(ModelError, match=message):
             GgufModel(scratch)
 
 

@@ -61,8 +61,20 @@ class Subject:
             return self.given
         try:
             return Dataflow.from_json(header.dataflow)
-        except ValueError:
+        except ValueError:  # `lint` says it
             return None
+
+    @cached_property
+    def refused_dataflow(self) -> str:
+        """Why the dataflow in the dump's header is not used; empty where it is, or where there is none."""
+        header = self.dump.header
+        if header is None or not header.dataflow:
+            return ""
+        try:
+            Dataflow.from_json(header.dataflow)
+        except ValueError as error:
+            return str(error)
+        return ""
 
     def made(self, name: str) -> Made | None:
         """How a point is made, None where nothing says it."""
