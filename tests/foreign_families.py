@@ -237,8 +237,8 @@ def lines(made: dict[str, Any], size: int = 16) -> list[dict[str, Any]]:
 def main() -> None:
     """MODEL 1,2,3 OUT [FAULT]: as `parity run --exec` starts it."""
     model, tokens, out, *fault = sys.argv[1:]
-    made = Families(Path(model), *fault).run(tuple(map(int, tokens.split(","))))
-    Path(out).write_text("".join(json.dumps(line) + "\n" for line in lines(made)))
+    outcome = Families(Path(model), *fault).run(tuple(map(int, tokens.split(","))))
+    Path(out).write_text("".join(json.dumps(line) + "\n" for line in lines(outcome)))
 
 
 if __name__ == "__main__":

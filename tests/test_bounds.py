@@ -158,6 +158,16 @@ def test_a_pipe_or_a_device_is_not_waited_for(parity: Cli, stories_run: Path) ->
     refused(parity("diff", dump, dump, "--html", "r.html", "--include", "pipe"), "pipe is a pipe")
 
 
+def test_a_closed_standard_input_is_said() -> None:
+    """`-` without a standard input is one line, not an internal error."""
+    words = f"exec {sys.executable} -P -m parity lint - <&-"
+    ran = subprocess.run(["sh", "-c", words], env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, check=False)
+    assert (ran.returncode, ran.stderr.decode().splitlines()) == (
+        2,
+        ["parity: standard input is closed. Pipe JSON lines in, or name a file."],
+    )
+
+
 def test_json_lines_can_be_piped_in(stories_run: Path) -> None:
     """`-` is standard input, for `lint` and for either side of `diff`."""
     environment = os.environ | {"PYTHONPATH": str(ROOT)}

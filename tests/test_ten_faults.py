@@ -40,10 +40,10 @@ def test_a_foreign_engines_fault_is_named(
     case = next(case for case in CASES[name] if case.title == SHOWN[name])
     model = small_model(name, kind="f32")
     tokens = tokens_of(model, 16, seed=7)
-    found = explain(dump_of(case, model, tokens, reference, tmp_path), model, ExplainOptions(tokens=tokens))
-    assert found.remaining is None
-    assert len(found.causes) == 1
-    assert {named.fault for named in (found.causes[0].named, *found.causes[0].equivalent)} & set(case.names)
+    explanation = explain(dump_of(case, model, tokens, reference, tmp_path), model, ExplainOptions(tokens=tokens))
+    assert explanation.remaining is None
+    assert len(explanation.causes) == 1
+    assert {named.fault for named in (explanation.causes[0].named, *explanation.causes[0].equivalent)} & set(case.names)
 
 
 @pytest.mark.slow
@@ -58,9 +58,9 @@ def test_a_right_foreign_engine_is_not_accused(
     assert recipe(name).architecture in HABITS
     tokens = tokens_of(model, 16, seed=8)
     dump = bare(Families(model, arithmetic=arithmetic).run(tokens), tmp_path / "right.jsonl")
-    found = explain(dump, model, ExplainOptions(tokens=tokens))
-    assert not found.causes
-    assert found.first is None or found.precision_only
+    explanation = explain(dump, model, ExplainOptions(tokens=tokens))
+    assert not explanation.causes
+    assert explanation.first is None or explanation.precision_only
 
 
 @pytest.mark.slow

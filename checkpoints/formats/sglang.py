@@ -94,9 +94,9 @@ def read(path: Path, mapping: Mapping) -> Dump:
 def _collected(file: Path, passes: dict[int, dict[str, _Tensor]]) -> None:
     """Add what a file holds to its pass."""
     value = torch_file.contents(file)
-    if (found := _PASS.fullmatch(file.name)) is not None:
+    if (named := _PASS.fullmatch(file.name)) is not None:
         rank = _RANK.fullmatch(file.parent.name)
-        tensors = passes.setdefault(int(found[1]), {})
+        tensors = passes.setdefault(int(named[1]), {})
         for name, array in torch_file.named(value, file.stem):
             tensors.setdefault(name, _Tensor(name)).parts[int(rank[3]) if rank else 0] = array
         return

@@ -56,6 +56,8 @@ class Scan:
         place = Path(self.name)
         try:
             if self.name == STDIN:
+                if sys.stdin is None:  # closed by who started this
+                    raise DumpError("standard input is closed.", "Pipe JSON lines in, or name a file.", code="no-file")
                 with Readers(Path(os.devnull), Sharing(processes=0)) as readers:
                     yield from self._items(sys.stdin.buffer, readers)
             else:

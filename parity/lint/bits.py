@@ -38,9 +38,9 @@ def _spread(rows: NDArray[np.floating]) -> Floats:
 
 def _plausible(rows: NDArray[np.floating]) -> Bools:
     spread = _spread(rows)
-    found: Bools = (spread > _PLAUSIBLE[0]) & (spread < _PLAUSIBLE[1])
-    found[found] = np.abs(rows[found].astype(np.float64)).max(axis=1) < _LARGEST
-    return found
+    plausible_rows: Bools = (spread > _PLAUSIBLE[0]) & (spread < _PLAUSIBLE[1])
+    plausible_rows[plausible_rows] = np.abs(rows[plausible_rows].astype(np.float64)).max(axis=1) < _LARGEST
+    return plausible_rows
 
 
 def _narrow(rows: NDArray[np.floating]) -> Bools:
@@ -71,7 +71,7 @@ def confusion(rows: NDArray[np.float32]) -> dict[str, Bools]:
     every_second = "every second value is the lower half of a float"
     even = _where(is_bf16, lambda members: _spread(rows[members, 0::2]) > _TOO_WIDE)
     small: Bools = np.abs(_bf16(low)).max(axis=1) < _LARGEST  # of random bits, next to none are
-    found = {
+    candidates = {
         "F16 bits read as BF16": _where(is_bf16 & wide, lambda members: _plausible(high[members].view(np.float16))),
         f"F32 bits read as BF16 ({every_second})": _where(even, lambda members: _plausible(rows[members, 1::2])),
         "BF16 bits read as F16": _where(is_f16, lambda members: _narrow(rows[members]) & _plausible(_bf16(words[members]))),
@@ -81,21 +81,21 @@ def confusion(rows: NDArray[np.float32]) -> dict[str, Bools]:
         ),
     }
     if width >= 2 * _ENOUGH - 4:  # half of the values must be enough
-        found[f"F32 bits read as F16 ({every_second})"] = _where(
+        candidates[f"F32 bits read as F16 ({every_second})"] = _where(
             is_f16,
             lambda members: (
                 _narrow(rows[members, 1::2]) & ~_narrow(rows[members, 0::2]) & _plausible(_bf16(words[members, 1::2]))
             ),
         )
-    return found
+    return candidates
 
 
 def _where(condition: Bools, check: Callable[[Bools], Bools]) -> Bools:
     """A condition [R] and, of the rows that meet it alone, a check that takes longer."""
-    found = condition.copy()
+    chosen = condition.copy()
     if condition.any():
-        found[condition] = check(condition)
-    return found
+        chosen[condition] = check(condition)
+    return chosen
 
 
 def wrong_type(subject: Subject) -> Iterator[Hit]:

@@ -156,7 +156,7 @@ def _of_their_token(subject: Subject) -> dict[str, tuple[bool, bool]]:
     mixed: dict[str, bool] = {}
     mixed_before_cache: dict[str, bool] = {}
     shifts: dict[str, bool] = {}
-    found: dict[str, tuple[bool, bool]] = {}
+    seen: dict[str, tuple[bool, bool]] = {}
     for name, how in subject.dataflow.made.items() if subject.dataflow is not None else ():
         own = of_scores(name) or how.op in _MIXING or any("position" in weight for weight in how.weights)
         above = any(mixed_before_cache.get(read, False) for read in how.reads)
@@ -164,13 +164,13 @@ def _of_their_token(subject: Subject) -> dict[str, tuple[bool, bool]]:
         mixed[name] = own or any(mixed.get(read, False) for read in how.reads)
         mixed_before_cache[name] = above or (own and kind(name) != "k_read")
         shifts[name] = shifted or how.op in _SHIFTS
-        if how.op in parts and any(found[part][0] if part in found else _without_attention(part) for part in how.reads):
-            found[name] = True, True
+        if how.op in parts and any(seen[part][0] if part in seen else _without_attention(part) for part in how.reads):
+            seen[name] = True, True
         elif kind(name) == "kq":  # scores of one token's queries with the same keys are the same, where nothing is rotated
-            found[name] = not above, not above and shifted
+            seen[name] = not above, not above and shifted
         else:
-            found[name] = not mixed[name], not mixed[name] and shifts[name]
-    return found
+            seen[name] = not mixed[name], not mixed[name] and shifts[name]
+    return seen
 
 
 def _without_attention(name: str) -> bool:
