@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from checkpoints.errors import ModelError
+from engine.ops import rope_angles
 from engine.weights.gguf_model import FILE_TYPES, GgufModel
 
 
@@ -111,6 +112,28 @@ def test_what_is_not_the_default_is_taken_from_the_file(tmp_path: Path) -> None:
     assert (hp.head_size, hp.value_size, hp.rope_dims, hp.rope_base, hp.rope_scale) == (16, 24, 12, 5e5, 0.25)
     plain = GgufModel(write(tmp_path / "plain.gguf")).hyperparameters
     assert (plain.head_size, plain.value_size, plain.rope_dims, plain.rope_base, plain.rope_scale) == (8, 8, 8, 1e4, 1.0)
+
+
+@pytest.mark.parametrize("damage", ["base", "factor"])
+def test_a_rope_without_angles_is_refused(tmp_path: Path, damage: str) -> None:
+    """A base or a factor so small that no angle is a float32 is damage, not a divergence."""
+
+    def change(writer: gguf.GGUFWriter) -> None:
+        if damage == "base":
+            writer.add_rope_freq_base(1e-45)
+        else:
+            writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+            writer.add_rope_scaling_factor(1e-45)
+
+    with pytest.raises(ModelError, match="gives no"):
+        GgufModel(write(tmp_path / "model.gguf", change))
+
+
+def test_angles_beyond_float32_have_no_cosine() -> None:
+    """NaN, as in ggml, and no warning of NumPy's."""
+    cosine, sine = rope_angles(np.arange(8) * 1000, 64, base=1e-38)
+    assert np.isnan(cosine[-1, -1])
+    assert np.isnan(sine[-1, -1])
 
 
 def test_numbers_given_once_a_layer(tmp_path: Path) -> None:
