@@ -70,7 +70,7 @@ def tried(faulty: Faulty, planted: Planted, what: str, forward: float) -> dict[s
     points, size = ("logits", 10) if what == "logits" else ("default", 16)
     try:
         seen = faulty.dump(planted, tokens, points=points, size=size, generated=generated)
-    except NotApplicable:
+    except (NotApplicable, ValueError):  # ValueError: NumPy's, of shapes that do not go together in this model
         return {"outcome": "impossible"}
     began = process_time()
     answer = explain(seen, faulty.model, ExplainOptions(tokens=tokens, budget=BUDGET))
