@@ -28,9 +28,10 @@ def alarms() -> None:
     print("side  threads  runs  divergences  findings  worst of limit")
     for side in ("ours", "ref"):
         for threads in (1, 2):
-            found = _child("runs", side, str(threads), OPENBLAS_NUM_THREADS=str(threads))
+            margins = _child("runs", side, str(threads), OPENBLAS_NUM_THREADS=str(threads))
             print(
-                f"{side:<4}  {threads:>7}  {found['runs']:>4}  {found['divergences']:>11}  {found['findings']:>8}  {found['worst']:.4f}"
+                f"{side:<4}  {threads:>7}  {margins['runs']:>4}  {margins['divergences']:>11}  "
+                f"{margins['findings']:>8}  {margins['worst']:.4f}"
             )
 
 
@@ -40,9 +41,9 @@ def floor() -> None:
     for core in CORES:
         for threads in (1, 2):
             settings = {"OPENBLAS_NUM_THREADS": str(threads)} | ({"OPENBLAS_CORETYPE": core} if core else {})
-            found = _child("floor", **settings)
+            margins = _child("floor", **settings)
             print(
-                f"{core or 'this CPU':<11}  {threads:>7}  {found['nmse']:>10.1e}  {found['of_limit']:>8.4f}  {found['checkpoint']}"
+                f"{core or 'this CPU':<11}  {threads:>7}  {margins['nmse']:>10.1e}  {margins['of_limit']:>8.4f}  {margins['checkpoint']}"
             )
 
 
@@ -100,8 +101,8 @@ def report() -> None:
 def _child(what: str, *arguments: str, **settings: str) -> dict[str, float]:
     command = [sys.executable, str(Path(__file__).resolve()), f"_{what}", *arguments]
     done = subprocess.run(command, env=os.environ | settings, stdout=subprocess.PIPE, check=True)
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return figures
 
 
 def _runs(side: str, threads: str) -> None:
@@ -134,18 +135,18 @@ def _runs(side: str, threads: str) -> None:
             for prompt in prompts:
                 dumps.write(prompt.prompt, Path(folder) / prompt.file)
             paths = tuple(Path(folder) / prompt.file for prompt in prompts)
-            found = check(Checking(GOLDEN, dumps=paths, ledger=Path(folder) / "ledger.jsonl"))
-            divergences += not found
-            findings += len(found.findings)
-            worst = max([worst, *(point.of_limit for point in found.points)])
+            checked = check(Checking(GOLDEN, dumps=paths, ledger=Path(folder) / "ledger.jsonl"))
+            divergences += not checked
+            findings += len(checked.findings)
+            worst = max([worst, *(point.of_limit for point in checked.points)])
     print(json.dumps({"runs": RUNS, "divergences": divergences, "findings": findings, "worst": worst}))
 
 
 def _floor() -> None:
     from parity.drift.drift import Checking, check
 
-    found = check(replace(Checking(GOLDEN), side="ours", keep_ledger=False, backend="numpy"))
-    worst = max(found.points, key=lambda point: point.of_limit)
+    checked = check(replace(Checking(GOLDEN), side="ours", keep_ledger=False, backend="numpy"))
+    worst = max(checked.points, key=lambda point: point.of_limit)
     print(json.dumps({"nmse": worst.nmse, "of_limit": worst.of_limit, "checkpoint": worst.checkpoint}))
 
 

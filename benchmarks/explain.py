@@ -46,13 +46,13 @@ LLAMA = Shape("llama", 24, 96, 6, 3, 16, 224, 1000, biases=False, eps=1e-5, rope
 
 def models(folder: Path, names: Sequence[str]) -> Iterator[tuple[str, Path]]:
     """The models of the tables, by name."""
-    made: dict[str, Callable[[], Path]] = {
+    makers: dict[str, Callable[[], Path]] = {
         "stories": default_model.path,
         "llama": lambda: _synthetic(folder / "llama.gguf", LLAMA),
         "qwen2": lambda: _synthetic(folder / "qwen2.gguf", QWEN2),
     }
     for name in names:
-        yield name, made[name]()
+        yield name, makers[name]()
 
 
 def _synthetic(path: Path, shape: Shape) -> Path:
@@ -65,7 +65,7 @@ def named(explanation: Explanation, planted: Planted) -> bool:
     if explanation.remaining is not None or not explanation.causes:
         return False
     classes = [{cause.named.fault, *(other.fault for other in cause.equivalent)} for cause in explanation.causes]
-    return all(any(name in found for found in classes) for name, _, _ in planted.faults)
+    return all(any(name in names for names in classes) for name, _, _ in planted.faults)
 
 
 @contextmanager
@@ -75,11 +75,11 @@ def multiply_adds() -> Iterator[list[int]]:
     plain = graph.compute
 
     def counted(step: Step, inputs: Sequence[Array], weights: WeightSource) -> Array:
-        made = plain(step, inputs, weights)
+        value = plain(step, inputs, weights)
         matrices = (weight for weight in step.weights if weight is not None and not isinstance(weight, graph.RowsOf))
         names = [weight if isinstance(weight, str) else weight.weight for weight in matrices]
-        count[0] += sum(made.shape[0] * size for size in (_size(weights, name) for name in names))
-        return made
+        count[0] += sum(value.shape[0] * size for size in (_size(weights, name) for name in names))
+        return value
 
     holders = (graph, replay, batched)
     for holder in holders:

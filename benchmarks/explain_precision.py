@@ -41,8 +41,8 @@ Arithmetic = Callable[[Sequence[Step]], Sequence[Step]]
 
 def other_order(x: Array, weight: Array, bias: Array | None = None) -> Array:
     """A product in float32 that is summed in another order than BLAS does."""
-    made = np.einsum("ti,oi->to", x[:, ::-1], weight[:, ::-1], optimize=False)
-    return made if bias is None else made + bias
+    product = np.einsum("ti,oi->to", x[:, ::-1], weight[:, ::-1], optimize=False)
+    return product if bias is None else product + bias
 
 
 def _with(steps: Sequence[Step], op: Callable[..., Array]) -> list[Step]:
@@ -106,16 +106,16 @@ def dump_of(faulty: Faulty, steps: Sequence[Step], tokens: tuple[int, ...]) -> D
 
 def right_engines(folder: Path, seeds: range) -> None:
     """Print what right engines in each arithmetic are told."""
-    told: dict[str, Counter[str]] = defaultdict(Counter)
+    answers: dict[str, Counter[str]] = defaultdict(Counter)
     for seed in seeds:
         faulty, tokens = random_model(folder, seed)
         for name, (_, arithmetic) in ARITHMETIC.items():
             answer = explain(dump_of(faulty, arithmetic(faulty.right), tokens), faulty.model, ExplainOptions(budget=_BUDGET))
-            told[name]["no fault" if answer else "accused" if answer.causes else "differs, no cause"] += 1
+            answers[name]["no fault" if answer else "accused" if answer.causes else "differs, no cause"] += 1
             if not answer:
                 print(f"seed {seed}, {name}: {answer.first}, {[cause.named.fault for cause in answer.causes]}", flush=True)
-        print(f"seed {seed}: {sum(sum(counts.values()) for counts in told.values())} runs", flush=True)
-    for name, counts in told.items():
+        print(f"seed {seed}: {sum(sum(counts.values()) for counts in answers.values())} runs", flush=True)
+    for name, counts in answers.items():
         print(f"{name:<17} {dict(counts)}")
 
 
@@ -127,8 +127,8 @@ def floors(folder: Path, seeds: range) -> None:
         for name, (kind, arithmetic) in ARITHMETIC.items():
             if kind:
                 case = Case(dump_of(faulty, arithmetic(faulty.right), tokens), faulty.model, ExplainOptions())
-                found = floor(kind, case.entries, case.transformer.steps, case.replay, case.make, case.positions)
-                distances[name] += ratios(found, case.entries)
+                measured = floor(kind, case.entries, case.transformer.steps, case.replay, case.make, case.positions)
+                distances[name] += ratios(measured, case.entries)
     print("ratio to the floor, over points: smallest, 1 %, median, 99 %, largest")
     for name, rows in distances.items():
         lower, upper, single = np.array(rows).T
@@ -151,14 +151,14 @@ def judge(answer: Explanation, name: str) -> str:
     if answer.precision_only or answer.first is None:
         return "precision"
     classes = [{cause.named.fault, *(other.fault for other in cause.equivalent)} for cause in answer.causes]
-    if any(name not in found for found in classes):
+    if any(name not in names for names in classes):
         return "wrong"
     return "located" if not classes else "named" if answer.remaining is None else "named, rest left"
 
 
 def faulty_engines(folder: Path, seeds: range) -> None:
     """Print what engines in lower arithmetic with one small fault are told."""
-    told: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
+    answers: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
     for seed in seeds:
         faulty, tokens = random_model(folder, seed)
         parts = list(_small(faulty))
@@ -169,11 +169,11 @@ def faulty_engines(folder: Path, seeds: range) -> None:
             for compute in (None, kind):
                 answer = explain(dump, faulty.model, ExplainOptions(budget=_BUDGET, compute=compute))
                 outcome = judge(answer, name)
-                told[arithmetic, compute or "unknown"][outcome] += 1
+                answers[arithmetic, compute or "unknown"][outcome] += 1
                 if outcome == "wrong":
                     causes = [(cause.named.fault, cause.named.parameters, cause.named.layers) for cause in answer.causes]
                     print(f"seed {seed}, {arithmetic}, compute {compute}, {name} {parameters}: {causes}", flush=True)
-    for (arithmetic, compute), counts in told.items():
+    for (arithmetic, compute), counts in answers.items():
         print(f"{arithmetic:<14} compute {compute:<8} {dict(counts)}")
 
 

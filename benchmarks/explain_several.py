@@ -72,10 +72,10 @@ def judge(answer: Explanation, planted: Planted, dump: Dump, faulty: Faulty) -> 
     if answer.first is None:
         return "missed"
     if answer.remaining is None:
-        return "all named" if all(any(name in found for found in classes) for name in names) else "same numbers"
-    if any(names.isdisjoint(found) for found in classes):
+        return "all named" if all(any(name in class_names for class_names in classes) for name in names) else "same numbers"
+    if any(names.isdisjoint(class_names) for class_names in classes):
         return "wrong"
-    left = [part for part in planted.faults if not any(part[0] in found for found in classes)]
+    left = [part for part in planted.faults if not any(part[0] in class_names for class_names in classes)]
     return "located" if not left or _between(answer, left, dump, faulty) else "missed"
 
 
@@ -98,9 +98,9 @@ def _between(answer: Explanation, left: Sequence[Part], dump: Dump, faulty: Faul
 
 def ranks(folder: Path, first: int, count: int) -> None:
     """Print the rank of each drawn pair that acts in layer 0 among the likely ones."""
-    made = [(name, Faulty(model)) for name, model in models(folder, ("stories", "llama", "qwen2"))]
+    engines = [(name, Faulty(model)) for name, model in models(folder, ("stories", "llama", "qwen2"))]
     for seed in range(first, first + count):
-        name, faulty = made[seed % len(made)]
+        name, faulty = engines[seed % len(engines)]
         tokens = tokens_of(faulty.model, 8, seed)
         planted, dump = draw(faulty, tokens, 2, random.Random(seed))
         case = Case(dump, faulty.model, ExplainOptions(tokens=tokens))
@@ -115,20 +115,20 @@ def ranks(folder: Path, first: int, count: int) -> None:
             for candidate in effect.alike
             if (candidate.fault.name, candidate.parameters, None) in planted.faults
         }
-        found = [rank for rank, chosen in enumerate(together.likely(2).tolist()) if set(chosen) == wanted]
+        ranks_of_planted = [rank for rank, chosen in enumerate(together.likely(2).tolist()) if set(chosen) == wanted]
         print(
-            f"{seed} {name}: {found} of {len(together.effects)} effects, {[fault for fault, _, _ in planted.faults]}",
+            f"{seed} {name}: {ranks_of_planted} of {len(together.effects)} effects, {[fault for fault, _, _ in planted.faults]}",
             flush=True,
         )
 
 
 def combinations(folder: Path, number: int, first: int, count: int, budget: float) -> Counter[str]:
     """Print each combination; count what became of them."""
-    made = [(name, Faulty(model)) for name, model in models(folder, ("stories", "llama", "qwen2"))]
+    engines = [(name, Faulty(model)) for name, model in models(folder, ("stories", "llama", "qwen2"))]
     outcomes: Counter[str] = Counter()
     seconds: list[float] = []
     for seed in range(first, first + count):
-        name, faulty = made[seed % len(made)]
+        name, faulty = engines[seed % len(engines)]
         rng = random.Random(1000 * number + seed)
         tokens = tokens_of(faulty.model, 24, seed)
         planted, dump = draw(faulty, tokens, number, rng)

@@ -39,7 +39,8 @@ that layer alone, which none of the points stands at. *ten logits*: ten values o
 numbers that is listed beside it), and the mean CPU time of the search. "no effect": the dump is the right one's. "–": the model has
 no place for it. stories: 24 layers of width 256; llama, qwen2: synthetic, 24 layers of width 96 and 112 (7 query heads a key head).
 Entries that act in none of these models (weight types they do not have, scaled frequencies, one projection for Q, K
-and V) are shown in `tests/test_explain_catalogue.py`, which names each entry on a model in which it acts.
+and V) are shown in `tests/test_explain_catalogue.py`, which names each entry on a model in which it acts; those that only other
+architectures can have (norms of heads, windows, experts, recurrent layers) in `tests/test_explain_architectures.py`, and have no row here.
 """
 
 
@@ -159,10 +160,10 @@ def _cell(lines: Sequence[dict[str, Any]]) -> str:
 def _summary(lines: Sequence[dict[str, Any]]) -> str:
     acting = [line for line in lines if line["outcome"] in ("named", "missed")]
     seconds, passes = (sorted(line[what] for line in acting) or [0.0] for what in ("seconds", "passes"))
-    found = sum(line["outcome"] == "named" for line in acting)
+    named = sum(line["outcome"] == "named" for line in acting)
     middle = len(seconds) // 2
     return (
-        f"{len(acting)} | {found} | {len(acting) - found} | {seconds[middle]:.2f} | {seconds[-1]:.2f}"
+        f"{len(acting)} | {named} | {len(acting) - named} | {seconds[middle]:.2f} | {seconds[-1]:.2f}"
         f" | {passes[middle]:.0f} | {passes[-1]:.0f}"
     )
 

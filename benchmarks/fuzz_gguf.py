@@ -40,13 +40,13 @@ Draw = random.Random
 Accident = Callable[[Contents, bytes, Draw], bytes]
 
 
-def _with(found: Contents, data: bytes, metadata: dict[str, Value], tensors: list[TensorInfo]) -> bytes:
-    return header_bytes(metadata, tensors) + data[found.data :]
+def _with(contents: Contents, data: bytes, metadata: dict[str, Value], tensors: list[TensorInfo]) -> bytes:
+    return header_bytes(metadata, tensors) + data[contents.data :]
 
 
-def metadata(found: Contents, data: bytes, draw: Draw) -> bytes:
+def metadata(contents: Contents, data: bytes, draw: Draw) -> bytes:
     """One value lost, of another type, or another number; or one of another model's keys."""
-    values = dict(found.metadata)
+    values = dict(contents.metadata)
     key = draw.choice([name for name in values if not name.startswith("tokenizer.")])
     kind = draw.randrange(6)
     if kind == 0:
@@ -61,13 +61,13 @@ def metadata(found: Contents, data: bytes, draw: Draw) -> bytes:
         values[key] = Value(7, b"\x01")
     else:
         keys = ("rope.scaling.factor", "rope.scale_linear", "attention.head_count", "expert_count", "attention.sliding_window")
-        values[f"{found.architecture}.{draw.choice(keys)}"] = Value(6, struct.pack("<f", draw.choice((0.0, 2.0, 8.0, -1.0))))
-    return _with(found, data, values, list(found.tensors))
+        values[f"{contents.architecture}.{draw.choice(keys)}"] = Value(6, struct.pack("<f", draw.choice((0.0, 2.0, 8.0, -1.0))))
+    return _with(contents, data, values, list(contents.tensors))
 
 
-def table(found: Contents, data: bytes, draw: Draw) -> bytes:
+def table(contents: Contents, data: bytes, draw: Draw) -> bytes:
     """A tensor lost, renamed, twice, or of another shape."""
-    tensors = list(found.tensors)
+    tensors = list(contents.tensors)
     i = draw.randrange(len(tensors))
     one = tensors[i]
     kind = draw.randrange(4)
@@ -81,30 +81,30 @@ def table(found: Contents, data: bytes, draw: Draw) -> bytes:
         sizes = list(one.ne)
         sizes[draw.randrange(len(sizes))] = draw.choice((0, 1, 32, 64, 1 << 20, 1 << 40, 1 << 63))
         tensors[i] = TensorInfo(one.name, tuple(sizes), one.type, one.offset)
-    return _with(found, data, dict(found.metadata), tensors)
+    return _with(contents, data, dict(contents.metadata), tensors)
 
 
-def offsets(found: Contents, data: bytes, draw: Draw) -> bytes:
+def offsets(contents: Contents, data: bytes, draw: Draw) -> bytes:
     """A tensor elsewhere: odd, on another, beyond the end."""
-    tensors = list(found.tensors)
+    tensors = list(contents.tensors)
     i = draw.randrange(len(tensors))
     at = draw.choice((0, 1, tensors[i].offset + 32, tensors[i - 1].offset, len(data), (1 << 63) - 1, (1 << 64) - 32))
     tensors[i] = TensorInfo(tensors[i].name, tensors[i].ne, tensors[i].type, at)
-    return _with(found, data, dict(found.metadata), tensors)
+    return _with(contents, data, dict(contents.metadata), tensors)
 
 
-def types(found: Contents, data: bytes, draw: Draw) -> bytes:
+def types(contents: Contents, data: bytes, draw: Draw) -> bytes:
     """A tensor of another type than its bytes, known or not."""
-    tensors = list(found.tensors)
+    tensors = list(contents.tensors)
     i = draw.randrange(len(tensors))
     one = tensors[i]
     tensors[i] = TensorInfo(one.name, one.ne, draw.choice((0, 1, 2, 8, 12, 14, 30, 4, 31, 99, (1 << 32) - 1)), one.offset)
-    return _with(found, data, dict(found.metadata), tensors)
+    return _with(contents, data, dict(contents.metadata), tensors)
 
 
-def tokenizer(found: Contents, data: bytes, draw: Draw) -> bytes:
+def tokenizer(contents: Contents, data: bytes, draw: Draw) -> bytes:
     """A key of the tokenizer lost or another, an array of it shorter or of another type."""
-    values = dict(found.metadata)
+    values = dict(contents.metadata)
     key = draw.choice([name for name in values if name.startswith("tokenizer.")])
     value = values[key]
     if value.type == ARRAY and draw.random() < 0.7:
@@ -123,14 +123,14 @@ def tokenizer(found: Contents, data: bytes, draw: Draw) -> bytes:
         del values[key]
     else:
         values[key] = Value(4, struct.pack("<I", draw.choice(_NUMBERS)))
-    return _with(found, data, values, list(found.tensors))
+    return _with(contents, data, values, list(contents.tensors))
 
 
-def damage(found: Contents, data: bytes, draw: Draw) -> bytes:
+def damage(contents: Contents, data: bytes, draw: Draw) -> bytes:
     """Bytes flipped, zeroed or cut, anywhere."""
     spoiled = bytearray(data)
     kind = draw.randrange(4)
-    at = draw.randrange(len(spoiled)) if draw.random() < 0.7 else draw.randrange(found.data)
+    at = draw.randrange(len(spoiled)) if draw.random() < 0.7 else draw.randrange(contents.data)
     if kind == 0:
         spoiled[at] ^= 1 << draw.randrange(8)
     elif kind == 1:
@@ -176,16 +176,20 @@ def judge(command: str, model: Path, warm: Path, folder: Path) -> tuple[str, str
     """What became of a command on a mutant, and what is wrong with that (empty if nothing)."""
     cache = folder / "cache"
     shutil.copytree(warm, cache)
-    code, said = parity(command, cache, model=model, folder=folder)
-    if any(not char.isprintable() and char != "\n" for char in said):
-        return "failed", f"control characters on stderr: {said[:200]!r}"
+    code, message = parity(command, cache, model=model, folder=folder)
+    if any(not char.isprintable() and char != "\n" for char in message):
+        return "failed", f"control characters on stderr: {message[:200]!r}"
     if code == 2:
-        lines = [line for line in said.splitlines() if not line.startswith("left out")]
-        return ("one line", "") if len(lines) == 1 and len(said) < 3000 else ("failed", f"{len(lines)} lines: {said[-200:]!r}")
+        lines = [line for line in message.splitlines() if not line.startswith("left out")]
+        return (
+            ("one line", "")
+            if len(lines) == 1 and len(message) < 3000
+            else ("failed", f"{len(lines)} lines: {message[-200:]!r}")
+        )
     if code not in (0, 1):
-        return "failed", f"exit {code}: {said[-300:]!r}"
-    if "Warning" in said or "Traceback" in said:
-        return "failed", f"exit {code} with a warning: {said[-300:]!r}"
+        return "failed", f"exit {code}: {message[-300:]!r}"
+    if "Warning" in message or "Traceback" in message:
+        return "failed", f"exit {code} with a warning: {message[-300:]!r}"
     fresh, _ = parity(command, folder / "fresh", model=model, folder=folder)
     return ("answer", "") if fresh == code else ("failed", f"exit {code} with the cache of before, {fresh} with a fresh one")
 
@@ -247,9 +251,9 @@ def main(arguments: list[str]) -> None:
         models = {name: (Path(top, f"{name}.gguf"), Path(top, f"{name}-cache")) for name in ARCHITECTURES}
         for architecture, (model, warm) in models.items():
             words = ["synth", "--architecture", architecture, "--type", "q8_0", "-o", str(model)]
-            code, said = forked.command(words, warm, SECONDS)
+            code, message = forked.command(words, warm, SECONDS)
             if code or parity("run", warm, model=model, folder=Path(top, "first"))[0]:
-                sys.exit(f"{architecture}: the right model does not pass: {said}")
+                sys.exit(f"{architecture}: the right model does not pass: {message}")
         for seed in range(given.first, given.first + given.n):
             if seed in known:
                 continue

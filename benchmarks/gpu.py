@@ -114,10 +114,10 @@ def llama(bench: Path | None, path: Path) -> dict[str, float]:
     if bench is None:
         return {}
     command = [str(bench), "-m", str(path), "-p", str(PROMPT), "-n", str(STEPS), "-ngl", "99", "-fa", "0,1", "-o", "json"]
-    found: list[dict[str, Any]] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    figures: list[dict[str, Any]] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     return {
-        "prefill": max(test["avg_ts"] for test in found if test["n_prompt"]),
-        "decode": max(test["avg_ts"] for test in found if test["n_gen"]),
+        "prefill": max(test["avg_ts"] for test in figures if test["n_prompt"]),
+        "decode": max(test["avg_ts"] for test in figures if test["n_gen"]),
     }
 
 
@@ -220,15 +220,15 @@ def first_token(path: Path, cache: str, prompt: int = 1) -> float:
 
 def seconds_until(mark: str, command: Sequence[str], environment: dict[str, str] | None = None) -> float:
     """Seconds from the start of a process to the line of its output that has `mark`."""
-    start, found = time.perf_counter(), float("nan")
+    start, seconds = time.perf_counter(), float("nan")
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment) as process:
         assert process.stdout is not None
         for line in process.stdout:
             if mark in line:
-                found = time.perf_counter() - start
+                seconds = time.perf_counter() - start
     if process.returncode:
         raise subprocess.CalledProcessError(process.returncode, command)
-    return found
+    return seconds
 
 
 def environment() -> str:

@@ -62,8 +62,8 @@ def whole(path: Path) -> str:
             if file.suffix == ".jsonl" and read(file).end is None:
                 return f"{file.name} is cut short"
             if file.suffix == ".gguf":
-                found = contents(file)
-                if found.size < found.data + max(tensor.offset for tensor in found.tensors):
+                whole_file = contents(file)
+                if whole_file.size < whole_file.data + max(tensor.offset for tensor in whole_file.tensors):
                     return f"{file.name} is cut short"
         except ParityError as error:
             return str(error)
@@ -79,9 +79,9 @@ def kills(count: int, top: Path) -> Iterator[str]:
     for name, (words, path) in jobs(folder).items():
         began = time.perf_counter()
         process = start(words, top / "warm", folder)
-        said = process.communicate()[1]
+        message = process.communicate()[1]
         if process.returncode:
-            yield f"{name}: exit {process.returncode} before any kill: {said[-200:]!r}"
+            yield f"{name}: exit {process.returncode} before any kill: {message[-200:]!r}"
             continue
         length = time.perf_counter() - began
         bad = 0
@@ -96,10 +96,10 @@ def kills(count: int, top: Path) -> Iterator[str]:
                 yield f"{name}: {problem}"
             if draw.random() < 0.2:  # the next run is right, with whatever the kill left in the cache
                 process = start(words, cache, folder)
-                said = process.communicate()[1]
+                message = process.communicate()[1]
                 if process.returncode:
                     bad += 1
-                    yield f"{name}: exit {process.returncode} after a kill: {said[-200:]!r}"
+                    yield f"{name}: exit {process.returncode} after a kill: {message[-200:]!r}"
         process = start(words, top / "warm", folder)
         process.communicate()
         left = [
@@ -132,13 +132,13 @@ def disks(top: Path) -> Iterator[str]:
             with disk((tenth * 6_500_000 if where == "cache" else tenth * 6_000) + 4096, top / "disk") as small:
                 cache, out = (small, top / "whole") if where == "cache" else (top / "warm", small / "run")
                 process = start(["run", "--tokens", _PROMPT, "-o", out], cache, top)
-                said = process.communicate()[1].decode()
-                if process.returncode not in (0, 2) or len(said.splitlines()) > 1:
+                message = process.communicate()[1].decode()
+                if process.returncode not in (0, 2) or len(message.splitlines()) > 1:
                     bad += 1
-                    yield f"{where} full at {tenth}: exit {process.returncode}: {said[-200:]!r}"
-                elif process.returncode == 2 and where == "cache" and "PARITY_CACHE" not in said:
+                    yield f"{where} full at {tenth}: exit {process.returncode}: {message[-200:]!r}"
+                elif process.returncode == 2 and where == "cache" and "PARITY_CACHE" not in message:
                     bad += 1
-                    yield f"{where} full at {tenth} does not name PARITY_CACHE: {said!r}"
+                    yield f"{where} full at {tenth} does not name PARITY_CACHE: {message!r}"
                 if where == "cache" and (
                     left := [file.name for file in small.iterdir() if file.name.startswith(("tmp-", "."))]
                 ):
@@ -158,8 +158,8 @@ def crowd(top: Path) -> Iterator[str]:
         ends = [(run.communicate()[1], run.returncode) for run in runs]
     finally:
         del os.environ["PARITY_CACHE_GB"]
-    bad = [said[-200:] for said, code in ends if code]
-    yield from (f"crowd: {said!r}" for said in bad)
+    bad = [message[-200:] for message, code in ends if code]
+    yield from (f"crowd: {message!r}" for message in bad)
     print(f"| {_CROWD} models at once, room for none of their twins | {len(bad)} |", flush=True)
 
 

@@ -61,18 +61,18 @@ def main() -> None:
     rows = []
     with Reference() as reference, tempfile.TemporaryDirectory() as name:
         for kind, prompts in (("random ids", random_ids(given.n, given.tokens)), ("text", texts(reference, given.tokens))):
-            found = []
+            measured = []
             for prompt in prompts:
-                found.append(Noise.of(compared(reference, Path(name), prompt, given.points)))
-                print(kind, found[-1].said, flush=True)
-            rows.append((kind, found))
+                measured.append(Noise.of(compared(reference, Path(name), prompt, given.points)))
+                print(kind, measured[-1].said, flush=True)
+            rows.append((kind, measured))
     print(environment())
     print("\n| prompts | records | worst NMSE | of its limit | over the limit | of them jumps |\n|---|---|---|---|---|---|")
-    for kind, found in rows:
-        worst = max(found, key=lambda noise: noise.of_limit)
-        sums = [sum(getattr(noise, name) for noise in found) for name in ("records", "over", "jumps")]
+    for kind, measured in rows:
+        worst = max(measured, key=lambda noise: noise.of_limit)
+        sums = [sum(getattr(noise, name) for noise in measured) for name in ("records", "over", "jumps")]
         print(
-            f"| {len(found)} of {kind} | {sums[0]:,} | {worst.nmse:.1e} | {100 * worst.of_limit:.0f} % | {sums[1]} | {sums[2]} |"
+            f"| {len(measured)} of {kind} | {sums[0]:,} | {worst.nmse:.1e} | {100 * worst.of_limit:.0f} % | {sums[1]} | {sums[2]} |"
         )
 
 
@@ -95,8 +95,8 @@ class Noise:
         worst, over = int(of_limit.argmax()), of_limit > 1
         nmse, jump = float(records.measures.nmse[worst]), records.jump()
         where = f"{records.names[records.point[worst]]}, position {records.token_idx[worst]}"
-        said = f"{nmse:.1e} at {where}, {jump[worst]:.1f} times the worst before it; {over.sum()} records over the limit"
-        return Noise(len(records), nmse, float(of_limit[worst]), int(over.sum()), int((over & (jump > JUMP)).sum()), said)
+        sentence = f"{nmse:.1e} at {where}, {jump[worst]:.1f} times the worst before it; {over.sum()} records over the limit"
+        return Noise(len(records), nmse, float(of_limit[worst]), int(over.sum()), int((over & (jump > JUMP)).sum()), sentence)
 
 
 def random_ids(count: int, length: int) -> Iterator[tuple[int, ...]]:
@@ -146,8 +146,8 @@ def in_another_order(steps: Sequence[Step]) -> list[Step]:
     """The steps with products that are summed in another order than BLAS does."""
 
     def product(x: Array, weight: Array, bias: Array | None = None) -> Array:
-        made = np.einsum("ti,oi->to", x[:, ::-1], weight[:, ::-1], optimize=False)
-        return made if bias is None else made + bias
+        value = np.einsum("ti,oi->to", x[:, ::-1], weight[:, ::-1], optimize=False)
+        return value if bias is None else value + bias
 
     return [replace(step, op=product) if step.op is ops.linear else step for step in steps]
 

@@ -60,12 +60,12 @@ def main() -> None:
     for name in options.names or RECIPES:
         for kind in types:
             try:
-                found = _measured(name, kind)
+                measured = _measured(name, kind)
             except Exception as error:
                 refused.append(f"{name}, {kind}: {str(error).splitlines()[-1][:160]}")
                 continue
             row = architectures.setdefault(name, {}).setdefault(kind, Row())
-            for operation, worst in found.items():
+            for operation, worst in measured.items():
                 row.add(name, worst, operation)
                 operations.setdefault(operation, Row()).add(name, worst, f"{name} {kind}, {worst.node}")
             print(f"{name} {kind}: {row.nodes} nodes, {row.nmse:.1e} {row.where}", flush=True)

@@ -21,6 +21,7 @@ import simdjson
 
 from checkpoints.formats import load
 from checkpoints.jsonl import Writer
+from checkpoints.reading.parallel import Sharing
 from checkpoints.reading.scan import Scan
 from checkpoints.record import Header, Rows
 from checkpoints.summary import summarise
@@ -53,7 +54,7 @@ def own(path: Path, positions: int) -> None:
 
 def streamed(path: Path, processes: int | None = 0) -> tuple[int, int]:
     """Records and values of a stream through the file."""
-    sizes = [(len(rows), rows.values.size) for rows in Scan(path, processes=processes) if isinstance(rows, Rows)]
+    sizes = [(len(rows), rows.values.size) for rows in Scan(path, Sharing(processes=processes)) if isinstance(rows, Rows)]
     return sum(n for n, _ in sizes), sum(v for _, v in sizes)
 
 
@@ -64,8 +65,8 @@ def by_all_cores(path: Path) -> tuple[int, int]:
 
 def whole(path: Path) -> tuple[int, int]:
     """The same, read as the commands read it."""
-    found = load(path)
-    return found.records, sum(rows.values.size for rows in found.points.values())
+    dump = load(path)
+    return dump.records, sum(rows.values.size for rows in dump.points.values())
 
 
 def peak() -> float:
@@ -102,9 +103,9 @@ def numbers(path: Path, seconds: float) -> float:
     while perf_counter() < until:
         began = process_time()
         for block in blocks:
-            found = parser.parse(block)
-            found.as_buffer(of_type="d")
-            del found
+            records = parser.parse(block)
+            records.as_buffer(of_type="d")
+            del records
         best = min(best, process_time() - began)
     return count / best / 1e6
 

@@ -47,12 +47,12 @@ def content_hash(path: str | os.PathLike[str]) -> str:
             if record >= 0 and (known := _remembered(record, status)):
                 return known
             began = time.time_ns()
-            found = _hash(file.fileno(), status.st_size)
+            digest = _hash(file.fileno(), status.st_size)
             if touched(status, os.fstat(file.fileno())):
                 raise OSError(5, f"{path} changed while it was being read")
             if record >= 0:
-                _remember(record, status, began, found)
-            return found
+                _remember(record, status, began, digest)
+            return digest
 
 
 def touched(before: os.stat_result, after: os.stat_result) -> bool:
@@ -107,16 +107,16 @@ def _record(status: os.stat_result) -> Iterator[int]:
 def _remembered(record: int, status: os.stat_result) -> str:
     """The hash of a file that was not touched since; empty where it is not known, or not sure."""
     try:
-        found = json.loads(os.pread(record, 4096, 0))
-        same = found["version"] == _VERSION and found["file"] == _signature(status)
-        settled = max(status.st_mtime_ns, status.st_ctime_ns) + _TICK_NS < found["began_ns"]
-        return str(found["hash"]) if same and settled else ""
+        noted = json.loads(os.pread(record, 4096, 0))
+        same = noted["version"] == _VERSION and noted["file"] == _signature(status)
+        settled = max(status.st_mtime_ns, status.st_ctime_ns) + _TICK_NS < noted["began_ns"]
+        return str(noted["hash"]) if same and settled else ""
     except (OSError, ValueError, TypeError, KeyError):
         return ""
 
 
-def _remember(record: int, status: os.stat_result, began_ns: int, found: str) -> None:
-    line = {"version": _VERSION, "file": _signature(status), "began_ns": began_ns, "hash": found}
+def _remember(record: int, status: os.stat_result, began_ns: int, digest: str) -> None:
+    line = {"version": _VERSION, "file": _signature(status), "began_ns": began_ns, "hash": digest}
     with contextlib.suppress(OSError):
         os.ftruncate(record, 0)
         os.pwrite(record, json.dumps(line).encode(), 0)

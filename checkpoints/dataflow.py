@@ -38,7 +38,7 @@ class Dataflow:
         for name, how in self.made.items():
             for other in how.reads:
                 readers[other].append(name)
-        return {name: tuple(found) for name, found in readers.items()}
+        return {name: tuple(names) for name, names in readers.items()}
 
     def part_of_next(self, name: str) -> bool:
         """Whether a point is only the first part of what makes the next one: a product before its bias, a norm before its weight.
@@ -83,7 +83,7 @@ class Dataflow:
         Raises:
             ValueError: the data are damaged.
         """
-        made: dict[str, Made] = {}
+        origins: dict[str, Made] = {}
         names = 0
         for span, kinds in plain.items():
             for layer in _layers(span):
@@ -93,13 +93,13 @@ class Dataflow:
                         raise ValueError(f"the dataflow of {name!r} must be [operation, points, weights]")
                     op, reads, weights = entry
                     names += len(reads) + len(weights)
-                    if len(made) >= _MOST or names > _MOST_NAMES:
+                    if len(origins) >= _MOST or names > _MOST_NAMES:
                         raise ValueError(f"the dataflow has more than {_MOST:,} points or {_MOST_NAMES:,} names")
-                    made[name] = Made(op, *(tuple(_absolute(text, layer) for text in texts) for texts in (reads, weights)))
-        for name, how in made.items():
-            if missing := [other for other in how.reads if other not in made]:
+                    origins[name] = Made(op, *(tuple(_absolute(text, layer) for text in texts) for texts in (reads, weights)))
+        for name, how in origins.items():
+            if missing := [other for other in how.reads if other not in origins]:
                 raise ValueError(f"the dataflow of {name!r} reads {missing[0]!r}, which is not in it")
-        return cls(_sorted(made))
+        return cls(_sorted(origins))
 
 
 def _span(first: int, last: int) -> str:
@@ -135,27 +135,27 @@ def _absolute(text: str, layer: int | None) -> str:
     return in_layer(layer - (text[0] == "^"), text[1:])
 
 
-def _sorted(made: dict[str, Made]) -> dict[str, Made]:
+def _sorted(origins: dict[str, Made]) -> dict[str, Made]:
     """In an order in which everything stands after what it reads; otherwise by the layer.
 
     Raises:
         ValueError: a point is made from itself.
     """
     placed: dict[str, Made] = {}
-    for start in sorted(made, key=_section):
-        stack = [(start, iter(made[start].reads))]
+    for start in sorted(origins, key=_section):
+        stack = [(start, iter(origins[start].reads))]
         open_names = {start}
         while stack and start not in placed:
             name, waiting = stack[-1]
             following = next((other for other in waiting if other not in placed), None)
             if following is None:
-                placed[name] = made[name]
+                placed[name] = origins[name]
                 stack.pop()
                 open_names.discard(name)
             elif following in open_names:
                 raise ValueError(f"in the dataflow {following!r} depends on itself")
             else:
-                stack.append((following, iter(made[following].reads)))
+                stack.append((following, iter(origins[following].reads)))
                 open_names.add(following)
     return placed
 
@@ -180,20 +180,20 @@ def of_vocabulary(recorded: Sequence[str], n_layers: int | None = None) -> Dataf
         else:
             inside.setdefault(point.layer, []).append(point.kind)
     count = n_layers or max((layer + 1 for layer in inside), default=0)
-    made: dict[str, Made] = {EMBD: Made(KINDS[EMBD].op)}
+    origins: dict[str, Made] = {EMBD: Made(KINDS[EMBD].op)}
     last = EMBD
     templates: dict[tuple[str, ...], dict[str, Made]] = {}
     for layer in sorted({*range(count), *inside}):
         kinds = tuple(inside.get(layer, ()))
         for kind, how in _template(kinds, templates).items():
             reads = tuple(last if other == _INPUT else in_layer(layer, other) for other in how.reads)
-            made[in_layer(layer, kind)] = Made(how.op, reads)
-        last = next(reversed(made))
+            origins[in_layer(layer, kind)] = Made(how.op, reads)
+        last = next(reversed(origins))
     for name in outside:
-        if name not in made:
-            made[name] = Made(KINDS[name].op if name in KINDS else "", (last,))
+        if name not in origins:
+            origins[name] = Made(KINDS[name].op if name in KINDS else "", (last,))
             last = name
-    return Dataflow(made)
+    return Dataflow(origins)
 
 
 def _template(kinds: tuple[str, ...], known: dict[tuple[str, ...], dict[str, Made]]) -> dict[str, Made]:
@@ -209,7 +209,7 @@ def _layer(recorded: tuple[str, ...]) -> dict[str, Made]:
     """The points of one layer by their kinds."""
     wanted = [kind.name for kind in LAYER_KINDS if kind.name in recorded or not kind.optional]
     names = [parse(name).kind for name in order([in_layer(0, kind) for kind in (*recorded, *wanted)])]
-    made: dict[str, Made] = {}
+    origins: dict[str, Made] = {}
     above: dict[str, set[str]] = {_INPUT: set()}
     front = [_INPUT]
     for name in names:
@@ -218,13 +218,13 @@ def _layer(recorded: tuple[str, ...]) -> dict[str, Made]:
         parents = [other for other in front if not apart(_lane(other), lane)]
         direct = [other for other in parents if not any(other in above[third] for third in parents)]
         reads = dict.fromkeys([*direct, kind.adds] if kind is not None and kind.adds else direct)
-        made[name] = Made("" if kind is None else kind.op, tuple(reads))
+        origins[name] = Made("" if kind is None else kind.op, tuple(reads))
         above[name] = {*direct, *(further for other in direct for further in above[other])}
         # A point stays in front while a branch that this one is not on may read it.
         front = [
             other for other in front if any(apart(lane, third) and not apart(_lane(other), third) for third in lanes())
         ] + [name]
-    return made
+    return origins
 
 
 def _lane(kind: str) -> str:

@@ -93,13 +93,13 @@ class Contents:
 
     def text(self, key: str) -> str:
         """A string of the metadata, "" if it is not there."""
-        found = self.metadata.get(key)
-        return (found.text() or "") if found else ""
+        value = self.metadata.get(key)
+        return (value.text() or "") if value else ""
 
     def integer(self, key: str) -> int | None:
         """An integer of the metadata, None if it is not there or is of another type."""
-        found = self.metadata.get(key)
-        number = found.number() if found else None
+        value = self.metadata.get(key)
+        number = value.number() if value else None
         return number if isinstance(number, int) and not isinstance(number, bool) else None
 
     @cached_property

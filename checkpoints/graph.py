@@ -98,8 +98,8 @@ class Tensor:
     @property
     def position_axis(self) -> int | None:
         """The dimension of `ne` that counts the tokens of the pass, None if there is not exactly one."""
-        found = [axis for axis, size in enumerate(self.ne) if size.tokens or size.product or size.square or size.crossed]
-        return found[0] if len(found) == 1 and self.ne[found[0]] == Size(0, 1) else None
+        axes = [axis for axis, size in enumerate(self.ne) if size.tokens or size.product or size.square or size.crossed]
+        return axes[0] if len(axes) == 1 and self.ne[axes[0]] == Size(0, 1) else None
 
 
 @dataclass(frozen=True)

@@ -77,9 +77,9 @@ class Mapping:
         if entry is None or not entry.changes:
             return array
         try:
-            made = array.reshape(entry.reshape) if entry.reshape else array
-            made = made.T if entry.transpose else made
-            return _repaired(made, entry) if entry.rope_pairs else made
+            value = array.reshape(entry.reshape) if entry.reshape else array
+            value = value.T if entry.transpose else value
+            return _repaired(value, entry) if entry.rope_pairs else value
         except ValueError as error:
             raise InputError(f"{self.path}: {entry.point}: {error}.", "Check the shapes.", code="map") from error
 
@@ -95,8 +95,8 @@ class Mapping:
         notes: list[str] = []
         for name, rows in dump.points.items():
             ours, entry = self.entry(name)
-            made = rows if entry is None or not entry.changes else self._changed(entry, name, rows, notes)
-            points.setdefault(ours, []).append(replace(made, point=ours))
+            renamed_rows = rows if entry is None or not entry.changes else self._changed(entry, name, rows, notes)
+            points.setdefault(ours, []).append(replace(renamed_rows, point=ours))
         return replace(dump, points={name: Rows.stack(parts) for name, parts in points.items()}, notes=(*dump.notes, *notes))
 
     def _changed(self, entry: Entry, name: str, rows: Rows, notes: list[str]) -> Rows:
@@ -177,17 +177,17 @@ def read_mapping(path: Path) -> Mapping:
         InputError: it cannot be read, or says something that is not known.
     """
     try:
-        found = tomllib.loads(read_text(path, _LARGEST))
+        table = tomllib.loads(read_text(path, _LARGEST))
     except (OSError, ValueError, RecursionError) as error:
         reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())
         raise InputError(f"cannot read {path}: {reason}.", "It is TOML: [names], their = our.", code="map") from error
-    unknown = set(found) - {"names", "layer_offset", "position_offset"}
+    unknown = set(table) - {"names", "layer_offset", "position_offset"}
     if unknown:
         raise InputError(f"{path}: {sorted(unknown)[0]!r} is not known.", "Names belong below [names].", code="map")
-    names = found.get("names", {})
+    names = table.get("names", {})
     if not isinstance(names, dict):
         raise InputError(f"{path}: names must be a table.", "Write [names] in a line of its own.", code="map")
-    layers, positions = found.get("layer_offset", 0), found.get("position_offset")
+    layers, positions = table.get("layer_offset", 0), table.get("position_offset")
     if not all(
         isinstance(offset, int) and not isinstance(offset, bool) for offset in (layers, 0 if positions is None else positions)
     ):
@@ -197,20 +197,20 @@ def read_mapping(path: Path) -> Mapping:
 
 
 def _entry(path: Path, theirs: str, ours: Any) -> Entry:
-    said = {"point": ours} if isinstance(ours, str) else ours
-    if not isinstance(said, dict) or not isinstance(said.get("point"), str) or set(said) - _KEYS:
+    entry = {"point": ours} if isinstance(ours, str) else ours
+    if not isinstance(entry, dict) or not isinstance(entry.get("point"), str) or set(entry) - _KEYS:
         raise InputError(
             f"{path}: {theirs!r} must be a point, or a table with point and some of {', '.join(sorted(_KEYS - {'point'}))}.",
             'Write "their.name" = "blk.5.l_out".',
             code="map",
         )
-    pairs, reshape = said.get("rope_pairs", ""), said.get("reshape", [])
+    pairs, reshape = entry.get("rope_pairs", ""), entry.get("reshape", [])
     whole = isinstance(reshape, list) and all(isinstance(size, int) for size in reshape)
-    heads, head_size = said.get("heads", 0), said.get("head_size", 0)
+    heads, head_size = entry.get("heads", 0), entry.get("head_size", 0)
     if pairs not in ("", "norm", "neox") or not whole or not all(isinstance(n, int) and n >= 0 for n in (heads, head_size)):
         raise InputError(
             f"{path}: {theirs!r}: rope_pairs is norm or neox, reshape a list of sizes, heads and head_size are numbers.",
             code="map",
         )
     pattern = re.escape(theirs).replace(re.escape("{i}"), r"(?P<i>\d{1,6})", 1)
-    return Entry(re.compile(pattern), said["point"], tuple(reshape), bool(said.get("transpose")), pairs, heads, head_size)
+    return Entry(re.compile(pattern), entry["point"], tuple(reshape), bool(entry.get("transpose")), pairs, heads, head_size)

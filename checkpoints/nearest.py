@@ -28,5 +28,5 @@ def nearest(name: str, count: int = 2) -> Sequence[str]:
     number = re.search(r"\d+", name)
     stem = _WORDS.sub("", name[: number.start()] + name[number.end() :] if number else name).strip("._-[]")
     kinds = [kind for kind in KINDS if number is None or kind not in {once.name for once in MODEL_KINDS}]
-    found = get_close_matches(stem, kinds, n=count, cutoff=0.5)  # below a half even unrelated names meet
-    return [in_layer(int(number[0]), kind) if number else kind for kind in found]
+    matches = get_close_matches(stem, kinds, n=count, cutoff=0.5)  # below a half even unrelated names meet
+    return [in_layer(int(number[0]), kind) if number else kind for kind in matches]

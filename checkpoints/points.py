@@ -84,8 +84,8 @@ class Point:
     @property
     def known(self) -> Kind | None:
         """The vocabulary's entry, or None for a name that only the reference or a foreign engine uses."""
-        found = KINDS.get(self.kind)
-        return found if found is not None and (self.layer is None) == (self.kind not in _RANK) else None
+        kind = KINDS.get(self.kind)
+        return kind if kind is not None and (self.layer is None) == (self.kind not in _RANK) else None
 
 
 def parse(name: str) -> Point:

@@ -155,9 +155,12 @@ class Rows:
 
     def full(self) -> NDArray[np.bool_]:
         """bool [R]: rows whose values are the whole activation, not a slice of it."""
+        return (self.sizes() == self.counts) if self.indices is None else np.zeros(len(self), dtype=np.bool_)
+
+    def sizes(self) -> NDArray[np.int64]:
+        """int64 [R]: the number of elements of each row of the activation; -1 where its shape is not known."""
         known = {shape: prod(shape) if shape else -1 for shape in set(self.shapes)}  # few shapes, many rows
-        sizes = np.fromiter((known[shape] for shape in self.shapes), np.int64, len(self))
-        return (sizes == self.counts) if self.indices is None else np.zeros(len(self), dtype=np.bool_)
+        return np.fromiter(map(known.__getitem__, self.shapes), np.int64, len(self))
 
     @staticmethod
     def stack(parts: Sequence["Rows"]) -> "Rows":

@@ -107,8 +107,8 @@ def buckets(positions: Values, keys: Values, *, count: int, bidirectional: bool)
     with np.errstate(divide="ignore"):
         steps = np.log((distance / exact).astype(np.float32)) * np.float32(count - exact) / np.log(128 / exact)
     far = np.minimum(np.floor((exact + np.maximum(steps, -exact)).astype(np.float32)), count - 1)
-    found: Values = (before + np.where(distance < exact, distance, far)).astype(np.int32)
-    return found
+    numbers: Values = (before + np.where(distance < exact, distance, far)).astype(np.int32)
+    return numbers
 
 
 def _buckets(now: Pass, *, count: int, bidirectional: bool) -> Values:
@@ -193,20 +193,20 @@ def _with_its_keys(entry: Recorded) -> Recorded:
 
 def _gives(rule: Rule, entry: Recorded) -> bool:
     now = _with_its_keys(entry).now if rule.kind in ("mask", "buckets") else entry.now
-    made = RULES[rule.kind](now, **rule.parameters)
+    values = RULES[rule.kind](now, **rule.parameters)
     if rule.kind == "mask":
         # The cache's padding is masked; so are rows that pad the pass.
         columns, rows = entry.ne[:2]
         padded = np.full((rows, columns), -np.inf, np.float32)
-        if made.shape[0] > rows or made.shape[1] > columns:
+        if values.shape[0] > rows or values.shape[1] > columns:
             return False
-        padded[: made.shape[0], : made.shape[1]] = made
-        made = padded
-    if rule.kind == "buckets" and made.ndim == 2 and made.shape[1] < entry.ne[0]:
+        padded[: values.shape[0], : values.shape[1]] = values
+        values = padded
+    if rule.kind == "buckets" and values.ndim == 2 and values.shape[1] < entry.ne[0]:
         # Those of the cache's padding say nothing: its scores are masked.
-        data = entry.data.reshape(-1, entry.ne[0])[: len(made), : made.shape[1]]
-        return bool(np.array_equal(made, data))
-    flat = made.reshape(-1)
+        data = entry.data.reshape(-1, entry.ne[0])[: len(values), : values.shape[1]]
+        return bool(np.array_equal(values, data))
+    flat = values.reshape(-1)
     if flat.shape != entry.data.shape:
         return False
     if entry.data.dtype.kind == "f" and rule.kind in ("temperature", "hadamard"):
@@ -249,7 +249,7 @@ def _candidates(recorded: Sequence[Recorded], facts: Mapping[str, Any]) -> list[
 
 def _windows(recorded: Sequence[Recorded]) -> list[tuple[str, int]]:
     """Kinds and sizes of windows that the recorded masks may show: read off the farthest key that a query sees."""
-    found: list[tuple[str, int]] = [("causal", 0), ("all", 0)]
+    candidates: list[tuple[str, int]] = [("causal", 0), ("all", 0)]
     back, chunks = 0, set[int]()
     for entry in map(_with_its_keys, recorded):
         if entry.data.size < len(entry.now.positions) * entry.ne[0]:
@@ -260,6 +260,6 @@ def _windows(recorded: Sequence[Recorded]) -> list[tuple[str, int]]:
         farthest = entry.now.keys[rows.argmax(axis=1)]
         back = max(back, int((entry.now.positions - farthest).max()))
         chunks.update(int(key) for key in farthest if key > entry.now.keys[0])
-    found += [("standard", back + 1), ("symmetric", 2 * back)]
+    candidates += [("standard", back + 1), ("symmetric", 2 * back)]
     sizes = sorted({start // part for start in chunks for part in range(1, 65) if start % part == 0}, reverse=True)
-    return found + [("chunked", size) for size in sizes if size > 1]
+    return candidates + [("chunked", size) for size in sizes if size > 1]

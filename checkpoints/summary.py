@@ -190,26 +190,26 @@ def summarise_pass(
     The arguments are those of `summarise`; a copy is what `kept_copy` gave. Small values of one width are summarised in
     one call: its fixed cost, some 0.3 ms with cold caches, is more than the work on a row of a small model.
     """
-    made: dict[int, _Made] = {}
+    summaries: dict[int, _Made] = {}
     widths: dict[tuple[int, int], list[int]] = {}
     for number, (point, copy) in enumerate(copies):
         layout = _layout(point)
         if layout == "causal":
             seen = token_idx - first + 1 if causal else np.full(len(token_idx), copy.shape[-1])
-            made[number] = _causal(point, copy, seen, kept, slice_size)
+            summaries[number] = _causal(point, copy, seen, kept, slice_size)
         elif layout == "cached":
             seen = token_idx - first + 1 if causal else np.full(len(token_idx), copy.shape[0])
-            made[number] = _cached(point, copy, seen, kept, slice_size)
+            summaries[number] = _cached(point, copy, seen, kept, slice_size)
         else:
             alone = number if copy.size > _SMALL else -1
             widths.setdefault((copy.shape[1], alone), []).append(number)
     for numbers in widths.values():
         rows = [copies[number][1] for number in numbers]
         together = _plain(rows[0] if len(rows) == 1 else np.concatenate(rows), slice_size)
-        made.update(zip(numbers, _split(together, len(rows)), strict=True))
+        summaries.update(zip(numbers, _split(together, len(rows)), strict=True))
     positions = token_idx[kept]
     zero, steps, phase = np.zeros(len(kept), np.int64), np.full(len(kept), step, np.int64), np.full(len(kept), decode)
-    return [Rows(point, zero, positions, steps, phase, *made[number]) for number, (point, _) in enumerate(copies)]
+    return [Rows(point, zero, positions, steps, phase, *summaries[number]) for number, (point, _) in enumerate(copies)]
 
 
 def _plain(rows: NDArray[np.float32], size: int | None) -> _Made:
@@ -225,9 +225,9 @@ def _rounded(sketches: NDArray[np.float64]) -> NDArray[np.float32]:
         return sketches.astype(np.float32)
 
 
-def _split(made: _Made, parts: int) -> list[_Made]:
+def _split(summary: _Made, parts: int) -> list[_Made]:
     """The same for each of several values of equally many rows that were laid one after the other."""
-    shapes, values, counts, stats, sketches = made
+    shapes, values, counts, stats, sketches = summary
     size = len(shapes) // parts
     cuts = [slice(start * size, (start + 1) * size) for start in range(parts)]
     return [

@@ -54,6 +54,7 @@ def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
     return product
 
 
+@np.errstate(over="ignore", invalid="ignore")  # an angle beyond float32 has no cosine: NaN, as in ggml
 def rope_angles(
     positions: Array,
     dims: int,

@@ -105,14 +105,14 @@ class Reference:
     def _died(self, doing: str) -> ReferenceFailed:
         child = self._children.pop()
         status = child.end(kill=False)
-        said = child.last_words()
+        last_words = child.last_words()
         child.stderr.close()
         how = "aborted" if status == -6 else ("was killed" if status == -9 else "ended")
         advice = {
             -6: "This model or request is one that this llama.cpp cannot compute; --verbose shows its log.",
             -9: "The system may have run out of memory: take a smaller model, or --window 1.",
         }.get(status, "Run again with --verbose to see its log.")
-        reason = f": {said}" if said else f" (status {status})"
+        reason = f": {last_words}" if last_words else f" (status {status})"
         return ReferenceFailed(f"llama.cpp {how} while {doing}{reason}.", advice, code="aborted")
 
     def _ask(self, doing: str, name: str, *arguments: Any, **keywords: Any) -> Any:

@@ -45,25 +45,25 @@ class _Walk:
     def dataflow(self) -> Dataflow:
         """Points in the order of computation; a graph that reads what comes later has that left out."""
         read = {(item.node.address, item.operand): item.point for item in self._planned if item.operand is not None}
-        made: dict[str, Made] = {}
+        origins: dict[str, Made] = {}
         for item in self._planned:
             node = item.node
             if item.part is not None and node.address in self._point:
-                made[item.point] = Made("VIEW", (self._point[node.address],) if self._point[node.address] in made else ())
+                origins[item.point] = Made("VIEW", (self._point[node.address],) if self._point[node.address] in origins else ())
                 continue
             sources = node.sources if item.operand is None else (node.sources[item.operand],)
             points: list[str] = []
             weights: list[str] = []
             for number, source in enumerate(sources):
                 operand = read.get((node.address, number)) if item.operand is None else None
-                found = ([operand], []) if operand is not None else self._behind(source, item.point)
-                points += found[0]
-                weights += found[1]
-            known = [name for name in dict.fromkeys(points) if name in made]
-            made[item.point] = Made(
+                behind = ([operand], []) if operand is not None else self._behind(source, item.point)
+                points += behind[0]
+                weights += behind[1]
+            known = [name for name in dict.fromkeys(points) if name in origins]
+            origins[item.point] = Made(
                 self._operation(node) if item.operand is None else CACHE, tuple(known), tuple(dict.fromkeys(weights))
             )
-        return Dataflow(made)
+        return Dataflow(origins)
 
     def _operation(self, node: Node) -> str:
         """ggml's name of what makes a node; for a view of something unplanned, what makes that."""

@@ -64,7 +64,7 @@ class Library:
         from importlib.metadata import distributions
 
         place = str(Path(self.api.__file__).parent.parent)
-        return next((found.version for found in distributions(name="llama_cpp_python", path=[place])), "")
+        return next((package.version for package in distributions(name="llama_cpp_python", path=[place])), "")
 
     def devices(self) -> tuple[str, ...]:
         """Every device that this ggml may compute on, as `ggml_backend_dev_name` says: "CPU", "BLAS", "CUDA0"."""
@@ -79,5 +79,5 @@ class Library:
             ggml.ggml_backend_dev_name.argtypes = [ctypes.c_void_p]
         except AttributeError:  # a version without a list of devices
             return ()
-        found = (ggml.ggml_backend_dev_name(ggml.ggml_backend_dev_get(i)) for i in range(ggml.ggml_backend_dev_count()))
-        return tuple(name.decode() for name in found)
+        names = (ggml.ggml_backend_dev_name(ggml.ggml_backend_dev_get(i)) for i in range(ggml.ggml_backend_dev_count()))
+        return tuple(name.decode() for name in names)

@@ -28,8 +28,8 @@ class Plans:
     def wanted(self, names: Collection[str], *, count: int = 0, encoder: bool = False) -> list[Planned]:
         """The values of those names in a pass over `count` tokens, or in the encoder's."""
         chosen = set(names)
-        found = self.encoder if encoder else (self.single if count == 1 else self.prompt)
-        return [item for item in (() if found is None else found.known) if item.point in chosen]
+        plan = self.encoder if encoder else (self.single if count == 1 else self.prompt)
+        return [item for item in (() if plan is None else plan.known) if item.point in chosen]
 
 
 def plans_of(session: Session, prompt: Sequence[int], encoded: Sequence[int] = ()) -> Plans:

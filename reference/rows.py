@@ -63,8 +63,8 @@ def _axis(ne: tuple[int, ...], other: tuple[int, ...] | None, count: int, length
     """The dimension that has one element a position; of two (keys and queries, where nothing is cached) the queries'."""
     if other is None:
         return None
-    found = [axis for axis, pair in enumerate(zip(ne, other, strict=True)) if pair == (count, length)]
-    return max(found) if found and max(found) <= 1 else (found[0] if found else None)
+    axes = [axis for axis, pair in enumerate(zip(ne, other, strict=True)) if pair == (count, length)]
+    return max(axes) if axes and max(axes) <= 1 else (axes[0] if axes else None)
 
 
 def _taken(planned: Planned) -> Node:

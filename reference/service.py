@@ -57,6 +57,12 @@ class Service:
     def _vocabulary(self, contents: Contents) -> Model:
         return self._model(contents.path, vocab_only=True)
 
+    def _computable_for(self, path: Path, tokens: tuple[int, ...], mode: str, threads: int | None) -> Model:
+        """The model that computes these tokens. Raises InputError for tokens that are not in its vocabulary."""
+        contents = twin.checked(self._library, path)
+        dump.check_tokens(self._vocabulary(contents), tokens)
+        return self._computable(contents, mode, threads)
+
     def _computable(self, contents: Contents, mode: str, threads: int | None) -> Model:
         if mode != EXACT:
             return self._model(contents.path)
@@ -64,15 +70,15 @@ class Service:
         try:
             return self._model(path)
         except ModelError as error:  # of a file in the cache, which the user never named
-            said = error.message.replace(str(path), str(contents.path))
-            raise ModelError(said, error.advice, code=error.code) from error
+            reason = error.message.replace(str(path), str(contents.path))
+            raise ModelError(reason, error.advice, code=error.code) from error
 
     def tokenize(self, path: Path, text: str, add_special: bool, parse_special: bool, *, item: Item) -> Tokens:
         """See `client.Reference.tokenize`."""
         if not text:
             raise InputError("the prompt is empty.", "Give --prompt or --tokens.", code="prompt")
-        found = contents(path)
-        model = self._vocabulary(found)
+        file = contents(path)
+        model = self._vocabulary(file)
         ids = model.tokenize(text, add_special=add_special, parse_special=parse_special)
         bos, eos, add_bos, add_eos = model.special()
         return Tokens(
@@ -83,8 +89,8 @@ class Service:
             eos=eos,
             add_bos=add_bos,
             add_eos=add_eos,
-            n_ctx_train=found.integer(f"{found.architecture}.context_length"),
-            architecture=found.architecture,
+            n_ctx_train=file.integer(f"{file.architecture}.context_length"),
+            architecture=file.architecture,
         )
 
     def pieces(self, path: Path, ids: tuple[int, ...], *, item: Item) -> tuple[str, ...]:
@@ -98,12 +104,12 @@ class Service:
     def dump(self, job: DumpJob, *, item: Item) -> DumpResult:
         """See `client.Reference.dump`."""
         started = time.perf_counter()
-        found = twin.checked(self._library, job.model)
-        if job.plain and (size := window_size(self._library, found, job)) is not None:
-            return dump_windows(self._library, self._vocabulary(found), found, job, size, started)
-        dump.check(job, self._vocabulary(found))  # before minutes are spent on a twin
-        info = dump.describe(found, self._library)
-        model = self._computable(found, job.mode, job.threads)
+        file = twin.checked(self._library, job.model)
+        if job.plain and (size := window_size(self._library, file, job)) is not None:
+            return dump_windows(self._library, self._vocabulary(file), file, job, size, started)
+        dump.check(job, self._vocabulary(file))  # before minutes are spent on a twin
+        info = dump.describe(file, self._library)
+        model = self._computable(file, job.mode, job.threads)
         return dump.dump_whole(self._library, model, job, info, started)
 
     def capture(
@@ -118,9 +124,7 @@ class Service:
         item: Item,
     ) -> None:
         """See `client.Reference.capture`: items are (Node, float32 array)."""
-        contents = twin.checked(self._library, path)
-        dump.check_tokens(self._vocabulary(contents), tokens)
-        model = self._computable(contents, mode, threads)
+        model = self._computable_for(path, tokens, mode, threads)
         with Session(model, n_ctx=len(tokens), n_batch=len(tokens), kv_type=kv_type, threads=threads) as session:
             self._deliver(session, tokens, expression, model.n_layers, 0, item)
 
@@ -137,9 +141,7 @@ class Service:
         item: Item,
     ) -> None:
         """See `client.Reference.logits`: items are float32 arrays [n, V]."""
-        contents = twin.checked(self._library, path)
-        dump.check_tokens(self._vocabulary(contents), tokens)
-        model = self._computable(contents, mode, threads)
+        model = self._computable_for(path, tokens, mode, threads)
         batch = min(portion, len(tokens))
         with Session(model, n_ctx=len(tokens), n_batch=batch, kv_type=kv_type, threads=threads) as session:
             plans = plans_of(session, tokens[:portion])

@@ -13,19 +13,20 @@ from .layout import columns
 from .numbers import clean, count, error, of_limit, ranges
 
 
-def lines(found: Bisected, width: int) -> Iterator[Text]:
+def lines(bisected: Bisected, width: int) -> Iterator[Text]:
     """One row for each part that is wrong, with its first wrong point; then the others in a sentence."""
-    if found.wrong:
+    if bisected.wrong:
         rows: list[tuple[str, ...]] = [("part", "first wrong point", "worst NMSE", "of limit", "position")]
-        rows += [_row(part) for part in found.wrong]
-        yield from columns(rows, frozenset({2, 3, 4}), ["dim", *["red"] * len(found.wrong)], width)
-    for part in found.parts:
+        rows += [_row(part) for part in bisected.wrong]
+        yield from columns(rows, frozenset({2, 3, 4}), ["dim", *["red"] * len(bisected.wrong)], width)
+    for part in bisected.parts:
         if part.status == NOT_JUDGED:
             yield Text(f"{clean(part.name)} is not judged: {clean(part.reason)}", style="dim")
-    yield from (Text(f"note  {clean(note)}", style="dim") for note in found.notes)
-    yield Text(sentence(found), style="bold")
+    yield from (Text(f"note  {clean(note)}", style="dim") for note in bisected.notes)
+    yield Text(sentence(bisected), style="bold")
     yield Text(
-        f"{count(found.runs, 'run')} of {clean(found.engine)}, {found.seconds:.1f} s   {clean(found.folder)}/", style="dim"
+        f"{count(bisected.runs, 'run')} of {clean(bisected.engine)}, {bisected.seconds:.1f} s   {clean(bisected.folder)}/",
+        style="dim",
     )
 
 
@@ -34,26 +35,26 @@ def _row(part: JudgedPart) -> tuple[str, ...]:
     return clean(part.name), clean(part.point), error(part.nmse), of_limit(share), str(part.token_idx)
 
 
-def sentence(found: Bisected) -> str:
+def sentence(bisected: Bisected) -> str:
     """The answer in one line."""
-    right = sum(part.status == RIGHT for part in found.parts)
-    judged = right + len(found.wrong)
-    if not found.wrong:
+    right = sum(part.status == RIGHT for part in bisected.parts)
+    judged = right + len(bisected.wrong)
+    if not bisected.wrong:
         return f"all {judged} parts that were judged are right, given llama.cpp's inputs"
-    layers = tuple(int(part.name.removeprefix("blk.")) for part in found.wrong if part.name.startswith("blk."))
+    layers = tuple(int(part.name.removeprefix("blk.")) for part in bisected.wrong if part.name.startswith("blk."))
     named = [f"layer{'s' * (len(layers) > 1)} {ranges(layers)}"] if layers else []
-    named += [part.name for part in found.wrong if not part.name.startswith("blk.")]
-    verb = "are" if len(found.wrong) > 1 else "is"
+    named += [part.name for part in bisected.wrong if not part.name.startswith("blk.")]
+    verb = "are" if len(bisected.wrong) > 1 else "is"
     return f"{' and '.join(named)} {verb} wrong given llama.cpp's inputs; the other {right} of {judged} parts are right"
 
 
-def as_json(found: Bisected) -> dict[str, Any]:
+def as_json(bisected: Bisected) -> dict[str, Any]:
     """Every part, and the names of the wrong ones."""
-    answer = asdict(found) | {
+    answer = asdict(bisected) | {
         "schema": 1,
-        "verdict": "parity" if found else "divergence",
-        "wrong": [part.name for part in found.wrong],
-        "answer": sentence(found),
+        "verdict": "parity" if bisected else "divergence",
+        "wrong": [part.name for part in bisected.wrong],
+        "answer": sentence(bisected),
     }
-    made: dict[str, Any] = plain(answer)
-    return made
+    fields: dict[str, Any] = plain(answer)
+    return fields

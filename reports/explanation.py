@@ -31,7 +31,9 @@ def lines(explanation: Explanation, width: int) -> Iterator[Text]:
             [("no fault", f"agrees within the noise of {_arithmetic(explanation.precision_only, explanation)}")], width
         )
     elif explanation.first is None:
-        yield from _lines([("no fault", f"all {explanation.records:,} records agree with the right engine")], width)
+        noisy = any(note.startswith("noise:") for note in explanation.notes)
+        within = ", some only within the noise that the note says" if noisy else ""
+        yield from _lines([("no fault", f"all {explanation.records:,} records agree with the right engine{within}")], width)
     elif explanation.precision_only:
         yield from _precision(explanation, width)
     elif explanation.remaining is not None:
@@ -103,9 +105,9 @@ def _same(named: Named) -> str:
     return f"{named.fault}: {named.sentence}{layers_text(named.layers)}"
 
 
-def _arithmetic(kind: str, found: Explanation) -> str:
+def _arithmetic(kind: str, explanation: Explanation) -> str:
     """The arithmetic that fits best, and those that cannot be told from it."""
-    return " or ".join(_ARITHMETIC[one] for one in dict.fromkeys((kind, *found.precision_alike)))
+    return " or ".join(_ARITHMETIC[one] for one in dict.fromkeys((kind, *explanation.precision_alike)))
 
 
 def _precision(explanation: Explanation, width: int) -> list[Text]:

@@ -82,7 +82,7 @@ def _graph(
 
 def _sources(name: str, inside: set[str], flow: Dataflow) -> list[str]:
     """The drawn points that a point is made from, through those that are not drawn; points of the vocabulary end a way from outside."""
-    found: dict[str, None] = {}
+    sources: dict[str, None] = {}
     waiting, seen = list(reversed(flow.made[name].reads)), set[str]()
     while waiting:
         source = waiting.pop()
@@ -90,10 +90,10 @@ def _sources(name: str, inside: set[str], flow: Dataflow) -> list[str]:
             continue
         seen.add(source)
         if source in inside or parse(source).known is not None or not flow.made[source].reads:
-            found[source] = None
+            sources[source] = None
         else:
             waiting += reversed(flow.made[source].reads)
-    return list(found)
+    return list(sources)
 
 
 def _columns(names: Sequence[str], rows: dict[str, int], sources: dict[str, list[str]]) -> dict[str, float]:

@@ -59,8 +59,8 @@ def answer(verdict: Verdict) -> str:
 def limits_of_their_own(verdict: Verdict) -> dict[str, float]:
     """Points whose worst record was judged by another limit than the printed one: its "of limit" is in proportion to this."""
     printed = {LOGITS: verdict.limits.logits}
-    found = {point.checkpoint: point.worst.limit for point in verdict.points if point.worst.of_limit}
-    return {name: value for name, value in found.items() if not isclose(value, printed.get(name, verdict.limits.operations))}
+    limits = {point.checkpoint: point.worst.limit for point in verdict.points if point.worst.of_limit}
+    return {name: value for name, value in limits.items() if not isclose(value, printed.get(name, verdict.limits.operations))}
 
 
 ARITHMETIC = {"": "lower", "f32": "float32", "tf32": "TF32", "f16": "F16", "bf16": "BF16", "q8": "8-bit"}

@@ -20,8 +20,8 @@ class Ran:
     @property
     def json(self) -> dict[str, Any]:
         """The one JSON object on stdout."""
-        found: dict[str, Any] = json.loads(self.out)
-        return found
+        answer: dict[str, Any] = json.loads(self.out)
+        return answer
 
 
 class Cli:
@@ -42,12 +42,12 @@ class Cli:
         return ran.code, ran.json
 
 
-def one_line(said: str, *parts: str) -> None:
+def one_line(message: str, *parts: str) -> None:
     """An error as every one is: one line that begins with the program's name and has these parts."""
-    assert said.startswith("parity: "), said
-    assert len(said.splitlines()) == 1, said
+    assert message.startswith("parity: "), message
+    assert len(message.splitlines()) == 1, message
     for part in parts:
-        assert part in said, said
+        assert part in message, message
 
 
 def refused(ran: Ran, *parts: str) -> None:

@@ -32,17 +32,19 @@ def random(points: Sequence[str] = DEFAULT, positions: int = 12, seed: int = 0) 
 def noisy(arrays: Arrays, size: float = 1e-7, seed: int = 1) -> Arrays:
     """The same with relative noise, as a right engine in float32 has it; the embedding is exact."""
     rng = np.random.default_rng(seed)
-    made = {name: (x * (1 + size * rng.standard_normal(x.shape))).astype(np.float32) for name, x in arrays.items()}
-    return {name: arrays[name] if name == "embd" else x for name, x in made.items()}
+    noisy_arrays = {name: (x * (1 + size * rng.standard_normal(x.shape))).astype(np.float32) for name, x in arrays.items()}
+    return {name: arrays[name] if name == "embd" else x for name, x in noisy_arrays.items()}
 
 
 def spoiled(arrays: Arrays, points: Sequence[str], positions: Sequence[int] | slice, size: float = 0.03) -> Arrays:
     """The same, wrong at these points and positions."""
     rng = np.random.default_rng(2)
-    made = {name: x.copy() for name, x in arrays.items()}
+    changed_arrays = {name: x.copy() for name, x in arrays.items()}
     for name in points:
-        made[name][positions] += (size * rng.standard_normal(made[name][positions].shape)).astype(np.float32)
-    return made
+        changed_arrays[name][positions] += (size * rng.standard_normal(changed_arrays[name][positions].shape)).astype(
+            np.float32
+        )
+    return changed_arrays
 
 
 def dump(
@@ -63,10 +65,10 @@ def dump(
 
 
 def _rows(name: str, array: NDArray[np.float32], prefill: int | None, chunk: int | None, size: int | None) -> Rows:
-    made = summarise(name, array, np.arange(len(array)), slice_size=size)
+    rows_made = summarise(name, array, np.arange(len(array)), slice_size=size)
     if chunk is not None:
-        made = replace(made, step=made.token_idx // chunk)
+        rows_made = replace(rows_made, step=rows_made.token_idx // chunk)
     if prefill is not None:
-        decode = made.token_idx >= prefill
-        made = replace(made, decode=decode, step=np.where(decode, made.token_idx - prefill + 1, 0))
-    return made
+        decode = rows_made.token_idx >= prefill
+        rows_made = replace(rows_made, decode=decode, step=np.where(decode, rows_made.token_idx - prefill + 1, 0))
+    return rows_made

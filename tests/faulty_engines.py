@@ -265,8 +265,8 @@ def dump_of(case: Case, right: Path, tokens: tuple[int, ...], reference: Referen
     file = File(right)
     case.how(file)
     reference.dump(DumpJob(model=file.write(folder / "changed.gguf"), out=out, tokens=tokens, points="default"))
-    found = read(out)
-    return Dump(found.path, None, {name: stripped(rows) for name, rows in found.points.items()})
+    dump = read(out)
+    return Dump(dump.path, None, {name: stripped(rows) for name, rows in dump.points.items()})
 
 
 def bare(made: dict[str, np.ndarray], out: Path) -> Dump:

@@ -4,6 +4,8 @@ It knows nothing of parity: weights come from gguf-py, formulas from the papers 
 between families is read from the file's metadata and tensors, but for three habits that no file says (`HABITS`).
 """
 
+import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -230,3 +232,14 @@ def lines(made: dict[str, Any], size: int = 16) -> list[dict[str, Any]]:
         for point, rows in made.items()
         for row, values in enumerate(rows)
     ]
+
+
+def main() -> None:
+    """MODEL 1,2,3 OUT [FAULT]: as `parity run --exec` starts it."""
+    model, tokens, out, *fault = sys.argv[1:]
+    outcome = Families(Path(model), *fault).run(tuple(map(int, tokens.split(","))))
+    Path(out).write_text("".join(json.dumps(line) + "\n" for line in lines(outcome)))
+
+
+if __name__ == "__main__":
+    main()

@@ -8,14 +8,21 @@ import gguf
 import numpy as np
 from safetensors.numpy import load_file
 
-ARCHITECTURES = {"mistral": "llama", "mixtral": "llama", "qwen3_moe": "qwen3moe", "gemma3_text": "gemma3"}
+ARCHITECTURES = {
+    "mistral": "llama",
+    "mixtral": "llama",
+    "qwen3_moe": "qwen3moe",
+    "gemma3_text": "gemma3",
+    "gpt_oss": "gpt-oss",
+    "deepseek_v2": "deepseek2",
+}
 _EXPERTS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 
 
 def convert(folder: Path, out: Path, source: dict[str, np.ndarray] | None = None, **changes: Any) -> Path:
     """Write the model in `folder` to `out`, float32. `source` are its tensors, where NumPy cannot read their type.
 
-    `changes` plant a converter's fault: skip_permute, skip_norm_offset, eps=…, swap=(name, name), drop=name.
+    `changes` plant a converter's fault: skip_permute, skip_norm_offset, skip_groups, eps=…, swap=(name, name), drop=name.
     """
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     kind = config["model_type"]
@@ -27,9 +34,10 @@ def convert(folder: Path, out: Path, source: dict[str, np.ndarray] | None = None
     files = () if source else sorted(folder.glob("*.safetensors"))
     whole = {name: value for file in files for name, value in load_file(file).items()}
     tensors: dict[str, np.ndarray] = {}
-    for name, value in _joined(source or whole).items():
+    for name, value in _split(_joined(source or whole), config, changes).items():
         to = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert to is not None, name
+        to += "" if to.endswith((".weight", ".bias")) else ".weight"  # attention sinks
         tensors[to] = _converted(arch, name, value, config, changes)
     if swap := changes.get("swap"):
         tensors[swap[0]], tensors[swap[1]] = tensors[swap[1]], tensors[swap[0]]
@@ -59,7 +67,7 @@ def _joined(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     made: dict[str, np.ndarray] = {}
     for name, value in tensors.items():
         head, mark, rest = name.partition(".experts.")
-        if not mark:
+        if not mark or not rest[0].isdigit():
             made[name] = value
         elif rest.startswith("0."):
             leaf = rest.removeprefix("0.")
@@ -68,6 +76,37 @@ def _joined(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
             made[
                 f"{head.replace('block_sparse_moe', 'mlp')}.experts.{_EXPERTS.get(leaf.split('.')[0], leaf.split('.')[0])}.weight"
             ] = stacked
+    return made
+
+
+def _split(tensors: dict[str, np.ndarray], config: dict[str, Any], changes: dict[str, Any]) -> dict[str, np.ndarray]:
+    """The tensors with what converters take apart or put in another order: gpt-oss's and deepseek's experts, MLA, falcon's Q, K and V."""
+    made: dict[str, np.ndarray] = {}
+    for name, value in tensors.items():
+        if name.endswith("mlp.experts.gate_up_proj") and config["model_type"] == "deepseek_v2":
+            gate, up = np.split(value, 2, axis=1)
+            made |= {name.replace("gate_up_proj", "gate_proj.weight"): gate, name.replace("gate_up_proj", "up_proj.weight"): up}
+        elif ".mlp.experts.gate_up_proj" in name:  # gpt-oss: gate and up in turns
+            kind = "bias" if name.endswith("_bias") else "weight"
+            whole = value if kind == "bias" else value.swapaxes(1, 2)
+            head = name.partition("gate_up_proj")[0]
+            made |= {f"{head}gate_proj.{kind}": whole[:, 0::2], f"{head}up_proj.{kind}": whole[:, 1::2]}
+        elif ".mlp.experts.down_proj" in name and not name.endswith(".weight"):
+            kind = "bias" if name.endswith("_bias") else "weight"
+            turned = kind == "weight" and config["model_type"] == "gpt_oss"
+            made[f"{name.partition('down_proj')[0]}down_proj.{kind}"] = value.swapaxes(1, 2) if turned else value
+        elif name.endswith("kv_b_proj.weight"):
+            heads, inner = config["num_attention_heads"], config["qk_nope_head_dim"]
+            k, v = np.split(value.reshape(heads, -1, value.shape[-1]), [inner], axis=1)
+            made |= {name.replace("kv_b_proj", "k_b_proj"): k.swapaxes(1, 2), name.replace("kv_b_proj", "v_b_proj"): v}
+        elif name.endswith("query_key_value.weight") and not changes.get("skip_groups"):
+            kv = config["num_kv_heads"]
+            size = config["hidden_size"] // config["num_attention_heads"]
+            groups = value.reshape(kv, -1, size, value.shape[-1])
+            parts = (groups[:, :-2], groups[:, [-2]], groups[:, [-1]])
+            made[name] = np.concatenate([part.reshape(-1, value.shape[-1]) for part in parts])
+        else:
+            made[name] = value
     return made
 
 
@@ -81,11 +120,17 @@ def _metadata(writer: gguf.GGUFWriter, arch: str, config: dict[str, Any], layers
     writer.add_context_length(512)
     writer.add_embedding_length(width)
     writer.add_block_count(layers)
-    writer.add_feed_forward_length(of("intermediate_size", "n_inner"))
+    writer.add_feed_forward_length(of("intermediate_size", "n_inner", "ffn_hidden_size"))
     writer.add_head_count(heads)
-    writer.add_head_count_kv(of("num_key_value_heads", default=heads))
+    writer.add_head_count_kv(1 if arch == "deepseek2" else of("num_key_value_heads", "num_kv_heads", default=heads))
     writer.add_vocab_size(config["vocab_size"])
     writer.add_tokenizer_model("none")
+    if arch == "falcon":
+        writer.add_layer_norm_eps(eps or config["layer_norm_epsilon"])
+        return
+    if arch == "deepseek2":
+        _latent_attention(writer, config, eps)
+        return
     if arch == "gpt2":
         writer.add_layer_norm_eps(eps or config["layer_norm_epsilon"])
         return
@@ -93,8 +138,8 @@ def _metadata(writer: gguf.GGUFWriter, arch: str, config: dict[str, Any], layers
     writer.add_layer_norm_rms_eps(eps or config["rms_norm_eps"])
     writer.add_key_length(head)
     writer.add_value_length(head)
-    writer.add_rope_dimension_count(head)
     rope = config.get("rope_parameters") or {}
+    writer.add_rope_dimension_count(int(head * rope.get("partial_rotary_factor", 1.0)))
     writer.add_rope_freq_base(
         rope.get("rope_theta") or rope.get("full_attention", {}).get("rope_theta") or of("rope_theta", default=10000.0)
     )
@@ -106,7 +151,33 @@ def _metadata(writer: gguf.GGUFWriter, arch: str, config: dict[str, Any], layers
     if arch == "gemma2":
         writer.add_attn_logit_softcapping(config["attn_logit_softcapping"])
         writer.add_final_logit_softcapping(config["final_logit_softcapping"])
-    if arch.startswith("gemma") or arch == "phi3":
+    if arch == "gpt-oss":
+        writer.add_expert_feed_forward_length(config["intermediate_size"])
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(rope["factor"])
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+    if arch.startswith("gemma") or arch in ("phi3", "gpt-oss"):
         writer.add_sliding_window(of("sliding_window", default=0))
     if arch == "phi3":
         writer.add_rope_scaling_orig_ctx_len(512)
+
+
+def _latent_attention(writer: gguf.GGUFWriter, config: dict[str, Any], eps: float | None) -> None:
+    """deepseek2's metadata: latent attention is multi-query attention of the latent row and the rotated part."""
+    latent, rotated = config["kv_lora_rank"], config["qk_rope_head_dim"]
+    writer.add_layer_norm_rms_eps(eps or config["rms_norm_eps"])
+    writer.add_q_lora_rank(config["q_lora_rank"])
+    writer.add_kv_lora_rank(latent)
+    writer.add_key_length(latent + rotated)
+    writer.add_value_length(latent)
+    writer.add_key_length_mla(config["qk_nope_head_dim"] + rotated)
+    writer.add_value_length_mla(config["v_head_dim"])
+    writer.add_rope_dimension_count(rotated)
+    writer.add_rope_freq_base((config.get("rope_parameters") or {}).get("rope_theta", 10000.0))
+    writer.add_expert_count(config["n_routed_experts"])
+    writer.add_expert_used_count(config["num_experts_per_tok"])
+    writer.add_expert_shared_count(config["n_shared_experts"])
+    writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
+    writer.add_expert_weights_scale(config.get("routed_scaling_factor", 1.0))
+    writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SOFTMAX)
+    writer.add_leading_dense_block_count(config["first_k_dense_replace"])

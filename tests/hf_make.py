@@ -26,6 +26,52 @@ FAMILIES = {
     "gemma2": ("Gemma2Config", {"head_dim": 16, "query_pre_attn_scalar": 16, "tie_word_embeddings": True}),
     "gemma3": ("Gemma3TextConfig", {"head_dim": 16, "query_pre_attn_scalar": 16, "tie_word_embeddings": True}),
     "phi3": ("Phi3Config", {"sliding_window": None}),
+    "glm4": ("Glm4Config", {"head_dim": 16}),
+    "falcon": (
+        "FalconConfig",
+        {
+            "num_kv_heads": 2,
+            "new_decoder_architecture": True,
+            "ffn_hidden_size": 96,
+            "bias": False,
+            "max_position_embeddings": 512,
+        },
+    ),
+    "gpt_oss": (
+        "GptOssConfig",
+        {
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "head_dim": 16,
+            "sliding_window": 128,
+            "max_position_embeddings": 2048,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 150000.0,
+                "factor": 4.0,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "truncate": True,  # llama.cpp rounds the corrected dimensions (ggml_rope_yarn_corr_dims)
+                "original_max_position_embeddings": 512,
+            },
+        },
+    ),
+    "deepseek_v2": (
+        "DeepseekV2Config",
+        {
+            "q_lora_rank": 24,
+            "kv_lora_rank": 32,
+            "qk_rope_head_dim": 16,
+            "qk_nope_head_dim": 16,
+            "v_head_dim": 16,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "first_k_dense_replace": 1,
+            "n_shared_experts": 1,
+            "num_key_value_heads": 4,
+        },
+    ),
     "gpt2": (
         "GPT2Config",
         {"n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 512, "n_inner": 96, "tie_word_embeddings": True},

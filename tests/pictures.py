@@ -40,7 +40,9 @@ def hostile() -> Report:
     right = random(names)
     wrong = spoiled(noisy(right), names[2:], slice(3, None))
     tokens = [(Token(12, number, EVIL, ((number, 2.0), (0, 1.0))),) for number in (7, 8)]
-    return _report(*(dump(x, header=header, tokens=said, path=EVIL) for x, said in zip((wrong, right), tokens, strict=True)))
+    return _report(
+        *(dump(x, header=header, tokens=message, path=EVIL) for x, message in zip((wrong, right), tokens, strict=True))
+    )
 
 
 def huge(layers: int = 24, positions: int = 512) -> Report:
@@ -88,5 +90,5 @@ def _compared(size: float) -> Report:
 
 
 def _report(ours, ref) -> Report:  # type: ignore[no-untyped-def]
-    found = comparison(ours, ref)
-    return Report(found.verdict, ours, ref, found.picture)
+    compared = comparison(ours, ref)
+    return Report(compared.verdict, ours, ref, compared.picture)

@@ -49,8 +49,8 @@ def half_sums(x: Array, weight: Array, bias: Array | None = None) -> Array:
     for start in range(0, x.shape[1], 32):
         part = x[:, start : start + 32].astype(np.float16).astype(np.float32) @ weight[:, start : start + 32].T
         total = (total + part.astype(np.float16)).astype(np.float16)
-    made = total.astype(np.float32)
-    return made if bias is None else made + bias
+    sums = total.astype(np.float32)
+    return sums if bias is None else sums + bias
 
 
 class Faulty:

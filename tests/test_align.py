@@ -36,12 +36,12 @@ def test_rows_meet_by_position(left: list[int], right: list[int]) -> None:
         with pytest.raises(DumpError):
             align(ours, ref)
         return
-    found = align(ours, ref)
-    for pair in found.pairs:
+    alignment = align(ours, ref)
+    for pair in alignment.pairs:
         assert pair.ours.token_idx.tolist() == pair.ref.token_idx.tolist() == common
         assert np.array_equal(pair.ours.values, pair.ref.values)
-    assert found.missing_ours.records == 3 * len(set(right) - set(left))
-    assert found.missing_ref.positions == tuple(sorted(set(left) - set(right)))
+    assert alignment.missing_ours.records == 3 * len(set(right) - set(left))
+    assert alignment.missing_ref.positions == tuple(sorted(set(left) - set(right)))
 
 
 def test_sequences_are_kept_apart() -> None:

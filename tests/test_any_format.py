@@ -81,7 +81,7 @@ def test_isolate_takes_arrays_and_foreign_names(stories: Path, parity: Cli) -> N
     code, answer = parity.json(
         "isolate", "ours.npz", "--map", "names.toml", "--tokens", IDS, "--compute", "f32", "--no-windows"
     )
-    proven = {found["operation"] for found in answer["operations"] if found["status"] == "proven"}
+    proven = {operation["operation"] for operation in answer["operations"] if operation["status"] == "proven"}
     assert (code, {"embd", "output_norm", "logits"} <= proven) == (0, True)
 
 

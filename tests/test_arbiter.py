@@ -1,5 +1,6 @@
 """The arbiter: the same steps in float64 say which of two sides is right, and how far float32 itself is from the truth."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,14 +12,15 @@ from planted import Faulty
 from checkpoints.record import Rows
 from engine import ops
 from engine.backend import Array, choose
-from engine.graph import Step
-from engine.replay.wide import WideWeights, wide_values
+from engine.graph import Step, compute
+from engine.replay.wide import WideWeights, entry_errors, is_looked_up, wide_values
 from engine.synth import Shape, synthesize
 from engine.transformer import Transformer
 from engine.weights.gguf_model import GgufModel
 from parity.arbiter.arbiter import Arbiter
 from parity.diff.limits import EXACT_FLOOR
 from parity.diff.truth import COARSE_MULTIPLE, MULTIPLE, raised
+from reference.client import Reference
 
 
 @pytest.fixture(scope="module")
@@ -28,8 +30,8 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Faulty:
 
 
 def _other_order(x: Array, weight: Array, bias: Array | None = None) -> Array:
-    made = np.einsum("ti,oi->to", x[:, ::-1], weight[:, ::-1], optimize=False)
-    return made if bias is None else made + bias
+    product = np.einsum("ti,oi->to", x[:, ::-1], weight[:, ::-1], optimize=False)
+    return product if bias is None else product + bias
 
 
 def _values(transformer: Transformer, steps: list[Step] | None = None) -> dict[str, Array]:
@@ -96,9 +98,9 @@ def test_what_was_not_recorded_of_this_sequence_is_not_judged(engine: Faulty) ->
     values = rows.values.copy()
     values[1, 3] = np.nan
     odd = replace(rows, values=values, token_idx=rows.token_idx + np.array([0] * 7 + [5]), seq=np.array([1] + [0] * 7))
-    found = arbiter.distances({"blk.0.l_out": odd, "blk.0.unknown": rows})
-    assert list(found) == ["blk.0.l_out"]
-    distance = found["blk.0.l_out"]
+    distances = arbiter.distances({"blk.0.l_out": odd, "blk.0.unknown": rows})
+    assert list(distances) == ["blk.0.l_out"]
+    distance = distances["blk.0.l_out"]
     assert np.isnan(distance[[0, 7]]).all()
     assert np.isinf(distance[1])
     assert (distance[2:7] < 1e-11).all()
@@ -121,8 +123,8 @@ def test_a_limit_is_raised_at_the_position_where_the_reference_is_far_from_the_t
     distance = np.array([1e-14, 1e-13, 3e-14, 2e-11, np.nan, 1e-13])
     limit = np.array([1e-10, 1e-10, 1e-10, 1e-10, 1e-9, 1e-10])
     nmse, fine = np.full(6, 5e-10), np.zeros(6, np.bool_)
-    found = raised(nmse, limit, distance, point, np.zeros(6, np.int64), token_idx, fine)
-    assert found.tolist() == [1e-10, 1e-10, 1e-10, MULTIPLE * 2e-11, 1e-9, MULTIPLE * 2e-11]
+    limits = raised(nmse, limit, distance, point, np.zeros(6, np.int64), token_idx, fine)
+    assert limits.tolist() == [1e-10, 1e-10, 1e-10, MULTIPLE * 2e-11, 1e-9, MULTIPLE * 2e-11]
 
 
 def test_a_coarse_reference_raises_limits_by_less_and_further_up() -> None:
@@ -130,6 +132,22 @@ def test_a_coarse_reference_raises_limits_by_less_and_further_up() -> None:
     point, token_idx = np.array([0, 1, 2]), np.zeros(3, np.int64)
     distance, limit = np.array([1e-14, 2e-7, 3e-7]), np.full(3, 1e-10)
     nmse = np.full(3, 6e-7)
-    found = raised(nmse, limit, distance, point, token_idx, token_idx, np.array([False, True, True]))
-    assert found.tolist() == [1e-10, COARSE_MULTIPLE * 2e-7, COARSE_MULTIPLE * 3e-7]
+    limits = raised(nmse, limit, distance, point, token_idx, token_idx, np.array([False, True, True]))
+    assert limits.tolist() == [1e-10, COARSE_MULTIPLE * 2e-7, COARSE_MULTIPLE * 3e-7]
     assert raised(nmse, limit, distance, point, token_idx, token_idx, np.zeros(3, np.bool_)).tolist() == limit.tolist()
+
+
+def test_the_neighbouring_entry_of_a_table(reference: Reference, small_model: Callable[..., Path]) -> None:
+    """A gated GELU looked up one float16 beside its argument lies within `entry_errors`, whose NMSE is a few millionths at most."""
+    model = small_model("gemma3", layers=1)
+    engine = Transformer(GgufModel(model), choose("numpy"), recorded=reference.graph(model))
+    step = next(step for step in engine.steps if is_looked_up(step))
+    rng = np.random.default_rng(5)
+    gate = rng.uniform(-2.5, 6, (3, 192))  # where the table has normal numbers
+    up = rng.standard_normal((3, 192))
+    allowed = entry_errors(step, [gate, up], engine.weights)
+    as_ggml = replace(step, params={**step.params, "params": replace(step.params["params"], rounds=True)})
+    here = compute(as_ggml, [gate, up], engine.weights)
+    for beside in (gate * (1 + 2**-11), gate * (1 - 2**-11)):
+        assert (abs(compute(as_ggml, [beside, up], engine.weights) - here) <= allowed).all()
+    assert 1e-7 < np.square(allowed).sum() / np.square(here).sum() < 1e-5

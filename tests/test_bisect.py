@@ -60,8 +60,8 @@ def test_bisect_finds_the_commit(tmp_path: Path, parity: Cli) -> None:
     git(repository, "bisect", "start", commits[-1], commits[0])
     engine = f"{sys.executable} my_engine.py {{model}} {{tokens}} {{out}}"
     check = [sys.executable, "-P", "-m", "parity", "drift", "check", str(golden), "--exec", engine, "--bisect", "--no-ledger"]
-    said = git(repository, "bisect", "run", *check)
-    assert f"{commits[BAD]} is the first bad commit" in said
+    printed = git(repository, "bisect", "run", *check)
+    assert f"{commits[BAD]} is the first bad commit" in printed
     log = git(repository, "bisect", "log")
     assert f"git bisect skip {commits[BROKEN]}" in log or commits[BROKEN] not in log
 

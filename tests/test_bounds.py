@@ -158,6 +158,16 @@ def test_a_pipe_or_a_device_is_not_waited_for(parity: Cli, stories_run: Path) ->
     refused(parity("diff", dump, dump, "--html", "r.html", "--include", "pipe"), "pipe is a pipe")
 
 
+def test_a_closed_standard_input_is_said() -> None:
+    """`-` without a standard input is one line, not an internal error."""
+    words = f"exec {sys.executable} -P -m parity lint - <&-"
+    ran = subprocess.run(["sh", "-c", words], env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, check=False)
+    assert (ran.returncode, ran.stderr.decode().splitlines()) == (
+        2,
+        ["parity: standard input is closed. Pipe JSON lines in, or name a file."],
+    )
+
+
 def test_json_lines_can_be_piped_in(stories_run: Path) -> None:
     """`-` is standard input, for `lint` and for either side of `diff`."""
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -167,3 +177,13 @@ def test_json_lines_can_be_piped_in(stories_run: Path) -> None:
                 [sys.executable, "-P", "-m", "parity", *words], stdin=file, env=environment, capture_output=True, check=False
             )
         assert (ran.returncode, ran.stderr) == (0, b"")
+
+
+def test_a_folder_has_a_limit_as_a_file_has(parity: Cli, tmp_path: Path) -> None:
+    """Many files of arrays, each within its bounds, are refused for what they hold together."""
+    header = np.lib.format.header_data_from_array_1_0(np.zeros((1, 1 << 26), np.float32))
+    for layer in range(5):
+        with (tmp_path / f"blk.{layer}.l_out.npy").open("wb") as file:
+            np.lib.format.write_array_header_1_0(file, header)
+            file.truncate(file.tell() + (1 << 28))  # a hole: no disk is taken
+    refused(parity("lint", tmp_path), "are more than 1 GiB together")

@@ -105,13 +105,13 @@ def serious(page: Page) -> list[str]:
     package = pytest.importorskip("axe_core_python", reason="axe-core is not installed: pip install parity[test]")
     page.js(Path(package.__file__).with_name("axe.min.js").read_text(encoding="utf-8"))
     alike = ".tall tbody tr:nth-child(n + 40)"  # of some hundred rows that are alike the first ones: axe is slow
-    found = page.driver.execute_async_script(
+    violations = page.driver.execute_async_script(
         """const [alike, done] = arguments; const what = document.querySelector(alike) ? {exclude: [[alike]]} : document;
         axe.run(what, {resultTypes: ['violations']}).then((r) => done(r.violations), (e) => done([{id: String(e)}]))""",
         alike,
     )
-    assert all("impact" in item for item in found), found
-    return [f"{item['id']}: {item['nodes'][0]['html']}" for item in found if item["impact"] in ("serious", "critical")]
+    assert all("impact" in item for item in violations), violations
+    return [f"{item['id']}: {item['nodes'][0]['html']}" for item in violations if item["impact"] in ("serious", "critical")]
 
 
 @pytest.mark.parametrize("name", ["diverging", "hostile", "huge"])
@@ -127,10 +127,10 @@ def test_the_first_divergence_is_marked(name: str, page: Page) -> None:
         document.querySelector('#map').dispatchEvent(new PointerEvent('pointermove', {bubbles: true,
             clientX: box.x + box.width / 2, clientY: box.y + box.height / 2}));"""
     )
-    told = page.text("#readout")
-    assert told.endswith("first divergence")
-    assert f"position {first.token_idx}" in told
-    assert "NMSE" in told
+    readout = page.text("#readout")
+    assert readout.endswith("first divergence")
+    assert f"position {first.token_idx}" in readout
+    assert "NMSE" in readout
 
 
 def test_colours_tell_right_from_wrong(page: Page) -> None:

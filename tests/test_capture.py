@@ -201,12 +201,12 @@ if sys.argv[1] == "heard":
     except OSError as error:
         print(error)
 """
-    told = {
+    ended = {
         kind: subprocess.run([sys.executable, "-c", script, kind], check=True, capture_output=True, text=True)
         for kind in ("heard", "unheard")
     }
-    assert (told["heard"].stdout.strip(), told["heard"].stderr) == ("disk full", "")
-    assert "disk full" in told["unheard"].stderr
+    assert (ended["heard"].stdout.strip(), ended["heard"].stderr) == ("disk full", "")
+    assert "disk full" in ended["unheard"].stderr
 
 
 def test_an_exception_in_a_pass_keeps_what_was_computed_before_it() -> None:

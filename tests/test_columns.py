@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -92,7 +93,7 @@ def _miscounted(dump: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "said"),
+    ("damage", "message"),
     [
         (_other_identity, "the arrays of a dump other than"),
         (_short, "cannot read"),
@@ -102,12 +103,12 @@ def _miscounted(dump: Path) -> None:
     ],
 )
 def test_files_that_do_not_belong_together_are_one_line(
-    parity: Cli, tmp_path: Path, damage: Callable[[Path], None], said: str
+    parity: Cli, tmp_path: Path, damage: Callable[[Path], None], message: str
 ) -> None:
     """A missing, damaged, foreign or miscounted file of arrays is refused in one line with exit code 2."""
     _, arrays = both_ways(parity, tmp_path)
     damage(arrays)
-    with pytest.raises(DumpError, match=said):
+    with pytest.raises(DumpError, match=message):
         load(arrays)
     assert parity("lint", arrays).code == 2
 
@@ -174,3 +175,25 @@ def test_a_step_larger_than_the_values_makes_nothing_agree(parity: Cli, tmp_path
         writer.rows(replace(rows, quantum=np.full(rows.values.shape, 1e300)))
     with pytest.raises(DumpError, match="do not fit together"):
         load(tmp_path / "arrays.jsonl")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"token_idx": np.full(5, 1 << 62)},
+        {"seq": np.full(5, 1 << 40)},
+        {"step": np.full(5, 1 << 50)},
+        {"shapes": ((2,) * 17,) * 5},
+        {"shapes": ((8,),) * 5},
+        {"indices": np.full((5, 16), 3)},
+        {"indices": np.tile(np.arange(16) + (1 << 50), (5, 1))},
+    ],
+    ids=["position", "sequence", "pass", "axes", "fewer elements than values", "an element twice", "index"],
+)
+def test_arrays_have_the_bounds_of_lines(parity: Cli, tmp_path: Path, changes: dict[str, Any]) -> None:
+    """A position, sequence, pass, shape or index that no line may have is refused in arrays, too."""
+    rows = load(both_ways(parity, tmp_path)[1]).points["embd"]
+    with ColumnsWriter(tmp_path / "odd.jsonl", Header(source="engine")) as writer:
+        writer.rows(replace(rows, **changes))
+    with pytest.raises(DumpError, match=r"do not fit together|dimensions|than its shape holds"):
+        load(tmp_path / "odd.jsonl")

@@ -87,10 +87,10 @@ def test_what_it_prints_and_writes(c_engine: Path, parity: Cli) -> None:
     """A screen with a letter a place, the first failure on stderr, JUnit with skipped cells, a CSV row a cell, Markdown."""
     line = f"{c_engine} {{model}} {{tokens}} {{out}} rope {{points}}"
     words = ("conform", "--exec", line, "--architectures", "qwen2", "--types", "F32,Q8_0", "--prompts", "short", "--out", "c")
-    said = parity(*words, "--junit", "c.xml", "--table", "c.csv")
-    assert said.code == 1
-    assert said.err.startswith("first failure, cell 1 of 2: qwen2 F32 short prefill: divergence at blk.0.q_rope, position 1")
-    screen = said.out.splitlines()
+    ran = parity(*words, "--junit", "c.xml", "--table", "c.csv")
+    assert ran.code == 1
+    assert ran.err.startswith("first failure, cell 1 of 2: qwen2 F32 short prefill: divergence at blk.0.q_rope, position 1")
+    screen = ran.out.splitlines()
     assert screen[:2] == ["        F32  Q8_0", "qwen2     ✗     –    – refused"]
     assert "causes  rope-pairs: 1 cell · F32" in screen
     assert screen[-1].startswith("2 cells: 1 ✗, 1 refused · ")
@@ -150,14 +150,14 @@ def test_a_fault_of_the_numpy_engine_is_one_cause(parity: Cli, fault: str, cause
     code, answer = parity.json("conform", "--exec", numpy_engine(*EVERY_WAY, "--fault", fault), *words)
     assert code == 1
     assert {cell["mode"] for cell in answer["cells"] if cell["verdict"] == "divergence"} == modes
-    assert [found["cause"] for found in answer["causes"]] == [cause]
+    assert [cause_found["cause"] for cause_found in answer["causes"]] == [cause]
 
 
 def test_a_batch_without_numbers_and_a_state_that_is_not_used(parity: Cli, tmp_path: Path) -> None:
     """Lines without `seq`, a state that is not written, and one that is not read are told apart, each in a sentence."""
     record = '{"checkpoint": "embd", "token_idx": 0, "values": [1.0]}'
     words = ("--architectures", "llama", "--types", "F32", "--prompts", "short", "--workers", "1")
-    for body, mode, said in (
+    for body, mode, message in (
         (f"print('{record}')", "batch", "it has no records of sequence 3"),
         (f"print('{record}')", "state", "left no state"),
         (f"open(sys.argv[2], 'w').close(); print('{record}')", "state", "computed positions below 3 again"),
@@ -167,7 +167,7 @@ def test_a_batch_without_numbers_and_a_state_that_is_not_used(parity: Cli, tmp_p
         code, answer = parity.json("conform", "--exec", line, *words, "--modes", mode)
         assert code == 1
         assert [cell["verdict"] for cell in answer["cells"]] == ["unusable"]
-        assert said in answer["cells"][0]["reason"]
+        assert message in answer["cells"][0]["reason"]
 
 
 @needs_gcc
@@ -231,10 +231,10 @@ def test_what_it_refuses(parity: Cli) -> None:
     refused(parity("conform", "--side", "hf", "--python", "no-such-python"), "no-such-python")
     refused(parity("conform", "--side", "ours", "--table", "x.txt"), ".csv")
     line = f"{sys.executable} -c 'import sys; sys.exit(\"no\")'"
-    told = parity(
+    ran = parity(
         "conform", "--exec", line, "--architectures", "llama", "--types", "F32", "--prompts", "one", "--format", "json"
     )
-    assert told.code == 2
+    assert ran.code == 2
 
 
 def test_the_matrix_is_what_was_asked_for() -> None:

@@ -124,23 +124,23 @@ def test_two_dumps_of_a_foreign_engine(parity: Cli, synthetic: Callable[..., Pat
     """A prefill and a prefill with decode steps over the same tokens agree, or the suspect is named."""
     model = synthetic(layers=3)
     whole, steps = dumped(model, tmp_path / "a.jsonl", 0), dumped(model, tmp_path / "b.jsonl", 3)
-    code, found = parity.json("consistency", whole, steps)
-    assert (code, found["verdict"]) == (0, "consistent")
-    code, found = parity.json("consistency", whole, dumped(model, tmp_path / "c.jsonl", 3, counted_from_the_pass))
-    assert (code, found["checks"][0]["suspect"]) == (1, "positions")
-    said = parity("consistency", whole, whole)
-    assert said.code == 2
-    assert "same portions" in said.err
+    code, answer = parity.json("consistency", whole, steps)
+    assert (code, answer["verdict"]) == (0, "consistent")
+    code, answer = parity.json("consistency", whole, dumped(model, tmp_path / "c.jsonl", 3, counted_from_the_pass))
+    assert (code, answer["checks"][0]["suspect"]) == (1, "positions")
+    ran = parity("consistency", whole, whole)
+    assert ran.code == 2
+    assert "same portions" in ran.err
 
 
 def test_the_command_and_what_it_refuses(parity: Cli, stories: Path) -> None:
     """It runs on the embedded model; one token, one dump, no prompt are one line each."""
-    said = parity("consistency", "--tokens", "1,403,407", "--points", "default", "--model", stories)
-    assert said.code == 0
-    assert "consistent: 3 checks" in said.out
+    ran = parity("consistency", "--tokens", "1,403,407", "--points", "default", "--model", stories)
+    assert ran.code == 0
+    assert "consistent: 3 checks" in ran.out
     for arguments in (["--tokens", "5"], ["a.jsonl"], [], ["a.jsonl", "b.jsonl"], ["--tokens", "1,2", "--points", "nothing"]):
-        said = parity("consistency", *arguments)
-        assert (said.code, said.err.count("\n")) == (2, 1)
+        ran = parity("consistency", *arguments)
+        assert (ran.code, ran.err.count("\n")) == (2, 1)
 
 
 EVERY_WAY = ("--portions={portions}", "--state={state}", "--ubatch={ubatch}")
@@ -161,13 +161,13 @@ def test_every_way_of_a_foreign_engine(
 ) -> None:
     """Ubatches, a batch of unequal sequences and a restored state: each fault fails in its own way, at its operation."""
     line = numpy_engine(*EVERY_WAY, f"--fault={fault}")
-    code, found = parity.json("consistency", "--tokens", "1,17,40,29", "--model", synthetic(layers=2), "--exec", line)
-    checks = {check["name"]: check for check in found["checks"]}
+    code, answer = parity.json("consistency", "--tokens", "1,17,40,29", "--model", synthetic(layers=2), "--exec", line)
+    checks = {check["name"]: check for check in answer["checks"]}
     wrong = {name for name, check in checks.items() if check["diff"]["verdict"] != "parity"}
     assert code == bool(failing)
     assert failing <= wrong
     assert bool(wrong) == bool(failing)
-    assert found["not_checked"] == []
+    assert answer["not_checked"] == []
     for name in failing:
         assert (checks[name]["suspect"], checks[name]["diff"]["first_divergence"]["checkpoint"]) == (suspect, point)
 
@@ -175,8 +175,8 @@ def test_every_way_of_a_foreign_engine(
 @pytest.mark.slow
 def test_llama_cpp_against_itself(parity: Cli, synthetic: Callable[..., Path]) -> None:
     """llama.cpp in portions, ubatches, among other sequences and from a saved state: the same to rounding, a state to the bit."""
-    code, found = parity.json("consistency", "--tokens", "1,17,40,29,5", "--model", synthetic(layers=2), "--side", "ref")
+    code, answer = parity.json("consistency", "--tokens", "1,17,40,29,5", "--model", synthetic(layers=2), "--side", "ref")
     assert code == 0
-    checks = {check["name"]: check for check in found["checks"]}
+    checks = {check["name"]: check for check in answer["checks"]}
     assert {"ubatches of 1", "ubatches of 4", "among other sequences", "a restored state"} <= set(checks)
     assert checks["a restored state"]["first_to_differ"] == ""

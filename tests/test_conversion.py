@@ -26,10 +26,10 @@ def tensors(family: str) -> dict[str, np.ndarray]:
     def random(*shape: int) -> np.ndarray:
         return (0.15 * rng.standard_normal(shape)).astype(np.float32)
 
-    made: dict[str, np.ndarray] = {}
+    arrays: dict[str, np.ndarray] = {}
     if family == "gpt2":
-        made |= {"transformer.wte.weight": random(V, D), "transformer.wpe.weight": random(512, D)}
-        made |= {"transformer.ln_f.weight": random(D), "transformer.ln_f.bias": random(D)}
+        arrays |= {"transformer.wte.weight": random(V, D), "transformer.wpe.weight": random(512, D)}
+        arrays |= {"transformer.ln_f.weight": random(D), "transformer.ln_f.bias": random(D)}
         for layer in range(LAYERS):
             head = f"transformer.h.{layer}"
             for name, shape in (
@@ -38,35 +38,35 @@ def tensors(family: str) -> dict[str, np.ndarray]:
                 ("mlp.c_fc", (D, F)),
                 ("mlp.c_proj", (F, D)),
             ):
-                made |= {f"{head}.{name}.weight": random(*shape), f"{head}.{name}.bias": random(shape[1])}
-            made |= {f"{head}.{norm}.{part}": random(D) for norm in ("ln_1", "ln_2") for part in ("weight", "bias")}
-        return made
-    made |= {"model.embed_tokens.weight": random(V, D), "model.norm.weight": random(D)}
+                arrays |= {f"{head}.{name}.weight": random(*shape), f"{head}.{name}.bias": random(shape[1])}
+            arrays |= {f"{head}.{norm}.{part}": random(D) for norm in ("ln_1", "ln_2") for part in ("weight", "bias")}
+        return arrays
+    arrays |= {"model.embed_tokens.weight": random(V, D), "model.norm.weight": random(D)}
     if family != "gemma2":
-        made["lm_head.weight"] = random(V, D)
+        arrays["lm_head.weight"] = random(V, D)
     for layer in range(LAYERS):
         head = f"model.layers.{layer}"
         for name, rows in (("q", H * ROW), ("k", K * ROW), ("v", K * ROW)):
-            made[f"{head}.self_attn.{name}_proj.weight"] = random(rows, D)
+            arrays[f"{head}.self_attn.{name}_proj.weight"] = random(rows, D)
             if family == "qwen2":
-                made[f"{head}.self_attn.{name}_proj.bias"] = random(rows)
-        made[f"{head}.self_attn.o_proj.weight"] = random(D, H * ROW)
+                arrays[f"{head}.self_attn.{name}_proj.bias"] = random(rows)
+        arrays[f"{head}.self_attn.o_proj.weight"] = random(D, H * ROW)
         norms = ["input_layernorm", "post_attention_layernorm"]
         norms += ["pre_feedforward_layernorm", "post_feedforward_layernorm"] * (family == "gemma2")
-        made |= {f"{head}.{norm}.weight": random(D) for norm in norms}
+        arrays |= {f"{head}.{norm}.weight": random(D) for norm in norms}
         if family == "mixtral":
-            made[f"{head}.block_sparse_moe.gate.weight"] = random(4, D)
+            arrays[f"{head}.block_sparse_moe.gate.weight"] = random(4, D)
             for expert in range(4):
                 place = f"{head}.block_sparse_moe.experts.{expert}"
-                made |= {
+                arrays |= {
                     f"{place}.w1.weight": random(F, D),
                     f"{place}.w2.weight": random(D, F),
                     f"{place}.w3.weight": random(F, D),
                 }
         else:
-            made |= {f"{head}.mlp.gate_proj.weight": random(F, D), f"{head}.mlp.up_proj.weight": random(F, D)}
-            made[f"{head}.mlp.down_proj.weight"] = random(D, F)
-    return made
+            arrays |= {f"{head}.mlp.gate_proj.weight": random(F, D), f"{head}.mlp.up_proj.weight": random(F, D)}
+            arrays[f"{head}.mlp.down_proj.weight"] = random(D, F)
+    return arrays
 
 
 def save(path: Path, content: dict[str, np.ndarray], *, bf16: bool = False) -> None:
@@ -126,7 +126,7 @@ def test_a_right_conversion_is_equal_tensor_by_tensor(
 
 
 @pytest.mark.parametrize(
-    ("family", "changes", "names", "said"),
+    ("family", "changes", "names", "message"),
     [
         ("llama", {"skip_permute": True}, {"attn_q", "attn_k"}, "not permuted"),
         ("gemma2", {"skip_norm_offset": True}, NORMS, "without the 1"),
@@ -139,7 +139,7 @@ def test_a_fault_of_conversion_is_named(
     family: str,
     changes: dict[str, Any],
     names: set[str],
-    said: str,
+    message: str,
     folder: Callable[..., Path],
     parity: Cli,
     tmp_path: Path,
@@ -150,7 +150,7 @@ def test_a_fault_of_conversion_is_named(
     wrong = [tensor for tensor in answer["tensors"] if not tensor["status"].startswith("equal")]
     assert code == 1
     assert {tensor["name"].removesuffix(".weight").removesuffix(".bias").rpartition(".")[2] for tensor in wrong} == names
-    assert all(said in tensor["reason"] for tensor in wrong)
+    assert all(message in tensor["reason"] for tensor in wrong)
 
 
 @pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q4_0"])
@@ -239,17 +239,17 @@ LLAMA3 = {
 
 def llama3_factors(size: int, base: float) -> np.ndarray:
     """One pair after the other, as transformers' _compute_llama3_parameters decides by the wavelength."""
-    made = []
+    factors = []
     for pair in range(size // 2):
         wave = 2 * np.pi * base ** (2 * pair / size)
         if wave < 128 / 4.0:
-            made.append(1.0)
+            factors.append(1.0)
         elif wave > 128 / 1.0:
-            made.append(8.0)
+            factors.append(8.0)
         else:
             smooth = (128 / wave - 1.0) / (4.0 - 1.0)
-            made.append(1 / ((1 - smooth) / 8.0 + smooth))
-    return np.array(made, np.float32)
+            factors.append(1 / ((1 - smooth) / 8.0 + smooth))
+    return np.array(factors, np.float32)
 
 
 def test_ropes_factors_are_those_of_config_json(folder: Callable[..., Path], parity: Cli, tmp_path: Path) -> None:
@@ -258,24 +258,24 @@ def test_ropes_factors_are_those_of_config_json(folder: Callable[..., Path], par
     plain = convert(source, tmp_path / "plain.gguf")
     right = llama3_factors(D // H, 10000.0)
     assert len(set(right.tolist())) > 2
-    said = {}
+    message = {}
     for name, values in {"right": right, "other": llama3_factors(D // H, 500.0), "inverse": 1 / right}.items():
         model = _add(plain, tmp_path / f"{name}.gguf", {"rope_freqs.weight": values.astype(np.float32)})
         code, answer = parity.json("weights", "--model", model, "--hf", source)
-        said[name] = (
+        message[name] = (
             code,
             [tensor["reason"] for tensor in answer["tensors"] if tensor["status"] not in ("equal", "not checked")],
         )
-    assert said["right"] == (0, [])
-    assert said["other"] == (1, ["other factors than config.json gives"])
-    assert said["inverse"] == (1, ["1 / the factors that config.json gives"])
+    assert message["right"] == (0, [])
+    assert message["other"] == (1, ["other factors than config.json gives"])
+    assert message["inverse"] == (1, ["1 / the factors that config.json gives"])
     code, answer = parity.json("weights", "--model", plain, "--hf", source)
     assert code == 1
     assert "the GGUF has no factors" in answer["tensors"][-1]["reason"]
 
 
 @pytest.mark.parametrize(
-    ("config", "held", "said"),
+    ("config", "held", "message"),
     [
         ({"rope_type": "linear", "factor": 4.0}, {"type": "linear", "factor": 4.0}, ""),
         ({"rope_type": "linear", "factor": 4.0}, {"type": "linear", "factor": 2.0}, "config.json says 4, the GGUF 2"),
@@ -284,11 +284,11 @@ def test_ropes_factors_are_those_of_config_json(folder: Callable[..., Path], par
     ],
 )
 def test_ropes_scaling_is_that_of_config_json(
-    config: dict[str, Any], held: dict[str, Any], said: str, folder: Callable[..., Path], parity: Cli, tmp_path: Path
+    config: dict[str, Any], held: dict[str, Any], message: str, folder: Callable[..., Path], parity: Cli, tmp_path: Path
 ) -> None:
     """The kind of scaling and its factor are held to config.json."""
     source = folder("llama", rope_scaling=config)
     model = _add(convert(source, tmp_path / "plain.gguf"), tmp_path / "m.gguf", {}, **held)
     code, answer = parity.json("weights", "--model", model, "--hf", source)
     wrong = [tensor["reason"] for tensor in answer["tensors"] if tensor["status"] != "equal"]
-    assert (code, wrong) == ((1, [said]) if said else (0, []))
+    assert (code, wrong) == ((1, [message]) if message else (0, []))

@@ -13,6 +13,7 @@ from checkpoints.points import LAYER_KINDS, in_layer
 from checkpoints.reading.reader import read
 from parity.diff.compare import compare
 from parity.diff.dataflow import flow, ordered
+from parity.lint.lint import lint
 from parity.models.embedded import path as embedded
 from reference.client import Reference
 from reference.jobs import DumpJob
@@ -30,17 +31,17 @@ PARALLEL = {
 
 def test_the_vocabularys_order() -> None:
     """Branches that have not met do not read each other; residual sums read both of their operands."""
-    made = of_vocabulary(["blk.1.l_out"], 2).made
-    assert made["blk.0.kq"].reads == ("blk.0.q_rope", "blk.0.k_rope")
-    assert made["blk.0.kqv_out"].reads == ("blk.0.v", "blk.0.kq_soft_max")
-    assert made["blk.0.ffn_swiglu"].reads == ("blk.0.ffn_gate", "blk.0.ffn_up")
-    assert made["blk.1.ffn_inp"].reads == ("blk.1.attn_out", "blk.0.l_out")
-    assert made["blk.1.l_out"].reads == ("blk.1.ffn_out", "blk.1.ffn_inp")
-    assert made["output_norm"].reads == ("blk.1.l_out",)
-    place = {name: number for number, name in enumerate(made)}
-    assert all(place[other] < place[name] for name, how in made.items() for other in how.reads)
+    origins = of_vocabulary(["blk.1.l_out"], 2).made
+    assert origins["blk.0.kq"].reads == ("blk.0.q_rope", "blk.0.k_rope")
+    assert origins["blk.0.kqv_out"].reads == ("blk.0.v", "blk.0.kq_soft_max")
+    assert origins["blk.0.ffn_swiglu"].reads == ("blk.0.ffn_gate", "blk.0.ffn_up")
+    assert origins["blk.1.ffn_inp"].reads == ("blk.1.attn_out", "blk.0.l_out")
+    assert origins["blk.1.l_out"].reads == ("blk.1.ffn_out", "blk.1.ffn_inp")
+    assert origins["output_norm"].reads == ("blk.1.l_out",)
+    place = {name: number for number, name in enumerate(origins)}
+    assert all(place[other] < place[name] for name, how in origins.items() for other in how.reads)
     optional = {kind.name for kind in LAYER_KINDS if kind.optional}
-    assert not optional & {name.rpartition(".")[2] for name in made}
+    assert not optional & {name.rpartition(".")[2] for name in origins}
     assert of_vocabulary(["blk.0.q_norm"], 1).made["blk.0.q_rope"].reads == ("blk.0.q_norm",)
 
 
@@ -81,11 +82,14 @@ def test_any_architecture_by_its_own_graph() -> None:
 
 
 def test_a_damaged_header_falls_back() -> None:
-    """A dataflow that cannot be read costs a note, not the comparison."""
+    """A dataflow that cannot be read costs a note, from diff and lint, not the comparison."""
     ref = random()
     verdict = compare(dump(noisy(ref)), dump(ref, header=replace(HEADER, dataflow={"0": {"q": 1}})))
     assert verdict
     assert any("vocabulary's order" in note for note in verdict.notes)
+    assert any(
+        "dataflow is left out" in note for note in lint(dump(ref, header=replace(HEADER, dataflow={"0": {"q": 1}}))).notes
+    )
 
 
 def test_llama_cpps_graph(tmp_path: Path) -> None:
@@ -100,7 +104,7 @@ def test_llama_cpps_graph(tmp_path: Path) -> None:
     assert whole.made["blk.7.k_read"] == Made(CACHE, ("blk.7.k_rope",))
     assert whole.made["blk.7.attn_out"].weights == ("blk.7.attn_output.weight",)
     every = tuple(name for name in of_vocabulary([], 24).made)
-    parents = [{name: sorted(found) for name, found in model.parents.items()} for model in (flow(every, whole), flow(every))]
+    parents = [{name: sorted(names) for name, names in model.parents.items()} for model in (flow(every, whole), flow(every))]
     assert parents[0] == parents[1]
     unread = {name for name, readers in whole.readers.items() if not readers}
     assert unread == {"logits"}

@@ -1,11 +1,9 @@
 """Our dequantisers against two independent ones: gguf-py's and libggml's, to the bit."""
 
-import ctypes
 from collections.abc import Callable
 from pathlib import Path
 
 import gguf
-import llama_cpp
 import numpy as np
 import pytest
 from slow import slow_but
@@ -13,6 +11,7 @@ from slow import slow_but
 from checkpoints.errors import ModelError
 from engine.weights.dequantize import FORMATS, dequantize
 from engine.weights.gguf_model import GgufModel
+from reference.to_float import ToFloat
 
 KINDS = sorted(FORMATS)
 BLOCKS = 512
@@ -47,26 +46,10 @@ def random_blocks(kind: int, seed: int = 3) -> np.ndarray:
 
 
 def by_libggml(blocks: np.ndarray, kind: int, count: int) -> np.ndarray:
-    """`ggml_get_type_traits(kind)->to_float` through ctypes."""
-
-    class Traits(ctypes.Structure):
-        _fields_ = (
-            ("type_name", ctypes.c_char_p),
-            ("blck_size", ctypes.c_int64),
-            ("blck_size_interleave", ctypes.c_int64),
-            ("type_size", ctypes.c_size_t),
-            ("is_quantized", ctypes.c_bool),
-            ("to_float", ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)),
-        )
-
-    library = ctypes.CDLL(str(next((Path(llama_cpp.__file__).parent / "lib").glob("libggml-base.so"))))
-    library.ggml_get_type_traits.restype = ctypes.POINTER(Traits)
-    traits = library.ggml_get_type_traits(kind).contents
-    assert (traits.blck_size, traits.type_size) == FORMATS[kind][:2]
-    out = np.empty(count, dtype=np.float32)
-    data = np.ascontiguousarray(blocks)
-    traits.to_float(data.ctypes.data, out.ctypes.data, count)
-    return out
+    """What libggml's own `to_float` makes of the blocks."""
+    values = ToFloat()(blocks, kind, count)
+    assert values is not None
+    return values
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: gguf.GGMLQuantizationType(kind).name)

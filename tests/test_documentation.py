@@ -41,21 +41,23 @@ def test_the_readme_names_no_command_that_is_not_there() -> None:
 
 def options() -> dict[str, set[str]]:
     """The options of each command, by its words: "run", "dump ref", …"""
-    found = {}
+    by_command = {}
     for name, command in typer.main.get_command(app).commands.items():  # type: ignore[attr-defined]
         for inner in getattr(command, "commands", {"": command}).items():
             words = f"{name} {inner[0]}".strip()
-            found[words] = {option for parameter in inner[1].params for option in (*parameter.opts, *parameter.secondary_opts)}
-    return found
+            by_command[words] = {
+                option for parameter in inner[1].params for option in (*parameter.opts, *parameter.secondary_opts)
+            }
+    return by_command
 
 
 def test_every_option_that_is_written_somewhere_exists() -> None:
     """Each `parity … --option` of the documentation is an option of that command."""
     known = options()
     folders = [(ROOT / "docs", "*.md"), (ROOT, "*.md"), (ROOT, "*.yml"), (ROOT / ".github" / "workflows", "*.yml")]
-    found = [sorted(folder.glob(pattern)) for folder, pattern in folders]
-    assert all(found)
-    pages = [page for pages in found for page in pages]
+    globbed = [sorted(folder.glob(pattern)) for folder, pattern in folders]
+    assert all(globbed)
+    pages = [page for pages in globbed for page in pages]
     seen = 0
     for page in pages:
         text = re.sub(r"'[^'\n]*'|\"[^\"\n]*\"", "''", page.read_text(encoding="utf-8"))
@@ -70,9 +72,9 @@ def test_every_option_that_is_written_somewhere_exists() -> None:
 def test_the_documentation_counts_the_catalogue() -> None:
     """Where the documentation says how many faults are known, it is as many as the catalogue has."""
     pages = [README, *(page.read_text(encoding="utf-8") for page in (ROOT / "docs").glob("*.md"))]
-    said = [int(number) for page in pages for number in re.findall(r"(\d+) known faults", " ".join(page.split()))]
-    assert said
-    assert set(said) == {len(CATALOGUE)}
+    counts = [int(number) for page in pages for number in re.findall(r"(\d+) known faults", " ".join(page.split()))]
+    assert counts
+    assert set(counts) == {len(CATALOGUE)}
 
 
 def test_every_option_has_a_help_text() -> None:

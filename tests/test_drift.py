@@ -40,16 +40,16 @@ def golden(tmp_path_factory: pytest.TempPathFactory) -> Golden:
 def dumps(golden: Golden, engine: Transformer, folder: Path, steps: list[Step] | None = None) -> tuple[Path, ...]:
     """What an engine with these steps writes for each prompt."""
     right, engine.steps = engine.steps, steps if steps is not None else engine.steps
-    made = []
+    paths = []
     try:
         for prompt in golden.prompts:
             path = folder / f"ours-{prompt.file}"
             led = {"generated": prompt.generated, "generated_pieces": prompt.generated_pieces}
             dump(engine, OursJob(path, prompt.tokens, pieces=prompt.pieces, prompt=prompt.text, **led))
-            made.append(path)
+            paths.append(path)
     finally:
         engine.steps = right
-    return tuple(made)
+    return tuple(paths)
 
 
 @pytest.fixture(scope="module")
@@ -104,8 +104,8 @@ def test_each_fault_is_drift(
     # Another ε in layer 7 alone stays below the limit at the default points: what it is added to is large by then.
     layers = None if name in ("no-final-norm", "norm-epsilon") else [7]
     wrong = dumps(golden, engine, tmp_path, plant(engine.steps, CATALOGUE[name], layers=layers))
-    found = check(Checking(golden.folder, dumps=wrong, keep_ledger=False))
-    assert found.verdict == "divergence"
+    answer = check(Checking(golden.folder, dumps=wrong, keep_ledger=False))
+    assert answer.verdict == "divergence"
 
 
 def test_a_tenth_of_epsilon_is_drift_and_a_fiftieth_grows(
@@ -125,7 +125,7 @@ def test_a_tenth_of_epsilon_is_drift_and_a_fiftieth_grows(
     assert (code, answer["verdict"]) == (1, "divergence")
     code, answer = run(1.02e-6)
     assert (code, answer["verdict"]) == (0, "parity")
-    assert any("blk.0.l_out" in str(found) for found in answer["findings"]), answer  # type: ignore[attr-defined]
+    assert any("blk.0.l_out" in str(finding) for finding in answer["findings"]), answer  # type: ignore[attr-defined]
     assert run(1.02e-6, "--strict")[0] == 1
 
 

@@ -96,11 +96,11 @@ def test_what_the_header_writes_is_what_the_python_writer_writes(compiler: str, 
     (tmp_path / "t.c").write_text(PROGRAM)
     program = compiled(tmp_path / "t.c", tmp_path / "t", *flags, compiler=compiler)
     subprocess.run([program, tmp_path / "c.jsonl"], check=True)
-    found = read(tmp_path / "c.jsonl")
-    assert (found.notes, found.skipped) == ((), 0)
-    assert found.header is not None
-    assert (found.header.source, found.header.model.name, found.header.tokens) == ('a "quoted" engine', "a model\n", (5, 6, 7))
-    assert (found.tokens[0].id, found.tokens[0].text) == (9, '\t"x"')
+    dump = read(tmp_path / "c.jsonl")
+    assert (dump.notes, dump.skipped) == ((), 0)
+    assert dump.header is not None
+    assert (dump.header.source, dump.header.model.name, dump.header.tokens) == ('a "quoted" engine', "a model\n", (5, 6, 7))
+    assert (dump.tokens[0].id, dump.tokens[0].text) == (9, '\t"x"')
     i = np.arange(40)
     first = ((i * i % 17).astype(np.float32) / np.float32(7) - np.float32(1)).astype(np.float32)
     second = first.copy()
@@ -108,15 +108,15 @@ def test_what_the_header_writes_is_what_the_python_writer_writes(compiler: str, 
     halves = (i * 1543).astype(np.uint16).view(np.float16).astype(np.float32)
     brains = ((0x3F00 + i * 13).astype(np.uint32) << 16).view(np.float32)
     for point, array in (("embd", np.stack([first, second])), ("blk.5.q", halves[None]), ("blk.5.k", brains[None])):
-        ours, theirs = summarise(point, array, np.arange(len(array))), found.points[point]
+        ours, theirs = summarise(point, array, np.arange(len(array))), dump.points[point]
         assert np.array_equal(ours.values, theirs.values, equal_nan=True)
         assert ours.stats.keys() == theirs.stats.keys()
         for name, column in ours.stats.items():
             assert theirs.stats[name] == pytest.approx(column, rel=1e-12), name  # float64 sums in another order
         assert ours.sketch is not None
         assert theirs.sketch == pytest.approx(ours.sketch, rel=1e-6, abs=1e-5)
-    assert [found.points[f"blk.{n}.l_out"].token_idx.tolist() for n in range(4)] == [list(range(50))] * 4
-    assert found.points["embd"].decode.tolist() == [False, True]
+    assert [dump.points[f"blk.{n}.l_out"].token_idx.tolist() for n in range(4)] == [list(range(50))] * 4
+    assert dump.points["embd"].decode.tolist() == [False, True]
 
 
 @needs_gcc
@@ -141,10 +141,10 @@ def test_swapped_buffers_are_linted_and_wrong_rope_is_diffed(
     reference.dump(
         DumpJob(model=stories, out=Path("ref.jsonl").absolute(), tokens=TOKENS, points="embd,*.l_out,output_norm,logits")
     )
-    told = parity("lint", "swap.jsonl", "--model", stories)
-    assert told.code == 1
-    assert "same-vector" in told.out
-    assert "captured late: these are blk.23.l_out" in " ".join(told.out.split())
+    ran = parity("lint", "swap.jsonl", "--model", stories)
+    assert ran.code == 1
+    assert "same-vector" in ran.out
+    assert "captured late: these are blk.23.l_out" in " ".join(ran.out.split())
     code, answer = parity.json("diff", "swap.jsonl", "ref.jsonl")
     assert (code, answer["verdict"]) == (0, "parity")
     assert {fault["kind"] for fault in answer["record_faults"]} == {"moment"}
@@ -200,5 +200,5 @@ def test_device_values_are_copied_in_their_stream(tmp_path: Path) -> None:
     subprocess.run([nvcc, "t.cu", "-o", "t"], cwd=tmp_path, check=True)
     done = subprocess.run([tmp_path / "t", tmp_path / "c.jsonl"], capture_output=True, text=True, check=True)
     assert "this is a device pointer; give it to parity_checkpoint_device" in done.stderr
-    found = read(tmp_path / "c.jsonl")
-    assert found.points["embd"].values[0].tolist() == [i * 0.5 - 3 for i in range(16)]
+    dump = read(tmp_path / "c.jsonl")
+    assert dump.points["embd"].values[0].tolist() == [i * 0.5 - 3 for i in range(16)]

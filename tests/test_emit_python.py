@@ -45,9 +45,9 @@ def test_the_file_stands_alone(tmp_path: Path) -> None:
         if isinstance(target, ast.Name)
     )
     assert [name for name, count in defined.items() if count > 1] == []
-    found = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-    found |= {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    assert {name.split(".")[0] for name in found} - set(sys.stdlib_module_names) == {"numpy"}
+    imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    imported |= {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert {name.split(".")[0] for name in imported} - set(sys.stdlib_module_names) == {"numpy"}
     (tmp_path / "parity_dump.py").write_text(source("python"))
     (tmp_path / "engine.py").write_text("ours = True\n")
     code = (
@@ -163,6 +163,6 @@ def test_hooks_record_modules_by_name(emitted: ModuleType, tmp_path: Path) -> No
         assert len(tap.hook(model)) == 4
         for hook in hooks.values():
             hook(None, (), (rng.standard_normal((1, 3, 8)).astype(np.float32), None))
-    found = read(tmp_path / "d.jsonl")
-    assert list(found.points) == ["embd", "blk.3.l_out", "blk.3.q", "logits"]
-    assert lint(found).findings == ()
+    dump = read(tmp_path / "d.jsonl")
+    assert list(dump.points) == ["embd", "blk.3.l_out", "blk.3.q", "logits"]
+    assert lint(dump).findings == ()

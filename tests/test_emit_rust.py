@@ -38,17 +38,17 @@ def test_the_rust_file_writes_what_our_writer_writes(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     subprocess.run([tmp_path / "main"], cwd=tmp_path, check=True)
-    found = read(tmp_path / "rust.jsonl")
-    assert found.notes == ()
-    assert found.header is not None
-    assert (found.header.model.name, found.header.tokens) == ('m"n', (1, 2, 3))
-    assert (found.header.compute, found.header.slice, list(found.points)) == ("f32", 24, ["blk.5.l_out"])
+    dump = read(tmp_path / "rust.jsonl")
+    assert dump.notes == ()
+    assert dump.header is not None
+    assert (dump.header.model.name, dump.header.tokens) == ('m"n', (1, 2, 3))
+    assert (dump.header.compute, dump.header.slice, list(dump.points)) == ("f32", 24, ["blk.5.l_out"])
     i, t = np.arange(64)[None, :], np.arange(3)[:, None]
     rows = ((i * i + 13 * t) % 29).astype(np.float32) / np.float32(7) - np.float32(1.5)
     rows[2, 5], rows[2, 40] = np.nan, -np.inf
-    ours, theirs = summarise("blk.5.l_out", rows.astype(np.float32), np.arange(3), slice_size=24), found.points["blk.5.l_out"]
+    ours, theirs = summarise("blk.5.l_out", rows.astype(np.float32), np.arange(3), slice_size=24), dump.points["blk.5.l_out"]
     assert np.array_equal(ours.values, theirs.values, equal_nan=True)
     for name in ("n", "sum", "l2", "nonfinite"):
         assert theirs.stats[name] == pytest.approx(ours.stats[name], rel=1e-12, abs=1e-12)
     assert theirs.sketch == pytest.approx(ours.sketch, rel=1e-6, abs=1e-6)
-    assert [finding.rule for finding in lint(found).findings] == ["non-finite"]
+    assert [finding.rule for finding in lint(dump).findings] == ["non-finite"]

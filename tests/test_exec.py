@@ -41,10 +41,10 @@ def failure(line: str, out: Path, **options: object) -> EngineError:
 def test_placeholders_are_filled_once_and_need_no_quotes(tmp_path: Path) -> None:
     """Model, tokens, points and portions arrive as they are, with spaces, quotes and what looks like a placeholder in them."""
     line = engine(tmp_path, "open(sys.argv[1], 'w').write('|'.join(sys.argv[2:]))")
-    said = ran(f"{line} {{out}} {{model}} {{tokens}} {{points}} {{portions}}", tmp_path / "o", points="blk.{1..5}.*,{out}")
-    assert said == "a model's.gguf|1,2,3|blk.{1..5}.*,{out}|3"
-    said = ran(f"{line} {{out}} --x={{portions}}", tmp_path / "o", portions=(2, 1))
-    assert said == "--x=2,1"
+    printed = ran(f"{line} {{out}} {{model}} {{tokens}} {{points}} {{portions}}", tmp_path / "o", points="blk.{1..5}.*,{out}")
+    assert printed == "a model's.gguf|1,2,3|blk.{1..5}.*,{out}|3"
+    printed = ran(f"{line} {{out}} --x={{portions}}", tmp_path / "o", portions=(2, 1))
+    assert printed == "--x=2,1"
 
 
 def test_standard_output_is_the_dump_without_out(tmp_path: Path) -> None:
@@ -62,8 +62,8 @@ def test_leading_assignments_are_the_environment(tmp_path: Path) -> None:
 def test_a_shell_line_is_the_shells(tmp_path: Path) -> None:
     """--exec-shell runs pipes and variables; what is filled in is quoted, so that no path is taken for a command."""
     program = engine(tmp_path, "print(sys.argv[1:])")
-    said = ran(f"X=2; {program} {{model}} $X | tr a-z A-Z", tmp_path / "o", shell=True)
-    assert said.strip() == "[\"A MODEL'S.GGUF\", '2']"
+    printed = ran(f"X=2; {program} {{model}} $X | tr a-z A-Z", tmp_path / "o", shell=True)
+    assert printed.strip() == "[\"A MODEL'S.GGUF\", '2']"
 
 
 @pytest.mark.parametrize("line", ["", "   ", "A=1", "A=1 B=2 ", "'"])

@@ -36,18 +36,18 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Faulty:
 
 def test_a_right_engine_has_no_fault(engine: Faulty) -> None:
     """Nothing differs, nothing is searched, nobody is accused."""
-    found = explain(only(engine), engine.model)
-    assert found
-    assert (found.first, found.causes, found.variants) == (None, (), 0)
+    explanation = explain(only(engine), engine.model)
+    assert explanation
+    assert (explanation.first, explanation.causes, explanation.variants) == (None, (), 0)
 
 
 def test_a_fault_in_one_unknown_layer_is_named_with_its_layer(engine: Faulty) -> None:
     """Between two checkpoints each layer is tried by itself."""
     points = "embd,blk.0.l_out,blk.3.l_out,output_norm,logits"
-    found = explain(only(engine, ("activation", {"activation": "ReLU"}, (2,)), points=points), engine.model)
-    assert found.last_agreement == "blk.0.l_out"
-    assert [(cause.named.fault, cause.named.layers) for cause in found.causes] == [("activation", (2,))]
-    assert found.remaining is None
+    explanation = explain(only(engine, ("activation", {"activation": "ReLU"}, (2,)), points=points), engine.model)
+    assert explanation.last_agreement == "blk.0.l_out"
+    assert [(cause.named.fault, cause.named.layers) for cause in explanation.causes] == [("activation", (2,))]
+    assert explanation.remaining is None
 
 
 @pytest.mark.parametrize(
@@ -55,9 +55,9 @@ def test_a_fault_in_one_unknown_layer_is_named_with_its_layer(engine: Faulty) ->
 )
 def test_a_fault_in_some_layers_is_named_with_them(engine: Faulty, layers: tuple[int, ...], points: str) -> None:
     """From one layer on, up to one, or in every second one: one cause, not one for each layer."""
-    found = explain(only(engine, ("activation", {"activation": "ReLU"}, layers), points=points), engine.model, _PATIENT)
-    assert [(cause.named.fault, cause.named.layers) for cause in found.causes] == [("activation", layers)]
-    assert found.remaining is None
+    explanation = explain(only(engine, ("activation", {"activation": "ReLU"}, layers), points=points), engine.model, _PATIENT)
+    assert [(cause.named.fault, cause.named.layers) for cause in explanation.causes] == [("activation", layers)]
+    assert explanation.remaining is None
 
 
 def test_three_faults_in_front_of_one_checkpoint_are_tried_together(engine: Faulty) -> None:
@@ -69,8 +69,8 @@ def test_three_faults_in_front_of_one_checkpoint_are_tried_together(engine: Faul
     )
     case = Case(only(engine, *faults), engine.model, _PATIENT)
     screening = case.screening(case.entries, Budget(_PATIENT.budget))
-    found = next(Together(screening, screening.start(), (0,)).found(3))
-    assert {name for name, _, _ in faults} in [{candidate.fault.name for candidate in chosen} for chosen in found]
+    combination = next(Together(screening, screening.start(), (0,)).found(3))
+    assert {name for name, _, _ in faults} in [{candidate.fault.name for candidate in chosen} for chosen in combination]
 
 
 def test_a_law_tells_of_the_place_that_the_causes_leave(engine: Faulty) -> None:
@@ -80,11 +80,11 @@ def test_a_law_tells_of_the_place_that_the_causes_leave(engine: Faulty) -> None:
         for step in plant(engine.right, CATALOGUE["rope-pairs"])
     ]
     dump = engine.dump(RIGHT, PROMPT, points="embd,blk.0.l_out,blk.1.l_out,blk.2.l_out,logits", steps=unknown)
-    found = explain(dump, engine.model, ExplainOptions(budget=6))
-    assert [cause.named.fault for cause in found.causes] == ["rope-pairs"]
-    assert found.remaining is not None
-    assert found.remaining.checkpoint == "blk.2.l_out"
-    assert found.law == "element i is the right element i − 1: the row is rolled"
+    explanation = explain(dump, engine.model, ExplainOptions(budget=6))
+    assert [cause.named.fault for cause in explanation.causes] == ["rope-pairs"]
+    assert explanation.remaining is not None
+    assert explanation.remaining.checkpoint == "blk.2.l_out"
+    assert explanation.law == "element i is the right element i − 1: the row is rolled"
 
 
 @pytest.mark.parametrize(
@@ -120,9 +120,9 @@ def test_a_longer_prompt_tells_a_chunk_from_a_shift(engine: Faulty) -> None:
 )
 def test_two_faults_at_once_are_both_named(engine: Faulty, names: Sequence[str]) -> None:
     """What the first fault leaves is searched again, also where both act in front of one checkpoint."""
-    found = explain(only(engine, *((name, {}, None) for name in names)), engine.model, _PATIENT)
-    assert found.remaining is None
-    classes = [{cause.named.fault, *(other.fault for other in cause.equivalent)} for cause in found.causes]
+    explanation = explain(only(engine, *((name, {}, None) for name in names)), engine.model, _PATIENT)
+    assert explanation.remaining is None
+    classes = [{cause.named.fault, *(other.fault for other in cause.equivalent)} for cause in explanation.causes]
     assert all(any(name in one for one in classes) for name in names)
 
 
@@ -131,8 +131,8 @@ def test_a_missing_first_token_is_named(engine: Faulty) -> None:
     short = engine.dump(RIGHT, PROMPT[1:])
     header = short.header
     assert header is not None
-    found = explain(replace(short, header=replace(header, tokens=PROMPT)), engine.model)
-    assert found.causes[0].named.parameters == {"tokens": "the first one is missing"}
+    explanation = explain(replace(short, header=replace(header, tokens=PROMPT)), engine.model)
+    assert explanation.causes[0].named.parameters == {"tokens": "the first one is missing"}
 
 
 def test_faults_of_the_cache_are_named_from_logits_of_a_generation(engine: Faulty) -> None:
@@ -140,11 +140,11 @@ def test_faults_of_the_cache_are_named_from_logits_of_a_generation(engine: Fault
     tokens = tokens_of(engine.model, 14, seed=4)
     planted = Planted((("cache-not-read", {"mask": "own pass only"}, None),))
     dump = engine.dump(planted, tokens, points="logits", size=10, generated=6)
-    found = explain(dump, engine.model)
-    assert found.first is not None
-    assert found.first.token_idx == 8
-    assert found.remaining is None
-    assert found.causes[0].named.fault == "cache-not-read"
+    explanation = explain(dump, engine.model)
+    assert explanation.first is not None
+    assert explanation.first.token_idx == 8
+    assert explanation.remaining is None
+    assert explanation.causes[0].named.fault == "cache-not-read"
 
 
 def test_printed_decimals_are_enough(engine: Faulty, tmp_path: Path) -> None:
@@ -156,8 +156,8 @@ def test_printed_decimals_are_enough(engine: Faulty, tmp_path: Path) -> None:
             lines.append(f'{{"checkpoint":"{name}","token_idx":{position},"values":[{numbers}]}}')
     path = tmp_path / "printed.jsonl"
     path.write_text("\n".join(lines), encoding="utf-8")
-    found = explain(read(path), engine.model, ExplainOptions(tokens=PROMPT))
-    assert [cause.named.fault for cause in found.causes] == ["rope-pairs"]
+    explanation = explain(read(path), engine.model, ExplainOptions(tokens=PROMPT))
+    assert [cause.named.fault for cause in explanation.causes] == ["rope-pairs"]
 
 
 def test_an_unknown_fault_gives_a_law_and_the_points_to_record(engine: Faulty) -> None:
@@ -167,26 +167,26 @@ def test_an_unknown_fault_gives_a_law_and_the_points_to_record(engine: Faulty) -
         for step in engine.right
     ]
     dump = engine.dump(RIGHT, PROMPT, points="embd,blk.1.l_out,blk.2.l_out,logits", steps=right)
-    found = explain(dump, engine.model, ExplainOptions(budget=6))
-    assert found.causes == ()
-    assert found.remaining == found.first
-    assert found.law == "element i is the right element i − 1: the row is rolled"
-    assert "blk.2.q" in found.next
+    explanation = explain(dump, engine.model, ExplainOptions(budget=6))
+    assert explanation.causes == ()
+    assert explanation.remaining == explanation.first
+    assert explanation.law == "element i is the right element i − 1: the row is rolled"
+    assert "blk.2.q" in explanation.next
 
 
 def test_a_fault_beyond_the_slice_is_named_by_the_sketch(engine: Faulty) -> None:
     """Missing last rows of the output matrix leave the first sixteen logits right: the sketch tells them, and only them."""
     fault = ("part-missing", {"part": 32, "axis": "rows", "at": ("logits",)}, None)
-    found = explain(engine.dump(Planted((fault,)), PROMPT, bare=False), engine.model)
-    assert found.remaining is None
-    assert [(cause.named.fault, cause.named.parameters["part"]) for cause in found.causes] == [("part-missing", 32)]
+    explanation = explain(engine.dump(Planted((fault,)), PROMPT, bare=False), engine.model)
+    assert explanation.remaining is None
+    assert [(cause.named.fault, cause.named.parameters["part"]) for cause in explanation.causes] == [("part-missing", 32)]
 
 
 def test_out_of_time_is_said(engine: Faulty) -> None:
     """A budget that is too short ends the search and says so."""
-    found = explain(only(engine, ("activation", {}, (2,))), engine.model, ExplainOptions(budget=0.01))
-    assert not found.complete
-    assert found.remaining is not None
+    explanation = explain(only(engine, ("activation", {}, (2,))), engine.model, ExplainOptions(budget=0.01))
+    assert not explanation.complete
+    assert explanation.remaining is not None
 
 
 def _written(dump: Dump, path: Path, header: Header | None) -> Path:
@@ -222,7 +222,7 @@ def test_wrong_requests_are_one_line(parity: Cli, engine: Faulty, tmp_path: Path
     other = _written(dump, tmp_path / "other.jsonl", replace(dump.header, prompt="Twice"))
     wrong = only(engine, ("rope-pairs", {}, None))
     ref = _written(wrong, tmp_path / "ref.jsonl", wrong.header)
-    for arguments, said in (
+    for arguments, message in (
         (("explain",), "no dump was given"),
         (("explain", bare, "--model", engine.model), "does not say for which tokens"),
         (("explain", own), "model"),
@@ -233,7 +233,7 @@ def test_wrong_requests_are_one_line(parity: Cli, engine: Faulty, tmp_path: Path
     ):
         ran = parity(*arguments)
         assert ran.code == 2, arguments
-        assert said in ran.err, ran.err
+        assert message in ran.err, ran.err
         assert "Traceback" not in ran.err
 
 
@@ -249,12 +249,14 @@ def test_garbage_at_single_logits_is_named_with_their_ids(engine: Faulty) -> Non
     """No fault that could be planted makes random numbers: that all else agrees names the rows of the output matrix."""
 
     def garbage(x: Array, weight: Array, bias: Array | None = None) -> Array:
-        made = ops.linear(x, weight, bias)
-        made[:, [3, 7]] = np.random.default_rng(1).standard_normal((len(x), 2))
-        return made
+        product = ops.linear(x, weight, bias)
+        product[:, [3, 7]] = np.random.default_rng(1).standard_normal((len(x), 2))
+        return product
 
     steps = [replace(step, op=garbage) if step.makes == "logits" else step for step in engine.right]
     dump = engine.dump(RIGHT, PROMPT, steps=steps)
-    found = explain(dump, engine.model, ExplainOptions(budget=20))
-    assert [(cause.named.fault, cause.named.parameters) for cause in found.causes] == [("logits-garbage", {"ids": [3, 7]})]
-    assert (found.remaining, found.next) == (None, "")
+    explanation = explain(dump, engine.model, ExplainOptions(budget=20))
+    assert [(cause.named.fault, cause.named.parameters) for cause in explanation.causes] == [
+        ("logits-garbage", {"ids": [3, 7]})
+    ]
+    assert (explanation.remaining, explanation.next) == (None, "")

@@ -90,10 +90,10 @@ def test_a_number_that_is_a_little_wrong_is_fitted_and_no_lower_arithmetic(
 ) -> None:
     """From the default points, whether the dump says f32 or nothing: the value is said with the one that the model wants."""
     dump = faulty(llama, name, **parameters)
-    found = explain(dump if stated else unstated(dump), llama.model, _PATIENT)
-    assert not found
-    assert found.remaining is None
-    classes = [found.causes[0].named, *found.causes[0].equivalent]
+    explanation = explain(dump if stated else unstated(dump), llama.model, _PATIENT)
+    assert not explanation
+    assert explanation.remaining is None
+    classes = [explanation.causes[0].named, *explanation.causes[0].equivalent]
     assert name in [named.fault for named in classes]
     assert sentence in next(named.sentence for named in classes if named.fault == name)
 
@@ -124,9 +124,11 @@ def test_what_is_exactly_right_is_not_of_lower_arithmetic(engine: Faulty) -> Non
         noise[0] = 0
         return x * (1 + np.float32(3e-4) * noise)
 
-    found = explain(unstated(edited(engine, "blk.0.attn_out", late, "default", 16)), engine.model, ExplainOptions(budget=3))
-    assert not found
-    assert found.precision_only == ""
+    explanation = explain(
+        unstated(edited(engine, "blk.0.attn_out", late, "default", 16)), engine.model, ExplainOptions(budget=3)
+    )
+    assert not explanation
+    assert explanation.precision_only == ""
 
 
 @pytest.mark.slow
@@ -140,41 +142,41 @@ def test_nan_agrees_with_nothing(stories: Faulty) -> None:
         for step in stories.right
     ]
     dump = stories.dump(RIGHT, tokens, points="blk.{5..9}.*", steps=steps)
-    found = explain(dump, stories.model, ExplainOptions(budget=20.0))
-    assert names(found) == []
-    assert found.law.startswith("every recorded element is NaN")
-    assert found.complete
-    assert found.first is not None
-    assert found.first.checkpoint == "blk.7.ffn_out"
+    explanation = explain(dump, stories.model, ExplainOptions(budget=20.0))
+    assert names(explanation) == []
+    assert explanation.law.startswith("every recorded element is NaN")
+    assert explanation.complete
+    assert explanation.first is not None
+    assert explanation.first.checkpoint == "blk.7.ffn_out"
 
 
 @pytest.mark.parametrize("by", [1, -1])
 def test_the_embeddings_neighbour_is_named(engine: Faulty, by: int) -> None:
     """The row of the id above or below, and not a beginning of the sequence that happens to fit one position."""
-    found = explain(faulty(engine, "embedding-row", by=by), engine.model, _PATIENT)
-    assert (names(found), found.remaining) == (["embedding-row"], None)
+    explanation = explain(faulty(engine, "embedding-row", by=by), engine.model, _PATIENT)
+    assert (names(explanation), explanation.remaining) == (["embedding-row"], None)
 
 
 @pytest.mark.parametrize("by", [1, -1])
 def test_values_of_another_position_are_named(engine: Faulty, by: int) -> None:
     """V read at an offset of one position."""
-    found = explain(faulty(engine, "cache-shifted", by=by, at=("v_read",)), engine.model, _PATIENT)
-    assert (names(found), found.remaining) == (["cache-shifted"], None)
+    explanation = explain(faulty(engine, "cache-shifted", by=by, at=("v_read",)), engine.model, _PATIENT)
+    assert (names(explanation), explanation.remaining) == (["cache-shifted"], None)
 
 
 @pytest.mark.parametrize("read", [("v_read", "k_rope"), ("k_read", "v")])
 def test_one_cache_for_both_is_named(engine: Faulty, read: tuple[str, str]) -> None:
     """Keys read where values are wanted, or the other way round, and no lead that takes most of one record's error away."""
-    found = explain(faulty(engine, "cache-of-other", read=read), engine.model, _PATIENT)
-    assert (names(found), found.remaining) == (["cache-of-other"], None)
+    explanation = explain(faulty(engine, "cache-of-other", read=read), engine.model, _PATIENT)
+    assert (names(explanation), explanation.remaining) == (["cache-of-other"], None)
 
 
 def test_queries_that_are_rotated_too_far_are_named(engine: Faulty) -> None:
     """An offset of the queries' positions is a number of its own: not "rotates backwards", which takes 96 % of the error away."""
-    found = explain(faulty(engine, "rope-position", position=5.0, at=("q_rope",)), engine.model, _PATIENT)
-    assert found.remaining is None
-    assert found.causes[0].named.fault == "rope-position"
-    assert found.causes[0].named.parameters["position"] in (5.0, -5.0)
+    explanation = explain(faulty(engine, "rope-position", position=5.0, at=("q_rope",)), engine.model, _PATIENT)
+    assert explanation.remaining is None
+    assert explanation.causes[0].named.fault == "rope-position"
+    assert explanation.causes[0].named.parameters["position"] in (5.0, -5.0)
 
 
 @pytest.mark.slow
@@ -186,8 +188,8 @@ def test_a_fault_that_amplifies_rounding_has_no_second_cause(stories: Faulty) ->
         name: replace(rows, values=rows.values * (1 + np.float32(2e-3) * (name == "blk.23.l_out")))
         for name, rows in dump.points.items()
     }
-    found = explain(dump, stories.model, _PATIENT)
-    assert (names(found), found.remaining) == (["residual-missing"], None)
+    explanation = explain(dump, stories.model, _PATIENT)
+    assert (names(explanation), explanation.remaining) == (["residual-missing"], None)
     more = explain(replace(dump, points=values), stories.model, ExplainOptions(budget=10.0))
     assert more.remaining is not None, "an error of 4e-6 that is not the fault's own rounding stays"
 
@@ -239,13 +241,13 @@ def test_what_the_numbers_say_is_said_in_a_sentence(
     engine: Faulty, point: str, change: Callable[[Array], Array], said: str
 ) -> None:
     """One operation is wrong as no entry describes it: it is named, its law is said, nothing is accused, and the search ends."""
-    found = explain(edited(engine, point, change), engine.model, ExplainOptions(budget=600.0))
-    assert found.first is not None
-    assert (found.first.checkpoint, found.law, names(found)) == (point, said, [])
-    assert found.placed is not None
-    assert (found.placed.operations, found.placed.sure) == ((point,), True)
-    assert found.complete
-    assert found.variants < 1000
+    explanation = explain(edited(engine, point, change), engine.model, ExplainOptions(budget=600.0))
+    assert explanation.first is not None
+    assert (explanation.first.checkpoint, explanation.law, names(explanation)) == (point, said, [])
+    assert explanation.placed is not None
+    assert (explanation.placed.operations, explanation.placed.sure) == ((point,), True)
+    assert explanation.complete
+    assert explanation.variants < 1000
 
 
 @pytest.mark.parametrize(
@@ -254,19 +256,48 @@ def test_what_the_numbers_say_is_said_in_a_sentence(
 )
 def test_a_number_at_one_operation_is_a_cause(engine: Faulty, change: Callable[[Array], Array], name: str) -> None:
     """A result that is scaled or shifted reproduces every record behind it: its number is fitted."""
-    found = explain(edited(engine, "blk.2.ffn_up", change), engine.model, _PATIENT)
-    assert (names(found), found.remaining) == ([name], None)
-    assert found.causes[0].named.parameters["by"] in (1.002, 0.01)
+    explanation = explain(edited(engine, "blk.2.ffn_up", change), engine.model, _PATIENT)
+    assert (names(explanation), explanation.remaining) == ([name], None)
+    assert explanation.causes[0].named.parameters["by"] in (1.002, 0.01)
+
+
+@pytest.mark.slow
+def test_a_number_of_the_first_layer_is_not_said_of_all(engine: Faulty) -> None:
+    """Keys scaled in layer 0 alone: what explains that layer in all layers explains a part, and no part is a cause."""
+    explanation = explain(edited(engine, "blk.0.k_rope", lambda x: x * np.float32(0.65), "default"), engine.model, _PATIENT)
+    assert explanation.remaining is None
+    assert [cause.named.layers for cause in explanation.causes] == [(0,)]
+
+
+@pytest.mark.slow
+def test_what_two_elements_hold_is_no_lower_arithmetic(engine: Faulty) -> None:
+    """Two small elements are exchanged in all layers: an error of the size of 8-bit noise that lies in two of all elements."""
+
+    def swapped(step: Step) -> Step:
+        def op(*inputs: Any, **params: Any) -> Array:
+            made = step.op(*inputs, **params)
+            made[:, [3, 5]] += np.float32(0.01) * np.array([1, -1], np.float32)
+            return made
+
+        return replace(step, op=op) if step.makes.endswith("ffn_out") else step
+
+    explanation = explain(
+        unstated(engine.dump(RIGHT, PROMPT, steps=[swapped(step) for step in engine.right])),
+        engine.model,
+        ExplainOptions(budget=5.0),
+    )
+    assert not explanation
+    assert (explanation.precision_only, names(explanation)) == ("", [])
 
 
 def test_what_was_not_seen_is_not_said_to_agree(engine: Faulty) -> None:
     """Zero behind the recorded values: the next point differs, and the one in front of it was seen in part."""
-    found = explain(edited(engine, "blk.1.ffn_out", _cut, size=16), engine.model, ExplainOptions(budget=5.0))
-    assert names(found) == []
-    assert found.first is not None
-    assert found.first.checkpoint == "blk.2.attn_norm"
-    assert found.placed is not None
-    assert (found.placed.sure, found.placed.seen) == (False, (16, 112))
+    explanation = explain(edited(engine, "blk.1.ffn_out", _cut, size=16), engine.model, ExplainOptions(budget=5.0))
+    assert names(explanation) == []
+    assert explanation.first is not None
+    assert explanation.first.checkpoint == "blk.2.attn_norm"
+    assert explanation.placed is not None
+    assert (explanation.placed.sure, explanation.placed.seen) == (False, (16, 112))
 
 
 def _operand(steps: Sequence[Step], name: str, operand: str) -> list[Step]:
@@ -275,10 +306,10 @@ def _operand(steps: Sequence[Step], name: str, operand: str) -> list[Step]:
 
 def test_heads_of_which_one_is_recorded_are_heads(engine: Faulty) -> None:
     """Eight values of the first key head are those of the second: no row is said to be rolled."""
-    found = explain(
+    explanation = explain(
         edited(engine, "blk.2.v", lambda x: np.roll(x, 8, axis=1), size=8), engine.model, ExplainOptions(budget=600.0)
     )
-    assert found.law == "head 0 is the right head 1 (1 of 2 heads recorded)"
+    assert explanation.law == "head 0 is the right head 1 (1 of 2 heads recorded)"
 
 
 def _not_finite(x: Array) -> Array:
@@ -289,10 +320,10 @@ def _not_finite(x: Array) -> Array:
 
 def test_infinities_are_said_where_they_are(engine: Faulty) -> None:
     """Two infinite elements of one position: the law says which, and that the others are right."""
-    found = explain(edited(engine, "blk.2.q", _not_finite), engine.model, ExplainOptions(budget=600.0))
-    assert found.law.startswith("everything up to element 1 is ∞")
-    assert found.law.endswith("the others are right")
-    assert names(found) == []
+    explanation = explain(edited(engine, "blk.2.q", _not_finite), engine.model, ExplainOptions(budget=600.0))
+    assert explanation.law.startswith("everything up to element 1 is ∞")
+    assert explanation.law.endswith("the others are right")
+    assert names(explanation) == []
 
 
 def test_nan_under_the_mask_is_no_second_fault(engine: Faulty) -> None:
@@ -308,6 +339,7 @@ def test_nan_under_the_mask_is_no_second_fault(engine: Faulty) -> None:
     assert [(origin.first.checkpoint, origin.positions) for origin in verdict.origins] == [("blk.1.v", (3,))]
 
 
+@pytest.mark.slow
 def test_an_error_that_grows_is_no_edge(engine: Faulty) -> None:
     """An error in proportion to the position passes the limit somewhere: no window begins there, and no element alone is wrong."""
 
@@ -343,9 +375,9 @@ def test_zeros_behind_an_unseen_infinity_are_not_attention(engine: Faulty) -> No
 def test_another_operand_is_named(engine: Faulty) -> None:
     """K made from another layer's norm: the value that it is made from is said."""
     dump = engine.dump(RIGHT, PROMPT, points="*", size=1 << 20, steps=_operand(engine.right, "blk.2.k", "blk.0.ffn_norm"))
-    found = explain(dump, engine.model, _PATIENT)
-    assert found.law == "is what this operation makes of blk.0.ffn_norm instead of blk.2.attn_norm"
-    assert names(found) == []
+    explanation = explain(dump, engine.model, _PATIENT)
+    assert explanation.law == "is what this operation makes of blk.0.ffn_norm instead of blk.2.attn_norm"
+    assert names(explanation) == []
 
 
 @pytest.mark.slow
@@ -357,18 +389,18 @@ def test_a_lead_takes_the_error_away_everywhere(engine: Faulty) -> None:
         made[1:, :, 4:] = made[:-1, :, 4:].copy()
         return made.reshape(x.shape)
 
-    found = explain(edited(engine, "blk.0.q_rope", half, "default", 16), engine.model, ExplainOptions(budget=10.0))
-    assert names(found) == []
-    assert [lead.sentence for lead in found.leads if lead.removed is not None] == []
+    explanation = explain(edited(engine, "blk.0.q_rope", half, "default", 16), engine.model, ExplainOptions(budget=10.0))
+    assert names(explanation) == []
+    assert [lead.sentence for lead in explanation.leads if lead.removed is not None] == []
 
 
 def test_the_truth_is_told_beside_both_sides(engine: Faulty) -> None:
     """With the arbiter the first place says how far the dump and a right float32 engine are from the same steps in float64."""
     dump = faulty(engine, "norm-epsilon", eps=1e-5)
-    found = explain(dump, engine.model, replace(_PATIENT, arbiter="all"))
-    assert found.truth is not None
-    assert found.truth.right < 1e-12
-    assert found.truth.ours > 1e-10
+    explanation = explain(dump, engine.model, replace(_PATIENT, arbiter="all"))
+    assert explanation.truth is not None
+    assert explanation.truth.right < 1e-12
+    assert explanation.truth.ours > 1e-10
     assert explain(dump, engine.model, replace(_PATIENT, arbiter="off")).truth is None
 
 
@@ -403,7 +435,7 @@ def test_a_fault_outside_of_the_slice_is_not_a_factor_of_one(engine: Faulty) -> 
         replace(step, op=lambda *inputs, op=step.op, **params: late(op(*inputs, **params))) if step.makes == "logits" else step
         for step in engine.right
     ]
-    found = explain(engine.dump(RIGHT, PROMPT, steps=steps, bare=False), engine.model, _PATIENT)
-    assert found.first is not None
-    assert found.first.checkpoint == "logits"
-    assert found.law == "every recorded element is right: what differs was not recorded"
+    explanation = explain(engine.dump(RIGHT, PROMPT, steps=steps, bare=False), engine.model, _PATIENT)
+    assert explanation.first is not None
+    assert explanation.first.checkpoint == "logits"
+    assert explanation.law == "every recorded element is right: what differs was not recorded"

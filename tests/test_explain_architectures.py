@@ -44,12 +44,12 @@ def test_each_fault_is_named(faulty: Callable[[str], Faulty], name: str, layers:
     tokens = tokens_of(engine.model, 14, seed=5)
     parameters = CATALOGUE[name].variants({step.makes: step for step in engine.right})[0] | chosen
     dump = engine.dump(Planted(((name, parameters, layers),)), tokens, generated=4 if name in GENERATED else 0)
-    found = explain(dump, engine.model, ExplainOptions(tokens=tokens))
-    assert found.first is not None
-    assert found.remaining is None
-    assert len(found.causes) == 1
-    assert found.causes[0].explained == 1
-    assert name in {found.causes[0].named.fault, *(other.fault for other in found.causes[0].equivalent)}
+    explanation = explain(dump, engine.model, ExplainOptions(tokens=tokens))
+    assert explanation.first is not None
+    assert explanation.remaining is None
+    assert len(explanation.causes) == 1
+    assert explanation.causes[0].explained == 1
+    assert name in {explanation.causes[0].named.fault, *(other.fault for other in explanation.causes[0].equivalent)}
 
 
 @pytest.mark.slow
@@ -58,9 +58,9 @@ def test_no_fault_in_a_right_engine(faulty: Callable[[str], Faulty], recipe: str
     """The right engine of each of these models has no fault at any point."""
     engine = faulty(recipe)
     tokens = tokens_of(engine.model, 14, seed=6)
-    found = explain(engine.dump(Planted(()), tokens, points="all"), engine.model, ExplainOptions(tokens=tokens))
-    assert not found.causes
-    assert found.differing == 0
+    explanation = explain(engine.dump(Planted(()), tokens, points="all"), engine.model, ExplainOptions(tokens=tokens))
+    assert not explanation.causes
+    assert explanation.differing == 0
 
 
 @pytest.mark.parametrize("name", PLACES)

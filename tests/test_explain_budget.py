@@ -41,9 +41,9 @@ def test_the_answer_comes_at_most_one_replay_late(engine: Faulty, computed: list
     points = "embd,blk.0.l_out,blk.3.l_out,output_norm,logits"
     dump = only(engine, ("activation", {"activation": "ReLU"}, (1,)), ("gqa-modulo", {}, (2,)), points=points)
     computed[0] = 0
-    found = explain(dump, engine.model, ExplainOptions(budget=budget))
-    assert not found.complete
-    assert found.remaining is not None
+    explanation = explain(dump, engine.model, ExplainOptions(budget=budget))
+    assert not explanation.complete
+    assert explanation.remaining is not None
     assert budget / 2 < computed[0] <= budget + len(engine.right)  # the search gets more than half of it
 
 
@@ -51,7 +51,7 @@ def test_a_budget_of_nothing_computes_the_right_run_alone(engine: Faulty, comput
     """Where the first difference lies is said however small the budget is."""
     dump = only(engine, ("activation", {"activation": "ReLU"}, None))
     computed[0] = 0
-    found = explain(dump, engine.model, ExplainOptions(budget=0))
-    assert (found.complete, found.variants) == (False, 0)
-    assert found.first is not None
-    assert computed[0] <= len(engine.right), found
+    explanation = explain(dump, engine.model, ExplainOptions(budget=0))
+    assert (explanation.complete, explanation.variants) == (False, 0)
+    assert explanation.first is not None
+    assert computed[0] <= len(engine.right), explanation

@@ -78,11 +78,11 @@ def test_each_fault_is_named(name: str, faulty: Models) -> None:
     tokens = tokens_of(engine.model, 12, seed=5)
     parameters: dict[str, Any] = CATALOGUE[name].variants({step.makes: step for step in engine.right})[0]
     dump = engine.dump(Planted(((name, parameters, None),)), tokens, generated=4 if name in _BY_PASS else 0)
-    found = explain(dump, engine.model, ExplainOptions(tokens=tokens))
-    assert found.first is not None
-    assert found.remaining is None
-    assert len(found.causes) == 1
-    cause = found.causes[0]
+    explanation = explain(dump, engine.model, ExplainOptions(tokens=tokens))
+    assert explanation.first is not None
+    assert explanation.remaining is None
+    assert len(explanation.causes) == 1
+    cause = explanation.causes[0]
     assert cause.explained == 1
     assert name in {cause.named.fault, *(other.fault for other in cause.equivalent)}
 

@@ -45,9 +45,9 @@ def test_the_truth_of_a_lifted_model_is_near_what_float32_gives(engine: Faulty) 
 def test_faults_are_named_in_any_architecture(engine: Faulty, name: str, parameters: dict[str, Any]) -> None:
     """From the default points; a number is fitted there as well."""
     tokens = tokens_of(engine.model, 7, seed=2)
-    found = explain(engine.dump(Planted(((name, parameters, None),)), tokens), engine.model, _PATIENT)
-    assert found.remaining is None
-    assert name in [named.fault for cause in found.causes for named in (cause.named, *cause.equivalent)]
+    explanation = explain(engine.dump(Planted(((name, parameters, None),)), tokens), engine.model, _PATIENT)
+    assert explanation.remaining is None
+    assert name in [named.fault for cause in explanation.causes for named in (cause.named, *cause.equivalent)]
 
 
 @pytest.mark.parametrize("result", ["q_rope holds the result", "q_norm holds the result", "both hold the result"])
@@ -56,11 +56,11 @@ def test_a_norm_behind_rope_is_one_cause(reference: Reference, small_model: Call
     model = small_model("qwen3")
     engine = Faulty(model, reference.graph(model))
     planted = Planted((("head-norm-after-rope", {"result": result}, None),))
-    found = explain(engine.dump(planted, tokens_of(model, 7, seed=2), points="*"), model, _PATIENT)
-    assert [(cause.named.fault, cause.named.parameters["result"]) for cause in found.causes] == [
+    explanation = explain(engine.dump(planted, tokens_of(model, 7, seed=2), points="*"), model, _PATIENT)
+    assert [(cause.named.fault, cause.named.parameters["result"]) for cause in explanation.causes] == [
         ("head-norm-after-rope", result)
     ]
-    assert found.remaining is None
+    assert explanation.remaining is None
 
 
 @pytest.mark.parametrize("points", ["default", "*"])
@@ -72,9 +72,9 @@ def test_the_epsilon_of_one_layers_head_norms_is_fitted(
     engine = Faulty(model, reference.graph(model))
     fault = next(fit.fault for fit in FITTED if fit.fault.name == "head-norm-epsilon")
     steps = plant(engine.right, fault, (2,), eps=1e-4, at=("q_norm", "k_norm"))
-    found = explain(engine.dump(Planted(()), tokens_of(model, 7, seed=2), points=points, steps=steps), model, _PATIENT)
-    assert found.remaining is None
-    assert [(cause.named.fault, cause.named.parameters["eps"], cause.named.layers) for cause in found.causes] == [
+    explanation = explain(engine.dump(Planted(()), tokens_of(model, 7, seed=2), points=points, steps=steps), model, _PATIENT)
+    assert explanation.remaining is None
+    assert [(cause.named.fault, cause.named.parameters["eps"], cause.named.layers) for cause in explanation.causes] == [
         ("head-norm-epsilon", 1e-4, (2,))
     ]
 
@@ -84,8 +84,8 @@ def test_right_engines_in_lower_arithmetic_are_not_accused(engine: Faulty, kind:
     """Products of routed experts are products, and ids of experts are no activations."""
     tokens = tokens_of(engine.model, 7, seed=2)
     dump = unstated(engine.dump(Planted(()), tokens, steps=rounded(engine.right, kind, storage=storage)))
-    found = explain(dump, engine.model, _PATIENT)
-    assert found
-    assert kind in {found.precision_only, *found.precision_alike}
-    assert "q8" not in found.precision_alike, "BF16 and 8-bit activations can be told apart here"
-    assert found.causes == ()
+    explanation = explain(dump, engine.model, _PATIENT)
+    assert explanation
+    assert kind in {explanation.precision_only, *explanation.precision_alike}
+    assert "q8" not in explanation.precision_alike, "BF16 and 8-bit activations can be told apart here"
+    assert explanation.causes == ()

@@ -74,5 +74,5 @@ def test_the_stages_hold_every_candidate_once(engine: Faulty, point: int) -> Non
     screening = case.screening(case.entries, Budget(60))
     state = replace(screening.start(), first=RecordKey(point, 0))
     wanted = [(one.fault.name, str(one.parameters)) for one in screening.candidates(state, None)]
-    found = [(one.fault.name, str(one.parameters)) for stage in stages(screening, state, None) for one in stage]
-    assert sorted(found) == sorted(wanted)
+    staged = [(one.fault.name, str(one.parameters)) for stage in stages(screening, state, None) for one in stage]
+    assert sorted(staged) == sorted(wanted)

@@ -130,11 +130,11 @@ def test_default_points_name_the_interval_and_what_to_record_next(lab: Lab, faul
     expected, pattern = EXPECTED[fault]
     assert verdict.pattern is not None
     assert verdict.pattern.code == pattern
-    found = lab.verdict(kind, steps, verdict.next)
-    while found.next:  # each answer narrows the interval; the last names the operation
-        assert found.next != verdict.next
-        verdict, found = found, lab.verdict(kind, steps, found.next)
-    assert {origin.first.checkpoint for origin in found.origins} == {f"blk.{layer}.{name}" for name in expected}
+    narrowed = lab.verdict(kind, steps, verdict.next)
+    while narrowed.next:  # each answer narrows the interval; the last names the operation
+        assert narrowed.next != verdict.next
+        verdict, narrowed = narrowed, lab.verdict(kind, steps, narrowed.next)
+    assert {origin.first.checkpoint for origin in narrowed.origins} == {f"blk.{layer}.{name}" for name in expected}
 
 
 def test_a_missing_causal_mask_has_a_pattern_of_its_own(lab: Lab) -> None:

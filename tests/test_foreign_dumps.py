@@ -42,9 +42,9 @@ def unpacked(name: str, folder: Path) -> Path:
     return folder
 
 
-def same(found: Dump, run: Dump) -> tuple[str, int]:
+def same(dump: Dump, run: Dump) -> tuple[str, int]:
     """The verdict and the records compared, by exact limits."""
-    verdict = compare(found, run, Options(compute="f32"))
+    verdict = compare(dump, run, Options(compute="f32"))
     return verdict.verdict, verdict.compared
 
 
@@ -67,31 +67,31 @@ def test_every_type_view_and_wrapper_of_torch_save(tmp_path: Path) -> None:
 
 def test_sglang_dumper_with_two_ranks(tmp_path: Path, run: Dump) -> None:
     """Shards are joined by dims, by trying, or summed, copies are taken once: every record agrees with our engine's."""
-    found = load(unpacked("sglang-dumper", tmp_path))
-    assert found.header is not None
-    assert found.header.tokens == IDS
+    dump = load(unpacked("sglang-dumper", tmp_path))
+    assert dump.header is not None
+    assert dump.header.tokens == IDS
     names = {"embd", *(f"blk.0.{kind}" for kind in ("q", "kqv_out", "attn_out", "ffn_inp", "l_out", "hidden_after_mlp"))}
-    assert set(found.points) == names
-    assert same(found, run) == ("parity", 3 * 6)
-    assert any("summed" in note for note in found.notes)
-    assert any("joined along axis 1" in note for note in found.notes)
+    assert set(dump.points) == names
+    assert same(dump, run) == ("parity", 3 * 6)
+    assert any("summed" in note for note in dump.notes)
+    assert any("joined along axis 1" in note for note in dump.notes)
 
 
 def test_sglang_tensor_hook(tmp_path: Path, run: Dump) -> None:
     """A file a pass, keyed by module: positions from the batch's information, logits of the last token at its position."""
-    found = load(unpacked("sglang-hook", tmp_path))
-    assert found.points["logits"].token_idx.tolist() == [2]
-    assert same(found, run)[0] == "parity"
-    assert {"embd", "blk.0.attn_norm", "blk.0.attn_out", "blk.0.ffn_out", "output_norm", "logits"} <= set(found.points)
+    dump = load(unpacked("sglang-hook", tmp_path))
+    assert dump.points["logits"].token_idx.tolist() == [2]
+    assert same(dump, run)[0] == "parity"
+    assert {"embd", "blk.0.attn_norm", "blk.0.attn_out", "blk.0.ffn_out", "output_norm", "logits"} <= set(dump.points)
 
 
 def test_tensorrt_llm_debug_hook(tmp_path: Path, run: Dump) -> None:
     """Modules by their place; what a module returned is told from its arguments; a residual handed on beside is added."""
-    found = load(unpacked("tensorrt-llm", tmp_path) / "data_dump")
+    dump = load(unpacked("tensorrt-llm", tmp_path) / "data_dump")
     kinds = ("attn_norm", "kqv_out", "attn_out", "ffn_norm", "ffn_swiglu", "ffn_out", "l_out")
-    assert set(found.points) == {"embd", "blk.1.l_out", "output_norm", "logits", *(f"blk.0.{kind}" for kind in kinds)}
-    assert found.points["logits"].token_idx.tolist() == [2]
-    assert same(found, run) == ("parity", 3 * 10 + 1)
+    assert set(dump.points) == {"embd", "blk.1.l_out", "output_norm", "logits", *(f"blk.0.{kind}" for kind in kinds)}
+    assert dump.points["logits"].token_idx.tolist() == [2]
+    assert same(dump, run) == ("parity", 3 * 10 + 1)
 
 
 def test_edge_llm_rounds(tmp_path: Path, run: Dump) -> None:
@@ -107,20 +107,20 @@ def test_edge_llm_rounds(tmp_path: Path, run: Dump) -> None:
         arrays[f"round_{number}.context_lengths"] = np.full(2, 2 + number, np.int32)
         arrays[f"round_{number}.generated_token_ids"] = np.full(2, 407 + number, np.int32)
     save_file(arrays, tmp_path / "edgellm_dump.safetensors")
-    found = load(tmp_path)
-    assert [(token.token_idx, token.id, token.seq) for token in found.tokens] == [
+    dump = load(tmp_path)
+    assert [(token.token_idx, token.id, token.seq) for token in dump.tokens] == [
         (2, 407, 0),
         (2, 407, 1),
         (3, 408, 0),
         (3, 408, 1),
     ]
     assert {
-        name: sorted(zip(rows.seq.tolist(), rows.token_idx.tolist(), strict=True)) for name, rows in found.points.items()
+        name: sorted(zip(rows.seq.tolist(), rows.token_idx.tolist(), strict=True)) for name, rows in dump.points.items()
     } == {
         "logits": [(0, 1), (0, 2), (1, 1), (1, 2)],
         **{f"blk.0.{kind}": [(seq, t) for seq in (0, 1) for t in range(3)] for kind in ("k_rope", "v")},
     }
-    for name, rows in found.points.items():
+    for name, rows in dump.points.items():
         for r, position in enumerate(rows.token_idx):
             assert np.array_equal(rows.values[r], run.points[name].values[position])
 
@@ -132,19 +132,19 @@ def test_llama_debug_files(tmp_path: Path, run: Dump, pooled: bool) -> None:
     np.array(IDS, np.int32).tofile(f"{stem}-tokens.bin")
     Path(f"{stem}-prompt.txt").write_text("prompt: Once\nupon\nn_tokens: 3\ntoken ids: 1, 403, 407\n")
     run.points["logits"].values[2].tofile(f"{stem}.bin")
-    found = load(f"{stem}.bin")
-    assert found.header is not None
-    assert (found.header.tokens, found.header.prompt) == (IDS, "Once\nupon")
-    assert same(found, run) == ("parity", 1)
-    assert found.points["logits"].token_idx.tolist() == [2]
+    dump = load(f"{stem}.bin")
+    assert dump.header is not None
+    assert (dump.header.tokens, dump.header.prompt) == (IDS, "Once\nupon")
+    assert same(dump, run) == ("parity", 1)
+    assert dump.points["logits"].token_idx.tolist() == [2]
     rows = run.points["output_norm"].values
     (rows[0] / np.linalg.norm(rows[0]) if pooled else rows).astype(np.float32).tofile(f"{stem}-embeddings.bin")
     for name in ("-tokens.bin", "-prompt.txt"):
         Path(f"{stem}{name}").rename(f"{stem}-embeddings{name}")
-    found = load(f"{stem}-embeddings.bin")
-    assert list(found.points) == ["result_embd_pooled" if pooled else "output_norm"]
+    dump = load(f"{stem}-embeddings.bin")
+    assert list(dump.points) == ["result_embd_pooled" if pooled else "output_norm"]
     if not pooled:
-        assert same(found, run) == ("parity", 3)
+        assert same(dump, run) == ("parity", 3)
     with pytest.raises(DumpError, match="holds 2 files of values"):
         load(tmp_path)
 
@@ -206,7 +206,7 @@ def test_no_code_of_a_pickle_runs_and_no_small_file_fills_the_memory(tmp_path: P
     assert isinstance(contents(file)["x"], Opaque)
     storage = b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpuK\x04tQ"
     tensor = b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n(" + storage
-    for description, said in (
+    for description, message in (
         (tensor + b"K\x00J\x00\x00\x00\x40\x85K\x00\x85\x89NtR.", "larger than its storage"),
         (tensor + b"K\x02K\x03\x85K\x01\x85\x89NtR.", "larger than its storage"),
         (b"\x80\x02K\x01r\xff\xff\xff\x7f.", ""),  # a memo of two thousand million places
@@ -215,8 +215,8 @@ def test_no_code_of_a_pickle_runs_and_no_small_file_fills_the_memory(tmp_path: P
         (b"\x80\x02]", "pickle exhausted"),
     ):
         file.write_bytes(torch_zip(description, s0=np.arange(4, dtype=np.float32).tobytes()))
-        if said:
-            with pytest.raises(DumpError, match=said):
+        if message:
+            with pytest.raises(DumpError, match=message):
                 contents(file)
         else:
             assert contents(file) == 1
@@ -224,12 +224,12 @@ def test_no_code_of_a_pickle_runs_and_no_small_file_fills_the_memory(tmp_path: P
     with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("a/data.pkl", b"\x80\x02N.")
         archive.writestr("a/data/0", bytes(1 << 26))
-    for data, said in (
+    for data, message in (
         (bomb.getvalue(), "would unpack"),
         (b"", "an empty file"),
         (b"\x80\x02N.", "old format"),
         (torch_zip(b""), "cannot read"),
     ):
         file.write_bytes(data)
-        with pytest.raises(DumpError, match=said):
+        with pytest.raises(DumpError, match=message):
             contents(file)

@@ -117,25 +117,25 @@ LOGS = Path(__file__).parent / "logs"
 @pytest.mark.parametrize("style", ["middle", "new"])
 def test_real_eval_callback_logs_agree_exactly(run: Path, style: str) -> None:
     """What llama.cpp printed of the F32 twin is what our engine computes, attention and both passes too, and lint is silent."""
-    found = load(LOGS / f"eval-callback-{style}.log")
-    verdict = compare(found, load(run), Options(compute="f32"))
+    dump = load(LOGS / f"eval-callback-{style}.log")
+    verdict = compare(dump, load(run), Options(compute="f32"))
     assert (verdict.verdict, verdict.compared) == ("parity", 123)
-    assert {"blk.0.kq", "blk.0.kq_soft_max", "blk.0.k_rope", "output_norm", "logits"} < set(found.points)
-    assert set(found.points["embd"].step) == {0, 1}
-    assert found.points["blk.0.kq"].shapes[-1] == (8, 9)
-    assert lint(found).findings == ()
-    assert ("pass_sum" in found.points["embd"].stats) == (style == "new")
+    assert {"blk.0.kq", "blk.0.kq_soft_max", "blk.0.k_rope", "output_norm", "logits"} < set(dump.points)
+    assert set(dump.points["embd"].step) == {0, 1}
+    assert dump.points["blk.0.kq"].shapes[-1] == (8, 9)
+    assert lint(dump).findings == ()
+    assert ("pass_sum" in dump.points["embd"].stats) == (style == "new")
 
 
 def test_a_printed_sum_of_all_values_shows_what_the_printed_ones_hide(run: Path) -> None:
     """An error in rows and elements that no log prints is a divergence at the last position of its pass; a right sum is none."""
-    ours, found = load(run), load(LOGS / "eval-callback-new.log")
-    rows = found.points["blk.0.ffn_up"]
-    found = replace(found, points={"embd": found.points["embd"]})  # nothing that is made from it acquits the operation
+    ours, printed = load(run), load(LOGS / "eval-callback-new.log")
+    rows = printed.points["blk.0.ffn_up"]
+    printed = replace(printed, points={"embd": printed.points["embd"]})  # nothing that is made from it acquits the operation
     for last, off, place in ((7, 1.0, ("blk.0.ffn_up", 7)), (8, 1.0, ("blk.0.ffn_up", 8)), (7, 1e-5, None)):
         sums = rows.stats["pass_sum"] + np.where(rows.token_idx == last, np.float64(off), 0)
-        spoiled = {**found.points, "blk.0.ffn_up": replace(rows, stats={**rows.stats, "pass_sum": sums})}
-        first = compare(replace(found, points=spoiled), ours, Options(compute="f32")).first_divergence
+        spoiled = {**printed.points, "blk.0.ffn_up": replace(rows, stats={**rows.stats, "pass_sum": sums})}
+        first = compare(replace(printed, points=spoiled), ours, Options(compute="f32")).first_divergence
         assert (None if first is None else (first.checkpoint, first.token_idx)) == place
 
 
@@ -175,11 +175,11 @@ def test_arrays_named_by_point_agree(run: Path, kind: str, tmp_path: Path) -> No
         path.mkdir()
         for name, array in arrays.items():
             np.save(path / f"{name}.npy", array)
-    found = load(path)
-    assert lint(found).findings == ()
-    verdict = compare(found, load(run))
+    dump = load(path)
+    assert lint(dump).findings == ()
+    verdict = compare(dump, load(run))
     assert verdict.verdict == "parity"
-    assert verdict.compared == len(TOKENS) * len(found.points)
+    assert verdict.compared == len(TOKENS) * len(dump.points)
 
 
 def test_hugging_faces_debugger_tree_is_read(run: Path, tmp_path: Path) -> None:
@@ -204,9 +204,9 @@ def test_hugging_faces_debugger_tree_is_read(run: Path, tmp_path: Path) -> None:
     }
     tree = tmp_path / "Qwen2ForCausalLM_debug_tree_FULL_TENSORS.json"
     tree.write_text(json.dumps({"module_path": "Qwen2ForCausalLM", "children": [layer]}))
-    found = load(tmp_path)
-    assert set(found.points) == {"blk.0.l_out", "blk.1.attn_norm", "blk.1.q"}
-    assert compare(found, load(run)).verdict == "parity"
+    dump = load(tmp_path)
+    assert set(dump.points) == {"blk.0.l_out", "blk.1.attn_norm", "blk.1.q"}
+    assert compare(dump, load(run)).verdict == "parity"
     for value in (["tensor"], ["tensor([1., 2.])"]):
         lm_head = {"module_path": "X.lm_head", "outputs": {"value": value, "shape": "torch.Size([1, 9, 64])"}}
         tree.write_text(json.dumps({"module_path": "X", "children": [lm_head]}))

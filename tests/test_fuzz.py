@@ -12,6 +12,6 @@ ANSWERS = {"parity", "divergence", "unusable", "refused"}
 def test_spoiled_dumps_are_judged_or_refused_in_one_line(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bytes flipped, cut, put in, lines moved, numbers blown up, formats mixed: no traceback, no warning, and not one answer only."""
     monkeypatch.chdir(tmp_path)
-    found = [answer() for _, answer in cases(kind, range(25), tmp_path)]
-    assert set(found) <= ANSWERS
-    assert len(set(found)) > 1
+    answers = [answer() for _, answer in cases(kind, range(25), tmp_path)]
+    assert set(answers) <= ANSWERS
+    assert len(set(answers)) > 1

@@ -51,14 +51,14 @@ def test_no_damage_is_more_than_one_clear_error(small: Path, tmp_path: Path, dat
         whole[place : place + 1] = data.draw(st.binary(min_size=0, max_size=9))
     path = tmp_path / "m.gguf"
     path.write_bytes(bytes(whole[: data.draw(st.integers(0, len(whole)))]) if data.draw(st.booleans()) else bytes(whole))
-    said = ""
+    message = ""
     try:
         model = GgufModel(path)
         for name in model.tensors:
             model.raw(name)
     except ModelError as error:
-        said = str(error)
-    assert "\n" not in said
+        message = str(error)
+    assert "\n" not in message
 
 
 def test_absurd_counts_take_no_memory_and_no_time(tmp_path: Path) -> None:
@@ -70,7 +70,7 @@ def test_absurd_counts_take_no_memory_and_no_time(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "said"),
+    ("key", "value", "message"),
     [
         ("split.count", 4, "split model"),
         ("tiny.attention.head_count_kv", [2.0, 0.5], "no whole number"),
@@ -78,14 +78,14 @@ def test_absurd_counts_take_no_memory_and_no_time(tmp_path: Path) -> None:
         ("tiny.block_count", None, "tiny.block_count"),
     ],
 )
-def test_metadata_that_no_engine_can_use(tmp_path: Path, key: str, value: object, said: str) -> None:
+def test_metadata_that_no_engine_can_use(tmp_path: Path, key: str, value: object, message: str) -> None:
     """Missing or contradicting metadata are named by their key or their meaning."""
-    with pytest.raises(ModelError, match=said):
+    with pytest.raises(ModelError, match=message):
         GgufModel(tiny(tmp_path / "m.gguf", key, value))
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "said"),
+    ("key", "value", "message"),
     [
         ("tiny.rope.scaling.type", "yarn", "yarn"),
         ("tiny.attention.head_count_kv", [2, 4], "differs from layer to layer"),
@@ -95,10 +95,10 @@ def test_metadata_that_no_engine_can_use(tmp_path: Path, key: str, value: object
         ("tiny.expert_count", 8, "mixture of experts"),
     ],
 )
-def test_metadata_that_no_written_list_has(tmp_path: Path, key: str, value: object, said: str) -> None:
+def test_metadata_that_no_written_list_has(tmp_path: Path, key: str, value: object, message: str) -> None:
     """What lists of steps written by hand don't have is said, and no reason to refuse the file: the graph may have it."""
     hyperparameters = GgufModel(tiny(tmp_path / "m.gguf", key, value)).hyperparameters
-    assert said in hyperparameters.irregular
+    assert message in hyperparameters.irregular
     assert not written_by_hand(replace(hyperparameters, architecture="qwen2"))
 
 

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from checkpoints.errors import ModelError
+from engine.ops import rope_angles
 from engine.weights.gguf_model import FILE_TYPES, GgufModel
 
 
@@ -113,6 +114,28 @@ def test_what_is_not_the_default_is_taken_from_the_file(tmp_path: Path) -> None:
     assert (plain.head_size, plain.value_size, plain.rope_dims, plain.rope_base, plain.rope_scale) == (8, 8, 8, 1e4, 1.0)
 
 
+@pytest.mark.parametrize("damage", ["base", "factor"])
+def test_a_rope_without_angles_is_refused(tmp_path: Path, damage: str) -> None:
+    """A base or a factor so small that no angle is a float32 is damage, not a divergence."""
+
+    def change(writer: gguf.GGUFWriter) -> None:
+        if damage == "base":
+            writer.add_rope_freq_base(1e-45)
+        else:
+            writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+            writer.add_rope_scaling_factor(1e-45)
+
+    with pytest.raises(ModelError, match="gives no"):
+        GgufModel(write(tmp_path / "model.gguf", change))
+
+
+def test_angles_beyond_float32_have_no_cosine() -> None:
+    """NaN, as in ggml, and no warning of NumPy's."""
+    cosine, sine = rope_angles(np.arange(8) * 1000, 64, base=1e-38)
+    assert np.isnan(cosine[-1, -1])
+    assert np.isnan(sine[-1, -1])
+
+
 def test_numbers_given_once_a_layer(tmp_path: Path) -> None:
     """A list of equal numbers, one a layer, is that number; of different ones the largest is said, and that they differ."""
     skip = ("attention.head_count_kv", "feed_forward_length")
@@ -132,7 +155,7 @@ def test_numbers_given_once_a_layer(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "skip", "said"),
+    ("change", "skip", "message"),
     [
         (None, ("embedding_length",), "no llama.embedding_length"),
         (None, ("tensors",), "tokenizer but no tensors"),
@@ -144,11 +167,11 @@ def test_numbers_given_once_a_layer(tmp_path: Path) -> None:
     ],
 )
 def test_metadata_that_no_engine_can_use(
-    tmp_path: Path, change: Callable[[gguf.GGUFWriter], None] | None, skip: tuple[str, ...], said: str
+    tmp_path: Path, change: Callable[[gguf.GGUFWriter], None] | None, skip: tuple[str, ...], message: str
 ) -> None:
     """What is missing or contradictory in the metadata is named, and what to do about it."""
     path = write(tmp_path / "model.gguf", change or (lambda _: None), skip)
-    with pytest.raises(ModelError, match=said) as error:
+    with pytest.raises(ModelError, match=message) as error:
         GgufModel(path)
     assert error.value.advice
 
@@ -175,9 +198,9 @@ HEADS = {
 @pytest.mark.parametrize("name", HEADS)
 def test_files_that_are_no_model(scratch: Path, name: str) -> None:
     """Each wrong beginning is named at once, whatever the counts in it claim."""
-    content, said = HEADS[name]
+    content, message = HEADS[name]
     scratch.write_bytes(content)
-    with pytest.raises(ModelError, match=said):
+    with pytest.raises(ModelError, match=message):
         GgufModel(scratch)
 
 
@@ -206,9 +229,9 @@ def test_tensors_that_contradict_the_file(small: bytes, scratch: Path) -> None:
         "has 9 dimensions": patched(small, at, "<I", 9),
         "two tensors named 'blk.0.attn_q.weight'": small.replace(b"blk.0.attn_k.weight", b"blk.0.attn_q.weight"),
     }
-    for said, content in wrong.items():
+    for message, content in wrong.items():
         scratch.write_bytes(content)
-        with pytest.raises(ModelError, match=said):
+        with pytest.raises(ModelError, match=message):
             GgufModel(scratch)
 
 

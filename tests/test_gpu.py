@@ -94,10 +94,10 @@ def test_records_of_a_fast_step_equal_a_blocking_copy(stories: Path) -> None:
     """Every record that a decode step makes while it runs equals one made of the values that it leaves in memory."""
     engine = FastTransformer(GgufModel(stories), choose("cupy"), positions=128)
     names = [name for name in engine.points if not name.endswith("kq_soft_max")]  # which lies nowhere: it is made of kq
-    made, blocking = Sink(), Sink()
+    staged, blocking = Sink(), Sink()
     sequence = engine.start()
     engine.forward(PROMPT, sequence)
-    with Capture(DeviceStage(made, names, engine.backend)) as tap:
+    with Capture(DeviceStage(staged, names, engine.backend)) as tap:
         for token in (5, 6, 7):
             engine.forward([token], sequence, tap)
     seen = sequence.length
@@ -105,7 +105,7 @@ def test_records_of_a_fast_step_equal_a_blocking_copy(stories: Path) -> None:
         tap.begin(Pass(np.array([seen - 1]), seen - len(PROMPT), decode=True))
         for name in names:
             tap(name, left_by(engine, name, seen))
-    compare_rows(made.taken[-len(names) :], blocking.taken)
+    compare_rows(staged.taken[-len(names) :], blocking.taken)
 
 
 def left_by(engine: FastTransformer, name: str, seen: int) -> np.ndarray:

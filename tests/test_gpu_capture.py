@@ -144,30 +144,30 @@ def test_non_finite_values_are_counted() -> None:
 def test_fast_logits_do_not_depend_on_what_is_captured(stories: Path) -> None:
     """Logits of prefill and 40 steps of the graph are bit-identical with nothing, the default set and every point."""
     engine = FastTransformer(GgufModel(stories), choose("cupy"), positions=128)
-    found = []
+    runs = []
     for points in ((), DEFAULTS, tuple(engine.points)):
         with Capture(DeviceStage(Sink(), points, engine.backend)) as tap:
             sequence = engine.start()
             logits = [engine.forward([2047, 9, 8, 7], sequence, tap)]
             logits += [engine.forward([token], sequence, tap) for token in range(40)]
-            found.append((np.stack(logits), engine.generate(20, sequence, tap)))
-    for logits, tokens in found[1:]:
-        np.testing.assert_array_equal(logits.view(np.uint32), found[0][0].view(np.uint32))
-        np.testing.assert_array_equal(tokens, found[0][1])
+            runs.append((np.stack(logits), engine.generate(20, sequence, tap)))
+    for logits, tokens in runs[1:]:
+        np.testing.assert_array_equal(logits.view(np.uint32), runs[0][0].view(np.uint32))
+        np.testing.assert_array_equal(tokens, runs[0][1])
 
 
 def test_a_step_with_a_tap_of_the_host_is_refused_before_it_runs(stories: Path) -> None:
     """The blocking tap is a TypeError, and the sequence goes on as if the step had not been asked for."""
     engine = FastTransformer(GgufModel(stories), choose("cupy"), positions=16)
-    one, found = engine.start(), []
+    one, logits = engine.start(), []
     engine.forward([2047, 9, 8], one)
     with Capture(HostStage(Sink(), ["embd"], engine.backend)) as tap, pytest.raises(TypeError, match="DeviceStage"):
         engine.forward([7], one, tap)
-    found.append(engine.forward([7], one))
+    logits.append(engine.forward([7], one))
     two = engine.start()
     engine.forward([2047, 9, 8], two)
-    found.append(engine.forward([7], two))
-    np.testing.assert_array_equal(*found)
+    logits.append(engine.forward([7], two))
+    np.testing.assert_array_equal(*logits)
 
 
 _SHORT_RUN = """
@@ -207,9 +207,9 @@ def test_the_sanitizer_finds_nothing(tmp_path: Path, tool: str) -> None:
     script.write_text(_SHORT_RUN)
     command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, str(script), str(model)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    said = done.stdout[-3000:] + done.stderr[-2000:]
-    assert "all passes made" in done.stdout, said
+    printed = done.stdout[-3000:] + done.stderr[-2000:]
+    assert "all passes made" in done.stdout, printed
     if tool == "memcheck":
-        assert done.returncode == 0, said
+        assert done.returncode == 0, printed
     else:
         assert [pair for pair in _RACE.findall(done.stdout) if not any("produce" in place for place in pair)] == []

@@ -46,14 +46,14 @@ def _logits(replay: Replay, transformer: Transformer, name: str) -> np.ndarray |
 @pytest.mark.parametrize("name", CATALOGUE)
 def test_each_fault_acts_on_the_device_as_on_the_host(model: Path, name: str) -> None:
     """None is lost because an operation is not there for device arrays, and the numbers are the host's."""
-    made = []
+    engines = []
     for backend in ("numpy", "cupy"):
         transformer = Transformer(GgufModel(model), choose(backend))
         tokens = tokens_of(model, 9, seed=4)
         passes = [0] * 6 + [1, 2, 3]
         replay = Replay(transformer.steps, tokens, range(9), passes, transformer.weights, transformer.backend)
-        made.append(_logits(replay, transformer, name))
-    host, device = made
+        engines.append(_logits(replay, transformer, name))
+    host, device = engines
     assert (host is None) == (device is None)
     if host is not None and device is not None:
         assert host.shape == device.shape

@@ -56,13 +56,13 @@ def test_a_run_is_within_the_measured_limits_of_exact_mode(quantized: Callable[[
     model, backend = GgufModel(quantized(kind)), choose("cupy")
     plain, fast = Transformer(model, backend), FastTransformer(model, backend, positions=128)
     one, other = plain.start(), fast.start()
-    expected, found = plain.forward([2047, 9, 8, 7, 300], one), fast.forward([2047, 9, 8, 7, 300], other)
+    expected, computed = plain.forward([2047, 9, 8, 7, 300], one), fast.forward([2047, 9, 8, 7, 300], other)
     limit = fast_floor(model.hyperparameters.file_type)
-    assert nmse(found, expected) < limit.logits
+    assert nmse(computed, expected) < limit.logits
     for _ in range(70):
         token = int(expected.argmax())
-        expected, found = plain.forward([token], one), fast.forward([token], other)
-        assert nmse(found, expected) < limit.logits
+        expected, computed = plain.forward([token], one), fast.forward([token], other)
+        assert nmse(computed, expected) < limit.logits
 
 
 @pytest.mark.parametrize("near", [True, False], ids=["near", "far"])

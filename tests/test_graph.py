@@ -156,11 +156,11 @@ def recorded_mask(window: str, size: int, first: int, count: int, *, spoil: bool
 def test_every_kind_of_window_is_found(window: str) -> None:
     """Kind and size of a window are read off masks that cross its edge; a mask that no rule gives has none."""
     passes = [recorded_mask(window, 6, first, 5) for first in (0, 15, 20)]
-    found = explain(passes, {})
-    assert found is not None
-    assert found.parameters["window"] == window
+    explanation = explain(passes, {})
+    assert explanation is not None
+    assert explanation.parameters["window"] == window
     if window in ("standard", "chunked", "symmetric"):
-        assert found.parameters["size"] == 6
+        assert explanation.parameters["size"] == 6
     assert explain([*passes, recorded_mask(window, 6, 25, 5, spoil=True)], {}) is None
 
 
@@ -169,8 +169,8 @@ def test_inputs_of_ids_are_told_apart() -> None:
     now = Pass(np.array([9, 4, 7]), np.array([12, 13, 14]), np.arange(10, 15))
     cases = {"tokens": now.tokens, "positions": now.positions, "rows": np.arange(3), "cells": np.array([2, 3, 4])}
     for kind, data in cases.items():
-        found = explain([Recorded(now, (3, 1, 1, 1), data.astype(np.int32))], {})
-        assert found == Rule(kind)
+        explanation = explain([Recorded(now, (3, 1, 1, 1), data.astype(np.int32))], {})
+        assert explanation == Rule(kind)
     assert explain([Recorded(now, (3, 1, 1, 1), np.array([1, 1, 2], np.int32))], {}) is None
 
 

@@ -25,7 +25,7 @@ def dump(path: str, **fields: Any) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("field", "said", "understood"),
+    ("field", "message", "understood"),
     [
         ("mode", "EXACT", "exact"),
         ("mode", " Native ", "native"),
@@ -40,25 +40,25 @@ def dump(path: str, **fields: Any) -> Path:
         ("kv_type", "fp8_e4m3", "fp8_e4m3"),
     ],
 )
-def test_known_spellings_are_understood(parity: Cli, field: str, said: str, understood: str) -> None:
+def test_known_spellings_are_understood(parity: Cli, field: str, message: str, understood: str) -> None:
     """Upper case, NumPy's and PyTorch's names mean what they say."""
-    header = read(dump("a.jsonl", **{field: said})).header
+    header = read(dump("a.jsonl", **{field: message})).header
     assert getattr(header, field) == understood
 
 
 @pytest.mark.parametrize(
-    ("said", "understood"),
+    ("message", "understood"),
     [("MOSTLY_Q4_K_M", "Q4_K_M"), ("float16", "F16"), ("Q4_K - Medium", "Q4_K - Medium"), ("IQ2_XXS", "IQ2_XXS"), ("", "")],
 )
-def test_file_types_are_understood(parity: Cli, said: str, understood: str) -> None:
+def test_file_types_are_understood(parity: Cli, message: str, understood: str) -> None:
     """Names of llama.cpp's mixtures stay, floats have one name."""
-    header = read(dump("a.jsonl", model={"name": "m", "file_type": said})).header
+    header = read(dump("a.jsonl", model={"name": "m", "file_type": message})).header
     assert header is not None
     assert header.model.file_type == understood
 
 
 @pytest.mark.parametrize(
-    ("fields", "said"),
+    ("fields", "message"),
     [
         ({"mode": "f32"}, "\"mode\" is 'f32', which is not known: write exact, native"),
         ({"compute": "fast"}, "\"compute\" is 'fast', which is not known: write f64, f32, tf32, f16, bf16, q8"),
@@ -67,10 +67,10 @@ def test_file_types_are_understood(parity: Cli, said: str, understood: str) -> N
         ({"mode": "x" * 5000}, '"mode" is'),
     ],
 )
-def test_unknown_words_are_an_error_with_the_list(parity: Cli, fields: dict[str, Any], said: str) -> None:
+def test_unknown_words_are_an_error_with_the_list(parity: Cli, fields: dict[str, Any], message: str) -> None:
     """A word that nobody knows is refused with those that are known, in one line of a sane length."""
     ran = parity("diff", dump("a.jsonl", **fields), dump("b.jsonl"))
-    refused(ran, "a.jsonl, line 1", said)
+    refused(ran, "a.jsonl, line 1", message)
     assert len(ran.err) < 400
 
 

@@ -76,11 +76,11 @@ def test_from_garbage_to_the_cause(c_engine: Path, parity: Cli) -> None:
     assert answer["stopped"] == answer["unexplained"] == ""
     (cause,) = answer["explanation"]["causes"]
     assert (cause["fault"], cause["layers"], cause["explained"]) == ("rope-pairs", list(range(7, 24)), 1.0)
-    said = parity("run", *ONCE, "--exec", line, "--hunt", "--out", "h")
-    assert said.code == 1
+    ran = parity("run", *ONCE, "--exec", line, "--hunt", "--out", "h")
+    assert ran.code == 1
     for part in ("run 1 ", "run 2 ", "blk.7.q_rope", "cause   rope-pairs", "fix ", "2 runs of your engine"):
-        assert part in said.out
-    assert said.err == ""
+        assert part in ran.out
+    assert ran.err == ""
     assert {"ours.jsonl", "ref.jsonl", "diff.json", "report.html"} <= {p.name for p in Path("h").iterdir()}
 
 

@@ -26,17 +26,17 @@ def ended(out: Path, how: signal.Signals) -> tuple[int, str]:
     while not (out.exists() and out.stat().st_size > 100_000) and time.monotonic() < deadline:
         time.sleep(0.02)
     process.send_signal(how)
-    _, said = process.communicate(timeout=60)
-    return process.returncode, said
+    _, message = process.communicate(timeout=60)
+    return process.returncode, message
 
 
 @pytest.mark.slow
 def test_ctrl_c_leaves_a_readable_dump_and_exits_130(tmp_path: Path) -> None:
     """A run that is interrupted exits 130 with one line and no traceback, and what it wrote is whole lines without an end."""
     assert ended(tmp_path / "o.jsonl", signal.SIGINT) == (130, "parity: interrupted\n")
-    found = read(tmp_path / "o.jsonl")
-    assert found.end is None
-    assert found.records > 0
+    dump = read(tmp_path / "o.jsonl")
+    assert dump.end is None
+    assert dump.records > 0
 
 
 def test_a_killed_run_leaves_a_readable_dump(tmp_path: Path) -> None:

@@ -52,9 +52,9 @@ def test_every_other_type_is_proven(kind: str, synthetic: Callable[..., Path], r
 @pytest.mark.parametrize("like", ["tiny", "tiny-llama"])
 def test_decode_steps_are_proven_too(like: str, synthetic: Callable[..., Path], reference: Reference) -> None:
     """Steps after the prompt are judged with the history that the reference recorded, in both architectures."""
-    found = isolate(IsolateRequest(synthetic(like, "q8_0"), tokens=TOKENS, kv_type="f16", generate=3), reference)
-    assert found.passes == 4
-    assert {(item.status, item.passes) for item in found.operations} == {(PROVEN, 4)}
+    isolation = isolate(IsolateRequest(synthetic(like, "q8_0"), tokens=TOKENS, kv_type="f16", generate=3), reference)
+    assert isolation.passes == 4
+    assert {(item.status, item.passes) for item in isolation.operations} == {(PROVEN, 4)}
 
 
 # Windows with two RoPE bases, experts with sinks and MXFP4, MLA, a state and a convolution, both in one model, LayerNorm.
@@ -64,16 +64,16 @@ ARCHITECTURES = ("gemma3", "gpt-oss", "deepseek2", "mamba2", "jamba", "phi2")
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_lifted_operations_are_proven(name: str, small_model: Callable[..., Path], reference: Reference) -> None:
     """Every operation of models whose steps are read from llama.cpp's graph, on the file's own types, in decode steps too."""
-    found = isolate(IsolateRequest(small_model(name, "q8_0"), tokens=TOKENS, kv_type="f16", generate=2), reference)
-    all_proven(found)
-    assert {item.passes for item in found.operations} == {3}
+    isolation = isolate(IsolateRequest(small_model(name, "q8_0"), tokens=TOKENS, kv_type="f16", generate=2), reference)
+    all_proven(isolation)
+    assert {item.passes for item in isolation.operations} == {3}
 
 
 def test_experts_of_k_quants_are_proven(small_model: Callable[..., Path], reference: Reference) -> None:
     """MUL_MAT_ID of Q4_K and Q6_K experts is proven: activations are rounded in super-blocks of 256, as for any product."""
-    found = isolate(IsolateRequest(small_model("mixtral", "q4_k_m", width=256, ff=256), tokens=TOKENS), reference)
-    all_proven(found)
-    assert {item.weight for item in found.operations if item.operation == "ffn_moe_down"} == {"Q4_K", "Q6_K"}
+    isolation = isolate(IsolateRequest(small_model("mixtral", "q4_k_m", width=256, ff=256), tokens=TOKENS), reference)
+    all_proven(isolation)
+    assert {item.weight for item in isolation.operations if item.operation == "ffn_moe_down"} == {"Q4_K", "Q6_K"}
 
 
 def test_an_encoder_keeps_nothing_in_a_cache(small_model: Callable[..., Path], reference: Reference) -> None:
@@ -138,16 +138,16 @@ def test_nothing_is_wrong_under_the_floor_of_this_machine(synthetic: Callable[..
 def test_the_command_shows_a_table_and_json(parity: Cli, synthetic: Callable[..., Path]) -> None:
     """Text names every operation once; JSON has the contract's keys and the recomputed logits."""
     model = synthetic(layers=3)
-    said = parity("isolate", "--model", model, "--tokens", "1,2,3", "--rows", "5,2047")
-    assert said.code == 0
-    assert "ffn_swiglu" in said.out
-    assert "not checked" in said.out
-    code, found = parity.json("isolate", "--model", model, "--tokens", "1,2,3", "--rows", "5,2047")
+    ran = parity("isolate", "--model", model, "--tokens", "1,2,3", "--rows", "5,2047")
+    assert ran.code == 0
+    assert "ffn_swiglu" in ran.out
+    assert "not checked" in ran.out
+    code, answer = parity.json("isolate", "--model", model, "--tokens", "1,2,3", "--rows", "5,2047")
     assert code == 0
-    assert found["wrong"] == []
-    assert {"operation", "layer", "status", "nmse"} <= found["operations"][0].keys()
-    assert len(found["operations"]) == 3 + 3 * 19
-    assert [(item["row"], item["right"]) for item in found["elements"]] == [(5, True), (2047, True)]
+    assert answer["wrong"] == []
+    assert {"operation", "layer", "status", "nmse"} <= answer["operations"][0].keys()
+    assert len(answer["operations"]) == 3 + 3 * 19
+    assert [(item["row"], item["right"]) for item in answer["elements"]] == [(5, True), (2047, True)]
 
 
 def foreign_dump(
@@ -165,15 +165,15 @@ def test_a_graft_says_whether_the_next_token_changes(parity: Cli, synthetic: Cal
     model = synthetic(layers=3)
     right = foreign_dump(model, tmp_path)
     for point in ("blk.0.l_out", "blk.2.l_out"):
-        code, found = parity.json("isolate", right, "--model", model, "--graft", point)
+        code, answer = parity.json("isolate", right, "--model", model, "--graft", point)
         assert code == 0
-        assert max(item["kl"] for item in found["graft"]) < 1e-9
-    code, found = parity.json(
+        assert max(item["kl"] for item in answer["graft"]) < 1e-9
+    code, answer = parity.json(
         "isolate", foreign_dump(model, tmp_path, "transposed"), "--model", model, "--graft", "blk.1.l_out"
     )
     assert code == 1
-    assert found["wrong"] == ["blk.1.attn_out"]
-    assert max(item["kl"] for item in found["graft"]) > 1e-4
+    assert answer["wrong"] == ["blk.1.attn_out"]
+    assert max(item["kl"] for item in answer["graft"]) > 1e-4
 
 
 def test_a_wrong_logit_is_told_from_a_right_one(parity: Cli, synthetic: Callable[..., Path], tmp_path: Path) -> None:
@@ -187,11 +187,11 @@ def test_a_wrong_logit_is_told_from_a_right_one(parity: Cli, synthetic: Callable
             record["values"][44] += 5
             lines[number] = json.dumps(record)
     path.write_text("\n".join(lines))
-    code, found = parity.json("isolate", path, "--model", model, "--rows", "43,44")
+    code, answer = parity.json("isolate", path, "--model", model, "--rows", "43,44")
     assert code == 1
-    assert found["wrong"] == ["logits"]
-    assert [item["right"] for item in found["elements"]] == [True, False]
-    assert found["elements"][1]["theirs"] - found["elements"][1]["dot"] == pytest.approx(5, abs=1e-3)
+    assert answer["wrong"] == ["logits"]
+    assert [item["right"] for item in answer["elements"]] == [True, False]
+    assert answer["elements"][1]["theirs"] - answer["elements"][1]["dot"] == pytest.approx(5, abs=1e-3)
 
 
 def test_attention_that_breaks_its_laws_is_told() -> None:
@@ -238,32 +238,32 @@ WRONG = {
 @pytest.mark.parametrize("arguments", WRONG)
 def test_a_wrong_request_is_one_line(parity: Cli, synthetic: Callable[..., Path], arguments: str) -> None:
     """What cannot be judged exits 2 with one line that says why."""
-    said = parity("isolate", "--model", synthetic(layers=3), *arguments.split())
-    assert (said.code, said.err.count("\n")) == (2, 1)
-    assert WRONG[arguments] in said.err
+    ran = parity("isolate", "--model", synthetic(layers=3), *arguments.split())
+    assert (ran.code, ran.err.count("\n")) == (2, 1)
+    assert WRONG[arguments] in ran.err
 
 
 def test_a_dump_without_whole_values_is_refused(parity: Cli, synthetic: Callable[..., Path], tmp_path: Path) -> None:
     """Slices prove nothing about an operation: it says so, and what to record."""
     model = synthetic(layers=3)
     path = foreign_dump(model, tmp_path, slice_size=4, points="blk.*.l_out")
-    said = parity("isolate", path, "--model", model)
-    assert said.code == 2
-    assert "whole" in said.err
+    ran = parity("isolate", path, "--model", model)
+    assert ran.code == 2
+    assert "whole" in ran.err
 
 
 def test_a_dump_of_another_model_is_refused(parity: Cli, synthetic: Callable[..., Path], tmp_path: Path) -> None:
     """By its name where the dump says which model it is of, else by the shapes of its values."""
     other = synthetic("tiny-llama", layers=2, width=32, ff=64)
     path = foreign_dump(synthetic(layers=3), tmp_path)
-    said = parity("isolate", path, "--model", other)
-    assert said.code == 2
-    assert "is of another model than" in said.err
+    ran = parity("isolate", path, "--model", other)
+    assert ran.code == 2
+    assert "is of another model than" in ran.err
     header, *records = path.read_text().splitlines(keepends=True)
     path.write_text("".join([json.dumps(json.loads(header) | {"model": {}}) + "\n", *records]))
-    said = parity("isolate", path, "--model", other)
-    assert said.code == 2
-    assert "shape" in said.err
+    ran = parity("isolate", path, "--model", other)
+    assert ran.code == 2
+    assert "shape" in ran.err
 
 
 @pytest.mark.parametrize("shape", [(4,), (3, 64), (4, 60), (2, 4, 4)])
@@ -279,8 +279,8 @@ def test_tensors_of_another_shape_are_refused(
     tensors = load_file(tmp_path / "ours.safetensors")
     name = "blk.1.kq_soft_max/0" if len(shape) == 2 else "blk.1.attn_norm/0"
     save_file(tensors | {name: np.zeros(shape, np.float32)}, tmp_path / "ours.safetensors")
-    said = parity("isolate", tmp_path / "ours.jsonl", "--model", model)
-    assert (said.code, said.err.count("\n")) == (2, 1)
+    ran = parity("isolate", tmp_path / "ours.jsonl", "--model", model)
+    assert (ran.code, ran.err.count("\n")) == (2, 1)
 
 
 def test_whole_rows_without_their_shape_are_asked_for_it(parity: Cli, tmp_path: Path) -> None:

@@ -67,9 +67,11 @@ def expected(foreign: Foreign, fault: str, layers: Sequence[int]) -> set[str]:
     return names | ({"output_norm"} if "output_norm" in KINDS[fault] else set())
 
 
-def named_exactly(foreign: Foreign, found: Isolation, wrong: set[str]) -> None:
-    assert {item.name for item in found.operations if item.status == WRONG} == wrong
-    assert {item.name for item in found.operations if item.status == PROVEN} == {step.makes for step in foreign.right} - wrong
+def named_exactly(foreign: Foreign, isolation: Isolation, wrong: set[str]) -> None:
+    assert {item.name for item in isolation.operations if item.status == WRONG} == wrong
+    assert {item.name for item in isolation.operations if item.status == PROVEN} == {
+        step.makes for step in foreign.right
+    } - wrong
 
 
 @pytest.mark.parametrize(("like", "fault"), CASES)
@@ -78,11 +80,11 @@ def test_a_fault_is_named_where_it_is_and_nowhere_else(
 ) -> None:
     """Planted in two of four layers, exactly its own operations there are wrong, and all the others are proven."""
     foreign = Foreign(synthetic(like, "q8_0", layers=4), tmp_path)
-    found = foreign.judged(plant(foreign.right, CATALOGUE[fault], LAYERS, **PARAMETERS.get(fault, {})))
+    isolation = foreign.judged(plant(foreign.right, CATALOGUE[fault], LAYERS, **PARAMETERS.get(fault, {})))
     wrong = expected(foreign, fault, LAYERS)
     assert wrong
-    named_exactly(foreign, found, wrong)
-    assert not found
+    named_exactly(foreign, isolation, wrong)
+    assert not isolation
 
 
 def test_swapped_scales_and_mins_are_named_in_q4_k_only(
@@ -91,10 +93,10 @@ def test_swapped_scales_and_mins_are_named_in_q4_k_only(
     """In a Q4_K_M file exactly the Q4_K products of the faulty layers are wrong, not those that llama.cpp keeps in Q6_K."""
     model = reference.quantize(synthetic(layers=4, width=256, ff=512), "Q4_K_M", tmp_path / "model.gguf")
     foreign = Foreign(model, tmp_path)
-    found = foreign.judged(plant(foreign.right, CATALOGUE["q4k-scale-min"], LAYERS))
+    isolation = foreign.judged(plant(foreign.right, CATALOGUE["q4k-scale-min"], LAYERS))
     wrong = expected(foreign, "q4k-scale-min", LAYERS)
     assert wrong
-    named_exactly(foreign, found, wrong)
+    named_exactly(foreign, isolation, wrong)
 
 
 def test_faults_at_once_are_all_named(stories: Path, tmp_path: Path) -> None:
@@ -104,10 +106,10 @@ def test_faults_at_once_are_all_named(stories: Path, tmp_path: Path) -> None:
     steps = plant(steps, CATALOGUE["no-qkv-bias"], [5])
     steps = plant(steps, CATALOGUE["transposed"], [9])
     steps = plant(steps, CATALOGUE["gate-up-swapped"], [17])
-    found = foreign.judged(steps)
+    isolation = foreign.judged(steps)
     wrong = {"blk.2.q_rope", "blk.2.k_rope", "blk.5.q", "blk.5.k", "blk.5.v", "blk.9.attn_out", "blk.17.ffn_gate"}
-    named_exactly(foreign, found, wrong | {"blk.17.ffn_up"})
-    reasons = {item.name: item.reason for item in found.wrong}
+    named_exactly(foreign, isolation, wrong | {"blk.17.ffn_up"})
+    reasons = {item.name: item.reason for item in isolation.wrong}
     assert "read transposed" in reasons["blk.9.attn_out"]
     assert "without blk.5.attn_q.bias" in reasons["blk.5.q"]
     assert reasons["blk.17.ffn_gate"] == "it is the product with blk.17.ffn_up.weight"
@@ -117,34 +119,34 @@ def test_faults_at_once_are_all_named(stories: Path, tmp_path: Path) -> None:
 def test_an_epsilon_is_named_in_every_norm(stories: Path, tmp_path: Path) -> None:
     """ε 1e-5 for 1e-6 in all norms of the stories model: all 49 are wrong, also where it is 1e-13 of the output, nothing else."""
     foreign = Foreign(stories, tmp_path)
-    found = foreign.judged(plant(foreign.right, CATALOGUE["norm-epsilon"], eps=1e-5))
-    named_exactly(foreign, found, expected(foreign, "norm-epsilon", range(24)))
-    assert len(found.wrong) == 49
+    isolation = foreign.judged(plant(foreign.right, CATALOGUE["norm-epsilon"], eps=1e-5))
+    named_exactly(foreign, isolation, expected(foreign, "norm-epsilon", range(24)))
+    assert len(isolation.wrong) == 49
 
 
 @pytest.mark.parametrize("fault", [name for name in KINDS if name not in ("norm-epsilon", "q4k-scale-min")])
 def test_each_fault_in_all_layers_of_the_stories_model(stories: Path, tmp_path: Path, fault: str) -> None:
     """Planted in all 24 layers, every spoiled operation is named and every other one proven."""
     foreign = Foreign(stories, tmp_path)
-    found = foreign.judged(plant(foreign.right, CATALOGUE[fault]))
-    named_exactly(foreign, found, expected(foreign, fault, range(24)))
+    isolation = foreign.judged(plant(foreign.right, CATALOGUE[fault]))
+    named_exactly(foreign, isolation, expected(foreign, fault, range(24)))
 
 
 def test_a_right_engine_is_proven_everywhere(stories: Path, tmp_path: Path) -> None:
     """Without a fault every operation of the stories model is proven to 1e-12, and attention keeps its laws."""
     foreign = Foreign(stories, tmp_path)
-    found = foreign.judged(foreign.right)
-    assert found
-    assert found.findings == ()
-    assert {item.status for item in found.operations} == {PROVEN}
-    assert max(item.nmse or 0 for item in found.operations) < 1e-12
+    isolation = foreign.judged(foreign.right)
+    assert isolation
+    assert isolation.findings == ()
+    assert {item.status for item in isolation.operations} == {PROVEN}
+    assert max(item.nmse or 0 for item in isolation.operations) < 1e-12
 
 
 def test_an_epsilon_is_named_with_its_value(synthetic: Callable[..., Path], tmp_path: Path) -> None:
     """A norm with another epsilon is told as what it is."""
     foreign = Foreign(synthetic(layers=4), tmp_path)
-    found = foreign.judged(plant(foreign.right, CATALOGUE["norm-epsilon"], [0], eps=1e-3))
-    first = next(item for item in found.wrong if item.name == "blk.0.attn_norm")
+    isolation = foreign.judged(plant(foreign.right, CATALOGUE["norm-epsilon"], [0], eps=1e-3))
+    first = next(item for item in isolation.wrong if item.name == "blk.0.attn_norm")
     assert first.reason == "it is right with an epsilon of 0.001 instead of 1e-06"
     final = foreign.judged(plant(foreign.right, CATALOGUE["no-final-norm"]))
     assert [item.reason for item in final.wrong] == ["its output is its input: not normalised"]
@@ -154,16 +156,16 @@ def test_records_with_all_their_values_are_whole_tensors(synthetic: Callable[...
     """A JSONL dump whose records carry every value is judged without a tensors file, with the same result."""
     foreign = Foreign(synthetic(layers=4), tmp_path)
     assert foreign.judged(foreign.right, full=False)
-    found = foreign.judged(plant(foreign.right, CATALOGUE["gqa-modulo"], [2]), full=False)
-    named_exactly(foreign, found, {"blk.2.kq", "blk.2.kqv_out"})
+    isolation = foreign.judged(plant(foreign.right, CATALOGUE["gqa-modulo"], [2]), full=False)
+    named_exactly(foreign, isolation, {"blk.2.kq", "blk.2.kqv_out"})
 
 
 def test_layers_are_judged_by_llama_cpp_where_only_outputs_are_there(synthetic: Callable[..., Path], tmp_path: Path) -> None:
     """With only each layer's output recorded, every wrong layer is named, not only the first."""
     foreign = Foreign(synthetic(layers=4), tmp_path)
     steps = plant(plant(foreign.right, CATALOGUE["rope-base"], [1], base=5e5), CATALOGUE["transposed"], [3])
-    found = foreign.judged(steps, full=False, points="embd,blk.*.l_out")
-    layers = {item.layer: item.status for item in found.operations if item.operation == "layer"}
+    isolation = foreign.judged(steps, full=False, points="embd,blk.*.l_out")
+    layers = {item.layer: item.status for item in isolation.operations if item.operation == "layer"}
     assert layers == {0: PROVEN, 1: WRONG, 2: PROVEN, 3: WRONG}
     assert foreign.judged(foreign.right, full=False, points="embd,blk.*.l_out")
 
@@ -186,9 +188,9 @@ def test_faults_of_experts_are_named(kind: str, small_model: Callable[..., Path]
     point = f"blk.2.{kind}"
     assert point in {step.makes for step in foreign.right}
     steps = [replace(step, op=alter(step.op)) if step.makes == point else step for step in foreign.right]
-    found = foreign.judged(steps)
-    assert [(item.name, item.reason.startswith(reason)) for item in found.wrong] == [(point, True)]
-    assert {item.status for item in found.operations} == {PROVEN, WRONG}
+    isolation = foreign.judged(steps)
+    assert [(item.name, item.reason.startswith(reason)) for item in isolation.wrong] == [(point, True)]
+    assert {item.status for item in isolation.operations} == {PROVEN, WRONG}
 
 
 def test_another_order_of_the_same_experts_is_right(

@@ -37,9 +37,9 @@ def test_every_rule_has_a_fault_of_its_own() -> None:
 @pytest.mark.parametrize("name", FAULTS)
 def test_each_fault_is_named_by_its_rule(name: str, right: Dump, facts: ModelFacts) -> None:
     """A fault planted in a real dump is found by its rule."""
-    found = [finding for finding in lint(FAULTS[name](right), facts).findings if finding.rule == name]
-    assert found
-    assert all(finding.evidence and finding.cause and finding.advice for finding in found)
+    findings = [finding for finding in lint(FAULTS[name](right), facts).findings if finding.rule == name]
+    assert findings
+    assert all(finding.evidence and finding.cause and finding.advice for finding in findings)
 
 
 def test_no_rule_finds_anything_in_the_right_dump(right: Dump, facts: ModelFacts) -> None:
@@ -47,14 +47,14 @@ def test_no_rule_finds_anything_in_the_right_dump(right: Dump, facts: ModelFacts
     assert lint(right, facts).findings == ()
 
 
-@pytest.mark.parametrize(("name", "said", "fault"), VARIANTS, ids=[f"{name}, {said}" for name, said, _ in VARIANTS])
+@pytest.mark.parametrize(("name", "message", "fault"), VARIANTS, ids=[f"{name}, {said}" for name, said, _ in VARIANTS])
 def test_each_way_to_break_a_rule_is_named(
-    name: str, said: str, fault: Callable[[Dump], Dump], right: Dump, facts: ModelFacts
+    name: str, message: str, fault: Callable[[Dump], Dump], right: Dump, facts: ModelFacts
 ) -> None:
     """Every check within a rule has a fault that it finds, with evidence that says which check it was."""
-    found = [finding for finding in lint(fault(right), facts).findings if finding.rule == name]
-    assert found
-    assert any(said in finding.evidence for finding in found)
+    findings = [finding for finding in lint(fault(right), facts).findings if finding.rule == name]
+    assert findings
+    assert any(message in finding.evidence for finding in findings)
 
 
 def test_rows_of_one_kind_have_one_length_without_a_model_too(right: Dump) -> None:
@@ -67,7 +67,7 @@ def test_swapped_buffers_are_told_from_layers_that_do_nothing(right: Dump, facts
     """With the model: "these are blk.23.l_out" where the capture came late; not so where the values are the true embedding."""
     late = [f.evidence for f in lint(swapped_buffers(right), facts).findings if f.rule == "captured-late"]
     assert late
-    assert all("these are blk.23.l_out" in said for said in late)
+    assert all("these are blk.23.l_out" in evidence for evidence in late)
     idle = right
     for layer in range(24):
         idle = copied(idle, f"blk.{layer}.l_out", "embd")
@@ -87,11 +87,11 @@ def test_bits_read_as_another_type_are_recognised(kind: str, right: Dump) -> Non
     source = right.points["blk.4.l_out"]
     values = MISREAD[kind](source.values).astype(np.float32)
     rows = replace(source, values=values, counts=np.full(len(values), values.shape[1]), stats={}, sketch=None)
-    found = [f.evidence for f in lint(replace(right, points={"blk.4.l_out": rows})).findings if f.rule == "wrong-dtype"]
+    evidence = [f.evidence for f in lint(replace(right, points={"blk.4.l_out": rows})).findings if f.rule == "wrong-dtype"]
     held, read_as = kind.removeprefix("pairs of ").split(" as ")
-    assert len(found) == 1
-    assert held in found[0]
-    assert read_as in found[0]
+    assert len(evidence) == 1
+    assert held in evidence[0]
+    assert read_as in evidence[0]
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,6 @@ def test_no_finding(reference: Reference, small_model: Callable[..., Path], tmp_
     except InputError as error:
         assert "Leave --generate out" in error.advice  # noqa: PT017 - what else it refuses is a failure
         reference.dump(DumpJob(model, out, TOKENS, points="all"))
-    made = read(out)
+    dump = read(out)
     for known in (model, None):
-        assert [(found.rule, found.evidence) for found in lint(made, known).findings] == []
+        assert [(finding.rule, finding.evidence) for finding in lint(dump, known).findings] == []

@@ -77,9 +77,9 @@ def test_the_command_answers_people_and_machines(right: Dump, parity: Cli, tmp_p
             for rows in source.points.values():
                 writer.rows(rows)
     assert parity("lint", "right.jsonl").code == 0
-    told = parity("lint", "broken.jsonl")
-    assert told.code == 1
-    assert "usable, with 1 suspicion: captured or computed wrong? parity diff tells" in told.out
+    ran = parity("lint", "broken.jsonl")
+    assert ran.code == 1
+    assert "usable, with 1 suspicion: captured or computed wrong? parity diff tells" in ran.out
     code, answer = parity.json("lint", "broken.jsonl")
     assert code == 1
     assert answer["usable"] is True

@@ -103,18 +103,18 @@ def test_what_a_slice_cannot_tell_is_said(tmp_path: Path) -> None:
     def mapped(entry: str) -> Dump:
         return load(path, read_mapping(written(tmp_path / "m.toml", f'[names]\nq = {{ point = "blk.0.q_rope", {entry} }}\n')))
 
-    found = mapped('rope_pairs = "norm", head_size = 32')
-    indices = found.points["blk.0.q_rope"].indices
+    dump = mapped('rope_pairs = "norm", head_size = 32')
+    indices = dump.points["blk.0.q_rope"].indices
     assert indices is not None
     assert indices[0].tolist() == [0, 16, 1, 17, 2, 18, 3, 19]
-    assert any("4 of its 8 values" in note and "--slice 20" in note for note in found.notes)
-    for entry, said in (
+    assert any("4 of its 8 values" in note and "--slice 20" in note for note in dump.notes)
+    for entry, message in (
         ('rope_pairs = "norm", heads = 2', "needs head_size"),
         ("transpose = true", "whole rows"),
         ("reshape = [2, 4]", "whole rows"),
         ('rope_pairs = "neox", head_size = 5', "an even size"),
     ):
-        with pytest.raises(InputError, match=said):
+        with pytest.raises(InputError, match=message):
             mapped(entry)
 
 

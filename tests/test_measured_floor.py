@@ -123,5 +123,5 @@ def test_the_first_words_say_what_is_assumed(engine: Faulty) -> None:
 
 def test_it_is_an_option(parity: Cli) -> None:
     """`diff --model` measures, `--arbiter` asks float64, `--compute q8` is an arithmetic."""
-    said = parity("diff", "--help").out
-    assert all(option in said for option in ("--model", "--arbiter", "q8"))
+    printed = parity("diff", "--help").out
+    assert all(option in printed for option in ("--model", "--arbiter", "q8"))

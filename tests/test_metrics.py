@@ -32,18 +32,18 @@ def test_measures_are_what_their_names_say() -> None:
     rng = np.random.default_rng(0)
     b = rng.standard_normal((20, 200)).astype(np.float32)
     a = (b * (1 + 1e-3 * rng.standard_normal(b.shape))).astype(np.float32)
-    found = both(a, b)
+    measures = both(a, b)
     for t in range(20):
         x, y = a[t, :16].astype(np.float64), b[t, :16].astype(np.float64)
         energy = max(np.sum(y**2), SLICE_FLOOR * 16 / 200 * np.sum(b[t].astype(np.float64) ** 2))
-        assert found.nmse_slice[t] == pytest.approx(np.sum((x - y) ** 2) / energy, rel=1e-12)
-        assert found.cosine[t] == pytest.approx(x @ y / np.linalg.norm(x) / np.linalg.norm(y), rel=1e-12)
-        assert found.max_abs[t] == np.abs(x - y).max()
-        assert found.index[t] == np.abs(x - y).argmax()
-        assert found.relative[t] == pytest.approx((np.abs(x - y) / np.abs(y)).max(), rel=1e-12)
+        assert measures.nmse_slice[t] == pytest.approx(np.sum((x - y) ** 2) / energy, rel=1e-12)
+        assert measures.cosine[t] == pytest.approx(x @ y / np.linalg.norm(x) / np.linalg.norm(y), rel=1e-12)
+        assert measures.max_abs[t] == np.abs(x - y).max()
+        assert measures.index[t] == np.abs(x - y).argmax()
+        assert measures.relative[t] == pytest.approx((np.abs(x - y) / np.abs(y)).max(), rel=1e-12)
         steps = [abs(int(p) - int(q)) for p, q in zip(a[t, :16].view(np.int32), b[t, :16].view(np.int32), strict=True)]
-        assert found.ulp[t] == max(steps)
-        assert found.ulp_index[t] == int(np.argmax(steps))
+        assert measures.ulp[t] == max(steps)
+        assert measures.ulp_index[t] == int(np.argmax(steps))
 
 
 def test_the_sketch_estimates_the_error_of_the_whole_row() -> None:
@@ -51,9 +51,9 @@ def test_the_sketch_estimates_the_error_of_the_whole_row() -> None:
     rng = np.random.default_rng(1)
     b = rng.standard_normal((400, 300))
     a = b + 0.01 * rng.standard_normal(b.shape)
-    found = both(a, b).nmse_row
+    estimated = both(a, b).nmse_row
     a, b = a.astype(np.float32).astype(np.float64), b.astype(np.float32).astype(np.float64)
-    ratio = found / (np.sum((a - b) ** 2, axis=1) / np.sum(b**2, axis=1))
+    ratio = estimated / (np.sum((a - b) ** 2, axis=1) / np.sum(b**2, axis=1))
     assert np.mean(ratio) == pytest.approx(1, abs=0.05)
     assert np.std(ratio) == pytest.approx(0.25, abs=0.05)
 
@@ -65,11 +65,11 @@ def test_statistics_alone_give_a_lower_bound(n: int, size: float, seed: int) -> 
     b = rng.standard_normal((1, n)).astype(np.float32)
     a = (b + size * rng.standard_normal(b.shape)).astype(np.float32)
     pair = Pair("x", *(replace(rows(side, slice_size=1), sketch=None) for side in (a, b)))
-    found = measure([pair])
+    measured = measure([pair])
     wide = a.astype(np.float64), b.astype(np.float64)
     true = np.sum((wide[0] - wide[1]) ** 2) / np.sum(wide[1] ** 2)
-    assert found.nmse_row[0] <= true * (1 + 1e-9)
-    assert found.bound[0] or n == 1
+    assert measured.nmse_row[0] <= true * (1 + 1e-9)
+    assert measured.bound[0] or n == 1
 
 
 def test_whole_rows_are_measured_exactly() -> None:
@@ -77,9 +77,9 @@ def test_whole_rows_are_measured_exactly() -> None:
     rng = np.random.default_rng(2)
     b = rng.standard_normal((3, 50)).astype(np.float32)
     a = b + np.float32(0.01)
-    found = both(a, b, slice_size=None)
+    measures = both(a, b, slice_size=None)
     true = np.sum((a.astype(np.float64) - b) ** 2, axis=1) / np.sum(b.astype(np.float64) ** 2, axis=1)
-    assert found.nmse_row == pytest.approx(true, rel=1e-12)
+    assert measures.nmse_row == pytest.approx(true, rel=1e-12)
 
 
 def test_zero_asks_for_equality() -> None:
@@ -115,9 +115,9 @@ def test_scattered_values_are_matched_by_their_indices() -> None:
     scattered = replace(
         rows(b, slice_size=3), values=np.take_along_axis(b, indices, axis=1) + np.float32([[0, 0, 1]]), indices=indices
     )
-    found = measure([Pair("x", scattered, rows(b, slice_size=None))])
-    assert found.max_abs == pytest.approx([1, 1], rel=1e-6)
-    assert found.index.tolist() == [7, 6]
+    measured = measure([Pair("x", scattered, rows(b, slice_size=None))])
+    assert measured.max_abs == pytest.approx([1, 1], rel=1e-6)
+    assert measured.index.tolist() == [7, 6]
 
 
 def test_printed_digits_hide_what_they_round_away() -> None:
@@ -170,8 +170,8 @@ def test_logits_compare_as_choices_where_they_are_whole() -> None:
     best = int(ref["logits"][4].argmax())
     ours["logits"][4, best] -= 10
     verdict = compare(dump(ours, slice_size=None), dump(ref, slice_size=None))
-    found = verdict.choices
-    assert found is not None
-    assert (found.known, found.agree, found.rows, found.differs_at, found.ref_id) == (12, 11, 12, 4, best)
+    choices = verdict.choices
+    assert choices is not None
+    assert (choices.known, choices.agree, choices.rows, choices.differs_at, choices.ref_id) == (12, 11, 12, 4, best)
     top = np.sort(ref["logits"], axis=1)
-    assert found.margin == pytest.approx((top[:, -1] - top[:, -2]).min())
+    assert choices.margin == pytest.approx((top[:, -1] - top[:, -2]).min())

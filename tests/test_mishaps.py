@@ -17,9 +17,9 @@ COUNT = 400
 def told(model: Path, name: str, values: np.ndarray, folder: Path) -> str:
     """What is said of a tensor's leading values."""
     np.savez(folder / "theirs.npz", **{name: np.ascontiguousarray(values).reshape(-1)[:COUNT]})
-    found = check_foreign(model, folder / "theirs.npz")
-    assert bool(found) == found.tensors[0].right
-    return found.tensors[0].status
+    checked = check_foreign(model, folder / "theirs.npz")
+    assert bool(checked) == checked.tensors[0].right
+    return checked.tensors[0].status
 
 
 def permuted(weight: np.ndarray, heads: int) -> np.ndarray:
@@ -67,13 +67,13 @@ def test_a_wrong_place_in_the_file_is_told(quantized: Callable[[str], Path], tmp
     def at(offset: int) -> np.ndarray:
         return np.frombuffer(data, np.float32, COUNT, offset)
 
-    said = {by: told(path, info.name, at(info.offset + by), tmp_path) for by in (-reader.data_offset, 32, -4)}
+    answers = {by: told(path, info.name, at(info.offset + by), tmp_path) for by in (-reader.data_offset, 32, -4)}
     assert (
-        said[-reader.data_offset]
+        answers[-reader.data_offset]
         == "read too early: its offset is counted from the start of the file, the header is not skipped"
     )
-    assert said[32] == "read 32 bytes too late: one alignment"
-    assert said[-4] in ("read 4 bytes too early", "off by one block, backwards")
+    assert answers[32] == "read 32 bytes too late: one alignment"
+    assert answers[-4] in ("read 4 bytes too early", "off by one block, backwards")
     padding = reader.data_offset - end
     if padding:
         status = told(

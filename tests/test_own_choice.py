@@ -39,9 +39,9 @@ def test_the_first_other_choice_is_the_headline(engine: Transformer, parity: Cli
         )
         assert answer["pattern"]["code"] == "own-choice"
         assert answer["compared"] == 7 * position
-        said = parity("diff", "ours.jsonl", "ref.jsonl", "--compute", "f32").out
-        assert f"divergence at tokens, position {position}" in said
-        assert "chooses for itself" in said
+        printed = parity("diff", "ours.jsonl", "ref.jsonl", "--compute", "f32").out
+        assert f"divergence at tokens, position {position}" in printed
+        assert "chooses for itself" in printed
 
 
 def test_an_embedding_that_is_wrong_stays_one(engine: Transformer, parity: Cli) -> None:

@@ -46,21 +46,21 @@ def normed(row: np.ndarray, weight: np.ndarray, eps: float = 1e-6) -> np.ndarray
 @pytest.mark.parametrize("name", ["phi3", "lfm2"])
 def test_sums_without_a_name_lie_in_their_layer(reference: Reference, small_model: Make, name: str) -> None:
     """What is added to a layer's input belongs to that layer, not to the one whose output it is added to."""
-    found = values(reference, small_model(name))
+    nodes = values(reference, small_model(name))
     for layer in (1, 3):
-        expected = found[f"blk.{layer - 1}.l_out"] + found[f"blk.{layer}.attn_out"]
-        np.testing.assert_allclose(found[f"blk.{layer}.ffn_inp"], expected, rtol=1e-5, atol=1e-6)
+        expected = nodes[f"blk.{layer - 1}.l_out"] + nodes[f"blk.{layer}.attn_out"]
+        np.testing.assert_allclose(nodes[f"blk.{layer}.ffn_inp"], expected, rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(
-            found[f"blk.{layer}.l_out"], found[f"blk.{layer}.ffn_inp"] + found[f"blk.{layer}.ffn_out"], rtol=1e-5, atol=1e-6
+            nodes[f"blk.{layer}.l_out"], nodes[f"blk.{layer}.ffn_inp"] + nodes[f"blk.{layer}.ffn_out"], rtol=1e-5, atol=1e-6
         )
 
 
 def test_gate_and_up_in_one_product(reference: Reference, small_model: Make) -> None:
     """phi3's fused product is `ffn_gate_up`; its halves are the points of gate and up that an unfused model has."""
-    found = values(reference, small_model("phi3", layers=1))
-    gate, up = found["blk.0.ffn_gate"], found["blk.0.ffn_up"]
-    np.testing.assert_array_equal(np.concatenate([gate, up], axis=1), found["blk.0.ffn_gate_up"])
-    np.testing.assert_allclose(gate / (1 + np.exp(-gate)) * up, found["blk.0.ffn_swiglu"], rtol=1e-5, atol=1e-6)
+    nodes = values(reference, small_model("phi3", layers=1))
+    gate, up = nodes["blk.0.ffn_gate"], nodes["blk.0.ffn_up"]
+    np.testing.assert_array_equal(np.concatenate([gate, up], axis=1), nodes["blk.0.ffn_gate_up"])
+    np.testing.assert_allclose(gate / (1 + np.exp(-gate)) * up, nodes["blk.0.ffn_swiglu"], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -86,55 +86,55 @@ def test_a_norm_is_a_norm(reference: Reference, small_model: Make) -> None:
     """llama4 calls an attention output `ffn_norm`, lfm2 a norm `ffn_out`: the points are what their weights say."""
     for name, layer in (("llama4", 1), ("lfm2", 0)):
         model = small_model(name)
-        found, tensors = values(reference, model), weights(model)
-        before = found.get(f"blk.{layer}.ffn_inp", found.get(f"blk.{layer}.add"))
+        nodes, tensors = values(reference, model), weights(model)
+        before = nodes.get(f"blk.{layer}.ffn_inp", nodes.get(f"blk.{layer}.add"))
         expected = normed(before, tensors[f"blk.{layer}.ffn_norm.weight"], 1e-6)
-        np.testing.assert_allclose(found[f"blk.{layer}.ffn_norm"], expected, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(nodes[f"blk.{layer}.ffn_norm"], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_norms_behind_the_branches(reference: Reference, small_model: Make) -> None:
     """olmo2 normalises what attention and feed-forward give: what goes into the feed-forward is the sum, and no norm."""
-    found = values(reference, small_model("olmo2", layers=2))
-    assert "blk.1.ffn_norm" not in found
-    expected = found["blk.0.l_out"] + found["blk.1.attn_post_norm"]
-    np.testing.assert_allclose(found["blk.1.ffn_inp"], expected, rtol=1e-5, atol=1e-6)
+    nodes = values(reference, small_model("olmo2", layers=2))
+    assert "blk.1.ffn_norm" not in nodes
+    expected = nodes["blk.0.l_out"] + nodes["blk.1.attn_post_norm"]
+    np.testing.assert_allclose(nodes["blk.1.ffn_inp"], expected, rtol=1e-5, atol=1e-6)
 
 
 def test_a_product_comes_with_its_bias(reference: Reference, small_model: Make) -> None:
     """gpt2: `ffn_up`, `ffn_out` and `attn_out` are the values after the bias, the products before it have names of their own."""
     model = small_model("gpt2", layers=1)
-    found, tensors = values(reference, model), weights(model)
-    up = found["blk.0.ffn_norm"] @ tensors["blk.0.ffn_up.weight"].T
-    np.testing.assert_allclose(found["blk.0.ffn_up.mul_mat"], up, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(found["blk.0.ffn_up"], up + tensors["blk.0.ffn_up.bias"], rtol=1e-4, atol=1e-5)
-    out = found["blk.0.kqv_out"] @ tensors["blk.0.attn_output.weight"].T + tensors["blk.0.attn_output.bias"]
-    np.testing.assert_allclose(found["blk.0.attn_out"], out, rtol=1e-4, atol=1e-5)
+    nodes, tensors = values(reference, model), weights(model)
+    up = nodes["blk.0.ffn_norm"] @ tensors["blk.0.ffn_up.weight"].T
+    np.testing.assert_allclose(nodes["blk.0.ffn_up.mul_mat"], up, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(nodes["blk.0.ffn_up"], up + tensors["blk.0.ffn_up.bias"], rtol=1e-4, atol=1e-5)
+    out = nodes["blk.0.kqv_out"] @ tensors["blk.0.attn_output.weight"].T + tensors["blk.0.attn_output.bias"]
+    np.testing.assert_allclose(nodes["blk.0.attn_out"], out, rtol=1e-4, atol=1e-5)
 
 
 def test_the_shared_experts_points_say_so(reference: Reference, small_model: Make) -> None:
     """Where experts are routed, `ffn_gate` and its like are not the shared expert's; ids of experts are whole numbers."""
     model = small_model("qwen2moe", layers=1)
-    found, tensors = values(reference, model), weights(model)
-    assert not {"blk.0.ffn_gate", "blk.0.ffn_up", "blk.0.ffn_swiglu"} & found.keys()
-    gate = found["blk.0.ffn_norm"] @ tensors["blk.0.ffn_gate_shexp.weight"].T
-    np.testing.assert_allclose(found["blk.0.ffn_gate_shexp"], gate, rtol=1e-4, atol=1e-5)
-    ids = found["blk.0.ffn_moe_topk"]
+    nodes, tensors = values(reference, model), weights(model)
+    assert not {"blk.0.ffn_gate", "blk.0.ffn_up", "blk.0.ffn_swiglu"} & nodes.keys()
+    gate = nodes["blk.0.ffn_norm"] @ tensors["blk.0.ffn_gate_shexp.weight"].T
+    np.testing.assert_allclose(nodes["blk.0.ffn_gate_shexp"], gate, rtol=1e-4, atol=1e-5)
+    ids = nodes["blk.0.ffn_moe_topk"]
     assert ids.shape == (len(TOKENS), 2)
-    best = np.argsort(-found["blk.0.ffn_moe_probs"], axis=1, kind="stable")[:, :2]
+    best = np.argsort(-nodes["blk.0.ffn_moe_probs"], axis=1, kind="stable")[:, :2]
     np.testing.assert_array_equal(ids, best)
 
 
 def test_latent_attention(reference: Reference, small_model: Make) -> None:
     """deepseek2: `q` is before RoPE, `q_rope` and `k_rope` are what attention multiplies, latent and rotated parts side by side."""
     model = small_model("deepseek2", layers=1)
-    found, tensors = values(reference, model), weights(model)
-    q = found["blk.0.attn_q_a_norm"] @ tensors["blk.0.attn_q_b.weight"].T
-    np.testing.assert_allclose(found["blk.0.q"], q, rtol=1e-4, atol=1e-5)
-    assert "blk.0.k" not in found
-    queries, keys = found["blk.0.q_rope"].reshape(5, 4, 80), found["blk.0.k_rope"].reshape(5, 80)
+    nodes, tensors = values(reference, model), weights(model)
+    q = nodes["blk.0.attn_q_a_norm"] @ tensors["blk.0.attn_q_b.weight"].T
+    np.testing.assert_allclose(nodes["blk.0.q"], q, rtol=1e-4, atol=1e-5)
+    assert "blk.0.k" not in nodes
+    queries, keys = nodes["blk.0.q_rope"].reshape(5, 4, 80), nodes["blk.0.k_rope"].reshape(5, 80)
     scores = np.einsum("thd,sd->hts", queries.astype(np.float64), keys)
-    np.testing.assert_allclose(np.tril(found["blk.0.kq"]), np.tril(scores), rtol=1e-4, atol=1e-4)
-    np.testing.assert_array_equal(found["blk.0.k_read"].reshape(5, 80), keys)
+    np.testing.assert_allclose(np.tril(nodes["blk.0.kq"]), np.tril(scores), rtol=1e-4, atol=1e-4)
+    np.testing.assert_array_equal(nodes["blk.0.k_read"].reshape(5, 80), keys)
 
 
 def test_order(reference: Reference, small_model: Make) -> None:

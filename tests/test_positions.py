@@ -58,11 +58,11 @@ def test_values_align_a_dump_that_says_nothing(first: int) -> None:
     verdict = compare(bare(first), reference())
     assert verdict
     assert verdict.compared == len(POINTS) * (ALL - first)
-    said = [note for note in verdict.notes if note.startswith("positions: nothing says")]
-    assert len(said) == 1
-    assert (f"moved by +{first}" in said[0]) == (first > 0)
-    assert "next best" in said[0]
-    assert ("BOS" in said[0]) == (first == 1)
+    notes = [note for note in verdict.notes if note.startswith("positions: nothing says")]
+    assert len(notes) == 1
+    assert (f"moved by +{first}" in notes[0]) == (first > 0)
+    assert "next best" in notes[0]
+    assert ("BOS" in notes[0]) == (first == 1)
 
 
 def test_a_wrong_engine_is_aligned_by_what_it_still_has_right() -> None:
@@ -105,9 +105,9 @@ def test_garbage_is_not_aligned_by_chance() -> None:
 def test_headers_that_list_their_prompts_need_no_note() -> None:
     """Two dumps of format 1 count from the first token of their prompts: nothing is moved, and nothing is said."""
     ref = reference()
-    found = place(replace(ref, path="ours.jsonl"), ref)
-    assert found.note == ""
-    assert found.ours.points is ref.points
+    offset = place(replace(ref, path="ours.jsonl"), ref)
+    assert offset.note == ""
+    assert offset.ours.points is ref.points
 
 
 @pytest.mark.parametrize("offset", ["9" * 30, "1099511627776", "-3"])
@@ -122,8 +122,8 @@ def test_diff_says_how_it_aligned(parity: Cli) -> None:
         with Writer(side.path, side.header or Header("mine")) as writer:
             for rows in side.points.values():
                 writer.rows(rows)
-    for form in ("text", "json", "markdown"):
-        ran = parity("diff", "ours.jsonl", "ref.jsonl", "--format", form)
+    for output_format in ("text", "json", "markdown"):
+        ran = parity("diff", "ours.jsonl", "ref.jsonl", "--format", output_format)
         assert ran.code == 0, ran.err
         assert "moved by +8" in " ".join(ran.out.split())
     assert parity("diff", "ours.jsonl", "ref.jsonl", "--html", "report.html").code == 0

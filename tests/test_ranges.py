@@ -1,8 +1,11 @@
 """Large dumps are read by several processes, with the same result as by one."""
 
 import os
-import time
+import signal
+import subprocess
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +13,7 @@ import pytest
 from checkpoints.errors import DumpError
 from checkpoints.jsonl import Writer
 from checkpoints.lines import header_line
-from checkpoints.reading import parallel as ranges
+from checkpoints.reading.parallel import Sharing
 from checkpoints.reading.reader import read
 from checkpoints.reading.scan import Scan
 from checkpoints.record import Dump, Header, ModelInfo, Rows, Token
@@ -19,20 +22,26 @@ from checkpoints.summary import summarise
 PASSES = 60  # some 300 KB: thirty ranges
 
 
-@pytest.fixture(autouse=True)
-def small_ranges(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ranges of a few lines, in files of any size."""
-    monkeypatch.setattr(ranges, "_LARGE", 1)
-    monkeypatch.setattr(ranges, "_RANGE", 10_000)
-    monkeypatch.setattr("checkpoints.reading.scan.BLOCK", 4096)
-    monkeypatch.setattr("checkpoints.reading.parallel.Readers.ready", _wait_until_ready)
+# Ranges of a few lines in files of any size, whose processes are waited for.
+SMALL = Sharing(smallest=1, portion=10_000, block=4096, wait=True)
 
 
-def _wait_until_ready(readers: ranges.Readers) -> bool:
-    """As `ready`, but the file isn't read to its end before the processes are there."""
-    while readers._children and not all(child.started() for child in readers._children):
-        time.sleep(0.01)
-    return bool(readers._children)
+def shared(processes: int) -> Sharing:
+    """A file read in small ranges by so many processes."""
+    return replace(SMALL, processes=processes)
+
+
+def processes_reading() -> list[int]:
+    """The processes that read ranges for this one."""
+    return [int(folder.name) for folder in Path("/proc").iterdir() if folder.name.isdigit() and _is_reader(folder)]
+
+
+def _is_reader(folder: Path) -> bool:
+    try:
+        parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+        return parent == os.getpid() and b"checkpoints.reading.parallel" in (folder / "cmdline").read_bytes()
+    except (OSError, ValueError):  # it has ended meanwhile
+        return False
 
 
 def write(path: Path, passes: int = PASSES) -> Path:
@@ -65,31 +74,25 @@ def same(a: Dump, b: Dump) -> None:
     assert (a.tokens, a.end, a.skipped, a.notes, a.torn, a.header) == (b.tokens, b.end, b.skipped, b.notes, b.torn, b.header)
 
 
-def read_by(processes: int, path: Path, monkeypatch: pytest.MonkeyPatch) -> Dump:
-    """The dump as so many processes read it."""
-    monkeypatch.setattr("checkpoints.reading.reader.Scan", lambda name: Scan(name, processes=processes))
-    return read(path)
-
-
 @pytest.mark.parametrize("end", [None, -1, -40])
-def test_several_processes_read_what_one_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: int | None) -> None:
+def test_several_processes_read_what_one_reads(tmp_path: Path, end: int | None) -> None:
     """A dump with words for numbers, log lines and tokens, whole or cut short, is the same however many read it."""
     path = write(tmp_path / "d.jsonl")
     path.write_bytes(path.read_bytes()[:end])
-    alone = read_by(0, path, monkeypatch)
+    alone = read(path, shared(0))
     assert alone.records == PASSES * 6
-    same(read_by(2, path, monkeypatch), alone)
+    same(read(path, shared(2)), alone)
 
 
-def test_a_second_header_is_read_here_and_so_is_what_follows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_header_is_read_here_and_so_is_what_follows(tmp_path: Path) -> None:
     """Two dumps in one file, of models with different numbers of layers, mean the same points however many read it."""
     first, second = write(tmp_path / "a.jsonl").read_bytes(), write(tmp_path / "b.jsonl").read_bytes()
     path = tmp_path / "d.jsonl"
     path.write_bytes(first + second.replace(b'"layers":24', b'"layers":4'))
-    same(read_by(3, path, monkeypatch), read_by(0, path, monkeypatch))
+    same(read(path, shared(3)), read(path, shared(0)))
 
 
-def test_an_error_names_the_line_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_names_the_line_of_the_file(tmp_path: Path) -> None:
     """A record that contradicts itself, far behind the first range, is named by its line in the file."""
     path = write(tmp_path / "d.jsonl")
     lines = path.read_bytes().splitlines(keepends=True)
@@ -97,49 +100,39 @@ def test_an_error_names_the_line_of_the_file(tmp_path: Path, monkeypatch: pytest
     path.write_bytes(b"".join(lines))
     for processes in (0, 2):
         with pytest.raises(DumpError, match="line 401: "):
-            read_by(processes, path, monkeypatch)
+            read(path, shared(processes))
 
 
-def test_a_process_that_dies_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="processes are found in /proc")
+def test_a_process_that_dies_loses_nothing(tmp_path: Path) -> None:
     """When the processes are killed in the middle, the rest is read here."""
     path = write(tmp_path / "d.jsonl")
-    answer = ranges._Child.answer
-    asked: list[int] = []
-
-    def killed(child: ranges._Child) -> ranges.RangeContent | None:
-        asked.append(1)
-        if len(asked) == 5:
-            child._process.kill()
-            child._process.wait()
-        return answer(child)
-
-    monkeypatch.setattr(ranges._Child, "answer", killed)
-    alone = read_by(0, path, monkeypatch)
-    same(read_by(2, path, monkeypatch), alone)
-    assert len(asked) >= 5
+    alone = read(path, shared(0))
+    parts: dict[str, list[Rows]] = {}
+    killed: list[int] = []
+    for item in Scan(path, shared(2)):
+        if isinstance(item, Rows):
+            parts.setdefault(item.point, []).append(item)
+        if len(parts.get("embd", ())) == 3 and not killed:
+            killed += processes_reading()
+            for pid in killed:
+                os.kill(pid, signal.SIGKILL)
+    assert len(killed) == 2
+    same(replace(alone, points={name: Rows.stack(rows) for name, rows in parts.items()}), alone)
 
 
-def test_who_stops_early_leaves_no_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="processes are found in /proc")
+def test_who_stops_early_leaves_no_process(tmp_path: Path) -> None:
     """A reader that is given up after its first rows ends the processes that it started."""
     path = write(tmp_path / "d.jsonl")
-    started: list[int] = []
-    begin = ranges._Child.__init__
-
-    def noted(child: ranges._Child) -> None:
-        begin(child)
-        started.append(child._process.pid)
-
-    monkeypatch.setattr(ranges._Child, "__init__", noted)
-    items = iter(Scan(path, processes=2))
+    items = iter(Scan(path, shared(2)))
     next(item for item in items if isinstance(item, Rows))
+    assert len(processes_reading()) == 2
     items.close()  # type: ignore[attr-defined]
-    assert len(started) == 2
-    for pid in started:
-        with pytest.raises(ProcessLookupError):
-            os.kill(pid, 0)
+    assert processes_reading() == []
 
 
-def test_a_header_is_what_the_processes_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_header_is_what_the_processes_are_told(tmp_path: Path) -> None:
     """Names that mean a layer only with the header's number of layers mean it in every range."""
     rows = summarise("blk.0.l_out", np.ones((1, 64), np.float32), np.arange(1))
     path = tmp_path / "d.jsonl"
@@ -148,21 +141,21 @@ def test_a_header_is_what_the_processes_are_told(tmp_path: Path, monkeypatch: py
             writer.rows(rows)
     path.write_bytes(path.read_bytes().replace(b"blk.0.l_out", b"C25"))
     assert header_line(Header("engine", ModelInfo(layers=24)))["model"] == {"layers": 24}
-    same(read_by(2, path, monkeypatch), read_by(0, path, monkeypatch))
+    same(read(path, shared(2)), read(path, shared(0)))
 
 
 def test_without_room_for_processes_it_is_read_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the second process cannot be started, the first is ended and the dump is read all the same."""
+    """Where the operating system refuses the second process, the first is ended and the dump is read all the same."""
     path = write(tmp_path / "d.jsonl")
-    alone = read_by(0, path, monkeypatch)
-    begin, started = ranges._Child.__init__, list[ranges._Child]()
+    alone = read(path, shared(0))
+    begin, started = subprocess.Popen, list[Any]()
 
-    def refused(child: ranges._Child) -> None:
+    def limited(*words: Any, **options: Any) -> Any:
         if started:
             raise BlockingIOError(11, "Resource temporarily unavailable")
-        begin(child)
-        started.append(child)
+        started.append(begin(*words, **options))
+        return started[0]
 
-    monkeypatch.setattr(ranges._Child, "__init__", refused)
-    same(read_by(2, path, monkeypatch), alone)
-    assert started[0]._process.returncode is not None
+    monkeypatch.setattr(subprocess, "Popen", limited)
+    same(read(path, shared(2)), alone)
+    assert started[0].returncode is not None

@@ -43,9 +43,9 @@ def test_every_float_survives(tmp_path: Path, numbers: list[np.float32]) -> None
     row = np.array([numbers], dtype=np.float32)
     with Writer(tmp_path / "d.jsonl", HEADER) as writer:
         writer.rows(summarise("embd", row, np.arange(1), slice_size=None))
-    found = read(tmp_path / "d.jsonl").points["embd"].values
-    assert np.array_equal(found, row, equal_nan=True)
-    assert np.array_equal(np.signbit(found[~np.isnan(row)]), np.signbit(row[~np.isnan(row)]))
+    dump = read(tmp_path / "d.jsonl").points["embd"].values
+    assert np.array_equal(dump, row, equal_nan=True)
+    assert np.array_equal(np.signbit(dump[~np.isnan(row)]), np.signbit(row[~np.isnan(row)]))
 
 
 def test_a_dump_comes_back_whole(tmp_path: Path) -> None:
@@ -57,13 +57,13 @@ def test_a_dump_comes_back_whole(tmp_path: Path) -> None:
         for rows in made.values():
             writer.rows(rows)
         writer.token(token)
-    found = read(tmp_path / "d.jsonl")
-    assert found.header == replace(HEADER, tokens=(1, 2), pieces=("a", "b"))
-    assert found.tokens == (token,)
-    assert found.end is not None
-    assert (found.end.checkpoints, found.records, found.notes) == (10, 10, ())
+    dump = read(tmp_path / "d.jsonl")
+    assert dump.header == replace(HEADER, tokens=(1, 2), pieces=("a", "b"))
+    assert dump.tokens == (token,)
+    assert dump.end is not None
+    assert (dump.end.checkpoints, dump.records, dump.notes) == (10, 10, ())
     for name, rows in made.items():
-        back = found.points[name]
+        back = dump.points[name]
         assert (back.shapes, back.decode.all(), set(back.step), set(back.seq)) == (rows.shapes, True, {3}, {2})
         assert np.array_equal(back.values, rows.values)
         assert all(np.array_equal(back.stats[key], column) for key, column in rows.stats.items())
@@ -75,9 +75,9 @@ def test_a_dump_that_was_cut_short_is_used(tmp_path: Path) -> None:
     with Writer(tmp_path / "d.jsonl", HEADER) as writer:
         writer.rows(summarise("embd", random()["embd"], np.arange(12)))
     text = (tmp_path / "d.jsonl").read_bytes()
-    found = parsed(tmp_path, text[: text.rindex(b'"token_idx":11') + 40])
-    assert found.records == 11
-    assert len(found.notes) == 3
+    dump = parsed(tmp_path, text[: text.rindex(b'"token_idx":11') + 40])
+    assert dump.records == 11
+    assert len(dump.notes) == 3
 
 
 @pytest.mark.parametrize(
@@ -167,8 +167,8 @@ def test_no_json_breaks_the_reader(tmp_path: Path, lines: list[dict[str, object]
     """Whatever JSON stands in the lines, reading and comparing end in a result or in an error for the user."""
     text = "".join(json.dumps(fields) + "\n" for fields in [*lines, {"checkpoint": "embd", "token_idx": 0, "values": [1.0]}])
     with suppress(DumpError):
-        found = parsed(tmp_path, text)
-        compare(found, found)
+        dump = parsed(tmp_path, text)
+        compare(dump, dump)
 
 
 @same_file
@@ -270,7 +270,7 @@ def test_many_lines_at_once_give_what_each_gives_alone(tmp_path: Path, lines: li
 
 def all_left(_: BulkParser, block: bytes) -> Taken:
     """No line is taken together with others."""
-    return Taken([], [], [], list(enumerate(block.split(b"\n")[:-1])))
+    return Taken([], [], np.zeros(0, np.int64), list(enumerate(block.split(b"\n")[:-1])))
 
 
 def fields_of(rows: Rows) -> list[object]:
@@ -289,8 +289,8 @@ def fields_of(rows: Rows) -> list[object]:
 )
 def test_printed_digits_set_a_quantum(tmp_path: Path, printed: str, quantum: list[float] | None) -> None:
     """The step of the last printed digit is found for %f and %g, none where nine digits give all; NaN has none."""
-    found = parsed(tmp_path, f'{{"checkpoint":"embd","token_idx":0,"values":[{printed}]}}\n').points["embd"].quantum
-    assert (None if found is None else found[0].tolist()) == (None if quantum is None else pytest.approx(quantum))
+    dump = parsed(tmp_path, f'{{"checkpoint":"embd","token_idx":0,"values":[{printed}]}}\n').points["embd"].quantum
+    assert (None if dump is None else dump[0].tolist()) == (None if quantum is None else pytest.approx(quantum))
 
 
 def test_a_folder_and_a_missing_file_are_refused(tmp_path: Path) -> None:

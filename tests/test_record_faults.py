@@ -97,7 +97,7 @@ def test_another_order_of_the_elements_is_named(right: Dump, ref: Dump, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("kind", "change", "said"),
+    ("kind", "change", "message"),
     [
         ("kqv_out", lambda x: x.reshape(len(x), -1, HEAD).swapaxes(1, 2).reshape(len(x), -1), "interleaved"),
         ("q", lambda x: x.reshape(len(x), -1, HEAD).swapaxes(0, 1).reshape(len(x), -1), "heads first"),
@@ -106,13 +106,13 @@ def test_another_order_of_the_elements_is_named(right: Dump, ref: Dump, tmp_path
         ("attn_norm", lambda x: x * np.float32(0.25), "0.25 times"),
     ],
 )
-def test_other_layouts_and_moments(right: Dump, ref: Dump, kind: str, change: Change, said: str) -> None:
+def test_other_layouts_and_moments(right: Dump, ref: Dump, kind: str, change: Change, message: str) -> None:
     """Heads interleaved, heads first, groups of heads, before a scale, after an activation: each is told, none is a divergence."""
     whole = replace(ref, points=ref.points)
     verdict = compare(changed(right, change, kinds(kind), None), changed_reference(right, whole), F32)
     assert verdict, verdict.operation
     assert {name for name, _ in faults(verdict)} == {kind}
-    assert all(said in fault.sentence for fault in verdict.record_faults)
+    assert all(message in fault.sentence for fault in verdict.record_faults)
 
 
 def changed_reference(right: Dump, ref: Dump) -> Dump:
@@ -172,7 +172,7 @@ def test_one_vector_and_wrong_logits_is_a_divergence(right: Dump, ref: Dump) -> 
 
 
 @pytest.mark.parametrize(
-    ("point", "unchanged", "said"),
+    ("point", "unchanged", "message"),
     [
         ("blk.3.ffn_inp", "blk.3.attn_out", "the addition of blk.2.l_out does nothing"),
         ("blk.3.l_out", "blk.3.ffn_out", "the addition of blk.3.ffn_inp does nothing"),
@@ -180,7 +180,7 @@ def test_one_vector_and_wrong_logits_is_a_divergence(right: Dump, ref: Dump) -> 
         ("blk.4.q_rope", "blk.4.q", "RoPE does nothing"),
     ],
 )
-def test_an_operation_that_does_nothing(right: Dump, ref: Dump, point: str, unchanged: str, said: str) -> None:
+def test_an_operation_that_does_nothing(right: Dump, ref: Dump, point: str, unchanged: str, message: str) -> None:
     """A missing residual, final norm or rotation, captured honestly: what follows differs, and the operation is named."""
     order = list(ref.points)
     wrong = spoilt(right, lambda name: name in order and order.index(name) > order.index(point))
@@ -190,7 +190,7 @@ def test_an_operation_that_does_nothing(right: Dump, ref: Dump, point: str, unch
     assert "this operation is wrong" in verdict.operation
     assert verdict.pattern is not None
     assert (verdict.pattern.code, verdict.next) == ("no-op", "")
-    assert said in verdict.pattern.sentence
+    assert message in verdict.pattern.sentence
 
 
 @pytest.mark.parametrize(

@@ -49,13 +49,13 @@ def _captured(
 
 def test_tokens(reference: Reference) -> None:
     """A text becomes llama.cpp's ids, BOS first, whose pieces are the text again."""
-    made = reference.tokenize(MODEL, TEXT)
-    assert made.ids[0] == made.bos == 2047
-    assert made.add_bos
-    assert "".join(made.pieces[1:]) == TEXT
-    assert reference.pieces(MODEL, made.ids) == list(made.pieces)
-    assert reference.tokenize(MODEL, TEXT, add_special=False).ids == made.ids[1:]
-    assert (made.n_vocab, made.n_ctx_train, made.architecture) == (2048, 512, "qwen2")
+    tokens = reference.tokenize(MODEL, TEXT)
+    assert tokens.ids[0] == tokens.bos == 2047
+    assert tokens.add_bos
+    assert "".join(tokens.pieces[1:]) == TEXT
+    assert reference.pieces(MODEL, tokens.ids) == list(tokens.pieces)
+    assert reference.tokenize(MODEL, TEXT, add_special=False).ids == tokens.ids[1:]
+    assert (tokens.n_vocab, tokens.n_ctx_train, tokens.architecture) == (2048, 512, "qwen2")
 
 
 def test_every_point_with_its_shape(whole: DumpResult, tokens: tuple[int, ...]) -> None:
@@ -256,14 +256,14 @@ def test_half_precision_cache(reference: Reference, tokens: tuple[int, ...]) -> 
 
 def test_description(reference: Reference) -> None:
     """A model is described by its metadata, sizes, and points with row shapes, in the order of computation."""
-    found = reference.describe(MODEL)
-    assert (found.n_layers, found.n_embd, found.n_vocab, found.n_ctx_train) == (24, 256, 2048, 512)
-    assert found.metadata["qwen2.attention.head_count_kv"] == "2"
-    shapes = dict(found.points)
+    facts = reference.describe(MODEL)
+    assert (facts.n_layers, facts.n_embd, facts.n_vocab, facts.n_ctx_train) == (24, 256, 2048, 512)
+    assert facts.metadata["qwen2.attention.head_count_kv"] == "2"
+    shapes = dict(facts.points)
     assert shapes["blk.0.k_read"] == ("t+1", "64")
     assert shapes["blk.23.kq"] == ("8", "t+1")
     assert shapes["logits"] == ("2048",)
-    assert [node.point for node in found.nodes] == list(shapes)
+    assert [node.point for node in facts.nodes] == list(shapes)
 
 
 def test_wrong_points(reference: Reference, folder: Path, tokens: tuple[int, ...]) -> None:

@@ -25,9 +25,9 @@ def tokens(reference: Reference) -> tuple[int, ...]:
 
 def test_versions(reference: Reference) -> None:
     """The versions name llama-cpp-python and the backend that computes."""
-    found = reference.versions()
-    assert found["llama_cpp_python"]
-    assert found["backend"] == "CPU"
+    versions = reference.versions()
+    assert versions["llama_cpp_python"]
+    assert versions["backend"] == "CPU"
 
 
 def test_abandoned_capture(reference: Reference, tokens: tuple[int, ...]) -> None:
@@ -105,5 +105,5 @@ def test_the_bindings_are_loaded_without_the_package() -> None:
         "import sys; from reference.bindings import bindings; api = bindings(); print('jinja2' in sys.modules, 'llama_cpp' in sys.modules);"
         "import llama_cpp; print(llama_cpp.Llama.__name__, llama_cpp.llama_cpp is api, bindings() is api, bool(api.llama_backend_init))"
     )
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert said.split() == ["False", "False", "Llama", "True", "True", "True"]
+    outcome = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert outcome.split() == ["False", "False", "Llama", "True", "True", "True"]

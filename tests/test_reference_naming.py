@@ -31,26 +31,26 @@ def make(stories: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..
 
 def test_query_and_key_norms(reference: Reference, make: Callable[..., Path]) -> None:
     """qwen3: q and k, their norms and their rotations are three points each, with the relations they must have."""
-    found = {node.point: value for node, value in reference.capture(make("qwen3"), TOKENS)}
+    nodes = {node.point: value for node, value in reference.capture(make("qwen3"), TOKENS)}
     for letter, heads in (("q", HEADS), ("k", KV)):
-        raw = found[f"blk.1.{letter}"].reshape(4, heads, SIZE)
-        normed = found[f"blk.1.{letter}_norm"].reshape(4, heads, SIZE)
-        rotated = found[f"blk.1.{letter}_rope"].reshape(4, heads, SIZE)
+        raw = nodes[f"blk.1.{letter}"].reshape(4, heads, SIZE)
+        normed = nodes[f"blk.1.{letter}_norm"].reshape(4, heads, SIZE)
+        rotated = nodes[f"blk.1.{letter}_rope"].reshape(4, heads, SIZE)
         ratio = normed / (raw / np.sqrt(np.mean(raw**2, axis=-1, keepdims=True) + 1e-6))
         np.testing.assert_allclose(ratio, np.broadcast_to(ratio[:1, :1], ratio.shape), rtol=1e-4)
         np.testing.assert_array_equal(rotated[0], normed[0])
         np.testing.assert_allclose(np.linalg.norm(rotated, axis=-1), np.linalg.norm(normed, axis=-1), rtol=1e-5)
-    np.testing.assert_array_equal(found["blk.1.k_read"], found["blk.1.k_rope"].reshape(4, -1))
+    np.testing.assert_array_equal(nodes["blk.1.k_read"], nodes["blk.1.k_rope"].reshape(4, -1))
 
 
 def test_output_bias(reference: Reference, make: Callable[..., Path]) -> None:
     """llama with a bias on the output projection: attn_out is the value after the bias."""
     path = make("llama")
-    found = {node.point: value for node, value in reference.capture(path, TOKENS)}
+    nodes = {node.point: value for node, value in reference.capture(path, TOKENS)}
     weights = {tensor.name: tensor.data for tensor in gguf.GGUFReader(path).tensors}
-    expected = found["blk.1.kqv_out"] @ weights["blk.1.attn_output.weight"].T + weights["blk.1.attn_output.bias"]
-    np.testing.assert_allclose(found["blk.1.attn_out"], expected, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(found["blk.1.ffn_inp"], found["blk.0.l_out"] + expected, rtol=1e-4, atol=1e-5)
+    expected = nodes["blk.1.kqv_out"] @ weights["blk.1.attn_output.weight"].T + weights["blk.1.attn_output.bias"]
+    np.testing.assert_allclose(nodes["blk.1.attn_out"], expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(nodes["blk.1.ffn_inp"], nodes["blk.0.l_out"] + expected, rtol=1e-4, atol=1e-5)
 
 
 def test_unknown_nodes_keep_their_names(reference: Reference, make: Callable[..., Path], tmp_path: Path) -> None:

@@ -40,10 +40,10 @@ def test_twin_is_the_dequantisation(reference: Reference, quantized: Callable[[s
 def test_twin_is_found_again(reference: Reference, stories: Path, tmp_path: Path) -> None:
     """A twin is made once, an F32 file is its own twin, and `out` makes a copy in its own place."""
     first = reference.twin(stories)
-    made = first.stat().st_ino
+    inode = first.stat().st_ino
     assert first.parent == cache_dir()
     assert reference.twin(stories) == first
-    assert first.stat().st_ino == made
+    assert first.stat().st_ino == inode
     assert first in [item.path for item in cached()]
     copy = reference.twin(stories, tmp_path / "copy.gguf")
     assert copy.read_bytes() == first.read_bytes()
@@ -81,11 +81,11 @@ def test_windows_are_the_whole(reference: Reference, stories: Path, tmp_path: Pa
         assert result.window == (size if size < 24 else None)
         assert result.points == whole.points
         assert result.tensors is not None
-        found = TensorReader(result.tensors)
-        assert set(found.names) == set(expected.names)
+        tensors = TensorReader(result.tensors)
+        assert set(tensors.names) == set(expected.names)
         for name in expected.names:
             point, _, step = name.partition("/")
-            np.testing.assert_array_equal(found.get(point, int(step)), expected.get(point, int(step)), err_msg=name)
+            np.testing.assert_array_equal(tensors.get(point, int(step)), expected.get(point, int(step)), err_msg=name)
         dumps = read(whole.out), read(result.out)
         assert dumps[0].tokens == dumps[1].tokens
         assert dumps[0].records == dumps[1].records
@@ -125,12 +125,12 @@ def test_wrong_layers(reference: Reference, stories: Path) -> None:
 
 def test_window_size(stories: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By default the whole model is taken where it fits in half of the free memory, else as many layers as fit."""
-    library, found = Library(), contents(stories)
+    library, model_contents = Library(), contents(stories)
     job = DumpJob(stories, tmp_path / "out.jsonl", TOKENS)
-    assert window_size(library, found, job) is None
+    assert window_size(library, model_contents, job) is None
     monkeypatch.setattr(sweep, "free_memory", lambda: 100_000_000)  # the twin takes 58 MB, a layer 2.3 MB
-    assert window_size(library, found, job) == 9
-    assert window_size(library, found, replace(job, mode=NATIVE)) is None
-    assert window_size(library, found, replace(job, window="off")) is None
+    assert window_size(library, model_contents, job) == 9
+    assert window_size(library, model_contents, replace(job, mode=NATIVE)) is None
+    assert window_size(library, model_contents, replace(job, window="off")) is None
     monkeypatch.setattr(sweep, "free_memory", lambda: 1)
-    assert window_size(library, found, job) == 1
+    assert window_size(library, model_contents, job) == 1

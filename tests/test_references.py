@@ -35,8 +35,8 @@ def changed(dump: Dump, point: str, scale: float) -> Dump:
 def outcome(stories_run: Path) -> Outcome:
     """A run's outcome in which our side's blk.5.l_out is off by 3e-5 of its values: an NMSE of about 1e-9."""
     ours, ref = changed(read(stories_run / "ours.jsonl"), "blk.5.l_out", 3e-5), read(stories_run / "ref.jsonl")
-    found = comparison(ours, ref, Options(placed=True, strict=True))
-    return Outcome(stories_run, ours, ref, found.verdict, found.picture, 1.0)
+    compared = comparison(ours, ref, Options(placed=True, strict=True))
+    return Outcome(stories_run, ours, ref, compared.verdict, compared.picture, 1.0)
 
 
 @pytest.mark.slow
@@ -72,8 +72,8 @@ def test_another_version_moves_within_rounding(parity: Cli) -> None:
 def test_what_moved_is_a_table_by_kind(stories_run: Path) -> None:
     """Layers are folded into one row, which names the layer and position of its worst record."""
     base = read(stories_run / "ref.jsonl")
-    found = comparison(changed(base, "blk.10.l_out", 1e-5), base, Options(placed=True))
-    moved, points = references._moved(found, base.header, base.header, "here", {"blk.0.gone"})
+    compared = comparison(changed(base, "blk.10.l_out", 1e-5), base, Options(placed=True))
+    moved, points = references._moved(compared, base.header, base.header, "here", {"blk.0.gone"})
     kinds = {point.kind: point for point in moved.points}
     assert list(kinds) == ["embd", "blk.*.l_out", "output_norm", "logits"]
     assert moved.worst is kinds["blk.*.l_out"]
@@ -85,8 +85,8 @@ def test_what_moved_is_a_table_by_kind(stories_run: Path) -> None:
 def test_more_than_rounding_is_no_floor(stories_run: Path) -> None:
     """A reference with another formula moves by more than rounding can: it allows nobody anything, and the answer says so."""
     base = read(stories_run / "ref.jsonl")
-    found = comparison(changed(base, "blk.10.l_out", 1e-2), base, Options(placed=True))
-    moved, _ = references._moved(found, base.header, base.header, "here", set())
+    compared = comparison(changed(base, "blk.10.l_out", 1e-2), base, Options(placed=True))
+    moved, _ = references._moved(compared, base.header, base.header, "here", set())
     assert not moved.rounding
 
 

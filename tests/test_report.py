@@ -25,11 +25,11 @@ from reports.junit import drift_as_junit, junit
 from reports.markdown import drift_as_markdown, markdown
 
 
-def written(made: Dump, path: Path) -> Path:
+def written(dump_written: Dump, path: Path) -> Path:
     """A dump in memory as a file."""
-    assert made.header is not None
-    with Writer(path, made.header) as writer:
-        for rows in made.points.values():
+    assert dump_written.header is not None
+    with Writer(path, dump_written.header) as writer:
+        for rows in dump_written.points.values():
             writer.rows(rows)
     return path
 
@@ -45,12 +45,12 @@ def test_errors_survive_the_code() -> None:
 def test_the_marked_cell_is_the_first_divergence() -> None:
     """The grid's figures decode to the comparison's, and the mark stands on the first divergence."""
     report = diverging()
-    made = figures(report.verdict, report.picture)
+    drawn = figures(report.verdict, report.picture)
     first = report.verdict.first_divergence
     assert first is not None
-    row, column = made["mark"]
+    row, column = drawn["mark"]
     assert (
-        (made["grid"]["points"][row], made["grid"]["positions"][column])
+        (drawn["grid"]["points"][row], drawn["grid"]["positions"][column])
         == (first.checkpoint, first.token_idx)
         == ("blk.5.l_out", 3)
     )
@@ -150,10 +150,10 @@ def test_an_annotation_is_one_line() -> None:
     first = verdict.first_divergence
     assert first is not None
     evil = replace(verdict, first_divergence=replace(first, token="a\n::error::b%"))
-    said = list(annotations(evil))
-    assert len(said) == 1
-    assert "\n" not in said[0]
-    assert said[0].startswith("::error title=divergence at blk.5.l_out%2C position 3")
+    lines = list(annotations(evil))
+    assert len(lines) == 1
+    assert "\n" not in lines[0]
+    assert lines[0].startswith("::error title=divergence at blk.5.l_out%2C position 3")
     assert next(annotations(passing().verdict)).startswith("::notice")
 
 

@@ -73,8 +73,8 @@ def cpu() -> Any:
 
 
 def traits(cpu: Any, kind: int) -> Traits:
-    found: Traits = cpu.ggml_get_type_traits_cpu(int(kind)).contents
-    return found
+    type_traits: Traits = cpu.ggml_get_type_traits_cpu(int(kind)).contents
+    return type_traits
 
 
 def from_float(cpu: Any, x: np.ndarray, kind: int) -> np.ndarray:

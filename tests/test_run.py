@@ -19,7 +19,7 @@ TYPES = (
 
 
 def worst(answer: dict, point: str | None = None) -> float:
-    return max(found["worst"]["nmse"] for found in answer["points"] if point in (None, found["checkpoint"]))
+    return max(compared["worst"]["nmse"] for compared in answer["points"] if point in (None, compared["checkpoint"]))
 
 
 def test_the_first_command_of_the_readme_is_parity(parity: Cli) -> None:

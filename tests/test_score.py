@@ -30,12 +30,12 @@ def text(tmp_path: Path) -> Path:
 
 def definitions(reference: Reference, model: Path, folder: Path, mode: str) -> list[tuple[np.ndarray, int]]:
     """(log-probabilities float64 [V], next id) of every scored position, from dumps of whole rows: perplexity.cpp in plain NumPy."""
-    made = reference.tokenize(model, TEXT)
+    tokens = reference.tokenize(model, TEXT)
     found = []
-    for start in range(0, len(made.ids) - CONTEXT + 1, CONTEXT):
-        ids = list(made.ids[start : start + CONTEXT])
-        if made.add_bos:
-            ids[0] = made.bos  # type: ignore[call-overload]
+    for start in range(0, len(tokens.ids) - CONTEXT + 1, CONTEXT):
+        ids = list(tokens.ids[start : start + CONTEXT])
+        if tokens.add_bos:
+            ids[0] = tokens.bos  # type: ignore[call-overload]
         out = folder / f"{mode}-{start}.jsonl"
         reference.dump(DumpJob(model, out, tuple(ids), mode=mode, points="logits", slice_size=None))
         rows = read(out).points["logits"]
@@ -88,10 +88,10 @@ def test_bounds_of_the_divergence() -> None:
         whole = kl_whole(base, ours)
         for kept in (4, 256, size):
             ids = largest(base, kept)
-            found, left = kl_of_top(ids, base[ids], log_sum(base), ours)
-            assert found <= whole + 1e-9
+            lower, left = kl_of_top(ids, base[ids], log_sum(base), ours)
+            assert lower <= whole + 1e-9
             if kept >= size:
-                assert (found, left) == (pytest.approx(whole), pytest.approx(0, abs=1e-9))
+                assert (lower, left) == (pytest.approx(whole), pytest.approx(0, abs=1e-9))
     assert largest(np.array([1, 3, 3, 2], dtype=np.float32), 3).tolist() == [1, 2, 3]
 
 
@@ -114,9 +114,9 @@ def test_a_foreign_engine_is_scored_and_its_worst_token_explained(parity: Cli, t
     words = ("score", "--text", text, "--context", CONTEXT, "--chunks", "1", "--exec")
     code, right = parity.json(*words, f"{engine} {{model}} {{tokens}} {{out}}")
     assert (code, right["same_top"], right["kl"]["max"] < 1e-8) == (0, 1.0, True)
-    said = parity(*words, f"{engine} {{model}} {{tokens}} {{out}} late {{points}}", "--explain-worst")
-    assert said.code == 1
-    assert "cause   rope-pairs" in said.out
+    ran = parity(*words, f"{engine} {{model}} {{tokens}} {{out}} late {{points}}", "--explain-worst")
+    assert ran.code == 1
+    assert "cause   rope-pairs" in ran.out
     small = compile_engine(tmp_path)
     refused(parity(*words, f"{small} {{model}} {{tokens}} {{out}}"), "16 of 2,048 logits", "PARITY_SLICE")
 

@@ -18,13 +18,13 @@ TOKENS = (2047, 430, 457, 258, 403, 12, 99)
 F32 = Options(compute="f32")
 
 
-def bare(found: Dump, size: int = 16) -> Dump:
+def bare(dump: Dump, size: int = 16) -> Dump:
     """A dump of leading values and nothing else."""
     points = {
         name: replace(rows, values=rows.values[:, :size], counts=np.minimum(rows.counts, size), sketch=None, stats={})
-        for name, rows in found.points.items()
+        for name, rows in dump.points.items()
     }
-    return replace(found, points=points, header=None)
+    return replace(dump, points=points, header=None)
 
 
 @pytest.fixture(scope="module")
@@ -87,8 +87,8 @@ def test_next_names_what_is_missing_and_not_the_same_glob(sides: tuple[Dump, Dum
     assert named.next == ""
 
 
-@pytest.mark.parametrize(("kind", "said"), [("f16", "F16"), ("bf16", "BF16"), ("tf32", "TF32"), ("q8", "8 bits a block")])
-def test_the_step_of_a_type_is_seen_before_a_pattern_is_told(stories, kind: str, said: str) -> None:  # type: ignore[no-untyped-def]
+@pytest.mark.parametrize(("kind", "message"), [("f16", "F16"), ("bf16", "BF16"), ("tf32", "TF32"), ("q8", "8 bits a block")])
+def test_the_step_of_a_type_is_seen_before_a_pattern_is_told(stories, kind: str, message: str) -> None:  # type: ignore[no-untyped-def]
     """An embedding kept in a lower type, declared as float32, is the type's rounding and no dequantisation at fault."""
     engine = Faulty(stories)
     right = engine.dump(Planted(()), TOKENS, size=4096, bare=False)
@@ -99,7 +99,7 @@ def test_the_step_of_a_type_is_seen_before_a_pattern_is_told(stories, kind: str,
     verdict = compare(ours, ref, replace(F32, strict=True))
     assert verdict.pattern is not None
     assert verdict.pattern.code == "rounded"
-    assert said in verdict.pattern.sentence
+    assert message in verdict.pattern.sentence
 
 
 def test_an_engine_with_8_bit_activations_is_judged_as_one(stories) -> None:  # type: ignore[no-untyped-def]
@@ -153,7 +153,7 @@ def test_a_near_tie_that_flips_is_said_and_is_no_divergence() -> None:
     verdict = compare(*both(1e-7))
     assert verdict
     assert verdict.compared == 8 * len(ROUTER) - 5
-    assert any("ours takes expert 2, the reference 1: a near tie" in said for _, said in remarks(verdict))
+    assert any("ours takes expert 2, the reference 1: a near tie" in remark for _, remark in remarks(verdict))
 
 
 def test_another_expert_is_a_divergence() -> None:

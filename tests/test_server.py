@@ -299,6 +299,11 @@ class _Hostile(http.server.BaseHTTPRequestHandler):
         logprobs = {"tokens": ["a"], "token_logprobs": [math.nan], "top_logprobs": [None]}
         self._send(200, json.dumps({"choices": [{"text": "a", "logprobs": logprobs}]}).encode())
 
+    def _strange(self) -> None:
+        entry = {"token": "no such piece", "logprob": -0.5}
+        logprobs = {"content": [entry | {"top_logprobs": [entry]}]}
+        self._send(200, json.dumps({"choices": [{"text": "x", "logprobs": logprobs}]}).encode())
+
     def _forever(self, piece: bytes, pause: float) -> None:
         deadline = time.monotonic() + 20
         while time.monotonic() < deadline:
@@ -393,6 +398,7 @@ def test_tls_that_cannot_be_trusted_is_one_line(hostile: str) -> None:
 def test_a_hostile_answer_ends_the_run_in_one_line(hostile: str, parity: Cli) -> None:
     """Through the command: NaN for a log-probability exits 2, and nothing is said on stdout."""
     refused(parity("run", "--prompt", "hi", "--server", f"{hostile}/nan"), "a log-probability is nan")
+    refused(parity("run", "--prompt", "hi", "--server", f"{hostile}/strange"), "none of the server's candidates is a token")
     refused(parity("run", "--prompt", "hi", "--server", hostile, "--exec", "x {out}"), "--server does not go with")
     refused(parity("run", "--prompt", "hi", "--dump-prefix"), "need a server")
     refused(parity("run", "--prompt", "hi", "--server", hostile, "--server-json", "[1]"), "JSON object")

@@ -70,10 +70,10 @@ def test_two_devices_equal_one(stories: Path, two_devices: list[Backend]) -> Non
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("two_devices")
-@pytest.mark.parametrize(("devices", "said"), [((0, 1), "devices 0, 1"), ((1,), "device 1")])
-def test_a_run_on_chosen_devices_is_in_parity(stories: Path, tmp_path: Path, devices: tuple[int, ...], said: str) -> None:
+@pytest.mark.parametrize(("devices", "message"), [((0, 1), "devices 0, 1"), ((1,), "device 1")])
+def test_a_run_on_chosen_devices_is_in_parity(stories: Path, tmp_path: Path, devices: tuple[int, ...], message: str) -> None:
     """`parity run --devices 0,1` and `--devices 1`: every point agrees with llama.cpp within the exact limits."""
     outcome = run(Request(model=stories, tokens=PROMPT, devices=devices, points="all", generate=4, out=tmp_path))
     assert outcome.verdict, outcome.verdict.first_divergence
     assert outcome.ours.header is not None
-    assert outcome.ours.header.build["device"].endswith(said)
+    assert outcome.ours.header.build["device"].endswith(message)

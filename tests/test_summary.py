@@ -45,8 +45,8 @@ def test_statistics() -> None:
     """Count, sum, root of the sum of squares, extremes and their place, over finite elements only."""
     x = np.array([[1, -3, np.nan, 2, np.inf], [np.nan] * 5], dtype=np.float32)
     rows = summarise("embd", x, np.arange(2), slice_size=2)
-    found = {name: column.tolist() for name, column in rows.stats.items()}
-    assert found == {
+    statistics = {name: column.tolist() for name, column in rows.stats.items()}
+    assert statistics == {
         "n": [5, 5],
         "sum": [0, 0],
         "l2": [pytest.approx(14**0.5), 0],
@@ -62,8 +62,8 @@ def test_statistics() -> None:
 def test_any_bits_are_summarised_without_a_warning() -> None:
     """Signalling NaN, as other types' bytes read as float32 hold them, are counted as non-finite like any other."""
     bits = np.array([[0x7FA00000, 0x7F800000, 0xFF800000, 0x3F800000]], dtype=np.uint32)
-    made = summarise("embd", bits.view(np.float32), np.arange(1), step=0, decode=False)
-    assert (made.stats["nonfinite"][0], made.stats["sum"][0]) == (3, 1)
+    rows = summarise("embd", bits.view(np.float32), np.arange(1), step=0, decode=False)
+    assert (rows.stats["nonfinite"][0], rows.stats["sum"][0]) == (3, 1)
 
 
 def test_attention_rows_end_at_their_position() -> None:

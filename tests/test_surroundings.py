@@ -135,7 +135,7 @@ def test_a_cut_dump_stays_cut_when_it_is_converted(stories_run: Path, parity: Cl
 
 
 @pytest.mark.parametrize(
-    ("make", "said"),
+    ("make", "message"),
     [
         (lambda folder, stories: stories, "It is a model: give it as --model."),
         (lambda folder, stories: folder / ("x" * 300), "File name too long"),
@@ -143,10 +143,12 @@ def test_a_cut_dump_stays_cut_when_it_is_converted(stories_run: Path, parity: Cl
     ],
     ids=["a-model", "a-long-name", "a-folder"],
 )
-def test_what_is_no_dump_is_called_by_its_name(stories_run: Path, stories: Path, parity: Cli, make: object, said: str) -> None:
+def test_what_is_no_dump_is_called_by_its_name(
+    stories_run: Path, stories: Path, parity: Cli, make: object, message: str
+) -> None:
     """A model, a folder or an impossible name in a dump's place is said to be that."""
     ran = parity("lint", make(stories_run, stories))  # type: ignore[operator]
-    refused(ran, said)
+    refused(ran, message)
 
 
 def test_weights_are_not_read_from_an_endless_line(parity: Cli, tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ def test_the_same_seed_gives_the_same_bytes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"heads": 6}, "6 heads cannot share 4"),
         ({"width": 66}, "no multiple"),
@@ -71,15 +71,15 @@ def test_the_same_seed_gives_the_same_bytes(tmp_path: Path) -> None:
         ({"rope_dims": 10}, "rotates whole heads"),
     ],
 )
-def test_impossible_shapes(changes: dict, said: str) -> None:
+def test_impossible_shapes(changes: dict, message: str) -> None:
     """A shape that no engine could run is refused with the reason."""
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=message):
         shape_like("tiny-llama", **({"kv_heads": 4, "width": 96} | changes))
 
 
 def test_wrong_requests(parity: Cli) -> None:
     """Unknown shapes and types, a vocabulary smaller than the tokenizer and an unwritable file are one line each."""
-    for arguments, said in (
+    for arguments, message in (
         (("--like", "gpt-5"), "there is no shape"),
         (("--type", "q9_9"), "q9_9"),
         (("--vocab", "100"), "vocabulary only 100"),
@@ -87,7 +87,7 @@ def test_wrong_requests(parity: Cli) -> None:
     ):
         ran = parity("synth", *arguments, "-o", "m.gguf")
         assert (ran.code, len(ran.err.splitlines())) == (2, 1), ran
-        assert said in ran.err
+        assert message in ran.err
         assert not Path("m.gguf").exists()
     assert parity("synth", "-o", "/proc/m.gguf").code == 2
 
@@ -172,12 +172,12 @@ def test_presets_have_the_models_parameters(like: str) -> None:
 
 def test_hidden_states_stay_sane(reference: Reference, synthetic: Callable[..., Path]) -> None:
     """In 24 layers the residual stream neither dies nor explodes, and attention neither looks at one token nor at all alike."""
-    found = theirs(reference, synthetic("tiny", "f32", layers=24, width=128), "exact")
-    spread = [float(np.std(found[f"blk.{i}.l_out"])) for i in range(24)]
+    states = theirs(reference, synthetic("tiny", "f32", layers=24, width=128), "exact")
+    spread = [float(np.std(states[f"blk.{i}.l_out"])) for i in range(24)]
     assert min(spread) > 0.01
     assert max(spread) < 100
-    assert 0.1 < np.std(found["logits"]) < 100
-    last = np.stack([found[f"blk.{i}.kq_soft_max"][:, -1, :] for i in range(24)])
+    assert 0.1 < np.std(states["logits"]) < 100
+    last = np.stack([states[f"blk.{i}.kq_soft_max"][:, -1, :] for i in range(24)])
     assert 1.2 / len(TOKENS) < last.max(axis=-1).mean() < 0.95
 
 

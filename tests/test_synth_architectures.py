@@ -80,7 +80,7 @@ def test_q_k_v_in_one_tensor(small_model: Callable[..., Path]) -> None:
 
 def test_wrong_requests(parity: Cli) -> None:
     """Unknown architectures (with the list), types, shapes and settings, and --like, are one line each; no file is left."""
-    for arguments, said in (
+    for arguments, message in (
         (("--architecture", "gpt-5"), "Take one of afmoe, apertus,"),
         (("--architecture", "qwen3", "--type", "q9_9"), "q9_9"),
         (("--architecture", "granite", "--width", "130"), "no multiple of 4 heads"),
@@ -92,7 +92,7 @@ def test_wrong_requests(parity: Cli) -> None:
         (("--architecture", "gptneox", "--tied"), "output.weight"),
         (("--set", "rope.freq_base=1"), "--set works with --architecture only"),
     ):
-        refused(parity("synth", *arguments, "-o", "m.gguf"), said)
+        refused(parity("synth", *arguments, "-o", "m.gguf"), message)
         assert not list(Path().iterdir())
     refused(parity("synth", "--architecture", "qwen3", "-o", "/proc/m.gguf"), "cannot write")
     refused(parity("synth", "--architecture", "qwen3"), "-o FILE")

@@ -61,17 +61,17 @@ def test_it_fits(width: int) -> None:
 @pytest.mark.parametrize("width", [60, 80, 120])
 def test_no_note_is_cut(width: int) -> None:
     """Whatever the width, each row's note is there to its last word: columns are left out or the note goes on below."""
-    said = text(diverging(DEFAULT), width).split("\n\n")[0]
-    assert "…" not in said
-    assert said.count("11 of 12 wrong") == 5
-    assert said.count("inherited") == 4
+    shown = text(diverging(DEFAULT), width).split("\n\n")[0]
+    assert "…" not in shown
+    assert shown.count("11 of 12 wrong") == 5
+    assert shown.count("inherited") == 4
 
 
 def test_what_explains_a_divergence_is_said() -> None:
     """Place, last agreement, pattern, both values and what to record next are there."""
-    said = text(diverging())
+    shown = text(diverging())
     for part in ("divergence at blk.5.l_out, position 1", "last agreement  blk.5.v", "pattern", "ours", "ref", "--points '"):
-        assert part in said
+        assert part in shown
 
 
 def test_no_colour_in_a_pipe() -> None:
@@ -97,9 +97,9 @@ def test_missing_records_and_strictness_are_said() -> None:
     """A strict comparison that only lacks records says so instead of naming a place."""
     ref = random()
     ours = {name: x for name, x in ref.items() if name != "blk.5.l_out"}
-    said = text(compare(dump(ours), dump(ref), Options(strict=True)))
-    assert "ours lacks 12 records: blk.5.l_out" in said
-    assert said.splitlines()[-1].startswith("divergence: records are missing")
+    shown = text(compare(dump(ours), dump(ref), Options(strict=True)))
+    assert "ours lacks 12 records: blk.5.l_out" in shown
+    assert shown.splitlines()[-1].startswith("divergence: records are missing")
 
 
 def test_json_is_the_contract() -> None:
@@ -107,8 +107,8 @@ def test_json_is_the_contract() -> None:
     ref = random()
     ours = {name: x.copy() for name, x in ref.items()}
     ours["blk.5.l_out"][3, 2] = np.nan
-    made = verdict_as_json(compare(dump(ours), dump(ref)))
-    again = json.loads(json.dumps(made, allow_nan=False))
+    fields = verdict_as_json(compare(dump(ours), dump(ref)))
+    again = json.loads(json.dumps(fields, allow_nan=False))
     assert set(again) >= {
         "verdict",
         "compared",

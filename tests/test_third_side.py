@@ -41,24 +41,24 @@ def _compared(faulty: Faulty, ours: Dump, ref: Dump, arbiter: str) -> Comparison
 
 def test_the_side_that_is_off_is_named(faulty: Faulty, ref: Dump) -> None:
     """A wrong RoPE is as far from float64 as from the reference, the reference is near it, and float64's values are the reference's."""
-    found = _compared(faulty, faulty.dump(_ROPE, TOKENS, bare=False), ref, "auto").verdict
-    assert found.first_divergence is not None
-    assert found.truth is not None
-    assert (found.truth.checkpoint, found.truth.token_idx) == ("blk.10.l_out", found.first_divergence.token_idx)
-    assert found.truth.alone == "ours"
-    assert found.truth.ours == pytest.approx(found.first_divergence.nmse, rel=1e-3)
-    assert found.truth.ref is not None
-    assert found.truth.ref < 1e-12
-    assert found.truth.values == pytest.approx(found.first_divergence.ref, rel=1e-5)
-    assert [point.checkpoint for point in found.truth_points] == ["embd", "blk.0.l_out", "blk.5.l_out", "blk.10.l_out"]
+    compared = _compared(faulty, faulty.dump(_ROPE, TOKENS, bare=False), ref, "auto").verdict
+    assert compared.first_divergence is not None
+    assert compared.truth is not None
+    assert (compared.truth.checkpoint, compared.truth.token_idx) == ("blk.10.l_out", compared.first_divergence.token_idx)
+    assert compared.truth.alone == "ours"
+    assert compared.truth.ours == pytest.approx(compared.first_divergence.nmse, rel=1e-3)
+    assert compared.truth.ref is not None
+    assert compared.truth.ref < 1e-12
+    assert compared.truth.values == pytest.approx(compared.first_divergence.ref, rel=1e-5)
+    assert [point.checkpoint for point in compared.truth_points] == ["embd", "blk.0.l_out", "blk.5.l_out", "blk.10.l_out"]
 
 
 def test_a_reference_that_is_off_is_named_as_well(faulty: Faulty, ref: Dump) -> None:
     """The sides exchanged: nothing favours the reference."""
     wrong = faulty.dump(_ROPE, TOKENS, bare=False)
-    found = _compared(faulty, ref, wrong, "auto").verdict
-    assert found.truth is not None
-    assert found.truth.alone == "reference"
+    compared = _compared(faulty, ref, wrong, "auto").verdict
+    assert compared.truth is not None
+    assert compared.truth.alone == "reference"
 
 
 def test_off_and_all(faulty: Faulty, ref: Dump) -> None:
@@ -66,25 +66,25 @@ def test_off_and_all(faulty: Faulty, ref: Dump) -> None:
     right = faulty.dump(Planted(()), TOKENS, bare=False)
     assert not _compared(faulty, right, ref, "auto").verdict.truth_points
     assert not _compared(faulty, faulty.dump(_ROPE, TOKENS, bare=False), ref, "off").verdict.truth_points
-    found = _compared(faulty, right, ref, "all").verdict
-    assert found
-    assert [point.checkpoint for point in found.truth_points] == [point.checkpoint for point in found.points]
-    assert all(point.ours is not None and point.ours < 1e-11 for point in found.truth_points)
-    assert found.truth is not None
-    assert not found.truth.alone
+    compared = _compared(faulty, right, ref, "all").verdict
+    assert compared
+    assert [point.checkpoint for point in compared.truth_points] == [point.checkpoint for point in compared.points]
+    assert all(point.ours is not None and point.ours < 1e-11 for point in compared.truth_points)
+    assert compared.truth is not None
+    assert not compared.truth.alone
 
 
 def test_every_report_shows_all_three(faulty: Faulty, ref: Dump) -> None:
     """Values, distribution and distances of float64 stand in the HTML and Markdown reports and in the JSON."""
     ours = faulty.dump(_ROPE, TOKENS, bare=False)
-    found = _compared(faulty, ours, ref, "auto")
-    report = Report(found.verdict, ours, ref, found.picture)
+    compared = _compared(faulty, ours, ref, "auto")
+    report = Report(compared.verdict, ours, ref, compared.picture)
     text = html(report)
     assert text.count('<tr><th scope="row">float64</th>') == 1
     assert "float64: 256 elements" in text
     assert "ours – float64" in text
     assert "| float64 |" in markdown(report)
-    answer = verdict_as_json(found.verdict)
+    answer = verdict_as_json(compared.verdict)
     assert answer["truth"]["alone"] == "ours"
     assert [point["checkpoint"] for point in answer["truth_points"]][-1] == "blk.10.l_out"
 

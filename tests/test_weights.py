@@ -39,11 +39,11 @@ KINDS = (
 def test_three_agree_in_every_type(kind: str, synthetic: Callable[..., Path], reference: Reference, tmp_path: Path) -> None:
     """Every tensor of a model comes out of us, libggml and gguf-py the same, to the bit."""
     model = reference.quantize(synthetic(layers=1, width=256, ff=512), kind, tmp_path / "model.gguf")
-    found = check_weights(model, "numpy")
-    assert found
-    assert {tensor.status for tensor in found.tensors} == {"equal"}
-    assert {tensor.by for tensor in found.tensors} == {("ours", "libggml", "gguf")}
-    assert len(found.tensors) == 15
+    checked = check_weights(model, "numpy")
+    assert checked
+    assert {tensor.status for tensor in checked.tensors} == {"equal"}
+    assert {tensor.by for tensor in checked.tensors} == {("ours", "libggml", "gguf")}
+    assert len(checked.tensors) == 15
 
 
 def test_a_wrong_dequantiser_is_named_with_its_block(parity: Cli, stories: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,42 +52,42 @@ def test_a_wrong_dequantiser_is_named_with_its_block(parity: Cli, stories: Path,
     seen: list[int] = []
 
     def wrong(raw: np.ndarray, kind: int, columns: int) -> np.ndarray:
-        made = right(raw, kind, columns)
+        values = right(raw, kind, columns)
         if kind == 8 and not seen:
             seen.append(1)
-            made.reshape(-1)[70] = np.nextafter(made.reshape(-1)[70], np.float32(np.inf))
-        return made
+            values.reshape(-1)[70] = np.nextafter(values.reshape(-1)[70], np.float32(np.inf))
+        return values
 
     monkeypatch.setattr(weights, "dequantize", wrong)
-    code, found = parity.json("weights", "--backend", "numpy", "--model", stories)
+    code, answer = parity.json("weights", "--backend", "numpy", "--model", stories)
     assert code == 1
-    (bad,) = [tensor for tensor in found["tensors"] if tensor["status"] != "equal"]
+    (bad,) = [tensor for tensor in answer["tensors"] if tensor["status"] != "equal"]
     assert bad["reason"] == "ours stands alone"
     assert (bad["first"]["element"], bad["first"]["block"]) == (70, 2)
     model = GgufModel(stories)
     assert bad["first"]["bytes"] == model.raw(bad["name"]).reshape(-1)[68:102].tobytes().hex()
     seen.clear()
-    said = parity("weights", "--backend", "numpy", "--model", stories)
-    assert "element 70, block 2" in said.out
+    ran = parity("weights", "--backend", "numpy", "--model", stories)
+    assert "element 70, block 2" in ran.out
 
 
 def test_progress_reaches_the_end(synthetic: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """A file is read in portions, and the last report is that of all its bytes."""
     monkeypatch.setattr(weights, "_CHUNK", 1000)
     seen: list[tuple[int, int]] = []
-    found = check_weights(synthetic(kind="q8_0"), "numpy", lambda _what, done, total: seen.append((done, total)))
-    assert found
-    assert len(seen) > 3 * len(found.tensors)
-    assert seen[-1][0] == seen[-1][1] == found.bytes
+    checked = check_weights(synthetic(kind="q8_0"), "numpy", lambda _what, done, total: seen.append((done, total)))
+    assert checked
+    assert len(seen) > 3 * len(checked.tensors)
+    assert seen[-1][0] == seen[-1][1] == checked.bytes
 
 
 def test_libggml_reads_what_gguf_quantised() -> None:
     """to_float gives the values of blocks that gguf-py made, refuses other sizes, and knows no function for integers."""
     values = np.random.default_rng(0).standard_normal((2, 64)).astype(np.float32)
     raw = gguf.quants.quantize(values, gguf.GGMLQuantizationType.Q8_0)
-    made = ToFloat()(raw, 8, 128)
-    assert made is not None
-    np.testing.assert_array_equal(made, gguf.quants.dequantize(raw, gguf.GGMLQuantizationType.Q8_0).reshape(-1))
+    dequantised = ToFloat()(raw, 8, 128)
+    assert dequantised is not None
+    np.testing.assert_array_equal(dequantised, gguf.quants.dequantize(raw, gguf.GGMLQuantizationType.Q8_0).reshape(-1))
     assert ToFloat()(np.zeros(64, np.uint8), 26, 16) is None
 
 
@@ -139,11 +139,11 @@ def test_what_was_done_to_a_weight_is_told(quantized: Callable[[str], Path], tmp
     }
     for status, values in cases.items():
         np.savez(tmp_path / "theirs.npz", **values)
-        found = check_foreign(model.path, tmp_path / "theirs.npz")
-        assert [tensor.status for tensor in found.tensors] == [status]
-        assert bool(found) == (status in ("equal", "equal as F16"))
-    assert found.tensors[0].first is not None
-    assert found.tensors[0].first.element == int(q.reshape(-1)[0] == 0)
+        checked = check_foreign(model.path, tmp_path / "theirs.npz")
+        assert [tensor.status for tensor in checked.tensors] == [status]
+        assert bool(checked) == (status in ("equal", "equal as F16"))
+    assert checked.tensors[0].first is not None
+    assert checked.tensors[0].first.element == int(q.reshape(-1)[0] == 0)
 
 
 def test_sixteen_bits_read_as_others_are_told(quantized: Callable[[str], Path], tmp_path: Path) -> None:
@@ -178,9 +178,9 @@ def test_an_engine_that_holds_all_matrices_transposed_is_not_accused(stories: Pa
     model = GgufModel(stories)
     names = ("blk.0.ffn_up.weight", "blk.0.attn_q.weight")
     np.savez(tmp_path / "theirs.npz", **{name: model.load(name).T.reshape(-1)[:100] for name in names})
-    found = check_foreign(stories, tmp_path / "theirs.npz")
-    assert found
-    assert any("transposed" in note for note in found.notes)
+    checked = check_foreign(stories, tmp_path / "theirs.npz")
+    assert checked
+    assert any("transposed" in note for note in checked.notes)
 
 
 def test_not_a_number_in_the_file_is_said(parity: Cli, stories: Path, tmp_path: Path) -> None:
@@ -203,6 +203,6 @@ def test_a_hostile_file_of_weights_is_one_line(parity: Cli, stories: Path, tmp_p
     np.savez(tmp_path / "other.npz", nothing=np.zeros(8))
     np.savez(tmp_path / "pickled.npz", **{"blk.0.ffn_up.weight": np.array([{}], dtype=object)})
     for name in ("bad.npz", "bad.safetensors", "empty.jsonl", "other.npz", "pickled.npz", "no-such.npz"):
-        said = parity("weights", "--model", stories, "--theirs", tmp_path / name)
-        assert (said.code, said.err.count("\n"), said.out) == (2, 1, "")
+        ran = parity("weights", "--model", stories, "--theirs", tmp_path / name)
+        assert (ran.code, ran.err.count("\n"), ran.out) == (2, 1, "")
     assert foreign_weights.same(np.array([np.nan], np.float32), np.array([np.nan], np.float32))

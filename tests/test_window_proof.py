@@ -52,7 +52,7 @@ def test_windows_of_quantised_experts(reference: Reference, small_model: Callabl
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "message"),
     [
         ("gemma", r"SCALE \(inp_scaled\), which stands before the layers, would be applied to the hidden state again"),
         slow("gpt2", r"GET_ROWS \(pos_embd\), which stands before the layers, would be applied"),
@@ -66,10 +66,10 @@ def test_windows_of_quantised_experts(reference: Reference, small_model: Callabl
     ],
 )
 def test_what_is_not_the_whole_model_is_refused(
-    reference: Reference, small_model: Callable[..., Path], tmp_path: Path, name: str, said: str
+    reference: Reference, small_model: Callable[..., Path], tmp_path: Path, name: str, message: str
 ) -> None:
     """The line names what differs, and no dump is begun."""
-    with pytest.raises(InputError, match=f"{name} cannot be computed window by window: .*{said}"):
+    with pytest.raises(InputError, match=f"{name} cannot be computed window by window: .*{message}"):
         reference.dump(DumpJob(small_model(name), tmp_path / "windows.jsonl", TOKENS, window=1))
     assert not list(tmp_path.iterdir())
 
@@ -90,11 +90,11 @@ def test_windows_of_every_architecture(
     reference: Reference, small_model: Callable[..., Path], tmp_path: Path, name: str
 ) -> None:
     """Windows of one layer of every recipe's model are the whole model to the byte, or refused."""
-    said = ""
+    refusal = ""
     try:
         both(reference, small_model(name), tmp_path)
     except (InputError, ReferenceFailed) as error:  # glm4: ggml ends the process where the hidden state is given
-        said = error.message
+        refusal = error.message
     reasons = ("cannot be computed window by window", "cannot generate tokens", "llama.cpp aborted while computing")
-    assert not said or any(reason in said for reason in reasons)
-    assert not said or "aborted" in said or not list(tmp_path.iterdir())
+    assert not refusal or any(reason in refusal for reason in reasons)
+    assert not refusal or "aborted" in refusal or not list(tmp_path.iterdir())

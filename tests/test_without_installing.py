@@ -42,14 +42,14 @@ def run(source_tree: Path, *words: str) -> subprocess.CompletedProcess[str]:
 
 def test_a_source_tree_runs_without_metadata(source_tree: Path) -> None:
     """By PYTHONPATH alone `--version`, `dump ours` and `doctor` work; the version says that nothing was installed."""
-    said = run(source_tree, "--version")
-    assert (said.returncode, said.stdout) == (0, f"parity {version()} (not installed)\n")
-    said = run(source_tree, "dump", "ours", "--tokens", "1,2,3", "-o", "ours.jsonl")
-    assert said.returncode == 0, said.stderr
+    outcome = run(source_tree, "--version")
+    assert (outcome.returncode, outcome.stdout) == (0, f"parity {version()} (not installed)\n")
+    outcome = run(source_tree, "dump", "ours", "--tokens", "1,2,3", "-o", "ours.jsonl")
+    assert outcome.returncode == 0, outcome.stderr
     assert "(not installed)" in (source_tree / "ours.jsonl").read_text(encoding="utf-8").partition("\n")[0]
-    said = run(source_tree, "doctor")
-    assert said.returncode == 0, said.stderr
-    assert all(name in said.stdout for name in requirements())
+    outcome = run(source_tree, "doctor")
+    assert outcome.returncode == 0, outcome.stderr
+    assert all(name in outcome.stdout for name in requirements())
 
 
 def test_the_requirements_are_those_of_the_project() -> None:

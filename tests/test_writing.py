@@ -156,7 +156,7 @@ def test_pipes_are_written_to_as_they_are(parity: Cli, stories_run: Path, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("shape", "said"),
+    ("shape", "message"),
     [
         (("--layers", "100000000"), "at most 512 layers"),
         (("--architecture", "gemma3", "--layers", "100000000"), "at most 512 layers"),
@@ -167,9 +167,9 @@ def test_pipes_are_written_to_as_they_are(parity: Cli, stories_run: Path, tmp_pa
         (("--architecture", "qwen3", "--set", "block_count=99999999999"), "does not fit 32 bits"),
     ],
 )
-def test_models_that_fit_nowhere_are_refused_before_they_are_begun(parity: Cli, shape: tuple[str, ...], said: str) -> None:
+def test_models_that_fit_nowhere_are_refused_before_they_are_begun(parity: Cli, shape: tuple[str, ...], message: str) -> None:
     """What would fill the disk, the memory or llama.cpp's tables is one line, and leaves no file."""
-    refused(parity("synth", *shape, "-o", "m.gguf"), said)
+    refused(parity("synth", *shape, "-o", "m.gguf"), message)
     assert not list(Path().iterdir())
 
 

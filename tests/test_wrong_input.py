@@ -39,12 +39,12 @@ def test_a_folder_is_no_model(parity: Cli, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "said"), [(b"", "is empty"), (b"PK\x03\x04zip", "begins with b'PK"), (b"GGU", "is not a GGUF")]
+    ("content", "message"), [(b"", "is empty"), (b"PK\x03\x04zip", "begins with b'PK"), (b"GGU", "is not a GGUF")]
 )
-def test_not_a_gguf(parity: Cli, tmp_path: Path, content: bytes, said: str) -> None:
+def test_not_a_gguf(parity: Cli, tmp_path: Path, content: bytes, message: str) -> None:
     """A file of another kind is refused with its first bytes."""
     (tmp_path / "m.gguf").write_bytes(content)
-    refused(parity("run", "--model", "m.gguf", *ONCE), said)
+    refused(parity("run", "--model", "m.gguf", *ONCE), message)
 
 
 @pytest.mark.parametrize("size", [20, 1000, 60_000, 200_000, 15_000_000])
@@ -84,7 +84,7 @@ def test_a_model_without_a_tokenizer_takes_ids_only(parity: Cli, tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (("--prompt", ""), "the prompt is empty"),
         ((), "no prompt was given"),
@@ -114,9 +114,9 @@ def test_a_model_without_a_tokenizer_takes_ids_only(parity: Cli, tmp_path: Path)
         (("--prompt", "a", "--tolerance", "nan"), "--tolerance"),
     ],
 )  # fmt: skip
-def test_wrong_requests(parity: Cli, arguments: tuple[str, ...], said: str) -> None:
+def test_wrong_requests(parity: Cli, arguments: tuple[str, ...], message: str) -> None:
     """Each wrong request is one line that names what is wrong with it."""
-    refused(parity("run", *arguments), said)
+    refused(parity("run", *arguments), message)
 
 
 def test_an_unwritable_folder(parity: Cli, tmp_path: Path) -> None:
@@ -166,9 +166,9 @@ BAD_DUMPS = {
 @pytest.mark.parametrize("name", BAD_DUMPS)
 def test_bad_dumps(parity: Cli, tmp_path: Path, name: str) -> None:
     """Each unreadable dump is one line that names the file and, where there is one, the line."""
-    content, said = BAD_DUMPS[name]
+    content, message = BAD_DUMPS[name]
     (tmp_path / "bad.jsonl").write_bytes(content)
-    refused(parity("diff", "bad.jsonl", write("good.jsonl")), "bad.jsonl", said)
+    refused(parity("diff", "bad.jsonl", write("good.jsonl")), "bad.jsonl", message)
 
 
 def test_two_prompts_are_two_experiments(parity: Cli) -> None:

@@ -27,9 +27,9 @@ def saved(value: Any) -> bytes:
 
 
 def archive(path: Path, files: dict[str, Any]) -> None:
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as made:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as zipped:
         for name, value in files.items():
-            made.writestr(name, saved(value))
+            zipped.writestr(name, saved(value))
 
 
 def part(value: torch.Tensor, rank: int, axis: int) -> torch.Tensor:

@@ -102,4 +102,4 @@ class Isolation:
     @property
     def wrong(self) -> tuple[Operation, ...]:
         """The wrong ones, in the order of the model."""
-        return tuple(found for found in self.operations if found.status == WRONG)
+        return tuple(operation for operation in self.operations if operation.status == WRONG)

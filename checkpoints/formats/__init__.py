@@ -55,8 +55,8 @@ def load(path: str | os.PathLike[str], mapping: Mapping | None = None) -> Dump:
     """
     given = mapping or Mapping()
     place = Path(path)
-    form = _format_of(place) if os.fspath(path) != STDIN else None
-    dump = form.read(place, given) if form is not None else _with_unknown(given.renamed(reader.read(path)))
+    dump_format = _format_of(place) if os.fspath(path) != STDIN else None
+    dump = dump_format.read(place, given) if dump_format is not None else _with_unknown(given.renamed(reader.read(path)))
     return shifted(dump, given.position_offset) if given.position_offset else dump
 
 
@@ -64,17 +64,17 @@ def _format_of(place: Path) -> ModuleType | None:
     """The format that knows a path; None for JSON lines, which are what is left."""
     try:
         require_regular(place, DumpError, _PIPED)
-        found = next((form for form in _FORMATS if form.detect(place)), None)
+        recognised = next((dump_format for dump_format in _FORMATS if dump_format.detect(place)), None)
         folder = place.is_dir()
     except OSError as error:
         raise DumpError(f"cannot read {place}: {error.strerror}.", "Check the path.", code="no-file") from error
-    if found is None and folder:
+    if recognised is None and folder:
         dumps = sorted(file.name for file in place.glob("*.jsonl"))
         advice = f"Name the dump in it: {', '.join(dumps[:4])}." if dumps else "Name a dump."
         raise DumpError(
             f"{place} is a folder without .npy, .npz, .safetensors or .pt files or a debugger tree.", advice, code="no-file"
         )
-    return found
+    return recognised
 
 
 def _with_unknown(dump: Dump) -> Dump:

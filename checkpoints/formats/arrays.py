@@ -42,6 +42,10 @@ def read(path: Path, mapping: Mapping) -> Dump:
         DumpError: a file cannot be read, or there is no array that can be rows of positions.
     """
     files = sorted(file for file in path.iterdir() if file.suffix in _ENDINGS) if path.is_dir() else [path]
+    if len(files) > _MOST:
+        raise DumpError(f"{path} holds {len(files):,} files of arrays.", "Save fewer points.", code="array")
+    if sum(map(check_size, files)) > _LARGEST:
+        raise DumpError(f"the arrays of {path} are more than 1 GiB together.", "Save fewer positions or points.", code="array")
     parts: dict[str, list[Rows]] = {}
     notes: list[str] = []
     for file in files:
@@ -49,14 +53,14 @@ def read(path: Path, mapping: Mapping) -> Dump:
             label, _, step = name.rpartition("/")
             label, number = (label, int(step)) if label and step.isdigit() else (name, 0)
             point, entry = mapping.entry(label)
-            made = rows_of(point, mapping.array(entry, array), number, sum(map(len, parts.get(point, []))))
-            if made is None:
+            rows = rows_of(point, mapping.array(entry, array), number, sum(map(len, parts.get(point, []))))
+            if rows is None:
                 notes.append(f"{name} has shape {list(array.shape)}, which is not rows of positions; left out")
             else:
-                parts.setdefault(point, []).append(made)
+                parts.setdefault(point, []).append(rows)
     if not parts:
         raise DumpError(f"{path} holds no array of activations.", "Name arrays by point: embd, blk.5.l_out.", code="no-records")
-    points = {name: Rows.stack(found) for name, found in parts.items()}
+    points = {name: Rows.stack(batches) for name, batches in parts.items()}
     return Dump(str(path), None, points, notes=(*notes, *unknown_names(points)))
 
 
@@ -83,8 +87,8 @@ def rows_of(point: str, array: NDArray[Any], step: int = 0, first: int = 0) -> R
     return summarise(point, values, positions, step=step, decode=step > 0 and len(values) == 1, slice_size=None)
 
 
-def check_size(file: Path) -> None:
-    """Raises DumpError for what would fill the memory, a small archive of huge arrays too."""
+def check_size(file: Path) -> int:
+    """The bytes of a file's arrays. Raises DumpError for what would fill the memory, a small archive of huge arrays too."""
     try:
         status = file.stat()
         if not stat.S_ISREG(status.st_mode):
@@ -106,17 +110,17 @@ def check_size(file: Path) -> None:
         raise DumpError(f"cannot read {file}: {' '.join(str(error).split())[:100]}.", "Save it again.", code="array") from error
     if size > _LARGEST:
         raise DumpError(f"{file} holds more than 1 GiB.", "Save fewer positions or points, or single arrays.", code="array")
+    return size
 
 
 def _arrays(file: Path) -> Iterator[tuple[str, NDArray[Any]]]:
-    check_size(file)
     try:
         if file.suffix == ".safetensors":
             yield from safetensors(file)
         elif file.suffix == ".npz":
-            with np.load(file, allow_pickle=False) as found:
-                for name in found.files:
-                    yield name, np.asarray(found[name])  # bytes where a member is no array, which have no kind of ours
+            with np.load(file, allow_pickle=False) as archive:
+                for name in archive.files:
+                    yield name, np.asarray(archive[name])  # bytes where a member is no array, which have no kind of ours
         else:
             yield file.stem, np.load(file, mmap_mode="r", allow_pickle=False)
     except (
@@ -129,8 +133,8 @@ def _arrays(file: Path) -> Iterator[tuple[str, NDArray[Any]]]:
         OverflowError,
         SyntaxError,
     ) as error:
-        said = " ".join(str(error).split())[:100]
-        raise DumpError(f"cannot read {file}: {said}.", "Save it again.", code="array") from error
+        reason = " ".join(str(error).split())[:100]
+        raise DumpError(f"cannot read {file}: {reason}.", "Save it again.", code="array") from error
     except Exception as error:  # zlib and the header's parser have errors of their own
         raise DumpError(f"cannot read {file}: {type(error).__name__}.", "Save it again.", code="array") from error
 

@@ -2,6 +2,7 @@
 
 import stat
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from ..errors import DumpError
 from ..mapping import Mapping
 from ..reading import fields, lenient
 from ..reading.reader import notes
-from ..record import SKETCH_SIZE, Dump, End, Header, Rows, Token
+from ..record import SKETCH_SIZE, STATISTICS, Dump, End, Header, Rows, Token
 from ..regular import require_regular
 
 _FIRST_LINE = 1 << 24  # bytes of a header at most: the pieces and the dataflow of a long prompt
@@ -150,28 +151,51 @@ class _Arrays:
         counts = arrays["counts"]
         fits = fits and arrays["shape"].ndim == 2 and len(arrays["shape"]) == count and isinstance(point, str)
         fits = fits and line.get("records") == count and bool(((counts >= 0) & (counts <= width)).all())
-        fits = fits and bool((arrays["place"] >= 0).all()) and all(isinstance(name, str) for name in names)
+        fits = (
+            fits and isinstance(names, list) and all(isinstance(name, str) for name in names) and len(set(names)) == len(names)
+        )
+        fits = fits and _in_bounds(arrays["place"]) and _indices_fit(arrays.get("indices"), counts)
         quantum = arrays.get("quantum", np.zeros(0))
         fits = fits and bool((np.isfinite(quantum) & (quantum >= 0)).all())
         fits = fits and not (quantum.size and fields.beyond_values(quantum, arrays["values"]).any())
         if not fits:
             raise DumpError(f"{self.path}: the arrays of {point!r:.80} do not fit together.", _AGAIN, code="columns")
-        place = arrays["place"]
+        place, shapes = arrays["place"], _shapes(arrays["shape"])
+        held = {shape: prod(shape) if shape else fields.POSITIONS for shape in set(shapes)}
+        if (counts > np.fromiter(map(held.__getitem__, shapes), np.int64, count)).any():
+            raise DumpError(f"{self.path}: {point!r:.80} has more values than its shape holds.", _AGAIN, code="columns")
         return Rows(
             point=str(point),
             seq=place[:, 0],
             token_idx=place[:, 1],
             step=place[:, 2],
             decode=place[:, 3] != 0,
-            shapes=_shapes(arrays["shape"]),
+            shapes=shapes,
             values=arrays["values"],
             counts=counts,
-            stats={name: arrays["stats"][:, i] for i, name in enumerate(names)},
+            stats={name: arrays["stats"][:, i] for i, name in enumerate(names) if name in STATISTICS},
             sketch=arrays.get("sketch"),
             indices=arrays.get("indices"),
             quantum=arrays.get("quantum"),
             dtype=str(line.get("dtype", "f32")),
         )
+
+
+def _in_bounds(place: NDArray[np.int64]) -> bool:
+    """Whether places [R, 4] are such as lines may have: sequence, position, pass, and 0 or 1."""
+    limits = np.array([fields.SEQUENCES, fields.POSITIONS, fields.POSITIONS, 2])
+    return bool(((place >= 0) & (place < limits)).all())
+
+
+def _indices_fit(indices: NDArray[np.int64] | None, counts: NDArray[np.int64]) -> bool:
+    """Whether scattered values [R, k] are of elements that differ, and -1 stands behind a row's values and in rows that have none."""
+    if indices is None or not indices.size:
+        return True
+    width = indices.shape[1]
+    scattered = (np.arange(width)[None, :] < counts[:, None]) & (indices[:, :1] >= 0)
+    inside = np.where(scattered, indices, -1)
+    ordered = np.sort(np.where(scattered, indices, -1 - np.arange(width)[None, :]), axis=1)
+    return bool((inside == indices).all() and (indices < fields.POSITIONS).all() and (np.diff(ordered, axis=1) > 0).all())
 
 
 def _shapes(table: NDArray[np.int64]) -> tuple[tuple[int, ...], ...]:
@@ -181,6 +205,8 @@ def _shapes(table: NDArray[np.int64]) -> tuple[tuple[int, ...], ...]:
         ValueError: a shape beyond any activation.
     """
     alike = len(table) > 1 and bool((table == table[0]).all())
+    if table.shape[1] > fields.DIMENSIONS:
+        raise ValueError(f"a shape has {table.shape[1]} dimensions, more than any activation has")
     rows = table[:1] if alike else table
     shapes = [tuple(row) for row in rows.tolist()]
     plain = (

@@ -50,17 +50,17 @@ def read(path: Path, mapping: Mapping) -> Dump:
         arrays = dict(safetensors(file, integers=True))
         rows, tokens = _rows(arrays, mapping)
     except (OSError, ValueError, KeyError, TypeError, IndexError, OverflowError, RecursionError) as error:
-        said = " ".join(str(error).split())[:100]
-        raise DumpError(f"cannot read {file}: {said}.", _AGAIN, code="array") from error
+        reason = " ".join(str(error).split())[:100]
+        raise DumpError(f"cannot read {file}: {reason}.", _AGAIN, code="array") from error
     if not rows:
         raise DumpError(f"{file} has no round with logits or a cache.", _AGAIN, code="no-records")
     return Dump(str(path), None, {name: Rows.stack(parts) for name, parts in rows.items()}, tuple(tokens))
 
 
 def _rows(arrays: Named[str, NDArray[Any]], mapping: Mapping) -> tuple[dict[str, list[Rows]], list[Token]]:
-    made: dict[str, list[Rows]] = {}
+    rows_of: dict[str, list[Rows]] = {}
     tokens: list[Token] = []
-    rounds = sorted({int(found[1]) for name in arrays if (found := _NAME.fullmatch(name))})
+    rounds = sorted({int(match[1]) for name in arrays if (match := _NAME.fullmatch(name))})
     before: dict[int, int] = {}
     for number in rounds:
         prefix = f"round_{number}."
@@ -68,36 +68,36 @@ def _rows(arrays: Named[str, NDArray[Any]], mapping: Mapping) -> tuple[dict[str,
         if not all(0 < n < POSITIONS for n in lengths):
             raise ValueError(f"round {number} has a context length of {min(lengths, default=0)}")
         for name, array in arrays.items():
-            found = _NAME.fullmatch(name)
-            if found is None or int(found[1]) != number:
+            match = _NAME.fullmatch(name)
+            if match is None or int(match[1]) != number:
                 continue
             for seq, length in enumerate(lengths):
                 first = before.get(seq, 0)
-                for label, values, positions in _of(found, array, seq, first, length):
+                for label, values, positions in _of(match, array, seq, first, length):
                     point, entry = mapping.entry(label)
                     ours = mapping.array(entry, np.ascontiguousarray(values, np.float32))
                     rows = summarise(point, ours, positions, step=number, decode=number > 0, slice_size=None, seq=seq)
-                    made.setdefault(point, []).append(rows)
+                    rows_of.setdefault(point, []).append(rows)
         generated = arrays.get(f"{prefix}generated_token_ids")
         if generated is not None:
             ids = generated.reshape(-1)[: len(lengths)]
             tokens += [Token(length, int(ids[seq]), seq=seq) for seq, length in enumerate(lengths[: len(ids)]) if ids[seq] >= 0]
         before = dict(enumerate(lengths))
-    return made, tokens
+    return rows_of, tokens
 
 
 def _of(
-    found: "re.Match[str]", array: NDArray[Any], seq: int, first: int, length: int
+    match: "re.Match[str]", array: NDArray[Any], seq: int, first: int, length: int
 ) -> list[tuple[str, NDArray[Any], NDArray[np.int64]]]:
     """(name, rows, positions) of a tensor for one sequence, of the positions that this round made."""
-    kind = found[3]
-    if kind == "logits" and found[2] is None:
+    kind = match[3]
+    if kind == "logits" and match[2] is None:
         return [(LOGITS, array[seq].reshape(1, -1), np.array([length - 1]))]
-    if kind != "kv" or found[2] is None:
+    if kind != "kv" or match[2] is None:
         return []
     if array.ndim != 5 or array.shape[1] != 2 or not first < length <= array.shape[3]:
-        raise ValueError(f"{found[0]} has shape {list(array.shape)} where {length} positions were computed")
+        raise ValueError(f"{match[0]} has shape {list(array.shape)} where {length} positions were computed")
     positions = np.arange(first, length)
-    layer = int(found[2])
+    layer = int(match[2])
     parts = ((in_layer(layer, "k_rope"), array[seq, 0]), (in_layer(layer, "v"), array[seq, 1]))
     return [(name, part[:, first:length].transpose(1, 0, 2).reshape(len(positions), -1), positions) for name, part in parts]

@@ -82,13 +82,13 @@ def read(path: Path, mapping: Mapping) -> Dump:
         close()
     except OSError as error:
         raise DumpError(f"cannot read {path}: {error.strerror}.", "Check the path.", code="no-file") from error
-    made = {name: found for name, found in points.items() if found.records}
-    if not made:
+    recorded = {name: printed for name, printed in points.items() if printed.records}
+    if not recorded:
         raise DumpError(f"{path} has no tensor with a known name.", "Was the log filtered?", code="no-records")
     every = sums_of_all(verdicts)
-    said = "their sums are of all values" if every else "no sum is of more than these"
-    rows = {name: found.rows(name, sums=every) for name, found in made.items()}
-    return Dump(str(path), None, rows, notes=(f"values are printed to four decimals, some of each row; {said}",))
+    sums = "their sums are of all values" if every else "no sum is of more than these"
+    rows = {name: printed.rows(name, sums=every) for name, printed in recorded.items()}
+    return Dump(str(path), None, rows, notes=(f"values are printed to four decimals, some of each row; {sums}",))
 
 
 def _point(name: bytes, op: bytes, sources: bytes, mapping: Mapping) -> str | None:

@@ -55,11 +55,11 @@ def read(path: Path, mapping: Mapping) -> Dump:
             name, rows, positions = OUTPUT_NORM, values.reshape(last + 1, -1), np.arange(last + 1)
     point, entry = mapping.entry(name)
     with np.errstate(over="ignore"):
-        made: Rows = summarise(point, mapping.array(entry, rows), positions.astype(np.int64), slice_size=None)
+        summary: Rows = summarise(point, mapping.array(entry, rows), positions.astype(np.int64), slice_size=None)
     text = _prompt(prompt) if prompt is not None else None
     header = Header(file.name.partition("-")[0], tokens=tokens, prompt=text, slice=rows.shape[1]) if tokens else None
     notes = () if tokens else (f"there is no {stem}{_TOKENS}: the position is taken for 0 (--offset)",)
-    return Dump(str(path), header, {point: made}, notes=notes)
+    return Dump(str(path), header, {point: summary}, notes=notes)
 
 
 def _beside(file: Path, stem: str, ending: str) -> list[Path]:
@@ -71,11 +71,11 @@ def _of_values(path: Path) -> Path:
         if path.name.endswith(_TOKENS):
             raise DumpError(f"{path} holds token ids.", f"Name the file beside it without {_TOKENS[:-4]}.", code="no-records")
         return path
-    found = sorted(file for file in path.iterdir() if _NAME.fullmatch(file.name) and not file.name.endswith(_TOKENS))
-    if len(found) != 1:
-        names = ", ".join(file.name for file in found[:4])
-        raise DumpError(f"{path} holds {len(found)} files of values: {names}.", "Name one of them.", code="no-file")
-    return found[0]
+    files = sorted(file for file in path.iterdir() if _NAME.fullmatch(file.name) and not file.name.endswith(_TOKENS))
+    if len(files) != 1:
+        names = ", ".join(file.name for file in files[:4])
+        raise DumpError(f"{path} holds {len(files)} files of values: {names}.", "Name one of them.", code="no-file")
+    return files[0]
 
 
 def _numbers(file: Path, kind: str) -> NDArray[np.generic]:
@@ -89,17 +89,17 @@ def _numbers(file: Path, kind: str) -> NDArray[np.generic]:
         raise DumpError(f"cannot read {file}: {error.strerror}.", "Check the path.", code="no-file") from error
     if not data or len(data) % 4:
         raise DumpError(f"{file} has {len(data):,} bytes, which are no 32-bit numbers.", _AGAIN, code="array")
-    found = np.frombuffer(data, kind)
-    if kind == "<i4" and (found < 0).any():
+    values = np.frombuffer(data, kind)
+    if kind == "<i4" and (values < 0).any():
         raise DumpError(f"{file} has a token id below 0.", _AGAIN, code="tokens")
-    if kind == "<f4" and (wrong := np.isnan(found)).any():  # of any kind: NumPy warns of signalling ones
-        found = np.where(wrong, np.float32(np.nan), found)
-    return found
+    if kind == "<f4" and (wrong := np.isnan(values)).any():  # of any kind: NumPy warns of signalling ones
+        values = np.where(wrong, np.float32(np.nan), values)
+    return values
 
 
 def _prompt(file: Path) -> str | None:
     try:
-        found = re.search(r"\Aprompt: (.*?)\nn_tokens: \d+\n", read_text(file), re.DOTALL)
+        match = re.search(r"\Aprompt: (.*?)\nn_tokens: \d+\n", read_text(file), re.DOTALL)
     except (OSError, UnicodeDecodeError):
         return None
-    return found[1] if found else None
+    return match[1] if match else None

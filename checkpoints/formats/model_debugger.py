@@ -83,8 +83,8 @@ def _printed(tree: Path, point: str, value: dict[str, Any], entry: Entry | None)
     try:
         return printed_rows(point, "".join(map(str, value["value"])), str(value.get("shape")))
     except (ValueError, TypeError, RecursionError) as error:
-        said = " ".join(str(error).split())[:100]
-        raise DumpError(f"{tree}: cannot read {point}: {said}.", "Run the debugger again.", code="tree") from error
+        reason = " ".join(str(error).split())[:100]
+        raise DumpError(f"{tree}: cannot read {point}: {reason}.", "Run the debugger again.", code="tree") from error
 
 
 def _values(node: Any, layers: int, depth: int = 0) -> Iterator[tuple[str, Any]]:

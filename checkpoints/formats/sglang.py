@@ -80,23 +80,23 @@ def read(path: Path, mapping: Mapping) -> Dump:
         places = _Places.of(tensors)
         tokens = tokens or places.tokens
         for tensor in tensors.values():
-            made = _rows(tensor, number, places, mapping, notes)
-            if made is not None:
-                points.setdefault(made.point, []).append(made)
+            rows = _rows(tensor, number, places, mapping, notes)
+            if rows is not None:
+                points.setdefault(rows.point, []).append(rows)
     if not points:
         raise DumpError(f"{path} holds no tensor of activations.", "Dump layers' outputs by name.", code="no-records")
     stacked = {name: Rows.stack(parts) for name, parts in points.items()}
-    said = [f"{what}: {count} tensors" for what, count in notes.items()]
+    remarks = [f"{what}: {count} tensors" for what, count in notes.items()]
     header = Header("sglang", tokens=tokens) if tokens else None
-    return Dump(str(path), header, stacked, notes=(*said, *unknown_names(stacked)))
+    return Dump(str(path), header, stacked, notes=(*remarks, *unknown_names(stacked)))
 
 
 def _collected(file: Path, passes: dict[int, dict[str, _Tensor]]) -> None:
     """Add what a file holds to its pass."""
     value = torch_file.contents(file)
-    if (found := _PASS.fullmatch(file.name)) is not None:
+    if (named := _PASS.fullmatch(file.name)) is not None:
         rank = _RANK.fullmatch(file.parent.name)
-        tensors = passes.setdefault(int(found[1]), {})
+        tensors = passes.setdefault(int(named[1]), {})
         for name, array in torch_file.named(value, file.stem):
             tensors.setdefault(name, _Tensor(name)).parts[int(rank[3]) if rank else 0] = array
         return
@@ -147,8 +147,8 @@ class _Places:
         """From what the pass itself dumped."""
 
         def one(ending: str) -> NDArray[np.int64] | None:
-            found = next((t for name, t in tensors.items() if name.rpartition(".")[2] == ending and t.parts), None)
-            array = None if found is None else found.parts[min(found.parts)]
+            tensor = next((t for name, t in tensors.items() if name.rpartition(".")[2] == ending and t.parts), None)
+            array = None if tensor is None else tensor.parts[min(tensor.parts)]
             usable = array is not None and array.ndim == 1 and array.dtype.kind in "iu" and array.size
             return np.asarray(array, np.int64) if usable else None
 
@@ -180,16 +180,16 @@ def _rows(tensor: _Tensor, step: int, places: _Places, mapping: Mapping, notes: 
         notes[what] = notes.get(what, 0) + 1
     if whole is None:
         return None
-    made = rows_of(point, mapping.array(entry, whole), step)
-    if made is None or places.positions is None or places.seq is None:
-        return made
-    if len(made) == len(places.positions):
-        values = np.ascontiguousarray(made.values)
+    rows = rows_of(point, mapping.array(entry, whole), step)
+    if rows is None or places.positions is None or places.seq is None:
+        return rows
+    if len(rows) == len(places.positions):
+        values = np.ascontiguousarray(rows.values)
         return _at(point, values, places.positions, places.seq, step)
     last = np.flatnonzero(np.append(np.diff(places.seq) != 0, True))  # logits: the last token of every sequence
-    if len(made) == len(last):
-        return _at(point, made.values, places.positions[last], places.seq[last], step)
-    return made
+    if len(rows) == len(last):
+        return _at(point, rows.values, places.positions[last], places.seq[last], step)
+    return rows
 
 
 def _at(point: str, values: NDArray[np.float32], positions: NDArray[np.int64], seq: NDArray[np.int64], step: int) -> Rows:

@@ -50,8 +50,8 @@ _SUM = "sum"
 
 def _axis(dims: str) -> int | str | None:
     """The axis that is split, `_SUM` for partial sums, None where the notes name none."""
-    for axis, found in enumerate(_DIM.finditer(dims.partition("#")[0])):
-        for modifier in (found[1] or "").split(","):
+    for axis, match in enumerate(_DIM.finditer(dims.partition("#")[0])):
+        for modifier in (match[1] or "").split(","):
             name, _, how = modifier.strip().partition(":")
             if name in _PARALLEL:
                 return _SUM if how == "partial" else axis

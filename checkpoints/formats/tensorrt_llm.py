@@ -57,7 +57,7 @@ def detect(path: Path) -> bool:
 
 def _files(path: Path) -> Iterator[tuple[int, Path]]:
     ranks = [
-        (int(found[1]), child) for child in sorted(path.iterdir()) if (found := _RANK.fullmatch(child.name)) and child.is_dir()
+        (int(match[1]), child) for child in sorted(path.iterdir()) if (match := _RANK.fullmatch(child.name)) and child.is_dir()
     ]
     own = _RANK.fullmatch(path.name)
     for rank, folder in ranks or [(int(own[1]) if own else 0, path)]:
@@ -77,11 +77,11 @@ def read(path: Path, mapping: Mapping) -> Dump:
         raise DumpError(f"{path} holds {len(files):,} files, or more than 4 GiB.", "Dump fewer modules.", code="array")
     modules: dict[_Path, _Module] = {}
     for rank, file in files:
-        found = _NAME.fullmatch(file.name)
-        assert found is not None  # `_files` and `detect` asked the same
-        place = tuple((int(number), name) for number, name in _MODULE.findall(found[1]))
+        match = _NAME.fullmatch(file.name)
+        assert match is not None  # `_files` and `detect` asked the same
+        place = tuple((int(number), name) for number, name in _MODULE.findall(match[1]))
         module = modules.setdefault(place, _Module())
-        (module.inputs if found[2] == "input" else module.outputs).setdefault(found[3], {})[rank] = file
+        (module.inputs if match[2] == "input" else module.outputs).setdefault(match[3], {})[rank] = file
     points: dict[str, Rows] = {}
     notes: dict[str, int] = {}
     for name, sources in _named(modules):
@@ -97,8 +97,8 @@ def read(path: Path, mapping: Mapping) -> Dump:
         points[LOGITS] = replace(points[LOGITS], token_idx=points[EMBD].token_idx[-1:])
     if not points:
         raise DumpError(f"{path} names no module of a decoder.", "Dump the whole model, not one module.", code="no-records")
-    said = [f"{what}: {count} tensors" for what, count in notes.items()]
-    return Dump(str(path), None, points, notes=(*said, *unknown_names(points)))
+    remarks = [f"{what}: {count} tensors" for what, count in notes.items()]
+    return Dump(str(path), None, points, notes=(*remarks, *unknown_names(points)))
 
 
 def _whole(files: dict[int, Path], notes: dict[str, int]) -> NDArray[Any] | None:

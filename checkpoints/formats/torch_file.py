@@ -80,7 +80,7 @@ def read(path: Path, mapping: Mapping) -> Dump:
         raise DumpError(
             f"{path} holds no tensor of activations.", "Name tensors by point: embd, blk.5.l_out.", code="no-records"
         )
-    made = {name: found[0] for name, found in points.items()}
+    made = {name: batches[0] for name, batches in points.items()}
     return Dump(str(path), None, made, notes=tuple(unknown_names(made)))
 
 
@@ -119,11 +119,11 @@ def contents(file: Path) -> Any:
     except DumpError:
         raise
     except zipfile.BadZipFile as error:
-        said = "torch's old format, or no file of torch at all" if size else "an empty file"
-        raise DumpError(f"cannot read {file}: {said}.", _AGAIN, code="array") from error
+        reason = "torch's old format, or no file of torch at all" if size else "an empty file"
+        raise DumpError(f"cannot read {file}: {reason}.", _AGAIN, code="array") from error
     except Exception as error:  # of zlib, of the instructions' parser, of shapes: a file's fault, whatever its name
-        said = " ".join(str(error).split())[:100] or type(error).__name__
-        raise DumpError(f"cannot read {file}: {said}.", _AGAIN, code="array") from error
+        reason = " ".join(str(error).split())[:100] or type(error).__name__
+        raise DumpError(f"cannot read {file}: {reason}.", _AGAIN, code="array") from error
 
 
 def _check_members(members: dict[str, zipfile.ZipInfo], size: int) -> None:

@@ -35,14 +35,14 @@ def printed_rows(point: str, text: str, sizes: str) -> Rows | None:
     if decimals is None or not shape or not all(shape) or prod(shape) >= 1 << 40:
         return None
     nested = orjson.loads(_WORD.sub(r'"\g<0>"', _BARE_POINT.sub(".0", body)))
-    found: dict[int, dict[int, float]] = {}
+    elements: dict[int, dict[int, float]] = {}
     width = prod(shape[1:]) if len(shape) == 2 else prod(shape[2:]) if len(shape) > 2 else shape[0]
     if len(shape) > 2 and shape[0] != 1:
         return None
     for place, value in _walk(nested, shape):
         at = int(np.ravel_multi_index(place, shape))
-        found.setdefault(at // width, {})[at % width] = value
-    return _rows(point, found, width, len(decimals[1]), scientific=bool(decimals[2]))
+        elements.setdefault(at // width, {})[at % width] = value
+    return _rows(point, elements, width, len(decimals[1]), scientific=bool(decimals[2]))
 
 
 def _walk(node: Any, shape: tuple[int, ...], before: tuple[int, ...] = ()) -> Iterator[tuple[tuple[int, ...], float]]:
@@ -61,14 +61,14 @@ def _walk(node: Any, shape: tuple[int, ...], before: tuple[int, ...] = ()) -> It
             yield from _walk(child, shape, (*before, i if i < gap else size - (len(node) - i)))
 
 
-def _rows(point: str, found: dict[int, dict[int, float]], width: int, decimals: int, *, scientific: bool) -> Rows:
-    positions = sorted(found)
-    counts = np.array([len(found[position]) for position in positions], dtype=np.int64)
+def _rows(point: str, elements: dict[int, dict[int, float]], width: int, decimals: int, *, scientific: bool) -> Rows:
+    positions = sorted(elements)
+    counts = np.array([len(elements[position]) for position in positions], dtype=np.int64)
     values = np.full((len(positions), int(counts.max())), np.nan)
     indices = np.full(values.shape, -1, dtype=np.int64)
     for r, position in enumerate(positions):
-        values[r, : counts[r]] = list(found[position].values())
-        indices[r, : counts[r]] = list(found[position])
+        values[r, : counts[r]] = list(elements[position].values())
+        indices[r, : counts[r]] = list(elements[position])
     step = [_step(value, decimals, scientific=scientific) for value in values.ravel().tolist()]
     with np.errstate(over="ignore"):
         single = values.astype(np.float32)

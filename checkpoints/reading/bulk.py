@@ -68,25 +68,25 @@ class Taken:
 
     Attributes:
         records, texts: the fields of each record [R], and the text of its values with its brackets.
-        numbers: each record's line in the block [R], from 0.
+        numbers: each record's line in the block, int64 [R], from 0.
         left: numbers and texts of the other lines.
         skipped: how many lines hold no object at all.
     """
 
     records: list[RecordFields]
     texts: Sequence[Text]
-    numbers: Sequence[int]
+    numbers: NDArray[np.int64]
     left: Sequence[tuple[int, bytes]] = ()
     skipped: int = 0
 
     def between(self, start: int, stop: int) -> "Taken":
         """The records of the lines start…stop, without what was left."""
-        a, b = np.searchsorted(self.numbers, [start, stop]).tolist()
+        a, b = np.searchsorted(self.numbers, [start, stop]).tolist() if start or self.left else (0, len(self.records))
         return self if b - a == len(self.records) else Taken(self.records[a:b], self.texts[a:b], self.numbers[a:b])
 
     def pick(self, members: Sequence[int]) -> "Taken":
         """Some of the records."""
-        return Taken([self.records[i] for i in members], [self.texts[i] for i in members], [self.numbers[i] for i in members])
+        return Taken([self.records[i] for i in members], [self.texts[i] for i in members], self.numbers[members])
 
 
 class BulkParser:
@@ -105,9 +105,9 @@ class BulkParser:
             records, texts = plain
             others = _others(records, texts)
             if not others:
-                return Taken(records, texts, range(len(records)))
+                return Taken(records, texts, np.arange(len(records)))
             lines = block.split(b"\n")
-            return _without(Taken(records, texts, range(len(records)), [(i, lines[i]) for i in others]), others)
+            return _without(Taken(records, texts, np.arange(len(records)), [(i, lines[i]) for i in others]), others)
         numbers, objects, skipped = _objects(block)
         trimmed = b"".join([line + b"\n" for line in objects])
         plain = self._plain(trimmed) if trimmed and trimmed != block else None
@@ -117,7 +117,10 @@ class BulkParser:
         else:
             records, texts = plain
         others = _others(records, texts)
-        return _without(Taken(records, texts, numbers, [(numbers[i], objects[i]) for i in others], skipped), others)
+        return _without(
+            Taken(records, texts, np.array(numbers, dtype=np.int64), [(numbers[i], objects[i]) for i in others], skipped),
+            others,
+        )
 
     def _plain(self, block: bytes) -> tuple[list[RecordFields], Sequence[Text]] | None:
         """The fields of lines of which each is a JSON object, and the texts of their values; None where one is not."""
@@ -192,10 +195,10 @@ class BulkParser:
         if left or values is None:
             kept = [i for i in range(len(taken.records)) if i not in left]
             slabs, more = self.slabs(taken.pick(kept), labels, first, digits=digits)
-            return slabs, sorted([*more, *(taken.numbers[i] for i in left)])
+            return slabs, sorted([*more, *taken.numbers[sorted(left)].tolist()])
         point = np.array(labels.numbers(names), dtype=np.int64)
         place = np.array([seqs, positions, steps, [phase == DECODE for phase in phases]], dtype=np.int64).T
-        order = first + np.array(taken.numbers, dtype=np.int64)
+        order = first + taken.numbers
         whole = Slab(point, order, place, shapes, _EMPTY, list(dtypes), _stats(statistics), sketch)
         return _by_width(whole, values, digits=digits), []
 

@@ -16,7 +16,7 @@ from ..record import FORMAT, STATISTICS, Header, ModelInfo, Token
 from . import words
 
 POSITIONS = 1 << 40  # positions and steps lie below this
-_DIMENSIONS = 16  # of a shape, leading ones left out: ggml has 4
+DIMENSIONS = 16  # of a shape, leading ones left out: ggml has 4
 SEQUENCES = 1 << 22  # sequences below this: both together make one 63-bit key
 _WORDS = {
     "NaN": np.nan,
@@ -107,7 +107,7 @@ def shape(found: Any) -> tuple[int, ...]:
         raise TypeError(f'"shape" must be a list, not {found!r:.40}')
     ones = next((i for i, size in enumerate(sizes) if type(size) is not int or size != 1), len(sizes))
     sizes = sizes[min(ones, max(len(sizes) - 1, 0)) :]
-    if len(sizes) > _DIMENSIONS:
+    if len(sizes) > DIMENSIONS:
         raise ValueError(f'"shape" has {len(sizes)} dimensions, more than any activation has')
     whole = tuple(integer(size, "shape") for size in sizes)
     if prod(whole) >= POSITIONS:

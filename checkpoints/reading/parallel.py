@@ -24,8 +24,6 @@ from .bulk import BulkParser
 
 BLOCK = 1 << 19  # bytes read at once: what is made of them stays in a core's cache
 LINE = 1 << 26  # bytes of the longest line: a row of 4 million values; as objects such a line takes 1 GB
-_LARGE = 1 << 25  # bytes of a file below which it is read before another process has started (0.2 s)
-_RANGE = 1 << 22  # bytes of a range: a tenth of a second's work, some MB as arrays
 _AHEAD = 2  # ranges that a process has been asked for: one in work and one for when that is done
 _MOST = 4  # processes that can be kept busy: taking a range over costs a tenth of reading it
 # Where this package stands is first on the child's path only if it isn't on it anyway.
@@ -33,6 +31,25 @@ _BOOT = (
     "import sys; root = sys.argv[1]; sys.path[:0] = [] if root in sys.path else [root]; "
     "from checkpoints.reading.parallel import serve; serve()"
 )
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """How a file is shared out.
+
+    `processes` read it beside this one: None for one a core, 0 for none. A file of less than `smallest` bytes is read before
+    another process has started (0.2 s); a range of `portion` bytes is a tenth of a second's work, some MB as arrays. This
+    process reads `block` bytes at once until the others have started, or the first only and waits for them, with `wait`.
+    """
+
+    processes: int | None = None
+    smallest: int = 1 << 25
+    portion: int = 1 << 22
+    block: int = BLOCK
+    wait: bool = False
+
+
+SHARED = Sharing()
 
 
 @dataclass(frozen=True)
@@ -72,14 +89,15 @@ class Readers:
     A context manager: they end with it.
     """
 
-    def __init__(self, path: Path, processes: int | None = None) -> None:
+    def __init__(self, path: Path, sharing: Sharing = SHARED) -> None:
         self._path = path
+        self._sharing = sharing
         self._size = path.stat().st_size if path.is_file() else 0
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        count = (min(cores, _MOST) if cores > 1 else 0) if processes is None else processes
+        count = (min(cores, _MOST) if cores > 1 else 0) if sharing.processes is None else sharing.processes
         self._children: list[_Child] = []
         try:
-            for _ in range(count if self._size >= _LARGE else 0):
+            for _ in range(count if self._size >= sharing.smallest else 0):
                 self._children.append(_Child())
         except OSError:  # no more processes are allowed: one reads it as well
             self.end()
@@ -87,18 +105,19 @@ class Readers:
     def ready(self) -> bool:
         """Whether they have started and can be asked."""
         try:
-            return bool(self._children) and all(child.started() for child in self._children)
+            return bool(self._children) and all(child.started(wait=self._sharing.wait) for child in self._children)
         except (EOFError, OSError):  # one has died
             self.end()
             return False
 
     def contents(self, start: int, header: Header | None) -> Iterator[RangeContent]:
         """What stands in the file from the line that begins at `start`, up to what they cannot read or the file's end."""
-        starts = list(range(start, self._size, _RANGE))
+        size = self._sharing.portion
+        starts = list(range(start, self._size, size))
         count = len(self._children)
         try:
             for number, begin in enumerate(starts[: _AHEAD * count]):
-                self._children[number % count].ask(self._path, begin, begin + _RANGE, header)
+                self._children[number % count].ask(self._path, begin, begin + size, header)
             for number in range(len(starts)):
                 child = self._children[number % count]
                 content = child.answer()
@@ -106,7 +125,7 @@ class Readers:
                     return
                 if number + _AHEAD * count < len(starts):
                     begin = starts[number + _AHEAD * count]
-                    child.ask(self._path, begin, begin + _RANGE, header)
+                    child.ask(self._path, begin, begin + size, header)
                 yield content
         except (EOFError, OSError):  # it has died: out of memory
             return
@@ -145,9 +164,9 @@ class _Child:
         finally:
             theirs.close()
 
-    def started(self) -> bool:
+    def started(self, *, wait: bool) -> bool:
         """Whether it has reported that it is ready. Raises EOFError if it has died."""
-        if not self._started and self._pipe.poll():
+        if not self._started and self._pipe.poll(None if wait else 0):
             self._pipe.recv()
             self._started = True
         return self._started

@@ -6,18 +6,19 @@ from dataclasses import replace
 
 from ..errors import DumpError
 from ..record import Dump, End, Rows, Token
+from .parallel import SHARED, Sharing
 from .scan import Scan
 from .slabs import blown_up
 from .unnumbered import counted, said
 
 
-def read(path: str | os.PathLike[str]) -> Dump:
-    """Read a whole dump.
+def read(path: str | os.PathLike[str], sharing: Sharing = SHARED) -> Dump:
+    """Read a whole dump; `sharing` says how many processes read a large one.
 
     Raises:
         DumpError: no such file, nothing in it, no record in it, a newer format, or a record that contradicts itself.
     """
-    scan = Scan(path)
+    scan = Scan(path, sharing)
     parts: dict[str, list[Rows]] = {}
     header, end, tokens = None, None, []
     for item in scan:

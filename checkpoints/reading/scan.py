@@ -16,7 +16,7 @@ from ..errors import DumpError
 from ..regular import STDIN, require_regular
 from .batches import Item, LineReader
 from .no_records import reason
-from .parallel import BLOCK, Readers, next_block
+from .parallel import SHARED, Readers, Sharing, next_block
 
 
 class Scan:
@@ -26,15 +26,15 @@ class Scan:
     order than in the file. `skipped`, `torn` and `records` are complete when the iteration is.
 
     Args:
-        processes: how many read a large file beside this one; None for one a core, 0 for none.
+        sharing: how many processes read a large file, and in which portions.
 
     Raises (while iterating):
         DumpError: as `checkpoints.reader.read`.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, processes: int | None = None) -> None:
+    def __init__(self, path: str | os.PathLike[str], sharing: Sharing = SHARED) -> None:
         self.name = os.fspath(path)
-        self._processes = processes
+        self._sharing = sharing
         self._reader = LineReader(self.name)
 
     @property
@@ -56,13 +56,15 @@ class Scan:
         place = Path(self.name)
         try:
             if self.name == STDIN:
-                with Readers(Path(os.devnull), 0) as readers:
+                if sys.stdin is None:  # closed by who started this
+                    raise DumpError("standard input is closed.", "Pipe JSON lines in, or name a file.", code="no-file")
+                with Readers(Path(os.devnull), Sharing(processes=0)) as readers:
                     yield from self._items(sys.stdin.buffer, readers)
             else:
                 require_regular(place, DumpError, "Write the dump to a file, or give - and pipe JSON lines in.")
                 if place.is_file() and place.stat().st_size == 0:
                     raise DumpError(f"{self.name} is empty.", "Was the engine stopped before it wrote anything?", code="empty")
-                with place.open("rb") as file, Readers(place, self._processes) as readers:
+                with place.open("rb") as file, Readers(place, self._sharing) as readers:
                     yield from self._items(file, readers)
         except OSError as error:
             raise DumpError(
@@ -78,7 +80,7 @@ class Scan:
     def _items(self, file: BinaryIO, readers: Readers) -> Iterator[Item]:
         """What stands in the file: read here until the other processes have started, and what they leave."""
         reader, position = self._reader, 0
-        while block := next_block(file, self.name, reader.line, BLOCK):
+        while block := next_block(file, self.name, reader.line, self._sharing.block):
             position += len(block)
             yield from reader.take(block)
             if reader.many_wait:

@@ -72,7 +72,9 @@ def blown_up(parts: Sequence[Rows]) -> bool:
 def _by_point(slabs: list[Slab]) -> Slab:
     """All of them as one, the records of a point together and in their order."""
     point = np.concatenate([slab.point for slab in slabs])
-    order = np.lexsort([np.concatenate([slab.serial for slab in slabs]), point])
+    serial = np.concatenate([slab.serial for slab in slabs])
+    in_file = np.argsort(serial, kind="stable") if (np.diff(serial) < 0).any() else np.arange(len(serial))
+    order = in_file[np.argsort(point[in_file], kind="stable")]
     listed = order.tolist()
     shapes = list(chain.from_iterable(slab.shapes for slab in slabs))
     dtypes = list(chain.from_iterable(slab.dtypes for slab in slabs))
@@ -96,7 +98,7 @@ def _by_point(slabs: list[Slab]) -> Slab:
     names = dict.fromkeys(name for slab in slabs for name in slab.stats)
     return Slab(
         point[order],
-        np.concatenate([slab.serial for slab in slabs])[order],
+        serial[order],
         np.concatenate([slab.place for slab in slabs])[order],
         [shapes[i] for i in listed],
         values,

@@ -63,7 +63,7 @@ class Fault:
 
     def variants(self, right: Steps) -> list[dict[str, Any]]:
         """Every combination of the parameters' values; empty for a fault that has none for this model."""
-        values = [made(right) if callable(made) else made for made in self.parameters.values()]
+        values = [value(right) if callable(value) else value for value in self.parameters.values()]
         return [dict(zip(self.parameters, chosen, strict=True)) for chosen in product(*values)]
 
     def sentence(self, parameters: Parameters) -> str:
@@ -113,30 +113,30 @@ class Planting:
         self, fault: Fault, layers: Collection[int] | None, parameters: Parameters, end: int | None = None
     ) -> dict[int, tuple[Step, ...]]:
         """What this fault puts in the place of the steps (of those in front of number `end`) that it changes, in ascending order."""
-        found: dict[int, tuple[Step, ...]] = {}
+        edits_of: dict[int, tuple[Step, ...]] = {}
         for number in self._numbers(fault, layers, parameters):
             if end is not None and number >= end:
                 continue
             step = self.steps[number]
             changed = fault.change(step, self.right, parameters)
             if changed != step:
-                found[number] = (changed,) if isinstance(changed, Step) else tuple(changed)
-                self._check(found[number], number, found)
-        return dict(sorted(found.items()))
+                edits_of[number] = (changed,) if isinstance(changed, Step) else tuple(changed)
+                self._check(edits_of[number], number, edits_of)
+        return dict(sorted(edits_of.items()))
 
-    def _check(self, changed: Sequence[Step], number: int, found: Mapping[int, Sequence[Step]]) -> None:
+    def _check(self, changed: Sequence[Step], number: int, planted: Mapping[int, Sequence[Step]]) -> None:
         """Raises NotApplicable if steps in the place of that number cannot be computed there: two faults changed one, each for itself.
 
-        `found` is what else is changed, whose new values are known behind it.
+        `planted` is what else is changed, whose new values are known behind it.
         """
-        made = {step.makes for place, steps in found.items() if place < number and len(steps) > 1 for step in steps}
+        new_names = {step.makes for place, steps in planted.items() if place < number and len(steps) > 1 for step in steps}
         for step in changed:
             if not _takes(step.op, len(step.reads) + len(step.weights), frozenset(step.params)):
                 raise NotApplicable(f"{step.makes}: another fault has changed the same operation")
             for name in step.names:
-                if name not in made and self.order.get(name, number if name not in _GIVEN else -1) >= number:
+                if name not in new_names and self.order.get(name, number if name not in _GIVEN else -1) >= number:
                     raise NotApplicable(f"{step.makes} would read {name} before it is computed")
-            made.add(step.makes)
+            new_names.add(step.makes)
 
     def _numbers(self, fault: Fault, layers: Collection[int] | None, parameters: Parameters) -> Iterator[int]:
         wanted = (None, *((_ANY,) if layers is None else layers))

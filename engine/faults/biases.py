@@ -33,8 +33,8 @@ def _bias_of(step: Step, right: Steps, parameters: Parameters) -> Step:
     own, other = weight_of(step, 1), weight_of(sibling(step, right, parameters["of"]), 1)
     if not isinstance(own, str) or not isinstance(other, str):
         return step
-    made = Altered(own, lambda source, name: np.resize(source.get(other), source.get(name).shape))
-    return replace(step, weights=(weight_of(step, 0), made))
+    repeated = Altered(own, lambda source, name: np.resize(source.get(other), source.get(name).shape))
+    return replace(step, weights=(weight_of(step, 0), repeated))
 
 
 FAULTS = (

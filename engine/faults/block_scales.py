@@ -120,7 +120,7 @@ FAULTS = (
         symptom="wrong from position 0 on, by a factor of two in single products",
         fix="take the block's scale as it is",
         seen="tables of doubled values; scales halved for another layout",
-        parameters={"large": ("half", "twice"), **WHERE},
+        parameters={"large": ("half", "twice"), AT: (*WHERE[AT], *((kind,) for kind in reversed(EXPERTS)))},
     ),
     Fault(
         name="first-block-only",

@@ -40,8 +40,8 @@ def _no_gate(step: Step, _right: Steps, _parameters: Parameters) -> Step:
 def _beta(step: Step, right: Steps, parameters: Parameters) -> Step:
     if parameters["beta"] == "1":
         return _changed(step, _BETA, lambda beta: module_of(beta).ones_like(beta))
-    made = right.get(name_of(read_of(step, _BETA)))
-    if made is None or not ggml(made, "UNARY") or integer(made, 0) != _SIGMOID:
+    producer = right.get(name_of(read_of(step, _BETA)))
+    if producer is None or not ggml(producer, "UNARY") or integer(producer, 0) != _SIGMOID:
         raise NotApplicable(f"{step.makes}: β is no sigmoid")
     return _changed(step, _BETA, _before_sigmoid)
 

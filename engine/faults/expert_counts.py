@@ -31,18 +31,18 @@ def _weighting(step: Step, right: Steps, raw: str) -> _Weighting:
     weighting = _Weighting()
     name = name_of(read_of(step, 1))
     while name != raw:
-        made = right.get(name, step)
-        if ggml(made, "SCALE"):
-            weighting = replace(weighting, scale=weighting.scale * number(made, 0))
-        elif ggml(made, "SOFT_MAX"):
+        producer = right.get(name, step)
+        if ggml(producer, "SCALE"):
+            weighting = replace(weighting, scale=weighting.scale * number(producer, 0))
+        elif ggml(producer, "SOFT_MAX"):
             weighting = replace(weighting, norm=_SOFT_MAX)
-        elif ggml(made, "DIV"):
-            clamped = maker(made, right, 1)
+        elif ggml(producer, "DIV"):
+            clamped = maker(producer, right, 1)
             least = number(clamped, 0) if ggml(clamped, "CLAMP") else 0.0
             weighting = replace(weighting, norm=_SUM, least=least)
         else:
             raise NotApplicable(f"{step.makes}: the experts' weights are made by another operation")
-        name = name_of(read_of(made, 0))
+        name = name_of(read_of(producer, 0))
     return weighting
 
 

@@ -117,8 +117,8 @@ def _swapped(step: Step, _right: Steps, _parameters: Parameters) -> Step:
     return replace(step, reads=(step.reads[1], step.reads[0]))
 
 
-def _new(name: str, kinds: tuple[str, ...], change: Callable[[Step, Steps, Parameters], Step], *said: str) -> Fault:
-    what, symptom, fix, seen = said
+def _new(name: str, kinds: tuple[str, ...], change: Callable[[Step, Steps, Parameters], Step], *texts: str) -> Fault:
+    what, symptom, fix, seen = texts
     return Fault(name=name, kinds=kinds, change=change, what=what, symptom=symptom, fix=fix, seen=seen)
 
 

@@ -29,6 +29,8 @@ _SCALED = (
     "ffn_gate",
     "ffn_up",
     "ffn_swiglu",
+    "ffn_moe_down",
+    "ffn_moe_out",
     "ffn_out",
     "ffn_inp",
     "l_out",
@@ -145,9 +147,9 @@ class _Changed:
 
     def __call__(self, *inputs: Any, **params: Any) -> Array:
         bias = inputs[2] if self.product and len(inputs) > 2 else None
-        made = self.op(*inputs[:2], **params) if bias is not None else self.op(*inputs, **params)
-        number = made.dtype.type(self.by)
-        changed = made * number if self.how == "times" else made + number
+        value = self.op(*inputs[:2], **params) if bias is not None else self.op(*inputs, **params)
+        number = value.dtype.type(self.by)
+        changed = value * number if self.how == "times" else value + number
         return changed if bias is None else changed + bias
 
 

@@ -20,16 +20,16 @@ def _fused(step: Step, right: Steps) -> dict[str, View]:
     Raises:
         NotApplicable: they are products of their own.
     """
-    found: dict[str, View] = {}
+    views: dict[str, View] = {}
     for kind in _QKV:
         part = sibling(step, right, kind)
         read = read_of(part, 0)
         if part.weights or not isinstance(read, View) or not read.shape[-1].constant:
             raise NotApplicable(f"{part.makes} is no part of a product")
-        found[kind] = read
-    if len({name_of(read) for read in found.values()}) != 1:
+        views[kind] = read
+    if len({name_of(read) for read in views.values()}) != 1:
         raise NotApplicable(f"{step.makes}: Q, K and V are not parts of one product")
-    return found
+    return views
 
 
 def _widths(parts: dict[str, View]) -> dict[str, int]:

@@ -100,8 +100,8 @@ def _without_bias(step: Step, _right: Steps, _parameters: Parameters) -> Step:
 
 
 def _uncentred(x: Array, weight: Array, bias: Array | None = None, *, eps: float, heads: int = 1) -> Array:
-    made = ops.rms_norm(x, weight, eps=eps, heads=heads)
-    return made if bias is None else made + bias
+    normed = ops.rms_norm(x, weight, eps=eps, heads=heads)
+    return normed if bias is None else normed + bias
 
 
 def _root_mean_square(step: Step, _right: Steps, _parameters: Parameters) -> Step:
@@ -120,8 +120,8 @@ def _at(kinds: tuple[str, ...]) -> dict[str, Any]:
     return {AT: subsets(*kinds)}
 
 
-def _new(name: str, kinds: tuple[str, ...], change: Callable[[Step, Steps, Parameters], Step], *said: str) -> Fault:
-    what, symptom, fix, seen = said
+def _new(name: str, kinds: tuple[str, ...], change: Callable[[Step, Steps, Parameters], Step], *texts: str) -> Fault:
+    what, symptom, fix, seen = texts
     where = _GROUPS if kinds == _OTHERS else _at(kinds)
     return Fault(name=name, kinds=kinds, change=change, what=what, symptom=symptom, fix=fix, seen=seen, parameters=where)
 

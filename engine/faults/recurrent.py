@@ -29,8 +29,8 @@ class _Rolled:
     def __call__(self, *inputs: Any, **params: Any) -> Array:
         *values, weight = inputs
         moved = weight[..., ::-1] if self._by == 0 else np.roll(weight, self._by, axis=-1)
-        made: Array = self._op(*values, moved, **params)
-        return made
+        value: Array = self._op(*values, moved, **params)
+        return value
 
 
 def _no_softplus(step: Step, _right: Steps, _parameters: Parameters) -> Step:

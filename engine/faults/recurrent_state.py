@@ -50,10 +50,10 @@ class _ScanByPass(_ByPass):
             part = [_rows(value, place, operands, begin, end) for place, value in enumerate(own)]
             if number > 0:
                 part[self.state] = part[self.state] * 0
-            made = self.op(*part, operands=operands, **params)
+            scanned = self.op(*part, operands=operands, **params)
             size = own[self.state].size
-            rows.append(made.reshape(-1)[:-size])
-            left = (made.reshape(-1)[-size:], made)
+            rows.append(scanned.reshape(-1)[:-size])
+            left = (scanned.reshape(-1)[-size:], scanned)
         assert left is not None
         flat = module_of(left[0]).concatenate([*rows, left[0]])
         return flat.reshape(_joined(left[1].shape, flat.size))
@@ -82,13 +82,13 @@ class _ConvolutionByPass(_ByPass):
         own, each = self.passes(inputs)
         x, weight, *rest = own
         before = weight.shape[-1] - 1
-        made = []
+        outputs = []
         for number, begin, end in each:
             part = x[..., begin : end + before].copy()
             if number > 0:
                 part[..., :before] = 0
-            made.append(self.op(part, weight, *rest, **params))
-        return module_of(x).concatenate(made)
+            outputs.append(self.op(part, weight, *rest, **params))
+        return module_of(x).concatenate(outputs)
 
 
 def _not_carried(step: Step, _right: Steps, _parameters: Parameters) -> Step:

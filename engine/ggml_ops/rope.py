@@ -52,6 +52,7 @@ def _rotated(x: Array, positions: Array, factors: Array | None, params: OpParams
     return rotated
 
 
+@np.errstate(over="ignore", invalid="ignore")  # an angle beyond float32 has no cosine: NaN, as in ggml
 def cosine_and_sine(
     positions: NDArray[np.integer], factors: NDArray[np.float32] | None, pairs: int, count: int, params: OpParams
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

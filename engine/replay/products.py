@@ -117,8 +117,8 @@ def mul_mat_id(weights: Blocks, x: Array, ids: Array, *, params: OpParams, shape
     chosen = ids[0, 0].astype(np.int64)
     tokens, used = chosen.shape
     rows = xp.broadcast_to(x[0], (tokens, used, x.shape[-1])) if x.shape[2] == 1 else x[0]
-    made = xp.empty(shape, dtype=np.float32)
+    result = xp.empty(shape, dtype=np.float32)
     for expert in np.unique(on_host(chosen)).tolist():
         token, slot = np.nonzero(chosen == expert)
-        made[0, token, slot] = product(rows[token, slot], weights.matrix(expert), native=native)
-    return made
+        result[0, token, slot] = product(rows[token, slot], weights.matrix(expert), native=native)
+    return result

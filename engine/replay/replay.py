@@ -240,9 +240,9 @@ class Replay:
             self._xp.concatenate([values.get(name, known) for _, values in same])
             for name, known in ((name, self.values[name]) for name in step.names)
         ]
-        made = compute_batch(step, inputs, len(same), self.weights)
-        differs = (made != right).reshape(len(same), -1).any(axis=1).tolist()
-        for (_, values), new, other in zip(same, made, differs, strict=True):
+        batch = compute_batch(step, inputs, len(same), self.weights)
+        differs = (batch != right).reshape(len(same), -1).any(axis=1).tolist()
+        for (_, values), new, other in zip(same, batch, differs, strict=True):
             if other:
                 values[step.makes] = new
 

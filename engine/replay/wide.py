@@ -18,13 +18,35 @@ from ..graph import PASSES, POSITIONS, TOKENS, Step, WeightSource
 from ..kv_cache import KvCache
 from ..lift.node import GgmlOperation
 
+_ENTRY = 2.0**-10  # float16 keeps eleven bits: the next number is at most this far, in proportion
+
+
+def is_looked_up(step: Step) -> bool:
+    """Whether ggml takes a step's value from a table of float16."""
+    return isinstance(step.op, GgmlOperation) and looked_up(step.op.name, step.params["params"])
+
+
+def entry_errors(step: Step, inputs: Sequence[Array], weights: WeightSource) -> Array:
+    """How far apart the values of neighbouring entries of the table are at each element of a step's value, float64.
+
+    Args:
+        inputs: the whole values that it reads, float64.
+    """
+    value = graph.compute(step, inputs, WideWeights(weights))
+    # A gated activation is linear in its other operand, which is moved as well.
+    linear = isinstance(step.op, GgmlOperation) and step.op.name == "GLU"
+    moved = []
+    for factor in (1 + _ENTRY, 1 - _ENTRY):
+        shifted = graph.compute(step, [factor * given for given in inputs], WideWeights(weights))
+        moved.append(abs((shifted / factor if linear else shifted) - value))
+    return np.maximum(*moved) + _ENTRY * abs(value)  # and both entries are rounded
+
 
 def coarse_points(steps: Sequence[Step], given: Collection[str] = ()) -> frozenset[str]:
     """The points that ggml itself computes coarsely: by a table of float16, or from what such a table gave, as it did those `given`."""
     coarse = set(given)
     for step in steps:
-        table = isinstance(step.op, GgmlOperation) and looked_up(step.op.name, step.params["params"])
-        if table or not coarse.isdisjoint(step.names):
+        if is_looked_up(step) or not coarse.isdisjoint(step.names):
             coarse.add(step.makes)
     return frozenset(coarse)
 

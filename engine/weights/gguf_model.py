@@ -17,6 +17,7 @@ from .dequantize import FORMATS, dequantize, dequantize_into
 
 # The usual ones of llama.h's llama_ftype: importing gguf, which has them all, takes longer than opening a small model.
 # fmt: off
+_LEAST_ROPE = 1e-30  # of a base or a factor: below it, angles of some hundred million positions are beyond float32
 FILE_TYPES = {
     0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 7: "Q8_0", 8: "Q5_0", 9: "Q5_1", 10: "Q2_K", 11: "Q3_K_S", 12: "Q3_K_M",
     13: "Q3_K_L", 14: "Q4_K_S", 15: "Q4_K_M", 16: "Q5_K_S", 17: "Q5_K_M", 18: "Q6_K", 19: "IQ2_XXS", 20: "IQ2_XS", 21: "Q2_K_S",
@@ -144,7 +145,7 @@ class GgufModel:
         if own("block_count", int) < 1:
             raise self._wrong("it has no layers")
         rope_base = own("rope.freq_base", float, 10000.0)
-        if not (isfinite(rope_base) and rope_base > 0):
+        if not (isfinite(rope_base) and rope_base >= _LEAST_ROPE):
             raise self._wrong(f"a RoPE base of {rope_base} gives no frequencies")
         if n_embd < 1:
             raise self._wrong(f"a width of {n_embd} holds nothing")
@@ -217,6 +218,8 @@ class GgufModel:
         factor = factor or self._get(f"{architecture}.rope.scale_linear", float, 0.0)
         if kind not in ("none", "linear"):
             self._beyond(f"it scales RoPE by {kind!r}")
+        if 0 < factor < _LEAST_ROPE:
+            raise self._wrong(f"a RoPE factor of {factor} gives no angles")
         return 1.0 / factor if kind == "linear" and factor > 0 else 1.0
 
     def _file_type(self) -> str:

@@ -12,7 +12,7 @@ from checkpoints.summary import summarise
 from engine.backend import Backend
 from engine.engine import Engine
 from engine.graph import Step, WeightSource, sees_later
-from engine.replay.wide import coarse_points, wide_values
+from engine.replay.wide import coarse_points, entry_errors, is_looked_up, wide_values
 
 from ..diff.slices import SLICE_FLOOR
 
@@ -80,6 +80,25 @@ class Arbiter:
         known = {name: rows for name, rows in points.items() if name in self._points}
         self._compute(known.keys() - self._truth.keys())
         return {name: self._distance(rows, self._truth[name]) for name, rows in known.items()}
+
+    def one_entry(self, points: Mapping[str, Rows]) -> dict[str, Floats]:
+        """As `parity.diff.truth.Truth.one_entry`; records whose positions or elements are not known have 0."""
+        tables = {step.makes: step for step in self._steps if step.makes in points and is_looked_up(step)}
+        return {name: self._one_entry(step, points[name]) for name, step in tables.items()}
+
+    def _one_entry(self, step: Step, rows: Rows) -> Floats:
+        index = rows.token_idx - self._positions[0]
+        here = (rows.seq == 0) & (index >= 0) & (index < len(self._positions))
+        bound = np.zeros(len(rows))
+        if rows.indices is None and here.any():
+            kept = rows.take(here)
+            inputs = [self._backend.array(self.value(name)) for name in step.names]
+            entry = self._backend.to_host(entry_errors(step, inputs, self._weights)).reshape(len(self._positions), -1)
+            error = np.square(entry[index[here], : kept.values.shape[1]]).sum(axis=1)
+            energy = np.square(kept.values.astype(np.float64)).sum(axis=1)
+            share = SLICE_FLOOR * kept.values.shape[1] / kept.stats["n"] * kept.stats["l2"] ** 2
+            bound[here] = error / np.fmax(energy, share)
+        return bound
 
     def value(self, point: str) -> NDArray[np.float64]:
         """The whole value of a point."""

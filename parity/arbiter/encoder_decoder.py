@@ -52,6 +52,12 @@ class EncoderDecoderArbiter:
             {name: rows for name, rows in points.items() if name not in first}
         )
 
+    def one_entry(self, points: Mapping[str, Rows]) -> dict[str, Floats]:
+        """As `Arbiter.one_entry`."""
+        first = {name: rows for name, rows in points.items() if name.startswith(ENCODER)}
+        others = {name: rows for name, rows in points.items() if name not in first}
+        return self._encoder.one_entry(first) | self._decoder.one_entry(others)
+
     def record(self, rows: Rows) -> Rows:
         """As `Arbiter.record`."""
         return (self._encoder if rows.point.startswith(ENCODER) else self._decoder).record(rows)

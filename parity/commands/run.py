@@ -172,10 +172,10 @@ def _with_hugging_face(request: "Request", started: "Reference", python: str, de
         side = HuggingFace(request.model, python, device, slice_size=None if request.full else request.slice_size)
         side.check()
         outcome = session.run(request, progress, started)
-        found, said = session.with_hugging_face(outcome, side, progress)
-    if said:
-        print(f"note: {said}", file=sys.stderr)
-    return show_three(found, (outcome.ours, outcome.ref, outcome.ref), output_format)
+        compared, note = session.with_hugging_face(outcome, side, progress)
+    if note:
+        print(f"note: {note}", file=sys.stderr)
+    return show_three(compared, (outcome.ours, outcome.ref, outcome.ref), output_format)
 
 
 def _two_sides(request: "Request", started: "Reference", others: "Sequence[Other]", output_format: o.Format) -> int:

@@ -17,5 +17,5 @@ def compared_with_server(given: dict[str, Any], server: "ServerRequest", output_
     from ..server.session import compare_server
 
     with progress_bar(output_format) as progress:
-        found = compare_server(Request(**given), server, progress)
-    return answer(found, room, output_format)
+        compared = compare_server(Request(**given), server, progress)
+    return answer(compared, room, output_format)

@@ -4,10 +4,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from checkpoints.answers.conform import Conformance
-from checkpoints.errors import InputError
-from checkpoints.whole_file import put
 
-from ..diff.table import check_ending
+from ..diff.table import write_frame
 
 if TYPE_CHECKING:
     import pandas
@@ -26,10 +24,4 @@ def write_table(conformance: Conformance, path: Path) -> None:
     Raises:
         InputError: another ending, Parquet without pyarrow, or the file cannot be written.
     """
-    check_ending(path)
-    frame = table(conformance)
-    try:
-        data = frame.to_csv(index=False).encode() if path.suffix == ".csv" else frame.to_parquet(index=False)
-    except ImportError as error:
-        raise InputError("Parquet needs pyarrow, which is not installed.", "Write .csv, or install pyarrow.") from error
-    put(path, data)
+    write_frame(table(conformance), path)

@@ -164,8 +164,8 @@ def _same(rows: Rows, a: NDArray[np.int64], b: NDArray[np.int64]) -> NDArray[np.
     equal_odd = np.all(~odd | (left == right) | (np.isnan(left) & np.isnan(right)), axis=1)
     energy = np.sum(np.where(odd, 0.0, right) ** 2, axis=1)
     near = np.sum(delta**2, axis=1) <= _SAME * energy
-    found: NDArray[np.bool_] = (rows.counts[a] == rows.counts[b]) & equal_odd & near
-    return found
+    equal: NDArray[np.bool_] = (rows.counts[a] == rows.counts[b]) & equal_odd & near
+    return equal
 
 
 def _select(

@@ -115,7 +115,7 @@ def _tensors(dump: Dump, rows: Rows) -> dict[int, NDArray[np.float32]]:
         return {}
     reader = TensorReader(path)
     recorded = dump.points[LOGITS]
-    found: dict[int, NDArray[np.float32]] = {}
+    rows_of: dict[int, NDArray[np.float32]] = {}
     for step in np.unique(rows.step).tolist():
         if f"{LOGITS}/{step}" not in reader.names:
             continue
@@ -124,8 +124,8 @@ def _tensors(dump: Dump, rows: Rows) -> dict[int, NDArray[np.float32]]:
         if tensor.ndim != 2 or len(tensor) != len(positions):
             continue
         for r in np.flatnonzero(rows.step == step).tolist():
-            found[r] = tensor[int(np.searchsorted(positions, rows.token_idx[r]))]
-    return found
+            rows_of[r] = tensor[int(np.searchsorted(positions, rows.token_idx[r]))]
+    return rows_of
 
 
 def _from_tokens(records: Records, settled: set[tuple[int, int]], tally: _Tally) -> None:
@@ -161,5 +161,5 @@ def _argmax(rows: Rows) -> NDArray[np.int64]:
     if any(column is None for column in needed):
         return np.full(len(rows), -1, dtype=np.int64)
     at, high, low = (np.asarray(column) for column in needed)
-    told = (high > -low) & np.isfinite(at)
-    return np.where(told, np.nan_to_num(at, nan=-1.0), -1).astype(np.int64)
+    known = (high > -low) & np.isfinite(at)
+    return np.where(known, np.nan_to_num(at, nan=-1.0), -1).astype(np.int64)

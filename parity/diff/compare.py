@@ -77,16 +77,16 @@ def comparison(ours: Dump, ref: Dump, options: Options | None = None) -> Compari
         DumpError: nothing in common, records of one key that contradict each other, or no way to tell how our positions count.
     """
     options = options or Options()
-    found = _comparison(ours, ref, options)
-    first, records = found.verdict.first_divergence, found.records
+    compared = _comparison(ours, ref, options)
+    first, records = compared.verdict.first_divergence, compared.records
     parted = own_choice(first, records.ours, ref)
     before = first is not None and bool((records.token_idx < first.token_idx).any())
     if parted is not None and before:
         return _comparison(ours, ref, options, parted)
     if first is None or options.strict or options.limits is not None or not looks_like_eight_bits(records):
-        return found
+        return compared
     assumed = _comparison(ours, ref, replace(options, limits=allowed_of_eight_bits()))
-    return assumed if assumed.verdict else replace(found, verdict=suspicion(found.verdict))
+    return assumed if assumed.verdict else replace(compared, verdict=suspicion(compared.verdict))
 
 
 def _comparison(ours: Dump, ref: Dump, options: Options, parted: TokenComparison | None = None) -> Comparison:
@@ -97,41 +97,41 @@ def _comparison(ours: Dump, ref: Dump, options: Options, parted: TokenComparison
     tokens = parted or compare_tokens(ours, ref)
     whole, damaged = dataflow_of(ours, ref)
     alignment = align(ours, ref, options.step, tokens, whole)
-    found = as_sets(measured(alignment, ours, ref))
-    model = flow(found.names, whole, _layers(ref) or _layers(ours))
+    errors = as_sets(measured(alignment, ours, ref))
+    model = flow(errors.names, whole, _layers(ref) or _layers(ours))
     lower = (
         (options.limits is None or allowed.assumed)
         and common_mode(ours.header, ref.header) != NATIVE
         and allowed.operations > EXACT_FLOOR.operations
     )
     held = hold(
-        found,
+        errors,
         allowed,
         model,
         excuse_noise=options.tolerance is None,
         truth=options.truth,
         lower_arithmetic=lower and not options.strict,
     )
-    routing = routed(found, held, model, ref.points)
+    routing = routed(errors, held, model, ref.points)
     held = replace(held, failed=held.failed & ~routing.open, notes=(*held.notes, *routing.notes))
-    verdicts = Judged(np.zeros(len(found.point), dtype=np.bool_))
+    verdicts = Judged(np.zeros(len(errors.point), dtype=np.bool_))
     if not options.strict:
-        verdicts = judged(found, held, model, ours, ref)
+        verdicts = judged(errors, held, model, ours, ref)
     failed = held.failed & ~verdicts.otherwise
-    trusted = np.where(verdicts.otherwise | routing.open, 0.0, found.measures.nmse)
-    agreeing = np.bincount(found.point, weights=~failed, minlength=len(found.pairs))
-    wrong = [pair.point for pair, right in zip(found.pairs, agreeing, strict=True) if not right]
+    trusted = np.where(verdicts.otherwise | routing.open, 0.0, errors.measures.nmse)
+    agreeing = np.bincount(errors.point, weights=~failed, minlength=len(errors.pairs))
+    wrong = [pair.point for pair, right in zip(errors.pairs, agreeing, strict=True) if not right]
     records = Records(
         ours=ours,
         ref=ref,
-        pairs=found.pairs,
-        point=found.point,
-        row=found.row,
-        seq=found.seq,
-        token_idx=found.token_idx,
-        step=found.step,
-        decode=found.decode,
-        measures=found.measures,
+        pairs=errors.pairs,
+        point=errors.point,
+        row=errors.row,
+        seq=errors.seq,
+        token_idx=errors.token_idx,
+        step=errors.step,
+        decode=errors.decode,
+        measures=errors.measures,
         limit=held.limit,
         of_limit=held.of_limit,
         failed=failed,
@@ -139,7 +139,7 @@ def _comparison(ours: Dump, ref: Dump, options: Options, parted: TokenComparison
         open=routing.open,
         record_faults=verdicts.faults,
         undecided=verdicts.undecided,
-        upstream=upstream(model, found.point, found.seq, found.token_idx, trusted, failed),
+        upstream=upstream(model, errors.point, errors.seq, errors.token_idx, trusted, failed),
         flow=model,
         limits=allowed,
         mode=common_mode(ours.header, ref.header),
@@ -155,9 +155,9 @@ def _comparison(ours: Dump, ref: Dump, options: Options, parted: TokenComparison
             *elsewhere(ours, ref, wrong),
             *damaged,
             *alignment.notes,
-            *found.notes,
+            *errors.notes,
             *held.notes,
-            *_notes(ours, ref, found.pairs, found.measures),
+            *_notes(ours, ref, errors.pairs, errors.measures),
         ),
     )
     return Comparison(records, judge(records))

@@ -16,7 +16,7 @@ from .against_limits import Held
 from .dataflow import Flow
 from .layouts import MOMENT, Allowed, Reading, head_size_of, reading
 from .measure import Measured
-from .operations import ELEMENTWISE
+from .operations import ELEMENTWISE, MIXING, NORMS
 from .same_vector import alike
 
 Floats = NDArray[np.float64]
@@ -26,6 +26,9 @@ Bools = NDArray[np.bool_]
 # A consumer's error has to be this many times below that of the record it is made from, both in proportion to their rows and, where
 # the consumer is a sum, in absolute terms: a residual stream that is much larger than what is added hides what is wrong in it.
 _BELOW = 100.0
+_ANOTHER = (
+    0.99  # cosine of both sides below which a row is not the other one scaled. A choice: that of a scaled row is 1 to rounding
+)
 
 
 @dataclass(frozen=True)
@@ -84,10 +87,10 @@ class _Consumers:
         pair = self._found.pairs[self._place[name]]
         ours, ref = (side.take(self._found.row[wrong]) for side in (pair.ours, pair.ref))
         allowed = Allowed.of(self._held.limit[wrong], self._found.measures.nmse[wrong], ours, ref)
-        found = reading(ours, ref, allowed, self._ref.points, self._head_size)
-        if found is None and (others := alike(name, ours, self._ours.points)):
+        layout = reading(ours, ref, allowed, self._ref.points, self._head_size)
+        if layout is None and (others := alike(name, ours, self._ours.points)):
             return Reading(MOMENT, f"it is {others[0]} of ours: captured late, or from the buffer of that")
-        return found
+        return layout
 
     def _decisions(self, name: str, wrong: Ints) -> list[bool] | None:
         """For each wrong record of a point, whether what is made from it decides; None where something made from it is wrong, too."""
@@ -113,18 +116,18 @@ class _Consumers:
 
     def _decided(self, name: str, record: int, children: tuple[str, ...]) -> bool | None:
         """Whether everything made from a record agrees and would not if it were wrong; None where something made from it is wrong."""
-        told = True
+        decided = True
         for child in children:
             other = self._record(child, record)
             if other is None:
-                told = False
+                decided = False
             elif self._otherwise[other]:
                 continue  # judged by what is made from it in turn
             elif self._held.failed[other]:
                 return None
             elif not self._telling(name, child, record, other):
-                told = False
-        return told
+                decided = False
+        return decided
 
     def _record(self, name: str, like: int) -> int | None:
         if name not in self._at:
@@ -140,16 +143,35 @@ class _Consumers:
         if not left * _BELOW <= error:
             return False
         operations = self._model.operations(self._model.path(name, child))
+        if operations & NORMS and self._removed_by_a_norm(name, record):
+            return False
         if operations <= ELEMENTWISE and not left * self._energy[other] * _BELOW <= error * self._energy[record]:
             return False
         if not (np.isnan(measures.nmse_row[other]) or measures.bound[other]) or self._model.mixes(name, child):
             return True
-        if operations <= ELEMENTWISE and measures.nmse_slice[record] * _BELOW > self._held.limit[record]:
+        seen = measures.nmse_slice[record] * _BELOW > self._held.limit[record]
+        if operations <= ELEMENTWISE and seen:
             return True
-        # What is mixed further down sees the whole row.
+        if (
+            operations <= ELEMENTWISE | NORMS and seen
+        ):  # a norm scales each element alike: what it makes of wrong elements is wrong
+            return True
+        # What is mixed further down, by weights or by attention's products, sees the whole row.
         return any(
-            self._agrees(further, record) for further in self._model.children[child] if self._model.mixes(child, further)
+            self._agrees(further, record)
+            for further in self._model.children[child]
+            if MIXING & self._model.operations(self._model.path(child, further))
         )
+
+    def _removed_by_a_norm(self, name: str, record: int) -> bool:
+        """Whether a record is off by a factor or by a constant: a norm behind it leaves nothing of that, and its agreement says nothing."""
+        if not self._found.measures.cosine[record] < _ANOTHER:
+            return True
+        pair, row = self._found.pairs[self._place[name]], int(self._found.row[record])
+        count = int(min(pair.ours.counts[row], pair.ref.counts[row]))
+        delta = pair.ours.values[row, :count].astype(np.float64) - pair.ref.values[row, :count]
+        energy = float(delta @ delta)
+        return bool(np.isfinite(energy)) and float(delta.sum()) ** 2 >= _ANOTHER * count * energy
 
     def _agrees(self, name: str, like: int) -> bool:
         other = self._record(name, like)

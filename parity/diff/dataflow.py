@@ -125,12 +125,12 @@ class Flow:
         waiting, seen = list(how.reads), set[str]()
         while waiting:
             other = waiting.pop()
-            made = self.whole.made[other]
-            if len(made.reads) > 1 and made.op == "MUL_MAT":
+            origin = self.whole.made[other]
+            if len(origin.reads) > 1 and origin.op == "MUL_MAT":
                 return True
-            if other not in seen and made.op not in ("MUL_MAT", "RMS_NORM", "NORM", "GET_ROWS"):
+            if other not in seen and origin.op not in ("MUL_MAT", "RMS_NORM", "NORM", "GET_ROWS"):
                 seen.add(other)
-                waiting += made.reads
+                waiting += origin.reads
         return how.op == "FLASH_ATTN_EXT"
 
     def hidden(self, above: str, below: str) -> bool:
@@ -154,14 +154,14 @@ class Flow:
 
 
 def _closure(name: str, step: dict[str, tuple[str, ...]]) -> set[str]:
-    found: set[str] = set()
+    reached: set[str] = set()
     waiting = [name]
     while waiting:
         for other in step[waiting.pop()]:
-            if other not in found:
-                found.add(other)
+            if other not in reached:
+                reached.add(other)
                 waiting.append(other)
-    return found
+    return reached
 
 
 def dataflow_of(ours: Dump, ref: Dump) -> tuple[Dataflow | None, tuple[str, ...]]:

@@ -32,9 +32,9 @@ _LARGEST = 0.02
 
 def allowed_of_eight_bits() -> Limits:
     """The limits of 8-bit activations, assumed."""
-    found = limits(None, None, compute="q8")
-    said = "assumed: the errors look like those of 8-bit activations (--compute q8 says so, --compute f32 judges exactly)"
-    return Limits(found.operations, found.logits, said, assumed=True)
+    of_eight_bits = limits(None, None, compute="q8")
+    note = "assumed: the errors look like those of 8-bit activations (--compute q8 says so, --compute f32 judges exactly)"
+    return Limits(of_eight_bits.operations, of_eight_bits.logits, note, assumed=True)
 
 
 def looks_like_eight_bits(records: Records) -> bool:
@@ -57,21 +57,21 @@ def looks_like_eight_bits(records: Records) -> bool:
     return _is_noise(records, first)
 
 
-def suspicion(found: Verdict) -> Verdict:
+def suspicion(verdict: Verdict) -> Verdict:
     """A divergence that may be 8-bit arithmetic: that is said, and no operation is blamed."""
-    said = (
+    note = (
         "noise from the first product on, at every position and of the size that 8-bit activations make: 8-bit arithmetic that is not "
         "declared? --compute q8 judges so, --model M.gguf measures it"
     )
-    return replace(found, pattern=Pattern("eight-bits", said), operation="")
+    return replace(verdict, pattern=Pattern("eight-bits", note), operation="")
 
 
 def _multiplied(records: Records, name: str) -> bool:
     """Whether a point lies behind a product."""
-    made = records.flow.whole.made
+    origins = records.flow.whole.made
     behind, waiting = {name}, [name]
     while waiting:
-        for other in made[waiting.pop()].reads if name in made else ():
+        for other in origins[waiting.pop()].reads if name in origins else ():
             if other not in behind:
                 behind.add(other)
                 waiting.append(other)

@@ -141,8 +141,8 @@ def _pattern(records: Records, first: int, stretch: Stretch | None, settled: boo
     failing = here[records.failed[here]]
     measures = records.measures
     if twin is not None:
-        made = noun(records.flow, stretch, twin.input) if stretch is not None else ""
-        return Pattern("no-op" if twin.idle else "same-vector", twin.sentence(made))
+        operation = noun(records.flow, stretch, twin.input) if stretch is not None else ""
+        return Pattern("no-op" if twin.idle else "same-vector", twin.sentence(operation))
     pair = records.pairs[records.point[first]]
     ours, ref = (side.take(records.row[failing]) for side in (pair.ours, pair.ref))
     if type_name := rounded_to(ours, ref):
@@ -152,14 +152,14 @@ def _pattern(records: Records, first: int, stretch: Stretch | None, settled: boo
         )
     allowed = Allowed.of(records.limit[failing], measures.nmse[failing], ours, ref)
     headers = [dump.header.hparams for dump in (records.ref, records.ours) if dump.header is not None]
-    if found := reading(ours, ref, allowed, records.ref.points, head_size_of(records.ref.points, headers)):
+    if layout := reading(ours, ref, allowed, records.ref.points, head_size_of(records.ref.points, headers)):
         after = " and ".join(records.flow.children[name][:2])
-        said = (
-            f"{found.sentence}; {after} made from it {'differ' if ' and ' in after else 'differs'}, too"
+        sentence = (
+            f"{layout.sentence}; {after} made from it {'differ' if ' and ' in after else 'differs'}, too"
             if after
-            else found.sentence
+            else layout.sentence
         )
-        return Pattern("order" if found.kind == "layout" else "other-record", f"{name}: {said}")
+        return Pattern("order" if layout.kind == "layout" else "other-record", f"{name}: {sentence}")
     return diagnose(
         Evidence(
             point=name,

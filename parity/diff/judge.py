@@ -125,7 +125,7 @@ def _worst(records: Records, rows: NDArray[np.int64]) -> int:
 
 def _summaries(records: Records) -> tuple[PointSummary, ...]:
     fresh = records.fresh()
-    made: list[PointSummary] = []
+    summaries: list[PointSummary] = []
     starts = np.searchsorted(records.point, np.arange(len(records.pairs) + 1))
     for number in range(len(records.pairs)):
         rows = np.arange(starts[number], starts[number + 1])
@@ -138,5 +138,5 @@ def _summaries(records: Records) -> tuple[PointSummary, ...]:
             status = OTHERWISE
         comparable = rows[~records.open[rows]]
         worst = records.difference(_worst(records, comparable if len(comparable) else rows))
-        made.append(PointSummary(worst.checkpoint, worst.layer, len(rows), int(failed.sum()), status, worst))
-    return tuple(made)
+        summaries.append(PointSummary(worst.checkpoint, worst.layer, len(rows), int(failed.sum()), status, worst))
+    return tuple(summaries)

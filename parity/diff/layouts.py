@@ -66,8 +66,8 @@ def reading(ours: Rows, ref: Rows, allowed: Allowed, others: Mapping[str, Rows],
         ours, ref, allowed = ours.take(spread), ref.take(spread), allowed.take(spread)
     if ours.indices is not None or ref.indices is not None:
         return None
-    found = _reordered(ours, ref, allowed, head_size) or _renamed(ours, ref, allowed, others) or _scaled(ours, ref, allowed)
-    return found or _other_position(ours, allowed, {ours.point: others[ours.point]} if ours.point in others else {})
+    layout = _reordered(ours, ref, allowed, head_size) or _renamed(ours, ref, allowed, others) or _scaled(ours, ref, allowed)
+    return layout or _other_position(ours, allowed, {ours.point: others[ours.point]} if ours.point in others else {})
 
 
 def _reordered(ours: Rows, ref: Rows, allowed: Allowed, head_size: int | None) -> Reading | None:
@@ -99,11 +99,15 @@ def _every_order(size: int, head_size: int | None) -> Iterator[tuple[Ints, str, 
         if size % d == 0 and d <= size and d % 2 == 0
     ]
     for d in dict.fromkeys(heads):
-        said = f"head_size = {d}"
+        setting = f"head_size = {d}"
         halves = place.reshape(-1, d // 2, 2).swapaxes(1, 2).reshape(-1)
-        yield halves, "halves where llama.cpp has neighbours", f'"POINT" = {{ point = "POINT", rope_pairs = "neox", {said} }}'
+        yield (
+            halves,
+            "halves where llama.cpp has neighbours",
+            f'"POINT" = {{ point = "POINT", rope_pairs = "neox", {setting} }}',
+        )
         pairs = place.reshape(-1, 2, d // 2).swapaxes(1, 2).reshape(-1)
-        yield pairs, "neighbours where llama.cpp has halves", f'"POINT" = {{ point = "POINT", rope_pairs = "norm", {said} }}'
+        yield pairs, "neighbours where llama.cpp has halves", f'"POINT" = {{ point = "POINT", rope_pairs = "norm", {setting} }}'
     for d in dict.fromkeys(heads):
         count = size // d
         if count > 1:
@@ -153,8 +157,8 @@ def _renamed(ours: Rows, ref: Rows, allowed: Allowed, others: Mapping[str, Rows]
             kind = NAME if same_layer else MOMENT
             early = order([name, ours.point])[0] == name
             when = "before this was computed" if early else "late, when its buffer held that"
-            said = f"it is {name}" + ("" if same_layer else f": captured {when}, or under a wrong name")
-            return Reading(kind, said, f'"{ours.point}" = "{name}"' if same_layer else "")
+            sentence = f"it is {name}" + ("" if same_layer else f": captured {when}, or under a wrong name")
+            return Reading(kind, sentence, f'"{ours.point}" = "{name}"' if same_layer else "")
     return None
 
 

@@ -167,7 +167,7 @@ def _measure(pairs: list[Pair], values: list[Values]) -> Measures:
     n = joined([np.where(np.isnan(sizes(p.ref)), sizes(p.ours), sizes(p.ref)) for p in pairs], 0)
     l2 = column(pairs, "ref", "l2")
     part = slice_errors(values, ours, ref, present, n, l2)
-    full = joined([p.ours.full() & p.ref.full() for p in pairs], 0) > 0
+    full = joined([_whole(p) for p in pairs], 0) > 0
     exact_text = joined([np.full(len(p.ours), p.ours.quantum is None and p.ref.quantum is None) for p in pairs], 0) > 0
     nmse_row, bound = whole_rows(pairs, n, l2)
     nmse_row = np.where(full, part.nmse, np.where(exact_text, nmse_row, np.nan))
@@ -188,6 +188,12 @@ def _measure(pairs: list[Pair], values: list[Values]) -> Measures:
         nonfinite_ref=odd.ref,
         future_mass=_future(column(pairs, "ours", "future_mass"), column(pairs, "ref", "future_mass")),
     )
+
+
+def _whole(pair: Pair) -> NDArray[np.bool_]:
+    """Whether both sides recorded every value of the row: bool [R]. Bare lines don't say how long it is, the reference does."""
+    mine = pair.ours.full() | ((pair.ours.counts == pair.ref.counts) & (pair.ours.indices is None))
+    return np.asarray(mine & pair.ref.full())
 
 
 @dataclass(frozen=True)

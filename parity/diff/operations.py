@@ -11,6 +11,7 @@ from .dataflow import Flow, Stretch
 ELEMENTWISE = frozenset(
     {"ADD", "SUB", "MUL", "DIV", "SCALE", "GLU", "UNARY", "CLAMP", "SQR", "SQRT", "CONT", "CPY", "DUP", "REPEAT"}
 )
+NORMS = frozenset({"RMS_NORM", "NORM", "L2_NORM", "GROUP_NORM"})
 # Products with weights mix a whole row into each element.
 MIXING = frozenset({"MUL_MAT", "MUL_MAT_ID", "OUT_PROD"})
 _RECURRENT = ("SSM_", "RWKV_", "GATED_", "LINEAR_ATTN", "DELTA")

@@ -194,8 +194,8 @@ def _shape(seen: Evidence) -> Pattern | None:
     if between := _between_positions(seen):
         return Pattern("single-positions", f"{where}: {between}")
     if seen.embedded:
-        said = "embd is right there: attention (Q, K, RoPE, mask) at these positions, or an error that is under the limit elsewhere"
-        return Pattern("single-positions", f"{where}; {said}")
+        sentence = "embd is right there: attention (Q, K, RoPE, mask) at these positions, or an error that is under the limit elsewhere"
+        return Pattern("single-positions", f"{where}; {sentence}")
     token = f" ({seen.token!r})" if seen.token is not None else ""
     return Pattern("single-positions", f"{where}: the embedding row of that token{token}, or another token id")
 

@@ -49,8 +49,8 @@ def _spread(records: Records, shown: Difference | None, mine: bool) -> Spread | 
     if pair is None or shown is None:
         return None
     rows = pair.ours if mine else pair.ref
-    found = np.flatnonzero((rows.seq == shown.seq) & (rows.token_idx == shown.token_idx))
-    return _of_row(rows, int(found[0])) if len(found) else None
+    at = np.flatnonzero((rows.seq == shown.seq) & (rows.token_idx == shown.token_idx))
+    return _of_row(rows, int(at[0])) if len(at) else None
 
 
 def _of_row(rows: Rows, r: int) -> Spread:

@@ -21,12 +21,12 @@ def seen(pair: Pair) -> Seen:
     # Printed decimals leave a sketch and sums without meaning: what they differ by may be the printing's.
     exact = ours.quantum is None and ref.quantum is None
     sketch = exact and all(side.sketch is not None and not np.isnan(side.sketch).any() for side in (ours, ref))
-    told = exact and all(
+    whole = exact and all(
         name in side.stats and not np.isnan(side.stats[name]).any() for side in (ours, ref) for name in ("l2", "sum")
     )
-    return Seen(ours.point, values, of, sketch, told)
+    return Seen(ours.point, values, of, sketch, whole)
 
 
-def unseen(found: Sequence[Seen]) -> list[Seen]:
+def unseen(points: Sequence[Seen]) -> list[Seen]:
     """Those of which a part of each row was not seen."""
-    return [one for one in found if not one.whole]
+    return [one for one in points if not one.whole]

@@ -63,8 +63,12 @@ def write_table(records: Records, path: Path) -> None:
     Raises:
         InputError: another ending, Parquet without pyarrow, or the file cannot be written.
     """
+    write_frame(table(records), path)
+
+
+def write_frame(frame: "pd.DataFrame", path: Path) -> None:
+    """Write any data frame; raises as `write_table`."""
     check_ending(path)
-    frame = table(records)
     try:
         data = frame.to_csv(index=False).encode() if path.suffix == ".csv" else frame.to_parquet(index=False)
     except ImportError as error:

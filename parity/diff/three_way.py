@@ -24,17 +24,19 @@ def compare_three(dumps: tuple[Dump, Dump, Dump], options: Options | None = None
         except (DumpError, InputError) as error:
             kind = type(error)
             raise kind(f"{sides[first]} and {sides[second]}: {error.message}", error.advice, code=error.code) from error
-    found = [{point.checkpoint: point for point in verdict.points} for verdict in verdicts]
-    points = tuple(_point(name, [pair.get(name) for pair in found]) for name in order(name for pair in found for name in pair))
+    points_of = [{point.checkpoint: point for point in verdict.points} for verdict in verdicts]
+    points = tuple(
+        _point(name, [pair.get(name) for pair in points_of]) for name in order(name for pair in points_of for name in pair)
+    )
     wrong = next((point for point in points if point.differs), None)
     return ThreeWay(sides, points, _counts(verdicts), wrong, _notes(sides, verdicts))
 
 
 def names(dumps: tuple[Dump, Dump, Dump]) -> tuple[str, str, str]:
     """What each side calls itself, or its file where two call themselves the same or one does not say."""
-    said = [dump.header.source if dump.header is not None else "" for dump in dumps]
-    said = ["ours" if name == "engine" else name for name in said]
-    unique = [name if name and said.count(name) == 1 else str(dump.path) for name, dump in zip(said, dumps, strict=True)]
+    sources = [dump.header.source if dump.header is not None else "" for dump in dumps]
+    sources = ["ours" if name == "engine" else name for name in sources]
+    unique = [name if name and sources.count(name) == 1 else str(dump.path) for name, dump in zip(sources, dumps, strict=True)]
     return (unique[0], unique[1], unique[2])
 
 
@@ -45,11 +47,11 @@ def _counts(verdicts: list[Verdict]) -> tuple[int, int, int]:
 
 def _notes(sides: tuple[str, str, str], verdicts: list[Verdict]) -> tuple[str, ...]:
     """What the comparisons noted, each once; a pair's are named where they are not all three's."""
-    said: dict[str, list[str]] = {}
+    pairs_of: dict[str, list[str]] = {}
     for (first, second), verdict in zip(PAIRS, verdicts, strict=True):
         for note in verdict.notes:
-            said.setdefault(note, []).append(f"{sides[first]} – {sides[second]}")
-    return tuple(note if len(pairs) == len(PAIRS) else f"{', '.join(pairs)}: {note}" for note, pairs in said.items())
+            pairs_of.setdefault(note, []).append(f"{sides[first]} – {sides[second]}")
+    return tuple(note if len(pairs) == len(PAIRS) else f"{', '.join(pairs)}: {note}" for note, pairs in pairs_of.items())
 
 
 def _point(name: str, pairs: list[PointSummary | None]) -> ThreeWayPoint:

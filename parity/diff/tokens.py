@@ -87,11 +87,11 @@ def compare_tokens(ours: Dump, ref: Dump) -> TokenComparison:
     for token in sorted(ref.tokens, key=lambda token: token.token_idx):
         mine = chosen.get((token.seq, token.token_idx))
         if mine is not None and mine.id != token.id:
-            said = (
+            sentence = (
                 f"the generated tokens part at position {token.token_idx}: ours {_piece(mine.id, mine.text)}, "
                 f"the reference {_piece(token.id, token.text)}"
             )
-            return TokenComparison(token.token_idx, notes=(said,))
+            return TokenComparison(token.token_idx, notes=(sentence,))
     return TokenComparison()
 
 
@@ -104,8 +104,8 @@ def own_choice(first: Difference | None, ours: Dump, ref: Dump) -> TokenComparis
         return None
     position = first.token_idx
     chosen = next((token for token in ref.tokens if (token.seq, token.token_idx) == (first.seq, position)), None)
-    told = ours.header is not None and len(ours.header.tokens) > position
-    if chosen is None or told or any(token.token_idx == position for token in ours.tokens):
+    known = ours.header is not None and len(ours.header.tokens) > position
+    if chosen is None or known or any(token.token_idx == position for token in ours.tokens):
         return None
     sentence = (
         f"ours goes on with another token than {_piece(chosen.id, chosen.text)}, which llama.cpp chose at position {position}: it "

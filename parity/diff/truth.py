@@ -25,6 +25,12 @@ class Truth(Protocol):
     def distances(self, points: Mapping[str, Rows]) -> dict[str, Floats]:
         """How far records are from the truth: their NMSE, float64 [R] for each point; NaN where it is not known."""
 
+    def one_entry(self, points: Mapping[str, Rows]) -> dict[str, Floats]:
+        """NMSE of the recorded elements, [R], if each of them were looked up one entry further in a table of float16.
+
+        Only of the points that such a table gives; the others are left out.
+        """
+
 
 # How far a right float32 engine may be from the reference, in proportion to the reference's own distance from the truth: the worst
 # of that position up to that point, since rounding is amplified from layer to layer, and a single record may be near the truth by

@@ -60,6 +60,25 @@ _SANDWICH = {name: kind for name, kind in _PLAIN.items() if name != "post_attent
     "pre_feedforward_layernorm<": "ffn_inp",
     "post_feedforward_layernorm": "ffn_post_norm",
 }
+# GLM-4 names them by what they follow; its gate and up projections are one module.
+_AFTER = _PLAIN | {
+    "post_self_attn_layernorm": "post_attn_norm",
+    "post_mlp_layernorm": "post_mlp_norm",
+    "mlp.gate_up_proj": "ffn_gate_up",
+}
+# falcon: attention and feed-forward read the same hidden state, each through a norm of its own in the larger models.
+_FALCON = {
+    "input_layernorm": "attn_norm",
+    "ln_attn": "attn_norm_2",
+    "ln_mlp": "attn_norm",
+    "self_attention.query_key_value": "qkv",
+    "self_attention.dense<": "kqv_out",
+    "self_attention.dense": "attn_out",
+    "mlp.dense_h_to_4h": "ffn_up",
+    "mlp.dense_4h_to_h<": "ffn_gelu",
+    "mlp": "ffn_out",
+    "": "l_out",
+}
 # gpt2's names; its three projections are one module, and so are falcon's and phi3's.
 _GPT2 = {
     "ln_1": "attn_norm",
@@ -73,26 +92,40 @@ _GPT2 = {
     "mlp": "ffn_out",
     "": "l_out",
 }
-_ONCE = {"embed_tokens": "embd", "wte": "embd", "norm": "output_norm", "ln_f": "output_norm", "final_layernorm": "output_norm"}
+_ONCE = {
+    "embed_tokens": "embd",
+    "word_embeddings": "embd",
+    "wte": "embd",
+    "norm": "output_norm",
+    "ln_f": "output_norm",
+    "final_layernorm": "output_norm",
+}
 _GATED = ("hidden_act", "hidden_activation")
 
 
 def names_of(model: Any) -> "dict[str, str]":
     """Module path -> point for every module of the model whose value is known; a path that ends in "<" is a module's input."""
-    paths = [name for name, _ in model.named_modules()]
+    modules = dict(model.named_modules())
+    paths = list(modules)
     layers = [name for name in paths if name.rsplit(".", 1)[-1].isdigit() and name.rsplit(".", 2)[-2] in ("layers", "h")]
-    inside = {path.removeprefix(layers[0]).lstrip(".") for path in paths if path.startswith(layers[0])} if layers else set()
-    table = _GPT2 if "ln_1" in inside else _SANDWICH if "pre_feedforward_layernorm" in inside else _PLAIN
     found: dict[str, str] = {}
     for layer in layers:
         number = layer.rsplit(".", 1)[-1]
-        for name, kind in table.items():
+        inside = {path.removeprefix(layer).lstrip(".") for path in paths if path == layer or path.startswith(layer + ".")}
+        for name, kind in _table(inside).items():
             if name.rstrip("<") in inside:
                 found[f"{layer}.{name}" if name else layer] = f"blk.{number}.{kind}"
         for router in _ROUTERS:
             if router in inside:
-                found[f"{layer}.{router}"] = f"blk.{number}.ffn_moe_logits"
-                found[f"{layer}.{router.split('.')[0]}"] = f"blk.{number}.ffn_moe_out"
+                experts = router.split(".")[0]
+                # gpt-oss's router has a bias, and llama.cpp calls the sum so: it chooses before the soft max.
+                biased = getattr(modules[f"{layer}.{router}"], "bias", None) is not None
+                found[f"{layer}.{router}"] = f"blk.{number}.{'ffn_moe_probs' if biased else 'ffn_moe_logits'}"
+                if f"{experts}.shared_experts" in inside:  # the sum of both is the feed-forward's output
+                    found[f"{layer}.{experts}.experts"] = f"blk.{number}.ffn_moe_out"
+                    found[f"{layer}.{experts}.shared_experts"] = f"blk.{number}.ffn_shexp"
+                else:
+                    found[f"{layer}.{experts}"] = f"blk.{number}.ffn_moe_out"
         if "self_attn.qkv_proj" in inside:
             found[f"{layer}.self_attn.qkv_proj"] = f"blk.{number}.qkv"
     for path in paths:
@@ -100,6 +133,19 @@ def names_of(model: Any) -> "dict[str, str]":
         if leaf in _ONCE and not any(path.startswith(layer + ".") for layer in layers):
             found[path] = _ONCE[leaf]
     return found
+
+
+def _table(inside: "set[str]") -> "dict[str, str]":
+    """The names of one layer's modules, by which of them it has."""
+    if "ln_1" in inside:
+        return _GPT2
+    if "self_attention.query_key_value" in inside:
+        return _FALCON
+    if "pre_feedforward_layernorm" in inside:
+        return _SANDWICH
+    if "post_self_attn_layernorm" in inside:
+        return _AFTER
+    return _PLAIN
 
 
 class Observer:
@@ -112,6 +158,8 @@ class Observer:
         self.kind = str(config.model_type)
         self.heads = int(config.num_attention_heads)
         self.kv_heads = int(getattr(config, "num_key_value_heads", None) or self.heads)
+        if hasattr(config, "multi_query"):  # falcon
+            self.kv_heads = config.num_kv_heads if config.new_decoder_architecture else 1 if config.multi_query else self.heads
         self.layer = 0
         self.projected: dict[str, Any] = {}
         # Where the embedding is multiplied before the first layer reads it, the module's output is not ggml's `embd`.
@@ -130,7 +178,9 @@ class Observer:
                 handles.append(module.register_forward_pre_hook(self._input(point)))
             else:
                 handles.append(module.register_forward_hook(self._output(point)))
-        attentions = {path: module for path, module in modules.items() if path.endswith(("self_attn", ".attn"))}
+        attentions = {
+            path: module for path, module in modules.items() if path.endswith(("self_attn", ".attn", ".self_attention"))
+        }
         for path, module in attentions.items():
             number = int(path.split(".")[-2])
             handles.append(module.register_forward_pre_hook(self._enter(number)))
@@ -207,8 +257,11 @@ class Observer:
         self.tap(f"{layer}.{self.renamed.get(kind, kind)}" if layer else point, flat)
 
     def _split(self, value: Any) -> "tuple[Any, Any, Any]":
-        """Queries, keys and values of one fused projection, laid side by side: [B, T, (H + 2K)·d]; Q and K by heads."""
+        """Queries, keys and values of one fused projection, [B, T, (H + 2K)·d], side by side or (falcon) by groups; Q and K by heads."""
         size = value.shape[-1] // (self.heads + 2 * self.kv_heads)
+        if self.kind == "falcon":
+            groups = value.unflatten(-1, (self.kv_heads, -1, size))
+            return groups[..., :-2, :].flatten(-3, -2), groups[..., -2, :], groups[..., -1, :].flatten(-2)
         q, k, v = value.split((self.heads * size, self.kv_heads * size, self.kv_heads * size), dim=-1)
         return q.unflatten(-1, (self.heads, size)), k.unflatten(-1, (self.kv_heads, size)), v
 

@@ -65,9 +65,9 @@ def _like(value: Any, host: "NDArray[np.float32]") -> Any:
     if hasattr(value, "detach") and hasattr(value, "new_tensor"):  # PyTorch
         return value.new_tensor(host)
     if hasattr(value, "__cuda_array_interface__") and hasattr(value, "get"):  # CuPy
-        made = value.copy()
-        made.set(host.astype(value.dtype).reshape(value.shape))
-        return made
+        copy = value.copy()
+        copy.set(host.astype(value.dtype).reshape(value.shape))
+        return copy
     if isinstance(value, np.ndarray):
         return host.astype(value.dtype).reshape(value.shape)
     return host.reshape(value.shape)

@@ -68,8 +68,8 @@ class Probe:
     def tells(self, chosen: Candidate, others: Sequence[Candidate]) -> list[tuple[Candidate, list[str]]]:
         """Those of the others that show other numbers than the chosen one does, and at which points."""
         mine = self.made(chosen) if others else None
-        found = [(one, self.different(mine, self.made(one))) for one in others]
-        return [(one, names) for one, names in found if names]
+        differences = [(one, self.different(mine, self.made(one))) for one in others]
+        return [(one, names) for one, names in differences if names]
 
     def likely(self, chosen: Candidate, others: Sequence[Candidate]) -> list[Candidate]:
         """Those of the others that do not show the very numbers of the chosen one: others, or none since this model has no place."""
@@ -109,12 +109,12 @@ def apart(case: Case, state: State, chosen: Candidate, others: Sequence[Candidat
                 break
             likely = left if probe.scout is None else probe.scout.likely(chosen, left)
             tried.append(probe.sentence if likely or probe.scout is None else f"{probe.sentence} in a small model")
-            found = probe.tells(chosen, likely)
-            if found:
-                points = sorted({names[0] for _, names in found})
+            telling = probe.tells(chosen, likely)
+            if telling:
+                points = sorted({names[0] for _, names in telling})
                 where = f"{probe.sentence} ({_listed(points)})" if number == 0 else probe.sentence
-                sentences.append(f"{where} would tell {_listed([_said(one, chosen) for one, _ in found])} apart")
-            separated = [one for one, _ in found]
+                sentences.append(f"{where} would tell {_listed([_said(one, chosen) for one, _ in telling])} apart")
+            separated = [one for one, _ in telling]
             left = [one for one in left if one not in separated]
             if not left:
                 break

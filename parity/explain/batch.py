@@ -60,15 +60,15 @@ class BatchScreening:
         results: dict[int, Screened] = {}
         waiting = list(edits)
         for rows in stages:
-            made, ended = self._values(candidates, edits, waiting, rows, self._name, self._before)
+            value_of, ended = self._values(candidates, edits, waiting, rows, self._name, self._before)
             if rows == stages[0]:
                 cut = not self._screening.budget.complete
-                self._screening.tried.count([candidates[one] for one in edits if not cut or one in made or one in ended])
+                self._screening.tried.count([candidates[one] for one in edits if not cut or one in value_of or one in ended])
             for number in ended:
                 results.pop(number, None)
             # Before the first wrong row, nothing to see is nothing wrong.
-            passed = set(waiting) - made.keys() - ended if rows <= self._first.row else set()
-            for number, errors in self._errors(made, rows):
+            passed = set(waiting) - value_of.keys() - ended if rows <= self._first.row else set()
+            for number, errors in self._errors(value_of, rows):
                 wrong = errors > _SLACK * self._entry.limit
                 if not wrong.any():
                     passed.add(number)
@@ -104,7 +104,7 @@ class BatchScreening:
 
     def _edits(self, candidates: Sequence[Candidate], numbers: Sequence[int], end: int) -> dict[int, Edits]:
         """What candidates change in the steps in front of number `end`, if that is something and the model allows it."""
-        found: dict[int, Edits] = {}
+        edits_of: dict[int, Edits] = {}
         for number in numbers:
             one = candidates[number]
             try:
@@ -112,8 +112,8 @@ class BatchScreening:
             except NotApplicable:
                 continue
             if edits:
-                found[number] = edits
-        return found
+                edits_of[number] = edits
+        return edits_of
 
     def _values(
         self,
@@ -127,7 +127,7 @@ class BatchScreening:
         """The first rows of value `name`, by candidate that changes it; and those that are not allowed, or that a watched
         point contradicts.
         """
-        made: dict[int, Array] = {}
+        value_of: dict[int, Array] = {}
         ended: set[int] = set()
         ahead = any(one.fault.whole and one.fault.shows is None for one in self._state.faults)  # not what is shown only
         for whole in (False, True):
@@ -137,21 +137,21 @@ class BatchScreening:
             size = max(1, min(_TOGETHER, _ROWS // used))
             for begin in range(0, len(chosen), size):
                 if self._screening.budget.over():
-                    return made, ended
+                    return value_of, ended
                 batch = chosen[begin : begin + size]
                 replay = self._screening.replay(self._state, used)
                 chosen_edits = [edits[number] for number in batch]
-                found = replay.run_batch(
+                run = replay.run_batch(
                     chosen_edits, self._state.order[name] + 1, watched, self._agrees, self._screening.budget.over
                 )
                 if not self._screening.budget.complete:
-                    return made, ended
-                for number, values in zip(batch, found, strict=True):
+                    return value_of, ended
+                for number, values in zip(batch, run, strict=True):
                     if values is None:
                         ended.add(number)
                     elif name in values:
-                        made[number] = values[name][: rows if self._causal(values[name]) else None]
-        return made, ended
+                        value_of[number] = values[name][: rows if self._causal(values[name]) else None]
+        return value_of, ended
 
     def _agrees(self, name: str, values: Array) -> list[bool]:
         """Which of some versions of a point in front of the first place agree with the dump: [M, R, …] -> M."""
@@ -159,10 +159,10 @@ class BatchScreening:
         errors = entry.nmse_of(self._screening.backend.to_host(values), self._screening.positions[: values.shape[-2]])
         return list(~np.any(errors > _SLACK * entry.limit, axis=1))
 
-    def _errors(self, made: dict[int, Array], rows: int) -> Iterator[tuple[int, Floats]]:
+    def _errors(self, values: dict[int, Array], rows: int) -> Iterator[tuple[int, Floats]]:
         """NMSE at the first place's point, by candidate: [records]."""
         for used in {rows, self._screening.rows}:
-            some = {number: value for number, value in made.items() if value.shape[-2] == used}
+            some = {number: value for number, value in values.items() if value.shape[-2] == used}
             if some:
                 yield from self._errors_of(some, used)
 
@@ -198,10 +198,10 @@ def steps_between(state: State, layer: int, point: str) -> list[Step]:
 
 def distinct(outputs: Mapping[int, Array]) -> list[tuple[Array, list[int]]]:
     """The different ones among some arrays, by their bits, each with the keys of those that are equal to it."""
-    found: dict[bytes, tuple[Array, list[int]]] = {}
+    members: dict[bytes, tuple[Array, list[int]]] = {}
     for number, output in outputs.items():
-        found.setdefault(output.tobytes(), (output, []))[1].append(number)
-    return list(found.values())
+        members.setdefault(output.tobytes(), (output, []))[1].append(number)
+    return list(members.values())
 
 
 def carry(
@@ -224,13 +224,13 @@ def carry(
     for begin in range(0, len(outputs), size):
         batch = outputs[begin : begin + size]
         values = {start: xp.concatenate(batch), POSITIONS: xp.tile(positions, len(batch))}
-        made = values[start].reshape(len(batch), *batch[0].shape)
+        carried = values[start].reshape(len(batch), *batch[0].shape)
         for step in steps:
             if stop():
                 return
-            made = compute_batch(step, [values[name] for name in step.names], len(batch), weights)
-            values[step.makes] = made.reshape(-1, *made.shape[2:])
-        yield from made
+            carried = compute_batch(step, [values[name] for name in step.names], len(batch), weights)
+            values[step.makes] = carried.reshape(-1, *carried.shape[2:])
+        yield from carried
 
 
 def screened(

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from checkpoints.errors import DumpError, ModelError
+from checkpoints.points import of_scores
 from checkpoints.record import Dump, Header
 from engine.graph import Step, sees_later
 from engine.opened import open_plain
@@ -21,6 +22,7 @@ from .budget import Budget
 from .noise import AUTO, allowed
 from .records import Expected, Ints, expected
 from .screening import Screening
+from .ties import resolved
 
 
 @dataclass(frozen=True)
@@ -81,9 +83,22 @@ class Case:
         same_experiment(self.dump, Dump("our engine", header, {}))
         self.arbiter = self.truth_of(self.transformer.steps)
         entries, notes = expected(self.dump, self.replay, self.positions, header)
+        self._arbiter_option = options.arbiter
         self.entries, noise = allowed(entries, self.replay, self.positions, self.arbiter, options.arbiter)
-        self.notes = (*self.dump.notes, *notes)
         self.noise = noise
+        self.notes = (*self.dump.notes, *notes, *resolved(self))
+
+    def compared(self, steps: Sequence[Step]) -> list[Expected]:
+        """The dump's records beside those of another list of steps."""
+        replay = self.make(steps, len(self.tokens))
+        entries, _ = expected(self.dump, replay, self.positions, self.header())
+        return allowed(entries, replay, self.positions, self.truth_of(steps), self._arbiter_option)[0]
+
+    def take(self, steps: Sequence[Step], entries: list[Expected]) -> None:
+        """Let another list of steps be the right engine."""
+        self.transformer.steps = list(steps)
+        self.replay, self.arbiter = self.make(steps, len(self.tokens)), self.truth_of(steps)
+        self.entries = entries
 
     @property
     def states_f32(self) -> bool:
@@ -144,9 +159,12 @@ class Case:
 
 
 def _rows_of_positions(dump: Dump, steps: Sequence[Step]) -> Dump:
-    """The dump without what the replay shows in another way: states after a pass, since it is one pass; an encoder's scores."""
+    """The dump without what the replay shows in another way: states after a pass, since it is one pass; an encoder's scores.
+
+    Nor masks and the like, whose rows are the second of three dimensions and which are no scores.
+    """
     whole = sees_later(steps)
-    once = {step.makes for step in steps if step.axis is None or (step.axis == 1 and whole)}
+    once = {step.makes for step in steps if step.axis is None or (step.axis == 1 and (whole or not of_scores(step.makes)))}
     if dump.points.keys() <= once:
         raise DumpError(
             f"{dump.path} has only states after passes.", "Record points that have a row for each position.", code="points"

@@ -89,8 +89,8 @@ def _known(case: Case, search: Search, state: State) -> bool:
 
 def _looks_like(case: Case, search: Search, start: State, budget: Budget) -> tuple[str, ...]:
     """The arithmetics whose noise the differences are, the best first, if nothing fits them better: no fault, no number, no law."""
-    said = law_at(case, search, start)
-    if not may_be_noise(case.entries) or search.simple(start) or (said and not said.endswith(WRONG)):
+    sentence = law_at(case, search, start)
+    if not may_be_noise(case.entries) or search.simple(start) or (sentence and not sentence.endswith(WRONG)):
         return ()
     return _precision(case, budget)
 
@@ -98,13 +98,17 @@ def _looks_like(case: Case, search: Search, start: State, budget: Budget) -> tup
 def _left_over(case: Case, search: Search, best: State, answer: Explanation) -> Explanation:
     """The answer with what the numbers say of the place that is left: a cause, if they name one by themselves, a law, or leads."""
     values = search.screening.replay(best, len(case.positions)).on_host
-    said, where = law_at(case, search, best), placed(case, search, best)
-    rows = garbage(case.entries, best, values, case.positions, answer.differing) if not said or said.endswith(WRONG) else None
+    sentence, where = law_at(case, search, best), placed(case, search, best)
+    rows = (
+        garbage(case.entries, best, values, case.positions, answer.differing)
+        if not sentence or sentence.endswith(WRONG)
+        else None
+    )
     if rows is not None:
         return replace(answer, causes=(*answer.causes, rows), remaining=None, next="")
     single = where is not None and where.sure and len(where.operations) == 1
-    found = [] if said else leads(case.entries, best, search, case.positions, single=single)
-    return replace(answer, law=said, placed=where, leads=tuple(found))
+    hints = [] if sentence else leads(case.entries, best, search, case.positions, single=single)
+    return replace(answer, law=sentence, placed=where, leads=tuple(hints))
 
 
 def _truth(case: Case, start: State, arbiter: str) -> TruthAt | None:
@@ -144,12 +148,12 @@ def _around(case: Case, search: Search, best: State, max_faults: int, budget: Bu
         rest = inner.screening.check(rest, candidate) or rest
     if rest.first is None:
         return best
-    found = inner.explain(rest, depth - 1)
-    if found.first is not None:
+    inner_causes = inner.explain(rest, depth - 1)
+    if inner_causes.first is not None:
         return best
     search.screening.budget = budget
     state = search.screening.start()
-    for candidate in found.faults:
+    for candidate in inner_causes.faults:
         state = search.screening.check(state, candidate) or state
     return min(best, search.explain(state, max_faults - len(state.faults)), key=search.rank)
 
@@ -160,7 +164,7 @@ def _needed(search: Search, best: State) -> State:
         state: State | None = search.screening.start()
         for candidate in best.faults:
             if candidate is not left_out and state is not None:
-                state = search.screening.check(state, candidate)
+                state = search.screening.reached(state, candidate)
         if state is not None and search.rank(state) < search.rank(best):
             best = state
     return best
@@ -171,8 +175,8 @@ def _floor(case: Case, kind: str) -> PrecisionFloor:
 
 
 def _precision(case: Case, budget: Budget) -> tuple[str, ...]:
-    """The arithmetics whose noise the differences are, of those that there is time for."""
-    fit = {kind: fits(_floor(case, kind), case.entries) for kind in KINDS if not budget.over()}
+    """The arithmetics whose noise the differences are; none where no time is left: of some alone the best may be the wrong one."""
+    fit = {} if budget.over() else {kind: fits(_floor(case, kind), case.entries) for kind in KINDS}
     return best_kinds({kind: value for kind, value in fit.items() if value is not None})
 
 
@@ -198,7 +202,7 @@ def _answer(case: Case, search: Search, start: State, best: State) -> Explanatio
 
 
 def _causes(case: Case, search: Search, start: State, best: State, differing: int) -> list[Cause]:
-    made: list[Cause] = []
+    causes: list[Cause] = []
     state = start
     for number, candidate in enumerate(best.faults):
         after = search.screening.reached(state, candidate)
@@ -210,7 +214,7 @@ def _causes(case: Case, search: Search, start: State, best: State, differing: in
             for entry, now in zip(case.entries, after.nmse, strict=True)
         ]
         others = search.equal(best, number)
-        made.append(
+        causes.append(
             Cause(
                 named=_named(candidate, state),
                 explained=fixed / differing if differing else 0.0,
@@ -224,7 +228,7 @@ def _causes(case: Case, search: Search, start: State, best: State, differing: in
             )
         )
         state = after
-    return made
+    return causes
 
 
 def _named(candidate: Candidate, state: State) -> Named:

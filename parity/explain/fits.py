@@ -23,6 +23,7 @@ _KEPT = 12  # fits that go on after the first passes …
 _OF_ONE = 2  # … and those of them that are of one fault at one place, from different starts
 _SLACK = 10.0  # as `batch._SLACK`: products over few rows round otherwise
 _DIGITS = (1, 2, 3, 4, 5, 6, 8)  # significant digits of a fitted number: the fewest that reproduce the records are meant
+_ZERO = 1e-4  # a fitted factor below this is tried as 0 first
 _NEAR = 0.01  # part of the error that a fit may leave for round numbers near it to be tried
 _AGAIN = 3  # times that a number is fitted again where it leaves a later place
 
@@ -157,7 +158,7 @@ class Fitting:
             if not going or self._screening.budget.over():
                 break
             self._pass(going)
-        found: dict[str, _Trial] = {}
+        trials_of: dict[str, _Trial] = {}
         wanted = self._residual_of_state()
         for trial in sorted(trials, key=lambda one: one.best):
             if not np.isfinite(trial.best) or trial.best > _NEAR * float(wanted @ wanted):
@@ -165,8 +166,8 @@ class Fitting:
             at = next((at for at in (trial.best_at, *self._short(trial)) if self._passes(trial, at)), None)
             if at is not None:
                 trial.best_at = at
-                found.setdefault(f"{trial.fit.fault.name} {trial.parameters}", trial)
-        return list(found.values())
+                trials_of.setdefault(f"{trial.fit.fault.name} {trial.parameters}", trial)
+        return list(trials_of.values())
 
     def _short(self, trial: _Trial) -> Iterator[float]:
         """Round numbers near the fitted one: where an operation has steps (a table of F16) only the very number leaves nothing."""
@@ -211,9 +212,11 @@ class Fitting:
     def _rounded(self, trial: _Trial, state: State) -> State:
         """The state with the number of fewest digits that gets as far."""
         value = trial.value(trial.best_at)
-        for digits in _DIGITS:
-            short = float(f"{value:.{digits}g}")
-            if short in (value, 0.0):
+        numbers = [float(f"{value:.{digits}g}") for digits in _DIGITS]
+        if not trial.fit.positive and abs(value) < _ZERO:
+            numbers.insert(0, 0.0)
+        for short in numbers:
+            if short == value or (short == 0.0 and trial.fit.positive):
                 continue
             at = float(np.log(short)) if trial.fit.positive else short
             if not self._passes(trial, at):
@@ -226,18 +229,18 @@ class Fitting:
 
     def _passes(self, trial: _Trial, at: float) -> bool:
         """Whether a value leaves nothing at the first place."""
-        made = self._values([trial.candidate(at, self._layers)])[0]
-        if made is None:
+        value = self._values([trial.candidate(at, self._layers)])[0]
+        if value is None:
             return False
         entry, positions = self._screening.entries[self._point], self._screening.positions[: self._rows]
-        errors = entry.nmse(self._screening.backend.to_host(made), positions)
+        errors = entry.nmse(self._screening.backend.to_host(value), positions)
         here = entry.rows < self._rows
         return bool((errors[here] <= _SLACK * entry.limit[here]).all())
 
     def _pass(self, trials: Sequence[_Trial]) -> None:
         """One pass: what each trial's value leaves of the first place."""
-        made = self._values([trial.candidate(trial.at, self._layers) for trial in trials])
-        for trial, value in zip(trials, made, strict=True):
+        values = self._values([trial.candidate(trial.at, self._layers) for trial in trials])
+        for trial, value in zip(trials, values, strict=True):
             if value is None:
                 trial.done = True
             else:
@@ -261,15 +264,15 @@ class Fitting:
             return found
         self._screening.tried.count([candidates[number] for number in numbers])
         replay = self._screening.replay(self._state, self._rows)
-        made = replay.run_batch(edits, end, frozenset(), lambda _name, _values: (), self._screening.budget.over)
-        for number, values in zip(numbers, made, strict=True):
+        run = replay.run_batch(edits, end, frozenset(), lambda _name, _values: (), self._screening.budget.over)
+        for number, values in zip(numbers, run, strict=True):
             found[number] = values.get(name) if values else None
         return found
 
-    def _residual(self, made: Array) -> Floats:
+    def _residual(self, value: Array) -> Floats:
         """What is left at the recorded elements of the first rows, in proportion to each record's size: float64 [n]."""
         return self._screening.entries[self._point].residual(
-            self._screening.backend.to_host(made), self._screening.positions[: self._rows]
+            self._screening.backend.to_host(value), self._screening.positions[: self._rows]
         )
 
     def _residual_of_state(self) -> Floats:

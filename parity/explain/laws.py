@@ -102,73 +102,75 @@ def beside(
     )
 
 
-def law(found: Beside) -> str:
+def law(compared: Beside) -> str:
     """The sentence of the first law that holds for every element; "" where none does."""
-    if not np.isfinite(found.right).all():
+    if not np.isfinite(compared.right).all():
         return ""
-    if not np.isfinite(found.theirs).all():
-        return _not_finite(found)
-    if (((found.theirs - found.right) ** 2).sum(axis=1) <= found.room / ROOM).all():
+    if not np.isfinite(compared.theirs).all():
+        return _not_finite(compared)
+    if (((compared.theirs - compared.right) ** 2).sum(axis=1) <= compared.room / ROOM).all():
         return "every recorded element is right: what differs was not recorded"
-    every = np.ones(len(found.index), dtype=np.bool_)
-    said = next(_by_a_number(found, every, many=False), "")
-    if said:
-        return f"every element {said}"
-    some = _differing(found)
-    if 0 < some.sum() < len(some) and _alone(found, some):
-        where = _elements(found, some)
+    every = np.ones(len(compared.index), dtype=np.bool_)
+    sentence = next(_by_a_number(compared, every, many=False), "")
+    if sentence:
+        return f"every element {sentence}"
+    some = _differing(compared)
+    if 0 < some.sum() < len(some) and _alone(compared, some):
+        where = _elements(compared, some)
         many = not where or where.startswith(("elements", "heads"))
-        exchanged = next(_exchanged(found, some), "")
+        exchanged = next(_exchanged(compared, some), "")
         if exchanged:
-            return f"elements {_listed(found.index[some])} {exchanged}; the others are right"
-        relation = next(_by_a_number(found, some, many), "") or next(_by_a_vector(found, some, many), "")
+            return f"elements {_listed(compared.index[some])} {exchanged}; the others are right"
+        relation = next(_by_a_number(compared, some, many), "") or next(_by_a_vector(compared, some, many), "")
         if relation and (where or some.sum() <= _LISTED):
-            return f"{where or f'elements {_listed(found.index[some])}'} {relation}; the others are right"
-        moved = "" if some.sum() == 1 else next(_moved(found), "")
+            return f"{where or f'elements {_listed(compared.index[some])}'} {relation}; the others are right"
+        moved = "" if some.sum() == 1 else next(_moved(compared), "")
         if moved:
             return moved
         if where:
             return f"{where} {'are' if many else 'is'} {WRONG}"
-    said = next(_by_a_vector(found, every, many=False), "")
-    return f"every element {said}" if said else next(_moved(found), "")
+    sentence = next(_by_a_vector(compared, every, many=False), "")
+    return f"every element {sentence}" if sentence else next(_moved(compared), "")
 
 
-def _differing(found: Beside) -> Bools:
+def _differing(compared: Beside) -> Bools:
     """The elements [k] that alone are wrong by more than all of a record may be, in any record."""
     with np.errstate(over="ignore"):
-        return np.asarray(((found.theirs - found.right) ** 2 > found.room[:, None]).any(axis=0))
+        return np.asarray(((compared.theirs - compared.right) ** 2 > compared.room[:, None]).any(axis=0))
 
 
-def _not_finite(found: Beside) -> str:
+def _not_finite(compared: Beside) -> str:
     """Which elements are NaN or infinite, where all others are right; "" where they are not."""
-    odd = ~np.isfinite(found.theirs)
+    odd = ~np.isfinite(compared.theirs)
     columns = np.asarray(odd.any(axis=0))
-    if not found.holds(np.where(np.isfinite(found.theirs), found.right, 0.0), ~columns):
+    if not compared.holds(np.where(np.isfinite(compared.theirs), compared.right, 0.0), ~columns):
         return ""
-    values = found.theirs[odd]
+    values = compared.theirs[odd]
     kinds = [
         name for name, here in (("NaN", np.isnan(values)), ("∞", values == np.inf), ("−∞", values == -np.inf)) if here.any()
     ]
     what = f"{' or '.join(kinds)}: an overflow, a division by zero, an empty soft max row, or memory never written"
     if columns.all():
         return f"every recorded element is {what}" if odd.all() else ""
-    where = _elements(found, columns) or f"elements {_listed(found.index[columns])}{', …' if columns.sum() > _LISTED else ''}"
+    where = (
+        _elements(compared, columns) or f"elements {_listed(compared.index[columns])}{', …' if columns.sum() > _LISTED else ''}"
+    )
     return f"{where} {'are' if where.startswith(('elements', 'heads')) else 'is'} {what}; the others are right"
 
 
-def _alone(found: Beside, some: Bools) -> bool:
+def _alone(compared: Beside, some: Bools) -> bool:
     """Whether the other elements are right, and not only less wrong than one element may be where a record is just over its limit."""
-    errors = (found.theirs - found.right) ** 2
+    errors = (compared.theirs - compared.right) ** 2
     return bool(errors[:, ~some].sum() <= _OTHERS * errors[:, some].sum())
 
 
-def _by_a_number(found: Beside, some: Bools, many: bool) -> Iterator[str]:
+def _by_a_number(compared: Beside, some: Bools, many: bool) -> Iterator[str]:
     """How these elements come from the right ones by one number, or by the operation's bias."""
-    theirs, right = found.theirs[:, some], found.right[:, some]
+    theirs, right = compared.theirs[:, some], compared.right[:, some]
     be, have = ("are", "have") if many else ("is", "has")
 
     def holds(values: Floats) -> bool:
-        return _holds(found, some, values)
+        return _holds(compared, some, values)
 
     if not theirs.any() and right.any():
         yield f"{be} 0"
@@ -184,9 +186,9 @@ def _by_a_number(found: Beside, some: Bools, many: bool) -> Iterator[str]:
     if constant and holds(right + constant):
         yield f"{be} the right one {_signed(_short(constant, lambda c: holds(right + c)))}"
         return
-    if found.bias is None:
+    if compared.bias is None:
         return
-    bias = found.bias[some]
+    bias = compared.bias[some]
     factor = _factor(theirs - bias, right - bias)
     if factor is not None and holds((right - bias) * factor + bias):
         yield f"{be} {_short(factor, lambda c: holds((right - bias) * c + bias))} times the right product; the bias is right"
@@ -197,28 +199,28 @@ def _by_a_number(found: Beside, some: Bools, many: bool) -> Iterator[str]:
             return
 
 
-def _by_a_vector(found: Beside, some: Bools, many: bool) -> Iterator[str]:
+def _by_a_vector(compared: Beside, some: Bools, many: bool) -> Iterator[str]:
     """The same vector added at every position, or one factor for each position."""
-    theirs, right = found.theirs[:, some], found.right[:, some]
+    theirs, right = compared.theirs[:, some], compared.right[:, some]
     be, have = ("are", "have") if many else ("is", "has")
     if len(theirs) < 2:
         return
     vector = (theirs - right).mean(axis=0)
-    if vector.any() and _holds(found, some, right + vector):
+    if vector.any() and _holds(compared, some, right + vector):
         yield f"{have} the same vector added at every position: a bias missing, wrong or doubled"
         return
     energy = np.einsum("ij,ij->i", right, right)
     if some.sum() > 1 and (energy > 0).all():
         each = np.einsum("ij,ij->i", theirs, right) / energy
-        if _holds(found, some, right * each[:, None]):
+        if _holds(compared, some, right * each[:, None]):
             yield f"{be} off by a factor of the position's own ({each.min():.4g} to {each.max():.4g})"
 
 
-def _holds(found: Beside, some: Bools, values: Floats) -> bool:
+def _holds(compared: Beside, some: Bools, values: Floats) -> bool:
     """Whether values of some elements [R, s] are theirs to rounding."""
-    whole = found.right.copy()
+    whole = compared.right.copy()
     whole[:, some] = values
-    return found.holds(whole, some)
+    return compared.holds(whole, some)
 
 
 def _factor(theirs: Floats, right: Floats) -> float | None:
@@ -239,12 +241,12 @@ def _signed(number: str) -> str:
     return f"minus {number[1:]}" if number.startswith("-") else f"plus {number}"
 
 
-def _exchanged(found: Beside, some: Bools) -> Iterator[str]:
+def _exchanged(compared: Beside, some: Bools) -> Iterator[str]:
     """These elements hold each other's right values."""
     numbers = np.flatnonzero(some)
     if not 2 <= len(numbers) <= _LISTED:
         return
-    order = [_match(found, int(number), numbers) for number in numbers]
+    order = [_match(compared, int(number), numbers) for number in numbers]
     if None in order or len(set(order)) < len(order):
         return
     if len(numbers) == 2:
@@ -253,28 +255,28 @@ def _exchanged(found: Beside, some: Bools) -> Iterator[str]:
         yield "hold each other's values in another order"
 
 
-def _match(found: Beside, number: int, among: Ints) -> int | None:
+def _match(compared: Beside, number: int, among: Ints) -> int | None:
     """Which of some elements' right values an element holds in every record."""
     for other in among.tolist():
-        delta = found.theirs[:, number] - found.right[:, other]
-        if other != number and bool((delta * delta <= found.room).all()):
+        delta = compared.theirs[:, number] - compared.right[:, other]
+        if other != number and bool((delta * delta <= compared.room).all()):
             return int(other)
     return None
 
 
-def _elements(found: Beside, some: Bools) -> str:
+def _elements(compared: Beside, some: Bools) -> str:
     """Which elements these are, where they form a pattern; "" where they do not."""
-    index = found.index[some]
+    index = compared.index[some]
     first, last = int(index[0]), int(index[-1])
-    leading = found.whole is None or len(found.index) < found.whole.shape[1]
-    seen = f" (of the {len(found.index)} recorded)" if leading else ""
+    leading = compared.whole is None or len(compared.index) < compared.whole.shape[1]
+    seen = f" (of the {len(compared.index)} recorded)" if leading else ""
     if len(index) == 1:
         return f"element {first} alone"
-    if found.heads and found.whole is not None:
-        size = found.whole.shape[1] // found.heads
+    if compared.heads and compared.whole is not None:
+        size = compared.whole.shape[1] // compared.heads
         heads = sorted(set((index // size).tolist()))
-        mine = found.index[np.isin(found.index // size, heads)]
-        if len(heads) < found.heads and len(mine) == len(index) and len(mine) >= min(size, 2):
+        mine = compared.index[np.isin(compared.index // size, heads)]
+        if len(heads) < compared.heads and len(mine) == len(index) and len(mine) >= min(size, 2):
             return f"head {heads[0]} alone" if len(heads) == 1 else f"heads {', '.join(map(str, heads[:_LISTED]))}"
     if bool(some[np.flatnonzero(some)[0] :].all()):
         return f"everything from element {first} on{seen}"
@@ -296,43 +298,48 @@ def _listed(index: Ints) -> str:
     return " and ".join(map(str, index.tolist())) if len(index) == 2 else ", ".join(map(str, index[:_LISTED].tolist()))
 
 
-def _moved(found: Beside) -> Iterator[str]:
+def _moved(compared: Beside) -> Iterator[str]:
     """Right values at another place: of another element, another position, or a mix of two positions."""
-    whole = found.whole
+    whole = compared.whole
     if whole is None:
         return
     count, n = whole.shape
-    yield from _heads_moved(found, whole)
+    yield from _heads_moved(compared, whole)
     for by in (sign * step for step in range(1, min(_ROLLS, n - 1) + 1) for sign in (1, -1)):
-        if found.holds(whole[found.rows][:, (found.index - by) % n]):
+        if compared.holds(whole[compared.rows][:, (compared.index - by) % n]):
             yield f"element i is the right element i {'−' if by > 0 else '+'} {abs(by)}: the row is rolled"
             return
+    size = n // compared.heads if compared.heads else n
+    for by in (sign * step for step in range(1, min(_ROLLS, size - 1) + 1) for sign in (1, -1)) if size < n else ():
+        if compared.holds(whole[compared.rows][:, compared.index // size * size + (compared.index - by) % size]):
+            yield f"element i of each head is its right element i {'−' if by > 0 else '+'} {abs(by)}: each head is rolled"
+            return
     for by in (sign * step for step in range(1, _SHIFTS + 1) for sign in (-1, 1)):
-        other = found.rows + by
+        other = compared.rows + by
         inside = (other >= 0) & (other < count)
         # The rows at the edge hold another one's, or the sequence's other end.
         edge = np.clip(other, 0, count - 1)
         for at in (edge, other % count):
-            if inside.any() and found.holds(whole[at][:, found.index]):
+            if inside.any() and compared.holds(whole[at][:, compared.index]):
                 yield f"position t holds the right values of position t {'+' if by > 0 else '−'} {abs(by)}"
                 return
-    yield from _mix(found, whole)
-    yield from _permutation(found, whole)
+    yield from _mix(compared, whole)
+    yield from _permutation(compared, whole)
 
 
-def _heads_moved(found: Beside, whole: Floats) -> Iterator[str]:
+def _heads_moved(compared: Beside, whole: Floats) -> Iterator[str]:
     """Every recorded head holds the right values of one head, and not each of its own."""
-    if not found.heads or found.heads < 2:
+    if not compared.heads or compared.heads < 2:
         return
-    size = whole.shape[1] // found.heads
-    recorded = sorted(set((found.index // size).tolist()))
+    size = whole.shape[1] // compared.heads
+    recorded = sorted(set((compared.index // size).tolist()))
     source: dict[int, int] = {}
     for head in recorded:
-        mine = found.index // size == head
+        mine = compared.index // size == head
         if mine.sum() < 2:
             return
-        for other in (head, *(one for one in range(found.heads) if one != head)):
-            if _holds(found, mine, whole[found.rows][:, found.index[mine] + (other - head) * size]):
+        for other in (head, *(one for one in range(compared.heads) if one != head)):
+            if _holds(compared, mine, whole[compared.rows][:, compared.index[mine] + (other - head) * size]):
                 source[head] = other
                 break
         else:
@@ -341,46 +348,46 @@ def _heads_moved(found: Beside, whole: Floats) -> Iterator[str]:
     if not moved:
         return
     each = ", ".join(f"head {head} is the right head {other}" for head, other in list(moved.items())[:_LISTED])
-    if len(recorded) < found.heads:
-        yield f"{each} ({len(recorded)} of {found.heads} heads recorded)"
+    if len(recorded) < compared.heads:
+        yield f"{each} ({len(recorded)} of {compared.heads} heads recorded)"
     elif len(moved) == 2 and set(moved) == set(moved.values()):
         yield f"heads {' and '.join(map(str, moved))} are exchanged"
     else:
         yield f"the heads stand in another order: {each}{', …' if len(moved) > _LISTED else ''}"
 
 
-def _mix(found: Beside, whole: Floats) -> Iterator[str]:
-    if (found.rows >= 1).sum() < 2:
+def _mix(compared: Beside, whole: Floats) -> Iterator[str]:
+    if (compared.rows >= 1).sum() < 2:
         return
-    now, before = found.right, whole[np.maximum(found.rows - 1, 0)][:, found.index]
+    now, before = compared.right, whole[np.maximum(compared.rows - 1, 0)][:, compared.index]
     base = before - now
-    share = float(((found.theirs - now) * base).sum() / max(float((base * base).sum()), 1e-300))
-    if _SHARES[0] < share < _SHARES[1] and found.holds(now + share * base):
+    share = float(((compared.theirs - now) * base).sum() / max(float((base * base).sum()), 1e-300))
+    if _SHARES[0] < share < _SHARES[1] and compared.holds(now + share * base):
         yield f"each position is a mix: {share:.0%} of the one before"
 
 
-def _permutation(found: Beside, whole: Floats) -> Iterator[str]:
+def _permutation(compared: Beside, whole: Floats) -> Iterator[str]:
     """Every element holds the right value of another element, the same one in all records."""
-    right = whole[found.rows]
-    if right.shape[1] > _WIDE or len(found.index) < 2:
+    right = whole[compared.rows]
+    if right.shape[1] > _WIDE or len(compared.index) < 2:
         return
     source = []
-    for number in range(len(found.index)):
-        delta = right - found.theirs[:, number][:, None]
-        good = np.flatnonzero((delta * delta <= found.room[:, None]).all(axis=0))
+    for number in range(len(compared.index)):
+        delta = right - compared.theirs[:, number][:, None]
+        good = np.flatnonzero((delta * delta <= compared.room[:, None]).all(axis=0))
         if len(good) == 0:
             return
-        own = found.index[number]
+        own = compared.index[number]
         source.append(int(own) if own in good else int(good[0]))
-    pairs = [(int(i), j) for i, j in zip(found.index, source, strict=True) if i != j]
+    pairs = [(int(i), j) for i, j in zip(compared.index, source, strict=True) if i != j]
     if not pairs:
         return
     if len(pairs) == 2 and pairs[0] == pairs[1][::-1]:
         yield f"elements {pairs[0][0]} and {pairs[0][1]} are exchanged; the others are right"
         return
-    for size, of in ((right.shape[1], "the row"), (right.shape[1] // (found.heads or 1), "each head")):
+    for size, of in ((right.shape[1], "the row"), (right.shape[1] // (compared.heads or 1), "each head")):
         for how, order in _ORDERS.items():
-            stands = [i // size * size + order(i % size, size) for i in found.index.tolist()]
+            stands = [i // size * size + order(i % size, size) for i in compared.index.tolist()]
             if size > 2 and size % 2 == 0 and stands == source:
                 yield f"the right values stand in another order: {of} {how}"
                 return

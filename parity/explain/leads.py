@@ -80,11 +80,11 @@ def law_at(case: Case, search: Search, state: State) -> str:
     name = step.weights[1] if len(step.weights) > 1 else None
     bias = case.transformer.backend.to_host(case.replay.weights.get(name)) if isinstance(name, str) else None
     bias = bias.astype(np.float64) if bias is not None and bias.ndim == 1 else None
-    found = beside(entry, state.nmse[state.first.point], values, case.positions, bias, _heads(state, entry.point))
-    said = "" if found is None else law(found)
-    if said == ZERO and "eps" in step.params:
-        said += ": a norm makes that of a row with an infinity, which was not recorded, or it did not run"
-    return said or other_operand(case, state, entry, state.nmse[state.first.point])
+    compared = beside(entry, state.nmse[state.first.point], values, case.positions, bias, _heads(state, entry.point))
+    sentence = "" if compared is None else law(compared)
+    if sentence == ZERO and "eps" in step.params:
+        sentence += ": a norm makes that of a row with an infinity, which was not recorded, or it did not run"
+    return sentence or other_operand(case, state, entry, state.nmse[state.first.point])
 
 
 def _heads(state: State, point: str) -> int | None:
@@ -203,8 +203,8 @@ def _other_point(entry: Expected, values: Values, positions: Ints, wrong: NDArra
     for name, tensor in values.items():
         if name == entry.point or getattr(tensor, "ndim", 0) != 2 or tensor.shape[0] != len(positions):
             continue
-        made = tensor[entry.rows[wrong], : theirs.shape[1]].astype(np.float64)
-        if made.shape == theirs.shape and _close(theirs, made):
+        candidates = tensor[entry.rows[wrong], : theirs.shape[1]].astype(np.float64)
+        if candidates.shape == theirs.shape and _close(theirs, candidates):
             yield f"the values are those of {name} in a right engine"
             return
 

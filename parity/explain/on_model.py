@@ -40,7 +40,7 @@ def compared_on(
         arbiter: "off", "auto" (float64 says which side is right where they differ in exact mode) or "all" (at every point).
         third_side: the answer says how far both sides are from float64; else float64 only sets limits.
     """
-    known = _Model(ref, model)
+    known = _Model(_as_seen(ref, ours), model)
     found = _compared(ours, ref, replace(options, truth=None if arbiter == OFF else known), known)
     native = common_mode(ours.header, ref.header) == NATIVE
     if arbiter == OFF or not third_side or (arbiter == AUTO and (native or (found.verdict and not known.asked))):
@@ -73,6 +73,19 @@ def _compared(ours: Dump, ref: Dump, options: Options, known: "_Model") -> Compa
     return _measured(ours, ref, options, known)
 
 
+def _as_seen(ref: Dump, ours: Dump) -> Dump:
+    """The reference with no more leading values than ours has: what an arithmetic costs is measured on the values that are compared."""
+    points = dict(ref.points)
+    for name, rows in ref.points.items():
+        mine = ours.points.get(name)
+        if mine is None or mine.indices is not None or rows.indices is not None:
+            continue
+        width = int(mine.counts.max(initial=0))
+        if 0 < width < rows.values.shape[1]:
+            points[name] = replace(rows, values=rows.values[:, :width], counts=np.minimum(rows.counts, width))
+    return replace(ref, points=points)
+
+
 @dataclass(frozen=True)
 class _Model:
     """What a model file tells of the reference's dump, computed when it is first asked for; nothing where our engine lacks the model."""
@@ -101,6 +114,10 @@ class _Model:
     def distances(self, points: Mapping[str, Rows]) -> dict[str, NDArray[np.float64]]:
         """How far records are from float64 (`Truth`)."""
         return {} if self.truth is None else self.truth.distances(points)
+
+    def one_entry(self, points: Mapping[str, Rows]) -> dict[str, NDArray[np.float64]]:
+        """What one entry of a table makes of records (`Truth`)."""
+        return {} if self.truth is None else self.truth.one_entry(points)
 
     @property
     def coarse(self) -> frozenset[str]:

@@ -59,8 +59,8 @@ def _changed(case: Case, state: State, step: Step) -> Iterator[tuple[Step, str]]
 def _gives(case: Case, entry: Expected, step: Step, replay: Replay) -> bool:
     """Whether a changed step, computed from the values of a right run, gives what was recorded of its rows."""
     with np.errstate(all="ignore"):
-        made = compute(step, inputs_of(step, replay.values.__getitem__, replay.weights), replay.weights)
+        value = compute(step, inputs_of(step, replay.values.__getitem__, replay.weights), replay.weights)
     positions = case.positions[: replay.rows]
-    errors = entry.nmse(case.transformer.backend.to_host(made), positions)
+    errors = entry.nmse(case.transformer.backend.to_host(value), positions)
     here = entry.rows < replay.rows
     return bool((errors[here] <= ROOM * entry.limit[here]).all())

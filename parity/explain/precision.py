@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from checkpoints.points import LOGITS, parse
+from checkpoints.points import LOGITS, of_scores, parse
 from engine.graph import Step
 from engine.replay.precision import ROUNDINGS, rounded
 from engine.replay.replay import Replay
@@ -19,6 +19,10 @@ KINDS = tuple(ROUNDINGS)
 # a point's mean lay between 0.09 times the floor of rounded products and 3.8 times that of rounded activations (both with sums
 # in F16, which our rounding does not copy), its largest single record at 35 times the latter at most.
 UPPER, LOWER = 30.0, 1 / 300.0
+# Between the points' ratios at most: those of one arithmetic lie within a factor of three of each other where that was measured (three
+# lifted and three random models); a fault that is diluted in the first layer and grows by the last has more.
+APART = 20.0
+TOGETHER = 6.0  # the mean of all points' ratios: above the largest of single ones, 3.8
 SINGLE = 100.0  # a single record against what its own activations cost when rounded
 # Of the records that rounding must have changed by at least this many times their limit, this part may be exactly right or so:
 # a single value can come out right by luck, a position or a point cannot.
@@ -26,6 +30,7 @@ VISIBLE, SPARED = 30.0, 0.01
 # Arithmetics that fit worse than the best by less than this (a factor of e of NMSE) cannot be told from it: F16 and TF32 keep eleven
 # bits alike and differ by less than 0.1, and a right engine's sums in F16 lay 0.5 from either; BF16 and 8-bit activations lie 1.1 to 2.8
 # apart (`parity.explain.precision.mismatch`, three lifted and three random models, seven arithmetics).
+_MANY = 10  # recorded elements of a row
 TOLD_APART, EQUAL = 1.0, 0.1
 
 
@@ -72,7 +77,7 @@ def floor(
     return PrecisionFloor(kind, *costs)
 
 
-def fits(found: PrecisionFloor, entries: Sequence[Expected]) -> float | None:
+def fits(measured: PrecisionFloor, entries: Sequence[Expected]) -> float | None:
     """How badly a dump's differences fit this arithmetic (`mismatch`), None if they are not its own.
 
     At every record the error must have the size of what this arithmetic costs there, give or take the factors above; what it
@@ -80,7 +85,7 @@ def fits(found: PrecisionFloor, entries: Sequence[Expected]) -> float | None:
     """
     numbers = [number for number, entry in enumerate(entries) if not _ids(entry)]
     entries = [entries[number] for number in numbers]
-    costs = [(found.products[number], found.storage[number]) for number in numbers]
+    costs = [(measured.products[number], measured.storage[number]) for number in numbers]
     if not entries:
         return None
     base = np.concatenate([entry.base for entry in entries])
@@ -93,6 +98,8 @@ def fits(found: PrecisionFloor, entries: Sequence[Expected]) -> float | None:
     storage = np.maximum(products, np.concatenate([two for _, two in costs]))
     if not np.isfinite(base).all() or (base > SINGLE * np.maximum(storage, limit)).any():
         return None
+    if any(_concentrated(entry) for entry in entries):
+        return None
     visible = products > VISIBLE * limit
     if not visible.any() or (visible & (base <= limit)).sum() > SPARED * visible.sum():
         return None
@@ -102,12 +109,30 @@ def fits(found: PrecisionFloor, entries: Sequence[Expected]) -> float | None:
             return None
         if float(one.mean()) > noise and mean < LOWER * float(one.mean()):
             return None
-    return mismatch(
-        [
-            (float(entry.base.mean()), float(one.mean()), float(two.mean()))
-            for entry, (one, two) in zip(entries, costs, strict=True)
-        ]
-    )
+    points = [
+        (float(entry.base.mean()), float(one.mean()), float(two.mean()))
+        for entry, (one, two) in zip(entries, costs, strict=True)
+    ]
+    return mismatch(points) if _even(points) else None
+
+
+def _even(points: Sequence[tuple[float, float, float]]) -> bool:
+    """Whether the points' errors, by what the arithmetic costs there, are of one size, and not far above it together."""
+    above = [
+        np.log(error / max(one, two)) for error, one, two in points if error > 0 and one > VISIBLE * EXACT_FLOOR.operations
+    ]
+    return not above or (float(np.mean(above)) <= np.log(TOGETHER) and max(above) - min(above) <= np.log(APART))
+
+
+def _concentrated(entry: Expected) -> bool:
+    """Whether all but a tenth of a point's error lies in two of many recorded elements: rounding spreads it over all."""
+    right = entry.pair.ref.values.astype(np.float64)
+    if right.shape != entry.values.shape or right.shape[1] < _MANY or of_scores(entry.point):
+        return False
+    delta = np.where(entry.present & np.isfinite(entry.values), entry.values - right, 0.0)
+    columns = np.sort((delta**2 / entry.energy[:, None]).sum(axis=0))[::-1]
+    over = bool((entry.base > entry.limit).any())
+    return over and bool(columns[:2].sum() > 0.9 * columns.sum())
 
 
 def mismatch(points: Sequence[tuple[float, float, float]]) -> float:
@@ -138,23 +163,24 @@ def _ids(entry: Expected) -> bool:
     return bool((values == np.rint(values)).all()) and bool((values > 1).any())
 
 
-def ratios(found: PrecisionFloor, entries: Sequence[Expected]) -> list[tuple[float, float, float]]:
+def ratios(measured: PrecisionFloor, entries: Sequence[Expected]) -> list[tuple[float, float, float]]:
     """How far each point lies from the floor: its mean error by that of rounded products, the same by that of rounded
     activations, its largest single error by its record's cost. NaN where that floor is below float32's own noise.
     """
-    made = []
-    for entry, products, storage in zip(entries, found.products, found.storage, strict=True):
+    of_entry = []
+    for entry, products, storage in zip(entries, measured.products, measured.storage, strict=True):
         noise, mean = float(entry.limit.max()), float(entry.base.mean())
         upper = np.maximum(products, storage)
         lower = mean / float(products.mean()) if products.mean() > noise else float("nan")
         seen = upper > noise
         worst = float((entry.base[seen] / upper[seen]).max()) if seen.any() else float("nan")
-        made.append((lower, mean / float(upper.mean()) if upper.mean() > noise else float("nan"), worst))
-    return made
+        of_entry.append((lower, mean / float(upper.mean()) if upper.mean() > noise else float("nan"), worst))
+    return of_entry
 
 
-def with_noise(found: PrecisionFloor, entries: Sequence[Expected]) -> list[Expected]:
+def with_noise(measured: PrecisionFloor, entries: Sequence[Expected]) -> list[Expected]:
     """The records with limits that this arithmetic does not exceed."""
     return [
-        replace(entry, limit=np.maximum(entry.limit, UPPER * cost)) for entry, cost in zip(entries, found.cost(), strict=True)
+        replace(entry, limit=np.maximum(entry.limit, UPPER * cost))
+        for entry, cost in zip(entries, measured.cost(), strict=True)
     ]

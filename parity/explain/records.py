@@ -59,17 +59,17 @@ class Expected:
     def nmse_of(self, tensors: NDArray[np.float32], positions: Ints) -> Floats:
         """`nmse` of M tensors, [M, …] -> [M, R]."""
         here = self.rows < len(positions)
-        made = self._slices(tensors, positions, here)
+        slices = self._slices(tensors, positions, here)
         present, wanted = self.present[here], self.values[here]
-        finite = np.isfinite(made) & np.isfinite(wanted)
+        finite = np.isfinite(slices) & np.isfinite(wanted)
         with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
-            delta = np.where(present & finite, made - wanted, 0.0)
+            delta = np.where(present & finite, slices - wanted, 0.0)
             printed = self.quantum[here]
             if printed.any():
                 delta[np.abs(delta) <= printed + np.spacing(np.abs(wanted).astype(np.float32))] = 0.0
             error = np.einsum("mij,mij->mi", delta, delta) / self.energy[here]
         error[np.isnan(error)] = 0.0  # nothing differs where there is nothing
-        odd = present & (np.isfinite(made) != np.isfinite(wanted))
+        odd = present & (np.isfinite(slices) != np.isfinite(wanted))
         error[odd.any(axis=2)] = np.inf
         result = np.full((len(tensors), len(self.rows)), np.nan)
         result[:, here] = error
@@ -81,10 +81,10 @@ class Expected:
     def residual(self, tensor: NDArray[np.float32], positions: Ints) -> Floats:
         """The recorded elements' difference to a tensor of the first rows, each record's by its size: float64 [n]; absent ones are 0."""
         here = self.rows < len(positions)
-        made = self._slice(tensor, positions, here)
+        values = self._slice(tensor, positions, here)
         present = self.present[here] & np.isfinite(self.values[here])
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-            delta = np.where(present, (made - self.values[here]) / np.sqrt(self.energy[here])[:, None], 0.0)
+            delta = np.where(present, (values - self.values[here]) / np.sqrt(self.energy[here])[:, None], 0.0)
         return np.asarray(delta.reshape(-1))
 
     @property
@@ -103,8 +103,8 @@ class Expected:
         return self.pair.ours.sketch is not None or bool((self.present.sum(axis=1) >= sizes(self.pair.ref)).all())
 
     def _measured(self, tensor: NDArray[np.float32], positions: Ints, here: NDArray[np.bool_]) -> Floats:
-        made = _summary(self.point, tensor, positions, {self.point: self.pair.ours})
-        pair = Pair(self.point, self.pair.ours.take(here), made.take(self.rows[here]))
+        summary = _summary(self.point, tensor, positions, {self.point: self.pair.ours})
+        pair = Pair(self.point, self.pair.ours.take(here), summary.take(self.rows[here]))
         result = np.full(len(self.rows), np.nan)
         if here.any():
             result[here] = np.nan_to_num(measure([pair]).nmse, nan=0.0, posinf=np.inf)

@@ -36,16 +36,16 @@ def garbage(
     each = [frozenset(ids[row, bad[row]].tolist()) for row in range(len(ids))]
     if rest.any() or len(set(each)) != 1 or not 0 < 2 * len(each[0]) < entry.present[wrong].sum(axis=1).min():
         return None
-    found = sorted(each[0])
-    listed = f"{', '.join(map(str, found[:_SHOWN]))}{', …' if len(found) > _SHOWN else ''}"
+    rows = sorted(each[0])
+    listed = f"{', '.join(map(str, rows[:_SHOWN]))}{', …' if len(rows) > _SHOWN else ''}"
     sentence = f"the logits of single ids are garbage: {listed}; the other recorded ids agree at the same positions"
     left = np.where(bad, 0.0, delta)
     return Cause(
-        named=Named(NAME, {"ids": found}, None, sentence),
+        named=Named(NAME, {"ids": rows}, None, sentence),
         explained=1.0,
         records=differing,
         nmse=float(((left**2).sum(axis=1) / entry.energy[wrong]).max()),
         symptom="everything up to output_norm is right, single logits are not; now and then a strange token is chosen",
-        fix=f"these rows of the output matrix or of its product: `parity isolate --rows {','.join(map(str, found[:_SHOWN]))}`",
+        fix=f"these rows of the output matrix or of its product: `parity isolate --rows {','.join(map(str, rows[:_SHOWN]))}`",
         seen="kernels whose last blocks of rows race or read beyond the matrix",
     )

@@ -30,28 +30,28 @@ def stages(screening: Screening, state: State, layers: Layers) -> Iterator[list[
     yield left
 
 
-def rescoped(screening: Screening, state: State, found: State) -> Iterator[State]:
-    """The fault that leads from a state to `found`, in other layers that get further than `found` does.
+def rescoped(screening: Screening, state: State, explaining: State) -> Iterator[State]:
+    """The fault that leads from a state to `explaining`, in other layers that get further than `explaining` does.
 
     If it was found in one layer, in all from there on and in every second one; and each of these, and a fault that was found
     in all layers, up to a layer in front of the place that it does not explain.
     """
-    last = found.faults[-1]
-    if found.first is None or last.fault.once or len(found.faults) != len(state.faults) + 1:
+    last = explaining.faults[-1]
+    if explaining.first is None or last.fault.once or len(explaining.faults) != len(state.faults) + 1:
         return
     begin = 0 if last.layers is None else last.layers[0]
     for step in (1, 2):
         layers = tuple(range(begin, screening.n_layers, step))
         everywhere = len(layers) == screening.n_layers
-        whole = found if everywhere else screening.check(state, replace(last, layers=layers))
+        whole = explaining if everywhere else screening.check(state, replace(last, layers=layers))
         if whole is None or (everywhere and last.layers is not None):  # a fault in all layers was tried before
             continue
-        if further(found, whole):
+        if further(explaining, whole):
             yield whole
         for end in screening.suspects(whole):
             cut = replace(last, layers=tuple(layer for layer in layers if layer < end))
             shorter = screening.check(state, cut) if cut.layers and cut.layers != layers else None
-            if shorter is not None and further(whole, shorter) and further(found, shorter):
+            if shorter is not None and further(whole, shorter) and further(explaining, shorter):
                 yield shorter
 
 
@@ -64,11 +64,11 @@ def ranges(screening: Screening, state: State) -> Iterator[State]:
         layers = tuple(range(begin, screening.n_layers, step))
         whole = False
         for candidate, (place, _) in screened(screening, state, layers, list(screening.candidates(state, layers))):
-            made = screening.check(state, candidate) if place is None or (state.first and state.first < place) else None
-            if made is not None and further(state, made):
-                found = [made, *rescoped(screening, state, made)]
-                whole = whole or any(one.first is None for one in found)
-                yield from found
+            checked = screening.check(state, candidate) if place is None or (state.first and state.first < place) else None
+            if checked is not None and further(state, checked):
+                states = [checked, *rescoped(screening, state, checked)]
+                whole = whole or any(one.first is None for one in states)
+                yield from states
         if whole or screening.budget.over():
             return
 

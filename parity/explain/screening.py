@@ -11,10 +11,10 @@ from engine.graph import Step
 from engine.inapplicable import NotApplicable
 from engine.replay.replay import Replay
 
-from ..diff.truth import Truth
+from ..diff.truth import NO_COARSE_ROUNDING, Truth
 from .budget import Budget
 from .cone import Cone, cone
-from .noise import without_own_noise
+from .noise import EXPLAINED, without_own_noise
 from .records import Expected, Floats, Ints
 from .state import Candidate, Layers, RecordKey, Screened, State, Tried, key, shown_points, unchanged_steps
 
@@ -86,20 +86,20 @@ class Screening:
         None: the model's shapes do not allow this list.
         """
         shown = shown_points(steps)
-        found: dict[int, Floats] = {}
+        errors: dict[int, Floats] = {}
 
-        def visit(name: str, made: Array) -> bool:
-            number = self._compare(name, made, shown, rows, found)
+        def visit(name: str, value: Array) -> bool:
+            number = self._compare(name, value, shown, rows, errors)
             if number is None or shown:  # what a dump shows instead is known at the end of the list
                 return True
-            return number < until and not (found[number] > self.entries[number].limit).any()
+            return number < until and not (errors[number] > self.entries[number].limit).any()
 
         try:
             needed = self._needed(steps, shown, until) if shown else steps
             self.replay(root, rows).run(needed, visit, unchanged_steps(needed, root))
         except NotApplicable:
             return None
-        return found
+        return errors
 
     def _needed(self, steps: Sequence[Step], shown: frozenset[str], until: int) -> list[Step]:
         """The steps that what the dump shows up to a point comes from, where it shows other steps than it names."""
@@ -111,15 +111,15 @@ class Screening:
         )
         return [*steps[: last + 1], *seen]
 
-    def _compare(self, name: str, made: Array, shown: frozenset[str], rows: int, found: dict[int, Floats]) -> int | None:
+    def _compare(self, name: str, value: Array, shown: frozenset[str], rows: int, errors: dict[int, Floats]) -> int | None:
         """Hold a value against the dump, if it is what the dump shows; its point's number."""
         point = name.removeprefix(SEEN)
         number = self.number.get(point)
         if number is None or (point in shown and name == point):
             return None
-        if point in shown and not of_scores(point) and made.shape[0] != rows:
-            raise NotApplicable(f"{point} cannot show a value of shape {list(made.shape)}, which has no row for each position")
-        found[number] = self.entries[number].nmse(self.backend.to_host(made), self.positions[:rows])
+        if point in shown and not of_scores(point) and value.shape[0] != rows:
+            raise NotApplicable(f"{point} cannot show a value of shape {list(value.shape)}, which has no row for each position")
+        errors[number] = self.entries[number].nmse(self.backend.to_host(value), self.positions[:rows])
         return number
 
     def _everything(self, root: State, steps: Sequence[Step]) -> tuple[Floats, ...] | None:
@@ -127,8 +127,8 @@ class Screening:
         shown, rows = shown_points(steps), len(self.positions)
         found: dict[int, Floats] = {}
 
-        def visit(name: str, made: Array) -> bool:
-            self._compare(name, made, shown, rows, found)
+        def visit(name: str, value: Array) -> bool:
+            self._compare(name, value, shown, rows, found)
             return True
 
         try:
@@ -216,16 +216,16 @@ class Screening:
         """How many positions the dump's tokens have."""
         return len(self.positions)
 
-    def left(self, place: RecordKey, made: Array) -> float:
+    def left(self, place: RecordKey, value: Array) -> float:
         """NMSE of a value of the first rows at a place."""
         entry = self.entries[place.point]
-        errors = entry.nmse(self.backend.to_host(made), self.positions[: made.shape[-2]])
+        errors = entry.nmse(self.backend.to_host(value), self.positions[: value.shape[-2]])
         return float(errors[entry.rows == place.row].max())
 
-    def recorded(self, place: RecordKey, made: Array) -> Floats:
+    def recorded(self, place: RecordKey, value: Array) -> Floats:
         """The recorded elements of a value of the first rows at a place: [k]."""
         entry = self.entries[place.point]
-        return entry.at(self.backend.to_host(made), self.positions[: made.shape[-2]], place.row)
+        return entry.at(self.backend.to_host(value), self.positions[: value.shape[-2]], place.row)
 
     def check(self, state: State, candidate: Candidate) -> State | None:
         """The state with the candidate planted, on all rows and points; None where the model or the faults there do not allow it,
@@ -250,10 +250,21 @@ class Screening:
         if nmse is None:
             return None
         first = self._first(nmse)
-        if first is not None and (state.first is None or state.first < first):
+        if first is not None and (
+            state.first is None or state.first < first or self.all_but_noise(state, nmse[state.first.point])
+        ):
             nmse = without_own_noise(self.entries, state.nmse, nmse, steps, self.make_anew, self.positions, self._truth_of)
             first = self._first(nmse)
         return State((*state.faults, candidate), Planting(steps, self.number), nmse, first)
+
+    def all_but_noise(self, state: State, errors: Floats | float) -> bool:
+        """Whether so little is left at a state's first place that it may be the noise of the changed steps themselves."""
+        if state.first is None:
+            return False
+        here = self.entries[state.first.point].rows == state.first.row
+        before = float(state.nmse[state.first.point][here].max())
+        left = float(errors) if isinstance(errors, float) else float(errors[here].max())
+        return left * EXPLAINED <= before and left <= NO_COARSE_ROUNDING
 
     def make_anew(self, steps: Sequence[Step], rows: int) -> Replay:
         """A replay of these steps that takes nothing over from another one."""

@@ -30,9 +30,9 @@ _SAME = 12  # combinations of the same numbers at the first place that are check
 _SAME_NOISE, _SAME_FACTOR = 1e-12, 10.0
 
 
-def _whole(found: Sequence[State]) -> bool:
+def _whole(states: Sequence[State]) -> bool:
     """Whether one of these states explains everything."""
-    return any(one.first is None for one in found)
+    return any(one.first is None for one in states)
 
 
 class Search:
@@ -72,7 +72,7 @@ class Search:
         passed: list[Candidate] = []
         for candidate, (place, error) in screened(self.screening, state, layers, candidates):
             self._note(state, candidate, error)
-            if place is None or (state.first is not None and state.first < place):
+            if place is None or (state.first is not None and state.first < place) or self.screening.all_but_noise(state, error):
                 passed.append(candidate)
         return beyond(self.screening, state, passed)
 
@@ -104,38 +104,43 @@ class Search:
 
     def simple(self, state: State) -> list[State]:
         """States of one more fault that explain everything: in all layers or, if only one is in question, in that one."""
-        found = list(self._once(state, single=False))
-        if not _whole(found) and len(self.screening.suspects(state)) == 1:
-            found += self._once(state, single=True)
-        if not _whole(found):
-            found += self._numbers(state)
-        return [one for one in found if one.first is None]
+        states = list(self._once(state, single=False))
+        if not _whole(states) and len(self.screening.suspects(state)) == 1:
+            states += self._once(state, single=True)
+        if not _whole(states):
+            states += self._numbers(state)
+        return [one for one in states if one.first is None]
 
     def _numbers(self, state: State) -> list[State]:
         """States that get further by a number that is fitted: in all layers, or in one of the few in question."""
         name = (*key(state.faults), "numbers")
         if name not in self._stages:
-            found: list[State] = []
+            states: list[State] = []
             layers = self.screening.suspects(state)
             begins = not layers or layers[0] == 0
             scopes: list[Layers] = [None]
             scopes += [(layer,) for layer in layers] if len(layers) <= _FITTED_LAYERS else []
             scopes += [tuple(range(layers[-1], self.screening.n_layers))] if len(layers) == 1 and not begins else []
             for scope in scopes:
-                found += fitted(self.screening, state, scope)
-                if _whole(found) or self.screening.budget.over():
+                mine = fitted(self.screening, state, scope)
+                # The number as it is in fewer layers: what holds in all of those that a point shows need not hold in all.
+                states += [
+                    *mine,
+                    *(other for one in sorted(mine, key=self.rank)[:_BEAM] for other in rescoped(self.screening, state, one)),
+                ]
+                if _whole(states) or self.screening.budget.over():
                     break
-            self._stages[name] = sorted(found, key=self.rank)
+            self._stages[name] = sorted(states, key=self.rank)
         return self._stages[name]
 
     def _once(self, state: State, single: bool) -> list[State]:
         """`further`, remembered."""
         name = (*key(state.faults), str(single))
         if name not in self._stages:
-            found = self.further(state, single)
-            partial = found[:_BEAM] if found and found[0].first is not None else []
-            more = [made for one in partial for made in rescoped(self.screening, state, one)]
-            self._stages[name] = sorted([*found, *more], key=self.rank)
+            further = self.further(state, single)
+            partial = further[:_BEAM] if further and further[0].first is not None else []
+            more = [rescoped_state for one in partial for rescoped_state in rescoped(self.screening, state, one)]
+            self._stages[name] = sorted([*further, *more], key=self.rank)
         return self._stages[name]
 
     def explain(self, state: State, depth: int) -> State:
@@ -160,34 +165,34 @@ class Search:
             return state
         suspects = self.screening.suspects(state)
         if len(suspects) == 1 and suspects[0] > 0:  # the layers before agree: it is one layer's matter, most likely
-            found = self._once(state, single=True)
-            if found and found[0].first is None:
-                return self._follow(state, found, depth)
+            states = self._once(state, single=True)
+            if states and states[0].first is None:
+                return self._follow(state, states, depth)
         everywhere = self._once(state, single=False)
         if len(suspects) > 1 and not (everywhere and everywhere[0].first is None):
             # Many layers are a long search: what was found in all layers is followed before.
             best = self._follow(state, everywhere, depth)
             if best.first is None:
                 return best
-        found = everywhere
-        if not (found and found[0].first is None):
-            found = sorted([*found, *self._once(state, single=True)], key=self.rank)
-        if not _whole(found):
-            found = sorted([*found, *self._numbers(state)], key=self.rank)
-        if not found and self._stop(state):
+        states = everywhere
+        if not (states and states[0].first is None):
+            states = sorted([*states, *self._once(state, single=True)], key=self.rank)
+        if not _whole(states):
+            states = sorted([*states, *self._numbers(state)], key=self.rank)
+        if not states and self._stop(state):
             return state
-        if not found and len(suspects) > 1:
-            found = sorted(ranges(self.screening, state), key=self.rank)
-        if not found:
+        if not states and len(suspects) > 1:
+            states = sorted(ranges(self.screening, state), key=self.rank)
+        if not states:
             self._ends.setdefault(key(state.faults), state)
-        return self._follow(state, found, depth)
+        return self._follow(state, states, depth)
 
-    def _follow(self, state: State, found: Sequence[State], depth: int) -> State:
+    def _follow(self, state: State, states: Sequence[State], depth: int) -> State:
         """The best state that the first few of these lead to; of those with the same errors one is followed."""
-        self._found[key(state.faults)] = list(found)
+        self._found[key(state.faults)] = list(states)
         best = state
         seen: set[tuple[float, ...]] = set()
-        for one in found:
+        for one in states:
             errors = tuple(float(f"{errors.max():.3g}") for errors in one.nmse)
             if errors in seen:
                 continue
@@ -238,9 +243,9 @@ class Search:
     def _stage(self, state: State, number: int) -> list[State]:
         """What was found at the stage at which the state's fault of that number was added, alone or together with others."""
         for before in range(number, -1, -1):
-            found = self._found.get(key(state.faults[:before]), [])
-            if any(len(one.faults) > number and one.faults == state.faults[: len(one.faults)] for one in found):
-                return found
+            states = self._found.get(key(state.faults[:before]), [])
+            if any(len(one.faults) > number and one.faults == state.faults[: len(one.faults)] for one in states):
+                return states
         return []
 
     def _several(self, state: State, depth: int) -> list[State]:
@@ -251,7 +256,7 @@ class Search:
             for number in range(2, min(depth, _AT_ONCE) + 1):
                 better: list[State] = []
                 for alike in together.found(number):
-                    better += [made for chosen in alike[:_SAME] for made in self._all_of(state, chosen)]
+                    better += [combined for chosen in alike[:_SAME] for combined in self._all_of(state, chosen)]
                     if better:
                         break
                 if better or self.screening.budget.over():

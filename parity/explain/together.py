@@ -116,8 +116,8 @@ class Together:
             state, replay = self._below(effects[:-1], rows)
         except NotApplicable:
             return float("inf")
-        made = self._made(replay, state, last)
-        return float("inf") if made is None else self._screening.left(self._first, made)
+        value = self._made(replay, state, last)
+        return float("inf") if value is None else self._screening.left(self._first, value)
 
     def _below(self, effects: tuple[Effect, ...], rows: int) -> tuple[State, Replay]:
         """The state with these planted, and its replay up to the first place. Raises NotApplicable."""
@@ -134,7 +134,7 @@ class Together:
     def _effects(self) -> list[Effect]:
         """What each candidate makes of the first place, where that is something."""
         replays: dict[int, Replay] = {}
-        found: dict[tuple[bytes, frozenset[str]], Effect] = {}
+        effects: dict[tuple[bytes, frozenset[str]], Effect] = {}
         for candidate in self._screening.candidates(self._state, None):
             if self._screening.budget.over():
                 break
@@ -142,13 +142,13 @@ class Together:
             rows = self._rows(here)
             if rows not in replays:
                 replays[rows] = self._replay(self._state.steps, rows)
-            made = self._made(replays[rows], self._state, here)
-            if made is not None:
-                effect = Effect(self._recorded(made), [here])
-                known = found.setdefault((made.tobytes(), effect.kinds), effect)
+            value = self._made(replays[rows], self._state, here)
+            if value is not None:
+                effect = Effect(self._recorded(value), [here])
+                known = effects.setdefault((value.tobytes(), effect.kinds), effect)
                 if known is not effect:
                     known.alike.append(here)
-        return list(found.values())
+        return list(effects.values())
 
     def _rows(self, *candidates: Candidate) -> int:
         """How many rows show the first place: none after it, but for faults by which later positions act on earlier ones."""
@@ -187,9 +187,9 @@ class Together:
             return None
         return changed.get(self._shown(steps))
 
-    def _recorded(self, made: Array) -> Floats:
+    def _recorded(self, value: Array) -> Floats:
         """The recorded elements of a value at the first place: [k]."""
-        return self._screening.recorded(self._first, made)
+        return self._screening.recorded(self._first, value)
 
 
 def _one_more(chosen: Ints, count: int) -> Ints:

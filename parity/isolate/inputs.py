@@ -73,16 +73,16 @@ class Program:
     def _needs(self) -> dict[str, frozenset[str]]:
         needs: dict[str, frozenset[str]] = {}
         for step in self.steps:
-            found: set[str] = set()
+            needed: set[str] = set()
             for name in step.names:
                 producer = self.producers.get(name)
                 if name in (TOKENS, POSITIONS) or producer is None:
                     continue
                 if name in self.shown and self.shown[name] is not step:
-                    found.add(self.shown[name].makes)
+                    needed.add(self.shown[name].makes)
                     continue
-                found |= needs.get(name, frozenset()) if producer.inner else {name}
-            needs[step.makes] = frozenset(found)
+                needed |= needs.get(name, frozenset()) if producer.inner else {name}
+            needs[step.makes] = frozenset(needed)
         return needs
 
     @cached_property
@@ -161,8 +161,8 @@ class Inputs:
             value = self._live[name]
             if parse(name).kind in CACHED or value.data.ndim == 1:
                 return value.data if rows is None or value.data.ndim > 1 else value.data[np.searchsorted(value.positions, rows)]
-            found = value.data if rows is None else rows_at(name, value, rows)
-            return found if of_scores(name) else found.reshape(len(found), -1)
+            rows_of_value = value.data if rows is None else rows_at(name, value, rows)
+            return rows_of_value if of_scores(name) else rows_of_value.reshape(len(rows_of_value), -1)
         producer = self._program.producers.get(name)
         if producer is None or not producer.inner:
             raise Missing(f"its input {name} was not recorded as a whole")
@@ -170,10 +170,10 @@ class Inputs:
         if shown is not None and shown.makes in self._live:
             return _as_ggml_has_it(shown, self._live[shown.makes].data, self.seen)
         if name not in self._between:
-            made = self.computed(producer)
+            computed = self.computed(producer)
             # A point has one row a position, like the recorded ones.
             plain = name in self._program.passed_over and producer.axis == 0 and not of_scores(name)
-            self._between[name] = made.reshape(len(made), -1) if plain else made
+            self._between[name] = computed.reshape(len(computed), -1) if plain else computed
         return self._between[name]
 
     def done_with(self, step: Step) -> None:

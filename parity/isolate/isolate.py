@@ -155,9 +155,9 @@ def isolate(request: IsolateRequest, running: Reference | None = None, define: D
         build = reference.versions()
         operations = _without_blas(bench.isolator.operations(), build.get("devices", ()))
         floor = None
-        if any(found.status == WRONG for found in operations):
+        if any(operation.status == WRONG for operation in operations):
             floor = calibrate(reference, mode, request.kv_type, define)
-            operations = [_above(found, floor) for found in operations]
+            operations = [_above(operation, floor) for operation in operations]
     return Isolation(
         judged=f"llama.cpp {build['llama_cpp_python']}",
         model=_named(bench.transformer),
@@ -234,14 +234,14 @@ def calibrate(reference: Reference, mode: str, kv_type: str, define: Define = pr
     bench = _bench(model, graph, [mode == "native"], kv_type, LIMIT, len(_CALIBRATION), define=define)
     request = IsolateRequest(model, tokens=_CALIBRATION, kv_type=kv_type)
     _feed_reference(reference, request, Prompt(None, _CALIBRATION, ()), mode, bench)
-    return max((found.nmse or 0.0 for found in bench.isolator.operations()), default=0.0)
+    return max((operation.nmse or 0.0 for operation in bench.isolator.operations()), default=0.0)
 
 
-def _above(found: Operation, floor: float) -> Operation:
-    if found.status != WRONG or found.nmse is None or found.nmse > _FLOOR_FACTOR * floor:
-        return found
-    reason = f"its error of {found.nmse:.1e} is what right operations of the embedded model show here ({floor:.1e})"
-    return replace(found, status=NOT_OBSERVABLE, reason=reason)
+def _above(operation: Operation, floor: float) -> Operation:
+    if operation.status != WRONG or operation.nmse is None or operation.nmse > _FLOOR_FACTOR * floor:
+        return operation
+    reason = f"its error of {operation.nmse:.1e} is what right operations of the embedded model show here ({floor:.1e})"
+    return replace(operation, status=NOT_OBSERVABLE, reason=reason)
 
 
 def _without_blas(operations: list[Operation], devices: Sequence[str]) -> list[Operation]:
@@ -250,8 +250,10 @@ def _without_blas(operations: list[Operation], devices: Sequence[str]) -> list[O
         return operations
     reason = "this llama.cpp computes products with BLAS, which rounds in its own way"
     return [
-        replace(found, status=NOT_OBSERVABLE, reason=reason) if found.status == WRONG and found.weight else found
-        for found in operations
+        replace(operation, status=NOT_OBSERVABLE, reason=reason)
+        if operation.status == WRONG and operation.weight
+        else operation
+        for operation in operations
     ]
 
 
@@ -267,7 +269,7 @@ def _foreign(request: IsolateRequest, dump: Path, running: Reference | None) -> 
     kv_type = "f16" if "f16" in header.kv_type.lower() and "bf16" not in header.kv_type.lower() else "f32"
     mode = request.mode or header.mode or "exact"
     # The limit of operations computed in F32, whatever the file's types are: the rounding is part of the definitions.
-    found = limits(
+    measured = limits(
         replace(header, mode="exact", kv_type=""),
         replace(header, mode="exact", compute="f32", kv_type=""),
         compute=request.compute,
@@ -293,7 +295,7 @@ def _foreign(request: IsolateRequest, dump: Path, running: Reference | None) -> 
             lambda: reference().graph(request.model, mode),
             modes,
             kv_type,
-            found.operations,
+            measured.operations,
             len(tokens),
             request.rows,
         )
@@ -305,10 +307,10 @@ def _foreign(request: IsolateRequest, dump: Path, running: Reference | None) -> 
         operations = in_order([*bench.isolator.operations(), *lacking], bench.transformer.steps)
         if request.windows and any(item.status == NOT_OBSERVABLE and item.layer is not None for item in operations):
             layers = eliminated(
-                operations, judged_layers(reference(), request.model, values, operations, mode, found.operations)
+                operations, judged_layers(reference(), request.model, values, operations, mode, measured.operations)
             )
             build = reference().versions()
-        if found.assumed:
+        if measured.assumed:
             judged = as_eight_bits([*operations, *layers])
             operations, layers = judged[: len(operations)], judged[len(operations) :]
         if request.graft:
@@ -326,8 +328,8 @@ def _foreign(request: IsolateRequest, dump: Path, running: Reference | None) -> 
         kv_type=kv_type,
         positions=len(tokens),
         passes=passes,
-        limit=found.operations,
-        limit_source=LIMIT_SOURCE if found.operations == LIMIT else found.source,
+        limit=measured.operations,
+        limit_source=LIMIT_SOURCE if measured.operations == LIMIT else measured.source,
         operations=(*operations, *layers),
         findings=tuple(bench.attention.findings),
         not_checked=tuple(_not_checked(operations, passes, request.kv_type, foreign=True)),
@@ -352,12 +354,12 @@ def _pass_over(bench: _Bench, values: WholeValues, mode: str, kv_type: str) -> l
     isolator.definitions = [without(definition, names) for definition in isolator.definitions]
     isolator.stretches = stretches(steps, names)
     judged = {name: to for to, through in isolator.stretches.items() if to in recorded for name in through}
-    made = []
+    passed = []
     for name in names:
         together = f"not recorded as a whole; judged together with {judged[name]}" if name in judged else _NO_OUTPUT
         point = parse(name)
-        made.append(Operation(point.kind, point.layer, NOT_OBSERVABLE, reason=together))
-    return made
+        passed.append(Operation(point.kind, point.layer, NOT_OBSERVABLE, reason=together))
+    return passed
 
 
 def _named(transformer: Transformer) -> str:
@@ -367,7 +369,7 @@ def _named(transformer: Transformer) -> str:
 
 def _not_checked(operations: Sequence[Operation], passes: int, kv_type: str, *, foreign: bool = False) -> Iterator[str]:
     """What this run says nothing of."""
-    hidden = [found for found in operations if found.status == NOT_OBSERVABLE]
+    hidden = [operation for operation in operations if operation.status == NOT_OBSERVABLE]
     if hidden:
         yield f"{len(hidden)} operations that are not observable"
     if passes == 1:

@@ -43,25 +43,27 @@ def judged_layers(
 
     The output may be a slice. Layers whose input is not there as a whole are not observable.
     """
-    hidden = sorted({found.layer for found in operations if found.status == NOT_OBSERVABLE and found.layer is not None})
-    made: list[Operation] = []
+    hidden = sorted(
+        {operation.layer for operation in operations if operation.status == NOT_OBSERVABLE and operation.layer is not None}
+    )
+    judged: list[Operation] = []
     for layer in hidden:
         output = in_layer(layer, "l_out")
         before = in_layer(layer - 1, "l_out") if layer else EMBD
         if output not in values.dump.points and hidden_state(values, output) is None:
-            made.append(Operation(LAYER, layer, NOT_OBSERVABLE, reason=f"no record of {output}"))
+            judged.append(Operation(LAYER, layer, NOT_OBSERVABLE, reason=f"no record of {output}"))
             continue
         state = hidden_state(values, before)
         if state is None:
-            made.append(Operation(LAYER, layer, NOT_OBSERVABLE, reason=f"no whole value of {before} at every position"))
+            judged.append(Operation(LAYER, layer, NOT_OBSERVABLE, reason=f"no whole value of {before} at every position"))
             continue
         try:
             computed = dict(_by_point(reference.layers(model, layer, layer + 1, state, output, mode)))[output]
         except InputError as error:  # an architecture whose layers don't stand alone
-            made.append(Operation(LAYER, layer, NOT_OBSERVABLE, reason=error.message))
+            judged.append(Operation(LAYER, layer, NOT_OBSERVABLE, reason=error.message))
             continue
-        made.append(_compared(values, output, computed, layer, limit))
-    return made
+        judged.append(_compared(values, output, computed, layer, limit))
+    return judged
 
 
 def eliminated(operations: Sequence[Operation], layers: Sequence[Operation]) -> list[Operation]:
@@ -71,9 +73,9 @@ def eliminated(operations: Sequence[Operation], layers: Sequence[Operation]) -> 
 
 def _rest(operations: Sequence[Operation], layer: Operation) -> str:
     """What must be wrong in a wrong layer, where all that was judged of it is right; "" else."""
-    inside = [found for found in operations if found.layer == layer.layer]
-    rest = [found.operation for found in inside if found.status == NOT_OBSERVABLE]
-    proven = [found for found in inside if found.status == PROVEN]
+    inside = [operation for operation in operations if operation.layer == layer.layer]
+    rest = [operation.operation for operation in inside if operation.status == NOT_OBSERVABLE]
+    proven = [operation for operation in inside if operation.status == PROVEN]
     if layer.status != WRONG or not rest or not proven or len(rest) + len(proven) < len(inside):
         return ""
     named = "attention" if all(map(attends, rest)) else f"one of {', '.join(rest)}"

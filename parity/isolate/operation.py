@@ -229,13 +229,13 @@ class _Pass:
         limit, least = self._limit(step), self._typical_energy(definitions[0], inputs)
         for definition in definitions:
             ours = self._computed(definition, inputs)
-            said = ""
+            reason = ""
             if routing is not None:
-                errors, said = routing_error(routing.used, self._ordered(routing.ordering, positions), ours, theirs)
+                errors, reason = routing_error(routing.used, self._ordered(routing.ordering, positions), ours, theirs)
             else:
                 errors = row_errors(step.makes, ours, theirs, positions, least)
             if best is None or errors.max() < best[0].max():
-                best = errors, said
+                best = errors, reason
             if best[0].max() <= limit:
                 break
         assert best is not None
@@ -269,7 +269,7 @@ class _Pass:
         theirs: NDArray[np.float32],
         positions: NDArray[np.int64],
         errors: NDArray[np.float64],
-        said: str,
+        reason: str,
     ) -> None:
         """Keep the worst row of all passes, and what a wrong one looks like."""
         record, limit = self._isolator.records[step.makes], self._limit(step)
@@ -279,12 +279,12 @@ class _Pass:
             return
         record.nmse = nmse
         record.position = int(positions[worst]) if len(positions) == len(errors) else worst + int(positions[0])
-        record.reason = said
+        record.reason = reason
         if nmse > limit:
             wrong = int((errors > limit).sum())
             where = "" if wrong == len(errors) else f"{wrong} of {len(errors)} positions"
             first = viewed(definition.reads[0], inputs[0]) if inputs else theirs
-            look = said or look_of(definition, first, theirs, self._weights, nmse, limit, self._siblings(step))
+            look = reason or look_of(definition, first, theirs, self._weights, nmse, limit, self._siblings(step))
             record.reason = "; ".join(part for part in (where, look) if part)
             record.wrong = True
 

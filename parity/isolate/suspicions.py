@@ -21,18 +21,25 @@ def as_eight_bits(operations: Sequence[Operation]) -> list[Operation]:
     """The operations, whole layers among them; where all that is wrong is products with weights, by what 8-bit activations cost, and no
     product is right to float32's end, none is blamed.
     """
-    wrong = [found for found in operations if found.status == WRONG]
-    products = [found for found in operations if found.sampled is not None or (found in wrong and found.weight)]
-    errors = [found.nmse for found in products if found.nmse is not None]
+    wrong = [operation for operation in operations if operation.status == WRONG]
+    products = [
+        operation for operation in operations if operation.sampled is not None or (operation in wrong and operation.weight)
+    ]
+    errors = [operation.nmse for operation in products if operation.nmse is not None]
     most = limits(None, None, compute="q8").operations
     alike = bool(errors) and min(errors) > EXACT_FLOOR.operations and max(errors) <= min(most, _ALIKE * min(errors))
-    others = [found for found in wrong if found not in products]
-    if not alike or any(found.operation != LAYER or found.nmse is None or found.nmse > most for found in others):
+    others = [operation for operation in wrong if operation not in products]
+    if not alike or any(
+        operation.operation != LAYER or operation.nmse is None or operation.nmse > most for operation in others
+    ):
         return list(operations)
-    return [replace(found, status=NOT_OBSERVABLE, reason=_REASON) if found in wrong else found for found in operations]
+    return [
+        replace(operation, status=NOT_OBSERVABLE, reason=_REASON) if operation in wrong else operation
+        for operation in operations
+    ]
 
 
 def in_order(operations: Sequence[Operation], steps: Sequence[Step]) -> list[Operation]:
     """The operations in the order of the model."""
     place = {step.makes: number for number, step in enumerate(steps)}
-    return sorted(operations, key=lambda found: place.get(found.name, len(place)))
+    return sorted(operations, key=lambda operation: place.get(operation.name, len(place)))

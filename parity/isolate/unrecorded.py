@@ -27,27 +27,27 @@ def passed_over(steps: Sequence[Step], recorded: Collection[str], *, rounds: boo
         rounds: products round their activations: a value computed anew would be rounded otherwise here and there, so that only what is
             read by operations without weights is passed over.
     """
-    found = {step.makes for step in steps if not step.inner and step.makes not in recorded and _plain(step)}
+    names = {step.makes for step in steps if not step.inner and step.makes not in recorded and _plain(step)}
     if not rounds:
-        return frozenset(found)
+        return frozenset(names)
     readers: dict[str, list[Step]] = {}
     for step in steps:
         for name in step.names:
             readers.setdefault(name, []).append(step)
     known = {step.makes: step for step in steps}
-    while kept := {name for name in found if any(not _plain(known[to]) for to in _judged(name, readers, found) if to in known)}:
-        found -= kept
-    return frozenset(found)
+    while kept := {name for name in names if any(not _plain(known[to]) for to in _judged(name, readers, names) if to in known)}:
+        names -= kept
+    return frozenset(names)
 
 
-def _judged(name: str, readers: Mapping[str, Sequence[Step]], found: set[str]) -> set[str]:
+def _judged(name: str, readers: Mapping[str, Sequence[Step]], names: set[str]) -> set[str]:
     """The steps that are judged by way of a value: its readers, through those between points and those that are passed over."""
     reached, waiting = set[str](), [name]
     while waiting:
         for step in readers.get(waiting.pop(), ()):
             if step.makes not in reached:
                 reached.add(step.makes)
-                if step.inner or step.makes in found:
+                if step.inner or step.makes in names:
                     waiting.append(step.makes)
     return reached
 

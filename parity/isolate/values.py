@@ -129,11 +129,11 @@ class WholeValues:
         for name, rows in self._rows.items():
             if name not in shapes or rows.indices is not None:
                 continue
-            found = []
+            shaped = []
             for shape, position, count in zip(rows.shapes, rows.token_idx.tolist(), rows.counts.tolist(), strict=True):
                 known = tuple(position - first + 1 if size == "t+1" else int(size) for size in shapes[name])
-                found.append(known if shape == () and prod(known) == count else shape)
-            self._rows[name] = replace(rows, shapes=tuple(found))
+                shaped.append(known if shape == () and prod(known) == count else shape)
+            self._rows[name] = replace(rows, shapes=tuple(shaped))
         self.dump = replace(self.dump, points={**self.dump.points, **self._rows})
 
     def positions(self, step: int) -> NDArray[np.int64]:

@@ -79,8 +79,8 @@ def late_capture(subject: Subject) -> Iterator[Hit]:
             width = 0 if result is None else min(len(row), len(result), len(weight))
             if result is None or width < TELLING or not (np.isfinite(row[:width]).all() and np.isfinite(result[:width]).all()):
                 continue
-            made = row[:width].astype(np.float64) * weight[:width]
-            same = _cosine(made, result[:width].astype(np.float64)) > _SAME_NORM
+            expected = row[:width].astype(np.float64) * weight[:width]
+            same = _cosine(expected, result[:width].astype(np.float64)) > _SAME_NORM
             if same and not _is_embedding(subject, model, place[1], row):
                 late.setdefault(name, []).append(place[1])
     if late:

@@ -1,7 +1,6 @@
 """What a record says of itself twice: values against statistics and sketch, attention rows against their sum."""
 
 from collections.abc import Iterator
-from math import prod
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,8 +55,8 @@ def _contradictions(rows: Rows) -> Iterator[tuple[str, NDArray[np.bool_]]]:
             off = np.abs(stats["sum"] - values.sum(axis=1)) > _ROUNDING * scale + rows.values.shape[1] * slack
             yield "stats.sum is not the values' sum", whole & off
         if "n" in stats:
-            sizes = np.array([prod(shape) if shape else np.nan for shape in rows.shapes], dtype=np.float64)
-            yield "stats.n contradicts the shape", np.abs(stats["n"] - sizes) > 0
+            sizes = rows.sizes()
+            yield "stats.n contradicts the shape", (sizes >= 0) & (np.abs(stats["n"] - sizes) > 0)
             if "sum" in stats and "l2" in stats:
                 # Cauchy-Schwarz: no row has a larger sum.
                 most = np.sqrt(np.maximum(stats["n"], 0)) * stats["l2"]
@@ -77,8 +76,7 @@ def _sketch(rows: Rows, values: NDArray[np.float64], whole: NDArray[np.bool_]) -
     ratio = np.mean(rows.sketch.astype(np.float64) ** 2, axis=1) / np.where(l2 > 0, l2, 1.0) ** 2
     low, high = _SKETCH_RANGE
     # With fewer elements than projections the signs repeat themselves and the ratio scatters more.
-    sizes = np.array([prod(shape) if shape else 0 for shape in rows.shapes])
-    judged = there & (l2 > 0) & (sizes >= SKETCH_SIZE)
+    judged = there & (l2 > 0) & (rows.sizes() >= SKETCH_SIZE)
     yield "the sketch is of another row than stats.l2", judged & ((ratio < low) | (ratio > high))
     checked = np.flatnonzero(whole & there)
     wrong = np.zeros(len(rows), dtype=np.bool_)

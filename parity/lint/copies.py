@@ -121,6 +121,7 @@ def idle_layer(subject: Subject) -> Iterator[Hit]:
 
 def stale_position(subject: Subject) -> Iterator[Hit]:
     """One point that holds the same vector at several positions whose inputs differ."""
+    known = _of_their_token(subject)
     for name, rows in subject.points.items():
         point = parse(name)
         if point.kind in _NEVER | _CACHED or (point.known is None and point.layer is None):
@@ -128,7 +129,7 @@ def stale_position(subject: Subject) -> Iterator[Hit]:
         by_value: dict[tuple[int, bytes], list[int]] = defaultdict(list)
         for (seq, position, _), data in subject.vectors[name]:
             by_value[seq, data].append(position)
-        free, shifted = _of_its_token(subject, name)
+        free, shifted = known[name] if name in known else (_without_attention(name), False)
         stale: set[int] = set()
         for positions in by_value.values():
             ordered = sorted(set(positions))
@@ -144,25 +145,36 @@ def stale_position(subject: Subject) -> Iterator[Hit]:
             yield Hit(name, min(stale), f"{name} is the same vector {where(sorted(stale), total)}")
 
 
-def _of_its_token(subject: Subject, name: str) -> tuple[bool, bool]:
-    """(whether a value depends on nothing but the position's own token, whether it may be the one before that it shows)."""
+def _of_their_token(subject: Subject) -> dict[str, tuple[bool, bool]]:
+    """Of each point whose making is known: whether its value depends on nothing but the position's own token, and whether it may be
+    the one before that it shows.
+    """
+    header = subject.dump.header
+    # The leading values of parts side by side are those of the first part. Of a head that is rotated in part they may be those that
+    # stay, which only llama.cpp's own dump is believed to show.
+    parts = _SHIFTS | ({"ROPE"} if header is not None and header.source == "llama.cpp" else set())
+    mixed: dict[str, bool] = {}
+    mixed_before_cache: dict[str, bool] = {}
+    shifts: dict[str, bool] = {}
+    seen: dict[str, tuple[bool, bool]] = {}
+    for name, how in subject.dataflow.made.items() if subject.dataflow is not None else ():
+        own = of_scores(name) or how.op in _MIXING or any("position" in weight for weight in how.weights)
+        above = any(mixed_before_cache.get(read, False) for read in how.reads)
+        shifted = any(shifts.get(read, False) for read in how.reads)
+        mixed[name] = own or any(mixed.get(read, False) for read in how.reads)
+        mixed_before_cache[name] = above or (own and kind(name) != "k_read")
+        shifts[name] = shifted or how.op in _SHIFTS
+        if how.op in parts and any(seen[part][0] if part in seen else _without_attention(part) for part in how.reads):
+            seen[name] = True, True
+        elif kind(name) == "kq":  # scores of one token's queries with the same keys are the same, where nothing is rotated
+            seen[name] = not above, not above and shifted
+        else:
+            seen[name] = not mixed[name], not mixed[name] and shifts[name]
+    return seen
+
+
+def _without_attention(name: str) -> bool:
+    """Whether a point stands before the first attention, by its name; a node outside the vocabulary may."""
     point = parse(name)
-    if name in subject.above:
-        own = subject.made(name)
-        # The leading values of parts side by side are those of the first part.
-        # Of a head that is rotated in part they may be those that stay, which only llama.cpp's own dump is believed to show.
-        header = subject.dump.header
-        parts = _SHIFTS | ({"ROPE"} if header is not None and header.source == "llama.cpp" else set())
-        if own is not None and own.op in parts and any(_of_its_token(subject, part)[0] for part in own.reads):
-            return True, True
-        # Scores of one token's queries with the same keys are the same, where nothing is rotated.
-        above = subject.above[name] - ({name, in_layer(point.layer or 0, "k_read")} if point.kind == "kq" else set())
-        origins = [how for other in above if (how := subject.made(other)) is not None]
-        alone = not any(of_scores(other) for other in above) and not any(
-            how.op in _MIXING or any("position" in weight for weight in how.weights) for how in origins
-        )
-        shifted = any(how.op in _SHIFTS for how in origins)
-        return alone, alone and shifted
-    # A node outside the vocabulary may stand before the attention, too.
     kinds = _BEFORE_ATTENTION | _BESIDE_ATTENTION
-    return name == EMBD or (point.layer == 0 and (point.kind in kinds or point.known is None)), False
+    return name == EMBD or (point.layer == 0 and (point.kind in kinds or point.known is None))

@@ -19,14 +19,16 @@ from .rule import Hit, Subject, positions_of
 def value_count(subject: Subject) -> Iterator[Hit]:
     """Fewer values than the slice and the shape promise."""
     header = subject.dump.header
-    sizes = Counter(count for rows in subject.points.values() for count in rows.counts.tolist())
-    if not sizes:
+    if not subject.points:
+        return
+    counts, often = np.unique(np.concatenate([rows.counts for rows in subject.points.values()]), return_counts=True)
+    if not len(counts):
         return
     # Without a header the slice is what most records have.
-    usual = header.slice if header is not None else sizes.most_common(1)[0][0]
+    usual = header.slice if header is not None else int(counts[often.argmax()])
     for name, rows in subject.points.items():
-        whole = rows.full()
-        short = [r for r in range(len(rows)) if rows.counts[r] < usual and not whole[r] and (header or rows.shapes[r])]
+        fewer = np.flatnonzero((rows.counts < usual) & ~rows.full()).tolist()
+        short = [r for r in fewer if header or rows.shapes[r]]
         if short and rows.indices is None:
             r = short[0]
             shape = f" of {list(rows.shapes[r])}" if rows.shapes[r] else ""
@@ -155,6 +157,8 @@ def doubled(subject: Subject) -> Iterator[Hit]:
     """Two records of one position and pass with different values; said once for all points where it is alike."""
     alike: dict[tuple[int, str], list[str]] = defaultdict(list)
     for name, rows in subject.points.items():
+        if len(np.unique(rows.token_idx)) == len(rows):
+            continue
         seen: dict[tuple[int, int, int], int] = {}
         bad: list[int] = []
         for r, place in enumerate(zip(rows.seq.tolist(), rows.token_idx.tolist(), rows.step.tolist(), strict=True)):

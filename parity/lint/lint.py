@@ -46,7 +46,9 @@ def lint(dump: Dump, model: Path | ModelFacts | None = None, dataflow: Dataflow 
                     Finding(rule.name, severity, hit.checkpoint, hit.token_idx, hit.evidence, rule.cause, rule.advice)
                 )
     findings.sort(key=lambda finding: _GRAVITY[finding.severity])
-    return LintReport(dump.path, dump.records, tuple(findings), dump.notes)
+    refused = subject.refused_dataflow
+    notes = [f"the header's dataflow is left out: {refused:.300}"] if refused else []
+    return LintReport(dump.path, dump.records, tuple(findings), (*dump.notes, *notes))
 
 
 def refuse_unusable(dump: Dump, side: str) -> None:

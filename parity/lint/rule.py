@@ -61,20 +61,24 @@ class Subject:
             return self.given
         try:
             return Dataflow.from_json(header.dataflow)
-        except ValueError:
+        except ValueError:  # `lint` says it
             return None
+
+    @cached_property
+    def refused_dataflow(self) -> str:
+        """Why the dataflow in the dump's header is not used; empty where it is, or where there is none."""
+        header = self.dump.header
+        if header is None or not header.dataflow:
+            return ""
+        try:
+            Dataflow.from_json(header.dataflow)
+        except ValueError as error:
+            return str(error)
+        return ""
 
     def made(self, name: str) -> Made | None:
         """How a point is made, None where nothing says it."""
         return None if self.dataflow is None else self.dataflow.made.get(name)
-
-    @cached_property
-    def above(self) -> dict[str, frozenset[str]]:
-        """Of each point of the dataflow everything that it is made from, itself included."""
-        ancestors: dict[str, frozenset[str]] = {}
-        for name, how in self.dataflow.made.items() if self.dataflow is not None else ():
-            ancestors[name] = frozenset({name}).union(*(ancestors.get(other, frozenset()) for other in how.reads))
-        return ancestors
 
     def home(self, name: str) -> int | None:
         """The layer whose keys and values a point is made from: layers may share a cache."""
@@ -90,14 +94,24 @@ class Subject:
 
     @cached_property
     def vectors(self) -> dict[str, list[tuple[Place, bytes]]]:
-        """For each point, where each record that can be told from others stands, and its values as bytes."""
-        places_of: dict[str, list[tuple[Place, bytes]]] = {}
+        """For each point, where each record stands whose values occur in another one, too, and these as bytes.
+
+        Only of records that can be told from others by their values.
+        """
+        usable = {name: telling(rows).nonzero()[0] for name, rows in self.points.items()}
+        hashes = {name: _hashes(rows)[usable[name]] for name, rows in self.points.items()}
+        values, often = np.unique(np.concatenate([np.zeros(0, np.uint64), *hashes.values()]), return_counts=True)
+        repeated = values[often > 1]
+        found: dict[str, list[tuple[Place, bytes]]] = {}
         for name, rows in self.points.items():
-            usable = telling(rows).nonzero()[0].tolist()
-            places = list(zip(rows.seq.tolist(), rows.token_idx.tolist(), rows.step.tolist(), strict=True))
-            counts = rows.counts.tolist()
-            places_of[name] = [(places[r], rows.values[r, : counts[r]].tobytes()) for r in usable]
-        return places_of
+            members = usable[name][np.isin(hashes[name], repeated)]
+            places = zip(rows.seq[members].tolist(), rows.token_idx[members].tolist(), rows.step[members].tolist(), strict=True)
+            counts = rows.counts[members].tolist()
+            found[name] = [
+                (place, rows.values[r, :count].tobytes())
+                for place, r, count in zip(places, members.tolist(), counts, strict=True)
+            ]
+        return found
 
     @cached_property
     def layers(self) -> int | None:
@@ -149,6 +163,16 @@ class Subject:
             if not self.same_input(before, after):
                 return after
         return positions[-1] + 1 if positions else 0
+
+
+def _hashes(rows: Rows) -> NDArray[np.uint64]:
+    """uint64 [R]: the same of two records with the same values, nearly always another of others."""
+    width = rows.values.shape[1]
+    bits = np.ascontiguousarray(rows.values).view(np.uint32).astype(np.uint64)
+    inside = np.arange(width)[None, :] < rows.counts[:, None]
+    factors = np.random.default_rng(0).integers(1 << 63, size=width, dtype=np.uint64) | np.uint64(1)
+    total: NDArray[np.uint64] = (np.where(inside, bits + np.uint64(1), np.uint64(0)) * factors).sum(axis=1, dtype=np.uint64)
+    return total
 
 
 def leading(rows: Rows, r: int) -> NDArray[np.float32]:

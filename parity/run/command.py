@@ -190,12 +190,12 @@ class Command:
                     how=TIMED_OUT,
                 )
             with suppress(OSError):
-                found = out.lstat()
-                if not stat.S_ISREG(found.st_mode):
-                    return self._no_file(out, found.st_mode)
-                if found.st_size > largest:
+                status = out.lstat()
+                if not stat.S_ISREG(status.st_mode):
+                    return self._no_file(out, status.st_mode)
+                if status.st_size > largest:
                     return EngineError(
-                        f"{self.name} was stopped after it had written {found.st_size / 2**30:.1f} GiB to its dump.",
+                        f"{self.name} was stopped after it had written {status.st_size / 2**30:.1f} GiB to its dump.",
                         "Let it write fewer points, or the leading values of each row.",
                     )
 
@@ -205,23 +205,23 @@ class Command:
 
     def _failed(self, status: int, stderr: str) -> EngineError:
         lines = [line for line in stderr.splitlines() if line.strip()]
-        said = printable(lines[-1].strip()) if lines else "it printed nothing on stderr"
+        last_line = printable(lines[-1].strip()) if lines else "it printed nothing on stderr"
         killed = -status if status < 0 else status - 128 if self.shell and status > 128 else 0
         how = f"was killed by signal {killed}" if killed else f"failed with exit code {status}"
         crashed = bool(killed) or not lines or any(word in stderr for word in _UNHANDLED)
         return EngineError(
-            f"{self.name} {how}: {said.rstrip('.')}.",
+            f"{self.name} {how}: {last_line.rstrip('.')}.",
             "Run the command by itself to see why.",
             how=CRASHED if crashed else REFUSED,
         )
 
     def _dumped(self, out: Path) -> None:
         try:
-            found = out.lstat()
+            status = out.lstat()
         except OSError:
             raise EngineError(f"{self.name} exited with code 0 but did not write {out}.", "It must write to {out}.") from None
-        if not stat.S_ISREG(found.st_mode):
-            raise self._no_file(out, found.st_mode)
+        if not stat.S_ISREG(status.st_mode):
+            raise self._no_file(out, status.st_mode)
 
 
 def _filled(text: str, values: Mapping[str, str]) -> str:

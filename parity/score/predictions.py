@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from checkpoints.errors import DumpError
 from checkpoints.points import LOGITS
+from checkpoints.reading.parallel import Sharing
 from checkpoints.reading.scan import Scan
 from checkpoints.record import Rows as Records
 from checkpoints.record import Token
@@ -149,7 +150,7 @@ class ExternalPredictions:
 
     def _printed(self, out: Path) -> Rows:
         mapping = self._request.mapping
-        for item in Scan(out, processes=0):
+        for item in Scan(out, Sharing(processes=0)):
             if isinstance(item, Records) and (item.point == LOGITS or mapping.entry(item.point)[0] == LOGITS):
                 offset = mapping.position_offset or 0
                 for position, values in zip(item.token_idx.tolist(), item.values, strict=True):

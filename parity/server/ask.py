@@ -82,13 +82,13 @@ def _stopped(text: str) -> str:
 def _echoed(heard: Heard, predictions: Sequence[Prediction], prompt: Prompt, vocabulary: Vocabulary) -> Heard:
     """Predictions of the prompt's own tokens, as far as they are the tokens that llama.cpp makes."""
     text = prompt.text if prompt.text is not None else "".join(prompt.pieces)
-    before, found, behind = "".join(item.token.text for item in predictions).partition(text)
+    before, match, behind = "".join(item.token.text for item in predictions).partition(text)
     hidden = _hidden(prompt, vocabulary)
     shown = list(predictions)
     if shown and prompt.ids and vocabulary.ids(shown[0].token)[:1] == prompt.ids[:1] and hidden:
         hidden = 0  # this server shows its BOS as well
         before = before.removeprefix(shown[0].token.text)
-    if found and (before.strip() or behind.strip()):
+    if match and (before.strip() or behind.strip()):
         return replace(heard, around=(before, behind))
     asked: list[Asked] = []
     for number, item in enumerate(shown):

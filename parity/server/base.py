@@ -47,10 +47,10 @@ def floor_of(reference: Reference, model: Path, tokens: Sequence[int], first: in
     for _, row in rows(reference, model, tokens, first, NATIVE, "f16"):
         top = largest(row, _KEPT)
         kept.append((top, row[top], log_sum(row)))
-    found = []
+    distances = []
     for (_, row), (top, logits, total) in zip(rows(reference, model, tokens, first, EXACT), kept, strict=True):
-        found.append(kl_of_top(top, logits, total, row)[0])
-    return Floor(max(found), float(np.mean(found)))
+        distances.append(kl_of_top(top, logits, total, row)[0])
+    return Floor(max(distances), float(np.mean(distances)))
 
 
 @dataclass(frozen=True)

@@ -56,9 +56,9 @@ def sampled(asked: Sequence[Asked]) -> tuple[Asked, ...]:
 def causes(case: Case) -> Iterator[ServerCause]:
     """The first reading that explains the predictions, if one does."""
     for find in (_echo, _beginning, _temperature, _penalty, _template, _tokenizer):
-        found = find(case)
-        if found is not None:
-            yield found
+        cause = find(case)
+        if cause is not None:
+            yield cause
             return
 
 
@@ -103,13 +103,13 @@ def _readings(case: Case, ids: Sequence[int], moved: int) -> dict[int, list[floa
     """KL of the sampled predictions if the server reads `ids`, in which each position lies `moved` further: for log-probabilities at
     their own position (0), and for those that stand one token too early (1) or too late (-1).
     """
-    found: dict[int, list[float]] = {0: [], 1: [], -1: []}
+    readings: dict[int, list[float]] = {0: [], 1: [], -1: []}
     sample = {asked.position + moved: asked for asked, _ in case.sample}
     for position, row in rows(case.reference, case.model, ids, 0, case.mode):
-        for shift, values in found.items():
+        for shift, values in readings.items():
             if position - shift in sample:
                 values.append(case.of(sample[position - shift], row))
-    return found
+    return readings
 
 
 _SHIFTED = {
@@ -124,8 +124,8 @@ def _beginning(case: Case) -> ServerCause | None:
     ids, bos = case.heard.tokens, case.special.bos
     variants = [("", tuple(ids), 0, "", "")]
     if bos is not None:
-        told = case.heard.prompt_tokens
-        says = f", and says that the prompt has {told} tokens" if told is not None else ""
+        counted = case.heard.prompt_tokens
+        says = f", and says that the prompt has {counted} tokens" if counted is not None else ""
         where = f"({printable(case.vocabulary.pieces[bos], 30)}) before the text{says}"
         flag = "as the file's add_bos_token says"
         if ids[:1] == (bos,):
@@ -143,8 +143,8 @@ def _beginning(case: Case) -> ServerCause | None:
                 continue  # as it was asked for
             words = "; ".join(filter(None, (sentence, how)))
             what = " ".join(filter(None, (advice, "Logits at position t predict token t + 1." if shift else "")))
-            if found := _judged(case, name or "shifted", words, what, explained[shift], case.sample):
-                return found
+            if cause := _judged(case, name or "shifted", words, what, explained[shift], case.sample):
+                return cause
     return None
 
 
@@ -209,8 +209,8 @@ def _template(case: Case) -> ServerCause | None:
         which = "the file's own chat template" if name == "own" else f"the chat template {name!r}"
         sentence = f"the server puts {which} around the text: it reads {printable(repr(wrapped), 120)}"
         advice = "Turn off the chat template for completions, or give both sides the whole text."
-        if found := _judged(case, "template", sentence, advice, explained, asked):
-            return found
+        if cause := _judged(case, "template", sentence, advice, explained, asked):
+            return cause
     return None
 
 

@@ -16,14 +16,14 @@ _PENALTIES = np.arange(1.02, 2.01, 0.02)
 
 def unfaithful(asked: Sequence[Asked]) -> tuple[tuple[int, str, str], ...]:
     """(position, the chosen token's text, a better one's) of every choice that is not the most probable of its own candidates."""
-    found = []
+    choices = []
     for one in asked:
         if one.chosen is None or one.own is None:
             continue
         own = next((item.logprob for item in one.candidates if item.text == one.own.text), one.own.logprob)
         if one.candidates[0].logprob > own + _TIE:
-            found.append((one.position, one.own.text, one.candidates[0].text))
-    return tuple(found)
+            choices.append((one.position, one.own.text, one.candidates[0].text))
+    return tuple(choices)
 
 
 def cause(asked: Sequence[tuple[Asked, Row]], tokens: Sequence[int], wrong: Sequence[tuple[int, str, str]]) -> ServerCause:

@@ -63,19 +63,19 @@ class OpenAI:
             raise ServerError(f"{where} answers without choices.", "Check --server and --server-api.")
         choice = choices[0]
         text = choice.get("text")
-        found = self._predictions(choice.get("logprobs"), where)
+        predictions = self._predictions(choice.get("logprobs"), where)
         usage = answer.get("usage")
-        told = usage.get("prompt_tokens") if isinstance(usage, dict) else None
+        counted = usage.get("prompt_tokens") if isinstance(usage, dict) else None
         # What comes before the chosen tokens is the prompt; a server that stops early says so by its own count.
         chosen = usage.get("completion_tokens") if isinstance(usage, dict) else None
-        own = min(chosen if isinstance(chosen, int) and chosen >= 0 else count, count, len(found))
-        self.echoes = len(found) > own if echo else self.echoes
-        split = max(len(found) - own, _covered(found, prompt)) if echo and self.echoes else 0
+        own = min(chosen if isinstance(chosen, int) and chosen >= 0 else count, count, len(predictions))
+        self.echoes = len(predictions) > own if echo else self.echoes
+        split = max(len(predictions) - own, _covered(predictions, prompt)) if echo and self.echoes else 0
         return Completion(
-            tuple(found[split:]),
-            tuple(found[:split]),
-            told if isinstance(told, int) else None,
-            "".join(item.token.text for item in found[:split]) if split else None,
+            tuple(predictions[split:]),
+            tuple(predictions[:split]),
+            counted if isinstance(counted, int) else None,
+            "".join(item.token.text for item in predictions[:split]) if split else None,
             text if isinstance(text, str) else "",
         )
 
@@ -107,25 +107,25 @@ class LlamaCppServer:
         body |= {"temperature": 0, "n_probs": self.top, "seed": 0, "stream": False, "cache_prompt": False} | dict(self.extra)
         answer = self.connection.post(self.path, body)
         where = f"{self.connection.name}{self.path}"
-        found = answer.get("completion_probabilities", answer.get("probs"))
-        if not isinstance(found, list):
+        probabilities = answer.get("completion_probabilities", answer.get("probs"))
+        if not isinstance(probabilities, list):
             raise ServerError(f"{where} gives no log-probabilities.", "Check --server-api.")
-        told = answer.get("tokens_evaluated")
+        counted = answer.get("tokens_evaluated")
         text = answer.get("content")
         return Completion(
-            tuple(listed(found, where)[:count]),
-            prompt_tokens=told if isinstance(told, int) else None,
+            tuple(listed(probabilities, where)[:count]),
+            prompt_tokens=counted if isinstance(counted, int) else None,
             text=text if isinstance(text, str) else "",
         )
 
 
-def _covered(found: Sequence[Prediction], prompt: str | Sequence[int]) -> int:
+def _covered(predictions: Sequence[Prediction], prompt: str | Sequence[int]) -> int:
     """How many of the first predictions make up the prompt's text: llama-cpp-python's list is one short where it adds no BOS."""
-    texts = "".join(item.token.text for item in found)
+    texts = "".join(item.token.text for item in predictions)
     if not isinstance(prompt, str) or (start := texts.find(prompt)) < 0:
         return 0
     length = 0
-    for number, item in enumerate(found):
+    for number, item in enumerate(predictions):
         length += len(item.token.text)
         if length >= start + len(prompt):
             return number + 1

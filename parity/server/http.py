@@ -261,8 +261,8 @@ def _words(data: bytes) -> str:
     """What the server says of an error: OpenAI's `error.message`, FastAPI's `detail`, else the beginning of a text."""
     text: Any
     try:
-        said = json.loads(data)
-        error = said.get("error", said)
+        body = json.loads(data)
+        error = body.get("error", body)
         text = error if isinstance(error, str) else error.get("message") or error.get("detail") or ""
     except (ValueError, AttributeError, RecursionError):
         text = data[: 4 * _SHOWN].decode("utf-8", "replace")

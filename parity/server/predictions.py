@@ -47,15 +47,15 @@ def legacy(logprobs: dict[str, Any], where: str) -> list[Prediction]:
     ):
         raise _malformed(where, "tokens, token_logprobs and top_logprobs are not lists of one length")
     _bounded(tokens, where)
-    found = []
+    predictions = []
     for text, value, listed in zip(tokens, own, top, strict=True):
         if not isinstance(text, str) or not (listed is None or isinstance(listed, dict | list)):
             raise _malformed(where, "a token is no text, or its candidates are no object")
         pairs = listed.items() if isinstance(listed, dict) else [item for part in listed or () for item in _pairs(part, where)]
         candidates = [_candidate(name, number, where) for name, number in pairs]
         logprob = None if value is None else number_of(value, where)
-        found.append(Prediction(_candidate(text, logprob or 0.0, where), logprob, _ordered(candidates)))
-    return found
+        predictions.append(Prediction(_candidate(text, logprob or 0.0, where), logprob, _ordered(candidates)))
+    return predictions
 
 
 def _pairs(part: Any, where: str) -> list[tuple[Any, Any]]:
@@ -73,7 +73,7 @@ def listed(content: Sequence[Any], where: str) -> list[Prediction]:
         ServerError: it is not such a list, or a number is none.
     """
     _bounded(content, where)
-    found = []
+    predictions = []
     for entry in content:
         if not isinstance(entry, dict):
             raise _malformed(where, "a position is no object")
@@ -82,8 +82,8 @@ def listed(content: Sequence[Any], where: str) -> list[Prediction]:
             raise _malformed(where, "a position's candidates are no list of objects")
         candidates = [_entry(item, where) for item in inner]
         token = _entry(entry, where, [item.logprob for item in candidates if item.text == entry.get("content")])
-        found.append(Prediction(token, token.logprob, _ordered(candidates)))
-    return found
+        predictions.append(Prediction(token, token.logprob, _ordered(candidates)))
+    return predictions
 
 
 def _entry(item: dict[str, Any], where: str, otherwise: Sequence[float] = ()) -> Candidate:

@@ -90,6 +90,7 @@ def _compared(
     predictions: list[Predicted] = []
     kept: list[tuple[Asked, Row]] = []
     greedy: list[tuple[Asked, Row]] = []
+    unknown = 0
     if by_position:
         first, tokens = min(by_position), heard.tokens[: max(by_position) + 1]
         floor = floor_of(reference, request.model, tokens, first)
@@ -99,6 +100,9 @@ def _compared(
             asked = by_position.get(position)
             if asked is None:
                 continue
+            if not len(listed(asked.candidates, vocabulary, row).ids):
+                unknown += 1
+                continue
             predictions.append(_predicted(asked, row, heard, vocabulary, limit))
             if position in wanted:
                 kept.append((asked, row.copy()))
@@ -106,6 +110,15 @@ def _compared(
                 greedy.append((asked, row.copy() if len(greedy) < 64 else row[:0]))
     else:
         limit = _LEAST_LIMIT
+    if unknown and not predictions:
+        raise InputError(
+            "none of the server's candidates is a token of this model.",
+            "Is it the model that the server runs? Check --model.",
+            code="server",
+        )
+    left_out = (
+        (f"{unknown} predictions have no candidate that is a token of this model: they were left out",) if unknown else ()
+    )
     wrong = next((item for item in predictions if item.wrong), None)
     other = next((item for item in predictions if not item.same_choice), None)
     case = Case(
@@ -119,10 +132,10 @@ def _compared(
         tuple(kept),
         limit,
     )
-    found: list[ServerCause] = list(causes(case)) if wrong is not None or heard.around or heard.tokenizer else []
+    found_causes: list[ServerCause] = list(causes(case)) if wrong is not None or heard.around or heard.tokenizer else []
     unfaithful = choices.unfaithful([asked for asked, _ in greedy])
-    if unfaithful and not found:
-        found.append(choices.cause([item for item in greedy if len(item[1])], heard.tokens, unfaithful))
+    if unfaithful and not found_causes:
+        found_causes.append(choices.cause([item for item in greedy if len(item[1])], heard.tokens, unfaithful))
     place = wrong or other
     prefix = heard.tokens[: place.position + 1] if place is not None else ()
     return ServerAnswer(
@@ -140,11 +153,11 @@ def _compared(
         seconds=0.0,
         first=wrong,
         first_choice=other,
-        causes=tuple(found),
+        causes=tuple(found_causes),
         unfaithful=unfaithful,
         prefix=prefix,
         next_command=_next(request.model, prefix) if wrong is not None else "",
-        notes=heard.notes,
+        notes=(*heard.notes, *left_out),
     )
 
 

@@ -47,8 +47,8 @@ def assemble(
     for i, raw in enumerate(flat.tensors):
         op = ggml.op_name(raw.op)
         kind = NODE if i >= flat.leaves else _kind(i, raw, weights, kept)
-        made = [Size(*row) for row in plain[i]]
-        ne = (made[0], made[1], made[2], made[3])
+        expressions = [Size(*row) for row in plain[i]]
+        ne = (expressions[0], expressions[1], expressions[2], expressions[3])
         point = names.points.get(i, "")
         params = raw.params if kind == NODE and op not in VIEWS else (0,) * 16
         if kind == NODE and any(other.tensors[i].params != raw.params for other in flats) and params == raw.params:
@@ -61,10 +61,10 @@ def assemble(
                 params=params,
                 type=ggml.type_name(raw.type),
                 ne=ne,
-                nb=(made[4], made[5], made[6], made[7]),
+                nb=(expressions[4], expressions[5], expressions[6], expressions[7]),
                 sources=flat.sources[i],
                 root=flat.roots[i],
-                offset=made[8],
+                offset=expressions[8],
                 point=point if i in names.once or (point in rows if several is not None else Size(0, 1) in ne) else "",
                 operand_points=names.operands.get(i, {}),
                 parts=tuple(names.parts.get(i, ())),

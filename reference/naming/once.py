@@ -35,9 +35,9 @@ def _embedding(graph: Structure, values: Sequence[int]) -> int | None:
     if entering is not None and entering in values and graph.nodes[entering].ne[2] == 1:
         return entering
     for name in _EMBEDDINGS:
-        found = [i for i in values if graph.nodes[i].name == name]
-        if found:
-            return found[-1]
+        matching = [i for i in values if graph.nodes[i].name == name]
+        if matching:
+            return matching[-1]
     return next((i for i in values if graph.nodes[i].op == "GET_ROWS"), None)
 
 

@@ -79,7 +79,12 @@ def _name(graph: Structure, offset: int) -> tuple[dict[int, str], dict[int, tupl
 
 
 def _parts(graph: Structure, parts: dict[int, list[Part]]) -> list[tuple[int, Part]]:
-    return [(layer, part) for i, found in parts.items() for part in found if (layer := graph.layers[i]) is not None]
+    return [
+        (layer, part)
+        for i, parts_of_layer in parts.items()
+        for part in parts_of_layer
+        if (layer := graph.layers[i]) is not None
+    ]
 
 
 def _residual(graph: Structure, inside: Sequence[int], kinds: dict[int, str]) -> dict[int, str]:

@@ -56,12 +56,12 @@ class Structure:
     @cached_property
     def readers(self) -> list[list[int]]:
         """Of each node the nodes that read it, through views too; views themselves are left out."""
-        found: list[list[int]] = [[] for _ in self.nodes]
+        readers_of: list[list[int]] = [[] for _ in self.nodes]
         for i in reversed(range(len(self.nodes))):
             for source in self.sources[i]:
                 if source is not None:
-                    found[source] += found[i] if self.nodes[i].op in VIEWS else [i]
-        return [sorted(set(readers)) for readers in found]
+                    readers_of[source] += readers_of[i] if self.nodes[i].op in VIEWS else [i]
+        return [sorted(set(readers)) for readers in readers_of]
 
     def operand(self, i: int, number: int = 0) -> int | None:
         """One of a node's operands, None where it is a leaf or there is none."""
@@ -149,8 +149,8 @@ class Structure:
         inside = [i for i, number in enumerate(self.layers) if number == layer and self.nodes[i].op not in VIEWS | WRITES]
         crossing = [i for i in inside if any(self.layers[j] is None for j in self.readers[i])]
         named = [i for i in crossing if self.nodes[i].name == f"l_out-{layer}"]
-        found = named or crossing or inside
-        return found[-1] if found else None
+        leaving = named or crossing or inside
+        return leaving[-1] if leaving else None
 
     def _spread(self, last: int) -> list[int | None]:
         """Layers of all nodes: as stated, else that which its operands enter, else theirs."""

@@ -1,0 +1,69 @@
+"""Near ties of routing: where a dump took the other of two experts whose scores differ by rounding alone, that is no fault."""
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from engine.faults.routing_ties import scores_of, taken_otherwise
+from engine.graph import Step
+
+from .records import Expected
+
+if TYPE_CHECKING:
+    from .case import Case
+
+# Margin of a near tie, in proportion to the largest score: sums of float32 over some thousand elements differ by 1e-6.
+NEAR = 1e-5
+MOST = 64  # positions that are looked at, over all layers
+
+
+def _first(entries: Sequence[Expected]) -> tuple[int, int] | None:
+    """The number of the first point that differs, and its first row that does."""
+    for number, entry in enumerate(entries):
+        wrong = entry.base > entry.limit
+        if wrong.any():
+            return number, int(entry.rows[wrong].min())
+    return None
+
+
+def near_ties(case: "Case", steps: Sequence[Step]) -> Iterator[tuple[int, int]]:
+    """The steps that choose experts, by number, each with a row at which the last that got in and the next one are as good as equal."""
+    right = {step.makes: step for step in steps}
+    values = case.make(steps, len(case.tokens)).on_host
+    for number, step in enumerate(steps):
+        chosen = scores_of(step, right)
+        if chosen is None:
+            continue
+        scores = np.sort(np.asarray(values[chosen[0]], dtype=np.float64).reshape(len(case.tokens), -1), axis=1)[:, ::-1]
+        margin = scores[:, chosen[1] - 1] - scores[:, chosen[1]]
+        for row in np.nonzero(margin <= NEAR * np.abs(scores).max(axis=1))[0].tolist():
+            yield number, row
+
+
+def resolved(case: "Case") -> tuple[str, ...]:
+    """Let the right engine take the dump's side of each near tie that explains a difference, and say where it does.
+
+    Changes the case: its steps, replay and records are those of the right engine that chose so.
+    """
+    taken: list[tuple[str, int]] = []
+    steps, entries = list(case.transformer.steps), case.entries
+    tried: set[tuple[int, int]] = set()
+    while (first := _first(entries)) is not None and len(tried) < MOST:
+        step = next((one for one in near_ties(case, steps) if one not in tried and one[1] <= first[1]), None)
+        if step is None:
+            break
+        tried.add(step)
+        changed = [*steps]
+        changed[step[0]] = taken_otherwise(steps[step[0]], (step[1],))
+        compared = case.compared(changed)
+        after = _first(compared)
+        if after is None or first < after:
+            steps, entries = changed, compared
+            taken.append((steps[step[0]].makes, step[1]))
+            tried = {step}
+    if not taken:
+        return ()
+    case.take(steps, entries)
+    where = ", ".join(f"{name}, position {row}" for name, row in taken[:3])
+    return (f"routing: {len(taken)} near ties of experts were decided the other way ({where}): no fault",)

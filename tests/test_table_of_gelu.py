@@ -1,0 +1,123 @@
+"""`diff` without a model where llama.cpp's GELU is a table of float16, and where norms hide what is wrong before them."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from planted import Faulty, Planted, tokens_of
+
+from checkpoints.answers.diff import Verdict
+from checkpoints.reading.reader import read
+from checkpoints.record import Dump
+from engine.backend import Array
+from engine.graph import Step
+from parity.diff.compare import Options, compare
+from reference.client import Reference
+from reference.jobs import DumpJob
+
+RIGHT = Planted(())
+
+
+class Sides:
+    """The engine of a small model and llama.cpp's dump of a prompt."""
+
+    def __init__(self, model: Path, reference: Reference, folder: Path) -> None:
+        self.faulty = Faulty(model, reference.graph(model))
+        self.tokens = tokens_of(model, 9, seed=7)
+        reference.dump(DumpJob(model, folder / "ref.jsonl", self.tokens, points="all", slice_size=None))
+        self.ref = read(folder / "ref.jsonl")
+
+    def told(self, size: int, kinds: tuple[str, ...] = (), steps: list[Step] | None = None, change: Any = None) -> Verdict:
+        """What is said of the bare lines of an engine that runs these steps, after `change` to each point's values."""
+        dump = self.faulty.dump(RIGHT, self.tokens, points="all", size=1 << 20, steps=steps)
+        points = {}
+        for name, rows in dump.points.items():
+            kind = name.rpartition(".")[2]
+            if kinds and kind not in kinds:
+                continue
+            values = rows.values if change is None else change(kind, rows.values)
+            points[name] = replace(
+                rows, values=values[:, :size], counts=np.minimum(rows.counts, size), shapes=((),) * len(rows)
+            )
+        return compare(Dump("ours.jsonl", None, points), self.ref, Options(compute="f32"))
+
+
+@pytest.fixture(scope="module")
+def sides(
+    reference: Reference, small_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Sides]:
+    """Both sides of a recipe's model."""
+    made: dict[str, Sides] = {}
+
+    def of(name: str) -> Sides:
+        if name not in made:
+            made[name] = Sides(small_model(name, kind="f32"), reference, tmp_path_factory.mktemp(name))
+        return made[name]
+
+    return of
+
+
+def edited(steps: list[Step], name: str, change: Callable[[Array], Array]) -> list[Step]:
+    """The steps with one result changed."""
+    return [
+        replace(step, op=lambda *inputs, _op=step.op, **params: change(_op(*inputs, **params))) if step.makes == name else step
+        for step in steps
+    ]
+
+
+DEFAULT = ("embd", "l_out", "output_norm", "logits")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["gemma3", "gemma2", "gpt2", "falcon"])
+@pytest.mark.parametrize(("size", "kinds"), [(16, DEFAULT), (12, ()), (1 << 20, ())])
+def test_a_step_of_the_table_is_no_fault(recipe: str, size: int, kinds: tuple[str, ...], sides: Callable[[str], Sides]) -> None:
+    """A right float32 engine meets another entry of the table here and there: agreement, and no operation is blamed."""
+    found = sides(recipe).told(size, kinds)
+    assert found
+    assert not found.record_faults
+
+
+def test_a_fault_behind_the_table_is_seen(sides: Callable[[str], Sides]) -> None:
+    """A final norm that is scaled by 1.0003 jumps out of what the table leaves, whole rows given; the activation itself is not excused."""
+    both = sides("gemma3")
+    right = list(both.faulty.right)
+    found = both.told(1 << 20, steps=edited(right, "output_norm", lambda x: x * np.float32(1.0003)))
+    assert found.first_divergence is not None
+    assert found.first_divergence.checkpoint == "output_norm"
+    found = both.told(16, steps=edited(right, "blk.1.ffn_geglu", lambda x: x * np.float32(1.01)))
+    assert found.first_divergence is not None
+    assert found.first_divergence.checkpoint == "blk.1.ffn_geglu"
+
+
+def halves(kind: str, values: np.ndarray) -> np.ndarray:
+    """Queries and keys with the halves of a head as neighbours."""
+    if kind not in ("q", "k", "q_rope", "k_rope"):
+        return values
+    heads = values.reshape(len(values), -1, 2, 16)
+    return np.ascontiguousarray(heads.swapaxes(2, 3).reshape(values.shape))
+
+
+@pytest.mark.parametrize("size", [16, 1 << 20])
+def test_another_layout_before_a_norm_of_heads_is_no_fault(size: int, sides: Callable[[str], Sides]) -> None:
+    """Q and K as neighbours in front of their norms, all that is made from them right: the records are of another layout."""
+    found = sides("qwen3").told(size, change=halves)
+    assert found
+    assert {fault.kind for fault in found.record_faults} == {"layout"}
+    assert {"blk.0.q", "blk.0.k", "blk.0.q_rope"} <= {fault.checkpoint for fault in found.record_faults}
+
+
+@pytest.mark.slow
+def test_what_a_norm_removes_is_not_acquitted_by_it(sides: Callable[[str], Sides]) -> None:
+    """A constant that is added in front of LayerNorm, queries that are doubled in front of their norm: a divergence at the operation."""
+    for recipe, name, change in (
+        ("falcon", "blk.0.attn_out", lambda x: x + np.float32(1e-3)),
+        ("qwen3", "blk.1.q", lambda x: x * np.float32(2)),
+    ):
+        both = sides(recipe)
+        found = both.told(1 << 20, steps=edited(list(both.faulty.right), name, change))
+        assert found.first_divergence is not None
+        assert found.first_divergence.checkpoint == name
