@@ -70,10 +70,18 @@ def _rounded(kind: str, storage: bool) -> Arithmetic:
     return partial(rounded, kind=kind, storage=storage)
 
 
+HALF_SUMS = partial(_products, op=half_sums)
+
+
+def _multiplies(step: Step) -> bool:
+    """Whether a step is a product of ggml's with weights."""
+    return getattr(step.op, "name", "") in ("MUL_MAT", "MUL_MAT_ID") and any(step.weights)
+
+
 # Each arithmetic in the ways that engines have of it; one of them is drawn.
 ARITHMETIC: dict[str, tuple[Arithmetic, ...]] = {
     "f32": (list, partial(_products, op=other_order)),
-    "f16": (_rounded("f16", False), _rounded("f16", True), partial(_products, op=half_sums)),
+    "f16": (_rounded("f16", False), _rounded("f16", True), HALF_SUMS),
     "bf16": (_rounded("bf16", False), _rounded("bf16", True)),
     "tf32": (_rounded("tf32", False),),
     "q8": (_rounded("q8", False),),
@@ -190,7 +198,10 @@ def engines(seed: int, folder: Path, reference: Reference, *, explained: bool) -
     draw, number = random.Random(seed), 0
     layers = model.faulty.transformer.model.info.layers or 1
     for kind, ways in ARITHMETIC.items():
-        steps = draw.choice(ways)(model.faulty.right)
+        way_of_it = draw.choice(ways)
+        if way_of_it is HALF_SUMS and any(step.op is not ops.linear and _multiplies(step) for step in model.faulty.right):
+            way_of_it = ways[0]  # experts would stay in float32: a mixture of arithmetics
+        steps = way_of_it(model.faulty.right)
         whole = model.faulty.dump(Planted(()), model.tokens, points="all", size=1 << 20, bare=False, steps=steps)
         for _ in range(EACH):
             way = Written.drawn(draw)

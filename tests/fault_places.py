@@ -34,6 +34,7 @@ PLACES: dict[str, tuple[str, dict[str, Any], tuple[tuple[int, ...] | None, ...]]
     "shared-expert-missing": ("qwen2moe", {}, BOTH),
     "shared-expert-gate-missing": ("qwen2moe", {}, BOTH),
     "experts-gate-up-swapped": ("qwen3moe", {}, BOTH),
+    "sequential-branches": ("cohere2", {}, BOTH),
     "multiplier": ("granite", {"how": "missing", "at": ("scale", "scale.2")}, BOTH),
     "rope-base-of-other-layers": ("gemma3", {}, BOTH),
     "yarn": ("llama-yarn", {}, BOTH),

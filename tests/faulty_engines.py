@@ -166,7 +166,7 @@ CASES: dict[str, tuple[Case, ...]] = {
     "gemma3": (
         _EPS, _HEAD_NORMS, _GATE_UP, _BEHIND, _PAIRS, _MODULO,
         Case("window of 9 for 8", further("attention.sliding_window", 1), ("window-off-by-one",)),
-        Case("one RoPE base for all layers", "one base", ("rope-base-of-other-layers",)),
+        Case("one RoPE base for all layers", "one base", ("rope-base-of-other-layers", "rope-base")),
         Case("branches without their norm", "no post-norm", ("post-norm-missing",)),
         Case(
             "norms of branches + 1", each("post_attention_norm.weight", "post_ffw_norm.weight", by=plus_one), ("post-norm-one-plus-weight",)

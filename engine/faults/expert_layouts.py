@@ -6,9 +6,9 @@ from typing import Any
 
 from .. import ops
 from ..backend import Array, module_of
-from ..graph import Altered, Step
+from ..graph import Altered, Step, View
 from ..inapplicable import NotApplicable
-from .base import AT, Fault, Parameters, Steps, weight_of
+from .base import AT, Fault, Parameters, Steps, kind_of, read_of, sibling, weight_of
 from .edits import ggml, require
 from .weights import altered
 
@@ -106,21 +106,29 @@ _SPLITS = {"in turn, for halves": _in_turn, "as halves, for rows in turn": _in_h
 
 @dataclass(frozen=True)
 class _Resplit:
-    """A gated activation whose two inputs were split wrongly."""
+    """A gated activation whose two inputs were split wrongly; `experts` lie side by side in a row."""
 
     op: Callable[..., Array]
     how: str
+    experts: int = 1
 
     def __call__(self, gate: Array, up: Array, **params: Any) -> Array:
         """The activated product."""
-        gate, up = (module_of(gate).ascontiguousarray(part) for part in _SPLITS[self.how](gate, up))
-        return self.op(gate, up, **params)
+        each = (gate, up) if self.experts == 1 else (x.reshape(x.shape[0], self.experts, -1) for x in (gate, up))
+        parts = (module_of(gate).ascontiguousarray(part).reshape(gate.shape) for part in _SPLITS[self.how](*each))
+        return self.op(*parts, **params)
 
 
-def _split(step: Step, _right: Steps, parameters: Parameters) -> Step:
+def _split(step: Step, right: Steps, parameters: Parameters) -> Step:
     if len(step.reads) != 2 or not (step.op is ops.swiglu or ggml(step, "GLU")):
         raise NotApplicable(f"{step.makes} reads no gate and up")
-    return replace(step, op=_Resplit(step.op, parameters["split"]))
+    experts = 1
+    if step.op is ops.swiglu and "moe" in kind_of(step):
+        chosen = read_of(sibling(step, right, "ffn_moe_topk"), 0)
+        if not isinstance(chosen, View) or not chosen.shape[-1].constant:
+            raise NotApplicable(f"{step.makes}: the chosen experts are no part of all")
+        experts = chosen.shape[-1].fixed
+    return replace(step, op=_Resplit(step.op, parameters["split"], experts))
 
 
 _RIGHT_ROUTING = "routing is right, the experts' results are not"

@@ -265,7 +265,7 @@ FITTED = (
         fault=_named(ATTENTION, "attn-scale"),
         parameter="scale",
         wanted=_parameter("scale", "kq_soft_max"),
-        starts=around(1.1, 2.0, 0.5),
+        starts=around(1.1, 2.0, 0.5, 8.0, 0.125),
     ),
     Fitted(
         fault=_named(ROPE, "rope-base"),

@@ -85,7 +85,7 @@ FITTED = (
         fault=_at(_named(WINDOWS, "query-scale"), "scale", *_QUERIES),
         parameter="scale",
         wanted=_scale_of(*_QUERIES),
-        starts=around(1.1, 2.0, 0.5),
+        starts=around(1.1, 2.0, 0.5, 8.0, 0.125),
     ),
     *(
         Fitted(

@@ -10,7 +10,7 @@ from .. import ops
 from ..backend import Array
 from ..graph import Step, name_of, read_as
 from ..inapplicable import NotApplicable
-from .base import AT, COPY, Fault, Parameters, Steps, kind_of, layer_input, layer_of, read_of, subsets
+from .base import AT, COPY, Fault, Parameters, Steps, kind_of, layer_input, layer_of, read_of, sibling, subsets
 
 _SUMS = ("ffn_inp", "l_out")
 
@@ -73,6 +73,28 @@ def _run_twice(step: Step, right: Steps, _parameters: Parameters) -> Sequence[St
 
 def _parallel(step: Step, right: Steps, _parameters: Parameters) -> Step:
     return replace(step, reads=(layer_input(step, right),))
+
+
+def _sequential(step: Step, right: Steps, _parameters: Parameters) -> Step | Sequence[Step]:
+    """In a layer whose branches read one norm: the feed-forward reads the norm of the stream with attention's result added."""
+    norm, attended = sibling(step, right, "attn_norm"), sibling(step, right, "attn_out")
+    if read_of(step, 0) != norm.makes:
+        raise NotApplicable(f"{step.makes} does not read what attention reads")
+    prefix = f"blk.{layer_of(step)}."
+    added, normed = f"{prefix}added", f"{prefix}normed"
+    changed = replace(step, reads=(normed, *step.reads[1:]))
+    readers = [
+        name
+        for name, other in right.items()
+        if kind_of(other) in _FED and name.startswith(prefix) and norm.makes in other.names
+    ]
+    if step.makes != readers[0]:
+        return changed
+    total = Step(added, ops.add, (attended.makes, layer_input(step, right)), inner=True)
+    return [total, replace(norm, makes=normed, reads=(added,), inner=True), changed]
+
+
+_FED = ("ffn_gate", "ffn_up", "ffn_gate_up", "ffn_moe_logits")
 
 
 def _scaled(ids: Array, take: Any, *, by: str) -> Array:
@@ -148,6 +170,15 @@ FAULTS = (
         symptom="wrong from layer 0, position 0 on",
         fix="ffn_norm reads ffn_inp",
         seen="GPT-J and Falcon code",
+    ),
+    Fault(
+        name="sequential-branches",
+        kinds=_FED,
+        change=_sequential,
+        what="the feed-forward reads attention's result, where this model computes both branches of the layer's input",
+        symptom="wrong from layer 0, position 0 on",
+        fix="one norm, read by attention and feed-forward alike; both results are added to the layer's input",
+        seen="Llama code that loads Phi-2, Command R, Falcon or GPT-NeoX",
     ),
     Fault(
         name="layer-skipped",

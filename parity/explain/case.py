@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from checkpoints.errors import DumpError, ModelError
+from checkpoints.points import of_scores
 from checkpoints.record import Dump, Header
 from engine.graph import Step, sees_later
 from engine.opened import open_plain
@@ -158,9 +159,12 @@ class Case:
 
 
 def _rows_of_positions(dump: Dump, steps: Sequence[Step]) -> Dump:
-    """The dump without what the replay shows in another way: states after a pass, since it is one pass; an encoder's scores."""
+    """The dump without what the replay shows in another way: states after a pass, since it is one pass; an encoder's scores.
+
+    Nor masks and the like, whose rows are the second of three dimensions and which are no scores.
+    """
     whole = sees_later(steps)
-    once = {step.makes for step in steps if step.axis is None or (step.axis == 1 and whole)}
+    once = {step.makes for step in steps if step.axis is None or (step.axis == 1 and (whole or not of_scores(step.makes)))}
     if dump.points.keys() <= once:
         raise DumpError(
             f"{dump.path} has only states after passes.", "Record points that have a row for each position.", code="points"

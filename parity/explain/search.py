@@ -98,8 +98,9 @@ class Search:
             error = worst(state, len(state.nmse))
             # A number has its error from the digits that it was fitted to: among numbers the order of the list decides.
             order = order_of_number(state.faults[-1]) if state.faults else None
-            last = error if order is None else 1.0 + order
-            return (0.0, round(float(np.log10(max(error, _SAME_NOISE) / _SAME_NOISE))), 0.0, *size, last)
+            if order is not None:
+                return (0.0, 0.0, 0.0, *size, 1.0 + order)
+            return (0.0, round(float(np.log10(max(error, _SAME_NOISE) / _SAME_NOISE))), 0.0, *size, error)
         return (1.0, -state.first.point, -state.first.row, *size, worst(state, state.first.point - 1))
 
     def simple(self, state: State) -> list[State]:
