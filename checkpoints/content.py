@@ -1,8 +1,9 @@
 """A file's identity by all of its bytes.
 
 SHA-256 in a tree of chunks: with the processor's SHA instructions a core hashes 1.4 GB/s, and chunks are hashed by all cores at
-once. What a large file's hash was is remembered in the cache, together with everything that tells whether the file was touched
-since; small files are hashed every time.
+once. Hashes that are several times as fast (XXH3) don't keep somebody from making two files of one hash. What a large file's hash
+was is remembered in the cache, together with everything that tells whether the file was touched since; small files are hashed
+every time.
 """
 
 import contextlib

@@ -227,3 +227,28 @@ def test_the_stored_golden_dumps_hold(parity: Cli) -> None:
     for side in ("ours", "ref"):
         assert parity("drift", "check", STORED, "--side", side, "--no-ledger").code == 0
     assert sum(path.stat().st_size for path in STORED.iterdir()) < 400_000
+
+
+@pytest.mark.slow
+def test_golden_prompts_on_workers(parity: Cli, tmp_path: Path) -> None:
+    """Four golden prompts checked by two processes give the answer of one process, and the worst record of each point."""
+    (tmp_path / "prompts.txt").write_text("".join(f"Once upon a time {n}\n" for n in range(4)))
+    words = (
+        "--prompts",
+        tmp_path / "prompts.txt",
+        "-o",
+        tmp_path / "golden",
+        "--generate",
+        "0",
+        "--points",
+        "default",
+        "--threads",
+        "1",
+    )
+    assert parity("drift", "record", *words).code == 0
+    check = ("drift", "check", tmp_path / "golden", "--side", "ours", "--threads", "1", "--no-ledger")
+    alone, together = parity.json(*check), parity.json(*check, "--workers", "2")
+    assert alone[0] == together[0] == 0
+    assert alone[1] == together[1]
+    said = parity(*check, "--cluster", "tcp://127.0.0.1:9")
+    assert (said.code, len(said.err.splitlines())) == (2, 1)

@@ -23,6 +23,7 @@ typedef FILE parity_dump;
 #define parity_header(...) ((void)0)
 #define parity_checkpoint(out, name, position, x, type, n) checkpoint(out, name, (int)(position), x, (int)(n))
 #define parity_only(...) ((void)0)
+#define parity_inject(...) ((void)0)
 #define parity_close(out) fclose(out)
 #define parity_error(out) ""
 """

@@ -1,1 +1,1 @@
-"""Dumps of JSON lines: one reader in bulk, a careful one for the rest."""
+"""Dumps of JSON lines: read in bulk, and line by line what is left."""

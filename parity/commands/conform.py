@@ -89,10 +89,10 @@ def conform(
     from ..conform.conform import ConformRequest
     from ..conform.conform import conform as run
     from ..conform.matrix import cells, modes_of
-    from ..conform.workers import fitting
     from ..run.hugging_face import HuggingFace
     from ..run.request import Request
     from ..run.sides import OurEngine
+    from ..run.workers import fitting
     from .conform_output import Shown, check_outputs, show
 
     command = given["command"]

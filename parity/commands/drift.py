@@ -71,6 +71,12 @@ def check(
     ] = False,
     ledger: LedgerOption = None,
     no_ledger: Annotated[bool, typer.Option("--no-ledger", help="Don't add this check to the ledger.")] = False,
+    workers: Annotated[
+        int, typer.Option("--workers", min=1, max=256, help="Processes that run prompts, each with the model opened once.")
+    ] = 1,
+    cluster: Annotated[
+        str | None, typer.Option("--cluster", help="Run prompts on a Dask cluster instead: tcp://host:8786.")
+    ] = None,
     junit: Annotated[Path | None, typer.Option("--junit", help="Write JUnit XML besides: one case a point.")] = None,
     summary: Annotated[Path | None, typer.Option("--summary", help="Append Markdown to this file (a job summary).")] = None,
     output_format: o.AnswerOption = o.AnswerFormat.TEXT,
@@ -97,6 +103,8 @@ def check(
         update=update,
         ledger=ledger,
         keep_ledger=not no_ledger,
+        workers=workers,
+        cluster=cluster or "",
         **given,
     )
     with progress_bar(o.Format.TEXT if output_format is o.AnswerFormat.TEXT else o.Format.JSON) as progress:

@@ -11,10 +11,10 @@ from time import perf_counter
 from checkpoints.answers.conform import CRASHED, Cell, CellResult, Conformance
 from checkpoints.errors import InputError
 
+from ..run.workers import workers_of
 from . import identity, results
 from .bench import Bench, Settings, key_of
 from .history import noted
-from .workers import workers_of
 
 Progress = Callable[[CellResult, int, int], None]  # a result, how many there are now, of how many
 _ATTEMPTS = 3  # of a part whose worker is lost; then the part itself is what ends it

@@ -21,7 +21,7 @@ from ..run.request import Request
 from ..run.session import resolve_prompt
 from ..run.sides import EXEC, REF
 from . import ledger
-from .dumps import GoldenDumps, chosen_by_llama_cpp
+from .dumps import GoldenDumps, chosen_by_llama_cpp, dumped_by_workers
 from .golden import Golden, GoldenPrompt, golden_prompt, load, noted, now, read_prompts, rewrite, seen_from
 
 Progress = Callable[[str, int, int], None]
@@ -42,7 +42,10 @@ class Recording:
 
 @dataclass(frozen=True)
 class Checking:
-    """What `parity drift check` was asked for. `side` None is the recorded one; `dumps` are a foreign engine's own."""
+    """What `parity drift check` was asked for. `side` None is the recorded one; `dumps` are a foreign engine's own.
+
+    `workers`: processes that run prompts, each with the model opened once; `cluster`: the address of a Dask scheduler instead.
+    """
 
     folder: Path
     model: Path | None = None
@@ -58,6 +61,8 @@ class Checking:
     keep_ledger: bool = True
     threads: int | None = None
     backend: str = "auto"
+    workers: int = 1
+    cluster: str = ""
 
 
 def record(request: Recording, progress: Progress | None = None) -> Golden:
@@ -236,19 +241,21 @@ def _run_again(golden: Golden, source: str, request: Checking, scratch: Path, pr
         backend=request.backend,
         threads=request.threads,
     )
+    if request.cluster or request.workers > 1:
+        finished = dumped_by_workers(source, run, golden.prompts, request.workers, request.cluster)
+        for done, (kept, dump) in enumerate(finished, 1):
+            (scratch / kept.file).write_bytes(dump)
+            if progress is not None:
+                progress(source, done, len(golden.prompts))
+        yield from (scratch / kept.file for kept in golden.prompts)
+        return
     with Reference(threads=request.threads) as reference:
         dumps = GoldenDumps(source, run, reference)
         for number, kept in enumerate(golden.prompts):
-            out = scratch / kept.file
-            prompt = kept.prompt
-            if source == REF:  # the tokenizer is under watch, too
-                ids = reference.tokenize(run.model, kept.text)
-                if ids.ids != kept.tokens:
-                    prompt = replace(prompt, ids=ids.ids, pieces=ids.pieces)
-            dumps.write(prompt, out)
+            dumps.write_again(kept, scratch / kept.file)
             if progress is not None:
                 progress(source, number + 1, len(golden.prompts))
-            yield out
+            yield scratch / kept.file
 
 
 def _assigned(golden: Golden, dumps: Sequence[Path]) -> list[Path]:

@@ -2,16 +2,25 @@
 
 import shlex
 import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
+from checkpoints.errors import InputError
 from checkpoints.formats import load
 from checkpoints.jsonl import write
 from checkpoints.record import Header
 from reference.client import Reference
 
 from ..run.request import Prompt, Request
-from ..run.sides import EXEC, LlamaCpp, Side, side_of
+from ..run.sides import EXEC, REF, LlamaCpp, Side, side_of
+from ..run.workers import workers_of
+from .golden import GoldenPrompt
+
+_ATTEMPTS = 3  # of what a lost worker had
 
 
 class GoldenDumps:
@@ -20,6 +29,7 @@ class GoldenDumps:
     def __init__(self, source: str, request: Request, reference: Reference) -> None:
         self._source = source
         self._request = request
+        self._reference = reference
         self._side: Side = side_of(source, request, reference, resident=True)
 
     def write(self, prompt: Prompt, out: Path) -> None:
@@ -31,6 +41,52 @@ class GoldenDumps:
             printed = Path(scratch) / "printed.jsonl"
             self._side.dump(prompt, printed)
             write(load(printed), out, Header(source=f"printed by {shlex.split(self._request.command.line)[0]}"))
+
+    def write_again(self, kept: GoldenPrompt, out: Path) -> None:
+        """Write the dump of a prompt that was recorded; llama.cpp tokenizes it anew, since its tokenizer is under watch, too."""
+        prompt = kept.prompt
+        if self._source == REF:
+            ids = self._reference.tokenize(self._request.model, kept.text)
+            if ids.ids != kept.tokens:
+                prompt = replace(prompt, ids=ids.ids, pieces=ids.pieces)
+        self.write(prompt, out)
+
+
+def dumped_by_workers(
+    source: str, run: Request, prompts: Sequence[GoldenPrompt], workers: int, cluster: str
+) -> Iterator[tuple[GoldenPrompt, bytes]]:
+    """Each prompt with its dump's lines, as workers finish them; what a killed worker had runs again.
+
+    Raises:
+        ParityError: as `GoldenDumps.write`; InputError: there is no such cluster, its connection is lost, or workers keep dying.
+    """
+    rest = list(prompts)
+    for _ in range(_ATTEMPTS):
+        try:
+            with workers_of(min(workers, len(rest)), cluster) as pool:
+                pending = {pool.submit(_dump_of, source, run, kept): kept for kept in rest}
+                for finished in as_completed(pending):
+                    dump = finished.result()
+                    rest.remove(pending[finished])
+                    yield pending[finished], dump
+        except BrokenProcessPool:
+            continue
+        else:
+            return
+    raise InputError(f"worker processes died {_ATTEMPTS} times.", "Run with --workers 1 to see why.", code="workers")
+
+
+def _dump_of(source: str, run: Request, kept: GoldenPrompt) -> bytes:
+    """One prompt's dump, small enough to travel, by the side that this process has opened."""
+    with tempfile.TemporaryDirectory(prefix="parity-drift-") as scratch:
+        out = Path(scratch) / "dump.jsonl"
+        _opened(source, run).write_again(kept, out)
+        return out.read_bytes()
+
+
+@cache
+def _opened(source: str, run: Request) -> GoldenDumps:
+    return GoldenDumps(source, run, Reference(threads=run.threads))
 
 
 def chosen_by_llama_cpp(prompt: Prompt, request: Request, reference: Reference) -> Prompt:

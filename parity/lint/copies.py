@@ -93,10 +93,16 @@ def _same_sets(subject: Subject) -> dict[tuple[str, ...], list[int]]:
             for vector in places:
                 seen[vector].append(name)
     positions_of_set: dict[tuple[str, ...], list[int]] = defaultdict(list)
+    unlike_of: dict[tuple[str, ...], list[str]] = {}  # the same points at many positions
     for (place, _), names in seen.items():
-        if len(names) == 1:  # nearly all of them
+        if len(names) == 1:
             continue
-        unlike = [name for name in names if any(not _may_be_alike(subject, name, other) for other in names if other != name)]
+        unlike = unlike_of.get(tuple(names))
+        if unlike is None:
+            unlike = [
+                name for name in names if any(not _may_be_alike(subject, name, other) for other in names if other != name)
+            ]
+            unlike_of[tuple(names)] = unlike
         if len(set(unlike)) > 1:
             positions_of_set[tuple(dict.fromkeys(unlike))].append(place[1])
     return positions_of_set

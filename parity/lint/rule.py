@@ -99,12 +99,12 @@ class Subject:
         Only of records that can be told from others by their values.
         """
         usable = {name: telling(rows).nonzero()[0] for name, rows in self.points.items()}
-        hashes = {name: _hashes(rows)[usable[name]] for name, rows in self.points.items()}
-        values, often = np.unique(np.concatenate([np.zeros(0, np.uint64), *hashes.values()]), return_counts=True)
-        repeated = values[often > 1]
+        hashes = [_hashes(rows)[usable[name]] for name, rows in self.points.items()]
+        _, which, often = np.unique(np.concatenate([np.zeros(0, np.uint64), *hashes]), return_inverse=True, return_counts=True)
+        repeated = np.split((often > 1)[which], np.cumsum([len(several) for several in hashes])[:-1]) if hashes else []
         found: dict[str, list[tuple[Place, bytes]]] = {}
-        for name, rows in self.points.items():
-            members = usable[name][np.isin(hashes[name], repeated)]
+        for (name, rows), again in zip(self.points.items(), repeated, strict=True):
+            members = usable[name][again]
             places = zip(rows.seq[members].tolist(), rows.token_idx[members].tolist(), rows.step[members].tolist(), strict=True)
             counts = rows.counts[members].tolist()
             found[name] = [

@@ -12,6 +12,7 @@ from checkpoints.errors import InputError
 
 _MEMORY = 1 << 30  # bytes a worker may take: llama.cpp, NumPy and a tiny model, 0.3 GB measured
 _MOST = 16
+_PATIENCE = "10s"  # for a scheduler to answer, and to come back
 
 
 def fitting() -> int:
@@ -45,6 +46,13 @@ def _ignore_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
+def _silence() -> None:
+    """A lost connection is said once, in one line. Dask gives its loggers levels and handlers of their own: each is told."""
+    for name in ("distributed", "tornado", "asyncio", *logging.root.manager.loggerDict):
+        if name.partition(".")[0] in ("distributed", "tornado", "asyncio"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
 @contextmanager
 def _cluster(address: str) -> Iterator[Executor]:
     try:
@@ -56,10 +64,9 @@ def _cluster(address: str) -> Iterator[Executor]:
             "Install parity with its cluster extra: pip install '.[cluster]'.",
             code="cluster",
         ) from None
-    for name in ("distributed", "tornado", "asyncio"):  # a lost connection is said once, below
-        logging.getLogger(name).setLevel(logging.CRITICAL)
+    _silence()
     try:
-        client = Client(address, timeout="20s", set_as_default=False)
+        client = Client(address, timeout=_PATIENCE, set_as_default=False)
     except (OSError, ValueError, CommClosedError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(

@@ -1,0 +1,133 @@
+"""`parity conform` and `parity drift check` on a Dask cluster: the same answers, a lost worker, a scheduler that goes away."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from cli import Cli
+from foreign import numpy_engine
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(find_spec("distributed") is None, reason="Dask is not installed: pip install parity[test]"),
+]
+CELLS = ("--architectures", "llama,qwen2,qwen3", "--types", "F32", "--prompts", "short,one", "--modes", "prefill", "--out", "c")
+
+
+class Cluster:
+    """A scheduler and workers of one thread each, as processes of this machine."""
+
+    def __init__(self, folder: Path) -> None:
+        self._file = folder / "scheduler.json"
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self.scheduler = self._started("dask_scheduler", "--port", "0", "--host", "127.0.0.1", "--no-dashboard")
+        deadline = time.monotonic() + 60
+        while not self._file.exists() or not self._file.read_text():
+            assert time.monotonic() < deadline, "the scheduler did not start"
+            time.sleep(0.1)
+        self.address = json.loads(self._file.read_text())["address"]
+
+    def _started(self, what: str, *options: str) -> "subprocess.Popen[bytes]":
+        code = f"import sys; from distributed.cli.{what} import main; sys.argv = ['dask', *sys.argv[1:]]; main()"
+        command = [sys.executable, "-c", code, "--scheduler-file", str(self._file), *options]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=self._file.parent)
+        self._processes.append(process)
+        return process
+
+    def worker(self) -> "subprocess.Popen[bytes]":
+        return self._started("dask_worker", "--nworkers", "1", "--nthreads", "1", "--no-dashboard", "--no-nanny")
+
+    def close(self) -> None:
+        for process in reversed(self._processes):
+            process.kill()
+            process.wait()
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[Cluster]:
+    folder = tmp_path / "cluster"
+    folder.mkdir()
+    found = Cluster(folder)
+    try:
+        yield found
+    finally:
+        found.close()
+
+
+def test_a_killed_worker_costs_its_cells_only(cluster: Cluster, parity: Cli, tmp_path: Path) -> None:
+    """Of two workers one is killed by the engine that it runs, once: every cell has its verdict, and nothing of Dask is printed."""
+    for _ in range(2):
+        cluster.worker()
+    once = tmp_path / "once"
+    killer = tmp_path / "killer.sh"
+    killer.write_text(f'[ -e {once} ] || {{ touch {once}; kill -9 $PPID; }}\nexec "$@"\n')
+    said = parity(
+        "conform", "--exec", f"sh {killer} {numpy_engine()}", *CELLS, "--cluster", cluster.address, "--format", "json"
+    )
+    assert said.code == 0, said.err
+    assert once.exists()
+    assert said.err == ""
+    assert [cell["verdict"] for cell in said.json["cells"]] == ["parity"] * 4 + ["refused"] * 2
+    assert parity.json("conform", "--exec", f"sh {killer} {numpy_engine()}", *CELLS, "--workers", "1")[1]["kept"] == 6
+
+
+def test_a_scheduler_that_goes_away_is_one_line(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scheduler is killed while cells run: exit 2 and one line, finished cells are kept, and the same command goes on without it."""
+    monkeypatch.chdir(tmp_path)
+    cluster.worker()
+    (tmp_path / "slow.sh").write_text('sleep 2\nexec "$@"\n')
+    line = f"sh {tmp_path / 'slow.sh'} {numpy_engine()}"
+    command = [sys.executable, "-P", "-m", "parity", "conform", "--exec", line, *CELLS]
+    environment = os.environ | {"PYTHONPATH": os.environ.get("PYTHONPATH", "")}
+    running = subprocess.Popen(
+        [*command, "--cluster", cluster.address], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
+    results = Path("c/results")
+    deadline = time.monotonic() + 120
+    while not (results.is_dir() and any(results.iterdir())):
+        assert running.poll() is None, running.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    cluster.scheduler.send_signal(signal.SIGKILL)
+    out, err = running.communicate(timeout=120)
+    assert (running.returncode, out) == (2, "")
+    assert len(err.splitlines()) == 1, err
+    assert "the connection to the cluster" in err
+    kept = len(list(results.iterdir()))
+    done = subprocess.run(
+        [*command, "--workers", "1", "--format", "json"], capture_output=True, text=True, env=environment, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout)["kept"] >= kept > 0
+
+
+def test_golden_dumps_are_checked_on_the_cluster(cluster: Cluster, parity: Cli, tmp_path: Path) -> None:
+    """drift check on a worker of the cluster gives the same answer as in this process."""
+    cluster.worker()
+    (tmp_path / "prompts.txt").write_text("".join(f"Once upon a time {n}\n" for n in range(3)))
+    assert (
+        parity(
+            "drift",
+            "record",
+            "--prompts",
+            tmp_path / "prompts.txt",
+            "-o",
+            tmp_path / "golden",
+            "--generate",
+            "0",
+            "--threads",
+            "1",
+        ).code
+        == 0
+    )
+    check = ("drift", "check", tmp_path / "golden", "--side", "ours", "--threads", "1", "--no-ledger")
+    alone, there = parity.json(*check), parity.json(*check, "--cluster", cluster.address)
+    assert alone == there
+    assert there[0] == 0
