@@ -59,7 +59,13 @@ def _router(step: Step, _right: Steps, parameters: Parameters) -> Step:
 
 
 def _each_turned(weight: Array) -> Array:
-    """Each expert's matrix read transposed, [E, in, out] for [E, out, in]."""
+    """Memory that is read as [E, in, out]."""
+    experts, rows, columns = weight.shape
+    return weight.reshape(experts, columns, rows).swapaxes(1, 2).copy()
+
+
+def _turned_before(weight: Array) -> Array:
+    """Matrices that somebody has transposed, read as [E, out, in] all the same."""
     return weight.swapaxes(1, 2).copy().reshape(weight.shape)
 
 
@@ -76,6 +82,7 @@ def _experts_between(weight: Array) -> Array:
 
 _LAYOUTS = {
     "[expert, in, out]": _each_turned,
+    "[expert, out, in] of transposed matrices": _turned_before,
     "[out, in, expert]": _experts_last,
     "[out, expert, in]": _experts_between,
 }
@@ -161,7 +168,7 @@ FAULTS = (
         name="experts-layout",
         kinds=_PRODUCTS,
         change=_layout,
-        what="the experts' matrices are read as {layout} instead of [expert, out, in], in {at}",
+        what="the experts' matrices are read as {layout}, in {at}",
         symptom=_RIGHT_ROUTING,
         fix="GGUF stores them as [expert, out, in], in fastest",
         seen="checkpoints of Hugging Face that hold [expert, in, out] (gpt-oss, Llama 4)",

@@ -143,7 +143,7 @@ class _Consumers:
         if not left * _BELOW <= error:
             return False
         operations = self._model.operations(self._model.path(name, child))
-        if operations & NORMS and self._removed_by_a_norm(name, record):
+        if operations & NORMS and operations <= ELEMENTWISE | NORMS and self._removed_by_a_norm(name, record):
             return False
         if operations <= ELEMENTWISE and not left * self._energy[other] * _BELOW <= error * self._energy[record]:
             return False
