@@ -1,13 +1,14 @@
 """The entry of the command line: every way to end, mapped to the exit codes of the design.
 
-0 parity (or clean), 1 divergence (or findings), 2 the input or the request is wrong, 3 an internal error,
-130 interrupted, 141 where nobody read the answer to its end (`parity … | head`). Nothing but a divergence exits 1, and
-nothing but parity 0.
+0 parity (or clean), 1 divergence (or findings), 2 the input or the request is wrong, 3 an internal error, 130 interrupted or
+told to end (SIGTERM, SIGHUP), 141 where nobody read the answer to its end (`parity … | head`). Nothing but a divergence
+exits 1, and nothing but parity 0.
 """
 
 import io
 import json
 import os
+import signal
 import sys
 from itertools import pairwise
 
@@ -29,8 +30,16 @@ _SPIN = ("OPENBLAS_THREAD_TIMEOUT", "20")
 def main() -> None:
     """Run a command and leave with its exit code."""
     os.environ.setdefault(*_SPIN)
+    _end_as_interrupted()
     _prepare_output()
     sys.exit(for_bisect(sys.argv[1:], run(sys.argv[1:])))
+
+
+def _end_as_interrupted() -> None:
+    """Be told to end (`timeout`, a CI job that is cancelled, a closed terminal) as by Ctrl-C: engines are stopped, files left whole."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:  # `nohup` ignores SIGHUP, and so does what it starts
+            signal.signal(number, signal.default_int_handler)
 
 
 def _prepare_output() -> None:
@@ -43,8 +52,8 @@ def _prepare_output() -> None:
 
 
 def for_bisect(arguments: list[str], code: int) -> int:
-    """The exit code as `git bisect run` reads it where --bisect is given: 2 and 3 would be "bad" to it, 125 skips a commit."""
-    return UNTESTABLE if "--bisect" in arguments and code in (2, INTERNAL) else code
+    """The exit code as `git bisect run` reads it for `drift check --bisect`: 2 and 3 would be "bad" to it, 125 skips a commit."""
+    return UNTESTABLE if arguments[:1] == ["drift"] and "--bisect" in arguments and code in (2, INTERNAL) else code
 
 
 def run(arguments: list[str]) -> int:

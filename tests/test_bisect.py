@@ -71,6 +71,7 @@ def test_git_never_takes_an_error_for_bad(code: int, mapped: int) -> None:
     """Only a divergence is "bad"; an interruption (over 127) still ends the search."""
     assert for_bisect(["drift", "check", "golden", "--bisect"], code) == mapped
     assert for_bisect(["drift", "check", "golden"], code) == code
+    assert for_bisect(["run", "--exec", "engine", "--bisect"], code) == code
 
 
 def test_a_missing_folder_is_untestable(tmp_path: Path) -> None:

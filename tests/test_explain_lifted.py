@@ -74,9 +74,10 @@ def test_the_epsilon_of_one_layers_head_norms_is_fitted(
     steps = plant(engine.right, fault, (2,), eps=1e-4, at=("q_norm", "k_norm"))
     explanation = explain(engine.dump(Planted(()), tokens_of(model, 7, seed=2), points=points, steps=steps), model, _PATIENT)
     assert explanation.remaining is None
-    assert [(cause.named.fault, cause.named.parameters["eps"], cause.named.layers) for cause in explanation.causes] == [
-        ("head-norm-epsilon", 1e-4, (2,))
-    ]
+    assert len(explanation.causes) == 1
+    cause = explanation.causes[0]
+    alike = [cause.named, *cause.equivalent]  # at the default points it is twice the limit: others fit as well
+    assert ("head-norm-epsilon", 1e-4, (2,)) in [(named.fault, named.parameters.get("eps"), named.layers) for named in alike]
 
 
 @pytest.mark.parametrize(("kind", "storage"), [("f16", False), ("bf16", True), ("q8", False)])

@@ -45,6 +45,30 @@ def test_a_killed_run_leaves_a_readable_dump(tmp_path: Path) -> None:
     assert read(tmp_path / "o.jsonl").records > 10
 
 
+def test_an_engine_ends_with_a_run_that_is_told_to_end(tmp_path: Path) -> None:
+    """SIGTERM, which `timeout` and cancelled CI jobs send, ends `run --exec` as Ctrl-C does, and the engine with it."""
+    engine = tmp_path / "engine.py"
+    engine.write_text(
+        f"import os, pathlib, time\npathlib.Path({str(tmp_path / 'pid')!r}).write_text(str(os.getpid()))\ntime.sleep(600)\n"
+    )
+    command = f"{sys.executable} {engine} {{model}} {{tokens}} {{out}}"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "parity", "run", "--tokens", "5", "--exec", command, "-o", str(tmp_path / "run")],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "pid").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    time.sleep(0.1)
+    process.terminate()
+    _, message = process.communicate(timeout=60)
+    assert (process.returncode, message) == (130, "parity: interrupted\n")
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
+
+
 def test_an_interruption_while_commands_are_imported_is_one(tmp_path: Path) -> None:
     """Ctrl-C that falls into the imports of a command ends it like any other, without a traceback."""
     (tmp_path / "typer.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
