@@ -13,7 +13,7 @@ from .against_limits import hold
 from .align import Pair, align
 from .consumers import Judged, judged
 from .dataflow import dataflow_of, flow, upstream
-from .eight_bits import allowed_of_eight_bits, looks_like_eight_bits, suspicion
+from .eight_bits import looks_like_eight_bits, suspicion
 from .judge import judge
 from .limits import EXACT_FLOOR, NATIVE, common_mode, limits
 from .measure import Measures, measured
@@ -85,8 +85,7 @@ def comparison(ours: Dump, ref: Dump, options: Options | None = None) -> Compari
         return _comparison(ours, ref, options, parted)
     if first is None or options.strict or options.limits is not None or not looks_like_eight_bits(records):
         return compared
-    assumed = _comparison(ours, ref, replace(options, limits=allowed_of_eight_bits()))
-    return assumed if assumed.verdict else replace(compared, verdict=suspicion(compared.verdict))
+    return replace(compared, verdict=suspicion(compared.verdict))
 
 
 def _comparison(ours: Dump, ref: Dump, options: Options, parted: TokenComparison | None = None) -> Comparison:

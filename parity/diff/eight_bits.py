@@ -1,6 +1,7 @@
 """Whether the errors of a side that doesn't say its arithmetic are what 8-bit activations leave: noise, everywhere, of that size.
 
-No proof: a fault that makes noise of that size is not told from it. The answer says that it is assumed, and what settles it.
+No proof: a fault can make noise of that size (LayerNorm where RMSNorm belongs does, in some models), so nothing is acquitted by it.
+The answer stays a divergence, blames no operation and says what settles it.
 """
 
 from dataclasses import replace
@@ -8,10 +9,10 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from checkpoints.answers.diff import Limits, Pattern, Verdict
+from checkpoints.answers.diff import Pattern, Verdict
 from checkpoints.points import parse
 
-from .limits import EXACT_FLOOR, limits
+from .limits import EXACT_FLOOR
 from .operations import MIXING
 from .records import Records
 from .routing import is_routing
@@ -28,13 +29,6 @@ _POSITIONS = 3  # fewer do not tell noise from a constant
 _ALIKE = 1000.0
 # Their NMSE: 8-bit activations cost up to 5e-3 end to end (`limits`), at the first products of right engines 8e-3 at most.
 _LARGEST = 0.02
-
-
-def allowed_of_eight_bits() -> Limits:
-    """The limits of 8-bit activations, assumed."""
-    of_eight_bits = limits(None, None, compute="q8")
-    note = "assumed: the errors look like those of 8-bit activations (--compute q8 says so, --compute f32 judges exactly)"
-    return Limits(of_eight_bits.operations, of_eight_bits.logits, note, assumed=True)
 
 
 def looks_like_eight_bits(records: Records) -> bool:

@@ -9,9 +9,9 @@ from engine.graph import Step
 from ..diff.limits import EXACT_FLOOR, limits
 from .judged_layers import LAYER
 
-# Errors of 8-bit products are of one size: between the smallest and the largest of a right engine's products lie, measured, at most a
-# factor of 300 (tests/test_isolate_attention.py).
-_ALIKE = 1000.0
+# Errors of 8-bit products are of one size. In right engines with 8-bit activations the largest NMSE of a product was at most 44 times the
+# smallest: small models of 24 architectures (44 in rwkv6, 16 at most elsewhere), 12 in the embedded model. Twice that, in round numbers.
+_ALIKE = 100.0
 _REASON = (
     "its error is noise of the size that 8-bit activations make, as in every product here: not declared? --compute q8 judges so"
 )
