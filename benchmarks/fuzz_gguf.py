@@ -217,7 +217,7 @@ def earlier(log: Path | None) -> list[Case]:
     return [Case(**json.loads(line)) for line in log.read_text().splitlines()]
 
 
-def table(cases: list[Case]) -> str:
+def figures(cases: list[Case]) -> str:
     """A row a command, and the failures."""
     lines = [
         "| command | mutants | answers, confirmed by a fresh cache | one line | failed | median, slowest, s |",
@@ -265,5 +265,5 @@ def main(arguments: list[str]) -> None:
             if given.log is not None:
                 with given.log.open("a") as log:
                     log.write(json.dumps(asdict(cases[-1])) + "\n")
-    print(table(cases))
+    print(figures(cases))
     sys.exit(any(one.wrong for one in cases))
