@@ -36,11 +36,10 @@ _ADDED_TO_EMBEDDING = frozenset({"position_embd.weight", "token_types.weight", "
 
 def embedding_row(subject: Subject) -> Iterator[Hit]:
     """The embedding at a position is another token's than the tokens say."""
-    model = subject.model
-    # The tokens of an encoder–decoder are its encoder's: the decoder begins with a token of the model's own.
-    point = f"enc.{EMBD}" if model is not None and "enc.output_norm.weight" in model.model.tensors else EMBD
-    rows = subject.points.get(point)
+    model, rows = subject.model, subject.points.get(EMBD)
     if model is None or rows is None or rows.indices is not None or "token_embd.weight" not in model.model.tensors:
+        return
+    if "enc.output_norm.weight" in model.model.tensors:  # the tokens are the encoder's, the decoder begins with one of the model's own
         return
     if _ADDED_TO_EMBEDDING & model.model.tensors.keys():  # then what enters the layers is no row of the table
         return
@@ -62,7 +61,7 @@ def embedding_row(subject: Subject) -> Iterator[Hit]:
     evidence = f"tokens says {subject.ids[position]} at position {position}, the row is "
     evidence += f"token {nearest}'s" if cosine > _SAME_DIRECTION else "no token's embedding"
     more = f"; so at {len(wrong)} positions in all" if len(wrong) > 1 else ""
-    yield Hit(point, position, evidence + more)
+    yield Hit(EMBD, position, evidence + more)
 
 
 def late_capture(subject: Subject) -> Iterator[Hit]:
