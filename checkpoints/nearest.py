@@ -12,7 +12,7 @@ _WORDS = re.compile(r"(?:model|transformer|layers?|blocks?|blk|h)(?=[._\[-]|\d|$
 
 def unknown_names(names: Iterable[str]) -> tuple[str, ...]:
     """One sentence on the names that are no point of the vocabulary, or none."""
-    unknown = [name for name in names if parse(name).known is None]
+    unknown = [name for name in names if parse(name.removeprefix("enc.")).known is None]
     if not unknown:
         return ()
     listed = []

@@ -264,3 +264,13 @@ def test_a_missing_residual_from_bare_lines(tmp_path: Path) -> None:
     captured_wrong = compare(lines("late.jsonl", stream, stream, out), lines("right.jsonl", stream, branch, out), F32)
     assert captured_wrong
     assert [fault.sentence.partition(";")[0] for fault in captured_wrong.record_faults] == ["it is blk.3.ffn_inp"]
+
+
+@pytest.mark.parametrize("factor", [1.001, 0.97])
+def test_a_scaled_record_beside_a_norm_is_acquitted_by_the_sum(right: Dump, ref: Dump, factor: float) -> None:
+    """What a norm makes of a layer's output says nothing of a factor; the next residual sum, which agrees, does."""
+    ours = changed(right, lambda x: x * np.float32(factor), lambda name: name == "blk.5.l_out")
+    verdict = compare(ours, ref, F32)
+    assert verdict
+    assert [fault.checkpoint for fault in verdict.record_faults] == ["blk.5.l_out"]
+    assert not compare(only(ours, "blk.5.l_out", "blk.6.attn_norm"), ref, F32)

@@ -116,18 +116,22 @@ class _Consumers:
 
     def _decided(self, name: str, record: int, children: tuple[str, ...]) -> bool | None:
         """Whether everything made from a record agrees and would not if it were wrong; None where something made from it is wrong."""
-        decided = True
+        decided, told, hidden = True, False, False
         for child in children:
             other = self._record(child, record)
             if other is None:
                 decided = False
             elif self._otherwise[other]:
-                continue  # judged by what is made from it in turn
+                told = True  # judged by what is made from it in turn
             elif self._held.failed[other]:
                 return None
-            elif not self._telling(name, child, record, other):
+            elif self._hidden_by_a_norm(name, child, record):
+                hidden = True  # says nothing, where a residual sum beside it does
+            elif self._telling(name, child, record, other):
+                told = True
+            else:
                 decided = False
-        return decided
+        return decided and (told or not hidden)
 
     def _record(self, name: str, like: int) -> int | None:
         if name not in self._at:
@@ -143,8 +147,6 @@ class _Consumers:
         if not left * _BELOW <= error:
             return False
         operations = self._model.operations(self._model.path(name, child))
-        if operations & NORMS and operations <= ELEMENTWISE | NORMS and self._removed_by_a_norm(name, record):
-            return False
         if operations <= ELEMENTWISE and not left * self._energy[other] * _BELOW <= error * self._energy[record]:
             return False
         if not (np.isnan(measures.nmse_row[other]) or measures.bound[other]) or self._model.mixes(name, child):
@@ -162,6 +164,10 @@ class _Consumers:
             for further in self._model.children[child]
             if MIXING & self._model.operations(self._model.path(child, further))
         )
+
+    def _hidden_by_a_norm(self, name: str, child: str, record: int) -> bool:
+        operations = self._model.operations(self._model.path(name, child))
+        return bool(operations & NORMS) and operations <= ELEMENTWISE | NORMS and self._removed_by_a_norm(name, record)
 
     def _removed_by_a_norm(self, name: str, record: int) -> bool:
         """Whether a record is off by a factor or by a constant: a norm behind it leaves nothing of that, and its agreement says nothing."""

@@ -217,11 +217,18 @@ def _tail(seen: Evidence, first: int, where: str) -> Pattern:
 
 
 def _at_every_position(seen: Evidence, first: int) -> str:
-    """What can be wrong at position 0 too, where attention has one key and its soft max is 1 whatever the scores are."""
+    """What can be wrong at position 0 too, where attention has one key and its soft max is 1 whatever the scores are, but for sinks."""
     sides = _sides(seen)
     nodes = list(seen.stretch.nodes) if seen.stretch is not None else []
-    named = _listed(seen, sides[1] if sides is not None and first == 0 else nodes)
-    return named or "V, the output projection, FFN, a norm or weight, or no causal mask"
+    sinks = any(seen.flow.attends(name) and seen.flow.whole.made[name].weights for name in nodes)
+    named = _listed(seen, sides[1] if sides is not None and first == 0 and not sinks else nodes)
+    if named:
+        return named
+    if sinks:
+        return "attention (its sinks count at position 0, too), the output projection, FFN, a norm or weight"
+    if sides is None and any(map(recurrent, seen.flow.operations(nodes))):
+        return "a projection, the recurrence (its state, its convolution or its decay), a norm or weight"
+    return "V, the output projection, FFN, a norm or weight, or no causal mask"
 
 
 def _between_positions(seen: Evidence) -> str:

@@ -57,7 +57,7 @@ class Case:
         if self.transformer.encoder is not None:
             raise ModelError(
                 f"explain does not have encoder–decoders ({self.transformer.hp.architecture}) yet.",
-                "`parity diff` and `parity isolate` take the model.",
+                "`parity run` and `parity diff` take the model.",
                 code="encoder-decoder",
             )
         self.dump = _rows_of_positions(self.dump, self.transformer.steps)
