@@ -28,6 +28,7 @@ LARGEST = 1 << 30  # bytes of a file, and of all tensors that it describes
 _STEPS = 1 << 20  # instructions of a description: twenty for each of so many tensors
 _SMALL = 1 << 24  # bytes that any archive may unpack to; a larger one is stored as it is, since torch compresses nothing
 _RATIO = 100
+_ENTRY = 128  # bytes of a dictionary's entry
 _DEEPEST = 8  # dimensions of a tensor
 _BF16 = "bfloat16"
 # Storage classes and torch's own names of types -> NumPy's.
@@ -174,6 +175,8 @@ class _Reader:
                 stack.append(Opaque(str(argument).replace(" ", ".")))
             elif name == "STACK_GLOBAL":
                 last, module = stack.pop(), stack.pop()
+                if not isinstance(last, str) or not isinstance(module, str):
+                    raise ValueError("it names a class by what is no text")
                 stack.append(Opaque(f"{module}.{last}"))
             elif name in ("TUPLE1", "TUPLE2", "TUPLE3"):
                 count = int(name[-1])
@@ -185,7 +188,7 @@ class _Reader:
                 _list(stack[-1]).append(item)
             elif name == "SETITEM":
                 item, key = stack.pop(), stack.pop()
-                _dict(stack[-1])[key] = item
+                _dict(stack[-1])[_key(key)] = item
             elif name == "BINPERSID":
                 stack.append(self._storage(stack.pop()))
             elif name in ("REDUCE", "NEWOBJ"):
@@ -208,7 +211,7 @@ class _Reader:
         elif name == "APPENDS":
             _list(stack[-1]).extend(items)
         else:
-            _dict(stack[-1]).update(zip(items[::2], items[1::2], strict=True))
+            _dict(stack[-1]).update((_key(key), item) for key, item in zip(items[::2], items[1::2], strict=True))
 
     def _storage(self, identity: Any) -> _Storage | Opaque:
         kind, storage, key = identity[:3]
@@ -234,7 +237,10 @@ class _Reader:
         if name in ("torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state"):
             return arguments[0]
         if name == "collections.OrderedDict":
-            return dict(arguments[0]) if arguments else {}
+            self._room -= _ENTRY * (len(arguments[0]) if arguments else 0)
+            if self._room < 0:
+                raise ValueError("its dictionaries are larger than activations")
+            return {_key(key): item for key, item in arguments[0]} if arguments else {}
         if name == "torch.Size":
             return arguments[0]
         return Opaque(name or "?")
@@ -249,7 +255,7 @@ class _Reader:
             or len(shape) > _DEEPEST
             or not all(isinstance(n, int) and n >= 0 for n in (*shape, *strides))
         ):
-            raise ValueError(f"it has a tensor of shape {str(shape)[:60]}")
+            raise ValueError("it has a tensor whose shape is no list of sizes")
         kind = np.dtype(f"{storage.order}{'u2' if storage.type == _BF16 else storage.type}")
         raw = self._bytes(storage.key)
         flat = np.frombuffer(raw, kind, len(raw) // kind.itemsize)
@@ -297,6 +303,13 @@ def _index(argument: Any) -> int:
 def _list(value: Any) -> list[Any]:
     if not isinstance(value, list):
         raise ValueError("its description appends to what is no list")  # noqa: TRY004  # a file's fault
+    return value
+
+
+def _key(value: Any) -> Any:
+    """A key of a dictionary; a tuple of tuples of … takes for ever to hash, or more stack than there is."""
+    if isinstance(value, tuple):
+        raise ValueError("a key of its dictionaries is a tuple")  # noqa: TRY004  # a file's fault
     return value
 
 

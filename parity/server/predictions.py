@@ -127,7 +127,7 @@ def number_of(value: Any, where: str) -> float:
     """
     if isinstance(value, str) and value in ("-Infinity", "-inf"):
         return -math.inf
-    if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or (isinstance(value, float) and math.isnan(value)):
         raise _malformed(where, f"a log-probability is {str(value)[:40]}")
     if value > 1e-3:
         raise _malformed(where, f"a log-probability is {str(value)[:40]}, above 0: are these logits?")
