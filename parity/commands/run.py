@@ -149,7 +149,9 @@ def _refuse_mixtures(given: o.Given, *, hunt: bool, bisect: bool, third: bool) -
         raise InputError("--hunt needs an engine of yours.", "Give its command with --exec.", code="exec")
     if bisect and (not engine or hunt or third or server or others):
         raise InputError(
-            "--bisect needs an engine of yours (--exec), and no other side.", "Leave the others out.", code="bisect"
+            "--bisect needs an engine of yours (--exec), and goes with no other side and not with --hunt.",
+            "Leave the others out.",
+            code="bisect",
         )
     if others and (hunt or third or server):
         raise InputError(

@@ -48,14 +48,15 @@ def _to_inject(path: str) -> "dict[str, tuple[int, NDArray[np.float32]]]":
     with open(path, "rb") as file:  # noqa: PTH123
         if file.readline(128) != b"PARITY-INJECT 1\n":
             raise ValueError(f"{path}: not a file of values to inject")
+        size = os.fstat(file.fileno()).st_size
         while line := file.readline(128):
             words = line.split()
             if len(words) != 4 or not all(word.isdigit() for word in words[1:]):
                 raise ValueError(f"{path}: damaged")
             first, rows, width = (int(word) for word in words[1:])
-            data = file.read(4 * rows * width)
-            if not data or len(data) != 4 * rows * width:
+            if not 0 < 4 * rows * width <= size - file.tell():
                 raise ValueError(f"{path}: cut short")
+            data = file.read(4 * rows * width)
             found[words[0].decode()] = (first, np.frombuffer(data, "<f4").reshape(rows, width))
     return found
 

@@ -39,9 +39,7 @@ def embedding_row(subject: Subject) -> Iterator[Hit]:
     model, rows = subject.model, subject.points.get(EMBD)
     if model is None or rows is None or rows.indices is not None or "token_embd.weight" not in model.model.tensors:
         return
-    if (
-        "enc.output_norm.weight" in model.model.tensors
-    ):  # the tokens are the encoder's, the decoder begins with one of the model's own
+    if "enc.output_norm.weight" in model.model.tensors:  # the tokens are the encoder's: the decoder begins with one of its own
         return
     if _ADDED_TO_EMBEDDING & model.model.tensors.keys():  # then what enters the layers is no row of the table
         return

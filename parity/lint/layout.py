@@ -97,9 +97,12 @@ def shape(subject: Subject) -> Iterator[Hit]:
 
 
 def _streams(subject: Subject, name: str) -> bool:
-    """Whether a value is several streams of the width side by side."""
+    """Whether a value is several streams of the width side by side: joined so, or kept beside each other by an AltUp projection."""
+    if parse(name).kind != "l_out":
+        return False
     origin = subject.made(name)
-    return origin is not None and origin.op == "CONCAT" and parse(name).kind == "l_out"
+    side_by_side = subject.model is not None and "altup_proj.weight" in subject.model.model.tensors
+    return side_by_side or (origin is not None and origin.op == "CONCAT")
 
 
 def _later_start(shape: tuple[int, ...], wanted: list[int], rows: Rows) -> bool:
