@@ -213,6 +213,8 @@ def test_no_code_of_a_pickle_runs_and_no_small_file_fills_the_memory(tmp_path: P
         (b"\x80\x02" + b"]" * (1 << 21), "too long"),
         (b"\x80\x02K\x01K\x02K\x03s.", "no dictionary"),
         (b"\x80\x02]", "pickle exhausted"),
+        (b"\x80\x02}K\x01\x85K\x02s.", "is a tuple"),  # nested deep enough, hashing it takes for ever
+        (b"\x80\x04K\x01K\x02\x93.", "no text"),
     ):
         file.write_bytes(torch_zip(description, s0=np.arange(4, dtype=np.float32).tobytes()))
         if message:

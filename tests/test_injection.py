@@ -187,6 +187,7 @@ def test_rows_are_replaced_by_position(emitted: ModuleType, tmp_path: Path, monk
         b"something",
         b"PARITY-INJECT 1\nembd 0 x 4\n",
         b"PARITY-INJECT 1\nembd 0 2 4\nshort",
+        b"PARITY-INJECT 1\nembd 0 99999999 99999999\n",
         b"PARITY-INJECT 1\n" + b"a" * 4000,
     ],
 )
