@@ -187,6 +187,7 @@ def test_update_rewrites_what_it_shows(golden: Golden, tmp_path: Path, parity: C
     assert refused.code == 2, "another side's numbers are no update"
 
 
+@pytest.mark.slow
 def test_a_new_llama_cpp_is_named(golden: Golden, tmp_path: Path, parity: Cli) -> None:
     """Golden dumps that say another llama-cpp-python: the check names both versions and whether numbers moved."""
     folder = tmp_path / "older"
@@ -200,6 +201,7 @@ def test_a_new_llama_cpp_is_named(golden: Golden, tmp_path: Path, parity: Cli) -
     assert "llama_cpp_python was 0.0." in parity("drift", "check", folder).out
 
 
+@pytest.mark.slow
 def test_every_order_and_thread_count_passes(golden: Golden, parity: Cli, tmp_path: Path) -> None:
     """Prompts in another order on another number of threads: no alarm, no finding."""
     turned = tmp_path / "turned.txt"

@@ -260,6 +260,7 @@ def test_damaged_bytes_never_raise_anything_else(small: bytes, scratch: Path, se
         use(scratch)
 
 
+@pytest.mark.slow
 def test_a_large_vocabulary_opens_whole(synthetic: Callable[..., Path]) -> None:
     """A vocabulary of 151,936 tokens is there to its last one (benchmarks/cpu.py measures how quickly)."""
     path = synthetic("tiny", "f16", vocab=151936, layers=1)

@@ -160,6 +160,7 @@ def foreign_dump(
     return folder / "ours.jsonl"
 
 
+@pytest.mark.slow
 def test_a_graft_says_whether_the_next_token_changes(parity: Cli, synthetic: Callable[..., Path], tmp_path: Path) -> None:
     """A right hidden state grafted into llama.cpp changes nothing; that of a faulty layer shows as KL, also in the last layer."""
     model = synthetic(layers=3)

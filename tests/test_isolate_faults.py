@@ -116,6 +116,7 @@ def test_faults_at_once_are_all_named(stories: Path, tmp_path: Path) -> None:
     assert reasons["blk.2.q_rope"] == "5 of 6 positions"
 
 
+@pytest.mark.slow
 def test_an_epsilon_is_named_in_every_norm(stories: Path, tmp_path: Path) -> None:
     """ε 1e-5 for 1e-6 in all norms of the stories model: all 49 are wrong, also where it is 1e-13 of the output, nothing else."""
     foreign = Foreign(stories, tmp_path)
@@ -160,6 +161,7 @@ def test_records_with_all_their_values_are_whole_tensors(synthetic: Callable[...
     named_exactly(foreign, isolation, {"blk.2.kq", "blk.2.kqv_out"})
 
 
+@pytest.mark.slow
 def test_layers_are_judged_by_llama_cpp_where_only_outputs_are_there(synthetic: Callable[..., Path], tmp_path: Path) -> None:
     """With only each layer's output recorded, every wrong layer is named, not only the first."""
     foreign = Foreign(synthetic(layers=4), tmp_path)

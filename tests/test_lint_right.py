@@ -84,6 +84,7 @@ def test_quantised_models_of_llama_cpp_are_clean(
     assert report.findings == ()
 
 
+@pytest.mark.slow
 def test_what_the_sweep_found_stays_clean(
     transformer: Transformer, reference: Reference, stories: Path, tmp_path: Path
 ) -> None:

@@ -36,6 +36,7 @@ def line(**fields: object) -> str:
     return json.dumps({"checkpoint": "embd", "token_idx": 0, "values": [1.5], **fields}) + "\n"
 
 
+@pytest.mark.slow
 @same_file
 @given(st.lists(ANY_FLOAT, min_size=1, max_size=40))
 def test_every_float_survives(tmp_path: Path, numbers: list[np.float32]) -> None:

@@ -67,6 +67,7 @@ def test_cache_is_bounded(
     assert cached() == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", slow_but([EXACT, NATIVE], EXACT))
 def test_windows_are_the_whole(reference: Reference, stories: Path, tmp_path: Path, mode: str) -> None:
     """Prefill and decode are bit-identical in windows of 1, 5 and all layers, F32 and Q8_0."""

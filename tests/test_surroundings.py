@@ -89,6 +89,7 @@ def test_a_full_disk_leaves_the_old_report(stories_run: Path, tmp_path: Path, op
     assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [(option[1], "the one before")]
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_old_tensors(parity: Cli, tmp_path: Path) -> None:
     """Whole tensors are made in a folder of their own if need be, and replaced by others only when these are there."""
     words = ("dump", "ours", "--tokens", "5", "--points", "logits", "--full", "-o", tmp_path / "new" / "ours.jsonl")
@@ -118,6 +119,7 @@ def test_golden_dumps_are_replaced_together(parity: Cli, tmp_path: Path) -> None
     assert parity("drift", "record", "--prompts", tmp_path / "prompts.txt", "-o", "/dev/null/x").code == 2
 
 
+@pytest.mark.slow
 def test_what_an_earlier_run_left_is_not_this_engines(parity: Cli, tmp_path: Path) -> None:
     """An engine that writes nothing is said to, also where the folder holds the dump of a run before."""
     assert parity("run", "--prompt", "hi", "-o", tmp_path / "again").code == 0

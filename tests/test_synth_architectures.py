@@ -49,6 +49,7 @@ def test_heads_take_their_keys_along(parity: Cli) -> None:
     assert contents(Path("m.gguf")).integer("olmo2.attention.head_count_kv") == 8
 
 
+@pytest.mark.slow
 def test_one_seed_is_one_file(parity: Cli) -> None:
     """Two runs with one seed write one file to the byte; another seed other weights, and the others' weights stay."""
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):

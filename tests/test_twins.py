@@ -70,6 +70,7 @@ def test_a_model_that_was_changed_anywhere_has_another_twin(model: Path) -> None
     np.testing.assert_array_equal(weights[UNSAMPLED].data.reshape(expected.shape), expected)
 
 
+@pytest.mark.slow
 def test_dumps_of_a_changed_model_are_of_two_models(parity: Cli, model: Path) -> None:
     """`diff` refuses dumps of two files that only their whole content tells apart, and `drift check` calls it no drift."""
     (model.parent / "prompts.txt").write_text("Once\n")

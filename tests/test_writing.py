@@ -46,6 +46,7 @@ def test_a_full_disk_leaves_the_old_model(tmp_path: Path, kind: str) -> None:
     assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("m.gguf", b"the one before")]
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_old_dump(stories_run: Path, tmp_path: Path) -> None:
     """`convert` and `dump` over an existing dump that cannot be written whole leave it byte for byte."""
     path = tmp_path / "d.jsonl"
