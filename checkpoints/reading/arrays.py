@@ -21,6 +21,7 @@ _WORD = re.compile(
 _NUMBER = re.compile(rb"-?(?:0|[1-9]\d*)(?:\.\d+)?(?:[eE][-+]?\d+)?")
 _QUOTED = re.compile(rb'"(' + _NUMBER.pattern + rb')"')
 _BLANKS = b" \t\r\n"
+_TWO = re.compile(rb"[^\[\], \t\r\n][ \t\r\n]+[^\[\], \t\r\n]")  # numbers with no comma between them
 _LONGEST = 300  # characters of a number that simdjson refuses: a longer integer is beyond float64
 _FAR = re.compile(rb"[eE]\+?0*[1-9]\d\d")  # an exponent that may be beyond float64's
 _INTEGER = 18  # characters of which every integer fits 64 bits
@@ -93,6 +94,8 @@ class NumberParser:
 
     def _with_huge(self, array: bytes) -> tuple[NDArray[np.float64], list[int]] | None:
         """The same with numbers that no float64 or 64-bit integer holds, which simdjson refuses: infinite, as Python reads them."""
+        if _TWO.search(array):
+            return None
         rows = array.translate(None, _BLANKS)[2:-2].split(b"],[")
         elements = [number for row in rows if row for number in row.split(b",")]
         if max(map(len, elements), default=0) > _LONGEST:
