@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from checkpoints.answers.isolate import PROVEN, WRONG, Isolation
 from engine.faults import CATALOGUE, plant
@@ -114,6 +115,21 @@ def test_faults_at_once_are_all_named(stories: Path, tmp_path: Path) -> None:
     assert "without blk.5.attn_q.bias" in reasons["blk.5.q"]
     assert reasons["blk.17.ffn_gate"] == "it is the product with blk.17.ffn_up.weight"
     assert reasons["blk.2.q_rope"] == "5 of 6 positions"
+
+
+@pytest.mark.parametrize("name", ["blk.0.l_out", "blk.1.q", "blk.1.k_rope", "blk.1.v"])
+def test_a_record_that_alone_is_wrong_is_suspect_and_its_readers_are_right(
+    name: str, synthetic: Callable[..., Path], tmp_path: Path
+) -> None:
+    """A value that was spoiled in the dump and not in the engine: the record is named, no operation that read the right value."""
+    foreign = Foreign(synthetic(layers=3), tmp_path)
+    dump(foreign.engine, OursJob(foreign.out, TOKENS, points="all", full=True, slice_size=16))
+    tensors = load_file(foreign.out.with_suffix(".safetensors"))
+    tensors[f"{name}/0"][2] *= np.float32(1.5)
+    save_file(tensors, foreign.out.with_suffix(".safetensors"))
+    isolation = isolate(IsolateRequest(foreign.model, dump=foreign.out))
+    assert [item.name for item in isolation.wrong] == [name]
+    assert isolation.wrong[0].reason.startswith("the record is suspect, not the operation: blk.1.")
 
 
 @pytest.mark.slow

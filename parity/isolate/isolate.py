@@ -307,7 +307,16 @@ def _foreign(request: IsolateRequest, dump: Path, running: Reference | None) -> 
         operations = in_order([*bench.isolator.operations(), *lacking], bench.transformer.steps)
         if request.windows and any(item.status == NOT_OBSERVABLE and item.layer is not None for item in operations):
             layers = eliminated(
-                operations, judged_layers(reference(), request.model, values, operations, mode, measured.operations)
+                operations,
+                judged_layers(
+                    reference(),
+                    request.model,
+                    values,
+                    operations,
+                    mode,
+                    measured.operations,
+                    bench.isolator.suspects(),
+                ),
             )
             build = reference().versions()
         if measured.assumed:

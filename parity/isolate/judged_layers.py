@@ -1,6 +1,6 @@
 """llama.cpp as the judge of a foreign engine's layers: fed with that engine's own hidden state, window by window."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -37,11 +37,18 @@ def hidden_state(values: WholeValues, name: str) -> NDArray[np.float32] | None:
 
 
 def judged_layers(
-    reference: Reference, model: Path, values: WholeValues, operations: Sequence[Operation], mode: str, limit: float
+    reference: Reference,
+    model: Path,
+    values: WholeValues,
+    operations: Sequence[Operation],
+    mode: str,
+    limit: float,
+    suspects: Collection[str] = (),
 ) -> list[Operation]:
     """Each layer whose operations are not all observable, judged as a whole: its own input, llama.cpp's layer, its output.
 
-    The output may be a slice. Layers whose input is not there as a whole are not observable.
+    The output may be a slice. Layers whose input is not there as a whole are not observable, nor are those whose
+    input or output was recorded wrong (`suspects`).
     """
     hidden = sorted(
         {operation.layer for operation in operations if operation.status == NOT_OBSERVABLE and operation.layer is not None}
@@ -52,6 +59,9 @@ def judged_layers(
         before = in_layer(layer - 1, "l_out") if layer else EMBD
         if output not in values.dump.points and hidden_state(values, output) is None:
             judged.append(Operation(LAYER, layer, NOT_OBSERVABLE, reason=f"no record of {output}"))
+            continue
+        if suspect := [name for name in (before, output) if name in suspects]:
+            judged.append(Operation(LAYER, layer, NOT_OBSERVABLE, reason=f"the record of {suspect[0]} is suspect"))
             continue
         state = hidden_state(values, before)
         if state is None:
