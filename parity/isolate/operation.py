@@ -119,6 +119,17 @@ class Isolator:
         """Points that were recorded wrong: operations that read them had the right value."""
         return frozenset(name for name, record in self.records.items() if record.denied_by)
 
+    def unless_of(self, suspects: Collection[str], operations: Sequence[Operation]) -> list[Operation]:
+        """The operations; those that are wrong by an input that was recorded wrong (`suspects`) are not observable."""
+        programs = self.definitions[0].programs
+        read = {step.makes: program.needs(step) & set(suspects) for program in programs for step in program.judged}
+        return [
+            replace(operation, status=NOT_OBSERVABLE, reason=f"the record of its input {min(inputs)} is suspect")
+            if operation.status == WRONG and (inputs := read.get(operation.name))
+            else operation
+            for operation in operations
+        ]
+
     def _operation(self, step: Step) -> Operation:
         point, record = parse(step.makes), self.records[step.makes]
         judged = Operation(point.kind, point.layer, NOT_OBSERVABLE, weight=self._weight(step), reason=record.reason)
