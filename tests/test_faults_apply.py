@@ -1,8 +1,9 @@
 """A fault is planted or says that it does not apply: nothing else comes out of one, and what does is a bug that is seen."""
 
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,13 @@ from engine.backend import choose
 from engine.faults import CATALOGUE, Fault, Planting, plant
 from engine.graph import Step
 from engine.inapplicable import NotApplicable
+from engine.opened import open_plain
 from engine.replay.replay import Replay
 from engine.synth import Shape, synthesize
 from engine.transformer import Transformer
 from engine.weights.gguf_model import GgufModel
 from parity.explain.explain import explain
+from reference.client import Reference
 
 # Head counts and widths that do not divide each other, one layer only, no biases, frequency factors, block formats.
 MODELS = {
@@ -69,3 +72,15 @@ def test_a_bug_in_a_fault_is_no_fault_that_does_not_apply(tmp_path: Path, monkey
         explain(only(engine, ("activation", {"activation": "ReLU"}, (2,))), engine.model)
     with pytest.raises(NotApplicable):
         plant(engine.right, CATALOGUE["rope-base"], (), base=1.0)
+
+
+@pytest.mark.slow
+def test_positions_moved_beyond_their_table_do_not_apply(small_model: Callable[..., Path], reference: Reference) -> None:
+    """A prompt that fills the context: its last position has no next row, while one row back is there for every position."""
+    model = small_model("gpt2", layers=1, context=8)
+    engine = open_plain(GgufModel(model), "numpy", recorded=partial(reference.graph, model))
+    engine.expect(8)
+    right = Replay(engine.steps, [5] * 8, range(8), [0] * 8, engine.weights, engine.backend)
+    fault = CATALOGUE["position-rows-shifted"]
+    assert _run(right, list(engine.steps), ((fault, {"by": "minus one row"}),), None)
+    assert not _run(right, list(engine.steps), ((fault, {"by": "one row"}),), None)
