@@ -8,7 +8,7 @@ from ..backend import Array, module_of
 from ..graph import Step, name_of
 from ..inapplicable import NotApplicable
 from .base import Fault, Parameters, Steps, read_of
-from .edits import ggml, integer, left_out, require
+from .edits import HandsOn, ggml, integer, left_out, require
 
 _QUERIES, _KEYS, _GATE, _BETA = 0, 1, 3, 4  # GGML_OP_GATED_DELTA_NET's operands
 _SIGMOID = 7  # GGML_UNARY_OP_SIGMOID
@@ -16,7 +16,7 @@ _RULE = ("GATED_DELTA_NET",)
 
 
 @dataclass(frozen=True)
-class _Operand:
+class _Operand(HandsOn):
     """The operation with one of what it reads changed."""
 
     op: Callable[..., Array]
