@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 from explaining import only, small_engine
 
+from engine import ops
 from engine.backend import choose
-from engine.faults import CATALOGUE, Fault, Planting, plant
+from engine.faults import CATALOGUE, FITTED, Fault, Planting, plant
 from engine.graph import Step
 from engine.inapplicable import NotApplicable
 from engine.opened import open_plain
@@ -66,12 +67,28 @@ def test_a_bug_in_a_fault_is_no_fault_that_does_not_apply(tmp_path: Path, monkey
     def change(_step: Step, right: Mapping[str, Step], _parameters: Mapping[str, Any]) -> Step:
         return right["blk.0.no_such_point"]
 
-    broken = replace(next(iter(CATALOGUE.values())), name="broken", kinds=("attn_norm",), change=change, parameters={})
+    first = next(iter(CATALOGUE.values()))
+    broken = replace(first, name="broken", kinds=("attn_norm",), change=change, parameters={}, once=False)
     monkeypatch.setitem(CATALOGUE, "broken", broken)  # type: ignore[arg-type]
     with pytest.raises(KeyError, match="no_such_point"):
         explain(only(engine, ("activation", {"activation": "ReLU"}, (2,))), engine.model)
     with pytest.raises(NotApplicable):
         plant(engine.right, CATALOGUE["rope-base"], (), base=1.0)
+
+
+def test_a_change_of_a_changed_operation_takes_what_that_takes(tmp_path: Path) -> None:
+    """A bias left out, twice: the operation around a copy of its input has no place for a bias, and says so before it is computed."""
+    engine = small_engine(tmp_path)
+    copy = replace(next(step for step in engine.right if step.makes == "blk.1.q"), op=ops.part, weights=())
+    steps = [copy if step.makes == copy.makes else step for step in engine.right]
+    added = next(fit.fault for fit in FITTED if fit.fault.name == "constant-added")
+    shifted = plant(steps, added, (1,), by=0.1, part="the result", at=("q",))
+    with pytest.raises(NotApplicable):
+        Planting(shifted).edits(replace(CATALOGUE["no-qkv-bias"], change=_two_weights), (1,), {"at": ("q",)})
+
+
+def _two_weights(step: Step, _right: Mapping[str, Step], _parameters: Mapping[str, Any]) -> Step:
+    return replace(step, weights=(None, None))
 
 
 @pytest.mark.slow
