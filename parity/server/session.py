@@ -14,6 +14,7 @@ from checkpoints.answers.server import GREEDY, TEACHER_FORCED, Predicted, Server
 from checkpoints.errors import InputError
 from checkpoints.whole_file import put
 from reference.client import Reference
+from reference.jobs import Tokens
 
 from ..run.request import Prompt, Request
 from ..run.session import REF_FILE, dump_reference, new_folder, resolve_prompt
@@ -70,7 +71,7 @@ def compare_server(request: Request, wanted: ServerRequest, progress: Progress |
             )
         if progress is not None:
             progress("llama.cpp", 0, None)
-        answer = _compared(reference, request, prompt, heard, vocabulary, dialect)
+        answer = _compared(reference, request, prompt, heard, special, vocabulary, dialect)
     answer = replace(answer, requests=connection.requests, folder=str(folder), url=connection.name)
     if wanted.dump_prefix and answer.prefix:
         dumped = replace(
@@ -83,7 +84,13 @@ def compare_server(request: Request, wanted: ServerRequest, progress: Progress |
 
 
 def _compared(
-    reference: Reference, request: Request, prompt: Prompt, heard: Heard, vocabulary: Vocabulary, dialect: Dialect
+    reference: Reference,
+    request: Request,
+    prompt: Prompt,
+    heard: Heard,
+    special: Tokens,
+    vocabulary: Vocabulary,
+    dialect: Dialect,
 ) -> ServerAnswer:
     by_position = {asked.position: asked for asked in heard.asked}
     floor = Floor(0.0, 0.0)
@@ -127,7 +134,7 @@ def _compared(
         request.mode,
         prompt,
         heard,
-        reference.tokenize(request.model, "a"),
+        special,
         vocabulary,
         tuple(kept),
         limit,
