@@ -304,6 +304,10 @@ class _Hostile(http.server.BaseHTTPRequestHandler):
         logprobs = {"content": [entry | {"top_logprobs": [entry]}]}
         self._send(200, json.dumps({"choices": [{"text": "x", "logprobs": logprobs}]}).encode())
 
+    def _sure(self) -> None:
+        logprobs = {"tokens": [" and"], "token_logprobs": [-0.01], "top_logprobs": [{" and": -0.01}]}
+        self._send(200, json.dumps({"choices": [{"text": " and", "logprobs": logprobs}]}).encode())
+
     def _forever(self, piece: bytes, pause: float) -> None:
         deadline = time.monotonic() + 20
         while time.monotonic() < deadline:
@@ -393,6 +397,26 @@ def test_tls_that_cannot_be_trusted_is_one_line(hostile: str) -> None:
     """A server without TLS behind https://: one line that says so."""
     with pytest.raises(ServerError, match="TLS"):
         Connection(hostile.replace("http:", "https:"), timeout=5).post("/x", {})
+
+
+@pytest.mark.slow
+def test_nothing_of_an_earlier_run_is_left(hostile: str, parity: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder of an earlier run holds this run's dump and answer afterwards, none that belong to others; a search that ran out of
+    time says so.
+    """
+    monkeypatch.setattr("parity.server.causes._BUDGET", 0.0)
+    folder = Path("folder")
+    folder.mkdir()
+    for name in ("ours.jsonl", "ours-odd.jsonl", "ref.jsonl", "diff.json", "report.html", "server.json"):
+        (folder / name).write_text("old")
+    words = ("run", "--prompt", "Lily", "--server", f"{hostile}/sure", "--out", folder, "--dump-prefix")
+    code, answer = parity.json(*words)
+    assert (code, answer["verdict"], answer["causes"]) == (1, "divergence", [])
+    assert "the search for a chat template ended after 0 seconds: 0 of" in answer["notes"][-1]
+    assert {path.name for path in folder.iterdir()} == {"ref.jsonl", "server.json"}
+    assert all(path.read_text() != "old" for path in folder.iterdir())
+    assert parity(*words[:-1]).code == 1
+    assert {path.name for path in folder.iterdir()} == {"server.json"}
 
 
 def test_a_hostile_answer_ends_the_run_in_one_line(hostile: str, parity: Cli) -> None:
