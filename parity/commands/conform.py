@@ -18,7 +18,7 @@ class ConformSide(StrEnum):
     HF = "hf"
 
 
-@o.fills("command", "hugging_face", "compute", "tolerance", "threads", "backend", "mapping", "verbose")
+@o.fills("tested_command", "hugging_face", "compute", "tolerance", "threads", "backend", "mapping", "verbose")
 def conform(
     given: o.Given,
     side: Annotated[
