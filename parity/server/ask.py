@@ -134,10 +134,13 @@ def _one_by_one(
     notes = []
     if left:
         notes.append(
-            f"{left} positions were not asked about: the text up to there has other tokens by itself, and the server does not echo"
+            "positions left out, because the text up to there has other tokens by itself and the server does not echo: "
+            f"{left} of {len(prompt.ids)}"
         )
     if len(questions) > _AT_ONCE:
-        notes.append(f"{len(questions)} positions were to be asked one by one: {_AT_ONCE} of them were")
+        notes.append(
+            f"the server was asked about {_AT_ONCE} of {len(questions)} positions, one request each, spread over the text"
+        )
         questions = [questions[number * len(questions) // _AT_ONCE] for number in range(_AT_ONCE)]
     asked = []
     for number, (index, known, question) in enumerate(questions):
@@ -164,7 +167,7 @@ def _chosen(heard: Heard, generated: Sequence[Prediction], vocabulary: Vocabular
         if chosen is None:
             if generate:
                 notes.append(
-                    f"the server's token {number} ({item.token.text[:20]!r}) cannot be told from its text; it is followed up to there"
+                    f"the server's token {number} ({item.token.text[:20]!r}) has no id and no known text; it is followed up to there"
                 )
             break
         if number < generate:

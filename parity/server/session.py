@@ -126,7 +126,7 @@ def _compared(
             code="server",
         )
     left_out = (
-        (f"{unknown} predictions have no candidate that is a token of this model: they were left out",) if unknown else ()
+        (f"predictions left out, because none of their candidates is a token of this model: {unknown}",) if unknown else ()
     )
     wrong = next((item for item in predictions if item.wrong), None)
     other = next((item for item in predictions if not item.same_choice), None)
