@@ -18,7 +18,7 @@ class ConformSide(StrEnum):
     HF = "hf"
 
 
-@o.fills("command", "hugging_face", "compute", "tolerance", "threads", "backend", "mapping", "verbose")
+@o.fills("tested_command", "hugging_face", "compute", "tolerance", "threads", "backend", "mapping", "verbose")
 def conform(
     given: o.Given,
     side: Annotated[
@@ -97,7 +97,8 @@ def conform(
 
     command = given["command"]
     if (command is None) == (side is None):
-        raise InputError("no engine to test was given.", "Take one of --exec CMD, --side ours and --side hf.", code="usage")
+        what = "no engine" if command is None else "more than one engine"
+        raise InputError(f"{what} to test was given.", "Take one of --exec CMD, --side ours and --side hf.", code="usage")
     check_outputs(junit, table)
     theirs = HuggingFace(Path(), given.pop("python"), given.pop("device"), slice_size=None)
     if side is ConformSide.HF:
