@@ -11,8 +11,8 @@ from ..weights.dequantize import dequantize
 from ..weights.gguf_model import block_of
 from .base import AT, Fault, Parameters, Steps
 from .block_edits import MXFP4, doubled_scale, few_scale_bits
-from .dequantisation import ALL, EXPERTS, WHERE, remade, reread
-from .weights import MATRICES
+from .dequantisation import ALL, WHERE, remade, reread
+from .weights import EXPERTS, MATRICES
 
 _EXPERTS_OR_ALL = {AT: (EXPERTS, ALL)}
 _MATRICES_OR_ALL = {AT: (MATRICES, ALL)}

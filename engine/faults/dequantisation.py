@@ -33,7 +33,7 @@ from .block_edits import (
     only_k_quants,
     scales_and_mins,
 )
-from .weights import MATRICES
+from .weights import EXPERTS, MATRICES
 
 Edit = Callable[
     [Bytes, int], "Bytes | None"
@@ -128,7 +128,6 @@ def _rounded_scale(step: Step, _right: Steps, _parameters: Parameters) -> Step:
     return remade(step, make)
 
 
-EXPERTS = ("ffn_moe_gate_up", "ffn_moe_gate", "ffn_moe_up", "ffn_moe_down")
 ALL = (*MATRICES, *EXPERTS, "embd", "logits")
 WHERE = {AT: (MATRICES, ALL, ("embd",), ("logits",), EXPERTS)}
 
