@@ -3,8 +3,10 @@
 from dataclasses import replace
 from math import log
 
+from checkpoints.long_factors import LONG, SHORT
+
 from ..backend import Array, module_of
-from ..graph import Step
+from ..graph import Altered, Step, WeightSource
 from ..inapplicable import NotApplicable
 from .base import AT, Fault, Parameters, Steps
 from .edits import integer, number, require, with_values
@@ -57,17 +59,26 @@ def _magnitude(step: Step, _right: Steps, parameters: Parameters) -> Step:
     return with_values(step, {_MAGNITUDE: 1.0 if parameters["magnitude"] == "left out" else magnitude**2})
 
 
-def _other_factors(step: Step, _right: Steps, _parameters: Parameters) -> Step:
+_OF_OTHER_LENGTH = {SHORT: LONG, LONG: SHORT}
+
+
+def _in_place_of(weight: str) -> Altered:
     """Long contexts' factors for short ones', or the other way round."""
-    others = {"rope_factors_short": "rope_factors_long", "rope_factors_long": "rope_factors_short"}
-    weights = list(step.weights)
-    for place, weight in enumerate(weights):
-        name = next((name for name in others if isinstance(weight, str) and name in weight), None)
-        if name is not None:
-            weights[place] = str(weight).replace(name, others[name])
-    if weights == list(step.weights):
+
+    def make(source: WeightSource, name: str) -> Array:
+        try:
+            return source.get(_OF_OTHER_LENGTH[name])
+        except KeyError as error:  # llama.cpp takes files with one of the two
+            raise NotApplicable(f"the file has no {_OF_OTHER_LENGTH[name]}") from error
+
+    return Altered(weight, make)
+
+
+def _other_factors(step: Step, _right: Steps, _parameters: Parameters) -> Step:
+    weights = tuple(_in_place_of(weight) if weight in (SHORT, LONG) else weight for weight in step.weights)
+    if weights == step.weights:
         raise NotApplicable(f"{step.makes} has no factors for two lengths")
-    return replace(step, weights=tuple(weights))
+    return replace(step, weights=weights)
 
 
 def _time_alone(positions: Array) -> Array:
