@@ -10,13 +10,12 @@ from ..graph import Altered, Step, WeightSource
 from ..inapplicable import NotApplicable
 from .base import AT, Fault, Parameters, Steps
 from .edits import integer, number, require, with_values
-from .rotation import ROTATED, at_positions, both, both_then_each
+from .rotation import ROTATED, SECTIONS, at_positions, both, both_then_each
 
 # ggml's op_params of ROPE: integers, then floats.
 _MODE, _CONTEXT, _FIRST_SECTION = 2, 4, 11
 _SCALE, _MIX, _MAGNITUDE, _FAST, _SLOW = 6, 7, 8, 9, 10
 _SIDE_BY_SIDE, _INTERLEAVED = 8, 40  # GGML_ROPE_TYPE_MROPE, GGML_ROPE_TYPE_IMROPE
-_SECTIONS = 4
 
 
 def _yarn(step: Step, _right: Steps, parameters: Parameters) -> Step:
@@ -83,8 +82,8 @@ def _other_factors(step: Step, _right: Steps, _parameters: Parameters) -> Step:
 
 def _time_alone(positions: Array) -> Array:
     """Positions whose sections of height and width are 0: [4 · T]."""
-    sections = module_of(positions).zeros_like(positions).reshape(_SECTIONS, -1)
-    sections[0] = positions.reshape(_SECTIONS, -1)[0]
+    sections = module_of(positions).zeros_like(positions).reshape(SECTIONS, -1)
+    sections[0] = positions.reshape(SECTIONS, -1)[0]
     moved: Array = sections.reshape(positions.shape)
     return moved
 
