@@ -294,6 +294,14 @@ def test_printed_digits_set_a_quantum(tmp_path: Path, printed: str, quantum: lis
     assert (None if dump is None else dump[0].tolist()) == (None if quantum is None else pytest.approx(quantum))
 
 
+def test_the_quantum_is_of_the_records_own_values(tmp_path: Path) -> None:
+    """The digits that are looked at are those of the record, also in a line that is read alone and has other "values" before."""
+    text = '{"meta":{"values":[9.000,9]},"checkpoint":"embd","token_idx":0,"indices":[3,5],"values":[nan,1.25]}\n'
+    quantum = parsed(tmp_path, text).points["embd"].quantum
+    assert quantum is not None
+    assert quantum[0].tolist() == [0, 0.01]
+
+
 def test_a_folder_and_a_missing_file_are_refused(tmp_path: Path) -> None:
     """What cannot be opened is an error that names it."""
     for path in (tmp_path, tmp_path / "none.jsonl"):
