@@ -189,6 +189,7 @@ class BulkParser:
         values = None if left else self._numbers.read(taken.texts)
         if values is None:
             left |= {i for i, text in enumerate(taken.texts) if i not in left and self._numbers.read([text]) is None}
+            left = left or set(range(len(taken.records)))  # each can be read, but not all together
         shapes, wrong = self._sizes(given, values.counts) if values is not None else ([], [])
         sketch, bad = self._sketch(sketches)
         left.update(wrong, bad)
