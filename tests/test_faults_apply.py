@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from engine.backend import choose
 from engine.faults import CATALOGUE, Fault, Planting, plant
 from engine.graph import Step
 from engine.inapplicable import NotApplicable
+from engine.opened import open_plain
 from engine.replay.replay import Replay
 from engine.synth import Shape, synthesize
 from engine.transformer import Transformer
@@ -93,3 +95,15 @@ def test_factors_of_one_length_have_no_others(
     steps = plant(engine.steps, CATALOGUE["rope-factors-of-other-length"])
     with pytest.raises(NotApplicable, match=f"the file has no {lacking}"):
         right.run(steps, lambda _name, _value: True)
+
+
+@pytest.mark.slow
+def test_positions_moved_beyond_their_table_do_not_apply(small_model: Callable[..., Path], reference: Reference) -> None:
+    """A prompt that fills the context: its last position has no next row, while one row back is there for every position."""
+    model = small_model("gpt2", layers=1, context=8)
+    engine = open_plain(GgufModel(model), "numpy", recorded=partial(reference.graph, model))
+    engine.expect(8)
+    right = Replay(engine.steps, [5] * 8, range(8), [0] * 8, engine.weights, engine.backend)
+    fault = CATALOGUE["position-rows-shifted"]
+    assert _run(right, list(engine.steps), ((fault, {"by": "minus one row"}),), None)
+    assert not _run(right, list(engine.steps), ((fault, {"by": "one row"}),), None)
