@@ -17,7 +17,9 @@ from .truth import NO_COARSE_ROUNDING, NO_ROUNDING, Truth, of_few, raised
 Floats = NDArray[np.float64]
 
 # NMSE behind ggml's GELU, whose argument and result are rounded to float16: a right engine with a GELU of its own is up to 3e-7 off at the
-# operation (parity/diff/truth.py), some ten times less at the layer's output. Where float64 is asked (--model) it decides instead.
+# operation (parity/diff/truth.py). At the default points of the small gemma3, gemma3n and gemma4 of random weights, six prompts each of 4
+# to 14 tokens, right engines stayed below 5e-7 in sixteen of eighteen runs and reached 3.1e-6 in the worst (gemma4): such a run is a
+# divergence with a note, since a fault can be as small. Where float64 is asked (--model) it decides instead.
 TABLE = 1e-6
 # How far over the table's limit lower arithmetic may grow: twice what was measured (`_grown`).
 GROWN = 25.0
@@ -71,16 +73,24 @@ def hold(
 
 
 def _by_table(measured: Measured, model: Flow, limit: Floats) -> tuple[Floats, tuple[str, ...]]:
-    """Every record's limit, raised behind llama.cpp's table of GELU, and the note on what that lets pass."""
+    """Every record's limit, raised behind llama.cpp's table of GELU, and notes on what that lets pass and what it may explain."""
     nmse = measured.measures.nmse
-    higher = np.where(_behind_a_table(measured, model, limit), np.maximum(limit, TABLE), limit)
-    passed = (nmse > limit) & (nmse <= higher)
-    if not passed.any():
-        return higher, ()
-    return higher, (
-        f"noise: {int(passed.sum())} records behind llama.cpp's GELU, which is a table of float16, are up to {nmse[passed].max():.1e} off; "
-        f"their limit is {TABLE:.0e} (--model lets float64 decide)",
-    )
+    behind = _behind_a_table(measured, model, limit)
+    higher = np.where(behind, np.maximum(limit, TABLE), limit)
+    passed, over = (nmse > limit) & (nmse <= higher), nmse > higher
+    table = "behind llama.cpp's GELU, which is a table of float16,"
+    notes: list[str] = []
+    if passed.any():
+        notes.append(
+            f"noise: {int(passed.sum())} records {table} are up to {nmse[passed].max():.1e} off; "
+            f"their limit is {TABLE:.0e} (--model lets float64 decide)"
+        )
+    if over.any() and bool((behind & (nmse <= NO_COARSE_ROUNDING))[over].all()):
+        notes.append(
+            f"all {int(over.sum())} records that differ are {table} and {nmse[over].max():.1e} off at most: a fault, or what the table "
+            "leaves, amplified by this model (--model M.gguf lets float64 decide)"
+        )
+    return higher, tuple(notes)
 
 
 def _behind_a_table(measured: Measured, model: Flow, limit: Floats) -> NDArray[np.bool_]:
@@ -89,7 +99,7 @@ def _behind_a_table(measured: Measured, model: Flow, limit: Floats) -> NDArray[n
     Those of a point with such an operation between it and the compared points before it, and those whose error is inherited from them.
     """
     made = model.whole.made
-    tables = {name for name in made if "gelu" in name or "geglu" in name}
+    tables = {name for name, how in made.items() if how.looked_up(name)}
     behind: set[str] = set()
     for name, how in made.items():  # what a node reads stands before it
         if name in tables or not behind.isdisjoint(how.reads):
