@@ -1,7 +1,7 @@
 """What each point of a model is made from, and by which operation: as a dump's header carries it, or as the vocabulary says it."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Self
@@ -50,6 +50,14 @@ class Dataflow:
             for other in how.reads:
                 readers[other].append(name)
         return {name: tuple(names) for name, names in readers.items()}
+
+    def behind(self, operation: Callable[[str, Made], bool]) -> frozenset[str]:
+        """The points that are made by such an operation, or from what one made."""
+        behind: set[str] = set()
+        for name, how in self.made.items():  # what a point reads stands before it
+            if operation(name, how) or not behind.isdisjoint(how.reads):
+                behind.add(name)
+        return frozenset(behind)
 
     def part_of_next(self, name: str) -> bool:
         """Whether a point is only the first part of what makes the next one: a product before its bias, a norm before its weight.
