@@ -116,8 +116,8 @@ class Dataflow:
                     names += len(reads) + len(weights)
                     if len(origins) >= _MOST or names > _MOST_NAMES:
                         raise ValueError(f"the dataflow has more than {_MOST:,} points or {_MOST_NAMES:,} names")
-                    points, files = (tuple(_absolute(text, layer) for text in texts) for texts in (reads, weights))
-                    origins[name] = Made(op, points, files, function)
+                    points, tensors = (tuple(_absolute(text, layer) for text in texts) for texts in (reads, weights))
+                    origins[name] = Made(op, points, tensors, function)
         for name, how in origins.items():
             if missing := [other for other in how.reads if other not in origins]:
                 raise ValueError(f"the dataflow of {name!r} reads {missing[0]!r}, which is not in it")
