@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 from explaining import only, small_engine
 
+from checkpoints.gguf_file import contents, header_bytes
+from checkpoints.long_factors import LONG, SHORT
 from engine import ops
 from engine.backend import choose
 from engine.faults import CATALOGUE, FITTED, Fault, Planting, plant
@@ -89,6 +91,27 @@ def test_a_change_of_a_changed_operation_takes_what_that_takes(tmp_path: Path) -
 
 def _two_weights(step: Step, _right: Mapping[str, Step], _parameters: Mapping[str, Any]) -> Step:
     return replace(step, weights=(None, None))
+
+
+@pytest.mark.parametrize("lacking", [SHORT, LONG])
+def test_factors_of_one_length_have_no_others(
+    lacking: str, small_model: Callable[..., Path], reference: Reference, tmp_path: Path
+) -> None:
+    """A file with one of the two sets of frequency factors, which llama.cpp takes, has no fault of the other set."""
+    settings = {"rope.scaling.original_context_length": 4096 if lacking == LONG else 256}
+    whole = contents(small_model("phi3-longrope", layers=1, context=8192, settings=settings))
+    infos, data = [], b""
+    for tensor, after in zip(whole.tensors, [*(tensor.offset for tensor in whole.tensors[1:]), None], strict=True):
+        if tensor.name != lacking:
+            infos.append(replace(tensor, offset=len(data)))
+            data += whole.path.read_bytes()[whole.data :][tensor.offset : after]
+    path = tmp_path / "model.gguf"
+    path.write_bytes(header_bytes(whole.metadata, infos) + data)
+    engine = Transformer(GgufModel(path), choose("numpy"), recorded=reference.graph(path))
+    right = Replay(engine.steps, [1, 2, 3], range(3), [0] * 3, engine.weights, engine.backend)
+    steps = plant(engine.steps, CATALOGUE["rope-factors-of-other-length"])
+    with pytest.raises(NotApplicable, match=f"the file has no {lacking}"):
+        right.run(steps, lambda _name, _value: True)
 
 
 @pytest.mark.slow
