@@ -8,8 +8,9 @@ An edit scales (0.5 % to 2 times), shifts, rolls, permutes, exchanges two elemen
 takes another position, of the operation's result or of one operand; or it takes another value of the same shape as operand.
 
 `acquitted` is an answer that says "no fault" though a recorded value differs; `wrong cause` names a fault that does not make the engine's
-numbers, in whole rows, at every recorded point (in front of the place that the answer says it leaves, where it leaves one). `located`: the first place is the first recorded point that the edit changes, and the
-operation is among those in question; `at the operation`: it is the only one. `elsewhere` is any other place.
+numbers, in whole rows, at every recorded point (in front of the place that the answer says it leaves, where it leaves one). `located`:
+the first place is the first recorded point that the edit changes, and the operation is among those in question; `at the operation`: it is
+the only one. `elsewhere` is any other place.
 """
 
 import argparse
