@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from explaining import only, small_engine
 
@@ -124,3 +125,28 @@ def test_positions_moved_beyond_their_table_do_not_apply(small_model: Callable[.
     fault = CATALOGUE["position-rows-shifted"]
     assert _run(right, list(engine.steps), ((fault, {"by": "minus one row"}),), None)
     assert not _run(right, list(engine.steps), ((fault, {"by": "one row"}),), None)
+
+
+@pytest.mark.parametrize(
+    "name", ["norm-weight-missing", "norm-one-plus-weight", "eps-outside-root", "norm-sum", "norm-in-halves"]
+)
+def test_a_layer_norm_with_a_fault_is_one_of_the_row_without_its_mean(name: str) -> None:
+    """The same faults as of an RMS norm, by a formula of their own in float64: the mean is subtracted, and the bias added, all the same."""
+    rng = np.random.default_rng(4)
+    x, weight, bias = rng.standard_normal((3, 8)) + 1, rng.standard_normal(8), rng.standard_normal(8)
+    step = Step("blk.0.attn_norm", ops.layer_norm, ("embd",), ("w", "b"), {"eps": 0.1})
+    changed = CATALOGUE[name].change(step, {}, {})
+    assert isinstance(changed, Step)
+    given = [part.astype(np.float32) for part in (x, weight, bias)]
+    centred = x - x.mean(axis=1, keepdims=True)
+    squares = centred**2
+    roots = {
+        "eps-outside-root": np.sqrt(squares.mean(axis=1, keepdims=True)) + 0.1,
+        "norm-sum": np.sqrt(squares.sum(axis=1, keepdims=True) + 0.1),
+        "norm-in-halves": np.repeat(np.sqrt(squares.reshape(3, 2, 4).mean(axis=2) + 0.1), 4, axis=1),
+    }
+    factor = {"norm-weight-missing": np.ones(8), "norm-one-plus-weight": 1 + weight}.get(name, weight)
+    wanted = centred / roots.get(name, np.sqrt(squares.mean(axis=1, keepdims=True) + 0.1)) * factor + bias
+    assert np.abs(changed.op(*given, **changed.params) - wanted).max() < 1e-5
+    with pytest.raises(NotApplicable):
+        CATALOGUE["layer-norm"].change(step, {}, {})
