@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from checkpoints.dataflow import Dataflow
 from checkpoints.record import Header, ModelInfo
 from checkpoints.recording import Recording
 
@@ -41,6 +42,7 @@ class Node:
     """One node of the graph as ggml sees it, and the point it stands for ("" while it has none).
 
     `op_params` are the 16 raw int32 of `ggml_tensor.op_params` (a float is the same 32 bits); `address` is its struct's.
+    `function` is which one a UNARY or GLU computes ("GELU", "SWIGLU").
     """
 
     name: str
@@ -51,6 +53,7 @@ class Node:
     sources: tuple[Source, ...]
     point: str = ""
     address: int = 0
+    function: str = ""
 
 
 @dataclass(frozen=True)
@@ -119,7 +122,8 @@ class DumpResult:
 class Description:
     """A model as llama.cpp sees it; `points` are (point, row shape) in the order of computation.
 
-    A row shape is of numbers as text, and "t+1" for the positions seen so far; `nodes` are the nodes of those points.
+    A row shape is of numbers as text, and "t+1" for the positions seen so far; `nodes` are the nodes of those points; `dataflow` is
+    what a dump's header carries.
     """
 
     info: ModelInfo
@@ -131,3 +135,4 @@ class Description:
     n_params: int
     points: tuple[tuple[str, tuple[str, ...]], ...]
     nodes: tuple[Node, ...]
+    dataflow: Dataflow

@@ -16,12 +16,14 @@ import numpy as np
 import pytest
 from cli import Cli, one_line, refused
 
+from checkpoints.answers.server import ServerAnswer
 from parity.server.base import kl, listed
 from parity.server.causes import penalised
 from parity.server.http import Connection, ServerError
 from parity.server.predictions import Candidate, legacy
 from parity.server.predictions import listed as read_list
 from parity.server.vocabulary import Vocabulary
+from reports.server import sentence
 
 PYTHON = os.environ.get("PARITY_SERVER_PYTHON", "")
 TEXT = "Lily and her mom went to the park."
@@ -430,3 +432,10 @@ def test_a_hostile_answer_ends_the_run_in_one_line(hostile: str, parity: Cli) ->
     refused(parity("run", "--prompt", "hi", "--server", hostile, "--server-json", "[1]"), "JSON object")
     refused(parity("run", "--prompt", "hi", "--server", hostile, "--server-timeout", "nan"), "positive number of seconds")
     refused(parity("run", "--prompt", "hi", "--server", hostile, "--server-rate", "0"), "positive number of requests")
+
+
+@pytest.mark.parametrize(("count", "said"), [(1, "1 choice is not the most probable token"), (2, "2 choices are not the most")])
+def test_choices_of_the_sampler_are_counted(count: int, said: str) -> None:
+    """Predictions that agree and choices that are not the most probable ones: the sentence counts the latter."""
+    chosen = tuple((position, "a", "b") for position in range(count))
+    assert said in sentence(ServerAnswer("", "", "", "", 1, (1,), (), 1.0, 0.0, True, 1, 0.0, unfaithful=chosen))

@@ -105,6 +105,8 @@ def conform(
         theirs.check()
     ways = OurEngine.ways if side is ConformSide.OURS else () if command is None else command.ways
     chosen = cells(profile, architectures, types, prompts, modes, modes_of(ways))
+    if command is not None and not cluster:  # on a cluster it lies where the workers are
+        command.check()
     folder = out or Path("runs") / f"conform-{side.value if side is not None else command.name}"
     count = workers or (1 if cluster else fitting())
     if count > 1 and given["threads"] is None:
