@@ -170,7 +170,8 @@ class Inputs:
             raise Missing(f"its input {name} was not recorded as a whole")
         shown = self._program.shown.get(name)
         if shown is not None and shown is not step and shown.makes in self._live:  # no record is held to itself
-            encoded = len(self._live[ENCODED].data) if ENCODED in self._live else 0
+            view = shown.reads[0]
+            encoded = len(self._encoded()) if isinstance(view, View) and any(size.encoded for size in view.whole) else 0
             return _as_ggml_has_it(shown, self._live[shown.makes].data, self.seen, encoded)
         if name not in self._between:
             computed = self.computed(producer)
