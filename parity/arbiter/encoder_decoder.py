@@ -57,6 +57,12 @@ class EncoderDecoderArbiter:
         others = {name: rows for name, rows in points.items() if name not in first}
         return self._encoder.one_entry(first) | self._decoder.one_entry(others)
 
+    def spread(self, points: Mapping[str, Rows]) -> dict[str, Floats]:
+        """As `Arbiter.spread`, of each half by itself."""
+        first = {name: rows for name, rows in points.items() if name.startswith(ENCODER)}
+        others = {name: rows for name, rows in points.items() if name not in first}
+        return self._encoder.spread(first) | self._decoder.spread(others)
+
     def record(self, rows: Rows) -> Rows:
         """As `Arbiter.record`."""
         return (self._encoder if rows.point.startswith(ENCODER) else self._decoder).record(rows)
