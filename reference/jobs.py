@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from checkpoints.dataflow import Dataflow
 from checkpoints.record import Header, ModelInfo
 from checkpoints.recording import Recording
 
@@ -123,7 +124,8 @@ class DumpResult:
 class Description:
     """A model as llama.cpp sees it; `points` are (point, row shape) in the order of computation.
 
-    A row shape is of numbers as text, and "t+1" for the positions seen so far; `nodes` are the nodes of those points.
+    A row shape is of numbers as text, and "t+1" for the positions seen so far; `nodes` are the nodes of those points; `dataflow` is
+    what a dump's header carries.
     """
 
     info: ModelInfo
@@ -135,3 +137,4 @@ class Description:
     n_params: int
     points: tuple[tuple[str, tuple[str, ...]], ...]
     nodes: tuple[Node, ...]
+    dataflow: Dataflow

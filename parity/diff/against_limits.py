@@ -103,11 +103,7 @@ def _behind_a_table(measured: Measured, model: Flow, limit: Floats) -> Bools:
     behind = model.whole.behind(lambda name, _: name in tables)
     stretches = [model.between(name) for name in measured.names]
     # What of such a row was not recorded may be off as well.
-    part = {
-        name
-        for number, name in enumerate(measured.names)
-        if np.isnan(measured.measures.nmse_row[measured.point == number]).any()
-    }
+    part = measured.names_of(np.isnan(measured.measures.nmse_row))
     at = np.array(
         [
             stretch is not None and not (tables.isdisjoint(stretch.nodes) and behind.isdisjoint(part & set(stretch.inputs)))
@@ -179,7 +175,8 @@ def _one_entry(measured: Measured, limit: Floats, truth: Truth) -> Floats:
     """
     measures = measured.measures
     odd = (measures.nmse > limit) & (measures.nmse_slice > limit) & (measures.nmse_row <= limit)
-    suspects = {pair.point: pair.ref for number, pair in enumerate(measured.pairs) if odd[measured.point == number].any()}
+    concerned = measured.names_of(odd)
+    suspects = {pair.point: pair.ref for pair in measured.pairs if pair.point in concerned}
     if not suspects:
         return limit
     bounds = truth.one_entry(suspects)
