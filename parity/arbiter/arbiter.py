@@ -12,11 +12,13 @@ from checkpoints.summary import summarise
 from engine.backend import Backend
 from engine.engine import Engine
 from engine.graph import Step, WeightSource, sees_later
+from engine.replay.disturbed import disturbed
 from engine.replay.wide import coarse_points, entry_errors, is_looked_up, wide_values
 
 from ..diff.slices import SLICE_FLOOR
 
 Floats = NDArray[np.float64]
+_SAMPLES = 4  # runs with rounding's noise: the largest of as many is within a factor of two of what twice as many give
 
 
 class Arbiter:
@@ -100,6 +102,21 @@ class Arbiter:
             bound[here] = error / np.fmax(energy, share)
         return bound
 
+    def spread(self, points: Mapping[str, Rows]) -> dict[str, Floats]:
+        """As `parity.diff.truth.Truth.spread`; records whose positions are not known have 0."""
+        known = {name: rows for name, rows in points.items() if name in self._points}
+        self._compute(known.keys() - self._truth.keys())
+        worst = {name: np.zeros(len(rows)) for name, rows in known.items()}
+        for seed in range(_SAMPLES):
+            values = self._wide(disturbed(self._steps, seed), known.keys())
+            for name, rows in known.items():
+                index = rows.token_idx - self._positions[0]
+                here = (rows.seq == 0) & (index >= 0) & (index < len(self._positions))
+                if here.any():
+                    moved, _ = self._recorded(rows.take(here), index[here], values[name])
+                    worst[name][here] = np.fmax(worst[name][here], self._distance(moved, self._truth[name]))
+        return worst
+
     def value(self, point: str) -> NDArray[np.float64]:
         """The whole value of a point."""
         self._compute({point} - self._truth.keys())
@@ -107,10 +124,11 @@ class Arbiter:
 
     def _compute(self, missing: Collection[str]) -> None:
         if missing:
-            positions, given = self._positions.tolist(), self._given()
-            self._truth |= wide_values(
-                self._steps, self._tokens, positions, self._passes, self._weights, self._backend, missing, given
-            )
+            self._truth |= self._wide(self._steps, missing)
+
+    def _wide(self, steps: Sequence[Step], wanted: Collection[str]) -> dict[str, NDArray[Any]]:
+        positions, given = self._positions.tolist(), self._given()
+        return wide_values(steps, self._tokens, positions, self._passes, self._weights, self._backend, wanted, given)
 
     def record(self, rows: Rows) -> Rows:
         """What a dump would record of the truth under the keys of some records, rounded to float32.
