@@ -115,6 +115,14 @@ class _Model:
         """How far records are from float64 (`Truth`)."""
         return {} if self.truth is None else self.truth.distances(points)
 
+    def own_rounding(self, points: Mapping[str, Rows]) -> dict[str, NDArray[np.float64]]:
+        """How far float32 is from float64 at records (`Truth`)."""
+        return {} if self.truth is None else self.truth.own_rounding(points)
+
+    def from_table(self, points: Mapping[str, Rows]) -> dict[str, NDArray[np.float64]]:
+        """How far records are from float32 with ggml's tables (`Truth`)."""
+        return {} if self.truth is None else self.truth.from_table(points)
+
     def one_entry(self, points: Mapping[str, Rows]) -> dict[str, NDArray[np.float64]]:
         """What one entry of a table makes of records (`Truth`)."""
         return {} if self.truth is None else self.truth.one_entry(points)
