@@ -15,6 +15,7 @@ from .dataflow import Flow, upstream
 from .limits import ASSUMED_JUMP, EXACT_FLOOR, FUTURE_MASS, JUMP, LARGEST_ROUNDING
 from .measure import Measured
 from .noise import excused
+from .operations import ELEMENTWISE
 from .truth import FEW_ENTRIES, NO_COARSE_ROUNDING, NO_ROUNDING, Truth, of_few, of_table, raised
 
 Floats = NDArray[np.float64]
@@ -75,6 +76,9 @@ def hold(
     elif excuse_noise and lower_arithmetic:
         limit, notes = _grown(measured, limit, of_limit, model)
         of_limit = proportion(measured.measures.nmse, measured.measures.future_mass, limit)
+    if excuse_noise and allowed.operations > EXACT_FLOOR.operations:
+        limit = _no_worse(measured, limit, of_limit, model)
+        of_limit = proportion(measured.measures.nmse, measured.measures.future_mass, limit)
     failed = of_limit > 1
     return Held(limit, of_limit, failed, (*_of_the_table(measured.measures.nmse, tabled, failed, behind), *notes))
 
@@ -102,7 +106,11 @@ def _behind_a_table(measured: Measured, model: Flow, limit: Floats) -> Bools:
     Those of a point with such an operation between it and the compared points before it, and those whose error is inherited from them.
     """
     made = model.whole.made
-    tables = {name for name, how in made.items() if how.looked_up(name)}
+    # What is made of such elements one by one is off as they are: where it divides by small weights, by a larger part of the row.
+    tables = set[str]()
+    for name, how in made.items():  # what a point reads stands before it
+        if how.looked_up(name) or (how.op in ELEMENTWISE and not tables.isdisjoint(how.reads)):
+            tables.add(name)
     behind = model.whole.behind(lambda name, _: name in tables)
     stretches = [model.between(name) for name in measured.names]
     # What of such a row was not recorded may be off as well.
@@ -143,6 +151,16 @@ def _grown(measured: Measured, limit: Floats, of_limit: Floats, model: Flow) -> 
         f"precision: {int(grown.sum())} records are up to {of_limit[grown].max():.1f} × over the table's limit, and nothing jumps: taken "
         "for what lower arithmetic costs this model (an excuse: --model measures it)",
     )
+
+
+def _no_worse(measured: Measured, limit: Floats, of_limit: Floats, model: Flow) -> Floats:
+    """Every record's limit [R], no lower than the worst error that it is made from, where nothing that it depends on fails.
+
+    Limits are by point: of what attention reads from its cache, say, where one row of many is as far off as where it was made.
+    """
+    nmse = measured.measures.nmse
+    above = upstream(model, measured.point, measured.seq, measured.token_idx, nmse, of_limit > 1)
+    return np.where(above.failed, limit, np.fmax(limit, above.worst))
 
 
 def _by_truth(measured: Measured, limit: Floats, truth: Truth) -> tuple[Floats, tuple[str, ...]] | None:

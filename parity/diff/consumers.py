@@ -16,7 +16,7 @@ from .against_limits import Held
 from .dataflow import Flow
 from .layouts import MOMENT, Allowed, Reading, head_size_of, reading
 from .measure import Measured
-from .operations import ELEMENTWISE, MIXING, NORMS
+from .operations import CHOICES, ELEMENTWISE, MIXING, NORMS
 from .same_vector import alike
 
 Floats = NDArray[np.float64]
@@ -176,6 +176,8 @@ class _Consumers:
         if not left * _BELOW <= error:
             return False
         operations = self._model.operations(self._model.path(name, child))
+        if operations & CHOICES:
+            return False  # the same experts are chosen by many other scores
         if operations <= ELEMENTWISE and not left * self._energy[other] * _BELOW <= error * self._energy[record]:
             return False
         if not (np.isnan(measures.nmse_row[other]) or measures.bound[other]) or self._model.mixes(name, child):
