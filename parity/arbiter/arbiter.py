@@ -13,11 +13,13 @@ from checkpoints.summary import summarise
 from engine.backend import Backend
 from engine.engine import Engine
 from engine.graph import Step, WeightSource, sees_later
+from engine.replay.disturbed import disturbed
 from engine.replay.wide import Variant, coarse_points, entry_errors, is_looked_up, values_of
 
 from ..diff.slices import SLICE_FLOOR
 
 Floats = NDArray[np.float64]
+_SAMPLES = 4  # runs with rounding's noise: the largest of as many is within a factor of two of what twice as many give
 
 
 class Arbiter:
@@ -132,6 +134,20 @@ class Arbiter:
             bound[here] = error / np.fmax(energy, share)
         return bound
 
+    def spread(self, points: Mapping[str, Rows]) -> dict[str, Floats]:
+        """As `parity.diff.truth.Truth.spread`; records whose positions are not known have 0."""
+        known = self._known(points, Variant.WIDE)
+        worst = {name: np.zeros(len(rows)) for name, rows in known.items()}
+        for seed in range(_SAMPLES):
+            values = self._computed(Variant.WIDE, disturbed(self._steps, seed), known.keys())
+            for name, rows in known.items():
+                index, here = self._here(rows)
+                if here.any():
+                    moved, _ = self._recorded(rows.take(here), index[here], values[name])
+                    truth = self._values[Variant.WIDE][name]
+                    worst[name][here] = np.fmax(worst[name][here], self._distance(moved, truth))
+        return worst
+
     def value(self, point: str, variant: Variant = Variant.WIDE) -> NDArray[Any]:
         """The whole value of a point in an arithmetic."""
         self._compute({point}, variant)
@@ -139,10 +155,11 @@ class Arbiter:
 
     def _compute(self, wanted: Collection[str], variant: Variant) -> None:
         if missing := set(wanted) - self._values[variant].keys():
-            positions, given = self._positions.tolist(), self._given(variant)
-            self._values[variant] |= values_of(
-                variant, self._steps, self._tokens, positions, self._passes, self._weights, self._backend, missing, given
-            )
+            self._values[variant] |= self._computed(variant, self._steps, missing)
+
+    def _computed(self, variant: Variant, steps: Sequence[Step], wanted: Collection[str]) -> dict[str, NDArray[Any]]:
+        positions, given = self._positions.tolist(), self._given(variant)
+        return values_of(variant, steps, self._tokens, positions, self._passes, self._weights, self._backend, wanted, given)
 
     def record(self, rows: Rows) -> Rows:
         """What a dump would record of the truth under the keys of some records, rounded to float32.

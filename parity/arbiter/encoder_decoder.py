@@ -1,11 +1,10 @@
 """The truth about an encoder–decoder: the encoder's steps over the prompt, the decoder's over its own tokens, each in float64."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import cached_property
 
 from checkpoints.record import Rows
-from engine.graph import ENCODED, ENCODER, POSITIONS, TOKENS, Step, name_of, read_as
+from engine.graph import ENCODED, ENCODER, alone
 from engine.replay.wide import coarse_points
 from engine.transformer import Transformer
 
@@ -24,7 +23,7 @@ class EncoderDecoderArbiter:
         steps = transformer.encoder or ()
         computed = transformer.weights, transformer.backend
         self._last = steps[-1].makes
-        self._encoder = Arbiter([_alone(step) for step in steps], *computed, prompt, range(len(prompt)), [0] * len(prompt))
+        self._encoder = Arbiter(alone(steps), *computed, prompt, range(len(prompt)), [0] * len(prompt))
         tokens = (transformer.decoder_start or 0, *generated)
         numbers = range(len(tokens))
         self._decoder = Arbiter(
@@ -68,6 +67,11 @@ class EncoderDecoderArbiter:
         first, others = _halves(points)
         return self._encoder.one_entry(first) | self._decoder.one_entry(others)
 
+    def spread(self, points: Mapping[str, Rows]) -> dict[str, Floats]:
+        """As `Arbiter.spread`, of each half by itself."""
+        first, others = _halves(points)
+        return self._encoder.spread(first) | self._decoder.spread(others)
+
     def record(self, rows: Rows) -> Rows:
         """As `Arbiter.record`."""
         return (self._encoder if rows.point.startswith(ENCODER) else self._decoder).record(rows)
@@ -77,9 +81,3 @@ def _halves(points: Mapping[str, Rows]) -> tuple[dict[str, Rows], dict[str, Rows
     """The records of the encoder and those of the decoder."""
     first = {name: rows for name, rows in points.items() if name.startswith(ENCODER)}
     return first, {name: rows for name, rows in points.items() if name not in first}
-
-
-def _alone(step: Step) -> Step:
-    """A step of the encoder as that of a model whose tokens are the prompt."""
-    inputs = {ENCODER + name: name for name in (TOKENS, POSITIONS)}
-    return replace(step, reads=tuple(read_as(read, inputs.get(name_of(read), name_of(read))) for read in step.reads))

@@ -31,6 +31,9 @@ class Truth(Protocol):
     def from_table(self, points: Mapping[str, Rows]) -> dict[str, Floats]:
         """How far records are from the same steps in float32 with the reference's tables of float16: as `distances`."""
 
+    def spread(self, points: Mapping[str, Rows]) -> dict[str, Floats]:
+        """How far rounding alone moves records from the truth: the NMSE, [R], where every operation is as far off as right engines' are."""
+
     def one_entry(self, points: Mapping[str, Rows]) -> dict[str, Floats]:
         """NMSE of the recorded elements, [R], if each of them were looked up one entry further in a table of float16.
 
@@ -55,6 +58,8 @@ NO_COARSE_ROUNDING = 1e-3
 # NMSE up to which a few other entries of the table pass where none were met in `apart`: the default points' limit without a model
 # (`parity.diff.against_limits.TABLE`, where what was measured stands).
 FEW_ENTRIES = 1e-6
+# Two right engines, each as far from the truth as rounding carries a value (`Truth.spread`), are twice as far from each other.
+BOTH = 4.0
 # What rounding alone reaches is no more than this (benchmarks/noise.py: 2e-10): beyond it a right engine is as far from the reference as
 # the reference from the truth, and not a hundred times as far.
 ROUNDING = 1e-8
