@@ -1,0 +1,323 @@
+"""Checkpoints in captured CUDA graphs: the Python recorder's part that makes every replay leave its values.
+
+A captured stream computes nothing, and its replays call nothing of ours. So a checkpoint becomes nodes of the graph: this replay's
+value and position are copied to staged memory on the device, and the copy that brings what the last replay staged to pinned host
+memory begins the next one, beside its work. A host node then says that they are there. The driver's own functions are called,
+through ctypes: they are the same whatever framework captures, and their binary interface does not change.
+"""
+
+import ctypes
+import functools
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+_RELAXED, _SET_DEPENDENCIES, _LEGACY_STREAM, _HOST, _DEVICE = 2, 1, 1, 1, 2  # of cuda.h
+_ACTIVE, _INVALIDATED, _IMPLICIT = 1, 2, 906
+_WAITING = 1 << 30  # bytes of replays that may wait to be written; then replays wait
+_QUIET = 0.1  # seconds without a replay that count as rest: the lines are made then, since that takes Python from the engine
+_HOST_FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+_KEPT: "list[Any]" = []  # what graphs refer to: they may be replayed when the recorder is gone
+
+
+def _side(name: str) -> "list[tuple[str, Any]]":
+    """The fields of one side of a copy, "src" or "dst"."""
+    return [
+        *((name + field, ctypes.c_size_t) for field in ("XInBytes", "Y", "Z", "LOD")),
+        (name + "MemoryType", ctypes.c_int),
+        *((name + field, ctypes.c_void_p) for field in ("Host", "Device", "Array", "Reserved")),
+        *((name + field, ctypes.c_size_t) for field in ("Pitch", "Height")),
+    ]
+
+
+class _Copy(ctypes.Structure):
+    """CUDA_MEMCPY3D."""
+
+    _fields_ = [*_side("src"), *_side("dst"), *((name, ctypes.c_size_t) for name in ("WidthInBytes", "Height", "Depth"))]
+
+
+class _HostCall(ctypes.Structure):
+    """CUDA_HOST_NODE_PARAMS."""
+
+    _fields_ = [("function", _HOST_FUNCTION), ("argument", ctypes.c_void_p)]
+
+
+@functools.lru_cache(maxsize=1)
+def _driver() -> "Any":
+    """The CUDA driver's library; None where there is none."""
+    try:
+        return ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return None
+
+
+def _call(name: str, *arguments: Any) -> None:
+    status = getattr(_driver(), name)(*arguments)
+    if status:
+        text = ctypes.c_char_p()
+        _driver().cuGetErrorString(status, ctypes.byref(text))
+        raise RuntimeError(f"{name}: {(text.value or b'unknown error').decode()}")
+
+
+def _stream_of(value: Any) -> "int | None":
+    """The handle of the stream that a device array of PyTorch or CuPy is computed in; None for arrays in host memory and others."""
+    if getattr(value, "is_cuda", False):
+        return int(sys.modules["torch"].cuda.current_stream(value.device).cuda_stream)
+    if hasattr(value, "__cuda_array_interface__") and "cupy" in sys.modules:
+        return int(sys.modules["cupy"].cuda.get_current_stream().ptr)
+    return None
+
+
+def is_captured(value: Any) -> bool:
+    """Whether a value is computed in a stream that is being captured.
+
+    Raises:
+        RuntimeError: another stream is, or this capture has failed.
+    """
+    stream = _stream_of(value)
+    if stream is None or _driver() is None:
+        return False
+    state = ctypes.c_int()
+    status = _driver().cuStreamIsCapturing(ctypes.c_void_p(stream), ctypes.byref(state))
+    if not status and not state.value and stream > _LEGACY_STREAM:
+        status = _driver().cuStreamIsCapturing(ctypes.c_void_p(_LEGACY_STREAM), ctypes.byref(ctypes.c_int()))
+    if status == _IMPLICIT:
+        raise RuntimeError("another stream is being captured into a CUDA graph: record in the captured stream")
+    if state.value == _INVALIDATED:
+        raise RuntimeError("the capture of this stream has already failed")
+    return not status and state.value == _ACTIVE
+
+
+class _Row:
+    """A device array as the graph copies it: where it lies, and how the host reads its bytes."""
+
+    def __init__(self, value: Any) -> None:
+        bfloat = str(value.dtype) == "torch.bfloat16"
+        name = "uint16" if bfloat else str(value.dtype).removeprefix("torch.")
+        if name not in ("float32", "float16", "uint16", "int32", "int64") or (name == "uint16" and not bfloat):
+            raise TypeError(
+                f"values of {value.dtype} cannot be recorded in a captured graph; give float32, float16 or bfloat16"
+            )
+        # As nodes of the graph, where it isn't contiguous. The graph reads it at every replay: it must not be freed.
+        self.value = value.contiguous() if hasattr(value, "contiguous") else sys.modules["cupy"].ascontiguousarray(value)
+        self.shape = tuple(int(size) for size in value.shape)
+        self.dtype, self.bfloat = np.dtype(name), bfloat
+        self.size = int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+        self.pointer = int(self.value.data_ptr() if hasattr(self.value, "data_ptr") else self.value.data.ptr)
+
+    def read(self, staged: bytes, offset: int) -> "NDArray[Any]":
+        """The array of a replay."""
+        flat = np.frombuffer(staged, self.dtype, self.size // self.dtype.itemsize, offset)
+        if self.bfloat:
+            flat = (flat.astype(np.uint32) << 16).view(np.float32)
+        return flat.reshape(self.shape)
+
+
+class _Slot:
+    """Staged and pinned memory of one checkpoint of one graph: its value, and behind it its position."""
+
+    def __init__(self, point: str, value: Any, position: Any) -> None:
+        self.point, self.value, self.position = point, _Row(value), _Row(position)
+        self.behind = -(-self.value.size // 8) * 8
+        self.size = self.behind + self.position.size
+        self.staged, self.pinned = ctypes.c_uint64(), ctypes.c_void_p()
+        _call("cuMemAlloc_v2", ctypes.byref(self.staged), ctypes.c_size_t(self.size))
+        _call("cuMemHostAlloc", ctypes.byref(self.pinned), ctypes.c_size_t(self.size), 0)
+
+    def copies(self) -> "list[_Copy]":
+        """To the host; and to the staged memory, of value and position."""
+        staged = self.staged.value
+        to_host = _Copy(
+            srcMemoryType=_DEVICE, srcDevice=staged, dstMemoryType=_HOST, dstHost=self.pinned.value, WidthInBytes=self.size,
+            Height=1, Depth=1,
+        )  # fmt: skip
+        here = [
+            _Copy(
+                srcMemoryType=_DEVICE, srcDevice=row.pointer, dstMemoryType=_DEVICE, dstDevice=staged + offset,
+                WidthInBytes=row.size, Height=1, Depth=1,
+            )
+            for row, offset in ((self.value, 0), (self.position, self.behind))
+        ]  # fmt: skip
+        return [to_host, *here]
+
+    def rows(self, brought: bytes) -> "tuple[NDArray[np.float32], list[int]]":
+        """The value of a replay, and its positions: as they are, or one after the other from the only one that there is."""
+        value = self.value.read(brought, 0).astype(np.float32)
+        positions = self.position.read(brought, self.behind).ravel()
+        rows = 1 if value.ndim < 2 else value.shape[-2]
+        at = positions if positions.size == rows else positions[0] + np.arange(rows)
+        return value, [int(position) for position in at]
+
+
+class _Graph:
+    """What one capture made: its host node, and its slots. At the beginning of replay r the pinned bytes are those of replay r − 1."""
+
+    def __init__(self, number: int, graph: Any, hand_over: "Callable[[_Graph], None]") -> None:
+        self.number = number
+        self.slots: list[_Slot] = []
+        self.replays, self.written = 0, 0
+        self.node = ctypes.c_void_p()
+        self._function = _HOST_FUNCTION(lambda _: hand_over(self))
+        call = _HostCall(self._function, None)
+        _call("cuGraphAddHostNode", ctypes.byref(self.node), graph, None, ctypes.c_size_t(0), ctypes.byref(call))
+        _KEPT.append(self)
+
+    def brought(self) -> "list[tuple[_Slot, bytes]]":
+        """What stands in pinned memory."""
+        return [(slot, ctypes.string_at(slot.pinned.value or 0, slot.size)) for slot in self.slots]
+
+
+class Graphs:
+    """All captured graphs of a recorder, and the thread that gives it their replays: `take(point, value, positions)`."""
+
+    def __init__(self, take: "Callable[[str, NDArray[np.float32], list[int]], None]") -> None:
+        self._take = take
+        self._graphs: dict[int, _Graph] = {}
+        self._waiting: deque[tuple[_Slot, bytes]] = deque()
+        self._size, self._busy, self._closing, self._hurried = 0, False, False, False
+        self._change = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._failure: BaseException | None = None
+
+    def add(self, point: str, value: Any, position: Any) -> None:
+        """Make a checkpoint part of the graph that is being captured.
+
+        Raises:
+            ValueError: it isn't known where the position is read.
+            TypeError, RuntimeError: the value or the capture does not allow it.
+        """
+        if position is None:
+            raise ValueError(
+                f"{point}: this stream is being captured into a CUDA graph: call positions_from with the device array from which"
+                " each replay reads its position"
+            )
+        self.check()
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="checkpoint-writer", daemon=True)
+            self._thread.start()
+        mode = ctypes.c_int(_RELAXED)  # memory may be allocated meanwhile: the capture is of the stream, not of that
+        _call("cuThreadExchangeStreamCaptureMode", ctypes.byref(mode))
+        try:
+            self._add_nodes(_Slot(point, value, position), ctypes.c_void_p(_stream_of(value)))
+        finally:
+            _call("cuThreadExchangeStreamCaptureMode", ctypes.byref(mode))
+
+    def _add_nodes(self, slot: _Slot, stream: Any) -> None:
+        """Staging follows what the stream has captured so far, and the copy with which a replay begins; the stream goes on behind."""
+        state, number, graph, count = ctypes.c_int(), ctypes.c_uint64(), ctypes.c_void_p(), ctypes.c_size_t()
+        before = ctypes.POINTER(ctypes.c_void_p)()
+        _call(
+            "cuStreamGetCaptureInfo_v2", stream, ctypes.byref(state), ctypes.byref(number), ctypes.byref(graph),
+            ctypes.byref(before), ctypes.byref(count),
+        )  # fmt: skip
+        so_far = [before[i] for i in range(count.value)]
+        found = self._graphs.get(number.value)
+        if found is None:
+            found = self._graphs[number.value] = _Graph(number.value, graph, self._replayed)
+        context = ctypes.c_void_p()
+        _call("cuCtxGetCurrent", ctypes.byref(context))
+
+        def node(copy: _Copy, after: "list[Any]") -> Any:
+            made = ctypes.c_void_p()
+            nodes = (ctypes.c_void_p * len(after))(*after)
+            _call(
+                "cuGraphAddMemcpyNode",
+                ctypes.byref(made),
+                graph,
+                nodes,
+                ctypes.c_size_t(len(after)),
+                ctypes.byref(copy),
+                context,
+            )
+            return made.value
+
+        to_host, *here = slot.copies()
+        bring = node(to_host, [])
+        one, other = (ctypes.c_void_p * 1)(bring), (ctypes.c_void_p * 1)(found.node.value)
+        _call("cuGraphAddDependencies", graph, one, other, ctypes.c_size_t(1))
+        staged = [node(copy, [*so_far, bring]) for copy in here]
+        last = (ctypes.c_void_p * len(staged))(*staged)
+        _call("cuStreamUpdateCaptureDependencies", stream, last, ctypes.c_size_t(len(staged)), ctypes.c_uint(_SET_DEPENDENCIES))
+        found.slots.append(slot)
+
+    def _replayed(self, graph: _Graph) -> None:
+        """Called by the driver's thread, once a replay."""
+        self._hand_over(graph)
+        graph.replays += 1
+
+    def _hand_over(self, graph: _Graph) -> None:
+        if self._closing or graph.written >= graph.replays:
+            return
+        graph.written = graph.replays
+        brought = graph.brought()
+        size = sum(len(staged) for _, staged in brought)
+        with self._change:
+            if self._size and self._size + size > _WAITING:
+                self._hurried = True
+                self._change.notify_all()
+                self._change.wait_for(lambda: self._closing or not self._size or self._size + size <= _WAITING)
+            self._waiting.extend(brought)
+            self._size += size
+            self._change.notify_all()
+
+    def _run(self) -> None:
+        """Write when no replay came for a while, when memory runs short, or when everything must be written."""
+        while True:
+            with self._change:
+                while not (self._waiting and (self._hurried or self._closing)):
+                    before = len(self._waiting)
+                    if self._closing:
+                        return
+                    if not self._change.wait(_QUIET) and self._waiting and len(self._waiting) == before:
+                        break
+                slot, brought = self._waiting.popleft()
+                self._busy = True
+            try:
+                if self._failure is None:
+                    self._take(slot.point, *slot.rows(brought))
+            except BaseException as error:
+                self._failure = error
+            with self._change:
+                self._busy = False
+                self._size -= len(brought)
+                self._hurried = self._hurried and bool(self._waiting)
+                self._change.notify_all()
+
+    def check(self) -> None:
+        """Raise what has failed in the thread."""
+        if self._failure is not None:
+            raise self._failure
+
+    def flush(self) -> None:
+        """Wait for the device, and until what the last replay of each graph staged is written."""
+        if self._thread is None:
+            return
+        _call("cuCtxSynchronize")
+        for graph in self._graphs.values():
+            if graph.written < graph.replays:
+                for slot in graph.slots:
+                    _call("cuMemcpyDtoH_v2", slot.pinned, slot.staged, ctypes.c_size_t(slot.size))
+                self._hand_over(graph)
+        with self._change:
+            self._hurried = bool(self._waiting)
+            self._change.notify_all()
+            self._change.wait_for(lambda: not self._waiting and not self._busy)
+        self.check()
+
+    def close(self) -> None:
+        """Flush; replays that come later are not recorded. Their memory stays: the graphs still copy to it."""
+        if self._thread is None:
+            return
+        try:
+            self.flush()
+        finally:
+            with self._change:
+                self._closing = True
+                self._change.notify_all()
+            self._thread.join()
+            self._thread = None
