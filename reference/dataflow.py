@@ -60,19 +60,19 @@ class _Walk:
                 points += behind[0]
                 weights += behind[1]
             known = [name for name in dict.fromkeys(points) if name in origins]
-            origins[item.point] = Made(
-                self._operation(node) if item.operand is None else CACHE, tuple(known), tuple(dict.fromkeys(weights))
-            )
+            maker = self._maker(node)
+            op, function = (maker.op, maker.function) if item.operand is None else (CACHE, "")
+            origins[item.point] = Made(op, tuple(known), tuple(dict.fromkeys(weights)), function)
         return Dataflow(origins)
 
-    def _operation(self, node: Node) -> str:
-        """ggml's name of what makes a node; for a view of something unplanned, what makes that."""
+    def _maker(self, node: Node) -> Node:
+        """The node itself; for a view of something unplanned, what makes that."""
         while node.op in VIEWS and node.sources:
             behind = self._nodes.get(node.sources[0].address)
             if behind is None or behind.address in self._point:
                 break
             node = behind
-        return node.op
+        return node
 
     def _memory(self, source: Source, *, stop: bool = False) -> Source:
         """The tensor that owns the memory which a view shows; with `stop`, or the first point on the way to it."""

@@ -41,6 +41,7 @@ class Node:
     """One node of the graph as ggml sees it, and the point it stands for ("" while it has none).
 
     `op_params` are the 16 raw int32 of `ggml_tensor.op_params` (a float is the same 32 bits); `address` is its struct's.
+    `function` is which one a UNARY or GLU computes ("GELU", "SWIGLU").
     """
 
     name: str
@@ -51,6 +52,7 @@ class Node:
     sources: tuple[Source, ...]
     point: str = ""
     address: int = 0
+    function: str = ""
 
 
 @dataclass(frozen=True)

@@ -220,7 +220,7 @@ def test_an_engine_that_crashes_or_hangs_or_prints_nothing(parity: Cli, tmp_path
 
 
 def test_what_it_refuses(parity: Cli) -> None:
-    """No side, two sides, unknown names, modes that the engine cannot be told, and a matrix of which nothing was compared."""
+    """No side or two, unknown names or program, modes that the engine cannot be told, and a matrix of which nothing was compared."""
     refused(parity("conform"), "--exec CMD")
     refused(parity("conform", "--exec", "x", "--side", "ours"), "Take one of")
     refused(parity("conform", "--exec", "", "--types", "F32"), "--exec is empty")
@@ -228,6 +228,8 @@ def test_what_it_refuses(parity: Cli) -> None:
     refused(parity("conform", "--side", "ours", "--profile", "everything"), "--profile 'everything' is not known")
     for mode, needed in (("decode", "{portions}"), ("batch", "{sequences}"), ("state", "{state}")):
         refused(parity("conform", "--exec", "x {model}", "--modes", mode), needed)
+    refused(parity("conform", "--exec", "./no-such-engine {model}"), "cannot run ./no-such-engine")
+    refused(parity("conform", "--exec", "PATH=/nowhere python3 {model}"), "cannot run python3")
     refused(parity("conform", "--side", "hf", "--python", "no-such-python"), "no-such-python")
     refused(parity("conform", "--side", "ours", "--table", "x.txt"), ".csv")
     line = f"{sys.executable} -c 'import sys; sys.exit(\"no\")'"
@@ -267,6 +269,12 @@ def test_a_lost_worker_costs_its_cells_only(c_engine: Path, parity: Cli, tmp_pat
     assert (code, answer["workers"]) == (0, 2)
     assert Path("once").exists()
     assert [cell["verdict"] for cell in answer["cells"]] == ["parity", "parity", "refused"]
+
+
+def test_one_engine_is_tested(parity: Cli) -> None:
+    """None is too few, two are too many, and the error says which it was."""
+    refused(parity("conform"), "no engine to test was given")
+    refused(parity("conform", "--side", "ours", "--exec", "x {out}"), "more than one engine to test was given")
 
 
 def test_a_cluster_that_is_not_there_is_one_line(parity: Cli) -> None:

@@ -1,23 +1,28 @@
 """A fault is planted or says that it does not apply: nothing else comes out of one, and what does is a bug that is seen."""
 
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from explaining import only, small_engine
 
+from checkpoints.gguf_file import contents, header_bytes
+from checkpoints.long_factors import LONG, SHORT
 from engine.backend import choose
 from engine.faults import CATALOGUE, Fault, Planting, plant
 from engine.graph import Step
 from engine.inapplicable import NotApplicable
+from engine.opened import open_plain
 from engine.replay.replay import Replay
 from engine.synth import Shape, synthesize
 from engine.transformer import Transformer
 from engine.weights.gguf_model import GgufModel
 from parity.explain.explain import explain
+from reference.client import Reference
 
 # Head counts and widths that do not divide each other, one layer only, no biases, frequency factors, block formats.
 MODELS = {
@@ -69,3 +74,36 @@ def test_a_bug_in_a_fault_is_no_fault_that_does_not_apply(tmp_path: Path, monkey
         explain(only(engine, ("activation", {"activation": "ReLU"}, (2,))), engine.model)
     with pytest.raises(NotApplicable):
         plant(engine.right, CATALOGUE["rope-base"], (), base=1.0)
+
+
+@pytest.mark.parametrize("lacking", [SHORT, LONG])
+def test_factors_of_one_length_have_no_others(
+    lacking: str, small_model: Callable[..., Path], reference: Reference, tmp_path: Path
+) -> None:
+    """A file with one of the two sets of frequency factors, which llama.cpp takes, has no fault of the other set."""
+    settings = {"rope.scaling.original_context_length": 4096 if lacking == LONG else 256}
+    whole = contents(small_model("phi3-longrope", layers=1, context=8192, settings=settings))
+    infos, data = [], b""
+    for tensor, after in zip(whole.tensors, [*(tensor.offset for tensor in whole.tensors[1:]), None], strict=True):
+        if tensor.name != lacking:
+            infos.append(replace(tensor, offset=len(data)))
+            data += whole.path.read_bytes()[whole.data :][tensor.offset : after]
+    path = tmp_path / "model.gguf"
+    path.write_bytes(header_bytes(whole.metadata, infos) + data)
+    engine = Transformer(GgufModel(path), choose("numpy"), recorded=reference.graph(path))
+    right = Replay(engine.steps, [1, 2, 3], range(3), [0] * 3, engine.weights, engine.backend)
+    steps = plant(engine.steps, CATALOGUE["rope-factors-of-other-length"])
+    with pytest.raises(NotApplicable, match=f"the file has no {lacking}"):
+        right.run(steps, lambda _name, _value: True)
+
+
+@pytest.mark.slow
+def test_positions_moved_beyond_their_table_do_not_apply(small_model: Callable[..., Path], reference: Reference) -> None:
+    """A prompt that fills the context: its last position has no next row, while one row back is there for every position."""
+    model = small_model("gpt2", layers=1, context=8)
+    engine = open_plain(GgufModel(model), "numpy", recorded=partial(reference.graph, model))
+    engine.expect(8)
+    right = Replay(engine.steps, [5] * 8, range(8), [0] * 8, engine.weights, engine.backend)
+    fault = CATALOGUE["position-rows-shifted"]
+    assert _run(right, list(engine.steps), ((fault, {"by": "minus one row"}),), None)
+    assert not _run(right, list(engine.steps), ((fault, {"by": "one row"}),), None)

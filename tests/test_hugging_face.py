@@ -133,6 +133,20 @@ def test_points_by_wildcard_and_some_positions(model: Callable[[str], Path], par
     refused(parity(*dump, "--points", "blk.*.nothing"), "has none of these points")
 
 
+@needs_transformers
+@pytest.mark.slow
+def test_a_prompt_is_taken_as_it_is(model: Callable[[str], Path], parity: Cli) -> None:
+    """Braces of a prompt are no placeholders, and a NUL passes, as no command line's would; an id outside the vocabulary is one line."""
+    text = "Lily {tokens} {model}\0 and {out}"
+    Path("prompt.txt").write_text(text, encoding="utf-8")
+    dump = ("dump", "hf", "--python", PYTHON, "-o", "hf.jsonl")
+    assert parity(*dump, "--prompt-file", "prompt.txt", "--points", "logits").code == 0
+    header = read(Path("hf.jsonl")).header
+    assert header is not None
+    assert header.prompt == text
+    refused(parity(*dump, "--model", model("qwen2"), "--tokens", "1,99999"), "token id 99999 is outside the vocabulary")
+
+
 def test_tokenizers_are_compared_by_ids_and_pieces() -> None:
     """The first different piece is named with both ids, or the lengths where one is the other's beginning."""
     prompt = Prompt("a b", (1, 5, 6), ("<s>", "a", " b"))

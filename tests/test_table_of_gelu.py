@@ -7,9 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from dumps import HEADER, dump, random
 from planted import Faulty, Planted, tokens_of
 
 from checkpoints.answers.diff import Verdict
+from checkpoints.dataflow import Made
 from checkpoints.reading.reader import read
 from checkpoints.record import Dump
 from engine.backend import Array
@@ -88,9 +90,34 @@ def test_a_fault_behind_the_table_is_seen(sides: Callable[[str], Sides]) -> None
     found = both.told(1 << 20, steps=edited(right, "output_norm", lambda x: x * np.float32(1.0003)))
     assert found.first_divergence is not None
     assert found.first_divergence.checkpoint == "output_norm"
+    assert not any("a fault, or what the table" in note for note in found.notes)
     found = both.told(16, steps=edited(right, "blk.1.ffn_geglu", lambda x: x * np.float32(1.01)))
     assert found.first_divergence is not None
     assert found.first_divergence.checkpoint == "blk.1.ffn_geglu"
+    assert any("a fault, or what the table" in note for note in found.notes)
+
+
+@pytest.mark.parametrize(
+    ("op", "right"), [("UNARY:GELU", True), ("UNARY:GELU_QUICK", True), ("UNARY:SILU", False), ("UNARY", False)]
+)
+def test_the_header_says_which_function_is_looked_up(op: str, right: bool) -> None:
+    """An error of 1e-7 behind a node without a telling name is the table's where the header says GELU, and a divergence elsewhere."""
+    dataflow = {
+        "": {"embd": ["GET_ROWS", [], ["token_embd.weight"]]},
+        "0": {"gated": [op, ["embd"], []], "l_out": ["MUL_MAT", [".gated"], [".proj.weight"]]},
+    }
+    ref = random(("embd", "blk.0.l_out"))
+    ours = {"embd": ref["embd"], "blk.0.l_out": ref["blk.0.l_out"] * np.float32(1 + 3e-4)}
+    verdict = compare(dump(ours), dump(ref, header=replace(HEADER, dataflow=dataflow)), Options(compute="f32"))
+    assert bool(verdict) == right
+
+
+def test_an_erf_is_not_looked_up() -> None:
+    """What is said decides; the name only where nothing is said, as in headers of older versions."""
+    assert Made("GLU", function="GEGLU").looked_up("blk.0.ffn_act")
+    assert not Made("GLU", function="GEGLU_ERF").looked_up("blk.0.ffn_geglu")
+    assert Made("GLU").looked_up("blk.0.ffn_geglu")
+    assert not Made("GLU").looked_up("blk.0.ffn_swiglu")
 
 
 def halves(kind: str, values: np.ndarray) -> np.ndarray:

@@ -99,6 +99,7 @@ def test_a_model_without_a_tokenizer_takes_ids_only(parity: Cli, tmp_path: Path)
         (("--prompt", "a", "--positions", "x"), "--positions"),
         (("--prompt", "a", "--positions", "900"), "position"),
         (("--prompt", "a", "--window", "0"), "--window"),
+        (("--prompt", "a", "--window", "²"), "--window"),  # a digit to str.isdigit, none to int
         (("--prompt", "a", "--backend", "cupy"), "upy"),
         (("--prompt-file", "nofile.txt"), "nofile.txt"),
         (("--prompt", "a", "--exec", "'"), "--exec"),

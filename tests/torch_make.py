@@ -84,6 +84,11 @@ def hook(run: dict[str, torch.Tensor]) -> dict[str, Any]:
     return files
 
 
+def linear(name: str, given: torch.Tensor, returned: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The files of a linear module: its argument before and after, and what it returned, under the name of its next argument."""
+    return {f"{name}-input.input": given, f"{name}-output.input": given, f"{name}-output.all_reduce_params": returned}
+
+
 def debug_hook(run: dict[str, torch.Tensor]) -> dict[str, Any]:
     """TensorRT-LLM's debug hook: a file an argument; a layer hands on hidden states and residual."""
     files = {}
@@ -99,9 +104,7 @@ def debug_hook(run: dict[str, torch.Tensor]) -> dict[str, Any]:
             f"{layer}1.RMSNorm-input.hidden_states": run["embd"],
             f"{layer}1.RMSNorm-output.hidden_states": run["embd"],
             f"{layer}1.RMSNorm-output.residual": run["blk.0.attn_norm"],
-            f"{layer}2.LlamaAttention-2.Linear-input.input": part(run["blk.0.kqv_out"], rank, 1),
-            f"{layer}2.LlamaAttention-2.Linear-output.input": part(run["blk.0.kqv_out"], rank, 1),
-            f"{layer}2.LlamaAttention-2.Linear-output.all_reduce_params": run["blk.0.attn_out"],
+            **linear(f"{layer}2.LlamaAttention-2.Linear", part(run["blk.0.kqv_out"], rank, 1), run["blk.0.attn_out"]),
             f"{layer}2.LlamaAttention-output.position_ids": run["blk.0.attn_out"],
             f"{layer}3.RMSNorm-input.hidden_states": run["blk.0.attn_out"],
             f"{layer}3.RMSNorm-input.residual": run["embd"],
@@ -109,9 +112,7 @@ def debug_hook(run: dict[str, torch.Tensor]) -> dict[str, Any]:
             f"{layer}3.RMSNorm-output.residual": run["embd"],
             f"{layer}3.RMSNorm-output.2": run["blk.0.ffn_norm"],
             f"{layer}3.RMSNorm-output.3": residual,
-            f"{layer}4.GatedMLP-2.Linear-input.input": part(run["blk.0.ffn_swiglu"], rank, 1),
-            f"{layer}4.GatedMLP-2.Linear-output.input": part(run["blk.0.ffn_swiglu"], rank, 1),
-            f"{layer}4.GatedMLP-2.Linear-output.all_reduce_params": run["blk.0.ffn_out"],
+            **linear(f"{layer}4.GatedMLP-2.Linear", part(run["blk.0.ffn_swiglu"], rank, 1), run["blk.0.ffn_out"]),
             f"{layer}4.GatedMLP-input.x": run["blk.0.ffn_norm"],
             f"{layer}4.GatedMLP-output.x": run["blk.0.ffn_norm"],
             f"{layer}4.GatedMLP-output.all_rank_num_tokens": run["blk.0.ffn_out"],

@@ -24,7 +24,7 @@ from ..record import Dump, Header, Rows
 from ..summary import summarise
 from . import torch_file
 from .arrays import rows_of
-from .shards import joined
+from .shards import joined_and_counted
 
 _TAG = re.compile(r"(\w+)=(.*)", re.DOTALL)
 _RANK = re.compile(r"TP(\d{1,5})_PP(\d{1,5})_Rank(\d{1,6})_pid\d+")
@@ -174,10 +174,7 @@ def _rows(tensor: _Tensor, step: int, places: _Places, mapping: Mapping, notes: 
     if any(part.dtype.kind not in "f" for part in parts):
         return None
     count = None if places.positions is None else len(places.positions)
-    whole, how = joined(parts, tensor.dims, count)
-    if how:
-        what = f"shards of {len(parts)} ranks are {how}" if whole is not None else f"left out: {how}"
-        notes[what] = notes.get(what, 0) + 1
+    whole = joined_and_counted(parts, notes, tensor.dims, count)
     if whole is None:
         return None
     rows = rows_of(point, mapping.array(entry, whole), step)

@@ -45,6 +45,17 @@ def joined(parts: Sequence[NDArray[Any]], dims: str = "", count: int | None = No
     return np.concatenate(parts, axis=axis), f"joined along axis {axis}"
 
 
+def joined_and_counted(
+    parts: Sequence[NDArray[Any]], notes: dict[str, int], dims: str = "", count: int | None = None
+) -> NDArray[Any] | None:
+    """The whole tensor of `joined`, None where parts do not fit; `notes` counts the tensors by what was done with them."""
+    whole, how = joined(parts, dims, count)
+    if how:
+        what = f"shards of {len(parts)} ranks are {how}" if whole is not None else f"left out: {how}"
+        notes[what] = notes.get(what, 0) + 1
+    return whole
+
+
 _SUM = "sum"
 
 

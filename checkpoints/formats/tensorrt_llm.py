@@ -20,7 +20,7 @@ from ..points import EMBD, LOGITS, OUTPUT_NORM, in_layer
 from ..record import Dump, Rows
 from . import torch_file
 from .arrays import rows_of
-from .shards import joined
+from .shards import joined_and_counted
 
 _NAME = re.compile(r"((?:\d{1,6}\.[^-]+-)+)(input|output)\.([^-]{1,200})\.pt")
 _MODULE = re.compile(r"(\d{1,6})\.([^-]+)-")
@@ -105,11 +105,7 @@ def _whole(files: dict[int, Path], notes: dict[str, int]) -> NDArray[Any] | None
     values = [torch_file.contents(files[rank]) for rank in sorted(files)]
     if not all(isinstance(value, np.ndarray) and value.dtype.kind == "f" for value in values):
         return None
-    whole, how = joined(values)
-    if how:
-        what = f"shards of {len(values)} ranks are {how}" if whole is not None else f"left out: {how}"
-        notes[what] = notes.get(what, 0) + 1
-    return whole
+    return joined_and_counted(values, notes)
 
 
 def _named(modules: dict[_Path, _Module]) -> Iterator[tuple[str, list[dict[int, Path]]]]:

@@ -1,4 +1,4 @@
-"""A dump of JSON lines, read whole (`checkpoints.scan` says what is understood)."""
+"""A dump of JSON lines, read whole (`checkpoints.reading.scan` says what is understood)."""
 
 import os
 from collections.abc import Iterator

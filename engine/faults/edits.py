@@ -40,6 +40,25 @@ class Then:
         return self.change(self.op(*inputs, **params))
 
 
+@dataclass(frozen=True)
+class WithInput:
+    """An operation with one of its inputs changed: `change` is given that input, and what is read besides.
+
+    `at` is the number of that input, `besides` the numbers of what is read for `change` alone.
+    """
+
+    op: Callable[..., Array]
+    at: int
+    change: Callable[..., Array]
+    besides: tuple[int, ...] = ()
+
+    def __call__(self, *inputs: Any, **params: Any) -> Array:
+        """The result."""
+        changed = list(inputs)
+        changed[self.at] = self.change(inputs[self.at], *(inputs[number] for number in self.besides))
+        return self.op(*[value for number, value in enumerate(changed) if number not in self.besides], **params)
+
+
 def ggml(step: Step, *names: str) -> bool:
     """Whether the step is one of these operations of ggml's, which no operation of the house stands for."""
     return isinstance(step.op, GgmlOperation) and step.op.name in names

@@ -14,8 +14,6 @@ from .edits import ggml, number, with_values
 
 _NORMS = ("attn_norm", "ffn_norm", "output_norm")
 _ANY_NORM = {AT: (*subsets(*_NORMS), ("attn_norm", "ffn_norm"))}
-
-
 _OPERATIONS = ("RMS_NORM", "NORM")
 
 
@@ -50,8 +48,9 @@ def _outside(x: Array, weight: Array, *, eps: float) -> Array:
     return x / root[:, None] * weight
 
 
-def _plus_one(x: Array, weight: Array, *, eps: float) -> Array:
-    return ops.rms_norm(x, weight + np.float32(1), eps=eps)
+def plus_one(x: Array, weight: Array, *, eps: float, heads: int = 1) -> Array:
+    """The RMS norm, times 1 + weight."""
+    return ops.rms_norm(x, weight + np.float32(1), eps=eps, heads=heads)
 
 
 def _no_weight(x: Array, weight: Array, *, eps: float, heads: int = 1) -> Array:
@@ -91,7 +90,7 @@ _OPS = {
     "norm-over-positions": _over_positions,
     "eps-outside-root": _outside,
     "norm-weight-missing": _no_weight,
-    "norm-one-plus-weight": _plus_one,
+    "norm-one-plus-weight": plus_one,
     "layer-norm": _layer_norm,
     "norm-sum": _sum,
     "norm-in-halves": _halves,
@@ -99,7 +98,7 @@ _OPS = {
 }
 
 
-def _by(name: str) -> "Fault":
+def _by(name: str) -> Fault:
     what, symptom, fix, seen = _TEXTS[name]
 
     def change(step: Step, _right: Steps, _parameters: Parameters) -> Step:

@@ -13,6 +13,7 @@ from ..inapplicable import NotApplicable
 from .base import AT, Fault, Parameters, Steps, Values, kind_of, layer_near, parameter_of, sibling, subsets, weight_of
 
 MATRICES = ("q", "k", "v", "attn_out", "ffn_gate", "ffn_up", "ffn_out")
+EXPERTS = ("ffn_moe_gate_up", "ffn_moe_gate", "ffn_moe_up", "ffn_moe_down")
 _QKV = ("q", "k", "v")
 # Operations that read weights of a layer.
 _WITH_WEIGHTS = ("MUL_MAT", "RMS_NORM", "NORM", "SOFT_MAX", "MUL_MAT_ID", "ADD_ID", "ADD", "MUL", "SSM_CONV", "SSM_SCAN")
@@ -55,6 +56,12 @@ def _transposed(weight: Array) -> Array:
     return weight.T.copy().reshape(weight.shape)
 
 
+def each_transposed(weight: Array) -> Array:
+    """The matrices of experts or heads [E, out, in], each of whose memory is taken for [in, out]."""
+    count, rows, columns = weight.shape
+    return weight.reshape(count, columns, rows).swapaxes(1, 2).copy()
+
+
 def _transpose(step: Step, _right: Steps, _parameters: Parameters) -> Step:
     return altered(step, _transposed)
 
@@ -68,6 +75,16 @@ def _stride(weight: Array, stride: int) -> Array:
 
 def _leading(step: Step, _right: Steps, _parameters: Parameters) -> Step:
     return altered(step, lambda weight: _stride(weight, weight.shape[0]))
+
+
+def with_rows_moved(step: Step, change: Callable[[Array], Array], *, bias: str) -> Step:
+    """The product with the rows of its matrix in another order, and those of its bias: `bias` is "moved" or "left"."""
+    changed = altered(step, change)
+    name = weight_of(step, 1)
+    if not isinstance(name, str) or bias == "left":
+        return changed
+    moved = Altered(name, lambda source, weight: change(source.get(weight)))
+    return replace(changed, weights=(changed.weights[0], moved))
 
 
 def _heads(step: Step, right: Steps) -> int:
@@ -85,12 +102,7 @@ def permuted(rows: Array, heads: int, to: str) -> Array:
 
 def _permute(step: Step, right: Steps, parameters: Parameters) -> Step:
     heads, to = _heads(step, right), parameters["to"]
-    changed = altered(step, lambda weight: permuted(weight, heads, to))
-    bias = weight_of(step, 1)
-    if not isinstance(bias, str) or parameters["bias"] == "left":
-        return changed
-    moved = Altered(bias, lambda source, name: permuted(source.get(name), heads, to))
-    return replace(changed, weights=(changed.weights[0], moved))
+    return with_rows_moved(step, lambda rows: permuted(rows, heads, to), bias=parameters["bias"])
 
 
 def _order(step: Step, right: Steps, parameters: Parameters) -> Step:

@@ -18,7 +18,7 @@ class ConformSide(StrEnum):
     HF = "hf"
 
 
-@o.fills("command", "hugging_face", "compute", "tolerance", "threads", "backend", "mapping", "verbose")
+@o.fills("tested_command", "hugging_face", "compute", "tolerance", "threads", "backend", "mapping", "verbose")
 def conform(
     given: o.Given,
     side: Annotated[
@@ -97,13 +97,16 @@ def conform(
 
     command = given["command"]
     if (command is None) == (side is None):
-        raise InputError("no engine to test was given.", "Take one of --exec CMD, --side ours and --side hf.", code="usage")
+        what = "no engine" if command is None else "more than one engine"
+        raise InputError(f"{what} to test was given.", "Take one of --exec CMD, --side ours and --side hf.", code="usage")
     check_outputs(junit, table)
     theirs = HuggingFace(Path(), given.pop("python"), given.pop("device"), slice_size=None)
     if side is ConformSide.HF:
         theirs.check()
     ways = OurEngine.ways if side is ConformSide.OURS else () if command is None else command.ways
     chosen = cells(profile, architectures, types, prompts, modes, modes_of(ways))
+    if command is not None and not cluster:  # on a cluster it lies where the workers are
+        command.check()
     folder = out or Path("runs") / f"conform-{side.value if side is not None else command.name}"
     count = workers or (1 if cluster else fitting())
     if count > 1 and given["threads"] is None:

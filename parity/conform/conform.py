@@ -83,9 +83,9 @@ def _results(request: ConformRequest) -> Iterator[CellResult]:
             with workers_of(min(request.workers, len(parts)), request.cluster) as pool:
                 pending = {pool.submit(run_part, settings, part): part for part in parts}
                 for finished in as_completed(pending):
-                    cell_result = finished.result()
+                    part_results = finished.result()
                     parts.remove(pending[finished])
-                    for result in cell_result:
+                    for result in part_results:
                         results.save(settings.folder, result)
                         yield result
         except BrokenProcessPool:  # a worker was killed: what the others had finished is kept, the rest runs again

@@ -219,7 +219,7 @@ _MORE_POINTS = "dumps of q_rope, k_rope, kq_soft_max and kqv_out would tell whic
 
 
 def suspected(verdict: Verdict, starts: NDArray[np.int64], advice: str = _ALL_POINTS, way: str = PORTIONS) -> tuple[str, str]:
-    """What to suspect where a comparison_options of portions fails, and a sentence; nothing where it doesn't.
+    """What to suspect where a comparison of portions fails, and a sentence; nothing where it doesn't.
 
     Args:
         starts: the first positions of the portions, int64.

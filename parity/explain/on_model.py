@@ -23,9 +23,7 @@ from ..diff.operations import MIXING
 from ..run.graphs import recorded_graph
 from .case import Case, ExplainOptions
 from .noise import ALL, AUTO, OFF
-from .precision import LOWER, UPPER, PrecisionFloor, best, floor, mismatch
-
-_KINDS = ("f16", "tf32", "bf16", "q8")
+from .precision import KINDS, LOWER, UPPER, PrecisionFloor, best, floor, mismatch
 
 
 def compared_on(
@@ -66,7 +64,7 @@ def _compared(ours: Dump, ref: Dump, options: Options, known: "_Model") -> Compa
     if options.tolerance is not None or options.limits is not None:
         return comparison(ours, ref, options)
     stated = (options.compute or (ours.header.compute if ours.header is not None else "")).lower()
-    if stated in _KINDS and (measured := known.limits(ours, stated)) is not None:
+    if stated in KINDS and (measured := known.limits(ours, stated)) is not None:
         return comparison(ours, ref, replace(options, limits=measured))
     if stated or common_mode(ours.header, ref.header) == NATIVE:
         return comparison(ours, ref, options)
@@ -172,7 +170,7 @@ def _measured(ours: Dump, ref: Dump, options: Options, known: _Model) -> Compari
     error = float(np.mean(exact.records.measures.nmse[exact.records.point == exact.records.names.index(first.checkpoint)]))
     candidates: dict[str, Comparison] = {}
     far: dict[str, float] = {}
-    for kind in _KINDS:
+    for kind in KINDS:
         cost = known.floor(kind)
         allowed = known.limits(ours, kind, cost)
         if cost is None or allowed is None:

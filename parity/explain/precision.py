@@ -30,8 +30,8 @@ VISIBLE, SPARED = 30.0, 0.01
 # Arithmetics that fit worse than the best by less than this (a factor of e of NMSE) cannot be told from it: F16 and TF32 keep eleven
 # bits alike and differ by less than 0.1, and a right engine's sums in F16 lay 0.5 from either; BF16 and 8-bit activations lie 1.1 to 2.8
 # apart (`parity.explain.precision.mismatch`, three lifted and three random models, seven arithmetics).
-_MANY = 10  # recorded elements of a row
 TOLD_APART, EQUAL = 1.0, 0.1
+_MANY = 10  # recorded elements of a row, from which on it can be seen that two of them hold all of the error
 
 
 @dataclass(frozen=True)

@@ -306,9 +306,17 @@ def _foreign(request: IsolateRequest, dump: Path, running: Reference | None) -> 
         passes = _feed_dump(values, bench, tokens)
         operations = in_order([*bench.isolator.operations(), *lacking], bench.transformer.steps)
         if request.windows and any(item.status == NOT_OBSERVABLE and item.layer is not None for item in operations):
-            layers = eliminated(
-                operations, judged_layers(reference(), request.model, values, operations, mode, measured.operations)
+            layers, suspects = judged_layers(
+                reference(),
+                request.model,
+                values,
+                operations,
+                mode,
+                measured.operations,
+                bench.isolator.suspects(),
             )
+            operations = bench.isolator.unless_of(suspects, operations)
+            layers = eliminated(operations, layers, suspects)
             build = reference().versions()
         if measured.assumed:
             judged = as_eight_bits([*operations, *layers])

@@ -3,6 +3,7 @@
 A dump has whole values in the safetensors file beside it, or in records that carry all of their values.
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import prod
@@ -104,9 +105,8 @@ class WholeValues:
         self._rows = {name: rows.take(np.flatnonzero(rows.seq == self.sequences[0])) for name, rows in self.dump.points.items()}
         self._tensors: set[tuple[str, int]] = set()
         for name in self._reader.names if self._reader is not None else ():
-            point, _, step = name.rpartition("/")
-            if step.isdigit():
-                self._tensors.add((point, int(step)))
+            if numbered := re.fullmatch(r"(.*)/(\d{1,9})", name, re.DOTALL):
+                self._tensors.add((numbered[1], int(numbered[2])))
         self.passes = sorted({int(step) for rows in self._rows.values() for step in np.unique(rows.step)})
         # A pass's positions are those that any point was recorded at.
         self._positions = {

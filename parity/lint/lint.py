@@ -1,4 +1,4 @@
-"""Can this dump be trusted? Runs every rule of `lint_rules.table` over one dump."""
+"""Can this dump be trusted? Runs every rule of `parity.lint.table` over one dump."""
 
 from pathlib import Path
 

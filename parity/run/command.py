@@ -98,6 +98,21 @@ class Command:
         """The placeholders in it that say how a prompt is to be computed."""
         return frozenset(filter(self.takes, (PORTIONS, UBATCH, SEQUENCES, STATE)))
 
+    def check(self) -> None:
+        """Look for the program before anything is computed for it. A shell's line, and what a placeholder names, are seen when it runs.
+
+        Raises:
+            EngineError: there is no such program, or it may not be executed.
+        """
+        environment, program = self._split()
+        if self.shell or "{" in program[0]:
+            return
+        path = (os.environ | environment | dict(self.variables)).get("PATH")
+        if shutil.which(program[0], path=path) is None:
+            raise EngineError(
+                f"cannot run {shlex.quote(program[0])}: it is not there, or not executable.", f"Check {self.option}."
+            )
+
     def run(
         self,
         *,
