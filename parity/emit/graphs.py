@@ -1,8 +1,8 @@
 """Checkpoints in captured CUDA graphs: the Python recorder's part that makes every replay leave its values.
 
-A captured stream computes nothing, and its replays call nothing of ours. So a checkpoint becomes nodes of the graph: this replay's
-value and position are copied to staged memory on the device, and the copy that brings what the last replay staged to pinned host
-memory begins the next one, beside its work. A host node then says that they are there. The driver's own functions are called,
+A captured stream computes nothing, and its replays call nothing of ours. So a checkpoint becomes nodes of the graph. A replay copies
+the value to staged memory, in line, and from there, beside its further work, to kept memory; the next replay begins with the copy of
+what is kept to pinned host memory, beside its work too, and a host node says that it is there. The driver's own functions are called,
 through ctypes: they are the same whatever framework captures, and their binary interface does not change.
 """
 
@@ -110,45 +110,58 @@ class _Row:
         self.size = int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
         self.pointer = int(self.value.data_ptr() if hasattr(self.value, "data_ptr") else self.value.data.ptr)
 
-    def read(self, staged: bytes, offset: int) -> "NDArray[Any]":
+    def read(self, brought: bytes) -> "NDArray[Any]":
         """The array of a replay."""
-        flat = np.frombuffer(staged, self.dtype, self.size // self.dtype.itemsize, offset)
+        flat = np.frombuffer(brought, self.dtype)
         if self.bfloat:
             flat = (flat.astype(np.uint32) << 16).view(np.float32)
         return flat.reshape(self.shape)
 
 
 class _Slot:
-    """Staged and pinned memory of one checkpoint of one graph: its value, and behind it its position."""
+    """Memory of one checkpoint of one graph, or, without a name, of the position of its pass."""
 
-    def __init__(self, point: str, value: Any, position: Any) -> None:
-        self.point, self.value, self.position = point, _Row(value), _Row(position)
-        self.behind = -(-self.value.size // 8) * 8
-        self.size = self.behind + self.position.size
-        self.staged, self.pinned = ctypes.c_uint64(), ctypes.c_void_p()
-        _call("cuMemAlloc_v2", ctypes.byref(self.staged), ctypes.c_size_t(self.size))
-        _call("cuMemHostAlloc", ctypes.byref(self.pinned), ctypes.c_size_t(self.size), 0)
+    def __init__(self, point: str, row: _Row, place: "_Slot | None") -> None:
+        self.point, self.row, self.place = point, row, place
+        self.staged, self.kept, self.pinned = ctypes.c_uint64(), ctypes.c_uint64(), ctypes.c_void_p()
+        for memory in (self.staged, self.kept):
+            _call("cuMemAlloc_v2", ctypes.byref(memory), ctypes.c_size_t(row.size))
+        _call("cuMemHostAlloc", ctypes.byref(self.pinned), ctypes.c_size_t(row.size), 0)
 
-    def copies(self) -> "list[_Copy]":
-        """To the host; and to the staged memory, of value and position."""
-        staged = self.staged.value
-        to_host = _Copy(
-            srcMemoryType=_DEVICE, srcDevice=staged, dstMemoryType=_HOST, dstHost=self.pinned.value, WidthInBytes=self.size,
-            Height=1, Depth=1,
+    def to_host(self) -> _Copy:
+        """From kept to pinned memory."""
+        return _Copy(
+            srcMemoryType=_DEVICE, srcDevice=self.kept.value, dstMemoryType=_HOST, dstHost=self.pinned.value,
+            WidthInBytes=self.row.size, Height=1, Depth=1,
         )  # fmt: skip
-        here = [
-            _Copy(
-                srcMemoryType=_DEVICE, srcDevice=row.pointer, dstMemoryType=_DEVICE, dstDevice=staged + offset,
-                WidthInBytes=row.size, Height=1, Depth=1,
-            )
-            for row, offset in ((self.value, 0), (self.position, self.behind))
-        ]  # fmt: skip
-        return [to_host, *here]
 
-    def rows(self, brought: bytes) -> "tuple[NDArray[np.float32], list[int]]":
-        """The value of a replay, and its positions: as they are, or one after the other from the only one that there is."""
-        value = self.value.read(brought, 0).astype(np.float32)
-        positions = self.position.read(brought, self.behind).ravel()
+    def on_device(self, source: int, target: int) -> _Copy:
+        """From one place to another."""
+        return _Copy(
+            srcMemoryType=_DEVICE, srcDevice=source, dstMemoryType=_DEVICE, dstDevice=target, WidthInBytes=self.row.size, Height=1,
+            Depth=1,
+        )  # fmt: skip
+
+    def brought(self) -> bytes:
+        """What stands in pinned memory."""
+        return ctypes.string_at(self.pinned.value or 0, self.row.size)
+
+
+class _Replayed:
+    """A value and the place of its pass as a replay left them."""
+
+    def __init__(self, slot: _Slot, place: _Slot) -> None:
+        self.slot, self.place, self.value, self.position = slot, place, slot.brought(), place.brought()
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return len(self.value)
+
+    def rows(self) -> "tuple[NDArray[np.float32], list[int]]":
+        """The value, and its positions: as they are, or one after the other from the only one that there is."""
+        value = self.slot.row.read(self.value).astype(np.float32)
+        positions = self.place.row.read(self.position).ravel()
         rows = 1 if value.ndim < 2 else value.shape[-2]
         at = positions if positions.size == rows else positions[0] + np.arange(rows)
         return value, [int(position) for position in at]
@@ -157,9 +170,9 @@ class _Slot:
 class _Graph:
     """What one capture made: its host node, and its slots. At the beginning of replay r the pinned bytes are those of replay r − 1."""
 
-    def __init__(self, number: int, graph: Any, hand_over: "Callable[[_Graph], None]") -> None:
-        self.number = number
+    def __init__(self, graph: Any, hand_over: "Callable[[_Graph], None]") -> None:
         self.slots: list[_Slot] = []
+        self.place: _Slot | None = None  # of the pass that is being captured
         self.replays, self.written = 0, 0
         self.node = ctypes.c_void_p()
         self._function = _HOST_FUNCTION(lambda _: hand_over(self))
@@ -167,9 +180,9 @@ class _Graph:
         _call("cuGraphAddHostNode", ctypes.byref(self.node), graph, None, ctypes.c_size_t(0), ctypes.byref(call))
         _KEPT.append(self)
 
-    def brought(self) -> "list[tuple[_Slot, bytes]]":
+    def brought(self) -> "list[_Replayed]":
         """What stands in pinned memory."""
-        return [(slot, ctypes.string_at(slot.pinned.value or 0, slot.size)) for slot in self.slots]
+        return [_Replayed(slot, slot.place) for slot in self.slots if slot.place is not None]
 
 
 class Graphs:
@@ -178,7 +191,7 @@ class Graphs:
     def __init__(self, take: "Callable[[str, NDArray[np.float32], list[int]], None]") -> None:
         self._take = take
         self._graphs: dict[int, _Graph] = {}
-        self._waiting: deque[tuple[_Slot, bytes]] = deque()
+        self._waiting: deque[_Replayed] = deque()
         self._size, self._busy, self._closing, self._hurried = 0, False, False, False
         self._change = threading.Condition()
         self._thread: threading.Thread | None = None
@@ -203,12 +216,12 @@ class Graphs:
         mode = ctypes.c_int(_RELAXED)  # memory may be allocated meanwhile: the capture is of the stream, not of that
         _call("cuThreadExchangeStreamCaptureMode", ctypes.byref(mode))
         try:
-            self._add_nodes(_Slot(point, value, position), ctypes.c_void_p(_stream_of(value)))
+            self._put_in_line(point, _Row(value), position, ctypes.c_void_p(_stream_of(value)))
         finally:
             _call("cuThreadExchangeStreamCaptureMode", ctypes.byref(mode))
 
-    def _add_nodes(self, slot: _Slot, stream: Any) -> None:
-        """Staging follows what the stream has captured so far, and the copy with which a replay begins; the stream goes on behind."""
+    def _put_in_line(self, point: str, row: _Row, position: Any, stream: Any) -> None:
+        """Put a checkpoint behind what the stream has captured so far, with the place of its pass where it is the first of one."""
         state, number, graph, count = ctypes.c_int(), ctypes.c_uint64(), ctypes.c_void_p(), ctypes.c_size_t()
         before = ctypes.POINTER(ctypes.c_void_p)()
         _call(
@@ -218,13 +231,26 @@ class Graphs:
         so_far = [before[i] for i in range(count.value)]
         found = self._graphs.get(number.value)
         if found is None:
-            found = self._graphs[number.value] = _Graph(number.value, graph, self._replayed)
+            found = self._graphs[number.value] = _Graph(graph, self._replayed)
+        # A point that comes again is of another pass in the same graph, which has a position of its own.
+        if found.place is None or any(slot.point == point and slot.place is found.place for slot in found.slots):
+            found.place = _Slot("", _Row(position), None)
+            new = [found.place, _Slot(point, row, found.place)]
+        else:
+            new = [_Slot(point, row, found.place)]
+        staged = [self._add_nodes(found, graph, slot, so_far) for slot in new]
+        last = (ctypes.c_void_p * len(staged))(*staged)
+        _call("cuStreamUpdateCaptureDependencies", stream, last, ctypes.c_size_t(len(staged)), ctypes.c_uint(_SET_DEPENDENCIES))
+        found.slots += new
+
+    @staticmethod
+    def _add_nodes(found: _Graph, graph: Any, slot: _Slot, before: "list[Any]") -> Any:
+        """The nodes of a slot; the one that stages it, which the stream waits for."""
         context = ctypes.c_void_p()
         _call("cuCtxGetCurrent", ctypes.byref(context))
 
         def node(copy: _Copy, after: "list[Any]") -> Any:
-            made = ctypes.c_void_p()
-            nodes = (ctypes.c_void_p * len(after))(*after)
+            made, nodes = ctypes.c_void_p(), (ctypes.c_void_p * len(after))(*after)
             _call(
                 "cuGraphAddMemcpyNode",
                 ctypes.byref(made),
@@ -236,14 +262,12 @@ class Graphs:
             )
             return made.value
 
-        to_host, *here = slot.copies()
-        bring = node(to_host, [])
+        bring = node(slot.to_host(), [])
         one, other = (ctypes.c_void_p * 1)(bring), (ctypes.c_void_p * 1)(found.node.value)
         _call("cuGraphAddDependencies", graph, one, other, ctypes.c_size_t(1))
-        staged = [node(copy, [*so_far, bring]) for copy in here]
-        last = (ctypes.c_void_p * len(staged))(*staged)
-        _call("cuStreamUpdateCaptureDependencies", stream, last, ctypes.c_size_t(len(staged)), ctypes.c_uint(_SET_DEPENDENCIES))
-        found.slots.append(slot)
+        stage = node(slot.on_device(slot.row.pointer, slot.staged.value), before)
+        node(slot.on_device(slot.staged.value, slot.kept.value), [stage, bring])
+        return stage
 
     def _replayed(self, graph: _Graph) -> None:
         """Called by the driver's thread, once a replay."""
@@ -255,7 +279,7 @@ class Graphs:
             return
         graph.written = graph.replays
         brought = graph.brought()
-        size = sum(len(staged) for _, staged in brought)
+        size = sum(replayed.size for replayed in brought)
         with self._change:
             if self._size and self._size + size > _WAITING:
                 self._hurried = True
@@ -275,16 +299,16 @@ class Graphs:
                         return
                     if not self._change.wait(_QUIET) and self._waiting and len(self._waiting) == before:
                         break
-                slot, brought = self._waiting.popleft()
+                replayed = self._waiting.popleft()
                 self._busy = True
             try:
                 if self._failure is None:
-                    self._take(slot.point, *slot.rows(brought))
+                    self._take(replayed.slot.point, *replayed.rows())
             except BaseException as error:
                 self._failure = error
             with self._change:
                 self._busy = False
-                self._size -= len(brought)
+                self._size -= replayed.size
                 self._hurried = self._hurried and bool(self._waiting)
                 self._change.notify_all()
 
@@ -301,7 +325,7 @@ class Graphs:
         for graph in self._graphs.values():
             if graph.written < graph.replays:
                 for slot in graph.slots:
-                    _call("cuMemcpyDtoH_v2", slot.pinned, slot.staged, ctypes.c_size_t(slot.size))
+                    _call("cuMemcpyDtoH_v2", slot.pinned, slot.kept, ctypes.c_size_t(slot.row.size))
                 self._hand_over(graph)
         with self._change:
             self._hurried = bool(self._waiting)

@@ -18,7 +18,8 @@
  * given to parity_checkpoint is an error then, not a crash or garbage.
  *
  * In a stream that is being captured into a CUDA graph the same call becomes part of the graph and records at every replay. The
- * position is read from device memory then, which the graph itself, or a copy before each replay, keeps up to date:
+ * position is read from device memory then, at the first checkpoint of a pass; the graph itself, or a copy before each replay, keeps
+ * it up to date:
  *
  *   parity_position_device(d, device_position, NULL);                          // before the first checkpoint of the capture
  *
@@ -84,12 +85,14 @@ typedef pthread_t parity__thread;
 #define PARITY_WRITERS 8 /* threads that sum captured rows up, beside each other; lines are written in the order of the replays */
 #endif
 
-/* A checkpoint of a captured graph: its row is staged on the device, with position and step behind it, and the next replay brings
- * the staged bytes to the pinned ones before it stages its own. */
+/* A checkpoint of a captured graph. A replay copies its row to `staged`, in line, and from there, beside its further work, to `kept`;
+ * the next replay begins with the copy from `kept` to `pinned`, beside its work too. Nothing waits for the host. */
 struct parity_slot {
     struct parity_slot *next;
-    unsigned char *staged, *pinned;
-    size_t size, n; /* size: of the row in bytes, rounded up to a multiple of 8 */
+    struct parity_slot *place; /* where position and step of its pass are; NULL in that slot itself, which is no row */
+    struct parity_row *spare;  /* memory of rows that are written */
+    unsigned char *staged, *kept, *pinned;
+    size_t size, n; /* size: in bytes, rounded up to a multiple of 8 */
     parity_type type;
     char point[64];
 };
@@ -98,7 +101,7 @@ struct parity_slot {
 struct parity_graph {
     struct parity_graph *next;
     struct parity_dump *dump;
-    struct parity_slot *slots;
+    struct parity_slot *slots, *place; /* place: of the pass that is being captured */
     unsigned long long id;
     long long replays, written; /* replays that have begun; of which replay the staged rows were last handed to the writers */
     cudaGraphNode_t hand_over;
@@ -109,6 +112,7 @@ struct parity_graph {
 /* A row on its way to the file; its values lie behind it. */
 struct parity_row {
     struct parity_row *next;
+    struct parity_slot *slot; /* whose memory it is */
     struct parity_sums sums;
     int summed;
     size_t size, n;
@@ -568,7 +572,8 @@ static inline void parity__write_summed(parity_dump *d, struct parity_queue *q) 
         q->first = row->next;
         if (!q->first) q->last = NULL;
         q->size -= row->size;
-        free(row);
+        row->next = row->slot->spare;
+        row->slot->spare = row;
         parity__queue_tell(q);
     }
     q->writing = 0;
@@ -638,14 +643,21 @@ static inline void parity__hand_over(struct parity_graph *g, long long replay) {
     if (g->written >= replay) return;
     g->written = replay;
     for (slot = g->slots; slot; slot = slot->next) {
-        row = (struct parity_row *)malloc(sizeof *row + slot->size);
+        if (!slot->place) continue;
+        parity__enter(&q->lock);
+        while (q->size && q->size + slot->size > PARITY_WAITING) parity__queue_wait(q);
+        row = slot->spare;
+        if (row) slot->spare = row->next;
+        parity__leave(&q->lock);
+        if (!row) row = (struct parity_row *)malloc(sizeof *row + slot->size);
         if (!row) {
             parity__refuse(d, slot->point, "out of memory");
             return;
         }
         memcpy(row + 1, slot->pinned, slot->size);
-        memcpy(where, slot->pinned + slot->size, sizeof where);
+        memcpy(where, slot->place->pinned, sizeof where);
         row->next = NULL;
+        row->slot = slot;
         row->summed = 0;
         row->size = slot->size;
         row->n = slot->n;
@@ -655,7 +667,6 @@ static inline void parity__hand_over(struct parity_graph *g, long long replay) {
         row->decode = g->decode;
         memcpy(row->point, slot->point, sizeof row->point);
         parity__enter(&q->lock);
-        while (q->size && q->size + row->size > PARITY_WAITING) parity__queue_wait(q);
         q->size += row->size;
         if (q->last) q->last->next = row;
         else q->first = row;
@@ -691,7 +702,7 @@ static inline int parity_flush(parity_dump *d) {
         status = cudaDeviceSynchronize();
         if (g->written >= g->replays) continue;
         for (slot = g->slots; slot && status == cudaSuccess; slot = slot->next)
-            status = cudaMemcpy(slot->pinned, slot->staged, slot->size + 8, cudaMemcpyDeviceToHost);
+            status = cudaMemcpy(slot->pinned, slot->kept, slot->size, cudaMemcpyDeviceToHost);
         if (status == cudaSuccess) parity__hand_over(g, g->replays);
     }
     cudaSetDevice(device);
@@ -703,9 +714,15 @@ static inline int parity_flush(parity_dump *d) {
     return d->error[0] ? -1 : 0;
 }
 
-/* Free a graph's memory, if it can't be replayed any more. */
+/* Free a graph's memory; what the device uses only if it can't be replayed any more. */
 static inline void parity__free_graph(struct parity_graph *g) {
     struct parity_slot *slot, *next;
+    struct parity_row *row;
+    for (slot = g->slots; slot; slot = slot->next)
+        while ((row = slot->spare) != NULL) {
+            slot->spare = row->next;
+            free(row);
+        }
     if (!g->gone) return;
     for (slot = g->slots; slot; slot = next) {
         next = slot->next;
@@ -784,8 +801,9 @@ static inline struct parity_slot *parity__slot(parity_dump *d, size_t size, cuda
     slot = (struct parity_slot *)calloc(1, sizeof *slot);
     if (!slot) return NULL;
     slot->size = size;
-    *status = cudaMalloc((void **)&slot->staged, size + 8);
-    if (*status == cudaSuccess) *status = cudaMallocHost((void **)&slot->pinned, size + 8);
+    *status = cudaMalloc((void **)&slot->staged, 2 * size);
+    slot->kept = slot->staged + size;
+    if (*status == cudaSuccess) *status = cudaMallocHost((void **)&slot->pinned, size);
     if (*status == cudaSuccess) return slot;
     if (slot->staged) cudaFree(slot->staged);
     free(slot);
@@ -802,7 +820,7 @@ static inline cudaError_t parity__collect(parity_dump *d) {
         if (!g->gone || g->written >= g->replays) continue;
         if (!beside) status = cudaStreamCreateWithFlags(&beside, cudaStreamNonBlocking);
         for (slot = g->slots; slot && status == cudaSuccess; slot = slot->next)
-            status = cudaMemcpyAsync(slot->pinned, slot->staged, slot->size + 8, cudaMemcpyDeviceToHost, beside);
+            status = cudaMemcpyAsync(slot->pinned, slot->kept, slot->size, cudaMemcpyDeviceToHost, beside);
         if (status == cudaSuccess) status = cudaStreamSynchronize(beside);
         if (status == cudaSuccess) parity__hand_over(g, g->replays);
     }
@@ -810,34 +828,58 @@ static inline cudaError_t parity__collect(parity_dump *d) {
     return status;
 }
 
-/* Nodes of the graph: this replay's row, position and step into the staged memory, behind what the stream has captured so far and
- * behind the copy that brings the last replay's to the host, with which a replay begins. What the stream captures next follows. */
-static inline cudaError_t parity__add_nodes(struct parity_graph *g, struct parity_slot *slot, const void *values, size_t bytes,
-                                            const int *position, const int *step, cudaStream_t stream) {
+/* The nodes of a slot: `stage[count]`, copies of what is `from`, behind `before[n]`; and those that bring it to the host. */
+static inline cudaError_t parity__add_nodes(struct parity_graph *g, cudaGraph_t graph, struct parity_slot *slot,
+                                            const void *const *from, const size_t *sizes, int count,
+                                            const cudaGraphNode_t *before, size_t n, cudaGraphNode_t *stage) {
+    cudaGraphNode_t keep, after[3];
+    size_t staged = 0;
+    int i;
+    cudaError_t status =
+        cudaGraphAddMemcpyNode1D(&after[count], graph, NULL, 0, slot->pinned, slot->kept, slot->size, cudaMemcpyDeviceToHost);
+    if (status == cudaSuccess) status = parity__follows(graph, after[count], g->hand_over);
+    for (i = 0; i < count && status == cudaSuccess; staged += sizes[i], i++) {
+        status = cudaGraphAddMemcpyNode1D(&stage[i], graph, before, n, slot->staged + staged, from[i], sizes[i],
+                                          cudaMemcpyDeviceToDevice);
+        after[i] = stage[i];
+    }
+    if (status != cudaSuccess) return status;
+    return cudaGraphAddMemcpyNode1D(&keep, graph, after, (size_t)count + 1, slot->kept, slot->staged, slot->size,
+                                    cudaMemcpyDeviceToDevice);
+}
+
+/* Put a checkpoint behind what the stream has captured so far, with the place of its pass where it is the first of one. */
+static inline cudaError_t parity__put_in_line(parity_dump *d, struct parity_graph *g, struct parity_slot *slot, struct parity_slot *place,
+                                              const void *values, size_t bytes, cudaStream_t stream) {
+    const void *from[2];
+    const size_t whole = bytes, four[2] = {4, 4};
     cudaGraph_t graph;
     const cudaGraphNode_t *so_far;
-    cudaGraphNode_t *before, bring, stage[3];
+    cudaGraphNode_t *before, stage[3];
     unsigned long long id;
-    size_t n, staged = 0;
+    size_t n, staged = 1;
     cudaError_t status = parity__capture(stream, &id, &graph, &so_far, &n);
     if (status != cudaSuccess) return status;
-    before = (cudaGraphNode_t *)malloc((n + 1) * sizeof *before);
+    before = (cudaGraphNode_t *)malloc((n + 1) * sizeof *before); /* the driver's own array moves with the next node */
     if (!before) return cudaErrorMemoryAllocation;
     if (n) memcpy(before, so_far, n * sizeof *before);
-    status = cudaGraphAddMemcpyNode1D(&bring, graph, NULL, 0, slot->pinned, slot->staged, slot->size + 8, cudaMemcpyDeviceToHost);
-    before[n++] = bring;
-    if (status == cudaSuccess) status = parity__follows(graph, bring, g->hand_over);
-    if (status == cudaSuccess)
-        status = cudaGraphAddMemcpyNode1D(&stage[staged++], graph, before, n, slot->staged, values, bytes, cudaMemcpyDeviceToDevice);
-    if (status == cudaSuccess)
-        status = cudaGraphAddMemcpyNode1D(&stage[staged++], graph, before, n, slot->staged + slot->size, position, sizeof *position,
-                                          cudaMemcpyDeviceToDevice);
-    if (status == cudaSuccess && step)
-        status = cudaGraphAddMemcpyNode1D(&stage[staged++], graph, before, n, slot->staged + slot->size + 4, step, sizeof *step,
-                                          cudaMemcpyDeviceToDevice);
+    status = parity__add_nodes(g, graph, slot, &values, &whole, 1, before, n, stage);
+    if (place && status == cudaSuccess) {
+        from[0] = d->position;
+        from[1] = d->pass;
+        status = parity__add_nodes(g, graph, place, from, four, d->pass ? 2 : 1, before, n, stage + 1);
+        staged += d->pass ? 2 : 1;
+    }
     if (status == cudaSuccess) status = parity__goes_on(stream, stage, staged);
     free(before);
     return status;
+}
+
+static inline void parity__append(struct parity_graph *g, struct parity_slot *slot) {
+    struct parity_slot **end = &g->slots;
+    while (*end) end = &(*end)->next;
+    slot->next = NULL;
+    *end = slot;
 }
 
 /* A checkpoint in a stream that is being captured. Memory may be allocated meanwhile: the capture is of the stream, not of that. */
@@ -849,7 +891,7 @@ static inline int parity__captured(parity_dump *d, const char *point, const void
     cudaGraph_t graph;
     unsigned long long id;
     struct parity_graph *g = NULL;
-    struct parity_slot *slot = NULL;
+    struct parity_slot *slot = NULL, *place = NULL;
     cudaError_t status;
     if (strlen(point) >= sizeof slot->point) return parity__refuse(d, point, "names of captured checkpoints have at most 63 characters");
     parity__enter(&d->device);
@@ -867,18 +909,24 @@ static inline int parity__captured(parity_dump *d, const char *point, const void
     status = parity__collect(d);
     if (status == cudaSuccess) status = parity__capture(stream, &id, &graph, &nodes, &before);
     if (status == cudaSuccess) g = parity__graph_of(d, graph, id, &status);
-    if (g) slot = parity__slot(d, (bytes + 7) & ~(size_t)7, &status);
+    /* A point that comes again is of another pass in the same graph, which has a position of its own. */
+    for (slot = g ? g->slots : NULL; slot; slot = slot->next)
+        if (slot->place == g->place && strcmp(slot->point, point) == 0) g->place = NULL;
+    if (g && !g->place) place = parity__slot(d, 8, &status);
+    if (g && (place || g->place)) slot = parity__slot(d, (bytes + 7) & ~(size_t)7, &status);
     if (slot) {
         slot->n = n;
         slot->type = type;
         strcpy(slot->point, point);
-        slot->next = NULL;
-        status = parity__add_nodes(g, slot, values, bytes, d->position, d->pass, stream);
-        if (status == cudaSuccess) {
-            struct parity_slot **end = &g->slots;
-            while (*end) end = &(*end)->next;
-            *end = slot;
+        if (place) {
+            place->point[0] = 0;
+            place->place = NULL;
+            g->place = place;
+            parity__append(g, place);
         }
+        slot->place = g->place;
+        status = parity__put_in_line(d, g, slot, place, values, bytes, stream);
+        if (status == cudaSuccess) parity__append(g, slot);
     }
     parity__leave(&d->device);
     cudaThreadExchangeStreamCaptureMode(&mode);

@@ -169,7 +169,7 @@ class Recorder:
             self._graphs.add(point, value, self._place)
 
     def positions_from(self, array: Any) -> None:
-        """Where captured checkpoints read, at each replay, the position of their row: an int32 or int64 array on the device.
+        """Where replays read the position of their rows, at the first checkpoint of a pass: an int32 or int64 array on the device.
 
         It has a position for each row, or the first one only. Whoever replays keeps it up to date, in the graph or by a copy before.
         """
