@@ -1,8 +1,8 @@
 """Checkpoints in captured CUDA graphs: the Python recorder's part that makes every replay leave its values.
 
 A captured stream computes nothing, and its replays call nothing of ours. So a checkpoint becomes nodes of the graph. A replay copies
-the value to staged memory, in line, and from there, beside its further work, to kept memory; the next replay begins with the copy of
-what is kept to pinned host memory, beside its work too, and a host node says that it is there. The driver's own functions are called,
+values to staged memory, in line, and all that is staged, beside its further work, to kept memory; the next replay begins with the copy
+of what is kept to pinned host memory, beside its work too, and a host node says that it is there. The driver's own functions are called,
 through ctypes: they are the same whatever framework captures, and their binary interface does not change.
 """
 
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 _RELAXED, _SET_DEPENDENCIES, _LEGACY_STREAM, _HOST, _DEVICE = 2, 1, 1, 1, 2  # of cuda.h
 _ACTIVE, _INVALIDATED, _IMPLICIT = 1, 2, 906
+_ARENA = 4 << 20  # bytes that are allocated at a time, three times: a graph has an arena or two
 _WAITING = 1 << 30  # bytes of replays that may wait to be written; then replays wait
 _QUIET = 0.1  # seconds without a replay that count as rest: the lines are made then, since that takes Python from the engine
 _HOST_FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
@@ -118,33 +119,72 @@ class _Row:
         return flat.reshape(self.shape)
 
 
-class _Slot:
-    """Memory of one checkpoint of one graph, or, without a name, of the position of its pass."""
+class _Arena:
+    """Staged, kept and pinned memory of a graph's checkpoints, and the nodes between them: one of each, whatever it holds."""
 
-    def __init__(self, point: str, row: _Row, place: "_Slot | None") -> None:
-        self.point, self.row, self.place = point, row, place
+    def __init__(self, graph: Any, hand_over: Any, size: int) -> None:
+        self.capacity, self.used = max(size, _ARENA), size
         self.staged, self.kept, self.pinned = ctypes.c_uint64(), ctypes.c_uint64(), ctypes.c_void_p()
         for memory in (self.staged, self.kept):
-            _call("cuMemAlloc_v2", ctypes.byref(memory), ctypes.c_size_t(row.size))
-        _call("cuMemHostAlloc", ctypes.byref(self.pinned), ctypes.c_size_t(row.size), 0)
+            _call("cuMemAlloc_v2", ctypes.byref(memory), ctypes.c_size_t(self.capacity))
+        _call("cuMemHostAlloc", ctypes.byref(self.pinned), ctypes.c_size_t(self.capacity), 0)
+        to_host, on_device = self._copies()
+        self._bring = _copy_node(graph, to_host, [])
+        self.keep = _copy_node(graph, on_device, [self._bring])
+        _follows(graph, self._bring, hand_over)
 
-    def to_host(self) -> _Copy:
-        """From kept to pinned memory."""
-        return _Copy(
+    def _copies(self) -> "tuple[_Copy, _Copy]":
+        to_host = _Copy(
             srcMemoryType=_DEVICE, srcDevice=self.kept.value, dstMemoryType=_HOST, dstHost=self.pinned.value,
-            WidthInBytes=self.row.size, Height=1, Depth=1,
+            WidthInBytes=self.used, Height=1, Depth=1,
         )  # fmt: skip
+        return to_host, _on_device(self.staged.value, self.kept.value, self.used)
 
-    def on_device(self, source: int, target: int) -> _Copy:
-        """From one place to another."""
-        return _Copy(
-            srcMemoryType=_DEVICE, srcDevice=source, dstMemoryType=_DEVICE, dstDevice=target, WidthInBytes=self.row.size, Height=1,
-            Depth=1,
-        )  # fmt: skip
+    def take(self, size: int) -> int:
+        """Where so many bytes begin; all that is taken is brought."""
+        start, self.used = self.used, self.used + size
+        self._resize()
+        return start
+
+    def _resize(self) -> None:
+        for node, copy in zip((self._bring, self.keep), self._copies(), strict=True):
+            _call("cuGraphMemcpyNodeSetParams", ctypes.c_void_p(node), ctypes.byref(copy))
+
+
+def _on_device(source: int, target: int, size: int) -> _Copy:
+    return _Copy(
+        srcMemoryType=_DEVICE, srcDevice=source, dstMemoryType=_DEVICE, dstDevice=target, WidthInBytes=size, Height=1, Depth=1,
+    )  # fmt: skip
+
+
+def _copy_node(graph: Any, copy: _Copy, after: "list[Any]") -> Any:
+    """A new node of the graph that makes this copy behind those."""
+    made, nodes, context = ctypes.c_void_p(), (ctypes.c_void_p * len(after))(*after), ctypes.c_void_p()
+    _call("cuCtxGetCurrent", ctypes.byref(context))
+    _call("cuGraphAddMemcpyNode", ctypes.byref(made), graph, nodes, ctypes.c_size_t(len(after)), ctypes.byref(copy), context)
+    return made.value
+
+
+def _follows(graph: Any, before: Any, node: Any) -> None:
+    one, other = (ctypes.c_void_p * 1)(before), (ctypes.c_void_p * 1)(node)
+    _call("cuGraphAddDependencies", graph, one, other, ctypes.c_size_t(1))
+
+
+class _Slot:
+    """One checkpoint of one graph, or, without a name, the position of its pass: where it stands in an arena."""
+
+    def __init__(self, point: str, row: _Row, place: "_Slot | None", arena: _Arena, at: int) -> None:
+        self.point, self.row, self.place, self.arena, self.at = point, row, place, arena, at
+
+    def stage(self, graph: Any, before: "list[Any]") -> Any:
+        """The node that copies it in line."""
+        node = _copy_node(graph, _on_device(self.row.pointer, self.arena.staged.value + self.at, self.row.size), before)
+        _follows(graph, node, self.arena.keep)
+        return node
 
     def brought(self) -> bytes:
         """What stands in pinned memory."""
-        return ctypes.string_at(self.pinned.value or 0, self.row.size)
+        return ctypes.string_at((self.arena.pinned.value or 0) + self.at, self.row.size)
 
 
 class _Replayed:
@@ -172,6 +212,7 @@ class _Graph:
 
     def __init__(self, graph: Any, hand_over: "Callable[[_Graph], None]") -> None:
         self.slots: list[_Slot] = []
+        self.arenas: list[_Arena] = []
         self.place: _Slot | None = None  # of the pass that is being captured
         self.replays, self.written = 0, 0
         self.node = ctypes.c_void_p()
@@ -179,6 +220,18 @@ class _Graph:
         call = _HostCall(self._function, None)
         _call("cuGraphAddHostNode", ctypes.byref(self.node), graph, None, ctypes.c_size_t(0), ctypes.byref(call))
         _KEPT.append(self)
+
+    def slot(self, graph: Any, point: str, row: _Row, place: "_Slot | None") -> _Slot:
+        """A new one, in an arena with room for it."""
+        size = -(-row.size // 8) * 8
+        if self.arenas and self.arenas[-1].capacity - self.arenas[-1].used >= size:
+            arena = self.arenas[-1]
+            at = arena.take(size)
+        else:
+            arena, at = _Arena(graph, self.node.value, size), 0
+            self.arenas.append(arena)
+        self.slots.append(_Slot(point, row, place, arena, at))
+        return self.slots[-1]
 
     def brought(self) -> "list[_Replayed]":
         """What stands in pinned memory."""
@@ -234,40 +287,13 @@ class Graphs:
             found = self._graphs[number.value] = _Graph(graph, self._replayed)
         # A point that comes again is of another pass in the same graph, which has a position of its own.
         if found.place is None or any(slot.point == point and slot.place is found.place for slot in found.slots):
-            found.place = _Slot("", _Row(position), None)
-            new = [found.place, _Slot(point, row, found.place)]
+            found.place = found.slot(graph, "", _Row(position), None)
+            staged = [found.place.stage(graph, so_far)]
         else:
-            new = [_Slot(point, row, found.place)]
-        staged = [self._add_nodes(found, graph, slot, so_far) for slot in new]
+            staged = []
+        staged.append(found.slot(graph, point, row, found.place).stage(graph, so_far))
         last = (ctypes.c_void_p * len(staged))(*staged)
         _call("cuStreamUpdateCaptureDependencies", stream, last, ctypes.c_size_t(len(staged)), ctypes.c_uint(_SET_DEPENDENCIES))
-        found.slots += new
-
-    @staticmethod
-    def _add_nodes(found: _Graph, graph: Any, slot: _Slot, before: "list[Any]") -> Any:
-        """The nodes of a slot; the one that stages it, which the stream waits for."""
-        context = ctypes.c_void_p()
-        _call("cuCtxGetCurrent", ctypes.byref(context))
-
-        def node(copy: _Copy, after: "list[Any]") -> Any:
-            made, nodes = ctypes.c_void_p(), (ctypes.c_void_p * len(after))(*after)
-            _call(
-                "cuGraphAddMemcpyNode",
-                ctypes.byref(made),
-                graph,
-                nodes,
-                ctypes.c_size_t(len(after)),
-                ctypes.byref(copy),
-                context,
-            )
-            return made.value
-
-        bring = node(slot.to_host(), [])
-        one, other = (ctypes.c_void_p * 1)(bring), (ctypes.c_void_p * 1)(found.node.value)
-        _call("cuGraphAddDependencies", graph, one, other, ctypes.c_size_t(1))
-        stage = node(slot.on_device(slot.row.pointer, slot.staged.value), before)
-        node(slot.on_device(slot.staged.value, slot.kept.value), [stage, bring])
-        return stage
 
     def _replayed(self, graph: _Graph) -> None:
         """Called by the driver's thread, once a replay."""
@@ -324,8 +350,8 @@ class Graphs:
         _call("cuCtxSynchronize")
         for graph in self._graphs.values():
             if graph.written < graph.replays:
-                for slot in graph.slots:
-                    _call("cuMemcpyDtoH_v2", slot.pinned, slot.kept, ctypes.c_size_t(slot.row.size))
+                for arena in graph.arenas:
+                    _call("cuMemcpyDtoH_v2", arena.pinned, arena.kept, ctypes.c_size_t(arena.used))
                 self._hand_over(graph)
         with self._change:
             self._hurried = bool(self._waiting)

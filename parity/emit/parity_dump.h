@@ -81,18 +81,28 @@ typedef pthread_t parity__thread;
 #ifndef PARITY_WAITING
 #define PARITY_WAITING (64u << 20) /* bytes of captured values that may wait to be written; then replays wait for the writers */
 #endif
+#ifndef PARITY_ARENA
+#define PARITY_ARENA (4u << 20) /* bytes that are allocated at a time for a graph's checkpoints, three times: a graph has an arena or two */
+#endif
 #ifndef PARITY_WRITERS
 #define PARITY_WRITERS 8 /* threads that sum captured rows up, beside each other; lines are written in the order of the replays */
 #endif
 
-/* A checkpoint of a captured graph. A replay copies its row to `staged`, in line, and from there, beside its further work, to `kept`;
- * the next replay begins with the copy from `kept` to `pinned`, beside its work too. Nothing waits for the host. */
-struct parity_slot {
-    struct parity_slot *next;
-    struct parity_slot *place; /* where position and step of its pass are; NULL in that slot itself, which is no row */
-    struct parity_row *spare;  /* memory of rows that are written */
+/* Memory of a graph's checkpoints. A replay copies their rows to `staged`, in line, and all of it at once to `kept`, beside its
+ * further work; the next replay begins with the copy from `kept` to `pinned`, beside its work too. Nothing waits for the host. */
+struct parity_arena {
+    struct parity_arena *next;
     unsigned char *staged, *kept, *pinned;
-    size_t size, n; /* size: in bytes, rounded up to a multiple of 8 */
+    size_t size, used;
+    cudaGraphNode_t keep, bring;
+};
+
+/* A checkpoint of a captured graph, or, without a name, the position and step of its pass. */
+struct parity_slot {
+    struct parity_slot *next, *place;
+    struct parity_row *spare; /* memory of rows that are written */
+    struct parity_arena *arena;
+    size_t at, size, n; /* size: in bytes, rounded up to a multiple of 8 */
     parity_type type;
     char point[64];
 };
@@ -102,6 +112,7 @@ struct parity_graph {
     struct parity_graph *next;
     struct parity_dump *dump;
     struct parity_slot *slots, *place; /* place: of the pass that is being captured */
+    struct parity_arena *arenas;
     unsigned long long id;
     long long replays, written; /* replays that have begun; of which replay the staged rows were last handed to the writers */
     cudaGraphNode_t hand_over;
@@ -654,8 +665,8 @@ static inline void parity__hand_over(struct parity_graph *g, long long replay) {
             parity__refuse(d, slot->point, "out of memory");
             return;
         }
-        memcpy(row + 1, slot->pinned, slot->size);
-        memcpy(where, slot->place->pinned, sizeof where);
+        memcpy(row + 1, slot->arena->pinned + slot->at, slot->size);
+        memcpy(where, slot->place->arena->pinned + slot->place->at, sizeof where);
         row->next = NULL;
         row->slot = slot;
         row->summed = 0;
@@ -690,7 +701,7 @@ static inline void CUDART_CB parity__graph_gone(void *graph) { ((struct parity_g
 /* Write what the last replay of each graph has staged: waits for the device. */
 static inline int parity_flush(parity_dump *d) {
     struct parity_graph *g;
-    struct parity_slot *slot;
+    struct parity_arena *arena;
     cudaError_t status = cudaSuccess;
     int device;
     if (!d) return -1;
@@ -701,8 +712,8 @@ static inline int parity_flush(parity_dump *d) {
         cudaSetDevice(g->device);
         status = cudaDeviceSynchronize();
         if (g->written >= g->replays) continue;
-        for (slot = g->slots; slot && status == cudaSuccess; slot = slot->next)
-            status = cudaMemcpy(slot->pinned, slot->kept, slot->size, cudaMemcpyDeviceToHost);
+        for (arena = g->arenas; arena && status == cudaSuccess; arena = arena->next)
+            status = cudaMemcpy(arena->pinned, arena->kept, arena->used, cudaMemcpyDeviceToHost);
         if (status == cudaSuccess) parity__hand_over(g, g->replays);
     }
     cudaSetDevice(device);
@@ -714,21 +725,26 @@ static inline int parity_flush(parity_dump *d) {
     return d->error[0] ? -1 : 0;
 }
 
-/* Free a graph's memory; what the device uses only if it can't be replayed any more. */
+/* Free a graph's memory, if it can't be replayed any more. */
 static inline void parity__free_graph(struct parity_graph *g) {
-    struct parity_slot *slot, *next;
+    struct parity_slot *slot;
+    struct parity_arena *arena;
     struct parity_row *row;
-    for (slot = g->slots; slot; slot = slot->next)
+    if (!g->gone) return;
+    while ((slot = g->slots) != NULL) {
+        g->slots = slot->next;
         while ((row = slot->spare) != NULL) {
             slot->spare = row->next;
             free(row);
         }
-    if (!g->gone) return;
-    for (slot = g->slots; slot; slot = next) {
-        next = slot->next;
-        cudaFree(slot->staged);
-        cudaFreeHost(slot->pinned);
         free(slot);
+    }
+    while ((arena = g->arenas) != NULL) {
+        g->arenas = arena->next;
+        cudaFree(arena->staged);
+        cudaFree(arena->kept);
+        cudaFreeHost(arena->pinned);
+        free(arena);
     }
     free(g);
 }
@@ -788,39 +804,80 @@ static inline struct parity_graph *parity__graph_of(parity_dump *d, cudaGraph_t 
     return *status == cudaSuccess ? g : NULL;
 }
 
-/* Memory for a row and its place: of a graph that is gone, whose last replay is written, or new. */
-static inline struct parity_slot *parity__slot(parity_dump *d, size_t size, cudaError_t *status) {
-    struct parity_graph *g;
-    struct parity_slot **link, *slot;
-    for (g = d->graphs; g; g = g->next)
-        for (link = &g->slots; g->gone && g->written >= g->replays && (slot = *link) != NULL; link = &slot->next)
-            if (slot->size == size) {
-                *link = slot->next;
-                return slot;
+/* An arena of the graph with room for so many bytes: its last one, one of a graph that is gone and whose last replay is written,
+ * or a new one. It is given the nodes that bring it to the host. */
+static inline struct parity_arena *parity__arena(parity_dump *d, struct parity_graph *g, cudaGraph_t graph, size_t size,
+                                                 cudaError_t *status) {
+    struct parity_graph *other;
+    struct parity_arena **link, *arena = g->arenas;
+    if (arena && arena->size - arena->used >= size) return arena;
+    arena = NULL;
+    for (other = d->graphs; other && !arena; other = other->next)
+        for (link = &other->arenas; !arena && other->gone && other->written >= other->replays && *link; link = &(*link)->next)
+            if ((*link)->size >= size) {
+                arena = *link;
+                *link = arena->next;
+                break;
             }
+    if (!arena) {
+        arena = (struct parity_arena *)calloc(1, sizeof *arena);
+        if (!arena) return NULL;
+        arena->size = size > PARITY_ARENA ? size : PARITY_ARENA;
+        *status = cudaMalloc((void **)&arena->staged, arena->size);
+        if (*status == cudaSuccess) *status = cudaMalloc((void **)&arena->kept, arena->size);
+        if (*status == cudaSuccess) *status = cudaMallocHost((void **)&arena->pinned, arena->size);
+    }
+    arena->used = 0;
+    if (*status == cudaSuccess)
+        *status = cudaGraphAddMemcpyNode1D(&arena->bring, graph, NULL, 0, arena->pinned, arena->kept, size, cudaMemcpyDeviceToHost);
+    if (*status == cudaSuccess)
+        *status = cudaGraphAddMemcpyNode1D(&arena->keep, graph, &arena->bring, 1, arena->kept, arena->staged, size,
+                                           cudaMemcpyDeviceToDevice);
+    if (*status == cudaSuccess) *status = parity__follows(graph, arena->bring, g->hand_over);
+    if (*status == cudaSuccess) {
+        arena->next = g->arenas;
+        g->arenas = arena;
+        return arena;
+    }
+    if (arena->staged) cudaFree(arena->staged);
+    if (arena->kept) cudaFree(arena->kept);
+    if (arena->pinned) cudaFreeHost(arena->pinned);
+    free(arena);
+    return NULL;
+}
+
+/* A place in an arena, which is brought to the host with the rest of it. */
+static inline struct parity_slot *parity__slot(parity_dump *d, struct parity_graph *g, cudaGraph_t graph, size_t bytes,
+                                               cudaError_t *status) {
+    size_t size = (bytes + 7) & ~(size_t)7;
+    struct parity_slot *slot, **end = &g->slots;
+    struct parity_arena *arena = parity__arena(d, g, graph, size, status);
+    if (!arena) return NULL;
     slot = (struct parity_slot *)calloc(1, sizeof *slot);
     if (!slot) return NULL;
+    slot->arena = arena;
+    slot->at = arena->used;
     slot->size = size;
-    *status = cudaMalloc((void **)&slot->staged, 2 * size);
-    slot->kept = slot->staged + size;
-    if (*status == cudaSuccess) *status = cudaMallocHost((void **)&slot->pinned, size);
-    if (*status == cudaSuccess) return slot;
-    if (slot->staged) cudaFree(slot->staged);
-    free(slot);
-    return NULL;
+    arena->used += size;
+    *status = cudaGraphMemcpyNodeSetParams1D(arena->bring, arena->pinned, arena->kept, arena->used, cudaMemcpyDeviceToHost);
+    if (*status == cudaSuccess)
+        *status = cudaGraphMemcpyNodeSetParams1D(arena->keep, arena->kept, arena->staged, arena->used, cudaMemcpyDeviceToDevice);
+    while (*end) end = &(*end)->next;
+    *end = slot;
+    return slot;
 }
 
 /* The last replay of graphs that are gone, so that their slots can serve again; a copy beside the capture. */
 static inline cudaError_t parity__collect(parity_dump *d) {
     struct parity_graph *g;
-    struct parity_slot *slot;
+    struct parity_arena *arena;
     cudaStream_t beside = NULL;
     cudaError_t status = cudaSuccess;
     for (g = d->graphs; g && status == cudaSuccess; g = g->next) {
         if (!g->gone || g->written >= g->replays) continue;
         if (!beside) status = cudaStreamCreateWithFlags(&beside, cudaStreamNonBlocking);
-        for (slot = g->slots; slot && status == cudaSuccess; slot = slot->next)
-            status = cudaMemcpyAsync(slot->pinned, slot->kept, slot->size, cudaMemcpyDeviceToHost, beside);
+        for (arena = g->arenas; arena && status == cudaSuccess; arena = arena->next)
+            status = cudaMemcpyAsync(arena->pinned, arena->kept, arena->used, cudaMemcpyDeviceToHost, beside);
         if (status == cudaSuccess) status = cudaStreamSynchronize(beside);
         if (status == cudaSuccess) parity__hand_over(g, g->replays);
     }
@@ -828,58 +885,33 @@ static inline cudaError_t parity__collect(parity_dump *d) {
     return status;
 }
 
-/* The nodes of a slot: `stage[count]`, copies of what is `from`, behind `before[n]`; and those that bring it to the host. */
-static inline cudaError_t parity__add_nodes(struct parity_graph *g, cudaGraph_t graph, struct parity_slot *slot,
-                                            const void *const *from, const size_t *sizes, int count,
-                                            const cudaGraphNode_t *before, size_t n, cudaGraphNode_t *stage) {
-    cudaGraphNode_t keep, after[3];
-    size_t staged = 0;
-    int i;
-    cudaError_t status =
-        cudaGraphAddMemcpyNode1D(&after[count], graph, NULL, 0, slot->pinned, slot->kept, slot->size, cudaMemcpyDeviceToHost);
-    if (status == cudaSuccess) status = parity__follows(graph, after[count], g->hand_over);
-    for (i = 0; i < count && status == cudaSuccess; staged += sizes[i], i++) {
-        status = cudaGraphAddMemcpyNode1D(&stage[i], graph, before, n, slot->staged + staged, from[i], sizes[i],
-                                          cudaMemcpyDeviceToDevice);
-        after[i] = stage[i];
-    }
-    if (status != cudaSuccess) return status;
-    return cudaGraphAddMemcpyNode1D(&keep, graph, after, (size_t)count + 1, slot->kept, slot->staged, slot->size,
-                                    cudaMemcpyDeviceToDevice);
+/* Add a copy in line to a slot, behind the `n` nodes `before`. */
+static inline cudaError_t parity__stage(cudaGraph_t graph, const struct parity_slot *slot, size_t offset, const void *from, size_t size,
+                                        const cudaGraphNode_t *before, size_t n, cudaGraphNode_t *stage) {
+    cudaError_t status = cudaGraphAddMemcpyNode1D(stage, graph, before, n, slot->arena->staged + slot->at + offset, from, size,
+                                                  cudaMemcpyDeviceToDevice);
+    return status == cudaSuccess ? parity__follows(graph, *stage, slot->arena->keep) : status;
 }
 
 /* Put a checkpoint behind what the stream has captured so far, with the place of its pass where it is the first of one. */
-static inline cudaError_t parity__put_in_line(parity_dump *d, struct parity_graph *g, struct parity_slot *slot, struct parity_slot *place,
+static inline cudaError_t parity__put_in_line(parity_dump *d, const struct parity_slot *slot, const struct parity_slot *place,
                                               const void *values, size_t bytes, cudaStream_t stream) {
-    const void *from[2];
-    const size_t whole = bytes, four[2] = {4, 4};
     cudaGraph_t graph;
     const cudaGraphNode_t *so_far;
     cudaGraphNode_t *before, stage[3];
     unsigned long long id;
-    size_t n, staged = 1;
+    size_t n, staged = 0;
     cudaError_t status = parity__capture(stream, &id, &graph, &so_far, &n);
     if (status != cudaSuccess) return status;
     before = (cudaGraphNode_t *)malloc((n + 1) * sizeof *before); /* the driver's own array moves with the next node */
     if (!before) return cudaErrorMemoryAllocation;
     if (n) memcpy(before, so_far, n * sizeof *before);
-    status = parity__add_nodes(g, graph, slot, &values, &whole, 1, before, n, stage);
-    if (place && status == cudaSuccess) {
-        from[0] = d->position;
-        from[1] = d->pass;
-        status = parity__add_nodes(g, graph, place, from, four, d->pass ? 2 : 1, before, n, stage + 1);
-        staged += d->pass ? 2 : 1;
-    }
+    status = parity__stage(graph, slot, 0, values, bytes, before, n, &stage[staged++]);
+    if (place && status == cudaSuccess) status = parity__stage(graph, place, 0, d->position, 4, before, n, &stage[staged++]);
+    if (place && d->pass && status == cudaSuccess) status = parity__stage(graph, place, 4, d->pass, 4, before, n, &stage[staged++]);
     if (status == cudaSuccess) status = parity__goes_on(stream, stage, staged);
     free(before);
     return status;
-}
-
-static inline void parity__append(struct parity_graph *g, struct parity_slot *slot) {
-    struct parity_slot **end = &g->slots;
-    while (*end) end = &(*end)->next;
-    slot->next = NULL;
-    *end = slot;
 }
 
 /* A checkpoint in a stream that is being captured. Memory may be allocated meanwhile: the capture is of the stream, not of that. */
@@ -912,21 +944,14 @@ static inline int parity__captured(parity_dump *d, const char *point, const void
     /* A point that comes again is of another pass in the same graph, which has a position of its own. */
     for (slot = g ? g->slots : NULL; slot; slot = slot->next)
         if (slot->place == g->place && strcmp(slot->point, point) == 0) g->place = NULL;
-    if (g && !g->place) place = parity__slot(d, 8, &status);
-    if (g && (place || g->place)) slot = parity__slot(d, (bytes + 7) & ~(size_t)7, &status);
-    if (slot) {
+    if (g && !g->place) g->place = place = parity__slot(d, g, graph, 8, &status);
+    if (g && g->place && status == cudaSuccess) slot = parity__slot(d, g, graph, bytes, &status);
+    if (slot && status == cudaSuccess) status = parity__put_in_line(d, slot, place, values, bytes, stream);
+    if (slot && status == cudaSuccess) { /* with a place it is a row */
         slot->n = n;
         slot->type = type;
         strcpy(slot->point, point);
-        if (place) {
-            place->point[0] = 0;
-            place->place = NULL;
-            g->place = place;
-            parity__append(g, place);
-        }
         slot->place = g->place;
-        status = parity__put_in_line(d, g, slot, place, values, bytes, stream);
-        if (status == cudaSuccess) parity__append(g, slot);
     }
     parity__leave(&d->device);
     cudaThreadExchangeStreamCaptureMode(&mode);
