@@ -85,7 +85,7 @@ typedef pthread_t parity__thread;
 #define PARITY_ARENA (4u << 20) /* bytes that are allocated at a time for a graph's checkpoints, three times: a graph has an arena or two */
 #endif
 #ifndef PARITY_WRITERS
-#define PARITY_WRITERS 8 /* threads that sum captured rows up, beside each other; lines are written in the order of the replays */
+#define PARITY_WRITERS 8 /* threads that make lines of captured rows, beside each other; they are written in the order of the replays */
 #endif
 
 /* Memory of a graph's checkpoints. A replay copies their rows to `staged`, in line, and all of it at once to `kept`, beside its
@@ -124,8 +124,8 @@ struct parity_graph {
 struct parity_row {
     struct parity_row *next;
     struct parity_slot *slot; /* whose memory it is */
-    struct parity_sums sums;
-    int summed;
+    char *line; /* when it is made */
+    int made;
     size_t size, n;
     parity_type type;
     int position, step, decode;
@@ -275,33 +275,33 @@ static inline parity_dump *parity_open(const char *path) {
     return d;
 }
 
+/* One character of a JSON text, at most six bytes; returns where it ends. */
+static inline char *parity__escaped(char *at, unsigned char c) {
+    if (c < 0x20) return at + sprintf(at, "\\u%04x", c);
+    if (c == '"' || c == '\\') *at++ = '\\';
+    *at++ = (char)c;
+    return at;
+}
+
 /* JSON text: quotes, backslashes and control characters escaped. Bytes above 127 must be UTF-8. */
 static inline void parity__text(FILE *file, const char *text) {
+    char one[8];
     putc('"', file);
-    for (; text && *text; text++) {
-        unsigned char c = (unsigned char)*text;
-        if (c == '"' || c == '\\') putc('\\', file);
-        if (c < 0x20) fprintf(file, "\\u%04x", c);
-        else putc(c, file);
-    }
+    for (; text && *text; text++) fwrite(one, 1, (size_t)(parity__escaped(one, (unsigned char)*text) - one), file);
     putc('"', file);
 }
 
-/* A number with `digits` significant digits, the decimal point whatever the locale says. */
-static inline void parity__number(FILE *file, double x, int digits) {
-    char text[40], *point;
-    if (isnan(x)) {
-        fputs("\"NaN\"", file);
-        return;
-    }
-    if (isinf(x)) {
-        fputs(x > 0 ? "\"Infinity\"" : "\"-Infinity\"", file);
-        return;
-    }
-    snprintf(text, sizeof text, "%.*g", digits, x);
-    for (point = text; *point; point++)
+#define PARITY__DIGITS 28 /* of a number in a line, with its comma */
+
+/* A number with `digits` significant digits, the decimal point whatever the locale says; returns where it ends. */
+static inline char *parity__number(char *at, double x, int digits) {
+    char *point = at;
+    if (isnan(x)) return at + sprintf(at, "\"NaN\"");
+    if (isinf(x)) return at + sprintf(at, x > 0 ? "\"Infinity\"" : "\"-Infinity\"");
+    at += sprintf(at, "%.*g", digits, x);
+    for (; point < at; point++)
         if (*point == ',') *point = '.';
-    fputs(text, file);
+    return at;
 }
 
 static inline int parity__written(parity_dump *d) {
@@ -465,35 +465,47 @@ static inline void parity__sum_up(struct parity_sums *s, const void *values, par
     memcpy(s->sketch, sketch, sizeof sketch);
 }
 
-static inline int parity__write(parity_dump *d, const char *point, int position, int step, int decode, const void *values,
-                                parity_type type, size_t n, const struct parity_sums *s) {
+/* The line of a checkpoint, to be freed; NULL where memory is short. */
+static inline char *parity__line(int seq, const char *point, int position, int step, int decode, const void *values, parity_type type,
+                                 size_t n, const struct parity_sums *s) {
     static const char *const names[] = {"f32", "f16", "bf16"};
-    size_t i;
-    int j, result;
-    parity__lock(d);
-    fputs("{\"type\":\"checkpoint\",\"checkpoint\":", d->file);
-    parity__text(d->file, point);
-    fprintf(d->file, ",\"seq\":%d,\"token_idx\":%d,\"step\":%d,\"phase\":\"%s\",\"dtype\":\"%s\",\"shape\":[%llu],\"values\":[", d->seq,
-            position, step, decode ? "decode" : "prefill", names[type], (unsigned long long)n);
-    for (i = 0; i < n && i < PARITY_SLICE; i++) {
-        if (i) putc(',', d->file);
-        parity__number(d->file, parity__value(values, type, i), 9); /* 9 digits give every float32 back */
+    size_t i, slice = n < PARITY_SLICE ? n : PARITY_SLICE;
+    int j;
+    char *line = (char *)malloc(512 + 6 * strlen(point) + (slice + PARITY_SKETCH + 4) * PARITY__DIGITS), *at = line;
+    if (!line) return NULL;
+    at += sprintf(at, "{\"type\":\"checkpoint\",\"checkpoint\":\"");
+    for (; *point; point++) at = parity__escaped(at, (unsigned char)*point);
+    at += sprintf(at, "\",\"seq\":%d,\"token_idx\":%d,\"step\":%d,\"phase\":\"%s\",\"dtype\":\"%s\",\"shape\":[%llu],\"values\":[", seq, position,
+                  step, decode ? "decode" : "prefill", names[type], (unsigned long long)n);
+    for (i = 0; i < slice; i++) {
+        if (i) *at++ = ',';
+        at = parity__number(at, parity__value(values, type, i), 9); /* 9 digits give every float32 back */
     }
-    fprintf(d->file, "],\"stats\":{\"n\":%llu,\"sum\":", (unsigned long long)n);
-    parity__number(d->file, s->sum, 17);
-    fputs(",\"l2\":", d->file);
-    parity__number(d->file, sqrt(s->squares), 17);
-    fputs(",\"min\":", d->file);
-    parity__number(d->file, s->least, 17);
-    fputs(",\"max\":", d->file);
-    parity__number(d->file, s->most, 17);
-    fprintf(d->file, ",\"nonfinite\":%llu,\"absmax_at\":%llu},\"sketch\":[", (unsigned long long)s->nonfinite,
-            (unsigned long long)s->largest_at);
+    at += sprintf(at, "],\"stats\":{\"n\":%llu,\"sum\":", (unsigned long long)n);
+    at = parity__number(at, s->sum, 17);
+    at += sprintf(at, ",\"l2\":");
+    at = parity__number(at, sqrt(s->squares), 17);
+    at += sprintf(at, ",\"min\":");
+    at = parity__number(at, s->least, 17);
+    at += sprintf(at, ",\"max\":");
+    at = parity__number(at, s->most, 17);
+    at += sprintf(at, ",\"nonfinite\":%llu,\"absmax_at\":%llu},\"sketch\":[", (unsigned long long)s->nonfinite,
+                  (unsigned long long)s->largest_at);
     for (j = 0; j < PARITY_SKETCH; j++) {
-        if (j) putc(',', d->file);
-        parity__number(d->file, (float)s->sketch[j], 9);
+        if (j) *at++ = ',';
+        at = parity__number(at, (float)s->sketch[j], 9);
     }
-    fputs("]}\n", d->file);
+    sprintf(at, "]}\n");
+    return line;
+}
+
+/* Write a checkpoint's line and free it. */
+static inline int parity__write(parity_dump *d, const char *point, char *line) {
+    int result;
+    if (!line) return parity__refuse(d, point, "out of memory");
+    parity__lock(d);
+    fputs(line, d->file);
+    free(line);
     d->checkpoints++;
     result = parity__written(d);
     parity__unlock(d);
@@ -503,13 +515,14 @@ static inline int parity__write(parity_dump *d, const char *point, int position,
 static inline int parity__checkpoint(parity_dump *d, const char *point, int position, const void *values, parity_type type,
                                      size_t n) {
     struct parity_sums sums;
-    int step, decode;
+    int step, decode, seq;
     parity__sum_up(&sums, values, type, n);
     parity__lock(d);
     step = d->step;
     decode = d->decode;
+    seq = d->seq;
     parity__unlock(d);
-    return parity__write(d, point, position, step, decode, values, type, n, &sums);
+    return parity__write(d, point, parity__line(seq, point, position, step, decode, values, type, n, &sums));
 }
 
 static inline int parity__arguments(parity_dump *d, const char *point, int position, const void *values, parity_type type,
@@ -570,15 +583,15 @@ static inline void parity__queue_tell(struct parity_queue *q) {
 #endif
 }
 
-/* Write the rows at the queue's head that are summed up; called and left with the queue's lock. */
-static inline void parity__write_summed(parity_dump *d, struct parity_queue *q) {
+/* Write the lines at the queue's head that are made; called and left with the queue's lock. */
+static inline void parity__write_made(parity_dump *d, struct parity_queue *q) {
     struct parity_row *row;
     if (q->writing) return; /* whoever does comes to these rows, too */
     q->writing = 1;
-    while ((row = q->first) != NULL && row->summed) {
+    while ((row = q->first) != NULL && row->made) {
         parity__leave(&q->lock);
-        if (!d->error[0])
-            parity__write(d, row->point, row->position, row->step, row->decode, row + 1, row->type, row->n, &row->sums);
+        if (d->error[0]) free(row->line);
+        else parity__write(d, row->point, row->line);
         parity__enter(&q->lock);
         q->first = row->next;
         if (!q->first) q->last = NULL;
@@ -598,6 +611,7 @@ static inline void *parity__run_writer(void *dump) {
     parity_dump *d = (parity_dump *)dump;
     struct parity_queue *q = &d->queue;
     struct parity_row *row;
+    struct parity_sums sums;
     parity__enter(&q->lock);
     for (;;) {
         while (!q->next && !q->closing) parity__queue_wait(q);
@@ -605,10 +619,11 @@ static inline void *parity__run_writer(void *dump) {
         if (!row) break;
         q->next = row->next;
         parity__leave(&q->lock);
-        parity__sum_up(&row->sums, row + 1, row->type, row->n);
+        parity__sum_up(&sums, row + 1, row->type, row->n);
+        row->line = parity__line(d->seq, row->point, row->position, row->step, row->decode, row + 1, row->type, row->n, &sums);
         parity__enter(&q->lock);
-        row->summed = 1;
-        parity__write_summed(d, q);
+        row->made = 1;
+        parity__write_made(d, q);
     }
     parity__leave(&q->lock);
     return 0;
@@ -669,7 +684,7 @@ static inline void parity__hand_over(struct parity_graph *g, long long replay) {
         memcpy(where, slot->place->arena->pinned + slot->place->at, sizeof where);
         row->next = NULL;
         row->slot = slot;
-        row->summed = 0;
+        row->made = 0;
         row->size = slot->size;
         row->n = slot->n;
         row->type = slot->type;
