@@ -1,6 +1,6 @@
 """Hugging Face's model debugger (`model_addition_debugger_context`): a JSON tree of modules.
 
-With `use_repr=False` tensors lie beside it as safetensors, else they are printed in it, long ones in part.
+With `use_repr=False` tensors are stored beside it as safetensors; otherwise they are printed in it, long ones in part.
 """
 
 import json
@@ -19,7 +19,7 @@ from .torch_text import printed_rows
 
 _TREE, _SUMMARY = "_debug_tree_FULL_TENSORS.json", "_debug_tree_SUMMARY.json"
 _LAYER = re.compile(r'"module_path": ?"[^"]{0,200}\.layers\.(\d{1,6})"')
-_DEEPEST = 200  # modules in modules; real trees have some ten, and Python stops at a thousand calls
+_DEEPEST = 200  # modules in modules; real trees have about ten levels, and Python allows a thousand nested calls
 
 
 def _tree(path: Path) -> Path | None:
@@ -29,7 +29,7 @@ def _tree(path: Path) -> Path | None:
 
 
 def detect(path: Path) -> bool:
-    """The tree's file, or the folder that it lies in."""
+    """The tree's file, or its folder."""
     return _tree(path) is not None
 
 
@@ -57,9 +57,9 @@ def read(path: Path, mapping: Mapping) -> Dump:
         given = value.get("value")
         if isinstance(given, list):
             rows = _printed(tree, point, value, entry)
-            notes = ["values are printed to some decimals, those of long tensors in part (use_repr=False writes all)"]
+            notes = ["values are printed to a few decimals, and only part of long tensors (use_repr=False writes all)"]
         elif isinstance(given, str):
-            place = tree.parent / Path(given).name  # beside the tree, wherever it says
+            place = tree.parent / Path(given).name  # beside the tree, whatever path is given
             try:
                 array = next(array for _, array in safetensors(place))
                 rows = rows_of(point, mapping.array(entry, array))
@@ -106,7 +106,7 @@ def _values(node: Any, layers: int, depth: int = 0) -> Iterator[tuple[str, Any]]
 
 
 def _entering(name: str, layers: int) -> str | None:
-    """The point of the residual stream that enters a norm: layers' own outputs are not in the tree."""
+    """The point of the residual stream that is the input of a norm: layers' own outputs are not in the tree."""
     parts = name.split(".")
     if len(parts) >= 3 and parts[-3] == "layers" and re.fullmatch(r"\d{1,6}", parts[-2]):
         layer = int(parts[-2])
