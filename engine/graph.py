@@ -223,6 +223,9 @@ def inputs_of(step: Step, value: Callable[[str], Array], weights: WeightSource) 
     ]
 
 
+@np.errstate(
+    over="ignore", invalid="ignore", divide="ignore"
+)  # damaged weights overflow: what comes of it is seen in the values
 def compute(step: Step, inputs: Sequence[Array], weights: WeightSource) -> Array:
     """Run one step on given inputs, in the order of `step.reads`: whole values, of which it takes its views."""
     arguments = [_weight(weight, weights) for weight in step.weights]
