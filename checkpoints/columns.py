@@ -8,7 +8,6 @@ int64 [R, k] and `quantum` float64 [R, k]. `checkpoints.formats.columns` reads t
 """
 
 import os
-import secrets
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -49,7 +48,7 @@ class ColumnsWriter(Writer):
     """
 
     def __init__(self, path: str | os.PathLike[str], header: Header) -> None:
-        self._identity = secrets.token_hex(8)
+        self._identity = os.urandom(8).hex()
         self._arrays = TensorWriter(beside(path), {"dump": self._identity})
         self._rows: dict[str, list[Rows]] = {}
         self._parts: dict[str, int] = {}

@@ -13,7 +13,6 @@ import os
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -78,6 +77,8 @@ def _hash(descriptor: int, size: int) -> str:
     root = hashlib.sha256(str(size).encode())
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if cores > 1 and len(offsets) > 1:
+        from concurrent.futures import ThreadPoolExecutor
+
         with ThreadPoolExecutor(min(cores, 16)) as pool:
             for digest in pool.map(leaf, offsets):
                 root.update(digest)

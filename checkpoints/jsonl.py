@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any, Self
 
-import jsonlines
 import orjson
 
 from .errors import InputError
@@ -43,6 +42,8 @@ class Writer:
             self._file: IO[bytes] = self._open(whole)
         except OSError as error:
             raise _unwritable(self.path, error) from error
+        import jsonlines
+
         self._lines = jsonlines.Writer(self._file, dumps=_dumps)
         if header is not None:
             self.header(header)

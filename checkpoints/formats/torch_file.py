@@ -5,7 +5,6 @@ The description is interpreted here, instruction by instruction, for the few ins
 it names (a class of somebody's engine) becomes an `Opaque` value, and is neither imported nor called.
 """
 
-import pickletools
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -50,6 +49,14 @@ class Opaque:
 
 
 @dataclass(frozen=True)
+def _instructions(description: bytes) -> Iterator[tuple[Any, Any]]:
+    """(opcode, argument) of each instruction, as the standard library's disassembler reads them."""
+    import pickletools
+
+    for opcode, argument, _ in pickletools.genops(description):
+        yield opcode, argument
+
+
 class _Storage:
     type: str
     key: str
@@ -151,7 +158,7 @@ class _Reader:
         stack: list[Any] = []
         marks: list[int] = []
         memo: dict[int, Any] = {}
-        for number, (opcode, argument, _) in enumerate(pickletools.genops(description)):
+        for number, (opcode, argument) in enumerate(_instructions(description)):
             if number > _STEPS:
                 raise ValueError("its description is too long")
             name = opcode.name

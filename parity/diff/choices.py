@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from checkpoints.answers.diff import Choices
+from checkpoints.distinct import distinct
 from checkpoints.points import LOGITS
 from checkpoints.record import Dump, Rows, Token
 from checkpoints.tensors import TensorReader, beside
@@ -116,7 +117,7 @@ def _tensors(dump: Dump, rows: Rows) -> dict[int, NDArray[np.float32]]:
     reader = TensorReader(path)
     recorded = dump.points[LOGITS]
     rows_of: dict[int, NDArray[np.float32]] = {}
-    for step in np.unique(rows.step).tolist():
+    for step in distinct(rows.step).tolist():
         if f"{LOGITS}/{step}" not in reader.names:
             continue
         tensor = reader.get(LOGITS, step)
