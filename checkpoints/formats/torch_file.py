@@ -48,7 +48,6 @@ class Opaque:
     name: str
 
 
-@dataclass(frozen=True)
 def _instructions(description: bytes) -> Iterator[tuple[Any, Any]]:
     """(opcode, argument) of each instruction, as the standard library's disassembler reads them."""
     import pickletools
@@ -57,6 +56,7 @@ def _instructions(description: bytes) -> Iterator[tuple[Any, Any]]:
         yield opcode, argument
 
 
+@dataclass(frozen=True)
 class _Storage:
     type: str
     key: str
