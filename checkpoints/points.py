@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import lru_cache
 
 from .errors import InputError
 
@@ -88,6 +89,7 @@ class Point:
         return kind if kind is not None and (self.layer is None) == (self.kind not in _RANK) else None
 
 
+@lru_cache(maxsize=4096)  # more points than a model has
 def parse(name: str) -> Point:
     """Split a canonical name into layer and kind; a name without a layer is a point of the whole model."""
     match = _LAYER_POINT.fullmatch(name)
