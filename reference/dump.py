@@ -259,7 +259,8 @@ def dump_whole(library: Library, model: Model, job: DumpJob, info: ModelInfo, st
             return stack.enter_context(session)
 
         session = opened()
-        plans = plans_of(session, prompt, job.tokens if model.encoder_decoder else ())
+        single = bool(job.generate or follow or job.passes) or not job.plain
+        plans = plans_of(session, prompt, job.tokens if model.encoder_decoder else (), single=single)
         check_ways(plans, job, info)
         generates(plans.prompt, job, info)
         header = header_of(job, info, pieces, library, None, dataflow(plans.prompt.nodes, plans.prompt.planned))
