@@ -259,8 +259,7 @@ def dump_whole(library: Library, model: Model, job: DumpJob, info: ModelInfo, st
             return stack.enter_context(session)
 
         session = opened()
-        single = bool(job.generate or follow or job.passes) or not job.plain
-        plans = plans_of(session, prompt, job.tokens if model.encoder_decoder else (), single=single)
+        plans = plans_of(session, prompt, job.tokens if model.encoder_decoder else (), single=job.may_step)
         check_ways(plans, job, info)
         generates(plans.prompt, job, info)
         header = header_of(job, info, pieces, library, None, dataflow(plans.prompt.nodes, plans.prompt.planned))
