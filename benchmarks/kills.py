@@ -126,7 +126,7 @@ class Trial:
     def __init__(self, job: Job, top: Path) -> None:
         self.job, self._top, self._ready = job, top, top / "ready"
         self._ready.mkdir(parents=True)
-        (self._ready / "prompts.txt").write_text("Once upon a time\nThe dog\n")
+        (self._ready / "prompts.txt").write_text("Once\nThe\n")
         for words in job.old:
             code, message = ended(words, top / "warm", self._ready)
             if code:

@@ -120,6 +120,24 @@ def test_wrong_requests(parity: Cli, arguments: tuple[str, ...], message: str) -
     refused(parity("run", *arguments), message)
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("run", "--tokens", "5", "--out", ""),
+        ("run", "--tokens", "5", "--devices="),
+        ("dump", "ref", "--tokens", "5", "-o", ""),
+        ("lint", ""),
+        ("diff", "ours.jsonl", ""),
+        ("explain", "ours.jsonl", "--model", "", "--format", "text"),
+        ("drift", "check", "golden", "--ours", "ours.jsonl", "--ours", ""),
+        ("synth", "-o", "m.gguf", "--like", ""),
+    ],
+)
+def test_an_unset_variable_is_not_this_folder_or_a_default(parity: Cli, command: tuple[str, ...]) -> None:
+    """An empty text for a path or a word is an error that names the option, and nothing is read or written in its place."""
+    refused(parity(*command), "is empty. Is a variable unset?")
+
+
 def test_an_unwritable_folder(parity: Cli, tmp_path: Path) -> None:
     """An output folder that cannot be made is named before anything is computed."""
     (tmp_path / "file").write_text("")

@@ -1,4 +1,4 @@
-"""Which of two sides that differ is right: the same steps in float64 are the truth that both are held against."""
+"""Which of two differing sides is right: both are compared with a float64 computation of the same steps."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property
@@ -12,21 +12,23 @@ from checkpoints.summary import summarise
 from engine.backend import Backend
 from engine.engine import Engine
 from engine.graph import Step, WeightSource, sees_later
+from engine.replay.disturbed import disturbed
 from engine.replay.wide import coarse_points, entry_errors, is_looked_up, wide_values
 
 from ..diff.slices import SLICE_FLOOR
 
 Floats = NDArray[np.float64]
+_SAMPLES = 4  # runs with rounding's noise: the largest of as many is within a factor of two of what twice as many give
 
 
 class Arbiter:
-    """Knows the truth about one sequence: what a model's steps give in float64 for its tokens.
+    """Knows the truth about one sequence: the values of a model's steps for its tokens, in float64.
 
-    It is computed when it is first asked for, up to the last point that is asked for, and only those points are kept.
+    It is computed on the first request, up to the last point requested, and only the requested points are kept.
 
     Args:
-        positions, passes: of each token: its position, and the number of the forward pass that it belongs to.
-        given: further values in float64 that the steps read and none of them makes.
+        positions, passes: for each token, its position and the number of its forward pass.
+        given: further float64 values that the steps read and none of them computes.
     """
 
     def __init__(
@@ -46,7 +48,7 @@ class Arbiter:
         self._positions = np.asarray(positions, dtype=np.int64)
         self._passes = tuple(passes)
         self._given = given
-        # A state after a pass has no row for each position, and other passes leave it at other ones; an encoder's scores have rows
+        # A state after a pass has no row for each position, and other passes leave it at other positions; an encoder's scores have rows
         # of other lengths than a decoder's.
         whole = sees_later(steps)
         self._points = frozenset(step.makes for step in steps if step.axis == 0 or (step.axis == 1 and not whole))
@@ -54,7 +56,7 @@ class Arbiter:
 
     @property
     def asked(self) -> bool:
-        """Whether anything of the truth is known by now."""
+        """Whether anything has been computed in float64 yet."""
         return bool(self._truth)
 
     @cached_property
@@ -64,7 +66,7 @@ class Arbiter:
 
     @classmethod
     def of(cls, engine: Engine, tokens: Sequence[int], first: int = 0, prompt: int | None = None) -> "Arbiter":
-        """The arbiter of a prompt of so many tokens (None: all) and those generated after it, one a pass, from position `first` on."""
+        """The arbiter of a prompt of so many tokens (None: all) and the tokens generated after it, one a pass, from position `first` on."""
         length = len(tokens) if prompt is None else prompt
         passes = [max(0, row - length + 1) for row in range(len(tokens))]
         positions = range(first, first + len(tokens))
@@ -73,16 +75,16 @@ class Arbiter:
     def distances(self, points: Mapping[str, Rows]) -> dict[str, Floats]:
         """How far records are from the truth: their NMSE, float64 [R] for each point.
 
-        It is that of the recorded elements or, if that is larger, the estimate of the whole row's from the sketch; infinite where
+        It is the NMSE of the recorded elements or, if larger, the estimate for the whole row from the sketch; infinite if
         a value is not finite and the truth is. NaN for a record of another sequence or of a position without a token. Points
-        that the steps do not make are left out.
+        that the steps do not compute are left out.
         """
         known = {name: rows for name, rows in points.items() if name in self._points}
         self._compute(known.keys() - self._truth.keys())
         return {name: self._distance(rows, self._truth[name]) for name, rows in known.items()}
 
     def one_entry(self, points: Mapping[str, Rows]) -> dict[str, Floats]:
-        """As `parity.diff.truth.Truth.one_entry`; records whose positions or elements are not known have 0."""
+        """See `parity.diff.truth.Truth.one_entry`; 0 for records whose positions or elements are unknown."""
         tables = {step.makes: step for step in self._steps if step.makes in points and is_looked_up(step)}
         return {name: self._one_entry(step, points[name]) for name, step in tables.items()}
 
@@ -100,6 +102,21 @@ class Arbiter:
             bound[here] = error / np.fmax(energy, share)
         return bound
 
+    def spread(self, points: Mapping[str, Rows]) -> dict[str, Floats]:
+        """As `parity.diff.truth.Truth.spread`; records whose positions are not known have 0."""
+        known = {name: rows for name, rows in points.items() if name in self._points}
+        self._compute(known.keys() - self._truth.keys())
+        worst = {name: np.zeros(len(rows)) for name, rows in known.items()}
+        for seed in range(_SAMPLES):
+            values = self._wide(disturbed(self._steps, seed), known.keys())
+            for name, rows in known.items():
+                index = rows.token_idx - self._positions[0]
+                here = (rows.seq == 0) & (index >= 0) & (index < len(self._positions))
+                if here.any():
+                    moved, _ = self._recorded(rows.take(here), index[here], values[name])
+                    worst[name][here] = np.fmax(worst[name][here], self._distance(moved, self._truth[name]))
+        return worst
+
     def value(self, point: str) -> NDArray[np.float64]:
         """The whole value of a point."""
         self._compute({point} - self._truth.keys())
@@ -107,16 +124,17 @@ class Arbiter:
 
     def _compute(self, missing: Collection[str]) -> None:
         if missing:
-            positions, given = self._positions.tolist(), self._given()
-            self._truth |= wide_values(
-                self._steps, self._tokens, positions, self._passes, self._weights, self._backend, missing, given
-            )
+            self._truth |= self._wide(self._steps, missing)
+
+    def _wide(self, steps: Sequence[Step], wanted: Collection[str]) -> dict[str, NDArray[Any]]:
+        positions, given = self._positions.tolist(), self._given()
+        return wide_values(steps, self._tokens, positions, self._passes, self._weights, self._backend, wanted, given)
 
     def record(self, rows: Rows) -> Rows:
-        """What a dump would record of the truth under the keys of some records, rounded to float32.
+        """The truth as a dump would record it, under the keys of some records, rounded to float32.
 
         Raises:
-            KeyError: a point that was not asked for before.
+            KeyError: a point that was not requested before.
         """
         return self._recorded(rows, rows.token_idx - self._positions[0], self._truth[rows.point])[0]
 
@@ -129,7 +147,7 @@ class Arbiter:
         return distances
 
     def _recorded(self, rows: Rows, index: NDArray[np.int64], truth: NDArray[np.float64]) -> tuple[Rows, Rows]:
-        """What a dump would record of the truth, as the sum of two float32 records: what it is and what rounding that leaves."""
+        """The truth as a dump would record it, as the sum of two float32 records: the rounded value and the rest."""
         size = None if rows.indices is not None else int(rows.values.shape[1])
         with np.errstate(over="ignore", invalid="ignore"):
             high = truth.astype(np.float32)
@@ -143,7 +161,7 @@ class Arbiter:
 
 
 def _nmse(rows: Rows, high: Rows, low: Rows) -> Floats:
-    """NMSE of records against the sum of two others of the same keys: [R]; the slice's floor is that of `slices`."""
+    """NMSE of records against the sum of two others of the same keys: [R]; the slice's floor is the one in `slices`."""
     values = rows.values.astype(np.float64)
     present = np.arange(values.shape[1])[None, :] < rows.counts[:, None]
     wanted = _elements(high, rows) + _elements(low, rows)
@@ -166,7 +184,7 @@ def _nmse(rows: Rows, high: Rows, low: Rows) -> Floats:
 
 
 def _elements(whole: Rows, like: Rows) -> Floats:
-    """The elements of some records that others hold: float64 [R, k]; NaN where there are none."""
+    """The elements of some records at the places recorded by others: float64 [R, k]; NaN where there are none."""
     width = like.values.shape[1]
     if like.indices is not None:
         index = np.clip(like.indices, 0, whole.values.shape[1] - 1)

@@ -1,11 +1,10 @@
 """The truth about an encoder–decoder: the encoder's steps over the prompt, the decoder's over its own tokens, each in float64."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import cached_property
 
 from checkpoints.record import Rows
-from engine.graph import ENCODED, ENCODER, POSITIONS, TOKENS, Step, name_of, read_as
+from engine.graph import ENCODED, ENCODER, alone
 from engine.replay.wide import coarse_points
 from engine.transformer import Transformer
 
@@ -17,14 +16,14 @@ class EncoderDecoderArbiter:
 
     Args:
         transformer: an encoder–decoder.
-        prompt, generated: ids of the encoder's tokens, and of those that follow the decoder's first one.
+        prompt, generated: ids of the encoder's tokens, and of the decoder's tokens after its first one.
     """
 
     def __init__(self, transformer: Transformer, prompt: Sequence[int], generated: Sequence[int]) -> None:
         steps = transformer.encoder or ()
         computed = transformer.weights, transformer.backend
         self._last = steps[-1].makes
-        self._encoder = Arbiter([_alone(step) for step in steps], *computed, prompt, range(len(prompt)), [0] * len(prompt))
+        self._encoder = Arbiter(alone(steps), *computed, prompt, range(len(prompt)), [0] * len(prompt))
         tokens = (transformer.decoder_start or 0, *generated)
         numbers = range(len(tokens))
         self._decoder = Arbiter(transformer.steps, *computed, tokens, numbers, numbers, lambda: {ENCODED: self._encoded})
@@ -36,34 +35,34 @@ class EncoderDecoderArbiter:
 
     @property
     def asked(self) -> bool:
-        """Whether anything of the truth is known by now."""
+        """Whether anything has been computed in float64 yet."""
         return self._encoder.asked or self._decoder.asked
 
     @cached_property
     def coarse(self) -> frozenset[str]:
-        """The points that ggml itself computes coarsely, the decoder's where what it reads of the encoder is."""
+        """The points that ggml itself computes coarsely; the decoder's also if they read coarse values of the encoder."""
         first = self._encoder.coarse
         return first | coarse_points(self._decoder_steps, (ENCODED,) if self._last in first else ())
 
     def distances(self, points: Mapping[str, Rows]) -> dict[str, Floats]:
-        """As `Arbiter.distances`."""
+        """See `Arbiter.distances`."""
         first = {name: rows for name, rows in points.items() if name.startswith(ENCODER)}
         return self._encoder.distances(first) | self._decoder.distances(
             {name: rows for name, rows in points.items() if name not in first}
         )
 
     def one_entry(self, points: Mapping[str, Rows]) -> dict[str, Floats]:
-        """As `Arbiter.one_entry`."""
+        """See `Arbiter.one_entry`."""
         first = {name: rows for name, rows in points.items() if name.startswith(ENCODER)}
         others = {name: rows for name, rows in points.items() if name not in first}
         return self._encoder.one_entry(first) | self._decoder.one_entry(others)
 
+    def spread(self, points: Mapping[str, Rows]) -> dict[str, Floats]:
+        """As `Arbiter.spread`, of each half by itself."""
+        first = {name: rows for name, rows in points.items() if name.startswith(ENCODER)}
+        others = {name: rows for name, rows in points.items() if name not in first}
+        return self._encoder.spread(first) | self._decoder.spread(others)
+
     def record(self, rows: Rows) -> Rows:
-        """As `Arbiter.record`."""
+        """See `Arbiter.record`."""
         return (self._encoder if rows.point.startswith(ENCODER) else self._decoder).record(rows)
-
-
-def _alone(step: Step) -> Step:
-    """A step of the encoder as that of a model whose tokens are the prompt."""
-    inputs = {ENCODER + name: name for name in (TOKENS, POSITIONS)}
-    return replace(step, reads=tuple(read_as(read, inputs.get(name_of(read), name_of(read))) for read in step.reads))

@@ -5,9 +5,9 @@ from importlib import import_module
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
 from .. import version as parity_version
+from .empty_options import Commands
 
 _COMMANDS = {  # name: where it is defined, and its line in `parity --help`
     "run": ("run.run", "Run both sides, compare them, name the first divergence."),
@@ -57,7 +57,7 @@ class _Built(Mapping[str, Any]):
         return typer.main.get_group(parent).commands[name]
 
 
-class _Commands(TyperGroup):
+class _Commands(Commands):
     """The group of all commands, whose help needs none of them."""
 
     def __init__(self, **settings: Any) -> None:

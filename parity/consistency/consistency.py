@@ -1,6 +1,6 @@
-"""An engine against itself: the same positions computed in other portions must come out the same."""
+"""An engine compared with itself: the same positions computed in other portions must give the same values."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,9 +16,13 @@ from checkpoints.points import parse
 from checkpoints.record import Dump, Header
 from engine.engine import Engine, whole_input
 from engine.graph import sees_later
+from engine.transformer import Transformer
+from engine.weights.gguf_model import GgufModel
 from reference.client import Reference
 
 from ..arbiter.arbiter import Arbiter
+from ..arbiter.encoder_decoder import EncoderDecoderArbiter
+from ..arbiter.third_side import AnyArbiter
 from ..diff.compare import Options, compare
 from ..run.command import PORTIONS, SEQUENCES, STATE, UBATCH, EngineError
 from ..run.request import Prompt, Request
@@ -38,17 +42,18 @@ _WORDS = {
     CACHE: "keys or values of earlier passes are not those that were computed: rows written to or read from other places",
     POSITIONS: "Q or K are rotated by another position: the count of earlier tokens is not added, or added twice",
     MASK: "scores are right and weights are not: the mask takes positions of this pass for positions in the sequence",
-    OTHERS: "a prompt comes out differently among others: padding or others' rows are seen, or positions are counted with theirs",
-    SAVED: "what is saved is not all that is needed, or is put back elsewhere: keys, values, positions",
-    BATCH: "the same row comes out differently among other rows: a kernel that depends on the number of tokens",
+    OTHERS: "a prompt gives other values in a batch: padding or other sequences' rows are seen, or positions are counted across sequences",
+    SAVED: "the saved state is incomplete or restored to other places: keys, values, positions",
+    BATCH: "the same row gives other values among other rows: a kernel depends on the number of tokens",
 }
+_DECODER = "dec.output_norm.weight"  # a tensor of every encoder–decoder
 _BY_WAY = {SEQUENCES: OTHERS, STATE: SAVED}
 _ROWWISE = ("attn_norm", "q", "k", "v", "attn_out", "ffn_norm", "ffn_gate", "ffn_up", "ffn_swiglu", "ffn_out")
 
 
 @dataclass(frozen=True)
 class ConsistencyRequest:
-    """What `parity consistency` was asked for; with two dumps, a foreign engine's, only `run`'s mapping and limits count."""
+    """The request of `parity consistency`; with two dumps, an external engine's, only `run`'s mapping and limits matter."""
 
     run: Request
     source: str = OURS
@@ -70,15 +75,17 @@ def consistency(request: ConsistencyRequest) -> Consistency:
     with Reference(verbose=run.verbose, threads=run.threads) as reference:
         side = side_of(request.source, run, reference, resident=True)
         prompt = resolve_prompt(reference, run.model, run.prompt, run.tokens)
+        if _DECODER in GgufModel(run.model).tensors:  # the decoder is led along the prompt, in as many positions
+            prompt = replace(prompt, decoded=prompt.ids[:-1])
         vocabulary = reference.tokenize(run.model, "a").n_vocab
         return of_side(side, replace(prompt, text=None), request, vocabulary)
 
 
 def of_side(side: Side, prompt: Prompt, request: ConsistencyRequest, vocabulary: int) -> Consistency:
-    """The checks of a side, over a prompt; `vocabulary` is the number of token ids.
+    """The checks of a side over a prompt; `vocabulary` is the number of token ids.
 
     Raises:
-        InputError: fewer than two tokens, or tokens that the model cannot take.
+        InputError: fewer than two tokens, or tokens that the model does not accept.
     """
     count = len(prompt.ids)
     if count < 2:
@@ -86,36 +93,45 @@ def of_side(side: Side, prompt: Prompt, request: ConsistencyRequest, vocabulary:
     side.check(prompt)
     run = request.run
     options = comparison_options(run)
-    if isinstance(side, OurEngine):  # GELU's table is coarse: float64 says how far two right passes may be apart
-        options = replace(options, truth=Arbiter.of(side.engine, prompt.ids, run.first_position))
+    if isinstance(side, OurEngine):  # GELU's table is coarse: float64 tells how far two right passes may be apart
+        options = replace(options, truth=_truth(side.engine, prompt, run.first_position))
+    ways = side.ways
+    if prompt.decoded:
+        if isinstance(side, ExternalEngine):
+            raise InputError(
+                "--exec cannot tell an engine which tokens the decoder of an encoder–decoder reads.",
+                "Dump the decoder's tokens twice, in one pass and one by one: parity consistency A B.",
+                code="encoder-decoder",
+            )
+        ways &= {PORTIONS}
     checks: list[Check] = []
-    not_checked = [f"{what}: {side.name} {_untold(side, way)}" for way, what in _WAYS.items() if way not in side.ways]
+    not_checked = [f"{what}: {_untold(side, way)}" for way, what in _WAYS.items() if way not in ways]
     with TemporaryDirectory(prefix="parity-consistency-") as folder:
 
         def dumped(prompt: Prompt) -> Dump:
             out = Path(folder) / "dump.jsonl"
             side.dump(prompt, out)
-            # A foreign engine prints every sequence, and after a restored state the rest; the others record this prompt, whole.
+            # An external engine prints every sequence, and the rest after a restored state; the others record this prompt, whole.
             printed = prompt if isinstance(side, ExternalEngine) else replace(prompt, companions=(), saved=0)
             return loaded(out, printed, run.mapping)
 
         whole = dumped(prompt)
-        for name, way, what in _ways(side, prompt, request.chunk):
+        for name, way, what in _ways(ways, prompt, request.chunk):
             try:
                 verdict = compare(dumped(way), whole, options)
             except EngineError:
                 raise
-            except InputError as error:  # a model that llama.cpp does not compute so: an encoder, recurrent states in a batch
+            except (
+                InputError
+            ) as error:  # a model that llama.cpp cannot compute this way: an encoder, recurrent states in a batch
                 not_checked.append(f"{name}: {error.message}")
                 continue
             suspect, reason = suspected(verdict, _starts(way.portions or (way.saved, count)), way=_way_of(way))
-            checks.append(
-                Check(name, f"{what} against a prefill of {count}", verdict, suspect, reason, first_to_differ(verdict))
-            )
-        if isinstance(side, OurEngine) and _sees_later(side.engine):
+            checks.append(Check(name, f"{what} against {_whole(prompt)}", verdict, suspect, reason, first_to_differ(verdict)))
+        if isinstance(side, OurEngine) and sees_later(side.engine.steps):
             not_checked.append("another last token: in an encoder every position sees all others")
         else:
-            other = dumped(replace(prompt, ids=(*prompt.ids[:-1], (prompt.ids[-1] + 1) % vocabulary), pieces=()))
+            other = dumped(_another_last(prompt, vocabulary))
             checks.append(_causal(other, whole, prompt.ids, options))
     if not checks:
         raise whole_input()
@@ -128,29 +144,49 @@ _WAYS = {
 
 
 def _untold(side: Side, way: str) -> str:
+    """Why a way of computing is not checked."""
     if isinstance(side, OurEngine):
-        return "computes one sequence at a time, in passes that are not cut further, and saves no state"
-    return f"is not told about them; put {way} into --exec"
+        return f"{side.name} computes one sequence at a time, in passes that are not cut further, and saves no state"
+    if isinstance(side, ExternalEngine):
+        return f"{side.name} is not told about them; put {way} into --exec"
+    return f"{side.name} encodes a prompt at once, and a state does not hold what came of it"
 
 
-def _ways(side: Side, prompt: Prompt, chunk: int) -> Iterator[tuple[str, Prompt, str]]:
-    """(name, the prompt computed another way, that way in words), of the ways that the side can be told."""
+def _truth(engine: Engine, prompt: Prompt, first: int) -> AnyArbiter:
+    if isinstance(engine, Transformer) and engine.encoder is not None:
+        return EncoderDecoderArbiter(engine, prompt.ids, prompt.decoded)
+    return Arbiter.of(engine, prompt.ids, first)
+
+
+def _whole(prompt: Prompt) -> str:
+    return f"{'the decoder over' if prompt.decoded else 'a prefill of'} {len(prompt.ids)}"
+
+
+def _another_last(prompt: Prompt, vocabulary: int) -> Prompt:
+    """The prompt with another last token, of those that come one after the other."""
+    if prompt.decoded:
+        return replace(prompt, decoded=(*prompt.decoded[:-1], (prompt.decoded[-1] + 1) % vocabulary))
+    return replace(prompt, ids=(*prompt.ids[:-1], (prompt.ids[-1] + 1) % vocabulary), pieces=())
+
+
+def _ways(ways: Collection[str], prompt: Prompt, chunk: int) -> Iterator[tuple[str, Prompt, str]]:
+    """(name, the prompt computed another way, a description), for each way that the side supports."""
     ids, count = prompt.ids, len(prompt.ids)
-    if PORTIONS in side.ways:
+    if PORTIONS in ways:
         for name, portions in _portions(count, chunk).items():
             yield name, replace(prompt, portions=tuple(portions)), _said(portions)
-    if UBATCH in side.ways:
+    if UBATCH in ways:
         for size in dict.fromkeys((1, chunk)):
             if size < count:
                 yield f"ubatches of {size}", replace(prompt, ubatch=size), f"a pass in ubatches of {size}"
-    if SEQUENCES in side.ways:  # a shorter one, the same one, a longer one
+    if SEQUENCES in ways:  # a shorter one, the same one, a longer one
         companions = (ids[: (count + 1) // 2], ids, (*ids, *ids[: (count + 1) // 2]))
         yield (
             "among other sequences",
             replace(prompt, companions=companions),
             "the last of four sequences, one of them the same,",
         )
-    if STATE in side.ways:
+    if STATE in ways:
         saved = count // 2
         yield "a restored state", replace(prompt, saved=saved), f"{saved}, a state saved and restored, and {count - saved}"
 
@@ -160,7 +196,7 @@ def _way_of(prompt: Prompt) -> str:
 
 
 def first_to_differ(verdict: Verdict) -> str:
-    """The first point, in dataflow order, of which any value differs at all: the first operation that depends on what must not matter."""
+    """The first point, in dataflow order, at which any value differs: the first operation that depends on something irrelevant."""
     differing = (point for point in verdict.points if point.worst.nmse or point.worst.max_abs)
     return next((point.checkpoint for point in differing), "")
 
@@ -193,13 +229,8 @@ def _said(portions: Sequence[int]) -> str:
     return " + ".join(map(str, portions)) if len(portions) <= 4 else f"{portions[0]} + … + {portions[-1]}"
 
 
-def _sees_later(engine: Engine) -> bool:
-    """Whether positions of the prompt see later ones by design."""
-    return engine.encoder is not None or sees_later(engine.steps)
-
-
 def _causal(other: Dump, whole: Dump, ids: Sequence[int], options: Options) -> Check:
-    """The last token exchanged: no position before it may notice."""
+    """The last token exchanged: no earlier position may change."""
     stop = len(ids) - 1
     verdict = compare(_before(other, stop, ids), _before(whole, stop, ids), options)
     suspect = "" if verdict else MASK
@@ -215,16 +246,16 @@ def _before(dump: Dump, stop: int, ids: Sequence[int]) -> Dump:
 
 
 _ALL_POINTS = "--points all tells which of them"
-_MORE_POINTS = "dumps of q_rope, k_rope, kq_soft_max and kqv_out would tell which of them"
+_MORE_POINTS = "dumps of q_rope, k_rope, kq_soft_max and kqv_out would show which of them"
 
 
 def suspected(verdict: Verdict, starts: NDArray[np.int64], advice: str = _ALL_POINTS, way: str = PORTIONS) -> tuple[str, str]:
-    """What to suspect where a comparison of portions fails, and a sentence; nothing where it doesn't.
+    """What to suspect if a comparison of portions fails, and a sentence; empty if it does not.
 
     Args:
         starts: the first positions of the portions, int64.
-        advice: what would tell more, where the recorded points leave it open.
-        way: how the other side was computed: the placeholder that says it.
+        advice: what would decide, if the recorded points leave it open.
+        way: how the other side was computed: the placeholder that requests it.
     """
     first = verdict.first_divergence
     if verdict or first is None:
@@ -239,11 +270,11 @@ def suspected(verdict: Verdict, starts: NDArray[np.int64], advice: str = _ALL_PO
     if first.token_idx < int(starts[1] if len(starts) > 1 else 0) or parse(first.checkpoint).kind in _ROWWISE:
         return BATCH, f"{_WORDS[BATCH]} ({at})"
     later = "cache, positions or mask"
-    return later, f"right within the first portion, wrong behind it ({at}): {advice}"
+    return later, f"right within the first portion, wrong after it ({at}): {advice}"
 
 
 def two_dumps(request: ConsistencyRequest, left: Path, right: Path) -> Consistency:
-    """Two dumps of a foreign engine over the same tokens, computed in different portions.
+    """Two dumps of an external engine over the same tokens, computed in different portions.
 
     Raises:
         DumpError: a dump cannot be read, or both were computed in the same portions.
@@ -269,11 +300,11 @@ def two_dumps(request: ConsistencyRequest, left: Path, right: Path) -> Consisten
         first_to_differ(verdict),
     )
     return Consistency(
-        source or "a foreign engine", (check,), ("padding and batches: dump them and compare with `parity diff`",)
+        source or "a foreign engine", (check,), ("padding and batches: dump these and compare them with `parity diff`",)
     )
 
 
 def _passes(dump: Dump) -> list[int]:
-    """How many positions each forward pass had, in order: from the point with most records."""
+    """How many positions each forward pass had, in order: from the point with the most records."""
     rows = max(dump.points.values(), key=len)
     return [int(n) for n in np.unique(rows.step, return_counts=True)[1]]

@@ -12,7 +12,7 @@ from .dataflow import Flow, upstream
 from .limits import ASSUMED_JUMP, EXACT_FLOOR, FUTURE_MASS, JUMP
 from .measure import Measured
 from .noise import excused
-from .truth import NO_COARSE_ROUNDING, NO_ROUNDING, Truth, of_few, raised
+from .truth import BOTH, NO_COARSE_ROUNDING, NO_ROUNDING, ROUNDING, Truth, of_few, raised
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
@@ -103,11 +103,7 @@ def _behind_a_table(measured: Measured, model: Flow, limit: Floats) -> Bools:
     behind = model.whole.behind(lambda name, _: name in tables)
     stretches = [model.between(name) for name in measured.names]
     # What of such a row was not recorded may be off as well.
-    part = {
-        name
-        for number, name in enumerate(measured.names)
-        if np.isnan(measured.measures.nmse_row[measured.point == number]).any()
-    }
+    part = measured.names_of(np.isnan(measured.measures.nmse_row))
     at = np.array(
         [
             stretch is not None and not (tables.isdisjoint(stretch.nodes) and behind.isdisjoint(part & set(stretch.inputs)))
@@ -161,6 +157,7 @@ def _by_truth(measured: Measured, limit: Floats, truth: Truth) -> tuple[Floats, 
     distance = np.concatenate(known)
     higher = raised(nmse, limit, distance, measured.point, measured.seq, measured.token_idx, coarse)
     higher = _one_entry(measured, higher, truth)
+    higher = _spread(measured, higher, truth)
     passed = near & (nmse <= higher)
     if not passed.any():
         return higher, ()
@@ -180,12 +177,28 @@ def _one_entry(measured: Measured, limit: Floats, truth: Truth) -> Floats:
     """
     measures = measured.measures
     odd = (measures.nmse > limit) & (measures.nmse_slice > limit) & (measures.nmse_row <= limit)
-    suspects = {pair.point: pair.ref for number, pair in enumerate(measured.pairs) if odd[measured.point == number].any()}
+    concerned = measured.names_of(odd)
+    suspects = {pair.point: pair.ref for pair in measured.pairs if pair.point in concerned}
     if not suspects:
         return limit
     bounds = truth.one_entry(suspects)
     known = [bounds.get(pair.point, np.zeros(len(pair.ref))) for pair in measured.pairs]
     return np.where(odd, np.fmax(limit, np.concatenate(known)), limit)
+
+
+def _spread(measured: Measured, limit: Floats, truth: Truth) -> Floats:
+    """Limits raised, [R], where rounding itself is carried further than the reference's own distance shows: it may be near by luck.
+
+    So it is where the terms of a sum cancel at one position, as a scan's do. It is asked where an error may be rounding, and nothing else.
+    """
+    nmse = measured.measures.nmse
+    odd = (nmse > limit) & (nmse <= ROUNDING)
+    suspects = {pair.point: pair.ref for number, pair in enumerate(measured.pairs) if odd[measured.point == number].any()}
+    if not suspects:
+        return limit
+    carried = truth.spread(suspects)
+    known = [carried.get(pair.point, np.zeros(len(pair.ref))) for pair in measured.pairs]
+    return np.where(odd, np.fmax(limit, np.minimum(BOTH * np.concatenate(known), ROUNDING)), limit)
 
 
 def _reason(coarse: bool) -> str:

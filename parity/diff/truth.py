@@ -25,6 +25,9 @@ class Truth(Protocol):
     def distances(self, points: Mapping[str, Rows]) -> dict[str, Floats]:
         """How far records are from the truth: their NMSE, float64 [R] for each point; NaN where it is not known."""
 
+    def spread(self, points: Mapping[str, Rows]) -> dict[str, Floats]:
+        """How far rounding alone moves records from the truth: the NMSE, [R], where every operation is as far off as right engines' are."""
+
     def one_entry(self, points: Mapping[str, Rows]) -> dict[str, Floats]:
         """NMSE of the recorded elements, [R], if each of them were looked up one entry further in a table of float16.
 
@@ -46,6 +49,8 @@ NO_ROUNDING = 1e-7
 # gemma4 of random weights, seven tokens, the reference is up to 4.2e-4 from the truth; an error beyond this bound is not looked into.
 COARSE_MULTIPLE = 4.0
 NO_COARSE_ROUNDING = 1e-3
+# Two right engines, each as far from the truth as rounding carries a value (`Truth.spread`), are twice as far from each other.
+BOTH = 4.0
 # What rounding alone reaches is no more than this (benchmarks/noise.py: 2e-10): beyond it a right engine is as far from the reference as
 # the reference from the truth, and not a hundred times as far.
 ROUNDING = 1e-8

@@ -113,6 +113,10 @@ class _Model:
         """How far records are from float64 (`Truth`)."""
         return {} if self.truth is None else self.truth.distances(points)
 
+    def spread(self, points: Mapping[str, Rows]) -> dict[str, NDArray[np.float64]]:
+        """How far rounding alone moves records (`Truth`)."""
+        return {} if self.truth is None else self.truth.spread(points)
+
     def one_entry(self, points: Mapping[str, Rows]) -> dict[str, NDArray[np.float64]]:
         """What one entry of a table makes of records (`Truth`)."""
         return {} if self.truth is None else self.truth.one_entry(points)

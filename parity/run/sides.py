@@ -214,6 +214,7 @@ class LlamaCpp:
                 ubatch=prompt.ubatch,
                 companions=prompt.companions,
                 saved=prompt.saved,
+                decoded=prompt.decoded,
                 window=request.window,
                 threads=request.threads,
                 **request.recording(),
