@@ -106,7 +106,7 @@ def test_sglang_dumper_on_every_module(tmp_path: Path, run: Dump) -> None:
         ("t d[tp:zigzag+partial]", "summed"),
         ("t[cp:zigzag] d", "split along cp:zigzag"),
         ("t[sp] d[tp]", "split along tp"),
-        ("t d # dp:=moe_dp tp:replicated", "not the same on all processes, though"),
+        ("t d # dp:=moe_dp tp:replicated", "not the same on all processes, although"),
     ],
 )
 def test_what_dims_say_is_done_or_refused(dims: str, how: str) -> None:
