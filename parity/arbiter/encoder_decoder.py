@@ -26,12 +26,15 @@ class EncoderDecoderArbiter:
         self._encoder = Arbiter(alone(steps), *computed, prompt, range(len(prompt)), [0] * len(prompt))
         tokens = (transformer.decoder_start or 0, *generated)
         numbers = range(len(tokens))
-        self._decoder = Arbiter(transformer.steps, *computed, tokens, numbers, numbers, lambda: {ENCODED: self._encoded})
+        self._decoder = Arbiter(
+            transformer.steps,
+            *computed,
+            tokens,
+            numbers,
+            numbers,
+            lambda variant: {ENCODED: self._encoder.value(self._last, variant)},
+        )
         self._decoder_steps = transformer.steps
-
-    @property
-    def _encoded(self) -> Floats:
-        return self._encoder.value(self._last)
 
     @property
     def asked(self) -> bool:
@@ -45,24 +48,36 @@ class EncoderDecoderArbiter:
         return first | coarse_points(self._decoder_steps, (ENCODED,) if self._last in first else ())
 
     def distances(self, points: Mapping[str, Rows]) -> dict[str, Floats]:
-        """See `Arbiter.distances`."""
-        first = {name: rows for name, rows in points.items() if name.startswith(ENCODER)}
-        return self._encoder.distances(first) | self._decoder.distances(
-            {name: rows for name, rows in points.items() if name not in first}
-        )
+        """As `Arbiter.distances`."""
+        first, others = _halves(points)
+        return self._encoder.distances(first) | self._decoder.distances(others)
+
+    def from_table(self, points: Mapping[str, Rows]) -> dict[str, Floats]:
+        """As `Arbiter.from_table`."""
+        first, others = _halves(points)
+        return self._encoder.from_table(first) | self._decoder.from_table(others)
+
+    def own_rounding(self, points: Mapping[str, Rows]) -> dict[str, Floats]:
+        """As `Arbiter.own_rounding`."""
+        first, others = _halves(points)
+        return self._encoder.own_rounding(first) | self._decoder.own_rounding(others)
 
     def one_entry(self, points: Mapping[str, Rows]) -> dict[str, Floats]:
-        """See `Arbiter.one_entry`."""
-        first = {name: rows for name, rows in points.items() if name.startswith(ENCODER)}
-        others = {name: rows for name, rows in points.items() if name not in first}
+        """As `Arbiter.one_entry`."""
+        first, others = _halves(points)
         return self._encoder.one_entry(first) | self._decoder.one_entry(others)
 
     def spread(self, points: Mapping[str, Rows]) -> dict[str, Floats]:
         """As `Arbiter.spread`, of each half by itself."""
-        first = {name: rows for name, rows in points.items() if name.startswith(ENCODER)}
-        others = {name: rows for name, rows in points.items() if name not in first}
+        first, others = _halves(points)
         return self._encoder.spread(first) | self._decoder.spread(others)
 
     def record(self, rows: Rows) -> Rows:
         """See `Arbiter.record`."""
         return (self._encoder if rows.point.startswith(ENCODER) else self._decoder).record(rows)
+
+
+def _halves(points: Mapping[str, Rows]) -> tuple[dict[str, Rows], dict[str, Rows]]:
+    """The records of the encoder and those of the decoder."""
+    first = {name: rows for name, rows in points.items() if name.startswith(ENCODER)}
+    return first, {name: rows for name, rows in points.items() if name not in first}

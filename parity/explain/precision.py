@@ -44,9 +44,13 @@ class PrecisionFloor:
 
     def cost(self) -> Floats:
         """Mean NMSE of each point with every activation rounded: [P]."""
-        return np.array(
-            [max(float(one.mean()), float(two.mean())) for one, two in zip(self.products, self.storage, strict=True)]
-        )
+        return np.array([max(mean_cost(one), mean_cost(two)) for one, two in zip(self.products, self.storage, strict=True)])
+
+
+def mean_cost(cost: Floats) -> float:
+    """The mean of what an arithmetic costs at a point's records; left out are rows of zeros, of which any change is infinitely large."""
+    known = cost[np.isfinite(cost)]
+    return float(known.mean()) if len(known) else 0.0
 
 
 def may_be_noise(entries: Sequence[Expected]) -> bool:
@@ -83,7 +87,7 @@ def fits(measured: PrecisionFloor, entries: Sequence[Expected]) -> float | None:
     At every record the error must have the size of what this arithmetic costs there, give or take the factors above; what it
     must have changed may not be exactly right, and what it does not change must be.
     """
-    numbers = [number for number, entry in enumerate(entries) if not _ids(entry)]
+    numbers = [number for number, entry in enumerate(entries) if not of_ids(entry)]
     entries = [entries[number] for number in numbers]
     costs = [(measured.products[number], measured.storage[number]) for number in numbers]
     if not entries:
@@ -142,7 +146,7 @@ def mismatch(points: Sequence[tuple[float, float, float]]) -> float:
     values = np.array(points, dtype=np.float64).reshape(-1, 3)
     nearest = np.inf
     for cost in (values[:, 1], values[:, 2]):
-        shows = (cost > VISIBLE * EXACT_FLOOR.operations) & (values[:, 0] > 0)
+        shows = (cost > VISIBLE * EXACT_FLOOR.operations) & np.isfinite(cost) & (values[:, 0] > 0) & np.isfinite(values[:, 0])
         if shows.any():
             nearest = min(nearest, float(np.abs(np.log(values[shows, 0] / cost[shows])).mean()))
     return nearest
@@ -157,7 +161,7 @@ def best(mismatches: Mapping[str, float]) -> tuple[str, ...]:
     return tuple(sorted(beyond, key=lambda kind: beyond[kind] if beyond[kind] > EQUAL else 0.0))
 
 
-def _ids(entry: Expected) -> bool:
+def of_ids(entry: Expected) -> bool:
     """Whether a point holds ids (of chosen experts): how far one is from another says nothing, and a near tie flips."""
     values = entry.pair.ref.values
     return bool((values == np.rint(values)).all()) and bool((values > 1).any())
