@@ -69,6 +69,7 @@ class DumpJob(Recording):
         ubatch: the most tokens that llama.cpp computes at once within a pass (`n_ubatch`); None for all.
         companions: prompts that are computed in the same pass as other sequences, before this one; they are not recorded.
         saved: how many tokens are computed before the state is saved (`llama_state_get_data`) and set in a new context.
+        decoded: of an encoder–decoder: tokens that the decoder takes after its own first one; the portions are of these.
         window: "off" (the whole model at once), a number of layers, or "auto" (whole where it fits).
         kv_type: "f32", or in native mode also "f16".
     """
@@ -84,6 +85,7 @@ class DumpJob(Recording):
     ubatch: int | None = None
     companions: tuple[tuple[int, ...], ...] = ()
     saved: int = 0
+    decoded: tuple[int, ...] = ()
     window: str | int = "auto"
     threads: int | None = None
     kv_type: str = "f32"

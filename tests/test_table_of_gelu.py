@@ -16,7 +16,9 @@ from checkpoints.reading.reader import read
 from checkpoints.record import Dump
 from engine.backend import Array
 from engine.graph import Step
+from engine.replay.wide import without_tables
 from parity.diff.compare import Options, compare
+from parity.explain.on_model import compared_on
 from reference.client import Reference
 from reference.jobs import DumpJob
 
@@ -27,10 +29,24 @@ class Sides:
     """The engine of a small model and llama.cpp's dump of a prompt."""
 
     def __init__(self, model: Path, reference: Reference, folder: Path) -> None:
-        self.faulty = Faulty(model, reference.graph(model))
+        self.model, self.faulty = model, Faulty(model, reference.graph(model))
         self.tokens = tokens_of(model, 9, seed=7)
         reference.dump(DumpJob(model, folder / "ref.jsonl", self.tokens, points="all", slice_size=None))
         self.ref = read(folder / "ref.jsonl")
+
+    def bare(self, size: int, steps: list[Step] | None = None, noise: float = 0.0, only: str = "") -> Dump:
+        """The bare lines of an engine, with noise of an NMSE in the layers' outputs, or in one point."""
+        draw = np.random.default_rng(3)
+        dump = self.faulty.dump(RIGHT, self.tokens, points="all", size=1 << 20, steps=steps)
+        points = {}
+        for name, rows in dump.points.items():
+            values = rows.values
+            if noise and (name == only if only else name.endswith("l_out")):
+                scale = np.sqrt(noise * np.square(values, dtype=np.float64).mean(axis=1, keepdims=True))
+                values = (values + scale * draw.standard_normal(values.shape)).astype(np.float32)
+            cut = {"values": values[:, :size], "counts": np.minimum(rows.counts, size), "shapes": ((),) * len(rows)}
+            points[name] = replace(rows, **cut, stats={}, sketch=None)
+        return Dump("ours.jsonl", None, points)
 
     def told(self, size: int, kinds: tuple[str, ...] = (), steps: list[Step] | None = None, change: Any = None) -> Verdict:
         """What is said of the bare lines of an engine that runs these steps, after `change` to each point's values."""
@@ -81,6 +97,24 @@ def test_a_step_of_the_table_is_no_fault(recipe: str, size: int, kinds: tuple[st
     found = sides(recipe).told(size, kinds)
     assert found
     assert not found.record_faults
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["gpt2", "gemma3n", "gemma4", "bert"])
+@pytest.mark.parametrize("exact", [False, True])
+def test_with_the_model_what_agrees_with_neither_gelu_is_wrong(recipe: str, exact: bool, sides: Callable[[str], Sides]) -> None:
+    """An engine with ggml's table and one with the function itself are right; noise of 1e-5 behind it is seen in both."""
+    both = sides(recipe)
+    steps = without_tables(both.faulty.right) if exact else list(both.faulty.right)
+    last = [name for name in both.ref.points if name.endswith("l_out")][-1]
+    for size, noise, only in ((16, 0.0, ""), (1 << 20, 0.0, ""), (16, 1e-5, ""), (16, 1e-5, last)):
+        ours = both.bare(size, steps, noise, only)
+        found = compared_on(ours, both.ref, Options(compute="f32"), both.model, third_side=False).verdict
+        if not noise:
+            assert found, (size, found.first_divergence)
+            assert not found.record_faults
+        else:
+            assert not found or found.record_faults, only
 
 
 def test_a_fault_behind_the_table_is_seen(sides: Callable[[str], Sides]) -> None:

@@ -20,6 +20,7 @@ from . import (
     columns,
     debug_mode,
     edge_llm,
+    etdump,
     eval_callback,
     llama_debug,
     model_debugger,
@@ -30,6 +31,7 @@ from . import (
 
 _FORMATS = (
     columns,
+    etdump,
     model_debugger,
     edge_llm,
     llama_debug,

@@ -16,7 +16,7 @@ from .against_limits import Held
 from .dataflow import Flow
 from .layouts import MOMENT, Allowed, Reading, head_size_of, reading
 from .measure import Measured
-from .operations import ELEMENTWISE, MIXING, NORMS
+from .operations import CHOICES, ELEMENTWISE, MIXING, NORMS
 from .same_vector import alike
 
 Floats = NDArray[np.float64]
@@ -26,9 +26,9 @@ Bools = NDArray[np.bool_]
 # A consumer's error has to be this many times below that of the record it is made from, both in proportion to their rows and, where
 # the consumer is a sum, in absolute terms: a residual stream that is much larger than what is added hides what is wrong in it.
 _BELOW = 100.0
-_ANOTHER = (
-    0.99  # cosine of both sides below which a row is not the other one scaled. A choice: that of a scaled row is 1 to rounding
-)
+# Share of an error's energy that is neither a factor nor a constant, from which on a norm behind it shows it. A choice: what is left of a
+# scaled row is rounding, while a fit of two numbers to noise in ten values leaves four fifths of it.
+_LEFT = 0.25
 
 
 @dataclass(frozen=True)
@@ -176,6 +176,8 @@ class _Consumers:
         if not left * _BELOW <= error:
             return False
         operations = self._model.operations(self._model.path(name, child))
+        if operations & CHOICES:
+            return False  # the same experts are chosen by many other scores
         if operations <= ELEMENTWISE and not left * self._energy[other] * _BELOW <= error * self._energy[record]:
             return False
         if not (np.isnan(measures.nmse_row[other]) or measures.bound[other]) or self._model.mixes(name, child):
@@ -199,14 +201,16 @@ class _Consumers:
         return bool(operations & NORMS) and operations <= ELEMENTWISE | NORMS and self._removed_by_a_norm(name, record)
 
     def _removed_by_a_norm(self, name: str, record: int) -> bool:
-        """Whether a record is off by a factor or by a constant: a norm behind it leaves nothing of that, and its agreement says nothing."""
-        if not self._found.measures.cosine[record] < _ANOTHER:
-            return True
+        """Whether a record is off by a factor and a constant: a norm behind it leaves nothing of that, and its agreement says nothing."""
         pair, row = self._found.pairs[self._place[name]], int(self._found.row[record])
         count = int(min(pair.ours.counts[row], pair.ref.counts[row]))
-        delta = pair.ours.values[row, :count].astype(np.float64) - pair.ref.values[row, :count]
-        energy = float(delta @ delta)
-        return bool(np.isfinite(energy)) and float(delta.sum()) ** 2 >= _ANOTHER * count * energy
+        values = pair.ref.values[row, :count].astype(np.float64)
+        delta = pair.ours.values[row, :count] - values
+        if not (np.isfinite(delta).all() and delta.any()):
+            return True  # what is wrong was not recorded
+        removed = np.stack([values, np.ones(count)], axis=1)
+        left = delta - removed @ np.linalg.lstsq(removed, delta, rcond=None)[0]
+        return float(left @ left) < _LEFT * float(delta @ delta)
 
     def _agrees(self, name: str, like: int) -> bool:
         other = self._record(name, like)

@@ -48,7 +48,7 @@ def looks_like_eight_bits(records: Records) -> bool:
     here = errors[records.point == first]
     if len(here) < _POSITIONS or not 0 < here.min() <= here.max() <= min(_ALIKE * here.min(), LARGEST_ROUNDING):
         return False
-    return _is_noise(records, first)
+    return is_noise(records, first)
 
 
 def suspicion(verdict: Verdict) -> Verdict:
@@ -60,7 +60,7 @@ def suspicion(verdict: Verdict) -> Verdict:
     return replace(verdict, pattern=Pattern("eight-bits", note), operation="")
 
 
-def _is_noise(records: Records, number: int) -> bool:
+def is_noise(records: Records, number: int) -> bool:
     """Whether the recorded errors of a point are neither along its values nor the same at every position."""
     values = prepare(records.pairs[number])
     a, b = values.a.astype(np.float64), values.b.astype(np.float64)

@@ -156,6 +156,12 @@ def graft(
     Raises:
         InputError: the point is not a layer's output, or is not there as a whole.
     """
+    if engine.encoder is not None:
+        raise InputError(
+            f"--graft: llama.cpp cannot go on from a layer of an encoder–decoder ({engine.hp.architecture}), which reads its encoder too.",
+            "Leave --graft out.",
+            code="graft",
+        )
     name, n_layers = resolve(point), engine.hp.n_layers
     parsed = parse(name)
     layer = -1 if name == EMBD else parsed.layer

@@ -97,6 +97,9 @@ class Isolator:
     stretches: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     records: dict[str, _Record] = field(default_factory=lambda: defaultdict(_Record), init=False)
     memory: Memory = field(default_factory=Memory, init=False)
+    given: dict[str, Value] = field(
+        default_factory=dict, init=False
+    )  # what every pass reads and none makes: an encoder's output
     epsilons: set[float] = field(default_factory=set, init=False)  # those that norms have shown
 
     @cached_property
@@ -181,7 +184,7 @@ class _Pass:
         self._positions = positions
         self._programs = [definition.of(len(positions)) for definition in isolator.definitions]
         self._program = self._programs[0]
-        self._live = {TOKENS: Value(tokens, positions), POSITIONS: Value(positions, positions)}
+        self._live = {**isolator.given, TOKENS: Value(tokens, positions), POSITIONS: Value(positions, positions)}
         self._memory.past[POSITIONS].append(self._live[POSITIONS])
         self._inputs = Inputs(self._program, self._weights, self._memory, positions, self._live)
         self._right: dict[str, Value] = {}  # what should have been recorded, of operations that are wrong
