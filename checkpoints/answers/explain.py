@@ -88,11 +88,11 @@ class Explanation:
         first: where the dump first differs; None if it does not.
         last_agreement: the last point before it at which all records agree.
         causes: in the order in which they were found; together they explain `explained` of `differing` records.
-        law: a sentence that says how the recorded elements at the unexplained place follow from the right ones, or "".
-        placed: which operations may be wrong there.
-        looks_like: the arithmetic whose noise the numbers resemble although f32 is stated, or "".
-        f32_stated: who states that it was computed in float32: "header", "--compute", or "".
-        truth: how far both sides are from float64 at the first place, if the arbiter was asked.
+        law: how the recorded elements of the place that is left come from the right ones, if one sentence says it for all; or "".
+        placed: which operations are in question there.
+        looks_like: the arithmetic whose noise the numbers look like, where f32 is stated or a fault may hide in it; or "".
+        f32_stated: who says that it was computed in float32: "header", "--compute", or "".
+        truth: how far both sides are from float64 at the first place, where the arbiter was asked.
         remaining: the first place that the causes do not explain.
         seen: how much of each point's rows the dump shows.
         precision_only: the arithmetic that explains the difference: "f16", "bf16", "tf32", "q8", or "".

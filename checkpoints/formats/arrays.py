@@ -17,6 +17,7 @@ from ..mapping import Mapping
 from ..nearest import unknown_names
 from ..points import parse
 from ..record import Dump, Rows
+from ..regular import require_regular
 from ..summary import summarise
 
 _ENDINGS = (".npy", ".npz", ".safetensors")
@@ -163,6 +164,7 @@ def safetensors(file: Path, *, integers: bool = False) -> Iterator[tuple[str, ND
     Raises:
         ValueError: it is not a safetensors file.
     """
+    require_regular(file, DumpError)
     data = np.memmap(file, dtype=np.uint8, mode="r")
     size = int.from_bytes(data[:8].tobytes(), "little") if len(data) >= 8 else 0
     if not 2 <= size <= len(data) - 8:

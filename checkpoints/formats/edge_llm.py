@@ -17,6 +17,7 @@ from ..mapping import Mapping
 from ..points import LOGITS, in_layer
 from ..reading.fields import POSITIONS
 from ..record import Dump, Rows, Token
+from ..regular import require_regular
 from ..summary import summarise
 from .arrays import check_size, safetensors
 
@@ -30,6 +31,7 @@ def detect(path: Path) -> bool:
     file = _file(path)
     if file is None or file.suffix != ".safetensors":
         return False
+    require_regular(file, DumpError)
     with file.open("rb") as opened:
         return b'"round_0.context_lengths"' in opened.read(_HEAD) or file.name.startswith("edgellm_dump")
 

@@ -72,7 +72,9 @@ def _of_values(path: Path) -> Path:
             raise DumpError(f"{path} holds token ids.", f"Name the file beside it without {_TOKENS[:-4]}.", code="no-records")
         return path
     files = sorted(file for file in path.iterdir() if _NAME.fullmatch(file.name) and not file.name.endswith(_TOKENS))
-    if len(files) != 1:
+    if not files:
+        raise DumpError(f"{path} holds token ids and no file of values.", _AGAIN, code="no-file")
+    if len(files) > 1:
         names = ", ".join(file.name for file in files[:4])
         raise DumpError(f"{path} holds {len(files)} files of values: {names}.", "Name one of them.", code="no-file")
     return files[0]

@@ -14,12 +14,14 @@ from ..mapping import Entry, Mapping
 from ..nearest import unknown_names
 from ..points import EMBD, in_layer, parse
 from ..record import Dump, Rows
+from ..regular import read_text
 from .arrays import rows_of, safetensors
 from .torch_text import printed_rows
 
 _TREE, _SUMMARY = "_debug_tree_FULL_TENSORS.json", "_debug_tree_SUMMARY.json"
 _LAYER = re.compile(r'"module_path": ?"[^"]{0,200}\.layers\.(\d{1,6})"')
-_DEEPEST = 200  # modules in modules; real trees have about ten levels, and Python allows a thousand nested calls
+_LARGEST = 1 << 30  # bytes of a tree: it may hold printed tensors
+_DEEPEST = 200  # modules in modules; real trees have some ten, and Python stops at a thousand calls
 
 
 def _tree(path: Path) -> Path | None:
@@ -41,7 +43,7 @@ def read(path: Path, mapping: Mapping) -> Dump:
     """
     tree = _tree(path) or path
     try:
-        text = tree.read_text(encoding="utf-8")
+        text = read_text(tree, _LARGEST)
         root = json.loads(text)
     except (OSError, ValueError, RecursionError) as error:
         raise DumpError(f"cannot read {tree}: {error}.", "Run the debugger again.", code="tree") from error
