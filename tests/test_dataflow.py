@@ -91,7 +91,7 @@ def test_a_damaged_header_falls_back() -> None:
     assert verdict
     assert any("vocabulary's order" in note for note in verdict.notes)
     assert any(
-        "dataflow is left out" in note for note in lint(dump(ref, header=replace(HEADER, dataflow={"0": {"q": 1}}))).notes
+        "dataflow is ignored" in note for note in lint(dump(ref, header=replace(HEADER, dataflow={"0": {"q": 1}}))).notes
     )
 
 

@@ -55,7 +55,7 @@ def test_a_deep_right_engine_is_excused_by_the_table_and_proven_by_the_model(eng
     ours = _dump(engine, rounded(engine.right, "bf16", storage=True), "bf16")
     excused = compare(ours, right)
     assert excused
-    assert any("an excuse: --model measures it" in note for note in excused.notes)
+    assert any("an assumption: --model measures it" in note for note in excused.notes)
     assert not compare(ours, right, Options(strict=True))
     assert compared_on(ours, right, Options(), engine.model).verdict
 

@@ -79,7 +79,7 @@ def test_dumps_of_a_changed_model_are_of_two_models(parity: Cli, model: Path) ->
     assert parity("drift", "record", "--model", model, "--prompts", "prompts.txt", "-o", "golden").code == 0
     change_between_samples(model)
     assert parity(*dump, "b.jsonl").code == 0
-    refused(parity("diff", "a.jsonl", "b.jsonl"), "two models")
+    refused(parity("diff", "a.jsonl", "b.jsonl"), "different models")
     refused(parity("drift", "check", "golden"), "the model changed, which is no drift")
     refused(parity("isolate", "a.jsonl", "--model", model), "of another model")
 

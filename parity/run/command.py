@@ -110,7 +110,7 @@ class Command:
         path = (os.environ | environment | dict(self.variables)).get("PATH")
         if shutil.which(program[0], path=path) is None:
             raise EngineError(
-                f"cannot run {shlex.quote(program[0])}: it is not there, or not executable.", f"Check {self.option}."
+                f"cannot run {shlex.quote(program[0])}: it does not exist, or is not executable.", f"Check {self.option}."
             )
 
     def run(
@@ -201,7 +201,7 @@ class Command:
             if monotonic() > deadline:
                 return EngineError(
                     f"{self.name} was stopped after {self.timeout:g} seconds.",
-                    "Does it wait for something? --exec-timeout gives it more time.",
+                    "Is it waiting for something? --exec-timeout gives it more time.",
                     how=TIMED_OUT,
                 )
             with suppress(OSError):
@@ -211,12 +211,12 @@ class Command:
                 if status.st_size > largest:
                     return EngineError(
                         f"{self.name} was stopped after it had written {status.st_size / 2**30:.1f} GiB to its dump.",
-                        "Let it write fewer points, or the leading values of each row.",
+                        "Write fewer points, or only the leading values of each row.",
                     )
 
     def _no_file(self, out: Path, mode: int) -> EngineError:
-        kind = "a pipe" if stat.S_ISFIFO(mode) else "a link" if stat.S_ISLNK(mode) else "something that is not a regular file"
-        return EngineError(f"{self.name} made {out} into {kind}.", "It must write a regular file to {out}.")
+        kind = "a pipe" if stat.S_ISFIFO(mode) else "a link" if stat.S_ISLNK(mode) else "not a regular file"
+        return EngineError(f"{self.name} turned {out} into {kind}.", "It must write a regular file to {out}.")
 
     def _failed(self, status: int, stderr: str) -> EngineError:
         lines = [line for line in stderr.splitlines() if line.strip()]
