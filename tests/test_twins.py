@@ -123,7 +123,7 @@ def test_a_damaged_twin_is_made_again_with_a_line(
     with Reference() as reference:
         assert reference.twin(model) == path
     assert path.read_bytes() == right
-    assert capfd.readouterr().err == "parity: the F32 copy of model.gguf in the cache was damaged; it was made again.\n"
+    assert capfd.readouterr().err == "parity: the F32 copy of model.gguf in the cache was damaged and has been made again.\n"
 
 
 def test_a_large_file_is_hashed_again_when_it_was_touched(tmp_path: Path) -> None:
