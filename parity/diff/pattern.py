@@ -9,7 +9,7 @@ from checkpoints.answers.diff import Pattern
 from checkpoints.points import EMBD, LOGITS, OUTPUT_NORM, parse
 
 from .dataflow import Flow, Stretch
-from .operations import recurrent, suspects
+from .operations import CHOICES, recurrent, suspects
 
 _NAMED = 4  # points of a stretch that are named one by one
 
@@ -190,12 +190,14 @@ def _shape(seen: Evidence) -> Pattern | None:
     if tail and len(failing) > 1:
         return _tail(seen, first, where)
     if not seen.failed[1:].any():
-        return Pattern("first-position", f"only position {first} is wrong: BOS, or what position 0 is taken for")
+        return Pattern(
+            "first-position", f"only position {first} is wrong: BOS, or what position 0 is taken for{_or_experts(seen)}"
+        )
     if between := _between_positions(seen):
         return Pattern("single-positions", f"{where}: {between}")
     if seen.embedded:
         sentence = "embd is right there: attention (Q, K, RoPE, mask) at these positions, or an error that is under the limit elsewhere"
-        return Pattern("single-positions", f"{where}; {sentence}")
+        return Pattern("single-positions", f"{where}; {sentence}{_or_experts(seen)}")
     token = f" ({seen.token!r})" if seen.token is not None else ""
     return Pattern("single-positions", f"{where}: the embedding row of that token{token}, or another token id")
 
@@ -213,7 +215,8 @@ def _tail(seen: Evidence, first: int, where: str) -> Pattern:
     if first >= 16 and first % 16 == 0 and first - _before(seen) == 1:
         size = first & -first
         return Pattern("chunk", f"{where}: {first} is a multiple of {size}: the edge of a chunk, a tile or a window")
-    return Pattern("from-position-n", f"{where}: a limit at {first}: a window, the cache's size, or how far RoPE was scaled")
+    limit = f"a limit at {first}: a window, the cache's size, or how far RoPE was scaled"
+    return Pattern("from-position-n", f"{where}: {limit}{_or_experts(seen)}")
 
 
 def _at_every_position(seen: Evidence, first: int) -> str:
@@ -249,4 +252,10 @@ def _beyond_one_key(seen: Evidence) -> str:
         return between
     sides = _sides(seen)
     named = _listed(seen, sides[0]) if sides is not None else ""
-    return f"{named} (scale, mask)" if named else "Q, K, RoPE, the attention's scale or its mask"
+    return f"{named} (scale, mask)" if named else f"Q, K, RoPE, the attention's scale or its mask{_or_experts(seen)}"
+
+
+def _or_experts(seen: Evidence) -> str:
+    """That experts may be chosen wrongly, where some are: a router is right or wrong token by token, so that positions tell nothing."""
+    nodes = seen.stretch.nodes if seen.stretch is not None else ()
+    return ", or which experts are chosen: that differs by token" if CHOICES & seen.flow.operations(nodes) else ""
