@@ -118,12 +118,16 @@ def test_what_dims_say_is_done_or_refused(dims: str, how: str) -> None:
 
 
 def test_tensorrt_llm_debug_hook(tmp_path: Path, run: Dump) -> None:
-    """Modules by their place; what a module returned is told from its arguments; a residual handed on beside is added."""
+    """Modules by their place; what a module returned is told from its arguments; a residual handed on beside is added. A second forward
+    pass goes on with the positions, not with the layers.
+    """
     dump = load(unpacked("tensorrt-llm", tmp_path) / "data_dump")
     kinds = ("attn_norm", "kqv_out", "attn_out", "ffn_norm", "ffn_swiglu", "ffn_out", "l_out")
     assert set(dump.points) == {"embd", "blk.1.l_out", "output_norm", "logits", *(f"blk.0.{kind}" for kind in kinds)}
-    assert dump.points["logits"].token_idx.tolist() == [2]
-    assert same(dump, run) == ("parity", 3 * 10 + 1)
+    assert dump.points["logits"].token_idx.tolist() == [1, 2]
+    assert dump.header is not None
+    assert dump.header.tokens == IDS
+    assert same(dump, run) == ("parity", 3 * 10 + 2)
 
 
 def test_edge_llm_rounds(tmp_path: Path, run: Dump) -> None:

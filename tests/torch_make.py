@@ -127,16 +127,24 @@ def linear(name: str, given: torch.Tensor, returned: torch.Tensor) -> dict[str, 
 
 
 def debug_hook(run: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """TensorRT-LLM's debug hook: a file an argument; a layer hands on hidden states and residual."""
+    """TensorRT-LLM's debug hook: a file an argument; a layer hands on hidden states and residual. Two tokens, then a decode step, whose
+    outermost modules are numbered on.
+    """
+    first, second = ({name: value[part] for name, value in run.items()} for part in (slice(0, 2), slice(2, 3)))
+    return one_pass(first, [1, 403], 1) | one_pass(second, [407], 3)
+
+
+def one_pass(run: dict[str, torch.Tensor], ids: list[int], number: int) -> dict[str, Any]:
+    """The files of a forward pass whose outermost modules are numbered from `number` on."""
     files = {}
     for rank in range(RANKS):
-        top = "1.LlamaModel-"
+        top = f"{number}.LlamaModel-"
         layer = f"{top}2.LlamaDecoderLayer-"
         second = f"{top}3.LlamaDecoderLayer-"
         residual, last = run["blk.0.ffn_inp"], run["blk.1.l_out"]
         for name, value in {
-            f"{top}1.Embedding-input.input_ids": torch.tensor([1, 403, 407]),
-            f"{top}1.Embedding-output.input_ids": torch.tensor([1, 403, 407]),
+            f"{top}1.Embedding-input.input_ids": torch.tensor(ids),
+            f"{top}1.Embedding-output.input_ids": torch.tensor(ids),
             f"{top}1.Embedding-output.1": run["embd"],
             f"{layer}1.RMSNorm-input.hidden_states": run["embd"],
             f"{layer}1.RMSNorm-output.hidden_states": run["embd"],
@@ -158,7 +166,7 @@ def debug_hook(run: dict[str, torch.Tensor]) -> dict[str, Any]:
             f"{second}output.position_ids": last * 0.5,
             f"{second}output.hidden_states": last * 0.5,
             f"{top}4.RMSNorm-output.hidden_states": run["output_norm"],
-            "2.LMHead-output.hidden_states": run["logits"][-1:],
+            f"{number + 1}.LMHead-output.hidden_states": run["logits"][-1:],
         }.items():
             files[f"data_dump/rank{rank}/{name}.pt"] = value
     return files

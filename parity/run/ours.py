@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from checkpoints.columns import open_dump
-from checkpoints.points import default_layers, layer_outputs, select
+from checkpoints.points import default_points, layer_outputs, select
 from checkpoints.record import DEFAULT_SLICE, Header, Token
 from checkpoints.recording import Recording, passes
 from checkpoints.tensors import TensorWriter, beside
@@ -64,8 +64,7 @@ def chosen_points(engine: Engine, points: str, layers: tuple[int, ...] | None) -
     """
     if points == "default":
         if layers is None:
-            default = set(layer_outputs(default_layers(engine.hp.n_layers)))
-            return [name for name in engine.points if name in default]  # an encoder has no logits
+            return default_points(engine.points, engine.hp.n_layers)  # an encoder has no logits
         return select(",".join(layer_outputs(layers)), engine.points, engine.hp.n_layers)
     return select(points, engine.points, engine.hp.n_layers)
 
