@@ -11,6 +11,7 @@ from checkpoints.points import EMBD, LOGITS, OUTPUT_NORM, parse
 from .dataflow import Flow, Stretch
 from .operations import CHOICES, recurrent, suspects
 
+_UNMASKED = "attention (every position sees all others here: Q, K, V, scale, bias of positions)"
 _NAMED = 4  # points of a stretch that are named one by one
 
 Ints = NDArray[np.int64]
@@ -76,7 +77,7 @@ def diagnose(seen: Evidence) -> Pattern | None:
     if decoding := _decode_only(seen):
         return decoding
     once = parse(seen.point).layer is None
-    if not seen.settled and not once and _all_but_last(seen):
+    if not seen.settled and not once and not seen.flow.sees_later(seen.point) and _all_but_last(seen):
         return Pattern("causal-mask", "wrong at every position but the last of the pass: the causal mask is missing or shifted")
     if seen.drifted:
         return Pattern("drift", "the error grew without a jump: precision rather than one wrong operation")
@@ -221,7 +222,7 @@ def _tail(seen: Evidence, first: int, where: str) -> Pattern:
 
 def _at_every_position(seen: Evidence, first: int) -> str:
     """What can be wrong at position 0 too, where attention has one key and its soft max is 1 whatever the scores are, but for sinks."""
-    sides = _sides(seen)
+    sides = None if seen.flow.sees_later(seen.point) else _sides(seen)
     nodes = list(seen.stretch.nodes) if seen.stretch is not None else []
     sinks = any(seen.flow.attends(name) and seen.flow.whole.made[name].weights for name in nodes)
     named = _listed(seen, sides[1] if sides is not None and first == 0 and not sinks else nodes)
@@ -231,6 +232,8 @@ def _at_every_position(seen: Evidence, first: int) -> str:
         return "attention (its sinks count at position 0, too), the output projection, FFN, a norm or weight"
     if sides is None and any(map(recurrent, seen.flow.operations(nodes))):
         return "a projection, the recurrence (its state, its convolution or its decay), a norm or weight"
+    if seen.flow.sees_later(seen.point):
+        return f"{_UNMASKED}, the output projection, FFN, a norm or weight"
     return "V, the output projection, FFN, a norm or weight, or no causal mask"
 
 
@@ -250,6 +253,8 @@ def _beyond_one_key(seen: Evidence) -> str:
         return "what the recurrence carries from position to position: its state, its convolution or its decay"
     if between := _between_positions(seen):
         return between
+    if seen.flow.sees_later(seen.point):
+        return f"{_UNMASKED}, or what is made of these positions alone{_or_experts(seen)}"
     sides = _sides(seen)
     named = _listed(seen, sides[0]) if sides is not None else ""
     return f"{named} (scale, mask)" if named else f"Q, K, RoPE, the attention's scale or its mask{_or_experts(seen)}"
