@@ -184,6 +184,8 @@ def _sorted(origins: dict[str, Made]) -> dict[str, Made]:
 
 def _section(name: str) -> int:
     layer = parse(name).layer
+    if name.startswith("enc."):  # an encoder's pass comes before its decoder's
+        return -2
     return -1 if layer is None and name == EMBD else (layer if layer is not None else _MOST_LAYERS)
 
 

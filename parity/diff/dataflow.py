@@ -236,7 +236,10 @@ def upstream(model: Flow, point: Ints, seq: Ints, token_idx: Ints, nmse: Floats,
             above = _join([nothing, *(fronts[other] for other in model.parents[name] if other in fronts)])
             at = place[rows]
             worst[rows], spoiled[rows] = above.worst[at], above.failed[at]
-            fronts[name] = _join([above, _Front.of(at, nmse[rows], failed[rows], len(places))]) if len(rows) else above
+            front = _Front.of(at, nmse[rows], failed[rows], len(places))
+            # Every position of an encoder, and of its decoder, sees all of the encoder's.
+            front = front.everywhere() if name.startswith("enc.") else front
+            fronts[name] = _join([above, front]) if len(rows) else above
     return Upstream(worst, spoiled)
 
 
@@ -252,6 +255,10 @@ class _Front:
         worst, spoiled = np.zeros(length), np.zeros(length, dtype=np.bool_)
         worst[at], spoiled[at] = np.nan_to_num(nmse, nan=0.0, posinf=np.inf), failed
         return _Front(np.maximum.accumulate(worst), np.logical_or.accumulate(spoiled))
+
+    def everywhere(self) -> "_Front":
+        """The same where a position sees all others: what is at the last position."""
+        return _Front(np.full_like(self.worst, self.worst[-1:]), np.full_like(self.failed, self.failed[-1:]))
 
 
 def _join(fronts: list[_Front]) -> _Front:
