@@ -1,4 +1,4 @@
-"""What `parity score` prints, and the way on from the worst position."""
+"""What `parity score` prints, and the comparison at the worst position."""
 
 import json
 from dataclasses import replace
@@ -33,7 +33,7 @@ def show(score: "Scored", output_format: str) -> None:
 
 
 def explained(run: "Request", source: str, leading: tuple[int, ...], *, quiet: bool) -> int:
-    """Run both sides along the tokens that lead to the worst position, and return the exit code.
+    """Run both sides on the tokens that lead to the worst position, and return the exit code.
 
     Raises:
         InputError: the side is llama.cpp itself, which is the reference.

@@ -1,4 +1,4 @@
-"""Finished cells on disk: one small file each, named by what the result depends on."""
+"""Finished cells on disk: one small file each, named by the key of what the result depends on."""
 
 import json
 from dataclasses import replace
@@ -11,7 +11,7 @@ FOLDER = "results"
 
 
 def load(folder: Path, key: str) -> CellResult | None:
-    """A result that was kept; None if there is none, or only one of another version."""
+    """A stored result; None if there is none, or only one of another version."""
     try:
         facts = json.loads((folder / FOLDER / f"{key}.json").read_text(encoding="utf-8"))
         return replace(CellResult.from_dict(facts), kept=True)
@@ -20,7 +20,7 @@ def load(folder: Path, key: str) -> CellResult | None:
 
 
 def save(folder: Path, result: CellResult) -> None:
-    """Keep a result.
+    """Store a result.
 
     Raises:
         InputError: it cannot be written.
