@@ -178,7 +178,9 @@ def _where(explanation: Explanation) -> list[tuple[str, str]]:
         ]
     if len(placed.operations) == 1:
         origin = (
-            f"is computed from {agreeing}, which {agree} as whole rows" if placed.agreeing else "is computed from the tokens alone"
+            f"is computed from {agreeing}, which {agree} as whole rows"
+            if placed.agreeing
+            else "is computed from the tokens alone"
         )
         return [("wrong", f"{placed.operations[0]} {origin}: this operation is wrong")]
     if not placed.agreeing:

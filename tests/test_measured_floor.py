@@ -118,7 +118,9 @@ def test_the_first_words_say_what_is_assumed(engine: Faulty) -> None:
     verdict = compare(ours, right)
     assert verdict
     assert answer(verdict).startswith("parity as F16 arithmetic (assumed: your dump does not say): 56 of 56 records agree")
-    assert ("float32", "in float32 blk.0.l_out would be a divergence; --compute f32 applies that limit") in list(remarks(verdict))
+    assert ("float32", "in float32 blk.0.l_out would be a divergence; --compute f32 applies that limit") in list(
+        remarks(verdict)
+    )
     exact = replace(_dump(engine, engine.right, ""), header=None)
     assert answer(compare(exact, right)).startswith("parity: 56 of 56 records agree")
 

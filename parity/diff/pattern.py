@@ -193,7 +193,8 @@ def _shape(seen: Evidence) -> Pattern | None:
         return _tail(seen, first, where)
     if not seen.failed[1:].any():
         return Pattern(
-            "first-position", f"only position {first} is wrong: BOS, or the position number of the first token{_or_experts(seen)}"
+            "first-position",
+            f"only position {first} is wrong: BOS, or the position number of the first token{_or_experts(seen)}",
         )
     if between := _between_positions(seen):
         return Pattern("single-positions", f"{where}: {between}")
