@@ -18,7 +18,7 @@ class ConformSide(StrEnum):
     HF = "hf"
 
 
-@o.fills("command", "hugging_face", "compute", "tolerance", "threads", "backend", "mapping", "verbose")
+@o.fills("command_on_tiny_models", "hugging_face", "compute", "tolerance", "threads", "backend", "mapping", "verbose")
 def conform(
     given: o.Given,
     side: Annotated[

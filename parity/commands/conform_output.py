@@ -115,9 +115,5 @@ def show(conformance: "Conformance", output_format: AnswerFormat, *, junit: Path
     if conformance.not_run:
         return _INTERRUPTED
     if conformance and not any(result.compared for result in conformance.results):
-        raise InputError(
-            f"nothing was compared: {report.outcome(conformance.results[0])}.",
-            "Widen the matrix, or check the command.",
-            code="nothing",
-        )
+        raise InputError(report.nothing_compared(conformance), "Widen the matrix, or check the command.", code="nothing")
     return PARITY_CODE if conformance else DIVERGENCE_CODE

@@ -18,7 +18,7 @@ from checkpoints.answers.conform import (
 )
 from checkpoints.answers.diff import Verdict
 from checkpoints.answers.explain import Explanation
-from checkpoints.errors import DumpError, ParityError
+from checkpoints.errors import OUTPUT, DumpError, ParityError
 from checkpoints.points import parse
 from checkpoints.reading.reader import read
 from checkpoints.record import Dump
@@ -29,6 +29,7 @@ from reports.html import write_html
 from reports.report import Report
 
 from ..diff.compare import Comparison
+from ..run import command as engines
 from ..run.command import POINTS, EngineError
 from ..run.hugging_face import HuggingFace
 from ..run.request import Prompt, Request
@@ -41,6 +42,7 @@ from .models import Models, model_name
 
 _SLICE = 256  # leading values of llama.cpp's records: whole rows of nearly everything in a tiny model
 _EXPLAIN = 20.0  # seconds for the cause of one cell
+_VERDICTS = {engines.CRASHED: CRASHED, engines.REFUSED: REFUSED, engines.TIMED_OUT: TIMED_OUT}
 
 
 @dataclass(frozen=True)
@@ -103,11 +105,15 @@ class Bench:
         try:
             model = self._models.path(cell.architecture, cell.type)
         except ParityError as error:
+            if ends_the_run(error):
+                raise
             result = CellResult(cell, NO_REFERENCE, error.message)
         else:
             try:
                 result = self._fresh(cell, model)
             except Exception as error:  # a fault of ours in one cell must neither hide nor cost all the others
+                if ends_the_run(error):
+                    raise
                 result = CellResult(cell, CRASHED, f"internal error of parity: {type(error).__name__}: {error}")
         result = replace(result, key=key, seconds=perf_counter() - began)
         results.save(self._settings.folder, result)
@@ -125,13 +131,19 @@ class Bench:
         except DumpError as error:  # its path is another in every cell
             return CellResult(cell, UNUSABLE, error.message.replace(str(out), "its dump"))
         except EngineError as error:
-            verdict = {"crashed": CRASHED, "refused": REFUSED, "timed out": TIMED_OUT}.get(error.how, UNUSABLE)
+            if ends_the_run(error):
+                raise
+            verdict = _VERDICTS.get(error.how, UNUSABLE)
             return CellResult(cell, verdict, error.message.replace(str(model), "the model"))
         except ParityError as error:  # our own engine has no such model
+            if ends_the_run(error):
+                raise
             return CellResult(cell, REFUSED, error.message)
         try:  # only now: what the side refuses needs no reference
             ref = self._reference_dump(request, Prompt(None, prompt.ids, ()), identity.of_file(model), cell.prompt)
         except ParityError as error:
+            if ends_the_run(error):
+                raise
             return CellResult(cell, NO_REFERENCE, error.message)
         try:
             return self._judged(cell, request, ours, ref)
@@ -216,6 +228,13 @@ class Bench:
         beside = () if explanation is None else (finding(answers.as_json(explanation), "explain"),)
         write_html(Report(comparison.verdict, ours, ref, comparison.picture, beside), self._settings.folder / name)
         return name
+
+
+def ends_the_run(error: Exception) -> bool:
+    """Whether it says nothing of the cell, and every other cell would meet it too: no engine to start, no place to write to."""
+    return isinstance(error, ParityError) and (
+        error.code == OUTPUT or (isinstance(error, EngineError) and error.how == engines.NOT_STARTED)
+    )
 
 
 def cause_of(verdict: Verdict, explanation: Explanation | None) -> tuple[str, str]:

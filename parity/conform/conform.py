@@ -86,7 +86,8 @@ def _results(request: ConformRequest) -> Iterator[CellResult]:
                     part_results = finished.result()
                     parts.remove(pending[finished])
                     for result in part_results:
-                        results.save(settings.folder, result)
+                        if request.cluster:  # its workers may have a disk of their own
+                            results.save(settings.folder, result)
                         yield result
         except BrokenProcessPool:  # a worker was killed: what the others had finished is kept, the rest runs again
             if attempt + 1 == _ATTEMPTS:

@@ -17,8 +17,9 @@ from typing import IO
 
 from checkpoints.errors import InputError
 from checkpoints.printable import printable
+from checkpoints.whole_file import unwritable
 
-CRASHED, REFUSED, TIMED_OUT, UNUSABLE = "crashed", "refused", "timed out", "unusable"
+CRASHED, REFUSED, TIMED_OUT, UNUSABLE, NOT_STARTED = "crashed", "refused", "timed out", "unusable", "not started"
 MODEL, TOKENS, OUT, POINTS, PORTIONS = "{model}", "{tokens}", "{out}", "{points}", "{portions}"
 SEQUENCES, STATE, UBATCH = "{sequences}", "{state}", "{ubatch}"
 DEFAULT_TIMEOUT = 3600.0  # seconds: a CPU engine may take minutes for a long prompt, but a night in CI is nobody's intention
@@ -27,12 +28,15 @@ _LARGEST_DUMP = 16 << 30  # bytes; a whole dump of 24 layers × 500 positions ×
 _WATCH = 0.05  # seconds between two looks at the clock and at the dump
 _GRACE = 1.0  # seconds that what is left in stderr's pipe may take once the engine has ended
 _ASSIGNMENT = re.compile(r"[A-Za-z_][A-Za-z0-9_]*=.*", re.DOTALL)
+_NOT_EXECUTABLE, _NOT_THERE = 126, 127  # exit codes of env and of shells (POSIX) for a program that cannot be run, or found
+# 128 + number is how a shell passes on that its program was ended by a signal: ILL, TRAP, ABRT, BUS, FPE, KILL, SEGV, TERM.
+_ENDED_BY_SIGNAL = frozenset(128 + number for number in (4, 5, 6, 7, 8, 9, 11, 15))
 # What runtimes print where a program ended because of an error of its own, not because it refused its input.
 _UNHANDLED = ("Traceback (most recent call last)", "panicked at", "terminate called", "Segmentation fault", "AddressSanitizer")
 
 
 class EngineError(InputError):
-    """A foreign engine did not write a dump; `how` is CRASHED, REFUSED, TIMED_OUT or UNUSABLE."""
+    """A foreign engine did not write a dump; `how` is CRASHED, REFUSED, TIMED_OUT, UNUSABLE or NOT_STARTED."""
 
     def __init__(self, message: str, advice: str = "", *, how: str = UNUSABLE) -> None:
         super().__init__(message, advice, code="exec")
@@ -110,7 +114,9 @@ class Command:
         path = (os.environ | environment | dict(self.variables)).get("PATH")
         if shutil.which(program[0], path=path) is None:
             raise EngineError(
-                f"cannot run {shlex.quote(program[0])}: it is not there, or not executable.", f"Check {self.option}."
+                f"cannot run {shlex.quote(program[0])}: it is not there, or not executable.",
+                f"Check {self.option}.",
+                how=NOT_STARTED,
             )
 
     def run(
@@ -155,26 +161,29 @@ class Command:
             environment = {name: _filled(value, values) for name, value in environment.items()}
         try:
             _remove(out)
-            self._start(arguments, environment, out)
+            stdout = None if self.takes(OUT) else out.open("wb")
+        except OSError as error:
+            raise unwritable(out, error) from error
+        try:
+            self._start(arguments, environment, out, stdout)
         except OSError as error:
             what = arguments[0] if isinstance(arguments, list) else "a shell"
-            raise EngineError(f"cannot run {what}: {error.strerror}.", f"Check {self.option}.") from error
+            raise EngineError(f"cannot run {what}: {error.strerror}.", f"Check {self.option}.", how=NOT_STARTED) from error
         self._dumped(out)
 
-    def _start(self, arguments: "list[str] | str", environment: Mapping[str, str], out: Path) -> None:
-        stdout: int | IO[bytes] = subprocess.DEVNULL if self.takes(OUT) else out.open("wb")
+    def _start(self, arguments: "list[str] | str", environment: Mapping[str, str], out: Path, stdout: IO[bytes] | None) -> None:
         try:
             process = subprocess.Popen(
                 arguments,
                 shell=self.shell,
                 stdin=subprocess.DEVNULL,
-                stdout=stdout,
+                stdout=subprocess.DEVNULL if stdout is None else stdout,
                 stderr=subprocess.PIPE,
                 env=os.environ | environment | dict(self.variables),
                 start_new_session=True,  # so that its children can be ended with it
             )
         finally:
-            if not isinstance(stdout, int):
+            if stdout is not None:
                 stdout.close()
         tail = _Tail(process)
         try:
@@ -221,7 +230,13 @@ class Command:
     def _failed(self, status: int, stderr: str) -> EngineError:
         lines = [line for line in stderr.splitlines() if line.strip()]
         last_line = printable(lines[-1].strip()) if lines else "it printed nothing on stderr"
-        killed = -status if status < 0 else status - 128 if self.shell and status > 128 else 0
+        if status in (_NOT_EXECUTABLE, _NOT_THERE):
+            return EngineError(
+                f"{self.name} could not be started (exit code {status}): {last_line.rstrip('.')}.",
+                f"Check {self.option}: it names a program that is not there, or not executable.",
+                how=NOT_STARTED,
+            )
+        killed = -status if status < 0 else status - 128 if status in _ENDED_BY_SIGNAL else 0
         how = f"was killed by signal {killed}" if killed else f"failed with exit code {status}"
         crashed = bool(killed) or not lines or any(word in stderr for word in _UNHANDLED)
         return EngineError(

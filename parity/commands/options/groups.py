@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,14 @@ GROUPS = {
             "timeout": (declared.TimeoutOption, None),
         },
         values.command_fields,
+    ),
+    "command_on_tiny_models": Group(
+        {
+            "command": (declared.ExecOption, None),
+            "shell": (declared.ShellOption, None),
+            "timeout": (declared.TinyTimeoutOption, None),
+        },
+        partial(values.command_fields, default=declared.TINY_TIMEOUT),
     ),
     "points": _one("points", declared.PointsOption, "default"),
     "all_points": _one("points", declared.PointsOption, "all"),
