@@ -18,6 +18,7 @@ from checkpoints.answers.conform import CellResult
 from parity.conform.conform import parts_of
 from parity.conform.matrix import PROMPTS, TYPES, cells, modes_of, prompt_of
 
+SERVER = os.environ.get("PARITY_SERVER_PYTHON", "")
 needs_gcc = pytest.mark.skipif(shutil.which("gcc") is None, reason="there is no gcc")
 
 
@@ -204,6 +205,63 @@ def test_hugging_face_conforms(parity: Cli) -> None:
     code, answer = parity.json("conform", "--side", "hf", "--python", python, *words)
     assert code == 0
     assert [(cell["architecture"], cell["verdict"]) for cell in answer["cells"]] == [("qwen2", "parity"), ("mpt", "refused")]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not SERVER, reason="PARITY_SERVER_PYTHON names no interpreter with a completion server")
+def test_servers_conform(parity: Cli) -> None:
+    """llama-cpp-python's server is parity in two types; a sampler that ignores temperature 0 is seen where it chooses, and named."""
+    line = f"{SERVER} {Path(__file__).with_name('servers.py')} llama_cpp {{model}} {{port}}"
+    words = ("--side", "server", "--architectures", "llama,qwen3", "--prompts", "short", "--workers", "1", "--out", "c")
+    code, answer = parity.json("conform", "--exec", line, *words, "--types", "Q8_0")
+    assert code == 0
+    assert {(cell["architecture"], cell["mode"]): cell["verdict"] for cell in answer["cells"]} == {
+        (name, mode): "parity" for name in ("llama", "qwen3") for mode in ("prefill", "decode")
+    }
+    assert all(cell["compared"] >= 6 for cell in answer["cells"])
+    code, answer = parity.json("conform", "--exec", f"{line} temperature", *words, "--types", "Q4_K")
+    assert code == 1
+    assert [(cause["cause"], len(cause["cells"])) for cause in answer["causes"]] == [("sampler", 2)]
+    assert {cell["mode"] for cell in answer["cells"] if cell["verdict"] == "divergence"} == {"decode"}
+    code, answer = parity.json("conform", "--exec", f"{line} no-logprobs", *words, "--types", "F32", "--architectures", "llama")
+    assert [cell["verdict"] for cell in answer["cells"]] == ["unusable", "unusable"]
+    assert "logits_all" in answer["cells"][0]["reason"]
+
+
+def test_a_server_that_does_not_start(parity: Cli, tmp_path: Path) -> None:
+    """One that says no is a refusal, one that never listens is timed out, one that ends is unusable; none is left behind."""
+    words = ("--side", "server", "--architectures", "llama", "--types", "F32", "--prompts", "one", "--modes", "prefill")
+    for body, verdict in (
+        ("sys.exit('no')", "refused"),
+        ("open('pid', 'w').write(str(os.getpid())); time.sleep(60)", "timed out"),
+        ("pass", "unusable"),
+    ):
+        (tmp_path / "server.py").write_text(f"import os, sys, time\n{body}\n")
+        ran = parity(
+            "conform", "--exec", f"{sys.executable} server.py {{model}} {{port}}", *words, "--exec-timeout", "2", "--out", "c"
+        )
+        cells = json.loads(Path("c/conform.json").read_text())["cells"]
+        assert [cell["verdict"] for cell in cells] == [verdict], ran.err
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(Path("pid").read_text()), 0)
+    refused(parity("conform", "--side", "server", "--exec", "server {model}"), "{port}")
+    refused(parity("conform", "--exec", "server {model} {port}"), "--side server")
+
+
+def test_an_engine_that_cannot_be_started_ends_the_run(parity: Cli) -> None:
+    """`env` and shells say with 126 and 127 that there is no such program: one line, exit 2, no cell counts as refused."""
+    words = ("--architectures", "llama", "--types", "F32", "--prompts", "one,short", "--workers", "1", "--out", "c")
+    for option, line, status in (
+        ("--exec", "env X=1 ./nothing {model}", 127),
+        ("--exec", "env /etc/passwd {model}", 126),
+        ("--exec-shell", "./nothing {model}", 127),
+    ):
+        refused(parity("conform", option, line, *words), f"could not be started (exit code {status})", f"Check {option}")
+    assert not list(Path("c").rglob("results/*/*.json"))
+    refused(
+        parity("conform", "--exec", f"{sys.executable} -c 'import sys; sys.exit(\"no\")' {{model}}", *words),
+        "refused all 2 cells",
+    )
 
 
 def test_an_engine_that_crashes_or_hangs_or_prints_nothing(parity: Cli, tmp_path: Path) -> None:

@@ -33,12 +33,14 @@ from ..run import command as engines
 from ..run.command import POINTS, EngineError
 from ..run.hugging_face import HuggingFace
 from ..run.request import Prompt, Request
+from ..run.served import ServedModel
 from ..run.session import comparison_options
 from ..run.sides import ExternalEngine, LlamaCpp, OurEngine
 from ..run.state import loaded
 from . import identity, results
 from .matrix import PREFILL, prompt_of
 from .models import Models, model_name
+from .served import TEXTS, served_cell
 
 _SLICE = 256  # leading values of llama.cpp's records: whole rows of nearly everything in a tiny model
 _EXPLAIN = 20.0  # seconds for the cause of one cell
@@ -49,12 +51,14 @@ _VERDICTS = {engines.CRASHED: CRASHED, engines.REFUSED: REFUSED, engines.TIMED_O
 class Settings:
     """What all cells of a run share: how the side is started and judged (`run`; its model and tokens are the cells').
 
-    The side is `run.command`, else `hugging_face`, else our engine.
+    The side is `run.command` (an engine that writes dumps, or with `server` one that is asked over HTTP), else `hugging_face`, else
+    our engine.
     """
 
     run: Request
     folder: Path
     explain: bool = True
+    server: bool = False
     hugging_face: HuggingFace | None = None
 
     @property
@@ -77,7 +81,8 @@ def key_of(settings: Settings, engine: str, cell: Cell) -> str:
     run = settings.run
     judged = (run.compute, run.tolerance, run.mapping, settings.explain, run.command.timeout if run.command else None)
     model = model_name(cell.architecture, cell.type, identity.program())
-    return identity.digest(identity.program(), engine, model, prompt_of(cell), cell.mode, judged)
+    prompt = TEXTS[cell.prompt] if settings.server else prompt_of(cell)
+    return identity.digest(identity.program(), engine, model, prompt, cell.mode, judged)
 
 
 class Bench:
@@ -88,13 +93,20 @@ class Bench:
         self._reference = Reference(threads=settings.run.threads, verbose=settings.run.verbose, start=False)
         self._models = Models(settings.folder / "models", self._reference, identity.program())
         self._engine = identity.of_side(settings.run.command, settings.hugging_face)
+        self._server = ServedModel(settings.run.command) if settings.server and settings.run.command is not None else None
         self._causes: dict[tuple[str, str, str], tuple[str, str]] = {}  # architecture, type, first divergent kind
 
     def __enter__(self) -> "Bench":
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.idle()
         self._reference.close()
+
+    def idle(self) -> None:
+        """End what runs for single models: a server."""
+        if self._server is not None:
+            self._server.stop()
 
     def run(self, cell: Cell) -> CellResult:
         """The cell's result: kept from an earlier run where nothing that it depends on has changed."""
@@ -126,6 +138,8 @@ class Bench:
         out = self._settings.folder / "dumps" / f"{cell.name.replace(' ', '-')}.jsonl"
         out.parent.mkdir(parents=True, exist_ok=True)
         try:
+            if self._server is not None:
+                return served_cell(cell, request, self._server, self._reference, self._settings.folder)
             self._side(request).dump(prompt, out)
             ours = loaded(out, prompt, request.mapping)
         except DumpError as error:  # its path is another in every cell

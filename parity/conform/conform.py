@@ -107,7 +107,10 @@ def parts_of(cells: Sequence[Cell]) -> list[list[Cell]]:
 def run_part(settings: Settings, cells: Sequence[Cell]) -> list[CellResult]:
     """Run some cells in this process, with the llama.cpp that it has for such settings."""
     bench = _bench(settings)
-    return [bench.run(cell) for cell in cells]
+    try:
+        return [bench.run(cell) for cell in cells]
+    finally:
+        bench.idle()
 
 
 @cache

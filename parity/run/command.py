@@ -21,7 +21,7 @@ from checkpoints.whole_file import unwritable
 
 CRASHED, REFUSED, TIMED_OUT, UNUSABLE, NOT_STARTED = "crashed", "refused", "timed out", "unusable", "not started"
 MODEL, TOKENS, OUT, POINTS, PORTIONS = "{model}", "{tokens}", "{out}", "{points}", "{portions}"
-SEQUENCES, STATE, UBATCH = "{sequences}", "{state}", "{ubatch}"
+SEQUENCES, STATE, UBATCH, PORT = "{sequences}", "{state}", "{ubatch}", "{port}"
 DEFAULT_TIMEOUT = 3600.0  # seconds: a CPU engine may take minutes for a long prompt, but a night in CI is nobody's intention
 _TAIL = 1 << 16  # bytes of stderr that are kept: its last lines say what went wrong
 _LARGEST_DUMP = 16 << 30  # bytes; a whole dump of 24 layers × 500 positions × 4,096 values in text is under 1 GB
@@ -152,50 +152,60 @@ class Command:
             UBATCH: str(ubatch or sum(map(len, sequences or (tokens,)))),
             STATE: "" if state is None else str(state),
         }
-        environment, program = self._split()
-        arguments: list[str] | str
-        if self.shell:
-            arguments, environment = _filled(self.line, {name: shlex.quote(value) for name, value in values.items()}), {}
-        else:
-            arguments = [_filled(word, values) for word in program]
-            environment = {name: _filled(value, values) for name, value in environment.items()}
+        arguments, environment = self.filled(values)
         try:
             _remove(out)
             stdout = None if self.takes(OUT) else out.open("wb")
         except OSError as error:
             raise unwritable(out, error) from error
         try:
-            self._start(arguments, environment, out, stdout)
-        except OSError as error:
-            what = arguments[0] if isinstance(arguments, list) else "a shell"
-            raise EngineError(f"cannot run {what}: {error.strerror}.", f"Check {self.option}.", how=NOT_STARTED) from error
+            process = self.start(arguments, environment, subprocess.DEVNULL if stdout is None else stdout)
+        finally:
+            if stdout is not None:
+                stdout.close()
+        tail = Tail(process)
+        try:
+            stopped = self._wait(process, out)
+        except BaseException:
+            end(process)
+            raise
+        if stopped is not None:
+            end(process)
+            raise stopped
+        if process.returncode:
+            raise self.failed(process.returncode, tail.text())
         self._dumped(out)
 
-    def _start(self, arguments: "list[str] | str", environment: Mapping[str, str], out: Path, stdout: IO[bytes] | None) -> None:
+    def filled(self, values: Mapping[str, str]) -> tuple[list[str] | str, dict[str, str]]:
+        """The program with its arguments (one line, for a shell) and its variables, every placeholder replaced."""
+        if self.shell:
+            return _filled(self.line, {name: shlex.quote(value) for name, value in values.items()}), {}
+        environment, program = self._split()
+        return [_filled(word, values) for word in program], {
+            name: _filled(value, values) for name, value in environment.items()
+        }
+
+    def start(
+        self, arguments: list[str] | str, environment: Mapping[str, str], stdout: int | IO[bytes]
+    ) -> "subprocess.Popen[bytes]":
+        """Start it; its stderr is a pipe, for a `Tail`.
+
+        Raises:
+            EngineError: there is no such program, or it may not be executed.
+        """
         try:
-            process = subprocess.Popen(
+            return subprocess.Popen(
                 arguments,
                 shell=self.shell,
                 stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL if stdout is None else stdout,
+                stdout=stdout,
                 stderr=subprocess.PIPE,
                 env=os.environ | environment | dict(self.variables),
                 start_new_session=True,  # so that its children can be ended with it
             )
-        finally:
-            if stdout is not None:
-                stdout.close()
-        tail = _Tail(process)
-        try:
-            stopped = self._wait(process, out)
-        except BaseException:
-            _end(process)
-            raise
-        if stopped is not None:
-            _end(process)
-            raise stopped
-        if process.returncode:
-            raise self._failed(process.returncode, tail.text())
+        except OSError as error:
+            what = arguments[0] if isinstance(arguments, list) else "a shell"
+            raise EngineError(f"cannot run {what}: {error.strerror}.", f"Check {self.option}.", how=NOT_STARTED) from error
 
     def _wait(self, process: "subprocess.Popen[bytes]", out: Path) -> EngineError | None:
         """Wait until the engine ends; returns the error for which it had to be stopped, if any."""
@@ -227,7 +237,8 @@ class Command:
         kind = "a pipe" if stat.S_ISFIFO(mode) else "a link" if stat.S_ISLNK(mode) else "something that is not a regular file"
         return EngineError(f"{self.name} made {out} into {kind}.", "It must write a regular file to {out}.")
 
-    def _failed(self, status: int, stderr: str) -> EngineError:
+    def failed(self, status: int, stderr: str) -> EngineError:
+        """What an exit code other than 0, and the end of stderr, say."""
         lines = [line for line in stderr.splitlines() if line.strip()]
         last_line = printable(lines[-1].strip()) if lines else "it printed nothing on stderr"
         if status in (_NOT_EXECUTABLE, _NOT_THERE):
@@ -256,7 +267,11 @@ class Command:
 
 def _filled(text: str, values: Mapping[str, str]) -> str:
     """The text with every placeholder replaced; placeholders inside the values are left alone."""
-    return re.sub(r"\{(?:model|tokens|out|points|portions|sequences|ubatch|state)\}", lambda match: values[match[0]], text)
+    return re.sub(
+        r"\{(?:model|tokens|out|points|portions|sequences|ubatch|state|port)\}",
+        lambda match: values.get(match[0], match[0]),
+        text,
+    )
 
 
 def _remove(out: Path) -> None:
@@ -264,14 +279,14 @@ def _remove(out: Path) -> None:
     out.unlink(missing_ok=True)
 
 
-def _end(process: "subprocess.Popen[bytes]") -> None:
+def end(process: "subprocess.Popen[bytes]") -> None:
     """End an engine and the children in its process group."""
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
-class _Tail:
+class Tail:
     """Reads a process's stderr to its end and keeps the last bytes, so that no amount of it fills memory or blocks the pipe."""
 
     def __init__(self, process: "subprocess.Popen[bytes]") -> None:
