@@ -11,7 +11,7 @@ from xml.etree import ElementTree as ET
 
 import pandas as pd
 import pytest
-from cli import Cli, refused
+from cli import Cli, one_line, refused
 from foreign import compile_engine, numpy_engine
 
 from checkpoints.answers.conform import CellResult
@@ -210,35 +210,40 @@ def test_hugging_face_conforms(parity: Cli) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(not SERVER, reason="PARITY_SERVER_PYTHON names no interpreter with a completion server")
 def test_servers_conform(parity: Cli) -> None:
-    """llama-cpp-python's server is parity in two types; a sampler that ignores temperature 0 is seen where it chooses, and named."""
+    """llama-cpp-python's server is parity without its own repeat penalty; that, and a sampler that is not greedy, are seen and named."""
     line = f"{SERVER} {Path(__file__).with_name('servers.py')} llama_cpp {{model}} {{port}}"
-    words = ("--side", "server", "--architectures", "llama,qwen3", "--prompts", "short", "--workers", "1", "--out", "c")
-    code, answer = parity.json("conform", "--exec", line, *words, "--types", "Q8_0")
+    words = ("--side", "server", "--architectures", "qwen3", "--prompts", "short", "--workers", "1", "--out", "c")
+    code, answer = parity.json("conform", "--exec", line, *words, "--types", "Q8_0", "--server-json", '{"repeat_penalty": 1}')
     assert code == 0
-    assert {(cell["architecture"], cell["mode"]): cell["verdict"] for cell in answer["cells"]} == {
-        (name, mode): "parity" for name in ("llama", "qwen3") for mode in ("prefill", "decode")
-    }
+    assert {cell["mode"]: cell["verdict"] for cell in answer["cells"]} == {"prefill": "parity", "decode": "parity"}
     assert all(cell["compared"] >= 6 for cell in answer["cells"])
-    code, answer = parity.json("conform", "--exec", f"{line} temperature", *words, "--types", "Q4_K")
-    assert code == 1
-    assert [(cause["cause"], len(cause["cells"])) for cause in answer["causes"]] == [("sampler", 2)]
-    assert {cell["mode"] for cell in answer["cells"] if cell["verdict"] == "divergence"} == {"decode"}
-    code, answer = parity.json("conform", "--exec", f"{line} no-logprobs", *words, "--types", "F32", "--architectures", "llama")
-    assert [cell["verdict"] for cell in answer["cells"]] == ["unusable", "unusable"]
+    code, answer = parity.json("conform", "--exec", line, *words, "--types", "Q8_0")  # its own default is a penalty of 1.1
+    assert [(cause["cause"], cause["cells"]) for cause in answer["causes"]] == [("repeat-penalty", ["qwen3 Q8_0 short decode"])]
+    code, answer = parity.json("conform", "--exec", f"{line} temperature", *words, "--types", "Q8_0")
+    assert [(cause["cause"], cause["cells"]) for cause in answer["causes"]] == [("sampler", ["qwen3 Q8_0 short decode"])]
+    code, answer = parity.json("conform", "--exec", f"{line} no-logprobs", *words, "--types", "Q8_0", "--modes", "prefill")
+    assert (code, [cell["verdict"] for cell in answer["cells"]]) == (1, ["unusable"])
     assert "logits_all" in answer["cells"][0]["reason"]
 
 
 def test_a_server_that_does_not_start(parity: Cli, tmp_path: Path) -> None:
     """One that says no is a refusal, one that never listens is timed out, one that ends is unusable; none is left behind."""
     words = ("--side", "server", "--architectures", "llama", "--types", "F32", "--prompts", "one", "--modes", "prefill")
-    for body, verdict in (
-        ("sys.exit('no')", "refused"),
-        ("open('pid', 'w').write(str(os.getpid())); time.sleep(60)", "timed out"),
-        ("pass", "unusable"),
+    for body, verdict, seconds in (
+        ("sys.exit('no')", "refused", 30),
+        ("open('pid', 'w').write(str(os.getpid())); time.sleep(60)", "timed out", 0.7),
+        ("pass", "unusable", 30),
     ):
         (tmp_path / "server.py").write_text(f"import os, sys, time\n{body}\n")
         ran = parity(
-            "conform", "--exec", f"{sys.executable} server.py {{model}} {{port}}", *words, "--exec-timeout", "2", "--out", "c"
+            "conform",
+            "--exec",
+            f"{sys.executable} server.py {{model}} {{port}}",
+            *words,
+            "--exec-timeout",
+            seconds,
+            "--out",
+            "c",
         )
         cells = json.loads(Path("c/conform.json").read_text())["cells"]
         assert [cell["verdict"] for cell in cells] == [verdict], ran.err
@@ -258,10 +263,9 @@ def test_an_engine_that_cannot_be_started_ends_the_run(parity: Cli) -> None:
     ):
         refused(parity("conform", option, line, *words), f"could not be started (exit code {status})", f"Check {option}")
     assert not list(Path("c").rglob("results/*/*.json"))
-    refused(
-        parity("conform", "--exec", f"{sys.executable} -c 'import sys; sys.exit(\"no\")' {{model}}", *words),
-        "refused all 2 cells",
-    )
+    ran = parity("conform", "--exec", f"{sys.executable} -c 'import sys; sys.exit(\"no\")' {{model}}", *words)
+    assert (ran.code, ran.out.splitlines()[-1].split(" · ")[0]) == (2, "2 cells: 2 refused")
+    one_line(ran.err, "refused all 2 cells", "exit code 1: no")
 
 
 def test_an_engine_that_crashes_or_hangs_or_prints_nothing(parity: Cli, tmp_path: Path) -> None:

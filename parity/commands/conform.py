@@ -17,7 +17,7 @@ class ConformSide(StrEnum):
     SERVER = "server"
 
 
-@o.fills("command_on_tiny_models", "hugging_face", "compute", "tolerance", "threads", "backend", "mapping", "verbose")
+@o.fills("command_on_tiny_models", "hugging_face", "asking", "compute", "tolerance", "threads", "backend", "mapping", "verbose")
 def conform(
     given: o.Given,
     side: Annotated[
@@ -101,6 +101,7 @@ def conform(
 
     command = given["command"]
     server = side is ConformSide.SERVER
+    asking = served.Asking(given.pop("server_api"), given.pop("server_json"))
     check_side(command, None if side is None else side.value)
     check_outputs(junit, table)
     theirs = HuggingFace(Path(), given.pop("python"), given.pop("device"), slice_size=None)
@@ -119,7 +120,7 @@ def conform(
         Request(model=Path(), **given),
         folder.absolute() if cluster else folder,
         explain,
-        server,
+        asking if server else None,
         theirs if side is ConformSide.HF else None,
     )
     with Shown(output_format) as shown:

@@ -40,7 +40,7 @@ from ..run.state import loaded
 from . import identity, results
 from .matrix import PREFILL, prompt_of
 from .models import Models, model_name
-from .served import TEXTS, served_cell
+from .served import TEXTS, Asking, served_cell
 
 _SLICE = 256  # leading values of llama.cpp's records: whole rows of nearly everything in a tiny model
 _EXPLAIN = 20.0  # seconds for the cause of one cell
@@ -58,7 +58,7 @@ class Settings:
     run: Request
     folder: Path
     explain: bool = True
-    server: bool = False
+    server: Asking | None = None
     hugging_face: HuggingFace | None = None
 
     @property
@@ -82,7 +82,7 @@ def key_of(settings: Settings, engine: str, cell: Cell) -> str:
     judged = (run.compute, run.tolerance, run.mapping, settings.explain, run.command.timeout if run.command else None)
     model = model_name(cell.architecture, cell.type, identity.program())
     prompt = TEXTS[cell.prompt] if settings.server else prompt_of(cell)
-    return identity.digest(identity.program(), engine, model, prompt, cell.mode, judged)
+    return identity.digest(identity.program(), engine, model, prompt, cell.mode, judged, settings.server)
 
 
 class Bench:
@@ -138,8 +138,8 @@ class Bench:
         out = self._settings.folder / "dumps" / f"{cell.name.replace(' ', '-')}.jsonl"
         out.parent.mkdir(parents=True, exist_ok=True)
         try:
-            if self._server is not None:
-                return served_cell(cell, request, self._server, self._reference, self._settings.folder)
+            if self._server is not None and self._settings.server is not None:
+                return served_cell(cell, request, self._server, self._settings.server, self._reference, self._settings.folder)
             self._side(request).dump(prompt, out)
             ours = loaded(out, prompt, request.mapping)
         except DumpError as error:  # its path is another in every cell

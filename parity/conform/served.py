@@ -1,6 +1,7 @@
 """A cell of a server: it is started for the model, asked for its log-probabilities over a text and, to decode, for its own choices."""
 
-from dataclasses import replace
+import json
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from checkpoints.answers.conform import DIVERGENCE, PARITY, TIMED_OUT, UNUSABLE, Cell, CellResult
@@ -26,7 +27,17 @@ TEXTS = {
 }
 
 
-def served_cell(cell: Cell, request: Request, server: ServedModel, reference: Reference, folder: Path) -> CellResult:
+@dataclass(frozen=True)
+class Asking:
+    """How servers are asked: the dialect, and a JSON object whose members go into every request."""
+
+    api: str
+    members: str = ""
+
+
+def served_cell(
+    cell: Cell, request: Request, server: ServedModel, asking: Asking, reference: Reference, folder: Path
+) -> CellResult:
     """The cell's result; the server runs on, for the model's other cells.
 
     Raises:
@@ -41,10 +52,10 @@ def served_cell(cell: Cell, request: Request, server: ServedModel, reference: Re
         generate=_CHOSEN if cell.mode == DECODE else 0,
         out=folder / name,
     )
-    timeout = request.command.timeout if request.command is not None else None
-    connection = Connection(url) if timeout is None else Connection(url, timeout=timeout)
+    connection = Connection(url, timeout=server.timeout)
+    extra = json.loads(asking.members) if asking.members else {}
     try:
-        answer = compare_server(asked, ServerRequest(connection), reference=reference)
+        answer = compare_server(asked, ServerRequest(connection, asking.api, extra=extra), reference=reference)
     except ServerError as error:
         if (how := server.ended()) is not None:
             raise how from error

@@ -22,6 +22,11 @@ class ServedModel:
         self._tail: Tail | None = None
         self._url = ""
 
+    @property
+    def timeout(self) -> float:
+        """Seconds that it may take to start, and to answer."""
+        return self._command.timeout
+
     def url(self, model: Path) -> str:
         """Where the model is served: by the server that runs already, if it is this model's.
 
