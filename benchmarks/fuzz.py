@@ -1,6 +1,7 @@
 """Mutants of every format through what `parity lint` and `parity diff` do.
 
-Run: python benchmarks/fuzz.py [-n 10000] [--only KIND] [--first SEED]; models: python benchmarks/fuzz.py gguf (`fuzz_gguf`)
+Run: python benchmarks/fuzz.py [-n 10000] [--only KIND] [--first SEED]; models: python benchmarks/fuzz.py gguf (`fuzz_gguf`);
+the two readers of lines held to each other: python benchmarks/fuzz.py readers (`fuzz_readers`)
 
 Each must end in a verdict or in one line, within ten seconds of computing and 1 GiB; the seeds of those that do not are listed.
 """
@@ -70,6 +71,10 @@ def main() -> None:
         import fuzz_gguf
 
         fuzz_gguf.main(sys.argv[2:])
+    if sys.argv[1:2] == ["readers"]:
+        import fuzz_readers
+
+        fuzz_readers.main(sys.argv[2:])
     parser = argparse.ArgumentParser()
     parser.add_argument("-n", type=int, default=10_000)
     parser.add_argument("--only", choices=KINDS, action="append")

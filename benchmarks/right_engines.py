@@ -8,8 +8,9 @@ engine in F32, F16, BF16, TF32 and 8-bit arithmetic, each as two dumps: 10, 16 o
 judge each; with `--explain` so does `explain`, which takes most of the time (`explain_right.py` has right engines of its own).
 
 *accused*: lint finds an error, or diff says divergence, or explain names a cause or a place. *called exact*: an answer that says, without
-"assumed", that an engine in lower arithmetic agrees as float32 does. *suspected* (lint's suspicions; diff's "8-bit arithmetic, not
-declared") accuses nobody and is counted for itself.
+"assumed", that an engine in lower arithmetic agrees as float32 does. *suspected* (lint's suspicions; a divergence that blames no
+operation, as "8-bit arithmetic, not declared" and "a fault, or what lower arithmetic costs this model") accuses nobody and is counted
+for itself.
 
 `--out` keeps one line an engine; a run with the same file goes on behind its last line. `--seconds` ends it after so long.
 """
@@ -55,6 +56,8 @@ from reference.jobs import DumpJob
 
 TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q5_1", "q4_k_m", "q6_k", "iq4_nl", "q3_k_m")
 SLICES = (10, 16, None)
+# Patterns of a divergence that blames no operation: rounding, or what --model decides.
+UNDECIDED = ("eight-bits", "undecided", "precision", "drift")
 EACH = 2  # dumps of one engine
 MOST_LAYERS = 8
 _BUDGET = 60.0  # seconds that `explain` may search; a right engine needs a fraction of one
@@ -162,7 +165,7 @@ def judged(model: Model, dump: Dump, way: Written, kind: str, *, explained: bool
     ):
         verdict = answer()
         precision, first = verdict.precision, verdict.first_divergence
-        if first is not None and verdict.pattern is not None and verdict.pattern.code == "eight-bits":
+        if first is not None and verdict.pattern is not None and verdict.pattern.code in UNDECIDED:
             said[name] = "suspected"
         elif first is not None:
             said[name] = f"accused: {first.checkpoint} {first.token_idx} {first.nmse:.1e}"

@@ -1,7 +1,7 @@
 """What each point of a model is made from, and by which operation: as a dump's header carries it, or as the vocabulary says it."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Self
@@ -9,6 +9,9 @@ from typing import Any, Self
 from .points import EMBD, KINDS, LAYER_KINDS, LOGITS, OUTPUT_NORM, apart, in_layer, lanes, order, parse
 
 CACHE = "CACHE"  # the operation of what attention reads from its cache: rows that an earlier point wrote there
+WITH_FUNCTION = frozenset({"UNARY", "GLU"})  # operations that are one of several functions
+# Functions that ggml's CPU backend looks up in a table of float16, which rounds argument and result (ggml-cpu/vec.h).
+LOOKED_UP = frozenset({"GELU", "GELU_QUICK", "GEGLU", "GEGLU_QUICK"})
 _VIEWS = frozenset({"VIEW", "RESHAPE", "PERMUTE", "TRANSPOSE"})  # parts of a fused product
 _MOST_LAYERS = 100_000  # what a header may claim
 _MOST = 1 << 13  # points of a dataflow: 126 layers of 60
@@ -18,11 +21,19 @@ _SPAN = re.compile(r"(\d{1,6})(?:\.\.(\d{1,6}))?")
 
 @dataclass(frozen=True)
 class Made:
-    """How one point is made: ggml's name of the operation, the points that it reads, the GGUF names of its weights."""
+    """How one point is made: ggml's name of the operation, the points that it reads, the GGUF names of its weights.
+
+    `function` is which one a UNARY or GLU computes ("GELU", "SWIGLU"); empty where nothing says it, as in older headers.
+    """
 
     op: str
     reads: tuple[str, ...] = ()
     weights: tuple[str, ...] = ()
+    function: str = ""
+
+    def looked_up(self, name: str) -> bool:
+        """Whether ggml looks the values of this point up in a table of float16; where no function is said, whether its name says GELU."""
+        return self.function in LOOKED_UP if self.function else "gelu" in name or "geglu" in name
 
 
 @dataclass(frozen=True)
@@ -40,6 +51,14 @@ class Dataflow:
                 readers[other].append(name)
         return {name: tuple(names) for name, names in readers.items()}
 
+    def behind(self, operation: Callable[[str, Made], bool]) -> frozenset[str]:
+        """The points that are made by such an operation, or from what one made."""
+        behind: set[str] = set()
+        for name, how in self.made.items():  # what a point reads stands before it
+            if operation(name, how) or not behind.isdisjoint(how.reads):
+                behind.add(name)
+        return frozenset(behind)
+
     def part_of_next(self, name: str) -> bool:
         """Whether a point is only the first part of what makes the next one: a product before its bias, a norm before its weight.
 
@@ -56,12 +75,13 @@ class Dataflow:
         """Plain data; layers that are made alike are said once.
 
         Keys are spans of layers ("0", "1..23") and "" for what stands once in the model. Names begin with "." for the same layer and
-        "^" for the one before.
+        "^" for the one before. An operation's function follows it: "UNARY:GELU".
         """
         layers: dict[int | None, dict[str, Any]] = {}
         for name, how in self.made.items():
             point = parse(name)
-            entry = [how.op, *([[_relative(other, point.layer) for other in names] for names in (how.reads, how.weights)])]
+            op = f"{how.op}:{how.function}" if how.function else how.op
+            entry = [op, *([[_relative(other, point.layer) for other in names] for names in (how.reads, how.weights)])]
             layers.setdefault(point.layer, {})[point.kind] = entry
         plain: dict[str, Any] = {}
         begin: int | None = None
@@ -91,11 +111,13 @@ class Dataflow:
                     name = kind if layer is None else in_layer(layer, kind)
                     if entry is None or not _well_formed(entry):
                         raise ValueError(f"the dataflow of {name!r} must be [operation, points, weights]")
-                    op, reads, weights = entry
+                    op, _, function = entry[0].partition(":")
+                    reads, weights = entry[1:]
                     names += len(reads) + len(weights)
                     if len(origins) >= _MOST or names > _MOST_NAMES:
                         raise ValueError(f"the dataflow has more than {_MOST:,} points or {_MOST_NAMES:,} names")
-                    origins[name] = Made(op, *(tuple(_absolute(text, layer) for text in texts) for texts in (reads, weights)))
+                    points, tensors = (tuple(_absolute(text, layer) for text in texts) for texts in (reads, weights))
+                    origins[name] = Made(op, points, tensors, function)
         for name, how in origins.items():
             if missing := [other for other in how.reads if other not in origins]:
                 raise ValueError(f"the dataflow of {name!r} reads {missing[0]!r}, which is not in it")
@@ -162,6 +184,8 @@ def _sorted(origins: dict[str, Made]) -> dict[str, Made]:
 
 def _section(name: str) -> int:
     layer = parse(name).layer
+    if name.startswith("enc."):  # an encoder's pass comes before its decoder's
+        return -2
     return -1 if layer is None and name == EMBD else (layer if layer is not None else _MOST_LAYERS)
 
 

@@ -108,6 +108,21 @@ def of_scores(name: str) -> bool:
     return stem == "kq" or stem.startswith(("kq_", "indexer_score"))
 
 
+def default_points(available: Iterable[str], n_layers: int | None = None) -> list[str]:
+    """The default set of a model with these points; of an encoder–decoder that of both halves, the encoder's first."""
+    names = list(available)
+    halves = {
+        prefix: [parse(name.removeprefix(prefix)) for name in names if name.startswith("enc.") == bool(prefix)]
+        for prefix in ("enc.", "")
+    }
+    wanted: set[str] = set()
+    for prefix, points in halves.items():
+        layers = 1 + max((point.layer or 0 for point in points), default=0)
+        chosen = default_layers(layers if prefix or n_layers is None else n_layers)
+        wanted.update(prefix + name for name in layer_outputs(chosen))
+    return [name for name in names if name in wanted]
+
+
 def all_points(n_layers: int, kinds: Iterable[str] | None = None) -> list[str]:
     """Every point of the vocabulary for a model of `n_layers`, in dataflow order; `kinds`, if given, keeps only those of each layer."""
     names = [kind.name for kind in LAYER_KINDS if kinds is None or kind.name in set(kinds)]
@@ -301,8 +316,7 @@ def select(expression: str, available: Sequence[str], n_layers: int | None = Non
             wanted.update(available)
             continue
         if part == "default":
-            layers = n_layers if n_layers is not None else 1 + max((parse(name).layer or 0 for name in available), default=0)
-            wanted.update(layer_outputs(default_layers(layers)))
+            wanted.update(default_points(available, n_layers))
             continue
         pattern = resolve(part, n_layers)
         matched = [name for name in available if name == pattern or fnmatchcase(name, pattern)]

@@ -6,6 +6,7 @@ point and step; a reader gives back one `Rows` a point for the whole dump, so th
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from math import prod
 from typing import Any, Self
 
@@ -155,10 +156,13 @@ class Rows:
 
     def full(self) -> NDArray[np.bool_]:
         """bool [R]: rows whose values are the whole activation, not a slice of it."""
-        return (self.sizes() == self.counts) if self.indices is None else np.zeros(len(self), dtype=np.bool_)
+        return (self.sizes == self.counts) if self.indices is None else np.zeros(len(self), dtype=np.bool_)
 
+    @cached_property
     def sizes(self) -> NDArray[np.int64]:
         """int64 [R]: the number of elements of each row of the activation; -1 where its shape is not known."""
+        if self.shapes and self.shapes.count(self.shapes[0]) == len(self):  # as most are
+            return np.full(len(self), prod(self.shapes[0]) if self.shapes[0] else -1, dtype=np.int64)
         known = {shape: prod(shape) if shape else -1 for shape in set(self.shapes)}  # few shapes, many rows
         return np.fromiter(map(known.__getitem__, self.shapes), np.int64, len(self))
 

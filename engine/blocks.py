@@ -14,9 +14,12 @@ from .weights.gguf_model import Hyperparameters
 ROPE_FACTORS = "rope_freqs.weight"
 
 
-class _HasShape(Protocol):
+class HasShape(Protocol):
+    """A tensor of a file, as far as its shape goes."""
+
     @property
-    def shape(self) -> tuple[int, ...]: ...
+    def shape(self) -> tuple[int, ...]:
+        """Row-major."""
 
 
 class Blocks:
@@ -26,7 +29,7 @@ class Blocks:
         ModelError: a weight is missing or has another shape; the message names it.
     """
 
-    def __init__(self, hyperparameters: Hyperparameters, tensors: Mapping[str, _HasShape]) -> None:
+    def __init__(self, hyperparameters: Hyperparameters, tensors: Mapping[str, HasShape]) -> None:
         self.hp = hyperparameters
         self.tensors = tensors
 
@@ -57,11 +60,10 @@ class Blocks:
             raise ModelError(f"the metadata have no usable {key}.", "Convert the model again.")
         return Step(makes, ops.rms_norm, (reads,), (self.weight(weight, self.hp.n_embd),), {"eps": self.hp.eps})
 
-    def linear(self, makes: str, reads: str, weight: str, shape: tuple[int, int], *, bias: bool | None = None) -> Step:
-        """A projection of shape (out, in). `bias` says whether it has one; None: where the file has it."""
-        name = f"{weight}.bias"
-        bias_name = self.optional(name, shape[0]) if bias is None else (self.weight(name, shape[0]) if bias else None)
-        return Step(makes, ops.linear, (reads,), (self.weight(f"{weight}.weight", *shape), bias_name))
+    def linear(self, makes: str, reads: str, weight: str, shape: tuple[int, int]) -> Step:
+        """A projection of shape (out, in), with a bias where the file has one."""
+        bias = self.optional(f"{weight}.bias", shape[0])
+        return Step(makes, ops.linear, (reads,), (self.weight(f"{weight}.weight", *shape), bias))
 
     def rope(self, makes: str, reads: str, heads: int, pairs: str) -> Step:
         """Rotary position embedding; the frequency factors are used where the file has them."""
@@ -70,7 +72,7 @@ class Blocks:
         params = {"heads": heads, "dims": hp.rope_dims, "base": hp.rope_base, "scale": hp.rope_scale, "pairs": pairs}
         return Step(makes, ops.rope, (reads, POSITIONS), (factors,), params)
 
-    def attention(self, layer: int, reads: str, *, pairs: str, qkv_bias: bool | None = None) -> list[Step]:
+    def attention(self, layer: int, reads: str, *, pairs: str) -> list[Step]:
         """Grouped-query attention with RoPE and a KV cache: from the layer's input `reads` to `ffn_inp`."""
         hp = self.hp
 
@@ -81,9 +83,9 @@ class Blocks:
         heads = {"heads": hp.n_heads, "kv_heads": hp.n_kv_heads}
         return [
             self.norm(at("attn_norm"), reads, at("attn_norm.weight")),
-            self.linear(at("q"), at("attn_norm"), at("attn_q"), (q_width, hp.n_embd), bias=qkv_bias),
-            self.linear(at("k"), at("attn_norm"), at("attn_k"), (k_width, hp.n_embd), bias=qkv_bias),
-            self.linear(at("v"), at("attn_norm"), at("attn_v"), (v_width, hp.n_embd), bias=qkv_bias),
+            self.linear(at("q"), at("attn_norm"), at("attn_q"), (q_width, hp.n_embd)),
+            self.linear(at("k"), at("attn_norm"), at("attn_k"), (k_width, hp.n_embd)),
+            self.linear(at("v"), at("attn_norm"), at("attn_v"), (v_width, hp.n_embd)),
             self.rope(at("q_rope"), at("q"), hp.n_heads, pairs),
             self.rope(at("k_rope"), at("k"), hp.n_kv_heads, pairs),
             Step(at("k_read"), ops.cached, (History(at("k_rope")),)),

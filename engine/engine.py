@@ -21,7 +21,8 @@ class Progress:
     """One sequence in progress: where its first token stands, how many tokens went in, how many passes were made.
 
     `caches` hold its earlier keys and values, one a device; none where an engine keeps them itself. `encoded` is what an encoder
-    made of a prompt, [E, D]: the tokens that are counted are then the decoder's.
+    made of a prompt, [E, D]: the tokens that are counted are then the decoder's; `leading` are those that its first pass takes after its
+    own first one.
     """
 
     first: int
@@ -29,6 +30,7 @@ class Progress:
     length: int = 0
     passes: int = 0
     encoded: Array | None = None
+    leading: tuple[int, ...] = ()
 
 
 class Engine(Protocol):

@@ -160,6 +160,16 @@ def sees_later(steps: Sequence["Step"]) -> bool:
     return any(step.params.get("window") in ("all", "symmetric") for step in steps)
 
 
+def alone(encoder: Sequence["Step"]) -> tuple["Step", ...]:
+    """The steps of an encoder as those of a model by itself, whose tokens and positions are the prompt's."""
+    inputs = {ENCODER + name: name for name in (TOKENS, POSITIONS)}
+
+    def renamed(read: Read) -> Read:
+        return read_as(read, inputs.get(name_of(read), name_of(read)))
+
+    return tuple(replace(step, reads=tuple(map(renamed, step.reads))) for step in encoder)
+
+
 def name_of(read: Read) -> str:
     """The value that a read is of."""
     of = read.of if isinstance(read, View) else read
@@ -223,6 +233,9 @@ def inputs_of(step: Step, value: Callable[[str], Array], weights: WeightSource) 
     ]
 
 
+@np.errstate(
+    over="ignore", invalid="ignore", divide="ignore"
+)  # damaged weights overflow: what comes of it is seen in the values
 def compute(step: Step, inputs: Sequence[Array], weights: WeightSource) -> Array:
     """Run one step on given inputs, in the order of `step.reads`: whole values, of which it takes its views."""
     arguments = [_weight(weight, weights) for weight in step.weights]

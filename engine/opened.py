@@ -58,4 +58,4 @@ def open_engine(
 
 def _graph(model: GgufModel, recorded: Recording | None) -> RecordedGraph | None:
     """llama.cpp's graph where the steps are not written by hand and somebody can record it."""
-    return None if recorded is None or written_by_hand(model.hyperparameters) else recorded()
+    return None if recorded is None or written_by_hand(model.hyperparameters, model.tensors) else recorded()

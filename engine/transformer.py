@@ -27,7 +27,8 @@ from .weights.source import Weights
 class Transformer:
     """Runs a model step by step, on one device or on the host, in float32; an `Engine`.
 
-    Of an encoder–decoder the first pass is the encoder's over the prompt and the decoder's over its own first token.
+    Of an encoder–decoder the first pass is the encoder's over the prompt and the decoder's over its own first token (and those that it
+    is to be led along at once).
 
     `recorded` is llama.cpp's graph of the model, where its steps are not written by hand. `steps` are those of a pass over several
     tokens, `single` those of a pass over one, where llama.cpp computes it in another way.
@@ -95,7 +96,7 @@ class Transformer:
         self.check(tokens, sequence.first + sequence.length)
         if self.encoder is not None and sequence.encoded is None:
             self._encode(tokens, sequence, tap)
-            tokens = (self.decoder_start or 0,)
+            tokens = (self.decoder_start or 0, *sequence.leading)
         if sequence.length and not self.causal:
             raise whole_input()
         positions = np.arange(len(tokens), dtype=np.int64) + sequence.first + sequence.length

@@ -26,7 +26,7 @@ from checkpoints.summary import summarise
 from checkpoints.tensors import TensorWriter, beside, key
 
 from . import twin
-from .dataflow import dataflow
+from .dataflow import of_passes
 from .jobs import EXACT, NATIVE, DumpJob, DumpResult
 from .library import Library, default_threads
 from .llama import Model, Session
@@ -235,18 +235,18 @@ def dump_whole(library: Library, model: Model, job: DumpJob, info: ModelInfo, st
     check(job, model)
     follow = tuple(job.lead or ())
     first, prompt = job.first_position, job.tokens
-    if model.encoder_decoder:  # the encoder reads the prompt, the decoder begins with a token of its own
-        first, prompt = 0, (model.decoder_start,)
+    if model.encoder_decoder:
+        first, prompt = 0, _decoders(model, job, info)
     n_ctx = len(job.tokens) + len(prompt) + len(follow) + job.generate
     pieces = job.pieces or model.pieces(job.tokens)
     if model.path != job.model:
         info = replace(info, twin=fingerprint(model.path))
-    prompt_steps = steps_of(prompt, (), first, () if model.encoder_decoder else job.passes)
+    prompt_steps = steps_of(prompt, (), first, job.portions if model.encoder_decoder else job.passes)
     before = sum(map(len, job.companions))
     with ExitStack() as stack:
 
         def opened(n_ubatch: int | None = None, n_seq: int = 1) -> Session:
-            count = len(job.tokens) + before
+            count = max(len(job.tokens), len(prompt)) + before
             session = Session(
                 model,
                 n_ctx=n_ctx + before,
@@ -262,7 +262,7 @@ def dump_whole(library: Library, model: Model, job: DumpJob, info: ModelInfo, st
         plans = plans_of(session, prompt, job.tokens if model.encoder_decoder else ())
         check_ways(plans, job, info)
         generates(plans.prompt, job, info)
-        header = header_of(job, info, pieces, library, None, dataflow(plans.prompt.nodes, plans.prompt.planned))
+        header = header_of(job, info, pieces, library, None, of_passes(plans))
         names = points.select(expression(job, model.n_layers), plans.names, model.n_layers)
         planned_at = time.perf_counter()
         with open_dump(job.out, header, binary=job.binary) as writer, tensors_beside(job) as tensors:
@@ -307,6 +307,13 @@ def dump_whole(library: Library, model: Model, job: DumpJob, info: ModelInfo, st
         tensors=beside(job.out) if job.full else None,
         timings=timings,
     )
+
+
+def _decoders(model: Model, job: DumpJob, info: ModelInfo) -> tuple[int, ...]:
+    """What a decoder takes first, where an encoder reads the prompt: a token of its own, and those that it is led along at once."""
+    if job.portions and not job.decoded:
+        raise InputError(f"{info.architecture} is an encoder: it computes its whole input at once.", code="encoder")
+    return (model.decoder_start, *model.checked(job.decoded))
 
 
 def _computed(session: Session, step: Step, plans: Plans, names: Sequence[str], emitter: Emitter, job: DumpJob) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from checkpoints.dataflow import WITH_FUNCTION
 from checkpoints.errors import ReferenceFailed
 
 from .bindings import bindings
@@ -67,6 +68,7 @@ class Ggml:
             self._get_name = library.ggml_get_name
             self._nbytes = library.ggml_nbytes
             self._op_name = library.ggml_op_name
+            self._op_desc = library.ggml_op_desc
             self._type_name = library.ggml_type_name
             self._row_size = library.ggml_row_size
             self._read = library.ggml_backend_tensor_get
@@ -74,11 +76,11 @@ class Ggml:
             raise ReferenceFailed(
                 f"libggml of llama-cpp-python cannot be used: {error}.", "Install llama-cpp-python 0.3.36.", code="abi"
             ) from error
-        for function in (self._get_name, self._nbytes):
+        for function in (self._get_name, self._op_desc, self._nbytes):
             function.argtypes = [ctypes.c_void_p]
         for function in (self._op_name, self._type_name):
             function.argtypes = [ctypes.c_int32]
-        for function in (self._get_name, self._op_name, self._type_name):
+        for function in (self._get_name, self._op_name, self._op_desc, self._type_name):
             function.restype = ctypes.c_char_p
         self._nbytes.restype = ctypes.c_size_t
         self._row_size.argtypes = [ctypes.c_int32, ctypes.c_int64]
@@ -128,14 +130,16 @@ class Ggml:
     def node(self, tensor: Tensor) -> Node:
         """What can be said of a tensor without its value."""
         sources = tuple(self._source(tensor.src[i].contents) for i in range(_MAX_SRC) if tensor.src[i])
+        op = self.op_name(tensor.op)
         return Node(
             name=tensor.name.decode(errors="replace"),
-            op=self.op_name(tensor.op),
+            op=op,
             type=self.type_name(tensor.type),
             ne=tuple(tensor.ne),
             op_params=tuple(tensor.op_params),
             sources=sources,
             address=ctypes.addressof(tensor),
+            function=self._op_desc(ctypes.addressof(tensor)).decode() if op in WITH_FUNCTION else "",
         )
 
     def _source(self, tensor: Tensor) -> Source:

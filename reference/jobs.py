@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from checkpoints.dataflow import Dataflow
 from checkpoints.record import Header, ModelInfo
 from checkpoints.recording import Recording
 
@@ -41,6 +42,7 @@ class Node:
     """One node of the graph as ggml sees it, and the point it stands for ("" while it has none).
 
     `op_params` are the 16 raw int32 of `ggml_tensor.op_params` (a float is the same 32 bits); `address` is its struct's.
+    `function` is which one a UNARY or GLU computes ("GELU", "SWIGLU").
     """
 
     name: str
@@ -51,6 +53,7 @@ class Node:
     sources: tuple[Source, ...]
     point: str = ""
     address: int = 0
+    function: str = ""
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,7 @@ class DumpJob(Recording):
         ubatch: the most tokens that llama.cpp computes at once within a pass (`n_ubatch`); None for all.
         companions: prompts that are computed in the same pass as other sequences, before this one; they are not recorded.
         saved: how many tokens are computed before the state is saved (`llama_state_get_data`) and set in a new context.
+        decoded: of an encoder–decoder: tokens that the decoder takes after its own first one; the portions are of these.
         window: "off" (the whole model at once), a number of layers, or "auto" (whole where it fits).
         kv_type: "f32", or in native mode also "f16".
     """
@@ -81,6 +85,7 @@ class DumpJob(Recording):
     ubatch: int | None = None
     companions: tuple[tuple[int, ...], ...] = ()
     saved: int = 0
+    decoded: tuple[int, ...] = ()
     window: str | int = "auto"
     threads: int | None = None
     kv_type: str = "f32"
@@ -119,7 +124,8 @@ class DumpResult:
 class Description:
     """A model as llama.cpp sees it; `points` are (point, row shape) in the order of computation.
 
-    A row shape is of numbers as text, and "t+1" for the positions seen so far; `nodes` are the nodes of those points.
+    A row shape is of numbers as text, and "t+1" for the positions seen so far; `nodes` are the nodes of those points; `dataflow` is
+    what a dump's header carries.
     """
 
     info: ModelInfo
@@ -131,3 +137,4 @@ class Description:
     n_params: int
     points: tuple[tuple[str, tuple[str, ...]], ...]
     nodes: tuple[Node, ...]
+    dataflow: Dataflow

@@ -35,7 +35,8 @@ def survey(
 ) -> Survey:
     """List the graph of a pass. A second one of another length tells which dimension of a value counts the positions."""
     nodes = session.list_nodes(inputs, encode=encode)
-    causal = session.tap.causal
+    # A decoder's mask over an encoder's rows hides none of them.
+    causal = session.tap.causal or (session.model.encoder_decoder and not encode)
     planned = plan(nodes, offset=offset, prefix=prefix)
     count = len(inputs)
     others = inputs[:-1] if count > 2 else _longer(inputs)

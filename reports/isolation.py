@@ -17,6 +17,7 @@ from .numbers import clean, count, error, limit, ranges, token
 _SIGN = {PROVEN: "✓", WRONG: "✗", NOT_OBSERVABLE: "·"}
 _STYLE = {PROVEN: "", WRONG: "bold red", NOT_OBSERVABLE: "dim"}
 _WRONG_SHOWN = 24
+_ENCODERS_LAYER = re.compile(r"enc\.blk\.\d+\.")
 _GRAFTS_SHOWN = 8
 
 
@@ -47,7 +48,7 @@ def _head(isolation: Isolation) -> Iterator[tuple[str, str]]:
 def _groups(operations: Sequence[Operation]) -> dict[str, list[Operation]]:
     groups: dict[str, list[Operation]] = {}
     for operation in operations:
-        groups.setdefault(operation.operation, []).append(operation)
+        groups.setdefault(_ENCODERS_LAYER.sub("enc.", operation.operation), []).append(operation)
     return groups
 
 
@@ -72,7 +73,7 @@ def _words(isolation: Isolation, groups: dict[str, list[Operation]]) -> Iterator
         proven = [item for item in group if item.status == PROVEN and item.nmse is not None]
         if proven:
             worst = error(max(item.nmse or 0.0 for item in proven))
-            where = f" in {len(proven)} of {len(group)} layers" if group[0].layer is not None else ""
+            where = f" in {len(proven)} of {len(group)} layers" if group[0].layer is not None or len(group) > 1 else ""
             right.append(f"{name}{where} ({worst})")
     if right and isolation.wrong:
         yield "right", ", ".join(right)
@@ -93,9 +94,12 @@ def _hidden(isolation: Isolation) -> dict[str, dict[str, list[int]]]:
     for item in isolation.operations:
         if item.status == NOT_OBSERVABLE:
             reason = re.sub(r"blk\.\d+\.", "blk.N.", item.reason)
-            layers = reasons.setdefault(reason, {}).setdefault(item.operation, [])
+            kind = _ENCODERS_LAYER.sub("enc.", item.operation)
+            layers = reasons.setdefault(reason, {}).setdefault(kind, [])
             if item.layer is not None:
                 layers.append(item.layer)
+            elif kind != item.operation:
+                layers.append(int(item.operation.split(".")[2]))
     return reasons
 
 

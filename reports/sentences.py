@@ -157,6 +157,7 @@ RECORDED = {
     "layout": "another layout",
     "name": "another point",
     "moment": "another moment",
+    "nonfinite": "NaN in the record alone",
     "unknown": "recorded otherwise",
 }  # what a record shows instead, by the kind of the fault
 

@@ -129,7 +129,8 @@ def sentence(server_answer: ServerAnswer) -> str:
         return f"divergence: {wrong} of {total} predictions differ, from position {server_answer.first.position} on; {what}"
     if server_answer.unfaithful:
         choices = count(len(server_answer.unfaithful), "choice")
-        return f"divergence: the predictions agree, but {choices} not the most probable token; {what}"
+        verb = "is" if len(server_answer.unfaithful) == 1 else "are"
+        return f"divergence: the predictions agree, but {choices} {verb} not the most probable token; {what}"
     return f"divergence: the server reads another text; {what}"
 
 

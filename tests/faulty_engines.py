@@ -20,7 +20,6 @@ from reference.client import Reference
 from reference.jobs import DumpJob
 
 Change = Callable[[File], None]
-SAME_LAYERS = {"qwen35": (0, 1), "lfm2": (0, 2)}
 
 
 @dataclass(frozen=True)

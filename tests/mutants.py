@@ -132,12 +132,13 @@ FOLDERS: dict[str, Callable[[], dict[str, bytes]]] = {
     "torch": lambda: {"kinds.pt": _zipped("torch-save")["kinds.pt"]},
     "sglang": lambda: dict(list(_zipped("sglang-dumper").items())[3:8]),
     "sglang hook": lambda: _zipped("sglang-hook"),
+    "sglang modules": lambda: dict(list(_zipped("sglang-modules").items())[1:9]),
     "tensorrt-llm": lambda: {Path(name).name: data for name, data in list(_zipped("tensorrt-llm").items())[2:6]},
     "edge-llm": _edge,
     "llama-debug": _llama_debug,
     "debug mode": lambda: {"debug.log": (LOGS / "debug-mode.log").read_bytes()},
 }
-WHOLE = ("torch", "sglang", "sglang hook", "tensorrt-llm", "edge-llm")  # the folder is the dump
+WHOLE = ("torch", "sglang", "sglang hook", "sglang modules", "tensorrt-llm", "edge-llm")  # the folder is the dump
 
 
 def right_files(kind: str) -> dict[str, bytes]:

@@ -13,7 +13,7 @@ from checkpoints.record import Rows
 from engine import ops
 from engine.backend import Array, choose
 from engine.graph import Step, compute
-from engine.replay.wide import WideWeights, entry_errors, is_looked_up, wide_values
+from engine.replay.wide import Variant, WideWeights, entry_errors, is_looked_up, values_of
 from engine.synth import Shape, synthesize
 from engine.transformer import Transformer
 from engine.weights.gguf_model import GgufModel
@@ -37,9 +37,8 @@ def _other_order(x: Array, weight: Array, bias: Array | None = None) -> Array:
 def _values(transformer: Transformer, steps: list[Step] | None = None) -> dict[str, Array]:
     chosen, count = steps or list(transformer.steps), len(PROMPT)
     names = {step.makes for step in chosen}
-    return wide_values(
-        chosen, PROMPT, range(count), [0] * count, transformer.weights, transformer.backend, names
-    )  # fmt: skip
+    computed = transformer.weights, transformer.backend, names
+    return values_of(Variant.WIDE, chosen, PROMPT, range(count), [0] * count, *computed)
 
 
 def _nmse(one: Array, other: Array) -> float:

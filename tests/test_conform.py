@@ -333,6 +333,12 @@ def test_a_lost_worker_costs_its_cells_only(c_engine: Path, parity: Cli, tmp_pat
     assert [cell["verdict"] for cell in answer["cells"]] == ["parity", "parity", "refused"]
 
 
+def test_one_engine_is_tested(parity: Cli) -> None:
+    """None is too few, two are too many, and the error says which it was."""
+    refused(parity("conform"), "no engine to test was given")
+    refused(parity("conform", "--side", "ours", "--exec", "x {out}"), "more than one engine to test was given")
+
+
 def test_a_cluster_that_is_not_there_is_one_line(parity: Cli) -> None:
     """Without Dask, or without a scheduler at the address, --cluster is refused before anything runs."""
     words = ("conform", "--side", "ours", "--architectures", "llama", "--types", "F32", "--prompts", "one")

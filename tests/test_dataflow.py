@@ -52,6 +52,9 @@ def test_it_survives_a_header() -> None:
     assert list(plain) == ["", "0", "1..39"]
     again = Dataflow.from_json(plain)
     assert list(again.made.items()) == list(whole.made.items())
+    function = Dataflow({"embd": Made("GET_ROWS"), "blk.0.act": Made("UNARY", ("embd",), (), "GELU")})
+    assert function.to_json()["0"] == {"act": ["UNARY:GELU", ["embd"], []]}
+    assert Dataflow.from_json(function.to_json()).made == function.made
     for damaged in (
         {"0": {"q": ["MUL_MAT", [".strange"], []]}},
         {"0": {"q": ["MUL_MAT", [".q"], []]}},
@@ -103,6 +106,7 @@ def test_llama_cpps_graph(tmp_path: Path) -> None:
     whole = Dataflow.from_json(header.dataflow)
     assert whole.made["blk.7.k_read"] == Made(CACHE, ("blk.7.k_rope",))
     assert whole.made["blk.7.attn_out"].weights == ("blk.7.attn_output.weight",)
+    assert (whole.made["blk.7.ffn_swiglu"].op, whole.made["blk.7.ffn_swiglu"].function) == ("GLU", "SWIGLU")
     every = tuple(name for name in of_vocabulary([], 24).made)
     parents = [{name: sorted(names) for name, names in model.parents.items()} for model in (flow(every, whole), flow(every))]
     assert parents[0] == parents[1]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cli import Cli
+from cli import Cli, refused
 from explaining import PROMPT, RIGHT, only, small_engine
 from planted import Faulty, Planted, tokens_of
 
@@ -243,6 +243,7 @@ def test_the_catalogue_is_listed(parity: Cli) -> None:
     assert text.code == 0
     assert all(f"\n  {name}\n" in text.out for name in CATALOGUE)
     assert len(parity.json("explain", "--list")[1]["faults"]) == len(CATALOGUE)
+    refused(parity("explain", "--list", "ours.jsonl"), "--list takes no dump")
 
 
 def test_garbage_at_single_logits_is_named_with_their_ids(engine: Faulty) -> None:

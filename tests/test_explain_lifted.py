@@ -1,6 +1,7 @@
 """`parity explain` and the arbiter on models whose steps are read from llama.cpp's graph."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 from explaining import unstated
 from planted import Faulty, Planted, tokens_of
 
+from engine.backend import Array
 from engine.faults import FITTED, plant
 from engine.replay.precision import rounded
 from parity.arbiter.arbiter import Arbiter
@@ -90,3 +92,34 @@ def test_right_engines_in_lower_arithmetic_are_not_accused(engine: Faulty, kind:
     assert kind in {explanation.precision_only, *explanation.precision_alike}
     assert "q8" not in explanation.precision_alike, "BF16 and 8-bit activations can be told apart here"
     assert explanation.causes == ()
+
+
+def _later_ones(x: Array) -> Array:
+    """Rows behind the first with noise that no fault makes."""
+    made = x.copy()
+    made[1:] += np.random.default_rng(6).standard_normal(made[1:].shape).astype(x.dtype) * np.abs(x).mean()
+    return made
+
+
+@pytest.mark.parametrize(
+    ("name", "acts"),
+    [
+        ("qwen3", "queries, keys, RoPE, scale, mask or cache"),
+        ("mamba2", "what earlier positions leave in a state (a recurrence, a convolution, a token shift)"),
+    ],
+)
+def test_what_earlier_positions_leave_is_named_as_the_model_has_it(
+    name: str, acts: str, reference: Reference, small_model: Callable[..., Path]
+) -> None:
+    """Only the first position is right: attention is in question where the model has it, a state where it has that."""
+    model = small_model(name)
+    engine = Faulty(model, reference.graph(model))
+    steps = [
+        replace(step, op=lambda *inputs, _op=step.op, **params: _later_ones(_op(*inputs, **params)))
+        if step.makes == "blk.1.l_out"
+        else step
+        for step in engine.right
+    ]
+    spoiled = engine.dump(Planted(()), tokens_of(model, 7, seed=2), points="embd,blk.*.l_out,logits", steps=steps)
+    explanation = explain(spoiled, model, ExplainOptions(budget=4.0))
+    assert f"position 0 is right, all later ones wrong: {acts}" in [lead.sentence for lead in explanation.leads]

@@ -78,20 +78,56 @@ def test_sglang_dumper_with_two_ranks(tmp_path: Path, run: Dump) -> None:
 
 
 def test_sglang_tensor_hook(tmp_path: Path, run: Dump) -> None:
-    """A file a pass, keyed by module: positions from the batch's information, logits of the last token at its position."""
+    """A file a pass, keyed by module: positions from the batch's information; logits stand in the next pass's file, and at the last
+    token of their own.
+    """
     dump = load(unpacked("sglang-hook", tmp_path))
+    assert dump.points["logits"].token_idx.tolist() == [1]
+    kinds = ("attn_norm", "attn_out", "ffn_norm", "ffn_out")
+    assert {"embd", *(f"blk.0.{kind}" for kind in kinds), "output_norm", "logits"} <= set(dump.points)
+    assert same(dump, run) == ("parity", 3 * 6 + 1)
+    assert dump.points["embd"].step.tolist() == [0, 0, 1]
+
+
+def test_sglang_dumper_on_every_module(tmp_path: Path, run: Dump) -> None:
+    """Of several tensors that a module returns the first counts, of a layer's their sum; parameters, gradients and inputs are none."""
+    dump = load(unpacked("sglang-modules", tmp_path))
+    kinds = ("attn_norm", "attn_out", "ffn_norm", "ffn_out", "l_out")
+    assert set(dump.points) == {"embd", *(f"blk.0.{kind}" for kind in kinds), "output_norm", "logits"}
     assert dump.points["logits"].token_idx.tolist() == [2]
-    assert same(dump, run)[0] == "parity"
-    assert {"embd", "blk.0.attn_norm", "blk.0.attn_out", "blk.0.ffn_out", "output_norm", "logits"} <= set(dump.points)
+    assert same(dump, run) == ("parity", 3 * 7 + 1)
+
+
+@pytest.mark.parametrize(
+    ("dims", "how"),
+    [
+        ("t (h*d)[tp]", "joined along axis 1"),
+        ("t 1 h[tp]", "not the same on all"),
+        ("t d[tp:zigzag+partial]", "summed"),
+        ("t[cp:zigzag] d", "split along cp:zigzag"),
+        ("t[sp] d[tp]", "split along tp"),
+        ("t d # dp:=moe_dp tp:replicated", "not the same on all processes, though"),
+    ],
+)
+def test_what_dims_say_is_done_or_refused(dims: str, how: str) -> None:
+    """Axes that are not known are not guessed: joined along another one the tensor would be wrong."""
+    parts = [np.zeros((3, 4), np.float32), np.ones((3, 4), np.float32)]
+    whole, said = joined(parts, dims)
+    assert said.startswith(how)
+    assert (whole is None) == how.startswith(("split", "not"))
 
 
 def test_tensorrt_llm_debug_hook(tmp_path: Path, run: Dump) -> None:
-    """Modules by their place; what a module returned is told from its arguments; a residual handed on beside is added."""
+    """Modules by their place; what a module returned is told from its arguments; a residual handed on beside is added. A second forward
+    pass goes on with the positions, not with the layers.
+    """
     dump = load(unpacked("tensorrt-llm", tmp_path) / "data_dump")
     kinds = ("attn_norm", "kqv_out", "attn_out", "ffn_norm", "ffn_swiglu", "ffn_out", "l_out")
     assert set(dump.points) == {"embd", "blk.1.l_out", "output_norm", "logits", *(f"blk.0.{kind}" for kind in kinds)}
-    assert dump.points["logits"].token_idx.tolist() == [2]
-    assert same(dump, run) == ("parity", 3 * 10 + 1)
+    assert dump.points["logits"].token_idx.tolist() == [1, 2]
+    assert dump.header is not None
+    assert dump.header.tokens == IDS
+    assert same(dump, run) == ("parity", 3 * 10 + 2)
 
 
 def test_edge_llm_rounds(tmp_path: Path, run: Dump) -> None:
@@ -147,6 +183,17 @@ def test_llama_debug_files(tmp_path: Path, run: Dump, pooled: bool) -> None:
         assert same(dump, run) == ("parity", 3)
     with pytest.raises(DumpError, match="holds 2 files of values"):
         load(tmp_path)
+
+
+def test_an_etdump_is_refused_in_one_line(tmp_path: Path) -> None:
+    """ExecuTorch's file is known by its identifier, whatever its name; a shorter file is none."""
+    file = tmp_path / "run.bin"
+    file.write_bytes(b"\x18\0\0\0ED00" + bytes(64))
+    with pytest.raises(DumpError, match="is ExecuTorch's ETDump"):
+        load(file)
+    file.write_bytes(b"ED00")
+    with pytest.raises(DumpError, match="no checkpoint record"):
+        load(file)
 
 
 def test_two_debug_mode_logs_are_compared(run: Dump) -> None:

@@ -182,6 +182,14 @@ def test_arrays_named_by_point_agree(run: Path, kind: str, tmp_path: Path) -> No
     assert verdict.compared == len(TOKENS) * len(dump.points)
 
 
+@pytest.mark.parametrize("number", ["²", "9" * 30, "9" * 5000], ids=["superscript", "long", "longer"])
+def test_a_name_that_ends_in_what_is_no_pass_is_a_name(number: str, tmp_path: Path) -> None:
+    """Behind the slash of an array's name may stand anything: only a number that a pass can have is one."""
+    path = tmp_path / "dump.npz"
+    np.savez(path, **{"embd": np.zeros((2, 8), np.float32), f"embd/{number}": np.ones((2, 8), np.float32)})
+    assert set(load(path).points) == {"embd", f"embd/{number}"}
+
+
 def test_hugging_faces_debugger_tree_is_read(run: Path, tmp_path: Path) -> None:
     """Outputs of known modules and the residual stream from the norms' inputs; a tree of printed tensors says what to do."""
 

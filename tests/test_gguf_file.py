@@ -99,7 +99,7 @@ def test_metadata_that_no_written_list_has(tmp_path: Path, key: str, value: obje
     """What lists of steps written by hand don't have is said, and no reason to refuse the file: the graph may have it."""
     hyperparameters = GgufModel(tiny(tmp_path / "m.gguf", key, value)).hyperparameters
     assert message in hyperparameters.irregular
-    assert not written_by_hand(replace(hyperparameters, architecture="qwen2"))
+    assert not written_by_hand(replace(hyperparameters, architecture="qwen2"), {})
 
 
 def tiny(path: Path, key: str, value: object) -> Path:

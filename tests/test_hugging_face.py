@@ -18,7 +18,7 @@ from parity.run.hugging_face import HuggingFace, Tokenizer
 from parity.run.request import Prompt
 
 PYTHON = os.environ.get("PARITY_HF_PYTHON", "")
-TOKENS = "5,9,17,44,3,60"
+TOKENS = (5, 9, 17, 44, 3, 60)
 EXACT_FAMILIES = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "phi3", "glm4", "gpt_oss", "deepseek_v2")
 # ggml's GELU is a table of F16 (ggml_gelu_f16 in ggml-cpu/vec.h): 9e-8 … 3e-7 an operation, 1.3e-6 at the worst point after
 # three layers, measured here on the first three families.
@@ -44,43 +44,96 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return make
 
 
+@pytest.fixture(scope="module")
+def dumped(model: Callable[[str], Path]) -> Callable[[str], Path]:
+    """A function that gives transformers' own dump of a family's model."""
+
+    def dump(family: str) -> Path:
+        out = model(family) / "hf.jsonl"
+        if not out.exists():
+            HuggingFace(model(family), PYTHON).dump(Prompt(None, TOKENS, ()), out)
+        return out
+
+    return dump
+
+
 @needs_transformers
 @pytest.mark.slow
 @pytest.mark.parametrize("family", [*EXACT_FAMILIES, *TABLE_FAMILIES])
-def test_a_family_agrees_with_llama_cpp(family: str, model: Callable[[str], Path], parity: Cli, tmp_path: Path) -> None:
-    """What transformers computes from its own folder is what llama.cpp computes from the converted file, at every known point."""
-    gguf = convert(model(family), tmp_path / "model.gguf")
-    made = parity("dump", "hf", "--python", PYTHON, "--model", model(family), "--tokens", TOKENS, "-o", "hf.jsonl")
-    assert made.code == 0, made.err
-    assert parity("dump", "ref", "--model", gguf, "--follow", "hf.jsonl", "-o", "ref.jsonl").code == 0
+def test_three_sides_agree_on_a_family(
+    family: str, model: Callable[[str], Path], dumped: Callable[[str], Path], parity: Cli, tmp_path: Path
+) -> None:
+    """What transformers computes from its own folder, llama.cpp and our engine compute from the converted file, at every known point."""
+    gguf, hf = convert(model(family), tmp_path / "model.gguf"), dumped(family)
+    for side in ("ref", "ours"):
+        ran = parity(
+            "dump", side, "--model", gguf, "--tokens", ",".join(map(str, TOKENS)), "--points", "all", "-o", f"{side}.jsonl"
+        )
+        assert ran.code == 0, ran.err
     limit = ["--tolerance", TABLE] if family in TABLE_FAMILIES else []
-    code, answer = parity.json("diff", "hf.jsonl", "ref.jsonl", *limit)
-    assert (code, answer["verdict"]) == (0, "parity"), answer["first_divergence"]
-    assert answer["compared"] >= 6 * (3 + 3 * 11)  # six positions, three points of the model, at least eleven of each layer
+    code, answer = parity.json("diff", "ours.jsonl", "ref.jsonl", hf, *limit)
+    assert (code, answer["verdict"]) == (0, "parity"), answer
+    assert min(answer["compared"]) >= 6 * (
+        3 + 3 * 11
+    )  # six positions, three points of the model, at least eleven of each layer
+
+
+EPS = ({"eps": 1e-4}, "blk.0.attn_norm", "config.json says 1e-0")
+SWAPPED = ({"swap": ("blk.1.ffn_gate.weight", "blk.1.ffn_up.weight")}, "blk.1.ffn_gate", "exchanged")
+
+
+def swapped(a: str, b: str, place: str) -> tuple[dict[str, object], str, str]:
+    """Two tensors in each other's place, the first point that shows it, and what the comparison of weights says."""
+    return {"swap": (a, b)}, place, "exchanged"
 
 
 @needs_transformers
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("family", "changes", "place"),
+    ("family", "changes", "place", "sentence"),
     [
-        ("llama", {"skip_permute": True}, "blk.0.q"),
-        ("gemma3", {"skip_norm_offset": True}, "blk.0.attn_norm"),
-        ("falcon", {"skip_groups": True}, "blk.0.q"),
-        ("qwen3", {"eps": 1e-4}, "blk.0.attn_norm"),
-        ("qwen2", {"swap": ("blk.1.ffn_gate.weight", "blk.1.ffn_up.weight")}, "blk.1.ffn_gate"),
+        ("llama", {"skip_permute": True}, "blk.0.q", "not permuted"),
+        ("llama", *EPS),
+        ("llama", *SWAPPED),
+        ("qwen2", {"drop": "blk.1.attn_k.bias"}, "blk.1.k", "the GGUF has not"),
+        ("qwen2", *EPS),
+        ("qwen2", *swapped("blk.0.attn_k.weight", "blk.0.attn_v.weight", "blk.0.k")),
+        ("qwen3", *swapped("blk.0.attn_q_norm.weight", "blk.0.attn_k_norm.weight", "blk.0.q_norm")),
+        ("qwen3", *EPS),
+        ("qwen3", *SWAPPED),
+        ("gemma3", {"skip_norm_offset": True}, "blk.0.attn_norm", "without the 1"),
+        ("gemma3", *EPS),
+        ("gemma3", *SWAPPED),
+        ("falcon", {"skip_groups": True}, "blk.0.q", ""),
+        ("falcon", *EPS),
+        ("falcon", *swapped("blk.1.ffn_up.weight", "blk.2.ffn_up.weight", "blk.1.ffn_up")),
+        ("gpt2", *swapped("blk.0.attn_norm.weight", "blk.0.ffn_norm.weight", "blk.0.attn_norm")),
+        ("gpt2", *EPS),
+        ("gpt2", *swapped("blk.1.attn_qkv.bias", "blk.2.attn_qkv.bias", "blk.1.q")),
     ],
 )
-def test_a_fault_of_conversion_is_located(
-    family: str, changes: dict[str, object], place: str, model: Callable[[str], Path], parity: Cli, tmp_path: Path
+def test_a_fault_of_conversion_is_located_and_named(
+    family: str,
+    changes: dict[str, object],
+    place: str,
+    sentence: str,
+    model: Callable[[str], Path],
+    dumped: Callable[[str], Path],
+    parity: Cli,
+    tmp_path: Path,
 ) -> None:
-    """A converter that forgets a permutation or an offset, or writes another ε, diverges at the operation that reads it."""
-    gguf = convert(model(family), tmp_path / "model.gguf", **changes)
-    assert parity("dump", "hf", "--python", PYTHON, "--model", model(family), "--tokens", TOKENS, "-o", "hf.jsonl").code == 0
-    assert parity("dump", "ref", "--model", gguf, "--follow", "hf.jsonl", "-o", "ref.jsonl").code == 0
-    code, answer = parity.json("diff", "hf.jsonl", "ref.jsonl", *(["--tolerance", TABLE] if family in TABLE_FAMILIES else []))
+    """Three faults of a converter in each of six families: the dumps part at the operation that reads what is wrong, and the comparison of
+    weights says what it is.
+    """
+    gguf, hf = convert(model(family), tmp_path / "model.gguf", **changes), dumped(family)
+    assert parity("dump", "ref", "--model", gguf, "--follow", hf, "-o", "ref.jsonl").code == 0
+    code, answer = parity.json("diff", hf, "ref.jsonl", *(["--tolerance", TABLE] if family in TABLE_FAMILIES else []))
+    assert (code, answer["first_divergence"]["checkpoint"]) == (1, place)
+    code, answer = parity.json("weights", "--model", gguf, "--hf", model(family))
+    wrong = [tensor for tensor in answer["tensors"] if not tensor["status"].startswith("equal")]
     assert code == 1
-    assert answer["first_divergence"]["checkpoint"] == place
+    assert wrong
+    assert all(sentence in tensor["reason"] for tensor in wrong), wrong
 
 
 @needs_transformers
@@ -117,7 +170,18 @@ def test_a_folder_without_a_config_is_one_line(parity: Cli, tmp_path: Path) -> N
 @pytest.mark.slow
 def test_points_by_wildcard_and_some_positions(model: Callable[[str], Path], parity: Cli) -> None:
     """Wildcards and braces choose among the points that the model turns out to have; rows of other positions are left out."""
-    dump = ("dump", "hf", "--python", PYTHON, "--model", model("qwen2"), "--tokens", TOKENS, "-o", "hf.jsonl")
+    dump = (
+        "dump",
+        "hf",
+        "--python",
+        PYTHON,
+        "--model",
+        model("qwen2"),
+        "--tokens",
+        ",".join(map(str, TOKENS)),
+        "-o",
+        "hf.jsonl",
+    )
     assert parity(*dump, "--points", "blk.{0,2}.*_rope,blk.*.kq_soft_max,logits", "--positions", "1,4").code == 0
     found = read(Path("hf.jsonl"))
     assert sorted(found.points) == sorted(
@@ -131,6 +195,20 @@ def test_points_by_wildcard_and_some_positions(model: Callable[[str], Path], par
     assert {position for rows in read(Path("hf.jsonl")).points.values() for position in rows.token_idx.tolist()} == {5}
     refused(parity(*dump, "--positions", "9"), "there are positions 0 to 5")
     refused(parity(*dump, "--points", "blk.*.nothing"), "has none of these points")
+
+
+@needs_transformers
+@pytest.mark.slow
+def test_a_prompt_is_taken_as_it_is(model: Callable[[str], Path], parity: Cli) -> None:
+    """Braces of a prompt are no placeholders, and a NUL passes, as no command line's would; an id outside the vocabulary is one line."""
+    text = "Lily {tokens} {model}\0 and {out}"
+    Path("prompt.txt").write_text(text, encoding="utf-8")
+    dump = ("dump", "hf", "--python", PYTHON, "-o", "hf.jsonl")
+    assert parity(*dump, "--prompt-file", "prompt.txt", "--points", "logits").code == 0
+    header = read(Path("hf.jsonl")).header
+    assert header is not None
+    assert header.prompt == text
+    refused(parity(*dump, "--model", model("qwen2"), "--tokens", "1,99999"), "token id 99999 is outside the vocabulary")
 
 
 def test_tokenizers_are_compared_by_ids_and_pieces() -> None:

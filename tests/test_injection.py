@@ -130,6 +130,7 @@ def test_what_it_refuses(parity: Cli) -> None:
     refused(parity("run", "--prompt", "hi", "--bisect"), "--bisect needs an engine")
     line = ("--exec", "x {out}")
     refused(parity("run", "--prompt", "hi", *line, "--bisect", "--hunt"), "--bisect needs an engine")
+    refused(parity("run", "--prompt", "hi", *line, "--bisect", "--first-position", "5"), "--first-position")
     refused(parity("run", "--prompt", "hi", *line, "--bisect", "--generate", "2"), "does not go with --generate")
 
 

@@ -4,9 +4,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from checkpoints.answers.isolate import PROVEN, WRONG, Isolation
 from engine.faults import CATALOGUE, plant
@@ -55,6 +57,16 @@ class Foreign:
         finally:
             self.engine.steps = self.right
         return isolate(IsolateRequest(self.model, dump=self.out))
+
+    def record(self, points: str) -> None:
+        """A dump of the right engine, whole values beside it."""
+        dump(self.engine, OursJob(self.out, TOKENS, points=points, full=True, slice_size=16))
+
+    def spoil(self, name: str) -> None:
+        """Change one position of a recorded value, and nothing else."""
+        tensors = load_file(self.out.with_suffix(".safetensors"))
+        tensors[f"{name}/0"][2] *= np.float32(1.5)
+        save_file(tensors, self.out.with_suffix(".safetensors"))
 
 
 def expected(foreign: Foreign, fault: str, layers: Sequence[int]) -> set[str]:
@@ -114,6 +126,33 @@ def test_faults_at_once_are_all_named(stories: Path, tmp_path: Path) -> None:
     assert "without blk.5.attn_q.bias" in reasons["blk.5.q"]
     assert reasons["blk.17.ffn_gate"] == "it is the product with blk.17.ffn_up.weight"
     assert reasons["blk.2.q_rope"] == "5 of 6 positions"
+
+
+@pytest.mark.parametrize("name", ["blk.0.l_out", "blk.1.q", "blk.1.k_rope", "blk.1.v"])
+def test_a_record_that_alone_is_wrong_is_suspect_and_its_readers_are_right(
+    name: str, synthetic: Callable[..., Path], tmp_path: Path
+) -> None:
+    """A value that was spoiled in the dump and not in the engine: the record is named, no operation that read the right value."""
+    foreign = Foreign(synthetic(layers=3), tmp_path)
+    foreign.record("all")
+    foreign.spoil(name)
+    isolation = isolate(IsolateRequest(foreign.model, dump=foreign.out))
+    assert [item.name for item in isolation.wrong] == [name]
+    assert isolation.wrong[0].reason.startswith("the record is suspect, not the operation: blk.1.")
+
+
+@pytest.mark.parametrize("points", ["embd,blk.*.l_out", "embd,blk.*.l_out,blk.*.attn_norm"])
+def test_a_layers_output_that_alone_is_recorded_wrong_spoils_no_other_layer(
+    points: str, synthetic: Callable[..., Path], reference: Reference, tmp_path: Path
+) -> None:
+    """The next layer fits llama.cpp's own output of the layer before: the record is suspect, and what reads it is not blamed."""
+    foreign = Foreign(synthetic(layers=3), tmp_path)
+    foreign.record(points)
+    foreign.spoil("blk.0.l_out")
+    isolation = isolate(IsolateRequest(foreign.model, dump=foreign.out), reference)
+    assert [item.name for item in isolation.wrong] == ["blk.0.layer"]
+    assert isolation.wrong[0].reason.startswith("the record of blk.0.l_out is suspect, not the layer")
+    assert {item.name: item.status for item in isolation.operations}["blk.1.layer"] == PROVEN
 
 
 @pytest.mark.slow
@@ -206,3 +245,18 @@ def test_another_order_of_the_same_experts_is_right(
         return replace(step, op=lambda *x, **p: right(*x, **p)[:, ::-1]) if step.makes.endswith("ffn_moe_topk") else step
 
     assert foreign.judged([turned(step) for step in foreign.right])
+
+
+@pytest.mark.parametrize("kind", ["q_nope_absorbed", "kqv_mla"])
+def test_no_record_is_held_to_itself(small_model: Callable[..., Path], reference: Reference, tmp_path: Path, kind: str) -> None:
+    """A point that shows a value in ggml's order is judged by that value computed anew: MLA's products a thousandth too large are wrong."""
+    foreign = Foreign(small_model("deepseek2", layers=2), tmp_path, reference)
+    name = f"blk.1.{kind}"
+
+    def larger(op: Callable[..., Any], *inputs: Any, **params: Any) -> Any:
+        return op(*inputs, **params) * np.float32(1.001)
+
+    steps = [replace(step, op=partial(larger, step.op)) if step.makes == f"{name}.ggml" else step for step in foreign.right]
+    assert steps != list(foreign.right)
+    isolation = foreign.judged(steps)
+    assert [item.name for item in isolation.wrong] == [name]

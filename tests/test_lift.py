@@ -155,13 +155,6 @@ def test_a_choice_that_was_not_seen_is_refused(parity: Cli, small_model: Make) -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", ["isolate", "consistency"])
-def test_what_has_no_encoder_decoders_says_so(parity: Cli, small_model: Make, command: str) -> None:
-    """What judges passes one by one refuses a model of two kinds of passes in one line."""
-    refused(parity(command, "--model", small_model("t5"), "--tokens", "1,2,3,4,5"), "encoder")
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gemma3", "bert"])
 def test_gelu_of_a_table_is_no_divergence(parity: Cli, small_model: Make, name: str) -> None:
     """ggml looks GELU up in a table of F16: where an argument falls on a step of it, float64 says how coarse the reference is there."""

@@ -1,6 +1,7 @@
 """Lint names each fault of a capture by its rule, and only there."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,12 +10,13 @@ import pytest
 from lint_faults import FAULTS, MISREAD, VARIANTS, changed, copied, right_dump, swapped_buffers
 
 from checkpoints.answers.lint import ERROR
+from checkpoints.errors import DumpError
 from checkpoints.record import Dump
 from engine.backend import choose
 from engine.transformer import Transformer
 from engine.weights.gguf_model import GgufModel
 from parity.lint.generated import REPEATS, SAME_TOKEN, cycle
-from parity.lint.lint import lint
+from parity.lint.lint import lint, refuse_unusable
 from parity.lint.model_facts import ModelFacts, open_model
 from parity.lint.table import RULES
 
@@ -55,6 +57,14 @@ def test_each_way_to_break_a_rule_is_named(
     findings = [finding for finding in lint(fault(right), facts).findings if finding.rule == name]
     assert findings
     assert any(message in finding.evidence for finding in findings)
+
+
+@pytest.mark.parametrize("fault", [*FAULTS.values(), *(fault for _, _, fault in VARIANTS)])
+def test_a_comparison_refuses_what_lint_calls_unusable(fault: Callable[[Dump], Dump], right: Dump) -> None:
+    """It asks only the rules that can say so, and answers as all of them do."""
+    dump = fault(right)
+    with nullcontext() if lint(dump).usable else pytest.raises(DumpError, match="cannot be trusted"):
+        refuse_unusable(dump, "ours")
 
 
 def test_rows_of_one_kind_have_one_length_without_a_model_too(right: Dump) -> None:

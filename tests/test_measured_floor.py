@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from cli import Cli
 from planted import Faulty, Planted
@@ -15,6 +16,7 @@ from engine.replay.precision import rounded
 from engine.synth import Shape, synthesize
 from parity.diff.compare import Options, compare
 from parity.explain.on_model import compared_on
+from parity.explain.precision import PrecisionFloor, mismatch
 from reports.sentences import answer, remarks
 
 PROMPT = (1, 17, 40, 299, 5, 5, 80, 3)
@@ -125,3 +127,11 @@ def test_it_is_an_option(parity: Cli) -> None:
     """`diff --model` measures, `--arbiter` asks float64, `--compute q8` is an arithmetic."""
     printed = parity("diff", "--help").out
     assert all(option in printed for option in ("--model", "--arbiter", "q8"))
+
+
+def test_rows_of_zeros_hide_no_arithmetic() -> None:
+    """What an arithmetic makes of a row of zeros is infinitely far from it; that counts neither for a limit nor for the fit."""
+    zeros = np.array([np.inf, 1e-6, 3e-6])
+    cost = PrecisionFloor("f16", (zeros, np.full(3, np.inf)), (zeros / 2, np.full(3, np.inf)))
+    assert cost.cost().tolist() == [2e-6, 0.0]
+    assert mismatch([(1e-6, np.inf, np.inf), (2e-6, 2e-6, 1e-6)]) == 0

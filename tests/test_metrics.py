@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from checkpoints.record import Dump, Rows
+from checkpoints.short_rows import reduced
 from checkpoints.summary import summarise
 from parity.diff.align import Pair
 from parity.diff.choices import kl, overlap
@@ -175,3 +176,12 @@ def test_logits_compare_as_choices_where_they_are_whole() -> None:
     assert (choices.known, choices.agree, choices.rows, choices.differs_at, choices.ref_id) == (12, 11, 12, 4, best)
     top = np.sort(ref["logits"], axis=1)
     assert choices.margin == pytest.approx((top[:, -1] - top[:, -2]).min())
+
+
+@pytest.mark.parametrize("shape", [(0, 0), (0, 4), (7, 3), (3, 7), (300, 16)])
+def test_short_rows_are_reduced_as_long_ones(shape: tuple[int, int]) -> None:
+    """Whichever way the array lies in memory, each row's result is that of the row."""
+    rows = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    assert reduced(np.logical_or, rows > 1).tolist() == [any(value > 1 for value in row) for row in rows.tolist()]
+    if shape[1]:
+        assert reduced(np.minimum, rows).tolist() == [min(row) for row in rows.tolist()]

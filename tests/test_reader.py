@@ -269,6 +269,56 @@ def test_many_lines_at_once_give_what_each_gives_alone(tmp_path: Path, lines: li
     assert repr(found[0]) == repr(found[1])
 
 
+@pytest.mark.parametrize("padding", ["", "p" * 2048], ids=["short", "wide"])
+@pytest.mark.parametrize(
+    "values",
+    [
+        '["4"1]',
+        '["4"1e-7,2]',
+        '[1"2"]',
+        '["1""2"]',
+        '[-"1"]',
+        '[nan("5")]',
+        "[1 nan]",
+        "[nan 1]",
+        "[1e400 2]",
+        "[1,,2]",
+        "[1,]",
+        "[,1]",
+        "[[1],2]",
+        "[[1]",
+        "[1]]",
+        "[1nan]",
+        "[--1]",
+        "[+1]",
+        "[01]",
+        "[1.]",
+        '""',
+        "{}",
+        "(1)",
+    ],
+)
+def test_no_malformed_list_is_read_as_other_numbers(tmp_path: Path, values: str, padding: str) -> None:
+    """Elements that run into each other, empty ones and brackets too many: never a record, in whatever company; wide lines too."""
+    company = [f'{{"checkpoint":"C1","token_idx":0,"values":[{x}],"p":"{padding}"}}\n' for x in ("1.5", 'nan,"2"', "1e400")]
+    for others in (company[:1], company):
+        text = "".join([others[0], f'{{"checkpoint":"C0","token_idx":0,"values":{values},"p":"{padding}"}}\n', *others[1:]])
+        try:
+            dump = parsed(tmp_path, text)
+        except DumpError as error:
+            assert "line 2" in str(error)  # noqa: PT017  # it may be refused or skipped
+        else:
+            assert (dump.records, dump.skipped) == (len(others), 1)
+
+
+def test_numbers_of_any_length_are_read_beside_words(tmp_path: Path) -> None:
+    """A fraction of hundreds of digits, infinite numbers and words may stand in one block: each is read as it is alone."""
+    numbers = ["0." + "1" * 400, "1e400", "nan", '"2.5"', "-" + "9" * 30, "1" * 400 + ".5"]
+    text = "".join(f'{{"checkpoint":"embd","token_idx":{i},"values":[{number}]}}\n' for i, number in enumerate(numbers))
+    expected = np.float32([1 / 9, INF, NAN, 2.5, -1e30, INF])
+    assert np.array_equal(parsed(tmp_path, text).points["embd"].values[:, 0], expected, equal_nan=True)
+
+
 def all_left(_: BulkParser, block: bytes) -> Taken:
     """No line is taken together with others."""
     return Taken([], [], np.zeros(0, np.int64), list(enumerate(block.split(b"\n")[:-1])))
@@ -292,6 +342,14 @@ def test_printed_digits_set_a_quantum(tmp_path: Path, printed: str, quantum: lis
     """The step of the last printed digit is found for %f and %g, none where nine digits give all; NaN has none."""
     dump = parsed(tmp_path, f'{{"checkpoint":"embd","token_idx":0,"values":[{printed}]}}\n').points["embd"].quantum
     assert (None if dump is None else dump[0].tolist()) == (None if quantum is None else pytest.approx(quantum))
+
+
+def test_the_quantum_is_of_the_records_own_values(tmp_path: Path) -> None:
+    """The digits that are looked at are those of the record, also in a line that is read alone and has other "values" before."""
+    text = '{"meta":{"values":[9.000,9]},"checkpoint":"embd","token_idx":0,"indices":[3,5],"values":[nan,1.25]}\n'
+    quantum = parsed(tmp_path, text).points["embd"].quantum
+    assert quantum is not None
+    assert quantum[0].tolist() == [0, 0.01]
 
 
 def test_a_folder_and_a_missing_file_are_refused(tmp_path: Path) -> None:

@@ -174,3 +174,31 @@ def test_the_order_of_experts_is_none() -> None:
     verdict = compare(dump(ours, header=header), dump(ref, header=header))
     assert verdict
     assert any("another order" in note for note in verdict.notes)
+
+
+def test_chosen_experts_tell_nothing_of_their_scores() -> None:
+    """Scores that are wrong and choose the same experts: the operation is called wrong, and not the record."""
+    _, ref = routing(0.05)
+    ours = {name: ref[name].copy() for name in ref}
+    ours["blk.0.ffn_moe_probs"] *= np.float32(1.05) + np.float32(0.01) * np.arange(8, dtype=np.float32)[::-1]
+    header = replace(HEADER, dataflow=Dataflow(ROUTER).to_json())
+    verdict = compare(dump(ours, header=header), dump(ref, header=header))
+    assert verdict.first_divergence is not None
+    assert verdict.first_divergence.checkpoint == "blk.0.ffn_moe_probs"
+    assert not verdict.record_faults
+
+
+GROUPS = ROUTER | {
+    "blk.0.get_rows": Made("GET_ROWS", ("blk.0.ffn_moe_probs",)),
+    "blk.0.ffn_moe_topk": Made("ARGSORT", ("blk.0.get_rows",)),
+}
+
+
+@pytest.mark.parametrize(("gap", "agrees"), [(1e-7, True), (0.05, False)])
+def test_a_near_tie_among_experts_of_chosen_groups(gap: float, agrees: bool) -> None:
+    """Where only some experts' scores are sorted, those of all tell how near the exchanged ones are."""
+    ours, ref = ({**side, "blk.0.get_rows": side["blk.0.ffn_moe_probs"][:, ::4]} for side in routing(gap))
+    made = {name: GROUPS[name] for name in ("embd", "blk.0.ffn_moe_probs", "blk.0.get_rows", *list(ROUTER)[2:])}
+    header = replace(HEADER, dataflow=Dataflow(made).to_json())
+    ours = noisy(ours) | {"blk.0.ffn_moe_topk": ours["blk.0.ffn_moe_topk"]}
+    assert bool(compare(dump(ours, header=header), dump(ref, header=header))) == agrees

@@ -16,12 +16,14 @@ import numpy as np
 import pytest
 from cli import Cli, one_line, refused
 
+from checkpoints.answers.server import ServerAnswer
 from parity.server.base import kl, listed
 from parity.server.causes import penalised
 from parity.server.http import Connection, ServerError
 from parity.server.predictions import Candidate, legacy
 from parity.server.predictions import listed as read_list
 from parity.server.vocabulary import Vocabulary
+from reports.server import sentence
 
 PYTHON = os.environ.get("PARITY_SERVER_PYTHON", "")
 TEXT = "Lily and her mom went to the park."
@@ -163,14 +165,14 @@ ENTRY = {"id": 7, "token": " a", "bytes": [32, 97], "logprob": -0.5}
 def test_every_schema_is_read() -> None:
     """OpenAI's lists, the newer objects, llama.cpp's probabilities and its schema before 2025 give the same predictions."""
     first, second = legacy(LEGACY, "x")
-    assert (first.logprob, first.candidates) == (None, ())
+    assert (first.token.logprob, first.candidates) == (0.0, ())
     assert [(item.text, item.logprob) for item in second.candidates] == [(" upon", -0.25), (" there", -1.5)]
     newer = read_list([ENTRY | {"top_logprobs": [ENTRY, ENTRY | {"id": 8, "token": " b", "logprob": -9999.0 * 2}]}], "x")[0]
     assert (newer.token.id, newer.token.data, newer.candidates[1].logprob) == (7, b" a", -math.inf)
     sampled = {"id": 7, "token": " a", "prob": 0.5, "top_probs": [{"id": 7, "token": " a", "prob": 0.5}]}
     assert read_list([sampled], "x")[0].candidates[0].logprob == pytest.approx(math.log(0.5))
     older = {"content": " a", "probs": [{"tok_str": " a", "prob": 0.5}, {"tok_str": " b", "prob": 0}]}
-    assert read_list([older], "x")[0].logprob == pytest.approx(math.log(0.5))
+    assert read_list([older], "x")[0].token.logprob == pytest.approx(math.log(0.5))
     assert legacy({"tokens": ["token_id:42"], "token_logprobs": [-1.0]}, "x")[0].token.id == 42
 
 
@@ -304,6 +306,10 @@ class _Hostile(http.server.BaseHTTPRequestHandler):
         logprobs = {"content": [entry | {"top_logprobs": [entry]}]}
         self._send(200, json.dumps({"choices": [{"text": "x", "logprobs": logprobs}]}).encode())
 
+    def _sure(self) -> None:
+        logprobs = {"tokens": [" and"], "token_logprobs": [-0.01], "top_logprobs": [{" and": -0.01}]}
+        self._send(200, json.dumps({"choices": [{"text": " and", "logprobs": logprobs}]}).encode())
+
     def _forever(self, piece: bytes, pause: float) -> None:
         deadline = time.monotonic() + 20
         while time.monotonic() < deadline:
@@ -395,12 +401,41 @@ def test_tls_that_cannot_be_trusted_is_one_line(hostile: str) -> None:
         Connection(hostile.replace("http:", "https:"), timeout=5).post("/x", {})
 
 
+@pytest.mark.slow
+def test_nothing_of_an_earlier_run_is_left(hostile: str, parity: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder of an earlier run holds this run's dump and answer afterwards, none that belong to others; a search that ran out of
+    time says so.
+    """
+    monkeypatch.setattr("parity.server.causes._BUDGET", 0.0)
+    folder = Path("folder")
+    folder.mkdir()
+    for name in ("ours.jsonl", "ours-odd.jsonl", "ref.jsonl", "diff.json", "report.html", "server.json"):
+        (folder / name).write_text("old")
+    words = ("run", "--prompt", "Lily", "--server", f"{hostile}/sure", "--out", folder, "--dump-prefix")
+    code, answer = parity.json(*words)
+    assert (code, answer["verdict"], answer["causes"]) == (1, "divergence", [])
+    assert "the search for a chat template ended after 0 seconds: 0 of" in answer["notes"][-1]
+    assert {path.name for path in folder.iterdir()} == {"ref.jsonl", "server.json"}
+    assert all(path.read_text() != "old" for path in folder.iterdir())
+    assert parity(*words[:-1]).code == 1
+    assert {path.name for path in folder.iterdir()} == {"server.json"}
+
+
 def test_a_hostile_answer_ends_the_run_in_one_line(hostile: str, parity: Cli) -> None:
     """Through the command: NaN for a log-probability exits 2, and nothing is said on stdout."""
     refused(parity("run", "--prompt", "hi", "--server", f"{hostile}/nan"), "a log-probability is nan")
     refused(parity("run", "--prompt", "hi", "--server", f"{hostile}/strange"), "none of the server's candidates is a token")
     refused(parity("run", "--prompt", "hi", "--server", hostile, "--exec", "x {out}"), "--server does not go with")
-    refused(parity("run", "--prompt", "hi", "--dump-prefix"), "need a server")
+    refused(parity("run", "--prompt", "hi", "--server", hostile, "--first-position", "5"), "--first-position")
+    for option in (["--dump-prefix"], ["--server-top", "9"], ["--server-api", "openai"], ["--server-timeout", "5"]):
+        refused(parity("run", "--prompt", "hi", *option), "need a server")
     refused(parity("run", "--prompt", "hi", "--server", hostile, "--server-json", "[1]"), "JSON object")
     refused(parity("run", "--prompt", "hi", "--server", hostile, "--server-timeout", "nan"), "positive number of seconds")
     refused(parity("run", "--prompt", "hi", "--server", hostile, "--server-rate", "0"), "positive number of requests")
+
+
+@pytest.mark.parametrize(("count", "said"), [(1, "1 choice is not the most probable token"), (2, "2 choices are not the most")])
+def test_choices_of_the_sampler_are_counted(count: int, said: str) -> None:
+    """Predictions that agree and choices that are not the most probable ones: the sentence counts the latter."""
+    chosen = tuple((position, "a", "b") for position in range(count))
+    assert said in sentence(ServerAnswer("", "", "", "", 1, (1,), (), 1.0, 0.0, True, 1, 0.0, unfaithful=chosen))

@@ -7,14 +7,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+from dumps import HEADER, dump, random
 from planted import Faulty, Planted, tokens_of
 
 from checkpoints.answers.diff import Verdict
+from checkpoints.dataflow import Made
 from checkpoints.reading.reader import read
 from checkpoints.record import Dump
 from engine.backend import Array
 from engine.graph import Step
+from engine.replay.wide import without_tables
 from parity.diff.compare import Options, compare
+from parity.explain.on_model import compared_on
 from reference.client import Reference
 from reference.jobs import DumpJob
 
@@ -25,10 +29,24 @@ class Sides:
     """The engine of a small model and llama.cpp's dump of a prompt."""
 
     def __init__(self, model: Path, reference: Reference, folder: Path) -> None:
-        self.faulty = Faulty(model, reference.graph(model))
+        self.model, self.faulty = model, Faulty(model, reference.graph(model))
         self.tokens = tokens_of(model, 9, seed=7)
         reference.dump(DumpJob(model, folder / "ref.jsonl", self.tokens, points="all", slice_size=None))
         self.ref = read(folder / "ref.jsonl")
+
+    def bare(self, size: int, steps: list[Step] | None = None, noise: float = 0.0, only: str = "") -> Dump:
+        """The bare lines of an engine, with noise of an NMSE in the layers' outputs, or in one point."""
+        draw = np.random.default_rng(3)
+        dump = self.faulty.dump(RIGHT, self.tokens, points="all", size=1 << 20, steps=steps)
+        points = {}
+        for name, rows in dump.points.items():
+            values = rows.values
+            if noise and (name == only if only else name.endswith("l_out")):
+                scale = np.sqrt(noise * np.square(values, dtype=np.float64).mean(axis=1, keepdims=True))
+                values = (values + scale * draw.standard_normal(values.shape)).astype(np.float32)
+            cut = {"values": values[:, :size], "counts": np.minimum(rows.counts, size), "shapes": ((),) * len(rows)}
+            points[name] = replace(rows, **cut, stats={}, sketch=None)
+        return Dump("ours.jsonl", None, points)
 
     def told(self, size: int, kinds: tuple[str, ...] = (), steps: list[Step] | None = None, change: Any = None) -> Verdict:
         """What is said of the bare lines of an engine that runs these steps, after `change` to each point's values."""
@@ -81,6 +99,24 @@ def test_a_step_of_the_table_is_no_fault(recipe: str, size: int, kinds: tuple[st
     assert not found.record_faults
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["gpt2", "gemma3n", "gemma4", "bert"])
+@pytest.mark.parametrize("exact", [False, True])
+def test_with_the_model_what_agrees_with_neither_gelu_is_wrong(recipe: str, exact: bool, sides: Callable[[str], Sides]) -> None:
+    """An engine with ggml's table and one with the function itself are right; noise of 1e-5 behind it is seen in both."""
+    both = sides(recipe)
+    steps = without_tables(both.faulty.right) if exact else list(both.faulty.right)
+    last = [name for name in both.ref.points if name.endswith("l_out")][-1]
+    for size, noise, only in ((16, 0.0, ""), (1 << 20, 0.0, ""), (16, 1e-5, ""), (16, 1e-5, last)):
+        ours = both.bare(size, steps, noise, only)
+        found = compared_on(ours, both.ref, Options(compute="f32"), both.model, third_side=False).verdict
+        if not noise:
+            assert found, (size, found.first_divergence)
+            assert not found.record_faults
+        else:
+            assert not found or found.record_faults, only
+
+
 def test_a_fault_behind_the_table_is_seen(sides: Callable[[str], Sides]) -> None:
     """A final norm that is scaled by 1.0003 jumps out of what the table leaves, whole rows given; the activation itself is not excused."""
     both = sides("gemma3")
@@ -88,9 +124,34 @@ def test_a_fault_behind_the_table_is_seen(sides: Callable[[str], Sides]) -> None
     found = both.told(1 << 20, steps=edited(right, "output_norm", lambda x: x * np.float32(1.0003)))
     assert found.first_divergence is not None
     assert found.first_divergence.checkpoint == "output_norm"
+    assert not any("a fault, or what the table" in note for note in found.notes)
     found = both.told(16, steps=edited(right, "blk.1.ffn_geglu", lambda x: x * np.float32(1.01)))
     assert found.first_divergence is not None
     assert found.first_divergence.checkpoint == "blk.1.ffn_geglu"
+    assert any("a fault, or what the table" in note for note in found.notes)
+
+
+@pytest.mark.parametrize(
+    ("op", "right"), [("UNARY:GELU", True), ("UNARY:GELU_QUICK", True), ("UNARY:SILU", False), ("UNARY", False)]
+)
+def test_the_header_says_which_function_is_looked_up(op: str, right: bool) -> None:
+    """An error of 1e-7 behind a node without a telling name is the table's where the header says GELU, and a divergence elsewhere."""
+    dataflow = {
+        "": {"embd": ["GET_ROWS", [], ["token_embd.weight"]]},
+        "0": {"gated": [op, ["embd"], []], "l_out": ["MUL_MAT", [".gated"], [".proj.weight"]]},
+    }
+    ref = random(("embd", "blk.0.l_out"))
+    ours = {"embd": ref["embd"], "blk.0.l_out": ref["blk.0.l_out"] * np.float32(1 + 3e-4)}
+    verdict = compare(dump(ours), dump(ref, header=replace(HEADER, dataflow=dataflow)), Options(compute="f32"))
+    assert bool(verdict) == right
+
+
+def test_an_erf_is_not_looked_up() -> None:
+    """What is said decides; the name only where nothing is said, as in headers of older versions."""
+    assert Made("GLU", function="GEGLU").looked_up("blk.0.ffn_act")
+    assert not Made("GLU", function="GEGLU_ERF").looked_up("blk.0.ffn_geglu")
+    assert Made("GLU").looked_up("blk.0.ffn_geglu")
+    assert not Made("GLU").looked_up("blk.0.ffn_swiglu")
 
 
 def halves(kind: str, values: np.ndarray) -> np.ndarray:

@@ -106,7 +106,8 @@ def test_json_is_the_contract() -> None:
     """The promised keys are there, numbers are JSON numbers or words, and it survives a strict parser."""
     ref = random()
     ours = {name: x.copy() for name, x in ref.items()}
-    ours["blk.5.l_out"][3, 2] = np.nan
+    for name in list(ref)[list(ref).index("blk.5.l_out") :]:
+        ours[name][3, 2] = np.nan
     fields = verdict_as_json(compare(dump(ours), dump(ref)))
     again = json.loads(json.dumps(fields, allow_nan=False))
     assert set(again) >= {

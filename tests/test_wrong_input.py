@@ -99,6 +99,7 @@ def test_a_model_without_a_tokenizer_takes_ids_only(parity: Cli, tmp_path: Path)
         (("--prompt", "a", "--positions", "x"), "--positions"),
         (("--prompt", "a", "--positions", "900"), "position"),
         (("--prompt", "a", "--window", "0"), "--window"),
+        (("--prompt", "a", "--window", "²"), "--window"),  # a digit to str.isdigit, none to int
         (("--prompt", "a", "--backend", "cupy"), "upy"),
         (("--prompt-file", "nofile.txt"), "nofile.txt"),
         (("--prompt", "a", "--exec", "'"), "--exec"),
@@ -117,6 +118,24 @@ def test_a_model_without_a_tokenizer_takes_ids_only(parity: Cli, tmp_path: Path)
 def test_wrong_requests(parity: Cli, arguments: tuple[str, ...], message: str) -> None:
     """Each wrong request is one line that names what is wrong with it."""
     refused(parity("run", *arguments), message)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("run", "--tokens", "5", "--out", ""),
+        ("run", "--tokens", "5", "--devices="),
+        ("dump", "ref", "--tokens", "5", "-o", ""),
+        ("lint", ""),
+        ("diff", "ours.jsonl", ""),
+        ("explain", "ours.jsonl", "--model", "", "--format", "text"),
+        ("drift", "check", "golden", "--ours", "ours.jsonl", "--ours", ""),
+        ("synth", "-o", "m.gguf", "--like", ""),
+    ],
+)
+def test_an_unset_variable_is_not_this_folder_or_a_default(parity: Cli, command: tuple[str, ...]) -> None:
+    """An empty text for a path or a word is an error that names the option, and nothing is read or written in its place."""
+    refused(parity(*command), "is empty. Is a variable unset?")
 
 
 def test_an_unwritable_folder(parity: Cli, tmp_path: Path) -> None:

@@ -66,42 +66,90 @@ def dumper(run: dict[str, torch.Tensor]) -> dict[str, Any]:
 
 
 def hook(run: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """SGLang's tensor hook: a file a pass and rank, keyed by module."""
+    """SGLang's tensor hook: a file a pass and rank, keyed by module, of a prefill of two tokens and a decode step.
+
+    A file is written when `model` returns: what that returns, and the logits, stand in the next one.
+    """
     files = {}
     for rank in range(RANKS):
-        files[f"TP{rank}_PP0_Rank{rank}_pid47{rank}/Pass00000.pt"] = {
-            "model.embed_tokens": run["embd"],
-            "model.layers.0.input_layernorm": run["blk.0.attn_norm"],
-            "model.layers.0.self_attn.qkv_proj": [part(torch.cat([run["blk.0.q"], run["blk.0.k"]], 1), rank, 1)],
-            "model.layers.0.self_attn.o_proj": run["blk.0.attn_out"],
-            "model.layers.0.mlp.down_proj": run["blk.0.ffn_out"],
-            "model.norm": run["output_norm"],
-            "lm_head": run["logits"][-1:],
-            "model.forward_batch_info.input_ids": torch.tensor([1, 403, 407]),
-            "model.forward_batch_info.seq_lens": torch.tensor([3]),
-            "model.forward_batch_info.positions": torch.tensor([0, 1, 2]),
-        }
+        for step, (begin, end) in enumerate(((0, 2), (2, 3))):
+            now = {name: value[begin:end] for name, value in run.items()}
+            before = {"model": run["output_norm"][:2], "logits_processor": run["logits"][1:2]} if step else {}
+            files[f"TP{rank}_PP0_Rank{rank}_pid47{rank}/Pass{step:05d}.pt"] = before | {
+                "model.embed_tokens": now["embd"],
+                "model.layers.0.input_layernorm": now["blk.0.attn_norm"],
+                "model.layers.0.self_attn.qkv_proj": [part(torch.cat([now["blk.0.q"], now["blk.0.k"]], 1), rank, 1)],
+                "model.layers.0.self_attn.o_proj": now["blk.0.attn_out"],
+                "model.layers.0.post_attention_layernorm": [now["blk.0.ffn_norm"], now["blk.0.ffn_inp"]],
+                "model.layers.0.mlp.down_proj": now["blk.0.ffn_out"],
+                "model.norm": [now["output_norm"], now["blk.1.l_out"]],
+                "model.forward_batch_info.input_ids": torch.tensor([1, 403, 407][begin:end]),
+                "model.forward_batch_info.seq_lens": torch.tensor([end]),
+                "model.forward_batch_info.positions": torch.tensor([0, 1, 2][begin:end]),
+            }
     return files
 
 
+def every_module(run: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """SGLang's dumper with its hooks on every module: a layer returns hidden states and residual, a parameter lies beside."""
+    files = {}
+    returned: list[tuple[str, int | None, torch.Tensor]] = [
+        ("input_ids", None, torch.tensor([1, 403, 407])),
+        ("positions", None, torch.tensor([0, 1, 2])),
+        ("seq_lens", None, torch.tensor([3])),
+        ("non_intrusive__model.embed_tokens.inputs.0", None, torch.tensor([1, 403, 407])),
+        ("non_intrusive__model.embed_tokens.output", None, run["embd"]),
+        ("non_intrusive__model.layers.0.input_layernorm.output", 0, run["blk.0.attn_norm"]),
+        ("non_intrusive__model.layers.0.self_attn.o_proj.output", 0, run["blk.0.attn_out"]),
+        ("non_intrusive__model.layers.0.post_attention_layernorm.inputs.1", 0, run["embd"]),
+        ("non_intrusive__model.layers.0.post_attention_layernorm.output.0", 0, run["blk.0.ffn_norm"]),
+        ("non_intrusive__model.layers.0.post_attention_layernorm.output.1", 0, run["blk.0.ffn_inp"]),
+        ("non_intrusive__model.layers.0.mlp.output", 0, run["blk.0.ffn_out"]),
+        ("non_intrusive__model.layers.0.output.0", None, run["blk.0.ffn_out"]),
+        ("non_intrusive__model.layers.0.output.1", None, run["blk.0.ffn_inp"]),
+        ("non_intrusive__model.norm.output.0", None, run["output_norm"]),
+        ("non_intrusive__logits_processor.output.next_token_logits", None, run["logits"][-1:]),
+        ("non_intrusive__output.next_token_logits", None, run["logits"][-1:]),
+        ("param__model.layers.0.mlp.down_proj.weight", None, run["blk.0.ffn_norm"]),
+        ("grad__hidden_states", None, run["embd"]),
+    ]
+    for index, (name, layer, value) in enumerate(returned):
+        tags = {"step": 0, "rank": 0, "dump_index": index + 1, "name": name, "recompute_status": "disabled"}
+        tags |= {} if layer is None else {"layer_id": layer}
+        file = "___".join(f"{key}={text}" for key, text in tags.items()) + ".pt"
+        files[f"dump_20261126_101500_123456/{file}"] = {"value": value, "meta": tags}
+    return files
+
+
+def linear(name: str, given: torch.Tensor, returned: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The files of a linear module: its argument before and after, and what it returned, under the name of its next argument."""
+    return {f"{name}-input.input": given, f"{name}-output.input": given, f"{name}-output.all_reduce_params": returned}
+
+
 def debug_hook(run: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """TensorRT-LLM's debug hook: a file an argument; a layer hands on hidden states and residual."""
+    """TensorRT-LLM's debug hook: a file an argument; a layer hands on hidden states and residual. Two tokens, then a decode step, whose
+    outermost modules are numbered on.
+    """
+    first, second = ({name: value[part] for name, value in run.items()} for part in (slice(0, 2), slice(2, 3)))
+    return one_pass(first, [1, 403], 1) | one_pass(second, [407], 3)
+
+
+def one_pass(run: dict[str, torch.Tensor], ids: list[int], number: int) -> dict[str, Any]:
+    """The files of a forward pass whose outermost modules are numbered from `number` on."""
     files = {}
     for rank in range(RANKS):
-        top = "1.LlamaModel-"
+        top = f"{number}.LlamaModel-"
         layer = f"{top}2.LlamaDecoderLayer-"
         second = f"{top}3.LlamaDecoderLayer-"
         residual, last = run["blk.0.ffn_inp"], run["blk.1.l_out"]
         for name, value in {
-            f"{top}1.Embedding-input.input_ids": torch.tensor([1, 403, 407]),
-            f"{top}1.Embedding-output.input_ids": torch.tensor([1, 403, 407]),
+            f"{top}1.Embedding-input.input_ids": torch.tensor(ids),
+            f"{top}1.Embedding-output.input_ids": torch.tensor(ids),
             f"{top}1.Embedding-output.1": run["embd"],
             f"{layer}1.RMSNorm-input.hidden_states": run["embd"],
             f"{layer}1.RMSNorm-output.hidden_states": run["embd"],
             f"{layer}1.RMSNorm-output.residual": run["blk.0.attn_norm"],
-            f"{layer}2.LlamaAttention-2.Linear-input.input": part(run["blk.0.kqv_out"], rank, 1),
-            f"{layer}2.LlamaAttention-2.Linear-output.input": part(run["blk.0.kqv_out"], rank, 1),
-            f"{layer}2.LlamaAttention-2.Linear-output.all_reduce_params": run["blk.0.attn_out"],
+            **linear(f"{layer}2.LlamaAttention-2.Linear", part(run["blk.0.kqv_out"], rank, 1), run["blk.0.attn_out"]),
             f"{layer}2.LlamaAttention-output.position_ids": run["blk.0.attn_out"],
             f"{layer}3.RMSNorm-input.hidden_states": run["blk.0.attn_out"],
             f"{layer}3.RMSNorm-input.residual": run["embd"],
@@ -109,9 +157,7 @@ def debug_hook(run: dict[str, torch.Tensor]) -> dict[str, Any]:
             f"{layer}3.RMSNorm-output.residual": run["embd"],
             f"{layer}3.RMSNorm-output.2": run["blk.0.ffn_norm"],
             f"{layer}3.RMSNorm-output.3": residual,
-            f"{layer}4.GatedMLP-2.Linear-input.input": part(run["blk.0.ffn_swiglu"], rank, 1),
-            f"{layer}4.GatedMLP-2.Linear-output.input": part(run["blk.0.ffn_swiglu"], rank, 1),
-            f"{layer}4.GatedMLP-2.Linear-output.all_reduce_params": run["blk.0.ffn_out"],
+            **linear(f"{layer}4.GatedMLP-2.Linear", part(run["blk.0.ffn_swiglu"], rank, 1), run["blk.0.ffn_out"]),
             f"{layer}4.GatedMLP-input.x": run["blk.0.ffn_norm"],
             f"{layer}4.GatedMLP-output.x": run["blk.0.ffn_norm"],
             f"{layer}4.GatedMLP-output.all_rank_num_tokens": run["blk.0.ffn_out"],
@@ -120,7 +166,7 @@ def debug_hook(run: dict[str, torch.Tensor]) -> dict[str, Any]:
             f"{second}output.position_ids": last * 0.5,
             f"{second}output.hidden_states": last * 0.5,
             f"{top}4.RMSNorm-output.hidden_states": run["output_norm"],
-            "2.LMHead-output.hidden_states": run["logits"][-1:],
+            f"{number + 1}.LMHead-output.hidden_states": run["logits"][-1:],
         }.items():
             files[f"data_dump/rank{rank}/{name}.pt"] = value
     return files
@@ -161,6 +207,7 @@ if __name__ == "__main__":
     whole = {name.rpartition("/")[0] or name: value for name, value in values.items()}
     archive(out / "sglang-dumper.zip", dumper(whole))
     archive(out / "sglang-hook.zip", hook(whole))
+    archive(out / "sglang-modules.zip", every_module(whole))
     archive(out / "tensorrt-llm.zip", debug_hook(whole))
     archive(out / "torch-save.zip", every_kind())
     (out / "debug-mode.log").write_text(hashes())

@@ -96,7 +96,8 @@ class RecordFault:
     """Records that show something else than their name says, while everything made from them agrees: the operation is right.
 
     `kind`: "layout" (another order of the elements), "name" (another point of the layer), "moment" (another time: captured late, or
-    before a scale) or "unknown". `map` is the line of a `--map` file that settles it, empty where none does.
+    before a scale), "nonfinite" (NaN that nothing made from it has) or "unknown". `map` is the line of a `--map` file that settles it,
+    empty where none does.
     """
 
     checkpoint: str

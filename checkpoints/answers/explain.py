@@ -90,7 +90,7 @@ class Explanation:
         causes: in the order in which they were found; together they explain `explained` of `differing` records.
         law: how the recorded elements of the place that is left come from the right ones, if one sentence says it for all; or "".
         placed: which operations are in question there.
-        looks_like: the arithmetic whose noise the numbers look like, where f32 is stated; or "".
+        looks_like: the arithmetic whose noise the numbers look like, where f32 is stated or a fault may hide in it; or "".
         f32_stated: who says that it was computed in float32: "header", "--compute", or "".
         truth: how far both sides are from float64 at the first place, where the arbiter was asked.
         remaining: the first place that the causes do not explain.

@@ -20,6 +20,7 @@ from . import (
     columns,
     debug_mode,
     edge_llm,
+    etdump,
     eval_callback,
     llama_debug,
     model_debugger,
@@ -30,6 +31,7 @@ from . import (
 
 _FORMATS = (
     columns,
+    etdump,
     model_debugger,
     edge_llm,
     llama_debug,
@@ -77,11 +79,15 @@ def _format_of(place: Path) -> ModuleType | None:
     return recognised
 
 
+_OF_GRAPH = ("llama.cpp", "engine")  # sources whose names are those of llama.cpp's graph
+
+
 def _with_unknown(dump: Dump) -> Dump:
-    """A note on names that say nothing; llama.cpp's own nodes and `blk.N.<node>` are names of the open vocabulary."""
-    if dump.header is not None and dump.header.source == "llama.cpp":
+    """A note on names that say nothing; `blk.N.<node>` and `node.<node>`, llama.cpp's own nodes, are names of the open vocabulary."""
+    if dump.header is not None and dump.header.source in _OF_GRAPH:
         return dump
-    return replace(dump, notes=(*dump.notes, *unknown_names(name for name in dump.points if parse(name).layer is None)))
+    outside = [name for name in dump.points if parse(name).layer is None and not name.removeprefix("enc.").startswith("node.")]
+    return replace(dump, notes=(*dump.notes, *unknown_names(outside)))
 
 
 def shifted(dump: Dump, offset: int) -> Dump:

@@ -1,6 +1,7 @@
 """Whole arrays: .npy, .npz and .safetensors files, or folders of them, named by point."""
 
 import json
+import re
 import stat
 import zipfile
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ _ENDINGS = (".npy", ".npz", ".safetensors")
 _LARGEST = 1 << 30  # bytes of a file, of all arrays of an archive together, and of all files of a folder
 _RATIO = 100  # times an archive's own size that its arrays may be: activations shrink to a half at best, zeros to a thousandth
 _SMALL = 1 << 24  # bytes of arrays that any archive may hold
+_OF_PASS = re.compile(r"(.+)/(\d{1,9})", re.DOTALL)  # a point, and the number of its forward pass
 _MOST = 1 << 15  # arrays of a file: 500 layers of 60 points each
 _HEADER = 1 << 23  # bytes of a safetensors header: 250 each of so many arrays
 _TYPES: dict[str, Any] = {"F32": np.float32, "F16": np.float16, "F64": np.float64}
@@ -50,8 +52,8 @@ def read(path: Path, mapping: Mapping) -> Dump:
     notes: list[str] = []
     for file in files:
         for name, array in _arrays(file):
-            label, _, step = name.rpartition("/")
-            label, number = (label, int(step)) if label and step.isdigit() else (name, 0)
+            numbered = _OF_PASS.fullmatch(name)
+            label, number = (numbered[1], int(numbered[2])) if numbered else (name, 0)
             point, entry = mapping.entry(label)
             rows = rows_of(point, mapping.array(entry, array), number, sum(map(len, parts.get(point, []))))
             if rows is None:

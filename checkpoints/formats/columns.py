@@ -106,6 +106,7 @@ class _Arrays:
             raise DumpError(f"{dump} names its arrays {named!r:.60}, which is not a file beside it.", _AGAIN, code="columns")
         self.path = dump.with_name(named)
         self._given: set[str] = set()
+        self._tables: dict[bytes, tuple[tuple[tuple[int, ...], ...], NDArray[np.int64]]] = {}
         try:
             require_regular(self.path, DumpError, _AGAIN)
             file: Any = safe_open(self.path, framework="numpy")
@@ -160,9 +161,8 @@ class _Arrays:
         fits = fits and not (quantum.size and fields.beyond_values(quantum, arrays["values"]).any())
         if not fits:
             raise DumpError(f"{self.path}: the arrays of {point!r:.80} do not fit together.", _AGAIN, code="columns")
-        place, shapes = arrays["place"], _shapes(arrays["shape"])
-        held = {shape: prod(shape) if shape else fields.POSITIONS for shape in set(shapes)}
-        if (counts > np.fromiter(map(held.__getitem__, shapes), np.int64, count)).any():
+        place, (shapes, held) = arrays["place"], self._shapes(arrays["shape"])
+        if (counts > held).any():
             raise DumpError(f"{self.path}: {point!r:.80} has more values than its shape holds.", _AGAIN, code="columns")
         return Rows(
             point=str(point),
@@ -179,6 +179,15 @@ class _Arrays:
             quantum=arrays.get("quantum"),
             dtype=str(line.get("dtype", "f32")),
         )
+
+    def _shapes(self, table: NDArray[np.int64]) -> tuple[tuple[tuple[int, ...], ...], NDArray[np.int64]]:
+        """The shapes of a table and the most values that each may hold, int64 [R]; the points of all layers have few tables."""
+        key = table.tobytes()
+        if key not in self._tables:
+            shapes = _shapes(table)
+            held = {shape: prod(shape) if shape else fields.POSITIONS for shape in set(shapes)}
+            self._tables[key] = shapes, np.fromiter(map(held.__getitem__, shapes), np.int64, len(shapes))
+        return self._tables[key]
 
 
 def _in_bounds(place: NDArray[np.int64]) -> bool:

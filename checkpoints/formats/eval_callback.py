@@ -100,7 +100,7 @@ def _point(name: bytes, op: bytes, sources: bytes, mapping: Mapping) -> str | No
         return in_layer(int(output[1]), "attn_out")
     if op in _VIEWS:
         return None
-    if base in _PROJECTIONS and layer.isdigit():
+    if base in _PROJECTIONS and re.fullmatch(r"\d{1,6}", layer):
         return in_layer(int(layer), _PROJECTIONS[base] + ("_rope" if op == b"ROPE" else ""))
     if text == "norm":  # the final norm before its weight; the vocabulary's is result_norm
         return None

@@ -108,7 +108,7 @@ def _values(node: Any, layers: int, depth: int = 0) -> Iterator[tuple[str, Any]]
 def _entering(name: str, layers: int) -> str | None:
     """The point of the residual stream that enters a norm: layers' own outputs are not in the tree."""
     parts = name.split(".")
-    if len(parts) >= 3 and parts[-3] == "layers" and parts[-2].isdigit():
+    if len(parts) >= 3 and parts[-3] == "layers" and re.fullmatch(r"\d{1,6}", parts[-2]):
         layer = int(parts[-2])
         if parts[-1] == "input_layernorm":
             return EMBD if layer == 0 else in_layer(layer - 1, "l_out")

@@ -4,7 +4,8 @@
     TP0_PP0_Rank0_pid4711/Pass00000.pt                                                  {"model.layers.0.self_attn.o_proj": tensor}
 
 Shards of tensor-parallel ranks are joined by the noted dims, else by trying the axes. Positions, sequences and token ids are taken
-from the `positions` and `input_ids` of the same pass, where they were dumped.
+from the `positions` and `input_ids` of the same pass, where they were dumped. The hook writes a pass's file when `model` returns: what
+comes after it, the logits above all, stands in the next pass's file. A layer hands on its output as two tensors, whose sum it is.
 """
 
 import re
@@ -19,18 +20,25 @@ from numpy.typing import NDArray
 from ..errors import DumpError
 from ..mapping import Mapping
 from ..nearest import unknown_names
+from ..points import LOGITS
 from ..reading.fields import POSITIONS
-from ..record import Dump, Header, Rows
+from ..record import Dump, Header, Rows, Token
 from ..summary import summarise
 from . import torch_file
 from .arrays import rows_of
-from .shards import joined
+from .shards import joined_and_counted
 
 _TAG = re.compile(r"(\w+)=(.*)", re.DOTALL)
 _RANK = re.compile(r"TP(\d{1,5})_PP(\d{1,5})_Rank(\d{1,6})_pid\d+")
 _PASS = re.compile(r"Pass(\d{1,9})\.pt")
 _OLD_RANK = re.compile(r"sglang_dump_.*_(\d{1,6})")
-_HOOKED, _OUTPUT = "non_intrusive__", ".output"
+_HOOKED = "non_intrusive__"
+_RETURNED = re.compile(
+    r"(?:(.+)\.)?output(?:\.(\d{1,3}|next_token_logits))?"
+)  # of a module: its tensor, one of several, or the logits
+_NO_ACTIVATION = ("param__", "grad__")
+_LAYER = re.compile(r"(?:.+\.)?layers\.\d{1,9}")
+_RESIDUAL = " + residual"  # behind a layer's name: the second tensor that it returns
 _FILES = 1 << 17  # files of a folder: 60 layers, 20 tensors, 8 ranks, 10 steps
 _TOTAL = 4 << 30  # bytes of all of them
 _LARGEST_NUMBER = 1 << 40
@@ -75,20 +83,27 @@ def read(path: Path, mapping: Mapping) -> Dump:
         _collected(file, passes)
     points: dict[str, list[Rows]] = {}
     notes: dict[str, int] = {}
-    tokens: tuple[int, ...] = ()
+    tokens: list[int] = []
+    generated: list[Token] = []
     for number, (_, tensors) in enumerate(sorted(passes.items())):
         places = _Places.of(tensors)
-        tokens = tokens or places.tokens
+        if places.tokens and places.begin == len(tokens) + len(generated):  # the prompt, a further part of it, or a decode step
+            if number and len(places.tokens) == 1:
+                generated.append(Token(places.begin, places.tokens[0]))
+            elif not generated:
+                tokens += places.tokens
         for tensor in tensors.values():
-            rows = _rows(tensor, number, places, mapping, notes)
+            if tensor.name.endswith(_RESIDUAL):
+                continue
+            rows = _rows(tensor, tensors.get(tensor.name + _RESIDUAL), number, places, mapping, notes)
             if rows is not None:
                 points.setdefault(rows.point, []).append(rows)
     if not points:
         raise DumpError(f"{path} holds no tensor of activations.", "Dump layers' outputs by name.", code="no-records")
     stacked = {name: Rows.stack(parts) for name, parts in points.items()}
     remarks = [f"{what}: {count} tensors" for what, count in notes.items()]
-    header = Header("sglang", tokens=tokens) if tokens else None
-    return Dump(str(path), header, stacked, notes=(*remarks, *unknown_names(stacked)))
+    header = Header("sglang", tokens=tuple(tokens)) if tokens else None
+    return Dump(str(path), header, stacked, tuple(generated), notes=(*remarks, *unknown_names(stacked)))
 
 
 def _collected(file: Path, passes: dict[int, dict[str, _Tensor]]) -> None:
@@ -96,9 +111,12 @@ def _collected(file: Path, passes: dict[int, dict[str, _Tensor]]) -> None:
     value = torch_file.contents(file)
     if (named := _PASS.fullmatch(file.name)) is not None:
         rank = _RANK.fullmatch(file.parent.name)
-        tensors = passes.setdefault(int(named[1]), {})
         for name, array in torch_file.named(value, file.stem):
-            tensors.setdefault(name, _Tensor(name)).parts[int(rank[3]) if rank else 0] = array
+            number = int(named[1]) - (not name.startswith("model."))
+            if number < 0 or name == "model":  # of a pass before the first; the norm's output once more
+                continue
+            known = LOGITS if name == "logits_processor" else name
+            passes.setdefault(number, {}).setdefault(known, _Tensor(known)).parts[int(rank[3]) if rank else 0] = array
         return
     tags = {str(match[1]): str(match[2]) for part in file.stem.split("___") if (match := _TAG.fullmatch(part))}
     meta = value.get("meta") if isinstance(value, dict) else None
@@ -123,12 +141,21 @@ def _number(text: str) -> int:
 
 
 def _label(name: str, layer: str) -> str | None:
-    """The name to look up: with its layer, and without what the dumper's hooks put around a module's name; None for inputs."""
+    """The name to look up: with its layer, and without what the dumper's hooks put around a module's name; None for what is no
+    activation that is looked up: inputs, parameters, gradients.
+    """
+    if name.startswith(_NO_ACTIVATION):
+        return None
     if name.startswith(_HOOKED):
-        name = name.removeprefix(_HOOKED)
-        if not name.endswith(_OUTPUT):
+        returned = _RETURNED.fullmatch(name.removeprefix(_HOOKED))
+        if returned is None:
             return None
-        name = name.removesuffix(_OUTPUT)
+        module, which = returned[1], returned[2]
+        if which == "next_token_logits":
+            return LOGITS
+        if module is None or which not in (None, "0", "1") or (which == "1" and not _LAYER.fullmatch(module)):
+            return None
+        name = module + _RESIDUAL * (which == "1")
     if layer.isascii() and layer.isdigit() and "layers." not in name and not name.startswith("blk."):
         return f"layers.{int(layer[:9])}.{name}"
     return name
@@ -136,11 +163,15 @@ def _label(name: str, layer: str) -> str | None:
 
 @dataclass(frozen=True)
 class _Places:
-    """Where the rows of a pass stand: their positions and sequences, None where that was not dumped."""
+    """Where the rows of a pass stand: their positions and sequences, None where that was not dumped.
+
+    `tokens` are the ids of sequence 0 from position `begin` on, () where they were not dumped.
+    """
 
     positions: NDArray[np.int64] | None
     seq: NDArray[np.int64] | None
     tokens: tuple[int, ...]
+    begin: int = 0
 
     @staticmethod
     def of(tensors: dict[str, _Tensor]) -> "_Places":
@@ -160,24 +191,23 @@ class _Places:
         begins = np.diff(positions, prepend=positions[0] - 1) != 1
         each = lengths is not None and len(lengths) == len(positions)  # a decode step: one token of every sequence
         seq = np.arange(len(positions)) if each else np.cumsum(begins)
-        first = ids is not None and len(ids) == len(positions) and positions[0] == 0
-        tokens = tuple(int(n) for n in ids[seq == 0]) if first and ids is not None else ()
-        return _Places(positions, seq, tokens if min(tokens, default=0) >= 0 else ())
+        tokens = tuple(ids[seq == 0].tolist()) if ids is not None and len(ids) == len(positions) else ()
+        return _Places(positions, seq, tokens if min(tokens, default=0) >= 0 else (), int(positions[0]))
 
 
-def _rows(tensor: _Tensor, step: int, places: _Places, mapping: Mapping, notes: dict[str, int]) -> Rows | None:
+def _rows(
+    tensor: _Tensor, residual: _Tensor | None, step: int, places: _Places, mapping: Mapping, notes: dict[str, int]
+) -> Rows | None:
+    """The records of a tensor, to which `residual` is added."""
     point, entry = mapping.entry(tensor.name)
     layered = re.fullmatch(r"(?:.*\.)?layers\.(\d{1,9})\.(.+)", point)
     if layered:  # a name of their own: a node of that layer, by its name
         point = f"blk.{int(layered[1])}.{layered[2]}"
-    parts = [tensor.parts[rank] for rank in sorted(tensor.parts)]
-    if any(part.dtype.kind not in "f" for part in parts):
-        return None
     count = None if places.positions is None else len(places.positions)
-    whole, how = joined(parts, tensor.dims, count)
-    if how:
-        what = f"shards of {len(parts)} ranks are {how}" if whole is not None else f"left out: {how}"
-        notes[what] = notes.get(what, 0) + 1
+    whole = _whole(tensor, notes, count)
+    if whole is not None and residual is not None:
+        added = _whole(residual, notes, count)
+        whole = whole.astype(np.float32) + added if added is not None and added.shape == whole.shape else None
     if whole is None:
         return None
     rows = rows_of(point, mapping.array(entry, whole), step)
@@ -190,6 +220,14 @@ def _rows(tensor: _Tensor, step: int, places: _Places, mapping: Mapping, notes: 
     if len(rows) == len(last):
         return _at(point, rows.values, places.positions[last], places.seq[last], step)
     return rows
+
+
+def _whole(tensor: _Tensor, notes: dict[str, int], count: int | None) -> NDArray[Any] | None:
+    """A tensor of floating-point numbers, its ranks' parts joined; None where it is none, or they do not fit."""
+    parts = [tensor.parts[rank] for rank in sorted(tensor.parts)]
+    if any(part.dtype.kind != "f" for part in parts):
+        return None
+    return joined_and_counted(parts, notes, tensor.dims, count)
 
 
 def _at(point: str, values: NDArray[np.float32], positions: NDArray[np.int64], seq: NDArray[np.int64], step: int) -> Rows:

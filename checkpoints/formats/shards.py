@@ -16,7 +16,8 @@ def joined(parts: Sequence[NDArray[Any]], dims: str = "", count: int | None = No
 
     Args:
         parts: one for each process, in the order of their ranks.
-        dims: the axes as SGLang's dumper notes them: "t h[tp] d", "t d[tp:partial]", "t d # tp:replicated"; "" if it does not.
+        dims: the axes as SGLang's dumper notes them: "t h[tp] d", "t (h*d)[tp]", "t d[tp:partial]", "t d # tp:replicated"; "" if it
+            does not. What is split among other processes than those ("t[cp:zigzag]") is not joined.
         count: the number of positions of the pass, if it is known: it tells the axis of positions from those that are split.
 
     Returns:
@@ -25,6 +26,8 @@ def joined(parts: Sequence[NDArray[Any]], dims: str = "", count: int | None = No
     if len(parts) == 1:
         return parts[0], ""
     named = _axis(dims)
+    if isinstance(named, str) and named != _SUM:
+        return None, f"split along {named}, which is not joined"
     if named == _SUM:
         if len({part.shape for part in parts}) > 1:
             return None, "partial sums of different shapes"
@@ -45,17 +48,32 @@ def joined(parts: Sequence[NDArray[Any]], dims: str = "", count: int | None = No
     return np.concatenate(parts, axis=axis), f"joined along axis {axis}"
 
 
+def joined_and_counted(
+    parts: Sequence[NDArray[Any]], notes: dict[str, int], dims: str = "", count: int | None = None
+) -> NDArray[Any] | None:
+    """The whole tensor of `joined`, None where parts do not fit; `notes` counts the tensors by what was done with them."""
+    whole, how = joined(parts, dims, count)
+    if how:
+        what = f"shards of {len(parts)} ranks are {how}" if whole is not None else f"left out: {how}"
+        notes[what] = notes.get(what, 0) + 1
+    return whole
+
+
 _SUM = "sum"
 
 
 def _axis(dims: str) -> int | str | None:
-    """The axis that is split, `_SUM` for partial sums, None where the notes name none."""
+    """The axis that is split, `_SUM` for partial sums, None where the notes name none; else the name of a split that is not known here."""
+    split: int | str | None = None
     for axis, match in enumerate(_DIM.finditer(dims.partition("#")[0])):
         for modifier in (match[1] or "").split(","):
             name, _, how = modifier.strip().partition(":")
-            if name in _PARALLEL:
-                return _SUM if how == "partial" else axis
-    return None
+            if not name:
+                continue
+            if name not in _PARALLEL or (split is not None and split != axis):
+                return modifier.strip()[:40]
+            split = _SUM if "partial" in how.split("+") else axis
+    return split
 
 
 def _tried(parts: Sequence[NDArray[Any]], count: int | None) -> int | None:

@@ -1,10 +1,12 @@
 """What TensorRT-LLM's PyTorch backend writes in debug mode: `data_dump/rank0/1.LlamaModel-4.LlamaDecoderLayer-output.0.pt`.
 
 A name is the path of modules, each with its number among its siblings, then "input" or "output" and an argument's name. Around a
-module its arguments are written before and after; of the files after it, those that were not there before are what it returned.
+module its arguments are written before and after; of the files after it, those that were not there before are what it returned. The
+outermost modules are numbered on from one forward pass to the next.
 """
 
 import re
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,15 +18,16 @@ from numpy.typing import NDArray
 from ..errors import DumpError
 from ..mapping import Mapping
 from ..nearest import unknown_names
-from ..points import EMBD, LOGITS, OUTPUT_NORM, in_layer
-from ..record import Dump, Rows
+from ..points import EMBD, LOGITS, OUTPUT_NORM, in_layer, parse
+from ..record import Dump, Header, Rows
 from . import torch_file
 from .arrays import rows_of
-from .shards import joined
+from .shards import joined_and_counted
 
 _NAME = re.compile(r"((?:\d{1,6}\.[^-]+-)+)(input|output)\.([^-]{1,200})\.pt")
 _MODULE = re.compile(r"(\d{1,6})\.([^-]+)-")
 _RANK = re.compile(r"rank(\d{1,6})")
+_LAYER = "DecoderLayer"
 _FILES = 1 << 17
 _TOTAL = 4 << 30  # bytes of all files
 _Path = tuple[tuple[int, str], ...]
@@ -82,42 +85,80 @@ def read(path: Path, mapping: Mapping) -> Dump:
         place = tuple((int(number), name) for number, name in _MODULE.findall(match[1]))
         module = modules.setdefault(place, _Module())
         (module.inputs if match[2] == "input" else module.outputs).setdefault(match[3], {})[rank] = file
-    points: dict[str, Rows] = {}
+    points: dict[str, list[Rows]] = {}
     notes: dict[str, int] = {}
+    tokens: list[int] = []
+    begin = 0
+    for number, part in enumerate(_passes(modules)):
+        rows = _rows(part, number, begin, mapping, notes)
+        ids = _ids(part)
+        if len(tokens) == begin:
+            tokens += ids
+        begin += max((len(several) for name, several in rows.items() if name == EMBD or parse(name).kind == "l_out"), default=0)
+        for name, several in rows.items():
+            points.setdefault(name, []).append(several)
+    if not points:
+        raise DumpError(f"{path} names no module of a decoder.", "Dump the whole model, not one module.", code="no-records")
+    stacked = {name: Rows.stack(several) for name, several in points.items()}
+    remarks = [f"{what}: {count} tensors" for what, count in notes.items()]
+    header = Header("tensorrt-llm", tokens=tuple(tokens)) if tokens and len(tokens) == begin else None
+    return Dump(str(path), header, stacked, notes=(*remarks, *unknown_names(stacked)))
+
+
+def _passes(modules: dict[_Path, _Module]) -> list[dict[_Path, _Module]]:
+    """The modules of each forward pass: one begins at every outermost module, but the first, that has layers in it."""
+    models = sorted({place[0] for place in modules if len(place) > 1 and place[-1][1].endswith(_LAYER)})
+    passes: list[dict[_Path, _Module]] = [{} for _ in models] or [{}]
+    for place, module in modules.items():
+        passes[max(bisect_right(models, place[0]) - 1, 0)][place] = module
+    return passes
+
+
+def _rows(modules: dict[_Path, _Module], number: int, begin: int, mapping: Mapping, notes: dict[str, int]) -> dict[str, Rows]:
+    """The records of one forward pass, whose first position is `begin`."""
+    points: dict[str, Rows] = {}
     for name, sources in _named(modules):
         arrays = [array for array in (_whole(files, notes) for files in sources) if array is not None]
         if not arrays or len({array.shape for array in arrays}) > 1:
             continue
         point, entry = mapping.entry(name)
         total = arrays[0] if len(arrays) == 1 else np.sum([array.astype(np.float32) for array in arrays], axis=0)
-        rows = rows_of(point, mapping.array(entry, total))
+        rows = rows_of(point, mapping.array(entry, total), number, begin)
         if rows is not None:
             points.setdefault(point, rows)
     if EMBD in points and LOGITS in points and len(points[LOGITS]) == 1:  # of the last token only
         points[LOGITS] = replace(points[LOGITS], token_idx=points[EMBD].token_idx[-1:])
-    if not points:
-        raise DumpError(f"{path} names no module of a decoder.", "Dump the whole model, not one module.", code="no-records")
-    remarks = [f"{what}: {count} tensors" for what, count in notes.items()]
-    return Dump(str(path), None, points, notes=(*remarks, *unknown_names(points)))
+    return points
+
+
+def _ids(modules: dict[_Path, _Module]) -> list[int]:
+    """The token ids that the embedding was given; none where they were not dumped."""
+    for place, module in sorted(modules.items()):
+        if _is_embedding(place[-1][1]):
+            for files in module.given:
+                value = torch_file.contents(files[min(files)])
+                if isinstance(value, np.ndarray) and value.dtype.kind in "iu" and value.size and (value >= 0).all():
+                    return [int(n) for n in value.ravel()]
+    return []
+
+
+def _is_embedding(kind: str) -> bool:
+    return kind.endswith("Embedding") and "rotary" not in kind.lower()
 
 
 def _whole(files: dict[int, Path], notes: dict[str, int]) -> NDArray[Any] | None:
     values = [torch_file.contents(files[rank]) for rank in sorted(files)]
     if not all(isinstance(value, np.ndarray) and value.dtype.kind == "f" for value in values):
         return None
-    whole, how = joined(values)
-    if how:
-        what = f"shards of {len(values)} ranks are {how}" if whole is not None else f"left out: {how}"
-        notes[what] = notes.get(what, 0) + 1
-    return whole
+    return joined_and_counted(values, notes)
 
 
 def _named(modules: dict[_Path, _Module]) -> Iterator[tuple[str, list[dict[int, Path]]]]:
     """(name, the files whose sum it is) of what is known by its place: layers, their norms, attention and feed-forward."""
-    layers = sorted(place for place in modules if place[-1][1].endswith("DecoderLayer"))
+    layers = sorted(place for place in modules if place[-1][1].endswith(_LAYER))
     for place, module in sorted(modules.items()):
         kind = place[-1][1]
-        if kind.endswith("Embedding") and "rotary" not in kind.lower():
+        if _is_embedding(kind):
             yield EMBD, module.returned[:1]
         elif kind in ("LMHead", "LogitsProcessor"):
             yield LOGITS, module.returned[:1]

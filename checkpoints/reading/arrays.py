@@ -20,9 +20,10 @@ _WORD = re.compile(
 )
 _NUMBER = re.compile(rb"-?(?:0|[1-9]\d*)(?:\.\d+)?(?:[eE][-+]?\d+)?")
 _QUOTED = re.compile(rb'"(' + _NUMBER.pattern + rb')"')
+_INSIDE = re.compile(rb'"(?<![\[\], \t\r\n]")(?![\[\], \t\r\n])')  # a quote that neither begins nor ends an element, as in "4"1
 _BLANKS = b" \t\r\n"
 _TWO = re.compile(rb"[^\[\], \t\r\n][ \t\r\n]+[^\[\], \t\r\n]")  # numbers with no comma between them
-_LONGEST = 300  # characters of a number that simdjson refuses: a longer integer is beyond float64
+_LONGEST = 300  # characters of an integer that float64 surely holds; longer ones are read, or refused, line by line
 _FAR = re.compile(rb"[eE]\+?0*[1-9]\d\d")  # an exponent that may be beyond float64's
 _INTEGER = 18  # characters of which every integer fits 64 bits
 
@@ -67,7 +68,7 @@ class NumberParser:
         parsed: Any = None
         try:
             parsed = self._simdjson.parse(array)
-            counts = list(map(len, parsed))
+            counts = list(map(simdjson.Array.__len__, parsed))  # a text or an object has a length, too
             flat = np.frombuffer(parsed.as_buffer(of_type="d"), np.float64) if any(counts) else np.zeros(0)
         except (ValueError, TypeError, RuntimeError):  # the library's way to say that there is something else
             return None
@@ -78,6 +79,8 @@ class NumberParser:
     def _with_words(self, array: bytes) -> Numbers | None:
         """The same with words for numbers, numbers in quotes and numbers beyond float64."""
         if b'"' in array:
+            if _INSIDE.search(array):
+                return None
             array = _QUOTED.sub(rb"\1", array)
         words = _words(array)
         plain = None if words is None else self._plain(words.zeroed) or self._with_huge(words.zeroed)
@@ -98,12 +101,10 @@ class NumberParser:
             return None
         rows = array.translate(None, _BLANKS)[2:-2].split(b"],[")
         elements = [number for row in rows if row for number in row.split(b",")]
-        if max(map(len, elements), default=0) > _LONGEST:
-            return None
         special = {text for text in set(elements) if len(text) > _INTEGER or _FAR.search(text)}
-        if not all(map(_NUMBER.fullmatch, special)):
+        if not all(map(_NUMBER.fullmatch, special)) or any(len(x) > _LONGEST and x.strip(b"-").isdigit() for x in special):
             return None
-        values = {text: float(int(text)) if text.strip(b"-").isdigit() else float(text) for text in special}
+        values = {text: float(text) for text in special}
         rare = [i for i, text in enumerate(elements) if text in special]
         texts = [elements[i] for i in rare]
         for i in rare:

@@ -20,13 +20,13 @@ from ..record import DECODE, SKETCH_SIZE, STATISTICS
 from . import digits as printed
 from . import fields, lenient
 from .arrays import NumberParser, Numbers, Text
+from .cutting import cut_block, cut_line, nested, objects_alone, objects_of
 from .labels import Labels
 from .slabs import Slab
 from .unnumbered import UNNUMBERED
 
 _WIDE = 2048  # bytes of a line from which its values are cut out first: msgspec would walk through them, find does not
 _NONE = msgspec.Raw(b"")
-_BREAK, _OPEN, _CLOSE, _BRACKET = b"\n{}["
 _PARTS = 1 << 16  # shapes that are remembered: few are used, a hostile file has a new one in each record
 _Position = Annotated[int, msgspec.Meta(ge=0, lt=fields.POSITIONS)]
 _NOT_DECODED = msgspec.MsgspecError, UnicodeDecodeError, RecursionError
@@ -108,7 +108,7 @@ class BulkParser:
                 return Taken(records, texts, np.arange(len(records)))
             lines = block.split(b"\n")
             return _without(Taken(records, texts, np.arange(len(records)), [(i, lines[i]) for i in others]), others)
-        numbers, objects, skipped = _objects(block)
+        numbers, objects, skipped = objects_of(block)
         trimmed = b"".join([line + b"\n" for line in objects])
         plain = self._plain(trimmed) if trimmed and trimmed != block else None
         if plain is None:
@@ -127,11 +127,11 @@ class BulkParser:
         texts: Sequence[Text] | None = None
         rest = block
         if block.find(b"\n") >= _WIDE:
-            cut = _cut(block)
-            if cut is None:
+            parts = cut_block(block)
+            if parts is None:
                 return None
-            rest, texts = cut
-        count = _objects_alone(rest)
+            rest, texts = parts
+        count = objects_alone(rest)
         if count is None:
             return None
         try:
@@ -142,20 +142,20 @@ class BulkParser:
             return None
         if texts is None:
             texts = [record.values for record in records]
-            return None if _nested(texts) else (records, texts)
+            return None if nested(texts) else (records, texts)
         fitting = all(bytes(r.values) == (b"[]" if text else b"") for r, text in zip(records, texts, strict=True))
         return (records, texts) if fitting else None
 
     def _line(self, line: bytes) -> tuple[RecordFields, Text]:
         """The fields of one line and the text of its values; a record without a name where it is not understood."""
-        rest, text = _cut_line(line)
+        rest, text = cut_line(line)
         record = self._decoded(rest)
         if record is None and text is not None:  # what was cut out may belong to something else
             record, text = self._decoded(line), None
         if record is None:
             return _NOTHING, b""
         if text is None:
-            return record, b"" if _nested([record.values]) else record.values
+            return record, b"" if nested([record.values]) else record.values
         return (record, text) if bytes(record.values) == b"[]" else (_NOTHING, b"")
 
     def _decoded(self, line: bytes) -> RecordFields | None:
@@ -189,6 +189,7 @@ class BulkParser:
         values = None if left else self._numbers.read(taken.texts)
         if values is None:
             left |= {i for i, text in enumerate(taken.texts) if i not in left and self._numbers.read([text]) is None}
+            left = left or set(range(len(taken.records)))  # each can be read, but not all together
         shapes, wrong = self._sizes(given, values.counts) if values is not None else ([], [])
         sketch, bad = self._sketch(sketches)
         left.update(wrong, bad)
@@ -221,13 +222,13 @@ class BulkParser:
         """The sketch of each record [R, 32], if they have any; and which of them are wrong, or lack it while others have one."""
         if not any(texts):
             return None, []
-        numbers = None if _nested(texts) else self._numbers.read([text or b"[]" for text in texts])
+        numbers = None if nested(texts) else self._numbers.read([text or b"[]" for text in texts])
         if numbers is not None and all(count == SKETCH_SIZE for count in numbers.counts):
             return _single(numbers.flat.reshape(-1, SKETCH_SIZE)), []
         return None, [i for i, text in enumerate(texts) if not self._is_sketch(text)]
 
     def _is_sketch(self, text: Text) -> bool:
-        numbers = self._numbers.read([text]) if text and not _nested([text]) else None
+        numbers = self._numbers.read([text]) if text and not nested([text]) else None
         return numbers is not None and numbers.counts == [SKETCH_SIZE]
 
 
@@ -249,78 +250,6 @@ def _without(taken: Taken, others: Sequence[int]) -> Taken:
     dropped = set(others)
     kept = taken.pick([i for i in range(len(taken.records)) if i not in dropped])
     return replace(kept, left=taken.left, skipped=taken.skipped)
-
-
-def _objects_alone(block: bytes) -> int | None:
-    """How many lines there are if each is from a brace to a brace: with as many objects in them, each line is one."""
-    data = np.frombuffer(block, np.uint8)
-    ends = np.flatnonzero(data == _BREAK)
-    if not block.startswith(b"{") or (data[ends - 1] != _CLOSE).any() or (data[ends[:-1] + 1] != _OPEN).any():
-        return None
-    return len(ends)
-
-
-def _objects(block: bytes) -> tuple[list[int], list[bytes], int]:
-    """Numbers of the lines that have a brace, those lines from it on, and how many lines have none and are not blank."""
-    numbers, objects, skipped = [], [], 0
-    for number, line in enumerate(block.split(b"\n")[:-1]):
-        start = line.find(b"{")
-        if start >= 0:
-            numbers.append(number)
-            objects.append(line[start:].rstrip())
-        else:
-            skipped += bool(line.strip())
-    return numbers, objects, skipped
-
-
-def _cut(block: bytes) -> tuple[bytes, list[Text]] | None:
-    """Lines without the numbers of their values, and those numbers with their brackets, empty where a line has none.
-
-    None where these may not be the record's own values.
-    """
-    view = memoryview(block)
-    rest: list[bytes] = []
-    texts: list[Text] = []
-    begin = cut = 0
-    while begin < len(block):
-        end = block.index(b"\n", begin) + 1
-        opened, closed = _values(block, begin, end)
-        if closed < 0:
-            rest.append(block[begin:end])
-            texts.append(view[:0])
-        else:
-            rest += block[begin : opened + 1], block[closed:end]
-            texts.append(view[opened : closed + 1])
-            cut += 1
-        begin = end
-    joined = b"".join(rest)
-    return None if _may_be_others(joined, cut) else (joined, texts)
-
-
-def _cut_line(line: bytes) -> tuple[bytes, Text | None]:
-    """The same of one line; the text is None where nothing was cut out."""
-    opened, closed = _values(line, 0, len(line))
-    if closed < 0:
-        return line, None
-    rest = line[: opened + 1] + line[closed:]
-    return (line, None) if _may_be_others(rest, 1) else (rest, line[opened : closed + 1])
-
-
-def _values(block: bytes, begin: int, end: int) -> tuple[int, int]:
-    """Where the list of values of a line begins and ends; below 0 where it has none."""
-    at = block.find(b'"values"', begin, end)
-    opened = block.find(b"[", at, end) if at >= 0 else -1
-    return opened, block.find(b"]", opened, end) if opened >= 0 else -1
-
-
-def _may_be_others(rest: bytes, cut: int) -> bool:
-    """Whether what was cut out of `cut` lines may belong to something else: a second "values", or one spelt with escapes."""
-    return b"\\" in rest or rest.count(b'"values"') != cut
-
-
-def _nested(texts: Sequence[Text]) -> bool:
-    """Whether there are more brackets than one an array. What was cut out ends at its first closing one."""
-    return bool(np.count_nonzero(np.frombuffer(b"".join(texts), np.uint8) == _BRACKET) > len(texts))
 
 
 def _by_width(records: Slab, values: Numbers, *, digits: bool) -> list[Slab]:

@@ -4,9 +4,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
+
+from .arrays import Text
 
 # A float32 needs up to 9 significant digits. A text whose values all stop at 7 or fewer was rounded for print.
 _PRINTED_DIGITS = 7
@@ -20,7 +21,6 @@ _SAMPLES = 8  # lines whose digits are looked at one by one; one printf writes a
 _LEADING = 32  # … and all values of a line: whether the rest fits is seen from the values themselves
 
 Floats = NDArray[np.float64]
-Text = msgspec.Raw | memoryview | bytes
 
 
 def quanta(texts: Sequence[Text], values: Floats) -> Floats | None:

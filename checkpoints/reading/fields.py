@@ -4,6 +4,7 @@ Foreign engines print numbers as words, shapes as text and decimals that were ro
 """
 
 import re
+from contextlib import suppress
 from dataclasses import fields
 from math import prod
 from typing import Any
@@ -13,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..record import FORMAT, STATISTICS, Header, ModelInfo, Token
-from . import words
+from . import lenient, words
 
 POSITIONS = 1 << 40  # positions and steps lie below this
 DIMENSIONS = 16  # of a shape, leading ones left out: ggml has 4
@@ -27,7 +28,6 @@ _WORDS = {
     "-Infinity": -np.inf,
     "-inf": -np.inf,
 }
-_VALUES = re.compile(rb'"values"\s*:\s*(\[[^\]]*\])')
 
 
 def integer(found: Any, name: str, limit: int = POSITIONS) -> int:
@@ -180,9 +180,8 @@ class _Values(msgspec.Struct):
 
 
 def values_text(line: bytes) -> bytes:
-    """The text of a line's values, with its brackets; empty where there is none."""
-    try:
-        return bytes(msgspec.json.decode(line, type=_Values).values)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):  # bare nan, an infinite number
-        match = _VALUES.search(line)
-        return match[1] if match else b""
+    """The text of a line's values, with its brackets; empty where there is none. Bare nan and inf may come back in quotes."""
+    for text in (line, lenient.quoted(line)):
+        with suppress(msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+            return bytes(msgspec.json.decode(text, type=_Values).values)
+    return b""

@@ -1,4 +1,4 @@
-"""A dump of JSON lines, read whole (`checkpoints.scan` says what is understood)."""
+"""A dump of JSON lines, read whole (`checkpoints.reading.scan` says what is understood)."""
 
 import os
 from collections.abc import Iterator
@@ -56,4 +56,4 @@ def notes(dump: Dump) -> Iterator[str]:
     if dump.end is not None and dump.end.checkpoints != dump.records:
         yield f"the end record counts {dump.end.checkpoints} records, {dump.records} are there"
     if dump.skipped:
-        yield f"{dump.skipped} lines are no records and were skipped"
+        yield f"{dump.skipped} line{'s are no records and were' if dump.skipped > 1 else ' is no record and was'} skipped"

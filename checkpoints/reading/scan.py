@@ -1,9 +1,9 @@
 """Dumps as a stream: format 1, and any JSONL whose lines carry `checkpoint`, `token_idx` and `values`.
 
-What a foreign engine prints is accepted where it can be understood (`checkpoints.fields`, `checkpoints.lenient`). Lines that
-are no records are skipped and counted; a record that contradicts itself is an error that names its line. Lines are read many at
-a time (`checkpoints.reading.bulk`); what is left is read line by line (`checkpoints.reading.one_line`). Large files are read by
-several processes (`checkpoints.reading.parallel`).
+What a foreign engine prints is accepted where it can be understood (`checkpoints.reading.fields`, `checkpoints.reading.lenient`).
+Lines that are no records are skipped and counted; a record that contradicts itself is an error that names its line. Lines are read
+many at a time (`checkpoints.reading.bulk`); what is left is read line by line (`checkpoints.reading.one_line`). Large files are
+read by several processes (`checkpoints.reading.parallel`).
 """
 
 import os
@@ -29,7 +29,7 @@ class Scan:
         sharing: how many processes read a large file, and in which portions.
 
     Raises (while iterating):
-        DumpError: as `checkpoints.reader.read`.
+        DumpError: as `checkpoints.reading.reader.read`.
     """
 
     def __init__(self, path: str | os.PathLike[str], sharing: Sharing = SHARED) -> None:

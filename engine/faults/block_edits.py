@@ -12,21 +12,8 @@ from numpy.typing import NDArray
 from .base import Parameters
 
 Bytes = NDArray[np.uint8]
-F16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, BF16, MXFP4 = (
-    1,
-    2,
-    3,
-    6,
-    7,
-    8,
-    10,
-    11,
-    12,
-    13,
-    14,
-    30,
-    39,
-)  # ggml_type
+F16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0 = 1, 2, 3, 6, 7, 8  # ggml_type
+Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, BF16, MXFP4 = 10, 11, 12, 13, 14, 30, 39
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,11 @@ import numpy as np
 from ..backend import Array
 from ..graph import Step, WeightSource
 from ..weights.dequantize import dequantize
+from ..weights.gguf_model import block_of
 from .base import AT, Fault, Parameters, Steps
 from .block_edits import MXFP4, doubled_scale, few_scale_bits
-from .dequantisation import ALL, EXPERTS, WHERE, elements_of, remade, reread
-from .weights import MATRICES
+from .dequantisation import ALL, WHERE, remade, reread
+from .weights import EXPERTS, MATRICES
 
 _EXPERTS_OR_ALL = {AT: (EXPERTS, ALL)}
 _MATRICES_OR_ALL = {AT: (MATRICES, ALL)}
@@ -61,7 +62,7 @@ def _first_block(step: Step, _right: Steps, parameters: Parameters) -> Step:
 
     def make(source: WeightSource, name: str) -> Any:
         raw, kind, shape = source.raw(name)
-        size = max(elements_of(kind), _LEAST)
+        size = max(block_of(kind, name)[0], _LEAST)
         if shape[-1] <= size or shape[-1] % size:
             return source.get(name)
         whole = np.asarray(dequantize(raw, kind, shape[-1])).reshape(shape)

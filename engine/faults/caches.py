@@ -8,11 +8,11 @@ from ..backend import Array, module_of
 from ..graph import History, Step, name_of
 from ..inapplicable import NotApplicable
 from .base import AT, Fault, Parameters, Steps, kind_of, layer_of, parameter_of, read_of, sibling, subsets
-from .edits import integer, maker, number, require
+from .edits import maker, number, require
+from .windows import cap_of, soft_capped
 
 _READS = ("k_read", "v_read")
 _SOFT = ("kq_soft_max",)
-_TANH = 4  # GGML_UNARY_OP_TANH
 _SEEN_BELOW = 16.0  # exp(−16) = 1e-7 is float32's rounding: with a larger cap a masked key's weight is not seen
 
 
@@ -78,13 +78,12 @@ def _capped_mask(
 
 
 def _cap_after_mask(step: Step, right: Steps, _parameters: Parameters) -> Step:
-    cap = require(maker(step, right), "SCALE")
-    tanh = require(maker(cap, right), "UNARY")
-    if step.op is not ops.causal_soft_max or integer(tanh, 0) != _TANH:
-        raise NotApplicable(f"{step.makes} reads no capped scores")
-    if number(cap, 0) > _SEEN_BELOW:
-        raise NotApplicable(f"a masked key's weight of {exp(-number(cap, 0)):.0e} is not seen")
-    return replace(step, op=_capped_mask, params={**step.params, "cap": number(cap, 0)})
+    _, cap = cap_of(maker(step, right), right)
+    if step.op is not ops.causal_soft_max:
+        raise NotApplicable(f"{step.makes} is no plain softmax")
+    if cap > _SEEN_BELOW:
+        raise NotApplicable(f"a masked key's weight of {exp(-cap):.0e} is not seen")
+    return replace(step, op=_capped_mask, params={**step.params, "cap": cap})
 
 
 def _cap_before_scale(step: Step, right: Steps, _parameters: Parameters) -> Step:
@@ -94,14 +93,13 @@ def _cap_before_scale(step: Step, right: Steps, _parameters: Parameters) -> Step
     by = number(scaled, 0)
     if name_of(read_of(scaled, 0)) != sibling(step, right, "q_rope").makes or by == 0:
         raise NotApplicable(f"{step.makes}: the queries are not scaled")
-    first = require(maker(require(maker(step, right), "UNARY"), right), "SCALE")
-    return replace(step, op=_late_scale, reads=(read_of(first, 0),), params={"cap": number(step, 0), "by": by})
+    first, cap = cap_of(step, right)
+    return replace(step, op=_late_scale, reads=(read_of(first, 0),), params={"cap": cap, "by": by})
 
 
 def _late_scale(scores: Array, *, cap: float, by: float) -> Array:
-    number = scores.dtype.type
-    capped: Array = number(cap) * module_of(scores).tanh(scores / number(by) / number(cap)) * number(by)
-    return capped
+    scale = scores.dtype.type(by)
+    return soft_capped(scores / scale, cap=cap) * scale
 
 
 FAULTS = (

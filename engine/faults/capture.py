@@ -8,14 +8,11 @@ import numpy as np
 from ..backend import Array, module_of
 from ..graph import PASSES, Step
 from .base import AT, SEEN, Fault, Parameters, Steps, read_of, unchanged
-
-
-def _copied(x: Array) -> Array:
-    return x.copy()
+from .edits import copied
 
 
 def _show(point: str, other: str, right: Steps) -> Step | None:
-    return Step(SEEN + point, _copied, (other,)) if other in right and other != point else None
+    return Step(SEEN + point, copied, (other,)) if other in right and other != point else None
 
 
 def _streams(right: Steps) -> list[str]:

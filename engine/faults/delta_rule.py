@@ -1,36 +1,22 @@
 """Faults of the gated delta rule: its gate, its β, and the norms of queries and keys."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 from ..backend import Array, module_of
 from ..graph import Step, name_of
 from ..inapplicable import NotApplicable
 from .base import Fault, Parameters, Steps, read_of
-from .edits import ggml, integer, left_out, require
+from .edits import WithInput, ggml, integer, left_out, require
 
 _QUERIES, _KEYS, _GATE, _BETA = 0, 1, 3, 4  # GGML_OP_GATED_DELTA_NET's operands
 _SIGMOID = 7  # GGML_UNARY_OP_SIGMOID
 _RULE = ("GATED_DELTA_NET",)
 
 
-@dataclass(frozen=True)
-class _Operand:
-    """The operation with one of what it reads changed."""
-
-    op: Callable[..., Array]
-    place: int
-    change: Callable[[Array], Array]
-
-    def __call__(self, *inputs: Any, **params: Any) -> Array:
-        """The result."""
-        return self.op(*inputs[: self.place], self.change(inputs[self.place]), *inputs[self.place + 1 :], **params)
-
-
 def _changed(step: Step, place: int, change: Callable[[Array], Array]) -> Step:
     operand = require(step, *_RULE).params["operands"][place]
-    return replace(step, op=_Operand(step.op, operand.index, change))
+    return replace(step, op=WithInput(step.op, operand.index, change))
 
 
 def _no_gate(step: Step, _right: Steps, _parameters: Parameters) -> Step:
@@ -54,9 +40,8 @@ def _before_sigmoid(beta: Array) -> Array:
 
 def _no_norm(step: Step, right: Steps, parameters: Parameters) -> Step:
     """The L2 norm that ggml's graph writes as RMS_NORM and SCALE by 1/√d, or as L2_NORM: both steps hand on what they read."""
-    read_by = parameters["of"]
     rules = [other for other in right.values() if ggml(other, *_RULE)]
-    places = {"queries": (_QUERIES,), "keys": (_KEYS,), "queries and keys": (_QUERIES, _KEYS)}[read_by]
+    places = {"queries": (_QUERIES,), "keys": (_KEYS,), "queries and keys": (_QUERIES, _KEYS)}[parameters["of"]]
     for rule in rules:
         for place in places:
             name = name_of(read_of(rule, place))

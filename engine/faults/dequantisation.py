@@ -13,6 +13,7 @@ from ..backend import Array
 from ..graph import Altered, RowsOf, Step, WeightSource
 from ..inapplicable import NotApplicable
 from ..weights.dequantize import FORMATS, dequantize
+from ..weights.gguf_model import block_of
 from .base import AT, Fault, Parameters, Steps, weight_of
 from .block_edits import (
     BF16,
@@ -32,25 +33,11 @@ from .block_edits import (
     only_k_quants,
     scales_and_mins,
 )
-from .weights import MATRICES
+from .weights import EXPERTS, MATRICES
 
 Edit = Callable[
     [Bytes, int], "Bytes | None"
 ]  # blocks [n, bytes], ggml_type -> the blocks as they are misread; None: not touched
-
-
-def _block(kind: int) -> tuple[int, int]:
-    """The elements and bytes of a block of a type; 1 and 0 for a type that nobody knows."""
-    if kind in FORMATS:
-        return FORMATS[kind][:2]
-    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
-
-    return GGML_QUANT_SIZES[GGMLQuantizationType(kind)] if kind in set(GGMLQuantizationType) else (1, 0)
-
-
-def elements_of(kind: int) -> int:
-    """How many elements a block of a type has."""
-    return _block(kind)[0]
 
 
 def reread(step: Step, edit: Edit) -> Step:
@@ -58,8 +45,8 @@ def reread(step: Step, edit: Edit) -> Step:
 
     def make(source: WeightSource, name: str) -> Any:
         raw, kind, shape = source.raw(name)
-        _, size = _block(kind)
-        edited = edit(raw.reshape(-1, size), kind) if size else None
+        _, size = block_of(kind, name)
+        edited = edit(raw.reshape(-1, size), kind)
         if edited is None:
             return source.get(name)
         return source.array(dequantize(edited.reshape(raw.shape), kind, shape[-1]).reshape(shape))
@@ -141,7 +128,6 @@ def _rounded_scale(step: Step, _right: Steps, _parameters: Parameters) -> Step:
     return remade(step, make)
 
 
-EXPERTS = ("ffn_moe_gate_up", "ffn_moe_gate", "ffn_moe_up", "ffn_moe_down")
 ALL = (*MATRICES, *EXPERTS, "embd", "logits")
 WHERE = {AT: (MATRICES, ALL, ("embd",), ("logits",), EXPERTS)}
 

@@ -3,6 +3,7 @@
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from inspect import Signature, signature
 from typing import Any
 
 from ..backend import Array
@@ -28,8 +29,18 @@ def left_out(step: Step) -> Step:
     return replace(step, op=GgmlOperation("SCALE"), params={**step.params, "params": params})
 
 
+class HandsOn:
+    """An operation around another one, which hands on all of its operands: it takes what that takes, and nothing else."""
+
+    op: Callable[..., Array]
+
+    @property
+    def __signature__(self) -> Signature:
+        return signature(self.op)
+
+
 @dataclass(frozen=True)
-class Then:
+class Then(HandsOn):
     """An operation whose result is changed afterwards."""
 
     op: Callable[..., Array]
@@ -38,6 +49,25 @@ class Then:
     def __call__(self, *inputs: Any, **params: Any) -> Array:
         """The changed result."""
         return self.change(self.op(*inputs, **params))
+
+
+@dataclass(frozen=True)
+class WithInput:
+    """An operation with one of its inputs changed: `change` is given that input, and what is read besides.
+
+    `at` is the number of that input, `besides` the numbers of what is read for `change` alone.
+    """
+
+    op: Callable[..., Array]
+    at: int
+    change: Callable[..., Array]
+    besides: tuple[int, ...] = ()
+
+    def __call__(self, *inputs: Any, **params: Any) -> Array:
+        """The result."""
+        changed = list(inputs)
+        changed[self.at] = self.change(inputs[self.at], *(inputs[number] for number in self.besides))
+        return self.op(*[value for number, value in enumerate(changed) if number not in self.besides], **params)
 
 
 def ggml(step: Step, *names: str) -> bool:

@@ -6,13 +6,12 @@ from typing import Any
 
 from .. import ops
 from ..backend import Array, module_of
-from ..graph import Altered, Step, View
+from ..graph import Step, View
 from ..inapplicable import NotApplicable
 from .base import AT, Fault, Parameters, Steps, kind_of, read_of, sibling, weight_of
 from .edits import ggml, require
-from .weights import altered
+from .weights import EXPERTS, altered, each_transposed, with_rows_moved
 
-_PRODUCTS = ("ffn_moe_gate_up", "ffn_moe_gate", "ffn_moe_up", "ffn_moe_down")
 _GATED = ("ffn_swiglu", "ffn_geglu", "ffn_moe_swiglu", "ffn_moe_geglu", "ffn_moe_swiglu_oai")
 
 
@@ -50,18 +49,7 @@ def _router(step: Step, _right: Steps, parameters: Parameters) -> Step:
     if step.op is not ops.linear or not isinstance(weight, str) or not weight.endswith("ffn_gate_inp.weight"):
         return step
     order = _ORDERS[parameters["order"]]
-    changed = altered(step, lambda rows: rows[order(rows.shape[0])])
-    bias = weight_of(step, 1)
-    if not isinstance(bias, str) or parameters["bias"] == "left":
-        return changed
-    moved = Altered(bias, lambda source, name: source.get(name)[order(source.get(name).shape[0])])
-    return replace(changed, weights=(changed.weights[0], moved))
-
-
-def _each_turned(weight: Array) -> Array:
-    """Memory that is read as [E, in, out]."""
-    experts, rows, columns = weight.shape
-    return weight.reshape(experts, columns, rows).swapaxes(1, 2).copy()
+    return with_rows_moved(step, lambda rows: rows[order(rows.shape[0])], bias=parameters["bias"])
 
 
 def _turned_before(weight: Array) -> Array:
@@ -81,7 +69,7 @@ def _experts_between(weight: Array) -> Array:
 
 
 _LAYOUTS = {
-    "[expert, in, out]": _each_turned,
+    "[expert, in, out]": each_transposed,
     "[expert, out, in] of transposed matrices": _turned_before,
     "[out, in, expert]": _experts_last,
     "[out, expert, in]": _experts_between,
@@ -143,7 +131,7 @@ _RIGHT_ROUTING = "routing is right, the experts' results are not"
 FAULTS = (
     Fault(
         name="experts-order",
-        kinds=_PRODUCTS,
+        kinds=EXPERTS,
         change=_order,
         what="the experts' matrices are in another order ({order}), in {at}",
         symptom=_RIGHT_ROUTING,
@@ -151,7 +139,7 @@ FAULTS = (
         seen="experts gathered from single tensors by their names: 10 before 2",
         parameters={
             "order": tuple(_ORDERS),
-            AT: (_PRODUCTS, ("ffn_moe_down",), ("ffn_moe_gate_up", "ffn_moe_gate", "ffn_moe_up")),
+            AT: (EXPERTS, ("ffn_moe_down",), ("ffn_moe_gate_up", "ffn_moe_gate", "ffn_moe_up")),
         },
     ),
     Fault(
@@ -166,13 +154,13 @@ FAULTS = (
     ),
     Fault(
         name="experts-layout",
-        kinds=_PRODUCTS,
+        kinds=EXPERTS,
         change=_layout,
         what="the experts' matrices are read as {layout}, in {at}",
         symptom=_RIGHT_ROUTING,
         fix="GGUF stores them as [expert, out, in], in fastest",
         seen="checkpoints of Hugging Face that hold [expert, in, out] (gpt-oss, Llama 4)",
-        parameters={"layout": tuple(_LAYOUTS), AT: (_PRODUCTS, *((kind,) for kind in _PRODUCTS))},
+        parameters={"layout": tuple(_LAYOUTS), AT: (EXPERTS, *((kind,) for kind in EXPERTS))},
     ),
     Fault(
         name="gate-up-split",

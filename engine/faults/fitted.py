@@ -13,10 +13,12 @@ from ..graph import Step
 from ..inapplicable import NotApplicable
 from .attention import FAULTS as ATTENTION
 from .base import AT, Fault, Parameters, Steps, with_parameters
+from .edits import HandsOn
 from .logits import FAULTS as LOGITS
 from .norms import FAULTS as NORMS
 from .rope import FAULTS as ROPE
 from .rotation import is_rotation, rotary
+from .windows import soft_capped
 
 _SCALED = (
     "attn_norm",
@@ -39,19 +41,9 @@ _ONCE = ("embd", "output_norm", "logits")
 _WITH_BIAS = ("q", "k", "v")
 # Norms that not every model has: of heads, of compressed queries and keys, inside and behind a branch.
 _OTHER_NORMS = (
-    *(
-        "q_norm",
-        "k_norm",
-        "attn_q_a_norm",
-        "kv_cmpr",
-        "kv_compressed",
-        "attn_sub_norm",
-        "ffn_sub_norm",
-        "ssm_norm",
-        "attn_norm_2",
-    ),
-    *("attn_post_norm", "ffn_post_norm", "post_attn_norm", "post_mlp_norm"),
-)
+    "q_norm", "k_norm", "attn_q_a_norm", "kv_cmpr", "kv_compressed", "attn_sub_norm", "ffn_sub_norm", "ssm_norm", "attn_norm_2",
+    "attn_post_norm", "ffn_post_norm", "post_attn_norm", "post_mlp_norm",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +129,7 @@ def _parameter(name: str, *kinds: str) -> Callable[[Steps], float | None]:
 
 
 @dataclass(frozen=True)
-class _Changed:
+class _Changed(HandsOn):
     """An operation whose result, or only whose product in front of the bias, is multiplied or shifted by a number."""
 
     op: Callable[..., Array]
@@ -181,15 +173,13 @@ def _new(name: str, what: str, fix: str, where: dict[str, Any], how: str) -> Fau
     )
 
 
-def _soft_capped(scores: Array, positions: Array, key_positions: Array, *, scale: float, cap: float) -> Array:
-    number = scores.dtype.type(cap)
-    return ops.causal_soft_max(
-        number * np.tanh(scores * scores.dtype.type(scale) / number), positions, key_positions, scale=1.0
-    )
+def _capped_soft_max(scores: Array, positions: Array, key_positions: Array, *, scale: float, cap: float) -> Array:
+    capped = soft_capped(scores * scores.dtype.type(scale), cap=cap)
+    return ops.causal_soft_max(capped, positions, key_positions, scale=1.0)
 
 
 def _attention_cap(step: Step, _right: Steps, parameters: Parameters) -> Step:
-    return replace(step, op=_soft_capped, params={**step.params, "cap": parameters["cap"]})
+    return replace(step, op=_capped_soft_max, params={**step.params, "cap": parameters["cap"]})
 
 
 _ATTENTION_CAP = Fault(
@@ -235,9 +225,11 @@ _PLUS = "{by} is added to every element of {at}"
 _SCALE_FIX, _PLUS_FIX = "take the factor out, or read it from the file", "take the constant out"
 
 _EPSILONS = {1e-5: "Llama 2, Mistral", 1e-6: "Qwen2, Gemma", 1e-8: "Adam's", 1e-12: "BERT"}
+CAPS = {30.0: "Gemma 2's logits, Grok", 50.0: "Gemma 2's attention"}
 
 
-def _named(faults: tuple[Fault, ...], name: str) -> Fault:
+def named(faults: tuple[Fault, ...], name: str) -> Fault:
+    """The fault of that name."""
     return next(fault for fault in faults if fault.name == name)
 
 
@@ -248,7 +240,7 @@ def around(*factors: float) -> Callable[[float], tuple[float, ...]]:
 
 FITTED = (
     Fitted(
-        fault=_named(NORMS, "norm-epsilon"),
+        fault=named(NORMS, "norm-epsilon"),
         parameter="eps",
         wanted=_parameter("eps", "attn_norm", "ffn_norm", "output_norm"),
         starts=around(3.0, 100.0, 3e3, 1e5),
@@ -262,26 +254,26 @@ FITTED = (
         known=_EPSILONS,
     ),
     Fitted(
-        fault=_named(ATTENTION, "attn-scale"),
+        fault=named(ATTENTION, "attn-scale"),
         parameter="scale",
         wanted=_parameter("scale", "kq_soft_max"),
         starts=around(1.1, 2.0, 0.5, 8.0, 0.125),
     ),
     Fitted(
-        fault=_named(ROPE, "rope-base"),
+        fault=named(ROPE, "rope-base"),
         parameter="base",
         wanted=_parameter("base", "q_rope", "q_pe"),
         starts=lambda wanted: (1.05 * wanted, 0.95 * wanted, *(10.0**n for n in (2, 3, 3.5, 4, 4.5, 5, 5.5, 6, 6.5, 7, 8))),
         known={1e4: "Llama 1 and 2", 5e5: "Llama 3", 1e6: "Qwen2, Mixtral"},
     ),
     Fitted(
-        fault=_named(ROPE, "rope-scaling"),
+        fault=named(ROPE, "rope-scaling"),
         parameter="scaling",
         wanted=_parameter("scale", "q_rope", "q_pe"),
         starts=around(1.02, 0.98, 0.5, 0.25, 0.125, 2.0, 4.0),
     ),
     Fitted(
-        fault=_named(ROPE, "rope-position"),
+        fault=named(ROPE, "rope-position"),
         parameter="position",
         wanted=lambda _right: None,
         starts=lambda _wanted: tuple(float(n) for n in (*range(-16, 0), *range(1, 17))),
@@ -310,17 +302,17 @@ FITTED = (
         positive=False,
     ),
     Fitted(
-        fault=_named(LOGITS, "logits-softcap"),
+        fault=named(LOGITS, "logits-softcap"),
         parameter="cap",
         wanted=lambda _right: None,
         starts=lambda _wanted: (10.0, 30.0, 100.0),
-        known={30.0: "Gemma 2's logits", 50.0: "Gemma 2's attention"},
+        known=CAPS,
     ),
     Fitted(
         fault=_ATTENTION_CAP,
         parameter="cap",
         wanted=lambda _right: None,
         starts=lambda _wanted: (10.0, 30.0, 100.0),
-        known={30.0: "Gemma 2's logits", 50.0: "Gemma 2's attention"},
+        known=CAPS,
     ),
 )

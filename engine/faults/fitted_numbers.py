@@ -8,17 +8,10 @@ from ..graph import Step
 from ..inapplicable import NotApplicable
 from .base import AT, Fault, Parameters, Steps, kind_of
 from .edits import ggml, number
-from .fitted import Fitted, around
+from .fitted import CAPS, Fitted, around, named
 from .multipliers import FAULTS as MULTIPLIERS
+from .windows import CAPPED, QUERY_SCALES, cap_of, recapped
 from .windows import FAULTS as WINDOWS
-from .windows import cap_of, recapped
-
-_CAPPED = ("kq_scaled_2", "logits")
-_QUERIES = ("scale", "Qcur")
-
-
-def _named(faults: tuple[Fault, ...], name: str) -> Fault:
-    return next(fault for fault in faults if fault.name == name)
 
 
 def _scale_of(*kinds: str) -> Callable[[Steps], float | None]:
@@ -61,7 +54,7 @@ def _at(fault: Fault, parameter: str, *kinds: str) -> Fault:
 
 _CAP = Fault(
     name="softcap-value",
-    kinds=_CAPPED,
+    kinds=CAPPED,
     change=_other_cap,
     what="the soft cap is {cap}, in {at}",
     symptom="large scores are too small or too large, small ones are right",
@@ -70,21 +63,20 @@ _CAP = Fault(
     parameters={"cap": (), AT: (("logits",),)},
     group="fitted",
 )
-_MULTIPLIER = _named(MULTIPLIERS, "multiplier")
+_MULTIPLIER = named(MULTIPLIERS, "multiplier")
 _MULTIPLIED = {  # the steps that multiply by a number of the metadata, and whose numbers are met elsewhere
-    ("embd",): {1.0: "none", 12.0: "Granite, MiniCPM", 11.3: "Gemma's √128"},
+    ("embd",): {1.0: "none", 12.0: "Granite, MiniCPM", 45.25: "Gemma's √2048", 55.43: "Gemma's √3072"},
     ("scale", "scale.2"): {1.0: "none", 0.22: "Granite"},
     ("hidden_scaled", "hidden_scaled_ffn"): {1.0: "none"},
     ("logits",): {1.0: "none", 0.0625: "Command R", 1 / 6: "Granite"},
     ("ffn_moe_weights_scaled",): {1.0: "none", 2.5: "DeepSeek-V3", 16.0: "DeepSeek-V2"},
 }
-_CAPS = {30.0: "Gemma 2's logits, Grok", 50.0: "Gemma 2's attention"}
 
 FITTED = (
     Fitted(
-        fault=_at(_named(WINDOWS, "query-scale"), "scale", *_QUERIES),
+        fault=_at(named(WINDOWS, "query-scale"), "scale", *QUERY_SCALES),
         parameter="scale",
-        wanted=_scale_of(*_QUERIES),
+        wanted=_scale_of(*QUERY_SCALES),
         starts=around(1.1, 2.0, 0.5, 8.0, 0.125),
     ),
     *(
@@ -103,8 +95,8 @@ FITTED = (
             parameter="cap",
             wanted=_cap(kind),
             starts=around(1.1, 2.0, 0.5),
-            known=_CAPS,
+            known=CAPS,
         )
-        for kind in _CAPPED
+        for kind in CAPPED
     ),
 )

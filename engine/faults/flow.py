@@ -11,16 +11,13 @@ from ..backend import Array
 from ..graph import Step, name_of, read_as
 from ..inapplicable import NotApplicable
 from .base import AT, COPY, Fault, Parameters, Steps, kind_of, layer_input, layer_of, read_of, sibling, subsets
+from .edits import copied
 
 _SUMS = ("ffn_inp", "l_out")
 
 
-def _copied(x: Array) -> Array:
-    return x.copy()
-
-
 def _only(step: Step, name: Any) -> Step:
-    return replace(step, op=_copied, reads=(name,))
+    return replace(step, op=copied, reads=(name,))
 
 
 def _no_residual(step: Step, _right: Steps, _parameters: Parameters) -> Step:

@@ -12,6 +12,7 @@ from ..graph import Step, name_of, read_as
 from ..inapplicable import NotApplicable
 from .base import AT, Fault, Parameters, Steps, kind_of, read_of, sibling, subsets
 from .edits import only
+from .norms import plus_one
 
 _HEADS = ("q_norm", "k_norm")
 _BEHIND = ("attn_post_norm", "ffn_post_norm")
@@ -46,14 +47,10 @@ def _across_heads(step: Step, _right: Steps, _parameters: Parameters) -> Step:
     return replace(step, op=_over_heads)
 
 
-def _plus_one(x: Array, weight: Array, *, eps: float, heads: int = 1) -> Array:
-    return ops.rms_norm(x, weight + np.float32(1), eps=eps, heads=heads)
-
-
 def _one_more(step: Step, _right: Steps, _parameters: Parameters) -> Step:
     if step.op is not ops.rms_norm:
         raise NotApplicable(f"{step.makes} is no RMS norm")
-    return replace(step, op=_plus_one)
+    return replace(step, op=plus_one)
 
 
 def _rope_then_norm(

@@ -11,7 +11,7 @@ from ..graph import Step, View
 from ..inapplicable import NotApplicable
 from .base import AT, Fault, Parameters, Steps, layer_of, read_of, weight_of
 from .edits import only, require
-from .weights import altered
+from .weights import altered, each_transposed
 
 _LATENT_NORMS = ("attn_kv_a_norm", "attn_q_a_norm")
 _ABSORBED = ("attn_k_b", "attn_v_b")
@@ -55,14 +55,8 @@ def _joined_the_other_way(step: Step, _right: Steps, _parameters: Parameters) ->
     return replace(step, params={**step.params, "operands": (second, first)})
 
 
-def _turned(weight: Array) -> Array:
-    """Each head's matrix read transposed: [H, out, in] whose memory is taken for [H, in, out]."""
-    heads, rows, columns = weight.shape
-    return weight.reshape(heads, columns, rows).swapaxes(1, 2).copy()
-
-
 _READ: dict[str, Callable[[Array], Array]] = {
-    "transposed": _turned,
+    "transposed": each_transposed,
     "of the next head": lambda weight: weight[[*range(1, weight.shape[0]), 0]],
     "of the first head": lambda weight: weight[[0] * weight.shape[0]],
 }

@@ -85,7 +85,10 @@ class _Moved:
         self._op, self._by = op, by
 
     def __call__(self, positions: Array, *inputs: Any, **params: Any) -> Array:
-        return self._op(np.maximum(positions + self._by, 0), *inputs, **params)
+        try:
+            return self._op(np.maximum(positions + self._by, 0), *inputs, **params)
+        except IndexError as error:  # the prompt fills the context: an engine reads what lies behind the table then
+            raise NotApplicable(f"positions are moved beyond their table: {error}") from error
 
 
 def _no_positions(step: Step, right: Steps, _parameters: Parameters) -> Step:

@@ -1,7 +1,6 @@
 """Faults of recurrent layers: convolutions, decays, gates, the state from pass to pass."""
 
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
@@ -10,27 +9,20 @@ from ..backend import Array
 from ..graph import Step
 from ..inapplicable import NotApplicable
 from .base import Fault, Parameters, Steps, read_of
-from .edits import ggml, integer, left_out, only, require
+from .edits import WithInput, ggml, integer, left_out, only, require
 
 _CONVOLUTIONS = ("ssm_conv", "conv.conv", "conv_output_raw")
 _SOFTPLUS = 15  # enum ggml_unary_op
 
 
 def _tap(step: Step, _right: Steps, parameters: Parameters) -> Step:
-    return replace(require(step, "SSM_CONV"), op=_Rolled(step.op, parameters["by"]))
+    """The taps [channels, taps], which are the last input, in another order."""
+    by = parameters["by"]
 
+    def moved(taps: Array) -> Array:
+        return taps[..., ::-1] if by == 0 else np.roll(taps, by, axis=-1)
 
-class _Rolled:
-    """A convolution whose taps stand elsewhere: inputs, weight [channels, taps]."""
-
-    def __init__(self, op: Any, by: int) -> None:
-        self._op, self._by = op, by
-
-    def __call__(self, *inputs: Any, **params: Any) -> Array:
-        *values, weight = inputs
-        moved = weight[..., ::-1] if self._by == 0 else np.roll(weight, self._by, axis=-1)
-        value: Array = self._op(*values, moved, **params)
-        return value
+    return replace(require(step, "SSM_CONV"), op=WithInput(step.op, -1, moved))
 
 
 def _no_softplus(step: Step, _right: Steps, _parameters: Parameters) -> Step:

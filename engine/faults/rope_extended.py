@@ -3,18 +3,19 @@
 from dataclasses import replace
 from math import log
 
+from checkpoints.long_factors import LONG, SHORT
+
 from ..backend import Array, module_of
-from ..graph import Step
+from ..graph import Altered, Step, WeightSource
 from ..inapplicable import NotApplicable
 from .base import AT, Fault, Parameters, Steps
 from .edits import integer, number, require, with_values
-from .rotation import ROTATED, at_positions, both, both_then_each
+from .rotation import ROTATED, SECTIONS, at_positions, both, both_then_each
 
 # ggml's op_params of ROPE: integers, then floats.
 _MODE, _CONTEXT, _FIRST_SECTION = 2, 4, 11
 _SCALE, _MIX, _MAGNITUDE, _FAST, _SLOW = 6, 7, 8, 9, 10
 _SIDE_BY_SIDE, _INTERLEAVED = 8, 40  # GGML_ROPE_TYPE_MROPE, GGML_ROPE_TYPE_IMROPE
-_SECTIONS = 4
 
 
 def _yarn(step: Step, _right: Steps, parameters: Parameters) -> Step:
@@ -57,23 +58,32 @@ def _magnitude(step: Step, _right: Steps, parameters: Parameters) -> Step:
     return with_values(step, {_MAGNITUDE: 1.0 if parameters["magnitude"] == "left out" else magnitude**2})
 
 
-def _other_factors(step: Step, _right: Steps, _parameters: Parameters) -> Step:
+_OF_OTHER_LENGTH = {SHORT: LONG, LONG: SHORT}
+
+
+def _in_place_of(weight: str) -> Altered:
     """Long contexts' factors for short ones', or the other way round."""
-    others = {"rope_factors_short": "rope_factors_long", "rope_factors_long": "rope_factors_short"}
-    weights = list(step.weights)
-    for place, weight in enumerate(weights):
-        name = next((name for name in others if isinstance(weight, str) and name in weight), None)
-        if name is not None:
-            weights[place] = str(weight).replace(name, others[name])
-    if weights == list(step.weights):
+
+    def make(source: WeightSource, name: str) -> Array:
+        try:
+            return source.get(_OF_OTHER_LENGTH[name])
+        except KeyError as error:  # llama.cpp takes files with one of the two
+            raise NotApplicable(f"the file has no {_OF_OTHER_LENGTH[name]}") from error
+
+    return Altered(weight, make)
+
+
+def _other_factors(step: Step, _right: Steps, _parameters: Parameters) -> Step:
+    weights = tuple(_in_place_of(weight) if weight in (SHORT, LONG) else weight for weight in step.weights)
+    if weights == step.weights:
         raise NotApplicable(f"{step.makes} has no factors for two lengths")
-    return replace(step, weights=tuple(weights))
+    return replace(step, weights=weights)
 
 
 def _time_alone(positions: Array) -> Array:
     """Positions whose sections of height and width are 0: [4 · T]."""
-    sections = module_of(positions).zeros_like(positions).reshape(_SECTIONS, -1)
-    sections[0] = positions.reshape(_SECTIONS, -1)[0]
+    sections = module_of(positions).zeros_like(positions).reshape(SECTIONS, -1)
+    sections[0] = positions.reshape(SECTIONS, -1)[0]
     moved: Array = sections.reshape(positions.shape)
     return moved
 

@@ -10,7 +10,7 @@ from ..graph import PASSES, History, Read, Step
 from ..inapplicable import NotApplicable
 from ..lift.node import GgmlOperation
 from .base import Steps, Values, parameter_of, with_parameters
-from .edits import ggml, integer, left_out, number, with_values
+from .edits import HandsOn, WithInput, ggml, integer, left_out, number, with_values
 
 _FLOATS = {"base": 5, "scale": 6}  # of op_params, as ggml_rope_impl writes them
 _DIMS, _MODE = 1, 2
@@ -18,7 +18,7 @@ _MODES = {"norm": 0, "neox": 2}  # GGML_ROPE_TYPE_NORMAL, GGML_ROPE_TYPE_NEOX; t
 _OPERANDS = 3  # what is rotated, positions, frequency factors
 _QUERIES, _KEYS = ("q_rope", "q_pe"), ("k_rope", "k_pe")  # whole heads, or the part of them that is rotated by itself
 ROTATED = (*_QUERIES, *_KEYS)
-_SECTIONS = 4  # time, height, width and a fourth that text leaves at 0
+SECTIONS = 4  # time, height, width and a fourth that text leaves at 0
 
 
 def _rotated(right: Steps) -> tuple[Values, Values]:
@@ -126,34 +126,15 @@ def _as_it_is(x: Array, *_inputs: Any, **_params: Any) -> Array:
     return x.copy()
 
 
-@dataclass(frozen=True)
-class AtPositions:
-    """A rotation by other positions: `change` makes them of the right ones and of what is read besides.
-
-    `at` is the number of the positions among the inputs, `besides` the numbers of what is read for `change` alone.
-    """
-
-    op: Callable[..., Array]
-    at: int
-    change: Callable[..., Array]
-    besides: tuple[int, ...] = ()
-
-    def __call__(self, *inputs: Any, **params: Any) -> Array:
-        """The rotated value."""
-        changed = list(inputs)
-        changed[self.at] = self.change(inputs[self.at], *(inputs[number] for number in self.besides))
-        return self.op(*[value for number, value in enumerate(changed) if number not in self.besides], **params)
-
-
 def at_positions(step: Step, change: Callable[..., Array], *reads: Read) -> Step:
     """The step that rotates by changed positions; `change` is given them and the values of `reads`."""
     at = 1 if require_rotation(step).op is ops.rope else step.params["operands"][1].index
     besides = tuple(range(len(step.reads), len(step.reads) + len(reads)))
-    return replace(step, op=AtPositions(step.op, at, change, besides), reads=(*step.reads, *reads))
+    return replace(step, op=WithInput(step.op, at, change, besides), reads=(*step.reads, *reads))
 
 
 @dataclass(frozen=True)
-class _Twice:
+class _Twice(HandsOn):
     op: Callable[..., Array]
 
     def __call__(self, x: Array, *inputs: Any, **params: Any) -> Array:
@@ -185,7 +166,7 @@ def _in_sections(counted: Array, positions: Array) -> Array:
     xp = module_of(positions)
     if positions.size == counted.size:
         return counted.astype(positions.dtype)
-    sections = xp.tile(counted, _SECTIONS).reshape(_SECTIONS, -1)
+    sections = xp.tile(counted, SECTIONS).reshape(SECTIONS, -1)
     sections[-1] = 0
     return sections.reshape(positions.shape).astype(positions.dtype)
 

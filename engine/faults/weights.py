@@ -1,18 +1,21 @@
 """Faults of reading weights: layout, order, which tensor, which rows."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any
 
 import numpy as np
 
+from .. import ops
 from ..backend import Array, module_of
 from ..graph import Altered, RowsOf, Step, WeightPart, WeightSource
 from ..inapplicable import NotApplicable
 from .base import AT, Fault, Parameters, Steps, Values, kind_of, layer_near, parameter_of, sibling, subsets, weight_of
+from .edits import HandsOn
 
 MATRICES = ("q", "k", "v", "attn_out", "ffn_gate", "ffn_up", "ffn_out")
+EXPERTS = ("ffn_moe_gate_up", "ffn_moe_gate", "ffn_moe_up", "ffn_moe_down")
 _QKV = ("q", "k", "v")
 # Operations that read weights of a layer.
 _WITH_WEIGHTS = ("MUL_MAT", "RMS_NORM", "NORM", "SOFT_MAX", "MUL_MAT_ID", "ADD_ID", "ADD", "MUL", "SSM_CONV", "SSM_SCAN")
@@ -55,6 +58,12 @@ def _transposed(weight: Array) -> Array:
     return weight.T.copy().reshape(weight.shape)
 
 
+def each_transposed(weight: Array) -> Array:
+    """The matrices of experts or heads [E, out, in], each of whose memory is taken for [in, out]."""
+    count, rows, columns = weight.shape
+    return weight.reshape(count, columns, rows).swapaxes(1, 2).copy()
+
+
 def _transpose(step: Step, _right: Steps, _parameters: Parameters) -> Step:
     return altered(step, _transposed)
 
@@ -62,12 +71,24 @@ def _transpose(step: Step, _right: Steps, _parameters: Parameters) -> Step:
 def _stride(weight: Array, stride: int) -> Array:
     rows, columns = weight.shape
     xp, flat = module_of(weight), weight.reshape(-1)
-    starts = xp.arange(rows) * stride % weight.size
-    return xp.concatenate([flat, flat[:columns]])[starts[:, None] + xp.arange(columns)]
+    twice = xp.concatenate([flat, flat[:columns]])
+    windows = xp.lib.stride_tricks.as_strided(twice, (weight.size, columns), (twice.itemsize, twice.itemsize))
+    taken: Array = windows[xp.arange(rows) * stride % weight.size]
+    return taken
 
 
 def _leading(step: Step, _right: Steps, _parameters: Parameters) -> Step:
     return altered(step, lambda weight: _stride(weight, weight.shape[0]))
+
+
+def with_rows_moved(step: Step, change: Callable[[Array], Array], *, bias: str) -> Step:
+    """The product with the rows of its matrix in another order, and those of its bias: `bias` is "moved" or "left"."""
+    changed = altered(step, change)
+    name = weight_of(step, 1)
+    if not isinstance(name, str) or bias == "left":
+        return changed
+    moved = Altered(name, lambda source, weight: change(source.get(weight)))
+    return replace(changed, weights=(changed.weights[0], moved))
 
 
 def _heads(step: Step, right: Steps) -> int:
@@ -85,12 +106,7 @@ def permuted(rows: Array, heads: int, to: str) -> Array:
 
 def _permute(step: Step, right: Steps, parameters: Parameters) -> Step:
     heads, to = _heads(step, right), parameters["to"]
-    changed = altered(step, lambda weight: permuted(weight, heads, to))
-    bias = weight_of(step, 1)
-    if not isinstance(bias, str) or parameters["bias"] == "left":
-        return changed
-    moved = Altered(bias, lambda source, name: permuted(source.get(name), heads, to))
-    return replace(changed, weights=(changed.weights[0], moved))
+    return with_rows_moved(step, lambda rows: permuted(rows, heads, to), bias=parameters["bias"])
 
 
 def _order(step: Step, right: Steps, parameters: Parameters) -> Step:
@@ -147,17 +163,39 @@ def _embedding_as_output(step: Step, right: Steps, _parameters: Parameters) -> S
     return replace(step, weights=(taken.weight, *step.weights[1:])) if isinstance(taken, RowsOf) else step
 
 
+def _count_of(part: str | int, size: int) -> int:
+    return int({"half": size // 2, "quarter": size // 4, "eighth": size // 8}.get(str(part), part))
+
+
 def _zeroed(weight: Array, *, part: str | int, axis: str) -> Array:
     weight = weight.copy()
-    along = 0 if axis == "rows" else 1
-    size = weight.shape[along]
-    count = {"half": size // 2, "quarter": size // 4, "eighth": size // 8}.get(str(part), part)
     view = weight if axis == "rows" else weight.T
-    view[size - int(count) :] = 0
+    view[len(view) - _count_of(part, len(view)) :] = 0
     return weight
 
 
+@dataclass(frozen=True)
+class _WithoutPart(HandsOn):
+    """A product with the last rows or columns of its matrix missing, without a copy of that: they meet no element, or make none."""
+
+    op: Callable[..., Array]
+    part: str | int
+    axis: str
+
+    def __call__(self, x: Array, weight: Array, bias: Array | None = None) -> Array:
+        """x · weightᵀ (+ bias) with that part of the matrix as zeros: [T, in], [out, in] -> [T, out]."""
+        if self.axis == "columns":
+            x = x.copy()
+            x[:, max(0, x.shape[1] - _count_of(self.part, x.shape[1])) :] = 0
+            return self.op(x, weight, bias)
+        made = self.op(x, weight)
+        made[:, max(0, made.shape[1] - _count_of(self.part, made.shape[1])) :] = 0
+        return made if bias is None else made + bias
+
+
 def _missing(step: Step, _right: Steps, parameters: Parameters) -> Step:
+    if step.op is ops.linear and step.weights and isinstance(step.weights[0], str):
+        return replace(step, op=_WithoutPart(step.op, parameters["part"], parameters["axis"]))
     return altered(step, lambda weight: _zeroed(weight, part=parameters["part"], axis=parameters["axis"]))
 
 

@@ -11,8 +11,8 @@ from .edits import ggml, integer, maker, number, only, require, with_values
 
 _SOFT = ("kq_soft_max",)
 _TANH = 4  # GGML_UNARY_OP_TANH
-_CAPPED = ("kq_scaled_2", "logits")
-_SCALES = ("scale", "Qcur")
+CAPPED = ("kq_scaled_2", "logits")
+QUERY_SCALES = ("scale", "Qcur")
 
 
 def _has_window(step: Step) -> bool:
@@ -67,10 +67,11 @@ def _zero(source: WeightSource, name: str) -> Array:
 
 def recapped(step: Step, right: Steps, cap: float) -> Step:
     """The step with another cap: of scores [H, T, S] or logits [T, V]."""
-    return replace(step, op=_capped, reads=(read_of(cap_of(step, right)[0], 0),), params={"cap": cap})
+    return replace(step, op=soft_capped, reads=(read_of(cap_of(step, right)[0], 0),), params={"cap": cap})
 
 
-def _capped(x: Array, *, cap: float) -> Array:
+def soft_capped(x: Array, *, cap: float) -> Array:
+    """c · tanh(x / c)."""
     number = x.dtype.type(cap)
     capped: Array = number * module_of(x).tanh(x / number)
     return capped
@@ -154,13 +155,13 @@ FAULTS = (
     ),
     Fault(
         name="softcap-missing",
-        kinds=_CAPPED,
+        kinds=CAPPED,
         change=_uncapped,
         what="the soft cap is missing, in {at}",
         symptom="large scores are too large, small ones are right",
         fix="c · tanh(x / c) with attn_logit_softcapping and final_logit_softcapping",
         seen="fused attention that has no cap",
-        parameters={AT: subsets(*_CAPPED)},
+        parameters={AT: subsets(*CAPPED)},
     ),
     Fault(
         name="sinks-missing",
@@ -174,7 +175,7 @@ FAULTS = (
     ),
     Fault(
         name="query-scale",
-        kinds=_SCALES,
+        kinds=QUERY_SCALES,
         change=_query_scale,
         what="the scale of the queries is {scale}",
         symptom="position 0 is right, later ones are wrong",

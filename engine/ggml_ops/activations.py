@@ -4,6 +4,8 @@ from collections.abc import Callable
 
 import numpy as np
 
+from checkpoints.dataflow import LOOKED_UP
+
 from ..backend import Array
 from .error_function import erf
 from .params import OpParams, Shape, as_floats, to_half
@@ -137,7 +139,7 @@ def unary(x: Array, *, params: OpParams, shape: Shape) -> Array:
 def looked_up(name: str, params: OpParams) -> bool:
     """Whether ggml's CPU backend looks this operation up in a table of float16, which rounds its argument and its result."""
     kinds = {"UNARY": UNARY_KINDS, "GLU": GLU_KINDS}.get(name, ())
-    return bool(kinds) and kinds[params.int(0)] in ("GELU", "GELU_QUICK", "GEGLU", "GEGLU_QUICK")
+    return bool(kinds) and kinds[params.int(0)] in LOOKED_UP
 
 
 def leaky_relu(x: Array, *, params: OpParams, shape: Shape) -> Array:

@@ -8,7 +8,7 @@ import numpy as np
 
 from ..backend import Array, module_of
 from .activations import exponential
-from .params import OpParams, Shape, as_floats, in_float64
+from .params import OpParams, Shape, in_float64
 
 
 @in_float64
@@ -20,7 +20,6 @@ def rwkv_wkv6(
     k, v, r, decay [1, T, H, d], first [1, 1, H, d], state [1, 1, B, H·d·d] (rows of k, columns of v).
     Mirrors ggml_compute_forward_rwkv_wkv6_f32.
     """
-    k, v, r, first, decay, state = as_floats(k, v, r, first, decay, state)
     held = _states(state, k)
     bonus = first.reshape(1, *k.shape[2:], 1)
     outputs = []
@@ -37,7 +36,6 @@ def gated_linear_attention(k: Array, v: Array, q: Array, gate: Array, state: Arr
 
     k, v, q, gate [1, T, H, d], state [1, 1, B, H·d·d]. Mirrors ggml_compute_forward_gla_f32.
     """
-    k, v, q, gate, state = as_floats(k, v, q, gate, state)
     held = _states(state, k)
     outputs = []
     for k_now, v_now, q_now, gate_now in _tokens(held, k, v, q, gate):
@@ -55,7 +53,6 @@ def rwkv_wkv7(
     All but the state [1, T, H, d], state [1, 1, B, H·d·d] (rows of v, columns of k). Mirrors ggml_compute_forward_rwkv_wkv7_f32,
     whose vector code takes heads of whole vectors for granted: it gets d < 32 wrong on AVX.
     """
-    r, w, k, v, a, b, state = as_floats(r, w, k, v, a, b, state)
     held = _states(state, k)
     outputs = []
     for r_now, w_now, k_now, v_now, a_now, b_now in _tokens(held, r, w, k, v, a, b):
@@ -75,10 +72,9 @@ def gated_delta_net(
     [B, H, d, d] (rows of v, columns of k). Int 0 is how many of the last states are kept, the latest first.
     Mirrors ggml_compute_forward_gated_delta_net_one_chunk.
     """
-    q, k, v, gate, beta, held = as_floats(q, k, v, gate, beta, state)
     xp = module_of(v)
     sequences, tokens, heads, size = v.shape
-    held = held.reshape(sequences, heads, size, size)
+    held = state.reshape(sequences, heads, size, size)
     q, k = (_fewer_heads(vector, sequences, heads) for vector in (q, k))
     kept = max(1, params.int(0))
     snapshots = xp.zeros((kept, *held.shape), dtype=v.dtype)

@@ -35,7 +35,6 @@ def ssm_scan(
         x: [B, T, H, dim]; dt: [1, B, T, H]; a: [1, 1, H, N] (Mamba 1) or [1, 1, H, 1]; b, c: [B, T, G, N].
         params: int 0 is how many of the last states are kept, the latest first.
     """
-    states, x, dt, a, b, c = as_floats(states, x, dt, a, b, c)
     xp = module_of(x)
     tokens, heads = x.shape[1:3]
     state = states[ids.reshape(-1).astype(np.int64)]  # [B, H, dim, N]

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from checkpoints.graph import CACHE, INPUT, NODE, STATE, VIEWS, WEIGHT, Graph, Size, Sizes, Tensor
+from checkpoints.graph import CACHE, NODE, VIEWS, WEIGHT, Graph, Size, Sizes, Tensor
 from checkpoints.points import of_scores
 
 from ..graph import History, View
@@ -235,11 +235,6 @@ def _sum(a: Size, b: Size) -> Size:
 
 def _difference(a: Size, b: Size) -> Size:
     return Size(*(x - y for x, y in zip(a, b, strict=True)))
-
-
-def leaf(tensor: Tensor) -> bool:
-    """Whether it is no node."""
-    return tensor.kind in (WEIGHT, INPUT, CACHE, STATE)
 
 
 def row_strides(shape: Sequence[Size], strides: Sequence[Size], t: Size) -> tuple[Size, Size]:

@@ -1,12 +1,13 @@
 """One file per architecture, named after it: `steps(blocks)` returns its list of steps."""
 
 import pkgutil
+from collections.abc import Mapping
 from importlib import import_module
 
 from checkpoints.errors import ModelError
 
-from ..blocks import Blocks
-from ..graph import Step
+from ..blocks import Blocks, HasShape
+from ..graph import RowsOf, Step
 from ..weights.gguf_model import Hyperparameters
 
 
@@ -15,9 +16,19 @@ def architectures() -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(__path__))
 
 
-def written_by_hand(hyperparameters: Hyperparameters) -> bool:
-    """Whether there is a list of steps for this model here; every other model's is lifted from llama.cpp's graph."""
-    return hyperparameters.architecture in architectures() and not hyperparameters.irregular
+def written_by_hand(hyperparameters: Hyperparameters, tensors: Mapping[str, HasShape]) -> bool:
+    """Whether there is a list of steps for this model here; every other model's is lifted from llama.cpp's graph.
+
+    A list fits a file that has the weights that it reads, and no others: a fused projection or a further norm is the graph's.
+    """
+    if hyperparameters.architecture not in architectures() or hyperparameters.irregular:
+        return False
+    try:
+        steps = steps_of(hyperparameters.architecture, Blocks(hyperparameters, tensors))
+    except ModelError:
+        return False
+    read = {weight.weight if isinstance(weight, RowsOf) else weight for step in steps for weight in step.weights}
+    return tensors.keys() <= read
 
 
 def steps_of(architecture: str, blocks: Blocks) -> list[Step]:

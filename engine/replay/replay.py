@@ -157,7 +157,7 @@ class Replay:
             return False
         try:
             value = self._compute(step, changed)
-        except (ValueError, IndexError) as error:  # NumPy's: shapes that do not go together, ids beyond a table
+        except ValueError as error:  # NumPy's: shapes that do not go together, where the fault does not fit this model
             raise NotApplicable(f"{step.makes}: {error}") from error
         if right is not None:
             before = self.values[step.makes]

@@ -1,10 +1,13 @@
 """The truth about a list of steps: the same steps computed in float64, from the same float32 weights.
 
 An operation computes in the type of its operands, so wide operands are all that it takes. What the file and ggml define in
-float32 stays what it is: weights, epsilon, scales, and RoPE's angles, which ggml multiplies up step by step in float32.
+float32 stays what it is: weights, epsilon, scales, and RoPE's angles, which ggml multiplies up step by step in float32. In float32 the
+same steps tell what rounding costs, with ggml's tables of float16 and without.
 """
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from enum import Enum
 from types import MappingProxyType
 from typing import Any
 
@@ -51,6 +54,27 @@ def coarse_points(steps: Sequence[Step], given: Collection[str] = ()) -> frozens
     return frozenset(coarse)
 
 
+class Variant(Enum):
+    """In which arithmetic a list of steps is computed.
+
+    `WIDE`: float64, the truth. `EXACT`: float32, no table of float16. `TABLED`: float32, with the tables that ggml looks up.
+    """
+
+    WIDE = "float64"
+    EXACT = "float32"
+    TABLED = "float32 with ggml's tables"
+
+
+def without_tables(steps: Sequence[Step]) -> list[Step]:
+    """The steps with each function that ggml takes from a table of float16 computed in the type of its argument."""
+    return [
+        replace(step, params={**step.params, "params": replace(step.params["params"], rounds=False)})
+        if is_looked_up(step)
+        else step
+        for step in steps
+    ]
+
+
 class WideWeights:
     """The float32 weights of another source as float64 arrays; nothing is kept, since they take twice the room."""
 
@@ -75,7 +99,8 @@ class WideWeights:
         return self._source.rows(name, ids).astype(np.float64)
 
 
-def wide_values(
+def values_of(
+    variant: Variant,
     steps: Sequence[Step],
     tokens: Sequence[int],
     positions: Sequence[int],
@@ -85,24 +110,25 @@ def wide_values(
     wanted: Collection[str],
     given: Mapping[str, NDArray[Any]] = MappingProxyType({}),
 ) -> dict[str, NDArray[Any]]:
-    """What the wanted steps make in float64, on the host; those that no step makes are left out.
+    """What the wanted steps make in an arithmetic, on the host; those that no step makes are left out.
 
     One pass over all positions, as in `Replay`; the steps behind the last wanted one are not computed.
 
     Args:
         positions, passes: of each token: its position, and the number of the forward pass that it belongs to.
-        given: further values that steps read and none makes, float64.
+        given: further values that steps read and none makes, of the same arithmetic.
     """
-    values_of: dict[str, NDArray[Any]] = {}
+    kept: dict[str, NDArray[Any]] = {}
     last = max((number for number, step in enumerate(steps) if step.makes in wanted), default=-1)
 
     def keep(name: str, value: Array) -> None:
         if name in wanted:
-            values_of[name] = backend.to_host(value)
+            kept[name] = backend.to_host(value)
 
     numbers = {TOKENS: tokens, POSITIONS: positions, PASSES: passes}
     values = {name: backend.array(np.asarray(of, dtype=np.int64)) for name, of in numbers.items()}
     values |= {name: backend.array(value) for name, value in given.items()}
     with np.errstate(all="ignore"):  # faults overflow: that is what they do
-        graph.run(steps[: last + 1], values, WideWeights(weights), KvCache(backend.xp), keep)
-    return values_of
+        steps = without_tables(steps[: last + 1]) if variant is Variant.EXACT else steps[: last + 1]
+        graph.run(steps, values, WideWeights(weights) if variant is Variant.WIDE else weights, KvCache(backend.xp), keep)
+    return kept

@@ -15,9 +15,9 @@ from checkpoints.record import ModelInfo
 
 from .dequantize import FORMATS, dequantize, dequantize_into
 
+_LEAST_ROPE = 1e-30  # of a base or a factor: below it, angles of some hundred million positions are beyond float32
 # The usual ones of llama.h's llama_ftype: importing gguf, which has them all, takes longer than opening a small model.
 # fmt: off
-_LEAST_ROPE = 1e-30  # of a base or a factor: below it, angles of some hundred million positions are beyond float32
 FILE_TYPES = {
     0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 7: "Q8_0", 8: "Q5_0", 9: "Q5_1", 10: "Q2_K", 11: "Q3_K_S", 12: "Q3_K_M",
     13: "Q3_K_L", 14: "Q4_K_S", 15: "Q4_K_M", 16: "Q5_K_S", 17: "Q5_K_M", 18: "Q6_K", 19: "IQ2_XXS", 20: "IQ2_XS", 21: "Q2_K_S",

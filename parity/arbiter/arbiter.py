@@ -1,6 +1,7 @@
 """Which of two sides that differ is right: the same steps in float64 are the truth that both are held against."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -12,21 +13,23 @@ from checkpoints.summary import summarise
 from engine.backend import Backend
 from engine.engine import Engine
 from engine.graph import Step, WeightSource, sees_later
-from engine.replay.wide import coarse_points, entry_errors, is_looked_up, wide_values
+from engine.replay.disturbed import disturbed
+from engine.replay.wide import Variant, coarse_points, entry_errors, is_looked_up, values_of
 
 from ..diff.slices import SLICE_FLOOR
 
 Floats = NDArray[np.float64]
+_SAMPLES = 4  # runs with rounding's noise: the largest of as many is within a factor of two of what twice as many give
 
 
 class Arbiter:
-    """Knows the truth about one sequence: what a model's steps give in float64 for its tokens.
+    """Knows the truth about one sequence: what a model's steps give in float64 for its tokens, and what float32 makes of them.
 
-    It is computed when it is first asked for, up to the last point that is asked for, and only those points are kept.
+    Each is computed when it is first asked for, up to the last point that is asked for, and only those points are kept.
 
     Args:
         positions, passes: of each token: its position, and the number of the forward pass that it belongs to.
-        given: further values in float64 that the steps read and none of them makes.
+        given: further values that the steps read and none of them makes, in an arithmetic.
     """
 
     def __init__(
@@ -37,7 +40,7 @@ class Arbiter:
         tokens: Sequence[int],
         positions: Sequence[int],
         passes: Sequence[int],
-        given: Callable[[], Mapping[str, NDArray[Any]]] = dict,
+        given: Callable[[Variant], Mapping[str, NDArray[Any]]] = lambda _: {},
     ) -> None:
         self._steps = tuple(steps)
         self._weights = weights
@@ -50,12 +53,12 @@ class Arbiter:
         # of other lengths than a decoder's.
         whole = sees_later(steps)
         self._points = frozenset(step.makes for step in steps if step.axis == 0 or (step.axis == 1 and not whole))
-        self._truth: dict[str, NDArray[np.float64]] = {}
+        self._values: dict[Variant, dict[str, NDArray[Any]]] = {variant: {} for variant in Variant}
 
     @property
     def asked(self) -> bool:
         """Whether anything of the truth is known by now."""
-        return bool(self._truth)
+        return bool(self._values[Variant.WIDE])
 
     @cached_property
     def coarse(self) -> frozenset[str]:
@@ -77,9 +80,41 @@ class Arbiter:
         a value is not finite and the truth is. NaN for a record of another sequence or of a position without a token. Points
         that the steps do not make are left out.
         """
+        return self._distances(points, Variant.WIDE)
+
+    def from_table(self, points: Mapping[str, Rows]) -> dict[str, Floats]:
+        """As `parity.diff.truth.Truth.from_table`."""
+        return self._distances(points, Variant.TABLED)
+
+    def own_rounding(self, points: Mapping[str, Rows]) -> dict[str, Floats]:
+        """As `parity.diff.truth.Truth.own_rounding`."""
+        known = self._known(points, Variant.EXACT)
+        self._compute(known.keys(), Variant.WIDE)
+        return {name: self._own_rounding(rows) for name, rows in known.items()}
+
+    def _distances(self, points: Mapping[str, Rows], variant: Variant) -> dict[str, Floats]:
+        return {name: self._distance(rows, self._values[variant][name]) for name, rows in self._known(points, variant).items()}
+
+    def _known(self, points: Mapping[str, Rows], variant: Variant) -> dict[str, Rows]:
+        """Those of the points that the steps make, which are then computed in an arithmetic."""
         known = {name: rows for name, rows in points.items() if name in self._points}
-        self._compute(known.keys() - self._truth.keys())
-        return {name: self._distance(rows, self._truth[name]) for name, rows in known.items()}
+        self._compute(known.keys(), variant)
+        return known
+
+    def _own_rounding(self, rows: Rows) -> Floats:
+        index, here = self._here(rows)
+        distances = np.full(len(rows), np.nan)
+        if here.any():
+            like, rounded, truth = rows.take(here), *(self._values[of][rows.point] for of in (Variant.EXACT, Variant.WIDE))
+            mine = self._recorded(like, index[here], rounded)[0]
+            mine = replace(mine, sketch=None if rows.sketch is None else mine.sketch)
+            distances[here] = _nmse(mine, *self._recorded(like, index[here], truth))
+        return distances
+
+    def _here(self, rows: Rows) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """Which row of the values each record is, [R], and whether it is one of them."""
+        index = rows.token_idx - self._positions[0]
+        return index, (rows.seq == 0) & (index >= 0) & (index < len(self._positions))
 
     def one_entry(self, points: Mapping[str, Rows]) -> dict[str, Floats]:
         """As `parity.diff.truth.Truth.one_entry`; records whose positions or elements are not known have 0."""
@@ -87,8 +122,7 @@ class Arbiter:
         return {name: self._one_entry(step, points[name]) for name, step in tables.items()}
 
     def _one_entry(self, step: Step, rows: Rows) -> Floats:
-        index = rows.token_idx - self._positions[0]
-        here = (rows.seq == 0) & (index >= 0) & (index < len(self._positions))
+        index, here = self._here(rows)
         bound = np.zeros(len(rows))
         if rows.indices is None and here.any():
             kept = rows.take(here)
@@ -100,17 +134,32 @@ class Arbiter:
             bound[here] = error / np.fmax(energy, share)
         return bound
 
-    def value(self, point: str) -> NDArray[np.float64]:
-        """The whole value of a point."""
-        self._compute({point} - self._truth.keys())
-        return self._truth[point]
+    def spread(self, points: Mapping[str, Rows]) -> dict[str, Floats]:
+        """As `parity.diff.truth.Truth.spread`; records whose positions are not known have 0."""
+        known = self._known(points, Variant.WIDE)
+        worst = {name: np.zeros(len(rows)) for name, rows in known.items()}
+        for seed in range(_SAMPLES):
+            values = self._computed(Variant.WIDE, disturbed(self._steps, seed), known.keys())
+            for name, rows in known.items():
+                index, here = self._here(rows)
+                if here.any():
+                    moved, _ = self._recorded(rows.take(here), index[here], values[name])
+                    truth = self._values[Variant.WIDE][name]
+                    worst[name][here] = np.fmax(worst[name][here], self._distance(moved, truth))
+        return worst
 
-    def _compute(self, missing: Collection[str]) -> None:
-        if missing:
-            positions, given = self._positions.tolist(), self._given()
-            self._truth |= wide_values(
-                self._steps, self._tokens, positions, self._passes, self._weights, self._backend, missing, given
-            )
+    def value(self, point: str, variant: Variant = Variant.WIDE) -> NDArray[Any]:
+        """The whole value of a point in an arithmetic."""
+        self._compute({point}, variant)
+        return self._values[variant][point]
+
+    def _compute(self, wanted: Collection[str], variant: Variant) -> None:
+        if missing := set(wanted) - self._values[variant].keys():
+            self._values[variant] |= self._computed(variant, self._steps, missing)
+
+    def _computed(self, variant: Variant, steps: Sequence[Step], wanted: Collection[str]) -> dict[str, NDArray[Any]]:
+        positions, given = self._positions.tolist(), self._given(variant)
+        return values_of(variant, steps, self._tokens, positions, self._passes, self._weights, self._backend, wanted, given)
 
     def record(self, rows: Rows) -> Rows:
         """What a dump would record of the truth under the keys of some records, rounded to float32.
@@ -118,35 +167,35 @@ class Arbiter:
         Raises:
             KeyError: a point that was not asked for before.
         """
-        return self._recorded(rows, rows.token_idx - self._positions[0], self._truth[rows.point])[0]
+        return self._recorded(rows, rows.token_idx - self._positions[0], self._values[Variant.WIDE][rows.point])[0]
 
-    def _distance(self, rows: Rows, truth: NDArray[np.float64]) -> Floats:
-        index = rows.token_idx - self._positions[0]
-        here = (rows.seq == 0) & (index >= 0) & (index < len(self._positions))
+    def _distance(self, rows: Rows, truth: NDArray[Any]) -> Floats:
+        index, here = self._here(rows)
         distances = np.full(len(rows), np.nan)
         if here.any():
             distances[here] = _nmse(rows.take(here), *self._recorded(rows.take(here), index[here], truth))
         return distances
 
-    def _recorded(self, rows: Rows, index: NDArray[np.int64], truth: NDArray[np.float64]) -> tuple[Rows, Rows]:
-        """What a dump would record of the truth, as the sum of two float32 records: what it is and what rounding that leaves."""
+    def _recorded(self, rows: Rows, index: NDArray[np.int64], values: NDArray[Any]) -> tuple[Rows, Rows | None]:
+        """What a dump would record of values, as the sum of two float32 records: what they are and what rounding that leaves, if any."""
         size = None if rows.indices is not None else int(rows.values.shape[1])
         with np.errstate(over="ignore", invalid="ignore"):
-            high = truth.astype(np.float32)
-            low = np.where(np.isfinite(high), truth - high, 0.0).astype(np.float32)
+            high = values.astype(np.float32)
+            low = np.where(np.isfinite(high), values - high, 0.0).astype(np.float32) if values.dtype != np.float32 else None
         first = int(self._positions[0])
-        recorded = [
-            summarise(rows.point, np.ascontiguousarray(part), self._positions, slice_size=size, keep=index, first=first)
-            for part in (high, low)
-        ]
-        return recorded[0], recorded[1]
+
+        def recorded(part: NDArray[np.float32]) -> Rows:
+            part = np.ascontiguousarray(part)
+            return summarise(rows.point, part, self._positions, slice_size=size, keep=index, first=first)
+
+        return recorded(high), None if low is None else recorded(low)
 
 
-def _nmse(rows: Rows, high: Rows, low: Rows) -> Floats:
-    """NMSE of records against the sum of two others of the same keys: [R]; the slice's floor is that of `slices`."""
+def _nmse(rows: Rows, high: Rows, low: Rows | None) -> Floats:
+    """NMSE of records against the sum of others of the same keys: [R]; the slice's floor is that of `slices`."""
     values = rows.values.astype(np.float64)
     present = np.arange(values.shape[1])[None, :] < rows.counts[:, None]
-    wanted = _elements(high, rows) + _elements(low, rows)
+    wanted = _elements(high, rows) + (0.0 if low is None else _elements(low, rows))
     finite = np.isfinite(values) & np.isfinite(wanted)
     use = present & finite
     delta = np.where(use, values - wanted, 0.0)
@@ -157,8 +206,9 @@ def _nmse(rows: Rows, high: Rows, low: Rows) -> Floats:
     energy = np.fmax(np.einsum("ij,ij->i", right, right), SLICE_FLOOR * use.sum(axis=1) / n * l2**2)
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         error = np.where(use.any(axis=1), np.einsum("ij,ij->i", delta, delta) / energy, np.nan)
-        if rows.sketch is not None and high.sketch is not None and low.sketch is not None and rows.quantum is None:
-            apart = rows.sketch.astype(np.float64) - (high.sketch.astype(np.float64) + low.sketch)
+        if rows.sketch is not None and high.sketch is not None and rows.quantum is None:
+            rest = 0.0 if low is None or low.sketch is None else low.sketch
+            apart = rows.sketch.astype(np.float64) - (high.sketch.astype(np.float64) + rest)
             error = np.fmax(error, np.mean(apart**2, axis=1) / l2**2)
     odd = present & (np.isfinite(values) != np.isfinite(wanted))
     error[odd.any(axis=1)] = np.inf

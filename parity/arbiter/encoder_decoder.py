@@ -1,11 +1,10 @@
 """The truth about an encoder–decoder: the encoder's steps over the prompt, the decoder's over its own tokens, each in float64."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import cached_property
 
 from checkpoints.record import Rows
-from engine.graph import ENCODED, ENCODER, POSITIONS, TOKENS, Step, name_of, read_as
+from engine.graph import ENCODED, ENCODER, alone
 from engine.replay.wide import coarse_points
 from engine.transformer import Transformer
 
@@ -24,15 +23,18 @@ class EncoderDecoderArbiter:
         steps = transformer.encoder or ()
         computed = transformer.weights, transformer.backend
         self._last = steps[-1].makes
-        self._encoder = Arbiter([_alone(step) for step in steps], *computed, prompt, range(len(prompt)), [0] * len(prompt))
+        self._encoder = Arbiter(alone(steps), *computed, prompt, range(len(prompt)), [0] * len(prompt))
         tokens = (transformer.decoder_start or 0, *generated)
         numbers = range(len(tokens))
-        self._decoder = Arbiter(transformer.steps, *computed, tokens, numbers, numbers, lambda: {ENCODED: self._encoded})
+        self._decoder = Arbiter(
+            transformer.steps,
+            *computed,
+            tokens,
+            numbers,
+            numbers,
+            lambda variant: {ENCODED: self._encoder.value(self._last, variant)},
+        )
         self._decoder_steps = transformer.steps
-
-    @property
-    def _encoded(self) -> Floats:
-        return self._encoder.value(self._last)
 
     @property
     def asked(self) -> bool:
@@ -47,23 +49,35 @@ class EncoderDecoderArbiter:
 
     def distances(self, points: Mapping[str, Rows]) -> dict[str, Floats]:
         """As `Arbiter.distances`."""
-        first = {name: rows for name, rows in points.items() if name.startswith(ENCODER)}
-        return self._encoder.distances(first) | self._decoder.distances(
-            {name: rows for name, rows in points.items() if name not in first}
-        )
+        first, others = _halves(points)
+        return self._encoder.distances(first) | self._decoder.distances(others)
+
+    def from_table(self, points: Mapping[str, Rows]) -> dict[str, Floats]:
+        """As `Arbiter.from_table`."""
+        first, others = _halves(points)
+        return self._encoder.from_table(first) | self._decoder.from_table(others)
+
+    def own_rounding(self, points: Mapping[str, Rows]) -> dict[str, Floats]:
+        """As `Arbiter.own_rounding`."""
+        first, others = _halves(points)
+        return self._encoder.own_rounding(first) | self._decoder.own_rounding(others)
 
     def one_entry(self, points: Mapping[str, Rows]) -> dict[str, Floats]:
         """As `Arbiter.one_entry`."""
-        first = {name: rows for name, rows in points.items() if name.startswith(ENCODER)}
-        others = {name: rows for name, rows in points.items() if name not in first}
+        first, others = _halves(points)
         return self._encoder.one_entry(first) | self._decoder.one_entry(others)
+
+    def spread(self, points: Mapping[str, Rows]) -> dict[str, Floats]:
+        """As `Arbiter.spread`, of each half by itself."""
+        first, others = _halves(points)
+        return self._encoder.spread(first) | self._decoder.spread(others)
 
     def record(self, rows: Rows) -> Rows:
         """As `Arbiter.record`."""
         return (self._encoder if rows.point.startswith(ENCODER) else self._decoder).record(rows)
 
 
-def _alone(step: Step) -> Step:
-    """A step of the encoder as that of a model whose tokens are the prompt."""
-    inputs = {ENCODER + name: name for name in (TOKENS, POSITIONS)}
-    return replace(step, reads=tuple(read_as(read, inputs.get(name_of(read), name_of(read))) for read in step.reads))
+def _halves(points: Mapping[str, Rows]) -> tuple[dict[str, Rows], dict[str, Rows]]:
+    """The records of the encoder and those of the decoder."""
+    first = {name: rows for name, rows in points.items() if name.startswith(ENCODER)}
+    return first, {name: rows for name, rows in points.items() if name not in first}

@@ -16,8 +16,6 @@ from .arbiter import Arbiter
 from .encoder_decoder import EncoderDecoderArbiter
 
 Floats = NDArray[np.float64]
-
-
 AnyArbiter = Arbiter | EncoderDecoderArbiter
 
 

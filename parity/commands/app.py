@@ -24,8 +24,10 @@ from . import (
     twin,
     weights,
 )
+from .empty_options import Commands
 
 app = typer.Typer(
+    cls=Commands,
     name="parity",
     no_args_is_help=True,
     pretty_exceptions_enable=False,

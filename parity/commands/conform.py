@@ -17,7 +17,7 @@ class ConformSide(StrEnum):
     SERVER = "server"
 
 
-@o.fills("command_on_tiny_models", "hugging_face", "asking", "compute", "tolerance", "threads", "backend", "mapping", "verbose")
+@o.fills("tested_command", "hugging_face", "asking", "compute", "tolerance", "threads", "backend", "mapping", "verbose")
 def conform(
     given: o.Given,
     side: Annotated[

@@ -77,7 +77,7 @@ def check_side(command: "Command | None", side: str | None) -> None:
             )
     elif (command is None) == (side is None):
         raise InputError(
-            "no engine to test was given." if command is None else f"--exec and --side {side} were given.",
+            "no engine to test was given." if command is None else "more than one engine to test was given.",
             "Take one of --exec CMD, --side ours and --side hf.",
             code="usage",
         )

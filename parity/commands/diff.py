@@ -32,7 +32,8 @@ def diff(
         typer.Option(
             "--model",
             "-m",
-            help="GGUF file of the dumps: measures the error of lower precisions on it, and which one OURS uses if it does not say.",
+            help="GGUF file of the dumps: measures the error of lower precisions on it, and which one OURS uses if it does not say; "
+            "--arbiter needs it.",
         ),
     ] = None,
     step: Annotated[

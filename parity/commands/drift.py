@@ -8,8 +8,10 @@ import typer
 from checkpoints.errors import InputError
 
 from . import options as o
+from .empty_options import Commands
 
 app = typer.Typer(
+    cls=Commands,
     no_args_is_help=True,
     help="Keep numbers from moving unseen: record golden dumps, check against them in CI, see the margins over commits.",
 )

@@ -9,8 +9,10 @@ import typer
 from checkpoints.printable import printable
 
 from . import options as o
+from .empty_options import Commands
 
 app = typer.Typer(
+    cls=Commands,
     no_args_is_help=True,
     help="Write one side's dump: `dump ours` (our engine), `dump ref` (llama.cpp) or `dump hf` (Hugging Face).",
 )

@@ -36,6 +36,8 @@ def explain(
     from .output import answer, catalogue_as
 
     if catalogue:
+        if ours is not None:
+            raise InputError("--list takes no dump.", "Leave one of them out.", code="usage")
         catalogue_as(output_format)
         return
     if ours is None:

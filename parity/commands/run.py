@@ -149,18 +149,26 @@ def _refuse_mixtures(given: o.Given, *, hunt: bool, bisect: bool, third: bool) -
         raise InputError("--hunt needs an engine of yours.", "Give its command with --exec.", code="exec")
     if bisect and (not engine or hunt or third or server or others):
         raise InputError(
-            "--bisect needs an engine of yours (--exec), and goes with no other side and not with --hunt.",
+            "--bisect needs an engine of yours (--exec), and goes neither with --hunt nor with another side or llama.cpp.",
             "Leave the others out.",
             code="bisect",
         )
     if others and (hunt or third or server):
         raise InputError(
-            "--ref-python and --ref-lib do not go with --hunt, --with or --server.", "Leave them out.", code="builds"
+            "--ref-python and --ref-lib (or $LLAMA_CPP_LIB) do not go with --hunt, --with or --server.",
+            "Leave them out.",
+            code="builds",
         )
     if third and (given["mode"] != "exact" or hunt):
         raise InputError("--with hf is only for exact mode (it computes in float32), and not for --hunt.", code="three")
-    if server and (engine or third or given["positions"] != "all" or given["full"]):
-        raise InputError("--server does not go with --exec, --with, --positions or --full.", "Leave them out.", code="server")
+    if server and (engine or third or given["positions"] != "all" or given["full"] or given["first_position"]):
+        raise InputError(
+            "--server does not go with --exec, --with, --positions, --first-position or --full.",
+            "Leave them out.",
+            code="server",
+        )
+    if bisect and given["first_position"]:
+        raise InputError("--bisect is for a prompt from position 0.", "Leave --first-position out.", code="bisect")
 
 
 def _with_hugging_face(request: "Request", started: "Reference", python: str, device: str, output_format: o.Format) -> int:

@@ -1,6 +1,6 @@
 """An engine against itself: the same positions computed in other portions must come out the same."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,9 +16,13 @@ from checkpoints.points import parse
 from checkpoints.record import Dump, Header
 from engine.engine import Engine, whole_input
 from engine.graph import sees_later
+from engine.transformer import Transformer
+from engine.weights.gguf_model import GgufModel
 from reference.client import Reference
 
 from ..arbiter.arbiter import Arbiter
+from ..arbiter.encoder_decoder import EncoderDecoderArbiter
+from ..arbiter.third_side import AnyArbiter
 from ..diff.compare import Options, compare
 from ..run.command import PORTIONS, SEQUENCES, STATE, UBATCH, EngineError
 from ..run.request import Prompt, Request
@@ -42,6 +46,7 @@ _WORDS = {
     SAVED: "what is saved is not all that is needed, or is put back elsewhere: keys, values, positions",
     BATCH: "the same row comes out differently among other rows: a kernel that depends on the number of tokens",
 }
+_DECODER = "dec.output_norm.weight"  # a tensor of every encoder–decoder
 _BY_WAY = {SEQUENCES: OTHERS, STATE: SAVED}
 _ROWWISE = ("attn_norm", "q", "k", "v", "attn_out", "ffn_norm", "ffn_gate", "ffn_up", "ffn_swiglu", "ffn_out")
 
@@ -70,6 +75,8 @@ def consistency(request: ConsistencyRequest) -> Consistency:
     with Reference(verbose=run.verbose, threads=run.threads) as reference:
         side = side_of(request.source, run, reference, resident=True)
         prompt = resolve_prompt(reference, run.model, run.prompt, run.tokens)
+        if _DECODER in GgufModel(run.model).tensors:  # the decoder is led along the prompt, in as many positions
+            prompt = replace(prompt, decoded=prompt.ids[:-1])
         vocabulary = reference.tokenize(run.model, "a").n_vocab
         return of_side(side, replace(prompt, text=None), request, vocabulary)
 
@@ -87,9 +94,18 @@ def of_side(side: Side, prompt: Prompt, request: ConsistencyRequest, vocabulary:
     run = request.run
     options = comparison_options(run)
     if isinstance(side, OurEngine):  # GELU's table is coarse: float64 says how far two right passes may be apart
-        options = replace(options, truth=Arbiter.of(side.engine, prompt.ids, run.first_position))
+        options = replace(options, truth=_truth(side.engine, prompt, run.first_position))
+    ways = side.ways
+    if prompt.decoded:
+        if isinstance(side, ExternalEngine):
+            raise InputError(
+                "--exec cannot tell an engine which tokens the decoder of an encoder–decoder reads.",
+                "Dump the decoder's tokens twice, in one pass and one by one: parity consistency A B.",
+                code="encoder-decoder",
+            )
+        ways &= {PORTIONS}
     checks: list[Check] = []
-    not_checked = [f"{what}: {side.name} {_untold(side, way)}" for way, what in _WAYS.items() if way not in side.ways]
+    not_checked = [f"{what}: {_untold(side, way)}" for way, what in _WAYS.items() if way not in ways]
     with TemporaryDirectory(prefix="parity-consistency-") as folder:
 
         def dumped(prompt: Prompt) -> Dump:
@@ -100,7 +116,7 @@ def of_side(side: Side, prompt: Prompt, request: ConsistencyRequest, vocabulary:
             return loaded(out, printed, run.mapping)
 
         whole = dumped(prompt)
-        for name, way, what in _ways(side, prompt, request.chunk):
+        for name, way, what in _ways(ways, prompt, request.chunk):
             try:
                 verdict = compare(dumped(way), whole, options)
             except EngineError:
@@ -109,13 +125,11 @@ def of_side(side: Side, prompt: Prompt, request: ConsistencyRequest, vocabulary:
                 not_checked.append(f"{name}: {error.message}")
                 continue
             suspect, reason = suspected(verdict, _starts(way.portions or (way.saved, count)), way=_way_of(way))
-            checks.append(
-                Check(name, f"{what} against a prefill of {count}", verdict, suspect, reason, first_to_differ(verdict))
-            )
-        if isinstance(side, OurEngine) and _sees_later(side.engine):
+            checks.append(Check(name, f"{what} against {_whole(prompt)}", verdict, suspect, reason, first_to_differ(verdict)))
+        if isinstance(side, OurEngine) and sees_later(side.engine.steps):
             not_checked.append("another last token: in an encoder every position sees all others")
         else:
-            other = dumped(replace(prompt, ids=(*prompt.ids[:-1], (prompt.ids[-1] + 1) % vocabulary), pieces=()))
+            other = dumped(_another_last(prompt, vocabulary))
             checks.append(_causal(other, whole, prompt.ids, options))
     if not checks:
         raise whole_input()
@@ -128,29 +142,49 @@ _WAYS = {
 
 
 def _untold(side: Side, way: str) -> str:
+    """Why a way of computing is not checked."""
     if isinstance(side, OurEngine):
-        return "computes one sequence at a time, in passes that are not cut further, and saves no state"
-    return f"is not told about them; put {way} into --exec"
+        return f"{side.name} computes one sequence at a time, in passes that are not cut further, and saves no state"
+    if isinstance(side, ExternalEngine):
+        return f"{side.name} is not told about them; put {way} into --exec"
+    return f"{side.name} encodes a prompt at once, and a state does not hold what came of it"
 
 
-def _ways(side: Side, prompt: Prompt, chunk: int) -> Iterator[tuple[str, Prompt, str]]:
+def _truth(engine: Engine, prompt: Prompt, first: int) -> AnyArbiter:
+    if isinstance(engine, Transformer) and engine.encoder is not None:
+        return EncoderDecoderArbiter(engine, prompt.ids, prompt.decoded)
+    return Arbiter.of(engine, prompt.ids, first)
+
+
+def _whole(prompt: Prompt) -> str:
+    return f"{'the decoder over' if prompt.decoded else 'a prefill of'} {len(prompt.ids)}"
+
+
+def _another_last(prompt: Prompt, vocabulary: int) -> Prompt:
+    """The prompt with another last token, of those that come one after the other."""
+    if prompt.decoded:
+        return replace(prompt, decoded=(*prompt.decoded[:-1], (prompt.decoded[-1] + 1) % vocabulary))
+    return replace(prompt, ids=(*prompt.ids[:-1], (prompt.ids[-1] + 1) % vocabulary), pieces=())
+
+
+def _ways(ways: Collection[str], prompt: Prompt, chunk: int) -> Iterator[tuple[str, Prompt, str]]:
     """(name, the prompt computed another way, that way in words), of the ways that the side can be told."""
     ids, count = prompt.ids, len(prompt.ids)
-    if PORTIONS in side.ways:
+    if PORTIONS in ways:
         for name, portions in _portions(count, chunk).items():
             yield name, replace(prompt, portions=tuple(portions)), _said(portions)
-    if UBATCH in side.ways:
+    if UBATCH in ways:
         for size in dict.fromkeys((1, chunk)):
             if size < count:
                 yield f"ubatches of {size}", replace(prompt, ubatch=size), f"a pass in ubatches of {size}"
-    if SEQUENCES in side.ways:  # a shorter one, the same one, a longer one
+    if SEQUENCES in ways:  # a shorter one, the same one, a longer one
         companions = (ids[: (count + 1) // 2], ids, (*ids, *ids[: (count + 1) // 2]))
         yield (
             "among other sequences",
             replace(prompt, companions=companions),
             "the last of four sequences, one of them the same,",
         )
-    if STATE in side.ways:
+    if STATE in ways:
         saved = count // 2
         yield "a restored state", replace(prompt, saved=saved), f"{saved}, a state saved and restored, and {count - saved}"
 
@@ -191,11 +225,6 @@ def _said(portions: Sequence[int]) -> str:
     if len(set(portions)) == 1 and len(portions) > 1:
         return f"{len(portions)} × {portions[0]}"
     return " + ".join(map(str, portions)) if len(portions) <= 4 else f"{portions[0]} + … + {portions[-1]}"
-
-
-def _sees_later(engine: Engine) -> bool:
-    """Whether positions of the prompt see later ones by design."""
-    return engine.encoder is not None or sees_later(engine.steps)
 
 
 def _causal(other: Dump, whole: Dump, ids: Sequence[int], options: Options) -> Check:

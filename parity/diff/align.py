@@ -100,7 +100,17 @@ def picked(pairs: Iterable[Pair], keep: Iterable[NDArray[np.bool_]]) -> tuple[Pa
 
 def keys(rows: Rows) -> NDArray[np.int64]:
     """int64 [R]: one number a record that orders by sequence, then position."""
-    return (rows.seq << _POSITION_BITS) | rows.token_idx
+    return numbers_of(rows.seq, rows.token_idx)
+
+
+def numbers_of(seq: NDArray[np.int64], token_idx: NDArray[np.int64]) -> NDArray[np.int64]:
+    """int64 [R]: one number for each place, which orders by sequence, then position."""
+    return (seq << _POSITION_BITS) | token_idx
+
+
+def place_of(number: int) -> tuple[int, int]:
+    """The sequence and the position that a number of `numbers_of` stands for."""
+    return number >> _POSITION_BITS, number & ((1 << _POSITION_BITS) - 1)
 
 
 class _Lacks:

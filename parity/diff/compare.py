@@ -23,6 +23,7 @@ from .records import Records
 from .routing import as_sets, routed
 from .tokens import TokenComparison, compare_tokens, own_choice, same_experiment, token_text
 from .truth import Truth
+from .undecided import undecided
 
 
 @dataclass(frozen=True)
@@ -83,9 +84,13 @@ def comparison(ours: Dump, ref: Dump, options: Options | None = None) -> Compari
     before = first is not None and bool((records.token_idx < first.token_idx).any())
     if parted is not None and before:
         return _comparison(ours, ref, options, parted)
-    if first is None or options.strict or options.limits is not None or not looks_like_eight_bits(records):
+    if first is None or options.strict or options.limits is not None:
         return compared
-    return replace(compared, verdict=suspicion(compared.verdict))
+    if looks_like_eight_bits(records):
+        return replace(compared, verdict=suspicion(compared.verdict))
+    if options.tolerance is not None or options.truth is not None:
+        return compared
+    return replace(compared, verdict=undecided(records, compared.verdict))
 
 
 def _comparison(ours: Dump, ref: Dump, options: Options, parted: TokenComparison | None = None) -> Comparison:

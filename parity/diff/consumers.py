@@ -16,7 +16,7 @@ from .against_limits import Held
 from .dataflow import Flow
 from .layouts import MOMENT, Allowed, Reading, head_size_of, reading
 from .measure import Measured
-from .operations import ELEMENTWISE, MIXING, NORMS
+from .operations import CHOICES, ELEMENTWISE, MIXING, NORMS
 from .same_vector import alike
 
 Floats = NDArray[np.float64]
@@ -26,9 +26,9 @@ Bools = NDArray[np.bool_]
 # A consumer's error has to be this many times below that of the record it is made from, both in proportion to their rows and, where
 # the consumer is a sum, in absolute terms: a residual stream that is much larger than what is added hides what is wrong in it.
 _BELOW = 100.0
-_ANOTHER = (
-    0.99  # cosine of both sides below which a row is not the other one scaled. A choice: that of a scaled row is 1 to rounding
-)
+# Share of an error's energy that is neither a factor nor a constant, from which on a norm behind it shows it. A choice: what is left of a
+# scaled row is rounding, while a fit of two numbers to noise in ten values leaves four fifths of it.
+_LEFT = 0.25
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,8 @@ class _Consumers:
         for name in reversed(self._found.names):
             rows = self._rows[self._place[name]]
             wrong = rows[self._held.failed[rows]]
-            if not len(wrong) or np.isinf(self._found.measures.nmse[wrong]).any():  # NaN agrees with nothing
-                continue
+            if not len(wrong) or not (np.isfinite(self._found.measures.nmse[wrong]) | self._nan(name, wrong).any(axis=1)).all():
+                continue  # an infinity may come and go; of NaN that was not recorded nothing is known
             decided = self._decisions(name, wrong)
             if decided is None:
                 continue
@@ -83,7 +83,31 @@ class _Consumers:
                 undecided.add(name)
         return Judged(self._otherwise, tuple(reversed(faults)), frozenset(undecided))
 
+    def _nan(self, name: str, wrong: Ints) -> Bools:
+        """Where the values of these records are NaN and the reference's are not, bool [len(wrong), N]."""
+        pair = self._found.pairs[self._place[name]]
+        ours, ref = (side.take(self._found.row[wrong]) for side in (pair.ours, pair.ref))
+        width = min(ours.values.shape[1], ref.values.shape[1])
+        inside = np.arange(width) < np.minimum(ours.counts, ref.counts)[:, None]
+        return np.asarray(np.isnan(ours.values[:, :width]) & np.isfinite(ref.values[:, :width]) & inside)
+
+    def _shows_nan(self, name: str, child: str, record: int, other: int) -> bool:
+        """Whether NaN at the place of a record's first one would show in what was recorded of a consumer."""
+        if not (np.isnan(self._found.measures.nmse_row[other]) or self._found.measures.bound[other]):
+            return True
+        parent, consumer = (self._found.pairs[self._place[point]] for point in (name, child))
+        above, below = int(self._found.row[record]), int(self._found.row[other])
+        if any(pair.ours.indices is not None or pair.ref.indices is not None for pair in (parent, consumer)):
+            return False
+        n, of = (pair.ref.stats.get("n") for pair in (parent, consumer))
+        alike = n is not None and of is not None and n[above] == of[below]
+        place = int(self._nan(name, np.array([record]))[0].argmax())
+        # The first element is made of the first one, however a narrow row is spread over a wide one.
+        return place == 0 or bool(alike and place < min(consumer.ours.counts[below], consumer.ref.counts[below]))
+
     def _reading(self, name: str, wrong: Ints) -> Reading | None:
+        if not np.isfinite(self._found.measures.nmse[wrong]).all():
+            return None
         pair = self._found.pairs[self._place[name]]
         ours, ref = (side.take(self._found.row[wrong]) for side in (pair.ours, pair.ref))
         allowed = Allowed.of(self._held.limit[wrong], self._found.measures.nmse[wrong], ours, ref)
@@ -125,6 +149,11 @@ class _Consumers:
                 told = True  # judged by what is made from it in turn
             elif self._held.failed[other]:
                 return None
+            elif not np.isfinite(self._found.measures.nmse[record]):  # NaN: what is made from it would have it, too
+                if self._shows_nan(name, child, record, other) and self._model.reaches(name, child, self._model.carries_nan):
+                    told = True
+                else:
+                    decided = False
             elif self._hidden_by_a_norm(name, child, record):
                 hidden = True  # says nothing, where a residual sum beside it does
             elif self._telling(name, child, record, other):
@@ -147,6 +176,8 @@ class _Consumers:
         if not left * _BELOW <= error:
             return False
         operations = self._model.operations(self._model.path(name, child))
+        if operations & CHOICES:
+            return False  # the same experts are chosen by many other scores
         if operations <= ELEMENTWISE and not left * self._energy[other] * _BELOW <= error * self._energy[record]:
             return False
         if not (np.isnan(measures.nmse_row[other]) or measures.bound[other]) or self._model.mixes(name, child):
@@ -170,14 +201,16 @@ class _Consumers:
         return bool(operations & NORMS) and operations <= ELEMENTWISE | NORMS and self._removed_by_a_norm(name, record)
 
     def _removed_by_a_norm(self, name: str, record: int) -> bool:
-        """Whether a record is off by a factor or by a constant: a norm behind it leaves nothing of that, and its agreement says nothing."""
-        if not self._found.measures.cosine[record] < _ANOTHER:
-            return True
+        """Whether a record is off by a factor and a constant: a norm behind it leaves nothing of that, and its agreement says nothing."""
         pair, row = self._found.pairs[self._place[name]], int(self._found.row[record])
         count = int(min(pair.ours.counts[row], pair.ref.counts[row]))
-        delta = pair.ours.values[row, :count].astype(np.float64) - pair.ref.values[row, :count]
-        energy = float(delta @ delta)
-        return bool(np.isfinite(energy)) and float(delta.sum()) ** 2 >= _ANOTHER * count * energy
+        values = pair.ref.values[row, :count].astype(np.float64)
+        delta = pair.ours.values[row, :count] - values
+        if not (np.isfinite(delta).all() and delta.any()):
+            return True  # what is wrong was not recorded
+        removed = np.stack([values, np.ones(count)], axis=1)
+        left = delta - removed @ np.linalg.lstsq(removed, delta, rcond=None)[0]
+        return float(left @ left) < _LEFT * float(delta @ delta)
 
     def _agrees(self, name: str, like: int) -> bool:
         other = self._record(name, like)
@@ -202,10 +235,13 @@ class _Consumers:
         agreeing = self._agreeing(name)
         children, agree = " and ".join(agreeing[:3]), "agrees" if len(agreeing) == 1 else "agree"
         what = read.sentence if read is not None else "another layout, moment or point than its name says"
+        nan = not np.isfinite(self._found.measures.nmse[wrong]).all()
+        if nan:
+            what = "NaN that was not computed with: memory that was not written when it was captured, or was reused"
         return RecordFault(
             checkpoint=name,
             layer=parse(name).layer,
-            kind=read.kind if read is not None else "unknown",
+            kind="nonfinite" if nan else (read.kind if read is not None else "unknown"),
             positions=tuple(sorted(set(self._found.token_idx[wrong].tolist()))),
             records=len(wrong),
             sentence=f"{what}; {children}, made from it, {agree}",

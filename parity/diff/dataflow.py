@@ -3,7 +3,7 @@
 The value at (point p, position t) depends on every point that p is made from, directly or not, at positions ≤ t.
 """
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -17,6 +17,12 @@ from checkpoints.record import Dump
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
+
+# `Flow.carries_nan`: arithmetic in which NaN gives NaN (IEEE 754), element by element or over the row that a norm divides by.
+_CARRY_NAN = frozenset({"ADD", "SUB", "MUL", "DIV", "SCALE", "ROPE", "RMS_NORM", "NORM", "L2_NORM"})
+_FUNCTIONS_OF_NAN = frozenset(
+    {"SILU", "SIGMOID", "TANH", "GELU", "GELU_ERF", "GELU_QUICK", "SWIGLU", "GEGLU", "GEGLU_ERF", "GEGLU_QUICK"}
+)
 
 
 @dataclass(frozen=True)
@@ -135,13 +141,27 @@ class Flow:
 
     def hidden(self, above: str, below: str) -> bool:
         """Whether every way from one point to another one leads through the soft max of attention, which may hide an error."""
+        return not self.reaches(above, below, lambda name: not self.attends(name))
+
+    def reaches(self, above: str, below: str, passes: Callable[[str], bool]) -> bool:
+        """Whether a way leads from one point to another one on which every node, the last one included, is one that `passes`."""
         reached, waiting = {above}, [above]
         while waiting:
             for other in self.whole.readers.get(waiting.pop(), ()):
-                if other not in reached and not self.attends(other):
+                if other not in reached and passes(other):
                     reached.add(other)
                     waiting.append(other)
-        return below not in reached
+        return below in reached
+
+    def carries_nan(self, name: str) -> bool:
+        """Whether what makes a node turns NaN in the leading values of an operand into NaN in its own leading values.
+
+        Left out are functions that compare (ReLU, bounds), attention, caches, and whatever takes or moves parts of rows.
+        """
+        how = self.whole.made[name]
+        if how.op == "MUL_MAT":
+            return bool(how.weights)
+        return how.op in _CARRY_NAN or how.function in _FUNCTIONS_OF_NAN
 
     def mixes(self, above: str, below: str) -> bool:
         """Whether a product with weights lies on a way between two points: each element of the lower is then made of whole rows."""
@@ -216,7 +236,10 @@ def upstream(model: Flow, point: Ints, seq: Ints, token_idx: Ints, nmse: Floats,
             above = _join([nothing, *(fronts[other] for other in model.parents[name] if other in fronts)])
             at = place[rows]
             worst[rows], spoiled[rows] = above.worst[at], above.failed[at]
-            fronts[name] = _join([above, _Front.of(at, nmse[rows], failed[rows], len(places))]) if len(rows) else above
+            front = _Front.of(at, nmse[rows], failed[rows], len(places))
+            # Every position of an encoder, and of its decoder, sees all of the encoder's.
+            front = front.everywhere() if name.startswith("enc.") else front
+            fronts[name] = _join([above, front]) if len(rows) else above
     return Upstream(worst, spoiled)
 
 
@@ -232,6 +255,10 @@ class _Front:
         worst, spoiled = np.zeros(length), np.zeros(length, dtype=np.bool_)
         worst[at], spoiled[at] = np.nan_to_num(nmse, nan=0.0, posinf=np.inf), failed
         return _Front(np.maximum.accumulate(worst), np.logical_or.accumulate(spoiled))
+
+    def everywhere(self) -> "_Front":
+        """The same where a position sees all others: what is at the last position."""
+        return _Front(np.full_like(self.worst, self.worst[-1:]), np.full_like(self.failed, self.failed[-1:]))
 
 
 def _join(fronts: list[_Front]) -> _Front:

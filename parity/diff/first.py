@@ -11,7 +11,7 @@ from checkpoints.points import EMBD
 
 from .dataflow import Stretch
 from .layouts import Allowed, head_size_of, reading
-from .limits import EXACT_FLOOR, FUTURE_MASS
+from .limits import EXACT_FLOOR, FUTURE_MASS, LARGEST_ROUNDING
 from .next_points import listed, next_points
 from .operations import ELEMENTWISE, noun
 from .pattern import Evidence, diagnose
@@ -23,9 +23,6 @@ Ints = NDArray[np.int64]
 
 # Where the error of the positions that pass is within this factor of that of those that fail, it is one error at all of them.
 _ALIKE = 30.0
-_LARGEST_ROUNDING = (
-    0.02  # NMSE: 8-bit activations cost up to some 5e-3 end to end (parity.diff.limits), 4 times that is no rounding
-)
 
 
 @dataclass(frozen=True)
@@ -199,6 +196,6 @@ def _alike(records: Records, here: Ints, failing: Ints) -> bool:
     """Whether positions that pass have an error of the size of those that fail, all of it as small as rounding is."""
     right = np.setdiff1d(here, failing)
     errors = records.measures.nmse
-    if len(right) < 2 or not records.limits.assumed or float(errors[failing].max()) > _LARGEST_ROUNDING:
+    if len(right) < 2 or not records.limits.assumed or float(errors[failing].max()) > LARGEST_ROUNDING:
         return False
     return float(np.median(errors[right])) * _ALIKE >= float(np.median(errors[failing]))

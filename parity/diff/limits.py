@@ -77,6 +77,9 @@ _LOOSEST_COMPUTE = _COMPUTE["bf16"]
 # positions: each known fault planted in layer 3 alone grew at most 3-fold from any point to a later one, 1.6-fold between the
 # default points; the smallest fault that was found at all (another epsilon in one norm) stood out 100-fold.
 JUMP = 20.0
+# NMSE: 8-bit activations cost up to 5e-3 end to end, at the first products of right engines 8e-3 at most (benchmarks/right_engines.py):
+# above twice that, in round numbers, nothing is rounding.
+LARGEST_ROUNDING = 0.02
 # Where the arithmetic is unknown, the noise of the points before is the measure: more than this times it is no noise.
 # A right float32 run spans a factor of 70 from its first computed point to its last (1e-14 … 7e-13).
 ASSUMED_JUMP = 1000.0

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from checkpoints.errors import DumpError
 from checkpoints.record import Dump
+from checkpoints.short_rows import reduced
 
 from .align import Alignment, Pair, picked
 from .slices import Values, elements, largest, prepare, present_in, slice_errors
@@ -75,6 +76,11 @@ class Measured:
     def names(self) -> tuple[str, ...]:
         """The points in dataflow order."""
         return tuple(pair.point for pair in self.pairs)
+
+    def names_of(self, some: NDArray[np.bool_]) -> frozenset[str]:
+        """The points of these records, bool [R]."""
+        names = self.names
+        return frozenset(names[number] for number in set(self.point[some].tolist()))
 
 
 def measured(alignment: Alignment, ours: Dump, ref: Dump) -> Measured:
@@ -166,12 +172,13 @@ def _measure(pairs: list[Pair], values: list[Values]) -> Measures:
     present = present_in(values, ours.shape)
     n = joined([np.where(np.isnan(sizes(p.ref)), sizes(p.ours), sizes(p.ref)) for p in pairs], 0)
     l2 = column(pairs, "ref", "l2")
-    part = slice_errors(values, ours, ref, present, n, l2)
+    finite = np.isfinite(ours) & np.isfinite(ref)
+    part = slice_errors(values, ours, ref, present, present & finite, n, l2)
     full = joined([_whole(p) for p in pairs], 0) > 0
     exact_text = joined([np.full(len(p.ours), p.ours.quantum is None and p.ref.quantum is None) for p in pairs], 0) > 0
     nmse_row, bound = whole_rows(pairs, n, l2)
     nmse_row = np.where(full, part.nmse, np.where(exact_text, nmse_row, np.nan))
-    odd = _nonfinite(pairs, values, ours, ref, present)
+    odd = _nonfinite(pairs, values, ours, ref, present, finite)
     return Measures(
         nmse=np.where(odd.one_sided, np.inf, np.fmax(part.nmse, nmse_row)),
         nmse_slice=part.nmse,
@@ -213,21 +220,29 @@ def _nonfinite(
     ours: NDArray[np.float32],
     ref: NDArray[np.float32],
     present: NDArray[np.bool_],
+    finite: NDArray[np.bool_],
 ) -> _Nonfinite:
     stated = [column(pairs, side, "nonfinite") for side in ("ours", "ref")]
-    counts = [_count_nonfinite(known, present & ~np.isfinite(x)) for known, x in zip(stated, (ours, ref), strict=True)]
+    some = np.flatnonzero(reduced(np.logical_or, present & ~finite))  # rows where a recorded value is not finite: few
+    a, b, there = ours[some], ref[some], present[some]
+    counts = [_count_nonfinite(known, some, there & ~np.isfinite(x)) for known, x in zip(stated, (a, b), strict=True)]
     counted = ~np.isnan(stated[0]) & ~np.isnan(stated[1])
-    finite = np.isfinite(ours) & np.isfinite(ref)
-    odd = present & ~finite & ~((ours == ref) | (np.isnan(ours) & np.isnan(ref)))
-    at = np.full(len(odd), -1, dtype=np.int64)
-    if odd.any():
-        first, at = largest(odd.astype(np.float64), elements(values))
-        at = np.where(first > 0, at, -1)
-    return _Nonfinite(counts[0], counts[1], odd.any(axis=1) | (counted & (counts[0] != counts[1])), at)
+    one_sided = counted & (counts[0] != counts[1])
+    at = np.full(len(ours), -1, dtype=np.int64)
+    if len(some):
+        odd = there & ~finite[some] & ~((a == b) | (np.isnan(a) & np.isnan(b)))
+        index = elements(values)
+        first, where = largest(odd.astype(np.float64), None if index is None else index[some])
+        at[some] = np.where(first > 0, where, -1)
+        one_sided[some] |= first > 0
+    return _Nonfinite(counts[0], counts[1], one_sided, at)
 
 
-def _count_nonfinite(stated: Floats, seen: NDArray[np.bool_]) -> Ints:
-    return np.asarray(np.fmax(stated, seen.sum(axis=1)), dtype=np.int64)
+def _count_nonfinite(stated: Floats, some: Ints, seen: NDArray[np.bool_]) -> Ints:
+    """How many values of each record are not finite, [R]: what its statistics say, at least those `seen` in some of the records."""
+    recorded = np.zeros(len(stated))
+    recorded[some] = seen.sum(axis=1)
+    return np.fmax(stated, recorded).astype(np.int64)
 
 
 def _future(ours: Floats, ref: Floats) -> Floats:

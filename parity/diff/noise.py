@@ -59,7 +59,10 @@ def excused(
     Args:
         model, point, seq, token_idx, nmse: as `dataflow.upstream` takes them; `of_limit`: [R], the error in proportion to `limit`.
     """
-    noisy = outliers(point, nmse, of_limit, upstream(model, point, seq, token_idx, nmse, of_limit > 1))
+    failed = of_limit > 1
+    if not failed.any():
+        return limit, ()
+    noisy = outliers(point, nmse, of_limit, upstream(model, point, seq, token_idx, nmse, failed))
     return np.where(noisy, BEYOND * limit, limit), _said(point[noisy], model.names, of_limit[noisy])
 
 

@@ -11,6 +11,8 @@ from .dataflow import Flow, Stretch
 ELEMENTWISE = frozenset(
     {"ADD", "SUB", "MUL", "DIV", "SCALE", "GLU", "UNARY", "CLAMP", "SQR", "SQRT", "CONT", "CPY", "DUP", "REPEAT"}
 )
+# What they give is chosen, by the order of what they are given: an error in that need not show.
+CHOICES = frozenset({"ARGSORT", "TOP_K", "ARGMAX"})
 NORMS = frozenset({"RMS_NORM", "NORM", "L2_NORM", "GROUP_NORM"})
 # Products with weights mix a whole row into each element.
 MIXING = frozenset({"MUL_MAT", "MUL_MAT_ID", "OUT_PROD"})

@@ -8,6 +8,7 @@ from checkpoints.answers.diff import Difference, Verdict
 from checkpoints.answers.picture import Grid, Picture, Spread
 from checkpoints.record import Rows
 
+from .align import numbers_of, place_of
 from .records import Records
 
 _SHOWN = 4096  # values of a row that are drawn: more than a picture's width can tell apart
@@ -25,10 +26,10 @@ def picture(records: Records, verdict: Verdict, truth: Rows | None = None) -> Pi
 
 def grid(records: Records) -> Grid:
     """Every record in its place, points by positions."""
-    key, column = np.unique(np.stack([records.seq, records.token_idx]), axis=1, return_inverse=True)
-    shape = (len(records.pairs), key.shape[1])
+    places, column = np.unique(numbers_of(records.seq, records.token_idx), return_inverse=True)
+    shape = (len(records.pairs), len(places))
     layers = {name: np.full(shape, np.nan) for name in ("nmse", "max_abs", "of_limit", "limit")}
-    place = (records.point, column.reshape(-1))
+    at = (records.point, column)
     for name, values in (
         ("nmse", records.measures.nmse),
         ("max_abs", records.measures.max_abs),
@@ -38,8 +39,8 @@ def grid(records: Records) -> Grid:
         ),  # such an error says nothing of the engine
         ("limit", records.limit),
     ):
-        layers[name][place] = values
-    columns = tuple((int(seq), int(position)) for seq, position in key.T)
+        layers[name][at] = values
+    columns = tuple(map(place_of, places.tolist()))
     tokens = tuple(records.text.get(position) if seq == 0 else None for seq, position in columns)
     return Grid(records.names, columns, tokens, **layers)
 

@@ -16,6 +16,7 @@ from .against_limits import Held
 from .align import Pair
 from .dataflow import Flow
 from .measure import Measured
+from .operations import CHOICES, MIXING
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
@@ -74,9 +75,10 @@ def routed(measured: Measured, held: Held, model: Flow, ref: Mapping[str, Rows])
         for record in np.flatnonzero(measured.point == number).tolist():
             r = int(measured.row[record])
             seq, position = int(measured.seq[record]), int(measured.token_idx[record])
-            if held.failed[record]:
+            if held.failed[record] and not left_open[record]:
                 ours, theirs = _ids(pair.ours, r), _ids(pair.ref, r)
-                margin = _tie(ours, theirs, seq, position, model, pair.point, ref, float(held.limit[record]))
+                limit = _limit_of_scores(measured, held, model, pair.point, seq, position)
+                margin = _tie(ours, theirs, seq, position, model, pair.point, ref, limit)
                 if margin is None:
                     continue
                 left_open[record] = True
@@ -101,6 +103,14 @@ def routed(measured: Measured, held: Held, model: Flow, ref: Mapping[str, Rows])
     return Routed(left_open & held.failed, tuple(notes))
 
 
+def _limit_of_scores(measured: Measured, held: Held, model: Flow, point: str, seq: int, position: int) -> float:
+    """The limit of what experts are chosen by, at a position; where that was not compared, of whatever was."""
+    here = (measured.seq == seq) & (measured.token_idx == position)
+    reads = set(model.whole.made[point].reads) if point in model.whole.made else set[str]()
+    scores = here & _of(measured, reads)
+    return float(held.limit[scores if scores.any() else here].max())
+
+
 def _of(measured: Measured, names: set[str]) -> Bools:
     wanted = np.array([name in names for name in measured.names], dtype=np.bool_)
     return np.asarray(wanted[measured.point])
@@ -120,18 +130,69 @@ def _tie(
     ref: Mapping[str, Rows],
     limit: float,
 ) -> float | None:
-    """How far apart the reference's scores of the exchanged experts are, if an error within the limit may exchange them; else None."""
-    for name in model.whole.made[point].reads if point in model.whole.made else ():
-        rows = ref.get(name)
-        if rows is None:
+    """How far apart the reference's scores of the exchanged experts are, if an error within the limit may exchange them; else None.
+
+    Where experts are chosen from chosen groups, a near tie of groups exchanges them as well, whatever their own scores are.
+    """
+    if len(ours) != len(theirs):
+        return None
+    groups: list[float] = []
+    for name in _chosen_by(model, point):
+        scores = _scores(ref, name, seq, position)
+        if scores is None:
             continue
-        at = np.flatnonzero((rows.seq == seq) & (rows.token_idx == position))
-        if not len(at) or not rows.full()[at[0]]:
+        if max(ours | theirs) >= len(scores):  # not one of each expert
+            groups += [margin for margin in (nearest(scores, limit),) if margin is not None]
             continue
-        scores = rows.values[at[0], : int(rows.counts[at[0]])].astype(np.float64)
-        if max(ours | theirs) >= len(scores) or len(ours) != len(theirs):
-            return None
         lost, won = scores[sorted(theirs - ours)], scores[sorted(ours - theirs)]
+        if not (np.isfinite(lost).all() and np.isfinite(won).all()):
+            continue  # of a group that was not chosen
         margin = float(lost.max() - won.min())
-        return margin if margin**2 <= limit * float(np.sum(scores**2)) else None
-    return None
+        if margin**2 <= limit * float(np.sum(scores[np.isfinite(scores)] ** 2)):
+            return margin
+    return min(groups, default=None)
+
+
+def _chosen_by(model: Flow, point: str) -> list[str]:
+    """The nodes that experts are chosen by, the nearest first, back to the product that scores them."""
+    waiting, chosen = [point], list[str]()
+    while waiting:
+        name = waiting.pop(0)
+        how = model.whole.made.get(name)
+        for other in how.reads if how is not None and (how.op not in MIXING or name == point) else ():
+            if other not in chosen:
+                chosen.append(other)
+                waiting.append(other)
+    return chosen
+
+
+def _scores(ref: Mapping[str, Rows], name: str, seq: int, position: int) -> Floats | None:
+    """A whole row of the reference's; None where it was not recorded."""
+    rows = ref.get(name)
+    at = np.flatnonzero((rows.seq == seq) & (rows.token_idx == position)) if rows is not None else np.zeros(0, np.int64)
+    if rows is None or not len(at) or not rows.full()[at[0]]:
+        return None
+    return rows.values[at[0], : int(rows.counts[at[0]])].astype(np.float64)
+
+
+def nearest(scores: Floats, limit: float) -> float | None:
+    """The smallest difference between two neighbouring scores, if an error within the limit may exchange them; else None."""
+    known = np.sort(scores[np.isfinite(scores)])
+    if len(known) < 2:
+        return None
+    margin = float(np.diff(known).min())
+    return margin if margin**2 <= limit * float(np.sum(known**2)) else None
+
+
+def may_have_flipped(model: Flow, point: str, seq: int, position: int, ref: Mapping[str, Rows], limit: float) -> str:
+    """The node between a point and the compared points before it that chooses by a near tie of the reference's scores; else empty."""
+    stretch = model.between(point)
+    for name in stretch.nodes if stretch is not None else ():
+        how = model.whole.made[name]
+        if how.op not in CHOICES:
+            continue
+        for read in how.reads:
+            scores = _scores(ref, read, seq, position)
+            if scores is not None and nearest(scores, limit) is not None:
+                return name
+    return ""

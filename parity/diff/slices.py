@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from checkpoints.record import Rows
+from checkpoints.short_rows import reduced
 
 from .align import Pair
 from .whole_rows import ratio
@@ -92,12 +93,16 @@ def slice_errors(
     ours: NDArray[np.float32],
     ref: NDArray[np.float32],
     present: NDArray[np.bool_],
+    usable: NDArray[np.bool_],
     n: Floats,
     l2: Floats,
 ) -> SliceErrors:
-    """The errors of the recorded values [R, k]; `n` and `l2` are the size and the norm of the reference's whole rows."""
-    usable = present & np.isfinite(ours) & np.isfinite(ref)
-    a, b = np.where(usable, ours, 0).astype(np.float64), np.where(usable, ref, 0).astype(np.float64)
+    """The errors of the recorded values [R, k]; `n` and `l2` are the size and the norm of the reference's whole rows.
+
+    `present`: values that both sides recorded; `usable`: those of them that are finite on both sides.
+    """
+    all_usable = bool(usable.all())
+    a, b = ((side if all_usable else np.where(usable, side, 0)).astype(np.float64) for side in (ours, ref))
     delta = a - b
     if any(v.quantum is not None for v in values):
         quantum = np.concatenate([np.zeros(v.a.shape) if v.quantum is None else v.quantum for v in values])
@@ -117,7 +122,7 @@ def slice_errors(
     ulp, ulp_at = largest(np.where(delta != 0, _ulps(ours, ref), 0.0), index)
     energy = np.fmax(energy_b, SLICE_FLOOR * present.sum(axis=1) / n * l2**2)
     # Where both sides have NaN everywhere nothing was compared, and nothing agrees.
-    nmse = np.where(usable.any(axis=1), ratio(np.einsum("ij,ij->i", sure, sure), energy), np.nan)
+    nmse = np.where(reduced(np.logical_or, usable), ratio(np.einsum("ij,ij->i", sure, sure), energy), np.nan)
     return SliceErrors(nmse, max_abs, at, cosine, relative, relative_at, ulp, ulp_at)
 
 
@@ -146,9 +151,12 @@ def largest(size: Floats, index: Ints | None) -> tuple[Floats, Ints]:
 
 def _ulps(a: NDArray[np.float32], b: NDArray[np.float32]) -> Floats:
     """How many float32 numbers lie between a and b: their bit patterns, read as integers that order as the numbers do."""
-    return np.asarray(np.abs(_ordered(a) - _ordered(b)), dtype=np.float64)
+    apart = np.subtract(_ordered(a), _ordered(b), dtype=np.int64)
+    return np.abs(apart, out=apart).astype(np.float64)
 
 
-def _ordered(x: NDArray[np.float32]) -> Ints:
-    bits = np.ascontiguousarray(x).view(np.int32).astype(np.int64)
-    return np.where(bits < 0, -(bits & 0x7FFFFFFF), bits)
+def _ordered(x: NDArray[np.float32]) -> NDArray[np.int32]:
+    """-(magnitude) where the sign is set: of the two's complement, all bits but the sign's are turned over, and 1 is added."""
+    bits = np.ascontiguousarray(x).view(np.int32)
+    sign = bits >> 31  # -1 or 0
+    return (bits ^ (sign & 0x7FFFFFFF)) - sign

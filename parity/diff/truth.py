@@ -25,6 +25,15 @@ class Truth(Protocol):
     def distances(self, points: Mapping[str, Rows]) -> dict[str, Floats]:
         """How far records are from the truth: their NMSE, float64 [R] for each point; NaN where it is not known."""
 
+    def own_rounding(self, points: Mapping[str, Rows]) -> dict[str, Floats]:
+        """How far the same steps in float32, without any table, are from the truth at the recorded elements: as `distances`."""
+
+    def from_table(self, points: Mapping[str, Rows]) -> dict[str, Floats]:
+        """How far records are from the same steps in float32 with the reference's tables of float16: as `distances`."""
+
+    def spread(self, points: Mapping[str, Rows]) -> dict[str, Floats]:
+        """How far rounding alone moves records from the truth: the NMSE, [R], where every operation is as far off as right engines' are."""
+
     def one_entry(self, points: Mapping[str, Rows]) -> dict[str, Floats]:
         """NMSE of the recorded elements, [R], if each of them were looked up one entry further in a table of float16.
 
@@ -46,6 +55,11 @@ NO_ROUNDING = 1e-7
 # gemma4 of random weights, seven tokens, the reference is up to 4.2e-4 from the truth; an error beyond this bound is not looked into.
 COARSE_MULTIPLE = 4.0
 NO_COARSE_ROUNDING = 1e-3
+# NMSE up to which a few other entries of the table pass where none were met in `apart`: the default points' limit without a model
+# (`parity.diff.against_limits.TABLE`, where what was measured stands).
+FEW_ENTRIES = 1e-6
+# Two right engines, each as far from the truth as rounding carries a value (`Truth.spread`), are twice as far from each other.
+BOTH = 4.0
 # What rounding alone reaches is no more than this (benchmarks/noise.py: 2e-10): beyond it a right engine is as far from the reference as
 # the reference from the truth, and not a hundred times as far.
 ROUNDING = 1e-8
@@ -90,6 +104,29 @@ def raised(
         coarse: whether the reference computes the record's point coarsely.
         rounding: NMSE up to which `MULTIPLE` times the distance is rounding; beyond it is `COARSE_MULTIPLE` times.
     """
+    worst = _so_far(distance, point, seq, token_idx)
+    near = nmse <= np.where(coarse, NO_COARSE_ROUNDING, NO_ROUNDING)
+    by_distance = np.maximum(np.minimum(MULTIPLE * worst, rounding), COARSE_MULTIPLE * worst)
+    return np.where(near, np.maximum(limit, by_distance), limit)
+
+
+def of_table(limit: Floats, distance: Floats, apart: Floats, point: Ints, seq: Ints, token_idx: Ints) -> Floats:
+    """Every record's limit [R] for an engine that looks GELU up in a table of float16 as the reference does; never lowered.
+
+    Two such engines meet other entries here and there, where their arguments lie on the two sides of a step: `apart` shows how much of
+    that there is. Where it is rare, and by luck there was none, a single one of the reference's may still be missing.
+
+    Args:
+        limit: of each record by the table of limits. distance: NMSE of the reference's record from the truth. apart: from our float32
+            steps with the same table. NaN where either is not known.
+        point, seq, token_idx: as `raised` takes them.
+    """
+    worst, flipped = (_so_far(far, point, seq, token_idx) for far in (distance, apart))
+    return np.maximum(limit, COARSE_MULTIPLE * np.maximum(flipped, np.minimum(worst, FEW_ENTRIES / COARSE_MULTIPLE)))
+
+
+def _so_far(distance: Floats, point: Ints, seq: Ints, token_idx: Ints) -> Floats:
+    """The worst known distance of each record's position up to its point, [R]."""
     order = np.lexsort((point, token_idx, seq))
     known = np.where(np.isfinite(distance), distance, 0.0)[order]
     borders = (np.diff(seq[order]) != 0) | (np.diff(token_idx[order]) != 0)
@@ -99,6 +136,4 @@ def raised(
         so_far[begin:end] = np.maximum.accumulate(known[begin:end])
     worst = np.empty_like(known)
     worst[order] = so_far
-    near = nmse <= np.where(coarse, NO_COARSE_ROUNDING, NO_ROUNDING)
-    by_distance = np.maximum(np.minimum(MULTIPLE * worst, rounding), COARSE_MULTIPLE * worst)
-    return np.where(near, np.maximum(limit, by_distance), limit)
+    return worst

@@ -5,12 +5,11 @@ Such a log prints few values of a tensor, and the sum of all: of every position 
 """
 
 from collections.abc import Sequence
-from math import prod
 
 import numpy as np
 from numpy.typing import NDArray
 
-from checkpoints.record import Dump, Rows
+from checkpoints.record import SKETCH_SIZE, Dump, Rows
 
 from .align import Pair
 
@@ -27,8 +26,7 @@ def sizes(rows: Rows) -> Floats:
     n = rows.stats.get("n")
     if n is not None and not np.isnan(n).any():
         return n
-    known = {shape: float(prod(shape)) if shape else np.nan for shape in set(rows.shapes)}
-    shaped = np.fromiter((known[shape] for shape in rows.shapes), np.float64, len(rows))
+    shaped = np.where(rows.sizes < 0, np.nan, rows.sizes)
     return shaped if n is None else np.where(np.isnan(n), shaped, n)
 
 
@@ -63,7 +61,7 @@ def whole_rows(pairs: list[Pair], n: Floats, l2: Floats) -> tuple[Floats, NDArra
     for pair in pairs:
         if pair.ours.sketch is not None and pair.ref.sketch is not None:
             difference = pair.ours.sketch.astype(np.float64) - pair.ref.sketch
-            estimate[start : start + len(pair.ours)] = np.mean(difference**2, axis=1)
+            estimate[start : start + len(pair.ours)] = np.einsum("ij,ij->i", difference, difference) / SKETCH_SIZE
         start += len(pair.ours)
     ours_l2, ours_sum = column(pairs, "ours", "l2"), column(pairs, "ours", "sum")
     bound = np.fmax((ours_l2 - l2) ** 2, (ours_sum - column(pairs, "ref", "sum")) ** 2 / n)

@@ -315,10 +315,14 @@ def dump(
     `size` 0 writes whole rows; `name` is the model's; `points` and `positions` are as on the command line.
 
     Raises:
-        ValueError: there is no such position.
+        ValueError: there is no such position or token; OSError: the file cannot be written.
     """
     import torch
 
+    size_of_vocabulary = model.get_input_embeddings().num_embeddings
+    for token in tokens:
+        if not 0 <= token < size_of_vocabulary:
+            raise ValueError(f"token id {token} is outside the vocabulary (0…{size_of_vocabulary - 1})")
     config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
     with Recorder(
         out,
@@ -361,6 +365,7 @@ def main() -> int:
     parser.add_argument("model", type=Path, help="a GGUF file, or a folder with config.json and safetensors")
     parser.add_argument("--tokens", help="token ids with commas")
     parser.add_argument("--prompt", help="text; without --tokens transformers' tokenizer makes ids of it")
+    parser.add_argument("--prompt-file", type=Path, help="file with the prompt, UTF-8")
     parser.add_argument("--out", type=Path, required=True, help="the dump to write")
     parser.add_argument(
         "--points", default="", help="names to record, with commas, or with wildcards (blk.*.q); default: all that are known"
@@ -372,6 +377,11 @@ def main() -> int:
     given = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is fetched: the model is on disk
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if given.prompt_file is not None:
+        try:
+            given.prompt = given.prompt_file.read_bytes().decode()
+        except (OSError, UnicodeDecodeError) as error:
+            parser.error(f"cannot read {given.prompt_file}: {error}")
     if given.tokens is None and given.prompt is None:
         parser.error("give --tokens or --prompt")
     own: dict[str, Any] = {}
@@ -397,6 +407,9 @@ def main() -> int:
         count = dump(model, tokens, given.out, **what, name=given.model.name)
     except ValueError as error:
         print(_one_line(error).removeprefix("ValueError: "), file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"cannot write {given.out}: {error.strerror}", file=sys.stderr)
         return 2
     if not count:
         print(f"this model has none of these points: {given.points}", file=sys.stderr)

@@ -56,8 +56,9 @@ class Case:
         self.transformer = open_plain(GgufModel(model), options.backend, recorded=partial(recorded_graph, model))
         if self.transformer.encoder is not None:
             raise ModelError(
-                f"explain does not have encoder–decoders ({self.transformer.hp.architecture}) yet.",
-                "`parity run` and `parity diff` take the model.",
+                f"explain replays one list of steps over all tokens, and {self.transformer.hp.architecture} has two: its encoder's over "
+                "the prompt, and its decoder's over other tokens.",
+                "`parity isolate DUMP` names what is wrong in both halves, --full records what it needs.",
                 code="encoder-decoder",
             )
         self.dump = _rows_of_positions(self.dump, self.transformer.steps)

@@ -128,9 +128,7 @@ class Fitting:
         rest = [trial for trial in trials if not trial.fit.whole]
         wanted = self._residual_of_state()
         energy = float(wanted @ wanted)
-        if (
-            energy == 0
-        ):  # the recorded elements are right to the bit, and only a sketch or a sum differs: nothing to fit a number to
+        if energy == 0:  # the recorded elements are right to the bit: only a sketch or a sum differs, and no number fits that
             return []
         self._pass(whole)
         self._pass(rest)

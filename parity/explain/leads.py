@@ -7,9 +7,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from checkpoints.answers.explain import Lead, Named, Placed
-from checkpoints.points import parse
+from checkpoints.points import of_scores, parse
 from engine.backend import Array
-from engine.graph import History
+from engine.graph import History, Step
+from engine.graph import State as PassState
 
 from .case import Case
 from .laws import ZERO, beside, law
@@ -136,7 +137,9 @@ def leads(entries: Sequence[Expected], state: State, search: Search, positions: 
         return []
     entry = replace(entries[state.first.point], base=state.nmse[state.first.point])
     values = search.screening.replay(state, len(positions)).on_host
-    seen = [Lead(sentence) for sentence in _observations(entry, values, positions, single)]
+    right = state.planting.right
+    acting = [] if single else [right[name] for name in search.screening.cone(state).steps]
+    seen = [Lead(sentence) for sentence in _observations(entry, values, positions, acting)]
     best: dict[str, Lead] = {}
     tried: set[str] = set()
     for removed, candidate in sorted(search.tried.removed.get(key(state.faults), []), key=lambda pair: -pair[0]):
@@ -175,7 +178,7 @@ def _removed(entries: Sequence[Expected], search: Search, state: State, candidat
     return least
 
 
-def _observations(entry: Expected, values: Values, positions: Ints, single: bool) -> Iterator[str]:
+def _observations(entry: Expected, values: Values, positions: Ints, acting: Sequence[Step]) -> Iterator[str]:
     wrong = entry.base > entry.limit
     theirs = np.where(entry.present, entry.values, 0.0)[wrong]
     if not np.isfinite(theirs).all():
@@ -185,11 +188,11 @@ def _observations(entry: Expected, values: Values, positions: Ints, single: bool
     if not theirs.any():
         yield "all values are 0: memory never written, or a kernel that did not run"
         return
-    if np.abs(theirs).max() == _F16_MAX or np.abs(theirs).max() > _F16_MAX:
+    if np.abs(theirs).max() >= _F16_MAX:
         yield "values reach float16's largest (65504): saturation"
     yield from _other_point(entry, values, positions, wrong)
     yield from _steps(theirs)
-    yield _which(entry, wrong, single)
+    yield _which(entry, wrong, acting)
 
 
 def _close(a: Floats, b: Floats) -> bool:
@@ -221,16 +224,35 @@ def _steps(theirs: Floats) -> Iterator[str]:
         yield "every value has 10 bits of mantissa: the engine keeps activations in F16 (or TF32)"
 
 
-def _which(entry: Expected, wrong: NDArray[np.bool_], single: bool) -> str:
-    """Which positions are wrong, and what acts there."""
+def _which(entry: Expected, wrong: NDArray[np.bool_], acting: Sequence[Step]) -> str:
+    """Which positions are wrong, and what acts there; `acting` are the steps in question, none where nothing is to be said of them."""
     rows = entry.rows[wrong]
-    outside = parse(entry.point).layer is None
     if len(rows) == len(entry.rows):
-        acts = "this operation or its weights" if outside else "values, output projection, feed-forward, a norm or weights"
-        return "all positions are wrong" if single else f"all positions are wrong: {acts}"
+        return f"all positions are wrong{_at_each_position(entry, acting)}"
     if rows.min() > 0 and len(rows) == (entry.rows >= rows.min()).sum():
         right = "position 0 is" if rows.min() == 1 else f"positions 0 to {rows.min() - 1} are"
-        acts = "" if single else ": queries, keys, RoPE, scale, mask or cache"
-        return f"{right} right, all later ones wrong{acts}"
+        return f"{right} right, all later ones wrong{_from_earlier(acting)}"
     listed = f"{', '.join(str(int(row)) for row in rows[:6])}{', …' if len(rows) > 6 else ''}"
     return f"{len(rows)} of {len(entry.rows)} positions are wrong, the others right: {listed}"
+
+
+def _attends(acting: Sequence[Step]) -> bool:
+    """Whether attention is among the steps."""
+    return any(step.histories or of_scores(step.makes) for step in acting)
+
+
+def _at_each_position(entry: Expected, acting: Sequence[Step]) -> str:
+    """What acts on every position alike, as the end of a sentence."""
+    if not acting:
+        return ""
+    if parse(entry.point).layer is None:
+        return ": this operation or its weights"
+    return f": {'values, output projection' if _attends(acting) else 'a projection'}, feed-forward, a norm or weights"
+
+
+def _from_earlier(acting: Sequence[Step]) -> str:
+    """What lets a position depend on earlier ones, as the end of a sentence."""
+    acts = ["queries, keys, RoPE, scale, mask or cache"] if _attends(acting) else []
+    if any(isinstance(read, PassState) for step in acting for read in step.reads):
+        acts.append("what earlier positions leave in a state (a recurrence, a convolution, a token shift)")
+    return f": {'; or '.join(acts)}" if acts else ""

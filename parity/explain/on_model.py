@@ -23,9 +23,7 @@ from ..diff.operations import MIXING
 from ..run.graphs import recorded_graph
 from .case import Case, ExplainOptions
 from .noise import ALL, AUTO, OFF
-from .precision import LOWER, UPPER, PrecisionFloor, best, floor, mismatch
-
-_KINDS = ("f16", "tf32", "bf16", "q8")
+from .precision import KINDS, LOWER, UPPER, PrecisionFloor, best, floor, mean_cost, mismatch, of_ids
 
 
 def compared_on(
@@ -66,7 +64,7 @@ def _compared(ours: Dump, ref: Dump, options: Options, known: "_Model") -> Compa
     if options.tolerance is not None or options.limits is not None:
         return comparison(ours, ref, options)
     stated = (options.compute or (ours.header.compute if ours.header is not None else "")).lower()
-    if stated in _KINDS and (measured := known.limits(ours, stated)) is not None:
+    if stated in KINDS and (measured := known.limits(ours, stated)) is not None:
         return comparison(ours, ref, replace(options, limits=measured))
     if stated or common_mode(ours.header, ref.header) == NATIVE:
         return comparison(ours, ref, options)
@@ -115,6 +113,18 @@ class _Model:
         """How far records are from float64 (`Truth`)."""
         return {} if self.truth is None else self.truth.distances(points)
 
+    def own_rounding(self, points: Mapping[str, Rows]) -> dict[str, NDArray[np.float64]]:
+        """How far float32 is from float64 at records (`Truth`)."""
+        return {} if self.truth is None else self.truth.own_rounding(points)
+
+    def from_table(self, points: Mapping[str, Rows]) -> dict[str, NDArray[np.float64]]:
+        """How far records are from float32 with ggml's tables (`Truth`)."""
+        return {} if self.truth is None else self.truth.from_table(points)
+
+    def spread(self, points: Mapping[str, Rows]) -> dict[str, NDArray[np.float64]]:
+        """How far rounding alone moves records (`Truth`)."""
+        return {} if self.truth is None else self.truth.spread(points)
+
     def one_entry(self, points: Mapping[str, Rows]) -> dict[str, NDArray[np.float64]]:
         """What one entry of a table makes of records (`Truth`)."""
         return {} if self.truth is None else self.truth.one_entry(points)
@@ -140,7 +150,7 @@ class _Model:
         types = limits(header, self.ref.header, compute="f32")
         least = {True: types.logits, False: types.operations}
         points = {
-            entry.point: max(UPPER * float(mean), least[entry.point == LOGITS])
+            entry.point: max(0.0 if of_ids(entry) else UPPER * float(mean), least[entry.point == LOGITS])
             for entry, mean in zip(self.case.entries, cost.cost(), strict=True)
         }
         others = [limit for name, limit in points.items() if name != LOGITS]
@@ -172,12 +182,12 @@ def _measured(ours: Dump, ref: Dump, options: Options, known: _Model) -> Compari
     error = float(np.mean(exact.records.measures.nmse[exact.records.point == exact.records.names.index(first.checkpoint)]))
     candidates: dict[str, Comparison] = {}
     far: dict[str, float] = {}
-    for kind in _KINDS:
+    for kind in KINDS:
         cost = known.floor(kind)
         allowed = known.limits(ours, kind, cost)
         if cost is None or allowed is None:
             continue
-        if not float(cost.products[wanted].mean()) * LOWER <= error <= allowed.points[first.checkpoint]:
+        if not mean_cost(cost.products[wanted]) * LOWER <= error <= allowed.points[first.checkpoint]:
             continue
         if _spared(exact, known.case, cost):
             continue
@@ -199,7 +209,7 @@ def _errors(exact: Comparison, case: Case, cost: PrecisionFloor) -> list[tuple[f
     records = exact.records
     numbers = {name: number for number, name in enumerate(records.names)}
     return [
-        (float(records.measures.nmse[records.point == numbers[entry.point]].mean()), float(one.mean()), float(two.mean()))
+        (float(records.measures.nmse[records.point == numbers[entry.point]].mean()), mean_cost(one), mean_cost(two))
         for entry, one, two in zip(case.entries, cost.products, cost.storage, strict=True)
         if entry.point in numbers
     ]
@@ -226,6 +236,8 @@ def _spared(exact: Comparison, case: Case, cost: PrecisionFloor) -> bool:
         here = records.point == records.names.index(entry.point)
         errors, limits = records.measures.nmse[here], records.limit[here]
         typical = float(np.median(products))  # rounding flips a choice of experts here and there, which costs far more
+        if not np.isfinite(typical):
+            continue  # rows of zeros, masks
         if typical > float(limits.max()) and float(errors.mean()) < LOWER * typical:
             return True
     return False

@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 # Margin of a near tie, in proportion to the largest score: sums of float32 over some thousand elements differ by 1e-6.
 NEAR = 1e-5
-MOST = 64  # positions that are looked at, over all layers
+MOST = 64  # near ties that are tried, one after the other, before one of them must explain a difference
 
 
 def _first(entries: Sequence[Expected]) -> tuple[int, int] | None:
-    """The number of the first point that differs, and its first row that does."""
+    """The number of the first point that differs, and the first of its rows that does."""
     for number, entry in enumerate(entries):
         wrong = entry.base > entry.limit
         if wrong.any():
@@ -48,20 +48,23 @@ def resolved(case: "Case") -> tuple[str, ...]:
     """
     taken: list[tuple[str, int]] = []
     steps, entries = list(case.transformer.steps), case.entries
-    tried: set[tuple[int, int]] = set()
-    while (first := _first(entries)) is not None and len(tried) < MOST:
-        step = next((one for one in near_ties(case, steps) if one not in tried and one[1] <= first[1]), None)
-        if step is None:
+    tried, last = 0, None
+    ties = near_ties(case, steps)
+    while (first := _first(entries)) is not None and tried < MOST:
+        tie = next((one for one in ties if one != last and one[1] <= first[1]), None)
+        if tie is None:
             break
-        tried.add(step)
+        tried += 1
+        number, row = tie
         changed = [*steps]
-        changed[step[0]] = taken_otherwise(steps[step[0]], (step[1],))
+        changed[number] = taken_otherwise(steps[number], (row,))
         compared = case.compared(changed)
         after = _first(compared)
         if after is None or first < after:
             steps, entries = changed, compared
-            taken.append((steps[step[0]].makes, step[1]))
-            tried = {step}
+            taken.append((steps[number].makes, row))
+            tried, last = 1, tie  # not back again
+            ties = near_ties(case, steps)
     if not taken:
         return ()
     case.take(steps, entries)

@@ -31,6 +31,7 @@ from ..run.sides import ExternalEngine, LlamaCpp
 VARIABLE = "PARITY_INJECT"
 _MAGIC = b"PARITY-INJECT 1\n"
 _SECOND_FILE = "ours-odd.jsonl"
+_AFTER = "output"  # what follows the last layer
 
 Given = Mapping[str, NDArray[np.float32]]  # point -> rows [T, n]
 
@@ -72,9 +73,6 @@ def bisect(request: Request, progress: Progress | None = None, started: Referenc
             code="bisect",
         )
     return Bisected(parts, 2, command.name, perf_counter() - began, str(folder))
-
-
-_AFTER = "output"
 
 
 def _names(slots: list[str]) -> str:
@@ -141,40 +139,37 @@ def _reference(
 
 def _judge(request: Request, slots: list[str], even: Dump, odd: Dump, ref: Dump) -> Iterator[JudgedPart]:
     """The embedding, each layer and what follows the last one, from the run in which its input was the reference's."""
-    for number in range(-1, len(slots)):
+    layers = len(slots) - 1
+    for number in range(-1, layers + 1):
         before = slots[number] if number >= 0 else None
-        inside = [name for name in ref.points if _part(name) == number]
+        inside = [name for name in ref.points if _part(name, layers) == number]
         dump, other = (even, odd) if number % 2 == 0 else (odd, even)
-        yield _judged(request, _title(number, len(slots)), before, inside, dump, other, ref)
+        title = EMBD if number < 0 else _AFTER if number == layers else f"blk.{number}"
+        yield _judged(request, title, before, inside, dump, other, ref)
 
 
-def _part(point: str) -> int:
-    """−1 for the embedding, a layer's number, and a number behind all layers for what follows."""
-    parsed = parse(point)
-    return parsed.layer if parsed.layer is not None else -1 if point == EMBD else 1 << 30
-
-
-def _title(number: int, slots: int) -> str:
-    return EMBD if number < 0 else _AFTER if number == slots - 1 else f"blk.{number}"
+def _part(point: str, layers: int) -> int:
+    """−1 for the embedding, a layer's number, and the number of layers for what follows them."""
+    layer = parse(point).layer
+    return layer if layer is not None else -1 if point == EMBD else layers
 
 
 def _judged(
     request: Request, title: str, before: str | None, inside: list[str], dump: Dump, other: Dump, ref: Dump
 ) -> JudgedPart:
-    inside = inside if title != _AFTER else [name for name in ref.points if _part(name) == 1 << 30]
     points = {name: dump.points[name] for name in inside if name in dump.points}
     if not points:
         return JudgedPart(title, NOT_JUDGED, reason="none of its points was recorded")
     try:
-        found = comparison(
+        compared = comparison(
             replace(dump, points=points),
             replace(ref, points={name: ref.points[name] for name in points}),
             replace(comparison_options(request), strict=True),
         )
     except DumpError as error:
         return JudgedPart(title, NOT_JUDGED, reason=error.message)
-    records = found.records
-    wrong = next((point for point in found.verdict.points if point.failed), None)
+    records = compared.records
+    wrong = next((point for point in compared.verdict.points if point.failed), None)
     if wrong is None:
         return JudgedPart(title, RIGHT, records=len(records.measures.nmse))
     unmoved = before is not None and all(_same(points[name], other.points.get(name)) for name in points)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from checkpoints.points import of_scores, parse
 from engine import ops
-from engine.graph import POSITIONS, TOKENS, History, Read, State, Step, View, WeightSource, compute, name_of
+from engine.graph import ENCODED, POSITIONS, TOKENS, History, Read, State, Step, View, WeightSource, compute, name_of
 
 from .routing import Routing, routings
 from .values import CACHED, Value, rows_at
@@ -140,13 +140,13 @@ class Inputs:
         Raises:
             Missing: one is not known.
         """
-        return [self._read(read, rows) for read in step.reads]
+        return [self._read(step, read, rows) for read in step.reads]
 
-    def _read(self, read: Read, rows: NDArray[np.int64] | None) -> Array:
+    def _read(self, step: Step, read: Read, rows: NDArray[np.int64] | None) -> Array:
         if isinstance(read, State):
             return self._state(read)
         of = read.of if isinstance(read, View) else read
-        return self._history(of.of) if isinstance(of, History) else self._value(of, rows)
+        return self._history(of.of) if isinstance(of, History) else self._value(step, of, rows)
 
     def _state(self, read: State) -> Array:
         if not self._memory.passes:
@@ -156,7 +156,9 @@ class Inputs:
             raise Missing("what the pass before left in the state is not known")
         return state
 
-    def _value(self, name: str, rows: NDArray[np.int64] | None) -> Array:
+    def _value(self, step: Step, name: str, rows: NDArray[np.int64] | None) -> Array:
+        if name == ENCODED:
+            return self._encoded()
         if name in self._live:
             value = self._live[name]
             if parse(name).kind in CACHED or value.data.ndim == 1:
@@ -167,14 +169,21 @@ class Inputs:
         if producer is None or not producer.inner:
             raise Missing(f"its input {name} was not recorded as a whole")
         shown = self._program.shown.get(name)
-        if shown is not None and shown.makes in self._live:
-            return _as_ggml_has_it(shown, self._live[shown.makes].data, self.seen)
+        if shown is not None and shown is not step and shown.makes in self._live:  # no record is held to itself
+            view = shown.reads[0]
+            encoded = len(self._encoded()) if isinstance(view, View) and any(size.encoded for size in view.whole) else 0
+            return _as_ggml_has_it(shown, self._live[shown.makes].data, self.seen, encoded)
         if name not in self._between:
             computed = self.computed(producer)
             # A point has one row a position, like the recorded ones.
             plain = name in self._program.passed_over and producer.axis == 0 and not of_scores(name)
             self._between[name] = computed.reshape(len(computed), -1) if plain else computed
         return self._between[name]
+
+    def _encoded(self) -> Array:
+        if ENCODED not in self._live:
+            raise Missing("the encoder's output was not recorded as a whole")
+        return self._live[ENCODED].data
 
     def done_with(self, step: Step) -> None:
         """Drop what no later step reads: `step` was the last reader of it that is still to come."""
@@ -208,12 +217,12 @@ class Inputs:
         return rows[:, 0] if name == POSITIONS else rows
 
 
-def _as_ggml_has_it(shown: Step, rows: Array, seen: int) -> Array:
+def _as_ggml_has_it(shown: Step, rows: Array, seen: int, encoded: int) -> Array:
     """The recorded rows of a point, [T, n], as the value that it shows: with the positions where ggml has them."""
     view = shown.reads[0]
     assert isinstance(view, View)
-    shape = [size.at(len(rows), seen) for size in view.whole]
-    first = view.strides[0].at(len(rows), seen)
+    shape = [size.at(len(rows), seen, encoded) for size in view.whole]
+    first = view.strides[0].at(len(rows), seen, encoded)
     axis = next(i for i, size in enumerate(view.whole) if size == view.shape[0] and prod(shape[i + 1 :]) == first)
     others = [n for i, n in enumerate(shape) if i != axis]
     return np.ascontiguousarray(np.moveaxis(rows.reshape(len(rows), *others), 0, axis))
@@ -225,6 +234,6 @@ def reads_rows_alone(step: Step) -> bool:
 
 
 def inputs_named(step: Step) -> list[str]:
-    """The values of this pass that a step reads itself, each once; not tokens and positions."""
+    """The values of this pass that a step reads itself, each once; not tokens and positions, nor an encoder's output."""
     names = [name_of(read) for read in step.reads if not isinstance(read, State)]
-    return [name for name in dict.fromkeys(names) if name not in (TOKENS, POSITIONS)]
+    return [name for name in dict.fromkeys(names) if name not in (TOKENS, POSITIONS, ENCODED)]

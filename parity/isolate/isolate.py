@@ -1,27 +1,23 @@
 """`parity isolate`: where the values come from, and what is made of them."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from checkpoints.answers.isolate import NOT_OBSERVABLE, WRONG, Graft, Isolation, Operation
-from checkpoints.errors import DumpError, InputError, ModelError
-from checkpoints.graph import RecordedGraph
+from checkpoints.errors import DumpError, InputError
 from checkpoints.mapping import Mapping
 from checkpoints.points import parse
 from checkpoints.record import Header
-from engine.graph import Step
-from engine.opened import open_plain
 from engine.replay.proof import proof_steps
 from engine.transformer import Transformer
-from engine.weights.gguf_model import GgufModel
 from reference.client import Reference
 from reference.jobs import DumpJob
 
@@ -30,10 +26,8 @@ from ..diff.tokens import same_model
 from ..models.embedded import path as default_model
 from ..run.request import Prompt
 from ..run.session import resolve_prompt
-from .attention_checks import AttentionChecks
-from .elements import RowChecks
+from .bench import Bench, Define
 from .judged_layers import eliminated, graft, judged_layers
-from .operation import Definition, Isolator
 from .suspicions import as_eight_bits, in_order
 from .unrecorded import passed_over, stretches, without
 from .values import Value, WholeValues
@@ -69,66 +63,6 @@ class IsolateRequest:
     verbose: bool = False
 
 
-class Define(Protocol):
-    """What a model's operations are held to: the steps that compute them as the reference should."""
-
-    def __call__(self, steps: Sequence[Step], /, *, native: bool, kv_type: str) -> list[Step]:
-        """One step for each of `steps`."""
-
-
-@dataclass
-class _Bench:
-    """The model's steps, what watches the values, and what judges them."""
-
-    transformer: Transformer
-    isolator: Isolator
-    attention: AttentionChecks
-    rows: RowChecks
-
-    def run(self, tokens: NDArray[np.int64], positions: NDArray[np.int64], arriving: Iterable[tuple[str, Value]]) -> None:
-        self.isolator.run(tokens, positions, self.rows.watch(self.attention.watch(arriving)))
-
-
-def _bench(
-    model: Path,
-    graph: Callable[[], RecordedGraph],
-    modes: Sequence[bool],
-    kv_type: str,
-    limit: float,
-    expected: int,
-    rows: Sequence[int] = (),
-    define: Define = proof_steps,
-) -> _Bench:
-    """`graph` records llama.cpp's graph, where the model's steps are lifted from it; `modes` say which definitions are native.
-
-    `expected` is the number of positions of the run.
-    """
-    transformer = open_plain(GgufModel(model), "numpy", resident=False, recorded=graph)
-    if transformer.encoder is not None:
-        raise ModelError(
-            f"isolate does not have encoder–decoders ({transformer.hp.architecture}) yet.",
-            "`parity run` and `parity diff` take the model.",
-            code="encoder-decoder",
-        )
-    transformer.expect(expected)
-    definitions = [_definition(transformer, native, kv_type, define) for native in modes]
-    several = [definition.several for definition in definitions]
-    return _Bench(
-        transformer,
-        Isolator(definitions, transformer.weights, limit),
-        AttentionChecks.of(transformer.steps),
-        RowChecks(rows, several, transformer.weights, limit),
-    )
-
-
-def _definition(transformer: Transformer, native: bool, kv_type: str, define: Define) -> Definition:
-    several, single = transformer.steps, transformer.single
-    return Definition(
-        define(several, native=native, kv_type=kv_type),
-        None if single is None else define(single, native=native, kv_type=kv_type),
-    )
-
-
 def isolate(request: IsolateRequest, running: Reference | None = None, define: Define = proof_steps) -> Isolation:
     """Judge every operation of llama.cpp, or of a foreign engine's dump, by its own inputs.
 
@@ -149,11 +83,11 @@ def isolate(request: IsolateRequest, running: Reference | None = None, define: D
         graph = partial(reference.graph, request.model, mode)
         prompt = resolve_prompt(reference, request.model, request.prompt, request.tokens)
         expected = len(prompt.ids) + request.generate
-        bench = _bench(request.model, graph, [mode == "native"], request.kv_type, LIMIT, expected, request.rows, define)
+        bench = Bench.of(request.model, graph, [mode == "native"], request.kv_type, LIMIT, expected, request.rows, define)
         bench.transformer.check(prompt.ids, 0)
         passes = _feed_reference(reference, request, prompt, mode, bench)
         build = reference.versions()
-        operations = _without_blas(bench.isolator.operations(), build.get("devices", ()))
+        operations = _without_blas(bench.operations(), build.get("devices", ()))
         floor = None
         if any(operation.status == WRONG for operation in operations):
             floor = calibrate(reference, mode, request.kv_type, define)
@@ -183,11 +117,11 @@ def _started(request: IsolateRequest, running: Reference | None) -> AbstractCont
     return Reference(verbose=request.verbose, threads=request.threads) if running is None else nullcontext(running)
 
 
-def _feed_reference(reference: Reference, request: IsolateRequest, prompt: Prompt, mode: str, bench: _Bench) -> int:
+def _feed_reference(reference: Reference, request: IsolateRequest, prompt: Prompt, mode: str, bench: Bench) -> int:
     """Let llama.cpp compute the prompt (and what it generates) and judge each pass; returns the number of passes."""
     points = "all"  # what isolates nothing is passed over
     positions = np.arange(len(prompt.ids), dtype=np.int64)
-    if not request.generate:
+    if not request.generate and bench.encoder is None:
         captured = reference.capture(request.model, prompt.ids, points, mode, kv_type=request.kv_type, threads=request.threads)
         bench.run(np.array(prompt.ids), positions, ((node.point, Value(value, positions)) for node, value in captured))
         return 1
@@ -209,14 +143,19 @@ def _feed_reference(reference: Reference, request: IsolateRequest, prompt: Promp
         )
         reference.dump(job)
         values = WholeValues(job.out)
-        return _feed_dump(values, bench, values.tokens())
+        return _feed_dump(values, bench, np.array(prompt.ids), values.generated)
 
 
-def _feed_dump(values: WholeValues, bench: _Bench, tokens: NDArray[np.int64]) -> int:
-    first = int(values.positions(values.passes[0])[0])
+def _feed_dump(values: WholeValues, bench: Bench, prompt: NDArray[np.int64], generated: NDArray[np.int64]) -> int:
+    if bench.encoder is not None:
+        bench.encode(prompt, values.arriving(values.passes[0], encoder=True))
+    tokens = bench.decoded(prompt, generated)
+    first = values.first
     bench.attention.first = first
     for step in values.passes:
         positions = values.positions(step)
+        if not len(positions):
+            continue  # of an encoder's pass alone
         if int(positions.max()) - first >= len(tokens):
             raise InputError(
                 f"the dump has position {int(positions.max())}, and only {len(tokens)} tokens are known.",
@@ -231,10 +170,10 @@ def calibrate(reference: Reference, mode: str, kv_type: str, define: Define = pr
     """The worst NMSE of any operation of the embedded model on this machine, whose operations are known to be right."""
     model = default_model()
     graph = partial(reference.graph, model, mode)
-    bench = _bench(model, graph, [mode == "native"], kv_type, LIMIT, len(_CALIBRATION), define=define)
+    bench = Bench.of(model, graph, [mode == "native"], kv_type, LIMIT, len(_CALIBRATION), define=define)
     request = IsolateRequest(model, tokens=_CALIBRATION, kv_type=kv_type)
     _feed_reference(reference, request, Prompt(None, _CALIBRATION, ()), mode, bench)
-    return max((operation.nmse or 0.0 for operation in bench.isolator.operations()), default=0.0)
+    return max((operation.nmse or 0.0 for operation in bench.operations()), default=0.0)
 
 
 def _above(operation: Operation, floor: float) -> Operation:
@@ -287,34 +226,44 @@ def _foreign(request: IsolateRequest, dump: Path, running: Reference | None) -> 
         modes = [mode == "native", mode != "native"]
         if request.prompt is not None or request.tokens is not None:
             prompt = resolve_prompt(reference(), request.model, request.prompt, request.tokens)
-            tokens = np.array(prompt.ids, dtype=np.int64)
+            tokens, generated = np.array(prompt.ids, dtype=np.int64), np.zeros(0, dtype=np.int64)
         else:
-            tokens = values.tokens()
-        bench = _bench(
+            tokens, generated = values.prompt(), values.generated
+        bench = Bench.of(
             request.model,
             lambda: reference().graph(request.model, mode),
             modes,
             kv_type,
             measured.operations,
-            len(tokens),
+            len(tokens) + len(generated),
             request.rows,
         )
-        bench.transformer.check([int(token) for token in tokens], 0)
+        if bench.encoder is not None:
+            generated = values.generated
+        bench.transformer.check([*tokens.tolist(), *generated.tolist()], 0)
         if values.unshaped:
             values.with_shapes(dict(reference().describe(request.model).points))
         lacking = _pass_over(bench, values, mode, kv_type)
-        passes = _feed_dump(values, bench, tokens)
-        operations = in_order([*bench.isolator.operations(), *lacking], bench.transformer.steps)
+        passes = _feed_dump(values, bench, tokens, generated)
+        operations = in_order([*bench.operations(), *lacking], bench.steps)
         if request.windows and any(item.status == NOT_OBSERVABLE and item.layer is not None for item in operations):
-            layers = eliminated(
-                operations, judged_layers(reference(), request.model, values, operations, mode, measured.operations)
+            layers, suspects = judged_layers(
+                reference(),
+                request.model,
+                values,
+                operations,
+                mode,
+                measured.operations,
+                bench.isolator.suspects(),
             )
+            operations = bench.isolator.unless_of(suspects, operations)
+            layers = eliminated(operations, layers, suspects)
             build = reference().versions()
         if measured.assumed:
             judged = as_eight_bits([*operations, *layers])
             operations, layers = judged[: len(operations)], judged[len(operations) :]
         if request.graft:
-            grafted = graft(reference(), bench.transformer, values, tokens, request.graft, mode)
+            grafted = graft(reference(), bench.transformer, values, np.concatenate([tokens, generated]), request.graft, mode)
     if all(item.status == NOT_OBSERVABLE for item in (*operations, *layers)) and not grafted:
         raise DumpError(
             f"{dump} has no operation whose inputs and output are there as a whole.",
@@ -326,7 +275,7 @@ def _foreign(request: IsolateRequest, dump: Path, running: Reference | None) -> 
         model=_named(bench.transformer),
         mode=mode,
         kv_type=kv_type,
-        positions=len(tokens),
+        positions=len(tokens) + len(generated),
         passes=passes,
         limit=measured.operations,
         limit_source=LIMIT_SOURCE if measured.operations == LIMIT else measured.source,
@@ -343,22 +292,22 @@ def _foreign(request: IsolateRequest, dump: Path, running: Reference | None) -> 
     )
 
 
-def _pass_over(bench: _Bench, values: WholeValues, mode: str, kv_type: str) -> list[Operation]:
+def _pass_over(bench: Bench, values: WholeValues, mode: str, kv_type: str) -> list[Operation]:
     """Let points that the dump lacks be computed anew where that is sound; what is said of their operations."""
     if kv_type != "f32":  # a cache of F16 rounds scores' weights: a value computed anew is rounded otherwise here and there
         return []
     recorded = {name for step in values.passes for name in values.points(step)}
-    steps = bench.transformer.steps
-    names = passed_over(steps, recorded, rounds=mode == "native")
-    isolator = bench.isolator
-    isolator.definitions = [without(definition, names) for definition in isolator.definitions]
-    isolator.stretches = stretches(steps, names)
-    judged = {name: to for to, through in isolator.stretches.items() if to in recorded for name in through}
     passed = []
-    for name in names:
-        together = f"not recorded as a whole; judged together with {judged[name]}" if name in judged else _NO_OUTPUT
-        point = parse(name)
-        passed.append(Operation(point.kind, point.layer, NOT_OBSERVABLE, reason=together))
+    for isolator in bench.isolators:
+        steps = isolator.definitions[0].several
+        names = passed_over(steps, recorded, rounds=mode == "native")
+        isolator.definitions = [without(definition, names) for definition in isolator.definitions]
+        isolator.stretches = stretches(steps, names)
+        judged = {name: to for to, through in isolator.stretches.items() if to in recorded for name in through}
+        for name in names:
+            together = f"not recorded as a whole; judged together with {judged[name]}" if name in judged else _NO_OUTPUT
+            point = parse(name)
+            passed.append(Operation(point.kind, point.layer, NOT_OBSERVABLE, reason=together))
     return passed
 
 

@@ -1,6 +1,6 @@
 """llama.cpp as the judge of a foreign engine's layers: fed with that engine's own hidden state, window by window."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -37,38 +37,79 @@ def hidden_state(values: WholeValues, name: str) -> NDArray[np.float32] | None:
 
 
 def judged_layers(
-    reference: Reference, model: Path, values: WholeValues, operations: Sequence[Operation], mode: str, limit: float
-) -> list[Operation]:
+    reference: Reference,
+    model: Path,
+    values: WholeValues,
+    operations: Sequence[Operation],
+    mode: str,
+    limit: float,
+    suspects: Collection[str] = (),
+) -> tuple[list[Operation], frozenset[str]]:
     """Each layer whose operations are not all observable, judged as a whole: its own input, llama.cpp's layer, its output.
 
-    The output may be a slice. Layers whose input is not there as a whole are not observable.
+    The output may be a slice. Layers whose input is not there as a whole are not observable, nor are those whose
+    input or output was recorded wrong (`suspects`).
+
+    Returns:
+        The layers, and outputs that turn out to be recorded wrong: the next layer had what llama.cpp's own layer makes.
     """
     hidden = sorted(
         {operation.layer for operation in operations if operation.status == NOT_OBSERVABLE and operation.layer is not None}
     )
     judged: list[Operation] = []
+    right: dict[int, NDArray[np.float32]] = {}  # what the wrong layers should have made
+    denied: set[int] = set()
     for layer in hidden:
         output = in_layer(layer, "l_out")
         before = in_layer(layer - 1, "l_out") if layer else EMBD
         if output not in values.dump.points and hidden_state(values, output) is None:
             judged.append(Operation(LAYER, layer, NOT_OBSERVABLE, reason=f"no record of {output}"))
             continue
+        if suspect := [name for name in (before, output) if name in suspects]:
+            judged.append(Operation(LAYER, layer, NOT_OBSERVABLE, reason=f"the record of {suspect[0]} is suspect"))
+            continue
         state = hidden_state(values, before)
         if state is None:
             judged.append(Operation(LAYER, layer, NOT_OBSERVABLE, reason=f"no whole value of {before} at every position"))
             continue
         try:
-            computed = dict(_by_point(reference.layers(model, layer, layer + 1, state, output, mode)))[output]
+            computed = _made(reference, model, layer, state, mode)
         except InputError as error:  # an architecture whose layers don't stand alone
             judged.append(Operation(LAYER, layer, NOT_OBSERVABLE, reason=error.message))
             continue
-        judged.append(_compared(values, output, computed, layer, limit))
-    return judged
+        verdict = _compared(values, output, computed, layer, limit)
+        if verdict.status == WRONG and layer - 1 in right:
+            again = _compared(values, output, _made(reference, model, layer, right[layer - 1], mode), layer, limit)
+            if again.status == PROVEN:
+                verdict = again
+                denied.add(layer - 1)
+        if verdict.status == WRONG:
+            right[layer] = computed.reshape(len(computed), -1)
+        judged.append(verdict)
+    return judged, frozenset(in_layer(layer, "l_out") for layer in denied)
 
 
-def eliminated(operations: Sequence[Operation], layers: Sequence[Operation]) -> list[Operation]:
-    """The layers; of one that is wrong though every recorded operation of it is right, what it must be then."""
-    return [replace(layer, reason=f"{layer.reason}{_rest(operations, layer)}") for layer in layers]
+def _made(reference: Reference, model: Path, layer: int, state: NDArray[np.float32], mode: str) -> NDArray[np.float32]:
+    """What llama.cpp's own layer makes of a hidden state [T, D]."""
+    output = in_layer(layer, "l_out")
+    return dict(_by_point(reference.layers(model, layer, layer + 1, state, output, mode)))[output]
+
+
+def eliminated(operations: Sequence[Operation], layers: Sequence[Operation], suspects: Collection[str] = ()) -> list[Operation]:
+    """The layers; of one that is wrong though every recorded operation of it is right, what it must be then.
+
+    Of those whose output was recorded wrong (`suspects`) that is said instead.
+    """
+    explained = []
+    for layer in layers:
+        output = "" if layer.layer is None else in_layer(layer.layer, "l_out")
+        reason = f"{layer.reason}{_rest(operations, layer)}"
+        if output in suspects:
+            reason = (
+                f"the record of {output} is suspect, not the layer: the next layer fits what llama.cpp's own makes, not this"
+            )
+        explained.append(replace(layer, reason=reason))
+    return explained
 
 
 def _rest(operations: Sequence[Operation], layer: Operation) -> str:
@@ -115,6 +156,12 @@ def graft(
     Raises:
         InputError: the point is not a layer's output, or is not there as a whole.
     """
+    if engine.encoder is not None:
+        raise InputError(
+            f"--graft: llama.cpp cannot go on from a layer of an encoder–decoder ({engine.hp.architecture}), which reads its encoder too.",
+            "Leave --graft out.",
+            code="graft",
+        )
     name, n_layers = resolve(point), engine.hp.n_layers
     parsed = parse(name)
     layer = -1 if name == EMBD else parsed.layer

@@ -41,7 +41,9 @@ def _norm(step: Step, x: NDArray[np.float32], theirs: NDArray[np.float32], weigh
     ):
         return "its output is its input: not normalised"
     eps = other_epsilon(step, x, theirs, weights, limit)
-    return "" if eps is None else f"it is right with an epsilon of {eps:.2g} instead of {step.params['eps']:.2g}"
+    if eps is None or eps == float(f"{step.params['eps']:.2g}"):
+        return ""
+    return f"it is right with an epsilon of {eps:.2g} instead of {step.params['eps']:.2g}"
 
 
 def other_epsilon(

@@ -1,6 +1,6 @@
 """One operation of one layer at a time: computed from the inputs that it really had, compared with what came out of it."""
 
-from collections import Counter, defaultdict
+from collections import ChainMap, Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -32,6 +32,7 @@ _NEARER = 10.0
 # 100, rounded to float32, make it 4e-11.
 STRETCH = 3.0
 _NORMS = (ops.rms_norm, ops.layer_norm)
+_LISTED = 3  # readers of a suspect record that are named
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,19 @@ class _Record:
     sampled: float | None = None
     reason: str = ""
     wrong: bool = False
+    denied_by: dict[str, None] = field(default_factory=dict)  # operations that read the right value, and not the recorded one
+
+
+@dataclass(frozen=True)
+class _Held:
+    """An operation's recorded value beside the one that follows from its inputs, at the positions [R] that all of them have."""
+
+    inputs: Sequence[NDArray[np.float32]]
+    theirs: NDArray[np.float32]
+    ours: NDArray[np.float32]
+    positions: NDArray[np.int64]
+    errors: NDArray[np.float64]
+    reason: str
 
 
 @dataclass
@@ -83,6 +97,9 @@ class Isolator:
     stretches: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     records: dict[str, _Record] = field(default_factory=lambda: defaultdict(_Record), init=False)
     memory: Memory = field(default_factory=Memory, init=False)
+    given: dict[str, Value] = field(
+        default_factory=dict, init=False
+    )  # what every pass reads and none makes: an encoder's output
     epsilons: set[float] = field(default_factory=set, init=False)  # those that norms have shown
 
     @cached_property
@@ -100,6 +117,21 @@ class Isolator:
     def operations(self) -> list[Operation]:
         """The verdict on each step, in the order of the model."""
         return [self._operation(step) for step in self.steps]
+
+    def suspects(self) -> frozenset[str]:
+        """Points that were recorded wrong: operations that read them had the right value."""
+        return frozenset(name for name, record in self.records.items() if record.denied_by)
+
+    def unless_of(self, suspects: Collection[str], operations: Sequence[Operation]) -> list[Operation]:
+        """The operations; those that are wrong by an input that was recorded wrong (`suspects`) are not observable."""
+        programs = self.definitions[0].programs
+        read = {step.makes: program.needs(step) & set(suspects) for program in programs for step in program.judged}
+        return [
+            replace(operation, status=NOT_OBSERVABLE, reason=f"the record of its input {min(inputs)} is suspect")
+            if operation.status == WRONG and (inputs := read.get(operation.name))
+            else operation
+            for operation in operations
+        ]
 
     def _operation(self, step: Step) -> Operation:
         point, record = parse(step.makes), self.records[step.makes]
@@ -119,6 +151,10 @@ class Isolator:
     def _together(self, name: str, record: _Record) -> str:
         """What a wrong operation looks like, and which others it was judged together with."""
         others = self.stretches.get(name, ())
+        if record.wrong and record.denied_by:
+            readers = list(record.denied_by)
+            named = f"{', '.join(readers[:_LISTED])}{', …' if len(readers) > _LISTED else ''}"
+            return f"the record is suspect, not the operation: {named} fit the value that it should be, not the one recorded"
         if not record.wrong or not others:
             return record.reason
         named = ", ".join(parse(other).kind for other in others)
@@ -148,9 +184,10 @@ class _Pass:
         self._positions = positions
         self._programs = [definition.of(len(positions)) for definition in isolator.definitions]
         self._program = self._programs[0]
-        self._live = {TOKENS: Value(tokens, positions), POSITIONS: Value(positions, positions)}
+        self._live = {**isolator.given, TOKENS: Value(tokens, positions), POSITIONS: Value(positions, positions)}
         self._memory.past[POSITIONS].append(self._live[POSITIONS])
         self._inputs = Inputs(self._program, self._weights, self._memory, positions, self._live)
+        self._right: dict[str, Value] = {}  # what should have been recorded, of operations that are wrong
         self._states: dict[str, NDArray[np.float32] | None] = {}
 
     def run(self, arriving: Iterable[tuple[str, Value]]) -> None:
@@ -180,6 +217,7 @@ class _Pass:
                     users.subtract(needed[makes])
             for used in [used for used in self._live if used in users and users[used] <= 0]:
                 del self._live[used]
+                self._right.pop(used, None)
         for step in waiting.values():
             self._lacks(step, sorted(needed[step.makes] - came))
         self._memory.states.update(self._states)
@@ -220,37 +258,64 @@ class _Pass:
         Raises:
             Missing: an input is not known at the positions of the output.
         """
-        inputs, theirs, positions = self._aligned(step)
+        held = self._held(step, self._inputs)
         record = self._isolator.records[step.makes]
         record.passes += 1
-        definitions = [program.producers[step.makes] for program in self._programs]
+        if held.errors.max() > self._limit(step):
+            held = self._with_right_inputs(step) or held
+        definitions = self._definitions(step)
+        self._note(step, definitions[-1], held)
+        if step.op is ops.rms_norm:
+            self._judge_epsilon(step, held.inputs, held.theirs, held.positions)
+        if self._isolator.sample:
+            sampled = [self._sampled(definition, held.inputs, held.theirs) for definition in definitions]
+            if measured := [error for error in sampled if error is not None]:
+                record.sampled = max(record.sampled or 0.0, min(measured))
+
+    def _definitions(self, step: Step) -> list[Step]:
+        return [program.producers[step.makes] for program in self._programs]
+
+    def _held(self, step: Step, source: Inputs) -> _Held:
+        """A step's recorded value beside what the nearest definition makes of its inputs."""
+        inputs, theirs, positions = self._aligned(step, source)
+        definitions = self._definitions(step)
         routing = self._program.routing.get(step.makes)
-        best: tuple[NDArray[np.float64], str] | None = None
+        best: _Held | None = None
         limit, least = self._limit(step), self._typical_energy(definitions[0], inputs)
         for definition in definitions:
             ours = self._computed(definition, inputs)
             reason = ""
             if routing is not None:
-                errors, reason = routing_error(routing.used, self._ordered(routing.ordering, positions), ours, theirs)
+                ordered: NDArray[np.float32] = viewed(routing.ordering.reads[0], source.of(routing.ordering, positions)[0])
+                errors, reason = routing_error(routing.used, ordered, ours, theirs)
             else:
                 errors = row_errors(step.makes, ours, theirs, positions, least)
-            if best is None or errors.max() < best[0].max():
-                best = errors, reason
-            if best[0].max() <= limit:
+            if best is None or errors.max() < best.errors.max():
+                best = _Held(inputs, theirs, ours, positions, errors, reason)
+            if best.errors.max() <= limit:
                 break
         assert best is not None
-        self._note(step, definitions[-1], inputs, theirs, positions, *best)
-        if step.op is ops.rms_norm:
-            self._judge_epsilon(step, inputs, theirs, positions)
-        if self._isolator.sample:
-            sampled = [self._sampled(definition, inputs, theirs) for definition in definitions]
-            if measured := [error for error in sampled if error is not None]:
-                record.sampled = max(record.sampled or 0.0, min(measured))
+        return best
 
-    def _ordered(self, step: Step, positions: NDArray[np.int64]) -> NDArray[np.float32]:
-        """The values that an ordering step orders."""
-        ordered: NDArray[np.float32] = viewed(step.reads[0], self._inputs.of(step, positions)[0])
-        return ordered
+    def _with_right_inputs(self, step: Step) -> _Held | None:
+        """A wrong step beside what follows from right values of inputs that were found wrong; None where it is wrong with them too.
+
+        An operation that is right then had these values: it is its input's record that is wrong. One such input is tried at a time,
+        then all of them together.
+        """
+        wrong = [name for name in self._right if name in self._program.needs(step)]
+        for names in [*([name] for name in wrong), *([wrong] if len(wrong) > 1 else [])]:
+            right = {name: self._right[name] for name in names}
+            past = {name: [*self._memory.past[name][:-1], value] for name, value in right.items() if name in self._memory.past}
+            memory = replace(self._memory, past={**self._memory.past, **past})
+            live = ChainMap(right, self._live)
+            held = self._held(step, Inputs(self._program, self._weights, memory, self._positions, live))
+            if held.errors.max() <= self._limit(step):
+                for name in names:
+                    self._isolator.records[name].denied_by[step.makes] = None
+                self._memory.past.update(past)  # later passes had it too
+                return held
+        return None
 
     def _computed(self, step: Step, inputs: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
         try:
@@ -265,26 +330,25 @@ class _Pass:
         self,
         step: Step,
         definition: Step,
-        inputs: Sequence[NDArray[np.float32]],
-        theirs: NDArray[np.float32],
-        positions: NDArray[np.int64],
-        errors: NDArray[np.float64],
-        reason: str,
+        held: _Held,
     ) -> None:
         """Keep the worst row of all passes, and what a wrong one looks like."""
         record, limit = self._isolator.records[step.makes], self._limit(step)
+        errors, positions, theirs = held.errors, held.positions, held.theirs
         worst = int(np.argmax(errors))
         nmse = float(errors[worst])
+        if nmse > limit and held.ours.size == self._live[step.makes].data.size and step.makes not in self._program.routing:
+            self._right[step.makes] = replace(self._live[step.makes], data=held.ours.reshape(self._live[step.makes].data.shape))
         if nmse <= record.nmse:
             return
         record.nmse = nmse
         record.position = int(positions[worst]) if len(positions) == len(errors) else worst + int(positions[0])
-        record.reason = reason
+        record.reason = held.reason
         if nmse > limit:
             wrong = int((errors > limit).sum())
             where = "" if wrong == len(errors) else f"{wrong} of {len(errors)} positions"
-            first = viewed(definition.reads[0], inputs[0]) if inputs else theirs
-            look = reason or look_of(definition, first, theirs, self._weights, nmse, limit, self._siblings(step))
+            first = viewed(definition.reads[0], held.inputs[0]) if held.inputs else theirs
+            look = held.reason or look_of(definition, first, theirs, self._weights, nmse, limit, self._siblings(step))
             record.reason = "; ".join(part for part in (where, look) if part)
             record.wrong = True
 
@@ -331,7 +395,7 @@ class _Pass:
             chosen, x, theirs, self._weights, step.weights[0].weight, added, native=bool(step.params["native"])
         )
 
-    def _aligned(self, step: Step) -> tuple[list[NDArray[np.float32]], NDArray[np.float32], NDArray[np.int64]]:
+    def _aligned(self, step: Step, source: Inputs) -> tuple[list[NDArray[np.float32]], NDArray[np.float32], NDArray[np.int64]]:
         """The step's inputs and output at the positions that all of them have.
 
         Raises:
@@ -339,9 +403,9 @@ class _Pass:
         """
         output = self._live[step.makes]
         if parse(step.makes).kind in CACHED:
-            return self._inputs.of(step), output.data, output.positions
+            return source.of(step), output.data, output.positions
         if step.axis is None:  # it stands once in a pass
-            return self._inputs.of(step), output.data, output.positions[-1:]
+            return source.of(step), output.data, output.positions[-1:]
         common = output.positions
         for name in inputs_named(step):
             if name in self._live and parse(name).kind not in CACHED:
@@ -350,4 +414,4 @@ class _Pass:
             raise Missing("its inputs and its output were recorded at different positions")
         if len(common) != len(self._positions) and not reads_rows_alone(step):
             raise Missing("its inputs or its output were not recorded at every position of the pass")
-        return self._inputs.of(step, common), rows_at(step.makes, output, common), common
+        return source.of(step, common), rows_at(step.makes, output, common), common

@@ -3,6 +3,7 @@
 A dump has whole values in the safetensors file beside it, or in records that carry all of their values.
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import prod
@@ -18,6 +19,7 @@ from checkpoints.mapping import Mapping
 from checkpoints.points import of_scores, order, parse
 from checkpoints.record import Dump, Rows
 from checkpoints.tensors import TensorReader, beside
+from engine.graph import ENCODER
 
 Floats = NDArray[np.float64]
 
@@ -104,14 +106,23 @@ class WholeValues:
         self._rows = {name: rows.take(np.flatnonzero(rows.seq == self.sequences[0])) for name, rows in self.dump.points.items()}
         self._tensors: set[tuple[str, int]] = set()
         for name in self._reader.names if self._reader is not None else ():
-            point, _, step = name.rpartition("/")
-            if step.isdigit():
-                self._tensors.add((point, int(step)))
+            if numbered := re.fullmatch(r"(.*)/(\d{1,9})", name, re.DOTALL):
+                self._tensors.add((numbered[1], int(numbered[2])))
         self.passes = sorted({int(step) for rows in self._rows.values() for step in np.unique(rows.step)})
-        # A pass's positions are those that any point was recorded at.
+        # A pass's positions are those that any point was recorded at; an encoder's are of the prompt, its decoder's of its own tokens.
         self._positions = {
-            step: np.unique(np.concatenate([rows.token_idx[rows.step == step] for rows in self._rows.values()]))
+            (step, encoder): np.unique(
+                np.concatenate(
+                    [np.zeros(0, dtype=np.int64)]
+                    + [
+                        rows.token_idx[rows.step == step]
+                        for name, rows in self._rows.items()
+                        if name.startswith(ENCODER) == encoder
+                    ]
+                )
+            )
             for step in self.passes
+            for encoder in (False, True)
         }
 
     @property
@@ -137,8 +148,13 @@ class WholeValues:
         self.dump = replace(self.dump, points={**self.dump.points, **self._rows})
 
     def positions(self, step: int) -> NDArray[np.int64]:
-        """The positions of a forward pass, int64 [T]."""
-        return self._positions[step]
+        """The positions of a forward pass, int64 [T]; not those of an encoder's."""
+        return self._positions[step, False]
+
+    @property
+    def first(self) -> int:
+        """The first position of all passes."""
+        return next((int(rows[0]) for step in self.passes if len(rows := self.positions(step))), 0)
 
     def points(self, step: int) -> list[str]:
         """The points that are there as a whole in a pass, in the order of the model."""
@@ -146,8 +162,13 @@ class WholeValues:
         named |= {name for name, rows in self._rows.items() if (rows.full() & (rows.step == step)).any()}
         return order(named)
 
-    def tokens(self) -> NDArray[np.int64]:
-        """The ids of all positions from the first on: the prompt's and those that were generated.
+    @property
+    def generated(self) -> NDArray[np.int64]:
+        """The ids that were generated after the prompt."""
+        return np.array([token.id for token in self.dump.tokens], dtype=np.int64)
+
+    def prompt(self) -> NDArray[np.int64]:
+        """The ids of the prompt.
 
         Raises:
             DumpError: the dump does not say them.
@@ -157,11 +178,13 @@ class WholeValues:
             raise DumpError(
                 f"{self.path} does not say for which tokens it was recorded.", "Give --tokens or --prompt.", code="tokens"
             )
-        return np.array([*header.tokens, *(token.id for token in self.dump.tokens)], dtype=np.int64)
+        return np.array(header.tokens, dtype=np.int64)
 
-    def arriving(self, step: int) -> Iterator[tuple[str, Value]]:
-        """The whole values of a pass, one after the other."""
+    def arriving(self, step: int, *, encoder: bool = False) -> Iterator[tuple[str, Value]]:
+        """The whole values of a pass, one after the other: those of an encoder, or the others."""
         for name in self.points(step):
+            if name.startswith(ENCODER) != encoder:
+                continue
             value = self.get(name, step)
             if value is not None:
                 yield name, value
@@ -182,7 +205,7 @@ class WholeValues:
 
     def _from_tensor(self, name: str, step: int) -> Value:
         data = self._reader.get(name, step).astype(np.float32) if self._reader is not None else np.zeros(0, np.float32)
-        positions = self._positions[step]
+        positions = self._positions[step, name.startswith(ENCODER)]
         kind = parse(name).kind
         if data.ndim < 2 or (of_scores(name) and data.ndim != 3):
             raise DumpError(

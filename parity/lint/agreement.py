@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 from checkpoints.points import parse
 from checkpoints.record import SKETCH_SIZE, Rows
+from checkpoints.short_rows import reduced
 from checkpoints.summary import sketch as sketch_of
 
 from .rule import Hit, Subject, by_point, kind, positions_of
@@ -32,31 +33,27 @@ def statistics(subject: Subject) -> Iterator[Hit]:
 
 
 def _contradictions(rows: Rows) -> Iterator[tuple[str, NDArray[np.bool_]]]:
-    inside = np.arange(rows.values.shape[1])[None, :] < rows.counts[:, None]
-    usable = inside & np.isfinite(rows.values)
-    values = np.where(usable, rows.values, 0.0).astype(np.float64)
+    width, stats = rows.values.shape[1], rows.stats
+    usable = (np.arange(width)[None, :] < rows.counts[:, None]) & np.isfinite(rows.values)
+    values = (rows.values if usable.all() else np.where(usable, rows.values, np.float32(0))).astype(np.float64)
     slack = np.zeros(len(rows)) if rows.quantum is None else rows.quantum.max(axis=1, initial=0.0)
-    size = np.abs(values).max(axis=1, initial=0.0)
-    room = slack + _ROUNDING * size
-    energy = np.sum(values**2, axis=1)
     whole = rows.full()
-    stats = rows.stats
     with np.errstate(invalid="ignore"):
         if "min" in stats and "max" in stats:
-            low, high = stats["min"] - room, stats["max"] + room
-            outside = ((values < low[:, None]) | (values > high[:, None])) & usable
-            yield "values lie outside of stats.min … stats.max", outside.any(axis=1)
+            low, high = _extremes(rows.values, usable)
+            room = slack + _ROUNDING * np.where(low <= high, np.maximum(np.abs(low), np.abs(high)), 0.0)
+            yield "values lie outside of stats.min … stats.max", (low < stats["min"] - room) | (high > stats["max"] + room)
         if "l2" in stats:
-            allowed = np.sqrt(rows.values.shape[1]) * slack + _ROUNDING * np.sqrt(energy)
-            yield "stats.l2 is less than the values alone give", stats["l2"] + allowed < np.sqrt(energy)
-            yield "stats.l2 is not the root of the values' squares", whole & (np.abs(stats["l2"] - np.sqrt(energy)) > allowed)
-        if "sum" in stats:
+            root = np.sqrt(np.einsum("ij,ij->i", values, values))
+            allowed = np.sqrt(width) * slack + _ROUNDING * root
+            yield "stats.l2 is less than the values alone give", stats["l2"] + allowed < root
+            yield "stats.l2 is not the root of the values' squares", whole & (np.abs(stats["l2"] - root) > allowed)
+        if "sum" in stats and whole.any():
             scale = np.sum(np.abs(values), axis=1)
-            off = np.abs(stats["sum"] - values.sum(axis=1)) > _ROUNDING * scale + rows.values.shape[1] * slack
+            off = np.abs(stats["sum"] - values.sum(axis=1)) > _ROUNDING * scale + width * slack
             yield "stats.sum is not the values' sum", whole & off
         if "n" in stats:
-            sizes = rows.sizes()
-            yield "stats.n contradicts the shape", (sizes >= 0) & (np.abs(stats["n"] - sizes) > 0)
+            yield "stats.n contradicts the shape", (rows.sizes >= 0) & (np.abs(stats["n"] - rows.sizes) > 0)
             if "sum" in stats and "l2" in stats:
                 # Cauchy-Schwarz: no row has a larger sum.
                 most = np.sqrt(np.maximum(stats["n"], 0)) * stats["l2"]
@@ -68,17 +65,28 @@ def _contradictions(rows: Rows) -> Iterator[tuple[str, NDArray[np.bool_]]]:
             yield from _sketch(rows, values, whole & (rows.counts == usable.sum(axis=1)))
 
 
+def _extremes(values: NDArray[np.float32], usable: NDArray[np.bool_]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The smallest and the largest usable value of each row, [R]; of a row without one, inf and -inf."""
+    if not values.shape[1]:
+        return np.full(len(values), np.inf), np.full(len(values), -np.inf)
+    low, high = (values, values) if usable.all() else (np.where(usable, values, sign * np.inf) for sign in (1, -1))
+    return reduced(np.minimum, low).astype(np.float64), reduced(np.maximum, high).astype(np.float64)
+
+
 def _sketch(rows: Rows, values: NDArray[np.float64], whole: NDArray[np.bool_]) -> Iterator[tuple[str, NDArray[np.bool_]]]:
     if rows.sketch is None:
         return
     l2 = rows.stats["l2"]
-    there = ~np.isnan(rows.sketch).any(axis=1)
-    ratio = np.mean(rows.sketch.astype(np.float64) ** 2, axis=1) / np.where(l2 > 0, l2, 1.0) ** 2
+    sketch = rows.sketch.astype(np.float64)
+    energy = np.einsum("ij,ij->i", sketch, sketch)  # NaN where there is no sketch
+    ratio = energy / SKETCH_SIZE / np.where(l2 > 0, l2, 1.0) ** 2
     low, high = _SKETCH_RANGE
     # With fewer elements than projections the signs repeat themselves and the ratio scatters more.
-    judged = there & (l2 > 0) & (rows.sizes() >= SKETCH_SIZE)
+    judged = (l2 > 0) & (rows.sizes >= SKETCH_SIZE)
     yield "the sketch is of another row than stats.l2", judged & ((ratio < low) | (ratio > high))
-    checked = np.flatnonzero(whole & there)
+    checked = np.flatnonzero(whole & ~np.isnan(energy))
+    if not len(checked):
+        return
     wrong = np.zeros(len(rows), dtype=np.bool_)
     for count in set(rows.counts[checked].tolist()):
         same = checked[rows.counts[checked] == count]

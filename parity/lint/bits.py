@@ -18,7 +18,7 @@ _BATCH = 1 << 20  # values looked at together: 4 MiB
 # some powers of two away, stays below 5.
 _TOO_WIDE = 8.0
 _PLAUSIBLE = (0.5, 5.0)
-_LARGEST = 1e6  # of a plausible row
+_LARGEST = 1e6  # of a plausible row: ten times the largest scores met (`parity.lint.numbers`)
 # BF16 bits read as F16: magnitudes below 2 all land in [1, 2). A Gaussian row of ten values has a ratio of smallest to
 # largest above 0.4 once in 10^7.
 _TOO_NARROW = 0.4

@@ -142,6 +142,8 @@ def stale_position(subject: Subject) -> Iterator[Hit]:
             for before, after in pairwise(ordered):
                 same = subject.same_input(before, after)
                 excused = same is not False if free else after < subject.uniform_until
+                if not excused and same and before > 0:  # a window of attention that holds the same tokens gives the same
+                    excused = subject.same_input(before - 1, after - 1) is True
                 if shifted and not excused:
                     excused = before > 0 and subject.same_input(before - 1, after - 1) is not False
                 if not excused:

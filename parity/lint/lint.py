@@ -1,5 +1,6 @@
-"""Can this dump be trusted? Runs every rule of `lint_rules.table` over one dump."""
+"""Can this dump be trusted? Runs every rule of `parity.lint.table` over one dump."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from checkpoints.record import Dump
 
 from ..diff.tokens import same_model
 from .model_facts import ModelFacts, open_model
-from .rule import Subject
+from .rule import Rule, Subject
 from .table import RULES
 
 _GRAVITY = {ERROR: 0, SUSPICION: 1, WARNING: 2}
@@ -29,9 +30,17 @@ def lint(dump: Dump, model: Path | ModelFacts | None = None, dataflow: Dataflow 
     if facts is not None:
         same_model(dump, facts.model.path)
     subject = Subject(dump, facts, dataflow)
+    findings = _findings(subject, RULES)
+    refused = subject.refused_dataflow
+    notes = [f"the header's dataflow is left out: {refused:.300}"] if refused else []
+    return LintReport(dump.path, dump.records, tuple(findings), (*dump.notes, *notes))
+
+
+def _findings(subject: Subject, rules: Iterable[Rule]) -> list[Finding]:
+    """What these rules find, the grave findings first."""
     findings: list[Finding] = []
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):  # garbage is what lint is for
-        for rule in RULES:
+        for rule in rules:
             hits = list(rule.check(subject))
             for number, hit in enumerate(hits):
                 if number == _SHOWN and len(hits) > _SHOWN + 1:
@@ -46,17 +55,18 @@ def lint(dump: Dump, model: Path | ModelFacts | None = None, dataflow: Dataflow 
                     Finding(rule.name, severity, hit.checkpoint, hit.token_idx, hit.evidence, rule.cause, rule.advice)
                 )
     findings.sort(key=lambda finding: _GRAVITY[finding.severity])
-    refused = subject.refused_dataflow
-    notes = [f"the header's dataflow is left out: {refused:.300}"] if refused else []
-    return LintReport(dump.path, dump.records, tuple(findings), (*dump.notes, *notes))
+    return findings
 
 
 def refuse_unusable(dump: Dump, side: str) -> None:
-    """Raises DumpError where lint calls a side of a comparison unusable; the message says which and why."""
-    report = lint(dump)
-    if report.usable:
+    """Raises DumpError where lint calls a side of a comparison unusable; the message says which and why.
+
+    Only the rules that can say so are asked: the others take five times as long, and a comparison says nothing of what they find.
+    """
+    grave = (rule for rule in RULES if rule.severity == ERROR)
+    errors = [finding for finding in _findings(Subject(dump), grave) if finding.severity == ERROR]
+    if not errors:
         return
-    errors = [finding for finding in report.findings if finding.severity == ERROR]
     more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
     raise DumpError(
         f"{side} ({dump.path}) cannot be trusted: {errors[0].rule}: {errors[0].evidence}{more}.",

@@ -34,7 +34,7 @@ class ModelFacts:
         """Whether all its layers are alike, of an architecture with plain heads and one feed-forward."""
         from engine.models import written_by_hand
 
-        return written_by_hand(self.hp)
+        return written_by_hand(self.hp, self.model.tensors)
 
     @property
     def layers(self) -> int:

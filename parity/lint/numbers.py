@@ -65,12 +65,13 @@ def _hides_the_rest(rows: Rows, inside: NDArray[np.bool_]) -> bool:
 def impossible_size(subject: Subject) -> Iterator[Hit]:
     """1e18 next to 0.0 next to 3.04: memory that holds something else."""
     for name, rows in subject.points.items():
-        size = np.abs(rows.values.astype(np.float64))
-        size[~np.isfinite(size)] = 0.0
-        largest = size.max(axis=1, initial=0.0)
-        for stat in ("max", "min"):
-            if stat in rows.stats:
-                largest = np.maximum(largest, np.nan_to_num(np.abs(rows.stats[stat]), posinf=0.0))
+        stated = [np.abs(rows.stats[stat]) for stat in ("max", "min") if stat in rows.stats]
+        size = np.abs(rows.values)
+        if all(sizes.max(initial=0.0) <= _HUGE for sizes in (size, *stated)):  # and none of them is NaN
+            continue
+        largest = np.where(np.isfinite(size), size, 0.0).max(axis=1, initial=0.0).astype(np.float64)
+        for sizes in stated:
+            largest = np.maximum(largest, np.nan_to_num(sizes, posinf=0.0))
         bad = (largest > _HUGE).nonzero()[0].tolist()
         if not bad:
             continue

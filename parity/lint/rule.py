@@ -56,25 +56,23 @@ class Subject:
     @cached_property
     def dataflow(self) -> Dataflow | None:
         """What each point is made from, where this dump or another one says it."""
-        header = self.dump.header
-        if self.given is not None or header is None or not header.dataflow:
-            return self.given
-        try:
-            return Dataflow.from_json(header.dataflow)
-        except ValueError:  # `lint` says it
-            return None
+        return self.given if self.given is not None else self._own[0]
+
+    @property
+    def refused_dataflow(self) -> str:
+        """Why the dataflow in the dump's header cannot be used; empty where it can, or where there is none."""
+        return self._own[1]
 
     @cached_property
-    def refused_dataflow(self) -> str:
-        """Why the dataflow in the dump's header is not used; empty where it is, or where there is none."""
+    def _own(self) -> tuple[Dataflow | None, str]:
+        """The dataflow of the dump's header, or why it cannot be used."""
         header = self.dump.header
         if header is None or not header.dataflow:
-            return ""
+            return None, ""
         try:
-            Dataflow.from_json(header.dataflow)
+            return Dataflow.from_json(header.dataflow), ""
         except ValueError as error:
-            return str(error)
-        return ""
+            return None, str(error)
 
     def made(self, name: str) -> Made | None:
         """How a point is made, None where nothing says it."""

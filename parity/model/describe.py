@@ -45,7 +45,7 @@ def describe(path: Path) -> dict[str, Any]:
         "tokenizer": _tokenizer(model),
         "weights": _types(model),
     }
-    if not written_by_hand(hp):
+    if not written_by_hand(hp, model.tensors):
         return facts | _of_the_graph(path)
     steps = steps_of(hp.architecture, Blocks(hp, model.tensors))
     pairs = {step.params["pairs"] for step in steps if "pairs" in step.params}

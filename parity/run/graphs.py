@@ -1,7 +1,8 @@
-"""llama.cpp's graph of a model, if no reference is running yet."""
+"""llama.cpp's graph of a model, and what its points are made from, if no reference is running yet."""
 
 from pathlib import Path
 
+from checkpoints.dataflow import Dataflow
 from checkpoints.graph import RecordedGraph
 from reference.client import Reference
 
@@ -14,3 +15,13 @@ def recorded_graph(model: Path) -> RecordedGraph:
     """
     with Reference() as reference:
         return reference.graph(model)
+
+
+def dataflow_of(model: Path) -> Dataflow:
+    """What the points of llama.cpp's graph are made from.
+
+    Raises:
+        ModelError, ReferenceFailed: as `Reference.describe`.
+    """
+    with Reference() as reference:
+        return reference.describe(model).dataflow

@@ -107,8 +107,10 @@ class HuggingFace:
             words += ["--slice", str(self.slice_size or 0)]
             if prompt.ids:
                 words += ["--tokens", "{tokens}"]
-            if prompt.text is not None:
-                words += [f"--prompt={prompt.text}"]
+            if prompt.text is not None:  # in a file: it may hold {placeholders}, NUL, or more than a command line can
+                text = Path(scratch) / "prompt.txt"
+                text.write_bytes(prompt.text.encode())
+                words += ["--prompt-file", str(text)]
             if self.points:
                 words += ["--points", "{points}"]
             if self.positions != "all":

@@ -9,13 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from checkpoints.columns import open_dump
-from checkpoints.points import default_layers, layer_outputs, select
+from checkpoints.points import default_points, layer_outputs, select
 from checkpoints.record import DEFAULT_SLICE, Header, Token
 from checkpoints.recording import Recording, passes
 from checkpoints.tensors import TensorWriter, beside
 from engine.capture.device import tap
 from engine.capture.tap import Capture
-from engine.engine import Engine, whole_input
+from engine.engine import Engine, Progress, whole_input
 
 from .. import version
 from .request import Prompt
@@ -34,6 +34,7 @@ class OursJob(Recording):
     generated: tuple[int, ...] = ()
     generated_pieces: tuple[str, ...] = ()
     portions: tuple[int, ...] = ()
+    decoded: tuple[int, ...] = ()
     on_step: Callable[[int, int], None] | None = field(default=None, compare=False)
 
     @classmethod
@@ -49,6 +50,7 @@ class OursJob(Recording):
             generated=prompt.generated,
             generated_pieces=prompt.generated_pieces,
             portions=prompt.portions,
+            decoded=prompt.decoded,
             on_step=on_step,
             **recording.recording(),
         )
@@ -62,8 +64,7 @@ def chosen_points(engine: Engine, points: str, layers: tuple[int, ...] | None) -
     """
     if points == "default":
         if layers is None:
-            default = set(layer_outputs(default_layers(engine.hp.n_layers)))
-            return [name for name in engine.points if name in default]  # an encoder has no logits
+            return default_points(engine.points, engine.hp.n_layers)  # an encoder has no logits
         return select(",".join(layer_outputs(layers)), engine.points, engine.hp.n_layers)
     return select(points, engine.points, engine.hp.n_layers)
 
@@ -127,14 +128,27 @@ def dump(engine: Engine, job: OursJob) -> Header:
 
 def _passes(engine: Engine, job: OursJob, capture: Capture) -> None:
     progress = engine.start(job.first_position)
-    if engine.encoder is not None and len(passes(len(job.tokens), job.portions)) > 1:
-        raise whole_input()
-    for part in passes(len(job.tokens), job.portions):
-        logits = engine.forward(job.tokens[part], progress, capture)
+    if engine.encoder is not None:
+        logits = _decoded(engine, job, progress, capture)
+    else:
+        for part in passes(len(job.tokens), job.portions):
+            logits = engine.forward(job.tokens[part], progress, capture)
     texts = job.generated_pieces or ("",) * len(job.generated)
     for token, text in zip(job.generated, texts, strict=True):
         capture.token(Token(progress.first + progress.length, token, text, top_logits(logits)))
         logits = engine.forward([token], progress, capture)
+
+
+def _decoded(engine: Engine, job: OursJob, progress: Progress, capture: Capture) -> NDArray[np.float32]:
+    """The passes of an encoder–decoder: the encoder's, and those of the tokens that the decoder is given."""
+    if job.portions and not job.decoded:
+        raise whole_input()
+    first, *others = passes(1 + len(job.decoded), job.portions)
+    progress.leading = job.decoded[: first.stop - 1]
+    logits = engine.forward(job.tokens, progress, capture)
+    for part in others:
+        logits = engine.forward(job.decoded[part.start - 1 : part.stop - 1], progress, capture)
+    return logits
 
 
 def top_logits(logits: NDArray[np.float32], count: int = TOP) -> tuple[tuple[int, float], ...]:

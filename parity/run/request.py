@@ -50,6 +50,7 @@ class Prompt:
         ubatch: the most tokens that the engine computes at once within a pass; None for all.
         companions: prompts that are computed together with this one, which is the last sequence of the batch.
         saved: how many tokens are computed before the state is saved, and restored by a new process; 0 for none of it.
+        decoded: of an encoder–decoder: tokens that the decoder takes after its own first one; the portions are of these.
     """
 
     text: str | None
@@ -61,6 +62,7 @@ class Prompt:
     ubatch: int | None = None
     companions: tuple[tuple[int, ...], ...] = ()
     saved: int = 0
+    decoded: tuple[int, ...] = ()
 
     def followed_by(self, ids: tuple[int, ...], pieces: tuple[str, ...]) -> Self:
         """The same prompt, with generated tokens after it."""

@@ -11,8 +11,9 @@ from checkpoints import columns
 from checkpoints.errors import InputError
 from checkpoints.whole_file import lock
 
-DUMPS = tuple(f"{side}{ending}" for side in ("ours", "ref") for ending in (".jsonl", ".safetensors", columns.ENDING))
-ANSWERS = ("diff.json", "report.html")
+_ENDINGS = (".jsonl", ".safetensors", columns.ENDING)
+DUMPS = (*(f"{side}{ending}" for side in ("ours", "ref") for ending in _ENDINGS), "ours-odd.jsonl")
+ANSWERS = ("diff.json", "report.html", "server.json")
 _OTHERS = ("hf.jsonl", "ref-[0-9]*.jsonl")  # dumps of further sides, which belong to their run's answer
 _PREFIX = ".parity-run-"
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Protocol
 
 from checkpoints.errors import InputError
-from checkpoints.points import default_layers, layer_outputs, select
+from checkpoints.points import layer_outputs, select
 from engine.engine import Engine
 from engine.opened import open_engine
 from engine.weights.gguf_model import GgufModel
@@ -169,9 +169,7 @@ class ExternalEngine:
             return self._known_names
         described = self._reference.describe(self._request.model)
         known = [name for name, _ in described.points]
-        layers, points = self._request.layers, self.points
-        if points == "default":
-            points = ",".join(layer_outputs(default_layers(described.n_layers) if layers is None else layers))
+        points = self.points
         try:
             return ",".join(select(points, known, described.n_layers))
         except InputError:  # a name of the engine's own
@@ -214,6 +212,7 @@ class LlamaCpp:
                 ubatch=prompt.ubatch,
                 companions=prompt.companions,
                 saved=prompt.saved,
+                decoded=prompt.decoded,
                 window=request.window,
                 threads=request.threads,
                 **request.recording(),

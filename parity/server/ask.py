@@ -83,7 +83,7 @@ def _echoed(heard: Heard, predictions: Sequence[Prediction], prompt: Prompt, voc
     """Predictions of the prompt's own tokens, as far as they are the tokens that llama.cpp makes."""
     text = prompt.text if prompt.text is not None else "".join(prompt.pieces)
     before, match, behind = "".join(item.token.text for item in predictions).partition(text)
-    hidden = _hidden(prompt, vocabulary)
+    hidden = _hidden(prompt)
     shown = list(predictions)
     if shown and prompt.ids and vocabulary.ids(shown[0].token)[:1] == prompt.ids[:1] and hidden:
         hidden = 0  # this server shows its BOS as well
@@ -106,7 +106,7 @@ def _echoed(heard: Heard, predictions: Sequence[Prediction], prompt: Prompt, voc
     return replace(heard, asked=tuple(asked))
 
 
-def _hidden(prompt: Prompt, vocabulary: Vocabulary) -> int:
+def _hidden(prompt: Prompt) -> int:
     """How many leading tokens stand for nothing in the text: a BOS."""
     text = prompt.text if prompt.text is not None else ""
     first = prompt.pieces[0] if prompt.pieces else ""
@@ -120,7 +120,7 @@ def _one_by_one(
     questions: list[tuple[int, str | None, str | Sequence[int]]] = []
     left = 0
     text = ""
-    hidden = _hidden(prompt, Vocabulary(()))
+    hidden = _hidden(prompt)
     for index in range(len(prompt.ids) - 1):
         if prompt.text is None:
             questions.append((index, None, prompt.ids[: index + 1]))
@@ -134,10 +134,13 @@ def _one_by_one(
     notes = []
     if left:
         notes.append(
-            f"{left} positions were not asked about: the text up to there has other tokens by itself, and the server does not echo"
+            "positions left out, because the text up to there has other tokens by itself and the server does not echo: "
+            f"{left} of {len(prompt.ids)}"
         )
     if len(questions) > _AT_ONCE:
-        notes.append(f"{len(questions)} positions were to be asked one by one: {_AT_ONCE} of them were")
+        notes.append(
+            f"the server was asked about {_AT_ONCE} of {len(questions)} positions, one request each, spread over the text"
+        )
         questions = [questions[number * len(questions) // _AT_ONCE] for number in range(_AT_ONCE)]
     asked = []
     for number, (index, known, question) in enumerate(questions):
@@ -164,7 +167,7 @@ def _chosen(heard: Heard, generated: Sequence[Prediction], vocabulary: Vocabular
         if chosen is None:
             if generate:
                 notes.append(
-                    f"the server's token {number} ({item.token.text[:20]!r}) cannot be told from its text; it is followed up to there"
+                    f"the server's token {number} ({item.token.text[:20]!r}) has no id and no known text; it is followed up to there"
                 )
             break
         if number < generate:

@@ -1,8 +1,9 @@
 """What explains a server's numbers: the same text read in another way, or llama.cpp's logits changed by a sampler."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from time import monotonic
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from .vocabulary import Vocabulary
 
 _SAMPLE = 12  # predictions on which a reading is tried
 _TEMPLATED = 3  # predictions on which a chat template is tried: each takes a pass of its own
+_BUDGET = 60.0  # seconds for all chat templates (some fifty), as long as `parity explain` searches
 _ENOUGH = 0.9  # share of the sample that must be explained: single positions are amplified (docs/your-engine.md)
 _BETTER = 10.0  # how many times nearer than the text as it stands
 _TEMPERATURES = (0.05, 20.0)
@@ -26,7 +28,7 @@ _PENALTIES = np.concatenate([np.arange(1.01, 1.5, 0.01), np.arange(1.5, 2.01, 0.
 
 @dataclass(frozen=True)
 class Case:
-    """Everything that a cause is looked for with. `whole` are llama.cpp's rows [V] at the sampled positions, `limit` a KL."""
+    """Everything that a cause is looked for with: `sample` has llama.cpp's rows [V], `limit` is a KL; `notes` say what was not tried."""
 
     reference: Reference
     model: Path
@@ -37,8 +39,9 @@ class Case:
     vocabulary: Vocabulary
     sample: tuple[tuple[Asked, Row], ...]
     limit: float
+    notes: list[str] = field(default_factory=list)
 
-    def without(self, sample: "Sequence[tuple[Asked, Row]]") -> float:
+    def without(self, sample: Sequence[tuple[Asked, Row]]) -> float:
         """The worst KL of these predictions as they were asked for."""
         return max(self.of(asked, row) for asked, row in sample)
 
@@ -53,13 +56,10 @@ def sampled(asked: Sequence[Asked]) -> tuple[Asked, ...]:
     return tuple(asked[number * len(asked) // count] for number in range(count))
 
 
-def causes(case: Case) -> Iterator[ServerCause]:
+def cause_of(case: Case) -> ServerCause | None:
     """The first reading that explains the predictions, if one does."""
-    for find in (_echo, _beginning, _temperature, _penalty, _template, _tokenizer):
-        cause = find(case)
-        if cause is not None:
-            yield cause
-            return
+    readings = (_echo, _beginning, _temperature, _penalty, _template, _tokenizer)
+    return next((cause for find in readings if (cause := find(case)) is not None), None)
 
 
 def _echo(case: Case) -> ServerCause | None:
@@ -199,7 +199,14 @@ def _template(case: Case) -> ServerCause | None:
         return None
     last = asked[-1][0]
     text = last.prefix if last.prefix is not None else case.prompt.text
-    for name, wrapped in case.reference.chat_texts(case.model, text).items():
+    deadline = monotonic() + _BUDGET
+    templates = case.reference.chat_texts(case.model, text)
+    for number, (name, wrapped) in enumerate(templates.items()):
+        if monotonic() > deadline:
+            case.notes.append(
+                f"the search for a chat template ended after {_BUDGET:g} seconds: {number} of {len(templates)} were tried"
+            )
+            return None
         ids = case.reference.tokenize(case.model, wrapped).ids
         if case.heard.prompt_tokens is not None and _at_end(case, last) and abs(len(ids) - case.heard.prompt_tokens) > 1:
             continue

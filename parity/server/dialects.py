@@ -15,13 +15,12 @@ _ABSENT = (404, 405, 501)  # the server has no such path
 class Completion:
     """A server's answer: what it predicted for the prompt's own tokens (where it echoes them), and for those that it chose.
 
-    `prompt_tokens` is how many tokens it says the prompt has, `echoed` the prompt's text as it gives it back; None if it does not.
+    `prompt_tokens` is how many tokens it says the prompt has, None if it does not.
     """
 
     generated: tuple[Prediction, ...]
     prompt: tuple[Prediction, ...] = ()
     prompt_tokens: int | None = None
-    echoed: str | None = None
     text: str = ""
 
 
@@ -76,7 +75,6 @@ class OpenAI:
             tuple(predictions[split : split + count]),
             tuple(predictions[:split]),
             counted if isinstance(counted, int) else None,
-            "".join(item.token.text for item in predictions[:split]) if split else None,
             text if isinstance(text, str) else "",
         )
 

@@ -25,11 +25,10 @@ class Candidate:
 class Prediction:
     """What the server said of one position: the token that stands there, and its candidates, most probable first.
 
-    `logprob` is the token's own; None where nothing predicted it (the first token of an echoed prompt).
+    The token's own log-probability is 0 where nothing predicted it (the first token of an echoed prompt).
     """
 
     token: Candidate
-    logprob: float | None
     candidates: tuple[Candidate, ...]
 
 
@@ -53,8 +52,7 @@ def legacy(logprobs: dict[str, Any], where: str) -> list[Prediction]:
             raise _malformed(where, "a token is no text, or its candidates are no object")
         pairs = listed.items() if isinstance(listed, dict) else [item for part in listed or () for item in _pairs(part, where)]
         candidates = [_candidate(name, number, where) for name, number in pairs]
-        logprob = None if value is None else number_of(value, where)
-        predictions.append(Prediction(_candidate(text, logprob or 0.0, where), logprob, _ordered(candidates)))
+        predictions.append(Prediction(_candidate(text, 0.0 if value is None else value, where), _ordered(candidates)))
     return predictions
 
 
@@ -82,7 +80,7 @@ def listed(content: Sequence[Any], where: str) -> list[Prediction]:
             raise _malformed(where, "a position's candidates are no list of objects")
         candidates = [_entry(item, where) for item in inner]
         token = _entry(entry, where, [item.logprob for item in candidates if item.text == entry.get("content")])
-        predictions.append(Prediction(token, token.logprob, _ordered(candidates)))
+        predictions.append(Prediction(token, _ordered(candidates)))
     return predictions
 
 
@@ -130,7 +128,7 @@ def number_of(value: Any, where: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or (isinstance(value, float) and math.isnan(value)):
         raise _malformed(where, f"a log-probability is {str(value)[:40]}")
     if value > 1e-3:
-        raise _malformed(where, f"a log-probability is {str(value)[:40]}, above 0: are these logits?")
+        raise _malformed(where, f"a log-probability is {str(value)[:40]}, above 0, as if it were a logit")
     return -math.inf if value < _NEVER else min(float(value), 0.0)
 
 

@@ -11,18 +11,20 @@ from typing import Any
 
 import numpy as np
 
-from checkpoints.answers.server import GREEDY, TEACHER_FORCED, Predicted, ServerAnswer, ServerCause
+from checkpoints.answers.server import GREEDY, TEACHER_FORCED, Predicted, ServerAnswer
 from checkpoints.errors import InputError
 from checkpoints.whole_file import put
 from reference.client import Reference
+from reference.jobs import Tokens
 
 from ..run.request import Prompt, Request
+from ..run.results import dumps_of
 from ..run.session import REF_FILE, dump_reference, new_folder, resolve_prompt
 from ..score.measures import largest, log_sum
 from . import choices
 from .ask import Asked, Heard, Progress, listen
 from .base import Floor, Row, floor_of, kl, listed, rows
-from .causes import Case, causes, sampled
+from .causes import Case, cause_of, sampled
 from .dialects import AUTO, Dialect, dialect_of
 from .http import Connection
 from .vocabulary import Vocabulary
@@ -77,20 +79,27 @@ def compare_server(
             )
         if progress is not None:
             progress("llama.cpp", 0, None)
-        answer = _compared(reference, request, prompt, heard, vocabulary, dialect)
+        answer = _compared(reference, request, prompt, heard, special, vocabulary, dialect)
     answer = replace(answer, requests=connection.requests, folder=str(folder), url=connection.name)
-    if wanted.dump_prefix and answer.prefix:
-        dumped = replace(
-            request, prompt=None, tokens=answer.prefix, points="all" if request.points == "default" else request.points
-        )
-        dump_reference(dumped, folder / REF_FILE)
+    with dumps_of(folder) as dumps:  # an earlier run's are replaced, asked for or not
+        if wanted.dump_prefix and answer.prefix:
+            dumped = replace(
+                request, prompt=None, tokens=answer.prefix, points="all" if request.points == "default" else request.points
+            )
+            dump_reference(dumped, dumps / REF_FILE)
     answer = replace(answer, seconds=perf_counter() - began)
     put(folder / SERVER_FILE, (json.dumps(asdict(answer), indent=1, allow_nan=False) + "\n").encode())
     return answer
 
 
 def _compared(
-    reference: Reference, request: Request, prompt: Prompt, heard: Heard, vocabulary: Vocabulary, dialect: Dialect
+    reference: Reference,
+    request: Request,
+    prompt: Prompt,
+    heard: Heard,
+    special: Tokens,
+    vocabulary: Vocabulary,
+    dialect: Dialect,
 ) -> ServerAnswer:
     by_position = {asked.position: asked for asked in heard.asked}
     floor = Floor(0.0, 0.0)
@@ -124,7 +133,7 @@ def _compared(
             code="server",
         )
     left_out = (
-        (f"{unknown} predictions have no candidate that is a token of this model: they were left out",) if unknown else ()
+        (f"predictions left out, because none of their candidates is a token of this model: {unknown}",) if unknown else ()
     )
     wrong = next((item for item in predictions if item.wrong), None)
     other = next((item for item in predictions if not item.same_choice), None)
@@ -134,15 +143,15 @@ def _compared(
         request.mode,
         prompt,
         heard,
-        reference.tokenize(request.model, "a"),
+        special,
         vocabulary,
         tuple(kept),
         limit,
     )
-    found_causes: list[ServerCause] = list(causes(case)) if wrong is not None or heard.around or heard.tokenizer else []
+    cause = cause_of(case) if wrong is not None or heard.around or heard.tokenizer else None
     unfaithful = choices.unfaithful([asked for asked, _ in greedy])
-    if unfaithful and not found_causes:
-        found_causes.append(choices.cause([item for item in greedy if len(item[1])], heard.tokens, unfaithful))
+    if unfaithful and cause is None:
+        cause = choices.cause([item for item in greedy if len(item[1])], heard.tokens, unfaithful)
     place = wrong or other
     prefix = heard.tokens[: place.position + 1] if place is not None else ()
     return ServerAnswer(
@@ -160,11 +169,11 @@ def _compared(
         seconds=0.0,
         first=wrong,
         first_choice=other,
-        causes=tuple(found_causes),
+        causes=(cause,) if cause is not None else (),
         unfaithful=unfaithful,
         prefix=prefix,
         next_command=_next(request.model, prefix) if wrong is not None else "",
-        notes=(*heard.notes, *left_out),
+        notes=(*heard.notes, *left_out, *case.notes),
     )
 
 

@@ -44,7 +44,7 @@ def mishaps(model: GgufModel, info: TensorInfo, count: int, heads: tuple[int, in
         yield "off by one block, backwards", lambda: _from_before(model, info, count)
 
     def altered(change: Callable[[NDArray[np.uint8]], NDArray[np.uint8]]) -> Made:
-        return lambda: _altered(model, info, count, size, change)
+        return lambda: _values(change(_blocks(model, info, count).copy()), info.type)
 
     if info.type in _NIBBLES:
         start, length = _NIBBLES[info.type]
@@ -109,13 +109,6 @@ def _values(blocks: NDArray[np.uint8], kind: int) -> Floats:
     elements, _ = block_of(kind)
     values: Floats = dequantize(blocks, kind, elements).reshape(-1)
     return values
-
-
-def _altered(
-    model: GgufModel, info: TensorInfo, count: int, size: int, change: Callable[[NDArray[np.uint8]], NDArray[np.uint8]]
-) -> Floats:
-    del size
-    return _values(change(_blocks(model, info, count).copy()), info.type)
 
 
 def _elsewhere(model: GgufModel, info: TensorInfo, count: int) -> Iterator[tuple[str, Made]]:

@@ -1,4 +1,4 @@
-"""How much of a weight a ggml type leaves: the NMSE of quantising it, by which a wrong weight is told from a quantised one."""
+"""The NMSE that quantising a weight costs, by ggml type: more than that is a wrong weight, not a quantised one."""
 
 # NMSE that libggml's quantisation leaves (ggml_quantize_chunk, importance 1 everywhere): the worst of Gaussian, Laplace, Student-t
 # (3 degrees), uniform weights, and of Gaussian ones in which every 64th column is ten times as large, 256 rows of 512

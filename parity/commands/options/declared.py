@@ -84,6 +84,10 @@ ExecOption = Annotated[
         help="Your engine as our side: '[NAME=value …] CMD {model} {tokens} {out} {points}'; {model} is the F32 twin in exact mode.",
     ),
 ]
+TestedExecOption = Annotated[
+    str | None,
+    typer.Option("--exec", help="The engine to test: '[NAME=value …] CMD {model} {tokens} {out} {points}'."),
+]
 ShellOption = Annotated[
     str | None, typer.Option("--exec-shell", help="Your engine as a line for /bin/sh, with the same placeholders.")
 ]

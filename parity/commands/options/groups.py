@@ -26,6 +26,12 @@ def _one(name: str, annotation: Any, default: Any = None, convert: Callable[[Any
     return Group({name: (annotation, default)}, lambda **texts: {name: convert(texts[name])})
 
 
+def _command(annotation: Any, timeout: Any = declared.TimeoutOption, seconds: float | None = None) -> Group:
+    """The options of an engine that a command line starts, with this --exec; it is stopped after `seconds`, by default."""
+    options = {"command": annotation, "shell": declared.ShellOption, "timeout": timeout}
+    return Group({name: (option, None) for name, option in options.items()}, partial(values.command_fields, default=seconds))
+
+
 _PROMPT_OPTIONS = {
     "prompt": (declared.PromptOption, None),
     "prompt_file": (declared.PromptFileOption, None),
@@ -41,22 +47,8 @@ GROUPS = {
     "mode": _one("mode", declared.ModeOption, Mode.EXACT),
     "backend": _one("backend", declared.BackendOption, BackendName.AUTO),
     "devices": _one("devices", declared.DevicesOption, None, values.devices),
-    "command": Group(
-        {
-            "command": (declared.ExecOption, None),
-            "shell": (declared.ShellOption, None),
-            "timeout": (declared.TimeoutOption, None),
-        },
-        values.command_fields,
-    ),
-    "command_on_tiny_models": Group(
-        {
-            "command": (declared.ExecOption, None),
-            "shell": (declared.ShellOption, None),
-            "timeout": (declared.TinyTimeoutOption, None),
-        },
-        partial(values.command_fields, default=declared.TINY_TIMEOUT),
-    ),
+    "command": _command(declared.ExecOption),
+    "tested_command": _command(declared.TestedExecOption, declared.TinyTimeoutOption, declared.TINY_TIMEOUT),
     "points": _one("points", declared.PointsOption, "default"),
     "all_points": _one("points", declared.PointsOption, "all"),
     "layers": _one("layers", declared.LayersOption, None, values.layers),

@@ -26,7 +26,8 @@ OPTIONS: dict[str, tuple[Any, Any]] = {
             str | None,
             typer.Option(
                 "--server",
-                help="A running server as our side: its log-probabilities over the prompt, and with --generate its choices.",
+                help="A running server as our side: its log-probabilities over the prompt, and with --generate its choices. "
+                "--tolerance is a KL divergence then.",
                 show_default=False,
             ),
         ],
@@ -98,7 +99,8 @@ def server_field(
         InputError: the URL, the JSON or a number is wrong, or one of these options is given without --server.
     """
     if server is None:
-        if dump_prefix or server_json or server_model or server_rate is not None:
+        others = (server_api, server_top, server_model, server_json, server_rate, server_timeout, dump_prefix)
+        if others != tuple(default for name, (_, default) in OPTIONS.items() if name != "server"):
             raise InputError("--server-… and --dump-prefix need a server.", "Give its URL with --server.", code="server")
         return {"server": None}
     from ...server.http import Connection, key_from_environment

@@ -72,7 +72,7 @@ def window(text: str) -> int | Literal["auto", "off"]:
         return "auto"
     if text == "off":
         return "off"
-    if not text.isdigit() or int(text) < 1:
+    if not (text.isascii() and text.isdigit()) or int(text) < 1:
         raise InputError(f"--window must be auto, off or a number of layers, not {text!r}.", "Write e.g. --window 4.")
     return int(text)
 

@@ -1,0 +1,91 @@
+"""Where the table's limits cannot tell a fault from what this model makes of rounding: that is said, and no operation is blamed.
+
+The answer stays a divergence and says what settles it: with the model at hand float64 and measured limits decide.
+"""
+
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from checkpoints.answers.diff import Pattern, Verdict
+
+from .against_limits import GROWN
+from .eight_bits import is_noise
+from .limits import EXACT_FLOOR
+from .noise import BEYOND
+from .records import Records
+from .routing import may_have_flipped
+from .truth import FEW
+
+Ints = NDArray[np.int64]
+
+# What the positions say, or that nothing is seen: such an answer points at operations, which rounding does not have.
+_OF_POSITIONS = frozenset(
+    {
+        "from-position-0",
+        "every-position",
+        "from-position-1",
+        "from-position-n",
+        "first-position",
+        "single-positions",
+        "one-position",
+    }
+    | {"operation", "drift", "grown", "output-matrix", "output-norm", "embedding", "embedding-row"}
+)
+
+
+def undecided(records: Records, verdict: Verdict) -> Verdict:
+    """The verdict of a comparison by the table's limits alone, with another pattern where they cannot tell what is wrong."""
+    first = verdict.first_divergence
+    if first is None or first.checkpoint not in records.names or records.tokens.divergence is not None:
+        return verdict
+    if verdict.pattern is not None and verdict.pattern.code == "precision":
+        return replace(verdict, operation="")
+    if verdict.pattern is not None and verdict.pattern.code not in _OF_POSITIONS:
+        return verdict
+    sentence = _rounding(records, first.checkpoint) or _flipped(records, first.checkpoint, first.seq, first.token_idx)
+    return verdict if not sentence else replace(verdict, pattern=Pattern("undecided", sentence), operation="")
+
+
+def _rounding(records: Records, name: str) -> str:
+    number = records.names.index(name)
+    here = records.point == number
+    origins = records.failed & ~records.upstream.failed
+    over, errors = float(records.of_limit[origins].max(initial=0.0)), records.measures.nmse
+    if errors[origins].max(initial=0.0) <= BEYOND * EXACT_FLOOR.operations:
+        return (
+            f"{over:.1f} × over the limit: a small fault, or float32's rounding, amplified by this model (--model M.gguf lets float64 "
+            "decide)"
+        )
+    if records.limits.operations <= EXACT_FLOOR.operations or over > GROWN:
+        return ""
+    if not _few(records, np.flatnonzero(origins & here)) and not (
+        errors[here].min() > EXACT_FLOOR.operations and is_noise(records, number)
+    ):
+        return ""
+    return (
+        f"noise at every position, {over:.1f} × over a limit that is one for all models: a fault, or what lower arithmetic costs this "
+        "model (--model M.gguf measures it)"
+    )
+
+
+def _few(records: Records, chosen: Ints) -> bool:
+    """Whether rows hold so few numbers that their terms may cancel all together, as scores of the first positions do."""
+    pair = records.pairs[records.point[chosen[0]]]
+    values = pair.ref.values[records.row[chosen]]
+    inside = np.arange(values.shape[1]) < pair.ref.counts[records.row[chosen], None]
+    whole = pair.ref.full()[records.row[chosen]]
+    return bool((whole & ((np.isfinite(values) & inside).sum(axis=1) <= FEW)).all())
+
+
+def _flipped(records: Records, name: str, seq: int, position: int) -> str:
+    if records.limits.operations <= EXACT_FLOOR.operations:
+        return ""
+    choice = may_have_flipped(records.flow, name, seq, position, records.ref.points, records.limits.operations)
+    if not choice:
+        return ""
+    return (
+        f"a fault, or other experts: {choice} chooses by a near tie there, which lower arithmetic may decide the other way "
+        f"(record it on both sides, or --model M.gguf)"
+    )

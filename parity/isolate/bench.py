@@ -1,0 +1,119 @@
+"""What judges a model: an isolator of its steps (and one of its encoder's), and what watches the values on their way."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from checkpoints.answers.isolate import Operation
+from checkpoints.graph import RecordedGraph
+from engine.graph import ENCODED, Step, alone
+from engine.opened import open_plain
+from engine.replay.proof import proof_steps
+from engine.transformer import Transformer
+from engine.weights.gguf_model import GgufModel
+
+from .attention_checks import AttentionChecks
+from .elements import RowChecks
+from .operation import Definition, Isolator
+from .values import Value
+
+Arriving = Iterable[tuple[str, Value]]
+
+
+class Define(Protocol):
+    """What a model's operations are held to: the steps that compute them as the reference should."""
+
+    def __call__(self, steps: Sequence[Step], /, *, native: bool, kv_type: str) -> list[Step]:
+        """One step for each of `steps`."""
+
+
+@dataclass
+class Bench:
+    """The model's steps, what watches the values, and what judges them; of an encoder–decoder both halves."""
+
+    transformer: Transformer
+    isolator: Isolator
+    attention: AttentionChecks
+    rows: RowChecks
+    encoder: Isolator | None = None
+
+    @classmethod
+    def of(
+        cls,
+        model: Path,
+        graph: Callable[[], RecordedGraph],
+        modes: Sequence[bool],
+        kv_type: str,
+        limit: float,
+        expected: int,
+        rows: Sequence[int] = (),
+        define: Define = proof_steps,
+    ) -> Self:
+        """The bench of a model file.
+
+        Args:
+            graph: records llama.cpp's graph, where the model's steps are lifted from it.
+            modes: which definitions are native.
+            expected: the number of positions of the run.
+        """
+        transformer = open_plain(GgufModel(model), "numpy", resident=False, recorded=graph)
+        transformer.expect(expected)
+        several, single = transformer.steps, transformer.single
+        definitions = [
+            Definition(
+                define(several, native=native, kv_type=kv_type),
+                None if single is None else define(single, native=native, kv_type=kv_type),
+            )
+            for native in modes
+        ]
+        weights = transformer.weights
+        encoder = alone(transformer.encoder or ())
+        return cls(
+            transformer,
+            Isolator(definitions, weights, limit),
+            AttentionChecks.of((*encoder, *several)),
+            RowChecks(rows, [definition.several for definition in definitions], weights, limit),
+            Isolator([Definition(define(encoder, native=native, kv_type=kv_type)) for native in modes], weights, limit)
+            if encoder
+            else None,
+        )
+
+    @property
+    def isolators(self) -> list[Isolator]:
+        """The encoder's, where there is one, and the model's."""
+        return [self.isolator] if self.encoder is None else [self.encoder, self.isolator]
+
+    @property
+    def steps(self) -> list[Step]:
+        """The steps of both, in the order of computation."""
+        return [step for isolator in self.isolators for step in isolator.definitions[0].several]
+
+    def decoded(self, tokens: NDArray[np.int64], generated: NDArray[np.int64]) -> NDArray[np.int64]:
+        """What the positions of the model hold for a prompt and what follows it: an encoder–decoder begins with a token of its own."""
+        own = tokens if self.encoder is None else np.array([self.transformer.decoder_start or 0], dtype=np.int64)
+        return np.concatenate([own, generated])
+
+    def run(self, tokens: NDArray[np.int64], positions: NDArray[np.int64], arriving: Arriving) -> None:
+        """One forward pass: its tokens and positions [T], and its values by point as they were computed."""
+        self.isolator.run(tokens, positions, self.rows.watch(self.attention.watch(arriving)))
+
+    def encode(self, tokens: NDArray[np.int64], arriving: Arriving) -> None:
+        """The encoder's pass over a prompt [T], whose last value the decoder's passes read."""
+        assert self.encoder is not None
+        last = self.encoder.steps[-1].makes
+
+        def kept() -> Iterator[tuple[str, Value]]:
+            for name, value in arriving:
+                if name == last:
+                    self.isolator.given[ENCODED] = value
+                yield name, value
+
+        self.encoder.run(tokens, np.arange(len(tokens), dtype=np.int64), self.attention.watch(kept()))
+
+    def operations(self) -> list[Operation]:
+        """The verdict on each step, in the order of the model."""
+        return [operation for isolator in self.isolators for operation in isolator.operations()]
