@@ -4,7 +4,7 @@ OUTPUT = "output"  # the code of what cannot be written
 
 
 class ParityError(Exception):
-    """One clear line, what to do about it, and the exit code it stands for.
+    """One clear line, what to do about it, and the exit code.
 
     `code` is a short stable word for machines (`--format json`), `message` says what is wrong,
     `advice` what to do; the command line prints "parity: message advice" and exits with `exit_code`.

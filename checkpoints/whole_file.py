@@ -8,7 +8,6 @@ left behind from what another run is writing now, and removes the former.
 import contextlib
 import os
 import re
-import secrets
 import stat
 from pathlib import Path
 from types import TracebackType
@@ -146,7 +145,7 @@ def create_locked(folder: Path, prefix: str, suffix: str) -> tuple[Path, int]:
         OSError: none can be made in that folder.
     """
     for _ in range(_ATTEMPTS):
-        path = folder / f"{prefix}{secrets.token_hex(_RANDOM)}{suffix}"
+        path = folder / f"{prefix}{os.urandom(_RANDOM).hex()}{suffix}"
         descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC | _NO_FOLLOW, 0o666)
         if lock(descriptor) and not _still_there(path, descriptor):  # another run swept it before it was locked
             os.close(descriptor)

@@ -259,7 +259,7 @@ def dump_whole(library: Library, model: Model, job: DumpJob, info: ModelInfo, st
             return stack.enter_context(session)
 
         session = opened()
-        plans = plans_of(session, prompt, job.tokens if model.encoder_decoder else ())
+        plans = plans_of(session, prompt, job.tokens if model.encoder_decoder else (), single=job.may_step)
         check_ways(plans, job, info)
         generates(plans.prompt, job, info)
         header = header_of(job, info, pieces, library, None, of_passes(plans))

@@ -51,10 +51,10 @@ def conform(
         typer.Option(
             "--modes",
             help="Modes: prefill; decode, chunked ({portions} in --exec); batch ({sequences}); state ({state}). "
-            "Default: all that the engine can be told.",
+            "Default: all that the command line of the engine supports.",
         ),
     ] = None,
-    explain: Annotated[bool, typer.Option("--explain/--no-explain", help="Look for the cause of what fails.")] = True,
+    explain: Annotated[bool, typer.Option("--explain/--no-explain", help="Look for the causes of failures.")] = True,
     workers: Annotated[
         int | None,
         typer.Option(
@@ -72,10 +72,10 @@ def conform(
     table: Annotated[Path | None, typer.Option("--table", help="Write every cell's figures: FILE.csv or FILE.parquet.")] = None,
     output_format: o.AnswerOption = o.AnswerFormat.TEXT,
 ) -> None:
-    """Is an engine right for every architecture and weight type? Runs it on tiny seeded models: a verdict for each, one line per cause.
+    """Test an engine on tiny seeded models of every architecture and weight type: a verdict for each, one line for each cause.
 
     {model} is the model file itself, in the type under test; an engine may refuse it (a nonzero exit code and a sentence on
-    stderr), which is not a failure. With {points} the engine is asked for every operation, so that a failure has a name.
+    stderr), which is not a failure. With {points} the engine is asked for every operation, so that the failing one can be named.
 
       parity conform --exec "./engine {model} {tokens} {out} {points}" --profile dense
 
@@ -109,7 +109,7 @@ def conform(
         theirs.check()
     ways = OurEngine.ways if side is ConformSide.OURS else () if command is None else command.ways
     chosen = cells(profile, architectures, types, prompts, modes, served.MODES if server else modes_of(ways))
-    if command is not None and not cluster:  # on a cluster it lies where the workers are
+    if command is not None and not cluster:  # on a cluster, the command exists only where the workers run
         command.check()
     name = command.name if command is not None else side.value if side is not None else ""
     folder = out or Path("runs") / f"conform-{name}"

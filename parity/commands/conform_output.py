@@ -108,7 +108,7 @@ def show(conformance: "Conformance", output_format: AnswerFormat, *, junit: Path
     """Print the answer, write index.html and whatever else was asked for, and return the exit code.
 
     Raises:
-        InputError: nothing was compared: every cell was refused, or a file cannot be written.
+        InputError: nothing was compared (every cell was refused), or a file cannot be written.
     """
     from reports import conform as report
     from reports.conform_html import conform_html

@@ -32,7 +32,8 @@ def diff(
         typer.Option(
             "--model",
             "-m",
-            help="GGUF file of the dumps: measures the error of lower precisions on it, and which one OURS uses if it does not say; "
+            help="GGUF file of the dumps: measures the error of lower precisions, and finds the one that "
+            "OURS uses if its header does not name it; "
             "--arbiter needs it.",
         ),
     ] = None,
@@ -45,9 +46,9 @@ def diff(
     html: Annotated[Path | None, typer.Option("--html", help="Write a report: one HTML file that opens offline.")] = None,
     include: Annotated[
         list[Path] | None,
-        typer.Option("--include", help="For the report: a JSON answer of lint, isolate or explain; repeat the option."),
+        typer.Option("--include", help="Add a JSON answer of lint, isolate or explain to the report; can be repeated."),
     ] = None,
-    junit: Annotated[Path | None, typer.Option("--junit", help="Write JUnit XML besides: one case a point.")] = None,
+    junit: Annotated[Path | None, typer.Option("--junit", help="Also write JUnit XML: one case for each point.")] = None,
 ) -> None:
     """Compare two dumps, or three, and name the first divergence.
 

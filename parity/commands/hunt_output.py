@@ -1,4 +1,4 @@
-"""What `parity run --hunt` prints: each run of the engine when it has ended, then the cause."""
+"""What `parity run --hunt` prints: each run of the engine as it ends, then the cause."""
 
 import json
 from collections.abc import Callable
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def hunted(request: "Request", started: "Reference", output_format: Format) -> int:
-    """Hunt, print what is found as it is found, write diff.json and the report, and return the exit code."""
+    """Hunt, print results as they are found, write diff.json and the report, and return the exit code."""
     from rich.console import Console
     from rich.text import Text
 

@@ -1,4 +1,4 @@
-"""What `parity score` prints, and the way on from the worst position."""
+"""What `parity score` prints, and the comparison at the worst position."""
 
 import json
 from dataclasses import replace

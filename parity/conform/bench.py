@@ -49,7 +49,7 @@ _VERDICTS = {engines.CRASHED: CRASHED, engines.REFUSED: REFUSED, engines.TIMED_O
 
 @dataclass(frozen=True)
 class Settings:
-    """What all cells of a run share: how the side is started and judged (`run`; its model and tokens are the cells').
+    """What all cells of a run share: how the side is started and judged (`run`; model and tokens come from the cells).
 
     The side is `run.command` (an engine that writes dumps, or with `server` one that is asked over HTTP), else `hugging_face`, else
     our engine.
@@ -70,7 +70,7 @@ class Settings:
 
     @property
     def side(self) -> str:
-        """The side in words."""
+        """A description of the side."""
         if self.run.command is not None:
             return self.run.command.line
         return self.hugging_face.name if self.hugging_face is not None else "our engine"
@@ -86,7 +86,7 @@ def key_of(settings: Settings, engine: str, cell: Cell) -> str:
 
 
 class Bench:
-    """Runs cells in one process, with one llama.cpp, which is started by the first cell that needs it. A context manager."""
+    """Runs cells in one process, with one llama.cpp, which the first cell that needs it starts. A context manager."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
@@ -109,7 +109,7 @@ class Bench:
             self._server.stop()
 
     def run(self, cell: Cell) -> CellResult:
-        """The cell's result: kept from an earlier run where nothing that it depends on has changed."""
+        """The cell's result, taken from an earlier run if nothing that it depends on has changed."""
         began = perf_counter()
         key = key_of(self._settings, self._engine, cell)
         if (kept := results.load(self._settings.folder, key)) is not None:
@@ -123,7 +123,7 @@ class Bench:
         else:
             try:
                 result = self._fresh(cell, model)
-            except Exception as error:  # a fault of ours in one cell must neither hide nor cost all the others
+            except Exception as error:  # a fault of ours in one cell must neither be hidden nor lose all the others
                 if ends_the_run(error):
                     raise
                 result = CellResult(cell, CRASHED, f"internal error of parity: {type(error).__name__}: {error}")
@@ -133,7 +133,7 @@ class Bench:
 
     def _fresh(self, cell: Cell, model: Path) -> CellResult:
         prompt = prompt_of(cell)
-        assert prompt is not None  # the matrix has no such cells
+        assert prompt is not None  # the matrix contains no such cells
         request = replace(self._settings.run, model=model, tokens=prompt.ids, points="all", slice_size=_SLICE)
         out = self._settings.folder / "dumps" / f"{cell.name.replace(' ', '-')}.jsonl"
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -142,18 +142,18 @@ class Bench:
                 return served_cell(cell, request, self._server, self._settings.server, self._reference, self._settings.folder)
             self._side(request).dump(prompt, out)
             ours = loaded(out, prompt, request.mapping)
-        except DumpError as error:  # its path is another in every cell
+        except DumpError as error:  # its path differs in every cell
             return CellResult(cell, UNUSABLE, error.message.replace(str(out), "its dump"))
         except EngineError as error:
             if ends_the_run(error):
                 raise
             verdict = _VERDICTS.get(error.how, UNUSABLE)
             return CellResult(cell, verdict, error.message.replace(str(model), "the model"))
-        except ParityError as error:  # our own engine has no such model
+        except ParityError as error:  # our own engine lacks the model
             if ends_the_run(error):
                 raise
             return CellResult(cell, REFUSED, error.message)
-        try:  # only now: what the side refuses needs no reference
+        try:  # only now: a cell that the side refuses needs no reference
             ref = self._reference_dump(request, Prompt(None, prompt.ids, ()), identity.of_file(model), cell.prompt)
         except ParityError as error:
             if ends_the_run(error):
@@ -202,7 +202,7 @@ class Bench:
         if verdict:
             return result
         first = verdict.first_divergence
-        # Other prompts and modes of one model that part at the same operation have the same cause: it is looked for once.
+        # If other prompts and modes of one model differ first at the same operation, they share the cause: it is looked for once.
         place = cell.architecture, cell.type, parse(first.checkpoint).kind if first is not None else ""
         if place not in self._causes:
             explanation = self._explained(request, ours)
@@ -234,7 +234,7 @@ class Bench:
         options = ExplainOptions(tokens=None if known else request.tokens, budget=_EXPLAIN, compute=request.compute)
         try:
             return explain_dump(ours, request.model, options)
-        except ParityError:  # an architecture that cannot be replayed: the comparison's own words stand
+        except ParityError:  # an architecture that cannot be replayed: the comparison's own description is used
             return None
 
     def _report(self, cell: Cell, ours: Dump, ref: Dump, comparison: Comparison, explanation: Explanation | None) -> str:
@@ -252,7 +252,7 @@ def ends_the_run(error: Exception) -> bool:
 
 
 def cause_of(verdict: Verdict, explanation: Explanation | None) -> tuple[str, str]:
-    """The cause, short and the same for cells that fail alike, and in a sentence: the fault, else the operation, else the place."""
+    """The cause: a short form, the same for cells that fail alike, and a sentence: the fault, otherwise the operation or the place."""
     if explanation is not None and explanation.causes:
         names = " + ".join(cause.named.fault for cause in explanation.causes)
         return names, "; ".join(cause.named.sentence for cause in explanation.causes)

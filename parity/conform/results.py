@@ -1,6 +1,6 @@
-"""Finished cells on disk: one small file each, named by what the result depends on.
+"""Finished cells on disk: one small file each, named by the key of what the result depends on.
 
-They lie in folders by the first two digits of that name, so that each stays small: whoever writes a file looks through its folder.
+They are sorted into folders by the first two digits of the key: each write looks through its folder, which therefore has to stay small.
 """
 
 import json
@@ -14,7 +14,7 @@ FOLDER = "results"
 
 
 def load(folder: Path, key: str) -> CellResult | None:
-    """A result that was kept; None if there is none, or only one of another version."""
+    """A stored result; None if there is none, or only one of another version."""
     try:
         facts = json.loads(_path(folder, key).read_text(encoding="utf-8"))
         return replace(CellResult.from_dict(facts), kept=True)
@@ -23,7 +23,7 @@ def load(folder: Path, key: str) -> CellResult | None:
 
 
 def save(folder: Path, result: CellResult) -> None:
-    """Keep a result.
+    """Store a result.
 
     Raises:
         InputError: it cannot be written.

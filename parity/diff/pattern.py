@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from checkpoints.answers.diff import Pattern
+from checkpoints.distinct import distinct
 from checkpoints.points import EMBD, LOGITS, OUTPUT_NORM, parse
 
 from .dataflow import Flow, Stretch
@@ -170,7 +171,7 @@ def _decode_only(seen: Evidence) -> Pattern | None:
 
 def _all_but_last(seen: Evidence) -> bool:
     """Whether in each pass of more than one position all are wrong but the last."""
-    passes = [seen.step == step for step in np.unique(seen.step[~seen.decode])]
+    passes = [seen.step == step for step in distinct(seen.step[~seen.decode])]
     long = [chosen for chosen in passes if chosen.sum() > 2]
     return bool(long) and all(bool(seen.failed[chosen][:-1].all()) and not seen.failed[chosen][-1] for chosen in long)
 

@@ -1,4 +1,4 @@
-"""The table of options: which option gives which fields of a request, and the decorator that gives them to a command."""
+"""The table of options: which option sets which fields of a request, and the decorator that adds them to a command."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -15,14 +15,14 @@ from .values import Given
 
 @dataclass(frozen=True)
 class Group:
-    """Options that give one or more fields of a request together: `fields` makes those of their texts."""
+    """Options that set one or more fields of a request together: `fields` computes those from their texts."""
 
     options: Mapping[str, tuple[Any, Any]]  # parameter: (annotation, default)
     fields: Callable[..., Given]
 
 
 def _one(name: str, annotation: Any, default: Any = None, convert: Callable[[Any], Any] = lambda value: value) -> Group:
-    """The option that gives the field of its name."""
+    """The option that sets the field of its own name."""
     return Group({name: (annotation, default)}, lambda **texts: {name: convert(texts[name])})
 
 
@@ -80,12 +80,12 @@ GROUPS = {
 }
 
 
-# What a command writes to; every other path that it is given is read.
+# The outputs of a command; every other path that it is given is read.
 _OUTPUTS = frozenset({"out", "table", "html", "junit", "save_base"})
 
 
 def fills(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """A command whose first parameter, `given`, holds the fields that these groups of options give, each declared once, above.
+    """A command whose first parameter, `given`, holds the fields that these groups of options set.
 
     The command's other parameters follow the options. None of the files that it reads may be one that it writes.
     """
@@ -118,11 +118,11 @@ def fills(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
 
 
 def _paths(texts: Mapping[str, Any], *, written: bool) -> list[Path]:
-    """The paths that a command was given: those that it writes to, or those that it reads."""
+    """The paths that a command was given: either its outputs or its inputs."""
     given = [value for name, value in texts.items() if (name in _OUTPUTS) is written]
     return [path for value in given for path in (value if isinstance(value, list) else [value]) if isinstance(path, Path)]
 
 
 def _plain(value: Any) -> Any:
-    """An enumeration's text: requests travel to other processes, which know nothing of commands."""
+    """An enumeration's text: requests are sent to other processes, which know nothing of commands."""
     return value.value if isinstance(value, Enum) else value
