@@ -287,7 +287,7 @@ def test_what_it_refuses(parity: Cli) -> None:
     refused(parity("conform", "--exec", "x", "--side", "ours"), "Take one of")
     refused(parity("conform", "--exec", "", "--types", "F32"), "--exec is empty")
     refused(parity("conform", "--side", "ours", "--architectures", "qwen9"), "qwen9", "qwen")
-    refused(parity("conform", "--side", "ours", "--profile", "everything"), "--profile 'everything' is not known")
+    refused(parity("conform", "--side", "ours", "--profile", "everything"), "--profile 'everything' is unknown")
     for mode, needed in (("decode", "{portions}"), ("batch", "{sequences}"), ("state", "{state}")):
         refused(parity("conform", "--exec", "x {model}", "--modes", mode), needed)
     refused(parity("conform", "--exec", "./no-such-engine {model}"), "cannot run ./no-such-engine")
