@@ -10,6 +10,8 @@ class ThreeWayPoint:
     """One point. `nmse` and `of_limit` are each pair's worst, in the order of PAIRS, None if a pair has no such record.
 
     `differs`: `diff` judges some pair to differ. `alone` is the side that differs from the two others, which agree.
+    `truth`: how far each side's worst record is from the same steps in float64, None where that is not known; `wrong` are the sides that
+    are far from it while another one is near.
     """
 
     checkpoint: str
@@ -17,6 +19,8 @@ class ThreeWayPoint:
     of_limit: tuple[float | None, float | None, float | None]
     alone: int | None = None
     differs: bool = False
+    truth: tuple[float | None, float | None, float | None] = (None, None, None)
+    wrong: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -175,6 +175,8 @@ def _refuse_mixtures(given: o.Given, *, hunt: bool, bisect: bool, third: bool) -
 
 def _with_hugging_face(request: "Request", started: "Reference", python: str, device: str, output_format: o.Format) -> int:
     """Our side, llama.cpp and Hugging Face: print which one disagrees, and return the exit code."""
+    from ..diff.compare import Options
+    from ..explain.on_model import three_on
     from ..run import session
     from ..run.hugging_face import HuggingFace
     from .output import progress_bar
@@ -184,10 +186,12 @@ def _with_hugging_face(request: "Request", started: "Reference", python: str, de
         side = HuggingFace(request.model, python, device, slice_size=None if request.full else request.slice_size)
         side.check()
         outcome = session.run(request, progress, started)
-        compared, note = session.with_hugging_face(outcome, side, progress)
+        third, note = session.with_hugging_face(outcome, side, progress)
+        dumps = outcome.ours, outcome.ref, third
+        compared = three_on(dumps, Options(), request.model, request.arbiter)
     if note:
         print(f"note: {note}", file=sys.stderr)
-    return show_three(compared, (outcome.ours, outcome.ref, outcome.ref), output_format)
+    return show_three(compared, dumps, output_format)
 
 
 def _two_sides(request: "Request", started: "Reference", others: "Sequence[Other]", output_format: o.Format) -> int:

@@ -12,7 +12,7 @@ from checkpoints.record import Dump, Header, Rows
 from .against_limits import hold
 from .align import Pair, align
 from .consumers import Judged, judged
-from .dataflow import dataflow_of, flow, upstream
+from .dataflow import dataflow_of, flow, upstream, without_mask
 from .eight_bits import looks_like_eight_bits, suspicion
 from .judge import judge
 from .limits import EXACT_FLOOR, NATIVE, common_mode, limits
@@ -102,7 +102,8 @@ def _comparison(ours: Dump, ref: Dump, options: Options, parted: TokenComparison
     whole, damaged = dataflow_of(ours, ref)
     alignment = align(ours, ref, options.step, tokens, whole)
     errors = as_sets(measured(alignment, ours, ref))
-    model = flow(errors.names, whole, _layers(ref) or _layers(ours))
+    unmasked = without_mask(ref.points) or without_mask(ours.points)
+    model = flow(errors.names, whole, _layers(ref) or _layers(ours), unmasked=unmasked)
     lower = (
         (options.limits is None or allowed.assumed)
         and common_mode(ours.header, ref.header) != NATIVE

@@ -189,7 +189,8 @@ def leading(rows: Rows, r: int) -> NDArray[np.float32]:
 
 def telling(rows: Rows) -> NDArray[np.bool_]:
     """bool [R]: records with enough different finite values to be told from others."""
-    if not len(rows) or rows.values.shape[1] < TELLING or rows.dtype.startswith("i"):  # ids: few, and often the same
+    ids = rows.dtype.startswith("i") or kind(rows.point).endswith(("moe_topk", "moe_argsort"))  # few, and often the same
+    if not len(rows) or rows.values.shape[1] < TELLING or ids:
         return np.zeros(len(rows), dtype=np.bool_)
     values = np.sort(rows.values, axis=1)  # padding and NaN sort to the end
     finite = np.isfinite(values[:, 1:]) & np.isfinite(values[:, :-1])
