@@ -204,8 +204,8 @@ class Command:
                 start_new_session=True,  # so that its children can be ended with it
             )
         except OSError as error:
-            what = arguments[0] if isinstance(arguments, list) else "a shell"
-            raise EngineError(f"cannot run {what}: {error.strerror}.", f"Check {self.option}.", how=NOT_STARTED) from error
+            program = arguments[0] if isinstance(arguments, list) else "a shell"
+            raise EngineError(f"cannot run {program}: {error.strerror}.", f"Check {self.option}.", how=NOT_STARTED) from error
 
     def _wait(self, process: "subprocess.Popen[bytes]", out: Path) -> EngineError | None:
         """Wait until the engine ends; returns the error for which it had to be stopped, if any."""
