@@ -136,7 +136,7 @@ def same_structure(flats: Sequence[FlatPass], subject: str) -> None:
     for other in flats[1:]:
         if len(other.tensors) != len(first.tensors):
             raise ReferenceFailed(
-                f"the graph cannot be recorded: {subject} has {len(first.tensors)} or {len(other.tensors)} tensors, depending on the length.",
+                f"the graph cannot be recorded: {subject} has {len(first.tensors)} or {len(other.tensors)} tensors, by its length.",
                 ADVICE,
                 code="graph",
             )
