@@ -24,7 +24,11 @@ FAMILIES = {
         {"head_dim": 32, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "norm_topk_prob": True},
     ),
     "gemma2": ("Gemma2Config", {"head_dim": 16, "query_pre_attn_scalar": 16, "tie_word_embeddings": True}),
-    "gemma3": ("Gemma3TextConfig", {"head_dim": 16, "query_pre_attn_scalar": 16, "tie_word_embeddings": True}),
+    # A window of a real length: with fewer than six layers all of them have it, and llama.cpp aborts when it moves what such a model cached.
+    "gemma3": (
+        "Gemma3TextConfig",
+        {"head_dim": 16, "query_pre_attn_scalar": 16, "tie_word_embeddings": True, "sliding_window": 128},
+    ),
     "phi3": ("Phi3Config", {"sliding_window": None}),
     "glm4": ("Glm4Config", {"head_dim": 16}),
     "falcon": (

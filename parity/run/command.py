@@ -1,5 +1,6 @@
 """A foreign engine's command line: how it is started, watched and stopped, and what its errors say."""
 
+import errno
 import os
 import re
 import shlex
@@ -17,6 +18,7 @@ from typing import IO
 
 from checkpoints.errors import InputError
 from checkpoints.printable import printable
+from checkpoints.whole_file import is_special
 
 CRASHED, REFUSED, TIMED_OUT, UNUSABLE = "crashed", "refused", "timed out", "unusable"
 MODEL, TOKENS, OUT, POINTS, PORTIONS = "{model}", "{tokens}", "{out}", "{points}", "{portions}"
@@ -158,7 +160,10 @@ class Command:
             self._start(arguments, environment, out)
         except OSError as error:
             what = arguments[0] if isinstance(arguments, list) else "a shell"
-            raise EngineError(f"cannot run {what}: {error.strerror}.", f"Check {self.option}.") from error
+            advice = f"Check {self.option}."
+            if error.errno == errno.E2BIG:
+                advice = f"The ids of {len(tokens):,} tokens are more than a command line holds: take a shorter prompt."
+            raise EngineError(f"cannot run {what}: {error.strerror}.", advice) from error
         self._dumped(out)
 
     def _start(self, arguments: "list[str] | str", environment: Mapping[str, str], out: Path) -> None:
@@ -245,8 +250,9 @@ def _filled(text: str, values: Mapping[str, str]) -> str:
 
 
 def _remove(out: Path) -> None:
-    """Remove what an earlier run left there, so that it is not taken for this run's dump."""
-    out.unlink(missing_ok=True)
+    """Remove what an earlier run left there, so that it is not taken for this run's dump. Pipes and devices stay."""
+    if not is_special(out):
+        out.unlink(missing_ok=True)
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:
