@@ -8,8 +8,9 @@ An edit scales (0.5 % to 2 times), shifts, rolls, permutes, exchanges two elemen
 takes another position, of the operation's result or of one operand; or it takes another value of the same shape as operand.
 
 `acquitted` is an answer that says "no fault" though a recorded value differs; `wrong cause` names a fault that does not make the engine's
-numbers, at every recorded point, in whole rows. `located`: the first place is the first recorded point that the edit changes, and the
-operation is among those in question; `at the operation`: it is the only one. `elsewhere` is any other place.
+numbers, in whole rows, at every recorded point (in front of the place that the answer says it leaves, where it leaves one). `located`:
+the first place is the first recorded point that the edit changes, and the operation is among those in question; `at the operation`: it is
+the only one. `elsewhere` is any other place.
 """
 
 import argparse
@@ -184,6 +185,8 @@ def outcome(answer: Explanation, faulty: Faulty, edit: Edit, tokens: tuple[int, 
     if answer:
         return "acquitted"
     if answer.causes:
+        if answer.remaining is not None:
+            points = points[: points.index(answer.remaining.checkpoint)]
         return (
             "named" if same_numbers(faulty, edit, [cause.named for cause in answer.causes], tokens, points) else "wrong cause"
         )
@@ -249,8 +252,7 @@ def cases(models: Models, seeds: range, budget: float) -> Iterator[tuple[str, st
         began = perf_counter()
         answer = explain(dump, faulty.model, ExplainOptions(budget=budget))
         spent = perf_counter() - began
-        known = {step.makes for step in faulty.right}
-        said = outcome(answer, faulty, edit, tokens, [point for point in dump.points if point in known])
+        said = outcome(answer, faulty, edit, tokens, [step.makes for step in faulty.right if step.makes in dump.points])
         shape = f"{points}, {size if size < 1 << 20 else 'all'}{'' if bare else ', sketch'}{', f32' if stated else ''}"
         print(f"seed {seed} {name}: {edit.what} ({shape}): {said}, {spent:.1f} s; {sentence(answer)}", flush=True)
         yield edit.how, points, said, spent

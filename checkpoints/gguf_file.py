@@ -1,8 +1,8 @@
-"""The table of contents of a GGUF file: metadata and tensors by place, without loading either.
+"""The table of contents of a GGUF file: the places of metadata and tensors, without loading either.
 
-gguf-py's reader makes a NumPy view of every element of every array: seconds for a vocabulary of 150,000 tokens, of which
-a run needs none. Here values are kept as raw bytes, so that what is copied is copied to the bit, and an array is decoded
-when it is asked for. A test holds it to gguf-py's reader. Layout: docs/gguf.md of ggml.
+gguf-py's reader makes a NumPy view of every element of every array: that takes seconds for a vocabulary of 150,000 tokens, of which
+a run needs none. Here values are kept as raw bytes, so that copies are exact, and an array is decoded
+when it is asked for. A test compares it with gguf-py's reader. Layout: docs/gguf.md of ggml.
 """
 
 import mmap
@@ -30,7 +30,7 @@ _FAMILIES = {0: "f32", 1: "f16", 30: "bf16", 28: "f32"}  # by ggml_type; F64 is 
 
 @dataclass(frozen=True)
 class Value:
-    """A metadata value: its `gguf_type` and its bytes as they stand in the file."""
+    """A metadata value: its `gguf_type` and its bytes as they are in the file."""
 
     type: int
     raw: bytes
@@ -44,7 +44,7 @@ class Value:
         return self.raw[8:].decode(errors="replace") if self.type == STRING else None
 
     def plain(self) -> Any:
-        """The value as Python has it: number, truth value, text, or the list of an array's elements."""
+        """The value in Python: a number, truth value, text, or the list of an array's elements."""
         if self.type != ARRAY:
             return self.text() if self.type == STRING else self.number()
         kind, count = struct.unpack_from("<IQ", self.raw)
@@ -78,7 +78,7 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Contents:
-    """What a GGUF file holds, and where: `data` is the file offset of the data section, `size` of the file's end.
+    """What a GGUF file contains, and where: `data` is the file offset of the data section, `size` that of the file's end.
 
     `header_end` is where the table of contents ends, before the padding to a multiple of `alignment`.
     """
@@ -92,12 +92,12 @@ class Contents:
     alignment: int
 
     def text(self, key: str) -> str:
-        """A string of the metadata, "" if it is not there."""
+        """A string of the metadata, "" if it is missing."""
         value = self.metadata.get(key)
         return (value.text() or "") if value else ""
 
     def integer(self, key: str) -> int | None:
-        """An integer of the metadata, None if it is not there or is of another type."""
+        """An integer of the metadata, None if it is missing or of another type."""
         value = self.metadata.get(key)
         number = value.number() if value else None
         return number if isinstance(number, int) and not isinstance(number, bool) else None
@@ -128,12 +128,12 @@ class Contents:
 
     @property
     def weight_families(self) -> tuple[str, ...]:
-        """Which of f32, f16, bf16 and quantised the matrices are."""
+        """Which of f32, f16, bf16 and quantised types the matrices have."""
         kinds = {_FAMILIES.get(tensor.type, "quantised") for tensor in self.tensors if len(tensor.ne) > 1}
         return tuple(sorted(kinds))
 
     def info(self, file_type: str) -> ModelInfo:
-        """What a dump says of this model: `file_type` is the name of `general.file_type`.
+        """The model as a dump's header describes it: `file_type` is the name of `general.file_type`.
 
         Raises:
             ModelError: the file cannot be read to its end.
@@ -150,12 +150,12 @@ class Contents:
 
     @property
     def layers(self) -> int:
-        """`<architecture>.block_count`, 0 if it is not there."""
+        """`<architecture>.block_count`, 0 if it is missing."""
         return self.integer(f"{self.architecture}.block_count") or 0
 
 
 class _Cursor:
-    """Reads on from a place in the file; EOFError where the file ends first."""
+    """Reads on from an offset in the file; raises EOFError if the file ends first."""
 
     def __init__(self, data: mmap.mmap) -> None:
         self.data = data

@@ -10,7 +10,7 @@ __all__ = ["Dump", "ParityError", "Verdict", "compare", "read", "table", "versio
 
 
 def __getattr__(name: str) -> Any:
-    """The names of `interface`, imported when they are asked for: commands start without them."""
+    """The names of `interface`, imported when they are first used: commands start without them."""
     if name in __all__:
         from . import interface
 
@@ -41,7 +41,7 @@ def requirements() -> tuple[str, ...]:
 
 
 def _project() -> dict[str, Any]:
-    """What the source tree's pyproject.toml says of the project; where only the packages were copied, nothing is known."""
+    """What the source tree's pyproject.toml says of the project; {} if only the packages were copied."""
     import tomllib
 
     try:

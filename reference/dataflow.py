@@ -1,5 +1,6 @@
 """What each point of a graph is made from: the planned nodes, with everything unplanned between them walked through."""
 
+import re
 from collections.abc import Sequence
 
 from checkpoints.dataflow import CACHE, Dataflow, Made
@@ -7,24 +8,37 @@ from checkpoints.points import parse
 
 from .jobs import Node, Source
 from .naming import VIEWS, Planned
+from .passes import Plans
 
+_OF_THE_ENCODER = re.compile(r"cross_attn_[kv]\.")  # weights that are multiplied with an encoder's output
 _WRITTEN = {"SET_ROWS": 2, "CPY": 1}  # the operand that is written to; the first one is what is written
 
 
-def dataflow(nodes: Sequence[Node], planned: Sequence[Planned]) -> Dataflow:
+def dataflow(nodes: Sequence[Node], planned: Sequence[Planned], encoded: str = "") -> Dataflow:
     """The dataflow of a pass.
 
     Args:
         nodes: all nodes of the graph, in the order of computation.
         planned: the values that `naming.plan` takes from it.
+        encoded: the point of an encoder's pass that a decoder's keys and values of cross-attention are made from.
     """
-    return _Walk(nodes, planned).dataflow()
+    return _Walk(nodes, planned, encoded).dataflow()
+
+
+def of_passes(plans: Plans) -> Dataflow:
+    """The dataflow of a run over a prompt; of an encoder–decoder that of both halves."""
+    if plans.encoder is None:
+        return dataflow(plans.prompt.nodes, plans.prompt.planned)
+    first = dataflow(plans.encoder.nodes, plans.encoder.planned)
+    second = dataflow(plans.prompt.nodes, plans.prompt.planned, list(first.made)[-1])
+    return Dataflow({**first.made, **second.made})
 
 
 class _Walk:
     """From each planned value back to the planned values before it."""
 
-    def __init__(self, nodes: Sequence[Node], planned: Sequence[Planned]) -> None:
+    def __init__(self, nodes: Sequence[Node], planned: Sequence[Planned], encoded: str) -> None:
+        self._encoded = encoded
         self._nodes = {node.address: node for node in nodes}
         self._planned = planned
         self._point = {item.node.address: item.point for item in planned if item.operand is None and item.part is None}
@@ -59,7 +73,7 @@ class _Walk:
                 behind = ([operand], []) if operand is not None else self._behind(source, item.point)
                 points += behind[0]
                 weights += behind[1]
-            known = [name for name in dict.fromkeys(points) if name in origins]
+            known = [name for name in dict.fromkeys(points) if name in origins or name == self._encoded]
             maker = self._maker(node)
             op, function = (maker.op, maker.function) if item.operand is None else (CACHE, "")
             origins[item.point] = Made(op, tuple(known), tuple(dict.fromkeys(weights)), function)
@@ -101,4 +115,6 @@ class _Walk:
                 waiting += self._written[source.address]
             elif source.name.endswith((".weight", ".bias")):
                 weights.append(source.name)
+                if self._encoded and _OF_THE_ENCODER.search(source.name):
+                    points.append(self._encoded)
         return points, weights

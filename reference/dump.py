@@ -26,7 +26,7 @@ from checkpoints.summary import summarise
 from checkpoints.tensors import TensorWriter, beside, key
 
 from . import twin
-from .dataflow import dataflow
+from .dataflow import of_passes
 from .jobs import EXACT, NATIVE, DumpJob, DumpResult
 from .library import Library, default_threads
 from .llama import Model, Session
@@ -259,10 +259,10 @@ def dump_whole(library: Library, model: Model, job: DumpJob, info: ModelInfo, st
             return stack.enter_context(session)
 
         session = opened()
-        plans = plans_of(session, prompt, job.tokens if model.encoder_decoder else ())
+        plans = plans_of(session, prompt, job.tokens if model.encoder_decoder else (), single=job.may_step)
         check_ways(plans, job, info)
         generates(plans.prompt, job, info)
-        header = header_of(job, info, pieces, library, None, dataflow(plans.prompt.nodes, plans.prompt.planned))
+        header = header_of(job, info, pieces, library, None, of_passes(plans))
         names = points.select(expression(job, model.n_layers), plans.names, model.n_layers)
         planned_at = time.perf_counter()
         with open_dump(job.out, header, binary=job.binary) as writer, tensors_beside(job) as tensors:

@@ -134,12 +134,7 @@ def _left(explanation: Explanation, place: Place, width: int) -> list[Text]:
         rows.append(("law", f"at {place.checkpoint} {explanation.law}"))
     rows += _where(explanation)
     if explanation.looks_like:
-        rows.append(
-            (
-                "looks",
-                f"the numbers look like {_arithmetic(explanation.looks_like, explanation)}, but {_STATED[explanation.f32_stated]}",
-            )
-        )
+        rows.append(("looks", f"the numbers look like {_arithmetic(explanation.looks_like, explanation)}{_but(explanation)}"))
     if not explanation.complete:
         rows.append(
             (
@@ -151,6 +146,16 @@ def _left(explanation: Explanation, place: Place, width: int) -> list[Text]:
     if explanation.next:
         rows.append(("next", f"record these and run explain again:  --points '{explanation.next}'"))
     return _lines(rows, width)
+
+
+def _but(explanation: Explanation) -> str:
+    """Why what numbers look like is no answer."""
+    if explanation.f32_stated:
+        return f", but {_STATED[explanation.f32_stated]}"
+    return (
+        ", and a fault of that size cannot be told from them. Say what your engine computes in: --compute q8 takes them as noise, "
+        "--compute f32 rules them out"
+    )
 
 
 def _where(explanation: Explanation) -> list[tuple[str, str]]:

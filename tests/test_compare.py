@@ -4,9 +4,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from dumps import DEFAULT, dump, noisy, random, spoiled
+from dumps import DEFAULT, HEADER, dump, noisy, random, spoiled
 
 from checkpoints.answers.diff import FRESH, INHERITED, Verdict
+from checkpoints.dataflow import Dataflow, Made
 from checkpoints.errors import DumpError, InputError
 from checkpoints.points import LAYER_KINDS, select
 from checkpoints.record import Dump
@@ -250,3 +251,25 @@ def test_next_can_be_selected() -> None:
     chosen = select(verdict.next, names, 24)
     assert "blk.0.l_out" in chosen
     assert {"blk.1.attn_norm", "blk.3.q_rope", "blk.5.l_out"} <= set(chosen)
+
+
+def test_an_encoder_has_no_causal_mask() -> None:
+    """Right at position 0 and wrong from 1 on says nothing of a mask, or of Q and K alone, where every position sees all others."""
+    made = {
+        "enc.embd": Made("GET_ROWS"),
+        "enc.blk.0.kq": Made("MUL_MAT", ("enc.embd", "enc.embd")),
+        "enc.blk.0.kq_soft_max": Made("SOFT_MAX", ("enc.blk.0.kq",)),
+        "enc.blk.0.l_out": Made("MUL_MAT", ("enc.embd", "enc.blk.0.kq_soft_max")),
+        "logits": Made("MUL_MAT", ("enc.blk.0.l_out",), ("output.weight",)),
+    }
+    header = replace(HEADER, dataflow=Dataflow(made).to_json())
+    ref = random(("enc.embd", "enc.blk.0.l_out", "logits"))
+    for positions in (slice(1, None), slice(None), slice(0, -1)):
+        found = compare(dump(spoiled(noisy(ref), ("enc.blk.0.l_out", "logits"), positions)), dump(ref, header=header))
+        assert found.first_divergence is not None
+        assert found.first_divergence.checkpoint == "enc.blk.0.l_out"
+        assert found.pattern is not None
+        assert "mask is missing" not in found.pattern.sentence
+        assert "causal" not in found.pattern.sentence
+        if positions.start == 1:
+            assert "every position sees all others" in found.pattern.sentence

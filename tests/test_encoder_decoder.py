@@ -12,16 +12,19 @@ from cli import Cli, refused
 
 from checkpoints.answers.consistency import Consistency
 from checkpoints.answers.isolate import PROVEN
+from checkpoints.formats import load
 from engine.graph import Step
 from engine.opened import open_plain
 from engine.transformer import Transformer
 from engine.weights.gguf_model import GgufModel
 from parity.consistency.consistency import ConsistencyRequest, of_side
+from parity.diff.compare import compare
 from parity.isolate.isolate import IsolateRequest, isolate
 from parity.run.ours import OursJob, dump
 from parity.run.request import Prompt, Request
 from parity.run.sides import LlamaCpp, OurEngine
 from reference.client import Reference
+from reference.jobs import DumpJob
 
 IDS = (3, 44, 5, 60, 7, 18, 9)
 Make = Callable[..., Path]
@@ -37,11 +40,11 @@ def engine(t5: Path, reference: Reference) -> Transformer:
     return open_plain(GgufModel(t5), "numpy", recorded=partial(reference.graph, t5))
 
 
-def spoiled(steps: Sequence[Step], name: str) -> list[Step]:
-    """The steps, one of them a thousandth too large."""
+def spoiled(steps: Sequence[Step], name: str, factor: float = 1.001) -> list[Step]:
+    """The steps, the result of one of them too large."""
 
     def larger(op: Callable[..., Any], *inputs: Any, **params: Any) -> Any:
-        return op(*inputs, **params) * np.float32(1.001)
+        return op(*inputs, **params) * np.float32(factor)
 
     assert any(step.makes == name for step in steps)
     return [replace(step, op=partial(larger, step.op)) if step.makes == name else step for step in steps]
@@ -126,3 +129,27 @@ def test_portions_of_a_decoder_that_disagree(t5: Path, engine: Transformer) -> N
 def test_an_engine_is_not_told_the_decoders_tokens(parity: Cli, t5: Path) -> None:
     """A command line has one prompt, the encoder's: how to check the decoder all the same is said."""
     refused(parity("consistency", "--model", t5, "--tokens", "3,4,5", "--exec", "engine {model} {tokens} {out}"), "decoder")
+
+
+def test_what_an_encoder_spoils_is_inherited(t5: Path, engine: Transformer, reference: Reference, tmp_path: Path) -> None:
+    """The header's dataflow joins both halves: an encoder's wrong operation is the one origin, named by its inputs, in whole dumps."""
+    job = DumpJob(t5, tmp_path / "ref.jsonl", IDS, points="all", lead=(5, 9))
+    reference.dump(job)
+    encoder = engine.encoder
+    try:
+        engine.encoder = spoiled(encoder or (), "enc.blk.1.ffn_up", 1.1)
+        dump(engine, OursJob(tmp_path / "ours.jsonl", IDS, generated=(5, 9), points="all"))
+    finally:
+        engine.encoder = encoder
+    verdict = compare(load(tmp_path / "ours.jsonl"), load(job.out))
+    assert [origin.first.checkpoint for origin in verdict.origins] == ["enc.blk.1.ffn_up"]
+    assert verdict.first_divergence is not None
+    assert verdict.first_divergence.checkpoint == "enc.blk.1.ffn_up"
+
+
+def test_default_points_are_of_both_halves(parity: Cli, t5: Path, tmp_path: Path) -> None:
+    """Without --points an encoder–decoder shows both halves' embedding, layers and norm."""
+    code, found = parity.json("run", "--model", t5, "--tokens", "3,4,5", "--out", tmp_path / "out")
+    assert code == 0
+    halves = ("embd", "blk.0.l_out", "blk.1.l_out", "output_norm")
+    assert [point["checkpoint"] for point in found["points"]] == [*(f"enc.{name}" for name in halves), *halves, "logits"]

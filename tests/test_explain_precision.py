@@ -3,19 +3,25 @@
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from explaining import PROMPT, RIGHT, small_engine, unstated
 from planted import Faulty, half_sums
 
 from checkpoints.reading.reader import read
 from engine import ops
+from engine.backend import Array
 from engine.faults import CATALOGUE, plant
+from engine.faults.edits import Then
 from engine.graph import Step
 from engine.replay.precision import rounded
 from engine.synth import Shape, synthesize
+from parity.explain.case import Case
 from parity.explain.explain import ExplainOptions, explain
+from parity.explain.precision import floor
 from reference.client import Reference
 from reference.jobs import DumpJob
+from reports.explanation import lines
 
 
 @pytest.fixture(scope="module")
@@ -55,3 +61,47 @@ def test_a_fault_of_an_f16_engine_is_found_above_its_noise(engine: Faulty) -> No
     classes = [{cause.named.fault, *(other.fault for other in cause.equivalent)} for cause in explanation.causes]
     assert classes
     assert "no-qkv-bias" in classes[0]
+
+
+@pytest.fixture(scope="module")
+def blocks(tmp_path_factory: pytest.TempPathFactory) -> Faulty:
+    """A small qwen2 whose rows are whole blocks of 32."""
+    path = tmp_path_factory.mktemp("precision") / "blocks.gguf"
+    synthesize(path, Shape("qwen2", 3, 128, 4, 2, 0, 128, 320), weight_type="f32", seed=5)
+    return Faulty(path)
+
+
+def _smaller(x: Array) -> Array:
+    made = x.copy()
+    made[:, 5] *= x.dtype.type(0.7)
+    return made
+
+
+def test_one_unit_that_is_wrong_everywhere_is_no_rounding(blocks: Faulty) -> None:
+    """Errors as large as BF16's, but one vector at every position, each times a number."""
+    steps = [replace(one, op=Then(one.op, _smaller)) if one.makes == "blk.0.ffn_gate" else one for one in blocks.right]
+    dump = unstated(blocks.dump(RIGHT, PROMPT, steps=steps))
+    case = Case(dump, blocks.model, ExplainOptions())
+    cost = floor("bf16", case.entries, case.transformer.steps, case.replay, case.make, case.positions).cost()
+    sizes = [float(entry.base.mean()) / float(one) for entry, one in zip(case.entries, cost, strict=True) if entry.base.any()]
+    assert all(0.3 < size < 3 for size in sizes)
+    explanation = explain(dump, blocks.model, ExplainOptions(budget=0.5))
+    assert explanation.first is not None
+    assert (explanation.first.checkpoint, explanation.precision_only, bool(explanation)) == ("blk.0.l_out", "", False)
+
+
+def _by_rows(x: Array, weight: Array, bias: Array | None = None) -> Array:
+    """A product whose activations have 8 bits and one scale a row, as W8A8 kernels have: another rounding than llama.cpp's blocks of 32."""
+    scale = np.abs(x).max(axis=1, keepdims=True) / np.float32(127)
+    return ops.linear(np.rint(x / scale) * scale, weight, bias)
+
+
+def test_eight_bits_that_are_not_declared_are_told_as_such(blocks: Faulty) -> None:
+    """Errors of that size may hide a fault: nobody is acquitted by them, and no fault is named. Declared, they are noise."""
+    steps = [replace(step, op=_by_rows) if step.op is ops.linear else step for step in blocks.right]
+    dump = unstated(blocks.dump(RIGHT, PROMPT, steps=steps))
+    explanation = explain(dump, blocks.model, ExplainOptions(budget=1.0))
+    assert (bool(explanation), explanation.causes, explanation.precision_only) == (False, (), "")
+    assert explanation.looks_like == "q8"
+    assert any("--compute q8 takes them as noise" in line.plain for line in lines(explanation, 300))
+    assert explain(dump, blocks.model, ExplainOptions(compute="q8"))

@@ -8,9 +8,11 @@ from explaining import PROMPT, only, small_engine
 from planted import Faulty
 
 from engine.faults import CATALOGUE, Planting, plant
-from parity.explain.batch import carry
+from parity.explain.batch import in_two, screened
 from parity.explain.budget import Budget
+from parity.explain.carry import carry
 from parity.explain.explain import Case, ExplainOptions
+from parity.explain.likely import Likely
 from parity.explain.scopes import stages
 from parity.explain.state import RecordKey
 
@@ -49,6 +51,36 @@ def test_candidates_are_computed_together_as_one_by_one(engine: Faulty) -> None:
         alone = replay.run(planting.of(fault, None, parameters), lambda _name, _made: True)["logits"]
         assert made is not None
         assert np.abs(alone - made["logits"]).max() < 1e-5 * np.abs(alone).max(), fault.name
+
+
+def test_what_is_unlikely_in_a_layer_is_screened_all_the_same(engine: Faulty) -> None:
+    """Whichever candidates are carried on first, all of them get as far as they do together."""
+    case = Case(only(engine, ("no-gate", {}, (2,))), engine.model, ExplainOptions())
+    screening = case.screening(case.entries, Budget(60))
+    state = screening.start()
+    candidates = [one for one in screening.candidates(state, (1,)) if one.fault.shows is None]
+    places = {id(one): place for one, (place, _) in screened(screening, state, (1,), candidates)}
+    assert len(places) > 100
+    for choose in (lambda _name, _values, _rows: set[int](), lambda _name, values, _rows: set(list(values)[::3])):
+        likely, rest = in_two(screening, state, (1,), candidates, choose)
+        first = list(likely)
+        last = list(rest)
+        assert len(first) < len(places) // 2
+        assert {id(one): place for one, (place, _) in (*first, *last)} == places
+
+
+def test_a_layer_that_no_point_stands_at_is_found_by_what_residuals_hand_on(engine: Faulty) -> None:
+    """The fault's own change is likely, one of another size and direction is not, and neither is one of a row that is right."""
+    case = Case(only(engine, ("no-gate", {}, (2,))), engine.model, ExplainOptions())
+    screening = case.screening(case.entries, Budget(60))
+    state = screening.start()
+    assert state.first is not None
+    rows, name = state.first.row + 1, "blk.2.l_out"
+    faulty = case.make(plant(case.transformer.steps, CATALOGUE["no-gate"], (2,)), rows).values[name]
+    right = case.make(case.transformer.steps, rows).values[name]
+    noise = right + np.random.default_rng(3).standard_normal(right.shape).astype(np.float32)
+    values = {0: faulty, 1: noise, 2: 2 * right - faulty}
+    assert Likely(screening, state).among(name, values, rows) == {0}
 
 
 def test_a_shorter_replay_takes_over_what_a_longer_one_has_computed(engine: Faulty) -> None:

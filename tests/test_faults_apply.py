@@ -7,13 +7,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from explaining import only, small_engine
 
 from checkpoints.gguf_file import contents, header_bytes
 from checkpoints.long_factors import LONG, SHORT
+from engine import ops
 from engine.backend import choose
-from engine.faults import CATALOGUE, Fault, Planting, plant
+from engine.faults import CATALOGUE, FITTED, Fault, Planting, plant
 from engine.graph import Step
 from engine.inapplicable import NotApplicable
 from engine.opened import open_plain
@@ -68,12 +70,28 @@ def test_a_bug_in_a_fault_is_no_fault_that_does_not_apply(tmp_path: Path, monkey
     def change(_step: Step, right: Mapping[str, Step], _parameters: Mapping[str, Any]) -> Step:
         return right["blk.0.no_such_point"]
 
-    broken = replace(next(iter(CATALOGUE.values())), name="broken", kinds=("attn_norm",), change=change, parameters={})
+    first = next(iter(CATALOGUE.values()))
+    broken = replace(first, name="broken", kinds=("attn_norm",), change=change, parameters={}, once=False)
     monkeypatch.setitem(CATALOGUE, "broken", broken)  # type: ignore[arg-type]
     with pytest.raises(KeyError, match="no_such_point"):
         explain(only(engine, ("activation", {"activation": "ReLU"}, (2,))), engine.model)
     with pytest.raises(NotApplicable):
         plant(engine.right, CATALOGUE["rope-base"], (), base=1.0)
+
+
+def test_a_change_of_a_changed_operation_takes_what_that_takes(tmp_path: Path) -> None:
+    """A bias left out, twice: the operation around a copy of its input has no place for a bias, and says so before it is computed."""
+    engine = small_engine(tmp_path)
+    copy = replace(next(step for step in engine.right if step.makes == "blk.1.q"), op=ops.part, weights=())
+    steps = [copy if step.makes == copy.makes else step for step in engine.right]
+    added = next(fit.fault for fit in FITTED if fit.fault.name == "constant-added")
+    shifted = plant(steps, added, (1,), by=0.1, part="the result", at=("q",))
+    with pytest.raises(NotApplicable):
+        Planting(shifted).edits(replace(CATALOGUE["no-qkv-bias"], change=_two_weights), (1,), {"at": ("q",)})
+
+
+def _two_weights(step: Step, _right: Mapping[str, Step], _parameters: Mapping[str, Any]) -> Step:
+    return replace(step, weights=(None, None))
 
 
 @pytest.mark.parametrize("lacking", [SHORT, LONG])
@@ -107,3 +125,28 @@ def test_positions_moved_beyond_their_table_do_not_apply(small_model: Callable[.
     fault = CATALOGUE["position-rows-shifted"]
     assert _run(right, list(engine.steps), ((fault, {"by": "minus one row"}),), None)
     assert not _run(right, list(engine.steps), ((fault, {"by": "one row"}),), None)
+
+
+@pytest.mark.parametrize(
+    "name", ["norm-weight-missing", "norm-one-plus-weight", "eps-outside-root", "norm-sum", "norm-in-halves"]
+)
+def test_a_layer_norm_with_a_fault_is_one_of_the_row_without_its_mean(name: str) -> None:
+    """The same faults as of an RMS norm, by a formula of their own in float64: the mean is subtracted, and the bias added, all the same."""
+    rng = np.random.default_rng(4)
+    x, weight, bias = rng.standard_normal((3, 8)) + 1, rng.standard_normal(8), rng.standard_normal(8)
+    step = Step("blk.0.attn_norm", ops.layer_norm, ("embd",), ("w", "b"), {"eps": 0.1})
+    changed = CATALOGUE[name].change(step, {}, {})
+    assert isinstance(changed, Step)
+    given = [part.astype(np.float32) for part in (x, weight, bias)]
+    centred = x - x.mean(axis=1, keepdims=True)
+    squares = centred**2
+    roots = {
+        "eps-outside-root": np.sqrt(squares.mean(axis=1, keepdims=True)) + 0.1,
+        "norm-sum": np.sqrt(squares.sum(axis=1, keepdims=True) + 0.1),
+        "norm-in-halves": np.repeat(np.sqrt(squares.reshape(3, 2, 4).mean(axis=2) + 0.1), 4, axis=1),
+    }
+    factor = {"norm-weight-missing": np.ones(8), "norm-one-plus-weight": 1 + weight}.get(name, weight)
+    wanted = centred / roots.get(name, np.sqrt(squares.mean(axis=1, keepdims=True) + 0.1)) * factor + bias
+    assert np.abs(changed.op(*given, **changed.params) - wanted).max() < 1e-5
+    with pytest.raises(NotApplicable):
+        CATALOGUE["layer-norm"].change(step, {}, {})

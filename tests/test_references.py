@@ -115,7 +115,7 @@ def test_what_is_no_reference_is_one_line(parity: Cli, tmp_path: Path) -> None:
     refused(parity(*run, "--ref-python", "/bin/ls"), "is not Python")
     refused(parity(*run, "--ref-python", bare / "bin" / "python"), "has no llama-cpp-python")
     refused(parity(*run, "--ref-lib", tmp_path), "is no libllama")
-    refused(parity(*run, "--ref-python", sys.executable, "--server", "http://127.0.0.1:1"), "do not go with")
+    refused(parity(*run, "--ref-python", sys.executable, "--server", "http://127.0.0.1:1"), "cannot be combined with")
     assert not Path("folder").exists()
 
 

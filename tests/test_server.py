@@ -425,7 +425,7 @@ def test_a_hostile_answer_ends_the_run_in_one_line(hostile: str, parity: Cli) ->
     """Through the command: NaN for a log-probability exits 2, and nothing is said on stdout."""
     refused(parity("run", "--prompt", "hi", "--server", f"{hostile}/nan"), "a log-probability is nan")
     refused(parity("run", "--prompt", "hi", "--server", f"{hostile}/strange"), "none of the server's candidates is a token")
-    refused(parity("run", "--prompt", "hi", "--server", hostile, "--exec", "x {out}"), "--server does not go with")
+    refused(parity("run", "--prompt", "hi", "--server", hostile, "--exec", "x {out}"), "--server cannot be combined with")
     refused(parity("run", "--prompt", "hi", "--server", hostile, "--first-position", "5"), "--first-position")
     for option in (["--dump-prefix"], ["--server-top", "9"], ["--server-api", "openai"], ["--server-timeout", "5"]):
         refused(parity("run", "--prompt", "hi", *option), "need a server")

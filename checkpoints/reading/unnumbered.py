@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from ..distinct import distinct
 from ..errors import DumpError
 from ..record import Rows
 
@@ -28,7 +29,7 @@ def counted(rows: Rows, path: str) -> Rows:
             code="record",
         )
     token_idx = np.empty(len(rows), dtype=np.int64)
-    for seq in np.unique(rows.seq):
+    for seq in distinct(rows.seq):
         members = np.flatnonzero(rows.seq == seq)
         token_idx[members] = np.arange(len(members))
     return replace(rows, token_idx=token_idx)

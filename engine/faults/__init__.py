@@ -53,7 +53,8 @@ _GROUPS = {  # of faults with the same numbers the first one is named: a formula
     "residual and flow": flow.FAULTS,
     "numbers of a model": multipliers.FAULTS,
     "logits": logits.FAULTS,
-    "weights": (*weights.FAULTS, *fused.FAULTS, *biases.FAULTS),
+    "weights": (*weights.FAULTS, *fused.FAULTS),
+    "biases": biases.FAULTS,
     "dequantisation": (*dequantisation.FAULTS, *block_scales.FAULTS),
     "capture": capture.FAULTS,
 }

@@ -109,6 +109,10 @@ class Planting:
         """Whether some layer has a step that the fault changes."""
         return any((kind, _ANY) in self._places for kind in fault.kinds)
 
+    def outside(self, kinds: Collection[str]) -> bool:
+        """Whether steps of one of these kinds stand outside the layers, and none in them."""
+        return any((kind, None) in self._places and (kind, _ANY) not in self._places for kind in kinds)
+
     def edits(
         self, fault: Fault, layers: Collection[int] | None, parameters: Parameters, end: int | None = None
     ) -> dict[int, tuple[Step, ...]]:
@@ -121,7 +125,8 @@ class Planting:
             changed = fault.change(step, self.right, parameters)
             if changed != step:
                 edits_of[number] = (changed,) if isinstance(changed, Step) else tuple(changed)
-                self._check(edits_of[number], number, edits_of)
+                if not _alike(changed, step):
+                    self._check(edits_of[number], number, edits_of)
         return dict(sorted(edits_of.items()))
 
     def _check(self, changed: Sequence[Step], number: int, planted: Mapping[int, Sequence[Step]]) -> None:
@@ -198,6 +203,18 @@ def as_recorded(steps: Sequence[Step]) -> list[Step]:
         )
         for step in steps
     ]
+
+
+def _alike(changed: "Step | Sequence[Step]", step: Step) -> bool:
+    """Whether a step differs from another one in values only: it takes what that takes, from where that takes it."""
+    return (
+        isinstance(changed, Step)
+        and changed.op is step.op
+        and changed.reads == step.reads
+        and len(changed.weights) == len(step.weights)
+        and changed.params.keys() == step.params.keys()
+        and changed.makes == step.makes
+    )
 
 
 @lru_cache(maxsize=1 << 12)

@@ -11,7 +11,7 @@ _QKV = ("q", "k", "v")
 
 
 def _no_bias(step: Step, _right: Steps, _parameters: Parameters) -> Step:
-    return replace(step, weights=(weight_of(step, 0), None))
+    return step if weight_of(step, 1) is None else replace(step, weights=(weight_of(step, 0), None))
 
 
 def _bias_twice(step: Step, _right: Steps, _parameters: Parameters) -> Step:

@@ -3,6 +3,7 @@
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from inspect import Signature, signature
 from typing import Any
 
 from ..backend import Array
@@ -28,8 +29,18 @@ def left_out(step: Step) -> Step:
     return replace(step, op=GgmlOperation("SCALE"), params={**step.params, "params": params})
 
 
+class HandsOn:
+    """An operation around another one, which hands on all of its operands: it takes what that takes, and nothing else."""
+
+    op: Callable[..., Array]
+
+    @property
+    def __signature__(self) -> Signature:
+        return signature(self.op)
+
+
 @dataclass(frozen=True)
-class Then:
+class Then(HandsOn):
     """An operation whose result is changed afterwards."""
 
     op: Callable[..., Array]

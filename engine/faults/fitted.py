@@ -13,6 +13,7 @@ from ..graph import Step
 from ..inapplicable import NotApplicable
 from .attention import FAULTS as ATTENTION
 from .base import AT, Fault, Parameters, Steps, with_parameters
+from .edits import HandsOn
 from .logits import FAULTS as LOGITS
 from .norms import FAULTS as NORMS
 from .rope import FAULTS as ROPE
@@ -128,7 +129,7 @@ def _parameter(name: str, *kinds: str) -> Callable[[Steps], float | None]:
 
 
 @dataclass(frozen=True)
-class _Changed:
+class _Changed(HandsOn):
     """An operation whose result, or only whose product in front of the bias, is multiplied or shifted by a number."""
 
     op: Callable[..., Array]

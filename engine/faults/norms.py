@@ -1,7 +1,7 @@
 """Faults of the norms."""
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -9,6 +9,7 @@ import numpy as np
 from .. import ops
 from ..backend import Array
 from ..graph import Step
+from ..inapplicable import NotApplicable
 from .base import AT, Fault, Parameters, Steps, Values, kind_of, sibling, subsets, with_parameters
 from .edits import ggml, number, with_values
 
@@ -62,7 +63,7 @@ def _layer_norm(x: Array, weight: Array, *, eps: float) -> Array:
     return ops.rms_norm(x - x.mean(axis=1, keepdims=True, dtype=np.float64).astype(np.float32), weight, eps=eps)
 
 
-def _skipped(x: Array, _weight: Array, *, eps: float) -> Array:
+def _skipped(x: Array, _weight: Array, _bias: Array | None = None, *, eps: float) -> Array:
     del eps
     return x + np.float32(0)
 
@@ -86,7 +87,20 @@ def _over_positions(x: Array, weight: Array, *, eps: float) -> Array:
     return x / np.sqrt(mean + np.float32(eps))[None, :] * weight
 
 
-_OPS = {
+@dataclass(frozen=True)
+class _OfCentred:
+    """A changed RMS norm as LayerNorm has it: of the row without its mean, and a bias is added."""
+
+    op: Callable[..., Array]
+
+    def __call__(self, x: Array, weight: Array, bias: Array | None = None, **params: Any) -> Array:
+        """[T, n], [n], [n] -> [T, n]."""
+        total = x.sum(axis=1, keepdims=True, dtype=np.float64).astype(x.dtype)
+        scaled = self.op(x - total / x.shape[1], weight, **params)
+        return scaled if bias is None else scaled + bias
+
+
+_OPS: Mapping[str, Callable[..., Array]] = {
     "norm-over-positions": _over_positions,
     "eps-outside-root": _outside,
     "norm-weight-missing": _no_weight,
@@ -102,7 +116,13 @@ def _by(name: str) -> Fault:
     what, symptom, fix, seen = _TEXTS[name]
 
     def change(step: Step, _right: Steps, _parameters: Parameters) -> Step:
-        return replace(step, op=_OPS[name])
+        if step.op is not ops.layer_norm or name == "norm-skipped":
+            return replace(step, op=_OPS[name])
+        if name == "layer-norm":
+            raise NotApplicable(f"{step.makes} is a LayerNorm")
+        if step.params.get("heads", 1) != 1:
+            raise NotApplicable(f"{step.makes} is a norm of each head")
+        return replace(step, op=_OfCentred(_OPS[name]))
 
     # A final norm that is skipped has an entry of its own.
     where: Mapping[str, Any] = {AT: subsets("attn_norm", "ffn_norm")} if name == "norm-skipped" else _ANY_NORM

@@ -10,7 +10,7 @@ from ..graph import PASSES, History, Read, Step
 from ..inapplicable import NotApplicable
 from ..lift.node import GgmlOperation
 from .base import Steps, Values, parameter_of, with_parameters
-from .edits import WithInput, ggml, integer, left_out, number, with_values
+from .edits import HandsOn, WithInput, ggml, integer, left_out, number, with_values
 
 _FLOATS = {"base": 5, "scale": 6}  # of op_params, as ggml_rope_impl writes them
 _DIMS, _MODE = 1, 2
@@ -134,7 +134,7 @@ def at_positions(step: Step, change: Callable[..., Array], *reads: Read) -> Step
 
 
 @dataclass(frozen=True)
-class _Twice:
+class _Twice(HandsOn):
     op: Callable[..., Array]
 
     def __call__(self, x: Array, *inputs: Any, **params: Any) -> Array:

@@ -1,16 +1,18 @@
 """Faults of reading weights: layout, order, which tensor, which rows."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any
 
 import numpy as np
 
+from .. import ops
 from ..backend import Array, module_of
 from ..graph import Altered, RowsOf, Step, WeightPart, WeightSource
 from ..inapplicable import NotApplicable
 from .base import AT, Fault, Parameters, Steps, Values, kind_of, layer_near, parameter_of, sibling, subsets, weight_of
+from .edits import HandsOn
 
 MATRICES = ("q", "k", "v", "attn_out", "ffn_gate", "ffn_up", "ffn_out")
 EXPERTS = ("ffn_moe_gate_up", "ffn_moe_gate", "ffn_moe_up", "ffn_moe_down")
@@ -69,8 +71,10 @@ def _transpose(step: Step, _right: Steps, _parameters: Parameters) -> Step:
 def _stride(weight: Array, stride: int) -> Array:
     rows, columns = weight.shape
     xp, flat = module_of(weight), weight.reshape(-1)
-    starts = xp.arange(rows) * stride % weight.size
-    return xp.concatenate([flat, flat[:columns]])[starts[:, None] + xp.arange(columns)]
+    twice = xp.concatenate([flat, flat[:columns]])
+    windows = xp.lib.stride_tricks.as_strided(twice, (weight.size, columns), (twice.itemsize, twice.itemsize))
+    taken: Array = windows[xp.arange(rows) * stride % weight.size]
+    return taken
 
 
 def _leading(step: Step, _right: Steps, _parameters: Parameters) -> Step:
@@ -159,17 +163,39 @@ def _embedding_as_output(step: Step, right: Steps, _parameters: Parameters) -> S
     return replace(step, weights=(taken.weight, *step.weights[1:])) if isinstance(taken, RowsOf) else step
 
 
+def _count_of(part: str | int, size: int) -> int:
+    return int({"half": size // 2, "quarter": size // 4, "eighth": size // 8}.get(str(part), part))
+
+
 def _zeroed(weight: Array, *, part: str | int, axis: str) -> Array:
     weight = weight.copy()
-    along = 0 if axis == "rows" else 1
-    size = weight.shape[along]
-    count = {"half": size // 2, "quarter": size // 4, "eighth": size // 8}.get(str(part), part)
     view = weight if axis == "rows" else weight.T
-    view[size - int(count) :] = 0
+    view[len(view) - _count_of(part, len(view)) :] = 0
     return weight
 
 
+@dataclass(frozen=True)
+class _WithoutPart(HandsOn):
+    """A product with the last rows or columns of its matrix missing, without a copy of that: they meet no element, or make none."""
+
+    op: Callable[..., Array]
+    part: str | int
+    axis: str
+
+    def __call__(self, x: Array, weight: Array, bias: Array | None = None) -> Array:
+        """x · weightᵀ (+ bias) with that part of the matrix as zeros: [T, in], [out, in] -> [T, out]."""
+        if self.axis == "columns":
+            x = x.copy()
+            x[:, max(0, x.shape[1] - _count_of(self.part, x.shape[1])) :] = 0
+            return self.op(x, weight, bias)
+        made = self.op(x, weight)
+        made[:, max(0, made.shape[1] - _count_of(self.part, made.shape[1])) :] = 0
+        return made if bias is None else made + bias
+
+
 def _missing(step: Step, _right: Steps, parameters: Parameters) -> Step:
+    if step.op is ops.linear and step.weights and isinstance(step.weights[0], str):
+        return replace(step, op=_WithoutPart(step.op, parameters["part"], parameters["axis"]))
     return altered(step, lambda weight: _zeroed(weight, part=parameters["part"], axis=parameters["axis"]))
 
 

@@ -60,7 +60,7 @@ def show_history(
     """Print a ledger and return the exit code.
 
     Raises:
-        InputError: there is no ledger, or nothing in it; `since` is neither a number of days or weeks nor a date.
+        InputError: there is no ledger, or it is empty; `since` is neither a number of days or weeks nor a date.
     """
     begin = _begin(since)
     path = book or folder / ledger.NAME
@@ -98,7 +98,7 @@ def show_history(
 
 
 def _begin(since: str) -> datetime:
-    """The time that --since stands for."""
+    """The time that --since means."""
     try:
         if since[-1:] in ("d", "w"):
             return datetime.now(UTC) - timedelta(days=int(since[:-1]) * (7 if since[-1] == "w" else 1))
@@ -113,7 +113,7 @@ def _begin(since: str) -> datetime:
 
 
 def last_findings(entries: list[Entry]) -> list[str]:
-    """What the last check of each kind shows against all before it."""
+    """What the latest check of each kind shows, compared with all earlier ones."""
     last: dict[tuple[str, str], list[Entry]] = {}
     for entry in entries:
         last.setdefault((entry.source, entry.golden), []).append(entry)

@@ -165,6 +165,8 @@ def _by_truth(measured: Measured, limit: Floats, truth: Truth) -> tuple[Floats, 
     Nothing is computed where no error is small enough to be rounding.
     """
     nmse = measured.measures.nmse
+    if not ((nmse > limit) & (nmse <= NO_COARSE_ROUNDING)).any():  # the larger of the two bounds
+        return limit, ()
     coarse = np.array([pair.point in truth.coarse for pair in measured.pairs])[measured.point]
     near = (nmse > limit) & (nmse <= np.where(coarse, LARGEST_ROUNDING, NO_ROUNDING))
     if not near.any():

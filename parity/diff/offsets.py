@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from checkpoints.distinct import distinct
 from checkpoints.errors import DumpError
 from checkpoints.formats import shifted
 from checkpoints.points import order
@@ -109,7 +110,7 @@ def _by_values(ours: Dump, ref: Dump) -> Placed:
             return _taken(ours, scores)
     if not tried:
         return Placed(ours)  # no point or no value in common: `align` says so
-    same = all(np.array_equal(np.unique(keys(ours.points[name])), np.unique(keys(ref.points[name]))) for name in common)
+    same = all(np.array_equal(distinct(keys(ours.points[name])), distinct(keys(ref.points[name]))) for name in common)
     first = tried[0]
     listed = ", ".join(
         f"{error:.2g} at {offset:+d}" for offset, error in sorted(first.errors.items(), key=lambda pair: pair[1])[:3]

@@ -6,11 +6,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from checkpoints.answers.diff import Pattern
+from checkpoints.distinct import distinct
 from checkpoints.points import EMBD, LOGITS, OUTPUT_NORM, parse
 
 from .dataflow import Flow, Stretch
-from .operations import recurrent, suspects
+from .operations import CHOICES, recurrent, suspects
 
+_UNMASKED = "attention (every position sees all others here: Q, K, V, scale, bias of positions)"
 _NAMED = 4  # points of a stretch that are named one by one
 
 Ints = NDArray[np.int64]
@@ -76,7 +78,7 @@ def diagnose(seen: Evidence) -> Pattern | None:
     if decoding := _decode_only(seen):
         return decoding
     once = parse(seen.point).layer is None
-    if not seen.settled and not once and _all_but_last(seen):
+    if not seen.settled and not once and not seen.flow.sees_later(seen.point) and _all_but_last(seen):
         return Pattern("causal-mask", "wrong at every position but the last of the pass: the causal mask is missing or shifted")
     if seen.drifted:
         return Pattern("drift", "the error grew without a jump: precision rather than one wrong operation")
@@ -170,7 +172,7 @@ def _decode_only(seen: Evidence) -> Pattern | None:
 
 def _all_but_last(seen: Evidence) -> bool:
     """Whether in each pass of more than one position all are wrong but the last."""
-    passes = [seen.step == step for step in np.unique(seen.step[~seen.decode])]
+    passes = [seen.step == step for step in distinct(seen.step[~seen.decode])]
     long = [chosen for chosen in passes if chosen.sum() > 2]
     return bool(long) and all(bool(seen.failed[chosen][:-1].all()) and not seen.failed[chosen][-1] for chosen in long)
 
@@ -190,12 +192,14 @@ def _shape(seen: Evidence) -> Pattern | None:
     if tail and len(failing) > 1:
         return _tail(seen, first, where)
     if not seen.failed[1:].any():
-        return Pattern("first-position", f"only position {first} is wrong: BOS, or what position 0 is taken for")
+        return Pattern(
+            "first-position", f"only position {first} is wrong: BOS, or what position 0 is taken for{_or_experts(seen)}"
+        )
     if between := _between_positions(seen):
         return Pattern("single-positions", f"{where}: {between}")
     if seen.embedded:
         sentence = "embd is right there: attention (Q, K, RoPE, mask) at these positions, or an error that is under the limit elsewhere"
-        return Pattern("single-positions", f"{where}; {sentence}")
+        return Pattern("single-positions", f"{where}; {sentence}{_or_experts(seen)}")
     token = f" ({seen.token!r})" if seen.token is not None else ""
     return Pattern("single-positions", f"{where}: the embedding row of that token{token}, or another token id")
 
@@ -213,12 +217,13 @@ def _tail(seen: Evidence, first: int, where: str) -> Pattern:
     if first >= 16 and first % 16 == 0 and first - _before(seen) == 1:
         size = first & -first
         return Pattern("chunk", f"{where}: {first} is a multiple of {size}: the edge of a chunk, a tile or a window")
-    return Pattern("from-position-n", f"{where}: a limit at {first}: a window, the cache's size, or how far RoPE was scaled")
+    limit = f"a limit at {first}: a window, the cache's size, or how far RoPE was scaled"
+    return Pattern("from-position-n", f"{where}: {limit}{_or_experts(seen)}")
 
 
 def _at_every_position(seen: Evidence, first: int) -> str:
     """What can be wrong at position 0 too, where attention has one key and its soft max is 1 whatever the scores are, but for sinks."""
-    sides = _sides(seen)
+    sides = None if seen.flow.sees_later(seen.point) else _sides(seen)
     nodes = list(seen.stretch.nodes) if seen.stretch is not None else []
     sinks = any(seen.flow.attends(name) and seen.flow.whole.made[name].weights for name in nodes)
     named = _listed(seen, sides[1] if sides is not None and first == 0 and not sinks else nodes)
@@ -228,6 +233,8 @@ def _at_every_position(seen: Evidence, first: int) -> str:
         return "attention (its sinks count at position 0, too), the output projection, FFN, a norm or weight"
     if sides is None and any(map(recurrent, seen.flow.operations(nodes))):
         return "a projection, the recurrence (its state, its convolution or its decay), a norm or weight"
+    if seen.flow.sees_later(seen.point):
+        return f"{_UNMASKED}, the output projection, FFN, a norm or weight"
     return "V, the output projection, FFN, a norm or weight, or no causal mask"
 
 
@@ -247,6 +254,14 @@ def _beyond_one_key(seen: Evidence) -> str:
         return "what the recurrence carries from position to position: its state, its convolution or its decay"
     if between := _between_positions(seen):
         return between
+    if seen.flow.sees_later(seen.point):
+        return f"{_UNMASKED}, or what is made of these positions alone{_or_experts(seen)}"
     sides = _sides(seen)
     named = _listed(seen, sides[0]) if sides is not None else ""
-    return f"{named} (scale, mask)" if named else "Q, K, RoPE, the attention's scale or its mask"
+    return f"{named} (scale, mask)" if named else f"Q, K, RoPE, the attention's scale or its mask{_or_experts(seen)}"
+
+
+def _or_experts(seen: Evidence) -> str:
+    """That experts may be chosen wrongly, where some are: a router is right or wrong token by token, so that positions tell nothing."""
+    nodes = seen.stretch.nodes if seen.stretch is not None else ()
+    return ", or which experts are chosen: that differs by token" if CHOICES & seen.flow.operations(nodes) else ""

@@ -39,12 +39,12 @@ from __future__ import annotations
 
 def hugging_face_file() -> str:
     """The text of parity_hf.py: the recorder, and what drives a model of transformers."""
-    return _put_together(_HF_TOP, "recorder", "hugging_face")
+    return _put_together(_HF_TOP, "graphs", "recorder", "hugging_face")
 
 
 def single_file() -> str:
     """The text of parity_dump.py."""
-    return _put_together(_TOP, "recorder")
+    return _put_together(_TOP, "graphs", "recorder")
 
 
 def _put_together(top: str, *names: str) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import threading
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
@@ -13,6 +14,8 @@ from checkpoints.lines import checkpoint_lines, end_line, header_line, token_lin
 from checkpoints.points import parse, resolve
 from checkpoints.record import DEFAULT_SLICE, Header, ModelInfo, Token
 from checkpoints.summary import summarise
+
+from .graphs import Graphs, is_captured
 
 
 def to_host(value: Any) -> NDArray[np.float32]:
@@ -92,6 +95,10 @@ class Recorder:
     `points` are the names to record, with commas, as {points} of `parity run --exec` gives them; "" records all. Names may have
     wildcards ("blk.*.q"). `positions` are those to record, None for all.
 
+    In a stream that is being captured into a CUDA graph (`torch.cuda.graph`, CuPy's `begin_capture`) a call becomes part of the graph
+    and records at every replay; `positions_from` says where replays read their position. A replay is written when the engine rests,
+    and by `flush` and `close`.
+
     A value is copied in the call. Rows of a point stand at the positions after those that were recorded of it before, so that
     a prefill [T, n] and decode steps [1, n] number themselves; `positions` says it where some are left out.
 
@@ -126,6 +133,9 @@ class Recorder:
         self._passes: dict[tuple[str, int], int] = {}
         self._given = _to_inject(os.environ.get("PARITY_INJECT", ""))
         self._injected: dict[str, int] = {}
+        self._lock = threading.RLock()
+        self._place: Any = None
+        self._graphs = Graphs(self._take)
         self._file = open(path, "wb")  # noqa: SIM115, PTH123  # closed by close
         self._write(
             header_line(
@@ -146,11 +156,35 @@ class Recorder:
 
         Raises:
             TypeError, ValueError: it is no array, or has another number of rows than positions.
+            RuntimeError: its stream is being captured into a graph, and the checkpoint cannot be.
         """
         point = resolve(name, self.layers)
         if not self._wants(point):
             return
-        array = to_host(value)
+        if not is_captured(value):
+            self._take(point, to_host(value), positions)
+        elif positions is not None:
+            raise ValueError(f"{point}: a captured graph reads its positions from device memory; see positions_from")
+        else:
+            self._graphs.add(point, value, self._place)
+
+    def positions_from(self, array: Any) -> None:
+        """Where replays read the position of their rows, at the first checkpoint of a pass: an int32 or int64 array on the device.
+
+        It has a position for each row, or the first one only. Whoever replays keeps it up to date, in the graph or by a copy before.
+        """
+        self._place = array
+
+    def flush(self) -> None:
+        """Write what the last replay of each captured graph has left; waits for the device."""
+        self._graphs.flush()
+
+    def _take(self, point: str, array: NDArray[np.float32], positions: "Sequence[int] | None" = None) -> None:
+        with self._lock:
+            self._split(point, array, positions)
+
+    def _split(self, point: str, array: NDArray[np.float32], positions: "Sequence[int] | None") -> None:
+        """Record a value's sequences."""
         known = parse(point).known
         if known is not None and known.row == ("H", "t+1"):
             for seq, one in enumerate(array if array.ndim == 4 else array[None]):
@@ -193,6 +227,8 @@ class Recorder:
         """
         if not self._given:
             return value
+        if is_captured(value):
+            raise RuntimeError("values cannot be injected into a captured graph; run without graphs")
         point = resolve(name, self.layers)
         host = to_host(value)
         rows = host.reshape(-1, host.shape[-1]) if host.ndim > 1 else host[None]
@@ -211,8 +247,9 @@ class Recorder:
 
     def token(self, position: int, number: int, text: str = "", seq: int = 0) -> None:
         """Record a generated token and the position it will stand at."""
-        self._write(token_line(Token(position, number, text, (), seq)))
-        self.tokens += 1
+        with self._lock:
+            self._write(token_line(Token(position, number, text, (), seq)))
+            self.tokens += 1
 
     def hook(self, module: Any, names: "Mapping[str, str] | None" = None) -> "list[Any]":
         """Record the outputs of a PyTorch model's submodules: module name -> point, by default all whose names are known.
@@ -242,9 +279,13 @@ class Recorder:
 
     def close(self, *, complete: bool = True) -> None:
         """Close the file, with the end record if the dump is complete. A second call does nothing."""
-        if not self._file.closed:
+        if self._file.closed:
+            return
+        try:
+            self._graphs.close()
             if complete:
                 self._write(end_line(self.checkpoints, self.tokens))
+        finally:
             self._file.close()
 
     def __enter__(self) -> "Recorder":

@@ -1,21 +1,22 @@
 """Screens many candidates together: what they share is computed for all of them at once, also of the layers behind their own."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 
 import numpy as np
 
-from checkpoints.points import EMBD, parse
+from checkpoints.points import EMBD
 from engine.backend import Array, module_of
-from engine.graph import POSITIONS, Step, WeightSource
+from engine.graph import POSITIONS
 from engine.inapplicable import NotApplicable
-from engine.replay.batched import can_batch, compute_batch
-from engine.replay.replay import Edits, Stop
+from engine.replay.replay import Edits
 
+from .carry import carry, distinct, steps_between
 from .records import Floats
 from .screening import Screening
 from .state import Candidate, Layers, RecordKey, Screened, State
 
+Choose = Callable[[str, Mapping[int, Array], int], set[int]]  # the likely ones of some versions' first rows of a layer's output
 _SOON = 2  # rows of the first recorded point: one shows what acts on each row, the other what the attention does
 _ROWS = 1024  # rows at once: a bound of the memory
 # Products over a few rows round otherwise than over all, and a fault may amplify that: an engine without residuals differed by 1.5
@@ -23,7 +24,6 @@ _ROWS = 1024  # rows at once: a bound of the memory
 _SLACK = 10.0
 _COMPARED = 64  # versions held against the dump at once: a bound of the memory, where they are logits
 _FEW = 2  # candidates for which the first rows of every point are not worth a look: it costs as much as a check of one of them
-_CARRIED = 512  # rows computed at once: enough to keep the matrix products busy
 _TOGETHER = 128  # candidates at once: enough to share Python's time, few enough to look at the clock between
 
 
@@ -51,33 +51,64 @@ class BatchScreening:
         self._name = f"blk.{layers[0]}.l_out" if layers and self._after else self._point
         self._end = state.order[self._name] + 1
         self._before = frozenset(entry.point for entry in screening.entries[: state.first.point]) - state.shown
+        self._candidates: Sequence[Candidate] = ()
+        self._edits_of: dict[int, Edits] = {}
+        self._stages: list[int] = []
+        self._unlikely: list[tuple[int, dict[int, Array]]] = []
 
-    def screened(self, candidates: Sequence[Candidate]) -> Iterator[tuple[Candidate, Screened]]:
-        """Those that change something at the first place, and how far they get: as `Screening.screen` says it."""
-        edits = self._edits(candidates, self._not_soon_wrong(candidates), self._end)
+    def screened(self, candidates: Sequence[Candidate], likely: Choose | None = None) -> Iterator[tuple[Candidate, Screened]]:
+        """Those that change something at the first place, and how far they get: as `Screening.screen` says it.
+
+        `likely`: only those that it calls so, which is known before they are carried there; `postponed` has the others afterwards.
+        """
+        self._candidates = candidates
+        self._edits_of = self._edits(candidates, self._not_soon_wrong(candidates), self._end)
         every = self._screening.rows
-        stages = sorted({min(rows, every) for rows in (1, 2, self._first.row + 1, self._first.row + 2)})
-        results: dict[int, Screened] = {}
-        waiting = list(edits)
-        for rows in stages:
+        self._stages = sorted({min(rows, every) for rows in (1, 2, self._first.row + 1, self._first.row + 2)})
+        yield from self._go_on(list(self._edits_of), 0, {}, likely if self._after else None)
+
+    def postponed(self) -> Iterator[tuple[Candidate, Screened]]:
+        """Those that were not likely, and how far they get."""
+        while self._unlikely:
+            stage, value_of = self._unlikely.pop(0)
+            results: dict[int, Screened] = {}
+            passed = self._judged(value_of, self._stages[stage], results)
+            yield from self._go_on(sorted(passed), stage + 1, results, None)
+
+    def _go_on(
+        self, waiting: Sequence[int], stage: int, results: dict[int, Screened], likely: Choose | None
+    ) -> Iterator[tuple[Candidate, Screened]]:
+        """The candidates that wait for a stage and those behind it."""
+        candidates, edits = self._candidates, self._edits_of
+        for number_of_stage, rows in list(enumerate(self._stages))[stage:]:
             value_of, ended = self._values(candidates, edits, waiting, rows, self._name, self._before)
-            if rows == stages[0]:
+            if number_of_stage == 0:
                 cut = not self._screening.budget.complete
                 self._screening.tried.count([candidates[one] for one in edits if not cut or one in value_of or one in ended])
             for number in ended:
                 results.pop(number, None)
             # Before the first wrong row, nothing to see is nothing wrong.
             passed = set(waiting) - value_of.keys() - ended if rows <= self._first.row else set()
-            for number, errors in self._errors(value_of, rows):
-                wrong = errors > _SLACK * self._entry.limit
-                if not wrong.any():
-                    passed.add(number)
-                if rows > self._first.row:
-                    place = RecordKey(self._first.point, int(self._entry.rows[wrong].min())) if wrong.any() else None
-                    results[number] = place, float(errors[self._entry.rows == self._first.row].max())
+            if likely is not None and rows <= self._first.row + 1:
+                causal = {number: value for number, value in value_of.items() if value.shape[-2] == rows}
+                unlikely = causal.keys() - likely(self._name, causal, rows)
+                self._unlikely.append((number_of_stage, {number: value_of.pop(number) for number in sorted(unlikely)}))
+            passed |= self._judged(value_of, rows, results)
             waiting = [number for number in waiting if number in passed]
         for number in sorted(results):
             yield candidates[number], results[number]
+
+    def _judged(self, value_of: dict[int, Array], rows: int, results: dict[int, Screened]) -> set[int]:
+        """Which candidates are right in the first rows; how far they get is put to the results."""
+        passed: set[int] = set()
+        for number, errors in self._errors(value_of, rows):
+            wrong = errors > _SLACK * self._entry.limit
+            if not wrong.any():
+                passed.add(number)
+            if rows > self._first.row:
+                place = RecordKey(self._first.point, int(self._entry.rows[wrong].min())) if wrong.any() else None
+                results[number] = place, float(errors[self._entry.rows == self._first.row].max())
+        return passed
 
     def _not_soon_wrong(self, candidates: Sequence[Candidate]) -> Sequence[int]:
         """The candidates that the first recorded point behind the embedding does not contradict in its first rows.
@@ -188,64 +219,33 @@ class BatchScreening:
         return not self._after or bool(module_of(value).isfinite(value).all())
 
 
-def steps_between(state: State, layer: int, point: str) -> list[Step]:
-    """The steps between a layer's output and a point, if `carry` can compute them; else none."""
-    steps = list(state.steps[state.order[f"blk.{layer}.l_out"] + 1 : state.order[point] + 1])
-    known = parse(point).known
-    plain = known is not None and "t+1" not in known.row
-    return steps if plain and all(can_batch(step) for step in steps) else []
-
-
-def distinct(outputs: Mapping[int, Array]) -> list[tuple[Array, list[int]]]:
-    """The different ones among some arrays, by their bits, each with the keys of those that are equal to it."""
-    members: dict[bytes, tuple[Array, list[int]]] = {}
-    for number, output in outputs.items():
-        members.setdefault(output.tobytes(), (output, []))[1].append(number)
-    return list(members.values())
-
-
-def carry(
-    steps: Sequence[Step],
-    start: str,
-    outputs: Sequence[Array],
-    positions: Array,
-    weights: WeightSource,
-    stop: Stop = lambda: False,
-) -> Iterator[Array]:
-    """Compute the steps after value `start` for many versions of it: each [R, D] -> each version's last value [R, n].
-
-    Once `stop` says so, which is asked before each step, no more come.
-
-    Raises:
-        KeyError: a step reads something else than `start`, the positions, and what the steps before it make.
-    """
-    xp = module_of(positions)
-    size = max(1, _CARRIED // len(positions))
-    for begin in range(0, len(outputs), size):
-        batch = outputs[begin : begin + size]
-        values = {start: xp.concatenate(batch), POSITIONS: xp.tile(positions, len(batch))}
-        carried = values[start].reshape(len(batch), *batch[0].shape)
-        for step in steps:
-            if stop():
-                return
-            carried = compute_batch(step, [values[name] for name in step.names], len(batch), weights)
-            values[step.makes] = carried.reshape(-1, *carried.shape[2:])
-        yield from carried
-
-
 def screened(
     screening: Screening, state: State, layers: Layers, candidates: Sequence[Candidate]
 ) -> Iterator[tuple[Candidate, Screened]]:
     """The candidates of a scope that change something at the state's first place, and how far they get."""
+    for part in in_two(screening, state, layers, candidates, None):
+        yield from part
+
+
+def in_two(
+    screening: Screening, state: State, layers: Layers, candidates: Sequence[Candidate], likely: Choose | None
+) -> tuple[Iterator[tuple[Candidate, Screened]], Iterator[tuple[Candidate, Screened]]]:
+    """`screened`: the likely ones, and those that were postponed, which come when the likely ones have come."""
     if state.first is None:
-        return
-    yield from BatchScreening(screening, state, layers).screened([one for one in candidates if _plain(screening, state, one)])
-    for candidate in candidates:
-        if screening.budget.over():
-            return
-        result = None if _plain(screening, state, candidate) else screening.screen(state, candidate)
-        if result is not None:
-            yield candidate, result
+        return iter(()), iter(())
+    batch = BatchScreening(screening, state, layers)
+    plain = [_plain(screening, state, one) for one in candidates]
+
+    def first() -> Iterator[tuple[Candidate, Screened]]:
+        yield from batch.screened([one for one, together in zip(candidates, plain, strict=True) if together], likely)
+        for candidate in (one for one, together in zip(candidates, plain, strict=True) if not together):
+            if screening.budget.over():
+                return
+            result = screening.screen(state, candidate)
+            if result is not None:
+                yield candidate, result
+
+    return first(), batch.postponed()
 
 
 def _plain(screening: Screening, state: State, candidate: Candidate) -> bool:

@@ -24,7 +24,7 @@ from .fits import said as said_of_number
 from .laws import WRONG
 from .leads import believed, law_at, leads, placed
 from .noise import ALL, AUTO
-from .precision import KINDS, PrecisionFloor, fits, floor, may_be_noise, with_noise
+from .precision import KINDS, PrecisionFloor, fits, floor, is_proof, may_be_noise, with_noise
 from .precision import best as best_kinds
 from .records import Expected, right_rows
 from .rows import garbage
@@ -55,11 +55,13 @@ def explain(dump: Dump, model: Path, options: ExplainOptions | None = None) -> E
     search = Search(case.screening(case.entries, budget.part(_FIRST)), lambda state: _known(case, search, state))
     start = search.screening.start()
     kinds: tuple[str, ...] = ()
+    likes: tuple[str, ...] = ()
     best = start
     if start.first is None:
         kinds = (noise,) if noise and any((entry.base > EXACT).any() for entry in case.entries) else ()
     else:
-        kinds = () if case.states_f32 else _looks_like(case, search, start, budget)
+        likes = () if case.states_f32 else _looks_like(case, search, start, budget)
+        kinds = likes if likes and is_proof(_floor(case, likes[0])) else ()
         if not kinds:
             best = _needed(search, _around(case, search, search.explain(start, options.max_faults), options.max_faults, budget))
             best = believed(case.entries, search, start, best)
@@ -68,7 +70,10 @@ def explain(dump: Dump, model: Path, options: ExplainOptions | None = None) -> E
         answer = _left_over(case, search, best, answer)
     truth = _truth(case, start, options.arbiter) if options.arbiter == ALL or not answer.causes else None
     notes = (*case.notes, *(() if answer.causes else case.noise), *_lint(case))
-    likes = _looks_like(case, search, start, budget) if case.states_f32 and best is start and start.first is not None else ()
+    if answer.causes or kinds:
+        likes = ()
+    elif case.states_f32 and best is start and start.first is not None:
+        likes = _looks_like(case, search, start, budget)
     return replace(
         answer,
         truth=truth,

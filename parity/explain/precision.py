@@ -31,16 +31,27 @@ VISIBLE, SPARED = 30.0, 0.01
 # bits alike and differ by less than 0.1, and a right engine's sums in F16 lay 0.5 from either; BF16 and 8-bit activations lie 1.1 to 2.8
 # apart (`parity.explain.precision.mismatch`, three lifted and three random models, seven arithmetics).
 TOLD_APART, EQUAL = 1.0, 0.1
+# Part of the errors that points in no common direction where one element of a layer is wrong by itself: what it adds to a layer's output is
+# one column of a matrix at every position, 3e-11 by float32's rounding. Rounding of all elements leaves 0.1 and more.
+_PARALLEL, _PARALLEL_ROWS = 1e-6, 3
+_OWN_DIRECTIONS = 1e-2  # and the right rows themselves have at least this part in others: those of one repeated token have none
+# Mean cosine of the errors at the first point, above which an engine rounds as ours does: 1.00 with blocks of Q8_0, as llama.cpp has
+# them. What 8 bits cost is so much that a fault may hide in it: an engine that rounds in another way is not acquitted.
+_REPRODUCED = 0.5
 _MANY = 10  # recorded elements of a row, from which on it can be seen that two of them hold all of the error
 
 
 @dataclass(frozen=True)
 class PrecisionFloor:
-    """NMSE of every record that one arithmetic costs: with products rounded, and with every activation rounded; [R] a point."""
+    """NMSE of every record that one arithmetic costs: with products rounded, and with every activation rounded; [R] a point.
+
+    `alike`: the mean cosine of the dump's errors to those of our own rounding, at the first point that differs; 0 where none does.
+    """
 
     kind: str
     products: tuple[Floats, ...]
     storage: tuple[Floats, ...]
+    alike: float = 0.0
 
     def cost(self) -> Floats:
         """Mean NMSE of each point with every activation rounded: [P]."""
@@ -51,6 +62,11 @@ def mean_cost(cost: Floats) -> float:
     """The mean of what an arithmetic costs at a point's records; left out are rows of zeros, of which any change is infinitely large."""
     known = cost[np.isfinite(cost)]
     return float(known.mean()) if len(known) else 0.0
+
+
+def is_proof(measured: PrecisionFloor) -> bool:
+    """Whether errors of the size of this arithmetic's are its own: those of float types are, 8-bit ones only where ours are the same."""
+    return measured.kind != "q8" or measured.alike >= _REPRODUCED
 
 
 def may_be_noise(entries: Sequence[Expected]) -> bool:
@@ -73,12 +89,26 @@ def floor(
 ) -> PrecisionFloor:
     """Measure what an arithmetic costs at each record of the dump."""
     costs: list[tuple[Floats, ...]] = []
+    first = next((entry for entry in entries if (entry.base > entry.limit).any()), None)
+    alike = 0.0
     for storage in (False, True):
         other = make(rounded(steps, kind, storage=storage), len(positions))
+        if first is not None:
+            rows = (first.taken(values.on_host[first.point], positions) for values in (other, right))
+            alike = max(alike, _alike(first, *rows))
         costs.append(
             tuple(entry.between(other.on_host[entry.point], right.on_host[entry.point], positions) for entry in entries)
         )
-    return PrecisionFloor(kind, *costs)
+    return PrecisionFloor(kind, costs[0], costs[1], alike)
+
+
+def _alike(entry: Expected, rounded_rows: Floats, right: Floats) -> float:
+    """The mean cosine of a point's errors to those of rounded rows [R, k]."""
+    theirs, ours = (np.where(entry.present & np.isfinite(rows), rows - right, 0.0) for rows in (entry.values, rounded_rows))
+    sizes = np.linalg.norm(theirs, axis=1) * np.linalg.norm(ours, axis=1)
+    if not sizes.any() or not np.isfinite(sizes).all():
+        return 0.0
+    return float((np.einsum("ij,ij->i", theirs, ours)[sizes > 0] / sizes[sizes > 0]).mean())
 
 
 def fits(measured: PrecisionFloor, entries: Sequence[Expected]) -> float | None:
@@ -102,7 +132,8 @@ def fits(measured: PrecisionFloor, entries: Sequence[Expected]) -> float | None:
     storage = np.maximum(products, np.concatenate([two for _, two in costs]))
     if not np.isfinite(base).all() or (base > SINGLE * np.maximum(storage, limit)).any():
         return None
-    if any(_concentrated(entry) for entry in entries):
+    first = next((entry for entry in entries if (entry.base > entry.limit).any()), None)
+    if any(_concentrated(entry) for entry in entries) or (first is not None and _parallel(first)):
         return None
     visible = products > VISIBLE * limit
     if not visible.any() or (visible & (base <= limit)).sum() > SPARED * visible.sum():
@@ -137,6 +168,25 @@ def _concentrated(entry: Expected) -> bool:
     columns = np.sort((delta**2 / entry.energy[:, None]).sum(axis=0))[::-1]
     over = bool((entry.base > entry.limit).any())
     return over and bool(columns[:2].sum() > 0.9 * columns.sum())
+
+
+def _parallel(entry: Expected) -> bool:
+    """Whether a point's errors are one vector at every position, each times a number, and the right rows are not: no rounding does that."""
+    right = entry.pair.ref.values.astype(np.float64)
+    over = entry.base > entry.limit
+    if right.shape != entry.values.shape or over.sum() < _PARALLEL_ROWS or right.shape[1] < _PARALLEL_ROWS:
+        return False
+    errors = np.where(entry.present & np.isfinite(entry.values), entry.values - right, 0.0)[over]
+    return _in_no_direction(errors) <= _PARALLEL and _in_no_direction(right[over]) >= _OWN_DIRECTIONS
+
+
+def _in_no_direction(rows: Floats) -> float:
+    """The part of some rows, each taken as a unit vector, that lies outside of the direction that most of them have."""
+    sizes = np.linalg.norm(rows, axis=1)
+    units = rows[sizes > 0] / sizes[sizes > 0, None]
+    if len(units) < _PARALLEL_ROWS or not np.isfinite(units).all():
+        return 1.0
+    return float(1 - np.linalg.svd(units, compute_uv=False)[0] ** 2 / len(units))
 
 
 def mismatch(points: Sequence[tuple[float, float, float]]) -> float:

@@ -7,6 +7,8 @@ from .batch import screened
 from .screening import Screening
 from .state import Candidate, Layers, State
 
+STAGES = 3  # in all layers
+
 
 def stages(screening: Screening, state: State, layers: Layers) -> Iterator[list[Candidate]]:
     """The candidates in these layers (None: all) by what is the least to compute.

@@ -1,12 +1,13 @@
 """How far a candidate gets: replayed on as few positions as causality allows, up to the first record that contradicts it."""
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
 from checkpoints.points import OUTPUT_NORM, of_scores, parse
 from engine.backend import Array, Backend
-from engine.faults import AT, CATALOGUE, SEEN, Planting
+from engine.faults import AT, CATALOGUE, SEEN, Fault, Planting
 from engine.graph import Step
 from engine.inapplicable import NotApplicable
 from engine.replay.replay import Replay
@@ -55,6 +56,7 @@ class Screening:
         self._replays: dict[tuple[str, ...], Replay] = {}
         self._checked: dict[tuple[str, ...], State | None] = {}
         self._cones: dict[tuple[str, ...], Cone] = {}
+        self._variants: tuple[tuple[str, ...] | None, dict[str, list[dict[str, Any]]]] = None, {}
         self.n_layers = 1 + max((layer for step in steps if (layer := parse(step.makes).layer) is not None), default=-1)
 
     def start(self) -> State:
@@ -149,14 +151,25 @@ class Screening:
 
         Where all that goes into the place was seen whole and agrees, only what changes a step in between, or what is shown, can.
         """
-        right = state.planting.right
         kinds = self.cone(state).kinds if state.first is not None and self.cone(state).sure else None
         for fault in CATALOGUE.values():
             if layers is not None and (fault.once or not state.planting.has_layers(fault)):
                 continue
-            for parameters in fault.variants(right):
+            for parameters in self._variants_of(fault, state):
+                if layers is not None and state.planting.outside(parameters.get(AT, ())):
+                    continue  # what stands outside the layers is changed whatever the layer: such a variant is tried in all of them
                 if kinds is None or fault.shows is not None or not kinds.isdisjoint(parameters.get(AT, fault.kinds)):
                     yield Candidate(fault, parameters, layers)
+
+    def _variants_of(self, fault: Fault, state: State) -> list[dict[str, Any]]:
+        """The fault's variants in a state's steps: the same for every layer."""
+        name = key(state.faults)
+        if self._variants[0] != name:
+            self._variants = name, {}
+        known = self._variants[1]
+        if fault.name not in known:
+            known[fault.name] = fault.variants(state.planting.right)
+        return known[fault.name]
 
     def suspects(self, state: State) -> range:
         """The layers between the last point in front of the first place at which all is right, and that place."""

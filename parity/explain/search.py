@@ -14,14 +14,19 @@ import numpy as np
 from engine.faults import Planting
 from engine.inapplicable import NotApplicable
 
-from .batch import beyond, screened
+from .batch import beyond, in_two, screened
 from .fits import fitted, order_of_number
-from .scopes import ranges, rescoped, stages
+from .likely import Likely
+from .scopes import STAGES, ranges, rescoped, stages
 from .screening import Screening
-from .state import Candidate, Layers, State, key, worst
+from .state import Candidate, Layers, Screened, State, key, worst
 from .together import Together
 
 _BEAM = 4  # partial explanations that are followed
+_WEIGHTS = (
+    "weights",
+    "dequantisation",
+)  # groups of faults that make a matrix anew, which costs more than its product with one row
 _AT_ONCE = 3  # faults that are tried together
 _FITTED_LAYERS = 6  # single layers in which numbers are fitted: a fit is some ten passes for each of fifty of them
 _SAME = 12  # combinations of the same numbers at the first place that are checked everywhere
@@ -56,21 +61,71 @@ class Search:
         In single layers the search ends with the layer in which something is found: what is alike there is found too. In all
         layers it ends with the stage (`stages`) in which something explains everything.
         """
-        better: list[State] = []
-        scopes: list[Layers] = [(layer,) for layer in self.screening.suspects(state)] if single else [None]
-        for layers in scopes:
-            for candidates in stages(self.screening, state, layers):
-                better += self._beyond(state, layers, candidates)
-                if any(one.first is None for one in better):
+        if single:
+            better = self._in_single_layers(state)
+        else:
+            better = []
+            for number in range(STAGES):
+                better += self._of_stage(state, number)
+                if _whole(better):
                     break
-            if better or self.screening.budget.over():
-                break
         return sorted(better, key=self.rank)
 
-    def _beyond(self, state: State, layers: Layers, candidates: Sequence[Candidate]) -> Iterator[State]:
-        """The states of the candidates that get beyond the state's first place."""
+    def _of_stage(self, state: State, number: int) -> list[State]:
+        """States that get further by one fault in all layers, of the candidates of one stage; remembered."""
+        name = (*key(state.faults), f"stage {number}")
+        if name not in self._stages:
+            candidates = list(stages(self.screening, state, None))[number]
+            results = screened(self.screening, state, None, candidates)
+            self._stages[name] = list(self._beyond(state, results))
+        return self._stages[name]
+
+    def _in_single_layers(self, state: State) -> list[State]:
+        """States that get further by one fault in one layer; where several are in question, what is likely and cheap in any of them first.
+
+        What is alike in the layer in which something is found is found too.
+        """
+        layers = self.screening.suspects(state)
+        likely = Likely(self.screening, state) if len(layers) > 1 else None
+        choose = likely.among if likely is not None and likely.able else None
+        postponed: dict[int, list[Iterator[tuple[Candidate, Screened]]]] = {layer: [] for layer in layers}
+
+        def of(layer: int, candidates: Sequence[Candidate]) -> list[State]:
+            now, later = in_two(self.screening, state, (layer,), candidates, choose)
+            postponed[layer].append(later)
+            return list(self._beyond(state, now))
+
+        waiting = {layer: self._by_cost(state, layer) for layer in layers}
+        better: list[State] = []
+        found: int | None = None
+        for turn in range(max((len(lists) for lists in waiting.values()), default=0)):
+            for layer, lists in waiting.items():
+                if found in (None, layer) and turn < len(lists) and not self.screening.budget.over():
+                    better += of(layer, lists[turn])
+                    found = layer if better else None
+        for layer in layers if found is None else [found]:
+            for later in postponed[layer]:
+                better += self._beyond(state, later)
+            if better or self.screening.budget.over():
+                break
+        return better + self._in_all_layers(state, better)
+
+    def _by_cost(self, state: State, layer: int) -> list[list[Candidate]]:
+        """The candidates in a layer: of what is shown, formulas, those that need every row, those that make other weights."""
+        *shown, others = stages(self.screening, state, (layer,))
+        costly = [2 if one.fault.group in _WEIGHTS else int(one.fault.whole) for one in others]
+        return [*shown, *([one for one, cost in zip(others, costly, strict=True) if cost == turn] for turn in range(3))]
+
+    def _in_all_layers(self, state: State, better: Sequence[State]) -> list[State]:
+        """The faults that explain everything in one layer, in all of them, where that explains it as well."""
+        faults = [one.faults[-1] for one in better if one.first is None]
+        everywhere = [replace(one, layers=None) for one in faults if one.fault.shows is None]
+        return list(self._beyond(state, screened(self.screening, state, None, everywhere))) if everywhere else []
+
+    def _beyond(self, state: State, results: Iterator[tuple[Candidate, Screened]]) -> Iterator[State]:
+        """The states of screened candidates that get beyond the state's first place."""
         passed: list[Candidate] = []
-        for candidate, (place, error) in screened(self.screening, state, layers, candidates):
+        for candidate, (place, error) in results:
             self._note(state, candidate, error)
             if place is None or (state.first is not None and state.first < place) or self.screening.all_but_noise(state, error):
                 passed.append(candidate)
@@ -168,6 +223,11 @@ class Search:
         if len(suspects) == 1 and suspects[0] > 0:  # the layers before agree: it is one layer's matter, most likely
             states = self._once(state, single=True)
             if states and states[0].first is None:
+                return self._follow(state, states, depth)
+        if len(suspects) > 1 and suspects[0] > 0 and not _whole([*self._of_stage(state, 0), *self._of_stage(state, 1)]):
+            # A fault in all layers would be seen in those that agree, most likely.
+            states = self._once(state, single=True)
+            if _whole(states):
                 return self._follow(state, states, depth)
         everywhere = self._once(state, single=False)
         if len(suspects) > 1 and not (everywhere and everywhere[0].first is None):

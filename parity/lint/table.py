@@ -2,10 +2,15 @@
 
 from checkpoints.answers.lint import ERROR, SUSPICION, WARNING
 
-from . import against_model, agreement, bits, copies, generated, layout, numbers
+from . import against_model, agreement, bits, copies, generated, layout, numbers, replays
 from .rule import Rule
 
 RULES: tuple[Rule, ...] = (
+    Rule(
+        "graph-replay", SUSPICION, replays.graph_replay,
+        "values were copied while a CUDA graph was captured, and its replays run no code of the host",
+        "record in the captured stream with `parity emit c` or `parity emit python`, whose copies become part of the graph",
+    ),
     Rule(
         "same-vector", SUSPICION, copies.same_vector,
         "a pointer kept instead of a copy, and two buffers that swap each layer",

@@ -31,11 +31,12 @@ _SHOWN = 200  # characters of a server's own words
 
 
 class ServerError(InputError):
-    """The server cannot be used as asked (exit 2); `status` is its HTTP status, 0 where there was none."""
+    """The server cannot be used as asked (exit 2); `status` is its HTTP status, 0 where there was none; `late`: it took too long."""
 
-    def __init__(self, message: str, advice: str = "", *, status: int = 0) -> None:
+    def __init__(self, message: str, advice: str = "", *, status: int = 0, late: bool = False) -> None:
         super().__init__(message, advice, code="server")
         self.status = status
+        self.late = late
 
 
 class _Passing(Exception):
@@ -204,6 +205,7 @@ class Connection:
         return ServerError(
             f"{self.name} did not answer within {self.timeout:g} seconds.",
             "--server-timeout gives it more, or take a shorter text.",
+            late=True,
         )
 
     def _unreachable(self, error: BaseException) -> "ServerError | _Passing":

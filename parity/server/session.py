@@ -3,6 +3,7 @@
 import json
 import shlex
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from time import perf_counter
@@ -48,15 +49,21 @@ class ServerRequest:
     dump_prefix: bool = False
 
 
-def compare_server(request: Request, wanted: ServerRequest, progress: Progress | None = None) -> ServerAnswer:
+def compare_server(
+    request: Request, wanted: ServerRequest, progress: Progress | None = None, reference: Reference | None = None
+) -> ServerAnswer:
     """Ask the server for its predictions over the prompt and `request.generate` choices of its own, and hold them against llama.cpp's.
+
+    `reference` is a llama.cpp that runs already; else one is started.
 
     Raises:
         ServerError: the server cannot be reached, or answers what cannot be used. InputError, ModelError: the prompt or the model.
     """
     began = perf_counter()
     connection = wanted.connection
-    with Reference(verbose=request.verbose, threads=request.threads) as reference:
+    with ExitStack() as stack:
+        if reference is None:
+            reference = stack.enter_context(Reference(verbose=request.verbose, threads=request.threads))
         prompt = resolve_prompt(reference, request.model, request.prompt, request.tokens)
         folder = new_folder(request)
         special = reference.tokenize(request.model, "a")

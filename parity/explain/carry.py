@@ -1,0 +1,58 @@
+"""Carries many versions of a layer's output on to a later point together."""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from checkpoints.points import parse
+from engine.backend import Array, module_of
+from engine.graph import POSITIONS, Step, WeightSource
+from engine.replay.batched import can_batch, compute_batch
+from engine.replay.replay import Stop
+
+from .state import State
+
+_CARRIED = 512  # rows computed at once: enough to keep the matrix products busy
+
+
+def steps_between(state: State, layer: int, point: str) -> list[Step]:
+    """The steps between a layer's output and a point, if `carry` can compute them; else none."""
+    steps = list(state.steps[state.order[f"blk.{layer}.l_out"] + 1 : state.order[point] + 1])
+    known = parse(point).known
+    plain = known is not None and "t+1" not in known.row
+    return steps if plain and all(can_batch(step) for step in steps) else []
+
+
+def distinct(outputs: Mapping[int, Array]) -> list[tuple[Array, list[int]]]:
+    """The different ones among some arrays, by their bits, each with the keys of those that are equal to it."""
+    members: dict[bytes, tuple[Array, list[int]]] = {}
+    for number, output in outputs.items():
+        members.setdefault(output.tobytes(), (output, []))[1].append(number)
+    return list(members.values())
+
+
+def carry(
+    steps: Sequence[Step],
+    start: str,
+    outputs: Sequence[Array],
+    positions: Array,
+    weights: WeightSource,
+    stop: Stop = lambda: False,
+) -> Iterator[Array]:
+    """Compute the steps after value `start` for many versions of it: each [R, D] -> each version's last value [R, n].
+
+    Once `stop` says so, which is asked before each step, no more come.
+
+    Raises:
+        KeyError: a step reads something else than `start`, the positions, and what the steps before it make.
+    """
+    xp = module_of(positions)
+    size = max(1, _CARRIED // len(positions))
+    for begin in range(0, len(outputs), size):
+        batch = outputs[begin : begin + size]
+        values = {start: xp.concatenate(batch), POSITIONS: xp.tile(positions, len(batch))}
+        carried = values[start].reshape(len(batch), *batch[0].shape)
+        for step in steps:
+            if stop():
+                return
+            carried = compute_batch(step, [values[name] for name in step.names], len(batch), weights)
+            values[step.makes] = carried.reshape(-1, *carried.shape[2:])
+        yield from carried

@@ -1,0 +1,153 @@
+"""A Python engine that decodes by replays of a CUDA graph, for what the emitted recorder writes of it.
+
+python graph_engine.py FRAMEWORK MODE PASSES LAYERS WIDTH FF VOCAB OUT, with parity_dump.py beside the working folder. FRAMEWORK is
+torch or cupy. MODE: "graph" replays one captured graph, "eager" makes the same passes without a graph, "bare" replays without
+checkpoints; "unplaced" and "elsewhere" capture wrongly. Prints milliseconds a pass.
+"""
+
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path.cwd()))
+FIRST = 7  # position of the first pass
+
+
+def steps_of_torch(layers: int, width: int, ff: int, vocab: int) -> tuple[Callable[[Any], None], Any]:
+    """A pass that shows a tap what it computes, and the device array of its position."""
+    import torch
+
+    torch.manual_seed(0)
+    make = lambda *shape: (torch.randn(*shape, device="cuda") / shape[-1] ** 0.5).half()  # noqa: E731
+    up, down, out = [make(ff, width) for _ in range(layers)], [make(width, ff) for _ in range(layers)], make(vocab, width)
+    position = torch.full((1,), FIRST, device="cuda")
+    phase = torch.arange(width, device="cuda") * 0.11
+    x = torch.zeros(1, width, device="cuda")
+
+    def one_pass(tap: Any) -> None:
+        x.copy_(torch.sin(position * 0.37 + phase)[None])
+        tap("embd", x)
+        for i in range(layers):
+            x.mul_(0.5).add_(torch.sin(torch.relu(x.half() @ up[i].T) @ down[i].T).float())  # one buffer for every layer
+            if i in (0, 5, 10, layers - 1):
+                tap(f"blk.{i}.l_out", x)
+        tap("output_norm", x)
+        tap("logits", (x.half() @ out.T))
+        position.add_(1)
+
+    return one_pass, position
+
+
+def run_torch(mode: str, passes: int, tap: Any, shape: tuple[int, ...]) -> float:
+    """Milliseconds a pass."""
+    import torch
+
+    one_pass, position = steps_of_torch(*shape)
+    one_pass(lambda *_: None)  # cuBLAS makes its handle
+    position.fill_(FIRST)
+    if hasattr(tap, "positions_from"):
+        tap.positions_from(position)
+    graph = torch.cuda.CUDAGraph()
+    if mode != "eager":
+        with torch.cuda.graph(graph):
+            one_pass(tap)
+        position.fill_(FIRST)
+    begun, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begun.record()
+    for _ in range(passes):
+        one_pass(tap) if mode == "eager" else graph.replay()
+    ended.record()
+    ended.synchronize()
+    return float(begun.elapsed_time(ended)) / max(1, passes)
+
+
+def run_cupy(mode: str, passes: int, tap: Any, shape: tuple[int, ...]) -> float:
+    """Milliseconds a pass; elementwise kernels only, since cuBLAS cannot be captured by CuPy."""
+    import cupy
+
+    layers, width, _, vocab = shape
+    position, x, logits = (
+        cupy.full(1, FIRST, cupy.int64),
+        cupy.zeros((1, width), cupy.float32),
+        cupy.zeros((1, vocab), cupy.float16),
+    )
+    embed = cupy.ElementwiseKernel("raw int64 position", "float32 x", "x = sinf(position[0] * 0.37f + i * 0.11f)", "embed")
+    layer = cupy.ElementwiseKernel("int32 l", "float32 x", "x = 0.5f * x + sinf(x * (l + 2))", "layer")
+    last = cupy.ElementwiseKernel("raw float32 x, int32 n", "float16 y", "y = x[i % n] * (i % 7 - 3)", "last")
+    advance = cupy.ElementwiseKernel("", "int64 position", "position += 1", "advance")
+
+    def one_pass(tap: Any) -> None:
+        embed(position, x)
+        if mode == "elsewhere":
+            with other:
+                tap("embd", x)
+        tap("embd", x)
+        for i in range(layers):
+            layer(cupy.int32(i), x)
+            if i in (0, 5, 10, layers - 1):
+                tap(f"blk.{i}.l_out", x)
+        tap("output_norm", x)
+        last(x, cupy.int32(width), logits)
+        tap("logits", logits)
+        advance(position)
+
+    stream, other = cupy.cuda.Stream(), cupy.cuda.Stream()
+    if hasattr(tap, "positions_from") and mode != "unplaced":
+        tap.positions_from(position)
+    cupy.cuda.Device().synchronize()
+    with stream:
+        one_pass(lambda *_: None)  # kernels are compiled
+        position.fill(FIRST)
+        stream.synchronize()
+        if mode != "eager":
+            stream.begin_capture()
+            try:
+                one_pass(tap)
+            finally:
+                graph = stream.end_capture()
+        begun, ended = cupy.cuda.Event(), cupy.cuda.Event()
+        begun.record(stream)
+        for _ in range(passes):
+            one_pass(tap) if mode == "eager" else graph.launch(stream)
+        ended.record(stream)
+        ended.synchronize()
+    return float(cupy.cuda.get_elapsed_time(begun, ended)) / max(1, passes)
+
+
+def main() -> int:
+    """Run, and record unless the mode is "bare"."""
+    framework, mode, passes, *shape, out = sys.argv[1:]
+    run = {"torch": run_torch, "cupy": run_cupy}[framework]
+    sizes = tuple(int(size) for size in shape)
+    if mode == "bare":
+        with nullcontext(lambda *_: None) as nothing:
+            print(run(mode, int(passes), nothing, sizes))
+        return 0
+    from parity_dump import Recorder
+
+    try:
+        with Recorder(out, compute="f16", layers=sizes[0]) as tap:
+            # Positions of passes without a graph number themselves from 0; both sides say the same.
+            place = tap if mode != "eager" else _Numbered(tap)
+            print(run(mode, int(passes), place, sizes))
+    except (ValueError, RuntimeError) as error:
+        print(error, file=sys.stderr)
+        return 3
+    return 0
+
+
+class _Numbered:
+    """Gives each pass of an engine without a graph its position."""
+
+    def __init__(self, tap: Any) -> None:
+        self._tap, self._position = tap, FIRST - 1
+
+    def __call__(self, name: str, value: Any) -> None:
+        self._position += name == "embd"
+        self._tap(name, value, [self._position])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,95 @@
+"""Checkpoints of engines that replay CUDA graphs: every replay is recorded, as a blocking copy would record it."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from checkpoints.reading.reader import read
+from parity import emit
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        shutil.which("nvcc") is None or shutil.which("nvidia-smi") is None, reason="needs nvcc and a CUDA device"
+    ),
+]
+SMALL = ("24", "64", "128", "1000")  # layers, width, feed-forward, vocabulary
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The engine of graph_engine.cu, compiled."""
+    folder = tmp_path_factory.mktemp("graphs")
+    (folder / "parity_dump.h").write_text(emit.source("c"))
+    source = Path(__file__).with_name("graph_engine.cu")
+    subprocess.run(["nvcc", "-O2", "-std=c++17", "-I", folder, source, "-o", folder / "engine"], check=True)
+    return folder / "engine"
+
+
+def ran(engine: Path, out: Path, mode: str, passes: int) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run([engine, out, mode, str(passes), *SMALL], capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("mode", ["graph", "counted", "recapture"])
+def test_ten_thousand_replays_are_recorded_as_blocking_copies_are(engine: Path, tmp_path: Path, mode: str) -> None:
+    """The dump of 10,000 replays is the one of 10,000 passes without a graph, byte for byte: values, positions, steps."""
+    for name in (mode, "eager"):
+        done = ran(engine, tmp_path / name, name, 10_000)
+        assert done.returncode == 0, done.stderr
+    graph, eager = ((tmp_path / name).read_bytes().splitlines() for name in (mode, "eager"))
+    if mode == "recapture":  # the last replay of a graph comes when the graph is gone
+        graph, eager = sorted(graph), sorted(eager)
+    assert len(graph) == 70_002
+    assert graph == eager
+
+
+@pytest.mark.parametrize(
+    ("mode", "told"), [("unplaced", "give parity_position_device the device memory"), ("elsewhere", "give the captured stream")]
+)
+def test_what_cannot_be_captured_is_an_error_at_the_time_of_capture(engine: Path, tmp_path: Path, mode: str, told: str) -> None:
+    """Without a position in device memory, and in another stream than the captured one, the call itself fails and says why."""
+    done = ran(engine, tmp_path / "d.jsonl", mode, 0)
+    assert done.returncode == 3
+    assert told in done.stderr
+
+
+def test_one_replay_is_recorded_when_the_dump_is_closed(engine: Path, tmp_path: Path) -> None:
+    """Nothing of a single replay is lost, though no later one brings it to the host."""
+    assert ran(engine, tmp_path / "d.jsonl", "graph", 1).returncode == 0
+    assert [len(rows) for rows in read(tmp_path / "d.jsonl").points.values()] == [1] * 7
+
+
+@pytest.mark.parametrize("framework", ["torch", "cupy"])
+def test_replays_of_a_python_engine_are_recorded_as_copies_are(tmp_path: Path, framework: str) -> None:
+    """What the emitted recorder writes of 2,000 replays captured by PyTorch or CuPy is what it writes of as many passes without."""
+    pytest.importorskip(framework, reason=f"{framework} is not installed")
+    (tmp_path / "parity_dump.py").write_text(emit.source("python"))
+    program = Path(__file__).with_name("graph_engine.py")
+    for mode in ("graph", "eager"):
+        command = [sys.executable, program, framework, mode, "2000", *SMALL, f"{mode}.jsonl"]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    graph, eager = read(tmp_path / "graph.jsonl"), read(tmp_path / "eager.jsonl")
+    assert len(graph.points) == 7
+    assert graph.points.keys() == eager.points.keys()
+    for name, rows in graph.points.items():
+        assert rows.token_idx.tolist() == list(range(7, 2007))
+        for column in ("token_idx", "step", "values", "sketch"):
+            np.testing.assert_array_equal(getattr(rows, column), getattr(eager.points[name], column), err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("mode", "told"), [("unplaced", "call positions_from"), ("elsewhere", "record in the captured stream")]
+)
+def test_a_python_engine_is_told_at_the_time_of_capture(tmp_path: Path, mode: str, told: str) -> None:
+    """Without a device array of positions, and in another stream than the captured one, the call itself raises."""
+    pytest.importorskip("cupy", reason="cupy is not installed")
+    (tmp_path / "parity_dump.py").write_text(emit.source("python"))
+    command = [sys.executable, Path(__file__).with_name("graph_engine.py"), "cupy", mode, "0", *SMALL, "d.jsonl"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 3, done.stderr
+    assert told in done.stderr
