@@ -380,7 +380,7 @@ class Session:
         """
         buffer = (ctypes.c_uint8 * len(state)).from_buffer_copy(state)
         if int(self.model.library.api.llama_state_set_data(self._context, buffer, len(state))) != len(state):
-            raise ReferenceFailed("llama.cpp does not take back the state that it saved.", "Run with --verbose.")
+            raise ReferenceFailed("llama.cpp does not accept the state that it saved.", "Run with --verbose.")
 
     def close(self) -> None:
         """Give its memory back. A second call does nothing."""

@@ -47,10 +47,10 @@ def window_size(library: Library, contents: Contents, job: DumpJob) -> int | Non
         return None
     if isinstance(job.window, int):
         if job.window < 1:
-            raise InputError(f"a window of {job.window} layers holds nothing.", "Take 1 or more.", code="window")
+            raise InputError(f"a window of {job.window} layers is empty.", "Take 1 or more.", code="window")
         return job.window if job.window < contents.layers else None
     if job.window != "auto":
-        raise InputError(f"--window {job.window!r} is none.", "Take auto, off, or a number of layers.", code="window")
+        raise InputError(f"--window {job.window!r} is not valid.", "Take auto, off, or a number of layers.", code="window")
     if (contents.integer("split.count") or 1) > 1 or not exact:
         return None
     need, free = twin.twin_bytes(contents), free_memory()

@@ -40,7 +40,7 @@ def lines(entries: Sequence[Entry], width: int) -> Iterator[Text]:
             rows.append((clean(name), *(factor(margin(value)) for value in (known[0], max(known), known[-1])), bars))
         yield from columns(rows, frozenset({1, 2, 3}), ["dim", *[""] * (len(rows) - 1)], width)
         if len(every) > len(names):
-            yield Text(f"and {len(every) - len(names)} farther from their limits", style="dim")
+            yield Text(f"and {len(every) - len(names)} further from their limits", style="dim")
         yield Text(f"last  {last.time}  {last.commit[:12] or 'no commit'}  {last.verdict}", style="dim")
         yield Text("")
 
@@ -50,7 +50,7 @@ def groups(entries: Sequence[Entry]) -> list[tuple[str, list[Entry]]]:
     series: dict[tuple[str, str], list[Entry]] = {}
     for entry in entries:
         series.setdefault((entry.source, entry.golden), []).append(entry)
-    names = {"ours": "our engine", "ref": "llama.cpp", "exec": "a foreign engine", "dumps": "dumps of a foreign engine"}
+    names = {"ours": "our engine", "ref": "llama.cpp", "exec": "an external engine", "dumps": "dumps of an external engine"}
     return [
         (clean(f"conformance of {source.removeprefix(_CONFORM)} ({group[-1].versions.get('source', '')})"), group)
         if source.startswith(_CONFORM)

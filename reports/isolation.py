@@ -136,7 +136,7 @@ def _grafts(isolation: Isolation, width: int) -> Iterator[Text]:
     last = isolation.graft[-1]
     mean = sum(item.kl for item in isolation.graft) / len(isolation.graft)
     sentence = (
-        f"llama.cpp, going on from {clean(isolation.graft_from)} of this engine, chooses a different next token at {len(changed)} of "
+        f"llama.cpp, continuing from {clean(isolation.graft_from)} of this engine, chooses a different next token at {len(changed)} of "
         f"{count(len(isolation.graft), 'position')}; mean KL {error(mean)}, at the last position {error(last.kl)} "
         f"(margin {last.margin:.2g})"
     )

@@ -89,7 +89,7 @@ def _split(items: Sequence[Predicted], parts: int) -> list[Sequence[Predicted]]:
 
 
 def _place(item: Predicted) -> Iterator[tuple[str, str]]:
-    yield "first", f"position {item.position}, behind {clean(repr(item.before))}: KL {error(item.kl)}"
+    yield "first", f"position {item.position}, after {clean(repr(item.before))}: KL {error(item.kl)}"
     yield "server", _candidates(item.server)
     yield "ref", _candidates(item.ref)
 
@@ -98,7 +98,7 @@ def _choice(item: Predicted) -> str:
     """The first position at which both would go on differently."""
     ours, theirs = item.ref[0], item.server[0]
     return (
-        f"the first other choice is at position {item.position}: llama.cpp {clean(repr(ours[1]))}, the server {clean(repr(theirs[1]))}, "
+        f"the choices differ first at position {item.position}: llama.cpp {clean(repr(ours[1]))}, the server {clean(repr(theirs[1]))}, "
         f"which llama.cpp has {item.margin:.3g} below its own, in log-probability"
     )
 
@@ -112,7 +112,7 @@ def _cause(cause: ServerCause) -> Iterator[tuple[str, str]]:
     if cause.kl is not None:
         yield (
             "",
-            f"so read, {cause.tried} predictions have a worst KL of {error(cause.kl)}, as asked for {error(cause.without)}",
+            f"read this way, {cause.tried} predictions have a worst KL of {error(cause.kl)}, as requested {error(cause.without)}",
         )
     yield "do", clean(cause.advice)
 

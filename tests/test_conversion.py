@@ -147,7 +147,7 @@ def test_a_right_conversion_is_equal_tensor_by_tensor(
         ("falcon", {"skip_groups": True}, {"attn_qkv"}, "left in groups"),
         ("gemma2", {"skip_norm_offset": True}, NORMS, "without the 1"),
         ("qwen2", {"swap": ("blk.1.ffn_gate.weight", "blk.1.ffn_up.weight")}, {"ffn_gate", "ffn_up"}, "exchanged"),
-        ("qwen2", {"drop": "blk.1.attn_k.bias"}, {"attn_k"}, "the GGUF has not"),
+        ("qwen2", {"drop": "blk.1.attn_k.bias"}, {"attn_k"}, "the GGUF does not"),
         ("qwen2", {"eps": 1e-5}, {"ε"}, "config.json says 1e-06, the GGUF"),
     ],
 )  # fmt: skip

@@ -95,7 +95,7 @@ def swapped(a: str, b: str, place: str) -> tuple[dict[str, object], str, str]:
         ("llama", {"skip_permute": True}, "blk.0.q", "not permuted"),
         ("llama", *EPS),
         ("llama", *SWAPPED),
-        ("qwen2", {"drop": "blk.1.attn_k.bias"}, "blk.1.k", "the GGUF has not"),
+        ("qwen2", {"drop": "blk.1.attn_k.bias"}, "blk.1.k", "the GGUF does not"),
         ("qwen2", *EPS),
         ("qwen2", *swapped("blk.0.attn_k.weight", "blk.0.attn_v.weight", "blk.0.v")),
         ("qwen3", *swapped("blk.0.attn_q_norm.weight", "blk.0.attn_k_norm.weight", "blk.0.q_norm")),

@@ -51,7 +51,10 @@ def non_finite(subject: Subject) -> Iterator[Hit]:
             what = int(max(counted[first], odd[first].sum()))
             at = np.flatnonzero(odd[first])
             place = f", the first at index {int(at[0])}: {rows.values[first, at[0]]}" if len(at) else ""
-            evidence = f"{name} has {count(what, 'value')} that {'is' if what == 1 else 'are'} no number{place}, {positions_of(rows, bad)}"
+            evidence = (
+                f"{name} has {count(what, 'value')} that {'is' if what == 1 else 'are'} not a number{place}, "
+                + positions_of(rows, bad)
+            )
             yield Hit(name, int(rows.token_idx[first]), evidence)
 
 

@@ -224,7 +224,7 @@ class Command:
             if monotonic() > deadline:
                 return EngineError(
                     f"{self.name} was stopped after {self.timeout:g} seconds.",
-                    "Does it wait for something? --exec-timeout gives it more time.",
+                    "Is it waiting for something? --exec-timeout gives it more time.",
                     how=TIMED_OUT,
                 )
             with suppress(OSError):
@@ -234,12 +234,12 @@ class Command:
                 if status.st_size > largest:
                     return EngineError(
                         f"{self.name} was stopped after it had written {status.st_size / 2**30:.1f} GiB to its dump.",
-                        "Let it write fewer points, or the leading values of each row.",
+                        "Write fewer points, or only the leading values of each row.",
                     )
 
     def _no_file(self, out: Path, mode: int) -> EngineError:
-        kind = "a pipe" if stat.S_ISFIFO(mode) else "a link" if stat.S_ISLNK(mode) else "something that is not a regular file"
-        return EngineError(f"{self.name} made {out} into {kind}.", "It must write a regular file to {out}.")
+        kind = "a pipe" if stat.S_ISFIFO(mode) else "a link" if stat.S_ISLNK(mode) else "not a regular file"
+        return EngineError(f"{self.name} turned {out} into {kind}.", "It must write a regular file to {out}.")
 
     def failed(self, status: int, stderr: str) -> EngineError:
         """What an exit code other than 0, and the end of stderr, say."""

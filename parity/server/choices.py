@@ -46,13 +46,13 @@ def cause(asked: Sequence[tuple[Asked, Row]], tokens: Sequence[int], wrong: Sequ
         return ServerCause(
             "repeat-penalty",
             f"{first}; a repeat penalty of {span} explains every choice",
-            "Ask for none: --server-json '{\"repeat_penalty\": 1}'.",
+            "Turn it off: --server-json '{\"repeat_penalty\": 1}'.",
             tried=len(asked),
         )
     return ServerCause(
         "sampler",
-        f"{first}; no repeat penalty explains that: it samples, although temperature 0 was asked for",
-        "Look for a temperature, a seed or a penalty that the server sets by itself.",
+        f"{first}; no repeat penalty explains that: it samples, although temperature 0 was requested",
+        "Check whether the server sets a temperature, a seed or a penalty itself.",
         tried=len(asked),
     )
 

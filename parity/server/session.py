@@ -75,7 +75,7 @@ def compare_server(
         )
         if not heard.asked and heard.around is None and heard.tokenizer is None:
             raise InputError(
-                "the server gave no candidates that could be compared.", "Ask for more with --server-top.", code="server"
+                "the server gave no candidates that could be compared.", "Request more with --server-top.", code="server"
             )
         if progress is not None:
             progress("llama.cpp", 0, None)

@@ -72,7 +72,7 @@ def check_conversion(path: Path, folder: Path, progress: Progress | None = None)
     if arch in _GROUPED:
         sources = {name: _ungrouped(of, heads) if name.endswith(".attn_qkv.weight") else of for name, of in sources.items()}
     if not sources.keys() & model.tensors.keys():
-        raise InputError(f"{folder} has no tensor of a {arch} model.", "Is it the folder that this GGUF was made of?")
+        raise InputError(f"{folder} has no tensor of a {arch} model.", "Is it the folder from which this GGUF was made?")
     checks: list[TensorCheck] = []
     total = sum(info.n_bytes for info in model.tensors.values())
     done = 0
@@ -85,7 +85,7 @@ def check_conversion(path: Path, folder: Path, progress: Progress | None = None)
         if progress is not None:
             progress("weights", done, total)
     missing = [name for name in sources if name not in model.tensors and not _tied(name, model, sources)]
-    checks += [TensorCheck(name, "", (), "missing", reason="the folder has it, the GGUF has not") for name in missing]
+    checks += [TensorCheck(name, "", (), "missing", reason="the folder has it, the GGUF does not") for name in missing]
     checks += list(settings(model, source))
     notes = (f"without a place in a {arch} file: {', '.join(stray[:4])}{', …' * (len(stray) > 4)}",) if stray else ()
     name = f"{model.hyperparameters.name or path.stem} ({path})"
@@ -164,7 +164,7 @@ def _tensor(model: GgufModel, info: TensorInfo, source: _Source | None, arch: st
     if source is None:
         if info.name in MADE or info.name == "output.weight":
             reason = (
-                "no tensor of the folder, and config.json does not say it" if info.name in MADE else "no tensor of the folder"
+                "no tensor of the folder, and config.json does not give it" if info.name in MADE else "no tensor of the folder"
             )
             return TensorCheck(info.name, kind, info.shape, NOT_CHECKED, 0, (), f"{reason}: the converter made it")
         return TensorCheck(info.name, kind, info.shape, "extra", 0, (), "the folder has no such tensor")
@@ -258,7 +258,7 @@ def _other(
         if name == info.name or other.shape != info.shape or not name.startswith(layer):
             continue
         if _compare(model, other, source, right, heads, arch)[0] <= limit:
-            return f"exchanged: its values stand in {name}"
+            return f"exchanged: its values are in {name}"
     return ""
 
 

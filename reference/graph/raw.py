@@ -136,10 +136,10 @@ def same_structure(flats: Sequence[FlatPass], what: str) -> None:
     for other in flats[1:]:
         if len(other.tensors) != len(first.tensors):
             raise ReferenceFailed(
-                f"the graph cannot be recorded: {what} has {len(first.tensors)} tensors or {len(other.tensors)}, by its length.",
+                f"the graph cannot be recorded: {what} has {len(first.tensors)} tensors or {len(other.tensors)}, depending on the length.",
                 ADVICE,
                 code="graph",
             )
         for i, (a, b) in enumerate(zip(first.tensors, other.tensors, strict=True)):
             if a.op != b.op or first.sources[i] != other.sources[i] or first.roots[i] != other.roots[i]:
-                raise unrecordable(a, f"is made in another way at another length ({what})")
+                raise unrecordable(a, f"is built differently at another length ({what})")
