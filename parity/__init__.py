@@ -1,4 +1,4 @@
-"""Where does an inference engine part from llama.cpp? From Python: `read` a dump, `compare` two of them, or have the `table` of all records.
+"""Where does an engine part from llama.cpp? From Python: `read` a dump, `compare` two of them, or have the `table` of all records.
 
 docs/python.md shows how; the commands are `parity.commands`.
 """
