@@ -1,5 +1,6 @@
 """A foreign engine's command line: how it is started, watched and stopped, and what its errors say."""
 
+import errno
 import os
 import re
 import shlex
@@ -17,7 +18,7 @@ from typing import IO
 
 from checkpoints.errors import InputError
 from checkpoints.printable import printable
-from checkpoints.whole_file import unwritable
+from checkpoints.whole_file import is_special, unwritable
 
 CRASHED, REFUSED, TIMED_OUT, UNUSABLE, NOT_STARTED = "crashed", "refused", "timed out", "unusable", "not started"
 MODEL, TOKENS, OUT, POINTS, PORTIONS = "{model}", "{tokens}", "{out}", "{points}", "{portions}"
@@ -204,8 +205,11 @@ class Command:
                 start_new_session=True,  # so that its children can be ended with it
             )
         except OSError as error:
-            program = arguments[0] if isinstance(arguments, list) else "a shell"
-            raise EngineError(f"cannot run {program}: {error.strerror}.", f"Check {self.option}.", how=NOT_STARTED) from error
+            what = arguments[0] if isinstance(arguments, list) else "a shell"
+            advice = f"Check {self.option}."
+            if error.errno == errno.E2BIG:
+                advice = "The token ids are more than a command line holds: take a shorter prompt."
+            raise EngineError(f"cannot run {what}: {error.strerror}.", advice, how=NOT_STARTED) from error
 
     def _wait(self, process: "subprocess.Popen[bytes]", out: Path) -> EngineError | None:
         """Wait until the engine ends; returns the error for which it had to be stopped, if any."""
@@ -275,8 +279,9 @@ def _filled(text: str, values: Mapping[str, str]) -> str:
 
 
 def _remove(out: Path) -> None:
-    """Remove what an earlier run left there, so that it is not taken for this run's dump."""
-    out.unlink(missing_ok=True)
+    """Remove what an earlier run left there, so that it is not taken for this run's dump. Pipes and devices stay."""
+    if not is_special(out):
+        out.unlink(missing_ok=True)
 
 
 def end(process: "subprocess.Popen[bytes]") -> None:
