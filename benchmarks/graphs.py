@@ -1,4 +1,4 @@
-"""What checkpoints inside a captured CUDA graph cost: the default points of a decode step of the 0.5 B shape, every replay recorded.
+"""What checkpoints inside a captured CUDA graph cost: the default points of a decode step, every replay recorded.
 
     python benchmarks/graphs.py [--passes 10000] [--python-passes 1000]
 
@@ -17,7 +17,10 @@ from pathlib import Path
 from parity import emit
 
 TESTS = Path(__file__).parent.parent / "tests"
-SHAPE = ("24", "896", "4864", "151936")  # layers, width, feed-forward, vocabulary
+SHAPES = {  # layers, width, feed-forward, vocabulary of Qwen2.5
+    "0.5 B": ("24", "896", "4864", "151936"),
+    "1.5 B": ("28", "1536", "8960", "151936"),
+}
 REPEATS = 5
 
 
@@ -27,8 +30,8 @@ def main() -> None:
     parser.add_argument("--passes", type=int, default=10_000)
     parser.add_argument("--python-passes", type=int, default=1_000)
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
         (folder / "parity_dump.h").write_text(emit.source("c"))
         (folder / "parity_dump.py").write_text(emit.source("python"))
         compiler = [
@@ -44,8 +47,15 @@ def main() -> None:
         subprocess.run(compiler, check=True)
         script = [sys.executable, str(TESTS / "graph_engine.py"), "torch"]
         print("| engine | replays | ms a replay, without | with / without, median | worst of five |\n|---|---|---|---|---|")
-        row("C, parity_dump.h", folder, options.passes, lambda mode, n: [str(folder / "engine"), "c.jsonl", mode, n, *SHAPE])
-        row("PyTorch, parity_dump.py", folder, options.python_passes, lambda mode, n: [*script, mode, n, *SHAPE, "py.jsonl"])
+        engine = str(folder / "engine")
+        for name, shape in SHAPES.items():
+            row(f"C, parity_dump.h, {name}", folder, options.passes, lambda mode, n, s=shape: [engine, "c.jsonl", mode, n, *s])
+            row(
+                f"PyTorch, parity_dump.py, {name}",
+                folder,
+                options.python_passes,
+                lambda mode, n, s=shape: [*script, mode, n, *s, "p"],
+            )
 
 
 def row(name: str, folder: Path, passes: int, command: Callable[[str, str], list[str]]) -> None:

@@ -1,4 +1,4 @@
-"""Where parity keeps what takes long to make: copies of models, and the hashes of files."""
+"""Where parity keeps what takes long to compute: copies of models, and hashes of files."""
 
 import os
 from math import isfinite
@@ -10,7 +10,7 @@ _DEFAULT_GB = 20.0  # one F32 copy of a 4 B model, or all those of a test model
 
 
 def cache_dir() -> Path:
-    """$PARITY_CACHE, else $XDG_CACHE_HOME/parity, else ~/.cache/parity; it need not exist."""
+    """$PARITY_CACHE, otherwise $XDG_CACHE_HOME/parity, otherwise ~/.cache/parity; it need not exist."""
     if given := os.environ.get("PARITY_CACHE"):
         return Path(given)
     base = os.environ.get("XDG_CACHE_HOME")
@@ -18,7 +18,7 @@ def cache_dir() -> Path:
 
 
 def cache_limit() -> int:
-    """How many bytes the F32 copies in the cache may take together: $PARITY_CACHE_GB, else 20 GB.
+    """How many bytes the F32 copies in the cache may take together: $PARITY_CACHE_GB, otherwise 20 GB.
 
     Raises:
         InputError: the variable is not a number of gigabytes.
@@ -38,10 +38,10 @@ def cache_limit() -> int:
 
 
 def require_cache() -> Path:
-    """The cache folder, made if need be.
+    """The cache folder; it is created if necessary.
 
     Raises:
-        InputError: it cannot be made or written to.
+        InputError: it cannot be created or written to.
     """
     folder = cache_dir()
     try:
@@ -51,7 +51,7 @@ def require_cache() -> Path:
     except OSError as error:
         raise InputError(
             f"cannot write to the cache {folder}: {error.strerror}.",
-            "Set PARITY_CACHE to a folder that can be written.",
+            "Set PARITY_CACHE to a writable folder.",
             code="cache",
         ) from error
     return folder

@@ -1,14 +1,13 @@
-"""Dumps whose records lie as arrays beside the JSON lines: read in the time that a disk takes, compared without parsing a digit.
+"""Dumps whose records are stored as arrays beside the JSON lines: read at the speed of the disk, compared without parsing digits.
 
 The JSONL has the header, which names the file of arrays, a line for each part of a point, generated tokens and the end. The
-arrays stand in a safetensors file beside it, each named `<point>/<part>/<column>`: `place` int64 [R, 4] (seq, token_idx, step,
-whether it is a decode step), `shape` int64 [R, axes] (-1 behind the last axis), `counts` int64 [R], `values` float32 [R, k],
-`stats` float64 [R, S] in the order that the part's line gives, and, where records have them, `sketch` float32 [R, 32], `indices`
+arrays are in a safetensors file beside it, each named `<point>/<part>/<column>`: `place` int64 [R, 4] (seq, token_idx, step,
+whether it is a decode step), `shape` int64 [R, axes] (-1 after the last axis), `counts` int64 [R], `values` float32 [R, k],
+`stats` float64 [R, S] in the order given by the part's line, and, if records have them, `sketch` float32 [R, 32], `indices`
 int64 [R, k] and `quantum` float64 [R, k]. `checkpoints.formats.columns` reads them back.
 """
 
 import os
-import secrets
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,7 @@ def beside(dump: str | os.PathLike[str]) -> Path:
 
 
 def open_dump(path: str | os.PathLike[str], header: Header, *, binary: bool) -> Writer:
-    """The writer of a dump: JSON lines, or, with `binary`, arrays beside them.
+    """The writer of a dump: JSON lines, or, if `binary`, arrays beside them.
 
     Raises:
         InputError: a file cannot be created.
@@ -42,14 +41,14 @@ def open_dump(path: str | os.PathLike[str], header: Header, *, binary: bool) -> 
 
 
 class ColumnsWriter(Writer):
-    """Writes a dump whose records lie as arrays in a file beside it. Both files appear when it is closed.
+    """Writes a dump whose records are stored as arrays in a file beside it. Both files appear when it is closed.
 
     Raises:
         InputError: a file cannot be created, or the disk refuses a write.
     """
 
     def __init__(self, path: str | os.PathLike[str], header: Header) -> None:
-        self._identity = secrets.token_hex(8)
+        self._identity = os.urandom(8).hex()
         self._arrays = TensorWriter(beside(path), {"dump": self._identity})
         self._rows: dict[str, list[Rows]] = {}
         self._parts: dict[str, int] = {}
@@ -61,7 +60,7 @@ class ColumnsWriter(Writer):
             raise
 
     def rows(self, rows: Rows) -> None:
-        """Take the records of one point."""
+        """Add the records of one point."""
         self._rows.setdefault(rows.point, []).append(rows)
         self._held += rows.values.nbytes + 512 * len(rows)
         self.checkpoints += len(rows)
@@ -79,10 +78,10 @@ class ColumnsWriter(Writer):
             self._write([line | {"stats": list(rows.stats)}])
 
     def close(self, *, complete: bool = True, kept: bool | None = None) -> None:
-        """Write what is held, then both files. A second call does nothing.
+        """Write the buffered records, then both files. A second call does nothing.
 
         Raises:
-            InputError: the disk refuses a write; what stood there is as it was.
+            InputError: the disk refuses a write; an earlier file is unchanged.
         """
         try:
             if not self._file.closed:
@@ -109,7 +108,7 @@ def arrays_of(rows: Rows) -> dict[str, NDArray[Any]]:
 
 
 def _shapes(shapes: tuple[tuple[int, ...], ...]) -> NDArray[np.int64]:
-    """Shapes as a table, -1 behind the last axis of each."""
+    """Shapes as a table, padded with -1 after the last axis of each."""
     axes = max((len(shape) for shape in set(shapes)), default=0)
     padded = {shape: (*shape, *(-1,) * (axes - len(shape))) for shape in set(shapes)}
     return np.array([padded[shape] for shape in shapes], dtype=np.int64).reshape(len(shapes), axes)

@@ -1,8 +1,8 @@
-"""A file's identity by all of its bytes.
+"""A file's identity, computed from all of its bytes.
 
-SHA-256 in a tree of chunks: with the processor's SHA instructions a core hashes 1.4 GB/s, and chunks are hashed by all cores at
-once. Hashes that are several times as fast (XXH3) don't keep somebody from making two files of one hash. What a large file's hash
-was is remembered in the cache, together with everything that tells whether the file was touched since; small files are hashed
+SHA-256 over a tree of chunks: with the processor's SHA instructions a core hashes 1.4 GB/s, and all cores hash chunks at
+the same time. Hashes that are several times as fast (XXH3) would let somebody construct two files with one hash. A large file's
+hash is remembered in the cache, together with everything that shows whether the file was modified since; small files are hashed
 every time.
 """
 
@@ -13,18 +13,17 @@ import os
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 from .cache import cache_dir
 from .whole_file import lock
 
-_CHUNK = 1 << 20  # bytes of a leaf of the tree: stays in a core's cache between being read and being hashed
-_REMEMBERED = 1 << 26  # bytes of a file from which on its hash is remembered: below, hashing takes 0.05 s
+_CHUNK = 1 << 20  # bytes of a leaf of the tree: stays in a core's cache between reading and hashing
+_REMEMBERED = 1 << 26  # the hashes of files from this size on are remembered; smaller files take less than 0.05 s
 _FOLDER = "hashes"
 _MOST = 500  # hashes that are remembered
-# A file may be written again within the same tick of its file system's clock: what was touched less than this before it was
+# A file may be written again within one tick of its file system's clock: if it was modified less than this before it was
 # hashed is hashed again. FAT's clock ticks every 2 s.
 _TICK_NS = 3_000_000_000
 _VERSION = 1
@@ -34,11 +33,11 @@ def content_hash(path: str | os.PathLike[str]) -> str:
     """32 hex digits that change with any byte of the file.
 
     The leaves of the tree are SHA-256 of chunks of 1 MiB, the root is SHA-256 of the size and the leaves. From 64 MiB on the
-    result is taken from the cache where size, inode and the times of the last change (mtime, and ctime, which no program can
-    set) are those of when it was computed, and older than that.
+    result is taken from the cache if size, inode and the times of the last change (mtime, and ctime, which no program can
+    set) are the same as when it was computed, and older than the time of computing.
 
     Raises:
-        OSError: the file cannot be read, or was changed meanwhile.
+        OSError: the file cannot be read, or changed while it was read.
     """
     with Path(path).open("rb", buffering=0) as file:
         status = os.fstat(file.fileno())
@@ -57,7 +56,7 @@ def content_hash(path: str | os.PathLike[str]) -> str:
 
 
 def touched(before: os.stat_result, after: os.stat_result) -> bool:
-    """Whether a file was replaced or written to between two looks at it."""
+    """Whether a file was replaced or written to between two calls of `stat`."""
     return _signature(before) != _signature(after)
 
 
@@ -78,6 +77,8 @@ def _hash(descriptor: int, size: int) -> str:
     root = hashlib.sha256(str(size).encode())
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if cores > 1 and len(offsets) > 1:
+        from concurrent.futures import ThreadPoolExecutor
+
         with ThreadPoolExecutor(min(cores, 16)) as pool:
             for digest in pool.map(leaf, offsets):
                 root.update(digest)
@@ -89,7 +90,7 @@ def _hash(descriptor: int, size: int) -> str:
 
 @contextmanager
 def _record(status: os.stat_result) -> Iterator[int]:
-    """A descriptor of what is remembered of a file, locked, so that two processes don't hash it at once; -1 where there is none."""
+    """A locked descriptor of what is remembered of a file, so that two processes don't hash it at once; -1 if there is none."""
     folder = cache_dir() / _FOLDER
     descriptor = -1
     try:
@@ -106,7 +107,7 @@ def _record(status: os.stat_result) -> Iterator[int]:
 
 
 def _remembered(record: int, status: os.stat_result) -> str:
-    """The hash of a file that was not touched since; empty where it is not known, or not sure."""
+    """The hash of a file that has not been modified since; empty if it is unknown or uncertain."""
     try:
         noted = json.loads(os.pread(record, 4096, 0))
         same = noted["version"] == _VERSION and noted["file"] == _signature(status)

@@ -1,4 +1,4 @@
-"""What each point of a model is made from, and by which operation: as a dump's header carries it, or as the vocabulary says it."""
+"""What each point of a model is computed from, and by which operation: from a dump's header, or from the vocabulary."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -8,20 +8,20 @@ from typing import Any, Self
 
 from .points import EMBD, KINDS, LAYER_KINDS, LOGITS, OUTPUT_NORM, apart, in_layer, lanes, order, parse
 
-CACHE = "CACHE"  # the operation of what attention reads from its cache: rows that an earlier point wrote there
+CACHE = "CACHE"  # the operation that reads attention's cache: rows that an earlier point wrote there
 WITH_FUNCTION = frozenset({"UNARY", "GLU"})  # operations that are one of several functions
 # Functions that ggml's CPU backend looks up in a table of float16, which rounds argument and result (ggml-cpu/vec.h).
 LOOKED_UP = frozenset({"GELU", "GELU_QUICK", "GEGLU", "GEGLU_QUICK"})
 _VIEWS = frozenset({"VIEW", "RESHAPE", "PERMUTE", "TRANSPOSE"})  # parts of a fused product
-_MOST_LAYERS = 100_000  # what a header may claim
-_MOST = 1 << 13  # points of a dataflow: 126 layers of 60
-_MOST_NAMES = 1 << 17  # points and weights that they read, all together
+_MOST_LAYERS = 100_000  # the most that a header may claim
+_MOST = 1 << 13  # points of a dataflow: 126 layers of 60 points
+_MOST_NAMES = 1 << 17  # points and weights that they read, in total
 _SPAN = re.compile(r"(\d{1,6})(?:\.\.(\d{1,6}))?")
 
 
 @dataclass(frozen=True)
 class Made:
-    """How one point is made: ggml's name of the operation, the points that it reads, the GGUF names of its weights.
+    """How one point is computed: ggml's name of the operation, the points that it reads, the GGUF names of its weights.
 
     `function` is which one a UNARY or GLU computes ("GELU", "SWIGLU"); empty where nothing says it, as in older headers.
     """
@@ -38,7 +38,7 @@ class Made:
 
 @dataclass(frozen=True)
 class Dataflow:
-    """Points in the order of computation, each with how it is made. What a point reads stands before it."""
+    """Points in the order of computation, each with how it is computed. A point comes after everything it reads."""
 
     made: Mapping[str, Made]
 
@@ -60,9 +60,9 @@ class Dataflow:
         return frozenset(behind)
 
     def part_of_next(self, name: str) -> bool:
-        """Whether a point is only the first part of what makes the next one: a product before its bias, a norm before its weight.
+        """Whether a point is only the first part of the computation of the next one: a product before its bias, a norm before its weight.
 
-        Only nodes outside the vocabulary are; so is what attention reads from its cache, which is another point's value.
+        Only nodes outside the vocabulary can be; so can what attention reads from its cache, which is another point's value.
         """
         how, readers = self.made[name], self.readers[name]
         if how.op == CACHE:
@@ -72,9 +72,9 @@ class Dataflow:
         return len(readers) == 1 or all(self.made[reader].op in _VIEWS for reader in readers)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data; layers that are made alike are said once.
+        """Plain data; layers that are computed alike are given once.
 
-        Keys are spans of layers ("0", "1..23") and "" for what stands once in the model. Names begin with "." for the same layer and
+        Keys are spans of layers ("0", "1..23"), and "" for points that occur once in the model. Names begin with "." for the same layer and
         "^" for the one before. An operation's function follows it: "UNARY:GELU".
         """
         layers: dict[int | None, dict[str, Any]] = {}
@@ -98,7 +98,7 @@ class Dataflow:
 
     @classmethod
     def from_json(cls, plain: Mapping[str, Any]) -> Self:
-        """The dataflow of such data, in the vocabulary's order.
+        """Read such data back; the points are in the vocabulary's order.
 
         Raises:
             ValueError: the data are damaged.
@@ -158,10 +158,10 @@ def _absolute(text: str, layer: int | None) -> str:
 
 
 def _sorted(origins: dict[str, Made]) -> dict[str, Made]:
-    """In an order in which everything stands after what it reads; otherwise by the layer.
+    """Sorted so that every point comes after what it reads, and by layer as far as that leaves a choice.
 
     Raises:
-        ValueError: a point is made from itself.
+        ValueError: a point depends on itself.
     """
     placed: dict[str, Made] = {}
     for start in sorted(origins, key=_section):
@@ -190,10 +190,10 @@ def _section(name: str) -> int:
 
 
 def of_vocabulary(recorded: Sequence[str], n_layers: int | None = None) -> Dataflow:
-    """What the order of the vocabulary says: a point reads the last one before it on each branch that it is not independent of.
+    """The dataflow that the vocabulary implies: a point reads the last earlier point on each branch that it depends on.
 
-    The points are those of a layer of the vocabulary, optional ones only where they were recorded, and recorded names outside of it where
-    they stand in `recorded`. Without a number of layers the last recorded layer is taken for the last.
+    The points of each layer are those of the vocabulary, optional ones only if they were recorded, and recorded names outside it at
+    their place in `recorded`. If the number of layers is unknown, the last recorded layer is taken as the last.
     """
     inside: dict[int, list[str]] = {}
     outside: list[str] = []
@@ -226,7 +226,7 @@ def _template(kinds: tuple[str, ...], known: dict[tuple[str, ...], dict[str, Mad
     return known[kinds]
 
 
-_INPUT = "-"  # what enters a layer
+_INPUT = "-"  # the input of a layer
 
 
 def _layer(recorded: tuple[str, ...]) -> dict[str, Made]:
@@ -244,7 +244,7 @@ def _layer(recorded: tuple[str, ...]) -> dict[str, Made]:
         reads = dict.fromkeys([*direct, kind.adds] if kind is not None and kind.adds else direct)
         origins[name] = Made("" if kind is None else kind.op, tuple(reads))
         above[name] = {*direct, *(further for other in direct for further in above[other])}
-        # A point stays in front while a branch that this one is not on may read it.
+        # A point stays at the front as long as a branch other than this one may read it.
         front = [
             other for other in front if any(apart(lane, third) and not apart(_lane(other), third) for third in lanes())
         ] + [name]

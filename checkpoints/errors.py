@@ -1,8 +1,10 @@
 """Errors that a user can act on. Every other exception is a bug of ours."""
 
+OUTPUT = "output"  # the code of what cannot be written
+
 
 class ParityError(Exception):
-    """One clear line, what to do about it, and the exit code it stands for.
+    """One clear line, what to do about it, and the exit code.
 
     `code` is a short stable word for machines (`--format json`), `message` says what is wrong,
     `advice` what to do; the command line prints "parity: message advice" and exits with `exit_code`.

@@ -1,8 +1,8 @@
-"""The table of contents of a GGUF file: metadata and tensors by place, without loading either.
+"""The table of contents of a GGUF file: the places of metadata and tensors, without loading either.
 
-gguf-py's reader makes a NumPy view of every element of every array: seconds for a vocabulary of 150,000 tokens, of which
-a run needs none. Here values are kept as raw bytes, so that what is copied is copied to the bit, and an array is decoded
-when it is asked for. A test holds it to gguf-py's reader. Layout: docs/gguf.md of ggml.
+gguf-py's reader makes a NumPy view of every element of every array: that takes seconds for a vocabulary of 150,000 tokens, of which
+a run needs none. Here values are kept as raw bytes, so that copies are exact, and an array is decoded
+when it is asked for. A test compares it with gguf-py's reader. Layout: docs/gguf.md of ggml.
 """
 
 import mmap
@@ -30,7 +30,7 @@ _FAMILIES = {0: "f32", 1: "f16", 30: "bf16", 28: "f32"}  # by ggml_type; F64 is 
 
 @dataclass(frozen=True)
 class Value:
-    """A metadata value: its `gguf_type` and its bytes as they stand in the file."""
+    """A metadata value: its `gguf_type` and its bytes as they are in the file."""
 
     type: int
     raw: bytes
@@ -44,7 +44,7 @@ class Value:
         return self.raw[8:].decode(errors="replace") if self.type == STRING else None
 
     def plain(self) -> Any:
-        """The value as Python has it: number, truth value, text, or the list of an array's elements."""
+        """The value in Python: a number, truth value, text, or the list of an array's elements."""
         if self.type != ARRAY:
             return self.text() if self.type == STRING else self.number()
         kind, count = struct.unpack_from("<IQ", self.raw)
@@ -78,7 +78,7 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Contents:
-    """What a GGUF file holds, and where: `data` is the file offset of the data section, `size` of the file's end.
+    """What a GGUF file contains, and where: `data` is the file offset of the data section, `size` that of the file's end.
 
     `header_end` is where the table of contents ends, before the padding to a multiple of `alignment`.
     """
@@ -92,12 +92,12 @@ class Contents:
     alignment: int
 
     def text(self, key: str) -> str:
-        """A string of the metadata, "" if it is not there."""
+        """A string of the metadata, "" if it is missing."""
         value = self.metadata.get(key)
         return (value.text() or "") if value else ""
 
     def integer(self, key: str) -> int | None:
-        """An integer of the metadata, None if it is not there or is of another type."""
+        """An integer of the metadata, None if it is missing or of another type."""
         value = self.metadata.get(key)
         number = value.number() if value else None
         return number if isinstance(number, int) and not isinstance(number, bool) else None
@@ -128,12 +128,12 @@ class Contents:
 
     @property
     def weight_families(self) -> tuple[str, ...]:
-        """Which of f32, f16, bf16 and quantised the matrices are."""
+        """Which of f32, f16, bf16 and quantised types the matrices have."""
         kinds = {_FAMILIES.get(tensor.type, "quantised") for tensor in self.tensors if len(tensor.ne) > 1}
         return tuple(sorted(kinds))
 
     def info(self, file_type: str) -> ModelInfo:
-        """What a dump says of this model: `file_type` is the name of `general.file_type`.
+        """The model as a dump's header describes it: `file_type` is the name of `general.file_type`.
 
         Raises:
             ModelError: the file cannot be read to its end.
@@ -150,12 +150,12 @@ class Contents:
 
     @property
     def layers(self) -> int:
-        """`<architecture>.block_count`, 0 if it is not there."""
+        """`<architecture>.block_count`, 0 if it is missing."""
         return self.integer(f"{self.architecture}.block_count") or 0
 
 
 class _Cursor:
-    """Reads on from a place in the file; EOFError where the file ends first."""
+    """Reads on from an offset in the file; raises EOFError if the file ends first."""
 
     def __init__(self, data: mmap.mmap) -> None:
         self.data = data
@@ -218,8 +218,8 @@ def contents(path: Path) -> Contents:
         with path.open("rb") as file:
             magic = file.read(4)
             if magic != b"GGUF":
-                what = f"is not a GGUF file: it begins with {magic!r}, not b'GGUF'" if magic else "is empty"
-                raise ModelError(f"{path} {what}.", "Take a model in llama.cpp's format (.gguf).", code="not-gguf")
+                problem = f"is not a GGUF file: it begins with {magic!r}, not b'GGUF'" if magic else "is empty"
+                raise ModelError(f"{path} {problem}.", "Take a model in llama.cpp's format (.gguf).", code="not-gguf")
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 return _parse(path, data)
     except OSError as error:
@@ -232,8 +232,8 @@ def contents(path: Path) -> Contents:
         raise _damaged(path, f"is damaged: {error}") from error
 
 
-def _damaged(path: Path, what: str) -> ModelError:
-    return ModelError(f"{path} {what}.", "Download it again.", code="damaged-model")
+def _damaged(path: Path, problem: str) -> ModelError:
+    return ModelError(f"{path} {problem}.", "Download it again.", code="damaged-model")
 
 
 def _parse(path: Path, data: mmap.mmap) -> Contents:
@@ -242,8 +242,8 @@ def _parse(path: Path, data: mmap.mmap) -> Contents:
     version = cursor.number("I")
     if not 2 <= version <= 3:
         swapped = int.from_bytes(version.to_bytes(4, "little"), "big")
-        what = "is big-endian" if swapped in (2, 3) else f"is GGUF version {version}"
-        raise ModelError(f"{path} {what}.", "Convert it again (version 3, little-endian).", code="version")
+        problem = "is big-endian" if swapped in (2, 3) else f"is GGUF version {version}"
+        raise ModelError(f"{path} {problem}.", "Convert it again (version 3, little-endian).", code="version")
     n_tensors, n_values = cursor.number("Q"), cursor.number("Q")
     if n_values * _LEAST_VALUE + n_tensors * _LEAST_TENSOR > len(data):
         raise ValueError(f"it claims {n_values} values and {n_tensors} tensors, more than fit into the file")

@@ -1,8 +1,8 @@
-"""The graph that llama.cpp computes for a model, as data: what every node is made from, by which operation, in which shape.
+"""The graph that llama.cpp computes for a model, as data: what every node is computed from, by which operation, in which shape.
 
-A recording holds for every length: sizes, strides and offsets are expressions of T, the tokens of a pass, and S, the
-positions that the cache holds after it; those of a decoder that reads an encoder's output also of E, its rows. It can be stored
-beside a dump and is read without llama.cpp.
+A recording holds for every length: sizes, strides and offsets are expressions in T, the tokens of a pass, S, the
+positions that the cache holds after it, and, for a decoder that reads an encoder's output, E, the rows of that output. It can be
+stored beside a dump and is read without llama.cpp.
 """
 
 from collections.abc import Mapping, Sequence
@@ -39,10 +39,10 @@ class Size(NamedTuple):
         return not any(self[1:])
 
     def divided(self, by: int) -> "Size":
-        """The same in units of `by`.
+        """The same, divided by `by`.
 
         Raises:
-            ValueError: it is no multiple.
+            ValueError: it is not a multiple.
         """
         if any(number % by for number in self):
             raise ValueError(f"{self} is not a multiple of {by}")
@@ -55,7 +55,7 @@ NOTHING = Size(0)
 
 @dataclass(frozen=True)
 class Rule:
-    """How an input follows from tokens and positions; `kind` is one of `checkpoints.rules.RULES`, proven on the recorded data."""
+    """How an input follows from tokens and positions; `kind` is one of `checkpoints.rules.RULES`, checked on the recorded data."""
 
     kind: str
     parameters: Mapping[str, Any] = field(default_factory=dict)
@@ -66,18 +66,18 @@ class Tensor:
     """A node of the graph or one of its leaves.
 
     Attributes:
-        kind: "node", or what a leaf is: "weight" (its name is the GGUF's), "input", "cache" (keys or values), "state" (recurrent).
-        op: ggml's name of the operation ("MUL_MAT"), "NONE" of a leaf.
-        params: the 16 int32 of `op_params` (a float is the same 32 bits); of a view zeros: its place is in `root` and `offset`.
+        kind: "node", or for a leaf "weight" (its name is the GGUF's), "input", "cache" (keys or values), "state" (recurrent).
+        op: ggml's name of the operation ("MUL_MAT"), "NONE" for a leaf.
+        params: the 16 int32 of `op_params` (a float is the same 32 bits); zeros for a view: its place is in `root` and `offset`.
         type: ggml's name of the type ("f32").
         ne: elements in each of four dimensions, the fastest first.
         nb: bytes from one element to the next, likewise.
-        sources: the operands, as indices into the graph's tensors; None where ggml leaves an operand out.
+        sources: the operands, as indices into the graph's tensors; None if ggml leaves an operand out.
         root: the tensor whose memory this one shows, None if it has its own; `offset` bytes into it.
-        point: the name of the value in the vocabulary of points, "" where it has none.
-        operand_points: names of operands (by number) that are points of their own, as k_read and v_read are.
-        parts: points that are a part of its rows: name, leading and last + 1 element of the innermost dimension.
-        rule: of an input, what it is made of.
+        point: the name of the value in the vocabulary of points, "" if it has none.
+        operand_points: names of operands (by number) that are points themselves, as k_read and v_read are.
+        parts: points that are part of its rows: name, and first and last + 1 element of the innermost dimension.
+        rule: for an input, how it is made.
     """
 
     name: str
@@ -104,36 +104,36 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Graph:
-    """One kind of pass: leaves and nodes, the nodes in the order of computation."""
+    """The graph of one kind of pass: leaves and nodes, the nodes in the order of computation."""
 
     tensors: tuple[Tensor, ...]
 
     @cached_property
     def consumers(self) -> Mapping[int, tuple[int, ...]]:
         """Which tensors read each tensor, by index."""
-        found: dict[int, list[int]] = {}
+        by_source: dict[int, list[int]] = {}
         for index, tensor in enumerate(self.tensors):
             for source in tensor.sources:
                 if source is not None:
-                    found.setdefault(source, []).append(index)
-        return {source: tuple(dict.fromkeys(readers)) for source, readers in found.items()}
+                    by_source.setdefault(source, []).append(index)
+        return {source: tuple(dict.fromkeys(readers)) for source, readers in by_source.items()}
 
     def root_of(self, index: int) -> int:
-        """The tensor that owns the memory which this one shows."""
+        """The tensor that owns the memory shown by this one."""
         root = self.tensors[index].root
         return index if root is None else root
 
 
 @dataclass(frozen=True)
 class RecordedGraph:
-    """The graphs of a model: of a pass over several tokens, and of a step over one where that is built in another way.
+    """The graphs of a model: for a pass over several tokens, and for one token if that graph is built differently.
 
     Attributes:
-        fingerprint: the model file's.
-        longest: how many positions its rules of inputs are proven for, None where they hold for any number.
-        long_above: the context (a run's positions, padded as llama.cpp does) above which RoPE takes its long factors instead of its short
-            ones, None where it has only one kind.
-        encoder: of an encoder–decoder, the graph of the encoder's pass; the others are the decoder's, which begins with token `start`.
+        fingerprint: that of the model file.
+        longest: the number of positions up to which the rules of its inputs were checked; None if they hold for any number.
+        long_above: the context (a run's positions, padded as llama.cpp does) above which RoPE uses its long factors instead of its short
+            ones; None if it has only one kind.
+        encoder: for an encoder–decoder, the graph of the encoder's pass; the others are the decoder's, which begins with token `start`.
     """
 
     architecture: str
@@ -167,7 +167,7 @@ class RecordedGraph:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
-        """The recording of such data.
+        """Read a recording back from such data.
 
         Raises:
             DumpError: the data are damaged, or of another format.
@@ -198,7 +198,7 @@ class RecordedGraph:
 
 
 def _plain(tensor: Tensor) -> dict[str, Any]:
-    """A tensor without what is at its usual value: a graph has thousands."""
+    """A tensor as plain data without fields that have their default: a graph has thousands of tensors."""
     plain: dict[str, Any] = {
         "name": tensor.name,
         "op": tensor.op,
@@ -272,5 +272,5 @@ def _read_sizes(plain: Sequence[int | Sequence[int]]) -> Sizes:
 
 
 def renamed(graph: Graph, points: Mapping[int, str]) -> Graph:
-    """The same graph with other points, by index."""
+    """The same graph with other points, by tensor index."""
     return Graph(tuple(replace(tensor, point=points.get(i, tensor.point)) for i, tensor in enumerate(graph.tensors)))

@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any, Self
 
-import jsonlines
 import orjson
 
 from .errors import InputError
@@ -23,9 +22,9 @@ def _dumps(value: Any) -> bytes:
 class Writer:
     """Writes a dump line by line.
 
-    The end record is written by `close`, and by leaving a `with` block without an exception: a dump without one was cut
-    short. Every call is flushed to the operating system. Where nothing stands at `path`, lines appear there as they are written,
-    readable even if the process is killed afterwards; where something does, it is replaced by `close`, if the dump is complete.
+    The end record is written by `close`, and on leaving a `with` block without an exception: a dump without one was cut
+    short. Every call is flushed to the operating system. If nothing is at `path`, lines appear there as they are written,
+    readable even if the process is killed afterwards; an existing file is replaced by `close`, if the dump is complete.
 
     Args:
         whole: nothing appears at `path` before `close`, in either case.
@@ -43,6 +42,8 @@ class Writer:
             self._file: IO[bytes] = self._open(whole)
         except OSError as error:
             raise _unwritable(self.path, error) from error
+        import jsonlines
+
         self._lines = jsonlines.Writer(self._file, dumps=_dumps)
         if header is not None:
             self.header(header)
@@ -57,11 +58,11 @@ class Writer:
         return self._replacement.temporary.open("wb")
 
     def header(self, header: Header) -> None:
-        """Write the header line; it belongs first."""
+        """Write the header line; it must come first."""
         self._write([header_line(header)])
 
     def rows(self, rows: Rows) -> None:
-        """Write one line a row."""
+        """Write one line for each row."""
         self._write(checkpoint_lines(rows))
         self.checkpoints += len(rows)
 
@@ -83,10 +84,10 @@ class Writer:
     def close(self, *, complete: bool = True, kept: bool | None = None) -> None:
         """Close the file, with the end record if the dump is complete. A second call does nothing.
 
-        An incomplete dump takes no other file's place, unless it is to be `kept`.
+        An incomplete dump does not replace another file, unless it is to be `kept`.
 
         Raises:
-            InputError: the disk refuses the last write; what stood at `path` is as it was.
+            InputError: the disk refuses the last write; an earlier file at `path` is unchanged.
         """
         if self._file.closed:
             return
@@ -114,14 +115,14 @@ class Writer:
 
 
 def write(dump: Dump, path: str | os.PathLike[str], header: Header) -> None:
-    """Write a dump that was read, whatever its format, as format 1; `header` is taken where it has none of its own.
+    """Write a dump that was read, in whatever format, as format 1; `header` is used if the dump has none.
 
-    What was cut short stays so: it gets no end record.
+    A dump that was cut short remains so: it gets no end record.
 
     Raises:
         InputError: the file cannot be written.
     """
-    described = replace(dump.header or header, columns=None)  # here they are lines
+    described = replace(dump.header or header, columns=None)  # this writer writes lines
     with Writer(path, described, whole=True) as writer:
         for rows in dump.points.values():
             writer.rows(rows)

@@ -12,14 +12,14 @@ from .record import DECODE, PREFILL, Header, Rows, Token, statistic_as_json
 
 
 def _as_text(value: float) -> float | str:
-    """JSON has no non-finite numbers: they are written as strings (orjson would write null in silence)."""
+    """JSON has no non-finite numbers: they are written as strings (orjson would silently write null)."""
     if np.isfinite(value):
         return value
     return "NaN" if np.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
 
 
 def _numbers(row: NDArray[np.float32], finite: bool) -> Any:
-    """A row for a JSON writer that knows float32, and writes the shortest digits that give it back."""
+    """A row for a JSON writer that knows float32, and writes the shortest digits that read back as the same float32."""
     if finite:
         return row
     numbers: list[Any] = list(row)
@@ -30,7 +30,7 @@ def _numbers(row: NDArray[np.float32], finite: bool) -> Any:
 
 
 def _steps(row: NDArray[np.float64]) -> float | list[float]:
-    """The steps of printed decimals: one number where they are the same for all values."""
+    """The steps of printed decimals: one number if all values have the same."""
     return float(row[0]) if (row == row[0]).all() else row.tolist()
 
 
@@ -79,12 +79,12 @@ def token_line(token: Token) -> dict[str, Any]:
 
 
 def header_line(header: Header) -> dict[str, Any]:
-    """The header as a JSON object; what is not known is left out."""
+    """The header as a JSON object; unknown fields are left out."""
     fields = {name: value for name, value in asdict(header).items() if value not in (None, "", {}, ())}
     fields["model"] = {name: value for name, value in asdict(header.model).items() if value not in (None, "")}
     return {"type": "header", "format": fields.pop("format"), **fields, "tokens": list(header.tokens)}
 
 
 def end_line(checkpoints: int, tokens: int) -> dict[str, Any]:
-    """The last line of a whole dump."""
+    """The last line of a complete dump."""
     return {"type": "end", "checkpoints": checkpoints, "tokens": tokens}

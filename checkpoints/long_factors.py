@@ -1,6 +1,6 @@
-"""Two sets of RoPE frequency factors in one file: which of them a run takes follows from the length of its context.
+"""Two sets of RoPE frequency factors in one file: the length of a run's context decides which of them it uses.
 
-Mirrors `llama_model::get_rope_factors`: the long ones where the context is longer than the one that the model was first trained for.
+Mirrors `llama_model::get_rope_factors`: the long ones if the context is longer than the one that the model was first trained for.
 """
 
 from collections.abc import Collection
@@ -10,7 +10,7 @@ _PAD = 256  # llama_context rounds the context of a sequence up to it
 
 
 def long_above(tensors: Collection[str], original: object) -> int | None:
-    """The context above which the long factors are taken, None where the file does not have both kinds.
+    """The context above which the long factors are used, None if the file does not have both kinds.
 
     Args:
         tensors: the names of the file's tensors; original: the context length before it was extended, from the metadata.

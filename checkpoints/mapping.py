@@ -1,4 +1,4 @@
-"""What a foreign engine's names mean (`--map names.toml`): their name = our point, with what must be done to the array.
+"""What a foreign engine's names mean (`--map names.toml`): their name = our point, with the changes that the array needs.
 
 layer_offset = -1            # their layer 1 is our layer 0
 position_offset = 0
@@ -30,7 +30,7 @@ _KEYS = {"point", "transpose", "reshape", "rope_pairs", "heads", "head_size"}
 
 @dataclass(frozen=True)
 class Entry:
-    """What one of their names means, and what makes its array ours, in this order: reshape, transpose, rope_pairs."""
+    """What one of their names means, and the changes that turn its array into ours, in this order: reshape, transpose, rope_pairs."""
 
     pattern: re.Pattern[str]
     point: str
@@ -48,7 +48,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Mapping:
-    """All of a mapping file; an empty one knows the aliases only."""
+    """The whole mapping file; an empty one knows only the aliases."""
 
     entries: tuple[Entry, ...] = ()
     layer_offset: int = 0
@@ -56,7 +56,7 @@ class Mapping:
     path: str = field(default="", compare=False)
 
     def entry(self, name: str) -> tuple[str, Entry | None]:
-        """Our point for their name, and the entry that says so (None where the aliases do)."""
+        """Our point for their name, and the entry that says so (None if it is an alias)."""
         for entry in self.entries:
             match = entry.pattern.fullmatch(name)
             if match:
@@ -69,10 +69,10 @@ class Mapping:
         return point.name, None
 
     def array(self, entry: Entry | None, array: NDArray[np.float32]) -> NDArray[np.float32]:
-        """An array made ours: [T, …].
+        """An array of theirs as ours: [T, …].
 
         Raises:
-            InputError: it does not have the shape that the mapping wants.
+            InputError: it does not have the shape that the mapping requires.
         """
         if entry is None or not entry.changes:
             return array
@@ -87,7 +87,7 @@ class Mapping:
         """A dump of slices with our names.
 
         Raises:
-            InputError: an entry would change arrays, of which a slice is only a part.
+            InputError: an entry would change whole arrays, of which a slice is only a part.
         """
         if not self.entries and not self.layer_offset:
             return dump
@@ -123,25 +123,25 @@ def _repaired(array: NDArray[np.float32], entry: Entry) -> NDArray[np.float32]:
 
 
 def _pairing(entry: Entry, size: int) -> NDArray[np.int64]:
-    """int64 [size]: which of their elements stands at each place of our row.
+    """int64 [size]: the index of their element at each place of our row.
 
     Raises:
-        ValueError: neither heads nor head_size is given, or a row of `size` does not divide into such heads.
+        ValueError: neither heads nor head_size is given, or a row of `size` elements cannot be divided into such heads.
     """
     if not entry.heads and not entry.head_size:
         raise ValueError("rope_pairs needs heads, the number of heads in the row, or head_size")
     head = entry.head_size or size // entry.heads
     if head < 2 or head % 2 or size % head or (entry.heads and size > entry.heads * head):
-        raise ValueError(f"a row of {size} does not divide into {entry.heads or 'some'} heads of an even size")
+        raise ValueError(f"a row of {size} elements cannot be divided into {entry.heads or 'some'} heads of an even size")
     shape = (size // head, head // 2, 2) if entry.rope_pairs == "norm" else (size // head, 2, head // 2)
     return np.arange(size).reshape(shape).swapaxes(1, 2).reshape(-1)
 
 
 def _size(rows: Rows, entry: Entry) -> int:
-    """The length of the whole row of a slice; without a shape, of whole heads that hold every recorded element.
+    """The length of the whole row of a slice; without a shape, enough whole heads to hold every recorded element.
 
     Raises:
-        ValueError: neither a shape nor the size of a head is known.
+        ValueError: neither a shape nor the head size is known.
     """
     sizes = {prod(shape) for shape in rows.shapes if shape}
     if len(sizes) == 1:
@@ -154,7 +154,7 @@ def _size(rows: Rows, entry: Entry) -> int:
 
 
 def _moved(rows: Rows, name: str, order: NDArray[np.int64], notes: list[str]) -> Rows:
-    """A slice in another order: each value is said to stand where it belongs. What does not depend on the order stays."""
+    """A slice in another order: each value gets the index where it belongs. Statistics that do not depend on the order stay."""
     theirs = np.tile(np.arange(rows.values.shape[1]), (len(rows), 1)) if rows.indices is None else rows.indices
     there = (theirs >= 0) & (np.arange(theirs.shape[1]) < rows.counts[:, None]) & (theirs < len(order))
     place = np.empty_like(order)
@@ -174,7 +174,7 @@ def read_mapping(path: Path) -> Mapping:
     """Read a mapping file.
 
     Raises:
-        InputError: it cannot be read, or says something that is not known.
+        InputError: it cannot be read, or contains something unknown.
     """
     try:
         table = tomllib.loads(read_text(path, _LARGEST))
@@ -183,7 +183,7 @@ def read_mapping(path: Path) -> Mapping:
         raise InputError(f"cannot read {path}: {reason}.", "It is TOML: [names], their = our.", code="map") from error
     unknown = set(table) - {"names", "layer_offset", "position_offset"}
     if unknown:
-        raise InputError(f"{path}: {sorted(unknown)[0]!r} is not known.", "Names belong below [names].", code="map")
+        raise InputError(f"{path}: {sorted(unknown)[0]!r} is an unknown key.", "Names belong below [names].", code="map")
     names = table.get("names", {})
     if not isinstance(names, dict):
         raise InputError(f"{path}: names must be a table.", "Write [names] in a line of its own.", code="map")

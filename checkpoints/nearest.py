@@ -1,4 +1,4 @@
-"""Names that are no point, with the nearest ones that are."""
+"""Names that are not points, with the nearest names that are."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -11,7 +11,7 @@ _WORDS = re.compile(r"(?:model|transformer|layers?|blocks?|blk|h)(?=[._\[-]|\d|$
 
 
 def unknown_names(names: Iterable[str]) -> tuple[str, ...]:
-    """One sentence on the names that are no point of the vocabulary, or none."""
+    """One sentence on the names that are not points of the vocabulary, or nothing."""
     unknown = [name for name in names if parse(name.removeprefix("enc.")).known is None]
     if not unknown:
         return ()
@@ -20,7 +20,7 @@ def unknown_names(names: Iterable[str]) -> tuple[str, ...]:
         near = nearest(name)
         listed.append(name + (f" (nearest: {', '.join(near)})" if near else ""))
     more = f" and {len(unknown) - _LISTED} more" if len(unknown) > _LISTED else ""
-    return (f"no known points: {', '.join(listed)}{more}; --map says what they mean, `parity model M` lists the known ones",)
+    return (f"no known points: {', '.join(listed)}{more}; --map can say what they mean, `parity model M` lists the known ones",)
 
 
 def nearest(name: str, count: int = 2) -> Sequence[str]:
@@ -28,5 +28,5 @@ def nearest(name: str, count: int = 2) -> Sequence[str]:
     number = re.search(r"\d+", name)
     stem = _WORDS.sub("", name[: number.start()] + name[number.end() :] if number else name).strip("._-[]")
     kinds = [kind for kind in KINDS if number is None or kind not in {once.name for once in MODEL_KINDS}]
-    matches = get_close_matches(stem, kinds, n=count, cutoff=0.5)  # below a half even unrelated names meet
+    matches = get_close_matches(stem, kinds, n=count, cutoff=0.5)  # below one half even unrelated names match
     return [in_layer(int(number[0]), kind) if number else kind for kind in matches]

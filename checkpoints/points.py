@@ -1,13 +1,14 @@
 """The ordered vocabulary of capture points.
 
 A *point* is the name of an activation: `embd`, `blk.5.q_rope`, `logits`. The vocabulary is open: a name of the form
-`blk.N.<node>` that is not listed here is a valid point of layer N without a known shape or place.
+`blk.N.<node>` that is not listed here is a valid point of layer N whose shape and place are unknown.
 """
 
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import lru_cache
 
 from .errors import InputError
 
@@ -20,10 +21,10 @@ LOGITS = "logits"
 class Kind:
     """What one name stands for in every layer (or once in the model).
 
-    `row` is the shape of one position's row in the letters of the design: D embedding, H heads, K key/value heads,
-    d head size, F feed-forward, V vocabulary, t+1 the positions seen so far. `lane` names the branch of the layer that
-    the value belongs to; values of two branches that have not met yet do not depend on each other. `op` is ggml's name for the
-    operation that makes it in a plain transformer. `adds` names a further point of the layer that this operation reads, in addition to
+    `row` is the shape of one position's row, in these letters: D embedding, H heads, K key/value heads,
+    d head size, F feed-forward, V vocabulary, t+1 the positions seen so far. `lane` names the branch of the layer to which
+    the value belongs; values of two branches that have not met yet do not depend on each other. `op` is ggml's name for the
+    operation that computes it in a plain transformer. `adds` names another point of the layer that this operation reads, in addition to
     its predecessors ("-": the layer's input). `optional`: not every model has it, or not every engine can record it.
     """
 
@@ -88,6 +89,7 @@ class Point:
         return kind if kind is not None and (self.layer is None) == (self.kind not in _RANK) else None
 
 
+@lru_cache(maxsize=4096)  # more points than a model has
 def parse(name: str) -> Point:
     """Split a canonical name into layer and kind; a name without a layer is a point of the whole model."""
     match = _LAYER_POINT.fullmatch(name)
@@ -100,11 +102,11 @@ def in_layer(layer: int, kind: str) -> str:
 
 
 def of_scores(name: str) -> bool:
-    """Whether a value is attention's [H, T, S]: `kq` and what is made of it before the values are (`kq_soft_max`, `kq_scaled_1`).
+    """Whether a value is attention's [H, T, S]: `kq` and its scaled and masked forms (`kq_soft_max`, `kq_scaled_1`).
 
-    So are the scores by which sparse attention chooses its keys (`indexer_score`), of one head.
+    So are the one-head scores by which sparse attention chooses its keys (`indexer_score`).
     """
-    stem = parse(name.removeprefix("enc.")).kind.partition(".")[0]  # of an encoder–decoder's encoder as well
+    stem = parse(name.removeprefix("enc.")).kind.partition(".")[0]  # an encoder's scores as well
     return stem == "kq" or stem.startswith(("kq_", "indexer_score"))
 
 
@@ -124,13 +126,13 @@ def default_points(available: Iterable[str], n_layers: int | None = None) -> lis
 
 
 def all_points(n_layers: int, kinds: Iterable[str] | None = None) -> list[str]:
-    """Every point of the vocabulary for a model of `n_layers`, in dataflow order; `kinds`, if given, keeps only those of each layer."""
+    """Every point of the vocabulary for a model of `n_layers`, in dataflow order; `kinds`, if given, restricts those of each layer."""
     names = [kind.name for kind in LAYER_KINDS if kinds is None or kind.name in set(kinds)]
     return [EMBD, *(in_layer(i, name) for i in range(n_layers) for name in names), OUTPUT_NORM, LOGITS]
 
 
 def default_layers(n_layers: int) -> list[int]:
-    """Layers 0, 5, 10 and 23 where they exist, and always the last."""
+    """Layers 0, 5, 10 and 23 if they exist, and always the last."""
     return sorted({layer for layer in DEFAULT_LAYERS if layer < n_layers} | {n_layers - 1})
 
 
@@ -142,8 +144,8 @@ def layer_outputs(layers: Iterable[int]) -> list[str]:
 def order(names: Iterable[str]) -> list[str]:
     """Sort names by dataflow; duplicates are dropped.
 
-    Known points take the vocabulary's order. An unknown node comes after the known or unknown name of its layer that
-    preceded it in `names`, so that a list in the reference's computing order keeps the unknown nodes in their places.
+    Known points take the vocabulary's order. An unknown node comes after the name of its layer that preceded it
+    in `names`, so that a list in the reference's order of computation keeps its unknown nodes in place.
     """
     unique = list(dict.fromkeys(names))
     place: dict[str, tuple[int, float, int]] = {}
@@ -151,7 +153,7 @@ def order(names: Iterable[str]) -> list[str]:
     begin = next((index for index, name in enumerate(unique) if parse(name).layer is not None), 0)
     for index, name in enumerate(unique):
         point = parse(name)
-        # What is listed before the first layer is computed before it: positions that are added, a norm of the embedding.
+        # Names listed before the first layer are computed before it: added position embeddings, a norm of the embedding.
         section = -1 if index < begin and point.known is None else _section(point)
         if point.known is not None:
             rank = float(_RANK.get(point.kind, 0))
@@ -162,11 +164,11 @@ def order(names: Iterable[str]) -> list[str]:
     return sorted(unique, key=place.__getitem__)
 
 
-_END = 1 << 40  # behind every layer: what has no layer
+_END = 1 << 40  # after every layer: names without a layer
 
 
 def _section(point: Point) -> int:
-    """A number that grows along the model: -1 embedding, the layer's number, then norm, logits and what has no layer."""
+    """A number that grows along the model: -1 for the embedding, the layer's number, then norm, logits and names without a layer."""
     if point.layer is not None:
         return point.layer
     return {EMBD: -1, OUTPUT_NORM: _END, LOGITS: _END + 2}.get(point.kind, _END + 1)
@@ -228,10 +230,10 @@ _ONCE = {
 
 
 def resolve(name: str, n_layers: int | None = None) -> str:
-    """The canonical name of an alias (C0…C25, `layer_5`, ggml's and Hugging Face's names), else the name itself.
+    """The canonical name of an alias (C0…C25, `layer_5`, ggml's and Hugging Face's names), otherwise the name itself.
 
-    Hugging Face's `hidden_states[i]` is layer i's *input*, and its last one comes after the norm: the number of layers
-    decides, and without it only index 0 is known.
+    Hugging Face's `hidden_states[i]` is layer i's *input*, and its last one comes after the norm: that one is recognised
+    by the number of layers, without which only index 0 is known.
     """
     name = name.strip()
     if name in _ONCE:
@@ -258,9 +260,9 @@ _MAX_EXPANSION = 10_000  # names that one --points expression may stand for; 80 
 
 
 def expand(expression: str) -> list[str]:
-    """Split a `--points` expression at commas and expand braces: "blk.{1..3}.{q,k}" is six globs.
+    """Split a `--points` expression at commas and expand braces: "blk.{1..3}.{q,k}" becomes six globs.
 
-    `{a,b}` lists and `{1..5}` ranges expand as in a shell, whether or not such a point exists.
+    `{a,b}` lists and `{1..5}` ranges expand as in a shell, whether or not such points exist.
 
     Raises:
         InputError: unbalanced braces, or more than 10,000 names.
@@ -284,7 +286,7 @@ def expand(expression: str) -> list[str]:
 
 
 def _braces(text: str) -> list[str]:
-    match = re.search(r"\{([^{}]*(?:,|\.\.)[^{}]*)\}", text)  # as in a shell, `{}` and `{x}` are themselves
+    match = re.search(r"\{([^{}]*(?:,|\.\.)[^{}]*)\}", text)  # as in a shell, `{}` and `{x}` stay as they are
     if not match:
         return [text]
     if span := re.fullmatch(r"(\d{1,6})\.\.(\d{1,6})", match[1]):
@@ -305,7 +307,7 @@ def _braces(text: str) -> list[str]:
 def select(expression: str, available: Sequence[str], n_layers: int | None = None) -> list[str]:
     """The available points that a `--points` expression names, in the order of `available`.
 
-    `all` and `default` are words of their own; anything else is globs, names and aliases, comma-separated, with braces.
+    `all` and `default` are keywords; anything else is a comma-separated list of globs, names and aliases, with braces.
 
     Raises:
         InputError: a part of the expression matches no available point; the nearest names are suggested.

@@ -1,10 +1,10 @@
-"""Text that came from outside (files, models, engines, arguments), as it may be printed: one function for every printer."""
+"""Text from outside (files, models, engines, arguments), made safe to print: one function for every printer."""
 
-LONGEST = 300  # characters of one name or value: more of it tells nobody more
+LONGEST = 300  # characters of one name or value: more is not useful to anybody
 
 
 def printable(text: str, limit: int | None = LONGEST) -> str:
-    """The text on one line, without what a terminal would obey or hide, and cut after `limit` characters (None for all of it).
+    """The text on one line, without anything that a terminal would obey or hide, cut after `limit` characters (None: not cut).
 
     Control characters, line breaks, marks that change the direction of writing and halves of characters become U+FFFD.
     """
@@ -14,6 +14,6 @@ def printable(text: str, limit: int | None = LONGEST) -> str:
 
 
 def no_command(line: str) -> str:
-    """A printed line that GitHub's runner does not take for one of its commands: "::name::" in front, or "##[name]" anywhere."""
+    """A printed line that GitHub's runner does not take for one of its commands: "::name::" at the start, or "##[name]" anywhere."""
     line = line.replace("##[", "##(")
     return f"\\{line}" if line.lstrip().startswith("::") else line

@@ -8,7 +8,6 @@ left behind from what another run is writing now, and removes the former.
 import contextlib
 import os
 import re
-import secrets
 import stat
 from pathlib import Path
 from types import TracebackType
@@ -19,7 +18,7 @@ try:
 except ImportError:  # Windows: nothing is locked, and nothing is swept
     fcntl = None  # type: ignore[assignment]
 
-from .errors import InputError
+from .errors import OUTPUT, InputError
 
 _LONGEST = 180  # bytes of a name that are kept in a temporary one, which may have 255
 _RANDOM = 8  # bytes: 16 hex digits
@@ -118,7 +117,7 @@ def unwritable(path: str | os.PathLike[str], error: OSError, advice: str = "Choo
     reason = error.strerror or str(error)
     if " requested and " in reason:  # NumPy's, which does not say why
         reason = "the disk took only part of it"
-    return InputError(f"cannot write {os.fspath(path)}: {reason}.", advice, code="output")
+    return InputError(f"cannot write {os.fspath(path)}: {reason}.", advice, code=OUTPUT)
 
 
 def is_special(path: Path) -> bool:
@@ -128,12 +127,14 @@ def is_special(path: Path) -> bool:
 
 def sweep(path: Path) -> int:
     """Remove what killed runs left of this file in its folder; returns the bytes that were freed."""
-    freed = 0
-    with contextlib.suppress(OSError):
-        for other in list(path.parent.iterdir()):
-            match = _TEMPORARY.fullmatch(other.name)
-            if match and match["name"] == _short(path.name):
-                freed += remove_unowned(other)
+    freed, own = 0, _short(path.name)
+    with contextlib.suppress(OSError), os.scandir(path.parent) as entries:
+        for entry in entries:
+            if not entry.name.startswith("."):  # a folder of thousands of files is passed through quickly
+                continue
+            match = _TEMPORARY.fullmatch(entry.name)
+            if match and match["name"] == own:
+                freed += remove_unowned(path.parent / entry.name)
     return freed
 
 
@@ -144,7 +145,7 @@ def create_locked(folder: Path, prefix: str, suffix: str) -> tuple[Path, int]:
         OSError: none can be made in that folder.
     """
     for _ in range(_ATTEMPTS):
-        path = folder / f"{prefix}{secrets.token_hex(_RANDOM)}{suffix}"
+        path = folder / f"{prefix}{os.urandom(_RANDOM).hex()}{suffix}"
         descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC | _NO_FOLLOW, 0o666)
         if lock(descriptor) and not _still_there(path, descriptor):  # another run swept it before it was locked
             os.close(descriptor)

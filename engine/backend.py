@@ -8,6 +8,7 @@ import os
 import sys
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, cast
 
 import numpy as np
@@ -61,7 +62,7 @@ class Backend:
             free: int = self.xp.cuda.runtime.memGetInfo()[0] + self.xp.get_default_memory_pool().free_bytes()
         return free
 
-    def require(self, needed: int, what: str) -> None:
+    def require(self, needed: int, purpose: str) -> None:
         """Check that the device has room before anything is put there.
 
         Raises:
@@ -70,7 +71,7 @@ class Backend:
         free = self.free_bytes()
         if free is not None and needed > free:
             raise InputError(
-                f"{what} needs {needed / 2**30:.2f} GiB of device memory, {free / 2**30:.2f} GiB are free.",
+                f"{purpose} needs {needed / 2**30:.2f} GiB of device memory, {free / 2**30:.2f} GiB are free.",
                 "Take --backend numpy, a smaller model, or end what else uses the device (nvidia-smi tells).",
                 code="device-memory",
             )
@@ -92,6 +93,17 @@ def module_of(*arrays: Array) -> Any:
             raise TypeError("arrays in host and device memory are mixed; bring them to one side first")
         return sys.modules["cupy"]
     return np
+
+
+def all_equal(a: Array, b: Array) -> bool:
+    """Whether two arrays of one shape hold the same numbers; NaN is the same as nothing. Waits for the device."""
+    return bool((a == b).all()) if module_of(a, b) is np else bool(_all_equal()(a, b))
+
+
+@lru_cache(maxsize=1)
+def _all_equal() -> Any:
+    """One kernel for what are two otherwise: of small values the launches are the time."""
+    return sys.modules["cupy"].ReductionKernel("T a, U b", "bool same", "a == b", "a && b", "same = a", "true", "all_equal")
 
 
 def choose(name: str = "auto", number: int | None = None) -> Backend:

@@ -5,6 +5,8 @@ They run on NumPy and CuPy arrays alike (NEP 18). Each names the C function of g
 Each computes in the type of its operands: given float64 ones it gives what float32 only approximates (`replay.wide`).
 """
 
+import sys
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -26,10 +28,14 @@ def rms_norm(x: Array, weight: Array, *, eps: float, heads: int = 1) -> Array:
     """
     if heads != 1:
         return rms_norm(x.reshape(x.shape[0] * heads, -1), weight, eps=eps).reshape(x.shape[0], -1)
-    wide = x.astype(np.float64)
-    mean = (np.einsum("ij,ij->i", wide, wide) / x.shape[1]).astype(x.dtype)
+    mean = (_sum_of_squares(x.astype(np.float64)) / x.shape[1]).astype(x.dtype)
     scale = np.float32(1) / np.sqrt(mean + np.float32(eps))
     return (x * scale[:, None]) * weight
+
+
+def _sum_of_squares(wide: Array) -> Array:
+    """Of each row, [T, n] -> [T]. CuPy's einsum makes a matrix product of it, which takes four times as long to launch."""
+    return np.einsum("ij,ij->i", wide, wide) if module_of(wide) is np else (wide * wide).sum(axis=1)
 
 
 def layer_norm(x: Array, weight: Array, bias: Array | None = None, *, eps: float, heads: int = 1) -> Array:
@@ -41,7 +47,7 @@ def layer_norm(x: Array, weight: Array, bias: Array | None = None, *, eps: float
     total = split.sum(axis=1, keepdims=True, dtype=np.float64).astype(x.dtype)  # rounded before the division, as there
     centred = split - total / split.shape[1]
     wide = centred.astype(np.float64)
-    variance = (np.einsum("ij,ij->i", wide, wide) / split.shape[1]).astype(x.dtype)
+    variance = (_sum_of_squares(wide) / split.shape[1]).astype(x.dtype)
     scaled = centred * (np.float32(1) / np.sqrt(variance + np.float32(eps)))[:, None] * weight
     return (scaled if bias is None else scaled + bias).reshape(x.shape[0], -1)
 
@@ -71,16 +77,29 @@ def rope_angles(
     (1 / factor), `factors` (the first dims / 2) divide each frequency (the tensor rope_freqs.weight).
     """
     xp = module_of(positions)
-    step = np.float32(np.power(np.float32(base), np.float32(-2.0) / np.float32(dims), dtype=np.float32))
-    factors_of_theta = np.full((len(positions), dims // 2), step, dtype=np.float32)
-    factors_of_theta[:, 0] = positions if xp is np else xp.asnumpy(positions)
-    # On the host, also for a device: a parallel product would multiply in another order.
-    angles = xp.asarray(np.multiply.accumulate(factors_of_theta, axis=1))
+    if xp is np:
+        angles = _angles(positions, dims, base)
+    else:
+        angles = _angles_there(xp.asnumpy(positions).tobytes(), positions.dtype.str, dims, base, xp.cuda.Device().id)
     if factors is not None:
         angles = angles / factors[None, : dims // 2].astype(np.float32)  # there may be more, for other layers
     # cosf and sinf of the float32 angle: computed in float64, since float32 versions differ between libraries.
     wide = (angles * np.float32(scale)).astype(np.float64)
     return np.cos(wide).astype(dtype), np.sin(wide).astype(dtype)
+
+
+def _angles(positions: Any, dims: int, base: float) -> Any:
+    """Angles [T, dims / 2] on the host: a parallel product would multiply in another order."""
+    step = np.float32(np.power(np.float32(base), np.float32(-2.0) / np.float32(dims), dtype=np.float32))
+    factors_of_theta = np.full((len(positions), dims // 2), step, dtype=np.float32)
+    factors_of_theta[:, 0] = positions
+    return np.multiply.accumulate(factors_of_theta, axis=1)
+
+
+@lru_cache(maxsize=16)
+def _angles_there(positions: bytes, kind: str, dims: int, base: float, device: int) -> Array:
+    """The same on the current device, kept: every layer asks for them, and a copy to a device is not cheap."""
+    return sys.modules["cupy"].asarray(_angles(np.frombuffer(positions, kind), dims, base))
 
 
 def rope(

@@ -1,4 +1,7 @@
-"""The face: comparator, diagnosis, commands."""
+"""Where does an engine part from llama.cpp? From Python: `read` a dump, `compare` two of them, or have the `table` of all records.
+
+docs/python.md shows how; the commands are `parity.commands`.
+"""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,12 +13,17 @@ __all__ = ["Dump", "ParityError", "Verdict", "compare", "read", "table", "versio
 
 
 def __getattr__(name: str) -> Any:
-    """The names of `interface`, imported when they are asked for: commands start without them."""
+    """The names of `interface`, imported when they are first used: commands start without them."""
     if name in __all__:
         from . import interface
 
         return getattr(interface, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """What completion offers: the names that are promised."""
+    return sorted(__all__)
 
 
 def version() -> str:
@@ -41,7 +49,7 @@ def requirements() -> tuple[str, ...]:
 
 
 def _project() -> dict[str, Any]:
-    """What the source tree's pyproject.toml says of the project; where only the packages were copied, nothing is known."""
+    """What the source tree's pyproject.toml says of the project; {} if only the packages were copied."""
     import tomllib
 
     try:

@@ -1,7 +1,7 @@
 """The entry of the command line: every way to end, mapped to the exit codes of the design.
 
 0 parity (or clean), 1 divergence (or findings), 2 the input or the request is wrong, 3 an internal error, 130 interrupted or
-told to end (SIGTERM, SIGHUP), 141 where nobody read the answer to its end (`parity … | head`). Nothing but a divergence
+terminated (SIGTERM, SIGHUP), 141 if nobody read the answer to its end (`parity … | head`). Nothing but a divergence
 exits 1, and nothing but parity 0.
 """
 
@@ -19,11 +19,11 @@ INTERRUPTED = 130
 UNREAD = 141  # what a shell shows of a program that wrote into a closed pipe: 128 + SIGPIPE
 INTERNAL = 3
 UNTESTABLE = 125  # git bisect's own
-_LONGEST_ERROR = 1500  # characters: a list of names that could have been meant is long, a value that is wrong is not
+_LONGEST_ERROR = 1500  # characters: enough for a list of names that may have been meant
 
 
 # NumPy's OpenBLAS lets its threads spin for 2^26 cycles after each product, beside llama.cpp's threads on the same cores: `parity run`
-# took 0.84 s with it and 0.68 s with 2^20 (0.4 ms at 2.5 GHz, median of nine on two cores). It is read when NumPy is imported.
+# took 0.84 s with it and 0.68 s with 2^20 (0.4 ms at 2.5 GHz, median of nine on two cores). NumPy reads it on import.
 _SPIN = ("OPENBLAS_THREAD_TIMEOUT", "20")
 
 
@@ -36,14 +36,14 @@ def main() -> None:
 
 
 def _end_as_interrupted() -> None:
-    """Be told to end (`timeout`, a CI job that is cancelled, a closed terminal) as by Ctrl-C: engines are stopped, files left whole."""
+    """Treat a request to end (`timeout`, a cancelled CI job, a closed terminal) like Ctrl-C: engines are stopped, files stay whole."""
     for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is signal.SIG_DFL:  # `nohup` ignores SIGHUP, and so does what it starts
+        if signal.getsignal(number) is signal.SIG_DFL:  # `nohup` ignores SIGHUP, and its children inherit that
             signal.signal(number, signal.default_int_handler)
 
 
 def _prepare_output() -> None:
-    """A closed stdout or stderr becomes the null device; what the terminal's encoding lacks is printed as "?"."""
+    """A closed stdout or stderr becomes the null device; characters that the terminal's encoding lacks are printed as "?"."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
@@ -52,14 +52,14 @@ def _prepare_output() -> None:
 
 
 def for_bisect(arguments: list[str], code: int) -> int:
-    """The exit code as `git bisect run` reads it for `drift check --bisect`: 2 and 3 would be "bad" to it, 125 skips a commit."""
+    """The exit code for `git bisect run` with `drift check --bisect`: 125 skips a commit, where 2 and 3 would mark it bad."""
     return UNTESTABLE if arguments[:1] == ["drift"] and "--bisect" in arguments and code in (2, INTERNAL) else code
 
 
 def run(arguments: list[str]) -> int:
     """Run a command line and return its exit code; errors are printed as one line, or as JSON if that was asked for."""
     try:
-        from .commands.app import app  # half of a short command's time: an interruption may well fall into it
+        from .commands.app import app  # half of a short command's time, so an interruption may well happen here
 
         code = app(arguments, standalone_mode=False, prog_name="parity")
         sys.stdout.flush()
@@ -80,24 +80,24 @@ def run(arguments: list[str]) -> int:
     except OSError as error:
         if os.environ.get("PARITY_TRACEBACK"):
             raise
-        what = "the answer or a file cannot be written or read" if error.filename is None else str(error.filename)
-        code = _fail(arguments, 2, "system", f"{what}: {error.strerror or error}.", "Check space and permissions.")
+        subject = "the answer or a file cannot be written or read" if error.filename is None else str(error.filename)
+        code = _fail(arguments, 2, "system", f"{subject}: {error.strerror or error}.", "Check space and permissions.")
         try:
             sys.stdout.flush()
-        except OSError:  # it was the answer itself
+        except OSError:  # the failed write was that of the answer itself
             _drop_output()
         return code
     except Exception as error:
-        # typer's own errors: its copy of click's classes, which it does not export.
+        # typer's own errors: its copies of click's classes, which it does not export.
         if type(error).__name__ == "Abort":
             return _interrupted()
         if type(error).__name__ == "NoArgsIsHelpError":
             error.show()  # type: ignore[attr-defined]
             return 2
-        if (said := getattr(error, "format_message", None)) is not None:
+        if (format_message := getattr(error, "format_message", None)) is not None:
             context = getattr(error, "ctx", None)
             command = context.command_path if context is not None else "parity"
-            return _fail(arguments, 2, "usage", said().rstrip("."), "", end=f". See `{command} --help`.")
+            return _fail(arguments, 2, "usage", format_message().rstrip("."), "", end=f". See `{command} --help`.")
         if os.environ.get("PARITY_TRACEBACK"):
             raise
         message = f"internal error, please report it: {type(error).__name__}: {error}"
@@ -108,7 +108,7 @@ def run(arguments: list[str]) -> int:
 
 
 def _drop_output() -> None:
-    """What is left in stdout's buffer goes nowhere: Python would complain of it once more when it exits."""
+    """Discard what is left in stdout's buffer: Python would report the error again on exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -125,11 +125,11 @@ def _interrupted() -> int:
 def _fail(arguments: list[str], exit_code: int, code: str, message: str, advice: str, *, end: str = "") -> int:
     line = " ".join(f"{message}{end} {advice}".split())
     if _wants_json(arguments):
-        said = printable(" ".join(f"{message}{end}".split()), _LONGEST_ERROR)
-        error = {"code": code, "message": said, "advice": printable(advice, _LONGEST_ERROR)}
+        sentence = printable(" ".join(f"{message}{end}".split()), _LONGEST_ERROR)
+        error = {"code": code, "message": sentence, "advice": printable(advice, _LONGEST_ERROR)}
         try:
             print(json.dumps({"schema": 1, "error": error}), flush=True)
-        except OSError:  # nobody can read it there
+        except OSError:  # stderr cannot be written either
             _drop_output()
         else:
             return exit_code

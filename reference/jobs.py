@@ -100,6 +100,11 @@ class DumpJob(Recording):
         """Whether it is one sequence, in ubatches as large as its passes, in one context."""
         return self.ubatch is None and not self.companions and not self.saved
 
+    @property
+    def may_step(self) -> bool:
+        """Whether some pass may take a single token: anything but a prompt in one pass."""
+        return not self.plain or bool(self.portions or self.generate or self.lead)
+
 
 @dataclass(frozen=True)
 class DumpResult:

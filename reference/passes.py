@@ -13,10 +13,10 @@ ENCODER = "enc."  # in front of the points of an encoder whose output a decoder 
 
 @dataclass(frozen=True)
 class Plans:
-    """Surveys of a run's passes; `single` is that of one token, which llama.cpp may build in another way."""
+    """Surveys of a run's passes; `single` is that of one token, which llama.cpp may build differently (None: not listed)."""
 
     prompt: Survey
-    single: Survey
+    single: Survey | None
     encoder: Survey | None = None
 
     @cached_property
@@ -26,23 +26,31 @@ class Plans:
         return [*encoder, *(item.point for item in self.prompt.known)]
 
     def wanted(self, names: Collection[str], *, count: int = 0, encoder: bool = False) -> list[Planned]:
-        """The values of those names in a pass over `count` tokens, or in the encoder's."""
+        """The values of those names in a pass over `count` tokens, or in the encoder's.
+
+        Raises:
+            ValueError: a pass over one token, whose graph was not listed.
+        """
+        if count == 1 and not encoder and self.single is None:
+            raise ValueError("the graph of a pass over one token was not listed")
         chosen = set(names)
         plan = self.encoder if encoder else (self.single if count == 1 else self.prompt)
         return [item for item in (() if plan is None else plan.known) if item.point in chosen]
 
 
-def plans_of(session: Session, prompt: Sequence[int], encoded: Sequence[int] = ()) -> Plans:
+def plans_of(session: Session, prompt: Sequence[int], encoded: Sequence[int] = (), *, single: bool = True) -> Plans:
     """List the graphs of a run; nothing of it stays in the session's cache.
 
     Args:
         prompt: what the (decoder's) first pass takes.
-        encoded: what an encoder takes before; nothing where there is none.
+        encoded: the input of the encoder, if there is one.
+        single: whether some pass may take one token; listing its graph takes as long as listing the prompt's.
     """
     encoder = None
     if encoded:
         encoder = survey(session, encoded, prefix=ENCODER, encode=True)
         session.decode(encoded, 0, encode=True)  # without it a decoder's graph cannot be built
     whole = survey(session, prompt)
-    single = whole if len(prompt) == 1 else survey(session, prompt[:1])
-    return Plans(whole, single, encoder)
+    if len(prompt) == 1:
+        return Plans(whole, whole, encoder)
+    return Plans(whole, survey(session, prompt[:1]) if single else None, encoder)

@@ -22,7 +22,7 @@ def lines(three_way: ThreeWay, width: int) -> list[Text]:
     rows: list[tuple[str, ...]] = [("checkpoint", *(f"{heads[a]} – {heads[b]}" for a, b in PAIRS), "alone")]
     styles = ["dim"]
     for point in shown:
-        who = three_way.sides[point.alone] if point.alone is not None else "?" if point.differs else ""
+        who = _who(three_way, point)
         rows.append((clean(point.checkpoint), *(error(value) for value in point.nmse), who))
         styles.append("red" if who else "")
     rest = len(three_way.points) - len(shown)
@@ -39,14 +39,31 @@ def sentence(three_way: ThreeWay) -> str:
         sides = f"{', '.join(three_way.sides[:2])} and {three_way.sides[2]}"
         return f"parity: {sides} agree at {len(three_way.points)} points ({compared} records)"
     point = three_way.first
+    if point.wrong or any(far is not None for far in point.truth):
+        return f"divergence at {clean(point.checkpoint)}: {_by_truth(three_way, point)}"
     if point.alone is None:
         worst = max(value for value in point.nmse if value is not None)
-        return f"divergence at {clean(point.checkpoint)}: it cannot be told which side is alone, worst NMSE {error(worst)}"
+        return f"divergence at {clean(point.checkpoint)}: which side disagrees with the others is undecided, worst NMSE {error(worst)}"
     pair = next(number for number, sides in enumerate(PAIRS) if point.alone not in sides)
     first, second = (three_way.sides[side] for side in PAIRS[pair])
     value = point.nmse[pair]
     agreement = "exactly" if value == 0 else f"to {error(value)}"
     return f"divergence at {clean(point.checkpoint)}: {first} and {second} agree {agreement}, {three_way.sides[point.alone]} is alone"
+
+
+def _who(three_way: ThreeWay, point: ThreeWayPoint) -> str:
+    """The sides that are wrong at a point where float64 says so, else the one that is alone."""
+    if point.wrong:
+        return ", ".join(three_way.sides[side] for side in point.wrong)
+    return three_way.sides[point.alone] if point.alone is not None else "?" if point.differs else ""
+
+
+def _by_truth(three_way: ThreeWay, point: ThreeWayPoint) -> str:
+    """How far each side is from float64, and who is wrong."""
+    far = [f"{side} {error(value)}" for side, value in zip(three_way.sides, point.truth, strict=True) if value is not None]
+    off = " and ".join(three_way.sides[side] for side in point.wrong)
+    is_wrong = f"{off} {'are' if len(point.wrong) > 1 else 'is'} wrong" if off else "rounding, amplified by this model"
+    return f"{is_wrong}: from the same steps in float64 {', '.join(far)}"
 
 
 def _shown(three_way: ThreeWay) -> list[ThreeWayPoint]:
@@ -68,7 +85,8 @@ def as_json(three_way: ThreeWay) -> dict[str, Any]:
     """The answer as one JSON object."""
 
     def point(summary: ThreeWayPoint) -> dict[str, Any]:
-        return asdict(summary) | {"alone": three_way.sides[summary.alone] if summary.alone is not None else None}
+        alone = three_way.sides[summary.alone] if summary.alone is not None else None
+        return asdict(summary) | {"alone": alone, "wrong": [three_way.sides[side] for side in summary.wrong]}
 
     answer = {
         "schema": 1,
@@ -77,7 +95,7 @@ def as_json(three_way: ThreeWay) -> dict[str, Any]:
         "compared": list(three_way.compared),
         "pairs": [[three_way.sides[a], three_way.sides[b]] for a, b in PAIRS],
         "first_divergence": point(three_way.first) if three_way.first is not None else None,
-        "points": [point(made) for made in three_way.points],
+        "points": [point(entry) for entry in three_way.points],
         "answer": sentence(three_way),
         "notes": list(three_way.notes),
     }

@@ -67,6 +67,25 @@ def stale(source: Dump) -> Dump:
     )
 
 
+def replayed(source: Dump) -> Dump:
+    """Every decode step has the values of the first."""
+    points = {}
+    for name, rows in source.points.items():
+        taken = np.arange(len(rows))
+        taken[rows.decode] = taken[rows.decode][0]
+        points[name] = replace(rows, values=rows.values[taken], counts=rows.counts[taken], stats={}, sketch=None)
+    return replace(source, points=points)
+
+
+def replayed_layers(source: Dump) -> Dump:
+    """In every decode step each layer's output is the last one's."""
+    last, points = source.points["blk.23.l_out"], dict(source.points)
+    for name, rows in source.points.items():
+        if name.endswith(".l_out"):
+            points[name] = replace(rows, values=np.where(rows.decode[:, None], last.values, rows.values), stats={}, sketch=None)
+    return replace(source, points=points)
+
+
 def with_value(value: float, at: int = 3) -> Callable[[NDArray[np.float32]], NDArray[Any]]:
     def change(values: NDArray[np.float32]) -> NDArray[Any]:
         values[:, at] = value
@@ -146,6 +165,7 @@ def lacking(source: Dump, point: str, position: int) -> Dump:
 
 # rule -> how a capture comes to break it; each is made of a real run.
 FAULTS: dict[str, Callable[[Dump], Dump]] = {
+    "graph-replay": replayed,
     "same-vector": swapped_buffers,
     "stale-position": stale,
     "idle-layer": lambda d: copied(d, "blk.9.l_out", "blk.8.l_out"),
@@ -200,8 +220,10 @@ VARIANTS: tuple[tuple[str, str, Callable[[Dump], Dump]], ...] = (
     ("attention-rows", "the same weight", flattened),
     ("hparams", "heads", lambda d: in_header(d, hparams={"num_attention_heads": 4})),
     ("hparams", "vocab_size", lambda d: in_header(d, hparams={"vocab_size": 32000})),
-    ("hparams", "outside of the vocabulary", lambda d: in_header(d, tokens=(*PROMPT[:-1], 2048))),
+    ("hparams", "outside the vocabulary", lambda d: in_header(d, tokens=(*PROMPT[:-1], 2048))),
     ("repetition", "cycle of 3 tokens", lambda d: replace(d, tokens=token_run([5, 6, 7] * 8))),
     ("repetition", "token 7", decoded_prompt),
     ("stale-position", "blk.7.l_out", stale),
+    ("graph-replay", "all 3 decode steps from position 8 on hold the same values", replayed),
+    ("graph-replay", "24 layers have one output in every decode step", replayed_layers),
 )  # fmt: skip

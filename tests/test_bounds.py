@@ -156,6 +156,21 @@ def test_a_pipe_or_a_device_is_not_waited_for(parity: Cli, stories_run: Path) ->
     refused(parity("lint", dump, "--map", "pipe"), "pipe is a pipe")
     refused(parity("tokens", "--prompt-file", "pipe"), "pipe is a pipe")
     refused(parity("diff", dump, dump, "--html", "r.html", "--include", "pipe"), "pipe is a pipe")
+    refused(parity("weights", "--theirs", "pipe"), "pipe is a pipe")
+    refused(parity("score", "--text", "pipe", "--exec", "true"), "pipe is a pipe")
+    refused(parity("drift", "history", "--ledger", "pipe", "."), "pipe is a pipe")
+
+
+@pytest.mark.parametrize(
+    "name", ["x.npy", "x.npz", "x.safetensors", "x.pt", "edgellm_dump.safetensors", "m_debug_tree_FULL_TENSORS.json"]
+)
+def test_a_pipe_in_a_folder_is_not_waited_for(parity: Cli, tmp_path: Path, name: str) -> None:
+    """A folder that is a dump may hold a pipe under the name of an array, a tree or a debugger's file."""
+    os.mkfifo(tmp_path / name)
+    refused(parity("lint", tmp_path), f"{name} is ")
+    (tmp_path / "config.json").write_text("{}")
+    if name == "x.safetensors":
+        refused(parity("weights", "--hf", tmp_path), f"{name} is a pipe")
 
 
 def test_a_closed_standard_input_is_said() -> None:

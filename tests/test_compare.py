@@ -4,9 +4,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from dumps import DEFAULT, dump, noisy, random, spoiled
+from dumps import DEFAULT, HEADER, dump, noisy, random, spoiled
 
 from checkpoints.answers.diff import FRESH, INHERITED, Verdict
+from checkpoints.dataflow import Dataflow, Made
 from checkpoints.errors import DumpError, InputError
 from checkpoints.points import LAYER_KINDS, select
 from checkpoints.record import Dump
@@ -95,7 +96,7 @@ def test_pattern_of_one_embedding_row() -> None:
 def test_only_the_logits() -> None:
     """A fault after the last norm is the output matrix's, and the operation is named."""
     verdict = judged(slice(None), "logits")
-    assert verdict.operation == "logits is made from output_norm, which agrees: this operation is wrong"
+    assert verdict.operation == "logits is computed from output_norm, which agrees: this operation is wrong"
     assert verdict.next == ""
 
 
@@ -106,7 +107,7 @@ def test_operation_is_named_where_its_inputs_are_recorded() -> None:
     verdict = compare(dump(spoiled(noisy(ref), wrong, slice(1, None))), dump(ref))
     assert verdict.first_divergence is not None
     assert verdict.first_divergence.checkpoint == "blk.2.q_rope"
-    assert verdict.operation == "blk.2.q_rope is made from blk.2.q, which agrees: this operation is wrong"
+    assert verdict.operation == "blk.2.q_rope is computed from blk.2.q, which agrees: this operation is wrong"
     assert verdict.pattern is not None
     assert verdict.pattern.code == "operation"
     assert "RoPE" in verdict.pattern.sentence
@@ -250,3 +251,25 @@ def test_next_can_be_selected() -> None:
     chosen = select(verdict.next, names, 24)
     assert "blk.0.l_out" in chosen
     assert {"blk.1.attn_norm", "blk.3.q_rope", "blk.5.l_out"} <= set(chosen)
+
+
+def test_an_encoder_has_no_causal_mask() -> None:
+    """Right at position 0 and wrong from 1 on says nothing of a mask, or of Q and K alone, where every position sees all others."""
+    made = {
+        "enc.embd": Made("GET_ROWS"),
+        "enc.blk.0.kq": Made("MUL_MAT", ("enc.embd", "enc.embd")),
+        "enc.blk.0.kq_soft_max": Made("SOFT_MAX", ("enc.blk.0.kq",)),
+        "enc.blk.0.l_out": Made("MUL_MAT", ("enc.embd", "enc.blk.0.kq_soft_max")),
+        "logits": Made("MUL_MAT", ("enc.blk.0.l_out",), ("output.weight",)),
+    }
+    header = replace(HEADER, dataflow=Dataflow(made).to_json())
+    ref = random(("enc.embd", "enc.blk.0.l_out", "logits"))
+    for positions in (slice(1, None), slice(None), slice(0, -1)):
+        found = compare(dump(spoiled(noisy(ref), ("enc.blk.0.l_out", "logits"), positions)), dump(ref, header=header))
+        assert found.first_divergence is not None
+        assert found.first_divergence.checkpoint == "enc.blk.0.l_out"
+        assert found.pattern is not None
+        assert "mask is missing" not in found.pattern.sentence
+        assert "causal" not in found.pattern.sentence
+        if positions.start == 1:
+            assert "every position sees all others" in found.pattern.sentence

@@ -1,6 +1,8 @@
 """Golden dumps: what moves is found, what changed otherwise is told apart, and margins are kept over commits."""
 
 import json
+import resource
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +11,7 @@ from cli import Cli
 from slow import slow_but
 
 from checkpoints.answers.drift import Entry
+from checkpoints.errors import InputError
 from engine.backend import choose
 from engine.faults import CATALOGUE, plant
 from engine.graph import Step
@@ -222,6 +225,19 @@ def test_a_ledger_is_read_back(tmp_path: Path) -> None:
     with path.open("a", encoding="utf-8") as file:
         file.write('{"schema": 1, "time"')
     assert ledger.read(path) == ([entry], 1)
+    ledger.append(path, entry)  # a line that was cut short takes none with it
+    assert ledger.read(path) == ([entry, entry], 1)
+    whole = path.read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + 20, hard))  # as a disk that is full
+    try:
+        with pytest.raises(InputError, match="cannot write"):
+            ledger.append(path, entry)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
+    assert path.read_bytes() == whole
 
 
 def test_the_stored_golden_dumps_hold(parity: Cli) -> None:

@@ -106,7 +106,7 @@ def test_sglang_dumper_on_every_module(tmp_path: Path, run: Dump) -> None:
         ("t d[tp:zigzag+partial]", "summed"),
         ("t[cp:zigzag] d", "split along cp:zigzag"),
         ("t[sp] d[tp]", "split along tp"),
-        ("t d # dp:=moe_dp tp:replicated", "not the same on all processes, though"),
+        ("t d # dp:=moe_dp tp:replicated", "not the same on all processes, although"),
     ],
 )
 def test_what_dims_say_is_done_or_refused(dims: str, how: str) -> None:
@@ -217,7 +217,7 @@ def test_shards_without_notes() -> None:
     assert np.array_equal(joined([heads[:, :1], heads[:, 1:]], "t h[tp] d")[0], heads)
     assert joined([whole, whole + 1], "t d # tp:replicated") == (
         None,
-        "not the same on all processes, though noted as replicated",
+        "not the same on all processes, although noted as replicated",
     )
     assert joined([whole, whole[:3, :2]])[0] is None
 
@@ -258,10 +258,10 @@ def test_no_code_of_a_pickle_runs_and_no_small_file_fills_the_memory(tmp_path: P
         (tensor + b"K\x02K\x03\x85K\x01\x85\x89NtR.", "larger than its storage"),
         (b"\x80\x02K\x01r\xff\xff\xff\x7f.", ""),  # a memo of two thousand million places
         (b"\x80\x02" + b"]" * (1 << 21), "too long"),
-        (b"\x80\x02K\x01K\x02K\x03s.", "no dictionary"),
+        (b"\x80\x02K\x01K\x02K\x03s.", "other than a dictionary"),
         (b"\x80\x02]", "pickle exhausted"),
         (b"\x80\x02}K\x01\x85K\x02s.", "is a tuple"),  # nested deep enough, hashing it takes for ever
-        (b"\x80\x04K\x01K\x02\x93.", "no text"),
+        (b"\x80\x04K\x01K\x02\x93.", "other than text"),
     ):
         file.write_bytes(torch_zip(description, s0=np.arange(4, dtype=np.float32).tobytes()))
         if message:

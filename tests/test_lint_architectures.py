@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from cli import Cli
 
 from checkpoints.errors import InputError
 from checkpoints.reading.reader import read
@@ -32,3 +33,20 @@ def test_no_finding(reference: Reference, small_model: Callable[..., Path], tmp_
     dump = read(out)
     for known in (model, None):
         assert [(finding.rule, finding.evidence) for finding in lint(dump, known).findings] == []
+
+
+def test_a_window_of_repeated_tokens_is_clean(parity: Cli, small_model: Callable[..., Path], tmp_path: Path) -> None:
+    """Where attention's window holds the same tokens, so do the rows that are made of it."""
+    model = small_model("gpt-oss", layers=2, settings={"attention.sliding_window": 3})
+    out = tmp_path / "ref.jsonl"
+    assert parity("dump", "ref", "--model", model, "--tokens", "9,8,7,7,7,7,7,6", "--points", "all", "-o", out).code == 0
+    assert parity("lint", out, "--model", model).code == 0
+
+
+def test_ids_of_experts_are_no_vectors(parity: Cli, small_model: Callable[..., Path], tmp_path: Path) -> None:
+    """Four of five experts are the same at many positions and in many layers, and an engine may write them as numbers."""
+    model = small_model("qwen2moe", layers=2, settings={"expert_count": 5, "expert_used_count": 4})
+    out = tmp_path / "ours.jsonl"
+    tokens = ",".join(str(20 + 7 * i) for i in range(16))
+    assert parity("dump", "ours", "--model", model, "--tokens", tokens, "--points", "all", "-o", out).code == 0
+    assert parity("lint", out, "--model", model).code == 0

@@ -109,7 +109,7 @@ def test_a_right_server_agrees(serve: Start, stories: Path, parity: Cli, kind: s
         ("xllamacpp", "bos", "bos-missing", "says that the prompt has 9 tokens"),
         ("llama_cpp", "template", "template", "<|im_start|>user"),
         ("llama_cpp", "template-hidden", "template", "chatml"),
-        ("llama_cpp", "temperature", "sampler", "although temperature 0 was asked for"),
+        ("llama_cpp", "temperature", "sampler", "although temperature 0 was requested"),
     ],
 )
 def test_a_planted_fault_is_named(
@@ -425,7 +425,7 @@ def test_a_hostile_answer_ends_the_run_in_one_line(hostile: str, parity: Cli) ->
     """Through the command: NaN for a log-probability exits 2, and nothing is said on stdout."""
     refused(parity("run", "--prompt", "hi", "--server", f"{hostile}/nan"), "a log-probability is nan")
     refused(parity("run", "--prompt", "hi", "--server", f"{hostile}/strange"), "none of the server's candidates is a token")
-    refused(parity("run", "--prompt", "hi", "--server", hostile, "--exec", "x {out}"), "--server does not go with")
+    refused(parity("run", "--prompt", "hi", "--server", hostile, "--exec", "x {out}"), "--server cannot be combined with")
     refused(parity("run", "--prompt", "hi", "--server", hostile, "--first-position", "5"), "--first-position")
     for option in (["--dump-prefix"], ["--server-top", "9"], ["--server-api", "openai"], ["--server-timeout", "5"]):
         refused(parity("run", "--prompt", "hi", *option), "need a server")

@@ -23,6 +23,7 @@ from reference.client import Reference
 from reference.jobs import DumpJob
 
 RIGHT = Planted(())
+DEFAULT = ("embd", "l_out", "output_norm", "logits")
 
 
 class Sides:
@@ -35,11 +36,13 @@ class Sides:
         self.ref = read(folder / "ref.jsonl")
 
     def bare(self, size: int, steps: list[Step] | None = None, noise: float = 0.0, only: str = "") -> Dump:
-        """The bare lines of an engine, with noise of an NMSE in the layers' outputs, or in one point."""
+        """The bare lines of an engine at the default points, with noise of an NMSE in the layers' outputs, or in one point."""
         draw = np.random.default_rng(3)
         dump = self.faulty.dump(RIGHT, self.tokens, points="all", size=1 << 20, steps=steps)
         points = {}
         for name, rows in dump.points.items():
+            if name.rpartition(".")[2] not in DEFAULT:
+                continue
             values = rows.values
             if noise and (name == only if only else name.endswith("l_out")):
                 scale = np.sqrt(noise * np.square(values, dtype=np.float64).mean(axis=1, keepdims=True))
@@ -86,9 +89,6 @@ def edited(steps: list[Step], name: str, change: Callable[[Array], Array]) -> li
     ]
 
 
-DEFAULT = ("embd", "l_out", "output_norm", "logits")
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["gemma3", "gemma2", "gpt2", "falcon"])
 @pytest.mark.parametrize(("size", "kinds"), [(16, DEFAULT), (12, ()), (1 << 20, ())])
@@ -100,7 +100,7 @@ def test_a_step_of_the_table_is_no_fault(recipe: str, size: int, kinds: tuple[st
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", ["gpt2", "gemma3n", "gemma4", "bert"])
+@pytest.mark.parametrize("recipe", ["gpt2", "gemma3n", "gemma4"])
 @pytest.mark.parametrize("exact", [False, True])
 def test_with_the_model_what_agrees_with_neither_gelu_is_wrong(recipe: str, exact: bool, sides: Callable[[str], Sides]) -> None:
     """An engine with ggml's table and one with the function itself are right; noise of 1e-5 behind it is seen in both."""
@@ -124,11 +124,11 @@ def test_a_fault_behind_the_table_is_seen(sides: Callable[[str], Sides]) -> None
     found = both.told(1 << 20, steps=edited(right, "output_norm", lambda x: x * np.float32(1.0003)))
     assert found.first_divergence is not None
     assert found.first_divergence.checkpoint == "output_norm"
-    assert not any("a fault, or what the table" in note for note in found.notes)
+    assert not any("a fault, or the table" in note for note in found.notes)
     found = both.told(16, steps=edited(right, "blk.1.ffn_geglu", lambda x: x * np.float32(1.01)))
     assert found.first_divergence is not None
     assert found.first_divergence.checkpoint == "blk.1.ffn_geglu"
-    assert any("a fault, or what the table" in note for note in found.notes)
+    assert any("a fault, or the table" in note for note in found.notes)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Float64 as the third side of a comparison: which side is off, by how much, and what the answers say of it."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,13 +10,15 @@ from planted import Faulty, Planted
 from checkpoints.reading.reader import read
 from checkpoints.record import Dump
 from parity.diff.compare import Comparison, Options
-from parity.explain.on_model import compared_on
+from parity.diff.three_way import compare_three
+from parity.explain.on_model import compared_on, three_on
 from reference.client import Reference
 from reference.jobs import DumpJob
 from reports.as_json import verdict_as_json
 from reports.html import html
 from reports.markdown import markdown
 from reports.report import Report
+from reports.three_way import as_json, sentence
 
 TOKENS = (2047, 5, 11, 500)
 _ROPE = Planted((("rope-pairs", {}, (7,)),))
@@ -96,3 +99,21 @@ def test_run_takes_the_option(parity: Cli) -> None:
     assert "ours is at most" in asked.out
     assert "from float64" in asked.out
     assert "float64" not in parity("run", "--prompt", "Once").out
+
+
+def test_of_three_sides_float64_says_who_is_wrong(faulty: Faulty, ref: Dump) -> None:
+    """Two that share a fault outvote the one that is right: with the model they are the wrong ones, without it the right one is alone."""
+    wrong = faulty.dump(_ROPE, TOKENS, bare=False)
+    assert wrong.header is not None
+    other = replace(wrong, header=replace(wrong.header, source="another"))
+    three = (wrong, ref, other)
+    voted, told = compare_three(three), three_on(three, Options(), faulty.model)
+    assert voted.first is not None
+    assert told.first is not None
+    assert (voted.first.alone, voted.first.wrong) == (1, ())
+    assert (told.first.checkpoint, told.first.wrong) == ("blk.10.l_out", (0, 2))
+    assert told.first.truth[1] is not None
+    assert told.first.truth[1] < 1e-12
+    assert "ours and another are wrong: from the same steps in float64 ours" in sentence(told)
+    assert as_json(told)["first_divergence"]["wrong"] == ["ours", "another"]
+    assert three_on(three, Options(), faulty.model, "off").first == voted.first

@@ -9,7 +9,7 @@ RIGHT, WRONG, NOT_JUDGED = "right", "wrong", "not judged"
 class JudgedPart:
     """One part of the model: the embedding, a layer, or what follows the last one.
 
-    `name` is "embd", "blk.7" or "output". Where it is wrong, `point` is the first of its points that differs, with the worst record's
+    `name` is "embd", "blk.7" or "output". If the part is wrong, `point` is the first of its points that differs, with the worst record's
     NMSE, its limit and position; `reason` says why it could not be judged.
     """
 
@@ -25,7 +25,7 @@ class JudgedPart:
 
 @dataclass(frozen=True)
 class Bisected:
-    """The answer; true where every part that was judged is right, and at least one was."""
+    """The answer; true if every part that was judged is right, and at least one was judged."""
 
     parts: tuple[JudgedPart, ...]
     runs: int
@@ -36,7 +36,7 @@ class Bisected:
 
     @property
     def wrong(self) -> tuple[JudgedPart, ...]:
-        """The parts that are wrong given right inputs."""
+        """The parts that are wrong although their inputs are right."""
         return tuple(part for part in self.parts if part.status == WRONG)
 
     def __bool__(self) -> bool:

@@ -18,7 +18,7 @@ WRONG = (DIVERGENCE, CRASHED, TIMED_OUT, UNUSABLE)
 
 @dataclass(frozen=True)
 class Cell:
-    """One place of the matrix: a tiny model of an architecture and a weight type, a prompt, and how it is fed."""
+    """One cell of the matrix: a tiny model of an architecture and a weight type, a prompt, and how it is fed."""
 
     architecture: str
     type: str
@@ -27,24 +27,24 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """For sentences and file names."""
+        """The cell's name in sentences and file names."""
         return f"{self.architecture} {self.type} {self.prompt} {self.mode}"
 
 
 @dataclass(frozen=True)
 class CellResult:
-    """What became of a cell.
+    """The result of one cell.
 
     Attributes:
         verdict: PARITY, LOWER + an arithmetic, DIVERGENCE, REFUSED, CRASHED, TIMED_OUT, UNUSABLE or NO_REFERENCE.
-        reason: the side's own words for what is neither parity nor divergence.
+        reason: the side's own words if the verdict is neither parity nor divergence.
         checkpoint, token_idx: the first divergence.
-        cause: what explains it, short, the same for cells of one cause: a fault's name and where, or the operation.
+        cause: a short explanation, identical for cells that share a cause: a fault's name and place, or the operation.
         sentence: the cause in a sentence.
-        nmse, of_limit: of the record nearest to (or farthest beyond) its limit, at `worst`.
-        key: identifies engine, model, prompt and program: a cell of the same key need not run again.
-        report: its report, relative to the run's folder; "" where there is none.
-        kept: whether it was taken over from an earlier run.
+        nmse, of_limit: of the record closest to its limit, or farthest beyond it; `worst` names that record.
+        key: identifies engine, model, prompt and program: a cell whose key is unchanged need not run again.
+        report: path of its report, relative to the run's folder; "" if there is none.
+        kept: whether the result was taken from an earlier run.
     """
 
     cell: Cell
@@ -65,20 +65,20 @@ class CellResult:
 
     @property
     def wrong(self) -> bool:
-        """Whether it is a failure: what an engine refuses is none."""
+        """Whether the cell failed; a refusal does not count as a failure."""
         return self.verdict in WRONG
 
     def as_dict(self) -> dict[str, Any]:
-        """Flat: the cell's fields beside the result's, for JSON and tables."""
+        """The cell's and the result's fields in one flat dictionary, for JSON and tables."""
         own = {name: value for name, value in asdict(self).items() if name != "cell"}
         return asdict(self.cell) | own
 
     @staticmethod
     def from_dict(facts: dict[str, Any]) -> "CellResult":
-        """The same, read back.
+        """Read a result back from such a dictionary.
 
         Raises:
-            KeyError, TypeError: it is of another version.
+            KeyError, TypeError: it was written by another version.
         """
         cell = Cell(**{field.name: facts[field.name] for field in fields(Cell)})
         own = {field.name: facts[field.name] for field in fields(CellResult) if field.name != "cell"}
@@ -87,7 +87,7 @@ class CellResult:
 
 @dataclass(frozen=True)
 class SharedCause:
-    """Cells that fail alike."""
+    """Cells that fail in the same way."""
 
     cause: str
     sentence: str
@@ -96,11 +96,11 @@ class SharedCause:
 
 @dataclass(frozen=True)
 class Conformance:
-    """The whole matrix; true where nothing is wrong.
+    """The whole matrix; true if nothing is wrong.
 
     Attributes:
-        side: who was tried, in words.
-        not_run: cells that an interruption left.
+        side: a description of the engine under test.
+        not_run: cells that were not run because of an interruption.
     """
 
     side: str
@@ -115,7 +115,7 @@ class Conformance:
 
     @property
     def kept(self) -> int:
-        """How many results were taken over from an earlier run."""
+        """How many results were taken from an earlier run."""
         return sum(result.kept for result in self.results)
 
     @property

@@ -1,4 +1,4 @@
-"""What comparing an engine with itself found: one entry a way of computing the same positions."""
+"""The result of comparing an engine with itself: one entry for each way of computing the same positions."""
 
 from dataclasses import dataclass
 
@@ -10,10 +10,10 @@ class Check:
     """One way against another.
 
     Attributes:
-        name: short ("one token at a time"); `what` the two ways in words.
-        verdict: the comparison; None where it could not be made (`reason` says why).
-        suspect: "cache", "positions", "mask", "batch size", "sequences", "state" or "" where nothing differs; `reason` explains it.
-        differs: the first point of which any value differs at all, be it by a rounding; "" where both are the same bits.
+        name: short ("one token at a time"); `what` describes both ways.
+        verdict: the comparison; None if it could not be made (`reason` says why).
+        suspect: "cache", "positions", "mask", "batch size", "sequences", "state", or "" if nothing differs; `reason` explains it.
+        differs: the first point at which any value differs, even by a rounding; "" if both are bit-identical.
     """
 
     name: str

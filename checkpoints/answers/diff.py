@@ -1,6 +1,6 @@
-"""What a comparison found: pure data. `parity.compare` makes it, `reports` formats it.
+"""The result of a comparison: pure data. `parity.diff.compare` makes it, `reports` formats it.
 
-Numbers that are not known are None; an error that no number expresses (NaN on one side only) is infinite.
+Unknown numbers are None; an error that no number expresses (NaN on one side only) is infinite.
 """
 
 from collections.abc import Mapping
@@ -11,19 +11,20 @@ DIVERGENCE = "divergence"
 
 AGREES = "agrees"
 FRESH = "fresh"  # the error jumps here
-INHERITED = "inherited"  # wrong, but not more so than what it is made from explains
+INHERITED = "inherited"  # wrong, but no more than the error of its inputs explains
 GROWN = "grown"  # over the limit without a jump anywhere before it
-OTHERWISE = "recorded otherwise"  # the operation is right, the record shows something else
+OTHERWISE = "recorded otherwise"  # the operation is right, but the record shows another value
 
 
 @dataclass(frozen=True)
 class Difference:
     """One compared record.
 
-    `nmse` is the larger of `nmse_slice` (the recorded values) and `nmse_row` (the whole row: exact where it was recorded
-    whole, else estimated from the sketch, else a lower bound from the statistics; None where nothing is known of it).
-    `of_limit` is the error in proportion to the limit; the record fails above 1. `jump` is `nmse` over the worst error
-    upstream. `index` names the element of `max_abs`, and likewise for `relative` and `ulp`. `ours` and `ref` are the first values.
+    `nmse` is the larger of `nmse_slice` (the recorded values) and `nmse_row` (the whole row: exact if it was recorded
+    whole, otherwise estimated from the sketch, otherwise a lower bound from the statistics; None if nothing is known of it).
+    `of_limit` is the error divided by the limit; the record fails above 1. `jump` is `nmse` divided by the worst error
+    upstream. `index` names the element with the error `max_abs`, and likewise for `relative` and `ulp`. `ours` and `ref` are the first
+    values.
     """
 
     checkpoint: str
@@ -56,7 +57,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Origin:
-    """A point with failing records that no earlier failing record explains; `first` is the first of them."""
+    """A point with failing records that no earlier failing record explains; `first` is the earliest of them."""
 
     first: Difference
     positions: tuple[int, ...]
@@ -64,7 +65,7 @@ class Origin:
 
 @dataclass(frozen=True)
 class PointSummary:
-    """All compared records of one point: how many there are and failed, the worst of them, and what became of the point."""
+    """All compared records of one point: how many there are, how many failed, the worst one, and the verdict on the point."""
 
     checkpoint: str
     layer: int | None
@@ -76,7 +77,7 @@ class PointSummary:
 
 @dataclass(frozen=True)
 class Agreement:
-    """The last point before the first divergence that agrees at all its positions up to it; `whole`: at all there are."""
+    """The last point before the first divergence that agrees at every position up to it; `whole`: at every position of the dump."""
 
     checkpoint: str
     positions: int
@@ -85,7 +86,7 @@ class Agreement:
 
 @dataclass(frozen=True)
 class Pattern:
-    """What the shape of the error says for free: a stable code and a sentence."""
+    """What the shape of the error suggests on its own: a stable code and a sentence."""
 
     code: str
     sentence: str
@@ -93,7 +94,7 @@ class Pattern:
 
 @dataclass(frozen=True)
 class RecordFault:
-    """Records that show something else than their name says, while everything made from them agrees: the operation is right.
+    """Records that show something other than their name says, while everything computed from them agrees: the operation is right.
 
     `kind`: "layout" (another order of the elements), "name" (another point of the layer), "moment" (another time: captured late, or
     before a scale), "nonfinite" (NaN that nothing made from it has) or "unknown". `map` is the line of a `--map` file that settles it,
@@ -111,8 +112,8 @@ class RecordFault:
 
 @dataclass(frozen=True)
 class Seen:
-    """How much of a point's rows the comparison saw: `values` of `of` elements (None: not known) and whether a sketch, or the
-    statistics, tell of the rest."""
+    """How much of a point's rows the comparison saw: `values` of `of` elements (None: unknown), and whether a sketch or
+    statistics cover the rest."""
 
     checkpoint: str
     values: int
@@ -122,17 +123,17 @@ class Seen:
 
     @property
     def whole(self) -> bool:
-        """Whether nothing of the rows was left out."""
+        """Whether whole rows were seen."""
         return self.sketch or self.statistics or (self.of is not None and self.values >= self.of)
 
 
 @dataclass(frozen=True)
 class Precision:
-    """The arithmetic (f32, tf32, f16, bf16, q8) at which the sides agree, or in which they were judged; empty where modes mix.
+    """The arithmetic (f32, tf32, f16, bf16, q8) at which the sides agree, or by which they were judged; empty if modes are mixed.
 
-    `source`: "stated" by a header or --compute, "measured" on the model, "assumed" where nothing says it; `assumed` is True for the
-    last, unless all records agree as float32 does. `in_float32` is the first point that would be a divergence in float32, empty
-    if none would. `alike`: other arithmetics that fit the measured differences as well.
+    `source`: "stated" by a header or --compute, "measured" on the model, "assumed" if nothing states it; `assumed` is true for the
+    last one, unless all records agree even in float32. `in_float32` is the first point that would be a divergence in float32, empty
+    if there is none. `alike`: other arithmetics that fit the measured differences equally well.
     """
 
     arithmetic: str
@@ -144,9 +145,9 @@ class Precision:
 
 @dataclass(frozen=True)
 class TruthPoint:
-    """How far both sides are from the same steps in float64 at one point: NMSE of the worst record of each, None where it is not known.
+    """How far both sides are from a float64 computation of the same steps at one point: NMSE of each side's worst record, or None.
 
-    `alone` is the side that is far from it while the other is near ("ours" or "reference"), empty where both are about as far.
+    `alone` is the side that is far from it while the other is near ("ours" or "reference"), empty if both are about equally far.
     """
 
     checkpoint: str
@@ -157,7 +158,7 @@ class TruthPoint:
 
 @dataclass(frozen=True)
 class TruthRecord(TruthPoint):
-    """The same of one record, the one that an answer is about; `values` are its first values in float64, as float32 shows them."""
+    """The same for the single record that an answer is about; `values` are its first values in float64, rounded to float32."""
 
     token_idx: int = 0
     values: tuple[float, ...] = ()
@@ -165,7 +166,7 @@ class TruthRecord(TruthPoint):
 
 @dataclass(frozen=True)
 class Missing:
-    """What one side lacks of the other: points it has nothing of, positions lacking in common points, records in all."""
+    """What one side lacks: points with no record at all, positions missing from common points, and the number of records."""
 
     points: tuple[str, ...] = ()
     positions: tuple[int, ...] = ()
@@ -174,11 +175,12 @@ class Missing:
 
 @dataclass(frozen=True)
 class Choices:
-    """The next token as both sides would choose it.
+    """The next token as each side would choose it.
 
-    `known` counts the positions where both first choices are known, `agree` those where they are the same. The rest needs
-    whole rows: `rows` of them were there. `top_k` is the mean share of the reference's `k` best that are among ours.
-    `margin` is the smallest distance of the reference's first two choices. The first differing choice: `differs_at`, with both ids.
+    `known` counts the positions at which both first choices are known, `agree` those at which they are equal. The other figures need
+    whole rows, of which there were `rows`. `top_k` is the mean share of the reference's `k` best tokens that are among ours.
+    `margin` is the smallest gap between the reference's first two choices. `differs_at` is the first position where the choices
+    differ, with both ids.
     """
 
     known: int
@@ -196,9 +198,9 @@ class Choices:
 
 @dataclass(frozen=True)
 class Limits:
-    """The limits that were applied; `assumed` where the arithmetic of one side is not known.
+    """The limits that were applied; `assumed` if the arithmetic of one side is unknown.
 
-    `points` holds limits of single points that were measured; of these `operations` is the largest.
+    `points` holds the measured limits of single points; `operations` is the largest of them.
     """
 
     operations: float
@@ -212,10 +214,10 @@ class Limits:
 class Verdict:
     """The answer to "do these two dumps agree?"; true for parity.
 
-    `next` is a `--points` value, empty where the records name the operation already (then `operation` says it).
-    `left_out` counts records after the place where the token sequences part. `next_slice` is how many leading values the next run has
-    to record, where what was seen of the rows does not settle it. `truth` is what float64 says of the first divergence (of the worst
-    record where there is none), `truth_points` of the points in dataflow order; both are empty where it was not asked.
+    `next` is a `--points` value, empty if the records already identify the operation (then `operation` names it).
+    `left_out` counts records after the position at which the token sequences diverge. `next_slice` is how many leading values the next
+    run has to record if too little of the rows was seen. `truth` is what float64 says about the first divergence (about the worst
+    record if there is none), `truth_points` about the points in dataflow order; both are empty if float64 was not computed.
     """
 
     verdict: str

@@ -1,4 +1,4 @@
-"""What a check against golden dumps found, and a line of its ledger: pure data. `parity.drift` makes it, `reports` formats it."""
+"""The result of a check against golden dumps, and a line of its ledger: pure data. `parity.drift` makes it, `reports` formats it."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,9 +8,9 @@ from .diff import DIVERGENCE, PARITY, Verdict
 
 @dataclass(frozen=True)
 class Margin:
-    """The worst record of one point over all prompts. `of_limit` is its error in proportion to its limit.
+    """The worst record of one point over all prompts. `of_limit` is its error divided by its limit.
 
-    `prompt` is the prompt's number, `before` the proportion that earlier checks had at their best (None: no earlier one).
+    `prompt` is the prompt's number, `before` the smallest such ratio in earlier checks (None: no earlier check).
     """
 
     checkpoint: str
@@ -23,13 +23,13 @@ class Margin:
 
     @property
     def margin(self) -> float | None:
-        """How many times larger the error may become; None where there is no error."""
+        """By what factor the error may still grow; None if there is no error."""
         return 1 / self.of_limit if self.of_limit else None
 
 
 @dataclass(frozen=True)
 class Checked:
-    """One prompt of the set and its comparison."""
+    """One prompt of the set, and its comparison."""
 
     prompt: str
     verdict: Verdict
@@ -37,7 +37,7 @@ class Checked:
 
 @dataclass(frozen=True)
 class Change:
-    """A version or setting that is another than before."""
+    """A version or setting that has changed."""
 
     what: str
     before: str
@@ -48,8 +48,8 @@ class Change:
 class Drift:
     """The answer to "has anything moved?"; true where nothing left its limit.
 
-    `golden` and `side` describe both in a line. `findings` are sentences about errors within their limits that grow or come
-    near. `updated` lists (prompt number, point) of golden records that were rewritten.
+    `golden` and `side` describe the two in a line each. `findings` are sentences about errors that are within their limits but growing
+    or close to them. `updated` lists (prompt number, point) of the golden records that were rewritten.
     """
 
     golden: str
@@ -71,13 +71,13 @@ class Drift:
 
     @property
     def compared(self) -> int:
-        """Records of all prompts."""
+        """The number of records of all prompts."""
         return sum(item.verdict.compared for item in self.checked)
 
 
 @dataclass(frozen=True)
 class Closer:
-    """A point (or a cell of a conformance run) that is nearer to its limit than it was; both errors are in proportion to the limit."""
+    """A point (or a cell of a conformance run) that is closer to its limit than before; both errors are divided by the limit."""
 
     name: str
     before: float
@@ -87,9 +87,9 @@ class Closer:
 
 @dataclass(frozen=True)
 class Entry:
-    """One check (or conformance run, whose cells are the points) as its ledger keeps it.
+    """One check (or one conformance run, with cells in place of points) as the ledger keeps it.
 
-    `points`: point -> (nmse, limit, of_limit); `golden` tells sets of dumps apart.
+    `points`: point -> (nmse, limit, of_limit); `golden` distinguishes sets of dumps.
     """
 
     time: str

@@ -1,4 +1,4 @@
-"""What `parity explain` found: data; `reports` formats it."""
+"""The result of `parity explain`: data; `reports` formats it."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,7 +8,7 @@ from .diff import Seen
 
 @dataclass(frozen=True)
 class Named:
-    """A fault by name, with its parameters and layers; `layers` is None for all of them."""
+    """A fault by name, with its parameters and layers; `layers` is None for all layers."""
 
     fault: str
     parameters: dict[str, Any]
@@ -20,8 +20,8 @@ class Named:
 class Cause:
     """A fault that reproduces the recorded values.
 
-    `explained` is the fraction of the differing records that it (with the causes before it) reproduces, `nmse` the worst
-    of those, `equivalent` other faults with the same numbers, `apart` a sentence on what would tell them apart.
+    `explained` is the fraction of the differing records that it (with the causes before it) reproduces, `nmse` the worst error
+    among those, `equivalent` other faults with the same numbers, `apart` a sentence on what would distinguish them.
     """
 
     named: Named
@@ -37,9 +37,9 @@ class Cause:
 
 @dataclass(frozen=True)
 class Lead:
-    """Something that takes a part of the error away, or that the numbers themselves say.
+    """A fault that removes part of the error, or an observation about the numbers themselves.
 
-    `removed` is the part of the squared error at the first divergence that it takes away; None for an observation.
+    `removed` is the share of the squared error at the first divergence that it removes; None for an observation.
     """
 
     sentence: str
@@ -59,7 +59,7 @@ class Place:
 
 @dataclass(frozen=True)
 class TruthAt:
-    """How far both sides are from the same steps in float64 at the first place: NMSE of the dump, and of our right engine in float32."""
+    """How far both sides are from float64 at the first differing place: NMSE of the dump, and of our right engine in float32."""
 
     ours: float
     right: float
@@ -67,11 +67,11 @@ class TruthAt:
 
 @dataclass(frozen=True)
 class Placed:
-    """Which operations are in question at the place that the causes leave.
+    """Which operations may be wrong at the place that the causes leave unexplained.
 
     Attributes:
-        operations: the names of what they make. agreeing: the recorded points that go into them, which agree.
-        sure: these were seen as whole rows. seen: how many values of a row of the one that was seen least, and how many it has.
+        operations: named by the points that they compute. agreeing: the recorded inputs of those operations, which agree.
+        sure: the inputs were seen as whole rows. seen: how many values were seen of the least-seen input's row, and how many it has.
     """
 
     operations: tuple[str, ...]
@@ -82,11 +82,11 @@ class Placed:
 
 @dataclass(frozen=True)
 class Explanation:
-    """The answer. It is truthy when there is no fault: nothing differs, or by precision only.
+    """The answer. True if there is no fault: nothing differs, or only by precision.
 
     Attributes:
-        first: where the dump first differs, None where it does not.
-        last_agreement: the last point in front of it at which all records agree.
+        first: where the dump first differs; None if it does not.
+        last_agreement: the last point before it at which all records agree.
         causes: in the order in which they were found; together they explain `explained` of `differing` records.
         law: how the recorded elements of the place that is left come from the right ones, if one sentence says it for all; or "".
         placed: which operations are in question there.
@@ -94,9 +94,9 @@ class Explanation:
         f32_stated: who says that it was computed in float32: "header", "--compute", or "".
         truth: how far both sides are from float64 at the first place, where the arbiter was asked.
         remaining: the first place that the causes do not explain.
-        seen: how much of each point's rows the dump tells.
+        seen: how much of each point's rows the dump shows.
         precision_only: the arithmetic that explains the difference: "f16", "bf16", "tf32", "q8", or "".
-        precision_alike: others that fit as well as that or `looks_like`, so that they cannot be told apart.
+        precision_alike: other arithmetics that fit as well as `precision_only` or `looks_like`, so that they cannot be told apart.
         next: points to record now, as a `--points` value.
         complete: False if the search ran out of time.
     """

@@ -1,4 +1,4 @@
-"""What a hunt found: the runs of an engine that led from the first divergence to an operation, and the cause."""
+"""The result of a hunt: the runs of an engine that led from the first divergence to an operation, and the cause."""
 
 from dataclasses import dataclass, field
 
@@ -12,8 +12,8 @@ class Round:
 
     Attributes:
         number: from 1.
-        asked: the `--points` expression that was asked for.
-        recorded: the points that were there for the first time.
+        asked: the `--points` expression that was requested.
+        recorded: the points that were recorded for the first time.
         verdict: the comparison of everything recorded so far.
     """
 
@@ -25,11 +25,11 @@ class Round:
 
 @dataclass(frozen=True)
 class Hunt:
-    """All runs; true for parity.
+    """All runs; true if the sides agree.
 
     Attributes:
-        explanation: None where nothing differs, or where it could not be looked for (`unexplained` says why).
-        stopped: why it went no further, where the operation has no name yet.
+        explanation: None if nothing differs, or if no cause could be searched for (`unexplained` says why).
+        stopped: why the hunt ended although no operation was identified.
     """
 
     rounds: tuple[Round, ...]

@@ -1,4 +1,4 @@
-"""What isolating found: one entry for each operation of each layer, judged by its own inputs and output alone."""
+"""The result of isolating: one entry for each operation of each layer, judged only by its own inputs and output."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,13 +13,13 @@ class Operation:
     """One operation of one layer (`layer` None: once in the model).
 
     Attributes:
-        operation: the kind of the point that it makes ("q_rope", "ffn_out", "logits"; "layer" for a whole layer).
-        nmse: of the worst position, over all passes; None where nothing could be compared.
-        position: the worst position; `passes` how many forward passes were compared.
-        sampled: of products: the largest error of single elements recomputed as float64 dot products, relative to
-            ‖x‖·‖w‖; None where there are none.
-        weight: type of the weight, where there is one.
-        reason: why it is not observable, or what a wrong one looks like.
+        operation: the kind of the point that it computes ("q_rope", "ffn_out", "logits"; "layer" for a whole layer).
+        nmse: of the worst position, over all passes; None if nothing could be compared.
+        position: the worst position; `passes`: how many forward passes were compared.
+        sampled: for products, the largest error of single elements recomputed as float64 dot products, relative to
+            ‖x‖·‖w‖; None for other operations.
+        weight: type of the weight, if there is one.
+        reason: why it is not observable, or what the error looks like.
     """
 
     operation: str
@@ -34,7 +34,7 @@ class Operation:
 
     @property
     def name(self) -> str:
-        """The point that the operation makes: "blk.7.ffn_out"."""
+        """The point that the operation computes: "blk.7.ffn_out"."""
         return self.operation if self.layer is None else f"blk.{self.layer}.{self.operation}"
 
 
@@ -52,18 +52,18 @@ class Element:
 
 @dataclass(frozen=True)
 class Graft:
-    """What the reference makes of a foreign hidden state at one position, against its own run."""
+    """What the reference predicts from a foreign hidden state at one position, compared with its own run."""
 
     position: int
     token: str
     kl: float
     own_choice: int
     grafted_choice: int
-    margin: float  # of the reference's own first choice over its second, in logits
+    margin: float  # between the reference's own first and second choice, in logits
 
     @property
     def changes(self) -> bool:
-        """Whether the next token is another one."""
+        """Whether the next token changes."""
         return self.own_choice != self.grafted_choice
 
 
@@ -73,10 +73,10 @@ class Isolation:
 
     Attributes:
         judged: whose operations these are ("llama.cpp", or a dump's name).
-        limit: NMSE above which an operation is wrong; `floor` what the embedded model reached here (None: not measured).
-        findings: what the checks of attention found wrong, in words.
-        not_checked: sentences.
-        facts: what else is worth a line, by name (backends, tokens, types).
+        limit: the NMSE above which an operation is wrong; `floor`: what the embedded model reached here (None: not measured).
+        findings: what the checks of attention found wrong, as sentences.
+        not_checked: sentences on what was not checked.
+        facts: other facts worth a line, by name (backends, tokens, types).
     """
 
     judged: str
@@ -101,5 +101,5 @@ class Isolation:
 
     @property
     def wrong(self) -> tuple[Operation, ...]:
-        """The wrong ones, in the order of the model."""
+        """The wrong operations, in the order of the model."""
         return tuple(operation for operation in self.operations if operation.status == WRONG)

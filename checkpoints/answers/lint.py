@@ -1,9 +1,9 @@
-"""What a lint found in one dump: pure data. `parity.lint` makes it, `reports` formats it."""
+"""The result of linting one dump: pure data. `parity.lint` makes it, `reports` formats it."""
 
 from dataclasses import dataclass
 
-ERROR = "error"  # no engine can mean this: a comparison would say nothing of the engine
-SUSPICION = "suspicion"  # captured wrong, or computed wrong: what is made from it decides, in a comparison
+ERROR = "error"  # no engine can compute this: a comparison would say nothing about the engine
+SUSPICION = "suspicion"  # captured wrong, or computed wrong: a comparison decides by what is computed from it
 WARNING = "warning"  # suspicious, but an engine may really compute this: a comparison is the judge
 
 
@@ -11,8 +11,8 @@ WARNING = "warning"  # suspicious, but an engine may really compute this: a comp
 class Finding:
     """One thing that is wrong with a dump.
 
-    `checkpoint` and `token_idx` say where it begins (None: the dump as a whole); `evidence` what was seen, `cause` what
-    usually makes it, `advice` what to do.
+    `checkpoint` and `token_idx` say where it begins (None: the whole dump); `evidence` is what was seen, `cause` what
+    usually causes it, `advice` what to do.
     """
 
     rule: str
@@ -26,7 +26,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class LintReport:
-    """All findings of one dump, the grave ones first; true where there are none. `notes` are what was noticed while reading it."""
+    """All findings of one dump, the most severe first; true if there are none. `notes` are remarks from reading the file."""
 
     path: str
     records: int
@@ -35,12 +35,12 @@ class LintReport:
 
     @property
     def usable(self) -> bool:
-        """Whether a comparison of this dump says anything about the engine."""
+        """Whether a comparison of this dump would say anything about the engine."""
         return all(finding.severity != ERROR for finding in self.findings)
 
     @property
     def suspicions(self) -> tuple[Finding, ...]:
-        """What a comparison has to decide: the capture or the engine."""
+        """Findings for which a comparison has to decide between capture and engine."""
         return tuple(finding for finding in self.findings if finding.severity == SUSPICION)
 
     def __bool__(self) -> bool:

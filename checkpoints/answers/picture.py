@@ -1,4 +1,4 @@
-"""What a report draws beside the verdict: every compared record as a grid, and the first divergence's values. Pure data."""
+"""What a report draws besides the verdict: a grid of all compared records, and the first divergence's values. Pure data."""
 
 from dataclasses import dataclass
 
@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 class Grid:
     """Errors of all compared records, [P, T]: points in dataflow order by positions.
 
-    NaN where there is no such record or its error is not known. `columns` are (seq, token_idx), `tokens` their texts where
-    they are known; `limit` [P, T] is each record's NMSE limit.
+    NaN if there is no such record or its error is unknown. `columns` are (seq, token_idx), `tokens` their texts if
+    known; `limit` [P, T] is each record's NMSE limit.
     """
 
     points: tuple[str, ...]
@@ -25,7 +25,7 @@ class Grid:
 
 @dataclass(frozen=True)
 class Spread:
-    """How one side's row is distributed: `values` that were recorded of `n`, and what its statistics say (None: unknown)."""
+    """How one side's row is distributed: `values` recorded values of `n`, and its statistics (None: unknown)."""
 
     values: tuple[float, ...]
     n: int | None = None
@@ -39,7 +39,7 @@ class Spread:
 class Picture:
     """`ours` and `ref` are the spreads of the record that the report is about: the first divergence, else the worst.
 
-    `truth` is that of the same steps in float64, where they were asked.
+    `truth` is the spread in float64, if it was computed.
     """
 
     grid: Grid

@@ -1,11 +1,11 @@
-"""How far two llama.cpp are from each other on the same tokens: data; `reports` formats it."""
+"""How far two versions of llama.cpp are from each other on the same tokens: data; `reports` formats it."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class MovedPoint:
-    """One kind of point, over all layers ("blk.*.ffn_gate"). `nmse` is the worst record's, `layer` and `token_idx` where it is."""
+    """One kind of point, over all layers ("blk.*.ffn_gate"). `nmse`, `layer` and `token_idx` are those of the worst record."""
 
     kind: str
     records: int
@@ -16,13 +16,13 @@ class MovedPoint:
 
 @dataclass(frozen=True)
 class Moved:
-    """The reference against another version or build of it.
+    """The reference compared with another version or build of llama.cpp.
 
     Attributes:
-        base, other: what they are ("llama.cpp 0.3.36", "llama.cpp 0.3.16").
-        points: every kind in dataflow order; `first` the first that is not identical, `worst` the one that moved most.
-        missing: points that the other has not.
-        rounding: whether the worst lies where rounding can explain it; what is above is another formula, and no floor for anybody.
+        base, other: their descriptions ("llama.cpp 0.3.36", "llama.cpp 0.3.16").
+        points: every kind in dataflow order; `first` is the first that is not identical, `worst` the one that differs most.
+        missing: points that the other one lacks.
+        rounding: whether rounding can explain the worst difference; anything larger is another formula, and no measure of noise.
     """
 
     base: str
@@ -37,9 +37,9 @@ class Moved:
 
 @dataclass(frozen=True)
 class References:
-    """All other references of a run, and what that means for our side.
+    """All other references of a run, and what they mean for our side.
 
-    `within`: our side differs from the reference, but nowhere by more than `times` as much as the references differ among themselves.
+    `within`: our side differs from the reference, but nowhere more than `times` as much as the references differ among themselves.
     """
 
     moved: tuple[Moved, ...]

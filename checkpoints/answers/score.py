@@ -7,9 +7,9 @@ PERCENTILES = (99.9, 99.0, 95.0, 90.0, 50.0, 10.0, 5.0, 1.0)
 
 @dataclass(frozen=True)
 class Worst:
-    """The position where the two sides part most.
+    """The position at which the two sides differ most.
 
-    `position` counts in its chunk; `before` is the text that leads there, `token` the id that follows in the text.
+    `position` counts from the start of its chunk; `before` is the text up to there, `token` the id that follows in the text.
     """
 
     chunk: int
@@ -28,14 +28,14 @@ class Scored:
 
     Attributes:
         positions: how many predictions were scored: the second half of each chunk, as llama-perplexity scores them.
-        perplexity, base_perplexity: exp of the mean negative log-likelihood of the text's own next token; None without that side.
-        perplexity_error: one standard deviation of `perplexity`, from the spread over positions.
-        kl_mean, kl_max: KL(base ‖ side) of the predictions; `kl_error` one standard deviation of the mean.
+        perplexity, base_perplexity: exp of the mean negative log-likelihood of the text's own next token; None if that side is missing.
+        perplexity_error: one standard deviation of `perplexity`, estimated from the spread over positions.
+        kl_mean, kl_max: KL(base ‖ side) of the predictions; `kl_error` is one standard deviation of the mean.
         kl_percentiles: percentile -> KL.
-        same_top: the share of positions whose first choice is the same; `top_k`: mean share of the base's first five that are among ours.
+        same_top: the share of positions with the same first choice; `top_k`: mean share of the base's first five tokens that are in ours.
         delta_p_mean, delta_p_rms: of the probability of the text's own token, side − base.
-        exact: whole rows of both sides were there; else KL is of the base file's top entries and one entry for all others, a lower
-            bound, `unseen` the largest probability that a row of the base left to that entry.
+        exact: both sides' whole rows were available; otherwise KL is over the base file's top entries and one entry for all others, a lower
+            bound, and `unseen` is the largest probability that a row of the base leaves to that entry.
     """
 
     side: str

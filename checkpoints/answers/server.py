@@ -1,4 +1,4 @@
-"""What a comparison with a server's log-probabilities found: data; `reports` formats it."""
+"""The result of a comparison with a server's log-probabilities: data; `reports` formats it."""
 
 from dataclasses import dataclass
 
@@ -10,13 +10,13 @@ class Predicted:
     """One prediction. Natural logarithms.
 
     Attributes:
-        position: of the last token that leads to it, from 0; `before` is that token's text.
-        kind: behind the text's own tokens, or behind those that the server chose.
+        position: of the last token before the prediction, from 0; `before` is that token's text.
+        kind: whether it follows the text's own tokens or those that the server chose.
         kl: KL(llama.cpp ‖ server) over the server's candidates and one entry for all others.
-        server, ref: the first candidates as (id, text, log-probability); a server's id is -1 where its text names no token.
-        next_id: the token that follows in the text, or that the server chose; -1 if not known.
-        server_next, ref_next: the log-probability of that token; None where the server does not list it.
-        margin: what llama.cpp's first choice has over the server's, in log-probability; 0 where it is the same.
+        server, ref: the first candidates as (id, text, log-probability); a server's id is -1 if its text matches no token.
+        next_id: the token that follows in the text, or that the server chose; -1 if unknown.
+        server_next, ref_next: the log-probability of that token; None if the server does not list it.
+        margin: the log-probability of llama.cpp's first choice minus that of the server's; 0 if they are the same.
     """
 
     position: int
@@ -39,9 +39,9 @@ class Predicted:
 
 @dataclass(frozen=True)
 class ServerCause:
-    """What explains the server's numbers: they are llama.cpp's when the request is read this way.
+    """What explains the server's numbers: llama.cpp gives the same ones if the request is read this way.
 
-    `kl` is the worst of the `tried` positions so explained, `without` the worst of the same positions as they were asked for.
+    `kl` is the worst over the `tried` positions under this explanation, `without` the worst over the same positions as requested.
     """
 
     name: str
@@ -54,13 +54,13 @@ class ServerCause:
 
 @dataclass(frozen=True)
 class ServerAnswer:
-    """The whole answer; true where the server predicts and chooses as llama.cpp does.
+    """The whole answer; true if the server predicts and chooses as llama.cpp does.
 
     Attributes:
-        url, api: where and how it was asked; `echoed` whether one request gave all positions of the text.
+        url, api: where and how the server was asked; `echoed`: whether one request gave all positions of the text.
         requests: how many requests it took.
-        limit: KL over which a prediction is wrong; `floor` what llama.cpp differs from itself on these tokens, at the worst.
-        tokens: llama.cpp's ids of the prompt (`prompt` of them) and then those that the server chose.
+        limit: the KL above which a prediction is wrong; `floor`: the most that llama.cpp differs from itself on these tokens.
+        tokens: llama.cpp's ids of the prompt (the first `prompt` of them), followed by those that the server chose.
         prefix: the tokens up to the first wrong prediction.
         unfaithful: chosen tokens that are not the most probable of the server's own candidates, as (position, chosen, better).
     """

@@ -1,15 +1,17 @@
-"""What a comparison of three sides found: at each point, who is alone."""
+"""The result of a comparison of three sides: at each point, which side disagrees with the other two."""
 
 from dataclasses import dataclass
 
-PAIRS = ((0, 1), (0, 2), (1, 2))  # which two sides each figure of a point compares
+PAIRS = ((0, 1), (0, 2), (1, 2))  # the two sides that each figure of a point compares
 
 
 @dataclass(frozen=True)
 class ThreeWayPoint:
-    """One point. `nmse` and `of_limit` are the worst of each pair, in the order of PAIRS, None where a pair has no such record.
+    """One point. `nmse` and `of_limit` are each pair's worst, in the order of PAIRS, None if a pair has no such record.
 
-    `differs`: some pair is judged to differ, as `diff` judges it. `alone` is the side that differs from two others which agree.
+    `differs`: `diff` judges some pair to differ. `alone` is the side that differs from the two others, which agree.
+    `truth`: how far each side's worst record is from the same steps in float64, None where that is not known; `wrong` are the sides that
+    are far from it while another one is near.
     """
 
     checkpoint: str
@@ -17,11 +19,13 @@ class ThreeWayPoint:
     of_limit: tuple[float | None, float | None, float | None]
     alone: int | None = None
     differs: bool = False
+    truth: tuple[float | None, float | None, float | None] = (None, None, None)
+    wrong: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class ThreeWay:
-    """The answer for three sides; true where all agree. `first` is the first point in dataflow order at which they do not."""
+    """The answer for three sides; true if all agree. `first` is the first point in dataflow order at which they do not."""
 
     sides: tuple[str, str, str]
     points: tuple[ThreeWayPoint, ...]

@@ -1,4 +1,4 @@
-"""What checking a model's weights found: one entry a tensor."""
+"""The result of checking a model's weights: one entry for each tensor."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ NOT_CHECKED = "not checked"
 
 @dataclass(frozen=True)
 class FirstDifference:
-    """Where the results part: element (row-major), its block's number and bytes (hex), and the values by who made them."""
+    """Where the results differ: element (row-major), its block's number and bytes (hex), and the values by their origin."""
 
     element: int
     block: int
@@ -19,9 +19,9 @@ class FirstDifference:
 
 @dataclass(frozen=True)
 class TensorCheck:
-    """One tensor. `status` is "equal", "different", "not checked", or in words what it is equal to ("equal when transposed").
+    """One tensor. `status` is "equal", "different", "not checked", or a phrase on what it equals ("equal when transposed").
 
-    `reason` explains; `by` names what was compared; `elements` how many values, `nonfinite` how many of them are NaN or infinite.
+    `reason` explains; `by` names what was compared; `elements` is the number of values, `nonfinite` of NaN and infinities.
     """
 
     name: str
@@ -36,14 +36,14 @@ class TensorCheck:
 
     @property
     def right(self) -> bool:
-        """Whether nothing is wrong with it, as far as was looked."""
+        """Whether no check found anything wrong with it."""
         return (self.status.startswith(EQUAL) and not self.reason) or self.status == NOT_CHECKED
 
 
 @dataclass(frozen=True)
 class WeightsCheck:
-    """The whole answer; `theirs` names the file of a foreign engine's weights, or is empty. `tolerance` says
-    what still counts as equal.
+    """The whole answer; `theirs` names the file of a foreign engine's weights, or is empty. `tolerance` is the difference
+    that still counts as equal.
     """
 
     model: str

@@ -1,4 +1,4 @@
-"""Whatever an engine left behind, read as a dump: one file a format, each with `detect` and `read`."""
+"""Whatever an engine wrote, read as a dump: one file for each format, with `detect` and `read`."""
 
 import os
 from dataclasses import replace
@@ -41,7 +41,7 @@ _FORMATS = (
     torch_file,
     debug_mode,
     eval_callback,
-)  # the first that knows the path reads it; JSON lines are what is left
+)  # the first that recognises the path reads it; everything else is read as JSON lines
 
 
 _PIPED = "Write the dump to a file, or give - and pipe JSON lines in."
@@ -50,10 +50,10 @@ _PIPED = "Write the dump to a file, or give - and pipe JSON lines in."
 def load(path: str | os.PathLike[str], mapping: Mapping | None = None) -> Dump:
     """Read a dump of any known format: JSON lines, eval-callback logs, model debugger trees, .npy, .npz, .safetensors, .pt and the like.
 
-    `mapping` says what foreign names mean, and what is added to every position.
+    `mapping` says what foreign names mean and what to add to every position.
 
     Raises:
-        DumpError: it cannot be read, holds nothing, or a position would fall below 0.
+        DumpError: it cannot be read, is empty, or a position would become negative.
     """
     given = mapping or Mapping()
     place = Path(path)
@@ -63,7 +63,7 @@ def load(path: str | os.PathLike[str], mapping: Mapping | None = None) -> Dump:
 
 
 def _format_of(place: Path) -> ModuleType | None:
-    """The format that knows a path; None for JSON lines, which are what is left."""
+    """The format that recognises a path; None for JSON lines."""
     try:
         require_regular(place, DumpError, _PIPED)
         recognised = next((dump_format for dump_format in _FORMATS if dump_format.detect(place)), None)
@@ -72,7 +72,7 @@ def _format_of(place: Path) -> ModuleType | None:
         raise DumpError(f"cannot read {place}: {error.strerror}.", "Check the path.", code="no-file") from error
     if recognised is None and folder:
         dumps = sorted(file.name for file in place.glob("*.jsonl"))
-        advice = f"Name the dump in it: {', '.join(dumps[:4])}." if dumps else "Name a dump."
+        advice = f"Name one of the dumps in it: {', '.join(dumps[:4])}." if dumps else "Name a dump."
         raise DumpError(
             f"{place} is a folder without .npy, .npz, .safetensors or .pt files or a debugger tree.", advice, code="no-file"
         )
@@ -83,7 +83,7 @@ _OF_GRAPH = ("llama.cpp", "engine")  # sources whose names are those of llama.cp
 
 
 def _with_unknown(dump: Dump) -> Dump:
-    """A note on names that say nothing; `blk.N.<node>` and `node.<node>`, llama.cpp's own nodes, are names of the open vocabulary."""
+    """A note on names without meaning; `blk.N.<node>` and `node.<node>`, llama.cpp's own nodes, are names of the open vocabulary."""
     if dump.header is not None and dump.header.source in _OF_GRAPH:
         return dump
     outside = [name for name in dump.points if parse(name).layer is None and not name.removeprefix("enc.").startswith("node.")]
@@ -91,10 +91,10 @@ def _with_unknown(dump: Dump) -> Dump:
 
 
 def shifted(dump: Dump, offset: int) -> Dump:
-    """The dump with `offset` added to every position, generated tokens' too.
+    """The dump with `offset` added to every position, including those of generated tokens.
 
     Raises:
-        DumpError: a position would fall below 0, or beyond what a dump may have.
+        DumpError: a position would become negative, or larger than a dump may have.
     """
     recorded = [rows.token_idx for rows in dump.points.values() if len(rows)]
     lowest = min((int(positions.min()) for positions in recorded), default=0)

@@ -17,12 +17,15 @@ from ..mapping import Mapping
 from ..nearest import unknown_names
 from ..points import parse
 from ..record import Dump, Rows
+from ..regular import require_regular
 from ..summary import summarise
 
 _ENDINGS = (".npy", ".npz", ".safetensors")
 _LARGEST = 1 << 30  # bytes of a file, of all arrays of an archive together, and of all files of a folder
-_RATIO = 100  # times an archive's own size that its arrays may be: activations shrink to a half at best, zeros to a thousandth
-_SMALL = 1 << 24  # bytes of arrays that any archive may hold
+_RATIO = (
+    100  # how many times an archive's own size its arrays may take: activations shrink to half at best, zeros to a thousandth
+)
+_SMALL = 1 << 24  # bytes of arrays that any archive may unpack to
 _OF_PASS = re.compile(r"(.+)/(\d{1,9})", re.DOTALL)  # a point, and the number of its forward pass
 _MOST = 1 << 15  # arrays of a file: 500 layers of 60 points each
 _HEADER = 1 << 23  # bytes of a safetensors header: 250 each of so many arrays
@@ -31,7 +34,7 @@ _INTEGERS: dict[str, Any] = {"I32": np.int32, "I64": np.int64}
 
 
 def detect(path: Path) -> bool:
-    """A file with one of the endings, or a folder with such files."""
+    """A file with one of the endings, or a folder of such files."""
     if path.is_dir():
         return any(file.suffix in _ENDINGS for file in path.iterdir())
     return path.suffix in _ENDINGS
@@ -41,7 +44,7 @@ def read(path: Path, mapping: Mapping) -> Dump:
     """All arrays as whole rows.
 
     Raises:
-        DumpError: a file cannot be read, or there is no array that can be rows of positions.
+        DumpError: a file cannot be read, or no array can be rows of positions.
     """
     files = sorted(file for file in path.iterdir() if file.suffix in _ENDINGS) if path.is_dir() else [path]
     if len(files) > _MOST:
@@ -67,7 +70,7 @@ def read(path: Path, mapping: Mapping) -> Dump:
 
 
 def rows_of(point: str, array: NDArray[Any], step: int = 0, first: int = 0) -> Rows | None:
-    """An array as the records of one pass: [T, …], [n], or [1, T, …]; None where it is none of them."""
+    """An array as the records of one pass: [T, …], [n], or [1, T, …]; None if it has none of these shapes."""
     if array.dtype.kind not in "fiu" or not array.size:
         return None
     with np.errstate(over="ignore"):
@@ -90,7 +93,7 @@ def rows_of(point: str, array: NDArray[Any], step: int = 0, first: int = 0) -> R
 
 
 def check_size(file: Path) -> int:
-    """The bytes of a file's arrays. Raises DumpError for what would fill the memory, a small archive of huge arrays too."""
+    """The bytes of a file's arrays. Raises DumpError if they would fill the memory, as a small archive of huge arrays would."""
     try:
         status = file.stat()
         if not stat.S_ISREG(status.st_mode):
@@ -122,7 +125,10 @@ def _arrays(file: Path) -> Iterator[tuple[str, NDArray[Any]]]:
         elif file.suffix == ".npz":
             with np.load(file, allow_pickle=False) as archive:
                 for name in archive.files:
-                    yield name, np.asarray(archive[name])  # bytes where a member is no array, which have no kind of ours
+                    yield (
+                        name,
+                        np.asarray(archive[name]),
+                    )  # bytes if a member is not an array; such members have no type that is read here
         else:
             yield file.stem, np.load(file, mmap_mode="r", allow_pickle=False)
     except (
@@ -137,12 +143,12 @@ def _arrays(file: Path) -> Iterator[tuple[str, NDArray[Any]]]:
     ) as error:
         reason = " ".join(str(error).split())[:100]
         raise DumpError(f"cannot read {file}: {reason}.", "Save it again.", code="array") from error
-    except Exception as error:  # zlib and the header's parser have errors of their own
+    except Exception as error:  # zlib and the header's parser raise errors of their own
         raise DumpError(f"cannot read {file}: {type(error).__name__}.", "Save it again.", code="array") from error
 
 
 def _check_regions(header: dict[str, Any]) -> None:
-    """Raises ValueError where two arrays are of the same bytes, which the format forbids: many of them could fill the memory."""
+    """Raises ValueError if two arrays share bytes, which the format forbids: many of them could fill the memory."""
     regions = sorted(
         (int(entry["data_offsets"][0]), int(entry["data_offsets"][1]))
         for name, entry in header.items()
@@ -156,8 +162,9 @@ def safetensors(file: Path, *, integers: bool = False) -> Iterator[tuple[str, ND
     """Names and float arrays of a safetensors file, with `integers` those too; bfloat16, which NumPy lacks, becomes float32.
 
     Raises:
-        ValueError: it is no such file.
+        ValueError: it is not a safetensors file.
     """
+    require_regular(file, DumpError)
     data = np.memmap(file, dtype=np.uint8, mode="r")
     size = int.from_bytes(data[:8].tobytes(), "little") if len(data) >= 8 else 0
     if not 2 <= size <= len(data) - 8:

@@ -1,4 +1,4 @@
-"""Dumps whose records lie as arrays in a safetensors file beside the JSON lines (`checkpoints.columns` writes them)."""
+"""Dumps whose records are stored as arrays in a safetensors file beside the JSON lines (`checkpoints.columns` writes them)."""
 
 import stat
 from dataclasses import replace
@@ -20,7 +20,7 @@ from ..regular import require_regular
 _FIRST_LINE = 1 << 24  # bytes of a header at most: the pieces and the dataflow of a long prompt
 _KINDS = {"place": np.int64, "shape": np.int64, "counts": np.int64, "values": np.float32, "stats": np.float64}
 _OPTIONAL = {"sketch": np.float32, "indices": np.int64, "quantum": np.float64}
-_AGAIN = "Dump again; both files belong together."
+_AGAIN = "Dump again: the two files belong together."
 
 
 def detect(path: Path) -> bool:
@@ -33,13 +33,13 @@ def detect(path: Path) -> bool:
 
 
 def _header(line: bytes) -> Header | None:
-    """The header that a line holds, if it names a file of arrays."""
+    """The header in a line, if it names a file of arrays."""
     try:
-        found = lenient.loads(line)
-        if not isinstance(found, dict) or found.get("type") != "header" or not isinstance(found.get("columns"), dict):
+        content = lenient.loads(line)
+        if not isinstance(content, dict) or content.get("type") != "header" or not isinstance(content.get("columns"), dict):
             return None
-        return fields.header(found)
-    except (TypeError, ValueError, KeyError, OverflowError):  # the reader of lines says what is wrong with it
+        return fields.header(content)
+    except (TypeError, ValueError, KeyError, OverflowError):  # the reader of lines reports what is wrong with it
         return None
 
 
@@ -47,7 +47,7 @@ def read(path: Path, mapping: Mapping) -> Dump:
     """All records of both files.
 
     Raises:
-        DumpError: the arrays are not there, are another dump's, or do not fit the lines.
+        DumpError: the arrays are missing, belong to another dump, or do not match the lines.
     """
     with path.open("rb") as file:
         first, *lines = file.read().split(b"\n")
@@ -80,18 +80,20 @@ def read(path: Path, mapping: Mapping) -> Dump:
 
 
 def _item(line: bytes, arrays: "_Arrays") -> Rows | Token | End | None:
-    """What one line holds."""
+    """The content of one line."""
     try:
-        found = lenient.loads(line)
+        content = lenient.loads(line)
     except ValueError:
         return None
-    kind = found.get("type") if isinstance(found, dict) else None
+    kind = content.get("type") if isinstance(content, dict) else None
     if kind == KIND:
-        return arrays.rows(found)
+        return arrays.rows(content)
     if kind == "token":
-        return fields.token(found)
+        return fields.token(content)
     if kind == "end":
-        return End(fields.integer(found.get("checkpoints", 0), "checkpoints"), fields.integer(found.get("tokens", 0), "tokens"))
+        return End(
+            fields.integer(content.get("checkpoints", 0), "checkpoints"), fields.integer(content.get("tokens", 0), "tokens")
+        )
     return None
 
 
@@ -136,11 +138,11 @@ class _Arrays:
         """The records of one part.
 
         Raises:
-            DumpError: an array is missing, or they do not fit together.
+            DumpError: an array is missing, or the arrays do not match.
         """
         point, names = line.get("checkpoint"), line.get("stats", [])
         stem = f"{point}/{line.get('part')}/"
-        if stem in self._given:  # again and again, a small file would fill the memory
+        if stem in self._given:  # repeated often enough, a small file would fill the memory
             raise DumpError(f"{self.path}: {stem[:-1]!r:.80} is named by two lines.", _AGAIN, code="columns")
         self._given.add(stem)
         arrays = {name: self._get(stem + name, kind) for name, kind in _KINDS.items()}
@@ -197,7 +199,7 @@ def _in_bounds(place: NDArray[np.int64]) -> bool:
 
 
 def _indices_fit(indices: NDArray[np.int64] | None, counts: NDArray[np.int64]) -> bool:
-    """Whether scattered values [R, k] are of elements that differ, and -1 stands behind a row's values and in rows that have none."""
+    """Whether the indices [R, k] of a row's values differ, and are -1 after them and in rows with leading values only."""
     if indices is None or not indices.size:
         return True
     width = indices.shape[1]
@@ -208,10 +210,10 @@ def _indices_fit(indices: NDArray[np.int64] | None, counts: NDArray[np.int64]) -
 
 
 def _shapes(table: NDArray[np.int64]) -> tuple[tuple[int, ...], ...]:
-    """Shapes from a table with -1 behind the last axis of each, as the reader of lines gives them.
+    """Shapes from a table padded with -1 after the last axis of each, as the reader of lines gives them.
 
     Raises:
-        ValueError: a shape beyond any activation.
+        ValueError: a shape is larger than any activation.
     """
     alike = len(table) > 1 and bool((table == table[0]).all())
     if table.shape[1] > fields.DIMENSIONS:

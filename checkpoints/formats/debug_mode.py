@@ -2,8 +2,8 @@
 
         aten::addmm(t: f32[8], t: f32[2, 4], t: f32[4, 8])  ->  t: f32[2, 8]  # {'hash': 6.691675990819931}
 
-A hash is the L1 norm of the whole tensor in float64: no activation, but two such logs can be compared, and the first operation at
-which they part found. Each operation is a point, named by its module and its place among operations of its name there.
+A hash is the L1 norm of the whole tensor in float64. It is not an activation, but two such logs can be compared to find the first
+operation at which they differ. Each operation is a point, named by its module and its number among operations of its name there.
 """
 
 import re
@@ -23,7 +23,7 @@ _CALL = re.compile(
 )
 _COMPUTE = {"f32": "f32", "f16": "f16", "bf16": "bf16"}  # PyTorch's names of types -> a header's
 _HEAD = 1 << 16
-_LARGEST = 1 << 28  # bytes: 100 of each of a million operations
+_LARGEST = 1 << 28  # bytes: 100 bytes for each of millions of operations
 _MOST = 1 << 20  # hashes of one operation are its first
 
 
@@ -37,7 +37,7 @@ def detect(path: Path) -> bool:
 
 
 def read(path: Path, mapping: Mapping) -> Dump:
-    """One record an operation, at position 0: the L1 norm of what it made.
+    """One record for each operation, at position 0: the L1 norm of its result.
 
     Raises:
         DumpError: it cannot be read, or no operation has a hash that is a number.
@@ -53,7 +53,7 @@ def read(path: Path, mapping: Mapping) -> Dump:
     for line in lines:
         if (module := _MODULE.match(line)) is not None:
             depth = len(module[1])
-            modules = [*(one for one in modules if one[0] < depth), (depth, module[2])]
+            modules = [*(enclosing for enclosing in modules if enclosing[0] < depth), (depth, module[2])]
             continue
         call = _CALL.match(line)
         value = None if call is None else _number(call[4])

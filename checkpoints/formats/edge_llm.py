@@ -1,7 +1,7 @@
-"""What TensorRT Edge-LLM's layer debugger writes: one safetensors file a request, with tensors named `round_0.layer_3.kv`.
+"""What TensorRT Edge-LLM's layer debugger writes: one safetensors file for each request, with tensors named `round_0.layer_3.kv`.
 
-Round 0 is the prefill, later ones are decode steps. Each has the logits of the last token [B, V], of every layer the whole cache
-[B, 2, kv heads, positions, head size], and the lengths that count; the cache holds keys after RoPE.
+Round 0 is the prefill, later ones are decode steps. Each has the logits of the last token [B, V], the whole cache of every layer
+[B, 2, kv heads, positions, head size], and the valid lengths; the cache holds keys after RoPE.
 """
 
 import re
@@ -17,6 +17,7 @@ from ..mapping import Mapping
 from ..points import LOGITS, in_layer
 from ..reading.fields import POSITIONS
 from ..record import Dump, Rows, Token
+from ..regular import require_regular
 from ..summary import summarise
 from .arrays import check_size, safetensors
 
@@ -26,10 +27,11 @@ _AGAIN = "Dump again with EDGELLM_DUMP_LOGITS_KVCACHE_DIR."
 
 
 def detect(path: Path) -> bool:
-    """A safetensors file whose tensors are named by rounds, or a folder with one file of its name."""
+    """A safetensors file whose tensors are named by rounds, or a folder with one file of that name."""
     file = _file(path)
     if file is None or file.suffix != ".safetensors":
         return False
+    require_regular(file, DumpError)
     with file.open("rb") as opened:
         return b'"round_0.context_lengths"' in opened.read(_HEAD) or file.name.startswith("edgellm_dump")
 
@@ -39,10 +41,10 @@ def _file(path: Path) -> Path | None:
 
 
 def read(path: Path, mapping: Mapping) -> Dump:
-    """Keys after RoPE and values of every layer, each position from the round that made it, and the logits of each round.
+    """Keys after RoPE and values of every layer, each position from the round that computed it, and the logits of each round.
 
     Raises:
-        DumpError: it cannot be read, or its tensors do not fit together.
+        DumpError: it cannot be read, or its tensors do not match.
     """
     file = _file(path) or path
     check_size(file)
@@ -89,7 +91,7 @@ def _rows(arrays: Named[str, NDArray[Any]], mapping: Mapping) -> tuple[dict[str,
 def _of(
     match: "re.Match[str]", array: NDArray[Any], seq: int, first: int, length: int
 ) -> list[tuple[str, NDArray[Any], NDArray[np.int64]]]:
-    """(name, rows, positions) of a tensor for one sequence, of the positions that this round made."""
+    """(name, rows, positions) of a tensor for one sequence, for the positions that this round computed."""
     kind = match[3]
     if kind == "logits" and match[2] is None:
         return [(LOGITS, array[seq].reshape(1, -1), np.array([length - 1]))]

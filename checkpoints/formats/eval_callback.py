@@ -1,7 +1,7 @@
 """What llama.cpp's eval-callback prints: a line that names a tensor, then some of its values to four decimals.
 
 Three formats: `ggml_debug:` with the first three values of a row; with the first and last three and a sum; and
-`common_debug_cb_eval:` with four blanks of indent a level. Other log lines may stand between.
+`common_debug_cb_eval:`, indented by four spaces a level. Other log lines may stand between.
 """
 
 import re
@@ -19,16 +19,16 @@ _HEAD = re.compile(
 )
 _WORD = re.compile(rb"-?(?:\d{1,60}\.\d{1,9}|nan(?:\(\w*\))?|inf)")
 _SUM = re.compile(rb"^\s*sum = (-?(?:\d{1,60}\.\d+|nan|inf))")
-_LINE = 1 << 16  # bytes of a line that are looked at together …
-_NAMED = 1000  # … and those that may name a tensor: a search in more of them could take its square
-_PEEK = 1 << 20  # bytes that are looked at: such logs begin with the model's loading
+_LINE = 1 << 16  # bytes of a line that are searched at once …
+_NAMED = 1000  # … and those that may name a tensor: a search in more could take quadratic time
+_PEEK = 1 << 20  # bytes that are searched for a name: such logs begin with the loading of the model
 _SHOWN = 3  # rows, and values of a row, from either end
 _PROJECTIONS = {"Qcur": "q", "Kcur": "k", "Vcur": "v"}
 _VIEWS = frozenset({b"RESHAPE", b"VIEW", b"PERMUTE", b"TRANSPOSE", b"CONT", b"CPY", b"SET_ROWS"})
 
 
 def detect(path: Path) -> bool:
-    """A text whose first MiB names a tensor in one of the three ways. A pipe is not asked: it can be read only once."""
+    """A text whose first MiB names a tensor in one of the three ways. A pipe is not opened: it can be read only once."""
     if not path.is_file():
         return False
     try:
@@ -39,12 +39,12 @@ def detect(path: Path) -> bool:
 
 
 def read(path: Path, mapping: Mapping) -> Dump:
-    """The printed values as scattered records, rounded to four decimals; a sum of all values goes to the pass's last record.
+    """The printed values as scattered records, rounded to four decimals; a sum of all values goes into the pass's last record.
 
-    Passes follow each other: each embedding begins one. A tensor with fewer rows than the pass has tokens holds its last ones.
+    Passes follow each other: each embedding begins one. A tensor with fewer rows than the pass has tokens holds its last rows.
 
     Raises:
-        DumpError: the file cannot be read, or no tensor of it is known.
+        DumpError: the file cannot be read, or it has no known tensor.
     """
     points: dict[str, Printed] = {}
     verdicts: list[bool] = []
@@ -54,7 +54,7 @@ def read(path: Path, mapping: Mapping) -> Dump:
     def close() -> None:
         nonlocal open_one
         if open_one is not None and open_one.rows:
-            # A tensor with fewer rows than the pass has tokens holds its last ones.
+            # A tensor with fewer rows than the pass has tokens holds its last rows.
             begin = first + max(count - open_one.tokens, 0)
             points.setdefault(open_one.point, Printed()).add(open_one, begin, step)
             more = open_one.sums_more()
@@ -84,15 +84,15 @@ def read(path: Path, mapping: Mapping) -> Dump:
         raise DumpError(f"cannot read {path}: {error.strerror}.", "Check the path.", code="no-file") from error
     recorded = {name: printed for name, printed in points.items() if printed.records}
     if not recorded:
-        raise DumpError(f"{path} has no tensor with a known name.", "Was the log filtered?", code="no-records")
+        raise DumpError(f"{path} has no tensor with a known name.", "Check that the log was not filtered.", code="no-records")
     every = sums_of_all(verdicts)
-    sums = "their sums are of all values" if every else "no sum is of more than these"
+    sums = "their sums are of all values" if every else "no sum covers more than these"
     rows = {name: printed.rows(name, sums=every) for name, printed in recorded.items()}
-    return Dump(str(path), None, rows, notes=(f"values are printed to four decimals, some of each row; {sums}",))
+    return Dump(str(path), None, rows, notes=(f"values are printed to four decimals, a few of each row; {sums}",))
 
 
 def _point(name: bytes, op: bytes, sources: bytes, mapping: Mapping) -> str | None:
-    """Our point of a node; None for views and for what the vocabulary does not have."""
+    """Our point of a node; None for views and for nodes outside the vocabulary."""
     text = name.decode("utf-8", "replace").strip()
     base, _, layer = text.rpartition("-")
     output = re.match(rb"blk\.(\d{1,6})\.attn_output\.weight", sources)
@@ -126,7 +126,7 @@ def _line(tensor: Tensor, line: bytes) -> None:
         return
     words = [word for part in text.rstrip(b", ")[1:-1].split(b",") if (word := part.strip())]
     if not words or not all(word == b"..." or _WORD.fullmatch(word) for word in words):
-        return  # a line of another thread, or one that it cut through
+        return  # a line of another thread, or one that it interrupted
     values = [None if word == b"..." else float(word.split(b"(")[0]) for word in words]
     tensor.rows.append((tensor.at, values))
     tensor.at += 1

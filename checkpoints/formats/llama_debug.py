@@ -1,6 +1,6 @@
-"""What llama.cpp's `llama-debug --save-logits` writes (and the scripts of its model-conversion folder in the same form).
+"""What llama.cpp's `llama-debug --save-logits` writes (and the scripts of its model-conversion folder, in the same format).
 
-`llamacpp-NAME.bin` holds the logits of the last token, `llamacpp-NAME-embeddings.bin` embeddings, both float32; beside it lie
+`llamacpp-NAME.bin` holds the logits of the last token, `llamacpp-NAME-embeddings.bin` embeddings, both float32; beside them are
 `-tokens.bin` (int32) and `-prompt.txt`.
 """
 
@@ -21,7 +21,7 @@ _NAME = re.compile(r"(llamacpp|pytorch)-.+\.bin")
 _TOKENS, _EMBEDDINGS = "-tokens.bin", "-embeddings.bin"
 _LARGEST = 1 << 30  # bytes: embeddings of 16,384 floats at 16,384 positions
 _POOLED = "result_embd_pooled"
-_UNIT = 1e-3  # how far the norm of a pooled embedding, which is normalised, may be from 1
+_UNIT = 1e-3  # how far the norm of a pooled embedding, which is normalised, may differ from 1
 _AGAIN = "Run llama-debug --save-logits again."
 
 
@@ -36,7 +36,7 @@ def read(path: Path, mapping: Mapping) -> Dump:
     """The logits of the last token, or the embeddings.
 
     Raises:
-        DumpError: there is none, several, or a file does not fit the others.
+        DumpError: there is none, there are several, or a file does not match the others.
     """
     file = _of_values(path)
     stem = file.name.removesuffix(".bin").removesuffix("-embeddings")
@@ -58,7 +58,7 @@ def read(path: Path, mapping: Mapping) -> Dump:
         summary: Rows = summarise(point, mapping.array(entry, rows), positions.astype(np.int64), slice_size=None)
     text = _prompt(prompt) if prompt is not None else None
     header = Header(file.name.partition("-")[0], tokens=tokens, prompt=text, slice=rows.shape[1]) if tokens else None
-    notes = () if tokens else (f"there is no {stem}{_TOKENS}: the position is taken for 0 (--offset)",)
+    notes = () if tokens else (f"there is no {stem}{_TOKENS}: the position is assumed to be 0 (--offset changes it)",)
     return Dump(str(path), header, {point: summary}, notes=notes)
 
 
@@ -72,7 +72,9 @@ def _of_values(path: Path) -> Path:
             raise DumpError(f"{path} holds token ids.", f"Name the file beside it without {_TOKENS[:-4]}.", code="no-records")
         return path
     files = sorted(file for file in path.iterdir() if _NAME.fullmatch(file.name) and not file.name.endswith(_TOKENS))
-    if len(files) != 1:
+    if not files:
+        raise DumpError(f"{path} holds token ids and no file of values.", _AGAIN, code="no-file")
+    if len(files) > 1:
         names = ", ".join(file.name for file in files[:4])
         raise DumpError(f"{path} holds {len(files)} files of values: {names}.", "Name one of them.", code="no-file")
     return files[0]
@@ -88,7 +90,7 @@ def _numbers(file: Path, kind: str) -> NDArray[np.generic]:
     except OSError as error:
         raise DumpError(f"cannot read {file}: {error.strerror}.", "Check the path.", code="no-file") from error
     if not data or len(data) % 4:
-        raise DumpError(f"{file} has {len(data):,} bytes, which are no 32-bit numbers.", _AGAIN, code="array")
+        raise DumpError(f"{file} has {len(data):,} bytes, which is not a whole number of 32-bit values.", _AGAIN, code="array")
     values = np.frombuffer(data, kind)
     if kind == "<i4" and (values < 0).any():
         raise DumpError(f"{file} has a token id below 0.", _AGAIN, code="tokens")

@@ -1,6 +1,6 @@
 """Hugging Face's model debugger (`model_addition_debugger_context`): a JSON tree of modules.
 
-With `use_repr=False` tensors lie beside it as safetensors, else they are printed in it, long ones in part.
+With `use_repr=False` tensors are stored beside it as safetensors; otherwise they are printed in it, long ones in part.
 """
 
 import json
@@ -14,11 +14,13 @@ from ..mapping import Entry, Mapping
 from ..nearest import unknown_names
 from ..points import EMBD, in_layer, parse
 from ..record import Dump, Rows
+from ..regular import read_text
 from .arrays import rows_of, safetensors
 from .torch_text import printed_rows
 
 _TREE, _SUMMARY = "_debug_tree_FULL_TENSORS.json", "_debug_tree_SUMMARY.json"
 _LAYER = re.compile(r'"module_path": ?"[^"]{0,200}\.layers\.(\d{1,6})"')
+_LARGEST = 1 << 30  # bytes of a tree: it may hold printed tensors
 _DEEPEST = 200  # modules in modules; real trees have some ten, and Python stops at a thousand calls
 
 
@@ -29,7 +31,7 @@ def _tree(path: Path) -> Path | None:
 
 
 def detect(path: Path) -> bool:
-    """The tree's file, or the folder that it lies in."""
+    """The tree's file, or its folder."""
     return _tree(path) is not None
 
 
@@ -41,7 +43,7 @@ def read(path: Path, mapping: Mapping) -> Dump:
     """
     tree = _tree(path) or path
     try:
-        text = tree.read_text(encoding="utf-8")
+        text = read_text(tree, _LARGEST)
         root = json.loads(text)
     except (OSError, ValueError, RecursionError) as error:
         raise DumpError(f"cannot read {tree}: {error}.", "Run the debugger again.", code="tree") from error
@@ -57,9 +59,9 @@ def read(path: Path, mapping: Mapping) -> Dump:
         given = value.get("value")
         if isinstance(given, list):
             rows = _printed(tree, point, value, entry)
-            notes = ["values are printed to some decimals, those of long tensors in part (use_repr=False writes all)"]
+            notes = ["values are printed to a few decimals, and only part of long tensors (use_repr=False writes all)"]
         elif isinstance(given, str):
-            place = tree.parent / Path(given).name  # beside the tree, wherever it says
+            place = tree.parent / Path(given).name  # beside the tree, whatever path is given
             try:
                 array = next(array for _, array in safetensors(place))
                 rows = rows_of(point, mapping.array(entry, array))
@@ -106,7 +108,7 @@ def _values(node: Any, layers: int, depth: int = 0) -> Iterator[tuple[str, Any]]
 
 
 def _entering(name: str, layers: int) -> str | None:
-    """The point of the residual stream that enters a norm: layers' own outputs are not in the tree."""
+    """The point of the residual stream that is the input of a norm: layers' own outputs are not in the tree."""
     parts = name.split(".")
     if len(parts) >= 3 and parts[-3] == "layers" and re.fullmatch(r"\d{1,6}", parts[-2]):
         layer = int(parts[-2])

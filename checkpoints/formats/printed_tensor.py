@@ -1,4 +1,4 @@
-"""A tensor that a log prints in part, row by row, and the records that its rows are."""
+"""A tensor that a log prints in part, row by row, and the records made of its rows."""
 
 from dataclasses import dataclass, field
 
@@ -7,10 +7,13 @@ import numpy as np
 from ..points import parse
 from ..record import Rows
 
-PASS_SUM, PASS_ROWS = "pass_sum", "pass_rows"  # statistics of a pass's last record: the sum over so many positions up to it
+PASS_SUM, PASS_ROWS = (
+    "pass_sum",
+    "pass_rows",
+)  # statistics of a pass's last record: a sum, and the number of positions it covers
 _QUANTUM = 1e-4  # %.4f
-# Where a log's sums are of the printed values only, they are those of the printed digits to half a step each; the sums of
-# all values are elsewhere in 99 % of a real log's tensors.
+# If a log's sums are of the printed values only, they equal the sums of the printed digits to half a step each; the sums of
+# all values differ from that in 99 % of a real log's tensors.
 _MOST = 0.5
 
 
@@ -18,7 +21,7 @@ _MOST = 0.5
 class Tensor:
     """A tensor of a pass: rows of values, each with its number, counted over dimensions 1 and 2; None stands for a gap.
 
-    `total` is the sum that is printed below it; `every` says that it is known to be of all values.
+    `total` is the sum that is printed below it; `every` means that it is known to be of all values.
     """
 
     point: str
@@ -30,13 +33,13 @@ class Tensor:
 
     @property
     def square(self) -> bool:
-        """Whether it is [cells, T, H], attention over the cache's cells; else [n, T], or [d, H, T]."""
+        """Whether it is [cells, T, H], attention over the cache's cells; otherwise [n, T], or [d, H, T]."""
         known = parse(self.point).known
         return known is not None and "t+1" in known.row
 
     @property
     def tokens(self) -> int:
-        """How many positions it has."""
+        """How many positions it covers."""
         _, across, deep, _ = self.sizes
         return across if self.square or not self._of_heads() else deep
 
@@ -46,10 +49,10 @@ class Tensor:
     def elements(self, first: int) -> dict[int, dict[int, float]]:
         """Position -> element of its row -> value; `first` is the position of the first token.
 
-        Of attention only the cells up to the position itself are its row's.
+        Of attention, only the cells up to the position itself belong to its row.
         """
         width, across, deep, _ = self.sizes
-        found: dict[int, dict[int, float]] = {}
+        elements: dict[int, dict[int, float]] = {}
         for number, values in self.rows:
             outer, inner = divmod(number, across)
             if self.square:
@@ -60,14 +63,14 @@ class Tensor:
                 continue
             position = first + token
             row = position + 1 if self.square else width
-            at = found.setdefault(position, {})
+            at = elements.setdefault(position, {})
             cut = values.index(None) if None in values else len(values)
             for i, value in enumerate(values):
                 # What comes after the gap is counted from the row's end.
                 index = i if i < cut else width - (len(values) - i)
                 if value is not None and 0 <= index < row:
                     at[head * row + index] = value
-        return {position: at for position, at in found.items() if at}
+        return {position: at for position, at in elements.items() if at}
 
     def shape(self, position: int) -> tuple[int, ...]:
         """The shape of a position's row."""
@@ -77,7 +80,7 @@ class Tensor:
         return (width * across,) if self._of_heads() else (width,)
 
     def sums_more(self) -> bool | None:
-        """Whether the sum is of more than the printed values; None where all are printed, or it says nothing."""
+        """Whether the sum covers more than the printed values; None if all are printed, or if the sum does not decide it."""
         printed = [value for _, values in self.rows for value in values if value is not None]
         if not np.isfinite(self.total) or not np.isfinite(printed).all() or len(printed) >= np.prod(self.sizes):
             return None
@@ -93,15 +96,15 @@ class Printed:
     records: dict[int, tuple[int, dict[int, float], tuple[int, ...], dict[str, float]]] = field(default_factory=dict)
 
     def add(self, tensor: Tensor, first: int, step: int) -> None:
-        """The rows of a tensor whose first token stands at position `first`; what was there before is replaced."""
-        found = tensor.elements(first)
+        """Add the rows of a tensor whose first token is at position `first`; earlier rows there are replaced."""
+        printed = tensor.elements(first)
         last = first + tensor.tokens - 1
-        for position, elements in found.items():
+        for position, elements in printed.items():
             stats = {PASS_SUM: tensor.total, PASS_ROWS: float(tensor.tokens)} if position == last and not tensor.square else {}
             self.records[position] = step, elements, tensor.shape(position), stats
 
     def rows(self, point: str, *, sums: bool) -> Rows:
-        """All of them as scattered records; `sums` says that the printed sums are of all values."""
+        """All of them as scattered records; `sums`: the printed sums are of all values."""
         positions = sorted(self.records)
         given = [self.records[position] for position in positions]
         counts = np.array([len(elements) for _, elements, _, _ in given], dtype=np.int64)
@@ -128,5 +131,5 @@ class Printed:
 
 
 def sums_of_all(verdicts: list[bool]) -> bool:
-    """Whether a log's sums are of all values, from what its tensors say one by one."""
+    """Whether a log's sums are of all values, given the answers for single tensors."""
     return bool(verdicts) and sum(verdicts) > _MOST * len(verdicts)

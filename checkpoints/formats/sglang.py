@@ -1,11 +1,11 @@
-"""What SGLang writes: its dumper's files, one a tensor and rank, and its tensor hook's, one a forward pass and rank.
+"""What SGLang writes: its dumper's files, one for each tensor and rank, and its tensor hook's, one for each forward pass and rank.
 
     dump_20261101_…/step=0___rank=1___dump_index=7___name=attn_out___layer_id=3.pt      {"value": tensor, "meta": {"dims": "t h[tp]"}}
     TP0_PP0_Rank0_pid4711/Pass00000.pt                                                  {"model.layers.0.self_attn.o_proj": tensor}
 
-Shards of tensor-parallel ranks are joined by the noted dims, else by trying the axes. Positions, sequences and token ids are taken
-from the `positions` and `input_ids` of the same pass, where they were dumped. The hook writes a pass's file when `model` returns: what
-comes after it, the logits above all, stands in the next pass's file. A layer hands on its output as two tensors, whose sum it is.
+Shards of tensor-parallel ranks are joined along the noted dims, or along an axis found by trying. Positions, sequences and token ids
+come from the `positions` and `input_ids` of the same pass, if they were dumped. The hook writes a pass's file when `model` returns: what
+comes after it, above all the logits, is in the next pass's file. A layer returns its output as two tensors, whose sum it is.
 """
 
 import re
@@ -55,7 +55,7 @@ class _Tensor:
 
 
 def detect(path: Path) -> bool:
-    """One of its files by name, or a folder that has some, itself or in the folders of ranks."""
+    """One of its files by name, or a folder that contains some, directly or in the folders of ranks."""
     if not path.is_dir():
         return path.suffix == ".pt" and ("___name=" in path.name or bool(_PASS.fullmatch(path.name)))
     return next(_files(path), None) is not None
@@ -101,13 +101,13 @@ def read(path: Path, mapping: Mapping) -> Dump:
     if not points:
         raise DumpError(f"{path} holds no tensor of activations.", "Dump layers' outputs by name.", code="no-records")
     stacked = {name: Rows.stack(parts) for name, parts in points.items()}
-    remarks = [f"{what}: {count} tensors" for what, count in notes.items()]
+    remarks = [f"{remark}: {count} tensors" for remark, count in notes.items()]
     header = Header("sglang", tokens=tuple(tokens)) if tokens else None
     return Dump(str(path), header, stacked, tuple(generated), notes=(*remarks, *unknown_names(stacked)))
 
 
 def _collected(file: Path, passes: dict[int, dict[str, _Tensor]]) -> None:
-    """Add what a file holds to its pass."""
+    """Add the contents of a file to its pass."""
     value = torch_file.contents(file)
     if (named := _PASS.fullmatch(file.name)) is not None:
         rank = _RANK.fullmatch(file.parent.name)
@@ -141,8 +141,8 @@ def _number(text: str) -> int:
 
 
 def _label(name: str, layer: str) -> str | None:
-    """The name to look up: with its layer, and without what the dumper's hooks put around a module's name; None for what is no
-    activation that is looked up: inputs, parameters, gradients.
+    """The name to look up: with its layer, without what the dumper's hooks add to a module's name; None for anything that is not an
+    activation: inputs, parameters, gradients.
     """
     if name.startswith(_NO_ACTIVATION):
         return None
@@ -163,9 +163,9 @@ def _label(name: str, layer: str) -> str | None:
 
 @dataclass(frozen=True)
 class _Places:
-    """Where the rows of a pass stand: their positions and sequences, None where that was not dumped.
+    """Where the rows of a pass belong: their positions and sequences, None if those were not dumped.
 
-    `tokens` are the ids of sequence 0 from position `begin` on, () where they were not dumped.
+    `tokens` are the ids of sequence 0 from position `begin` on, () if they were not dumped.
     """
 
     positions: NDArray[np.int64] | None
@@ -201,7 +201,7 @@ def _rows(
     """The records of a tensor, to which `residual` is added."""
     point, entry = mapping.entry(tensor.name)
     layered = re.fullmatch(r"(?:.*\.)?layers\.(\d{1,9})\.(.+)", point)
-    if layered:  # a name of their own: a node of that layer, by its name
+    if layered:  # a name outside the vocabulary: a node of that layer
         point = f"blk.{int(layered[1])}.{layered[2]}"
     count = None if places.positions is None else len(places.positions)
     whole = _whole(tensor, notes, count)
@@ -233,7 +233,15 @@ def _whole(tensor: _Tensor, notes: dict[str, int], count: int | None) -> NDArray
 def _at(point: str, values: NDArray[np.float32], positions: NDArray[np.int64], seq: NDArray[np.int64], step: int) -> Rows:
     """Rows at given positions of given sequences."""
     parts = [
-        summarise(point, values[seq == one], positions[seq == one], step=step, decode=step > 0, slice_size=None, seq=int(one))
-        for one in np.unique(seq)
+        summarise(
+            point,
+            values[seq == sequence],
+            positions[seq == sequence],
+            step=step,
+            decode=step > 0,
+            slice_size=None,
+            seq=int(sequence),
+        )
+        for sequence in np.unique(seq)
     ]
     return Rows.stack(parts)

@@ -12,16 +12,16 @@ _DIM = re.compile(r"[^\s\[]+(?:\[([^\]]*)\])?")
 
 
 def joined(parts: Sequence[NDArray[Any]], dims: str = "", count: int | None = None) -> tuple[NDArray[Any] | None, str]:
-    """The whole tensor, and what was done: "" for a single part, "the same on all", "joined along axis 1", "summed".
+    """The whole tensor, and how it was made: "" for a single part, "the same on all", "joined along axis 1", "summed".
 
     Args:
         parts: one for each process, in the order of their ranks.
-        dims: the axes as SGLang's dumper notes them: "t h[tp] d", "t (h*d)[tp]", "t d[tp:partial]", "t d # tp:replicated"; "" if it
-            does not. What is split among other processes than those ("t[cp:zigzag]") is not joined.
-        count: the number of positions of the pass, if it is known: it tells the axis of positions from those that are split.
+        dims: the axes as SGLang's dumper notes them: "t h[tp] d", "t (h*d)[tp]", "t d[tp:partial]", "t d # tp:replicated"; "" if there
+            is no note. Tensors that are split among processes other than those ("t[cp:zigzag]") are not joined.
+        count: the number of positions of the pass, if known: it distinguishes the axis of positions from those that are split.
 
     Returns:
-        None, with the reason, for parts that do not fit together.
+        None, with the reason, if the parts do not match.
     """
     if len(parts) == 1:
         return parts[0], ""
@@ -37,11 +37,11 @@ def joined(parts: Sequence[NDArray[Any]], dims: str = "", count: int | None = No
     elif all(part.shape == parts[0].shape and np.array_equal(part, parts[0], equal_nan=True) for part in parts):
         return parts[0], "the same on all"
     elif dims and named is None and "replicated" in dims:
-        return None, "not the same on all processes, though noted as replicated"
+        return None, "not the same on all processes, although noted as replicated"
     else:
         axis = _tried(parts, count)
     if axis is None:
-        return None, "not the same on all processes, and of no axis that can be joined"
+        return None, "not the same on all processes, and they have no axis along which they can be joined"
     rest = {(*part.shape[:axis], *part.shape[axis + 1 :]) for part in parts}
     if len(rest) > 1:
         return None, f"parts of different shapes beside axis {axis}"
@@ -54,8 +54,8 @@ def joined_and_counted(
     """The whole tensor of `joined`, None where parts do not fit; `notes` counts the tensors by what was done with them."""
     whole, how = joined(parts, dims, count)
     if how:
-        what = f"shards of {len(parts)} ranks are {how}" if whole is not None else f"left out: {how}"
-        notes[what] = notes.get(what, 0) + 1
+        remark = f"shards of {len(parts)} ranks are {how}" if whole is not None else f"left out: {how}"
+        notes[remark] = notes.get(remark, 0) + 1
     return whole
 
 
@@ -63,7 +63,7 @@ _SUM = "sum"
 
 
 def _axis(dims: str) -> int | str | None:
-    """The axis that is split, `_SUM` for partial sums, None where the notes name none; else the name of a split that is not known here."""
+    """The axis that is split, `_SUM` for partial sums, None if the notes name none; otherwise the name of an unknown kind of split."""
     split: int | str | None = None
     for axis, match in enumerate(_DIM.finditer(dims.partition("#")[0])):
         for modifier in (match[1] or "").split(","):
@@ -77,7 +77,7 @@ def _axis(dims: str) -> int | str | None:
 
 
 def _tried(parts: Sequence[NDArray[Any]], count: int | None) -> int | None:
-    """The axis along which parts without notes are split: not that of the positions, else the positions themselves."""
+    """The axis along which parts without notes are split: not that of the positions, unless there is no other."""
     first = parts[0]
     if count is not None and first.ndim > 1 and first.shape[0] != count and sum(part.shape[0] for part in parts) == count:
         return 0

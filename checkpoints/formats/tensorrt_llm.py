@@ -35,14 +35,14 @@ _Path = tuple[tuple[int, str], ...]
 
 @dataclass
 class _Module:
-    """The files of a module's arguments and of what came after it, by rank and argument."""
+    """The files of a module's arguments and of its results, by rank and argument."""
 
     inputs: dict[str, dict[int, Path]] = field(default_factory=dict)
     outputs: dict[str, dict[int, Path]] = field(default_factory=dict)
 
     @property
     def returned(self) -> list[dict[int, Path]]:
-        """What it returned, by rank."""
+        """Its results, by rank."""
         return [files for name, files in self.outputs.items() if name not in self.inputs]
 
     @property
@@ -52,7 +52,7 @@ class _Module:
 
 
 def detect(path: Path) -> bool:
-    """One of its files by name, a folder of a rank, or the folder above it."""
+    """One of its files by name, the folder of a rank, or the folder above that."""
     if not path.is_dir():
         return bool(_NAME.fullmatch(path.name))
     return next(_files(path), None) is not None
@@ -70,10 +70,10 @@ def _files(path: Path) -> Iterator[tuple[int, Path]]:
 
 
 def read(path: Path, mapping: Mapping) -> Dump:
-    """The modules of a decoder by their place in the layer, the shards of ranks joined.
+    """The modules of a decoder by their place in the layer, with the shards of ranks joined.
 
     Raises:
-        DumpError: a file cannot be read, or no module is one that is known here.
+        DumpError: a file cannot be read, or it has no module that is known here.
     """
     files = list(_files(path)) if path.is_dir() else [(0, path)]
     if len(files) > _FILES or sum(file.stat().st_size for _, file in files) > _TOTAL:
@@ -100,7 +100,7 @@ def read(path: Path, mapping: Mapping) -> Dump:
     if not points:
         raise DumpError(f"{path} names no module of a decoder.", "Dump the whole model, not one module.", code="no-records")
     stacked = {name: Rows.stack(several) for name, several in points.items()}
-    remarks = [f"{what}: {count} tensors" for what, count in notes.items()]
+    remarks = [f"{remark}: {count} tensors" for remark, count in notes.items()]
     header = Header("tensorrt-llm", tokens=tuple(tokens)) if tokens and len(tokens) == begin else None
     return Dump(str(path), header, stacked, notes=(*remarks, *unknown_names(stacked)))
 
@@ -126,7 +126,7 @@ def _rows(modules: dict[_Path, _Module], number: int, begin: int, mapping: Mappi
         rows = rows_of(point, mapping.array(entry, total), number, begin)
         if rows is not None:
             points.setdefault(point, rows)
-    if EMBD in points and LOGITS in points and len(points[LOGITS]) == 1:  # of the last token only
+    if EMBD in points and LOGITS in points and len(points[LOGITS]) == 1:  # logits of the last token only
         points[LOGITS] = replace(points[LOGITS], token_idx=points[EMBD].token_idx[-1:])
     return points
 
@@ -165,7 +165,7 @@ def _named(modules: dict[_Path, _Module]) -> Iterator[tuple[str, list[dict[int, 
         elif kind.endswith("Norm") and not any(place[: len(layer)] == layer for layer in layers):
             yield OUTPUT_NORM, module.returned[:1]
     for number, layer in enumerate(layers):
-        # A layer may hand on its output as two parts, hidden states and residual: their sum is the residual stream.
+        # A layer may return its output in two parts, hidden states and residual: their sum is the residual stream.
         yield in_layer(number, "l_out"), modules[layer].returned[:2]
         inside = sorted(place for place in modules if len(place) == len(layer) + 1 and place[: len(layer)] == layer)
         norms = [place for place in inside if place[-1][1].endswith("Norm")]

@@ -1,11 +1,10 @@
 """What `torch.save` writes, read without torch: no pickle is executed.
 
-A file is an archive: `data.pkl` describes a structure of dictionaries, lists and tensors, `data/0`, `data/1`, … are their storages.
-The description is interpreted here, instruction by instruction, for the few instructions that build such a structure; whatever else
+A file is an archive: `data.pkl` describes a structure of dictionaries, lists and tensors, `data/0`, `data/1`, … hold their storages.
+The description is interpreted here, instruction by instruction, for the few instructions that build such a structure; everything else
 it names (a class of somebody's engine) becomes an `Opaque` value, and is neither imported nor called.
 """
 
-import pickletools
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,8 +24,8 @@ from ..regular import require_regular
 from .arrays import rows_of
 
 LARGEST = 1 << 30  # bytes of a file, and of all tensors that it describes
-_STEPS = 1 << 20  # instructions of a description: twenty for each of so many tensors
-_SMALL = 1 << 24  # bytes that any archive may unpack to; a larger one is stored as it is, since torch compresses nothing
+_STEPS = 1 << 20  # instructions of a description: twenty for each of 50,000 tensors
+_SMALL = 1 << 24  # bytes that any archive may unpack to; a larger one must be stored uncompressed, as torch does
 _RATIO = 100
 _ENTRY = 128  # bytes of a dictionary's entry
 _DEEPEST = 8  # dimensions of a tensor
@@ -44,9 +43,17 @@ _AGAIN = "Save it again, as torch.save(tensor.cpu(), path) does."
 
 @dataclass(frozen=True)
 class Opaque:
-    """A value of a class that is not known here; only its name is."""
+    """A value of a class that is not known here; only its name is kept."""
 
     name: str
+
+
+def _instructions(description: bytes) -> Iterator[tuple[Any, Any]]:
+    """(opcode, argument) of each instruction, as the standard library's disassembler reads them."""
+    import pickletools
+
+    for opcode, argument, _ in pickletools.genops(description):
+        yield opcode, argument
 
 
 @dataclass(frozen=True)
@@ -57,17 +64,17 @@ class _Storage:
 
 
 def detect(path: Path) -> bool:
-    """A .pt or .pth file, or a folder with such files."""
+    """A .pt or .pth file, or a folder of such files."""
     if path.is_dir():
         return any(file.suffix in (".pt", ".pth") for file in path.iterdir())
     return path.suffix in (".pt", ".pth")
 
 
 def read(path: Path, mapping: Mapping) -> Dump:
-    """Every tensor that has a name: of a dictionary by its key, of a file that is one tensor by the file's name.
+    """Every tensor that has a name: those of a dictionary by key, a file that is one tensor by the file's name.
 
     Raises:
-        DumpError: a file cannot be read, or there is no tensor that can be rows of positions.
+        DumpError: a file cannot be read, or no tensor can be rows of positions.
     """
     files = sorted(file for file in path.iterdir() if file.suffix in (".pt", ".pth")) if path.is_dir() else [path]
     points: dict[str, list[Rows]] = {}
@@ -81,19 +88,19 @@ def read(path: Path, mapping: Mapping) -> Dump:
         raise DumpError(
             f"{path} holds no tensor of activations.", "Name tensors by point: embd, blk.5.l_out.", code="no-records"
         )
-    made = {name: batches[0] for name, batches in points.items()}
-    return Dump(str(path), None, made, notes=tuple(unknown_names(made)))
+    stacked = {name: batches[0] for name, batches in points.items()}
+    return Dump(str(path), None, stacked, notes=tuple(unknown_names(stacked)))
 
 
 def named(value: Any, name: str) -> Iterator[tuple[str, NDArray[Any]]]:
-    """(name, tensor) of a structure; of lists the first tensor, as modules return them."""
+    """(name, tensor) of a structure; for lists the first tensor, as modules return them."""
     if isinstance(value, np.ndarray):
         yield name, value
     elif isinstance(value, dict):
         for key, inner in value.items():
             if isinstance(key, str):
                 first = (
-                    next((one for one in inner if isinstance(one, np.ndarray)), None)
+                    next((item for item in inner if isinstance(item, np.ndarray)), None)
                     if isinstance(inner, list | tuple)
                     else inner
                 )
@@ -105,7 +112,7 @@ def contents(file: Path) -> Any:
     """What was saved: dictionaries, lists, tuples, numbers, texts, and tensors as NumPy arrays (bfloat16 as float32).
 
     Raises:
-        DumpError: it is no such file, is damaged, or describes more than could be activations.
+        DumpError: it is not such a file, is damaged, or describes more data than activations could be.
     """
     require_regular(file, DumpError)
     try:
@@ -120,7 +127,7 @@ def contents(file: Path) -> Any:
     except DumpError:
         raise
     except zipfile.BadZipFile as error:
-        reason = "torch's old format, or no file of torch at all" if size else "an empty file"
+        reason = "torch's old format, or not a torch file at all" if size else "an empty file"
         raise DumpError(f"cannot read {file}: {reason}.", _AGAIN, code="array") from error
     except Exception as error:  # of zlib, of the instructions' parser, of shapes: a file's fault, whatever its name
         reason = " ".join(str(error).split())[:100] or type(error).__name__
@@ -128,7 +135,7 @@ def contents(file: Path) -> Any:
 
 
 def _check_members(members: dict[str, zipfile.ZipInfo], size: int) -> None:
-    """Raises ValueError for an archive of `size` bytes that would fill the memory, or that torch did not write."""
+    """Raises ValueError if an archive of `size` bytes would fill the memory, or if torch did not write it."""
     unpacked = sum(member.file_size for member in members.values())
     if unpacked > LARGEST or unpacked > max(_SMALL, _RATIO * size):
         raise ValueError(f"it would unpack to {unpacked:,} bytes")
@@ -147,11 +154,11 @@ class _Reader:
         self._raw: dict[str, bytes] = {}
 
     def value(self, description: bytes) -> Any:
-        """The structure. Raises ValueError (or what the parser raises) for what is none."""
+        """The structure. Raises ValueError (or what the parser raises) if the description is invalid."""
         stack: list[Any] = []
         marks: list[int] = []
         memo: dict[int, Any] = {}
-        for number, (opcode, argument, _) in enumerate(pickletools.genops(description)):
+        for number, (opcode, argument) in enumerate(_instructions(description)):
             if number > _STEPS:
                 raise ValueError("its description is too long")
             name = opcode.name
@@ -176,7 +183,7 @@ class _Reader:
             elif name == "STACK_GLOBAL":
                 last, module = stack.pop(), stack.pop()
                 if not isinstance(last, str) or not isinstance(module, str):
-                    raise ValueError("it names a class by what is no text")
+                    raise ValueError("it names a class by something other than text")
                 stack.append(Opaque(f"{module}.{last}"))
             elif name in ("TUPLE1", "TUPLE2", "TUPLE3"):
                 count = int(name[-1])
@@ -195,7 +202,7 @@ class _Reader:
                 arguments, function = stack.pop(), stack.pop()
                 stack.append(self._called(function, arguments))
             elif name == "BUILD":
-                stack.pop()  # attributes of an object: nothing here has any that matter
+                stack.pop()  # attributes of an object: none that matter here
             elif name not in ("PROTO", "FRAME"):
                 raise ValueError(f"its description has the instruction {name}")
         raise ValueError("its description does not end")
@@ -217,7 +224,7 @@ class _Reader:
         kind, storage, key = identity[:3]
         last = storage.name.rpartition(".")[2] if isinstance(storage, Opaque) else ""
         if kind != "storage" or not isinstance(key, str):
-            raise ValueError("it names something that is no storage")
+            raise ValueError("it names something that is not a storage")
         if last not in _TYPES:
             return Opaque(last)
         return _Storage(_TYPES[last], key, self._order)
@@ -255,7 +262,7 @@ class _Reader:
             or len(shape) > _DEEPEST
             or not all(isinstance(n, int) and n >= 0 for n in (*shape, *strides))
         ):
-            raise ValueError("it has a tensor whose shape is no list of sizes")
+            raise ValueError("it has a tensor whose shape is not a list of sizes")
         kind = np.dtype(f"{storage.order}{'u2' if storage.type == _BF16 else storage.type}")
         raw = self._bytes(storage.key)
         flat = np.frombuffer(raw, kind, len(raw) // kind.itemsize)
@@ -263,7 +270,7 @@ class _Reader:
         count = prod(shape)
         if not isinstance(offset, int) or offset < 0 or count > len(flat) or (count and offset + last >= len(flat)):
             raise ValueError("it has a tensor that is larger than its storage")
-        self._room -= 8 * count  # as float32 and in a row's copy
+        self._room -= 8 * count  # as float32, and in a copy of the row
         if self._room < 0:
             raise ValueError("its tensors are larger than activations")
         view = as_strided(flat[offset:], tuple(shape), tuple(stride * kind.itemsize for stride in strides), writeable=False)
@@ -296,18 +303,18 @@ _LITERAL = frozenset(
 
 
 def _index(argument: Any) -> int:
-    """The place in the memory of values that an instruction names."""
+    """The index in the memory of values that an instruction names."""
     return int(argument)
 
 
 def _list(value: Any) -> list[Any]:
     if not isinstance(value, list):
-        raise ValueError("its description appends to what is no list")  # noqa: TRY004  # a file's fault
+        raise ValueError("its description appends to something other than a list")  # noqa: TRY004  # a file's fault
     return value
 
 
 def _key(value: Any) -> Any:
-    """A key of a dictionary; a tuple of tuples of … takes for ever to hash, or more stack than there is."""
+    """A key of a dictionary; a deeply nested tuple would take for ever to hash, or exhaust the stack."""
     if isinstance(value, tuple):
         raise ValueError("a key of its dictionaries is a tuple")  # noqa: TRY004  # a file's fault
     return value
@@ -315,5 +322,5 @@ def _key(value: Any) -> Any:
 
 def _dict(value: Any) -> dict[Any, Any]:
     if not isinstance(value, dict):
-        raise ValueError("its description sets items of what is no dictionary")  # noqa: TRY004  # a file's fault
+        raise ValueError("its description sets items of something other than a dictionary")  # noqa: TRY004  # a file's fault
     return value

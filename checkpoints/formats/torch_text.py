@@ -19,12 +19,12 @@ _BARE_POINT = re.compile(r"(?<=\d)\.(?![\d.])")  # whole numbers are printed as 
 
 
 def printed_rows(point: str, text: str, sizes: str) -> Rows | None:
-    """The rows of a printed tensor [T, …], [n] or [1, T, …], positions from 0; None where it is none of them.
+    """The rows of a printed tensor [T, …], [n] or [1, T, …], positions from 0; None if it has none of these shapes.
 
     `sizes` is its shape as PyTorch writes it, "torch.Size([1, 9, 64])".
 
     Raises:
-        ValueError: text and shape do not agree, or it is no tensor.
+        ValueError: text and shape do not agree, or it is not a tensor.
     """
     given = _SIZES.fullmatch(sizes)
     if given is None:
@@ -46,7 +46,7 @@ def printed_rows(point: str, text: str, sizes: str) -> Rows | None:
 
 
 def _walk(node: Any, shape: tuple[int, ...], before: tuple[int, ...] = ()) -> Iterator[tuple[tuple[int, ...], float]]:
-    """(index, value) of every value in nested lists of that shape, in which a gap stands for what was left out."""
+    """(index, value) of every value in nested lists of that shape, in which a gap marks omitted values."""
     if len(before) == len(shape):
         yield before, number(node)
         return
@@ -87,7 +87,7 @@ def _rows(point: str, elements: dict[int, dict[int, float]], width: int, decimal
 
 
 def _step(value: float, decimals: int, *, scientific: bool) -> float:
-    """The step of the last decimal; 0 for a value that has none (NaN, infinite, an exact 0)."""
+    """The step of the last decimal; 0 for a value without one (NaN, infinite, an exact 0)."""
     if not np.isfinite(value) or not value:
         return 0.0
     return float(10.0 ** (floor(log10(abs(value))) * scientific - decimals))

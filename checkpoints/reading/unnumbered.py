@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from ..distinct import distinct
 from ..errors import DumpError
 from ..record import Rows
 
@@ -28,7 +29,7 @@ def counted(rows: Rows, path: str) -> Rows:
             code="record",
         )
     token_idx = np.empty(len(rows), dtype=np.int64)
-    for seq in np.unique(rows.seq):
+    for seq in distinct(rows.seq):
         members = np.flatnonzero(rows.seq == seq)
         token_idx[members] = np.arange(len(members))
     return replace(rows, token_idx=token_idx)
@@ -38,8 +39,8 @@ def said(counts: Mapping[str, int], points: int) -> str:
     """The note on a dump of `points` points of which some were counted: their names with how many records each."""
     most = max(counts.values())
     listed = ", ".join([*list(counts)[:_LISTED], *["…"] * (len(counts) > _LISTED)])
-    what = "no line has" if len(counts) == points else f"lines of {listed} lack"
-    note = f"{what} a token_idx: a point's first line is taken as position 0, its second as 1, … up to {most - 1}"
+    lacking = "no line has" if len(counts) == points else f"lines of {listed} lack"
+    note = f"{lacking} a token_idx: a point's first line is taken as position 0, its second as 1, … up to {most - 1}"
     fewer = [name for name, count in counts.items() if count < most]
     if fewer:
         note += f" ({fewer[0]} has only {counts[fewer[0]]}: of which positions?)"

@@ -132,10 +132,12 @@ def _where(kinds: tuple[str, ...]) -> Callable[[Steps], Values]:
 
 
 def _new(name: str, kinds: tuple[str, ...], change: Callable[[Step, Steps, Parameters], Step], *texts: str) -> Fault:
-    what, symptom, fix, seen = texts
+    summary, symptom, fix, seen = texts
     parameters = {AT: _where(kinds)}
     every = (*kinds, _ANY)
-    return Fault(name=name, kinds=every, change=change, what=what, symptom=symptom, fix=fix, seen=seen, parameters=parameters)
+    return Fault(
+        name=name, kinds=every, change=change, what=summary, symptom=symptom, fix=fix, seen=seen, parameters=parameters
+    )
 
 
 FAULTS = (

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..backend import Array, Backend
+from ..backend import Array, Backend, all_equal
 from ..graph import PASSES, POSITIONS, TOKENS, Altered, Step, WeightSource, compute, inputs_of
 from ..inapplicable import NotApplicable
 from .batched import can_batch, compute_batch
@@ -163,7 +163,7 @@ class Replay:
             before = self.values[step.makes]
             if value.shape != before.shape:
                 raise NotApplicable(f"{step.makes} has shape {value.shape} instead of {before.shape}")
-            if bool((value == before).all()):
+            if all_equal(value, before):
                 return False
         changed[step.makes] = value
         return True

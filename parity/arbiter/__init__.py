@@ -1,1 +1,1 @@
-"""The arbiter: how far records of either side are from what the same steps give in float64."""
+"""The arbiter: how far records of either side are from a float64 computation of the same steps."""

@@ -1,4 +1,4 @@
-"""Which of two sides that differ is right: the same steps in float64 are the truth that both are held against."""
+"""Which of two differing sides is right: both are compared with a float64 computation of the same steps."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
@@ -49,7 +49,7 @@ class Arbiter:
         self._positions = np.asarray(positions, dtype=np.int64)
         self._passes = tuple(passes)
         self._given = given
-        # A state after a pass has no row for each position, and other passes leave it at other ones; an encoder's scores have rows
+        # A state after a pass has no row for each position, and other passes leave it at other positions; an encoder's scores have rows
         # of other lengths than a decoder's.
         whole = sees_later(steps)
         self._points = frozenset(step.makes for step in steps if step.axis == 0 or (step.axis == 1 and not whole))
@@ -67,7 +67,7 @@ class Arbiter:
 
     @classmethod
     def of(cls, engine: Engine, tokens: Sequence[int], first: int = 0, prompt: int | None = None) -> "Arbiter":
-        """The arbiter of a prompt of so many tokens (None: all) and those generated after it, one a pass, from position `first` on."""
+        """The arbiter of a prompt of so many tokens (None: all) and the tokens generated after it, one a pass, from position `first` on."""
         length = len(tokens) if prompt is None else prompt
         passes = [max(0, row - length + 1) for row in range(len(tokens))]
         positions = range(first, first + len(tokens))
@@ -76,9 +76,9 @@ class Arbiter:
     def distances(self, points: Mapping[str, Rows]) -> dict[str, Floats]:
         """How far records are from the truth: their NMSE, float64 [R] for each point.
 
-        It is that of the recorded elements or, if that is larger, the estimate of the whole row's from the sketch; infinite where
+        It is the NMSE of the recorded elements or, if larger, the estimate for the whole row from the sketch; infinite if
         a value is not finite and the truth is. NaN for a record of another sequence or of a position without a token. Points
-        that the steps do not make are left out.
+        that the steps do not compute are left out.
         """
         return self._distances(points, Variant.WIDE)
 
@@ -117,7 +117,7 @@ class Arbiter:
         return index, (rows.seq == 0) & (index >= 0) & (index < len(self._positions))
 
     def one_entry(self, points: Mapping[str, Rows]) -> dict[str, Floats]:
-        """As `parity.diff.truth.Truth.one_entry`; records whose positions or elements are not known have 0."""
+        """See `parity.diff.truth.Truth.one_entry`; 0 for records whose positions or elements are unknown."""
         tables = {step.makes: step for step in self._steps if step.makes in points and is_looked_up(step)}
         return {name: self._one_entry(step, points[name]) for name, step in tables.items()}
 
@@ -162,10 +162,10 @@ class Arbiter:
         return values_of(variant, steps, self._tokens, positions, self._passes, self._weights, self._backend, wanted, given)
 
     def record(self, rows: Rows) -> Rows:
-        """What a dump would record of the truth under the keys of some records, rounded to float32.
+        """The truth as a dump would record it, under the keys of some records, rounded to float32.
 
         Raises:
-            KeyError: a point that was not asked for before.
+            KeyError: a point that was not requested before.
         """
         return self._recorded(rows, rows.token_idx - self._positions[0], self._values[Variant.WIDE][rows.point])[0]
 
@@ -216,7 +216,7 @@ def _nmse(rows: Rows, high: Rows, low: Rows | None) -> Floats:
 
 
 def _elements(whole: Rows, like: Rows) -> Floats:
-    """The elements of some records that others hold: float64 [R, k]; NaN where there are none."""
+    """The elements of some records at the places recorded by others: float64 [R, k]; NaN where there are none."""
     width = like.values.shape[1]
     if like.indices is not None:
         index = np.clip(like.indices, 0, whole.values.shape[1] - 1)

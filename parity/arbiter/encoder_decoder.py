@@ -16,7 +16,7 @@ class EncoderDecoderArbiter:
 
     Args:
         transformer: an encoder–decoder.
-        prompt, generated: ids of the encoder's tokens, and of those that follow the decoder's first one.
+        prompt, generated: ids of the encoder's tokens, and of the decoder's tokens after its first one.
     """
 
     def __init__(self, transformer: Transformer, prompt: Sequence[int], generated: Sequence[int]) -> None:
@@ -38,12 +38,12 @@ class EncoderDecoderArbiter:
 
     @property
     def asked(self) -> bool:
-        """Whether anything of the truth is known by now."""
+        """Whether anything has been computed in float64 yet."""
         return self._encoder.asked or self._decoder.asked
 
     @cached_property
     def coarse(self) -> frozenset[str]:
-        """The points that ggml itself computes coarsely, the decoder's where what it reads of the encoder is."""
+        """The points that ggml itself computes coarsely; the decoder's also if they read coarse values of the encoder."""
         first = self._encoder.coarse
         return first | coarse_points(self._decoder_steps, (ENCODED,) if self._last in first else ())
 
@@ -73,7 +73,7 @@ class EncoderDecoderArbiter:
         return self._encoder.spread(first) | self._decoder.spread(others)
 
     def record(self, rows: Rows) -> Rows:
-        """As `Arbiter.record`."""
+        """See `Arbiter.record`."""
         return (self._encoder if rows.point.startswith(ENCODER) else self._decoder).record(rows)
 
 

@@ -20,10 +20,10 @@ AnyArbiter = Arbiter | EncoderDecoderArbiter
 
 
 def with_truth(comparison: Comparison, arbiter: AnyArbiter, *, everywhere: bool) -> Comparison:
-    """The comparison with what float64 says of it.
+    """The comparison with the verdict of float64 added.
 
     Args:
-        everywhere: of every compared point; else of those up to the first divergence, and of all where the arbiter was asked already.
+        everywhere: at every compared point; otherwise up to the first divergence, and everywhere if float64 was already computed.
     """
     pairs = _asked(comparison, arbiter, everywhere=everywhere)
     if not pairs:
@@ -52,7 +52,7 @@ def _point(name: str, ours: Floats, ref: Floats) -> TruthPoint:
 
 
 def _record(pair: Pair, shown: Difference, arbiter: AnyArbiter, ours: Floats, ref: Floats) -> tuple[TruthRecord, Rows] | None:
-    """What float64 says of one record, and that record as float64 has it; None where it is not known."""
+    """What float64 says of one record, and the record's values in float64; None if unknown."""
     at = np.flatnonzero((pair.ref.seq == shown.seq) & (pair.ref.token_idx == shown.token_idx))
     if not len(at) or np.isnan(ours[at[0]]) or np.isnan(ref[at[0]]):
         return None
@@ -63,7 +63,7 @@ def _record(pair: Pair, shown: Difference, arbiter: AnyArbiter, ours: Floats, re
 
 
 def _alone(ours: float | None, ref: float | None) -> str:
-    """The side that is further from the truth than rounding brings it, seen from the other one."""
+    """The side that is further from the truth than rounding explains, if the other one is not."""
     if ours is None or ref is None or ours == ref:
         return ""
     if ours > MULTIPLE * ref:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def prepare(output_format: Format) -> None:
-    """Import what `finish` will use and compile the report's template: for while llama.cpp computes."""
+    """Import what `finish` will use and compile the report's template, to do so while llama.cpp computes."""
     from reports.html import template
 
     template("report.html")
@@ -90,7 +90,7 @@ def findings(paths: Sequence[Path]) -> "list[Finding]":
 
 
 def show_report(whole: "Report", output_format: AnswerFormat, *, html: Path | None, junit: Path | None) -> int:
-    """Print a comparison's answer in any of CI's formats, write the files that were asked for, return the exit code."""
+    """Print a comparison's answer in one of CI's formats, write the requested files, return the exit code."""
     from reports.files import save
     from reports.html import write_html
 

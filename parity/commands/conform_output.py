@@ -15,6 +15,8 @@ from .output import DIVERGENCE_CODE, PARITY_CODE
 if TYPE_CHECKING:
     from checkpoints.answers.conform import CellResult, Conformance
 
+    from ..run.command import Command
+
 _INTERRUPTED = 130
 
 
@@ -58,6 +60,31 @@ class Shown:
             self._bar.stop()
 
 
+def check_side(command: "Command | None", side: str | None) -> None:
+    """Refuse a request that does not say who is tested.
+
+    Raises:
+        InputError: neither --exec nor --side, both where they do not go together, or a server's command without its placeholders.
+    """
+    from ..run.command import MODEL, PORT
+
+    if side == "server":
+        if command is None or not (command.takes(PORT) and command.takes(MODEL)):
+            raise InputError(
+                "--side server needs a command that starts a server.",
+                "Write --exec 'my-server --model {model} --port {port}'.",
+                code="usage",
+            )
+    elif (command is None) == (side is None):
+        raise InputError(
+            "no engine to test was given." if command is None else "more than one engine to test was given.",
+            "Take one of --exec CMD, --side ours and --side hf.",
+            code="usage",
+        )
+    elif command is not None and command.takes(PORT):
+        raise InputError("--exec names {port}, but no server was asked for.", "Add --side server.", code="usage")
+
+
 def check_outputs(junit: Path | None, table: Path | None) -> None:
     """Refuse output files that cannot be written before hours are spent on the run.
 
@@ -81,7 +108,7 @@ def show(conformance: "Conformance", output_format: AnswerFormat, *, junit: Path
     """Print the answer, write index.html and whatever else was asked for, and return the exit code.
 
     Raises:
-        InputError: nothing was compared: every cell was refused, or a file cannot be written.
+        InputError: nothing was compared (every cell was refused), or a file cannot be written.
     """
     from reports import conform as report
     from reports.conform_html import conform_html
@@ -115,9 +142,5 @@ def show(conformance: "Conformance", output_format: AnswerFormat, *, junit: Path
     if conformance.not_run:
         return _INTERRUPTED
     if conformance and not any(result.compared for result in conformance.results):
-        raise InputError(
-            f"nothing was compared: {report.outcome(conformance.results[0])}.",
-            "Widen the matrix, or check the command.",
-            code="nothing",
-        )
+        raise InputError(report.nothing_compared(conformance), "Widen the matrix, or check the command.", code="nothing")
     return PARITY_CODE if conformance else DIVERGENCE_CODE

@@ -1,4 +1,4 @@
-"""`parity consistency`: an engine against itself."""
+"""`parity consistency`: compare an engine with itself."""
 
 from pathlib import Path
 from typing import Annotated
@@ -23,10 +23,10 @@ def consistency(
     chunk: Annotated[int, typer.Option("--chunk", min=1, help="Tokens per chunk when the prefill is checked in chunks.")] = 4,
     output_format: o.FormatOption = o.Format.TEXT,
 ) -> None:
-    """Does an engine agree with itself? A prompt at once, token by token, in chunks, ubatches, a batch, from a saved state.
+    """Does an engine agree with itself? The same prompt at once, token by token, in chunks, in ubatches, in a batch, from a saved state.
 
-    Your first token is right and the text falls apart later? Then prefill and decode disagree: dump the same tokens twice, once
-    as one prompt and once token by token, and give both dumps. What fails says whether cache, positions or mask are to blame.
+    Is your first token right and does the text fall apart later? Then prefill and decode disagree: dump the same tokens twice, once
+    as one prompt and once token by token, and give both dumps. The failing points tell whether cache, positions or mask are to blame.
 
       parity consistency whole.jsonl steps.jsonl         two dumps of your engine
 
@@ -34,9 +34,9 @@ def consistency(
 
       parity consistency --model M.gguf --prompt "Hi"    our engine; --side ref: llama.cpp
 
-    {portions} stands for the number of tokens in each forward pass, separated by commas: 4,4,1; {ubatch} for the most tokens that are
-    computed at once; {sequences} for several prompts, 17,403;5,6; {state} for a file to go on from if it is there, and to leave the
-    state in. No reference is needed. Exits 0 if all agree, 1 if something differs.
+    {portions} stands for the number of tokens in each forward pass, separated by commas: 4,4,1; {ubatch} for the largest number of tokens
+    computed at once; {sequences} for several prompts, 17,403;5,6; {state} for a file: continue from it if it exists, and write the
+    state into it. No reference is needed. Exits 0 if all agree, 1 if something differs.
     """
     from ..consistency.consistency import ConsistencyRequest
     from ..consistency.consistency import consistency as check

@@ -20,7 +20,7 @@ def convert(
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="The dump to write.", show_default=False)],
 ) -> None:
-    """Write what your engine left behind as a dump of format 1: one JSON object a line, as `parity diff` and `lint` take it."""
+    """Convert a dump in any known format to format 1: one JSON object a line, for `parity diff` and `parity lint`."""
     from checkpoints.formats import load
     from checkpoints.jsonl import write
     from checkpoints.record import Header

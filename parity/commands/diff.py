@@ -32,7 +32,8 @@ def diff(
         typer.Option(
             "--model",
             "-m",
-            help="GGUF file of the dumps: measures the error of lower precisions on it, and which one OURS uses if it does not say; "
+            help="GGUF file of the dumps: measures the error of lower precisions, and finds the one that "
+            "OURS uses if its header does not name it; "
             "--arbiter needs it.",
         ),
     ] = None,
@@ -45,9 +46,9 @@ def diff(
     html: Annotated[Path | None, typer.Option("--html", help="Write a report: one HTML file that opens offline.")] = None,
     include: Annotated[
         list[Path] | None,
-        typer.Option("--include", help="For the report: a JSON answer of lint, isolate or explain; repeat the option."),
+        typer.Option("--include", help="Add a JSON answer of lint, isolate or explain to the report; can be repeated."),
     ] = None,
-    junit: Annotated[Path | None, typer.Option("--junit", help="Write JUnit XML besides: one case a point.")] = None,
+    junit: Annotated[Path | None, typer.Option("--junit", help="Also write JUnit XML: one case for each point.")] = None,
 ) -> None:
     """Compare two dumps, or three, and name the first divergence.
 
@@ -62,14 +63,15 @@ def diff(
     mapping, despite_lint, arbiter = (given.pop(name) for name in ("mapping", "despite_lint", "arbiter"))
     options = Options(**given, step=step, placed=mapping.position_offset is not None)
     if third is not None:
-        of_two = (table, html, junit, model, step, options.compute, options.strict or None)
+        of_two = (table, html, junit, step, options.compute, options.strict or None)
         if any(value is not None for value in of_two) or output_format.value not in set(o.Format):
             raise InputError(
-                "--table, --html, --junit, --model, --step, --compute, --strict and the CI formats need exactly two dumps.",
+                "--table, --html, --junit, --step, --compute, --strict and the CI formats need exactly two dumps.",
                 "Leave the third dump out.",
                 code="three",
             )
-        raise typer.Exit(_three((load(ours, mapping), load(ref), load(third)), options, o.Format(output_format.value)))
+        dumps = load(ours, mapping), load(ref), load(third)
+        raise typer.Exit(_three(dumps, options, model, arbiter, o.Format(output_format.value)))
     if table is not None:
         from ..diff.table import check_ending
 
@@ -94,8 +96,17 @@ def diff(
     raise typer.Exit(show_report(whole, output_format, html=html, junit=junit))
 
 
-def _three(dumps: tuple["Dump", "Dump", "Dump"], options: "Options", output_format: o.Format) -> int:
-    from ..diff.three_way import compare_three
+def _three(
+    dumps: tuple["Dump", "Dump", "Dump"], options: "Options", model: Path | None, arbiter: str, output_format: o.Format
+) -> int:
     from .three_way_output import show_three
 
-    return show_three(compare_three(dumps, options), dumps, output_format)
+    if model is None:
+        from ..diff.three_way import compare_three
+
+        return show_three(compare_three(dumps, options), dumps, output_format)
+    from ..diff.tokens import same_model
+    from ..explain.on_model import three_on
+
+    same_model(dumps[1], model)
+    return show_three(three_on(dumps, options, model, arbiter), dumps, output_format)

@@ -1,4 +1,4 @@
-"""`parity doctor`: what is installed, what is missing, what lies in the cache."""
+"""`parity doctor`: what is installed, what is missing, what the cache contains."""
 
 from typing import Annotated
 
@@ -11,7 +11,7 @@ def doctor(
     empty_cache: Annotated[bool, typer.Option("--empty-cache", help="Delete the cached F32 twins.")] = False,
     output_format: o.FormatOption = o.Format.TEXT,
 ) -> None:
-    """Versions, llama.cpp's backends, CUDA, and the cache of F32 twins."""
+    """Show versions, llama.cpp's backends, CUDA, and the cache of F32 twins."""
     from ..doctor.health import check
     from .output import print_facts
 

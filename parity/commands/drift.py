@@ -13,12 +13,14 @@ from .empty_options import Commands
 app = typer.Typer(
     cls=Commands,
     no_args_is_help=True,
-    help="Keep numbers from moving unseen: record golden dumps, check against them in CI, see the margins over commits.",
+    help="Notice when numbers change: record golden dumps, check against them in CI, follow the margins over commits.",
 )
 
 
 FolderArgument = Annotated[Path, typer.Argument(help="Folder of `parity drift record`.", show_default=False)]
-LedgerOption = Annotated[Path | None, typer.Option("--ledger", help="Ledger of the checks; default: FOLDER/ledger.jsonl.")]
+LedgerOption = Annotated[
+    Path | None, typer.Option("--ledger", help="File with the history of checks; default: FOLDER/ledger.jsonl.")
+]
 
 
 @app.command("record", short_help="Write a golden dump of every prompt.")
@@ -29,7 +31,9 @@ def record(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the golden dumps.")],
     side: Annotated[
         o.Side,
-        typer.Option("--side", help="Whose numbers are golden: llama.cpp's (ref) or our engine's; or your engine's, --exec."),
+        typer.Option(
+            "--side", help="Whose numbers are golden: llama.cpp's (ref) or our engine's (ours); --exec records your engine's."
+        ),
     ] = o.Side.REF,
     generate: Annotated[
         int, typer.Option("--generate", min=0, help="Decode steps after each prompt, along llama.cpp's tokens.")
@@ -55,38 +59,36 @@ def check(
     given: o.Given,
     folder: FolderArgument,
     ours: Annotated[
-        list[Path] | None, typer.Option("--ours", help="Dumps of your engine, one a prompt; repeat the option.")
+        list[Path] | None, typer.Option("--ours", help="Dumps of your engine, one for each prompt; repeat the option.")
     ] = None,
     side: Annotated[
         o.Side | None,
         typer.Option("--side", help="Run our engine (ours) or llama.cpp (ref); default: the side that was recorded."),
     ] = None,
-    model: Annotated[
-        Path | None, typer.Option("--model", "-m", help="GGUF file, if it is no longer where it was recorded.")
-    ] = None,
+    model: Annotated[Path | None, typer.Option("--model", "-m", help="GGUF file, if it has moved since the recording.")] = None,
     mode: Annotated[o.Mode | None, typer.Option("--mode", help="Refuse golden dumps recorded in another mode.")] = None,
     prompts: Annotated[Path | None, typer.Option("--prompts", help="Refuse golden dumps of prompts other than these.")] = None,
     update: Annotated[bool, typer.Option("--update", help="Rewrite the golden records of points that moved.")] = False,
-    strict: Annotated[bool, typer.Option("--strict", help="Errors that grow within their limits exit 1, too.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit 1 also if an error grows within its limit.")] = False,
     bisect: Annotated[
-        bool, typer.Option("--bisect", help="For `git bisect run`: what cannot be tested exits 125, not 2.")
+        bool, typer.Option("--bisect", help="For `git bisect run`: exit 125 instead of 2 if a commit cannot be tested.")
     ] = False,
     ledger: LedgerOption = None,
     no_ledger: Annotated[bool, typer.Option("--no-ledger", help="Don't add this check to the ledger.")] = False,
     workers: Annotated[
-        int, typer.Option("--workers", min=1, max=256, help="Processes that run prompts, each with the model opened once.")
+        int, typer.Option("--workers", min=1, max=256, help="Number of processes that run prompts; each loads the model once.")
     ] = 1,
     cluster: Annotated[
         str | None, typer.Option("--cluster", help="Run prompts on a Dask cluster instead: tcp://host:8786.")
     ] = None,
-    junit: Annotated[Path | None, typer.Option("--junit", help="Write JUnit XML besides: one case a point.")] = None,
+    junit: Annotated[Path | None, typer.Option("--junit", help="Also write JUnit XML: one case for each point.")] = None,
     summary: Annotated[Path | None, typer.Option("--summary", help="Append Markdown to this file (a job summary).")] = None,
     output_format: o.AnswerOption = o.AnswerFormat.TEXT,
 ) -> None:
-    """Run again (or run your engine, or read its dumps) and compare with the golden dumps.
+    """Run our engine, llama.cpp or yours again (or read its dumps) and compare with the golden dumps.
 
-    Exits 0 where nothing moved beyond its limit, 1 for drift, 2 where the model, the prompts or the mode changed. With
-    --bisect 125 takes the place of 2: `git bisect run parity drift check FOLDER --exec CMD --bisect`.
+    Exits 0 if no number moved beyond its limit, 1 for drift, 2 if the model, the prompts or the mode changed. With
+    --bisect, 125 replaces 2: `git bisect run parity drift check FOLDER --exec CMD --bisect`.
     """
     del bisect  # __main__ maps the exit code, those of wrong options included
     if sum(chosen not in (None, []) for chosen in (ours, given["command"], side)) > 1:
@@ -114,7 +116,7 @@ def check(
     raise typer.Exit(show(answer, output_format, junit, summary, strict=strict))
 
 
-@app.command("history", short_help="The margins of all checks over commits.")
+@app.command("history", short_help="Show the margins of all checks over commits.")
 def history(
     folder: Annotated[
         Path, typer.Argument(help="Folder of `parity drift record`, or of `parity conform`.", show_default=False)
@@ -122,15 +124,17 @@ def history(
     ledger: LedgerOption = None,
     since: Annotated[
         str,
-        typer.Option("--since", help="What came nearer to its limit since then: days (7d), weeks (2w) or a date (2026-11-19)."),
+        typer.Option(
+            "--since", help="List what came closer to its limit since then: days (7d), weeks (2w) or a date (2026-11-19)."
+        ),
     ] = "7d",
     html: Annotated[Path | None, typer.Option("--html", help="Write a report with the margins drawn.")] = None,
-    strict: Annotated[bool, typer.Option("--strict", help="Exit 1 where an error grows or comes near its limit.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit 1 if an error grows or comes close to its limit.")] = False,
     output_format: o.FormatOption = o.Format.TEXT,
 ) -> None:
     """Show the margins of all checks over commits, and warn before a limit is reached.
 
-    For a folder of `parity conform` each cell of the matrix is a line: which one came nearer to its limit since last week?
+    For a folder of `parity conform` each cell of the matrix is a line: which one came closer to its limit since last week?
 
       parity drift history runs/conform-engine --since 7d
     """

@@ -60,7 +60,7 @@ def show_history(
     """Print a ledger and return the exit code.
 
     Raises:
-        InputError: there is no ledger, or nothing in it; `since` is neither a number of days or weeks nor a date.
+        InputError: there is no ledger, or it is empty; `since` is neither a number of days or weeks nor a date.
     """
     begin = _begin(since)
     path = book or folder / ledger.NAME
@@ -68,8 +68,8 @@ def show_history(
 
     entries, skipped = ledger.read(path)
     if not entries:
-        what = "has no entry" if path.exists() else "is not there"
-        raise InputError(f"{path} {what}.", "`parity drift check` and `parity conform` write it.", code="ledger")
+        problem = "has no entry" if path.exists() else "is not there"
+        raise InputError(f"{path} {problem}.", "`parity drift check` and `parity conform` write it.", code="ledger")
     findings = last_findings(entries)
     moved = [(label, ledger.closer(group, begin)) for label, group in groups(entries)]
     if html is not None:
@@ -93,12 +93,12 @@ def show_history(
         remarks = [("finding", finding) for finding in findings]
         remarks += [("note", f"{skipped} lines of {path} are not entries and were skipped")] if skipped else []
         print_lines(console, labelled(remarks, console.width))
-        print_lines(console, labelled([("closer", one) for one in closer_sentences(moved)], console.width))
+        print_lines(console, labelled([("closer", sentence) for sentence in closer_sentences(moved)], console.width))
     return DIVERGENCE_CODE if strict and findings else PARITY_CODE
 
 
 def _begin(since: str) -> datetime:
-    """The time that --since stands for."""
+    """The time that --since means."""
     try:
         if since[-1:] in ("d", "w"):
             return datetime.now(UTC) - timedelta(days=int(since[:-1]) * (7 if since[-1] == "w" else 1))
@@ -113,7 +113,7 @@ def _begin(since: str) -> datetime:
 
 
 def last_findings(entries: list[Entry]) -> list[str]:
-    """What the last check of each kind shows against all before it."""
+    """What the latest check of each kind shows, compared with all earlier ones."""
     last: dict[tuple[str, str], list[Entry]] = {}
     for entry in entries:
         last.setdefault((entry.source, entry.golden), []).append(entry)

@@ -38,7 +38,7 @@ OutOption = Annotated[Path, typer.Option("--out", "-o", help="The dump to write.
     )
 )
 def ours(given: o.Given, out: OutOption) -> None:
-    """Run a prompt through our engine and write what it computed."""
+    """Run a prompt through our engine and write the computed values."""
     from ..run import session
     from ..run.request import Request
     from .output import progress_bar, written
@@ -73,11 +73,11 @@ def ref(
         Path | None,
         typer.Option(
             "--follow",
-            help="Take the tokens (generated ones too), points and positions from this dump, and run llama.cpp along them.",
+            help="Take the tokens (generated ones too), points and positions from this dump, and run llama.cpp on them.",
         ),
     ] = None,
 ) -> None:
-    """Run a prompt through llama.cpp and write what it computed; any architecture that llama.cpp has."""
+    """Run a prompt through llama.cpp and write the computed values; works for any architecture that llama.cpp has."""
     from checkpoints.formats import load
 
     from ..run import session
@@ -87,7 +87,7 @@ def ref(
 
     if follow is None and given["prompt"] is given["tokens"] is None:
         given_prompt(None, None, None)
-    mapping = given.pop("mapping")  # of what is followed: llama.cpp's own names need none
+    mapping = given.pop("mapping")  # for the dump that is followed: llama.cpp's own names need none
     followed = load(follow, mapping) if follow is not None else None
     result = session.dump_reference(Request(**given), out, followed)
     left = [name for name in followed.points if name not in result.points] if followed is not None else []
@@ -110,10 +110,10 @@ def hf(
         ),
     ] = None,
 ) -> None:
-    """Run a prompt through transformers, float32 and eager attention, and write what it computed under llama.cpp's names.
+    """Run a prompt through transformers, in float32 with eager attention, and write the values under llama.cpp's names.
 
     It runs in a Python interpreter of yours that has torch and transformers (--python). For a GGUF file the token ids are
-    llama.cpp's, and a note tells if transformers' tokenizer disagrees; for a folder they are transformers' own.
+    llama.cpp's, and a note says whether transformers' tokenizer disagrees; for a folder they are transformers' own.
     """
     from ..models.embedded import path as embedded
     from ..run.session import dump_hugging_face

@@ -1,4 +1,4 @@
-"""`parity emit`: what an engine of your own needs to write dumps."""
+"""`parity emit`: the file that your own engine needs to write dumps."""
 
 from enum import StrEnum
 from typing import Annotated
@@ -7,7 +7,7 @@ import typer
 
 
 class Language(StrEnum):
-    """Whose engine is to write."""
+    """The language or library of the engine that is to write dumps."""
 
     C = "c"
     PYTHON = "python"
@@ -20,14 +20,14 @@ def emit(
     language: Annotated[
         Language,
         typer.Argument(
-            help="c (and C++, CUDA), python, rust, hf: a Hugging Face model, or pytest: a fixture for your tests.",
+            help="c (and C++, CUDA), python, rust; hf: for a Hugging Face model; pytest: a fixture for your tests.",
             show_default=False,
         ),
     ],
 ) -> None:
-    """Print the one file that your engine needs to write dumps: parity emit c > parity_dump.h.
+    """Print the single file that your engine needs to write dumps: parity emit c > parity_dump.h.
 
-    It copies values as soon as they are computed, with the statistics and the sketch that a whole row's comparison needs.
+    It copies values as soon as they are computed, with the statistics and the sketch needed to compare whole rows.
 
     `parity emit pytest > tests/parity_pytest.py` prints a fixture, parity_golden(dump, golden, model=…), whose failing assertion
     shows the first divergence and its cause.

@@ -21,15 +21,15 @@ def explain(
     max_faults: Annotated[int, typer.Option("--max-faults", min=1, max=8, help="Largest number of faults to combine.")] = 4,
     budget: Annotated[
         float,
-        typer.Option("--budget", min=0.1, help="Seconds after which the search stops and answers with what it has found."),
+        typer.Option("--budget", min=0.1, help="Seconds after which the search stops and reports what it has found."),
     ] = 60.0,
     catalogue: Annotated[bool, typer.Option("--list", help="Print the catalogue of known faults.")] = False,
     output_format: o.FormatOption = o.Format.TEXT,
 ) -> None:
-    """Your engine writes garbage: find the known fault (wrong RoPE pairs, a missing bias, …) that reproduces its numbers.
+    """Find the known fault (wrong RoPE pairs, a missing bias, …) that reproduces the numbers of your engine.
 
     Replays each fault of the catalogue in our engine until one gives the numbers of your dump. The prompt is the dump's
-    own, unless you give it. Exits 0 if there is no fault, 1 if there is one, known or not.
+    own, unless you give another. Exits 0 if there is no fault, 1 if there is one, whether its cause is found or not.
     """
     from reports import explanation
 

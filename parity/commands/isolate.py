@@ -13,7 +13,7 @@ from . import options as o
 
 
 class CacheType(StrEnum):
-    """What llama.cpp's KV cache holds."""
+    """The type of llama.cpp's KV cache."""
 
     F32 = "f32"
     F16 = "f16"
@@ -24,13 +24,13 @@ def isolate(
     given: o.Given,
     dump: Annotated[
         Path | None,
-        typer.Argument(help="Your engine's dump with whole values; without it llama.cpp's own operations are proven."),
+        typer.Argument(help="Your engine's dump with whole values; without it, llama.cpp's own operations are judged."),
     ] = None,
     mode: Annotated[
         o.Mode | None,
         typer.Option(
             "--mode",
-            help="native: the file's own types with ggml's rounding; exact: all in F32. Default: the dump's mode, else native.",
+            help="native: the file's own types with ggml's rounding; exact: all in F32. Default: the dump's mode, otherwise native.",
         ),
     ] = None,
     kv_type: Annotated[CacheType, typer.Option("--kv-type", help="llama.cpp's KV cache (native mode).")] = CacheType.F32,
@@ -46,18 +46,20 @@ def isolate(
     ] = True,
     graft: Annotated[
         str | None,
-        typer.Option("--graft", help="blk.N.l_out: llama.cpp goes on from your hidden state; does the next token change?"),
+        typer.Option(
+            "--graft", help="blk.N.l_out: llama.cpp continues from your hidden state there; does the next token change?"
+        ),
     ] = None,
     output_format: o.FormatOption = o.Format.TEXT,
 ) -> None:
-    """Name all operations that are wrong, and those that are proven right and need not be looked at again.
+    """Name all operations that are wrong, and those that are proven right and need no further attention.
 
-    Your engine writes garbage and everything after the first wrong value is wrong as well? Here no error is inherited: each
-    operation of each layer is computed again from the inputs that it really had, and compared with its output.
+    Once one value is wrong, everything computed from it is wrong as well. Here no error is inherited: each
+    operation of each layer is computed again from the inputs that it actually had, and compared with its output.
 
       parity isolate ours.jsonl --model M.gguf       your engine: record whole rows (dump --full, or all values in each record)
 
-      parity isolate --model M.gguf --prompt "Hi"    llama.cpp itself: our definition of each operation is held to it
+      parity isolate --model M.gguf --prompt "Hi"    llama.cpp itself: checks our definition of each operation
 
     Exits 0 if nothing is wrong, 1 if something is.
     """

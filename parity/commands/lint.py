@@ -15,7 +15,7 @@ def lint(
     model: Annotated[
         Path | None,
         typer.Option(
-            "--model", "-m", help="GGUF file of the dump: with it late captures, wrong tokens and wrong shapes are found, too."
+            "--model", "-m", help="GGUF file of the dump: needed to find late captures, wrong tokens and wrong shapes."
         ),
     ] = None,
     output_format: o.FormatOption = o.Format.TEXT,
@@ -23,7 +23,7 @@ def lint(
     """Can this dump be trusted?
 
     Before your engine is blamed: does the dump show what the engine computed? Finds buffers captured too late or not copied,
-    device memory read on the host, wrong types, doubled or missing positions, cut files. Exits 0 if clean, 1 with findings.
+    device memory read on the host, wrong types, duplicate or missing positions, truncated files. Exits 0 if clean, 1 with findings.
     """
     from checkpoints.formats import load
     from reports import lint as report

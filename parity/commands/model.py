@@ -1,4 +1,4 @@
-"""`parity model` and `parity tokens`: what an engine must know of a model and a prompt."""
+"""`parity model` and `parity tokens`: what an engine must know about a model and a prompt."""
 
 from pathlib import Path
 from typing import Annotated
@@ -14,7 +14,7 @@ def model(
     ] = None,
     output_format: o.FormatOption = o.Format.TEXT,
 ) -> None:
-    """What an engine must know of a model: ε, RoPE kind and base, head size, tied output, and the points with their shapes."""
+    """Show what an engine must know about a model: ε, RoPE kind and base, head size, tied output, and the points with their shapes."""
     from ..model.describe import describe
     from ..models.embedded import path as default_model
     from .output import print_facts
@@ -24,7 +24,7 @@ def model(
 
 @o.fills("model", "text")
 def tokens(given: o.Given, output_format: o.FormatOption = o.Format.TEXT) -> None:
-    """Token ids and pieces of a prompt, as llama.cpp makes them, special tokens included."""
+    """Show the token ids and pieces of a prompt as llama.cpp tokenizes it, special tokens included."""
     from reference.client import Reference
 
     from .output import print_tokens

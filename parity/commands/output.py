@@ -24,7 +24,7 @@ DIVERGENCE_CODE = 1
 
 
 class Room(Protocol):
-    """A room of `reports` that shows one kind of answer."""
+    """A module of `reports` that shows one kind of answer."""
 
     def lines(self, result: Any, width: int) -> Iterable["Text"]:
         """As text, for a terminal of `width` columns."""
@@ -34,7 +34,7 @@ class Room(Protocol):
 
 
 def answer(result: Any, room: Room, output_format: Format) -> int:
-    """Print an answer that is true where nothing is wrong, and return the exit code."""
+    """Print an answer that is true if nothing is wrong, and return the exit code."""
     if output_format is Format.JSON:
         print(json.dumps(room.as_json(result)))
     else:
@@ -69,21 +69,21 @@ def catalogue_as(output_format: Format) -> None:
 
 
 def notes(dump: "Dump") -> None:
-    """Say on stderr what the reader noticed of a dump, where the answer has no place for it."""
+    """Print on stderr what the reader noticed about a dump, if the answer itself has no place for it."""
     for note in dump.notes:
         print(no_command(printable(f"{dump.path}: {note}", 1000)), file=sys.stderr)
 
 
 def written(path: Path) -> None:
-    """Say on stderr what was written, so that stdout stays the answer's."""
+    """Print on stderr which files were written: stdout is for the answer."""
     size = path.stat().st_size
-    what = f"{size / 2**20:,.1f} MiB" if size >= 1 << 20 else f"{size / 2**10:,.1f} KiB"
-    print(f"{no_command(printable(str(path), None))}  {what}", file=sys.stderr)
+    size_text = f"{size / 2**20:,.1f} MiB" if size >= 1 << 20 else f"{size / 2**10:,.1f} KiB"
+    print(f"{no_command(printable(str(path), None))}  {size_text}", file=sys.stderr)
 
 
 @contextmanager
 def progress_bar(output_format: Format) -> Iterator["Progress | None"]:
-    """A bar on stderr while a run computes; nothing where stderr is no terminal or the answer is for machines."""
+    """A bar on stderr while a run computes; nothing if stderr is not a terminal or the answer is for machines."""
     if output_format is Format.JSON or not sys.stderr.isatty():
         yield None
         return
@@ -139,5 +139,5 @@ def print_tokens(tokens: "Tokens", output_format: Format) -> None:
         return
     for position, (number, piece) in enumerate(zip(tokens.ids, tokens.pieces, strict=True)):
         print(f"{position:>6}  {number:>8}  {printable(json.dumps(piece, ensure_ascii=False))}")
-    added = "added in front of every prompt" if tokens.add_bos else "not added"
+    added = "added at the start of every prompt" if tokens.add_bos else "not added"
     print(f"{len(tokens.ids)} tokens of a vocabulary of {tokens.n_vocab:,}; BOS {tokens.bos} is {added}")

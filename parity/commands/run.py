@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 
 
 def _judged(request: "Request", ours: "Dump", ref: "Dump", options: "Options") -> "Comparison":
-    """A comparison of two dumps of a model that is at hand."""
+    """A comparison of two dumps of a model whose file is available."""
     from ..explain.on_model import compared_on
 
     return compared_on(ours, ref, options, request.model, request.arbiter)
 
 
 def _prepare(output_format: o.Format) -> None:
-    """Import what comes after both sides: for while llama.cpp computes."""
+    """Import what is needed after both sides have run, to do so while llama.cpp computes."""
     import parity.explain.on_model  # noqa: F401
 
     from .comparison_output import prepare
@@ -39,7 +39,7 @@ def _prepare(output_format: o.Format) -> None:
 
 
 class Third(StrEnum):
-    """Who computes besides our side and llama.cpp."""
+    """A third side besides ours and llama.cpp."""
 
     HUGGING_FACE = "hf"
 
@@ -70,21 +70,21 @@ def run(
         bool,
         typer.Option(
             "--hunt",
-            help="Run your engine again and again with more points ({points}), down to the operation and its cause.",
+            help="Run your engine repeatedly with more points ({points}) until the operation and its cause are found.",
         ),
     ] = False,
     bisect: Annotated[
         bool,
         typer.Option(
             "--bisect",
-            help="Which layers of your engine are wrong, each given llama.cpp's input? Two runs; the engine calls parity_inject.",
+            help="Feed each layer of your engine llama.cpp's input and name the wrong ones (two runs; the engine calls parity_inject).",
         ),
     ] = False,
     other: Annotated[
         Third | None,
         typer.Option(
             "--with",
-            help="A third side besides ours and llama.cpp: hf is Hugging Face (--python); the side that disagrees is named.",
+            help="Also run a third side, hf: Hugging Face (--python), and name the side that disagrees.",
         ),
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder of the run; default: runs/<time>-<model>.")] = None,
@@ -92,21 +92,21 @@ def run(
 ) -> None:
     """Run a prompt through our engine (or yours, --exec) and llama.cpp, and find the first divergence.
 
-    With --exec every point that your engine prints is compared; {points} stands for the names of those wanted, with commas.
-    With --hunt the run goes on by itself, from the first divergence to the operation, and then looks for the cause:
+    With --exec every point that your engine prints is compared; {points} stands for the names of the wanted points, separated by commas.
+    With --hunt the run continues by itself from the first divergence to the operation, and then looks for the cause:
 
       parity run --prompt "Hi" --exec "./engine {model} {tokens} {out} {points}" --compute f32 --hunt
 
-    With --bisect two runs say which layers are wrong, each given llama.cpp's own input, whatever the others did before. The engine
-    takes that input by parity_inject (`parity emit c` and `python` have it), behind the checkpoints of embd and of each blk.N.l_out.
+    With --bisect two runs tell which layers are wrong: each gets llama.cpp's own input, so no error is inherited. The engine
+    takes that input with parity_inject (in `parity emit c` and `python`), after the checkpoints of embd and of each blk.N.l_out.
 
-    With --server a running server is our side. It has no checkpoints: its log-probabilities and choices are compared, what explains
-    them is named (BOS, template, sampler), and the command that leads on to the checkpoints is printed:
+    With --server a running server is our side. It has no checkpoints: its log-probabilities and choices are compared, an explanation
+    is named (BOS, template, sampler), and the command that continues with checkpoints is printed:
 
       parity run --prompt-file text.txt --model M.gguf --server http://127.0.0.1:8080 --generate 32
 
-    With --ref-python or --ref-lib other versions or builds of llama.cpp run beside the installed one: a table says at which points the
-    reference itself moved, and what references differ by, as far as it is rounding, is allowed our side as well.
+    With --ref-python or --ref-lib other versions or builds of llama.cpp run beside the installed one: a table shows at which points the
+    reference itself moved, and our side may differ as much as references differ from each other by rounding.
 
     Exits 0 for parity, 1 for a divergence.
     """
@@ -139,7 +139,7 @@ def run(
 
 
 def _refuse_mixtures(given: o.Given, *, hunt: bool, bisect: bool, third: bool) -> None:
-    """Raises InputError for options that don't go together."""
+    """Raises InputError for options that cannot be combined."""
     from checkpoints.mapping import Mapping
 
     engine, server, others = given["command"] is not None, given["server"] is not None, bool(given["others"])
@@ -149,30 +149,34 @@ def _refuse_mixtures(given: o.Given, *, hunt: bool, bisect: bool, third: bool) -
         raise InputError("--hunt needs an engine of yours.", "Give its command with --exec.", code="exec")
     if bisect and (not engine or hunt or third or server or others):
         raise InputError(
-            "--bisect needs an engine of yours (--exec), and goes neither with --hunt nor with another side or llama.cpp.",
+            "--bisect needs an engine of yours (--exec), and cannot be combined with --hunt, another side or another llama.cpp.",
             "Leave the others out.",
             code="bisect",
         )
     if others and (hunt or third or server):
         raise InputError(
-            "--ref-python and --ref-lib (or $LLAMA_CPP_LIB) do not go with --hunt, --with or --server.",
+            "--ref-python and --ref-lib (or $LLAMA_CPP_LIB) cannot be combined with --hunt, --with or --server.",
             "Leave them out.",
             code="builds",
         )
     if third and (given["mode"] != "exact" or hunt):
-        raise InputError("--with hf is only for exact mode (it computes in float32), and not for --hunt.", code="three")
+        raise InputError("--with hf works in exact mode only (it computes in float32), and not with --hunt.", code="three")
     if server and (engine or third or given["positions"] != "all" or given["full"] or given["first_position"]):
         raise InputError(
-            "--server does not go with --exec, --with, --positions, --first-position or --full.",
+            "--server cannot be combined with --exec, --with, --positions, --first-position or --full.",
             "Leave them out.",
             code="server",
         )
     if bisect and given["first_position"]:
-        raise InputError("--bisect is for a prompt from position 0.", "Leave --first-position out.", code="bisect")
+        raise InputError(
+            "--bisect works only for a prompt that starts at position 0.", "Leave --first-position out.", code="bisect"
+        )
 
 
 def _with_hugging_face(request: "Request", started: "Reference", python: str, device: str, output_format: o.Format) -> int:
-    """Our side, llama.cpp and Hugging Face: print who is alone, and return the exit code."""
+    """Our side, llama.cpp and Hugging Face: print which one disagrees, and return the exit code."""
+    from ..diff.compare import Options
+    from ..explain.on_model import three_on
     from ..run import session
     from ..run.hugging_face import HuggingFace
     from .output import progress_bar
@@ -182,14 +186,16 @@ def _with_hugging_face(request: "Request", started: "Reference", python: str, de
         side = HuggingFace(request.model, python, device, slice_size=None if request.full else request.slice_size)
         side.check()
         outcome = session.run(request, progress, started)
-        compared, note = session.with_hugging_face(outcome, side, progress)
+        third, note = session.with_hugging_face(outcome, side, progress)
+        dumps = outcome.ours, outcome.ref, third
+        compared = three_on(dumps, Options(), request.model, request.arbiter)
     if note:
         print(f"note: {note}", file=sys.stderr)
-    return show_three(compared, (outcome.ours, outcome.ref, outcome.ref), output_format)
+    return show_three(compared, dumps, output_format)
 
 
 def _two_sides(request: "Request", started: "Reference", others: "Sequence[Other]", output_format: o.Format) -> int:
-    """Our side and llama.cpp, and other versions of it beside: print the comparison, and return the exit code."""
+    """Our side, llama.cpp and other versions of it: print the comparison, and return the exit code."""
     from ..run import session
     from .comparison_output import finish
     from .output import progress_bar

@@ -26,9 +26,7 @@ def score(
     text: Annotated[Path, typer.Option("--text", help="UTF-8 text to predict, such as wiki.test.raw.", show_default=False)],
     side: Annotated[
         o.Side | None,
-        typer.Option(
-            "--side", help="ours (default) or ref: llama.cpp itself, for instance with --mode native what that mode loses."
-        ),
+        typer.Option("--side", help="ours (default), or ref: llama.cpp itself, for instance to see what --mode native loses."),
     ] = None,
     base: Annotated[Path | None, typer.Option("--base", help="Compare with this base file of an earlier --save-base.")] = None,
     base_model: Annotated[
@@ -38,11 +36,13 @@ def score(
     save_base: Annotated[
         Path | None,
         typer.Option(
-            "--save-base", help="Write the predictions to a base file: the largest logits of each and the sum of all."
+            "--save-base", help="Write the predictions to a base file: the largest logits of each one and the sum over all."
         ),
     ] = None,
     alone: Annotated[bool, typer.Option("--alone", help="Perplexity only, without a base.")] = False,
-    context: Annotated[int, typer.Option("--context", min=1, help="Tokens a chunk; the second half of each is scored.")] = 512,
+    context: Annotated[
+        int, typer.Option("--context", min=1, help="Tokens in a chunk; the second half of each chunk is scored.")
+    ] = 512,
     chunks: Annotated[int | None, typer.Option("--chunks", min=1, help="Largest number of chunks to score.")] = None,
     explain_worst: Annotated[
         bool,
@@ -54,10 +54,10 @@ def score(
         ScoreFormat, typer.Option("--format", help="text for people, json, or markdown to paste into a pull request.")
     ] = ScoreFormat.TEXT,
 ) -> None:
-    """Perplexity, KL divergence and agreement of the first choice of your engine (or ours, or llama.cpp in native mode) over a text.
+    """Perplexity, KL divergence and same-top rate of your engine (or ours, or llama.cpp in native mode) over a text.
 
-    The base is llama.cpp in exact mode on the same model, --base-model, or a --base file. Figures are those of
-    llama-perplexity --kl-divergence, one row of logits at a time.
+    The base is llama.cpp in exact mode on the same model, --base-model, or a --base file. The figures are defined as in
+    llama-perplexity --kl-divergence, and take one row of logits at a time.
 
       parity score --text wiki.test.raw --model M.gguf --exec "./engine {model} {tokens} {out}"
 
@@ -69,10 +69,10 @@ def score(
     from ..run.sides import EXEC, OURS
     from ..score.score import ScoreRequest
     from ..score.score import score as run
-    from .score_output import explained, show
+    from .score_output import check_explained, explained, explained_quietly, show
 
     if sum(chosen is not None for chosen in (given["command"], side)) > 1:
-        raise InputError("--exec and --side were given.", "Take one of them.", code="usage")
+        raise InputError("Both --exec and --side were given.", "Take one of them.", code="usage")
     if sum((base is not None, base_model is not None, alone)) > 1:
         raise InputError("more than one base was given.", "Take one of --base, --base-model and --alone.", code="usage")
     if explain_worst and alone:
@@ -85,7 +85,13 @@ def score(
             end = "\n" if done == total else ""
             print(f"\rchunk {done} of {total}, perplexity {perplexity:.4f} ", end=end, file=sys.stderr, flush=True)
 
+    if explain_worst:
+        check_explained(source)
     scored, leading = run(request, progress)
-    show(scored, output_format.value)
-    if explain_worst and leading:
-        raise typer.Exit(explained(request.run, source, leading, quiet=output_format is not ScoreFormat.TEXT))
+    code, answer = 0, None
+    if explain_worst and leading and output_format is not ScoreFormat.TEXT:
+        answer, code = explained_quietly(request.run, source, leading)
+    show(scored, output_format.value, answer)
+    if explain_worst and leading and output_format is ScoreFormat.TEXT:
+        code = explained(request.run, source, leading)
+    raise typer.Exit(code)

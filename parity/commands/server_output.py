@@ -1,4 +1,4 @@
-"""`parity run --server`: what it asks and prints."""
+"""What `parity run --server` asks and prints."""
 
 from typing import TYPE_CHECKING, Any
 

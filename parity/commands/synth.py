@@ -43,15 +43,15 @@ def synth(
     settings: Annotated[
         list[str] | None,
         typer.Option(
-            "--set", help="A metadata value: --set attention.sliding_window=16; may be repeated, `--architecture` only."
+            "--set", help="A metadata value, with --architecture only: --set attention.sliding_window=16; can be repeated."
         ),
     ] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the weights.")] = 0,
     stub_vocabulary: Annotated[
-        bool, typer.Option("--stub-vocabulary", help="Leave the tokenizer out: prompts are then given by --tokens only.")
+        bool, typer.Option("--stub-vocabulary", help="Leave the tokenizer out; prompts then need --tokens.")
     ] = False,
 ) -> None:
-    """Write a GGUF with seeded random weights: qwen2 and llama of any shape, over a hundred other architectures small."""
+    """Write a GGUF with seeded random weights: qwen2 and llama of any shape, over a hundred other architectures in small sizes."""
     if rope_base is not None and not 0 < rope_base < inf:
         raise InputError(
             f"--rope-base must be a finite number above 0, not {rope_base}.", "Write e.g. --rope-base 10000.", code="shape"

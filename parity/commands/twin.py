@@ -15,7 +15,7 @@ def twin(
     out: Annotated[Path, typer.Option("--out", "-o", help="The file to write.")],
     kind: Annotated[str, typer.Option("--type", help="F32, or another of llama.cpp's types: F16, Q8_0, Q4_K_M, …")] = "F32",
 ) -> None:
-    """Write an F32 copy of a model with llama.cpp: what exact mode runs, and what your engine should load for it."""
+    """Write an F32 copy of a model with llama.cpp: exact mode runs it, and your engine should load it there."""
     from reference.client import Reference
 
     from .output import written

@@ -1,4 +1,4 @@
-"""`parity weights`: every tensor dequantised three times, or a foreign engine's weights against the file."""
+"""`parity weights`: every tensor dequantised three times, or an external engine's weights against the file."""
 
 from pathlib import Path
 from typing import Annotated
@@ -28,21 +28,21 @@ def weights(
     ] = None,
     output_format: o.FormatOption = o.Format.TEXT,
 ) -> None:
-    """Are the weights read right? Every tensor dequantised by us, by libggml and by gguf-py, byte for byte.
+    """Are the weights read correctly? Every tensor is dequantised by us, by libggml and by gguf-py, byte for byte.
 
-    Your engine writes garbage from the first layer on? Dump the first hundred values of each weight as your engine holds it after
-    loading, and give the file as --theirs: for each tensor this says equal, transposed, permuted, another tensor, off by a
+    Is your engine wrong from the first layer on? Dump the first hundred values of each weight as your engine holds it after
+    loading, and give the file as --theirs: the answer for each tensor is equal, transposed, permuted, another tensor, off by a
     block, nibbles or scales swapped, wrong byte order, or where it first differs.
 
-    With --hf the file is held against the folder of safetensors that it was converted from, through the permutations, offsets,
-    transpositions and stacks that converters make; what is missing, exchanged or converted wrongly is named.
+    With --hf the file is compared with the folder of safetensors that it was converted from, allowing for the permutations, offsets,
+    transpositions and stacks that converters make; missing, exchanged or wrongly converted tensors are named.
 
     Exits 0 if all are right, 1 if one is not.
     """
     from .output import answer, progress_bar
 
     if theirs is not None and hf is not None:
-        raise InputError("--theirs and --hf were given.", "Take one of them.", code="theirs")
+        raise InputError("Both --theirs and --hf were given.", "Take one of them.", code="theirs")
     if hf is not None:
         from ..weights.conversion import check_conversion
 

@@ -1,1 +1,1 @@
-"""`parity conform`: a matrix of tiny models through an engine, a verdict a cell, one line a cause."""
+"""`parity conform`: a matrix of tiny models through an engine, a verdict for each cell, one line for each cause."""

@@ -1,4 +1,4 @@
-"""The whole matrix, in this process, in several, or on a cluster. Finished cells are kept, however the run ends."""
+"""The whole matrix, in this process, in several, or on a cluster. Finished cells are kept however the run ends."""
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import as_completed
@@ -16,15 +16,15 @@ from . import identity, results
 from .bench import Bench, Settings, key_of
 from .history import noted
 
-Progress = Callable[[CellResult, int, int], None]  # a result, how many there are now, of how many
-_ATTEMPTS = 3  # of a part whose worker is lost; then the part itself is what ends it
+Progress = Callable[[CellResult, int, int], None]  # a result, the number of results so far, the total
+_ATTEMPTS = 3  # at a part whose worker dies; after that the part itself is taken as the reason
 
 
 @dataclass(frozen=True)
 class ConformRequest:
-    """What `parity conform` was asked for.
+    """The request of `parity conform`.
 
-    `workers`: processes, each with a llama.cpp of its own. `cluster`: the address of a Dask scheduler, whose workers run the cells.
+    `workers`: processes, each with its own llama.cpp. `cluster`: the address of a Dask scheduler, whose workers run the cells.
     """
 
     settings: Settings
@@ -37,7 +37,7 @@ def conform(request: ConformRequest, progress: Progress = lambda *_: None) -> Co
     """Run all cells; after an interruption the answer has the cells finished until then.
 
     Raises:
-        InputError: there is no cell, or the folder cannot be written.
+        InputError: there are no cells, or the folder cannot be written.
     """
     if not request.cells:
         raise InputError("the matrix has no cell.", "Widen --architectures, --types, --prompts or --modes.", code="matrix")
@@ -48,7 +48,7 @@ def conform(request: ConformRequest, progress: Progress = lambda *_: None) -> Co
             done[result.cell] = result
             progress(result, len(done), len(request.cells))
     except KeyboardInterrupt:
-        pass  # what is missing is in `not_run`
+        pass  # the missing cells are listed in `not_run`
     conformance = Conformance(
         side=request.settings.side,
         results=tuple(done[cell] for cell in request.cells if cell in done),
@@ -86,9 +86,10 @@ def _results(request: ConformRequest) -> Iterator[CellResult]:
                     part_results = finished.result()
                     parts.remove(pending[finished])
                     for result in part_results:
-                        results.save(settings.folder, result)
+                        if request.cluster:  # its workers may have a disk of their own
+                            results.save(settings.folder, result)
                         yield result
-        except BrokenProcessPool:  # a worker was killed: what the others had finished is kept, the rest runs again
+        except BrokenProcessPool:  # a worker was killed: finished cells are kept, the others run again
             if attempt + 1 == _ATTEMPTS:
                 yield from (CellResult(cell, CRASHED, "the worker process died three times") for part in parts for cell in part)
         else:
@@ -96,7 +97,7 @@ def _results(request: ConformRequest) -> Iterator[CellResult]:
 
 
 def parts_of(cells: Sequence[Cell]) -> list[list[Cell]]:
-    """The parts that workers take: cells of one architecture, which share models."""
+    """The parts that workers are given: cells of one architecture, which share models."""
     parts: dict[str, list[Cell]] = {}
     for cell in cells:
         parts.setdefault(cell.architecture, []).append(cell)
@@ -104,12 +105,15 @@ def parts_of(cells: Sequence[Cell]) -> list[list[Cell]]:
 
 
 def run_part(settings: Settings, cells: Sequence[Cell]) -> list[CellResult]:
-    """Run some cells in this process, with the llama.cpp that it has for such settings."""
+    """Run some cells in this process, with the llama.cpp that it keeps for such settings."""
     bench = _bench(settings)
-    return [bench.run(cell) for cell in cells]
+    try:
+        return [bench.run(cell) for cell in cells]
+    finally:
+        bench.idle()
 
 
 @cache
 def _bench(settings: Settings) -> Bench:
-    """A worker process keeps its bench from part to part: llama.cpp is started once."""
+    """A worker process keeps its bench between parts: llama.cpp is started once."""
     return Bench(settings)

@@ -1,4 +1,4 @@
-"""A run as an entry of a ledger: `parity drift history FOLDER` then shows which cell came nearer to its limit."""
+"""A run as an entry of a ledger: `parity drift history FOLDER` then shows which cell came closer to its limit."""
 
 from checkpoints.answers.conform import Conformance
 from checkpoints.answers.diff import DIVERGENCE, PARITY

@@ -1,4 +1,4 @@
-"""What a result depends on, as a key: the engine's command and programs, the model, the prompt, how it is judged, and this code."""
+"""A key of everything a result depends on: the engine's command and programs, the model, the prompt, the settings, and this code."""
 
 import hashlib
 import shlex
@@ -16,7 +16,7 @@ from ..run.hugging_face import HuggingFace
 
 _LARGEST_PROGRAM = (
     1 << 30
-)  # bytes: larger files of a command line are data, not the program; their size and time stand for them
+)  # bytes: larger files of a command line are data, not the program; they are identified by size and time
 
 
 def digest(*parts: object) -> str:
@@ -42,7 +42,7 @@ def of_file(path: Path) -> str:
 
 
 def of_side(command: Command | None, hugging_face: HuggingFace | None = None) -> str:
-    """A foreign engine's command, Hugging Face's versions, or our engine."""
+    """An external engine's command, Hugging Face's versions, or our engine."""
     if command is not None:
         return of_command(command)
     if hugging_face is not None:
@@ -51,7 +51,7 @@ def of_side(command: Command | None, hugging_face: HuggingFace | None = None) ->
 
 
 def of_command(command: Command) -> str:
-    """A command line and the content of every file that it names, the program first of all: a new build is another engine."""
+    """A command line and the contents of every file that it names, above all the program: a new build is another engine."""
     parts: list[object] = [command.line, command.shell]
     for word in shlex.split(command.line):
         for text in (word, word.partition("=")[2]):

@@ -15,28 +15,28 @@ from ..run.request import Prompt
 
 PREFILL, DECODE, CHUNKED, BATCH, STATE = "prefill", "decode", "chunked", "batch", "state"
 MODES = (PREFILL, DECODE, CHUNKED, BATCH, STATE)
-# What a side must be told for a mode: the placeholder of its command line.
+# What a side must support for a mode: the placeholder of its command line.
 NEEDS = {DECODE: command.PORTIONS, CHUNKED: command.PORTIONS, BATCH: command.SEQUENCES, STATE: command.STATE}
-# Column -> the file type that llama.cpp makes it with. Types that need an importance matrix are left out.
+# Column -> the file type with which llama.cpp makes it. Types that need an importance matrix are left out.
 TYPES = {
     "F32": "F32", "F16": "F16", "BF16": "BF16", "Q8_0": "Q8_0", "Q4_0": "Q4_0", "Q4_1": "Q4_1", "Q5_0": "Q5_0", "Q5_1": "Q5_1",
     "Q2_K": "Q2_K", "Q3_K": "Q3_K_S", "Q4_K": "Q4_K_S", "Q5_K": "Q5_K_S", "Q6_K": "Q6_K", "IQ4_NL": "IQ4_NL", "IQ4_XS": "IQ4_XS",
 }  # fmt: skip
-# Token ids: seeded, without special meaning. `long` goes beyond the attention windows of the tiny models and over several chunks.
+# Token ids: seeded, without special meaning. `long` exceeds the attention windows of the tiny models and spans several chunks.
 PROMPTS = {
     "short": (17, 403, 1290, 88, 745, 1902),
     "long": tuple((401 * i + 37) % 1999 + 3 for i in range(37)),
     "one": (403,),
     "same": (745,) * 9,
 }
-_DECODED = 3  # tokens that DECODE computes one by one after the rest, and STATE after its state was restored
+_DECODED = 3  # tokens that DECODE computes one by one at the end, and STATE after restoring its state
 _LISTED = 20  # names that an error lists
-_CHUNK = 4  # tokens a pass in CHUNKED
+_CHUNK = 4  # tokens in each pass of CHUNKED
 
 
 @dataclass(frozen=True)
 class Profile:
-    """A part of the matrix with a name."""
+    """A named part of the matrix."""
 
     architectures: tuple[str, ...]
     types: tuple[str, ...]
@@ -66,22 +66,22 @@ def cells(
     modes: str | None = None,
     possible_modes: Sequence[str] = MODES,
 ) -> list[Cell]:
-    """The cells of a profile, each axis replaced by the names and globs that are given for it (with commas).
+    """The cells of a profile; names and globs (with commas) replace its values along an axis.
 
     Args:
-        possible_modes: those that the side can be asked for.
+        possible_modes: those that the side supports.
 
     Raises:
-        InputError: an unknown profile or name, or a mode that the side cannot be asked for.
+        InputError: an unknown profile or name, or a mode that the side does not support.
     """
     if profile not in PROFILES:
-        raise InputError(f"--profile {profile!r} is not known.", f"Take one of {', '.join(PROFILES)}.", code="profile")
+        raise InputError(f"--profile {profile!r} is unknown.", f"Take one of {', '.join(PROFILES)}.", code="profile")
     chosen = PROFILES[profile]
     wanted_modes = list(possible_modes) if modes is None else _picked(modes, MODES, "--modes")
     if impossible := [mode for mode in wanted_modes if mode not in possible_modes]:
         needed = NEEDS[impossible[0]]
         raise InputError(
-            f"--modes {impossible[0]} needs an engine that is told {_TOLD[needed][0]}.",
+            f"--modes {impossible[0]} needs an engine that takes {_TOLD[needed][0]}.",
             f"Put {needed} into --exec: {_TOLD[needed][1]}.",
             code="modes",
         )
@@ -97,7 +97,7 @@ def cells(
 _TOLD = {
     command.PORTIONS: ("how to split the prompt", "the number of tokens in each forward pass, separated by commas"),
     command.SEQUENCES: ("several prompts at once", "ids with commas, prompts with semicolons, in the place of {tokens}"),
-    command.STATE: ("where its state is kept", "a file to go on from if it is there, and to leave the state in at the end"),
+    command.STATE: ("the file of its state", "a file: continue from it if it exists, and write the state into it at the end"),
 }
 
 
@@ -107,7 +107,7 @@ def prompt_of(cell: Cell) -> Prompt | None:
     prompt, count = Prompt(None, ids, ()), len(ids)
     if cell.mode == PREFILL:
         return prompt
-    if cell.mode == BATCH:  # the others of PROMPTS, shorter ones and longer ones
+    if cell.mode == BATCH:  # the other prompts of PROMPTS, shorter and longer ones
         return replace(prompt, companions=tuple(other for name, other in PROMPTS.items() if name != cell.prompt))
     if cell.mode == CHUNKED:
         rest = [count % _CHUNK] if count % _CHUNK else []
@@ -120,7 +120,7 @@ def prompt_of(cell: Cell) -> Prompt | None:
 
 
 def modes_of(ways: Collection[str]) -> tuple[str, ...]:
-    """The modes that a side can be asked for, which can be told `ways`."""
+    """The modes that a side supports, given the placeholders `ways` that it takes."""
     return tuple(mode for mode in MODES if mode not in NEEDS or NEEDS[mode] in ways)
 
 
@@ -131,7 +131,7 @@ def _picked(text: str, known: Sequence[str], option: str) -> list[str]:
         if not matching:
             close = get_close_matches(part.lower(), known, n=3)
             advice = f"Did you mean {' or '.join(close)}?" if close else _known(known)
-            raise InputError(f"{option} {part!r} is not known.", advice, code="matrix")
+            raise InputError(f"{option} {part!r} is unknown.", advice, code="matrix")
         picked += [name for name in matching if name not in picked]
     if not picked:
         raise InputError(f"{option} is empty.", _known(known), code="matrix")

@@ -1,7 +1,8 @@
-"""The tiny models of a run: seeded random weights, made once in the run's folder, named by what they are made of."""
+"""The tiny models of a run: seeded random weights, made once in the run's folder, named by what they were made from."""
 
 import hashlib
 import json
+from functools import cache
 from pathlib import Path
 
 from checkpoints.errors import InputError, ModelError, ReferenceFailed
@@ -22,8 +23,9 @@ _DENSE = {"llama": "tiny-llama", "qwen2": "tiny"}  # architectures that are made
 _WIDE = {"width": _SUPER_BLOCK, "ff": 2 * _SUPER_BLOCK}
 
 
+@cache
 def model_name(architecture: str, kind: str, program: str) -> str:
-    """Identifies a model by what it is made of: its recipe, type and seed, and the code that makes it."""
+    """Identifies a model by what it is made from: its recipe, type and seed, and the code that makes it."""
     facts: list[object] = []
     for wide in (False, True):
         if architecture in _DENSE:
@@ -40,7 +42,7 @@ def model_name(architecture: str, kind: str, program: str) -> str:
 
 
 class Models:
-    """Makes the models of one folder. Raises (in `path`): ModelError, ReferenceFailed where llama.cpp has no such model."""
+    """Makes the models of one folder. Raises (in `path`): ModelError, ReferenceFailed if llama.cpp has no such model."""
 
     def __init__(self, folder: Path, reference: Reference, program: str) -> None:
         self._folder = folder
@@ -53,12 +55,12 @@ class Models:
         if kind.startswith(("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ")):
             try:
                 return self._of_type(architecture, kind, wide=True)
-            except (InputError, ReferenceFailed):  # an architecture whose other sizes do not go with this width
+            except (InputError, ReferenceFailed):  # an architecture whose other sizes do not fit this width
                 pass
         return self._of_type(architecture, kind, wide=False)
 
     def points(self, model: Path) -> str:
-        """Every point of a model, with commas, kept beside it: llama.cpp builds its graph once to list them."""
+        """Every point of a model, with commas, in a file beside it: llama.cpp builds its graph once to list them."""
         kept = model.with_suffix(".points")
         try:
             return kept.read_text(encoding="utf-8")

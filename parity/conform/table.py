@@ -1,4 +1,4 @@
-"""A conformance run as a table: one row a cell, for pandas and whatever reads Parquet."""
+"""A conformance run as a table: one row for each cell, for pandas and anything that reads Parquet."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +19,7 @@ def table(conformance: Conformance) -> "pandas.DataFrame":
 
 
 def write_table(conformance: Conformance, path: Path) -> None:
-    """Write it as .csv or .parquet, which the name's ending chooses.
+    """Write it as .csv or .parquet, as the name's ending says.
 
     Raises:
         InputError: another ending, Parquet without pyarrow, or the file cannot be written.

@@ -1,1 +1,1 @@
-"""`parity consistency`: an engine against itself."""
+"""`parity consistency`: an engine compared with itself."""

@@ -1,4 +1,4 @@
-"""An engine against itself: the same positions computed in other portions must come out the same."""
+"""An engine compared with itself: the same positions computed in other portions must give the same values."""
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -42,9 +42,9 @@ _WORDS = {
     CACHE: "keys or values of earlier passes are not those that were computed: rows written to or read from other places",
     POSITIONS: "Q or K are rotated by another position: the count of earlier tokens is not added, or added twice",
     MASK: "scores are right and weights are not: the mask takes positions of this pass for positions in the sequence",
-    OTHERS: "a prompt comes out differently among others: padding or others' rows are seen, or positions are counted with theirs",
-    SAVED: "what is saved is not all that is needed, or is put back elsewhere: keys, values, positions",
-    BATCH: "the same row comes out differently among other rows: a kernel that depends on the number of tokens",
+    OTHERS: "a prompt gives other values in a batch: padding or other sequences' rows are seen, or positions are counted across sequences",
+    SAVED: "the saved state is incomplete or restored to other places: keys, values, positions",
+    BATCH: "the same row gives other values among other rows: a kernel depends on the number of tokens",
 }
 _DECODER = "dec.output_norm.weight"  # a tensor of every encoder–decoder
 _BY_WAY = {SEQUENCES: OTHERS, STATE: SAVED}
@@ -53,7 +53,7 @@ _ROWWISE = ("attn_norm", "q", "k", "v", "attn_out", "ffn_norm", "ffn_gate", "ffn
 
 @dataclass(frozen=True)
 class ConsistencyRequest:
-    """What `parity consistency` was asked for; with two dumps, a foreign engine's, only `run`'s mapping and limits count."""
+    """The request of `parity consistency`; with two dumps, an external engine's, only `run`'s mapping and limits matter."""
 
     run: Request
     source: str = OURS
@@ -82,10 +82,10 @@ def consistency(request: ConsistencyRequest) -> Consistency:
 
 
 def of_side(side: Side, prompt: Prompt, request: ConsistencyRequest, vocabulary: int) -> Consistency:
-    """The checks of a side, over a prompt; `vocabulary` is the number of token ids.
+    """The checks of a side over a prompt; `vocabulary` is the number of token ids.
 
     Raises:
-        InputError: fewer than two tokens, or tokens that the model cannot take.
+        InputError: fewer than two tokens, or tokens that the model does not accept.
     """
     count = len(prompt.ids)
     if count < 2:
@@ -93,7 +93,7 @@ def of_side(side: Side, prompt: Prompt, request: ConsistencyRequest, vocabulary:
     side.check(prompt)
     run = request.run
     options = comparison_options(run)
-    if isinstance(side, OurEngine):  # GELU's table is coarse: float64 says how far two right passes may be apart
+    if isinstance(side, OurEngine):  # GELU's table is coarse: float64 tells how far two right passes may be apart
         options = replace(options, truth=_truth(side.engine, prompt, run.first_position))
     ways = side.ways
     if prompt.decoded:
@@ -105,27 +105,31 @@ def of_side(side: Side, prompt: Prompt, request: ConsistencyRequest, vocabulary:
             )
         ways &= {PORTIONS}
     checks: list[Check] = []
-    not_checked = [f"{what}: {_untold(side, way)}" for way, what in _WAYS.items() if way not in ways]
+    not_checked = [f"{subject}: {_untold(side, way)}" for way, subject in _WAYS.items() if way not in ways]
     with TemporaryDirectory(prefix="parity-consistency-") as folder:
 
         def dumped(prompt: Prompt) -> Dump:
             out = Path(folder) / "dump.jsonl"
             side.dump(prompt, out)
-            # A foreign engine prints every sequence, and after a restored state the rest; the others record this prompt, whole.
+            # An external engine prints every sequence, and the rest after a restored state; the others record this prompt, whole.
             printed = prompt if isinstance(side, ExternalEngine) else replace(prompt, companions=(), saved=0)
             return loaded(out, printed, run.mapping)
 
         whole = dumped(prompt)
-        for name, way, what in _ways(ways, prompt, request.chunk):
+        for name, way, description in _ways(ways, prompt, request.chunk):
             try:
                 verdict = compare(dumped(way), whole, options)
             except EngineError:
                 raise
-            except InputError as error:  # a model that llama.cpp does not compute so: an encoder, recurrent states in a batch
+            except (
+                InputError
+            ) as error:  # a model that llama.cpp cannot compute this way: an encoder, recurrent states in a batch
                 not_checked.append(f"{name}: {error.message}")
                 continue
             suspect, reason = suspected(verdict, _starts(way.portions or (way.saved, count)), way=_way_of(way))
-            checks.append(Check(name, f"{what} against {_whole(prompt)}", verdict, suspect, reason, first_to_differ(verdict)))
+            checks.append(
+                Check(name, f"{description} against {_whole(prompt)}", verdict, suspect, reason, first_to_differ(verdict))
+            )
         if isinstance(side, OurEngine) and sees_later(side.engine.steps):
             not_checked.append("another last token: in an encoder every position sees all others")
         else:
@@ -168,7 +172,7 @@ def _another_last(prompt: Prompt, vocabulary: int) -> Prompt:
 
 
 def _ways(ways: Collection[str], prompt: Prompt, chunk: int) -> Iterator[tuple[str, Prompt, str]]:
-    """(name, the prompt computed another way, that way in words), of the ways that the side can be told."""
+    """(name, the prompt computed another way, a description), for each way that the side supports."""
     ids, count = prompt.ids, len(prompt.ids)
     if PORTIONS in ways:
         for name, portions in _portions(count, chunk).items():
@@ -194,7 +198,7 @@ def _way_of(prompt: Prompt) -> str:
 
 
 def first_to_differ(verdict: Verdict) -> str:
-    """The first point, in dataflow order, of which any value differs at all: the first operation that depends on what must not matter."""
+    """The first point, in dataflow order, at which any value differs: the first operation that depends on something irrelevant."""
     differing = (point for point in verdict.points if point.worst.nmse or point.worst.max_abs)
     return next((point.checkpoint for point in differing), "")
 
@@ -228,7 +232,7 @@ def _said(portions: Sequence[int]) -> str:
 
 
 def _causal(other: Dump, whole: Dump, ids: Sequence[int], options: Options) -> Check:
-    """The last token exchanged: no position before it may notice."""
+    """The last token exchanged: no earlier position may change."""
     stop = len(ids) - 1
     verdict = compare(_before(other, stop, ids), _before(whole, stop, ids), options)
     suspect = "" if verdict else MASK
@@ -244,16 +248,16 @@ def _before(dump: Dump, stop: int, ids: Sequence[int]) -> Dump:
 
 
 _ALL_POINTS = "--points all tells which of them"
-_MORE_POINTS = "dumps of q_rope, k_rope, kq_soft_max and kqv_out would tell which of them"
+_MORE_POINTS = "dumps of q_rope, k_rope, kq_soft_max and kqv_out would show which of them"
 
 
 def suspected(verdict: Verdict, starts: NDArray[np.int64], advice: str = _ALL_POINTS, way: str = PORTIONS) -> tuple[str, str]:
-    """What to suspect where a comparison of portions fails, and a sentence; nothing where it doesn't.
+    """What to suspect if a comparison of portions fails, and a sentence; empty if it does not.
 
     Args:
         starts: the first positions of the portions, int64.
-        advice: what would tell more, where the recorded points leave it open.
-        way: how the other side was computed: the placeholder that says it.
+        advice: what would decide, if the recorded points leave it open.
+        way: how the other side was computed: the placeholder that requests it.
     """
     first = verdict.first_divergence
     if verdict or first is None:
@@ -268,11 +272,11 @@ def suspected(verdict: Verdict, starts: NDArray[np.int64], advice: str = _ALL_PO
     if first.token_idx < int(starts[1] if len(starts) > 1 else 0) or parse(first.checkpoint).kind in _ROWWISE:
         return BATCH, f"{_WORDS[BATCH]} ({at})"
     later = "cache, positions or mask"
-    return later, f"right within the first portion, wrong behind it ({at}): {advice}"
+    return later, f"right within the first portion, wrong after it ({at}): {advice}"
 
 
 def two_dumps(request: ConsistencyRequest, left: Path, right: Path) -> Consistency:
-    """Two dumps of a foreign engine over the same tokens, computed in different portions.
+    """Two dumps of an external engine over the same tokens, computed in different portions.
 
     Raises:
         DumpError: a dump cannot be read, or both were computed in the same portions.
@@ -298,11 +302,11 @@ def two_dumps(request: ConsistencyRequest, left: Path, right: Path) -> Consisten
         first_to_differ(verdict),
     )
     return Consistency(
-        source or "a foreign engine", (check,), ("padding and batches: dump them and compare with `parity diff`",)
+        source or "a foreign engine", (check,), ("padding and batches: dump these and compare them with `parity diff`",)
     )
 
 
 def _passes(dump: Dump) -> list[int]:
-    """How many positions each forward pass had, in order: from the point with most records."""
+    """How many positions each forward pass had, in order: from the point with the most records."""
     rows = max(dump.points.values(), key=len)
     return [int(n) for n in np.unique(rows.step, return_counts=True)[1]]

@@ -1,6 +1,6 @@
 """Brings the records of two dumps together by their key (seq, checkpoint, token_idx).
 
-Whatever follows works on arrays: a `Pair` holds the rows of one point of both sides, row i beside row i.
+All later stages work on arrays: a `Pair` holds the rows of one point of both sides, row i beside row i.
 """
 
 from collections.abc import Iterable
@@ -19,7 +19,7 @@ from .dataflow import ordered
 from .tokens import SAME, TokenComparison
 
 _POSITION_BITS = 40  # the reader admits positions below 2^40
-# Two records of one key are one if they differ by no more than two right float32 runs do (limit of exact mode).
+# Two records of one key count as one if they differ by no more than two right float32 runs do (limit of exact mode).
 _SAME = 1e-10
 
 
@@ -36,8 +36,8 @@ class Pair:
 class Alignment:
     """Pairs in dataflow order, what each side lacks, and sentences for the user.
 
-    `left_out` counts the records after the place where the token sequences part. `may_be_empty`: all may be, since the tokens
-    themselves are the divergence.
+    `left_out` counts the records after the position where the token sequences diverge. `may_be_empty`: no records need be left, since
+    the tokens themselves are the divergence.
     """
 
     pairs: tuple[Pair, ...]
@@ -53,8 +53,8 @@ def align(
 ) -> Alignment:
     """Align two dumps; `step` selects among contradicting records of one key on either side.
 
-    The order is that of the dataflow, without one the vocabulary's; nodes outside of it stand where the reference computed them.
-    Records after the place where the token sequences part are left out.
+    The order is that of the dataflow, or the vocabulary's if there is none; nodes outside it come where the reference computed them.
+    Records after the position where the token sequences diverge are left out.
 
     Raises:
         DumpError: records of one key contradict each other, or the dumps have no key in common.
@@ -88,7 +88,7 @@ def align(
 
 
 def picked(pairs: Iterable[Pair], keep: Iterable[NDArray[np.bool_]]) -> tuple[Pair, ...]:
-    """The pairs with the kept rows only; a pair that loses all of them is dropped."""
+    """The pairs with the kept rows only; pairs without any are dropped."""
     kept: list[Pair] = []
     for pair, mask in zip(pairs, keep, strict=True):
         if mask.all():
@@ -114,7 +114,7 @@ def place_of(number: int) -> tuple[int, int]:
 
 
 class _Lacks:
-    """What one side lacks, while it is counted."""
+    """What one side lacks, during counting."""
 
     def __init__(self) -> None:
         self._points: list[str] = []
@@ -144,7 +144,7 @@ def _pair(name: str, left: Rows, right: Rows, lacks_ours: _Lacks, lacks_ref: _La
 
 
 def _unique(rows: Rows, path: str, step: int | None, notes: list[str]) -> Rows:
-    """The rows in the order of their keys, one a key."""
+    """The rows in the order of their keys, one for each key."""
     key = keys(rows)
     if bool(np.all(key[1:] > key[:-1])):
         return rows
@@ -159,7 +159,7 @@ def _unique(rows: Rows, path: str, step: int | None, notes: list[str]) -> Rows:
     same = _same(rows, head[~starts], doubled)
     if not same.all():
         heads = _select(rows, path, step, by_key, starts, doubled[~same])
-    notes.append(f"{path}: {len(doubled)} records of {rows.point} occur twice; each position counts once")
+    notes.append(f"{path}: {len(doubled)} records of {rows.point} occur twice; each position is counted once")
     return rows.take(heads)
 
 
@@ -186,7 +186,7 @@ def _select(
     starts: NDArray[np.bool_],
     contradicting: NDArray[np.int64],
 ) -> NDArray[np.int64]:
-    """One record a key where some contradict each other: those of the chosen step."""
+    """One record for each key among contradicting ones: that of the chosen step."""
     group = np.cumsum(starts) - 1
     place = np.empty(len(rows), dtype=np.int64)
     place[by_key] = group
@@ -203,13 +203,13 @@ def _select(
     said = f"position {int(rows.token_idx[first[0]])} of {rows.point}"
     if len(steps) == 1:
         raise DumpError(
-            f"{path} holds records of {said} that contradict each other, all of step {steps[0]}.",
+            f"{path} has contradicting records of {said}, all of step {steps[0]}.",
             'Number the forward passes in "step", or the sequences in "seq".',
             code="contradiction",
         )
     listed = ", ".join(map(str, steps[:12])) + (", …" if len(steps) > 12 else "")
     raise DumpError(
-        f"{path} holds records of {said} that contradict each other, of steps {listed}"
+        f"{path} has contradicting records of {said}, of steps {listed}"
         + (f"; step {step} does not have exactly one of each." if step is not None else "."),
         "Choose one with --step.",
         code="contradiction",

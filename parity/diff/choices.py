@@ -1,4 +1,4 @@
-"""The next token as both sides would choose it: only what the dumps really tell."""
+"""The next token as each side would choose it, as far as the dumps really show it."""
 
 from dataclasses import dataclass
 
@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from checkpoints.answers.diff import Choices
+from checkpoints.distinct import distinct
 from checkpoints.points import LOGITS
 from checkpoints.record import Dump, Rows, Token
 from checkpoints.tensors import TensorReader, beside
@@ -18,7 +19,7 @@ _TOP = 5  # candidates compared as a set
 
 @dataclass
 class _Tally:
-    """What is known of single positions, while it is collected."""
+    """What is known of single positions, during collection."""
 
     known: int = 0
     agree: int = 0
@@ -35,10 +36,10 @@ class _Tally:
 
 
 def choices(records: Records) -> Choices | None:
-    """First choices, KL divergence and margins; None where neither logits nor generated tokens tell anything.
+    """First choices, KL divergence and margins; None if neither logits nor generated tokens show anything.
 
-    A row that is there as a whole tells all. A slice tells the first choice only where the statistics do (the largest
-    absolute value is the maximum), or where the generated token's record lists it.
+    A whole row shows everything. A slice shows the first choice only if the statistics do (the largest
+    absolute value is the maximum), or if the generated token's record lists it.
     """
     pair = next((pair for pair in records.pairs if pair.point == LOGITS), None)
     tally = _Tally()
@@ -77,7 +78,7 @@ def choices(records: Records) -> Choices | None:
 
 
 def kl(ref: NDArray[np.float32], ours: NDArray[np.float32]) -> float:
-    """KL(ref ‖ ours) of two rows of logits [V], in nats; 0 where rounding makes it negative."""
+    """KL(ref ‖ ours) of two rows of logits [V], in nats; 0 if rounding makes it negative."""
     p, q = log_softmax(ref), log_softmax(ours)
     return max(float(np.sum(np.exp(p) * (p - q))), 0.0)
 
@@ -96,7 +97,7 @@ def overlap(ours: NDArray[np.float32], ref: NDArray[np.float32], k: int) -> floa
 
 
 def _whole(pair: Pair, records: Records) -> tuple[list[NDArray[np.float32]], list[NDArray[np.float32]], list[int]]:
-    """The logits of both sides where the whole row is there, in the lines or in the tensors beside them."""
+    """Both sides' logits if the whole row is there, in the lines or in the tensors beside them."""
     full = pair.ours.full() & pair.ref.full() & (pair.ours.counts == pair.ref.counts)
     rows = np.flatnonzero(full).tolist()
     if rows:
@@ -109,14 +110,14 @@ def _whole(pair: Pair, records: Records) -> tuple[list[NDArray[np.float32]], lis
 
 
 def _tensors(dump: Dump, rows: Rows) -> dict[int, NDArray[np.float32]]:
-    """Row -> logits [V], where a tensor of its step lies beside the dump and has one row for each recorded position."""
+    """Row -> logits [V], if a tensor of its step is stored beside the dump with one row for each recorded position."""
     path = beside(dump.path)
     if not path.is_file():
         return {}
     reader = TensorReader(path)
     recorded = dump.points[LOGITS]
     rows_of: dict[int, NDArray[np.float32]] = {}
-    for step in np.unique(rows.step).tolist():
+    for step in distinct(rows.step).tolist():
         if f"{LOGITS}/{step}" not in reader.names:
             continue
         tensor = reader.get(LOGITS, step)
@@ -143,7 +144,7 @@ def _from_tokens(records: Records, settled: set[tuple[int, int]], tally: _Tally)
 
 
 def _first(token: Token) -> int:
-    """The side's own first choice: an engine that is led along another's tokens lists it in `top`."""
+    """The side's own first choice: an engine that is fed another's tokens lists it in `top`."""
     return token.top[0][0] if token.top else token.id
 
 
@@ -156,7 +157,7 @@ def _from_statistics(pair: Pair, settled: set[tuple[int, int]], tally: _Tally) -
 
 
 def _argmax(rows: Rows) -> NDArray[np.int64]:
-    """int64 [R]: the largest element where the statistics tell it, else -1."""
+    """int64 [R]: the index of the largest element if the statistics show it, otherwise -1."""
     needed = [rows.stats.get(name) for name in ("absmax_at", "max", "min")]
     if any(column is None for column in needed):
         return np.full(len(rows), -1, dtype=np.int64)

@@ -12,7 +12,7 @@ from checkpoints.record import Dump, Header, Rows
 from .against_limits import hold
 from .align import Pair, align
 from .consumers import Judged, judged
-from .dataflow import dataflow_of, flow, upstream
+from .dataflow import dataflow_of, flow, upstream, without_mask
 from .eight_bits import looks_like_eight_bits, suspicion
 from .judge import judge
 from .limits import EXACT_FLOOR, NATIVE, common_mode, limits
@@ -31,10 +31,10 @@ class Options:
     """How to compare.
 
     `tolerance`: one NMSE limit for everything. `compute`: arithmetic of our side (f32, tf32, f16, bf16, q8) where its header
-    does not say it. `strict`: what one side lacks is a divergence, and so is a record that differs, whatever is
-    made from it. `step`: which of contradicting records of one key counts.
-    `placed`: the caller says that our positions count as the reference's do; else they are looked for where nothing says it.
-    `limits`: those to apply instead of the table's. `truth`: who knows what the model gives in float64.
+    does not state it. `strict`: records that one side lacks are a divergence, and so is a record that differs, whatever is
+    computed from it. `step`: which of several contradicting records of one key to use.
+    `placed`: the caller knows that both sides count positions alike; otherwise an offset is searched for unless something states it.
+    `limits`: those to apply instead of the table's. `truth`: provides the model's values in float64.
     """
 
     tolerance: float | None = None
@@ -48,9 +48,9 @@ class Options:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What a comparison gives: every record with its numbers, and the answer.
+    """The result of a comparison: every record with its figures, and the answer.
 
-    `truth` is the record that the answer is about as float64 has it, where that was asked.
+    `truth` is the record that the answer is about, in float64, if that was computed.
     """
 
     records: Records
@@ -59,23 +59,23 @@ class Comparison:
 
     @cached_property
     def picture(self) -> Picture:
-        """What a report draws of it."""
+        """What a report draws."""
         return picture(self.records, self.verdict, self.truth)
 
 
 def compare(ours: Dump, ref: Dump, options: Options | None = None) -> Verdict:
-    """The answer of `comparison`, which says what it raises."""
+    """The verdict of `comparison`, which documents the errors raised."""
     return comparison(ours, ref, options).verdict
 
 
 def comparison(ours: Dump, ref: Dump, options: Options | None = None) -> Comparison:
     """Compare two dumps.
 
-    An engine that chose other tokens than the reference is compared up to its first own choice, which is then what differs.
+    An engine that chose other tokens than the reference is compared up to its first differing choice, which is then the divergence.
 
     Raises:
         InputError: two models or two prompts, or an unusable option.
-        DumpError: nothing in common, records of one key that contradict each other, or no way to tell how our positions count.
+        DumpError: nothing in common, contradicting records of one key, or no way to tell how our positions count.
     """
     options = options or Options()
     compared = _comparison(ours, ref, options)
@@ -102,7 +102,8 @@ def _comparison(ours: Dump, ref: Dump, options: Options, parted: TokenComparison
     whole, damaged = dataflow_of(ours, ref)
     alignment = align(ours, ref, options.step, tokens, whole)
     errors = as_sets(measured(alignment, ours, ref))
-    model = flow(errors.names, whole, _layers(ref) or _layers(ours))
+    unmasked = without_mask(ref.points) or without_mask(ours.points)
+    model = flow(errors.names, whole, _layers(ref) or _layers(ours), unmasked=unmasked)
     lower = (
         (options.limits is None or allowed.assumed)
         and common_mode(ours.header, ref.header) != NATIVE
@@ -177,14 +178,16 @@ def _notes(ours: Dump, ref: Dump, pairs: tuple[Pair, ...], measures: Measures) -
     if left is not None and right is not None:
         for what, a, b in _settings(left, right):
             if a and b and a != b:
-                looser = "; the looser limits, those of native mode, are taken" if what == "mode" else ""
+                looser = "; the looser limits, those of native mode, apply" if what == "mode" else ""
                 notes.append(f"{what}: ours {a}, the reference {b}{looser}")
     printed = [pair for pair in pairs if pair.ours.quantum is not None or pair.ref.quantum is not None]
     if printed:
         step = max(
             float(side.quantum.max(initial=0)) for pair in printed for side in (pair.ours, pair.ref) if side.quantum is not None
         )
-        notes.append(f"values are printed in steps of up to {step:.0e}: what is smaller is not seen (%.9g shows all)")
+        notes.append(
+            f"values are printed in steps of up to {step:.0e}: smaller differences cannot be seen (%.9g prints all digits)"
+        )
     both = int(((measures.nonfinite_ours > 0) & (measures.nonfinite_ref > 0)).sum())
     if both:
         notes.append(f"{both} records have NaN or infinities on both sides: those elements are not compared")
@@ -209,6 +212,6 @@ def _settings(left: Header, right: Header) -> list[tuple[str, str, str]]:
 
 
 def _lengths(pair: Pair) -> bool:
-    """Whether the statistics of a point tell of rows of another length."""
+    """Whether the statistics of a point belong to rows of another length."""
     a, b = pair.ours.stats.get("n"), pair.ref.stats.get("n")
     return a is not None and b is not None and bool(np.any((a != b) & ~np.isnan(a) & ~np.isnan(b)))

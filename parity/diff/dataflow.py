@@ -3,7 +3,7 @@
 The value at (point p, position t) depends on every point that p is made from, directly or not, at positions ≤ t.
 """
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -11,13 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from checkpoints.dataflow import CACHE, Dataflow, of_vocabulary
-from checkpoints.points import order
-from checkpoints.record import Dump
+from checkpoints.points import of_scores, order
+from checkpoints.record import Dump, Rows
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 
+_ENCODER = "enc."  # in front of the points of an encoder whose output a decoder reads
 # `Flow.carries_nan`: arithmetic in which NaN gives NaN (IEEE 754), element by element or over the row that a norm divides by.
 _CARRY_NAN = frozenset({"ADD", "SUB", "MUL", "DIV", "SCALE", "ROPE", "RMS_NORM", "NORM", "L2_NORM"})
 _FUNCTIONS_OF_NAN = frozenset(
@@ -50,12 +51,18 @@ class Stretch:
 class Flow:
     """A model's dataflow as seen from some of its points, those that are compared: `names`, in the order of computation.
 
-    `known` is False where no dump says how points are made, and the order of the vocabulary stands in.
+    `known` is False where no dump says how points are made, and the order of the vocabulary stands in. `unmasked`: every position sees all
+    others, as in an encoder.
     """
 
     whole: Dataflow
     names: tuple[str, ...]
     known: bool = False
+    unmasked: bool = False
+
+    def sees_later(self, name: str) -> bool:
+        """Whether the attention that a point is made of has no causal mask."""
+        return self.unmasked or name.startswith(_ENCODER)
 
     @cached_property
     def _compared(self) -> frozenset[str]:
@@ -191,7 +198,7 @@ def dataflow_of(ours: Dump, ref: Dump) -> tuple[Dataflow | None, tuple[str, ...]
             try:
                 return Dataflow.from_json(dump.header.dataflow), ()
             except ValueError as error:
-                return None, (f"{dump.path}: {error}: the vocabulary's order is taken instead",)
+                return None, (f"{dump.path}: {error}: the vocabulary's order is used instead",)
     return None, ()
 
 
@@ -210,9 +217,20 @@ def ordered(names: Collection[str], whole: Dataflow | None) -> list[str]:
     return sorted(listed, key=keys.__getitem__)
 
 
-def flow(names: Sequence[str], whole: Dataflow | None = None, n_layers: int | None = None) -> Flow:
+def flow(names: Sequence[str], whole: Dataflow | None = None, n_layers: int | None = None, *, unmasked: bool = False) -> Flow:
     """The dataflow of compared points; without a whole one that of the vocabulary's order."""
-    return Flow(whole or of_vocabulary(names, n_layers), tuple(names), whole is not None)
+    return Flow(whole or of_vocabulary(names, n_layers), tuple(names), whole is not None, unmasked)
+
+
+def without_mask(points: Mapping[str, Rows]) -> bool:
+    """Whether attention has no causal mask: the scores of all positions of the first pass have as many columns."""
+    for name, rows in points.items():
+        if not of_scores(name) or name.startswith(_ENCODER) or "cross" in name:
+            continue
+        shapes = {rows.shapes[r] for r in np.flatnonzero((rows.seq == 0) & (rows.step == 0)).tolist()}
+        if len(rows) > 1 and not any(len(shape) < 2 for shape in shapes):
+            return len(shapes) == 1
+    return False
 
 
 def upstream(model: Flow, point: Ints, seq: Ints, token_idx: Ints, nmse: Floats, failed: Bools) -> Upstream:
@@ -238,7 +256,7 @@ def upstream(model: Flow, point: Ints, seq: Ints, token_idx: Ints, nmse: Floats,
             worst[rows], spoiled[rows] = above.worst[at], above.failed[at]
             front = _Front.of(at, nmse[rows], failed[rows], len(places))
             # Every position of an encoder, and of its decoder, sees all of the encoder's.
-            front = front.everywhere() if name.startswith("enc.") else front
+            front = front.everywhere() if model.sees_later(name) else front
             fronts[name] = _join([above, front]) if len(rows) else above
     return Upstream(worst, spoiled)
 
@@ -269,4 +287,4 @@ def _join(fronts: list[_Front]) -> _Front:
     )
 
 
-__all__ = ["CACHE", "Flow", "Stretch", "Upstream", "dataflow_of", "flow", "ordered", "upstream"]
+__all__ = ["CACHE", "Flow", "Stretch", "Upstream", "dataflow_of", "flow", "ordered", "upstream", "without_mask"]

@@ -6,11 +6,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from checkpoints.answers.diff import Pattern
+from checkpoints.distinct import distinct
 from checkpoints.points import EMBD, LOGITS, OUTPUT_NORM, parse
 
 from .dataflow import Flow, Stretch
-from .operations import recurrent, suspects
+from .operations import CHOICES, recurrent, suspects
 
+_UNMASKED = "attention (every position sees all others here: Q, K, V, scale, bias of positions)"
 _NAMED = 4  # points of a stretch that are named one by one
 
 Ints = NDArray[np.int64]
@@ -69,14 +71,14 @@ def diagnose(seen: Evidence) -> Pattern | None:
     if seen.alike:
         return Pattern(
             "precision",
-            f"{where}, but the error is of one size at all positions: lower precision than the limit is for (--compute q8, bf16, f16)",
+            f"{where}, but the error is equally large at all positions: a lower precision than the limit assumes (--compute q8, bf16, f16)",
         )
     if seen.point == EMBD:
         return _embedding(seen)
     if decoding := _decode_only(seen):
         return decoding
     once = parse(seen.point).layer is None
-    if not seen.settled and not once and _all_but_last(seen):
+    if not seen.settled and not once and not seen.flow.sees_later(seen.point) and _all_but_last(seen):
         return Pattern("causal-mask", "wrong at every position but the last of the pass: the causal mask is missing or shifted")
     if seen.drifted:
         return Pattern("drift", "the error grew without a jump: precision rather than one wrong operation")
@@ -88,7 +90,7 @@ def diagnose(seen: Evidence) -> Pattern | None:
         likely = suspects(seen.flow, (LOGITS,)) if LOGITS in seen.flow.whole.made else "the output matrix"
         return Pattern("output-matrix", f"{where}: the last norm or {likely}, a soft cap")
     if seen.point == OUTPUT_NORM and shape is not None and shape.code == "from-position-0":
-        return Pattern("output-norm", f"{where}: a layer after the last that was recorded, or the last norm")
+        return Pattern("output-norm", f"{where}: a layer after the last recorded one, or the last norm")
     return shape
 
 
@@ -170,7 +172,7 @@ def _decode_only(seen: Evidence) -> Pattern | None:
 
 def _all_but_last(seen: Evidence) -> bool:
     """Whether in each pass of more than one position all are wrong but the last."""
-    passes = [seen.step == step for step in np.unique(seen.step[~seen.decode])]
+    passes = [seen.step == step for step in distinct(seen.step[~seen.decode])]
     long = [chosen for chosen in passes if chosen.sum() > 2]
     return bool(long) and all(bool(seen.failed[chosen][:-1].all()) and not seen.failed[chosen][-1] for chosen in long)
 
@@ -190,12 +192,15 @@ def _shape(seen: Evidence) -> Pattern | None:
     if tail and len(failing) > 1:
         return _tail(seen, first, where)
     if not seen.failed[1:].any():
-        return Pattern("first-position", f"only position {first} is wrong: BOS, or what position 0 is taken for")
+        return Pattern(
+            "first-position",
+            f"only position {first} is wrong: BOS, or the position number of the first token{_or_experts(seen)}",
+        )
     if between := _between_positions(seen):
         return Pattern("single-positions", f"{where}: {between}")
     if seen.embedded:
-        sentence = "embd is right there: attention (Q, K, RoPE, mask) at these positions, or an error that is under the limit elsewhere"
-        return Pattern("single-positions", f"{where}; {sentence}")
+        sentence = "embd is right there: attention (Q, K, RoPE, mask) at these positions, or an error that is below the limit elsewhere"
+        return Pattern("single-positions", f"{where}; {sentence}{_or_experts(seen)}")
     token = f" ({seen.token!r})" if seen.token is not None else ""
     return Pattern("single-positions", f"{where}: the embedding row of that token{token}, or another token id")
 
@@ -206,28 +211,31 @@ def _tail(seen: Evidence, first: int, where: str) -> Pattern:
     if seen.gradual:
         return Pattern(
             "grown",
-            f"{where}, by an error that grows with the position and is just under the limit before {first}: no edge there",
+            f"{where}, by an error that grows with the position and is just below the limit before {first}: no edge there",
         )
     if seen.step[at] != seen.step[at - 1]:
-        return Pattern("chunk", f"{where}: a new pass begins there: what the cache kept of the chunk before, or its positions")
+        return Pattern("chunk", f"{where}: a new pass begins there: the cache's rows of the previous chunk, or the positions")
     if first >= 16 and first % 16 == 0 and first - _before(seen) == 1:
         size = first & -first
         return Pattern("chunk", f"{where}: {first} is a multiple of {size}: the edge of a chunk, a tile or a window")
-    return Pattern("from-position-n", f"{where}: a limit at {first}: a window, the cache's size, or how far RoPE was scaled")
+    limit = f"a limit at {first}: a window, the cache's size, or how far RoPE was scaled"
+    return Pattern("from-position-n", f"{where}: {limit}{_or_experts(seen)}")
 
 
 def _at_every_position(seen: Evidence, first: int) -> str:
     """What can be wrong at position 0 too, where attention has one key and its soft max is 1 whatever the scores are, but for sinks."""
-    sides = _sides(seen)
+    sides = None if seen.flow.sees_later(seen.point) else _sides(seen)
     nodes = list(seen.stretch.nodes) if seen.stretch is not None else []
     sinks = any(seen.flow.attends(name) and seen.flow.whole.made[name].weights for name in nodes)
     named = _listed(seen, sides[1] if sides is not None and first == 0 and not sinks else nodes)
     if named:
         return named
     if sinks:
-        return "attention (its sinks count at position 0, too), the output projection, FFN, a norm or weight"
+        return "attention (its sinks matter at position 0, too), the output projection, FFN, a norm or weight"
     if sides is None and any(map(recurrent, seen.flow.operations(nodes))):
         return "a projection, the recurrence (its state, its convolution or its decay), a norm or weight"
+    if seen.flow.sees_later(seen.point):
+        return f"{_UNMASKED}, the output projection, FFN, a norm or weight"
     return "V, the output projection, FFN, a norm or weight, or no causal mask"
 
 
@@ -238,15 +246,23 @@ def _between_positions(seen: Evidence) -> str:
     if any(recurrent(op) for op in seen.flow.operations(seen.stretch.nodes)):
         return ""
     unseen = " and ".join(seen.stretch.inputs[:2])
-    return f"what was not recorded of {unseen}, or an operation at these positions alone: none here joins positions"
+    return f"the unrecorded part of {unseen}, or an operation at these positions alone: none here combines positions"
 
 
 def _beyond_one_key(seen: Evidence) -> str:
     """What can be right at position 0 and wrong at all others."""
     if seen.stretch is not None and any(recurrent(op) for op in seen.flow.operations(seen.stretch.nodes)):
-        return "what the recurrence carries from position to position: its state, its convolution or its decay"
+        return "the recurrence from position to position: its state, its convolution or its decay"
     if between := _between_positions(seen):
         return between
+    if seen.flow.sees_later(seen.point):
+        return f"{_UNMASKED}, or an operation on these positions alone{_or_experts(seen)}"
     sides = _sides(seen)
     named = _listed(seen, sides[0]) if sides is not None else ""
-    return f"{named} (scale, mask)" if named else "Q, K, RoPE, the attention's scale or its mask"
+    return f"{named} (scale, mask)" if named else f"Q, K, RoPE, the attention's scale or its mask{_or_experts(seen)}"
+
+
+def _or_experts(seen: Evidence) -> str:
+    """That experts may be chosen wrongly, where some are: a router is right or wrong token by token, so that positions tell nothing."""
+    nodes = seen.stretch.nodes if seen.stretch is not None else ()
+    return ", or which experts are chosen: that differs by token" if CHOICES & seen.flow.operations(nodes) else ""

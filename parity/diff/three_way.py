@@ -1,5 +1,10 @@
 """Three dumps of one experiment: every pair compared as `diff` does, and at each point the side that stands alone."""
 
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
 from checkpoints.answers.diff import PointSummary, Verdict
 from checkpoints.answers.three_way import PAIRS, ThreeWay, ThreeWayPoint
 from checkpoints.errors import DumpError, InputError
@@ -7,6 +12,7 @@ from checkpoints.points import order
 from checkpoints.record import Dump
 
 from .compare import Options, compare
+from .truth import MULTIPLE, Floats, Truth
 
 
 def compare_three(dumps: tuple[Dump, Dump, Dump], options: Options | None = None) -> ThreeWay:
@@ -30,6 +36,23 @@ def compare_three(dumps: tuple[Dump, Dump, Dump], options: Options | None = None
     )
     wrong = next((point for point in points if point.differs), None)
     return ThreeWay(sides, points, _counts(verdicts), wrong, _notes(sides, verdicts))
+
+
+def with_truth(three_way: ThreeWay, dumps: tuple[Dump, Dump, Dump], truth: Truth) -> ThreeWay:
+    """The answer with how far each side is from float64 where they differ: two that agree may share a fault."""
+    wanted = [point.checkpoint for point in three_way.points if point.differs]
+    far = [truth.distances({name: dump.points[name] for name in wanted if name in dump.points}) for dump in dumps]
+    points = tuple(_told(point, [side.get(point.checkpoint) for side in far]) for point in three_way.points)
+    return replace(three_way, points=points, first=next((point for point in points if point.differs), None))
+
+
+def _told(point: ThreeWayPoint, sides: Sequence[Floats | None]) -> ThreeWayPoint:
+    worst = [None if side is None or np.isnan(side).all() else float(np.nanmax(side)) for side in sides]
+    known = [far for far in worst if far is not None]
+    if not point.differs or len(known) < 2:
+        return point
+    wrong = tuple(number for number, far in enumerate(worst) if far is not None and far > MULTIPLE * min(known))
+    return replace(point, truth=(worst[0], worst[1], worst[2]), wrong=wrong)
 
 
 def names(dumps: tuple[Dump, Dump, Dump]) -> tuple[str, str, str]:

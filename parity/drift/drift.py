@@ -120,6 +120,7 @@ def check(request: Checking, progress: Progress | None = None) -> Drift:
     """
     golden = load(request.folder)
     golden.same_mode(request.mode)
+    ledger.read(_book(request, golden))  # what is wrong with it is said before anything is computed
     if request.prompts is not None:
         golden.same_prompts(read_prompts(request.prompts))
     with ExitStack() as stack:
@@ -141,6 +142,10 @@ def check(request: Checking, progress: Progress | None = None) -> Drift:
     return _answer(request, golden, source, dumps, verdicts, updated)
 
 
+def _book(request: Checking, golden: Golden) -> Path:
+    return request.ledger or golden.folder / ledger.NAME
+
+
 def _answer(
     request: Checking,
     golden: Golden,
@@ -149,7 +154,7 @@ def _answer(
     verdicts: Sequence[Verdict],
     updated: tuple[tuple[int, str], ...],
 ) -> Drift:
-    book = request.ledger or golden.folder / ledger.NAME
+    book = _book(request, golden)
     entries, skipped = ledger.read(book)
     identity = golden.identity
     earlier = ledger.comparable(entries, source, identity)
@@ -185,7 +190,7 @@ def _side(source: str, versions: dict[str, str]) -> str:
 
 
 def _described(golden: Golden) -> str:
-    made_by = {"ref": "llama.cpp", "ours": "our engine", "exec": "a foreign engine"}[golden.source]
+    made_by = {"ref": "llama.cpp", "ours": "our engine", "exec": "an external engine"}[golden.source]
     version = golden.build.get("llama_cpp_python") or golden.build.get("version") or ""
     many = f"{len(golden.prompts)} prompt{'s' * (len(golden.prompts) > 1)}"
     return " · ".join([str(golden.folder), many, f"{made_by} {version}".strip(), golden.model_name, f"{golden.mode} mode"])

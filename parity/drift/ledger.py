@@ -1,5 +1,6 @@
 """The ledger of checks: one JSON line each, read back as margins over commits."""
 
+import errno
 import json
 import os
 import subprocess
@@ -13,6 +14,8 @@ import orjson
 from checkpoints.answers.drift import Change, Closer, Entry, Margin
 from checkpoints.errors import InputError
 from checkpoints.record import Header
+from checkpoints.regular import require_regular
+from checkpoints.whole_file import lock
 
 NAME = "ledger.jsonl"
 SCHEMA = 1
@@ -30,6 +33,9 @@ _NOTHING = 1e-6  # of the limit: below it two errors are both nothing
 NEAR = 0.1
 
 _VERSIONS = ("version", "llama_cpp_python", "llama_cpp", "backend", "device", "threads", "system", "weights", "flash_attention")
+
+
+_ADVICE = "Name a file with --ledger."
 
 
 def append(path: Path, entry: Entry) -> None:
@@ -55,10 +61,29 @@ def append(path: Path, entry: Entry) -> None:
     }
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("ab") as file:
-            file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
+        _append_line(path, json.dumps(line, allow_nan=False).encode())
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror}.", "Choose another --ledger.", code="ledger") from error
+
+
+def _append_line(path: Path, line: bytes) -> None:
+    """Add a line behind what is there, or nothing where the disk does not take all of it.
+
+    A last line that a killed run has left cut short is ended first, so that only that one is lost.
+    """
+    with path.open("a+b", buffering=0) as file:
+        lock(file.fileno(), wait=True)  # nobody else's line may stand behind this one when it is taken back
+        size = file.seek(0, os.SEEK_END)
+        cut_short = size > 0 and os.pread(file.fileno(), 1, size - 1) != b"\n"
+        whole = b"\n" * cut_short + line + b"\n"
+        written = 0
+        try:
+            written = file.write(whole)
+        finally:
+            if written < len(whole):
+                os.ftruncate(file.fileno(), size)
+        if written < len(whole):  # the disk took some of it before it was full
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def read(path: Path) -> tuple[list[Entry], int]:
@@ -68,6 +93,7 @@ def read(path: Path) -> tuple[list[Entry], int]:
         InputError: the file cannot be read.
     """
     try:
+        require_regular(path, advice=_ADVICE)
         lines = path.read_bytes().splitlines()
     except FileNotFoundError:
         return [], 0

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from checkpoints.answers.diff import AGREES, Limits, Precision
+from checkpoints.answers.three_way import ThreeWay
 from checkpoints.errors import ParityError
 from checkpoints.points import LOGITS
 from checkpoints.record import Dump, Rows
@@ -20,6 +21,8 @@ from ..arbiter.third_side import AnyArbiter, with_truth
 from ..diff.compare import Comparison, Options, comparison
 from ..diff.limits import NATIVE, common_mode, limits
 from ..diff.operations import MIXING
+from ..diff.three_way import compare_three
+from ..diff.three_way import with_truth as with_truth_of_three
 from ..run.graphs import recorded_graph
 from .case import Case, ExplainOptions
 from .noise import ALL, AUTO, OFF
@@ -44,6 +47,22 @@ def compared_on(
     if arbiter == OFF or not third_side or (arbiter == AUTO and (native or (found.verdict and not known.asked))):
         return found
     return found if known.truth is None else with_truth(found, known.truth, everywhere=arbiter == ALL)
+
+
+def three_on(dumps: tuple[Dump, Dump, Dump], options: Options, model: Path, arbiter: str = AUTO) -> ThreeWay:
+    """Compare three dumps of a known model: float64 sets limits as for two, and says who is wrong where they differ.
+
+    Args:
+        arbiter: "off", "auto" or "all" (which is here the same).
+
+    Raises:
+        InputError, DumpError: as `compare_three`.
+    """
+    if arbiter == OFF:
+        return compare_three(dumps, options)
+    known = _Model(next((dump for dump in reversed(dumps) if dump.header is not None and dump.header.tokens), dumps[1]), model)
+    found = compare_three(dumps, replace(options, truth=known))
+    return found if found or known.truth is None else with_truth_of_three(found, dumps, known)
 
 
 def _of_encoder_decoder(ref: Dump, path: Path) -> EncoderDecoderArbiter | None:

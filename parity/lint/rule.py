@@ -100,16 +100,16 @@ class Subject:
         hashes = [_hashes(rows)[usable[name]] for name, rows in self.points.items()]
         _, which, often = np.unique(np.concatenate([np.zeros(0, np.uint64), *hashes]), return_inverse=True, return_counts=True)
         repeated = np.split((often > 1)[which], np.cumsum([len(several) for several in hashes])[:-1]) if hashes else []
-        found: dict[str, list[tuple[Place, bytes]]] = {}
+        vectors: dict[str, list[tuple[Place, bytes]]] = {}
         for (name, rows), again in zip(self.points.items(), repeated, strict=True):
             members = usable[name][again]
             places = zip(rows.seq[members].tolist(), rows.token_idx[members].tolist(), rows.step[members].tolist(), strict=True)
             counts = rows.counts[members].tolist()
-            found[name] = [
+            vectors[name] = [
                 (place, rows.values[r, :count].tobytes())
                 for place, r, count in zip(places, members.tolist(), counts, strict=True)
             ]
-        return found
+        return vectors
 
     @cached_property
     def layers(self) -> int | None:
@@ -168,9 +168,17 @@ def _hashes(rows: Rows) -> NDArray[np.uint64]:
     width = rows.values.shape[1]
     bits = np.ascontiguousarray(rows.values).view(np.uint32).astype(np.uint64)
     inside = np.arange(width)[None, :] < rows.counts[:, None]
-    factors = np.random.default_rng(0).integers(1 << 63, size=width, dtype=np.uint64) | np.uint64(1)
+    factors = _factors(width)
     total: NDArray[np.uint64] = (np.where(inside, bits + np.uint64(1), np.uint64(0)) * factors).sum(axis=1, dtype=np.uint64)
     return total
+
+
+def _factors(width: int) -> NDArray[np.uint64]:
+    """Odd pseudo-random numbers, uint64 [width]: SplitMix64 (Steele, Lea and Flood 2014). Importing numpy.random takes 10 ms."""
+    bits = np.arange(1, width + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return bits ^ (bits >> np.uint64(31)) | np.uint64(1)
 
 
 def leading(rows: Rows, r: int) -> NDArray[np.float32]:
@@ -181,7 +189,8 @@ def leading(rows: Rows, r: int) -> NDArray[np.float32]:
 
 def telling(rows: Rows) -> NDArray[np.bool_]:
     """bool [R]: records with enough different finite values to be told from others."""
-    if not len(rows) or rows.values.shape[1] < TELLING or rows.dtype.startswith("i"):  # ids: few, and often the same
+    ids = rows.dtype.startswith("i") or kind(rows.point).endswith(("moe_topk", "moe_argsort"))  # few, and often the same
+    if not len(rows) or rows.values.shape[1] < TELLING or ids:
         return np.zeros(len(rows), dtype=np.bool_)
     values = np.sort(rows.values, axis=1)  # padding and NaN sort to the end
     finite = np.isfinite(values[:, 1:]) & np.isfinite(values[:, :-1])

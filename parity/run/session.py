@@ -12,7 +12,6 @@ from typing import Any
 
 from checkpoints.answers.diff import Verdict
 from checkpoints.answers.picture import Picture
-from checkpoints.answers.three_way import ThreeWay
 from checkpoints.errors import DumpError, InputError
 from checkpoints.formats import load
 from checkpoints.nearest import unknown_names
@@ -23,7 +22,6 @@ from reference.client import Reference
 from reference.jobs import DumpResult
 
 from ..diff.compare import Comparison, Options, comparison
-from ..diff.three_way import compare_three
 from ..diff.tokens import same_model
 from ..lint.lint import refuse_unusable
 from .hugging_face import HuggingFace
@@ -207,11 +205,11 @@ def dump_ours(request: Request, out: Path, progress: Progress | None = None) -> 
     side.dump(prompt, out, progress)
 
 
-def with_hugging_face(outcome: Outcome, side: HuggingFace, progress: Progress | None = None) -> tuple[ThreeWay, str]:
-    """Hugging Face as the third side of a run, on the same tokens and points, compared with both others.
+def with_hugging_face(outcome: Outcome, side: HuggingFace, progress: Progress | None = None) -> tuple[Dump, str]:
+    """Hugging Face as the third side of a run, on the same tokens and points.
 
     Returns:
-        The comparison, and a sentence where transformers' tokenizer makes other ids of the prompt, else "".
+        Its dump, and a sentence where transformers' tokenizer makes other ids of the prompt, else "".
 
     Raises:
         EngineError: transformers cannot load or run the model. DumpError: it has none of the points.
@@ -223,9 +221,7 @@ def with_hugging_face(outcome: Outcome, side: HuggingFace, progress: Progress | 
     prompt = Prompt(header.prompt, header.tokens, header.pieces or (), generated=generated)
     out = outcome.folder / HF_FILE
     tokenizer = replace(side, points=",".join(outcome.ref.points)).dump(prompt, out, progress)
-    return compare_three((outcome.ours, outcome.ref, read(out))), tokenizer.difference(
-        prompt
-    ) if header.prompt is not None else ""
+    return read(out), tokenizer.difference(prompt) if header.prompt is not None else ""
 
 
 def dump_hugging_face(model: Path, given: dict[str, Any], out: Path, progress: Progress | None = None) -> str:
@@ -290,5 +286,5 @@ def _prompt_of(dump: Dump) -> dict[str, Any]:
     if dump.header is not None and dump.header.prompt:
         return {"prompt": dump.header.prompt}
     raise DumpError(
-        f"{dump.path} does not say for which tokens it was recorded.", "Give --prompt or --tokens as well.", code="tokens"
+        f"{dump.path} does not say which tokens it was recorded for.", "Give --prompt or --tokens as well.", code="tokens"
     )

@@ -4,8 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from checkpoints import regular
 from checkpoints.errors import InputError
 from reference.client import Reference
+
+_LARGEST = 1 << 28  # bytes of a text: a hundred times what perplexity is measured on
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ def read_text(path: Path) -> str:
         InputError: it cannot be read, is not UTF-8, or holds nothing.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = regular.read_text(path, _LARGEST)
     except (OSError, UnicodeDecodeError) as error:
         reason = (error.strerror or str(error)) if isinstance(error, OSError) else "it is not UTF-8"
         raise InputError(f"cannot read {path}: {reason}.", "Check --text.", code="text") from error

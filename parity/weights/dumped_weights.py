@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from checkpoints.errors import DumpError
 from checkpoints.reading.parallel import LINE
+from checkpoints.regular import require_regular
 
 from .weights import Floats
 
@@ -20,6 +21,7 @@ def load(path: Path) -> dict[str, Floats]:
         DumpError: the file is none of these, or holds no tensors.
     """
     try:
+        require_regular(path, DumpError)
         if path.suffix == ".safetensors":
             weights = dict(_safetensors(path))
         elif path.suffix == ".npz":

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from checkpoints.errors import InputError
+from checkpoints.regular import read_text, require_regular
 
 Floats = NDArray[np.float32]
 _TYPES = {"F32": np.float32, "F16": np.float16, "F64": np.float64}
@@ -43,7 +44,7 @@ class Folder:
         self.path = path
         files = sorted(path.glob("*.safetensors"))
         try:
-            config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+            config = json.loads(read_text(path / "config.json"))
         except (OSError, ValueError) as error:
             raise InputError(f"cannot read {path / 'config.json'}.", "Take a folder that save_pretrained wrote.") from error
         if not files or not isinstance(config, dict):
@@ -63,6 +64,7 @@ class Folder:
 
 def _stored(file: Path) -> dict[str, Stored]:
     try:
+        require_regular(file)
         data = np.memmap(file, dtype=np.uint8, mode="r")
         size = int.from_bytes(data[:8].tobytes(), "little")
         if not 2 <= size <= min(len(data) - 8, _LARGEST_HEADER):

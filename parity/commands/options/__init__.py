@@ -1,4 +1,4 @@
-"""Options that several commands share: the words they take, their declarations, the values they become, the table of all."""
+"""Options that several commands share: their choices, their declarations, their values, and the table of all."""
 
 from .choices import AnswerFormat, Format, Mode, Side
 from .declared import AnswerOption, FormatOption

@@ -1,4 +1,4 @@
-"""The words that an option takes where it offers a choice."""
+"""The choices that an option offers."""
 
 from enum import StrEnum
 
@@ -11,7 +11,7 @@ class Format(StrEnum):
 
 
 class AnswerFormat(StrEnum):
-    """How a comparison's answer is printed, CI's formats included."""
+    """How a comparison's answer is printed, including CI's formats."""
 
     TEXT = "text"
     JSON = "json"
@@ -28,7 +28,7 @@ class Mode(StrEnum):
 
 
 class Side(StrEnum):
-    """Who computes."""
+    """Which side computes."""
 
     OURS = "ours"
     REF = "ref"
@@ -43,7 +43,7 @@ class BackendName(StrEnum):
 
 
 class Compute(StrEnum):
-    """The arithmetic of a foreign engine."""
+    """The arithmetic of an external engine."""
 
     F32 = "f32"
     TF32 = "tf32"
@@ -53,7 +53,7 @@ class Compute(StrEnum):
 
 
 class Arbiter(StrEnum):
-    """Whether the same steps in float64 say which side is right."""
+    """When the same steps in float64 decide which side is right."""
 
     OFF = "off"
     AUTO = "auto"

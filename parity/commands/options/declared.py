@@ -15,7 +15,10 @@ PromptOption = Annotated[str | None, typer.Option("--prompt", "-p", help="The pr
 PromptFileOption = Annotated[Path | None, typer.Option("--prompt-file", help="File with the prompt, UTF-8.")]
 TokensOption = Annotated[str | None, typer.Option("--tokens", help="Token ids instead of a prompt: 1,2,3.")]
 ModeOption = Annotated[
-    Mode, typer.Option("--mode", help="exact: F32 on both sides, a right engine agrees to 1e-12; native: the file's own types.")
+    Mode,
+    typer.Option(
+        "--mode", help="exact: F32 on both sides, where a right engine agrees to 1e-12; native: the file's own types."
+    ),
 ]
 PointsOption = Annotated[
     str, typer.Option("--points", help="What to record: default, all, or names and globs such as 'blk.{1..5}.{q,k}'.")
@@ -34,14 +37,14 @@ ArbiterOption = Annotated[
     Arbiter,
     typer.Option(
         "--arbiter",
-        help="Let the same steps in float64 say which side is right: where they can decide (auto), everywhere (all), or never (off).",
+        help="Decide by the same steps in float64 which side is right: where that helps (auto), everywhere (all), or never (off).",
     ),
 ]
 BackendOption = Annotated[BackendName, typer.Option("--backend", help="Where our engine computes.")]
 DevicesOption = Annotated[
     str | None,
     typer.Option(
-        "--devices", help="CUDA devices, for instance 0,1: consecutive layers go to consecutive devices.", show_default=False
+        "--devices", help="CUDA devices, e.g. 0,1: consecutive layers are placed on consecutive devices.", show_default=False
     ),
 ]
 WindowOption = Annotated[
@@ -54,7 +57,9 @@ WindowOption = Annotated[
 ThreadsOption = Annotated[
     int | None, typer.Option("--threads", min=1, max=_MOST_THREADS, help="Threads of llama.cpp; default: all cores.")
 ]
-FirstOption = Annotated[int, typer.Option("--first-position", min=0, help="Position of the first token (long-context RoPE).")]
+FirstOption = Annotated[
+    int, typer.Option("--first-position", min=0, help="Position of the first token, to test RoPE at long contexts.")
+]
 ToleranceOption = Annotated[
     float | None,
     typer.Option("--tolerance", min=0.0, help="NMSE above which a record differs; default: looked up by types and mode."),
@@ -69,19 +74,19 @@ ComputeOption = Annotated[
 ]
 DespiteLintOption = Annotated[bool, typer.Option("--despite-lint", help="Compare even if lint finds a dump unusable.")]
 MapOption = Annotated[
-    Path | None, typer.Option("--map", help="TOML file that says what your names mean: their name = our point.")
+    Path | None, typer.Option("--map", help='TOML file that maps your names to points: "their name" = "our point".')
 ]
 OffsetOption = Annotated[
     int | None,
     typer.Option(
-        "--offset", help="Number added to every position of your dump; 0: positions count from the prompt's first token."
+        "--offset", help="Number added to every position of your dump; 0: its positions count from the prompt's first token."
     ),
 ]
 ExecOption = Annotated[
     str | None,
     typer.Option(
         "--exec",
-        help="Your engine as our side: '[NAME=value …] CMD {model} {tokens} {out} {points}'; {model} is the F32 twin in exact mode.",
+        help="Run your engine as our side: '[NAME=value …] CMD {model} {tokens} {out} {points}'; {model} is the F32 twin in exact mode.",
     ),
 ]
 TestedExecOption = Annotated[
@@ -89,11 +94,16 @@ TestedExecOption = Annotated[
     typer.Option("--exec", help="The engine to test: '[NAME=value …] CMD {model} {tokens} {out} {points}'."),
 ]
 ShellOption = Annotated[
-    str | None, typer.Option("--exec-shell", help="Your engine as a line for /bin/sh, with the same placeholders.")
+    str | None, typer.Option("--exec-shell", help="Your engine as a command line for /bin/sh, with the same placeholders.")
 ]
 TimeoutOption = Annotated[
     float | None,
     typer.Option("--exec-timeout", min=0.001, help="Seconds after which your engine is stopped; default: 3600."),
+]
+TINY_TIMEOUT = 120.0  # seconds for a tiny model: engines that compile their kernels at start take tens of them
+TinyTimeoutOption = Annotated[
+    float | None,
+    typer.Option("--exec-timeout", min=0.001, help=f"Seconds after which your engine is stopped; default: {TINY_TIMEOUT:g}."),
 ]
 PythonOption = Annotated[
     str,
@@ -101,7 +111,10 @@ PythonOption = Annotated[
 ]
 HfDeviceOption = Annotated[str, typer.Option("--hf-device", help="Where Hugging Face computes: cpu, cuda, cuda:1, mps.")]
 GenerateOption = Annotated[
-    int, typer.Option("--generate", min=0, help="Tokens to generate: llama.cpp chooses them, the other side follows.")
+    int,
+    typer.Option(
+        "--generate", min=0, help="Number of tokens to generate: llama.cpp chooses them, the other side gets the same ones."
+    ),
 ]
 FormatOption = Annotated[Format, typer.Option("--format", help="text for people, json for machines.")]
 VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="Show llama.cpp's own log.")]

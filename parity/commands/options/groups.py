@@ -1,10 +1,10 @@
-"""The table of options: which option gives which fields of a request, and the decorator that gives them to a command."""
+"""The table of options: which option sets which fields of a request, and the decorator that adds them to a command."""
 
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +15,21 @@ from .values import Given
 
 @dataclass(frozen=True)
 class Group:
-    """Options that give one or more fields of a request together: `fields` makes those of their texts."""
+    """Options that set one or more fields of a request together: `fields` computes those from their texts."""
 
     options: Mapping[str, tuple[Any, Any]]  # parameter: (annotation, default)
     fields: Callable[..., Given]
 
 
 def _one(name: str, annotation: Any, default: Any = None, convert: Callable[[Any], Any] = lambda value: value) -> Group:
-    """The option that gives the field of its name."""
+    """The option that sets the field of its own name."""
     return Group({name: (annotation, default)}, lambda **texts: {name: convert(texts[name])})
 
 
-def _command(annotation: Any) -> Group:
-    """The options of an engine that a command line starts, with this --exec."""
-    options = {"command": annotation, "shell": declared.ShellOption, "timeout": declared.TimeoutOption}
-    return Group({name: (option, None) for name, option in options.items()}, values.command_fields)
+def _command(annotation: Any, timeout: Any = declared.TimeoutOption, seconds: float | None = None) -> Group:
+    """The options of an engine that a command line starts, with this --exec; it is stopped after `seconds`, by default."""
+    options = {"command": annotation, "shell": declared.ShellOption, "timeout": timeout}
+    return Group({name: (option, None) for name, option in options.items()}, partial(values.command_fields, default=seconds))
 
 
 _PROMPT_OPTIONS = {
@@ -48,7 +48,7 @@ GROUPS = {
     "backend": _one("backend", declared.BackendOption, BackendName.AUTO),
     "devices": _one("devices", declared.DevicesOption, None, values.devices),
     "command": _command(declared.ExecOption),
-    "tested_command": _command(declared.TestedExecOption),
+    "tested_command": _command(declared.TestedExecOption, declared.TinyTimeoutOption, declared.TINY_TIMEOUT),
     "points": _one("points", declared.PointsOption, "default"),
     "all_points": _one("points", declared.PointsOption, "all"),
     "layers": _one("layers", declared.LayersOption, None, values.layers),
@@ -74,17 +74,18 @@ GROUPS = {
     ),
     "others": Group(references.OPTIONS, references.others_field),
     "server": Group(server.OPTIONS, server.server_field),
+    "asking": Group({name: server.OPTIONS[name] for name in ("server_api", "server_json")}, server.asking_fields),
     "despite_lint": _one("despite_lint", declared.DespiteLintOption, False),
     "verbose": _one("verbose", declared.VerboseOption, False),
 }
 
 
-# What a command writes to; every other path that it is given is read.
+# The outputs of a command; every other path that it is given is read.
 _OUTPUTS = frozenset({"out", "table", "html", "junit", "save_base"})
 
 
 def fills(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """A command whose first parameter, `given`, holds the fields that these groups of options give, each declared once, above.
+    """A command whose first parameter, `given`, holds the fields that these groups of options set.
 
     The command's other parameters follow the options. None of the files that it reads may be one that it writes.
     """
@@ -117,11 +118,11 @@ def fills(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
 
 
 def _paths(texts: Mapping[str, Any], *, written: bool) -> list[Path]:
-    """The paths that a command was given: those that it writes to, or those that it reads."""
+    """The paths that a command was given: either its outputs or its inputs."""
     given = [value for name, value in texts.items() if (name in _OUTPUTS) is written]
     return [path for value in given for path in (value if isinstance(value, list) else [value]) if isinstance(path, Path)]
 
 
 def _plain(value: Any) -> Any:
-    """An enumeration's text: requests travel to other processes, which know nothing of commands."""
+    """An enumeration's text: requests are sent to other processes, which know nothing of commands."""
     return value.value if isinstance(value, Enum) else value

@@ -1,4 +1,4 @@
-"""The options of other llama.cpp beside the installed one, and the builds that they name."""
+"""The options for other versions of llama.cpp beside the installed one, and the builds that they name."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,7 +13,7 @@ OPTIONS: dict[str, tuple[Any, Any]] = {
             list[str] | None,
             typer.Option(
                 "--ref-python",
-                help="Also run the llama.cpp of this interpreter's llama-cpp-python, another version or build; can be repeated.",
+                help="Also run another llama.cpp: the one of this interpreter's llama-cpp-python; can be repeated.",
                 show_default=False,
             ),
         ],
@@ -25,7 +25,7 @@ OPTIONS: dict[str, tuple[Any, Any]] = {
             typer.Option(
                 "--ref-lib",
                 envvar="LLAMA_CPP_LIB",
-                help="Also run this libllama, another build of the installed version: its file or its folder.",
+                help="Also run another build of the installed version: the file or folder of its libllama.",
                 show_default=False,
             ),
         ],
@@ -35,10 +35,10 @@ OPTIONS: dict[str, tuple[Any, Any]] = {
 
 
 def others_field(ref_python: list[str] | None, ref_lib: Path | None) -> Given:
-    """The other llama.cpp that are to run, each found before anything is computed.
+    """The other versions of llama.cpp to run, each located before anything is computed.
 
     Raises:
-        InputError: an interpreter or a library is not there, or has no llama.cpp.
+        InputError: an interpreter or a library does not exist, or has no llama.cpp.
     """
     if not ref_python and ref_lib is None:
         return {"others": ()}

@@ -1,4 +1,4 @@
-"""The options of a server as a side, and the request that they give together."""
+"""The options of a server as a side, and the request that they form together."""
 
 import json
 from enum import StrEnum
@@ -12,7 +12,7 @@ from .values import Given
 
 
 class ServerApi(StrEnum):
-    """How a server is asked."""
+    """The API by which a server is asked."""
 
     AUTO = "auto"
     OPENAI = "openai"
@@ -26,8 +26,8 @@ OPTIONS: dict[str, tuple[Any, Any]] = {
             str | None,
             typer.Option(
                 "--server",
-                help="A running server as our side: its log-probabilities over the prompt, and with --generate its choices. "
-                "--tolerance is a KL divergence then.",
+                help="Compare a running server: its log-probabilities over the prompt, and with --generate its choices. "
+                "--tolerance is then a KL divergence.",
                 show_default=False,
             ),
         ],
@@ -37,7 +37,8 @@ OPTIONS: dict[str, tuple[Any, Any]] = {
         Annotated[
             ServerApi,
             typer.Option(
-                "--server-api", help="openai: /v1/completions; llama.cpp: /completion; auto: by the URL, else by trying."
+                "--server-api",
+                help="openai: /v1/completions; llama.cpp: /completion; auto: decided by the URL, otherwise by trying.",
             ),
         ],
         ServerApi.AUTO,
@@ -46,7 +47,7 @@ OPTIONS: dict[str, tuple[Any, Any]] = {
         Annotated[
             int,
             typer.Option(
-                "--server-top", min=1, max=100, help="Candidates to ask for at each position (OpenAI allows 5 at the most)."
+                "--server-top", min=1, max=100, help="Candidates to ask for at each position (OpenAI allows at most 5)."
             ),
         ],
         5,
@@ -58,7 +59,9 @@ OPTIONS: dict[str, tuple[Any, Any]] = {
     "server_json": (
         Annotated[
             str,
-            typer.Option("--server-json", help="JSON object whose members go into every request: '{\"repeat_penalty\": 1}'."),
+            typer.Option(
+                "--server-json", help="JSON object whose members are added to every request: '{\"repeat_penalty\": 1}'."
+            ),
         ],
         "",
     ),
@@ -75,7 +78,7 @@ OPTIONS: dict[str, tuple[Any, Any]] = {
             bool,
             typer.Option(
                 "--dump-prefix",
-                help="With --server: then dump llama.cpp on the tokens up to the first wrong prediction (ref.jsonl).",
+                help="With --server: also dump llama.cpp on the tokens up to the first wrong prediction (ref.jsonl).",
             ),
         ],
         False,
@@ -93,7 +96,7 @@ def server_field(
     server_timeout: float,
     dump_prefix: bool,
 ) -> Given:
-    """The server to ask and how; None without --server.
+    """The server and how to ask it; None without --server.
 
     Raises:
         InputError: the URL, the JSON or a number is wrong, or one of these options is given without --server.
@@ -101,16 +104,38 @@ def server_field(
     if server is None:
         others = (server_api, server_top, server_model, server_json, server_rate, server_timeout, dump_prefix)
         if others != tuple(default for name, (_, default) in OPTIONS.items() if name != "server"):
-            raise InputError("--server-… and --dump-prefix need a server.", "Give its URL with --server.", code="server")
+            raise InputError(
+                "The options --server-… and --dump-prefix need a server.", "Give its URL with --server.", code="server"
+            )
         return {"server": None}
     from ...server.http import Connection, key_from_environment
     from ...server.session import ServerRequest
 
+    extra = members(server_json)
+    connection = Connection(server, key_from_environment(), server_timeout, server_rate)
+    return {"server": ServerRequest(connection, server_api, server_top, server_model, extra, dump_prefix)}
+
+
+def members(server_json: str) -> dict[str, Any]:
+    """What --server-json adds to every request.
+
+    Raises:
+        InputError: it is not a JSON object.
+    """
     try:
         extra = json.loads(server_json) if server_json else {}
     except ValueError as error:
         raise InputError(f"--server-json is not JSON: {error}.", _EXAMPLE, code="server") from None
     if not isinstance(extra, dict):
         raise InputError("--server-json must be a JSON object.", _EXAMPLE, code="server")
-    connection = Connection(server, key_from_environment(), server_timeout, server_rate)
-    return {"server": ServerRequest(connection, server_api, server_top, server_model, extra, dump_prefix)}
+    return extra
+
+
+def asking_fields(server_api: str, server_json: str) -> Given:
+    """How a server is asked that is started for each model.
+
+    Raises:
+        InputError: the JSON is wrong.
+    """
+    members(server_json)
+    return {"server_api": server_api, "server_json": server_json}

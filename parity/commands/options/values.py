@@ -1,4 +1,4 @@
-"""How the texts of options become values, and what is refused on the way."""
+"""How the texts of options become values, and which texts are refused."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,7 +15,7 @@ Given = dict[str, Any]  # fields of a request by name: `Request(**given)`
 
 
 def keep_inputs(outputs: Iterable[Path], inputs: Iterable[Path]) -> None:
-    """Refuse to write over what is read.
+    """Refuse to overwrite an input.
 
     Raises:
         InputError: one of `outputs` is one of `inputs`.
@@ -29,7 +29,7 @@ def keep_inputs(outputs: Iterable[Path], inputs: Iterable[Path]) -> None:
 
 
 def mapping(names: Path | None, offset: int | None) -> "Mapping":
-    """--map and --offset as one mapping: what names mean and where positions count from; --offset replaces the file's own offset.
+    """--map and --offset as one mapping: what names mean and what is added to positions; --offset replaces the file's own offset.
 
     Raises:
         InputError: the mapping cannot be read.
@@ -43,7 +43,7 @@ def mapping(names: Path | None, offset: int | None) -> "Mapping":
 
 
 def devices(text: str | None) -> tuple[int, ...]:
-    """`--devices` as numbers; none for the backend's own choice.
+    """`--devices` as numbers; empty for the backend's own choice.
 
     Raises:
         InputError: they are not numbers, or one occurs twice.
@@ -55,7 +55,7 @@ def devices(text: str | None) -> tuple[int, ...]:
 
 
 def positions(text: str) -> Literal["all", "last"] | tuple[int, ...]:
-    """`--positions` as the engine and the reference take it."""
+    """`--positions` in the form that the engine and the reference take."""
     if text == "all":
         return "all"
     if text == "last":
@@ -67,7 +67,7 @@ def positions(text: str) -> Literal["all", "last"] | tuple[int, ...]:
 
 
 def window(text: str) -> int | Literal["auto", "off"]:
-    """`--window` as the reference takes it."""
+    """`--window` in the form that the reference takes."""
     if text == "auto":
         return "auto"
     if text == "off":
@@ -78,44 +78,44 @@ def window(text: str) -> int | Literal["auto", "off"]:
 
 
 def layers(text: str | None) -> tuple[int, ...] | None:
-    """`--layers` as the request takes it."""
+    """`--layers` in the form that the request takes."""
     return numbers(text, "--layers") if text is not None else None
 
 
 def model_path(path: Path | None) -> Path:
-    """`--model`, or the embedded model."""
+    """`--model`, otherwise the embedded model."""
     from ...models.embedded import path as embedded
 
     return path or embedded()
 
 
 def prompt_fields(prompt: str | None, prompt_file: Path | None, tokens: str | None) -> Given:
-    """The prompt's text or its token ids. Raises InputError where there is not exactly one of the three."""
+    """The prompt's text or its token ids. Raises InputError unless exactly one of the three options was given."""
     text, ids = given_prompt(prompt, prompt_file, tokens)
     return {"prompt": text, "tokens": ids}
 
 
 def text_field(prompt: str | None, prompt_file: Path | None) -> Given:
-    """The prompt's text. Raises InputError where there is not exactly one of the two."""
+    """The prompt's text. Raises InputError unless exactly one of the two options was given."""
     return {"prompt": given_prompt(prompt, prompt_file, None)[0]}
 
 
 def optional_prompt_fields(prompt: str | None, prompt_file: Path | None, tokens: str | None) -> Given:
-    """The same of a command that can do without a prompt: neither text nor ids where none of the three is given."""
+    """The same for a command that needs no prompt: neither text nor ids if none of the three was given."""
     if all(text is None for text in (prompt, prompt_file, tokens)):
         return {"prompt": None, "tokens": None}
     return prompt_fields(prompt, prompt_file, tokens)
 
 
-def command_fields(command: str | None, shell: str | None, timeout: float | None) -> Given:
-    """The user's engine, if one was given."""
+def command_fields(command: str | None, shell: str | None, timeout: float | None, default: float | None = None) -> Given:
+    """The user's engine, if one was given. It is stopped after `default` seconds, if `timeout` does not say otherwise."""
     from ...run.command import DEFAULT_TIMEOUT, Command
 
     if command is not None and shell is not None:
-        raise InputError("--exec and --exec-shell were given.", "Take one of them.", code="exec")
+        raise InputError("Both --exec and --exec-shell were given.", "Take one of them.", code="exec")
     line = command if command is not None else shell
     if line is None:
         if timeout is not None:
             raise InputError("--exec-timeout needs an engine of yours.", "Give its command with --exec.", code="exec")
         return {"command": None}
-    return {"command": Command(line, shell=shell is not None, timeout=timeout or DEFAULT_TIMEOUT)}
+    return {"command": Command(line, shell=shell is not None, timeout=timeout or default or DEFAULT_TIMEOUT)}
