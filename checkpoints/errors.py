@@ -1,5 +1,8 @@
 """Errors that a user can act on. Every other exception is a bug of ours."""
 
+# Codes of what this machine has no room for, whatever the request: an output that cannot be written, too little disk or memory.
+OUTPUT, DISK, MEMORY = "output", "disk", "memory"
+
 
 class ParityError(Exception):
     """One clear line, what to do about it, and the exit code.
