@@ -1,5 +1,7 @@
 """Errors that a user can act on. Every other exception is a bug of ours."""
 
+OUTPUT = "output"  # the code of what cannot be written
+
 
 class ParityError(Exception):
     """One clear line, what to do about it, and the exit code.

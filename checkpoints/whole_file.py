@@ -18,7 +18,7 @@ try:
 except ImportError:  # Windows: nothing is locked, and nothing is swept
     fcntl = None  # type: ignore[assignment]
 
-from .errors import InputError
+from .errors import OUTPUT, InputError
 
 _LONGEST = 180  # bytes of a name that are kept in a temporary one, which may have 255
 _RANDOM = 8  # bytes: 16 hex digits
@@ -117,7 +117,7 @@ def unwritable(path: str | os.PathLike[str], error: OSError, advice: str = "Choo
     reason = error.strerror or str(error)
     if " requested and " in reason:  # NumPy's, which does not say why
         reason = "the disk took only part of it"
-    return InputError(f"cannot write {os.fspath(path)}: {reason}.", advice, code="output")
+    return InputError(f"cannot write {os.fspath(path)}: {reason}.", advice, code=OUTPUT)
 
 
 def is_special(path: Path) -> bool:
@@ -127,12 +127,14 @@ def is_special(path: Path) -> bool:
 
 def sweep(path: Path) -> int:
     """Remove what killed runs left of this file in its folder; returns the bytes that were freed."""
-    freed = 0
-    with contextlib.suppress(OSError):
-        for other in list(path.parent.iterdir()):
-            match = _TEMPORARY.fullmatch(other.name)
-            if match and match["name"] == _short(path.name):
-                freed += remove_unowned(other)
+    freed, own = 0, _short(path.name)
+    with contextlib.suppress(OSError), os.scandir(path.parent) as entries:
+        for entry in entries:
+            if not entry.name.startswith("."):  # a folder of thousands of files is passed through quickly
+                continue
+            match = _TEMPORARY.fullmatch(entry.name)
+            if match and match["name"] == own:
+                freed += remove_unowned(path.parent / entry.name)
     return freed
 
 

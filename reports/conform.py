@@ -148,6 +148,17 @@ def _refusals(conformance: Conformance) -> str:
     return listed + (f" · {len(ranked) - 3} other reasons" if len(ranked) > 3 else "")
 
 
+def nothing_compared(conformance: Conformance) -> str:
+    """Why a run in which nothing failed says nothing: whether the engine refused every cell, and why."""
+    refused = [result for result in conformance.results if result.verdict == REFUSED]
+    if len(refused) < len(conformance.results):
+        return f"nothing was compared: {outcome(conformance.results[0]).rstrip('.')}."
+    reasons = {clean(result.reason.rstrip(".")) for result in refused}
+    words = f"{refused[0].reason.rstrip('.')}" if len(reasons) == 1 else f"{len(reasons)} reasons, e.g. {min(reasons)}"
+    cells = "its only cell" if len(refused) == 1 else f"all {count(len(refused), 'cell')}"
+    return clean(f"the engine refused {cells}, so nothing was compared: {words}.")
+
+
 def summary(conformance: Conformance) -> str:
     """Counts, time, and where the report lies."""
     counts: dict[str, int] = {}

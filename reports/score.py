@@ -1,6 +1,6 @@
 """A score as text, JSON and the Markdown block that a pull request asks for."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.text import Text
@@ -44,7 +44,7 @@ def figures(score: Scored) -> Iterator[tuple[str, str]]:
         return
     base = score.base_perplexity or 0.0
     yield "base's perplexity", f"{base:.4f}, ratio {score.perplexity / base:.6f}"
-    bound = "" if score.exact else f" (lower bound: the base's other tokens, {score.unseen:.1e} at most, count as one)"
+    bound = "" if score.exact else f" (lower bound: the base's other tokens, at most {score.unseen:.1e}, count as one)"
     yield "KL divergence", f"mean {_number(score.kl_mean)} ± {_number(score.kl_error)}, max {_number(score.kl_max)}{bound}"
     yield "percentiles", " · ".join(f"{of:g} % {_number(value)}" for of, value in score.kl_percentiles.items())
     yield "same first choice", f"{100 * (score.same_top or 0):.3f} %, first five shared {100 * (score.top_k or 0):.3f} %"
@@ -117,9 +117,23 @@ def as_json(score: Scored) -> dict[str, Any]:
     }
 
 
-def markdown(score: Scored) -> str:
-    """One block to paste; ends with a line break."""
+def _explained(answer: Mapping[str, Any]) -> str:
+    """What was found at the worst position, in a sentence."""
+    first = answer.get("first_divergence")
+    if not first:
+        return "there both sides agree at every recorded operation: the distance is that of their weights or their arithmetic"
+    causes = (answer.get("explanation") or {}).get("causes") or []
+    cause = f"; cause: `{clean(causes[0]['fault'])}`" if causes else ""
+    return f"it first diverges at `{clean(first['checkpoint'])}`, position {first['token_idx']}{cause}"
+
+
+def markdown(score: Scored, explained: Mapping[str, Any] | None = None) -> str:
+    """One block to paste; ends with a line break. `explained` is the answer (JSON) of the comparison at the worst position."""
     rows = [f"| {name} | {value} |" for name, value in figures(score)]
+    worst: list[str] = []
+    if explained is not None and score.worst is not None:
+        place = f"chunk {score.worst.chunk}, position {score.worst.position}"
+        worst = [f"At the worst prediction ({place}) {_explained(explained)}.", ""]
     against = f" against {clean(score.base)}" if score.base else ""
     return "\n".join(
         [
@@ -129,5 +143,6 @@ def markdown(score: Scored) -> str:
             "|---|---|",
             *rows,
             "",
+            *worst,
         ]
     )

@@ -1,6 +1,7 @@
 """Starts a real completion server on a free port of loopback, right or with a planted fault.
 
-Run by an interpreter that has the server's package: `servers.py KIND MODEL PORT_FILE [FAULT]`. KIND is `llama_cpp` (llama-cpp-python's
+Run by an interpreter that has the server's package: `servers.py KIND MODEL PORT [FAULT]`. PORT is a number, or a file in which a free
+one is written. KIND is `llama_cpp` (llama-cpp-python's
 own server, FastAPI) or `xllamacpp` (llama.cpp's own server, the C++ one, as that package builds it).
 """
 
@@ -70,7 +71,8 @@ def xllamacpp(model: str, port: int, _fault: str) -> None:
 
 
 if __name__ == "__main__":
-    kind, model, port_file, *rest = sys.argv[1:]
-    chosen = free_port()
-    Path(port_file).write_text(str(chosen), encoding="utf-8")
+    kind, model, port, *rest = sys.argv[1:]
+    chosen = int(port) if port.isdecimal() else free_port()
+    if not port.isdecimal():
+        Path(port).write_text(str(chosen), encoding="utf-8")
     {"llama_cpp": llama_cpp, "xllamacpp": xllamacpp}[kind](model, chosen, rest[0] if rest else "")

@@ -11,13 +11,14 @@ from xml.etree import ElementTree as ET
 
 import pandas as pd
 import pytest
-from cli import Cli, refused
+from cli import Cli, one_line, refused
 from foreign import compile_engine, numpy_engine
 
 from checkpoints.answers.conform import CellResult
 from parity.conform.conform import parts_of
 from parity.conform.matrix import PROMPTS, TYPES, cells, modes_of, prompt_of
 
+SERVER = os.environ.get("PARITY_SERVER_PYTHON", "")
 needs_gcc = pytest.mark.skipif(shutil.which("gcc") is None, reason="there is no gcc")
 
 
@@ -206,6 +207,67 @@ def test_hugging_face_conforms(parity: Cli) -> None:
     assert [(cell["architecture"], cell["verdict"]) for cell in answer["cells"]] == [("qwen2", "parity"), ("mpt", "refused")]
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not SERVER, reason="PARITY_SERVER_PYTHON names no interpreter with a completion server")
+def test_servers_conform(parity: Cli) -> None:
+    """llama-cpp-python's server is parity without its own repeat penalty; that, and a sampler that is not greedy, are seen and named."""
+    line = f"{SERVER} {Path(__file__).with_name('servers.py')} llama_cpp {{model}} {{port}}"
+    words = ("--side", "server", "--architectures", "qwen3", "--prompts", "short", "--workers", "1", "--out", "c")
+    code, answer = parity.json("conform", "--exec", line, *words, "--types", "Q8_0", "--server-json", '{"repeat_penalty": 1}')
+    assert code == 0
+    assert {cell["mode"]: cell["verdict"] for cell in answer["cells"]} == {"prefill": "parity", "decode": "parity"}
+    assert all(cell["compared"] >= 6 for cell in answer["cells"])
+    code, answer = parity.json("conform", "--exec", line, *words, "--types", "Q8_0")  # its own default is a penalty of 1.1
+    assert [(cause["cause"], cause["cells"]) for cause in answer["causes"]] == [("repeat-penalty", ["qwen3 Q8_0 short decode"])]
+    code, answer = parity.json("conform", "--exec", f"{line} temperature", *words, "--types", "Q8_0")
+    assert [(cause["cause"], cause["cells"]) for cause in answer["causes"]] == [("sampler", ["qwen3 Q8_0 short decode"])]
+    code, answer = parity.json("conform", "--exec", f"{line} no-logprobs", *words, "--types", "Q8_0", "--modes", "prefill")
+    assert (code, [cell["verdict"] for cell in answer["cells"]]) == (1, ["unusable"])
+    assert "logits_all" in answer["cells"][0]["reason"]
+
+
+def test_a_server_that_does_not_start(parity: Cli, tmp_path: Path) -> None:
+    """One that says no is a refusal, one that never listens is timed out, one that ends is unusable; none is left behind."""
+    words = ("--side", "server", "--architectures", "llama", "--types", "F32", "--prompts", "one", "--modes", "prefill")
+    for body, verdict, seconds in (
+        ("sys.exit('no')", "refused", 30),
+        ("open('pid', 'w').write(str(os.getpid())); time.sleep(60)", "timed out", 0.7),
+        ("pass", "unusable", 30),
+    ):
+        (tmp_path / "server.py").write_text(f"import os, sys, time\n{body}\n")
+        ran = parity(
+            "conform",
+            "--exec",
+            f"{sys.executable} server.py {{model}} {{port}}",
+            *words,
+            "--exec-timeout",
+            seconds,
+            "--out",
+            "c",
+        )
+        cells = json.loads(Path("c/conform.json").read_text())["cells"]
+        assert [cell["verdict"] for cell in cells] == [verdict], ran.err
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(Path("pid").read_text()), 0)
+    refused(parity("conform", "--side", "server", "--exec", "server {model}"), "{port}")
+    refused(parity("conform", "--exec", "server {model} {port}"), "--side server")
+
+
+def test_an_engine_that_cannot_be_started_ends_the_run(parity: Cli) -> None:
+    """`env` and shells say with 126 and 127 that there is no such program: one line, exit 2, no cell counts as refused."""
+    words = ("--architectures", "llama", "--types", "F32", "--prompts", "one,short", "--workers", "1", "--out", "c")
+    for option, line, status in (
+        ("--exec", "env X=1 ./nothing {model}", 127),
+        ("--exec", "env /etc/passwd {model}", 126),
+        ("--exec-shell", "./nothing {model}", 127),
+    ):
+        refused(parity("conform", option, line, *words), f"could not be started (exit code {status})", f"Check {option}")
+    assert not list(Path("c").rglob("results/*/*.json"))
+    ran = parity("conform", "--exec", f"{sys.executable} -c 'import sys; sys.exit(\"no\")' {{model}}", *words)
+    assert (ran.code, ran.out.splitlines()[-1].split(" · ")[0]) == (2, "2 cells: 2 refused")
+    one_line(ran.err, "refused all 2 cells", "exit code 1: no")
+
+
 def test_an_engine_that_crashes_or_hangs_or_prints_nothing(parity: Cli, tmp_path: Path) -> None:
     """Each is a verdict of its own and a failure; the run goes on."""
     words = ("--architectures", "llama", "--types", "F32", "--prompts", "one")
@@ -225,7 +287,7 @@ def test_what_it_refuses(parity: Cli) -> None:
     refused(parity("conform", "--exec", "x", "--side", "ours"), "Take one of")
     refused(parity("conform", "--exec", "", "--types", "F32"), "--exec is empty")
     refused(parity("conform", "--side", "ours", "--architectures", "qwen9"), "qwen9", "qwen")
-    refused(parity("conform", "--side", "ours", "--profile", "everything"), "--profile 'everything' is not known")
+    refused(parity("conform", "--side", "ours", "--profile", "everything"), "--profile 'everything' is unknown")
     for mode, needed in (("decode", "{portions}"), ("batch", "{sequences}"), ("state", "{state}")):
         refused(parity("conform", "--exec", "x {model}", "--modes", mode), needed)
     refused(parity("conform", "--exec", "./no-such-engine {model}"), "cannot run ./no-such-engine")

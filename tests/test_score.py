@@ -114,9 +114,12 @@ def test_a_foreign_engine_is_scored_and_its_worst_token_explained(parity: Cli, t
     words = ("score", "--text", text, "--context", CONTEXT, "--chunks", "1", "--exec")
     code, right = parity.json(*words, f"{engine} {{model}} {{tokens}} {{out}}")
     assert (code, right["same_top"], right["kl"]["max"] < 1e-8) == (0, 1.0, True)
-    ran = parity(*words, f"{engine} {{model}} {{tokens}} {{out}} late {{points}}", "--explain-worst")
-    assert ran.code == 1
-    assert "cause   rope-pairs" in ran.out
+    late = (*words, f"{engine} {{model}} {{tokens}} {{out}} late {{points}}", "--explain-worst")
+    code, answer = parity.json(*late)
+    assert (code, answer["explained"]["first_divergence"]["checkpoint"]) == (1, "blk.7.q_rope")
+    assert [cause["fault"] for cause in answer["explained"]["explanation"]["causes"]] == ["rope-pairs"]
+    block = parity(*late, "--format", "markdown").out
+    assert "it first diverges at `blk.7.q_rope`, position 1; cause: `rope-pairs`." in block
     small = compile_engine(tmp_path)
     refused(parity(*words, f"{small} {{model}} {{tokens}} {{out}}"), "16 of 2,048 logits", "PARITY_SLICE")
 

@@ -124,11 +124,11 @@ def test_a_fault_behind_the_table_is_seen(sides: Callable[[str], Sides]) -> None
     found = both.told(1 << 20, steps=edited(right, "output_norm", lambda x: x * np.float32(1.0003)))
     assert found.first_divergence is not None
     assert found.first_divergence.checkpoint == "output_norm"
-    assert not any("a fault, or what the table" in note for note in found.notes)
+    assert not any("a fault, or the table" in note for note in found.notes)
     found = both.told(16, steps=edited(right, "blk.1.ffn_geglu", lambda x: x * np.float32(1.01)))
     assert found.first_divergence is not None
     assert found.first_divergence.checkpoint == "blk.1.ffn_geglu"
-    assert any("a fault, or what the table" in note for note in found.notes)
+    assert any("a fault, or the table" in note for note in found.notes)
 
 
 @pytest.mark.parametrize(

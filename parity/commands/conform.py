@@ -6,8 +6,6 @@ from typing import Annotated
 
 import typer
 
-from checkpoints.errors import InputError
-
 from . import options as o
 
 
@@ -16,15 +14,18 @@ class ConformSide(StrEnum):
 
     OURS = "ours"
     HF = "hf"
+    SERVER = "server"
 
 
-@o.fills("tested_command", "hugging_face", "compute", "tolerance", "threads", "backend", "mapping", "verbose")
+@o.fills("tested_command", "hugging_face", "asking", "compute", "tolerance", "threads", "backend", "mapping", "verbose")
 def conform(
     given: o.Given,
     side: Annotated[
         ConformSide | None,
         typer.Option(
-            "--side", help="Instead of --exec: the engine that comes with parity (ours), or Hugging Face (hf, in --python)."
+            "--side",
+            help="Instead of --exec: the engine that comes with parity (ours), or Hugging Face (hf, in --python). With --exec: server, "
+            "for a command that starts a completion server of {model} on {port}.",
         ),
     ] = None,
     profile: Annotated[
@@ -80,11 +81,14 @@ def conform(
 
       parity conform --exec "./engine {model} {sequences} {out} {points} {portions} {state}" --modes batch,state
 
+      parity conform --side server --exec "./server -m {model} --port {port}" --types F32,Q4_K
+
       parity conform --side ours --architectures 'qwen*' --types F32,Q4_K
 
     Run it again after a fix: only what changed is computed again. Exits 0 if nothing is wrong, 1 if a cell diverges, crashes
     or takes too long.
     """
+    from ..conform import served
     from ..conform.bench import Settings
     from ..conform.conform import ConformRequest
     from ..conform.conform import conform as run
@@ -93,21 +97,22 @@ def conform(
     from ..run.request import Request
     from ..run.sides import OurEngine
     from ..run.workers import fitting
-    from .conform_output import Shown, check_outputs, show
+    from .conform_output import Shown, check_outputs, check_side, show
 
     command = given["command"]
-    if (command is None) == (side is None):
-        what = "no engine" if command is None else "more than one engine"
-        raise InputError(f"{what} to test was given.", "Take one of --exec CMD, --side ours and --side hf.", code="usage")
+    server = side is ConformSide.SERVER
+    asking = served.Asking(given.pop("server_api"), given.pop("server_json"))
+    check_side(command, None if side is None else side.value)
     check_outputs(junit, table)
     theirs = HuggingFace(Path(), given.pop("python"), given.pop("device"), slice_size=None)
     if side is ConformSide.HF:
         theirs.check()
     ways = OurEngine.ways if side is ConformSide.OURS else () if command is None else command.ways
-    chosen = cells(profile, architectures, types, prompts, modes, modes_of(ways))
+    chosen = cells(profile, architectures, types, prompts, modes, served.MODES if server else modes_of(ways))
     if command is not None and not cluster:  # on a cluster, the command exists only where the workers run
         command.check()
-    folder = out or Path("runs") / f"conform-{side.value if side is not None else command.name}"
+    name = command.name if command is not None else side.value if side is not None else ""
+    folder = out or Path("runs") / f"conform-{name}"
     count = workers or (1 if cluster else fitting())
     if count > 1 and given["threads"] is None:
         given["threads"] = 1  # of each llama.cpp: the workers take the cores
@@ -115,6 +120,7 @@ def conform(
         Request(model=Path(), **given),
         folder.absolute() if cluster else folder,
         explain,
+        asking if server else None,
         theirs if side is ConformSide.HF else None,
     )
     with Shown(output_format) as shown:

@@ -15,6 +15,8 @@ from .output import DIVERGENCE_CODE, PARITY_CODE
 if TYPE_CHECKING:
     from checkpoints.answers.conform import CellResult, Conformance
 
+    from ..run.command import Command
+
 _INTERRUPTED = 130
 
 
@@ -56,6 +58,31 @@ class Shown:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._bar is not None:
             self._bar.stop()
+
+
+def check_side(command: "Command | None", side: str | None) -> None:
+    """Refuse a request that does not say who is tested.
+
+    Raises:
+        InputError: neither --exec nor --side, both where they do not go together, or a server's command without its placeholders.
+    """
+    from ..run.command import MODEL, PORT
+
+    if side == "server":
+        if command is None or not (command.takes(PORT) and command.takes(MODEL)):
+            raise InputError(
+                "--side server needs a command that starts a server.",
+                "Write --exec 'my-server --model {model} --port {port}'.",
+                code="usage",
+            )
+    elif (command is None) == (side is None):
+        raise InputError(
+            "no engine to test was given." if command is None else "more than one engine to test was given.",
+            "Take one of --exec CMD, --side ours and --side hf.",
+            code="usage",
+        )
+    elif command is not None and command.takes(PORT):
+        raise InputError("--exec names {port}, but no server was asked for.", "Add --side server.", code="usage")
 
 
 def check_outputs(junit: Path | None, table: Path | None) -> None:
@@ -115,9 +142,5 @@ def show(conformance: "Conformance", output_format: AnswerFormat, *, junit: Path
     if conformance.not_run:
         return _INTERRUPTED
     if conformance and not any(result.compared for result in conformance.results):
-        raise InputError(
-            f"nothing was compared: {report.outcome(conformance.results[0])}.",
-            "Widen the matrix, or check the command.",
-            code="nothing",
-        )
+        raise InputError(report.nothing_compared(conformance), "Widen the matrix, or check the command.", code="nothing")
     return PARITY_CODE if conformance else DIVERGENCE_CODE

@@ -69,7 +69,7 @@ def score(
     from ..run.sides import EXEC, OURS
     from ..score.score import ScoreRequest
     from ..score.score import score as run
-    from .score_output import explained, show
+    from .score_output import check_explained, explained, explained_quietly, show
 
     if sum(chosen is not None for chosen in (given["command"], side)) > 1:
         raise InputError("Both --exec and --side were given.", "Take one of them.", code="usage")
@@ -85,7 +85,13 @@ def score(
             end = "\n" if done == total else ""
             print(f"\rchunk {done} of {total}, perplexity {perplexity:.4f} ", end=end, file=sys.stderr, flush=True)
 
+    if explain_worst:
+        check_explained(source)
     scored, leading = run(request, progress)
-    show(scored, output_format.value)
-    if explain_worst and leading:
-        raise typer.Exit(explained(request.run, source, leading, quiet=output_format is not ScoreFormat.TEXT))
+    code, answer = 0, None
+    if explain_worst and leading and output_format is not ScoreFormat.TEXT:
+        answer, code = explained_quietly(request.run, source, leading)
+    show(scored, output_format.value, answer)
+    if explain_worst and leading and output_format is ScoreFormat.TEXT:
+        code = explained(request.run, source, leading)
+    raise typer.Exit(code)

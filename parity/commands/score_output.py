@@ -2,7 +2,7 @@
 
 import json
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from checkpoints.errors import InputError
 
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
     from ..run.request import Request
 
 
-def show(score: "Scored", output_format: str) -> None:
-    """Print the figures."""
+def show(score: "Scored", output_format: str, explained: "dict[str, Any] | None" = None) -> None:
+    """Print the figures; `explained` is what was found at the worst position."""
     from reports import score as report
 
     if output_format == "json":
-        print(json.dumps(report.as_json(score)))
+        print(json.dumps(report.as_json(score) | ({} if explained is None else {"explained": explained})))
     elif output_format == "markdown":
-        print(report.markdown(score), end="")
+        print(report.markdown(score, explained), end="")
     else:
         from rich.console import Console
 
@@ -32,13 +32,13 @@ def show(score: "Scored", output_format: str) -> None:
         print_lines(console, list(report.lines(score, console.width)))
 
 
-def explained(run: "Request", source: str, leading: tuple[int, ...], *, quiet: bool) -> int:
-    """Run both sides on the tokens that lead to the worst position, and return the exit code.
+def check_explained(source: str) -> None:
+    """Refuse to explain llama.cpp by llama.cpp.
 
     Raises:
         InputError: the side is llama.cpp itself, which is the reference.
     """
-    from ..run.sides import EXEC, REF
+    from ..run.sides import REF
 
     if source == REF:
         raise InputError(
@@ -46,18 +46,48 @@ def explained(run: "Request", source: str, leading: tuple[int, ...], *, quiet: b
             "`parity isolate` judges llama.cpp's own.",
             code="usage",
         )
-    request = replace(run, tokens=leading, positions="all")
+
+
+def explained(run: "Request", source: str, leading: tuple[int, ...]) -> int:
+    """Run both sides along the tokens that lead to the worst position, print what is found, and return the exit code."""
+    from ..run.sides import EXEC
+
+    request = _along(run, leading)
     if source == EXEC:
         from reference.client import Reference
 
         from .hunt_output import hunted
 
-        return hunted(request, Reference(threads=run.threads, verbose=run.verbose), Format.JSON if quiet else Format.TEXT)
+        return hunted(request, Reference(threads=run.threads, verbose=run.verbose), Format.TEXT)
     from ..run.session import run as compared
     from .comparison_output import finish
 
-    outcome = compared(replace(request, points="all"))
-    if quiet:
-        return PARITY_CODE if outcome.verdict else DIVERGENCE_CODE
     print()
-    return finish(outcome, Format.TEXT)
+    return finish(compared(replace(request, points="all")), Format.TEXT)
+
+
+def explained_quietly(run: "Request", source: str, leading: tuple[int, ...]) -> "tuple[dict[str, Any], int]":
+    """The same as JSON, with the exit code."""
+    from ..run.sides import EXEC
+
+    request = _along(run, leading)
+    if source == EXEC:
+        from reference.client import Reference
+
+        from .hunt_output import hunted_quietly
+
+        reference = Reference(threads=run.threads, verbose=run.verbose)
+        result, answer = hunted_quietly(request, reference, Format.JSON)
+        return answer, PARITY_CODE if result.hunt else DIVERGENCE_CODE
+    from reports.as_json import verdict_as_json
+
+    from ..run.session import run as compared
+
+    outcome = compared(replace(request, points="all"))
+    return verdict_as_json(outcome.verdict) | {"folder": str(outcome.folder)}, (
+        PARITY_CODE if outcome.verdict else DIVERGENCE_CODE
+    )
+
+
+def _along(run: "Request", leading: tuple[int, ...]) -> "Request":
+    return replace(run, tokens=leading, positions="all")

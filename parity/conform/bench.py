@@ -18,7 +18,7 @@ from checkpoints.answers.conform import (
 )
 from checkpoints.answers.diff import Verdict
 from checkpoints.answers.explain import Explanation
-from checkpoints.errors import DumpError, ParityError
+from checkpoints.errors import OUTPUT, DumpError, ParityError
 from checkpoints.points import parse
 from checkpoints.reading.reader import read
 from checkpoints.record import Dump
@@ -29,30 +29,36 @@ from reports.html import write_html
 from reports.report import Report
 
 from ..diff.compare import Comparison
+from ..run import command as engines
 from ..run.command import POINTS, EngineError
 from ..run.hugging_face import HuggingFace
 from ..run.request import Prompt, Request
+from ..run.served import ServedModel
 from ..run.session import comparison_options
 from ..run.sides import ExternalEngine, LlamaCpp, OurEngine
 from ..run.state import loaded
 from . import identity, results
 from .matrix import PREFILL, prompt_of
 from .models import Models, model_name
+from .served import TEXTS, Asking, served_cell
 
 _SLICE = 256  # leading values of llama.cpp's records: whole rows of nearly everything in a tiny model
 _EXPLAIN = 20.0  # seconds for the cause of one cell
+_VERDICTS = {engines.CRASHED: CRASHED, engines.REFUSED: REFUSED, engines.TIMED_OUT: TIMED_OUT}
 
 
 @dataclass(frozen=True)
 class Settings:
     """What all cells of a run share: how the side is started and judged (`run`; model and tokens come from the cells).
 
-    The side is `run.command`, else `hugging_face`, else our engine.
+    The side is `run.command` (an engine that writes dumps, or with `server` one that is asked over HTTP), else `hugging_face`, else
+    our engine.
     """
 
     run: Request
     folder: Path
     explain: bool = True
+    server: Asking | None = None
     hugging_face: HuggingFace | None = None
 
     @property
@@ -75,7 +81,8 @@ def key_of(settings: Settings, engine: str, cell: Cell) -> str:
     run = settings.run
     judged = (run.compute, run.tolerance, run.mapping, settings.explain, run.command.timeout if run.command else None)
     model = model_name(cell.architecture, cell.type, identity.program())
-    return identity.digest(identity.program(), engine, model, prompt_of(cell), cell.mode, judged)
+    prompt = TEXTS[cell.prompt] if settings.server else prompt_of(cell)
+    return identity.digest(identity.program(), engine, model, prompt, cell.mode, judged, settings.server)
 
 
 class Bench:
@@ -86,13 +93,20 @@ class Bench:
         self._reference = Reference(threads=settings.run.threads, verbose=settings.run.verbose, start=False)
         self._models = Models(settings.folder / "models", self._reference, identity.program())
         self._engine = identity.of_side(settings.run.command, settings.hugging_face)
+        self._server = ServedModel(settings.run.command) if settings.server and settings.run.command is not None else None
         self._causes: dict[tuple[str, str, str], tuple[str, str]] = {}  # architecture, type, first divergent kind
 
     def __enter__(self) -> "Bench":
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.idle()
         self._reference.close()
+
+    def idle(self) -> None:
+        """End what runs for single models: a server."""
+        if self._server is not None:
+            self._server.stop()
 
     def run(self, cell: Cell) -> CellResult:
         """The cell's result, taken from an earlier run if nothing that it depends on has changed."""
@@ -103,11 +117,15 @@ class Bench:
         try:
             model = self._models.path(cell.architecture, cell.type)
         except ParityError as error:
+            if ends_the_run(error):
+                raise
             result = CellResult(cell, NO_REFERENCE, error.message)
         else:
             try:
                 result = self._fresh(cell, model)
             except Exception as error:  # a fault of ours in one cell must neither be hidden nor lose all the others
+                if ends_the_run(error):
+                    raise
                 result = CellResult(cell, CRASHED, f"internal error of parity: {type(error).__name__}: {error}")
         result = replace(result, key=key, seconds=perf_counter() - began)
         results.save(self._settings.folder, result)
@@ -120,18 +138,26 @@ class Bench:
         out = self._settings.folder / "dumps" / f"{cell.name.replace(' ', '-')}.jsonl"
         out.parent.mkdir(parents=True, exist_ok=True)
         try:
+            if self._server is not None and self._settings.server is not None:
+                return served_cell(cell, request, self._server, self._settings.server, self._reference, self._settings.folder)
             self._side(request).dump(prompt, out)
             ours = loaded(out, prompt, request.mapping)
         except DumpError as error:  # its path differs in every cell
             return CellResult(cell, UNUSABLE, error.message.replace(str(out), "its dump"))
         except EngineError as error:
-            verdict = {"crashed": CRASHED, "refused": REFUSED, "timed out": TIMED_OUT}.get(error.how, UNUSABLE)
+            if ends_the_run(error):
+                raise
+            verdict = _VERDICTS.get(error.how, UNUSABLE)
             return CellResult(cell, verdict, error.message.replace(str(model), "the model"))
         except ParityError as error:  # our own engine lacks the model
+            if ends_the_run(error):
+                raise
             return CellResult(cell, REFUSED, error.message)
         try:  # only now: a cell that the side refuses needs no reference
             ref = self._reference_dump(request, Prompt(None, prompt.ids, ()), identity.of_file(model), cell.prompt)
         except ParityError as error:
+            if ends_the_run(error):
+                raise
             return CellResult(cell, NO_REFERENCE, error.message)
         try:
             return self._judged(cell, request, ours, ref)
@@ -216,6 +242,13 @@ class Bench:
         beside = () if explanation is None else (finding(answers.as_json(explanation), "explain"),)
         write_html(Report(comparison.verdict, ours, ref, comparison.picture, beside), self._settings.folder / name)
         return name
+
+
+def ends_the_run(error: Exception) -> bool:
+    """Whether it says nothing of the cell, and every other cell would meet it too: no engine to start, no place to write to."""
+    return isinstance(error, ParityError) and (
+        error.code == OUTPUT or (isinstance(error, EngineError) and error.how == engines.NOT_STARTED)
+    )
 
 
 def cause_of(verdict: Verdict, explanation: Explanation | None) -> tuple[str, str]:

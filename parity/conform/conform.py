@@ -86,7 +86,8 @@ def _results(request: ConformRequest) -> Iterator[CellResult]:
                     part_results = finished.result()
                     parts.remove(pending[finished])
                     for result in part_results:
-                        results.save(settings.folder, result)
+                        if request.cluster:  # its workers may have a disk of their own
+                            results.save(settings.folder, result)
                         yield result
         except BrokenProcessPool:  # a worker was killed: finished cells are kept, the others run again
             if attempt + 1 == _ATTEMPTS:
@@ -106,7 +107,10 @@ def parts_of(cells: Sequence[Cell]) -> list[list[Cell]]:
 def run_part(settings: Settings, cells: Sequence[Cell]) -> list[CellResult]:
     """Run some cells in this process, with the llama.cpp that it keeps for such settings."""
     bench = _bench(settings)
-    return [bench.run(cell) for cell in cells]
+    try:
+        return [bench.run(cell) for cell in cells]
+    finally:
+        bench.idle()
 
 
 @cache

@@ -131,7 +131,7 @@ def _picked(text: str, known: Sequence[str], option: str) -> list[str]:
         if not matching:
             close = get_close_matches(part.lower(), known, n=3)
             advice = f"Did you mean {' or '.join(close)}?" if close else _known(known)
-            raise InputError(f"{option} {part!r} is not known.", advice, code="matrix")
+            raise InputError(f"{option} {part!r} is unknown.", advice, code="matrix")
         picked += [name for name in matching if name not in picked]
     if not picked:
         raise InputError(f"{option} is empty.", _known(known), code="matrix")

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from functools import cache
 from pathlib import Path
 
 from checkpoints.errors import InputError, ModelError, ReferenceFailed
@@ -22,6 +23,7 @@ _DENSE = {"llama": "tiny-llama", "qwen2": "tiny"}  # architectures that are made
 _WIDE = {"width": _SUPER_BLOCK, "ff": 2 * _SUPER_BLOCK}
 
 
+@cache
 def model_name(architecture: str, kind: str, program: str) -> str:
     """Identifies a model by what it is made from: its recipe, type and seed, and the code that makes it."""
     facts: list[object] = []

@@ -1,4 +1,7 @@
-"""Finished cells on disk: one small file each, named by the key of what the result depends on."""
+"""Finished cells on disk: one small file each, named by the key of what the result depends on.
+
+They are sorted into folders by the first two digits of the key: each write looks through its folder, which therefore has to stay small.
+"""
 
 import json
 from dataclasses import replace
@@ -13,7 +16,7 @@ FOLDER = "results"
 def load(folder: Path, key: str) -> CellResult | None:
     """A stored result; None if there is none, or only one of another version."""
     try:
-        facts = json.loads((folder / FOLDER / f"{key}.json").read_text(encoding="utf-8"))
+        facts = json.loads(_path(folder, key).read_text(encoding="utf-8"))
         return replace(CellResult.from_dict(facts), kept=True)
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -25,4 +28,8 @@ def save(folder: Path, result: CellResult) -> None:
     Raises:
         InputError: it cannot be written.
     """
-    put(folder / FOLDER / f"{result.key}.json", json.dumps(result.as_dict()).encode())
+    put(_path(folder, result.key), json.dumps(result.as_dict()).encode())
+
+
+def _path(folder: Path, key: str) -> Path:
+    return folder / FOLDER / key[:2] / f"{key[2:]}.json"

@@ -1,5 +1,6 @@
 """A foreign engine's command line: how it is started, watched and stopped, and what its errors say."""
 
+import errno
 import os
 import re
 import shlex
@@ -17,22 +18,26 @@ from typing import IO
 
 from checkpoints.errors import InputError
 from checkpoints.printable import printable
+from checkpoints.whole_file import is_special, unwritable
 
-CRASHED, REFUSED, TIMED_OUT, UNUSABLE = "crashed", "refused", "timed out", "unusable"
+CRASHED, REFUSED, TIMED_OUT, UNUSABLE, NOT_STARTED = "crashed", "refused", "timed out", "unusable", "not started"
 MODEL, TOKENS, OUT, POINTS, PORTIONS = "{model}", "{tokens}", "{out}", "{points}", "{portions}"
-SEQUENCES, STATE, UBATCH = "{sequences}", "{state}", "{ubatch}"
+SEQUENCES, STATE, UBATCH, PORT = "{sequences}", "{state}", "{ubatch}", "{port}"
 DEFAULT_TIMEOUT = 3600.0  # seconds: a CPU engine may take minutes for a long prompt, but a night in CI is nobody's intention
 _TAIL = 1 << 16  # bytes of stderr that are kept: its last lines say what went wrong
 _LARGEST_DUMP = 16 << 30  # bytes; a whole dump of 24 layers × 500 positions × 4,096 values in text is under 1 GB
 _WATCH = 0.05  # seconds between two looks at the clock and at the dump
 _GRACE = 1.0  # seconds that what is left in stderr's pipe may take once the engine has ended
 _ASSIGNMENT = re.compile(r"[A-Za-z_][A-Za-z0-9_]*=.*", re.DOTALL)
+_NOT_EXECUTABLE, _NOT_THERE = 126, 127  # exit codes of env and of shells (POSIX) for a program that cannot be run, or found
+# 128 + number is how a shell passes on that its program was ended by a signal: ILL, TRAP, ABRT, BUS, FPE, KILL, SEGV, TERM.
+_ENDED_BY_SIGNAL = frozenset(128 + number for number in (4, 5, 6, 7, 8, 9, 11, 15))
 # What runtimes print where a program ended because of an error of its own, not because it refused its input.
 _UNHANDLED = ("Traceback (most recent call last)", "panicked at", "terminate called", "Segmentation fault", "AddressSanitizer")
 
 
 class EngineError(InputError):
-    """A foreign engine did not write a dump; `how` is CRASHED, REFUSED, TIMED_OUT or UNUSABLE."""
+    """A foreign engine did not write a dump; `how` is CRASHED, REFUSED, TIMED_OUT, UNUSABLE or NOT_STARTED."""
 
     def __init__(self, message: str, advice: str = "", *, how: str = UNUSABLE) -> None:
         super().__init__(message, advice, code="exec")
@@ -110,7 +115,9 @@ class Command:
         path = (os.environ | environment | dict(self.variables)).get("PATH")
         if shutil.which(program[0], path=path) is None:
             raise EngineError(
-                f"cannot run {shlex.quote(program[0])}: it is not there, or not executable.", f"Check {self.option}."
+                f"cannot run {shlex.quote(program[0])}: it is not there, or not executable.",
+                f"Check {self.option}.",
+                how=NOT_STARTED,
             )
 
     def run(
@@ -146,25 +153,49 @@ class Command:
             UBATCH: str(ubatch or sum(map(len, sequences or (tokens,)))),
             STATE: "" if state is None else str(state),
         }
-        environment, program = self._split()
-        arguments: list[str] | str
-        if self.shell:
-            arguments, environment = _filled(self.line, {name: shlex.quote(value) for name, value in values.items()}), {}
-        else:
-            arguments = [_filled(word, values) for word in program]
-            environment = {name: _filled(value, values) for name, value in environment.items()}
+        arguments, environment = self.filled(values)
         try:
             _remove(out)
-            self._start(arguments, environment, out)
+            stdout = None if self.takes(OUT) else out.open("wb")
         except OSError as error:
-            what = arguments[0] if isinstance(arguments, list) else "a shell"
-            raise EngineError(f"cannot run {what}: {error.strerror}.", f"Check {self.option}.") from error
+            raise unwritable(out, error) from error
+        try:
+            process = self.start(arguments, environment, subprocess.DEVNULL if stdout is None else stdout)
+        finally:
+            if stdout is not None:
+                stdout.close()
+        tail = Tail(process)
+        try:
+            stopped = self._wait(process, out)
+        except BaseException:
+            end(process)
+            raise
+        if stopped is not None:
+            end(process)
+            raise stopped
+        if process.returncode:
+            raise self.failed(process.returncode, tail.text())
         self._dumped(out)
 
-    def _start(self, arguments: "list[str] | str", environment: Mapping[str, str], out: Path) -> None:
-        stdout: int | IO[bytes] = subprocess.DEVNULL if self.takes(OUT) else out.open("wb")
+    def filled(self, values: Mapping[str, str]) -> tuple[list[str] | str, dict[str, str]]:
+        """The program with its arguments (one line, for a shell) and its variables, every placeholder replaced."""
+        if self.shell:
+            return _filled(self.line, {name: shlex.quote(value) for name, value in values.items()}), {}
+        environment, program = self._split()
+        return [_filled(word, values) for word in program], {
+            name: _filled(value, values) for name, value in environment.items()
+        }
+
+    def start(
+        self, arguments: list[str] | str, environment: Mapping[str, str], stdout: int | IO[bytes]
+    ) -> "subprocess.Popen[bytes]":
+        """Start it; its stderr is a pipe, for a `Tail`.
+
+        Raises:
+            EngineError: there is no such program, or it may not be executed.
+        """
         try:
-            process = subprocess.Popen(
+            return subprocess.Popen(
                 arguments,
                 shell=self.shell,
                 stdin=subprocess.DEVNULL,
@@ -173,20 +204,12 @@ class Command:
                 env=os.environ | environment | dict(self.variables),
                 start_new_session=True,  # so that its children can be ended with it
             )
-        finally:
-            if not isinstance(stdout, int):
-                stdout.close()
-        tail = _Tail(process)
-        try:
-            stopped = self._wait(process, out)
-        except BaseException:
-            _end(process)
-            raise
-        if stopped is not None:
-            _end(process)
-            raise stopped
-        if process.returncode:
-            raise self._failed(process.returncode, tail.text())
+        except OSError as error:
+            what = arguments[0] if isinstance(arguments, list) else "a shell"
+            advice = f"Check {self.option}."
+            if error.errno == errno.E2BIG:
+                advice = "The token ids are more than a command line holds: take a shorter prompt."
+            raise EngineError(f"cannot run {what}: {error.strerror}.", advice, how=NOT_STARTED) from error
 
     def _wait(self, process: "subprocess.Popen[bytes]", out: Path) -> EngineError | None:
         """Wait until the engine ends; returns the error for which it had to be stopped, if any."""
@@ -201,7 +224,7 @@ class Command:
             if monotonic() > deadline:
                 return EngineError(
                     f"{self.name} was stopped after {self.timeout:g} seconds.",
-                    "Does it wait for something? --exec-timeout gives it more time.",
+                    "Is it waiting for something? --exec-timeout gives it more time.",
                     how=TIMED_OUT,
                 )
             with suppress(OSError):
@@ -211,17 +234,24 @@ class Command:
                 if status.st_size > largest:
                     return EngineError(
                         f"{self.name} was stopped after it had written {status.st_size / 2**30:.1f} GiB to its dump.",
-                        "Let it write fewer points, or the leading values of each row.",
+                        "Write fewer points, or only the leading values of each row.",
                     )
 
     def _no_file(self, out: Path, mode: int) -> EngineError:
-        kind = "a pipe" if stat.S_ISFIFO(mode) else "a link" if stat.S_ISLNK(mode) else "something that is not a regular file"
-        return EngineError(f"{self.name} made {out} into {kind}.", "It must write a regular file to {out}.")
+        kind = "a pipe" if stat.S_ISFIFO(mode) else "a link" if stat.S_ISLNK(mode) else "not a regular file"
+        return EngineError(f"{self.name} turned {out} into {kind}.", "It must write a regular file to {out}.")
 
-    def _failed(self, status: int, stderr: str) -> EngineError:
+    def failed(self, status: int, stderr: str) -> EngineError:
+        """What an exit code other than 0, and the end of stderr, say."""
         lines = [line for line in stderr.splitlines() if line.strip()]
         last_line = printable(lines[-1].strip()) if lines else "it printed nothing on stderr"
-        killed = -status if status < 0 else status - 128 if self.shell and status > 128 else 0
+        if status in (_NOT_EXECUTABLE, _NOT_THERE):
+            return EngineError(
+                f"{self.name} could not be started (exit code {status}): {last_line.rstrip('.')}.",
+                f"Check {self.option}: it names a program that is not there, or not executable.",
+                how=NOT_STARTED,
+            )
+        killed = -status if status < 0 else status - 128 if status in _ENDED_BY_SIGNAL else 0
         how = f"was killed by signal {killed}" if killed else f"failed with exit code {status}"
         crashed = bool(killed) or not lines or any(word in stderr for word in _UNHANDLED)
         return EngineError(
@@ -241,22 +271,27 @@ class Command:
 
 def _filled(text: str, values: Mapping[str, str]) -> str:
     """The text with every placeholder replaced; placeholders inside the values are left alone."""
-    return re.sub(r"\{(?:model|tokens|out|points|portions|sequences|ubatch|state)\}", lambda match: values[match[0]], text)
+    return re.sub(
+        r"\{(?:model|tokens|out|points|portions|sequences|ubatch|state|port)\}",
+        lambda match: values.get(match[0], match[0]),
+        text,
+    )
 
 
 def _remove(out: Path) -> None:
-    """Remove what an earlier run left there, so that it is not taken for this run's dump."""
-    out.unlink(missing_ok=True)
+    """Remove what an earlier run left there, so that it is not taken for this run's dump. Pipes and devices stay."""
+    if not is_special(out):
+        out.unlink(missing_ok=True)
 
 
-def _end(process: "subprocess.Popen[bytes]") -> None:
+def end(process: "subprocess.Popen[bytes]") -> None:
     """End an engine and the children in its process group."""
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
-class _Tail:
+class Tail:
     """Reads a process's stderr to its end and keeps the last bytes, so that no amount of it fills memory or blocks the pipe."""
 
     def __init__(self, process: "subprocess.Popen[bytes]") -> None:

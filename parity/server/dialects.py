@@ -65,13 +65,14 @@ class OpenAI:
         predictions = self._predictions(choice.get("logprobs"), where)
         usage = answer.get("usage")
         counted = usage.get("prompt_tokens") if isinstance(usage, dict) else None
-        # What comes before the chosen tokens is the prompt; a server that stops early says so by its own count.
+        # What comes before the chosen tokens is the prompt; a server that stops early says so by its own count, and so does
+        # llama-cpp-python's, which chooses one more after half a character.
         chosen = usage.get("completion_tokens") if isinstance(usage, dict) else None
-        own = min(chosen if isinstance(chosen, int) and chosen >= 0 else count, count, len(predictions))
+        own = min(chosen if isinstance(chosen, int) and chosen >= 0 else count, len(predictions))
         self.echoes = len(predictions) > own if echo else self.echoes
         split = max(len(predictions) - own, _covered(predictions, prompt)) if echo and self.echoes else 0
         return Completion(
-            tuple(predictions[split:]),
+            tuple(predictions[split : split + count]),
             tuple(predictions[:split]),
             counted if isinstance(counted, int) else None,
             text if isinstance(text, str) else "",

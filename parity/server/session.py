@@ -3,6 +3,7 @@
 import json
 import shlex
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from time import perf_counter
@@ -48,15 +49,21 @@ class ServerRequest:
     dump_prefix: bool = False
 
 
-def compare_server(request: Request, wanted: ServerRequest, progress: Progress | None = None) -> ServerAnswer:
+def compare_server(
+    request: Request, wanted: ServerRequest, progress: Progress | None = None, reference: Reference | None = None
+) -> ServerAnswer:
     """Ask the server for its predictions over the prompt and `request.generate` choices of its own, and hold them against llama.cpp's.
+
+    `reference` is a llama.cpp that runs already; else one is started.
 
     Raises:
         ServerError: the server cannot be reached, or answers what cannot be used. InputError, ModelError: the prompt or the model.
     """
     began = perf_counter()
     connection = wanted.connection
-    with Reference(verbose=request.verbose, threads=request.threads) as reference:
+    with ExitStack() as stack:
+        if reference is None:
+            reference = stack.enter_context(Reference(verbose=request.verbose, threads=request.threads))
         prompt = resolve_prompt(reference, request.model, request.prompt, request.tokens)
         folder = new_folder(request)
         special = reference.tokenize(request.model, "a")
@@ -68,7 +75,7 @@ def compare_server(request: Request, wanted: ServerRequest, progress: Progress |
         )
         if not heard.asked and heard.around is None and heard.tokenizer is None:
             raise InputError(
-                "the server gave no candidates that could be compared.", "Ask for more with --server-top.", code="server"
+                "the server gave no candidates that could be compared.", "Request more with --server-top.", code="server"
             )
         if progress is not None:
             progress("llama.cpp", 0, None)
@@ -176,7 +183,7 @@ def _predicted(asked: Asked, row: Row, heard: Heard, vocabulary: Vocabulary, lim
     pieces = vocabulary.pieces
     top = largest(row, max(len(asked.candidates), 2))
     known = {int(number): float(value) for number, value in zip(server.ids, server.logprobs, strict=True)}
-    shown = [(vocabulary.one(item, lambda one: float(row[one])), item) for item in asked.candidates]
+    shown = [(vocabulary.one(item, lambda token_id: float(row[token_id])), item) for item in asked.candidates]
     in_text = asked.position + 1 < heard.prompt
     follows = heard.tokens[asked.position + 1] if asked.position + 1 < len(heard.tokens) else -1
     theirs = next((number for number, _ in shown[:1] if number is not None), None)

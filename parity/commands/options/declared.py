@@ -100,6 +100,11 @@ TimeoutOption = Annotated[
     float | None,
     typer.Option("--exec-timeout", min=0.001, help="Seconds after which your engine is stopped; default: 3600."),
 ]
+TINY_TIMEOUT = 120.0  # seconds for a tiny model: engines that compile their kernels at start take tens of them
+TinyTimeoutOption = Annotated[
+    float | None,
+    typer.Option("--exec-timeout", min=0.001, help=f"Seconds after which your engine is stopped; default: {TINY_TIMEOUT:g}."),
+]
 PythonOption = Annotated[
     str,
     typer.Option("--python", envvar="PARITY_HF_PYTHON", help="Interpreter that has torch and transformers, for Hugging Face."),

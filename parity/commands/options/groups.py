@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,10 @@ def _one(name: str, annotation: Any, default: Any = None, convert: Callable[[Any
     return Group({name: (annotation, default)}, lambda **texts: {name: convert(texts[name])})
 
 
-def _command(annotation: Any) -> Group:
-    """The options of an engine started by a command line, with this --exec."""
-    options = {"command": annotation, "shell": declared.ShellOption, "timeout": declared.TimeoutOption}
-    return Group({name: (option, None) for name, option in options.items()}, values.command_fields)
+def _command(annotation: Any, timeout: Any = declared.TimeoutOption, seconds: float | None = None) -> Group:
+    """The options of an engine that a command line starts, with this --exec; it is stopped after `seconds`, by default."""
+    options = {"command": annotation, "shell": declared.ShellOption, "timeout": timeout}
+    return Group({name: (option, None) for name, option in options.items()}, partial(values.command_fields, default=seconds))
 
 
 _PROMPT_OPTIONS = {
@@ -48,7 +48,7 @@ GROUPS = {
     "backend": _one("backend", declared.BackendOption, BackendName.AUTO),
     "devices": _one("devices", declared.DevicesOption, None, values.devices),
     "command": _command(declared.ExecOption),
-    "tested_command": _command(declared.TestedExecOption),
+    "tested_command": _command(declared.TestedExecOption, declared.TinyTimeoutOption, declared.TINY_TIMEOUT),
     "points": _one("points", declared.PointsOption, "default"),
     "all_points": _one("points", declared.PointsOption, "all"),
     "layers": _one("layers", declared.LayersOption, None, values.layers),
@@ -74,6 +74,7 @@ GROUPS = {
     ),
     "others": Group(references.OPTIONS, references.others_field),
     "server": Group(server.OPTIONS, server.server_field),
+    "asking": Group({name: server.OPTIONS[name] for name in ("server_api", "server_json")}, server.asking_fields),
     "despite_lint": _one("despite_lint", declared.DespiteLintOption, False),
     "verbose": _one("verbose", declared.VerboseOption, False),
 }

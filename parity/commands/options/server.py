@@ -111,11 +111,31 @@ def server_field(
     from ...server.http import Connection, key_from_environment
     from ...server.session import ServerRequest
 
+    extra = members(server_json)
+    connection = Connection(server, key_from_environment(), server_timeout, server_rate)
+    return {"server": ServerRequest(connection, server_api, server_top, server_model, extra, dump_prefix)}
+
+
+def members(server_json: str) -> dict[str, Any]:
+    """What --server-json adds to every request.
+
+    Raises:
+        InputError: it is not a JSON object.
+    """
     try:
         extra = json.loads(server_json) if server_json else {}
     except ValueError as error:
         raise InputError(f"--server-json is not JSON: {error}.", _EXAMPLE, code="server") from None
     if not isinstance(extra, dict):
         raise InputError("--server-json must be a JSON object.", _EXAMPLE, code="server")
-    connection = Connection(server, key_from_environment(), server_timeout, server_rate)
-    return {"server": ServerRequest(connection, server_api, server_top, server_model, extra, dump_prefix)}
+    return extra
+
+
+def asking_fields(server_api: str, server_json: str) -> Given:
+    """How a server is asked that is started for each model.
+
+    Raises:
+        InputError: the JSON is wrong.
+    """
+    members(server_json)
+    return {"server_api": server_api, "server_json": server_json}

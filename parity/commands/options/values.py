@@ -107,8 +107,8 @@ def optional_prompt_fields(prompt: str | None, prompt_file: Path | None, tokens:
     return prompt_fields(prompt, prompt_file, tokens)
 
 
-def command_fields(command: str | None, shell: str | None, timeout: float | None) -> Given:
-    """The user's engine, if one was given."""
+def command_fields(command: str | None, shell: str | None, timeout: float | None, default: float | None = None) -> Given:
+    """The user's engine, if one was given. It is stopped after `default` seconds, if `timeout` does not say otherwise."""
     from ...run.command import DEFAULT_TIMEOUT, Command
 
     if command is not None and shell is not None:
@@ -118,4 +118,4 @@ def command_fields(command: str | None, shell: str | None, timeout: float | None
         if timeout is not None:
             raise InputError("--exec-timeout needs an engine of yours.", "Give its command with --exec.", code="exec")
         return {"command": None}
-    return {"command": Command(line, shell=shell is not None, timeout=timeout or DEFAULT_TIMEOUT)}
+    return {"command": Command(line, shell=shell is not None, timeout=timeout or default or DEFAULT_TIMEOUT)}
