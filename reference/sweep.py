@@ -59,8 +59,8 @@ def window_size(library: Library, contents: Contents, job: DumpJob) -> int | Non
         fits = need * _SHARE < shutil.disk_usage(folder).free
         if fits or twin.is_f32(contents) or twin_cache.has_twin(contents):
             return None
-    one, rest = layer_bytes(library, contents, exact=exact)
-    return min(max(1, (free // _WINDOW_SHARE - rest) // max(one, 1)), contents.layers - 1) or None
+    layer_size, rest = layer_bytes(library, contents, exact=exact)
+    return min(max(1, (free // _WINDOW_SHARE - rest) // max(layer_size, 1)), contents.layers - 1) or None
 
 
 @dataclass(frozen=True)

@@ -107,7 +107,7 @@ def _same(named: Named) -> str:
 
 def _arithmetic(kind: str, explanation: Explanation) -> str:
     """The arithmetic that fits best, and those that cannot be told from it."""
-    return " or ".join(_ARITHMETIC[one] for one in dict.fromkeys((kind, *explanation.precision_alike)))
+    return " or ".join(_ARITHMETIC[arithmetic] for arithmetic in dict.fromkeys((kind, *explanation.precision_alike)))
 
 
 def _precision(explanation: Explanation, width: int) -> list[Text]:

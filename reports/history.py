@@ -32,8 +32,8 @@ def lines(entries: Sequence[Entry], width: int) -> Iterator[Text]:
         names = [name for name in every if name in set(nearest)]
         room = max(_NARROW, width - max(map(len, names), default=0) - 38)
         drawn = group[-room:]
-        what = "cell" if group[0].source.startswith(_CONFORM) else "checkpoint"
-        rows: list[tuple[str, ...]] = [(what, "first", "narrowest", "now", "█ beyond the limit")]
+        column = "cell" if group[0].source.startswith(_CONFORM) else "checkpoint"
+        rows: list[tuple[str, ...]] = [(column, "first", "narrowest", "now", "█ beyond the limit")]
         for name in names:
             known = [entry.points[name][2] for entry in group if name in entry.points]
             bars = "".join(bar(entry.points[name][2]) if name in entry.points else " " for entry in drawn)
@@ -65,8 +65,8 @@ def closer_sentences(moved: Sequence[tuple[str, Sequence[Closer]]]) -> list[str]
     for label, every in moved:
         prefix = f"{label}: " if len(moved) > 1 else ""
         sentences += [
-            f"{prefix}{clean(one.name)}: {share(one.now)} of its limit, {share(one.before)} on {one.since[:10]}"
-            for one in every[:_NEAREST]
+            f"{prefix}{clean(closer.name)}: {share(closer.now)} of its limit, {share(closer.before)} on {closer.since[:10]}"
+            for closer in every[:_NEAREST]
         ]
         sentences += [f"{prefix}and {len(every) - _NEAREST} more (--format json lists them)"] if len(every) > _NEAREST else []
     return sentences
@@ -96,7 +96,7 @@ def history_as_json(
     entries: Sequence[Entry], findings: Sequence[str], moved: Sequence[tuple[str, Sequence[Closer]]] = ()
 ) -> dict[str, Any]:
     """One JSON object: `checks`, oldest first, each with `points` and their `margin`; `findings` of the last ones; `closer`."""
-    closer = plain([{"side": label, **asdict(one)} for label, every in moved for one in every])
+    closer = plain([{"side": label, **asdict(closer_point)} for label, every in moved for closer_point in every])
     checks = [
         {
             "time": entry.time,

@@ -109,12 +109,12 @@ def _in_layers(layers: list[int]) -> str:
 
 def _said(item: Operation) -> str:
     known = KINDS.get(item.operation)
-    what = f", {known.meaning}" if known is not None else ""
+    meaning = f", {known.meaning}" if known is not None else ""
     weight = f", {item.weight}" if item.weight and item.weight != "F32" else ""
     place = f", worst at position {item.position}" if item.position is not None else ""
     reason = f": {item.reason}" if item.reason else ""
     name = f"layer {item.layer} as a whole" if item.operation == "layer" else item.name
-    return clean(f"{name} ({error(item.nmse)}{place}{what}{weight}){reason}")
+    return clean(f"{name} ({error(item.nmse)}{place}{meaning}{weight}){reason}")
 
 
 def _elements(isolation: Isolation, width: int) -> list[Text]:

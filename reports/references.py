@@ -53,6 +53,6 @@ def sentence(moved: Moved) -> str:
 
 def as_json(references: References) -> dict[str, Any]:
     """Everything, with the sentences."""
-    moved = [asdict(one) | {"answer": sentence(one)} for one in references.moved]
+    moved = [asdict(reference) | {"answer": sentence(reference)} for reference in references.moved]
     answer: dict[str, Any] = plain(asdict(references) | {"moved": moved})
     return answer

@@ -48,12 +48,12 @@ def answer(verdict: Verdict) -> str:
         return f"parity as {kinds} arithmetic ({how}): {sentence}{at}"
     wrong = sum(point.failed for point in verdict.points)
     if wrong:
-        what = f"{wrong:,} of {count(verdict.compared, 'record')} differ"
+        outcome = f"{wrong:,} of {count(verdict.compared, 'record')} differ"
     elif verdict.first_divergence is not None:
-        what = f"{count(verdict.compared, 'record')} before it compared"
+        outcome = f"{count(verdict.compared, 'record')} before it compared"
     else:
-        what = "records are missing"
-    return f"divergence{' (limit assumed)' if verdict.limits.assumed else ''}: {what}, {held}"
+        outcome = "records are missing"
+    return f"divergence{' (limit assumed)' if verdict.limits.assumed else ''}: {outcome}, {held}"
 
 
 def limits_of_their_own(verdict: Verdict) -> dict[str, float]:

@@ -121,17 +121,19 @@ def sentence(server_answer: ServerAnswer) -> str:
     """The answer in one line."""
     total = len(server_answer.predictions)
     same = sum(item.same_choice for item in server_answer.predictions)
-    what = f"first choices the same at {same} of {total}; limit KL {error(server_answer.limit)}"
+    agreement = f"first choices the same at {same} of {total}; limit KL {error(server_answer.limit)}"
     if server_answer:
-        return f"parity: {total} of {total} predictions agree, {what}"
+        return f"parity: {total} of {total} predictions agree, {agreement}"
     wrong = sum(item.wrong for item in server_answer.predictions)
     if server_answer.first is not None:
-        return f"divergence: {wrong} of {total} predictions differ, from position {server_answer.first.position} on; {what}"
+        return (
+            f"divergence: {wrong} of {total} predictions differ, from position {server_answer.first.position} on; {agreement}"
+        )
     if server_answer.unfaithful:
         choices = count(len(server_answer.unfaithful), "choice")
         verb = "is" if len(server_answer.unfaithful) == 1 else "are"
-        return f"divergence: the predictions agree, but {choices} {verb} not the most probable token; {what}"
-    return f"divergence: the server reads another text; {what}"
+        return f"divergence: the predictions agree, but {choices} {verb} not the most probable token; {agreement}"
+    return f"divergence: the server reads another text; {agreement}"
 
 
 def as_json(server_answer: ServerAnswer) -> dict[str, Any]:

@@ -95,7 +95,7 @@ def as_json(three_way: ThreeWay) -> dict[str, Any]:
         "compared": list(three_way.compared),
         "pairs": [[three_way.sides[a], three_way.sides[b]] for a, b in PAIRS],
         "first_divergence": point(three_way.first) if three_way.first is not None else None,
-        "points": [point(made) for made in three_way.points],
+        "points": [point(entry) for entry in three_way.points],
         "answer": sentence(three_way),
         "notes": list(three_way.notes),
     }

@@ -61,9 +61,9 @@ def beside(
             compared = comparison(dump, outcome.ref, Options(placed=True))
         except ParityError as error:
             raise type(error)(f"{other.label}: {error.message}", error.advice, code=error.code) from error
-        one, points = _moved(compared, header, dump.header, other.label, set(outcome.ref.points) - set(dump.points))
-        moved.append(one)
-        if one.rounding:
+        difference, points = _moved(compared, header, dump.header, other.label, set(outcome.ref.points) - set(dump.points))
+        moved.append(difference)
+        if difference.rounding:
             spread |= {name: max(spread.get(name, 0.0), value) for name, value in points.items()}
     return _judged(outcome, request, tuple(moved), spread, judge)
 

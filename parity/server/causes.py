@@ -142,8 +142,8 @@ def _beginning(case: Case) -> ServerCause | None:
             if not name and not shift:
                 continue  # as it was asked for
             words = "; ".join(filter(None, (sentence, how)))
-            what = " ".join(filter(None, (advice, "Logits at position t predict token t + 1." if shift else "")))
-            if cause := _judged(case, name or "shifted", words, what, explained[shift], case.sample):
+            advice_text = " ".join(filter(None, (advice, "Logits at position t predict token t + 1." if shift else "")))
+            if cause := _judged(case, name or "shifted", words, advice_text, explained[shift], case.sample):
                 return cause
     return None
 
@@ -193,7 +193,9 @@ def penalised(row: Row, seen: Sequence[int], penalty: float) -> Row:
 
 def _template(case: Case) -> ServerCause | None:
     """A chat template around the text: each position that was asked by its own text is tried as a user's message."""
-    asked = [(one, row) for one, row in case.sample if one.chosen is None and (one.prefix is not None or _at_end(case, one))]
+    asked = [
+        (item, row) for item, row in case.sample if item.chosen is None and (item.prefix is not None or _at_end(case, item))
+    ]
     asked = asked[-_TEMPLATED:]
     if not asked or case.prompt.text is None:
         return None
@@ -212,7 +214,7 @@ def _template(case: Case) -> ServerCause | None:
             continue
         if case.of(last, _last_row(case, ids)) > case.limit:
             continue
-        explained = [case.of(one, _last_row(case, _wrapped(case, one, name))) for one, _ in asked]
+        explained = [case.of(item, _last_row(case, _wrapped(case, item, name))) for item, _ in asked]
         which = "the file's own chat template" if name == "own" else f"the chat template {name!r}"
         sentence = f"the server puts {which} around the text: it reads {printable(repr(wrapped), 120)}"
         advice = "Turn off the chat template for completions, or give both sides the whole text."

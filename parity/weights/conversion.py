@@ -183,14 +183,14 @@ def _tensor(model: GgufModel, info: TensorInfo, source: _Source | None, arch: st
         and len(source.parts) > 1
         and _compare(model, info, _grouped(source, heads), right, heads, arch)[0] <= limit
     ):
-        what = "left in groups: llama.cpp expects all queries, then all keys, then all values"
-        return TensorCheck(info.name, kind, info.shape, what, count, _BY, what, first)
-    for what, change in _mistakes(info, arch, heads):
+        mistake = "left in groups: llama.cpp expects all queries, then all keys, then all values"
+        return TensorCheck(info.name, kind, info.shape, mistake, count, _BY, mistake, first)
+    for mistake, change in _mistakes(info, arch, heads):
         if _compare(model, info, source, change, heads, arch)[0] <= limit:
-            return TensorCheck(info.name, kind, info.shape, what, count, _BY, what, first)
+            return TensorCheck(info.name, kind, info.shape, mistake, count, _BY, mistake, first)
     if other := _other(model, info, source, right, heads, arch, limit):
-        what = f"it is {other}"
-        return TensorCheck(info.name, kind, info.shape, DIFFERENT, count, _BY, what, first)
+        mistake = f"it is {other}"
+        return TensorCheck(info.name, kind, info.shape, DIFFERENT, count, _BY, mistake, first)
     reason = f"nothing known gives these values (NMSE {error:.1e})"
     return TensorCheck(info.name, kind, info.shape, DIFFERENT, count, _BY, reason, first)
 
