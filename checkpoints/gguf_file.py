@@ -218,8 +218,8 @@ def contents(path: Path) -> Contents:
         with path.open("rb") as file:
             magic = file.read(4)
             if magic != b"GGUF":
-                what = f"is not a GGUF file: it begins with {magic!r}, not b'GGUF'" if magic else "is empty"
-                raise ModelError(f"{path} {what}.", "Take a model in llama.cpp's format (.gguf).", code="not-gguf")
+                problem = f"is not a GGUF file: it begins with {magic!r}, not b'GGUF'" if magic else "is empty"
+                raise ModelError(f"{path} {problem}.", "Take a model in llama.cpp's format (.gguf).", code="not-gguf")
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 return _parse(path, data)
     except OSError as error:
@@ -232,8 +232,8 @@ def contents(path: Path) -> Contents:
         raise _damaged(path, f"is damaged: {error}") from error
 
 
-def _damaged(path: Path, what: str) -> ModelError:
-    return ModelError(f"{path} {what}.", "Download it again.", code="damaged-model")
+def _damaged(path: Path, problem: str) -> ModelError:
+    return ModelError(f"{path} {problem}.", "Download it again.", code="damaged-model")
 
 
 def _parse(path: Path, data: mmap.mmap) -> Contents:
@@ -242,8 +242,8 @@ def _parse(path: Path, data: mmap.mmap) -> Contents:
     version = cursor.number("I")
     if not 2 <= version <= 3:
         swapped = int.from_bytes(version.to_bytes(4, "little"), "big")
-        what = "is big-endian" if swapped in (2, 3) else f"is GGUF version {version}"
-        raise ModelError(f"{path} {what}.", "Convert it again (version 3, little-endian).", code="version")
+        problem = "is big-endian" if swapped in (2, 3) else f"is GGUF version {version}"
+        raise ModelError(f"{path} {problem}.", "Convert it again (version 3, little-endian).", code="version")
     n_tensors, n_values = cursor.number("Q"), cursor.number("Q")
     if n_values * _LEAST_VALUE + n_tensors * _LEAST_TENSOR > len(data):
         raise ValueError(f"it claims {n_values} values and {n_tensors} tensors, more than fit into the file")

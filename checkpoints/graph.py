@@ -111,12 +111,12 @@ class Graph:
     @cached_property
     def consumers(self) -> Mapping[int, tuple[int, ...]]:
         """Which tensors read each tensor, by index."""
-        found: dict[int, list[int]] = {}
+        by_source: dict[int, list[int]] = {}
         for index, tensor in enumerate(self.tensors):
             for source in tensor.sources:
                 if source is not None:
-                    found.setdefault(source, []).append(index)
-        return {source: tuple(dict.fromkeys(readers)) for source, readers in found.items()}
+                    by_source.setdefault(source, []).append(index)
+        return {source: tuple(dict.fromkeys(readers)) for source, readers in by_source.items()}
 
     def root_of(self, index: int) -> int:
         """The tensor that owns the memory shown by this one."""

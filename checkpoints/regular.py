@@ -20,8 +20,8 @@ def require_regular(path: Path, error: type[InputError] = InputError, advice: st
     except FileNotFoundError:
         return
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-        what = "a pipe" if stat.S_ISFIFO(mode) else "a socket" if stat.S_ISSOCK(mode) else "a device"
-        raise error(f"{path} is {what}.", advice or "Name a regular file.", code="no-file")
+        kind = "a pipe" if stat.S_ISFIFO(mode) else "a socket" if stat.S_ISSOCK(mode) else "a device"
+        raise error(f"{path} is {kind}.", advice or "Name a regular file.", code="no-file")
 
 
 def read_text(path: Path, largest: int = 1 << 26) -> str:

@@ -62,7 +62,7 @@ class Backend:
             free: int = self.xp.cuda.runtime.memGetInfo()[0] + self.xp.get_default_memory_pool().free_bytes()
         return free
 
-    def require(self, needed: int, what: str) -> None:
+    def require(self, needed: int, purpose: str) -> None:
         """Check that the device has room before anything is put there.
 
         Raises:
@@ -71,7 +71,7 @@ class Backend:
         free = self.free_bytes()
         if free is not None and needed > free:
             raise InputError(
-                f"{what} needs {needed / 2**30:.2f} GiB of device memory, {free / 2**30:.2f} GiB are free.",
+                f"{purpose} needs {needed / 2**30:.2f} GiB of device memory, {free / 2**30:.2f} GiB are free.",
                 "Take --backend numpy, a smaller model, or end what else uses the device (nvidia-smi tells).",
                 code="device-memory",
             )

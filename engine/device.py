@@ -49,7 +49,7 @@ def source(file: str) -> str:
             return ""
         there.add(name)
         text = files("engine").joinpath("kernels", name).read_text(encoding="utf-8")
-        return _INCLUDE.sub(lambda found: read(found[1]), text)
+        return _INCLUDE.sub(lambda match: read(match[1]), text)
 
     return read(file)
 

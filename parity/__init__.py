@@ -1,4 +1,7 @@
-"""The face: comparator, diagnosis, commands."""
+"""Where does an engine part from llama.cpp? From Python: `read` a dump, `compare` two of them, or have the `table` of all records.
+
+docs/python.md shows how; the commands are `parity.commands`.
+"""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +19,11 @@ def __getattr__(name: str) -> Any:
 
         return getattr(interface, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """What completion offers: the names that are promised."""
+    return sorted(__all__)
 
 
 def version() -> str:

@@ -80,8 +80,8 @@ def run(arguments: list[str]) -> int:
     except OSError as error:
         if os.environ.get("PARITY_TRACEBACK"):
             raise
-        what = "the answer or a file cannot be written or read" if error.filename is None else str(error.filename)
-        code = _fail(arguments, 2, "system", f"{what}: {error.strerror or error}.", "Check space and permissions.")
+        subject = "the answer or a file cannot be written or read" if error.filename is None else str(error.filename)
+        code = _fail(arguments, 2, "system", f"{subject}: {error.strerror or error}.", "Check space and permissions.")
         try:
             sys.stdout.flush()
         except OSError:  # the failed write was that of the answer itself
@@ -94,10 +94,10 @@ def run(arguments: list[str]) -> int:
         if type(error).__name__ == "NoArgsIsHelpError":
             error.show()  # type: ignore[attr-defined]
             return 2
-        if (said := getattr(error, "format_message", None)) is not None:
+        if (format_message := getattr(error, "format_message", None)) is not None:
             context = getattr(error, "ctx", None)
             command = context.command_path if context is not None else "parity"
-            return _fail(arguments, 2, "usage", said().rstrip("."), "", end=f". See `{command} --help`.")
+            return _fail(arguments, 2, "usage", format_message().rstrip("."), "", end=f". See `{command} --help`.")
         if os.environ.get("PARITY_TRACEBACK"):
             raise
         message = f"internal error, please report it: {type(error).__name__}: {error}"
@@ -125,8 +125,8 @@ def _interrupted() -> int:
 def _fail(arguments: list[str], exit_code: int, code: str, message: str, advice: str, *, end: str = "") -> int:
     line = " ".join(f"{message}{end} {advice}".split())
     if _wants_json(arguments):
-        said = printable(" ".join(f"{message}{end}".split()), _LONGEST_ERROR)
-        error = {"code": code, "message": said, "advice": printable(advice, _LONGEST_ERROR)}
+        sentence = printable(" ".join(f"{message}{end}".split()), _LONGEST_ERROR)
+        error = {"code": code, "message": sentence, "advice": printable(advice, _LONGEST_ERROR)}
         try:
             print(json.dumps({"schema": 1, "error": error}), flush=True)
         except OSError:  # stderr cannot be written either

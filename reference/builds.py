@@ -76,6 +76,8 @@ def of_library(path: Path) -> Build:
     folder = path if path.is_dir() else path.parent
     if not (list(folder.glob("libllama.so")) or list(folder.glob("libllama.dylib"))) or not path.exists():
         raise InputError(
-            f"{path} is no libllama, and no folder with one.", "Check --ref-lib and $LLAMA_CPP_LIB.", code="library"
+            f"{path} is neither a libllama nor a folder that contains one.",
+            "Check --ref-lib and $LLAMA_CPP_LIB.",
+            code="library",
         )
     return Build(library=folder.resolve())

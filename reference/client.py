@@ -109,7 +109,7 @@ class Reference:
         child.stderr.close()
         how = "aborted" if status == -6 else ("was killed" if status == -9 else "ended")
         advice = {
-            -6: "This model or request is one that this llama.cpp cannot compute; --verbose shows its log.",
+            -6: "This llama.cpp cannot compute this model or request; --verbose shows its log.",
             -9: "The system may have run out of memory: take a smaller model, or --window 1.",
         }.get(status, "Run again with --verbose to see its log.")
         reason = f": {last_words}" if last_words else f" (status {status})"

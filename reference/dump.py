@@ -151,7 +151,7 @@ def check(job: DumpJob, model: Model) -> None:
         InputError: no tokens, ids outside the vocabulary, too many of them, unknown mode, type or positions.
     """
     if job.mode not in (EXACT, NATIVE):
-        raise InputError(f"--mode {job.mode!r} is not known.", "Take exact or native.", code="mode")
+        raise InputError(f"--mode {job.mode!r} is unknown.", "Take exact or native.", code="mode")
     if job.kv_type not in ("f32", "f16") or (job.kv_type != "f32" and job.mode == EXACT):
         raise InputError(
             f"--kv-type {job.kv_type} is not available in {job.mode} mode.", "Exact mode takes f32.", code="kv_type"
@@ -186,7 +186,7 @@ def check_tokens(model: Model, tokens: Sequence[int], more: int = 0) -> None:
     total = len(tokens) + more
     if model.n_ctx_train and total > model.n_ctx_train:
         raise InputError(
-            f"{total} positions are more than the {model.n_ctx_train} that {model.path.name} was trained for.",
+            f"{total} positions are more than the {model.n_ctx_train} for which {model.path.name} was trained.",
             "Take a shorter prompt, or generate less.",
             code="context",
         )

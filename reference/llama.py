@@ -98,14 +98,14 @@ class Model:
 
     def metadata(self) -> dict[str, str]:
         """Every metadata value as text (`llama_model_meta_val_str_by_index`); long arrays are cut by llama.cpp."""
-        api, found = self.library.api, {}
+        api, metadata = self.library.api, {}
         buffer = ctypes.create_string_buffer(1 << 16)
         for index in range(api.llama_model_meta_count(self._model)):
             api.llama_model_meta_key_by_index(self._model, index, buffer, len(buffer))
             key = buffer.value.decode(errors="replace")
             api.llama_model_meta_val_str_by_index(self._model, index, buffer, len(buffer))
-            found[key] = buffer.value.decode(errors="replace")
-        return found
+            metadata[key] = buffer.value.decode(errors="replace")
+        return metadata
 
     def _has_tokenizer(self) -> None:
         if self.library.api.llama_vocab_type(self._vocab) == 0:  # LLAMA_VOCAB_TYPE_NONE
@@ -380,7 +380,7 @@ class Session:
         """
         buffer = (ctypes.c_uint8 * len(state)).from_buffer_copy(state)
         if int(self.model.library.api.llama_state_set_data(self._context, buffer, len(state))) != len(state):
-            raise ReferenceFailed("llama.cpp does not take back the state that it saved.", "Run with --verbose.")
+            raise ReferenceFailed("llama.cpp does not accept the state that it saved.", "Run with --verbose.")
 
     def close(self) -> None:
         """Give its memory back. A second call does nothing."""

@@ -47,10 +47,10 @@ def window_size(library: Library, contents: Contents, job: DumpJob) -> int | Non
         return None
     if isinstance(job.window, int):
         if job.window < 1:
-            raise InputError(f"a window of {job.window} layers holds nothing.", "Take 1 or more.", code="window")
+            raise InputError(f"a window of {job.window} layers is empty.", "Take 1 or more.", code="window")
         return job.window if job.window < contents.layers else None
     if job.window != "auto":
-        raise InputError(f"--window {job.window!r} is none.", "Take auto, off, or a number of layers.", code="window")
+        raise InputError(f"--window {job.window!r} is not valid.", "Take auto, off, or a number of layers.", code="window")
     if (contents.integer("split.count") or 1) > 1 or not exact:
         return None
     need, free = twin.twin_bytes(contents), free_memory()
@@ -59,8 +59,8 @@ def window_size(library: Library, contents: Contents, job: DumpJob) -> int | Non
         fits = need * _SHARE < shutil.disk_usage(folder).free
         if fits or twin.is_f32(contents) or twin_cache.has_twin(contents):
             return None
-    one, rest = layer_bytes(library, contents, exact=exact)
-    return min(max(1, (free // _WINDOW_SHARE - rest) // max(one, 1)), contents.layers - 1) or None
+    layer_size, rest = layer_bytes(library, contents, exact=exact)
+    return min(max(1, (free // _WINDOW_SHARE - rest) // max(layer_size, 1)), contents.layers - 1) or None
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ class ToFloat:
         q8_0 = self._traits(8).contents
         if q8_0.type_name != b"q8_0" or (q8_0.blck_size, q8_0.type_size) != (32, 34):
             raise ReferenceFailed(
-                "this libggml lays out its types in another way.", "Install llama-cpp-python 0.3.36.", code="abi"
+                "this libggml lays out its types differently.", "Install llama-cpp-python 0.3.36.", code="abi"
             )
 
     def __call__(self, raw: NDArray[np.uint8], kind: int, elements: int) -> NDArray[np.float32] | None:
@@ -65,7 +65,7 @@ class ToFloat:
         if not traits.to_float or not traits.blck_size:
             return None
         if elements % traits.blck_size or raw.size != elements // traits.blck_size * traits.type_size:
-            raise ReferenceFailed(f"libggml has blocks of another size for type {kind}.", "Install llama-cpp-python 0.3.36.")
+            raise ReferenceFailed(f"libggml has a different block size for type {kind}.", "Install llama-cpp-python 0.3.36.")
         out = np.empty(elements, dtype=np.float32)
         data = np.ascontiguousarray(raw)
         traits.to_float(data.ctypes.data, out.ctypes.data, elements)

@@ -83,13 +83,13 @@ class Twins:
                 try:
                     taken = twin_cache.take(model)
                 except twin_cache.DamagedTwin:
-                    self.notes.append(f"the F32 copy of {model.path.name} in the cache was damaged; it was made again.")
+                    self.notes.append(f"the F32 copy of {model.path.name} in the cache was damaged and has been made again.")
                     taken = None
                 path, self._lock = taken or self._make(model, threads)
                 if path.exists():
                     return path
         raise InputError(
-            f"F32 copies vanish from the cache {cache_dir()} while they are used.", "Set PARITY_CACHE.", code="cache"
+            f"F32 copies disappear from the cache {cache_dir()} while they are in use.", "Set PARITY_CACHE.", code="cache"
         )
 
     def _make(self, model: Contents, threads: int | None) -> tuple[Path, int]:
@@ -121,10 +121,10 @@ def whole(library: Library, model: Contents, copy: Path) -> None:
     try:
         file = checked(library, copy)
     except ModelError as error:
-        raise OSError(5, f"the copy of {model.path.name} was not written whole") from error
+        raise OSError(5, f"the copy of {model.path.name} was not written completely") from error
     expected = {(tensor.name, tensor.ne) for tensor in model.tensors}
     if {(tensor.name, tensor.ne) for tensor in file.tensors} != expected or not is_f32(file):
-        raise OSError(5, f"the copy of {model.path.name} was not written whole")
+        raise OSError(5, f"the copy of {model.path.name} was not written completely")
 
 
 def file_types(library: Library) -> dict[str, int]:
@@ -202,5 +202,5 @@ def file_type(library: Library, name: str) -> int:
     """
     types = file_types(library)
     if name.upper() not in types:
-        raise InputError(f"no file type is called {name!r:.40}.", f"There are {', '.join(sorted(types))}.", code="ftype")
+        raise InputError(f"there is no file type {name!r:.40}.", f"Take one of {', '.join(sorted(types))}.", code="ftype")
     return types[name.upper()]

@@ -62,7 +62,7 @@ def prove(
         raise refusal(contents, "it has no token embedding")
     with Model(library, contents.path) as model:
         if model.embeds or model.encoder_decoder:
-            raise refusal(contents, "it is no decoder alone")
+            raise refusal(contents, "it is not a decoder only")
         with Session(model, n_ctx=len(tokens), n_batch=len(tokens)) as session:
             whole = survey(session, tokens)
             listed = _Listed(whole.nodes, session.tap.masks_of(session.list_nodes(tokens)))
@@ -141,7 +141,7 @@ def _both_memories(contents: Contents, listed: _Listed, graph: Structure, spans:
     for first, stop in spans if cached and states else ():
         span = set(range(first, stop))
         if not (span & cached and span & states):
-            raise refusal(contents, f"{_span(first, stop)} has no attention, or nothing else, and it is built with both")
+            raise refusal(contents, f"{_span(first, stop)} has only attention, or none, where llama.cpp builds both")
 
 
 def _cache_layer(node: Node) -> int | None:
@@ -171,10 +171,10 @@ def _difference(contents: Contents, whole: Structure, i: int, alone: Structure, 
     layer, node, other = whole.layers[i], whole.nodes[i], alone.nodes[j]
     if alone.layers[j] is None and layer is not None:
         return refusal(
-            contents, f"{other.op} ({other.name}), which stands before the layers, would be applied to the hidden state again"
+            contents, f"{other.op} ({other.name}), which comes before the layers, would be applied to the hidden state again"
         )
     where = "outside the layers" if layer is None else f"in layer {layer}"
-    return refusal(contents, f"{node.op} ({node.name}) {where} is built in another way where the layer stands alone")
+    return refusal(contents, f"{node.op} ({node.name}) {where} is built differently if the layer is computed on its own")
 
 
 def _before(graph: Structure, i: int) -> bool:

@@ -76,10 +76,10 @@ def _answer(
     except errors.ParityError as error:
         return _failed(error)
     except MemoryError:
-        return ("error", "ReferenceFailed", "there is not enough memory.", "Free some, or take --window 1.", "memory")
+        return ("error", "ReferenceFailed", "there is not enough memory.", "Free memory, or use --window 1.", "memory")
     except OSError as error:  # a file that vanished, a disk that is full
-        what = f"{error.filename or 'a file'}: {error.strerror or error}."
-        return ("error", "InputError", what, "Check space and permissions.", "system")
+        problem = f"{error.filename or 'a file'}: {error.strerror or error}."
+        return ("error", "InputError", problem, "Check space and permissions.", "system")
     except Exception:
         return ("bug", traceback.format_exc())
 

@@ -40,7 +40,7 @@ def sentence(bisected: Bisected) -> str:
     right = sum(part.status == RIGHT for part in bisected.parts)
     judged = right + len(bisected.wrong)
     if not bisected.wrong:
-        return f"all {judged} parts that were judged are right, given llama.cpp's inputs"
+        return f"all {judged} judged parts are right, given llama.cpp's inputs"
     layers = tuple(int(part.name.removeprefix("blk.")) for part in bisected.wrong if part.name.startswith("blk."))
     named = [f"layer{'s' * (len(layers) > 1)} {ranges(layers)}"] if layers else []
     named += [part.name for part in bisected.wrong if not part.name.startswith("blk.")]

@@ -28,18 +28,18 @@ def lines(explanation: Explanation, width: int) -> Iterator[Text]:
         yield from _cause(cause, number, explanation, width)
     if explanation.first is None and explanation.precision_only:
         yield from _lines(
-            [("no fault", f"agrees within the noise of {_arithmetic(explanation.precision_only, explanation)}")], width
+            [("no fault", f"agrees to within the noise of {_arithmetic(explanation.precision_only, explanation)}")], width
         )
     elif explanation.first is None:
         noisy = any(note.startswith("noise:") for note in explanation.notes)
-        within = ", some only within the noise that the note says" if noisy else ""
+        within = ", some only within the noise named in the note" if noisy else ""
         yield from _lines([("no fault", f"all {explanation.records:,} records agree with the right engine{within}")], width)
     elif explanation.precision_only:
         yield from _precision(explanation, width)
     elif explanation.remaining is not None:
         yield from _left(explanation, explanation.remaining, width)
     if explanation and (seen := rows_seen(explanation.seen)):
-        yield from _lines([("seen", f"{seen}: the rest of the rows is not known")], width)
+        yield from _lines([("seen", f"{seen}: the rest of the rows is unknown")], width)
     if explanation.truth is not None:
         yield from _lines([("truth", _truth(explanation.truth, right=bool(explanation)))], width)
     if explanation.variants:
@@ -49,7 +49,7 @@ def lines(explanation: Explanation, width: int) -> Iterator[Text]:
             else ""
         )
         searched = f"tried {count(explanation.faults, 'fault')} ({count(explanation.variants, 'variant')}) in {explanation.seconds:.1f} s"
-        searched += "" if explanation.complete or explanation.remaining is not None else ", as many as --budget left time for"
+        searched += "" if explanation.complete or explanation.remaining is not None else ", all that --budget left time for"
         yield from (Text(line, style="dim") for line in wrap(searched + nearest, width))
     yield from (Text(line, style="dim") for note in explanation.notes for line in wrap(f"note: {note}", width))
 
@@ -107,7 +107,7 @@ def _same(named: Named) -> str:
 
 def _arithmetic(kind: str, explanation: Explanation) -> str:
     """The arithmetic that fits best, and those that cannot be told from it."""
-    return " or ".join(_ARITHMETIC[one] for one in dict.fromkeys((kind, *explanation.precision_alike)))
+    return " or ".join(_ARITHMETIC[arithmetic] for arithmetic in dict.fromkeys((kind, *explanation.precision_alike)))
 
 
 def _precision(explanation: Explanation, width: int) -> list[Text]:
@@ -120,7 +120,7 @@ def _precision(explanation: Explanation, width: int) -> list[Text]:
     ]
     if first is not None:
         rows.append(("begins", f"{first.checkpoint}, position {first.token_idx}, NMSE {error(first.nmse)}"))
-    rows.append(("if not", "intended, look for a lower type: TF32 switched on, F16 weights or cache, quantised activations"))
+    rows.append(("if not", "intended, look for a lower type: TF32 enabled, F16 weights or cache, quantised activations"))
     return _lines(rows, width)
 
 
@@ -153,7 +153,7 @@ def _but(explanation: Explanation) -> str:
     if explanation.f32_stated:
         return f", but {_STATED[explanation.f32_stated]}"
     return (
-        ", and a fault of that size cannot be told from them. Say what your engine computes in: --compute q8 takes them as noise, "
+        ", and a fault of that size cannot be told from them. State your engine's arithmetic: --compute q8 treats them as noise, "
         "--compute f32 rules them out"
     )
 
@@ -163,7 +163,7 @@ def _where(explanation: Explanation) -> list[tuple[str, str]]:
     placed = explanation.placed
     if placed is None:
         agreed = explanation.last_agreement is not None and not explanation.causes
-        return [("after", f"{explanation.last_agreement}, where all agrees")] if agreed else []
+        return [("after", f"{explanation.last_agreement}, where everything agrees")] if agreed else []
     agreeing = " and ".join(placed.agreeing[:3]) + (" and more" if len(placed.agreeing) > 3 else "")
     agree = "agrees" if len(placed.agreeing) == 1 else "agree"
     if not placed.sure and placed.agreeing:
@@ -177,7 +177,11 @@ def _where(explanation: Explanation) -> list[tuple[str, str]]:
             )
         ]
     if len(placed.operations) == 1:
-        origin = f"is made from {agreeing}, which {agree} as whole rows" if placed.agreeing else "is made from the tokens alone"
+        origin = (
+            f"is computed from {agreeing}, which {agree} as whole rows"
+            if placed.agreeing
+            else "is computed from the tokens alone"
+        )
         return [("wrong", f"{placed.operations[0]} {origin}: this operation is wrong")]
     if not placed.agreeing:
         return []
@@ -188,7 +192,7 @@ def _where(explanation: Explanation) -> list[tuple[str, str]]:
 
 def _truth(truth: TruthAt, *, right: bool) -> str:
     """How far both are from float64; an engine that is right in its lower arithmetic is not called wrong by it."""
-    sentence = f"at the first place yours is {error(truth.ours)} off the same steps in float64, a right float32 engine {error(truth.right)}"
+    sentence = f"at the first place yours is {error(truth.ours)} from the same steps in float64, a right float32 one {error(truth.right)}"
     if truth.ours <= 100 * truth.right:
         return sentence
     return f"{sentence}: yours is {'coarser' if right else 'wrong'}"

@@ -24,8 +24,8 @@ def drift_annotations(drift: Drift) -> Iterator[str]:
         if not item.verdict:
             lines = [f"prompt {shortened(item.prompt)}", headline(item.verdict), answer(item.verdict), *_named(item.verdict)]
             yield _command("error", "parity drift", "\n".join(lines))
-    for name, said_ in drift_remarks(drift):
-        yield _command("warning", f"parity drift: {name}" if name else "parity drift", said_)
+    for name, remark in drift_remarks(drift):
+        yield _command("warning", f"parity drift: {name}" if name else "parity drift", remark)
     if drift:
         yield _command("notice", "parity drift", sentence(drift))
 

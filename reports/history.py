@@ -32,15 +32,15 @@ def lines(entries: Sequence[Entry], width: int) -> Iterator[Text]:
         names = [name for name in every if name in set(nearest)]
         room = max(_NARROW, width - max(map(len, names), default=0) - 38)
         drawn = group[-room:]
-        what = "cell" if group[0].source.startswith(_CONFORM) else "checkpoint"
-        rows: list[tuple[str, ...]] = [(what, "first", "narrowest", "now", "█ beyond the limit")]
+        column = "cell" if group[0].source.startswith(_CONFORM) else "checkpoint"
+        rows: list[tuple[str, ...]] = [(column, "first", "narrowest", "now", "█ beyond the limit")]
         for name in names:
             known = [entry.points[name][2] for entry in group if name in entry.points]
             bars = "".join(bar(entry.points[name][2]) if name in entry.points else " " for entry in drawn)
             rows.append((clean(name), *(factor(margin(value)) for value in (known[0], max(known), known[-1])), bars))
         yield from columns(rows, frozenset({1, 2, 3}), ["dim", *[""] * (len(rows) - 1)], width)
         if len(every) > len(names):
-            yield Text(f"and {len(every) - len(names)} farther from their limits", style="dim")
+            yield Text(f"and {len(every) - len(names)} further from their limits", style="dim")
         yield Text(f"last  {last.time}  {last.commit[:12] or 'no commit'}  {last.verdict}", style="dim")
         yield Text("")
 
@@ -50,7 +50,7 @@ def groups(entries: Sequence[Entry]) -> list[tuple[str, list[Entry]]]:
     series: dict[tuple[str, str], list[Entry]] = {}
     for entry in entries:
         series.setdefault((entry.source, entry.golden), []).append(entry)
-    names = {"ours": "our engine", "ref": "llama.cpp", "exec": "a foreign engine", "dumps": "dumps of a foreign engine"}
+    names = {"ours": "our engine", "ref": "llama.cpp", "exec": "an external engine", "dumps": "dumps of an external engine"}
     return [
         (clean(f"conformance of {source.removeprefix(_CONFORM)} ({group[-1].versions.get('source', '')})"), group)
         if source.startswith(_CONFORM)
@@ -65,8 +65,8 @@ def closer_sentences(moved: Sequence[tuple[str, Sequence[Closer]]]) -> list[str]
     for label, every in moved:
         prefix = f"{label}: " if len(moved) > 1 else ""
         sentences += [
-            f"{prefix}{clean(one.name)}: {share(one.now)} of its limit, {share(one.before)} on {one.since[:10]}"
-            for one in every[:_NEAREST]
+            f"{prefix}{clean(closer.name)}: {share(closer.now)} of its limit, {share(closer.before)} on {closer.since[:10]}"
+            for closer in every[:_NEAREST]
         ]
         sentences += [f"{prefix}and {len(every) - _NEAREST} more (--format json lists them)"] if len(every) > _NEAREST else []
     return sentences
@@ -96,7 +96,7 @@ def history_as_json(
     entries: Sequence[Entry], findings: Sequence[str], moved: Sequence[tuple[str, Sequence[Closer]]] = ()
 ) -> dict[str, Any]:
     """One JSON object: `checks`, oldest first, each with `points` and their `margin`; `findings` of the last ones; `closer`."""
-    closer = plain([{"side": label, **asdict(one)} for label, every in moved for one in every])
+    closer = plain([{"side": label, **asdict(closer_point)} for label, every in moved for closer_point in every])
     checks = [
         {
             "time": entry.time,

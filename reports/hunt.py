@@ -63,7 +63,7 @@ def lines(hunt: Hunt, width: int) -> Iterator[Text]:
 
 def _left(hunt: Hunt) -> Iterator[tuple[str, str]]:
     if hunt.unexplained:
-        yield "cause", f"not looked for: {clean(hunt.unexplained)}"
+        yield "cause", f"not searched for: {clean(hunt.unexplained)}"
     whole = hunt.explanation is not None and hunt.explanation.causes and hunt.explanation.remaining is None
     if hunt.stopped and not whole:  # more points would tell nothing that the cause doesn't
         yield "stopped", clean(hunt.stopped)

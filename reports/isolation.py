@@ -109,12 +109,12 @@ def _in_layers(layers: list[int]) -> str:
 
 def _said(item: Operation) -> str:
     known = KINDS.get(item.operation)
-    what = f", {known.meaning}" if known is not None else ""
+    meaning = f", {known.meaning}" if known is not None else ""
     weight = f", {item.weight}" if item.weight and item.weight != "F32" else ""
     place = f", worst at position {item.position}" if item.position is not None else ""
     reason = f": {item.reason}" if item.reason else ""
     name = f"layer {item.layer} as a whole" if item.operation == "layer" else item.name
-    return clean(f"{name} ({error(item.nmse)}{place}{what}{weight}){reason}")
+    return clean(f"{name} ({error(item.nmse)}{place}{meaning}{weight}){reason}")
 
 
 def _elements(isolation: Isolation, width: int) -> list[Text]:
@@ -136,7 +136,7 @@ def _grafts(isolation: Isolation, width: int) -> Iterator[Text]:
     last = isolation.graft[-1]
     mean = sum(item.kl for item in isolation.graft) / len(isolation.graft)
     sentence = (
-        f"llama.cpp, going on from {clean(isolation.graft_from)} of this engine, chooses a different next token at {len(changed)} of "
+        f"llama.cpp, continuing from {clean(isolation.graft_from)} of this engine, chooses a different next token at {len(changed)} of "
         f"{count(len(isolation.graft), 'position')}; mean KL {error(mean)}, at the last position {error(last.kl)} "
         f"(margin {last.margin:.2g})"
     )

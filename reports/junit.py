@@ -107,8 +107,8 @@ def _failure(case: ET.Element, message: str, lines: Iterable[str]) -> None:
 
 
 def _texted(parent: ET.Element, name: str, lines: Iterable[str]) -> None:
-    found = parent.find(name)
-    element = found if found is not None else ET.SubElement(parent, name)
+    child = parent.find(name)
+    element = child if child is not None else ET.SubElement(parent, name)
     element.text = "\n".join(filter(None, [element.text, _plain("\n".join(lines))]))
 
 

@@ -48,7 +48,7 @@ def _answer(report: LintReport) -> Text:
             "unusable: no engine computes such values, so comparing this dump would say nothing about yours", style="bold red"
         )
     if report.suspicions:
-        sentence = f"usable, with {count(len(report.suspicions), 'suspicion')}: captured or computed wrong? parity diff tells"
+        sentence = f"usable, with {count(len(report.suspicions), 'suspicion')}: captured wrong or computed wrong? `parity diff` decides"
         return Text(sentence, style="bold yellow")
     if report.findings:
         return Text(

@@ -36,7 +36,7 @@ def _report(report: Report) -> Iterator[str]:
         yield f"Prompt of {tokens} tokens: {code(asked)}"
     shown = verdict.first_divergence or verdict.worst
     if shown is not None:
-        yield f"\n### {'First divergence' if verdict.first_divergence else 'Nearest to its limit'}\n"
+        yield f"\n### {'First divergence' if verdict.first_divergence else 'Closest to its limit'}\n"
         yield from _shown(shown, verdict.truth.values if verdict.truth is not None else ())
         sides = (("ours", report.picture.ours), ("reference", report.picture.ref), ("float64", report.picture.truth))
         yield from (f"- {name}: {figures}" for name, side in sides if side is not None and (figures := spread(side)))
@@ -130,7 +130,7 @@ def _points(report: Report) -> Iterator[str]:
         ]
     yield from table(head, rows)
     if len(every) > len(telling):
-        yield f"\n{len(every) - len(telling)} further points are nearer to the reference than these."
+        yield f"\n{len(every) - len(telling)} further points are closer to the reference than these."
 
 
 def _drift(drift: Drift) -> Iterator[str]:

@@ -64,6 +64,6 @@ def ranges(numbers: tuple[int, ...]) -> str:
     return ", ".join(texts + ["…"] * (len(stretches) > 6))
 
 
-def count(number: int, what: str) -> str:
+def count(number: int, noun: str) -> str:
     """ "1 record", "35 records"."""
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

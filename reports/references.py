@@ -25,11 +25,11 @@ def lines(references: References, width: int) -> Iterator[Text]:
             yield from columns(rows, frozenset({1, 2, 3, 4}), ["dim", *[""] * (len(rows) - 1)], width)
         rest = sum(point.nmse > 0 for point in moved.points) - (len(rows) - 1)
         if rest > 0:
-            yield Text(f"… {rest} more kinds moved less", style="dim")
+            yield Text(f"… {rest} other kinds moved less", style="dim")
         yield Text(sentence(moved), style="bold")
     if references.within:
         yield Text(
-            f"our side is nowhere further from the reference than {references.times:g} times what the references differ by",
+            f"our side is nowhere further from the reference than {references.times:g} times the difference between the references",
             style="bold",
         )
 
@@ -46,13 +46,13 @@ def sentence(moved: Moved) -> str:
     if moved.worst is None:
         return f"references: {pair} are identical in {moved.compared:,} records{lacking}"
     first = f", first at {clean(moved.first.kind)}" if moved.first is not None else ""
-    floor = "" if moved.rounding else "; more than rounding explains: another formula, and no floor for your engine"
+    floor = "" if moved.rounding else "; more than rounding explains: a different formula, which excuses nothing in your engine"
     where = f"{clean(moved.worst.kind)} by {error(moved.worst.nmse)}"
     return f"references: between {pair} the reference moved at {where}{first}{floor}{lacking}"
 
 
 def as_json(references: References) -> dict[str, Any]:
     """Everything, with the sentences."""
-    moved = [asdict(one) | {"answer": sentence(one)} for one in references.moved]
+    moved = [asdict(reference) | {"answer": sentence(reference)} for reference in references.moved]
     answer: dict[str, Any] = plain(asdict(references) | {"moved": moved})
     return answer

@@ -44,7 +44,7 @@ def figures(score: Scored) -> Iterator[tuple[str, str]]:
         return
     base = score.base_perplexity or 0.0
     yield "base's perplexity", f"{base:.4f}, ratio {score.perplexity / base:.6f}"
-    bound = "" if score.exact else f" (lower bound: the base's other tokens, {score.unseen:.1e} at most, count as one)"
+    bound = "" if score.exact else f" (lower bound: the base's other tokens, at most {score.unseen:.1e}, count as one)"
     yield "KL divergence", f"mean {_number(score.kl_mean)} ± {_number(score.kl_error)}, max {_number(score.kl_max)}{bound}"
     yield "percentiles", " · ".join(f"{of:g} % {_number(value)}" for of, value in score.kl_percentiles.items())
     yield "same first choice", f"{100 * (score.same_top or 0):.3f} %, first five shared {100 * (score.top_k or 0):.3f} %"

@@ -32,7 +32,7 @@ def answer(verdict: Verdict) -> str:
     own = limits_of_their_own(verdict)
     if own:
         low, high = (limit(find(own.values())) for find in (min, max))
-        held += f" ({count(len(own), 'point')} judged by {low if low == high else f'{low} to {high}'})"
+        held += f" ({count(len(own), 'point')} with limits of {low if low == high else f'{low} to {high}'})"
     otherwise = sum(fault.records for fault in verdict.record_faults)
     precision = verdict.precision
     if verdict:
@@ -48,12 +48,12 @@ def answer(verdict: Verdict) -> str:
         return f"parity as {kinds} arithmetic ({how}): {sentence}{at}"
     wrong = sum(point.failed for point in verdict.points)
     if wrong:
-        what = f"{wrong:,} of {count(verdict.compared, 'record')} differ"
+        outcome = f"{wrong:,} of {count(verdict.compared, 'record')} differ"
     elif verdict.first_divergence is not None:
-        what = f"{count(verdict.compared, 'record')} before it compared"
+        outcome = f"{count(verdict.compared, 'record')} before it compared"
     else:
-        what = "records are missing"
-    return f"divergence{' (limit assumed)' if verdict.limits.assumed else ''}: {what}, {held}"
+        outcome = "records are missing"
+    return f"divergence{' (limit assumed)' if verdict.limits.assumed else ''}: {outcome}, {held}"
 
 
 def limits_of_their_own(verdict: Verdict) -> dict[str, float]:
@@ -85,7 +85,7 @@ def reasons(verdict: Verdict) -> Iterator[tuple[str, str]]:
         yield "float64", truth(verdict.truth)
     for origin in verdict.origins[1:4]:
         text = f"{clean(origin.first.checkpoint)}, {'position' if len(origin.positions) == 1 else 'positions'} "
-        how = "not caused by the first" if origin.first.fresh else "grown from what is under the limit before it"
+        how = "not caused by the first" if origin.first.fresh else "grown from errors below the limit before it"
         yield "also wrong", f"{text}{ranges(origin.positions)}: {how}"
     if len(verdict.origins) > 4:
         yield "", f"and {count(len(verdict.origins) - 4, 'further point')} of origin"
@@ -95,10 +95,10 @@ def truth(point: TruthPoint) -> str:
     """How far both sides are from the same steps in float64, and which of them is the one that is off."""
     sentence = f"ours is {error(point.ours)} from the same steps in float64, the reference {error(point.ref)}"
     if point.alone == "ours":
-        return f"{sentence}: ours is the one that is off"
+        return f"{sentence}: ours is wrong"
     if point.alone == "reference":
-        return f"{sentence}: the reference is the one that is off"
-    return f"{sentence}: neither is far nearer than the other"
+        return f"{sentence}: the reference is the less accurate one"
+    return f"{sentence}: neither is much closer"
 
 
 def _everywhere(points: Sequence[TruthPoint]) -> Iterator[str]:
@@ -128,11 +128,14 @@ def remarks(verdict: Verdict) -> Iterator[tuple[str, str]]:
         if lacks.records:
             yield "missing", f"{side} lacks {count(lacks.records, 'record')}: {_lacking(lacks)}"
     if verdict.left_out:
-        yield "left out", f"{count(verdict.left_out, 'record')} after the point at which the tokens differ"
+        yield "left out", f"{count(verdict.left_out, 'record')} after the position at which the tokens differ"
     yield from (("recorded", sentence) for sentence in _recorded(verdict))
     mapping = tuple(dict.fromkeys(clean(fault.map) for fault in verdict.record_faults if fault.map))
     if mapping:
-        yield "", f"to say so once: --map names.toml, with {'this line' if len(mapping) == 1 else 'these lines'} below [names]:"
+        yield (
+            "",
+            f"to record this permanently: --map names.toml, with {'this line' if len(mapping) == 1 else 'these lines'} below [names]:",
+        )
         yield from ((MAP_LINE, line) for line in mapping)
     if seen := rows_seen(verdict.seen):
         yield "seen", seen
@@ -143,7 +146,7 @@ def remarks(verdict: Verdict) -> Iterator[tuple[str, str]]:
         yield "first choice", seen + margin
     precision = verdict.precision
     if precision is not None and precision.in_float32:
-        yield "float32", f"in float32 {clean(precision.in_float32)} would be a divergence; --compute f32 judges so"
+        yield "float32", f"in float32 {clean(precision.in_float32)} would be a divergence; --compute f32 applies that limit"
     elif verdict.limits.assumed and (precision is None or precision.arithmetic != "f32"):
         yield "limit", verdict.limits.source
     if verdict.first_divergence is None and (seen := "; ".join(_everywhere(verdict.truth_points))):
@@ -157,7 +160,7 @@ RECORDED = {
     "layout": "another layout",
     "name": "another point",
     "moment": "another moment",
-    "nonfinite": "NaN in the record alone",
+    "nonfinite": "NaN in the record only",
     "unknown": "recorded otherwise",
 }  # what a record shows instead, by the kind of the fault
 

@@ -89,7 +89,7 @@ def _split(items: Sequence[Predicted], parts: int) -> list[Sequence[Predicted]]:
 
 
 def _place(item: Predicted) -> Iterator[tuple[str, str]]:
-    yield "first", f"position {item.position}, behind {clean(repr(item.before))}: KL {error(item.kl)}"
+    yield "first", f"position {item.position}, after {clean(repr(item.before))}: KL {error(item.kl)}"
     yield "server", _candidates(item.server)
     yield "ref", _candidates(item.ref)
 
@@ -98,7 +98,7 @@ def _choice(item: Predicted) -> str:
     """The first position at which both would go on differently."""
     ours, theirs = item.ref[0], item.server[0]
     return (
-        f"the first other choice is at position {item.position}: llama.cpp {clean(repr(ours[1]))}, the server {clean(repr(theirs[1]))}, "
+        f"the choices differ first at position {item.position}: llama.cpp {clean(repr(ours[1]))}, the server {clean(repr(theirs[1]))}, "
         f"which llama.cpp has {item.margin:.3g} below its own, in log-probability"
     )
 
@@ -112,7 +112,7 @@ def _cause(cause: ServerCause) -> Iterator[tuple[str, str]]:
     if cause.kl is not None:
         yield (
             "",
-            f"so read, {cause.tried} predictions have a worst KL of {error(cause.kl)}, as asked for {error(cause.without)}",
+            f"read this way, {cause.tried} predictions have a worst KL of {error(cause.kl)}, as requested {error(cause.without)}",
         )
     yield "do", clean(cause.advice)
 
@@ -121,17 +121,19 @@ def sentence(server_answer: ServerAnswer) -> str:
     """The answer in one line."""
     total = len(server_answer.predictions)
     same = sum(item.same_choice for item in server_answer.predictions)
-    what = f"first choices the same at {same} of {total}; limit KL {error(server_answer.limit)}"
+    agreement = f"first choices the same at {same} of {total}; limit KL {error(server_answer.limit)}"
     if server_answer:
-        return f"parity: {total} of {total} predictions agree, {what}"
+        return f"parity: {total} of {total} predictions agree, {agreement}"
     wrong = sum(item.wrong for item in server_answer.predictions)
     if server_answer.first is not None:
-        return f"divergence: {wrong} of {total} predictions differ, from position {server_answer.first.position} on; {what}"
+        return (
+            f"divergence: {wrong} of {total} predictions differ, from position {server_answer.first.position} on; {agreement}"
+        )
     if server_answer.unfaithful:
         choices = count(len(server_answer.unfaithful), "choice")
         verb = "is" if len(server_answer.unfaithful) == 1 else "are"
-        return f"divergence: the predictions agree, but {choices} {verb} not the most probable token; {what}"
-    return f"divergence: the server reads another text; {what}"
+        return f"divergence: the predictions agree, but {choices} {verb} not the most probable token; {agreement}"
+    return f"divergence: the server reads another text; {agreement}"
 
 
 def as_json(server_answer: ServerAnswer) -> dict[str, Any]:

@@ -110,7 +110,11 @@ def _stretch(hidden: list[PointSummary]) -> tuple[str, ...]:
     otherwise = sum(point.status == OTHERWISE for point in hidden)
     words = "agree" if not failed else (INHERITED if failed == len(hidden) else f"{failed} of them wrong")
     if otherwise:
-        worst = max((point.worst for point in hidden if point.status != OTHERWISE), key=lambda one: one.of_limit, default=worst)
+        worst = max(
+            (point.worst for point in hidden if point.status != OTHERWISE),
+            key=lambda difference: difference.of_limit,
+            default=worst,
+        )
         words += f", {otherwise} recorded otherwise"
     return (
         f"… {count(len(hidden), 'point')}",

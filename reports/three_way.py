@@ -43,7 +43,7 @@ def sentence(three_way: ThreeWay) -> str:
         return f"divergence at {clean(point.checkpoint)}: {_by_truth(three_way, point)}"
     if point.alone is None:
         worst = max(value for value in point.nmse if value is not None)
-        return f"divergence at {clean(point.checkpoint)}: it cannot be told which side is alone, worst NMSE {error(worst)}"
+        return f"divergence at {clean(point.checkpoint)}: which side disagrees with the others is undecided, worst NMSE {error(worst)}"
     pair = next(number for number, sides in enumerate(PAIRS) if point.alone not in sides)
     first, second = (three_way.sides[side] for side in PAIRS[pair])
     value = point.nmse[pair]
@@ -95,7 +95,7 @@ def as_json(three_way: ThreeWay) -> dict[str, Any]:
         "compared": list(three_way.compared),
         "pairs": [[three_way.sides[a], three_way.sides[b]] for a, b in PAIRS],
         "first_divergence": point(three_way.first) if three_way.first is not None else None,
-        "points": [point(made) for made in three_way.points],
+        "points": [point(entry) for entry in three_way.points],
         "answer": sentence(three_way),
         "notes": list(three_way.notes),
     }

@@ -24,7 +24,11 @@ FAMILIES = {
         {"head_dim": 32, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "norm_topk_prob": True},
     ),
     "gemma2": ("Gemma2Config", {"head_dim": 16, "query_pre_attn_scalar": 16, "tie_word_embeddings": True}),
-    "gemma3": ("Gemma3TextConfig", {"head_dim": 16, "query_pre_attn_scalar": 16, "tie_word_embeddings": True}),
+    # A short window: of three layers all have it, and llama.cpp aborts when it is asked to move what such a model cached.
+    "gemma3": (
+        "Gemma3TextConfig",
+        {"head_dim": 16, "query_pre_attn_scalar": 16, "tie_word_embeddings": True, "sliding_window": 128},
+    ),
     "phi3": ("Phi3Config", {"sliding_window": None}),
     "glm4": ("Glm4Config", {"head_dim": 16}),
     "falcon": (
@@ -84,7 +88,10 @@ def main(family: str, folder: str) -> None:
     torch.manual_seed(5)
     name, own = FAMILIES[family]
     common = {
-        key: value for key, value in COMMON.items() if family != "gpt2" or key in ("vocab_size", "bos_token_id", "eos_token_id")
+        key: value
+        for key, value in COMMON.items()
+        if (family != "gpt2" or key in ("vocab_size", "bos_token_id", "eos_token_id"))
+        and (family != "falcon" or key != "rms_norm_eps")  # it has layer norms, with an ε of their own
     }
     config = getattr(transformers, name)(**{**common, **own})
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)

@@ -220,7 +220,7 @@ VARIANTS: tuple[tuple[str, str, Callable[[Dump], Dump]], ...] = (
     ("attention-rows", "the same weight", flattened),
     ("hparams", "heads", lambda d: in_header(d, hparams={"num_attention_heads": 4})),
     ("hparams", "vocab_size", lambda d: in_header(d, hparams={"vocab_size": 32000})),
-    ("hparams", "outside of the vocabulary", lambda d: in_header(d, tokens=(*PROMPT[:-1], 2048))),
+    ("hparams", "outside the vocabulary", lambda d: in_header(d, tokens=(*PROMPT[:-1], 2048))),
     ("repetition", "cycle of 3 tokens", lambda d: replace(d, tokens=token_run([5, 6, 7] * 8))),
     ("repetition", "token 7", decoded_prompt),
     ("stale-position", "blk.7.l_out", stale),

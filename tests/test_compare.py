@@ -96,7 +96,7 @@ def test_pattern_of_one_embedding_row() -> None:
 def test_only_the_logits() -> None:
     """A fault after the last norm is the output matrix's, and the operation is named."""
     verdict = judged(slice(None), "logits")
-    assert verdict.operation == "logits is made from output_norm, which agrees: this operation is wrong"
+    assert verdict.operation == "logits is computed from output_norm, which agrees: this operation is wrong"
     assert verdict.next == ""
 
 
@@ -107,7 +107,7 @@ def test_operation_is_named_where_its_inputs_are_recorded() -> None:
     verdict = compare(dump(spoiled(noisy(ref), wrong, slice(1, None))), dump(ref))
     assert verdict.first_divergence is not None
     assert verdict.first_divergence.checkpoint == "blk.2.q_rope"
-    assert verdict.operation == "blk.2.q_rope is made from blk.2.q, which agrees: this operation is wrong"
+    assert verdict.operation == "blk.2.q_rope is computed from blk.2.q, which agrees: this operation is wrong"
     assert verdict.pattern is not None
     assert verdict.pattern.code == "operation"
     assert "RoPE" in verdict.pattern.sentence

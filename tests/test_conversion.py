@@ -16,7 +16,7 @@ from reference.client import Reference
 V, D, F, H, K, LAYERS = 96, 64, 128, 4, 2, 2
 ROW = D // H
 NORMS = {"attn_norm", "ffn_norm", "post_attention_norm", "post_ffw_norm", "output_norm"}
-FAMILIES = ("llama", "qwen2", "gemma2", "mixtral", "gpt2")
+FAMILIES = ("llama", "qwen2", "gemma2", "mixtral", "gpt2", "falcon")
 
 
 def tensors(family: str) -> dict[str, np.ndarray]:
@@ -40,6 +40,16 @@ def tensors(family: str) -> dict[str, np.ndarray]:
             ):
                 arrays |= {f"{head}.{name}.weight": random(*shape), f"{head}.{name}.bias": random(shape[1])}
             arrays |= {f"{head}.{norm}.{part}": random(D) for norm in ("ln_1", "ln_2") for part in ("weight", "bias")}
+        return arrays
+    if family == "falcon":
+        arrays |= {"transformer.word_embeddings.weight": random(V, D), "lm_head.weight": random(V, D)}
+        arrays |= {"transformer.ln_f.weight": random(D), "transformer.ln_f.bias": random(D)}
+        for layer in range(LAYERS):
+            head = f"transformer.h.{layer}"
+            arrays[f"{head}.self_attention.query_key_value.weight"] = random((H + 2 * K) * D // H, D)
+            arrays[f"{head}.self_attention.dense.weight"] = random(D, D)
+            arrays |= {f"{head}.mlp.dense_h_to_4h.weight": random(F, D), f"{head}.mlp.dense_4h_to_h.weight": random(D, F)}
+            arrays |= {f"{head}.{norm}.{part}": random(D) for norm in ("ln_attn", "ln_mlp") for part in ("weight", "bias")}
         return arrays
     arrays |= {"model.embed_tokens.weight": random(V, D), "model.norm.weight": random(D)}
     if family != "gemma2":
@@ -98,6 +108,11 @@ def folder(tmp_path: Path) -> Callable[..., Path]:
         }  # fmt: skip
         if family == "mixtral":
             config |= {"num_local_experts": 4, "num_experts_per_tok": 2}
+        if family == "falcon":
+            config = {
+                "model_type": family, "vocab_size": V, "hidden_size": D, "num_hidden_layers": LAYERS, "num_attention_heads": H,
+                "num_kv_heads": K, "ffn_hidden_size": F, "layer_norm_epsilon": 1e-5,
+            }  # fmt: skip
         if family == "gpt2":
             config = {
                 "model_type": family, "vocab_size": V, "n_embd": D, "n_layer": LAYERS, "n_head": H, "n_inner": F,
@@ -129,9 +144,10 @@ def test_a_right_conversion_is_equal_tensor_by_tensor(
     ("family", "changes", "names", "message"),
     [
         ("llama", {"skip_permute": True}, {"attn_q", "attn_k"}, "not permuted"),
+        ("falcon", {"skip_groups": True}, {"attn_qkv"}, "left in groups"),
         ("gemma2", {"skip_norm_offset": True}, NORMS, "without the 1"),
         ("qwen2", {"swap": ("blk.1.ffn_gate.weight", "blk.1.ffn_up.weight")}, {"ffn_gate", "ffn_up"}, "exchanged"),
-        ("qwen2", {"drop": "blk.1.attn_k.bias"}, {"attn_k"}, "the GGUF has not"),
+        ("qwen2", {"drop": "blk.1.attn_k.bias"}, {"attn_k"}, "the GGUF does not"),
         ("qwen2", {"eps": 1e-5}, {"ε"}, "config.json says 1e-06, the GGUF"),
     ],
 )  # fmt: skip

@@ -76,7 +76,7 @@ def test_any_architecture_by_its_own_graph() -> None:
     wrong = spoiled(noisy(ref), ("blk.0.attn_out", "blk.0.ffn_out", "blk.0.l_out", "logits"), slice(None))
     verdict = compare(dump(wrong), dump(ref, header=replace(HEADER, dataflow=plain)))
     assert [origin.first.checkpoint for origin in verdict.origins] == ["blk.0.attn_out", "blk.0.ffn_out"]
-    assert verdict.operation == "blk.0.attn_out is made from blk.0.attn_norm, which agrees: this operation is wrong"
+    assert verdict.operation == "blk.0.attn_out is computed from blk.0.attn_norm, which agrees: this operation is wrong"
     assert verdict.pattern is not None
     assert "blk.0.attn_output.weight" in verdict.pattern.sentence
     assert ordered(["logits", "blk.0.ffn_out", "blk.0.attn_out"], Dataflow(PARALLEL)) == [
@@ -91,7 +91,7 @@ def test_a_damaged_header_falls_back() -> None:
     assert verdict
     assert any("vocabulary's order" in note for note in verdict.notes)
     assert any(
-        "dataflow is left out" in note for note in lint(dump(ref, header=replace(HEADER, dataflow={"0": {"q": 1}}))).notes
+        "dataflow is ignored" in note for note in lint(dump(ref, header=replace(HEADER, dataflow={"0": {"q": 1}}))).notes
     )
 
 

@@ -91,7 +91,7 @@ def test_a_law_tells_of_the_place_that_the_causes_leave(engine: Faulty) -> None:
     ("name", "other", "sentence"),
     [
         ("rope-pairs", "qk-permuted", "other points of this prompt (blk.0.q) would tell qk-permuted (hf, moved) apart"),
-        ("rope-missing", "rope-position", "nothing that was tried tells"),
+        ("rope-missing", "rope-position", "nothing that was tried can tell"),
     ],
 )
 def test_what_tells_equal_faults_apart_was_tried(engine: Faulty, name: str, other: str, sentence: str) -> None:
@@ -224,10 +224,10 @@ def test_wrong_requests_are_one_line(parity: Cli, engine: Faulty, tmp_path: Path
     ref = _written(wrong, tmp_path / "ref.jsonl", wrong.header)
     for arguments, message in (
         (("explain",), "no dump was given"),
-        (("explain", bare, "--model", engine.model), "does not say for which tokens"),
+        (("explain", bare, "--model", engine.model), "does not say which tokens"),
         (("explain", own), "model"),
-        (("explain", own, "--model", engine.model, "--ref", ref), "cannot stand in for llama.cpp"),
-        (("explain", own, "--model", engine.model, "--ref", other), "two prompts"),
+        (("explain", own, "--model", engine.model, "--ref", ref), "cannot replace llama.cpp"),
+        (("explain", own, "--model", engine.model, "--ref", other), "different prompts"),
         (("explain", own, "--model", engine.model, "--tokens", "1,2"), "tokens"),
         (("explain", own, "--model", engine.model, "--budget", "nan"), "--budget must be a finite number of seconds"),
     ):

@@ -105,7 +105,7 @@ def _later_ones(x: Array) -> Array:
     ("name", "acts"),
     [
         ("qwen3", "queries, keys, RoPE, scale, mask or cache"),
-        ("mamba2", "what earlier positions leave in a state (a recurrence, a convolution, a token shift)"),
+        ("mamba2", "the state that earlier positions leave (a recurrence, a convolution, a token shift)"),
     ],
 )
 def test_what_earlier_positions_leave_is_named_as_the_model_has_it(

@@ -103,5 +103,5 @@ def test_eight_bits_that_are_not_declared_are_told_as_such(blocks: Faulty) -> No
     explanation = explain(dump, blocks.model, ExplainOptions(budget=1.0))
     assert (bool(explanation), explanation.causes, explanation.precision_only) == (False, (), "")
     assert explanation.looks_like == "q8"
-    assert any("--compute q8 takes them as noise" in line.plain for line in lines(explanation, 300))
+    assert any("--compute q8 treats them as noise" in line.plain for line in lines(explanation, 300))
     assert explain(dump, blocks.model, ExplainOptions(compute="q8"))

@@ -95,21 +95,21 @@ def swapped(a: str, b: str, place: str) -> tuple[dict[str, object], str, str]:
         ("llama", {"skip_permute": True}, "blk.0.q", "not permuted"),
         ("llama", *EPS),
         ("llama", *SWAPPED),
-        ("qwen2", {"drop": "blk.1.attn_k.bias"}, "blk.1.k", "the GGUF has not"),
+        ("qwen2", {"drop": "blk.1.attn_k.bias"}, "blk.1.k", "the GGUF does not"),
         ("qwen2", *EPS),
-        ("qwen2", *swapped("blk.0.attn_k.weight", "blk.0.attn_v.weight", "blk.0.k")),
+        ("qwen2", *swapped("blk.0.attn_k.weight", "blk.0.attn_v.weight", "blk.0.v")),
         ("qwen3", *swapped("blk.0.attn_q_norm.weight", "blk.0.attn_k_norm.weight", "blk.0.q_norm")),
         ("qwen3", *EPS),
         ("qwen3", *SWAPPED),
         ("gemma3", {"skip_norm_offset": True}, "blk.0.attn_norm", "without the 1"),
         ("gemma3", *EPS),
         ("gemma3", *SWAPPED),
-        ("falcon", {"skip_groups": True}, "blk.0.q", ""),
-        ("falcon", *EPS),
-        ("falcon", *swapped("blk.1.ffn_up.weight", "blk.2.ffn_up.weight", "blk.1.ffn_up")),
+        ("falcon", {"skip_groups": True}, "blk.0.q", "left in groups"),
+        ("falcon", EPS[0], "blk.0.attn_norm_2", EPS[2]),
+        ("falcon", *swapped("blk.1.attn_norm.weight", "blk.1.attn_norm_2.weight", "blk.1.attn_norm_2")),
         ("gpt2", *swapped("blk.0.attn_norm.weight", "blk.0.ffn_norm.weight", "blk.0.attn_norm")),
         ("gpt2", *EPS),
-        ("gpt2", *swapped("blk.1.attn_qkv.bias", "blk.2.attn_qkv.bias", "blk.1.q")),
+        ("gpt2", *swapped("blk.1.attn_norm.bias", "blk.1.ffn_norm.bias", "blk.1.attn_norm")),
     ],
 )
 def test_a_fault_of_conversion_is_located_and_named(
@@ -127,7 +127,9 @@ def test_a_fault_of_conversion_is_located_and_named(
     """
     gguf, hf = convert(model(family), tmp_path / "model.gguf", **changes), dumped(family)
     assert parity("dump", "ref", "--model", gguf, "--follow", hf, "-o", "ref.jsonl").code == 0
-    code, answer = parity.json("diff", hf, "ref.jsonl", *(["--tolerance", TABLE] if family in TABLE_FAMILIES else []))
+    # What another ε changes in the first norm is less than the table of GELU does behind it.
+    limit = ["--tolerance", TABLE] if family in TABLE_FAMILIES and "eps" not in changes else []
+    code, answer = parity.json("diff", hf, "ref.jsonl", *limit)
     assert (code, answer["first_divergence"]["checkpoint"]) == (1, place)
     code, answer = parity.json("weights", "--model", gguf, "--hf", model(family))
     wrong = [tensor for tensor in answer["tensors"] if not tensor["status"].startswith("equal")]

@@ -122,7 +122,7 @@ def test_an_engine_that_injects_nothing_is_told_so(c_engine: Path, synthetic: Ca
     """It prints the same whatever it is given: that is said, and no layer is accused."""
     line = f"{c_engine} {{model}} {{tokens}} {{out}} deaf-layers:1 {{points}}"
     run = ("run", "--model", synthetic("tiny", layers=5), "--tokens", "5,17,3", "--exec", line, "--out", "folder")
-    refused(parity(*run, "--bisect"), "injects nothing", "parity emit c")
+    refused(parity(*run, "--bisect"), "does not inject anything", "parity emit c")
 
 
 def test_what_it_refuses(parity: Cli) -> None:
@@ -131,7 +131,7 @@ def test_what_it_refuses(parity: Cli) -> None:
     line = ("--exec", "x {out}")
     refused(parity("run", "--prompt", "hi", *line, "--bisect", "--hunt"), "--bisect needs an engine")
     refused(parity("run", "--prompt", "hi", *line, "--bisect", "--first-position", "5"), "--first-position")
-    refused(parity("run", "--prompt", "hi", *line, "--bisect", "--generate", "2"), "does not go with --generate")
+    refused(parity("run", "--prompt", "hi", *line, "--bisect", "--generate", "2"), "cannot be combined with --generate")
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ import parity as interface
 def test_the_exported_names() -> None:
     """These and no others are promised; each is there and says what it is."""
     assert sorted(interface.__all__) == ["Dump", "ParityError", "Verdict", "compare", "read", "table", "version"]
+    assert dir(interface) == sorted(interface.__all__)
     assert all(getattr(interface, name).__doc__ for name in interface.__all__)
     with pytest.raises(AttributeError, match="nothing_like_it"):
         getattr(interface, "nothing_like_it")  # noqa: B009 - of the module, at run time

@@ -228,8 +228,8 @@ def test_rope_that_does_nothing_or_always_the_same_is_told() -> None:
 WRONG = {
     "no-such.jsonl": "no-such.jsonl",
     "--rows 99999 --tokens 1,2": "outside the output matrix",
-    "--mode exact --kv-type f16 --tokens 1,2": "cache of F32",
-    "--graft blk.0.l_out --tokens 1,2": "wants a foreign engine's dump",
+    "--mode exact --kv-type f16 --tokens 1,2": "F32 cache",
+    "--graft blk.0.l_out --tokens 1,2": "needs an external engine's dump",
     "--tokens 1,99999999": "outside the vocabulary",
     "--rows x --tokens 1,2": "whole numbers",
     "": "no prompt",

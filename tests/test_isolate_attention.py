@@ -101,7 +101,7 @@ def test_attention_is_judged_from_queries_keys_and_values(
     wrong = judged(engine, reference, tmp_path, Planted(((scaled[0], variants[0], None),)), compute="f32")
     blamed = [found for found in wrong.wrong if found.operation != LAYER]
     assert {found.operation for found in blamed} == {"kqv_out"}
-    assert all("was not recorded: " in found.reason and "kq_soft_max" in found.reason for found in blamed)
+    assert all("an unrecorded one before it: " in found.reason and "kq_soft_max" in found.reason for found in blamed)
 
 
 def test_undeclared_8_bit_products_are_no_fault(faulty: Callable[[str], Faulty], reference: Reference, tmp_path: Path) -> None:

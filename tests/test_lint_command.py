@@ -79,7 +79,7 @@ def test_the_command_answers_people_and_machines(right: Dump, parity: Cli, tmp_p
     assert parity("lint", "right.jsonl").code == 0
     ran = parity("lint", "broken.jsonl")
     assert ran.code == 1
-    assert "usable, with 1 suspicion: captured or computed wrong? parity diff tells" in ran.out
+    assert "usable, with 1 suspicion: captured wrong or computed wrong? `parity diff` decides" in ran.out
     code, answer = parity.json("lint", "broken.jsonl")
     assert code == 1
     assert answer["usable"] is True

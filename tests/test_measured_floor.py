@@ -55,7 +55,7 @@ def test_a_deep_right_engine_is_excused_by_the_table_and_proven_by_the_model(eng
     ours = _dump(engine, rounded(engine.right, "bf16", storage=True), "bf16")
     excused = compare(ours, right)
     assert excused
-    assert any("an excuse: --model measures it" in note for note in excused.notes)
+    assert any("an assumption: --model measures it" in note for note in excused.notes)
     assert not compare(ours, right, Options(strict=True))
     assert compared_on(ours, right, Options(), engine.model).verdict
 
@@ -118,7 +118,9 @@ def test_the_first_words_say_what_is_assumed(engine: Faulty) -> None:
     verdict = compare(ours, right)
     assert verdict
     assert answer(verdict).startswith("parity as F16 arithmetic (assumed: your dump does not say): 56 of 56 records agree")
-    assert ("float32", "in float32 blk.0.l_out would be a divergence; --compute f32 judges so") in list(remarks(verdict))
+    assert ("float32", "in float32 blk.0.l_out would be a divergence; --compute f32 applies that limit") in list(
+        remarks(verdict)
+    )
     exact = replace(_dump(engine, engine.right, ""), header=None)
     assert answer(compare(exact, right)).startswith("parity: 56 of 56 records agree")
 

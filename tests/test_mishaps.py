@@ -82,7 +82,7 @@ def test_a_wrong_place_in_the_file_is_told(quantized: Callable[[str], Path], tmp
             np.frombuffer(data, np.uint8)[info.offset - padding :][: COUNT * 4].copy().view(np.float32),
             tmp_path,
         )
-        assert status == "read too early: the padding behind the header is not skipped"
+        assert status == "read too early: the padding after the header is not skipped"
 
 
 def scalar_q3_k(block: bytes, *, change: str = "") -> list[float]:

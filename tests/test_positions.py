@@ -94,7 +94,7 @@ def test_garbage_is_not_aligned_by_chance() -> None:
     ours = dump(other, path="ours.jsonl", header=None)
     verdict = compare(ours, reference())
     assert not verdict
-    assert any("values do not settle it" in note for note in verdict.notes)
+    assert any("values do not decide it" in note for note in verdict.notes)
     part = replace(ours, points={name: rows.take(np.arange(9)) for name, rows in ours.points.items()})
     with pytest.raises(DumpError, match="no offset fits clearly") as caught:
         compare(part, reference())

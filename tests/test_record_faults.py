@@ -230,7 +230,7 @@ def test_scores_that_a_soft_max_may_hide_stay_open(right: Dump, ref: Dump) -> No
     ours = changed(only(right, "blk.0.q_rope", "blk.0.kqv_out", "blk.0.l_out", "logits"), lambda x: x**3, kinds("q_rope"))
     verdict = compare(ours, ref, F32)
     assert not verdict
-    assert "the record is of another layout, moment or name, or what follows hides the error" in verdict.operation
+    assert "the record has another layout, moment or name, or later operations hide the error" in verdict.operation
 
 
 def test_a_missing_residual_from_bare_lines(tmp_path: Path) -> None:

@@ -169,7 +169,7 @@ def test_unwritable(reference: Reference, job: DumpJob, tmp_path: Path) -> None:
 
 def test_wrong_type(reference: Reference, stories: Path, tmp_path: Path) -> None:
     """A file type that llama.cpp doesn't have is refused with the list of those it has."""
-    with pytest.raises(InputError, match=r"no file type is called 'Q9_9'.*Q4_K_M"):
+    with pytest.raises(InputError, match=r"there is no file type 'Q9_9'.*Q4_K_M"):
         reference.quantize(stories, "Q9_9", tmp_path / "x.gguf")
 
 

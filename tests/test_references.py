@@ -99,7 +99,7 @@ def test_the_spread_is_a_floor(outcome: Outcome, stories: Path) -> None:
     assert worst.checkpoint == "blk.5.l_out"
     judged, found = references._judged(outcome, request, (), {"blk.5.l_out": worst.nmse / 5}, comparison)
     assert (bool(judged.verdict), found.within) == (True, True)
-    assert any("what the references differ by" in note for note in judged.verdict.notes)
+    assert any("the difference between the references" in note for note in judged.verdict.notes)
     narrow, found = references._judged(outcome, request, (), {"blk.5.l_out": worst.nmse / 50}, comparison)
     assert (bool(narrow.verdict), found.within) == (False, False)
     elsewhere, _ = references._judged(outcome, request, (), {"blk.0.l_out": 1.0}, comparison)
@@ -114,7 +114,7 @@ def test_what_is_no_reference_is_one_line(parity: Cli, tmp_path: Path) -> None:
     refused(parity(*run, "--ref-python", "no-such-python"), "cannot run no-such-python")
     refused(parity(*run, "--ref-python", "/bin/ls"), "is not Python")
     refused(parity(*run, "--ref-python", bare / "bin" / "python"), "has no llama-cpp-python")
-    refused(parity(*run, "--ref-lib", tmp_path), "is no libllama")
+    refused(parity(*run, "--ref-lib", tmp_path), "is neither a libllama")
     refused(parity(*run, "--ref-python", sys.executable, "--server", "http://127.0.0.1:1"), "cannot be combined with")
     assert not Path("folder").exists()
 

@@ -68,7 +68,7 @@ def test_another_product_of_the_same_row_shows_that_it_is_right(sides: tuple[Dum
         if name not in ("blk.2.q", "blk.2.k", "blk.2.q_rope", "blk.2.k_rope", "blk.2.k_read", "blk.2.kq", "blk.2.kq_soft_max"):
             wrong[name] = replace(right.points[name], values=right.points[name].values * np.float32(1.01))
     verdict = compare(bare(replace(right, points=wrong)), right, F32)
-    assert verdict.operation == "blk.2.v is made from blk.2.attn_norm, which agrees: this operation is wrong"
+    assert verdict.operation == "blk.2.v is computed from blk.2.attn_norm, which agrees: this operation is wrong"
 
 
 def test_next_names_what_is_missing_and_not_the_same_glob(sides: tuple[Dump, Dump]) -> None:

@@ -109,7 +109,7 @@ def test_a_right_server_agrees(serve: Start, stories: Path, parity: Cli, kind: s
         ("xllamacpp", "bos", "bos-missing", "says that the prompt has 9 tokens"),
         ("llama_cpp", "template", "template", "<|im_start|>user"),
         ("llama_cpp", "template-hidden", "template", "chatml"),
-        ("llama_cpp", "temperature", "sampler", "although temperature 0 was asked for"),
+        ("llama_cpp", "temperature", "sampler", "although temperature 0 was requested"),
     ],
 )
 def test_a_planted_fault_is_named(

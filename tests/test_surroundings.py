@@ -141,7 +141,7 @@ def test_a_cut_dump_stays_cut_when_it_is_converted(stories_run: Path, parity: Cl
     [
         (lambda folder, stories: stories, "It is a model: give it as --model."),
         (lambda folder, stories: folder / ("x" * 300), "File name too long"),
-        (lambda folder, stories: folder, "Name the dump in it: ours.jsonl, ref.jsonl."),
+        (lambda folder, stories: folder, "Name one of the dumps in it: ours.jsonl, ref.jsonl."),
     ],
     ids=["a-model", "a-long-name", "a-folder"],
 )

@@ -79,7 +79,7 @@ def test_dumps_of_a_changed_model_are_of_two_models(parity: Cli, model: Path) ->
     assert parity("drift", "record", "--model", model, "--prompts", "prompts.txt", "-o", "golden").code == 0
     change_between_samples(model)
     assert parity(*dump, "b.jsonl").code == 0
-    refused(parity("diff", "a.jsonl", "b.jsonl"), "two models")
+    refused(parity("diff", "a.jsonl", "b.jsonl"), "different models")
     refused(parity("drift", "check", "golden"), "the model changed, which is no drift")
     refused(parity("isolate", "a.jsonl", "--model", model), "of another model")
 
@@ -123,7 +123,7 @@ def test_a_damaged_twin_is_made_again_with_a_line(
     with Reference() as reference:
         assert reference.twin(model) == path
     assert path.read_bytes() == right
-    assert capfd.readouterr().err == "parity: the F32 copy of model.gguf in the cache was damaged; it was made again.\n"
+    assert capfd.readouterr().err == "parity: the F32 copy of model.gguf in the cache was damaged and has been made again.\n"
 
 
 def test_a_large_file_is_hashed_again_when_it_was_touched(tmp_path: Path) -> None:

@@ -54,14 +54,14 @@ def test_windows_of_quantised_experts(reference: Reference, small_model: Callabl
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("gemma", r"SCALE \(inp_scaled\), which stands before the layers, would be applied to the hidden state again"),
-        slow("gpt2", r"GET_ROWS \(pos_embd\), which stands before the layers, would be applied"),
+        ("gemma", r"SCALE \(inp_scaled\), which comes before the layers, would be applied to the hidden state again"),
+        slow("gpt2", r"GET_ROWS \(pos_embd\), which comes before the layers, would be applied"),
         slow("granite", "would be applied to the hidden state again"),
         ("gemma2", "its layers attend through different masks"),
-        ("smollm3", "in layer [0-9] is built in another way where the layer stands alone"),
+        ("smollm3", "in layer [0-9] is built differently if the layer is computed on its own"),
         slow("deepseek2", "llama.cpp loads no layer 1 of it"),
-        slow("bert", "it is no decoder alone"),
-        ("lfm2", "has no attention, or nothing else"),
+        slow("bert", "it is not a decoder only"),
+        ("lfm2", "has only attention, or none"),
         slow("qwen2vl", "its positions have several axes"),
     ],
 )

@@ -35,10 +35,10 @@ def detect(path: Path) -> bool:
 def _header(line: bytes) -> Header | None:
     """The header in a line, if it names a file of arrays."""
     try:
-        found = lenient.loads(line)
-        if not isinstance(found, dict) or found.get("type") != "header" or not isinstance(found.get("columns"), dict):
+        content = lenient.loads(line)
+        if not isinstance(content, dict) or content.get("type") != "header" or not isinstance(content.get("columns"), dict):
             return None
-        return fields.header(found)
+        return fields.header(content)
     except (TypeError, ValueError, KeyError, OverflowError):  # the reader of lines reports what is wrong with it
         return None
 
@@ -82,16 +82,18 @@ def read(path: Path, mapping: Mapping) -> Dump:
 def _item(line: bytes, arrays: "_Arrays") -> Rows | Token | End | None:
     """The content of one line."""
     try:
-        found = lenient.loads(line)
+        content = lenient.loads(line)
     except ValueError:
         return None
-    kind = found.get("type") if isinstance(found, dict) else None
+    kind = content.get("type") if isinstance(content, dict) else None
     if kind == KIND:
-        return arrays.rows(found)
+        return arrays.rows(content)
     if kind == "token":
-        return fields.token(found)
+        return fields.token(content)
     if kind == "end":
-        return End(fields.integer(found.get("checkpoints", 0), "checkpoints"), fields.integer(found.get("tokens", 0), "tokens"))
+        return End(
+            fields.integer(content.get("checkpoints", 0), "checkpoints"), fields.integer(content.get("tokens", 0), "tokens")
+        )
     return None
 
 

@@ -53,7 +53,7 @@ def read(path: Path, mapping: Mapping) -> Dump:
     for line in lines:
         if (module := _MODULE.match(line)) is not None:
             depth = len(module[1])
-            modules = [*(one for one in modules if one[0] < depth), (depth, module[2])]
+            modules = [*(enclosing for enclosing in modules if enclosing[0] < depth), (depth, module[2])]
             continue
         call = _CALL.match(line)
         value = None if call is None else _number(call[4])

@@ -52,7 +52,7 @@ class Tensor:
         Of attention, only the cells up to the position itself belong to its row.
         """
         width, across, deep, _ = self.sizes
-        found: dict[int, dict[int, float]] = {}
+        elements: dict[int, dict[int, float]] = {}
         for number, values in self.rows:
             outer, inner = divmod(number, across)
             if self.square:
@@ -63,14 +63,14 @@ class Tensor:
                 continue
             position = first + token
             row = position + 1 if self.square else width
-            at = found.setdefault(position, {})
+            at = elements.setdefault(position, {})
             cut = values.index(None) if None in values else len(values)
             for i, value in enumerate(values):
                 # What comes after the gap is counted from the row's end.
                 index = i if i < cut else width - (len(values) - i)
                 if value is not None and 0 <= index < row:
                     at[head * row + index] = value
-        return {position: at for position, at in found.items() if at}
+        return {position: at for position, at in elements.items() if at}
 
     def shape(self, position: int) -> tuple[int, ...]:
         """The shape of a position's row."""
@@ -97,9 +97,9 @@ class Printed:
 
     def add(self, tensor: Tensor, first: int, step: int) -> None:
         """Add the rows of a tensor whose first token is at position `first`; earlier rows there are replaced."""
-        found = tensor.elements(first)
+        printed = tensor.elements(first)
         last = first + tensor.tokens - 1
-        for position, elements in found.items():
+        for position, elements in printed.items():
             stats = {PASS_SUM: tensor.total, PASS_ROWS: float(tensor.tokens)} if position == last and not tensor.square else {}
             self.records[position] = step, elements, tensor.shape(position), stats
 

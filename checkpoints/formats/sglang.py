@@ -101,7 +101,7 @@ def read(path: Path, mapping: Mapping) -> Dump:
     if not points:
         raise DumpError(f"{path} holds no tensor of activations.", "Dump layers' outputs by name.", code="no-records")
     stacked = {name: Rows.stack(parts) for name, parts in points.items()}
-    remarks = [f"{what}: {count} tensors" for what, count in notes.items()]
+    remarks = [f"{remark}: {count} tensors" for remark, count in notes.items()]
     header = Header("sglang", tokens=tuple(tokens)) if tokens else None
     return Dump(str(path), header, stacked, tuple(generated), notes=(*remarks, *unknown_names(stacked)))
 
@@ -233,7 +233,15 @@ def _whole(tensor: _Tensor, notes: dict[str, int], count: int | None) -> NDArray
 def _at(point: str, values: NDArray[np.float32], positions: NDArray[np.int64], seq: NDArray[np.int64], step: int) -> Rows:
     """Rows at given positions of given sequences."""
     parts = [
-        summarise(point, values[seq == one], positions[seq == one], step=step, decode=step > 0, slice_size=None, seq=int(one))
-        for one in np.unique(seq)
+        summarise(
+            point,
+            values[seq == sequence],
+            positions[seq == sequence],
+            step=step,
+            decode=step > 0,
+            slice_size=None,
+            seq=int(sequence),
+        )
+        for sequence in np.unique(seq)
     ]
     return Rows.stack(parts)

@@ -54,8 +54,8 @@ def joined_and_counted(
     """The whole tensor of `joined`, None where parts do not fit; `notes` counts the tensors by what was done with them."""
     whole, how = joined(parts, dims, count)
     if how:
-        what = f"shards of {len(parts)} ranks are {how}" if whole is not None else f"left out: {how}"
-        notes[what] = notes.get(what, 0) + 1
+        remark = f"shards of {len(parts)} ranks are {how}" if whole is not None else f"left out: {how}"
+        notes[remark] = notes.get(remark, 0) + 1
     return whole
 
 

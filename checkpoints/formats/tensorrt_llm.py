@@ -100,7 +100,7 @@ def read(path: Path, mapping: Mapping) -> Dump:
     if not points:
         raise DumpError(f"{path} names no module of a decoder.", "Dump the whole model, not one module.", code="no-records")
     stacked = {name: Rows.stack(several) for name, several in points.items()}
-    remarks = [f"{what}: {count} tensors" for what, count in notes.items()]
+    remarks = [f"{remark}: {count} tensors" for remark, count in notes.items()]
     header = Header("tensorrt-llm", tokens=tuple(tokens)) if tokens and len(tokens) == begin else None
     return Dump(str(path), header, stacked, notes=(*remarks, *unknown_names(stacked)))
 

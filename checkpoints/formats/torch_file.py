@@ -88,8 +88,8 @@ def read(path: Path, mapping: Mapping) -> Dump:
         raise DumpError(
             f"{path} holds no tensor of activations.", "Name tensors by point: embd, blk.5.l_out.", code="no-records"
         )
-    made = {name: batches[0] for name, batches in points.items()}
-    return Dump(str(path), None, made, notes=tuple(unknown_names(made)))
+    stacked = {name: batches[0] for name, batches in points.items()}
+    return Dump(str(path), None, stacked, notes=tuple(unknown_names(stacked)))
 
 
 def named(value: Any, name: str) -> Iterator[tuple[str, NDArray[Any]]]:
@@ -100,7 +100,7 @@ def named(value: Any, name: str) -> Iterator[tuple[str, NDArray[Any]]]:
         for key, inner in value.items():
             if isinstance(key, str):
                 first = (
-                    next((one for one in inner if isinstance(one, np.ndarray)), None)
+                    next((item for item in inner if isinstance(item, np.ndarray)), None)
                     if isinstance(inner, list | tuple)
                     else inner
                 )

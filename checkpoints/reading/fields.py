@@ -30,11 +30,11 @@ _WORDS = {
 }
 
 
-def integer(found: Any, name: str, limit: int = POSITIONS) -> int:
+def integer(value: Any, name: str, limit: int = POSITIONS) -> int:
     """A whole number from 0 to `limit` − 1."""
-    if isinstance(found, bool) or not isinstance(found, int) or not 0 <= found < limit:
-        raise ValueError(f'"{name}" must be a whole number, 0 or more, not {found!r:.40}')
-    return found
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < limit:
+        raise ValueError(f'"{name}" must be a whole number, 0 or more, not {value!r:.40}')
+    return value
 
 
 def number(value: Any) -> float:
@@ -64,30 +64,30 @@ def numbers(found: Any, name: str) -> NDArray[np.float64]:
     return np.array(found, dtype=np.float64)
 
 
-def statistics(found: Any) -> dict[str, Any]:
+def statistics(content: Any) -> dict[str, Any]:
     """The format's statistics of a record, numbers by name; those of others' own are left out."""
-    if not isinstance(found, dict):
-        raise TypeError(f'"stats" must be an object, not {found!r:.40}')
-    numbers(list(found.values()), '"stats"')
-    return {name: found[name] for name in STATISTICS if name in found}
+    if not isinstance(content, dict):
+        raise TypeError(f'"stats" must be an object, not {content!r:.40}')
+    numbers(list(content.values()), '"stats"')
+    return {name: content[name] for name in STATISTICS if name in content}
 
 
-def indices(found: Any, count: int) -> list[int]:
+def indices(values: Any, count: int) -> list[int]:
     """The elements that `count` scattered values are, each once."""
-    if not isinstance(found, list) or len(found) != count or not count:
+    if not isinstance(values, list) or len(values) != count or not count:
         raise ValueError(f'"indices" must be a list of one index for each of {count} values')
-    if {type(index) for index in found} == {int} and min(found) >= 0 and max(found) < POSITIONS:
-        listed = found
+    if {type(index) for index in values} == {int} and min(values) >= 0 and max(values) < POSITIONS:
+        listed = values
     else:
-        listed = [integer(index, "indices") for index in found]
+        listed = [integer(index, "indices") for index in values]
     if len(set(listed)) != count:
         raise ValueError('"indices" names an element twice')
     return listed
 
 
-def steps(found: Any, count: int) -> NDArray[np.float64]:
+def steps(values: Any, count: int) -> NDArray[np.float64]:
     """The steps of the decimals that `count` values were printed with, given as one number for all or as one each."""
-    given = numbers(found if isinstance(found, list) else [found], '"quantum"')
+    given = numbers(values if isinstance(values, list) else [values], '"quantum"')
     if len(given) not in (1, count) or not np.isfinite(given).all() or (given < 0).any():
         raise ValueError(f'"quantum" must be a step size, 0 or more, or one for each of {count} values')
     return np.broadcast_to(given, (count,)).copy()
@@ -100,11 +100,11 @@ def beyond_values(steps: NDArray[np.float64], values: NDArray[np.floating]) -> N
     return beyond
 
 
-def shape(found: Any) -> tuple[int, ...]:
+def shape(value: Any) -> tuple[int, ...]:
     """A shape as a list or as text ("[1,151936]"); leading ones are dropped, since a record is one position's row."""
-    sizes = [int(text) for text in re.findall(r"-?\d+", found)] if isinstance(found, str) else (found or [])
+    sizes = [int(text) for text in re.findall(r"-?\d+", value)] if isinstance(value, str) else (value or [])
     if not isinstance(sizes, (list, tuple)):
-        raise TypeError(f'"shape" must be a list, not {found!r:.40}')
+        raise TypeError(f'"shape" must be a list, not {value!r:.40}')
     ones = next((i for i, size in enumerate(sizes) if type(size) is not int or size != 1), len(sizes))
     sizes = sizes[min(ones, max(len(sizes) - 1, 0)) :]
     if len(sizes) > DIMENSIONS:
@@ -115,30 +115,30 @@ def shape(found: Any) -> tuple[int, ...]:
     return whole
 
 
-def token(found: dict[str, Any]) -> Token:
+def token(content: dict[str, Any]) -> Token:
     """A generated token."""
-    top = found.get("top") or []
+    top = content.get("top") or []
     if not isinstance(top, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in top):
         raise TypeError('"top" must be a list of pairs, id and logit')
     return Token(
-        token_idx=integer(found.get("token_idx"), "token_idx"),
-        id=integer(found.get("id"), "id"),
-        text=str(found.get("text") or ""),
+        token_idx=integer(content.get("token_idx"), "token_idx"),
+        id=integer(content.get("id"), "id"),
+        text=str(content.get("text") or ""),
         top=tuple((integer(which, "top"), number(value)) for which, value in top),
-        seq=integer(found.get("seq", 0), "seq", SEQUENCES),
+        seq=integer(content.get("seq", 0), "seq", SEQUENCES),
     )
 
 
 _TEXTS = ("source", "mode", "compute", "kv_type", "created", "prompt")
 
 
-def header(found: dict[str, Any]) -> Header:
+def header(content: dict[str, Any]) -> Header:
     """The first line. Unknown fields are left out, null ones take their defaults."""
-    version = found.get("format", FORMAT)
+    version = content.get("format", FORMAT)
     if not isinstance(version, int) or version > FORMAT:
         raise ValueError(f"format {version!r} is newer than this parity, which reads format {FORMAT}")
     names = {field.name for field in fields(Header)}
-    taken = {name: value for name, value in found.items() if name in names and value is not None}
+    taken = {name: value for name, value in content.items() if name in names and value is not None}
     for name in _TEXTS:
         if not isinstance(taken.get(name, ""), str):
             raise TypeError(f'"{name}" must be a text, not {taken[name]!r:.40}')
@@ -159,12 +159,12 @@ def header(found: dict[str, Any]) -> Header:
     return Header(**{"source": "unknown", **taken})
 
 
-def _model(found: Any) -> ModelInfo:
-    found = {"name": found} if isinstance(found, str) else found
-    if not isinstance(found, dict):
-        raise TypeError(f'"model" must be a name or an object, not {found!r:.40}')
+def _model(content: Any) -> ModelInfo:
+    content = {"name": content} if isinstance(content, str) else content
+    if not isinstance(content, dict):
+        raise TypeError(f'"model" must be a name or an object, not {content!r:.40}')
     names = {field.name for field in fields(ModelInfo)}
-    taken = {name: value for name, value in found.items() if name in names and value is not None}
+    taken = {name: value for name, value in content.items() if name in names and value is not None}
     for name, value in taken.items():
         if name == "layers":
             integer(value, name)

@@ -34,9 +34,9 @@ class Labels:
         for label in dict.fromkeys(labels):
             if label not in known:
                 if len(label) > _LONGEST or len(known) >= _MOST:
-                    what = f"a name of {len(label):,} characters" if len(label) > _LONGEST else f"more than {_MOST:,} names"
+                    problem = f"a name of {len(label):,} characters" if len(label) > _LONGEST else f"more than {_MOST:,} names"
                     raise DumpError(
-                        f"{self._dump} has {what}, beginning with {label[:40]!r}.",
+                        f"{self._dump} has {problem}, beginning with {label[:40]!r}.",
                         "Name points by layer and kind, and positions by token_idx.",
                         code="names",
                     )

@@ -27,13 +27,13 @@ def reason(path: Path) -> str:
         if b"{" not in line:
             continue
         try:
-            found = lenient.loads(line)
+            content = lenient.loads(line)
         except JSONDecodeError as error:
             return f"Line {number} is not JSON: {error.msg.lower()} at character {error.pos} after the brace. "
         except ValueError as error:
             return f"Line {number} is not JSON: {error}. "
-        if isinstance(found, dict) and "type" not in found:
-            lacking = ", ".join(f'"{key}"' for key in _KEYS if key not in found)
-            named = ", ".join(str(key)[:20] for key in list(found)[:6])
+        if isinstance(content, dict) and "type" not in content:
+            lacking = ", ".join(f'"{key}"' for key in _KEYS if key not in content)
+            named = ", ".join(str(key)[:20] for key in list(content)[:6])
             return f"Line {number} lacks {lacking}; it has {printable(named)}. " if lacking else ""
     return ""

@@ -31,14 +31,14 @@ def read(path: str | os.PathLike[str], sharing: Sharing = SHARED) -> Dump:
         else:
             header = item
     points, unnumbered = {}, {}
-    for name, found in parts.items():
-        if blown_up(found):
+    for name, batches in parts.items():
+        if blown_up(batches):
             raise DumpError(
                 f"{scan.name}: the records of {name} differ too much in their number of values.",
                 "Print the same number in each.",
                 code="record",
             )
-        rows = Rows.stack(found)
+        rows = Rows.stack(batches)
         points[name] = counted(rows, scan.name)
         if points[name] is not rows:
             unnumbered[name] = len(rows)

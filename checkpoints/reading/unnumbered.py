@@ -39,8 +39,8 @@ def said(counts: Mapping[str, int], points: int) -> str:
     """The note on a dump of `points` points of which some were counted: their names with how many records each."""
     most = max(counts.values())
     listed = ", ".join([*list(counts)[:_LISTED], *["…"] * (len(counts) > _LISTED)])
-    what = "no line has" if len(counts) == points else f"lines of {listed} lack"
-    note = f"{what} a token_idx: a point's first line is taken as position 0, its second as 1, … up to {most - 1}"
+    lacking = "no line has" if len(counts) == points else f"lines of {listed} lack"
+    note = f"{lacking} a token_idx: a point's first line is taken as position 0, its second as 1, … up to {most - 1}"
     fewer = [name for name, count in counts.items() if count < most]
     if fewer:
         note += f" ({fewer[0]} has only {counts[fewer[0]]}: of which positions?)"

@@ -52,8 +52,8 @@ def file_type(text: str) -> str:
         ValueError: another word.
     """
     plain = re.sub(r"(?i)^(mostly|all)_", "", text.strip())
-    found = _known(plain, "file_type", _CACHES, quantised=True)
-    return found.upper() if found in _FLOATS else ("" if not found else plain)
+    known = _known(plain, "file_type", _CACHES, quantised=True)
+    return known.upper() if known in _FLOATS else ("" if not known else plain)
 
 
 def _known(text: str, name: str, spellings: dict[str, str], *, quantised: bool = False) -> str:

@@ -189,9 +189,9 @@ class DeviceStage:
         batch = Batch(self._now, self._kept, self._seen, tuple(self._parts))
         count = len(self._parts) * len(self._kept) + self._beside
         here, runtime = self._slab[start : start + count], self._xp.cuda.runtime
-        made, copied = self._xp.cuda.Event(disable_timing=True), self._xp.cuda.Event(block=True, disable_timing=True)
-        made.record(self._xp.cuda.get_current_stream())
-        self._copies.wait_event(made)
+        computed, copied = self._xp.cuda.Event(disable_timing=True), self._xp.cuda.Event(block=True, disable_timing=True)
+        computed.record(self._xp.cuda.get_current_stream())
+        self._copies.wait_event(computed)
         source = self._staging.data.ptr + start * self._record.itemsize
         runtime.memcpyAsync(here.ctypes.data, source, here.nbytes, runtime.memcpyDeviceToHost, self._copies.ptr)
         copied.record(self._copies)

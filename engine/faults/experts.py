@@ -118,8 +118,8 @@ def _swapped(step: Step, _right: Steps, _parameters: Parameters) -> Step:
 
 
 def _new(name: str, kinds: tuple[str, ...], change: Callable[[Step, Steps, Parameters], Step], *texts: str) -> Fault:
-    what, symptom, fix, seen = texts
-    return Fault(name=name, kinds=kinds, change=change, what=what, symptom=symptom, fix=fix, seen=seen)
+    summary, symptom, fix, seen = texts
+    return Fault(name=name, kinds=kinds, change=change, what=summary, symptom=symptom, fix=fix, seen=seen)
 
 
 _RIGHT_LOGITS = "the router's scores are right, the experts' combined result is not"

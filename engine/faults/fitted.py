@@ -75,15 +75,15 @@ class Fitted:
     def said(self, value: float, right: Steps) -> str:
         """What is to be said of a fitted value: the right one, and the nearest that is met elsewhere."""
         wanted = self.wanted(right)
-        said = [f"{value:.4g}{as_root(value)}"] if self.parameter == "scale" and as_root(value) else []
-        said += [] if wanted is None else [f"this model wants {_number(wanted, self.parameter)}"]
+        remarks = [f"{value:.4g}{as_root(value)}"] if self.parameter == "scale" and as_root(value) else []
+        remarks += [] if wanted is None else [f"this model wants {_number(wanted, self.parameter)}"]
         if self.parameter == "scale" and wanted:
-            said += _near_scale(value, wanted, right)
+            remarks += _near_scale(value, wanted, right)
         if self.known and value > 0:
-            near = min(self.known, key=lambda one: abs(log10(one) - log10(value)))
+            near = min(self.known, key=lambda usual: abs(log10(usual) - log10(value)))
             if wanted is None or near != np.float32(wanted):
-                said.append(f"the nearest that others have is {near:g} ({self.known[near]})")
-        return ", ".join(said)
+                remarks.append(f"the nearest that others have is {near:g} ({self.known[near]})")
+        return ", ".join(remarks)
 
 
 def _near_scale(value: float, wanted: float, right: Steps) -> list[str]:
@@ -159,12 +159,12 @@ _EVERY: dict[str, Any] = {"part": ("the result",), AT: tuple((kind,) for kind in
 _PRODUCTS: dict[str, Any] = {"part": ("the product without its bias",), AT: tuple((kind,) for kind in _WITH_BIAS)}
 
 
-def _new(name: str, what: str, fix: str, where: dict[str, Any], how: str) -> Fault:
+def _new(name: str, summary: str, fix: str, where: dict[str, Any], how: str) -> Fault:
     return Fault(
         name=name,
         kinds=(*_SCALED, *_ONCE),
         change=_multiplied(how),
-        what=what,
+        what=summary,
         symptom="of plausible size; wrong by the same number everywhere",
         fix=fix,
         seen="multipliers of other architectures (Granite, Gemma, MiniCPM); scales folded into weights; constants added twice",

@@ -118,9 +118,9 @@ def _at(kinds: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _new(name: str, kinds: tuple[str, ...], change: Callable[[Step, Steps, Parameters], Step], *texts: str) -> Fault:
-    what, symptom, fix, seen = texts
+    summary, symptom, fix, seen = texts
     where = _GROUPS if kinds == _OTHERS else _at(kinds)
-    return Fault(name=name, kinds=kinds, change=change, what=what, symptom=symptom, fix=fix, seen=seen, parameters=where)
+    return Fault(name=name, kinds=kinds, change=change, what=summary, symptom=symptom, fix=fix, seen=seen, parameters=where)
 
 
 FAULTS = (

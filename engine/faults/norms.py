@@ -113,7 +113,7 @@ _OPS: Mapping[str, Callable[..., Array]] = {
 
 
 def _by(name: str) -> Fault:
-    what, symptom, fix, seen = _TEXTS[name]
+    summary, symptom, fix, seen = _TEXTS[name]
 
     def change(step: Step, _right: Steps, _parameters: Parameters) -> Step:
         if step.op is not ops.layer_norm or name == "norm-skipped":
@@ -132,7 +132,7 @@ def _by(name: str) -> Fault:
         name=name,
         kinds=(*_NORMS, *_OPERATIONS),
         change=change,
-        what=what,
+        what=summary,
         symptom=symptom,
         fix=fix,
         seen=seen,

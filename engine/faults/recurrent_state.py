@@ -68,7 +68,7 @@ def _joined(shape: tuple[int, ...], size: int) -> tuple[int, ...]:
 
 def _rows(value: Any, place: int, operands: tuple[Operand | None, ...], begin: int, end: int) -> Any:
     """The rows of one pass, of an input that has rows."""
-    operand = next((one for one in operands if one is not None and one.index == place), None)
+    operand = next((operand_at for operand_at in operands if operand_at is not None and operand_at.index == place), None)
     axis = None if operand is None else next((axis for axis, size in enumerate(operand.whole) if size.tokens), None)
     return value if axis is None else value[(slice(None),) * axis + (slice(begin, end),)]
 

@@ -188,9 +188,9 @@ class _WithoutPart(HandsOn):
             x = x.copy()
             x[:, max(0, x.shape[1] - _count_of(self.part, x.shape[1])) :] = 0
             return self.op(x, weight, bias)
-        made = self.op(x, weight)
-        made[:, max(0, made.shape[1] - _count_of(self.part, made.shape[1])) :] = 0
-        return made if bias is None else made + bias
+        product = self.op(x, weight)
+        product[:, max(0, product.shape[1] - _count_of(self.part, product.shape[1])) :] = 0
+        return product if bias is None else product + bias
 
 
 def _missing(step: Step, _right: Steps, parameters: Parameters) -> Step:

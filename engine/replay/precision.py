@@ -50,10 +50,10 @@ class _Rounded:
         if self.op in _PRODUCTS or getattr(self.op, "name", "") in _GGML_PRODUCTS:
             if self.kind != "q8":
                 inputs = tuple(
-                    _each(rounding, one) if at < 2 or self.op not in _PRODUCTS else one for at, one in enumerate(inputs)
+                    _each(rounding, value) if at < 2 or self.op not in _PRODUCTS else value for at, value in enumerate(inputs)
                 )
             elif self.op not in _ATTENTION:  # weights are quantised already; attention runs in floating point
-                inputs = tuple(_each(rounding, one) if at < self.reads else one for at, one in enumerate(inputs))
+                inputs = tuple(_each(rounding, value) if at < self.reads else value for at, value in enumerate(inputs))
         exact = self.op(*inputs, **params)
         return _each(rounding, exact) if self.storage and self.kind != "q8" else exact
 

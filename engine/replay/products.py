@@ -88,7 +88,7 @@ def mul_mat(
         return _batched(weight.astype(np.float64), rounded.astype(np.float64), shape)
     a3, a2 = (1, 1, *weight.shape)[-4:-2]
     b3, b2, _, columns = x.shape
-    made = module_of(x).empty(shape, dtype=np.float32)
+    out = module_of(x).empty(shape, dtype=np.float32)
     for third in range(a3):
         for second in range(a2):
             of_matrix = (
@@ -97,8 +97,8 @@ def mul_mat(
             )
             part = x[of_matrix]
             result = product(part.reshape(-1, columns), weight.matrix(third * a2 + second), native=native)
-            made[of_matrix] = result.reshape(*part.shape[:-1], -1)
-    return made
+            out[of_matrix] = result.reshape(*part.shape[:-1], -1)
+    return out
 
 
 def _batched(weight: Array, x: Array, shape: Shape) -> Array:

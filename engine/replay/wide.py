@@ -87,8 +87,8 @@ class WideWeights:
 
     def array(self, host: NDArray[Any]) -> Array:
         """A host array on the side where the steps compute; float64 if it has floating-point elements."""
-        made = self._source.array(host)
-        return made.astype(np.float64) if made.dtype.kind == "f" else made
+        array = self._source.array(host)
+        return array.astype(np.float64) if array.dtype.kind == "f" else array
 
     def get(self, name: str) -> Array:
         """The whole weight, float64."""

@@ -180,12 +180,12 @@ class GgufModel:
             irregular=self._irregular,
         )
 
-    def _beyond(self, what: str) -> None:
+    def _beyond(self, request: str) -> None:
         """Note what no list written by hand has; the first is enough."""
-        self._irregular = self._irregular or what
+        self._irregular = self._irregular or request
 
-    def _wrong(self, what: str) -> ModelError:
-        return ModelError(f"{self.path}: {what}.", "The metadata are damaged or made by hand: convert it again.")
+    def _wrong(self, problem: str) -> ModelError:
+        return ModelError(f"{self.path}: {problem}.", "The metadata are damaged or made by hand: convert it again.")
 
     def _get(self, key: str, kind: type, default: Any = None) -> Any:
         value = self.metadata.get(key, default)
@@ -241,8 +241,8 @@ def _tensors(contents: Contents) -> dict[str, TensorInfo]:
         block, size = block_of(tensor.type, tensor.name)
         shape = tuple(reversed(tensor.ne))
         if min(shape) < 1 or shape[-1] % block:
-            what = f"tensor {tensor.name} of shape {list(shape)} does not fit its type's blocks of {block}"
-            raise ModelError(f"{contents.path} is damaged: {what}.", "Download it again.", code="damaged-model")
+            problem = f"tensor {tensor.name} of shape {list(shape)} does not fit its type's blocks of {block}"
+            raise ModelError(f"{contents.path} is damaged: {problem}.", "Download it again.", code="damaged-model")
         n_bytes, offset = prod(shape) // block * size, contents.data + tensor.offset
         if offset + n_bytes > contents.size:
             raise ModelError(

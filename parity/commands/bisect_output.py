@@ -21,6 +21,6 @@ def bisected(request: "Request", started: "Reference", output_format: Format) ->
     from ..hunt.bisect import bisect
 
     with progress_bar(output_format) as progress:
-        found = bisect(request, progress, started)
-    put(Path(found.folder) / "diff.json", (json.dumps(room.as_json(found), indent=1) + "\n").encode())
-    return answer(found, room, output_format)
+        bisected = bisect(request, progress, started)
+    put(Path(bisected.folder) / "diff.json", (json.dumps(room.as_json(bisected), indent=1) + "\n").encode())
+    return answer(bisected, room, output_format)

@@ -68,8 +68,8 @@ def show_history(
 
     entries, skipped = ledger.read(path)
     if not entries:
-        what = "has no entry" if path.exists() else "is not there"
-        raise InputError(f"{path} {what}.", "`parity drift check` and `parity conform` write it.", code="ledger")
+        problem = "has no entry" if path.exists() else "is not there"
+        raise InputError(f"{path} {problem}.", "`parity drift check` and `parity conform` write it.", code="ledger")
     findings = last_findings(entries)
     moved = [(label, ledger.closer(group, begin)) for label, group in groups(entries)]
     if html is not None:
@@ -93,7 +93,7 @@ def show_history(
         remarks = [("finding", finding) for finding in findings]
         remarks += [("note", f"{skipped} lines of {path} are not entries and were skipped")] if skipped else []
         print_lines(console, labelled(remarks, console.width))
-        print_lines(console, labelled([("closer", one) for one in closer_sentences(moved)], console.width))
+        print_lines(console, labelled([("closer", sentence) for sentence in closer_sentences(moved)], console.width))
     return DIVERGENCE_CODE if strict and findings else PARITY_CODE
 
 

@@ -31,5 +31,5 @@ def _refuse_empty(command: Any, ctx: Any, args: list[str]) -> None:
         value = given.get(parameter.name)
         name = parameter.opts[0] if parameter.param_type_name == "option" else parameter.name.upper()
         if name not in _SAID_BY_THE_COMMAND and "" in (value if isinstance(value, list | tuple) else [value]):
-            this = ", or . for this folder" if parameter.type.name == "path" else ", or leave the option out"
-            raise InputError(f"{name} is empty.", f"Is a variable unset? Give a value{this}.", code="empty-option")
+            alternative = ", or . for this folder" if parameter.type.name == "path" else ", or leave the option out"
+            raise InputError(f"{name} is empty.", f"Is a variable unset? Give a value{alternative}.", code="empty-option")

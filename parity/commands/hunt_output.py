@@ -58,10 +58,10 @@ def hunted_quietly(
 
     with progress_bar(output_format) as progress:
         result = hunt(request, progress, started, heard)
-    found, outcome = result.hunt, result.outcome
-    answer = report.as_json(found) | {"folder": str(outcome.folder), "seconds": round(outcome.seconds, 3)}
+    hunted, outcome = result.hunt, result.outcome
+    answer = report.as_json(hunted) | {"folder": str(outcome.folder), "seconds": round(outcome.seconds, 3)}
     put(outcome.folder / "diff.json", (json.dumps(answer, indent=1) + "\n").encode())
-    beside = [] if found.explanation is None else [finding(explanation.as_json(found.explanation), "explain")]
+    beside = [] if hunted.explanation is None else [finding(explanation.as_json(hunted.explanation), "explain")]
     write_html(
         whole_report(outcome.verdict, outcome.ours, outcome.ref, outcome.picture, beside), outcome.folder / "report.html"
     )

@@ -77,8 +77,8 @@ def notes(dump: "Dump") -> None:
 def written(path: Path) -> None:
     """Print on stderr which files were written: stdout is for the answer."""
     size = path.stat().st_size
-    what = f"{size / 2**20:,.1f} MiB" if size >= 1 << 20 else f"{size / 2**10:,.1f} KiB"
-    print(f"{no_command(printable(str(path), None))}  {what}", file=sys.stderr)
+    size_text = f"{size / 2**20:,.1f} MiB" if size >= 1 << 20 else f"{size / 2**10:,.1f} KiB"
+    print(f"{no_command(printable(str(path), None))}  {size_text}", file=sys.stderr)
 
 
 @contextmanager

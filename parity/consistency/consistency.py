@@ -105,7 +105,7 @@ def of_side(side: Side, prompt: Prompt, request: ConsistencyRequest, vocabulary:
             )
         ways &= {PORTIONS}
     checks: list[Check] = []
-    not_checked = [f"{what}: {_untold(side, way)}" for way, what in _WAYS.items() if way not in ways]
+    not_checked = [f"{subject}: {_untold(side, way)}" for way, subject in _WAYS.items() if way not in ways]
     with TemporaryDirectory(prefix="parity-consistency-") as folder:
 
         def dumped(prompt: Prompt) -> Dump:
@@ -116,7 +116,7 @@ def of_side(side: Side, prompt: Prompt, request: ConsistencyRequest, vocabulary:
             return loaded(out, printed, run.mapping)
 
         whole = dumped(prompt)
-        for name, way, what in _ways(ways, prompt, request.chunk):
+        for name, way, description in _ways(ways, prompt, request.chunk):
             try:
                 verdict = compare(dumped(way), whole, options)
             except EngineError:
@@ -127,7 +127,9 @@ def of_side(side: Side, prompt: Prompt, request: ConsistencyRequest, vocabulary:
                 not_checked.append(f"{name}: {error.message}")
                 continue
             suspect, reason = suspected(verdict, _starts(way.portions or (way.saved, count)), way=_way_of(way))
-            checks.append(Check(name, f"{what} against {_whole(prompt)}", verdict, suspect, reason, first_to_differ(verdict)))
+            checks.append(
+                Check(name, f"{description} against {_whole(prompt)}", verdict, suspect, reason, first_to_differ(verdict))
+            )
         if isinstance(side, OurEngine) and sees_later(side.engine.steps):
             not_checked.append("another last token: in an encoder every position sees all others")
         else:

@@ -85,7 +85,7 @@ def hold(
 
 def _of_the_table(nmse: Floats, passed: Bools, failed: Bools, behind: Bools) -> list[str]:
     """What llama.cpp's table of GELU lets pass, and that it may explain what fails, where nothing else does."""
-    table = "behind llama.cpp's GELU, which is a table of float16,"
+    table = "after llama.cpp's GELU (a table of float16)"
     notes: list[str] = []
     if passed.any():
         notes.append(
@@ -94,8 +94,8 @@ def _of_the_table(nmse: Floats, passed: Bools, failed: Bools, behind: Bools) -> 
         )
     if failed.any() and bool((behind & (nmse <= NO_COARSE_ROUNDING))[failed].all()):
         notes.append(
-            f"all {int(failed.sum())} records over the limit are {table} and {nmse[failed].max():.1e} off at most: a fault, or what the "
-            "table leaves, amplified by this model (--model M.gguf lets float64 decide)"
+            f"all {int(failed.sum())} records over the limit are {table} and at most {nmse[failed].max():.1e} off: a fault, or the "
+            "table's rounding, amplified by this model (--model M.gguf lets float64 decide)"
         )
     return notes
 
@@ -144,8 +144,8 @@ def _grown(measured: Measured, limit: Floats, of_limit: Floats, model: Flow) -> 
     if not grown.any():
         return limit, ()
     return np.where(grown, GROWN * limit, limit), (
-        f"precision: {int(grown.sum())} records are up to {of_limit[grown].max():.1f} × over the table's limit, and nothing jumps: taken "
-        "for what lower arithmetic costs this model (an excuse: --model measures it)",
+        f"precision: {int(grown.sum())} records are up to {of_limit[grown].max():.1f} × over the table's limit, and nothing jumps: "
+        "taken as the cost of lower arithmetic in this model (an assumption: --model measures it)",
     )
 
 

@@ -178,7 +178,7 @@ def _notes(ours: Dump, ref: Dump, pairs: tuple[Pair, ...], measures: Measures) -
     if left is not None and right is not None:
         for what, a, b in _settings(left, right):
             if a and b and a != b:
-                looser = "; the looser limits, those of native mode, are taken" if what == "mode" else ""
+                looser = "; the looser limits, those of native mode, apply" if what == "mode" else ""
                 notes.append(f"{what}: ours {a}, the reference {b}{looser}")
     printed = [pair for pair in pairs if pair.ours.quantum is not None or pair.ref.quantum is not None]
     if printed:

@@ -114,7 +114,7 @@ class _Consumers:
         allowed = Allowed.of(self._held.limit[wrong], self._found.measures.nmse[wrong], ours, ref)
         layout = reading(ours, ref, allowed, self._ref.points, self._head_size)
         if layout is None and (others := alike(name, ours, self._ours.points)):
-            return Reading(MOMENT, f"it is {others[0]} of ours: captured late, or from the buffer of that")
+            return Reading(MOMENT, f"it is {others[0]} of ours: captured late, or from its buffer")
         return layout
 
     def _decisions(self, name: str, wrong: Ints) -> list[bool] | None:
@@ -239,14 +239,14 @@ class _Consumers:
         what = read.sentence if read is not None else "another layout, moment or point than its name says"
         nan = not np.isfinite(self._found.measures.nmse[wrong]).all()
         if nan:
-            what = "NaN that was not computed with: memory that was not written when it was captured, or was reused"
+            what = "NaN that no later operation used: memory captured before it was written, or after it was reused"
         return RecordFault(
             checkpoint=name,
             layer=parse(name).layer,
             kind="nonfinite" if nan else (read.kind if read is not None else "unknown"),
             positions=tuple(sorted(set(self._found.token_idx[wrong].tolist()))),
             records=len(wrong),
-            sentence=f"{what}; {children}, made from it, {agree}",
+            sentence=f"{what}; {children}, computed from it, {agree}",
             map=read.mapping if read is not None else "",
         )
 

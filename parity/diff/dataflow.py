@@ -198,7 +198,7 @@ def dataflow_of(ours: Dump, ref: Dump) -> tuple[Dataflow | None, tuple[str, ...]
             try:
                 return Dataflow.from_json(dump.header.dataflow), ()
             except ValueError as error:
-                return None, (f"{dump.path}: {error}: the vocabulary's order is taken instead",)
+                return None, (f"{dump.path}: {error}: the vocabulary's order is used instead",)
     return None, ()
 
 

@@ -54,8 +54,8 @@ def looks_like_eight_bits(records: Records) -> bool:
 def suspicion(verdict: Verdict) -> Verdict:
     """A divergence that may be 8-bit arithmetic: that is said, and no operation is blamed."""
     note = (
-        "noise from the first product on, at every position and of the size that 8-bit activations make: 8-bit arithmetic that is not "
-        "declared? --compute q8 judges so, --model M.gguf measures it"
+        "noise from the first product on, at every position and of the size that 8-bit activations make: undeclared 8-bit "
+        "arithmetic? --compute q8 allows for it, --model M.gguf measures it"
     )
     return replace(verdict, pattern=Pattern("eight-bits", note), operation="")
 

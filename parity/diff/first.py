@@ -57,8 +57,8 @@ def explain_first(records: Records, first: int, seen: Sequence[Seen]) -> First:
         operation = _not_seen(name, unseen)
     elif name in records.undecided:
         operation = (
-            f"{name} differs, but {' and '.join(records.flow.children[name][:3])}, made from it, agree: the record is of another layout, "
-            "moment or name, or what follows hides the error (a norm, a soft max that hangs on one key)"
+            f"{name} differs, but {' and '.join(records.flow.children[name][:3])}, computed from it, agree: the record has another layout, "
+            "moment or name, or later operations hide the error (a norm, a softmax dominated by one key)"
         )
     elif (
         settled
@@ -80,7 +80,7 @@ def _operation(name: str, stretch: Stretch) -> str:
     if not stretch.inputs:
         return f"{name} is looked up by token: the table or the row is wrong"
     agree = "which agrees" if len(stretch.inputs) == 1 else "which agree"
-    return f"{name} is made from {' and '.join(stretch.inputs)}, {agree}: this operation is wrong"
+    return f"{name} is computed from {' and '.join(stretch.inputs)}, {agree}: this operation is wrong"
 
 
 def _not_seen(name: str, unseen: Sequence[Seen]) -> str:
@@ -88,7 +88,7 @@ def _not_seen(name: str, unseen: Sequence[Seen]) -> str:
         f"{item.values} of {item.of:,} values of {item.checkpoint}" if item.of else f"{item.values} values of {item.checkpoint}"
         for item in unseen[:3]
     )
-    return f"{name}, or what it is made from: only {what} were recorded, and these agree"
+    return f"{name}, or one of its inputs: only {what} were recorded, and these agree"
 
 
 def _unseen(records: Records, first: int, stretch: Stretch | None, seen: Sequence[Seen]) -> list[Seen]:
@@ -145,14 +145,14 @@ def _pattern(records: Records, first: int, stretch: Stretch | None, settled: boo
     if type_name := rounded_to(ours, ref):
         return Pattern(
             "rounded",
-            f"{name} is the reference's rounded to {type_name}: it is stored or computed so (--compute {_COMPUTE[type_name]})",
+            f"{name} is the reference's rounded to {type_name}: it is stored or computed in that type (--compute {_COMPUTE[type_name]})",
         )
     allowed = Allowed.of(records.limit[failing], measures.nmse[failing], ours, ref)
     headers = [dump.header.hparams for dump in (records.ref, records.ours) if dump.header is not None]
     if layout := reading(ours, ref, allowed, records.ref.points, head_size_of(records.ref.points, headers)):
         after = " and ".join(child for child in records.flow.children[name] if _differs(records, child, failing))
         sentence = (
-            f"{layout.sentence}; {after} made from it {'differ' if ' and ' in after else 'differs'}, too"
+            f"{layout.sentence}; {after} computed from it {'differ' if ' and ' in after else 'differs'}, too"
             if after
             else layout.sentence
         )

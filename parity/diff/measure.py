@@ -107,7 +107,7 @@ def measured(alignment: Alignment, ours: Dump, ref: Dump) -> Measured:
     if not len(measures) and not alignment.may_be_empty:
         raise DumpError(
             "no record could be compared.",
-            f"{alignment.left_out} records come after the place where the tokens part."
+            f"{alignment.left_out} records come after the position at which the tokens differ."
             if alignment.left_out
             else "Record the same leading values on both sides.",
             code="nothing-in-common",

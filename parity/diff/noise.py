@@ -74,5 +74,5 @@ def _said(point: NDArray[np.int64], names: Sequence[str], of_limit: Floats) -> t
     where = ", ".join(listed[:3]) + (", …" if len(listed) > 3 else "")
     return (
         f"noise: {len(point)} records at single positions of {where} are up to {of_limit.max():.1f} × over the limit; nothing jumps "
-        "there, and these points agree everywhere else (an excuse: with --model the same steps in float64 decide)",
+        "there, and these points agree everywhere else (an assumption: with --model the same steps in float64 decide)",
     )

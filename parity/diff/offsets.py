@@ -116,18 +116,18 @@ def _by_values(ours: Dump, ref: Dump) -> Placed:
         f"{error:.2g} at {offset:+d}" for offset, error in sorted(first.errors.items(), key=lambda pair: pair[1])[:3]
     )
     if same:
-        note = f"positions: taken as they are numbered, the same on both sides; values do not settle it (NMSE of {first.point}: {listed})"
+        note = f"positions: used as numbered, which is the same on both sides; values do not decide it (NMSE of {first.point}: {listed})"
         return Placed(ours, note)
     raise DumpError(
         f"nothing says how the positions of {ours.path} are counted, and no offset fits clearly: NMSE of {first.point} is {listed}.",
-        "Say it: --offset N is added to every position of ours (0: they count from the prompt's first token, as the reference's do).",
+        "Give --offset N, which is added to every position of ours (0: they count from the prompt's first token, like the reference's).",
         code="positions",
     )
 
 
 def _taken(ours: Dump, scores: Scores) -> Placed:
     offset = scores.best
-    how = f"ours are moved by {offset:+d}" if offset else "ours are taken as they are numbered (--offset 0)"
+    how = f"ours are moved by {offset:+d}" if offset else "ours are used as numbered (--offset 0)"
     note = f"positions: nothing says how ours are counted; {how}: NMSE of {scores.point} {scores.errors[offset]:.2g} there"
     others = {other: error for other, error in scores.errors.items() if other != offset}
     if others:
@@ -151,7 +151,7 @@ def elsewhere(ours: Dump, ref: Dump, wrong: Sequence[str]) -> list[str]:
         if 0 in scores.errors and scores.best != 0 and scores.clear:
             notes.append(
                 f"{name} of ours fits the reference {scores.best:+d} positions on (NMSE {scores.errors[scores.best]:.2g} instead of "
-                f"{scores.errors[0]:.2g}): does its token_idx count otherwise than that of the other points?"
+                f"{scores.errors[0]:.2g}): does its token_idx count differently from the other points'?"
             )
     return notes
 

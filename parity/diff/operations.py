@@ -39,7 +39,7 @@ _WORDS = {
     "MUL_MAT_ID": "the experts' product{with_weights}: which experts, their order, or the weight",
     "ARGSORT": "which experts are chosen",
     "TOP_K": "which experts are chosen",
-    "CONCAT": "the order of what is joined",
+    "CONCAT": "the order of the joined parts",
     "CACHE": "the cache: which rows were written and read",
     "CONT": "the order of the elements",
 }
@@ -74,7 +74,7 @@ def suspects(flow: Flow, nodes: Iterable[str]) -> str:
                 )
             )
         elif recurrent(op):
-            words.append(f"the recurrence ({op}): its state, its decay, or what a pass hands on to the next")
+            words.append(f"the recurrence ({op}): its state, its decay, or the state passed on from pass to pass")
         elif op:
             words.append(f"ggml's {op}")
     if biases and "MUL_MAT" in operations:

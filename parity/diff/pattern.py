@@ -71,7 +71,7 @@ def diagnose(seen: Evidence) -> Pattern | None:
     if seen.alike:
         return Pattern(
             "precision",
-            f"{where}, but the error is of one size at all positions: lower precision than the limit is for (--compute q8, bf16, f16)",
+            f"{where}, but the error is equally large at all positions: a lower precision than the limit assumes (--compute q8, bf16, f16)",
         )
     if seen.point == EMBD:
         return _embedding(seen)
@@ -90,7 +90,7 @@ def diagnose(seen: Evidence) -> Pattern | None:
         likely = suspects(seen.flow, (LOGITS,)) if LOGITS in seen.flow.whole.made else "the output matrix"
         return Pattern("output-matrix", f"{where}: the last norm or {likely}, a soft cap")
     if seen.point == OUTPUT_NORM and shape is not None and shape.code == "from-position-0":
-        return Pattern("output-norm", f"{where}: a layer after the last that was recorded, or the last norm")
+        return Pattern("output-norm", f"{where}: a layer after the last recorded one, or the last norm")
     return shape
 
 
@@ -193,12 +193,13 @@ def _shape(seen: Evidence) -> Pattern | None:
         return _tail(seen, first, where)
     if not seen.failed[1:].any():
         return Pattern(
-            "first-position", f"only position {first} is wrong: BOS, or what position 0 is taken for{_or_experts(seen)}"
+            "first-position",
+            f"only position {first} is wrong: BOS, or the position number of the first token{_or_experts(seen)}",
         )
     if between := _between_positions(seen):
         return Pattern("single-positions", f"{where}: {between}")
     if seen.embedded:
-        sentence = "embd is right there: attention (Q, K, RoPE, mask) at these positions, or an error that is under the limit elsewhere"
+        sentence = "embd is right there: attention (Q, K, RoPE, mask) at these positions, or an error that is below the limit elsewhere"
         return Pattern("single-positions", f"{where}; {sentence}{_or_experts(seen)}")
     token = f" ({seen.token!r})" if seen.token is not None else ""
     return Pattern("single-positions", f"{where}: the embedding row of that token{token}, or another token id")
@@ -210,10 +211,10 @@ def _tail(seen: Evidence, first: int, where: str) -> Pattern:
     if seen.gradual:
         return Pattern(
             "grown",
-            f"{where}, by an error that grows with the position and is just under the limit before {first}: no edge there",
+            f"{where}, by an error that grows with the position and is just below the limit before {first}: no edge there",
         )
     if seen.step[at] != seen.step[at - 1]:
-        return Pattern("chunk", f"{where}: a new pass begins there: what the cache kept of the chunk before, or its positions")
+        return Pattern("chunk", f"{where}: a new pass begins there: the cache's rows of the previous chunk, or the positions")
     if first >= 16 and first % 16 == 0 and first - _before(seen) == 1:
         size = first & -first
         return Pattern("chunk", f"{where}: {first} is a multiple of {size}: the edge of a chunk, a tile or a window")
@@ -230,7 +231,7 @@ def _at_every_position(seen: Evidence, first: int) -> str:
     if named:
         return named
     if sinks:
-        return "attention (its sinks count at position 0, too), the output projection, FFN, a norm or weight"
+        return "attention (its sinks matter at position 0, too), the output projection, FFN, a norm or weight"
     if sides is None and any(map(recurrent, seen.flow.operations(nodes))):
         return "a projection, the recurrence (its state, its convolution or its decay), a norm or weight"
     if seen.flow.sees_later(seen.point):
@@ -245,17 +246,17 @@ def _between_positions(seen: Evidence) -> str:
     if any(recurrent(op) for op in seen.flow.operations(seen.stretch.nodes)):
         return ""
     unseen = " and ".join(seen.stretch.inputs[:2])
-    return f"what was not recorded of {unseen}, or an operation at these positions alone: none here joins positions"
+    return f"the unrecorded part of {unseen}, or an operation at these positions alone: none here combines positions"
 
 
 def _beyond_one_key(seen: Evidence) -> str:
     """What can be right at position 0 and wrong at all others."""
     if seen.stretch is not None and any(recurrent(op) for op in seen.flow.operations(seen.stretch.nodes)):
-        return "what the recurrence carries from position to position: its state, its convolution or its decay"
+        return "the recurrence from position to position: its state, its convolution or its decay"
     if between := _between_positions(seen):
         return between
     if seen.flow.sees_later(seen.point):
-        return f"{_UNMASKED}, or what is made of these positions alone{_or_experts(seen)}"
+        return f"{_UNMASKED}, or an operation on these positions alone{_or_experts(seen)}"
     sides = _sides(seen)
     named = _listed(seen, sides[0]) if sides is not None else ""
     return f"{named} (scale, mask)" if named else f"Q, K, RoPE, the attention's scale or its mask{_or_experts(seen)}"

@@ -97,7 +97,9 @@ def routed(measured: Measured, held: Held, model: Flow, ref: Mapping[str, Rows])
     notes = [*flips[:_SHOWN]]
     if flips:
         more = f"and {len(flips) - _SHOWN} more near ties; " if len(flips) > _SHOWN else ""
-        notes.append(f"{more}what other experts computed is not compared: {int((left_open & held.failed).sum())} records")
+        notes.append(
+            f"{more}values computed by different experts are not compared: {int((left_open & held.failed).sum())} records"
+        )
     if orders:
         notes.append(f"{orders[0]}{' and others' if len(set(orders)) > 1 else ''}: the same experts in another order")
     return Routed(left_open & held.failed, tuple(notes))

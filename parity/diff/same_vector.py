@@ -36,12 +36,12 @@ class SameVector:
     def sentence(self, operation: str) -> str:
         """What it says; `operation` names what makes the point, empty where that is not known."""
         if self.idle:
-            return f"{self.point} is {self.input}, unchanged: {operation or 'what lies between'} does nothing"
+            return f"{self.point} is {self.input}, unchanged: {operation or 'the operation between them'} does nothing"
         alike = " = ".join((self.point, *self.others[:3]))
         alike += f" = {len(self.others) - 3} more" if len(self.others) > 3 else ""
         after = " and ".join(self.wrong[:2]) or "what follows"
         return (
-            f"{alike} in ours, and {after}, made from {'it' if len(self.others) == 1 else 'them'}, "
+            f"{alike} in ours, and {after}, computed from {'it' if len(self.others) == 1 else 'them'}, "
             f"{'differ' if ' and ' in after else 'differs'}: nothing is computed between them, or all were captured from one buffer "
             "(copy each value when it is computed)"
         )

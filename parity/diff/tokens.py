@@ -38,15 +38,15 @@ def same_experiment(ours: Dump, ref: Dump) -> None:
     a, b = left.model, right.model
     if not a.may_be(b):
         raise InputError(
-            f"these are dumps of two models: ours of {_model(a.name, a.file_type, a.fingerprint)}, "
+            f"these are dumps of different models: ours of {_model(a.name, a.file_type, a.fingerprint)}, "
             f"the reference of {_model(b.name, b.file_type, b.fingerprint)}.",
             "Dump both sides from one file.",
             code="two-models",
         )
     if left.prompt is not None and right.prompt is not None and left.prompt != right.prompt:
         raise InputError(
-            f"these are dumps of two prompts: {_short(left.prompt)} and {_short(right.prompt)}.",
-            "Dump both sides with one prompt (`parity dump ref --follow OURS.jsonl` takes ours).",
+            f"these are dumps of different prompts: {_short(left.prompt)} and {_short(right.prompt)}.",
+            "Dump both sides with one prompt (`parity dump ref --follow OURS.jsonl` uses ours).",
             code="two-prompts",
         )
 
@@ -88,7 +88,7 @@ def compare_tokens(ours: Dump, ref: Dump) -> TokenComparison:
         mine = chosen.get((token.seq, token.token_idx))
         if mine is not None and mine.id != token.id:
             sentence = (
-                f"the generated tokens part at position {token.token_idx}: ours {_piece(mine.id, mine.text)}, "
+                f"the generated tokens part at position {token.token_idx} on: ours {_piece(mine.id, mine.text)}, "
                 f"the reference {_piece(token.id, token.text)}"
             )
             return TokenComparison(token.token_idx, notes=(sentence,))
@@ -108,7 +108,7 @@ def own_choice(first: Difference | None, ours: Dump, ref: Dump) -> TokenComparis
     if chosen is None or known or any(token.token_idx == position for token in ours.tokens):
         return None
     sentence = (
-        f"ours goes on with another token than {_piece(chosen.id, chosen.text)}, which llama.cpp chose at position {position}: it "
+        f"ours continues with a token other than {_piece(chosen.id, chosen.text)}, which llama.cpp chose at position {position}: it "
         "chooses for itself (or reads another row of the embedding)"
     )
     at = replace(first, checkpoint=TOKENS, layer=None, nmse=None, max_abs=None, limit=0.0, of_limit=inf, ours=(), ref=())
@@ -140,15 +140,17 @@ def _prompts(ours: Dump, ref: Dump, left: tuple[int, ...], right: tuple[int, ...
         pattern = Pattern("bos-missing", f"ours lacks the first token, {_at(ref, right, 0)}: is BOS added?")
     elif right == left[1:]:
         doubled = len(left) > 1 and left[0] == left[1]
-        what = "has the first token twice" if doubled else "has one token more in front"
+        what = "has the first token twice" if doubled else "has an extra token at the start"
         pattern = Pattern(
-            "bos-doubled" if doubled else "bos-added", f"ours {what}, {_at(ours, left, 0)}: is BOS added to a text that has it?"
+            "bos-doubled" if doubled else "bos-added",
+            f"ours {what}, {_at(ours, left, 0)}: is BOS added to a text that already has it?",
         )
     elif at == min(len(left), len(right)):
-        pattern = Pattern("token-count", f"ours has {len(left)} tokens, the reference {len(right)}: one of them goes on")
+        pattern = Pattern("token-count", f"ours has {len(left)} tokens, the reference {len(right)}: one side is longer")
     else:
         pattern = Pattern(
-            "tokenizer", f"token {at} is {_at(ours, left, at)} in ours, {_at(ref, right, at)} in the reference: the tokenizer"
+            "tokenizer",
+            f"token {at} is {_at(ours, left, at)} in ours, {_at(ref, right, at)} in the reference: the tokenizers differ",
         )
     difference = Difference(
         checkpoint=TOKENS,

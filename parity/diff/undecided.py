@@ -67,7 +67,7 @@ def _rounding(records: Records, name: str) -> str:
     ):
         return ""
     return (
-        f"noise at every position, {over:.1f} × over a limit that is one for all models: a fault, or what lower arithmetic costs this "
+        f"noise at every position, {over:.1f} × over a limit that is one for all models: a fault, or the cost of lower arithmetic in this "
         "model (--model M.gguf measures it)"
     )
 

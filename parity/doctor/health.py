@@ -52,7 +52,7 @@ def _cuda() -> dict[str, Any]:
     import cupy
 
     if not cupy.cuda.is_available():
-        return {"cupy": package, "device": "none: no driver, or no device that it can use (nvidia-smi tells)"}
+        return {"cupy": package, "device": "none: no driver, or no usable device (see nvidia-smi)"}
     runtime = cupy.cuda.runtime
     devices = {}
     for number in range(runtime.getDeviceCount()):

@@ -190,7 +190,7 @@ def _side(source: str, versions: dict[str, str]) -> str:
 
 
 def _described(golden: Golden) -> str:
-    made_by = {"ref": "llama.cpp", "ours": "our engine", "exec": "a foreign engine"}[golden.source]
+    made_by = {"ref": "llama.cpp", "ours": "our engine", "exec": "an external engine"}[golden.source]
     version = golden.build.get("llama_cpp_python") or golden.build.get("version") or ""
     many = f"{len(golden.prompts)} prompt{'s' * (len(golden.prompts) > 1)}"
     return " · ".join([str(golden.folder), many, f"{made_by} {version}".strip(), golden.model_name, f"{golden.mode} mode"])

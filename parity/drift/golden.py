@@ -180,8 +180,8 @@ def read_prompts(path: Path) -> tuple[str, ...]:
         raise InputError(f"cannot read {path}: {reason}.", "Check --prompts.", code="prompts") from error
     prompts = tuple(line.replace("\\n", "\n") for line in lines if line.strip())
     if not prompts or len(set(prompts)) < len(prompts):
-        what = "holds no prompt" if not prompts else "holds a prompt twice"
-        raise InputError(f"{path} {what}.", "Write one prompt on each line.", code="prompts")
+        problem = "holds no prompt" if not prompts else "holds a prompt twice"
+        raise InputError(f"{path} {problem}.", "Write one prompt on each line.", code="prompts")
     return prompts
 
 

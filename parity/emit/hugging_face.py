@@ -131,7 +131,11 @@ def names_of(model: Any) -> "dict[str, str]":
     for path in paths:
         leaf = path.rsplit(".", 1)[-1]
         if leaf in _ONCE and not any(path.startswith(layer + ".") for layer in layers):
-            found[path] = _ONCE[leaf]
+            beside = path.removesuffix(leaf)
+            added = (
+                leaf == "wte" and {f"{beside}wpe", f"{beside}drop"} <= modules.keys()
+            )  # positions are added before the first layer
+            found[f"{beside}drop" if added else path] = _ONCE[leaf]
     return found
 
 

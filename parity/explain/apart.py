@@ -120,7 +120,7 @@ def apart(case: Case, state: State, chosen: Candidate, others: Sequence[Candidat
                 break
     if left and tried:
         sentences.append(
-            f"nothing that was tried tells {_listed([_said(one, chosen) for one in left])} apart ({', '.join(tried)})"
+            f"nothing that was tried can tell {_listed([_said(one, chosen) for one in left])} apart ({', '.join(tried)})"
         )
     return "; ".join(sentences)
 

@@ -58,7 +58,7 @@ class Case:
             raise ModelError(
                 f"explain replays one list of steps over all tokens, and {self.transformer.hp.architecture} has two: its encoder's over "
                 "the prompt, and its decoder's over other tokens.",
-                "`parity isolate DUMP` names what is wrong in both halves, --full records what it needs.",
+                "`parity isolate DUMP` names the wrong operations of both halves; it needs a dump with --full.",
                 code="encoder-decoder",
             )
         self.dump = _rows_of_positions(self.dump, self.transformer.steps)
@@ -73,7 +73,7 @@ class Case:
         if last - self.first >= len(tokens):
             raise DumpError(
                 f"{dump.path} has records of position {last}, but only {len(tokens)} tokens are known.",
-                "Give all of them with --tokens, those that were generated as well.",
+                "Give all of them with --tokens, including the generated ones.",
                 code="tokens",
             )
         self.tokens = tokens
@@ -186,7 +186,7 @@ def _tokens(dump: Dump, given: tuple[int, ...] | None) -> tuple[int, ...]:
         return given
     if dump.header is None or not dump.header.tokens:
         raise DumpError(
-            f"{dump.path} does not say for which tokens it was recorded.",
+            f"{dump.path} does not say which tokens it was recorded for.",
             "Give them: --tokens 1,2,3, or --prompt.",
             code="tokens",
         )

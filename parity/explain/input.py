@@ -41,7 +41,7 @@ def check_reference(ref: Dump, model: Path, options: ExplainOptions) -> None:
         where = verdict.first_divergence
         place = f" at {where.checkpoint}, position {where.token_idx}" if where is not None else ""
         raise InputError(
-            f"our engine and {ref.path} differ{place}: it cannot stand in for llama.cpp here.",
+            f"our engine and {ref.path} differ{place}: it cannot replace llama.cpp here.",
             "Is the reference of this model, prompt and mode? `parity run` compares the two.",
             code="reference",
         )

@@ -84,7 +84,7 @@ def law_at(case: Case, search: Search, state: State) -> str:
     compared = beside(entry, state.nmse[state.first.point], values, case.positions, bias, _heads(state, entry.point))
     sentence = "" if compared is None else law(compared)
     if sentence == ZERO and "eps" in step.params:
-        sentence += ": a norm makes that of a row with an infinity, which was not recorded, or it did not run"
+        sentence += ": a norm of a row with an unrecorded infinity, or a kernel that did not run"
     return sentence or other_operand(case, state, entry, state.nmse[state.first.point])
 
 
@@ -189,7 +189,7 @@ def _observations(entry: Expected, values: Values, positions: Ints, acting: Sequ
         yield "all values are 0: memory never written, or a kernel that did not run"
         return
     if np.abs(theirs).max() >= _F16_MAX:
-        yield "values reach float16's largest (65504): saturation"
+        yield "values reach float16's maximum (65504): saturation"
     yield from _other_point(entry, values, positions, wrong)
     yield from _steps(theirs)
     yield _which(entry, wrong, acting)
@@ -254,5 +254,5 @@ def _from_earlier(acting: Sequence[Step]) -> str:
     """What lets a position depend on earlier ones, as the end of a sentence."""
     acts = ["queries, keys, RoPE, scale, mask or cache"] if _attends(acting) else []
     if any(isinstance(read, PassState) for step in acting for read in step.reads):
-        acts.append("what earlier positions leave in a state (a recurrence, a convolution, a token shift)")
+        acts.append("the state that earlier positions leave (a recurrence, a convolution, a token shift)")
     return f": {'; or '.join(acts)}" if acts else ""

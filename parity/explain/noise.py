@@ -61,12 +61,8 @@ def _by_truth(
         worst = int(np.argmax(np.where(passed, nmse, 0)))
         where = f"{entries[point[worst]].point}, position {token_idx[worst]}"
         table = bool(coarse[worst])
-        what = (
-            "behind ggml's table of GELU, which has float16's digits" if table else "where float32's own rounding is amplified"
-        )
-        unseen = (
-            ". A fault that is smaller than that shows only in front of the table, and in `parity isolate`" if table else ""
-        )
+        what = "after ggml's GELU, a table with float16's precision" if table else "where float32's own rounding is amplified"
+        unseen = ". A smaller fault shows only before the table, and in `parity isolate`" if table else ""
         notes = (
             f"noise: {int(passed.sum())} records are over the usual limit {what}: at {where} yours are"
             f" {nmse[worst]:.1e} from our engine, which itself is {distance[worst]:.1e} from float64{unseen}",

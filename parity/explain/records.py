@@ -167,7 +167,7 @@ def expected(dump: Dump, replay: Replay, positions: Ints, header: Header) -> tup
     """
     known = {name: rows for name, rows in dump.points.items() if name in replay.values}
     foreign = [name for name in dump.points if name not in known]
-    notes = [f"not looked at, since our engine has no such point: {', '.join(foreign[:4])}{', …' if len(foreign) > 4 else ''}"]
+    notes = [f"ignored, because our engine has no such point: {', '.join(foreign[:4])}{', …' if len(foreign) > 4 else ''}"]
     if not known:
         raise DumpError(
             f"{dump.path} has no point that our engine has.",

@@ -45,7 +45,7 @@ def garbage(
         explained=1.0,
         records=differing,
         nmse=float(((left**2).sum(axis=1) / entry.energy[wrong]).max()),
-        symptom="everything up to output_norm is right, single logits are not; now and then a strange token is chosen",
+        symptom="everything up to output_norm is right, single logits are not; occasionally a strange token is chosen",
         fix=f"these rows of the output matrix or of its product: `parity isolate --rows {','.join(map(str, rows[:_SHOWN]))}`",
-        seen="kernels whose last blocks of rows race or read beyond the matrix",
+        seen="kernels whose last blocks of rows have a race or read beyond the matrix",
     )

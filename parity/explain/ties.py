@@ -69,4 +69,4 @@ def resolved(case: "Case") -> tuple[str, ...]:
         return ()
     case.take(steps, entries)
     where = ", ".join(f"{name}, position {row}" for name, row in taken[:3])
-    return (f"routing: {len(taken)} near ties of experts were decided the other way ({where}): no fault",)
+    return (f"routing: {len(taken)} near ties of experts were decided the other way ({where}): not a fault",)

@@ -46,7 +46,9 @@ def bisect(request: Request, progress: Progress | None = None, started: Referenc
     if command is None:
         raise InputError("--bisect needs an engine of yours.", "Give its command with --exec.", code="exec")
     if request.generate:
-        raise InputError("--bisect is for a prompt: it does not go with --generate.", "Leave one of them out.", code="bisect")
+        raise InputError(
+            "--bisect works on a prompt only and cannot be combined with --generate.", "Leave one of them out.", code="bisect"
+        )
     began = perf_counter()
     with started or Reference(verbose=request.verbose, threads=request.threads) as reference:
         folder = new_folder(request)
@@ -57,7 +59,9 @@ def bisect(request: Request, progress: Progress | None = None, started: Referenc
         lacking = [name for name in slots if name not in known]
         if lacking:
             raise InputError(
-                f"llama.cpp has no {lacking[0]} in this model.", "--hunt leads to the operation without it.", code="bisect"
+                f"llama.cpp has no {lacking[0]} in this model.",
+                "Use --hunt, which finds the operation without it.",
+                code="bisect",
             )
         request = replace(request, points=request.points if request.points != "default" else _names(slots))
         with dumps_of(folder) as dumps:
@@ -68,8 +72,8 @@ def bisect(request: Request, progress: Progress | None = None, started: Referenc
         _same(rows, odd.points.get(name)) for name, rows in even.points.items()
     ):
         raise InputError(
-            f"{command.name} injects nothing: with other inputs it printed the same values.",
-            f"Call parity_inject behind the checkpoints of {EMBD} and of each layer's output (`parity emit c`).",
+            f"{command.name} does not inject anything: it printed the same values with other inputs.",
+            f"Call parity_inject after the checkpoints of {EMBD} and of each layer's output (`parity emit c`).",
             code="bisect",
         )
     return Bisected(parts, 2, command.name, perf_counter() - began, str(folder))
@@ -174,7 +178,7 @@ def _judged(
         return JudgedPart(title, RIGHT, records=len(records.measures.nmse))
     unmoved = before is not None and all(_same(points[name], other.points.get(name)) for name in points)
     if unmoved and before is not None and not _equal(other.points.get(before), ref.points.get(before)):
-        return JudgedPart(title, NOT_JUDGED, reason=f"the engine took no {before}")
+        return JudgedPart(title, NOT_JUDGED, reason=f"the engine did not take {before}")
     worst = wrong.worst
     return JudgedPart(title, WRONG, wrong.checkpoint, worst.nmse, worst.limit, worst.token_idx, len(records.measures.nmse))
 

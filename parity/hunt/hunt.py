@@ -133,7 +133,7 @@ class _Chase:
                 self.stopped = f"{self._command.name} prints the same points every time: put {POINTS} into its command"
                 return
             asked = verdict.next
-        self.stopped = f"{MOST_ROUNDS} runs did not lead to an operation"
+        self.stopped = f"{MOST_ROUNDS} runs did not identify an operation"
 
     def _nothing_new(self, verdict: Verdict) -> str:
         """Why a run taught nothing: the points asked for are not there, or they are, with too few values."""

@@ -108,7 +108,7 @@ class RowChecks:
         heads = [[step for step in steps if step.makes == LOGITS] for steps in self.definitions]
         if not all(steps and "native" in steps[0].params for steps in heads):
             raise InputError(
-                "--rows wants logits that are a product with the output matrix; this model's are made in another way.",
+                "--rows needs logits that are a product with the output matrix; this model computes them differently.",
                 "Leave --rows out.",
                 code="rows",
             )

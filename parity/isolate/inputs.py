@@ -153,7 +153,7 @@ class Inputs:
             return np.zeros(read.shape, dtype=np.float32)
         state = self._memory.states.get(read.of)
         if state is None:
-            raise Missing("what the pass before left in the state is not known")
+            raise Missing("the state left by the previous pass is not known")
         return state
 
     def _value(self, step: Step, name: str, rows: NDArray[np.int64] | None) -> Array:

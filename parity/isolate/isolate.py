@@ -75,10 +75,12 @@ def isolate(request: IsolateRequest, running: Reference | None = None, define: D
     if request.dump is not None:
         return _foreign(request, request.dump, running)
     if request.graft:
-        raise InputError("--graft wants a foreign engine's dump.", "Give the dump: parity isolate DUMP --graft …", code="graft")
+        raise InputError(
+            "--graft needs an external engine's dump.", "Give the dump: parity isolate DUMP --graft …", code="graft"
+        )
     mode = request.mode or "native"
     if mode == "exact" and request.kv_type != "f32":
-        raise InputError("exact mode has a cache of F32.", "Leave --kv-type out, or take --mode native.", code="kv_type")
+        raise InputError("exact mode uses an F32 cache.", "Leave --kv-type out, or take --mode native.", code="kv_type")
     with _started(request, running) as reference:
         graph = partial(reference.graph, request.model, mode)
         prompt = resolve_prompt(reference, request.model, request.prompt, request.tokens)
@@ -158,8 +160,8 @@ def _feed_dump(values: WholeValues, bench: Bench, prompt: NDArray[np.int64], gen
             continue  # of an encoder's pass alone
         if int(positions.max()) - first >= len(tokens):
             raise InputError(
-                f"the dump has position {int(positions.max())}, and only {len(tokens)} tokens are known.",
-                "Give all of them: --tokens 1,2,3, generated ones too.",
+                f"the dump has position {int(positions.max())}, but only {len(tokens)} tokens are known.",
+                "Give all of them, including generated ones: --tokens 1,2,3.",
                 code="tokens",
             )
         bench.run(tokens[positions - first], positions, values.arriving(step))
@@ -179,7 +181,9 @@ def calibrate(reference: Reference, mode: str, kv_type: str, define: Define = pr
 def _above(operation: Operation, floor: float) -> Operation:
     if operation.status != WRONG or operation.nmse is None or operation.nmse > _FLOOR_FACTOR * floor:
         return operation
-    reason = f"its error of {operation.nmse:.1e} is what right operations of the embedded model show here ({floor:.1e})"
+    reason = (
+        f"its error of {operation.nmse:.1e} is no larger than that of right operations of the embedded model here ({floor:.1e})"
+    )
     return replace(operation, status=NOT_OBSERVABLE, reason=reason)
 
 
@@ -187,7 +191,7 @@ def _without_blas(operations: list[Operation], devices: Sequence[str]) -> list[O
     """Products that a BLAS library may have computed are not called wrong: it rounds in its own way."""
     if "BLAS" not in devices:
         return operations
-    reason = "this llama.cpp computes products with BLAS, which rounds in its own way"
+    reason = "this llama.cpp computes products with BLAS, which rounds differently"
     return [
         replace(operation, status=NOT_OBSERVABLE, reason=reason)
         if operation.status == WRONG and operation.weight
@@ -202,7 +206,7 @@ def _foreign(request: IsolateRequest, dump: Path, running: Reference | None) -> 
     same_model(values.dump, request.model)
     if request.rows and not any("logits" in values.points(step) for step in values.passes):
         raise InputError(
-            "--rows wants whole logits, which the dump doesn't have.",
+            "--rows needs whole logits, which the dump does not have.",
             "Record them: `parity dump ours --full`, or all values of each record.",
         )
     kv_type = "f16" if "f16" in header.kv_type.lower() and "bf16" not in header.kv_type.lower() else "f32"
@@ -266,7 +270,7 @@ def _foreign(request: IsolateRequest, dump: Path, running: Reference | None) -> 
             grafted = graft(reference(), bench.transformer, values, np.concatenate([tokens, generated]), request.graft, mode)
     if all(item.status == NOT_OBSERVABLE for item in (*operations, *layers)) and not grafted:
         raise DumpError(
-            f"{dump} has no operation whose inputs and output are there as a whole.",
+            f"{dump} has no operation whose inputs and output were recorded as whole rows.",
             'Record whole values: a tensors file, or all values of each record and their "shape": [width] (parity emit shows how).',
             code="nothing",
         )

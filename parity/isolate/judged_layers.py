@@ -105,9 +105,7 @@ def eliminated(operations: Sequence[Operation], layers: Sequence[Operation], sus
         output = "" if layer.layer is None else in_layer(layer.layer, "l_out")
         reason = f"{layer.reason}{_rest(operations, layer)}"
         if output in suspects:
-            reason = (
-                f"the record of {output} is suspect, not the layer: the next layer fits what llama.cpp's own makes, not this"
-            )
+            reason = f"the record of {output} is suspect, not the layer: the next layer agrees with llama.cpp's value, not the recorded one"
         explained.append(replace(layer, reason=reason))
     return explained
 
@@ -142,7 +140,7 @@ def _compared(values: WholeValues, output: str, computed: NDArray[np.float32], l
         return Operation(LAYER, layer, NOT_OBSERVABLE, reason=f"{output} has no values to compare")
     worst = int(np.nanargmax(errors))
     nmse = float(errors[worst])
-    reason = "" if nmse <= limit else "llama.cpp's own layer, fed with this engine's input, gives something else"
+    reason = "" if nmse <= limit else "llama.cpp's own layer, fed with this engine's input, gives another output"
     return Operation(
         LAYER, layer, PROVEN if nmse <= limit else WRONG, nmse, int(rows.token_idx[worst]), len(values.passes), reason=reason
     )
@@ -167,7 +165,7 @@ def graft(
     layer = -1 if name == EMBD else parsed.layer
     if layer is None or (name != EMBD and parsed.kind != "l_out") or layer >= n_layers:
         raise InputError(
-            f"--graft {point!r} is no layer's output.", f"Take embd or blk.0.l_out … blk.{n_layers - 1}.l_out.", code="graft"
+            f"--graft {point!r} is not a layer's output.", f"Take embd or blk.0.l_out … blk.{n_layers - 1}.l_out.", code="graft"
         )
     state = hidden_state(values, name)
     if state is None:

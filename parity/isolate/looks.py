@@ -100,5 +100,5 @@ def _product(
             if weights.raw(other)[2] == shape and is_product(weights.get(other), added):
                 return f"it is the product with {other}"
     if nmse <= _ROUNDING:
-        return "every element is near: rounding of inputs, or a detail of the weight's format, not its layout"
+        return "every element is close: rounding of inputs, or a detail of the weight's format, not its layout"
     return "not rounding: rows, layout or format of the weight, or its bias"

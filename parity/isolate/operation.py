@@ -154,13 +154,11 @@ class Isolator:
         if record.wrong and record.denied_by:
             readers = list(record.denied_by)
             named = f"{', '.join(readers[:_LISTED])}{', …' if len(readers) > _LISTED else ''}"
-            return f"the record is suspect, not the operation: {named} fit the value that it should be, not the one recorded"
+            return f"the record is suspect, not the operation: {named} agree with the right value, not with the recorded one"
         if not record.wrong or not others:
             return record.reason
         named = ", ".join(parse(other).kind for other in others)
-        return "; ".join(
-            part for part in (record.reason, f"this or what it is made from and was not recorded: {named}") if part
-        )
+        return "; ".join(part for part in (record.reason, f"this operation or an unrecorded one before it: {named}") if part)
 
     def _weight(self, step: Step) -> str:
         """The type of the weight that a step multiplies with, "" where it has none."""
@@ -377,7 +375,7 @@ class _Pass:
             error = float(row_errors(step.makes, with_eps, theirs, positions).max())
             if error * _NEARER < record.nmse:
                 record.wrong = True
-                record.reason = f"nearer with an epsilon of {eps:.2g}, as in other norms, than with {step.params['eps']:.2g}"
+                record.reason = f"closer with an epsilon of {eps:.2g}, as in other norms, than with {step.params['eps']:.2g}"
 
     def _typical_energy(self, step: Step, inputs: Sequence[NDArray[np.float32]]) -> NDArray[np.float64] | None:
         if step.op is not product or not isinstance(step.weights[0], Altered):

@@ -12,9 +12,7 @@ from .judged_layers import LAYER
 # Errors of 8-bit products are of one size. In right engines with 8-bit activations the largest NMSE of a product was at most 44 times the
 # smallest: small models of 24 architectures (44 in rwkv6, 16 at most elsewhere), 12 in the embedded model. Twice that, in round numbers.
 _ALIKE = 100.0
-_REASON = (
-    "its error is noise of the size that 8-bit activations make, as in every product here: not declared? --compute q8 judges so"
-)
+_REASON = "its error is noise of the size that 8-bit activations make, as in every product here: not declared? --compute q8 allows for it"
 
 
 def as_eight_bits(operations: Sequence[Operation]) -> list[Operation]:

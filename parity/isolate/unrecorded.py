@@ -69,7 +69,7 @@ def without(definition: Definition, names: Collection[str]) -> Definition:
 def stretches(steps: Sequence[Step], names: Collection[str]) -> dict[str, tuple[str, ...]]:
     """Judged points that are made by way of points that are passed over, and the latter in the order of the model."""
     through: dict[str, dict[str, None]] = {}
-    found: dict[str, tuple[str, ...]] = {}
+    sources: dict[str, tuple[str, ...]] = {}
     for step in steps:
         behind: dict[str, None] = {}
         for name in step.names:
@@ -79,5 +79,5 @@ def stretches(steps: Sequence[Step], names: Collection[str]) -> dict[str, tuple[
         if step.inner or step.makes in names:
             through[step.makes] = behind
         elif behind:
-            found[step.makes] = tuple(behind)
-    return found
+            sources[step.makes] = tuple(behind)
+    return sources

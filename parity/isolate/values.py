@@ -176,7 +176,7 @@ class WholeValues:
         header = self.dump.header
         if header is None or not header.tokens:
             raise DumpError(
-                f"{self.path} does not say for which tokens it was recorded.", "Give --tokens or --prompt.", code="tokens"
+                f"{self.path} does not say which tokens it was recorded for.", "Give --tokens or --prompt.", code="tokens"
             )
         return np.array(header.tokens, dtype=np.int64)
 
@@ -217,8 +217,8 @@ class WholeValues:
             return Value(data, positions[-1:])
         if kind not in CACHED and count != len(positions):
             raise DumpError(
-                f"{name} of pass {step} has {count} rows in the tensors file, the dump {len(positions)} positions.",
-                "Record all positions (--positions all), or take the tensors of this dump.",
+                f"{name} of pass {step} has {count} rows in the tensors file, but {len(positions)} positions in the dump.",
+                "Record all positions (--positions all), or use the tensors file of this dump.",
             )
         return Value(data, positions)
 

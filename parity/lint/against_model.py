@@ -60,7 +60,7 @@ def embedding_row(subject: Subject) -> Iterator[Hit]:
     nearest, cosine = model.nearest_token(leading(rows, r))
     evidence = f"tokens says {subject.ids[position]} at position {position}, the row is "
     evidence += f"token {nearest}'s" if cosine > _SAME_DIRECTION else "no token's embedding"
-    more = f"; so at {len(wrong)} positions in all" if len(wrong) > 1 else ""
+    more = f"; the same at {len(wrong)} positions in total" if len(wrong) > 1 else ""
     yield Hit(EMBD, position, evidence + more)
 
 
@@ -138,7 +138,7 @@ def hyperparameters(subject: Subject) -> Iterator[Hit]:
         yield Hit(None, None, f"the dump is of another file than {clean(model.model.path.name)} (fingerprints differ)")
     outside = [token for token in header.tokens if not 0 <= token < model.hp.n_vocab]
     if outside:
-        yield Hit(None, None, f"token {outside[0]} is outside of the vocabulary of {model.hp.n_vocab}", ERROR)
+        yield Hit(None, None, f"token {outside[0]} is outside the vocabulary of {model.hp.n_vocab}", ERROR)
 
 
 def choice(subject: Subject) -> Iterator[Hit]:
@@ -154,9 +154,9 @@ def choice(subject: Subject) -> Iterator[Hit]:
         best, behind = _in_list(token) if rows is None or r is None else _in_row(token.id, leading(rows, r))
         if behind > _BEHIND:
             first = token.token_idx if first is None else first
-            wrong.append(f"id {token.id} was chosen for position {token.token_idx}, the largest logit is {best}'s")
+            wrong.append(f"id {token.id} was chosen for position {token.token_idx}, but the largest logit is that of {best}")
     if wrong:
-        yield Hit(LOGITS, first, wrong[0] + (f"; so for {len(wrong)} tokens in all" if len(wrong) > 1 else ""))
+        yield Hit(LOGITS, first, wrong[0] + (f"; the same for {len(wrong)} tokens in total" if len(wrong) > 1 else ""))
 
 
 def _in_row(number: int, row: NDArray[np.float32]) -> tuple[int, float]:

@@ -42,11 +42,11 @@ def _contradictions(rows: Rows) -> Iterator[tuple[str, NDArray[np.bool_]]]:
         if "min" in stats and "max" in stats:
             low, high = _extremes(rows.values, usable)
             room = slack + _ROUNDING * np.where(low <= high, np.maximum(np.abs(low), np.abs(high)), 0.0)
-            yield "values lie outside of stats.min … stats.max", (low < stats["min"] - room) | (high > stats["max"] + room)
+            yield "values lie outside stats.min … stats.max", (low < stats["min"] - room) | (high > stats["max"] + room)
         if "l2" in stats:
             root = np.sqrt(np.einsum("ij,ij->i", values, values))
             allowed = np.sqrt(width) * slack + _ROUNDING * root
-            yield "stats.l2 is less than the values alone give", stats["l2"] + allowed < root
+            yield "stats.l2 is less than the norm of the values alone", stats["l2"] + allowed < root
             yield "stats.l2 is not the root of the values' squares", whole & (np.abs(stats["l2"] - root) > allowed)
         if "sum" in stats and whole.any():
             scale = np.sum(np.abs(values), axis=1)
@@ -83,7 +83,7 @@ def _sketch(rows: Rows, values: NDArray[np.float64], whole: NDArray[np.bool_]) -
     low, high = _SKETCH_RANGE
     # With fewer elements than projections the signs repeat themselves and the ratio scatters more.
     judged = (l2 > 0) & (rows.sizes >= SKETCH_SIZE)
-    yield "the sketch is of another row than stats.l2", judged & ((ratio < low) | (ratio > high))
+    yield "the sketch belongs to another row than stats.l2", judged & ((ratio < low) | (ratio > high))
     checked = np.flatnonzero(whole & ~np.isnan(energy))
     if not len(checked):
         return
@@ -94,7 +94,7 @@ def _sketch(rows: Rows, values: NDArray[np.float64], whole: NDArray[np.bool_]) -
         slack = 0.0 if rows.quantum is None else rows.quantum[same].max(axis=1, initial=0.0) * np.sqrt(count) * 4
         far = np.abs(sketches - rows.sketch[same]).max(axis=1) > _ROUNDING * np.maximum(l2[same], 1e-30) + slack
         wrong[same] = far
-    yield "the sketch is not the values'", wrong
+    yield "the sketch is not that of the values", wrong
 
 
 def _has_sinks(subject: Subject, name: str) -> bool:

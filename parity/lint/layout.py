@@ -92,7 +92,7 @@ def shape(subject: Subject) -> Iterator[Hit]:
             per_row = wrong[-1] == wanted[-1] and len(wanted) == 1
             evidence = f"{name} says shape {list(wrong)}, the model's row is {wanted}, {positions_of(rows, members)}"
             if per_row:
-                evidence += ": that is a whole pass, a record is one position's row"
+                evidence += ": that is a whole pass, but a record is one position's row"
             yield Hit(name, int(rows.token_idx[first]), evidence, WARNING if per_row else None)
 
 
@@ -135,7 +135,7 @@ def _shapes_disagree(subject: Subject) -> Iterator[Hit]:
         if len(lengths) > 1:
             listed = ", ".join(f"{name} {length}" for length, name in sorted(lengths.items())[:4])
             name = next(iter(lengths.values()))
-            yield Hit(name, None, f"rows that must be of one length are not: {listed}")
+            yield Hit(name, None, f"rows that must have the same length do not: {listed}")
 
 
 def positions(subject: Subject) -> Iterator[Hit]:
@@ -196,4 +196,4 @@ def truncated(subject: Subject) -> Iterator[Hit]:
     elif dump.header is not None and dump.end is None:
         yield Hit(None, None, f"there is no end record after {dump.records} checkpoints: the writer was stopped")
     elif dump.end is not None and dump.end.checkpoints != dump.records:
-        yield Hit(None, None, f"the end record counts {dump.end.checkpoints} checkpoints, {dump.records} are there")
+        yield Hit(None, None, f"the end record counts {dump.end.checkpoints} checkpoints, but there are {dump.records}")

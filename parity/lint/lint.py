@@ -32,7 +32,7 @@ def lint(dump: Dump, model: Path | ModelFacts | None = None, dataflow: Dataflow 
     subject = Subject(dump, facts, dataflow)
     findings = _findings(subject, RULES)
     refused = subject.refused_dataflow
-    notes = [f"the header's dataflow is left out: {refused:.300}"] if refused else []
+    notes = [f"the header's dataflow is ignored: {refused:.300}"] if refused else []
     return LintReport(dump.path, dump.records, tuple(findings), (*dump.notes, *notes))
 
 
@@ -70,6 +70,6 @@ def refuse_unusable(dump: Dump, side: str) -> None:
     more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
     raise DumpError(
         f"{side} ({dump.path}) cannot be trusted: {errors[0].rule}: {errors[0].evidence}{more}.",
-        f"Usual cause: {errors[0].cause}. `parity lint {dump.path}` lists everything, --despite-lint compares all the same.",
+        f"Usual cause: {errors[0].cause}. `parity lint {dump.path}` lists everything, --despite-lint compares anyway.",
         code="unusable",
     )

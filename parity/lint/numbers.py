@@ -48,10 +48,13 @@ def non_finite(subject: Subject) -> Iterator[Hit]:
         bad = (odd.any(axis=1) | (counted > 0)).nonzero()[0].tolist()
         if bad:
             first = min(bad, key=lambda r: int(rows.token_idx[r]))
-            what = int(max(counted[first], odd[first].sum()))
+            wrong_values = int(max(counted[first], odd[first].sum()))
             at = np.flatnonzero(odd[first])
             place = f", the first at index {int(at[0])}: {rows.values[first, at[0]]}" if len(at) else ""
-            evidence = f"{name} has {count(what, 'value')} that {'is' if what == 1 else 'are'} no number{place}, {positions_of(rows, bad)}"
+            evidence = (
+                f"{name} has {count(wrong_values, 'value')} that {'is' if wrong_values == 1 else 'are'} not a number{place}, "
+                + positions_of(rows, bad)
+            )
             yield Hit(name, int(rows.token_idx[first]), evidence)
 
 
@@ -172,10 +175,10 @@ def flat_row(subject: Subject) -> Iterator[Hit]:
             if row[0] == row[-1]:
                 if row[0] == 0 and rows.quantum is not None:
                     continue  # printed with too few decimals, perhaps: nothing is known
-                what, severity = f"{row[0]:.4g} everywhere", WARNING if row[0] == 0 else None
+                evidence, severity = f"{row[0]:.4g} everywhere", WARNING if row[0] == 0 else None
             else:
-                what, severity = f"even steps: {', '.join(f'{x:.4g}' for x in row[:4])}, …", None
-            yield Hit(name, int(rows.token_idx[bad[0]]), f"{name} is {what}, {positions_of(rows, bad)}", severity)
+                evidence, severity = f"even steps: {', '.join(f'{x:.4g}' for x in row[:4])}, …", None
+            yield Hit(name, int(rows.token_idx[bad[0]]), f"{name} is {evidence}, {positions_of(rows, bad)}", severity)
 
 
 def _even_steps(rows: Rows) -> NDArray[np.bool_]:

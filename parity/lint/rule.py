@@ -100,16 +100,16 @@ class Subject:
         hashes = [_hashes(rows)[usable[name]] for name, rows in self.points.items()]
         _, which, often = np.unique(np.concatenate([np.zeros(0, np.uint64), *hashes]), return_inverse=True, return_counts=True)
         repeated = np.split((often > 1)[which], np.cumsum([len(several) for several in hashes])[:-1]) if hashes else []
-        found: dict[str, list[tuple[Place, bytes]]] = {}
+        vectors: dict[str, list[tuple[Place, bytes]]] = {}
         for (name, rows), again in zip(self.points.items(), repeated, strict=True):
             members = usable[name][again]
             places = zip(rows.seq[members].tolist(), rows.token_idx[members].tolist(), rows.step[members].tolist(), strict=True)
             counts = rows.counts[members].tolist()
-            found[name] = [
+            vectors[name] = [
                 (place, rows.values[r, :count].tobytes())
                 for place, r, count in zip(places, members.tolist(), counts, strict=True)
             ]
-        return found
+        return vectors
 
     @cached_property
     def layers(self) -> int | None:

@@ -13,7 +13,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "same-vector", SUSPICION, copies.same_vector,
-        "a pointer kept instead of a copy, and two buffers that swap each layer",
+        "a pointer kept instead of a copy, and two buffers that are swapped in each layer",
         "copy when the value is computed (`parity emit c` shows how)",
     ),
     Rule(
@@ -39,11 +39,11 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "non-finite", WARNING, numbers.non_finite,
         "an overflow, a division by zero, or memory that was never written",
-        "find the first point with such values: what comes after it follows from it",
+        "find the first point with such values: the later ones follow from it",
     ),
     Rule(
         "exact-zeros", WARNING, numbers.exact_zeros,
-        "a buffer that was written in part, or read while it was written",
+        "a buffer that was partly written, or read during writing",
         "wait for the kernel before the copy, and check the number of elements it writes",
     ),
     Rule(
@@ -59,21 +59,21 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "denormals", SUSPICION, numbers.denormals,
         "integers or other bytes read as floats",
-        "check the type and the offset of what is printed",
+        "check the type and the offset of the printed buffer",
     ),
     Rule(
         "wrong-dtype", SUSPICION, bits.wrong_type,
-        "the buffer's type is another than the printing code takes it for",
+        "the printing code assumes a wrong type for the buffer",
         "convert to float32 by the buffer's true type before printing",
     ),
     Rule(
         "value-count", WARNING, layout.value_count,
-        "a slice that was cut, or a buffer shorter than it should be",
-        "print as many leading values at every point",
+        "a truncated slice, or a buffer shorter than it should be",
+        "print the same number of leading values at every point",
     ),
     Rule(
         "shape", SUSPICION, layout.shape,
-        "another tensor than the name says, or a shape that was written by hand",
+        "a tensor other than the name says, or a hard-coded shape",
         "`parity model M` lists the points with their shapes",
     ),
     Rule(
@@ -83,18 +83,18 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "doubled", ERROR, layout.doubled,
-        "token_idx counts something else than positions: tokens of a pass, or of what was generated",
+        "token_idx does not count positions, but the tokens of a pass or the generated ones",
         "print the token's position in the sequence, counted from 0, and number passes in step",
     ),
     Rule(
         "out-of-order", WARNING, layout.order,
-        "lines of several threads, or a position counted from another start",
+        "lines of several threads, or positions counted from another start",
         "print the token's position in the sequence, counted from 0",
     ),
     Rule(
         "cut-short", WARNING, layout.truncated,
         "the engine was stopped or crashed before it closed the dump",
-        "what is whole is used; dump again for the rest",
+        "complete records are used; dump again for the rest",
     ),
     Rule(
         "statistics", ERROR, agreement.statistics,
@@ -108,13 +108,13 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "embedding-row", WARNING, against_model.embedding_row,
-        "other tokens went in than the header says, or rows are looked up with another stride",
+        "the engine was given other tokens than the header says, or looks rows up with another stride",
         "compare the ids with `parity tokens`",
     ),
     Rule(
         "hparams", WARNING, against_model.hyperparameters,
-        "the engine took a default instead of the file's number, or the wrong --model",
-        "`parity model M` lists what the file says",
+        "the engine used a default instead of the file's number, or --model is wrong",
+        "`parity model M` lists the file's numbers",
     ),
     Rule(
         "not-argmax", WARNING, against_model.choice,

@@ -101,9 +101,9 @@ class _Read:
                 continue
             readers = [self._tensors[j] for j in self._readers(i)]
             weights = [kind for reader in readers if reader.op == "MUL" for kind in self._weights(reader)]
-            what = weights[0].removesuffix(".weight") if weights else f"{tensor.point} (no weight)"
+            subject = weights[0].removesuffix(".weight") if weights else f"{tensor.point} (no weight)"
             width = f" over {tensor.ne[0].fixed}"
-            named.setdefault(f"{_NORMS[tensor.op]}, ε {_float(tensor, 0):g}", []).append(parse(what).kind + width)
+            named.setdefault(f"{_NORMS[tensor.op]}, ε {_float(tensor, 0):g}", []).append(parse(subject).kind + width)
         return {key: {kind: ", ".join(dict.fromkeys(names)) for kind, names in named.items()}} if named else {}
 
     def _readers(self, i: int) -> Iterator[int]:

@@ -1,5 +1,6 @@
 """A foreign engine's command line: how it is started, watched and stopped, and what its errors say."""
 
+import errno
 import os
 import re
 import shlex
@@ -17,7 +18,7 @@ from typing import IO
 
 from checkpoints.errors import InputError
 from checkpoints.printable import printable
-from checkpoints.whole_file import unwritable
+from checkpoints.whole_file import is_special, unwritable
 
 CRASHED, REFUSED, TIMED_OUT, UNUSABLE, NOT_STARTED = "crashed", "refused", "timed out", "unusable", "not started"
 MODEL, TOKENS, OUT, POINTS, PORTIONS = "{model}", "{tokens}", "{out}", "{points}", "{portions}"
@@ -205,7 +206,10 @@ class Command:
             )
         except OSError as error:
             what = arguments[0] if isinstance(arguments, list) else "a shell"
-            raise EngineError(f"cannot run {what}: {error.strerror}.", f"Check {self.option}.", how=NOT_STARTED) from error
+            advice = f"Check {self.option}."
+            if error.errno == errno.E2BIG:
+                advice = "The token ids are more than a command line holds: take a shorter prompt."
+            raise EngineError(f"cannot run {what}: {error.strerror}.", advice, how=NOT_STARTED) from error
 
     def _wait(self, process: "subprocess.Popen[bytes]", out: Path) -> EngineError | None:
         """Wait until the engine ends; returns the error for which it had to be stopped, if any."""
@@ -220,7 +224,7 @@ class Command:
             if monotonic() > deadline:
                 return EngineError(
                     f"{self.name} was stopped after {self.timeout:g} seconds.",
-                    "Does it wait for something? --exec-timeout gives it more time.",
+                    "Is it waiting for something? --exec-timeout gives it more time.",
                     how=TIMED_OUT,
                 )
             with suppress(OSError):
@@ -230,12 +234,12 @@ class Command:
                 if status.st_size > largest:
                     return EngineError(
                         f"{self.name} was stopped after it had written {status.st_size / 2**30:.1f} GiB to its dump.",
-                        "Let it write fewer points, or the leading values of each row.",
+                        "Write fewer points, or only the leading values of each row.",
                     )
 
     def _no_file(self, out: Path, mode: int) -> EngineError:
-        kind = "a pipe" if stat.S_ISFIFO(mode) else "a link" if stat.S_ISLNK(mode) else "something that is not a regular file"
-        return EngineError(f"{self.name} made {out} into {kind}.", "It must write a regular file to {out}.")
+        kind = "a pipe" if stat.S_ISFIFO(mode) else "a link" if stat.S_ISLNK(mode) else "not a regular file"
+        return EngineError(f"{self.name} turned {out} into {kind}.", "It must write a regular file to {out}.")
 
     def failed(self, status: int, stderr: str) -> EngineError:
         """What an exit code other than 0, and the end of stderr, say."""
@@ -275,8 +279,9 @@ def _filled(text: str, values: Mapping[str, str]) -> str:
 
 
 def _remove(out: Path) -> None:
-    """Remove what an earlier run left there, so that it is not taken for this run's dump."""
-    out.unlink(missing_ok=True)
+    """Remove what an earlier run left there, so that it is not taken for this run's dump. Pipes and devices stay."""
+    if not is_special(out):
+        out.unlink(missing_ok=True)
 
 
 def end(process: "subprocess.Popen[bytes]") -> None:

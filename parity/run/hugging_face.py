@@ -2,17 +2,21 @@
 
 import json
 import shlex
+import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from checkpoints.errors import InputError
+from checkpoints.whole_file import Replacement, unwritable
 
 from ..emit import source
 from .command import DEFAULT_TIMEOUT, Command
 from .request import Progress, Prompt
 
+_DUMP = "hf.jsonl"
+_COPIED = 1 << 24  # bytes at once
 ADVICE = "pip install torch transformers gguf accelerate there, or name an interpreter that has them with --python."
 
 
@@ -66,7 +70,8 @@ class HuggingFace:
         try:
             done = subprocess.run([self.python, "-P", "-c", probe], capture_output=True, text=True, check=False, timeout=60)
         except (OSError, subprocess.TimeoutExpired) as error:
-            raise InputError(f"cannot run {self.python}: {error}.", "Check --python.", code="python") from error
+            reason = (error.strerror if isinstance(error, OSError) else None) or "it did not answer within 60 seconds"
+            raise InputError(f"cannot run {self.python}: {reason}.", "Check --python.", code="python") from error
         if done.returncode or not done.stdout.startswith("["):
             raise InputError(f"{self.python} is not Python 3.11 or newer.", "Check --python.", code="python")
         if done.stdout.strip() != "[]":
@@ -80,43 +85,54 @@ class HuggingFace:
         return subprocess.run([self.python, "-P", "-c", probe], capture_output=True, text=True, check=False, timeout=60).stdout
 
     def dump(self, prompt: Prompt, out: Path, progress: Progress | None = None) -> Tokenizer:
-        """Compute the prompt, and the tokens that it is led along, in one pass, and write `out`.
+        """Compute the prompt, and the tokens that it is led along, in one pass, and write `out`, whole or not at all.
 
         Returns:
             What transformers' own tokenizer makes of the prompt's text.
 
         Raises:
             EngineError: transformers cannot load the model, or fails.
+            InputError: `out` cannot be written.
         """
         if progress is not None:
             progress(self.name, 0, None)
-        with TemporaryDirectory(prefix="parity-hf-") as scratch:
-            script, tokenizer_note = Path(scratch) / "parity_hf.py", Path(scratch) / "tokenizer.json"
-            script.write_text(source("hf"), encoding="utf-8")
-            words = [
-                self.python,
-                str(script),
-                "{model}",
-                "--out",
-                "{out}",
-                "--device",
-                self.device,
-                "--tokenizer",
-                str(tokenizer_note),
-            ]
-            words += ["--slice", str(self.slice_size or 0)]
-            if prompt.ids:
-                words += ["--tokens", "{tokens}"]
-            if prompt.text is not None:  # in a file: it may hold {placeholders}, NUL, or more than a command line can
-                text = Path(scratch) / "prompt.txt"
-                text.write_bytes(prompt.text.encode())
-                words += ["--prompt-file", str(text)]
-            if self.points:
-                words += ["--points", "{points}"]
-            if self.positions != "all":
-                words += ["--positions", self.positions]
-            ids = (*prompt.ids, *prompt.generated)
-            Command(shlex.join(words), timeout=self.timeout).run(model=self.model, tokens=ids, out=out, points=self.points)
-            return (
-                Tokenizer(**json.loads(tokenizer_note.read_text(encoding="utf-8"))) if tokenizer_note.exists() else Tokenizer()
-            )
+        try:
+            with TemporaryDirectory(prefix="parity-hf-") as scratch, Replacement(out) as replacement:
+                tokenizer = self._computed(prompt, Path(scratch))
+                with (Path(scratch) / _DUMP).open("rb") as dump, replacement.temporary.open("wb") as file:
+                    shutil.copyfileobj(dump, file, _COPIED)
+                return tokenizer
+        except OSError as error:
+            raise unwritable(out, error, "Choose another --out.") from error
+
+    def _computed(self, prompt: Prompt, scratch: Path) -> Tokenizer:
+        """Let transformers compute a prompt and write its dump into a folder."""
+        script, tokenizer_note = scratch / "parity_hf.py", scratch / "tokenizer.json"
+        script.write_text(source("hf"), encoding="utf-8")
+        words = [
+            self.python,
+            str(script),
+            "{model}",
+            "--out",
+            "{out}",
+            "--device",
+            self.device,
+            "--tokenizer",
+            str(tokenizer_note),
+        ]
+        words += ["--slice", str(self.slice_size or 0)]
+        if prompt.ids:
+            words += ["--tokens", "{tokens}"]
+        if prompt.text is not None:  # in a file: it may hold {placeholders}, NUL, or more than a command line can
+            text = scratch / "prompt.txt"
+            text.write_bytes(prompt.text.encode())
+            words += ["--prompt-file", str(text)]
+        if self.points:
+            words += ["--points", "{points}"]
+        if self.positions != "all":
+            words += ["--positions", self.positions]
+        ids = (*prompt.ids, *prompt.generated)
+        Command(shlex.join(words), timeout=self.timeout).run(
+            model=self.model, tokens=ids, out=scratch / _DUMP, points=self.points
+        )
+        return Tokenizer(**json.loads(tokenizer_note.read_text(encoding="utf-8"))) if tokenizer_note.exists() else Tokenizer()

@@ -61,9 +61,9 @@ def beside(
             compared = comparison(dump, outcome.ref, Options(placed=True))
         except ParityError as error:
             raise type(error)(f"{other.label}: {error.message}", error.advice, code=error.code) from error
-        one, points = _moved(compared, header, dump.header, other.label, set(outcome.ref.points) - set(dump.points))
-        moved.append(one)
-        if one.rounding:
+        difference, points = _moved(compared, header, dump.header, other.label, set(outcome.ref.points) - set(dump.points))
+        moved.append(difference)
+        if difference.rounding:
             spread |= {name: max(spread.get(name, 0.0), value) for name, value in points.items()}
     return _judged(outcome, request, tuple(moved), spread, judge)
 
@@ -140,10 +140,10 @@ def _judged(
         return outcome, References(moved)
     points = {**usual.points, **raised}
     allowed = replace(
-        usual, points=points, source=f"{usual.source}; {TIMES:g} times what the references differ by", assumed=False
+        usual, points=points, source=f"{usual.source}; {TIMES:g} times the difference between the references", assumed=False
     )
     judged = judge(outcome.ours, outcome.ref, replace(comparison_options(request), limits=allowed))
-    notes = (f"limits of {len(raised)} points are {TIMES:g} times what the references differ by there",)
+    notes = (f"limits of {len(raised)} points are {TIMES:g} times the difference between the references there",)
     verdict = replace(judged.verdict, notes=(*notes, *judged.verdict.notes))
     return replace(outcome, verdict=verdict, picture=judged.picture), References(moved, bool(verdict), TIMES)
 

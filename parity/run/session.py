@@ -286,5 +286,5 @@ def _prompt_of(dump: Dump) -> dict[str, Any]:
     if dump.header is not None and dump.header.prompt:
         return {"prompt": dump.header.prompt}
     raise DumpError(
-        f"{dump.path} does not say for which tokens it was recorded.", "Give --prompt or --tokens as well.", code="tokens"
+        f"{dump.path} does not say which tokens it was recorded for.", "Give --prompt or --tokens as well.", code="tokens"
     )

@@ -50,7 +50,7 @@ def loaded(out: Path, prompt: Prompt, mapping: Mapping) -> Dump:
     if prompt.saved and any((rows.token_idx < prompt.saved).any() for rows in dump.points.values()):
         raise EngineError(
             f"the run after the state was restored computed positions below {prompt.saved} again.",
-            f"Where the file of {STATE} exists, go on from it: the tokens that it holds are not computed again.",
+            f"If the file of {STATE} exists, continue from it without computing its tokens again.",
         )
     return dump
 

@@ -79,7 +79,7 @@ def _cluster(address: str) -> Iterator[Executor]:
         if type(error).__module__.split(".")[0] in ("distributed", "asyncio", "concurrent", "tornado"):
             raise InputError(
                 f"the connection to the cluster at {address} was lost ({type(error).__name__}); finished cells are kept.",
-                "Run the same command again to go on.",
+                "Run the same command again to continue.",
                 code="cluster",
             ) from error
         raise

@@ -101,9 +101,7 @@ def load(path: Path) -> Base:
         raise InputError(f"{path} is not a base file of this version.", "Make it with --save-base.", code="base") from error
     count = len(base.log_sums)
     if base.ids.shape != base.logits.shape or base.ids.ndim != 2 or {len(base.ids), len(base.next_logits)} != {count}:
-        raise InputError(
-            f"{path} is damaged: its arrays do not belong together.", "Make it again with --save-base.", code="base"
-        )
+        raise InputError(f"{path} is damaged: its arrays do not match.", "Make it again with --save-base.", code="base")
     return base
 
 

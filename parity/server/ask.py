@@ -134,7 +134,7 @@ def _one_by_one(
     notes = []
     if left:
         notes.append(
-            "positions left out, because the text up to there has other tokens by itself and the server does not echo: "
+            "positions left out, because the text up to there tokenizes differently on its own and the server does not echo: "
             f"{left} of {len(prompt.ids)}"
         )
     if len(questions) > _AT_ONCE:
@@ -167,7 +167,7 @@ def _chosen(heard: Heard, generated: Sequence[Prediction], vocabulary: Vocabular
         if chosen is None:
             if generate:
                 notes.append(
-                    f"the server's token {number} ({item.token.text[:20]!r}) has no id and no known text; it is followed up to there"
+                    f"the server's token {number} ({item.token.text[:20]!r}) has no id and no known text; the comparison ends there"
                 )
             break
         if number < generate:

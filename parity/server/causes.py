@@ -68,7 +68,7 @@ def _echo(case: Case) -> ServerCause | None:
     before, behind = (printable(repr(text), 80) for text in case.heard.around)
     return ServerCause(
         "template",
-        f"the server does not complete the text: what it echoes has {before} before it and {behind} behind it",
+        f"the server does not complete the text as given: its echo has {before} before it and {behind} after it",
         "Turn off the chat template for completions, or give both sides the whole text.",
     )
 
@@ -79,7 +79,7 @@ def _tokenizer(case: Case) -> ServerCause | None:
     position, ours, theirs = case.heard.tokenizer
     return ServerCause(
         "tokenizer",
-        f"the server's tokens are others from position {position} on: llama.cpp has {printable(repr(ours), 40)}, the server "
+        f"the server's tokens differ from position {position} on: llama.cpp has {printable(repr(ours), 40)}, the server "
         f"{printable(repr(theirs), 40)}",
         "Compare vocabularies and pre-tokenizers; `parity tokens` shows llama.cpp's.",
     )
@@ -114,8 +114,8 @@ def _readings(case: Case, ids: Sequence[int], moved: int) -> dict[int, list[floa
 
 _SHIFTED = {
     0: "",
-    1: "each position has the log-probabilities of the next: they stand one token too early",
-    -1: "each position has the log-probabilities of the one before: they stand one token too late",
+    1: "each position has the log-probabilities of the next one: they come one token too early",
+    -1: "each position has the log-probabilities of the previous one: they come one token too late",
 }
 
 
@@ -129,7 +129,7 @@ def _beginning(case: Case) -> ServerCause | None:
         where = f"({printable(case.vocabulary.pieces[bos], 30)}) before the text{says}"
         flag = "as the file's add_bos_token says"
         if ids[:1] == (bos,):
-            doubled = "Let one place add it: the tokenizer or the template, not both."
+            doubled = "Add it in one place only: the tokenizer or the template."
             variants += [
                 ("bos-missing", ids[1:], -1, f"the server reads no BOS {where}", f"Add it, {flag}."),
                 ("bos-doubled", (bos, *ids), 1, f"the server reads two BOS {where}", doubled),
@@ -142,8 +142,8 @@ def _beginning(case: Case) -> ServerCause | None:
             if not name and not shift:
                 continue  # as it was asked for
             words = "; ".join(filter(None, (sentence, how)))
-            what = " ".join(filter(None, (advice, "Logits at position t predict token t + 1." if shift else "")))
-            if cause := _judged(case, name or "shifted", words, what, explained[shift], case.sample):
+            advice_text = " ".join(filter(None, (advice, "Logits at position t predict token t + 1." if shift else "")))
+            if cause := _judged(case, name or "shifted", words, advice_text, explained[shift], case.sample):
                 return cause
     return None
 
@@ -166,9 +166,9 @@ def _temperature(case: Case) -> ServerCause | None:
     if not _TEMPERATURES[0] < temperature < _TEMPERATURES[1]:
         return None
     explained = [case.of(asked, (row / np.float32(temperature)).astype(np.float32)) for asked, row in case.sample]
-    sentence = f"the sampler's work: the log-probabilities are of logits divided by a temperature of {temperature:.3g}"
+    sentence = f"the sampler: the log-probabilities are those of logits divided by a temperature of {temperature:.3g}"
     return _judged(
-        case, "temperature", sentence, "Ask for those before the sampler, or at temperature 1.", explained, case.sample
+        case, "temperature", sentence, "Request those before the sampler, or at temperature 1.", explained, case.sample
     )
 
 
@@ -179,8 +179,8 @@ def _penalty(case: Case) -> ServerCause | None:
         return [case.of(asked, penalised(row, case.heard.tokens[: asked.position + 1], penalty)) for asked, row in case.sample]
 
     best = min((float(np.mean(worst(float(penalty)))), float(penalty)) for penalty in _PENALTIES)[1]
-    sentence = f"the sampler's work: the log-probabilities are of logits with a repeat penalty of {best:.2f}"
-    return _judged(case, "repeat-penalty", sentence, "Ask for repeat_penalty 1.", worst(best), case.sample)
+    sentence = f"the sampler: the log-probabilities are those of logits with a repeat penalty of {best:.2f}"
+    return _judged(case, "repeat-penalty", sentence, "Request repeat_penalty 1.", worst(best), case.sample)
 
 
 def penalised(row: Row, seen: Sequence[int], penalty: float) -> Row:
@@ -193,7 +193,9 @@ def penalised(row: Row, seen: Sequence[int], penalty: float) -> Row:
 
 def _template(case: Case) -> ServerCause | None:
     """A chat template around the text: each position that was asked by its own text is tried as a user's message."""
-    asked = [(one, row) for one, row in case.sample if one.chosen is None and (one.prefix is not None or _at_end(case, one))]
+    asked = [
+        (item, row) for item, row in case.sample if item.chosen is None and (item.prefix is not None or _at_end(case, item))
+    ]
     asked = asked[-_TEMPLATED:]
     if not asked or case.prompt.text is None:
         return None
@@ -212,7 +214,7 @@ def _template(case: Case) -> ServerCause | None:
             continue
         if case.of(last, _last_row(case, ids)) > case.limit:
             continue
-        explained = [case.of(one, _last_row(case, _wrapped(case, one, name))) for one, _ in asked]
+        explained = [case.of(item, _last_row(case, _wrapped(case, item, name))) for item, _ in asked]
         which = "the file's own chat template" if name == "own" else f"the chat template {name!r}"
         sentence = f"the server puts {which} around the text: it reads {printable(repr(wrapped), 120)}"
         advice = "Turn off the chat template for completions, or give both sides the whole text."

@@ -20,12 +20,12 @@ _PENALTIES = np.arange(1.02, 2.01, 0.02)
 def unfaithful(asked: Sequence[Asked]) -> tuple[tuple[int, str, str], ...]:
     """(position, the chosen token's text, a better one's) of every choice that is not the most probable of its own candidates."""
     choices = []
-    for one in asked:
-        if one.chosen is None or one.own is None:
+    for prediction in asked:
+        if prediction.chosen is None or prediction.own is None:
             continue
-        own = next((item.logprob for item in one.candidates if item.text == one.own.text), one.own.logprob)
-        if one.candidates[0].logprob > own + _TIE:
-            choices.append((one.position, one.own.text, one.candidates[0].text))
+        own = next((item.logprob for item in prediction.candidates if item.text == prediction.own.text), prediction.own.logprob)
+        if prediction.candidates[0].logprob > own + _TIE:
+            choices.append((prediction.position, prediction.own.text, prediction.candidates[0].text))
     return tuple(choices)
 
 
@@ -39,20 +39,20 @@ def cause(asked: Sequence[tuple[Asked, Row]], tokens: Sequence[int], wrong: Sequ
     fits = [
         float(penalty)
         for penalty in _PENALTIES
-        if all(_chooses(penalised(row, tokens[: one.position + 1], float(penalty)), one.chosen) for one, row in asked)
+        if all(_chooses(penalised(row, tokens[: item.position + 1], float(penalty)), item.chosen) for item, row in asked)
     ]
     if fits:
         span = f"{fits[0]:.2f}" if len(fits) == 1 else f"{fits[0]:.2f} to {fits[-1]:.2f}"
         return ServerCause(
             "repeat-penalty",
             f"{first}; a repeat penalty of {span} explains every choice",
-            "Ask for none: --server-json '{\"repeat_penalty\": 1}'.",
+            "Turn it off: --server-json '{\"repeat_penalty\": 1}'.",
             tried=len(asked),
         )
     return ServerCause(
         "sampler",
-        f"{first}; no repeat penalty explains that: it samples, although temperature 0 was asked for",
-        "Look for a temperature, a seed or a penalty that the server sets by itself.",
+        f"{first}; no repeat penalty explains that: it samples, although temperature 0 was requested",
+        "Check whether the server sets a temperature, a seed or a penalty itself.",
         tried=len(asked),
     )
 

@@ -72,10 +72,10 @@ class Connection:
             port = parts.port
         except ValueError as error:
             raise ServerError(
-                f"--server {printable(self.url)} is no URL: {error}.", "Write e.g. http://127.0.0.1:8080."
+                f"--server {printable(self.url)} is not a URL: {error}.", "Write e.g. http://127.0.0.1:8080."
             ) from None
         if parts.scheme not in ("http", "https") or not parts.hostname or port == 0:
-            raise ServerError(f"--server {printable(self.url)} is no http(s) URL.", "Write e.g. http://127.0.0.1:8080.")
+            raise ServerError(f"--server {printable(self.url)} is not an http(s) URL.", "Write e.g. http://127.0.0.1:8080.")
         if parts.query or parts.fragment:
             raise ServerError("--server must not have a query or a fragment (? or #).", "Write e.g. http://127.0.0.1:8080/v1.")
         if parts.username or parts.password:
@@ -184,7 +184,7 @@ class Connection:
         encoding = response.headers.get("Content-Encoding", "identity")
         if encoding.strip().lower() not in ("", "identity"):
             raise ServerError(
-                f"{self.name} answers in the encoding {printable(encoding, 40)}, which was not asked for.", "Turn it off."
+                f"{self.name} answers in the encoding {printable(encoding, 40)}, which was not requested.", "Turn it off."
             )
         parts: list[bytes] = []
         size = 0
@@ -220,26 +220,26 @@ class Connection:
         if isinstance(error, SSLError):
             words = str(error.args[0] if error.args else error)
             return ServerError(
-                f"{self.name} has no TLS connection that can be trusted: {printable(words, _SHOWN)}.",
+                f"{self.name} has no trusted TLS connection: {printable(words, _SHOWN)}.",
                 "SSL_CERT_FILE names a file with its certificate; a server without TLS is http://.",
             )
         words = printable(str(error), _SHOWN) or type(error).__name__
-        return _Passing(ServerError(f"{self.name} broke off: {words}.", "Look into the server's log."), 2)
+        return _Passing(ServerError(f"{self.name} broke off: {words}.", "Check the server's log."), 2)
 
     def _refused(self, status: int, data: bytes, path: str) -> ServerError:
         words = _words(data)
         if 300 <= status < 400:
             return ServerError(
-                f"{self.name} redirects {path} elsewhere ({status}).", "Give the final URL to --server.", status=status
+                f"{self.name} redirects {path} to another URL ({status}).", "Give the final URL to --server.", status=status
             )
         advice = {
             401: f"Set ${KEY_VARIABLE} to its API key.",
             403: f"Set ${KEY_VARIABLE} to its API key.",
             404: "Check --server and --server-api.",
             429: "--server-rate limits the requests a second.",
-        }.get(status, "Look into the server's log.")
+        }.get(status, "Check the server's log.")
         if "logprobs" in words or "logits_all" in words:
-            advice = "Let it give log-probabilities; llama-cpp-python's server does with --logits_all true."
+            advice = "Enable log-probabilities; for llama-cpp-python's server, with --logits_all true."
         return ServerError(f"{self.name} answered {status} to {path}{f': {words}' if words else ''}.", advice, status=status)
 
     def _object(self, data: bytes, path: str) -> dict[str, Any]:

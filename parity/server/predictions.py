@@ -49,7 +49,7 @@ def legacy(logprobs: dict[str, Any], where: str) -> list[Prediction]:
     predictions = []
     for text, value, listed in zip(tokens, own, top, strict=True):
         if not isinstance(text, str) or not (listed is None or isinstance(listed, dict | list)):
-            raise _malformed(where, "a token is no text, or its candidates are no object")
+            raise _malformed(where, "a token is not text, or its candidates are not an object")
         pairs = listed.items() if isinstance(listed, dict) else [item for part in listed or () for item in _pairs(part, where)]
         candidates = [_candidate(name, number, where) for name, number in pairs]
         predictions.append(Prediction(_candidate(text, 0.0 if value is None else value, where), _ordered(candidates)))
@@ -58,7 +58,7 @@ def legacy(logprobs: dict[str, Any], where: str) -> list[Prediction]:
 
 def _pairs(part: Any, where: str) -> list[tuple[Any, Any]]:
     if not isinstance(part, dict):
-        raise _malformed(where, "a position's candidates are no object")
+        raise _malformed(where, "a position's candidates are not an object")
     return list(part.items())
 
 
@@ -74,10 +74,10 @@ def listed(content: Sequence[Any], where: str) -> list[Prediction]:
     predictions = []
     for entry in content:
         if not isinstance(entry, dict):
-            raise _malformed(where, "a position is no object")
+            raise _malformed(where, "a position is not an object")
         inner: Any = next((entry[name] for name in ("top_logprobs", "top_probs", "probs") if entry.get(name) is not None), [])
         if not isinstance(inner, list) or not all(isinstance(item, dict) for item in inner):
-            raise _malformed(where, "a position's candidates are no list of objects")
+            raise _malformed(where, "a position's candidates are not a list of objects")
         candidates = [_entry(item, where) for item in inner]
         token = _entry(entry, where, [item.logprob for item in candidates if item.text == entry.get("content")])
         predictions.append(Prediction(token, _ordered(candidates)))
@@ -98,7 +98,7 @@ def _entry(item: dict[str, Any], where: str, otherwise: Sequence[float] = ()) ->
         raise _malformed(where, "a token has neither logprob nor prob")
     number, data = item.get("id"), item.get("bytes")
     if isinstance(data, list) and not all(isinstance(byte, int) and 0 <= byte < 256 for byte in data):
-        raise _malformed(where, "a token's bytes are no bytes")
+        raise _malformed(where, "a token's bytes are not bytes")
     return Candidate(
         text,
         value,

@@ -29,6 +29,7 @@ _PERMUTING = frozenset(
     ("llama", "granite", "granitemoe", "minicpm", "olmo", "internlm2", "xverse", "baichuan", "smollm3", "arcee")
 )
 _OFFSET = re.compile(r"gemma\d*(-embedding)?|nemotron")  # converters store 1 + w of their norms
+_GROUPED = frozenset(("falcon",))  # keeps queries, keys and values of a group of heads side by side
 _TRANSPOSED = frozenset(("gpt2",))  # keeps [in, out] (Conv1D)
 _EXPERT = re.compile(r"(.*)\.experts\.(\d+)\.(\w+)\.weight")
 _MIXTRAL = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
@@ -68,8 +69,10 @@ def check_conversion(path: Path, folder: Path, progress: Progress | None = None)
     model, source = GgufModel(path), Folder(folder)
     arch, heads = model.hyperparameters.architecture, (model.hyperparameters.n_heads, model.hyperparameters.n_kv_heads)
     sources, stray = _sources(arch, model.hyperparameters.n_layers, source)
+    if arch in _GROUPED:
+        sources = {name: _ungrouped(of, heads) if name.endswith(".attn_qkv.weight") else of for name, of in sources.items()}
     if not sources.keys() & model.tensors.keys():
-        raise InputError(f"{folder} has no tensor of a {arch} model.", "Is it the folder that this GGUF was made of?")
+        raise InputError(f"{folder} has no tensor of a {arch} model.", "Is it the folder from which this GGUF was made?")
     checks: list[TensorCheck] = []
     total = sum(info.n_bytes for info in model.tensors.values())
     done = 0
@@ -82,7 +85,7 @@ def check_conversion(path: Path, folder: Path, progress: Progress | None = None)
         if progress is not None:
             progress("weights", done, total)
     missing = [name for name in sources if name not in model.tensors and not _tied(name, model, sources)]
-    checks += [TensorCheck(name, "", (), "missing", reason="the folder has it, the GGUF has not") for name in missing]
+    checks += [TensorCheck(name, "", (), "missing", reason="the folder has it, the GGUF does not") for name in missing]
     checks += list(settings(model, source))
     notes = (f"without a place in a {arch} file: {', '.join(stray[:4])}{', …' * (len(stray) > 4)}",) if stray else ()
     name = f"{model.hyperparameters.name or path.stem} ({path})"
@@ -120,6 +123,31 @@ def _sources(arch: str, layers: int, folder: Folder) -> tuple[dict[str, _Source]
     return sources, stray
 
 
+def _ungrouped(source: _Source, heads: tuple[int, int]) -> _Source:
+    """A fused projection whose rows lie by groups (queries, then one key and one value head of each) as all queries, keys and values:
+    `FalconModel.modify_tensors` of convert_hf_to_gguf.py. A part for each head.
+    """
+    (whole,), (many, few) = source.parts, heads
+    group = many // few + 2 if few else 0
+    count = few * group
+    if not count or many % few or whole.shape[0] % count:
+        return source
+    rows = whole.shape[0] // count
+    size = len(whole.raw) // count
+    cut = [Stored(whole.raw[i * size : (i + 1) * size], whole.dtype, (rows, *whole.shape[1:])) for i in range(count)]
+    places = [i for i in range(count) if i % group < group - 2]
+    places += [*range(group - 2, count, group), *range(group - 1, count, group)]
+    return _Source(tuple(cut[i] for i in places), source.names)
+
+
+def _grouped(source: _Source, heads: tuple[int, int]) -> _Source:
+    """What `_ungrouped` was given, in its parts."""
+    many, few = heads
+    q = many // few
+    order = [place for g in range(few) for place in (*range(g * q, (g + 1) * q), many + g, many + few + g)]
+    return _Source(tuple(source.parts[place] for place in order), source.names)
+
+
 def _tied(name: str, model: GgufModel, sources: dict[str, _Source]) -> bool:
     """Whether a GGUF rightly lacks the output matrix: it is the embedding's, which is stored once."""
     if name != "output.weight" or "token_embd.weight" not in sources or "token_embd.weight" not in model.tensors:
@@ -136,7 +164,7 @@ def _tensor(model: GgufModel, info: TensorInfo, source: _Source | None, arch: st
     if source is None:
         if info.name in MADE or info.name == "output.weight":
             reason = (
-                "no tensor of the folder, and config.json does not say it" if info.name in MADE else "no tensor of the folder"
+                "no tensor of the folder, and config.json does not give it" if info.name in MADE else "no tensor of the folder"
             )
             return TensorCheck(info.name, kind, info.shape, NOT_CHECKED, 0, (), f"{reason}: the converter made it")
         return TensorCheck(info.name, kind, info.shape, "extra", 0, (), "the folder has no such tensor")
@@ -150,12 +178,19 @@ def _tensor(model: GgufModel, info: TensorInfo, source: _Source | None, arch: st
     if error <= limit:
         status = EQUAL if error == 0 else f"{EQUAL} as {kind}"
         return TensorCheck(info.name, kind, info.shape, status, count, _BY)
-    for what, change in _mistakes(info, arch, heads):
+    if (
+        arch in _GROUPED
+        and len(source.parts) > 1
+        and _compare(model, info, _grouped(source, heads), right, heads, arch)[0] <= limit
+    ):
+        mistake = "left in groups: llama.cpp expects all queries, then all keys, then all values"
+        return TensorCheck(info.name, kind, info.shape, mistake, count, _BY, mistake, first)
+    for mistake, change in _mistakes(info, arch, heads):
         if _compare(model, info, source, change, heads, arch)[0] <= limit:
-            return TensorCheck(info.name, kind, info.shape, what, count, _BY, what, first)
+            return TensorCheck(info.name, kind, info.shape, mistake, count, _BY, mistake, first)
     if other := _other(model, info, source, right, heads, arch, limit):
-        what = f"it is {other}"
-        return TensorCheck(info.name, kind, info.shape, DIFFERENT, count, _BY, what, first)
+        mistake = f"it is {other}"
+        return TensorCheck(info.name, kind, info.shape, DIFFERENT, count, _BY, mistake, first)
     reason = f"nothing known gives these values (NMSE {error:.1e})"
     return TensorCheck(info.name, kind, info.shape, DIFFERENT, count, _BY, reason, first)
 
@@ -223,7 +258,7 @@ def _other(
         if name == info.name or other.shape != info.shape or not name.startswith(layer):
             continue
         if _compare(model, other, source, right, heads, arch)[0] <= limit:
-            return f"exchanged: its values stand in {name}"
+            return f"exchanged: its values are in {name}"
     return ""
 
 

@@ -19,7 +19,7 @@ _NAMES = {"llama3": "none", "linear": "linear", "yarn": "yarn", "longrope": "lon
 def settings(model: GgufModel, folder: Folder) -> Iterator[TensorCheck]:
     """config.json against the metadata: the numbers that every engine reads."""
     hp = model.hyperparameters
-    for what, mine, theirs in (
+    for setting, mine, theirs in (
         ("layers", hp.n_layers, folder.number("num_hidden_layers", "n_layer")),
         ("embedding width", hp.n_embd, folder.number("hidden_size", "n_embd")),
         ("heads", hp.n_heads, folder.number("num_attention_heads", "n_head")),
@@ -28,7 +28,7 @@ def settings(model: GgufModel, folder: Folder) -> Iterator[TensorCheck]:
         ("experts a token", _of(model, "expert_used_count"), folder.number("num_experts_per_tok")),
     ):
         if theirs is not None and mine is not None and mine != theirs:
-            yield TensorCheck(what, "", (), DIFFERENT, reason=f"config.json says {theirs}, the GGUF {mine}")
+            yield TensorCheck(setting, "", (), DIFFERENT, reason=f"config.json says {theirs}, the GGUF {mine}")
     eps = next(
         (folder.config[name] for name in ("rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps") if name in folder.config),
         None,
@@ -63,7 +63,7 @@ def _scaling(model: GgufModel, folder: Folder, rope: dict[str, Any]) -> Iterator
         yield TensorCheck(
             "rope_freqs.weight", "", (), "missing", reason="config.json scales frequencies (llama3), the GGUF has no factors"
         )
-    for what, theirs, mine in (
+    for setting, theirs, mine in (
         ("RoPE scaling factor", rope.get("factor"), _of(model, "rope.scaling.factor")),
         (
             "RoPE's original context",
@@ -71,10 +71,10 @@ def _scaling(model: GgufModel, folder: Folder, rope: dict[str, Any]) -> Iterator
             _of(model, "rope.scaling.original_context_length"),
         ),
     ):
-        asked = kind in ("linear", "yarn") if "factor" in what else kind == "yarn"
+        asked = kind in ("linear", "yarn") if "factor" in setting else kind == "yarn"
         if asked and isinstance(theirs, (int, float)) and (mine is None or not isclose(mine, theirs, rel_tol=1e-6)):
             yield TensorCheck(
-                what,
+                setting,
                 "",
                 (),
                 DIFFERENT,

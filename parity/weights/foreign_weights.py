@@ -43,7 +43,7 @@ def check_foreign(path: Path, theirs: Path) -> WeightsCheck:
     matrices = [check for check in checks if len(check.shape) == 2]
     if len(matrices) > 1 and all(check.status.startswith(TRANSPOSED) for check in matrices):
         checks = [replace(check, reason="", first=None) if check.status.startswith(TRANSPOSED) else check for check in checks]
-        notes.append("every matrix is held transposed: right if the products expect it so")
+        notes.append("every matrix is stored transposed: right if the products expect that")
     if stray := [name for name in given if name not in model.tensors]:
         notes.append(f"not in the model: {', '.join(stray[:5])}{' …' if len(stray) > 5 else ''}")
     if missing := len(model.tensors) - len(known):
@@ -60,7 +60,7 @@ def _tensor(
     kind, total = type_name(info.type), int(np.prod(info.shape))
     values = values[:total]
     if len(values) < min(_FEWEST, total):
-        reason = f"{len(values)} values are too few to tell"
+        reason = f"{len(values)} values are too few to decide"
         return TensorCheck(info.name, kind, info.shape, NOT_CHECKED, len(values), (), reason)
     right = first_values(model, info, len(values))
     if same(values, right):

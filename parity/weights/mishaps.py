@@ -116,7 +116,7 @@ def _elsewhere(model: GgufModel, info: TensorInfo, count: int) -> Iterator[tuple
     contents = model.contents
     start, end, alignment = contents.data, contents.header_end, contents.alignment
     if start != end:
-        yield "read too early: the padding behind the header is not skipped", lambda: _at(model, info, count, end - start)
+        yield "read too early: the padding after the header is not skipped", lambda: _at(model, info, count, end - start)
     yield (
         "read too early: its offset is counted from the start of the file, the header is not skipped",
         (lambda: _at(model, info, count, -start)),

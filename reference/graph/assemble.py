@@ -52,7 +52,7 @@ def assemble(
         point = names.points.get(i, "")
         params = raw.params if kind == NODE and op not in VIEWS else (0,) * 16
         if kind == NODE and any(other.tensors[i].params != raw.params for other in flats) and params == raw.params:
-            raise unrecordable(raw, "has parameters that follow the length")
+            raise unrecordable(raw, "has parameters that depend on the length")
         tensors.append(
             Tensor(
                 name=raw.name,

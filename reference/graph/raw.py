@@ -130,16 +130,16 @@ def unrecordable(raw: RawTensor, why: str) -> ReferenceFailed:
     return ReferenceFailed(f"the graph cannot be recorded: node {raw.name!r} {why}.", ADVICE, code="graph")
 
 
-def same_structure(flats: Sequence[FlatPass], what: str) -> None:
+def same_structure(flats: Sequence[FlatPass], subject: str) -> None:
     """Raise ReferenceFailed where passes have other nodes or operands at another length."""
     first = flats[0]
     for other in flats[1:]:
         if len(other.tensors) != len(first.tensors):
             raise ReferenceFailed(
-                f"the graph cannot be recorded: {what} has {len(first.tensors)} tensors or {len(other.tensors)}, by its length.",
+                f"the graph cannot be recorded: {subject} has {len(first.tensors)} or {len(other.tensors)} tensors, by its length.",
                 ADVICE,
                 code="graph",
             )
         for i, (a, b) in enumerate(zip(first.tensors, other.tensors, strict=True)):
             if a.op != b.op or first.sources[i] != other.sources[i] or first.roots[i] != other.roots[i]:
-                raise unrecordable(a, f"is made in another way at another length ({what})")
+                raise unrecordable(a, f"is built differently at another length ({subject})")

@@ -160,7 +160,7 @@ def _several(
     ggml: Ggml,
     weights: frozenset[str],
     facts: dict[str, Any],
-    what: str,
+    subject: str,
     prefix: str = "",
 ) -> tuple[Graph, NDArray[np.int64], FlatPass]:
     """The graph of passes over (T1, S1), (T2, S1), (T1, S2), (T2, S2), held to further ones; its sizes, and the first of the passes.
@@ -170,7 +170,7 @@ def _several(
     """
     passes = (*grid, *proofs)
     flats = [flatten(taken, ggml) for taken in passes]
-    same_structure(flats, what)
+    same_structure(flats, subject)
     numbers = np.array([flat.numbers for flat in flats], dtype=np.int64)
     counts, cached = [len(taken.now.tokens) for taken in passes], [taken.cached for taken in passes]
     encoded = [0 if taken.now.encoded is None else len(taken.now.encoded) for taken in passes]
@@ -184,7 +184,7 @@ def _several(
         wrong = contradicted(sizes, places, numbers)
     sizes = sizes + crossed
     if wrong.any():
-        raise unrecordable(flats[0].tensors[int(wrong.argmax())], f"has sizes that do not follow the length ({what})")
+        raise unrecordable(flats[0].tensors[int(wrong.argmax())], f"has sizes that do not follow the length ({subject})")
     return assemble(flats, sizes, passes, ggml, weights, facts, prefix=prefix), sizes, flats[0]
 
 
@@ -204,23 +204,23 @@ def _graph_of_one(
 def _has_one_token(several: Graph, sizes: NDArray[np.int64], flat: FlatPass, singles: Sequence[RawPass], ggml: Ggml) -> bool:
     """Whether a step over one token is the pass over several with T = 1: the same nodes, shapes and rules of inputs."""
     for taken in singles:
-        one = flatten(taken, ggml)
-        if len(one.tensors) != len(flat.tensors) or one.sources != flat.sources or one.roots != flat.roots:
+        flat_pass = flatten(taken, ggml)
+        if len(flat_pass.tensors) != len(flat.tensors) or flat_pass.sources != flat.sources or flat_pass.roots != flat.roots:
             return False
         if any(
             a.op != b.op or (a.params != b.params and tensor.op not in VIEWS)
-            for a, b, tensor in zip(one.tensors, flat.tensors, several.tensors, strict=True)
+            for a, b, tensor in zip(flat_pass.tensors, flat.tensors, several.tensors, strict=True)
         ):
             return False
         rows = 0 if taken.now.encoded is None else len(taken.now.encoded)
         expected = sizes @ np.array([1, 1, taken.cached, taken.cached, 1, rows, rows])
-        differs = expected != one.numbers
+        differs = expected != flat_pass.numbers
         differs[:, 4:8] = False  # one element has no stride that matters
         if differs.any():
             return False
         for index, tensor in enumerate(several.tensors):
             if tensor.kind == INPUT and tensor.rule is not None and tensor.rule.kind != UNDEFINED:
-                raw = one.tensors[index]
+                raw = flat_pass.tensors[index]
                 if explain([Recorded(taken.now, raw.ne, taken.data[raw.address])], {}, [tensor.rule]) != tensor.rule:
                     return False
     return True
