@@ -1,6 +1,7 @@
 """Errors that a user can act on. Every other exception is a bug of ours."""
 
-OUTPUT = "output"  # the code of what cannot be written
+# Codes of what this machine has no room for, whatever the request: an output that cannot be written, too little disk or memory.
+OUTPUT, DISK, MEMORY = "output", "disk", "memory"
 
 
 class ParityError(Exception):

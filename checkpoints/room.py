@@ -4,7 +4,7 @@ import os
 import shutil
 from pathlib import Path
 
-from .errors import InputError
+from .errors import DISK, MEMORY, InputError
 
 
 def free_memory() -> int:
@@ -43,17 +43,17 @@ def require_room(path: Path, size: int, memory: int) -> None:
     """
     if size > (free := free_disk(path)):
         raise InputError(
-            f"{path} would take {_gigabytes(size)}, but its disk has only {_gigabytes(free)} free.",
+            f"{path} would take {_amount(size)}, but its disk has only {_amount(free)} free.",
             "Make it smaller, or write to another disk.",
-            code="disk",
+            code=DISK,
         )
     if memory > (free := free_memory()):
         raise InputError(
-            f"making {path} takes {_gigabytes(memory)} of memory, but only {_gigabytes(free)} are free.",
+            f"making {path} takes {_amount(memory)} of memory, but only {_amount(free)} are free.",
             "Make it smaller.",
-            code="memory",
+            code=MEMORY,
         )
 
 
-def _gigabytes(size: int) -> str:
-    return f"{size / 1e9:,.1f} GB"
+def _amount(size: int) -> str:
+    return f"{size / 1e9:,.1f} GB" if size >= 1e8 else f"{size / 1e6:,.1f} MB"

@@ -178,6 +178,8 @@ def summary(conformance: Conformance) -> str:
     if conformance.not_run:
         sentence += f", {len(conformance.not_run)} not run"
     kept = f", {conformance.kept} kept from before" if conformance.kept else ""
+    if conformance.unkept:
+        kept += f", {conformance.unkept} not kept since a file of the engine changed meanwhile"
     workers = f", {conformance.workers} workers" if conformance.workers > 1 else ""
     return f"{sentence} · {conformance.seconds:.0f} s{workers}{kept} · {conformance.folder}/index.html"
 

@@ -17,6 +17,7 @@ from foreign import compile_engine, numpy_engine
 from checkpoints.answers.conform import CellResult
 from parity.conform.conform import parts_of
 from parity.conform.matrix import PROMPTS, TYPES, cells, modes_of, prompt_of
+from parity.conform.results import alone
 
 SERVER = os.environ.get("PARITY_SERVER_PYTHON", "")
 needs_gcc = pytest.mark.skipif(shutil.which("gcc") is None, reason="there is no gcc")
@@ -266,6 +267,26 @@ def test_an_engine_that_cannot_be_started_ends_the_run(parity: Cli) -> None:
     ran = parity("conform", "--exec", f"{sys.executable} -c 'import sys; sys.exit(\"no\")' {{model}}", *words)
     assert (ran.code, ran.out.splitlines()[-1].split(" · ")[0]) == (2, "2 cells: 2 refused")
     one_line(ran.err, "refused all 2 cells", "exit code 1: no")
+
+
+def test_an_engine_that_changes_or_leaves_children_while_it_runs(parity: Cli, tmp_path: Path) -> None:
+    """Results of which nobody knows the build are shown and not kept; what an engine starts and leaves behind is ended."""
+    engine = tmp_path / "engine.sh"
+    words = ("--architectures", "llama", "--types", "F32", "--prompts", "one", "--workers", "1", "--out", "c")
+    engine.write_text("echo '#' >> $0\nsleep 60 & echo $! > child\necho no >&2; exit 1\n")
+    ran = parity("conform", "--exec", f"sh {engine} {{model}}", *words)
+    assert "1 not kept since a file of the engine changed" in ran.out
+    assert not list(Path("c").rglob("results/*/*.json"))
+    child = Path("/proc", Path("child").read_text().strip(), "cmdline")
+    assert not (child.exists() and child.read_bytes())  # gone, or ended and not yet reaped
+
+
+def test_two_runs_do_not_share_a_folder(parity: Cli) -> None:
+    """While one run holds the folder, another is refused in one line; afterwards it is free again."""
+    words = ("--side", "ours", "--architectures", "llama", "--types", "F32", "--prompts", "one", "--out", "c")
+    with alone(Path("c")):
+        refused(parity("conform", *words), "another run of parity conform uses c", "--out")
+    assert parity("conform", *words).code == 0
 
 
 def test_an_engine_that_crashes_or_hangs_or_prints_nothing(parity: Cli, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ CRASHED = "crashed"
 TIMED_OUT = "timed out"
 UNUSABLE = "unusable"  # a dump that cannot be read or believed
 NO_REFERENCE = "no reference"  # llama.cpp itself has no such model, or cannot run it
+CHANGED = "changed"  # the key of a result of which nobody knows by which build of the engine it was made
 WRONG = (DIVERGENCE, CRASHED, TIMED_OUT, UNUSABLE)
 
 
@@ -42,7 +43,7 @@ class CellResult:
         cause: a short explanation, identical for cells that share a cause: a fault's name and place, or the operation.
         sentence: the cause in a sentence.
         nmse, of_limit: of the record closest to its limit, or farthest beyond it; `worst` names that record.
-        key: identifies engine, model, prompt and program: a cell whose key is unchanged need not run again.
+        key: identifies engine, model, prompt and program: a cell whose key is unchanged need not run again. Or CHANGED.
         report: path of its report, relative to the run's folder; "" if there is none.
         kept: whether the result was taken from an earlier run.
     """
@@ -117,6 +118,11 @@ class Conformance:
     def kept(self) -> int:
         """How many results were taken from an earlier run."""
         return sum(result.kept for result in self.results)
+
+    @property
+    def unkept(self) -> int:
+        """How many results will not be taken over, because a file of the engine changed during the run."""
+        return sum(result.key == CHANGED for result in self.results)
 
     @property
     def counts(self) -> Counter[str]:

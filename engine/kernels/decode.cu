@@ -177,7 +177,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode(
             if (threadIdx.x == 96) prefetch_mine(next.o, D, QW);
             if (threadIdx.x == 128) prefetch_words(next);
         } else if (threadIdx.x == 32) prefetch_rows(m.output, first_of(VOCAB), min(LOGITS_AHEAD, last_of(VOCAB) - first_of(VOCAB)), D);
-        take(s, l.words + SWIGLU_WORDS, step);
+        take(s, (const unsigned*)(l.words + SWIGLU_WORDS), step);
         if (STAGED) await(&s.full[1], i & 1);
         MARK
         down.run(s, STAGED ? s.near_down : l.down, l.ffn_out, l.l_out, l.words + OUT_WORDS, step);

@@ -24,6 +24,28 @@ __device__ __forceinline__ void look_at_two(const Word* from, Word& a, Word& b) 
 __device__ __forceinline__ bool told(Word word, unsigned step) { return (unsigned)(word >> 32) == step; }
 __device__ __forceinline__ float value_of(Word word) { return __uint_as_float((unsigned)word); }
 
+// Where many blocks take many values, half the bytes: a float whose two lowest bits are those of the step. Who makes the value rounds
+// it first, so that what is recorded is what is taken. A word of the last step has other bits, and no step leaves one out.
+__device__ __forceinline__ float short_of(float value) {
+    const unsigned bits = __float_as_uint(value);
+    return __uint_as_float((isfinite(value) ? bits + 2 : bits) & ~3u);
+}
+__device__ __forceinline__ void tell_short(unsigned* to, float value, unsigned step) {
+    asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" :: "l"(to), "r"(__float_as_uint(value) | (step & 3)) : "memory");
+}
+__device__ __forceinline__ uint4 look_at_four(const unsigned* from) {
+    uint4 words;
+    asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w) : "l"(from) : "memory");
+    return words;
+}
+__device__ __forceinline__ bool told_four(uint4 w, unsigned step) {
+    return !(((w.x ^ step) | (w.y ^ step) | (w.z ^ step) | (w.w ^ step)) & 3);
+}
+__device__ __forceinline__ float4 values_of(uint4 w) {
+    return make_float4(__uint_as_float(w.x & ~3u), __uint_as_float(w.y & ~3u), __uint_as_float(w.z & ~3u), __uint_as_float(w.w & ~3u));
+}
+
 // N values, all asked for at once: at(i) is the word of the i-th, or null where there is none and 0 is meant.
 template <int N, class At> __device__ __forceinline__ void hear(const At& at, unsigned step, float (&values)[N]) {
     Word words[N];

@@ -127,28 +127,28 @@ struct Projection {
 };
 
 // Feed-forward activations -> x: all words under way before the first is stored.
-__device__ __forceinline__ void take(Shared& s, const Word* words, unsigned step) {
-    constexpr int EACH = (FF / 2 + THREADS - 1) / THREADS, TOGETHER = EACH < TAKEN ? EACH : TAKEN;
+__device__ __forceinline__ void take(Shared& s, const unsigned* words, unsigned step) {
+    constexpr int EACH = (FF / 4 + THREADS - 1) / THREADS, TOGETHER = EACH < TAKEN ? EACH : TAKEN;
+    static_assert(FF % 4 == 0, "words four by four");
     #pragma unroll 1
     for (int n = 0; n < EACH; n += TOGETHER) {
-        Word a[TOGETHER], b[TOGETHER];
+        uint4 four[TOGETHER];
         bool all;
         do {
             all = true;
             #pragma unroll
             for (int i = 0; i < TOGETHER; i++) {
                 const int e = threadIdx.x + (n + i) * THREADS;
-                if (e < FF / 2) look_at_two(words + 2 * e, a[i], b[i]);
-                else a[i] = b[i] = (Word)step << 32;
+                four[i] = e < FF / 4 ? look_at_four(words + 4 * e) : make_uint4(step, step, step, step);
             }
             #pragma unroll
-            for (int i = 0; i < TOGETHER; i++) all &= told(a[i], step) & told(b[i], step);
+            for (int i = 0; i < TOGETHER; i++) all &= told_four(four[i], step);
             if (!all) __nanosleep(PAUSE);
         } while (!all);
         #pragma unroll
         for (int i = 0; i < TOGETHER; i++) {
             const int e = threadIdx.x + (n + i) * THREADS;
-            if (e < FF / 2) *(float2*)(s.x + padded(2 * e)) = make_float2(value_of(a[i]), value_of(b[i]));
+            if (e < FF / 4) *(float4*)(s.x + padded(4 * e)) = values_of(four[i]);
         }
     }
     block_sync();
@@ -249,8 +249,8 @@ struct GateUp {
             float a = sum_of<GATE_WARPS>(s, 2 * (r - first)) * scale, b = sum_of<GATE_WARPS>(s, 2 * (r - first) + 1) * scale;
             if (l.gate.bias) a += l.gate.bias[r];
             if (l.up.bias) b += l.up.bias[r];
-            const float y = a / (1.f + expf(-a)) * b;
-            tell(l.words + SWIGLU_WORDS + r, y, step);
+            const float y = short_of(a / (1.f + expf(-a)) * b);
+            tell_short((unsigned*)(l.words + SWIGLU_WORDS) + r, y, step);
             l.gate_out[r] = a;
             l.up_out[r] = b;
             l.swiglu[r] = y;

@@ -5,6 +5,7 @@ from pathlib import Path
 from time import perf_counter
 
 from checkpoints.answers.conform import (
+    CHANGED,
     CRASHED,
     DIVERGENCE,
     LOWER,
@@ -18,7 +19,7 @@ from checkpoints.answers.conform import (
 )
 from checkpoints.answers.diff import Verdict
 from checkpoints.answers.explain import Explanation
-from checkpoints.errors import OUTPUT, DumpError, ParityError
+from checkpoints.errors import DISK, MEMORY, OUTPUT, DumpError, ParityError
 from checkpoints.points import parse
 from checkpoints.reading.reader import read
 from checkpoints.record import Dump
@@ -92,6 +93,8 @@ class Bench:
         self._settings = settings
         self._reference = Reference(threads=settings.run.threads, verbose=settings.run.verbose, start=False)
         self._models = Models(settings.folder / "models", self._reference, identity.program())
+        command = settings.run.command
+        self._stamps = () if command is None else identity.stamps(command)
         self._engine = identity.of_side(settings.run.command, settings.hugging_face)
         self._server = ServedModel(settings.run.command) if settings.server and settings.run.command is not None else None
         self._causes: dict[tuple[str, str, str], tuple[str, str]] = {}  # architecture, type, first divergent kind
@@ -128,8 +131,17 @@ class Bench:
                     raise
                 result = CellResult(cell, CRASHED, f"internal error of parity: {type(error).__name__}: {error}")
         result = replace(result, key=key, seconds=perf_counter() - began)
+        if self._replaced():  # nobody knows which build this is a result of
+            return replace(result, key=CHANGED)
         results.save(self._settings.folder, result)
         return result
+
+    def _replaced(self) -> bool:
+        command = self._settings.run.command
+        try:
+            return command is not None and identity.stamps(command) != self._stamps
+        except OSError:  # just being replaced
+            return True
 
     def _fresh(self, cell: Cell, model: Path) -> CellResult:
         prompt = prompt_of(cell)
@@ -247,7 +259,7 @@ class Bench:
 def ends_the_run(error: Exception) -> bool:
     """Whether it says nothing of the cell, and every other cell would meet it too: no engine to start, no place to write to."""
     return isinstance(error, ParityError) and (
-        error.code == OUTPUT or (isinstance(error, EngineError) and error.how == engines.NOT_STARTED)
+        error.code in (OUTPUT, DISK, MEMORY) or (isinstance(error, EngineError) and error.how == engines.NOT_STARTED)
     )
 
 

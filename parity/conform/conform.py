@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from functools import cache
 from time import perf_counter
 
-from checkpoints.answers.conform import CRASHED, Cell, CellResult, Conformance
+from checkpoints.answers.conform import CHANGED, CRASHED, Cell, CellResult, Conformance
 from checkpoints.errors import InputError
 
 from ..run.workers import workers_of
@@ -43,12 +43,13 @@ def conform(request: ConformRequest, progress: Progress = lambda *_: None) -> Co
         raise InputError("the matrix has no cell.", "Widen --architectures, --types, --prompts or --modes.", code="matrix")
     began = perf_counter()
     done: dict[Cell, CellResult] = {}
-    try:
-        for result in _results(request):
-            done[result.cell] = result
-            progress(result, len(done), len(request.cells))
-    except KeyboardInterrupt:
-        pass  # the missing cells are listed in `not_run`
+    with results.alone(request.settings.folder):
+        try:
+            for result in _results(request):
+                done[result.cell] = result
+                progress(result, len(done), len(request.cells))
+        except KeyboardInterrupt:
+            pass  # the missing cells are listed in `not_run`
     conformance = Conformance(
         side=request.settings.side,
         results=tuple(done[cell] for cell in request.cells if cell in done),
@@ -86,7 +87,7 @@ def _results(request: ConformRequest) -> Iterator[CellResult]:
                     part_results = finished.result()
                     parts.remove(pending[finished])
                     for result in part_results:
-                        if request.cluster:  # its workers may have a disk of their own
+                        if request.cluster and result.key != CHANGED:  # its workers may have a disk of their own
                             results.save(settings.folder, result)
                         yield result
         except BrokenProcessPool:  # a worker was killed: finished cells are kept, the others run again

@@ -3,6 +3,7 @@
 import hashlib
 import shlex
 import shutil
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -51,14 +52,24 @@ def of_side(command: Command | None, hugging_face: HuggingFace | None = None) ->
 
 
 def of_command(command: Command) -> str:
-    """A command line and the contents of every file that it names, above all the program: a new build is another engine."""
+    """A command line and the content of every file that it names, the program first of all: a new build is another engine."""
     parts: list[object] = [command.line, command.shell]
+    for path in _files(command):
+        info = path.stat()
+        small = info.st_size <= _LARGEST_PROGRAM
+        parts += [path, of_file(path) if small else (info.st_size, info.st_mtime_ns)]
+    return digest(*parts)
+
+
+def stamps(command: Command) -> tuple[tuple[Path, int, int], ...]:
+    """Size and time of the same files, which tell at once whether one was replaced while cells ran."""
+    return tuple((path, (info := path.stat()).st_size, info.st_mtime_ns) for path in _files(command))
+
+
+def _files(command: Command) -> Iterator[Path]:
     for word in shlex.split(command.line):
         for text in (word, word.partition("=")[2]):
             program = shutil.which(text) if text else None
             path = Path(program or text)
             if text and path.is_file():
-                info = path.stat()
-                small = info.st_size <= _LARGEST_PROGRAM
-                parts += [path, of_file(path) if small else (info.st_size, info.st_mtime_ns)]
-    return digest(*parts)
+                yield path

@@ -4,13 +4,22 @@ They are sorted into folders by the first two digits of the key: each write look
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 from checkpoints.answers.conform import CellResult
-from checkpoints.whole_file import put
+from checkpoints.errors import InputError
+from checkpoints.whole_file import put, unwritable
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 FOLDER = "results"
+_LOCK = ".lock"
 
 
 def load(folder: Path, key: str) -> CellResult | None:
@@ -33,3 +42,28 @@ def save(folder: Path, result: CellResult) -> None:
 
 def _path(folder: Path, key: str) -> Path:
     return folder / FOLDER / key[:2] / f"{key[2:]}.json"
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Hold a run's folder: another run in it would write its engine's dumps to the same places.
+
+    Raises:
+        InputError: another run holds it, or it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / _LOCK).open("wb")
+    except OSError as error:
+        raise unwritable(folder, error, "Choose another --out.") from error
+    with file:
+        try:
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"another run of parity conform uses {folder}.", "Wait until it ends, or choose another --out.", code="output"
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+        yield

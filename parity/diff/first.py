@@ -171,7 +171,7 @@ def _pattern(records: Records, first: int, stretch: Stretch | None, settled: boo
             drifted=not records.fresh()[failing].any(),
             settled=settled,
             embedded=EMBD in records.names,
-            token=records.text.get(int(records.token_idx[first])),
+            token=records.text_of(name, int(records.token_idx[first])),
             alike=_alike(records, here, failing),
             gradual=_gradual(records, here),
             zero=len(failing) > 0 and not ours.values.any() and bool(ref.values.any(axis=1).all()),

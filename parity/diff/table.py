@@ -1,5 +1,6 @@
 """Every compared record as a pandas table, to be filtered and plotted. pandas is imported only here."""
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -69,14 +70,12 @@ def write_table(records: Records, path: Path) -> None:
 def write_frame(frame: "pd.DataFrame", path: Path) -> None:
     """Write any data frame; raises as `write_table`."""
     check_ending(path)
-    try:
-        data = frame.to_csv(index=False).encode() if path.suffix == ".csv" else frame.to_parquet(index=False)
-    except ImportError as error:
-        raise InputError("Parquet needs pyarrow, which is not installed.", "Write .csv, or install pyarrow.") from error
-    put(path, data)
+    put(path, frame.to_csv(index=False).encode() if path.suffix == ".csv" else frame.to_parquet(index=False))
 
 
 def check_ending(path: Path) -> None:
-    """Raises InputError for a name that ends in neither .csv nor .parquet."""
+    """Raises InputError for a name that ends in neither .csv nor .parquet, and for the latter without pyarrow."""
     if path.suffix not in (".csv", ".parquet"):
         raise InputError(f"cannot write a table as {path.name!r}.", "End its name in .csv or .parquet.", code="output")
+    if path.suffix == ".parquet" and find_spec("pyarrow") is None:
+        raise InputError("Parquet needs pyarrow, which is not installed.", "Write .csv, or install pyarrow.", code="output")

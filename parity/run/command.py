@@ -170,8 +170,8 @@ class Command:
         except BaseException:
             end(process)
             raise
+        end(process)  # what it started and left behind, too: there are as many of these as there are runs
         if stopped is not None:
-            end(process)
             raise stopped
         if process.returncode:
             raise self.failed(process.returncode, tail.text())
