@@ -264,7 +264,7 @@ def layer_of(step: Step) -> int:
     """
     layer = _parse(step.makes).layer
     if layer is None:
-        raise NotApplicable(f"{step.makes} stands outside the layers")
+        raise NotApplicable(f"{step.makes} is outside the layers")
     return layer
 
 

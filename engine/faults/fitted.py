@@ -197,7 +197,7 @@ _ATTENTION_CAP = Fault(
 
 def _epsilon(step: Step, _right: Steps, parameters: Parameters) -> Step:
     if "eps" not in step.params:
-        raise NotApplicable(f"{step.makes} is no norm")
+        raise NotApplicable(f"{step.makes} is not a norm")
     return with_parameters(step, eps=parameters["eps"])
 
 
@@ -216,13 +216,13 @@ _OTHER_EPSILON = Fault(
     what="ε is {eps}, which is not this model's, in {at}",
     symptom="a difference of 1e-8 to 1e-3 that looks like rounding",
     fix="read <architecture>.attention.layer_norm_rms_epsilon from the file, for the norms of heads and branches as well",
-    seen="norm kernels with a constant of their own for queries and keys",
+    seen="norm kernels with their own constant for queries and keys",
     parameters={"eps": (), AT: _other_norms},
     group="fitted",
 )
 _TIMES = "{part} of {at} is {by} times as large as in this model"
 _PLUS = "{by} is added to every element of {at}"
-_SCALE_FIX, _PLUS_FIX = "take the factor out, or read it from the file", "take the constant out"
+_SCALE_FIX, _PLUS_FIX = "remove the factor, or read it from the file", "remove the constant"
 
 _EPSILONS = {1e-5: "Llama 2, Mistral", 1e-6: "Qwen2, Gemma", 1e-8: "Adam's", 1e-12: "BERT"}
 CAPS = {30.0: "Gemma 2's logits, Grok", 50.0: "Gemma 2's attention"}

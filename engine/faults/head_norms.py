@@ -49,7 +49,7 @@ def _across_heads(step: Step, _right: Steps, _parameters: Parameters) -> Step:
 
 def _one_more(step: Step, _right: Steps, _parameters: Parameters) -> Step:
     if step.op is not ops.rms_norm:
-        raise NotApplicable(f"{step.makes} is no RMS norm")
+        raise NotApplicable(f"{step.makes} is not an RMS norm")
     return replace(step, op=plus_one)
 
 
@@ -70,7 +70,7 @@ def _after_rope(step: Step, right: Steps, parameters: Parameters) -> Step:
         return _reads_norm(step, right, parameters) if parameters["result"] == _RESULT[1] else step
     norm, rope = sibling(step, right, f"{letter}_norm"), sibling(step, right, f"{letter}_rope")
     if rope.op is not ops.rope or norm.op is not ops.rms_norm or read_of(rope, 0) != norm.makes:
-        raise NotApplicable(f"{rope.makes} does not rotate what a norm made")
+        raise NotApplicable(f"{rope.makes} does not rotate the result of a norm")
     if kind == "norm" and parameters["result"] == _RESULT[0]:
         return step
     raw = (read_of(norm, 0), *rope.reads[1:])
@@ -103,7 +103,7 @@ def _uncentred(x: Array, weight: Array, bias: Array | None = None, *, eps: float
 
 def _root_mean_square(step: Step, _right: Steps, _parameters: Parameters) -> Step:
     if step.op is not ops.layer_norm:
-        raise NotApplicable(f"{step.makes} is no LayerNorm")
+        raise NotApplicable(f"{step.makes} is not a LayerNorm")
     return replace(step, op=_uncentred)
 
 
@@ -131,7 +131,7 @@ FAULTS = (
     ),
     _new(
         "head-norm-whole-width", _HEADS, _whole_width,
-        "all heads are normalised together, not each by itself, in {at}", "position 0 is right, later ones are slightly wrong",
+        "all heads are normalised together, not each on its own, in {at}", "position 0 is right, later ones are slightly wrong",
         "reshape to [T, heads, head size] before the norm", "norm kernels that are given [T, width]",
     ),
     _new(
@@ -144,7 +144,7 @@ FAULTS = (
         _new(
             "head-norm-after-rope", (*_QUERIES, *_KEYS), _after_rope,
             "heads are normalised after RoPE, not before ({result}), in {at}",
-            "right if the norm's weight is constant, else wrong from position 1 on",
+            "right if the norm's weight is constant, otherwise wrong from position 1 on",
             "apply q_norm and k_norm before RoPE", "Llama 4, which normalises after RoPE",
         ),
         parameters={"result": _RESULT, AT: ((*_QUERIES, *_KEYS), _QUERIES, _KEYS)},
@@ -157,7 +157,7 @@ FAULTS = (
     _new(
         "post-norm-one-plus-weight", _OTHERS, _one_more,
         "the norm multiplies by 1 + weight, in {at}", "values about twice too large",
-        "GGUF stores the whole weight, also for Gemma: multiply by it as it is", "ports of Gemma code",
+        "GGUF stores the whole weight, also for Gemma: multiply by it unchanged", "ports of Gemma code",
     ),
     _new(
         "norm-bias-missing", _CENTRED, _without_bias,
@@ -166,7 +166,7 @@ FAULTS = (
     ),
     _new(
         "norm-not-centred", _CENTRED, _root_mean_square,
-        "the mean is not subtracted: an RMS norm where this model wants LayerNorm, in {at}", "a small difference from position 0 on",
+        "the mean is not subtracted: an RMS norm where this model has LayerNorm, in {at}", "a small difference from position 0 on",
         "subtract the row's mean first", "Llama code that loads a model with LayerNorm",
     ),
 )  # fmt: skip
