@@ -14,6 +14,7 @@ from ..inapplicable import NotApplicable
 from .attention import FAULTS as ATTENTION
 from .base import AT, Fault, Parameters, Steps, with_parameters
 from .edits import HandsOn
+from .head_norms import unlisted
 from .logits import FAULTS as LOGITS
 from .norms import FAULTS as NORMS
 from .rope import FAULTS as ROPE
@@ -204,8 +205,9 @@ def _epsilon(step: Step, _right: Steps, parameters: Parameters) -> Step:
 def _other_norms(right: Steps) -> tuple[tuple[str, ...], ...]:
     """The kinds of such norms that a model has: all, queries' and keys', each."""
     have = {step.makes.rpartition(".")[2] for step in right.values() if "eps" in step.params}
-    each = tuple(kind for kind in _OTHER_NORMS if kind in have)
-    heads = tuple(kind for kind in each if kind in ("q_norm", "k_norm"))
+    own = unlisted(right)
+    each = (*(kind for kind in _OTHER_NORMS if kind in have), *own)
+    heads = tuple(kind for kind in each if kind in ("q_norm", "k_norm", *own))
     return tuple(dict.fromkeys(chosen for chosen in (each, heads, *((kind,) for kind in each)) if chosen))
 
 

@@ -10,7 +10,7 @@ from .. import ops
 from ..backend import Array, module_of
 from ..graph import Step, name_of, read_as
 from ..inapplicable import NotApplicable
-from .base import AT, Fault, Parameters, Steps, kind_of, read_of, sibling, subsets
+from .base import AT, Fault, Parameters, Steps, Values, kind_of, read_of, sibling, subsets
 from .edits import only
 from .norms import plus_one
 
@@ -110,17 +110,34 @@ def _root_mean_square(step: Step, _right: Steps, _parameters: Parameters) -> Ste
 _LATENTS = ("kv_cmpr", "kv_compressed", "attn_q_a_norm")
 _SCANNED = ("ssm_norm",)
 _OTHERS = (*_HEADS, *_BEHIND, *_LATENTS, *_SCANNED)
-_GROUPS: dict[str, Any] = {AT: (_OTHERS, _HEADS, _BEHIND, _LATENTS, *((kind,) for kind in _OTHERS))}
+_GROUPS = (_OTHERS, _HEADS, _BEHIND, _LATENTS, *((kind,) for kind in _OTHERS))
+_ANY = "RMS_NORM"
 
 
-def _at(kinds: tuple[str, ...]) -> dict[str, Any]:
-    return {AT: subsets(*kinds)}
+def unlisted(right: Steps) -> tuple[str, ...]:
+    """The kinds of a model's RMS norms of single heads that have a name of their own, as those behind RoPE in Hunyuan."""
+    norms = (step for step in right.values() if step.op is ops.rms_norm and step.params.get("heads", 1) != 1)
+    return tuple(dict.fromkeys(kind for step in norms if (kind := kind_of(step)) not in _OTHERS))
+
+
+def _where(kinds: tuple[str, ...]) -> Callable[[Steps], Values]:
+    """The places of a fault: these kinds, and a model's own names for norms of heads where they are among them."""
+
+    def places(right: Steps) -> Values:
+        known = _GROUPS if kinds == _OTHERS else subsets(*kinds)
+        more = unlisted(right) if set(_HEADS) <= set(kinds) else ()
+        return (*known, *(subsets(*more) if more else ()))
+
+    return places
 
 
 def _new(name: str, kinds: tuple[str, ...], change: Callable[[Step, Steps, Parameters], Step], *texts: str) -> Fault:
     summary, symptom, fix, seen = texts
-    where = _GROUPS if kinds == _OTHERS else _at(kinds)
-    return Fault(name=name, kinds=kinds, change=change, what=summary, symptom=symptom, fix=fix, seen=seen, parameters=where)
+    parameters = {AT: _where(kinds)}
+    every = (*kinds, _ANY)
+    return Fault(
+        name=name, kinds=every, change=change, what=summary, symptom=symptom, fix=fix, seen=seen, parameters=parameters
+    )
 
 
 FAULTS = (
