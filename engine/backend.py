@@ -72,7 +72,7 @@ class Backend:
         if free is not None and needed > free:
             raise InputError(
                 f"{purpose} needs {needed / 2**30:.2f} GiB of device memory, {free / 2**30:.2f} GiB are free.",
-                "Take --backend numpy, a smaller model, or end what else uses the device (nvidia-smi tells).",
+                "Take --backend numpy, a smaller model, or stop other programs on the device (nvidia-smi lists them).",
                 code="device-memory",
             )
 
@@ -135,7 +135,7 @@ def choose(name: str = "auto", number: int | None = None) -> Backend:
     if os.environ.get("CUPY_TF32", "0") not in ("", "0"):
         raise InputError(
             "CUPY_TF32 is set: CuPy would round the factors of float32 products to TF32.",
-            "Unset it; `--compute tf32` is for engines that do so.",
+            "Unset it; `--compute tf32` is for engines that do that.",
             code="tf32",
         )
     there = cupy.cuda.runtime.getDeviceCount()

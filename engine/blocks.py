@@ -36,10 +36,12 @@ class Blocks:
     def weight(self, name: str, *shape: int) -> str:
         """A weight that must be there, of this shape."""
         if name not in self.tensors:
-            raise ModelError(f"the model has no tensor {name}.", "Is the file of the architecture it says? Convert it again.")
+            raise ModelError(
+                f"the model has no tensor {name}.", "Is it really of the architecture that it names? Convert it again."
+            )
         if self.tensors[name].shape != shape:
             raise ModelError(
-                f"{name} has shape {list(self.tensors[name].shape)}, the metadata ask for {list(shape)}.",
+                f"{name} has shape {list(self.tensors[name].shape)}, but the metadata require {list(shape)}.",
                 "Metadata and tensors contradict each other: convert the model again.",
             )
         return name

@@ -138,9 +138,9 @@ class Transformer:
         check_tokens(self.hp, tokens, before)
         if self.longest is not None and before + len(tokens) > self.longest:
             raise InputError(
-                f"how attention's windows cut {before + len(tokens):,} positions was not seen when the graph of "
-                f"{self.hp.architecture} was recorded: it is known for {self.longest:,}.",
-                "Take a shorter prompt; `parity dump ref` and `parity diff` take any.",
+                f"attention's windows over {before + len(tokens):,} positions were not observed when the graph of "
+                f"{self.hp.architecture} was recorded: only {self.longest:,} positions were.",
+                "Take a shorter prompt; `parity dump ref` and `parity diff` have no such limit.",
                 code="context",
             )
 

@@ -73,8 +73,8 @@ def test_absurd_counts_take_no_memory_and_no_time(tmp_path: Path) -> None:
     ("key", "value", "message"),
     [
         ("split.count", 4, "split model"),
-        ("tiny.attention.head_count_kv", [2.0, 0.5], "no whole number"),
-        ("tiny.embedding_length", "wide", "no int"),
+        ("tiny.attention.head_count_kv", [2.0, 0.5], "other than whole numbers"),
+        ("tiny.embedding_length", "wide", "not int"),
         ("tiny.block_count", None, "tiny.block_count"),
     ],
 )
@@ -89,7 +89,7 @@ def test_metadata_that_no_engine_can_use(tmp_path: Path, key: str, value: object
     [
         ("tiny.rope.scaling.type", "yarn", "yarn"),
         ("tiny.attention.head_count_kv", [2, 4], "differs from layer to layer"),
-        ("tiny.attention.head_count", 5, "do not go together"),
+        ("tiny.attention.head_count", 5, "do not fit together"),
         ("tiny.attention.head_count", 0, "0 heads"),
         ("tiny.rope.dimension_count", 7, "rotary"),
         ("tiny.expert_count", 8, "mixture of experts"),

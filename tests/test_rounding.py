@@ -204,7 +204,7 @@ def quantized(weight: np.ndarray, kind: Kind) -> np.ndarray:
 
 def test_rows_that_do_not_fit_are_refused() -> None:
     """Activations that ggml could not round in blocks, and types it cannot multiply, are one clear error each."""
-    with pytest.raises(ModelError, match="multiple of the blocks of 256"):
+    with pytest.raises(ModelError, match="multiple of 256, the block"):
         round_activations(np.zeros((1, 96), dtype=np.float32), Kind.Q4_K)
     with pytest.raises(ModelError, match="type 999"):
         round_activations(np.zeros((1, 96), dtype=np.float32), 999)

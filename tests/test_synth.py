@@ -63,7 +63,7 @@ def test_the_same_seed_gives_the_same_bytes(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"heads": 6}, "6 heads cannot share 4"),
-        ({"width": 66}, "no multiple"),
+        ({"width": 66}, "not a multiple"),
         ({"head_size": 15}, "pairs"),
         ({"layers": 0}, "layers"),
         ({"architecture": "gemma3"}, "qwen2 and llama"),

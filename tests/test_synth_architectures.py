@@ -84,7 +84,7 @@ def test_wrong_requests(parity: Cli) -> None:
     for arguments, message in (
         (("--architecture", "gpt-5"), "Take one of afmoe, apertus,"),
         (("--architecture", "qwen3", "--type", "q9_9"), "q9_9"),
-        (("--architecture", "granite", "--width", "130"), "no multiple of 4 heads"),
+        (("--architecture", "granite", "--width", "130"), "not a multiple of 4 heads"),
         (("--architecture", "qwen3", "--kv-heads", "3"), "4 heads cannot share 3"),
         (("--architecture", "qwen3", "--like", "tiny"), "--like is for shapes of qwen2 and llama"),
         (("--architecture", "qwen3", "--set", "expert_count"), "has no value"),
@@ -103,7 +103,7 @@ def test_settings_are_typed_as_they_are_written() -> None:
     """true, 3, 3.0, a list and a word are a bool, an integer, a float, a list and a text; a mapping is refused."""
     given = ("a=true", "b=3", "c=3.0", "d=[1, 2]", "e=yarn", "f=1e-5")
     assert parse_settings(given) == {"a": True, "b": 3, "c": 3.0, "d": [1, 2], "e": "yarn", "f": 1e-5}
-    with pytest.raises(InputError, match="no metadata value"):
+    with pytest.raises(InputError, match="not a metadata value"):
         parse_settings(['a={"b": 1}'])
 
 

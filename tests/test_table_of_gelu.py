@@ -182,3 +182,14 @@ def test_what_a_norm_removes_is_not_acquitted_by_it(sides: Callable[[str], Sides
         found = both.told(1 << 20, steps=edited(list(both.faulty.right), name, change))
         assert found.first_divergence is not None
         assert found.first_divergence.checkpoint == name
+
+
+def test_a_factor_that_a_norm_removes_blames_no_operation(sides: Callable[[str], Sides]) -> None:
+    """Keys twice as large, and all that is made of them behind their norm right: the record, or an operation that the norm hides."""
+    found = sides("qwen3").told(16, change=lambda kind, values: values * np.float32(2) if kind == "k" else values)
+    assert found.first_divergence is not None
+    assert found.first_divergence.checkpoint == "blk.0.k"
+    assert "k_norm, computed from it, agree" in found.operation
+    assert found.pattern is not None
+    assert "2 times" in found.pattern.sentence
+    assert "differ" not in found.pattern.sentence

@@ -139,7 +139,7 @@ def _other_cache(step: Step, right: Steps, parameters: Parameters) -> Step:
 
 def _cache_shifted(step: Step, _right: Steps, parameters: Parameters) -> Step:
     if step.op is not ops.cached:
-        raise NotApplicable(f"{step.makes} is no plain read of the cache")
+        raise NotApplicable(f"{step.makes} is not a plain read of the cache")
     return replace(step, op=_rows_moved, params={**step.params, "by": parameters["by"]})
 
 
@@ -191,7 +191,7 @@ FAULTS = (
         name="v-layout",
         kinds=("v_read", "kqv_out"),
         change=value_layout,
-        what="the value cache is read in another layout than written ({layout})",
+        what="the value cache is read in a layout other than it was written in ({layout})",
         symptom="position 0 is right or nearly so; later ones mix positions",
         fix="read V in the layout in which it was written: [position, head, d] or transposed",
         seen="V stored transposed for one kernel, read by another",
@@ -215,7 +215,7 @@ FAULTS = (
         change=_other_cache,
         what="attention reads another cache: {read} (what is read, and what it holds)",
         symptom="wrong from position 0 or 1 on, of plausible size",
-        fix="keys and values each have a cache of their own: two pointers, two offsets",
+        fix="keys and values have separate caches: two pointers, two offsets",
         seen="one buffer for both caches; an offset of half the buffer that is missing",
         parameters={"read": (("v_read", "k_rope"), ("v_read", "k"), ("k_read", "v"))},
     ),
@@ -226,7 +226,7 @@ FAULTS = (
         what="the heads are put side by side in the wrong order ({order})",
         symptom="wrong from position 0 on",
         fix="[T, H, d] -> [T, H · d], head 0 first",
-        seen="a transpose that is missing before the output projection",
+        seen="a missing transpose before the output projection",
         parameters={"order": ("interleaved", "reversed", "head-major", "by group")},
         whole=True,
     ),

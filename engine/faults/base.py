@@ -109,10 +109,6 @@ class Planting:
         """Whether some layer has a step that the fault changes."""
         return any((kind, _ANY) in self._places for kind in fault.kinds)
 
-    def outside(self, kinds: Collection[str]) -> bool:
-        """Whether steps of one of these kinds stand outside the layers, and none in them."""
-        return any((kind, None) in self._places and (kind, _ANY) not in self._places for kind in kinds)
-
     def edits(
         self, fault: Fault, layers: Collection[int] | None, parameters: Parameters, end: int | None = None
     ) -> dict[int, tuple[Step, ...]]:
@@ -264,7 +260,7 @@ def layer_of(step: Step) -> int:
     """
     layer = _parse(step.makes).layer
     if layer is None:
-        raise NotApplicable(f"{step.makes} stands outside the layers")
+        raise NotApplicable(f"{step.makes} is outside the layers")
     return layer
 
 

@@ -74,7 +74,7 @@ FAULTS = (
         change=_bias_of,
         what="{at} takes the bias of {of}",
         symptom="wrong from the first layer and position on",
-        fix="each projection has a bias of its own",
+        fix="each projection has its own bias",
         seen="one offset for a fused bias",
         parameters={"of": ("k", "v", "q"), AT: (("q",), ("k",), ("v",), _QKV)},
     ),

@@ -18,7 +18,7 @@ _SEEN_BELOW = 16.0  # exp(−16) = 1e-7 is float32's rounding: with a larger cap
 
 def _plain_read(step: Step) -> Step:
     if step.op is not ops.cached or not isinstance(read_of(step, 0), History):
-        raise NotApplicable(f"{step.makes} is no plain read of the cache")
+        raise NotApplicable(f"{step.makes} is not a plain read of the cache")
     return step
 
 
@@ -80,7 +80,7 @@ def _capped_mask(
 def _cap_after_mask(step: Step, right: Steps, _parameters: Parameters) -> Step:
     _, cap = cap_of(maker(step, right), right)
     if step.op is not ops.causal_soft_max:
-        raise NotApplicable(f"{step.makes} is no plain softmax")
+        raise NotApplicable(f"{step.makes} is not a plain softmax")
     if cap > _SEEN_BELOW:
         raise NotApplicable(f"a masked key's weight of {exp(-cap):.0e} is not seen")
     return replace(step, op=_capped_mask, params={**step.params, "cap": cap})
@@ -107,10 +107,10 @@ FAULTS = (
         name="cache-of-other-layer",
         kinds=_READS,
         change=_of_other_layer,
-        what="layers read the cache of {layer} layer before them that has one, at {at}",
+        what="layers read the cache of {layer} earlier layer that has one, at {at}",
         symptom="the first layer with attention is right, the others are wrong from position 0 or 1 on",
-        fix="each layer has rows of its own; only models that say so (attention.shared_kv_layers) share them",
-        seen="one buffer for all layers; an index of the layer that is missing or off by one",
+        fix="each layer has its own rows; only models that say so (attention.shared_kv_layers) share them",
+        seen="one buffer for all layers; a layer index that is missing or off by one",
         parameters={"layer": ("the last", "the first"), AT: subsets(*_READS)},
     ),
     Fault(
@@ -120,7 +120,7 @@ FAULTS = (
         what="{heads} of the cache's rows are zero, at {at}",
         symptom="single heads of attention are wrong",
         fix="write all key/value heads of a position into its row",
-        seen="writes that cover one head, or half a warp; a grid by the wrong number of heads",
+        seen="writes that cover one head, or half a warp; a grid with the wrong number of heads",
         parameters={"heads": tuple(_HEADS), AT: (("v_read",), ("k_read",), _READS)},
     ),
     Fault(
@@ -129,17 +129,17 @@ FAULTS = (
         change=_cap_after_mask,
         what="scores are masked before the soft cap, which makes −cap of −∞: later positions are seen",
         symptom="slightly wrong at all positions but the last",
-        fix="cap first, mask then",
-        seen="masks that are folded into the product, caps that are added behind it",
+        fix="cap first, then mask",
+        seen="masks that are folded into the product, caps that are applied after it",
         whole=True,
     ),
     Fault(
         name="softcap-before-scale",
         kinds=("kq_scaled_2",),
         change=_cap_before_scale,
-        what="attention's soft cap is put on scores that are not scaled yet",
+        what="attention's soft cap is applied to scores that are not scaled yet",
         symptom="position 0 is right, large scores are too small",
         fix="scale the queries or the scores, then cap",
-        seen="fused attention that scales in its soft max",
+        seen="fused attention that scales inside its softmax",
     ),
 )

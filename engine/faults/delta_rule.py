@@ -28,7 +28,7 @@ def _beta(step: Step, right: Steps, parameters: Parameters) -> Step:
         return _changed(step, _BETA, lambda beta: module_of(beta).ones_like(beta))
     producer = right.get(name_of(read_of(step, _BETA)))
     if producer is None or not ggml(producer, "UNARY") or integer(producer, 0) != _SIGMOID:
-        raise NotApplicable(f"{step.makes}: β is no sigmoid")
+        raise NotApplicable(f"{step.makes}: β is not a sigmoid")
     return _changed(step, _BETA, _before_sigmoid)
 
 
@@ -76,9 +76,9 @@ FAULTS = (
         name="delta-norm-missing",
         kinds=("RMS_NORM", "SCALE", "L2_NORM"),
         change=_no_norm,
-        what="{of} of the delta rule are not brought to length 1",
+        what="{of} of the delta rule are not normalised to length 1",
         symptom="states of the wrong size, from position 0 on",
-        fix="x / √(Σx² + ε) of each head's query and key, behind the convolution",
+        fix="x / √(Σx² + ε) of each head's query and key, after the convolution",
         seen="kernels that expect the norm to be done, called by code that leaves it to them",
         parameters={"of": ("queries and keys", "queries", "keys")},
     ),

@@ -69,7 +69,7 @@ def remade(step: Step, make: Callable[[WeightSource, str], Array]) -> Step:
 
         return replace(step, weights=(Altered(first.weight, rows), *step.weights[1:]))
     if not isinstance(first, str):
-        raise NotApplicable(f"{step.makes} has no plain matrix to read in another way")
+        raise NotApplicable(f"{step.makes} has no plain matrix that could be read differently")
     return replace(step, weights=(Altered(first, make), *step.weights[1:]))
 
 
@@ -180,7 +180,7 @@ FAULTS = (
         change=_by(no_high_bits),
         what="the high bits of 3-, 5- and 6-bit quants are dropped, in {at}",
         symptom="only Q3_K, Q5 and Q6_K files are wrong",
-        fix="or the high bits from qh (hmask for Q3_K) onto the low ones",
+        fix="OR the high bits from qh (hmask for Q3_K) into the low ones",
         seen="Q4 kernels used for Q5 and Q6",
         parameters=WHERE,
     ),
@@ -190,7 +190,7 @@ FAULTS = (
         change=_by(neighbours_scale),
         what="quants are scaled by the {of}'s scale, in {at}",
         symptom="single values of the wrong size",
-        fix="each block (and sub-block) has a scale of its own",
+        fix="each block (and sub-block) has its own scale",
         seen="an index that is off by one",
         parameters={"of": ("next block", "previous block", "sub-block"), **WHERE},
     ),
@@ -211,7 +211,7 @@ FAULTS = (
         what="quants are read unsigned, in {at}",
         symptom="all weights are positive: values grow without bounds",
         fix="Q8_0 holds int8; Q4_0 subtracts 8, Q5_0 16",
-        seen="char that is unsigned on ARM",
+        seen="char, which is unsigned on ARM",
         parameters=WHERE,
     ),
     Fault(

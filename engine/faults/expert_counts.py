@@ -41,7 +41,7 @@ def _weighting(step: Step, right: Steps, raw: str) -> _Weighting:
             least = number(clamped, 0) if ggml(clamped, "CLAMP") else 0.0
             weighting = replace(weighting, norm=_SUM, least=least)
         else:
-            raise NotApplicable(f"{step.makes}: the experts' weights are made by another operation")
+            raise NotApplicable(f"{step.makes}: the experts' weights are computed by another operation")
         name = name_of(read_of(producer, 0))
     return weighting
 
@@ -81,7 +81,7 @@ def _one_more(step: Step, right: Steps, _parameters: Parameters) -> Sequence[Ste
             if name == down:
                 break
     if not {raw, down} <= copied:
-        raise NotApplicable(f"{step.makes}: the experts' results are not made of the chosen ids")
+        raise NotApplicable(f"{step.makes}: the experts' results are not computed from the chosen ids")
     reads = (down, down + COPY, raw, raw + COPY)
     return [*copies, replace(step, op=_mixed, reads=reads, params={"used": used, "weighting": weighting})]
 
@@ -91,9 +91,9 @@ FAULTS = (
         name="experts-one-more",
         kinds=("ffn_moe_out",),
         change=_one_more,
-        what="one expert more is used than this model wants",
+        what="one expert more is used than this model asks for",
         symptom="the router's scores are right, the experts' combined result is not",
         fix="use as many experts as <architecture>.expert_used_count says",
-        seen="a loop that ends one too late; another size of the same family",
+        seen="a loop that runs once too often; another size of the same family",
     ),
 )

@@ -121,7 +121,7 @@ def _split(step: Step, right: Steps, parameters: Parameters) -> Step:
     if step.op is ops.swiglu and "moe" in kind_of(step):
         chosen = read_of(sibling(step, right, "ffn_moe_topk"), 0)
         if not isinstance(chosen, View) or not chosen.shape[-1].constant:
-            raise NotApplicable(f"{step.makes}: the chosen experts are no part of all")
+            raise NotApplicable(f"{step.makes}: the chosen experts are not a part of all")
         experts = chosen.shape[-1].fixed
     return replace(step, op=_Resplit(step.op, parameters["split"], experts))
 
@@ -136,7 +136,7 @@ FAULTS = (
         what="the experts' matrices are in another order ({order}), in {at}",
         symptom=_RIGHT_ROUTING,
         fix="expert e is row e of the first dimension of ffn_*_exps, and of the router's output",
-        seen="experts gathered from single tensors by their names: 10 before 2",
+        seen="experts collected from single tensors in the order of their names: 10 before 2",
         parameters={
             "order": tuple(_ORDERS),
             AT: (EXPERTS, ("ffn_moe_down",), ("ffn_moe_gate_up", "ffn_moe_gate", "ffn_moe_up")),
@@ -158,7 +158,7 @@ FAULTS = (
         change=_layout,
         what="the experts' matrices are read as {layout}, in {at}",
         symptom=_RIGHT_ROUTING,
-        fix="GGUF stores them as [expert, out, in], in fastest",
+        fix="GGUF stores them as [expert, out, in], with `in` contiguous",
         seen="checkpoints of Hugging Face that hold [expert, in, out] (gpt-oss, Llama 4)",
         parameters={"layout": tuple(_LAYOUTS), AT: (EXPERTS, *((kind,) for kind in EXPERTS))},
     ),
@@ -168,8 +168,8 @@ FAULTS = (
         change=_split,
         what="the rows of gate and up are split {split}",
         symptom="fluent nonsense from the first such layer on",
-        fix="in one tensor gate's rows come first, then up's; where a checkpoint has them in turn (gpt-oss) its converter parts them",
-        seen="fused gate_up weights of one family read as another's",
+        fix="in one tensor gate's rows come first, then up's; where a checkpoint has them in turn (gpt-oss) its converter separates them",
+        seen="fused gate_up weights of one family read as those of another",
         parameters={"split": tuple(_SPLITS)},
     ),
 )

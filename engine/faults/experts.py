@@ -68,7 +68,7 @@ class _WithoutLast:
     def __call__(self, weights: Array) -> Array:
         rows = weights.reshape(weights.shape[0], -1).copy()
         if rows.shape[1] < 2:
-            raise NotApplicable("one expert alone is chosen")
+            raise NotApplicable("only one expert is chosen")
         rows[:, -1] = self.nothing
         return rows.reshape(weights.shape)
 
@@ -103,7 +103,7 @@ def _reads_shared(step: Step, right: Steps) -> int:
 
 def _no_shared(step: Step, right: Steps, _parameters: Parameters) -> Step:
     if step.op is not ops.add:
-        raise NotApplicable(f"{step.makes} is no sum")
+        raise NotApplicable(f"{step.makes} is not a sum")
     return only(step, read_of(step, 1 - _reads_shared(step, right)))
 
 
@@ -143,14 +143,14 @@ FAULTS = (
     ),
     _new(
         "experts-gating", ("ffn_moe_probs",), _gating,
-        "the router uses a softmax where this model wants a sigmoid, or the other way round",
+        "the router uses a softmax where this model has a sigmoid, or the other way round",
         "the router's logits are right, its probabilities are not",
         "expert_gating_func says which: 1 softmax, 2 sigmoid", "Mixtral code that loads DeepSeek-V3 or GLM-4.5",
     ),
     _new(
         "experts-bias-as-weight", _WEIGHTS, _biased_weights,
         "the bias for choosing experts is used in their weights as well", _RIGHT_LOGITS,
-        "choose by probability + bias, but weight by the probability alone", "DeepSeek-V3's exp_probs_b added to the probabilities",
+        "choose by probability + bias, but weight by the probability only", "DeepSeek-V3's exp_probs_b added to the probabilities",
     ),
     _new(
         "experts-bias-ignored", ("ffn_moe_probs_biased",), _unbiased,
@@ -160,7 +160,7 @@ FAULTS = (
     _new(
         "experts-one-fewer", _WEIGHTS, _one_fewer,
         "the last of the chosen experts is left out", _RIGHT_LOGITS,
-        "use as many experts as <architecture>.expert_used_count says", "a loop that ends one too early",
+        "use as many experts as <architecture>.expert_used_count says", "a loop that ends one iteration too early",
     ),
     _new(
         "experts-weights-exchanged", _WEIGHTS, _on_weights(_reversed),

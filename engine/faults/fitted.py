@@ -14,6 +14,7 @@ from ..inapplicable import NotApplicable
 from .attention import FAULTS as ATTENTION
 from .base import AT, Fault, Parameters, Steps, with_parameters
 from .edits import HandsOn
+from .head_norms import unlisted
 from .logits import FAULTS as LOGITS
 from .norms import FAULTS as NORMS
 from .rope import FAULTS as ROPE
@@ -197,15 +198,16 @@ _ATTENTION_CAP = Fault(
 
 def _epsilon(step: Step, _right: Steps, parameters: Parameters) -> Step:
     if "eps" not in step.params:
-        raise NotApplicable(f"{step.makes} is no norm")
+        raise NotApplicable(f"{step.makes} is not a norm")
     return with_parameters(step, eps=parameters["eps"])
 
 
 def _other_norms(right: Steps) -> tuple[tuple[str, ...], ...]:
     """The kinds of such norms that a model has: all, queries' and keys', each."""
     have = {step.makes.rpartition(".")[2] for step in right.values() if "eps" in step.params}
-    each = tuple(kind for kind in _OTHER_NORMS if kind in have)
-    heads = tuple(kind for kind in each if kind in ("q_norm", "k_norm"))
+    own = unlisted(right)
+    each = (*(kind for kind in _OTHER_NORMS if kind in have), *own)
+    heads = tuple(kind for kind in each if kind in ("q_norm", "k_norm", *own))
     return tuple(dict.fromkeys(chosen for chosen in (each, heads, *((kind,) for kind in each)) if chosen))
 
 
@@ -216,13 +218,13 @@ _OTHER_EPSILON = Fault(
     what="ε is {eps}, which is not this model's, in {at}",
     symptom="a difference of 1e-8 to 1e-3 that looks like rounding",
     fix="read <architecture>.attention.layer_norm_rms_epsilon from the file, for the norms of heads and branches as well",
-    seen="norm kernels with a constant of their own for queries and keys",
+    seen="norm kernels with their own constant for queries and keys",
     parameters={"eps": (), AT: _other_norms},
     group="fitted",
 )
 _TIMES = "{part} of {at} is {by} times as large as in this model"
 _PLUS = "{by} is added to every element of {at}"
-_SCALE_FIX, _PLUS_FIX = "take the factor out, or read it from the file", "take the constant out"
+_SCALE_FIX, _PLUS_FIX = "remove the factor, or read it from the file", "remove the constant"
 
 _EPSILONS = {1e-5: "Llama 2, Mistral", 1e-6: "Qwen2, Gemma", 1e-8: "Adam's", 1e-12: "BERT"}
 CAPS = {30.0: "Gemma 2's logits, Grok", 50.0: "Gemma 2's attention"}

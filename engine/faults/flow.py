@@ -102,7 +102,7 @@ def _scaled(ids: Array, take: Any, *, by: str) -> Array:
 
 def _scale(step: Step, _right: Steps, parameters: Parameters) -> Step:
     if step.op is not ops.get_rows:
-        raise NotApplicable(f"{step.makes} is no plain look-up of rows")
+        raise NotApplicable(f"{step.makes} is not a plain look-up of rows")
     return replace(step, op=_scaled, params={"by": parameters["scaled"]})
 
 
@@ -126,7 +126,7 @@ FAULTS = (
         what="the residual stream skips the attention (ffn_inp) or the feed-forward (l_out): {at}",
         symptom="wrong from layer 0 on; the stream changes too little",
         fix="add the branch's output to the stream",
-        seen="an output that is written to a buffer that nothing reads",
+        seen="an output written to a buffer that nothing reads",
         parameters={AT: (("l_out",), ("ffn_inp",))},
     ),
     Fault(
@@ -172,7 +172,7 @@ FAULTS = (
         name="sequential-branches",
         kinds=_FED,
         change=_sequential,
-        what="the feed-forward reads attention's result, where this model computes both branches of the layer's input",
+        what="the feed-forward reads attention's result, where this model computes both branches from the layer's input",
         symptom="wrong from layer 0, position 0 on",
         fix="one norm, read by attention and feed-forward alike; both results are added to the layer's input",
         seen="Llama code that loads Phi-2, Command R, Falcon or GPT-NeoX",

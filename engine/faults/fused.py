@@ -25,7 +25,7 @@ def _fused(step: Step, right: Steps) -> dict[str, View]:
         part = sibling(step, right, kind)
         read = read_of(part, 0)
         if part.weights or not isinstance(read, View) or not read.shape[-1].constant:
-            raise NotApplicable(f"{part.makes} is no part of a product")
+            raise NotApplicable(f"{part.makes} is not a part of a product")
         views[kind] = read
     if len({name_of(read) for read in views.values()}) != 1:
         raise NotApplicable(f"{step.makes}: Q, K and V are not parts of one product")
@@ -74,7 +74,7 @@ def _by_group(step: Step, right: Steps, _parameters: Parameters) -> Step:
     heads, groups = int(parameter_of(scores, "heads")), int(parameter_of(scores, "kv_heads"))
     widths = _widths(parts)
     if step.op is not ops.part or widths["q"] * groups != widths["k"] * heads or widths["k"] != widths["v"]:
-        raise NotApplicable(f"{step.makes}: the product has not one head size")
+        raise NotApplicable(f"{step.makes}: the product has more than one head size")
     return replace(step, op=_ByGroup(kind_of(step), heads // groups, groups), reads=(name_of(parts["q"]),))
 
 
@@ -104,7 +104,7 @@ FAULTS = (
         name="fused-qkv-order",
         kinds=_QKV,
         change=_in_order,
-        what="the product of Q, K and V is taken for {order}",
+        what="the product of Q, K and V is read as {order}",
         symptom=_WRONG,
         fix="fused QKV is all of Q, then all of K, then all of V",
         seen="fused weights split in the wrong order",

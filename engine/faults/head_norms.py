@@ -10,7 +10,7 @@ from .. import ops
 from ..backend import Array, module_of
 from ..graph import Step, name_of, read_as
 from ..inapplicable import NotApplicable
-from .base import AT, Fault, Parameters, Steps, kind_of, read_of, sibling, subsets
+from .base import AT, Fault, Parameters, Steps, Values, kind_of, read_of, sibling, subsets
 from .edits import only
 from .norms import plus_one
 
@@ -49,7 +49,7 @@ def _across_heads(step: Step, _right: Steps, _parameters: Parameters) -> Step:
 
 def _one_more(step: Step, _right: Steps, _parameters: Parameters) -> Step:
     if step.op is not ops.rms_norm:
-        raise NotApplicable(f"{step.makes} is no RMS norm")
+        raise NotApplicable(f"{step.makes} is not an RMS norm")
     return replace(step, op=plus_one)
 
 
@@ -70,7 +70,7 @@ def _after_rope(step: Step, right: Steps, parameters: Parameters) -> Step:
         return _reads_norm(step, right, parameters) if parameters["result"] == _RESULT[1] else step
     norm, rope = sibling(step, right, f"{letter}_norm"), sibling(step, right, f"{letter}_rope")
     if rope.op is not ops.rope or norm.op is not ops.rms_norm or read_of(rope, 0) != norm.makes:
-        raise NotApplicable(f"{rope.makes} does not rotate what a norm made")
+        raise NotApplicable(f"{rope.makes} does not rotate the result of a norm")
     if kind == "norm" and parameters["result"] == _RESULT[0]:
         return step
     raw = (read_of(norm, 0), *rope.reads[1:])
@@ -103,24 +103,41 @@ def _uncentred(x: Array, weight: Array, bias: Array | None = None, *, eps: float
 
 def _root_mean_square(step: Step, _right: Steps, _parameters: Parameters) -> Step:
     if step.op is not ops.layer_norm:
-        raise NotApplicable(f"{step.makes} is no LayerNorm")
+        raise NotApplicable(f"{step.makes} is not a LayerNorm")
     return replace(step, op=_uncentred)
 
 
 _LATENTS = ("kv_cmpr", "kv_compressed", "attn_q_a_norm")
 _SCANNED = ("ssm_norm",)
 _OTHERS = (*_HEADS, *_BEHIND, *_LATENTS, *_SCANNED)
-_GROUPS: dict[str, Any] = {AT: (_OTHERS, _HEADS, _BEHIND, _LATENTS, *((kind,) for kind in _OTHERS))}
+_GROUPS = (_OTHERS, _HEADS, _BEHIND, _LATENTS, *((kind,) for kind in _OTHERS))
+_ANY = "RMS_NORM"
 
 
-def _at(kinds: tuple[str, ...]) -> dict[str, Any]:
-    return {AT: subsets(*kinds)}
+def unlisted(right: Steps) -> tuple[str, ...]:
+    """The kinds of a model's RMS norms of single heads that have a name of their own, as those behind RoPE in Hunyuan."""
+    norms = (step for step in right.values() if step.op is ops.rms_norm and step.params.get("heads", 1) != 1)
+    return tuple(dict.fromkeys(kind for step in norms if (kind := kind_of(step)) not in _OTHERS))
+
+
+def _where(kinds: tuple[str, ...]) -> Callable[[Steps], Values]:
+    """The places of a fault: these kinds, and a model's own names for norms of heads where they are among them."""
+
+    def places(right: Steps) -> Values:
+        known = _GROUPS if kinds == _OTHERS else subsets(*kinds)
+        more = unlisted(right) if set(_HEADS) <= set(kinds) else ()
+        return (*known, *(subsets(*more) if more else ()))
+
+    return places
 
 
 def _new(name: str, kinds: tuple[str, ...], change: Callable[[Step, Steps, Parameters], Step], *texts: str) -> Fault:
     summary, symptom, fix, seen = texts
-    where = _GROUPS if kinds == _OTHERS else _at(kinds)
-    return Fault(name=name, kinds=kinds, change=change, what=summary, symptom=symptom, fix=fix, seen=seen, parameters=where)
+    parameters = {AT: _where(kinds)}
+    every = (*kinds, _ANY)
+    return Fault(
+        name=name, kinds=every, change=change, what=summary, symptom=symptom, fix=fix, seen=seen, parameters=parameters
+    )
 
 
 FAULTS = (
@@ -131,7 +148,7 @@ FAULTS = (
     ),
     _new(
         "head-norm-whole-width", _HEADS, _whole_width,
-        "all heads are normalised together, not each by itself, in {at}", "position 0 is right, later ones are slightly wrong",
+        "all heads are normalised together, not each on its own, in {at}", "position 0 is right, later ones are slightly wrong",
         "reshape to [T, heads, head size] before the norm", "norm kernels that are given [T, width]",
     ),
     _new(
@@ -144,7 +161,7 @@ FAULTS = (
         _new(
             "head-norm-after-rope", (*_QUERIES, *_KEYS), _after_rope,
             "heads are normalised after RoPE, not before ({result}), in {at}",
-            "right if the norm's weight is constant, else wrong from position 1 on",
+            "right if the norm's weight is constant, otherwise wrong from position 1 on",
             "apply q_norm and k_norm before RoPE", "Llama 4, which normalises after RoPE",
         ),
         parameters={"result": _RESULT, AT: ((*_QUERIES, *_KEYS), _QUERIES, _KEYS)},
@@ -157,7 +174,7 @@ FAULTS = (
     _new(
         "post-norm-one-plus-weight", _OTHERS, _one_more,
         "the norm multiplies by 1 + weight, in {at}", "values about twice too large",
-        "GGUF stores the whole weight, also for Gemma: multiply by it as it is", "ports of Gemma code",
+        "GGUF stores the whole weight, also for Gemma: multiply by it unchanged", "ports of Gemma code",
     ),
     _new(
         "norm-bias-missing", _CENTRED, _without_bias,
@@ -166,7 +183,7 @@ FAULTS = (
     ),
     _new(
         "norm-not-centred", _CENTRED, _root_mean_square,
-        "the mean is not subtracted: an RMS norm where this model wants LayerNorm, in {at}", "a small difference from position 0 on",
+        "the mean is not subtracted: an RMS norm where this model has LayerNorm, in {at}", "a small difference from position 0 on",
         "subtract the row's mean first", "Llama code that loads a model with LayerNorm",
     ),
 )  # fmt: skip

@@ -22,7 +22,7 @@ def _norm_missing(step: Step, _right: Steps, parameters: Parameters) -> Step:
     if not isinstance(weight, str) or not any(f".{name}." in weight for name in parameters["norm"]):
         return step
     if step.op is not ops.rms_norm:
-        raise NotApplicable(f"{step.makes} is no plain norm")
+        raise NotApplicable(f"{step.makes} is not a plain norm")
     return only(step, read_of(step, 0))
 
 
@@ -46,7 +46,7 @@ def _exchanged_parts(step: Step, right: Steps, _parameters: Parameters) -> Step:
     assert isinstance(own, View)
     offset = Size(0) if own.offset == behind.offset else Size(behind.shape[-1].fixed)
     if not (front.shape[-1].constant and behind.shape[-1].constant):
-        raise NotApplicable(f"{step.makes}: the parts' widths follow the length")
+        raise NotApplicable(f"{step.makes}: the parts' widths depend on the length")
     return replace(step, reads=(replace(own, offset=offset), *step.reads[1:]))
 
 
@@ -70,7 +70,7 @@ def _absorbed(step: Step, _right: Steps, parameters: Parameters) -> Step:
 
     def checked(matrix: Array) -> Array:
         if matrix.ndim != 3:
-            raise NotApplicable(f"{weight} is not one matrix a head")
+            raise NotApplicable(f"{weight} is not one matrix for each head")
         return change(matrix)
 
     return altered(require(step, "MUL_MAT"), checked)
@@ -93,9 +93,9 @@ FAULTS = (
         name="latent-rope-part",
         kinds=(*_QUERY_PARTS, *_KEY_PARTS),
         change=_exchanged_parts,
-        what="the rotated part is taken from the front where it lies behind, in {at}",
+        what="the rotated part is taken from the front although it comes last, in {at}",
         symptom="attention is wrong from position 0 or 1 on",
-        fix="the projection makes the part without position first, then the part for RoPE",
+        fix="the projection computes the part without position first, then the part for RoPE",
         seen="code for models that rotate a head's first dimensions",
         parameters={AT: ((*_QUERY_PARTS, *_KEY_PARTS), _QUERY_PARTS, _KEY_PARTS)},
     ),
@@ -106,7 +106,7 @@ FAULTS = (
         what="the rotated part is put in front of the other one, in {at}",
         symptom="scores are wrong from position 1 on",
         fix="queries and keys alike: first the part without position, then the rotated one",
-        seen="queries and keys that were put together in two places",
+        seen="queries and keys that are assembled in two different places",
         parameters={AT: (("k_rope",), ("q_rope",), ("q_rope", "k_rope"))},
     ),
     Fault(
@@ -115,7 +115,7 @@ FAULTS = (
         change=_absorbed,
         what="the matrix {weight} that a head multiplies with is {read}",
         symptom="attention is wrong from position 0 or 1 on",
-        fix="attn_k_b [heads, latent, part] goes into the queries, attn_v_b [heads, value, latent] behind attention: each head its own",
+        fix="attn_k_b [heads, latent, part] goes into the queries, attn_v_b [heads, value, latent] after attention: each head has its own",
         seen="attn_kv_b split or transposed a second time: GGUF stores both parts ready to multiply",
         parameters={"read": tuple(_READ), "weight": _ABSORBED},
     ),

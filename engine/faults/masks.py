@@ -100,7 +100,7 @@ FAULTS = (
         what="the causal mask is wrong: a position sees {mask}",
         symptom="off by one key: a small error from the second position on",
         fix="position t sees keys 0 to t, itself included",
-        seen="< taken for <= in a kernel",
+        seen="< instead of <= in a kernel",
         parameters={"mask": ("the next one as well", "earlier ones, not itself", "itself and later ones")},
         whole=True,
     ),
@@ -141,7 +141,7 @@ FAULTS = (
         what="a position sees the keys of {mask} only",
         symptom="right in the first chunk, wrong from a multiple of its length on",
         fix="a chunk of the prompt attends to all chunks before it as well",
-        seen="prefill in chunks whose mask is made for each chunk by itself",
+        seen="prefill in chunks whose mask is built for each chunk separately",
         parameters={"mask": tuple(f"its own chunk of {n}" for n in _CHUNKS)},
     ),
 )

@@ -49,7 +49,7 @@ _UNARY_KINDS = {"tanh": 8, "erf": 16, "quick": 9, "SiLU": 10}  # enum ggml_unary
 def _gelu(step: Step, _right: Steps, parameters: Parameters) -> Step:
     kinds = _GLU_KINDS if ggml(require(step, "GLU", "UNARY"), "GLU") else _UNARY_KINDS
     if integer(step, 0) not in kinds.values():
-        raise NotApplicable(f"{step.makes} is no GELU")
+        raise NotApplicable(f"{step.makes} is not a GELU")
     return with_values(step, {0: kinds[parameters["gelu"]]})
 
 
@@ -63,7 +63,7 @@ def _clamped(gate: Array, up: Array, *, alpha: float, limit: float, plus: float)
 def _swiglu_oai(step: Step, _right: Steps, parameters: Parameters) -> Step:
     require(step, "GLU")
     if integer(step, 0) != 3 or len(step.reads) != 2:
-        raise NotApplicable(f"{step.makes} is no clamped SwiGLU")
+        raise NotApplicable(f"{step.makes} is not a clamped SwiGLU")
     values = {"alpha": number(step, 2), "limit": number(step, 3), "plus": 1.0}
     values |= {"the limit": {"limit": inf}, "the +1": {"plus": 0.0}, "α": {"alpha": 1.0}}[parameters["without"]]
     return replace(step, op=_clamped, params=values)
@@ -88,7 +88,7 @@ class _Moved:
         try:
             return self._op(np.maximum(positions + self._by, 0), *inputs, **params)
         except IndexError as error:  # the prompt fills the context: an engine reads what lies behind the table then
-            raise NotApplicable(f"positions are moved beyond their table: {error}") from error
+            raise NotApplicable(f"positions are shifted beyond their table: {error}") from error
 
 
 def _no_positions(step: Step, right: Steps, _parameters: Parameters) -> Step:
@@ -109,7 +109,7 @@ FAULTS = (
         change=_multiplier,
         what="the model's multiplier is {how}, in {at}",
         symptom="values of the wrong size from the multiplier on",
-        fix="embedding_scale, residual_scale and logit_scale are in the metadata; Gemma multiplies embeddings by √width",
+        fix="read embedding_scale, residual_scale and logit_scale from the metadata; Gemma multiplies embeddings by √width",
         seen="Llama code that loads Granite, MiniCPM, Cohere or Gemma",
         parameters={"how": ("missing", "applied twice", "inverted"), AT: (*subsets(*_MULTIPLIED)[1:], ("scale", "scale.2"))},
     ),
@@ -119,7 +119,7 @@ FAULTS = (
         change=_other_base,
         what="layers use the RoPE base of the other kind of layers",
         symptom="position 0 is right, later ones are wrong, and more so the later they are",
-        fix="layers with a window of attention have a base of their own (rope.freq_base_swa)",
+        fix="layers with a window of attention have their own base (rope.freq_base_swa)",
         seen="one base for all layers of Gemma 3",
     ),
     Fault(
@@ -128,7 +128,7 @@ FAULTS = (
         change=_gelu,
         what="GELU by {gelu}, which is not this model's",
         symptom="a difference of 1e-4 to 1e-2 from layer 0 on",
-        fix="Gemma and GPT-2 take the tanh formula, BERT the error function, some encoders the quick one",
+        fix="Gemma and GPT-2 use the tanh formula, BERT the error function, some encoders the quick one",
         seen="the framework's default GELU",
         parameters={"gelu": ("erf", "quick", "SiLU", "tanh")},
     ),

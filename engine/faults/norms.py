@@ -157,11 +157,11 @@ _TEXTS = {
     "norm-one-plus-weight": (
         "the norm multiplies by 1 + weight, in {at}",
         "values about twice too large",
-        "GGUF stores the whole weight, also for Gemma: multiply by it as it is",
+        "GGUF stores the whole weight, also for Gemma: multiply by it unchanged",
         "ports of Gemma code",
     ),
     "layer-norm": (
-        "LayerNorm (mean subtracted) where this model wants RMSNorm, in {at}",
+        "LayerNorm (mean subtracted) where this model has RMSNorm, in {at}",
         "a small, even difference from position 0 on",
         "do not subtract the mean",
         "GPT-2 code",
@@ -173,14 +173,14 @@ _TEXTS = {
         "reductions without the division",
     ),
     "norm-in-halves": (
-        "each half of the row is normalised by itself, in {at}",
+        "each half of the row is normalised on its own, in {at}",
         "a small difference from position 0 on",
         "reduce over the whole row: across all warps or blocks",
         "reductions that stop at the edge of a thread block",
     ),
     "norm-over-positions": (
         "the norm reduces over the positions, not over the row, in {at}",
-        "wrong from position 0 on, and another result for another length of the prompt",
+        "wrong from position 0 on, and a result that depends on the prompt's length",
         "reduce along the elements of each position's row",
         "matrices whose rows and columns are confused",
     ),

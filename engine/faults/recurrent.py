@@ -28,7 +28,7 @@ def _tap(step: Step, _right: Steps, parameters: Parameters) -> Step:
 def _no_softplus(step: Step, _right: Steps, _parameters: Parameters) -> Step:
     require(step, "UNARY")
     if integer(step, 0) != _SOFTPLUS:
-        raise NotApplicable(f"{step.makes} is no softplus")
+        raise NotApplicable(f"{step.makes} is not a softplus")
     return left_out(step)
 
 
@@ -56,8 +56,8 @@ FAULTS = (
         change=_tap,
         what="the convolution's taps are in the wrong order ({by} places on; 0: back to front)",
         symptom="wrong from position 0 on, of plausible size",
-        fix="the last tap is the position itself",
-        seen="kernels stored the other way round; a state that is one position late",
+        fix="the last tap belongs to the position itself",
+        seen="kernels stored in reverse order; a state that is one position late",
         parameters={"by": (1, -1, 0)},
     ),
     Fault(
@@ -67,7 +67,7 @@ FAULTS = (
         what="the time step is used without softplus",
         symptom="states that grow instead of decaying",
         fix="dt = softplus(projection + bias)",
-        seen="softplus fused into a kernel that was replaced",
+        seen="softplus fused into a kernel that was later replaced",
     ),
     Fault(
         name="time-step-bias-missing",

@@ -87,7 +87,7 @@ def _rotated_linear(x: Array, positions: Array, weight: Array, bias: Array | Non
 def _values_too(step: Step, right: Steps, _parameters: Parameters) -> Step:
     rope = sibling(step, right, "k_rope")
     if rope.op is not ops.rope or step.op is not ops.linear:
-        raise NotApplicable(f"{step.makes} or {rope.makes} is no plain operation")
+        raise NotApplicable(f"{step.makes} or {rope.makes} is not a plain operation")
     return replace(step, op=_rotated_linear, reads=(*step.reads, POSITIONS), params={"rope": rope.params})
 
 
@@ -115,7 +115,7 @@ def _whole_head(x: Array, positions: Array, *, heads: int, **params: Any) -> Arr
 
 def _dims(step: Step, _right: Steps, parameters: Parameters) -> Step:
     if has_factors(step):
-        raise NotApplicable(f"{step.makes}: the frequency factors are as many as the dimensions that are rotated")
+        raise NotApplicable(f"{step.makes}: there are as many frequency factors as rotated dimensions")
     if parameters["of"] != _WHOLE:
         return with_rotary(step, dims=int(rotary(step, "dims") * parameters["of"]) & ~1)
     if step.op is ops.rope:
@@ -161,7 +161,7 @@ FAULTS = (
         change=_pairs,
         what="RoPE rotates the wrong pairs (NORM: adjacent, NEOX: halves) for this model, on {at}",
         symptom=_NO_WEIGHT_AT_0,
-        fix="NEOX rotates x[i] with x[i + d/2], NORM x[2i] with x[2i + 1]: take the architecture's own",
+        fix="NEOX rotates x[i] with x[i + d/2], NORM x[2i] with x[2i + 1]: use the architecture's own",
         seen="Qwen2 ports of Llama code",
         parameters=_PAIRWISE,
     ),
@@ -202,7 +202,7 @@ FAULTS = (
         what="decode steps count positions with the prompt's length {prompt}, on {at}",
         symptom="prefill right, decode wrong from its first step on",
         fix="the first generated token has the prompt's length as its position, counted from 0",
-        seen="decode loops that count from 0, or add the length to an index that has it already",
+        seen="decode loops that count from 0, or add the length to an index that already includes it",
         parameters={"prompt": ("added once more", "left out"), **_PAIRWISE},
     ),
     Fault(
@@ -299,7 +299,7 @@ FAULTS = (
         change=_front,
         what="RoPE rotates the first dimensions of the head where this model rotates the last ones, on {at}",
         symptom=_NO_WEIGHT_AT_0,
-        fix="multi-head latent attention keeps the part without position in front: rotate what is behind it",
+        fix="multi-head latent attention keeps the part without position first: rotate the part after it",
         seen="partial rotation of GPT-NeoX or Phi carried over",
         parameters=_PAIRWISE,
     ),

@@ -54,7 +54,7 @@ def _magnitude(step: Step, _right: Steps, parameters: Parameters) -> Step:
     require(step, "ROPE")
     magnitude = number(step, _MAGNITUDE)
     if magnitude == 1 or number(step, _MIX) != 0:
-        raise NotApplicable(f"{step.makes} multiplies by no magnitude of its own")
+        raise NotApplicable(f"{step.makes} multiplies by no separate magnitude")
     return with_values(step, {_MAGNITUDE: 1.0 if parameters["magnitude"] == "left out" else magnitude**2})
 
 
@@ -120,17 +120,17 @@ FAULTS = (
         what="the magnitude of the scaled rotation is {magnitude}, on {at}",
         symptom="wrong from position 1 on, scores too small or too large by one factor",
         fix="multiply cos and sin by rope.scaling.attn_factor, once: for queries and for keys",
-        seen="longrope read as frequency factors alone",
+        seen="longrope read as frequency factors only",
         parameters={"magnitude": ("left out", "squared"), AT: both},
     ),
     Fault(
         name="rope-factors-of-other-length",
         kinds=ROTATED,
         change=_other_factors,
-        what="the frequency factors for long contexts are used for a short one, or the other way round, on {at}",
+        what="the frequency factors for long contexts are used for a short one, or vice versa, on {at}",
         symptom=_LATER,
-        fix="rope_factors_short while the context is at most the original one, rope_factors_long beyond",
-        seen="Phi-3 ports that look at the model's context, not at their own",
+        fix="rope_factors_short if the context is at most the original one, rope_factors_long beyond",
+        seen="Phi-3 ports that use the model's context length instead of the run's",
         parameters={AT: both},
     ),
     Fault(
@@ -139,8 +139,8 @@ FAULTS = (
         change=_sections,
         what="the sections of the rotation are wrong: {sections}, on {at}",
         symptom=_LATER,
-        fix="text has one position for time, height and width; the fourth section is 0; sections lie side by side, or in turn",
-        seen="Qwen2-VL code that loads Qwen3-VL or Qwen3.5; text as if it were an image's first row",
+        fix="text has one position for time, height and width; the fourth section is 0; sections are contiguous, or interleaved",
+        seen="Qwen2-VL code that loads Qwen3-VL or Qwen3.5; text treated as the first row of an image",
         parameters={
             "sections": (
                 "only time's section is rotated",

@@ -58,7 +58,7 @@ def require_rotation(step: Step) -> Step:
         NotApplicable: it is none, or another fault has changed it already.
     """
     if not is_rotation(step):
-        raise NotApplicable(f"{step.makes} is no plain RoPE")
+        raise NotApplicable(f"{step.makes} is not a plain RoPE")
     return step
 
 
@@ -96,7 +96,7 @@ def head_size(step: Step) -> int:
         NotApplicable: only a run tells it.
     """
     if not ggml(step, "ROPE"):
-        raise NotApplicable(f"{step.makes} does not say how wide a head is")
+        raise NotApplicable(f"{step.makes} does not give the head size")
     return int(step.params["shape"][-1].fixed)
 
 

@@ -25,7 +25,7 @@ def _moved(ids: Array, take: Any, *, how: str) -> Array:
 
 def _change(step: Step, _right: Steps, parameters: Parameters) -> Step:
     if step.op is not ops.get_rows:
-        raise NotApplicable(f"{step.makes} is no plain look-up of rows")
+        raise NotApplicable(f"{step.makes} is not a plain look-up of rows")
     return replace(step, op=_moved, params={"how": parameters["tokens"]})
 
 
@@ -47,9 +47,9 @@ FAULTS = (
         kinds=("embd",),
         change=_change,
         what="the prompt's tokens are not those of the reference: {tokens}",
-        symptom="embd is another token's",
+        symptom="embd is that of another token",
         fix="token t of the prompt is row t of the batch",
-        seen="id buffers with a slot for BOS that stays empty",
+        seen="id buffers with an empty slot for BOS",
         parameters={"tokens": ("a 0 stands in front", "the first one is 0", "in reverse")},
         whole=True,
         once=True,

@@ -46,7 +46,7 @@ def value_layout(step: Step, right: Steps, parameters: Parameters) -> Step:
     if kind_of(step) == "v_read":
         return replace(step, op=_LAYOUTS[layout], params={"kv_heads": kv_heads})
     if step.op is _mixed:
-        raise NotApplicable(f"{step.makes}: the layout is changed already")
+        raise NotApplicable(f"{step.makes}: the layout has been changed already")
     mix = partial(step.op, **step.params)
     written = read_of(sibling(step, right, "v_read"), 0)
     return replace(

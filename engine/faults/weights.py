@@ -98,7 +98,7 @@ def _heads(step: Step, right: Steps) -> int:
 def permuted(rows: Array, heads: int, to: str) -> Array:
     """LlamaModel.permute of convert_hf_to_gguf.py along the first axis, or its inverse."""
     if rows.shape[0] % (2 * heads):
-        raise NotApplicable(f"{rows.shape[0]} rows are no pairs in {heads} heads")
+        raise NotApplicable(f"{rows.shape[0]} rows do not form pairs in {heads} heads")
     split = (heads, 2, -1) if to == "gguf" else (heads, -1, 2)
     shaped = rows.reshape(*split, *rows.shape[1:])
     return shaped.swapaxes(1, 2).copy().reshape(rows.shape)
@@ -218,7 +218,7 @@ FAULTS = (
         kinds=(*MATRICES, "logits"),
         change=_transpose,
         what="the matrix of {at} is read transposed",
-        symptom="wrong from position 0 on; of plausible size",
+        symptom="wrong from position 0 on, of plausible size",
         fix="GGUF stores a matrix as out rows of in elements: y = x · Wᵀ",
         seen="square matrices, where no shape check helps",
         parameters={AT: (("attn_out",), *(kinds for kinds in _EACH_MATRIX if kinds != ("attn_out",)))},
@@ -229,7 +229,7 @@ FAULTS = (
         change=_leading,
         what="the matrix of {at} is read with the wrong dimension as the row's length",
         symptom="row 0 is right, the next ones are shifted",
-        fix="a row is as long as the input: the leading dimension of row-major W is in",
+        fix="a row is as long as the input: the leading dimension of row-major W is the input's",
         seen="BLAS calls ported from column-major code",
         parameters={AT: _EACH_MATRIX},
     ),
@@ -304,7 +304,7 @@ FAULTS = (
         what="the last {axis} of the matrix of {at} are missing ({part})",
         symptom="single channels are zero, or sums too small",
         fix="read all shards, and the last block even if it is not full",
-        seen="grids rounded down; one shard of several read",
+        seen="grids rounded down; only one of several shards read",
         parameters={"part": ("half", "quarter", "eighth", 1, 32, 64), "axis": ("rows", "columns"), AT: _EACH_MATRIX},
     ),
     Fault(
@@ -312,7 +312,7 @@ FAULTS = (
         kinds=("embd",),
         change=_neighbour,
         what="the embedding's row is looked up at an id offset of {by}",
-        symptom="embd is another token's",
+        symptom="embd is that of another token",
         fix="row i of token_embd.weight is id i, from 0",
         seen="a padding row that is counted on one side only",
         parameters={"by": (1, -1)},

@@ -110,7 +110,7 @@ def _keys_if_as_wide(values: Array, keys: Array) -> Array:
 def _rotated_keys(step: Step, right: Steps, _parameters: Parameters) -> Step:
     keys = sibling(step, right, "k_read")
     if step.op is not ops.cached or keys.op is not ops.cached:
-        raise NotApplicable(f"{step.makes} is no plain read of the cache")
+        raise NotApplicable(f"{step.makes} is not a plain read of the cache")
     return replace(step, op=_keys_if_as_wide, reads=(*step.reads, *keys.reads))
 
 
@@ -147,7 +147,7 @@ FAULTS = (
         name="window-kind",
         kinds=_SOFT,
         change=_chunks,
-        what="the window is of the kind {window!r}, which this model does not have",
+        what="the window is of the kind {window!r}, which this model does not use",
         symptom="right while the text is shorter than the window",
         fix="Llama 4 attends within chunks, others to the last n positions",
         seen="one mask for all models",
@@ -170,7 +170,7 @@ FAULTS = (
         what="attention's sinks are {sinks}",
         symptom="wrong from position 0 on, attention too strong",
         fix="add one score per head (attn_sinks) to the softmax and drop its weight",
-        seen="Llama code that loads gpt-oss; a buffer of sinks that nobody has filled",
+        seen="Llama code that loads gpt-oss; a buffer of sinks that was never filled",
         parameters={"sinks": ("left out", "zero")},
     ),
     Fault(
@@ -180,7 +180,7 @@ FAULTS = (
         what="the scale of the queries is {scale}",
         symptom="position 0 is right, later ones are wrong",
         fix="scale the queries once, by the number that `parity model` shows",
-        seen="query_pre_attn_scalar taken for the head size; scales applied to queries and scores",
+        seen="query_pre_attn_scalar used as the head size; scales applied to queries and scores",
         parameters={"scale": ("missing", "applied twice", "by the width", "by half the head size")},
     ),
     Fault(

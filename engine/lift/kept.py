@@ -18,7 +18,7 @@ def history(lifter: "Lifter", index: int) -> View:
     tensor, place = lifter.tensors[index], lifter.memory.place(index)
     leaf = place.base
     if leaf not in lifter.written:
-        raise Unliftable(f"it reads {lifter.tensors[leaf].name}, which nothing was written to")
+        raise Unliftable(f"it reads {lifter.tensors[leaf].name}, to which nothing was written")
     name, width = lifter.written[leaf]
     cells = lifter.cells.get(leaf, 0)
     offset = place.offset.fixed // 4
@@ -27,14 +27,14 @@ def history(lifter: "Lifter", index: int) -> View:
         if size == ONE:
             strides.append(ZERO)
         elif not stride.constant:
-            raise Unliftable("its view of the cache follows the length")
+            raise Unliftable("its view of the cache depends on the length")
         elif cells:  # a row of the cache is a channel
             strides.append(width if stride.fixed == 4 else Size(stride.fixed // 4 // cells))
         else:
             strides.append(Size(stride.fixed // 4))
     if cells:
         if offset % cells:
-            raise Unliftable("its view of the cache begins behind the first cell")
+            raise Unliftable("its view of the cache begins after the first cell")
         offset //= cells
     return View(History(name), (Size(0, 0, 1), width), numpy_shape(tensor.ne), tuple(reversed(strides)), Size(offset))
 
@@ -44,7 +44,7 @@ def state(lifter: "Lifter", index: int) -> View:
     leaf = lifter.memory.place(index).base
     size = product(numpy_shape(lifter.tensors[leaf].ne))
     if not size.constant:
-        raise Unliftable("its state follows the length")
+        raise Unliftable("its state depends on the length")
     name = lifter.helper(
         Step(
             f"state.{lifter.tensors[leaf].name}",
@@ -89,7 +89,7 @@ def writes(lifter: "Lifter", index: int, tensor: Tensor) -> bool:
     if name is None or lifter.memory.layout(base)[0] != (lifter.t, width):
         shown = lifter.memory.view(source, lifter.names[base], lifter.memory.layout(base)[0])
         if product(shown.shape) != times(lifter.t, width):
-            raise Unliftable("it writes rows of another width than the cache's")
+            raise Unliftable("it writes rows whose width is not the cache's")
         rows, inner = row_strides(shown.shape, shown.strides, lifter.t) if lifter.tensors[source].ne[0] != ONE else (width, ONE)
         name = lifter.helper(
             Step(
@@ -121,7 +121,7 @@ def _write_state(lifter: "Lifter", index: int, tensor: Tensor, root: int) -> Non
     read, _, _ = lifter.read(source)
     start = tensor.offset.divided(4)
     if tensor.op != "CPY" or not (start.constant and product(tensor.ne).constant):
-        raise Unliftable("what it leaves in the state follows the length")
+        raise Unliftable("the state that it leaves depends on the length")
     lifter.left.setdefault(root, []).append((start.fixed, read))
     if tensor.point:  # a row that belongs to the last position
         lifter.helper(Step(tensor.point, ops.flat, (read,), axis=None))

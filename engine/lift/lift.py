@@ -120,7 +120,7 @@ def _part(lifter: Lifter, index: int, name: str, start: int, stop: int) -> None:
     """A point that is a part of each row of a value."""
     whole, axis = lifter.memory.layout(index)
     if axis != 0 or len(whole) != 2:
-        raise Unliftable(f"{name} is a part of what is no row")
+        raise Unliftable(f"{name} is a part of something that is not a row")
     view = View(lifter.names[index], whole, (lifter.t, Size(stop - start)), (whole[1], ONE), Size(start))
     lifter.helper(Step(name, ops.part, (view,)))
 

@@ -110,7 +110,7 @@ class Lifter:
         if name is not None and self.memory.layout(base)[0] == (self.t, n):
             return name
         if base not in self.names:
-            raise Unliftable(f"it reads {self.tensors[base].name}, which is not made by a step")
+            raise Unliftable(f"it reads {self.tensors[base].name}, which no step computes")
         shape, strides = numpy_shape(tensor.ne), self.memory.strides(index)
         rows, inner = row_strides(shape, strides, self.t)
         return self.memory.view(index, self.names[base], self.memory.layout(base)[0], (self.t, n), (rows, inner))
@@ -142,7 +142,7 @@ class Lifter:
             return self.memory.view(index, name, whole), shape, shape
         whole = self.memory.layout(place.base)[0]
         if place.base not in self.names:
-            raise Unliftable(f"it reads {base.name!r}, which is not made by a step")
+            raise Unliftable(f"it reads {base.name!r}, which no step computes")
         name = self.names[place.base]
         if self.memory.whole(index):
             return name, whole, shape

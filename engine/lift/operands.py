@@ -178,7 +178,7 @@ class Memory:
                 )
             )
         except ValueError as error:
-            raise Unliftable("its strides are no whole elements") from error
+            raise Unliftable("its strides are not whole elements") from error
 
     def view(
         self,
@@ -197,7 +197,7 @@ class Memory:
             try:
                 offset = offset.divided(item) if _dense(base, item) else _translated(offset, base, item)
             except ValueError as error:
-                raise Unliftable("it starts inside of an element") from error
+                raise Unliftable("it starts inside an element") from error
         return View(of, whole, shape or numpy_shape(self.tensors[index].ne), strides or self.strides(index), offset)
 
 
@@ -250,6 +250,6 @@ def row_strides(shape: Sequence[Size], strides: Sequence[Size], t: Size) -> tupl
     step = ONE
     for i in reversed(inner):
         if shape[i] != ONE and strides[i] != step:
-            raise Unliftable("the elements of a row do not lie one behind the other")
+            raise Unliftable("the elements of a row are not contiguous")
         step = times(step, shape[i])
     return (strides[axis] if t != ONE else ZERO), ONE

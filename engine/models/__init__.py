@@ -40,7 +40,7 @@ def steps_of(architecture: str, blocks: Blocks) -> list[Step]:
     if architecture not in architectures():
         raise ModelError(
             f"the steps of {architecture!r} are not written by hand ({', '.join(architectures())} are).",
-            "They are read from llama.cpp's graph, which was not recorded here.",
+            "They must be read from llama.cpp's graph, which was not recorded here.",
             code="architecture",
         )
     if blocks.hp.irregular:

@@ -105,11 +105,11 @@ def shape_like(like: str, **changes: Any) -> Shape:
         f"--{large[0].replace('_', '-') if large else ''} is too large": bool(large),
         f"--{small[0].replace('_', '-') if small else ''} is too small": bool(small),
         f"llama.cpp runs at most {MOST_LAYERS} layers": shape.layers > MOST_LAYERS,
-        "only qwen2 and llama can be made": shape.architecture not in ("qwen2", "llama"),
+        "only qwen2 and llama are supported": shape.architecture not in ("qwen2", "llama"),
         f"{shape.heads} heads cannot share {shape.kv_heads} key/value heads evenly": bool(
             not small and shape.heads % shape.kv_heads
         ),
-        f"a width of {shape.width} is no multiple of {shape.heads} heads": not shape.head_size
+        f"a width of {shape.width} is not a multiple of {shape.heads} heads": not shape.head_size
         and bool(shape.width % max(shape.heads, 1)),
         "llama.cpp's qwen2 has heads of width / heads only": shape.architecture == "qwen2"
         and shape.head * shape.heads != shape.width,
@@ -141,7 +141,7 @@ def synthesize(out: Path, shape: Shape, *, weight_type: str = "f16", seed: int =
     odd = next((name for name, dims in _matrices(shape) if dims[-1] % block), None)
     if odd is not None:
         raise InputError(
-            f"{odd} has rows that are no multiple of {weight_type}'s blocks of {block}.", "Change the shape.", code="shape"
+            f"{odd} has rows that are not a multiple of {weight_type}'s blocks of {block}.", "Change the shape.", code="shape"
         )
     check_size(
         out,

@@ -106,7 +106,7 @@ def shape_of(recipe: Recipe, **changes: Any) -> Shape:
         raise InputError(f"llama.cpp runs at most {MOST_LAYERS} layers.", "Change the shape.", code="shape")
     if shape.heads and not shape.head_size and shape.width % shape.heads:
         raise InputError(
-            f"a width of {shape.width} is no multiple of {shape.heads} heads.",
+            f"a width of {shape.width} is not a multiple of {shape.heads} heads.",
             "Change the shape, or give --head-size.",
             code="shape",
         )
@@ -141,4 +141,4 @@ def _value(text: str) -> Value:
         return value
     if isinstance(value, bool | int | float | str):
         return value
-    raise InputError(f"{text} is no metadata value.", "Take a number, true, false, a text, or a list of them.", code="set")
+    raise InputError(f"{text} is not a metadata value.", "Take a number, true, false, a text, or a list of them.", code="set")

@@ -146,13 +146,13 @@ class GgufModel:
             raise self._wrong("it has no layers")
         rope_base = own("rope.freq_base", float, 10000.0)
         if not (isfinite(rope_base) and rope_base >= _LEAST_ROPE):
-            raise self._wrong(f"a RoPE base of {rope_base} gives no frequencies")
+            raise self._wrong(f"a RoPE base of {rope_base} is not usable")
         if n_embd < 1:
-            raise self._wrong(f"a width of {n_embd} holds nothing")
+            raise self._wrong(f"a width of {n_embd} is impossible")
         if min(n_heads, n_kv_heads) < 1 or n_heads % n_kv_heads:
-            self._beyond(f"width {n_embd}, {n_heads} heads and {n_kv_heads} key/value heads do not go together")
+            self._beyond(f"width {n_embd}, {n_heads} heads and {n_kv_heads} key/value heads do not fit together")
         elif f"{architecture}.attention.key_length" not in self.metadata and n_embd % n_heads:
-            self._beyond(f"width {n_embd} and {n_heads} heads do not go together")
+            self._beyond(f"width {n_embd} and {n_heads} heads do not fit together")
         head_size = own("attention.key_length", int, n_embd // max(n_heads, 1))
         rope_dims = own("rope.dimension_count", int, head_size)
         if not 0 < rope_dims <= head_size or rope_dims % 2:
@@ -194,7 +194,7 @@ class GgufModel:
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
         if not isinstance(value, kind) or isinstance(value, bool):
-            raise self._wrong(f"{key} is {value!r:.60}, which is no {kind.__name__}")
+            raise self._wrong(f"{key} is {value!r:.60}, which is not {kind.__name__}")
         return value
 
     def _uniform(self, key: str, default: int | None = None) -> int:
@@ -203,12 +203,12 @@ class GgufModel:
         if listed := self.array(key):
             different = set(listed)
             if not all(isinstance(number, int) and not isinstance(number, bool) for number in different):
-                raise self._wrong(f"{key} holds what is no whole number")
+                raise self._wrong(f"{key} contains something other than whole numbers")
             if len(different) != 1:
                 self._beyond(f"{key} differs from layer to layer")
             value = max(different)
         if not isinstance(value, int) or isinstance(value, bool):
-            raise self._wrong(f"{key} is {value!r:.60}, which is no whole number")
+            raise self._wrong(f"{key} is {value!r:.60}, which is not a whole number")
         return value
 
     def _rope_scale(self, architecture: str) -> float:
@@ -219,7 +219,7 @@ class GgufModel:
         if kind not in ("none", "linear"):
             self._beyond(f"it scales RoPE by {kind!r}")
         if 0 < factor < _LEAST_ROPE:
-            raise self._wrong(f"a RoPE factor of {factor} gives no angles")
+            raise self._wrong(f"a RoPE factor of {factor} is not usable")
         return 1.0 / factor if kind == "linear" and factor > 0 else 1.0
 
     def _file_type(self) -> str:

@@ -41,7 +41,7 @@ def vec_dot_type(weight_type: int) -> int:
         return VEC_DOT_TYPES[int(weight_type)]
     except KeyError:
         raise ModelError(
-            f"it is not known how ggml multiplies weights of type {weight_type}.", "Compare in exact mode.", code="type"
+            f"how ggml multiplies weights of type {weight_type} is unknown.", "Compare in exact mode.", code="type"
         ) from None
 
 
@@ -77,7 +77,7 @@ def q8_1_correction(x: Array, raw: Array, weight_type: int) -> Array:
 
 def _blocks(x: Array, size: int) -> Array:
     if x.shape[-1] % size:
-        raise ModelError(f"{x.shape[-1]} activations are no multiple of the blocks of {size} that ggml rounds them in.")
+        raise ModelError(f"{x.shape[-1]} activations are not a multiple of {size}, the block in which ggml rounds them.")
     return x.reshape(*x.shape[:-1], -1, size)
 
 

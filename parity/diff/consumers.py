@@ -60,6 +60,7 @@ class _Consumers:
         self._at: dict[str, dict[tuple[int, int], int]] = {}
         self._otherwise = np.zeros(len(measured.point), dtype=np.bool_)
         self._energy = _energies(measured)
+        self._hidden: set[str] = set()  # points whose error a norm behind them leaves nothing of
         headers = [dump.header for dump in (ref, ours) if dump.header is not None]
         self._head_size = head_size_of(ref.points, [header.hparams for header in headers])
 
@@ -79,7 +80,7 @@ class _Consumers:
             if self._acquitted(name, decided, read):
                 self._otherwise[wrong] = True
                 faults.append(self._fault(name, wrong, read))
-            elif any(decided):
+            elif any(decided) or name in self._hidden:
                 undecided.add(name)
         return Judged(self._otherwise, tuple(reversed(faults)), frozenset(undecided))
 
@@ -156,6 +157,7 @@ class _Consumers:
                     decided = False
             elif self._hidden_by_a_norm(name, child, record):
                 hidden = True  # says nothing, where a residual sum beside it does
+                self._hidden.add(name)
             elif self._telling(name, child, record, other):
                 told = True
             else:

@@ -58,7 +58,7 @@ def explain_first(records: Records, first: int, seen: Sequence[Seen]) -> First:
     elif name in records.undecided:
         operation = (
             f"{name} differs, but {' and '.join(records.flow.children[name][:3])}, computed from it, agree: the record has another layout, "
-            "moment or name, or later operations hide the error (a softmax dominated by one key)"
+            "moment or name, or later operations hide the error (a norm, a softmax dominated by one key)"
         )
     elif (
         settled
@@ -150,7 +150,7 @@ def _pattern(records: Records, first: int, stretch: Stretch | None, settled: boo
     allowed = Allowed.of(records.limit[failing], measures.nmse[failing], ours, ref)
     headers = [dump.header.hparams for dump in (records.ref, records.ours) if dump.header is not None]
     if layout := reading(ours, ref, allowed, records.ref.points, head_size_of(records.ref.points, headers)):
-        after = " and ".join(records.flow.children[name][:2])
+        after = " and ".join(child for child in records.flow.children[name] if _differs(records, child, failing))
         sentence = (
             f"{layout.sentence}; {after} computed from it {'differ' if ' and ' in after else 'differs'}, too"
             if after
@@ -171,12 +171,18 @@ def _pattern(records: Records, first: int, stretch: Stretch | None, settled: boo
             drifted=not records.fresh()[failing].any(),
             settled=settled,
             embedded=EMBD in records.names,
-            token=records.text.get(int(records.token_idx[first])),
+            token=records.text_of(name, int(records.token_idx[first])),
             alike=_alike(records, here, failing),
             gradual=_gradual(records, here),
             zero=len(failing) > 0 and not ours.values.any() and bool(ref.values.any(axis=1).all()),
         )
     )
+
+
+def _differs(records: Records, name: str, like: Ints) -> bool:
+    """Whether records of a point fail at the positions of others."""
+    here = (records.point == records.names.index(name)) & np.isin(records.token_idx, records.token_idx[like])
+    return bool((here & records.failed).any())
 
 
 # An edge (a window's, the cache's, RoPE's) parts right positions from wrong ones: these have noise, 1e-12 or so, and those an error beyond

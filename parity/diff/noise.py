@@ -30,8 +30,8 @@ def outliers(point: NDArray[np.int64], nmse: Floats, of_limit: Floats, upstream:
         nmse, of_limit: float64 [R]; `upstream` of the same records.
 
     Returns:
-        bool [R]: all failing records of a point, where they are at most one in `RARE` of its records, each at most `BEYOND` times
-        over its limit and less than a jump above the worst error that it depends on; nothing else.
+        bool [R]: all failing records of a point, where they are at most one in `RARE` of its records (a shorter prompt cannot show how rare
+        they are), each at most `BEYOND` times over its limit and less than a jump above the worst error that it depends on; nothing else.
     """
     failed = of_limit > 1
     if not failed.any():
@@ -40,7 +40,7 @@ def outliers(point: NDArray[np.int64], nmse: Floats, of_limit: Floats, upstream:
         grown = failed & (of_limit <= BEYOND) & (nmse <= JUMP * upstream.worst)
     records = np.bincount(point)
     over, quiet = (np.bincount(point, weights=rows, minlength=len(records)) for rows in (failed, grown))
-    rare = (over == quiet) & (over * RARE <= records)
+    rare = (over == quiet) & ((over * RARE <= records) | (records < RARE))
     odd: Bools = grown & rare[point]
     return odd
 

@@ -1,6 +1,7 @@
 """Every compared record as columns: what `judge` and `table` read."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -69,6 +70,15 @@ class Records:
     record_faults: tuple[RecordFault, ...] = ()
     undecided: frozenset[str] = frozenset()
 
+    def text_of(self, name: str, position: int) -> str | None:
+        """The text of a point's token; None where it is not known: a decoder's positions, after an encoder, hold tokens of its own."""
+        return None if self._encoded and not name.startswith("enc.") else self.text.get(position)
+
+    @cached_property
+    def _encoded(self) -> bool:
+        """Whether an encoder's points are compared."""
+        return any(name.startswith("enc.") for name in self.names)
+
     def __len__(self) -> int:
         return len(self.point)
 
@@ -107,7 +117,7 @@ class Records:
             seq=int(self.seq[i]),
             step=int(self.step[i]),
             phase=DECODE if self.decode[i] else PREFILL,
-            token=self.text.get(int(self.token_idx[i])) if self.seq[i] == 0 else None,
+            token=self.text_of(pair.point, int(self.token_idx[i])) if self.seq[i] == 0 else None,
             nmse_slice=_known(m.nmse_slice[i]),
             nmse_row=_known(m.nmse_row[i]),
             of_limit=float(self.of_limit[i]),

@@ -19,6 +19,7 @@ from .routing import may_have_flipped
 from .truth import FEW
 
 Ints = NDArray[np.int64]
+_BLAMES = "this operation is wrong"
 
 # What the positions say, or that nothing is seen: such an answer points at operations, which rounding does not have.
 _OF_POSITIONS = frozenset(
@@ -40,7 +41,8 @@ def undecided(records: Records, verdict: Verdict) -> Verdict:
     first = verdict.first_divergence
     if first is None or first.checkpoint not in records.names or records.tokens.divergence is not None:
         return verdict
-    if verdict.pattern is not None and verdict.pattern.code == "precision":
+    code = verdict.pattern.code if verdict.pattern is not None else ""
+    if code == "precision" or (code == "drift" and _BLAMES in verdict.operation):
         return replace(verdict, operation="")
     if verdict.pattern is not None and verdict.pattern.code not in _OF_POSITIONS:
         return verdict

@@ -97,12 +97,14 @@ class Fitting:
     def _trials(self) -> Iterator[_Trial]:
         right = self._state.planting.right
         for fit in FITTED:
-            if self._layers is not None and (fit.fault.once or not _in_layers(fit, self._layers, right)):
+            if self._layers is not None and fit.fault.once:
                 continue
             wanted = fit.wanted(right)
             starts = fit.starts(0.0 if wanted is None else wanted)
             for parameters in fit.variants(right):
                 kinds = parameters.get(AT, fit.fault.kinds)
+                if self._layers is not None and not _in_layers(kinds, self._layers, right):
+                    continue
                 if not self._acts(kinds) or (self._layers is None and self._agrees_elsewhere(kinds)):
                     continue
                 for start in starts:
@@ -291,8 +293,9 @@ def _apart(trials: Sequence[_Trial]) -> list[_Trial]:
     return kept
 
 
-def _in_layers(fit: Fitted, layers: Sequence[int], right: Any) -> bool:
-    return any(f"blk.{layers[0]}.{kind}" in right for kind in fit.fault.kinds)
+def _in_layers(kinds: Sequence[str], layers: Sequence[int], right: Any) -> bool:
+    """Whether the first of some layers has a step of one of these kinds, or they are operations of ggml's."""
+    return any(f"blk.{layers[0]}.{kind}" in right or kind.isupper() for kind in kinds)
 
 
 def fitted(screening: Screening, state: State, layers: Layers) -> list[State]:

@@ -152,14 +152,22 @@ class Screening:
         Where all that goes into the place was seen whole and agrees, only what changes a step in between, or what is shown, can.
         """
         kinds = self.cone(state).kinds if state.first is not None and self.cone(state).sure else None
+        layers_begin = (
+            self._layers_begin(state) if layers is not None and state.first is not None and state.first.point > 0 else -1
+        )
         for fault in CATALOGUE.values():
             if layers is not None and (fault.once or not state.planting.has_layers(fault)):
                 continue
             for parameters in self._variants_of(fault, state):
-                if layers is not None and state.planting.outside(parameters.get(AT, ())):
-                    continue  # what stands outside the layers is changed whatever the layer: such a variant is tried in all of them
+                if fault.shows is None and state.planting.begin(fault, layers, parameters) < layers_begin:
+                    continue  # it changes the embedding as well, whatever the layer: such a variant is tried in all layers
                 if kinds is None or fault.shows is not None or not kinds.isdisjoint(parameters.get(AT, fault.kinds)):
                     yield Candidate(fault, parameters, layers)
+
+    @staticmethod
+    def _layers_begin(state: State) -> int:
+        """The number of the first step that stands in a layer."""
+        return next((number for number, step in enumerate(state.steps) if parse(step.makes).layer is not None), -1)
 
     def _variants_of(self, fault: Fault, state: State) -> list[dict[str, Any]]:
         """The fault's variants in a state's steps: the same for every layer."""
