@@ -156,6 +156,13 @@ def test_what_no_engine_writes_is_refused_by_its_reason(parity: Cli, tmp_path: P
     refused(parity("lint", name), said)
 
 
+def test_a_header_of_impossible_sizes_is_one_line(parity: Cli, tmp_path: Path) -> None:
+    """An array whose header claims more than there can be is refused without NumPy's warnings."""
+    with (tmp_path / "embd.npy").open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": (1 << 60, 4)})
+    refused(parity("lint", "embd.npy"), "cannot read embd.npy: array is too big")
+
+
 def test_a_pipe_or_a_device_is_not_waited_for(parity: Cli, stories_run: Path) -> None:
     """A dump, a mapping, a prompt or an answer that is a pipe without a writer, or a device without an end, is refused."""
     os.mkfifo("pipe")

@@ -137,7 +137,9 @@ def _arrays(file: Path) -> Iterator[tuple[str, NDArray[Any]]]:
                         np.asarray(archive[name]),
                     )  # bytes if a member is not an array; such members have no type that is read here
         else:
-            yield file.stem, np.load(file, mmap_mode="r", allow_pickle=False)
+            with np.errstate(over="ignore"):  # of a header's sizes: the error says it
+                array = np.load(file, mmap_mode="r", allow_pickle=False)
+            yield file.stem, array
     except (
         OSError,
         ValueError,
