@@ -49,6 +49,13 @@ def zeros() -> bytes:
     return archive.getvalue()
 
 
+def rows() -> bytes:
+    """An array of millions of rows of one byte each."""
+    array = io.BytesIO()
+    np.save(array, np.ones((SIZE, 1), np.uint8))
+    return array.getvalue()
+
+
 def tensors(entries: Iterable[tuple[str, list[int], int, int]], data: int) -> bytes:
     """A safetensors file with these (name, shape, begin, end)."""
     header = json.dumps({name: {"dtype": "F32", "shape": shape, "data_offsets": [a, b]} for name, shape, a, b in entries})
@@ -80,7 +87,9 @@ FILES: dict[str, Callable[[], bytes]] = {
     "nested.jsonl": lambda: record(b"1", b'"x":%b%b,"token_idx":0' % (b"[" * 4_900_000, b"]" * 4_900_000)),
     "number.jsonl": lambda: record(b"1" * (SIZE - 100)),
     "braces.jsonl": lambda: b"{" * SIZE,
+    "braces-of-a-log.jsonl": lambda: record(b"1") + b"\n" + lines(lambda i: b"# {llama %d" % i),
     "zeros.npz": zeros,
+    "rows.npy": rows,
     "overlap.safetensors": lambda: tensors(((f"blk.{i}.l_out", [1, 1 << 18], 0, 1 << 20) for i in range(2000)), 1 << 20),
     "many.safetensors": lambda: tensors(((f"n{i}", [1, 1], 4 * i, 4 * i + 4) for i in range(100_000)), 400_000),
 }
@@ -138,12 +147,20 @@ def test_a_small_dump_is_compared_and_converted_soon(tmp_path: Path, name: str) 
         pytest.param("zeros.npz", "these are not activations", marks=pytest.mark.slow),
         ("overlap.safetensors", "two of its arrays overlap"),
         ("many.safetensors", "100,000 arrays"),
+        ("rows.npy", "more positions than any context has"),
     ],
 )
 def test_what_no_engine_writes_is_refused_by_its_reason(parity: Cli, tmp_path: Path, name: str, said: str) -> None:
     """The line says what there is too much of."""
     (tmp_path / name).write_bytes(FILES[name]())
     refused(parity("lint", name), said)
+
+
+def test_a_header_of_impossible_sizes_is_one_line(parity: Cli, tmp_path: Path) -> None:
+    """An array whose header claims more than there can be is refused without NumPy's warnings."""
+    with (tmp_path / "embd.npy").open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": (1 << 60, 4)})
+    refused(parity("lint", "embd.npy"), "cannot read embd.npy: array is too big")
 
 
 def test_a_pipe_or_a_device_is_not_waited_for(parity: Cli, stories_run: Path) -> None:

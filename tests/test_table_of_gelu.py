@@ -38,7 +38,7 @@ class Sides:
     def bare(self, size: int, steps: list[Step] | None = None, noise: float = 0.0, only: str = "") -> Dump:
         """The bare lines of an engine at the default points, with noise of an NMSE in the layers' outputs, or in one point."""
         draw = np.random.default_rng(3)
-        dump = self.faulty.dump(RIGHT, self.tokens, points="all", size=1 << 20, steps=steps)
+        dump = self.faulty.dump(RIGHT, self.tokens, points="blk.*.l_out,embd,output_norm,logits", size=1 << 20, steps=steps)
         points = {}
         for name, rows in dump.points.items():
             if name.rpartition(".")[2] not in DEFAULT:
@@ -100,7 +100,7 @@ def test_a_step_of_the_table_is_no_fault(recipe: str, size: int, kinds: tuple[st
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", ["gpt2", "gemma3n", "gemma4"])
+@pytest.mark.parametrize("recipe", ["gpt2", "gemma4"])
 @pytest.mark.parametrize("exact", [False, True])
 def test_with_the_model_what_agrees_with_neither_gelu_is_wrong(recipe: str, exact: bool, sides: Callable[[str], Sides]) -> None:
     """An engine with ggml's table and one with the function itself are right; noise of 1e-5 behind it is seen in both."""

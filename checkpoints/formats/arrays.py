@@ -29,6 +29,7 @@ _SMALL = 1 << 24  # bytes of arrays that any archive may unpack to
 _OF_PASS = re.compile(r"(.+)/(\d{1,9})", re.DOTALL)  # a point, and the number of its forward pass
 _MOST = 1 << 15  # arrays of a file: 500 layers of 60 points each
 _HEADER = 1 << 23  # bytes of a safetensors header: 250 each of so many arrays
+_ROWS = 1 << 20
 _TYPES: dict[str, Any] = {"F32": np.float32, "F16": np.float16, "F64": np.float64}
 _INTEGERS: dict[str, Any] = {"I32": np.int32, "I64": np.int64}
 
@@ -86,6 +87,12 @@ def rows_of(point: str, array: NDArray[Any], step: int = 0, first: int = 0) -> R
             return None
         return summarise(point, values, np.arange(values.shape[1]), step=step, slice_size=None)
     values = np.atleast_2d(values)
+    if len(values) > _ROWS:
+        raise DumpError(
+            f"{point} has {len(values):,} rows, more positions than any context has.",
+            "Save rows of positions [T, n], a million of them at the most.",
+            code="array",
+        )
     positions = np.arange(first, first + len(values))
     if known is not None and known.row[:1] == ("t+1",):
         positions = np.array([len(values) - 1])
@@ -130,7 +137,9 @@ def _arrays(file: Path) -> Iterator[tuple[str, NDArray[Any]]]:
                         np.asarray(archive[name]),
                     )  # bytes if a member is not an array; such members have no type that is read here
         else:
-            yield file.stem, np.load(file, mmap_mode="r", allow_pickle=False)
+            with np.errstate(over="ignore"):  # of a header's sizes: the error says it
+                array = np.load(file, mmap_mode="r", allow_pickle=False)
+            yield file.stem, array
     except (
         OSError,
         ValueError,

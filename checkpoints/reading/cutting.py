@@ -6,6 +6,7 @@ import numpy as np
 
 from .arrays import Text
 
+_BEHIND_BRACE = (b'"', b"}")
 _BREAK, _OPEN, _CLOSE, _BRACKET = b"\n{}["
 
 
@@ -19,11 +20,14 @@ def objects_alone(block: bytes) -> int | None:
 
 
 def objects_of(block: bytes) -> tuple[list[int], list[bytes], int]:
-    """Numbers of the lines that have a brace, those lines from it on, and how many lines have none and are not blank."""
+    """Numbers of the lines that may be objects, those lines from their first brace on, and how many others are not blank.
+
+    Behind an object's brace there is a name in quotes, or its end: a log's other braces need no parser.
+    """
     numbers, objects, skipped = [], [], 0
     for number, line in enumerate(block.split(b"\n")[:-1]):
         start = line.find(b"{")
-        if start >= 0:
+        if start >= 0 and line[start + 1 :].lstrip()[:1] in _BEHIND_BRACE:
             numbers.append(number)
             objects.append(line[start:].rstrip())
         else:
