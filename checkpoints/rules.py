@@ -220,7 +220,10 @@ def _candidates(recorded: Sequence[Recorded], facts: Mapping[str, Any]) -> list[
     if first.data.dtype.kind == "f":
         masks = [Rule("mask", {"window": kind, "size": size}) for kind, size in _windows(recorded)]
         masks += [Rule("mask", {**rule.parameters, "alibi": True}) for rule in masks]
-        floor = facts.get("attention.temperature_length") or facts.get("rope.scaling.original_context_length") or 8192
+        lengths = (facts.get("attention.temperature_length"), facts.get("rope.scaling.original_context_length"), 8192)
+        floors = dict.fromkeys(
+            int(length) for length in lengths if length
+        )  # which of them an architecture takes, its data tell
         scale = facts.get("attention.temperature_scale") or 0.1
         square = first.ne[0] == first.ne[1] and first.ne[0] & (first.ne[0] - 1) == 0
         from_encoder = [Rule("encoded"), Rule("sees_encoded")] if first.now.encoded is not None else []
@@ -229,11 +232,7 @@ def _candidates(recorded: Sequence[Recorded], facts: Mapping[str, Any]) -> list[
             Rule("mean"),
             *([Rule("hadamard", {"size": first.ne[0]})] if square else []),
             *masks,
-            *(
-                Rule("temperature", {"floor": int(n), "scale": float(scale), "offset": o})
-                for n in (floor, 8192)
-                for o in (0.0, 1.0)
-            ),
+            *(Rule("temperature", {"floor": n, "scale": float(scale), "offset": o}) for n in floors for o in (0.0, 1.0)),
         ]
     rules = [Rule("tokens"), Rule("rows"), Rule("cells"), Rule("positions"), Rule("zero"), Rule("last")]
     if first.ne[1] == count:

@@ -63,6 +63,13 @@ def test_a_window_longer_than_the_recorded_passes(
     assert None not in rules(recorded)
 
 
+def test_windows_in_every_layer(reference: Reference, small_model: Make) -> None:
+    """Without a layer of whole attention llama.cpp's positions cannot be moved: the window is filled, where that can be afforded."""
+    recorded = reference.graph(small_model("gemma3", layers=3, settings={"attention.sliding_window": 600}))
+    masks = [rule.parameters for rule in rules(recorded) if rule is not None and rule.kind == "mask"]
+    assert [(mask["window"], mask["size"]) for mask in masks] == [("standard", 600)]
+
+
 def test_a_window_whose_edge_cannot_be_reached(reference: Reference, small_model: Make) -> None:
     """A prompt that may be longer than a window which was not seen is refused; shorter ones are computed."""
     from checkpoints.errors import InputError
@@ -75,7 +82,7 @@ def test_a_window_whose_edge_cannot_be_reached(reference: Reference, small_model
     assert recorded.longest == 20_000
     engine = Transformer(GgufModel(model), choose("numpy"), recorded=recorded)
     engine.check([1] * 20_000, 0)
-    with pytest.raises(InputError, match="known for 20,000"):
+    with pytest.raises(InputError, match="only 20,000 positions were"):
         engine.check([1] * 20_001, 0)
 
 

@@ -60,7 +60,7 @@ def record(model: Model, weights: Iterable[str], *, fingerprint: str, n_ctx: int
         if batch > BATCH or not bench.caches:
             proofs.append(bench.take(batch - 1))
             crossed = batch - 1 > window
-        elif not crossed and bench.spread(window):
+        elif not crossed and _caches(grid[0]) > 1 and bench.spread(window):
             proofs.append(bench.take(CROSSING))
             crossed = True
         elif not crossed and context > window + BATCH:
@@ -129,6 +129,12 @@ def _facts(model: Model) -> dict[str, Any]:
     prefix = metadata.get("general.architecture", "") + "."
     facts: dict[str, Any] = {key.removeprefix(prefix): _number(text) for key, text in metadata.items()}
     return facts
+
+
+def _caches(taken: RawPass) -> int:
+    """How many caches a pass writes to. Where every layer has a window, the cache of whole attention has no memory, and llama.cpp aborts
+    when its positions are moved."""
+    return sum(leaf.name == "attn_inp_k_idxs" for leaf in taken.leaves.values())
 
 
 def _number(text: str) -> Any:
