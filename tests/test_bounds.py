@@ -87,6 +87,7 @@ FILES: dict[str, Callable[[], bytes]] = {
     "nested.jsonl": lambda: record(b"1", b'"x":%b%b,"token_idx":0' % (b"[" * 4_900_000, b"]" * 4_900_000)),
     "number.jsonl": lambda: record(b"1" * (SIZE - 100)),
     "braces.jsonl": lambda: b"{" * SIZE,
+    "sequences.jsonl": lambda: lines(lambda i: b'{"checkpoint":"embd","seq":%d,"values":[1]}' % i),
     "braces-of-a-log.jsonl": lambda: record(b"1") + b"\n" + lines(lambda i: b"# {llama %d" % i),
     "zeros.npz": zeros,
     "rows.npy": rows,

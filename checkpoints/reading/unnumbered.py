@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import numpy as np
 
-from ..distinct import distinct
 from ..errors import DumpError
 from ..record import Rows
 
@@ -28,10 +27,11 @@ def counted(rows: Rows, path: str) -> Rows:
             "Print the token's position, from 0, in each line or in none: without it, positions are counted by the order of the lines.",
             code="record",
         )
+    order = np.argsort(rows.seq, kind="stable")  # sequence by sequence, each in the file's order
+    in_order = rows.seq[order]
+    first = np.searchsorted(in_order, in_order)  # where the sequence of each begins
     token_idx = np.empty(len(rows), dtype=np.int64)
-    for seq in distinct(rows.seq):
-        members = np.flatnonzero(rows.seq == seq)
-        token_idx[members] = np.arange(len(members))
+    token_idx[order] = np.arange(len(rows)) - first
     return replace(rows, token_idx=token_idx)
 
 
