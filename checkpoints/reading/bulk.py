@@ -5,6 +5,7 @@ msgspec checks and parses everything but the values; simdjson reads the values o
 line by line, with the same result.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -26,6 +27,7 @@ from .slabs import Slab
 from .unnumbered import UNNUMBERED
 
 _WIDE = 2048  # bytes of a line from which its values are cut out first: msgspec would walk through them, find does not
+_INDICES = re.compile(rb"\[[0-9, \t\r\n]+\]")
 _NONE = msgspec.Raw(b"")
 _PARTS = 1 << 16  # shapes that are remembered: few are used, a hostile file has a new one in each record
 _Position = Annotated[int, msgspec.Meta(ge=0, lt=fields.POSITIONS)]
@@ -183,16 +185,19 @@ class BulkParser:
             return [], []
         columns = zip(*map(_columns, taken.records), strict=True)
         names, seqs, positions, steps, phases, dtypes, given, statistics, sketches, indices, quanta = columns
-        left: set[int] = set()
-        if any(indices) or any(quanta):
-            left |= {i for i, (a, b) in enumerate(zip(indices, quanta, strict=True)) if a or b}
+        if any(indices) and not all(indices):  # a slab has them or not
+            halves = [[i for i, text in enumerate(indices) if bool(text) == scattered] for scattered in (True, False)]
+            (some, a), (others, b) = (self.slabs(taken.pick(half), labels, first, digits=digits) for half in halves)
+            return some + others, sorted(a + b)
+        left = {i for i, text in enumerate(quanta) if text}
         values = None if left else self._numbers.read(taken.texts)
         if values is None:
             left |= {i for i, text in enumerate(taken.texts) if i not in left and self._numbers.read([text]) is None}
             left = left or set(range(len(taken.records)))  # each can be read, but not all together
         shapes, wrong = self._sizes(given, values.counts) if values is not None else ([], [])
+        scattered, unclear = self._scattered(indices, values.counts) if values is not None else (None, [])
         sketch, bad = self._sketch(sketches)
-        left.update(wrong, bad)
+        left.update(wrong, unclear, bad)
         if left or values is None:
             kept = [i for i in range(len(taken.records)) if i not in left]
             slabs, more = self.slabs(taken.pick(kept), labels, first, digits=digits)
@@ -201,7 +206,7 @@ class BulkParser:
         place = np.array([seqs, positions, steps, [phase == DECODE for phase in phases]], dtype=np.int64).T
         order = first + taken.numbers
         whole = Slab(point, order, place, shapes, _EMPTY, list(dtypes), _stats(statistics), sketch)
-        return _by_width(whole, values, digits=digits), []
+        return _by_width(whole, values, scattered, digits=digits), []
 
     def _sizes(self, given: Sequence[Any], counts: list[int]) -> tuple[list[tuple[int, ...]], list[int]]:
         """The shape of each record, from how it is given; and which of them are wrong or hold less than the record's values."""
@@ -217,6 +222,31 @@ class BulkParser:
         both = [known.get(size, (None, -1.0)) for size in given]
         wrong = [i for i, (count, (_, size)) in enumerate(zip(counts, both, strict=True)) if count > size]
         return [shape or () for shape, _ in both], wrong
+
+    def _scattered(self, texts: Sequence[Text], counts: list[int]) -> tuple[NDArray[np.int64] | None, list[int]]:
+        """The elements that the values are, laid end to end, where they are scattered; and which records do not say it clearly."""
+        if not any(texts):
+            return None, []
+        elements = self._elements(texts, counts)
+        if elements is not None:
+            return elements, []
+        unclear = [
+            i for i, (text, count) in enumerate(zip(texts, counts, strict=True)) if self._elements([text], [count]) is None
+        ]
+        return None, unclear or list(range(len(texts)))
+
+    def _elements(self, texts: Sequence[Text], counts: list[int]) -> NDArray[np.int64] | None:
+        """The whole numbers of arrays of these lengths, None where they are none or one stands twice in its array."""
+        if not all(counts) or not all(_INDICES.fullmatch(bytes(text)) for text in texts):
+            return None
+        numbers = self._numbers.read(texts)
+        if numbers is None or numbers.counts != counts or (numbers.flat >= fields.POSITIONS).any():
+            return None
+        elements = numbers.flat.astype(np.int64)
+        record = np.repeat(np.arange(len(counts)), counts)
+        order = np.lexsort((elements, record))
+        twice = (np.diff(elements[order]) == 0) & (np.diff(record[order]) == 0)
+        return None if twice.any() else elements
 
     def _sketch(self, texts: Sequence[Text]) -> tuple[NDArray[np.float32] | None, list[int]]:
         """The sketch of each record [R, 32], if they have any; and which of them are wrong, or lack it while others have one."""
@@ -252,19 +282,21 @@ def _without(taken: Taken, others: Sequence[int]) -> Taken:
     return replace(kept, left=taken.left, skipped=taken.skipped)
 
 
-def _by_width(records: Slab, values: Numbers, *, digits: bool) -> list[Slab]:
-    """A slab for each number of values; `records` is all but these."""
+def _by_width(records: Slab, values: Numbers, scattered: NDArray[np.int64] | None, *, digits: bool) -> list[Slab]:
+    """A slab for each number of values; `records` is all but these. `scattered` are the elements that they are, laid end to end."""
     counts = values.counts
     if len(set(counts)) == 1:
         wide = values.flat.reshape(len(counts), counts[0])
         quantum = printed.quanta(values.texts, wide) if digits else None
-        return [replace(records, values=_single(wide), quantum=quantum)]
+        elements = None if scattered is None else scattered.reshape(len(counts), counts[0])
+        return [replace(records, values=_single(wide), quantum=quantum, indices=elements)]
     slabs = []
     starts = np.cumsum([0, *counts[:-1]])
     for width in dict.fromkeys(counts):
         members = np.flatnonzero(np.array(counts) == width)
         listed = members.tolist()
-        wide = values.flat[starts[members, None] + np.arange(width)]
+        cells = starts[members, None] + np.arange(width)
+        wide = values.flat[cells]
         slabs.append(
             Slab(
                 records.point[members],
@@ -276,6 +308,7 @@ def _by_width(records: Slab, values: Numbers, *, digits: bool) -> list[Slab]:
                 {name: column[members] for name, column in records.stats.items()},
                 None if records.sketch is None else records.sketch[members],
                 printed.quanta([values.texts[i] for i in listed], wide) if digits else None,
+                None if scattered is None else scattered[cells],
             )
         )
     return slabs
