@@ -84,6 +84,9 @@ FILES: dict[str, Callable[[], bytes]] = {
     "indices.jsonl": lambda: record(
         many(b"1", 1_600_000), b'"token_idx":0,"indices":[%b]' % b",".join(b"%d" % i for i in range(800_000))
     ),
+    "scattered.jsonl": lambda: lines(
+        lambda i: record(b"1,2", b'"token_idx":%d' % i + (b',"indices":[0,1]' if i % 2 else b',"indices":[3,5]'))
+    ),
     "nested.jsonl": lambda: record(b"1", b'"x":%b%b,"token_idx":0' % (b"[" * 4_900_000, b"]" * 4_900_000)),
     "number.jsonl": lambda: record(b"1" * (SIZE - 100)),
     "braces.jsonl": lambda: b"{" * SIZE,
@@ -220,3 +223,10 @@ def test_a_folder_has_a_limit_as_a_file_has(parity: Cli, tmp_path: Path) -> None
             np.lib.format.write_array_header_1_0(file, header)
             file.truncate(file.tell() + (1 << 28))  # a hole: no disk is taken
     refused(parity("lint", tmp_path), "are more than 1 GiB together")
+
+
+def test_more_arrays_than_a_model_has_points_are_refused(parity: Cli, tmp_path: Path) -> None:
+    """Each array costs as much as a record of any width: their number has a limit, and the line says so."""
+    path = tmp_path / "many.safetensors"
+    path.write_bytes(tensors(((f"blk.{i % 100}.x{i // 100}", [1, 2], 0, 8) for i in range(10_001)), 8))
+    refused(parity("lint", path), "10,001")

@@ -27,7 +27,7 @@ _RATIO = (
 )
 _SMALL = 1 << 24  # bytes of arrays that any archive may unpack to
 _OF_PASS = re.compile(r"(.+)/(\d{1,9})", re.DOTALL)  # a point, and the number of its forward pass
-_MOST = 1 << 15  # arrays of a file: 500 layers of 60 points each
+MOST = 10_000  # arrays of a file: 126 layers of 60 points each, and some more
 _HEADER = 1 << 23  # bytes of a safetensors header: 250 each of so many arrays
 _ROWS = 1 << 20
 _TYPES: dict[str, Any] = {"F32": np.float32, "F16": np.float16, "F64": np.float64}
@@ -48,7 +48,7 @@ def read(path: Path, mapping: Mapping) -> Dump:
         DumpError: a file cannot be read, or no array can be rows of positions.
     """
     files = sorted(file for file in path.iterdir() if file.suffix in _ENDINGS) if path.is_dir() else [path]
-    if len(files) > _MOST:
+    if len(files) > MOST:
         raise DumpError(f"{path} holds {len(files):,} files of arrays.", "Save fewer points.", code="array")
     if sum(map(check_size, files)) > _LARGEST:
         raise DumpError(f"the arrays of {path} are more than 1 GiB together.", "Save fewer positions or points.", code="array")
@@ -110,7 +110,7 @@ def check_size(file: Path) -> int:
             with zipfile.ZipFile(file) as archive:
                 members = archive.infolist()
                 size = sum(member.file_size for member in members)
-            if len(members) > _MOST:
+            if len(members) > MOST:
                 raise DumpError(f"{file} holds {len(members):,} arrays.", "Save fewer points.", code="array")
             if size > max(_SMALL, _RATIO * status.st_size):
                 raise DumpError(
@@ -179,12 +179,12 @@ def safetensors(file: Path, *, integers: bool = False) -> Iterator[tuple[str, ND
     if not 2 <= size <= len(data) - 8:
         raise ValueError("it is not a safetensors file")
     if size > _HEADER:
-        raise ValueError(f"its header has {size:,} bytes, more than {_MOST:,} arrays take")
+        raise ValueError(f"its header has {size:,} bytes, more than {MOST:,} arrays take")
     body = data[8 + size :]
     header = json.loads(data[8 : 8 + size].tobytes())
     if not isinstance(header, dict):
         raise ValueError("its header is not a JSON object")  # noqa: TRY004  # a file's fault, not a caller's
-    if len(header) > _MOST:
+    if len(header) > MOST:
         raise ValueError(f"it holds {len(header):,} arrays")
     _check_regions(header)
     for name, entry in header.items():

@@ -21,7 +21,7 @@ from ..mapping import Mapping
 from ..nearest import unknown_names
 from ..record import Dump, Rows
 from ..regular import require_regular
-from .arrays import rows_of
+from .arrays import MOST, rows_of
 
 LARGEST = 1 << 30  # bytes of a file, and of all tensors that it describes
 _STEPS = 1 << 20  # instructions of a description: twenty for each of 50,000 tensors
@@ -84,6 +84,8 @@ def read(path: Path, mapping: Mapping) -> Dump:
             rows = rows_of(point, mapping.array(entry, array))
             if rows is not None:
                 points.setdefault(point, []).append(rows)
+            if len(points) > MOST:
+                raise DumpError(f"{path} holds more than {MOST:,} tensors.", "Save fewer points.", code="array")
     if not points:
         raise DumpError(
             f"{path} holds no tensor of activations.", "Name tensors by point: embd, blk.5.l_out.", code="no-records"

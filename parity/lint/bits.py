@@ -124,7 +124,8 @@ def _batches(subject: Subject) -> Iterator[tuple[list[str], int]]:
             continue  # rounded text has lost the bits; attention weights span any range
         width = int(rows.counts.min(initial=rows.values.shape[1]))
         names, filled = waiting.get(width, ([], 0))
-        waiting[width] = ([*names, name], filled + len(rows) * width)
+        names.append(name)
+        waiting[width] = names, filled + len(rows) * width
         if waiting[width][1] > _BATCH:
             yield waiting.pop(width)[0], width
     for width, (names, _) in waiting.items():
