@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,7 +30,7 @@ class ModelFacts:
         """The model's hyperparameters."""
         return self.model.hyperparameters
 
-    @property
+    @cached_property
     def alike(self) -> bool:
         """Whether all its layers are alike, of an architecture with plain heads and one feed-forward."""
         from engine.models import written_by_hand
