@@ -122,7 +122,7 @@ def test_positions_moved_beyond_their_table_do_not_apply(small_model: Callable[.
     engine = open_plain(GgufModel(model), "numpy", recorded=partial(reference.graph, model))
     engine.expect(8)
     right = Replay(engine.steps, [5] * 8, range(8), [0] * 8, engine.weights, engine.backend)
-    fault = CATALOGUE["position-rows-shifted"]
+    fault = CATALOGUE["position-rows"]
     assert _run(right, list(engine.steps), ((fault, {"by": "minus one row"}),), None)
     assert not _run(right, list(engine.steps), ((fault, {"by": "one row"}),), None)
 
