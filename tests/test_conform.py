@@ -360,6 +360,7 @@ def test_one_engine_is_tested(parity: Cli) -> None:
     refused(parity("conform", "--side", "ours", "--exec", "x {out}"), "more than one engine to test was given")
 
 
+@pytest.mark.slow
 def test_a_cluster_that_is_not_there_is_one_line(parity: Cli) -> None:
     """Without Dask, or without a scheduler at the address, --cluster is refused before anything runs."""
     words = ("conform", "--side", "ours", "--architectures", "llama", "--types", "F32", "--prompts", "one")

@@ -73,6 +73,7 @@ def test_three_faults_in_front_of_one_checkpoint_are_tried_together(engine: Faul
     assert {name for name, _, _ in faults} in [{candidate.fault.name for candidate in chosen} for chosen in combination]
 
 
+@pytest.mark.slow
 def test_a_law_tells_of_the_place_that_the_causes_leave(engine: Faulty) -> None:
     """A known fault before an unknown one: the first is the cause, and what is left is described by its own numbers."""
     unknown = [
@@ -160,6 +161,7 @@ def test_printed_decimals_are_enough(engine: Faulty, tmp_path: Path) -> None:
     assert [cause.named.fault for cause in explanation.causes] == ["rope-pairs"]
 
 
+@pytest.mark.slow
 def test_an_unknown_fault_gives_a_law_and_the_points_to_record(engine: Faulty) -> None:
     """Nobody is accused of what does not fit: the numbers are described and the next points named."""
     right = [

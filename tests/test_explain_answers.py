@@ -116,6 +116,7 @@ def test_f16_arithmetic_is_no_excuse_where_the_header_says_f32(engine: Faulty) -
     assert again.looks_like in alike
 
 
+@pytest.mark.slow
 def test_what_is_exactly_right_is_not_of_lower_arithmetic(engine: Faulty) -> None:
     """An error of F16's size that spares position 0 is none of F16."""
 

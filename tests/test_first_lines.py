@@ -43,6 +43,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return program
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(GCC is None, reason="there is no gcc")
 def test_bare_lines_lead_to_a_verdict(engine: Path, parity: Cli) -> None:
     """A right engine is parity by exact limits, swapped buffers are faults of the records, and a wrong RoPE diverges from position 1 on."""

@@ -246,6 +246,7 @@ def torch_zip(description: bytes, **storages: bytes) -> bytes:
     return out.getvalue()
 
 
+@pytest.mark.slow
 def test_no_code_of_a_pickle_runs_and_no_small_file_fills_the_memory(tmp_path: Path) -> None:
     """What a pickle would call is not called; tensors larger than their storage, memory tricks and other files are refused."""
     file = tmp_path / "a.pt"

@@ -104,6 +104,7 @@ def test_bare_lines_are_hunted_with_the_prompts_tokens(
     assert [cause["fault"] for cause in answer["explanation"]["causes"]] == ["no-qkv-bias"]
 
 
+@pytest.mark.slow
 def test_why_it_stops(parity: Cli, script: Callable[..., str], synthetic: Callable[..., Path]) -> None:
     """Where the engine is not told the points, or does not print them, the hunt ends with that sentence and explains what it has."""
     words = ("run", "--model", synthetic(layers=4), "--tokens", "5,99,7,300", "--hunt", "--compute", "f32", "--exec")

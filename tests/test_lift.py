@@ -128,6 +128,7 @@ def test_an_encoder_sees_both_ways(parity: Cli, small_model: Make) -> None:
     assert verdict(parity, small_model("nomic-bert"), "--tokens", ids(21))["verdict"] == "parity"
 
 
+@pytest.mark.slow
 def test_an_encoder_decoder(parity: Cli, small_model: Make) -> None:
     """t5: the encoder's pass, the decoder's over its cache and the encoder's rows, and tokens generated agree at every point."""
     found = verdict(parity, small_model("t5"), "--tokens", ids(11), "--generate", "3")

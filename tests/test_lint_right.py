@@ -74,6 +74,7 @@ def test_positions_that_were_asked_for_are_not_missing(transformer: Transformer,
         assert lint(read(out)).findings == ()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["Q4_0", "BF16"])
 def test_quantised_models_of_llama_cpp_are_clean(
     kind: str, quantized: Callable[[str], Path], reference: Reference, tmp_path: Path

@@ -63,6 +63,7 @@ def test_gate_and_up_in_one_product(reference: Reference, small_model: Make) -> 
     np.testing.assert_allclose(gate / (1 + np.exp(-gate)) * up, nodes["blk.0.ffn_swiglu"], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "kinds"), [("gemma3n", ("l_out", "predictions")), ("deepseek2", ("q_nope_absorbed", "q_rope"))]
 )

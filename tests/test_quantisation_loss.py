@@ -40,7 +40,7 @@ def distributions() -> list[np.ndarray]:
     return [np.ascontiguousarray(weights * 0.02, dtype=np.float32) for weights in drawn]
 
 
-_LONG = (17, 19, 22)  # their grids are searched
+_LONG = (17, 19, 22, 29)  # their grids are searched
 
 
 @pytest.mark.parametrize(

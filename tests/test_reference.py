@@ -281,6 +281,7 @@ WAYS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_ways_of_computing_a_prompt(reference: Reference, folder: Path, tokens: tuple[int, ...], way: str) -> None:
     """In ubatches, from a saved state and in a batch llama.cpp computes every point of every position as it does alone."""

@@ -45,6 +45,7 @@ def definitions(reference: Reference, model: Path, folder: Path, mode: str) -> l
     return found
 
 
+@pytest.mark.slow
 def test_the_figures_are_those_of_their_definitions(
     parity: Cli, reference: Reference, stories: Path, text: Path, tmp_path: Path
 ) -> None:
@@ -95,6 +96,7 @@ def test_bounds_of_the_divergence() -> None:
     assert largest(np.array([1, 3, 3, 2], dtype=np.float32), 3).tolist() == [1, 2, 3]
 
 
+@pytest.mark.slow
 def test_our_engine_is_llama_cpp_over_a_text(parity: Cli, text: Path) -> None:
     """KL of rounding only, every first choice the same; the Markdown block has the figures, the screen fits."""
     words = ("score", "--text", text, "--context", CONTEXT, "--chunks", "2")
