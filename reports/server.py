@@ -65,7 +65,6 @@ def _table(server_answer: ServerAnswer, width: int) -> list[Text]:
     for group in groups:
         for part in _split(group, _PARTS):
             worst = max(part, key=lambda item: item.kl)
-            share = worst.kl / server_answer.limit
             rows.append(
                 (
                     ranges(tuple(range(part[0].position, part[-1].position + 1)))
@@ -73,7 +72,7 @@ def _table(server_answer: ServerAnswer, width: int) -> list[Text]:
                     str(len(part)),
                     error(float(np.mean([item.kl for item in part]))),
                     error(worst.kl),
-                    of_limit(share),
+                    of_limit(server_answer.of_limit(worst)),
                     f"{sum(item.same_choice for item in part)}/{len(part)}",
                     f"{worst.position} {clean(repr(worst.before))}",
                 )

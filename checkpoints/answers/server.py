@@ -1,6 +1,7 @@
 """The result of a comparison with a server's log-probabilities: data; `reports` formats it."""
 
 from dataclasses import dataclass
+from math import inf
 
 TEACHER_FORCED, GREEDY = "text", "greedy"
 
@@ -85,6 +86,10 @@ class ServerAnswer:
     next_command: str = ""
     folder: str = ""
     notes: tuple[str, ...] = ()
+
+    def of_limit(self, prediction: Predicted) -> float:
+        """A prediction's KL as a multiple of the limit, which --tolerance may have set to 0."""
+        return prediction.kl / self.limit if self.limit else inf if prediction.kl else 0.0
 
     def __bool__(self) -> bool:
         return self.first is None and not self.causes and not self.unfaithful

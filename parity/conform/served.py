@@ -17,7 +17,7 @@ from .matrix import DECODE, PREFILL
 
 MODES = (PREFILL, DECODE)  # the text's own tokens; and those that the server chooses after them
 _CHOSEN = 8  # tokens in DECODE
-# Servers are asked with texts, which each makes into ids itself, special tokens included. The names are those of matrix.PROMPTS.
+# Servers get texts, which they tokenize themselves, special tokens included. The names are those of matrix.PROMPTS.
 TEXTS = {
     "short": "Once upon a time, there was",
     "long": "Once upon a time, there was a little girl named Lily. She loved to play outside in the sunshine. One day, she found a big "
@@ -70,7 +70,7 @@ def _result(cell: Cell, answer: ServerAnswer, report: str) -> CellResult:
         cell,
         PARITY if answer else DIVERGENCE,
         compared=len(answer.predictions),
-        of_limit=None if worst is None else worst.kl / answer.limit,
+        of_limit=None if worst is None else answer.of_limit(worst),
         worst="" if worst is None else LOGITS,
     )
     if answer:
