@@ -303,9 +303,13 @@ def test_an_engine_that_crashes_or_hangs_or_prints_nothing(parity: Cli, tmp_path
 
 
 def test_what_it_refuses(parity: Cli) -> None:
-    """No side or two, unknown names or program, modes that the engine cannot be told, and a matrix of which nothing was compared."""
-    refused(parity("conform"), "--exec CMD")
-    refused(parity("conform", "--exec", "x", "--side", "ours"), "Take one of")
+    """No side or two, a server's options without one, unknown names or program, modes that the engine cannot be told, and a matrix of
+    which nothing was compared.
+    """
+    refused(parity("conform"), "no engine to test was given", "--exec CMD")
+    refused(parity("conform", "--exec", "x", "--side", "ours"), "more than one engine to test was given", "Take one of")
+    for option in (("--server-api", "openai"), ("--server-json", "{}")):
+        refused(parity("conform", "--side", "ours", *option), "need a server")
     refused(parity("conform", "--exec", "", "--types", "F32"), "--exec is empty")
     refused(parity("conform", "--side", "ours", "--architectures", "qwen9"), "qwen9", "qwen")
     refused(parity("conform", "--side", "ours", "--profile", "everything"), "--profile 'everything' is unknown")
@@ -352,12 +356,6 @@ def test_a_lost_worker_costs_its_cells_only(c_engine: Path, parity: Cli, tmp_pat
     assert (code, answer["workers"]) == (0, 2)
     assert Path("once").exists()
     assert [cell["verdict"] for cell in answer["cells"]] == ["parity", "parity", "refused"]
-
-
-def test_one_engine_is_tested(parity: Cli) -> None:
-    """None is too few, two are too many, and the error says which it was."""
-    refused(parity("conform"), "no engine to test was given")
-    refused(parity("conform", "--side", "ours", "--exec", "x {out}"), "more than one engine to test was given")
 
 
 @pytest.mark.slow

@@ -102,7 +102,7 @@ def conform(
     command = given["command"]
     server = side is ConformSide.SERVER
     asking = served.Asking(given.pop("server_api"), given.pop("server_json"))
-    check_side(command, None if side is None else side.value)
+    check_side(command, None if side is None else side.value, asking)
     check_outputs(junit, table)
     theirs = HuggingFace(Path(), given.pop("python"), given.pop("device"), slice_size=None)
     if side is ConformSide.HF:

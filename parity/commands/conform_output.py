@@ -15,6 +15,7 @@ from .output import DIVERGENCE_CODE, PARITY_CODE
 if TYPE_CHECKING:
     from checkpoints.answers.conform import CellResult, Conformance
 
+    from ..conform.served import Asking
     from ..run.command import Command
 
 _INTERRUPTED = 130
@@ -60,13 +61,16 @@ class Shown:
             self._bar.stop()
 
 
-def check_side(command: "Command | None", side: str | None) -> None:
+def check_side(command: "Command | None", side: str | None, asking: "Asking") -> None:
     """Refuse a request that does not say who is tested.
 
     Raises:
-        InputError: neither --exec nor --side, both where they do not go together, or a server's command without its placeholders.
+        InputError: neither --exec nor --side, both where they do not go together, a server's command without its placeholders, or
+            options of a server without one.
     """
+    from ..conform import served
     from ..run.command import MODEL, PORT
+    from ..server.dialects import AUTO
 
     if side == "server":
         if command is None or not (command.takes(PORT) and command.takes(MODEL)):
@@ -83,6 +87,8 @@ def check_side(command: "Command | None", side: str | None) -> None:
         )
     elif command is not None and command.takes(PORT):
         raise InputError("--exec names {port}, but no server was asked for.", "Add --side server.", code="usage")
+    elif asking != served.Asking(AUTO):
+        raise InputError("--server-api and --server-json need a server.", "Add --side server.", code="usage")
 
 
 def check_outputs(junit: Path | None, table: Path | None) -> None:
