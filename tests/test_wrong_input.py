@@ -100,6 +100,7 @@ def test_a_model_without_a_tokenizer_takes_ids_only(parity: Cli, tmp_path: Path)
         (("--prompt", "a", "--positions", "900"), "position"),
         (("--prompt", "a", "--window", "0"), "--window"),
         (("--prompt", "a", "--window", "²"), "--window"),  # a digit to str.isdigit, none to int
+        (("--prompt", "a", "--window", "9" * 5000), "--window"),  # more digits than int takes
         (("--prompt", "a", "--backend", "cupy"), "upy"),
         (("--prompt-file", "nofile.txt"), "nofile.txt"),
         (("--prompt", "a", "--exec", "'"), "--exec"),

@@ -1,5 +1,6 @@
 """How the texts of options become values, and which texts are refused."""
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -11,6 +12,7 @@ from ...run.prompt import given_prompt, numbers
 if TYPE_CHECKING:
     from checkpoints.mapping import Mapping
 
+_LAYERS = re.compile(r"0*[1-9][0-9]{0,8}")  # int() takes other digits, too, and no text of thousands
 Given = dict[str, Any]  # fields of a request by name: `Request(**given)`
 
 
@@ -72,7 +74,7 @@ def window(text: str) -> int | Literal["auto", "off"]:
         return "auto"
     if text == "off":
         return "off"
-    if not (text.isascii() and text.isdigit()) or int(text) < 1:
+    if not _LAYERS.fullmatch(text):
         raise InputError(f"--window must be auto, off or a number of layers, not {text!r}.", "Write e.g. --window 4.")
     return int(text)
 
