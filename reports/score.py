@@ -119,6 +119,8 @@ def as_json(score: Scored) -> dict[str, Any]:
 
 def _explained(answer: Mapping[str, Any]) -> str:
     """What was found at the worst position, in a sentence."""
+    if error := answer.get("error"):
+        return f"the sides could not be compared: {clean(error['message'].rstrip('.'))}"
     first = answer.get("first_divergence")
     if not first:
         return "there both sides agree at every recorded operation: the distance is that of their weights or their arithmetic"

@@ -111,7 +111,10 @@ def test_our_engine_is_llama_cpp_over_a_text(parity: Cli, text: Path) -> None:
 @needs_gcc
 @pytest.mark.slow
 def test_a_foreign_engine_is_scored_and_its_worst_token_explained(parity: Cli, text: Path, tmp_path: Path) -> None:
-    """Whole rows of logits of an engine in C: right, it is at rounding; wrong from layer 7 on, the worst token leads to the cause."""
+    """Whole rows of logits of an engine in C: right, it is at rounding; wrong from layer 7 on, the worst token leads to the cause.
+
+    Figures are printed even if the engine then fails at the worst token.
+    """
     engine = compile_engine(tmp_path, "-DPARITY_SLICE=4096")
     words = ("score", "--text", text, "--context", CONTEXT, "--chunks", "1", "--exec")
     code, right = parity.json(*words, f"{engine} {{model}} {{tokens}} {{out}}")
@@ -122,6 +125,11 @@ def test_a_foreign_engine_is_scored_and_its_worst_token_explained(parity: Cli, t
     assert [cause["fault"] for cause in answer["explained"]["explanation"]["causes"]] == ["rope-pairs"]
     block = parity(*late, "--format", "markdown").out
     assert "it first diverges at `blk.7.q_rope`, position 1; cause: `rope-pairs`." in block
+    picky = ("--exec-shell", f"[ {{points}} = logits ] || exit 3; {engine} {{model}} {{tokens}} {{out}}")
+    code, answer = parity.json(*words[:-1], *picky, "--explain-worst")
+    assert (code, answer["same_top"], answer["explained"]["error"]["code"]) == (2, 1.0, "exec")
+    block = parity(*words[:-1], *picky, "--explain-worst", "--format", "markdown").out
+    assert "the sides could not be compared: [ failed with exit code 3" in block
     small = compile_engine(tmp_path)
     refused(parity(*words, f"{small} {{model}} {{tokens}} {{out}}"), "16 of 2,048 logits", "PARITY_SLICE")
 

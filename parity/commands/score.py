@@ -3,11 +3,11 @@
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from checkpoints.errors import InputError
+from checkpoints.errors import InputError, ParityError
 
 from . import options as o
 
@@ -88,9 +88,14 @@ def score(
     if explain_worst:
         check_explained(source)
     scored, leading = run(request, progress)
-    code, answer = 0, None
+    code = 0
+    answer: dict[str, Any] | None = None
     if explain_worst and leading and output_format is not ScoreFormat.TEXT:
-        answer, code = explained_quietly(request.run, source, leading)
+        try:
+            answer, code = explained_quietly(request.run, source, leading)
+        except ParityError as error:  # the figures, which may have taken hours, are printed nevertheless
+            answer = {"error": {"code": error.code, "message": error.message, "advice": error.advice}}
+            code = error.exit_code
     show(scored, output_format.value, answer)
     if explain_worst and leading and output_format is ScoreFormat.TEXT:
         code = explained(request.run, source, leading)
