@@ -819,21 +819,23 @@ static inline struct parity_graph *parity__graph_of(parity_dump *d, cudaGraph_t 
     return *status == cudaSuccess ? g : NULL;
 }
 
-/* An arena of the graph with room for so many bytes: its last one, one of a graph that is gone and whose last replay is written,
- * or a new one. It is given the nodes that bring it to the host. */
+/* An arena of the graph with room for so many bytes: its last one, one of a graph of the same device that is gone and whose last
+ * replay is written, or a new one. It is given the nodes that bring it to the host. */
 static inline struct parity_arena *parity__arena(parity_dump *d, struct parity_graph *g, cudaGraph_t graph, size_t size,
                                                  cudaError_t *status) {
     struct parity_graph *other;
     struct parity_arena **link, *arena = g->arenas;
     if (arena && arena->size - arena->used >= size) return arena;
     arena = NULL;
-    for (other = d->graphs; other && !arena; other = other->next)
-        for (link = &other->arenas; !arena && other->gone && other->written >= other->replays && *link; link = &(*link)->next)
+    for (other = d->graphs; other && !arena; other = other->next) {
+        if (!other->gone || other->written < other->replays || other->device != g->device) continue;
+        for (link = &other->arenas; *link; link = &(*link)->next)
             if ((*link)->size >= size) {
                 arena = *link;
                 *link = arena->next;
                 break;
             }
+    }
     if (!arena) {
         arena = (struct parity_arena *)calloc(1, sizeof *arena);
         if (!arena) return NULL;
@@ -992,7 +994,7 @@ static inline int parity__is_captured(parity_dump *d, const char *point, cudaStr
 }
 
 /* The same for DEVICE memory: copied in `stream`, after what it computed, into pinned memory; waits for the copy. In a stream that is
- * being captured it records at every replay instead, at the position of parity_position_device, and `position` is not looked at. */
+ * being captured it records at every replay instead, at the position of parity_position_device, and `position` (any from 0) is not used. */
 static inline int parity_checkpoint_device(parity_dump *d, const char *point, int position, const void *device_values,
                                            parity_type type, size_t n, cudaStream_t stream) {
     struct cudaPointerAttributes at;
