@@ -38,7 +38,6 @@ def hunted(request: "Request", started: "Reference", output_format: Format) -> i
         print(json.dumps(answer))
     else:
         print_lines(console, [Text(""), *report.lines(result.hunt, console.width)])
-    if output_format is Format.TEXT:
         print(f"{report.summary(result.hunt)}   {printable(str(result.outcome.folder), None)}/")
     return PARITY_CODE if result.hunt else DIVERGENCE_CODE
 

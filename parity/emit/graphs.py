@@ -23,7 +23,7 @@ _ARENA = 4 << 20  # bytes that are allocated at a time, three times: a graph has
 _WAITING = 1 << 30  # bytes of replays that may wait to be written; then replays wait
 _QUIET = 0.1  # seconds without a replay that count as rest: the lines are made then, since that takes Python from the engine
 _HOST_FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
-_KEPT: "list[Any]" = []  # what graphs refer to: they may be replayed when the recorder is gone
+_KEPT: "list[Any]" = []  # what graphs refer to: they may be replayed after the recorder is gone
 
 
 def _side(name: str) -> "list[tuple[str, Any]]":
@@ -158,16 +158,16 @@ def _on_device(source: int, target: int, size: int) -> _Copy:
 
 
 def _copy_node(graph: Any, copy: _Copy, after: "list[Any]") -> Any:
-    """A new node of the graph that makes this copy behind those."""
-    made, nodes, context = ctypes.c_void_p(), (ctypes.c_void_p * len(after))(*after), ctypes.c_void_p()
+    """A new node of the graph that makes this copy after those nodes."""
+    node, nodes, context = ctypes.c_void_p(), (ctypes.c_void_p * len(after))(*after), ctypes.c_void_p()
     _call("cuCtxGetCurrent", ctypes.byref(context))
-    _call("cuGraphAddMemcpyNode", ctypes.byref(made), graph, nodes, ctypes.c_size_t(len(after)), ctypes.byref(copy), context)
-    return made.value
+    _call("cuGraphAddMemcpyNode", ctypes.byref(node), graph, nodes, ctypes.c_size_t(len(after)), ctypes.byref(copy), context)
+    return node.value
 
 
 def _follows(graph: Any, before: Any, node: Any) -> None:
-    one, other = (ctypes.c_void_p * 1)(before), (ctypes.c_void_p * 1)(node)
-    _call("cuGraphAddDependencies", graph, one, other, ctypes.c_size_t(1))
+    sources, targets = (ctypes.c_void_p * 1)(before), (ctypes.c_void_p * 1)(node)
+    _call("cuGraphAddDependencies", graph, sources, targets, ctypes.c_size_t(1))
 
 
 class _Slot:
@@ -282,16 +282,16 @@ class Graphs:
             ctypes.byref(before), ctypes.byref(count),
         )  # fmt: skip
         so_far = [before[i] for i in range(count.value)]
-        found = self._graphs.get(number.value)
-        if found is None:
-            found = self._graphs[number.value] = _Graph(graph, self._replayed)
+        captured = self._graphs.get(number.value)
+        if captured is None:
+            captured = self._graphs[number.value] = _Graph(graph, self._replayed)
         # A point that comes again is of another pass in the same graph, which has a position of its own.
-        if found.place is None or any(slot.point == point and slot.place is found.place for slot in found.slots):
-            found.place = found.slot(graph, "", _Row(position), None)
-            staged = [found.place.stage(graph, so_far)]
+        if captured.place is None or any(slot.point == point and slot.place is captured.place for slot in captured.slots):
+            captured.place = captured.slot(graph, "", _Row(position), None)
+            staged = [captured.place.stage(graph, so_far)]
         else:
             staged = []
-        staged.append(found.slot(graph, point, row, found.place).stage(graph, so_far))
+        staged.append(captured.slot(graph, point, row, captured.place).stage(graph, so_far))
         last = (ctypes.c_void_p * len(staged))(*staged)
         _call("cuStreamUpdateCaptureDependencies", stream, last, ctypes.c_size_t(len(staged)), ctypes.c_uint(_SET_DEPENDENCIES))
 

@@ -44,7 +44,7 @@ class ServedModel:
             return None
         if status:
             return self._command.failed(status, self._tail.text())
-        return EngineError(f"{self._command.name} ended with exit code 0 while it was needed.", "A server must go on.")
+        return EngineError(f"{self._command.name} ended with exit code 0 while it was needed.", "A server must keep running.")
 
     def stop(self) -> None:
         """End it and its children."""
