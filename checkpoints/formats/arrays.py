@@ -28,8 +28,8 @@ _RATIO = (
 _SMALL = 1 << 24  # bytes of arrays that any archive may unpack to
 _OF_PASS = re.compile(r"(.+)/(\d{1,9})", re.DOTALL)  # a point, and the number of its forward pass
 MOST = 10_000  # arrays of a file: 126 layers of 60 points each, and some more
-_HEADER = 1 << 23  # bytes of a safetensors header: 250 each of so many arrays
-_ROWS = 1 << 20
+_HEADER = 1 << 23  # bytes of a safetensors header: 800 for each of so many arrays, which take 250
+_ROWS = 1 << 20  # of an array: positions of a context
 _TYPES: dict[str, Any] = {"F32": np.float32, "F16": np.float16, "F64": np.float64}
 _INTEGERS: dict[str, Any] = {"I32": np.int32, "I64": np.int64}
 

@@ -24,8 +24,8 @@ __device__ __forceinline__ void look_at_two(const Word* from, Word& a, Word& b) 
 __device__ __forceinline__ bool told(Word word, unsigned step) { return (unsigned)(word >> 32) == step; }
 __device__ __forceinline__ float value_of(Word word) { return __uint_as_float((unsigned)word); }
 
-// Where many blocks take many values, half the bytes: a float whose two lowest bits are those of the step. Who makes the value rounds
-// it first, so that what is recorded is what is taken. A word of the last step has other bits, and no step leaves one out.
+// Where many blocks take many values, half the bytes: a float whose two lowest bits are those of the step. The block that computes the
+// value rounds it first, so that what is recorded is what is taken. A word of the last step has other bits, and no step leaves one out.
 __device__ __forceinline__ float short_of(float value) {
     const unsigned bits = __float_as_uint(value);
     return __uint_as_float((isfinite(value) ? bits + 2 : bits) & ~3u);

@@ -67,7 +67,7 @@ struct Model {
 #endif
 
 #ifndef TAKEN
-#define TAKEN 3                  // pairs of activations that a thread asks for at once
+#define TAKEN 3                  // fours of activations that a thread asks for at once
 #endif
 
 #define PAIRS ((QW + 2 * KW) / 2)     // rows of Q, K and V, two by two
