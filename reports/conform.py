@@ -20,6 +20,7 @@ from checkpoints.answers.conform import (
     axis,
 )
 
+from .as_json import plain
 from .layout import labelled
 from .numbers import clean, count, error
 
@@ -220,9 +221,9 @@ def as_json(conformance: Conformance) -> dict[str, Any]:
 
 
 def _cell(result: CellResult) -> dict[str, Any]:
-    facts = result.as_dict()
+    facts = plain(result.as_dict())
     place = {"checkpoint": facts.pop("checkpoint"), "token_idx": facts.pop("token_idx")}
-    return facts | {"first_divergence": place if place["checkpoint"] else None}
+    return {**facts, "first_divergence": place if place["checkpoint"] else None}
 
 
 def markdown(conformance: Conformance) -> str:

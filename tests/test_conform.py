@@ -116,6 +116,13 @@ def test_our_engine_conforms_in_every_mode(parity: Cli) -> None:
     )
 
 
+def test_a_limit_of_0_gives_json_without_infinity(parity: Cli) -> None:
+    """What is infinitely far beyond its limit is the word "Infinity", as in every other answer: JSON has no such number."""
+    words = ("--architectures", "llama", "--types", "F32", "--prompts", "one", "--modes", "prefill", "--no-explain")
+    code, answer = parity.json("conform", "--side", "ours", *words, "--tolerance", "0")
+    assert (code, answer["cells"][0]["verdict"], answer["cells"][0]["of_limit"]) == (1, "divergence", "Infinity")
+
+
 EVERY_WAY = ("--portions={portions}", "--state={state}")
 ONLY = ("--architectures", "llama,qwen2,qwen3", "--workers", "1", "--out", "c")
 
