@@ -322,6 +322,7 @@ def test_what_it_refuses(parity: Cli) -> None:
     refused(parity("conform", "--side", "ours", "--profile", "everything"), "--profile 'everything' is unknown")
     for mode, needed in (("decode", "{portions}"), ("batch", "{sequences}"), ("state", "{state}")):
         refused(parity("conform", "--exec", "x {model}", "--modes", mode), needed)
+    refused(parity("conform", "--side", "ours", "--modes", "batch"), "This side has the modes prefill, decode, chunked")
     refused(parity("conform", "--exec", "./no-such-engine {model}"), "cannot run ./no-such-engine")
     refused(parity("conform", "--exec", "PATH=/nowhere python3 {model}"), "cannot run python3")
     refused(parity("conform", "--side", "hf", "--python", "no-such-python"), "no-such-python")

@@ -82,7 +82,8 @@ def cells(
         needed = NEEDS[impossible[0]]
         raise InputError(
             f"--modes {impossible[0]} needs an engine that takes {_TOLD[needed][0]}.",
-            f"Put {needed} into --exec: {_TOLD[needed][1]}.",
+            f"This side has the modes {', '.join(possible_modes)}. For an engine that writes dumps, put {needed} into --exec: "
+            f"{_TOLD[needed][1]}.",
             code="modes",
         )
     axes = (
