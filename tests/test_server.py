@@ -431,6 +431,7 @@ def test_a_hostile_answer_ends_the_run_in_one_line(hostile: str, parity: Cli) ->
     for option in (["--dump-prefix"], ["--server-top", "9"], ["--server-api", "openai"], ["--server-timeout", "5"]):
         refused(parity("run", "--prompt", "hi", *option), "need a server")
     refused(parity("run", "--prompt", "hi", "--server", hostile, "--server-json", "[1]"), "JSON object")
+    refused(parity("run", "--prompt", "hi", "--server", hostile, "--server-json", "[" * 100_000), "--server-json is not JSON")
     refused(parity("run", "--prompt", "hi", "--server", hostile, "--server-timeout", "nan"), "positive number of seconds")
     refused(parity("run", "--prompt", "hi", "--server", hostile, "--server-rate", "0"), "positive number of requests")
 

@@ -124,7 +124,7 @@ def members(server_json: str) -> dict[str, Any]:
     """
     try:
         extra = json.loads(server_json) if server_json else {}
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"--server-json is not JSON: {error}.", _EXAMPLE, code="server") from None
     if not isinstance(extra, dict):
         raise InputError("--server-json must be a JSON object.", _EXAMPLE, code="server")
