@@ -18,7 +18,7 @@ from engine.backend import Array
 from engine.graph import Step
 from engine.replay.wide import without_tables
 from parity.diff.compare import Options, compare
-from parity.explain.on_model import compared_on
+from parity.explain.on_model import compared_on, three_on
 from reference.client import Reference
 from reference.jobs import DumpJob
 
@@ -129,6 +129,21 @@ def test_a_fault_behind_the_table_is_seen(sides: Callable[[str], Sides]) -> None
     assert found.first_divergence is not None
     assert found.first_divergence.checkpoint == "blk.1.ffn_geglu"
     assert any("a fault, or the table" in note for note in found.notes)
+
+
+def test_of_three_sides_the_table_is_not_the_wrong_one(sides: Callable[[str], Sides]) -> None:
+    """Beside an engine with the function itself llama.cpp's table is far from float64, and right: the faulty side alone is wrong."""
+    both = sides("gpt2")
+    exact = without_tables(both.faulty.right)
+    spoiled = edited(exact, "blk.0.ffn_out", lambda x: x * np.float32(1.01))
+    ours, other = (
+        replace(both.faulty.dump(RIGHT, both.tokens, points="all", size=1 << 20, steps=steps), path=path)
+        for steps, path in ((spoiled, "spoiled.jsonl"), (exact, "exact.jsonl"))
+    )
+    found = three_on((ours, both.ref, other), Options(), both.model)
+    assert found.first is not None
+    assert (found.first.checkpoint, found.first.wrong) == ("blk.0.ffn_out", (0,))
+    assert {point.wrong for point in found.points if point.differs} == {(0,)}
 
 
 class _OursIsTrue:
