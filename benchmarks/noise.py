@@ -132,12 +132,14 @@ def against_truth(reference: Reference, folder: Path, tokens: tuple[int, ...], p
         dump(transformer, OursJob(folder / "ours.jsonl", tokens, points=points))
         records = comparison(read(folder / "ours.jsonl"), read(ref)).records
         nmse, distance = records.measures.nmse, np.concatenate([distances[point] for point in records.names])
-        worst = raised(np.zeros(len(nmse)), distance, records.point, records.seq, records.token_idx) / MULTIPLE
+        none, fine = np.zeros(len(nmse)), np.zeros(len(nmse), dtype=np.bool_)
+        keys = records.point, records.seq, records.token_idx
+        worst = raised(none, none, distance, *keys, fine, rounding=np.inf) / MULTIPLE
         large = nmse > 1e-12
         print(
             f"{name}: worst {nmse.max():.1e} from llama.cpp, which is up to {distance.max():.1e} from the truth;"
-            f" ratio to the position's worst: at most {(nmse / worst)[large].max(initial=0):.0f},"
-            f" to the record's own: {(nmse / distance)[large].max(initial=0):.0f}",
+            f" ratio to the position's worst: at most {(nmse[large] / worst[large]).max(initial=0):.0f},"
+            f" to the record's own: {(nmse[large] / distance[large]).max(initial=0):.0f}",
             flush=True,
         )
 

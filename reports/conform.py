@@ -155,7 +155,7 @@ def nothing_compared(conformance: Conformance) -> str:
     if len(refused) < len(conformance.results):
         return f"nothing was compared: {outcome(conformance.results[0]).rstrip('.')}."
     reasons = {clean(result.reason.rstrip(".")) for result in refused}
-    words = f"{refused[0].reason.rstrip('.')}" if len(reasons) == 1 else f"{len(reasons)} reasons, e.g. {min(reasons)}"
+    words = refused[0].reason.rstrip(".") if len(reasons) == 1 else f"{len(reasons)} reasons, e.g. {min(reasons)}"
     cells = "its only cell" if len(refused) == 1 else f"all {count(len(refused), 'cell')}"
     return clean(f"the engine refused {cells}, so nothing was compared: {words}.")
 

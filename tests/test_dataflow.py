@@ -11,10 +11,15 @@ from dumps import HEADER, dump, noisy, random, spoiled
 from checkpoints.dataflow import CACHE, Dataflow, Made, of_vocabulary
 from checkpoints.points import LAYER_KINDS, in_layer
 from checkpoints.reading.reader import read
-from parity.diff.compare import compare
-from parity.diff.dataflow import flow, ordered
+from engine.backend import choose
+from engine.transformer import Transformer
+from engine.weights.gguf_model import GgufModel
+from parity.diff.compare import compare, comparison
+from parity.diff.dataflow import flow, ordered, without_mask
 from parity.lint.lint import lint
 from parity.models.embedded import path as embedded
+from parity.run.ours import OursJob
+from parity.run.ours import dump as run_ours
 from reference.client import Reference
 from reference.jobs import DumpJob
 
@@ -43,6 +48,20 @@ def test_the_vocabularys_order() -> None:
     optional = {kind.name for kind in LAYER_KINDS if kind.optional}
     assert not optional & {name.rpartition(".")[2] for name in origins}
     assert of_vocabulary(["blk.0.q_norm"], 1).made["blk.0.q_rope"].reads == ("blk.0.q_norm",)
+
+
+def test_a_mask_is_seen_in_the_references_scores(tmp_path: Path) -> None:
+    """A first pass of one position shows neither a mask nor the lack of one; the reference's scores decide, whatever ours look like."""
+    engine = Transformer(GgufModel(embedded()), choose("numpy"))
+    for tokens, generated, unmasked in (((5,), (7, 8, 9), None), ((5, 6, 7, 8), (), False)):
+        job = OursJob(tmp_path / f"{len(tokens)}.jsonl", tokens, points="blk.0.{kq_soft_max,l_out}", generated=generated)
+        run_ours(engine, job)
+        assert without_mask(read(job.out).points) is unmasked
+    ref = read(tmp_path / "4.jsonl")
+    scores = ref.points["blk.0.kq_soft_max"]
+    wide = {"blk.0.kq_soft_max": replace(scores, shapes=(max(scores.shapes),) * len(scores))}
+    assert without_mask(wide) is True
+    assert not comparison(replace(ref, points=ref.points | wide), ref).records.flow.unmasked
 
 
 def test_it_survives_a_header() -> None:

@@ -34,6 +34,16 @@ def test_an_error_that_grows_at_a_single_position_is_noise() -> None:
     assert any("noise: 3 records at single positions of blk.4.l_out, blk.5.l_out" in note for note in found.notes)
 
 
+def test_a_short_prompt_is_not_said_to_agree_elsewhere() -> None:
+    """Where every position of a short prompt is over the limit, the note says that nothing shows how rare it is."""
+    right = random(POINTS, 8)
+    ours = noisy(right) | {name: right[name] * np.float32(1 + np.sqrt(error)) for name, error in GROWN.items()}
+    (note,) = (note for note in compare(dump(ours), dump(right)).notes if note.startswith("noise: "))
+    assert "24 records of blk.4.l_out, blk.5.l_out, output_norm" in note
+    assert "too short to show" in note
+    assert "agree everywhere else" not in note
+
+
 @pytest.mark.slow
 def test_a_right_engine_is_not_accused_at_a_knifes_edge(parity: Cli) -> None:
     """A real prompt whose noise reaches the limit, seed 13 of benchmarks/noise.py: position 71 is over it and is no divergence."""

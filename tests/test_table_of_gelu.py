@@ -1,24 +1,24 @@
 """`diff` without a model where llama.cpp's GELU is a table of float16, and where norms hide what is wrong before them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from dumps import HEADER, dump, random
+from dumps import HEADER, Arrays, dump, random
 from planted import Faulty, Planted, tokens_of
 
 from checkpoints.answers.diff import Verdict
 from checkpoints.dataflow import Made
 from checkpoints.reading.reader import read
-from checkpoints.record import Dump
+from checkpoints.record import Dump, Rows
 from engine.backend import Array
 from engine.graph import Step
 from engine.replay.wide import without_tables
 from parity.diff.compare import Options, compare
-from parity.explain.on_model import compared_on
+from parity.explain.on_model import compared_on, three_on
 from reference.client import Reference
 from reference.jobs import DumpJob
 
@@ -129,6 +129,58 @@ def test_a_fault_behind_the_table_is_seen(sides: Callable[[str], Sides]) -> None
     assert found.first_divergence is not None
     assert found.first_divergence.checkpoint == "blk.1.ffn_geglu"
     assert any("a fault, or the table" in note for note in found.notes)
+
+
+def test_of_three_sides_the_table_is_not_the_wrong_one(sides: Callable[[str], Sides]) -> None:
+    """Beside an engine with the function itself llama.cpp's table is far from float64, and right: the faulty side alone is wrong."""
+    both = sides("gpt2")
+    exact = without_tables(both.faulty.right)
+    spoiled = edited(exact, "blk.0.ffn_out", lambda x: x * np.float32(1.01))
+    ours, other = (
+        replace(both.faulty.dump(RIGHT, both.tokens, points="all", size=1 << 20, steps=steps), path=path)
+        for steps, path in ((spoiled, "spoiled.jsonl"), (exact, "exact.jsonl"))
+    )
+    found = three_on((ours, both.ref, other), Options(), both.model)
+    assert found.first is not None
+    assert (found.first.checkpoint, found.first.wrong) == ("blk.0.ffn_out", (0,))
+    assert {point.wrong for point in found.points if point.differs} == {(0,)}
+
+
+class _OursIsTrue:
+    """A truth that our side has exactly, where the reference computes two layers coarsely."""
+
+    coarse = frozenset({"blk.1.l_out", "blk.2.l_out"})
+
+    def __init__(self, ours: Arrays) -> None:
+        self._ours = ours
+
+    def distances(self, points: Mapping[str, Rows]) -> dict[str, Any]:
+        """The NMSE of whole rows."""
+        truth = {name: self._ours[name].astype(np.float64) for name in points}
+        return {name: ((rows.values - truth[name]) ** 2).sum(1) / (truth[name] ** 2).sum(1) for name, rows in points.items()}
+
+    from_table = distances
+
+    def own_rounding(self, points: Mapping[str, Rows]) -> dict[str, Any]:
+        """None."""
+        return {name: np.zeros(len(rows)) for name, rows in points.items()}
+
+    spread = own_rounding
+
+    def one_entry(self, points: Mapping[str, Rows]) -> dict[str, Any]:
+        """No point is a table's."""
+        del points
+        return {}
+
+
+def test_an_exact_engine_is_right_however_coarse_the_reference_is() -> None:
+    """Float64 decides also where no error is as small as a table of float16 makes it behind few layers."""
+    right = random(("embd", "blk.0.l_out", "blk.1.l_out", "blk.2.l_out"))
+    ours = {name: values * np.float32(1.07) if name in _OursIsTrue.coarse else values for name, values in right.items()}
+    whole = {name: dump(values, slice_size=None) for name, values in (("ours", ours), ("ref", right))}
+    assert compare(whole["ours"], whole["ref"]).verdict == "divergence"
+    assert compare(whole["ours"], whole["ref"], Options(truth=_OursIsTrue(ours))).verdict == "parity"
+    assert compare(whole["ours"], whole["ref"], Options(truth=_OursIsTrue(right))).verdict == "divergence"
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ class ThreeWayPoint:
 
     `differs`: `diff` judges some pair to differ. `alone` is the side that differs from the two others, which agree.
     `truth`: how far each side's worst record is from the same steps in float64, None where that is not known; `wrong` are the sides that
-    are far from it while another one is near.
+    are far from it while another one, with which they do not agree, is near.
     """
 
     checkpoint: str

@@ -10,7 +10,7 @@ from checkpoints.answers.diff import Limits
 from checkpoints.points import LOGITS, OUTPUT_NORM, parse
 from checkpoints.record import Rows
 
-from .align import Pair
+from .align import Pair, as_wide
 from .dataflow import Flow, upstream
 from .limits import ASSUMED_JUMP, EXACT_FLOOR, FUTURE_MASS, JUMP, LARGEST_ROUNDING
 from .measure import Measured
@@ -165,7 +165,7 @@ def _by_truth(measured: Measured, limit: Floats, truth: Truth) -> tuple[Floats, 
     Nothing is computed where no error is small enough to be rounding.
     """
     nmse = measured.measures.nmse
-    if not ((nmse > limit) & (nmse <= NO_COARSE_ROUNDING)).any():  # the larger of the two bounds
+    if not ((nmse > limit) & (nmse <= LARGEST_ROUNDING)).any():  # the larger of the two bounds
         return limit, ()
     coarse = np.array([pair.point in truth.coarse for pair in measured.pairs])[measured.point]
     near = (nmse > limit) & (nmse <= np.where(coarse, LARGEST_ROUNDING, NO_ROUNDING))
@@ -200,11 +200,8 @@ def _joined(measured: Measured, found: Mapping[str, Floats]) -> Floats:
 
 def _compared_part(pair: Pair) -> Rows:
     """The reference's records with what ours has of each: as many leading values, and no sketch where that has none."""
-    ref = pair.ref if pair.ours.sketch is not None else replace(pair.ref, sketch=None)
-    width = int(pair.ours.counts.max(initial=0))
-    if pair.ours.indices is not None or ref.indices is not None or not 0 < width < ref.values.shape[1]:
-        return ref
-    return replace(ref, values=ref.values[:, :width], counts=np.minimum(ref.counts, width))
+    ref = as_wide(pair.ref, pair.ours)
+    return ref if pair.ours.sketch is not None else replace(ref, sketch=None)
 
 
 def _behind_known_tables(measured: Measured, limit: Floats, distance: Floats, near: Bools, truth: Truth) -> Floats:
@@ -217,7 +214,8 @@ def _behind_known_tables(measured: Measured, limit: Floats, distance: Floats, ne
         distance: NMSE of the reference's records from the truth. near: the records that are asked about.
     """
     keys = measured.point, measured.seq, measured.token_idx
-    ours = {pair.point: pair.ours for number, pair in enumerate(measured.pairs) if near[measured.point == number].any()}
+    asked = measured.names_of(near)
+    ours = {pair.point: pair.ours for pair in measured.pairs if pair.point in asked}
     far = _joined(measured, truth.distances(ours))
     ref = {pair.point: _compared_part(pair) for pair in measured.pairs if pair.point in truth.coarse}
     exact = near & (far <= limit)
@@ -258,7 +256,8 @@ def _spread(measured: Measured, limit: Floats, truth: Truth) -> Floats:
     """
     nmse = measured.measures.nmse
     odd = (nmse > limit) & (nmse <= ROUNDING)
-    suspects = {pair.point: pair.ref for number, pair in enumerate(measured.pairs) if odd[measured.point == number].any()}
+    concerned = measured.names_of(odd)
+    suspects = {pair.point: pair.ref for pair in measured.pairs if pair.point in concerned}
     if not suspects:
         return limit
     carried = truth.spread(suspects)

@@ -4,7 +4,7 @@ All later stages work on arrays: a `Pair` holds the rows of one point of both si
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -96,6 +96,14 @@ def picked(pairs: Iterable[Pair], keep: Iterable[NDArray[np.bool_]]) -> tuple[Pa
         elif mask.any():
             kept.append(Pair(pair.point, pair.ours.take(mask), pair.ref.take(mask)))
     return tuple(kept)
+
+
+def as_wide(rows: Rows, like: Rows) -> Rows:
+    """The rows with no more leading values than others have; as they are where either side lists its elements by index."""
+    width = int(like.counts.max(initial=0))
+    if rows.indices is not None or like.indices is not None or not 0 < width < rows.values.shape[1]:
+        return rows
+    return replace(rows, values=rows.values[:, :width], counts=np.minimum(rows.counts, width))
 
 
 def keys(rows: Rows) -> NDArray[np.int64]:

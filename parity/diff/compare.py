@@ -102,8 +102,9 @@ def _comparison(ours: Dump, ref: Dump, options: Options, parted: TokenComparison
     whole, damaged = dataflow_of(ours, ref)
     alignment = align(ours, ref, options.step, tokens, whole)
     errors = as_sets(measured(alignment, ours, ref))
-    unmasked = without_mask(ref.points) or without_mask(ours.points)
-    model = flow(errors.names, whole, _layers(ref) or _layers(ours), unmasked=unmasked)
+    unmasked = without_mask(ref.points)  # ours may lack a mask by mistake, or record the columns that it masks
+    unmasked = without_mask(ours.points) if unmasked is None else unmasked
+    model = flow(errors.names, whole, _layers(ref) or _layers(ours), unmasked=bool(unmasked))
     lower = (
         (options.limits is None or allowed.assumed)
         and common_mode(ours.header, ref.header) != NATIVE

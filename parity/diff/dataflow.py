@@ -222,15 +222,20 @@ def flow(names: Sequence[str], whole: Dataflow | None = None, n_layers: int | No
     return Flow(whole or of_vocabulary(names, n_layers), tuple(names), whole is not None, unmasked)
 
 
-def without_mask(points: Mapping[str, Rows]) -> bool:
-    """Whether attention has no causal mask: the scores of all positions of the first pass have as many columns."""
+def without_mask(points: Mapping[str, Rows]) -> bool | None:
+    """Whether attention has no causal mask: the scores of all positions of the first pass have as many columns.
+
+    None where no scores tell it: none are recorded, their shape is not known, or the first pass has one position only.
+    """
     for name, rows in points.items():
         if not of_scores(name) or name.startswith(_ENCODER) or "cross" in name:
             continue
-        shapes = {rows.shapes[r] for r in np.flatnonzero((rows.seq == 0) & (rows.step == 0)).tolist()}
-        if len(rows) > 1 and not any(len(shape) < 2 for shape in shapes):
-            return len(shapes) == 1
-    return False
+        here = np.flatnonzero((rows.seq == 0) & (rows.step == 0)).tolist()
+        shapes = {rows.shapes[r] for r in here}
+        if not shapes or any(len(shape) < 2 for shape in shapes):
+            continue
+        return len(shapes) == 1 if len(here) > 1 else None
+    return None
 
 
 def upstream(model: Flow, point: Ints, seq: Ints, token_idx: Ints, nmse: Floats, failed: Bools) -> Upstream:

@@ -20,6 +20,7 @@ from .rounding import rounded_to
 from .same_vector import SameVector, same_vector
 
 Ints = NDArray[np.int64]
+BLAMED = "this operation is wrong"  # the end of a sentence that names an operation
 
 # Where the error of the positions that pass is within this factor of that of those that fail, it is one error at all of them.
 _ALIKE = 30.0
@@ -80,7 +81,7 @@ def _operation(name: str, stretch: Stretch) -> str:
     if not stretch.inputs:
         return f"{name} is looked up by token: the table or the row is wrong"
     agree = "which agrees" if len(stretch.inputs) == 1 else "which agree"
-    return f"{name} is computed from {' and '.join(stretch.inputs)}, {agree}: this operation is wrong"
+    return f"{name} is computed from {' and '.join(stretch.inputs)}, {agree}: {BLAMED}"
 
 
 def _not_seen(name: str, unseen: Sequence[Seen]) -> str:

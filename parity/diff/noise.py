@@ -63,16 +63,20 @@ def excused(
     if not failed.any():
         return limit, ()
     noisy = outliers(point, nmse, of_limit, upstream(model, point, seq, token_idx, nmse, failed))
-    return np.where(noisy, BEYOND * limit, limit), _said(point[noisy], model.names, of_limit[noisy])
+    return np.where(noisy, BEYOND * limit, limit), _said(point, noisy, model.names, of_limit)
 
 
-def _said(point: NDArray[np.int64], names: Sequence[str], of_limit: Floats) -> tuple[str, ...]:
-    """The note on such records: how many, at which points, how far over their limit; none where there are none."""
-    if not len(point):
+def _said(point: NDArray[np.int64], noisy: Bools, names: Sequence[str], of_limit: Floats) -> tuple[str, ...]:
+    """The note on noisy records: how many, at which points, how far over their limit; none where there are none."""
+    if not noisy.any():
         return ()
-    listed = [names[number] for number in sorted(set(point.tolist()))]
+    listed = [names[number] for number in sorted(set(point[noisy].tolist()))]
     where = ", ".join(listed[:3]) + (", …" if len(listed) > 3 else "")
+    records = np.bincount(point)
+    rare = bool((np.bincount(point[noisy], minlength=len(records)) * RARE <= records).all())
+    places = f"at single positions of {where}" if rare else f"of {where}"
+    others = "these points agree everywhere else" if rare else "the prompt is too short to show whether that is rare"
     return (
-        f"noise: {len(point)} records at single positions of {where} are up to {of_limit.max():.1f} × over the limit; nothing jumps "
-        "there, and these points agree everywhere else (an assumption: with --model the same steps in float64 decide)",
+        f"noise: {int(noisy.sum())} records {places} are up to {of_limit[noisy].max():.1f} × over the limit; nothing jumps there, and "
+        f"{others} (an assumption: with --model the same steps in float64 decide)",
     )

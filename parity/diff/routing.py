@@ -20,6 +20,7 @@ from .operations import CHOICES, MIXING
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
+Ints = NDArray[np.int64]
 
 _SHOWN = 3  # flips that are said one by one
 
@@ -71,13 +72,15 @@ def routed(measured: Measured, held: Held, model: Flow, ref: Mapping[str, Rows])
             continue
         below = model.descendants(pair.point)
         layer = parse(pair.point).layer
+        how = model.whole.made.get(pair.point)
+        scores = np.flatnonzero(_of(measured, set(how.reads if how is not None else ())))
         inside = {name for name in below if parse(name).layer == layer and "moe" in name and not name.endswith("moe_out")}
         for record in np.flatnonzero(measured.point == number).tolist():
             r = int(measured.row[record])
             seq, position = int(measured.seq[record]), int(measured.token_idx[record])
             if held.failed[record] and not left_open[record]:
                 ours, theirs = _ids(pair.ours, r), _ids(pair.ref, r)
-                limit = _limit_of_scores(measured, held, model, pair.point, seq, position)
+                limit = _limit_of_scores(measured, held, scores, seq, position)
                 margin = _tie(ours, theirs, seq, position, model, pair.point, ref, limit)
                 if margin is None:
                     continue
@@ -105,12 +108,12 @@ def routed(measured: Measured, held: Held, model: Flow, ref: Mapping[str, Rows])
     return Routed(left_open & held.failed, tuple(notes))
 
 
-def _limit_of_scores(measured: Measured, held: Held, model: Flow, point: str, seq: int, position: int) -> float:
-    """The limit of what experts are chosen by, at a position; where that was not compared, of whatever was."""
-    here = (measured.seq == seq) & (measured.token_idx == position)
-    reads = set(model.whole.made[point].reads) if point in model.whole.made else set[str]()
-    scores = here & _of(measured, reads)
-    return float(held.limit[scores if scores.any() else here].max())
+def _limit_of_scores(measured: Measured, held: Held, scores: Ints, seq: int, position: int) -> float:
+    """The limit of what experts are chosen by (the records `scores`), at a position; where that was not compared, of whatever was."""
+    here = scores[(measured.seq[scores] == seq) & (measured.token_idx[scores] == position)]
+    if not len(here):
+        here = np.flatnonzero((measured.seq == seq) & (measured.token_idx == position))
+    return float(held.limit[here].max())
 
 
 def _of(measured: Measured, names: set[str]) -> Bools:

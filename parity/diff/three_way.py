@@ -51,7 +51,13 @@ def _told(point: ThreeWayPoint, sides: Sequence[Floats | None]) -> ThreeWayPoint
     known = [far for far in worst if far is not None]
     if not point.differs or len(known) < 2:
         return point
-    wrong = tuple(number for number, far in enumerate(worst) if far is not None and far > MULTIPLE * min(known))
+    # A side that agrees with the nearest one is as far off as a right one may be: by llama.cpp's table of GELU, say.
+    nearest = worst.index(min(known))
+    alike = [pair for pair, share in zip(PAIRS, point.of_limit, strict=True) if share is not None and share <= 1]
+    agree = {number for pair in alike if nearest in pair for number in pair}
+    wrong = tuple(
+        number for number, far in enumerate(worst) if far is not None and far > MULTIPLE * min(known) and number not in agree
+    )
     return replace(point, truth=(worst[0], worst[1], worst[2]), wrong=wrong)
 
 

@@ -88,7 +88,7 @@ def compare_tokens(ours: Dump, ref: Dump) -> TokenComparison:
         mine = chosen.get((token.seq, token.token_idx))
         if mine is not None and mine.id != token.id:
             sentence = (
-                f"the generated tokens part at position {token.token_idx} on: ours {_piece(mine.id, mine.text)}, "
+                f"the generated tokens differ from position {token.token_idx} on: ours {_piece(mine.id, mine.text)}, "
                 f"the reference {_piece(token.id, token.text)}"
             )
             return TokenComparison(token.token_idx, notes=(sentence,))

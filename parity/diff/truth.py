@@ -10,8 +10,6 @@ from checkpoints.record import Rows
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
-
-
 Bools = NDArray[np.bool_]
 
 
@@ -52,7 +50,8 @@ NO_ROUNDING = 1e-7
 # The same where the reference is coarse, as from ggml's table of GELU on (argument and result have float16's eleven bits: 1e-7 to 3e-7
 # at the operation). A right engine is then as far from the reference as the reference from the truth, be it that its GELU is exact or
 # that another entry of the table was met: twice that where both err, and twice again. Behind 5 to 22 layers of the small gemma3n and
-# gemma4 of random weights, seven tokens, the reference is up to 4.2e-4 from the truth; an error beyond this bound is not looked into.
+# gemma4 of random weights, seven tokens, the reference is up to 4.2e-4 from the truth; `explain` looks into no error beyond this bound
+# (`diff` into those up to `limits.LARGEST_ROUNDING`).
 COARSE_MULTIPLE = 4.0
 NO_COARSE_ROUNDING = 1e-3
 # NMSE up to which a few other entries of the table pass where none were met in `apart`: the default points' limit without a model
@@ -63,8 +62,6 @@ BOTH = 4.0
 # What rounding alone reaches is no more than this (benchmarks/noise.py: 2e-10): beyond it a right engine is as far from the reference as
 # the reference from the truth, and not a hundred times as far.
 ROUNDING = 1e-8
-
-
 # Elements of a row that may cancel all together: a gate of one number is a product of a whole row. `isolate` takes as many
 # (`parity.isolate.operation`).
 FEW = 16

@@ -12,6 +12,7 @@ from checkpoints.answers.diff import Pattern, Verdict
 
 from .against_limits import GROWN
 from .eight_bits import is_noise
+from .first import BLAMED
 from .limits import EXACT_FLOOR
 from .noise import BEYOND
 from .records import Records
@@ -19,7 +20,6 @@ from .routing import may_have_flipped
 from .truth import FEW
 
 Ints = NDArray[np.int64]
-_BLAMES = "this operation is wrong"
 
 # What the positions say, or that nothing is seen: such an answer points at operations, which rounding does not have.
 _OF_POSITIONS = frozenset(
@@ -42,7 +42,7 @@ def undecided(records: Records, verdict: Verdict) -> Verdict:
     if first is None or first.checkpoint not in records.names or records.tokens.divergence is not None:
         return verdict
     code = verdict.pattern.code if verdict.pattern is not None else ""
-    if code == "precision" or (code == "drift" and _BLAMES in verdict.operation):
+    if code == "precision" or (code == "drift" and BLAMED in verdict.operation):
         return replace(verdict, operation="")
     if verdict.pattern is not None and verdict.pattern.code not in _OF_POSITIONS:
         return verdict
@@ -62,13 +62,12 @@ def _rounding(records: Records, name: str) -> str:
         )
     if records.limits.operations <= EXACT_FLOOR.operations or over > GROWN:
         return ""
-    if not _few(records, np.flatnonzero(origins & here)) and not (
-        errors[here].min() > EXACT_FLOOR.operations and is_noise(records, number)
-    ):
+    few = _few(records, np.flatnonzero(origins & here))
+    if not few and not (errors[here].min() > EXACT_FLOOR.operations and is_noise(records, number)):
         return ""
     return (
-        f"noise at every position, {over:.1f} × over a limit that is one for all models: a fault, or the cost of lower arithmetic in this "
-        "model (--model M.gguf measures it)"
+        f"{'rows of few numbers' if few else 'noise at every position'}, {over:.1f} × over a limit that is one for all models: a fault, or "
+        "the cost of lower arithmetic in this model (--model M.gguf measures it)"
     )
 
 

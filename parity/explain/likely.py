@@ -37,7 +37,7 @@ class Likely:
         self._state = state
         entry = screening.entries[state.first.point]
         known = parse(entry.point)
-        self._row = state.first.row
+        self._row, self._point = state.first.row, entry.point
         # The layer's output that the residual stream leads to, and what is computed from it up to the place.
         self._last = entry.point if known.kind == "l_out" else f"blk.{screening.n_layers - 1}.l_out"
         self._after = [] if known.kind == "l_out" else steps_between(state, screening.n_layers - 1, entry.point)
@@ -57,16 +57,14 @@ class Likely:
         """The likely ones of some candidates' first rows [rows, D] of a layer's output, by number."""
         replay = self._screening.replay(self._state, rows)
         right = replay.values[name]
-        numbers = [number for number, value in values.items() if self._right_before(value, right)]
-        if rows <= self._row or not numbers:
-            return set(numbers)
-        xp = module_of(right)
-        changes = xp.stack([values[number][self._row] for number in numbers]) - right[self._row]
-        made = self._made(replay.values[self._last][self._row] + changes, replay.values[POSITIONS], replay.weights)
-        point = replay.values[self._screening.entries[self._state.first.point].point] if self._state.first else right
-        was = self._screening.backend.to_host(point[self._row])[self._index].astype(np.float64)
-        mine = self._screening.backend.to_host(made)[:, self._index] - was
-        with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
+        with np.errstate(all="ignore"):  # faults overflow: that is what they do
+            numbers = [number for number, value in values.items() if self._right_before(value, right)]
+            if rows <= self._row or not numbers:
+                return set(numbers)
+            changes = module_of(right).stack([values[number][self._row] for number in numbers]) - right[self._row]
+            made = self._made(replay.values[self._last][self._row] + changes, replay.values[POSITIONS], replay.weights)
+            was = self._screening.backend.to_host(replay.values[self._point][self._row])[self._index].astype(np.float64)
+            mine = self._screening.backend.to_host(made)[:, self._index] - was
             cosines = _cosines(mine, self._wanted - was)
         return {number for number, cosine in zip(numbers, cosines, strict=True) if not cosine < _ALIKE}
 

@@ -18,6 +18,7 @@ from engine.weights.gguf_model import GgufModel
 
 from ..arbiter.encoder_decoder import EncoderDecoderArbiter
 from ..arbiter.third_side import AnyArbiter, with_truth
+from ..diff.align import as_wide
 from ..diff.compare import Comparison, Options, comparison
 from ..diff.limits import NATIVE, common_mode, limits
 from ..diff.operations import MIXING
@@ -92,15 +93,8 @@ def _compared(ours: Dump, ref: Dump, options: Options, known: "_Model") -> Compa
 
 def _as_seen(ref: Dump, ours: Dump) -> Dump:
     """The reference with no more leading values than ours has: what an arithmetic costs is measured on the values that are compared."""
-    points = dict(ref.points)
-    for name, rows in ref.points.items():
-        mine = ours.points.get(name)
-        if mine is None or mine.indices is not None or rows.indices is not None:
-            continue
-        width = int(mine.counts.max(initial=0))
-        if 0 < width < rows.values.shape[1]:
-            points[name] = replace(rows, values=rows.values[:, :width], counts=np.minimum(rows.counts, width))
-    return replace(ref, points=points)
+    mine = ours.points
+    return replace(ref, points={name: as_wide(rows, mine[name]) if name in mine else rows for name, rows in ref.points.items()})
 
 
 @dataclass(frozen=True)

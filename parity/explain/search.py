@@ -23,10 +23,8 @@ from .state import Candidate, Layers, Screened, State, key, worst
 from .together import Together
 
 _BEAM = 4  # partial explanations that are followed
-_WEIGHTS = (
-    "weights",
-    "dequantisation",
-)  # groups of faults that make a matrix anew, which costs more than its product with one row
+# Groups of faults that make a matrix anew, which costs more than its product with one row.
+_WEIGHTS = ("weights", "dequantisation")
 _AT_ONCE = 3  # faults that are tried together
 _FITTED_LAYERS = 6  # single layers in which numbers are fitted: a fit is some ten passes for each of fifty of them
 _SAME = 12  # combinations of the same numbers at the first place that are checked everywhere

@@ -97,9 +97,8 @@ class Isolator:
     stretches: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     records: dict[str, _Record] = field(default_factory=lambda: defaultdict(_Record), init=False)
     memory: Memory = field(default_factory=Memory, init=False)
-    given: dict[str, Value] = field(
-        default_factory=dict, init=False
-    )  # what every pass reads and none makes: an encoder's output
+    # What every pass reads and none makes: an encoder's output.
+    given: dict[str, Value] = field(default_factory=dict, init=False)
     epsilons: set[float] = field(default_factory=set, init=False)  # those that norms have shown
 
     @cached_property
