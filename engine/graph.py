@@ -233,9 +233,8 @@ def inputs_of(step: Step, value: Callable[[str], Array], weights: WeightSource) 
     ]
 
 
-@np.errstate(
-    over="ignore", invalid="ignore", divide="ignore"
-)  # damaged weights overflow: what comes of it is seen in the values
+# Damaged weights overflow: what comes of it is seen in the values.
+@np.errstate(over="ignore", invalid="ignore", divide="ignore")
 def compute(step: Step, inputs: Sequence[Array], weights: WeightSource) -> Array:
     """Run one step on given inputs, in the order of `step.reads`: whole values, of which it takes its views."""
     arguments = [_weight(weight, weights) for weight in step.weights]

@@ -22,13 +22,12 @@ from ..summary import summarise
 
 _ENDINGS = (".npy", ".npz", ".safetensors")
 _LARGEST = 1 << 30  # bytes of a file, of all arrays of an archive together, and of all files of a folder
-_RATIO = (
-    100  # how many times an archive's own size its arrays may take: activations shrink to half at best, zeros to a thousandth
-)
+# How many times an archive's own size its arrays may take: activations shrink to half at best, zeros to a thousandth.
+_RATIO = 100
 _SMALL = 1 << 24  # bytes of arrays that any archive may unpack to
 _OF_PASS = re.compile(r"(.+)/(\d{1,9})", re.DOTALL)  # a point, and the number of its forward pass
 MOST = 10_000  # arrays of a file: 126 layers of 60 points each, and some more
-_HEADER = 1 << 23  # bytes of a safetensors header: 250 each of so many arrays
+_HEADER = 1 << 23  # bytes of a safetensors header: 800 for each of so many arrays
 _ROWS = 1 << 20
 _TYPES: dict[str, Any] = {"F32": np.float32, "F16": np.float16, "F64": np.float64}
 _INTEGERS: dict[str, Any] = {"I32": np.int32, "I64": np.int64}

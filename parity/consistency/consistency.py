@@ -121,9 +121,8 @@ def of_side(side: Side, prompt: Prompt, request: ConsistencyRequest, vocabulary:
                 verdict = compare(dumped(way), whole, options)
             except EngineError:
                 raise
-            except (
-                InputError
-            ) as error:  # a model that llama.cpp cannot compute this way: an encoder, recurrent states in a batch
+            except InputError as error:
+                # A model that llama.cpp cannot compute this way: an encoder, recurrent states in a batch.
                 not_checked.append(f"{name}: {error.message}")
                 continue
             suspect, reason = suspected(verdict, _starts(way.portions or (way.saved, count)), way=_way_of(way))
