@@ -14,13 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from checkpoints.graph import NOTHING, Size
+from checkpoints.points import ENCODER
 
 from .backend import Array, module_of
 
 TOKENS = "tokens"
 POSITIONS = "positions"
 ENCODED = "encoded"  # an encoder's output, which a decoder reads: [E, D]
-ENCODER = "enc."  # in front of the names of an encoder's values, where a decoder has such as well
 PASSES = "passes"  # the number of the forward pass that each position belongs to: 0 for the prompt, then 1, 2, …
 
 

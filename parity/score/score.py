@@ -10,9 +10,8 @@ import numpy as np
 
 from checkpoints.answers.score import Scored, Worst
 from checkpoints.errors import InputError
-from checkpoints.points import LOGITS
+from checkpoints.points import ENCODER, LOGITS
 from reference.client import Reference
-from reference.passes import ENCODER
 
 from ..run.request import Request
 from ..run.sides import EXEC, REF
