@@ -16,28 +16,13 @@ from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
+from careful import NUMBERS, all_left, fields_of
 
 from checkpoints.errors import DumpError
-from checkpoints.reading.bulk import BulkParser, Taken
+from checkpoints.reading.bulk import BulkParser
 from checkpoints.reading.reader import read
-from checkpoints.record import Rows
 
 Draw = random.Random
-_NUMBERS = (
-    "0",
-    "-0",
-    "1",
-    "-2.5",
-    "0.1",
-    "1e-7",
-    "3.4028235e38",
-    "1e39",
-    "5e-324",
-    "0.30000001192092896",
-    "1" * 18,
-    "1E+2",
-    "-1.5000",
-)
 _WORDS = "NaN|nan|-nan|+nan|NAN|nan(0x7f)|-nan(ind)|nan(|nan()|inf|-inf|+inf|Infinity|-Infinity|INF|infinit|null|Null|NULL"
 _QUOTED = '"NaN"|"nan"|"inf"|"-inf"|"+inf"|"Infinity"|"null"|"1.5"|"-2"|"1e5"|"007"|"+1"|" 1"|"1 "|""|"x"|"0x10"|"1_0"|"nan(1)"'
 _ALMOST = (
@@ -46,7 +31,7 @@ _ALMOST = (
 _RUN_TOGETHER = r'"4"1|1"4"|"4""5"|"4 5"|"4,5"|"4]"|"[4"|\'4\'|"\u0034"|"\""|"\\"|"4|4"|"nan"1|1"nan"|"1"e5|-"1"'
 _OTHER_BYTES = "\u0663|\uff11|\ufeff1|\xa0|\x00|\x0b|1\x00|1\x0c"
 _LARGE = "1e400|-1e400|1e-400|0e999|1e99999999999999999999|18446744073709551615|18446744073709551616|-9223372036854775809"
-_LONG_NUMBERS = (
+_LONGNUMBERS = (
     "1" + "0" * 30,
     "0." + "1" * 400,
     "9" * 400,
@@ -56,7 +41,7 @@ _LONG_NUMBERS = (
     f"0.{0:0320}1",
 )
 _LISTS = (_WORDS, _QUOTED, _ALMOST, _RUN_TOGETHER, _OTHER_BYTES, _LARGE)
-_ODD = [*(element for listed in _LISTS for element in listed.split("|")), *_LONG_NUMBERS]
+_ODD = [*(element for listed in _LISTS for element in listed.split("|")), *_LONGNUMBERS]
 _SEPARATORS = [",", ",", ",", ", ", " ,", ",\t", " , ", ",,", " ", "", ";", ",\r", "\t", "],[", "\u00a0,", ", ,"]
 _INTEGERS = [
     "0",
@@ -82,7 +67,7 @@ _LONG = 2100  # characters from which the values of a line are cut out before it
 def numbers(draw: Draw, odd: float) -> str:
     """The text of a list, right or not."""
     count = draw.choice((0, 1, 1, 2, 3, 16, 32, 400))
-    few = [draw.choice(_NUMBERS) for _ in range(min(count, 4))]
+    few = [draw.choice(NUMBERS) for _ in range(min(count, 4))]
     elements = (few * (count // max(len(few), 1) + 1))[:count]
     while elements and draw.random() < odd:
         elements[draw.randrange(len(elements))] = draw.choice(_ODD)
@@ -103,7 +88,7 @@ def numbers(draw: Draw, odd: float) -> str:
 def statistics(draw: Draw) -> str:
     """An object of statistics, of which some are others' own."""
     names = draw.sample(["n", "sum", "l2", "min", "max", "nonfinite", "absmax_at", "own", "values"], draw.randrange(5))
-    return "{" + ",".join(f'"{name}":{draw.choice((*_NUMBERS, *_ODD[:12]))}' for name in names) + "}"
+    return "{" + ",".join(f'"{name}":{draw.choice((*NUMBERS, *_ODD[:12]))}' for name in names) + "}"
 
 
 def fields(draw: Draw, odd: float) -> list[str]:
@@ -152,7 +137,7 @@ def fields(draw: Draw, odd: float) -> list[str]:
         ),
         lambda: (
             '"sketch":'
-            + draw.choice(("[" + "0.5," * 31 + draw.choice((*_NUMBERS, *_ODD[:20])) + "]", numbers(draw, odd), "null", '"x"'))
+            + draw.choice(("[" + "0.5," * 31 + draw.choice((*NUMBERS, *_ODD[:20])) + "]", numbers(draw, odd), "null", '"x"'))
         ),
         lambda: '"indices":' + draw.choice(("[0]", "[0,2]", "[1,1]", "null", "[-1]", "[0.0]", "[]", "x", '"0"', "[1,0,5]")),
         lambda: '"quantum":' + draw.choice(("0.1", "[0.1]", "null", "-1", "nan", "[0,0]", '"x"', "1e400", "0")),
@@ -226,15 +211,6 @@ def line(draw: Draw) -> bytes:
     return bytes(data).replace(b"\n", b" ")
 
 
-def _all_left(_: BulkParser, block: bytes) -> Taken:
-    return Taken([], [], np.zeros(0, np.int64), list(enumerate(block.split(b"\n")[:-1])))
-
-
-def _content(rows: Rows) -> str:
-    held = vars(rows) | {"stats": sorted(rows.stats.items())}
-    return repr([x.tolist() if isinstance(x, np.ndarray) else x for x in held.values()])
-
-
 def answer(path: Path) -> list[str]:
     """What a reader makes of a file: its error, or everything that it holds."""
     try:
@@ -244,7 +220,7 @@ def answer(path: Path) -> list[str]:
     return [
         "read",
         str((dump.skipped, dump.torn, dump.header, dump.tokens, dump.end, dump.notes)),
-        *map(_content, dump.points.values()),
+        *(repr(fields_of(rows)) for rows in dump.points.values()),
     ]
 
 
@@ -285,7 +261,7 @@ def main(arguments: list[str]) -> None:
             path.write_bytes(b"\n".join(texts) + draw.choice((b"\n", b"\n", b"")))
             try:
                 together = answer(path)
-                with patch.object(BulkParser, "lines", _all_left):
+                with patch.object(BulkParser, "lines", all_left):
                     alone = answer(path)
                 answers[together[0]] += 1
                 if together != alone and (together[0], alone[0]) != ("refused", "refused"):  # one may name another line first
@@ -301,7 +277,3 @@ def main(arguments: list[str]) -> None:
     print(f"| {seed - given.first:,} | {lines:,} | {answers['read']:,} | {answers['refused']:,} | {len(failures)} |")
     print("\n".join(failures[:20]))
     sys.exit(bool(failures))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

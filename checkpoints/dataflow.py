@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Self
 
-from .points import EMBD, KINDS, LAYER_KINDS, LOGITS, OUTPUT_NORM, apart, in_layer, lanes, order, parse
+from .points import EMBD, ENCODER, KINDS, LAYER_KINDS, LOGITS, OUTPUT_NORM, apart, in_layer, lanes, order, parse
 
 CACHE = "CACHE"  # the operation that reads attention's cache: rows that an earlier point wrote there
 WITH_FUNCTION = frozenset({"UNARY", "GLU"})  # operations that are one of several functions
@@ -184,7 +184,7 @@ def _sorted(origins: dict[str, Made]) -> dict[str, Made]:
 
 def _section(name: str) -> int:
     layer = parse(name).layer
-    if name.startswith("enc."):  # an encoder's pass comes before its decoder's
+    if name.startswith(ENCODER):  # an encoder's pass comes before its decoder's
         return -2
     return -1 if layer is None and name == EMBD else (layer if layer is not None else _MOST_LAYERS)
 

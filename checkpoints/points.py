@@ -15,6 +15,7 @@ from .errors import InputError
 EMBD = "embd"
 OUTPUT_NORM = "output_norm"
 LOGITS = "logits"
+ENCODER = "enc."  # in front of the points of an encoder whose output a decoder reads, as in its weights' names
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def of_scores(name: str) -> bool:
 
     So are the one-head scores by which sparse attention chooses its keys (`indexer_score`).
     """
-    stem = parse(name.removeprefix("enc.")).kind.partition(".")[0]  # an encoder's scores as well
+    stem = parse(name.removeprefix(ENCODER)).kind.partition(".")[0]  # an encoder's scores as well
     return stem == "kq" or stem.startswith(("kq_", "indexer_score"))
 
 
@@ -114,8 +115,8 @@ def default_points(available: Iterable[str], n_layers: int | None = None) -> lis
     """The default set of a model with these points; of an encoder–decoder that of both halves, the encoder's first."""
     names = list(available)
     halves = {
-        prefix: [parse(name.removeprefix(prefix)) for name in names if name.startswith("enc.") == bool(prefix)]
-        for prefix in ("enc.", "")
+        prefix: [parse(name.removeprefix(prefix)) for name in names if name.startswith(ENCODER) == bool(prefix)]
+        for prefix in (ENCODER, "")
     }
     wanted: set[str] = set()
     for prefix, points in halves.items():

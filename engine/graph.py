@@ -14,13 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from checkpoints.graph import NOTHING, Size
+from checkpoints.points import ENCODER
 
 from .backend import Array, module_of
 
 TOKENS = "tokens"
 POSITIONS = "positions"
 ENCODED = "encoded"  # an encoder's output, which a decoder reads: [E, D]
-ENCODER = "enc."  # in front of the names of an encoder's values, where a decoder has such as well
 PASSES = "passes"  # the number of the forward pass that each position belongs to: 0 for the prompt, then 1, 2, …
 
 
@@ -233,9 +233,8 @@ def inputs_of(step: Step, value: Callable[[str], Array], weights: WeightSource) 
     ]
 
 
-@np.errstate(
-    over="ignore", invalid="ignore", divide="ignore"
-)  # damaged weights overflow: what comes of it is seen in the values
+# Damaged weights overflow: what comes of it is seen in the values.
+@np.errstate(over="ignore", invalid="ignore", divide="ignore")
 def compute(step: Step, inputs: Sequence[Array], weights: WeightSource) -> Array:
     """Run one step on given inputs, in the order of `step.reads`: whole values, of which it takes its views."""
     arguments = [_weight(weight, weights) for weight in step.weights]

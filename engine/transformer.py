@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from checkpoints.errors import InputError
 from checkpoints.graph import RecordedGraph
 from checkpoints.long_factors import LONG, SHORT, factors_of
-from checkpoints.points import LOGITS
+from checkpoints.points import ENCODER, LOGITS
 
 from . import graph
 from .backend import Array, Backend
@@ -120,8 +120,8 @@ class Transformer:
         if tap is not None:
             tap.begin(Pass(positions, sequence.passes, decode=False, causal=not graph.sees_later(self.encoder)))
         values = {
-            graph.ENCODER + graph.TOKENS: self.backend.array(np.asarray(tokens, dtype=np.int64)),
-            graph.ENCODER + graph.POSITIONS: self.backend.array(positions),
+            ENCODER + graph.TOKENS: self.backend.array(np.asarray(tokens, dtype=np.int64)),
+            ENCODER + graph.POSITIONS: self.backend.array(positions),
         }
         last = self.encoder[-1].makes
         encoded = graph.run(self.encoder, values, self.weights, sequence.caches[0], tap or _nothing, keep=(last,))

@@ -4,11 +4,11 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from checkpoints.points import ENCODER
+
 from .llama import Session
 from .naming import Planned
 from .rows import Survey, survey
-
-ENCODER = "enc."  # in front of the points of an encoder whose output a decoder reads, as in its weights' names
 
 
 @dataclass(frozen=True)

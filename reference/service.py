@@ -15,7 +15,7 @@ from checkpoints.graph import RecordedGraph
 
 from . import dump, twin
 from .chat import chat_texts, own_template
-from .dataflow import dataflow
+from .dataflow import of_passes
 from .graph import record
 from .jobs import EXACT, NATIVE, Description, DumpJob, DumpResult, Tokens
 from .library import Library
@@ -238,7 +238,7 @@ class Service:
             n_params=model.n_params,
             points=tuple((entry.point, row_shape(entry, len(tokens))) for entry in known),
             nodes=tuple(entry.node for entry in known),
-            dataflow=dataflow(plans.prompt.nodes, plans.prompt.planned),
+            dataflow=of_passes(plans),
         )
 
     def graph(self, path: Path, mode: str, n_ctx: int, threads: int | None, *, item: Item) -> RecordedGraph:

@@ -12,6 +12,7 @@ from cli import Cli, refused
 
 from checkpoints.answers.consistency import Consistency
 from checkpoints.answers.isolate import PROVEN
+from checkpoints.dataflow import Dataflow
 from checkpoints.formats import load
 from engine.graph import Step
 from engine.opened import open_plain
@@ -153,3 +154,18 @@ def test_default_points_are_of_both_halves(parity: Cli, t5: Path, tmp_path: Path
     assert code == 0
     halves = ("embd", "blk.0.l_out", "blk.1.l_out", "output_norm")
     assert [point["checkpoint"] for point in found["points"]] == [*(f"enc.{name}" for name in halves), *halves, "logits"]
+
+
+def test_a_description_has_the_dataflow_of_a_dump_and_a_score_is_refused(
+    parity: Cli, t5: Path, reference: Reference, tmp_path: Path
+) -> None:
+    """What the points of both halves are made from is known without a dump; over a text there is nothing to predict."""
+    reference.dump(DumpJob(t5, tmp_path / "ref.jsonl", IDS, points="all"))
+    header = load(tmp_path / "ref.jsonl").header
+    assert header is not None
+    assert reference.describe(t5).dataflow == Dataflow.from_json(header.dataflow)
+    (tmp_path / "text.txt").write_text("Once upon a time")
+    for side in ("ours", "ref"):
+        refused(
+            parity("score", "--text", "text.txt", "--model", t5, "--context", "4", "--side", side), "is an encoder, or has one"
+        )

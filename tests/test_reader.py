@@ -7,15 +7,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from careful import NUMBERS, all_left, fields_of
 from dumps import HEADER, random
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from checkpoints.errors import DumpError
 from checkpoints.jsonl import Writer
-from checkpoints.reading.bulk import BulkParser, Taken
+from checkpoints.reading.bulk import BulkParser
 from checkpoints.reading.reader import read
-from checkpoints.record import Dump, Rows, Token
+from checkpoints.record import Dump, Token
 from checkpoints.summary import summarise
 from parity.diff.compare import compare
 
@@ -180,22 +181,6 @@ def test_no_bytes_break_the_reader(tmp_path: Path, data: bytes) -> None:
         parsed(tmp_path, data + b"\n" + line().encode())
 
 
-NUMBERS = st.sampled_from(
-    [
-        "0",
-        "-0",
-        "1",
-        "-2.5",
-        "0.1",
-        "1e-7",
-        "3.4028235e38",
-        "1e39",
-        "5e-324",
-        "0.30000001192092896",
-        "123456789012345678",
-        "1E+2",
-    ]
-)
 ODD = st.sampled_from(
     [
         "NaN",
@@ -234,7 +219,7 @@ TEXTS = st.sampled_from(
 def printed_lines(draw: st.DrawFn) -> str:
     """A line as some engine prints it, short or longer than what is cut; now and then odd."""
     count = draw(st.sampled_from([0, 1, 3, 16, 400]))
-    numbers = draw(st.lists(NUMBERS, min_size=min(count, 3), max_size=min(count, 3))) * (count // 3 + 1)
+    numbers = draw(st.lists(st.sampled_from(NUMBERS), min_size=min(count, 3), max_size=min(count, 3))) * (count // 3 + 1)
     numbers = numbers[:count]
     if draw(st.integers(0, 12)) == 0:
         numbers.append(draw(ODD))
@@ -317,16 +302,6 @@ def test_numbers_of_any_length_are_read_beside_words(tmp_path: Path) -> None:
     text = "".join(f'{{"checkpoint":"embd","token_idx":{i},"values":[{number}]}}\n' for i, number in enumerate(numbers))
     expected = np.float32([1 / 9, INF, NAN, 2.5, -1e30, INF])
     assert np.array_equal(parsed(tmp_path, text).points["embd"].values[:, 0], expected, equal_nan=True)
-
-
-def all_left(_: BulkParser, block: bytes) -> Taken:
-    """No line is taken together with others."""
-    return Taken([], [], np.zeros(0, np.int64), list(enumerate(block.split(b"\n")[:-1])))
-
-
-def fields_of(rows: Rows) -> list[object]:
-    """Everything that a batch of records holds, to the bit."""
-    return [x.tolist() if isinstance(x, np.ndarray) else x for x in vars(rows).values()]
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import numpy as np
 from ..errors import DumpError
 from ..mapping import Mapping
 from ..nearest import unknown_names
-from ..points import parse
+from ..points import ENCODER, parse
 from ..reading import reader
 from ..reading.fields import POSITIONS
 from ..record import Dump, Rows
@@ -86,7 +86,7 @@ def _with_unknown(dump: Dump) -> Dump:
     """A note on names without meaning; `blk.N.<node>` and `node.<node>`, llama.cpp's own nodes, are names of the open vocabulary."""
     if dump.header is not None and dump.header.source in _OF_GRAPH:
         return dump
-    outside = [name for name in dump.points if parse(name).layer is None and not name.removeprefix("enc.").startswith("node.")]
+    outside = [name for name in dump.points if parse(name).layer is None and not name.removeprefix(ENCODER).startswith("node.")]
     return replace(dump, notes=(*dump.notes, *unknown_names(outside)))
 
 

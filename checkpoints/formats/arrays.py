@@ -22,9 +22,8 @@ from ..summary import summarise
 
 _ENDINGS = (".npy", ".npz", ".safetensors")
 _LARGEST = 1 << 30  # bytes of a file, of all arrays of an archive together, and of all files of a folder
-_RATIO = (
-    100  # how many times an archive's own size its arrays may take: activations shrink to half at best, zeros to a thousandth
-)
+# How many times an archive's own size its arrays may take: activations shrink to half at best, zeros to a thousandth.
+_RATIO = 100
 _SMALL = 1 << 24  # bytes of arrays that any archive may unpack to
 _OF_PASS = re.compile(r"(.+)/(\d{1,9})", re.DOTALL)  # a point, and the number of its forward pass
 MOST = 10_000  # arrays of a file: 126 layers of 60 points each, and some more

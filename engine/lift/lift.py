@@ -8,10 +8,10 @@ the node that writes it.
 from dataclasses import dataclass, replace
 
 from checkpoints.graph import NODE, VIEWS, RecordedGraph, Size, Tensor
-from checkpoints.points import order
+from checkpoints.points import ENCODER, order
 
 from .. import ops
-from ..graph import ENCODED, ENCODER, PASSES, POSITIONS, TOKENS, State, Step, View, name_of, read_as
+from ..graph import ENCODED, PASSES, POSITIONS, TOKENS, State, Step, View, name_of, read_as
 from .generic import generic
 from .kept import leave_states, selects, writes
 from .lifter import Lifter

@@ -3,8 +3,9 @@
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 
+from checkpoints.points import ENCODER
 from checkpoints.record import Rows
-from engine.graph import ENCODED, ENCODER, alone
+from engine.graph import ENCODED, alone
 from engine.replay.wide import coarse_points
 from engine.transformer import Transformer
 

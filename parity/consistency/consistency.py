@@ -12,12 +12,12 @@ from checkpoints.answers.consistency import Check, Consistency
 from checkpoints.answers.diff import Verdict
 from checkpoints.errors import DumpError, InputError
 from checkpoints.formats import load
+from checkpoints.gguf_file import contents
 from checkpoints.points import parse
 from checkpoints.record import Dump, Header
 from engine.engine import Engine, whole_input
 from engine.graph import sees_later
 from engine.transformer import Transformer
-from engine.weights.gguf_model import GgufModel
 from reference.client import Reference
 
 from ..arbiter.arbiter import Arbiter
@@ -75,7 +75,8 @@ def consistency(request: ConsistencyRequest) -> Consistency:
     with Reference(verbose=run.verbose, threads=run.threads) as reference:
         side = side_of(request.source, run, reference, resident=True)
         prompt = resolve_prompt(reference, run.model, run.prompt, run.tokens)
-        if _DECODER in GgufModel(run.model).tensors:  # the decoder is led along the prompt, in as many positions
+        # The decoder is led along the prompt, in as many positions. `GgufModel` would refuse split files, which llama.cpp takes.
+        if _DECODER in {tensor.name for tensor in contents(run.model).tensors}:
             prompt = replace(prompt, decoded=prompt.ids[:-1])
         vocabulary = reference.tokenize(run.model, "a").n_vocab
         return of_side(side, replace(prompt, text=None), request, vocabulary)
@@ -121,9 +122,8 @@ def of_side(side: Side, prompt: Prompt, request: ConsistencyRequest, vocabulary:
                 verdict = compare(dumped(way), whole, options)
             except EngineError:
                 raise
-            except (
-                InputError
-            ) as error:  # a model that llama.cpp cannot compute this way: an encoder, recurrent states in a batch
+            except InputError as error:
+                # A model that llama.cpp cannot compute this way: an encoder, recurrent states in a batch.
                 not_checked.append(f"{name}: {error.message}")
                 continue
             suspect, reason = suspected(verdict, _starts(way.portions or (way.saved, count)), way=_way_of(way))

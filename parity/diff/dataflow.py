@@ -11,14 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from checkpoints.dataflow import CACHE, Dataflow, of_vocabulary
-from checkpoints.points import of_scores, order
+from checkpoints.points import ENCODER, of_scores, order
 from checkpoints.record import Dump, Rows
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 
-_ENCODER = "enc."  # in front of the points of an encoder whose output a decoder reads
 # `Flow.carries_nan`: arithmetic in which NaN gives NaN (IEEE 754), element by element or over the row that a norm divides by.
 _CARRY_NAN = frozenset({"ADD", "SUB", "MUL", "DIV", "SCALE", "ROPE", "RMS_NORM", "NORM", "L2_NORM"})
 _FUNCTIONS_OF_NAN = frozenset(
@@ -62,7 +61,7 @@ class Flow:
 
     def sees_later(self, name: str) -> bool:
         """Whether the attention that a point is made of has no causal mask."""
-        return self.unmasked or name.startswith(_ENCODER)
+        return self.unmasked or name.startswith(ENCODER)
 
     @cached_property
     def _compared(self) -> frozenset[str]:
@@ -228,7 +227,7 @@ def without_mask(points: Mapping[str, Rows]) -> bool | None:
     None where no scores tell it: none are recorded, their shape is not known, or the first pass has one position only.
     """
     for name, rows in points.items():
-        if not of_scores(name) or name.startswith(_ENCODER) or "cross" in name:
+        if not of_scores(name) or name.startswith(ENCODER) or "cross" in name:
             continue
         here = np.flatnonzero((rows.seq == 0) & (rows.step == 0)).tolist()
         shapes = {rows.shapes[r] for r in here}

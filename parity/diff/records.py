@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from checkpoints.answers.diff import Difference, Limits, Missing, RecordFault
-from checkpoints.points import parse
+from checkpoints.points import ENCODER, parse
 from checkpoints.record import DECODE, PREFILL, Dump
 
 from .align import Pair
@@ -72,12 +72,12 @@ class Records:
 
     def text_of(self, name: str, position: int) -> str | None:
         """The text of a point's token; None where it is not known: a decoder's positions, after an encoder, hold tokens of its own."""
-        return None if self._encoded and not name.startswith("enc.") else self.text.get(position)
+        return None if self._encoded and not name.startswith(ENCODER) else self.text.get(position)
 
     @cached_property
     def _encoded(self) -> bool:
         """Whether an encoder's points are compared."""
-        return any(name.startswith("enc.") for name in self.names)
+        return any(name.startswith(ENCODER) for name in self.names)
 
     def __len__(self) -> int:
         return len(self.point)

@@ -16,10 +16,9 @@ from numpy.typing import NDArray
 from checkpoints.errors import DumpError, ModelError
 from checkpoints.formats import load
 from checkpoints.mapping import Mapping
-from checkpoints.points import of_scores, order, parse
+from checkpoints.points import ENCODER, of_scores, order, parse
 from checkpoints.record import Dump, Rows
 from checkpoints.tensors import TensorReader, beside
-from engine.graph import ENCODER
 
 Floats = NDArray[np.float64]
 

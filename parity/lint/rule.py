@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from checkpoints.dataflow import Dataflow, Made
-from checkpoints.points import EMBD, in_layer, order, parse
+from checkpoints.points import EMBD, ENCODER, in_layer, order, parse
 from checkpoints.record import Dump, Rows
 from reports.numbers import count, ranges
 
@@ -37,7 +37,6 @@ class Rule:
     advice: str
 
 
-_ENCODER = "enc."  # in front of an encoder's points: the prompt is its input, the decoder's positions are others
 Place = tuple[int, int, int]  # seq, token_idx, step
 
 # A vector is told from another by its values only if it has this many, this many of them different: two of the few numbers
@@ -127,7 +126,8 @@ class Subject:
         """
         known = {token.token_idx: token.id for token in self.dump.tokens if token.seq == 0}
         header = self.dump.header
-        if header is None or not header.tokens or any(name.startswith(_ENCODER) for name in self.points):
+        # An encoder's input is the prompt; the positions of its decoder are others.
+        if header is None or not header.tokens or any(name.startswith(ENCODER) for name in self.points):
             return known
         recorded = [rows.token_idx[(rows.seq == 0) & ~rows.decode] for rows in self.points.values()]
         first = min((int(positions.min()) for positions in recorded if len(positions)), default=0)

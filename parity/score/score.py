@@ -10,6 +10,7 @@ import numpy as np
 
 from checkpoints.answers.score import Scored, Worst
 from checkpoints.errors import InputError
+from checkpoints.points import ENCODER, LOGITS
 from reference.client import Reference
 
 from ..run.request import Request
@@ -63,6 +64,7 @@ def score(request: ScoreRequest, progress: Progress = lambda *_: None) -> tuple[
     with ExitStack() as stack:
         reference = stack.enter_context(Reference(verbose=run.verbose, threads=run.threads))
         parts, total = chunks(reference, run.model, text, request.context, request.chunks)
+        _require_predictions(reference, run.model)
         vocabulary = reference.tokenize(run.model, "a").n_vocab
         side = _side(request, reference, vocabulary)
         base: Base | Predictor | None = None
@@ -72,7 +74,9 @@ def score(request: ScoreRequest, progress: Progress = lambda *_: None) -> tuple[
         elif not request.alone:
             other = stack.enter_context(Reference(verbose=run.verbose, threads=run.threads))
             model = request.base_model or run.model
-            _same_vocabulary(other, model, vocabulary)
+            if model != run.model:
+                _require_predictions(other, model)
+                _same_vocabulary(other, model, vocabulary)
             base = LlamaCppPredictions(other, model, "exact", f"llama.cpp, {model.name} as F32")
         writer = BaseWriter(side.name, request.context) if request.save_base is not None else None
         figures = _Figures(base, writer)
@@ -113,6 +117,17 @@ def _side(request: ScoreRequest, reference: Reference, vocabulary: int) -> Predi
         how = "as F32" if run.mode == "exact" else "its own types"
         return LlamaCppPredictions(reference, run.model, run.mode, f"llama.cpp, {run.model.name}, {how}")
     return OurPredictions(run, reference)
+
+
+def _require_predictions(reference: Reference, model: Path) -> None:
+    """Raises InputError for an encoder, which has no logits, and for an encoder–decoder, whose logits are of other tokens."""
+    points = [name for name, _ in reference.describe(model).points]
+    if LOGITS not in points or any(name.startswith(ENCODER) for name in points):
+        raise InputError(
+            f"{model.name} does not predict each token of a text from those before it: it is an encoder, or has one.",
+            "Take a decoder; `parity run` compares this model's checkpoints.",
+            code="encoder",
+        )
 
 
 def _same_vocabulary(reference: Reference, model: Path, vocabulary: int) -> None:

@@ -3,11 +3,11 @@
 import numpy as np
 from numpy.typing import NDArray
 
+from checkpoints.points import ENCODER
 from checkpoints.rules import Pass
 
 from ..llama import Session
 from ..naming import Planned
-from ..passes import ENCODER
 from ..rows import survey
 from .raw import RawPass, Recorder
 

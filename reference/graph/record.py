@@ -8,11 +8,11 @@ from numpy.typing import NDArray
 
 from checkpoints.graph import INPUT, STATE, VIEWS, Graph, RecordedGraph
 from checkpoints.long_factors import long_above
+from checkpoints.points import ENCODER
 from checkpoints.rules import UNDEFINED, Recorded, explain
 
 from ..ggml import Ggml
 from ..llama import Model, Session
-from ..passes import ENCODER
 from .assemble import assemble, kept_leaves
 from .passes import BATCH, CROSSING, PAD, PassSession, encode, output_of_encoder
 from .raw import FlatPass, RawPass, flatten, same_structure, unrecordable
