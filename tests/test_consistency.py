@@ -76,13 +76,15 @@ def checked(engine: Transformer, **request: Any) -> Consistency:
 
 @pytest.mark.parametrize("like", ["tiny", "tiny-llama"])
 def test_our_engine_agrees_with_itself(like: str, synthetic: Callable[..., Path]) -> None:
-    """Prefill, prefill and one step, one token at a time, chunks: every point is the same to 1e-10; the mask is causal."""
+    """In portions, among other sequences and from a restored state every point is the same to 1e-10; the mask is causal."""
     found = checked(engine_with(synthetic(like, layers=3)))
     assert found
     assert [check.name for check in found.checks] == [
         "prefill and one step",
         "one token at a time",
         "chunks",
+        "among other sequences",
+        "a restored state",
         "another last token",
     ]
     assert all(check.verdict is not None and check.verdict.compared > 100 for check in found.checks)
@@ -138,7 +140,7 @@ def test_the_command_and_what_it_refuses(parity: Cli, stories: Path) -> None:
     """It runs on the embedded model; one token, one dump, no prompt are one line each."""
     ran = parity("consistency", "--tokens", "1,403,407", "--points", "default", "--model", stories)
     assert ran.code == 0
-    assert "consistent: 3 checks" in ran.out
+    assert "consistent: 5 checks" in ran.out
     for arguments in (["--tokens", "5"], ["a.jsonl"], [], ["a.jsonl", "b.jsonl"], ["--tokens", "1,2", "--points", "nothing"]):
         ran = parity("consistency", *arguments)
         assert (ran.code, ran.err.count("\n")) == (2, 1)
