@@ -246,9 +246,9 @@ def _joined(first: Contents, count: int) -> Contents:
         if not path.exists():
             raise missing_part(path, number, count)
         part = _contents_of_file(path)
-        for key, expected in (("split.no", number - 1), ("split.count", count)):
-            if (value := part.integer(key)) != expected:
-                raise other_part(path, number, count, f"its {key} is {value}, not {expected}")
+        for key, right in (("split.no", number - 1), ("split.count", count)):
+            if (value := part.integer(key)) != right:
+                raise other_part(path, number, count, f"its {key} is {value}, not {right}")
         if twice := next((tensor.name for tensor in part.tensors if tensor.name in tensors), None):
             raise other_part(path, number, count, f"an earlier part has {twice} already")
         tensors |= {tensor.name: replace(tensor, part=number - 1) for tensor in part.tensors}
