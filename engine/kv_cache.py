@@ -6,6 +6,7 @@ from .backend import Array
 from .graph import State
 
 _FIRST = 64  # rows of the first allocation; it doubles from there, so that appending stays linear
+_ROWS, _STATE = "rows/", "state/"  # of names in `KvCache.held`
 
 
 class KvCache:
@@ -45,6 +46,19 @@ class KvCache:
     def leave(self, name: str, value: Array) -> None:
         """Keep a state for the next pass."""
         self._states[name] = value
+
+    def held(self) -> dict[str, Array]:
+        """Everything that it holds, by name: rows of positions and recurrent states, which `hold` takes back."""
+        rows = {_ROWS + name: self.read(name) for name in self._buffers}
+        return rows | {_STATE + name: value for name, value in self._states.items()}
+
+    def hold(self, values: dict[str, Array]) -> None:
+        """Take what `held` gave, into an empty cache."""
+        for name, value in values.items():
+            if name.startswith(_ROWS):
+                self.append(name.removeprefix(_ROWS), value)
+            else:
+                self.leave(name.removeprefix(_STATE), value)
 
     def __len__(self) -> int:
         """How many positions are held."""

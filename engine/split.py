@@ -64,6 +64,11 @@ class SplitTransformer(Transformer):
         """A new, empty sequence whose first token stands at `first_position`, with a cache on every device."""
         return Progress(first_position, tuple(KvCache(stage.backend.xp) for stage in self.stages))
 
+    @property
+    def cache_backends(self) -> tuple[Backend, ...]:
+        """As `Transformer.cache_backends`: one a device."""
+        return tuple(stage.backend for stage in self.stages)
+
     def _compute(self, values: dict[str, Array], sequence: Progress, tap: graph.Tap) -> Array:
         known = dict(values)
         for stage, cache in zip(self.stages, sequence.caches, strict=True):

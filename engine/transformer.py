@@ -87,6 +87,11 @@ class Transformer:
         """A new, empty sequence whose first token stands at `first_position`; a decoder's after an encoder always at 0."""
         return Progress(0 if self.encoder is not None else first_position, (KvCache(self.backend.xp),))
 
+    @property
+    def cache_backends(self) -> tuple[Backend, ...]:
+        """Where the caches of a sequence lie, in their order."""
+        return (self.backend,)
+
     def forward(self, tokens: Sequence[int], sequence: Progress, tap: Capture | None = None) -> NDArray[np.float32]:
         """One pass over the next tokens of a sequence: [T] -> logits of the last position [V], on the host.
 

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from checkpoints import points
 from checkpoints.errors import InputError, ModelError
 from checkpoints.gguf_file import Contents, contents
+from checkpoints.gguf_parts import files_of
 from checkpoints.graph import RecordedGraph
 
 from . import dump, twin
@@ -43,8 +44,8 @@ class Service:
 
     def _model(self, path: Path, *, vocab_only: bool = False) -> Model:
         """The model, loaded now or earlier; one with weights and one without are kept."""
-        status = path.stat()
-        identity = (str(path.resolve()), status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+        states = [part.stat() for part in files_of(path)]
+        identity = (str(path.resolve()), *((at.st_ino, at.st_size, at.st_mtime_ns, at.st_ctime_ns) for at in states))
         held = self._models.get(vocab_only)
         if held is not None and held[0] == identity:
             return held[1]

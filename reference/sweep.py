@@ -51,7 +51,7 @@ def window_size(library: Library, contents: Contents, job: DumpJob) -> int | Non
         return job.window if job.window < contents.layers else None
     if job.window != "auto":
         raise InputError(f"--window {job.window!r} is not valid.", "Take auto, off, or a number of layers.", code="window")
-    if (contents.integer("split.count") or 1) > 1 or not exact:
+    if not exact:
         return None
     need, free = twin.twin_bytes(contents), free_memory()
     folder = twin_cache.workspace()

@@ -44,10 +44,11 @@ def checked(library: Library, path: Path) -> Contents:
             f"{path} has a tokenizer but no tensors: it can tokenize, not compute.", "Take a model file with weights."
         )
     for tensor in file.tensors:
-        end = file.data + tensor.offset + library.ggml.row_size(tensor.type, tensor.elements)
-        if end > file.size:
+        part = file.parts[tensor.part]
+        end = part.data + tensor.offset + library.ggml.row_size(tensor.type, tensor.elements)
+        if end > part.size:
             raise ModelError(
-                f"{path} is cut short: tensor {tensor.name} ends at byte {end:,}, the file at {file.size:,}.",
+                f"{part.path} is cut short: tensor {tensor.name} ends at byte {end:,}, the file at {part.size:,}.",
                 "Download it again.",
             )
     return file
@@ -96,13 +97,14 @@ class Twins:
         """Make the twin in the cache; returns it and a descriptor that keeps it there."""
         folder = cache_dir()
         twin_cache.make_room(twin_bytes(model))
-        before = model.path.stat()
+        before = [part.path.stat() for part in model.parts]
         try:
             with Replacement(folder / twin_cache.name_of(model, "new")) as replacement:
                 convert(self._library, model, "F32", replacement.temporary, threads=threads)
                 whole(self._library, model, replacement.temporary)
-                if touched(before, model.path.stat()):
-                    raise ModelError(f"{model.path} was changed while it was read.", "Run again when it is whole.")
+                for part, status in zip(model.parts, before, strict=True):
+                    if touched(status, part.path.stat()):
+                        raise ModelError(f"{part.path} was changed while it was read.", "Run again when it is whole.")
                 own = content_hash(replacement.temporary)
                 path = folder / twin_cache.name_of(model, own)
                 descriptor = replacement.commit_locked(path, durable=True)

@@ -54,10 +54,6 @@ def prove(
     Raises:
         InputError: a window computes something else, or is not possible; the message names the first layer or operation that differs.
     """
-    if (contents.integer("split.count") or 1) > 1:
-        raise InputError(
-            f"{contents.path.name} is one of several parts.", "Merge them first (llama-gguf-split --merge).", code="window"
-        )
     if not any(tensor.name == "token_embd.weight" for tensor in contents.tensors):
         raise refusal(contents, "it has no token embedding")
     with Model(library, contents.path) as model:

@@ -8,7 +8,7 @@ rows that are needed; tensors are copied unconverted.
 import re
 import struct
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
@@ -105,13 +105,15 @@ def _write(library: Library, contents: Contents, window: Window, out: Path, *, h
         size = library.ggml.row_size(part.source.type, infos[-1].elements)
         offset += -(-size // _ALIGNMENT) * _ALIGNMENT
     try:
-        with contents.path.open("rb") as source, out.open("wb") as target:
+        with ExitStack() as files:
+            sources = [files.enter_context(part.path.open("rb")) for part in contents.parts]
+            target = files.enter_context(out.open("wb"))
             target.write(header_bytes(_metadata(contents, window, rows), infos))
             if hollow:
                 target.truncate(target.tell() + offset)
                 return
             for part, info in zip(parts, infos, strict=True):
-                _copy(library, contents, part, source, target)
+                _copy(library, contents, part, sources[part.source.part], target)
                 target.write(b"\0" * (-library.ggml.row_size(info.type, info.elements) % _ALIGNMENT))
     except OSError as error:
         raise cannot_write(out.parent, error) from error
@@ -153,7 +155,7 @@ def _shape(part: _Part) -> tuple[int, ...]:
 
 
 def _copy(library: Library, contents: Contents, part: _Part, source: IO[bytes], target: IO[bytes]) -> None:
-    start = contents.data + part.source.offset
+    start = contents.parts[part.source.part].data + part.source.offset
     row = library.ggml.row_size(part.source.type, part.source.ne[0])
     if isinstance(part.rows, tuple):
         for number in part.rows:
@@ -165,7 +167,7 @@ def _copy(library: Library, contents: Contents, part: _Part, source: IO[bytes], 
     while left > 0:
         chunk = source.read(min(_CHUNK, left))
         if not chunk:
-            raise OSError(5, f"{contents.path} ends too early")
+            raise OSError(5, f"{contents.parts[part.source.part].path} ends too early")
         target.write(chunk)
         left -= len(chunk)
 

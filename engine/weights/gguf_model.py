@@ -29,13 +29,17 @@ FILE_TYPES = {
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies. `shape` is row-major, (out, in) for a matrix; `offset` counts from the start of the file."""
+    """Where a tensor lies. `shape` is row-major, (out, in) for a matrix; `offset` counts from the start of the file.
+
+    `part` is the index of that file among a split model's.
+    """
 
     name: str
     shape: tuple[int, ...]
     type: int
     n_bytes: int
     offset: int
+    part: int = 0
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,7 @@ class Hyperparameters:
 
 
 class GgufModel:
-    """A model file, memory-mapped: weights are read only when they are asked for.
+    """A model file, or the files of a split model, memory-mapped: weights are read only when they are asked for.
 
     Raises:
         ModelError: the file cannot be read, or its metadata lack what an engine must know or contradict it.
@@ -79,8 +83,7 @@ class GgufModel:
         self._contents = contents(path)
         self.metadata = {key: value.plain() for key, value in self._contents.metadata.items() if value.type != ARRAY}
         self.tensors = _tensors(self._contents)
-        with path.open("rb") as file:
-            self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._data = [_mapped(part.path) for part in self._contents.parts]
         self.hyperparameters = self._hyperparameters()
 
     @property
@@ -105,7 +108,7 @@ class GgufModel:
     def raw(self, name: str) -> NDArray[np.uint8]:
         """A tensor's bytes, one row of the weight a row: uint8 [rows, bytes a row], a view of the memory map."""
         info = self.tensors[name]
-        return np.frombuffer(self._data, np.uint8, info.n_bytes, info.offset).reshape(prod(info.shape[:-1]), -1)
+        return np.frombuffer(self._data[info.part], np.uint8, info.n_bytes, info.offset).reshape(prod(info.shape[:-1]), -1)
 
     def array(self, key: str) -> list[Any]:
         """The elements of an array of the metadata; empty if there is no such array."""
@@ -128,8 +131,6 @@ class GgufModel:
     def _hyperparameters(self) -> Hyperparameters:
         get = self._get
         architecture = get("general.architecture", str)
-        if get("split.count", int, 0) > 1:
-            raise ModelError(f"{self.path} is one part of a split model.", "Merge it: llama-gguf-split --merge.", code="split")
         if not self.tensors:
             raise ModelError(
                 f"{self.path} has a tokenizer but no tensors: it can tokenize, not compute.",
@@ -234,6 +235,11 @@ class GgufModel:
             return ""
 
 
+def _mapped(path: Path) -> mmap.mmap:
+    with path.open("rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
 def _tensors(contents: Contents) -> dict[str, TensorInfo]:
     """Every tensor with its shape and size, checked against its type's blocks and the file's end."""
     tensors: dict[str, TensorInfo] = {}
@@ -242,15 +248,17 @@ def _tensors(contents: Contents) -> dict[str, TensorInfo]:
         shape = tuple(reversed(tensor.ne))
         if min(shape) < 1 or shape[-1] % block:
             problem = f"tensor {tensor.name} of shape {list(shape)} does not fit its type's blocks of {block}"
-            raise ModelError(f"{contents.path} is damaged: {problem}.", "Download it again.", code="damaged-model")
-        n_bytes, offset = prod(shape) // block * size, contents.data + tensor.offset
-        if offset + n_bytes > contents.size:
+            damaged = contents.parts[tensor.part].path
+            raise ModelError(f"{damaged} is damaged: {problem}.", "Download it again.", code="damaged-model")
+        file = contents.parts[tensor.part]
+        n_bytes, offset = prod(shape) // block * size, file.data + tensor.offset
+        if offset + n_bytes > file.size:
             raise ModelError(
-                f"{contents.path} is cut short: tensor {tensor.name} ends at byte {offset + n_bytes:,}, the file at {contents.size:,}.",
+                f"{file.path} is cut short: tensor {tensor.name} ends at byte {offset + n_bytes:,}, the file at {file.size:,}.",
                 "Download it again.",
                 code="damaged-model",
             )
-        tensors[tensor.name] = TensorInfo(tensor.name, shape, tensor.type, n_bytes, offset)
+        tensors[tensor.name] = TensorInfo(tensor.name, shape, tensor.type, n_bytes, offset, tensor.part)
     return tensors
 
 
