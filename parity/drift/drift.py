@@ -25,6 +25,7 @@ from .dumps import GoldenDumps, chosen_by_llama_cpp, dumped_by_workers
 from .golden import Golden, GoldenPrompt, golden_prompt, load, noted, now, read_prompts, rewrite, seen_from
 
 Progress = Callable[[str, int, int], None]
+_NAMED = 3  # points that a note names
 
 
 @dataclass(frozen=True)
@@ -133,13 +134,22 @@ def check(request: Checking, progress: Progress | None = None) -> Drift:
             paths = list(_run_again(golden, source, request, scratch, progress))
         dumps = [formats.load(path) for path in paths]
         options = Options(tolerance=request.tolerance, compute=request.compute, strict=True)
-        verdicts = [
-            compare(mine, read(golden.path(prompt)), options) for prompt, mine in zip(golden.prompts, dumps, strict=True)
-        ]
+        verdicts: list[Verdict] = []
+        unrecorded: dict[str, None] = {}
+        for prompt, mine in zip(golden.prompts, dumps, strict=True):
+            kept = read(golden.path(prompt))
+            unrecorded |= dict.fromkeys(name for name in mine.points if name not in kept.points)
+            verdicts.append(compare(_recorded_points(mine, kept), kept, options))
         updated: tuple[tuple[int, str], ...] = ()
         if request.update:
             updated = _update(golden, source, verdicts, paths, dumps)
-    return _answer(request, golden, source, dumps, verdicts, updated)
+    return _answer(request, golden, source, dumps, verdicts, updated, tuple(unrecorded))
+
+
+def _recorded_points(mine: Dump, kept: Dump) -> Dump:
+    """A dump without points that its golden dump lacks: an engine may print more. All of it if they have no point in common."""
+    points = {name: rows for name, rows in mine.points.items() if name in kept.points}
+    return replace(mine, points=points) if points else mine
 
 
 def _book(request: Checking, golden: Golden) -> Path:
@@ -153,6 +163,7 @@ def _answer(
     dumps: Sequence[Dump],
     verdicts: Sequence[Verdict],
     updated: tuple[tuple[int, str], ...],
+    unrecorded: tuple[str, ...],
 ) -> Drift:
     book = _book(request, golden)
     entries, skipped = ledger.read(book)
@@ -172,7 +183,7 @@ def _answer(
         changes=moved,
         findings=tuple(ledger.findings(points)),
         updated=updated,
-        notes=(f"{skipped} lines of {book} are not entries and were skipped",) if skipped else (),
+        notes=tuple(_notes(skipped, book, unrecorded)),
     )
     if request.keep_ledger and not updated:
         commit, dirty = ledger.commit()
@@ -180,6 +191,14 @@ def _answer(
         extra = {"dirty": dirty, "mode": golden.mode, "model": golden.fingerprint}
         ledger.append(book, Entry(now(), commit, answer.verdict, source, identity, versions, figures, extra))
     return answer
+
+
+def _notes(skipped: int, book: Path, unrecorded: Sequence[str]) -> Iterator[str]:
+    if skipped:
+        yield f"{skipped} lines of {book} are not entries and were skipped"
+    if unrecorded:
+        more = f" and {len(unrecorded) - _NAMED} more points" if len(unrecorded) > _NAMED else ""
+        yield f"not compared, since the golden dumps lack them: {', '.join(unrecorded[:_NAMED])}{more}"
 
 
 def _side(source: str, versions: dict[str, str]) -> str:
