@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from checkpoints.errors import InputError, ModelError, ReferenceFailed
 
-from .callback import Deliver, Tap
-from .jobs import Node
+from .callback import Deliver, Noted, Tap
+from .jobs import Node, Outline
 from .library import Library, default_threads
 from .naming import Planned
 
@@ -235,21 +235,34 @@ class Session:
         """The nodes of the graph for these inputs, in the order of computation; nothing stays in the cache."""
         # The abort callback stops the computation at its first node, when all have been asked for. Where the graph is
         # cut into several parts (a second backend), only the first was: then the whole pass has to be computed.
-        nodes = self._list(inputs, encode)
-        if not any(node.name.startswith("result_") for node in nodes):
+        return self._list(inputs, encode, self.tap.list_nodes, self.tap.listed)
+
+    def outline_nodes(self, inputs: Sequence[int] | NDArray[np.float32], *, encode: bool = False) -> list[Outline]:
+        """As `list_nodes`, but of each node only what finds it in another pass, and its shape."""
+        return self._list(inputs, encode, self.tap.outline, self.tap.outlined)
+
+    def _list(
+        self,
+        inputs: Sequence[int] | NDArray[np.float32],
+        encode: bool,
+        begin: Callable[[], None],
+        noted: Callable[[], list[Noted]],
+    ) -> list[Noted]:
+        def nodes() -> list[Noted]:
+            begin()
+            self._decode(inputs, 0, encode=encode)
+            self.tap.check()
+            return noted()
+
+        listed = nodes()
+        if not any(node.name.startswith("result_") for node in listed):
             api = self.model.library.api
             never = api.ggml_abort_callback(lambda _data: False)
             api.llama_set_abort_callback(self._context, never, None)
-            nodes = self._list(inputs, encode)
+            listed = nodes()
             api.llama_set_abort_callback(self._context, self._abort, None)
         self.clear()
-        return nodes
-
-    def _list(self, inputs: Sequence[int] | NDArray[np.float32], encode: bool) -> list[Node]:
-        self.tap.list_nodes()
-        self._decode(inputs, 0, encode=encode)
-        self.tap.check()
-        return self.tap.listed()
+        return listed
 
     def record(self, inputs: Sequence[int], first: int, asked: Callable[[int], None], *, encode: bool = False) -> None:
         """Hand the address of every node of a pass over these tokens to `asked`; nothing is computed."""

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,12 +11,10 @@ from numpy.typing import NDArray
 from checkpoints import points
 from checkpoints.errors import InputError, ModelError
 from checkpoints.gguf_file import Contents, contents
-from checkpoints.graph import RecordedGraph
 
 from . import dump, twin
 from .chat import chat_texts, own_template
 from .dataflow import of_passes
-from .graph import record
 from .jobs import EXACT, NATIVE, Description, DumpJob, DumpResult, Tokens
 from .library import Library
 from .llama import Model, Session
@@ -26,8 +24,10 @@ from .rows import arrange, row_shape, survey
 from .sweep import dump_windows, window_size
 from .twin import Twins
 from .wanted import wanted_tensors
-from .window_proof import prove
 from .windows import Window, open_window
+
+if TYPE_CHECKING:
+    from checkpoints.graph import RecordedGraph
 
 Item = Callable[[Any], None]
 
@@ -192,6 +192,8 @@ class Service:
             )
         known = (contents.fingerprint, span, count)
         if known not in self._windows:
+            from .window_proof import prove
+
             proof = prove(self._library, contents, [span], (0,) * count, hidden=True)
             self._windows[known] = proof.untied
         return Window(first, stop, None, self._windows[known])
@@ -241,8 +243,10 @@ class Service:
             dataflow=of_passes(plans),
         )
 
-    def graph(self, path: Path, mode: str, n_ctx: int, threads: int | None, *, item: Item) -> RecordedGraph:
+    def graph(self, path: Path, mode: str, n_ctx: int, threads: int | None, *, item: Item) -> "RecordedGraph":
         """See `client.Reference.graph`."""
+        from .graph import record
+
         contents = twin.checked(self._library, path)
         # A model that is computed in windows is never loaded as a twin; the file itself is only mapped into memory.
         windows = window_size(self._library, contents, DumpJob(path, path, (), mode=mode)) is not None

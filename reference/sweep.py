@@ -8,7 +8,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,8 +29,10 @@ from .library import Library
 from .llama import Model, Session
 from .naming import Planned
 from .rows import survey
-from .window_proof import Proof, prove
 from .windows import Window, layer_bytes, open_window, vocabulary_of
+
+if TYPE_CHECKING:
+    from .window_proof import Proof
 
 _SHARE = 2  # a whole model may take half of what is free
 _WINDOW_SHARE = 4  # a window a quarter: its file, its copy as F32 and its page cache come together
@@ -71,7 +73,7 @@ class _Sweep:
     found: Contents
     job: DumpJob
     spans: Sequence[tuple[int, int]]
-    proof: Proof
+    proof: "Proof"
 
     @property
     def n_vocab(self) -> int:
@@ -158,6 +160,8 @@ def dump_windows(
     dump.check(job, vocabulary)
     info = dump.describe(contents, library)
     spans = [(first, min(first + size, contents.layers)) for first in range(0, contents.layers, size)]
+    from .window_proof import prove
+
     proof = prove(library, contents, spans, job.tokens)
     sweep = _Sweep(library, contents, job, spans, proof)
     known = [item.point for item in proof.whole.known]
