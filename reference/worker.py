@@ -1,7 +1,7 @@
-"""The child process in which llama.cpp runs: reads requests from a pipe, answers, dies with its parent.
+"""The child process in which llama.cpp runs: it reads requests from a pipe, answers them, and ends with its parent.
 
 An answer is any number of ("item", value) and ("note", sentence for the user), then ("done", value), ("error", class, message,
-advice, code) or ("bug", traceback). Its stderr is a file of the parent's, where ggml's last words before an abort are found.
+advice, code) or ("bug", traceback). Its stderr is a file of the parent's, which catches ggml's last words before an abort.
 """
 
 import os
@@ -22,7 +22,7 @@ class Stopped(Exception):
 
 
 def _watch(parent: int) -> None:
-    """End when the parent is gone; the pipe tells it only while nothing is computed."""
+    """End this process when the parent is gone; the pipe shows that only while nothing is being computed."""
     while True:
         time.sleep(0.5)
         if os.getppid() != parent:
@@ -54,7 +54,7 @@ def serve(connection: Connection, verbose_fd: int | None) -> None:
             name, arguments, keywords = connection.recv()
         except (EOFError, OSError):
             return
-        if name == "stop":  # came when the answer was complete already
+        if name == "stop":  # it arrived after the answer was complete
             continue
         answer = failure or _answer(getattr(service, name), arguments, keywords, item)
         while service is not None and service.notes:
@@ -77,7 +77,7 @@ def _answer(
         return _failed(error)
     except MemoryError:
         return ("error", "ReferenceFailed", "there is not enough memory.", "Free memory, or use --window 1.", "memory")
-    except OSError as error:  # a file that vanished, a disk that is full
+    except OSError as error:  # such as a file that vanished, or a full disk
         problem = f"{error.filename or 'a file'}: {error.strerror or error}."
         return ("error", "InputError", problem, "Check space and permissions.", "system")
     except Exception:

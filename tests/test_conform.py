@@ -108,12 +108,28 @@ def test_what_it_prints_and_writes(c_engine: Path, parity: Cli) -> None:
 
 
 def test_our_engine_conforms_in_every_mode(parity: Cli) -> None:
-    """Prefill, decode and chunks of our engine agree with llama.cpp for a K type, whose models are wide enough for its blocks."""
+    """Every mode of our engine agrees with llama.cpp for a K type, whose models are wide enough for its blocks."""
     code, answer = parity.json("conform", "--side", "ours", "--architectures", "qwen2", "--types", "Q4_K", "--prompts", "short")
     assert code == 0
     assert {cell["mode"]: cell["verdict"] for cell in answer["cells"]} == dict.fromkeys(
-        ("prefill", "decode", "chunked"), "parity"
+        ("prefill", "decode", "chunked", "batch", "state"), "parity"
     )
+
+
+@pytest.mark.slow
+def test_the_decoder_after_an_encoder_is_led_along_the_prompt(parity: Cli) -> None:
+    """Portions, turns and a state of t5 are those of its decoder's tokens; an encoder, which has none, refuses them and says why."""
+    words = ("--types", "F32", "--prompts", "short", "--modes", "decode,batch,state", "--no-explain")
+    code, answer = parity.json("conform", "--side", "ours", "--architectures", "t5,bert", *words, "--workers", "1")
+    assert code == 0
+    verdicts = {(cell["architecture"], cell["mode"]): cell["verdict"] for cell in answer["cells"]}
+    assert verdicts == dict.fromkeys((("t5", "decode"), ("t5", "batch"), ("t5", "state"), ("bert", "batch")), "parity") | {
+        ("bert", "decode"): "refused",
+        ("bert", "state"): "refused",
+    }
+    assert {cell["reason"].partition(":")[0] for cell in answer["cells"] if cell["verdict"] == "refused"} == {
+        "an encoder computes its whole input in one pass"
+    }
 
 
 def test_a_limit_of_0_gives_json_without_infinity(parity: Cli) -> None:
@@ -322,7 +338,8 @@ def test_what_it_refuses(parity: Cli) -> None:
     refused(parity("conform", "--side", "ours", "--profile", "everything"), "--profile 'everything' is unknown")
     for mode, needed in (("decode", "{portions}"), ("batch", "{sequences}"), ("state", "{state}")):
         refused(parity("conform", "--exec", "x {model}", "--modes", mode), needed)
-    refused(parity("conform", "--side", "ours", "--modes", "batch"), "This side has the modes prefill, decode, chunked")
+    server = ("--side", "server", "--exec", "server {model} {port}")
+    refused(parity("conform", *server, "--modes", "batch"), "This side has the modes prefill, decode")
     refused(parity("conform", "--exec", "./no-such-engine {model}"), "cannot run ./no-such-engine")
     refused(parity("conform", "--exec", "PATH=/nowhere python3 {model}"), "cannot run python3")
     refused(parity("conform", "--side", "hf", "--python", "no-such-python"), "no-such-python")

@@ -107,7 +107,7 @@ def conform(
     theirs = HuggingFace(Path(), given.pop("python"), given.pop("device"), slice_size=None)
     if side is ConformSide.HF:
         theirs.check()
-    ways = OurEngine.ways if side is ConformSide.OURS else () if command is None else command.ways
+    ways = OurEngine.every_way if side is ConformSide.OURS else () if command is None else command.ways
     chosen = cells(profile, architectures, types, prompts, modes, served.MODES if server else modes_of(ways))
     if command is not None and not cluster:  # on a cluster, the command exists only where the workers run
         command.check()

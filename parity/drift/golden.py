@@ -9,9 +9,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from checkpoints.content import content_hash
-from checkpoints.errors import InputError
-from checkpoints.fingerprint import fingerprint
+from checkpoints.errors import InputError, ModelError
+from checkpoints.gguf_file import contents
 from checkpoints.points import resolve
 from checkpoints.regular import read_text
 from checkpoints.whole_file import put
@@ -79,11 +78,15 @@ class Golden:
         """
         path = given or (default_model.path() if self.model == EMBEDDED else self.folder / self.model)
         try:
-            changed = fingerprint(path) != self.fingerprint or (self.content and content_hash(path) != self.content)
+            model = contents(path)
+            changed = model.fingerprint != self.fingerprint or (self.content and model.content != self.content)
         except OSError as error:
             raise InputError(
                 f"cannot read the model {path}: {error.strerror or error}.", "Say where it is with --model.", code="model"
             ) from error
+        except ModelError as error:
+            advice = "Say where it is with --model." if error.code == "no-file" else error.advice
+            raise InputError(error.message, advice, code="model") from error
         if changed:
             raise InputError(
                 f"the model changed, which is no drift: {path} is not the {self.model_name} of these golden dumps.",

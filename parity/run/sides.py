@@ -1,14 +1,18 @@
 """Who computes a prompt: our engine, a foreign engine that a command line starts, or llama.cpp. One protocol serves them all."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Protocol
 
 from checkpoints.errors import InputError
+from checkpoints.mapping import Mapping
 from checkpoints.points import layer_outputs, select
+from checkpoints.record import Dump
 from engine.engine import Engine
 from engine.opened import open_engine
+from engine.transformer import Transformer
 from engine.weights.gguf_model import GgufModel
 from reference.client import Reference
 from reference.jobs import DumpJob, DumpResult
@@ -16,7 +20,7 @@ from reference.jobs import DumpJob, DumpResult
 from .command import POINTS, PORTIONS, SEQUENCES, STATE, UBATCH, Command
 from .ours import OursJob, chosen_points, dump
 from .request import Progress, Prompt, Request
-from .state import resumed
+from .state import loaded, resumed
 
 OURS, REF, EXEC = "ours", "ref", "exec"
 
@@ -55,7 +59,7 @@ class OurEngine:
     """
 
     name = "our engine"
-    ways = frozenset({PORTIONS})  # one sequence, in ubatches that are passes, kept in memory
+    every_way = frozenset({PORTIONS, SEQUENCES, STATE})  # a ubatch is a pass
 
     def __init__(
         self,
@@ -79,6 +83,11 @@ class OurEngine:
     def engine(self) -> Engine:
         """The engine itself."""
         return self._engine
+
+    @property
+    def ways(self) -> frozenset[str]:
+        """All but ubatches; of the fast engine, which keeps one sequence on the device, portions."""
+        return self.every_way if isinstance(self._engine, Transformer) else frozenset({PORTIONS})
 
     @property
     def points(self) -> str:
@@ -231,3 +240,12 @@ def side_of(source: str, request: Request, reference: Reference, *, resident: bo
             raise InputError("no command was given to run your engine.", "Give one with --exec.", code="exec")
         return ExternalEngine(request, request.command, reference)
     return LlamaCpp(request, reference) if source == REF else OurEngine(request, reference, resident=resident)
+
+
+def recorded(side: object, out: Path, prompt: Prompt, mapping: Mapping) -> Dump:
+    """What a side recorded of a prompt: a foreign engine prints every sequence of a batch, and what follows a restored state only.
+
+    Raises:
+        DumpError, EngineError: as `state.loaded`.
+    """
+    return loaded(out, prompt if isinstance(side, ExternalEngine) else replace(prompt, companions=(), saved=0), mapping)

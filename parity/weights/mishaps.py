@@ -113,7 +113,7 @@ def _values(blocks: NDArray[np.uint8], kind: int) -> Floats:
 
 def _elsewhere(model: GgufModel, info: TensorInfo, count: int) -> Iterator[tuple[str, Made]]:
     """The tensor read from another byte of the file: its offset counted from the wrong place."""
-    contents = model.contents
+    contents = model.contents.parts[info.part]
     start, end, alignment = contents.data, contents.header_end, contents.alignment
     if start != end:
         yield "read too early: the padding after the header is not skipped", lambda: _at(model, info, count, end - start)
@@ -133,7 +133,7 @@ def _at(model: GgufModel, info: TensorInfo, count: int, by: int) -> Floats | Non
     """The values of bytes so far behind the tensor's own; None where the file has none there."""
     elements, size = block_of(info.type, info.name)
     need, begin = size * (-(-count // elements)), info.offset + by
-    with model.path.open("rb") as file:
+    with model.contents.parts[info.part].path.open("rb") as file:
         if begin < 0 or begin + need > file.seek(0, 2):
             return None
         file.seek(begin)
