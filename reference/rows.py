@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from checkpoints import points
 
 from .jobs import Node, Outline
-from .llama import Session
 from .naming import Planned, Signer, plan
+from .session import Session
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,12 @@ from .chat import chat_texts, own_template
 from .dataflow import of_passes
 from .jobs import EXACT, NATIVE, Description, DumpJob, DumpResult, Tokens
 from .library import Library
-from .llama import Model, Session
+from .model import Model
 from .naming import Planned
 from .passes import plans_of
+from .refusals import check, check_tokens
 from .rows import arrange, row_shape, survey
+from .session import Session
 from .sweep import dump_windows, window_size
 from .twin import Twins
 from .wanted import wanted_tensors
@@ -62,7 +64,7 @@ class Service:
     def _computable_for(self, path: Path, tokens: tuple[int, ...], mode: str, threads: int | None) -> Model:
         """The model that computes these tokens. Raises InputError for tokens that are not in its vocabulary."""
         contents = twin.checked(self._library, path)
-        dump.check_tokens(self._vocabulary(contents), tokens)
+        check_tokens(self._vocabulary(contents), tokens)
         return self._computable(contents, mode, threads)
 
     def _computable(self, contents: Contents, mode: str, threads: int | None) -> Model:
@@ -109,7 +111,7 @@ class Service:
         file = twin.checked(self._library, job.model)
         if job.plain and (size := window_size(self._library, file, job)) is not None:
             return dump_windows(self._library, self._vocabulary(file), file, job, size, started)
-        dump.check(job, self._vocabulary(file))  # before minutes are spent on a twin
+        check(job, self._vocabulary(file))  # before minutes are spent on a twin
         info = dump.describe(file, self._library)
         model = self._computable(file, job.mode, job.threads)
         return dump.dump_whole(self._library, model, job, info, started)

@@ -23,12 +23,14 @@ from checkpoints.tensors import beside
 from . import dump, twin, twin_cache
 from .callback import Deliver
 from .dataflow import dataflow
-from .dump import Emitter, Step
+from .emitter import Emitter, Step, steps_of
 from .jobs import EXACT, DumpJob, DumpResult
 from .library import Library
-from .llama import Model, Session
+from .model import Model
 from .naming import Planned
+from .refusals import check, generates
 from .rows import survey
+from .session import Session
 from .windows import Window, layer_bytes, open_window, vocabulary_of
 
 if TYPE_CHECKING:
@@ -157,7 +159,7 @@ def dump_windows(
     library: Library, vocabulary: Model, contents: Contents, job: DumpJob, size: int, started: float
 ) -> DumpResult:
     """Dump a model of which only `size` layers at a time are in memory."""
-    dump.check(job, vocabulary)
+    check(job, vocabulary)
     info = dump.describe(contents, library)
     spans = [(first, min(first + size, contents.layers)) for first in range(0, contents.layers, size)]
     from .window_proof import prove
@@ -165,16 +167,16 @@ def dump_windows(
     proof = prove(library, contents, spans, job.tokens)
     sweep = _Sweep(library, contents, job, spans, proof)
     known = [item.point for item in proof.whole.known]
-    dump.generates(proof.whole, job, info)
+    generates(proof.whole, job, info)
     names = points.select(dump.expression(job, contents.layers), known, contents.layers)
     planned_at = time.perf_counter()
     follow = list(job.lead or ())
     for _ in range(job.generate):
-        choice = int(sweep.run(dump.steps_of(job.tokens, follow, job.first_position), set(), None)[-1].argmax())
+        choice = int(sweep.run(steps_of(job.tokens, follow, job.first_position), set(), None)[-1].argmax())
         follow.append(choice)
         if vocabulary.ends(choice):
             break
-    steps = dump.steps_of(job.tokens, follow, job.first_position)
+    steps = steps_of(job.tokens, follow, job.first_position)
     pieces = job.pieces or vocabulary.pieces(job.tokens)
     header = dump.header_of(job, info, pieces, library, size, dataflow(proof.whole.nodes, proof.whole.planned))
     with open_dump(job.out, header, binary=job.binary) as writer, dump.tensors_beside(job) as tensors:

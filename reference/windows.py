@@ -17,7 +17,7 @@ from checkpoints.errors import InputError
 from checkpoints.gguf_file import ARRAY, SIZES, Contents, TensorInfo, Value, contents, header_bytes, string_value, uint32_value
 
 from .library import Library
-from .llama import Model
+from .model import Model
 from .twin import convert, is_f32
 from .twin_cache import cannot_write, temporary, workspace
 
