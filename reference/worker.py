@@ -16,6 +16,8 @@ from typing import Any
 
 from checkpoints import errors
 
+from .builds import LIBRARY_VARIABLE
+
 
 class Stopped(Exception):
     """The parent wants no more items of this answer."""
@@ -41,7 +43,12 @@ def serve(connection: Connection, verbose_fd: int | None) -> None:
         failure = _failed(error)
     except (ImportError, OSError, RuntimeError) as error:  # the bindings raise the last where the library does not load
         message = f"llama-cpp-python cannot be loaded: {error}."
-        failure = _failed(errors.ReferenceFailed(message, "Install it: pip install llama-cpp-python.", code="install"))
+        advice = (
+            "All libraries of a build belong into one folder: libllama, libggml, libggml-base and libggml-cpu."
+            if os.environ.get(LIBRARY_VARIABLE)
+            else "Install it: pip install llama-cpp-python."
+        )
+        failure = _failed(errors.ReferenceFailed(message, advice, code="install"))
 
     def item(value: Any) -> None:
         if connection.poll():
