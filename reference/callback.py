@@ -1,7 +1,7 @@
-"""What llama.cpp calls while it computes: lists a graph's nodes, or takes their values.
+"""The callback that llama.cpp calls while it computes: it lists a graph's nodes, or takes their values.
 
-`ggml_backend_sched_eval_callback` asks for each node (`ask`) and comes back with those that were wanted. An exception
-in it would be swallowed by ctypes: it is kept, the computation is stopped, and `check` raises it afterwards.
+`ggml_backend_sched_eval_callback` asks about each node (`ask`) and calls again with those that were wanted. ctypes would swallow
+an exception in it: it is kept, the computation is stopped, and `check` raises it afterwards.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -19,14 +19,14 @@ Deliver = Callable[[Planned, NDArray[np.float32]], None]
 class Tap:
     """The callback of one context.
 
-    Call `list_nodes` or `take` before a decode, `check` after it. With nothing to take the callback answers at once.
+    Call `list_nodes` or `take` before a decode, `check` after it. With nothing to take, the callback returns at once.
     """
 
     def __init__(self, ggml: Ggml) -> None:
         self._ggml = ggml
         self._listing: list[tuple[Node, bool]] | None = None
-        self.causal = True  # of the pass that was listed last: whether its masks hide every later position
-        self._masks: dict[int, bytes] = {}  # likewise: of each soft max by address its mask
+        self.causal = True  # whether the masks of the last listed pass hide every later position
+        self._masks: dict[int, bytes] = {}  # the masks of the last listed pass, by the address of their soft max
         self._marked = False  # whether this llama.cpp marks the nodes that it computes
         self._wanted: dict[Signature, list[Planned]] = {}
         self._deliver: Deliver | None = None
@@ -40,37 +40,37 @@ class Tap:
 
     @property
     def stop(self) -> bool:
-        """Whether the computation need not go on: nothing will be taken from it."""
+        """Whether the computation can stop, because nothing more will be taken from it."""
         return self._failure is not None or self._listing is not None or self._record is not None
 
     def list_nodes(self) -> None:
-        """During the next pass only note the nodes."""
+        """During the next pass, only note the nodes."""
         self._reset()
         self._listing = []
         self.causal = True
         self._masks = {}
 
     def listed(self) -> list[Node]:
-        """The nodes noted, in the order of computation; without those that stand in the graph but are not computed.
+        """The nodes noted, in the order of computation, without those that are in the graph but not computed.
 
-        A graph may hold both an embedding of tokens and one of hidden states, and select one of them.
+        A graph may hold both an embedding of tokens and one of hidden states, and select one of the two.
         """
         noted = self._listing or []
         self._marked = any(marked for _, marked in noted)
         return [node for node, marked in noted if marked or not self._marked]
 
     def record(self, asked: Callable[[int], None]) -> None:
-        """During the next pass hand every node's address to `asked`, and compute nothing."""
+        """During the next pass, hand every node's address to `asked` and compute nothing."""
         self._reset()
         self._record = asked
 
     def skip(self) -> None:
-        """Leave the next pass after its first node; llama.cpp takes it for computed."""
+        """Leave the next pass after its first node; llama.cpp then regards it as computed."""
         self._reset()
         self._skipping = True
 
     def masks_of(self, nodes: Sequence[Node]) -> list[bytes]:
-        """Of each node listed last the mask that it applies, b"" where it applies none."""
+        """The mask that each node of the last listing applies, b"" for a node without one."""
         return [self._masks.get(node.address, b"") for node in nodes]
 
     def take(
@@ -79,9 +79,9 @@ class Tap:
         deliver: Deliver | None,
         again: Callable[[], Iterable[Planned]] | None = None,
     ) -> None:
-        """During the next pass hand the wanted values to `deliver`, each as it is computed.
+        """During the next pass, hand the wanted values to `deliver`, each as soon as it is computed.
 
-        `again` is called where llama.cpp begins with a further ubatch of the pass, for the values that are wanted of it.
+        `again` is called when llama.cpp begins a further ubatch of the pass; it returns the values that are wanted from it.
         """
         self._reset()
         self._next = again
@@ -144,7 +144,7 @@ class Tap:
         return bool(self._current)
 
     def _count_ubatches(self, node: tuple[str, str, str]) -> None:
-        """A graph that begins again is that of the next ubatch."""
+        """Notice the next ubatch: its graph begins with the first node again."""
         if self._opening is None:
             self._opening = node
         elif node == self._opening and self._next is not None:
@@ -153,7 +153,7 @@ class Tap:
                 self._wanted.setdefault(planned.signature, []).append(planned)
 
     def _given(self, tensor: Tensor) -> bool:
-        """Whether a tensor has its data before the pass: not what sparse attention computes as its mask."""
+        """Whether a tensor has its data before the pass, unlike a mask that sparse attention computes."""
         root = tensor.view_src.contents if tensor.view_src else tensor
         return self._ggml.op_name(root.op) == "NONE"
 

@@ -1,6 +1,6 @@
 """One dump of the reference: plan the graph, compute it, write each value when it is computed.
 
-Holds one value at a time; knows the whole model only. `windows` does the same for a model that doesn't fit.
+It holds one value at a time, and needs the whole model in memory; `sweep` does the same for a model that doesn't fit.
 """
 
 import time
@@ -71,8 +71,8 @@ def steps_of(prompt: Sequence[int], follow: Sequence[int], first: int = 0, porti
 class Emitter:
     """Turns values into records (and whole tensors) as they come; `step` is set before each forward pass.
 
-    `first` is where the sequence begins, where that is not the job's first position; `causal` whether positions are hidden from
-    earlier ones; `before` how many rows of other sequences stand before this one's in a pass.
+    `first` is where the sequence begins, if that is not the job's first position; `causal` says whether earlier positions do not
+    see later ones; `before` is how many rows of other sequences precede this one's in a pass.
     """
 
     writer: Writer
@@ -123,7 +123,7 @@ class Emitter:
 
 
 def describe(contents: Contents, library: Library) -> ModelInfo:
-    """Which model a dump is of: always the original file, never its twin."""
+    """The model that a dump names: always the original file, never its twin."""
     number = contents.integer("general.file_type")
     names = {value: name for name, value in twin.file_types(library).items()}
     kind = names.get(number, "") if number is not None else ""
@@ -131,7 +131,7 @@ def describe(contents: Contents, library: Library) -> ModelInfo:
 
 
 def expression(job: DumpJob, n_layers: int) -> str:
-    """The job's `--points` with the word "default" replaced where `layers` says which.
+    """The job's `--points`, with the word "default" replaced by points of the job's `layers` if it names any.
 
     Raises:
         InputError: a layer that the model doesn't have.
@@ -145,7 +145,7 @@ def expression(job: DumpJob, n_layers: int) -> str:
 
 
 def check(job: DumpJob, model: Model) -> None:
-    """Refuse what cannot be computed, before anything is written.
+    """Refuse a job that cannot be computed, before anything is written.
 
     Raises:
         InputError: no tokens, ids outside the vocabulary, too many of them, unknown mode, type or positions.
@@ -178,7 +178,7 @@ def check_tokens(model: Model, tokens: Sequence[int], more: int = 0) -> None:
     """Refuse tokens that the model cannot take.
 
     Raises:
-        InputError: none at all, ids outside the vocabulary, or more than the model was trained for.
+        InputError: no tokens, ids outside the vocabulary, or more tokens than the model was trained for.
     """
     if not tokens:
         raise InputError("the prompt is empty.", "Give --prompt or --tokens.", code="prompt")
@@ -193,7 +193,7 @@ def check_tokens(model: Model, tokens: Sequence[int], more: int = 0) -> None:
 
 
 def token_record(model: Model, position: int, chosen: int, logits: NDArray[np.float32]) -> Token:
-    """A generated token with the largest logits; equal ones in the order of their ids."""
+    """A generated token and the largest logits, equal ones in the order of their ids."""
     best = np.argsort(-logits, kind="stable")[:_TOP]
     top = tuple((int(i), float(logits[i])) for i in best)
     return Token(position, chosen, (model.pieces([chosen]) or ("",))[0], top)
@@ -231,7 +231,7 @@ def header_of(
 
 
 def dump_whole(library: Library, model: Model, job: DumpJob, info: ModelInfo, started: float) -> DumpResult:
-    """Dump a model that is in memory as a whole."""
+    """Dump a model that is completely in memory."""
     check(job, model)
     follow = tuple(job.lead or ())
     first, prompt = job.first_position, job.tokens
@@ -310,14 +310,14 @@ def dump_whole(library: Library, model: Model, job: DumpJob, info: ModelInfo, st
 
 
 def _decoders(model: Model, job: DumpJob, info: ModelInfo) -> tuple[int, ...]:
-    """What a decoder takes first, where an encoder reads the prompt: a token of its own, and those that it is led along at once."""
+    """The tokens that a decoder takes first, if an encoder reads the prompt: its start token, and any tokens that it is led along."""
     if job.portions and not job.decoded:
         raise InputError(f"{info.architecture} is an encoder: it computes its whole input at once.", code="encoder")
     return (model.decoder_start, *model.checked(job.decoded))
 
 
 def _computed(session: Session, step: Step, plans: Plans, names: Sequence[str], emitter: Emitter, job: DumpJob) -> None:
-    """One pass, in the ubatches that the job asks for, among its companions."""
+    """Compute one pass, in the ubatches that the job asks for, together with its companions."""
     size = job.ubatch or len(step.tokens)
     ubatches = (
         Step(step.number, step.first + begin, step.tokens[begin : begin + size]) for begin in range(0, len(step.tokens), size)
@@ -333,7 +333,7 @@ def _computed(session: Session, step: Step, plans: Plans, names: Sequence[str], 
 
 
 def generates(prompt: Survey, job: DumpJob, info: ModelInfo) -> None:
-    """Refuse to generate with a model that scores no tokens, or none that come next.
+    """Refuse to generate with a model that scores no tokens, or not the next ones.
 
     Raises:
         InputError: tokens are asked for.
@@ -343,7 +343,7 @@ def generates(prompt: Survey, job: DumpJob, info: ModelInfo) -> None:
     advice = "Leave --generate out."
     if all(item.point != points.LOGITS for item in prompt.known):
         raise InputError(f"{info.architecture} computes embeddings and cannot generate tokens.", advice, code="generate")
-    # The mask of a single token shows nothing; but whoever sees only what came before keeps it in a cache or a state.
+    # The mask of a single token shows nothing; but a causal model keeps what came before in a cache or a state.
     alone = len(job.tokens) == 1 and not any(_kept(item.point) for item in prompt.known)
     if alone or not prompt.causal:
         raise InputError(
@@ -352,7 +352,7 @@ def generates(prompt: Survey, job: DumpJob, info: ModelInfo) -> None:
 
 
 def check_ways(plans: Plans, job: DumpJob, info: ModelInfo) -> None:
-    """Refuse ubatches, sequences or a saved state for what cannot be computed so, or whose values could not be told apart.
+    """Refuse ubatches, sequences or a saved state for a model that cannot be computed so, or whose values could not be told apart.
 
     Raises:
         InputError: an encoder, or several sequences of a model with recurrent states.
@@ -379,5 +379,5 @@ def _kept(point: str) -> bool:
 
 
 def tensors_beside(job: DumpJob) -> AbstractContextManager[TensorWriter | None]:
-    """The writer of whole tensors, where the job wants them."""
+    """The writer of whole tensors, if the job wants them."""
     return TensorWriter(beside(job.out)) if job.full else nullcontext()

@@ -1,7 +1,7 @@
 """A ctypes view of ggml tensors: just enough to read a value inside llama.cpp's eval callback.
 
-`struct ggml_tensor` is no stable interface. The view is therefore checked against the library's own accessors before the
-first value is believed; another layout is an error, never wrong numbers.
+`struct ggml_tensor` is not a stable interface. The view is therefore checked against the library's own accessors before the
+first value is used; another layout is an error, never wrong numbers.
 """
 
 import ctypes
@@ -57,7 +57,7 @@ class Ggml:
     """libggml-base of the installed llama-cpp-python.
 
     Raises:
-        ReferenceFailed: the library is not there, or lacks a function that is needed.
+        ReferenceFailed: the library is missing, or lacks a function that is needed.
     """
 
     def __init__(self) -> None:
@@ -108,7 +108,7 @@ class Ggml:
         """The tensor at an address; the first one is checked against the library.
 
         Raises:
-            ReferenceFailed: the layout is another one.
+            ReferenceFailed: the library has another layout.
         """
         tensor = ctypes.cast(address, ctypes.POINTER(Tensor)).contents
         if not self._checked:
@@ -128,7 +128,7 @@ class Ggml:
             )
 
     def node(self, tensor: Tensor) -> Node:
-        """What can be said of a tensor without its value."""
+        """Everything about a tensor but its value."""
         sources = tuple(self._source(tensor.src[i].contents) for i in range(_MAX_SRC) if tensor.src[i])
         op = self.op_name(tensor.op)
         return Node(
@@ -151,10 +151,10 @@ class Ggml:
         return ctypes.string_at(address, count)
 
     def read_raw(self, address: int) -> NDArray[Any]:
-        """The elements of a contiguous tensor as they are: flat, float32, float16, int32 or int64.
+        """The elements of a contiguous tensor, unconverted: flat, float32, float16, int32 or int64.
 
         Raises:
-            ReferenceFailed: another type.
+            ReferenceFailed: the tensor has another type.
         """
         tensor = self.tensor(address)
         kind = self.type_name(tensor.type)
@@ -176,11 +176,11 @@ class Ggml:
     def read(self, tensor: Tensor) -> NDArray[np.float32]:
         """Copy a tensor's value: float32, a new contiguous array in NumPy's order (ggml's `ne` reversed, 4 dimensions).
 
-        To be called inside the eval callback, while the value stands. Views and permuted tensors are gathered by their
+        To be called inside the eval callback, while the value exists. Views and permuted tensors are gathered by their
         strides. Mirrors `ggml_backend_tensor_get`, which also reads from a device.
 
         Raises:
-            ReferenceFailed: the type is none that can be read.
+            ReferenceFailed: the type cannot be read.
         """
         kind = self.type_name(tensor.type)
         if kind not in _DTYPES:

@@ -1,7 +1,7 @@
 """llama.cpp through llama-cpp-python's low-level calls: load a model, tokenize, decode.
 
-The settings are those of the cleanest reference: CPU, no repacked weights, no flash attention, nothing handed to a
-device, one ubatch, logits of every position. Runs in the child process only: ggml aborts the process on its asserts.
+The settings are those of the cleanest reference: CPU, no repacked weights, no flash attention, no device,
+one ubatch, logits of every position. It runs in the child process only: ggml aborts the process if an assertion fails.
 """
 
 import ctypes
@@ -24,7 +24,7 @@ _KV_TYPES = {"f32": 0, "f16": 1}  # ggml_type
 
 
 def model_params(api: Any) -> tuple[Any, Any]:
-    """`llama_model_params` of the cleanest reference, and the list of no devices that they point to: to be kept."""
+    """`llama_model_params` of the cleanest reference, and the empty list of devices that they point to, which must be kept alive."""
     params = api.llama_model_default_params()
     no_devices = (ctypes.c_void_p * 1)(None)
     params.devices = ctypes.cast(no_devices, ctypes.c_void_p)
@@ -62,26 +62,26 @@ class Model:
             self.n_layers = self._count(f"{prefix}.block_count")
 
     def _count(self, key: str) -> int:
-        """A whole number of the metadata, 0 where there is none."""
+        """A whole number of the metadata, 0 if the key is missing."""
         text = self._value(key)
         return int(text) if text.isascii() and text.isdigit() else 0
 
     @property
     def embeds(self) -> bool:
-        """Whether it makes embeddings, not scores of tokens: an encoder alone, or a model whose file asks for pooling."""
+        """Whether the model makes embeddings, not scores of tokens: an encoder alone, or a model whose file asks for pooling."""
         api = self.library.api
         pooling = self._value(f"{self._value('general.architecture')}.pooling_type")
         return not api.llama_model_has_decoder(self._model) or pooling not in ("", "0")
 
     @property
     def encoder_decoder(self) -> bool:
-        """Whether an encoder reads the prompt and a decoder writes (`llama_encode`, then `llama_decode`)."""
+        """Whether an encoder reads the prompt and a decoder generates (`llama_encode`, then `llama_decode`)."""
         api = self.library.api
         return bool(api.llama_model_has_encoder(self._model) and api.llama_model_has_decoder(self._model))
 
     @property
     def decoder_start(self) -> int:
-        """The token that a decoder begins with (`llama_model_decoder_start_token`), BOS where the file names none."""
+        """The token that a decoder begins with (`llama_model_decoder_start_token`), or BOS if the file names none."""
         api = self.library.api
         start = int(api.llama_model_decoder_start_token(self._model))
         return start if start >= 0 else max(int(api.llama_vocab_bos(self._vocab)), 0)
@@ -119,7 +119,7 @@ class Model:
         """
         self._has_tokenizer()
         api = self.library.api
-        raw = text.encode(errors="surrogateescape")  # a command line's bytes that were no UTF-8
+        raw = text.encode(errors="surrogateescape")  # bytes of a command line that were not UTF-8
         room = len(raw) + 16
         for _ in range(2):
             ids = (api.llama_token * room)()
@@ -172,7 +172,7 @@ class Model:
         return bool(self.library.api.llama_vocab_is_eog(self._vocab, token))
 
     def close(self) -> None:
-        """Give its memory back. A second call does nothing."""
+        """Free its memory. A second call does nothing."""
         if self._model:
             self.library.api.llama_model_free(self._model)
             self._model = None
@@ -193,7 +193,7 @@ class Session:
         n_seq: sequences that one pass may hold; they share one cache (`kv_unified`), so that a pass is one graph.
 
     Raises:
-        ReferenceFailed: llama.cpp makes no context.
+        ReferenceFailed: llama.cpp cannot create a context.
     """
 
     def __init__(
@@ -210,7 +210,7 @@ class Session:
         api = model.library.api
         self.model = model
         self.tap = Tap(model.library.ggml)
-        self._eval = api.ggml_backend_sched_eval_callback(self.tap)  # kept: the context holds the pointer only
+        self._eval = api.ggml_backend_sched_eval_callback(self.tap)  # kept, since the context holds only the pointer
         self._abort = api.ggml_abort_callback(lambda _data: self.tap.stop)
         params = api.llama_context_default_params()
         n_batch = max(n_batch, 4)  # a short prompt's graph is listed for more tokens, too
@@ -233,8 +233,8 @@ class Session:
 
     def list_nodes(self, inputs: Sequence[int] | NDArray[np.float32], *, encode: bool = False) -> list[Node]:
         """The nodes of the graph for these inputs, in the order of computation; nothing stays in the cache."""
-        # The abort callback stops the computation at its first node, when all have been asked for. Where the graph is
-        # cut into several parts (a second backend), only the first was: then the whole pass has to be computed.
+        # The abort callback stops the computation at its first node, after the callback was asked about all. If the graph is
+        # cut into several parts (a second backend), it was asked about the first only: then the whole pass has to be computed.
         nodes = self._list(inputs, encode)
         if not any(node.name.startswith("result_") for node in nodes):
             api = self.model.library.api
@@ -252,13 +252,13 @@ class Session:
         return self.tap.listed()
 
     def record(self, inputs: Sequence[int], first: int, asked: Callable[[int], None], *, encode: bool = False) -> None:
-        """Hand the address of every node of a pass over these tokens to `asked`; nothing is computed."""
+        """Hand the address of every node of a pass over these tokens to `asked`, computing nothing."""
         self.tap.record(asked)
         self._decode(inputs, first, encode=encode)
         self.tap.check()
 
     def skip(self, inputs: Sequence[int], first: int) -> None:
-        """Put these positions into the cache without computing what stands there: only to see graphs over a filled cache.
+        """Put these positions into the cache without computing their contents, only to see graphs over a filled cache.
 
         Raises:
             ReferenceFailed: llama.cpp refused them.
@@ -269,7 +269,7 @@ class Session:
             raise ReferenceFailed(f"llama.cpp did not accept {len(inputs)} positions (status {status}).", "Run with --verbose.")
 
     def last_position(self) -> int | None:
-        """The last position that the memory holds; None where it is empty or the model has none."""
+        """The last position in the memory; None if it is empty or the model has no memory."""
         api = self.model.library.api
         memory = api.llama_get_memory(self._context)
         last = int(api.llama_memory_seq_pos_max(memory, 0)) if memory else -1
@@ -282,7 +282,7 @@ class Session:
         return bool(memory) and bool(api.llama_memory_can_shift(memory))
 
     def move_positions(self, first: int, by: int) -> None:
-        """Let what is cached at `first` and later stand `by` positions further on (`llama_memory_seq_add`).
+        """Move what is cached at position `first` and later by `by` positions (`llama_memory_seq_add`).
 
         The next pass rotates the keys again before its own graph.
         """
@@ -311,12 +311,12 @@ class Session:
 
         Args:
             inputs: token ids [T], or hidden states [T, D] that enter the first layer.
-            wanted: what `deliver` shall get while it is computed.
-            again: what it shall get of each further ubatch.
-            companions: token ids of sequences 0, 1, … that stand before these inputs in the batch, from position 0.
+            wanted: the values that are handed to `deliver` as they are computed.
+            again: returns the values that `deliver` gets from each further ubatch.
+            companions: token ids of sequences 0, 1, … that come before these inputs in the batch, from position 0.
 
         Raises:
-            ReferenceFailed: llama.cpp refused, or ran out of memory; whatever `deliver` raised.
+            ReferenceFailed: llama.cpp refused, or ran out of memory. Also anything that `deliver` raises.
         """
         self.tap.take(wanted, deliver, again)
         self.model.library.lines.clear()
@@ -366,24 +366,24 @@ class Session:
         return np.ctypeslib.as_array(pointer, shape=(self.model.n_vocab,)).copy()
 
     def state(self) -> bytes:
-        """Everything that a new session needs to go on (`llama_state_get_data`)."""
+        """Everything that a new session needs to continue (`llama_state_get_data`)."""
         api = self.model.library.api
         size = int(api.llama_state_get_size(self._context))
         buffer = (ctypes.c_uint8 * size)()
         return bytes(buffer[: int(api.llama_state_get_data(self._context, buffer, size))])
 
     def restore(self, state: bytes) -> None:
-        """Go on from a state (`llama_state_set_data`).
+        """Continue from a state (`llama_state_set_data`).
 
         Raises:
-            ReferenceFailed: llama.cpp does not take it.
+            ReferenceFailed: llama.cpp does not accept it.
         """
         buffer = (ctypes.c_uint8 * len(state)).from_buffer_copy(state)
         if int(self.model.library.api.llama_state_set_data(self._context, buffer, len(state))) != len(state):
             raise ReferenceFailed("llama.cpp does not accept the state that it saved.", "Run with --verbose.")
 
     def close(self) -> None:
-        """Give its memory back. A second call does nothing."""
+        """Free its memory. A second call does nothing."""
         if self._context:
             self.model.library.api.llama_free(self._context)
             self._context = None

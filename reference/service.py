@@ -1,4 +1,4 @@
-"""What the child can do: one method a request. Keeps the last model loaded, since requests for it come in a row."""
+"""What the child can do: one method a request. The last model stays loaded, since requests for one model come in a row."""
 
 import time
 from collections.abc import Callable
@@ -34,16 +34,16 @@ Item = Callable[[Any], None]
 
 
 class Service:
-    """The requests of `client.Reference`, one method each; `item` delivers a part of the answer at once."""
+    """The requests of `client.Reference`, one method each; `item` sends a part of the answer at once."""
 
     def __init__(self, verbose_fd: int | None) -> None:
         self._library = Library(verbose_fd)
         self._twins = Twins(self._library)
-        self._windows: dict[tuple[str, tuple[int, int], int], bool] = {}  # proven ones: whether they need an output matrix
+        self._windows: dict[tuple[str, tuple[int, int], int], bool] = {}  # proven windows -> whether they need an output matrix
         self._models: dict[bool, tuple[tuple[Any, ...], Model]] = {}
 
     def _model(self, path: Path, *, vocab_only: bool = False) -> Model:
-        """The model, loaded now or still; one with weights and one without are kept."""
+        """The model, loaded now or earlier; one with weights and one without are kept."""
         states = [part.stat() for part in files_of(path)]
         identity = (str(path.resolve()), *((at.st_ino, at.st_size, at.st_mtime_ns, at.st_ctime_ns) for at in states))
         held = self._models.get(vocab_only)
@@ -71,7 +71,7 @@ class Service:
         path = self._twins.of(contents, threads=threads)
         try:
             return self._model(path)
-        except ModelError as error:  # of a file in the cache, which the user never named
+        except ModelError as error:  # it names a file in the cache, which the user has never seen
             reason = error.message.replace(str(path), str(contents.path))
             raise ModelError(reason, error.advice, code=error.code) from error
 
@@ -185,7 +185,7 @@ class Service:
             self._deliver(session, hidden, expression, contents.layers, window.first, item, last=window.stop == contents.layers)
 
     def _proven(self, contents: Contents, span: tuple[int, int], count: int) -> Window:
-        """The window of these layers, which is proven once to compute what the whole model does there."""
+        """The window of these layers, after proving once that it computes what the whole model does there."""
         first, stop = span
         if not 0 <= first < stop <= contents.layers:
             raise InputError(
@@ -208,7 +208,7 @@ class Service:
         *,
         last: bool = True,
     ) -> None:
-        """One forward pass whose values go to the parent as they come; not `last` leaves out the model's output."""
+        """Run one forward pass and send its values to the parent as they come; without `last` the model's output is left out."""
         count = len(inputs)
         known = list(survey(session, inputs, offset=offset).known)
         if not last:
@@ -262,7 +262,7 @@ class Service:
 
     @property
     def notes(self) -> list[str]:
-        """What the user should know of the answers so far; the list is the caller's to empty."""
+        """What the user should know about the answers so far; the caller empties the list."""
         return self._twins.notes
 
     def wanted_tensors(self, path: Path, *, item: Item) -> list[tuple[str, tuple[int, ...]]]:

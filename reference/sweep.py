@@ -1,7 +1,7 @@
 """A dump window by window: all forward passes through the first window, then all through the next.
 
-Each window has a KV cache of its own, so decode steps are exact too. Tokens that are not known beforehand are chosen by
-sweeping again for each: correct, and slow; the whole model is the better way wherever it fits.
+Each window has a KV cache of its own, so decode steps are exact too. Each token that is not known beforehand takes another
+sweep, which is correct but slow; the whole model is the better way wherever it fits.
 """
 
 import shutil
@@ -33,15 +33,15 @@ from .rows import survey
 from .window_proof import Proof, prove
 from .windows import Window, layer_bytes, open_window, vocabulary_of
 
-_SHARE = 2  # a whole model may take half of what is free
-_WINDOW_SHARE = 4  # a window a quarter: its file, its copy as F32 and its page cache come together
+_SHARE = 2  # a whole model may take half of the free memory
+_WINDOW_SHARE = 4  # a window a quarter, since its file, its F32 copy and its page cache add up
 
 
 def window_size(library: Library, contents: Contents, job: DumpJob) -> int | None:
     """How many layers a window has, None for the whole model at once.
 
     Raises:
-        InputError: a window was asked for that cannot be had.
+        InputError: a window was asked for that is not possible.
     """
     exact = job.mode == EXACT
     if job.window == "off" or job.portions:  # a window computes the prompt in one pass
@@ -82,7 +82,7 @@ class _Sweep:
         return list(survey(session, inputs, offset=first).known)
 
     def run(self, steps: Sequence[Step], names: set[str], emitter: Emitter | None) -> list[NDArray[np.float32]]:
-        """Compute all steps; returns the logits of each one's last position."""
+        """Compute all steps and return the logits of the last position of each."""
         hidden: list[NDArray[np.float32]] = []
         logits: list[NDArray[np.float32]] = []
         ids = tuple(token for step in steps for token in step.tokens)
@@ -121,7 +121,7 @@ class _Sweep:
         return outputs, logits
 
     def _own(self, known: Sequence[Planned], window: Window) -> list[Planned]:
-        """Without the embedding of a later window and the output of an earlier one, which are no values of the model."""
+        """The values without a later window's embedding and an earlier one's output, which are not values of the model."""
         kept: list[Planned] = []
         seen_layer = False
         for item in known:
@@ -133,13 +133,13 @@ class _Sweep:
 
 
 def _local(tokens: Sequence[int], ids: Sequence[int], n_vocab: int) -> tuple[int, ...]:
-    """Tokens by their rows in a first window's embedding."""
+    """The tokens as row numbers of the first window's embedding."""
     place = {number: row for row, number in enumerate(vocabulary_of(ids, n_vocab))}
     return tuple(place[token] for token in tokens)
 
 
 def _tee(outputs: list[NDArray[np.float32]], output: str, names: set[str], emitter: Emitter | None, step: Step) -> Deliver:
-    """Keep the window's output for the next window, and record what was asked for."""
+    """A function that keeps the window's output for the next window and records what was asked for."""
     if emitter is not None:
         emitter.step = step
 

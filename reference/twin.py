@@ -20,19 +20,19 @@ from .f32_rest import dequantize_rest, is_f32
 from .library import Library, default_threads
 
 _F32 = "F32"  # the file type whose weights are F32 without exception
-_ATTEMPTS = 3  # to make a twin whose bytes stay what they are
+_ATTEMPTS = 3  # to make a twin that reads back as it was written
 
 
 def twin_bytes(contents: Contents) -> int:
-    """What a twin takes, in memory as on disk."""
+    """The bytes that a twin takes, in memory as on disk."""
     return 4 * sum(tensor.elements for tensor in contents.tensors)
 
 
 def checked(library: Library, path: Path) -> Contents:
-    """The contents of a model that can be computed.
+    """The contents of a model, checked to be computable.
 
     Raises:
-        ModelError: not a GGUF, no tensors in it, or cut short.
+        ModelError: the file is not a GGUF, has no tensors, or is cut short.
     """
     file = contents(path)
     if not file.tensors:
@@ -51,10 +51,10 @@ def checked(library: Library, path: Path) -> Contents:
 
 
 class Twins:
-    """The twin that this process uses: made where there is none, checked before it is used, and not evicted meanwhile.
+    """The twin that this process uses: made if there is none, checked before it is used, and not evicted meanwhile.
 
     Attributes:
-        notes: what the user should know of them, one sentence each.
+        notes: what the user should know about twins, one sentence each.
     """
 
     def __init__(self, library: Library) -> None:
@@ -63,7 +63,7 @@ class Twins:
         self.notes: list[str] = []
 
     def of(self, model: Contents, *, threads: int | None = None) -> Path:
-        """The F32 twin of a model that was `checked`; a model of F32 weights is its own. It is kept until the next is asked for.
+        """The F32 twin of a `checked` model; one with F32 weights is its own twin. It is kept until the next twin is asked for.
 
         Raises:
             ReferenceFailed: llama.cpp cannot convert it; InputError: the cache cannot hold it; ModelError: the model was changed
@@ -114,7 +114,7 @@ def whole(library: Library, model: Contents, copy: Path) -> None:
     """Check that a copy has all the model's tensors, as F32, up to its end.
 
     Raises:
-        OSError: it does not: the disk lost some of it without a word; ReferenceFailed: tensors have types that stay as they are.
+        OSError: it has not: the disk lost a part of it without an error; ReferenceFailed: tensors have types that stay as they are.
     """
     try:
         file = checked(library, copy)
@@ -143,7 +143,7 @@ def file_types(library: Library) -> dict[str, int]:
 
 
 def quantize(library: Library, path: Path, ftype: str, out: Path, *, threads: int | None = None) -> Path:
-    """Write a model with another file type, whole or not at all.
+    """Write a model with another file type, completely or not at all.
 
     Raises:
         InputError: no such type, or `out` cannot be written; ReferenceFailed: llama.cpp refused.
@@ -164,7 +164,7 @@ def convert(library: Library, model: Contents, ftype: str, out: Path, *, threads
     """Have llama.cpp write a model with another file type into a file of ours (`llama_model_quantize`).
 
     Raises:
-        InputError: no such type; ReferenceFailed: llama.cpp refused; OSError: the disk did.
+        InputError: no such type; ReferenceFailed: llama.cpp refused; OSError: the file could not be written.
     """
     api = library.api
     params = api.llama_model_quantize_default_params()
@@ -178,7 +178,7 @@ def convert(library: Library, model: Contents, ftype: str, out: Path, *, threads
             dequantize_rest(out)
         return
     reason = library.reason()
-    if "iostream error" in reason:  # what llama.cpp says of any failed write: ask the disk itself
+    if "iostream error" in reason:  # llama.cpp's message for any failed write: the disk itself says why
         raise OSError(*_why(out))
     raise ReferenceFailed(
         f"llama.cpp cannot write {model.path.name} as {ftype.upper()}: {reason}.", "--verbose shows llama.cpp's log."
@@ -204,7 +204,7 @@ def file_type(library: Library, name: str) -> int:
     """The number of a file type.
 
     Raises:
-        InputError: there is none of that name.
+        InputError: there is no type of that name.
     """
     types = file_types(library)
     if name.upper() not in types:

@@ -23,6 +23,7 @@ class ScoreFormat(StrEnum):
 @o.fills("model", "command", "mode", "backend", "devices", "threads", "compute", "mapping", "verbose")
 def score(
     given: o.Given,
+    invocation: typer.Context,
     text: Annotated[Path, typer.Option("--text", help="UTF-8 text to predict, such as wiki.test.raw.", show_default=False)],
     side: Annotated[
         o.Side | None,
@@ -77,6 +78,10 @@ def score(
         raise InputError("more than one base was given.", "Take one of --base, --base-model and --alone.", code="usage")
     if explain_worst and alone:
         raise InputError("--explain-worst needs a base.", "Leave --alone out.", code="usage")
+    if given["command"] is not None or side is o.Side.REF:
+        o.refuse_unused(invocation, "backend devices", "is for the engine that comes with parity")
+    if given["command"] is None:
+        o.refuse_unused(invocation, "names offset compute", "is for an engine of yours", "Give its command with --exec.")
     source = EXEC if given["command"] is not None else (side.value if side is not None else OURS)
     request = ScoreRequest(Request(**given), text, source, context, chunks, base, base_model, save_base, alone)
 

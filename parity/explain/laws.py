@@ -1,4 +1,4 @@
-"""What the numbers say by themselves: one sentence on how the recorded elements come from the right ones, if it holds for all of them."""
+"""What the numbers say by themselves: one sentence on how the recorded elements derive from the right ones, if it holds for all."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -14,38 +14,38 @@ from .records import Expected, Floats, Ints
 Values = Mapping[str, Array]
 Bools = NDArray[np.bool_]
 
-# A law holds if what it leaves of a record is this many times its limit at most: the printed digits of a constant have to do.
+# A law holds if the error that it leaves in a record is at most this many times its limit, as constants are printed with few digits,
 ROOM = 10.0
-# and no more than this share of what was wrong, unless that is within the limit: noise of a few limits has no law. A choice: the
-# law that is meant leaves rounding and printed digits alone.
+# and at most this share of the original error, unless that is within the limit: noise of a few limits has no law. A choice: the
+# right law leaves only rounding and printed digits.
 _LEFT = 0.1
-WRONG = "wrong; the others are right"  # the end of a sentence that says which elements are wrong, and not how
+WRONG = "wrong; the others are right"  # the end of a sentence that says which elements are wrong, but not how
 ZERO = "every element is 0"
 _ROLLS = 64  # offsets of elements that are tried in either direction
 _SHIFTS = 4  # offsets of positions
 _LISTED = 6  # elements that a sentence lists
 _WIDE = 4096  # elements of a row among which a permutation is looked for
-# Orders of a row's or a head's elements that engines confuse: which right element stands at place i of so many.
+# Orders of a row's or a head's elements that engines confuse: which right element is at place i of so many.
 _ORDERS: dict[str, Callable[[int, int], int]] = {
     "in reverse": lambda i, size: size - 1 - i,
     "as neighbours (2i, 2i + 1) where halves (i, i + d/2) are wanted": lambda i, size: i // 2 + i % 2 * (size // 2),
     "as halves (i, i + d/2) where neighbours (2i, 2i + 1) are wanted": lambda i, size: 2 * (i % (size // 2)) + i // (size // 2),
 }
-_OTHERS = 1e-3  # part of the squared error that elements which are said to be right may hold
-_SIGN = 1e-5  # of a factor from -1
-_SHARES = 0.02, 0.98  # of a mix with another position: what is less is no mix
+_OTHERS = 1e-3  # the most of the squared error that elements which are called right may have
+_SIGN = 1e-5  # the most that a factor called -1 may differ from it
+_SHARES = 0.02, 0.98  # the shares of another position that count as a mix
 
 
 @dataclass(frozen=True)
 class Beside:
-    """The wrong records of a place beside the right values.
+    """The wrong records of a place, with the right values.
 
     Attributes:
         theirs, right: float64 [R, k], the recorded elements. index: int64 [k], which elements of the row they are.
-        room: [R], the squared error that is noise. rows: [R], the right run's rows.
-        whole: float64 [T, n], the right rows as a whole; None where a row is no plain vector.
-        bias: [k], what is added to each element last, where the operation has such a vector.
-        heads: how many heads a row consists of, where it does.
+        room: [R], the squared error that counts as noise. rows: [R], the right run's rows.
+        whole: float64 [T, n], the complete right rows; None if a row is not a plain vector.
+        bias: [k], the vector that the operation adds last, if it has one.
+        heads: how many heads a row consists of, if it does.
     """
 
     theirs: Floats
@@ -58,7 +58,7 @@ class Beside:
     heads: int | None = None
 
     def holds(self, law: Floats, elements: Bools | None = None) -> bool:
-        """Whether values [R, k] are theirs to rounding, at these elements."""
+        """Whether values [R, k] equal theirs up to rounding, at these elements."""
         with np.errstate(invalid="ignore"):
             delta = self.theirs - law if elements is None else (self.theirs - law)[:, elements]
         if not np.isfinite(delta).all():
@@ -72,7 +72,7 @@ class Beside:
 def beside(
     entry: Expected, errors: Floats, values: Values, positions: Ints, bias: Floats | None = None, heads: int | None = None
 ) -> Beside | None:
-    """The records of a point that are wrong by these errors [R], beside the right values; None where nothing can be laid beside."""
+    """The records of a point that are wrong, by these errors [R], with the right values; None if there is nothing to compare."""
     wrong = errors > entry.limit
     name = SEEN + entry.point if SEEN + entry.point in values else entry.point
     present = entry.present[wrong]
@@ -103,7 +103,7 @@ def beside(
 
 
 def law(compared: Beside) -> str:
-    """The sentence of the first law that holds for every element; "" where none does."""
+    """The sentence of the first law that holds for every element; "" if none does."""
     if not np.isfinite(compared.right).all():
         return ""
     if not np.isfinite(compared.theirs).all():
@@ -134,13 +134,13 @@ def law(compared: Beside) -> str:
 
 
 def _differing(compared: Beside) -> Bools:
-    """The elements [k] that alone are wrong by more than all of a record may be, in any record."""
+    """The elements [k] that alone have a larger error, in any record, than the whole record may have."""
     with np.errstate(over="ignore"):
         return np.asarray(((compared.theirs - compared.right) ** 2 > compared.room[:, None]).any(axis=0))
 
 
 def _not_finite(compared: Beside) -> str:
-    """Which elements are NaN or infinite, where all others are right; "" where they are not."""
+    """Which elements are NaN or infinite, if all others are right; else ""."""
     odd = ~np.isfinite(compared.theirs)
     columns = np.asarray(odd.any(axis=0))
     if not compared.holds(np.where(np.isfinite(compared.theirs), compared.right, 0.0), ~columns):
@@ -159,13 +159,13 @@ def _not_finite(compared: Beside) -> str:
 
 
 def _alone(compared: Beside, some: Bools) -> bool:
-    """Whether the other elements are right, and not only less wrong than one element may be where a record is just over its limit."""
+    """Whether the other elements are right, and not just below the limit of one element in a record slightly over its limit."""
     errors = (compared.theirs - compared.right) ** 2
     return bool(errors[:, ~some].sum() <= _OTHERS * errors[:, some].sum())
 
 
 def _by_a_number(compared: Beside, some: Bools, many: bool) -> Iterator[str]:
-    """How these elements come from the right ones by one number, or by the operation's bias."""
+    """How these elements derive from the right ones by one number, or by the operation's bias."""
     theirs, right = compared.theirs[:, some], compared.right[:, some]
     be, have = ("are", "have") if many else ("is", "has")
 
@@ -217,7 +217,7 @@ def _by_a_vector(compared: Beside, some: Bools, many: bool) -> Iterator[str]:
 
 
 def _holds(compared: Beside, some: Bools, values: Floats) -> bool:
-    """Whether values of some elements [R, s] are theirs to rounding."""
+    """Whether values of some elements [R, s] equal theirs up to rounding."""
     whole = compared.right.copy()
     whole[:, some] = values
     return compared.holds(whole, some)
@@ -229,7 +229,7 @@ def _factor(theirs: Floats, right: Floats) -> float | None:
 
 
 def _short(value: float, holds: Callable[[float], bool]) -> str:
-    """A number in as few digits as will do."""
+    """A number in as few digits as suffice."""
     for digits in range(1, 9):
         short = f"{value:.{digits}g}"
         if holds(float(short)):
@@ -256,7 +256,7 @@ def _exchanged(compared: Beside, some: Bools) -> Iterator[str]:
 
 
 def _match(compared: Beside, number: int, among: Ints) -> int | None:
-    """Which of some elements' right values an element holds in every record."""
+    """Which of the elements `among` has the right values that this element holds in every record; None if none has."""
     for other in among.tolist():
         delta = compared.theirs[:, number] - compared.right[:, other]
         if other != number and bool((delta * delta <= compared.room).all()):
@@ -265,7 +265,7 @@ def _match(compared: Beside, number: int, among: Ints) -> int | None:
 
 
 def _elements(compared: Beside, some: Bools) -> str:
-    """Which elements these are, where they form a pattern; "" where they do not."""
+    """Which elements these are, if they form a pattern; else ""."""
     index = compared.index[some]
     first, last = int(index[0]), int(index[-1])
     leading = compared.whole is None or len(compared.index) < compared.whole.shape[1]
@@ -299,7 +299,7 @@ def _listed(index: Ints) -> str:
 
 
 def _moved(compared: Beside) -> Iterator[str]:
-    """Right values at another place: of another element, another position, or a mix of two positions."""
+    """Right values in the wrong place: of another element, another position, or a mix of two positions."""
     whole = compared.whole
     if whole is None:
         return
@@ -317,7 +317,7 @@ def _moved(compared: Beside) -> Iterator[str]:
     for by in (sign * step for step in range(1, _SHIFTS + 1) for sign in (-1, 1)):
         other = compared.rows + by
         inside = (other >= 0) & (other < count)
-        # The rows at the edge hold another one's, or the sequence's other end.
+        # The rows at the edge hold another row's values, or those of the sequence's other end.
         edge = np.clip(other, 0, count - 1)
         for at in (edge, other % count):
             if inside.any() and compared.holds(whole[at][:, compared.index]):
@@ -328,7 +328,7 @@ def _moved(compared: Beside) -> Iterator[str]:
 
 
 def _heads_moved(compared: Beside, whole: Floats) -> Iterator[str]:
-    """Every recorded head holds the right values of one head, and not each of its own."""
+    """Every recorded head holds the right values of some head, and not each its own."""
     if not compared.heads or compared.heads < 2:
         return
     size = whole.shape[1] // compared.heads

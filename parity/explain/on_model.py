@@ -1,4 +1,4 @@
-"""A comparison where the model is at hand: arithmetic is measured on it, and float64 is asked where rounding is amplified."""
+"""A comparison with the model at hand: the cost of an arithmetic is measured on it, and float64 decides where rounding is amplified."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -35,12 +35,12 @@ def compared_on(
 ) -> Comparison:
     """Compare two dumps of a known model. Raises as `comparison` does.
 
-    Where OURS computes in a lower arithmetic its limits are measured; where it does not say in which, the one that
-    fits best is found. A model that our engine does not have is compared as though it were not known.
+    If OURS computes in a lower arithmetic, its limits are measured; if it does not say in which, the one that
+    fits best is found. A model that our engine cannot compute is compared as though it were not known.
 
     Args:
         arbiter: "off", "auto" (float64 says which side is right where they differ in exact mode) or "all" (at every point).
-        third_side: the answer says how far both sides are from float64; else float64 only sets limits.
+        third_side: whether the answer says how far both sides are from float64; else float64 only sets limits.
     """
     known = _Model(_as_seen(ref, ours), model)
     found = _compared(ours, ref, replace(options, truth=None if arbiter == OFF else known), known)
@@ -67,7 +67,7 @@ def three_on(dumps: tuple[Dump, Dump, Dump], options: Options, model: Path, arbi
 
 
 def _of_encoder_decoder(ref: Dump, path: Path) -> EncoderDecoderArbiter | None:
-    """The truth about the reference's prompt and what it generated, where the model is an encoder–decoder."""
+    """The truth about the reference's prompt and generated tokens, if the model is an encoder–decoder."""
     if ref.header is None or not ref.header.tokens:
         return None
     try:
@@ -92,21 +92,21 @@ def _compared(ours: Dump, ref: Dump, options: Options, known: "_Model") -> Compa
 
 
 def _as_seen(ref: Dump, ours: Dump) -> Dump:
-    """The reference with no more leading values than ours has: what an arithmetic costs is measured on the values that are compared."""
+    """The reference with no more leading values than ours: the cost of an arithmetic is measured on the values that are compared."""
     mine = ours.points
     return replace(ref, points={name: as_wide(rows, mine[name]) if name in mine else rows for name, rows in ref.points.items()})
 
 
 @dataclass(frozen=True)
 class _Model:
-    """What a model file tells of the reference's dump, computed when it is first asked for; nothing where our engine lacks the model."""
+    """What a model file tells about the reference's dump, computed on demand; nothing if our engine cannot compute the model."""
 
     ref: Dump
     path: Path
 
     @cached_property
     def case(self) -> Case | None:
-        """The right engine beside the reference: the reference's tokens and positions are known, those of bare lines are not."""
+        """The right engine beside the reference, whose tokens and positions are known, unlike those of bare lines."""
         try:
             return Case(self.ref, self.path, ExplainOptions())
         except ParityError:
@@ -114,12 +114,12 @@ class _Model:
 
     @cached_property
     def truth(self) -> AnyArbiter | None:
-        """The steps in float64 over the reference's tokens; None where our engine lacks the model."""
+        """The steps in float64 over the reference's tokens; None if our engine cannot compute the model."""
         return self.case.arbiter if self.case is not None else _of_encoder_decoder(self.ref, self.path)
 
     @property
     def asked(self) -> bool:
-        """Whether float64 was asked for anything by now."""
+        """Whether float64 has been asked for anything so far."""
         return "truth" in self.__dict__ and self.truth is not None and self.truth.asked
 
     def distances(self, points: Mapping[str, Rows]) -> dict[str, NDArray[np.float64]]:
@@ -139,7 +139,7 @@ class _Model:
         return {} if self.truth is None else self.truth.spread(points)
 
     def one_entry(self, points: Mapping[str, Rows]) -> dict[str, NDArray[np.float64]]:
-        """What one entry of a table makes of records (`Truth`)."""
+        """How far one entry of a table moves records (`Truth`)."""
         return {} if self.truth is None else self.truth.one_entry(points)
 
     @property
@@ -148,7 +148,7 @@ class _Model:
         return frozenset() if self.truth is None else self.truth.coarse
 
     def floor(self, kind: str) -> PrecisionFloor | None:
-        """What an arithmetic costs our right engine at each record of the reference."""
+        """The error that an arithmetic costs our right engine at each record of the reference."""
         case = self.case
         return (
             None if case is None else floor(kind, case.entries, case.transformer.steps, case.replay, case.make, case.positions)
@@ -176,7 +176,7 @@ class _Model:
 
 
 def _measured(ours: Dump, ref: Dump, options: Options, known: _Model) -> Comparison:
-    """Nothing says what OURS computes in: float32, unless its first computed point differs as a lower arithmetic does."""
+    """The comparison if nothing says what OURS computes in: float32, unless its first computed point differs as in a lower arithmetic."""
     exact = comparison(ours, ref, replace(options, compute="f32"))
     as_float32 = _with(exact, "f32", "")
     first = exact.verdict.first_divergence
@@ -218,7 +218,7 @@ def _with(found: Comparison, arithmetic: str, in_float32: str, alike: tuple[str,
 
 
 def _errors(exact: Comparison, case: Case, cost: PrecisionFloor) -> list[tuple[float, float, float]]:
-    """Of each point the mean error, and what the arithmetic costs there: with products, and with activations rounded."""
+    """Each point's mean error, and the cost of the arithmetic there: with products rounded, and with activations rounded."""
     records = exact.records
     numbers = {name: number for number, name in enumerate(records.names)}
     return [
@@ -229,7 +229,7 @@ def _errors(exact: Comparison, case: Case, cost: PrecisionFloor) -> list[tuple[f
 
 
 def _computed_before(found: Comparison, first: str) -> bool:
-    """Whether a product with weights agrees as float32 does before the first difference: then the arithmetic is float32."""
+    """Whether, before the first difference, a product with weights agrees as float32 does: then the arithmetic is float32."""
     model = found.records.flow
     for point in found.verdict.points:
         if point.checkpoint == first:
@@ -241,7 +241,7 @@ def _computed_before(found: Comparison, first: str) -> bool:
 
 
 def _spared(exact: Comparison, case: Case, cost: PrecisionFloor) -> bool:
-    """Whether records that this arithmetic must have moved are right as float32 is: a point as a whole."""
+    """Whether all records of a point that this arithmetic must have moved are as right as in float32."""
     records = exact.records
     for entry, products in zip(case.entries, cost.products, strict=True):
         if entry.point not in records.names:
@@ -257,7 +257,7 @@ def _spared(exact: Comparison, case: Case, cost: PrecisionFloor) -> bool:
 
 
 def _above(found: Comparison, name: str) -> set[str]:
-    """All nodes that a point is made of."""
+    """All nodes that a point is made from."""
     made = found.records.flow.whole.made
     every, waiting = set[str](), [name]
     while waiting:

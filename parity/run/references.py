@@ -121,9 +121,15 @@ def _moved(
             top if top is not None and top.nmse > 0 else None,
             tuple(sorted(missing)),
             rounding=top is None or top.nmse <= bound,
+            same_instructions=same and _instructions(base) == _instructions(other) != "",
         ),
         points,
     )
+
+
+def _instructions(header: Header | None) -> str:
+    """What a llama.cpp says it was compiled for: "CPU : SSE3 = 1 | AVX2 = 1 | …"."""
+    return str((header.build if header is not None else {}).get("system", ""))
 
 
 def _judged(

@@ -1,4 +1,4 @@
-"""Mixtures of experts, and multi-head latent attention, which mostly comes with them."""
+"""Mixtures of experts, and multi-head latent attention, which is mostly used with them."""
 
 from .parts import (
     BIAS,
