@@ -24,6 +24,7 @@ from . import dump, twin, twin_cache
 from .callback import Deliver
 from .dataflow import dataflow
 from .emitter import Emitter, Step, steps_of
+from .f32_rest import is_f32
 from .jobs import EXACT, DumpJob, DumpResult
 from .library import Library
 from .model import Model
@@ -61,7 +62,7 @@ def window_size(library: Library, contents: Contents, job: DumpJob) -> int | Non
     folder = twin_cache.workspace()
     if need * _SHARE < free:
         fits = need * _SHARE < shutil.disk_usage(folder).free
-        if fits or twin.is_f32(contents) or twin_cache.has_twin(contents):
+        if fits or is_f32(contents) or twin_cache.has_twin(contents):
             return None
     layer_size, rest = layer_bytes(library, contents, exact=exact)
     return min(max(1, (free // _WINDOW_SHARE - rest) // max(layer_size, 1)), contents.layers - 1) or None

@@ -30,11 +30,11 @@ from .truth import Truth
 class Options:
     """How to compare.
 
-    `tolerance`: one NMSE limit for everything. `compute`: arithmetic of our side (f32, tf32, f16, bf16, q8) where its header
-    does not state it. `strict`: records that one side lacks are a divergence, and so is a record that differs, whatever is
-    computed from it. `step`: which of several contradicting records of one key to use.
+    `tolerance`: one NMSE limit for everything. `compute`: the arithmetic of our side (f32, tf32, f16, bf16, q8), if its header
+    does not state it. `strict`: a record that one side lacks is a divergence, and so is every record that differs, even if all that is
+    computed from it agrees. `step`: the forward pass whose record is used if records of one key contradict each other.
     `placed`: the caller knows that both sides count positions alike; otherwise an offset is searched for unless something states it.
-    `limits`: those to apply instead of the table's. `truth`: provides the model's values in float64.
+    `limits`: limits to apply instead of the table's. `truth`: provides the model's values in float64.
     """
 
     tolerance: float | None = None
@@ -106,7 +106,7 @@ def _comparison(ours: Dump, ref: Dump, options: Options, parted: TokenComparison
     whole, damaged = dataflow_of(ours, ref)
     alignment = align(ours, ref, options.step, tokens, whole)
     errors = as_sets(measured(alignment, ours, ref))
-    unmasked = without_mask(ref.points)  # ours may lack a mask by mistake, or record the columns that it masks
+    unmasked = without_mask(ref.points)  # ours may lack a mask by mistake, or record masked columns
     unmasked = without_mask(ours.points) if unmasked is None else unmasked
     model = flow(errors.names, whole, _layers(ref) or _layers(ours), unmasked=bool(unmasked))
     lower = (
@@ -207,7 +207,7 @@ def _notes(ours: Dump, ref: Dump, pairs: tuple[Pair, ...], measures: Measures) -
 
 
 def _settings(left: Header, right: Header) -> list[tuple[str, str, str]]:
-    # Fingerprints say it better, and a foreign engine may give its file's path (of the twin, say) for a name.
+    # Fingerprints are more reliable, and a foreign engine may give its file's path (the twin's, for instance) as the name.
     named = not (left.model.fingerprint and right.model.fingerprint) and not left.model.name.endswith(".gguf")
     return [
         ("mode", left.mode, right.mode),

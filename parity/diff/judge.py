@@ -1,4 +1,4 @@
-"""From the numbers of all records to one answer: where the sides first part, what explains it, what to record next."""
+"""From the numbers of all records to one answer: where the sides first diverge, what explains it, what to record next."""
 
 from typing import TYPE_CHECKING
 
@@ -76,7 +76,7 @@ def judge(records: Records) -> Verdict:
 
 
 def _precision(records: Records) -> Precision | None:
-    """In which arithmetic the sides were judged; where nothing says it, the most precise one that the errors allow."""
+    """The arithmetic in which the sides were judged; if nothing states it, the most precise one that the errors allow."""
     if records.mode == NATIVE or not len(records):
         return None
     trusted = ~(records.otherwise | records.open)
@@ -104,8 +104,8 @@ def _origins(records: Records) -> list[int]:
 
 
 def _under_the_mask(records: Records, minimal: NDArray[np.int64], start: int) -> bool:
-    """Whether the records of a point of origin are NaN or infinite only, and so is a later position of what the point is made from:
-    a mask gives that position the weight 0, and 0 · NaN is NaN.
+    """Whether the records of a point of origin are only NaN or infinite, and so is a later position of what the point is made from:
+    a mask gives that position the weight 0, but 0 · NaN is NaN.
     """
     odd = records.measures.nonfinite_ours > records.measures.nonfinite_ref
     if not odd[minimal[records.point[minimal] == records.point[start]]].all():

@@ -15,7 +15,7 @@ from .precision import KINDS, LOWER, PrecisionFloor, best, mean_cost, mismatch
 
 
 def of_unknown_arithmetic(ours: Dump, ref: Dump, options: Options, known: KnownModel) -> Comparison:
-    """Nothing says what OURS computes in: float32, unless its first computed point differs as a lower arithmetic does."""
+    """The comparison if nothing says what OURS computes in: float32, unless its first computed point differs as in a lower arithmetic."""
     exact = comparison(ours, ref, replace(options, compute="f32"))
     as_float32 = _with(exact, "f32", "")
     first = exact.verdict.first_divergence
@@ -57,7 +57,7 @@ def _with(found: Comparison, arithmetic: str, in_float32: str, alike: tuple[str,
 
 
 def _errors(exact: Comparison, case: Case, cost: PrecisionFloor) -> list[tuple[float, float, float]]:
-    """Of each point the mean error, and what the arithmetic costs there: with products, and with activations rounded."""
+    """Each point's mean error, and the cost of the arithmetic there: with products rounded, and with activations rounded."""
     records = exact.records
     numbers = {name: number for number, name in enumerate(records.names)}
     return [
@@ -68,7 +68,7 @@ def _errors(exact: Comparison, case: Case, cost: PrecisionFloor) -> list[tuple[f
 
 
 def _computed_before(found: Comparison, first: str) -> bool:
-    """Whether a product with weights agrees as float32 does before the first difference: then the arithmetic is float32."""
+    """Whether, before the first difference, a product with weights agrees as float32 does: then the arithmetic is float32."""
     model = found.records.flow
     for point in found.verdict.points:
         if point.checkpoint == first:
@@ -80,7 +80,7 @@ def _computed_before(found: Comparison, first: str) -> bool:
 
 
 def _spared(exact: Comparison, case: Case, cost: PrecisionFloor) -> bool:
-    """Whether records that this arithmetic must have moved are right as float32 is: a point as a whole."""
+    """Whether all records of a point that this arithmetic must have moved are as right as in float32."""
     records = exact.records
     for entry, products in zip(case.entries, cost.products, strict=True):
         if entry.point not in records.names:
@@ -96,7 +96,7 @@ def _spared(exact: Comparison, case: Case, cost: PrecisionFloor) -> bool:
 
 
 def _above(found: Comparison, name: str) -> set[str]:
-    """All nodes that a point is made of."""
+    """All nodes that a point is made from."""
     made = found.records.flow.whole.made
     every, waiting = set[str](), [name]
     while waiting:

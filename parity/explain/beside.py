@@ -14,23 +14,23 @@ from .records import Expected, Floats, Ints
 Values = Mapping[str, Array]
 Bools = NDArray[np.bool_]
 
-# A law holds if what it leaves of a record is this many times its limit at most: the printed digits of a constant have to do.
+# A law holds if the error that it leaves in a record is at most this many times its limit, as constants are printed with few digits,
 ROOM = 10.0
-# and no more than this share of what was wrong, unless that is within the limit: noise of a few limits has no law. A choice: the
-# law that is meant leaves rounding and printed digits alone.
+# and at most this share of the original error, unless that is within the limit: noise of a few limits has no law. A choice: the
+# right law leaves only rounding and printed digits.
 _LEFT = 0.1
 
 
 @dataclass(frozen=True)
 class Beside:
-    """The wrong records of a place beside the right values.
+    """The wrong records of a place, with the right values.
 
     Attributes:
         theirs, right: float64 [R, k], the recorded elements. index: int64 [k], which elements of the row they are.
-        room: [R], the squared error that is noise. rows: [R], the right run's rows.
-        whole: float64 [T, n], the right rows as a whole; None where a row is no plain vector.
-        bias: [k], what is added to each element last, where the operation has such a vector.
-        heads: how many heads a row consists of, where it does.
+        room: [R], the squared error that counts as noise. rows: [R], the right run's rows.
+        whole: float64 [T, n], the complete right rows; None if a row is not a plain vector.
+        bias: [k], the vector that the operation adds last, if it has one.
+        heads: how many heads a row consists of, if it does.
     """
 
     theirs: Floats
@@ -43,7 +43,7 @@ class Beside:
     heads: int | None = None
 
     def holds(self, law: Floats, elements: Bools | None = None) -> bool:
-        """Whether values [R, k] are theirs to rounding, at these elements."""
+        """Whether values [R, k] equal theirs up to rounding, at these elements."""
         with np.errstate(invalid="ignore"):
             delta = self.theirs - law if elements is None else (self.theirs - law)[:, elements]
         if not np.isfinite(delta).all():
@@ -54,7 +54,7 @@ class Beside:
         return bool((left <= self.room).all() and within)
 
     def holds_at(self, some: Bools, values: Floats) -> bool:
-        """Whether values of some elements [R, s] are theirs to rounding."""
+        """Whether values of some elements [R, s] equal theirs up to rounding."""
         whole = self.right.copy()
         whole[:, some] = values
         return self.holds(whole, some)
@@ -63,7 +63,7 @@ class Beside:
 def beside(
     entry: Expected, errors: Floats, values: Values, positions: Ints, bias: Floats | None = None, heads: int | None = None
 ) -> Beside | None:
-    """The records of a point that are wrong by these errors [R], beside the right values; None where nothing can be laid beside."""
+    """The records of a point that are wrong, by these errors [R], with the right values; None if there is nothing to compare."""
     wrong = errors > entry.limit
     name = SEEN + entry.point if SEEN + entry.point in values else entry.point
     present = entry.present[wrong]

@@ -28,14 +28,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class KnownModel:
-    """What a model file tells of the reference's dump, computed when it is first asked for; nothing where our engine lacks the model."""
+    """What a model file tells about the reference's dump, computed on demand; nothing if our engine cannot compute the model."""
 
     ref: Dump
     path: Path
 
     @cached_property
     def case(self) -> "Case | None":
-        """The right engine beside the reference: the reference's tokens and positions are known, those of bare lines are not."""
+        """The right engine beside the reference, whose tokens and positions are known, unlike those of bare lines."""
         from .case import Case, ExplainOptions
 
         try:
@@ -45,12 +45,12 @@ class KnownModel:
 
     @cached_property
     def truth(self) -> "AnyArbiter | None":
-        """The steps in float64 over the reference's tokens; None where our engine lacks the model."""
+        """The steps in float64 over the reference's tokens; None if our engine cannot compute the model."""
         return self.case.arbiter if self.case is not None else _of_encoder_decoder(self.ref, self.path)
 
     @property
     def asked(self) -> bool:
-        """Whether float64 was asked for anything by now."""
+        """Whether float64 has been asked for anything so far."""
         return "truth" in self.__dict__ and self.truth is not None and self.truth.asked
 
     def distances(self, points: Mapping[str, Rows]) -> dict[str, NDArray[np.float64]]:
@@ -70,7 +70,7 @@ class KnownModel:
         return {} if self.truth is None else self.truth.spread(points)
 
     def one_entry(self, points: Mapping[str, Rows]) -> dict[str, NDArray[np.float64]]:
-        """What one entry of a table makes of records (`Truth`)."""
+        """How far one entry of a table moves records (`Truth`)."""
         return {} if self.truth is None else self.truth.one_entry(points)
 
     @property
@@ -79,7 +79,7 @@ class KnownModel:
         return frozenset() if self.truth is None else self.truth.coarse
 
     def floor(self, kind: str) -> "PrecisionFloor | None":
-        """What an arithmetic costs our right engine at each record of the reference."""
+        """The error that an arithmetic costs our right engine at each record of the reference."""
         case = self.case
         if case is None:
             return None
@@ -111,7 +111,7 @@ class KnownModel:
 
 
 def _of_encoder_decoder(ref: Dump, path: Path) -> "EncoderDecoderArbiter | None":
-    """The truth about the reference's prompt and what it generated, where the model is an encoder–decoder."""
+    """The truth about the reference's prompt and generated tokens, if the model is an encoder–decoder."""
     if ref.header is None or not ref.header.tokens:
         return None
     from engine.opened import open_plain

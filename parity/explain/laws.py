@@ -1,4 +1,4 @@
-"""What the numbers say by themselves: one sentence on how the recorded elements come from the right ones, if it holds for all of them."""
+"""What the numbers say by themselves: one sentence on how the recorded elements derive from the right ones, if it holds for all."""
 
 from collections.abc import Callable, Iterator
 
@@ -8,14 +8,14 @@ from .beside import ROOM, Beside, Bools
 from .moved import LISTED, moved
 from .records import Floats, Ints
 
-WRONG = "wrong; the others are right"  # the end of a sentence that says which elements are wrong, and not how
+WRONG = "wrong; the others are right"  # the end of a sentence that says which elements are wrong, but not how
 ZERO = "every element is 0"
-_OTHERS = 1e-3  # part of the squared error that elements which are said to be right may hold
-_SIGN = 1e-5  # of a factor from -1
+_OTHERS = 1e-3  # the most of the squared error that elements which are called right may have
+_SIGN = 1e-5  # the most that a factor called -1 may differ from it
 
 
 def law(compared: Beside) -> str:
-    """The sentence of the first law that holds for every element; "" where none does."""
+    """The sentence of the first law that holds for every element; "" if none does."""
     if not np.isfinite(compared.right).all():
         return ""
     if not np.isfinite(compared.theirs).all():
@@ -46,13 +46,13 @@ def law(compared: Beside) -> str:
 
 
 def _differing(compared: Beside) -> Bools:
-    """The elements [k] that alone are wrong by more than all of a record may be, in any record."""
+    """The elements [k] that alone have a larger error, in any record, than the whole record may have."""
     with np.errstate(over="ignore"):
         return np.asarray(((compared.theirs - compared.right) ** 2 > compared.room[:, None]).any(axis=0))
 
 
 def _not_finite(compared: Beside) -> str:
-    """Which elements are NaN or infinite, where all others are right; "" where they are not."""
+    """Which elements are NaN or infinite, if all others are right; else ""."""
     odd = ~np.isfinite(compared.theirs)
     columns = np.asarray(odd.any(axis=0))
     if not compared.holds(np.where(np.isfinite(compared.theirs), compared.right, 0.0), ~columns):
@@ -71,13 +71,13 @@ def _not_finite(compared: Beside) -> str:
 
 
 def _alone(compared: Beside, some: Bools) -> bool:
-    """Whether the other elements are right, and not only less wrong than one element may be where a record is just over its limit."""
+    """Whether the other elements are right, and not just below the limit of one element in a record slightly over its limit."""
     errors = (compared.theirs - compared.right) ** 2
     return bool(errors[:, ~some].sum() <= _OTHERS * errors[:, some].sum())
 
 
 def _by_a_number(compared: Beside, some: Bools, many: bool) -> Iterator[str]:
-    """How these elements come from the right ones by one number, or by the operation's bias."""
+    """How these elements derive from the right ones by one number, or by the operation's bias."""
     theirs, right = compared.theirs[:, some], compared.right[:, some]
     be, have = ("are", "have") if many else ("is", "has")
 
@@ -134,7 +134,7 @@ def _factor(theirs: Floats, right: Floats) -> float | None:
 
 
 def _short(value: float, holds: Callable[[float], bool]) -> str:
-    """A number in as few digits as will do."""
+    """A number in as few digits as suffice."""
     for digits in range(1, 9):
         short = f"{value:.{digits}g}"
         if holds(float(short)):
@@ -161,7 +161,7 @@ def _exchanged(compared: Beside, some: Bools) -> Iterator[str]:
 
 
 def _match(compared: Beside, number: int, among: Ints) -> int | None:
-    """Which of some elements' right values an element holds in every record."""
+    """Which of the elements `among` has the right values that this element holds in every record; None if none has."""
     for other in among.tolist():
         delta = compared.theirs[:, number] - compared.right[:, other]
         if other != number and bool((delta * delta <= compared.room).all()):
@@ -170,7 +170,7 @@ def _match(compared: Beside, number: int, among: Ints) -> int | None:
 
 
 def _elements(compared: Beside, some: Bools) -> str:
-    """Which elements these are, where they form a pattern; "" where they do not."""
+    """Which elements these are, if they form a pattern; else ""."""
     index = compared.index[some]
     first, last = int(index[0]), int(index[-1])
     leading = compared.whole is None or len(compared.index) < compared.whole.shape[1]

@@ -11,17 +11,17 @@ LISTED = 6  # elements that a sentence lists
 _ROLLS = 64  # offsets of elements that are tried in either direction
 _SHIFTS = 4  # offsets of positions
 _WIDE = 4096  # elements of a row among which a permutation is looked for
-# Orders of a row's or a head's elements that engines confuse: which right element stands at place i of so many.
+# Orders of a row's or a head's elements that engines confuse: which right element is at place i of so many.
 _ORDERS: dict[str, Callable[[int, int], int]] = {
     "in reverse": lambda i, size: size - 1 - i,
     "as neighbours (2i, 2i + 1) where halves (i, i + d/2) are wanted": lambda i, size: i // 2 + i % 2 * (size // 2),
     "as halves (i, i + d/2) where neighbours (2i, 2i + 1) are wanted": lambda i, size: 2 * (i % (size // 2)) + i // (size // 2),
 }
-_SHARES = 0.02, 0.98  # of a mix with another position: what is less is no mix
+_SHARES = 0.02, 0.98  # the shares of another position that count as a mix
 
 
 def moved(compared: Beside) -> Iterator[str]:
-    """Right values at another place: of another element, another position, or a mix of two positions."""
+    """Right values in the wrong place: of another element, another position, or a mix of two positions."""
     whole = compared.whole
     if whole is None:
         return
@@ -39,7 +39,7 @@ def moved(compared: Beside) -> Iterator[str]:
     for by in (sign * step for step in range(1, _SHIFTS + 1) for sign in (-1, 1)):
         other = compared.rows + by
         inside = (other >= 0) & (other < count)
-        # The rows at the edge hold another one's, or the sequence's other end.
+        # The rows at the edge hold another row's values, or those of the sequence's other end.
         edge = np.clip(other, 0, count - 1)
         for at in (edge, other % count):
             if inside.any() and compared.holds(whole[at][:, compared.index]):
@@ -50,7 +50,7 @@ def moved(compared: Beside) -> Iterator[str]:
 
 
 def _heads_moved(compared: Beside, whole: Floats) -> Iterator[str]:
-    """Every recorded head holds the right values of one head, and not each of its own."""
+    """Every recorded head holds the right values of some head, and not each its own."""
     if not compared.heads or compared.heads < 2:
         return
     size = whole.shape[1] // compared.heads

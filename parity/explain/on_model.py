@@ -1,4 +1,4 @@
-"""A comparison where the model is at hand: arithmetic is measured on it, and float64 is asked where rounding is amplified."""
+"""A comparison with the model at hand: the cost of an arithmetic is measured on it, and float64 decides where rounding is amplified."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -21,12 +21,12 @@ def compared_on(
 ) -> Comparison:
     """Compare two dumps of a known model. Raises as `comparison` does.
 
-    Where OURS computes in a lower arithmetic its limits are measured; where it does not say in which, the one that
-    fits best is found. A model that our engine does not have is compared as though it were not known.
+    If OURS computes in a lower arithmetic, its limits are measured; if it does not say in which, the one that
+    fits best is found. A model that our engine cannot compute is compared as though it were not known.
 
     Args:
         arbiter: "off", "auto" (float64 says which side is right where they differ in exact mode) or "all" (at every point).
-        third_side: the answer says how far both sides are from float64; else float64 only sets limits.
+        third_side: whether the answer says how far both sides are from float64; else float64 only sets limits.
     """
     known = KnownModel(_as_seen(ref, ours), model)
     found = _compared(ours, ref, replace(options, truth=None if arbiter == OFF else known), known)
@@ -72,6 +72,6 @@ def _compared(ours: Dump, ref: Dump, options: Options, known: KnownModel) -> Com
 
 
 def _as_seen(ref: Dump, ours: Dump) -> Dump:
-    """The reference with no more leading values than ours has: what an arithmetic costs is measured on the values that are compared."""
+    """The reference with no more leading values than ours: the cost of an arithmetic is measured on the values that are compared."""
     mine = ours.points
     return replace(ref, points={name: as_wide(rows, mine[name]) if name in mine else rows for name, rows in ref.points.items()})
