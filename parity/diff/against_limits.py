@@ -1,6 +1,6 @@
 """Compares every measured record with its limit: the table's, one set by the noise of earlier layers, or one raised for noise."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -240,13 +240,9 @@ def _one_entry(measured: Measured, limit: Floats, truth: Truth) -> Floats:
     """
     measures = measured.measures
     odd = (measures.nmse > limit) & (measures.nmse_slice > limit) & (measures.nmse_row <= limit)
-    concerned = measured.names_of(odd)
-    suspects = {pair.point: pair.ref for pair in measured.pairs if pair.point in concerned}
-    if not suspects:
+    if not odd.any():
         return limit
-    bounds = truth.one_entry(suspects)
-    known = [bounds.get(pair.point, np.zeros(len(pair.ref))) for pair in measured.pairs]
-    return np.where(odd, np.fmax(limit, np.concatenate(known)), limit)
+    return np.where(odd, np.fmax(limit, _asked(measured, odd, truth.one_entry)), limit)
 
 
 def _spread(measured: Measured, limit: Floats, truth: Truth) -> Floats:
@@ -256,13 +252,16 @@ def _spread(measured: Measured, limit: Floats, truth: Truth) -> Floats:
     """
     nmse = measured.measures.nmse
     odd = (nmse > limit) & (nmse <= ROUNDING)
-    concerned = measured.names_of(odd)
-    suspects = {pair.point: pair.ref for pair in measured.pairs if pair.point in concerned}
-    if not suspects:
+    if not odd.any():
         return limit
-    carried = truth.spread(suspects)
-    known = [carried.get(pair.point, np.zeros(len(pair.ref))) for pair in measured.pairs]
-    return np.where(odd, np.fmax(limit, np.minimum(BOTH * np.concatenate(known), ROUNDING)), limit)
+    return np.where(odd, np.fmax(limit, np.minimum(BOTH * _asked(measured, odd, truth.spread), ROUNDING)), limit)
+
+
+def _asked(measured: Measured, odd: Bools, known: Callable[[Mapping[str, Rows]], Mapping[str, Floats]]) -> Floats:
+    """What is known of each record, [R], at the points of the odd ones; 0 elsewhere."""
+    concerned = measured.names_of(odd)
+    answers = known({pair.point: pair.ref for pair in measured.pairs if pair.point in concerned})
+    return np.concatenate([answers.get(pair.point, np.zeros(len(pair.ref))) for pair in measured.pairs])
 
 
 def _reason(coarse: bool) -> str:

@@ -1,4 +1,7 @@
-"""The comparison of two dumps, stage by stage: tokens, offsets, align, measure, limits, consumers, judge."""
+"""The comparison of two dumps, stage by stage: tokens, offsets, align, measure, limits, consumers, judge.
+
+What only a difference needs is imported where one shows: most comparisons agree, and importing takes longer than comparing.
+"""
 
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -11,19 +14,16 @@ from checkpoints.record import Dump, Header, Rows
 
 from .against_limits import hold
 from .align import Pair, align
-from .consumers import Judged, judged
 from .dataflow import dataflow_of, flow, upstream, without_mask
-from .eight_bits import looks_like_eight_bits, suspicion
 from .judge import judge
 from .limits import EXACT_FLOOR, NATIVE, common_mode, limits
 from .measure import Measures, measured
 from .offsets import Placed, elsewhere, place
 from .picture import picture
-from .records import Records
+from .records import Judged, Records
 from .routing import as_sets, routed
 from .tokens import TokenComparison, compare_tokens, own_choice, same_experiment, token_text
 from .truth import Truth
-from .undecided import undecided
 
 
 @dataclass(frozen=True)
@@ -86,10 +86,14 @@ def comparison(ours: Dump, ref: Dump, options: Options | None = None) -> Compari
         return _comparison(ours, ref, options, parted)
     if first is None or options.strict or options.limits is not None:
         return compared
+    from .eight_bits import looks_like_eight_bits, suspicion
+
     if looks_like_eight_bits(records):
         return replace(compared, verdict=suspicion(compared.verdict))
     if options.tolerance is not None or options.truth is not None:
         return compared
+    from .undecided import undecided
+
     return replace(compared, verdict=undecided(records, compared.verdict))
 
 
@@ -121,7 +125,9 @@ def _comparison(ours: Dump, ref: Dump, options: Options, parted: TokenComparison
     routing = routed(errors, held, model, ref.points)
     held = replace(held, failed=held.failed & ~routing.open, notes=(*held.notes, *routing.notes))
     verdicts = Judged(np.zeros(len(errors.point), dtype=np.bool_))
-    if not options.strict:
+    if held.failed.any() and not options.strict:
+        from .consumers import judged
+
         verdicts = judged(errors, held, model, ours, ref)
     failed = held.failed & ~verdicts.otherwise
     trusted = np.where(verdicts.otherwise | routing.open, 0.0, errors.measures.nmse)

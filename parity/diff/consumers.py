@@ -3,8 +3,6 @@
 The record then shows another layout, another moment or another point than its name says.
 """
 
-from dataclasses import dataclass
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -17,6 +15,7 @@ from .dataflow import Flow
 from .layouts import MOMENT, Allowed, Reading, head_size_of, reading
 from .measure import Measured
 from .operations import CHOICES, ELEMENTWISE, MIXING, NORMS
+from .records import Judged
 from .same_vector import alike
 
 Floats = NDArray[np.float64]
@@ -31,20 +30,8 @@ _BELOW = 100.0
 _LEFT = 0.25
 
 
-@dataclass(frozen=True)
-class Judged:
-    """Which of our records show something other than the point they are named after, bool [R], and what they show."""
-
-    otherwise: Bools
-    faults: tuple[RecordFault, ...] = ()
-    undecided: frozenset[str] = frozenset()  # points that differ although nothing that is made from them does
-
-
 def judged(measured: Measured, held: Held, model: Flow, ours: Dump, ref: Dump) -> Judged:
     """Judge every failing point by what is made from it."""
-    otherwise = np.zeros(len(measured.point), dtype=np.bool_)
-    if not held.failed.any():
-        return Judged(otherwise)
     return _Consumers(measured, held, model, ours, ref).judged()
 
 

@@ -1,5 +1,7 @@
 """From the numbers of all records to one answer: where the sides first diverge, what explains it, what to record next."""
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -19,10 +21,12 @@ from checkpoints.answers.diff import (
 from checkpoints.points import LOGITS
 
 from .choices import choices
-from .first import First, explain_first
 from .limits import EXACT_FLOOR, NATIVE, lowest
 from .records import Records
 from .seen import seen
+
+if TYPE_CHECKING:
+    from .first import First
 
 _ORIGINS = 20  # points of origin that a verdict carries; more are counted in a note
 
@@ -38,6 +42,8 @@ def judge(records: Records) -> Verdict:
     divergence, pattern = records.tokens.divergence, records.tokens.pattern
     first: First | None = None
     if divergence is None and origins:
+        from .first import explain_first
+
         first = explain_first(records, origins[0], rows_seen)
         divergence, pattern = first.divergence, first.pattern
     failed = divergence is not None or bool(records.failed.any()) or (records.strict and missing > 0)

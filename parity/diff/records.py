@@ -24,6 +24,15 @@ _SHOWN = 16  # values of a record that a verdict carries
 
 
 @dataclass(frozen=True)
+class Judged:
+    """Which of our records show something other than the point they are named after, bool [R], and what they show."""
+
+    otherwise: Bools
+    faults: tuple[RecordFault, ...] = ()
+    undecided: frozenset[str] = frozenset()  # points that differ although nothing that is made from them does
+
+
+@dataclass(frozen=True)
 class Records:
     """R compared records, sorted by dataflow, then sequence and position.
 

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from checkpoints.answers.diff import Difference, Pattern
 from checkpoints.errors import InputError
-from checkpoints.gguf_file import contents
 from checkpoints.points import EMBD
 from checkpoints.record import Dump, ModelInfo
 
@@ -60,6 +59,8 @@ def same_model(dump: Dump, path: Path) -> None:
     known = dump.header.model if dump.header is not None else None
     if known is None or not known.fingerprint:
         return
+    from checkpoints.gguf_file import contents
+
     file = contents(path)
     alike = (file.architecture, file.layers) == (known.architecture, known.layers)
     given = ModelInfo(fingerprint=file.fingerprint, content=file.content)

@@ -12,6 +12,8 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 
+OFF, AUTO, ALL = "off", "auto", "all"  # where float64 is asked: nowhere, where two sides differ, at every point
+
 
 class Truth(Protocol):
     """A source of the values of the model's steps in float64 (`parity.arbiter`)."""

@@ -15,7 +15,8 @@ from checkpoints.points import parse, resolve
 from checkpoints.record import DEFAULT_SLICE, Header, ModelInfo, Token
 from checkpoints.summary import summarise
 
-from .graphs import Graphs, is_captured
+from .cuda_driver import is_captured
+from .graphs import Graphs
 
 
 def to_host(value: Any) -> NDArray[np.float32]:

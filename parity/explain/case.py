@@ -17,9 +17,10 @@ from engine.weights.gguf_model import GgufModel
 
 from ..arbiter.arbiter import Arbiter
 from ..diff.tokens import same_experiment
+from ..diff.truth import AUTO
 from ..run.graphs import recorded_graph
 from .budget import Budget
-from .noise import AUTO, allowed
+from .noise import allowed
 from .records import Expected, Ints, expected
 from .screening import Screening
 from .ties import resolved

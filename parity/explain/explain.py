@@ -15,6 +15,7 @@ from checkpoints.record import Dump
 
 from ..diff.limits import EXACT_FLOOR
 from ..diff.seen import seen
+from ..diff.truth import ALL, AUTO
 from ..lint.lint import lint
 from ..lint.model_facts import ModelFacts
 from .apart import apart
@@ -23,7 +24,6 @@ from .case import Case, ExplainOptions
 from .fits import said as said_of_number
 from .laws import WRONG
 from .leads import believed, law_at, leads, placed
-from .noise import ALL, AUTO
 from .precision import KINDS, PrecisionFloor, fits, floor, is_proof, may_be_noise, with_noise
 from .precision import best as best_kinds
 from .records import Expected, right_rows

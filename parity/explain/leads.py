@@ -12,8 +12,9 @@ from engine.backend import Array
 from engine.graph import History, Step
 from engine.graph import State as PassState
 
+from .beside import beside
 from .case import Case
-from .laws import ZERO, beside, law
+from .laws import ZERO, law
 from .operands import other_operand
 from .records import Expected, Floats, Ints
 from .search import Search

@@ -10,10 +10,9 @@ from engine.replay.replay import Replay
 
 from ..diff.dataflow import flow
 from ..diff.noise import excused
-from ..diff.truth import NO_COARSE_ROUNDING, NO_ROUNDING, Truth, of_few, raised
+from ..diff.truth import AUTO, NO_COARSE_ROUNDING, NO_ROUNDING, OFF, Truth, of_few, raised
 from .records import Expected, Floats, Ints, columns, right_rows, with_limits
 
-OFF, AUTO, ALL = "off", "auto", "all"
 EXPLAINED = 1e3  # a record's error must fall by this factor for a fault whose remaining error is its own noise
 
 

@@ -8,8 +8,8 @@ import numpy as np
 from engine.graph import Step, compute, inputs_of
 from engine.replay.replay import Replay
 
+from .beside import ROOM
 from .case import Case
-from .laws import ROOM
 from .records import Expected, Floats
 from .state import State
 
