@@ -30,6 +30,7 @@ _NEARER = 10.0
 # How much larger the error of a stretch of operations may be than that of one: scores are rounded, and soft max amplifies it. Engines
 # that sum in another order measured 1.4e-14 at most (qwen2, qwen3, gpt-oss, gemma2, gemma3, llama4, cohere2, deepseek2, random
 # weights); scores of 100, rounded to float32, make it 4e-11.
+STRETCH = 3.0
 _NORMS = (ops.rms_norm, ops.layer_norm)
 _LISTED = 3  # readers of a suspect record that are named
 
