@@ -30,7 +30,7 @@ _NAMED = 3  # points that a note names
 
 @dataclass(frozen=True)
 class Recording:
-    """What `parity drift record` was asked for: how `side` ("ours", "ref", "exec") is to run, over which prompts, and where to.
+    """The request of `parity drift record`: how `side` ("ours", "ref", "exec") runs, on which prompts, and the folder to write.
 
     `run.generate` is the number of decode steps after each prompt, along llama.cpp's tokens.
     """
@@ -43,7 +43,7 @@ class Recording:
 
 @dataclass(frozen=True)
 class Checking:
-    """What `parity drift check` was asked for. `side` None is the recorded one; `dumps` are a foreign engine's own.
+    """The request of `parity drift check`. A `side` of None is the recorded one; `dumps` are a foreign engine's own.
 
     `workers`: processes that run prompts, each with the model opened once; `cluster`: the address of a Dask scheduler instead.
     """
@@ -70,7 +70,7 @@ def record(request: Recording, progress: Progress | None = None) -> Golden:
     """Write golden dumps of every prompt.
 
     Raises:
-        ParityError: whatever is wrong with the request, the model or a side, in one line.
+        ParityError: anything wrong with the request, the model or a side, in one line.
     """
     texts = read_prompts(request.prompts)
     run = request.run
@@ -105,7 +105,7 @@ def record(request: Recording, progress: Progress | None = None) -> Golden:
                 written.append(kept)
                 if progress is not None:
                     progress("golden", number + 1, len(texts))
-            for kept in written:  # all are there: only now do they take the place of an earlier recording
+            for kept in written:  # only when all are written do they replace an earlier recording
                 put(golden.path(kept), (Path(scratch) / kept.file).read_bytes())
     header = read(golden.path(written[0])).header
     golden = replace(golden, prompts=tuple(written), build=dict(header.build) if header else {})
@@ -114,14 +114,14 @@ def record(request: Recording, progress: Progress | None = None) -> Golden:
 
 
 def check(request: Checking, progress: Progress | None = None) -> Drift:
-    """Run or read the other side, compare, note it in the ledger.
+    """Run or read the other side, compare it, and note the result in the ledger.
 
     Raises:
-        ParityError: another model, mode or prompt set than was recorded (no drift), or whatever else is wrong.
+        ParityError: the model, mode or prompt set is not the recorded one (which is not drift), or anything else is wrong.
     """
     golden = load(request.folder)
     golden.same_mode(request.mode)
-    ledger.read(_book(request, golden))  # what is wrong with it is said before anything is computed
+    ledger.read(_book(request, golden))  # errors in it are reported before anything is computed
     if request.prompts is not None:
         golden.same_prompts(read_prompts(request.prompts))
     with ExitStack() as stack:
@@ -283,7 +283,7 @@ def _run_again(golden: Golden, source: str, request: Checking, scratch: Path, pr
 
 
 def _assigned(golden: Golden, dumps: Sequence[Path]) -> list[Path]:
-    """The given dumps in the order of the prompts they are of: by token ids where they say them, else by their order."""
+    """The given dumps in the order of their prompts: by token ids if they list them, else in the given order."""
     if len(dumps) != len(golden.prompts):
         raise InputError(
             f"{len(dumps)} dumps were given for {len(golden.prompts)} golden prompts.",
@@ -298,6 +298,6 @@ def _assigned(golden: Golden, dumps: Sequence[Path]) -> list[Path]:
     for prompt in golden.prompts:
         path = by_tokens.get(prompt.tokens) or by_tokens.get((*prompt.tokens, *prompt.generated))
         if path is None:
-            return list(dumps)  # the comparison says where the tokens part
+            return list(dumps)  # the comparison says where the tokens diverge
         assigned.append(path)
     return assigned
