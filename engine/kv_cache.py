@@ -12,7 +12,7 @@ _ROWS, _STATE = "rows/", "state/"  # of names in `KvCache.held`
 class KvCache:
     """Rows of named activations, appended pass by pass, float32.
 
-    `read(name)` gives rows 0…t in one array; the rows of a pass are appended once, however many steps read them.
+    `read(name)` gives rows 0…t as one array; the rows of a pass are appended once, however many steps read them.
     """
 
     def __init__(self, xp: Any) -> None:
@@ -39,7 +39,7 @@ class KvCache:
         return self._buffers[name][: self._lengths[name]]
 
     def state(self, read: State) -> Array:
-        """What the last pass left of a recurrent state; zeros before the first pass."""
+        """The recurrent state that the last pass left; zeros before the first pass."""
         held = self._states.get(read.of)
         return self._xp.zeros(read.shape, dtype=self._xp.float32) if held is None else held
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from cli import Cli
 from foreign import numpy_engine
-from gguf import GGUFReader, GGUFWriter
+from split_files import split
 
 from checkpoints.answers.consistency import Consistency
 from checkpoints.points import parse
@@ -185,23 +185,7 @@ def test_llama_cpp_against_itself(parity: Cli, synthetic: Callable[..., Path]) -
     assert checks["a restored state"]["first_to_differ"] == ""
 
 
-def split(model: Path, out: Path) -> Path:
-    """The model in two files, as llama-gguf-split writes them; the first one."""
-    whole = GGUFReader(model)
-    writer = GGUFWriter(out, whole.fields["general.architecture"].contents(), split_max_tensors=len(whole.tensors) // 2 + 1)
-    for key, field in whole.fields.items():
-        if not key.startswith("GGUF.") and key != "general.architecture":
-            writer.add_key_value(key, field.contents(), field.types[0], field.types[1] if len(field.types) > 1 else None)
-    for tensor in whole.tensors:
-        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return out.with_name(f"{out.stem}-00001-of-00002.gguf")
-
-
 def test_llama_cpp_is_consistent_on_a_split_model(parity: Cli, small_model: Callable[..., Path], tmp_path: Path) -> None:
-    """Files that our engine refuses are no obstacle where llama.cpp computes."""
+    """The first of several files is taken for the model."""
     first = split(small_model("qwen3", "f32", layers=2), tmp_path / "split.gguf")
     assert "consistent" in parity("consistency", "--side", "ref", "--model", first, "--tokens", "5,6,7").out

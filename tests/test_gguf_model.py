@@ -159,7 +159,7 @@ def test_numbers_given_once_a_layer(tmp_path: Path) -> None:
     [
         (None, ("embedding_length",), "no llama.embedding_length"),
         (None, ("tensors",), "tokenizer but no tensors"),
-        (lambda w: w.add_uint16("split.count", 3), (), "gguf-split --merge"),
+        (lambda w: w.add_uint16("split.count", 3), (), "3 parts of a split model"),
         (lambda w: w.add_bool("llama.block_count", True), ("block_count",), "block_count is True"),
         (lambda w: w.add_uint32("llama.block_count", 0), ("block_count",), "it has no layers"),
         (lambda w: w.add_float32("llama.rope.freq_base", float("nan")), ("freq_base",), "a RoPE base of nan"),

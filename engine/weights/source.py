@@ -14,8 +14,8 @@ from .gguf_model import GgufModel
 class Weights:
     """The model's weights as float32 arrays on a backend.
 
-    With `resident` each is dequantised once and kept; without, it is dropped when the step is done, which a single
-    forward pass wants: the peak is then one weight and not the model. `names` are those that will be asked for, None for all.
+    With `resident` each is dequantised once and kept; without, it is dropped when the step is done, which suits a single
+    forward pass: peak memory is then one weight and not the model. `names` are those that will be asked for, None for all.
     """
 
     def __init__(self, model: GgufModel, backend: Backend, *, resident: bool, names: Collection[str] | None = None) -> None:
@@ -30,12 +30,12 @@ class Weights:
         return self._resident
 
     def _all_fit(self, names: Collection[str]) -> bool:
-        """Whether the device holds these weights as float32; else they are streamed, one step's at a time."""
+        """Whether these weights fit on the device as float32; else they are streamed, one step's at a time."""
         free = self._backend.free_bytes()
         sizes = [4 * prod(self._model.tensors[name].shape) for name in names]
         if free is None or not sizes:
             return True
-        # A step's weight, its result and the products' workspace: twice the largest weight is room enough.
+        # Twice the largest weight is enough for a step's weight, its result and the products' workspace.
         self._backend.require(2 * max(sizes), f"the largest weight of {self._model.path.name} as float32")
         return sum(sizes) + 2 * max(sizes) <= free
 
@@ -54,7 +54,7 @@ class Weights:
         return self._model.raw(name), info.type, info.shape
 
     def array(self, host: NDArray[Any]) -> Array:
-        """A host array on this side."""
+        """A host array moved to where the steps compute."""
         return self._backend.array(host)
 
     def rows(self, name: str, ids: Array) -> Array:

@@ -20,6 +20,7 @@ class ConformSide(StrEnum):
 @o.fills("tested_command", "hugging_face", "asking", "compute", "tolerance", "threads", "backend", "mapping", "verbose")
 def conform(
     given: o.Given,
+    context: typer.Context,
     side: Annotated[
         ConformSide | None,
         typer.Option(
@@ -104,6 +105,12 @@ def conform(
     asking = served.Asking(given.pop("server_api"), given.pop("server_json"))
     check_side(command, None if side is None else side.value, asking)
     check_outputs(junit, table)
+    if side is not ConformSide.HF:
+        o.refuse_unused(context, "python hf_device", "is for Hugging Face", "Add --side hf.")
+    if side is not ConformSide.OURS:
+        o.refuse_unused(context, "backend", "is for the engine that comes with parity", "Add --side ours.")
+    if command is None:
+        o.refuse_unused(context, "names offset", "is for an engine of yours", "Give its command with --exec.")
     theirs = HuggingFace(Path(), given.pop("python"), given.pop("device"), slice_size=None)
     if side is ConformSide.HF:
         theirs.check()

@@ -23,6 +23,7 @@ class ScoreFormat(StrEnum):
 @o.fills("model", "command", "server", "mode", "backend", "devices", "threads", "compute", "mapping", "verbose")
 def score(
     given: o.Given,
+    invocation: typer.Context,
     text: Annotated[
         Path | None, typer.Option("--text", help="UTF-8 text to predict, such as wiki.test.raw.", show_default=False)
     ] = None,
@@ -102,8 +103,15 @@ def score(
         )
     if explain_worst and alone:
         raise InputError("--explain-worst needs a base.", "Leave --alone out.", code="usage")
+    if server is not None:
+        o.refuse_unused(invocation, "dump_prefix", "is for `parity run --server`")
     if golden is not None:
+        o.refuse_unused(invocation, "context", "is for a text", "Golden prompts are scored whole: leave it out.")
         given = with_golden_model(given, golden)
+    if given["command"] is not None or side is o.Side.REF or server is not None:
+        o.refuse_unused(invocation, "backend devices", "is for the engine that comes with parity")
+    if given["command"] is None:
+        o.refuse_unused(invocation, "names offset compute", "is for an engine of yours", "Give its command with --exec.")
     source = EXEC if given["command"] is not None else (side.value if side is not None else OURS)
     request = ScoreRequest(
         Request(**given),

@@ -74,7 +74,7 @@ def consistency(request: ConsistencyRequest) -> Consistency:
     with Reference(verbose=run.verbose, threads=run.threads) as reference:
         side = side_of(request.source, run, reference, resident=True)
         prompt = resolve_prompt(reference, run.model, run.prompt, run.tokens)
-        # The decoder is led along the prompt, in as many positions. `GgufModel` would refuse split files, which llama.cpp takes.
+        # The decoder is led along the prompt, in as many positions.
         if _DECODER in {tensor.name for tensor in contents(run.model).tensors}:
             prompt = replace(prompt, decoded=prompt.ids[:-1])
         vocabulary = reference.tokenize(run.model, "a").n_vocab

@@ -1,4 +1,4 @@
-"""llama.cpp's own predictions at the positions that a server was asked about, and what llama.cpp differs from itself there."""
+"""llama.cpp's own predictions at the positions that a server was asked about, and how far llama.cpp differs from itself there."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -41,7 +41,7 @@ def rows(
 
 
 def floor_of(reference: Reference, model: Path, tokens: Sequence[int], first: int) -> Floor:
-    """What llama.cpp differs from itself on these tokens, between float32 and how a server computes the file."""
+    """How far llama.cpp differs from itself on these tokens, between float32 and the way a server computes the file."""
     kept = []
     for _, row in rows(reference, model, tokens, first, NATIVE, "f16"):
         top = largest(row, _KEPT)
@@ -53,10 +53,10 @@ def floor_of(reference: Reference, model: Path, tokens: Sequence[int], first: in
 
 
 def listed(candidates: Sequence[Candidate], vocabulary: Vocabulary, row: Row) -> Listed:
-    """The candidates whose token is known; of several tokens with one text, the one that llama.cpp finds most probable."""
+    """The candidates whose token is known; if several tokens have the same text, the one most probable to llama.cpp."""
     known: dict[int, float] = {}
     for candidate in candidates:
-        number = vocabulary.one(candidate, lambda number: float(row[number]))
+        number = vocabulary.most_probable(candidate, lambda number: float(row[number]))
         if number is not None and number not in known:
             known[number] = max(candidate.logprob, NOTHING)
     return Listed(np.array(list(known), dtype=np.int64), np.array(list(known.values())))

@@ -44,7 +44,7 @@ class Candidates:
 
         known: dict[int, float] = {}
         for candidate in self.asked.candidates:
-            number = self.vocabulary.one(candidate, likely)
+            number = self.vocabulary.most_probable(candidate, likely)
             if number is not None and number not in known:
                 known[number] = max(candidate.logprob, NOTHING)
         if self.asked.own is not None and self.own not in known and known:
