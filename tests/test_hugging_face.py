@@ -263,7 +263,7 @@ def test_three_dumps_name_the_one_that_is_alone(parity: Cli, stories_run: Path, 
     assert re.search(r"divergence at logits: ours and llama.cpp agree to \d\.\de-1\d, third is alone", said)
     assert parity("diff", paths[0], paths[1], paths[1]).code == 0
     refused = parity("diff", *paths, "--html", "x.html")
-    assert (refused.code, "need exactly two dumps" in refused.err) == (2, True)
+    assert (refused.code, "needs exactly two dumps" in refused.err) == (2, True)
 
 
 def test_a_side_is_checked_before_anything_runs(parity: Cli) -> None:

@@ -87,11 +87,11 @@ class Flow:
     @cached_property
     def children(self) -> dict[str, tuple[str, ...]]:
         """The nearest compared points that are made from each compared point."""
-        found: dict[str, list[str]] = {name: [] for name in self.names}
+        children_of: dict[str, list[str]] = {name: [] for name in self.names}
         for name, parents in self.parents.items():
             for other in parents:
-                found[other].append(name)
-        return {name: tuple(children) for name, children in found.items()}
+                children_of[other].append(name)
+        return {name: tuple(children) for name, children in children_of.items()}
 
     def ancestors(self, name: str) -> set[str]:
         """All compared points that a compared point depends on."""

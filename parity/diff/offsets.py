@@ -65,9 +65,9 @@ def place(ours: Dump, ref: Dump) -> Placed:
     Raises:
         DumpError: no offset is clearly better than the others, and the two sides do not have the same positions.
     """
-    found = _by_generated(ours, ref)
-    if found is not None:
-        offset, matching = found
+    placed = _by_generated(ours, ref)
+    if placed is not None:
+        offset, matching = placed
         note = f"positions: ours are moved by {offset:+d}, where {matching} of our generated tokens are the reference's"
         return Placed(shifted(ours, offset), note) if offset else Placed(ours)
     if _counts_from_its_prompt(ours) and _counts_from_its_prompt(ref):

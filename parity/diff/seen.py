@@ -29,4 +29,4 @@ def seen(pair: Pair) -> Seen:
 
 def unseen(points: Sequence[Seen]) -> list[Seen]:
     """The points of which a part of each row was not seen."""
-    return [one for one in points if not one.whole]
+    return [point for point in points if not point.whole]

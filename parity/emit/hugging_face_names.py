@@ -97,26 +97,26 @@ def names_of(model: Any) -> "dict[str, str]":
     modules = dict(model.named_modules())
     paths = list(modules)
     layers = [name for name in paths if name.rsplit(".", 1)[-1].isdigit() and name.rsplit(".", 2)[-2] in ("layers", "h")]
-    found: dict[str, str] = {}
+    points: dict[str, str] = {}
     for layer in layers:
         number = layer.rsplit(".", 1)[-1]
         inside = {path.removeprefix(layer).lstrip(".") for path in paths if path == layer or path.startswith(layer + ".")}
         for name, kind in _table(inside).items():
             if name.rstrip("<") in inside:
-                found[f"{layer}.{name}" if name else layer] = f"blk.{number}.{kind}"
+                points[f"{layer}.{name}" if name else layer] = f"blk.{number}.{kind}"
         for router in _ROUTERS:
             if router in inside:
                 experts = router.split(".")[0]
                 # gpt-oss's router has a bias, and llama.cpp calls the sum so: it chooses before the soft max.
                 biased = getattr(modules[f"{layer}.{router}"], "bias", None) is not None
-                found[f"{layer}.{router}"] = f"blk.{number}.{'ffn_moe_probs' if biased else 'ffn_moe_logits'}"
+                points[f"{layer}.{router}"] = f"blk.{number}.{'ffn_moe_probs' if biased else 'ffn_moe_logits'}"
                 if f"{experts}.shared_experts" in inside:  # the sum of both is the feed-forward's output
-                    found[f"{layer}.{experts}.experts"] = f"blk.{number}.ffn_moe_out"
-                    found[f"{layer}.{experts}.shared_experts"] = f"blk.{number}.ffn_shexp"
+                    points[f"{layer}.{experts}.experts"] = f"blk.{number}.ffn_moe_out"
+                    points[f"{layer}.{experts}.shared_experts"] = f"blk.{number}.ffn_shexp"
                 else:
-                    found[f"{layer}.{experts}"] = f"blk.{number}.ffn_moe_out"
+                    points[f"{layer}.{experts}"] = f"blk.{number}.ffn_moe_out"
         if "self_attn.qkv_proj" in inside:
-            found[f"{layer}.self_attn.qkv_proj"] = f"blk.{number}.qkv"
+            points[f"{layer}.self_attn.qkv_proj"] = f"blk.{number}.qkv"
     for path in paths:
         leaf = path.rsplit(".", 1)[-1]
         if leaf in _OUTSIDE and not any(path.startswith(layer + ".") for layer in layers):
@@ -124,8 +124,8 @@ def names_of(model: Any) -> "dict[str, str]":
             added = (
                 leaf == "wte" and {f"{beside}wpe", f"{beside}drop"} <= modules.keys()
             )  # positions are added before the first layer
-            found[f"{beside}drop" if added else path] = _OUTSIDE[leaf]
-    return found
+            points[f"{beside}drop" if added else path] = _OUTSIDE[leaf]
+    return points
 
 
 def _table(inside: "set[str]") -> "dict[str, str]":

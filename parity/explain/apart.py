@@ -53,7 +53,7 @@ class Probe:
     own: bool = True  # whether it is the user's model, so that a layer means that layer
     scout: "Probe | None" = None  # a cheaper probe: faults that it does not distinguish are not tried
 
-    def made(self, candidate: Candidate) -> Values | None:
+    def shown_by(self, candidate: Candidate) -> Values | None:
         """The values that a dump of every point would show of a fault, if they differ from the right run; None if it does not apply."""
         try:
             steps = self.planting.of(candidate.fault, candidate.layers if self.own else None, candidate.parameters)
@@ -63,33 +63,35 @@ class Probe:
             changed = self.replay.run(steps, lambda _name, _made: True)
         except NotApplicable:
             return None
-        return {name.removeprefix(SEEN): made for name, made in changed.items()}  # values that only the dump shows come last
+        return {
+            name.removeprefix(SEEN): values for name, values in changed.items()
+        }  # values that only the dump shows come last
 
     def tells(self, chosen: Candidate, others: Sequence[Candidate]) -> list[tuple[Candidate, list[str]]]:
         """The other candidates that show different numbers than the chosen one, and at which points."""
-        mine = self.made(chosen) if others else None
-        differences = [(one, self.different(mine, self.made(one))) for one in others]
-        return [(one, names) for one, names in differences if names]
+        mine = self.shown_by(chosen) if others else None
+        differences = [(candidate, self.different(mine, self.shown_by(candidate))) for candidate in others]
+        return [(candidate, names) for candidate, names in differences if names]
 
     def likely(self, chosen: Candidate, others: Sequence[Candidate]) -> list[Candidate]:
         """The other candidates that do not show the chosen one's numbers: they show different ones, or do not apply to this model."""
-        mine = self.made(chosen) if others else None
-        made = [(one, self.made(one)) for one in others]
-        return [one for one, values in made if mine is None or values is None or self.different(mine, values)]
+        mine = self.shown_by(chosen) if others else None
+        values_of = [(candidate, self.shown_by(candidate)) for candidate in others]
+        return [candidate for candidate, values in values_of if mine is None or values is None or self.different(mine, values)]
 
-    def different(self, one: Values | None, other: Values | None) -> list[str]:
+    def different(self, first: Values | None, second: Values | None) -> list[str]:
         """The points at which two faults show different numbers."""
-        if one is None or other is None:
+        if first is None or second is None:
             return []
-        names = [step.makes for step in self.planting.steps[: self.end] if step.makes in one or step.makes in other]
+        names = [step.makes for step in self.planting.steps[: self.end] if step.makes in first or step.makes in second]
         right = self.replay.values
-        return [name for name in names if _differ(one.get(name, right[name]), other.get(name, right[name]))]
+        return [name for name in names if _differ(first.get(name, right[name]), second.get(name, right[name]))]
 
 
-def _differ(one: Array, other: Array) -> bool:
+def _differ(first: Array, second: Array) -> bool:
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-        wide = one.astype(np.float64)
-        error = ((wide - other) ** 2).sum() / (wide**2).sum()
+        wide = first.astype(np.float64)
+        error = ((wide - second) ** 2).sum() / (wide**2).sum()
     return not bool(error <= EXACT_FLOOR.operations)
 
 
@@ -113,14 +115,14 @@ def apart(case: Case, state: State, chosen: Candidate, others: Sequence[Candidat
             if telling:
                 points = sorted({names[0] for _, names in telling})
                 where = f"{probe.sentence} ({_listed(points)})" if number == 0 else probe.sentence
-                sentences.append(f"{where} would tell {_listed([_said(one, chosen) for one, _ in telling])} apart")
-            separated = [one for one, _ in telling]
-            left = [one for one in left if one not in separated]
+                sentences.append(f"{where} would tell {_listed([_said(candidate, chosen) for candidate, _ in telling])} apart")
+            separated = [candidate for candidate, _ in telling]
+            left = [candidate for candidate in left if candidate not in separated]
             if not left:
                 break
     if left and tried:
         sentences.append(
-            f"nothing that was tried can tell {_listed([_said(one, chosen) for one in left])} apart ({', '.join(tried)})"
+            f"nothing that was tried can tell {_listed([_said(candidate, chosen) for candidate in left])} apart ({', '.join(tried)})"
         )
     return "; ".join(sentences)
 
@@ -156,7 +158,7 @@ def _probes(case: Case, state: State, candidates: Sequence[Candidate], folder: P
     yield Probe(f"a generation of {_GENERATED} tokens", generation, planting, end)
     scout: Probe | None = None
     for number, (sentence, (shape, kind)) in enumerate(_MODELS.items()):
-        if kind == _QUANTISED and not any(one.fault.group == "dequantisation" for one in candidates):
+        if kind == _QUANTISED and not any(candidate.fault.group == "dequantisation" for candidate in candidates):
             continue
         path = folder / f"{number}.gguf"
         synthesize(path, shape, weight_type=kind, seed=_SEED)

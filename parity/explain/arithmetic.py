@@ -46,14 +46,14 @@ def of_unknown_arithmetic(ours: Dump, ref: Dump, options: Options, known: KnownM
         tried = comparison(ours, ref, replace(options, compute=kind, limits=allowed))
         if any(point.checkpoint == first.checkpoint and point.status == AGREES for point in tried.verdict.points):
             candidates[kind], far[kind] = tried, mismatch(_errors(exact, known.case, cost))
-    agreeing = {kind: far[kind] for kind, found in candidates.items() if found.verdict}
+    agreeing = {kind: far[kind] for kind, compared in candidates.items() if compared.verdict}
     fitting = best(agreeing or far)
     return _with(candidates[fitting[0]], fitting[0], first.checkpoint, fitting[1:]) if fitting else as_float32
 
 
-def _with(found: Comparison, arithmetic: str, in_float32: str, alike: tuple[str, ...] = ()) -> Comparison:
+def _with(compared: Comparison, arithmetic: str, in_float32: str, alike: tuple[str, ...] = ()) -> Comparison:
     precision = Precision(arithmetic, False, "measured", in_float32, alike)
-    return replace(found, verdict=replace(found.verdict, precision=precision))
+    return replace(compared, verdict=replace(compared.verdict, precision=precision))
 
 
 def _errors(exact: Comparison, case: Case, cost: PrecisionFloor) -> list[tuple[float, float, float]]:
@@ -61,19 +61,19 @@ def _errors(exact: Comparison, case: Case, cost: PrecisionFloor) -> list[tuple[f
     records = exact.records
     numbers = {name: number for number, name in enumerate(records.names)}
     return [
-        (float(records.measures.nmse[records.point == numbers[entry.point]].mean()), mean_cost(one), mean_cost(two))
-        for entry, one, two in zip(case.entries, cost.products, cost.storage, strict=True)
+        (float(records.measures.nmse[records.point == numbers[entry.point]].mean()), mean_cost(multiplied), mean_cost(stored))
+        for entry, multiplied, stored in zip(case.entries, cost.products, cost.storage, strict=True)
         if entry.point in numbers
     ]
 
 
-def _computed_before(found: Comparison, first: str) -> bool:
+def _computed_before(compared: Comparison, first: str) -> bool:
     """Whether, before the first difference, a product with weights agrees as float32 does: then the arithmetic is float32."""
-    model = found.records.flow
-    for point in found.verdict.points:
+    model = compared.records.flow
+    for point in compared.verdict.points:
         if point.checkpoint == first:
             break
-        behind = {point.checkpoint, *_above(found, point.checkpoint)} if point.checkpoint in model.whole.made else set[str]()
+        behind = {point.checkpoint, *_above(compared, point.checkpoint)} if point.checkpoint in model.whole.made else set[str]()
         if point.status == AGREES and MIXING & model.operations(behind):
             return True
     return False
@@ -95,12 +95,12 @@ def _spared(exact: Comparison, case: Case, cost: PrecisionFloor) -> bool:
     return False
 
 
-def _above(found: Comparison, name: str) -> set[str]:
+def _above(compared: Comparison, name: str) -> set[str]:
     """All nodes that a point is made from."""
-    made = found.records.flow.whole.made
+    makers = compared.records.flow.whole.made
     every, waiting = set[str](), [name]
     while waiting:
-        for other in made[waiting.pop()].reads:
+        for other in makers[waiting.pop()].reads:
             if other not in every:
                 every.add(other)
                 waiting.append(other)

@@ -85,7 +85,9 @@ class BatchScreening:
             value_of, ended = self._values(candidates, edits, waiting, rows, self._name, self._before)
             if number_of_stage == 0:
                 cut = not self._screening.budget.complete
-                self._screening.tried.count([candidates[one] for one in edits if not cut or one in value_of or one in ended])
+                self._screening.tried.count(
+                    [candidates[edit] for edit in edits if not cut or edit in value_of or edit in ended]
+                )
             for number in ended:
                 results.pop(number, None)
             # Before the first wrong row, a candidate that shows nothing is right.
@@ -138,9 +140,9 @@ class BatchScreening:
         """The changes of each candidate in the steps before number `end`; candidates without any, or that do not apply, are left out."""
         edits_of: dict[int, Edits] = {}
         for number in numbers:
-            one = candidates[number]
+            candidate = candidates[number]
             try:
-                edits = self._state.planting.edits(one.fault, one.layers, one.parameters, end)
+                edits = self._state.planting.edits(candidate.fault, candidate.layers, candidate.parameters, end)
             except NotApplicable:
                 continue
             if edits:
@@ -162,7 +164,7 @@ class BatchScreening:
         value_of: dict[int, Array] = {}
         ended: set[int] = set()
         ahead = any(
-            one.fault.whole and one.fault.shows is None for one in self._state.faults
+            planted.fault.whole and planted.fault.shows is None for planted in self._state.faults
         )  # not those that only change what is shown
         for whole in (False, True):
             chosen = [number for number in waiting if (ahead or candidates[number].fault.whole) is whole]
@@ -200,8 +202,8 @@ class BatchScreening:
             if some:
                 yield from self._errors_of(some, used)
 
-    def _errors_of(self, made: dict[int, Array], rows: int) -> Iterator[tuple[int, Floats]]:
-        versions = distinct(made)
+    def _errors_of(self, values_of: dict[int, Array], rows: int) -> Iterator[tuple[int, Floats]]:
+        versions = distinct(values_of)
         values: Iterator[Array] = iter([value for value, _ in versions])
         if self._after:
             replay = self._screening.replay(self._state, rows)
@@ -237,11 +239,13 @@ def in_two(
     if state.first is None:
         return iter(()), iter(())
     batch = BatchScreening(screening, state, layers)
-    plain = [_plain(screening, state, one) for one in candidates]
+    plain = [_plain(screening, state, candidate) for candidate in candidates]
 
     def first() -> Iterator[tuple[Candidate, Screened]]:
-        yield from batch.screened([one for one, together in zip(candidates, plain, strict=True) if together], likely)
-        for candidate in (one for one, together in zip(candidates, plain, strict=True) if not together):
+        yield from batch.screened(
+            [candidate for candidate, together in zip(candidates, plain, strict=True) if together], likely
+        )
+        for candidate in (screened for screened, together in zip(candidates, plain, strict=True) if not together):
             if screening.budget.over():
                 return
             result = screening.screen(state, candidate)
@@ -271,10 +275,10 @@ def beyond(screening: Screening, state: State, candidates: Sequence[Candidate]) 
     if first is None:
         return
     layers = candidates[0].layers if candidates else None
-    plain = [one for one in candidates if _plain(screening, state, one)]
+    plain = [candidate for candidate in candidates if _plain(screening, state, candidate)]
     kept = BatchScreening(screening, state, layers).agreeing(plain) if len(plain) > _FEW else plain
-    likely = [one for one in candidates if not _plain(screening, state, one) or one in kept]
-    rest = [one for one in candidates if one not in likely]
+    likely = [candidate for candidate in candidates if not _plain(screening, state, candidate) or candidate in kept]
+    rest = [candidate for candidate in candidates if candidate not in likely]
     for some in (likely, rest):
         whole = False
         for candidate in some:

@@ -160,7 +160,7 @@ class Fitting:
             self._pass(going)
         trials_of: dict[str, _Trial] = {}
         wanted = self._residual_of_state()
-        for trial in sorted(trials, key=lambda one: one.best):
+        for trial in sorted(trials, key=lambda trial: trial.best):
             if not np.isfinite(trial.best) or trial.best > _NEAR * float(wanted @ wanted):
                 continue
             at = next((at for at in (trial.best_at, *self._short(trial)) if self._passes(trial, at)), None)
@@ -251,23 +251,23 @@ class Fitting:
         name = self._screening.entries[self._point].point
         end = self._state.order[name] + 1
         edits, numbers = [], []
-        for number, one in enumerate(candidates):
+        for number, candidate in enumerate(candidates):
             try:
-                edit = self._state.planting.edits(one.fault, one.layers, one.parameters, end)
+                edit = self._state.planting.edits(candidate.fault, candidate.layers, candidate.parameters, end)
             except NotApplicable:
                 continue
             if edit:
                 edits.append(edit)
                 numbers.append(number)
-        found: list[Array | None] = [None] * len(candidates)
+        results: list[Array | None] = [None] * len(candidates)
         if not edits or self._screening.budget.over():
-            return found
+            return results
         self._screening.tried.count([candidates[number] for number in numbers])
         replay = self._screening.replay(self._state, self._rows)
         run = replay.run_batch(edits, end, frozenset(), lambda _name, _values: (), self._screening.budget.over)
         for number, values in zip(numbers, run, strict=True):
-            found[number] = values.get(name) if values else None
-        return found
+            results[number] = values.get(name) if values else None
+        return results
 
     def _residual(self, value: Array) -> Floats:
         """The error left at the recorded elements of the first rows, in proportion to each record's size: float64 [n]."""
@@ -286,8 +286,8 @@ def _apart(trials: Sequence[_Trial]) -> list[_Trial]:
     """
     kept: list[_Trial] = []
     for trial in trials:
-        same = [one for one in kept if one.fit is trial.fit and one.parameters == trial.parameters]
-        near = any(abs(one.at - trial.at) <= _STEP * max(1.0, abs(trial.at)) for one in same)
+        same = [other for other in kept if other.fit is trial.fit and other.parameters == trial.parameters]
+        near = any(abs(other.at - trial.at) <= _STEP * max(1.0, abs(trial.at)) for other in same)
         if not near and len(same) < _OF_ONE:
             kept.append(trial)
     return kept

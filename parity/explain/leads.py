@@ -92,9 +92,9 @@ def law_at(case: Case, search: Search, state: State) -> str:
 def _heads(state: State, point: str) -> int | None:
     """How many heads the rows of a point consist of, by the operation that makes it, or one that reads it, directly or through others."""
     right = state.planting.right
-    made = right[point].params.get("heads")
-    if isinstance(made, int):
-        return made
+    heads = right[point].params.get("heads")
+    if isinstance(heads, int):
+        return heads
     names = {point}
     for _ in range(_HANDED_ON):
         for step in right.values():

@@ -62,9 +62,9 @@ class Likely:
             if rows <= self._row or not numbers:
                 return set(numbers)
             changes = module_of(right).stack([values[number][self._row] for number in numbers]) - right[self._row]
-            made = self._made(replay.values[self._last][self._row] + changes, replay.values[POSITIONS], replay.weights)
+            changed = self._made(replay.values[self._last][self._row] + changes, replay.values[POSITIONS], replay.weights)
             was = self._screening.backend.to_host(replay.values[self._point][self._row])[self._index].astype(np.float64)
-            mine = self._screening.backend.to_host(made)[:, self._index] - was
+            mine = self._screening.backend.to_host(changed)[:, self._index] - was
             cosines = _cosines(mine, self._wanted - was)
         return {number for number, cosine in zip(numbers, cosines, strict=True) if not cosine < _ALIKE}
 
@@ -78,8 +78,8 @@ class Likely:
         """The values at the first place that follow from these rows of the last layer's output: [M, D] -> [M, n]."""
         if not self._after:
             return rows
-        made = carry(self._after, self._last, [row[None] for row in rows], positions[:1], weights)
-        return module_of(rows).concatenate(list(made))
+        outputs = carry(self._after, self._last, [row[None] for row in rows], positions[:1], weights)
+        return module_of(rows).concatenate(list(outputs))
 
 
 def _cosines(changes: Floats, wanted: Floats) -> Floats:

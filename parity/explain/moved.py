@@ -60,7 +60,7 @@ def _heads_moved(compared: Beside, whole: Floats) -> Iterator[str]:
         mine = compared.index // size == head
         if mine.sum() < 2:
             return
-        for other in (head, *(one for one in range(compared.heads) if one != head)):
+        for other in (head, *(other_head for other_head in range(compared.heads) if other_head != head)):
             if compared.holds_at(mine, whole[compared.rows][:, compared.index[mine] + (other - head) * size]):
                 source[head] = other
                 break

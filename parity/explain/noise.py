@@ -41,7 +41,7 @@ def own_distance(entries: Sequence[Expected], values: Replay, positions: Ints, t
     """How far our own float32 values are from the truth at the recorded elements: NMSE [R], one point after the other."""
     rows = right_rows(values, positions, {entry.point: entry.pair.ours for entry in entries})
     index = {entry.point: entry.rows for entry in entries}
-    taken = {name: one.take(index[name]) for name, one in rows.items()}
+    taken = {name: recorded.take(index[name]) for name, recorded in rows.items()}
     distances = truth.distances(taken)
     return np.concatenate([of_few(distances[entry.point], taken[entry.point]) for entry in entries])
 

@@ -29,15 +29,15 @@ def compared_on(
         third_side: whether the answer says how far both sides are from float64; else float64 only sets limits.
     """
     known = KnownModel(_as_seen(ref, ours), model)
-    found = _compared(ours, ref, replace(options, truth=None if arbiter == OFF else known), known)
+    compared = _compared(ours, ref, replace(options, truth=None if arbiter == OFF else known), known)
     native = common_mode(ours.header, ref.header) == NATIVE
-    if arbiter == OFF or not third_side or (arbiter == AUTO and (native or (found.verdict and not known.asked))):
-        return found
+    if arbiter == OFF or not third_side or (arbiter == AUTO and (native or (compared.verdict and not known.asked))):
+        return compared
     if known.truth is None:
-        return found
+        return compared
     from ..arbiter.third_side import with_truth
 
-    return with_truth(found, known.truth, everywhere=arbiter == ALL)
+    return with_truth(compared, known.truth, everywhere=arbiter == ALL)
 
 
 def three_on(dumps: tuple[Dump, Dump, Dump], options: Options, model: Path, arbiter: str = AUTO) -> ThreeWay:
@@ -54,8 +54,8 @@ def three_on(dumps: tuple[Dump, Dump, Dump], options: Options, model: Path, arbi
     known = KnownModel(
         next((dump for dump in reversed(dumps) if dump.header is not None and dump.header.tokens), dumps[1]), model
     )
-    found = compare_three(dumps, replace(options, truth=known))
-    return found if found or known.truth is None else with_truth_of_three(found, dumps, known)
+    compared = compare_three(dumps, replace(options, truth=known))
+    return compared if compared or known.truth is None else with_truth_of_three(compared, dumps, known)
 
 
 def _compared(ours: Dump, ref: Dump, options: Options, known: KnownModel) -> Comparison:

@@ -55,7 +55,7 @@ class PrecisionFloor:
 
     def cost(self) -> Floats:
         """Mean NMSE of each point with every activation rounded: [P]."""
-        return np.array([max(mean_cost(one), mean_cost(two)) for one, two in zip(self.products, self.storage, strict=True)])
+        return np.array([max(map(mean_cost, costs)) for costs in zip(self.products, self.storage, strict=True)])
 
 
 def mean_cost(cost: Floats) -> float:
@@ -128,8 +128,8 @@ def fits(measured: PrecisionFloor, entries: Sequence[Expected]) -> float | None:
         np.full(len(entry.rows), EXACT_FLOOR.logits if entry.point == LOGITS else EXACT_FLOOR.operations) for entry in entries
     ]
     limit = np.concatenate(each)
-    products = np.concatenate([one for one, _ in costs])
-    storage = np.maximum(products, np.concatenate([two for _, two in costs]))
+    products = np.concatenate([multiplied for multiplied, _ in costs])
+    storage = np.maximum(products, np.concatenate([stored for _, stored in costs]))
     if not np.isfinite(base).all() or (base > SINGLE * np.maximum(storage, limit)).any():
         return None
     first = next((entry for entry in entries if (entry.base > entry.limit).any()), None)
@@ -138,15 +138,15 @@ def fits(measured: PrecisionFloor, entries: Sequence[Expected]) -> float | None:
     visible = products > VISIBLE * limit
     if not visible.any() or (visible & (base <= limit)).sum() > SPARED * visible.sum():
         return None
-    for entry, (one, two) in zip(entries, costs, strict=True):
+    for entry, (multiplied, stored) in zip(entries, costs, strict=True):
         noise, mean = float(entry.limit.max()), float(entry.base.mean())
-        if mean > UPPER * max(float(one.mean()), float(two.mean()), noise / UPPER):
+        if mean > UPPER * max(float(multiplied.mean()), float(stored.mean()), noise / UPPER):
             return None
-        if float(one.mean()) > noise and mean < LOWER * float(one.mean()):
+        if float(multiplied.mean()) > noise and mean < LOWER * float(multiplied.mean()):
             return None
     points = [
-        (float(entry.base.mean()), float(one.mean()), float(two.mean()))
-        for entry, (one, two) in zip(entries, costs, strict=True)
+        (float(entry.base.mean()), float(multiplied.mean()), float(stored.mean()))
+        for entry, (multiplied, stored) in zip(entries, costs, strict=True)
     ]
     return mismatch(points) if _even(points) else None
 
@@ -154,7 +154,9 @@ def fits(measured: PrecisionFloor, entries: Sequence[Expected]) -> float | None:
 def _even(points: Sequence[tuple[float, float, float]]) -> bool:
     """Whether the points' errors, in proportion to the arithmetic's cost there, are of one size, and not far above it together."""
     above = [
-        np.log(error / max(one, two)) for error, one, two in points if error > 0 and one > VISIBLE * EXACT_FLOOR.operations
+        np.log(error / max(multiplied, stored))
+        for error, multiplied, stored in points
+        if error > 0 and multiplied > VISIBLE * EXACT_FLOOR.operations
     ]
     return not above or (float(np.mean(above)) <= np.log(TOGETHER) and max(above) - min(above) <= np.log(APART))
 

@@ -23,12 +23,13 @@ def stages(screening: Screening, state: State, layers: Layers) -> Iterator[list[
         shown = any(bool((errors <= entry.limit).all()) for entry, errors in behind)
         agreed = screening.entries[first.point - 1].point if layers is None and first.point else None
         late = [
-            agreed is not None and state.planting.begin(one.fault, None, one.parameters) > state.order[agreed] for one in left
+            agreed is not None and state.planting.begin(candidate.fault, None, candidate.parameters) > state.order[agreed]
+            for candidate in left
         ]
-        capture = [shown and one.fault.shows is not None for one in left]
-        yield [one for one, now in zip(left, late, strict=True) if now]
-        yield [one for one, before, now in zip(left, late, capture, strict=True) if now and not before]
-        left = [one for one, *before in zip(left, late, capture, strict=True) if not any(before)]
+        capture = [shown and candidate.fault.shows is not None for candidate in left]
+        yield [candidate for candidate, now in zip(left, late, strict=True) if now]
+        yield [candidate for candidate, before, now in zip(left, late, capture, strict=True) if now and not before]
+        left = [candidate for candidate, *before in zip(left, late, capture, strict=True) if not any(before)]
     yield left
 
 
@@ -69,7 +70,7 @@ def ranges(screening: Screening, state: State) -> Iterator[State]:
             checked = screening.check(state, candidate) if place is None or (state.first and state.first < place) else None
             if checked is not None and further(state, checked):
                 states = [checked, *rescoped(screening, state, checked)]
-                whole = whole or any(one.first is None for one in states)
+                whole = whole or any(tried.first is None for tried in states)
                 yield from states
         if whole or screening.budget.over():
             return

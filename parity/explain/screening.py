@@ -127,17 +127,17 @@ class Screening:
     def _everything(self, root: State, steps: Sequence[Step]) -> tuple[Floats, ...] | None:
         """NMSE at every point, over all rows; None if the model's shapes do not allow this list."""
         shown, rows = shown_points(steps), len(self.positions)
-        found: dict[int, Floats] = {}
+        errors_of: dict[int, Floats] = {}
 
         def visit(name: str, value: Array) -> bool:
-            self._compare(name, value, shown, rows, found)
+            self._compare(name, value, shown, rows, errors_of)
             return True
 
         try:
             self.replay(root, rows).run(steps, visit, unchanged_steps(steps, root))
         except NotApplicable:
             return None
-        return tuple(found.get(number, errors) for number, errors in enumerate(root.nmse))
+        return tuple(errors_of.get(number, errors) for number, errors in enumerate(root.nmse))
 
     def cone(self, state: State) -> Cone:
         """The steps in question at the state's first place."""
@@ -213,22 +213,22 @@ class Screening:
         if unchanged_steps(steps, root) > root.order[entry.point] and entry.point not in shown:
             return None
         rows = self.rows_of(state, candidate)
-        found = self._errors(root, steps, rows, first.point)
+        errors_of = self._errors(root, steps, rows, first.point)
         self.tried.count([candidate])
-        if not found:
+        if not errors_of:
             return None
         errors = [
-            found.get(number, np.where(self.entries[number].rows < rows, root.nmse[number], np.nan))
+            errors_of.get(number, np.where(self.entries[number].rows < rows, root.nmse[number], np.nan))
             for number in range(first.point + 1)
         ]
         at_first = (entry.rows == first.row) & (entry.rows < rows)
-        left = found.get(first.point)
+        left = errors_of.get(first.point)
         error = float(left[at_first].max()) if left is not None and at_first.any() else float("nan")
         return self._first(errors), error
 
     def rows_of(self, state: State, candidate: Candidate) -> int:
         """How many rows show whether a candidate gets beyond the first place: up to that row and the next, if causality holds."""
-        if state.first is None or any(one.fault.whole for one in (*state.faults, candidate)):
+        if state.first is None or any(planted.fault.whole for planted in (*state.faults, candidate)):
             return self.rows
         return min(state.first.row + 2, self.rows)
 

@@ -35,7 +35,7 @@ _SAME_NOISE, _SAME_FACTOR = 1e-12, 10.0
 
 def _whole(states: Sequence[State]) -> bool:
     """Whether one of these states explains everything."""
-    return any(one.first is None for one in states)
+    return any(state.first is None for state in states)
 
 
 class Search:
@@ -95,13 +95,13 @@ class Search:
 
         waiting = {layer: self._by_cost(state, layer) for layer in layers}
         better: list[State] = []
-        found: int | None = None
+        explaining: int | None = None
         for turn in range(max((len(lists) for lists in waiting.values()), default=0)):
             for layer, lists in waiting.items():
-                if found in (None, layer) and turn < len(lists) and not self.screening.budget.over():
+                if explaining in (None, layer) and turn < len(lists) and not self.screening.budget.over():
                     better += of(layer, lists[turn])
-                    found = layer if better else None
-        for layer in layers if found is None else [found]:
+                    explaining = layer if better else None
+        for layer in layers if explaining is None else [explaining]:
             for later in postponed[layer]:
                 better += self._beyond(state, later)
             if better or self.screening.budget.over():
@@ -111,13 +111,16 @@ class Search:
     def _by_cost(self, state: State, layer: int) -> list[list[Candidate]]:
         """The candidates in a layer by cost: faults of the capture, formulas, those that need every row, those that rebuild weights."""
         *shown, others = stages(self.screening, state, (layer,))
-        costly = [2 if one.fault.group in _WEIGHTS else int(one.fault.whole) for one in others]
-        return [*shown, *([one for one, cost in zip(others, costly, strict=True) if cost == turn] for turn in range(3))]
+        costly = [2 if candidate.fault.group in _WEIGHTS else int(candidate.fault.whole) for candidate in others]
+        return [
+            *shown,
+            *([candidate for candidate, cost in zip(others, costly, strict=True) if cost == turn] for turn in range(3)),
+        ]
 
     def _in_all_layers(self, state: State, better: Sequence[State]) -> list[State]:
         """The faults that explain everything in one layer, planted in all layers, if that explains everything as well."""
-        faults = [one.faults[-1] for one in better if one.first is None]
-        everywhere = [replace(one, layers=None) for one in faults if one.fault.shows is None]
+        faults = [state.faults[-1] for state in better if state.first is None]
+        everywhere = [replace(fault, layers=None) for fault in faults if fault.fault.shows is None]
         return list(self._beyond(state, screened(self.screening, state, None, everywhere))) if everywhere else []
 
     def _beyond(self, state: State, results: Iterator[tuple[Candidate, Screened]]) -> Iterator[State]:
@@ -163,7 +166,7 @@ class Search:
             states += self._once(state, single=True)
         if not _whole(states):
             states += self._numbers(state)
-        return [one for one in states if one.first is None]
+        return [state for state in states if state.first is None]
 
     def _numbers(self, state: State) -> list[State]:
         """States that get further by a fitted number: in all layers, or in one of the few in question."""
@@ -180,7 +183,11 @@ class Search:
                 # The same number in fewer layers: it may not hold in layers that no recorded point shows.
                 states += [
                     *mine,
-                    *(other for one in sorted(mine, key=self.rank)[:_BEAM] for other in rescoped(self.screening, state, one)),
+                    *(
+                        other
+                        for partial in sorted(mine, key=self.rank)[:_BEAM]
+                        for other in rescoped(self.screening, state, partial)
+                    ),
                 ]
                 if _whole(states) or self.screening.budget.over():
                     break
@@ -193,7 +200,7 @@ class Search:
         if name not in self._stages:
             further = self.further(state, single)
             partial = further[:_BEAM] if further and further[0].first is not None else []
-            more = [rescoped_state for one in partial for rescoped_state in rescoped(self.screening, state, one)]
+            more = [rescoped_state for start in partial for rescoped_state in rescoped(self.screening, state, start)]
             self._stages[name] = sorted([*further, *more], key=self.rank)
         return self._stages[name]
 
@@ -251,29 +258,31 @@ class Search:
         self._found[key(state.faults)] = list(states)
         best = state
         seen: set[tuple[float, ...]] = set()
-        for one in states:
-            errors = tuple(float(f"{errors.max():.3g}") for errors in one.nmse)
+        for follower in states:
+            errors = tuple(float(f"{errors.max():.3g}") for errors in follower.nmse)
             if errors in seen:
                 continue
             seen.add(errors)
-            best = min(best, self._one_by_one(one, depth - (len(one.faults) - len(state.faults))), key=self.rank)
+            best = min(best, self._one_by_one(follower, depth - (len(follower.faults) - len(state.faults))), key=self.rank)
             if best.first is None or len(seen) >= _BEAM:
                 break
         return best
 
     def alike(self, state: State, number: int) -> list[Candidate]:
         """Other candidates that get as far in place of the state's fault of that number, with errors of the same size."""
-        mine = next((one for one in self._stage(state, number) if one.faults == state.faults[: len(one.faults)]), None)
+        mine = next(
+            (earlier for earlier in self._stage(state, number) if earlier.faults == state.faults[: len(earlier.faults)]), None
+        )
         if mine is None:
             return []
         until = len(self.screening.entries) - 1 if mine.first is None else mine.first.point - 1
         most = max(worst(mine, until) * _SAME_FACTOR, _SAME_NOISE)
         return [
-            one.faults[number]
-            for one in self._stage(state, number)
-            if one.first == mine.first
-            and [at for at, pair in enumerate(zip_longest(one.faults, mine.faults)) if pair[0] != pair[1]] == [number]
-            and worst(one, until) <= most
+            other.faults[number]
+            for other in self._stage(state, number)
+            if other.first == mine.first
+            and [at for at, pair in enumerate(zip_longest(other.faults, mine.faults)) if pair[0] != pair[1]] == [number]
+            and worst(other, until) <= most
         ]
 
     def equal(self, state: State, number: int) -> list[Candidate]:
@@ -282,10 +291,10 @@ class Search:
         if len(state.faults) == 1:
             return alike
         equal = []
-        for one in alike:
-            checked = self._planted((*state.faults[:number], one, *state.faults[number + 1 :]))
+        for candidate in alike:
+            checked = self._planted((*state.faults[:number], candidate, *state.faults[number + 1 :]))
             if checked is not None and checked.first == state.first:
-                equal.append(one)
+                equal.append(candidate)
         return equal
 
     def _planted(self, faults: Sequence[Candidate]) -> State | None:
@@ -293,8 +302,8 @@ class Search:
         *below, last = faults
         start = middle = self.screening.start()
         try:
-            for one in below:
-                middle = State((*middle.faults, one), Planting(one.planted(middle)), start.nmse, start.first, start)
+            for candidate in below:
+                middle = State((*middle.faults, candidate), Planting(candidate.planted(middle)), start.nmse, start.first, start)
         except NotApplicable:
             return None
         return self.screening.check(middle, last)
@@ -303,7 +312,7 @@ class Search:
         """The states found at the stage at which the state's fault of that number was added, alone or together with others."""
         for before in range(number, -1, -1):
             states = self._found.get(key(state.faults[:before]), [])
-            if any(len(one.faults) > number and one.faults == state.faults[: len(one.faults)] for one in states):
+            if any(len(longer.faults) > number and longer.faults == state.faults[: len(longer.faults)] for longer in states):
                 return states
         return []
 
@@ -314,7 +323,7 @@ class Search:
             together = Together(self.screening, state, layers)
             for number in range(2, min(depth, _AT_ONCE) + 1):
                 better: list[State] = []
-                for alike in together.found(number):
+                for alike in together.combinations(number):
                     better += [combined for chosen in alike[:_SAME] for combined in self._all_of(state, chosen)]
                     if better:
                         break
@@ -324,13 +333,20 @@ class Search:
 
     def _all_of(self, state: State, chosen: Sequence[Candidate]) -> Iterator[State]:
         """The states with all of these faults that get beyond the first place, each fault in all layers or in its one."""
-        scopes = ([replace(one, layers=None), one] if one.layers is not None else [one] for one in chosen)
+        scopes = (
+            [replace(candidate, layers=None), candidate] if candidate.layers is not None else [candidate]
+            for candidate in chosen
+        )
         for *below, last in product(*scopes):
             middle = state
             try:
-                for one in below:
+                for candidate in below:
                     middle = State(
-                        (*middle.faults, one), Planting(one.planted(middle)), state.nmse, state.first, state.root or state
+                        (*middle.faults, candidate),
+                        Planting(candidate.planted(middle)),
+                        state.nmse,
+                        state.first,
+                        state.root or state,
                     )
             except NotApplicable:
                 continue

@@ -109,4 +109,4 @@ def unchanged_steps(steps: Sequence[Step], root: State) -> int:
 
 def key(faults: Sequence[Candidate]) -> tuple[str, ...]:
     """A key that identifies a list of faults."""
-    return tuple(f"{one.fault.name} {one.parameters} {one.layers}" for one in faults)
+    return tuple(f"{candidate.fault.name} {candidate.parameters} {candidate.layers}" for candidate in faults)

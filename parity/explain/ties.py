@@ -51,7 +51,7 @@ def resolved(case: "Case") -> tuple[str, ...]:
     tried, last = 0, None
     ties = near_ties(case, steps)
     while (first := _first(entries)) is not None and tried < MOST:
-        tie = next((one for one in ties if one != last and one[1] <= first[1]), None)
+        tie = next((near_tie for near_tie in ties if near_tie != last and near_tie[1] <= first[1]), None)
         if tie is None:
             break
         tried += 1

@@ -68,7 +68,7 @@ class Together:
         self._length = len(self._until(state.steps))
         self.effects = self._effects()
 
-    def found(self, number: int) -> Iterator[list[tuple[Candidate, ...]]]:
+    def combinations(self, number: int) -> Iterator[list[tuple[Candidate, ...]]]:
         """Combinations that leave no error at the first place, each with those that differ in one fault; the likely ones first."""
         few = self._screening.cone(self._state)
         most = _MOST_OF_ONE if few.sure and len(few.steps) == 1 else MOST
@@ -78,7 +78,11 @@ class Together:
                 if self._screening.budget.over():
                     return
                 if self._left(order) <= self._limit:
-                    yield [one for alike in (order, *self._others(order)) for one in product(*(e.alike for e in alike))]
+                    yield [
+                        combination
+                        for alike in (order, *self._others(order))
+                        for combination in product(*(e.alike for e in alike))
+                    ]
                     break
 
     def _orders(self, effects: list[Effect]) -> Iterator[tuple[Effect, ...]]:
@@ -152,7 +156,7 @@ class Together:
 
     def _rows(self, *candidates: Candidate) -> int:
         """How many rows show the first place: those up to it, or all for faults that let later positions act on earlier ones."""
-        whole = any(one.fault.whole for one in (*self._state.faults, *candidates))
+        whole = any(candidate.fault.whole for candidate in (*self._state.faults, *candidates))
         return self._screening.rows if whole else self._first.row + 1
 
     def _replay(self, steps: Sequence[Step], rows: int) -> Replay:
