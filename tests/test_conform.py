@@ -1,5 +1,6 @@
 """`parity conform`: a matrix of tiny models through an engine, a verdict a cell, one line a cause, resumable by content."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -15,9 +16,11 @@ from cli import Cli, one_line, refused
 from foreign import compile_engine, numpy_engine
 
 from checkpoints.answers.conform import CellResult
+from checkpoints.errors import InputError
 from parity.conform.conform import parts_of
 from parity.conform.matrix import PROMPTS, TYPES, cells, modes_of, prompt_of
 from parity.conform.results import alone
+from parity.conform.table import GrowingTable
 
 SERVER = os.environ.get("PARITY_SERVER_PYTHON", "")
 needs_gcc = pytest.mark.skipif(shutil.which("gcc") is None, reason="there is no gcc")
@@ -388,6 +391,25 @@ def test_a_cluster_that_is_not_there_is_one_line(parity: Cli) -> None:
     """Without Dask, or without a scheduler at the address, --cluster is refused before anything runs."""
     words = ("conform", "--side", "ours", "--architectures", "llama", "--types", "F32", "--prompts", "one")
     refused(parity(*words, "--cluster", "tcp://127.0.0.1:9"), "cluster" if find_spec("distributed") is None else "scheduler")
+
+
+@pytest.mark.parametrize("ending", ["csv", "parquet"])
+def test_the_table_is_whole_while_cells_end(tmp_path: Path, ending: str) -> None:
+    """After each cell a reader has all cells until then, and a run that breaks off leaves the last ones as well."""
+    if ending == "parquet":
+        pytest.importorskip("pyarrow")
+    path, results = tmp_path / f"cells.{ending}", [CellResult(cell, "parity") for cell in cells("llama", types="F32")]
+    read = pd.read_csv if ending == "csv" else pd.read_parquet
+    with GrowingTable(path, pause=0.0) as table:
+        table(results[0], 1, 9)
+        assert read(path)["architecture"].tolist() == ["llama"]
+    with contextlib.suppress(InputError), GrowingTable(path, pause=60.0) as table:
+        for number, result in enumerate(results):
+            table(result, number + 1, len(results))
+        raise InputError("the scheduler is gone")
+    assert len(read(path)) == len(results) > 4
+    with GrowingTable(None) as table:
+        table(results[0], 1, 1)
 
 
 def test_a_result_is_read_back() -> None:
