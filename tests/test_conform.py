@@ -15,12 +15,13 @@ import pytest
 from cli import Cli, one_line, refused
 from foreign import compile_engine, numpy_engine
 
-from checkpoints.answers.conform import CellResult
+from checkpoints.answers.conform import Cell, CellResult, Conformance
 from checkpoints.errors import InputError
 from parity.conform.conform import parts_of
 from parity.conform.matrix import PROMPTS, TYPES, cells, modes_of, prompt_of
 from parity.conform.results import alone
 from parity.conform.table import GrowingTable
+from reports.conform import said
 
 SERVER = os.environ.get("PARITY_SERVER_PYTHON", "")
 needs_gcc = pytest.mark.skipif(shutil.which("gcc") is None, reason="there is no gcc")
@@ -410,6 +411,30 @@ def test_the_table_is_whole_while_cells_end(tmp_path: Path, ending: str) -> None
     assert len(read(path)) == len(results) > 4
     with GrowingTable(None) as table:
         table(results[0], 1, 1)
+
+
+def test_a_cause_of_one_kind_of_rope_says_so() -> None:
+    """Cells of every architecture that rotates halves, and of no other that was compared, are "all NEOX architectures"."""
+    kinds = {"llama": "NORM", "qwen2": "NEOX", "qwen3": "NEOX", "gemma3": "NEOX", "bloom": ""}
+
+    def conformance(wrong: str) -> Conformance:
+        return Conformance(
+            "engine",
+            tuple(
+                CellResult(Cell(name, "F32", "short", "prefill"), verdict, cause="rope-pairs", compared=9, rope=kind)
+                for name, kind in kinds.items()
+                for verdict in ("divergence" if name in wrong.split() else "parity",)
+            ),
+        )
+
+    for wrong, words in (
+        ("qwen2 qwen3 gemma3", "rope-pairs: 3 cells · all NEOX architectures"),
+        ("qwen2 qwen3", "rope-pairs: 2 cells · qwen2, qwen3"),
+        ("llama", "rope-pairs: 1 cell · llama"),
+        (" ".join(kinds), "rope-pairs: 5 cells · all architectures"),
+    ):
+        found = conformance(wrong)
+        assert said(found.causes[0], found) == words
 
 
 def test_a_result_is_read_back() -> None:
