@@ -39,7 +39,7 @@ from __future__ import annotations
 
 def hugging_face_file() -> str:
     """The text of parity_hf.py: the recorder, and what drives a model of transformers."""
-    return _put_together(_HF_TOP, "graphs", "recorder", "hugging_face")
+    return _put_together(_HF_TOP, "graphs", "recorder", "hugging_face_names", "hugging_face")
 
 
 def single_file() -> str:
