@@ -20,9 +20,10 @@ from engine.replay import products
 from engine.replay.products import Blocks
 from engine.weights.dequantize import dequantize
 from engine.weights.rounding import F32
-from reference import llama
+from reference import session as sessions
 from reference.ggml import COMPUTED, Ggml, Tensor
 from reference.library import Library
+from reference.model import Model
 
 _ORDERS = ("ARGSORT", "TOP_K", "ARGMAX")  # their result is places: what stands there is compared
 _EMPTY = 1e-30
@@ -165,11 +166,11 @@ def nmse(ours: Any, reference: Any, least: float = 0.0) -> float:
 
 def recompute(model: Path, tokens: Sequence[int], steps: int) -> dict[str, Worst]:
     """Every node of the prompt's pass and of `steps` decode steps, in this process."""
-    llama.Tap = Recomputing  # type: ignore[assignment,misc]
+    sessions.Tap = Recomputing  # type: ignore[assignment,misc]
     library = Library()
-    with llama.Model(library, model) as loaded:
+    with Model(library, model) as loaded:
         room = len(tokens) + steps
-        with llama.Session(loaded, n_ctx=max(64, room), n_batch=max(64, room)) as session:
+        with sessions.Session(loaded, n_ctx=max(64, room), n_batch=max(64, room)) as session:
             api, context = library.api, session._context
             tap: Any = session.tap
             if api.llama_model_has_encoder(loaded.handle):

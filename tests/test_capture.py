@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from sinks import Sink
 
 from checkpoints.errors import InputError
 from checkpoints.jsonl import Writer
 from checkpoints.reading.reader import read
-from checkpoints.record import Rows, Token
 from checkpoints.summary import kept_copy, summarise, summarise_pass
 from engine.backend import choose
 from engine.capture.host import HostStage
@@ -20,25 +20,6 @@ from engine.transformer import Transformer
 from engine.weights.gguf_model import GgufModel
 
 DEFAULTS = ("embd", "blk.0.l_out", "blk.5.l_out", "blk.10.l_out", "blk.23.l_out", "output_norm", "logits")
-
-
-class Sink:
-    """A sink in memory; `delay` makes it slow, `fail_at` makes it raise."""
-
-    def __init__(self, delay: float = 0, fail_at: int | None = None) -> None:
-        self.taken: list[Rows] = []
-        self.tokens: list[Token] = []
-        self.delay = delay
-        self.fail_at = fail_at
-
-    def rows(self, rows: Rows) -> None:
-        time.sleep(self.delay)
-        if self.fail_at == len(self.taken):
-            raise OSError("disk full")
-        self.taken.append(rows)
-
-    def token(self, token: Token) -> None:
-        self.tokens.append(token)
 
 
 def one_pass(positions: int = 3) -> Pass:

@@ -61,12 +61,11 @@ def test_a_run_with_arrays_reaches_the_same_verdict(parity: Cli, tmp_path: Path)
     assert {path.name for path in (tmp_path / "arrays").iterdir()} > {"ours.columns.safetensors", "ref.columns.safetensors"}
 
 
-def test_parts_of_a_point_are_put_together(parity: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parts_of_a_point_are_put_together(parity: Cli, tmp_path: Path) -> None:
     """Records that were written in several parts are one point's again, in their order."""
-    monkeypatch.setattr("checkpoints.columns._HELD", 4096)
     written, wanted = tmp_path / "parts.jsonl", load(both_ways(parity, tmp_path)[0])
     rows = [rows.take([i]) for rows in wanted.points.values() for i in range(len(rows))]
-    with ColumnsWriter(written, Header(source="engine")) as writer:
+    with ColumnsWriter(written, Header(source="engine"), held=4096) as writer:
         for row in rows:
             writer.rows(row)
     assert written.read_text(encoding="utf-8").count('"type":"columns"') > len(wanted.points)

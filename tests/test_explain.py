@@ -69,7 +69,7 @@ def test_three_faults_in_front_of_one_checkpoint_are_tried_together(engine: Faul
     )
     case = Case(only(engine, *faults), engine.model, _PATIENT)
     screening = case.screening(case.entries, Budget(_PATIENT.budget))
-    combination = next(Together(screening, screening.start(), (0,)).found(3))
+    combination = next(Together(screening, screening.start(), (0,)).combinations(3))
     assert {name for name, _, _ in faults} in [{candidate.fault.name for candidate in chosen} for chosen in combination]
 
 

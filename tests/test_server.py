@@ -229,7 +229,7 @@ def test_tokens_are_told_by_id_bytes_or_text() -> None:
     assert vocabulary.ids(Candidate("?", 0.0, data=b" a")) == [0]
     assert vocabulary.ids(Candidate("x", 0.0, id=1)) == (1,)
     assert vocabulary.ids(Candidate("x", 0.0, id=9)) == ()
-    assert vocabulary.one(Candidate("b", 0.0), {1: 0.1, 2: 0.9}.__getitem__) == 2
+    assert vocabulary.most_probable(Candidate("b", 0.0), {1: 0.1, 2: 0.9}.__getitem__) == 2
     assert vocabulary.ids(Candidate("\ufffd", 0.0)) == ()
 
 

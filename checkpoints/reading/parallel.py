@@ -12,15 +12,16 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from multiprocessing import Pipe
-from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import BinaryIO, Self
+from typing import TYPE_CHECKING, BinaryIO, Self
 
 from ..errors import DumpError
 from ..record import Header
 from .batches import Item, LineReader
 from .bulk import BulkParser
+
+if TYPE_CHECKING:
+    pass
 
 BLOCK = 1 << 19  # bytes read at once: what is made of them stays in a core's cache
 LINE = 1 << 26  # bytes of the longest line: a row of 4 million values; as objects such a line takes 1 GB
@@ -148,6 +149,8 @@ class _Child:
     """One process, and the pipe to it."""
 
     def __init__(self) -> None:
+        from multiprocessing import Pipe  # for large files only
+
         self._started = False
         self._pipe, theirs = Pipe()
         try:
@@ -186,6 +189,8 @@ class _Child:
 
 def serve() -> None:
     """A process's work: reads ranges as they are requested, until the pipe is closed."""
+    from multiprocessing.connection import Connection
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # who asked is interrupted, and ends this
     gc.disable()  # what lines become has no cycles; looking for them takes a twentieth of the time
     pipe: Connection = Connection(int(sys.argv[2]))

@@ -7,7 +7,6 @@ through ctypes: they are the same whatever framework captures, and their binary 
 """
 
 import ctypes
-import functools
 import sys
 import threading
 from collections import deque
@@ -17,81 +16,25 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-_RELAXED, _SET_DEPENDENCIES, _LEGACY_STREAM, _HOST, _DEVICE = 2, 1, 1, 1, 2  # of cuda.h
-_ACTIVE, _INVALIDATED, _IMPLICIT = 1, 2, 906
+from .cuda_driver import (
+    DEVICE,
+    HOST,
+    HOST_FUNCTION,
+    RELAXED,
+    SET_DEPENDENCIES,
+    CopyOfBytes,
+    HostCall,
+    add_dependency,
+    call_driver,
+    copy_node,
+    on_device,
+    stream_of,
+)
+
 _ARENA = 4 << 20  # bytes that are allocated at a time, three times: a graph has an arena or two
 _WAITING = 1 << 30  # bytes of replays that may wait to be written; then replays wait
 _QUIET = 0.1  # seconds without a replay that count as rest: the lines are made then, since that takes Python from the engine
-_HOST_FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 _KEPT: "list[Any]" = []  # what graphs refer to: they may be replayed after the recorder is gone
-
-
-def _side(name: str) -> "list[tuple[str, Any]]":
-    """The fields of one side of a copy, "src" or "dst"."""
-    return [
-        *((name + field, ctypes.c_size_t) for field in ("XInBytes", "Y", "Z", "LOD")),
-        (name + "MemoryType", ctypes.c_int),
-        *((name + field, ctypes.c_void_p) for field in ("Host", "Device", "Array", "Reserved")),
-        *((name + field, ctypes.c_size_t) for field in ("Pitch", "Height")),
-    ]
-
-
-class _Copy(ctypes.Structure):
-    """CUDA_MEMCPY3D."""
-
-    _fields_ = [*_side("src"), *_side("dst"), *((name, ctypes.c_size_t) for name in ("WidthInBytes", "Height", "Depth"))]
-
-
-class _HostCall(ctypes.Structure):
-    """CUDA_HOST_NODE_PARAMS."""
-
-    _fields_ = [("function", _HOST_FUNCTION), ("argument", ctypes.c_void_p)]
-
-
-@functools.lru_cache(maxsize=1)
-def _driver() -> "Any":
-    """The CUDA driver's library; None where there is none."""
-    try:
-        return ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
-    except OSError:
-        return None
-
-
-def _call(name: str, *arguments: Any) -> None:
-    status = getattr(_driver(), name)(*arguments)
-    if status:
-        text = ctypes.c_char_p()
-        _driver().cuGetErrorString(status, ctypes.byref(text))
-        raise RuntimeError(f"{name}: {(text.value or b'unknown error').decode()}")
-
-
-def _stream_of(value: Any) -> "int | None":
-    """The handle of the stream that a device array of PyTorch or CuPy is computed in; None for arrays in host memory and others."""
-    if getattr(value, "is_cuda", False):
-        return int(sys.modules["torch"].cuda.current_stream(value.device).cuda_stream)
-    if hasattr(value, "__cuda_array_interface__") and "cupy" in sys.modules:
-        return int(sys.modules["cupy"].cuda.get_current_stream().ptr)
-    return None
-
-
-def is_captured(value: Any) -> bool:
-    """Whether a value is computed in a stream that is being captured.
-
-    Raises:
-        RuntimeError: another stream is, or this capture has failed.
-    """
-    stream = _stream_of(value)
-    if stream is None or _driver() is None:
-        return False
-    state = ctypes.c_int()
-    status = _driver().cuStreamIsCapturing(ctypes.c_void_p(stream), ctypes.byref(state))
-    if not status and not state.value and stream > _LEGACY_STREAM:
-        status = _driver().cuStreamIsCapturing(ctypes.c_void_p(_LEGACY_STREAM), ctypes.byref(ctypes.c_int()))
-    if status == _IMPLICIT:
-        raise RuntimeError("another stream is being captured into a CUDA graph: record in the captured stream")
-    if state.value == _INVALIDATED:
-        raise RuntimeError("the capture of this stream has already failed")
-    return not status and state.value == _ACTIVE
 
 
 class _Row:
@@ -126,19 +69,19 @@ class _Arena:
         self.capacity, self.used = max(size, _ARENA), size
         self.staged, self.kept, self.pinned = ctypes.c_uint64(), ctypes.c_uint64(), ctypes.c_void_p()
         for memory in (self.staged, self.kept):
-            _call("cuMemAlloc_v2", ctypes.byref(memory), ctypes.c_size_t(self.capacity))
-        _call("cuMemHostAlloc", ctypes.byref(self.pinned), ctypes.c_size_t(self.capacity), 0)
+            call_driver("cuMemAlloc_v2", ctypes.byref(memory), ctypes.c_size_t(self.capacity))
+        call_driver("cuMemHostAlloc", ctypes.byref(self.pinned), ctypes.c_size_t(self.capacity), 0)
         to_host, on_device = self._copies()
-        self._bring = _copy_node(graph, to_host, [])
-        self.keep = _copy_node(graph, on_device, [self._bring])
-        _follows(graph, self._bring, hand_over)
+        self._bring = copy_node(graph, to_host, [])
+        self.keep = copy_node(graph, on_device, [self._bring])
+        add_dependency(graph, self._bring, hand_over)
 
-    def _copies(self) -> "tuple[_Copy, _Copy]":
-        to_host = _Copy(
-            srcMemoryType=_DEVICE, srcDevice=self.kept.value, dstMemoryType=_HOST, dstHost=self.pinned.value,
+    def _copies(self) -> "tuple[CopyOfBytes, CopyOfBytes]":
+        to_host = CopyOfBytes(
+            srcMemoryType=DEVICE, srcDevice=self.kept.value, dstMemoryType=HOST, dstHost=self.pinned.value,
             WidthInBytes=self.used, Height=1, Depth=1,
         )  # fmt: skip
-        return to_host, _on_device(self.staged.value, self.kept.value, self.used)
+        return to_host, on_device(self.staged.value, self.kept.value, self.used)
 
     def take(self, size: int) -> int:
         """Where so many bytes begin; all that is taken is brought."""
@@ -148,26 +91,7 @@ class _Arena:
 
     def _resize(self) -> None:
         for node, copy in zip((self._bring, self.keep), self._copies(), strict=True):
-            _call("cuGraphMemcpyNodeSetParams", ctypes.c_void_p(node), ctypes.byref(copy))
-
-
-def _on_device(source: int, target: int, size: int) -> _Copy:
-    return _Copy(
-        srcMemoryType=_DEVICE, srcDevice=source, dstMemoryType=_DEVICE, dstDevice=target, WidthInBytes=size, Height=1, Depth=1,
-    )  # fmt: skip
-
-
-def _copy_node(graph: Any, copy: _Copy, after: "list[Any]") -> Any:
-    """A new node of the graph that makes this copy after those nodes."""
-    node, nodes, context = ctypes.c_void_p(), (ctypes.c_void_p * len(after))(*after), ctypes.c_void_p()
-    _call("cuCtxGetCurrent", ctypes.byref(context))
-    _call("cuGraphAddMemcpyNode", ctypes.byref(node), graph, nodes, ctypes.c_size_t(len(after)), ctypes.byref(copy), context)
-    return node.value
-
-
-def _follows(graph: Any, before: Any, node: Any) -> None:
-    sources, targets = (ctypes.c_void_p * 1)(before), (ctypes.c_void_p * 1)(node)
-    _call("cuGraphAddDependencies", graph, sources, targets, ctypes.c_size_t(1))
+            call_driver("cuGraphMemcpyNodeSetParams", ctypes.c_void_p(node), ctypes.byref(copy))
 
 
 class _Slot:
@@ -178,8 +102,8 @@ class _Slot:
 
     def stage(self, graph: Any, before: "list[Any]") -> Any:
         """The node that copies it in line."""
-        node = _copy_node(graph, _on_device(self.row.pointer, self.arena.staged.value + self.at, self.row.size), before)
-        _follows(graph, node, self.arena.keep)
+        node = copy_node(graph, on_device(self.row.pointer, self.arena.staged.value + self.at, self.row.size), before)
+        add_dependency(graph, node, self.arena.keep)
         return node
 
     def brought(self) -> bytes:
@@ -216,9 +140,9 @@ class _Graph:
         self.place: _Slot | None = None  # of the pass that is being captured
         self.replays, self.written = 0, 0
         self.node = ctypes.c_void_p()
-        self._function = _HOST_FUNCTION(lambda _: hand_over(self))
-        call = _HostCall(self._function, None)
-        _call("cuGraphAddHostNode", ctypes.byref(self.node), graph, None, ctypes.c_size_t(0), ctypes.byref(call))
+        self._function = HOST_FUNCTION(lambda _: hand_over(self))
+        call = HostCall(self._function, None)
+        call_driver("cuGraphAddHostNode", ctypes.byref(self.node), graph, None, ctypes.c_size_t(0), ctypes.byref(call))
         _KEPT.append(self)
 
     def slot(self, graph: Any, point: str, row: _Row, place: "_Slot | None") -> _Slot:
@@ -266,18 +190,18 @@ class Graphs:
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="checkpoint-writer", daemon=True)
             self._thread.start()
-        mode = ctypes.c_int(_RELAXED)  # memory may be allocated meanwhile: the capture is of the stream, not of that
-        _call("cuThreadExchangeStreamCaptureMode", ctypes.byref(mode))
+        mode = ctypes.c_int(RELAXED)  # memory may be allocated meanwhile: the capture is of the stream, not of that
+        call_driver("cuThreadExchangeStreamCaptureMode", ctypes.byref(mode))
         try:
-            self._put_in_line(point, _Row(value), position, ctypes.c_void_p(_stream_of(value)))
+            self._put_in_line(point, _Row(value), position, ctypes.c_void_p(stream_of(value)))
         finally:
-            _call("cuThreadExchangeStreamCaptureMode", ctypes.byref(mode))
+            call_driver("cuThreadExchangeStreamCaptureMode", ctypes.byref(mode))
 
     def _put_in_line(self, point: str, row: _Row, position: Any, stream: Any) -> None:
         """Put a checkpoint behind what the stream has captured so far, with the place of its pass where it is the first of one."""
         state, number, graph, count = ctypes.c_int(), ctypes.c_uint64(), ctypes.c_void_p(), ctypes.c_size_t()
         before = ctypes.POINTER(ctypes.c_void_p)()
-        _call(
+        call_driver(
             "cuStreamGetCaptureInfo_v2", stream, ctypes.byref(state), ctypes.byref(number), ctypes.byref(graph),
             ctypes.byref(before), ctypes.byref(count),
         )  # fmt: skip
@@ -293,7 +217,9 @@ class Graphs:
             staged = []
         staged.append(captured.slot(graph, point, row, captured.place).stage(graph, so_far))
         last = (ctypes.c_void_p * len(staged))(*staged)
-        _call("cuStreamUpdateCaptureDependencies", stream, last, ctypes.c_size_t(len(staged)), ctypes.c_uint(_SET_DEPENDENCIES))
+        call_driver(
+            "cuStreamUpdateCaptureDependencies", stream, last, ctypes.c_size_t(len(staged)), ctypes.c_uint(SET_DEPENDENCIES)
+        )
 
     def _replayed(self, graph: _Graph) -> None:
         """Called by the driver's thread, once a replay."""
@@ -347,11 +273,11 @@ class Graphs:
         """Wait for the device, and until what the last replay of each graph staged is written."""
         if self._thread is None:
             return
-        _call("cuCtxSynchronize")
+        call_driver("cuCtxSynchronize")
         for graph in self._graphs.values():
             if graph.written < graph.replays:
                 for arena in graph.arenas:
-                    _call("cuMemcpyDtoH_v2", arena.pinned, arena.kept, ctypes.c_size_t(arena.used))
+                    call_driver("cuMemcpyDtoH_v2", arena.pinned, arena.kept, ctypes.c_size_t(arena.used))
                 self._hand_over(graph)
         with self._change:
             self._hurried = bool(self._waiting)

@@ -11,31 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .hugging_face_names import names_of
+from .hugging_face_names import ATTENTIONS, BY_GROUPS, GATED, PERMUTED, names_of
 from .recorder import Recorder
-
-# Converters to GGUF permute the rows of Q and K for these, from halves to neighbours (`permute` in convert_hf_to_gguf.py):
-# what llama.cpp calls Q and K is then the same numbers in another order. Known, and undone here.
-PERMUTED = frozenset(
-    (
-        "llama",
-        "mistral",
-        "mixtral",
-        "granite",
-        "granitemoe",
-        "smollm3",
-        "arcee",
-        "minicpm",
-        "olmo",
-        "internlm2",
-        "xverse",
-        "baichuan",
-    )
-)
-# One projection has the queries, keys and values of a head, or of the heads that share a key, behind each other.
-BY_GROUPS = frozenset(("falcon", "bloom", "gpt_neox"))
-_ATTENTIONS = (".self_attn", ".attn", ".self_attention", ".attention")
-_GATED = ("hidden_act", "hidden_activation")
 
 
 class Observer:
@@ -55,7 +32,7 @@ class Observer:
         self.rotated: dict[str, Any] = {}
         # Where the embedding is multiplied before the first layer reads it, the module's output is not ggml's `embd`.
         self.scaled = type(model.get_input_embeddings()).__name__ != "Embedding"
-        gelu = "gelu" in str(next((getattr(config, name) for name in _GATED if hasattr(config, name)), ""))
+        gelu = "gelu" in str(next((getattr(config, name) for name in GATED if hasattr(config, name)), ""))
         self.renamed = {"ffn_swiglu": "ffn_geglu"} if gelu else {}
 
     @contextmanager
@@ -70,7 +47,7 @@ class Observer:
             else:
                 handles.append(module.register_forward_hook(self._output(point)))
         attentions = {
-            path: module for path, module in modules.items() if path.endswith(_ATTENTIONS) and path.split(".")[-2].isdigit()
+            path: module for path, module in modules.items() if path.endswith(ATTENTIONS) and path.split(".")[-2].isdigit()
         }
         for path, module in attentions.items():
             number = int(path.split(".")[-2])

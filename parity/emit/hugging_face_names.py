@@ -1,7 +1,28 @@
-"""Where the values that llama.cpp names stand in transformers' models: module paths, by what a layer is made of."""
+"""What transformers calls the modules of a model, and the points that their inputs and outputs are."""
 
 from typing import Any
 
+# Converters to GGUF permute the rows of Q and K for these, from halves to neighbours (`permute` in convert_hf_to_gguf.py):
+# what llama.cpp calls Q and K is then the same numbers in another order. Known, and undone here.
+PERMUTED = frozenset(
+    (
+        "llama",
+        "mistral",
+        "mixtral",
+        "granite",
+        "granitemoe",
+        "smollm3",
+        "arcee",
+        "minicpm",
+        "olmo",
+        "internlm2",
+        "xverse",
+        "baichuan",
+    )
+)
+# One projection has the queries, keys and values of a head, or of the heads that share a key, behind each other.
+BY_GROUPS = frozenset(("falcon", "bloom", "gpt_neox"))
+ATTENTIONS = (".self_attn", ".attn", ".self_attention", ".attention")
 # Module names inside a layer and what their outputs are; `<` names what goes into the module.
 _PLAIN = {
     "input_layernorm": "attn_norm",
@@ -93,7 +114,7 @@ _GPT2 = {
     "mlp": "ffn_out",
     "": "l_out",
 }
-_ONCE = {
+_OUTSIDE = {
     "embed_tokens": "embd",
     "word_embeddings": "embd",
     "wte": "embd",
@@ -104,6 +125,7 @@ _ONCE = {
     "final_layer_norm": "output_norm",
     "final_layernorm": "output_norm",
 }
+GATED = ("hidden_act", "hidden_activation")
 
 
 def names_of(model: Any) -> "dict[str, str]":
@@ -112,35 +134,35 @@ def names_of(model: Any) -> "dict[str, str]":
     paths = list(modules)
     layers = [name for name in paths if name.rsplit(".", 1)[-1].isdigit() and name.rsplit(".", 2)[-2] in ("layers", "h")]
     embedding = next(path for path, module in modules.items() if module is model.get_input_embeddings())
-    found = {embedding: "embd"}
+    points = {embedding: "embd"}
     for layer in layers:
         number = layer.rsplit(".", 1)[-1]
         inside = {path.removeprefix(layer).lstrip(".") for path in paths if path == layer or path.startswith(layer + ".")}
         for name, kind in _table(inside).items():
             if name.rstrip("<") in inside:
-                found[f"{layer}.{name}" if name else layer] = f"blk.{number}.{kind}"
+                points[f"{layer}.{name}" if name else layer] = f"blk.{number}.{kind}"
         for router in _ROUTERS:
             if router in inside:
                 experts = router.split(".")[0]
                 # gpt-oss's router has a bias, and llama.cpp calls the sum so: it chooses before the soft max.
                 biased = getattr(modules[f"{layer}.{router}"], "bias", None) is not None
-                found[f"{layer}.{router}"] = f"blk.{number}.{'ffn_moe_probs' if biased else 'ffn_moe_logits'}"
+                points[f"{layer}.{router}"] = f"blk.{number}.{'ffn_moe_probs' if biased else 'ffn_moe_logits'}"
                 if f"{experts}.shared_experts" in inside:  # the sum of both is the feed-forward's output
-                    found[f"{layer}.{experts}.experts"] = f"blk.{number}.ffn_moe_out"
-                    found[f"{layer}.{experts}.shared_experts"] = f"blk.{number}.ffn_shexp"
+                    points[f"{layer}.{experts}.experts"] = f"blk.{number}.ffn_moe_out"
+                    points[f"{layer}.{experts}.shared_experts"] = f"blk.{number}.ffn_shexp"
                 else:
-                    found[f"{layer}.{experts}"] = f"blk.{number}.ffn_moe_out"
+                    points[f"{layer}.{experts}"] = f"blk.{number}.ffn_moe_out"
         if "self_attn.qkv_proj" in inside:
-            found[f"{layer}.self_attn.qkv_proj"] = f"blk.{number}.qkv"
+            points[f"{layer}.self_attn.qkv_proj"] = f"blk.{number}.qkv"
     for path in paths:
         leaf = path.rsplit(".", 1)[-1]
         if leaf == "word_embeddings_layernorm":  # BLOOM: what the first layer reads, and what llama.cpp calls the embedding
-            found[path] = found.pop(embedding)
-        elif leaf in _ONCE and not any(path.startswith(layer + ".") for layer in layers):
-            found[path] = _ONCE[leaf]
+            points[path] = points.pop(embedding)
+        elif leaf in _OUTSIDE and not any(path.startswith(layer + ".") for layer in layers):
+            points[path] = _OUTSIDE[leaf]
         elif leaf == "drop" and f"{path.removesuffix(leaf)}wpe" in modules:  # positions were added before the first layer
-            found[path] = found.pop(embedding)
-    return found
+            points[path] = points.pop(embedding)
+    return points
 
 
 def _table(inside: "set[str]") -> "dict[str, str]":

@@ -7,6 +7,8 @@ import checkpoints
 
 _MODULES = ("errors", "record", "points", "summary", "lines")  # in the order of what they need of each other
 
+_RECORDER = ("cuda_driver", "graphs", "recorder")  # beside this file
+
 _TOP = '''"""Write checkpoints of a Python engine for `parity diff` and `parity lint`. One file; needs Python 3.10 and NumPy only.
 
     from parity_dump import Recorder
@@ -39,12 +41,12 @@ from __future__ import annotations
 
 def hugging_face_file() -> str:
     """The text of parity_hf.py: the recorder, and what drives a model of transformers."""
-    return _put_together(_HF_TOP, "graphs", "recorder", "hugging_face_names", "hugging_face")
+    return _put_together(_HF_TOP, *_RECORDER, "hugging_face_names", "hugging_face")
 
 
 def single_file() -> str:
     """The text of parity_dump.py."""
-    return _put_together(_TOP, "graphs", "recorder")
+    return _put_together(_TOP, *_RECORDER)
 
 
 def _put_together(top: str, *names: str) -> str:

@@ -15,7 +15,8 @@ from checkpoints.points import parse, resolve
 from checkpoints.record import DEFAULT_SLICE, Header, ModelInfo, Token
 from checkpoints.summary import summarise
 
-from .graphs import Graphs, is_captured
+from .cuda_driver import is_captured
+from .graphs import Graphs
 
 
 def to_host(value: Any) -> NDArray[np.float32]:
@@ -45,9 +46,9 @@ def _to_inject(path: str) -> "dict[str, tuple[int, NDArray[np.float32]]]":
     Raises:
         OSError, ValueError: it cannot be read, or is no such file.
     """
-    found: dict[str, tuple[int, NDArray[np.float32]]] = {}
+    values: dict[str, tuple[int, NDArray[np.float32]]] = {}
     if not path:
-        return found
+        return values
     with open(path, "rb") as file:  # noqa: PTH123
         if file.readline(128) != b"PARITY-INJECT 1\n":
             raise ValueError(f"{path}: not a file of values to inject")
@@ -60,8 +61,8 @@ def _to_inject(path: str) -> "dict[str, tuple[int, NDArray[np.float32]]]":
             if not 0 < 4 * rows * width <= size - file.tell():
                 raise ValueError(f"{path}: cut short")
             data = file.read(4 * rows * width)
-            found[words[0].decode()] = (first, np.frombuffer(data, "<f4").reshape(rows, width))
-    return found
+            values[words[0].decode()] = (first, np.frombuffer(data, "<f4").reshape(rows, width))
+    return values
 
 
 def _like(value: Any, host: "NDArray[np.float32]") -> Any:
@@ -187,11 +188,11 @@ class Recorder:
         """Record a value's sequences."""
         known = parse(point).known
         if known is not None and known.row == ("H", "t+1"):
-            for seq, one in enumerate(array if array.ndim == 4 else array[None]):
-                self._record(point, one, one.shape[1], seq, positions)
+            for seq, rows in enumerate(array if array.ndim == 4 else array[None]):
+                self._record(point, rows, rows.shape[1], seq, positions)
         elif array.ndim == 3:
-            for seq, one in enumerate(array):
-                self._record(point, one, len(one), seq, positions)
+            for seq, rows in enumerate(array):
+                self._record(point, rows, len(rows), seq, positions)
         else:
             self._record(point, np.atleast_2d(array), 1 if array.ndim < 2 else len(array), 0, positions)
 
@@ -208,10 +209,10 @@ class Recorder:
         if kept:
             decode = step > 0 and rows == 1
             array = array if len(kept) == rows else array[:, kept] if array.ndim == 3 else array[kept]
-            made = summarise(point, array, at[kept], step=step, decode=decode, slice_size=self.slice_size, seq=seq)
-            for line in checkpoint_lines(made):
+            summary = summarise(point, array, at[kept], step=step, decode=decode, slice_size=self.slice_size, seq=seq)
+            for line in checkpoint_lines(summary):
                 self._write(line)
-            self.checkpoints += len(made)
+            self.checkpoints += len(summary)
         self._next[point, seq] = int(at[-1]) + 1 if len(at) else start
         self._passes[point, seq] = step + 1
 

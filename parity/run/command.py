@@ -25,7 +25,7 @@ MODEL, TOKENS, OUT, POINTS, PORTIONS = "{model}", "{tokens}", "{out}", "{points}
 SEQUENCES, STATE, UBATCH, PORT = "{sequences}", "{state}", "{ubatch}", "{port}"
 DEFAULT_TIMEOUT = 3600.0  # seconds: a CPU engine may take minutes for a long prompt, but a night in CI is nobody's intention
 _TAIL = 1 << 16  # bytes of stderr that are kept: its last lines say what went wrong
-_LARGEST_DUMP = 16 << 30  # bytes; a whole dump of 24 layers × 500 positions × 4,096 values in text is under 1 GB
+LARGEST_DUMP = 16 << 30  # bytes; a whole dump of 24 layers × 500 positions × 4,096 values in text is under 1 GB
 _WATCH = 0.05  # seconds between two looks at the clock and at the dump
 _GRACE = 1.0  # seconds that what is left in stderr's pipe may take once the engine has ended
 _ASSIGNMENT = re.compile(r"[A-Za-z_][A-Za-z0-9_]*=.*", re.DOTALL)
@@ -51,7 +51,7 @@ class Command:
     `line` knows {model}, {tokens} (ids with commas), {sequences} (several prompts, with semicolons), {out}, {points}, {portions},
     {ubatch} and {state}. Without `shell` it is split as a shell would,
     and started without one: no quoting of paths is needed; leading NAME=value words are set in its environment.
-    `timeout` is in seconds; `variables` are set in its environment as well.
+    `timeout` is in seconds; `variables` are set in its environment as well. `largest_dump`: bytes after which it is stopped.
 
     Raises:
         InputError: it is empty, its quotes don't match, or the time limit is not a positive number.
@@ -61,6 +61,7 @@ class Command:
     shell: bool = False
     timeout: float = DEFAULT_TIMEOUT
     variables: tuple[tuple[str, str], ...] = ()
+    largest_dump: int = LARGEST_DUMP
 
     def __post_init__(self) -> None:
         if not self.timeout > 0:
@@ -214,7 +215,7 @@ class Command:
     def _wait(self, process: "subprocess.Popen[bytes]", out: Path) -> EngineError | None:
         """Wait until the engine ends; returns the error for which it had to be stopped, if any."""
         deadline = monotonic() + self.timeout
-        largest = min(_LARGEST_DUMP, shutil.disk_usage(out.parent).free // 2)
+        largest = min(self.largest_dump, shutil.disk_usage(out.parent).free // 2)
         pause = 0.002
         while True:
             with suppress(subprocess.TimeoutExpired):

@@ -70,7 +70,7 @@ def listed(candidates: Sequence[Candidate], vocabulary: Vocabulary, row: Row) ->
     """The candidates whose token is known; of several tokens with one text, the one that llama.cpp finds most probable."""
     known: dict[int, float] = {}
     for candidate in candidates:
-        number = vocabulary.one(candidate, lambda number: float(row[number]))
+        number = vocabulary.most_probable(candidate, lambda number: float(row[number]))
         if number is not None and number not in known:
             known[number] = max(candidate.logprob, _NOTHING)
     return Listed(np.array(list(known), dtype=np.int64), np.array(list(known.values())))

@@ -183,7 +183,7 @@ def _predicted(asked: Asked, row: Row, heard: Heard, vocabulary: Vocabulary, lim
     pieces = vocabulary.pieces
     top = largest(row, max(len(asked.candidates), 2))
     known = {int(number): float(value) for number, value in zip(server.ids, server.logprobs, strict=True)}
-    shown = [(vocabulary.one(item, lambda token_id: float(row[token_id])), item) for item in asked.candidates]
+    shown = [(vocabulary.most_probable(item, lambda token_id: float(row[token_id])), item) for item in asked.candidates]
     in_text = asked.position + 1 < heard.prompt
     follows = heard.tokens[asked.position + 1] if asked.position + 1 < len(heard.tokens) else -1
     theirs = next((number for number, _ in shown[:1] if number is not None), None)

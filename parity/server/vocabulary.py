@@ -29,7 +29,7 @@ class Vocabulary:
             return ()
         return self._ids.get(text) or self._ids.get(" " + text) or ()
 
-    def one(self, candidate: Candidate, probability: Callable[[int], float]) -> int | None:
+    def most_probable(self, candidate: Candidate, probability: Callable[[int], float]) -> int | None:
         """The token that it is: of several with this text the most probable one."""
         return max(self.ids(candidate), key=probability, default=None)
 

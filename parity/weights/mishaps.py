@@ -164,7 +164,7 @@ def _of_q3_k(model: GgufModel, info: TensorInfo, count: int) -> Iterator[tuple[s
     """Mishaps of block_q3_K: hmask [32], quants [64], sixteen six-bit scales packed into [12], d."""
 
     def with_scales(change: Callable[[NDArray[np.int32]], NDArray[np.int32]]) -> Made:
-        def made() -> Floats:
+        def dequantised() -> Floats:
             blocks = _blocks(model, info, count)
             scales = _scales_of_q3_k(blocks)
             unit = blocks.copy()  # every scale 1: 33 less 32
@@ -172,15 +172,15 @@ def _of_q3_k(model: GgufModel, info: TensorInfo, count: int) -> Iterator[tuple[s
             quants = _values(unit, info.type).reshape(len(blocks), 16, 16)
             return (quants * change(scales)[:, :, None].astype(np.float32)).reshape(-1)
 
-        return made
+        return dequantised
 
     def high_bit(change: Callable[[NDArray[np.uint8]], NDArray[np.uint8]]) -> Made:
-        def made() -> Floats:
+        def dequantised() -> Floats:
             blocks = _blocks(model, info, count).copy()
             blocks[:, :32] = change(blocks[:, :32])
             return _values(blocks, info.type)
 
-        return made
+        return dequantised
 
     yield "32 not subtracted from the scales", with_scales(lambda scales: scales)
     yield "scales without their upper two bits", with_scales(lambda scales: (scales & 15) - 32)

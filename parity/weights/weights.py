@@ -14,14 +14,16 @@ from engine.weights.gguf_model import GgufModel, TensorInfo, block_of
 from reference.to_float import ToFloat
 
 OURS, LIBGGML, GGUF = "ours", "libggml", "gguf"
-_CHUNK = 1 << 22  # elements at a time: 16 MiB for each of the three results, and what gguf-py needs besides
+PORTION = 1 << 22  # elements at a time: 16 MiB for each of the three results, and what gguf-py needs besides
 
 Progress = Callable[[str, int, int], None]  # (what, done, total)
 Floats = NDArray[np.float32]
 
 
-def check_weights(path: Path, backend: str = "auto", progress: Progress | None = None) -> WeightsCheck:
-    """Dequantise every tensor three times and compare the results, tolerance 0.
+def check_weights(
+    path: Path, backend: str = "auto", progress: Progress | None = None, *, portion: int = PORTION
+) -> WeightsCheck:
+    """Dequantise every tensor three times, `portion` elements at a time, and compare the results, tolerance 0.
 
     Raises:
         ModelError: the file cannot be read as a model; InputError: no such backend.
@@ -38,7 +40,7 @@ def check_weights(path: Path, backend: str = "auto", progress: Progress | None =
             if progress is not None:
                 progress("weights", done, total)
 
-        checks.append(_tensor(model, info, side, by_libggml, advanced))
+        checks.append(_tensor(model, info, side, by_libggml, portion, advanced))
     odd = [check.name for check in checks if check.nonfinite]
     damaged = f"the file itself contains NaN or infinities: {', '.join(odd[:4])}{', …' if len(odd) > 4 else ''}"
     notes = (f"ours on {side.device}", *((damaged,) if odd else ()))
@@ -56,11 +58,11 @@ def type_name(kind: int) -> str:
 
 
 def _tensor(
-    model: GgufModel, info: TensorInfo, side: Backend, by_libggml: ToFloat, advanced: Callable[[int], None]
+    model: GgufModel, info: TensorInfo, side: Backend, by_libggml: ToFloat, portion: int, advanced: Callable[[int], None]
 ) -> TensorCheck:
     raw = model.raw(info.name)
     columns, rows = info.shape[-1], len(raw)
-    step = max(1, _CHUNK // columns)
+    step = max(1, portion // columns)
     by: tuple[str, ...] = ()
     nonfinite = 0
     name = type_name(info.type)
