@@ -30,7 +30,7 @@ class Observer:
         self.layer = 0
         self.projected: dict[str, Any] = {}
         self.rotated: dict[str, Any] = {}
-        # Where the embedding is multiplied before the first layer reads it, the module's output is not ggml's `embd`.
+        # If the embedding is multiplied before the first layer reads it, the module's output is not ggml's `embd`.
         self.scaled = type(model.get_input_embeddings()).__name__ != "Embedding"
         gelu = "gelu" in str(next((getattr(config, name) for name in GATED if hasattr(config, name)), ""))
         self.renamed = {"ffn_swiglu": "ffn_geglu"} if gelu else {}
@@ -188,7 +188,7 @@ def tokenized(path: Path, prompt: str) -> "dict[str, Any]":
 
 
 def _source(path: Path) -> "tuple[str, dict[str, str]]":
-    """How `from_pretrained` takes a path: a folder as it is, a GGUF file as its folder and its name."""
+    """The arguments of `from_pretrained` for a path: a folder unchanged, a GGUF file as its folder and its name."""
     return (str(path), {}) if path.is_dir() else (str(path.parent), {"gguf_file": path.name})
 
 
@@ -203,9 +203,9 @@ def dump(
     prompt: "str | None" = None,
     name: str = "",
 ) -> int:
-    """Run the tokens in one forward pass and write every known value; returns how many records that made.
+    """Run the tokens in one forward pass and write every known value; returns the number of records.
 
-    `size` 0 writes whole rows; `name` is the model's; `points` and `positions` are as on the command line.
+    A `size` of 0 writes whole rows; `name` is the model's; `points` and `positions` are as on the command line.
 
     Raises:
         ValueError: there is no such position or token; OSError: the file cannot be written.
@@ -242,7 +242,7 @@ def _positions(text: str, count: int) -> "Sequence[int] | None":
     """The positions of `count` tokens that "all", "last" or a list with commas names; None for all.
 
     Raises:
-        ValueError: a list that is none, or a position behind the last token.
+        ValueError: a malformed list, or a position after the last token.
     """
     if text in ("all", ""):
         return None
@@ -253,7 +253,7 @@ def _positions(text: str, count: int) -> "Sequence[int] | None":
 
 
 def main() -> int:
-    """Read the command line and write the dump; what is wrong is one line on stderr."""
+    """Read the command line and write the dump; an error is one line on stderr."""
     parser = argparse.ArgumentParser(description="Checkpoints of a Hugging Face model, for parity diff.")
     parser.add_argument("model", type=Path, help="a GGUF file, or a folder with config.json and safetensors")
     parser.add_argument("--tokens", help="token ids with commas")
