@@ -133,7 +133,7 @@ def folder(tmp_path: Path) -> Callable[..., Path]:
                 "num_kv_heads": K, "ffn_hidden_size": F, "layer_norm_epsilon": 1e-5,
             }  # fmt: skip
         if family == "gpt_neox":
-            del config["rms_norm_eps"]
+            del config["rms_norm_eps"], config["num_key_value_heads"]
             config |= {"layer_norm_eps": 1e-5, "rope_parameters": {"rope_theta": 10000.0}, "use_parallel_residual": True}
         if family == "gpt2":
             config = {
