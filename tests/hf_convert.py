@@ -23,7 +23,7 @@ _EXPERTS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 def convert(folder: Path, out: Path, source: dict[str, np.ndarray] | None = None, **changes: Any) -> Path:
     """Write the model in `folder` to `out`, float32. `source` are its tensors, where NumPy cannot read their type.
 
-    `changes` plant a converter's fault: skip_permute, skip_norm_offset, skip_groups, eps=…, swap=(name, name), drop=name.
+    `changes` plant a converter's fault: skip_permute, skip_norm_offset, skip_groups, skip_decay, eps=…, swap=(name, name), drop=name.
     """
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     kind = config["model_type"]
@@ -38,7 +38,8 @@ def convert(folder: Path, out: Path, source: dict[str, np.ndarray] | None = None
     for name, value in _split(_joined(source or whole), config, changes).items():
         to = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert to is not None, name
-        to += "" if to.endswith((".weight", ".bias")) else ".weight"  # attention sinks
+        if not to.endswith((".weight", ".bias", ".ssm_a", ".ssm_d")):
+            to += ".weight"  # attention sinks
         tensors[to] = _converted(arch, name, value, config, changes)
     if swap := changes.get("swap"):
         tensors[swap[0]], tensors[swap[1]] = tensors[swap[1]], tensors[swap[0]]
@@ -58,6 +59,10 @@ def _converted(arch: str, name: str, value: np.ndarray, config: dict[str, Any], 
         return value.reshape(heads, 2, -1, value.shape[-1]).swapaxes(1, 2).reshape(value.shape)
     if arch.startswith("gemma") and name.endswith("norm.weight") and not changes.get("skip_norm_offset"):
         return value + 1
+    if name.endswith("A_log"):
+        return value if changes.get("skip_decay") else -np.exp(value)
+    if name.endswith("conv1d.weight"):
+        return value.squeeze(1)
     if arch == "gpt2" and name.endswith((".c_attn.weight", ".c_proj.weight", ".c_fc.weight")):
         return value.T
     return value
@@ -133,6 +138,13 @@ def _metadata(writer: gguf.GGUFWriter, arch: str, config: dict[str, Any], layers
         writer.add_rope_dimension_count(rotated)
         writer.add_rope_freq_base(rope["rope_theta"])
         writer.add_parallel_residual(config["use_parallel_residual"])
+        return
+    if arch == "mamba":
+        writer.add_layer_norm_rms_eps(eps or config["rms_norm_eps"])
+        writer.add_ssm_conv_kernel(4)
+        writer.add_ssm_inner_size(2 * width)
+        writer.add_ssm_state_size(8)
+        writer.add_ssm_time_step_rank(4)
         return
     if arch == "falcon":
         writer.add_layer_norm_eps(eps or config["layer_norm_epsilon"])
