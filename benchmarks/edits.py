@@ -1,16 +1,16 @@
-"""Faults that no entry of the catalogue describes, one edited operation each: is anybody acquitted, or given a wrong cause?
+"""Faults that no entry of the catalogue describes, one edited operation each: is one acquitted, or given a wrong cause?
 
 Run as `PYTHONPATH=tests:benchmarks python benchmarks/edits.py [-n 200] [--from 0] [--budget 20] [--arch NAME,…]`. Every case is drawn by
-its seed: an architecture of `ARCHITECTURES` or a qwen2 or llama of random shape, a random prompt, one operation of it, in one layer, from
-one layer on or in all; slices of 10, 16 or all values, with a sketch or not, the default points or all, a header that says f32 or nothing.
+its seed: an architecture of `ARCHITECTURES` or a qwen2 or llama of random shape; a random prompt; one operation, edited in one layer, from
+one layer on, or in all; the dump: 10, 16 or all values a row, with or without a sketch, the default points or all, F32 stated or not.
 
-An edit scales (0.5 % to 2 times), shifts, rolls, permutes, exchanges two elements, negates one, sets one or all behind one to zero, or
-takes another position, of the operation's result or of one operand; or it takes another value of the same shape as operand.
+An edit changes the operation's result or one operand: scales it (0.5 % to 2 times), shifts it, rolls or permutes it, exchanges two
+elements, negates one, sets one or all after it to zero, or takes another position; or it takes another value of that shape as operand.
 
-`acquitted` is an answer that says "no fault" though a recorded value differs; `wrong cause` names a fault that does not make the engine's
-numbers, in whole rows, at every recorded point (in front of the place that the answer says it leaves, where it leaves one). `located`:
-the first place is the first recorded point that the edit changes, and the operation is among those in question; `at the operation`: it is
-the only one. `elsewhere` is any other place.
+`acquitted`: the answer is "no fault" though a recorded value differs. `wrong cause`: it names a fault that does not reproduce the engine's
+numbers, in whole rows, at every recorded point (up to the place that the answer leaves unexplained, if it leaves one). `located`: the
+first place is the first recorded point that the edit changes, and the edited operation is among those suspected; `at the operation`: it
+is the only one suspected. `elsewhere`: any other place.
 """
 
 import argparse
@@ -56,7 +56,7 @@ _INSIDE = ("kq", "kq_soft_max")  # rows behind a mask: what moves elements of th
 
 @dataclass(frozen=True)
 class Edit:
-    """One edited operation: the steps with it, the first edited step, and what was done."""
+    """One edited operation: the model's steps with the edit, the first edited step, and the kind of edit."""
 
     steps: list[Step]
     first: str
@@ -65,7 +65,7 @@ class Edit:
 
 
 def _change(how: str, draw: random.Random) -> Callable[[Array], Array]:
-    """What is done to a value [T, …, n]."""
+    """The function that edits a value [T, …, n] in this way."""
     by = draw.choice([1 + draw.choice([1, -1]) * draw.uniform(0.005, 0.1), draw.uniform(0.5, 2.0), -1.0, 0.0, 2.0])
     plus = draw.choice([1, -1]) * draw.choice([0.003, 0.01, 0.1])
     seed, by_elements = draw.randrange(1 << 30), draw.choice([1, -1, 2, 8])
@@ -97,7 +97,7 @@ def _change(how: str, draw: random.Random) -> Callable[[Array], Array]:
 def _edited(
     step: Step, how: str, draw: random.Random, right: dict[str, Step], shapes: dict[str, tuple[int, ...]]
 ) -> Step | None:
-    """The step with this edit; None where it has no place."""
+    """The step with this edit; None if its shapes do not allow it."""
     if how == "operand":
         order = list(right)
         at = draw.randrange(len(step.reads)) if step.reads else 0
@@ -145,7 +145,7 @@ def drawn(faulty: Faulty, tokens: tuple[int, ...], draw: random.Random) -> Edit:
         try:
             replay(faulty, steps, tokens)
         except (NotApplicable, ValueError, IndexError, TypeError):
-            continue  # the edit has no place in this operation's shapes
+            continue  # this operation's shapes do not allow the edit
         where = chosen.makes if len(names) == 1 else f"{names[0]} … {names[-1]}"
         return Edit(steps, names[0], how, f"{how} at {where}")
 
@@ -179,7 +179,7 @@ def run_name(values: Any, point: str) -> str:
 
 
 def outcome(answer: Explanation, faulty: Faulty, edit: Edit, tokens: tuple[int, ...], points: Sequence[str]) -> str:
-    """One word for what the answer is."""
+    """How the answer counts: one of the outcomes that the module's docstring explains."""
     if answer.first is None and not answer.precision_only:
         return "not seen"
     if answer:
@@ -198,7 +198,7 @@ def outcome(answer: Explanation, faulty: Faulty, edit: Edit, tokens: tuple[int, 
 
 
 def sentence(answer: Explanation) -> str:
-    """An answer in a line."""
+    """An answer in one line."""
     causes = [
         f"{cause.named.fault} {cause.named.parameters} {cause.named.layers} {cause.explained:.2f}" for cause in answer.causes
     ]
@@ -234,14 +234,14 @@ def dump_of(
     faulty: Faulty, steps: Sequence[Step], tokens: tuple[int, ...], points: str, size: int, bare: bool, stated: bool
 ) -> Dump:
     """The dump of an engine that runs these steps."""
-    found = faulty.dump(Planted(()), tokens, points=points, size=size, bare=bare, steps=steps)
-    if found.header is not None and not stated:
-        found = replace(found, header=replace(found.header, compute=""))
-    return found
+    dump = faulty.dump(Planted(()), tokens, points=points, size=size, bare=bare, steps=steps)
+    if dump.header is not None and not stated:
+        dump = replace(dump, header=replace(dump.header, compute=""))
+    return dump
 
 
 def cases(models: Models, seeds: range, budget: float) -> Iterator[tuple[str, str, str, float]]:
-    """Every case's edit, points, outcome and seconds; printed as they come."""
+    """Every case's edit, points, outcome and seconds; each is printed when it is done."""
     for seed in seeds:
         draw = random.Random(seed)
         name, faulty, tokens = models.of(seed, draw)
@@ -252,10 +252,10 @@ def cases(models: Models, seeds: range, budget: float) -> Iterator[tuple[str, st
         began = perf_counter()
         answer = explain(dump, faulty.model, ExplainOptions(budget=budget))
         spent = perf_counter() - began
-        said = outcome(answer, faulty, edit, tokens, [step.makes for step in faulty.right if step.makes in dump.points])
+        result = outcome(answer, faulty, edit, tokens, [step.makes for step in faulty.right if step.makes in dump.points])
         shape = f"{points}, {size if size < 1 << 20 else 'all'}{'' if bare else ', sketch'}{', f32' if stated else ''}"
-        print(f"seed {seed} {name}: {edit.what} ({shape}): {said}, {spent:.1f} s; {sentence(answer)}", flush=True)
-        yield edit.how, points, said, spent
+        print(f"seed {seed} {name}: {edit.what} ({shape}): {result}, {spent:.1f} s; {sentence(answer)}", flush=True)
+        yield edit.how, points, result, spent
 
 
 def table(measured: Sequence[tuple[str, str, str, float]]) -> str:

@@ -1,9 +1,9 @@
-"""Every entry of the catalogue planted into every architecture: it applies or says that it does not, and nothing else comes out of one.
+"""Every entry of the catalogue planted into every architecture: it applies or raises `NotApplicable`, and nothing else is raised.
 
-Run as `PYTHONPATH=tests python benchmarks/explain_entries.py [NAME …] [--skip NAME,…]`. Small models are made by recipe. Each variant of
-each entry (of numbers that are fitted: what their fit begins with) is planted in all layers and in one, and run. Then the right engine's
-own dump of every point is explained: it has no fault. Exit code 1 if an entry raised anything but `NotApplicable`, or a right engine was
-accused.
+Run as `PYTHONPATH=tests python benchmarks/explain_entries.py [NAME …] [--skip NAME,…]`. Small models are made by recipe. Each
+variant of each entry (for fitted numbers, the values that the fit starts from) is planted in all layers and in one, and run. Then
+the right engine's own dump of every point is explained: it has no fault. Exit code 1 if an entry raised anything but
+`NotApplicable`, or a right engine was accused.
 """
 
 import argparse
@@ -34,11 +34,11 @@ from parity.synth.synthetic import make_by_recipe
 from reference.client import Reference
 
 _TOKENS = 6
-_VISITED = 60  # values that are computed behind a variant's change, but for the first variant of each entry: two layers or so
+_VISITED = 60  # values computed after a variant's change, about two layers; each entry's first variant runs to the end
 
 
 def entries(right: dict[str, Step]) -> Iterator[tuple[Fault, dict[str, Any]]]:
-    """Every fault with every variant, numbers with what their fits begin with."""
+    """Every fault with every variant; fitted numbers have the values that their fit starts from."""
     for fault in CATALOGUE.values():
         for parameters in fault.variants(right):
             yield fault, parameters
@@ -50,7 +50,7 @@ def entries(right: dict[str, Step]) -> Iterator[tuple[Fault, dict[str, Any]]]:
 
 
 def swept(faulty: Faulty, raised: Counter[str]) -> tuple[int, int]:
-    """How many variants apply to a model, and how many do not; what else comes out of one is counted in `raised`."""
+    """How many variants apply to a model, and how many do not; exceptions of other types are counted in `raised`."""
     tokens = tokens_of(faulty.model, _TOKENS, seed=1)
     transformer, passes = faulty.transformer, [0] * (_TOKENS - 2) + [1, 2]
     right = Replay(faulty.right, tokens, range(_TOKENS), passes, transformer.weights, transformer.backend)

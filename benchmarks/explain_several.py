@@ -1,12 +1,12 @@
 """Two and three faults at once: how many `parity explain` names, and whether it names a wrong one or leaves one unlocated.
 
 Run as `python benchmarks/explain_several.py [--count 25] [--numbers 2,3] [--from 0] [--budget 60] [--ranks]`. Combination `i`
-is drawn with seed `i` and planted into the stories model, a synthetic llama or a synthetic qwen2, in turn; faults that the
-model has no place for, and those that leave no trace beside the others, are drawn again. The search sees seven points of
+is drawn with seed `i` and planted into the stories model, a synthetic llama or a synthetic qwen2, in turn; faults that do
+not apply to the model, and those that leave no trace beside the others, are drawn again. The search sees seven points of
 sixteen values. The budget is in seconds of CPU time, so that other work on the machine does not spend it.
 
-`--ranks` prints instead, of pairs in layer 0, which place the right one has among the likely ones: where
-`explain_together.MOST` comes from.
+`--ranks` prints instead, for pairs of faults in layer 0, the rank of the right pair among the likely ones:
+`explain_together.MOST` comes from it.
 """
 
 import argparse
@@ -48,7 +48,7 @@ def same(one: Dump, other: Dump) -> bool:
 
 
 def draw(faulty: Faulty, tokens: tuple[int, ...], number: int, rng: random.Random) -> tuple[Planted, Dump]:
-    """Random different faults, each of which shows beside the others, and the dump of the engine that has them all."""
+    """Different random faults, each of which changes the dump beside the others, and the dump of the engine that has them all."""
     right = {step.makes: step for step in faulty.right}
     while True:
         names = rng.sample(sorted(CATALOGUE), number)
@@ -66,7 +66,7 @@ def draw(faulty: Faulty, tokens: tuple[int, ...], number: int, rng: random.Rando
 
 
 def judge(answer: Explanation, planted: Planted, dump: Dump, faulty: Faulty) -> str:
-    """All named; same numbers (the causes reproduce every record, by other names); located; missed; or wrong."""
+    """The outcome: all named, same numbers (other causes that reproduce every record), located, missed, or wrong."""
     names = {name for name, _, _ in planted.faults}
     classes = [{cause.named.fault, *(other.fault for other in cause.equivalent)} for cause in answer.causes]
     if answer.first is None:
@@ -80,7 +80,7 @@ def judge(answer: Explanation, planted: Planted, dump: Dump, faulty: Faulty) -> 
 
 
 def _between(answer: Explanation, left: Sequence[Part], dump: Dump, faulty: Faulty) -> bool:
-    """Whether one of the faults that are left acts between the recorded point before the remaining place and that place."""
+    """Whether one of the faults not yet named acts between the remaining place and the recorded point before it."""
     order = {step.makes: number for number, step in enumerate(faulty.right)}
     recorded = sorted(order[name] for name in dump.points)
     end = order[answer.remaining.checkpoint] if answer.remaining is not None else 0
@@ -123,7 +123,7 @@ def ranks(folder: Path, first: int, count: int) -> None:
 
 
 def combinations(folder: Path, number: int, first: int, count: int, budget: float) -> Counter[str]:
-    """Print each combination; count what became of them."""
+    """Print each combination with its outcome; count the outcomes."""
     engines = [(name, Faulty(model)) for name, model in models(folder, ("stories", "llama", "qwen2"))]
     outcomes: Counter[str] = Counter()
     seconds: list[float] = []

@@ -1,10 +1,10 @@
-"""Every entry of the catalogue, planted into models: is it named by `parity explain`, and in what time?
+"""Every entry of the catalogue, planted into models: does `parity explain` name it, and how long does that take?
 
     python benchmarks/explain_table.py run RESULTS.jsonl --model stories --what values [--variants 4]
     python benchmarks/explain_table.py show RESULTS.jsonl > docs/explain-table.md
 
-`run` appends a line a variant and leaves out what the file has already, so that it can be stopped and started again. The
-search sees the dump alone. `--what`: `values`, the default seven points with sixteen values of 24 tokens, fault in all layers;
+`run` appends a line a variant and skips those that the file has already, so that it can be stopped and started again. The
+search sees only the dump. `--what`: `values`, the default seven points with sixteen values of 24 tokens, fault in all layers;
 `layer`, the same with the fault in layer 17 only; `logits`, ten logits a token, 24 tokens and 16 generated ones.
 """
 
@@ -25,9 +25,7 @@ from engine.inapplicable import NotApplicable
 from parity.explain.explain import ExplainOptions, explain
 
 TOKENS, GENERATED, LAYER = 24, 16, 17
-BUDGET = (
-    300.0  # seconds of the wall's clock, on a machine that others use as well: no search here needs a tenth of it by itself
-)
+BUDGET = 300.0  # wall-clock seconds, on a machine that others use as well: no search here needs a tenth of it on an idle one
 WHAT = {"values": "all layers", "layer": f"layer {LAYER} only", "logits": "ten logits"}
 _HEAD = f"""# Which faults `parity explain` names
 
@@ -45,14 +43,14 @@ architectures can have (norms of heads, windows, experts, recurrent layers) in `
 
 
 def spread(values: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:
-    """So many of them, evenly spaced; all where there are no more."""
+    """`count` of the values, evenly spaced; all of them if there are no more than that."""
     if len(values) <= count:
         return list(values)
     return [values[number * len(values) // count] for number in range(count)]
 
 
 def cases(faulty: Faulty, what: str, count: int, entries: Sequence[str]) -> Iterator[Planted]:
-    """Each of these entries with so many of its variants."""
+    """Each of these entries with up to `count` of its variants."""
     right = {step.makes: step for step in faulty.right}
     for fault in (CATALOGUE[name] for name in entries):
         if what == "layer" and (fault.once or not any(f"blk.{LAYER}.{kind}" in right for kind in fault.kinds)):
@@ -62,7 +60,7 @@ def cases(faulty: Faulty, what: str, count: int, entries: Sequence[str]) -> Iter
 
 
 def tried(faulty: Faulty, planted: Planted, what: str, forward: float) -> dict[str, Any]:
-    """One variant: what came of it, and the time that the search took, in seconds of CPU and in forward passes."""
+    """One variant's outcome, and the time that the search took, in CPU seconds and in forward passes."""
     tokens = tokens_of(faulty.model, TOKENS + (GENERATED if what == "logits" else 0), seed=1)
     # An engine whose prompt is shifted decodes the token that it is given: it is one shift of one sequence.
     shifted = CATALOGUE[planted.faults[0][0]].group == "tokens"
@@ -106,7 +104,7 @@ def forward_time(faulty: Faulty) -> float:
 
 
 def run(out: Path, name: str, what: str, count: int, entries: Sequence[str]) -> None:
-    """Append what the file does not have."""
+    """Append a line for each variant that the file does not have."""
     known = {line["key"] for line in _lines(out)} if out.exists() else set()
     with tempfile.TemporaryDirectory() as folder, out.open("a", encoding="utf-8") as file:
         [(_, model)] = models(Path(folder), [name])
@@ -169,7 +167,7 @@ def _summary(lines: Sequence[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Run a part of the table, or print what there is."""
+    """Run a part of the table, or print it from the results so far."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("command", choices=("run", "show"))
     parser.add_argument("results", type=Path)

@@ -1,9 +1,9 @@
-"""Mutants of every format through what `parity lint` and `parity diff` do.
+"""Mutants of every format, read as `parity lint` and `parity diff` read them.
 
 Run: python benchmarks/fuzz.py [-n 10000] [--only KIND] [--first SEED]; models: python benchmarks/fuzz.py gguf (`fuzz_gguf`);
-the two readers of lines held to each other: python benchmarks/fuzz.py readers (`fuzz_readers`)
+the two readers of lines compared with each other: python benchmarks/fuzz.py readers (`fuzz_readers`)
 
-Each must end in a verdict or in one line, within ten seconds of computing and 1 GiB; the seeds of those that do not are listed.
+Each must end in a verdict or in a one-line error, within ten CPU seconds and 1 GiB; the seeds of those that do not are listed.
 """
 
 import argparse

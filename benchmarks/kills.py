@@ -1,10 +1,10 @@
-"""Kills at random moments, disks that fill, models that crowd a small cache: what stood there before is whole or replaced.
+"""Kills at random moments, full disks, models that crowd a small cache: earlier files stay whole or are replaced by whole ones.
 
 Run: python benchmarks/kills.py [-n 200] [--seed 0] [--only kills|disks|crowd]. The full disks need the right to mount a tmpfs.
 
-Commands are forked from a process that has imported everything (`forked`), so that kills fall into their work. Each writes where
-another answer stands: afterwards every file is the old one or the whole new one, an answer lies only beside its own dumps, and
-the next run ends as if nothing had happened and leaves nothing behind.
+Commands are forked from a process that has imported everything (`forked`), so that kills hit their work and not their imports. Each
+writes over an earlier answer: afterwards every file is the old one or the whole new one, an answer lies only beside its own dumps,
+and the next run succeeds as if nothing had happened and leaves no temporary files behind.
 """
 
 import argparse
@@ -41,8 +41,8 @@ class Job:
         words: the command; "{folder}" stands for the folder.
         old: the commands that make the earlier answer and its inputs.
         path: the file or folder that both write, in the folder.
-        spoil: makes the earlier answer differ, where the commands alone don't.
-        code: what the command ends with when it is let.
+        spoil: changes the earlier answer, for jobs whose commands alone would make the same answer twice.
+        code: the exit code of the command when nothing interrupts it.
     """
 
     words: tuple[str, ...]
@@ -85,13 +85,13 @@ def ended(words: tuple[str, ...], cache: Path, folder: Path, seconds: float = SE
 
 
 def files(path: Path) -> Files:
-    """The contents of a file or a folder's files, hidden ones left out: a kill leaves these for the next run to sweep."""
-    found = [path] if path.is_file() else sorted(path.iterdir())
-    return {file.name: file.read_bytes() for file in found if not file.name.startswith(".") and file.is_file()}
+    """The contents of a file, or of a folder's files without the hidden ones, which a kill leaves for the next run to remove."""
+    paths = [path] if path.is_file() else sorted(path.iterdir())
+    return {file.name: file.read_bytes() for file in paths if not file.name.startswith(".") and file.is_file()}
 
 
 def hidden(path: Path) -> list[str]:
-    """What a run has left under a temporary name beside its outputs."""
+    """The files that a run has left under temporary names beside its outputs."""
     folder = path if path.is_dir() else path.parent
     return [file.name for file in folder.iterdir() if file.name.startswith(".") and file.name != ".gitattributes"]
 
@@ -121,7 +121,7 @@ def problem(now: Files, old: Files, new: Files) -> str:
 
 
 class Trial:
-    """A job in a folder of its own, which can be put back to where the earlier answer stands."""
+    """A job in a folder of its own, which can be reset to the state with the earlier answer."""
 
     def __init__(self, job: Job, top: Path) -> None:
         self.job, self._top, self._ready = job, top, top / "ready"
@@ -144,19 +144,19 @@ class Trial:
         self.length = max(ended_cold, time.perf_counter() - began)
 
     def reset(self, folder: Path | None = None) -> Path:
-        """A folder where the earlier answer stands."""
+        """A folder that holds the earlier answer."""
         folder = folder or self._top / "now"
         shutil.rmtree(folder, ignore_errors=True)
         return Path(shutil.copytree(self._ready, folder))
 
     def ended(self, cache: Path, folder: Path) -> None:
-        """Let it end. Raises ValueError where it does not end as it should."""
+        """Run the job to its end. Raises ValueError if its exit code is not the expected one."""
         code, message = ended(self.job.words, cache, folder)
         if code != self.job.code:
             raise ValueError(f"exit {code}: {message[-200:]!r}")
 
     def right_after(self, cache: Path, folder: Path) -> str:
-        """What is wrong with the next run; empty where nothing is."""
+        """What is wrong with the next run; empty if nothing is."""
         try:
             self.ended(cache, folder)
         except ValueError as error:
@@ -169,7 +169,7 @@ class Trial:
 
 
 def kills(count: int, seed: int, top: Path) -> Iterator[str]:
-    """Each job killed so often, at moments spread over its usual length; a cold cache each time."""
+    """Each job killed `count` times, at moments spread over its usual duration, with a cold cache each time."""
     for name, job in JOBS.items():
         draw = random.Random(f"{name} {seed}")
         trial = Trial(job, top / f"kills-{job.path}-{len(name)}")
@@ -192,7 +192,7 @@ def kills(count: int, seed: int, top: Path) -> Iterator[str]:
 
 @contextmanager
 def disk(size: int, place: Path) -> Iterator[Path]:
-    """A disk of so many bytes."""
+    """A disk (tmpfs) of this many bytes at this place."""
     place.mkdir(exist_ok=True)
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", place], check=True)
     try:
@@ -202,7 +202,7 @@ def disk(size: int, place: Path) -> Iterator[Path]:
 
 
 def _size(path: Path) -> int:
-    """Bytes of its files in whole pages, as a tmpfs counts them."""
+    """Bytes of a folder's files in whole pages, as a tmpfs counts them."""
     return sum(-(-file.stat().st_size // 4096) * 4096 for file in path.rglob("*") if file.is_file())
 
 
@@ -216,7 +216,7 @@ def disks(top: Path) -> Iterator[str]:
         for where in ("cache", "output"):
             full = bad = 0
             if where == "cache" and name in ("synth", "convert"):
-                continue  # they use none
+                continue  # jobs that do not use the cache
             for tenth in range(10):
                 size = tenth * cache_size // 10 + 4096 if where == "cache" else needed + tenth * written // 10 + 8192
                 with disk(size, top / "disk") as small:
@@ -241,7 +241,7 @@ def disks(top: Path) -> Iterator[str]:
 
 
 def _at_once(runs: list[tuple[str, ...]], cache: Path, top: Path, seconds: float) -> list[tuple[int, str]]:
-    """The ends of commands that run side by side; -9 where one was killed."""
+    """Exit code and stderr of commands that run side by side; the code of a killed one is -9."""
     children = []
     for number, words in enumerate(runs):
         pid = os.fork()
@@ -292,7 +292,7 @@ def crowd(count: int, seed: int, top: Path) -> Iterator[str]:
 
 
 def main() -> None:
-    """Print a row a trial and what went wrong; exit 1 where anything did."""
+    """Print a row for each trial and what went wrong; exit 1 if anything did."""
     parser = argparse.ArgumentParser()
     parser.add_argument("-n", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)

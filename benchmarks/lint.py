@@ -1,8 +1,8 @@
-"""Does lint find anything in right dumps? Every weight type, prompt, set of points and length, both sides, with and without the model.
+"""False findings of lint in right dumps: every weight type, prompt, set of points and length, both sides, with and without the model.
 
-Run as `python benchmarks/lint.py [--quick] [--only NAME]` (models whose name holds NAME). Every finding is a false one and
-printed as it is met, repetition past its bounds excepted; the table comes last. The stories model is tried in each type that llama.cpp
-makes, random models in several shapes; all points with every prompt in one type.
+Run as `python benchmarks/lint.py [--quick] [--only NAME]` (models whose name holds NAME). Every finding is a false one, except
+repetition beyond its limits, and is printed at once; the table comes last. The stories model is tried in each weight type that llama.cpp
+makes, random models in several shapes; one type is tried with all points on every prompt.
 """
 
 import tempfile
@@ -45,7 +45,7 @@ TEXTS = {
     "one word": "no no no no no no no no no no no no no no no no",
 }
 LENGTHS = {1: 16, 2: 0, 33: 16, 500: 8}  # tokens of a prompt: how many are generated after it
-LONG = ("a story", "repeating")  # prompts after which 64 are
+LONG = ("a story", "repeating")  # prompts after which 64 tokens are generated
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Case:
 
 
 def models(folder: Path, reference: Reference, quick: bool, only: str) -> Iterator[tuple[str, Path, bool]]:
-    """Every model by name, and whether it is tried with everything."""
+    """Every model by name, and whether all points and every prompt are tried on it."""
     stories = default_model.path()
     for kind in ("Q8_0", "Q4_0") if quick else TYPES:
         path = folder / f"stories-{kind}.gguf"
@@ -75,7 +75,7 @@ def models(folder: Path, reference: Reference, quick: bool, only: str) -> Iterat
 
 
 def cases(name: str, path: Path, wide: bool, reference: Reference, quick: bool) -> Iterator[Case]:
-    """What one model is run on. A dump with 64 generated tokens holds the one with none."""
+    """The runs of one model. A dump with 64 generated tokens contains the one with none, so that is not run again."""
     story = reference.tokenize(path, " ".join([TEXTS["a story"]] * 24)).ids
     prompts = {f"{length} tokens": tuple(story[:length]) for length in LENGTHS}
     prompts |= {text: tuple(reference.tokenize(path, TEXTS[text]).ids) for text in TEXTS}
@@ -92,15 +92,15 @@ def cases(name: str, path: Path, wide: bool, reference: Reference, quick: bool) 
 def findings(
     case: Case, path: Path, folder: Path, reference: Reference, transformer: Transformer
 ) -> Iterator[tuple[str, Finding]]:
-    """What lint finds on either side, with the model and without."""
+    """What lint finds in either side's dump, with the model and without."""
     theirs, ours = folder / "ref.jsonl", folder / "ours.jsonl"
     job = DumpJob(path, theirs, case.tokens, mode="native", points=case.points, generate=case.generate)
     generated = reference.dump(job).generated
     dump(transformer, OursJob(ours, case.tokens, points=case.points, generated=generated))
     for side in (theirs, ours):
-        found = read(side)
+        dump_read = read(side)
         for facts in (None, ModelFacts(transformer.model)):
-            for finding in lint(found, facts).findings:
+            for finding in lint(dump_read, facts).findings:
                 yield f"{side.stem}{', with the model' if facts else ''}", finding
 
 

@@ -1,7 +1,7 @@
 """How far float32's own noise reaches in exact mode:  python benchmarks/noise.py [-n 20] [--tokens 512] [--truth]
 
-Our engine and llama.cpp on the embedded model, every layer's output: prompts of random ids, on which attention hangs on a
-knife's edge far more often than on text, and this repository's own files, text of another kind than the model was trained on.
+Our engine and llama.cpp on the embedded model, every layer's output: prompts of random ids, where near-ties in attention,
+which noise can tip, are far more frequent than in text, and this repository's own files, text unlike the model's training text.
 With `--truth`: how far two right engines are from llama.cpp, in proportion to llama.cpp's own distance from the same steps in
 float64 (what `parity.diff.truth.MULTIPLE` comes from).
 """
@@ -78,7 +78,7 @@ def main() -> None:
 
 @dataclass(frozen=True)
 class Noise:
-    """One prompt: its worst record against the exact limit, how many records are over it, and how many of these jump."""
+    """One prompt: its worst record against the exact limit, how many records exceed it, and how many of these jump."""
 
     records: int
     nmse: float
@@ -122,7 +122,7 @@ def compared(reference: Reference, folder: Path, tokens: tuple[int, ...], points
 
 
 def against_truth(reference: Reference, folder: Path, tokens: tuple[int, ...], points: str) -> None:
-    """Print, for each of two right engines, how far it is from llama.cpp where llama.cpp is so far from the truth."""
+    """Print, for each of two right engines, its distance from llama.cpp in proportion to llama.cpp's distance from float64."""
     ref = folder / "ref.jsonl"
     reference.dump(DumpJob(default_model.path(), ref, tokens, points=points))
     transformer = Transformer(GgufModel(default_model.path()), choose("numpy"))

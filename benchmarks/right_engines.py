@@ -1,4 +1,4 @@
-"""Right engines in any arithmetic: does any command accuse one, or call one exact that is not?
+"""Right engines in every arithmetic: does a command accuse one, or call one exact that is not?
 
     python benchmarks/right_engines.py [-n 1000] [--from 0] [--out FILE.jsonl] [--seconds S]
 
@@ -9,10 +9,10 @@ judge each; with `--explain` so does `explain`, which takes most of the time (`e
 
 *accused*: lint finds an error, or diff says divergence, or explain names a cause or a place. *called exact*: an answer that says, without
 "assumed", that an engine in lower arithmetic agrees as float32 does. *suspected* (lint's suspicions; a divergence that blames no
-operation, as "8-bit arithmetic, not declared" and "a fault, or what lower arithmetic costs this model") accuses nobody and is counted
-for itself.
+operation, such as "8-bit arithmetic, not declared" and "a fault, or what lower arithmetic costs this model") is no accusation and is
+counted separately.
 
-`--out` keeps one line an engine; a run with the same file goes on behind its last line. `--seconds` ends it after so long.
+`--out` keeps one line an engine; a run with the same file goes on after its last line. `--seconds` stops it after that time.
 """
 
 import argparse
@@ -56,11 +56,11 @@ from reference.jobs import DumpJob
 
 TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q5_1", "q4_k_m", "q6_k", "iq4_nl", "q3_k_m")
 SLICES = (10, 16, None)
-# Patterns of a divergence that blames no operation: rounding, or what --model decides.
+# Patterns of a divergence that blames no operation: rounding, or a question that only --model decides.
 UNDECIDED = ("eight-bits", "undecided", "precision", "drift")
 EACH = 2  # dumps of one engine
 MOST_LAYERS = 8
-_BUDGET = 60.0  # seconds that `explain` may search; a right engine needs a fraction of one
+_BUDGET = 60.0  # seconds that `explain` may search; for a right engine it needs a fraction of one
 
 Arithmetic = Callable[[Sequence[Step]], Sequence[Step]]
 
@@ -81,7 +81,7 @@ def _multiplies(step: Step) -> bool:
     return getattr(step.op, "name", "") in ("MUL_MAT", "MUL_MAT_ID") and any(step.weights)
 
 
-# Each arithmetic in the ways that engines have of it; one of them is drawn.
+# Each arithmetic in the ways that engines compute it; one of them is drawn.
 ARITHMETIC: dict[str, tuple[Arithmetic, ...]] = {
     "f32": (list, partial(_products, op=other_order)),
     "f16": (_rounded("f16", False), _rounded("f16", True), HALF_SUMS),
@@ -103,11 +103,11 @@ class Written:
 
     @staticmethod
     def drawn(draw: random.Random) -> "Written":
-        """One of all ways."""
+        """A random way."""
         return Written(draw.choice(SLICES), draw.choice(["default", "all"]), draw.random() < 0.5, draw.random() < 0.3)
 
     def of(self, whole: Dump, layers: int, compute: str) -> Dump:
-        """What is written of a dump that has everything."""
+        """The part of a full dump that the engine writes."""
         wanted = set(layer_outputs(range(layers))) if self.points == "default" else set(whole.points)
         points = {name: self._rows(rows) for name, rows in whole.points.items() if name in wanted}
         if self.bare:
@@ -156,9 +156,11 @@ def judged(model: Model, dump: Dump, way: Written, kind: str, *, explained: bool
     """What each command says of a right engine's dump: "right", "accused: …", "called exact" or "suspected: …"."""
     explain_case.recorded_graph = lambda _: model.graph  # recorded once a model, not once a command
     compute = kind if way.bare and way.stated else None
-    found = lint(dump, ModelFacts(model.faulty.transformer.model)).findings
-    errors = [finding.rule for finding in found if finding.severity == ERROR]
-    said = {"lint": f"accused: {errors}" if errors else f"suspected: {[one.rule for one in found]}" if found else "right"}
+    findings = lint(dump, ModelFacts(model.faulty.transformer.model)).findings
+    errors = [finding.rule for finding in findings if finding.severity == ERROR]
+    judgements = {
+        "lint": f"accused: {errors}" if errors else f"suspected: {[one.rule for one in findings]}" if findings else "right"
+    }
     for name, answer in (
         ("diff", lambda: compare(dump, model.ref, Options(compute=compute))),
         ("diff --model", lambda: compared_on(dump, model.ref, Options(compute=compute), model.path).verdict),
@@ -166,33 +168,33 @@ def judged(model: Model, dump: Dump, way: Written, kind: str, *, explained: bool
         verdict = answer()
         precision, first = verdict.precision, verdict.first_divergence
         if first is not None and verdict.pattern is not None and verdict.pattern.code in UNDECIDED:
-            said[name] = "suspected"
+            judgements[name] = "suspected"
         elif first is not None:
-            said[name] = f"accused: {first.checkpoint} {first.token_idx} {first.nmse:.1e}"
+            judgements[name] = f"accused: {first.checkpoint} {first.token_idx} {first.nmse:.1e}"
         elif verdict.record_faults:
-            said[name] = f"accused: {[(one.checkpoint, one.kind) for one in verdict.record_faults[:3]]}"
+            judgements[name] = f"accused: {[(one.checkpoint, one.kind) for one in verdict.record_faults[:3]]}"
         elif kind != "f32" and precision is not None and precision.arithmetic == "f32" and _visible(verdict):
-            said[name] = "called exact"
+            judgements[name] = "called exact"
         else:
-            said[name] = "right"
+            judgements[name] = "right"
     if not explained:
-        return said
+        return judgements
     answer = explain(dump, model.path, ExplainOptions(tokens=model.tokens, budget=_BUDGET, compute=compute))
     if answer.causes or not answer:
         causes = [(cause.named.fault, cause.named.layers) for cause in answer.causes]
-        said["explain"] = f"accused: {causes} {answer.first} {answer.law}"
+        judgements["explain"] = f"accused: {causes} {answer.first} {answer.law}"
     else:
-        said["explain"] = "right"
-    return said
+        judgements["explain"] = "right"
+    return judgements
 
 
 def _visible(verdict: Any) -> bool:
-    """Whether anything is further apart than float32's noise: what an arithmetic does not change at the recorded points is exact."""
+    """Whether any record differs by more than float32's noise; an arithmetic that changes no recorded point is rightly called exact."""
     return verdict.worst is not None and verdict.worst.of_limit > 1
 
 
 def engines(seed: int, folder: Path, reference: Reference, *, explained: bool) -> Iterator[dict[str, Any]]:
-    """The ten engines of one model, and what they are told."""
+    """The ten engines of one model, each with every command's judgement of it."""
     try:
         model = model_of(seed, folder, reference)
     except ParityError as error:
@@ -219,7 +221,7 @@ def engines(seed: int, folder: Path, reference: Reference, *, explained: bool) -
 
 
 def table(lines: Sequence[dict[str, Any]]) -> str:
-    """What was found, by arithmetic and command."""
+    """The judgements counted by arithmetic and command."""
     judged_lines = [line for line in lines if "said" in line]
     rows = [f"{len(judged_lines)} engines, {len(lines) - len(judged_lines)} refused; not right, of all:"]
     for kind in ARITHMETIC:
@@ -250,16 +252,16 @@ def main() -> None:
         seed = options.first
         while sum("said" in line for line in lines) < options.n and process_time() < options.seconds:
             if seed not in finished:
-                found = list(engines(seed, Path(folder), reference, explained=options.explain))
-                lines += found
+                new = list(engines(seed, Path(folder), reference, explained=options.explain))
+                lines += new
                 with options.out.open("a") as out:
-                    out.writelines(json.dumps(line) + "\n" for line in found)
-                for line in found:
+                    out.writelines(json.dumps(line) + "\n" for line in new)
+                for line in new:
                     odd = {name: text for name, text in line.get("said", {}).items() if text != "right"}
                     if odd:
                         print(line["seed"], line["model"], line["kind"], line["written"], odd, flush=True)
-                if "refused" in found[0]:
-                    print(seed, found[0]["refused"], flush=True)
+                if "refused" in new[0]:
+                    print(seed, new[0]["refused"], flush=True)
             seed += 1
     print(table(lines))
 

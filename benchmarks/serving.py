@@ -3,8 +3,8 @@
     python benchmarks/serving.py [--backend numpy|cupy|fast] [--model FILE]
 
 A single-threaded HTTP server whose handler answers a request with 32 greedy tokens, once with the default checkpoints
-recorded to a file and once without, in turns; the client's clock counts, until it has the answer. The file is whole soon
-after, before the handler returns: the second row. "fast" is the device's native mode.
+recorded to a file and once without, in turns. The first row is the client's time until it has the answer; the second, until
+the file is whole, which is soon after that and before the handler returns. "fast" is the device's native mode.
 """
 
 import argparse

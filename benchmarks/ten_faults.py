@@ -1,10 +1,10 @@
-"""Ten faults in each of ten architectures, and right engines: what `parity explain` says of them.
+"""Ten faults in each of ten architectures, and engines without a fault: what `parity explain` says of them.
 
     PYTHONPATH=tests python benchmarks/ten_faults.py run RESULTS.jsonl [--architecture gemma3]
     python benchmarks/ten_faults.py show RESULTS.jsonl > docs/ten-faults.md
 
-The faulty engines share no code with ours (`tests/faulty_engines.py`). `run` appends a line a case and leaves out what the file has
-already. The search sees the default points, sixteen values a row, of 16 tokens, and no word about the engine. Right engines are the
+The faulty engines share no code with ours (`tests/faulty_engines.py`). `run` appends a line a case and skips those that the file has
+already. The search sees the default points, sixteen values a row, of 16 tokens, and nothing about the engine. Right engines are the
 NumPy engine in F32, F16 and BF16 arithmetic and llama.cpp itself, on one prompt each.
 """
 
@@ -50,16 +50,16 @@ def model_of(name: str, folder: Path, reference: Reference) -> Path:
 
 
 def outcome(answer: Explanation, case: Case) -> dict[str, Any]:
-    """Whether the answer names the fault and nothing besides."""
-    said = [f"{cause.named.fault} {cause.named.parameters}" for cause in answer.causes]
+    """How the answer counts, and whether it names the fault and nothing besides."""
+    causes = [f"{cause.named.fault} {cause.named.parameters}" for cause in answer.causes]
     if answer.first is None:
         return {"outcome": "no effect"}
     names = {named.fault for cause in answer.causes[:1] for named in (cause.named, *cause.equivalent)}
     whole = len(answer.causes) == 1 and answer.remaining is None
     if whole and not names.isdisjoint(case.names):
-        return {"outcome": "named", "said": said}
+        return {"outcome": "named", "said": causes}
     left = answer.remaining.checkpoint if answer.remaining else "nothing"
-    return {"outcome": "missed", "said": said, "left": left, "arithmetic": answer.precision_only, "complete": answer.complete}
+    return {"outcome": "missed", "said": causes, "left": left, "arithmetic": answer.precision_only, "complete": answer.complete}
 
 
 def judged(dump: Dump, model: Path, tokens: tuple[int, ...]) -> tuple[Explanation, float]:
@@ -70,7 +70,7 @@ def judged(dump: Dump, model: Path, tokens: tuple[int, ...]) -> tuple[Explanatio
 
 
 def run(out: Path, only: str | None) -> None:
-    """Append what the file does not have."""
+    """Append a line for each case that the file does not have."""
     known = {json.loads(line)["key"] for line in out.read_text().splitlines()} if out.exists() else set()
     with tempfile.TemporaryDirectory() as temporary, Reference() as reference, out.open("a") as file:
         folder = Path(temporary)
@@ -92,31 +92,31 @@ def run(out: Path, only: str | None) -> None:
                 if key not in known:
                     answer, seconds = judged(dump, model, tokens_of(model, TOKENS, seed=seed))
                     accused = bool(answer.causes) or (answer.first is not None and not answer.precision_only)
-                    said = [f"{cause.named.fault} {cause.named.parameters}" for cause in answer.causes]
+                    causes = [f"{cause.named.fault} {cause.named.parameters}" for cause in answer.causes]
                     line = {
                         "key": key,
                         "model": name,
                         "title": title,
                         "outcome": "accused" if accused else "right",
-                        "said": said,
+                        "said": causes,
                     }
                     file.write(json.dumps(line | {"seconds": seconds, "arithmetic": answer.precision_only}) + "\n")
                     file.flush()
 
 
 def right_engines(name: str, model: Path, reference: Reference, folder: Path) -> list[tuple[str, Dump, int]]:
-    """Engines without a fault: what they are, their dump, and the seed of its prompt."""
-    found = []
+    """Engines without a fault: a description, the dump, and the seed of its prompt."""
+    right = []
     untouched = Case("right: llama.cpp", lambda _file: None, ())
     for seed in (8,):
         tokens = tokens_of(model, TOKENS, seed=seed)
-        found.append((untouched.title, dump_of(untouched, model, tokens, reference, folder), seed))
+        right.append((untouched.title, dump_of(untouched, model, tokens, reference, folder), seed))
         if recipe(name).architecture in HABITS:
             for kind in _ARITHMETIC:
                 made = Families(model, arithmetic=kind).run(tokens)
                 dump = bare(made, folder / "right.jsonl")
-                found.append((f"right: NumPy in {kind.upper()}", replace(dump, header=None), seed))
-    return found
+                right.append((f"right: NumPy in {kind.upper()}", replace(dump, header=None), seed))
+    return right
 
 
 def show(path: Path) -> None:
@@ -137,13 +137,13 @@ def show(path: Path) -> None:
         print(f"| {name} | {counts} | {middle:.1f} | {seconds[-1]:.1f} |")
     print("\n| architecture | fault | engine | answer |\n" + "|---" * 4 + "|")
     for line in faults:
-        said = "; ".join(line.get("said", [])) or line["outcome"]
+        text = "; ".join(line.get("said", [])) or line["outcome"]
         mark = "" if line["outcome"] == "named" else f"**{line['outcome']}** "
-        print(f"| {line['model']} | {line['title']} | {line['engine']} | {mark}{said} |")
+        print(f"| {line['model']} | {line['title']} | {line['engine']} | {mark}{text} |")
 
 
 def main() -> None:
-    """Run cases, or print what there is."""
+    """Run cases, or print the tables from the results so far."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("command", choices=("run", "show"))
     parser.add_argument("results", type=Path)

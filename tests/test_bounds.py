@@ -123,10 +123,10 @@ def test_a_small_dump_is_answered_soon_and_in_little_memory(tmp_path: Path, name
     path = tmp_path / name
     path.write_bytes(FILES[name]())
     assert path.stat().st_size < 10_000_000
-    code, said = bounded("lint", path)
-    assert code in (0, 1, 2), (code, said)
-    assert "not enough memory" not in said
-    assert len(said.splitlines()) <= 1
+    code, printed = bounded("lint", path)
+    assert code in (0, 1, 2), (code, printed)
+    assert "not enough memory" not in printed
+    assert len(printed.splitlines()) <= 1
 
 
 @pytest.mark.slow
@@ -138,9 +138,9 @@ def test_a_small_dump_is_compared_and_converted_soon(tmp_path: Path, name: str) 
     path = tmp_path / name
     path.write_bytes(FILES[name]())
     for words in (("diff", path, path), ("convert", path, "-o", tmp_path / "converted.jsonl")):
-        code, said = bounded(*words)
-        assert code in (0, 1, 2), (words[0], code, said)
-        assert len(said.splitlines()) <= 1
+        code, printed = bounded(*words)
+        assert code in (0, 1, 2), (words[0], code, printed)
+        assert len(printed.splitlines()) <= 1
 
 
 @pytest.mark.parametrize(

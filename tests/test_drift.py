@@ -281,5 +281,5 @@ def test_golden_prompts_on_workers(parity: Cli, tmp_path: Path) -> None:
     alone, together = parity.json(*check), parity.json(*check, "--workers", "2")
     assert alone[0] == together[0] == 0
     assert alone[1] == together[1]
-    said = parity(*check, "--cluster", "tcp://127.0.0.1:9")
-    assert (said.code, len(said.err.splitlines())) == (2, 1)
+    ran = parity(*check, "--cluster", "tcp://127.0.0.1:9")
+    assert (ran.code, len(ran.err.splitlines())) == (2, 1)

@@ -89,15 +89,15 @@ def test_routing_is_judged_as_a_set() -> None:
     for theirs in (right, right[:, [1, 0, 3, 2]], right[:, :2]):
         assert routing_error(two, values, right, theirs.astype(np.float32))[0].max() == 0
     tie = np.array([[0, 1, 2, 3], [2, 0, 1, 3]], np.float32)
-    errors, said = routing_error(two, values, right, tie)
-    assert (errors.max(), said) == (0, "1 near ties fell the other way (margin 0)")
+    errors, note = routing_error(two, values, right, tie)
+    assert (errors.max(), note) == (0, "1 near ties fell the other way (margin 0)")
     for wrong, reason in (
         ([0, 2, 1, 3], "it chose 2 (0.2) and not 1 (0.3)"),
         ([0, 0, 1, 2], "it chose 0, 0"),
         ([9, 0, 1, 2], "it chose 9, 0"),
     ):
-        errors, said = routing_error(two, values, right, np.array([wrong, [0, 1, 2, 3]], np.float32))
-        assert (errors.tolist(), said) == ([np.inf, 0], reason)
+        errors, note = routing_error(two, values, right, np.array([wrong, [0, 1, 2, 3]], np.float32))
+        assert (errors.tolist(), note) == ([np.inf, 0], reason)
     assert "1 were chosen instead of 2" in routing_error(two, values, right, right[:, :1].astype(np.float32))[1]
 
 

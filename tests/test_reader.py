@@ -240,7 +240,7 @@ def printed_lines(draw: st.DrawFn) -> str:
 def test_many_lines_at_once_give_what_each_gives_alone(tmp_path: Path, lines: list[str]) -> None:
     """The fast way and the careful one read the same values, places, shapes, quanta and skipped lines, or both refuse."""
     text = "\n".join(lines)
-    found = []
+    outcomes = []
     for careful in (False, True):
         with pytest.MonkeyPatch.context() as patch:
             if careful:
@@ -248,10 +248,10 @@ def test_many_lines_at_once_give_what_each_gives_alone(tmp_path: Path, lines: li
             try:
                 dump = parsed(tmp_path, text)
             except DumpError as error:
-                found.append(str(error))
+                outcomes.append(str(error))
             else:
-                found.append([dump.skipped, dump.torn, *(fields_of(rows) for rows in dump.points.values())])
-    assert repr(found[0]) == repr(found[1])
+                outcomes.append([dump.skipped, dump.torn, *(fields_of(rows) for rows in dump.points.values())])
+    assert repr(outcomes[0]) == repr(outcomes[1])
 
 
 @pytest.mark.parametrize("padding", ["", "p" * 2048], ids=["short", "wide"])

@@ -31,7 +31,7 @@ def text(tmp_path: Path) -> Path:
 def definitions(reference: Reference, model: Path, folder: Path, mode: str) -> list[tuple[np.ndarray, int]]:
     """(log-probabilities float64 [V], next id) of every scored position, from dumps of whole rows: perplexity.cpp in plain NumPy."""
     tokens = reference.tokenize(model, TEXT)
-    found = []
+    scored = []
     for start in range(0, len(tokens.ids) - CONTEXT + 1, CONTEXT):
         ids = list(tokens.ids[start : start + CONTEXT])
         if tokens.add_bos:
@@ -41,8 +41,8 @@ def definitions(reference: Reference, model: Path, folder: Path, mode: str) -> l
         rows = read(out).points["logits"]
         for position in range(CONTEXT // 2, CONTEXT - 1):
             x = rows.values[position].astype(np.float64)
-            found.append((x - x.max() - np.log(np.exp(x - x.max()).sum()), ids[position + 1]))
-    return found
+            scored.append((x - x.max() - np.log(np.exp(x - x.max()).sum()), ids[position + 1]))
+    return scored
 
 
 @pytest.mark.slow

@@ -92,10 +92,10 @@ def answering(tops: dict[str, float]) -> type[http.server.BaseHTTPRequestHandler
             self.rfile.read(int(self.headers["Content-Length"]))
             logprobs = {"tokens": [" the"], "token_logprobs": [-0.5], "top_logprobs": [tops]}
             listed = [{"id": 500 + n, "token": text, "logprob": value} for n, (text, value) in enumerate(tops.items())]
-            said = {"choices": [{"text": " the", "logprobs": logprobs}]}
+            reply = {"choices": [{"text": " the", "logprobs": logprobs}]}
             if self.path.endswith("/completion"):
-                said = {"completion_probabilities": [{"id": 5, "token": " the", "logprob": -0.5, "top_logprobs": listed}]}
-            body = json.dumps(said).encode()
+                reply = {"completion_probabilities": [{"id": 5, "token": " the", "logprob": -0.5, "top_logprobs": listed}]}
+            body = json.dumps(reply).encode()
             self.send_response(200)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()

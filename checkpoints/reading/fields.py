@@ -49,19 +49,19 @@ def number(value: Any) -> float:
     return np.nan if value is None else float(value)
 
 
-def numbers(found: Any, name: str) -> NDArray[np.float64]:
+def numbers(values: Any, name: str) -> NDArray[np.float64]:
     """A list of numbers, or of words for non-finite ones, as an array.
 
     Raises:
         TypeError: it is not a list, or an element is not a number; ValueError: an unknown word.
     """
-    if not isinstance(found, list):
-        raise TypeError(f"{name} must be a list of numbers, not {found!r:.40}")
-    kinds = {type(value) for value in found}
+    if not isinstance(values, list):
+        raise TypeError(f"{name} must be a list of numbers, not {values!r:.40}")
+    kinds = {type(value) for value in values}
     if not kinds <= {float, int}:
-        known = {word: number(word) for word in {value for value in found if isinstance(value, str)}}
-        found = [known[value] if isinstance(value, str) else number(value) for value in found]
-    return np.array(found, dtype=np.float64)
+        known = {word: number(word) for word in {value for value in values if isinstance(value, str)}}
+        values = [known[value] if isinstance(value, str) else number(value) for value in values]
+    return np.array(values, dtype=np.float64)
 
 
 def statistics(content: Any) -> dict[str, Any]:

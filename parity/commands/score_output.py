@@ -109,8 +109,8 @@ def explained_quietly(
     if server is not None:
         from reports import server as room
 
-        found = _server_there(request, server)
-        return room.as_json(found), PARITY_CODE if found else DIVERGENCE_CODE
+        verdict = _server_there(request, server)
+        return room.as_json(verdict), PARITY_CODE if verdict else DIVERGENCE_CODE
     if source == EXEC:
         from reference.client import Reference
 

@@ -171,10 +171,10 @@ def _by_truth(measured: Measured, limit: Floats, truth: Truth) -> tuple[Floats, 
     near = (nmse > limit) & (nmse <= np.where(coarse, LARGEST_ROUNDING, NO_ROUNDING))
     if not near.any():
         return limit, ()
-    found = truth.distances({pair.point: pair.ref for pair in measured.pairs})
-    if not found:
+    distances = truth.distances({pair.point: pair.ref for pair in measured.pairs})
+    if not distances:
         return None
-    distance = _joined(measured, found)
+    distance = _joined(measured, distances)
     keys = measured.point, measured.seq, measured.token_idx
     higher = raised(nmse, limit, distance, *keys, np.zeros(len(nmse), dtype=np.bool_))
     if (near & coarse).any():
@@ -191,10 +191,10 @@ def _by_truth(measured: Measured, limit: Floats, truth: Truth) -> tuple[Floats, 
     )
 
 
-def _joined(measured: Measured, found: Mapping[str, Floats]) -> Floats:
+def _joined(measured: Measured, distances: Mapping[str, Floats]) -> Floats:
     """The distances of all records, [R]; NaN where none is known."""
     none = (np.full(len(pair.ref), np.nan) for pair in measured.pairs)
-    known = [of_few(found.get(pair.point, far), pair.ref) for pair, far in zip(measured.pairs, none, strict=True)]
+    known = [of_few(distances.get(pair.point, far), pair.ref) for pair, far in zip(measured.pairs, none, strict=True)]
     return np.concatenate(known)
 
 

@@ -208,16 +208,16 @@ def _select(
             return heads
     first = members[place[members] == torn[0]]
     steps = sorted(set(rows.step[members].tolist()))
-    said = f"position {int(rows.token_idx[first[0]])} of {rows.point}"
+    place_of_first = f"position {int(rows.token_idx[first[0]])} of {rows.point}"
     if len(steps) == 1:
         raise DumpError(
-            f"{path} has contradicting records of {said}, all of step {steps[0]}.",
+            f"{path} has contradicting records of {place_of_first}, all of step {steps[0]}.",
             'Number the forward passes in "step", or the sequences in "seq".',
             code="contradiction",
         )
     listed = ", ".join(map(str, steps[:12])) + (", …" if len(steps) > 12 else "")
     raise DumpError(
-        f"{path} has contradicting records of {said}, of steps {listed}"
+        f"{path} has contradicting records of {place_of_first}, of steps {listed}"
         + (f"; step {step} does not have exactly one of each." if step is not None else "."),
         "Choose one with --step.",
         code="contradiction",
