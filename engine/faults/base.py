@@ -7,7 +7,7 @@ from inspect import signature
 from itertools import product
 from typing import Any
 
-from checkpoints.points import parse
+from checkpoints.points import ENCODER, parse
 
 from .. import ops
 from ..graph import PASSES, POSITIONS, TOKENS, Read, Step, Weight, name_of, read_as
@@ -135,7 +135,8 @@ class Planting:
             if not _takes(step.op, len(step.reads) + len(step.weights), frozenset(step.params)):
                 raise NotApplicable(f"{step.makes}: another fault has changed the same operation")
             for name in step.names:
-                if name not in new_names and self.order.get(name, number if name not in _GIVEN else -1) >= number:
+                given = name in _GIVEN or name.startswith(ENCODER)  # a decoder is given what its encoder makes
+                if name not in new_names and self.order.get(name, -1 if given else number) >= number:
                     raise NotApplicable(f"{step.makes} would read {name} before it is computed")
             new_names.add(step.makes)
 

@@ -80,7 +80,7 @@ class Fitting:
         self._state = state
         self._layers = layers
         self._point = state.first.point
-        self._rows = min(state.first.row + 2, screening.rows)
+        self._rows = screening.enough(state.first.row + 2)
 
     def states(self) -> Iterator[State]:
         """States that get beyond the first place by a number; each fault once, the number with as few digits as will do."""

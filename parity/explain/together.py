@@ -153,7 +153,7 @@ class Together:
     def _rows(self, *candidates: Candidate) -> int:
         """How many rows show the first place: none after it, but for faults by which later positions act on earlier ones."""
         whole = any(one.fault.whole for one in (*self._state.faults, *candidates))
-        return self._screening.rows if whole else self._first.row + 1
+        return self._screening.rows if whole else self._screening.enough(self._first.row + 1)
 
     def _replay(self, steps: Sequence[Step], rows: int) -> Replay:
         return self._screening.make(self._until(steps), rows, None)
