@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from explaining import PROMPT, RIGHT, small_engine, unstated
-from planted import Faulty, Planted, tokens_of
+from planted import PATIENT, Faulty, Planted, tokens_of
 
 from checkpoints.answers.explain import Explanation, Place, TruthAt
 from checkpoints.record import Dump
@@ -21,8 +21,6 @@ from parity.diff.compare import compare
 from parity.explain.explain import ExplainOptions, explain
 from parity.models import embedded
 from reports.explanation import lines
-
-_PATIENT = ExplainOptions(budget=300.0)
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +88,7 @@ def test_a_number_that_is_a_little_wrong_is_fitted_and_no_lower_arithmetic(
 ) -> None:
     """From the default points, whether the dump says f32 or nothing: the value is said with the one that the model wants."""
     dump = faulty(llama, name, **parameters)
-    explanation = explain(dump if stated else unstated(dump), llama.model, _PATIENT)
+    explanation = explain(dump if stated else unstated(dump), llama.model, PATIENT)
     assert not explanation
     assert explanation.remaining is None
     classes = [explanation.causes[0].named, *explanation.causes[0].equivalent]
@@ -101,8 +99,8 @@ def test_a_number_that_is_a_little_wrong_is_fitted_and_no_lower_arithmetic(
 def test_f16_arithmetic_is_no_excuse_where_the_header_says_f32(engine: Faulty) -> None:
     """The same numbers: of an engine that says nothing it is arithmetic, of one that says f32 it is not what it says."""
     dump = engine.dump(RIGHT, PROMPT, steps=rounded(engine.right, "f16", storage=True))
-    free = explain(unstated(dump), engine.model, _PATIENT)
-    bound = explain(dump, engine.model, _PATIENT)
+    free = explain(unstated(dump), engine.model, PATIENT)
+    bound = explain(dump, engine.model, PATIENT)
     alike = ("f16", "tf32")  # both keep eleven bits: which of the two fits better is the processor's luck
     assert free.precision_only in alike
     assert (free.looks_like, bool(free)) == ("", True)
@@ -110,7 +108,7 @@ def test_f16_arithmetic_is_no_excuse_where_the_header_says_f32(engine: Faulty) -
     assert (bound.precision_only, bool(bound), bound.causes) == ("", False, ())
     assert set(alike) <= {bound.looks_like, *bound.precision_alike}, "F16 and TF32 keep eleven bits: both are said"
     assert any("the header says f32" in line.plain for line in lines(bound, 300))
-    again = explain(unstated(dump), engine.model, replace(_PATIENT, compute="f32"))
+    again = explain(unstated(dump), engine.model, replace(PATIENT, compute="f32"))
     assert any("--compute f32 was given" in line.plain for line in lines(again, 300))
     assert again.precision_only == ""
     assert again.looks_like in alike
@@ -154,27 +152,27 @@ def test_nan_agrees_with_nothing(stories: Faulty) -> None:
 @pytest.mark.parametrize("by", [1, -1])
 def test_the_embeddings_neighbour_is_named(engine: Faulty, by: int) -> None:
     """The row of the id above or below, and not a beginning of the sequence that happens to fit one position."""
-    explanation = explain(faulty(engine, "embedding-row", by=by), engine.model, _PATIENT)
+    explanation = explain(faulty(engine, "embedding-row", by=by), engine.model, PATIENT)
     assert (names(explanation), explanation.remaining) == (["embedding-row"], None)
 
 
 @pytest.mark.parametrize("by", [1, -1])
 def test_values_of_another_position_are_named(engine: Faulty, by: int) -> None:
     """V read at an offset of one position."""
-    explanation = explain(faulty(engine, "cache-shifted", by=by, at=("v_read",)), engine.model, _PATIENT)
+    explanation = explain(faulty(engine, "cache-shifted", by=by, at=("v_read",)), engine.model, PATIENT)
     assert (names(explanation), explanation.remaining) == (["cache-shifted"], None)
 
 
 @pytest.mark.parametrize("read", [("v_read", "k_rope"), ("k_read", "v")])
 def test_one_cache_for_both_is_named(engine: Faulty, read: tuple[str, str]) -> None:
     """Keys read where values are wanted, or the other way round, and no lead that takes most of one record's error away."""
-    explanation = explain(faulty(engine, "cache-of-other", read=read), engine.model, _PATIENT)
+    explanation = explain(faulty(engine, "cache-of-other", read=read), engine.model, PATIENT)
     assert (names(explanation), explanation.remaining) == (["cache-of-other"], None)
 
 
 def test_queries_that_are_rotated_too_far_are_named(engine: Faulty) -> None:
     """An offset of the queries' positions is a number of its own: not "rotates backwards", which takes 96 % of the error away."""
-    explanation = explain(faulty(engine, "rope-position", position=5.0, at=("q_rope",)), engine.model, _PATIENT)
+    explanation = explain(faulty(engine, "rope-position", position=5.0, at=("q_rope",)), engine.model, PATIENT)
     assert explanation.remaining is None
     assert explanation.causes[0].named.fault == "rope-position"
     assert explanation.causes[0].named.parameters["position"] in (5.0, -5.0)
@@ -189,7 +187,7 @@ def test_a_fault_that_amplifies_rounding_has_no_second_cause(stories: Faulty) ->
         name: replace(rows, values=rows.values * (1 + np.float32(2e-3) * (name == "blk.23.l_out")))
         for name, rows in dump.points.items()
     }
-    explanation = explain(dump, stories.model, _PATIENT)
+    explanation = explain(dump, stories.model, PATIENT)
     assert (names(explanation), explanation.remaining) == (["residual-missing"], None)
     more = explain(replace(dump, points=values), stories.model, ExplainOptions(budget=10.0))
     assert more.remaining is not None, "an error of 4e-6 that is not the fault's own rounding stays"
@@ -242,7 +240,7 @@ def test_what_the_numbers_say_is_said_in_a_sentence(
     engine: Faulty, point: str, change: Callable[[Array], Array], said: str
 ) -> None:
     """One operation is wrong as no entry describes it: it is named, its law is said, nothing is accused, and the search ends."""
-    explanation = explain(edited(engine, point, change), engine.model, ExplainOptions(budget=600.0))
+    explanation = explain(edited(engine, point, change), engine.model, PATIENT)
     assert explanation.first is not None
     assert (explanation.first.checkpoint, explanation.law, names(explanation)) == (point, said, [])
     assert explanation.placed is not None
@@ -257,7 +255,7 @@ def test_what_the_numbers_say_is_said_in_a_sentence(
 )
 def test_a_number_at_one_operation_is_a_cause(engine: Faulty, change: Callable[[Array], Array], name: str) -> None:
     """A result that is scaled or shifted reproduces every record behind it: its number is fitted."""
-    explanation = explain(edited(engine, "blk.2.ffn_up", change), engine.model, _PATIENT)
+    explanation = explain(edited(engine, "blk.2.ffn_up", change), engine.model, PATIENT)
     assert (names(explanation), explanation.remaining) == ([name], None)
     assert explanation.causes[0].named.parameters["by"] in (1.002, 0.01)
 
@@ -265,7 +263,7 @@ def test_a_number_at_one_operation_is_a_cause(engine: Faulty, change: Callable[[
 @pytest.mark.slow
 def test_a_number_of_the_first_layer_is_not_said_of_all(engine: Faulty) -> None:
     """Keys scaled in layer 0 alone: what explains that layer in all layers explains a part, and no part is a cause."""
-    explanation = explain(edited(engine, "blk.0.k_rope", lambda x: x * np.float32(0.65), "default"), engine.model, _PATIENT)
+    explanation = explain(edited(engine, "blk.0.k_rope", lambda x: x * np.float32(0.65), "default"), engine.model, PATIENT)
     assert explanation.remaining is None
     assert [cause.named.layers for cause in explanation.causes] == [(0,)]
 
@@ -307,9 +305,7 @@ def _operand(steps: Sequence[Step], name: str, operand: str) -> list[Step]:
 
 def test_heads_of_which_one_is_recorded_are_heads(engine: Faulty) -> None:
     """Eight values of the first key head are those of the second: no row is said to be rolled."""
-    explanation = explain(
-        edited(engine, "blk.2.v", lambda x: np.roll(x, 8, axis=1), size=8), engine.model, ExplainOptions(budget=600.0)
-    )
+    explanation = explain(edited(engine, "blk.2.v", lambda x: np.roll(x, 8, axis=1), size=8), engine.model, PATIENT)
     assert explanation.law == "head 0 is the right head 1 (1 of 2 heads recorded)"
 
 
@@ -321,7 +317,7 @@ def _not_finite(x: Array) -> Array:
 
 def test_infinities_are_said_where_they_are(engine: Faulty) -> None:
     """Two infinite elements of one position: the law says which, and that the others are right."""
-    explanation = explain(edited(engine, "blk.2.q", _not_finite), engine.model, ExplainOptions(budget=600.0))
+    explanation = explain(edited(engine, "blk.2.q", _not_finite), engine.model, PATIENT)
     assert explanation.law.startswith("everything up to element 1 is ∞")
     assert explanation.law.endswith("the others are right")
     assert names(explanation) == []
@@ -376,7 +372,7 @@ def test_zeros_behind_an_unseen_infinity_are_not_attention(engine: Faulty) -> No
 def test_another_operand_is_named(engine: Faulty) -> None:
     """K made from another layer's norm: the value that it is made from is said."""
     dump = engine.dump(RIGHT, PROMPT, points="*", size=1 << 20, steps=_operand(engine.right, "blk.2.k", "blk.0.ffn_norm"))
-    explanation = explain(dump, engine.model, _PATIENT)
+    explanation = explain(dump, engine.model, PATIENT)
     assert explanation.law == "is what this operation makes of blk.0.ffn_norm instead of blk.2.attn_norm"
     assert names(explanation) == []
 
@@ -398,11 +394,11 @@ def test_a_lead_takes_the_error_away_everywhere(engine: Faulty) -> None:
 def test_the_truth_is_told_beside_both_sides(engine: Faulty) -> None:
     """With the arbiter the first place says how far the dump and a right float32 engine are from the same steps in float64."""
     dump = faulty(engine, "norm-epsilon", eps=1e-5)
-    explanation = explain(dump, engine.model, replace(_PATIENT, arbiter="all"))
+    explanation = explain(dump, engine.model, replace(PATIENT, arbiter="all"))
     assert explanation.truth is not None
     assert explanation.truth.right < 1e-12
     assert explanation.truth.ours > 1e-10
-    assert explain(dump, engine.model, replace(_PATIENT, arbiter="off")).truth is None
+    assert explain(dump, engine.model, replace(PATIENT, arbiter="off")).truth is None
 
 
 def test_a_right_engine_in_lower_arithmetic_is_coarser_not_wrong(engine: Faulty) -> None:
@@ -417,7 +413,7 @@ def test_a_right_engine_in_lower_arithmetic_is_coarser_not_wrong(engine: Faulty)
 def test_what_was_not_seen_is_not_acquitted(engine: Faulty) -> None:
     """Where all 16 recorded values of a row agree, the answer says that these are all that is known; whole rows leave nothing to say."""
     dump = engine.dump(RIGHT, PROMPT)
-    slices = explain(dump, engine.model, _PATIENT)
+    slices = explain(dump, engine.model, PATIENT)
     assert slices
     assert any("16 of " in line.plain and "no sketch" in line.plain for line in lines(slices, 200))
     assert not any(
@@ -436,7 +432,7 @@ def test_a_fault_outside_of_the_slice_is_not_a_factor_of_one(engine: Faulty) -> 
         replace(step, op=lambda *inputs, op=step.op, **params: late(op(*inputs, **params))) if step.makes == "logits" else step
         for step in engine.right
     ]
-    explanation = explain(engine.dump(RIGHT, PROMPT, steps=steps, bare=False), engine.model, _PATIENT)
+    explanation = explain(engine.dump(RIGHT, PROMPT, steps=steps, bare=False), engine.model, PATIENT)
     assert explanation.first is not None
     assert explanation.first.checkpoint == "logits"
     assert explanation.law == "every recorded element is right: what differs was not recorded"
