@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fault_places import PLACES
+from fault_places import HALVES, PLACES
 from planted import PATIENT, Faulty, Planted, tokens_of
 
 from engine.faults import CATALOGUE
@@ -45,7 +45,7 @@ _MODELS: dict[str, tuple[Shape, str]] = {
     "keys-permuted-by-query-heads": (_BLOCKS, "f16"),
 }
 # Those that only some architectures can have are shown in test_explain_architectures.
-_ANYWHERE = [name for name in CATALOGUE if name not in PLACES]
+_ANYWHERE = [name for name in CATALOGUE if name not in PLACES and name not in HALVES]
 _BY_LLAMA = {"Q3_K_M", "Q4_K_M", "Q6_K"}  # types that gguf-py cannot make
 
 Models = Callable[[str], Faulty]

@@ -9,17 +9,18 @@ from typing import Any
 import numpy as np
 import pytest
 from cli import Cli
-from planted import Faulty, Planted, tokens_of
+from fault_places import HALVES
+from planted import PATIENT, Faulty, Planted, tokens_of
 
 from checkpoints.answers.explain import Explanation
 from checkpoints.reading.reader import read
 from engine.faults import CATALOGUE, as_recorded, plant
 from engine.graph import Step
-from engine.halves import as_encoder, encoder_alone
+from engine.halves import as_encoder, decoder_alone, encoder_alone
 from engine.opened import open_plain
 from engine.transformer import Transformer
 from engine.weights.gguf_model import GgufModel
-from parity.explain.explain import ExplainOptions, explain
+from parity.explain.explain import explain
 from parity.run.ours import OursJob, dump
 from reference.client import Reference
 from reference.jobs import DumpJob
@@ -49,12 +50,15 @@ def explained(
     decoder: Planting | None = None,
     points: str = "default",
     *,
-    unstated: bool = False,
+    handed_over: Planting | None = None,
 ) -> Explanation:
     """The explanation of sixteen values a record of an engine with these faults."""
     right = engine.encoder or (), engine.steps
     try:
         engine.encoder = as_encoder(_with(encoder_alone(right[0]), encoder))
+        if handed_over is not None:  # the decoder reads the last value of the encoder's pass
+            changed = _with(decoder_alone(right[0], right[1]), handed_over)[0]
+            engine.encoder = [*engine.encoder, replace(changed, makes="enc.handed")]
         engine.steps = _with(right[1], decoder)
         with np.errstate(all="ignore"):
             dump(engine, OursJob(out, IDS, generated=GENERATED, points=points))
@@ -62,9 +66,7 @@ def explained(
         engine.encoder, engine.steps = right
     found = read(out)
     found = replace(found, points={name: replace(rows, sketch=None, stats={}) for name, rows in found.points.items()})
-    if unstated and found.header is not None:
-        found = replace(found, header=replace(found.header, compute=""))
-    return explain(found, engine.model.path, ExplainOptions(budget=20))
+    return explain(found, engine.model.path, PATIENT)
 
 
 def named(explanation: Explanation) -> list[str]:
@@ -119,6 +121,18 @@ def test_a_fault_in_each_half(engine: Transformer, tmp_path: Path) -> None:
     assert named(explanation) == ["norm-skipped", "transposed"]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", HALVES)
+def test_what_only_encoder_decoders_can_have(engine: Transformer, tmp_path: Path, name: str) -> None:
+    """Each fault of what one half reads of the other, of cross-attention and of relative positions is named."""
+    where, parameters = HALVES[name]
+    explanation = explained(engine, tmp_path / "ours.jsonl", **{where.replace(" ", "_"): (name, parameters, None)})
+    assert len(explanation.causes) == 1
+    assert explanation.remaining is None
+    assert name in {explanation.causes[0].named.fault, *(other.fault for other in explanation.causes[0].equivalent)}
+    assert all((CATALOGUE[name].symptom, CATALOGUE[name].fix, CATALOGUE[name].seen))
+
+
 def test_an_encoder_that_was_not_recorded(engine: Transformer, tmp_path: Path) -> None:
     """A decoder's fault is named without the encoder's records, and the answer says what was not seen."""
     explanation = explained(
@@ -154,5 +168,5 @@ def test_an_encoder_alone_is_replayed_over_all_of_its_rows(
     model = small_model("t5encoder", layers=3)
     engine = Faulty(model, reference.graph(model))
     tokens = tokens_of(model, 9, seed=4)
-    explanation = explain(engine.dump(Planted(((*fault, layers),)), tokens), model, ExplainOptions(tokens=tokens, budget=20))
+    explanation = explain(engine.dump(Planted(((*fault, layers),)), tokens), model, replace(PATIENT, tokens=tokens))
     assert named(explanation) == [fault[0]]

@@ -11,8 +11,9 @@ from explaining import unstated
 from planted import PATIENT, Faulty, Planted, tokens_of
 
 from engine.backend import Array
-from engine.faults import FITTED, plant
+from engine.faults import CATALOGUE, FITTED, plant
 from engine.replay.precision import rounded
+from engine.replay.wide import without_tables
 from parity.arbiter.arbiter import Arbiter
 from parity.explain.explain import ExplainOptions, explain
 from reference.client import Reference
@@ -122,3 +123,23 @@ def test_what_earlier_positions_leave_is_named_as_the_model_has_it(
     spoiled = engine.dump(Planted(()), tokens_of(model, 7, seed=2), points="embd,blk.*.l_out,logits", steps=steps)
     explanation = explain(spoiled, model, ExplainOptions(budget=4.0))
     assert f"position 0 is right, all later ones wrong: {acts}" in [lead.sentence for lead in explanation.leads]
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("eps", [None, 1e-4])
+def test_a_fault_smaller_than_what_the_table_of_gelu_costs(
+    reference: Reference, small_model: Callable[..., Path], exact: bool, eps: float | None
+) -> None:
+    """A wrong ε hides behind ggml's table of float16, in an engine with that table and in one with the function itself: it is named."""
+    model = small_model("gemma")
+    engine = Faulty(model, reference.graph(model))
+    steps = list(engine.right)
+    if eps is not None:
+        steps = plant(steps, CATALOGUE["norm-epsilon"], eps=eps, at=("attn_norm", "ffn_norm", "output_norm"))
+    if exact:
+        steps = without_tables(steps)
+    dump = engine.dump(Planted(()), tokens_of(model, 8, seed=3), steps=steps)
+    explanation = explain(dump, model, PATIENT)
+    assert bool(explanation) is (eps is None)
+    assert [cause.named.fault for cause in explanation.causes] == ([] if eps is None else ["norm-epsilon"])
+    assert explanation.remaining is None

@@ -10,12 +10,16 @@ from ..backend import Array, module_of
 from ..graph import PASSES, History, Step
 from ..inapplicable import NotApplicable
 from .base import AT, Fault, Parameters, Steps, kind_of, parameter_of, sibling, with_parameters
+from .edits import ggml, with_values
 from .value_layout import value_layout
 
 _SOFT = ("kq_soft_max",)
 
 
 def _scale(step: Step, right: Steps, parameters: Parameters) -> Step:
+    if ggml(step, "SOFT_MAX"):  # cross-attention's, and others that are lifted as they are
+        given = isinstance(parameters["scale"], float) and len(step.reads) > 1
+        return with_values(step, {0: parameters["scale"]}) if given else step
     if isinstance(parameters["scale"], float):
         return with_parameters(step, scale=parameters["scale"])
     scale = parameter_of(step, "scale")
@@ -146,7 +150,7 @@ def _cache_shifted(step: Step, _right: Steps, parameters: Parameters) -> Step:
 FAULTS = (
     Fault(
         name="attn-scale",
-        kinds=_SOFT,
+        kinds=(*_SOFT, "SOFT_MAX"),
         change=_scale,
         what="the attention's scale is wrong ({scale})",
         symptom="position 0 is right (one key takes all weight), later ones are wrong",

@@ -1,6 +1,7 @@
 """One dump beside the right engine: its model, tokens, passes and records."""
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -114,23 +115,36 @@ class Case:
         header = self.header()
         same_experiment(self.dump, Dump("our engine", header, {}))
         self.arbiter = self.truth_of(self.transformer.steps)
-        entries, notes = expected(self.dump, self.replay, self.positions, header)
+        self.entries, notes = expected(self.dump, self.replay, self.positions, header)
         self._arbiter_option = options.arbiter
-        self.entries, noise = allowed(entries, self.replay, self.positions, self.arbiter, options.arbiter)
+        self.entries, noise = allowed(self.entries, self.replay, self.positions, self.arbiter, options.arbiter)
         self.noise = noise
         self.notes = (*self.dump.notes, *notes, *resolved(self))
 
     def compared(self, steps: Sequence[Step]) -> list[Expected]:
         """The dump's records beside those of another list of steps."""
         replay = self.make(steps, len(self.tokens))
-        entries, _ = expected(self.dump, replay, self.positions, self.header())
+        entries = self.beside(steps, replay)
         return allowed(entries, replay, self.positions, self.truth_of(steps), self._arbiter_option)[0]
+
+    def beside(self, steps: Sequence[Step], replay: Replay | None = None) -> list[Expected]:
+        """The dump's records beside those of another list of steps, with the usual limits."""
+        return expected(self.dump, replay or self.make(steps, len(self.tokens)), self.positions, self.header())[0]
 
     def take(self, steps: Sequence[Step], entries: list[Expected]) -> None:
         """Let another list of steps be the right engine."""
         self.transformer.steps = list(steps)
         self.replay, self.arbiter = self.make(steps, len(self.tokens)), self.truth_of(steps)
         self.entries = entries
+
+    def with_steps(self, steps: Sequence[Step], entries: list[Expected], note: str = "") -> "Case":
+        """The case of another list of steps, with its records beside theirs."""
+        other = copy(self)
+        other.transformer = copy(self.transformer)
+        other.take(steps, entries)
+        other.noise = ()
+        other.notes = (*self.notes, note) if note else self.notes
+        return other
 
     @property
     def states_f32(self) -> bool:

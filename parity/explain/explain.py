@@ -23,6 +23,7 @@ from .apart import apart
 from .budget import Budget
 from .case import Case, ExplainOptions, Half, open_model
 from .fits import said as said_of_number
+from .gelu import sharpened
 from .laws import WRONG
 from .leads import believed, law_at, leads, placed
 from .noise import ALL, AUTO
@@ -62,9 +63,17 @@ def explain(dump: Dump, model: Path, options: ExplainOptions | None = None) -> E
 def _explained(case: Case, options: ExplainOptions, budget: Budget) -> tuple[Explanation, State]:
     """The faults that reproduce one case's numbers, and the state that they lead to."""
     noise = "" if options.compute in (None, "f32") else str(options.compute)
-    if noise:
+    found: Search | None = None
+
+    def search_in(one: Case) -> Search:
+        search = Search(one.screening(one.entries, budget.part(_FIRST)), lambda state: _known(one, search, state))
+        return search
+
+    if not noise:
+        case, found = sharpened(case, search_in)
+    else:
         case.entries = with_noise(_floor(case, noise), case.entries)
-    search = Search(case.screening(case.entries, budget.part(_FIRST)), lambda state: _known(case, search, state))
+    search = found or search_in(case)
     start = search.screening.start()
     kinds: tuple[str, ...] = ()
     likes: tuple[str, ...] = ()
