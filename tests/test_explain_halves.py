@@ -126,7 +126,8 @@ def test_a_fault_in_each_half(engine: Transformer, tmp_path: Path) -> None:
 def test_what_only_encoder_decoders_can_have(engine: Transformer, tmp_path: Path, name: str) -> None:
     """Each fault of what one half reads of the other, of cross-attention and of relative positions is named."""
     where, parameters = HALVES[name]
-    explanation = explained(engine, tmp_path / "ours.jsonl", **{where.replace(" ", "_"): (name, parameters, None)})
+    planting: dict[str, Any] = {where.replace(" ", "_"): (name, parameters, None)}
+    explanation = explained(engine, tmp_path / "ours.jsonl", **planting)
     assert len(explanation.causes) == 1
     assert explanation.remaining is None
     assert name in {explanation.causes[0].named.fault, *(other.fault for other in explanation.causes[0].equivalent)}
