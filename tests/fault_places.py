@@ -48,6 +48,7 @@ PLACES: dict[str, tuple[str, dict[str, Any], tuple[tuple[int, ...] | None, ...]]
     "latent-norm-missing": ("deepseek2", {}, BOTH),
     "latent-rope-part": ("deepseek2", {}, BOTH),
     "latent-parts-joined": ("deepseek2", {}, BOTH),
+    "latent-rope-dropped": ("deepseek2", {}, BOTH),
     "latent-absorbed": ("deepseek2", {}, BOTH),
     "experts-order": ("mixtral", {}, BOTH),
     "experts-one-more": ("qwen3moe", {}, BOTH),
@@ -87,6 +88,6 @@ HALVES: dict[str, tuple[str, dict[str, Any]]] = {
     "cross-attention-mask": ("decoder", {"seen": "rows up to its own position only"}),
     "cross-attention-matrices": ("decoder", {"read": "the keys' matrix for the values"}),
     "cross-attention-missing": ("decoder", {"without": "what cross-attention makes"}),
-    "relative-bias-missing": ("encoder", {}),
+    "relative-bias-missing": ("decoder", {"where": "in the passes behind the first"}),
     "relative-bias-buckets": ("encoder", {"how": "with the sign of the distance reversed"}),
 }

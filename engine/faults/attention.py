@@ -9,7 +9,7 @@ from .. import ops
 from ..backend import Array, module_of
 from ..graph import PASSES, History, Step
 from ..inapplicable import NotApplicable
-from .base import AT, Fault, Parameters, Steps, kind_of, parameter_of, sibling, with_parameters
+from .base import AT, Fault, Parameters, Steps, kind_of, layer_of, parameter_of, sibling, with_parameters
 from .edits import ggml, with_values
 from .value_layout import value_layout
 
@@ -31,6 +31,7 @@ def _scale(step: Step, right: Steps, parameters: Parameters) -> Step:
         "inverted": 1 / scale,
         "by twice the head size": scale * 2**-0.5,
         "by half the head size": scale * 2**0.5,
+        "divided by the layer's number as well": scale / (1 + layer_of(step)),
     }
     return with_parameters(step, scale=scales[parameters["scale"]])
 
@@ -157,7 +158,10 @@ FAULTS = (
         fix="scores / sqrt(head size), once",
         seen="scale folded into Q and applied again; width taken for head size",
         parameters={
-            "scale": ("missing", "by the width", "applied twice", "inverted", "by twice the head size", "by half the head size")
+            "scale": (
+                *("missing", "by the width", "applied twice", "inverted", "by twice the head size", "by half the head size"),
+                "divided by the layer's number as well",
+            )
         },
     ),
     Fault(

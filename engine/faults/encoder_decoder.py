@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 
 from ..backend import Array, module_of
-from ..graph import ENCODED, Step, Weight, name_of
+from ..graph import ENCODED, PASSES, Step, Weight, name_of
 from ..inapplicable import NotApplicable
 from ..lift.inputs import sees_encoded
 from .base import Fault, Parameters, Steps, with_parameters
@@ -101,11 +101,26 @@ def _is_crossed(right: Steps, name: str) -> bool:
     return name in right and _cross_weight(right[name], "o") is not None
 
 
-def _no_bias(step: Step, right: Steps, _parameters: Parameters) -> Step:
+def _of_prompt(bias: Array, passes: Array) -> Array:
+    """The bias [H, T, S] of the first pass, and none of those behind it."""
+    return bias * (passes == 0)[None, :, None]
+
+
+def _no_bias(step: Step, right: Steps, parameters: Parameters) -> Step:
     biases = [read for read in step.reads if name_of(read).rpartition(".")[2].startswith("kq_b")]
     if len(step.reads) != 2 or len(biases) != 1:
         return step
+    if parameters["where"] == _BEHIND:
+        at = step.reads.index(biases[0])
+        return replace(step, op=WithInput(step.op, at, _of_prompt, besides=(2,)), reads=(*step.reads, PASSES))
     return only(step, next(read for read in step.reads if read is not biases[0]))
+
+
+def _within_pass(positions: Array, passes: Array) -> Array:
+    """Positions counted from the begin of the pass that they belong to: [T]."""
+    xp = module_of(positions)
+    begins = [positions[passes == number].min() for number in passes.tolist()]
+    return positions - xp.asarray(begins)
 
 
 def _negated(positions: Array) -> Array:
@@ -115,9 +130,13 @@ def _negated(positions: Array) -> Array:
 def _other_buckets(step: Step, _right: Steps, parameters: Parameters) -> Step:
     if parameters["how"] == "with the sign of the distance reversed":
         return replace(step, op=WithInput(WithInput(step.op, 0, _negated), 1, _negated))
+    if parameters["how"] == _WITHOUT_CACHE:
+        return replace(step, op=WithInput(step.op, 0, _within_pass, besides=(2,)), reads=(*step.reads, PASSES))
     return with_parameters(step, bidirectional=not step.params["bidirectional"])
 
 
+_BEHIND = "in the passes behind the first"
+_WITHOUT_CACHE = "from the begin of each pass: what the cache holds is not counted"
 FAULTS = (
     Fault(
         name="encoder-norm-missing",
@@ -174,10 +193,11 @@ FAULTS = (
         name="relative-bias-missing",
         kinds=("kq_plus_kq_b",),
         change=_no_bias,
-        what="the bias by relative position is not added to the scores",
+        what="the bias by relative position is not added to the scores {where}",
         symptom="self-attention is wrong in every layer, or in all but the first",
         fix="the first layer's attn_rel_b is the bias of all layers that have none of their own",
-        seen="a bias that is added in the layer that has the weight",
+        seen="a bias that is added in the layer that has the weight; attention with a cache, without the bias",
+        parameters={"where": ("in any pass", _BEHIND)},
     ),
     Fault(
         name="relative-bias-buckets",
@@ -186,9 +206,13 @@ FAULTS = (
         what="buckets of relative positions are counted {how}",
         symptom="self-attention is wrong from the second position on; the encoder's at every position",
         fix="an encoder's buckets are of both directions, a decoder's of earlier keys only; the distance is key − query",
-        seen="one function for both halves",
+        seen="one function for both halves; a decode step whose only query counts as the first",
         parameters={
-            "how": ("with the sign of the distance reversed", "as the other half's: both directions for one, or one for both")
+            "how": (
+                "with the sign of the distance reversed",
+                "as the other half's: both directions for one, or one for both",
+                _WITHOUT_CACHE,
+            )
         },
         once=True,
     ),
