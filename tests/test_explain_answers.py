@@ -65,9 +65,9 @@ def edited(engine: Faulty, name: str, change: Callable[[Array], Array], points: 
     return engine.dump(RIGHT, PROMPT, points=points, size=size, steps=steps)
 
 
-def names(found: Explanation) -> list[str]:
+def names(explanation: Explanation) -> list[str]:
     """The causes' names."""
-    return [cause.named.fault for cause in found.causes]
+    return [cause.named.fault for cause in explanation.causes]
 
 
 @pytest.mark.parametrize("stated", [True, False])
@@ -196,33 +196,33 @@ def test_a_fault_that_amplifies_rounding_has_no_second_cause(stories: Faulty) ->
 
 
 def _swapped(x: Array) -> Array:
-    made = x.copy()
-    made[:, [3, 7]] = x[:, [7, 3]]
-    return made
+    changed = x.copy()
+    changed[:, [3, 7]] = x[:, [7, 3]]
+    return changed
 
 
 def _blocks(x: Array) -> Array:
-    made = x.copy()
-    made[:, ::32] += np.float32(0.5)
-    return made
+    changed = x.copy()
+    changed[:, ::32] += np.float32(0.5)
+    return changed
 
 
 def _head(x: Array) -> Array:
-    made = x.copy()
-    made[:, 24:32] *= np.float32(1.5)
-    return made
+    changed = x.copy()
+    changed[:, 24:32] *= np.float32(1.5)
+    return changed
 
 
 def _negated(x: Array) -> Array:
-    made = x.copy()
-    made[:, 5] *= np.float32(-1)
-    return made
+    changed = x.copy()
+    changed[:, 5] *= np.float32(-1)
+    return changed
 
 
 def _cut(x: Array) -> Array:
-    made = x.copy()
-    made[:, 50:] = 0
-    return made
+    changed = x.copy()
+    changed[:, 50:] = 0
+    return changed
 
 
 @pytest.mark.parametrize(
@@ -276,9 +276,9 @@ def test_what_two_elements_hold_is_no_lower_arithmetic(engine: Faulty) -> None:
 
     def swapped(step: Step) -> Step:
         def op(*inputs: Any, **params: Any) -> Array:
-            made = step.op(*inputs, **params)
-            made[:, [3, 5]] += np.float32(0.01) * np.array([1, -1], np.float32)
-            return made
+            result = step.op(*inputs, **params)
+            result[:, [3, 5]] += np.float32(0.01) * np.array([1, -1], np.float32)
+            return result
 
         return replace(step, op=op) if step.makes.endswith("ffn_out") else step
 
@@ -314,9 +314,9 @@ def test_heads_of_which_one_is_recorded_are_heads(engine: Faulty) -> None:
 
 
 def _not_finite(x: Array) -> Array:
-    made = x.copy()
-    made[3, :2] = np.inf
-    return made
+    changed = x.copy()
+    changed[3, :2] = np.inf
+    return changed
 
 
 def test_infinities_are_said_where_they_are(engine: Faulty) -> None:
@@ -331,9 +331,9 @@ def test_nan_under_the_mask_is_no_second_fault(engine: Faulty) -> None:
     """Values that are NaN at position 3 make attention's result NaN at the positions before as well, since 0 · NaN is NaN."""
 
     def late(x: Array) -> Array:
-        made = x.copy()
-        made[3] = np.nan
-        return made
+        changed = x.copy()
+        changed[3] = np.nan
+        return changed
 
     right = engine.dump(RIGHT, PROMPT, points="*", size=1 << 20)
     verdict = compare(edited(engine, "blk.1.v", late), right)
@@ -361,9 +361,9 @@ def test_zeros_behind_an_unseen_infinity_are_not_attention(engine: Faulty) -> No
     """An infinity outside of the slice makes the next norm 0 from position 1 on: nothing there joins positions."""
 
     def late(x: Array) -> Array:
-        made = x.copy()
-        made[1:, 100] = np.inf
-        return made
+        changed = x.copy()
+        changed[1:, 100] = np.inf
+        return changed
 
     dump = edited(engine, "blk.1.ffn_out", late, size=16)
     right = engine.dump(RIGHT, PROMPT, points="*", size=16)
@@ -386,9 +386,9 @@ def test_a_lead_takes_the_error_away_everywhere(engine: Faulty) -> None:
     """Queries of the position before, in the upper half of each head: many entries take most of one record's error away, none all."""
 
     def half(x: Array) -> Array:
-        made = x.reshape(len(x), -1, 8).copy()
-        made[1:, :, 4:] = made[:-1, :, 4:].copy()
-        return made.reshape(x.shape)
+        changed = x.reshape(len(x), -1, 8).copy()
+        changed[1:, :, 4:] = changed[:-1, :, 4:].copy()
+        return changed.reshape(x.shape)
 
     explanation = explain(edited(engine, "blk.0.q_rope", half, "default", 16), engine.model, ExplainOptions(budget=10.0))
     assert names(explanation) == []

@@ -27,11 +27,11 @@ ON_STORIES = ("Q8_0", "Q4_K_M")  # llama.cpp takes seconds to make some of the o
 OTHERS = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K_M", "Q5_K_M", "Q6_K", "IQ4_NL", "IQ4_XS")
 
 
-def all_proven(found: Isolation) -> None:
-    assert {item.status for item in found.operations} == {PROVEN}
-    assert max(item.nmse or 0 for item in found.operations) < 1e-12
-    assert max(item.sampled or 0 for item in found.operations) < 1e-6
-    assert found.findings == ()
+def all_proven(isolation: Isolation) -> None:
+    assert {item.status for item in isolation.operations} == {PROVEN}
+    assert max(item.nmse or 0 for item in isolation.operations) < 1e-12
+    assert max(item.sampled or 0 for item in isolation.operations) < 1e-6
+    assert isolation.findings == ()
 
 
 @pytest.mark.parametrize("kind", ON_STORIES)

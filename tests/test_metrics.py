@@ -133,10 +133,10 @@ def test_printed_digits_hide_what_they_round_away() -> None:
     assert verdict.worst.nmse == 0
     assert any("1e-03" in note for note in verdict.notes)
     off = {name: replace(r, values=r.values + np.float32(2e-3)) for name, r in coarse.items()}
-    found = compare(Dump("p", None, off), dump(ref)).worst
-    assert found is not None
-    assert found.nmse is not None
-    assert found.nmse > 0
+    worst = compare(Dump("p", None, off), dump(ref)).worst
+    assert worst is not None
+    assert worst.nmse is not None
+    assert worst.nmse > 0
 
 
 def test_many_points_measure_as_each_alone() -> None:

@@ -111,14 +111,14 @@ def test_the_terminal_has_what_stands_beside_the_verdict() -> None:
     """Both sides' distributions, other commands' answers and the first differing choice stand in the terminal too, cleaned."""
     from reports.beside import lines as beside
 
-    found = finding(
+    included = finding(
         {"operations": [{"operation": "q", "layer": 0, "status": "wrong", "nmse": 1.0, "reason": EVIL}]}, "iso.json"
     )
-    shown = [line.plain for line in beside(replace(diverging(), findings=(found,)), 80)]
+    shown = [line.plain for line in beside(replace(diverging(), findings=(included,)), 80)]
     text = "\n".join(shown)
     assert "spread" in text
     assert "elements" in text
-    assert found.title in text
+    assert included.title in text
     assert "\x1b" not in text
     assert list(beside(passing(), 80)) == []
 

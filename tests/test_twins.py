@@ -34,12 +34,12 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
 
 def change_between_samples(model: Path) -> None:
     """Double one block's scale of a Q8_0 tensor in place, so that the fingerprint stays what it was."""
-    found = contents(model)
-    tensor = next(tensor for tensor in found.tensors if tensor.name == UNSAMPLED)
+    file = contents(model)
+    tensor = next(tensor for tensor in file.tensors if tensor.name == UNSAMPLED)
     data = bytearray(model.read_bytes())
     before = fingerprint(model)
     for block in range(tensor.elements // 32):
-        at = found.data + tensor.offset + 34 * block
+        at = file.data + tensor.offset + 34 * block
         scale = np.frombuffer(data, np.float16, 1, at)[0] * np.float16(2)
         old, data[at : at + 2] = data[at : at + 2], scale.tobytes()
         model.write_bytes(data)
