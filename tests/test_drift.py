@@ -93,6 +93,19 @@ def test_an_engine_that_prints_bare_lines_is_checked(golden: Golden, engine: Tra
         assert (code, answer["points"][0]["limit"]) == (0, limit)
 
 
+def test_points_that_were_not_recorded_are_no_drift(golden: Golden, tmp_path: Path, parity: Cli) -> None:
+    """An engine that prints more points than the golden dumps have is compared at theirs; a note names the others."""
+    more = []
+    for prompt in golden.prompts:
+        lines = golden.path(prompt).read_text(encoding="utf-8").splitlines(keepends=True)
+        doubled = [line.replace('"blk.5.l_out"', '"blk.6.l_out"') for line in lines if '"blk.5.l_out"' in line]
+        more.append(tmp_path / prompt.file)
+        more[-1].write_text("".join([*lines[:-1], *doubled]), encoding="utf-8")
+    ran = parity("drift", "check", golden.folder, *(word for path in more for word in ("--ours", path)), "--no-ledger")
+    assert ran.code == 0, ran.out
+    assert "not compared, since the golden dumps lack them: blk.6.l_out" in ran.out
+
+
 @pytest.mark.parametrize("name", slow_but(TEN, "rope-pairs", "norm-epsilon", "no-final-norm"))
 def test_each_fault_is_drift(
     name: str, golden: Golden, engine: Transformer, quantized: Callable[[str], Path], tmp_path: Path

@@ -16,7 +16,7 @@ from .command import DEFAULT_TIMEOUT, Command
 from .request import Progress, Prompt
 
 _DUMP = "hf.jsonl"
-_COPIED = 1 << 24  # bytes at once
+_COPIED = 1 << 24  # bytes that are copied at once
 ADVICE = "pip install torch transformers gguf accelerate there, or name an interpreter that has them with --python."
 
 
@@ -52,7 +52,7 @@ class HuggingFace:
     """transformers' model, float32, eager attention.
 
     `model` is a GGUF file, which transformers dequantises itself, or a folder with config.json and safetensors. `points` are
-    names with commas, or "" for all that are known; `positions` "all", "last" or numbers with commas.
+    names with commas, or "" for all known ones; `positions` is "all", "last" or numbers with commas.
     """
 
     model: Path
@@ -65,7 +65,7 @@ class HuggingFace:
     name: str = "Hugging Face"
 
     def check(self, prompt: Prompt | None = None) -> None:
-        """Raises InputError if the interpreter does not exist, or has no torch or transformers."""
+        """Raise InputError if the interpreter does not exist, or has no torch or transformers."""
         probe = "import importlib.util as u; print([m for m in ('torch', 'transformers') if u.find_spec(m) is None])"
         try:
             done = subprocess.run([self.python, "-P", "-c", probe], capture_output=True, text=True, check=False, timeout=60)
@@ -79,16 +79,16 @@ class HuggingFace:
             raise InputError(f"{self.python} has no {lacking}.", f"Run: {ADVICE}", code="python")
 
     def versions(self) -> str:
-        """The versions of torch and transformers in that interpreter, as text. Raises InputError as `check` does."""
+        """The versions of torch and transformers in that interpreter, as text. Raises InputError, as `check` does."""
         self.check()
         probe = "import importlib.metadata as m; print(*map(m.version, ('torch', 'transformers')))"
         return subprocess.run([self.python, "-P", "-c", probe], capture_output=True, text=True, check=False, timeout=60).stdout
 
     def dump(self, prompt: Prompt, out: Path, progress: Progress | None = None) -> Tokenizer:
-        """Compute the prompt, and the tokens that it is led along, in one pass, and write `out`, whole or not at all.
+        """Compute the prompt, and the tokens that it is led along, in one pass, and write `out`, completely or not at all.
 
         Returns:
-            What transformers' own tokenizer makes of the prompt's text.
+            The ids that transformers' own tokenizer gives the prompt's text.
 
         Raises:
             EngineError: transformers cannot load the model, or fails.
@@ -123,7 +123,7 @@ class HuggingFace:
         words += ["--slice", str(self.slice_size or 0)]
         if prompt.ids:
             words += ["--tokens", "{tokens}"]
-        if prompt.text is not None:  # in a file: it may hold {placeholders}, NUL, or more than a command line can
+        if prompt.text is not None:  # in a file: it may contain {placeholders} or NUL, or be longer than a command line can be
             text = scratch / "prompt.txt"
             text.write_bytes(prompt.text.encode())
             words += ["--prompt-file", str(text)]

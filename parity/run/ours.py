@@ -21,12 +21,12 @@ from .. import version
 from .request import Prompt
 from .sequences import computed
 
-TOP = 5  # logits a token record carries: enough to see what was nearly chosen
+TOP = 5  # logits in a token record: enough to see what was nearly chosen
 
 
 @dataclass(frozen=True)
 class OursJob(Recording):
-    """What our engine has to record. `generated` are the ids that follow the prompt, with their texts; the rest as in `Prompt`."""
+    """What our engine has to record. `generated` are the ids that follow the prompt, with their texts; the rest is as in `Prompt`."""
 
     out: Path
     tokens: tuple[int, ...]
@@ -82,13 +82,13 @@ def chosen_points(engine: Engine, points: str, layers: tuple[int, ...] | None) -
     """
     if points == "default":
         if layers is None:
-            return default_points(engine.points, engine.hp.n_layers)  # an encoder has no logits
+            return default_points(engine.points, engine.hp.n_layers)  # without logits for an encoder
         return select(",".join(layer_outputs(layers)), engine.points, engine.hp.n_layers)
     return select(points, engine.points, engine.hp.n_layers)
 
 
 def header(engine: Engine, job: OursJob) -> Header:
-    """Everything that could explain a difference later."""
+    """The dump's header: everything that could later explain a difference."""
     hp = engine.hp
     return Header(
         source="engine",
@@ -110,7 +110,7 @@ def dump(engine: Engine, job: OursJob) -> Header:
     """Run the prompt, then one step for each generated token, and write the dump to `job.out`.
 
     Raises:
-        InputError: tokens the model cannot take, unknown points, an unwritable file.
+        InputError: the model cannot take the tokens, a point is unknown, or the file is unwritable.
     """
     points = chosen_points(engine, job.points, job.layers)
     engine.check(job.tokens + job.generated, job.first_position)
@@ -153,7 +153,7 @@ def _passes(engine: Engine, job: OursJob, capture: Capture) -> None:
 
 
 def top_logits(logits: NDArray[np.float32], count: int = TOP) -> tuple[tuple[int, float], ...]:
-    """The largest logits with their ids, largest first; of equal ones the smaller id comes first, as in llama.cpp's argmax."""
+    """The largest logits with their ids, largest first; among equal ones the smaller id comes first, as in llama.cpp's argmax."""
     count = min(count, len(logits))
     candidates = np.argpartition(-logits, count - 1)[:count]
     ranked = sorted(candidates.tolist(), key=lambda i: (-float(logits[i]), i))

@@ -1,4 +1,4 @@
-"""llama.cpp's own predictions at the positions that a server was asked about, and what llama.cpp differs from itself there."""
+"""llama.cpp's own predictions at the positions that a server was asked about, and how far llama.cpp differs from itself there."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from .vocabulary import Vocabulary
 
 Row = NDArray[np.float32]  # logits [V]
 _KEPT = 256  # largest logits of a row that are kept to compare two passes
-_LEAST = 1e-9  # probability that a list leaves to all other tokens, at the least: servers print sums that are 1 up to rounding
+_LEAST = 1e-9  # least probability that is left to all tokens outside a list: servers print sums that are 1 up to rounding
 _PORTION = 16
 _NOTHING = -69.0  # log(1e-30): what a server calls impossible
 
@@ -42,7 +42,7 @@ def rows(
 
 
 def floor_of(reference: Reference, model: Path, tokens: Sequence[int], first: int) -> Floor:
-    """What llama.cpp differs from itself on these tokens, between float32 and how a server computes the file."""
+    """How far llama.cpp differs from itself on these tokens, between float32 and the way a server computes the file."""
     kept = []
     for _, row in rows(reference, model, tokens, first, NATIVE, "f16"):
         top = largest(row, _KEPT)
@@ -67,7 +67,7 @@ class Listed:
 
 
 def listed(candidates: Sequence[Candidate], vocabulary: Vocabulary, row: Row) -> Listed:
-    """The candidates whose token is known; of several tokens with one text, the one that llama.cpp finds most probable."""
+    """The candidates whose token is known; if several tokens have the same text, the one most probable to llama.cpp."""
     known: dict[int, float] = {}
     for candidate in candidates:
         number = vocabulary.most_probable(candidate, lambda number: float(row[number]))

@@ -1,7 +1,7 @@
-"""A GGUF against the Hugging Face folder that it was converted from: every tensor through what converters do to it.
+"""A GGUF against the Hugging Face folder that it was converted from: every tensor, after the changes that converters make.
 
-Names are mapped by gguf-py's table, the one that llama.cpp's converter uses. A tensor that is not what its source gives is held
-against what comes of the usual mistakes. A few rows at a time: memory does not grow with the model.
+Names are mapped by gguf-py's table, which llama.cpp's converter uses. A tensor that differs from its converted source is compared
+with the results of the usual mistakes. A few rows at a time are read: memory does not grow with the model.
 """
 
 import re
@@ -24,7 +24,7 @@ from .weights import Progress, type_name
 
 # A type of 16 bits rounds: half a step of bfloat16's 8 bits is 2^-9.
 _ROUNDED = 2.0**-17
-_CHUNK = 1 << 22  # elements at a time
+_CHUNK = 1 << 22  # elements that are read at a time
 _PERMUTING = frozenset(
     ("llama", "granite", "granitemoe", "minicpm", "olmo", "internlm2", "xverse", "baichuan", "smollm3", "arcee")
 )
@@ -44,7 +44,7 @@ class _Source:
     names: tuple[str, ...]
 
     def rows(self, start: int, stop: int, per_part: int, *, transposed: bool = False) -> Floats:
-        """Rows [start, stop) of the parts laid one after the other, which must lie in one part."""
+        """Rows [start, stop) of the concatenated parts; they must lie in one part."""
         part = self.parts[start // per_part]
         first = start % per_part
         if len(part.shape) == 1:
@@ -61,10 +61,10 @@ Change = Callable[[Floats], Floats]
 
 
 def check_conversion(path: Path, folder: Path, progress: Progress | None = None) -> WeightsCheck:
-    """Say for each tensor of a GGUF whether it is what the folder's tensors give, and what config.json and the metadata disagree on.
+    """Check for each tensor of a GGUF whether it is what the folder's tensors convert to, and where config.json and metadata disagree.
 
     Raises:
-        ModelError: the GGUF cannot be read. InputError: the folder cannot, or is another architecture's.
+        ModelError: the GGUF cannot be read. InputError: the folder cannot be read, or has another architecture.
     """
     model, source = GgufModel(path), Folder(folder)
     arch, heads = model.hyperparameters.architecture, (model.hyperparameters.n_heads, model.hyperparameters.n_kv_heads)
@@ -93,7 +93,7 @@ def check_conversion(path: Path, folder: Path, progress: Progress | None = None)
 
 
 def _sources(arch: str, layers: int, folder: Folder) -> tuple[dict[str, _Source], list[str]]:
-    """The source of each GGUF tensor by its name, and the folder's tensors that none is made of."""
+    """The source of each GGUF tensor by its name, and the folder's tensors from which none is made."""
     import gguf
 
     kind = next((kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == arch), None)
@@ -124,8 +124,8 @@ def _sources(arch: str, layers: int, folder: Folder) -> tuple[dict[str, _Source]
 
 
 def _ungrouped(source: _Source, heads: tuple[int, int]) -> _Source:
-    """A fused projection whose rows lie by groups (queries, then one key and one value head of each) as all queries, keys and values:
-    `FalconModel.modify_tensors` of convert_hf_to_gguf.py. A part for each head.
+    """A fused projection whose rows are grouped (queries, then a key head and a value head for each group), reordered to all queries,
+    keys, values: `FalconModel.modify_tensors` of convert_hf_to_gguf.py. The result has a part for each head.
     """
     (whole,), (many, few) = source.parts, heads
     group = many // few + 2 if few else 0
@@ -141,7 +141,7 @@ def _ungrouped(source: _Source, heads: tuple[int, int]) -> _Source:
 
 
 def _grouped(source: _Source, heads: tuple[int, int]) -> _Source:
-    """What `_ungrouped` was given, in its parts."""
+    """The parts in the order that `_ungrouped` was given."""
     many, few = heads
     q = many // few
     order = [place for g in range(few) for place in (*range(g * q, (g + 1) * q), many + g, many + few + g)]
@@ -213,7 +213,7 @@ def _factors(model: GgufModel, info: TensorInfo, right: Floats) -> TensorCheck:
 
 
 def _heads(name: str, heads: tuple[int, int]) -> int:
-    """The heads whose rows a tensor's rows are, 0 for those that have none."""
+    """The number of heads whose rows a tensor consists of, 0 if it does not."""
     return heads[0] if ".attn_q." in name else heads[1] if ".attn_k." in name else 0
 
 
@@ -226,7 +226,7 @@ def _expected(info: TensorInfo, arch: str, heads: tuple[int, int]) -> Change:
 
 
 def _mistakes(info: TensorInfo, arch: str, heads: tuple[int, int]) -> Iterator[tuple[str, Change]]:
-    """What else a converter may have done, and what comes of it."""
+    """Mistakes that a converter may have made, each with its effect."""
     if n := _heads(info.name, heads):
         if arch in _PERMUTING:
             yield "not permuted: llama.cpp rotates neighbours here, the folder's rows are halves", lambda rows: rows
@@ -243,7 +243,7 @@ def _mistakes(info: TensorInfo, arch: str, heads: tuple[int, int]) -> Iterator[t
 
 
 def permuted(rows: Floats, shape: tuple[int, ...], heads: int) -> Floats:
-    """Whole heads' rows from halves to neighbours: `LlamaModel.permute` of convert_hf_to_gguf.py. Of a bias, its elements."""
+    """Each head's rows reordered from halves to neighbours: `LlamaModel.permute` of convert_hf_to_gguf.py. For a bias, its elements."""
     head = shape[0] // heads
     grid = rows.reshape(-1, 2, head // 2, rows.shape[-1] if len(shape) > 1 else 1)
     return np.ascontiguousarray(grid.swapaxes(1, 2)).reshape(rows.shape)
@@ -252,7 +252,7 @@ def permuted(rows: Floats, shape: tuple[int, ...], heads: int) -> Floats:
 def _other(
     model: GgufModel, info: TensorInfo, source: _Source, right: Change, heads: tuple[int, int], arch: str, limit: float
 ) -> str:
-    """The name of the GGUF's tensor of the same shape and layer that holds these values, if one does."""
+    """The name of the GGUF tensor with the same shape and layer that has these values, "" if there is none."""
     layer = info.name.rsplit(".", 2)[0]
     for name, other in model.tensors.items():
         if name == info.name or other.shape != info.shape or not name.startswith(layer):

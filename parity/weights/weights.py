@@ -88,12 +88,12 @@ def _tensor(
 
 
 def _results(part: NDArray[np.uint8], info: TensorInfo, columns: int, side: Backend, by_libggml: ToFloat) -> dict[str, Floats]:
-    """The values of some rows, flat, by each of the three that reads this type."""
+    """The values of some rows, flat, from each of the three implementations that can read this type."""
     from gguf import GGMLQuantizationType
     from gguf.quants import dequantize as by_gguf
 
     results: dict[str, Floats] = {}
-    if info.type in FORMATS:  # our other formats go through gguf-py, which would be compared with itself
+    if info.type in FORMATS:  # our other formats use gguf-py, which would be compared with itself
         results[OURS] = side.to_host(dequantize(side.array(part), info.type, columns)).reshape(-1)
     if (values := by_libggml(part, info.type, len(part) * columns)) is not None:
         results[LIBGGML] = values
@@ -101,14 +101,14 @@ def _results(part: NDArray[np.uint8], info: TensorInfo, columns: int, side: Back
         with np.errstate(all="ignore"):
             results[GGUF] = np.asarray(by_gguf(part, GGMLQuantizationType(info.type)), dtype=np.float32).reshape(-1)
     except (NotImplementedError, ValueError):
-        pass  # gguf-py has no dequantisation of this type
+        pass  # gguf-py cannot dequantise this type
     return results
 
 
 def _first_difference(
     dequantised: Mapping[str, Floats], part: NDArray[np.uint8], info: TensorInfo, offset: int
 ) -> FirstDifference | None:
-    """The first element whose bits are not the same in all results; NaN is NaN, whatever its payload."""
+    """The first element whose bits are not the same in all results; all NaNs count as equal."""
     results = list(dequantised.values())
     odd = np.zeros(len(results[0]), dtype=np.bool_)
     for other in results[1:]:
@@ -128,7 +128,7 @@ def _first_difference(
 
 
 def _blame(first: FirstDifference) -> str:
-    """Who stands alone."""
+    """Which implementation disagrees with the others."""
     values = first.values
     for name, value in values.items():
         others = [other for who, other in values.items() if who != name]
