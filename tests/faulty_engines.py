@@ -253,6 +253,19 @@ CASES: dict[str, tuple[Case, ...]] = {
         Case("logits not scaled", number("logit_scale", 1.0), ("multiplier",)),
         Case("scores scaled by 1/√32", number("attention.scale", 32**-0.5), ("attn-scale",)),
     ),
+    "gemma2": (
+        _EPS, _BASE, _GATE_UP, _PERMUTED, _HALF_DOWN, _SWAPPED, _PLUS,
+        Case("window of 9 for 8", further("attention.sliding_window", 1), ("window-off-by-one",)),
+        Case("scores capped at 2 for 50", number("attn_logit_softcapping", 2.0), ("attn-softcap", "softcap-value")),
+        Case("logits capped at 10 for 30", number("final_logit_softcapping", 10.0), ("logits-softcap", "softcap-value")),
+    ),
+    "glm4moe": (
+        _EPS, _BASE, _MORE, _FEWER, _EXPERTS_ON, _HALF_EXPERTS,
+        Case("soft max for sigmoid", number("expert_gating_func", 1), ("experts-gating",)),
+        Case("no bias for choosing", each("exp_probs_b.bias", by=zero), ("experts-bias-ignored",)),
+        Case("no shared expert", each("ffn_down_shexp.weight", by=zero), ("shared-expert-missing",)),
+        Case("weights of experts doubled", number("expert_weights_scale", 2.0), ("multiplier", "experts-scale-missing", "values-scaled")),
+    ),
 }  # fmt: skip
 
 

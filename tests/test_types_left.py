@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cli import Cli
+from cli import Cli, refused
 from gguf import GGMLQuantizationType, GGUFReader, quants
 
 from checkpoints.gguf_file import TensorInfo, contents, header_bytes
@@ -71,3 +71,12 @@ def test_models_with_such_weights_are_run_exactly(
     model = retyped(small_model(name, "f32"), tmp_path / "m.gguf", pattern, F16)
     ran = parity("run", "--model", model, "--tokens", "5,6,7", "--points", "all")
     assert (ran.code, "parity: " in ran.out) == (0, True), ran
+
+
+@pytest.mark.slow
+def test_types_that_ggml_does_not_multiply(parity: Cli, small_model: Make, tmp_path: Path) -> None:
+    """In native mode llama.cpp aborts on norms of F16: one line with its reason, without the folders of who compiled it."""
+    model = retyped(small_model("qwen3", "f32"), tmp_path / "m.gguf", "norm", F16)
+    ran = parity("dump", "ref", "--mode", "native", "--model", model, "--tokens", "5,6", "-o", tmp_path / "ref.jsonl")
+    refused(ran, "unsupported types: dst: f32, src0: f32, src1: f16")
+    assert "/ggml/" not in ran.err

@@ -8,6 +8,7 @@ same steps show what rounding costs, with ggml's tables of float16 and without.
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from enum import Enum
+from math import prod
 from types import MappingProxyType
 from typing import Any
 
@@ -20,6 +21,7 @@ from ..ggml_ops.activations import looked_up
 from ..graph import PASSES, POSITIONS, TOKENS, Step, WeightSource
 from ..kv_cache import KvCache
 from ..lift.node import GgmlOperation
+from ..weights.matrices import Matrices
 
 _ENTRY = 2.0**-10  # float16 keeps eleven bits: the next number is at most this far, in proportion
 
@@ -93,6 +95,12 @@ class WideWeights:
     def get(self, name: str) -> Array:
         """The whole weight, float64."""
         return self._source.get(name).astype(np.float64)
+
+    def matrices(self, name: str) -> Matrices:
+        """A weight of which single matrices are taken, each float64."""
+        source = self._source.matrices(name)
+        flat = source.reshape((prod(source.shape[:-2]), *source.shape[-2:]))
+        return Matrices(lambda number: flat[(number,)].astype(np.float64), source.shape)
 
     def rows(self, name: str, ids: Array) -> Array:
         """The given rows of it, float64."""

@@ -37,7 +37,7 @@ class HostCall(ctypes.Structure):
 
 @functools.lru_cache(maxsize=1)
 def cuda_driver() -> "Any":
-    """The CUDA driver's library; None where there is none."""
+    """The CUDA driver's library; None if there is none."""
     try:
         return ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
     except OSError:
@@ -70,7 +70,7 @@ def is_captured(value: Any) -> bool:
     """Whether a value is computed in a stream that is being captured.
 
     Raises:
-        RuntimeError: another stream is, or this capture has failed.
+        RuntimeError: another stream is being captured, or this capture has failed.
     """
     stream = stream_of(value)
     if stream is None or cuda_driver() is None:
@@ -94,7 +94,7 @@ def on_device(source: int, target: int, size: int) -> CopyOfBytes:
 
 
 def copy_node(graph: Any, copy: CopyOfBytes, after: "list[Any]") -> Any:
-    """A new node of the graph that makes this copy after those nodes."""
+    """Add a node that makes this copy after those nodes to the graph."""
     node, nodes, context = ctypes.c_void_p(), (ctypes.c_void_p * len(after))(*after), ctypes.c_void_p()
     call_driver("cuCtxGetCurrent", ctypes.byref(context))
     call_driver(

@@ -1,9 +1,9 @@
 """Checkpoints in captured CUDA graphs: the Python recorder's part that makes every replay leave its values.
 
-A captured stream computes nothing, and its replays call nothing of ours. So a checkpoint becomes nodes of the graph. A replay copies
-values to staged memory, in line, and all that is staged, beside its further work, to kept memory; the next replay begins with the copy
-of what is kept to pinned host memory, beside its work too, and a host node says that it is there. The driver's own functions are called,
-through ctypes: they are the same whatever framework captures, and their binary interface does not change.
+A captured stream computes nothing, and its replays call none of our code. So a checkpoint becomes nodes of the graph. A replay copies
+values to staged memory, in line, and then all staged memory to kept memory, in parallel with its further work; the next replay begins
+by copying kept memory to pinned host memory, also in parallel, and a host node reports that it has arrived. The driver's own functions
+are called, through ctypes: they are the same whatever framework captures, and their binary interface does not change.
 """
 
 import ctypes
@@ -32,13 +32,13 @@ from .cuda_driver import (
 )
 
 _ARENA = 4 << 20  # bytes that are allocated at a time, three times: a graph has an arena or two
-_WAITING = 1 << 30  # bytes of replays that may wait to be written; then replays wait
-_QUIET = 0.1  # seconds without a replay that count as rest: the lines are made then, since that takes Python from the engine
-_KEPT: "list[Any]" = []  # what graphs refer to: they may be replayed after the recorder is gone
+_WAITING = 1 << 30  # bytes of replays that may wait to be written; beyond that, replays wait
+_QUIET = 0.1  # seconds without a replay that count as idle: lines are made then, since that takes Python from the engine
+_KEPT: "list[Any]" = []  # objects that graphs refer to, which may be replayed after the recorder is gone
 
 
 class _Row:
-    """A device array as the graph copies it: where it lies, and how the host reads its bytes."""
+    """A device array as the graph copies it: its address, and how the host reads its bytes."""
 
     def __init__(self, value: Any) -> None:
         bfloat = str(value.dtype) == "torch.bfloat16"
@@ -47,7 +47,7 @@ class _Row:
             raise TypeError(
                 f"values of {value.dtype} cannot be recorded in a captured graph; give float32, float16 or bfloat16"
             )
-        # As nodes of the graph, where it isn't contiguous. The graph reads it at every replay: it must not be freed.
+        # If it isn't contiguous this adds nodes to the graph. The graph reads it at every replay: it must not be freed.
         self.value = value.contiguous() if hasattr(value, "contiguous") else sys.modules["cupy"].ascontiguousarray(value)
         self.shape = tuple(int(size) for size in value.shape)
         self.dtype, self.bfloat = np.dtype(name), bfloat
@@ -55,7 +55,7 @@ class _Row:
         self.pointer = int(self.value.data_ptr() if hasattr(self.value, "data_ptr") else self.value.data.ptr)
 
     def read(self, brought: bytes) -> "NDArray[Any]":
-        """The array of a replay."""
+        """The array from a replay's bytes."""
         flat = np.frombuffer(brought, self.dtype)
         if self.bfloat:
             flat = (flat.astype(np.uint32) << 16).view(np.float32)
@@ -63,7 +63,7 @@ class _Row:
 
 
 class _Arena:
-    """Staged, kept and pinned memory of a graph's checkpoints, and the nodes between them: one of each, whatever it holds."""
+    """Staged, kept and pinned memory of a graph's checkpoints, with one copy node between each, whatever they contain."""
 
     def __init__(self, graph: Any, hand_over: Any, size: int) -> None:
         self.capacity, self.used = max(size, _ARENA), size
@@ -84,7 +84,7 @@ class _Arena:
         return to_host, on_device(self.staged.value, self.kept.value, self.used)
 
     def take(self, size: int) -> int:
-        """Where so many bytes begin; all that is taken is brought."""
+        """Reserve so many bytes and return their offset; everything reserved is copied."""
         start, self.used = self.used, self.used + size
         self._resize()
         return start
@@ -95,13 +95,13 @@ class _Arena:
 
 
 class _Slot:
-    """One checkpoint of one graph, or, without a name, the position of its pass: where it stands in an arena."""
+    """The place in an arena of one checkpoint of one graph, or, without a name, of the position of its pass."""
 
     def __init__(self, point: str, row: _Row, place: "_Slot | None", arena: _Arena, at: int) -> None:
         self.point, self.row, self.place, self.arena, self.at = point, row, place, arena, at
 
     def stage(self, graph: Any, before: "list[Any]") -> Any:
-        """The node that copies it in line."""
+        """Add the node that copies it in line."""
         node = copy_node(graph, on_device(self.row.pointer, self.arena.staged.value + self.at, self.row.size), before)
         add_dependency(graph, node, self.arena.keep)
         return node
@@ -112,18 +112,18 @@ class _Slot:
 
 
 class _Replayed:
-    """A value and the place of its pass as a replay left them."""
+    """A value and the position of its pass as a replay left them."""
 
     def __init__(self, slot: _Slot, place: _Slot) -> None:
         self.slot, self.place, self.value, self.position = slot, place, slot.brought(), place.brought()
 
     @property
     def size(self) -> int:
-        """In bytes."""
+        """The size in bytes."""
         return len(self.value)
 
     def rows(self) -> "tuple[NDArray[np.float32], list[int]]":
-        """The value, and its positions: as they are, or one after the other from the only one that there is."""
+        """The value and its positions: as given, or consecutive ones from a single one."""
         value = self.slot.row.read(self.value).astype(np.float32)
         positions = self.place.row.read(self.position).ravel()
         rows = 1 if value.ndim < 2 else value.shape[-2]
@@ -132,12 +132,12 @@ class _Replayed:
 
 
 class _Graph:
-    """What one capture made: its host node, and its slots. At the beginning of replay r the pinned bytes are those of replay r − 1."""
+    """One capture: its host node, and its slots. At the beginning of replay r the pinned bytes are those of replay r − 1."""
 
     def __init__(self, graph: Any, hand_over: "Callable[[_Graph], None]") -> None:
         self.slots: list[_Slot] = []
         self.arenas: list[_Arena] = []
-        self.place: _Slot | None = None  # of the pass that is being captured
+        self.place: _Slot | None = None  # the position of the pass that is being captured
         self.replays, self.written = 0, 0
         self.node = ctypes.c_void_p()
         self._function = HOST_FUNCTION(lambda _: hand_over(self))
@@ -146,7 +146,7 @@ class _Graph:
         _KEPT.append(self)
 
     def slot(self, graph: Any, point: str, row: _Row, place: "_Slot | None") -> _Slot:
-        """A new one, in an arena with room for it."""
+        """A new slot, in an arena with room for it."""
         size = -(-row.size // 8) * 8
         if self.arenas and self.arenas[-1].capacity - self.arenas[-1].used >= size:
             arena = self.arenas[-1]
@@ -178,7 +178,7 @@ class Graphs:
         """Make a checkpoint part of the graph that is being captured.
 
         Raises:
-            ValueError: it isn't known where the position is read.
+            ValueError: it is not known where the position is read from.
             TypeError, RuntimeError: the value or the capture does not allow it.
         """
         if position is None:
@@ -198,7 +198,7 @@ class Graphs:
             call_driver("cuThreadExchangeStreamCaptureMode", ctypes.byref(mode))
 
     def _put_in_line(self, point: str, row: _Row, position: Any, stream: Any) -> None:
-        """Put a checkpoint behind what the stream has captured so far, with the place of its pass where it is the first of one."""
+        """Add a checkpoint after what the stream has captured so far, with the position of its pass if it is the first one of it."""
         state, number, graph, count = ctypes.c_int(), ctypes.c_uint64(), ctypes.c_void_p(), ctypes.c_size_t()
         before = ctypes.POINTER(ctypes.c_void_p)()
         call_driver(
@@ -209,7 +209,7 @@ class Graphs:
         captured = self._graphs.get(number.value)
         if captured is None:
             captured = self._graphs[number.value] = _Graph(graph, self._replayed)
-        # A point that comes again is of another pass in the same graph, which has a position of its own.
+        # A point that occurs again belongs to another pass in the same graph, which has a position of its own.
         if captured.place is None or any(slot.point == point and slot.place is captured.place for slot in captured.slots):
             captured.place = captured.slot(graph, "", _Row(position), None)
             staged = [captured.place.stage(graph, so_far)]
@@ -242,7 +242,7 @@ class Graphs:
             self._change.notify_all()
 
     def _run(self) -> None:
-        """Write when no replay came for a while, when memory runs short, or when everything must be written."""
+        """Write when there was no replay for a while, when memory runs short, or when everything must be written."""
         while True:
             with self._change:
                 while not (self._waiting and (self._hurried or self._closing)):
@@ -265,7 +265,7 @@ class Graphs:
                 self._change.notify_all()
 
     def check(self) -> None:
-        """Raise what has failed in the thread."""
+        """Raise an error that ended the thread."""
         if self._failure is not None:
             raise self._failure
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import checkpoints
 
-_MODULES = ("errors", "record", "points", "summary", "lines")  # in the order of what they need of each other
+_MODULES = ("errors", "record", "points", "summary", "lines")  # each one needs only those before it
 
 _RECORDER = ("cuda_driver", "graphs", "recorder")  # beside this file
 
@@ -40,7 +40,7 @@ from __future__ import annotations
 
 
 def hugging_face_file() -> str:
-    """The text of parity_hf.py: the recorder, and what drives a model of transformers."""
+    """The text of parity_hf.py: the recorder, and the driver of a transformers model."""
     return _put_together(_HF_TOP, *_RECORDER, "hugging_face_names", "hugging_face")
 
 
@@ -50,7 +50,7 @@ def single_file() -> str:
 
 
 def _put_together(top: str, *names: str) -> str:
-    """One file of the modules that define a dump and of the named ones beside this file."""
+    """One file made from the modules that define a dump and the named ones beside this file."""
     here = Path(__file__).parent
     folder = Path(checkpoints.__file__).parent
     imports: set[str] = set()
@@ -62,7 +62,7 @@ def _put_together(top: str, *names: str) -> str:
 
 
 def _body(source: str, imports: set[str]) -> str:
-    """A module without its docstring and imports; those of others' packages are added to `imports`."""
+    """A module without its docstring and imports; imports of other packages are added to `imports`."""
     tree = ast.parse(source)
     lines = source.splitlines()
     for number, node in enumerate(tree.body):

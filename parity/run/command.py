@@ -48,13 +48,13 @@ class EngineError(InputError):
 class Command:
     """A foreign engine as `--exec` or `--exec-shell` describes it.
 
-    `line` knows {model}, {tokens} (ids with commas), {sequences} (several prompts, with semicolons), {out}, {points}, {portions},
-    {ubatch} and {state}. Without `shell` it is split as a shell would,
-    and started without one: no quoting of paths is needed; leading NAME=value words are set in its environment.
-    `timeout` is in seconds; `variables` are set in its environment as well. `largest_dump`: bytes after which it is stopped.
+    `line` may contain {model}, {tokens} (ids with commas), {sequences} (several prompts, with semicolons), {out}, {points},
+    {portions}, {ubatch} and {state}. Without `shell` it is split as a shell would, but started without one, so that paths need no
+    quotes; leading NAME=value words are set in its environment. `timeout` is in seconds; `variables` are set in its environment, too.
+    `largest_dump`: bytes of a dump after which the engine is stopped.
 
     Raises:
-        InputError: it is empty, its quotes don't match, or the time limit is not a positive number.
+        InputError: the line is empty, its quotes don't match, or the time limit is not a positive number.
     """
 
     line: str

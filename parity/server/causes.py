@@ -92,7 +92,7 @@ def _judged(
     if not explained:
         return None
     right = sum(value <= case.limit for value in explained)
-    # Of many readings the one that is nearest; noise of a sampler's or a quantised server's numbers is in `limit`.
+    # The closest of many readings; `limit` covers the noise of a sampler's or a quantised server's numbers.
     without = case.without(sample)
     if right < _ENOUGH * len(explained) or not without > _BETTER * float(np.median(explained)):
         return None
