@@ -12,6 +12,7 @@ from cli import Cli
 from dumps import dump, noisy, random, spoiled
 from pictures import EVIL, diverging, hostile, huge, passing
 
+from checkpoints.answers.diff import Pattern
 from checkpoints.answers.drift import Change, Checked, Drift, Margin
 from checkpoints.errors import InputError
 from checkpoints.jsonl import Writer
@@ -149,10 +150,12 @@ def test_an_annotation_is_one_line() -> None:
     verdict = diverging().verdict
     first = verdict.first_divergence
     assert first is not None
-    evil = replace(verdict, first_divergence=replace(first, token="a\n::error::b%"))
+    pattern = Pattern("odd", "100% wrong\r\n::error::c")
+    evil = replace(verdict, first_divergence=replace(first, token="a\n::error::b%"), pattern=pattern)
     lines = list(annotations(evil))
     assert len(lines) == 1
-    assert "\n" not in lines[0]
+    assert not {"\n", "\r"} & set(lines[0])
+    assert "100%25 wrong%0D%0A::error::c" in lines[0]
     assert lines[0].startswith("::error title=divergence at blk.5.l_out%2C position 3")
     assert next(annotations(passing().verdict)).startswith("::notice")
 
