@@ -1,4 +1,4 @@
-"""`parity consistency`: an engine against itself, and what is suspected where it disagrees."""
+"""`parity consistency`: an engine against itself, and what is suspected if it disagrees."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -92,7 +92,7 @@ def test_our_engine_agrees_with_itself(like: str, synthetic: Callable[..., Path]
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_what_fails_says_what_is_suspect(fault: str, synthetic: Callable[..., Path]) -> None:
-    """A fault that only portions show is found, and positions, cache, mask and batch size are told apart."""
+    """A fault that only portions show is found, and the answer distinguishes positions, cache, mask and batch size."""
     kinds, op, suspect = FAULTS[fault]
     answer = checked(engine_with(synthetic(layers=3), kinds, op))
     assert not answer
@@ -102,14 +102,14 @@ def test_what_fails_says_what_is_suspect(fault: str, synthetic: Callable[..., Pa
 
 
 def test_a_missing_mask_is_seen_by_an_exchanged_token(synthetic: Callable[..., Path]) -> None:
-    """Without a causal mask earlier positions notice another last token."""
+    """Without a causal mask another last token changes earlier positions."""
     answer = checked(engine_with(synthetic(layers=3), ("kq_soft_max",), unmasked))
     check = next(check for check in answer.checks if check.name == "another last token")
     assert check.suspect == "mask"
 
 
 def test_few_points_still_say_where_to_look(synthetic: Callable[..., Path]) -> None:
-    """With layer outputs only, it is known that it is behind the first portion, and what to record to know more."""
+    """With layer outputs only, the answer says that the error comes after the first portion, and what to record to know more."""
     answer = checked(engine_with(synthetic(layers=3), ("q_rope", "k_rope"), counted_from_the_pass), points="blk.*.l_out")
     check = next(check for check in answer.checks if check.name == "chunks")
     assert check.suspect == "cache, positions or mask"

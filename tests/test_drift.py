@@ -1,4 +1,4 @@
-"""Golden dumps: what moves is found, what changed otherwise is told apart, and margins are kept over commits."""
+"""Golden dumps: numbers that move are found, other changes are distinguished, and margins are kept over commits."""
 
 import json
 import resource
@@ -246,7 +246,7 @@ def test_a_ledger_tells_the_best_and_what_came_closer() -> None:
 
 
 def test_a_ledger_is_read_back(tmp_path: Path) -> None:
-    """What is written is read: zero and infinite errors too; a torn line is counted, not fatal."""
+    """A ledger reads back as written, zero and infinite errors included; a torn line is counted, not fatal."""
     path = tmp_path / "ledger.jsonl"
     points = {"embd": (0.0, 1e-10, 0.0), "logits": (float("inf"), 1e-9, float("inf")), "kq": (1e-14, 1e-10, 0.5)}
     entry = Entry("2026-01-01T00:00:00+00:00", "abc", "divergence", "ours", "f00d", {"backend": "numpy"}, points)

@@ -69,7 +69,7 @@ def _cut(x: Array) -> Array:
 def test_what_the_numbers_say_is_said_in_a_sentence(
     engine: Faulty, point: str, change: Callable[[Array], Array], said: str
 ) -> None:
-    """One operation is wrong as no entry describes it: it is named, its law is said, nothing is accused, and the search ends."""
+    """An operation with an error that no entry describes is named, with the law of its numbers; no fault is named, and the search ends."""
     explanation = explain(edited(engine, point, change), engine.model, ExplainOptions(budget=600.0))
     assert explanation.first is not None
     assert (explanation.first.checkpoint, explanation.law, names(explanation)) == (point, said, [])

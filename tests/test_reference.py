@@ -1,4 +1,4 @@
-"""Proves that the reference's dumps are what llama.cpp computed: every point, exact shapes, no effect of looking."""
+"""Proves that the reference's dumps are what llama.cpp computed: every point, exact shapes, no effect of the capture."""
 
 from dataclasses import replace
 from pathlib import Path

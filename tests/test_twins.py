@@ -1,4 +1,4 @@
-"""A twin, and whatever else is remembered of a file, belongs to all of the file's bytes; what is in use is not taken away."""
+"""A twin, and anything else cached for a file, belongs to all of the file's bytes; twins in use are not removed."""
 
 import os
 import subprocess
