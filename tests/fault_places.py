@@ -84,7 +84,7 @@ GENERATED = {"state-not-carried"}  # seen in decode steps only
 # Faults of encoder–decoders, in t5: fault -> what it spoils (the encoder, the decoder, what is handed over), parameters.
 HALVES: dict[str, tuple[str, dict[str, Any]]] = {
     "encoder-norm-missing": ("handed over", {}),
-    "encoder-rows": ("handed over", {"rows": "one row further on"}),
+    "encoder-rows": ("handed over", {"rows": "its last row alone, at every position"}),
     "cross-attention-mask": ("decoder", {"seen": "rows up to its own position only"}),
     "cross-attention-matrices": ("decoder", {"read": "the keys' matrix for the values"}),
     "cross-attention-missing": ("decoder", {"without": "what cross-attention makes"}),
