@@ -55,8 +55,8 @@ def exchanged(first: str, second: str) -> Change:
     """Two tensors of each layer exchanged."""
 
     def change(file: File) -> None:
-        for one, other in zip(file.named(first), file.named(second), strict=True):
-            file.exchange(one, other)
+        for left, other in zip(file.named(first), file.named(second), strict=True):
+            file.exchange(left, other)
 
     return change
 
@@ -281,9 +281,9 @@ def dump_of(case: Case, right: Path, tokens: tuple[int, ...], reference: Referen
     return Dump(dump.path, None, {name: stripped(rows) for name, rows in dump.points.items()})
 
 
-def bare(made: dict[str, np.ndarray], out: Path) -> Dump:
+def bare(values: dict[str, np.ndarray], out: Path) -> Dump:
     """The dump of an engine that prints these values."""
-    out.write_text("".join(json.dumps(line) + "\n" for line in lines(made)))
+    out.write_text("".join(json.dumps(line) + "\n" for line in lines(values)))
     return read(out)
 
 

@@ -84,7 +84,7 @@ class Faulty:
         with tempfile.TemporaryDirectory() as folder, np.errstate(all="ignore"):  # faults may overflow
             out = Path(folder) / "ours.jsonl"
             dump(self.transformer, OursJob(out=out, tokens=prompt, generated=rest, points=points, slice_size=size))
-            found = read(out)
+            written = read(out)
         if not bare:
-            return found
-        return replace(found, points={name: replace(rows, sketch=None, stats={}) for name, rows in found.points.items()})
+            return written
+        return replace(written, points={name: replace(rows, sketch=None, stats={}) for name, rows in written.points.items()})

@@ -17,14 +17,14 @@ _QUICK = {"head-norm-missing", "experts-one-fewer", "window-ignored"}
 @pytest.fixture(scope="module")
 def faulty(reference: Reference, small_model: Callable[..., Path]) -> Callable[[str], Faulty]:
     """The engine of a recipe's model, lifted from llama.cpp's graph."""
-    made: dict[str, Faulty] = {}
+    engines: dict[str, Faulty] = {}
 
     def of(name: str) -> Faulty:
-        if name not in made:
+        if name not in engines:
             recipe, settings = SETTINGS.get(name, (name, {}))
             model = small_model(recipe, settings=settings)
-            made[name] = Faulty(model, reference.graph(model))
-        return made[name]
+            engines[name] = Faulty(model, reference.graph(model))
+        return engines[name]
 
     return of
 
