@@ -51,7 +51,7 @@ def dequantize_rest(path: Path) -> None:
             moved.append(replace(tensor, type=kind, offset=offset))
             sizes.append(size)
             offset += size
-        _extend(opened.fileno(), file.data + offset)
+        _extend(opened.fileno(), file.size, file.data + offset)
     with path.open("r+b") as opened, mmap.mmap(opened.fileno(), 0) as data:
         for old, new, size in reversed(list(zip(file.tensors, moved, sizes, strict=True))):
             begin = file.data + new.offset
@@ -62,9 +62,9 @@ def dequantize_rest(path: Path) -> None:
         data[: file.header_end] = header_bytes(file.metadata, moved)[: file.header_end]
 
 
-def _extend(descriptor: int, size: int) -> None:
-    """Give a file its size with room on the disk: a write into a mapped hole would kill the process where there is none."""
-    if hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(descriptor, 0, size)
+def _extend(descriptor: int, size: int, new_size: int) -> None:
+    """Give a file its new size with room on the disk: a write into a mapped hole would kill the process where there is none."""
+    if hasattr(os, "posix_fallocate") and new_size > size:
+        os.posix_fallocate(descriptor, size, new_size - size)
     else:
-        os.truncate(descriptor, size)
+        os.truncate(descriptor, max(size, new_size))
