@@ -1,4 +1,4 @@
-"""The tensors that llama.cpp's quantiser leaves in their own type, as F32 as well.
+"""What llama.cpp's quantiser leaves undone in the files that it writes: tensors in their own type, and the alignment.
 
 `llama_model_quantize` converts matrices; norms, biases, positions, and small matrices such as gemma3n's `altup_proj`, gemma's
 `per_layer_model_proj` or RWKV's `time_mix_w1` stay as they are (`tensor_allows_quantization` in llama-quant.cpp), and files
@@ -10,10 +10,11 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from checkpoints.gguf_file import Contents, TensorInfo, contents, header_bytes
+from checkpoints.gguf_file import Contents, TensorInfo, contents, header_bytes, uint32_value
 
 from .to_float import ToFloat
 
+_ALIGNMENT = 32  # GGUF_DEFAULT_ALIGNMENT
 _F32 = 0  # ggml_type
 _INTEGERS = range(24, 28)  # I8, I16, I32, I64: tables of numbers, no weights
 
@@ -21,6 +22,20 @@ _INTEGERS = range(24, 28)  # I8, I16, I32, I64: tables of numbers, no weights
 def is_f32(contents: Contents) -> bool:
     """Whether every weight is F32 already: such a model is its own twin."""
     return all(tensor.type == _F32 or tensor.type in _INTEGERS for tensor in contents.tensors)
+
+
+def state_alignment(path: Path) -> None:
+    """Let a file that llama.cpp's quantiser wrote say the alignment that it has.
+
+    It aligns by 32 bytes, whatever the model's own alignment is, and copies that with the metadata: llama.cpp itself does not read
+    the result (`llama_model_quantize_impl` pads by GGUF_DEFAULT_ALIGNMENT).
+    """
+    file = contents(path)
+    if file.alignment == _ALIGNMENT:
+        return
+    stated = file.metadata | {"general.alignment": uint32_value(_ALIGNMENT)}
+    with path.open("r+b") as opened:
+        opened.write(header_bytes(stated, list(file.tensors))[: file.header_end])
 
 
 def dequantize_rest(path: Path) -> None:
