@@ -161,6 +161,11 @@ def sees_later(steps: Sequence["Step"]) -> bool:
     return any(step.params.get("window") in ("all", "symmetric") for step in steps)
 
 
+def in_one_pass(steps: Sequence["Step"]) -> bool:
+    """Whether a prompt must be computed at once: later positions change earlier ones, or nothing is kept for a later pass."""
+    return sees_later(steps) or not any(step.histories or any(isinstance(name, State) for name in step.reads) for step in steps)
+
+
 def alone(encoder: Sequence["Step"]) -> tuple["Step", ...]:
     """The steps of an encoder as a model by itself, whose tokens and positions are the prompt's."""
     inputs = {ENCODER + name: name for name in (TOKENS, POSITIONS)}

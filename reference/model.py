@@ -14,6 +14,8 @@ from checkpoints.errors import InputError, ModelError, ReferenceFailed
 
 from .library import Library
 
+_ROPES = {0: "NORM", 2: "NEOX", 8: "MROPE", 24: "VISION", 40: "IMROPE"}  # enum llama_rope_type
+
 
 def model_params(api: Any) -> tuple[Any, Any]:
     """`llama_model_params` of the cleanest reference, and the empty list of devices that they point to, which must be kept alive."""
@@ -77,6 +79,11 @@ class Model:
         api = self.library.api
         start = int(api.llama_model_decoder_start_token(self._model))
         return start if start >= 0 else max(int(api.llama_vocab_bos(self._vocab)), 0)
+
+    @property
+    def rope(self) -> str:
+        """Which elements RoPE rotates with each other (`llama_model_rope_type`): "NORM", "NEOX", "MROPE", …; "" where it rotates none."""
+        return _ROPES.get(int(self.library.api.llama_model_rope_type(self._model)), "")
 
     @property
     def handle(self) -> Any:

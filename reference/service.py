@@ -244,6 +244,7 @@ class Service:
             points=tuple((entry.point, row_shape(entry, len(tokens))) for entry in known),
             nodes=tuple(entry.node for entry in known),
             dataflow=of_passes(plans),
+            rope=model.rope,
         )
 
     def graph(self, path: Path, mode: str, n_ctx: int, threads: int | None, *, item: Item) -> "RecordedGraph":

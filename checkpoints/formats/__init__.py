@@ -28,7 +28,15 @@ def load(path: str | os.PathLike[str], mapping: Mapping | None = None) -> Dump:
     given = mapping or Mapping()
     place = Path(path)
     dump_format = _format_of(place) if os.fspath(path) != STDIN else None
-    dump = dump_format.read(place, given) if dump_format is not None else _with_unknown(given.renamed(reader.read(path)))
+    if dump_format is None:
+        dump = _with_unknown(given.renamed(reader.read(path)))
+    else:
+        try:
+            dump = dump_format.read(place, given)
+        except DumpError as error:
+            if str(place) in error.message:
+                raise
+            raise DumpError(f"{place}: {error.message}", error.advice, code=error.code) from error
     return shifted(dump, given.position_offset) if given.position_offset else dump
 
 

@@ -13,15 +13,12 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, Self
+from typing import BinaryIO, Self
 
 from ..errors import DumpError
 from ..record import Header
 from .batches import Item, LineReader
 from .bulk import BulkParser
-
-if TYPE_CHECKING:
-    pass
 
 BLOCK = 1 << 19  # bytes read at once: what is made of them stays in a core's cache
 LINE = 1 << 26  # bytes of the longest line: a row of 4 million values; as objects such a line takes 1 GB

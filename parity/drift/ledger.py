@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import jsonlines
 import orjson
 
 from checkpoints.answers.drift import Change, Closer, Entry, Margin
@@ -101,12 +102,14 @@ def read(path: Path) -> tuple[list[Entry], int]:
         raise InputError(f"cannot read {path}: {error.strerror}.", "Check --ledger.", code="ledger") from error
     entries: list[Entry] = []
     skipped = 0
-    for line in lines:
+    reader = jsonlines.Reader(lines, loads=orjson.loads)
+    while True:
         try:
-            entries.append(_entry(orjson.loads(line)))
-        except (ValueError, TypeError, KeyError, AttributeError):
-            skipped += bool(line.strip())
-    return entries, skipped
+            entries.append(_entry(reader.read(type=dict, skip_empty=True)))
+        except EOFError:
+            return entries, skipped
+        except (jsonlines.InvalidLineError, ValueError, TypeError, KeyError, AttributeError):
+            skipped += 1
 
 
 def comparable(entries: Iterable[Entry], source: str, golden: str) -> list[Entry]:

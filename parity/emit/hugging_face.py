@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .hugging_face_names import GATED, PERMUTED, names_of
+from .hugging_face_names import ATTENTIONS, BY_GROUPS, GATED, PERMUTED, names_of
 from .recorder import Recorder
 
 
@@ -23,12 +23,13 @@ class Observer:
         self.tap = tap
         config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
         self.kind = str(config.model_type)
-        self.heads = int(config.num_attention_heads)
+        self.heads = int(getattr(config, "num_attention_heads", None) or 1)  # a recurrent model has none
         self.kv_heads = int(getattr(config, "num_key_value_heads", None) or self.heads)
         if hasattr(config, "multi_query"):  # falcon
             self.kv_heads = config.num_kv_heads if config.new_decoder_architecture else 1 if config.multi_query else self.heads
         self.layer = 0
         self.projected: dict[str, Any] = {}
+        self.rotated: dict[str, Any] = {}
         # If the embedding is multiplied before the first layer reads it, the module's output is not ggml's `embd`.
         self.scaled = type(model.get_input_embeddings()).__name__ != "Embedding"
         gelu = "gelu" in str(next((getattr(config, name) for name in GATED if hasattr(config, name)), ""))
@@ -46,23 +47,25 @@ class Observer:
             else:
                 handles.append(module.register_forward_hook(self._output(point)))
         attentions = {
-            path: module for path, module in modules.items() if path.endswith(("self_attn", ".attn", ".self_attention"))
+            path: module for path, module in modules.items() if path.endswith(ATTENTIONS) and path.split(".")[-2].isdigit()
         }
         for path, module in attentions.items():
             number = int(path.split(".")[-2])
             handles.append(module.register_forward_pre_hook(self._enter(number)))
             handles.append(module.register_forward_hook(self._weights(number)))
         place = sys.modules[type(next(iter(attentions.values()))).__module__] if attentions else None
-        rotate = getattr(place, "apply_rotary_pos_emb", None)
-        if rotate is not None:
-            place.apply_rotary_pos_emb = self._rotated(rotate)  # type: ignore[union-attr]
+        wrappers = {"apply_rotary_pos_emb": self._rotated, "eager_attention_forward": self._attended}
+        replaced = {name: getattr(place, name) for name in wrappers if hasattr(place, name)}
+        self.whole = len(replaced) == len(wrappers)
+        for name, function in replaced.items():
+            setattr(place, name, wrappers[name](function))
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
-            if rotate is not None:
-                place.apply_rotary_pos_emb = rotate  # type: ignore[union-attr]
+            for name, function in replaced.items():
+                setattr(place, name, function)
 
     def _output(self, point: str) -> "Callable[..., None]":
         def hook(_module: Any, inputs: Any, output: Any) -> None:
@@ -92,13 +95,36 @@ class Observer:
 
     def _rotated(self, rotate: "Callable[..., Any]") -> "Callable[..., Any]":
         def wrapped(*arguments: Any, **named: Any) -> Any:
-            q, k = rotate(*arguments, **named)
-            for point, value, heads in (("q_rope", q, self.heads), ("k_rope", k, self.kv_heads)):
+            result = rotate(*arguments, **named)
+            if not (isinstance(result, tuple) and len(result) == 2):  # GPT-J: called for each of the two
+                return result
+            for point, value, heads in zip(("q_rope", "k_rope"), result, (self.heads, self.kv_heads), strict=True):
                 if value.ndim == 4 and value.shape[1] == heads:  # [B, H, T, d]
-                    self._heads(f"blk.{self.layer}.{point}", value.transpose(1, 2))
-            return q, k
+                    self.rotated[point] = value
+            if not self.whole:
+                self._after_rotation({})
+            return result
 
         return wrapped
+
+    def _attended(self, attend: "Callable[..., Any]") -> "Callable[..., Any]":
+        def wrapped(module: Any, query: Any, key: Any, *arguments: Any, **named: Any) -> Any:
+            self._after_rotation({"q_rope": query, "k_rope": key})
+            return attend(module, query, key, *arguments, **named)
+
+        return wrapped
+
+    def _after_rotation(self, read: "dict[str, Any]") -> None:
+        """Record Q and K behind RoPE, [B, H, T, d]; with the elements that it leaves alone where only a head's first ones are rotated.
+
+        Args:
+            read: what the attention reads, which has all elements.
+        """
+        for point, rotated in self.rotated.items():
+            whole, size = read.get(point, rotated), rotated.shape[-1]
+            partly = whole.shape[-1] > size and bool((whole[..., :size] == rotated).all())
+            self._heads(f"blk.{self.layer}.{point}", (whole if partly else rotated).transpose(1, 2))
+        self.rotated = {}
 
     def _value(self, point: str, value: Any, source: Any) -> None:
         layer, _, kind = point.rpartition(".")
@@ -124,9 +150,9 @@ class Observer:
         self.tap(f"{layer}.{self.renamed.get(kind, kind)}" if layer else point, flat)
 
     def _split(self, value: Any) -> "tuple[Any, Any, Any]":
-        """Queries, keys and values of one fused projection, [B, T, (H + 2K)·d], side by side or (falcon) by groups; Q and K by heads."""
+        """Queries, keys and values of one fused projection, [B, T, (H + 2K)·d], side by side or by groups; Q and K by heads."""
         size = value.shape[-1] // (self.heads + 2 * self.kv_heads)
-        if self.kind == "falcon":
+        if self.kind in BY_GROUPS:
             groups = value.unflatten(-1, (self.kv_heads, -1, size))
             return groups[..., :-2, :].flatten(-3, -2), groups[..., -2, :], groups[..., -1, :].flatten(-2)
         q, k, v = value.split((self.heads * size, self.kv_heads * size, self.kv_heads * size), dim=-1)

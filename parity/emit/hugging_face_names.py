@@ -20,6 +20,9 @@ PERMUTED = frozenset(
         "baichuan",
     )
 )
+# One projection has the queries, keys and values of a head, or of the heads that share a key, behind each other.
+BY_GROUPS = frozenset(("falcon", "bloom", "gpt_neox"))
+ATTENTIONS = (".self_attn", ".attn", ".self_attention", ".attention")
 # Module names inside a layer and what their outputs are; `<` names what goes into the module.
 _PLAIN = {
     "input_layernorm": "attn_norm",
@@ -49,6 +52,11 @@ _SANDWICH = {name: kind for name, kind in _PLAIN.items() if name != "post_attent
     "pre_feedforward_layernorm<": "ffn_inp",
     "post_feedforward_layernorm": "ffn_post_norm",
 }
+# OLMo 2 and EXAONE 4 have norms behind both halves only: what goes into the first one is the attention's output.
+_BEHIND = {name: kind for name, kind in _PLAIN.items() if name.rstrip("<") != "post_attention_layernorm"} | {
+    "post_attention_layernorm": "attn_post_norm",
+    "post_feedforward_layernorm": "ffn_post_norm",
+}
 # GLM-4 names them by what they follow; its gate and up projections are one module.
 _AFTER = _PLAIN | {
     "post_self_attn_layernorm": "post_attn_norm",
@@ -68,6 +76,31 @@ _FALCON = {
     "mlp": "ffn_out",
     "": "l_out",
 }
+# GPT-NeoX: both halves read the same hidden state, or one after the other; its module of the feed-forward adds nothing.
+_NEOX = {
+    "input_layernorm": "attn_norm",
+    "attention.query_key_value": "qkv",
+    "attention.dense<": "kqv_out",
+    "attention.dense": "attn_out",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.dense_h_to_4h": "ffn_up",
+    "mlp.dense_4h_to_h<": "ffn_gelu",
+    "mlp": "ffn_out",
+    "": "l_out",
+}
+# BLOOM's feed-forward module adds the hidden state as well: its output is the layer's.
+_BLOOM = {
+    "input_layernorm": "attn_norm",
+    "self_attention.query_key_value": "qkv",
+    "self_attention.dense<": "kqv_out",
+    "self_attention.dense": "attn_out",
+    "post_attention_layernorm": "ffn_norm",
+    "post_attention_layernorm<": "ffn_inp",
+    "mlp.dense_h_to_4h": "ffn_up",
+    "mlp.dense_4h_to_h<": "ffn_gelu",
+    "mlp.dense_4h_to_h": "ffn_out",
+    "": "l_out",
+}
 # gpt2's names; its three projections are one module, and so are falcon's and phi3's.
 _GPT2 = {
     "ln_1": "attn_norm",
@@ -85,8 +118,11 @@ _OUTSIDE = {
     "embed_tokens": "embd",
     "word_embeddings": "embd",
     "wte": "embd",
+    "embed_in": "embd",
     "norm": "output_norm",
     "ln_f": "output_norm",
+    "norm_f": "output_norm",
+    "final_layer_norm": "output_norm",
     "final_layernorm": "output_norm",
 }
 GATED = ("hidden_act", "hidden_activation")
@@ -97,7 +133,8 @@ def names_of(model: Any) -> "dict[str, str]":
     modules = dict(model.named_modules())
     paths = list(modules)
     layers = [name for name in paths if name.rsplit(".", 1)[-1].isdigit() and name.rsplit(".", 2)[-2] in ("layers", "h")]
-    points: dict[str, str] = {}
+    embedding = next(path for path, module in modules.items() if module is model.get_input_embeddings())
+    points = {embedding: "embd"}
     for layer in layers:
         number = layer.rsplit(".", 1)[-1]
         inside = {path.removeprefix(layer).lstrip(".") for path in paths if path == layer or path.startswith(layer + ".")}
@@ -119,12 +156,12 @@ def names_of(model: Any) -> "dict[str, str]":
             points[f"{layer}.self_attn.qkv_proj"] = f"blk.{number}.qkv"
     for path in paths:
         leaf = path.rsplit(".", 1)[-1]
-        if leaf in _OUTSIDE and not any(path.startswith(layer + ".") for layer in layers):
-            beside = path.removesuffix(leaf)
-            added = (
-                leaf == "wte" and {f"{beside}wpe", f"{beside}drop"} <= modules.keys()
-            )  # positions are added before the first layer
-            points[f"{beside}drop" if added else path] = _OUTSIDE[leaf]
+        if leaf == "word_embeddings_layernorm":  # BLOOM: what the first layer reads, and what llama.cpp calls the embedding
+            points[path] = points.pop(embedding)
+        elif leaf in _OUTSIDE and not any(path.startswith(layer + ".") for layer in layers):
+            points[path] = _OUTSIDE[leaf]
+        elif leaf == "drop" and f"{path.removesuffix(leaf)}wpe" in modules:  # positions were added before the first layer
+            points[path] = points.pop(embedding)
     return points
 
 
@@ -132,10 +169,18 @@ def _table(inside: "set[str]") -> "dict[str, str]":
     """The names of one layer's modules, by which of them it has."""
     if "ln_1" in inside:
         return _GPT2
+    if "attention.query_key_value" in inside:
+        return _NEOX
+    if "mlp.gelu_impl" in inside:
+        return _BLOOM
     if "self_attention.query_key_value" in inside:
         return _FALCON
     if "pre_feedforward_layernorm" in inside:
         return _SANDWICH
     if "post_self_attn_layernorm" in inside:
         return _AFTER
-    return _PLAIN
+    if "post_feedforward_layernorm" in inside and "input_layernorm" not in inside:
+        return _BEHIND
+    if "mlp.gate_proj" in inside or "mlp.gate_up_proj" in inside:
+        return _PLAIN
+    return {name: kind for name, kind in _PLAIN.items() if kind != "ffn_swiglu"}  # another function, without a gate

@@ -4,6 +4,8 @@ import json
 import shlex
 import shutil
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,6 +19,7 @@ from .request import Progress, Prompt
 
 _DUMP = "hf.jsonl"
 _COPIED = 1 << 24  # bytes that are copied at once
+_ROOM = "Set TMPDIR to a folder that has room."
 ADVICE = "pip install torch transformers gguf accelerate there, or name an interpreter that has them with --python."
 
 
@@ -92,23 +95,34 @@ class HuggingFace:
 
         Raises:
             EngineError: transformers cannot load the model, or fails.
-            InputError: `out` cannot be written.
+            InputError: `out`, or the folder for temporary files, cannot be written.
         """
         if progress is not None:
             progress(self.name, 0, None)
         try:
-            with TemporaryDirectory(prefix="parity-hf-") as scratch, Replacement(out) as replacement:
-                tokenizer = self._computed(prompt, Path(scratch))
-                with (Path(scratch) / _DUMP).open("rb") as dump, replacement.temporary.open("wb") as file:
+            with Replacement(out) as replacement, self._scratch() as scratch:
+                tokenizer = self._computed(prompt, scratch)
+                with (scratch / _DUMP).open("rb") as dump, replacement.temporary.open("wb") as file:
                     shutil.copyfileobj(dump, file, _COPIED)
                 return tokenizer
         except OSError as error:
             raise unwritable(out, error, "Choose another --out.") from error
 
+    @staticmethod
+    @contextmanager
+    def _scratch() -> Iterator[Path]:
+        """A folder for the script, the prompt and the dump as it grows. Raises InputError if it cannot be made."""
+        try:
+            folder = TemporaryDirectory(prefix="parity-hf-")
+        except OSError as error:
+            raise unwritable(error.filename or "temporary files", error, _ROOM) from error
+        with folder as scratch:
+            yield Path(scratch)
+
     def _computed(self, prompt: Prompt, scratch: Path) -> Tokenizer:
         """Let transformers compute a prompt and write its dump into a folder."""
         script, tokenizer_note = scratch / "parity_hf.py", scratch / "tokenizer.json"
-        script.write_text(source("hf"), encoding="utf-8")
+        _write(script, source("hf"))
         words = [
             self.python,
             str(script),
@@ -125,7 +139,7 @@ class HuggingFace:
             words += ["--tokens", "{tokens}"]
         if prompt.text is not None:  # in a file: it may contain {placeholders} or NUL, or be longer than a command line can be
             text = scratch / "prompt.txt"
-            text.write_bytes(prompt.text.encode())
+            _write(text, prompt.text)
             words += ["--prompt-file", str(text)]
         if self.points:
             words += ["--points", "{points}"]
@@ -136,3 +150,11 @@ class HuggingFace:
             model=self.model, tokens=ids, out=scratch / _DUMP, points=self.points
         )
         return Tokenizer(**json.loads(tokenizer_note.read_text(encoding="utf-8"))) if tokenizer_note.exists() else Tokenizer()
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a temporary file. Raises InputError if it cannot be written."""
+    try:
+        path.write_bytes(text.encode())
+    except OSError as error:
+        raise unwritable(path, error, _ROOM) from error

@@ -53,8 +53,10 @@ def listen(
     prefix_ids: Callable[[str], Sequence[int]],
     generate: int,
     progress: Progress | None = None,
+    *,
+    first: int = 0,
 ) -> Heard:
-    """Ask about every position of the prompt, then let the server choose `generate` tokens.
+    """Ask about every position of the prompt from `first` on, then let the server choose `generate` tokens.
 
     `prefix_ids` tokenizes as llama.cpp does: without echo a position is asked for by the text before it, if that text alone
     has the same tokens.
@@ -63,16 +65,16 @@ def listen(
         ServerError: the server refuses, or gives no candidates.
     """
     given: str | Sequence[int] = prompt.text if prompt.text is not None else prompt.ids
-    first = dialect.complete(given, max(generate, 1), echo=dialect.echoes is not False)
-    if not first.generated:
-        raise ServerError(f"the server chose no token after the prompt.{_stopped(first.text)}", "Take another prompt.")
-    heard = Heard(prompt.ids, len(prompt.ids), (), bool(first.prompt), first.prompt_tokens)
+    answer = dialect.complete(given, max(generate, 1), echo=dialect.echoes is not False)
+    if not answer.generated and (generate or not answer.prompt):
+        raise ServerError(f"the server chose no token after the prompt.{_stopped(answer.text)}", "Take another prompt.")
+    heard = Heard(prompt.ids, len(prompt.ids), (), bool(answer.prompt), answer.prompt_tokens)
     listened = (
-        _echoed(heard, first.prompt, prompt, vocabulary)
-        if first.prompt
-        else _one_by_one(heard, dialect, prompt, prefix_ids, progress)
+        _echoed(heard, answer.prompt, prompt, vocabulary)
+        if answer.prompt
+        else _one_by_one(heard, dialect, prompt, prefix_ids, progress, first)
     )
-    return _chosen(listened, first.generated, vocabulary, generate)
+    return _chosen(listened, answer.generated, vocabulary, generate)
 
 
 def _stopped(text: str) -> str:
@@ -114,7 +116,12 @@ def _hidden(prompt: Prompt) -> int:
 
 
 def _one_by_one(
-    heard: Heard, dialect: Dialect, prompt: Prompt, prefix_ids: Callable[[str], Sequence[int]], progress: Progress | None
+    heard: Heard,
+    dialect: Dialect,
+    prompt: Prompt,
+    prefix_ids: Callable[[str], Sequence[int]],
+    progress: Progress | None,
+    first: int,
 ) -> Heard:
     """The answer with one request for each position but the last, which the first request covered already."""
     questions: list[tuple[int, str | None, str | Sequence[int]]] = []
@@ -123,9 +130,12 @@ def _one_by_one(
     hidden = _hidden(prompt)
     for index in range(len(prompt.ids) - 1):
         if prompt.text is None:
-            questions.append((index, None, prompt.ids[: index + 1]))
+            if index >= first:
+                questions.append((index, None, prompt.ids[: index + 1]))
             continue
         text += prompt.pieces[index] if index >= hidden else ""
+        if index < first:
+            continue
         prefix = text.lstrip(" ") if not prompt.text.startswith(" ") else text
         if prefix.strip() and prompt.text.startswith(prefix) and tuple(prefix_ids(prefix)) == prompt.ids[: index + 1]:
             questions.append((index, prefix, prefix))
