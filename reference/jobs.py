@@ -140,7 +140,7 @@ class Description:
     """A model as llama.cpp sees it; `points` are (point, row shape) in the order of computation.
 
     A row shape is written as text, with "t+1" for the positions seen so far; `nodes` are the nodes of those points; `dataflow` is
-    that of a dump's header.
+    that of a dump's header; `rope` says which elements RoPE rotates with each other: "NORM", "NEOX", …, and "" where it rotates none.
     """
 
     info: ModelInfo
@@ -153,3 +153,4 @@ class Description:
     points: tuple[tuple[str, tuple[str, ...]], ...]
     nodes: tuple[Node, ...]
     dataflow: Dataflow
+    rope: str

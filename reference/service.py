@@ -101,6 +101,10 @@ class Service:
         """See `client.Reference.pieces`."""
         return self._vocabulary(contents(path)).pieces(ids)
 
+    def text(self, path: Path, ids: tuple[int, ...], *, item: Item) -> str:
+        """See `client.Reference.text`."""
+        return self._vocabulary(contents(path)).text(ids)
+
     def chat_texts(self, path: Path, text: str, *, item: Item) -> dict[str, str]:
         """See `client.Reference.chat_texts`."""
         return chat_texts(self._library, own_template(self._vocabulary(contents(path)).metadata()), text)
@@ -244,6 +248,7 @@ class Service:
             points=tuple((entry.point, row_shape(entry, len(tokens))) for entry in known),
             nodes=tuple(entry.node for entry in known),
             dataflow=of_passes(plans),
+            rope=model.rope,
         )
 
     def graph(self, path: Path, mode: str, n_ctx: int, threads: int | None, *, item: Item) -> "RecordedGraph":

@@ -1,6 +1,7 @@
 """A score as text, JSON and the Markdown block that a pull request asks for."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from math import inf
 from typing import Any
 
 from rich.text import Text
@@ -66,7 +67,17 @@ def figures(score: Scored) -> Iterator[tuple[str, str]]:
 
 
 def _number(value: float | None) -> str:
-    return "–" if value is None else "0" if value == 0 else f"{value:.6f}" if value >= 1e-3 else f"{value:.2e}"
+    return (
+        "–"
+        if value is None
+        else "∞"
+        if value == inf
+        else "0"
+        if value == 0
+        else f"{value:.6f}"
+        if value >= 1e-3
+        else f"{value:.2e}"
+    )
 
 
 def _worst(worst: Worst) -> list[tuple[str, str]]:
@@ -74,8 +85,7 @@ def _worst(worst: Worst) -> list[tuple[str, str]]:
         ("worst", f"chunk {worst.chunk}, position {worst.position}: KL {_number(worst.kl)}"),
         ("after", f"…{clean(worst.before)}"),
         ("text", f"{worst.token} {clean(repr(worst.text))}"),
-        ("ours", _choices(worst.ours)),
-        ("base", _choices(worst.base)),
+        *[(name, _choices(top)) for name, top in (("ours", worst.ours), ("base", worst.base)) if top],
     ]
 
 
@@ -86,7 +96,7 @@ def _choices(top: Sequence[tuple[int, float]]) -> str:
 def as_json(score: Scored) -> dict[str, Any]:
     """Every figure; `perplexity` and `kl` as the contract has them."""
     worst = score.worst
-    return {
+    facts = {
         "schema": 1,
         "side": score.side,
         "base": score.base,
@@ -131,6 +141,7 @@ def as_json(score: Scored) -> dict[str, Any]:
         "seconds": round(score.seconds, 3),
         "notes": list(score.notes),
     }
+    return {name: plain(value) for name, value in facts.items()}
 
 
 def _explained(answer: Mapping[str, Any]) -> str:

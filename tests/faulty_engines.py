@@ -1,7 +1,7 @@
 """Ten faults in each of ten architectures: of engines that share no code with ours.
 
-An engine is llama.cpp with a changed file (`changed_files`), or the NumPy engine of `foreign_families`. A case says which entries of
-the catalogue are its name: several where they make the same numbers.
+An engine is llama.cpp with a changed file (`changed_files`), or the NumPy engine of `foreign_families`. A case lists the entries of
+the catalogue that name it: several if they give the same numbers.
 """
 
 import json
@@ -24,7 +24,7 @@ Change = Callable[[File], None]
 
 @dataclass(frozen=True)
 class Case:
-    """One fault: what is done, in the file or (a word of `Families`) in the NumPy engine, and the entries that name it."""
+    """One fault: a change of the file, or a word that `Families`, the NumPy engine, understands, and the entries that name it."""
 
     title: str
     how: Change | str
@@ -55,8 +55,8 @@ def exchanged(first: str, second: str) -> Change:
     """Two tensors of each layer exchanged."""
 
     def change(file: File) -> None:
-        for one, other in zip(file.named(first), file.named(second), strict=True):
-            file.exchange(one, other)
+        for left, other in zip(file.named(first), file.named(second), strict=True):
+            file.exchange(left, other)
 
     return change
 
@@ -72,7 +72,7 @@ def layers_exchanged(first: int, second: int) -> Change:
 
 
 def permuted_heads(file: File) -> None:
-    """Q and K by halves and pairs exchanged, as a converter that permutes what is permuted."""
+    """Exchange halves and pairs in Q and K, as a converter that permutes them a second time."""
     heads, kv_heads = int(file.number("attention.head_count")), int(file.number("attention.head_count_kv"))
     file.each("attn_q.weight", lambda rows: permuted(rows, heads))
     file.each("attn_k.weight", lambda rows: permuted(rows, kv_heads))
@@ -110,7 +110,7 @@ def in_turn(weight: np.ndarray) -> np.ndarray:
 
 
 def read_transposed(weight: np.ndarray) -> np.ndarray:
-    """Memory that is taken for the transposed matrix."""
+    """The matrix whose memory is read as its transpose."""
     return transposed(weight.reshape(*weight.shape[:-2], weight.shape[-1], weight.shape[-2])).reshape(weight.shape)
 
 
@@ -281,9 +281,9 @@ def dump_of(case: Case, right: Path, tokens: tuple[int, ...], reference: Referen
     return Dump(dump.path, None, {name: stripped(rows) for name, rows in dump.points.items()})
 
 
-def bare(made: dict[str, np.ndarray], out: Path) -> Dump:
+def bare(values: dict[str, np.ndarray], out: Path) -> Dump:
     """The dump of an engine that prints these values."""
-    out.write_text("".join(json.dumps(line) + "\n" for line in lines(made)))
+    out.write_text("".join(json.dumps(line) + "\n" for line in lines(values)))
     return read(out)
 
 
@@ -293,6 +293,6 @@ def stripped(rows: Rows) -> Rows:
 
 
 def every() -> Iterator[tuple[str, Case]]:
-    """All of them, with the recipe of their model."""
+    """All cases, with the recipe of their model."""
     for recipe, cases in CASES.items():
         yield from ((recipe, case) for case in cases)

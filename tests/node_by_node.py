@@ -46,7 +46,7 @@ class Worst:
 
 
 class Recomputing:
-    """A `reference.callback.Tap` that computes what it sees once more."""
+    """A `reference.callback.Tap` that recomputes every node that it sees."""
 
     def __init__(self, ggml: Ggml) -> None:
         self.ggml = ggml
@@ -57,7 +57,7 @@ class Recomputing:
         self._weights: dict[int, Any] = {}
 
     def check(self) -> None:
-        """There is nothing to raise: failures are results."""
+        """Raise nothing: failures are results."""
 
     def __call__(self, address: int, ask: bool, _data: int | None) -> bool:
         """Copy a node's operands before it is computed, compute it once more afterwards."""
@@ -152,7 +152,7 @@ def _typical_size(name: str, operands: Sequence[Any], reference: Any) -> float:
 
 
 def nmse(ours: Any, reference: Any, least: float = 0.0) -> float:
-    """Σ(a − b)² / max(Σb², least) of what is finite in the reference; infinite where other elements are finite than there."""
+    """Σ(a − b)² / max(Σb², least) over the reference's finite elements; infinite if other elements are finite in ours."""
     with np.errstate(all="ignore"):
         ours, reference = np.asarray(ours, np.float64), np.asarray(reference, np.float64)
         finite = np.isfinite(reference)
@@ -202,7 +202,7 @@ def measured(model: Path, tokens: Sequence[int], steps: int = 2) -> dict[str, Wo
     """The same in a process of its own.
 
     Raises:
-        RuntimeError: it ended otherwise; the last lines of its output.
+        RuntimeError: the process failed; the message has the last lines of its output.
     """
     words = [sys.executable, "-P", __file__, str(model), ",".join(map(str, tokens)), str(steps)]
     ran = subprocess.run(words, capture_output=True, text=True, check=False)
@@ -212,5 +212,5 @@ def measured(model: Path, tokens: Sequence[int], steps: int = 2) -> dict[str, Wo
 
 
 if __name__ == "__main__":
-    found = recompute(Path(sys.argv[1]), [int(word) for word in sys.argv[2].split(",")], int(sys.argv[3]))
-    print(json.dumps({name: asdict(worst) for name, worst in found.items()}))
+    nodes = recompute(Path(sys.argv[1]), [int(word) for word in sys.argv[2].split(",")], int(sys.argv[3]))
+    print(json.dumps({name: asdict(worst) for name, worst in nodes.items()}))

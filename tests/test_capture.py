@@ -1,4 +1,4 @@
-"""The tap takes copies, in the moment the value is computed, and loses nothing."""
+"""The tap takes copies at the moment the value is computed, and loses nothing."""
 
 import subprocess
 import sys
@@ -90,7 +90,7 @@ def test_a_late_capture_would_be_seen(stories: Path) -> None:
 
 
 def test_a_failing_writer_stops_the_engine() -> None:
-    """What fails in the writer's thread comes out in the engine's thread, and at the latest when the tap closes."""
+    """A failure in the writer's thread is raised in the engine's thread, at the latest when the tap closes."""
     tap = Capture(HostStage(Sink(fail_at=1), ["embd"], choose("numpy")))
 
     def many() -> None:
@@ -144,7 +144,7 @@ def test_logits_do_not_depend_on_what_is_captured(stories: Path) -> None:
 
 
 def test_a_process_that_forgets_to_close_loses_nothing(tmp_path: Path) -> None:
-    """What was handed over is written when the process ends, although nobody closed the tap."""
+    """What was handed over is written when the process ends, even if the tap was never closed."""
     script = """
 import sys, numpy
 from checkpoints.jsonl import Writer
@@ -163,7 +163,7 @@ for step in range(50):
 
 
 def test_a_failure_that_was_raised_is_not_told_again_at_exit() -> None:
-    """A process that met the writer's failure and went on ends in silence; one that never heard of it is told at its end."""
+    """A process that caught the writer's failure ends silently; one that never saw it gets the error at its end."""
     script = """
 import sys, time, numpy
 from engine.backend import choose

@@ -184,7 +184,7 @@ def test_a_fault_of_conversion_is_named(
     parity: Cli,
     tmp_path: Path,
 ) -> None:
-    """What the converter forgot, exchanged or lost is said of exactly the tensors that it concerns."""
+    """What the converter forgot, exchanged or lost is reported for exactly the tensors concerned."""
     source = folder(family)
     code, answer = parity.json("weights", "--model", convert(source, tmp_path / "m.gguf", **changes), "--hf", source)
     wrong = [tensor for tensor in answer["tensors"] if not tensor["status"].startswith("equal")]
@@ -222,7 +222,7 @@ def test_bfloat16_is_read_by_its_bits(folder: Callable[..., Path], parity: Cli, 
 
 @pytest.mark.parametrize("damage", ["no-config", "no-tensors", "cut", "header", "offsets", "other-model"])
 def test_a_damaged_folder_is_one_line(damage: str, folder: Callable[..., Path], parity: Cli, tmp_path: Path) -> None:
-    """What cannot be read is named, exit 2, and no traceback."""
+    """A damaged folder is one line that names the damage, exit 2, without a traceback."""
     source = folder("llama")
     model = convert(source, tmp_path / "m.gguf")
     first, second = sorted(source.glob("*.safetensors"))
@@ -293,7 +293,7 @@ def llama3_factors(size: int, base: float) -> np.ndarray:
 
 
 def test_ropes_factors_are_those_of_config_json(folder: Callable[..., Path], parity: Cli, tmp_path: Path) -> None:
-    """llama3's frequencies: right ones are equal, those of another factor, their inverse and none at all are told."""
+    """llama3's frequencies: right ones are equal; those of another factor, their inverse and missing ones are reported."""
     source = folder("llama", rope_scaling=LLAMA3)
     plain = convert(source, tmp_path / "plain.gguf")
     right = llama3_factors(D // H, 10000.0)
@@ -326,7 +326,7 @@ def test_ropes_factors_are_those_of_config_json(folder: Callable[..., Path], par
 def test_ropes_scaling_is_that_of_config_json(
     config: dict[str, Any], held: dict[str, Any], message: str, folder: Callable[..., Path], parity: Cli, tmp_path: Path
 ) -> None:
-    """The kind of scaling and its factor are held to config.json."""
+    """The kind of scaling and its factor are compared with config.json."""
     source = folder("llama", rope_scaling=config)
     model = _add(convert(source, tmp_path / "plain.gguf"), tmp_path / "m.gguf", {}, **held)
     code, answer = parity.json("weights", "--model", model, "--hf", source)

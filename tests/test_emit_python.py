@@ -36,7 +36,7 @@ def emitted(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
 
 @pytest.mark.parametrize("language", ["python", "hf"])
 def test_the_modules_of_a_file_share_no_name(language: str) -> None:
-    """No two of the modules that a file is put together from define the same name: the last one would be taken by all."""
+    """The modules that make up a file define no name twice: all would use the last definition."""
     tree = ast.parse(source(language))
     defined = Counter(node.name for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))) + Counter(
         target.id
@@ -50,7 +50,7 @@ def test_the_modules_of_a_file_share_no_name(language: str) -> None:
 
 
 def test_the_file_stands_alone(tmp_path: Path) -> None:
-    """It imports NumPy and the standard library only, and runs where none of our packages are."""
+    """The file imports only NumPy and the standard library, and runs where none of our packages are installed."""
     tree = ast.parse(source("python"))
     imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     imported |= {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
@@ -105,7 +105,7 @@ def test_it_writes_what_our_writer_writes(emitted: ModuleType, tmp_path: Path) -
 
 
 class _Torch:
-    """What PyTorch's tensors have of what the recorder uses: PyTorch itself is too large a dependency for a test."""
+    """The part of PyTorch's tensors that the recorder uses: PyTorch itself is too large a dependency for a test."""
 
     def __init__(self, array: Any) -> None:
         self.array = array

@@ -1,4 +1,4 @@
-"""A foreign engine's command line: how it is filled in and started, and that nothing it does blocks, floods or fools a run."""
+"""A foreign engine's command line: how it is filled in and started, and that the engine cannot block, flood or fool a run."""
 
 import os
 import sys
@@ -41,7 +41,7 @@ def failure(line: str, out: Path, **options: object) -> EngineError:
 
 
 def test_placeholders_are_filled_once_and_need_no_quotes(tmp_path: Path) -> None:
-    """Model, tokens, points and portions arrive as they are, with spaces, quotes and what looks like a placeholder in them."""
+    """Model, tokens, points and portions arrive unchanged, even with spaces, quotes and text that looks like a placeholder."""
     line = engine(tmp_path, "open(sys.argv[1], 'w').write('|'.join(sys.argv[2:]))")
     printed = ran(f"{line} {{out}} {{model}} {{tokens}} {{points}} {{portions}}", tmp_path / "o", points="blk.{1..5}.*,{out}")
     assert printed == "a model's.gguf|1,2,3|blk.{1..5}.*,{out}|3"
@@ -109,7 +109,7 @@ def test_a_dump_that_is_no_file_is_refused(what: str, body: str, tmp_path: Path)
 
 
 def test_a_dump_without_end_is_stopped(tmp_path: Path) -> None:
-    """What an engine writes is bounded, on its stdout and in {out}."""
+    """An engine that writes without end, to stdout or {out}, is stopped."""
     for line in (
         engine(tmp_path, "while True: print('x' * 9999)"),
         engine(tmp_path, "f = open('/dev/stdout', 'w')\nwhile 1: f.write('x' * 9999)"),

@@ -54,7 +54,7 @@ Models = Callable[[str], Faulty]
 def faulty(tmp_path_factory: pytest.TempPathFactory, reference: Reference) -> Models:
     """The engine of the model in which a fault can act."""
     folder = tmp_path_factory.mktemp("explain")
-    made: dict[Path, Faulty] = {}
+    engines: dict[Path, Faulty] = {}
 
     def of(name: str) -> Faulty:
         shape, kind = _MODELS.get(name, (_QWEN2, "f16"))
@@ -64,9 +64,9 @@ def faulty(tmp_path_factory: pytest.TempPathFactory, reference: Reference) -> Mo
             reference.quantize(folder / "f32.gguf", kind, path)
         elif not path.exists():
             synthesize(path, shape, weight_type=kind, seed=3)
-        if path not in made:
-            made[path] = Faulty(path)
-        return made[path]
+        if path not in engines:
+            engines[path] = Faulty(path)
+        return engines[path]
 
     return of
 
@@ -89,7 +89,7 @@ def test_each_fault_is_named(name: str, faulty: Models) -> None:
 
 @pytest.mark.parametrize("name", _ANYWHERE)
 def test_each_entry_speaks_to_the_user(name: str, faulty: Models) -> None:
-    """Each entry has its sentences, and each of its variants can be said."""
+    """Each entry has its sentences, and each of its variants can be put into words."""
     fault = CATALOGUE[name]
     assert all((fault.symptom, fault.fix, fault.seen, fault.group, fault.what))
     variants = fault.variants({step.makes: step for step in faulty(name).right})

@@ -31,9 +31,9 @@ def engine(request: pytest.FixtureRequest, reference: Reference, small_model: Ca
 def test_the_truth_of_a_lifted_model_is_near_what_float32_gives(engine: Faulty) -> None:
     """Every point is computed in float64, and our float32 run is near it: as far as rounding goes, or GELU's table of F16."""
     tokens = tokens_of(engine.model, 7, seed=2)
-    found = Arbiter.of(engine.transformer, tokens).distances(engine.dump(Planted(()), tokens, points="*").points)
-    coarse = any(name.endswith("geglu") for name in found)
-    assert max(float(np.nanmax(distance)) for distance in found.values()) < (1e-4 if coarse else 1e-10)
+    distances = Arbiter.of(engine.transformer, tokens).distances(engine.dump(Planted(()), tokens, points="*").points)
+    coarse = any(name.endswith("geglu") for name in distances)
+    assert max(float(np.nanmax(distance)) for distance in distances.values()) < (1e-4 if coarse else 1e-10)
 
 
 @pytest.mark.parametrize(
@@ -96,9 +96,9 @@ def test_right_engines_in_lower_arithmetic_are_not_accused(engine: Faulty, kind:
 
 def _later_ones(x: Array) -> Array:
     """Rows behind the first with noise that no fault makes."""
-    made = x.copy()
-    made[1:] += np.random.default_rng(6).standard_normal(made[1:].shape).astype(x.dtype) * np.abs(x).mean()
-    return made
+    changed = x.copy()
+    changed[1:] += np.random.default_rng(6).standard_normal(changed[1:].shape).astype(x.dtype) * np.abs(x).mean()
+    return changed
 
 
 @pytest.mark.parametrize(

@@ -29,9 +29,9 @@ GROWN = {"blk.2.l_out": 1e-11, "blk.3.l_out": 6e-11, "blk.4.l_out": 3e-10, "blk.
 
 def test_an_error_that_grows_at_a_single_position_is_noise() -> None:
     """Records a few times over the limit, at one position of many and each grown from the layer before, are parity, and said."""
-    found = verdict(GROWN, [100])
-    assert found.verdict == "parity"
-    assert any("noise: 3 records at single positions of blk.4.l_out, blk.5.l_out" in note for note in found.notes)
+    answer = verdict(GROWN, [100])
+    assert answer.verdict == "parity"
+    assert any("noise: 3 records at single positions of blk.4.l_out, blk.5.l_out" in note for note in answer.notes)
 
 
 def test_a_short_prompt_is_not_said_to_agree_elsewhere() -> None:
@@ -70,9 +70,9 @@ def test_what_is_not_rare_or_jumps_or_is_large_is_a_divergence(
     errors: dict[str, float], positions: list[int], why: str
 ) -> None:
     """Each of the three conditions is needed: without it the same records are a divergence."""
-    found = verdict(errors, positions)
-    assert found.first_divergence is not None, why
-    assert found.first_divergence.checkpoint in ("blk.2.l_out", "blk.4.l_out")
+    answer = verdict(errors, positions)
+    assert answer.first_divergence is not None, why
+    assert answer.first_divergence.checkpoint in ("blk.2.l_out", "blk.4.l_out")
 
 
 def test_a_tolerance_is_taken_at_its_word() -> None:
@@ -89,9 +89,9 @@ def test_a_short_prompt_excuses_what_grows_and_nothing_that_jumps() -> None:
     for name, error in GROWN.items():
         ours[name] = noisy(right)[name]
         ours[name][40] *= np.float32(1 + np.sqrt(error))
-    found = compare(dump(ours), dump(right))
-    assert found.verdict == "parity"
-    assert any(note.startswith("noise:") for note in found.notes)
+    answer = compare(dump(ours), dump(right))
+    assert answer.verdict == "parity"
+    assert any(note.startswith("noise:") for note in answer.notes)
 
 
 def test_rounding_that_may_be_amplified_blames_no_operation() -> None:
@@ -100,7 +100,7 @@ def test_rounding_that_may_be_amplified_blames_no_operation() -> None:
     for times, code in ((BEYOND / 2, "undecided"), (BEYOND * 20, "single-positions")):
         ours = noisy(right)
         ours["output_norm"][4] *= np.float32(1 + np.sqrt(times * 1e-10))
-        found = compare(dump(ours), dump(right))
-        assert found.pattern is not None
-        assert found.pattern.code == code
-        assert not found.operation
+        answer = compare(dump(ours), dump(right))
+        assert answer.pattern is not None
+        assert answer.pattern.code == code
+        assert not answer.operation

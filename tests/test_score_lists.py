@@ -12,6 +12,8 @@ from cli import Cli, refused
 from servers import Start
 
 from parity.score.measures import Listed, kl_of_list, kl_of_lists, kl_whole, largest, log_sum
+from parity.server.scoring import text_of
+from reference.client import Reference
 
 TEXT = (
     "Once upon a time, there was a little girl named Lily. She loved to play outside in the sunshine. One day, she found a big red "
@@ -123,7 +125,7 @@ STRANGE = {"Ωmega": -0.7, "日本語日本語": -0.9, "zzyzx": -2.0, "qqq": -3.
     [
         (FEW, "gives 2 candidates a position, not the 5 asked for", "--server-top 2"),
         (STRANGE, "candidates are not tokens of this model", "Is it the model that the server runs?"),
-        ({}, "predicted nothing that could be scored", "longer text"),
+        ({}, "nothing was predicted that could be scored", "longer text"),
     ],
     indirect=["fixed"],
 )
@@ -143,6 +145,30 @@ def test_a_server_is_no_base_file(parity: Cli, fixed: str, words: tuple[object, 
     assert (code, answer["top_k"], answer["perplexity"]["bounded"] > 0) == (0, None, True)
 
 
+def test_impossible_tokens_and_broken_rows() -> None:
+    """A token that the base excludes adds nothing, one that only the side excludes makes KL infinite; a row with NaN has no log-sum."""
+    base, ours = (np.array(row, dtype=np.float32) for row in ([1, 2, -np.inf, 0], [1, 2, 3, 0]))
+    expected = kl_whole(base[[0, 1, 3]], ours[[0, 1, 3]]) + log_sum(ours) - log_sum(ours[[0, 1, 3]])
+    assert kl_whole(base, ours) == pytest.approx(expected)
+    assert kl_whole(ours, base) == np.inf
+    assert np.isnan(log_sum(np.array([1, np.nan], dtype=np.float32)))
+
+
+@pytest.mark.slow
+def test_logits_that_are_not_numbers_are_the_worst_position(parity: Cli, tmp_path: Path) -> None:
+    """Of golden dumps with a NaN the other positions are scored, the first such position is the worst, and JSON stays JSON."""
+    (tmp_path / "prompts.txt").write_text("Once upon a time\n")
+    assert parity("drift", "record", "--prompts", "prompts.txt", "-o", "g", "--points", "logits", "--slice", 2048).code == 0
+    lines = [json.loads(line) for line in Path("g/000.jsonl").read_text().splitlines()]
+    wrong = next(line for line in lines if line.get("token_idx") == 2 and "values" in line)
+    wrong["values"][7] = "NaN"
+    Path("g/000.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    ran = parity("score", "--golden", "g", "--format", "json")
+    answer = json.loads(ran.out, parse_constant=pytest.fail)
+    assert (ran.code, answer["positions"], answer["worst"]["position"], answer["worst"]["kl"]) == (0, 4, 2, "Infinity")
+    assert "position 2 of chunk 0" in answer["notes"][0]
+
+
 @pytest.mark.slow
 def test_golden_logits_are_a_base(parity: Cli, tmp_path: Path) -> None:
     """Our engine on golden prompts is at rounding at every position; dumps without whole rows of logits are one line."""
@@ -160,3 +186,10 @@ def test_golden_logits_are_a_base(parity: Cli, tmp_path: Path) -> None:
     refused(parity("score", "--golden", "golden", "--text", "prompts.txt"), "both --text and --golden")
     refused(parity("score", "--golden", "golden", "--alone"), "more than one base")
     refused(parity("score"), "no text was given", "--golden")
+
+
+def test_a_chunk_is_sent_as_its_text(reference: Reference, stories: Path) -> None:
+    """Characters of several tokens are whole in a chunk's text; of one that the chunk cuts nothing is left."""
+    tokens = reference.tokenize(stories, "a naïve 🎈🎈 你好").ids
+    assert text_of(tokens, stories, reference) == "a naïve 🎈🎈 你好"
+    assert reference.text(stories, tokens[1:-1]) == "a naïve 🎈🎈 你"

@@ -184,7 +184,7 @@ class _Hostile(http.server.BaseHTTPRequestHandler):
     seen: dict[str, int]
 
     def log_message(self, *_: object) -> None:
-        """Silence."""
+        """Log nothing."""
 
     def do_POST(self) -> None:
         self.rfile.read(int(self.headers.get("Content-Length", 0)))

@@ -85,5 +85,5 @@ def test_run_explains_an_engine_that_it_starts(parity: Cli, small_model: Callabl
     line = f"{sys.executable} {ENGINE} {{model}} {{tokens}} {{out}} modulo"
     ran = parity("run", "--model", str(model), "--tokens", "1,5,9,200,33,7", "--exec", line, "--out", str(tmp_path / "run"))
     assert ran.code == 1
-    told = parity("explain", str(tmp_path / "run" / "ours.jsonl"), "--model", str(model), "--tokens", "1,5,9,200,33,7")
-    assert "gqa-modulo" in told.out
+    explained = parity("explain", str(tmp_path / "run" / "ours.jsonl"), "--model", str(model), "--tokens", "1,5,9,200,33,7")
+    assert "gqa-modulo" in explained.out

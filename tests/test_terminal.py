@@ -1,4 +1,4 @@
-"""A verdict as text and as JSON: aligned, on one screen, nothing in it that a terminal or a parser would trip over."""
+"""A verdict as text and as JSON: aligned, on one screen, and harmless to terminals and parsers."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""`parity weights`: three dequantisations byte for byte, and what a foreign engine made of its weights."""
+"""`parity weights`: three dequantisations byte for byte, and what happened to a foreign engine's weights."""
 
 import json
 from collections.abc import Callable

@@ -12,6 +12,7 @@ from engine.inapplicable import NotApplicable
 from engine.replay.replay import Edits
 
 from .carry import carry, distinct, steps_between
+from .first_place import AtFirstPlace
 from .records import Floats
 from .screening import Screening
 from .state import Candidate, Layers, RecordKey, Screened, State
@@ -28,7 +29,7 @@ _FEW = 2  # with this few candidates the first rows of every point are not looke
 _TOGETHER = 128  # candidates at once: enough to share Python's overhead, few enough to look at the clock in between
 
 
-class BatchScreening:
+class BatchScreening(AtFirstPlace):
     """Screens candidates at a state's first place, in one layer, several or all.
 
     Few positions come first: a row that is right in the dump contradicts most candidates before the first wrong row has to
@@ -39,19 +40,12 @@ class BatchScreening:
     """
 
     def __init__(self, screening: Screening, state: State, layers: Layers) -> None:
-        if state.first is None:
-            raise ValueError("nothing is left to explain")
-        self._screening = screening
-        self._state = state
-        self._layers = layers
-        self._first = state.first
-        self._entry = screening.entries[state.first.point]
-        self._point = self._entry.point
+        super().__init__(screening, state, layers)
         self._after = steps_between(state, layers[0], self._point) if layers is not None and len(layers) == 1 else []
         # Computing candidate by candidate ends with the layer, if its output can be carried on from there.
         self._name = f"blk.{layers[0]}.l_out" if layers and self._after else self._point
         self._end = state.order[self._name] + 1
-        self._before = frozenset(entry.point for entry in screening.entries[: state.first.point]) - state.shown
+        self._before = frozenset(entry.point for entry in screening.entries[: self._first.point]) - state.shown
         self._candidates: Sequence[Candidate] = ()
         self._edits_of: dict[int, Edits] = {}
         self._stages: list[int] = []

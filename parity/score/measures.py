@@ -24,7 +24,8 @@ def kl_whole(base: Row, ours: Row) -> float:
     """KL(base ‖ ours) of two rows [V], as llama-perplexity's --kl-divergence defines it: Σ p (log p − log q)."""
     p = base.astype(np.float64) - log_sum(base)
     q = ours.astype(np.float64) - log_sum(ours)
-    return max(float(np.sum(np.exp(p) * (p - q))), 0.0)
+    likely = p > -np.inf  # what has no probability adds nothing, whatever the other side says
+    return max(float(np.sum(np.exp(p[likely]) * (p[likely] - q[likely]))), 0.0)
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,8 @@ def kl_of_shared(p: NDArray[np.float64], q: NDArray[np.float64], least: float = 
     left = max(1.0 - float(np.exp(p).sum()), 0.0)
     other_left = max(1.0 - float(np.exp(q).sum()), least)
     rest = left * (np.log(left) - np.log(other_left)) if left > least else 0.0
-    return max(float(np.sum(np.exp(p) * (p - q))) + float(rest), 0.0), left
+    likely = p > -np.inf
+    return max(float(np.sum(np.exp(p[likely]) * (p[likely] - q[likely]))) + float(rest), 0.0), left
 
 
 def kl_of_list(base: Listed, ours: Row) -> tuple[float, float]:
@@ -136,7 +138,8 @@ class Tally:
         """exp(mean negative log-likelihood), and one standard deviation of it."""
         mean = self.nll / self.count
         variance = max(self.nll_squares / self.count - mean * mean, 0.0)
-        value = float(np.exp(mean))
+        with np.errstate(over="ignore"):
+            value = float(np.exp(mean))
         return value, value * float(np.sqrt(variance / max(self.count - 1, 1)))
 
     def compared(self) -> dict[str, object]:
@@ -145,12 +148,17 @@ class Tally:
             return {}
         kl, count = np.array(self.kl), self.count
         known = count - self.bounded
+        with np.errstate(invalid="ignore", over="ignore"):  # a KL may be infinite
+            spread, base = float(kl.std()), float(np.exp(self.base_nll / count))
+            percentiles = {
+                of: float(np.percentile(kl, of, method="lower" if np.isinf(kl).any() else "linear")) for of in PERCENTILES
+            }
         return {
-            "base_perplexity": float(np.exp(self.base_nll / count)),
+            "base_perplexity": base,
             "kl_mean": float(kl.mean()),
-            "kl_error": float(kl.std() / np.sqrt(max(count - 1, 1))),
+            "kl_error": spread / float(np.sqrt(max(count - 1, 1))),
             "kl_max": float(kl.max()),
-            "kl_percentiles": {of: float(np.percentile(kl, of)) for of in PERCENTILES},
+            "kl_percentiles": percentiles,
             "same_top": self.same_top / count,
             "top_k": self.top_shared / self.listed if self.listed else None,
             "delta_p_mean": self.delta / known if known else None,

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
+from math import inf
 from pathlib import Path
 from time import perf_counter
 
@@ -92,7 +93,7 @@ def score(request: ScoreRequest, progress: Progress = lambda *_: None) -> tuple[
             exact=figures.exact,
             worst=worst,
             seconds=perf_counter() - began,
-            notes=tuple(side.notes) if isinstance(side, Reader) else (),
+            notes=(*figures.notes, *(side.notes if isinstance(side, Reader) else ())),
             **tally.compared(),  # type: ignore[arg-type]
         ),
         figures.leading,
@@ -177,6 +178,7 @@ class _Figures:
     def __init__(self, base: "Base | Predictor | None", writer: BaseWriter | None) -> None:
         self.tally = Tally()
         self.leading: tuple[int, ...] = ()
+        self.broken, self.broken_at = 0, ""
         self.exact = not isinstance(base, Base)
         self._base, self._writer = base, writer
         self._rows = 0  # of a base file, before the chunk
@@ -204,6 +206,12 @@ class _Figures:
                 if other is None:
                     raise RuntimeError(f"the base has no prediction at position {position}")
             row = _known(predicted, other)
+            broken = next((who for who, values in (("the side", row), ("the base", other)) if _broken(values)), "")
+            if broken:
+                self._unusable(chunk, position, broken)
+                if self._writer is not None and not isinstance(row, Listed):
+                    self._writer.add(row, following)
+                continue
             log_p = _log_p(row, following)
             most = row.most_of_others if isinstance(row, Listed) and log_p is None else 0.0
             self.tally.predicted(most if log_p is None else log_p, bounded=log_p is None)
@@ -227,10 +235,26 @@ class _Figures:
             self._worst = Worst(chunk.number, position, kl, "", following, "", mine, theirs)
             self.leading = chunk.tokens[: position + 1]
 
+    def _unusable(self, chunk: Chunk, position: int, whose: str) -> None:
+        """A position at which logits are not numbers: the first one is the worst of all."""
+        self.broken += 1
+        if self.broken == 1:
+            self.broken_at = f"the first is position {position} of chunk {chunk.number}, of {whose}"
+            self._worst = Worst(chunk.number, position, inf, "", chunk.tokens[position + 1], "", (), ())
+            self.leading = chunk.tokens[: position + 1]
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was left out, in sentences."""
+        if not self.broken:
+            return ()
+        return (f"positions left out, because logits there are not numbers: {self.broken} ({self.broken_at})",)
+
     def require(self) -> None:
         """Raises InputError if nothing was scored."""
         if not self.tally.count:
-            raise InputError("the side predicted nothing that could be scored.", "Take a longer text.", code="text")
+            problem = f" Logits are not numbers at {self.broken} positions: {self.broken_at}." if self.broken else ""
+            raise InputError(f"nothing was predicted that could be scored.{problem}", "Take a longer text.", code="text")
 
     def worst(self, reference: Reference, model: Path) -> Worst | None:
         """The worst position with its texts."""
@@ -242,6 +266,13 @@ class _Figures:
 
 def _known(predicted: "Row | Listed | Ambiguous", base: "Row | Listed | None") -> "Row | Listed":
     return predicted.beside(base) if isinstance(predicted, Ambiguous) else predicted
+
+
+def _broken(row: "Row | Listed | None") -> bool:
+    """Whether a row has NaN, infinity, or nothing but −∞."""
+    if row is None:
+        return False
+    return bool(np.isnan(row.logprobs).any()) if isinstance(row, Listed) else not np.isfinite(log_sum(row))
 
 
 def _log_p(row: "Row | Listed", token: int) -> float | None:
