@@ -1,6 +1,6 @@
 """A comparison where the model is at hand: arithmetic is measured on it, and float64 is asked where rounding is amplified."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -8,26 +8,28 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from checkpoints.answers.diff import AGREES, Limits, Precision
+from checkpoints.answers.diff import AGREES, Limits, Pattern, Precision, Verdict
 from checkpoints.answers.three_way import ThreeWay
 from checkpoints.errors import ParityError
 from checkpoints.points import LOGITS
 from checkpoints.record import Dump, Rows
 from engine.opened import open_plain
+from engine.replay.precision import rounded
 from engine.weights.gguf_model import GgufModel
+from reports.sentences import ARITHMETIC
 
 from ..arbiter.encoder_decoder import EncoderDecoderArbiter
 from ..arbiter.third_side import AnyArbiter, with_truth
-from ..diff.align import as_wide
+from ..diff.align import Pair, as_wide
 from ..diff.compare import Comparison, Options, comparison
-from ..diff.limits import NATIVE, common_mode, limits
+from ..diff.limits import EXACT_FLOOR, NATIVE, common_mode, limits
 from ..diff.operations import MIXING
 from ..diff.three_way import compare_three
 from ..diff.three_way import with_truth as with_truth_of_three
 from ..run.graphs import recorded_graph
 from .case import Case, ExplainOptions
 from .noise import ALL, AUTO, OFF
-from .precision import KINDS, LOWER, UPPER, PrecisionFloor, best, floor, mean_cost, mismatch, of_ids
+from .precision import KINDS, LOWER, UPPER, PrecisionFloor, best, cosine, floor, is_reproduced, mean_cost, mismatch, of_ids
 
 
 def compared_on(
@@ -147,6 +149,37 @@ class _Model:
         """The points that the reference itself computes coarsely."""
         return frozenset() if self.truth is None else self.truth.coarse
 
+    def untouched(self, kind: str, point: str) -> bool:
+        """Whether products in an arithmetic leave a point as float32 does: 8 bits a block hold an IQ4_NL embedding exactly, say."""
+        entry = None if self.case is None else next((one for one in self.case.entries if one.point == point), None)
+        if self.case is None or entry is None:
+            return False
+        case = self.case
+        rounded_values = case.make(rounded(case.transformer.steps, kind, storage=False), len(case.positions))
+        cost = entry.between(rounded_values.on_host[point], case.replay.on_host[point], case.positions)
+        return mean_cost(cost) <= EXACT_FLOOR.operations
+
+    def alike(self, kind: str, pair: Pair) -> float:
+        """The mean cosine of a point's errors to those of our own rounding, of products or of all activations, whichever is nearer."""
+        entry = None if self.case is None else next((one for one in self.case.entries if one.point == pair.point), None)
+        if self.case is None or entry is None or pair.ours.indices is not None:
+            return 0.0
+        case, nearest = self.case, 0.0
+        rows = {
+            (int(s), int(t)): r for r, (s, t) in enumerate(zip(entry.pair.ours.seq, entry.pair.ours.token_idx, strict=True))
+        }
+        keys = list(zip(pair.ref.seq.tolist(), pair.ref.token_idx.tolist(), strict=True))
+        index = np.array([rows.get(key, -1) for key in keys])
+        width = min(pair.ours.values.shape[1], entry.values.shape[1])
+        inside = (np.arange(width)[None, :] < pair.ours.counts[:, None]) & (index >= 0)[:, None]
+        right = entry.taken(case.replay.on_host[pair.point], case.positions)[index, :width]
+        for storage in (False, True):
+            values = case.make(rounded(case.transformer.steps, kind, storage=storage), len(case.positions))
+            mine = entry.taken(values.on_host[pair.point], case.positions)[index, :width]
+            theirs = pair.ours.values[:, :width].astype(np.float64)
+            nearest = max(nearest, cosine(*(np.where(inside & np.isfinite(one), one - right, 0.0) for one in (theirs, mine))))
+        return nearest
+
     def floor(self, kind: str) -> PrecisionFloor | None:
         """What an arithmetic costs our right engine at each record of the reference."""
         case = self.case
@@ -180,22 +213,20 @@ def _measured(ours: Dump, ref: Dump, options: Options, known: _Model) -> Compari
     exact = comparison(ours, ref, replace(options, compute="f32"))
     as_float32 = _with(exact, "f32", "")
     first = exact.verdict.first_divergence
-    if (
-        exact.verdict
-        or first is None
-        or first.checkpoint not in exact.records.names
-        or _computed_before(exact, first.checkpoint)
-    ):
+    if exact.verdict or first is None or first.checkpoint not in exact.records.names:
         return as_float32
+    before = _computed_before(exact, first.checkpoint)
     if known.case is None:
-        return comparison(ours, ref, options)
+        return as_float32 if before else comparison(ours, ref, options)
+    kinds = [kind for kind in KINDS if not before or known.untouched(kind, before)]
     wanted = next((number for number, entry in enumerate(known.case.entries) if entry.point == first.checkpoint), None)
     if wanted is None:
         return as_float32
     error = float(np.mean(exact.records.measures.nmse[exact.records.point == exact.records.names.index(first.checkpoint)]))
     candidates: dict[str, Comparison] = {}
     far: dict[str, float] = {}
-    for kind in KINDS:
+    doubtful: list[str] = []
+    for kind in kinds:
         cost = known.floor(kind)
         allowed = known.limits(ours, kind, cost)
         if cost is None or allowed is None:
@@ -206,10 +237,27 @@ def _measured(ours: Dump, ref: Dump, options: Options, known: _Model) -> Compari
             continue
         tried = comparison(ours, ref, replace(options, compute=kind, limits=allowed))
         if any(point.checkpoint == first.checkpoint and point.status == AGREES for point in tried.verdict.points):
-            candidates[kind], far[kind] = tried, mismatch(_errors(exact, known.case, cost))
+            errors = _errors(exact, known.case, cost)
+            pair = exact.records.pairs[exact.records.names.index(first.checkpoint)]
+            if not is_reproduced(kind, known.alike(kind, pair), errors):
+                doubtful.append(kind)
+                continue
+            candidates[kind], far[kind] = tried, mismatch(errors)
     agreeing = {kind: far[kind] for kind, found in candidates.items() if found.verdict}
     fitting = best(agreeing or far)
+    if not fitting and doubtful:
+        return replace(as_float32, verdict=_of_their_size(as_float32.verdict, doubtful))
     return _with(candidates[fitting[0]], fitting[0], first.checkpoint, fitting[1:]) if fitting else as_float32
+
+
+def _of_their_size(verdict: Verdict, kinds: Sequence[str]) -> Verdict:
+    """A divergence as large as lower arithmetics would make it, which are not what makes it as far as our own rounding shows."""
+    named = " or ".join(ARITHMETIC[kind] for kind in kinds)
+    sentence = (
+        f"as large as {named} arithmetic makes it, but not where our own rounding puts it: a fault, or an arithmetic that rounds in "
+        f"another way (--compute {kinds[0]} allows for it; `parity explain` and more points and values tell)"
+    )
+    return replace(verdict, pattern=Pattern("undecided", sentence), operation="")
 
 
 def _with(found: Comparison, arithmetic: str, in_float32: str, alike: tuple[str, ...] = ()) -> Comparison:
@@ -228,16 +276,19 @@ def _errors(exact: Comparison, case: Case, cost: PrecisionFloor) -> list[tuple[f
     ]
 
 
-def _computed_before(found: Comparison, first: str) -> bool:
-    """Whether a product with weights agrees as float32 does before the first difference: then the arithmetic is float32."""
+def _computed_before(found: Comparison, first: str) -> str:
+    """A product with weights that agrees as float32 does before the first difference, "" without one.
+
+    Then the arithmetic is float32, or one that this product is exact in (`_Model.untouched`).
+    """
     model = found.records.flow
     for point in found.verdict.points:
         if point.checkpoint == first:
             break
         behind = {point.checkpoint, *_above(found, point.checkpoint)} if point.checkpoint in model.whole.made else set[str]()
         if point.status == AGREES and MIXING & model.operations(behind):
-            return True
-    return False
+            return point.checkpoint
+    return ""
 
 
 def _spared(exact: Comparison, case: Case, cost: PrecisionFloor) -> bool:
