@@ -177,7 +177,8 @@ class _Model:
             values = case.make(rounded(case.transformer.steps, kind, storage=storage), len(case.positions))
             mine = entry.taken(values.on_host[pair.point], case.positions)[index, :width]
             theirs = pair.ours.values[:, :width].astype(np.float64)
-            nearest = max(nearest, cosine(*(np.where(inside & np.isfinite(one), one - right, 0.0) for one in (theirs, mine))))
+            usable = inside & np.isfinite(theirs) & np.isfinite(mine) & np.isfinite(right)
+            nearest = max(nearest, cosine(*(np.where(usable, one, 0.0) - np.where(usable, right, 0.0) for one in (theirs, mine))))
         return nearest
 
     def floor(self, kind: str) -> PrecisionFloor | None:
