@@ -2,12 +2,14 @@
 
 gguf-py's reader makes a NumPy view of every element of every array: that takes seconds for a vocabulary of 150,000 tokens, of which
 a run needs none. Here values are kept as raw bytes, so that copies are exact, and an array is decoded
-when it is asked for. A test compares it with gguf-py's reader. Layout: docs/gguf.md of ggml.
+when it is asked for. A test compares it with gguf-py's reader. Layout: docs/gguf.md of ggml. A split model is read as one: its
+first part has the metadata, every part has tensors.
 """
 
+import hashlib
 import mmap
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from typing import Any
 from .content import content_hash
 from .errors import ModelError
 from .fingerprint import fingerprint
+from .gguf_parts import missing_part, not_first, other_part, part_path
 from .record import ModelInfo
 
 _ALIGNMENT = 32  # GGUF_DEFAULT_ALIGNMENT
@@ -60,12 +63,16 @@ class Value:
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """A tensor's place: `ne` in ggml's order, `type` a `ggml_type`, `offset` from the start of the data section."""
+    """A tensor's place: `ne` in ggml's order, `type` a `ggml_type`, `offset` from the start of the data section.
+
+    `part` is the index of the file that holds it, among `Contents.parts`.
+    """
 
     name: str
     ne: tuple[int, ...]
     type: int
     offset: int
+    part: int = 0
 
     @property
     def elements(self) -> int:
@@ -80,7 +87,8 @@ class TensorInfo:
 class Contents:
     """What a GGUF file contains, and where: `data` is the file offset of the data section, `size` that of the file's end.
 
-    `header_end` is where the table of contents ends, before the padding to a multiple of `alignment`.
+    `header_end` is where the table of contents ends, before the padding to a multiple of `alignment`. A split model has its
+    further files in `others`; then `tensors` are those of all parts, and everything else is the first part's.
     """
 
     path: Path
@@ -90,6 +98,12 @@ class Contents:
     size: int
     header_end: int
     alignment: int
+    others: tuple["Contents", ...] = ()
+
+    @property
+    def parts(self) -> tuple["Contents", ...]:
+        """The files of the model, one where it is not split: `TensorInfo.part` is an index into it."""
+        return (self, *self.others)
 
     def text(self, key: str) -> str:
         """A string of the metadata, "" if it is missing."""
@@ -104,18 +118,18 @@ class Contents:
 
     @cached_property
     def fingerprint(self) -> str:
-        """`checkpoints.fingerprint.fingerprint` of the file."""
-        return fingerprint(self.path)
+        """`checkpoints.fingerprint.fingerprint` of the file; of a split model one of all its parts."""
+        return _together([fingerprint(part.path) for part in self.parts])
 
     @cached_property
     def content(self) -> str:
-        """`checkpoints.content.content_hash` of the file.
+        """`checkpoints.content.content_hash` of the file; of a split model one of all its parts.
 
         Raises:
             ModelError: it cannot be read to its end, or is being written.
         """
         try:
-            return content_hash(self.path)
+            return _together([content_hash(part.path) for part in self.parts])
         except OSError as error:
             raise ModelError(
                 f"cannot read {self.path}: {error.strerror or error}.", "Check the file.", code="no-file"
@@ -152,6 +166,11 @@ class Contents:
     def layers(self) -> int:
         """`<architecture>.block_count`, 0 if it is missing."""
         return self.integer(f"{self.architecture}.block_count") or 0
+
+
+def _together(hashes: list[str]) -> str:
+    """One hash (32 hex digits) of several, in their order; a single one as it is."""
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()[:32]
 
 
 class _Cursor:
@@ -205,11 +224,46 @@ class _Cursor:
 
 
 def contents(path: Path) -> Contents:
-    """Read the table of contents.
+    """Read the table of contents; of a split model, whose first part is named, the tables of all parts.
 
     Raises:
-        ModelError: no such file, a folder, not a GGUF, damaged, or cut short within the table.
+        ModelError: no such file, a folder, not a GGUF, damaged, or cut short within the table; a part that is not the first,
+            is missing or belongs to another model.
     """
+    whole = _contents_of_file(path)
+    count = whole.integer("split.count") or 0
+    return whole if count <= 1 else _joined(whole, count)
+
+
+def _joined(first: Contents, count: int) -> Contents:
+    """The first part of a split model with the tensors of all others; mirrors the checks of llama_model_loader."""
+    if (number := first.integer("split.no") or 0) != 0:
+        raise not_first(first.path, number + 1, count)
+    others: list[Contents] = []
+    tensors = {tensor.name: tensor for tensor in first.tensors}
+    for number in range(2, count + 1):
+        path = part_path(first.path, number, count)
+        if not path.exists():
+            raise missing_part(path, number, count)
+        part = _contents_of_file(path)
+        for key, right in (("split.no", number - 1), ("split.count", count)):
+            if (value := part.integer(key)) != right:
+                raise other_part(path, number, count, f"its {key} is {value}, not {right}")
+        if twice := next((tensor.name for tensor in part.tensors if tensor.name in tensors), None):
+            raise other_part(path, number, count, f"an earlier part has {twice} already")
+        tensors |= {tensor.name: replace(tensor, part=number - 1) for tensor in part.tensors}
+        others.append(part)
+    expected = first.integer("split.tensors.count")
+    if expected is not None and expected != len(tensors):
+        raise ModelError(
+            f"the {count} parts of {first.path} have {len(tensors)} tensors together, not {expected} as the first says.",
+            "Put all parts of one model into one folder.",
+            code="split",
+        )
+    return replace(first, tensors=tuple(tensors.values()), others=tuple(others))
+
+
+def _contents_of_file(path: Path) -> Contents:
     try:
         if path.is_dir():
             raise ModelError(f"{path} is a folder.", "Name the .gguf file in it.", code="no-file")

@@ -1,1 +1,1 @@
-"""The CuPy / NumPy transformer: a GGUF model as a list of steps. Knows nothing of llama.cpp and of comparisons."""
+"""The CuPy / NumPy transformer: a GGUF model as a list of steps. It knows nothing of llama.cpp or of comparisons."""

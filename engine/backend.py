@@ -23,9 +23,9 @@ Array = Any  # numpy.ndarray or cupy.ndarray
 
 @dataclass(frozen=True)
 class Backend:
-    """Where arrays live: `xp` is the numpy or cupy module, `device` says it in words for the dump's header.
+    """Where arrays live: `xp` is the numpy or cupy module, `device` names the device in words for the dump's header.
 
-    `number` is CUDA's of the device, 0 on the host; `spread` says that an engine's values are not all on the current device.
+    `number` is the device's CUDA number, 0 on the host; `spread` says that an engine's values are not all on the current device.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Backend:
             return self.xp.asarray(host)
 
     def take(self, array: Array) -> Array:
-        """An array of any device on this one: itself where it is there already, else a copy, for which the other is waited."""
+        """An array of any device on this one: the array itself if it is already here, else a copy, made once its device is done."""
         if self.xp is np or array.device.id == self.number:
             return array
         with array.device:
@@ -55,7 +55,7 @@ class Backend:
             return array.copy()
 
     def free_bytes(self) -> int | None:
-        """Memory that is free on the device (what CuPy holds unused counts as free); None on the host."""
+        """Free memory on the device, in bytes (what CuPy holds unused counts as free); None on the host."""
         if self.xp is np:
             return None
         with self.current():
@@ -66,7 +66,7 @@ class Backend:
         """Check that the device has room before anything is put there.
 
         Raises:
-            InputError: it has not; the message gives the needed and the free size.
+            InputError: it has too little; the message gives the needed and the free size.
         """
         free = self.free_bytes()
         if free is not None and needed > free:
@@ -102,15 +102,15 @@ def all_equal(a: Array, b: Array) -> bool:
 
 @lru_cache(maxsize=1)
 def _all_equal() -> Any:
-    """One kernel for what are two otherwise: of small values the launches are the time."""
+    """The comparison as one kernel instead of two: with small values most of the time goes into launches."""
     return sys.modules["cupy"].ReductionKernel("T a, U b", "bool same", "a == b", "a && b", "same = a", "true", "all_equal")
 
 
 def choose(name: str = "auto", number: int | None = None) -> Backend:
-    """The backend of that name; "auto" takes CuPy where a device is, else NumPy. `number` is CUDA's of the device.
+    """The backend of that name; "auto" takes CuPy where there is a device, else NumPy. `number` is the device's CUDA number.
 
     Raises:
-        InputError: CuPy was asked for and there is no such device or no package for it, or the name is unknown.
+        InputError: CuPy was asked for but the device or the package is missing, or the name is unknown.
     """
     if number is not None:
         if name == "numpy":

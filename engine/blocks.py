@@ -23,7 +23,7 @@ class HasShape(Protocol):
 
 
 class Blocks:
-    """Builds steps of one model, checking that each weight is there and has the shape that the step needs.
+    """Builds a model's steps, checking that each weight exists and has the shape that the step needs.
 
     Raises (each method):
         ModelError: a weight is missing or has another shape; the message names it.
@@ -34,7 +34,7 @@ class Blocks:
         self.tensors = tensors
 
     def weight(self, name: str, *shape: int) -> str:
-        """A weight that must be there, of this shape."""
+        """A required weight of this shape."""
         if name not in self.tensors:
             raise ModelError(
                 f"the model has no tensor {name}.", "Is it really of the architecture that it names? Convert it again."
@@ -47,7 +47,7 @@ class Blocks:
         return name
 
     def optional(self, name: str, *shape: int) -> str | None:
-        """A weight that a model of this architecture may lack."""
+        """A weight that models of this architecture may lack; None if this one does."""
         return self.weight(name, *shape) if name in self.tensors else None
 
     def embedding(self) -> list[Step]:
@@ -123,7 +123,7 @@ class Blocks:
         ]
 
     def head(self, reads: str) -> list[Step]:
-        """Final norm and output matrix, which is the embedding's where the file has none of its own (tied)."""
+        """Final norm and output matrix; the embedding serves as the output matrix where the file has no other (tied)."""
         hp = self.hp
         own = self.optional("output.weight", hp.n_vocab, hp.n_embd)
         matrix = own or self.weight("token_embd.weight", hp.n_vocab, hp.n_embd)

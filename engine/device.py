@@ -14,9 +14,9 @@ _INCLUDE = re.compile(r'^#include "(\w+\.cuh)"$', re.MULTILINE)  # of ours; thos
 
 
 def wake(number: int) -> None:
-    """Begin to create the device's context in a thread: it takes as long as importing CuPy, and needs nothing of Python.
+    """Start to create the device's context in a thread: it takes as long as importing CuPy, and needs nothing of Python.
 
-    Where there is no driver or no such device nothing happens; CuPy says it better.
+    Nothing happens if the driver or the device is missing; CuPy's own error is clearer.
     """
 
     def create() -> None:
@@ -41,7 +41,7 @@ def module(name: str, device: int, defines: tuple[str, ...] = ()) -> Any:
 
 
 def source(file: str) -> str:
-    """A file of `kernels` with each of its headers put in where it is first included: a cache of binaries keys on the text."""
+    """A file of `kernels` with its headers inlined where they are first included: the cache of binaries is keyed by the text."""
     there: set[str] = set()
 
     def read(name: str) -> str:

@@ -1,4 +1,4 @@
-"""What every engine of ours is to its callers, whether it computes plainly, over several devices, or in the fast mode."""
+"""The interface of our engines, the same for the plain one, the one over several devices, and the fast mode."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,11 +18,11 @@ from .weights.gguf_model import GgufModel, Hyperparameters
 
 @dataclass
 class Progress:
-    """One sequence in progress: where its first token stands, how many tokens went in, how many passes were made.
+    """One sequence in progress: the position of its first token, how many tokens it has taken, how many passes were made.
 
-    `caches` hold its earlier keys and values, one a device; none where an engine keeps them itself. `encoded` is what an encoder
-    made of a prompt, [E, D]: the tokens that are counted are then the decoder's; `leading` are those that its first pass takes after its
-    own first one.
+    `caches` hold its earlier keys and values, one cache a device; there are none if the engine keeps them itself. `encoded` is an
+    encoder's output for the prompt, [E, D]: the tokens that are counted are then the decoder's, and `leading` are those that the
+    decoder's first pass takes after its start token.
     """
 
     first: int
@@ -36,8 +36,8 @@ class Progress:
 class Engine(Protocol):
     """Runs a model token by token or prompt by prompt, and shows a tap what it computes.
 
-    `steps` and `weights` (float32) say what is computed, for whoever computes a step by itself; `encoder` are the steps of the pass
-    that an encoder–decoder begins with.
+    `steps` and `weights` (float32) say what is computed, so that a step can be computed by itself; `encoder` holds the steps of the
+    pass that an encoder–decoder begins with.
     """
 
     model: GgufModel
@@ -56,10 +56,10 @@ class Engine(Protocol):
         """Every point that can be captured, in dataflow order."""
 
     def check(self, tokens: Sequence[int], before: int) -> None:
-        """Raises InputError for tokens that this model cannot take after `before` positions."""
+        """Raise InputError for tokens that this model cannot take after `before` positions."""
 
     def expect(self, positions: int) -> None:
-        """Take the steps of a run over so many positions in all: some models rotate by other frequencies in a longer context."""
+        """Prepare for a run over so many positions in all: some models rotate by other frequencies in a longer context."""
 
     def start(self, first_position: int = 0) -> Progress:
         """A new, empty sequence whose first token stands at `first_position`."""
@@ -78,7 +78,7 @@ def points_of(steps: Sequence[Step]) -> list[str]:
 
 
 def check_tokens(hp: Hyperparameters, tokens: Sequence[int], before: int) -> None:
-    """Raises InputError for tokens that a model of these hyperparameters cannot take after `before` positions."""
+    """Raise InputError for tokens that a model of these hyperparameters cannot take after `before` positions."""
     if not len(tokens):
         raise InputError("there are no tokens.", "Give a prompt that is not empty.", code="tokens")
     wrong = [token for token in tokens if not 0 <= token < hp.n_vocab]
@@ -97,9 +97,9 @@ def check_tokens(hp: Hyperparameters, tokens: Sequence[int], before: int) -> Non
 
 
 def whole_input() -> InputError:
-    """The error of whoever gives an encoder its input in portions."""
+    """The error for an encoder's input that comes in portions."""
     return InputError(
-        "an encoder computes its whole input in one pass: what comes later changes what came before.",
+        "an encoder computes its whole input in one pass and keeps nothing for another.",
         "Give all tokens at once.",
         code="encoder",
     )

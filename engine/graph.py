@@ -1,6 +1,6 @@
-"""A model is a list of steps; this is what a step is and the loop that runs them.
+"""A model is a list of steps: this file defines a step and the loop that runs them.
 
-Running, isolating and explaining use the same list: run all steps, run one with given inputs, or run a list in which
+Running, isolating and explaining use the same list: they run all steps, one step with given inputs, or a list in which
 one step was replaced.
 """
 
@@ -17,6 +17,7 @@ from checkpoints.graph import NOTHING, Size
 from checkpoints.points import ENCODER
 
 from .backend import Array, module_of
+from .weights.matrices import Matrices
 
 TOKENS = "tokens"
 POSITIONS = "positions"
@@ -33,7 +34,7 @@ class History:
 
 @dataclass(frozen=True)
 class State:
-    """A step reads what an earlier pass left: the last value of `of`, which a step of this pass makes anew; zeros at first."""
+    """A step reads what the previous pass left: its value of `of`, which a step of this pass makes anew; zeros in the first pass."""
 
     of: str
     shape: tuple[int, ...]
@@ -44,9 +45,9 @@ class View:
     """A step reads a part of a value, or its elements in another order, as ggml's views do: no copy.
 
     Attributes:
-        of: the value, or the history of one.
+        of: the value that is read, or the history of one.
         whole: the shape of that value, as sizes of T, S and E.
-        shape, strides, offset: of what is read, in elements of the value's contiguous memory.
+        shape, strides, offset: of the elements that are read, in elements of the value's contiguous memory.
     """
 
     of: str | History
@@ -74,7 +75,7 @@ class View:
 
 
 def bound(sizes: Sequence[Size], shape: Sequence[int]) -> tuple[int, int, int]:
-    """T, S and E of a value of that shape; 0 for what its sizes do not depend on.
+    """T, S and E of a value of that shape; 0 for those that its sizes do not depend on.
 
     Raises:
         ValueError: the shape has another number of dimensions.
@@ -97,7 +98,7 @@ Read = str | History | State | View
 
 @dataclass(frozen=True)
 class RowsOf:
-    """A step takes single rows of a weight: it gets a function ids -> rows, so that only those are dequantised."""
+    """A step takes single rows of a weight: it is given a function ids -> rows, so that only those are dequantised."""
 
     weight: str
 
@@ -114,7 +115,7 @@ class WeightPart:
 
 @dataclass(frozen=True)
 class Altered:
-    """A weight that is not read as the file says: `make(source, name)` gives it. Faults are planted with it."""
+    """A weight that differs from the file's: `make(source, name)` gives it. Faults are planted with it."""
 
     weight: str
     make: Callable[["WeightSource", str], Array]
@@ -131,8 +132,8 @@ class Step:
     a recurrent `State`; a weight of None stands for an optional one that this model lacks.
 
     Attributes:
-        axis: the dimension of its value that is the position: 0, or 1 of attention's scores [H, T, S]; None of a value that has none.
-        inner: it is no point: only other steps read it.
+        axis: which dimension of its value is the position: 0, or 1 for attention's scores [H, T, S]; None if there is none.
+        inner: its value is not a point: only other steps read it.
     """
 
     makes: str
@@ -145,12 +146,12 @@ class Step:
 
     @cached_property
     def names(self) -> tuple[str, ...]:
-        """The names of the values that it reads, histories included; not those of states, which are of an earlier pass."""
+        """The names of the values that it reads, histories included but not states, which come from the previous pass."""
         return tuple([name_of(read) for read in self.reads if not isinstance(read, State)])
 
     @cached_property
     def histories(self) -> tuple[str, ...]:
-        """The names of the values whose rows of all passes it reads."""
+        """The names of the values of which it reads the rows of all passes."""
         sources = [read.of if isinstance(read, View) else read for read in self.reads]
         return tuple([source.of for source in sources if isinstance(source, History)])
 
@@ -160,8 +161,13 @@ def sees_later(steps: Sequence["Step"]) -> bool:
     return any(step.params.get("window") in ("all", "symmetric") for step in steps)
 
 
+def in_one_pass(steps: Sequence["Step"]) -> bool:
+    """Whether a prompt must be computed at once: later positions change earlier ones, or nothing is kept for a later pass."""
+    return sees_later(steps) or not any(step.histories or any(isinstance(name, State) for name in step.reads) for step in steps)
+
+
 def alone(encoder: Sequence["Step"]) -> tuple["Step", ...]:
-    """The steps of an encoder as those of a model by itself, whose tokens and positions are the prompt's."""
+    """The steps of an encoder as a model by itself, whose tokens and positions are the prompt's."""
     inputs = {ENCODER + name: name for name in (TOKENS, POSITIONS)}
 
     def renamed(read: Read) -> Read:
@@ -171,7 +177,7 @@ def alone(encoder: Sequence["Step"]) -> tuple["Step", ...]:
 
 
 def name_of(read: Read) -> str:
-    """The value that a read is of."""
+    """The name of the value that is read."""
     of = read.of if isinstance(read, View) else read
     return of if isinstance(of, str) else of.of
 
@@ -186,7 +192,7 @@ def read_as(read: Read, name: str) -> Read:
 
 
 def viewed(read: Read, value: Array) -> Array:
-    """What a step reads of a value."""
+    """The elements of a value that a step reads."""
     return read.apply(value) if isinstance(read, View) else value
 
 
@@ -202,6 +208,9 @@ class WeightSource(Protocol):
     def get(self, name: str) -> Array:
         """The whole weight, float32."""
 
+    def matrices(self, name: str) -> Matrices:
+        """A weight [.., out, in] of which single matrices are taken, float32: only those are dequantised."""
+
     def rows(self, name: str, ids: Array) -> Array:
         """The given rows of it, float32."""
 
@@ -216,7 +225,7 @@ class Cache(Protocol):
         """Rows 0…t."""
 
     def state(self, read: State) -> Array:
-        """What the last pass left; zeros before the first."""
+        """The state that the last pass left; zeros before the first pass."""
 
     def leave(self, name: str, value: Array) -> None:
         """Keep a state for the next pass."""
@@ -226,24 +235,27 @@ Tap = Callable[[str, Array], None]
 
 
 def inputs_of(step: Step, value: Callable[[str], Array], weights: WeightSource) -> list[Array]:
-    """The whole values that a step reads where all positions are one pass: `value` gives them by name, and states are zeros."""
+    """The whole values that a step reads if all positions are one pass: `value` gives them by name, and states are zeros."""
     return [
         weights.array(np.zeros(read.shape, np.float32)) if isinstance(read, State) else value(name_of(read))
         for read in step.reads
     ]
 
 
-# Damaged weights overflow: what comes of it is seen in the values.
+# Damaged weights overflow: the values show it.
 @np.errstate(over="ignore", invalid="ignore", divide="ignore")
 def compute(step: Step, inputs: Sequence[Array], weights: WeightSource) -> Array:
-    """Run one step on given inputs, in the order of `step.reads`: whole values, of which it takes its views."""
-    arguments = [_weight(weight, weights) for weight in step.weights]
+    """Run one step on given inputs: whole values in the order of `step.reads`, of which the step's views are taken."""
+    single = getattr(step.op, "takes_matrices", False)
+    arguments = [
+        weights.matrices(weight) if single and isinstance(weight, str) else _weight(weight, weights) for weight in step.weights
+    ]
     seen = [viewed(read, value) for read, value in zip(step.reads, inputs, strict=True)]
     return step.op(*seen, *arguments, **step.params)
 
 
 def _given(read: Read, live: Mapping[str, Array], cache: Cache) -> Array:
-    """The whole value that a read is of."""
+    """The whole value that is read from."""
     if isinstance(read, State):
         return cache.state(read)
     of = read.of if isinstance(read, View) else read
@@ -265,11 +277,11 @@ def _weight(weight: Weight, source: WeightSource) -> Any:
 def run(
     steps: Sequence[Step], values: dict[str, Array], weights: WeightSource, cache: Cache, tap: Tap, keep: Iterable[str] = ()
 ) -> dict[str, Array]:
-    """Compute every step, hand each result to the tap, drop what nobody reads any more.
+    """Compute every step, hand each result to the tap, and drop the values that no later step reads.
 
     Args:
-        values: what is given: `tokens`, `positions` and `passes`, or the last value that is known when a run starts in the middle.
-        keep: names to return beside the last step's.
+        values: the given values: `tokens`, `positions` and `passes`, and, if the run starts in the middle, the last value before it.
+        keep: names of values to return besides the last step's.
 
     Returns:
         The last step's value and the kept ones, by name.

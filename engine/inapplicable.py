@@ -1,4 +1,4 @@
-"""What a fault raises where it cannot be planted: everything else that comes out of one is a bug."""
+"""The exception of a fault that cannot be planted: any other exception out of a fault is a bug."""
 
 
 class NotApplicable(Exception):

@@ -6,12 +6,13 @@ from .backend import Array
 from .graph import State
 
 _FIRST = 64  # rows of the first allocation; it doubles from there, so that appending stays linear
+_ROWS, _STATE = "rows/", "state/"  # of names in `KvCache.held`
 
 
 class KvCache:
     """Rows of named activations, appended pass by pass, float32.
 
-    `read(name)` gives rows 0…t in one array; the rows of a pass are appended once, however many steps read them.
+    `read(name)` gives rows 0…t as one array; the rows of a pass are appended once, however many steps read them.
     """
 
     def __init__(self, xp: Any) -> None:
@@ -38,13 +39,26 @@ class KvCache:
         return self._buffers[name][: self._lengths[name]]
 
     def state(self, read: State) -> Array:
-        """What the last pass left of a recurrent state; zeros before the first pass."""
+        """The recurrent state that the last pass left; zeros before the first pass."""
         held = self._states.get(read.of)
         return self._xp.zeros(read.shape, dtype=self._xp.float32) if held is None else held
 
     def leave(self, name: str, value: Array) -> None:
         """Keep a state for the next pass."""
         self._states[name] = value
+
+    def held(self) -> dict[str, Array]:
+        """Everything that it holds, by name: rows of positions and recurrent states, which `hold` takes back."""
+        rows = {_ROWS + name: self.read(name) for name in self._buffers}
+        return rows | {_STATE + name: value for name, value in self._states.items()}
+
+    def hold(self, values: dict[str, Array]) -> None:
+        """Take what `held` gave, into an empty cache."""
+        for name, value in values.items():
+            if name.startswith(_ROWS):
+                self.append(name.removeprefix(_ROWS), value)
+            else:
+                self.leave(name.removeprefix(_STATE), value)
 
     def __len__(self) -> int:
         """How many positions are held."""

@@ -16,7 +16,7 @@ Recording = Callable[[], RecordedGraph]  # gives llama.cpp's graph of the model;
 def open_plain(
     model: GgufModel, backend: str = "auto", *, resident: bool = True, recorded: Recording | None = None
 ) -> Transformer:
-    """Our engine on one backend, whose steps and weights can be taken one by one.
+    """Our engine on one backend; its steps and weights can be used one by one.
 
     Raises:
         InputError: no such backend; ModelError: as `Transformer`.
@@ -35,8 +35,8 @@ def open_engine(
 ) -> Engine:
     """Our engine on the backend of that name, or with its layers spread over CUDA `devices`; in float32 arithmetic.
 
-    `native` takes the fast mode instead (weights in the file's own types) with CuPy and no `devices`, where that mode has the
-    model.
+    `native` selects the fast mode (weights in the file's own types) if the backend is CuPy, no `devices` are given, and that mode
+    supports the model.
 
     Raises:
         InputError: no such backend or device, or too little memory there; ModelError: as `Transformer`.
@@ -57,5 +57,5 @@ def open_engine(
 
 
 def _graph(model: GgufModel, recorded: Recording | None) -> RecordedGraph | None:
-    """llama.cpp's graph where the steps are not written by hand and somebody can record it."""
+    """llama.cpp's graph, if the steps are not written by hand and `recorded` can provide it."""
     return None if recorded is None or written_by_hand(model.hyperparameters, model.tensors) else recorded()

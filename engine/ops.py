@@ -1,8 +1,8 @@
-"""The operations of a transformer: pure functions of float32 arrays, the definition that every kernel is held to.
+"""The operations of a transformer: pure functions of float32 arrays, the definition that every kernel is tested against.
 
 T tokens of this pass, S cached positions, D embedding, H heads, K key/value heads, d head size, F feed-forward.
 They run on NumPy and CuPy arrays alike (NEP 18). Each names the C function of ggml whose order of operations it follows.
-Each computes in the type of its operands: given float64 ones it gives what float32 only approximates (`replay.wide`).
+Each computes in the type of its operands: in float64 it gives what float32 only approximates (`replay.wide`).
 """
 
 import sys
@@ -34,7 +34,7 @@ def rms_norm(x: Array, weight: Array, *, eps: float, heads: int = 1) -> Array:
 
 
 def _sum_of_squares(wide: Array) -> Array:
-    """Of each row, [T, n] -> [T]. CuPy's einsum makes a matrix product of it, which takes four times as long to launch."""
+    """The sum of squares of each row, [T, n] -> [T]. CuPy's einsum would be a matrix product, four times as slow to launch."""
     return np.einsum("ij,ij->i", wide, wide) if module_of(wide) is np else (wide * wide).sum(axis=1)
 
 
@@ -44,7 +44,7 @@ def layer_norm(x: Array, weight: Array, bias: Array | None = None, *, eps: float
     Mean and squares are summed in float64 and rounded to float32, as in ggml_compute_forward_norm_f32.
     """
     split = x.reshape(x.shape[0] * heads, -1)
-    total = split.sum(axis=1, keepdims=True, dtype=np.float64).astype(x.dtype)  # rounded before the division, as there
+    total = split.sum(axis=1, keepdims=True, dtype=np.float64).astype(x.dtype)  # rounded before the division, as in ggml
     centred = split - total / split.shape[1]
     wide = centred.astype(np.float64)
     variance = (_sum_of_squares(wide) / split.shape[1]).astype(x.dtype)
@@ -82,14 +82,14 @@ def rope_angles(
     else:
         angles = _angles_there(xp.asnumpy(positions).tobytes(), positions.dtype.str, dims, base, xp.cuda.Device().id)
     if factors is not None:
-        angles = angles / factors[None, : dims // 2].astype(np.float32)  # there may be more, for other layers
+        angles = angles / factors[None, : dims // 2].astype(np.float32)  # a tensor may hold more, for other layers
     # cosf and sinf of the float32 angle: computed in float64, since float32 versions differ between libraries.
     wide = (angles * np.float32(scale)).astype(np.float64)
     return np.cos(wide).astype(dtype), np.sin(wide).astype(dtype)
 
 
 def _angles(positions: Any, dims: int, base: float) -> Any:
-    """Angles [T, dims / 2] on the host: a parallel product would multiply in another order."""
+    """Angles [T, dims / 2], on the host because a parallel product would multiply in another order."""
     step = np.float32(np.power(np.float32(base), np.float32(-2.0) / np.float32(dims), dtype=np.float32))
     factors_of_theta = np.full((len(positions), dims // 2), step, dtype=np.float32)
     factors_of_theta[:, 0] = positions
@@ -98,7 +98,7 @@ def _angles(positions: Any, dims: int, base: float) -> Any:
 
 @lru_cache(maxsize=16)
 def _angles_there(positions: bytes, kind: str, dims: int, base: float, device: int) -> Array:
-    """The same on the current device, kept: every layer asks for them, and a copy to a device is not cheap."""
+    """The same angles on the current device, cached: every layer needs them, and a copy to a device is not cheap."""
     return sys.modules["cupy"].asarray(_angles(np.frombuffer(positions, kind), dims, base))
 
 
@@ -126,7 +126,7 @@ def rotate(x: Array, cos: Array, sin: Array, *, heads: int, dims: int, pairs: st
 
 
 def cached(history: Array) -> Array:
-    """The cache rows of positions 0…t, as attention reads them: [S, K · d] (or [S, K, d]) -> [S, K · d]."""
+    """The cache's rows of positions 0…t, as attention reads them: [S, K · d] (or [S, K, d]) -> [S, K · d]."""
     return history if history.ndim == 2 and history.flags.c_contiguous else part(history).reshape(history.shape[0], -1)
 
 
@@ -155,8 +155,9 @@ def causal_soft_max(
 ) -> Array:
     """softmax(scores · scale) over the keys that each query sees: [H, T, S], [T], [S] -> [H, T, S].
 
-    `window` and `size` say which (`checkpoints.rules.visible`): those at or before the query, or fewer, or all. With `max_bias` a key
-    loses its head's slope times its distance (ALiBi). `sinks` [H] are one more score of each head, whose weight is dropped.
+    `window` and `size` say which keys (`checkpoints.rules.visible`): those at or before the query, or fewer, or all. With `max_bias`
+    a score is lowered by its head's slope times the key's distance (ALiBi). `sinks` [H] add one score to each head, whose weight is
+    dropped.
     Scale, mask, subtract the maximum, exponentiate in float32, sum in float64: ggml_compute_forward_soft_max_f32.
     """
     later = (
@@ -208,12 +209,12 @@ def swiglu(gate: Array, up: Array) -> Array:
 
 
 def part(x: Array) -> Array:
-    """A view as a value of its own: what it reads, one row a position. Queries that are a part of a fused QKV, for example."""
+    """A view as a value of its own, one row a position; for example the queries in a fused QKV."""
     return module_of(x).ascontiguousarray(x)
 
 
 def positions_first(x: Array) -> Array:
-    """A value whose positions are not the slowest dimension in ggml, one row a position: [T, …] -> [T, n]."""
+    """One row a position, of a value whose positions are not ggml's slowest dimension: [T, …] -> [T, n]."""
     return part(x).reshape(x.shape[0], -1)
 
 
@@ -223,7 +224,7 @@ def flat(x: Array) -> Array:
 
 
 def left_in_state(before: Array, written: Array, *, start: int, size: int) -> Array:
-    """A recurrent state with a part of it overwritten: [size], [any shape of n elements] -> [size]; the part begins at `start`."""
+    """A recurrent state, overwritten from element `start` on: [size], [any shape of n elements] -> [size]."""
     flat = written.reshape(-1)
     if flat.size == size:
         return part(flat)

@@ -19,7 +19,7 @@ from .weights.source import Weights
 
 @dataclass(frozen=True)
 class Stage:
-    """The steps of one device. `needs` are the values that they read and do not make, `leaves` those that later stages need."""
+    """The steps of one device. `needs` are the values that they read but do not make, `leaves` those that later stages need."""
 
     backend: Backend
     steps: tuple[Step, ...]
@@ -31,10 +31,10 @@ class Stage:
 class SplitTransformer(Transformer):
     """Runs a model whose layers are spread evenly over the given devices; the same interface and numbers as `Transformer`.
 
-    One device computes at a time: this is for models that one device does not hold, not for speed.
+    One device computes at a time: this is for models that do not fit on one device, not for speed.
 
     Raises:
-        ModelError: as `Transformer`; InputError: a device that does not even hold the largest weight of its layers.
+        ModelError: as `Transformer`; InputError: a device cannot hold even the largest weight of its layers.
     """
 
     def __init__(
@@ -64,6 +64,11 @@ class SplitTransformer(Transformer):
         """A new, empty sequence whose first token stands at `first_position`, with a cache on every device."""
         return Progress(first_position, tuple(KvCache(stage.backend.xp) for stage in self.stages))
 
+    @property
+    def cache_backends(self) -> tuple[Backend, ...]:
+        """As `Transformer.cache_backends`: one a device."""
+        return tuple(stage.backend for stage in self.stages)
+
     def _compute(self, values: dict[str, Array], sequence: Progress, tap: graph.Tap) -> Array:
         known = dict(values)
         for stage, cache in zip(self.stages, sequence.caches, strict=True):
@@ -74,13 +79,13 @@ class SplitTransformer(Transformer):
 
 
 def stages(model: GgufModel, steps: Sequence[Step], backends: Sequence[Backend], *, resident: bool) -> list[Stage]:
-    """The steps cut into one run a device; a model of fewer layers than devices takes as many as it has layers."""
+    """The steps cut into one run a device; a model with fewer layers than devices uses as many devices as it has layers."""
     n_layers = model.hyperparameters.n_layers
     used = backends[: min(len(backends), n_layers)]
     runs: list[list[Step]] = [[] for _ in used]
     layer = 0
     for step in steps:
-        # What belongs to no layer stands where the layer before it does: the embedding first, norm and logits last.
+        # What belongs to no layer goes with the layer before it: the embedding comes first, norm and logits last.
         layer = known if (known := parse(step.makes).layer) is not None else layer
         runs[layer * len(used) // n_layers].append(step)
     reads = [{name for step in run for name in step.names} for run in runs]
@@ -98,5 +103,5 @@ def stages(model: GgufModel, steps: Sequence[Step], backends: Sequence[Backend],
 
 
 def _wholes(run: Sequence[Step]) -> set[str]:
-    """The weights that the steps read whole; of an embedding only rows are read."""
+    """The weights that the steps read whole (of an embedding only rows are read)."""
     return {weight for step in run for weight in step.weights if isinstance(weight, str)}

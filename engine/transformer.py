@@ -27,14 +27,14 @@ from .weights.source import Weights
 class Transformer:
     """Runs a model step by step, on one device or on the host, in float32; an `Engine`.
 
-    Of an encoder–decoder the first pass is the encoder's over the prompt and the decoder's over its own first token (and those that it
-    is to be led along at once).
+    The first pass of an encoder–decoder is the encoder's over the prompt, and the decoder's over its start token (and any tokens
+    that it is led along).
 
-    `recorded` is llama.cpp's graph of the model, where its steps are not written by hand. `steps` are those of a pass over several
-    tokens, `single` those of a pass over one, where llama.cpp computes it in another way.
+    `recorded` is llama.cpp's graph of the model, if its steps are not written by hand. `steps` are those of a pass over several
+    tokens, `single` those of a pass over one token, which llama.cpp may compute differently.
 
     Raises:
-        ModelError: a graph is needed and not given, an operation that our engine lacks, a missing or misshapen weight.
+        ModelError: a graph is needed but not given, our engine lacks an operation, or a weight is missing or misshapen.
     """
 
     def __init__(
@@ -68,13 +68,18 @@ class Transformer:
         """Whether no position sees a later one; an encoder's do."""
         return not graph.sees_later(self.steps)
 
+    @cached_property
+    def whole(self) -> bool:
+        """Whether a prompt must be computed in one pass."""
+        return graph.in_one_pass(self.steps)
+
     @property
     def points(self) -> list[str]:
         """Every point that can be captured, in dataflow order."""
         return points_of((*(self.encoder or ()), *self.steps))
 
     def expect(self, positions: int) -> None:
-        """Take the steps of a run over so many positions in all: some models rotate by other frequencies in a longer context."""
+        """Prepare for a run over so many positions in all: some models rotate by other frequencies in a longer context."""
         if self._long_above is None:
             return
         wanted = factors_of(positions, self._long_above)
@@ -87,6 +92,11 @@ class Transformer:
         """A new, empty sequence whose first token stands at `first_position`; a decoder's after an encoder always at 0."""
         return Progress(0 if self.encoder is not None else first_position, (KvCache(self.backend.xp),))
 
+    @property
+    def cache_backends(self) -> tuple[Backend, ...]:
+        """Where the caches of a sequence lie, in their order."""
+        return (self.backend,)
+
     def forward(self, tokens: Sequence[int], sequence: Progress, tap: Capture | None = None) -> NDArray[np.float32]:
         """One pass over the next tokens of a sequence: [T] -> logits of the last position [V], on the host.
 
@@ -97,7 +107,7 @@ class Transformer:
         if self.encoder is not None and sequence.encoded is None:
             self._encode(tokens, sequence, tap)
             tokens = (self.decoder_start or 0, *sequence.leading)
-        if sequence.length and not self.causal:
+        if sequence.length and self.whole:
             raise whole_input()
         positions = np.arange(len(tokens), dtype=np.int64) + sequence.first + sequence.length
         if tap is not None:
@@ -114,7 +124,7 @@ class Transformer:
         return self.backend.to_host(logits[-1])
 
     def _encode(self, tokens: Sequence[int], sequence: Progress, tap: Capture | None) -> None:
-        """The encoder's pass over a prompt; what it leaves is kept beside the sequence, whose positions are the decoder's."""
+        """Run the encoder over a prompt and keep its output with the sequence, whose positions are the decoder's."""
         assert self.encoder is not None
         positions = np.arange(len(tokens), dtype=np.int64)
         if tap is not None:
@@ -128,13 +138,13 @@ class Transformer:
         sequence.encoded = encoded[last]
 
     def _compute(self, values: dict[str, Array], sequence: Progress, tap: graph.Tap) -> Array:
-        """The last step's value."""
+        """Run all steps and return the last one's value."""
         steps = self.single if self.single is not None and len(values[graph.TOKENS]) == 1 else self.steps
         last = LOGITS if any(step.makes == LOGITS for step in steps) else steps[-1].makes
         return graph.run(steps, values, self.weights, sequence.caches[0], tap, keep=(last,))[last]
 
     def check(self, tokens: Sequence[int], before: int) -> None:
-        """Raises InputError for tokens that this model cannot take after `before` positions."""
+        """Raise InputError for tokens that this model cannot take after `before` positions."""
         check_tokens(self.hp, tokens, before)
         if self.longest is not None and before + len(tokens) > self.longest:
             raise InputError(
@@ -146,7 +156,7 @@ class Transformer:
 
 
 def _with_factors(step: Step, wanted: str) -> Step:
-    """The step with those frequency factors in the place of the others."""
+    """The step with the wanted frequency factors instead of its own."""
     if not {SHORT, LONG} & {weight for weight in step.weights if isinstance(weight, str)}:
         return step
     return replace(step, weights=tuple(wanted if weight in (SHORT, LONG) else weight for weight in step.weights))

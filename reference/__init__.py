@@ -1,4 +1,4 @@
-"""llama.cpp through llama-cpp-python, in a child process. Knows nothing of our engine and of comparisons.
+"""llama.cpp through llama-cpp-python, in a child process. It knows nothing of our engine or of comparisons.
 
-`client.Reference` is the way in. Nothing is imported here: `child` can start llama.cpp before anything else is loaded.
+`client.Reference` is the entry point. Nothing is imported here, so that `child` can start llama.cpp before anything else is loaded.
 """

@@ -1,4 +1,4 @@
-"""llama-cpp-python's ctypes functions, without all that its package imports besides."""
+"""llama-cpp-python's ctypes functions, without everything else that its package imports."""
 
 import os
 import sys
@@ -17,10 +17,10 @@ def bindings() -> Any:
     """The module `llama_cpp.llama_cpp`.
 
     The package's own `__init__` imports chat templates, caches and a sampler, which takes a third of the time until llama.cpp is
-    ready. It is left out here: the package is found, not run, while its submodule is imported, and is as it was afterwards.
+    ready. It is left out here: the package is located but not executed while its submodule is imported, and restored afterwards.
 
     Raises:
-        ImportError: there is no such package, or its library cannot be loaded.
+        ImportError: the package is missing, or its library cannot be loaded.
     """
     name = f"{_PACKAGE}.{_PACKAGE}"
     if name in sys.modules:
@@ -35,7 +35,7 @@ def bindings() -> Any:
 
 
 def _spec() -> ModuleSpec | None:
-    """Where the package is: in another environment, if this process was started for that one's, else on the path."""
+    """Where the package is: in the environment that this process was started for, else on the path."""
     if not (folder := os.environ.get(PACKAGE_VARIABLE)):
         return find_spec(_PACKAGE)
     return spec_from_file_location(_PACKAGE, Path(folder) / "__init__.py", submodule_search_locations=[folder])

@@ -8,8 +8,8 @@ from pathlib import Path
 from checkpoints.errors import InputError
 from checkpoints.printable import printable
 
-PACKAGE_VARIABLE = "PARITY_LLAMA_CPP"  # the child's: the folder of the package `llama_cpp` that it binds
-LIBRARY_VARIABLE = "LLAMA_CPP_LIB_PATH"  # llama-cpp-python's own: the folder of libllama
+PACKAGE_VARIABLE = "PARITY_LLAMA_CPP"  # read by our child process: the folder of the package `llama_cpp` that it binds
+LIBRARY_VARIABLE = "LLAMA_CPP_LIB_PATH"  # read by llama-cpp-python: the folder of libllama
 _PROBE = (
     "import importlib.util as u, json; s = u.find_spec('llama_cpp'); "
     "print(json.dumps(list(s.submodule_search_locations or ()) if s else []))"
@@ -19,19 +19,19 @@ _SECONDS = 60.0
 
 @dataclass(frozen=True)
 class Build:
-    """A llama.cpp: the folder of its Python bindings and that of its libraries, None for what is installed here."""
+    """A llama.cpp: the folders of its Python bindings and of its libraries, None for those that are installed here."""
 
     package: Path | None = None
     library: Path | None = None
 
     def environment(self) -> dict[str, str]:
-        """What a child process needs in its environment to bind it."""
+        """The environment variables with which a child process binds it."""
         given = {PACKAGE_VARIABLE: self.package, LIBRARY_VARIABLE: self.library}
         return {name: str(path) for name, path in given.items() if path is not None}
 
 
 def of_interpreter(python: str) -> Build:
-    """The llama-cpp-python of another Python's environment. Its bindings are bound by our own interpreter: nothing else is needed there.
+    """The llama-cpp-python of another Python's environment. Our own interpreter loads it; that environment needs nothing else.
 
     Raises:
         InputError: there is no such interpreter, or it has no llama-cpp-python.
@@ -71,7 +71,7 @@ def of_library(path: Path) -> Build:
     """A build of libllama of the installed bindings' version: its file, or the folder with libllama and libggml-base.
 
     Raises:
-        InputError: there is none.
+        InputError: there is no such build.
     """
     folder = path if path.is_dir() else path.parent
     if not (list(folder.glob("libllama.so")) or list(folder.glob("libllama.dylib"))) or not path.exists():

@@ -1,32 +1,35 @@
-"""What llama.cpp calls while it computes: lists a graph's nodes, or takes their values.
+"""The callback that llama.cpp calls while it computes: it lists a graph's nodes, or takes their values.
 
-`ggml_backend_sched_eval_callback` asks for each node (`ask`) and comes back with those that were wanted. An exception
-in it would be swallowed by ctypes: it is kept, the computation is stopped, and `check` raises it afterwards.
+`ggml_backend_sched_eval_callback` asks about each node (`ask`) and calls again with those that were wanted. ctypes would swallow
+an exception in it: it is kept, the computation is stopped, and `check` raises it afterwards.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .ggml import COMPUTED, Ggml, Tensor
-from .jobs import Node
+from .ggml import COMPUTED, Ggml, Tensor, first_operand
+from .jobs import Node, Outline
 from .naming import Planned, Signature, Signer
 
+Noted = TypeVar("Noted", Node, Outline)
 Deliver = Callable[[Planned, NDArray[np.float32]], None]
 
 
 class Tap:
     """The callback of one context.
 
-    Call `list_nodes` or `take` before a decode, `check` after it. With nothing to take the callback answers at once.
+    Call `list_nodes` or `take` before a decode, `check` after it. With nothing to take, the callback returns at once.
     """
 
     def __init__(self, ggml: Ggml) -> None:
         self._ggml = ggml
         self._listing: list[tuple[Node, bool]] | None = None
-        self.causal = True  # of the pass that was listed last: whether its masks hide every later position
-        self._masks: dict[int, bytes] = {}  # likewise: of each soft max by address its mask
+        self._outlines: list[tuple[Outline, bool]] | None = None
+        self.causal = True  # whether the masks of the last listed pass hide every later position
+        self._masks: dict[int, bytes] = {}  # the masks of the last listed pass, by the address of their soft max
         self._marked = False  # whether this llama.cpp marks the nodes that it computes
         self._wanted: dict[Signature, list[Planned]] = {}
         self._deliver: Deliver | None = None
@@ -40,37 +43,46 @@ class Tap:
 
     @property
     def stop(self) -> bool:
-        """Whether the computation need not go on: nothing will be taken from it."""
-        return self._failure is not None or self._listing is not None or self._record is not None
+        """Whether the computation can stop, because nothing more will be taken from it."""
+        return any(thing is not None for thing in (self._failure, self._listing, self._outlines, self._record))
 
     def list_nodes(self) -> None:
-        """During the next pass only note the nodes."""
+        """During the next pass, only note the nodes."""
         self._reset()
         self._listing = []
         self.causal = True
         self._masks = {}
 
     def listed(self) -> list[Node]:
-        """The nodes noted, in the order of computation; without those that stand in the graph but are not computed.
+        """The nodes noted, in the order of computation, without those that are in the graph but not computed.
 
-        A graph may hold both an embedding of tokens and one of hidden states, and select one of them.
+        A graph may hold both an embedding of tokens and one of hidden states, and select one of the two.
         """
         noted = self._listing or []
         self._marked = any(marked for _, marked in noted)
-        return [node for node, marked in noted if marked or not self._marked]
+        return _computed_of(noted)
+
+    def outline(self) -> None:
+        """During the next pass only note what finds the nodes again, and their shapes."""
+        self._reset()
+        self._outlines = []
+
+    def outlined(self) -> list[Outline]:
+        """The outlines noted, of the same nodes as `listed`."""
+        return _computed_of(self._outlines or [])
 
     def record(self, asked: Callable[[int], None]) -> None:
-        """During the next pass hand every node's address to `asked`, and compute nothing."""
+        """During the next pass, hand every node's address to `asked` and compute nothing."""
         self._reset()
         self._record = asked
 
     def skip(self) -> None:
-        """Leave the next pass after its first node; llama.cpp takes it for computed."""
+        """Leave the next pass after its first node; llama.cpp then regards it as computed."""
         self._reset()
         self._skipping = True
 
     def masks_of(self, nodes: Sequence[Node]) -> list[bytes]:
-        """Of each node listed last the mask that it applies, b"" where it applies none."""
+        """The mask that each node of the last listing applies, b"" for a node without one."""
         return [self._masks.get(node.address, b"") for node in nodes]
 
     def take(
@@ -79,9 +91,9 @@ class Tap:
         deliver: Deliver | None,
         again: Callable[[], Iterable[Planned]] | None = None,
     ) -> None:
-        """During the next pass hand the wanted values to `deliver`, each as it is computed.
+        """During the next pass, hand the wanted values to `deliver`, each as soon as it is computed.
 
-        `again` is called where llama.cpp begins with a further ubatch of the pass, for the values that are wanted of it.
+        `again` is called when llama.cpp begins a further ubatch of the pass; it returns the values that are wanted from it.
         """
         self._reset()
         self._next = again
@@ -91,10 +103,15 @@ class Tap:
             self._deliver = deliver
 
     def _reset(self) -> None:
-        self._listing, self._deliver, self._failure, self._record, self._skipping = None, None, None, None, False
+        self._listing, self._outlines, self._deliver, self._failure, self._record = None, None, None, None, None
+        self._skipping = False
         self._wanted = {}
         self._signer = Signer()
         self._opening = self._next = None
+
+    @property
+    def _idle(self) -> bool:
+        return self._deliver is None and self._listing is None and self._outlines is None
 
     def check(self) -> None:
         """Raise what was raised inside the callback."""
@@ -112,7 +129,7 @@ class Tap:
             except BaseException as error:
                 self._failure = error
             return False
-        if self._failure is not None or (self._deliver is None and self._listing is None):
+        if self._failure is not None or self._idle:
             return not ask
         try:
             if ask:
@@ -125,8 +142,11 @@ class Tap:
 
     def _asked(self, address: int) -> bool:
         tensor = self._ggml.tensor(address)
+        if self._outlines is not None:
+            self._outlines.append((self._ggml.outline(tensor), bool(tensor.flags & COMPUTED)))
+            return False
         if self._listing is not None:
-            self._listing.append((self._ggml.node(tensor), bool(tensor.flags & COMPUTED)))
+            self._listing.append((self._ggml.node(address), bool(tensor.flags & COMPUTED)))
             if self._ggml.op_name(tensor.op) == "SOFT_MAX" and tensor.src[1] and self._given(tensor.src[1].contents):
                 mask = self._ggml.read(tensor.src[1].contents)
                 self.causal = self.causal and not _shows_later(mask[0, 0], tensor.ne[1])
@@ -135,7 +155,7 @@ class Tap:
         if self._marked and not tensor.flags & COMPUTED:
             self._current = []
             return False
-        first = tensor.src[0].contents.name.decode(errors="replace") if tensor.src[0] else ""
+        first = first_operand(tensor)
         name = tensor.name.decode(errors="replace")
         op = self._ggml.op_name(tensor.op)
         if self._next is not None:
@@ -144,7 +164,7 @@ class Tap:
         return bool(self._current)
 
     def _count_ubatches(self, node: tuple[str, str, str]) -> None:
-        """A graph that begins again is that of the next ubatch."""
+        """Notice the next ubatch: its graph begins with the first node again."""
         if self._opening is None:
             self._opening = node
         elif node == self._opening and self._next is not None:
@@ -153,7 +173,7 @@ class Tap:
                 self._wanted.setdefault(planned.signature, []).append(planned)
 
     def _given(self, tensor: Tensor) -> bool:
-        """Whether a tensor has its data before the pass: not what sparse attention computes as its mask."""
+        """Whether a tensor has its data before the pass, unlike a mask that sparse attention computes."""
         root = tensor.view_src.contents if tensor.view_src else tensor
         return self._ggml.op_name(root.op) == "NONE"
 
@@ -164,6 +184,12 @@ class Tap:
         for planned in self._current:
             source = tensor if planned.operand is None else tensor.src[planned.operand].contents
             self._deliver(planned, self._ggml.read(source))
+
+
+def _computed_of(noted: Sequence[tuple[Noted, bool]]) -> list[Noted]:
+    """What was noted of the nodes that are computed: all of them where this llama.cpp marks none."""
+    some = any(marked for _, marked in noted)
+    return [node for node, marked in noted if marked or not some]
 
 
 def _shows_later(mask: NDArray[np.float32], count: int) -> bool:

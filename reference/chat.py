@@ -1,17 +1,17 @@
-"""What chat templates make of a text: llama.cpp's built-in ones and the file's own, as one message of a user."""
+"""A text as one user message in chat templates: llama.cpp's built-in ones and the file's own."""
 
 import ctypes
 
 from .library import Library
 
 _OWN = "tokenizer.chat_template"
-_LARGEST = 1 << 20  # bytes around a text: the longest built-in template adds some hundred
+_LARGEST = 1 << 20  # bytes that a template may add to a text: the longest built-in one adds some hundred
 
 
 def chat_texts(library: Library, own: str, text: str) -> dict[str, str]:
-    """Template name -> the text with what that template puts around it, the assistant's turn opened; "own" is `own`, if it has a kind.
+    """Template name -> the text wrapped in that template, with the assistant's turn opened; "own" is `own`, if its kind is known.
 
-    Mirrors `llama_chat_apply_template`, which knows a template by its marks and runs no Jinja.
+    Mirrors `llama_chat_apply_template`, which recognises a template by its markers and does not run Jinja.
     """
     api = library.api
     count = api.llama_chat_builtin_templates(None, 0)
@@ -32,5 +32,5 @@ def chat_texts(library: Library, own: str, text: str) -> dict[str, str]:
 
 
 def own_template(metadata: dict[str, str]) -> str:
-    """The template in a file's metadata, "" without one."""
+    """The template in a file's metadata, "" if there is none."""
     return metadata.get(_OWN, "")

@@ -1,6 +1,6 @@
 """The child process as its parent sees it: started, asked for its last words, ended.
 
-Imports little, so that a command can start it first and import all the rest while the child imports llama.cpp.
+This module imports little, so that a command can start the child first and import the rest while the child imports llama.cpp.
 """
 
 import contextlib
@@ -19,7 +19,8 @@ from .builds import Build
 _LAST_WORDS = re.compile(
     r"(GGML_ASSERT\(.*|GGML_ABORT.*|what\(\):.*|.*\bterminate called\b.*|.*[Oo]ut of memory.*|.*Error: .*)"
 )
-# Where this package stands is first on the child's path only if it isn't on it anyway.
+_FOLDERS = re.compile(r"^\S*/(?=[\w.-]+:\d+: )")  # of the source file that ggml names, on the machine that built it
+# The folder of this package is put first on the child's path, unless it is on the path anyway.
 _BOOT = "import sys; root = sys.argv[1]; sys.path[:0] = [] if root in sys.path else [root]; from reference.worker import main; main()"
 
 _ENVIRONMENT = {
@@ -56,13 +57,13 @@ class Child:
                 os.close(log)
 
     def last_words(self) -> str:
-        """What it said on stderr before it ended: ggml's assertion, an exception, else its last line."""
+        """What it printed on stderr before it ended: ggml's assertion, an exception, else the last line."""
         self.stderr.seek(0)
         text = self.stderr.read()[-65536:].decode(errors="replace")
         if match := _LAST_WORDS.search(text):
             return match[1].strip()
         lines = [line.strip() for line in text.splitlines() if line.strip()]
-        return lines[-1] if lines else ""
+        return _FOLDERS.sub("", lines[-1]) if lines else ""
 
     def end(self, *, kill: bool) -> int:
         """Close the pipe and wait for the process; returns its exit status."""
@@ -72,14 +73,14 @@ class Child:
             self.process.kill()
         try:
             status = self.process.wait(timeout=5)
-        except subprocess.TimeoutExpired:  # it computes, and sees the closed pipe only afterwards
+        except subprocess.TimeoutExpired:  # it is computing, and would notice the closed pipe only afterwards
             self.process.kill()
             status = self.process.wait()
         return status
 
 
 def finish(children: list[Child]) -> None:
-    """End all of them, and wait."""
+    """End all children, and wait for them."""
     while children:
         child = children.pop()
         child.end(kill=True)

@@ -1,4 +1,4 @@
-"""The parent's handle on llama.cpp: starts the child, asks, and turns its end into one clear error."""
+"""The parent's handle on llama.cpp: it starts the child, sends requests, and turns the child's death into one clear error."""
 
 import sys
 import threading
@@ -22,13 +22,13 @@ from .jobs import EXACT, Description, DumpJob, DumpResult, Node, Tokens
 
 
 class Reference:
-    """llama.cpp in a child process, which is started at once (or with `start=False` by the first request) and ends with this object.
+    """llama.cpp in a child process, which starts at once (or, with `start=False`, at the first request) and ends with this object.
 
-    A request after the child died starts a new one. One request at a time: another thread waits. A context manager.
+    A request after the child died starts a new one. One request runs at a time: another thread waits. A context manager.
 
     Args:
-        verbose: llama.cpp's own log goes to this process's stderr.
-        threads: for every request that names none; None for all cores that the process may use.
+        verbose: whether llama.cpp's own log goes to this process's stderr.
+        threads: the default for requests that give no number; None for all cores that the process may use.
         child: a process that was started ahead, with the same `verbose` and `build`.
         build: another llama.cpp than the installed one.
     """
@@ -90,7 +90,7 @@ class Reference:
                 raise self._died(doing) from None
             finally:
                 self._holder = None
-                if not finished:  # interrupted: what it computes nobody waits for
+                if not finished:  # interrupted: its result is no longer needed
                     finish(self._children)
         yield _value(answer)
 
@@ -122,7 +122,7 @@ class Reference:
         return answer
 
     def tokenize(self, model: Path, text: str, *, add_special: bool = True, parse_special: bool = True) -> Tokens:
-        """The ids of a text as llama.cpp makes them; loads the vocabulary only.
+        """The ids of a text as llama.cpp tokenizes it; only the vocabulary is loaded.
 
         Raises:
             InputError: the text is empty; ModelError: no such file, not a GGUF, no tokenizer.
@@ -138,7 +138,7 @@ class Reference:
         return list(self._ask(f"reading the vocabulary of {model}", "pieces", Path(model), tuple(ids)))
 
     def chat_texts(self, model: Path, text: str) -> dict[str, str]:
-        """Template name -> what that chat template makes of a text; "own" is the file's. See `reference.chat`."""
+        """Template name -> the text in that chat template; "own" is the file's. See `reference.chat`."""
         return dict(self._ask(f"reading the chat template of {model}", "chat_texts", Path(model), text))
 
     def dump(self, job: DumpJob) -> DumpResult:
@@ -182,7 +182,7 @@ class Reference:
         kv_type: str = "f32",
         threads: int | None = None,
     ) -> Iterator[NDArray[np.float32]]:
-        """The logits of positions `first`, … of these tokens, float32 [n, V] at a time with n ≤ `portion`: no more is in memory."""
+        """The logits of these tokens from position `first` on, in pieces of float32 [n, V] with n ≤ `portion`, which bounds the memory."""
         request = self._request(
             f"computing {model}", "logits", Path(model), tuple(tokens), first, portion, mode, kv_type, threads or self._threads
         )
@@ -202,10 +202,10 @@ class Reference:
     ) -> Iterator[tuple[Node, NDArray[np.float32]]]:
         """As `capture`, for layers first … stop − 1 only, which get `hidden` [T, D] (positions 0 … T − 1) as their input.
 
-        With `stop` the number of layers, `output_norm` and `logits` come as well: how the model goes on from this state.
+        If `stop` is the number of layers, `output_norm` and `logits` follow: how the model continues from this state.
 
         Raises:
-            InputError: no such layers, a hidden state of another shape, or a model that has no windows.
+            InputError: no such layers, a hidden state of another shape, or a model that cannot be cut into windows.
         """
         request = self._request(
             f"computing layers of {model}",
@@ -225,12 +225,12 @@ class Reference:
         return cast(Description, self._ask(f"loading {model}", "describe", Path(model)))
 
     def graph(self, model: Path, mode: str = EXACT, *, n_ctx: int = 0, threads: int | None = None) -> RecordedGraph:
-        """The graph that llama.cpp builds for a model, in sizes that hold for every length; nothing is computed for it.
+        """The graph that llama.cpp builds for a model, with sizes that hold for every length; nothing is computed for it.
 
         `n_ctx` is the context that a run will have: some architectures choose their RoPE factors by it.
 
         Raises:
-            ModelError: the file; ReferenceFailed: a graph that changes its structure with the length.
+            ModelError: the file is not usable; ReferenceFailed: the graph changes its structure with the length.
         """
         return cast(
             RecordedGraph,
@@ -242,19 +242,19 @@ class Reference:
         return cast(Path, self._ask(f"quantizing {model}", "quantize", Path(model), ftype, Path(out), self._threads))
 
     def twin(self, model: Path, out: Path | None = None) -> Path:
-        """The F32 twin of a model, from the cache or made now; with `out` a copy of its own there."""
+        """The F32 twin of a model, from the cache or made now; with `out`, a separate copy at that path."""
         return cast(Path, self._ask(f"making the F32 twin of {model}", "twin", Path(model), out, self._threads))
 
     def wanted_tensors(self, metadata: Path) -> list[tuple[str, tuple[int, ...]]]:
         """Names and row-major shapes of the tensors that llama.cpp wants for a GGUF's metadata, optional ones too.
 
         Raises:
-            ModelError: it makes no model of them.
+            ModelError: llama.cpp cannot build a model from them.
         """
         return list(self._ask("making a model of these metadata", "wanted_tensors", Path(metadata)))
 
     def load(self, model: Path) -> None:
-        """Load a model as it is.
+        """Load a model unchanged.
 
         Raises:
             ModelError: llama.cpp refuses it.
@@ -277,7 +277,7 @@ class Reference:
 
 
 def _but_last(items: Iterator[Any]) -> Iterator[Any]:
-    """Everything but the last, which is the answer's own value; closing this closes what it reads."""
+    """All items but the last, which is the answer's own value; closing this closes `items`."""
     try:
         held = next(items)
         for item in items:
@@ -288,7 +288,7 @@ def _but_last(items: Iterator[Any]) -> Iterator[Any]:
 
 
 def _value(answer: tuple[Any, ...]) -> Any:
-    """The value of an answer, or the error that it stands for."""
+    """The value of an answer; raises the error if the answer is one."""
     if answer[0] == "done":
         return answer[1]
     if answer[0] == "error":

@@ -1,4 +1,4 @@
-"""What each point of a graph is made from: the planned nodes, with everything unplanned between them walked through."""
+"""What each point of a graph is made from: paths between planned nodes, through the unplanned ones between them."""
 
 import re
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from .naming import VIEWS, Planned
 from .passes import Plans
 
 _OF_THE_ENCODER = re.compile(r"cross_attn_[kv]\.")  # weights that are multiplied with an encoder's output
-_WRITTEN = {"SET_ROWS": 2, "CPY": 1}  # the operand that is written to; the first one is what is written
+_WRITTEN = {"SET_ROWS": 2, "CPY": 1}  # the number of the operand that is written to; operand 0 is what is written
 
 
 def dataflow(nodes: Sequence[Node], planned: Sequence[Planned], encoded: str = "") -> Dataflow:
@@ -26,7 +26,7 @@ def dataflow(nodes: Sequence[Node], planned: Sequence[Planned], encoded: str = "
 
 
 def of_passes(plans: Plans) -> Dataflow:
-    """The dataflow of a run over a prompt; of an encoder–decoder that of both halves."""
+    """The dataflow of a run over a prompt; for an encoder–decoder, of both halves."""
     if plans.encoder is None:
         return dataflow(plans.prompt.nodes, plans.prompt.planned)
     first = dataflow(plans.encoder.nodes, plans.encoder.planned)
@@ -57,7 +57,7 @@ class _Walk:
                 self._written.setdefault(target.address, []).append(node.sources[0])
 
     def dataflow(self) -> Dataflow:
-        """Points in the order of computation; a graph that reads what comes later has that left out."""
+        """The dataflow, points in the order of computation; a read of a later point is left out."""
         read = {(item.node.address, item.operand): item.point for item in self._planned if item.operand is not None}
         origins: dict[str, Made] = {}
         for item in self._planned:
@@ -80,7 +80,7 @@ class _Walk:
         return Dataflow(origins)
 
     def _maker(self, node: Node) -> Node:
-        """The node itself; for a view of something unplanned, what makes that."""
+        """The node itself, or, for a view of an unplanned value, the node that makes that value."""
         while node.op in VIEWS and node.sources:
             behind = self._nodes.get(node.sources[0].address)
             if behind is None or behind.address in self._point:
@@ -89,7 +89,7 @@ class _Walk:
         return node
 
     def _memory(self, source: Source, *, stop: bool = False) -> Source:
-        """The tensor that owns the memory which a view shows; with `stop`, or the first point on the way to it."""
+        """The tensor that owns the memory of a view; with `stop`, the first point on the way to it, if there is one."""
         while source.op in VIEWS and source.address in self._nodes and self._nodes[source.address].sources:
             if stop and source.address in self._point:
                 break
@@ -97,7 +97,7 @@ class _Walk:
         return source
 
     def _behind(self, first: Source, point: str) -> tuple[list[str], list[str]]:
-        """The nearest points, and the weights, that a tensor is made of; for a fused product its parts, where they are points."""
+        """The nearest points, and the weights, that a tensor is made from; for a fused product its parts, if they are points."""
         points: list[str] = []
         weights: list[str] = []
         waiting, seen = [first], set[int]()

@@ -1,7 +1,8 @@
-"""What the parent asks of the child and what it gets back: small frozen dataclasses that travel through the pipe."""
+"""What the parent asks of the child and what it gets back: small frozen dataclasses that are sent through the pipe."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from checkpoints.dataflow import Dataflow
 from checkpoints.record import Header, ModelInfo
@@ -13,7 +14,7 @@ NATIVE = "native"
 
 @dataclass(frozen=True)
 class Tokens:
-    """A tokenized text, and what the vocabulary says about special tokens; -1 of llama.cpp is None here."""
+    """A tokenized text, and what the vocabulary says about special tokens; llama.cpp's -1 is None here."""
 
     ids: tuple[int, ...]
     pieces: tuple[str, ...]
@@ -39,10 +40,10 @@ class Source:
 
 @dataclass(frozen=True)
 class Node:
-    """One node of the graph as ggml sees it, and the point it stands for ("" while it has none).
+    """One node of the graph as ggml sees it, and the point that it stands for ("" while it has none).
 
-    `op_params` are the 16 raw int32 of `ggml_tensor.op_params` (a float is the same 32 bits); `address` is its struct's.
-    `function` is which one a UNARY or GLU computes ("GELU", "SWIGLU").
+    `op_params` are the 16 raw int32 of `ggml_tensor.op_params` (a float is the same 32 bits); `address` is that of its struct.
+    `function` is the one that a UNARY or GLU computes ("GELU", "SWIGLU").
     """
 
     name: str
@@ -56,21 +57,30 @@ class Node:
     function: str = ""
 
 
+class Outline(NamedTuple):
+    """What finds a node again in another graph of the model, and its shape: a small part of a `Node`, read ten times as fast."""
+
+    name: str
+    op: str
+    first: str  # the name of its first operand
+    ne: tuple[int, ...]
+
+
 @dataclass(frozen=True)
 class DumpJob(Recording):
     """One dump to write.
 
     Attributes:
         tokens: ids of the prompt, special tokens included.
-        pieces: their texts, where the caller has them; else they are looked up.
+        pieces: their texts, if the caller has them; else they are looked up.
         generate: how many tokens to choose greedily after the prompt.
-        lead: ids to follow after the prompt instead of choosing.
+        lead: ids to take after the prompt instead of choosing.
         portions: how many of the prompt's tokens each forward pass takes; () for all of them in one.
         ubatch: the most tokens that llama.cpp computes at once within a pass (`n_ubatch`); None for all.
         companions: prompts that are computed in the same pass as other sequences, before this one; they are not recorded.
-        saved: how many tokens are computed before the state is saved (`llama_state_get_data`) and set in a new context.
-        decoded: of an encoder–decoder: tokens that the decoder takes after its own first one; the portions are of these.
-        window: "off" (the whole model at once), a number of layers, or "auto" (whole where it fits).
+        saved: how many tokens are computed before the state is saved (`llama_state_get_data`) and restored in a new context.
+        decoded: for an encoder–decoder: tokens that the decoder takes after its start token; `portions` then counts these.
+        window: "off" (the whole model at once), a number of layers, or "auto" (the whole model if it fits).
         kv_type: "f32", or in native mode also "f16".
     """
 
@@ -92,23 +102,23 @@ class DumpJob(Recording):
 
     @property
     def passes(self) -> tuple[int, ...]:
-        """How many of the prompt's tokens each pass takes, () for all in one."""
+        """How many of the prompt's tokens each pass takes, () if one pass takes all."""
         return (self.saved, len(self.tokens) - self.saved) if self.saved else self.portions
 
     @property
     def plain(self) -> bool:
-        """Whether it is one sequence, in ubatches as large as its passes, in one context."""
+        """Whether the job is one sequence, in ubatches as large as its passes, in one context."""
         return self.ubatch is None and not self.companions and not self.saved
 
     @property
     def may_step(self) -> bool:
-        """Whether some pass may take a single token: anything but a prompt in one pass."""
+        """Whether some pass may take a single token, as in any job but a prompt in one pass."""
         return not self.plain or bool(self.portions or self.generate or self.lead)
 
 
 @dataclass(frozen=True)
 class DumpResult:
-    """What a dump holds. `generated` are the ids that were decoded after the prompt, `chosen` llama.cpp's own choices."""
+    """What was written. `generated` are the ids that were decoded after the prompt, `chosen` llama.cpp's own choices."""
 
     out: Path
     header: Header
@@ -129,8 +139,8 @@ class DumpResult:
 class Description:
     """A model as llama.cpp sees it; `points` are (point, row shape) in the order of computation.
 
-    A row shape is of numbers as text, and "t+1" for the positions seen so far; `nodes` are the nodes of those points; `dataflow` is
-    what a dump's header carries.
+    A row shape is written as text, with "t+1" for the positions seen so far; `nodes` are the nodes of those points; `dataflow` is
+    that of a dump's header; `rope` says which elements RoPE rotates with each other: "NORM", "NEOX", …, and "" where it rotates none.
     """
 
     info: ModelInfo
@@ -143,3 +153,4 @@ class Description:
     points: tuple[tuple[str, tuple[str, ...]], ...]
     nodes: tuple[Node, ...]
     dataflow: Dataflow
+    rope: str

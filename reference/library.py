@@ -1,6 +1,7 @@
-"""llama.cpp's library: its low-level functions, its log, its version. Lives in the child process only."""
+"""llama.cpp's library: its low-level functions, its log, its version. Used in the child process only."""
 
 import os
+import re
 from collections import deque
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ from checkpoints.printable import printable
 from .bindings import bindings
 from .ggml import Ggml
 
-_LOG_LINES = 200  # kept for the sentence that says why a model was refused
+_LOG_LINES = 200  # lines that are kept for the sentence that says why a model was refused
+_METADATA = re.compile(r"llama_cpp_python-(.+)\.(?:dist|egg)-info")
 _ERROR = 4  # GGML_LOG_LEVEL_ERROR
 
 
@@ -20,20 +22,20 @@ def default_threads() -> int:
 
 
 class Library:
-    """llama.cpp itself, with its log kept instead of printed; `verbose_fd` gets it as well."""
+    """llama.cpp itself, with its log kept instead of printed; a `verbose_fd` receives it too."""
 
     def __init__(self, verbose_fd: int | None = None) -> None:
         self.api: Any = bindings()
         self.lines: deque[tuple[int, str]] = deque(maxlen=_LOG_LINES)
         self._verbose_fd = verbose_fd
-        self._log = self.api.llama_log_callback(self._note)  # llama.cpp keeps the pointer only
+        self._log = self.api.llama_log_callback(self._note)  # llama.cpp keeps only the pointer
         self.api.llama_log_set(self._log, None)
         self.api.llama_backend_init()
         self.ggml = Ggml()
 
     def _note(self, level: int, text: bytes, _data: int | None) -> None:
         self.lines.append((level, text.decode(errors="replace").rstrip("\n")))
-        if self._verbose_fd is not None:  # a model's metadata stand in it
+        if self._verbose_fd is not None:  # the log contains a model's metadata
             lines = text.decode(errors="replace").split("\n")
             os.write(self._verbose_fd, "\n".join(printable(line.expandtabs(), None) for line in lines).encode(errors="replace"))
 
@@ -60,17 +62,17 @@ class Library:
         }
 
     def _version(self) -> str:
-        """The version of the bindings, which may lie in another environment; "" where that does not say."""
-        from importlib.metadata import distributions
-
-        place = str(Path(self.api.__file__).parent.parent)
-        return next((package.version for package in distributions(name="llama_cpp_python", path=[place])), "")
+        """The version of the bindings, which may lie in another environment; "" if it is not known."""
+        place = Path(self.api.__file__).parent.parent
+        # `importlib.metadata` says the same, once it has imported what reads electronic mail.
+        described = (_METADATA.fullmatch(path.name) for path in place.glob("llama_cpp_python-*-info"))
+        return next((match[1] for match in described if match), "")
 
     def devices(self) -> tuple[str, ...]:
-        """Every device that this ggml may compute on, as `ggml_backend_dev_name` says: "CPU", "BLAS", "CUDA0"."""
+        """The names (`ggml_backend_dev_name`) of all devices that this ggml can compute on: "CPU", "BLAS", "CUDA0"."""
         import ctypes
 
-        ggml = self.api._lib  # the library that binds the rest exports these functions, too
+        ggml = self.api._lib  # llama.cpp's library exports ggml's functions, too
         try:
             ggml.ggml_backend_dev_count.restype = ctypes.c_size_t
             ggml.ggml_backend_dev_get.restype = ctypes.c_void_p

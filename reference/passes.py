@@ -6,14 +6,14 @@ from functools import cached_property
 
 from checkpoints.points import ENCODER
 
-from .llama import Session
 from .naming import Planned
 from .rows import Survey, survey
+from .session import Session
 
 
 @dataclass(frozen=True)
 class Plans:
-    """Surveys of a run's passes; `single` is that of one token, which llama.cpp may build differently (None: not listed)."""
+    """Surveys of a run's passes; `single` is that of a single token, which llama.cpp may build differently (None: not listed)."""
 
     prompt: Survey
     single: Survey | None
@@ -21,15 +21,15 @@ class Plans:
 
     @cached_property
     def names(self) -> list[str]:
-        """Every point of the run, the encoder's first, in the order of computation."""
+        """Every point of the run in the order of computation, the encoder's first."""
         encoder = [] if self.encoder is None else [item.point for item in self.encoder.known]
         return [*encoder, *(item.point for item in self.prompt.known)]
 
     def wanted(self, names: Collection[str], *, count: int = 0, encoder: bool = False) -> list[Planned]:
-        """The values of those names in a pass over `count` tokens, or in the encoder's.
+        """The values of those names in a pass over `count` tokens, or in the encoder's pass.
 
         Raises:
-            ValueError: a pass over one token, whose graph was not listed.
+            ValueError: the pass is over one token, and its graph was not listed.
         """
         if count == 1 and not encoder and self.single is None:
             raise ValueError("the graph of a pass over one token was not listed")
@@ -39,11 +39,11 @@ class Plans:
 
 
 def plans_of(session: Session, prompt: Sequence[int], encoded: Sequence[int] = (), *, single: bool = True) -> Plans:
-    """List the graphs of a run; nothing of it stays in the session's cache.
+    """List the graphs of a run; nothing stays in the session's cache.
 
     Args:
-        prompt: what the (decoder's) first pass takes.
-        encoded: the input of the encoder, if there is one.
+        prompt: the tokens of the (decoder's) first pass.
+        encoded: the tokens of the encoder, if there is one.
         single: whether some pass may take one token; listing its graph takes as long as listing the prompt's.
     """
     encoder = None

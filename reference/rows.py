@@ -1,4 +1,4 @@
-"""How a value lies in ggml's dimensions: which of them counts the positions, and the value with one row a position."""
+"""A value in ggml's dimensions: which of them counts the positions, and the value rearranged to one row a position."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 
 from checkpoints import points
 
-from .jobs import Node
-from .llama import Session
+from .jobs import Node, Outline
 from .naming import Planned, Signer, plan
+from .session import Session
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Survey:
 
     Attributes:
         nodes: every node of the graph, in the order of computation.
-        planned: every value that has a name; `known` those of them that are rows of positions, or a state after the pass.
+        planned: every value that has a name; `known` are those that consist of rows of positions, or are a state after the pass.
         causal: whether no position sees a later one, by the masks of this pass.
     """
 
@@ -33,14 +33,14 @@ class Survey:
 def survey(
     session: Session, inputs: Sequence[int] | NDArray[np.float32], *, offset: int = 0, prefix: str = "", encode: bool = False
 ) -> Survey:
-    """List the graph of a pass. A second one of another length tells which dimension of a value counts the positions."""
+    """List the graph of a pass, and of a second one of another length, to see which dimension of a value counts the positions."""
     nodes = session.list_nodes(inputs, encode=encode)
     # A decoder's mask over an encoder's rows hides none of them.
     causal = session.tap.causal or (session.model.encoder_decoder and not encode)
     planned = plan(nodes, offset=offset, prefix=prefix)
     count = len(inputs)
     others = inputs[:-1] if count > 2 else _longer(inputs)
-    sizes = _sizes(session.list_nodes(others, encode=encode))
+    sizes = _sizes(session.outline_nodes(others, encode=encode))
     known = []
     for item in planned:
         axis = _axis(item.node.ne, sizes.get(item.signature), count, len(others))
@@ -55,13 +55,13 @@ def _longer(inputs: Sequence[int] | NDArray[np.float32]) -> Sequence[int] | NDAr
     return np.concatenate([inputs, inputs[:1]]) if isinstance(inputs, np.ndarray) else (*inputs, inputs[0])
 
 
-def _sizes(nodes: Sequence[Node]) -> dict[tuple[str, str, str, int], tuple[int, ...]]:
+def _sizes(nodes: Sequence[Outline]) -> dict[tuple[str, str, str, int], tuple[int, ...]]:
     signer = Signer()
-    return {signer.sign(node.name, node.op, node.sources[0].name if node.sources else ""): node.ne for node in nodes}
+    return {signer.sign(node.name, node.op, node.first): node.ne for node in nodes}
 
 
 def _axis(ne: tuple[int, ...], other: tuple[int, ...] | None, count: int, length: int) -> int | None:
-    """The dimension that has one element a position; of two (keys and queries, where nothing is cached) the queries'."""
+    """The dimension that has one element a position; of two (keys and queries, if nothing is cached) the queries'."""
     if other is None:
         return None
     axes = [axis for axis, pair in enumerate(zip(ne, other, strict=True)) if pair == (count, length)]
@@ -69,7 +69,7 @@ def _axis(ne: tuple[int, ...], other: tuple[int, ...] | None, count: int, length
 
 
 def _taken(planned: Planned) -> Node:
-    """The tensor that is read, as a node: the planned one's operand or itself."""
+    """The tensor that is read, as a node: the planned node or its operand."""
     if planned.operand is None:
         return planned.node
     source = planned.node.sources[planned.operand]
@@ -92,13 +92,13 @@ def arrange(planned: Planned, value: NDArray[np.float32], count: int, seen: int)
     """A value as `checkpoints.summary.summarise` wants it.
 
     Args:
-        planned: what it is.
-        value: as it was read, in four dimensions.
+        planned: what the value is.
+        value: the value as it was read, in four dimensions.
         count: positions of this forward pass, T.
         seen: cached positions after it, S; the cache's padding is cut off.
 
     Returns:
-        [T, …]; [1, n] for what stands once a pass; [H, T, S] for `kq` and `kq_soft_max`; [S, K·d] for `k_read` and `v_read`.
+        [T, …]; [1, n] for a value that a pass has once; [H, T, S] for `kq` and `kq_soft_max`; [S, K·d] for `k_read` and `v_read`.
     """
     if planned.operand is not None:
         rows = value[0].transpose(1, 0, 2) if planned.point.endswith("k_read") else value[0].transpose(2, 0, 1)

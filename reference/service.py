@@ -1,9 +1,9 @@
-"""What the child can do: one method a request. Keeps the last model loaded, since requests for it come in a row."""
+"""What the child can do: one method a request. The last model stays loaded, since requests for one model come in a row."""
 
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,40 +11,43 @@ from numpy.typing import NDArray
 from checkpoints import points
 from checkpoints.errors import InputError, ModelError
 from checkpoints.gguf_file import Contents, contents
-from checkpoints.graph import RecordedGraph
+from checkpoints.gguf_parts import files_of
 
 from . import dump, twin
 from .chat import chat_texts, own_template
 from .dataflow import of_passes
-from .graph import record
 from .jobs import EXACT, NATIVE, Description, DumpJob, DumpResult, Tokens
 from .library import Library
-from .llama import Model, Session
+from .model import Model
 from .naming import Planned
 from .passes import plans_of
+from .refusals import check, check_tokens
 from .rows import arrange, row_shape, survey
+from .session import Session
 from .sweep import dump_windows, window_size
 from .twin import Twins
 from .wanted import wanted_tensors
-from .window_proof import prove
 from .windows import Window, open_window
+
+if TYPE_CHECKING:
+    from checkpoints.graph import RecordedGraph
 
 Item = Callable[[Any], None]
 
 
 class Service:
-    """The requests of `client.Reference`, one method each; `item` delivers a part of the answer at once."""
+    """The requests of `client.Reference`, one method each; `item` sends a part of the answer at once."""
 
     def __init__(self, verbose_fd: int | None) -> None:
         self._library = Library(verbose_fd)
         self._twins = Twins(self._library)
-        self._windows: dict[tuple[str, tuple[int, int], int], bool] = {}  # proven ones: whether they need an output matrix
+        self._windows: dict[tuple[str, tuple[int, int], int], bool] = {}  # proven windows -> whether they need an output matrix
         self._models: dict[bool, tuple[tuple[Any, ...], Model]] = {}
 
     def _model(self, path: Path, *, vocab_only: bool = False) -> Model:
-        """The model, loaded now or still; one with weights and one without are kept."""
-        status = path.stat()
-        identity = (str(path.resolve()), status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+        """The model, loaded now or earlier; one with weights and one without are kept."""
+        states = [part.stat() for part in files_of(path)]
+        identity = (str(path.resolve()), *((at.st_ino, at.st_size, at.st_mtime_ns, at.st_ctime_ns) for at in states))
         held = self._models.get(vocab_only)
         if held is not None and held[0] == identity:
             return held[1]
@@ -61,7 +64,7 @@ class Service:
     def _computable_for(self, path: Path, tokens: tuple[int, ...], mode: str, threads: int | None) -> Model:
         """The model that computes these tokens. Raises InputError for tokens that are not in its vocabulary."""
         contents = twin.checked(self._library, path)
-        dump.check_tokens(self._vocabulary(contents), tokens)
+        check_tokens(self._vocabulary(contents), tokens)
         return self._computable(contents, mode, threads)
 
     def _computable(self, contents: Contents, mode: str, threads: int | None) -> Model:
@@ -70,7 +73,7 @@ class Service:
         path = self._twins.of(contents, threads=threads)
         try:
             return self._model(path)
-        except ModelError as error:  # of a file in the cache, which the user never named
+        except ModelError as error:  # it names a file in the cache, which the user has never seen
             reason = error.message.replace(str(path), str(contents.path))
             raise ModelError(reason, error.advice, code=error.code) from error
 
@@ -108,7 +111,7 @@ class Service:
         file = twin.checked(self._library, job.model)
         if job.plain and (size := window_size(self._library, file, job)) is not None:
             return dump_windows(self._library, self._vocabulary(file), file, job, size, started)
-        dump.check(job, self._vocabulary(file))  # before minutes are spent on a twin
+        check(job, self._vocabulary(file))  # before minutes are spent on a twin
         info = dump.describe(file, self._library)
         model = self._computable(file, job.mode, job.threads)
         return dump.dump_whole(self._library, model, job, info, started)
@@ -184,7 +187,7 @@ class Service:
             self._deliver(session, hidden, expression, contents.layers, window.first, item, last=window.stop == contents.layers)
 
     def _proven(self, contents: Contents, span: tuple[int, int], count: int) -> Window:
-        """The window of these layers, which is proven once to compute what the whole model does there."""
+        """The window of these layers, after proving once that it computes what the whole model does there."""
         first, stop = span
         if not 0 <= first < stop <= contents.layers:
             raise InputError(
@@ -192,6 +195,8 @@ class Service:
             )
         known = (contents.fingerprint, span, count)
         if known not in self._windows:
+            from .window_proof import prove
+
             proof = prove(self._library, contents, [span], (0,) * count, hidden=True)
             self._windows[known] = proof.untied
         return Window(first, stop, None, self._windows[known])
@@ -207,7 +212,7 @@ class Service:
         *,
         last: bool = True,
     ) -> None:
-        """One forward pass whose values go to the parent as they come; not `last` leaves out the model's output."""
+        """Run one forward pass and send its values to the parent as they come; without `last` the model's output is left out."""
         count = len(inputs)
         known = list(survey(session, inputs, offset=offset).known)
         if not last:
@@ -239,10 +244,13 @@ class Service:
             points=tuple((entry.point, row_shape(entry, len(tokens))) for entry in known),
             nodes=tuple(entry.node for entry in known),
             dataflow=of_passes(plans),
+            rope=model.rope,
         )
 
-    def graph(self, path: Path, mode: str, n_ctx: int, threads: int | None, *, item: Item) -> RecordedGraph:
+    def graph(self, path: Path, mode: str, n_ctx: int, threads: int | None, *, item: Item) -> "RecordedGraph":
         """See `client.Reference.graph`."""
+        from .graph import record
+
         contents = twin.checked(self._library, path)
         # A model that is computed in windows is never loaded as a twin; the file itself is only mapped into memory.
         windows = window_size(self._library, contents, DumpJob(path, path, (), mode=mode)) is not None
@@ -261,7 +269,7 @@ class Service:
 
     @property
     def notes(self) -> list[str]:
-        """What the user should know of the answers so far; the list is the caller's to empty."""
+        """What the user should know about the answers so far; the caller empties the list."""
         return self._twins.notes
 
     def wanted_tensors(self, path: Path, *, item: Item) -> list[tuple[str, tuple[int, ...]]]:

@@ -1,14 +1,14 @@
 """A dump window by window: all forward passes through the first window, then all through the next.
 
-Each window has a KV cache of its own, so decode steps are exact too. Tokens that are not known beforehand are chosen by
-sweeping again for each: correct, and slow; the whole model is the better way wherever it fits.
+Each window has a KV cache of its own, so decode steps are exact too. Each token that is not known beforehand takes another
+sweep, which is correct but slow; the whole model is the better way wherever it fits.
 """
 
 import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,24 +23,29 @@ from checkpoints.tensors import beside
 from . import dump, twin, twin_cache
 from .callback import Deliver
 from .dataflow import dataflow
-from .dump import Emitter, Step
+from .emitter import Emitter, Step, steps_of
+from .f32_rest import is_f32
 from .jobs import EXACT, DumpJob, DumpResult
 from .library import Library
-from .llama import Model, Session
+from .model import Model
 from .naming import Planned
+from .refusals import check, generates
 from .rows import survey
-from .window_proof import Proof, prove
+from .session import Session
 from .windows import Window, layer_bytes, open_window, vocabulary_of
 
-_SHARE = 2  # a whole model may take half of what is free
-_WINDOW_SHARE = 4  # a window a quarter: its file, its copy as F32 and its page cache come together
+if TYPE_CHECKING:
+    from .window_proof import Proof
+
+_SHARE = 2  # a whole model may take half of the free memory
+_WINDOW_SHARE = 4  # a window a quarter, since its file, its F32 copy and its page cache add up
 
 
 def window_size(library: Library, contents: Contents, job: DumpJob) -> int | None:
     """How many layers a window has, None for the whole model at once.
 
     Raises:
-        InputError: a window was asked for that cannot be had.
+        InputError: a window was asked for that is not possible.
     """
     exact = job.mode == EXACT
     if job.window == "off" or job.portions:  # a window computes the prompt in one pass
@@ -51,13 +56,13 @@ def window_size(library: Library, contents: Contents, job: DumpJob) -> int | Non
         return job.window if job.window < contents.layers else None
     if job.window != "auto":
         raise InputError(f"--window {job.window!r} is not valid.", "Take auto, off, or a number of layers.", code="window")
-    if (contents.integer("split.count") or 1) > 1 or not exact:
+    if not exact:
         return None
     need, free = twin.twin_bytes(contents), free_memory()
     folder = twin_cache.workspace()
     if need * _SHARE < free:
         fits = need * _SHARE < shutil.disk_usage(folder).free
-        if fits or twin.is_f32(contents) or twin_cache.has_twin(contents):
+        if fits or is_f32(contents) or twin_cache.has_twin(contents):
             return None
     layer_size, rest = layer_bytes(library, contents, exact=exact)
     return min(max(1, (free // _WINDOW_SHARE - rest) // max(layer_size, 1)), contents.layers - 1) or None
@@ -71,7 +76,7 @@ class _Sweep:
     found: Contents
     job: DumpJob
     spans: Sequence[tuple[int, int]]
-    proof: Proof
+    proof: "Proof"
 
     @property
     def n_vocab(self) -> int:
@@ -81,7 +86,7 @@ class _Sweep:
         return list(survey(session, inputs, offset=first).known)
 
     def run(self, steps: Sequence[Step], names: set[str], emitter: Emitter | None) -> list[NDArray[np.float32]]:
-        """Compute all steps; returns the logits of each one's last position."""
+        """Compute all steps and return the logits of the last position of each."""
         hidden: list[NDArray[np.float32]] = []
         logits: list[NDArray[np.float32]] = []
         ids = tuple(token for step in steps for token in step.tokens)
@@ -120,7 +125,7 @@ class _Sweep:
         return outputs, logits
 
     def _own(self, known: Sequence[Planned], window: Window) -> list[Planned]:
-        """Without the embedding of a later window and the output of an earlier one, which are no values of the model."""
+        """The values without a later window's embedding and an earlier one's output, which are not values of the model."""
         kept: list[Planned] = []
         seen_layer = False
         for item in known:
@@ -132,13 +137,13 @@ class _Sweep:
 
 
 def _local(tokens: Sequence[int], ids: Sequence[int], n_vocab: int) -> tuple[int, ...]:
-    """Tokens by their rows in a first window's embedding."""
+    """The tokens as row numbers of the first window's embedding."""
     place = {number: row for row, number in enumerate(vocabulary_of(ids, n_vocab))}
     return tuple(place[token] for token in tokens)
 
 
 def _tee(outputs: list[NDArray[np.float32]], output: str, names: set[str], emitter: Emitter | None, step: Step) -> Deliver:
-    """Keep the window's output for the next window, and record what was asked for."""
+    """A function that keeps the window's output for the next window and records what was asked for."""
     if emitter is not None:
         emitter.step = step
 
@@ -155,22 +160,24 @@ def dump_windows(
     library: Library, vocabulary: Model, contents: Contents, job: DumpJob, size: int, started: float
 ) -> DumpResult:
     """Dump a model of which only `size` layers at a time are in memory."""
-    dump.check(job, vocabulary)
+    check(job, vocabulary)
     info = dump.describe(contents, library)
     spans = [(first, min(first + size, contents.layers)) for first in range(0, contents.layers, size)]
+    from .window_proof import prove
+
     proof = prove(library, contents, spans, job.tokens)
     sweep = _Sweep(library, contents, job, spans, proof)
     known = [item.point for item in proof.whole.known]
-    dump.generates(proof.whole, job, info)
+    generates(proof.whole, job, info)
     names = points.select(dump.expression(job, contents.layers), known, contents.layers)
     planned_at = time.perf_counter()
     follow = list(job.lead or ())
     for _ in range(job.generate):
-        choice = int(sweep.run(dump.steps_of(job.tokens, follow, job.first_position), set(), None)[-1].argmax())
+        choice = int(sweep.run(steps_of(job.tokens, follow, job.first_position), set(), None)[-1].argmax())
         follow.append(choice)
         if vocabulary.ends(choice):
             break
-    steps = dump.steps_of(job.tokens, follow, job.first_position)
+    steps = steps_of(job.tokens, follow, job.first_position)
     pieces = job.pieces or vocabulary.pieces(job.tokens)
     header = dump.header_of(job, info, pieces, library, size, dataflow(proof.whole.nodes, proof.whole.planned))
     with open_dump(job.out, header, binary=job.binary) as writer, dump.tensors_beside(job) as tensors:

@@ -27,10 +27,10 @@ class _Traits(ctypes.Structure):
 
 
 class ToFloat:
-    """`ggml_get_type_traits(type)->to_float` of the installed llama-cpp-python; the library is loaded, llama.cpp is not started.
+    """`ggml_get_type_traits(type)->to_float` of the installed llama-cpp-python; this loads the library but does not start llama.cpp.
 
     Raises:
-        ReferenceFailed: the library is not there, or is another one.
+        ReferenceFailed: the library is missing, or has another layout.
     """
 
     def __init__(self) -> None:
@@ -54,10 +54,10 @@ class ToFloat:
             )
 
     def __call__(self, raw: NDArray[np.uint8], kind: int, elements: int) -> NDArray[np.float32] | None:
-        """Blocks of a type, any shape, as float32 [elements]; None where libggml has no such function.
+        """Blocks of a type, in an array of any shape, as float32 [elements]; None if libggml has no function for the type.
 
         Raises:
-            ReferenceFailed: the bytes are not those of so many elements.
+            ReferenceFailed: the number of bytes does not match the elements.
         """
         if kind == 0:  # F32 has no function: the bytes are the values
             return np.ascontiguousarray(raw).reshape(-1).view(np.float32)
@@ -70,3 +70,10 @@ class ToFloat:
         data = np.ascontiguousarray(raw)
         traits.to_float(data.ctypes.data, out.ctypes.data, elements)
         return out
+
+    def padded(self, data: bytes, kind: int, elements: int) -> NDArray[np.float32] | None:
+        """As the call, of bytes that may have padding behind them."""
+        traits = self._traits(kind).contents
+        if not traits.to_float or not traits.blck_size:
+            return None
+        return self(np.frombuffer(data, np.uint8, elements // traits.blck_size * traits.type_size), kind, elements)

@@ -16,27 +16,23 @@ from checkpoints.gguf_file import Contents, contents
 from checkpoints.whole_file import Replacement, is_special, unwritable
 
 from . import twin_cache
+from .f32_rest import dequantize_rest, is_f32
 from .library import Library, default_threads
 
-_F32 = 0  # ggml_type
-_ATTEMPTS = 3  # to make a twin whose bytes stay what they are
-
-
-def is_f32(contents: Contents) -> bool:
-    """Whether every tensor is F32 already: such a model is its own twin."""
-    return all(tensor.type == _F32 for tensor in contents.tensors)
+_F32 = "F32"  # the file type whose weights are F32 without exception
+_ATTEMPTS = 3  # to make a twin that reads back as it was written
 
 
 def twin_bytes(contents: Contents) -> int:
-    """What a twin takes, in memory as on disk."""
+    """The bytes that a twin takes, in memory as on disk."""
     return 4 * sum(tensor.elements for tensor in contents.tensors)
 
 
 def checked(library: Library, path: Path) -> Contents:
-    """The contents of a model that can be computed.
+    """The contents of a model, checked to be computable.
 
     Raises:
-        ModelError: not a GGUF, no tensors in it, or cut short.
+        ModelError: the file is not a GGUF, has no tensors, or is cut short.
     """
     file = contents(path)
     if not file.tensors:
@@ -44,20 +40,21 @@ def checked(library: Library, path: Path) -> Contents:
             f"{path} has a tokenizer but no tensors: it can tokenize, not compute.", "Take a model file with weights."
         )
     for tensor in file.tensors:
-        end = file.data + tensor.offset + library.ggml.row_size(tensor.type, tensor.elements)
-        if end > file.size:
+        part = file.parts[tensor.part]
+        end = part.data + tensor.offset + library.ggml.row_size(tensor.type, tensor.elements)
+        if end > part.size:
             raise ModelError(
-                f"{path} is cut short: tensor {tensor.name} ends at byte {end:,}, the file at {file.size:,}.",
+                f"{part.path} is cut short: tensor {tensor.name} ends at byte {end:,}, the file at {part.size:,}.",
                 "Download it again.",
             )
     return file
 
 
 class Twins:
-    """The twin that this process uses: made where there is none, checked before it is used, and not evicted meanwhile.
+    """The twin that this process uses: made if there is none, checked before it is used, and not evicted meanwhile.
 
     Attributes:
-        notes: what the user should know of them, one sentence each.
+        notes: what the user should know about twins, one sentence each.
     """
 
     def __init__(self, library: Library) -> None:
@@ -66,7 +63,7 @@ class Twins:
         self.notes: list[str] = []
 
     def of(self, model: Contents, *, threads: int | None = None) -> Path:
-        """The F32 twin of a model that was `checked`; a model of F32 weights is its own. It is kept until the next is asked for.
+        """The F32 twin of a `checked` model; one with F32 weights is its own twin. It is kept until the next twin is asked for.
 
         Raises:
             ReferenceFailed: llama.cpp cannot convert it; InputError: the cache cannot hold it; ModelError: the model was changed
@@ -96,13 +93,14 @@ class Twins:
         """Make the twin in the cache; returns it and a descriptor that keeps it there."""
         folder = cache_dir()
         twin_cache.make_room(twin_bytes(model))
-        before = model.path.stat()
+        before = [part.path.stat() for part in model.parts]
         try:
             with Replacement(folder / twin_cache.name_of(model, "new")) as replacement:
-                convert(self._library, model, "F32", replacement.temporary, threads=threads)
+                convert(self._library, model, _F32, replacement.temporary, threads=threads)
                 whole(self._library, model, replacement.temporary)
-                if touched(before, model.path.stat()):
-                    raise ModelError(f"{model.path} was changed while it was read.", "Run again when it is whole.")
+                for part, status in zip(model.parts, before, strict=True):
+                    if touched(status, part.path.stat()):
+                        raise ModelError(f"{part.path} was changed while it was read.", "Run again when it is whole.")
                 own = content_hash(replacement.temporary)
                 path = folder / twin_cache.name_of(model, own)
                 descriptor = replacement.commit_locked(path, durable=True)
@@ -116,15 +114,21 @@ def whole(library: Library, model: Contents, copy: Path) -> None:
     """Check that a copy has all the model's tensors, as F32, up to its end.
 
     Raises:
-        OSError: it does not: the disk lost some of it without a word.
+        OSError: it has not: the disk lost a part of it without an error; ReferenceFailed: tensors have types that stay as they are.
     """
     try:
         file = checked(library, copy)
     except ModelError as error:
         raise OSError(5, f"the copy of {model.path.name} was not written completely") from error
     expected = {(tensor.name, tensor.ne) for tensor in model.tensors}
-    if {(tensor.name, tensor.ne) for tensor in file.tensors} != expected or not is_f32(file):
+    if {(tensor.name, tensor.ne) for tensor in file.tensors} != expected:
         raise OSError(5, f"the copy of {model.path.name} was not written completely")
+    if not is_f32(file):
+        raise ReferenceFailed(
+            f"{model.path.name} has tensors of types that llama.cpp does not convert to F32.",
+            "Take --mode native.",
+            code="type",
+        )
 
 
 def file_types(library: Library) -> dict[str, int]:
@@ -139,7 +143,7 @@ def file_types(library: Library) -> dict[str, int]:
 
 
 def quantize(library: Library, path: Path, ftype: str, out: Path, *, threads: int | None = None) -> Path:
-    """Write a model with another file type, whole or not at all.
+    """Write a model with another file type, completely or not at all.
 
     Raises:
         InputError: no such type, or `out` cannot be written; ReferenceFailed: llama.cpp refused.
@@ -160,7 +164,7 @@ def convert(library: Library, model: Contents, ftype: str, out: Path, *, threads
     """Have llama.cpp write a model with another file type into a file of ours (`llama_model_quantize`).
 
     Raises:
-        InputError: no such type; ReferenceFailed: llama.cpp refused; OSError: the disk did.
+        InputError: no such type; ReferenceFailed: llama.cpp refused; OSError: the file could not be written.
     """
     api = library.api
     params = api.llama_model_quantize_default_params()
@@ -170,9 +174,11 @@ def convert(library: Library, model: Contents, ftype: str, out: Path, *, threads
     library.lines.clear()
     status = api.llama_model_quantize(os.fsencode(model.path), os.fsencode(out), ctypes.byref(params))
     if status == 0:
+        if ftype.upper() == _F32:
+            dequantize_rest(out)
         return
     reason = library.reason()
-    if "iostream error" in reason:  # what llama.cpp says of any failed write: ask the disk itself
+    if "iostream error" in reason:  # llama.cpp's message for any failed write: the disk itself says why
         raise OSError(*_why(out))
     raise ReferenceFailed(
         f"llama.cpp cannot write {model.path.name} as {ftype.upper()}: {reason}.", "--verbose shows llama.cpp's log."
@@ -198,7 +204,7 @@ def file_type(library: Library, name: str) -> int:
     """The number of a file type.
 
     Raises:
-        InputError: there is none of that name.
+        InputError: there is no type of that name.
     """
     types = file_types(library)
     if name.upper() not in types:

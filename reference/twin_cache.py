@@ -1,7 +1,7 @@
-"""The cache of F32 twins: found by the hash of the model, believed by the hash of their own, bounded in bytes.
+"""The cache of F32 twins: found by the model's hash, verified by their own, bounded in bytes.
 
 A twin's name carries both hashes, so a model that was changed anywhere has another twin, and a twin that was damaged anywhere is
-known as such before it is used. Whoever uses a twin or makes one holds a lock on it: it is not evicted meanwhile.
+recognised before it is used. A process that uses or makes a twin holds a lock on it, so that it is not evicted meanwhile.
 """
 
 import os
@@ -20,12 +20,13 @@ from checkpoints.whole_file import create_locked, lock, remove_unowned
 
 _SUFFIX = "-f32.gguf"
 _TEMPORARY = "tmp-"
+_USES = "used"  # the folder of empty files, named as the twins, whose times say when a twin was last used
 _LONGEST_STEM = 60  # characters of the model's name that a twin's begins with
 
 
 @dataclass(frozen=True)
 class CachedTwin:
-    """One file of the cache: its bytes, and when it was last used (seconds since 1970)."""
+    """One file of the cache: its size in bytes, and when it was last used (seconds since 1970)."""
 
     path: Path
     size: int
@@ -40,17 +41,34 @@ def cached() -> list[CachedTwin]:
         with suppress(OSError):  # another process may just have removed it
             status = path.lstat()
             if not path.name.startswith(_TEMPORARY):
-                twins.append(CachedTwin(path, status.st_size, status.st_mtime))
+                twins.append(CachedTwin(path, status.st_size, max(status.st_mtime, _last_used(path))))
     return sorted(twins, key=lambda twin: twin.used)
 
 
+def _last_used(twin: Path) -> float:
+    """When a twin was taken from the cache, seconds since 1970; 0 if it never was.
+
+    The twin's own times stay as they are: its hash is remembered for as long as they do (`checkpoints.content`).
+    """
+    with suppress(OSError):
+        return (twin.parent / _USES / twin.name).lstat().st_mtime
+    return 0.0
+
+
+def _note_use(twin: Path) -> None:
+    with suppress(OSError):
+        stamp = twin.parent / _USES / twin.name
+        stamp.parent.mkdir(exist_ok=True)
+        stamp.touch()
+
+
 def empty_cache() -> int:
-    """Remove every twin that nobody uses and what interrupted runs left; returns the bytes that were freed."""
+    """Remove every twin that is not in use, and what interrupted runs left; returns the bytes that were freed."""
     return sum(remove_unowned(twin.path) for twin in cached()) + _sweep(cache_dir())
 
 
 def workspace() -> Path:
-    """The cache folder, made if need be and swept.
+    """The cache folder, created if necessary, without leftovers of interrupted runs.
 
     Raises:
         InputError: it cannot be made or written to, or its bound is not a number.
@@ -62,18 +80,21 @@ def workspace() -> Path:
 
 
 def _sweep(folder: Path) -> int:
-    """Remove temporary files of processes that are gone."""
+    """Remove temporary files of processes that no longer exist, and the times of use of twins that are gone."""
     if not folder.is_dir():
         return 0
+    for stamp in (folder / _USES).glob(f"*{_SUFFIX}"):
+        if not (folder / stamp.name).exists():
+            stamp.unlink(missing_ok=True)
     return sum(remove_unowned(path) for pattern in (f"{_TEMPORARY}*", ".*.part") for path in folder.glob(pattern))
 
 
 @contextmanager
 def temporary(label: str) -> Iterator[Path]:
-    """An empty file of this process's own in the cache, removed afterwards if it is still there.
+    """An empty file in the cache for this process only, removed afterwards if it is still there.
 
     Raises:
-        InputError: there can be none.
+        InputError: it cannot be created.
     """
     folder = require_cache()
     try:
@@ -88,7 +109,7 @@ def temporary(label: str) -> Iterator[Path]:
 
 
 def cannot_write(folder: Path, error: OSError) -> InputError:
-    """The error of a cache that refuses a file."""
+    """The error for a cache that cannot be written to."""
     return InputError(
         f"cannot write to the cache {folder}: {error.strerror or error}.", "Set PARITY_CACHE to another disk.", code="cache"
     )
@@ -106,12 +127,10 @@ def _of_model(model: Contents) -> list[Path]:
 
 
 def take(model: Contents) -> tuple[Path, int] | None:
-    """A twin of that model whose bytes are as they were made, and a descriptor that keeps it from being evicted.
-
-    None where there is no twin.
+    """An undamaged twin of that model, and a descriptor that keeps it from being evicted; None if there is no twin.
 
     Raises:
-        DamagedTwin: all that there were are damaged, and are gone now.
+        DamagedTwin: every twin of it was damaged, and has been removed.
     """
     damaged = False
     for path in _of_model(model):
@@ -125,8 +144,7 @@ def take(model: Contents) -> tuple[Path, int] | None:
                 if not whole:
                     os.close(descriptor)
             if whole:
-                with suppress(OSError):
-                    os.utime(path)
+                _note_use(path)
                 return path, descriptor
             path.unlink()
             damaged = True
@@ -136,18 +154,18 @@ def take(model: Contents) -> tuple[Path, int] | None:
 
 
 class DamagedTwin(Exception):
-    """A twin in the cache was not what its name says; it was removed."""
+    """A twin in the cache did not match its name's hash; it was removed."""
 
 
 @contextmanager
 def making(model: Contents) -> Iterator[None]:
-    """While one process makes the twin of a model, another that wants it waits here and finds it afterwards."""
+    """Hold a lock while making a model's twin: another process that wants it waits here and finds it afterwards."""
     folder = require_cache() / "locks"
     descriptor = -1
     try:
         with suppress(OSError):
             folder.mkdir(exist_ok=True)
-            path = folder / model.content[:2]  # of some models: few files, which are never removed
+            path = folder / model.content[:2]  # shared by some models: there are few such files, which are never removed
             descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0), 0o666)
             lock(descriptor, wait=True)
         yield
@@ -163,10 +181,10 @@ def name_of(model: Contents, own: str) -> str:
 
 
 def make_room(size: int) -> None:
-    """Remove twins that nobody uses, the longest unused first, until a new one of `size` bytes has room on the disk.
+    """Remove twins that are not in use, the longest unused first, until a new one of `size` bytes fits on the disk.
 
     Raises:
-        InputError: it has none even so.
+        InputError: it does not fit even then.
     """
     folder = cache_dir()
     for twin in cached():
@@ -182,7 +200,7 @@ def make_room(size: int) -> None:
 
 
 def evict() -> None:
-    """Remove twins that nobody uses, the longest unused first, until the rest is within the cache's bound.
+    """Remove twins that are not in use, the longest unused first, until the rest is within the cache's bound.
 
     Raises:
         InputError: the bound is not a number.

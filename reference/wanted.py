@@ -1,4 +1,4 @@
-"""Which tensors llama.cpp wants for given metadata: it builds the model from metadata alone and says so."""
+"""The tensors that llama.cpp wants for given metadata: it builds the model from metadata alone and asks for them."""
 
 import ctypes
 import os
@@ -8,7 +8,7 @@ from typing import Any
 from checkpoints.errors import ModelError
 
 from .library import Library
-from .llama import model_params
+from .model import model_params
 
 
 class _InitParams(ctypes.Structure):
@@ -23,10 +23,10 @@ def wanted_tensors(library: Library, path: Path) -> list[tuple[str, tuple[int, .
     `path` is a GGUF that needs no tensors. Mirrors `llama_model_init_from_user`, which allocates the model.
 
     Raises:
-        ModelError: llama.cpp makes no model of these metadata.
+        ModelError: llama.cpp cannot build a model from these metadata.
     """
     api: Any = library.api
-    ggml = api._lib  # the library that binds the rest exports ggml's functions, too
+    ggml = api._lib  # llama.cpp's library exports ggml's functions, too
     ggml.gguf_init_from_file.restype = ctypes.c_void_p
     ggml.gguf_init_from_file.argtypes = [ctypes.c_char_p, _InitParams]
     ggml.gguf_free.argtypes = [ctypes.c_void_p]

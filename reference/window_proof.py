@@ -1,8 +1,8 @@
-"""Whether layers that stand alone are the layers of the whole model: both graphs are listed and compared, node by node.
+"""Proves that layers by themselves compute what they do in the whole model: both graphs are listed and compared, node by node.
 
-A window renumbers its layers. Where llama.cpp builds a layer by its number (patterns of windows, dense layers in front, layers
-without RoPE), or does something to the hidden state before the first layer, the graphs differ, and there are no windows.
-Nothing is computed, and a window's file has holes instead of weights.
+A window renumbers its layers. If llama.cpp builds a layer by its number (patterns of attention windows, dense layers in front,
+layers without RoPE), or changes the hidden state before the first layer, the graphs differ, and the model cannot be cut into
+windows. Nothing is computed, and a window's file has holes instead of weights.
 """
 
 import re
@@ -17,10 +17,11 @@ from checkpoints.gguf_file import Contents
 
 from .jobs import Node, Source
 from .library import Library
-from .llama import Model, Session
+from .model import Model
 from .naming.planned import VIEWS
 from .naming.structure import Structure, is_selection
 from .rows import Survey, survey
+from .session import Session
 from .windows import Window, open_window, vocabulary_of
 
 _ROPE, _SECTIONS = "ROPE", 8  # bit of a rotation's mode: positions along several axes (GGML_ROPE_TYPE_MROPE)
@@ -32,7 +33,7 @@ _Key = tuple[object, ...]
 
 @dataclass(frozen=True)
 class Proof:
-    """That a model's windows are the model: what the whole of it computes, and whether a window needs an output matrix."""
+    """The proof that a model's windows are the model: what the whole model computes, and whether a window needs an output matrix."""
 
     whole: Survey
     untied: bool
@@ -40,7 +41,7 @@ class Proof:
 
 @dataclass(frozen=True)
 class _Listed:
-    """A graph's nodes, and what its masks hide."""
+    """A graph's nodes and masks."""
 
     nodes: Sequence[Node]
     masks: Sequence[bytes]
@@ -49,15 +50,11 @@ class _Listed:
 def prove(
     library: Library, contents: Contents, spans: Sequence[tuple[int, int]], tokens: Sequence[int], *, hidden: bool = False
 ) -> Proof:
-    """Hold the windows [first, stop) to the whole model, for a pass over these tokens; `hidden`: even layer 0 gets a hidden state.
+    """Compare the windows [first, stop) with the whole model, for a pass over these tokens; `hidden`: even layer 0 gets a hidden state.
 
     Raises:
-        InputError: a window computes something else, or there is none; with the first layer or operation that differs.
+        InputError: a window computes something else, or is not possible; the message names the first layer or operation that differs.
     """
-    if (contents.integer("split.count") or 1) > 1:
-        raise InputError(
-            f"{contents.path.name} is one of several parts.", "Merge them first (llama-gguf-split --merge).", code="window"
-        )
     if not any(tensor.name == "token_embd.weight" for tensor in contents.tensors):
         raise refusal(contents, "it has no token embedding")
     with Model(library, contents.path) as model:
@@ -80,14 +77,14 @@ def prove(
             if stop < contents.layers or untied:
                 reason = error.message.rpartition(f"{contents.path.suffix}: ")[2].rstrip(".")
                 raise refusal(contents, f"llama.cpp loads no {_span(first, stop)} of it ({reason})") from error
-            untied = True  # this architecture doesn't take the embedding for its output
+            untied = True  # this architecture cannot use the embedding as its output matrix
             alone = _list(library, contents, Window(first, stop, window.ids, untied), inputs)
         _compare(contents, (listed, graph), alone, window)
     return Proof(whole, untied)
 
 
 def refusal(contents: Contents, reason: str) -> InputError:
-    """The one line that says why a model has no windows."""
+    """The error, one line, that says why a model cannot be cut into windows."""
     return InputError(
         f"{contents.architecture} cannot be computed window by window: {reason}.", "Leave --window out.", code="window"
     )
@@ -118,7 +115,7 @@ def _list(library: Library, contents: Contents, window: Window, inputs: Sequence
 
 
 def _one_mask(contents: Contents, listed: _Listed, graph: Structure) -> None:
-    """All layers attend through one mask: a renumbered layer could get another's, and only a long prompt would show it."""
+    """Require that all layers share one mask: a renumbered layer could get another's, and only a long prompt would show it."""
     masks = {
         node.sources[1].address
         for i, node in enumerate(listed.nodes)
@@ -131,7 +128,7 @@ def _one_mask(contents: Contents, listed: _Listed, graph: Structure) -> None:
 
 
 def _both_memories(contents: Contents, listed: _Listed, graph: Structure, spans: Sequence[tuple[int, int]]) -> None:
-    """A model that has a cache of keys and values in some layers and states in others is built with both, or ggml aborts."""
+    """Require both a KV cache and states in each window of a model that has both: ggml aborts if one is missing."""
     cached = {
         _cache_layer(node) for node in listed.nodes if any(source.name.startswith("cache_k_l") for source in node.sources)
     }
@@ -192,13 +189,13 @@ def _in_span(graph: Structure, i: int, window: Window, *, last: bool) -> bool:
 
 
 def _skipped(graph: Structure, i: int) -> bool:
-    """Views and copies of selected rows say nothing by themselves: what reads them is compared by what they show."""
+    """Whether a node is a view or a copy of selected rows: it is compared only through the nodes that read it."""
     node = graph.nodes[i]
     return is_selection(node) or (node.op in VIEWS and (graph.layers[i] is None or not graph.readers[i]))
 
 
 def _keys(listed: _Listed, graph: Structure, span: Sequence[int], first: int) -> Iterator[tuple[int, _Key]]:
-    """Each node of a span by everything that decides its value, with layers and nodes numbered from the span's begin."""
+    """Each node of a span as a key of everything that determines its value, with layers and nodes numbered from the span's start."""
     place = {i: number for number, i in enumerate(i for i in span if not _skipped(graph, i))}
     for i in place:
         node = graph.nodes[i]
@@ -215,7 +212,7 @@ def _source(graph: Structure, i: int, number: int, place: dict[int, int], first:
     while at is not None and is_selection(graph.nodes[at]):
         source, at = graph.nodes[at].sources[0], graph.operand(at)
     if at is None:
-        if source.name in _VOCABULARY:  # cut to the rows that are read; the one stands in for the other
+        if source.name in _VOCABULARY:  # cut to the rows that are read; either may replace the other
             return ("vocabulary", source.ne[0])
         return "input" if _is_hidden_state(source) else (_renumbered(source.name, first), source.ne)
     if at in place:
@@ -231,7 +228,7 @@ def _is_hidden_state(source: Source) -> bool:
 
 
 def _is_identity(node: Node) -> bool:
-    """A scale by 1 without a bias: what some architectures do to a hidden state instead of the embedding's scale."""
+    """Whether a node is a scale by 1 without a bias: some architectures apply it to a hidden state instead of the embedding's scale."""
     return node.op == "SCALE" and tuple(np.array(node.op_params[:2], np.int32).view(np.float32)) == (1.0, 0.0)
 
 

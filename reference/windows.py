@@ -1,14 +1,14 @@
 """Windows: layers first … stop − 1 of a model as a GGUF of their own, fed with a hidden state instead of tokens.
 
-Chained over the model they give the whole model's numbers to the bit, in the memory of one window. A window's file is the
+Chained over the model, they give the whole model's numbers to the bit, in the memory of one window. A window's file is the
 model's own table of contents with the layers renumbered, no tokenizer, and the embedding and the output matrix cut to the
-rows that are needed; tensors are copied raw.
+rows that are needed; tensors are copied unconverted.
 """
 
 import re
 import struct
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
@@ -16,12 +16,13 @@ from typing import IO
 from checkpoints.errors import InputError
 from checkpoints.gguf_file import ARRAY, SIZES, Contents, TensorInfo, Value, contents, header_bytes, string_value, uint32_value
 
+from .f32_rest import is_f32
 from .library import Library
-from .llama import Model
-from .twin import convert, is_f32
+from .model import Model
+from .twin import convert
 from .twin_cache import cannot_write, temporary, workspace
 
-_ROWS = 32  # of an embedding or output matrix that nobody reads
+_ROWS = 32  # rows of an embedding or output matrix that is not read
 _ALIGNMENT = 32  # of tensors, as GGUF's default
 _CHUNK = 1 << 24  # bytes that are copied at a time
 _LAYER = re.compile(r"blk\.(\d+)\.(.+)")
@@ -33,8 +34,8 @@ class Window:
     """Layers first … stop − 1 of a model.
 
     Attributes:
-        ids: the tokens that will enter it; None where a hidden state does.
-        untied: whether the last window has an output matrix beside the embedding, for architectures that take no other.
+        ids: the tokens that will enter it; None if a hidden state does.
+        untied: whether the last window has an output matrix besides the embedding, for architectures that require one.
     """
 
     first: int
@@ -45,7 +46,7 @@ class Window:
 
 @dataclass(frozen=True)
 class _Part:
-    """A tensor of the new file: `rows` of it, in this order (None for all of it, a number for the leading ones)."""
+    """A tensor of the new file: `rows` of the original in this order (None for all, a number for the first so many)."""
 
     name: str
     source: TensorInfo
@@ -53,7 +54,7 @@ class _Part:
 
 
 def vocabulary_of(ids: Sequence[int], n_vocab: int) -> tuple[int, ...]:
-    """The rows of the embedding that a window's file holds: the tokens', in order, and some more where they are few."""
+    """The rows of the embedding that a window's file holds: those of the tokens, in order, filled up with others if they are few."""
     used = set(ids)
     for number in range(n_vocab):
         if len(used) >= min(_ROWS, n_vocab):
@@ -66,12 +67,12 @@ def vocabulary_of(ids: Sequence[int], n_vocab: int) -> tuple[int, ...]:
 def open_window(
     library: Library, whole: Contents, window: Window, *, exact: bool = False, hollow: bool = False, threads: int | None = None
 ) -> Iterator[Model]:
-    """A window as a loaded model; its file is gone afterwards. A hollow one has holes for weights: its graph can be listed.
+    """A window as a loaded model, whose file is removed afterwards. A hollow one has holes for weights: its graph can be listed.
 
-    That it computes what the whole model does is `window_proof.prove`'s to say.
+    `window_proof.prove` proves that it computes what the whole model does.
 
     Raises:
-        InputError: no such layers; ModelError, ReferenceFailed: llama.cpp refuses.
+        InputError: no such layers; ModelError, ReferenceFailed: llama.cpp refuses it.
     """
     if not 0 <= window.first < window.stop <= whole.layers:
         raise InputError(
@@ -105,13 +106,15 @@ def _write(library: Library, contents: Contents, window: Window, out: Path, *, h
         size = library.ggml.row_size(part.source.type, infos[-1].elements)
         offset += -(-size // _ALIGNMENT) * _ALIGNMENT
     try:
-        with contents.path.open("rb") as source, out.open("wb") as target:
+        with ExitStack() as files:
+            sources = [files.enter_context(part.path.open("rb")) for part in contents.parts]
+            target = files.enter_context(out.open("wb"))
             target.write(header_bytes(_metadata(contents, window, rows), infos))
             if hollow:
                 target.truncate(target.tell() + offset)
                 return
             for part, info in zip(parts, infos, strict=True):
-                _copy(library, contents, part, source, target)
+                _copy(library, contents, part, sources[part.source.part], target)
                 target.write(b"\0" * (-library.ggml.row_size(info.type, info.elements) % _ALIGNMENT))
     except OSError as error:
         raise cannot_write(out.parent, error) from error
@@ -127,7 +130,7 @@ def _parts(contents: Contents, window: Window) -> tuple[list[_Part], int]:
     rows = n_vocab if last else (len(ids) if ids is not None else min(_ROWS, n_vocab))
     parts: list[_Part] = []
     if last:
-        # Nobody looks a token up here, so the output matrix stands in for the embedding, as in a model that ties them.
+        # No token is looked up here, so the output matrix takes the place of the embedding, as in a tied model.
         parts.append(_Part(_EMBEDDING, named.get(_OUTPUT, embedding)))
     else:
         parts.append(_Part(_EMBEDDING, embedding, ids if ids is not None else rows))
@@ -153,7 +156,7 @@ def _shape(part: _Part) -> tuple[int, ...]:
 
 
 def _copy(library: Library, contents: Contents, part: _Part, source: IO[bytes], target: IO[bytes]) -> None:
-    start = contents.data + part.source.offset
+    start = contents.parts[part.source.part].data + part.source.offset
     row = library.ggml.row_size(part.source.type, part.source.ne[0])
     if isinstance(part.rows, tuple):
         for number in part.rows:
@@ -165,7 +168,7 @@ def _copy(library: Library, contents: Contents, part: _Part, source: IO[bytes], 
     while left > 0:
         chunk = source.read(min(_CHUNK, left))
         if not chunk:
-            raise OSError(5, f"{contents.path} ends too early")
+            raise OSError(5, f"{contents.parts[part.source.part].path} ends too early")
         target.write(chunk)
         left -= len(chunk)
 
@@ -184,7 +187,7 @@ def _metadata(contents: Contents, window: Window, rows: int) -> dict[str, Value]
 
 
 def _own_layers(value: Value, window: Window, n_layers: int) -> Value:
-    """A value with one entry a layer, cut to the window's; any other as it is."""
+    """A value with one entry a layer, cut to the window's layers; any other unchanged."""
     if value.type != ARRAY:
         return value
     item, count = struct.unpack("<IQ", value.raw[:12])
@@ -196,7 +199,7 @@ def _own_layers(value: Value, window: Window, n_layers: int) -> Value:
 
 
 def layer_bytes(library: Library, contents: Contents, *, exact: bool) -> tuple[int, int]:
-    """(bytes of one layer, bytes of everything that stands outside the layers), as they are computed."""
+    """(bytes of one layer, bytes of everything outside the layers), in the type that is computed with."""
     inside = outside = 0
     for tensor in contents.tensors:
         size = 4 * tensor.elements if exact else library.ggml.row_size(tensor.type, tensor.elements)

@@ -1,7 +1,7 @@
-"""The child process in which llama.cpp runs: reads requests from a pipe, answers, dies with its parent.
+"""The child process in which llama.cpp runs: it reads requests from a pipe, answers them, and ends with its parent.
 
 An answer is any number of ("item", value) and ("note", sentence for the user), then ("done", value), ("error", class, message,
-advice, code) or ("bug", traceback). Its stderr is a file of the parent's, where ggml's last words before an abort are found.
+advice, code) or ("bug", traceback). Its stderr is a file of the parent's, which catches ggml's last words before an abort.
 """
 
 import os
@@ -16,13 +16,15 @@ from typing import Any
 
 from checkpoints import errors
 
+from .builds import LIBRARY_VARIABLE
+
 
 class Stopped(Exception):
     """The parent wants no more items of this answer."""
 
 
 def _watch(parent: int) -> None:
-    """End when the parent is gone; the pipe tells it only while nothing is computed."""
+    """End this process when the parent is gone; the pipe shows that only while nothing is being computed."""
     while True:
         time.sleep(0.5)
         if os.getppid() != parent:
@@ -41,7 +43,12 @@ def serve(connection: Connection, verbose_fd: int | None) -> None:
         failure = _failed(error)
     except (ImportError, OSError, RuntimeError) as error:  # the bindings raise the last where the library does not load
         message = f"llama-cpp-python cannot be loaded: {error}."
-        failure = _failed(errors.ReferenceFailed(message, "Install it: pip install llama-cpp-python.", code="install"))
+        advice = (
+            "All libraries of a build belong into one folder: libllama, libggml, libggml-base and libggml-cpu."
+            if os.environ.get(LIBRARY_VARIABLE)
+            else "Install it: pip install llama-cpp-python."
+        )
+        failure = _failed(errors.ReferenceFailed(message, advice, code="install"))
 
     def item(value: Any) -> None:
         if connection.poll():
@@ -54,7 +61,7 @@ def serve(connection: Connection, verbose_fd: int | None) -> None:
             name, arguments, keywords = connection.recv()
         except (EOFError, OSError):
             return
-        if name == "stop":  # came when the answer was complete already
+        if name == "stop":  # it arrived after the answer was complete
             continue
         answer = failure or _answer(getattr(service, name), arguments, keywords, item)
         while service is not None and service.notes:
@@ -77,7 +84,7 @@ def _answer(
         return _failed(error)
     except MemoryError:
         return ("error", "ReferenceFailed", "there is not enough memory.", "Free memory, or use --window 1.", "memory")
-    except OSError as error:  # a file that vanished, a disk that is full
+    except OSError as error:  # such as a file that vanished, or a full disk
         problem = f"{error.filename or 'a file'}: {error.strerror or error}."
         return ("error", "InputError", problem, "Check space and permissions.", "system")
     except Exception:

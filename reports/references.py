@@ -44,7 +44,8 @@ def sentence(moved: Moved) -> str:
     pair = f"{clean(moved.other)} and {clean(moved.base)}"
     lacking = f"; {count(len(moved.missing), 'point')} only in {clean(moved.base)}" if moved.missing else ""
     if moved.worst is None:
-        return f"references: {pair} are identical in {moved.compared:,} records{lacking}"
+        alike = "; both were compiled for the same instructions, as the same library is" if moved.same_instructions else ""
+        return f"references: {pair} are identical in {moved.compared:,} records{lacking}{alike}"
     first = f", first at {clean(moved.first.kind)}" if moved.first is not None else ""
     floor = "" if moved.rounding else "; more than rounding explains: a different formula, which excuses nothing in your engine"
     where = f"{clean(moved.worst.kind)} by {error(moved.worst.nmse)}"

@@ -1,4 +1,4 @@
-"""GGUF files with something wrong in them: played by llama.cpp they are engines with that fault, which know nothing of parity."""
+"""GGUF files with a fault: run by llama.cpp they are engines with that fault, which know nothing of parity."""
 
 import struct
 from collections.abc import Callable
@@ -53,7 +53,7 @@ class File:
         self._metadata[whole] = Value(kind, struct.pack(_FORMATS[kind], number))
 
     def exchange(self, first: str, second: str) -> None:
-        """Two tensors of one shape with each other."""
+        """Exchange two tensors of the same shape."""
         one, other = self.tensors[first], self.tensors[second]
         one[...], other[...] = other.copy(), one.copy()
 

@@ -26,6 +26,6 @@ def only(engine: Faulty, *faults: tuple[str, dict[str, object], tuple[int, ...] 
 
 
 def unstated(dump: Dump) -> Dump:
-    """The same dump of an engine that does not say what it computes in."""
+    """The same dump from an engine that does not state its arithmetic."""
     assert dump.header is not None
     return replace(dump, header=replace(dump.header, compute=""))

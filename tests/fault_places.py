@@ -1,4 +1,4 @@
-"""Where faults that only some architectures can have are shown: fault -> (recipe, parameters, what is tried: all layers, one layer)."""
+"""Models for faults that only some architectures can have: fault -> (recipe, parameters, what is tried: all layers, one layer)."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Right dumps of the embedded model, and what a capture does to them: for tests of lint."""
+"""Right dumps of the embedded model, and faults of a capture in them: for tests of lint."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -40,7 +40,7 @@ def changed(source: Dump, point: str, **columns: Any) -> Dump:
 
 
 def valued(source: Dump, point: str, change: Callable[[NDArray[np.float32]], NDArray[Any]]) -> Dump:
-    """The dump with other values at one point, without the statistics that would tell of them too."""
+    """The dump with other values at one point, without the statistics that would show the change, too."""
     values = change(source.points[point].values.copy()).astype(np.float32)
     return changed(source, point, values=values, stats={}, sketch=None)
 

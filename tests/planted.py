@@ -72,7 +72,7 @@ class Faulty:
         bare: bool = True,
         steps: Sequence[Step] | None = None,
     ) -> Dump:
-        """The dump of an engine with these faults; `bare`: values only, no sketch and no statistics. None of it knows the fault.
+        """The dump of an engine with these faults, which it does not mention; `bare`: values only, no sketch and no statistics.
 
         `steps` are those of an engine that differs in another way than the catalogue knows, else the right engine's.
 
@@ -81,7 +81,7 @@ class Faulty:
         """
         self.transformer.steps = planted.steps(self.right if steps is None else steps)
         prompt, rest = tokens[: len(tokens) - generated], tokens[len(tokens) - generated :]
-        with tempfile.TemporaryDirectory() as folder, np.errstate(all="ignore"):  # faults overflow: that is what they do
+        with tempfile.TemporaryDirectory() as folder, np.errstate(all="ignore"):  # faults may overflow
             out = Path(folder) / "ours.jsonl"
             dump(self.transformer, OursJob(out=out, tokens=prompt, generated=rest, points=points, slice_size=size))
             found = read(out)

@@ -5,12 +5,48 @@ one is written. KIND is `llama_cpp` (llama-cpp-python's
 own server, FastAPI) or `xllamacpp` (llama.cpp's own server, the C++ one, as that package builds it).
 """
 
+import contextlib
 import os
 import socket
+import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+Start = Callable[..., str]
+
+
+def started(python: str, folder: Path) -> Iterator[Start]:
+    """A function that starts a real server, once for each kind, model and fault, and gives its URL; then they are ended."""
+    running: dict[tuple[str, ...], tuple[subprocess.Popen[bytes], int]] = {}
+
+    def start(kind: str, model: Path, fault: str = "") -> str:
+        key = (kind, str(model), fault)
+        if key not in running:
+            port_file = folder / f"{len(running)}-{kind}-{fault}"
+            command = [python, __file__, kind, str(model), str(port_file), fault]
+            process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            running[key] = process, 0
+            deadline = time.monotonic() + 60
+            while not (port_file.exists() and port_file.read_text()) or not listens(int(port_file.read_text())):
+                assert process.poll() is None, "the server ended"
+                assert time.monotonic() < deadline, "the server does not listen"
+                time.sleep(0.1)
+            running[key] = process, int(port_file.read_text())
+        return f"http://127.0.0.1:{running[key][1]}"
+
+    yield start
+    for process, _ in running.values():
+        process.kill()
+        process.wait()
+
+
+def listens(port: int) -> bool:
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 0.2):
+        return True
+    return False
 
 
 def free_port() -> int:

@@ -1,5 +1,6 @@
 """`parity conform`: a matrix of tiny models through an engine, a verdict a cell, one line a cause, resumable by content."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -14,10 +15,13 @@ import pytest
 from cli import Cli, one_line, refused
 from foreign import compile_engine, numpy_engine
 
-from checkpoints.answers.conform import CellResult
+from checkpoints.answers.conform import Cell, CellResult, Conformance
+from checkpoints.errors import InputError
 from parity.conform.conform import parts_of
 from parity.conform.matrix import PROMPTS, TYPES, cells, modes_of, prompt_of
 from parity.conform.results import alone
+from parity.conform.table import GrowingTable
+from reports.conform import said
 
 SERVER = os.environ.get("PARITY_SERVER_PYTHON", "")
 needs_gcc = pytest.mark.skipif(shutil.which("gcc") is None, reason="there is no gcc")
@@ -86,7 +90,7 @@ def test_one_cause_is_one_line_and_a_fix_runs_again(
 
 @needs_gcc
 def test_what_it_prints_and_writes(c_engine: Path, parity: Cli) -> None:
-    """A screen with a letter a place, the first failure on stderr, JUnit with skipped cells, a CSV row a cell, Markdown."""
+    """A screen with one letter for each place, the first failure on stderr, JUnit with skipped cells, a CSV row a cell, Markdown."""
     line = f"{c_engine} {{model}} {{tokens}} {{out}} rope {{points}}"
     words = ("conform", "--exec", line, "--architectures", "qwen2", "--types", "F32,Q8_0", "--prompts", "short", "--out", "c")
     ran = parity(*words, "--junit", "c.xml", "--table", "c.csv")
@@ -108,16 +112,32 @@ def test_what_it_prints_and_writes(c_engine: Path, parity: Cli) -> None:
 
 
 def test_our_engine_conforms_in_every_mode(parity: Cli) -> None:
-    """Prefill, decode and chunks of our engine agree with llama.cpp for a K type, whose models are wide enough for its blocks."""
+    """Every mode of our engine agrees with llama.cpp for a K type, whose models are wide enough for its blocks."""
     code, answer = parity.json("conform", "--side", "ours", "--architectures", "qwen2", "--types", "Q4_K", "--prompts", "short")
     assert code == 0
     assert {cell["mode"]: cell["verdict"] for cell in answer["cells"]} == dict.fromkeys(
-        ("prefill", "decode", "chunked"), "parity"
+        ("prefill", "decode", "chunked", "batch", "state"), "parity"
     )
 
 
+@pytest.mark.slow
+def test_the_decoder_after_an_encoder_is_led_along_the_prompt(parity: Cli) -> None:
+    """Portions, turns and a state of t5 are those of its decoder's tokens; an encoder, which keeps nothing, refuses them and says why."""
+    words = ("--types", "F32", "--prompts", "short", "--modes", "decode,batch,state", "--no-explain")
+    code, answer = parity.json("conform", "--side", "ours", "--architectures", "t5,t5encoder", *words, "--workers", "1")
+    assert code == 0
+    verdicts = {(cell["architecture"], cell["mode"]): cell["verdict"] for cell in answer["cells"]}
+    assert verdicts == dict.fromkeys((("t5", "decode"), ("t5", "batch"), ("t5", "state"), ("t5encoder", "batch")), "parity") | {
+        ("t5encoder", "decode"): "refused",
+        ("t5encoder", "state"): "refused",
+    }
+    assert {cell["reason"] for cell in answer["cells"] if cell["verdict"] == "refused"} == {
+        "an encoder computes its whole input in one pass and keeps nothing for another."
+    }
+
+
 def test_a_limit_of_0_gives_json_without_infinity(parity: Cli) -> None:
-    """What is infinitely far beyond its limit is the word "Infinity", as in every other answer: JSON has no such number."""
+    """An error infinitely far beyond its limit is the word "Infinity", as in every other answer: JSON has no such number."""
     words = ("--architectures", "llama", "--types", "F32", "--prompts", "one", "--modes", "prefill", "--no-explain")
     code, answer = parity.json("conform", "--side", "ours", *words, "--tolerance", "0")
     assert (code, answer["cells"][0]["verdict"], answer["cells"][0]["of_limit"]) == (1, "divergence", "Infinity")
@@ -163,7 +183,7 @@ def test_a_fault_of_the_numpy_engine_is_one_cause(parity: Cli, fault: str, cause
 
 
 def test_a_batch_without_numbers_and_a_state_that_is_not_used(parity: Cli, tmp_path: Path) -> None:
-    """Lines without `seq`, a state that is not written, and one that is not read are told apart, each in a sentence."""
+    """Lines without `seq`, a state that is not written, and one that is not read each have a sentence of their own."""
     record = '{"checkpoint": "embd", "token_idx": 0, "values": [1.0]}'
     words = ("--architectures", "llama", "--types", "F32", "--prompts", "short", "--workers", "1")
     for body, mode, message in (
@@ -277,7 +297,7 @@ def test_an_engine_that_cannot_be_started_ends_the_run(parity: Cli) -> None:
 
 
 def test_an_engine_that_changes_or_leaves_children_while_it_runs(parity: Cli, tmp_path: Path) -> None:
-    """Results of which nobody knows the build are shown and not kept; what an engine starts and leaves behind is ended."""
+    """Results of an unknown build are shown but not kept; processes that an engine leaves behind are ended."""
     engine = tmp_path / "engine.sh"
     words = ("--architectures", "llama", "--types", "F32", "--prompts", "one", "--workers", "1", "--out", "c")
     engine.write_text("echo '#' >> $0\nsleep 60 & echo $! > child\necho no >&2; exit 1\n")
@@ -322,7 +342,8 @@ def test_what_it_refuses(parity: Cli) -> None:
     refused(parity("conform", "--side", "ours", "--profile", "everything"), "--profile 'everything' is unknown")
     for mode, needed in (("decode", "{portions}"), ("batch", "{sequences}"), ("state", "{state}")):
         refused(parity("conform", "--exec", "x {model}", "--modes", mode), needed)
-    refused(parity("conform", "--side", "ours", "--modes", "batch"), "This side has the modes prefill, decode, chunked")
+    server = ("--side", "server", "--exec", "server {model} {port}")
+    refused(parity("conform", *server, "--modes", "batch"), "This side has the modes prefill, decode")
     refused(parity("conform", "--exec", "./no-such-engine {model}"), "cannot run ./no-such-engine")
     refused(parity("conform", "--exec", "PATH=/nowhere python3 {model}"), "cannot run python3")
     refused(parity("conform", "--side", "hf", "--python", "no-such-python"), "no-such-python")
@@ -373,7 +394,50 @@ def test_a_cluster_that_is_not_there_is_one_line(parity: Cli) -> None:
     refused(parity(*words, "--cluster", "tcp://127.0.0.1:9"), "cluster" if find_spec("distributed") is None else "scheduler")
 
 
+@pytest.mark.parametrize("ending", ["csv", "parquet"])
+def test_the_table_is_whole_while_cells_end(tmp_path: Path, ending: str) -> None:
+    """After each cell a reader has all cells until then, and a run that breaks off leaves the last ones as well."""
+    if ending == "parquet":
+        pytest.importorskip("pyarrow")
+    path, results = tmp_path / f"cells.{ending}", [CellResult(cell, "parity") for cell in cells("llama", types="F32")]
+    read = pd.read_csv if ending == "csv" else pd.read_parquet
+    with GrowingTable(path, pause=0.0) as table:
+        table(results[0], 1, 9)
+        assert read(path)["architecture"].tolist() == ["llama"]
+    with contextlib.suppress(InputError), GrowingTable(path, pause=60.0) as table:
+        for number, result in enumerate(results):
+            table(result, number + 1, len(results))
+        raise InputError("the scheduler is gone")
+    assert len(read(path)) == len(results) > 4
+    with GrowingTable(None) as table:
+        table(results[0], 1, 1)
+
+
+def test_a_cause_of_one_kind_of_rope_says_so() -> None:
+    """Cells of every architecture that rotates halves, and of no other that was compared, are "all NEOX architectures"."""
+    kinds = {"llama": "NORM", "qwen2": "NEOX", "qwen3": "NEOX", "gemma3": "NEOX", "bloom": ""}
+
+    def conformance(wrong: str) -> Conformance:
+        return Conformance(
+            "engine",
+            tuple(
+                CellResult(Cell(name, "F32", "short", "prefill"), verdict, cause="rope-pairs", compared=9, rope=kind)
+                for name, kind in kinds.items()
+                for verdict in ("divergence" if name in wrong.split() else "parity",)
+            ),
+        )
+
+    for wrong, words in (
+        ("qwen2 qwen3 gemma3", "rope-pairs: 3 cells · all NEOX architectures"),
+        ("qwen2 qwen3", "rope-pairs: 2 cells · qwen2, qwen3"),
+        ("llama", "rope-pairs: 1 cell · llama"),
+        (" ".join(kinds), "rope-pairs: 5 cells · all architectures"),
+    ):
+        found = conformance(wrong)
+        assert said(found.causes[0], found) == words
+
+
 def test_a_result_is_read_back() -> None:
-    """What is kept on disk is what was found."""
+    """A result read back from disk equals the stored one."""
     result = CellResult(cells("llama")[0], "divergence", checkpoint="blk.0.q", token_idx=3, cause="x", nmse=1e-3)
     assert CellResult.from_dict(json.loads(json.dumps(result.as_dict()))) == result

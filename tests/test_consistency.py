@@ -1,4 +1,4 @@
-"""`parity consistency`: an engine against itself, and what is suspected where it disagrees."""
+"""`parity consistency`: an engine against itself, and what is suspected if it disagrees."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from cli import Cli
 from foreign import numpy_engine
-from gguf import GGUFReader, GGUFWriter
+from split_files import split
 
 from checkpoints.answers.consistency import Consistency
 from checkpoints.points import parse
@@ -76,13 +76,15 @@ def checked(engine: Transformer, **request: Any) -> Consistency:
 
 @pytest.mark.parametrize("like", ["tiny", "tiny-llama"])
 def test_our_engine_agrees_with_itself(like: str, synthetic: Callable[..., Path]) -> None:
-    """Prefill, prefill and one step, one token at a time, chunks: every point is the same to 1e-10; the mask is causal."""
+    """In portions, among other sequences and from a restored state every point is the same to 1e-10; the mask is causal."""
     found = checked(engine_with(synthetic(like, layers=3)))
     assert found
     assert [check.name for check in found.checks] == [
         "prefill and one step",
         "one token at a time",
         "chunks",
+        "among other sequences",
+        "a restored state",
         "another last token",
     ]
     assert all(check.verdict is not None and check.verdict.compared > 100 for check in found.checks)
@@ -90,7 +92,7 @@ def test_our_engine_agrees_with_itself(like: str, synthetic: Callable[..., Path]
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_what_fails_says_what_is_suspect(fault: str, synthetic: Callable[..., Path]) -> None:
-    """A fault that only portions show is found, and positions, cache, mask and batch size are told apart."""
+    """A fault that only portions show is found, and the answer distinguishes positions, cache, mask and batch size."""
     kinds, op, suspect = FAULTS[fault]
     found = checked(engine_with(synthetic(layers=3), kinds, op))
     assert not found
@@ -100,14 +102,14 @@ def test_what_fails_says_what_is_suspect(fault: str, synthetic: Callable[..., Pa
 
 
 def test_a_missing_mask_is_seen_by_an_exchanged_token(synthetic: Callable[..., Path]) -> None:
-    """Without a causal mask earlier positions notice another last token."""
+    """Without a causal mask another last token changes earlier positions."""
     found = checked(engine_with(synthetic(layers=3), ("kq_soft_max",), unmasked))
     check = next(check for check in found.checks if check.name == "another last token")
     assert check.suspect == "mask"
 
 
 def test_few_points_still_say_where_to_look(synthetic: Callable[..., Path]) -> None:
-    """With layer outputs only, it is known that it is behind the first portion, and what to record to know more."""
+    """With layer outputs only, the answer says that the error comes after the first portion, and what to record to know more."""
     found = checked(engine_with(synthetic(layers=3), ("q_rope", "k_rope"), counted_from_the_pass), points="blk.*.l_out")
     check = next(check for check in found.checks if check.name == "chunks")
     assert check.suspect == "cache, positions or mask"
@@ -138,7 +140,7 @@ def test_the_command_and_what_it_refuses(parity: Cli, stories: Path) -> None:
     """It runs on the embedded model; one token, one dump, no prompt are one line each."""
     ran = parity("consistency", "--tokens", "1,403,407", "--points", "default", "--model", stories)
     assert ran.code == 0
-    assert "consistent: 3 checks" in ran.out
+    assert "consistent: 5 checks" in ran.out
     for arguments in (["--tokens", "5"], ["a.jsonl"], [], ["a.jsonl", "b.jsonl"], ["--tokens", "1,2", "--points", "nothing"]):
         ran = parity("consistency", *arguments)
         assert (ran.code, ran.err.count("\n")) == (2, 1)
@@ -183,23 +185,7 @@ def test_llama_cpp_against_itself(parity: Cli, synthetic: Callable[..., Path]) -
     assert checks["a restored state"]["first_to_differ"] == ""
 
 
-def split(model: Path, out: Path) -> Path:
-    """The model in two files, as llama-gguf-split writes them; the first one."""
-    whole = GGUFReader(model)
-    writer = GGUFWriter(out, whole.fields["general.architecture"].contents(), split_max_tensors=len(whole.tensors) // 2 + 1)
-    for key, field in whole.fields.items():
-        if not key.startswith("GGUF.") and key != "general.architecture":
-            writer.add_key_value(key, field.contents(), field.types[0], field.types[1] if len(field.types) > 1 else None)
-    for tensor in whole.tensors:
-        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return out.with_name(f"{out.stem}-00001-of-00002.gguf")
-
-
 def test_llama_cpp_is_consistent_on_a_split_model(parity: Cli, small_model: Callable[..., Path], tmp_path: Path) -> None:
-    """Files that our engine refuses are no obstacle where llama.cpp computes."""
+    """The first of several files is taken for the model."""
     first = split(small_model("qwen3", "f32", layers=2), tmp_path / "split.gguf")
     assert "consistent" in parity("consistency", "--side", "ref", "--model", first, "--tokens", "5,6,7").out

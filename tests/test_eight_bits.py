@@ -25,7 +25,7 @@ def engine(synthetic: Callable[..., Path]) -> Faulty:
 
 
 def told(engine: Faulty, planted: Planted = RIGHT, **asked: Any) -> Verdict:
-    """What `diff` says of an engine that does not say its arithmetic, against the right one in float32."""
+    """The verdict on an engine that does not state its arithmetic, compared with the right one in float32."""
     tokens = tokens_of(engine.model, 7, seed=4)
     points, strict = asked.pop("points", "default"), asked.pop("strict", False)
     right = engine.dump(RIGHT, tokens, points=points, size=1 << 20, bare=False)

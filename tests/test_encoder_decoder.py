@@ -99,12 +99,12 @@ def checked(side: OurEngine | LlamaCpp, run: Request, vocabulary: int) -> Consis
 
 
 def test_other_portions_of_the_decoder_come_out_the_same(t5: Path, engine: Transformer, reference: Reference) -> None:
-    """The decoder's tokens at once, one by one and in chunks agree, in our engine and in llama.cpp; a later one changes nothing earlier."""
+    """The decoder's tokens in every way agree, in our engine and in llama.cpp (portions only); a later one changes nothing earlier."""
     run = Request(t5, points="all")
-    for side in (OurEngine(run, engine=engine), LlamaCpp(run, reference)):
+    for side, count in ((OurEngine(run, engine=engine), 6), (LlamaCpp(run, reference), 4)):
         found = checked(side, run, engine.hp.n_vocab)
         assert found
-        assert len(found.checks) == 4
+        assert len(found.checks) == count
         assert all(check.verdict is not None and check.verdict.compared > 500 for check in found.checks)
 
 
@@ -124,7 +124,7 @@ def test_portions_of_a_decoder_that_disagree(t5: Path, engine: Transformer) -> N
     finally:
         engine.steps = right
     assert not found
-    assert [bool(check.verdict) for check in found.checks] == [False, False, True, True]
+    assert [check.name for check in found.checks if not check.verdict] == ["prefill and one step", "one token at a time"]
 
 
 def test_an_engine_is_not_told_the_decoders_tokens(parity: Cli, t5: Path) -> None:

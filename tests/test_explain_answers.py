@@ -88,7 +88,7 @@ def names(found: Explanation) -> list[str]:
 def test_a_number_that_is_a_little_wrong_is_fitted_and_no_lower_arithmetic(
     llama: Faulty, name: str, parameters: dict[str, Any], sentence: str, stated: bool
 ) -> None:
-    """From the default points, whether the dump says f32 or nothing: the value is said with the one that the model wants."""
+    """From the default points, whether the dump states f32 or nothing: the answer gives the value and the one that the model wants."""
     dump = faulty(llama, name, **parameters)
     explanation = explain(dump if stated else unstated(dump), llama.model, _PATIENT)
     assert not explanation
@@ -99,7 +99,7 @@ def test_a_number_that_is_a_little_wrong_is_fitted_and_no_lower_arithmetic(
 
 
 def test_f16_arithmetic_is_no_excuse_where_the_header_says_f32(engine: Faulty) -> None:
-    """The same numbers: of an engine that says nothing it is arithmetic, of one that says f32 it is not what it says."""
+    """The same numbers count as arithmetic if the engine states nothing, but contradict a header that says f32."""
     dump = engine.dump(RIGHT, PROMPT, steps=rounded(engine.right, "f16", storage=True))
     free = explain(unstated(dump), engine.model, _PATIENT)
     bound = explain(dump, engine.model, _PATIENT)
@@ -118,7 +118,7 @@ def test_f16_arithmetic_is_no_excuse_where_the_header_says_f32(engine: Faulty) -
 
 @pytest.mark.slow
 def test_what_is_exactly_right_is_not_of_lower_arithmetic(engine: Faulty) -> None:
-    """An error of F16's size that spares position 0 is none of F16."""
+    """An error of F16's size that spares position 0 is not due to F16."""
 
     def late(x: Array) -> Array:
         noise = np.random.default_rng(2).normal(size=x.shape).astype(np.float32)
@@ -134,7 +134,7 @@ def test_what_is_exactly_right_is_not_of_lower_arithmetic(engine: Faulty) -> Non
 
 @pytest.mark.slow
 def test_nan_agrees_with_nothing(stories: Faulty) -> None:
-    """NaN at every position from one point on is said to be NaN: that some fault makes NaN as well proves nothing."""
+    """NaN at every position from one point on is reported as NaN: a fault that also gives NaN proves nothing."""
     tokens = tokens_of(stories.model, 6, seed=1)
     steps = [
         replace(step, op=lambda *inputs, op=step.op, **params: op(*inputs, **params) * np.float32(np.nan))
@@ -241,7 +241,7 @@ def _cut(x: Array) -> Array:
 def test_what_the_numbers_say_is_said_in_a_sentence(
     engine: Faulty, point: str, change: Callable[[Array], Array], said: str
 ) -> None:
-    """One operation is wrong as no entry describes it: it is named, its law is said, nothing is accused, and the search ends."""
+    """An operation with an error that no entry describes is named, with the law of its numbers; no fault is named, and the search ends."""
     explanation = explain(edited(engine, point, change), engine.model, ExplainOptions(budget=600.0))
     assert explanation.first is not None
     assert (explanation.first.checkpoint, explanation.law, names(explanation)) == (point, said, [])

@@ -1,4 +1,4 @@
-"""Faults that only some architectures can have: each is named in a model that has what it spoils, in all layers and in one."""
+"""Faults that only some architectures can have: each is named in a model to which it applies, in all layers and in one."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -38,7 +38,7 @@ def faulty(reference: Reference, small_model: Callable[..., Path]) -> Callable[[
     ],
 )
 def test_each_fault_is_named(faulty: Callable[[str], Faulty], name: str, layers: tuple[int, ...] | None) -> None:
-    """Sixteen values a record are enough to name the fault, or one with the same numbers, and nothing besides."""
+    """Sixteen values a record are enough to name the fault, or one with the same numbers, and no other."""
     recipe, chosen, _ = PLACES[name]
     engine = faulty(recipe)
     tokens = tokens_of(engine.model, 14, seed=5)
@@ -65,7 +65,7 @@ def test_no_fault_in_a_right_engine(faulty: Callable[[str], Faulty], recipe: str
 
 @pytest.mark.parametrize("name", PLACES)
 def test_each_entry_speaks_to_the_user(name: str) -> None:
-    """Each entry has its sentences, and each of its listed variants can be said."""
+    """Each entry has its sentences, and each of its listed variants can be put into words."""
     fault = CATALOGUE[name]
     assert all((fault.symptom, fault.fix, fault.seen, fault.group, fault.what))
     variants = fault.variants({})

@@ -89,7 +89,7 @@ def test_each_fault_is_named(name: str, faulty: Models) -> None:
 
 @pytest.mark.parametrize("name", _ANYWHERE)
 def test_each_entry_speaks_to_the_user(name: str, faulty: Models) -> None:
-    """Each entry has its sentences, and each of its variants can be said."""
+    """Each entry has its sentences, and each of its variants can be put into words."""
     fault = CATALOGUE[name]
     assert all((fault.symptom, fault.fix, fault.seen, fault.group, fault.what))
     variants = fault.variants({step.makes: step for step in faulty(name).right})

@@ -39,7 +39,7 @@ def test_single_layers_are_screened_together_as_one_by_one(engine: Faulty) -> No
 
 
 def test_candidates_are_computed_together_as_one_by_one(engine: Faulty) -> None:
-    """Versions of a model that share one run come out as each comes out of a run of its own."""
+    """Versions of a model that share one run give the same values as each in a run of its own."""
     replay = Case(only(engine), engine.model, ExplainOptions()).make(engine.right, 3)
     planting = Planting(engine.right)
     chosen = ("rope-missing", "no-qkv-bias", "activation", "attn-scale", "layer-twice", "softmax-axis", "gqa-modulo", "no-gate")
@@ -101,7 +101,7 @@ def test_a_shorter_replay_takes_over_what_a_longer_one_has_computed(engine: Faul
 
 @pytest.mark.parametrize("point", [0, 2, 4])
 def test_the_stages_hold_every_candidate_once(engine: Faulty, point: int) -> None:
-    """What is tried first is a matter of time only: nothing is left out and nothing tried twice."""
+    """The order of trying only affects the time: nothing is left out and nothing is tried twice."""
     case = Case(only(engine, ("capture-early", {}, None)), engine.model, ExplainOptions())
     screening = case.screening(case.entries, Budget(60))
     state = replace(screening.start(), first=RecordKey(point, 0))

@@ -1,4 +1,4 @@
-"""A fault is planted or says that it does not apply: nothing else comes out of one, and what does is a bug that is seen."""
+"""A fault is planted or says that it does not apply; any other exception out of one is a bug that becomes visible."""
 
 import random
 from collections.abc import Callable, Mapping

@@ -14,7 +14,7 @@ from reports.flow import flows
 
 @pytest.mark.parametrize("like", ["tiny", "tiny-llama"])
 def test_a_layer_in_rows(like: str, synthetic: Callable[..., Path], tmp_path: Path) -> None:
-    """Every edge goes down, queries meet keys at their product, the residual passes the attention, nothing stands on another."""
+    """Every edge goes down, queries meet keys at their product, the residual bypasses attention, and no nodes overlap."""
     out = tmp_path / "ref.jsonl"
     with Reference() as reference:
         reference.dump(DumpJob(synthetic(like, layers=2), out, (1, 17, 40), points="all"))

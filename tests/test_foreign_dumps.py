@@ -206,7 +206,7 @@ def test_two_debug_mode_logs_are_compared(run: Dump) -> None:
 
 
 def test_shards_without_notes() -> None:
-    """Copies are told from parts, positions from features; what does not fit together is left out, with the reason."""
+    """Copies are distinguished from parts, and positions from features; shards that do not fit are left out, with the reason."""
     whole = np.arange(24, dtype=np.float32).reshape(4, 6)
     halves = [whole[:, :3], whole[:, 3:]]
     assert np.array_equal(joined(halves, count=4)[0], whole)

@@ -1,4 +1,4 @@
-"""What llama.cpp, Hugging Face and NumPy leave behind is read as a dump, and compared."""
+"""Files of llama.cpp, Hugging Face and NumPy are read as dumps, and compared."""
 
 import json
 import zipfile

@@ -72,7 +72,7 @@ def test_absurd_counts_take_no_memory_and_no_time(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("split.count", 4, "split model"),
+        ("split.count", 4, "4 parts of a split model"),
         ("tiny.attention.head_count_kv", [2.0, 0.5], "other than whole numbers"),
         ("tiny.embedding_length", "wide", "not int"),
         ("tiny.block_count", None, "tiny.block_count"),

@@ -59,7 +59,7 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def use(path: Path) -> None:
-    """All that a run does with a file."""
+    """Do everything that a run does with a file."""
     model = GgufModel(path)
     for key in model.metadata:
         model.array(key)
@@ -159,7 +159,7 @@ def test_numbers_given_once_a_layer(tmp_path: Path) -> None:
     [
         (None, ("embedding_length",), "no llama.embedding_length"),
         (None, ("tensors",), "tokenizer but no tensors"),
-        (lambda w: w.add_uint16("split.count", 3), (), "gguf-split --merge"),
+        (lambda w: w.add_uint16("split.count", 3), (), "3 parts of a split model"),
         (lambda w: w.add_bool("llama.block_count", True), ("block_count",), "block_count is True"),
         (lambda w: w.add_uint32("llama.block_count", 0), ("block_count",), "it has no layers"),
         (lambda w: w.add_float32("llama.rope.freq_base", float("nan")), ("freq_base",), "a RoPE base of nan"),
@@ -169,7 +169,7 @@ def test_numbers_given_once_a_layer(tmp_path: Path) -> None:
 def test_metadata_that_no_engine_can_use(
     tmp_path: Path, change: Callable[[gguf.GGUFWriter], None] | None, skip: tuple[str, ...], message: str
 ) -> None:
-    """What is missing or contradictory in the metadata is named, and what to do about it."""
+    """Missing or contradictory metadata are named, with what to do about them."""
     path = write(tmp_path / "model.gguf", change or (lambda _: None), skip)
     with pytest.raises(ModelError, match=message) as error:
         GgufModel(path)

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 from cli import Cli, refused
 from hf_convert import convert
 
+from checkpoints.errors import InputError
 from checkpoints.reading.reader import read
 from parity.emit import source
 from parity.run.hugging_face import HuggingFace, Tokenizer
@@ -19,10 +21,11 @@ from parity.run.request import Prompt
 
 PYTHON = os.environ.get("PARITY_HF_PYTHON", "")
 TOKENS = (5, 9, 17, 44, 3, 60)
-EXACT_FAMILIES = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "phi3", "glm4", "gpt_oss", "deepseek_v2")
+DENSE_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "glm4", "olmo2", "stablelm")
+EXACT_FAMILIES = (*DENSE_FAMILIES, "mixtral", "qwen3_moe", "gpt_oss", "deepseek_v2")
 # ggml's GELU is a table of F16 (ggml_gelu_f16 in ggml-cpu/vec.h): 9e-8 … 3e-7 an operation, 1.3e-6 at the worst point after
 # three layers, measured here on the first three families.
-TABLE_FAMILIES, TABLE = ("gemma2", "gemma3", "gpt2", "falcon"), "1e-5"
+TABLE_FAMILIES, TABLE = ("gemma2", "gemma3", "gpt2", "falcon", "gpt_neox"), "1e-5"
 
 SIX_FAMILIES = (
     "llama",
@@ -171,6 +174,16 @@ def test_an_interpreter_without_torch_is_one_line(parity: Cli) -> None:
     assert not Path("hf.jsonl").exists()
 
 
+def test_a_folder_for_temporary_files_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not the dump that cannot be written, and the message says what to set."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
+    with pytest.raises(InputError) as caught:
+        HuggingFace(Path("m.gguf"), sys.executable).dump(Prompt(None, TOKENS, ()), tmp_path / "hf.jsonl")
+    assert "gone" in caught.value.message
+    assert "TMPDIR" in caught.value.advice
+    assert not (tmp_path / "hf.jsonl").exists()
+
+
 def test_a_folder_without_a_config_is_one_line(parity: Cli, tmp_path: Path) -> None:
     """A folder that is no model's is refused before anything is started."""
     (tmp_path / "empty").mkdir()
@@ -263,7 +276,7 @@ def test_three_dumps_name_the_one_that_is_alone(parity: Cli, stories_run: Path, 
     assert re.search(r"divergence at logits: ours and llama.cpp agree to \d\.\de-1\d, third is alone", said)
     assert parity("diff", paths[0], paths[1], paths[1]).code == 0
     refused = parity("diff", *paths, "--html", "x.html")
-    assert (refused.code, "need exactly two dumps" in refused.err) == (2, True)
+    assert (refused.code, "--html needs exactly two dumps" in refused.err) == (2, True)
 
 
 def test_a_side_is_checked_before_anything_runs(parity: Cli) -> None:

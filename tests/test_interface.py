@@ -1,4 +1,4 @@
-"""The Python interface: few names, which stay, and which say what the commands say."""
+"""The Python interface: a few stable names, whose answers are those of the commands."""
 
 import subprocess
 import sys

@@ -238,7 +238,7 @@ WRONG = {
 
 @pytest.mark.parametrize("arguments", WRONG)
 def test_a_wrong_request_is_one_line(parity: Cli, synthetic: Callable[..., Path], arguments: str) -> None:
-    """What cannot be judged exits 2 with one line that says why."""
+    """A request that cannot be judged exits 2 with one line that says why."""
     ran = parity("isolate", "--model", synthetic(layers=3), *arguments.split())
     assert (ran.code, ran.err.count("\n")) == (2, 1)
     assert WRONG[arguments] in ran.err

@@ -1,4 +1,4 @@
-"""The lift: a graph becomes the house's steps, and they compute what llama.cpp computes."""
+"""The lift: a graph becomes steps of the engine, which compute what llama.cpp computes."""
 
 from collections.abc import Callable
 from dataclasses import replace

@@ -32,7 +32,7 @@ def right(stories: Path, tmp_path_factory: pytest.TempPathFactory) -> Dump:
 
 
 def test_every_rule_has_a_fault_of_its_own() -> None:
-    """A rule without a fixture here is a rule that nobody saw work."""
+    """Every rule has a fixture here: without one it was never seen to work."""
     assert set(FAULTS) == {rule.name for rule in RULES}
 
 
@@ -45,7 +45,7 @@ def test_each_fault_is_named_by_its_rule(name: str, right: Dump, facts: ModelFac
 
 
 def test_no_rule_finds_anything_in_the_right_dump(right: Dump, facts: ModelFacts) -> None:
-    """What the faults are planted in is clean."""
+    """No rule finds anything in the dump that faults are planted in."""
     assert lint(right, facts).findings == ()
 
 

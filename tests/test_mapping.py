@@ -1,4 +1,4 @@
-"""Foreign names become ours by a mapping file, also where only a slice was recorded; names that stay unknown are said."""
+"""Foreign names become ours by a mapping file, even if only a slice was recorded; names that stay unknown are listed."""
 
 import json
 from dataclasses import replace

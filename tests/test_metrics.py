@@ -84,7 +84,7 @@ def test_whole_rows_are_measured_exactly() -> None:
 
 
 def test_zero_asks_for_equality() -> None:
-    """Where the reference is all zero, zero is agreement and anything else an infinite error."""
+    """If the reference is all zero, zero agrees and anything else is an infinite error."""
     zero = np.zeros((2, 20))
     other = zero.copy()
     other[1, 3] = 1e-30

@@ -1,6 +1,6 @@
-"""Points of architectures that nobody wrote down: a name promises no more than the graph, and rows are those of their positions.
+"""Points of architectures that are not written by hand: a name promises no more than the graph, and rows are those of their positions.
 
-Each test holds what llama.cpp computed to a relation that the point's meaning demands, in plain NumPy.
+Each test checks a relation that follows from the point's meaning on llama.cpp's values, in plain NumPy.
 """
 
 from collections.abc import Callable

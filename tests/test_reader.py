@@ -1,4 +1,4 @@
-"""What is written is read back to the bit; what foreign engines print is understood or refused, never a traceback."""
+"""Our dumps read back to the bit; what foreign engines print is understood or refused, never a traceback."""
 
 import json
 from contextlib import suppress

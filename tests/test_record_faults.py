@@ -1,4 +1,4 @@
-"""The record or the operation: a right engine that records otherwise is not accused, a wrong one is not acquitted."""
+"""The record or the operation: a right engine that records something else is not accused, a wrong one is not acquitted."""
 
 import json
 from collections.abc import Callable

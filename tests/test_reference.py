@@ -1,4 +1,4 @@
-"""Proves that the reference's dumps are what llama.cpp computed: every point, exact shapes, no effect of looking."""
+"""Proves that the reference's dumps are what llama.cpp computed: every point, exact shapes, no effect of the capture."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -121,8 +121,9 @@ def test_looking_changes_nothing(reference: Reference, tokens: tuple[int, ...]) 
 def test_uncaptured_logits(tokens: tuple[int, ...]) -> None:
     """A context without any tap gives the captured logits to the bit."""
     from reference.library import Library
-    from reference.llama import Model, Session
+    from reference.model import Model
     from reference.naming import plan
+    from reference.session import Session
 
     library = Library()
     with Model(library, MODEL) as model, Session(model, n_ctx=64, n_batch=len(tokens)) as session:
@@ -139,8 +140,9 @@ def test_uncaptured_logits(tokens: tuple[int, ...]) -> None:
 def test_callback_error_comes_out(tokens: tuple[int, ...]) -> None:
     """An exception inside the callback is raised by decode, at once, and the session goes on working."""
     from reference.library import Library
-    from reference.llama import Model, Session
+    from reference.model import Model
     from reference.naming import plan
+    from reference.session import Session
 
     def fail(item: object, value: object) -> None:
         raise ZeroDivisionError("in the callback")

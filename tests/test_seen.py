@@ -1,4 +1,4 @@
-"""What a comparison did not see acquits nothing; what a type or a near tie explains accuses nobody."""
+"""Values that a comparison did not see acquit nothing; differences that a type or a near tie explains are not blamed on an operation."""
 
 from dataclasses import replace
 

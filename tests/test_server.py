@@ -4,17 +4,16 @@ import contextlib
 import http.server
 import json
 import math
-import os
-import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from cli import Cli, one_line, refused
+from servers import Start
 
 from checkpoints.answers.server import ServerAnswer
 from parity.server.base import kl, listed
@@ -25,59 +24,7 @@ from parity.server.predictions import listed as read_list
 from parity.server.vocabulary import Vocabulary
 from reports.server import sentence
 
-PYTHON = os.environ.get("PARITY_SERVER_PYTHON", "")
 TEXT = "Lily and her mom went to the park."
-needs_servers = pytest.mark.skipif(not PYTHON, reason="PARITY_SERVER_PYTHON names no interpreter that has completion servers")
-
-Start = Callable[..., str]
-
-
-@pytest.fixture(scope="module")
-def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
-    """A function that starts a real server, once for each kind, model and fault, and gives its URL."""
-    folder = tmp_path_factory.mktemp("servers")
-    running: dict[tuple[str, ...], subprocess.Popen[bytes]] = {}
-
-    def start(kind: str, model: Path, fault: str = "") -> str:
-        key = (kind, str(model), fault)
-        port_file = folder / f"{len(running)}-{kind}-{fault}"
-        if key not in running:
-            script = Path(__file__).with_name("servers.py")
-            command = [PYTHON, str(script), kind, str(model), str(port_file), fault]
-            running[key] = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-            deadline = time.monotonic() + 60
-            while not (port_file.exists() and port_file.read_text()) or not _listens(int(port_file.read_text())):
-                assert running[key].poll() is None, "the server ended"
-                assert time.monotonic() < deadline, "the server does not listen"
-                time.sleep(0.1)
-            running[key].port = int(port_file.read_text())  # type: ignore[attr-defined]
-        return f"http://127.0.0.1:{running[key].port}"  # type: ignore[attr-defined]
-
-    yield start
-    for process in running.values():
-        process.kill()
-        process.wait()
-
-
-def _listens(port: int) -> bool:
-    import socket
-
-    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 0.2):
-        return True
-    return False
-
-
-@pytest.fixture(scope="module")
-def without_bos(stories: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The stories model with `add_bos_token` off: a server of it forgets the BOS, and computes everything else alike."""
-    data = bytearray(stories.read_bytes())
-    key = b"tokenizer.ggml.add_bos_token"
-    place = data.index(key) + len(key) + 4  # the value's type is a u32
-    assert data[place] == 1
-    data[place] = 0
-    path = tmp_path_factory.mktemp("without-bos") / "model.gguf"
-    path.write_bytes(data)
-    return path
 
 
 def asked(parity: Cli, url: str, *more: object) -> tuple[int, dict[str, Any]]:
@@ -85,7 +32,6 @@ def asked(parity: Cli, url: str, *more: object) -> tuple[int, dict[str, Any]]:
     return parity.json("run", "--prompt", TEXT, "--server", url, "--generate", 4, "--out", "folder", *more)
 
 
-@needs_servers
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "path", "echoed"), [("llama_cpp", "", True), ("xllamacpp", "", False), ("xllamacpp", "/completion", False)]
@@ -100,7 +46,6 @@ def test_a_right_server_agrees(serve: Start, stories: Path, parity: Cli, kind: s
     assert Path("folder/server.json").exists()
 
 
-@needs_servers
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "fault", "cause", "words"),
@@ -124,7 +69,6 @@ def test_a_planted_fault_is_named(
         assert answer["causes"][0]["kl"] < answer["limit"] < answer["causes"][0]["without"]
 
 
-@needs_servers
 @pytest.mark.slow
 def test_a_repeat_penalty_is_fitted(serve: Start, stories: Path, parity: Cli) -> None:
     """The penalty that a server applies by itself explains each of its choices; asked for none, it has none."""
@@ -135,7 +79,6 @@ def test_a_repeat_penalty_is_fitted(serve: Start, stories: Path, parity: Cli) ->
     assert answer["causes"][0]["name"] == "repeat-penalty"
 
 
-@needs_servers
 @pytest.mark.slow
 def test_the_prefix_is_dumped(serve: Start, without_bos: Path, parity: Cli) -> None:
     """--dump-prefix records llama.cpp on exactly the tokens up to the first wrong prediction, as the printed command does."""
@@ -146,7 +89,6 @@ def test_the_prefix_is_dumped(serve: Start, without_bos: Path, parity: Cli) -> N
     assert f"--tokens {','.join(map(str, answer['prefix']))}" in answer["next_command"]
 
 
-@needs_servers
 @pytest.mark.slow
 def test_a_server_without_logprobs_says_what_to_do(serve: Start, stories: Path, parity: Cli) -> None:
     """llama-cpp-python's server keeps no logits unless it is told to: its own words, and the option."""
@@ -229,7 +171,7 @@ def test_tokens_are_told_by_id_bytes_or_text() -> None:
     assert vocabulary.ids(Candidate("?", 0.0, data=b" a")) == [0]
     assert vocabulary.ids(Candidate("x", 0.0, id=1)) == (1,)
     assert vocabulary.ids(Candidate("x", 0.0, id=9)) == ()
-    assert vocabulary.one(Candidate("b", 0.0), {1: 0.1, 2: 0.9}.__getitem__) == 2
+    assert vocabulary.most_probable(Candidate("b", 0.0), {1: 0.1, 2: 0.9}.__getitem__) == 2
     assert vocabulary.ids(Candidate("\ufffd", 0.0)) == ()
 
 
@@ -239,7 +181,7 @@ class _Hostile(http.server.BaseHTTPRequestHandler):
     seen: dict[str, int]
 
     def log_message(self, *_: object) -> None:
-        """Silence."""
+        """Log nothing."""
 
     def do_POST(self) -> None:
         self.rfile.read(int(self.headers.get("Content-Length", 0)))

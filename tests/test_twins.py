@@ -1,4 +1,4 @@
-"""A twin, and whatever else is remembered of a file, belongs to all of the file's bytes; what is in use is not taken away."""
+"""A twin, and anything else cached for a file, belongs to all of the file's bytes; twins in use are not removed."""
 
 import os
 import subprocess
@@ -155,6 +155,18 @@ def test_a_remembered_hash_is_used(tmp_path: Path) -> None:
     assert content_hash(path) == "0" * 32
     record.write_text("{")
     assert content_hash(path) == first
+
+
+def test_use_of_a_twin_is_noted_beside_it(model: Path) -> None:
+    """Taking a twin from the cache makes it the last used one and leaves its own times alone, by which its hash stays known."""
+    with Reference() as reference:
+        path = reference.twin(model)
+    (unused,), before = cached(), path.stat()
+    with Reference() as reference:
+        assert reference.twin(model) == path
+    (twin,), after = cached(), path.stat()
+    assert twin.used > unused.used
+    assert (before.st_mtime_ns, before.st_ctime_ns) == (after.st_mtime_ns, after.st_ctime_ns)
 
 
 def test_a_twin_in_use_is_not_evicted(model: Path, synthetic: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""What comes from outside reaches no terminal as a command, no CI as one either, and no screen in megabytes."""
+"""Text from outside never reaches a terminal or CI as a command, nor a screen in megabytes."""
 
 import json
 import os

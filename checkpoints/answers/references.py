@@ -22,6 +22,7 @@ class Moved:
         base, other: their descriptions ("llama.cpp 0.3.36", "llama.cpp 0.3.16").
         points: every kind in dataflow order; `first` is the first that is not identical, `worst` the one that differs most.
         missing: points that the other one lacks.
+        same_instructions: whether both are the same version, compiled for the same instructions of the processor.
         rounding: whether rounding can explain the worst difference; anything larger is another formula, and no measure of noise.
     """
 
@@ -33,6 +34,7 @@ class Moved:
     worst: MovedPoint | None = None
     missing: tuple[str, ...] = ()
     rounding: bool = True
+    same_instructions: bool = False
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,1 @@
-"""Copies of values, taken when they are computed."""
+"""Copies of values, taken the moment they are computed."""

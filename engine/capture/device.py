@@ -1,10 +1,10 @@
 """The stage on a device: records are made where the value was computed and reach the host in one copy a pass.
 
-A kernel in the stream that computed the value makes slice, statistics and sketch of its rows into a staging buffer; when
-the pass is over, one asynchronous copy brings the staged rows to a slab of pinned memory. Both are allocated once, of one
-size, and used as one ring: a pass takes its place in both. The writer thread waits for that copy's event, hands the rows on
-and gives their place back; while the engine is busy it only moves them to a file, which needs next to none of Python's time, and
-formats them later. The engine waits only where the ring has no place left, and counts that.
+A kernel in the stream that computed the value writes slice, statistics and sketch of its rows into a staging buffer; when
+the pass is over, one asynchronous copy brings the staged rows to a slab of pinned memory. Both have the same size, are allocated
+once and used as one ring: a pass takes the same place in both. The writer thread waits for that copy's event, hands the rows on
+and gives their place back; while the engine is busy it only moves them to a file, which takes hardly any of Python's time, and
+formats them later. The engine waits only when the ring is full, and counts how often it did.
 """
 
 from collections.abc import Callable, Collection
@@ -26,11 +26,11 @@ from .staged import CAUSAL, PART_DOUBLES, PLAIN, Batch, Part, layout, record_typ
 from .tap import Capture, Pass, RowSink, stands_once
 from .writer import WriterThread
 
-_CHUNK = 1024  # elements a block takes: the logits of one row are 149 blocks, one for each multiprocessor of an H200
-_LARGE_CHUNK = 8192  # … and where many rows fill the device anyway, larger chunks are less overhead
+_CHUNK = 1024  # elements per block: the logits of one row are 149 blocks, one for each multiprocessor of an H200
+_LARGE_CHUNK = 8192  # … and where many rows fill the device anyway, larger chunks cost less overhead
 _MANY_BLOCKS = 8192
-_LARGEST = 3  # passes of any size that the slab holds: one is not half of it, so that the writer lets the next begin in peace
-_RING = 256  # decode passes that the slab holds: as many batches as the host's stage lets wait
+_LARGEST = 3  # how many of the largest passes the slab holds: one must be less than half of it, or the writer is hurried
+_RING = 256  # decode passes that the slab holds: as many batches as may wait in the host's stage
 
 
 def tap(
@@ -42,9 +42,10 @@ def tap(
     slice_size: int | None = DEFAULT_SLICE,
     tensors: TensorWriter | None = None,
 ) -> Capture:
-    """The tap for a backend: a stage on the current device; for values in host memory or whole tensors, copies on the host.
+    """The tap for a backend: a stage on the current device, or copies on the host.
 
-    Over several devices too: a slab would be filled from each, by kernels and a stream of copies of its own.
+    The host's stage takes values in host memory, whole tensors, and the values of a model on several devices, where each device
+    would need a slab, kernels and a stream of copies of its own.
     """
     if backend.name == "numpy" or backend.spread or tensors is not None or slice_size is None:
         return Capture(HostStage(sink, points, backend, slice_size=slice_size, tensors=tensors), positions=positions)
@@ -52,7 +53,7 @@ def tap(
 
 
 class DeviceStage:
-    """Makes records on the device; the same as the host's to float64's rounding."""
+    """Makes records on the device; they equal the host's up to float64's rounding."""
 
     def __init__(
         self,
@@ -73,11 +74,11 @@ class DeviceStage:
         self._record = record_type(slice_size)
         self._passes = ring
         self.slice_size = slice_size
-        self._step_places = len(self.points)  # of the slab that a decode step takes
-        self._beside = 0  # places of the pass in progress that are no records
+        self._step_places = len(self.points)  # places of the slab that a decode step takes
+        self._beside = 0  # places of the pass in progress that hold no records
         self._ring = Ring(0, self.writer.hurry)
-        self._staging: Array = None  # of the slab's size, place by place: no pass waits until another's records are copied out
-        self._start: int | None = None  # the place where those of the pass in progress begin
+        self._staging: Array = None  # as large as the slab: no pass waits until another's records are copied out
+        self._start: int | None = None  # the place where the records of the pass in progress begin
         self._copies = self._xp.cuda.Stream(non_blocking=True)
         self._slab: NDArray[Any] = np.zeros(0, self._record)
         self._spool = Spool()
@@ -89,28 +90,28 @@ class DeviceStage:
         self._kernel = kernel("summary", "summarise_value")
 
     def begin(self, now: Pass, kept: NDArray[np.int64]) -> None:
-        """A pass starts, of which these rows are recorded."""
+        """Start a pass of which these rows are recorded."""
         self._now, self._kept = now, kept
         self._seen = now.token_idx[self._kept] - now.first + 1 if now.causal else np.full(len(self._kept), len(now.token_idx))
         self._allocate(len(self.points) * len(self._kept))
         self._kept_there = None
 
     def _allocate(self, records: int) -> None:
-        """Slab and staging buffer for passes of that many records; made again only if a later pass is larger."""
+        """Allocate slab and staging buffer for passes of that many records; again only if a later pass is larger."""
         capacity = max(_LARGEST * records, self._passes * self._step_places, 1)
         if self._staging is not None and len(self._slab) >= capacity:
             return
         self._ring.drain()
         self._ring = Ring(capacity, self.writer.hurry)
         self.writer.limit = capacity * self._record.itemsize
-        # Not by cupyx, which takes as long to import as a model to load.
+        # Without cupyx, whose import takes as long as loading a model.
         pinned = self._xp.cuda.alloc_pinned_memory(capacity * self._record.itemsize)
         self._slab = np.frombuffer(pinned, self._record, capacity)
         self._xp.cuda.get_current_stream().synchronize()
         self._staging = self._xp.empty(self._slab.nbytes, dtype=np.uint8)
 
     def _place(self, count: int) -> Array:
-        """Where this pass's records are staged, from its next free place on; the pass takes `count` places with the first."""
+        """Where this pass's records are staged, from its next free place on; its first record takes `count` places of the ring."""
         if self._start is None:
             self._start = self._ring.take(count)
         return self._staging[(self._start + len(self._parts) * len(self._kept)) * self._record.itemsize :]
@@ -118,7 +119,7 @@ class DeviceStage:
     def record(self, name: str, value: Array) -> None:
         """Launch the kernel that makes the records of a value; raises as `Stage.record`."""
         self._check(name, value)
-        value = self._xp.ascontiguousarray(value)  # what a step reads may be a view, and so what it makes
+        value = self._xp.ascontiguousarray(value)  # a step may read a view, and so may make one
         if stands_once(value, self._now):
             host = self._backend.to_host(value)
             record_once(self.sink, self.writer, name, host, self._now, self._kept, self.slice_size)
@@ -154,13 +155,13 @@ class DeviceStage:
         return self._record.itemsize
 
     def staging(self, places: int) -> Array:
-        """Where this step's records are staged, with room for so many."""
+        """Where this step's records are staged, with room for `places` of them."""
         self._step_places = places
         self._allocate(places)
         return self._place(places)
 
     def staged(self, parts: Collection[Part]) -> None:
-        """A step fills that place: one row for each of these points, and what belongs to them."""
+        """Note that a step fills the places given by `staging`: one row for each of these points, with its partial sums."""
         self._parts.extend(parts)
         self._beside = self._step_places - len(parts)
 
@@ -174,7 +175,7 @@ class DeviceStage:
             raise TypeError(f"{name}: expected float32, got {value.dtype}")
 
     def _room(self, rows: int, chunks: int) -> None:
-        """Scratch for the chunks of so many rows; the counters begin, and stay between kernels, at zero."""
+        """Make scratch memory for the chunks of so many rows; the counters start at zero, and each kernel leaves them at zero."""
         if self._scratch is None or self._scratch.size < rows * chunks * PART_DOUBLES:
             self._scratch = self._xp.empty(rows * chunks * PART_DOUBLES, dtype=np.float64)
         if self._counters is None or self._counters.size < rows:

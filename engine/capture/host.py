@@ -13,13 +13,13 @@ from ..backend import Array, Backend
 from .tap import Pass, RowSink, stands_once
 from .writer import WriterThread
 
-_HELD = 1 << 20  # bytes of copies that are handed over before their pass ends: a prefill need not be held as a whole
+_HELD = 1 << 20  # bytes of copies after which they are handed over before their pass ends: a prefill is not held as a whole
 
 
 class HostStage:
-    """Copies values to host memory at once; with values on a device it waits for each.
+    """Copies each value to host memory at once, waiting for it if it is on a device.
 
-    With `tensors` every value is written whole as well; `slice_size` None takes whole rows as the records' values.
+    With `tensors` every value is also written whole; with a `slice_size` of None the records hold whole rows.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class HostStage:
         self._held: list[tuple[str, NDArray[np.float32]]] = []
 
     def begin(self, now: Pass, kept: NDArray[np.int64]) -> None:
-        """A pass starts, of which these rows are recorded."""
+        """Start a pass of which these rows are recorded."""
         self._now, self._kept = now, kept
 
     def record(self, name: str, value: Array) -> None:
@@ -59,7 +59,7 @@ class HostStage:
             self.hand_over()
 
     def hand_over(self) -> None:
-        """Give the writer what was copied since the last time."""
+        """Give the writer what was copied since the last call."""
         if not self._held:
             return
         held, self._held = self._held, []
@@ -90,7 +90,7 @@ def record_once(
     kept: NDArray[np.int64],
     slice_size: int | None,
 ) -> None:
-    """Record what stands once a pass, with its last position; not where that is left out."""
+    """Record a value that a pass has only once, at the pass's last position; nothing if that position is not recorded."""
     if kept[-1] != len(now.token_idx) - 1:
         return
     copy = kept_copy(name, host, 1, np.zeros(1, np.int64))

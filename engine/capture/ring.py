@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 
 class Ring:
-    """Places of a slab, taken in order by the engine and given back in order by the writer, who is hurried when all are taken."""
+    """Places of a slab, taken in order by the engine and given back in order by the writer, which is hurried when all are taken."""
 
     def __init__(self, capacity: int, hurry: Callable[[], None]) -> None:
         self.capacity = capacity
@@ -38,7 +38,7 @@ class Ring:
         return self._head if self._head + count <= tail else None
 
     def give_back(self) -> None:
-        """Free the places that were taken first."""
+        """Free the places that were taken earliest."""
         with self._change:
             self._taken.popleft()
             self._change.notify()

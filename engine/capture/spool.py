@@ -1,4 +1,4 @@
-"""Records that wait on disk, as the device staged them, until somebody has the time to format them."""
+"""Records that wait on disk, as the device staged them, until there is time to format them."""
 
 import os
 import tempfile
@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 
 
 class Spool:
-    """A file without a name: arrays go in at its end and come out once; when none is left it is emptied.
+    """An unnamed file: arrays are appended and each is taken out once; when none is left the file is emptied.
 
-    Any thread may call.
+    Safe to call from any thread.
 
     Raises (each method):
-        OSError: no room on the disk of temporary files.
+        OSError: the disk of temporary files is full.
     """
 
     def __init__(self) -> None:
@@ -39,14 +39,14 @@ class Spool:
         return Spooled(self, start, raw.nbytes, records.dtype)
 
     def _open(self) -> int:
-        """A file that nobody else can open, and that is gone with this object or the process."""
+        """A file that nothing else can open, and that disappears with this object or the process."""
         descriptor, name = tempfile.mkstemp(prefix="parity-")
         os.unlink(name)  # noqa: PTH108 - as mkstemp names it
         weakref.finalize(self, os.close, descriptor)
         return descriptor
 
     def take(self, start: int, size: int) -> bytes:
-        """What was put there."""
+        """The bytes that were put at `start`."""
         with self._lock:
             if self._descriptor is None:
                 raise ValueError("nothing was put into this spool")
@@ -65,5 +65,5 @@ class Spooled:
         self._spool, self._start, self._size, self._dtype = spool, start, size, dtype
 
     def take(self) -> NDArray[Any]:
-        """The array; once."""
+        """The array; it can be taken only once."""
         return np.frombuffer(self._spool.take(self._start, self._size), self._dtype)

@@ -1,4 +1,4 @@
-"""Records as the device's kernels stage them, and the rows that the writer makes of them."""
+"""Records as the device's kernels stage them, and the rows that are made of them for the writer."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -15,20 +15,20 @@ PLAIN, CAUSAL, CACHED, LAST = range(4)  # the layouts of summary.cuh
 
 
 def record_type(slice_size: int) -> np.dtype[Any]:
-    """One record in staging buffer and slab, a multiple of 8 bytes; `values` has one place more where the slice is odd."""
+    """One record in staging buffer and slab, a multiple of 8 bytes: `values` has one element of padding where the slice is odd."""
     return np.dtype(
         [("stats", "<f8", len(STATISTICS)), ("sketch", "<f4", SKETCH_SIZE), ("values", "<f4", slice_size + slice_size % 2)]
     )
 
 
-PART_DOUBLES = SKETCH_SIZE + 8  # of the sums that are still to be added up, PART of summary.cuh
+PART_DOUBLES = SKETCH_SIZE + 8  # doubles of one partial sum, PART of summary.cuh
 
 
 @dataclass(frozen=True)
 class Part:
-    """The staged rows of one point: where they begin, and what the shapes of their rows follow from.
+    """The staged rows of one point: where they begin, and what determines the shapes of the rows.
 
-    `blocks`, if not 0: the record has only its slice; behind it lie the sums of so many parts of the row, in their order.
+    If `blocks` is not 0, the record itself has only its slice; the sums of that many parts of the row follow it, in order.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Batch:
     parts: tuple[Part, ...]
 
     def rows(self, records: NDArray[Any], slice_size: int) -> list[Rows]:
-        """The records as the writer takes them, copied out of the slab."""
+        """The records in the writer's form, copied out of the slab."""
         return [self._rows(part, records[part.start :], slice_size) for part in self.parts]
 
     def _rows(self, part: Part, following: NDArray[Any], slice_size: int) -> Rows:
@@ -85,7 +85,7 @@ class Batch:
 
 
 def added_up(sums: NDArray[np.float64], size: int) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
-    """Statistics [8] and sketch [32] of a row of `size` elements, from the sums of its parts [parts, 40] in their order."""
+    """Statistics [8] and sketch [32] of a row of `size` elements, from the partial sums [parts, 40], added in their order."""
     total, squares, low, high, bad, largest, at, _ = sums[:, SKETCH_SIZE:].T
     none = bad.sum() == size
     extremes = (0.0, 0.0) if none else (low.min(), high.max())
@@ -94,7 +94,7 @@ def added_up(sums: NDArray[np.float64], size: int) -> tuple[NDArray[np.float64],
 
 
 def layout(name: str, shape: tuple[int, ...], tokens: int) -> tuple[int, int, int, int]:
-    """How a value of `shape` is laid out: (kind, S, heads, width), after the vocabulary's row of that name.
+    """How a value of `shape` is laid out: (kind, S, heads, width), by the vocabulary's entry of that name.
 
     Raises:
         ValueError: the shape contradicts the number of tokens of the pass.

@@ -1,8 +1,8 @@
 """The tap: records what a step has just computed, and hands the records of a pass to the thread that writes them.
 
-A record is made of a copy taken in the moment the value is computed; no pointer into the engine is kept, so buffers that
-are reused later cannot change it. Where that copy lies is the stage's: host memory (`HostStage`) or a ring on the device
-(`DeviceStage`). Formatting and disk are the writer thread's: the engine goes on, and waits only where too much waits to be
+A record is made from a copy taken the moment the value is computed; no pointer into the engine is kept, so buffers that
+are reused later cannot change it. The stage decides where that copy lies: in host memory (`HostStage`) or in a ring on the device
+(`DeviceStage`). The writer thread formats and writes: the engine goes on, and waits only when too much is still to be
 written, which is counted.
 """
 
@@ -23,7 +23,7 @@ from .writer import WriterThread
 
 
 class RowSink(Protocol):
-    """What the writer thread writes to: a `checkpoints.jsonl.Writer`, or a list in a test."""
+    """What the writer thread writes to: a `checkpoints.jsonl.Writer`, or in a test a list."""
 
     def rows(self, rows: Rows) -> None:
         """Take the records of one point and pass."""
@@ -44,7 +44,7 @@ class Pass:
 
 
 def stands_once(value: Array, now: Pass) -> bool:
-    """Whether a value of this pass has one row for all of its positions, as a state after it or a pooled embedding."""
+    """Whether a value of this pass has one row for all positions, as the state after it or a pooled embedding has."""
     return value.ndim == 2 and value.shape[0] == 1 and len(now.token_idx) > 1
 
 
@@ -65,7 +65,7 @@ class Stage(Protocol):
     writer: WriterThread
 
     def begin(self, now: Pass, kept: NDArray[np.int64]) -> None:
-        """A pass starts, of which these rows are recorded; what the last one made has been handed over."""
+        """Start a pass of which these rows are recorded; the records of the last one have been handed over."""
 
     def record(self, name: str, value: Array) -> None:
         """Record a value that a step has just computed.
@@ -73,18 +73,18 @@ class Stage(Protocol):
         Raises:
             TypeError: it is not float32, or lies in the wrong memory.
             ValueError: it does not hold a row for each position of the pass.
-            what failed in the writer's thread.
+            Any exception that the writer's thread ended with.
         """
 
     def hand_over(self) -> None:
-        """Give the writer what was recorded since the last time."""
+        """Give the writer what was recorded since the last call."""
 
 
 class Capture:
     """A tap: records the points of its stage, pass by pass.
 
-    What fails in the writer's thread comes out in the engine's next call, and at the latest in `close`.
-    `on_value`, if set, hears of every value computed.
+    A failure in the writer's thread is raised by the engine's next call, and at the latest by `close`.
+    `on_value`, if set, is called for every value that is computed.
     """
 
     def __init__(self, stage: Stage, *, positions: Positions = "all") -> None:
@@ -105,7 +105,7 @@ class Capture:
         return self._rows_kept > 0
 
     def begin(self, now: Pass) -> None:
-        """Say where the pass that starts now stands; what the last one made goes to the writer."""
+        """Start a pass at its place in the sequence; the records of the last one go to the writer."""
         self.stage.hand_over()
         self.stage.writer.check()
         kept = kept_rows(self._positions, now)
@@ -113,7 +113,7 @@ class Capture:
         self.stage.begin(now, kept)
 
     def __call__(self, name: str, value: Array) -> None:
-        """Record a value; called by the loop right after the step. Raises what the stage's `record` raises."""
+        """Record a value; the loop calls it right after the step. Raises what the stage's `record` raises."""
         if self.on_value is not None:
             self.on_value(name)
         if name in self.stage.points and self._rows_kept:
@@ -135,7 +135,7 @@ class Capture:
         self.stage.writer.check()
 
     def _at_exit(self) -> None:
-        """A process that forgets to close loses nothing. A failure that came out before is not raised again."""
+        """Lose nothing in a process that forgets to close. A failure that was raised before is not raised again."""
         with suppress(BaseException) if self.stage.writer.failure_raised else nullcontext():
             self.close()
 

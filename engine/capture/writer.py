@@ -1,8 +1,8 @@
-"""The thread that writes what the engine hands over, while the engine rests.
+"""The thread that writes what the engine hands over, while the engine is idle.
 
 Python runs one thread at a time: summaries and formatting between the steps of a pass would hold the engine up. So the
-thread lets work come together until the engine is quiet, and takes it then in one go. Where memory runs short first, it sets
-work aside as it is, which costs a copy and next to none of Python's time.
+thread lets work pile up until the engine is quiet, and then does it in one go. If memory runs short before that, it sets
+work aside unprocessed, which costs a copy and hardly any of Python's time.
 """
 
 import threading
@@ -12,14 +12,14 @@ from dataclasses import dataclass, replace
 from time import monotonic
 
 _LIMIT = 64 << 20  # bytes that may wait: the logits of a hundred positions of a vocabulary of 150,000
-_QUIET = 0.1  # seconds without new work that count as rest: longer than a decode step of a small model on a CPU (20 ms)
-_LATEST = 1.0  # seconds after which work is done also beside a busy engine, piece by piece
+_QUIET = 0.1  # seconds without new work that count as idle: longer than a decode step of a small model on a CPU (20 ms)
+_LATEST = 1.0  # seconds after which work is done even while the engine is busy, piece by piece
 
 Write = Callable[[], None]
 
 
 def _nothing() -> None:
-    """What is discarded where nothing is held."""
+    """The `discard` of work that holds nothing."""
 
 
 @dataclass(frozen=True)
@@ -34,18 +34,18 @@ class _Work:
 class WriterThread:
     """Runs pieces of work in order, in a thread of its own.
 
-    It begins when nothing new came for 0.1 s or when it has to end. A piece older than a second is done beside a busy engine,
-    and followed by a pause as long as it took, in which the engine has Python for itself. When half of the limit waits, or
-    somebody waits for room, pieces are set aside, those that cannot be are done. Once a piece has failed the others are
-    discarded, and the failure comes out in the next call. `waits` counts how often somebody had to wait for room; `limit` is
-    in bytes.
+    It starts when no new work has come for 0.1 s, or when it has to end. A piece older than a second is done even while the engine
+    is busy, followed by a pause as long as the work took, in which the engine has Python to itself. When half of the limit is
+    waiting, or the engine waits for room, pieces are set aside, or done if they cannot be set aside. Once a piece has failed the
+    others are discarded, and the next call raises the failure. `waits` counts how often the engine had to wait for room; `limit`
+    is in bytes.
     """
 
     def __init__(self, limit: int = _LIMIT) -> None:
         self.waits = 0
         self.failure_raised = False
         self.limit = limit
-        self._size = 0  # of what waits, and is not set aside, or is being written
+        self._size = 0  # bytes of the work that waits without being set aside, or is being written
         self._aside: deque[_Work] = deque()
         self._waiting: deque[_Work] = deque()
         self._last_put = 0.0
@@ -58,14 +58,14 @@ class WriterThread:
         self._thread.start()
 
     def put(self, write: Write, size: int, discard: Write = _nothing, set_aside: Callable[[], Write] | None = None) -> None:
-        """Give the thread something to do that holds `size` bytes.
+        """Give the thread a piece of work that holds `size` bytes.
 
         Args:
             discard: called instead once a piece has failed.
-            set_aside: gives the bytes back and returns what will do the work later. If it raises OSError the work is done at once.
+            set_aside: frees the bytes and returns a function that does the work later. If it raises OSError the work is done at once.
 
         Raises:
-            what an earlier piece has raised.
+            Any exception that an earlier piece raised.
         """
         self.check()
         with self._change:
@@ -85,7 +85,7 @@ class WriterThread:
         return self._size > 0 and self._size + size > self.limit
 
     def hurry(self) -> None:
-        """Make room at once, and count that somebody waits for it."""
+        """Make room at once, and count that the engine waits for it."""
         with self._change:
             self.waits += 1
             self._begin()
@@ -95,7 +95,7 @@ class WriterThread:
         self._change.notify_all()
 
     def check(self) -> None:
-        """Raise what a piece of work has raised; `failure_raised` says that somebody has heard of it."""
+        """Raise what a piece of work has raised, and note in `failure_raised` that it was reported."""
         if self._failure is not None:
             self.failure_raised = True
             raise self._failure
@@ -127,7 +127,7 @@ class WriterThread:
                 self._change.notify_all()
 
     def _next(self) -> tuple[_Work, bool] | None:
-        """The next piece when the time is right, and whether to set it aside; None when all is done and no more will come."""
+        """The next piece when its time has come, and whether to set it aside; None when all is done and no more will come."""
         while True:
             if not self._waiting:
                 self._hurried = False
@@ -146,13 +146,13 @@ class WriterThread:
             self._change.wait(due - now)
 
     def _can_wait(self, work: _Work) -> bool:
-        """Whether a piece can make room without being done; one that holds nothing only keeps its place in the order."""
+        """Whether a piece can free its bytes without being done; one that holds nothing only keeps its place in the order."""
         return self._failure is None and not self._closing and (work.set_aside is not None or not work.size)
 
     def _set_aside(self, work: _Work) -> _Work | None:
         try:
             write = work.write if work.set_aside is None else work.set_aside()
-        except OSError:  # no disk for it: the engine waits for the work itself
+        except OSError:  # the disk is full: the engine waits until the work is done
             return None
         return replace(work, write=write, discard=_nothing, size=0, set_aside=None)
 

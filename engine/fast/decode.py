@@ -17,10 +17,10 @@ from ..device import kernel
 from ..weights.packing import BF16, F16, F32
 from .weights import FastWeights
 
-_THREADS = 512 + 32  # of decode.cu: those that compute, and the warp that brings weights near
-_OTHER = 3456  # bytes of Shared beside activations, heads and weights: pointers of two layers, sums, barriers
+_THREADS = 512 + 32  # as in decode.cu: the threads that compute, and the warp that prefetches weights
+_OTHER = 3456  # bytes of Shared besides activations, heads and weights: pointers of two layers, sums, barriers
 _SMALL_PIECES = 1 << F32 | 1 << F16 | 1 << BF16  # types whose rows have a piece for each of 128 lanes
-# Quantised rows of a 0.5 B model are 28 pieces: one warp takes a row of them, four that of the down projection.
+# Quantised rows of a 0.5 B model are 28 pieces: one warp takes such a row, four take a row of the down projection.
 _QUANTISED_WARPS = {"QKV_WARPS": 1, "OUT_WARPS": 1, "GATE_WARPS": 1, "DOWN_WARPS": 4, "DOWN_ROWS": 2}
 _ALIGNED = 64  # floats, as CuPy aligns what it allocates by itself
 # Cycles between two pieces of weights on a device whose memory gives less than that many bytes a second; near.cuh has that of others.
@@ -40,7 +40,7 @@ _OUTPUTS = {
 
 
 def _places(xp: Any, layers: int, sizes: dict[str, int]) -> list[dict[str, Array]]:
-    """Zeros for every value of every layer, cut from one piece: hundreds of allocations took 8 ms."""
+    """Zeroed memory for every value of every layer, cut from one allocation: hundreds of them took 8 ms."""
     ends = np.cumsum([-(-size // _ALIGNED) * _ALIGNED for size in sizes.values()])
     everything = xp.zeros((layers, int(ends[-1])), np.float32)
     starts = dict(zip(sizes, (0, *ends[:-1].tolist()), strict=True))
@@ -49,9 +49,9 @@ def _places(xp: Any, layers: int, sizes: dict[str, int]) -> list[dict[str, Array
 
 @dataclass(frozen=True)
 class _Wanted:
-    """What a step records: the kernel's arguments without the place of the records; the parts that the tap hears of.
+    """What a step records: the kernel's arguments but for the records' address, and the parts that the tap is told of.
 
-    `places` is the room that they take, in records: the logits' sums by blocks lie behind their record.
+    `places` is the room that they take, in records: the logits' sums by blocks follow their record.
     """
 
     arguments: tuple[Any, ...]
@@ -98,11 +98,11 @@ class DecodeStep:
         self._place_best = kernel("decode", "place_best", defines)
         size = xp.zeros(1, dtype=np.int32)
         kernel("decode", "shared_bytes", defines)((1,), (1,), (size,))
-        self._shared = int(size[0])  # what the structure takes, the staged weights included
+        self._shared = int(size[0])  # bytes of the structure, the staged weights included
         if self._shared > 48 * 1024:
             self._kernel.max_dynamic_shared_size_bytes = self._shared
         self._wanted: dict[tuple[frozenset[str], int], _Wanted] = {}
-        self._first: int | None = None  # the position that the angles are of
+        self._first: int | None = None  # the position that the angles start at
         self.set_angles(0)
 
     def _defines(self) -> tuple[str, ...]:
@@ -120,13 +120,13 @@ class DecodeStep:
         return (*(f"{name}={value}" for name, value in numbers.items()), f"TYPES={self.weights.types}ull")
 
     def _memory_bandwidth(self) -> float:
-        """Bytes a second that the device's memory moves at most: two transfers a clock over the bus's width."""
+        """Peak bytes a second of the device's memory: two transfers a clock over the bus's width."""
         runtime = self._xp.cuda.runtime
         clock, width = (runtime.deviceGetAttribute(number, self._xp.cuda.Device().id) for number in (_MEMORY_CLOCK, _BUS_WIDTH))
         return 2.0 * int(clock) * 1000 * int(width) / 8
 
     def _staging(self) -> dict[str, int]:
-        """Bytes of shared memory for a block's rows of gate and up, and of down; none where both do not fit."""
+        """Bytes of shared memory for a block's rows of gate and up, and of down; empty if they do not all fit."""
         hp, layers = self._hp, self.weights.layers
 
         def most(name: str, rows: int) -> int:
@@ -140,7 +140,7 @@ class DecodeStep:
         return {"GATE_BYTES": gate, "DOWN_BYTES": down} if fits else {"GATE_BYTES": 0, "DOWN_BYTES": 0}
 
     def _describe(self) -> list[Array]:
-        """The kernel's `Model` and `Layer` structures: 64-bit words in their order."""
+        """The kernel's `Model` and `Layer` structures, as 64-bit words in the order of their fields."""
         xp, w = self._xp, self.weights
         layers: list[int] = []
         for layer, values, words in zip(w.layers, self.values, self._words, strict=True):
@@ -171,7 +171,7 @@ class DecodeStep:
         return [there, xp.asarray(np.array([*words, *(array.data.ptr for array in arrays)], dtype=np.int64))]
 
     def set_angles(self, first: int) -> None:
-        """RoPE's angles where place 0 of the cache is position `first`."""
+        """Compute RoPE's angles, with position `first` at place 0 of the cache."""
         hp = self._hp
         if not hp.rope_dims or first == self._first:
             return
@@ -183,15 +183,15 @@ class DecodeStep:
         self.sine.set(sine)
 
     def place_token(self, token: int, position: int) -> None:
-        """The next step takes this token, at this place."""
+        """Let the next step take this token, at this place."""
         self._place_token((1,), (1,), (self.state, np.int32(token), np.int32(position)))
 
     def place_best(self, logits: Array, position: int) -> None:
-        """The next step takes the largest of these logits [V], chosen on the device, at this place."""
+        """Let the next step take the largest of these logits [V], chosen on the device, at this place."""
         self._place_best((1,), (1024,), (self.state, logits, np.int32(position), self.tokens))
 
     def launch(self, stage: DeviceStage | None) -> None:
-        """One step, with the records that the tap wants; nothing waits for it."""
+        """Launch one step, with the records that the tap wants, and do not wait for it."""
         names = frozenset() if stage is None else stage.points
         size = 0 if stage is None else stage.slice_size
         if (names, size) not in self._wanted:
@@ -212,7 +212,7 @@ class DecodeStep:
         return ["embd", *(in_layer(i, kind) for i in range(self._hp.n_layers) for kind in kinds), "output_norm", "logits"]
 
     def _records(self, points: Sequence[str], stage: DeviceStage | None) -> _Wanted:
-        """A table with a line for each chunk that a point may have, but for the logits, which each block sums up by itself."""
+        """A table with a line for each chunk that a point may have, except the logits, whose parts each block sums up itself."""
         xp = self._xp
         work: list[tuple[int, ...]] = []
         parts: list[Part] = []

@@ -1,7 +1,7 @@
 """A prefill of the fast mode: cuBLAS's products, and kernels of our own between them.
 
-Twelve launches a layer, into buffers that serve all layers: with many small ones the host would be slower than the device.
-Every product is the same whatever is captured.
+Twelve launches a layer, into buffers that serve all layers: with more and smaller launches the host would be slower than the device.
+The products are the same whatever is captured.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,7 +29,7 @@ Keep = Callable[[str, Array], None]
 
 @dataclass(frozen=True)
 class _Place:
-    """What is the same in every pass of one layer: names of its points, biases of Q, K and V or null, its caches."""
+    """What stays the same in every pass of one layer: names of its points, biases of Q, K and V (or null), its caches."""
 
     names: list[str]
     biases: tuple[Any, ...]
@@ -37,7 +37,7 @@ class _Place:
     values: Array
 
     def tell(self, keep: Keep, first: int, values: tuple[Array, ...]) -> None:
-        """Hand on the values of neighbouring points, from the `first` of `_POINTS` on."""
+        """Pass the values of consecutive points to `keep`, from number `first` of `_POINTS` on."""
         for name, value in zip(self.names[first : first + len(values)], values, strict=True):
             keep(name, value)
 
@@ -52,7 +52,7 @@ class Prefill:
         defines = (f"TYPES={weights.types}ull", "LOW=__nv_bfloat16" if bf16 else "LOW=__half")
         self._kernels = {name: kernel("prefill", name, defines) for name in _KERNELS}
         self._cublas, self._handle = self._xp.cuda.cublas, self._xp.cuda.device.get_cublas_handle()
-        self._constants = np.array([1, 0], np.float32)  # factors of a product and of what was there before
+        self._constants = np.array([1, 0], np.float32)  # cuBLAS's α and β: a product, and nothing of what was there before
         self._one, self._zero = self._constants.ctypes.data, self._constants.ctypes.data + 4
         hp = self._hp
         self._head_numbers = tuple(
@@ -71,7 +71,7 @@ class Prefill:
         ]
 
     def run(self, tokens: NDArray[np.int32], past: int, keep: Keep | None) -> Array:
-        """Logits of all rows, after `past` tokens in the cache: [T] -> [T, V]. `keep` hears of every value in dataflow order."""
+        """Logits of all rows, after `past` tokens in the cache: [T] -> [T, V]. `keep` is called with every value, in dataflow order."""
         hp, w, step = self._hp, self._weights, self._step
         t = len(tokens)
         s, width, q_width, k_width = past + t, hp.n_embd, hp.n_heads * hp.head_size, hp.n_kv_heads * hp.head_size
@@ -123,7 +123,7 @@ class Prefill:
         return self._xp.empty(shape, dtype=np.float32)
 
     def _lows(self, *shape: int) -> Array:
-        return self._xp.empty(shape, dtype=np.float16)  # bfloat16 has the same size: CuPy needs no type of it
+        return self._xp.empty(shape, dtype=np.float16)  # for bfloat16, too, which CuPy lacks: it has the same size
 
     def _run(self, name: str, blocks: int, arguments: tuple[Any, ...], threads: int = 256, shared: int = 0) -> None:
         self._kernels[name]((blocks,), (threads,), arguments, shared_mem=shared)
@@ -139,9 +139,9 @@ class Prefill:
                 self._run("add_bias", len(value), (value, matrix.bias, np.int32(matrix.rows)))
 
     def _product(self, group: Group, low: Array, wide: Array, out: Array) -> None:
-        """x · Wᵀ for each matrix of a group, accumulated in float32: [T, in] -> [T, out], or [2, T, out] of two of one size.
+        """x · Wᵀ for each matrix of a group, accumulated in float32: [T, in] -> [T, out], or [2, T, out] for two of one size.
 
-        `low` is x rounded to the product's type; a group of float32 weights takes `wide`, x as it is.
+        `low` is x rounded to the product's type; a group of float32 weights takes `wide`, the unrounded x.
         """
         t, cols, rows = low.shape[0], low.shape[1], sum(part.rows for part in group.parts)
         count = len(out) if out.ndim == 3 else 1
@@ -161,7 +161,7 @@ class Prefill:
         )
 
     def _in_low_type(self, group: Group) -> int:
-        """The address of a group's weights one after the other in half precision; they are unpacked if the file has others."""
+        """The address of a group's weights, contiguous and in half precision; weights of another type are converted first."""
         if group.kind == self._kind:
             return int(group.joined.data.ptr)
         if group.kind == F32:
@@ -191,7 +191,7 @@ class Prefill:
         return self._xp.asarray(table)
 
     def _attend(self, pointers: Array, t: int, s: int, soft_max: tuple[Any, ...]) -> None:
-        """Scores, softmax and weighted values of all heads, float32."""
+        """Compute scores, softmax and weighted values of all heads, in float32."""
         hp, blas = self._hp, self._cublas
         d, q_width, k_width = hp.head_size, hp.n_heads * hp.head_size, hp.n_kv_heads * hp.head_size
         k, q, scores, v, shares, mixed = (pointers.data.ptr + i * 8 * hp.n_heads for i in range(6))

@@ -1,7 +1,7 @@
 """The fast mode: native weight types on the device, prefill through cuBLAS, decode as one kernel. CuPy only.
 
-The plain operations of `engine.ops` stay the definition; tests hold this mode to them. A prefill's products round
-activations (and quantised weights) to half precision, or to bfloat16 for BF16 files; decode rounds nothing but sums.
+The plain operations of `engine.ops` remain the definition, and tests compare this mode with them. A prefill's products round
+activations (and quantised weights) to half precision, or to bfloat16 for BF16 files; decode rounds nothing but its float32 sums.
 """
 
 from collections.abc import Sequence
@@ -27,14 +27,14 @@ from .prefill import Prefill
 from .upload import Upload
 from .weights import FastWeights
 
-_POSITIONS = 2048  # places of the cache if nothing else is said
+_POSITIONS = 2048  # places of the cache by default
 
 
 class FastTransformer:
-    """Runs a model in its own types, one sequence at a time; an `Engine`. `steps` and `weights` are what its kernels stand for.
+    """Runs a model in the file's own types, one sequence at a time; an `Engine`. Its kernels implement `steps` with `weights`.
 
     Raises:
-        ModelError: the model has an architecture, shape or bias that this mode does not have.
+        ModelError: the model has an architecture, shape or bias that this mode does not support.
     """
 
     def __init__(self, model: GgufModel, backend: Backend, *, positions: int = _POSITIONS) -> None:
@@ -47,7 +47,7 @@ class FastTransformer:
         xp = backend.xp
         self._xp = xp
         self.stream = xp.cuda.Stream(non_blocking=True)
-        with self.stream, Upload(model.path, backend) as upload:  # kernels are loaded while weights are under way
+        with self.stream, Upload(model.path, backend) as upload:  # kernels are loaded while weights are being copied
             self._weights = FastWeights(model, backend, upload)
             self.step = DecodeStep(self._weights, backend, self.stream, min(positions, self.hp.n_ctx_train))
         self.stream.synchronize()
@@ -65,14 +65,14 @@ class FastTransformer:
         return points_of(self.steps)
 
     def check(self, tokens: Sequence[int], before: int) -> None:
-        """Raises InputError for tokens that this model cannot take after `before` positions."""
+        """Raise InputError for tokens that this model cannot take after `before` positions."""
         check_tokens(self.hp, tokens, before)
 
     def expect(self, positions: int) -> None:
-        """Nothing to do: this mode has no model whose frequencies follow the length."""
+        """Do nothing: no model that this mode supports has frequencies that depend on the length."""
 
     def start(self, first_position: int = 0) -> Progress:
-        """A new, empty sequence; it takes the place of the last, since the cache is part of the steps."""
+        """A new, empty sequence; it replaces the last one, since there is only one cache."""
         with self.stream:
             self.step.set_angles(first_position)
         return Progress(first_position)
@@ -124,7 +124,7 @@ class FastTransformer:
         """Launch one step; the token stands in the device's state.
 
         Raises:
-            TypeError: a tap that steps of the device cannot be recorded by; nothing has been launched then.
+            TypeError: the tap cannot record steps of the device; nothing has been launched then.
         """
         stage: DeviceStage | None = None
         if tap is not None:
@@ -138,7 +138,7 @@ class FastTransformer:
         sequence.passes += 1
 
     def _prefill(self, tokens: Sequence[int], sequence: Progress, tap: Capture | None) -> Array:
-        """Logits of all rows [T, V]: the same products whatever is captured."""
+        """Logits of all rows [T, V]; the products are the same whatever is captured."""
         past, t = sequence.length, len(tokens)
         positions = np.arange(t) + sequence.first + past
         if tap is not None:
@@ -150,5 +150,5 @@ class FastTransformer:
 
     @cached_property
     def _passes(self) -> Prefill:
-        """Made for the first prefill: cuBLAS takes its time to load."""
+        """The prefill's buffers and kernels, made for the first prefill only: cuBLAS is slow to load."""
         return Prefill(self._weights, self.step, self.backend)

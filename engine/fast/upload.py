@@ -1,7 +1,7 @@
-"""Parts of a file brought into device memory by several threads, through pinned memory.
+"""Parts of a file copied into device memory by several threads, through pinned memory.
 
-A copy from pageable memory runs at a few GB/s and holds everything up; here threads read the file (from the page cache, or the
-disk) each into a pinned buffer of its own, while others' are copied.
+A copy from pageable memory runs at a few GB/s and holds everything up; here each thread reads the file (from the page cache or the
+disk) into a pinned buffer of its own, while other threads' buffers are being copied.
 """
 
 import os
@@ -15,14 +15,14 @@ import numpy as np
 
 from ..backend import Array, Backend
 
-# Measured on an H200's host: one thread reads the page cache at 5 GB/s, eight at 32 to 48, the link takes 52, so that a second
-# buffer for each thread gains little; pinning 32 MB takes 12 to 30 ms, and Python 0.1 ms for each piece, one thread at a time.
+# Measured on an H200's host: one thread reads the page cache at 5 GB/s, eight at 32 to 48, and the link carries 52, so that a second
+# buffer for each thread gains little; pinning 32 MB takes 12 to 30 ms, and Python takes 0.1 ms a piece, one thread at a time.
 _THREADS = 8
 _PIECE = 4 << 20  # bytes of a pinned buffer
 
 
 class Upload:
-    """Use as a context: `into` starts a copy, `wait` (and leaving the context) ends all that were started.
+    """A context manager: `into` starts a copy, `wait` (and leaving the context) waits for all that were started.
 
     Raises (in `wait`):
         OSError: the file cannot be read, or ended early.
@@ -36,8 +36,8 @@ class Upload:
         self._running: list[Future[Any]] = []
 
     def into(self, array: Array, offset: int) -> None:
-        """Start to bring as many bytes as the contiguous array has, from this offset of the file on."""
-        self._xp.cuda.get_current_stream().synchronize()  # the pool may give memory that kernels still read
+        """Start to fill the contiguous array with the file's bytes from this offset on."""
+        self._xp.cuda.get_current_stream().synchronize()  # the pool may hand out memory that kernels still read
         for start in range(0, array.nbytes, _PIECE):
             size = min(_PIECE, array.nbytes - start)
             self._running.append(self._pool.submit(self._bring, array.data.ptr + start, offset + start, size))

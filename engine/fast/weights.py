@@ -1,4 +1,4 @@
-"""A model's weights on the device in the file's own types, and the shape that the fast mode's kernels are compiled for."""
+"""A model's weights on the device in the file's own types, and the dimensions that the fast mode's kernels are compiled for."""
 
 from dataclasses import dataclass, replace
 
@@ -19,9 +19,9 @@ _GROUPS = (("attn_q", "attn_k", "attn_v"), ("attn_output",), ("ffn_gate", "ffn_u
 
 @dataclass(frozen=True)
 class Group:
-    """Matrices that one product serves.
+    """Matrices that are multiplied in one product.
 
-    `kind` is their ggml type where they are of one float type and lie one after the other in `joined`, else -1: then they are
+    `kind` is their ggml type if they share one float type and lie one after the other in `joined`, else -1: then they are
     unpacked first.
     """
 
@@ -44,22 +44,22 @@ class LayerWeights:
 
 
 class FastWeights:
-    """Every weight on the device; types that have no kernel are dequantised on the host and kept as float32.
+    """Every weight on the device; types without a kernel are dequantised on the host and kept as float32.
 
-    Matrices of float types are there when `upload` has ended.
+    Matrices of float types are only complete when `upload` has ended.
 
     Raises:
-        ModelError: an architecture or a shape that the fast mode does not have.
+        ModelError: the fast mode does not support this architecture or shape.
     """
 
     def __init__(self, model: GgufModel, backend: Backend, upload: Upload) -> None:
         hp = model.hyperparameters
         if reason := lacking(model):
             raise ModelError(f"the fast mode has {reason}.", "Take --mode exact.", code="fast-mode")
-        # Packing a matrix needs its blocks a few times over: the largest three times beside the rest.
+        # Packing needs several copies of a matrix's blocks: room for three of the largest, beside all the rest.
         sizes = [info.n_bytes for info in model.tensors.values()]
         backend.require(sum(sizes) + 3 * max(sizes), f"{model.path.name} in its own types")
-        # One piece of the driver's memory, which CuPy's pool cuts up (in units of 512 bytes): one by one they took 40 ms.
+        # One allocation from the driver, which CuPy's pool cuts up (in units of 512 bytes): separate ones took 40 ms.
         backend.xp.empty(sum(sizes) + 512 * len(sizes), np.uint8)
         self._model = model
         self._backend = backend
@@ -88,7 +88,7 @@ class FastWeights:
         return LayerWeights(matrices, qkv, out, gate_up, down, *norms)
 
     def _all_vectors(self) -> dict[str, Array]:
-        """Norms and biases as float32, in one copy: they are many and small."""
+        """Norms and biases as float32, copied to the device together, as they are many and small."""
         hosts = {
             name: self._model.load(name).ravel() for name in self._model.tensors if name.endswith(("norm.weight", ".bias"))
         }
@@ -97,7 +97,7 @@ class FastWeights:
         return {name: together[end - host.size : end] for (name, host), end in zip(hosts.items(), ends, strict=True)}
 
     def _group(self, *names: str) -> Group:
-        """Matrices of one width: float types one after the other in memory, quantised ones as planes of their own."""
+        """Matrices of one width: float types one after the other in memory, each quantised one as its own planes."""
         infos = [self._model.tensors[f"{name}.weight"] for name in names]
         kinds = {info.type for info in infos}
         if len(kinds) > 1 or not kinds <= _FLOATS:

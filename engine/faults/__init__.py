@@ -1,6 +1,6 @@
 """Known faults of engines, each a small change to the list of steps.
 
-`plant` gives the list that an engine with that fault would run. Adding one is an entry in the `FAULTS` of its group's
+`plant` gives the list that an engine with that fault would run. A new fault is an entry in the `FAULTS` of its group's
 file and a test.
 """
 
@@ -42,7 +42,7 @@ from .fitted import Fitted
 
 __all__ = ["AT", "CATALOGUE", "FITTED", "SEEN", "Fault", "Fitted", "Planting", "Steps", "as_recorded", "plant"]
 
-_GROUPS = {  # of faults with the same numbers the first one is named: a formula before weights that happen to look like it
+_GROUPS = {  # the first of several faults with the same numbers is named: a formula before weights that happen to look like it
     "tokens": tokens.FAULTS,
     "RoPE": (*rope.FAULTS, *rope_extended.FAULTS),
     "norms": (*norms.FAULTS, *head_norms.FAULTS),
@@ -58,7 +58,7 @@ _GROUPS = {  # of faults with the same numbers the first one is named: a formula
     "dequantisation": (*dequantisation.FAULTS, *block_scales.FAULTS),
     "capture": capture.FAULTS,
 }
-FITTED = (*fitted_numbers.FITTED, *fitted.FITTED)  # a number of the metadata before a factor that nobody wrote down
+FITTED = (*fitted_numbers.FITTED, *fitted.FITTED)  # a number of the metadata before a factor that is not in the file
 CATALOGUE: Mapping[str, Fault] = {
     fault.name: replace(fault, group=group) for group, faults in _GROUPS.items() for fault in faults
 }

@@ -61,7 +61,7 @@ def _heads(step: Step, _right: Steps, parameters: Parameters) -> Step:
 
 
 def _over_queries(scores: Array, positions: Array, key_positions: Array, passes: Array, *, scale: float) -> Array:
-    """softmax over the queries of one pass: those of other passes are not there."""
+    """softmax over the queries of one pass: the scores of other passes' queries no longer exist."""
     later = key_positions[None, :] > positions[:, None]
     shifted = np.where(later, np.float32(-np.inf), scores * np.float32(scale))
     weights = np.zeros_like(shifted)
@@ -80,7 +80,7 @@ def _over_heads(scores: Array, positions: Array, key_positions: Array, *, scale:
 
 
 def _without_maximum(scores: Array, positions: Array, key_positions: Array, *, scale: float) -> Array:
-    """exp of the scores as they are, in float16: infinite above 11.09."""
+    """exp of the scores without subtracting their maximum, in float16: infinite above 11.09."""
     later = key_positions[None, :] > positions[:, None]
     with np.errstate(over="ignore", invalid="ignore"):
         weights = np.exp(scores * np.float32(scale)).astype(np.float16).astype(np.float32)
@@ -124,13 +124,13 @@ def _concatenate(step: Step, _right: Steps, parameters: Parameters) -> Step:
 
 
 def _rows_moved(history: Array, *, by: int) -> Array:
-    """Cache rows of other positions; where there is none, the first or last one."""
+    """The cache's rows, each replaced by the one `by` positions away; beyond the ends, by the first or last row."""
     xp, history = module_of(history), ops.cached(history)
     return history[xp.clip(xp.arange(history.shape[0]) + by, 0, history.shape[0] - 1)]
 
 
 def _other_cache(step: Step, right: Steps, parameters: Parameters) -> Step:
-    """The cache of another value: a step that reads keys where values are wanted, or the other way round."""
+    """A step that reads another value's cache: keys where values are wanted, or the other way round."""
     reads, instead = parameters["read"]
     if kind_of(step) != reads or step.op is not ops.cached:
         return step

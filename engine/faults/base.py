@@ -1,4 +1,4 @@
-"""What a fault is, and how it is planted into a list of steps."""
+"""The definition of a fault, and how it is planted into a list of steps."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,7 +16,7 @@ from ..lift.node import GgmlOperation
 
 COPY = "~"  # ends the names of steps that compute a layer a second time
 SEEN = "seen:"  # starts the name of what a dump shows for a point, where that is not what the engine computed
-AT = "at"  # the parameter that chooses among a fault's kinds of step
+AT = "at"  # the parameter that selects some of a fault's kinds of step
 
 _GIVEN = frozenset({TOKENS, POSITIONS, PASSES})
 _ANY = -1  # stands for every layer
@@ -35,16 +35,16 @@ class Fault:
 
     Attributes:
         kinds: the kinds of step that it changes ("q_rope" in every layer, "output_norm" once), or ggml's operations ("SSM_SCAN"),
-            whatever a model calls what they make.
-        change: the changed step, or several in its place, given the right one, all steps by name, and the parameters.
+            whatever a model calls their values.
+        change: makes the changed step, or several in its place, from the right one, all steps by name, and the parameters.
         what: what is wrong, in a sentence; `{name}` stands for a parameter's value.
         symptom, fix, seen: sentences for the user: what it looks like, how to fix it, where it was seen.
         parameters: the values that are tried, by name; `at` lists subsets of `kinds`. A function computes the values from
             the steps.
-        says: what `what` says for a value of a parameter that would be hard to read.
-        shows: of a fault of the capture: the step that makes what the dump shows for a point, None where it is right.
+        says: wording for parameter values that would be hard to read in `what`.
+        shows: for a fault of the capture: the step that makes what the dump shows for a point, None where the dump is right.
         whole: later positions affect earlier ones, so that a run over the first positions does not show the fault.
-        once: it concerns one place of the model or all of it, not single layers.
+        once: the fault concerns one place of the model or all of it, not single layers.
     """
 
     name: str
@@ -62,7 +62,7 @@ class Fault:
     once: bool = False
 
     def variants(self, right: Steps) -> list[dict[str, Any]]:
-        """Every combination of the parameters' values; empty for a fault that has none for this model."""
+        """Every combination of the parameters' values; empty if a parameter has no values for this model."""
         values = [value(right) if callable(value) else value for value in self.parameters.values()]
         return [dict(zip(self.parameters, chosen, strict=True)) for chosen in product(*values)]
 
@@ -74,9 +74,9 @@ class Fault:
 
 
 class Planting:
-    """A list of steps, indexed once and when it is first needed, to plant many faults in.
+    """A list of steps to plant many faults in, indexed once, when the index is first needed.
 
-    `recorded` are the points that a dump has: for a fault of the capture no other is shown (None: all are).
+    `recorded` are the points that a dump has; a fault of the capture changes what is shown for these only (None: for all).
     """
 
     def __init__(self, steps: Sequence[Step], recorded: Collection[str] | None = None) -> None:
@@ -95,7 +95,7 @@ class Planting:
 
     @cached_property
     def _places(self) -> Mapping[tuple[str, int | None], Sequence[int]]:
-        """The numbers of the steps of a kind, by layer."""
+        """The numbers of the steps, by kind and layer."""
         places: dict[tuple[str, int | None], list[int]] = {}
         for number, step in enumerate(self.steps):
             layer = layer_near(step)
@@ -126,9 +126,9 @@ class Planting:
         return dict(sorted(edits_of.items()))
 
     def _check(self, changed: Sequence[Step], number: int, planted: Mapping[int, Sequence[Step]]) -> None:
-        """Raises NotApplicable if steps in the place of that number cannot be computed there: two faults changed one, each for itself.
+        """Raise NotApplicable if the changed steps cannot be computed at that number, as when two faults change the same step.
 
-        `planted` is what else is changed, whose new values are known behind it.
+        `planted` holds the other changes; values that they add are known to the steps after them.
         """
         new_names = {step.makes for place, steps in planted.items() if place < number and len(steps) > 1 for step in steps}
         for step in changed:
@@ -146,11 +146,11 @@ class Planting:
                 yield from self._places.get((kind, layer), ())
 
     def begin(self, fault: Fault, layers: Collection[int] | None, parameters: Parameters) -> int:
-        """The number of the first step that this fault may change; that of no step where it finds none."""
+        """The number of the first step that this fault may change; the number of steps if there is none."""
         return min(self._numbers(fault, layers, parameters), default=len(self.steps))
 
     def of(self, fault: Fault, layers: Collection[int] | None, parameters: Parameters) -> list[Step]:
-        """The steps with this fault. `plant` says the rest."""
+        """The steps with this fault; see `plant`."""
         new: Mapping[int, Sequence[Step]] = {}
         shown: list[Step] = []
         if fault.shows is None:
@@ -182,9 +182,9 @@ def plant(steps: Sequence[Step], fault: Fault, layers: Collection[int] | None = 
 
 
 def as_recorded(steps: Sequence[Step]) -> list[Step]:
-    """The same steps, with what a dump shows for a point under that point's own name: for writing the faulty dump.
+    """The same steps, renamed so that running them writes the faulty dump: what a dump shows for a point has the point's own name.
 
-    What the engine itself computes for such a point, and goes on with, ends in "!".
+    The value that the engine itself computes for such a point, and goes on with, gets a name that ends in "!".
     """
     shown = {step.makes.removeprefix(SEEN) for step in steps if step.makes.startswith(SEEN)}
 
@@ -202,7 +202,7 @@ def as_recorded(steps: Sequence[Step]) -> list[Step]:
 
 
 def _alike(changed: "Step | Sequence[Step]", step: Step) -> bool:
-    """Whether a step differs from another one in values only: it takes what that takes, from where that takes it."""
+    """Whether a changed step differs in values only: it takes the same arguments, from the same places."""
     return (
         isinstance(changed, Step)
         and changed.op is step.op
@@ -215,7 +215,7 @@ def _alike(changed: "Step | Sequence[Step]", step: Step) -> bool:
 
 @lru_cache(maxsize=1 << 12)
 def _takes(op: Callable[..., Any], count: int, names: frozenset[str]) -> bool:
-    """Whether an operation can be called with so many positional arguments and with these keywords."""
+    """Whether an operation accepts so many positional arguments and these keywords."""
     try:
         signature(op).bind(*[None] * count, **dict.fromkeys(names))
     except TypeError:
@@ -224,7 +224,7 @@ def _takes(op: Callable[..., Any], count: int, names: frozenset[str]) -> bool:
 
 
 def unchanged(step: Step, _right: Steps, _parameters: Parameters) -> Step:
-    """The change of a fault that lies in the capture only."""
+    """The change of a fault that lies only in the capture."""
     return step
 
 
@@ -234,14 +234,14 @@ def with_parameters(step: Step, **parameters: Any) -> Step:
 
 
 def read_of(step: Step, number: int) -> Read:
-    """What a step reads, by its number. Raises NotApplicable if it reads fewer."""
+    """A read of a step, by its number. Raises NotApplicable if the step has fewer reads."""
     if number >= len(step.reads):
         raise NotApplicable(f"{step.makes} reads only {len(step.reads)} values")
     return step.reads[number]
 
 
 def weight_of(step: Step, number: int) -> Weight:
-    """A weight of a step, by its number; None where it has fewer: the model lacks an optional one."""
+    """A weight of a step, by its number; None if it has fewer, as where the model lacks an optional one."""
     return step.weights[number] if number < len(step.weights) else None
 
 
@@ -264,7 +264,7 @@ def layer_of(step: Step) -> int:
     return layer
 
 
-_OPERATIONS: Mapping[Callable[..., Any], str] = {  # of the house, by the names that ggml has for them
+_OPERATIONS: Mapping[Callable[..., Any], str] = {  # ggml's names of the operations of `engine.ops`
     ops.linear: "MUL_MAT",
     ops.rms_norm: "RMS_NORM",
     ops.layer_norm: "NORM",
@@ -273,14 +273,14 @@ _OPERATIONS: Mapping[Callable[..., Any], str] = {  # of the house, by the names 
 
 
 def kinds_of(step: Step) -> tuple[str, ...]:
-    """What a fault's `kinds` may call a step: its kind in its layer, and the operation of ggml's that it is."""
+    """The names by which a fault's `kinds` may mean a step: its kind in its layer, and its operation in ggml."""
     kind = _parse(step.makes).kind.rstrip(COPY)
     operation = step.op.name if isinstance(step.op, GgmlOperation) else _OPERATIONS.get(step.op)
     return (kind,) if operation is None else (kind, operation)
 
 
 def layer_near(step: Step) -> int | None:
-    """The layer that a step belongs to: by its own name or, where that has none, by the last layer that it reads from."""
+    """The layer that a step belongs to: by its own name or, if that names no layer, the last layer that it reads from."""
     layer = _parse(step.makes).layer
     if layer is not None or not step.inner:
         return layer
@@ -288,7 +288,7 @@ def layer_near(step: Step) -> int | None:
 
 
 def kind_of(step: Step) -> str:
-    """The kind of a step in its layer; that of a copy is the original's."""
+    """The kind of a step in its layer; a copy has the original's."""
     return _parse(step.makes).kind.rstrip(COPY)
 
 

@@ -29,7 +29,7 @@ def _bias_sign(step: Step, _right: Steps, _parameters: Parameters) -> Step:
 
 
 def _bias_of(step: Step, right: Steps, parameters: Parameters) -> Step:
-    """The bias of another projection; of a longer one its first elements, a shorter one is repeated."""
+    """The step with another projection's bias: a longer one is cut, a shorter one repeated."""
     own, other = weight_of(step, 1), weight_of(sibling(step, right, parameters["of"]), 1)
     if not isinstance(own, str) or not isinstance(other, str):
         return step

@@ -1,6 +1,7 @@
-"""Blocks of quantised weights as they are misread: edits of their bytes, by the layouts of ggml-common.h.
+"""Misreadings of quantised blocks as edits of their bytes, by the layouts of ggml-common.h.
 
-Each takes blocks [n, bytes a block], their ggml type and the fault's parameters; None: a type that it does not touch.
+Each function takes blocks [n, bytes a block], their ggml type and the fault's parameters; it returns the edited blocks, or None
+for a type that it does not affect.
 """
 
 from collections.abc import Mapping
@@ -18,7 +19,7 @@ Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, BF16, MXFP4 = 10, 11, 12, 13, 14, 30, 39
 
 @dataclass(frozen=True)
 class _Parts:
-    """Where things lie in a block: byte ranges of the nibbles, high bits, minimum, scale and packed scales."""
+    """The layout of a block: byte ranges of the nibbles, high bits, minimum, scale and packed scales."""
 
     nibbles: slice | None = None
     high: slice | None = None
@@ -51,7 +52,7 @@ def nibble_order(blocks: Bytes, kind: int, parameters: Parameters) -> Bytes | No
     qs = blocks[:, where]
     if parameters["order"] == "high first":
         blocks[:, where] = (qs >> 4) | (qs << 4)
-    else:  # byte i holds elements 2i and 2i + 1 in the reader's mind: lay the true order out so that it reads them
+    else:  # the faulty reader takes byte i for elements 2i and 2i + 1: the true order is permuted to what it reads
         flat = np.stack([qs & 15, qs >> 4], axis=2).reshape(len(qs), -1)
         half = flat.shape[1] // 2
         blocks[:, where] = flat[:, :half] | (flat[:, half:] << 4)
@@ -109,7 +110,7 @@ def neighbours_scale(blocks: Bytes, kind: int, parameters: Parameters) -> Bytes 
     if parameters["of"] == "sub-block":
         if parts.packed is None or kind == Q3_K:
             return None
-        if kind in (Q4_K, Q5_K):  # the 12 bytes hold 4 + 4 scales and 4 + 4 mins: within each four, one on
+        if kind in (Q4_K, Q5_K):  # the 12 bytes hold 4 + 4 scales and 4 + 4 mins: each four is rotated by one
             packed = blocks[:, parts.packed].reshape(len(blocks), 3, 4)
             blocks[:, parts.packed] = np.roll(packed, -1, axis=2).reshape(len(blocks), 12)
         else:
@@ -125,7 +126,7 @@ def block_offset(blocks: Bytes, _kind: int, parameters: Parameters) -> Bytes | N
 
 
 def doubled_scale(blocks: Bytes, kind: int, parameters: Parameters) -> Bytes | None:
-    """block_mxfp4 with an exponent that is one more or less: ggml's table holds E2M1's values doubled, and halves the scale for it."""
+    """block_mxfp4 with an exponent one larger or smaller: ggml's table holds E2M1's values doubled, and its scale is halved to match."""
     if kind != MXFP4:
         return None
     blocks = blocks.copy()

@@ -33,7 +33,7 @@ def _scale_bits(step: Step, _right: Steps, parameters: Parameters) -> Step:
 
 
 def _integers(step: Step, _right: Steps, parameters: Parameters) -> Step:
-    """E2M1's four bits taken for an integer."""
+    """E2M1's four bits read as an integer."""
     signed = _SIGNED[parameters["quants"]]
 
     def make(source: WeightSource, name: str) -> Any:
@@ -58,7 +58,7 @@ def _times(step: Step, _right: Steps, parameters: Parameters) -> Step:
 
 
 def _first_block(step: Step, _right: Steps, parameters: Parameters) -> Step:
-    """Rows that repeat their first block, or have zeros behind it; for types without blocks 32 values stand for one."""
+    """Rows that repeat their first block, or have zeros after it; for types without blocks, 32 values count as a block."""
 
     def make(source: WeightSource, name: str) -> Any:
         raw, kind, shape = source.raw(name)
@@ -81,7 +81,7 @@ FAULTS = (
         kinds=ALL,
         change=_scale,
         what="MXFP4's scales are {scale}, in {at}",
-        symptom="only MXFP4 files are wrong, values by a factor of two",
+        symptom="only MXFP4 files are wrong: values are off by a factor of two",
         fix="scale = 2^(byte − 127), times E2M1's value (0, 0.5, 1, 1.5, 2, 3, 4, 6); ggml's table has these doubled and halves the scale",
         seen="ggml's table used with the plain scale",
         parameters={"scale": ("twice too large", "half as large"), **_EXPERTS_OR_ALL},
@@ -117,7 +117,7 @@ FAULTS = (
         name="values-scaled",
         kinds=ALL,
         change=_times,
-        what="weights are {large} as large as they are, in {at}",
+        what="weights are {large} as large as they should be, in {at}",
         symptom="wrong from position 0 on, by a factor of two in single products",
         fix="use the block's scale unchanged",
         seen="tables of doubled values; scales halved for another layout",

@@ -1,4 +1,4 @@
-"""Faults of the cache and of what attention sees of it: another layer's rows, heads left at zero, caps at the wrong place."""
+"""Faults of the cache and of how attention sees it: another layer's rows, heads left at zero, caps in the wrong place."""
 
 from dataclasses import replace
 from math import exp
@@ -13,7 +13,7 @@ from .windows import cap_of, soft_capped
 
 _READS = ("k_read", "v_read")
 _SOFT = ("kq_soft_max",)
-_SEEN_BELOW = 16.0  # exp(−16) = 1e-7 is float32's rounding: with a larger cap a masked key's weight is not seen
+_SEEN_BELOW = 16.0  # exp(−16) = 1e-7 is float32's rounding: with a larger cap a masked key's weight cannot be seen
 
 
 def _plain_read(step: Step) -> Step:
@@ -23,7 +23,7 @@ def _plain_read(step: Step) -> Step:
 
 
 def _of_other_layer(step: Step, right: Steps, parameters: Parameters) -> Step:
-    """The rows of an earlier layer that has a cache of the same kind and width; the first such layer has only its own."""
+    """The rows of an earlier layer whose cache has the same kind and width; the first such layer keeps its own."""
     kind, layer = kind_of(_plain_read(step)), layer_of(step)
     earlier = [other for other in range(layer) if f"blk.{other}.{kind}" in right]
     if not earlier:
@@ -82,12 +82,12 @@ def _cap_after_mask(step: Step, right: Steps, _parameters: Parameters) -> Step:
     if step.op is not ops.causal_soft_max:
         raise NotApplicable(f"{step.makes} is not a plain softmax")
     if cap > _SEEN_BELOW:
-        raise NotApplicable(f"a masked key's weight of {exp(-cap):.0e} is not seen")
+        raise NotApplicable(f"a masked key's weight of {exp(-cap):.0e} is too small to be seen")
     return replace(step, op=_capped_mask, params={**step.params, "cap": cap})
 
 
 def _cap_before_scale(step: Step, right: Steps, _parameters: Parameters) -> Step:
-    """The cap on scores that are not divided by √d yet, the division behind it."""
+    """The cap applied to scores before they are divided by √d."""
     queries = sibling(step, right, "kq")
     scaled = require(maker(queries, right), "SCALE")
     by = number(scaled, 0)

@@ -1,4 +1,4 @@
-"""Faults of the capture: the engine computes what is right, and the dump shows something else."""
+"""Faults of the capture: the engine computes the right values, but the dump shows others."""
 
 from collections.abc import Callable
 from itertools import count, takewhile
@@ -18,11 +18,11 @@ def _show(point: str, other: str, right: Steps) -> Step | None:
 def _streams(right: Steps) -> list[str]:
     """The residual stream's values from layer to layer: embd, blk.0.l_out, …"""
     names = (f"blk.{layer}.l_out" for layer in count())
-    return ["embd", *takewhile(right.__contains__, names)]  # asked for at every point: no walk over all steps
+    return ["embd", *takewhile(right.__contains__, names)]  # called for every point, so it must not walk over all steps
 
 
 def _overwritten(point: str, right: Steps, parameters: Parameters) -> Step | None:
-    """What a pointer into one of two buffers that swap each layer shows in the end."""
+    """What a pointer into one of two buffers that are swapped in each layer shows at the end of the pass."""
     streams = _streams(right)
     if point not in streams:
         return None
@@ -42,7 +42,7 @@ def _early(point: str, right: Steps, parameters: Parameters) -> Step | None:
     return _show(point, names[at], right) if at >= 0 else None
 
 
-# Of the rows of one pass: a row's number, its pass's first row and its last one -> the row that is shown.
+# A row's number, and the first and last row of its pass -> the row that is shown.
 _ROWS: dict[str, Callable[[Array, Array, Array], Array]] = {
     "the next position": lambda t, _first, last: np.minimum(t + 1, last),
     "the position before": lambda t, first, _last: np.maximum(t - 1, first),
@@ -73,7 +73,7 @@ def _before_norm(point: str, right: Steps, _parameters: Parameters) -> Step | No
 
 
 def _normed(point: str, right: Steps, _parameters: Parameters) -> Step | None:
-    """The last layer's output shown after the final norm, as the last of Hugging Face's hidden states."""
+    """The last layer's output shown after the final norm, as is the last of Hugging Face's hidden states."""
     return _show(point, "output_norm", right) if point == _streams(right)[-1] else None
 
 

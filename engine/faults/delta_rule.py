@@ -33,13 +33,13 @@ def _beta(step: Step, right: Steps, parameters: Parameters) -> Step:
 
 
 def _before_sigmoid(beta: Array) -> Array:
-    """What a sigmoid was made of."""
+    """The argument of the sigmoid that β came from."""
     wide = beta.astype("float64")
     return module_of(beta).log(wide / (1 - wide)).astype(beta.dtype)
 
 
 def _no_norm(step: Step, right: Steps, parameters: Parameters) -> Step:
-    """The L2 norm that ggml's graph writes as RMS_NORM and SCALE by 1/√d, or as L2_NORM: both steps hand on what they read."""
+    """No L2 norm, which ggml's graph writes as RMS_NORM and SCALE by 1/√d, or as L2_NORM: its steps pass on what they read."""
     rules = [other for other in right.values() if ggml(other, *_RULE)]
     places = {"queries": (_QUERIES,), "keys": (_KEYS,), "queries and keys": (_QUERIES, _KEYS)}[parameters["of"]]
     for rule in rules:

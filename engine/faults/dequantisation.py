@@ -1,6 +1,6 @@
-"""Faults of dequantisation: each changes the bytes of a block format, or what is made of them.
+"""Faults of dequantisation: each changes the bytes of a block format, or the values made from them.
 
-A weight of a type that a fault does not touch is read as it is. Layouts are those of ggml-common.h.
+A weight of a type that a fault does not affect is read correctly. Layouts are those of ggml-common.h.
 """
 
 from collections.abc import Callable
@@ -37,7 +37,7 @@ from .weights import EXPERTS, MATRICES
 
 Edit = Callable[
     [Bytes, int], "Bytes | None"
-]  # blocks [n, bytes], ggml_type -> the blocks as they are misread; None: not touched
+]  # blocks [n, bytes], ggml_type -> the blocks as they are misread; None: not affected
 
 
 def reread(step: Step, edit: Edit) -> Step:
@@ -55,10 +55,10 @@ def reread(step: Step, edit: Edit) -> Step:
 
 
 def remade(step: Step, make: Callable[[WeightSource, str], Array]) -> Step:
-    """The step with its matrix, or the rows that it takes of one, made in another way.
+    """The step with its matrix, or the rows that it takes of one, made by `make`.
 
     Raises:
-        NotApplicable: it reads no matrix as it is in the file.
+        NotApplicable: the step reads no matrix unchanged from the file.
     """
     first = weight_of(step, 0)
     if isinstance(first, RowsOf):

@@ -1,4 +1,4 @@
-"""Changes of steps that several groups of faults make: an operation left out, its result changed, a parameter of ggml's replaced."""
+"""Changes of steps that several groups of faults share: an operation left out, its result changed, a parameter of ggml's replaced."""
 
 import struct
 from collections.abc import Callable, Mapping
@@ -14,23 +14,23 @@ from .base import Steps, read_of
 
 
 def copied(x: Array) -> Array:
-    """The value as it is."""
+    """The value, unchanged."""
     return x.copy()
 
 
 def only(step: Step, read: Read) -> Step:
-    """The step does nothing but hand on one of the values that it reads."""
+    """A step that only passes on one of the values that it reads."""
     return replace(step, op=copied, reads=(read,), weights=(), params={})
 
 
 def left_out(step: Step) -> Step:
-    """The step of one of ggml's operations hands on its only operand in its own layout: a scale by 1."""
+    """The step of a ggml operation as one that passes on its only operand in its own layout: a scale by 1."""
     params = replace(step.params["params"], values=struct.unpack("<2i", struct.pack("<2f", 1.0, 0.0)))
     return replace(step, op=GgmlOperation("SCALE"), params={**step.params, "params": params})
 
 
 class HandsOn:
-    """An operation around another one, which hands on all of its operands: it takes what that takes, and nothing else."""
+    """An operation that wraps another one and passes it all operands: it takes the same arguments."""
 
     op: Callable[..., Array]
 
@@ -53,9 +53,9 @@ class Then(HandsOn):
 
 @dataclass(frozen=True)
 class WithInput:
-    """An operation with one of its inputs changed: `change` is given that input, and what is read besides.
+    """An operation with one of its inputs changed by `change`, which is given that input and any further ones.
 
-    `at` is the number of that input, `besides` the numbers of what is read for `change` alone.
+    `at` is the number of the input, `besides` the numbers of inputs that only `change` reads.
     """
 
     op: Callable[..., Array]
@@ -64,14 +64,14 @@ class WithInput:
     besides: tuple[int, ...] = ()
 
     def __call__(self, *inputs: Any, **params: Any) -> Array:
-        """The result."""
+        """The operation's result with the changed input."""
         changed = list(inputs)
         changed[self.at] = self.change(inputs[self.at], *(inputs[number] for number in self.besides))
         return self.op(*[value for number, value in enumerate(changed) if number not in self.besides], **params)
 
 
 def ggml(step: Step, *names: str) -> bool:
-    """Whether the step is one of these operations of ggml's, which no operation of the house stands for."""
+    """Whether the step is one of these ggml operations, as a step of ggml's own and not of `engine.ops`."""
     return isinstance(step.op, GgmlOperation) and step.op.name in names
 
 
@@ -79,10 +79,10 @@ def require(step: Step, *names: str) -> Step:
     """The step, if it is one of these operations of ggml's.
 
     Raises:
-        NotApplicable: it is another one.
+        NotApplicable: the step is another operation.
     """
     if not ggml(step, *names):
-        raise NotApplicable(f"{step.makes} is no {' or '.join(names)}")
+        raise NotApplicable(f"{step.makes} is not {' or '.join(names)}")
     return step
 
 

@@ -1,4 +1,4 @@
-"""Faults of how many experts are used: one more than the model has been recorded with."""
+"""Faults of how many experts are used: one more than the model's own number."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +15,7 @@ _SOFT_MAX, _SUM = "soft max", "sum"
 
 @dataclass(frozen=True)
 class _Weighting:
-    """What is made of the chosen experts' raw weights: which norm, its least sum, and the scale."""
+    """How the chosen experts' raw weights are processed: which norm, its least sum, and the scale."""
 
     norm: str = ""
     least: float = 0.0
@@ -26,7 +26,7 @@ def _weighting(step: Step, right: Steps, raw: str) -> _Weighting:
     """The weighting that leads from the raw weights to those that a product with the experts' results reads.
 
     Raises:
-        NotApplicable: something else lies between.
+        NotApplicable: other operations lie between them.
     """
     weighting = _Weighting()
     name = name_of(read_of(step, 1))
@@ -47,7 +47,7 @@ def _weighting(step: Step, right: Steps, raw: str) -> _Weighting:
 
 
 def _mixed(down: Array, next_down: Array, raw: Array, next_raw: Array, *, used: int, weighting: _Weighting) -> Array:
-    """The experts' weighted sum with one more: results [T, used · D] of the first and of those one rank on, raw weights [T, used]."""
+    """The weighted sum with one expert more: results [T, used · D] and raw weights [T, used] of ranks 1 to n, and of ranks 2 to n + 1."""
     xp, rows = module_of(down), down.shape[0]
     weights = xp.concatenate([raw.reshape(rows, used), next_raw.reshape(rows, used)[:, -1:]], axis=1)
     if weighting.norm == _SOFT_MAX:

@@ -53,7 +53,7 @@ def _router(step: Step, _right: Steps, parameters: Parameters) -> Step:
 
 
 def _turned_before(weight: Array) -> Array:
-    """Matrices that somebody has transposed, read as [E, out, in] all the same."""
+    """Matrices that were transposed in the file, read as [E, out, in] all the same."""
     return weight.swapaxes(1, 2).copy().reshape(weight.shape)
 
 
@@ -81,13 +81,13 @@ def _layout(step: Step, _right: Steps, parameters: Parameters) -> Step:
 
 
 def _in_turn(gate: Array, up: Array) -> tuple[Array, Array]:
-    """Gate and up of rows that lie in halves and are taken in turn."""
+    """Gate and up of rows that lie in halves but are taken alternately."""
     both = module_of(gate).concatenate([gate, up], axis=-1)
     return both[..., 0::2], both[..., 1::2]
 
 
 def _in_halves(gate: Array, up: Array) -> tuple[Array, Array]:
-    """Gate and up of rows that lie in turn and are taken as halves."""
+    """Gate and up of rows that alternate but are taken as halves."""
     both = module_of(gate).stack([gate, up], axis=-1).reshape(*gate.shape[:-1], -1)
     return both[..., : gate.shape[-1]], both[..., gate.shape[-1] :]
 

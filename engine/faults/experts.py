@@ -61,7 +61,7 @@ def _unbiased(step: Step, _right: Steps, _parameters: Parameters) -> Step:
 
 @dataclass(frozen=True)
 class _WithoutLast:
-    """Weights of which the last one counts nothing: 0, or −∞ where a soft max follows."""
+    """Weights without the last one: it becomes 0, or −∞ where a soft max follows."""
 
     nothing: float
 
@@ -94,7 +94,7 @@ def _on_weights(change: Callable[[Array], Array]) -> Callable[[Step, Steps, Para
 
 
 def _reads_shared(step: Step, right: Steps) -> int:
-    """Which operand of a sum is the shared expert's."""
+    """The number of the operand of a sum that is the shared expert's."""
     for number in range(len(step.reads)):
         if "shexp" in maker(step, right, number).makes:
             return number

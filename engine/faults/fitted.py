@@ -1,4 +1,4 @@
-"""Faults that are a number: it is fitted to the records, not looked up in a list."""
+"""Faults with a wrong number, which is fitted to the records, not looked up in a list."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -40,7 +40,7 @@ _SCALED = (
 )
 _ONCE = ("embd", "output_norm", "logits")
 _WITH_BIAS = ("q", "k", "v")
-# Norms that not every model has: of heads, of compressed queries and keys, inside and behind a branch.
+# Norms that not every model has: of heads, of compressed queries and keys, inside and after a branch.
 _OTHER_NORMS = (
     "q_norm", "k_norm", "attn_q_a_norm", "kv_cmpr", "kv_compressed", "attn_sub_norm", "ffn_sub_norm", "ssm_norm", "attn_norm_2",
     "attn_post_norm", "ffn_post_norm", "post_attn_norm", "post_mlp_norm",
@@ -49,15 +49,15 @@ _OTHER_NORMS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Fitted:
-    """A fault of which one parameter is a number to be fitted.
+    """A fault with one parameter that is a number to be fitted.
 
     Attributes:
-        parameter: its name; `fault.parameters` has the others and what is tried of them.
+        parameter: its name; `fault.parameters` has the others and the values to try for them.
         wanted: the right value for this model, given the steps by name; None if the model has no such number.
-        starts: the values from which the fit begins, given the right one (0 where there is none).
-        positive: the number is positive, and fitted on a logarithmic scale.
-        whole: only the starts themselves are tried.
-        known: values that are met elsewhere, and where.
+        starts: the values from which the fit begins, given the right one (0 if there is none).
+        positive: whether the number is positive, and fitted on a logarithmic scale.
+        whole: whether only the starts themselves are tried.
+        known: values that occur in other models, and in which.
     """
 
     fault: Fault
@@ -74,7 +74,7 @@ class Fitted:
         return replace(self.fault, parameters=others).variants(right)
 
     def said(self, value: float, right: Steps) -> str:
-        """What is to be said of a fitted value: the right one, and the nearest that is met elsewhere."""
+        """Remarks on a fitted value: the right value, and the nearest one of other models."""
         wanted = self.wanted(right)
         remarks = [f"{value:.4g}{as_root(value)}"] if self.parameter == "scale" and as_root(value) else []
         remarks += [] if wanted is None else [f"this model wants {_number(wanted, self.parameter)}"]
@@ -88,7 +88,7 @@ class Fitted:
 
 
 def _near_scale(value: float, wanted: float, right: Steps) -> list[str]:
-    """What an attention scale may be instead of the right one, if it is near: by the sizes that other engines take."""
+    """The formula of a wrong attention scale that a fitted one is close to, by the sizes that other engines take; else nothing."""
     heads = next((int(step.params["heads"]) for step in right.values() if step.op is ops.attention_scores), 1)
     others = {
         1.0: "no scale",
@@ -103,14 +103,14 @@ def _near_scale(value: float, wanted: float, right: Steps) -> list[str]:
 
 
 def _number(value: float, parameter: str) -> str:
-    """A number as it is said: an attention scale as one over a root as well."""
+    """A number as text; an attention scale also as one over a root."""
     if parameter != "scale":
         return f"{float(np.float32(value)):g}"
     return f"{value:.4g}{as_root(value)}"
 
 
 def as_root(value: float) -> str:
-    """ " = 1/√n" where a number is that, else nothing."""
+    """ " = 1/√n" if a number is one over the root of a whole n, else ""."""
     n = value**-2 if value > 0 else 0.0
     return f" = 1/√{round(n)}" if n >= 1 and abs(n - round(n)) < 1e-3 * n else ""
 
@@ -122,7 +122,7 @@ def _parameter(name: str, *kinds: str) -> Callable[[Steps], float | None]:
         for step in right.values():
             if step.makes.rpartition(".")[2] in kinds and name in step.params:
                 return float(step.params[name])
-            if step.makes.rpartition(".")[2] in kinds and is_rotation(step):  # one of ggml's
+            if step.makes.rpartition(".")[2] in kinds and is_rotation(step):  # a rotation of ggml's
                 return float(rotary(step, name))
         return None
 
@@ -131,7 +131,7 @@ def _parameter(name: str, *kinds: str) -> Callable[[Steps], float | None]:
 
 @dataclass(frozen=True)
 class _Changed(HandsOn):
-    """An operation whose result, or only whose product in front of the bias, is multiplied or shifted by a number."""
+    """An operation whose result, or only its product before the bias is added, is multiplied or shifted by a number."""
 
     op: Callable[..., Array]
     by: float
@@ -166,7 +166,7 @@ def _new(name: str, summary: str, fix: str, where: dict[str, Any], how: str) -> 
         kinds=(*_SCALED, *_ONCE),
         change=_multiplied(how),
         what=summary,
-        symptom="of plausible size; wrong by the same number everywhere",
+        symptom="values of plausible size, wrong by the same number everywhere",
         fix=fix,
         seen="multipliers of other architectures (Granite, Gemma, MiniCPM); scales folded into weights; constants added twice",
         parameters={"by": (), **where},
@@ -203,7 +203,7 @@ def _epsilon(step: Step, _right: Steps, parameters: Parameters) -> Step:
 
 
 def _other_norms(right: Steps) -> tuple[tuple[str, ...], ...]:
-    """The kinds of such norms that a model has: all, queries' and keys', each."""
+    """The kinds of such norms that a model has: all together, those of queries and keys, each alone."""
     have = {step.makes.rpartition(".")[2] for step in right.values() if "eps" in step.params}
     own = unlisted(right)
     each = (*(kind for kind in _OTHER_NORMS if kind in have), *own)

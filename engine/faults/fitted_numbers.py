@@ -15,7 +15,7 @@ from .windows import FAULTS as WINDOWS
 
 
 def _scale_of(*kinds: str) -> Callable[[Steps], float | None]:
-    """The number of the first SCALE of these kinds that ends no soft cap."""
+    """The factor of the first SCALE of these kinds that is not part of a soft cap."""
 
     def wanted(right: Steps) -> float | None:
         for step in right.values():
@@ -64,7 +64,7 @@ _CAP = Fault(
     group="fitted",
 )
 _MULTIPLIER = named(MULTIPLIERS, "multiplier")
-_MULTIPLIED = {  # the steps that multiply by a number of the metadata, and whose numbers are met elsewhere
+_MULTIPLIED = {  # the steps that multiply by a number of the metadata, with the values that other models have
     ("embd",): {1.0: "none", 12.0: "Granite, MiniCPM", 45.25: "Gemma's √2048", 55.43: "Gemma's √3072"},
     ("scale", "scale.2"): {1.0: "none", 0.22: "Granite"},
     ("hidden_scaled", "hidden_scaled_ffn"): {1.0: "none"},

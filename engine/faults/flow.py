@@ -56,7 +56,7 @@ def _skip(step: Step, right: Steps, _parameters: Parameters) -> Step:
 
 
 def _run_twice(step: Step, right: Steps, _parameters: Parameters) -> Sequence[Step]:
-    """The layer's steps once more, reading its output; their own names end in "~", and the last one makes the point."""
+    """The layer's steps once more, reading its output; the first run's names end in "~", and the second run makes the point."""
     prefix = f"blk.{layer_of(step)}."
     source, first = layer_input(step, right), step.makes + COPY
     names = {name: name + COPY for name in right if name.startswith(prefix)} | {source: first}
@@ -73,7 +73,7 @@ def _parallel(step: Step, right: Steps, _parameters: Parameters) -> Step:
 
 
 def _sequential(step: Step, right: Steps, _parameters: Parameters) -> Step | Sequence[Step]:
-    """In a layer whose branches read one norm: the feed-forward reads the norm of the stream with attention's result added."""
+    """In a layer whose branches share one norm: the feed-forward reads the norm of the stream after attention's result was added."""
     norm, attended = sibling(step, right, "attn_norm"), sibling(step, right, "attn_out")
     if read_of(step, 0) != norm.makes:
         raise NotApplicable(f"{step.makes} does not read what attention reads")

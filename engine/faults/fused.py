@@ -1,4 +1,4 @@
-"""Faults of fused projections and of gates behind attention: parts taken from the wrong place of one product."""
+"""Faults of fused projections and of gates after attention: parts taken from the wrong place of one product."""
 
 from dataclasses import dataclass, replace
 
@@ -15,10 +15,10 @@ _OTHERS = {"K, Q, V": ("k", "q", "v"), "Q, V, K": ("q", "v", "k"), "V, K, Q": ("
 
 
 def _fused(step: Step, right: Steps) -> dict[str, View]:
-    """What the layer's q, k and v read of one product.
+    """The parts of one product that the layer's q, k and v read.
 
     Raises:
-        NotApplicable: they are products of their own.
+        NotApplicable: they are separate products.
     """
     views: dict[str, View] = {}
     for kind in _QKV:
@@ -37,7 +37,7 @@ def _widths(parts: dict[str, View]) -> dict[str, int]:
 
 
 def _in_order(step: Step, right: Steps, parameters: Parameters) -> Step:
-    """The part where it lies if the product's rows stood in another order."""
+    """The part read from where it would lie if the product's rows were in another order."""
     parts = _fused(step, right)
     widths, kind, offset = _widths(parts), kind_of(step), 0
     for other in _OTHERS[parameters["order"]]:
@@ -50,7 +50,7 @@ def _in_order(step: Step, right: Steps, parameters: Parameters) -> Step:
 
 @dataclass(frozen=True)
 class _ByGroup:
-    """One of Q, K and V of a product that is read group by group: [T, (H + 2K) · d], each group its queries, its key, its value."""
+    """One of Q, K and V, read group by group from their product [T, (H + 2K) · d]: each group is its queries, its key, its value."""
 
     kind: str
     queries: int

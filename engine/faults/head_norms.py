@@ -1,4 +1,4 @@
-"""Faults of norms that not every model has: of single heads, behind a branch, with a bias."""
+"""Faults of norms that not every model has: of single heads, after a branch, with a bias."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -24,7 +24,7 @@ def _missing(step: Step, _right: Steps, _parameters: Parameters) -> Step:
 
 
 def _whole(x: Array, weight: Array, *, eps: float, heads: int) -> Array:
-    """All heads by one root mean square, each with the weight of a head."""
+    """All heads normalised by one root mean square, each multiplied by the weight of a head."""
     return ops.rms_norm(x, module_of(x).tile(weight, heads), eps=eps)
 
 
@@ -35,7 +35,7 @@ def _whole_width(step: Step, _right: Steps, _parameters: Parameters) -> Step:
 
 
 def _over_heads(x: Array, weight: Array, *, eps: float, heads: int) -> Array:
-    """Each element of a head by its root mean square over all heads."""
+    """Each element of a head normalised by its root mean square over all heads."""
     split = x.reshape(x.shape[0], heads, -1)
     mean = np.mean(split.astype(np.float64) ** 2, axis=1, keepdims=True).astype(np.float32)
     return (split / np.sqrt(mean + np.float32(eps)) * weight).reshape(x.shape)
@@ -59,14 +59,14 @@ def _rope_then_norm(
     return ops.rms_norm(ops.rope(x, positions, factors, **rope), weight, eps=eps, heads=normed)
 
 
-# What the points hold in an engine that normalises behind RoPE: either name may be that of the result.
+# What the points hold in an engine that normalises after RoPE: either name may be the result's.
 _RESULT = ("q_rope holds the result", "q_norm holds the result", "both hold the result")
 _QUERIES, _KEYS = ("q_norm", "q_rope", "kq"), ("k_norm", "k_rope", "k_read")
 
 
 def _after_rope(step: Step, right: Steps, parameters: Parameters) -> Step:
     letter, _, kind = kind_of(step).partition("_")
-    if kind in ("", "read"):  # who reads queries or keys: scores, the cache
+    if kind in ("", "read"):  # the steps that read queries or keys: scores, the cache
         return _reads_norm(step, right, parameters) if parameters["result"] == _RESULT[1] else step
     norm, rope = sibling(step, right, f"{letter}_norm"), sibling(step, right, f"{letter}_rope")
     if rope.op is not ops.rope or norm.op is not ops.rms_norm or read_of(rope, 0) != norm.makes:
@@ -115,13 +115,13 @@ _ANY = "RMS_NORM"
 
 
 def unlisted(right: Steps) -> tuple[str, ...]:
-    """The kinds of a model's RMS norms of single heads that have a name of their own, as those behind RoPE in Hunyuan."""
+    """The kinds of a model's RMS norms of single heads that have other names than usual, such as those after RoPE in Hunyuan."""
     norms = (step for step in right.values() if step.op is ops.rms_norm and step.params.get("heads", 1) != 1)
     return tuple(dict.fromkeys(kind for step in norms if (kind := kind_of(step)) not in _OTHERS))
 
 
 def _where(kinds: tuple[str, ...]) -> Callable[[Steps], Values]:
-    """The places of a fault: these kinds, and a model's own names for norms of heads where they are among them."""
+    """The places of a fault: these kinds, and, if they include norms of heads, a model's own names for those."""
 
     def places(right: Steps) -> Values:
         known = _GROUPS if kinds == _OTHERS else subsets(*kinds)

@@ -1,4 +1,4 @@
-"""Faults of multi-head latent attention: norms of the latents, where the rotated part lies, what is multiplied into the queries."""
+"""Faults of multi-head latent attention: norms of the latents, the place of the rotated part, the matrices of the heads."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -27,7 +27,7 @@ def _norm_missing(step: Step, _right: Steps, parameters: Parameters) -> Step:
 
 
 def _parts(step: Step, right: Steps) -> list[View]:
-    """The two parts that the steps of a layer read of the value that a step reads a part of, the one in front first."""
+    """The two parts of a value that the layer's steps read, the front one first; `step` reads one of them."""
     own = read_of(step, 0)
     if not isinstance(own, View):
         raise NotApplicable(f"{step.makes} reads a whole value")
@@ -40,7 +40,7 @@ def _parts(step: Step, right: Steps) -> list[View]:
 
 
 def _exchanged_parts(step: Step, right: Steps, _parameters: Parameters) -> Step:
-    """Each part read where it lies if the one behind stood in front."""
+    """Each part read from where it would lie if the two were exchanged."""
     front, behind = _parts(step, right)
     own = read_of(step, 0)
     assert isinstance(own, View)

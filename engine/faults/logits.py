@@ -24,7 +24,7 @@ def _order(step: Step, _right: Steps, parameters: Parameters) -> Step:
 
 
 def _padding(weight: Array, multiple: int) -> Array:
-    """As if the matrix were padded in front up to a multiple of rows, and read from the start of the padding."""
+    """The matrix as if it were padded at the front to a multiple of rows and read from the start of the padding."""
     missing = -weight.shape[0] % multiple
     return np.concatenate([weight[:missing] * 0, weight])[: weight.shape[0]]
 

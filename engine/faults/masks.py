@@ -1,4 +1,4 @@
-"""Faults of attention's mask: which keys a position sees, in one pass and of the passes before it."""
+"""Faults of attention's mask: which keys a position sees, of its own pass and of earlier ones."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -52,8 +52,8 @@ def _masked(
     window: str = "causal",
     size: int = 0,
 ) -> Array:
-    """softmax with another mask than the causal one, in layers with a window behind its begin only; a row that may see nothing is
-    not a number, as in any engine.
+    """softmax with another mask than the causal one, which a layer's window still limits; a row that sees no key
+    is NaN, as in any engine.
     """
     allowed = _MASKS[mask](positions[:, None], key_positions[None, :], passes[:, None], key_passes[None, :])
     if window != "causal":

@@ -1,4 +1,4 @@
-"""Faults of numbers that only some models have: multipliers of embedding, residuals and logits, RoPE's bases, activations."""
+"""Faults of what only some models have: multipliers of embedding, residuals and logits, two RoPE bases, other activations."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -38,7 +38,7 @@ def _bases(right: Steps) -> tuple[float, ...]:
 def _other_base(step: Step, right: Steps, _parameters: Parameters) -> Step:
     bases = _bases(right)
     if step.op is not ops.rope or len(bases) != 2:
-        raise NotApplicable(f"{step.makes}: the model has no two bases")
+        raise NotApplicable(f"{step.makes}: the model has only one RoPE base")
     return with_parameters(step, base=bases[0] if parameter_of(step, "base") == bases[1] else bases[1])
 
 
@@ -79,7 +79,7 @@ _ROWS = {"one row": 1, "two rows": 2, "minus one row": -1}
 
 
 class _Moved:
-    """Rows of positions that are counted from another begin."""
+    """Rows of position embeddings, looked up from a shifted position."""
 
     def __init__(self, op: Callable[..., Array], by: int) -> None:
         self._op, self._by = op, by
@@ -87,7 +87,7 @@ class _Moved:
     def __call__(self, positions: Array, *inputs: Any, **params: Any) -> Array:
         try:
             return self._op(np.maximum(positions + self._by, 0), *inputs, **params)
-        except IndexError as error:  # the prompt fills the context: an engine reads what lies behind the table then
+        except IndexError as error:  # the prompt fills the context: an engine would read beyond the table
             raise NotApplicable(f"positions are shifted beyond their table: {error}") from error
 
 

@@ -19,18 +19,18 @@ _OPERATIONS = ("RMS_NORM", "NORM")
 
 
 def _others(right: Steps) -> tuple[str, ...]:
-    """The kinds of norms with a weight that only some models have: of heads, of latents, behind a branch."""
+    """The kinds of norms with a weight that only some models have: of heads, of latents, after a branch."""
     kinds = {kind_of(step): None for step in right.values() if step.op in (ops.rms_norm, ops.layer_norm)}
     return tuple(kind for kind in kinds if kind not in _NORMS)
 
 
 def _everywhere(right: Steps) -> Values:
-    """All norms of a model where it has others than the usual ones, then the usual ones."""
+    """All norms of a model together if it has others than the usual ones, then the usual ones."""
     return (*((_OPERATIONS,) if _others(right) else ()), *_ANY_NORM[AT])
 
 
 def _also_others(right: Steps) -> Values:
-    """The usual norms, then the others: all, and each kind alone."""
+    """The usual norms, then the others: all together, and each kind alone."""
     return (*_ANY_NORM[AT], *(subsets(*others) if (others := _others(right)) else ()))
 
 
@@ -38,7 +38,7 @@ def _epsilon(step: Step, right: Steps, parameters: Parameters) -> Step:
     eps = float(parameters["eps"])
     if not ggml(step, *_OPERATIONS):
         return with_parameters(step, eps=eps)
-    # A norm without weight may stand for another one, with another ε in proportion: a length is a root mean square times √d.
+    # A norm without a weight may imitate another norm with a proportionally different ε: a length is a root mean square times √d.
     common = next((float(other.params["eps"]) for other in right.values() if other.op in (ops.rms_norm, ops.layer_norm)), 0.0)
     return with_values(step, {0: number(step, 0) * eps / common if common else eps})
 
@@ -75,21 +75,21 @@ def _sum(x: Array, weight: Array, *, eps: float) -> Array:
 
 
 def _halves(x: Array, weight: Array, *, eps: float) -> Array:
-    """Each half of the row by its own root mean square: a reduction that covers a part of the row."""
+    """Each half of the row normalised by its own root mean square: a reduction that covers only a part of the row."""
     half = x.shape[1] // 2
     parts = [ops.rms_norm(x[:, part], weight[part], eps=eps) for part in (slice(0, half), slice(half, None))]
     return np.concatenate(parts, axis=1)
 
 
 def _over_positions(x: Array, weight: Array, *, eps: float) -> Array:
-    """Each element by its root mean square over all positions of the pass."""
+    """Each element normalised by its root mean square over all positions of the pass."""
     mean = np.mean(x.astype(np.float64) ** 2, axis=0).astype(np.float32)
     return x / np.sqrt(mean + np.float32(eps))[None, :] * weight
 
 
 @dataclass(frozen=True)
 class _OfCentred:
-    """A changed RMS norm as LayerNorm has it: of the row without its mean, and a bias is added."""
+    """A changed RMS norm in a LayerNorm: applied to the row without its mean, with the bias added."""
 
     op: Callable[..., Array]
 
@@ -124,7 +124,7 @@ def _by(name: str) -> Fault:
             raise NotApplicable(f"{step.makes} is a norm of each head")
         return replace(step, op=_OfCentred(_OPS[name]))
 
-    # A final norm that is skipped has an entry of its own.
+    # A skipped final norm has an entry of its own.
     where: Mapping[str, Any] = {AT: subsets("attn_norm", "ffn_norm")} if name == "norm-skipped" else _ANY_NORM
     if name == "norm-weight-missing":
         where = {AT: _also_others}

@@ -16,7 +16,7 @@ _SOFTPLUS = 15  # enum ggml_unary_op
 
 
 def _tap(step: Step, _right: Steps, parameters: Parameters) -> Step:
-    """The taps [channels, taps], which are the last input, in another order."""
+    """The step with its last input, the taps [channels, taps], in another order."""
     by = parameters["by"]
 
     def moved(taps: Array) -> Array:

@@ -1,4 +1,4 @@
-"""Faults of what recurrent layers carry along: a state that each pass begins anew, or that another sequence has left."""
+"""Faults of the state of recurrent layers: it is emptied before each pass, or left over from another sequence."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -17,18 +17,18 @@ from .edits import ggml
 _STATES = {"GATED_DELTA_NET": 5, "SSM_SCAN": 0, "RWKV_WKV6": 5, "RWKV_WKV7": 6}  # which operand is the state
 _SCANS = tuple(_STATES)
 _CONVOLUTION = ("SSM_CONV",)
-_JOINS = ("CONCAT",)  # a convolution's inputs: what is left of the pass before, then this pass's
+_JOINS = ("CONCAT",)  # a convolution's inputs: what is left from the last pass, then this pass's
 
 
 @dataclass(frozen=True)
 class _ByPass:
-    """An operation computed for each pass by itself, as if nothing had been before. `at` is where the inputs say the passes."""
+    """An operation computed pass by pass, each from an empty state. `at` is the number of the input that holds `passes`."""
 
     op: Callable[..., Array]
     at: int
 
     def passes(self, inputs: Sequence[Any]) -> tuple[list[Any], list[tuple[int, int, int]]]:
-        """The operation's own inputs, and each pass: its number, its first row and the one behind its last."""
+        """The operation's own inputs, and for each pass its number, its first row and the end of its rows (exclusive)."""
         passes = inputs[self.at]
         own = [value for number, value in enumerate(inputs) if number != self.at]
         numbers, starts = np.unique(on_host(passes), return_index=True)
@@ -60,14 +60,14 @@ class _ScanByPass(_ByPass):
 
 
 def _joined(shape: tuple[int, ...], size: int) -> tuple[int, ...]:
-    """The shape of all rows, where the first dimension that is not 1 grows with them."""
+    """The shape of all rows together, in which the first dimension that is not 1 grows with them."""
     place = next((place for place, n in enumerate(shape) if n != 1), len(shape) - 1)
     rest = int(np.prod(shape[place + 1 :], dtype=np.int64))
     return (*shape[:place], size // rest, *shape[place + 1 :])
 
 
 def _rows(value: Any, place: int, operands: tuple[Operand | None, ...], begin: int, end: int) -> Any:
-    """The rows of one pass, of an input that has rows."""
+    """The rows of one pass, if the input has rows; else the whole input."""
     operand = next((operand_at for operand_at in operands if operand_at is not None and operand_at.index == place), None)
     axis = None if operand is None else next((axis for axis, size in enumerate(operand.whole) if size.tokens), None)
     return value if axis is None else value[(slice(None),) * axis + (slice(begin, end),)]
@@ -75,7 +75,7 @@ def _rows(value: Any, place: int, operands: tuple[Operand | None, ...], begin: i
 
 @dataclass(frozen=True)
 class _ConvolutionByPass(_ByPass):
-    """A convolution over [·, T + taps − 1], the first columns of which are of the pass before."""
+    """A convolution over [·, T + taps − 1], whose first columns come from the last pass."""
 
     def __call__(self, *inputs: Any, **params: Any) -> Array:
         """All rows."""
@@ -101,7 +101,7 @@ def _not_carried(step: Step, _right: Steps, _parameters: Parameters) -> Step:
 
 
 def _left_behind(step: Step, right: Steps, _parameters: Parameters) -> Step | Sequence[Step]:
-    """The whole model once more in front, and its last states where the second run's would begin with zeros."""
+    """The whole model run once more first; the second run starts with the states that the first one left, not with zeros."""
     states = {
         name: read.of for name, other in right.items() for read in other.reads if isinstance(read, State) and name != read.of
     }

@@ -125,7 +125,7 @@ def _dims(step: Step, _right: Steps, parameters: Parameters) -> Step:
 
 
 def _exponent(step: Step, _right: Steps, parameters: Parameters) -> Step:
-    """The exponents divided by another number than the rotary dimension: those of the base to another power."""
+    """The exponents divided by another number than the rotary dimension, which is the base raised to another power."""
     over = heads_of(step) if parameters["over"] == "all heads" else parameters["over"]
     return with_rotary(step, base=float(rotary(step, "base")) ** (1 / over))
 

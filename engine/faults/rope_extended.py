@@ -1,4 +1,4 @@
-"""Faults of the rotations that only ggml's operation computes: YaRN, long contexts' frequency factors, sections of several positions."""
+"""Faults of rotations that only ggml's own operation computes: YaRN, frequency factors for long contexts, sections of several positions."""
 
 from dataclasses import replace
 from math import log
@@ -23,7 +23,7 @@ def _yarn(step: Step, _right: Steps, parameters: Parameters) -> Step:
     scale, mix, magnitude = number(step, _SCALE), number(step, _MIX), number(step, _MAGNITUDE)
     if mix == 0 or scale in (0.0, 1.0):
         raise NotApplicable(f"{step.makes} has no YaRN")
-    grown = 1.0 + 0.1 * log(1.0 / scale)  # what ggml multiplies cos and sin with besides (rope_yarn)
+    grown = 1.0 + 0.1 * log(1.0 / scale)  # the further factor of cos and sin in ggml's rope_yarn
     context, fast, slow = integer(step, _CONTEXT), number(step, _FAST), number(step, _SLOW)
     changes: dict[str, dict[int, int | float]] = {
         "ignored": {_SCALE: 1.0, _MIX: 0.0, _MAGNITUDE: 1.0},
@@ -62,12 +62,12 @@ _OF_OTHER_LENGTH = {SHORT: LONG, LONG: SHORT}
 
 
 def _in_place_of(weight: str) -> Altered:
-    """Long contexts' factors for short ones', or the other way round."""
+    """The factors for long contexts in place of those for short ones, or the other way round."""
 
     def make(source: WeightSource, name: str) -> Array:
         try:
             return source.get(_OF_OTHER_LENGTH[name])
-        except KeyError as error:  # llama.cpp takes files with one of the two
+        except KeyError as error:  # llama.cpp accepts files with only one of the two
             raise NotApplicable(f"the file has no {_OF_OTHER_LENGTH[name]}") from error
 
     return Altered(weight, make)

@@ -1,4 +1,4 @@
-"""A rotation as faults see it: the house's RoPE, or ggml's with all that it has besides (YaRN, sections, a begin inside the head)."""
+"""A rotation as faults see it: the RoPE of `engine.ops`, or ggml's with its further options (YaRN, sections, an offset in the head)."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -16,13 +16,13 @@ _FLOATS = {"base": 5, "scale": 6}  # of op_params, as ggml_rope_impl writes them
 _DIMS, _MODE = 1, 2
 _MODES = {"norm": 0, "neox": 2}  # GGML_ROPE_TYPE_NORMAL, GGML_ROPE_TYPE_NEOX; the modes with sections pair halves as well
 _OPERANDS = 3  # what is rotated, positions, frequency factors
-_QUERIES, _KEYS = ("q_rope", "q_pe"), ("k_rope", "k_pe")  # whole heads, or the part of them that is rotated by itself
+_QUERIES, _KEYS = ("q_rope", "q_pe"), ("k_rope", "k_pe")  # whole heads, or only the part that is rotated
 ROTATED = (*_QUERIES, *_KEYS)
 SECTIONS = 4  # time, height, width and a fourth that text leaves at 0
 
 
 def _rotated(right: Steps) -> tuple[Values, Values]:
-    """The kinds of a model's rotated queries and keys. Where a part is rotated by itself the whole is only put together."""
+    """The kinds of a model's rotated queries and keys: where a part is rotated by itself, that part and not the whole."""
     names = {kind: [name for name in right if name.endswith(f".{kind}")] for kind in ROTATED}
     turned = {kind for kind, of in names.items() if of and not ggml(right[of[0]], "CONCAT")} or {"q_rope", "k_rope"}
     return tuple(kind for kind in _QUERIES if kind in turned), tuple(kind for kind in _KEYS if kind in turned)
@@ -47,7 +47,7 @@ def each_then_both(right: Steps) -> Values:
 
 
 def is_rotation(step: Step) -> bool:
-    """Whether a step is a plain rotation, of the house or of ggml."""
+    """Whether a step is a plain rotation, of `engine.ops` or of ggml."""
     return step.op is ops.rope or ggml(step, "ROPE")
 
 
@@ -55,7 +55,7 @@ def require_rotation(step: Step) -> Step:
     """The step, if it is a plain rotation.
 
     Raises:
-        NotApplicable: it is none, or another fault has changed it already.
+        NotApplicable: it is not, or another fault has already changed it.
     """
     if not is_rotation(step):
         raise NotApplicable(f"{step.makes} is not a plain RoPE")
@@ -85,7 +85,7 @@ def with_rotary(step: Step, **values: Any) -> Step:
 
 
 def heads_of(step: Step) -> int:
-    """How many heads a rotation turns."""
+    """How many heads a rotation rotates."""
     return int(parameter_of(step, "heads") if step.op is ops.rope else require_rotation(step).params["shape"][-2].fixed)
 
 
@@ -93,7 +93,7 @@ def head_size(step: Step) -> int:
     """The size of a rotated head.
 
     Raises:
-        NotApplicable: only a run tells it.
+        NotApplicable: the size is only known in a run.
     """
     if not ggml(step, "ROPE"):
         raise NotApplicable(f"{step.makes} does not give the head size")
@@ -115,7 +115,7 @@ def without_factors(step: Step) -> Step:
 
 
 def not_rotated(step: Step) -> Step:
-    """What is to be rotated, as it is."""
+    """The step without the rotation: it passes on its input."""
     if step.op is ops.rope:
         return replace(step, op=_as_it_is)
     kept = left_out(require_rotation(step))
@@ -142,19 +142,19 @@ class _Twice(HandsOn):
 
 
 def twice(step: Step) -> Step:
-    """The step that rotates what it has rotated."""
+    """The step that rotates its result once more."""
     return replace(step, op=_Twice(require_rotation(step).op))
 
 
 def backwards(step: Step) -> Step:
-    """The step that rotates the other way round."""
+    """The step that rotates in the other direction."""
     if step.op is ops.rope:
         return at_positions(step, lambda positions: -positions)
     return replace(require_rotation(step), op=GgmlOperation("ROPE_BACK"))
 
 
 def by_pass(positions: Array, passes: Array) -> Array:
-    """Positions counted from 0 in each pass: [T] or [4 · T] with sections."""
+    """Positions counted from 0 in each pass: [T], or [4 · T] with sections."""
     same = passes[:, None] == passes[None, :]
     before = module_of(passes).arange(len(passes))
     counted = (same & (before[None, :] < before[:, None])).sum(axis=1)
@@ -162,7 +162,7 @@ def by_pass(positions: Array, passes: Array) -> Array:
 
 
 def _in_sections(counted: Array, positions: Array) -> Array:
-    """Positions [T] in the layout of others: [T], or [4 · T] whose fourth section is 0."""
+    """The counted positions [T] in the layout of `positions`: [T], or [4 · T] whose fourth section is 0."""
     xp = module_of(positions)
     if positions.size == counted.size:
         return counted.astype(positions.dtype)
@@ -172,7 +172,7 @@ def _in_sections(counted: Array, positions: Array) -> Array:
 
 
 def by_prompt(step: Step, times: int) -> Step:
-    """The step whose decode steps' positions are off by so many lengths of the prompt."""
+    """The step with the positions of decode steps moved by `times` the prompt's length."""
 
     def moved(positions: Array, passes: Array, all_passes: Array) -> Array:
         xp = module_of(passes)

@@ -1,4 +1,4 @@
-"""The other side of a near tie: at some positions the last expert that got in makes room for the first that did not. No fault."""
+"""The other outcome of a near tie: at some positions the first expert not chosen replaces the last one chosen. This is no fault."""
 
 from collections.abc import Collection
 from dataclasses import dataclass, replace
@@ -12,7 +12,7 @@ from .edits import ggml
 
 @dataclass(frozen=True)
 class _Taken:
-    """The chosen experts, of all in the order of their scores; at these rows with the first that was not chosen for the last."""
+    """The chosen experts, out of all in the order of their scores; at `rows`, the first that was not chosen replaces the last."""
 
     rows: tuple[int, ...]
 
@@ -24,7 +24,7 @@ class _Taken:
 
 
 def scores_of(step: Step, right: Steps) -> tuple[str, int] | None:
-    """What a step that takes the first of all experts chooses by, and how many it takes; None for another step."""
+    """The scores by which a step chooses the first experts, and how many it chooses; None for any other step."""
     read = step.reads[0] if step.reads else None
     if step.op not in (ops.part,) and not isinstance(step.op, _Taken):
         return None
@@ -37,7 +37,7 @@ def scores_of(step: Step, right: Steps) -> tuple[str, int] | None:
 
 
 def taken_otherwise(step: Step, rows: Collection[int]) -> Step:
-    """The step of `scores_of` with the other expert at these rows, on top of those where it takes the other one already."""
+    """The step of `scores_of` with the other expert at these rows, in addition to rows where it takes the other one already."""
     before = step.op.rows if isinstance(step.op, _Taken) else ()
     reads = (step.reads[0], name_of(step.reads[0]))
     return replace(step, op=_Taken(tuple(sorted({*before, *rows}))), reads=reads)

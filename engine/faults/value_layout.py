@@ -1,4 +1,4 @@
-"""The value cache read in another layout than written: pass by pass, since each pass sees the cache as long as it is then."""
+"""The value cache read in another layout than it was written in: pass by pass, since each pass sees a cache of another length."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,7 +15,7 @@ Mix = Callable[[Array, Array], Array]  # weights [H, T, S], values [S, K · d] -
 
 
 def _transposed(history: Array, *, kv_heads: int) -> Array:
-    """Columns read as rows: [S, K · d]; the heads do not matter."""
+    """Columns read as rows: [S, K · d], whatever the number of heads."""
     del kv_heads
     return history.T.copy().reshape(history.shape)
 
@@ -30,8 +30,8 @@ _LAYOUTS = {"transposed": _transposed, "head by head": _head_by_head}
 
 
 def _mixed(weights: Array, v: Array, passes: Array, *, mix: Mix, layout: str, kv_heads: int) -> Array:
-    """What each pass mixes of the cache as it reads it: [H, T, S], [S, K · d], [T] -> [T, H · d]."""
-    before = len(v) - len(passes)  # cache rows of passes in front of these
+    """The weighted values of each pass, over the cache as that pass reads it: [H, T, S], [S, K · d], [T] -> [T, H · d]."""
+    before = len(v) - len(passes)  # the cache's rows from passes before these
     columns = []
     for number in np.unique(passes).tolist():
         rows = (passes == number).nonzero()[0]
@@ -41,7 +41,7 @@ def _mixed(weights: Array, v: Array, passes: Array, *, mix: Mix, layout: str, kv
 
 
 def value_layout(step: Step, right: Steps, parameters: Parameters) -> Step:
-    """The change of v_read, as one pass would show it, and of kqv_out, which gets the same from the cache itself."""
+    """The change of v_read, as a single pass would show it, and of kqv_out, which reads the cache itself in the same way."""
     layout, kv_heads = parameters["layout"], parameter_of(sibling(step, right, "kq"), "kv_heads")
     if kind_of(step) == "v_read":
         return replace(step, op=_LAYOUTS[layout], params={"kv_heads": kv_heads})

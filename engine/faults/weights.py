@@ -59,7 +59,7 @@ def _transposed(weight: Array) -> Array:
 
 
 def each_transposed(weight: Array) -> Array:
-    """The matrices of experts or heads [E, out, in], each of whose memory is taken for [in, out]."""
+    """The matrices of experts or heads [E, out, in], the memory of each read as [in, out]."""
     count, rows, columns = weight.shape
     return weight.reshape(count, columns, rows).swapaxes(1, 2).copy()
 
@@ -123,13 +123,13 @@ def _name_in(weight: Any, layer: int, other: int) -> Any:
 
 
 def _of_layer(step: Step, right: Steps, to: Callable[[int], int]) -> Step:
-    """The step with another layer's weights; unchanged where that layer has no such step, or other weights for it."""
+    """The step with another layer's weights; unchanged if that layer has no such step, or its step has other kinds of weights."""
     layer = layer_near(step)
     if layer is None or not step.weights:
         return step
     weights = tuple(_name_in(weight, layer, to(layer)) for weight in step.weights)
     theirs = right.get(f"blk.{to(layer)}.{kind_of(step)}")
-    if theirs is None and step.inner:  # a step without a name of its own: one that reads these weights
+    if theirs is None and step.inner:  # a step without a name of its own is identified by its weights
         theirs = next((other for other in right.values() if other.op == step.op and other.weights == weights), None)
     if theirs is None or {_name_of(weight) for weight in weights} != {_name_of(weight) for weight in theirs.weights}:
         return step
@@ -137,7 +137,7 @@ def _of_layer(step: Step, right: Steps, to: Callable[[int], int]) -> Step:
 
 
 def _name_of(weight: Any) -> Any:
-    """The name of a weight as the file has it, whatever is made of it."""
+    """The name of a weight in the file, even if the weight is altered."""
     return weight if weight is None or isinstance(weight, str) else _name_of(weight.weight)
 
 
@@ -176,7 +176,7 @@ def _zeroed(weight: Array, *, part: str | int, axis: str) -> Array:
 
 @dataclass(frozen=True)
 class _WithoutPart(HandsOn):
-    """A product with the last rows or columns of its matrix missing, without a copy of that: they meet no element, or make none."""
+    """A product with the last rows or columns of its matrix missing: no copy of it is made, zeroed inputs or outputs do the same."""
 
     op: Callable[..., Array]
     part: str | int
@@ -200,7 +200,7 @@ def _missing(step: Step, _right: Steps, parameters: Parameters) -> Step:
 
 
 def _neighbour(step: Step, _right: Steps, parameters: Parameters) -> Step:
-    """The rows of other ids; where there is no such row, that of the first or last id."""
+    """The rows of ids nearby; beyond the ends, that of the first or last id."""
     rows, by = weight_of(step, 0), parameters["by"]
     if not isinstance(rows, RowsOf):
         raise NotApplicable(f"{step.makes} takes no rows of a matrix")

@@ -1,4 +1,4 @@
-"""Faults of what only some models' attention has: windows, soft caps, sinks, a scale of the queries."""
+"""Faults of features that only some models' attention has: windows, soft caps, sinks, a scale of the queries."""
 
 from dataclasses import replace
 
@@ -44,10 +44,10 @@ def _chunks(step: Step, _right: Steps, parameters: Parameters) -> Step:
 
 
 def cap_of(step: Step, right: Steps) -> tuple[Step, float]:
-    """The step in front of c · tanh(x / c) that ends in this one, and c.
+    """The input step and the cap c of a soft cap, c · tanh(x / c), that ends in this step.
 
     Raises:
-        NotApplicable: it ends no soft cap.
+        NotApplicable: the step is not the end of a soft cap.
     """
     if not ggml(step, "SCALE"):
         raise NotApplicable(f"{step.makes} ends no soft cap")

@@ -1,4 +1,4 @@
-"""Activations: UNARY and GLU, whose first parameter says which of them is meant (`ggml_unary_op`, `ggml_glu_op`)."""
+"""Activations: UNARY and GLU, whose first parameter says which function it is (`ggml_unary_op`, `ggml_glu_op`)."""
 
 from collections.abc import Callable
 
@@ -17,7 +17,7 @@ _SQRT_2_INV = 0.70710678118654752440084436210484
 
 
 def exponential(x: Array) -> Array:
-    """expf(x), infinite and 0 where it leaves the range of float32, as there."""
+    """expf(x): infinite or 0 where it leaves the range of float32, as in C."""
     with np.errstate(over="ignore", under="ignore"):
         return np.exp(x)
 
@@ -40,8 +40,8 @@ def softplus(x: Array) -> Array:
 def gelu(x: Array, params: OpParams) -> Array:
     """GELU by tanh, looked up in a table of float16: 0 up to −10, x from 10 on. Mirrors ggml_vec_gelu_f32.
 
-    The table holds ggml_gelu_f32 of every float16, rounded to float16; here it is computed, to the same bits. Without rounding
-    (float64) it is the formula itself.
+    The table holds ggml_gelu_f32 of every float16, rounded to float16; here its entries are computed, to the same bits. In float64
+    nothing is rounded: the formula itself.
     """
     if not params.rounded(x):
         return _gelu_by_tanh(x)
@@ -52,7 +52,7 @@ def gelu(x: Array, params: OpParams) -> Array:
 def _gelu_by_tanh(x: Array) -> Array:
     """0.5 · x · (1 + tanh(√(2/π) · x · (1 + 0.044715 · x · x))), mirrors ggml_gelu_f32.
 
-    The compiler contracts the inner sum to one fused multiply-add; tanhf and it are computed in float64 and rounded once.
+    The compiler contracts the inner sum to a fused multiply-add; it and tanhf are computed in float64 here and rounded once.
     """
     inner = ((x * x.dtype.type(_GELU_COEF_A)).astype(np.float64) * x + 1).astype(x.dtype)
     bent = np.tanh((x.dtype.type(_SQRT_2_OVER_PI) * x * inner).astype(np.float64)).astype(x.dtype)

@@ -1,6 +1,6 @@
 """Element by element: sums, products, scales, limits, roots and sines.
 
-The second operand of a sum or product is repeated to the shape of the first (ggml_can_repeat), which may be more than NumPy's
+The second operand of a sum or product is repeated to the shape of the first (ggml_can_repeat), which allows more than NumPy's
 broadcasting of dimensions of size 1.
 """
 

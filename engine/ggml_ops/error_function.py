@@ -7,7 +7,7 @@ import numpy as np
 
 from ..backend import Array
 
-_DEGREE = 24  # of the polynomial; what it leaves is under the rounding of its evaluation
+_DEGREE = 24  # of the polynomial; its error is below the rounding of its evaluation
 _LARGEST = 6.0  # erf is 1 in float64 from here on
 
 
@@ -34,7 +34,7 @@ def _place(z: Array) -> Array:
 
 @lru_cache(maxsize=1)
 def _coefficients() -> tuple[float, ...]:
-    """Of the interpolation in the Chebyshev points of as many places as it has coefficients."""
+    """The coefficients of the interpolation, in as many Chebyshev points as there are coefficients."""
     angles = (np.arange(_DEGREE + 1) + 0.5) * (math.pi / (_DEGREE + 1))
     share = (np.cos(angles) + 1) / 2 * (_LARGEST / (_LARGEST + 3.75))
     scaled = np.array([math.erfc(z) * math.exp(z * z) for z in 3.75 * share / (1 - share)])

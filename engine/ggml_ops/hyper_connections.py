@@ -6,7 +6,7 @@ from ..backend import Array
 from .activations import sigmoid
 from .params import OpParams, Shape, as_floats
 
-_STREAMS = 4  # ggml_compute_forward_dsv4_hc_comb_f32 knows no other number
+_STREAMS = 4  # the only number that ggml_compute_forward_dsv4_hc_comb_f32 supports
 
 
 def hc_combination(mixes: Array, scale: Array, base: Array, *, params: OpParams, shape: Shape) -> Array:
@@ -30,7 +30,7 @@ def hc_combination(mixes: Array, scale: Array, base: Array, *, params: OpParams,
 def hc_before(x: Array, weights: Array, *, params: OpParams, shape: Shape) -> Array:
     """The streams' weighted sum, times float 0: [1, T, S, D], weights [1, 1, T, S] -> [1, 1, T, D].
 
-    Where int 1 is set the weights are gates of each element, [1, T, S, D] before sigmoid. Mirrors
+    Where int 1 is set, the weights are a gate for each element, [1, T, S, D], before the sigmoid. Mirrors
     ggml_compute_forward_dsv4_hc_pre_f32.
     """
     x, weights = as_floats(x, weights)
@@ -41,7 +41,7 @@ def hc_before(x: Array, weights: Array, *, params: OpParams, shape: Shape) -> Ar
 def hc_after(
     x: Array, residual: Array, weights: Array, mixing: Array | None = None, *, params: OpParams, shape: Shape
 ) -> Array:
-    """Each stream's share of the block's output, plus the streams mixed: [1, 1, T, D], [1, T, S, D], [1, 1, T, S], [1, T, S, S].
+    """Each stream's share of the block's output, plus the mixed streams: [1, 1, T, D], [1, T, S, D], [1, 1, T, S], [1, T, S, S].
 
     Without a mixing matrix each stream keeps its own residual. Mirrors ggml_compute_forward_dsv4_hc_post_f32.
     """

@@ -21,9 +21,9 @@ def norm(x: Array, *, params: OpParams, shape: Shape) -> Array:
 
 
 def group_norm(x: Array, *, params: OpParams, shape: Shape) -> Array:
-    """The same over groups of channels: [n, C, h, w], int 0 the number of groups, float 1 ε.
+    """A layer norm over groups of channels: [n, C, h, w], int 0 the number of groups, float 1 ε.
 
-    Mirrors ggml_compute_forward_group_norm_f32: the last group has what channels are left.
+    Mirrors ggml_compute_forward_group_norm_f32: the last group takes the channels that are left.
     """
     (x,) = as_floats(x)
     channels, groups = x.shape[1], params.int(0)

@@ -22,10 +22,10 @@ class OpParams:
     """`ggml_tensor.op_params`: raw int32, some of which are the bits of a float.
 
     Attributes:
-        values: the integers; those that are not given count as 0.
+        values: the integers; missing ones count as 0.
         kind: the ggml type of the node's result, which a copy is rounded to.
-        rounds: whether what ggml rounds by definition (the table of GELU, copies to F16) is rounded here, too. None: where the
-            operands are float32, so that float64 operands give the unrounded value.
+        rounds: whether to round where ggml rounds by definition (the table of GELU, copies to F16). None rounds only float32
+            operands, so that float64 ones give the unrounded value.
     """
 
     values: tuple[int, ...] = ()
@@ -49,7 +49,7 @@ class OpParams:
 def as_floats(*arrays: Array) -> tuple[Array, ...]:
     """The arrays in the dtype that an operation computes in: float64 where one of them is, else float32 (F16 and BF16 are widened).
 
-    A constant that was made of nothing (ARANGE) lies on the host; it follows the others to their device.
+    A constant that has no operands (ARANGE) lies on the host; it follows the others to their device.
     """
     dtype = np.float64 if any(array.dtype == np.float64 for array in arrays) else np.float32
     there = [array for array in arrays if not isinstance(array, np.ndarray)]
@@ -62,7 +62,7 @@ def as_floats(*arrays: Array) -> tuple[Array, ...]:
 def in_float64(operation: Callable[..., Array]) -> Callable[..., Array]:
     """An operation that carries a state from token to token, computed in float64 and rounded once at its end.
 
-    Rounded at each token, NumPy's sums drift from the truth ten times as far as ggml's, which has more of them in one register.
+    Rounded at each token, NumPy's sums drift ten times as far from the truth as ggml's, which keeps more of them in one register.
     """
 
     @wraps(operation)
@@ -84,7 +84,7 @@ def on_host(array: Array) -> NDArray[Any]:
 
 def to_half(x: Array) -> Array:
     """Rounded to float16 (nearest even), in the dtype of `x`: GGML_CPU_FP32_TO_FP16 and back."""
-    with np.errstate(over="ignore"):  # beyond 65,504 it becomes infinite, as there
+    with np.errstate(over="ignore"):  # beyond 65,504 it becomes infinite, as in ggml
         return x.astype(np.float16).astype(x.dtype)
 
 

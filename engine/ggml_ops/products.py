@@ -10,7 +10,7 @@ def mul_mat(weight: Array, x: Array, *, params: OpParams, shape: Shape) -> Array
     """x · weightᵀ: [a3, a2, out, in], [b3, b2, T, in] -> [b3, b2, T, out]; b2 and b3 are multiples of a2 and a3.
 
     Matrix h of the second operand takes matrix h // (b2 / a2) of the first. Mirrors ggml_compute_forward_mul_mat with float32
-    operands; the rounding of activations before other weights is `engine.replay`'s matter.
+    operands; `engine.replay` rounds the activations where the weights have another type.
     """
     weight, x = as_floats(weight, x)
     (a3, a2, out, columns), (b3, b2, rows, _) = weight.shape, x.shape
@@ -26,8 +26,8 @@ def mul_mat(weight: Array, x: Array, *, params: OpParams, shape: Shape) -> Array
 def mul_mat_id(weights: Array, x: Array, ids: Array, *, params: OpParams, shape: Shape) -> Array:
     """The product with the chosen experts' weights: [1, E, out, in], [1, T, U or 1, in], ids [1, 1, T, U] -> [1, T, U, out].
 
-    Row u of a token takes row u (or the only one) of its activations. Only `weights[0, e]` of chosen experts are touched, so
-    that they may be dequantised when they are asked for. Mirrors ggml_compute_forward_mul_mat_id.
+    Row u of a token takes row u (or the only one) of its activations. Only `weights[0, e]` of chosen experts are read, so
+    that each can be dequantised on demand. Mirrors ggml_compute_forward_mul_mat_id.
     """
     (x,) = as_floats(x)
     chosen = ids[0, 0].astype(np.int64)

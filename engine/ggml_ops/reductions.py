@@ -1,4 +1,4 @@
-"""Sums, means, running sums, the place of the largest, and pooling."""
+"""Sums, means, running sums, the index of the largest element, and pooling."""
 
 import numpy as np
 
@@ -33,7 +33,7 @@ def running_sum(x: Array, *, params: OpParams, shape: Shape) -> Array:
 
 
 def argmax(x: Array, *, params: OpParams, shape: Shape) -> Array:
-    """The place of the largest of each row, of equals the last. Mirrors ggml_vec_argmax_f32."""
+    """The index of each row's largest element, the last of equal ones. Mirrors ggml_vec_argmax_f32."""
     places = x.shape[-1] - 1 - np.argmax(x[..., ::-1], axis=-1)
     return places.astype(np.int32).reshape(shape)
 
@@ -46,7 +46,7 @@ def count_equal(x: Array, y: Array, *, params: OpParams, shape: Shape) -> Array:
 def pool_1d(x: Array, *, params: OpParams, shape: Shape) -> Array:
     """The largest or mean of `int 1` neighbours of a row, every `int 2`-th, padded by `int 3`.
 
-    Mirrors ggml_compute_forward_pool_1d_ksp: padding is left out, of the mean's count, too.
+    Mirrors ggml_compute_forward_pool_1d_ksp: padding is left out, and not counted in the mean.
     """
     (x,) = as_floats(x)
     kind, size, stride, padding = (params.int(index) for index in range(4))
@@ -56,7 +56,7 @@ def pool_1d(x: Array, *, params: OpParams, shape: Shape) -> Array:
 def pool_2d(x: Array, *, params: OpParams, shape: Shape) -> Array:
     """The largest or mean of a window: sizes in ints 1 and 2 (columns, rows), strides in 3 and 4, padding in 5 and 6.
 
-    Mirrors ggml_compute_forward_pool_2d: a mean is divided by the whole window's size at the edges, too.
+    Mirrors ggml_compute_forward_pool_2d: even at the edges a mean is divided by the whole window's size.
     """
     (x,) = as_floats(x)
     kind, k0, k1, s0, s1, p0, p1 = (params.int(index) for index in range(7))

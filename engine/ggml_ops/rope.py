@@ -1,4 +1,4 @@
-"""Rotary position embedding with everything that ggml's has: YaRN, frequency factors, sections of several positions.
+"""Rotary position embedding with all of ggml's options: YaRN, frequency factors, sections of several positions.
 
 Parameters: int 1 how many elements are rotated, 2 the mode, 4 the original context, 15 the first rotated element; float 5 the base,
 6 the scale of frequencies, 7 how much of YaRN's ramp is mixed in, 8 the magnitude, 9 and 10 YaRN's β fast and slow; ints 11 to

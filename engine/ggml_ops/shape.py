@@ -1,4 +1,4 @@
-"""What moves values about without computing: copies, repetitions, joining, padding, triangles, and values made of nothing."""
+"""Operations that move values without computing: copies, repetitions, joining, padding, triangles, and constants."""
 
 import math
 
@@ -9,7 +9,7 @@ from .params import OpParams, Shape, as_floats, to_brain, to_half
 
 
 def repeated(x: Array, shape: Shape) -> Array:
-    """`x` repeated to a shape whose dimensions are multiples of its own (ggml_can_repeat); itself where broadcasting does it."""
+    """`x` repeated to a shape whose dimensions are multiples of its own (ggml_can_repeat); `x` itself if broadcasting suffices."""
     counts = tuple(wanted // there for wanted, there in zip(shape, x.shape, strict=True))
     if all(count == 1 or there == 1 for count, there in zip(counts, x.shape, strict=True)):
         return x
@@ -19,7 +19,7 @@ def repeated(x: Array, shape: Shape) -> Array:
 def copy(x: Array, target: Array | None = None, *, params: OpParams, shape: Shape) -> Array:
     """The elements in another shape, rounded to the result's type. Mirrors ggml_compute_forward_dup (CONT, CPY, DUP).
 
-    The target of a CPY gives only shape and type, which `shape` and `params.kind` say.
+    The target of a CPY gives only shape and type, which are in `shape` and `params.kind`.
     """
     xp = module_of(x)
     return stored(xp.ascontiguousarray(x).reshape(shape), params)
@@ -50,12 +50,12 @@ def repeat_back(x: Array, *, params: OpParams, shape: Shape) -> Array:
 
 
 def concat(x: Array, y: Array, *, params: OpParams, shape: Shape) -> Array:
-    """Both side by side along ggml's dimension `int 0`. Mirrors ggml_compute_forward_concat."""
+    """Both operands joined along ggml's dimension `int 0`. Mirrors ggml_compute_forward_concat."""
     return np.concatenate((x, y), axis=3 - params.int(0))
 
 
 def fill(target: Array | None = None, *, params: OpParams, shape: Shape) -> Array:
-    """float 0 everywhere, on the side of the target. Mirrors ggml_compute_forward_fill."""
+    """float 0 everywhere, on the target's device. Mirrors ggml_compute_forward_fill."""
     xp = np if target is None else module_of(target)
     dtype = target.dtype if target is not None and target.dtype.kind == "f" else np.float32
     return xp.full(shape, params.float(0), dtype=dtype)
@@ -68,7 +68,7 @@ def arange(*, params: OpParams, shape: Shape) -> Array:
 
 
 def pad(x: Array, *, params: OpParams, shape: Shape) -> Array:
-    """Zeros around the value, or the value once more around it where int 8 (circular) is set.
+    """The value padded with zeros, or with its own other end where int 8 (circular) is set.
 
     Ints 0 to 7: how many before and after, for each of ggml's dimensions. Mirrors ggml_compute_forward_pad_f32.
     """
@@ -84,7 +84,7 @@ def pad_reflect_1d(x: Array, *, params: OpParams, shape: Shape) -> Array:
 
 
 def roll(x: Array, *, params: OpParams, shape: Shape) -> Array:
-    """Shifted around by ints 0 to 3, ggml's dimensions. Mirrors ggml_compute_forward_roll_f32."""
+    """Rolled by ints 0 to 3, one for each of ggml's dimensions. Mirrors ggml_compute_forward_roll_f32."""
     return np.roll(x, tuple(params.int(dimension) for dimension in (3, 2, 1, 0)), axis=(0, 1, 2, 3))
 
 
@@ -100,7 +100,7 @@ def triangle(x: Array, *, params: OpParams, shape: Shape) -> Array:
 
 
 def diagonal(x: Array, *, params: OpParams, shape: Shape) -> Array:
-    """Rows of one as diagonals of matrices: [·, ·, 1, n] -> [·, ·, n, n]. Mirrors ggml_compute_forward_diag_f32."""
+    """Each row as the diagonal of a matrix: [·, ·, 1, n] -> [·, ·, n, n]. Mirrors ggml_compute_forward_diag_f32."""
     return x * module_of(x).eye(x.shape[-1], dtype=x.dtype)
 
 
@@ -112,7 +112,7 @@ def diagonal_mask(value: float, x: Array, *, params: OpParams, shape: Shape) -> 
 
 
 def set_part(x: Array, part: Array, *, params: OpParams, shape: Shape) -> Array:
-    """`x` with `part` in its place: strides in bytes of ggml's dimensions 1, 2, 3 and the offset in ints 0 to 3.
+    """`x` overwritten with `part` at its place: ints 0 to 3 are ggml's strides 1, 2, 3 and the offset, in bytes.
 
     Mirrors ggml_compute_forward_set.
     """
@@ -130,7 +130,7 @@ def add_part(x: Array, part: Array, *, params: OpParams, shape: Shape) -> Array:
 
 def _view_of_part(x: Array, part: Array, params: OpParams) -> tuple[Array, Array]:
     xp = module_of(x)
-    item = 4  # bytes of ggml's float32 and int32, which the strides count in, whatever is computed in here
+    item = 4  # bytes of ggml's float32 and int32: the unit of the strides, whatever dtype is computed in here
     whole = xp.ascontiguousarray(x).copy()
     strides = [params.int(index) // item for index in (2, 1, 0)]
     view = xp.lib.stride_tricks.as_strided(
@@ -161,7 +161,7 @@ def image_to_columns(kernel: Array, x: Array, *, params: OpParams, shape: Shape)
     """The patch under each place of a convolution's kernel as a row, so that the convolution is a product.
 
     Ints 0 to 6: strides, padding and dilation (columns, rows), and whether it is two-dimensional; of the kernel only the shape
-    counts. 1-D: [1, N, C, W] -> [1, N, OW, C·KW]; 2-D: [N, C, H, W] -> [N, OH, OW, C·KH·KW]. Mirrors ggml_compute_forward_im2col.
+    matters. 1-D: [1, N, C, W] -> [1, N, OW, C·KW]; 2-D: [N, C, H, W] -> [N, OH, OW, C·KH·KW]. Mirrors ggml_compute_forward_im2col.
     """
     xp = module_of(x)
     s0, s1, p0, p1, d0, d1, flat = (params.int(index) for index in range(7))

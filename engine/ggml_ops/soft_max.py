@@ -1,4 +1,4 @@
-"""Soft max with all that attention asks of it: scale, mask, ALiBi, sinks."""
+"""Soft max with all that attention needs: scale, mask, ALiBi, sinks."""
 
 import math
 
@@ -30,7 +30,7 @@ def soft_max(scores: Array, mask: Array | None = None, sinks: Array | None = Non
     if sinks is not None:
         sink = sinks.reshape(1, heads, 1, 1).astype(scores.dtype, copy=False)
         largest = np.maximum(largest, sink)
-    with np.errstate(invalid="ignore"):  # a row that is masked as a whole
+    with np.errstate(invalid="ignore"):  # a row that is completely masked
         weights = np.exp(shifted - largest)
         total = weights.sum(axis=-1, keepdims=True, dtype=np.float64)
         if sinks is not None:

@@ -1,4 +1,4 @@
-"""Orders and choices, which routing to experts and sparse attention are made of."""
+"""Sorting and selecting: what routing to experts and sparse attention are made of."""
 
 import numpy as np
 
@@ -7,20 +7,20 @@ from .params import OpParams, Shape
 
 
 def argsort(x: Array, *, params: OpParams, shape: Shape) -> Array:
-    """The places of each row's elements in ascending (int 0 is 0) or descending order: int32 of the same shape.
+    """The indices of each row's elements in ascending (int 0 is 0) or descending order: int32 of the same shape.
 
     Equal elements keep their order, as ggml_compute_forward_argsort_f32 leaves them in rows of up to 16 elements; in longer rows
-    std::sort does not promise anything.
+    std::sort promises nothing.
     """
     return np.argsort(-x if params.int(0) else x, axis=-1, kind="stable").astype(np.int32)
 
 
 def top_k(x: Array, *, params: OpParams, shape: Shape) -> Array:
-    """The places of the largest elements of each row, with the first two exchanged: int32 [..., k].
+    """The indices of the k largest elements of each row, with the first two swapped: int32 [..., k].
 
-    ggml_compute_forward_top_k_f32 exchanges them to show that their order is of no importance. Of a row with fewer than k elements
-    all are chosen, the last of them more than once: llama.cpp's row has the cache's padding behind it, which a mask hides. Which of
-    equal elements are chosen is as std::partial_sort has it (`_selected`).
+    ggml_compute_forward_top_k_f32 swaps them to show that their order does not matter. Of a row with fewer than k elements
+    all are chosen, the last of them more than once: llama.cpp's row ends in the cache's padding, which a mask hides. Which of
+    several equal elements are chosen follows std::partial_sort (`_selected`).
     """
     k = shape[-1]
     order = np.argsort(-x, axis=-1, kind="stable")
@@ -35,7 +35,7 @@ def top_k(x: Array, *, params: OpParams, shape: Shape) -> Array:
 
 
 def _settle_ties(x: Array, order: Array, places: Array) -> None:
-    """Choose again in rows where the first k + 1 have equals among them, as scores that a ReLU made 0 are."""
+    """Choose again in rows whose first k + 1 elements are not all different, such as scores that a ReLU set to 0."""
     k = places.shape[-1]
     first = np.take_along_axis(x, order[..., : k + 1], axis=-1)
     tied = ((first[..., 1:] == first[..., :-1]) & (first[..., 1:] > -np.inf)).any(axis=-1)  # the masked may be chosen or not
@@ -45,7 +45,7 @@ def _settle_ties(x: Array, order: Array, places: Array) -> None:
 
 
 def _selected(values: list[float], k: int) -> list[int]:
-    """The places of the k largest of some values, largest first: a heap of the first k, whose smallest gives way to what is larger.
+    """The indices of the k largest values, largest first: a heap of the first k, whose smallest is replaced by larger ones.
 
     Mirrors std::partial_sort of libstdc++: __heap_select and __sort_heap.
     """

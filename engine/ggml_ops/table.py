@@ -1,4 +1,4 @@
-"""Which function computes which `ggml_op`."""
+"""The table of operations: which function computes which `ggml_op`."""
 
 from functools import partial
 from math import inf
@@ -99,7 +99,7 @@ def operation(name: str, where: str = "") -> Operation:
     """The function of a `ggml_op`; `where` names the node in the error.
 
     Raises:
-        ModelError: there is none.
+        ModelError: the engine has no such operation.
     """
     try:
         return OPERATIONS[name]

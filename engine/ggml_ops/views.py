@@ -1,4 +1,4 @@
-"""Views: how a node sees another one's memory, without computing."""
+"""Views: how a node reads another node's memory, without computing."""
 
 from collections.abc import Sequence
 
@@ -14,7 +14,7 @@ def strided(memory: Array, ne: Sequence[int], nb: Sequence[int], offset: int, it
         memory: the whole tensor that the view looks at, contiguous.
         ne, nb: the view's dimensions and its strides in bytes, in ggml's order.
         offset: bytes from the start of `memory` to the view's first element.
-        item: bytes of one element in ggml, which strides and offset are multiples of; the memory's own may be others.
+        item: bytes of one element in ggml, of which strides and offset are multiples; elements of `memory` may have another size.
     """
     flat = memory.reshape(-1)[offset // item :]
     strides = tuple(int(stride) // item * flat.itemsize for stride in reversed(nb))

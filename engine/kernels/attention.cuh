@@ -90,7 +90,7 @@ __device__ void attend(Shared& s, const Layer& l, int head, int split, int split
     for (int i = 0; i < EACH; i++) if (2 * lane + 64 * i < HEAD) *(float2*)&s.mixed[warp][2 * lane + 64 * i] = acc[i];
     if (lane == 0) { s.peak[warp] = peak; s.total[warp] = total; }
     block_sync();
-    // Each warp puts the warps' results together: lane w has the share of warp w.
+    // Each warp combines the results of all warps: lane w has the share of warp w.
     static_assert(HEAD <= THREADS && WARPS == 16, "a thread takes one element, half a warp the warps");
     const long long slot = (long long)head * SPLITS + split;
     const float its_peak = s.peak[lane % WARPS];
@@ -111,7 +111,7 @@ __device__ void attend(Shared& s, const Layer& l, int head, int split, int split
     }
 }
 
-// The shares of each head put together -> x; block 0 keeps them as kqv_out, and each head's peak and 1 / sum. A thread takes two
+// The shares of each head combined -> x; block 0 stores them as kqv_out, with each head's peak and 1 / sum. A thread takes two
 // neighbouring elements.
 __device__ void merge(Shared& s, const Layer& l, int splits, unsigned step) {
     constexpr int TOGETHER = SPLITS < 3 ? SPLITS : 3;

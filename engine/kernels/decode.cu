@@ -1,8 +1,8 @@
 // One decode step of a Llama-shaped model as one kernel: a block on every multiprocessor, five phases a layer, then
-// the logits and the greedy choice. Blocks hand each other values by words (messages.cuh); no barrier of the grid is needed.
+// the logits and the greedy choice. Blocks pass values to each other as words (messages.cuh), so that no grid-wide barrier is needed.
 //
-// Each block owns the same rows of a matrix in every step. While it works on one phase, the rows it will need in the next
-// ones are already on their way to the L2 cache: the words' latency and the memory's then overlap. Every intermediate
+// Each block owns the same rows of a matrix in every step. While it works on one phase, the rows that it needs in the next
+// ones are already on their way to the L2 cache: the latencies of words and of memory then overlap. Every intermediate
 // value of the step has a place of its own in memory, so that records can be made while the logits are computed (records.cuh).
 //
 // Given at compile time: LAYERS D HEADS KV_HEADS HEAD FF VOCAB ROPE NEOX POSITIONS (places of the cache) BLOCKS SPLITS.
@@ -11,7 +11,7 @@
 #include "projections.cuh"
 #include "records.cuh"
 
-// Logits of this block's rows and the largest of them; where they are recorded, each warp says how far it is.
+// Logits of this block's rows and the largest of them; if they are recorded, each warp publishes its progress.
 __device__ void logits(Shared& s, const Model& m, float scale, bool recorded, unsigned step) {
     constexpr int R = LOGITS_ROUND / WARPS;
     const int first = first_of(VOCAB), last = last_of(VOCAB), warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
@@ -50,7 +50,7 @@ __device__ void logits(Shared& s, const Model& m, float scale, bool recorded, un
     }
 }
 
-// The last block to finish takes the largest logit of all (of equal ones the smallest id) and moves the state on.
+// The last block to finish takes the largest logit of all (of equal ones the smallest id) and advances the state.
 __device__ void choose(Shared& s, const Model& m, unsigned until, State now) {
     block_sync();
     if (threadIdx.x == 0) {
@@ -81,12 +81,12 @@ __device__ void choose(Shared& s, const Model& m, unsigned until, State now) {
     }
 }
 
-// This block's share of a layer's words: the weights of a step drive out of the L2 cache what the last step left there.
+// This block's share of a layer's words is fetched again: a step's weights evict from the L2 cache what the last step left there.
 __device__ __forceinline__ void prefetch_words(const Layer& l) {
     prefetch(l.words, first_of(WORDS) * sizeof(Word), (last_of(WORDS) - first_of(WORDS)) * sizeof(Word));
 }
 
-// A layer's pointers, in two steps: asked for, and, when they have come, put into shared memory.
+// A layer's pointers, in two steps: requested, and, once they have arrived, stored in shared memory.
 __device__ __forceinline__ long long fetch_layer(const Model& m, int i) {
     return i < LAYERS && threadIdx.x < sizeof(Layer) / 8 ? __ldg((const long long*)(m.layers + i) + threadIdx.x) : 0;
 }
@@ -147,7 +147,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode(
         if (STAGED && threadIdx.x == 64) find_near(s, l);
         #pragma unroll 1
         for (int u = blockIdx.x; u < HEADS * splits; u += BLOCKS) {
-            if (u != blockIdx.x) block_sync();                 // the last one's sums have been read
+            if (u != blockIdx.x) block_sync();                 // the sums of the last one have been read
             attend(s, l, u / splits, u % splits, splits, seen, scale, step);
         }
         MARK
@@ -192,11 +192,11 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode(
     logits(s, m, Norm::scale(s, eps), logits_at >= 0, step);
     MARK
     choose(s, m, step * BLOCKS, now);
-    if (count > BLOCKS) make_records(s, m, wanted, seen, step * BLOCKS);   // fewer lines are the other warps' alone
+    if (count > BLOCKS) make_records(s, m, wanted, seen, step * BLOCKS);   // with fewer lines, the other warps do them all
 }
 
-// Another token than the one that was chosen; or, of logits [VOCAB] made elsewhere, the largest (of equal ones the smallest id),
-// which will stand at `position`. One block of 1024.
+// Sets the token at `position`: a given one, or the largest of logits [VOCAB] made elsewhere (of equal ones the smallest id).
+// One block of 1024.
 extern "C" __global__ void place_token(State* state, int token, int position) { *state = State{token, position, position, state->step}; }
 extern "C" __global__ void __launch_bounds__(1024) place_best(State* state, const float* logits, int position, int* tokens) {
     __shared__ float bests[32];

@@ -1,10 +1,10 @@
-// Values that blocks hand each other within a step: a float and the step's number in one 64-bit word.
+// Values that blocks pass to each other within a step: a float and the step's number in one 64-bit word.
 //
-// Who needs a value reads its word until the number is this step's. A word is written and read as a whole, so that neither a
-// barrier of the grid nor a fence stands between a block that makes a value and one that takes it (NCCL's LL protocol). A word
-// belongs to one value of one layer and is written once a step; a step begins when all blocks have ended the last.
+// A block that needs a value reads its word until the number is this step's. A word is written and read as a whole, so that neither a
+// grid-wide barrier nor a fence is needed between the block that makes a value and one that takes it (NCCL's LL protocol). A word
+// belongs to one value of one layer and is written once a step; a step begins when all blocks have finished the last one.
 
-#ifndef PAUSE                    // nanoseconds between looks: who looks all the time slows who tells (BENCHMARKS.md)
+#ifndef PAUSE                    // nanoseconds between reads: constant polling slows down the writer (BENCHMARKS.md)
 #define PAUSE 50
 #endif
 typedef unsigned long long Word;
@@ -24,8 +24,9 @@ __device__ __forceinline__ void look_at_two(const Word* from, Word& a, Word& b) 
 __device__ __forceinline__ bool told(Word word, unsigned step) { return (unsigned)(word >> 32) == step; }
 __device__ __forceinline__ float value_of(Word word) { return __uint_as_float((unsigned)word); }
 
-// Where many blocks take many values, half the bytes: a float whose two lowest bits are those of the step. The block that computes the
-// value rounds it first, so that what is recorded is what is taken. A word of the last step has other bits, and no step leaves one out.
+// Half the bytes, for many values taken by many blocks: a float whose two lowest bits are those of the step's number. The block that
+// computes the value rounds it first, so that what is recorded is what is taken. The last step's word has other bits, and every step
+// writes every word.
 __device__ __forceinline__ float short_of(float value) {
     const unsigned bits = __float_as_uint(value);
     return __uint_as_float((isfinite(value) ? bits + 2 : bits) & ~3u);
@@ -46,7 +47,7 @@ __device__ __forceinline__ float4 values_of(uint4 w) {
     return make_float4(__uint_as_float(w.x & ~3u), __uint_as_float(w.y & ~3u), __uint_as_float(w.z & ~3u), __uint_as_float(w.w & ~3u));
 }
 
-// N values, all asked for at once: at(i) is the word of the i-th, or null where there is none and 0 is meant.
+// N values, all requested at once: at(i) is the word of the i-th, or null for a value of 0.
 template <int N, class At> __device__ __forceinline__ void hear(const At& at, unsigned step, float (&values)[N]) {
     Word words[N];
     bool all;
@@ -61,7 +62,7 @@ template <int N, class At> __device__ __forceinline__ void hear(const At& at, un
     #pragma unroll
     for (int i = 0; i < N; i++) values[i] = value_of(words[i]);
 }
-// The same of pairs that lie side by side: at(i) is the word of the i-th pair's first.
+// The same for adjacent pairs: at(i) is the word of the i-th pair's first value.
 template <int N, class At> __device__ __forceinline__ void hear_pairs(const At& at, unsigned step, float2 (&values)[N]) {
     Word words[N][2];
     bool all;

@@ -1,4 +1,4 @@
-// Weights brought into shared memory by bulk copies, a layer ahead.
+// Weights prefetched into shared memory by bulk copies, a layer ahead.
 
 #include "step.cuh"
 
@@ -13,13 +13,13 @@ __device__ __forceinline__ int eighths(int type, int plane) {
     }
 }
 
-// Bulk copies of a block's rows into shared memory end in a barrier of shared memory.
+// Bulk copies of a block's rows into shared memory signal their end by a barrier in shared memory.
 __device__ __forceinline__ unsigned near_address(const void* p) { return (unsigned)__cvta_generic_to_shared(p); }
 __device__ __forceinline__ void await(const unsigned long long* full, unsigned phase) {
     asm volatile("{\n.reg .pred done;\nagain:\nmbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n@!done bra again;\n}"
                  :: "r"(near_address(full)), "r"(phase) : "memory");
 }
-// Rows [first, first + rows) of a plane: where they begin, and where the planes before leave room for them.
+// Rows [first, first + rows) of a plane: where they begin in memory, and where they go behind the planes before.
 struct Place { unsigned long long from; unsigned offset, size, skip; };
 __device__ __forceinline__ Place place_of(const Matrix& m, int plane, int first, int rows, int cols, unsigned offset) {
     const int row = eighths(type_of(m), plane) * (cols / 32) / 8;
@@ -64,10 +64,10 @@ __device__ __forceinline__ void prefetch_rows(const Matrix& m, int first, int co
     if (scales) prefetch(m.scales, (long long)first * scales, count * scales);
 }
 
-// The warp that brings weights near: a layer's gate and up as soon as the last ones have been used, then its down.
+// The warp that prefetches weights: a layer's gate and up as soon as the last ones have been used, then its down.
 //
-// Small pieces with pauses: a burst would fill the memory's queues, and what the other warps read from the L2 cache, a few
-// kilobytes on the critical path, would wait behind it (measured: the whole burst's time is lost then).
+// Small pieces with pauses: a burst would fill the memory's queues, and the few kilobytes that the other warps read from the L2
+// cache, on the critical path, would wait behind it (measured: the whole burst's time is lost then).
 #ifndef PIECE
 #define PIECE 2048
 #endif

@@ -2,9 +2,9 @@
 
 #include "step.cuh"
 
-// A norm whose scale comes last: x = values · weight, padded, in shared memory, and the squares of the values. The products with
-// x need no more than that; who finishes them multiplies by 1 / sqrt(mean(values²) + eps), so that the latency of the sum of
-// squares (in float64 as in ggml) lies behind the products.
+// A norm whose scale is applied last: x = values · weight, padded, in shared memory, and the squares of the values. The products
+// with x start from that; their sums are multiplied by 1 / sqrt(mean(values²) + eps) at the end, so that the products hide the
+// latency of the sum of squares (in float64 as in ggml).
 struct Norm {
     static constexpr int EACH = (D + THREADS - 1) / THREADS;
     float weight[EACH], x[EACH];
@@ -41,7 +41,7 @@ struct Norm {
         for (int far = WARPS / 2; far; far >>= 1) squares += __shfl_xor_sync(~0u, squares, far);
         return rsqrtf((float)(squares * (1. / D)) + eps);
     }
-    // What was normalised, to be recorded: by one block, behind what the others wait for.
+    // The normalised values, to be recorded: stored by one block, after what the others wait for.
     __device__ __forceinline__ void keep(const Shared& s, float eps, float* out) const {
         if (blockIdx.x) return;
         const float scale = Norm::scale(s, eps);

@@ -15,7 +15,7 @@ template <int GROUPS, int R>
 __device__ __forceinline__ void leave_sums(Shared& s, float (&sum)[R], int unit, int group_lane) {
     const int lane = threadIdx.x & 31;
     static_assert(R <= 2, "one or two rows");
-    if constexpr (R == 2) {       // each half of the warp goes on with one of the two sums
+    if constexpr (R == 2) {       // each half of the warp continues with one of the two sums
         const float mine = lane & 16 ? sum[1] : sum[0], other = lane & 16 ? sum[0] : sum[1];
         float half = mine + __shfl_xor_sync(~0u, other, 16);
         #pragma unroll
@@ -42,7 +42,7 @@ __device__ __forceinline__ const Matrix& qkv_matrix(const Layer& l, int p, int2&
     return l.v;
 }
 
-// By the lanes of one warp: a pair's rows each.
+// One warp; each lane takes the rows of one pair.
 __device__ __forceinline__ void prefetch_qkv(const Layer& l) {
     #pragma unroll 1
     for (int p = first_of(PAIRS) + (threadIdx.x & 31); p < last_of(PAIRS); p += 32) {
@@ -126,7 +126,7 @@ struct Projection {
     }
 };
 
-// Feed-forward activations -> x: all words under way before the first is stored.
+// Feed-forward activations -> x: all words are requested before the first is stored.
 __device__ __forceinline__ void take(Shared& s, const unsigned* words, unsigned step) {
     constexpr int EACH = (FF / 4 + THREADS - 1) / THREADS, TOGETHER = EACH < TAKEN ? EACH : TAKEN;
     static_assert(FF % 4 == 0, "words four by four");
@@ -161,7 +161,7 @@ template <int COLS, int SHARED_BY, int R, bool CLOSE> struct ProjectionBack {
     int first, last, lane, mine;
     float bias, rest;            // of the row whose sum this thread will finish
 
-    // R neighbouring rows; where they are fewer, the last again.
+    // R neighbouring rows; if there are fewer, the last one repeated.
     __device__ __forceinline__ void find(const Matrix& w, int r, const Matrix* (&each)[R], int (&row)[R]) const {
         #pragma unroll
         for (int i = 0; i < R; i++) { each[i] = &w; row[i] = min(r + i, last - 1); }
@@ -172,7 +172,7 @@ template <int COLS, int SHARED_BY, int R, bool CLOSE> struct ProjectionBack {
         find(w, r, each, row);
         rows.load(each, row, lane);
     }
-    // The residual stream of a block's rows is the block's own work: of this very thread.
+    // The residual stream of these rows was made by this very thread.
     __device__ __forceinline__ void load(const Matrix& w, const float* residual) {
         first = first_of(D); last = last_of(D); lane = threadIdx.x % LANES; mine = first + threadIdx.x / LANES * R;
         if (mine < last) fetch(w, mine);

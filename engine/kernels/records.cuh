@@ -1,5 +1,5 @@
-// Records of a step, made beside it by the warp that brings weights near, which has nothing left to do once the last layer's are
-// there: the logits take long enough for the other points, and those logits that are made already. No phase of the step waits.
+// Records of a step, made during the step by the warp that prefetches weights, which is idle once the last layer's have arrived:
+// the logits take long enough for all other points, and for the logits made so far. No phase of the step waits.
 
 #include "step.cuh"
 #include "summary.cuh"
@@ -11,8 +11,8 @@ struct Point {
     double scale;
     long long index, chunk;      // of the point's record, and which of its chunks
 };
-// What is recorded of a step: a line of `work` for each chunk that a point may have. The logits are no such point: each block
-// leaves the sums of its own behind their record, as parts of PART doubles, and who reads the records adds them up.
+// What is recorded of a step: a line of `work` for each chunk that a point may have. The logits have no lines: each block
+// stores the sums of its own logits behind their record, as parts of PART doubles, which the reader of the records adds up.
 struct Wanted {
     const Point* work;
     int count, size, slice, bytes;   // lines, elements of a chunk, values of a slice, bytes of a record
@@ -22,7 +22,7 @@ struct Wanted {
     char* records;
 };
 
-// The grid's other values are final: each block says so once, behind its last barrier before the logits, and nobody waits.
+// All values but the logits are final: each block says so once, after its last barrier before the logits; nothing waits for it.
 __device__ __forceinline__ void settle() { asm volatile("bar.arrive 2, %0;" :: "n"(THREADS + 32) : "memory"); }
 __device__ __forceinline__ void tell_settled(const Model& m) {   // by the warp beside those that compute
     asm volatile("bar.sync 2, %0;" :: "n"(THREADS + 32) : "memory");
@@ -59,7 +59,7 @@ struct Gathered {
     }
 };
 
-// One chunk by one warp. Whoever ends a row's last chunk adds up all, in their order.
+// One chunk by one warp. The warp that finishes a row's last chunk adds up all chunks, in their order.
 __device__ __noinline__ void record_chunk(const Wanted& wanted, int line, int seen) {
     const Point point = wanted.work[line];
     const int lane = threadIdx.x & 31, t = point.kind == LAST ? seen - 1 : 0;
@@ -75,7 +75,7 @@ __device__ __noinline__ void record_chunk(const Wanted& wanted, int line, int se
     float raw = from + lane < to ? value_at(row, from + lane) : 0.f;
     #pragma unroll 1
     for (int e = from + lane; e - lane < to; e += 32) {
-        const float next = e + 32 < to ? value_at(row, e + 32) : 0.f;   // under way meanwhile
+        const float next = e + 32 < to ? value_at(row, e + 32) : 0.f;   // requested ahead
         gathered.take(raw, e, to);
         raw = next;
     }
@@ -115,7 +115,7 @@ __device__ __noinline__ void make_records(Shared& s, const Model& m, const Wante
     }
 }
 
-// How many rounds of logits a warp has made: said by its lane 0, which has stored them.
+// How many rounds of logits a warp has made: published by its lane 0, which stores them.
 #define ALL_MADE 1e9f
 __device__ __forceinline__ Word* progress(const Model& m, int warp) { return m.made + blockIdx.x * (WARPS + 1) + warp; }
 __device__ __forceinline__ void say_made(const Model& m, float rounds, unsigned step) {
@@ -132,7 +132,7 @@ __device__ __forceinline__ void await_made(const Model& m, float rounds, unsigne
     } while (!__all_sync(~0u, made));
     __threadfence_block();
 }
-// This block's logits, while its other warps make them: its part, and what of it belongs to the slice.
+// This block's logits, read while its other warps make them: the block's part of the sums, and the elements in the slice.
 __device__ __noinline__ void record_logits(const Model& m, const Wanted& wanted, unsigned step) {
     const int lane = threadIdx.x & 31, first = first_of(VOCAB), last = last_of(VOCAB);
     float* values = record_of(wanted.records, wanted.bytes, wanted.logits)->values;

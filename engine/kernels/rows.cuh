@@ -2,8 +2,8 @@
 
 // The dot products of R rows with x by LANES lanes; `sum` holds this lane's share.
 //
-// Where all matrices of the model have one type, `load` fetches the first pieces into registers before x is known: called
-// ahead of a barrier, it hides the memory's latency behind the barrier's.
+// If all matrices of the model have one type, `load` fetches the first pieces into registers before x is known: called
+// before a barrier, it overlaps the latencies of memory and barrier.
 template <int COLS, int LANES, int R, bool NEAR = false> struct Rows {
     template <int T> struct Of {
         static const int pieces = COLS / Format<T, false>::E, rounds = (pieces + LANES - 1) / LANES;
@@ -43,7 +43,7 @@ template <int COLS, int LANES, int R, bool NEAR = false> struct Rows {
         }
     }
 
-    // This lane's activations, for all the rows it will take; only where they are few and of one type.
+    // This lane's activations, for all the rows it will take; only if they are few and of one type.
     static const bool HOLDS = ONE_TYPE && NEAR && COLS % Format<ONLY, false>::E == 0 && Of<ONLY>::rounds * Format<ONLY, false>::E <= 32;
     static const int HELD_ROUNDS = HOLDS ? Of<ONLY>::rounds : 1;
     FromRegisters<Format<ONLY, false>::E> activations[HELD_ROUNDS];

@@ -3,7 +3,7 @@
 #include "messages.cuh"
 #include "weights.cuh"
 
-#define THREADS 512              // that compute; one more warp brings weights near
+#define THREADS 512              // that compute; one more warp prefetches weights
 #define WARPS (THREADS / 32)
 #define QW (HEADS * HEAD)
 #define KW (KV_HEADS * HEAD)
@@ -45,8 +45,8 @@ struct Model {
 #endif
 #define STAGED (GATE_BYTES > 0)
 
-// Warps that share a row, rows they take at once, and what is unrolled or asked for together: measured with F16 on a 0.5 B model
-// (BENCHMARKS.md), where half or twice of any of them is slower.
+// Warps that share a row, rows they take at once, and what is unrolled or requested together: measured with F16 on a 0.5 B model
+// (BENCHMARKS.md), where half or twice of any of these is slower.
 #ifndef QKV_WARPS
 #define QKV_WARPS 4
 #endif
@@ -67,18 +67,18 @@ struct Model {
 #endif
 
 #ifndef TAKEN
-#define TAKEN 3                  // fours of activations that a thread asks for at once
+#define TAKEN 3                  // groups of four activations that a thread requests at once
 #endif
 
 #define PAIRS ((QW + 2 * KW) / 2)     // rows of Q, K and V, two by two
-// Where a layer's words lie: q rotated, k rotated, v, residual stream after attention, swiglu, layer's output, and of each
-// head and share of the positions peak and sum of the weights, and the values weighted by them.
+// The order of a layer's words: q rotated, k rotated, v, residual stream after attention, swiglu, layer's output; then for each
+// head and share of the positions the weights' peak and sum, and the weighted values.
 enum {
     Q_WORDS = 0, K_WORDS = Q_WORDS + QW, V_WORDS = K_WORDS + KW, INP_WORDS = V_WORDS + KW, SWIGLU_WORDS = INP_WORDS + D,
     OUT_WORDS = SWIGLU_WORDS + FF, SUMS_WORDS = OUT_WORDS + D, MIXED_WORDS = SUMS_WORDS + HEADS * SPLITS * 2,
     WORDS = MIXED_WORDS + HEADS * SPLITS * HEAD
 };
-#define SHARE(COUNT) ((COUNT) / BLOCKS + 1)   // things of a block at most
+#define SHARE(COUNT) ((COUNT) / BLOCKS + 1)   // the most of COUNT items that a block gets
 constexpr int most(int a, int b) { return a > b ? a : b; }
 constexpr int PARTS = most(most(SHARE(PAIRS) * 2 * QKV_WARPS, SHARE(FF) * 2 * GATE_WARPS),
                            most((SHARE(D) + 1) * most(OUT_WARPS, DOWN_WARPS), 2 * WARPS));
@@ -90,12 +90,12 @@ struct Shared {
     double norm[WARPS];
     float mixed[WARPS][HEAD], peak[WARPS], total[WARPS];   // of the warps that share a head
     int lines_taken;             // of the block's records
-    unsigned long long full[2], used[2];   // barriers of the weights brought near: gate and up, down
+    unsigned long long full[2], used[2];   // barriers of the prefetched weights: gate and up, down
     Matrix near_gate, near_up, near_down;
     __align__(16) char weights[STAGED ? GATE_BYTES + DOWN_BYTES : 16];
 };
 
-// This block's share of `count` things, as [first, last).
+// This block's share of `count` items, as [first, last).
 __device__ __forceinline__ int first_of(int count) { return (unsigned)count * blockIdx.x / BLOCKS; }
 __device__ __forceinline__ int last_of(int count) { return (unsigned)count * (blockIdx.x + 1) / BLOCKS; }
 

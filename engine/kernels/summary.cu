@@ -17,7 +17,7 @@ __device__ void accumulate(const Row& row, int from, int to, double* part) {
     Statistics seen;
     #pragma unroll 1
     for (int start = from + warp * 32; start < to; start += TOGETHER * WARPS * 32) {
-        float raws[TOGETHER];                                  // under way together
+        float raws[TOGETHER];                                  // requested together
         #pragma unroll
         for (int i = 0; i < TOGETHER; i++) {
             const int e = start + i * WARPS * 32 + lane;
@@ -68,8 +68,8 @@ __device__ void accumulate(const Row& row, int from, int to, double* part) {
     __syncthreads();
 }
 
-// All chunks of a row -> part, by the whole block: of the sketch each warp adds up every eighth chunk, lane j projection j; of
-// the statistics warp i takes the i-th.
+// All chunks of a row -> part, by the whole block: each warp adds up every eighth chunk of the sketch, lane j projection j;
+// warp i takes the i-th statistic.
 __device__ void add_up(const double* chunks, int count, double* part) {
     __shared__ double groups[WARPS][SKETCH];
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;

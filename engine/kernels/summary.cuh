@@ -21,7 +21,7 @@ __device__ __forceinline__ unsigned fmix32(unsigned h) {
     h ^= h >> 16; h *= 0x85EBCA6Bu; h ^= h >> 13; h *= 0xC2B2AE35u; return h ^ (h >> 16);
 }
 
-__device__ __forceinline__ float value_at(const Row& row, int e) {   // past the nearest cache: other multiprocessors make values
+__device__ __forceinline__ float value_at(const Row& row, int e) {   // bypassing the L1 cache: other multiprocessors make values
     if (row.outer == 1 && !row.peaks) return __ldcg(row.base + e);
     int o = e / row.inner;
     float x = __ldcg(row.base + (long long)o * row.outer_stride + (e - o * row.inner));

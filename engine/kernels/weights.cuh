@@ -1,4 +1,4 @@
-// A weight in its file's type, as `engine.packing` lays it out, and one element of it, as ggml dequantises it.
+// A weight in its file's type, as `engine.weights.packing` lays it out, and one element of it, as ggml dequantises it.
 
 #include <cuda_fp16.h>
 
@@ -6,7 +6,7 @@
 #define INFINITY __int_as_float(0x7f800000)
 #endif
 
-// Planes that `engine.packing` makes of the file's blocks; `low` has 16 bytes (Q8_0: 32) a block of 32 elements.
+// Planes that `engine.weights.packing` makes from the file's blocks; `low` has 16 bytes (Q8_0: 32) a block of 32 elements.
 struct Matrix {
     const uint4* low;            // float values, int8, or nibbles: element i low, i + 16 high
     const void* high;            // Q5_0: uint32, Q6_K: uint2 of upper bits
@@ -18,7 +18,7 @@ struct Matrix {
 
 enum { F32 = 0, F16 = 1, Q4_0 = 2, Q5_0 = 6, Q8_0 = 8, Q4_K = 12, Q6_K = 14, BF16 = 30 };
 
-#ifndef TYPES                    // bit mask of the ggml types that the model has; others cost no code
+#ifndef TYPES                    // bit mask of the ggml types that the model has; no code is compiled for others
 #define TYPES ~0ull
 #endif
 constexpr bool ONE_TYPE = (TYPES & (TYPES - 1)) == 0;

@@ -1,4 +1,4 @@
-"""From llama.cpp's graph to our steps: neighbours that are one operation of the house become its step, every other node its own."""
+"""From llama.cpp's graph to our steps: nodes that together are one operation of `engine.ops` become one step, others one each."""
 
 from .lift import Lifted, lift
 

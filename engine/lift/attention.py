@@ -1,4 +1,4 @@
-"""Keys and values as attention reads them: a step of their own, whatever they are read from."""
+"""Keys and values as attention reads them: each is a step of its own, wherever it is read from."""
 
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def attended_name(lifter: "Lifter", index: int, tensor: Tensor, *, keys: bool) -> str | None:
     """The value [S, K · d] that holds the keys or values of a product of attention; None if there is none.
 
-    What a cache holds is shown by a step of its own; where nothing is cached, it is the keys or values of the pass.
+    The cache's contents are shown by a step of their own; where nothing is cached, they are the keys or values of the pass.
     """
     if 0 in tensor.operand_points:
         attended(lifter, index, tensor, 0)

@@ -1,4 +1,4 @@
-"""A step of a node's own ggml operation, for what is no operation of the house."""
+"""A step of a node's own ggml operation, for nodes that are no operation of `engine.ops`."""
 
 from typing import TYPE_CHECKING
 
@@ -32,10 +32,10 @@ def generic(lifter: "Lifter", index: int, tensor: Tensor) -> None:
         if lifter.tensors[place.base].kind == WEIGHT:
             operands_read.append(_weight(lifter, tensor, source, number, weights))
             continue
-        if tensor.op in _COPIES and number == 1:  # the target, which gives only its shape
+        if tensor.op in _COPIES and number == 1:  # of the target only the shape matters
             operands_read.append(None)
             continue
-        if tensor.op == "FILL":  # the operand gives only its shape
+        if tensor.op == "FILL":  # of the operand only the shape matters
             cached = any(size.cached for size in tensor.ne)
             lengths = (lifter.t, lifter.s) if cached else (lifter.t,)
             operands_read.append(("read", len(reads), lengths, lengths))
@@ -67,7 +67,7 @@ def generic(lifter: "Lifter", index: int, tensor: Tensor) -> None:
     }
     if positions is not None:
         params["positions"] = positions
-    # Without a row for each position, or one for all; or llama.cpp's padding is a part of its rows.
+    # The value has neither a row for each position nor one for all; or llama.cpp's padding is a part of its rows.
     inner = not tensor.point or (axis is None and len(result_shape) != 2) or lifter.memory.padded(index)
     lifter.make_rows(
         index,
@@ -98,7 +98,7 @@ def _weight(
 def _operand_point(
     lifter: "Lifter", index: int, tensor: Tensor, number: int, reads: list[Read]
 ) -> tuple[tuple[Size, ...], tuple[Size, ...]]:
-    """An operand that is a point of its own: keys or values as attention reads them. Its step is made, and read."""
+    """Make and read the step of an operand that is a point of its own: keys or values as attention reads them."""
     read = attended(lifter, index, tensor, number)
     reads.append(read)
     shape = numpy_shape(lifter.tensors[tensor.sources[number] or 0].ne)

@@ -1,4 +1,4 @@
-"""What llama.cpp gives a graph as input, as values of the engine: each by its rule, none by its data."""
+"""The inputs that llama.cpp gives a graph, as values of the engine: each follows its rule, none copies the recorded data."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 
 def read(lifter: "Lifter", index: int, tensor: Tensor) -> tuple[str, tuple[Size, ...]]:
-    """The value that stands for an input, and its shape; a step that makes it of tokens or positions is added where it is needed.
+    """The value that stands for an input, and its shape; if needed, a step is added that makes it from tokens or positions.
 
     Raises:
-        Unliftable: it follows no rule that the engine knows.
+        Unliftable: the input follows no rule that the engine knows.
     """
     rule = tensor.rule
     if rule is None:
@@ -37,19 +37,19 @@ def read(lifter: "Lifter", index: int, tensor: Tensor) -> tuple[str, tuple[Size,
     name = "input." + ".".join(
         [rule.kind, *(f"{value:g}" if isinstance(value, float) else str(value) for value in rule.parameters.values())]
     )
-    # Of sections and masks the first rows are not those of a shorter pass.
+    # The first rows of sections and masks differ from those of a shorter pass.
     axis = 0 if shape == (lifter.t,) else None
     return lifter.helper(Step(name, operation, reads, (), dict(rule.parameters), axis=axis, inner=True)), shape
 
 
 def of_lengths(lifter: "Lifter") -> str:
-    """A value that is only there to say how long pass and cache are: the causal mask, [T, S]."""
+    """A value that only tells how long pass and cache are: the causal mask, [T, S]."""
     parameters = {"window": "causal", "size": 0}
     return lifter.helper(Step("input.mask.causal.0", mask, (POSITIONS, lifter.keys), (), parameters, inner=True))
 
 
 def sections(positions: Array, *, sections: int, zeros: int) -> Array:
-    """The positions of M-RoPE's sections, one behind the other: [T] -> [sections · T]; of text the last `zeros` are 0."""
+    """The positions of M-RoPE's sections, one after the other: [T] -> [sections · T]; for text the last `zeros` sections are 0."""
     return np.concatenate([positions] * (sections - zeros) + [positions * 0] * zeros)
 
 

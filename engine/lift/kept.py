@@ -1,4 +1,4 @@
-"""What is kept from pass to pass: rows of a cache and recurrent states, how they are written, and how they are read."""
+"""What is kept from pass to pass, rows of a cache and recurrent states: how it is written, and how it is read."""
 
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def history(lifter: "Lifter", index: int) -> View:
-    """What is read of a cache: rows of all positions, with one position a row however llama.cpp stores them."""
+    """What is read from a cache: the rows of all positions, one position a row however llama.cpp stores them."""
     tensor, place = lifter.tensors[index], lifter.memory.place(index)
     leaf = place.base
     if leaf not in lifter.written:
@@ -40,7 +40,7 @@ def history(lifter: "Lifter", index: int) -> View:
 
 
 def state(lifter: "Lifter", index: int) -> View:
-    """What is read of a recurrent state: as the last pass left it."""
+    """What is read from a recurrent state: the state as the last pass left it."""
     leaf = lifter.memory.place(index).base
     size = product(numpy_shape(lifter.tensors[leaf].ne))
     if not size.constant:
@@ -62,9 +62,9 @@ def _next_state(lifter: "Lifter", leaf: int) -> str:
 
 
 def writes(lifter: "Lifter", index: int, tensor: Tensor) -> bool:
-    """Whether a node writes into a cache or a state; then what it writes is noted."""
+    """Whether a node writes into a cache or a state; if so, note what it writes."""
     if tensor.op not in ("SET_ROWS", "CPY") or tensor.root is None:
-        # A state set to zero before the first pass is one that a pass finds empty anyway.
+        # The engine's states start at zero anyway.
         return tensor.root is not None and lifter.tensors[lifter.graph.root_of(index)].kind == STATE
     root = lifter.graph.root_of(index)
     kind = lifter.tensors[root].kind
@@ -72,7 +72,7 @@ def writes(lifter: "Lifter", index: int, tensor: Tensor) -> bool:
         _write_state(lifter, index, tensor, root)
         return True
     if kind == NODE and tensor.op == "SET_ROWS" and not _read_after(lifter, root, index):
-        return False  # a value of its own: nothing reads the other one afterwards
+        return False  # a value of its own: nothing reads the old one afterwards
     if kind != CACHE or tensor.op != "SET_ROWS":
         raise Unliftable("it writes into another value")
     source, ids = tensor.sources[0], tensor.sources[1]
@@ -80,7 +80,7 @@ def writes(lifter: "Lifter", index: int, tensor: Tensor) -> bool:
     rule = lifter.tensors[ids].rule if ids is not None else None
     if rule is None or rule.kind not in ("cells", "cells_transposed"):
         raise Unliftable("the cells that it writes follow no rule")
-    # Transposed or not, the rows are the source's before it was cut into single elements.
+    # Transposed or not, the rows are those of the source before it was cut into single elements.
     if rule.kind == "cells_transposed":
         lifter.cells[root] = int(rule.parameters["cells"])
     width = lifter.tensors[root].ne[0]
@@ -115,7 +115,7 @@ def _read_after(lifter: "Lifter", base: int, writer: int) -> bool:
 
 
 def _write_state(lifter: "Lifter", index: int, tensor: Tensor, root: int) -> None:
-    """Note what a node leaves in a state; the steps that do it come after all others."""
+    """Note what a node leaves in a state; the steps that write it come after all others."""
     source = tensor.sources[0]
     assert source is not None
     read, _, _ = lifter.read(source)
@@ -129,7 +129,7 @@ def _write_state(lifter: "Lifter", index: int, tensor: Tensor, root: int) -> Non
 
 
 def leave_states(lifter: "Lifter") -> None:
-    """The steps that put a state's new parts together, in the order in which they are written."""
+    """Add the steps that put a state's new parts together, in the order in which they are written."""
     for leaf, parts in lifter.left.items():
         last = _next_state(lifter, leaf)
         size = product(numpy_shape(lifter.tensors[leaf].ne)).fixed
@@ -143,7 +143,7 @@ def leave_states(lifter: "Lifter") -> None:
 
 
 def selects(lifter: "Lifter", index: int, tensor: Tensor) -> bool:
-    """Whether a node only takes all rows again, as the last layer does for the rows whose logits were asked for."""
+    """Whether a node only selects all rows, as the last layer does if the logits of every row were asked for."""
     if tensor.op != "GET_ROWS":
         return False
     source, ids = tensor.sources[0], tensor.sources[1]

@@ -1,8 +1,8 @@
 """The lift: a recorded graph as a list of steps.
 
-A node that is the beginning of an operation of the house (`patterns`) becomes its step together with its neighbours; views become
-how an operand is read; every other node becomes a step of its ggml operation. What a cache or a state leaf holds is said by
-the node that writes it.
+A node that begins one of `engine.ops`' operations (`patterns`) becomes one step together with its neighbours; a view becomes
+the way an operand is read; every other node becomes a step of its ggml operation. The node that writes into a leaf of the cache
+or of a state says what it holds.
 """
 
 from dataclasses import dataclass, replace
@@ -21,9 +21,9 @@ from .patterns import PATTERNS
 
 @dataclass(frozen=True)
 class Lifted:
-    """The steps of a model: of a pass over several tokens, and of one over a single token where that is another list.
+    """The steps of a model: of a pass over several tokens, and of a pass over a single token where those differ.
 
-    `encoder` are those of the pass whose last value such a pass reads as `ENCODED`, in an encoder–decoder.
+    `encoder`, in an encoder–decoder, are the steps of the encoder's pass, whose last value the other passes read as `ENCODED`.
     """
 
     several: tuple[Step, ...]
@@ -47,7 +47,7 @@ def lift(recording: RecordedGraph) -> Lifted:
 
 
 def _of_the_encoder(step: Step) -> Step:
-    """The same step with inputs and inner values by names of their own, since the decoder has such as well."""
+    """The same step with its inputs and inner values renamed, since the decoder uses the same names."""
 
     def named(name: str) -> str:
         return name if name.startswith(ENCODER) else ENCODER + name
@@ -79,7 +79,7 @@ def _lift_node(lifter: Lifter, index: int, tensor: Tensor) -> None:
         if index in lifter.memory.own:
             _own_view(lifter, index, tensor)
         return
-    if any(size == ZERO for size in tensor.ne):  # of the sequences that are not there
+    if any(size == ZERO for size in tensor.ne):  # it belongs to sequences that do not exist
         return
     if writes(lifter, index, tensor) or selects(lifter, index, tensor):
         return
@@ -90,7 +90,7 @@ def _lift_node(lifter: Lifter, index: int, tensor: Tensor) -> None:
 
 
 def _own_view(lifter: Lifter, index: int, tensor: Tensor) -> None:
-    """A view that is a point: a copy of what it shows."""
+    """Make the step of a view that is a point: it copies what the view shows."""
     lifter.memory.own.discard(index)
     try:
         base = lifter.memory.place(index).base
@@ -117,7 +117,7 @@ def _own_view(lifter: Lifter, index: int, tensor: Tensor) -> None:
 
 
 def _part(lifter: Lifter, index: int, name: str, start: int, stop: int) -> None:
-    """A point that is a part of each row of a value."""
+    """Make the step of a point that is a part of each row of a value."""
     whole, axis = lifter.memory.layout(index)
     if axis != 0 or len(whole) != 2:
         raise Unliftable(f"{name} is a part of something that is not a row")
@@ -126,7 +126,7 @@ def _part(lifter: Lifter, index: int, name: str, start: int, stop: int) -> None:
 
 
 def _without_unread(steps: list[Step]) -> list[Step]:
-    """The steps without inner ones that nothing reads."""
+    """The steps without the inner ones that nothing reads."""
     kept: list[Step] = []
     wanted = {read.of for step in steps for read in step.reads if isinstance(read, State)}
     for step in reversed(steps):

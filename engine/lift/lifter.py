@@ -1,4 +1,4 @@
-"""What has been lifted of a graph so far: the steps, the values that they make, and how a tensor is read out of those."""
+"""What has been lifted of a graph so far: the steps, the values that they make, and how a tensor is read from those."""
 
 from dataclasses import replace
 
@@ -13,7 +13,7 @@ from .operands import ONE, Memory, Unliftable, contiguous, numpy_shape, product,
 
 
 class Lifter:
-    """One graph on its way to steps. Patterns use its methods."""
+    """One graph while it is turned into steps. Patterns use its methods."""
 
     def __init__(self, recording: RecordedGraph, graph: Graph, *, single: bool = False) -> None:
         self.recording, self.graph, self.tensors = recording, graph, graph.tensors
@@ -22,16 +22,18 @@ class Lifter:
         caches = any(tensor.kind == CACHE for tensor in graph.tensors)
         self.s: Size = Size(0, 0, 1) if caches else self.t  # the number of keys
         self.keys: Read = History(POSITIONS) if caches else POSITIONS  # and their positions
-        self.names: dict[int, str] = {}  # node -> the value that a step makes of it
-        self.done: set[int] = set()  # nodes that are a part of an earlier node's step
+        self.names: dict[int, str] = {}  # node -> the value that stands for it
+        self.done: set[int] = set()  # nodes that are part of an earlier node's step
         self.written: dict[int, tuple[str, Size]] = {}  # cache leaf -> the value whose rows it holds, and their width
         self.cells: dict[int, int] = {}  # cache leaf -> its number of cells
         self.made: list[Step] = []
         self.taken: set[str] = set()
-        self.left: dict[int, list[tuple[int, Read]]] = {}  # state leaf -> where what is left in it begins, and what it is
+        self.left: dict[
+            int, list[tuple[int, Read]]
+        ] = {}  # state leaf -> the parts that are written: where each begins, and what it is
 
     def refused(self, index: int, why: str) -> ModelError:
-        """The one line that says which node cannot be lifted."""
+        """The error, one line, that says which node cannot be lifted and why."""
         tensor = self.tensors[index]
         where = tensor.point or tensor.name
         return ModelError(
@@ -43,14 +45,14 @@ class Lifter:
     # What is made
 
     def make(self, index: int, step: Step, *parts: int) -> None:
-        """Take a step as what makes node `index`; `parts` are the nodes that it computes as well."""
+        """Add the step that makes node `index`; `parts` are further nodes that it computes."""
         self.made.append(step)
         self.taken.add(step.makes)
         self.names[index] = step.makes
         self.done.update((index, *parts))
 
     def make_rows(self, index: int, step: Step) -> None:
-        """Take a step as what makes node `index`. Where its positions are an inner dimension, the point is a step that puts them first."""
+        """Add the step that makes node `index`. If positions are an inner dimension, a further step, the point, puts them first."""
         shape, axis = self.memory.layout(index)
         if step.inner or axis is None or axis == 0 or len(shape) == 3:
             self.make(index, step)
@@ -64,7 +66,7 @@ class Lifter:
         self.taken.add(step.makes)
 
     def helper(self, step: Step) -> str:
-        """A step for a value that is no node; made once."""
+        """Add the step of a value that is no node, once, and return the value's name."""
         if step.makes not in self.taken:
             self.made.append(step)
             self.taken.add(step.makes)
@@ -80,11 +82,11 @@ class Lifter:
         return readers[0] if len(readers) == 1 else None
 
     def is_weight(self, index: int | None) -> bool:
-        """Whether an operand is a tensor of the file, as it is."""
+        """Whether an operand is a tensor of the file, unchanged."""
         return index is not None and self.tensors[index].kind == WEIGHT
 
     def rule(self, index: int | None) -> str:
-        """The rule of an input ("" for what is none)."""
+        """The rule of an input ("" for anything else)."""
         if index is None or self.tensors[index].kind != INPUT:
             return ""
         rule_of = self.tensors[index].rule
@@ -93,7 +95,7 @@ class Lifter:
     # What is read
 
     def value(self, index: int) -> str | None:
-        """The name of the value that a tensor shows as a whole; None if it shows a part of one, or none."""
+        """The name of the value that a tensor shows completely; None if it shows a part of one, or none."""
         base = self.memory.place(index).base
         return self.names.get(base) if self.memory.whole(index) else None
 
@@ -126,7 +128,7 @@ class Lifter:
         return product(ne[: axes[0]])
 
     def read(self, index: int) -> tuple[Read, tuple[Size, ...], tuple[Size, ...]]:
-        """A tensor in ggml's four dimensions: how a step reads it, the shape of that, and the four dimensions."""
+        """A tensor in ggml's four dimensions: how a step reads it, the shape that it reads, and the four dimensions."""
         tensor = self.tensors[index]
         shape = numpy_shape(tensor.ne)
         place = self.memory.place(index)

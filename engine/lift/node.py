@@ -20,7 +20,7 @@ Shape = tuple[Size, ...]
 class Operand:
     """One operand of a node: which of the step's inputs it is, that input's shape, and the four dimensions it is read in.
 
-    A matrix of which single rows are taken comes as a function, which stays as it is: `shape` is None.
+    A matrix of which single rows are taken is a function ids -> rows and has no shape: `shape` is None.
     """
 
     index: int
@@ -29,7 +29,7 @@ class Operand:
 
     @cached_property
     def variable(self) -> bool:
-        """Whether its shape follows the length."""
+        """Whether its shape depends on the length."""
         return any(not size.constant for size in self.whole)
 
 
@@ -38,6 +38,11 @@ class GgmlOperation:
     """A step's operation that is one of ggml's, by its name."""
 
     name: str
+
+    @property
+    def takes_matrices(self) -> bool:
+        """Whether it takes single matrices of its weight, those of the chosen experts, and needs no whole array."""
+        return self.name == "MUL_MAT_ID"
 
     def __call__(
         self,
@@ -54,15 +59,15 @@ class GgmlOperation:
             if operand is not None and operand.variable:
                 sizes = bound(operand.whole, inputs[operand.index].shape)
                 t, s, e = max(t, sizes[0]), max(s, sizes[1]), max(e, sizes[2])
-        if positions is not None:  # no operand tells T
+        if positions is not None:  # no operand's shape tells T
             t = len(inputs[positions])
         arguments = [None if operand is None else _shaped(inputs[operand.index], operand, (t, s, e)) for operand in operands]
         result = self.compute(*arguments, params=params, shape=_at(shape, (t, s, e)))
-        if positions is not None:  # made of nothing, and so perhaps on the host
+        if positions is not None:  # made without operands, and so perhaps on the host
             result = module_of(inputs[positions]).asarray(result)
         if result.dtype.kind in "iu":  # ids: whatever reads them takes whole numbers of any type
             result = result.astype(np.float32)
-        # Whatever taps it, or takes a view of it, reads its memory in order.
+        # Taps and views read its memory in order.
         contiguous: Array = module_of(result).ascontiguousarray(result.reshape(_at(result_shape, (t, s, e))))
         return contiguous
 

@@ -1,4 +1,4 @@
-"""How a node's operands are read: which value owns the memory, and which of its elements in which order."""
+"""How a node's operands are read: which value owns the memory, and which of its elements are read in which order."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,12 +13,12 @@ ITEM = {"f32": 4, "i32": 4, "f16": 2, "bf16": 2, "i64": 8}
 
 
 class Unliftable(Exception):
-    """This node cannot be brought into a step; the text says why."""
+    """A node cannot be turned into a step; the text says why."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """What a tensor shows: `base` owns the memory, `offset` counts bytes from its start."""
+    """The memory that a tensor shows: node `base` owns it, `offset` counts bytes from its start."""
 
     base: int
     offset: Size
@@ -76,7 +76,7 @@ class Memory:
     """Places of a graph's tensors, and the layout that each value has in the engine.
 
     Args:
-        single: the graph is of a step over one token, where T is 1.
+        single: whether the graph is that of a single token's pass, where T is 1.
     """
 
     def __init__(self, graph: Graph, *, single: bool) -> None:
@@ -86,10 +86,10 @@ class Memory:
         # Where nothing is cached, the keys are the positions of the pass.
         self._square = not single and not any(tensor.kind == CACHE for tensor in graph.tensors)
         self.own: set[int] = set()  # views that are values of their own, since they are points
-        self.same: dict[int, int] = {}  # nodes that give another one's value unchanged
+        self.same: dict[int, int] = {}  # node -> the node whose value it passes on unchanged
 
     def place(self, index: int) -> Place:
-        """Whose memory a tensor shows."""
+        """The memory that a tensor shows."""
         tensor = self.tensors[index]
         start = index
         while tensor.kind == NODE and tensor.op in VIEWS and index not in self.own:
@@ -131,7 +131,7 @@ class Memory:
         return numpy_shape(ne), 3 - axis
 
     def padded(self, index: int) -> bool:
-        """Whether llama.cpp's padding is a part of a value: its rows are as long as the cache and no scores, or name cells of it."""
+        """Whether a value contains llama.cpp's padding: its rows are as long as the cache but no scores, or they name cells of it."""
         tensor = self.tensors[index]
         if tensor.op == "CONT" and (copied := tensor.sources[0]) is not None and self.tensors[copied].op == "TOP_K":
             tensor = self.tensors[copied]
@@ -202,7 +202,7 @@ class Memory:
 
 
 def _pairs_apart(shape: tuple[Size, ...]) -> tuple[Size, ...]:
-    """A shape in which pairs of query and key, T · S in one dimension, are two: of the product alone neither could be told."""
+    """The shape with T · S in one dimension (pairs of query and key) split in two: T and S do not follow from their product."""
     pairs = Size(0, product=1)
     return tuple(size for whole in shape for size in ((Size(0, 1), Size(0, 0, 1)) if whole == pairs else (whole,)))
 
@@ -241,7 +241,7 @@ def row_strides(shape: Sequence[Size], strides: Sequence[Size], t: Size) -> tupl
     """The strides of a four-dimensional view as [T, n].
 
     Raises:
-        Unliftable: a row's elements do not lie one behind the other.
+        Unliftable: a row's elements are not evenly spaced.
     """
     axis = next((i for i, size in enumerate(shape) if size != ONE), len(shape) - 1)
     if t != ONE and shape[axis] != t:

@@ -1,7 +1,7 @@
-"""Neighbouring nodes that are one operation of the house: norm and weight, product and bias, RoPE, attention, gated activation.
+"""Neighbouring nodes that together are one of `engine.ops`: norm and weight, product and bias, RoPE, attention, gated activation.
 
-A pattern gets the lifter and the node that begins it; it makes the step and answers True, or leaves everything as it is. What is
-not exactly the house's operation stays ggml's.
+A pattern gets the lifter and the node that begins it; it makes the step and returns True, or changes nothing. What is
+not exactly an operation of `engine.ops` stays ggml's.
 """
 
 import struct
@@ -35,7 +35,7 @@ def _named(tensor: Tensor) -> bool:
 
 
 def _factor(lifter: "Lifter", tensor: Tensor, of: int) -> int | None:
-    """The weight that a node multiplies with, or adds to, the value of node `of`; None if it does neither."""
+    """The weight that a node combines with the value of node `of`, as a factor or a summand; None if it does not."""
     others = [source for source in tensor.sources if source != of]
     if len(others) != 1 or others[0] is None or not lifter.is_weight(others[0]) or tensor.sources[0] != of:
         return None
@@ -49,7 +49,7 @@ def _vector(lifter: "Lifter", index: int, width: Size) -> bool:
 
 
 def norm(lifter: "Lifter", index: int, tensor: Tensor) -> bool:
-    """RMS_NORM or NORM, its weight, and its bias where there is one."""
+    """RMS_NORM or NORM, its weight, and its bias if there is one."""
     source = tensor.sources[0]
     assert source is not None
     reader = lifter.only_reader(index)
@@ -80,7 +80,7 @@ def norm(lifter: "Lifter", index: int, tensor: Tensor) -> bool:
 
 
 def _heads(lifter: "Lifter", index: int) -> int:
-    """How many vectors of ne[0] elements a position has."""
+    """How many vectors of ne[0] elements each position has."""
     tensor = lifter.tensors[index]
     shape, _ = lifter.memory.layout(index)
     if len(shape) != 2 or shape[0] != lifter.t or not shape[1].constant:
@@ -116,7 +116,7 @@ def product(lifter: "Lifter", index: int, tensor: Tensor) -> bool:
 
 
 def rope(lifter: "Lifter", index: int, tensor: Tensor) -> bool:
-    """RoPE of whole heads without YaRN: the pairs' two kinds, frequency factors, linear scaling."""
+    """RoPE of whole heads without YaRN: both kinds of pairs, frequency factors, linear scaling."""
     source, positions = tensor.sources[0], tensor.sources[1]
     factors = tensor.sources[2] if len(tensor.sources) > 2 else None
     assert source is not None
@@ -180,7 +180,7 @@ def scores(lifter: "Lifter", index: int, tensor: Tensor) -> bool:
 
 
 def soft_max(lifter: "Lifter", index: int, tensor: Tensor) -> bool:
-    """The soft max of scores [H, T, S], with whatever mask, ALiBi and sinks."""
+    """The soft max of scores [H, T, S], with any mask, ALiBi and sinks."""
     source = tensor.sources[0]
     mask = tensor.sources[1] if len(tensor.sources) > 1 else None
     sinks = tensor.sources[2] if len(tensor.sources) > 2 else None

@@ -17,9 +17,9 @@ def architectures() -> list[str]:
 
 
 def written_by_hand(hyperparameters: Hyperparameters, tensors: Mapping[str, HasShape]) -> bool:
-    """Whether there is a list of steps for this model here; every other model's is lifted from llama.cpp's graph.
+    """Whether this model's list of steps is written here; every other model's is lifted from llama.cpp's graph.
 
-    A list fits a file that has the weights that it reads, and no others: a fused projection or a further norm is the graph's.
+    A list fits only a file with exactly the weights that it reads: one with a fused projection or a further norm is lifted.
     """
     if hyperparameters.architecture not in architectures() or hyperparameters.irregular:
         return False

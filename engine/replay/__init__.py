@@ -1,1 +1,1 @@
-"""Changed lists of steps, run against the right one."""
+"""Changed lists of steps, run against the right list."""

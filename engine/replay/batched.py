@@ -1,7 +1,7 @@
-"""One step for many versions of its inputs at once: those of different faults, each over the same few positions.
+"""One step on many versions of its inputs at once: those of different faults, each over the same few positions.
 
-A step that works row by row does not care whose rows it gets: the versions are laid one below the other, as if they were
-one long sequence. In the attention they lie side by side, as if they were more heads.
+A step that works row by row does not care whose rows they are: the versions are stacked, as if they were
+one long sequence. In attention they lie side by side, as if they were more heads.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ _ATTENTION = (ops.attention_scores, ops.causal_soft_max, ops.weighted_values)
 
 
 def can_batch(step: Step) -> bool:
-    """Whether `compute_batch` knows how to lay versions of this step's inputs together."""
+    """Whether `compute_batch` can combine versions of this step's inputs."""
     by_head = step.op is ops.causal_soft_max and (step.weights or "max_bias" in step.params)  # sinks, ALiBi
     plain = all(isinstance(read, str | History) for read in step.reads) and not by_head
     return plain and step.op in (*_ROW_BY_ROW, *_ATTENTION) and PASSES not in step.names
@@ -25,8 +25,8 @@ def compute_batch(step: Step, inputs: Sequence[Array], many: int, weights: Weigh
     """Run a step on M versions of its inputs.
 
     Args:
-        inputs: in the order of `step.reads`, the versions one after the other: [M · R, n], [M · H, R, R], positions [M · R].
-        many: M.
+        inputs: in the order of `step.reads`, each with its versions one after the other: [M · R, n], [M · H, R, R], positions [M · R].
+        many: M, the number of versions.
 
     Returns:
         [M, R, n] or [M, H, R, R].

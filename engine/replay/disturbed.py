@@ -1,7 +1,7 @@
-"""The same steps, each off by what rounding leaves of it in a right float32 engine: how far that carries is measured by running them.
+"""The same steps, each disturbed by as much as float32's rounding: running them measures how far a model amplifies rounding.
 
-In float64 nothing is rounded, so what comes out differs from the truth by what was put in, as this model amplifies it: where a scan's terms
-cancel, where attention hangs on a knife's edge (Monte Carlo arithmetic; D. S. Parker, 1997).
+They run in float64, where nothing else is rounded: the result differs from the truth only by the noise that was added, amplified where
+a scan's terms cancel or two attention scores nearly tie (Monte Carlo arithmetic; D. S. Parker, 1997).
 """
 
 from collections.abc import Callable, Sequence
@@ -16,17 +16,17 @@ from ..backend import Array, module_of
 from ..graph import Step
 from ..lift.node import GgmlOperation
 
-# NMSE of a product, whose terms every engine sums in an order of its own: the worst of llama.cpp's own products from float64, in every type
+# NMSE of a product, whose terms every engine sums in its own order: the worst of llama.cpp's products against float64, over all types
 # (`parity.isolate.isolate`, 24 layers, 28 tokens).
 PRODUCT = 3e-13
-# What one rounding to float32 leaves of an element.
+# The relative error of one rounding to float32.
 ELEMENT = 2.0**-24
 _PRODUCTS = (ops.linear, ops.attention_scores, ops.weighted_values)
 
 
 @dataclass(frozen=True)
 class _Disturbed:
-    """An operation whose result is off by rounding: of a product each row by a share of its size, of anything else each element."""
+    """An operation whose result is off by rounding: in a product by a share of each row's norm, elsewhere of each element."""
 
     op: Callable[..., Array]
     seed: tuple[int, int]
@@ -46,7 +46,7 @@ class _Disturbed:
 
 
 def disturbed(steps: Sequence[Step], seed: int) -> list[Step]:
-    """The steps with noise of rounding's size on the value of each; the same for the same seed."""
+    """The steps with noise of the size of rounding added to each value; the same for the same seed."""
     return [replace(step, op=_Disturbed(step.op, (seed, crc32(step.makes.encode())), _sums(step))) for step in steps]
 
 

@@ -13,18 +13,18 @@ from ..weights.rounding import BF16, F16, Q8_0, round_activations
 
 _ATTENTION = (ops.attention_scores, ops.weighted_values)
 _PRODUCTS = (ops.linear, *_ATTENTION)
-_GGML_PRODUCTS = ("MUL_MAT", "MUL_MAT_ID")  # products of lifted models that are no operation of the house
+_GGML_PRODUCTS = ("MUL_MAT", "MUL_MAT_ID")  # products of lifted models that are no operation of `engine.ops`
 
 
 def tf32(x: Array) -> Array:
-    """To TF32 (10 bits of mantissa, float32's exponent) and back, to nearest even."""
+    """Round to TF32 (10 bits of mantissa, float32's exponent) and back, to nearest even."""
     bits = module_of(x).ascontiguousarray(x).view(np.uint32)
     half = np.uint32((1 << 12) - 1) + ((bits >> np.uint32(13)) & np.uint32(1))
     return ((bits + half) & np.uint32(0xFFFFE000)).view(np.float32)
 
 
 def q8(x: Array) -> Array:
-    """Rows to Q8_0 and back, as a product with quantised weights sees them; rows that are no whole blocks stay."""
+    """Quantise rows to Q8_0 and back, as a product with quantised weights sees them; rows that are not whole blocks stay unchanged."""
     return x if x.shape[-1] % 32 else round_activations(x, Q8_0)
 
 
@@ -38,7 +38,7 @@ ROUNDINGS: dict[str, Callable[[Array], Array]] = {
 
 @dataclass(frozen=True)
 class _Rounded:
-    """An operation whose factors, and with `storage` also whose result, are rounded; `reads` of its operands are no weights."""
+    """An operation whose factors (and, with `storage`, result) are rounded; of its operands only the first `reads` are activations."""
 
     op: Callable[..., Array]
     kind: str
@@ -59,7 +59,7 @@ class _Rounded:
 
 
 def _each(rounding: Callable[[Array], Array], x: Any) -> Any:
-    """An operand rounded; what holds whole numbers only (ids of experts, float32 like every value) stays."""
+    """An operand rounded; one that holds only whole numbers (ids of experts, float32 like every value) stays unchanged."""
     if getattr(x, "dtype", None) != np.float32 or not x.size or bool((x == np.rint(x)).all()):
         return x
     return rounding(x)

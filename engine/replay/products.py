@@ -1,7 +1,7 @@
-"""Products as ggml's CPU backend computes them from a file's own types, but for the order of summation.
+"""Products as ggml's CPU backend computes them from a file's own types, except for the order of summation.
 
-Weights are dequantised a few rows at a time, activations are brought to the weight type's partner (`vec_dot_type`) where the file's
-own types are computed (`native`), and sums are of float64: only the reference's own float32 sums are left as a difference.
+Weights are dequantised a few rows at a time, activations are rounded to the weight type's partner (`vec_dot_type`) if the file's
+own types are computed with (`native`), and sums are float64: what is left as a difference is the reference's own float32 sums.
 """
 
 from dataclasses import dataclass
@@ -37,12 +37,12 @@ class Blocks:
         return dequantize(self.raw[start:stop], self.kind, self.columns).astype(np.float64)
 
     def matrix(self, number: int) -> "Blocks":
-        """One of its matrices, counted through: [out, in]."""
+        """One of its matrices, numbered through all outer dimensions: [out, in]."""
         out = self.shape[-2]
         return Blocks(self.raw[number * out : (number + 1) * out], self.kind, self.shape[-2:])
 
     def reshape(self, shape: tuple[int, ...]) -> "Blocks":
-        """The same rows, counted by other outer dimensions."""
+        """The same rows with other outer dimensions."""
         return Blocks(self.raw, self.kind, tuple(shape))
 
 
@@ -78,7 +78,7 @@ def mul_mat(
     """MUL_MAT with any first operand: [a3, a2, out, in], [b3, b2, T, in] -> float32 [b3, b2, T, out].
 
     Args:
-        weight: a weight's blocks, or values; `kind` is then their ggml type (None: float16 where they are, else float32).
+        weight: a weight's blocks, or values, whose ggml type is then `kind` (None: float16 if the array is, else float32).
     """
     native = native and params.int(1) != _HADAMARD
     if not isinstance(weight, Blocks):

@@ -1,7 +1,7 @@
-"""The same steps, accumulated in float64 and rounded where ggml rounds: what one operation of the reference is held to.
+"""The same steps, accumulated in float64 and rounded where ggml rounds: what each operation of the reference is compared with.
 
-A model's own steps are what an engine runs fast. Here each product is replaced by the one of `products`, so that only the
-reference's own float32 sums are left as a difference.
+A model's own steps are meant to run fast. Here each product is replaced by that of `products`, so that what is left as a
+difference is the reference's own float32 sums.
 """
 
 from collections.abc import Callable, Sequence
@@ -40,7 +40,7 @@ _SHOWN = ("k_read", "v_read")  # points that show the cache
 
 @dataclass(frozen=True)
 class _Product(GgmlOperation):
-    """MUL_MAT or MUL_MAT_ID, accumulated in float64; `kind` is the type of values that stand where the weight does."""
+    """MUL_MAT or MUL_MAT_ID, accumulated in float64; `kind` is the type of values that take the place of the weight."""
 
     native: bool = False
     kind: int = F32
@@ -67,10 +67,10 @@ class _FromCache:
 
 
 def proof_steps(steps: Sequence[Step], *, native: bool, kv_type: str = "f32") -> list[Step]:
-    """The steps with each product replaced by one of `products`; everything else is what it was.
+    """The steps with each product replaced by one of `products`, and nothing else changed.
 
     Args:
-        kv_type: "f32" or "f16", what the cache holds. A cache of F16 rounds queries and attention weights, too: they are
+        kv_type: the cache's type, "f32" or "f16". A cache of F16 rounds queries and attention weights, too: they are
             the activations of a product whose weights are the cache.
     """
     kind = F16 if kv_type == "f16" else F32
@@ -107,7 +107,7 @@ def _wide_product(step: Step, name: str, *, native: bool, kind: int) -> Step:
 
 
 def _cached_values(read: Read) -> bool:
-    """Whether a step reads the cache itself, and not by way of the points that show it."""
+    """Whether a step reads the cache directly, not by way of the points that show it."""
     of = read.of if isinstance(read, View) else read
     return isinstance(of, History) and of.of != POSITIONS
 

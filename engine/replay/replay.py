@@ -1,6 +1,6 @@
 """Runs changed lists of steps against the right one: what is still right is not computed again.
 
-One pass over all positions. Rows do not depend on how the sequence was cut into passes, but for steps that read
+All positions are one pass. Rows do not depend on how the sequence was cut into passes, except in steps that read
 `passes`; so one replay stands for a prompt and the tokens generated after it.
 """
 
@@ -16,22 +16,22 @@ from ..graph import PASSES, POSITIONS, TOKENS, Altered, Step, WeightSource, comp
 from ..inapplicable import NotApplicable
 from .batched import can_batch, compute_batch
 
-_QUIET = partial(np.errstate, over="ignore", invalid="ignore", divide="ignore")  # faults overflow: that is what they do
+_QUIET = partial(np.errstate, over="ignore", invalid="ignore", divide="ignore")  # faults may overflow
 Visit = Callable[[str, Array], bool]  # a value that differs from the right run's; False ends the replay
-Edits = Mapping[int, Sequence[Step]]  # the steps that stand in place of the right one, by its number
+Edits = Mapping[int, Sequence[Step]]  # the steps that replace a right one, by its number
 Judge = Callable[[str, Array], Sequence[bool]]  # a value of several versions, [M, …]: which of them to go on with
 Stop = Callable[[], bool]  # whether no time is left
 Values = dict[str, Array]
 
 
 class _Right(Mapping[str, Array]):
-    """The values of the right run; one is computed, with all before it, when it is first asked for.
+    """The values of the right run; each is computed, with all before it, when it is first asked for.
 
-    `longer` is a run over the same tokens and perhaps more: what its first steps, if they are the same, have made is taken
-    from there. No row of theirs may depend on a later one.
+    `longer` is a run over the same tokens and perhaps more: the values of its first steps, if they are the same, are taken
+    from there. No row of them may depend on a later one.
 
     Raises:
-        NotApplicable: where faults are planted in the right run's steps, the model's shapes may not allow them.
+        NotApplicable: faults are planted in the right run's own steps, and the model's shapes do not allow them.
     """
 
     def __init__(self, steps: Sequence[Step], given: Values, weights: WeightSource, longer: "Replay | None") -> None:
@@ -50,7 +50,7 @@ class _Right(Mapping[str, Array]):
             raise KeyError(name)
         if name in self._taken and name not in self._made and self._longer is not None:
             step = self._by_name[name]
-            if step.axis is None:  # its rows do not lie side by side
+            if step.axis is None:  # its value has no rows by position
                 with _QUIET():
                     self._made[name] = compute(step, inputs_of(step, self.__getitem__, self._weights), self._weights)
             else:
@@ -70,13 +70,13 @@ class _Right(Mapping[str, Array]):
 
 
 def same_start(steps: Sequence[Step], others: Sequence[Step]) -> int:
-    """How many steps at the start of two lists are the very same."""
+    """How many steps at the start of two lists are identical objects."""
     pairs = enumerate(zip(steps, others, strict=False))
     return next((number for number, (one, other) in pairs if one is not other), min(len(steps), len(others)))
 
 
 def _first_rows(value: Array, rows: int) -> Array:
-    """A value of the first rows alone: [T, n] -> [rows, n], of the attention [H, T, T] -> [H, rows, rows]."""
+    """A value restricted to the first rows: [T, n] -> [rows, n], attention's [H, T, T] -> [H, rows, rows]."""
     return value[:, :rows, :rows] if value.ndim == 3 else value[:rows]
 
 
@@ -102,8 +102,8 @@ class Replay:
 
     Args:
         positions, passes: int64 [T]; the position of each token, and the number of the forward pass it belongs to.
-        longer: a causal run over these tokens and perhaps more, whose values stand for those of the steps that both begin with.
-            Over fewer rows a product may round otherwise: a step that changes nothing then differs by that noise.
+        longer: a causal run over these tokens and perhaps more, whose values are used for the steps that both begin with.
+            Over fewer rows a product may round differently: a step that changes nothing then differs by that noise.
     """
 
     def __init__(
@@ -132,10 +132,10 @@ class Replay:
         return compute(step, inputs, self.weights)
 
     def run(self, steps: Sequence[Step], visit: Visit, begin: int = 0) -> Values:
-        """Compute what differs from the right run, in order, until `visit` has seen enough.
+        """Compute what differs from the right run, in order, until `visit` returns False.
 
-        `begin` is the number of steps at the start that are known to be right. A value that comes out bit-equal to the
-        right one counts as right, so that what reads it is not computed.
+        `begin` is the number of steps at the start that are known to be right. A value that is bit-equal to the
+        right one counts as right, so that steps that read only such values are not computed.
 
         Returns:
             The values that differ, by name.
@@ -151,7 +151,7 @@ class Replay:
         return changed
 
     def _changes(self, step: Step, changed: Values) -> bool:
-        """Compute a step if it can differ from the right run, and put what it makes to what differs, if it does."""
+        """Compute a step if it can differ from the right run, and add its value to `changed` if it does. False ends the run."""
         right = self._right.get(step.makes)
         if changed.keys().isdisjoint(step.names) and (right is step or (right is not None and self._same_weights(step, right))):
             return False
@@ -176,17 +176,17 @@ class Replay:
         judge: Judge,
         stop: Stop = lambda: False,
     ) -> list[Values | None]:
-        """Compute many versions of the steps in front of number `end` together: what a version shares with the right run is
+        """Compute many versions of the steps before number `end` together: steps that a version shares with the right run are
         computed for all versions at once.
 
         Args:
             edits: for each version.
             watched: names at which `judge` says which versions go on.
-            stop: asked before each computation; once it says so all versions end.
+            stop: asked before each computation; once it returns True all versions end.
 
         Returns:
-            For each version what differs from the right run and is not used up; None for one that `judge` or `stop` ended or
-            that the model's shapes do not allow.
+            For each version the values that differ from the right run and are still to be read; None for one that `judge` or
+            `stop` ended or that the model's shapes do not allow.
         """
         changed: list[Values | None] = [{} for _ in edits]
         owners: dict[int, list[int]] = {}
@@ -247,7 +247,7 @@ class Replay:
                 values[step.makes] = new
 
     def _used_up(self, edits: Sequence[Edits], end: int) -> dict[int, list[str]]:
-        """The names that nothing reads any more, by the number of the step after which that is so."""
+        """Names by the number of the last step that reads them."""
         if end not in self._last_reads:
             reads = {name: number for number, step in enumerate(self.steps[:end]) for name in (step.makes, *step.names)}
             reads.pop(self.steps[end - 1].makes, None)
@@ -262,7 +262,7 @@ class Replay:
         return result
 
     def _same_weights(self, step: Step, right: Step) -> bool:
-        """Whether a changed step differs by its weights only, and those come out as the very same arrays."""
+        """Whether a changed step differs only in its weights, and those turn out to be the very same arrays."""
         if step.op is not right.op or step.reads != right.reads or step.params != right.params:
             return False
         if len(step.weights) != len(right.weights):

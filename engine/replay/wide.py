@@ -1,13 +1,14 @@
 """The truth about a list of steps: the same steps computed in float64, from the same float32 weights.
 
-An operation computes in the type of its operands, so wide operands are all that it takes. What the file and ggml define in
-float32 stays what it is: weights, epsilon, scales, and RoPE's angles, which ggml multiplies up step by step in float32. In float32 the
-same steps tell what rounding costs, with ggml's tables of float16 and without.
+An operation computes in the type of its operands, so float64 operands are all that it takes. What the file and ggml define in
+float32 stays so: weights, epsilon, scales, and RoPE's angles, which ggml multiplies up step by step in float32. Run in float32, the
+same steps show what rounding costs, with ggml's tables of float16 and without.
 """
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from enum import Enum
+from math import prod
 from types import MappingProxyType
 from typing import Any
 
@@ -20,6 +21,7 @@ from ..ggml_ops.activations import looked_up
 from ..graph import PASSES, POSITIONS, TOKENS, Step, WeightSource
 from ..kv_cache import KvCache
 from ..lift.node import GgmlOperation
+from ..weights.matrices import Matrices
 
 _ENTRY = 2.0**-10  # float16 keeps eleven bits: the next number is at most this far, in proportion
 
@@ -36,17 +38,17 @@ def entry_errors(step: Step, inputs: Sequence[Array], weights: WeightSource) -> 
         inputs: the whole values that it reads, float64.
     """
     value = graph.compute(step, inputs, WideWeights(weights))
-    # A gated activation is linear in its other operand, which is moved as well.
+    # A gated activation is linear in its other operand, which is moved too.
     linear = isinstance(step.op, GgmlOperation) and step.op.name == "GLU"
     moved = []
     for factor in (1 + _ENTRY, 1 - _ENTRY):
         shifted = graph.compute(step, [factor * given for given in inputs], WideWeights(weights))
         moved.append(abs((shifted / factor if linear else shifted) - value))
-    return np.maximum(*moved) + _ENTRY * abs(value)  # and both entries are rounded
+    return np.maximum(*moved) + _ENTRY * abs(value)  # both entries are rounded
 
 
 def coarse_points(steps: Sequence[Step], given: Collection[str] = ()) -> frozenset[str]:
-    """The points that ggml itself computes coarsely: by a table of float16, or from what such a table gave, as it did those `given`."""
+    """The points that ggml itself computes coarsely: from a table of float16, or from such a point; `given` are coarse already."""
     coarse = set(given)
     for step in steps:
         if is_looked_up(step) or not coarse.isdisjoint(step.names):
@@ -55,9 +57,9 @@ def coarse_points(steps: Sequence[Step], given: Collection[str] = ()) -> frozens
 
 
 class Variant(Enum):
-    """In which arithmetic a list of steps is computed.
+    """The arithmetic that a list of steps is computed in.
 
-    `WIDE`: float64, the truth. `EXACT`: float32, no table of float16. `TABLED`: float32, with the tables that ggml looks up.
+    `WIDE`: float64, the truth. `EXACT`: float32 without tables of float16. `TABLED`: float32 with ggml's tables.
     """
 
     WIDE = "float64"
@@ -76,7 +78,7 @@ def without_tables(steps: Sequence[Step]) -> list[Step]:
 
 
 class WideWeights:
-    """The float32 weights of another source as float64 arrays; nothing is kept, since they take twice the room."""
+    """The float32 weights of another source as float64 arrays; none is kept, since they take twice the memory."""
 
     def __init__(self, source: WeightSource) -> None:
         self._source = source
@@ -94,6 +96,12 @@ class WideWeights:
         """The whole weight, float64."""
         return self._source.get(name).astype(np.float64)
 
+    def matrices(self, name: str) -> Matrices:
+        """A weight of which single matrices are taken, each float64."""
+        source = self._source.matrices(name)
+        flat = source.reshape((prod(source.shape[:-2]), *source.shape[-2:]))
+        return Matrices(lambda number: flat[(number,)].astype(np.float64), source.shape)
+
     def rows(self, name: str, ids: Array) -> Array:
         """The given rows of it, float64."""
         return self._source.rows(name, ids).astype(np.float64)
@@ -110,13 +118,13 @@ def values_of(
     wanted: Collection[str],
     given: Mapping[str, NDArray[Any]] = MappingProxyType({}),
 ) -> dict[str, NDArray[Any]]:
-    """What the wanted steps make in an arithmetic, on the host; those that no step makes are left out.
+    """The wanted values in the given arithmetic, on the host, by name; names that no step makes are left out.
 
-    One pass over all positions, as in `Replay`; the steps behind the last wanted one are not computed.
+    One pass over all positions, as in `Replay`; steps after the last wanted one are not computed.
 
     Args:
-        positions, passes: of each token: its position, and the number of the forward pass that it belongs to.
-        given: further values that steps read and none makes, of the same arithmetic.
+        positions, passes: each token's position, and the number of the forward pass that it belongs to.
+        given: further values that steps read but none makes, in the same arithmetic.
     """
     kept: dict[str, NDArray[Any]] = {}
     last = max((number for number, step in enumerate(steps) if step.makes in wanted), default=-1)
@@ -130,7 +138,7 @@ def values_of(
     values |= {name: backend.array(value) for name, value in given.items()}
     # A dump may have recorded what steps keep to themselves.
     steps = [replace(step, inner=False) if step.makes in wanted else step for step in steps]
-    with np.errstate(all="ignore"):  # faults overflow: that is what they do
+    with np.errstate(all="ignore"):  # faults may overflow
         steps = without_tables(steps[: last + 1]) if variant is Variant.EXACT else steps[: last + 1]
         graph.run(steps, values, WideWeights(weights) if variant is Variant.WIDE else weights, KvCache(backend.xp), keep)
     return kept

@@ -1,8 +1,8 @@
-"""qwen2 and llama of any shape, written by tables of our own: no llama.cpp is needed.
+"""qwen2 and llama of any shape, from a list of tensors of our own: llama.cpp is not needed.
 
-The scale of the weights is that of trained models, so that hidden states stay sane: a matrix is N(0, 1/in), what adds to
+The scale of the weights is that of trained models, so that hidden states stay realistic: a matrix is N(0, 1/in), one that adds to
 the residual stream is smaller by sqrt(2 · layers) (GPT-2's initialisation), norms are near 1 with a few strong channels,
-as trained models have them (Dettmers et al. 2022, "LLM.int8()").
+as in trained models (Dettmers et al. 2022, "LLM.int8()").
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,15 +21,15 @@ from checkpoints.whole_file import unwritable
 
 OUTLIERS = 3  # channels of a norm, and elements of a key bias, that stand out
 OUTLIER_SIZE = 4.0  # times the others; a choice, so that a few channels carry much of each sum, as in trained models
-# Random queries and keys at full scale give scores of ±90 and a softmax so sharp that float32 rounding grows to 1e-10 in
-# two layers; at half of it the scores are those of the trained stories model (a root mean square of 5 to 35).
+# Random queries and keys at full scale give scores of ±90 and a softmax so sharp that float32's rounding grows to 1e-10 within
+# two layers; at half the scale the scores are like those of the trained stories model (a root mean square of 5 to 35).
 QK_SCALE = 0.5
 # Llama 3.1's frequency factors: from 1 for fast rotations to 8 for slow ones (rope_freqs.weight of its GGUF files).
 SLOWEST_FACTOR = 8.0
 
 MOST_LAYERS = 512  # LLAMA_MAX_LAYERS in llama.cpp's llama-hparams.h
-_BYTES_AN_ELEMENT = 12  # float32 weights, their copy in the file's type, and what quantising takes besides
-_BYTES_A_TOKEN = 400  # three Python objects and what gguf-py makes of them
+_BYTES_AN_ELEMENT = 12  # float32 weights, their copy in the file's type, and quantising's working memory
+_BYTES_A_TOKEN = 400  # three Python objects and gguf-py's copies of them
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ PRESETS: Mapping[str, Shape] = {
 
 
 def shape_like(like: str, **changes: Any) -> Shape:
-    """A preset with the given fields changed; None changes nothing.
+    """A preset with the given fields changed; a field of None stays unchanged.
 
     Raises:
         InputError: no such preset, or a shape that no engine could run.
@@ -174,12 +174,12 @@ def check_size(out: Path, tensors: Sequence[tuple[int, ...]], tokens: int, *, bi
     """Refuse a model that the disk or the memory cannot hold while it is made.
 
     Args:
-        tensors: the shapes of its tensors, each of which is made whole before it is written.
+        tensors: the shapes of its tensors; each is made whole before it is written.
         tokens: entries of its tokenizer, whose texts are Python objects while they are written.
-        bits: of one weight in the file.
+        bits: bits per weight in the file.
 
     Raises:
-        InputError: there is too little of either.
+        InputError: there is too little disk space or memory.
     """
     sizes = [prod(dims) for dims in tensors]
     require_room(out, int(sum(sizes) * bits / 8), _BYTES_AN_ELEMENT * max(sizes, default=0) + _BYTES_A_TOKEN * tokens)
@@ -201,7 +201,7 @@ def _quantizable() -> tuple[Any, ...]:
 
 
 def _stored(dims: tuple[int, ...], kind: Any) -> tuple[Any, Any, int]:
-    """What GGUFWriter wants to know of a tensor: NumPy dtype, ggml type for what NumPy lacks, bytes."""
+    """What GGUFWriter must be told of a tensor: NumPy dtype, ggml type (for types that NumPy lacks), bytes."""
     import gguf
 
     block, size = gguf.GGML_QUANT_SIZES[kind]
@@ -246,7 +246,7 @@ def add_tokenizer(writer: Any, shape: Shape, source: Path | None) -> None:
     """Copy the tokenizer of the GGUF `source`, padded to the vocabulary; None says that there is none ("no_vocab").
 
     Raises:
-        InputError: it has more tokens than the vocabulary.
+        InputError: the tokenizer has more tokens than the vocabulary.
     """
     if source is None:
         writer.add_tokenizer_model("no_vocab")

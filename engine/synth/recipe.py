@@ -1,7 +1,7 @@
-"""What a recipe is: the metadata that make llama.cpp build a small model of an architecture.
+"""A recipe: the metadata that make llama.cpp build a small model of an architecture.
 
-llama.cpp itself says which tensors it wants for these metadata and in which shapes; a recipe only names the optional ones
-that it leaves out.
+llama.cpp itself says which tensors it wants for these metadata, and in which shapes; a recipe only names the optional ones
+that the model leaves out.
 """
 
 import json
@@ -25,15 +25,15 @@ class Recipe:
 
     Attributes:
         name: what `--architecture` takes: the architecture, or a variant of it.
-        architecture: what the file says (`general.architecture`).
-        shape: the dimensions where the user asks for no others.
-        metadata: keys without the architecture's prefix, or with a leading "/" for whole keys; a function of the shape
-            where the value follows it.
-        without: regular expressions of optional tensors that the model does without.
+        architecture: the file's `general.architecture`.
+        shape: the default dimensions.
+        metadata: values by key, without the architecture's prefix, or with a leading "/" for whole keys; a value may be a
+            function of the shape.
+        without: regular expressions of optional tensors that the model lacks.
         layer_norm: whether norms are LayerNorm (ε under its own key) instead of RMS.
         fused_qkv: whether Q, K and V lie in one tensor.
-        qk_norm: what the weights of norms of queries and keys lie around; small where scores are not scaled by 1/√d.
-        kind: the file type where the user asks for no other.
+        qk_norm: the centre of the weights of norms of queries and keys; small where scores are not scaled by 1/√d.
+        kind: the default file type.
     """
 
     name: str
@@ -69,7 +69,7 @@ class Recipe:
         return key.removeprefix("/") if key.startswith("/") else f"{self.architecture}.{key}"
 
     def tensors(self, wanted: Iterable[Tensor], *, tied: bool) -> list[Tensor]:
-        """What of the wanted tensors (names and row-major shapes) the file holds."""
+        """Those of the wanted tensors (names and row-major shapes) that the file holds, Q, K and V fused if the recipe says so."""
         left_out = [re.compile(pattern) for pattern in (*self.without, _QUANTISATION_SCALE)]
         if tied:
             left_out.append(re.compile(r"^output\.weight$"))
@@ -78,7 +78,7 @@ class Recipe:
 
 
 def _fuse(tensors: list[Tensor]) -> list[Tensor]:
-    """Q, K and V of each layer as one tensor, in the place of Q."""
+    """The tensors with Q, K and V of each layer as one, in the place of Q."""
     shapes = dict(tensors)
     fused: list[Tensor] = []
     for name, dims in tensors:
@@ -91,9 +91,9 @@ def _fuse(tensors: list[Tensor]) -> list[Tensor]:
 
 
 def shape_of(recipe: Recipe, **changes: Any) -> Shape:
-    """The recipe's shape with the given fields changed; None changes nothing.
+    """The recipe's shape with the given fields changed; a field of None stays unchanged.
 
-    Where the recipe has as many key/value heads as query heads, they follow.
+    If the recipe has as many key/value heads as query heads, a changed number of query heads changes both.
 
     Raises:
         InputError: a shape that no model can have.
@@ -121,7 +121,7 @@ def parse_settings(settings: Iterable[str]) -> dict[str, Value]:
     """`KEY=VALUE` texts as metadata: true and false, whole numbers, numbers with a point or exponent, [lists], else text.
 
     Raises:
-        InputError: a text without "=", or a list that is none.
+        InputError: a text without "=", or a malformed list.
     """
     parsed: dict[str, Value] = {}
     for setting in settings:

@@ -1,8 +1,8 @@
 """Seeded random weights of realistic scale, for tensors of any name.
 
 A matrix is N(0, 1/in); what adds to the residual stream is smaller by sqrt(2 · layers) (GPT-2's initialisation); queries and
-keys are half as large, so that scores are those of a trained model (see `dense`); norms are near 1, those of the whole width
-with a few strong channels. What is no weight of a product follows how trained files use it.
+keys are half as large, so that scores are like a trained model's (see `dense`); norms are near 1, those of the whole width
+with a few strong channels. All other tensors have values like those in trained files.
 """
 
 import re

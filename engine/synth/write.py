@@ -1,4 +1,4 @@
-"""A GGUF of given metadata and tensors, its weights made one at a time."""
+"""Writes a GGUF of given metadata and tensors, its weights made one at a time."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

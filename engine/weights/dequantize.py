@@ -43,14 +43,14 @@ def dequantize(raw: Array, kind: int, n_cols: int) -> Array:
 
 
 def dequantize_into(out: Array, raw: Array, kind: int) -> None:
-    """The same into a given float32 array [rows, columns], chunk by chunk: the peak is the result and one chunk."""
+    """The same into a given float32 array [rows, columns], chunk by chunk: peak memory is the result and one chunk."""
     rows, n_cols = out.shape
     per_chunk = max(1, _CHUNK // n_cols)
     for start in range(0, rows, per_chunk):
         part = raw[start : start + per_chunk]
         if kind in FORMATS:
             _, size, function = FORMATS[kind]
-            # A damaged scale may be infinite or NaN: the weight is then what ggml makes of it, and no warning of NumPy's.
+            # A damaged scale may be infinite or NaN: the weight is then what ggml makes of it, without a warning from NumPy.
             with np.errstate(over="ignore", invalid="ignore"):
                 out[start : start + per_chunk] = function(part.reshape(-1, size)).reshape(-1, n_cols)
         else:
@@ -103,7 +103,7 @@ def f32(blocks: Array) -> Array:
 
 @_format(1, 1, 2)
 def f16(blocks: Array) -> Array:
-    """ggml_fp16_to_fp32_row: still float16 here, widened without a copy in between where it is written to the result."""
+    """ggml_fp16_to_fp32_row: still float16 here, and widened only when it is written to the result, which saves a copy."""
     return module_of(blocks).ascontiguousarray(blocks).view(np.float16)
 
 

@@ -15,8 +15,8 @@ from checkpoints.record import ModelInfo
 
 from .dequantize import FORMATS, dequantize, dequantize_into
 
-_LEAST_ROPE = 1e-30  # of a base or a factor: below it, angles of some hundred million positions are beyond float32
-# The usual ones of llama.h's llama_ftype: importing gguf, which has them all, takes longer than opening a small model.
+_LEAST_ROPE = 1e-30  # least base or factor: below it, the angles of some hundred million positions are beyond float32
+# The usual values of llama.h's llama_ftype: importing gguf, which has them all, takes longer than opening a small model.
 # fmt: off
 FILE_TYPES = {
     0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 7: "Q8_0", 8: "Q5_0", 9: "Q5_1", 10: "Q2_K", 11: "Q3_K_S", 12: "Q3_K_M",
@@ -29,22 +29,26 @@ FILE_TYPES = {
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies. `shape` is row-major, (out, in) for a matrix; `offset` counts from the start of the file."""
+    """Where a tensor lies. `shape` is row-major, (out, in) for a matrix; `offset` counts from the start of the file.
+
+    `part` is the index of that file among a split model's.
+    """
 
     name: str
     shape: tuple[int, ...]
     type: int
     n_bytes: int
     offset: int
+    part: int = 0
 
 
 @dataclass(frozen=True)
 class Hyperparameters:
-    """What the metadata say of a model, in the field's words.
+    """What the metadata say of a model, in the field's terms.
 
-    `rope_scale` multiplies the position (1 / factor of linear scaling), `value_size` is the width of one value head; of what differs
-    from layer to layer the largest is said. `irregular` says what no list of steps written by hand has ("" where there is nothing):
-    such a model is computed from llama.cpp's graph.
+    `rope_scale` multiplies the position (1 / factor of linear scaling), `value_size` is the width of one value head; a number that
+    differs from layer to layer is the largest of them. `irregular` names a feature that no list of steps written by hand has ("" if
+    there is none): such a model is computed from llama.cpp's graph.
     """
 
     architecture: str
@@ -67,10 +71,10 @@ class Hyperparameters:
 
 
 class GgufModel:
-    """A model file, memory-mapped: nothing of the weights is read until it is asked for.
+    """A model file, or the files of a split model, memory-mapped: weights are read only when they are asked for.
 
     Raises:
-        ModelError: the file cannot be read, or its metadata lack or contradict what an engine must know.
+        ModelError: the file cannot be read, or its metadata lack what an engine must know or contradict it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -79,8 +83,7 @@ class GgufModel:
         self._contents = contents(path)
         self.metadata = {key: value.plain() for key, value in self._contents.metadata.items() if value.type != ARRAY}
         self.tensors = _tensors(self._contents)
-        with path.open("rb") as file:
-            self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._data = [_mapped(part.path) for part in self._contents.parts]
         self.hyperparameters = self._hyperparameters()
 
     @property
@@ -95,7 +98,7 @@ class GgufModel:
 
     @property
     def info(self) -> ModelInfo:
-        """What a dump says of this model.
+        """How a dump describes this model.
 
         Raises:
             ModelError: the file cannot be read to its end.
@@ -103,9 +106,9 @@ class GgufModel:
         return self._contents.info(self.hyperparameters.file_type)
 
     def raw(self, name: str) -> NDArray[np.uint8]:
-        """A tensor's bytes, one row of blocks a line: uint8 [rows, bytes a row], a view of the memory map."""
+        """A tensor's bytes, one row of the weight a row: uint8 [rows, bytes a row], a view of the memory map."""
         info = self.tensors[name]
-        return np.frombuffer(self._data, np.uint8, info.n_bytes, info.offset).reshape(prod(info.shape[:-1]), -1)
+        return np.frombuffer(self._data[info.part], np.uint8, info.n_bytes, info.offset).reshape(prod(info.shape[:-1]), -1)
 
     def array(self, key: str) -> list[Any]:
         """The elements of an array of the metadata; empty if there is no such array."""
@@ -119,6 +122,14 @@ class GgufModel:
         dequantize_into(out, self.raw(name), info.type)
         return out.reshape(info.shape)
 
+    def load_matrix(self, name: str, number: int) -> NDArray[np.float32]:
+        """One matrix of a tensor [.., out, in] as float32 [out, in]; `number` counts over the leading dimensions."""
+        info = self.tensors[name]
+        rows, columns = info.shape[-2:]
+        out = np.empty((rows, columns), dtype=np.float32)
+        dequantize_into(out, self.raw(name)[number * rows : (number + 1) * rows], info.type)
+        return out
+
     def load_rows(self, name: str, ids: NDArray[np.int64]) -> NDArray[np.float32]:
         """Rows of a matrix as float32 [len(ids), columns]; only those are dequantised."""
         info = self.tensors[name]
@@ -128,8 +139,6 @@ class GgufModel:
     def _hyperparameters(self) -> Hyperparameters:
         get = self._get
         architecture = get("general.architecture", str)
-        if get("split.count", int, 0) > 1:
-            raise ModelError(f"{self.path} is one part of a split model.", "Merge it: llama-gguf-split --merge.", code="split")
         if not self.tensors:
             raise ModelError(
                 f"{self.path} has a tokenizer but no tensors: it can tokenize, not compute.",
@@ -181,7 +190,7 @@ class GgufModel:
         )
 
     def _beyond(self, request: str) -> None:
-        """Note what no list written by hand has; the first is enough."""
+        """Note a feature that no list written by hand has; the first one suffices."""
         self._irregular = self._irregular or request
 
     def _wrong(self, problem: str) -> ModelError:
@@ -198,7 +207,7 @@ class GgufModel:
         return value
 
     def _uniform(self, key: str, default: int | None = None) -> int:
-        """A number that some files give once a layer: it must be the same in all of them."""
+        """A number that some files give once per layer: it must be the same in all layers."""
         value = self.metadata.get(key, default)
         if listed := self.array(key):
             different = set(listed)
@@ -212,7 +221,7 @@ class GgufModel:
         return value
 
     def _rope_scale(self, architecture: str) -> float:
-        """What positions are multiplied with. Mirrors llama_model::load_hparams: without a type a factor is a linear one."""
+        """The factor of positions. Mirrors llama_model::load_hparams: scaling without a stated type is linear."""
         kind = self._get(f"{architecture}.rope.scaling.type", str, "linear")
         factor = self._get(f"{architecture}.rope.scaling.factor", float, 0.0)
         factor = factor or self._get(f"{architecture}.rope.scale_linear", float, 0.0)
@@ -234,6 +243,11 @@ class GgufModel:
             return ""
 
 
+def _mapped(path: Path) -> mmap.mmap:
+    with path.open("rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
 def _tensors(contents: Contents) -> dict[str, TensorInfo]:
     """Every tensor with its shape and size, checked against its type's blocks and the file's end."""
     tensors: dict[str, TensorInfo] = {}
@@ -242,15 +256,17 @@ def _tensors(contents: Contents) -> dict[str, TensorInfo]:
         shape = tuple(reversed(tensor.ne))
         if min(shape) < 1 or shape[-1] % block:
             problem = f"tensor {tensor.name} of shape {list(shape)} does not fit its type's blocks of {block}"
-            raise ModelError(f"{contents.path} is damaged: {problem}.", "Download it again.", code="damaged-model")
-        n_bytes, offset = prod(shape) // block * size, contents.data + tensor.offset
-        if offset + n_bytes > contents.size:
+            damaged = contents.parts[tensor.part].path
+            raise ModelError(f"{damaged} is damaged: {problem}.", "Download it again.", code="damaged-model")
+        file = contents.parts[tensor.part]
+        n_bytes, offset = prod(shape) // block * size, file.data + tensor.offset
+        if offset + n_bytes > file.size:
             raise ModelError(
-                f"{contents.path} is cut short: tensor {tensor.name} ends at byte {offset + n_bytes:,}, the file at {contents.size:,}.",
+                f"{file.path} is cut short: tensor {tensor.name} ends at byte {offset + n_bytes:,}, the file at {file.size:,}.",
                 "Download it again.",
                 code="damaged-model",
             )
-        tensors[tensor.name] = TensorInfo(tensor.name, shape, tensor.type, n_bytes, offset)
+        tensors[tensor.name] = TensorInfo(tensor.name, shape, tensor.type, n_bytes, offset, tensor.part)
     return tensors
 
 

@@ -1,6 +1,6 @@
 """A weight in the file's own type, laid out for the device's kernels.
 
-The same bits as in the file, in other places: the fields of a block go into planes of their own, so that a lane reads 16
+The same bits as in the file, rearranged: each field of the blocks goes into a plane of its own, so that a lane reads 16
 aligned bytes of 32 neighbouring elements. K-quants' packed six-bit scales are unpacked to bytes (4.5 -> 4.6 bits an element).
 `weights.cuh` reads the planes; the values are exactly those of `dequantize.py`.
 """
@@ -30,13 +30,13 @@ class Packed:
     bias: Array = None
 
     def words(self, row: int = 0) -> list[int]:
-        """The `Matrix` of weights.cuh, from a row on (a multiple of nothing: planes are cut by rows): six 64-bit words."""
+        """The `Matrix` of weights.cuh from any row on (planes are cut by rows): six 64-bit words."""
         planes = (self.low, self.high, self.scales, self.super)
         places = [0 if plane is None else plane.data.ptr + row * (plane.nbytes // self.rows) for plane in planes]
         return [*places, 0 if self.bias is None else self.bias.data.ptr, self.kind]
 
     def bytes_of(self, rows: int) -> int:
-        """Shared memory for so many neighbouring rows: each plane begins and ends at a multiple of 16 bytes."""
+        """Bytes of shared memory for so many neighbouring rows: each plane begins and ends at a multiple of 16 bytes."""
         planes = [plane for plane in (self.low, self.high, self.scales, self.super) if plane is not None]
         return sum((15 + rows * (plane.nbytes // self.rows) + 15) // 16 * 16 for plane in planes)
 

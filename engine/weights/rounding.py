@@ -1,11 +1,11 @@
 """ggml's rounding of activations before a product with weights that are not float32.
 
-llama.cpp's CPU backend does not multiply dequantised weights by float activations: it first brings the activations to
-the weight type's partner, `vec_dot_type`. Here is that rounding as values: `dequantised weight · round_activations(x)`
-is what ggml computes, but for the order of summation. The functions mirror the x86 code (AVX); the scalar code rounds
-halves away from zero in Q8_0 and Q8_1, so that on other processors single steps of a block may differ.
+llama.cpp's CPU backend does not multiply dequantised weights by float activations: it first rounds the activations to
+the weight type's partner, `vec_dot_type`. This module gives the rounded values: `dequantised weight · round_activations(x)`
+is what ggml computes, except for the order of summation. The functions mirror the x86 code (AVX); the scalar code rounds
+halves away from zero in Q8_0 and Q8_1, so that on other processors single elements of a block may differ by one step.
 
-Only finite activations are the same to the bit; one that is not finite spoils its block here as there.
+Only finite activations are the same to the bit; one that is not finite spoils its whole block, as in ggml.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from ..backend import Array, module_of
 
 F32, F16, Q4_1, Q5_1, Q8_0, Q8_1, Q8_K, BF16 = 0, 1, 3, 7, 8, 9, 15, 30  # ggml_type
 
-# type_traits_cpu of ggml-cpu.c: the type that activations are brought to, by type of the weight.
+# type_traits_cpu of ggml-cpu.c: the type that activations are rounded to, by type of the weight.
 VEC_DOT_TYPES: dict[int, int] = {
     **{kind: kind for kind in (F32, F16, BF16)},
     **dict.fromkeys((2, 6, 8, 20, 39, 40, 41), Q8_0),  # Q4_0, Q5_0, Q8_0, IQ4_NL, MXFP4, NVFP4, Q1_0
@@ -57,10 +57,10 @@ def round_activations(x: Array, weight_type: int) -> Array:
 
 
 def q8_1_correction(x: Array, raw: Array, weight_type: int) -> Array:
-    """What a product of Q4_1 or Q5_1 weights has beyond `round_activations(x) · weightᵀ`: [T, n] -> float32 [T, out].
+    """What a product of Q4_1 or Q5_1 weights adds to `round_activations(x) · weightᵀ`: [T, n] -> float32 [T, out].
 
     block_q8_1 stores s = d · Σq beside d and q, each rounded to float16 by itself, and the weights' minimum m is
-    multiplied by s (ggml_vec_dot_q4_1_q8_1): the product has m · (s − float16(d) · Σq) more in each block.
+    multiplied by s (ggml_vec_dot_q4_1_q8_1): in each block the product is larger by m · (s − float16(d) · Σq).
 
     Args:
         raw: the weight's bytes, uint8 [out, bytes a row].
@@ -83,12 +83,12 @@ def _blocks(x: Array, size: int) -> Array:
 
 def _half(x: Array) -> Array:
     """Rounded to float16, nearest even: GGML_CPU_FP32_TO_FP16 and back."""
-    with np.errstate(over="ignore"):  # more than 65,504 becomes infinite, as there
+    with np.errstate(over="ignore"):  # more than 65,504 becomes infinite, as in ggml
         return x.astype(np.float16).astype(np.float32)
 
 
 def _steps_of_32(blocks: Array) -> tuple[Array, Array]:
-    """Whole steps and step size of blocks of 32: float32 [..., 32] -> float32 [..., 32] and [..., 1] (not yet float16)."""
+    """Integer multiples and step size of blocks of 32: float32 [..., 32] -> float32 [..., 32] and [..., 1] (not yet float16)."""
     largest = np.abs(blocks).max(axis=-1, keepdims=True)
     with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
         per_step = np.where(largest != 0, np.float32(127) / largest, np.float32(0))
@@ -98,7 +98,7 @@ def _steps_of_32(blocks: Array) -> tuple[Array, Array]:
 
 
 def _to_itself(x: Array) -> Array:
-    """F32: as it is."""
+    """F32: unchanged."""
     return x
 
 
@@ -122,7 +122,7 @@ def _to_q8_k(x: Array) -> Array:
     """quantize_row_q8_K_ref: q = min(127, rint(x · iscale)), iscale = −127 / (the element largest in size, signed)."""
     xp = module_of(x)
     blocks = _blocks(x, _SUPER_BLOCK)
-    place = np.abs(blocks).argmax(axis=-1)[..., None]  # the first of equals, as there
+    place = np.abs(blocks).argmax(axis=-1)[..., None]  # the first of equal ones, as in ggml
     largest = xp.take_along_axis(blocks, place, axis=-1)
     with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
         per_step = np.where(largest != 0, np.float32(-127) / largest, np.float32(0))
@@ -136,6 +136,6 @@ _ROUNDINGS: dict[int, Callable[[Array], Array]] = {
     F16: _half,
     BF16: _to_bf16,
     Q8_0: _to_q8_0,
-    Q8_1: _to_q8_0,  # quantize_row_q8_1 has the same steps; its sums are q8_1_correction's matter
+    Q8_1: _to_q8_0,  # quantize_row_q8_1 rounds the same way; `q8_1_correction` covers its sums
     Q8_K: _to_q8_k,
 }

@@ -2,7 +2,7 @@
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -20,6 +20,7 @@ class ConformSide(StrEnum):
 @o.fills("tested_command", "hugging_face", "asking", "compute", "tolerance", "threads", "backend", "mapping", "verbose")
 def conform(
     given: o.Given,
+    context: typer.Context,
     side: Annotated[
         ConformSide | None,
         typer.Option(
@@ -69,7 +70,9 @@ def conform(
         typer.Option("--out", "-o", help="Folder of the run; default: runs/conform-<engine>. Finished cells are kept there."),
     ] = None,
     junit: Annotated[Path | None, typer.Option("--junit", help="Write JUnit XML besides: one case a cell.")] = None,
-    table: Annotated[Path | None, typer.Option("--table", help="Write every cell's figures: FILE.csv or FILE.parquet.")] = None,
+    table: Annotated[
+        Path | None, typer.Option("--table", help="Write every cell's figures, while cells end: FILE.csv or FILE.parquet.")
+    ] = None,
     output_format: o.AnswerOption = o.AnswerFormat.TEXT,
 ) -> None:
     """Test an engine on tiny seeded models of every architecture and weight type: a verdict for each, one line for each cause.
@@ -93,6 +96,7 @@ def conform(
     from ..conform.conform import ConformRequest
     from ..conform.conform import conform as run
     from ..conform.matrix import cells, modes_of
+    from ..conform.table import GrowingTable
     from ..run.hugging_face import HuggingFace
     from ..run.request import Request
     from ..run.sides import OurEngine
@@ -104,10 +108,16 @@ def conform(
     asking = served.Asking(given.pop("server_api"), given.pop("server_json"))
     check_side(command, None if side is None else side.value, asking)
     check_outputs(junit, table)
+    if side is not ConformSide.HF:
+        o.refuse_unused(context, "python hf_device", "is for Hugging Face", "Add --side hf.")
+    if side is not ConformSide.OURS:
+        o.refuse_unused(context, "backend", "is for the engine that comes with parity", "Add --side ours.")
+    if command is None:
+        o.refuse_unused(context, "names offset", "is for an engine of yours", "Give its command with --exec.")
     theirs = HuggingFace(Path(), given.pop("python"), given.pop("device"), slice_size=None)
     if side is ConformSide.HF:
         theirs.check()
-    ways = OurEngine.ways if side is ConformSide.OURS else () if command is None else command.ways
+    ways = OurEngine.every_way if side is ConformSide.OURS else () if command is None else command.ways
     chosen = cells(profile, architectures, types, prompts, modes, served.MODES if server else modes_of(ways))
     if command is not None and not cluster:  # on a cluster, the command exists only where the workers run
         command.check()
@@ -123,6 +133,11 @@ def conform(
         asking if server else None,
         theirs if side is ConformSide.HF else None,
     )
-    with Shown(output_format) as shown:
-        conformance = run(ConformRequest(settings, tuple(chosen), count, cluster or ""), shown)
+    with GrowingTable(table) as rows, Shown(output_format) as shown:
+
+        def progress(*finished: Any) -> None:
+            rows(*finished)
+            shown(*finished)
+
+        conformance = run(ConformRequest(settings, tuple(chosen), count, cluster or ""), progress)
     raise typer.Exit(show(conformance, output_format, junit=junit, table=table))

@@ -15,6 +15,7 @@ from . import options as o
 )
 def consistency(
     given: o.Given,
+    context: typer.Context,
     dumps: Annotated[
         list[Path] | None,
         typer.Argument(help="Two dumps of your engine over the same tokens, computed in different portions."),
@@ -50,6 +51,15 @@ def consistency(
     pair = (dumps[0], dumps[1]) if dumps else None
     if sum(chosen not in (None, False) for chosen in (pair, side, given["command"])) > 1:
         raise InputError("more than one engine was given.", "Take two dumps, --exec or --side.", code="usage")
+    if pair is not None:
+        computing = "model prompt prompt_file tokens points backend threads chunk verbose"
+        o.refuse_unused(context, computing, "has no effect on two dumps: nothing is computed")
+    elif side is not None or given["command"] is None:
+        o.refuse_unused(
+            context, "names offset compute", "is for an engine of yours", "Give its command with --exec, or two dumps."
+        )
+    if side is o.Side.REF or given["command"] is not None:
+        o.refuse_unused(context, "backend", "is for the engine that comes with parity")
     if pair is None and given["prompt"] is given["tokens"] is None:
         given_prompt(None, None, None)
     source = EXEC if given["command"] is not None else (side.value if side is not None else OURS)

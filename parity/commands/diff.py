@@ -15,9 +15,13 @@ if TYPE_CHECKING:
     from ..diff.compare import Options
 
 
+_TWO = "Leave the third dump out."
+
+
 @o.fills("tolerance", "compute", "arbiter", "strict", "mapping", "despite_lint")
 def diff(
     given: o.Given,
+    context: typer.Context,
     ours: Annotated[Path, typer.Argument(help="Your engine's dump.", show_default=False)],
     ref: Annotated[Path, typer.Argument(help="llama.cpp's dump.", show_default=False)],
     third: Annotated[
@@ -60,17 +64,21 @@ def diff(
     from ..lint.lint import refuse_unusable
     from .comparison_output import findings, report, show_report
 
+    if model is None:
+        o.refuse_unused(context, "arbiter", "needs the model", "Give its GGUF file with --model.")
+    shown = {o.AnswerFormat.TEXT, o.AnswerFormat.MARKDOWN}
+    if html is None and output_format not in shown:
+        o.refuse_unused(context, "include", f"is not part of --format {output_format.value}", "Add --html FILE.")
     mapping, despite_lint, arbiter = (given.pop(name) for name in ("mapping", "despite_lint", "arbiter"))
     options = Options(**given, step=step, placed=mapping.position_offset is not None)
     if third is not None:
-        of_two = (table, html, junit, step, options.compute, options.strict or None)
-        if any(value is not None for value in of_two) or output_format.value not in set(o.Format):
-            raise InputError(
-                "--table, --html, --junit, --step, --compute, --strict and the CI formats need exactly two dumps.",
-                "Leave the third dump out.",
-                code="three",
-            )
+        o.refuse_unused(context, "table html include junit step compute strict", "needs exactly two dumps", _TWO)
+        if output_format.value not in set(o.Format):
+            raise InputError("the CI formats need exactly two dumps.", _TWO, code="three")
         dumps = load(ours, mapping), load(ref), load(third)
+        if not despite_lint:
+            for dump, side in zip(dumps, ("the first dump", "the second", "the third"), strict=True):
+                refuse_unusable(dump, side)
         raise typer.Exit(_three(dumps, options, model, arbiter, o.Format(output_format.value)))
     if table is not None:
         from ..diff.table import check_ending

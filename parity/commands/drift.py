@@ -27,6 +27,7 @@ LedgerOption = Annotated[
 @o.fills("model", "command", "mode", "points", "slice", "threads", "backend")
 def record(
     given: o.Given,
+    context: typer.Context,
     prompts: Annotated[Path, typer.Option("--prompts", help="Prompts, one a line, UTF-8; \\n in a line is a line break.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the golden dumps.")],
     side: Annotated[
@@ -45,6 +46,10 @@ def record(
     from ..run.sides import EXEC
     from .output import progress_bar, written
 
+    if given["command"] is not None:
+        o.refuse_unused(context, "side", "is not the engine that --exec runs", "Take one of them.")
+    if given["command"] is not None or side is not o.Side.OURS:
+        o.refuse_unused(context, "backend", "is for the engine that comes with parity", "Add --side ours.")
     source = side.value if given["command"] is None else EXEC
     request = drift.Recording(Request(**given, generate=generate), prompts, out, source)
     with progress_bar(o.Format.TEXT) as progress:
@@ -57,6 +62,7 @@ def record(
 @o.fills("command", "tolerance", "compute", "threads", "backend")
 def check(
     given: o.Given,
+    context: typer.Context,
     folder: FolderArgument,
     ours: Annotated[
         list[Path] | None, typer.Option("--ours", help="Dumps of your engine, one for each prompt; repeat the option.")
@@ -93,6 +99,10 @@ def check(
     del bisect  # __main__ maps the exit code, those of wrong options included
     if sum(chosen not in (None, []) for chosen in (ours, given["command"], side)) > 1:
         raise InputError("more than one side was given.", "Take one of --ours, --exec and --side.", code="usage")
+    if ours:
+        o.refuse_unused(context, "threads backend workers cluster model", "has no effect on dumps: nothing is computed")
+    if no_ledger:
+        o.refuse_unused(context, "ledger", "is not written with --no-ledger", "Take one of them.")
     from ..drift import drift
     from .drift_output import show
     from .output import progress_bar

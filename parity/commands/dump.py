@@ -37,8 +37,10 @@ OutOption = Annotated[Path, typer.Option("--out", "-o", help="The dump to write.
         "first_position",
     )
 )
-def ours(given: o.Given, out: OutOption) -> None:
+def ours(given: o.Given, context: typer.Context, out: OutOption) -> None:
     """Run a prompt through our engine and write the computed values."""
+    if given["points"] != "default":
+        o.refuse_unused(context, "layers", "chooses among the default points", "Leave --points out, or name layers there.")
     from ..run import session
     from ..run.request import Request
     from .output import progress_bar, written
@@ -68,6 +70,7 @@ def ours(given: o.Given, out: OutOption) -> None:
 )
 def ref(
     given: o.Given,
+    context: typer.Context,
     out: OutOption,
     follow: Annotated[
         Path | None,
@@ -87,8 +90,18 @@ def ref(
 
     if follow is None and given["prompt"] is given["tokens"] is None:
         given_prompt(None, None, None)
+    if follow is None:
+        o.refuse_unused(context, "names offset", "is for the dump that --follow names")
+    else:
+        o.refuse_unused(context, "points layers positions", "is what --follow takes from that dump")
+    if given["points"] != "default":
+        o.refuse_unused(context, "layers", "chooses among the default points", "Leave --points out, or name layers there.")
+    if given["mode"] != "exact":
+        o.refuse_unused(context, "window", "works in exact mode only")
     mapping = given.pop("mapping")  # for the dump that is followed: llama.cpp's own names need none
     followed = load(follow, mapping) if follow is not None else None
+    if followed is not None and followed.tokens:
+        o.refuse_unused(context, "generate", "is what --follow takes from that dump")
     result = session.dump_reference(Request(**given), out, followed)
     left = [name for name in followed.points if name not in result.points] if followed is not None else []
     if followed is not None:

@@ -14,6 +14,7 @@ from . import options as o
 @o.fills("model", "optional_prompt", "mapping", "compute", "arbiter", "backend")
 def explain(
     given: o.Given,
+    context: typer.Context,
     ours: Annotated[Path | None, typer.Argument(help="Your engine's dump.", show_default=False)] = None,
     ref: Annotated[
         Path | None, typer.Option("--ref", help="llama.cpp's dump of the same prompt: checks our engine against it first.")
@@ -38,6 +39,8 @@ def explain(
     if catalogue:
         if ours is not None:
             raise InputError("--list takes no dump.", "Leave one of them out.", code="usage")
+        names = "model prompt prompt_file tokens names offset compute arbiter backend ref max_faults budget"
+        o.refuse_unused(context, names, "has no effect with --list, which prints the whole catalogue")
         catalogue_as(output_format)
         return
     if ours is None:

@@ -22,6 +22,7 @@ class CacheType(StrEnum):
 @o.fills("model", "optional_prompt", "mapping", "compute", "threads", "verbose")
 def isolate(
     given: o.Given,
+    context: typer.Context,
     dump: Annotated[
         Path | None,
         typer.Argument(help="Your engine's dump with whole values; without it, llama.cpp's own operations are judged."),
@@ -72,6 +73,10 @@ def isolate(
 
     if dump is None and (tensors is not None or given["mapping"] != Mapping()):
         raise InputError("--tensors, --map and --offset need a dump.", "Give it: parity isolate DUMP …", code="usage")
+    if dump is None:
+        o.refuse_unused(context, "compute windows", "is for a dump", "Give it: parity isolate DUMP …")
+    else:
+        o.refuse_unused(context, "kv_type generate", "is for llama.cpp's own operations: a dump says what it holds")
     if dump is None and given["prompt"] is given["tokens"] is None:
         given_prompt(None, None, None)
     request = IsolateRequest(

@@ -66,6 +66,7 @@ class Third(StrEnum):
 )
 def run(
     given: o.Given,
+    context: typer.Context,
     hunt: Annotated[
         bool,
         typer.Option(
@@ -111,6 +112,7 @@ def run(
     Exits 0 for parity, 1 for a divergence.
     """
     _refuse_mixtures(given, hunt=hunt, bisect=bisect, third=other is not None)
+    _refuse_unused(context, given, hunt=hunt, bisect=bisect, third=other is not None)
     python, device, others = given.pop("python"), given.pop("device"), given.pop("others")
     if (server := given.pop("server")) is not None:
         from .server_output import compared_with_server
@@ -173,9 +175,27 @@ def _refuse_mixtures(given: o.Given, *, hunt: bool, bisect: bool, third: bool) -
         )
 
 
+def _refuse_unused(context: typer.Context, given: o.Given, *, hunt: bool, bisect: bool, third: bool) -> None:
+    """Raises InputError for options that nothing would read."""
+    if not third:
+        o.refuse_unused(context, "python hf_device", "is for Hugging Face", "Add --with hf.")
+    if given["points"] != "default":
+        o.refuse_unused(context, "layers", "chooses among the default points", "Leave --points out, or name layers there.")
+    if given["command"] is not None and not hunt:
+        o.refuse_unused(context, "backend devices", "is for the engine that comes with parity, which --exec replaces")
+    if hunt:
+        o.refuse_unused(context, "devices", "is for the engine that comes with parity, which --exec replaces")
+    if bisect:
+        o.refuse_unused(context, "layers arbiter", "has no effect with --bisect, which judges every layer")
+    if given["server"] is not None:
+        names = "points layers slice_size binary strict compute arbiter backend devices despite_lint window"
+        o.refuse_unused(context, names, "has no effect with --server: a server has no checkpoints")
+    if given["mode"] != "exact":
+        o.refuse_unused(context, "window", "works in exact mode only")
+
+
 def _with_hugging_face(request: "Request", started: "Reference", python: str, device: str, output_format: o.Format) -> int:
     """Our side, llama.cpp and Hugging Face: print which one disagrees, and return the exit code."""
-    from ..diff.compare import Options
     from ..explain.on_model import three_on
     from ..run import session
     from ..run.hugging_face import HuggingFace
@@ -188,7 +208,7 @@ def _with_hugging_face(request: "Request", started: "Reference", python: str, de
         outcome = session.run(request, progress, started)
         third, note = session.with_hugging_face(outcome, side, progress)
         dumps = outcome.ours, outcome.ref, third
-        compared = three_on(dumps, Options(), request.model, request.arbiter)
+        compared = three_on(dumps, session.comparison_options(request), request.model, request.arbiter)
     if note:
         print(f"note: {note}", file=sys.stderr)
     return show_three(compared, dumps, output_format)

@@ -13,6 +13,7 @@ from . import options as o
 @o.fills("model", "backend")
 def weights(
     given: o.Given,
+    context: typer.Context,
     theirs: Annotated[
         Path | None,
         typer.Option(
@@ -43,6 +44,8 @@ def weights(
 
     if theirs is not None and hf is not None:
         raise InputError("Both --theirs and --hf were given.", "Take one of them.", code="theirs")
+    if theirs is not None or hf is not None:
+        o.refuse_unused(context, "backend", "chooses where tensors are dequantised for the check of the file itself")
     if hf is not None:
         from ..weights.conversion import check_conversion
 

@@ -36,8 +36,7 @@ from ..run.hugging_face import HuggingFace
 from ..run.request import Prompt, Request
 from ..run.served import ServedModel
 from ..run.session import comparison_options
-from ..run.sides import ExternalEngine, LlamaCpp, OurEngine
-from ..run.state import loaded
+from ..run.sides import ExternalEngine, LlamaCpp, OurEngine, recorded
 from . import identity, results
 from .matrix import PREFILL, prompt_of
 from .models import Models, model_name
@@ -152,8 +151,11 @@ class Bench:
         try:
             if self._server is not None and self._settings.server is not None:
                 return served_cell(cell, request, self._server, self._settings.server, self._reference, self._settings.folder)
-            self._side(request).dump(prompt, out)
-            ours = loaded(out, prompt, request.mapping)
+            side = self._side(request)
+            if isinstance(side, OurEngine) and side.engine.encoder is not None:
+                prompt = replace(prompt, decoded=prompt.ids[:-1])  # what portions are of: the decoder is led along the prompt
+            side.dump(prompt, out)
+            ours = recorded(side, out, prompt, request.mapping)
         except DumpError as error:  # its path differs in every cell
             return CellResult(cell, UNUSABLE, error.message.replace(str(out), "its dump"))
         except EngineError as error:
@@ -166,7 +168,8 @@ class Bench:
                 raise
             return CellResult(cell, REFUSED, error.message)
         try:  # only now: a cell that the side refuses needs no reference
-            ref = self._reference_dump(request, Prompt(None, prompt.ids, ()), identity.of_file(model), cell.prompt)
+            whole = Prompt(None, prompt.ids, (), decoded=prompt.decoded)
+            ref = self._reference_dump(request, whole, identity.of_file(model), cell.prompt)
         except ParityError as error:
             if ends_the_run(error):
                 raise
@@ -187,7 +190,8 @@ class Bench:
 
     def _reference_dump(self, request: Request, prompt: Prompt, model_key: str, name: str) -> Dump:
         """llama.cpp's dump of a model and prompt: made once, whichever side is compared with it."""
-        out = self._settings.folder / "reference" / f"{identity.digest(identity.program(), model_key, prompt.ids)}-{name}.jsonl"
+        key = identity.digest(identity.program(), model_key, prompt.ids, prompt.decoded)
+        out = self._settings.folder / "reference" / f"{key}-{name}.jsonl"
         if out.exists():
             dump = read(out)
             if dump.end is not None:
@@ -210,6 +214,7 @@ class Bench:
             nmse=None if worst is None else worst.nmse,
             of_limit=None if worst is None else worst.of_limit,
             worst="" if worst is None else worst.checkpoint,
+            rope=self._models.rope(request.model),
         )
         if verdict:
             return result

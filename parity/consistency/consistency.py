@@ -27,8 +27,7 @@ from ..diff.compare import Options, compare
 from ..run.command import PORTIONS, SEQUENCES, STATE, UBATCH, EngineError
 from ..run.request import Prompt, Request
 from ..run.session import comparison_options, resolve_prompt
-from ..run.sides import OURS, ExternalEngine, OurEngine, Side, side_of
-from ..run.state import loaded
+from ..run.sides import OURS, ExternalEngine, OurEngine, Side, recorded, side_of
 
 CACHE, POSITIONS, MASK, BATCH = "cache", "positions", "mask", "batch size"
 OTHERS, SAVED = "sequences", "state"
@@ -75,7 +74,7 @@ def consistency(request: ConsistencyRequest) -> Consistency:
     with Reference(verbose=run.verbose, threads=run.threads) as reference:
         side = side_of(request.source, run, reference, resident=True)
         prompt = resolve_prompt(reference, run.model, run.prompt, run.tokens)
-        # The decoder is led along the prompt, in as many positions. `GgufModel` would refuse split files, which llama.cpp takes.
+        # The decoder is led along the prompt, in as many positions.
         if _DECODER in {tensor.name for tensor in contents(run.model).tensors}:
             prompt = replace(prompt, decoded=prompt.ids[:-1])
         vocabulary = reference.tokenize(run.model, "a").n_vocab
@@ -104,7 +103,8 @@ def of_side(side: Side, prompt: Prompt, request: ConsistencyRequest, vocabulary:
                 "Dump the decoder's tokens twice, in one pass and one by one: parity consistency A B.",
                 code="encoder-decoder",
             )
-        ways &= {PORTIONS}
+        if not isinstance(side, OurEngine):
+            ways &= {PORTIONS}
     checks: list[Check] = []
     not_checked = [f"{subject}: {_untold(side, way)}" for way, subject in _WAYS.items() if way not in ways]
     with TemporaryDirectory(prefix="parity-consistency-") as folder:
@@ -112,9 +112,7 @@ def of_side(side: Side, prompt: Prompt, request: ConsistencyRequest, vocabulary:
         def dumped(prompt: Prompt) -> Dump:
             out = Path(folder) / "dump.jsonl"
             side.dump(prompt, out)
-            # An external engine prints every sequence, and the rest after a restored state; the others record this prompt, whole.
-            printed = prompt if isinstance(side, ExternalEngine) else replace(prompt, companions=(), saved=0)
-            return loaded(out, printed, run.mapping)
+            return recorded(side, out, prompt, run.mapping)
 
         whole = dumped(prompt)
         for name, way, description in _ways(ways, prompt, request.chunk):
@@ -145,10 +143,17 @@ _WAYS = {
 }  # fmt: skip
 
 
+_OURS = {
+    UBATCH: "does not cut a pass further",
+    SEQUENCES: "keeps one sequence on the device in this mode",
+    STATE: "keeps its state on the device in this mode",
+}
+
+
 def _untold(side: Side, way: str) -> str:
     """Why a way of computing is not checked."""
     if isinstance(side, OurEngine):
-        return f"{side.name} computes one sequence at a time, in passes that are not cut further, and saves no state"
+        return f"{side.name} {_OURS[way]}"
     if isinstance(side, ExternalEngine):
         return f"{side.name} is not told about them; put {way} into --exec"
     return f"{side.name} encodes a prompt at once, and a state does not hold what came of it"

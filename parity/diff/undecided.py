@@ -1,6 +1,6 @@
-"""Where the table's limits cannot tell a fault from what this model makes of rounding: that is said, and no operation is blamed.
+"""Divergences in which the table's limits cannot distinguish a fault from amplified rounding: the answer says so and blames no operation.
 
-The answer stays a divergence and says what settles it: with the model at hand float64 and measured limits decide.
+It stays a divergence and says what settles the question: with the model at hand, float64 and measured limits decide.
 """
 
 from dataclasses import replace
@@ -27,7 +27,7 @@ Ints = NDArray[np.int64]
 # that agree (a gate of one number in F32, scans in F16 and with 8-bit activations; benchmarks/right_engines.py); twice that is allowed.
 _AS_LARGE = 2.0
 
-# What the positions say, or that nothing is seen: such an answer points at operations, which rounding does not have.
+# Patterns of positions, or none: such answers point at operations, which is wrong for rounding.
 _OF_POSITIONS = frozenset(
     {
         "from-position-0",
@@ -43,7 +43,7 @@ _OF_POSITIONS = frozenset(
 
 
 def undecided(records: Records, verdict: Verdict) -> Verdict:
-    """The verdict of a comparison by the table's limits alone, with another pattern where they cannot tell what is wrong."""
+    """The verdict of a comparison by the table's limits alone, with another pattern if they cannot tell what is wrong."""
     first = verdict.first_divergence
     if first is None or first.checkpoint not in records.names or records.tokens.divergence is not None:
         return verdict
@@ -113,7 +113,7 @@ def _squared(records: Records, number: int, here: Ints) -> tuple[Floats, Floats]
 
 
 def _few(records: Records, chosen: Ints) -> bool:
-    """Whether rows hold so few numbers that their terms may cancel all together, as scores of the first positions do."""
+    """Whether rows have so few numbers that all may nearly cancel, as scores of the first positions do."""
     pair = records.pairs[records.point[chosen[0]]]
     values = pair.ref.values[records.row[chosen]]
     inside = np.arange(values.shape[1]) < pair.ref.counts[records.row[chosen], None]

@@ -1,13 +1,12 @@
 """Checkpoints in captured CUDA graphs: the Python recorder's part that makes every replay leave its values.
 
-A captured stream computes nothing, and its replays call nothing of ours. So a checkpoint becomes nodes of the graph. A replay copies
-values to staged memory, in line, and all that is staged, beside its further work, to kept memory; the next replay begins with the copy
-of what is kept to pinned host memory, beside its work too, and a host node says that it is there. The driver's own functions are called,
-through ctypes: they are the same whatever framework captures, and their binary interface does not change.
+A captured stream computes nothing, and its replays call none of our code. So a checkpoint becomes nodes of the graph. A replay copies
+values to staged memory, in line, and then all staged memory to kept memory, in parallel with its further work; the next replay begins
+by copying kept memory to pinned host memory, also in parallel, and a host node reports that it has arrived. The driver's own functions
+are called, through ctypes: they are the same whatever framework captures, and their binary interface does not change.
 """
 
 import ctypes
-import functools
 import sys
 import threading
 from collections import deque
@@ -17,85 +16,29 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-_RELAXED, _SET_DEPENDENCIES, _LEGACY_STREAM, _HOST, _DEVICE = 2, 1, 1, 1, 2  # of cuda.h
-_ACTIVE, _INVALIDATED, _IMPLICIT = 1, 2, 906
+from .cuda_driver import (
+    DEVICE,
+    HOST,
+    HOST_FUNCTION,
+    RELAXED,
+    SET_DEPENDENCIES,
+    CopyOfBytes,
+    HostCall,
+    add_dependency,
+    call_driver,
+    copy_node,
+    on_device,
+    stream_of,
+)
+
 _ARENA = 4 << 20  # bytes that are allocated at a time, three times: a graph has an arena or two
-_WAITING = 1 << 30  # bytes of replays that may wait to be written; then replays wait
-_QUIET = 0.1  # seconds without a replay that count as rest: the lines are made then, since that takes Python from the engine
-_HOST_FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
-_KEPT: "list[Any]" = []  # what graphs refer to: they may be replayed after the recorder is gone
-
-
-def _side(name: str) -> "list[tuple[str, Any]]":
-    """The fields of one side of a copy, "src" or "dst"."""
-    return [
-        *((name + field, ctypes.c_size_t) for field in ("XInBytes", "Y", "Z", "LOD")),
-        (name + "MemoryType", ctypes.c_int),
-        *((name + field, ctypes.c_void_p) for field in ("Host", "Device", "Array", "Reserved")),
-        *((name + field, ctypes.c_size_t) for field in ("Pitch", "Height")),
-    ]
-
-
-class _Copy(ctypes.Structure):
-    """CUDA_MEMCPY3D."""
-
-    _fields_ = [*_side("src"), *_side("dst"), *((name, ctypes.c_size_t) for name in ("WidthInBytes", "Height", "Depth"))]
-
-
-class _HostCall(ctypes.Structure):
-    """CUDA_HOST_NODE_PARAMS."""
-
-    _fields_ = [("function", _HOST_FUNCTION), ("argument", ctypes.c_void_p)]
-
-
-@functools.lru_cache(maxsize=1)
-def _driver() -> "Any":
-    """The CUDA driver's library; None where there is none."""
-    try:
-        return ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
-    except OSError:
-        return None
-
-
-def _call(name: str, *arguments: Any) -> None:
-    status = getattr(_driver(), name)(*arguments)
-    if status:
-        text = ctypes.c_char_p()
-        _driver().cuGetErrorString(status, ctypes.byref(text))
-        raise RuntimeError(f"{name}: {(text.value or b'unknown error').decode()}")
-
-
-def _stream_of(value: Any) -> "int | None":
-    """The handle of the stream that a device array of PyTorch or CuPy is computed in; None for arrays in host memory and others."""
-    if getattr(value, "is_cuda", False):
-        return int(sys.modules["torch"].cuda.current_stream(value.device).cuda_stream)
-    if hasattr(value, "__cuda_array_interface__") and "cupy" in sys.modules:
-        return int(sys.modules["cupy"].cuda.get_current_stream().ptr)
-    return None
-
-
-def is_captured(value: Any) -> bool:
-    """Whether a value is computed in a stream that is being captured.
-
-    Raises:
-        RuntimeError: another stream is, or this capture has failed.
-    """
-    stream = _stream_of(value)
-    if stream is None or _driver() is None:
-        return False
-    state = ctypes.c_int()
-    status = _driver().cuStreamIsCapturing(ctypes.c_void_p(stream), ctypes.byref(state))
-    if not status and not state.value and stream > _LEGACY_STREAM:
-        status = _driver().cuStreamIsCapturing(ctypes.c_void_p(_LEGACY_STREAM), ctypes.byref(ctypes.c_int()))
-    if status == _IMPLICIT:
-        raise RuntimeError("another stream is being captured into a CUDA graph: record in the captured stream")
-    if state.value == _INVALIDATED:
-        raise RuntimeError("the capture of this stream has already failed")
-    return not status and state.value == _ACTIVE
+_WAITING = 1 << 30  # bytes of replays that may wait to be written; beyond that, replays wait
+_QUIET = 0.1  # seconds without a replay that count as idle: lines are made then, since that takes Python from the engine
+_KEPT: "list[Any]" = []  # objects that graphs refer to, which may be replayed after the recorder is gone
 
 
 class _Row:
-    """A device array as the graph copies it: where it lies, and how the host reads its bytes."""
+    """A device array as the graph copies it: its address, and how the host reads its bytes."""
 
     def __init__(self, value: Any) -> None:
         bfloat = str(value.dtype) == "torch.bfloat16"
@@ -104,7 +47,7 @@ class _Row:
             raise TypeError(
                 f"values of {value.dtype} cannot be recorded in a captured graph; give float32, float16 or bfloat16"
             )
-        # As nodes of the graph, where it isn't contiguous. The graph reads it at every replay: it must not be freed.
+        # If it isn't contiguous this adds nodes to the graph. The graph reads it at every replay: it must not be freed.
         self.value = value.contiguous() if hasattr(value, "contiguous") else sys.modules["cupy"].ascontiguousarray(value)
         self.shape = tuple(int(size) for size in value.shape)
         self.dtype, self.bfloat = np.dtype(name), bfloat
@@ -112,7 +55,7 @@ class _Row:
         self.pointer = int(self.value.data_ptr() if hasattr(self.value, "data_ptr") else self.value.data.ptr)
 
     def read(self, brought: bytes) -> "NDArray[Any]":
-        """The array of a replay."""
+        """The array from a replay's bytes."""
         flat = np.frombuffer(brought, self.dtype)
         if self.bfloat:
             flat = (flat.astype(np.uint32) << 16).view(np.float32)
@@ -120,66 +63,47 @@ class _Row:
 
 
 class _Arena:
-    """Staged, kept and pinned memory of a graph's checkpoints, and the nodes between them: one of each, whatever it holds."""
+    """Staged, kept and pinned memory of a graph's checkpoints, with one copy node between each, whatever they contain."""
 
     def __init__(self, graph: Any, hand_over: Any, size: int) -> None:
         self.capacity, self.used = max(size, _ARENA), size
         self.staged, self.kept, self.pinned = ctypes.c_uint64(), ctypes.c_uint64(), ctypes.c_void_p()
         for memory in (self.staged, self.kept):
-            _call("cuMemAlloc_v2", ctypes.byref(memory), ctypes.c_size_t(self.capacity))
-        _call("cuMemHostAlloc", ctypes.byref(self.pinned), ctypes.c_size_t(self.capacity), 0)
+            call_driver("cuMemAlloc_v2", ctypes.byref(memory), ctypes.c_size_t(self.capacity))
+        call_driver("cuMemHostAlloc", ctypes.byref(self.pinned), ctypes.c_size_t(self.capacity), 0)
         to_host, on_device = self._copies()
-        self._bring = _copy_node(graph, to_host, [])
-        self.keep = _copy_node(graph, on_device, [self._bring])
-        _follows(graph, self._bring, hand_over)
+        self._bring = copy_node(graph, to_host, [])
+        self.keep = copy_node(graph, on_device, [self._bring])
+        add_dependency(graph, self._bring, hand_over)
 
-    def _copies(self) -> "tuple[_Copy, _Copy]":
-        to_host = _Copy(
-            srcMemoryType=_DEVICE, srcDevice=self.kept.value, dstMemoryType=_HOST, dstHost=self.pinned.value,
+    def _copies(self) -> "tuple[CopyOfBytes, CopyOfBytes]":
+        to_host = CopyOfBytes(
+            srcMemoryType=DEVICE, srcDevice=self.kept.value, dstMemoryType=HOST, dstHost=self.pinned.value,
             WidthInBytes=self.used, Height=1, Depth=1,
         )  # fmt: skip
-        return to_host, _on_device(self.staged.value, self.kept.value, self.used)
+        return to_host, on_device(self.staged.value, self.kept.value, self.used)
 
     def take(self, size: int) -> int:
-        """Where so many bytes begin; all that is taken is brought."""
+        """Reserve so many bytes and return their offset; everything reserved is copied."""
         start, self.used = self.used, self.used + size
         self._resize()
         return start
 
     def _resize(self) -> None:
         for node, copy in zip((self._bring, self.keep), self._copies(), strict=True):
-            _call("cuGraphMemcpyNodeSetParams", ctypes.c_void_p(node), ctypes.byref(copy))
-
-
-def _on_device(source: int, target: int, size: int) -> _Copy:
-    return _Copy(
-        srcMemoryType=_DEVICE, srcDevice=source, dstMemoryType=_DEVICE, dstDevice=target, WidthInBytes=size, Height=1, Depth=1,
-    )  # fmt: skip
-
-
-def _copy_node(graph: Any, copy: _Copy, after: "list[Any]") -> Any:
-    """A new node of the graph that makes this copy after those nodes."""
-    node, nodes, context = ctypes.c_void_p(), (ctypes.c_void_p * len(after))(*after), ctypes.c_void_p()
-    _call("cuCtxGetCurrent", ctypes.byref(context))
-    _call("cuGraphAddMemcpyNode", ctypes.byref(node), graph, nodes, ctypes.c_size_t(len(after)), ctypes.byref(copy), context)
-    return node.value
-
-
-def _follows(graph: Any, before: Any, node: Any) -> None:
-    sources, targets = (ctypes.c_void_p * 1)(before), (ctypes.c_void_p * 1)(node)
-    _call("cuGraphAddDependencies", graph, sources, targets, ctypes.c_size_t(1))
+            call_driver("cuGraphMemcpyNodeSetParams", ctypes.c_void_p(node), ctypes.byref(copy))
 
 
 class _Slot:
-    """One checkpoint of one graph, or, without a name, the position of its pass: where it stands in an arena."""
+    """The place in an arena of one checkpoint of one graph, or, without a name, of the position of its pass."""
 
     def __init__(self, point: str, row: _Row, place: "_Slot | None", arena: _Arena, at: int) -> None:
         self.point, self.row, self.place, self.arena, self.at = point, row, place, arena, at
 
     def stage(self, graph: Any, before: "list[Any]") -> Any:
-        """The node that copies it in line."""
-        node = _copy_node(graph, _on_device(self.row.pointer, self.arena.staged.value + self.at, self.row.size), before)
-        _follows(graph, node, self.arena.keep)
+        """Add the node that copies it in line."""
+        node = copy_node(graph, on_device(self.row.pointer, self.arena.staged.value + self.at, self.row.size), before)
+        add_dependency(graph, node, self.arena.keep)
         return node
 
     def brought(self) -> bytes:
@@ -188,18 +112,18 @@ class _Slot:
 
 
 class _Replayed:
-    """A value and the place of its pass as a replay left them."""
+    """A value and the position of its pass as a replay left them."""
 
     def __init__(self, slot: _Slot, place: _Slot) -> None:
         self.slot, self.place, self.value, self.position = slot, place, slot.brought(), place.brought()
 
     @property
     def size(self) -> int:
-        """In bytes."""
+        """The size in bytes."""
         return len(self.value)
 
     def rows(self) -> "tuple[NDArray[np.float32], list[int]]":
-        """The value, and its positions: as they are, or one after the other from the only one that there is."""
+        """The value and its positions: as given, or consecutive ones from a single one."""
         value = self.slot.row.read(self.value).astype(np.float32)
         positions = self.place.row.read(self.position).ravel()
         rows = 1 if value.ndim < 2 else value.shape[-2]
@@ -208,21 +132,21 @@ class _Replayed:
 
 
 class _Graph:
-    """What one capture made: its host node, and its slots. At the beginning of replay r the pinned bytes are those of replay r − 1."""
+    """One capture: its host node, and its slots. At the beginning of replay r the pinned bytes are those of replay r − 1."""
 
     def __init__(self, graph: Any, hand_over: "Callable[[_Graph], None]") -> None:
         self.slots: list[_Slot] = []
         self.arenas: list[_Arena] = []
-        self.place: _Slot | None = None  # of the pass that is being captured
+        self.place: _Slot | None = None  # the position of the pass that is being captured
         self.replays, self.written = 0, 0
         self.node = ctypes.c_void_p()
-        self._function = _HOST_FUNCTION(lambda _: hand_over(self))
-        call = _HostCall(self._function, None)
-        _call("cuGraphAddHostNode", ctypes.byref(self.node), graph, None, ctypes.c_size_t(0), ctypes.byref(call))
+        self._function = HOST_FUNCTION(lambda _: hand_over(self))
+        call = HostCall(self._function, None)
+        call_driver("cuGraphAddHostNode", ctypes.byref(self.node), graph, None, ctypes.c_size_t(0), ctypes.byref(call))
         _KEPT.append(self)
 
     def slot(self, graph: Any, point: str, row: _Row, place: "_Slot | None") -> _Slot:
-        """A new one, in an arena with room for it."""
+        """A new slot, in an arena with room for it."""
         size = -(-row.size // 8) * 8
         if self.arenas and self.arenas[-1].capacity - self.arenas[-1].used >= size:
             arena = self.arenas[-1]
@@ -254,7 +178,7 @@ class Graphs:
         """Make a checkpoint part of the graph that is being captured.
 
         Raises:
-            ValueError: it isn't known where the position is read.
+            ValueError: it is not known where the position is read from.
             TypeError, RuntimeError: the value or the capture does not allow it.
         """
         if position is None:
@@ -266,18 +190,18 @@ class Graphs:
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="checkpoint-writer", daemon=True)
             self._thread.start()
-        mode = ctypes.c_int(_RELAXED)  # memory may be allocated meanwhile: the capture is of the stream, not of that
-        _call("cuThreadExchangeStreamCaptureMode", ctypes.byref(mode))
+        mode = ctypes.c_int(RELAXED)  # memory may be allocated meanwhile: the capture is of the stream, not of that
+        call_driver("cuThreadExchangeStreamCaptureMode", ctypes.byref(mode))
         try:
-            self._put_in_line(point, _Row(value), position, ctypes.c_void_p(_stream_of(value)))
+            self._put_in_line(point, _Row(value), position, ctypes.c_void_p(stream_of(value)))
         finally:
-            _call("cuThreadExchangeStreamCaptureMode", ctypes.byref(mode))
+            call_driver("cuThreadExchangeStreamCaptureMode", ctypes.byref(mode))
 
     def _put_in_line(self, point: str, row: _Row, position: Any, stream: Any) -> None:
-        """Put a checkpoint behind what the stream has captured so far, with the place of its pass where it is the first of one."""
+        """Add a checkpoint after what the stream has captured so far, with the position of its pass if it is the first one of it."""
         state, number, graph, count = ctypes.c_int(), ctypes.c_uint64(), ctypes.c_void_p(), ctypes.c_size_t()
         before = ctypes.POINTER(ctypes.c_void_p)()
-        _call(
+        call_driver(
             "cuStreamGetCaptureInfo_v2", stream, ctypes.byref(state), ctypes.byref(number), ctypes.byref(graph),
             ctypes.byref(before), ctypes.byref(count),
         )  # fmt: skip
@@ -285,7 +209,7 @@ class Graphs:
         captured = self._graphs.get(number.value)
         if captured is None:
             captured = self._graphs[number.value] = _Graph(graph, self._replayed)
-        # A point that comes again is of another pass in the same graph, which has a position of its own.
+        # A point that occurs again belongs to another pass in the same graph, which has a position of its own.
         if captured.place is None or any(slot.point == point and slot.place is captured.place for slot in captured.slots):
             captured.place = captured.slot(graph, "", _Row(position), None)
             staged = [captured.place.stage(graph, so_far)]
@@ -293,7 +217,9 @@ class Graphs:
             staged = []
         staged.append(captured.slot(graph, point, row, captured.place).stage(graph, so_far))
         last = (ctypes.c_void_p * len(staged))(*staged)
-        _call("cuStreamUpdateCaptureDependencies", stream, last, ctypes.c_size_t(len(staged)), ctypes.c_uint(_SET_DEPENDENCIES))
+        call_driver(
+            "cuStreamUpdateCaptureDependencies", stream, last, ctypes.c_size_t(len(staged)), ctypes.c_uint(SET_DEPENDENCIES)
+        )
 
     def _replayed(self, graph: _Graph) -> None:
         """Called by the driver's thread, once a replay."""
@@ -316,7 +242,7 @@ class Graphs:
             self._change.notify_all()
 
     def _run(self) -> None:
-        """Write when no replay came for a while, when memory runs short, or when everything must be written."""
+        """Write when there was no replay for a while, when memory runs short, or when everything must be written."""
         while True:
             with self._change:
                 while not (self._waiting and (self._hurried or self._closing)):
@@ -339,7 +265,7 @@ class Graphs:
                 self._change.notify_all()
 
     def check(self) -> None:
-        """Raise what has failed in the thread."""
+        """Raise an error that ended the thread."""
         if self._failure is not None:
             raise self._failure
 
@@ -347,11 +273,11 @@ class Graphs:
         """Wait for the device, and until what the last replay of each graph staged is written."""
         if self._thread is None:
             return
-        _call("cuCtxSynchronize")
+        call_driver("cuCtxSynchronize")
         for graph in self._graphs.values():
             if graph.written < graph.replays:
                 for arena in graph.arenas:
-                    _call("cuMemcpyDtoH_v2", arena.pinned, arena.kept, ctypes.c_size_t(arena.used))
+                    call_driver("cuMemcpyDtoH_v2", arena.pinned, arena.kept, ctypes.c_size_t(arena.used))
                 self._hand_over(graph)
         with self._change:
             self._hurried = bool(self._waiting)

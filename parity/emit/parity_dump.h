@@ -8,26 +8,26 @@
  *   parity_close(d);
  *
  * Call parity_checkpoint right where the value is computed: it copies before it returns, no pointer is kept. Every function may
- * be called from several threads. Functions return 0, or -1 with the reason in parity_error(d); what fails once fails on.
+ * be called from several threads. Functions return 0, or -1 with the reason in parity_error(d); after an error all calls fail.
  *
- * With PARITY_CUDA defined before the #include, device pointers are taken by a function of another name:
+ * With PARITY_CUDA defined before the #include, a separate function takes device pointers:
  *
  *   parity_checkpoint_device(d, "blk.5.l_out", position, device_pointer, PARITY_F16, n, stream);
  *
- * It copies in that stream, into pinned memory of its own, and waits for the copy before it returns. A device pointer that is
- * given to parity_checkpoint is an error then, not a crash or garbage.
+ * It copies in that stream, into pinned memory of its own, and waits for the copy before it returns. Passing a device pointer to
+ * parity_checkpoint is then an error, not a crash or garbage.
  *
- * In a stream that is being captured into a CUDA graph the same call becomes part of the graph and records at every replay. The
- * position is read from device memory then, at the first checkpoint of a pass; the graph itself, or a copy before each replay, keeps
- * it up to date:
+ * In a stream that is being captured into a CUDA graph, the same call becomes part of the graph and records at every replay. The
+ * position is then read from device memory, at the first checkpoint of a pass; the graph itself, or a copy before each replay, must
+ * keep it up to date:
  *
  *   parity_position_device(d, device_position, NULL);                          // before the first checkpoint of the capture
  *
  * A replay is written to the file while the next one runs, the last one by parity_flush or parity_close: call one of them before you
  * reset the device. What cannot be captured is an error of the call, at the time of capture.
  *
- * For `parity run --exec … --bisect`, which finds the layers that are wrong given right inputs, add one line behind the checkpoints of
- * the embedding and of each layer's output; it replaces the row where $PARITY_INJECT names a file that has it, and costs nothing else:
+ * For `parity run --exec … --bisect`, which finds the layers that are wrong given right inputs, add one line after the checkpoints of
+ * the embedding and of each layer's output; it replaces the row if $PARITY_INJECT names a file that has it, and otherwise does nothing:
  *
  *   parity_inject(d, "blk.5.l_out", position, hidden, PARITY_F32, n);   // or parity_inject_device(…, stream) */
 #ifndef PARITY_DUMP_H
@@ -49,19 +49,19 @@
 #endif
 
 #ifndef PARITY_SLICE
-#define PARITY_SLICE 16 /* leading values that a record carries; define it before the #include for more */
+#define PARITY_SLICE 16 /* leading values in a record; define it before the #include for more */
 #endif
 #define PARITY_SKETCH 32 /* projections of the whole row */
 
 typedef enum { PARITY_F32 = 0, PARITY_F16 = 1, PARITY_BF16 = 2 } parity_type;
 
-/* Values of $PARITY_INJECT: positions first … first + rows − 1 of a point, and where they begin in the file. */
+/* Values in $PARITY_INJECT: positions first … first + rows − 1 of a point, and where they begin in the file. */
 struct parity_injected {
     char point[64];
     long long first, rows, width, at;
 };
 
-/* Statistics and sketch of a row. Non-finite elements are counted and are zero to everything else. */
+/* Statistics and sketch of a row. Non-finite elements are counted, and count as zero in everything else. */
 struct parity_sums {
     double sum, squares, least, most, sketch[PARITY_SKETCH];
     size_t nonfinite, largest_at;
@@ -79,17 +79,17 @@ typedef pthread_t parity__thread;
 
 #ifdef PARITY_CUDA
 #ifndef PARITY_WAITING
-#define PARITY_WAITING (64u << 20) /* bytes of captured values that may wait to be written; then replays wait for the writers */
+#define PARITY_WAITING (64u << 20) /* bytes of captured values that may wait to be written; beyond that, replays wait for the writers */
 #endif
 #ifndef PARITY_ARENA
 #define PARITY_ARENA (4u << 20) /* bytes that are allocated at a time for a graph's checkpoints, three times: a graph has an arena or two */
 #endif
 #ifndef PARITY_WRITERS
-#define PARITY_WRITERS 8 /* threads that make lines of captured rows, beside each other; they are written in the order of the replays */
+#define PARITY_WRITERS 8 /* threads that turn captured rows into lines in parallel; the lines are written in the order of the replays */
 #endif
 
-/* Memory of a graph's checkpoints. A replay copies their rows to `staged`, in line, and all of it at once to `kept`, beside its
- * further work; the next replay begins with the copy from `kept` to `pinned`, beside its work too. Nothing waits for the host. */
+/* Memory of a graph's checkpoints. A replay copies their rows to `staged`, in line, and then all of it to `kept`, in parallel with its
+ * further work; the next replay begins with the copy from `kept` to `pinned`, also in parallel. Nothing waits for the host. */
 struct parity_arena {
     struct parity_arena *next;
     unsigned char *staged, *kept, *pinned;
@@ -100,27 +100,27 @@ struct parity_arena {
 /* A checkpoint of a captured graph, or, without a name, the position and step of its pass. */
 struct parity_slot {
     struct parity_slot *next, *place;
-    struct parity_row *spare; /* memory of rows that are written */
+    struct parity_row *spare; /* memory of rows that have been written */
     struct parity_arena *arena;
     size_t at, size, n; /* size: in bytes, rounded up to a multiple of 8 */
     parity_type type;
     char point[64];
 };
 
-/* What one capture made. It outlives the dump where the graph does: a replay after parity_close finds no dump and records nothing. */
+/* One capture. It outlives the dump if the graph does: a replay after parity_close finds no dump and records nothing. */
 struct parity_graph {
     struct parity_graph *next;
     struct parity_dump *dump;
-    struct parity_slot *slots, *place; /* place: of the pass that is being captured */
+    struct parity_slot *slots, *place; /* place: the position of the pass that is being captured */
     struct parity_arena *arenas;
     unsigned long long id;
-    long long replays, written; /* replays that have begun; of which replay the staged rows were last handed to the writers */
+    long long replays, written; /* replays that have begun; the replay whose rows were last handed to the writers */
     cudaGraphNode_t hand_over;
     int device, step, decode, counted; /* counted: the step is that of the capture and one more for each replay */
     volatile int gone;                 /* the graph and all that was instantiated from it have been destroyed */
 };
 
-/* A row on its way to the file; its values lie behind it. */
+/* A row on its way to the file; its values follow it in memory. */
 struct parity_row {
     struct parity_row *next;
     struct parity_slot *slot; /* whose memory it is */
@@ -137,7 +137,7 @@ struct parity_queue {
     parity__condition change;
     parity__thread writers[PARITY_WRITERS];
     struct parity_row *first, *last; /* in the order of the replays, until they are written */
-    struct parity_row *next;         /* the first that nobody sums up yet */
+    struct parity_row *next;         /* the first that no writer has taken yet */
     size_t size;                     /* bytes of the rows */
     int running, writing, closing;
 };
@@ -154,7 +154,7 @@ typedef struct parity_dump {
     int n_injected;
     parity__mutex lock; /* of the file and the fields above */
 #ifdef PARITY_CUDA
-    parity__mutex device; /* of the fields below; a replay may wait for the writers, who take the other one: never both at once */
+    parity__mutex device; /* of the fields below; a replay may wait for the writers, which take the other lock: never take both */
     void *slab; /* pinned */
     size_t slab_size;
     const int *position, *pass; /* device memory that captured checkpoints read */
@@ -208,7 +208,7 @@ static inline int parity__fail(parity_dump *d, const char *format, ...) {
     return -1;
 }
 
-/* The same from outside of the lock. The text is what only one caller wrote. */
+/* The same from outside the lock. Only one caller writes the text. */
 static inline int parity__refuse(parity_dump *d, const char *point, const char *why) {
     parity__lock(d);
     parity__fail(d, "%s: %s", point, why);
@@ -219,7 +219,7 @@ static inline int parity__refuse(parity_dump *d, const char *point, const char *
 /* The first thing that went wrong, or an empty text. */
 static inline const char *parity_error(const parity_dump *d) { return d ? d->error : "the dump could not be opened"; }
 
-/* Where $PARITY_INJECT has the rows of which point: a line "PARITY-INJECT 1", then for each point a line "name first rows width" and
+/* Read which rows $PARITY_INJECT has, and where: a line "PARITY-INJECT 1", then for each point a line "name first rows width" and
  * rows × width float32, little-endian. */
 static inline void parity__index(parity_dump *d, const char *path) {
     char line[128], point[64];
@@ -252,7 +252,7 @@ static inline void parity__index(parity_dump *d, const char *path) {
     }
 }
 
-/* Create a dump; NULL where the file cannot be created or memory is short. */
+/* Create a dump; NULL if the file cannot be created or memory is short. */
 static inline parity_dump *parity_open(const char *path) {
     parity_dump *d = (parity_dump *)calloc(1, sizeof *d);
     if (!d) return NULL;
@@ -291,9 +291,9 @@ static inline void parity__text(FILE *file, const char *text) {
     putc('"', file);
 }
 
-#define PARITY__DIGITS 28 /* of a number in a line, with its comma */
+#define PARITY__DIGITS 28 /* most characters of a number in a line, with its comma */
 
-/* A number with `digits` significant digits, the decimal point whatever the locale says; returns where it ends. */
+/* A number with `digits` significant digits, with a decimal point in any locale; returns where it ends. */
 static inline char *parity__number(char *at, double x, int digits) {
     char *point = at;
     if (isnan(x)) return at + sprintf(at, "\"NaN\"");
@@ -310,8 +310,8 @@ static inline int parity__written(parity_dump *d) {
 }
 
 /* The first line: which engine, which model file's name, how many layers, the prompt's token ids, and the arithmetic of its products
- * ("f32", "tf32", "f16", "bf16", or "q8" where activations are rounded to 8 bits): the limits of the comparison follow from it. NULL,
- * where it really is not known, makes the comparison a loose one. Other unknown numbers are 0, unknown texts NULL. */
+ * ("f32", "tf32", "f16", "bf16", or "q8" if activations are rounded to 8 bits): the limits of the comparison follow from it. NULL,
+ * if it really is not known, makes the limits loose. Other unknown numbers are 0, unknown texts NULL. */
 static inline int parity_header(parity_dump *d, const char *engine, const char *model, int layers, const int *tokens,
                                 int n_tokens, const char *compute) {
     int i, result;
@@ -355,7 +355,7 @@ static inline int parity_only(parity_dump *d, const char *names) {
     return 0;
 }
 
-/* Whether a point is recorded, so that an engine need not copy what nobody asks for. */
+/* Whether a point is recorded, so that an engine need not copy values that are not wanted. */
 static inline int parity_wants(parity_dump *d, const char *point) {
     const char *at;
     size_t length;
@@ -370,7 +370,7 @@ static inline int parity_wants(parity_dump *d, const char *point) {
     return wanted;
 }
 
-/* Say before each forward pass which one it is (from 0) and whether it decodes a single token. */
+/* Call before each forward pass: its number (from 0) and whether it decodes a single token. */
 static inline void parity_pass(parity_dump *d, int step, int decode) {
     if (!d) return;
     parity__lock(d);
@@ -417,7 +417,7 @@ static inline float parity__value(const void *values, parity_type type, size_t i
     return value;
 }
 
-/* Four projections at a time, by the compiler's vectors where it has them: without, a row takes twice as long. */
+/* Four projections at a time, with the compiler's vectors if it has them: without, a row takes twice as long. */
 #if defined(__GNUC__)
 typedef double parity__four __attribute__((vector_size(4 * sizeof(double))));
 #else
@@ -427,7 +427,7 @@ typedef struct {
 #endif
 
 static inline void parity__sum_up(struct parity_sums *s, const void *values, parity_type type, size_t n) {
-    /* Signs by four bits of the hash: no branch, since they are random. */
+    /* Signs from four bits of the hash, without branches, since they are random. */
     static const parity__four signs_of[16] = {
         {-1, -1, -1, -1}, {1, -1, -1, -1}, {-1, 1, -1, -1}, {1, 1, -1, -1}, {-1, -1, 1, -1}, {1, -1, 1, -1},
         {-1, 1, 1, -1},   {1, 1, 1, -1},   {-1, -1, -1, 1}, {1, -1, -1, 1}, {-1, 1, -1, 1},  {1, 1, -1, 1},
@@ -465,7 +465,7 @@ static inline void parity__sum_up(struct parity_sums *s, const void *values, par
     memcpy(s->sketch, sketch, sizeof sketch);
 }
 
-/* The line of a checkpoint, to be freed; NULL where memory is short. */
+/* The line of a checkpoint, to be freed by the caller; NULL if memory is short. */
 static inline char *parity__line(int seq, const char *point, int position, int step, int decode, const void *values, parity_type type,
                                  size_t n, const struct parity_sums *s) {
     static const char *const names[] = {"f32", "f16", "bf16"};
@@ -479,7 +479,7 @@ static inline char *parity__line(int seq, const char *point, int position, int s
                   step, decode ? "decode" : "prefill", names[type], (unsigned long long)n);
     for (i = 0; i < slice; i++) {
         if (i) *at++ = ',';
-        at = parity__number(at, parity__value(values, type, i), 9); /* 9 digits give every float32 back */
+        at = parity__number(at, parity__value(values, type, i), 9); /* 9 digits reproduce every float32 */
     }
     at += sprintf(at, "],\"stats\":{\"n\":%llu,\"sum\":", (unsigned long long)n);
     at = parity__number(at, s->sum, 17);
@@ -548,16 +548,16 @@ static inline int parity_checkpoint(parity_dump *d, const char *point, int posit
         struct cudaPointerAttributes at;
         if (cudaPointerGetAttributes(&at, values) == cudaSuccess && at.type == cudaMemoryTypeDevice)
             return parity__refuse(d, point, "this is a device pointer; give it to parity_checkpoint_device");
-        cudaGetLastError(); /* plain host memory is no error */
+        cudaGetLastError(); /* plain host memory is not an error */
     }
 #endif
     return parity__checkpoint(d, point, position, values, type, n);
 }
 
 #ifdef PARITY_CUDA
-/* Where captured checkpoints find, in DEVICE memory, the position of the row and the number of the pass. `step` may be NULL: the
- * passes are counted then, from the one of parity_pass before the capture. Call it before the capture, and again where other
- * memory says it. */
+/* Where captured checkpoints find, in DEVICE memory, the position of the row and the number of the pass. `step` may be NULL: then
+ * passes are counted from that of parity_pass before the capture. Call it before the capture, and again when the addresses
+ * change. */
 static inline int parity_position_device(parity_dump *d, const int *position, const int *step) {
     if (!d) return -1;
     parity__enter(&d->device);
@@ -583,10 +583,10 @@ static inline void parity__queue_tell(struct parity_queue *q) {
 #endif
 }
 
-/* Write the lines at the queue's head that are made; called and left with the queue's lock. */
+/* Write the finished lines at the queue's head; the caller holds the queue's lock. */
 static inline void parity__write_made(parity_dump *d, struct parity_queue *q) {
     struct parity_row *row;
-    if (q->writing) return; /* whoever does comes to these rows, too */
+    if (q->writing) return; /* the thread that does will reach these rows, too */
     q->writing = 1;
     while ((row = q->first) != NULL && row->made) {
         parity__leave(&q->lock);
@@ -659,7 +659,7 @@ static inline void parity__end_writers(struct parity_queue *q) {
     }
 }
 
-/* Give the writers what replay number `replay` of a graph left in pinned memory, once; waits for room. */
+/* Hand the rows that replay number `replay` of a graph left in pinned memory to the writers, once; waits for room. */
 static inline void parity__hand_over(struct parity_graph *g, long long replay) {
     parity_dump *d = g->dump;
     struct parity_queue *q = &d->queue;
@@ -713,7 +713,7 @@ static inline void CUDART_CB parity__replayed(void *graph) {
 
 static inline void CUDART_CB parity__graph_gone(void *graph) { ((struct parity_graph *)graph)->gone = 1; }
 
-/* Write what the last replay of each graph has staged: waits for the device. */
+/* Write the rows of each graph's last replay; waits for the device. */
 static inline int parity_flush(parity_dump *d) {
     struct parity_graph *g;
     struct parity_arena *arena;
@@ -765,7 +765,7 @@ static inline void parity__free_graph(struct parity_graph *g) {
 }
 
 #if CUDART_VERSION >= 11030
-/* CUDA 13 puts data about edges into these calls. */
+/* CUDA 13 adds data about edges to these calls. */
 static inline cudaError_t parity__capture(cudaStream_t stream, unsigned long long *id, cudaGraph_t *graph,
                                           const cudaGraphNode_t **before, size_t *n) {
     enum cudaStreamCaptureStatus state;
@@ -819,8 +819,8 @@ static inline struct parity_graph *parity__graph_of(parity_dump *d, cudaGraph_t 
     return *status == cudaSuccess ? g : NULL;
 }
 
-/* An arena of the graph with room for so many bytes: its last one, one of a graph of the same device that is gone and whose last
- * replay is written, or a new one. It is given the nodes that bring it to the host. */
+/* An arena of the graph with room for so many bytes: its last one, that of a destroyed graph of the same device whose last replay
+ * has been written, or a new one. It gets the nodes that copy it to the host. */
 static inline struct parity_arena *parity__arena(parity_dump *d, struct parity_graph *g, cudaGraph_t graph, size_t size,
                                                  cudaError_t *status) {
     struct parity_graph *other;
@@ -863,7 +863,7 @@ static inline struct parity_arena *parity__arena(parity_dump *d, struct parity_g
     return NULL;
 }
 
-/* A place in an arena, which is brought to the host with the rest of it. */
+/* A place in an arena, which is copied to the host with the rest of it. */
 static inline struct parity_slot *parity__slot(parity_dump *d, struct parity_graph *g, cudaGraph_t graph, size_t bytes,
                                                cudaError_t *status) {
     size_t size = (bytes + 7) & ~(size_t)7;
@@ -884,7 +884,7 @@ static inline struct parity_slot *parity__slot(parity_dump *d, struct parity_gra
     return slot;
 }
 
-/* The last replay of graphs that are gone, so that their slots can serve again; a copy beside the capture. */
+/* Write the last replay of destroyed graphs, so that their slots can be reused; a copy in parallel with the capture. */
 static inline cudaError_t parity__collect(parity_dump *d) {
     struct parity_graph *g;
     struct parity_arena *arena;
@@ -910,7 +910,7 @@ static inline cudaError_t parity__stage(cudaGraph_t graph, const struct parity_s
     return status == cudaSuccess ? parity__follows(graph, *stage, slot->arena->keep) : status;
 }
 
-/* Put a checkpoint behind what the stream has captured so far, with the place of its pass where it is the first of one. */
+/* Add a checkpoint after what the stream has captured so far, with the position of its pass if it is the first one of it. */
 static inline cudaError_t parity__put_in_line(parity_dump *d, const struct parity_slot *slot, const struct parity_slot *place,
                                               const void *values, size_t bytes, cudaStream_t stream) {
     cudaGraph_t graph;
@@ -931,7 +931,7 @@ static inline cudaError_t parity__put_in_line(parity_dump *d, const struct parit
     return status;
 }
 
-/* A checkpoint in a stream that is being captured. Memory may be allocated meanwhile: the capture is of the stream, not of that. */
+/* A checkpoint in a stream that is being captured. Memory may be allocated during that: it is not part of the capture. */
 static inline int parity__captured(parity_dump *d, const char *point, const void *values, parity_type type, size_t n,
                                    cudaStream_t stream) {
     enum cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
@@ -958,13 +958,13 @@ static inline int parity__captured(parity_dump *d, const char *point, const void
     status = parity__collect(d);
     if (status == cudaSuccess) status = parity__capture(stream, &id, &graph, &nodes, &before);
     if (status == cudaSuccess) g = parity__graph_of(d, graph, id, &status);
-    /* A point that comes again is of another pass in the same graph, which has a position of its own. */
+    /* A point that occurs again belongs to another pass in the same graph, which has a position of its own. */
     for (slot = g ? g->slots : NULL; slot; slot = slot->next)
         if (slot->place == g->place && strcmp(slot->point, point) == 0) g->place = NULL;
     if (g && !g->place) g->place = place = parity__slot(d, g, graph, 8, &status);
     if (g && g->place && status == cudaSuccess) slot = parity__slot(d, g, graph, bytes, &status);
     if (slot && status == cudaSuccess) status = parity__put_in_line(d, slot, place, values, bytes, stream);
-    if (slot && status == cudaSuccess) { /* with a place it is a row */
+    if (slot && status == cudaSuccess) { /* a slot with a place is a row */
         slot->n = n;
         slot->type = type;
         strcpy(slot->point, point);
@@ -980,7 +980,7 @@ static inline int parity__captured(parity_dump *d, const char *point, const void
 }
 #endif
 
-/* Whether a stream is being captured: 1, 0, or −1 where this call cannot be what was meant. */
+/* Whether a stream is being captured: 1, 0, or −1 if this call cannot be intended. */
 static inline int parity__is_captured(parity_dump *d, const char *point, cudaStream_t stream) {
     enum cudaStreamCaptureStatus state = cudaStreamCaptureStatusNone, other;
     cudaError_t status = cudaStreamIsCapturing(stream, &state);
@@ -1016,7 +1016,7 @@ static inline int parity_checkpoint_device(parity_dump *d, const char *point, in
 #else
     if (result) return parity__refuse(d, point, "graphs can be recorded from CUDA 11.3 on; run without graphs");
 #endif
-    parity__enter(&d->device); /* the slab is one thread's until its values are taken out of it */
+    parity__enter(&d->device); /* the slab belongs to one thread until its values have been taken out */
     if (d->slab_size < size) {
         if (d->slab) cudaFreeHost(d->slab);
         d->slab = NULL;
@@ -1056,14 +1056,14 @@ static inline uint16_t parity__half(float value, parity_type type) {
     rest = mantissa & ((1u << shift) - 1);
     halfway = 1u << (shift - 1);
     mantissa >>= shift;
-    /* The implicit bit counts one exponent up; a carry out of the mantissa does, too, and 65520 becomes infinity. */
+    /* The implicit bit adds one to the exponent, and so does a carry out of the mantissa: 65520 becomes infinity. */
     result = (uint16_t)(exponent > 0 ? ((uint32_t)(exponent - 1) << 10) + mantissa : mantissa);
     if (rest > halfway || (rest == halfway && (mantissa & 1))) result++;
     return (uint16_t)(sign | result);
 }
 
-/* Replace one position's row, n values in HOST memory, by the reference's, where $PARITY_INJECT names a file that has it; call it
- * right behind parity_checkpoint. Returns 1 if it was replaced, 0 if not, -1 for an error. */
+/* Replace one position's row, n values in HOST memory, by the reference's, if $PARITY_INJECT names a file that has it; call it
+ * right after parity_checkpoint. Returns 1 if it was replaced, 0 if not, -1 for an error. */
 static inline int parity_inject(parity_dump *d, const char *point, int position, void *values, parity_type type, size_t n) {
     struct parity_injected *found = NULL;
     float *row;
@@ -1100,7 +1100,7 @@ static inline int parity_inject(parity_dump *d, const char *point, int position,
 }
 
 #ifdef PARITY_CUDA
-/* The same for DEVICE memory, in `stream`, behind what computed it; waits for the copy. */
+/* The same for DEVICE memory, in `stream`, after the kernels that computed it; waits for the copy. */
 static inline int parity_inject_device(parity_dump *d, const char *point, int position, void *device_values, parity_type type,
                                        size_t n, cudaStream_t stream) {
     size_t size = n * (type == PARITY_F32 ? 4 : 2);
@@ -1124,7 +1124,7 @@ static inline int parity_inject_device(parity_dump *d, const char *point, int po
 }
 #endif
 
-/* A generated token: the position it will stand at, its id, its text (or NULL). */
+/* A generated token: the position that it will have, its id, its text (or NULL). */
 static inline int parity_token(parity_dump *d, int position, int id, const char *text) {
     int result;
     if (!d) return -1;
@@ -1150,7 +1150,7 @@ static inline int parity_close(parity_dump *d) {
     parity__end_writers(&d->queue);
     for (g = d->graphs; g; g = next) {
         next = g->next;
-        g->dump = NULL; /* a graph that is still there may be replayed: it keeps its memory */
+        g->dump = NULL; /* a graph that still exists may be replayed: it keeps its memory */
         parity__free_graph(g);
     }
 #endif

@@ -17,9 +17,10 @@ from engine.weights.gguf_model import GgufModel
 
 from ..arbiter.arbiter import Arbiter
 from ..diff.tokens import same_experiment
+from ..diff.truth import AUTO
 from ..run.graphs import recorded_graph
 from .budget import Budget
-from .noise import AUTO, allowed
+from .noise import allowed
 from .records import Expected, Ints, expected
 from .screening import Screening
 from .ties import resolved
@@ -29,8 +30,9 @@ from .ties import resolved
 class ExplainOptions:
     """How to search.
 
-    `tokens` are those of the dump, where its header does not say them; `budget` is in seconds. `arbiter`: whether the same steps
-    in float64 set the limits of records that are over the table's: never, where that can decide, or wherever something differs.
+    `tokens` are those of the dump, if its header does not list them; `budget` is in seconds. `arbiter`: whether the same steps
+    in float64 set the limits of records that exceed the table's: never ("off"), where that can decide ("auto"), or wherever something
+    differs ("all").
     """
 
     tokens: tuple[int, ...] | None = None
@@ -46,7 +48,7 @@ class Case:
 
     Raises:
         ModelError: an architecture that our engine does not have, or an unusable file.
-        DumpError: no tokens are known, or no record that our engine has.
+        DumpError: no tokens are known, or no record is of a point that our engine has.
         InputError: the dump is of another model.
     """
 
@@ -68,7 +70,7 @@ class Case:
         last = max(int(rows.token_idx.max()) for rows in self.dump.points.values())
         first = min(int(rows.token_idx.min()) for rows in self.dump.points.values())
         prompt = len(self.dump.header.tokens) if self.dump.header is not None and self.dump.header.tokens else len(tokens)
-        # Positions count from 0, unless a dump of a long-context run begins beyond its own tokens.
+        # Positions count from 0, unless the dump of a long-context run begins beyond its own tokens.
         self.first = first if last >= len(tokens) and last - first < len(tokens) else 0
         if last - self.first >= len(tokens):
             raise DumpError(
@@ -96,27 +98,27 @@ class Case:
         return allowed(entries, replay, self.positions, self.truth_of(steps), self._arbiter_option)[0]
 
     def take(self, steps: Sequence[Step], entries: list[Expected]) -> None:
-        """Let another list of steps be the right engine."""
+        """Make another list of steps the right engine."""
         self.transformer.steps = list(steps)
         self.replay, self.arbiter = self.make(steps, len(self.tokens)), self.truth_of(steps)
         self.entries = entries
 
     @property
     def states_f32(self) -> bool:
-        """Whether the dump, or who asks, says that it was computed in float32: then no lower arithmetic is an excuse."""
+        """Whether the dump or the user says that it was computed in float32: then lower arithmetic is no excuse."""
         known = self.dump.header
         if self._compute or known is None:
             return self._compute.lower() == "f32"
-        # In native mode weights round the activations, and a cache of another type rounds keys and values, whatever the arithmetic.
+        # In native mode products round the activations, and a cache of another type rounds keys and values, whatever the arithmetic.
         return known.compute.lower() == "f32" and known.mode != "native" and known.kv_type.lower() in ("", "f32")
 
     @property
     def stated_by(self) -> str:
-        """Who says that the dump was computed in float32: "--compute", "header", or nobody, ""."""
+        """What says that the dump was computed in float32: "--compute", "header", or nothing, ""."""
         return "" if not self.states_f32 else "--compute" if self._compute else "header"
 
     def make(self, steps: Sequence[Step], rows: int, longer: Replay | None = None) -> Replay:
-        """A replay over the first rows; `longer` is one over more of them, whose values it may take."""
+        """A replay over the first rows; it may take values from `longer`, a replay over more of them."""
         return Replay(
             steps,
             self.tokens[:rows],
@@ -128,12 +130,12 @@ class Case:
         )
 
     def truth_of(self, steps: Sequence[Step]) -> Arbiter:
-        """What a list of steps makes of the dump's tokens in float64."""
+        """The float64 values of a list of steps over the dump's tokens."""
         weights, backend = self.transformer.weights, self.transformer.backend
         return Arbiter(steps, weights, backend, self.tokens, self.positions.tolist(), self.passes)
 
     def header(self) -> Header:
-        """What a dump of our engine would say of itself."""
+        """The header that a dump of our engine would have."""
         known = self.dump.header
         return Header(
             source="engine",
@@ -146,7 +148,7 @@ class Case:
         )
 
     def screening(self, entries: Sequence[Expected], budget: Budget) -> Screening:
-        """A screening over some of the records."""
+        """A screening over these records."""
         return Screening(
             entries,
             self.transformer.steps,
@@ -160,9 +162,9 @@ class Case:
 
 
 def _rows_of_positions(dump: Dump, steps: Sequence[Step]) -> Dump:
-    """The dump without what the replay shows in another way: states after a pass, since it is one pass; an encoder's scores.
+    """The dump without points that the replay has in another form: states after a pass (the replay is one pass), an encoder's scores.
 
-    Nor masks and the like, whose rows are the second of three dimensions and which are no scores.
+    Also without masks and the like, whose rows are the second of three dimensions although they are not scores.
     """
     whole = sees_later(steps)
     once = {step.makes for step in steps if step.axis is None or (step.axis == 1 and (whole or not of_scores(step.makes)))}
@@ -195,7 +197,7 @@ def _tokens(dump: Dump, given: tuple[int, ...] | None) -> tuple[int, ...]:
 
 
 def _passes(dump: Dump, positions: Ints, prompt: int) -> list[int]:
-    """The number of the forward pass of each position: from the records, else 0 for the prompt, then one a token."""
+    """The number of the forward pass of each position: from the records, else 0 for the prompt, then one more for each token."""
     passes = [max(0, row - prompt + 1) for row in range(len(positions))]
     for rows in dump.points.values():
         for token_idx, step in zip(rows.token_idx.tolist(), rows.step.tolist(), strict=True):

@@ -15,6 +15,7 @@ from checkpoints.record import Dump
 
 from ..diff.limits import EXACT_FLOOR
 from ..diff.seen import seen
+from ..diff.truth import ALL, AUTO
 from ..lint.lint import lint
 from ..lint.model_facts import ModelFacts
 from .apart import apart
@@ -23,7 +24,6 @@ from .case import Case, ExplainOptions
 from .fits import said as said_of_number
 from .laws import WRONG
 from .leads import believed, law_at, leads, placed
-from .noise import ALL, AUTO
 from .precision import KINDS, PrecisionFloor, fits, floor, is_proof, may_be_noise, with_noise
 from .precision import best as best_kinds
 from .records import Expected, right_rows
@@ -32,8 +32,8 @@ from .search import Search
 from .state import Candidate, RecordKey, State
 
 EXACT = EXACT_FLOOR.operations
-# Shares of the time: of the budget for the search itself; of what is left then for a search without the points of one kind. The
-# rest is for the search that goes on from there.
+# Shares of the time: of the budget, for the search itself; of what is left then, for a search without the points of one kind. The
+# rest is for the search that continues from there.
 _FIRST, _OTHERS = 0.6, 0.7
 _NEXT = ("attn_norm", "q", "k", "v", "q_rope", "k_rope", "kqv_out", "attn_out", "ffn_inp", "ffn_norm", "ffn_swiglu", "l_out")
 __all__ = ["Case", "ExplainOptions", "explain"]
@@ -43,7 +43,7 @@ def explain(dump: Dump, model: Path, options: ExplainOptions | None = None) -> E
     """Find the known faults that reproduce a dump's numbers.
 
     Raises:
-        ParityError: as `Case` does.
+        ParityError: as in `Case`.
     """
     began = perf_counter()
     options = options or ExplainOptions()
@@ -88,12 +88,12 @@ def explain(dump: Dump, model: Path, options: ExplainOptions | None = None) -> E
 
 
 def _known(case: Case, search: Search, state: State) -> bool:
-    """Whether what is wrong at a state's first place is known without a cause: one operation, and a law of its numbers."""
+    """Whether the error at a state's first place is known even without a cause: one operation, and a law of its numbers."""
     return len(search.screening.cone(state).steps) == 1 and bool(law_at(case, search, state))
 
 
 def _looks_like(case: Case, search: Search, start: State, budget: Budget) -> tuple[str, ...]:
-    """The arithmetics whose noise the differences are, the best first, if nothing fits them better: no fault, no number, no law."""
+    """The arithmetics that explain the differences as noise, the best first, unless a fault, a fitted number or a law fits better."""
     sentence = law_at(case, search, start)
     if not may_be_noise(case.entries) or search.simple(start) or (sentence and not sentence.endswith(WRONG)):
         return ()
@@ -101,7 +101,7 @@ def _looks_like(case: Case, search: Search, start: State, budget: Budget) -> tup
 
 
 def _left_over(case: Case, search: Search, best: State, answer: Explanation) -> Explanation:
-    """The answer with what the numbers say of the place that is left: a cause, if they name one by themselves, a law, or leads."""
+    """The answer, with what the numbers say about the place that is left: a cause, if they name one by themselves, a law, or leads."""
     values = search.screening.replay(best, len(case.positions)).on_host
     sentence, where = law_at(case, search, best), placed(case, search, best)
     rows = (
@@ -129,7 +129,7 @@ def _truth(case: Case, start: State, arbiter: str) -> TruthAt | None:
 
 
 def _lint(case: Case) -> list[str]:
-    """What lint says of the dump, as notes: a fault of the capture is a cause like any other here."""
+    """Lint's findings as notes: here a fault of the capture is a cause like any other."""
     return [
         f"lint: {finding.rule}{f' at {finding.checkpoint}' if finding.checkpoint else ''}: {finding.evidence}"
         for finding in lint(case.dump, ModelFacts(case.transformer.model)).findings
@@ -138,9 +138,9 @@ def _lint(case: Case) -> list[str]:
 
 
 def _around(case: Case, search: Search, best: State, max_faults: int, budget: Budget) -> State:
-    """Where the place that is left shows what the engine computes later (a capture's fault), explain the rest before it.
+    """If the place that is left shows a value that the engine computes later (a fault of the capture), explain the rest first.
 
-    The points of that kind are left out, and what explains the others is kept.
+    The points of that kind are left out, and the explanation of the others is kept.
     """
     depth = max_faults - len(best.faults)
     if best.first is None or depth < 2 or budget.late or search.screening.cone(best).sure or _known(case, search, best):
@@ -164,7 +164,7 @@ def _around(case: Case, search: Search, best: State, max_faults: int, budget: Bu
 
 
 def _needed(search: Search, best: State) -> State:
-    """The best state without the faults that it can do without."""
+    """The best state without superfluous faults."""
     for left_out in best.faults if len(best.faults) > 1 else ():
         state: State | None = search.screening.start()
         for candidate in best.faults:
@@ -180,7 +180,7 @@ def _floor(case: Case, kind: str) -> PrecisionFloor:
 
 
 def _precision(case: Case, budget: Budget) -> tuple[str, ...]:
-    """The arithmetics whose noise the differences are; none where no time is left: of some alone the best may be the wrong one."""
+    """The arithmetics that explain the differences as noise; none if the time is up, since the best of only some may be wrong."""
     fit = {} if budget.over() else {kind: fits(_floor(case, kind), case.entries) for kind in KINDS}
     return best_kinds({kind: value for kind, value in fit.items() if value is not None})
 
@@ -267,7 +267,7 @@ def _last_agreement(entries: Sequence[Expected], first: RecordKey | None) -> str
 
 
 def _next(case: Case, search: Search, best: State) -> str:
-    """The points to record where something is left unexplained; none where one operation is left."""
+    """The points to record next if something is left unexplained; "" if only one operation is left."""
     if best.first is None:
         return ""
     layers = search.screening.suspects(best)

@@ -1,4 +1,4 @@
-"""What `parity explain` is given: the prompt, and a reference that our own engine is held to first."""
+"""The input of `parity explain`: the prompt, and a reference that our own engine is checked against first."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +14,7 @@ from .records import right_rows
 
 
 def prompt_ids(model: Path, prompt: str | None, tokens: tuple[int, ...] | None) -> tuple[int, ...] | None:
-    """The token ids that were given, or those that llama.cpp makes of the text; None where neither was given."""
+    """The given token ids, or those that llama.cpp makes of the given text; None if neither was given."""
     if prompt is None:
         return tokens
     from reference.client import Reference
@@ -24,7 +24,7 @@ def prompt_ids(model: Path, prompt: str | None, tokens: tuple[int, ...] | None) 
 
 
 def check_reference(ref: Dump, model: Path, options: ExplainOptions) -> None:
-    """Hold our engine to llama.cpp's dump of this prompt.
+    """Check our engine against llama.cpp's dump of this prompt.
 
     Raises:
         InputError: they differ, so that our engine cannot stand in for llama.cpp here.

@@ -1,4 +1,4 @@
-"""What attention must do in any engine, whatever its weights: checked on the values themselves."""
+"""Laws of attention that hold in any engine, whatever its weights, checked on the values themselves."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,8 +12,8 @@ from engine.graph import Step
 from ..diff.limits import FUTURE_MASS
 from .values import Value
 
-# A float32 softmax of S weights sums to 1 within S · 2^-24; 1e-5 is that of 168 positions with every error in one direction,
-# and 100 times what the embedded model shows (1e-7).
+# A float32 softmax of S weights sums to 1 within S · 2^-24; 1e-5 is that for 168 positions with all errors in one direction,
+# and 100 times the embedded model's (1e-7).
 _SUM = 1e-5
 # What right operations make of degenerate inputs, too: queries or keys of zero, scores that are all equal or hang on one key.
 _UNIFORM_ROWS = "every position weighs all positions alike: the scores are not used, or are all equal"
@@ -27,7 +27,7 @@ _UNIFORM = 1e-6
 
 @dataclass(frozen=True)
 class Law:
-    """What must hold of attention's weights: `causal`: 0 for later positions; `sinks`: a part of them may be missing from the sum;
+    """What must hold for attention's weights: `causal`: 0 for later positions; `sinks`: a part of the sum may be missing;
     `whole`: every earlier position is seen.
     """
 
@@ -38,11 +38,11 @@ class Law:
 
 @dataclass
 class AttentionChecks:
-    """Sees the values as they come.
+    """Checks the values as they come.
 
     Attributes:
-        laws: by the name of attention's weights.
-        turned: what RoPE makes, and what it is made of.
+        laws: the law of each point with attention's weights, by name.
+        turned: the points that RoPE makes, and the point that each is made from.
         first: the first position that is cached.
         faults: what looks wrong, each with the point that shows it.
     """
@@ -67,7 +67,7 @@ class AttentionChecks:
         return cls(laws, turned)
 
     def watch(self, arriving: Iterable[tuple[str, Value]]) -> Iterable[tuple[str, Value]]:
-        """The same values, looked at on their way."""
+        """The same values, checked as they pass."""
         wanted = set(self.turned.values())
         before: dict[str, Value] = {}
         for name, value in arriving:
@@ -100,7 +100,7 @@ class AttentionChecks:
         return all(self.laws[name] == _PLAIN for name in self.layers)
 
     def said(self) -> str:
-        """What was shown of attention as a whole."""
+        """A sentence on what was shown about attention as a whole."""
         if self.faults:
             return f"{len(self.faults)} findings"
         parts = []
@@ -172,10 +172,10 @@ def rotation_faults(before: Value, after: Value) -> list[str]:
 
 
 def _one_rotation(x: NDArray[np.float64], y: NDArray[np.float64]) -> bool:
-    """Whether pairs of rows keep their inner products as they would under one and the same rotation.
+    """Whether pairs of rows keep their inner products, as they would if all were rotated alike.
 
-    Under RoPE the product of two rows depends on how far their positions are apart, but for rows one after the other that
-    would have to be by chance; a common rotation keeps each one to rounding.
+    Under RoPE the product of two rows depends on the distance of their positions, and neighbouring rows keep it only by chance;
+    a common rotation keeps every product, up to rounding.
     """
     before = np.einsum("ij,ij->i", x[:-1], x[1:])
     after = np.einsum("ij,ij->i", y[:-1], y[1:])

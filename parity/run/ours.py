@@ -16,17 +16,18 @@ from checkpoints.tensors import TensorWriter, beside
 from engine import ops
 from engine.capture.device import tap
 from engine.capture.tap import Capture
-from engine.engine import Engine, Progress, whole_input
+from engine.engine import Engine
 
 from .. import version
 from .request import Prompt
+from .sequences import computed
 
-TOP = 5  # logits a token record carries: enough to see what was nearly chosen
+TOP = 5  # logits in a token record: enough to see what was nearly chosen
 
 
 @dataclass(frozen=True)
 class OursJob(Recording):
-    """What our engine has to record. `generated` are the ids that follow the prompt, with their texts."""
+    """What our engine has to record. `generated` are the ids that follow the prompt, with their texts; the rest is as in `Prompt`."""
 
     out: Path
     tokens: tuple[int, ...]
@@ -36,6 +37,8 @@ class OursJob(Recording):
     generated_pieces: tuple[str, ...] = ()
     portions: tuple[int, ...] = ()
     decoded: tuple[int, ...] = ()
+    companions: tuple[tuple[int, ...], ...] = ()
+    saved: int = 0
     on_step: Callable[[int, int], None] | None = field(default=None, compare=False)
 
     @classmethod
@@ -52,8 +55,23 @@ class OursJob(Recording):
             generated_pieces=prompt.generated_pieces,
             portions=prompt.portions,
             decoded=prompt.decoded,
+            companions=prompt.companions,
+            saved=prompt.saved,
             on_step=on_step,
             **recording.recording(),
+        )
+
+    @property
+    def asked(self) -> Prompt:
+        """The prompt, and how it is to be computed."""
+        return Prompt(
+            self.prompt,
+            self.tokens,
+            self.pieces,
+            portions=self.portions,
+            companions=self.companions,
+            saved=self.saved,
+            decoded=self.decoded,
         )
 
 
@@ -65,13 +83,13 @@ def chosen_points(engine: Engine, points: str, layers: tuple[int, ...] | None) -
     """
     if points == "default":
         if layers is None:
-            return default_points(engine.points, engine.hp.n_layers)  # an encoder has no logits
+            return default_points(engine.points, engine.hp.n_layers)  # without logits for an encoder
         return select(",".join(layer_outputs(layers)), engine.points, engine.hp.n_layers)
     return select(points, engine.points, engine.hp.n_layers)
 
 
 def header(engine: Engine, job: OursJob) -> Header:
-    """Everything that could explain a difference later."""
+    """The dump's header: everything that could later explain a difference."""
     hp = engine.hp
     sinks = any(step.op is ops.causal_soft_max and any(step.weights) for step in engine.steps)
     hparams = {"eps": hp.eps, "heads": hp.n_heads, "kv_heads": hp.n_kv_heads, "vocab": hp.n_vocab, "rope_base": hp.rope_base}
@@ -95,7 +113,7 @@ def dump(engine: Engine, job: OursJob) -> Header:
     """Run the prompt, then one step for each generated token, and write the dump to `job.out`.
 
     Raises:
-        InputError: tokens the model cannot take, unknown points, an unwritable file.
+        InputError: the model cannot take the tokens, a point is unknown, or the file is unwritable.
     """
     points = chosen_points(engine, job.points, job.layers)
     engine.check(job.tokens + job.generated, job.first_position)
@@ -130,32 +148,15 @@ def dump(engine: Engine, job: OursJob) -> Header:
 
 
 def _passes(engine: Engine, job: OursJob, capture: Capture) -> None:
-    progress = engine.start(job.first_position)
-    if engine.encoder is not None:
-        logits = _decoded(engine, job, progress, capture)
-    else:
-        for part in passes(len(job.tokens), job.portions):
-            logits = engine.forward(job.tokens[part], progress, capture)
+    progress, logits = computed(engine, job.asked, job.first_position, capture)
     texts = job.generated_pieces or ("",) * len(job.generated)
     for token, text in zip(job.generated, texts, strict=True):
         capture.token(Token(progress.first + progress.length, token, text, top_logits(logits)))
         logits = engine.forward([token], progress, capture)
 
 
-def _decoded(engine: Engine, job: OursJob, progress: Progress, capture: Capture) -> NDArray[np.float32]:
-    """The passes of an encoder–decoder: the encoder's, and those of the tokens that the decoder is given."""
-    if job.portions and not job.decoded:
-        raise whole_input()
-    first, *others = passes(1 + len(job.decoded), job.portions)
-    progress.leading = job.decoded[: first.stop - 1]
-    logits = engine.forward(job.tokens, progress, capture)
-    for part in others:
-        logits = engine.forward(job.decoded[part.start - 1 : part.stop - 1], progress, capture)
-    return logits
-
-
 def top_logits(logits: NDArray[np.float32], count: int = TOP) -> tuple[tuple[int, float], ...]:
-    """The largest logits with their ids, largest first; of equal ones the smaller id comes first, as in llama.cpp's argmax."""
+    """The largest logits with their ids, largest first; among equal ones the smaller id comes first, as in llama.cpp's argmax."""
     count = min(count, len(logits))
     candidates = np.argpartition(-logits, count - 1)[:count]
     ranked = sorted(candidates.tolist(), key=lambda i: (-float(logits[i]), i))

@@ -1,4 +1,4 @@
-"""A recorded graph out of its flattened passes: kinds of leaves, rules of inputs, sizes, points."""
+"""A recorded graph, assembled from its flattened passes: kinds of leaves, rules of inputs, sizes, points."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +13,7 @@ from ..ggml import Ggml
 from .points import points_of
 from .raw import INPUT_FLAG, FlatPass, RawPass, RawTensor, unrecordable
 
-_Known = Sequence[tuple[str, Rule]]  # rules of inputs of that name, which one token alone may not tell apart
+_Known = Sequence[tuple[str, Rule]]  # rules of inputs by name, which a single token may not tell apart
 
 
 def assemble(
@@ -26,21 +26,21 @@ def assemble(
     several: Graph | None = None,
     prefix: str = "",
 ) -> Graph:
-    """The graph of passes that have one structure.
+    """The graph of passes that have the same structure.
 
     Args:
         sizes: of every tensor, as expressions of T, S and E: int64 [tensors, 9, 7].
-        several: where these are passes over one token, the graph of a pass over more: it says what has a row for each position.
+        several: if these are passes over one token, the graph of a pass over more: it shows what has a row for each position.
         prefix: put in front of the points.
 
     Raises:
-        ReferenceFailed: parameters that follow the length, or an input that follows no rule.
+        ReferenceFailed: parameters depend on the length, or an input follows no rule.
     """
     flat = flats[0]
     names = points_of(flat, ggml, prefix)
     kept = kept_leaves(flat, ggml)
     plain = sizes.tolist()
-    # What has a row for each position is seen only where there are several.
+    # Only a pass over several positions shows what has a row for each.
     rows = frozenset() if several is None else {tensor.point for tensor in several.tensors}
     known = () if several is None else [(tensor.name, tensor.rule) for tensor in several.tensors if tensor.rule is not None]
     tensors = []
@@ -75,7 +75,7 @@ def assemble(
 
 
 def kept_leaves(flat: FlatPass, ggml: Ggml) -> dict[int, str]:
-    """What is kept from pass to pass, by index: rows are set in a cache, a state is copied as a whole."""
+    """The kinds of the leaves that are kept from pass to pass, by index: in a cache rows are set, a state is copied as a whole."""
     kinds = {"SET_ROWS": CACHE, "CPY": STATE}
     written = [(root, ggml.op_name(raw.op)) for raw, root in zip(flat.tensors, flat.roots, strict=True) if root is not None]
     return {root: kinds[op] for root, op in written if op in kinds}
@@ -92,7 +92,7 @@ def _kind(index: int, raw: RawTensor, weights: frozenset[str], kept: dict[int, s
 def _rule(
     index: int, raw: RawTensor, flats: Sequence[FlatPass], passes: Sequence[RawPass], facts: dict[str, Any], known: _Known
 ) -> Rule | None:
-    if not raw.flags & INPUT_FLAG:  # memory that nothing was written to
+    if not raw.flags & INPUT_FLAG:  # memory that nothing has been written to
         return Rule(UNDEFINED)
     recorded = [
         Recorded(taken.now, flat.tensors[index].ne, taken.data[flat.tensors[index].address])

@@ -1,4 +1,4 @@
-"""A session whose passes are noted or skipped: a cache is filled to a length, and a pass over it noted, without computing."""
+"""A session whose passes are recorded or skipped: a cache is filled to a length, and a pass over it recorded, without computing."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -6,22 +6,22 @@ from numpy.typing import NDArray
 from checkpoints.points import ENCODER
 from checkpoints.rules import Pass
 
-from ..llama import Session
 from ..naming import Planned
 from ..rows import survey
+from ..session import Session
 from .raw import RawPass, Recorder
 
 _FIRST = 3  # the position of the first token, so that a position is never the number of its row or cell
 PAD = 256  # llama_kv_cache::get_n_kv rounds up to it
 BATCH = 64
 CROSSING = 12  # tokens of a pass across a window's edge
-_BLOCK = 32  # positions that are cached at the beginning, and again before that edge
+_BLOCK = 32  # positions that are cached at the beginning, and just before that edge
 
 
 class PassSession:
-    """A session whose passes are noted or skipped; nothing is computed in either. `caches`: whether the model keeps positions.
+    """A session whose passes are recorded or skipped; either way nothing is computed. `caches` says whether the model keeps positions.
 
-    `encode`: they are the passes of the encoder of an encoder–decoder. `encoded` is what an encoder left for a decoder's passes.
+    `encode` says whether the passes are those of an encoder; `encoded` is an encoder's output, for a decoder's passes.
     """
 
     def __init__(self, session: Session, weights: frozenset[str], n_ctx: int, *, encode: bool = False) -> None:
@@ -29,16 +29,16 @@ class PassSession:
         self.encoded: NDArray[np.float32] | None = None
         self._origin = _FIRST
         self._next = _FIRST
-        self._gap = (_FIRST, 0)  # the position before which, and how many, none are cached
+        self._gap = (_FIRST, 0)  # positions that are not cached: the position after them, and how many they are
         self.caches = not encode
 
     def restart(self, first: int) -> None:
-        """An empty cache; the next token stands at `first`."""
+        """Empty the cache; the next token has position `first`."""
         self._origin = self._next = first
         self._gap = (first, 0)
 
     def settle(self) -> None:
-        """Take up where the sequence ends according to llama.cpp."""
+        """Continue where llama.cpp says that the sequence ends."""
         self._advance(self._next)
 
     def _advance(self, after: int) -> None:
@@ -47,12 +47,12 @@ class PassSession:
         self.caches = last is not None
 
     def fill(self, count: int) -> None:
-        """Let `count` positions count as computed."""
+        """Have llama.cpp regard `count` further positions as computed."""
         self._session.skip(_ids(self._next, count, self._session.model.n_vocab), self._next)
         self._advance(self._next + count)
 
     def fill_to(self, cells: int) -> None:
-        """Fill until so many positions are cached."""
+        """Fill the cache until `cells` positions are in it."""
         while self.caches and (missing := cells - (self._next - self._origin)) > 0:
             self.fill(min(missing, BATCH))
 
@@ -63,7 +63,7 @@ class PassSession:
         The pass begins before the edge: llama.cpp puts what it adds into cells that no later position will see.
 
         Returns:
-            False where llama.cpp cannot move what is cached (and nothing was done).
+            False if llama.cpp cannot move cached positions; nothing was done then.
         """
         if not self.caches or not self._session.can_move_positions():
             return False
@@ -76,7 +76,7 @@ class PassSession:
         self._session.move_positions(before, by)
         self._gap = (before, by)
         self._next += by
-        self.fill(1)  # keys are rotated anew by a graph of its own, before that of this pass
+        self.fill(1)  # a graph of its own rotates the keys again, before that of this pass
         return True
 
     def _keys(self, stop: int) -> NDArray[np.int64]:
@@ -86,7 +86,7 @@ class PassSession:
         return positions[(positions < before) | (positions >= before + by)]
 
     def take(self, count: int) -> RawPass:
-        """Note a pass over `count` tokens."""
+        """Record a pass over `count` tokens."""
         session, first = self._session, self._next
         tokens = _ids(first, count, session.model.n_vocab)
         keys = self._keys(first + count)
@@ -102,19 +102,19 @@ class PassSession:
         taken = RawPass(now, min(self._n_ctx, -(-len(keys) // PAD) * PAD) if self.caches else 0)
         session.record(tokens, first, Recorder(session.model.library.ggml, self._weights, taken).asked, encode=self._encode)
         last = session.last_position()
-        # The positions of a pass that was stopped are taken back, except from recurrent memories, which cannot.
+        # llama.cpp takes back the positions of a pass that was stopped, but recurrent memories cannot do so.
         self._next = first if last is None else last + 1
         return taken
 
 
 def output_of_encoder(session: Session) -> Planned:
-    """The last value of an encoder's pass; whatever is cached is forgotten."""
+    """The last value of an encoder's pass; the cache is emptied."""
     *_, last = survey(session, _ids(_FIRST, 4, session.model.n_vocab), prefix=ENCODER, encode=True).known
     return last
 
 
 def encode(session: Session, output: Planned, count: int) -> NDArray[np.float32]:
-    """Let an encoder compute `count` tokens: its output, as the decoder's next passes are given it, float32 [E, D]."""
+    """The output of an encoder for `count` tokens, which it computes, as the decoder's next passes will read it: float32 [E, D]."""
     tokens = _ids(_FIRST, count, session.model.n_vocab)
     last = session.last_position()
     rows: list[NDArray[np.float32]] = []
@@ -123,5 +123,5 @@ def encode(session: Session, output: Planned, count: int) -> NDArray[np.float32]
 
 
 def _ids(first: int, count: int, n_vocab: int) -> tuple[int, ...]:
-    """Ids that are neither positions nor numbers of rows."""
+    """Token ids that differ from all positions and row numbers."""
     return tuple((17 * (first + i) + 29) % n_vocab for i in range(count))

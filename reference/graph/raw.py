@@ -36,7 +36,7 @@ class RawTensor(NamedTuple):
 
 @dataclass
 class RawPass:
-    """One pass as it was asked for: its nodes in order, its leaves, and the data of the inputs."""
+    """One pass as the callback saw it: its nodes in order, its leaves, and the data of the inputs."""
 
     now: Pass
     cached: int  # S with the cache's padding
@@ -46,9 +46,10 @@ class RawPass:
 
 
 class Recorder:
-    """Notes one pass, node by node; `asked` is called inside the callback.
+    """Records one pass, node by node; `asked` is called inside the callback.
 
-    Raises (from the pass): ReferenceFailed: another layout of tensors, or an input of a type that cannot be read.
+    Raises (from the pass):
+        ReferenceFailed: tensors have another layout, or an input has a type that cannot be read.
     """
 
     def __init__(self, ggml: Ggml, weights: frozenset[str], taken: RawPass) -> None:
@@ -56,7 +57,7 @@ class Recorder:
         self._known: set[int] = set()
 
     def asked(self, address: int) -> None:
-        """Note a node and the leaves that it reads."""
+        """Record a node and the leaves that it reads."""
         raw = self._read(address)
         self._taken.nodes.append(raw)
         self._known.add(address)
@@ -68,7 +69,7 @@ class Recorder:
                     self._taken.leaves[source] = leaf
                     if leaf.flags & INPUT_FLAG:
                         self._taken.data[source] = self._ggml.read_raw(source)
-                else:  # a view that is asked for only later, or never
+                else:  # a view that the callback is asked about later, or never
                     self._known.discard(source)
 
     def _read(self, address: int) -> RawTensor:
@@ -96,7 +97,7 @@ class Recorder:
 
 @dataclass
 class FlatPass:
-    """A pass with indices for addresses: leaves first, then nodes. `numbers` are ne, nb and offset: int64 [tensors, 9]."""
+    """A pass with indices instead of addresses: leaves first, then nodes. `numbers` are ne, nb and offset: int64 [tensors, 9]."""
 
     tensors: list[RawTensor]
     leaves: int
@@ -106,7 +107,7 @@ class FlatPass:
 
 
 def flatten(taken: RawPass, ggml: Ggml) -> FlatPass:
-    """Addresses become indices; nodes that stand in the graph but are not computed are left out."""
+    """The pass with indices instead of addresses, without nodes that are in the graph but not computed."""
     marked = any(node.flags & COMPUTED for node in taken.nodes)
     nodes = [node for node in taken.nodes if not marked or node.flags & COMPUTED]
     used = {source for node in nodes for source in (*node.sources, node.root)}
@@ -131,7 +132,7 @@ def unrecordable(raw: RawTensor, why: str) -> ReferenceFailed:
 
 
 def same_structure(flats: Sequence[FlatPass], subject: str) -> None:
-    """Raise ReferenceFailed where passes have other nodes or operands at another length."""
+    """Raise ReferenceFailed if passes of different lengths have different nodes or operands."""
     first = flats[0]
     for other in flats[1:]:
         if len(other.tensors) != len(first.tensors):

@@ -1,4 +1,4 @@
-"""The graphs of a loaded model: which passes are noted, and what they have to agree in."""
+"""The graphs of a loaded model: which passes are recorded, and in what they have to agree."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -12,17 +12,18 @@ from checkpoints.points import ENCODER
 from checkpoints.rules import UNDEFINED, Recorded, explain
 
 from ..ggml import Ggml
-from ..llama import Model, Session
+from ..model import Model
+from ..session import Session
 from .assemble import assemble, kept_leaves
 from .passes import BATCH, CROSSING, PAD, PassSession, encode, output_of_encoder
 from .raw import FlatPass, RawPass, flatten, same_structure, unrecordable
 from .sizes import contradicted, over_a_cache, over_an_encoder, without_a_cache
 
-_MEMORY = 1 << 28  # bytes of cache that may be spent on seeing a window's far edge where positions cannot be moved
-_FARTHEST = 16_384  # the longest window for which so many positions are filled: the time grows with its square
-_LONGEST_BATCH = 4096  # tokens of a pass that is made to see an encoder's window
-_ENCODED = (9, 6)  # rows of an encoder's output, as many as no recorded pass of the decoder has tokens
-_FAR = 20_011  # a position behind which scales that grow with the position have begun to
+_MEMORY = 1 << 28  # bytes of cache that may be used to see a window's far edge if positions cannot be moved
+_FARTHEST = 16_384  # the longest window that is filled for this: the time grows with its square
+_LONGEST_BATCH = 4096  # most tokens of a pass that is made to see an encoder's window
+_ENCODED = (9, 6)  # rows of an encoder's output: numbers that no recorded pass of the decoder has as tokens
+_FAR = 20_011  # a position from which on scales that grow with the position have begun to grow
 
 
 def record(model: Model, weights: Iterable[str], *, fingerprint: str, n_ctx: int = 0) -> RecordedGraph:
@@ -33,7 +34,7 @@ def record(model: Model, weights: Iterable[str], *, fingerprint: str, n_ctx: int
         n_ctx: the context that a run will have: some architectures choose their RoPE factors by it.
 
     Raises:
-        ReferenceFailed: a graph that changes its structure with the length, or an input that follows no rule.
+        ReferenceFailed: the graph changes its structure with the length, or an input follows no rule.
     """
     names = frozenset(weights)
     facts = _facts(model)
@@ -41,12 +42,12 @@ def record(model: Model, weights: Iterable[str], *, fingerprint: str, n_ctx: int
         return _encoder_decoder(model, names, facts, fingerprint)
     window = model.window
     context = _context(facts, window, n_ctx, 8 * model.n_layers * model.n_embd)
-    # An encoder's window is seen only by a pass that is longer.
+    # Only a pass longer than an encoder's window shows it.
     batch = BATCH
     if facts.get("attention.causal") == "false":
         batch = max(BATCH + 1, min(window + 8, _LONGEST_BATCH))
         context = max(context, batch)
-    crossed = window < PAD  # by the passes over the cache's second length
+    crossed = window < PAD  # by the passes over the cache's second length anyway
     with Session(model, n_ctx=context, n_batch=batch) as session:
         bench = PassSession(session, names, context)
         bench.fill(2)
@@ -67,7 +68,7 @@ def record(model: Model, weights: Iterable[str], *, fingerprint: str, n_ctx: int
             bench.fill_to(window + 2)
             proofs.append(bench.take(6))
             crossed = True
-        # States are set to zero by a first pass, which is another graph therefore.
+        # A first pass sets states to zero, and is therefore another graph.
         if bench.caches and STATE not in kept_leaves(flatten(grid[0], model.library.ggml), model.library.ggml).values():
             session.clear()
             bench.restart(_FAR)
@@ -76,10 +77,10 @@ def record(model: Model, weights: Iterable[str], *, fingerprint: str, n_ctx: int
     several, sizes, flat = _several(grid, proofs, ggml, names, facts, "a pass over several tokens")
     same = _has_one_token(several, sizes, flat, singles, ggml)
     single = None if same else _graph_of_one(singles, ggml, names, facts, several)
-    # A window whose edge was not seen may be one of several kinds, which agree up to half of it.
+    # A window whose edge was not seen may be one of several kinds, which agree up to half of its length.
     longest = None if crossed else max(window // 2, 1)
     chooses_all = any(tensor.op == "TOP_K" and tensor.ne[0].cached for tensor in several.tensors)
-    if chooses_all:  # of what is cached; where it begins to choose was not seen
+    if chooses_all:  # the pass saw all cached positions chosen, not where the choice begins
         longest = min(longest or context, max(taken.cached for taken in (*grid, *proofs)))
     above = long_above(names, facts.get("rope.scaling.original_context_length") or facts.get("context_length"))
     return RecordedGraph(facts["general.architecture"], model.n_layers, fingerprint, several, single, longest, above)
@@ -88,7 +89,7 @@ def record(model: Model, weights: Iterable[str], *, fingerprint: str, n_ctx: int
 def _encoder_decoder(model: Model, names: frozenset[str], facts: dict[str, Any], fingerprint: str) -> RecordedGraph:
     """The graphs of an encoder's pass and of the decoder's passes after it, over outputs of two lengths.
 
-    The encoder computes its two short inputs, so that what the decoder is given can be held to it.
+    The encoder does compute its two short inputs, so that the decoder's input can be compared with its output.
     """
     ggml = model.library.ggml
     with Session(model, n_ctx=3 * PAD, n_batch=BATCH) as session:
@@ -124,7 +125,7 @@ def _encoder_decoder(model: Model, names: frozenset[str], facts: dict[str, Any],
 
 
 def _facts(model: Model) -> dict[str, Any]:
-    """The metadata; those of the architecture without its name in front."""
+    """The metadata, the architecture's own keys without its name in front."""
     metadata = model.metadata()
     prefix = metadata.get("general.architecture", "") + "."
     facts: dict[str, Any] = {key.removeprefix(prefix): _number(text) for key, text in metadata.items()}
@@ -132,7 +133,7 @@ def _facts(model: Model) -> dict[str, Any]:
 
 
 def _caches(taken: RawPass) -> int:
-    """How many caches a pass writes to. Where every layer has a window, the cache of whole attention has no memory, and llama.cpp aborts
+    """How many caches a pass writes to. If every layer has a window, the cache of full attention has no memory, and llama.cpp aborts
     when its positions are moved."""
     return sum(leaf.name == "attn_inp_k_idxs" for leaf in taken.leaves.values())
 
@@ -145,8 +146,8 @@ def _number(text: str) -> Any:
 
 
 def _context(facts: dict[str, Any], window: int, wanted: int, size: int) -> int:
-    """Positions of the recording's context: two lengths of cache, the window if it can be afforded, and on the run's side of the
-    length at which RoPE factors change."""
+    """Positions of the recording's context: enough for two lengths of cache, for the window if that fits, and on the same side as
+    the run of the length at which RoPE factors change."""
     context = 3 * PAD
     if PAD <= window <= _FARTHEST and (edge := -(-(window + 2 * BATCH) // PAD) * PAD) * size <= _MEMORY:
         context = max(context, edge)
@@ -169,10 +170,10 @@ def _several(
     subject: str,
     prefix: str = "",
 ) -> tuple[Graph, NDArray[np.int64], FlatPass]:
-    """The graph of passes over (T1, S1), (T2, S1), (T1, S2), (T2, S2), held to further ones; its sizes, and the first of the passes.
+    """The graph of passes over (T1, S1), (T2, S1), (T1, S2), (T2, S2), checked by further ones; its sizes, and the first pass.
 
-    A decoder's proofs are (…, S2) over one output of the encoder and then (T1, S2), (T2, S2), … over another. `prefix` is put in
-    front of the points.
+    A decoder's further passes are (…, S2) over one output of the encoder, then (T1, S2), (T2, S2), … over another. `prefix` is put
+    in front of the points.
     """
     passes = (*grid, *proofs)
     flats = [flatten(taken, ggml) for taken in passes]
@@ -185,7 +186,7 @@ def _several(
     numbers = numbers - np.moveaxis(crossed @ places, -1, 0)
     sizes = over_a_cache(numbers, counts, cached) if any(cached) else without_a_cache(numbers, counts)
     wrong = contradicted(sizes, places, numbers)
-    if any(cached) and wrong.any():  # a model may have a cache and attend to the keys of the pass all the same
+    if any(cached) and wrong.any():  # a model may have a cache and still attend to the keys of the pass only
         sizes[wrong] = without_a_cache(numbers, counts)[wrong]
         wrong = contradicted(sizes, places, numbers)
     sizes = sizes + crossed
@@ -221,7 +222,7 @@ def _has_one_token(several: Graph, sizes: NDArray[np.int64], flat: FlatPass, sin
         rows = 0 if taken.now.encoded is None else len(taken.now.encoded)
         expected = sizes @ np.array([1, 1, taken.cached, taken.cached, 1, rows, rows])
         differs = expected != flat_pass.numbers
-        differs[:, 4:8] = False  # one element has no stride that matters
+        differs[:, 4:8] = False  # the stride of a single element does not matter
         if differs.any():
             return False
         for index, tensor in enumerate(several.tensors):

@@ -18,7 +18,7 @@ def over_a_cache(numbers: NDArray[np.int64], counts: Sequence[int], cached: Sequ
 
 
 def without_a_cache(numbers: NDArray[np.int64], counts: Sequence[int]) -> NDArray[np.int64]:
-    """The same of an encoder, whose keys are those of the pass: from passes of three lengths, with T²."""
+    """The same for an encoder, whose keys are those of the pass: from passes of three lengths, with T²."""
     (a, b), c = numbers[:2], numbers[counts.index(max(counts))]
     t, u, v = counts[0], counts[1], max(counts)
     square = ((c - a) * (u - t) - (b - a) * (v - t)) // ((v - t) * (v - u) * (u - t))
@@ -28,8 +28,8 @@ def without_a_cache(numbers: NDArray[np.int64], counts: Sequence[int]) -> NDArra
 
 
 def over_an_encoder(numbers: NDArray[np.int64], counts: Sequence[int], encoded: Sequence[int]) -> NDArray[np.int64]:
-    """What of the sizes follows the rows E of an encoder's output, from the last two passes of a grid and the same over another
-    output: int64 [tensors, 9, 7], zeros where there is none."""
+    """The part of the sizes that depends on the rows E of an encoder's output, from the last two passes of a grid and the same passes
+    over another output: int64 [tensors, 9, 7], zeros if nothing does."""
     sizes = np.zeros((*numbers.shape[1:], 7), np.int64)
     other = next((i for i, e in enumerate(encoded) if e != encoded[0]), None)
     if other is None:
@@ -42,6 +42,6 @@ def over_an_encoder(numbers: NDArray[np.int64], counts: Sequence[int], encoded: 
 
 
 def contradicted(sizes: NDArray[np.int64], places: NDArray[np.int64], numbers: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Which tensors have other numbers in a pass than these expressions give: bool [tensors]."""
+    """Which tensors have other sizes in a pass than these expressions give: bool [tensors]."""
     wrong: NDArray[np.bool_] = (np.moveaxis(sizes @ places, -1, 0) != numbers).any(axis=(0, 2))
     return wrong

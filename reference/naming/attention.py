@@ -1,4 +1,4 @@
-"""Points of attention: what goes into its two products, told from the products backwards."""
+"""Points of attention: the inputs of its two products, traced backwards from the products."""
 
 import re
 from collections import Counter
@@ -19,14 +19,14 @@ _OUTPUT = ("attn_output.weight", "attn_o.weight")
 
 @dataclass
 class Points:
-    """Names of one layer: of nodes by index, and of operands by the index of the node that reads them."""
+    """The names of one layer: of nodes, by index, and of operands, by the index of the node that reads them."""
 
     nodes: dict[int, str] = field(default_factory=dict)
     operands: dict[int, tuple[int, str]] = field(default_factory=dict)
 
 
 def attention_points(graph: Structure, inside: Sequence[int]) -> Points:
-    """The points of a layer's (first) attention; nothing where it has none."""
+    """The points of a layer's (first) attention; empty if it has none."""
     points = Points()
     scores = next((i for i in inside if _is_scores(graph, i)), None)
     if scores is None:
@@ -60,7 +60,7 @@ def attention_points(graph: Structure, inside: Sequence[int]) -> Points:
 
 
 def _between(graph: Structure, inside: Sequence[int], scores: int, weights: int) -> dict[int, str]:
-    """Nodes without a name from the scores to their soft max: "kq_scale", "kq_unary", "kq_scale.2"; they are scores, too."""
+    """Names for unnamed nodes between the scores and their soft max, which are scores, too: "kq_scale", "kq_unary", "kq_scale.2"."""
     before, counts = set(graph.upstream(weights)), Counter[str]()
     named: dict[int, str] = {}
     for i in inside:
@@ -74,7 +74,7 @@ def _between(graph: Structure, inside: Sequence[int], scores: int, weights: int)
 
 
 def _is_scores(graph: Structure, i: int) -> bool:
-    """A product of keys and queries: of what a cache of keys holds, or one that ggml calls so."""
+    """Whether a node is a product of keys and queries: one with the contents of a cache of keys, or one that ggml names so."""
     node = graph.nodes[i]
     if node.op != "MUL_MAT" or graph.weight(i):
         return False
@@ -82,7 +82,7 @@ def _is_scores(graph: Structure, i: int) -> bool:
 
 
 def _cache(graph: Structure, i: int | None) -> str:
-    """ "k" or "v" where a value is (a copy of) what a cache of keys or values holds, else ""."""
+    """ "k" or "v" if a value is (a copy of) the contents of a cache of keys or values, else ""."""
     while i is not None:
         leaf = graph.leaf(i)
         if leaf:
@@ -93,13 +93,13 @@ def _cache(graph: Structure, i: int | None) -> str:
 
 
 def _reads(graph: Structure, i: int, weights: int) -> bool:
-    """Whether a product's second operand are the attention weights."""
+    """Whether a product's second operand is the attention weights."""
     sources = graph.sources[i]
     return graph.nodes[i].op == "MUL_MAT" and len(sources) > 1 and sources[1] is not None and graph.base(sources[1]) == weights
 
 
 def _mixed(graph: Structure, inside: Sequence[int], mixed: int) -> dict[int, str]:
-    """The weighted values side by side, and the output projection with its bias."""
+    """The names of the weighted values side by side, and of the output projection with its bias."""
     named: dict[int, str] = {}
     at = mixed
     for _ in range(2):  # latent values are multiplied with a weight first
@@ -118,7 +118,7 @@ def _mixed(graph: Structure, inside: Sequence[int], mixed: int) -> dict[int, str
 
 
 def with_bias(graph: Structure, product: int) -> int:
-    """The sum of a product and its bias, or the product where it has none."""
+    """The sum of a product and its bias, or the product if it has no bias."""
     wanted = graph.weight(product).removesuffix("weight") + "bias"
     for i in graph.readers[product]:
         if graph.nodes[i].op in ("ADD", "ADD_ID") and graph.weight(i) == wanted:
@@ -127,7 +127,7 @@ def with_bias(graph: Structure, product: int) -> int:
 
 
 def _written(graph: Structure, inside: Sequence[int], letter: str) -> int | None:
-    """What is written into the layer's cache."""
+    """The value that is written into the layer's cache of keys or values."""
     for i in inside:
         node = graph.nodes[i]
         # The cache is an operand of the node, or only in its name: a view of the cache (llama.cpp of 2025).
@@ -142,7 +142,7 @@ def _size(graph: Structure, i: int) -> int:
 
 
 def _rotated(graph: Structure, end: int) -> int | None:
-    """The first value of all heads in which RoPE has been done: the rotation, or its parts put together again."""
+    """The first value of all heads to which RoPE has been applied: the rotation, or its parts put together again."""
     whole = sorted(i for i in graph.upstream(end) if graph.nodes[i].op not in VIEWS and _size(graph, i) == _size(graph, end))
     return next((i for i in whole if any(graph.nodes[j].op == "ROPE" for j in graph.upstream(i))), None)
 
@@ -157,16 +157,16 @@ def _projected(graph: Structure, end: int, weights: tuple[str, ...]) -> int | No
     plain = [i for i in reversed(chain) if i >= whole and _size(graph, i) == size and not _changed(graph, i, whole)]
     if plain:
         return plain[0]
-    return whole if graph.weight(product) != _FUSED else None  # latent attention takes the queries in another size
+    return whole if graph.weight(product) != _FUSED else None  # latent attention uses queries of another size
 
 
 def _changed(graph: Structure, i: int, whole: int) -> bool:
-    """Whether a norm, a rotation, padding or another product lies between a product and a value."""
+    """Whether a norm, a rotation, padding or another product lies between a product and `whole`."""
     return any(graph.nodes[j].op in (*NORMS, *_CHANGES) for j in graph.upstream(i) if j > whole)
 
 
 def _chain(graph: Structure, end: int, weights: tuple[str, ...]) -> list[int]:
-    """The values from `end` back to a product with one of the weights, views too; empty if there is none on the way."""
+    """The values from `end` back to a product with one of the weights, views included; empty if no such product is on the way."""
     paths: list[list[int]] = [[end]]
     seen = {end}
     while paths:

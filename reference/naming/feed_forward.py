@@ -1,4 +1,4 @@
-"""Points of norms and of the feed-forward part: told by the weight that is multiplied, not by what ggml calls the result."""
+"""Points of norms and of the feed-forward part: recognised by the weight that is multiplied, not by ggml's name of the result."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ class Part:
 
 
 def norm_points(graph: Structure, inside: Sequence[int]) -> dict[int, str]:
-    """Norms with their weight and bias. One of queries or keys that comes after RoPE has no point of the vocabulary."""
+    """Names of norms with their weight and bias. A norm of queries or keys after RoPE is no point of the vocabulary."""
     named: dict[int, str] = {}
     taken: set[str] = set()
     for i in inside:
@@ -46,7 +46,7 @@ def norm_points(graph: Structure, inside: Sequence[int]) -> dict[int, str]:
 
 
 def _read_by_feed_forward(graph: Structure, inside: Sequence[int]) -> int | None:
-    """The normalised value that the feed-forward's first product reads, where the norm's weight has another name."""
+    """The normalised value that the feed-forward's first product reads, if the norm's weight has another name."""
     for i in inside:
         operand = graph.operand(i, 1)
         if graph.nodes[i].op == "MUL_MAT" and graph.weight(i).startswith("ffn_") and operand is not None:
@@ -64,9 +64,9 @@ def _with_bias(graph: Structure, i: int) -> int:
 
 
 def feed_forward_points(graph: Structure, inside: Sequence[int]) -> tuple[dict[int, str], dict[int, list[Part]]]:
-    """Names of nodes, and parts of nodes: gate and up, where one product holds both.
+    """Names of nodes, and parts of nodes: gate and up, if one product holds both.
 
-    Where a layer has routed experts, `ffn_gate` and its like would be the shared expert's: those carry `_shexp`.
+    In a layer with routed experts, the plain `ffn_gate` and its like are the shared expert's: their names get `_shexp`.
     """
     named: dict[int, str] = {}
     parts: dict[int, list[Part]] = {}
@@ -100,14 +100,14 @@ def feed_forward_points(graph: Structure, inside: Sequence[int]) -> tuple[dict[i
 
 
 def _halves(graph: Structure, glu: int, fused: int) -> list[Part]:
-    """Gate and up in the order of the fused rows: the gate first, unless the operation swaps them (ggml's op_params[1])."""
+    """Gate and up in the order of the fused rows: gate first, unless the operation swaps them (ggml's op_params[1])."""
     half = graph.nodes[glu].ne[0]
     first, second = ("ffn_up", "ffn_gate") if graph.nodes[glu].op_params[1] else ("ffn_gate", "ffn_up")
     return [Part(first, 0, half), Part(second, half, 2 * half)] if graph.nodes[fused].ne[0] == 2 * half else []
 
 
 def _summed(graph: Structure, inside: Sequence[int], named: dict[int, str]) -> dict[int, str]:
-    """The sum of routed and shared experts, which ggml calls `ffn_out`, where no dense feed-forward has that name."""
+    """The sum of routed and shared experts, which ggml calls `ffn_out`, if no dense feed-forward has that name."""
     if "ffn_out" in named.values():
         return {}
     sums = [i for i in inside if stem(graph.nodes[i].name) == "ffn_out" and graph.nodes[i].op == "ADD"]

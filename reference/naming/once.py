@@ -1,4 +1,4 @@
-"""Points that stand once in a model: what enters the first layer, the final norm, logits, the pooled embedding."""
+"""Points that occur once in a model: the input of the first layer, the final norm, logits, the pooled embedding."""
 
 from collections.abc import Sequence
 
@@ -30,7 +30,7 @@ def model_points(graph: Structure, outside: Sequence[int]) -> dict[int, str]:
 
 
 def _embedding(graph: Structure, values: Sequence[int]) -> int | None:
-    """What the first layer reads: token rows with whatever is done to them before. Several streams are no embedding."""
+    """The value that the first layer reads: the tokens' rows after any preprocessing. Several streams are not an embedding."""
     entering = graph.inputs.get(min(graph.inputs)) if graph.inputs else None
     if entering is not None and entering in values and graph.nodes[entering].ne[2] == 1:
         return entering
@@ -49,7 +49,7 @@ def _is_final_norm(graph: Structure, i: int) -> bool:
 
 
 def _vocabulary(nodes: Sequence[Node]) -> int:
-    """Rows of the token embedding; 0 where there is none."""
+    """The number of rows of the token embedding; 0 if there is none."""
     for node in nodes:
         for source in node.sources:
             if source.name == "token_embd.weight":

@@ -1,4 +1,4 @@
-"""The plan: every value of a graph that has a name, in the order in which it is computed."""
+"""The plan: every value of a graph that has a name, in the order of computation."""
 
 import re
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from .once import POOLED, model_points
 from .planned import VIEWS, Planned, Signer
 from .structure import WRITES, Structure, is_selection, stem
 
-_ORDERS = frozenset({"ARGSORT"})  # of all experts: those that got in are a value of their own
+_ORDERS = frozenset({"ARGSORT"})  # of all experts: the chosen ones are a value of their own
 _SCANS = frozenset(
     {"SSM_SCAN", "GATED_DELTA_NET", "RWKV_WKV6", "RWKV_WKV7", "GATED_LINEAR_ATTN"}
 )  # rows and states in one value
@@ -22,7 +22,7 @@ _WEIGHTED = frozenset({"MUL_MAT", "MUL_MAT_ID", "MUL", "ADD"})
 
 
 def plan(nodes: Sequence[Node], *, offset: int = 0, prefix: str = "") -> list[Planned]:
-    """The values that a graph makes, in the order in which it computes them.
+    """The values that a graph makes, in the order of computation.
 
     Args:
         offset: added to the layers' numbers, for a window that starts at that layer.
@@ -59,12 +59,15 @@ def plan(nodes: Sequence[Node], *, offset: int = 0, prefix: str = "") -> list[Pl
 
 
 def _name(graph: Structure, offset: int) -> tuple[dict[int, str], dict[int, tuple[int, str]], dict[int, list[Part]]]:
-    """Points of the vocabulary: of nodes, of operands, of parts of nodes; by index."""
+    """The points of the vocabulary that nodes, operands and parts of nodes stand for, by index."""
     named: dict[int, str] = {}
     operands: dict[int, tuple[int, str]] = {}
     parts: dict[int, list[Part]] = {}
-    for layer in sorted({number for number in graph.layers if number is not None}):
-        inside = [i for i, number in enumerate(graph.layers) if number == layer]
+    nodes_of: dict[int, list[int]] = {}
+    for i, number in enumerate(graph.layers):
+        if number is not None:
+            nodes_of.setdefault(number, []).append(i)
+    for layer, inside in sorted(nodes_of.items()):
         attention = attention_points(graph, inside)
         forward, halves = feed_forward_points(graph, inside)
         kinds = forward | norm_points(graph, inside) | attention.nodes
@@ -88,7 +91,7 @@ def _parts(graph: Structure, parts: dict[int, list[Part]]) -> list[tuple[int, Pa
 
 
 def _residual(graph: Structure, inside: Sequence[int], kinds: dict[int, str]) -> dict[int, str]:
-    """Attention plus residual: the sum with what enters the layer, where the feed-forward comes only after it."""
+    """Attention plus residual: the sum with the layer's input, if the feed-forward comes after it."""
     if not inside or "ffn_inp" in kinds.values():
         return {}
     layer = graph.layers[inside[0]]
@@ -97,7 +100,7 @@ def _residual(graph: Structure, inside: Sequence[int], kinds: dict[int, str]) ->
     if leaving is None or "kq" not in kinds.values():
         return {}
     for i in inside:
-        # A hidden state that is given from outside, as a window's is, is a leaf.
+        # A hidden state that is given from outside, as in a window, is a leaf.
         sources = {None if source is None else _plain(graph, source) for source in graph.sources[i]}
         if graph.nodes[i].op != "ADD" or i == leaving or entering not in sources or i in kinds or graph.weight(i):
             continue
@@ -109,7 +112,7 @@ def _residual(graph: Structure, inside: Sequence[int], kinds: dict[int, str]) ->
 
 
 def _plain(graph: Structure, i: int) -> int | None:
-    """A value before it was scaled or its rows selected; None where that is a leaf."""
+    """A value before it was scaled or its rows were selected; None if that is a leaf."""
     i = graph.base(i)
     while graph.nodes[i].op == "SCALE" or is_selection(graph.nodes[i]):
         if (source := graph.operand(i)) is None:
@@ -119,7 +122,7 @@ def _plain(graph: Structure, i: int) -> int | None:
 
 
 def _is_value(graph: Structure, i: int) -> bool:
-    """Whether a node without a point is a value of its own: no view, no write, no list of all experts in order."""
+    """Whether a node without a point is a value of its own: not a view, a write, or the sorted list of all experts."""
     node = graph.nodes[i]
     if node.op in VIEWS:
         return stem(node.name) == "ffn_moe_topk" or _is_rows_of_scan(graph, i)
@@ -129,7 +132,7 @@ def _is_value(graph: Structure, i: int) -> bool:
 
 
 def _is_rows_of_scan(graph: Structure, i: int) -> bool:
-    """A view of the rows that a scan computed; its other views show the states."""
+    """Whether a node is a view of the rows that a scan computed; its other views show the states."""
     source = graph.operand(i)
     return source is not None and graph.nodes[source].op in _SCANS and not _is_written(graph, i)
 
@@ -139,7 +142,7 @@ def _is_written(graph: Structure, i: int) -> bool:
 
 
 def _is_state(graph: Structure, i: int) -> bool:
-    """Whether a node writes the state that a sequence has after the pass."""
+    """Whether a node writes a sequence's state after the pass."""
     node = graph.nodes[i]
     target = graph.operand(i, 1)
     if node.op != "CPY" or target is None:
@@ -149,7 +152,7 @@ def _is_state(graph: Structure, i: int) -> bool:
 
 
 def _open_name(graph: Structure, i: int, layer: int | None) -> str:
-    """The name of a node that the vocabulary doesn't have: ggml's, as far as it says something true."""
+    """The name of a node that is not in the vocabulary: ggml's, unless it says something untrue."""
     node = graph.nodes[i]
     name = stem(node.name)
     if _is_state(graph, i):
@@ -160,28 +163,28 @@ def _open_name(graph: Structure, i: int, layer: int | None) -> str:
         if source is not None and name.startswith(("node_", stem(graph.nodes[source].name))):
             name = graph.nodes[source].op.lower()
     name = re.sub(r" \(([^)]*)\)", r"_\1", name.rpartition("{}.")[2])
-    if name == "pos_bias":  # added to the scores, and padded as they are
+    if name == "pos_bias":  # it is added to the scores, and padded like them
         name = "kq_b"
     if name in _OF_ATTENTION and _crosses(graph, i):
         return points.in_layer(layer, f"cross_{name}") if layer is not None else f"cross_{name}"
     if re.fullmatch(r"(node|leaf)_\d+\w*|_?", name):
         name = _by_weight(graph, i) or node.op.lower()
-    elif layer is not None and name in points.KINDS:  # what the graph shows to be something else
+    elif layer is not None and name in points.KINDS:  # the graph shows that it is another value
         name = _by_weight(graph, i) or f"{name}.{node.op.lower()}"
     if layer is not None:
         return points.in_layer(layer, name)
-    # A bare `norm` is an alias of the point after the norm's weight, which this is not.
+    # A bare `norm` would be an alias of the point after the norm's weight, which is another value.
     return name if points.resolve(name) == name and name not in points.KINDS else f"node.{name}"
 
 
 def _crosses(graph: Structure, i: int) -> bool:
-    """Whether a node is a part of attention to an encoder's output."""
+    """Whether a node belongs to attention over an encoder's output."""
     inside = (j for j in (i, *graph.upstream(i)) if graph.layers[j] == graph.layers[i])
     return any(".cross_attn_" in f".{graph.weight(j)}" for j in inside)
 
 
 def _by_weight(graph: Structure, i: int) -> str:
-    """The name of the weight that a node reads, where the vocabulary has no point of that name."""
+    """The name of the weight that a node reads, if the vocabulary has no point of that name."""
     name = graph.weight(i).rpartition(".")[0]
     return name if graph.nodes[i].op in _WEIGHTED and "." not in name and name not in points.KINDS else ""
 

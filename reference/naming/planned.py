@@ -1,4 +1,4 @@
-"""A value to take from a pass, and how its node is found again in the next one."""
+"""A value to take from a pass, and how its node is recognised in the next pass."""
 
 import re
 from collections import Counter
@@ -17,11 +17,11 @@ class Planned:
 
     Attributes:
         node: the node, with the point that it stands for.
-        signature: how it is found again.
-        operand: None for the node's own value, a number for one of its sources'.
-        part: leading and last + 1 element of the innermost dimension, where the value is a part of the node's; None for all.
-        once: whether it stands once a pass and belongs to its last position, as a state does.
-        axis: ggml's dimension that counts the positions, None while it is not known or where there is none.
+        signature: how the node is recognised in another pass.
+        operand: None for the node's own value, a number for that of one of its sources.
+        part: first element and end (exclusive) in the innermost dimension, if the value is a part of the node's; None for all.
+        once: whether a pass has it only once, at its last position, as a state.
+        axis: ggml's dimension that counts the positions, None while it is not known or if there is none.
     """
 
     node: Node
@@ -38,13 +38,13 @@ class Planned:
 
 
 class Signer:
-    """Gives each node of one pass through a graph its signature; the same graph gives the same ones."""
+    """Gives each node of one pass through a graph its signature; the same graph always gives the same signatures."""
 
     def __init__(self) -> None:
         self._seen: Counter[tuple[str, str, str]] = Counter()
 
     def sign(self, name: str, op: str, first: str) -> Signature:
-        """(name, operation, first operand, occurrence); numbers that ggml gives to unnamed nodes are left out."""
+        """(name, operation, first operand, occurrence), without the numbers that ggml gives to unnamed nodes."""
         stem = (_anonymous(name), op, _anonymous(first))
         self._seen[stem] += 1
         return (*stem, self._seen[stem])

@@ -1,4 +1,4 @@
-"""What a graph shows without any names of its own: who reads whom, and where each layer begins and ends."""
+"""What a graph shows regardless of names: which node reads which, and where each layer begins and ends."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -13,7 +13,7 @@ WRITES = frozenset({"SET_ROWS", "CPY"})  # into a cache or a state
 OUTSIDE = -1
 _OWN_LAYER = re.compile(r"(.+?)-(\d+)((?: \(.*)?)")
 _WEIGHT = re.compile(r"(?:enc\.|dec\.)?blk\.(\d+)\.([^ ]+)(?: \(.*)?")
-# Weights that stand once in a model; frequency factors of RoPE (rope_*) do, too, and are read inside the layers.
+# Weights that a model has once. RoPE's frequency factors (rope_*) are not among them: they are read inside the layers.
 _ONCE = re.compile(r"(?!blk\.|enc\.blk\.|dec\.blk\.|rope_)[\w.]+\.(?:weight|bias)(?: \(.*)?")
 _OUTSIDE = re.compile(r"result_(?!embd$)|inp(?!_gate)")
 _CACHE = re.compile(r"cache_\w+_l(\d+)\b.*")
@@ -26,7 +26,7 @@ def stem(name: str) -> str:
 
 
 def is_selection(node: Node) -> bool:
-    """Whether it copies the rows whose logits were asked for: values that stand elsewhere already."""
+    """Whether a node copies the rows whose logits were asked for: values that exist elsewhere already."""
     return node.op == "GET_ROWS" and any(source.name in ("out_ids", "inp_out_ids") for source in node.sources)
 
 
@@ -35,10 +35,10 @@ class Structure:
 
     Attributes:
         nodes: in the order of computation.
-        sources: of each node its operands' indices, None for a leaf.
-        layers: of each node its layer, None for what stands outside.
-        inputs: of each layer the node that enters it (the last layer's output or the embedding), where the graph tells.
-        outputs: of each layer the node that leaves it, likewise.
+        sources: for each node the indices of its operands, None for a leaf.
+        layers: for each node its layer, None outside the layers.
+        inputs: for each layer the node that enters it (the previous layer's output or the embedding), if the graph shows it.
+        outputs: for each layer the node that leaves it, if the graph shows it.
     """
 
     def __init__(self, nodes: Sequence[Node]) -> None:
@@ -55,7 +55,7 @@ class Structure:
 
     @cached_property
     def readers(self) -> list[list[int]]:
-        """Of each node the nodes that read it, through views too; views themselves are left out."""
+        """For each node the nodes that read it, directly or through views; views themselves are left out."""
         readers_of: list[list[int]] = [[] for _ in self.nodes]
         for i in reversed(range(len(self.nodes))):
             for source in self.sources[i]:
@@ -64,7 +64,7 @@ class Structure:
         return [sorted(set(readers)) for readers in readers_of]
 
     def operand(self, i: int, number: int = 0) -> int | None:
-        """One of a node's operands, None where it is a leaf or there is none."""
+        """One of a node's operands; None if it is a leaf or there is none."""
         sources = self.sources[i]
         return sources[number] if number < len(sources) else None
 
@@ -75,7 +75,7 @@ class Structure:
         return i
 
     def leaf(self, i: int) -> str:
-        """The name of the leaf that a view shows, "" if it shows a node."""
+        """The name of the leaf that a view shows; "" if it shows a node."""
         i = self.base(i)
         if self.nodes[i].op in VIEWS and self.nodes[i].sources:
             return self.nodes[i].sources[0].name
@@ -83,36 +83,29 @@ class Structure:
 
     def upstream(self, i: int) -> Iterator[int]:
         """The node and everything in its layer that it is computed from."""
+        layer, entrances = self.layers[i], self._entrances
         waiting, seen = [i], {i}
         while waiting:
             at = waiting.pop()
             yield at
             for source in self.sources[at]:
-                if (
-                    source is not None
-                    and source not in seen
-                    and self.layers[source] == self.layers[i]
-                    and not self._enters(source)
-                ):
+                if source is not None and source not in seen and self.layers[source] == layer and source not in entrances:
                     seen.add(source)
                     waiting.append(source)
-
-    def _enters(self, i: int) -> bool:
-        return i in self._entrances
 
     @cached_property
     def _entrances(self) -> frozenset[int]:
         return frozenset(self.inputs.values())
 
     def weight(self, i: int) -> str:
-        """The weight that a node reads, without its layer ("attn_q.weight"), "" if it reads none."""
+        """The weight that a node reads, without its layer ("attn_q.weight"); "" if it reads none."""
         for source in self.nodes[i].sources:
             if match := _WEIGHT.fullmatch(source.name):
                 return match[2]
         return ""
 
     def _settle_norms(self) -> None:
-        """A norm belongs where its weight does: llama.cpp calls the embedding's norm `norm-0`, and many others `norm`."""
+        """Put each norm in the layer of its weight: llama.cpp calls the embedding's norm `norm-0`, and many others `norm`."""
         for i in reversed(range(len(self.nodes))):
             if self.nodes[i].op in NORMS:
                 places = {self._stated[j] for j in self.readers[i]}
@@ -120,7 +113,7 @@ class Structure:
                     self._stated[i] = places.pop()
 
     def _entering(self, layer: int) -> int | None:
-        """What the layer's first nodes read that is not of this layer."""
+        """The node outside this layer that the layer's first nodes read."""
         for i, stated in enumerate(self._stated):
             if stated != layer or self.nodes[i].op in VIEWS:
                 continue
@@ -128,7 +121,7 @@ class Structure:
                 return None
             operands = [self.base(source) for source in self.sources[i] if source is not None]
             if self.nodes[i].op == "ADD" and len(operands) > 1 and all(self._stated[at] != layer for at in operands):
-                self._stated[i] = layer - 1  # the sum that ends a layer has the name of what the next one begins with
+                self._stated[i] = layer - 1  # the sum that ends a layer is named after the beginning of the next one
                 return i
             for at in operands:
                 if self.nodes[at].op not in VIEWS and self._stated[at] != layer and not self._reads_leaves(at):
@@ -136,13 +129,13 @@ class Structure:
         return None
 
     def _reads_hidden_state(self, i: int) -> bool:
-        """Whether a norm or a product reads a leaf, as where a hidden state is given instead of tokens."""
+        """Whether a norm or a product reads a leaf, as it does if a hidden state is given instead of tokens."""
         if self.nodes[i].op in NORMS:
             return self.operand(i) is None
         return self.nodes[i].op == "MUL_MAT" and bool(self.weight(i)) and self.operand(i, 1) is None
 
     def _reads_leaves(self, i: int) -> bool:
-        """Whether a node only fetches what a leaf holds, as the state of a sequence; the embedding is no such node."""
+        """Whether a node only fetches the contents of a leaf, such as a sequence's state; the embedding is not such a node."""
         return self._stated[i] is None and all(source is None or self.leaf(source) for source in self.sources[i])
 
     def _leaving(self, layer: int) -> int | None:
@@ -153,11 +146,11 @@ class Structure:
         return leaving[-1] if leaving else None
 
     def _spread(self, last: int) -> list[int | None]:
-        """Layers of all nodes: as stated, else that which its operands enter, else theirs."""
+        """The layers of all nodes: the stated one, else the layer that its operands enter, else theirs."""
         entering = {node: layer for layer, node in self.inputs.items()}
         after = last + 1
         layers: list[int | None] = []
-        reached: list[int] = []  # of each node the layer of what reads it: -1 before all layers, `after` behind them
+        reached: list[int] = []  # for each node the layer of its readers: -1 before all layers, `after` after them
         for i, node in enumerate(self.nodes):
             layer = self._stated[i]
             operands = max((reached[source] for source in self.sources[i] if source is not None), default=OUTSIDE)
@@ -174,7 +167,7 @@ class Structure:
 
 
 def _sources(nodes: Sequence[Node]) -> Iterator[list[int | None]]:
-    """By address where it is known, else the last node before of that name, operation and shape."""
+    """Each node's operands: found by address if it is known, else the latest earlier node of that name, operation and shape."""
     known: dict[tuple[object, ...], int] = {}
     for i, node in enumerate(nodes):
         yield [known.get(_key(source)) for source in node.sources]
@@ -186,14 +179,14 @@ def _key(tensor: Node | Source) -> tuple[object, ...]:
 
 
 def _stated_layer(node: Node) -> int | None:
-    """The layer that a node's weight, name or cache states, OUTSIDE where they state that it has none, None where they don't."""
+    """The layer that a node's weight, name or cache states: OUTSIDE if they state that it has none, None if they state nothing."""
     for source in node.sources:
         if match := _WEIGHT.fullmatch(source.name):
             return int(match[1])
     if any(_ONCE.fullmatch(source.name) for source in node.sources) or _OUTSIDE.match(node.name):
         return OUTSIDE
     match = _OWN_LAYER.fullmatch(node.name)
-    if match and (node.op in VIEWS or not match[3]):  # a copy of a view keeps the name of what it copies
+    if match and (node.op in VIEWS or not match[3]):  # a copy of a view keeps the name of the original
         return int(match[2])
     for source in node.sources:
         if match := _CACHE.fullmatch(source.name):

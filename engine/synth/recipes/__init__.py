@@ -17,7 +17,7 @@ def recipe(name: str) -> Recipe:
     """The recipe of that name.
 
     Raises:
-        InputError: there is none.
+        InputError: there is no recipe of that name.
     """
     if name not in RECIPES:
         raise InputError(

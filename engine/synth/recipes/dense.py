@@ -19,7 +19,7 @@ from .parts import (
 )
 
 RECIPES = (
-    # RoPE variants of the two architectures that `dense` has
+    # RoPE variants of the two architectures of `engine.synth.dense`
     small("llama3-factors", {"rope.dimension_count": head}, BIAS, "rope_factors", EXPERTS, architecture="llama", rope_base=5e5),
     small("llama-yarn", {"rope.dimension_count": head, **yarn(4.0)}, BIAS, FACTORS, EXPERTS, architecture="llama"),
     small("qwen2-yarn", yarn(4.0), OUTPUT_BIAS, CLASSIFIER, FACTORS, architecture="qwen2"),

@@ -1,4 +1,4 @@
-"""What entries share: regular expressions of optional tensors, values that follow the shape, groups of metadata.
+"""What recipes share: regular expressions of optional tensors, values that depend on the shape, groups of metadata.
 
 Numbers are small and odd enough to tell things apart: heads of another size than width / heads where the architecture
 allows it, windows of attention shorter than a prompt of ten tokens, rotations of a part of the head.
@@ -39,7 +39,7 @@ def small(
     qk_norm: float = 1.0,
     kind: str = "f16",
 ) -> Recipe:
-    """An entry: metadata, then what it does without; the shape is small where nothing else is said."""
+    """A recipe of its metadata and the optional tensors that it lacks; the shape is small by default."""
     eps = 1e-5 if layer_norm else 1e-6
     shape = Shape(
         architecture or name,
@@ -73,7 +73,7 @@ def quarter_head(shape: Shape) -> int:
 
 
 def sections(shape: Shape) -> list[Any]:
-    """M-RoPE: how many pairs turn by time, height and width; a half and two quarters of the head's pairs."""
+    """M-RoPE: how many pairs are rotated by time, height and width: a half and two quarters of the head's pairs."""
     return [shape.head // 4, shape.head // 8, shape.head // 8, 0]
 
 

@@ -3,6 +3,7 @@
 from .choices import AnswerFormat, Format, Mode, Side
 from .declared import AnswerOption, FormatOption
 from .groups import fills
+from .unused import refuse_unused
 from .values import Given
 
-__all__ = ["AnswerFormat", "AnswerOption", "Format", "FormatOption", "Given", "Mode", "Side", "fills"]
+__all__ = ["AnswerFormat", "AnswerOption", "Format", "FormatOption", "Given", "Mode", "Side", "fills", "refuse_unused"]
