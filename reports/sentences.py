@@ -38,6 +38,10 @@ def answer(verdict: Verdict) -> str:
     if verdict:
         sentence = f"{verdict.compared - otherwise:,} of {count(verdict.compared, 'record')} agree"
         sentence += f", {otherwise:,} recorded otherwise" if otherwise else ""
+        if verdict.excused:
+            sentence += (
+                f", {verdict.excused:,} of them only as amplified rounding, which is assumed (--model M.gguf settles it)"
+            )
         if precision is not None and precision.source == "assumed" and precision.arithmetic == "f32":
             return f"parity: {sentence}, as float32 does: worst {error(verdict.worst.nmse if verdict.worst else None)}"
         if precision is None or precision.source == "stated" or precision.arithmetic == "f32":

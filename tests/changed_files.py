@@ -19,10 +19,10 @@ class File:
     """A GGUF file whose tensors are all F32, in memory: change metadata and tensors, then write it elsewhere."""
 
     def __init__(self, path: Path) -> None:
-        found = contents(path)
-        self._metadata, self._infos = dict(found.metadata), list(found.tensors)
+        file = contents(path)
+        self._metadata, self._infos = dict(file.metadata), list(file.tensors)
         assert all(info.type == _F32 for info in self._infos)
-        self._data = np.fromfile(path, dtype=np.uint8)[found.data :]
+        self._data = np.fromfile(path, dtype=np.uint8)[file.data :]
         self.architecture = self._metadata["general.architecture"].raw[8:].decode()
         self.tensors: dict[str, Floats] = {}
         for info in self._infos:
@@ -54,8 +54,8 @@ class File:
 
     def exchange(self, first: str, second: str) -> None:
         """Exchange two tensors of the same shape."""
-        one, other = self.tensors[first], self.tensors[second]
-        one[...], other[...] = other.copy(), one.copy()
+        left, other = self.tensors[first], self.tensors[second]
+        left[...], other[...] = other.copy(), left.copy()
 
     def write(self, path: Path) -> Path:
         """The changed file."""

@@ -17,7 +17,10 @@ from engine.faults import CATALOGUE, as_recorded, plant
 from engine.graph import Step
 from engine.transformer import Transformer
 from engine.weights.gguf_model import GgufModel
+from parity.explain.case import ExplainOptions
 from parity.run.ours import OursJob, dump
+
+PATIENT = ExplainOptions(budget=3600.0)  # an answer that must not depend on the clock
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,7 @@ class Faulty:
         with tempfile.TemporaryDirectory() as folder, np.errstate(all="ignore"):  # faults may overflow
             out = Path(folder) / "ours.jsonl"
             dump(self.transformer, OursJob(out=out, tokens=prompt, generated=rest, points=points, slice_size=size))
-            found = read(out)
+            written = read(out)
         if not bare:
-            return found
-        return replace(found, points={name: replace(rows, sketch=None, stats={}) for name, rows in found.points.items()})
+            return written
+        return replace(written, points={name: replace(rows, sketch=None, stats={}) for name, rows in written.points.items()})

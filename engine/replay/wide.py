@@ -27,8 +27,11 @@ _ENTRY = 2.0**-10  # float16 keeps eleven bits: the next number is at most this 
 
 
 def is_looked_up(step: Step) -> bool:
-    """Whether ggml takes a step's value from a table of float16."""
-    return isinstance(step.op, GgmlOperation) and looked_up(step.op.name, step.params["params"])
+    """Whether a step's value comes from ggml's table of float16."""
+    if not isinstance(step.op, GgmlOperation):
+        return False
+    params = step.params["params"]
+    return params.rounds is not False and looked_up(step.op.name, params)
 
 
 def entry_errors(step: Step, inputs: Sequence[Array], weights: WeightSource) -> Array:

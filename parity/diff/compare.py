@@ -162,6 +162,7 @@ def _comparison(ours: Dump, ref: Dump, options: Options, parted: TokenComparison
         left_out=alignment.left_out,
         strict=options.strict,
         stated=(options.compute or (ours.header.compute if ours.header is not None else "")).lower(),
+        excused=held.excused,
         notes=(
             *((placed.note,) if placed.note else ()),
             *elsewhere(ours, ref, wrong),
