@@ -54,7 +54,9 @@ def test_a_right_server_agrees(serve: Start, stories: Path, parity: Cli, kind: s
         ("xllamacpp", "bos", "bos-missing", "says that the prompt has 9 tokens"),
         ("llama_cpp", "template", "template", "<|im_start|>user"),
         ("llama_cpp", "template-hidden", "template", "chatml"),
+        ("xllamacpp", "template", "template", "chatml"),
         ("llama_cpp", "temperature", "sampler", "although temperature 0 was requested"),
+        ("xllamacpp", "temperature", "sampler", "although temperature 0 was requested"),
     ],
 )
 def test_a_planted_fault_is_named(
@@ -70,9 +72,10 @@ def test_a_planted_fault_is_named(
 
 
 @pytest.mark.slow
-def test_a_repeat_penalty_is_fitted(serve: Start, stories: Path, parity: Cli) -> None:
+@pytest.mark.parametrize("kind", ["llama_cpp", "xllamacpp"])
+def test_a_repeat_penalty_is_fitted(kind: str, serve: Start, stories: Path, parity: Cli) -> None:
     """The penalty that a server applies by itself explains each of its choices; asked for none, it has none."""
-    url = serve("llama_cpp", stories, "penalty")
+    url = serve(kind, stories, "penalty")
     text = "Lily and her mom went to the park. She saw a big red ball near the tree and wanted to play with it."
     code, answer = parity.json("run", "--prompt", text, "--server", url, "--generate", 16, "--out", "folder")
     assert (code, answer["first_divergence"]) == (1, None)
