@@ -115,5 +115,7 @@ class Bench:
         self.encoder.run(tokens, np.arange(len(tokens), dtype=np.int64), self.attention.watch(kept()))
 
     def operations(self) -> list[Operation]:
-        """The verdict on each step, in the order of the model."""
+        """The verdict on each step, in the order of the model; what attention shows is held against it."""
+        for isolator in self.isolators:
+            self.attention.settle(isolator.proven(), isolator.unknown())
         return [operation for isolator in self.isolators for operation in isolator.operations()]

@@ -35,6 +35,24 @@ _NORMS = (ops.rms_norm, ops.layer_norm)
 _LISTED = 3  # readers of a suspect record that are named
 
 
+# Of an operation that read NaN at every position.
+NOT_FINITE = "its inputs are not finite"
+
+
+def _without_numbers(inputs: Sequence[NDArray[np.float32]], rows: int) -> NDArray[np.bool_]:
+    """Which rows of a result nothing can be said of, bool [rows]: an input has NaN there, or somewhere that any row may read."""
+    unknown = np.zeros(rows, dtype=np.bool_)
+    for given in inputs:
+        odd = np.isnan(given) if given.dtype.kind == "f" else np.zeros(given.shape, dtype=np.bool_)
+        if odd.ndim == 2 and len(odd) == rows:
+            unknown |= odd.any(axis=1)
+        elif odd.ndim == 3 and odd.shape[1] == rows:
+            unknown |= odd.any(axis=(0, 2))
+        elif odd.any():
+            unknown[:] = True
+    return unknown
+
+
 @dataclass(frozen=True)
 class Definition:
     """A model's right steps: of a pass over several tokens, and of a pass over a single token if that is another list."""
@@ -116,6 +134,14 @@ class Isolator:
     def operations(self) -> list[Operation]:
         """The verdict on each step, in the order of the model."""
         return [self._operation(step) for step in self.steps]
+
+    def proven(self) -> frozenset[str]:
+        """Points that follow from their inputs, as far as they could be judged."""
+        return frozenset(name for name, record in self.records.items() if record.nmse >= 0 and not record.wrong)
+
+    def unknown(self) -> frozenset[str]:
+        """Points whose inputs were not finite."""
+        return frozenset(name for name, record in self.records.items() if record.nmse < 0 and record.reason == NOT_FINITE)
 
     def suspects(self) -> frozenset[str]:
         """Points that were recorded wrong: operations that read them had the right value."""
@@ -287,6 +313,10 @@ class _Pass:
                 errors, reason = routing_error(routing.used, ordered, ours, theirs)
             else:
                 errors = row_errors(step.makes, ours, theirs, positions, least)
+            unknown = _without_numbers(inputs, len(errors))
+            if unknown.all():
+                raise Missing(NOT_FINITE)
+            errors = np.where(unknown, 0.0, errors)
             if best is None or errors.max() < best.errors.max():
                 best = _Held(inputs, theirs, ours, positions, errors, reason)
             if best.errors.max() <= limit:
