@@ -14,7 +14,7 @@ from checkpoints.record import DEFAULT_SLICE, Header, Token
 from checkpoints.recording import Recording, passes
 from checkpoints.tensors import TensorWriter, beside
 from engine import ops
-from engine.capture.device import tap
+from engine.capture.stages import tap
 from engine.capture.tap import Capture
 from engine.engine import Engine
 
