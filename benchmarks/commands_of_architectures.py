@@ -118,7 +118,7 @@ def main() -> None:
     parser.add_argument("results", type=Path)
     parser.add_argument("names", nargs="*", help="recipes; all without")
     parser.add_argument("--seconds", type=float, default=240.0, help="after which no further recipe is begun")
-    chosen = parser.parse_args()
+    chosen = parser.parse_intermixed_args()
     if chosen.command == "show":
         show(chosen.results)
     else:

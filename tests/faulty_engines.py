@@ -1,4 +1,4 @@
-"""Ten faults in each of ten architectures: of engines that share no code with ours.
+"""Ten faults in each of twelve architectures: of engines that share no code with ours.
 
 An engine is llama.cpp with a changed file (`changed_files`), or the NumPy engine of `foreign_families`. A case lists the entries of
 the catalogue that name it: several if they give the same numbers.

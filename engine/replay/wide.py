@@ -139,6 +139,8 @@ def values_of(
     numbers = {TOKENS: tokens, POSITIONS: positions, PASSES: passes}
     values = {name: backend.array(np.asarray(of, dtype=np.int64)) for name, of in numbers.items()}
     values |= {name: backend.array(value) for name, value in given.items()}
+    # A dump may have recorded what steps keep to themselves.
+    steps = [replace(step, inner=False) if step.makes in wanted else step for step in steps]
     with np.errstate(all="ignore"):  # faults may overflow
         steps = without_tables(steps[: last + 1]) if variant is Variant.EXACT else steps[: last + 1]
         graph.run(steps, values, WideWeights(weights) if variant is Variant.WIDE else weights, KvCache(backend.xp), keep)
