@@ -1,4 +1,4 @@
-"""Ten faults in each of ten architectures, and right engines: what `parity explain` says of them.
+"""Ten faults in each of twelve architectures, and right engines: what `parity explain` says of them.
 
     PYTHONPATH=tests python benchmarks/ten_faults.py run RESULTS.jsonl [--architecture gemma3]
     python benchmarks/ten_faults.py show RESULTS.jsonl > docs/ten-faults.md
@@ -33,7 +33,7 @@ TOKENS, BUDGET = 16, 120.0
 _ARITHMETIC = ("f32", "f16", "bf16")
 
 
-_HEAD = f"""# Ten faults in ten architectures
+_HEAD = f"""# Ten faults in twelve architectures
 
 Made by `python benchmarks/ten_faults.py show RESULTS.jsonl` from its `run`. The engines share no code with parity's: llama.cpp
 plays a changed GGUF file, or a NumPy engine of 250 lines has the fault (`tests/foreign_families.py`). `parity explain` sees the
@@ -106,17 +106,17 @@ def run(out: Path, only: str | None) -> None:
 
 def right_engines(name: str, model: Path, reference: Reference, folder: Path) -> list[tuple[str, Dump, int]]:
     """Engines without a fault: what they are, their dump, and the seed of its prompt."""
-    found = []
+    named = []
     untouched = Case("right: llama.cpp", lambda _file: None, ())
     for seed in (8,):
         tokens = tokens_of(model, TOKENS, seed=seed)
-        found.append((untouched.title, dump_of(untouched, model, tokens, reference, folder), seed))
+        named.append((untouched.title, dump_of(untouched, model, tokens, reference, folder), seed))
         if recipe(name).architecture in HABITS:
             for kind in _ARITHMETIC:
-                made = Families(model, arithmetic=kind).run(tokens)
-                dump = bare(made, folder / "right.jsonl")
-                found.append((f"right: NumPy in {kind.upper()}", replace(dump, header=None), seed))
-    return found
+                values = Families(model, arithmetic=kind).run(tokens)
+                dump = bare(values, folder / "right.jsonl")
+                named.append((f"right: NumPy in {kind.upper()}", replace(dump, header=None), seed))
+    return named
 
 
 def show(path: Path) -> None:

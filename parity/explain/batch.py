@@ -58,8 +58,8 @@ class BatchScreening(AtFirstPlace):
         """
         self._candidates = candidates
         self._edits_of = self._edits(candidates, self._not_soon_wrong(candidates), self._end)
-        every = self._screening.rows
-        self._stages = sorted({min(rows, every) for rows in (1, 2, self._first.row + 1, self._first.row + 2)})
+        few = (1, 2, self._first.row + 1, self._first.row + 2)
+        self._stages = sorted({self._screening.enough(rows) for rows in few})
         yield from self._go_on(list(self._edits_of), 0, {}, likely if self._after else None)
 
     def postponed(self) -> Iterator[tuple[Candidate, Screened]]:
@@ -117,7 +117,7 @@ class BatchScreening(AtFirstPlace):
             return range(len(candidates))
         end = self._state.order[soon] + 1
         edits = self._edits(candidates, range(len(candidates)), end)
-        _, ended = self._values(candidates, edits, list(edits), min(_SOON, self._screening.rows), soon, self._before)
+        _, ended = self._values(candidates, edits, list(edits), self._screening.enough(_SOON), soon, self._before)
         self._screening.tried.count([candidates[number] for number in ended])
         return [number for number in range(len(candidates)) if number not in ended]
 
@@ -126,7 +126,7 @@ class BatchScreening(AtFirstPlace):
         points = [entry.point for entry in self._screening.entries if entry.point not in self._state.shown]
         last = max(points, key=self._state.order.__getitem__)
         edits = self._edits(candidates, range(len(candidates)), self._state.order[last] + 1)
-        rows = min(self._first.row + 2, self._screening.rows)
+        rows = self._screening.enough(self._first.row + 2)
         _, ended = self._values(candidates, edits, list(edits), rows, last, frozenset(points))
         return [candidate for number, candidate in enumerate(candidates) if number not in ended]
 

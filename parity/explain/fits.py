@@ -76,7 +76,7 @@ class Fitting(AtFirstPlace):
 
     def __init__(self, screening: Screening, state: State, layers: Layers) -> None:
         super().__init__(screening, state, layers)
-        self._rows = min(self._first.row + 2, screening.rows)
+        self._rows = screening.enough(self._first.row + 2)
 
     def states(self) -> Iterator[State]:
         """States that get beyond the first place by a fitted number; each fault once, with as few digits as suffice."""

@@ -150,9 +150,9 @@ class Together(AtFirstPlace):
         return list(effects.values())
 
     def _rows(self, *candidates: Candidate) -> int:
-        """How many rows show the first place: those up to it, or all for faults that let later positions act on earlier ones."""
+        """How many rows show the first place: those up to it, or all where later positions act on earlier ones."""
         whole = any(candidate.fault.whole for candidate in (*self._state.faults, *candidates))
-        return self._screening.rows if whole else self._first.row + 1
+        return self._screening.rows if whole else self._screening.enough(self._first.row + 1)
 
     def _replay(self, steps: Sequence[Step], rows: int) -> Replay:
         return self._screening.make(self._until(steps), rows, None)
