@@ -158,8 +158,12 @@ def judged(model: Model, dump: Dump, way: Written, kind: str, *, explained: bool
     compute = kind if way.bare and way.stated else None
     findings = lint(dump, ModelFacts(model.faulty.transformer.model)).findings
     errors = [finding.rule for finding in findings if finding.severity == ERROR]
-    judgements = {
-        "lint": f"accused: {errors}" if errors else f"suspected: {[one.rule for one in findings]}" if findings else "right"
+    said = {
+        "lint": f"accused: {errors}"
+        if errors
+        else f"suspected: {[finding.rule for finding in findings]}"
+        if findings
+        else "right"
     }
     for name, answer in (
         ("diff", lambda: compare(dump, model.ref, Options(compute=compute))),
@@ -168,24 +172,24 @@ def judged(model: Model, dump: Dump, way: Written, kind: str, *, explained: bool
         verdict = answer()
         precision, first = verdict.precision, verdict.first_divergence
         if first is not None and verdict.pattern is not None and verdict.pattern.code in UNDECIDED:
-            judgements[name] = "suspected"
+            said[name] = "suspected"
         elif first is not None:
-            judgements[name] = f"accused: {first.checkpoint} {first.token_idx} {first.nmse:.1e}"
+            said[name] = f"accused: {first.checkpoint} {first.token_idx} {first.nmse:.1e}"
         elif verdict.record_faults:
-            judgements[name] = f"accused: {[(one.checkpoint, one.kind) for one in verdict.record_faults[:3]]}"
+            said[name] = f"accused: {[(fault.checkpoint, fault.kind) for fault in verdict.record_faults[:3]]}"
         elif kind != "f32" and precision is not None and precision.arithmetic == "f32" and _visible(verdict):
-            judgements[name] = "called exact"
+            said[name] = "called exact"
         else:
-            judgements[name] = "right"
+            said[name] = "right"
     if not explained:
-        return judgements
+        return said
     answer = explain(dump, model.path, ExplainOptions(tokens=model.tokens, budget=_BUDGET, compute=compute))
     if answer.causes or not answer:
         causes = [(cause.named.fault, cause.named.layers) for cause in answer.causes]
-        judgements["explain"] = f"accused: {causes} {answer.first} {answer.law}"
+        said["explain"] = f"accused: {causes} {answer.first} {answer.law}"
     else:
-        judgements["explain"] = "right"
-    return judgements
+        said["explain"] = "right"
+    return said
 
 
 def _visible(verdict: Any) -> bool:
@@ -252,16 +256,16 @@ def main() -> None:
         seed = options.first
         while sum("said" in line for line in lines) < options.n and process_time() < options.seconds:
             if seed not in finished:
-                new = list(engines(seed, Path(folder), reference, explained=options.explain))
-                lines += new
+                results = list(engines(seed, Path(folder), reference, explained=options.explain))
+                lines += results
                 with options.out.open("a") as out:
-                    out.writelines(json.dumps(line) + "\n" for line in new)
-                for line in new:
+                    out.writelines(json.dumps(line) + "\n" for line in results)
+                for line in results:
                     odd = {name: text for name, text in line.get("said", {}).items() if text != "right"}
                     if odd:
                         print(line["seed"], line["model"], line["kind"], line["written"], odd, flush=True)
-                if "refused" in new[0]:
-                    print(seed, new[0]["refused"], flush=True)
+                if "refused" in results[0]:
+                    print(seed, results[0]["refused"], flush=True)
             seed += 1
     print(table(lines))
 

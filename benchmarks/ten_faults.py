@@ -1,4 +1,4 @@
-"""Ten faults in each of ten architectures, and engines without a fault: what `parity explain` says of them.
+"""Ten faults in each of twelve architectures, and right engines: what `parity explain` says of them.
 
     PYTHONPATH=tests python benchmarks/ten_faults.py run RESULTS.jsonl [--architecture gemma3]
     python benchmarks/ten_faults.py show RESULTS.jsonl > docs/ten-faults.md
@@ -33,7 +33,7 @@ TOKENS, BUDGET = 16, 120.0
 _ARITHMETIC = ("f32", "f16", "bf16")
 
 
-_HEAD = f"""# Ten faults in ten architectures
+_HEAD = f"""# Ten faults in twelve architectures
 
 Made by `python benchmarks/ten_faults.py show RESULTS.jsonl` from its `run`. The engines share no code with parity's: llama.cpp
 plays a changed GGUF file, or a NumPy engine of 250 lines has the fault (`tests/foreign_families.py`). `parity explain` sees the
@@ -51,15 +51,15 @@ def model_of(name: str, folder: Path, reference: Reference) -> Path:
 
 def outcome(answer: Explanation, case: Case) -> dict[str, Any]:
     """How the answer counts, and whether it names the fault and nothing besides."""
-    causes = [f"{cause.named.fault} {cause.named.parameters}" for cause in answer.causes]
+    said = [f"{cause.named.fault} {cause.named.parameters}" for cause in answer.causes]
     if answer.first is None:
         return {"outcome": "no effect"}
     names = {named.fault for cause in answer.causes[:1] for named in (cause.named, *cause.equivalent)}
     whole = len(answer.causes) == 1 and answer.remaining is None
     if whole and not names.isdisjoint(case.names):
-        return {"outcome": "named", "said": causes}
+        return {"outcome": "named", "said": said}
     left = answer.remaining.checkpoint if answer.remaining else "nothing"
-    return {"outcome": "missed", "said": causes, "left": left, "arithmetic": answer.precision_only, "complete": answer.complete}
+    return {"outcome": "missed", "said": said, "left": left, "arithmetic": answer.precision_only, "complete": answer.complete}
 
 
 def judged(dump: Dump, model: Path, tokens: tuple[int, ...]) -> tuple[Explanation, float]:
@@ -92,13 +92,13 @@ def run(out: Path, only: str | None) -> None:
                 if key not in known:
                     answer, seconds = judged(dump, model, tokens_of(model, TOKENS, seed=seed))
                     accused = bool(answer.causes) or (answer.first is not None and not answer.precision_only)
-                    causes = [f"{cause.named.fault} {cause.named.parameters}" for cause in answer.causes]
+                    said = [f"{cause.named.fault} {cause.named.parameters}" for cause in answer.causes]
                     line = {
                         "key": key,
                         "model": name,
                         "title": title,
                         "outcome": "accused" if accused else "right",
-                        "said": causes,
+                        "said": said,
                     }
                     file.write(json.dumps(line | {"seconds": seconds, "arithmetic": answer.precision_only}) + "\n")
                     file.flush()
@@ -106,17 +106,17 @@ def run(out: Path, only: str | None) -> None:
 
 def right_engines(name: str, model: Path, reference: Reference, folder: Path) -> list[tuple[str, Dump, int]]:
     """Engines without a fault: a description, the dump, and the seed of its prompt."""
-    right = []
+    named = []
     untouched = Case("right: llama.cpp", lambda _file: None, ())
     for seed in (8,):
         tokens = tokens_of(model, TOKENS, seed=seed)
-        right.append((untouched.title, dump_of(untouched, model, tokens, reference, folder), seed))
+        named.append((untouched.title, dump_of(untouched, model, tokens, reference, folder), seed))
         if recipe(name).architecture in HABITS:
             for kind in _ARITHMETIC:
-                made = Families(model, arithmetic=kind).run(tokens)
-                dump = bare(made, folder / "right.jsonl")
-                right.append((f"right: NumPy in {kind.upper()}", replace(dump, header=None), seed))
-    return right
+                values = Families(model, arithmetic=kind).run(tokens)
+                dump = bare(values, folder / "right.jsonl")
+                named.append((f"right: NumPy in {kind.upper()}", replace(dump, header=None), seed))
+    return named
 
 
 def show(path: Path) -> None:
@@ -137,9 +137,9 @@ def show(path: Path) -> None:
         print(f"| {name} | {counts} | {middle:.1f} | {seconds[-1]:.1f} |")
     print("\n| architecture | fault | engine | answer |\n" + "|---" * 4 + "|")
     for line in faults:
-        text = "; ".join(line.get("said", [])) or line["outcome"]
+        said = "; ".join(line.get("said", [])) or line["outcome"]
         mark = "" if line["outcome"] == "named" else f"**{line['outcome']}** "
-        print(f"| {line['model']} | {line['title']} | {line['engine']} | {mark}{text} |")
+        print(f"| {line['model']} | {line['title']} | {line['engine']} | {mark}{said} |")
 
 
 def main() -> None:

@@ -130,18 +130,25 @@ class Model:
 
     def pieces(self, ids: Iterable[int]) -> tuple[str, ...]:
         """The text of each id, special tokens shown (`llama_token_to_piece`); half a character is U+FFFD."""
+        return tuple(piece.decode(errors="replace") for piece in self._bytes(ids))
+
+    def text(self, ids: Iterable[int]) -> str:
+        """The text of all ids together, special tokens shown; half a character at either end is left out."""
+        return b"".join(self._bytes(ids)).decode(errors="ignore")
+
+    def _bytes(self, ids: Iterable[int]) -> list[bytes]:
         api = self.library.api
         if api.llama_vocab_type(self._vocab) == 0:
-            return ()
-        texts: list[str] = []
+            return []
+        pieces: list[bytes] = []
         buffer = ctypes.create_string_buffer(256)
         for number in self.checked(ids):
             count = api.llama_token_to_piece(self._vocab, number, buffer, len(buffer), 0, True)
             if count < 0:
                 buffer = ctypes.create_string_buffer(-count)
                 count = api.llama_token_to_piece(self._vocab, number, buffer, len(buffer), 0, True)
-            texts.append(buffer.raw[:count].decode(errors="replace"))
-        return tuple(texts)
+            pieces.append(buffer.raw[:count])
+        return pieces
 
     def checked(self, ids: Iterable[int]) -> tuple[int, ...]:
         """The ids, all of them inside the vocabulary.

@@ -101,6 +101,10 @@ class Service:
         """See `client.Reference.pieces`."""
         return self._vocabulary(contents(path)).pieces(ids)
 
+    def text(self, path: Path, ids: tuple[int, ...], *, item: Item) -> str:
+        """See `client.Reference.text`."""
+        return self._vocabulary(contents(path)).text(ids)
+
     def chat_texts(self, path: Path, text: str, *, item: Item) -> dict[str, str]:
         """See `client.Reference.chat_texts`."""
         return chat_texts(self._library, own_template(self._vocabulary(contents(path)).metadata()), text)

@@ -21,10 +21,10 @@ from checkpoints.room import free_memory
 from checkpoints.tensors import beside
 
 from . import dump, twin, twin_cache
+from .after_quantising import is_f32
 from .callback import Deliver
 from .dataflow import dataflow
 from .emitter import Emitter, Step, steps_of
-from .f32_rest import is_f32
 from .jobs import EXACT, DumpJob, DumpResult
 from .library import Library
 from .model import Model

@@ -16,7 +16,7 @@ from checkpoints.gguf_file import Contents, contents
 from checkpoints.whole_file import Replacement, is_special, unwritable
 
 from . import twin_cache
-from .f32_rest import dequantize_rest, is_f32
+from .after_quantising import dequantize_rest, is_f32, state_alignment
 from .library import Library, default_threads
 
 _F32 = "F32"  # the file type whose weights are F32 without exception
@@ -174,6 +174,7 @@ def convert(library: Library, model: Contents, ftype: str, out: Path, *, threads
     library.lines.clear()
     status = api.llama_model_quantize(os.fsencode(model.path), os.fsencode(out), ctypes.byref(params))
     if status == 0:
+        state_alignment(out)
         if ftype.upper() == _F32:
             dequantize_rest(out)
         return

@@ -16,7 +16,7 @@ from typing import IO
 from checkpoints.errors import InputError
 from checkpoints.gguf_file import ARRAY, SIZES, Contents, TensorInfo, Value, contents, header_bytes, string_value, uint32_value
 
-from .f32_rest import is_f32
+from .after_quantising import is_f32
 from .library import Library
 from .model import Model
 from .twin import convert

@@ -54,8 +54,8 @@ class File:
 
     def exchange(self, first: str, second: str) -> None:
         """Exchange two tensors of the same shape."""
-        one, other = self.tensors[first], self.tensors[second]
-        one[...], other[...] = other.copy(), one.copy()
+        left, other = self.tensors[first], self.tensors[second]
+        left[...], other[...] = other.copy(), left.copy()
 
     def write(self, path: Path) -> Path:
         """The changed file."""

@@ -114,8 +114,8 @@ def small_model(tmp_path_factory: pytest.TempPathFactory, stories: Path) -> Call
     folder = tmp_path_factory.mktemp("small-models")
 
     def make(name: str, kind: str | None = None, settings: dict[str, Value] | None = None, **shape: object) -> Path:
-        told = [f"{key}={value}" for key, value in sorted({**shape, **(settings or {})}.items())]
-        path = folder / f"{'-'.join([name, str(kind), *told])}.gguf"
+        words = [f"{key}={value}" for key, value in sorted({**shape, **(settings or {})}.items())]
+        path = folder / f"{'-'.join([name, str(kind), *words])}.gguf"
         if not path.exists():
             chosen = recipe(name)
             make_by_recipe(path, chosen, shape_of(chosen, **shape), settings or {}, kind=kind, tokenizer=stories)

@@ -1,4 +1,4 @@
-"""Ten faults in each of ten architectures: of engines that share no code with ours.
+"""Ten faults in each of twelve architectures: of engines that share no code with ours.
 
 An engine is llama.cpp with a changed file (`changed_files`), or the NumPy engine of `foreign_families`. A case lists the entries of
 the catalogue that name it: several if they give the same numbers.
@@ -55,8 +55,8 @@ def exchanged(first: str, second: str) -> Change:
     """Two tensors of each layer exchanged."""
 
     def change(file: File) -> None:
-        for one, other in zip(file.named(first), file.named(second), strict=True):
-            file.exchange(one, other)
+        for left, other in zip(file.named(first), file.named(second), strict=True):
+            file.exchange(left, other)
 
     return change
 
@@ -254,7 +254,8 @@ CASES: dict[str, tuple[Case, ...]] = {
         Case("scores scaled by 1/√32", number("attention.scale", 32**-0.5), ("attn-scale",)),
     ),
     "gemma2": (
-        _EPS, _BASE, _GATE_UP, _PERMUTED, _HALF_DOWN, _SWAPPED, _PLUS,
+        _EPS, _BASE, _GATE_UP, _PERMUTED, _SWAPPED, _PLUS,
+        Case("attn_norm's weight missing", each("attn_norm.weight", by=ones), ("norm-weight-missing",)),
         Case("window of 9 for 8", further("attention.sliding_window", 1), ("window-off-by-one",)),
         Case("scores capped at 2 for 50", number("attn_logit_softcapping", 2.0), ("attn-softcap", "softcap-value")),
         Case("logits capped at 10 for 30", number("final_logit_softcapping", 10.0), ("logits-softcap", "softcap-value")),
@@ -281,9 +282,9 @@ def dump_of(case: Case, right: Path, tokens: tuple[int, ...], reference: Referen
     return Dump(dump.path, None, {name: stripped(rows) for name, rows in dump.points.items()})
 
 
-def bare(made: dict[str, np.ndarray], out: Path) -> Dump:
+def bare(values: dict[str, np.ndarray], out: Path) -> Dump:
     """The dump of an engine that prints these values."""
-    out.write_text("".join(json.dumps(line) + "\n" for line in lines(made)))
+    out.write_text("".join(json.dumps(line) + "\n" for line in lines(values)))
     return read(out)
 
 

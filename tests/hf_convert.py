@@ -70,50 +70,53 @@ def _converted(arch: str, name: str, value: np.ndarray, config: dict[str, Any], 
 
 def _joined(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The tensors with those of a layer's experts stacked."""
-    made: dict[str, np.ndarray] = {}
+    converted: dict[str, np.ndarray] = {}
     for name, value in tensors.items():
         head, mark, rest = name.partition(".experts.")
         if not mark or not rest[0].isdigit():
-            made[name] = value
+            converted[name] = value
         elif rest.startswith("0."):
             leaf = rest.removeprefix("0.")
             count = sum(other.startswith(f"{head}.experts.") and other.endswith(leaf) for other in tensors)
             stacked = np.stack([tensors[f"{head}.experts.{number}.{leaf}"] for number in range(count)])
-            made[
+            converted[
                 f"{head.replace('block_sparse_moe', 'mlp')}.experts.{_EXPERTS.get(leaf.split('.')[0], leaf.split('.')[0])}.weight"
             ] = stacked
-    return made
+    return converted
 
 
 def _split(tensors: dict[str, np.ndarray], config: dict[str, Any], changes: dict[str, Any]) -> dict[str, np.ndarray]:
     """The tensors with what converters take apart or put in another order: gpt-oss's and deepseek's experts, MLA, falcon's Q, K and V."""
-    made: dict[str, np.ndarray] = {}
+    converted: dict[str, np.ndarray] = {}
     for name, value in tensors.items():
         if name.endswith("mlp.experts.gate_up_proj") and config["model_type"] == "deepseek_v2":
             gate, up = np.split(value, 2, axis=1)
-            made |= {name.replace("gate_up_proj", "gate_proj.weight"): gate, name.replace("gate_up_proj", "up_proj.weight"): up}
+            converted |= {
+                name.replace("gate_up_proj", "gate_proj.weight"): gate,
+                name.replace("gate_up_proj", "up_proj.weight"): up,
+            }
         elif ".mlp.experts.gate_up_proj" in name:  # gpt-oss: gate and up in turns
             kind = "bias" if name.endswith("_bias") else "weight"
             whole = value if kind == "bias" else value.swapaxes(1, 2)
             head = name.partition("gate_up_proj")[0]
-            made |= {f"{head}gate_proj.{kind}": whole[:, 0::2], f"{head}up_proj.{kind}": whole[:, 1::2]}
+            converted |= {f"{head}gate_proj.{kind}": whole[:, 0::2], f"{head}up_proj.{kind}": whole[:, 1::2]}
         elif ".mlp.experts.down_proj" in name and not name.endswith(".weight"):
             kind = "bias" if name.endswith("_bias") else "weight"
             turned = kind == "weight" and config["model_type"] == "gpt_oss"
-            made[f"{name.partition('down_proj')[0]}down_proj.{kind}"] = value.swapaxes(1, 2) if turned else value
+            converted[f"{name.partition('down_proj')[0]}down_proj.{kind}"] = value.swapaxes(1, 2) if turned else value
         elif name.endswith("kv_b_proj.weight"):
             heads, inner = config["num_attention_heads"], config["qk_nope_head_dim"]
             k, v = np.split(value.reshape(heads, -1, value.shape[-1]), [inner], axis=1)
-            made |= {name.replace("kv_b_proj", "k_b_proj"): k.swapaxes(1, 2), name.replace("kv_b_proj", "v_b_proj"): v}
+            converted |= {name.replace("kv_b_proj", "k_b_proj"): k.swapaxes(1, 2), name.replace("kv_b_proj", "v_b_proj"): v}
         elif name.endswith(("query_key_value.weight", "query_key_value.bias")) and not changes.get("skip_groups"):
             kv = config.get("num_kv_heads") or config["num_attention_heads"]
             size = config["hidden_size"] // config["num_attention_heads"]
             groups = value.reshape(kv, -1, size, *value.shape[1:])
             parts = (groups[:, :-2], groups[:, [-2]], groups[:, [-1]])
-            made[name] = np.concatenate([part.reshape(-1, *value.shape[1:]) for part in parts])
+            converted[name] = np.concatenate([part.reshape(-1, *value.shape[1:]) for part in parts])
         else:
-            made[name] = value
-    return made
+            converted[name] = value
+    return converted
 
 
 def _metadata(writer: gguf.GGUFWriter, arch: str, config: dict[str, Any], layers: int, eps: float | None) -> None:

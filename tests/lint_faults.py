@@ -212,6 +212,7 @@ VARIANTS: tuple[tuple[str, str, Callable[[Dump], Dump]], ...] = (
     ("flat-row", "7 everywhere", lambda d: valued(d, "blk.4.l_out", lambda x: np.full_like(x, 7))),
     ("flat-row", "0 everywhere", lambda d: valued(d, "blk.4.l_out", np.zeros_like)),
     ("impossible-size", "1.5e+18", lambda d: valued(d, "blk.5.l_out", with_value(1.5e18))),
+    ("impossible-size", "e+18", lambda d: other_statistic(d, "blk.6.l_out", "min", "blk.6.l_out", 1e18)),
     ("non-finite", "inf", lambda d: valued(d, "blk.5.l_out", with_value(-np.inf))),
     ("statistics", "stats.min", lambda d: other_statistic(d, "blk.6.l_out", "max", "blk.6.l_out", 0.0)),
     ("statistics", "n and l2 allow", lambda d: other_statistic(d, "blk.6.l_out", "sum", "blk.6.l_out", 1e4)),

@@ -212,5 +212,5 @@ def measured(model: Path, tokens: Sequence[int], steps: int = 2) -> dict[str, Wo
 
 
 if __name__ == "__main__":
-    found = recompute(Path(sys.argv[1]), [int(word) for word in sys.argv[2].split(",")], int(sys.argv[3]))
-    print(json.dumps({name: asdict(worst) for name, worst in found.items()}))
+    nodes = recompute(Path(sys.argv[1]), [int(word) for word in sys.argv[2].split(",")], int(sys.argv[3]))
+    print(json.dumps({name: asdict(worst) for name, worst in nodes.items()}))

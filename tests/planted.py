@@ -17,7 +17,10 @@ from engine.faults import CATALOGUE, as_recorded, plant
 from engine.graph import Step
 from engine.transformer import Transformer
 from engine.weights.gguf_model import GgufModel
+from parity.explain.case import ExplainOptions
 from parity.run.ours import OursJob, dump
+
+PATIENT = ExplainOptions(budget=3600.0)  # an answer that must not depend on the clock
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,16 @@ own server, FastAPI) or `xllamacpp` (llama.cpp's own server, the C++ one, as tha
 """
 
 import contextlib
+import http.client
+import json
 import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -87,9 +91,13 @@ def llama_cpp(model: str, port: int, fault: str) -> None:
     uvicorn.run(app, host="127.0.0.1", port=port, log_level="warning")
 
 
-def xllamacpp(model: str, port: int, _fault: str) -> None:
+def xllamacpp(model: str, port: int, fault: str) -> None:
     import xllamacpp
 
+    if fault:
+        inner, outer = free_port(), port
+        threading.Thread(target=between, args=(outer, inner, fault), daemon=True).start()
+        port = inner
     params = xllamacpp.CommonParams()
     params.model.path = model
     params.n_ctx = 512
@@ -104,6 +112,37 @@ def xllamacpp(model: str, port: int, _fault: str) -> None:
         time.sleep(0.2)
         if os.getppid() == 1:
             return
+
+
+def between(port: int, inner: int, fault: str) -> None:
+    """A server on `port` that changes requests as a faulty one would read them, and passes them on to the one on `inner`."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            request = json.loads(body) if body else {}
+            if isinstance(request.get("prompt"), str):
+                request["prompt"] = changed(fault, request["prompt"], request)
+            passed = http.client.HTTPConnection("127.0.0.1", inner, timeout=60)
+            text = json.dumps(request) if body else None
+            passed.request(self.command, self.path, text, {"Content-Type": "application/json"} if body else {})
+            answer = passed.getresponse()
+            content = answer.read()
+            self.send_response(answer.status)
+            self.send_header("Content-Type", answer.getheader("Content-Type") or "application/json")
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def do_GET(self) -> None:
+            self.do_POST()
+
+        def log_message(self, *_arguments: Any) -> None:
+            pass
+
+    while not listens(inner):
+        time.sleep(0.1)
+    ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
 
 
 if __name__ == "__main__":

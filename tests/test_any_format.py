@@ -28,8 +28,8 @@ def arrays(stories: Path, fault: str | None = None) -> dict[str, np.ndarray]:
         transformer,
         OursJob(Path("whole.jsonl"), TOKENS, points="embd,blk.{0,5,23}.l_out,output_norm,logits", slice_size=1 << 20),
     )
-    found = read("whole.jsonl").points
-    return {"wte" if name == "embd" else name: rows.values for name, rows in found.items()}
+    points = read("whole.jsonl").points
+    return {"wte" if name == "embd" else name: rows.values for name, rows in points.items()}
 
 
 @pytest.mark.slow

@@ -41,8 +41,8 @@ def _values(transformer: Transformer, steps: list[Step] | None = None) -> dict[s
     return values_of(Variant.WIDE, chosen, PROMPT, range(count), [0] * count, *computed)
 
 
-def _nmse(one: Array, other: Array) -> float:
-    return float(((one - other) ** 2).sum() / (other**2).sum())
+def _nmse(ours: Array, other: Array) -> float:
+    return float(((ours - other) ** 2).sum() / (other**2).sum())
 
 
 @pytest.mark.parametrize("architecture", ["qwen2", "llama"])

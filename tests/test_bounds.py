@@ -22,12 +22,12 @@ SIZE = 9_900_000
 
 def lines(make: Callable[[int], bytes]) -> bytes:
     """As many lines as fit."""
-    made: list[bytes] = []
+    files: list[bytes] = []
     size = 0
     while size < SIZE:
-        made.append(make(len(made)) + b"\n")
-        size += len(made[-1])
-    return b"".join(made[:-1])
+        files.append(make(len(files)) + b"\n")
+        size += len(files[-1])
+    return b"".join(files[:-1])
 
 
 def record(values: bytes, fields: bytes = b'"token_idx":0') -> bytes:

@@ -54,11 +54,11 @@ class Cluster:
 def cluster(tmp_path: Path) -> Iterator[Cluster]:
     folder = tmp_path / "cluster"
     folder.mkdir()
-    started = Cluster(folder)
+    cluster = Cluster(folder)
     try:
-        yield started
+        yield cluster
     finally:
-        started.close()
+        cluster.close()
 
 
 def test_a_killed_worker_costs_its_cells_only(cluster: Cluster, parity: Cli, tmp_path: Path) -> None:
@@ -68,11 +68,13 @@ def test_a_killed_worker_costs_its_cells_only(cluster: Cluster, parity: Cli, tmp
     once = tmp_path / "once"
     killer = tmp_path / "killer.sh"
     killer.write_text(f'[ -e {once} ] || {{ touch {once}; kill -9 $PPID; }}\nexec "$@"\n')
-    ran = parity("conform", "--exec", f"sh {killer} {numpy_engine()}", *CELLS, "--cluster", cluster.address, "--format", "json")
-    assert ran.code == 0, ran.err
+    said = parity(
+        "conform", "--exec", f"sh {killer} {numpy_engine()}", *CELLS, "--cluster", cluster.address, "--format", "json"
+    )
+    assert said.code == 0, said.err
     assert once.exists()
-    assert ran.err == ""
-    assert [cell["verdict"] for cell in ran.json["cells"]] == ["parity"] * 4 + ["refused"] * 2
+    assert said.err == ""
+    assert [cell["verdict"] for cell in said.json["cells"]] == ["parity"] * 4 + ["refused"] * 2
     assert parity.json("conform", "--exec", f"sh {killer} {numpy_engine()}", *CELLS, "--workers", "1")[1]["kept"] == 6
 
 

@@ -27,17 +27,17 @@ def both_ways(parity: Cli, folder: Path) -> tuple[Path, Path]:
     return lines, arrays
 
 
-def same(one: Rows, other: Rows) -> bool:
+def same(left: Rows, other: Rows) -> bool:
     """Whether two points' records are the same to the bit."""
     equal = all(
-        np.array_equal(getattr(one, name), getattr(other, name), equal_nan=True)
+        np.array_equal(getattr(left, name), getattr(other, name), equal_nan=True)
         for name in ("seq", "token_idx", "step", "decode", "values", "counts")
     )
-    sketches = one.sketch is not None and other.sketch is not None and np.array_equal(one.sketch, other.sketch)
-    stats = one.stats.keys() == other.stats.keys() and all(
-        np.array_equal(one.stats[name], other.stats[name]) for name in one.stats
+    sketches = left.sketch is not None and other.sketch is not None and np.array_equal(left.sketch, other.sketch)
+    stats = left.stats.keys() == other.stats.keys() and all(
+        np.array_equal(left.stats[name], other.stats[name]) for name in left.stats
     )
-    return equal and sketches and stats and one.shapes == other.shapes and one.dtype == other.dtype
+    return equal and sketches and stats and left.shapes == other.shapes and left.dtype == other.dtype
 
 
 def test_arrays_and_lines_hold_the_same_records(parity: Cli, tmp_path: Path) -> None:

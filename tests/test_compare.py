@@ -265,11 +265,11 @@ def test_an_encoder_has_no_causal_mask() -> None:
     header = replace(HEADER, dataflow=Dataflow(made).to_json())
     ref = random(("enc.embd", "enc.blk.0.l_out", "logits"))
     for positions in (slice(1, None), slice(None), slice(0, -1)):
-        found = compare(dump(spoiled(noisy(ref), ("enc.blk.0.l_out", "logits"), positions)), dump(ref, header=header))
-        assert found.first_divergence is not None
-        assert found.first_divergence.checkpoint == "enc.blk.0.l_out"
-        assert found.pattern is not None
-        assert "mask is missing" not in found.pattern.sentence
-        assert "causal" not in found.pattern.sentence
+        answer = compare(dump(spoiled(noisy(ref), ("enc.blk.0.l_out", "logits"), positions)), dump(ref, header=header))
+        assert answer.first_divergence is not None
+        assert answer.first_divergence.checkpoint == "enc.blk.0.l_out"
+        assert answer.pattern is not None
+        assert "mask is missing" not in answer.pattern.sentence
+        assert "causal" not in answer.pattern.sentence
         if positions.start == 1:
-            assert "every position sees all others" in found.pattern.sentence
+            assert "every position sees all others" in answer.pattern.sentence

@@ -4,6 +4,7 @@ import json
 import resource
 import signal
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -227,6 +228,21 @@ def test_every_order_and_thread_count_passes(golden: Golden, parity: Cli, tmp_pa
             "drift", "check", golden.folder, "--threads", threads, "--prompts", turned, "--ledger", tmp_path / "l.jsonl"
         )
         assert (code, answer["findings"]) == (0, [])
+
+
+def test_a_ledger_tells_the_best_and_what_came_closer() -> None:
+    """The best error of a point is that of checks that passed; of points that came nearer to their limit, the most grown is first."""
+
+    def entry(day: int, verdict: str, **of_limit: float) -> Entry:
+        points = {name: (1e-12, 1e-10, share) for name, share in of_limit.items()}
+        return Entry(f"2026-01-0{day}T00:00:00+00:00", "abc", verdict, "ours", "f00d", {}, points)
+
+    entries = [entry(1, "parity", embd=0.2, kq=0.01, logits=0.1), entry(2, "divergence", embd=0.1, kq=3.0, logits=0.1)]
+    assert ledger.best(entries, "embd") == 0.2
+    assert ledger.best(entries[1:], "embd") is None
+    entries.append(entry(3, "parity", embd=0.4, kq=0.05, logits=0.1))
+    since = datetime.fromisoformat(entries[0].time)
+    assert [point.name for point in ledger.closer(entries, since)] == ["kq", "embd"]
 
 
 def test_a_ledger_is_read_back(tmp_path: Path) -> None:

@@ -48,13 +48,16 @@ def test_ten_thousand_replays_are_recorded_as_blocking_copies_are(engine: Path, 
 
 
 @pytest.mark.parametrize(
-    ("mode", "told"), [("unplaced", "give parity_position_device the device memory"), ("elsewhere", "give the captured stream")]
+    ("mode", "message"),
+    [("unplaced", "give parity_position_device the device memory"), ("elsewhere", "give the captured stream")],
 )
-def test_what_cannot_be_captured_is_an_error_at_the_time_of_capture(engine: Path, tmp_path: Path, mode: str, told: str) -> None:
+def test_what_cannot_be_captured_is_an_error_at_the_time_of_capture(
+    engine: Path, tmp_path: Path, mode: str, message: str
+) -> None:
     """Without a position in device memory, and in another stream than the captured one, the call itself fails and says why."""
     done = ran(engine, tmp_path / "d.jsonl", mode, 0)
     assert done.returncode == 3
-    assert told in done.stderr
+    assert message in done.stderr
 
 
 def test_one_replay_is_recorded_when_the_dump_is_closed(engine: Path, tmp_path: Path) -> None:
@@ -83,13 +86,13 @@ def test_replays_of_a_python_engine_are_recorded_as_copies_are(tmp_path: Path, f
 
 
 @pytest.mark.parametrize(
-    ("mode", "told"), [("unplaced", "call positions_from"), ("elsewhere", "record in the captured stream")]
+    ("mode", "message"), [("unplaced", "call positions_from"), ("elsewhere", "record in the captured stream")]
 )
-def test_a_python_engine_is_told_at_the_time_of_capture(tmp_path: Path, mode: str, told: str) -> None:
+def test_a_python_engine_is_told_at_the_time_of_capture(tmp_path: Path, mode: str, message: str) -> None:
     """Without a device array of positions, and in another stream than the captured one, the call itself raises."""
     pytest.importorskip("cupy", reason="cupy is not installed")
     (tmp_path / "parity_dump.py").write_text(emit.source("python"))
     command = [sys.executable, Path(__file__).with_name("graph_engine.py"), "cupy", mode, "0", *SMALL, "d.jsonl"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 3, done.stderr
-    assert told in done.stderr
+    assert message in done.stderr

@@ -102,29 +102,29 @@ def test_other_portions_of_the_decoder_come_out_the_same(t5: Path, engine: Trans
     """The decoder's tokens in every way agree, in our engine and in llama.cpp (portions only); a later one changes nothing earlier."""
     run = Request(t5, points="all")
     for side, count in ((OurEngine(run, engine=engine), 6), (LlamaCpp(run, reference), 4)):
-        result = checked(side, run, engine.hp.n_vocab)
-        assert result
-        assert len(result.checks) == count
-        assert all(check.verdict is not None and check.verdict.compared > 500 for check in result.checks)
+        answer = checked(side, run, engine.hp.n_vocab)
+        assert answer
+        assert len(answer.checks) == count
+        assert all(check.verdict is not None and check.verdict.compared > 500 for check in answer.checks)
 
 
 def test_portions_of_a_decoder_that_disagree(t5: Path, engine: Transformer) -> None:
     """A key that a step over one token makes otherwise than a pass over several is seen."""
 
     def few_rows(op: Callable[..., Any], x: Any, *weights: Any, **params: Any) -> Any:
-        made = op(x, *weights, **params)
-        return made * np.float32(1.01) if len(x) == 1 else made
+        result = op(x, *weights, **params)
+        return result * np.float32(1.01) if len(x) == 1 else result
 
     run, right = Request(t5, points="all"), engine.steps
     try:
         engine.steps = [
             replace(step, op=partial(few_rows, step.op)) if step.makes == "blk.1.cross_Qcur" else step for step in right
         ]
-        result = checked(OurEngine(run, engine=engine), run, engine.hp.n_vocab)
+        answer = checked(OurEngine(run, engine=engine), run, engine.hp.n_vocab)
     finally:
         engine.steps = right
-    assert not result
-    assert [check.name for check in result.checks if not check.verdict] == ["prefill and one step", "one token at a time"]
+    assert not answer
+    assert [check.name for check in answer.checks if not check.verdict] == ["prefill and one step", "one token at a time"]
 
 
 def test_an_engine_is_not_told_the_decoders_tokens(parity: Cli, t5: Path) -> None:

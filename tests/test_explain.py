@@ -98,7 +98,7 @@ def test_a_law_tells_of_the_place_that_the_causes_leave(engine: Faulty) -> None:
 def test_what_tells_equal_faults_apart_was_tried(engine: Faulty, name: str, other: str, sentence: str) -> None:
     """Faults of one class come with the point, prompt or model that distinguishes them, or with the attempts that did not."""
     [cause] = explain(only(engine, (name, {}, None)), engine.model).causes
-    assert {name, other} <= {cause.named.fault, *(one.fault for one in cause.equivalent)}
+    assert {name, other} <= {cause.named.fault, *(named.fault for named in cause.equivalent)}
     assert sentence in cause.apart
 
 
@@ -124,7 +124,7 @@ def test_two_faults_at_once_are_both_named(engine: Faulty, names: Sequence[str])
     explanation = explain(only(engine, *((name, {}, None) for name in names)), engine.model, _PATIENT)
     assert explanation.remaining is None
     classes = [{cause.named.fault, *(other.fault for other in cause.equivalent)} for cause in explanation.causes]
-    assert all(any(name in one for one in classes) for name in names)
+    assert all(any(name in sentences for sentences in classes) for name in names)
 
 
 def test_a_missing_first_token_is_named(engine: Faulty) -> None:

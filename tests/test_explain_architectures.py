@@ -1,14 +1,15 @@
 """Faults that only some architectures can have: each is named in a model to which it applies, in all layers and in one."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from fault_places import GENERATED, PLACES, SETTINGS
-from planted import Faulty, Planted, tokens_of
+from planted import PATIENT, Faulty, Planted, tokens_of
 
 from engine.faults import CATALOGUE
-from parity.explain.explain import ExplainOptions, explain
+from parity.explain.explain import explain
 from reference.client import Reference
 
 _QUICK = {"head-norm-missing", "experts-one-fewer", "window-ignored"}
@@ -17,14 +18,14 @@ _QUICK = {"head-norm-missing", "experts-one-fewer", "window-ignored"}
 @pytest.fixture(scope="module")
 def faulty(reference: Reference, small_model: Callable[..., Path]) -> Callable[[str], Faulty]:
     """The engine of a recipe's model, lifted from llama.cpp's graph."""
-    made: dict[str, Faulty] = {}
+    engines: dict[str, Faulty] = {}
 
     def of(name: str) -> Faulty:
-        if name not in made:
+        if name not in engines:
             recipe, settings = SETTINGS.get(name, (name, {}))
             model = small_model(recipe, settings=settings)
-            made[name] = Faulty(model, reference.graph(model))
-        return made[name]
+            engines[name] = Faulty(model, reference.graph(model))
+        return engines[name]
 
     return of
 
@@ -44,7 +45,7 @@ def test_each_fault_is_named(faulty: Callable[[str], Faulty], name: str, layers:
     tokens = tokens_of(engine.model, 14, seed=5)
     parameters = CATALOGUE[name].variants({step.makes: step for step in engine.right})[0] | chosen
     dump = engine.dump(Planted(((name, parameters, layers),)), tokens, generated=4 if name in GENERATED else 0)
-    explanation = explain(dump, engine.model, ExplainOptions(tokens=tokens))
+    explanation = explain(dump, engine.model, replace(PATIENT, tokens=tokens))
     assert explanation.first is not None
     assert explanation.remaining is None
     assert len(explanation.causes) == 1
@@ -58,7 +59,7 @@ def test_no_fault_in_a_right_engine(faulty: Callable[[str], Faulty], recipe: str
     """The right engine of each of these models has no fault at any point."""
     engine = faulty(recipe)
     tokens = tokens_of(engine.model, 14, seed=6)
-    explanation = explain(engine.dump(Planted(()), tokens, points="all"), engine.model, ExplainOptions(tokens=tokens))
+    explanation = explain(engine.dump(Planted(()), tokens, points="all"), engine.model, replace(PATIENT, tokens=tokens))
     assert not explanation.causes
     assert explanation.differing == 0
 

@@ -72,18 +72,20 @@ def blocks(tmp_path_factory: pytest.TempPathFactory) -> Faulty:
 
 
 def _smaller(x: Array) -> Array:
-    made = x.copy()
-    made[:, 5] *= x.dtype.type(0.7)
-    return made
+    changed = x.copy()
+    changed[:, 5] *= x.dtype.type(0.7)
+    return changed
 
 
 def test_one_unit_that_is_wrong_everywhere_is_no_rounding(blocks: Faulty) -> None:
     """Errors as large as BF16's, but one vector at every position, each times a number."""
-    steps = [replace(one, op=Then(one.op, _smaller)) if one.makes == "blk.0.ffn_gate" else one for one in blocks.right]
+    steps = [replace(step, op=Then(step.op, _smaller)) if step.makes == "blk.0.ffn_gate" else step for step in blocks.right]
     dump = unstated(blocks.dump(RIGHT, PROMPT, steps=steps))
     case = Case(dump, blocks.model, ExplainOptions())
     cost = floor("bf16", case.entries, case.transformer.steps, case.replay, case.make, case.positions).cost()
-    sizes = [float(entry.base.mean()) / float(one) for entry, one in zip(case.entries, cost, strict=True) if entry.base.any()]
+    sizes = [
+        float(entry.base.mean()) / float(costs) for entry, costs in zip(case.entries, cost, strict=True) if entry.base.any()
+    ]
     assert all(0.3 < size < 3 for size in sizes)
     explanation = explain(dump, blocks.model, ExplainOptions(budget=0.5))
     assert explanation.first is not None

@@ -33,8 +33,8 @@ def test_single_layers_are_screened_together_as_one_by_one(engine: Faulty) -> No
     shape = (len(PROMPT), engine.transformer.hp.n_embd)
     outputs = [weights.array(rng.standard_normal(shape).astype(np.float32)) for _ in range(3)]
     together = carry(steps, "blk.1.l_out", outputs, positions, weights)
-    for one, many in zip(outputs, together, strict=True):
-        alone = next(carry(steps, "blk.1.l_out", [one], positions, weights))
+    for single, many in zip(outputs, together, strict=True):
+        alone = next(carry(steps, "blk.1.l_out", [single], positions, weights))
         assert np.abs(alone - many).max() < 1e-5 * np.abs(alone).max()
 
 
@@ -46,11 +46,11 @@ def test_candidates_are_computed_together_as_one_by_one(engine: Faulty) -> None:
     faults = [CATALOGUE[name] for name in chosen]
     variants = [(fault, fault.variants(planting.right)[0]) for fault in faults]
     edits = [planting.edits(fault, None, parameters) for fault, parameters in variants]
-    together = replay.run_batch(edits, len(engine.right), frozenset(), lambda _name, made: [True] * len(made))
-    for (fault, parameters), made in zip(variants, together, strict=True):
+    together = replay.run_batch(edits, len(engine.right), frozenset(), lambda _name, shown: [True] * len(shown))
+    for (fault, parameters), shown in zip(variants, together, strict=True):
         alone = replay.run(planting.of(fault, None, parameters), lambda _name, _made: True)["logits"]
-        assert made is not None
-        assert np.abs(alone - made["logits"]).max() < 1e-5 * np.abs(alone).max(), fault.name
+        assert shown is not None
+        assert np.abs(alone - shown["logits"]).max() < 1e-5 * np.abs(alone).max(), fault.name
 
 
 def test_what_is_unlikely_in_a_layer_is_screened_all_the_same(engine: Faulty) -> None:
@@ -58,15 +58,15 @@ def test_what_is_unlikely_in_a_layer_is_screened_all_the_same(engine: Faulty) ->
     case = Case(only(engine, ("no-gate", {}, (2,))), engine.model, ExplainOptions())
     screening = case.screening(case.entries, Budget(60))
     state = screening.start()
-    candidates = [one for one in screening.candidates(state, (1,)) if one.fault.shows is None]
-    places = {id(one): place for one, (place, _) in screened(screening, state, (1,), candidates)}
+    candidates = [candidate for candidate in screening.candidates(state, (1,)) if candidate.fault.shows is None]
+    places = {id(candidate): place for candidate, (place, _) in screened(screening, state, (1,), candidates)}
     assert len(places) > 100
     for choose in (lambda _name, _values, _rows: set[int](), lambda _name, values, _rows: set(list(values)[::3])):
         likely, rest = in_two(screening, state, (1,), candidates, choose)
         first = list(likely)
         last = list(rest)
         assert len(first) < len(places) // 2
-        assert {id(one): place for one, (place, _) in (*first, *last)} == places
+        assert {id(candidate): place for candidate, (place, _) in (*first, *last)} == places
 
 
 def test_a_layer_that_no_point_stands_at_is_found_by_what_residuals_hand_on(engine: Faulty) -> None:
@@ -105,6 +105,8 @@ def test_the_stages_hold_every_candidate_once(engine: Faulty, point: int) -> Non
     case = Case(only(engine, ("capture-early", {}, None)), engine.model, ExplainOptions())
     screening = case.screening(case.entries, Budget(60))
     state = replace(screening.start(), first=RecordKey(point, 0))
-    wanted = [(one.fault.name, str(one.parameters)) for one in screening.candidates(state, None)]
-    staged = [(one.fault.name, str(one.parameters)) for stage in stages(screening, state, None) for one in stage]
+    wanted = [(candidate.fault.name, str(candidate.parameters)) for candidate in screening.candidates(state, None)]
+    staged = [
+        (candidate.fault.name, str(candidate.parameters)) for stage in stages(screening, state, None) for candidate in stage
+    ]
     assert sorted(staged) == sorted(wanted)

@@ -47,11 +47,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     folder = tmp_path_factory.mktemp("families")
 
     def make(family: str) -> Path:
-        made = folder / family
-        if not made.exists():
+        place = folder / family
+        if not place.exists():
             script = Path(__file__).with_name("hf_make.py")
-            subprocess.run([PYTHON, str(script), family, str(made)], check=True, capture_output=True)
-        return made
+            subprocess.run([PYTHON, str(script), family, str(place)], check=True, capture_output=True)
+        return place
 
     return make
 
@@ -208,14 +208,14 @@ def test_points_by_wildcard_and_some_positions(model: Callable[[str], Path], par
         "hf.jsonl",
     )
     assert parity(*dump, "--points", "blk.{0,2}.*_rope,blk.*.kq_soft_max,logits", "--positions", "1,4").code == 0
-    found = read(Path("hf.jsonl"))
-    assert sorted(found.points) == sorted(
+    written = read(Path("hf.jsonl"))
+    assert sorted(written.points) == sorted(
         [f"blk.{layer}.{letter}_rope" for layer in (0, 2) for letter in "qk"]
         + [f"blk.{layer}.kq_soft_max" for layer in range(3)]
         + ["logits"]
     )
-    assert all(rows.token_idx.tolist() == [1, 4] for rows in found.points.values())
-    assert [shape[-1] for shape in found.points["blk.0.kq_soft_max"].shapes] == [2, 5]
+    assert all(rows.token_idx.tolist() == [1, 4] for rows in written.points.values())
+    assert [shape[-1] for shape in written.points["blk.0.kq_soft_max"].shapes] == [2, 5]
     assert parity(*dump, "--positions", "last").code == 0
     assert {position for rows in read(Path("hf.jsonl")).points.values() for position in rows.token_idx.tolist()} == {5}
     refused(parity(*dump, "--positions", "9"), "there are positions 0 to 5")

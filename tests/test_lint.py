@@ -105,7 +105,7 @@ def test_bits_read_as_another_type_are_recognised(kind: str, right: Dump) -> Non
 
 
 @pytest.mark.parametrize(
-    ("ids", "found"),
+    ("ids", "repetition"),
     [
         ([1, 2, 3] + [9] * SAME_TOKEN, (3, 1, SAME_TOKEN)),
         ([1, 2, 3] + [9] * (SAME_TOKEN - 1), None),
@@ -115,9 +115,9 @@ def test_bits_read_as_another_type_are_recognised(kind: str, right: Dump) -> Non
         ([1, 2] * 12, (0, 2, 24)),
     ],
 )
-def test_repetition_has_stated_bounds(ids: list[int], found: tuple[int, int, int] | None) -> None:
+def test_repetition_has_stated_bounds(ids: list[int], repetition: tuple[int, int, int] | None) -> None:
     """A repeated token or cycle is reported from the bound on, with start, period and length, and not before."""
-    assert cycle(ids) == found
+    assert cycle(ids) == repetition
 
 
 def test_warnings_leave_a_dump_usable(right: Dump) -> None:

@@ -227,12 +227,12 @@ def test_positions_layers_slice(reference: Reference, folder: Path, tokens: tupl
 def test_a_run_repeats_itself(reference: Reference, folder: Path, tokens: tuple[int, ...]) -> None:
     """The same job gives the same values to the bit, and with another number of threads the same but for rounding."""
     job = DumpJob(MODEL, folder / "one.jsonl", tokens, points="*.l_out,logits", slice_size=None, threads=1)
-    one = read(reference.dump(job).out)
+    dumped = read(reference.dump(job).out)
     again = read(reference.dump(replace(job, out=folder / "again.jsonl")).out)
     two = read(reference.dump(replace(job, out=folder / "two.jsonl", threads=2)).out)
-    for name, rows in one.points.items():
+    for name, rows in dumped.points.items():
         np.testing.assert_array_equal(rows.values, again.points[name].values)
-    assert compare(two, one).verdict == "parity"
+    assert compare(two, dumped).verdict == "parity"
 
 
 def test_node_information(reference: Reference, tokens: tuple[int, ...]) -> None:

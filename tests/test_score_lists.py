@@ -12,6 +12,8 @@ from cli import Cli, refused
 from servers import Start
 
 from parity.score.measures import Listed, kl_of_list, kl_of_lists, kl_whole, largest, log_sum
+from parity.server.scoring import text_of
+from reference.client import Reference
 
 TEXT = (
     "Once upon a time, there was a little girl named Lily. She loved to play outside in the sunshine. One day, she found a big red "
@@ -184,3 +186,10 @@ def test_golden_logits_are_a_base(parity: Cli, tmp_path: Path) -> None:
     refused(parity("score", "--golden", "golden", "--text", "prompts.txt"), "both --text and --golden")
     refused(parity("score", "--golden", "golden", "--alone"), "more than one base")
     refused(parity("score"), "no text was given", "--golden")
+
+
+def test_a_chunk_is_sent_as_its_text(reference: Reference, stories: Path) -> None:
+    """Characters of several tokens are whole in a chunk's text; of one that the chunk cuts nothing is left."""
+    tokens = reference.tokenize(stories, "a naïve 🎈🎈 你好").ids
+    assert text_of(tokens, stories, reference) == "a naïve 🎈🎈 你好"
+    assert reference.text(stories, tokens[1:-1]) == "a naïve 🎈🎈 你"

@@ -29,9 +29,9 @@ def test_options_are_found_in_the_file(parity: Cli) -> None:
     shape = "--layers 6 --width 96 --heads 6 --kv-heads 3 --head-size 32 --ff 160 --vocab 3000 --context 64 --rope-base 5000"
     given = ("--untied", "--set", "attention.sliding_window=5", "--set", "attention.layer_norm_rms_epsilon=0.5")
     assert parity("synth", "--architecture", "gemma4", *shape.split(), *given, "-o", "m.gguf").code == 0
-    made = contents(Path("m.gguf"))
-    values = {key.removeprefix("gemma4."): value.plain() for key, value in made.metadata.items()}
-    assert (made.layers, values["embedding_length"], values["attention.head_count"]) == (6, 96, 6)
+    file = contents(Path("m.gguf"))
+    values = {key.removeprefix("gemma4."): value.plain() for key, value in file.metadata.items()}
+    assert (file.layers, values["embedding_length"], values["attention.head_count"]) == (6, 96, 6)
     assert (values["attention.head_count_kv"], values["attention.key_length"], values["attention.key_length_swa"]) == (
         3,
         32,
@@ -40,7 +40,7 @@ def test_options_are_found_in_the_file(parity: Cli) -> None:
     assert (values["context_length"], values["rope.freq_base"], values["attention.sliding_window"]) == (64, 5000.0, 5)
     assert values["attention.layer_norm_rms_epsilon"] == 0.5
     assert values["attention.sliding_window_pattern"] == [True, True, True, True, False, True]
-    assert {tensor.name: tensor.ne for tensor in made.tensors}["output.weight"] == (96, 3000)
+    assert {tensor.name: tensor.ne for tensor in file.tensors}["output.weight"] == (96, 3000)
 
 
 def test_heads_take_their_keys_along(parity: Cli) -> None:

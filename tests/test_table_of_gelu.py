@@ -51,7 +51,7 @@ class Sides:
             points[name] = replace(rows, **cut, stats={}, sketch=None)
         return Dump("ours.jsonl", None, points)
 
-    def verdict(self, size: int, kinds: tuple[str, ...] = (), steps: list[Step] | None = None, change: Any = None) -> Verdict:
+    def told(self, size: int, kinds: tuple[str, ...] = (), steps: list[Step] | None = None, change: Any = None) -> Verdict:
         """What is said of the bare lines of an engine that runs these steps, after `change` to each point's values."""
         dump = self.faulty.dump(RIGHT, self.tokens, points="all", size=1 << 20, steps=steps)
         points = {}
@@ -71,12 +71,12 @@ def sides(
     reference: Reference, small_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], Sides]:
     """Both sides of a recipe's model."""
-    made: dict[str, Sides] = {}
+    engines: dict[str, Sides] = {}
 
     def of(name: str) -> Sides:
-        if name not in made:
-            made[name] = Sides(small_model(name, kind="f32"), reference, tmp_path_factory.mktemp(name))
-        return made[name]
+        if name not in engines:
+            engines[name] = Sides(small_model(name, kind="f32"), reference, tmp_path_factory.mktemp(name))
+        return engines[name]
 
     return of
 
@@ -94,7 +94,7 @@ def edited(steps: list[Step], name: str, change: Callable[[Array], Array]) -> li
 @pytest.mark.parametrize(("size", "kinds"), [(16, DEFAULT), (12, ()), (1 << 20, ())])
 def test_a_step_of_the_table_is_no_fault(recipe: str, size: int, kinds: tuple[str, ...], sides: Callable[[str], Sides]) -> None:
     """A right float32 engine meets another entry of the table here and there: agreement, and no operation is blamed."""
-    verdict = sides(recipe).verdict(size, kinds)
+    verdict = sides(recipe).told(size, kinds)
     assert verdict
     assert not verdict.record_faults
 
@@ -121,11 +121,11 @@ def test_a_fault_behind_the_table_is_seen(sides: Callable[[str], Sides]) -> None
     """A final norm that is scaled by 1.0003 jumps out of what the table leaves, whole rows given; the activation itself is not excused."""
     both = sides("gemma3")
     right = list(both.faulty.right)
-    verdict = both.verdict(1 << 20, steps=edited(right, "output_norm", lambda x: x * np.float32(1.0003)))
+    verdict = both.told(1 << 20, steps=edited(right, "output_norm", lambda x: x * np.float32(1.0003)))
     assert verdict.first_divergence is not None
     assert verdict.first_divergence.checkpoint == "output_norm"
     assert not any("a fault, or the table" in note for note in verdict.notes)
-    verdict = both.verdict(16, steps=edited(right, "blk.1.ffn_geglu", lambda x: x * np.float32(1.01)))
+    verdict = both.told(16, steps=edited(right, "blk.1.ffn_geglu", lambda x: x * np.float32(1.01)))
     assert verdict.first_divergence is not None
     assert verdict.first_divergence.checkpoint == "blk.1.ffn_geglu"
     assert any("a fault, or the table" in note for note in verdict.notes)
@@ -140,10 +140,10 @@ def test_of_three_sides_the_table_is_not_the_wrong_one(sides: Callable[[str], Si
         replace(both.faulty.dump(RIGHT, both.tokens, points="all", size=1 << 20, steps=steps), path=path)
         for steps, path in ((spoiled, "spoiled.jsonl"), (exact, "exact.jsonl"))
     )
-    result = three_on((ours, both.ref, other), Options(), both.model)
-    assert result.first is not None
-    assert (result.first.checkpoint, result.first.wrong) == ("blk.0.ffn_out", (0,))
-    assert {point.wrong for point in result.points if point.differs} == {(0,)}
+    verdict = three_on((ours, both.ref, other), Options(), both.model)
+    assert verdict.first is not None
+    assert (verdict.first.checkpoint, verdict.first.wrong) == ("blk.0.ffn_out", (0,))
+    assert {point.wrong for point in verdict.points if point.differs} == {(0,)}
 
 
 class _OursIsTrue:
@@ -217,7 +217,7 @@ def halves(kind: str, values: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("size", [16, 1 << 20])
 def test_another_layout_before_a_norm_of_heads_is_no_fault(size: int, sides: Callable[[str], Sides]) -> None:
     """Q and K as neighbours in front of their norms, all that is made from them right: the records are of another layout."""
-    verdict = sides("qwen3").verdict(size, change=halves)
+    verdict = sides("qwen3").told(size, change=halves)
     assert verdict
     assert {fault.kind for fault in verdict.record_faults} == {"layout"}
     assert {"blk.0.q", "blk.0.k", "blk.0.q_rope"} <= {fault.checkpoint for fault in verdict.record_faults}
@@ -231,14 +231,14 @@ def test_what_a_norm_removes_is_not_acquitted_by_it(sides: Callable[[str], Sides
         ("qwen3", "blk.1.q", lambda x: x * np.float32(2)),
     ):
         both = sides(recipe)
-        verdict = both.verdict(1 << 20, steps=edited(list(both.faulty.right), name, change))
+        verdict = both.told(1 << 20, steps=edited(list(both.faulty.right), name, change))
         assert verdict.first_divergence is not None
         assert verdict.first_divergence.checkpoint == name
 
 
 def test_a_factor_that_a_norm_removes_blames_no_operation(sides: Callable[[str], Sides]) -> None:
     """Keys twice as large, and all that is made of them behind their norm right: the record, or an operation that the norm hides."""
-    verdict = sides("qwen3").verdict(16, change=lambda kind, values: values * np.float32(2) if kind == "k" else values)
+    verdict = sides("qwen3").told(16, change=lambda kind, values: values * np.float32(2) if kind == "k" else values)
     assert verdict.first_divergence is not None
     assert verdict.first_divergence.checkpoint == "blk.0.k"
     assert "k_norm, computed from it, agree" in verdict.operation

@@ -142,6 +142,16 @@ def test_a_large_file_is_hashed_again_when_it_was_touched(tmp_path: Path) -> Non
     assert len(list((cache_dir() / "hashes").iterdir())) == 1
 
 
+def test_the_hash_of_a_file_that_was_just_written_is_not_believed(tmp_path: Path) -> None:
+    """Within a tick of the file system's clock a second change would keep all times: the file is hashed again."""
+    path = tmp_path / "large"
+    path.write_bytes(bytes(1 << 23))
+    first = content_hash(path)
+    (record,) = (cache_dir() / "hashes").iterdir()
+    record.write_text(record.read_text().replace(first, "0" * 32))
+    assert content_hash(path) == first
+
+
 @pytest.mark.slow
 def test_a_remembered_hash_is_used(tmp_path: Path) -> None:
     """The hash of a large file that lay still before it was hashed is read from the cache, also where the cache then is damaged."""
@@ -167,6 +177,9 @@ def test_use_of_a_twin_is_noted_beside_it(model: Path) -> None:
     (twin,), after = cached(), path.stat()
     assert twin.used > unused.used
     assert (before.st_mtime_ns, before.st_ctime_ns) == (after.st_mtime_ns, after.st_ctime_ns)
+    path.unlink()
+    workspace()
+    assert not list((cache_dir() / "used").iterdir())
 
 
 def test_a_twin_in_use_is_not_evicted(model: Path, synthetic: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:

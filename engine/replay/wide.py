@@ -27,8 +27,11 @@ _ENTRY = 2.0**-10  # float16 keeps eleven bits: the next number is at most this 
 
 
 def is_looked_up(step: Step) -> bool:
-    """Whether ggml takes a step's value from a table of float16."""
-    return isinstance(step.op, GgmlOperation) and looked_up(step.op.name, step.params["params"])
+    """Whether a step's value comes from ggml's table of float16."""
+    if not isinstance(step.op, GgmlOperation):
+        return False
+    params = step.params["params"]
+    return params.rounds is not False and looked_up(step.op.name, params)
 
 
 def entry_errors(step: Step, inputs: Sequence[Array], weights: WeightSource) -> Array:
@@ -136,7 +139,11 @@ def values_of(
     numbers = {TOKENS: tokens, POSITIONS: positions, PASSES: passes}
     values = {name: backend.array(np.asarray(of, dtype=np.int64)) for name, of in numbers.items()}
     values |= {name: backend.array(value) for name, value in given.items()}
+    # A dump may have recorded what steps keep to themselves.
+    steps = [replace(step, inner=False) if step.makes in wanted else step for step in steps]
     with np.errstate(all="ignore"):  # faults may overflow
         steps = without_tables(steps[: last + 1]) if variant is Variant.EXACT else steps[: last + 1]
-        graph.run(steps, values, WideWeights(weights) if variant is Variant.WIDE else weights, KvCache(backend.xp), keep)
-    return kept
+        source = WideWeights(weights) if variant is Variant.WIDE else weights
+        inner = [step.makes for step in steps if step.inner and step.makes in wanted]  # which a tap does not see
+        made = graph.run(steps, values, source, KvCache(backend.xp), keep, keep=inner)
+    return kept | {name: backend.to_host(made[name]) for name in inner}

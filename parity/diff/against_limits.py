@@ -32,12 +32,16 @@ GROWN = 25.0
 
 @dataclass(frozen=True)
 class Held:
-    """For each record, [R]: its NMSE limit, its error in proportion to the limit, and whether that is above 1."""
+    """For each record, [R]: its NMSE limit, its error in proportion to the limit, and whether that is above 1.
+
+    `excused` records are over the table's limit and pass by an assumption about rounding.
+    """
 
     limit: Floats
     of_limit: Floats
     failed: Bools
     notes: tuple[str, ...] = ()
+    excused: int = 0
 
 
 def hold(
@@ -64,6 +68,7 @@ def hold(
     of_limit = proportion(measured.measures.nmse, measured.measures.future_mass, limit)
     tabled = (of_limit <= 1) & (measured.measures.nmse > usual)
     notes: tuple[str, ...] = ()
+    assumed = tabled
     if excuse_noise and allowed.operations == EXACT_FLOOR.operations:
         higher = None if truth is None else _by_truth(measured, limit, truth)
         if higher is not None:
@@ -72,6 +77,7 @@ def hold(
             limit, notes = excused(
                 model, measured.point, measured.seq, measured.token_idx, measured.measures.nmse, of_limit, limit
             )
+            assumed = assumed | (measured.measures.nmse > usual)
         of_limit = proportion(measured.measures.nmse, measured.measures.future_mass, limit)
     elif excuse_noise and lower_arithmetic:
         limit, notes = _grown(measured, limit, of_limit, model)
@@ -80,7 +86,8 @@ def hold(
         limit = _no_worse(measured, limit, of_limit, model)
         of_limit = proportion(measured.measures.nmse, measured.measures.future_mass, limit)
     failed = of_limit > 1
-    return Held(limit, of_limit, failed, (*_of_the_table(measured.measures.nmse, tabled, failed, behind), *notes))
+    notes = (*_of_the_table(measured.measures.nmse, tabled, failed, behind), *notes)
+    return Held(limit, of_limit, failed, notes, int((assumed & ~failed).sum()))
 
 
 def _of_the_table(nmse: Floats, passed: Bools, failed: Bools, behind: Bools) -> list[str]:
@@ -105,10 +112,10 @@ def _behind_a_table(measured: Measured, model: Flow, limit: Floats) -> Bools:
 
     They are those of a point with such an operation between it and the compared points before it, and those that inherit their error.
     """
-    made = model.whole.made
+    makers = model.whole.made
     # Values made from such elements one by one are off like them; an operation that divides by small weights makes it a larger part.
     tables = set[str]()
-    for name, how in made.items():  # a point comes after what it reads
+    for name, how in makers.items():  # a point comes after what it reads
         if how.looked_up(name) or (how.op in ELEMENTWISE and not tables.isdisjoint(how.reads)):
             tables.add(name)
     behind = model.whole.behind(lambda name, _: name in tables)
@@ -191,10 +198,10 @@ def _by_truth(measured: Measured, limit: Floats, truth: Truth) -> tuple[Floats, 
     )
 
 
-def _joined(measured: Measured, distances: Mapping[str, Floats]) -> Floats:
+def _joined(measured: Measured, answers: Mapping[str, Floats]) -> Floats:
     """The distances of all records, [R]; NaN where none is known."""
     none = (np.full(len(pair.ref), np.nan) for pair in measured.pairs)
-    known = [of_few(distances.get(pair.point, far), pair.ref) for pair, far in zip(measured.pairs, none, strict=True)]
+    known = [of_few(answers.get(pair.point, far), pair.ref) for pair, far in zip(measured.pairs, none, strict=True)]
     return np.concatenate(known)
 
 

@@ -162,6 +162,7 @@ def _comparison(ours: Dump, ref: Dump, options: Options, parted: TokenComparison
         left_out=alignment.left_out,
         strict=options.strict,
         stated=(options.compute or (ours.header.compute if ours.header is not None else "")).lower(),
+        excused=held.excused,
         notes=(
             *((placed.note,) if placed.note else ()),
             *elsewhere(ours, ref, wrong),
@@ -195,9 +196,13 @@ def _notes(ours: Dump, ref: Dump, pairs: tuple[Pair, ...], measures: Measures) -
         notes.append(
             f"values are printed in steps of up to {step:.0e}: smaller differences cannot be seen (%.9g prints all digits)"
         )
-    both = int(((measures.nonfinite_ours > 0) & (measures.nonfinite_ref > 0)).sum())
-    if both:
-        notes.append(f"{both} records have NaN or infinities on both sides: those elements are not compared")
+    both = np.flatnonzero((measures.nonfinite_ours > 0) & (measures.nonfinite_ref > 0))
+    if len(both):
+        ends = np.cumsum([len(pair.ours) for pair in pairs])
+        first = pairs[int(np.searchsorted(ends, both[0], side="right"))].point
+        notes.append(
+            f"NaN or infinities on both sides in {len(both)} records, the first at {first}: those elements are not compared"
+        )
     other = [pair.point for pair in pairs if _lengths(pair)]
     if other:
         notes.append(

@@ -111,10 +111,10 @@ class _Consumers:
             return None
         decided: list[bool] = []
         for record in wrong.tolist():
-            decision = self._decided(name, record, children)
-            if decision is None:
+            judged_by_consumers = self._decided(name, record, children)
+            if judged_by_consumers is None:
                 return None
-            decided.append(decision)
+            decided.append(judged_by_consumers)
         return decided
 
     def _acquitted(self, name: str, decided: list[bool], read: Reading | None) -> bool:
@@ -128,28 +128,28 @@ class _Consumers:
 
     def _decided(self, name: str, record: int, children: tuple[str, ...]) -> bool | None:
         """Whether everything made from a record agrees and would not if it were wrong; None if something made from it is wrong."""
-        decided, shown, hidden = True, False, False
+        decided, told, hidden = True, False, False
         for child in children:
             other = self._record(child, record)
             if other is None:
                 decided = False
             elif self._otherwise[other]:
-                shown = True  # judged in turn by what is made from it
+                told = True  # judged in turn by what is made from it
             elif self._held.failed[other]:
                 return None
             elif not np.isfinite(self._found.measures.nmse[record]):  # what is made from NaN would be NaN, too
                 if self._shows_nan(name, child, record, other) and self._model.reaches(name, child, self._model.carries_nan):
-                    shown = True
+                    told = True
                 else:
                     decided = False
             elif self._hidden_by_a_norm(name, child, record):
                 hidden = True  # it says nothing, but a residual sum beside it does
                 self._hidden.add(name)
             elif self._telling(name, child, record, other):
-                shown = True
+                told = True
             else:
                 decided = False
-        return decided and (shown or not hidden)
+        return decided and (told or not hidden)
 
     def _record(self, name: str, like: int) -> int | None:
         if name not in self._at:

@@ -74,6 +74,8 @@ def explain_first(records: Records, first: int, seen: Sequence[Seen]) -> First:
     elif settled and stretch is not None:
         operation = _operation(name, stretch)
     pattern = _pattern(records, first, stretch, settled and not unseen and name not in records.undecided, twin)
+    if pattern is not None and pattern.code == "reference-nonfinite":
+        operation = ""
     return First(divergence, agreement, advice, wider, operation, pattern)
 
 
@@ -168,6 +170,7 @@ def _pattern(records: Records, first: int, stretch: Stretch | None, settled: boo
             step=records.step[here],
             decode=records.decode[here],
             nonfinite=bool(np.any(measures.nonfinite_ours[failing] > measures.nonfinite_ref[failing])),
+            unjudged=_unjudged(records, failing),
             leak=bool(np.any(measures.future_mass[failing] > FUTURE_MASS)),
             drifted=not records.fresh()[failing].any(),
             settled=settled,
@@ -177,6 +180,15 @@ def _pattern(records: Records, first: int, stretch: Stretch | None, settled: boo
             gradual=_gradual(records, here),
             zero=len(failing) > 0 and not ours.values.any() and bool(ref.values.any(axis=1).all()),
         )
+    )
+
+
+def _unjudged(records: Records, failing: Ints) -> bool:
+    """Whether all that fails are NaN or infinities of the reference's that ours has not, or that are NaN in both."""
+    measures = records.measures
+    theirs = measures.nonfinite_ref[failing] > 0
+    return bool((theirs & (measures.nonfinite_ours[failing] <= measures.nonfinite_ref[failing])).all()) and bool(
+        np.isinf(measures.nmse[failing]).all()
     )
 
 

@@ -68,6 +68,7 @@ def judge(records: Records) -> Verdict:
         missing_ref=records.missing_ref,
         choices=choices(records),
         left_out=records.left_out,
+        excused=records.excused,
         notes=tuple(notes),
         record_faults=records.record_faults,
         seen=rows_seen,

@@ -180,7 +180,7 @@ def _measure(pairs: list[Pair], values: list[Values]) -> Measures:
     nmse_row = np.where(full, part.nmse, np.where(exact_text, nmse_row, np.nan))
     odd = _nonfinite(pairs, values, ours, ref, present, finite)
     return Measures(
-        nmse=np.where(odd.one_sided, np.inf, np.fmax(part.nmse, nmse_row)),
+        nmse=np.where(odd.one_sided | odd.nothing, np.inf, np.fmax(part.nmse, nmse_row)),
         nmse_slice=part.nmse,
         nmse_row=nmse_row,
         bound=bound & ~full & exact_text,
@@ -206,12 +206,13 @@ def _whole(pair: Pair) -> NDArray[np.bool_]:
 @dataclass(frozen=True)
 class _Nonfinite:
     """NaN and infinities, [R]: how many each side has, whether only one side has some, and the first such
-    element (-1: none was recorded)."""
+    element (-1: none was recorded). `nothing`: both have NaN wherever something was recorded; NaN agrees with nothing."""
 
     ours: Ints
     ref: Ints
     one_sided: NDArray[np.bool_]
     index: Ints
+    nothing: NDArray[np.bool_]
 
 
 def _nonfinite(
@@ -229,13 +230,16 @@ def _nonfinite(
     counted = ~np.isnan(stated[0]) & ~np.isnan(stated[1])
     one_sided = counted & (counts[0] != counts[1])
     at = np.full(len(ours), -1, dtype=np.int64)
+    nothing = np.zeros(len(ours), dtype=np.bool_)
     if len(some):
         odd = there & ~finite[some] & ~((a == b) | (np.isnan(a) & np.isnan(b)))
         index = elements(values)
         first, where = largest(odd.astype(np.float64), None if index is None else index[some])
         at[some] = np.where(first > 0, where, -1)
         one_sided[some] |= first > 0
-    return _Nonfinite(counts[0], counts[1], one_sided, at)
+        neither = there & np.isnan(a) & np.isnan(b)
+        nothing[some] = neither.any(axis=1) & (neither == there).all(axis=1)
+    return _Nonfinite(counts[0], counts[1], one_sided, at, nothing)
 
 
 def _count_nonfinite(stated: Floats, some: Ints, seen: NDArray[np.bool_]) -> Ints:

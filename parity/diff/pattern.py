@@ -23,7 +23,8 @@ Bools = NDArray[np.bool_]
 class Evidence:
     """The first diverging point's records of one sequence that nothing upstream explains, by position, [P].
 
-    `step` and `decode` are our side's. `nonfinite`: our side has NaN or infinities there that the reference does not have.
+    `step` and `decode` are our side's. `nonfinite`: our side has NaN or infinities there that the reference does not have; `unjudged`: the
+    reference has some, and ours has none, or the same.
     `leak`: attention gives weight to later positions. `drifted`: the error grew without a jump.
     `settled`: everything that this point is made from was recorded and agrees; `embedded`: the embedding was recorded and agrees.
     `token` is the text at the first failing position. `stretch` is what lies between the point and the points before it, None if
@@ -39,6 +40,7 @@ class Evidence:
     step: Ints
     decode: Bools
     nonfinite: bool = False
+    unjudged: bool = False
     leak: bool = False
     drifted: bool = False
     settled: bool = False
@@ -54,6 +56,11 @@ def diagnose(seen: Evidence) -> Pattern | None:
     if not seen.failed.any():
         return None
     where = _where(seen)
+    if seen.unjudged:
+        return Pattern(
+            "reference-nonfinite",
+            f"the reference is not finite here, at {_positions(seen)}: nothing can be judged at this point or behind it",
+        )
     if seen.nonfinite:
         return Pattern(
             "nonfinite", f"NaN or infinity, {where}: an overflow, a division by zero, or memory that was never written"
@@ -146,6 +153,14 @@ def _where(seen: Evidence) -> str:
         )
     listed = ", ".join(map(str, failing[:6].tolist())) + (", …" if len(failing) > 6 else "")
     return f"wrong at {len(failing)} of {len(seen.position)} positions ({listed})"
+
+
+def _positions(seen: Evidence) -> str:
+    failing = seen.position[seen.failed].tolist()
+    if len(failing) == len(seen.position) > 1:
+        return "every position"
+    listed = ", ".join(map(str, failing[:6])) + (", …" if len(failing) > 6 else "")
+    return f"position{'s' if len(failing) > 1 else ''} {listed}"
 
 
 def _before(seen: Evidence) -> int:

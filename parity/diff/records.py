@@ -76,6 +76,7 @@ class Records:
     strict: bool
     stated: str
     notes: tuple[str, ...]
+    excused: int = 0
     record_faults: tuple[RecordFault, ...] = ()
     undecided: frozenset[str] = frozenset()
 

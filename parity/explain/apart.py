@@ -1,7 +1,7 @@
 """What would distinguish faults that give the same numbers here: other points, another prompt, another model."""
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from engine.weights.gguf_model import GgufModel
 from ..diff.limits import EXACT_FLOOR
 from .budget import Budget
 from .case import Case
-from .state import Candidate, State
+from .state import Candidate, State, rows_enough
 
 _LONGER = 80  # tokens of a longer prompt: beyond the blocks of 32 and 64 in which engines cut prompts
 _LONGEST = 512  # its most tokens, whatever the dump's own length: scores grow with its square
@@ -39,7 +39,7 @@ _MODELS = {
     "a model quantised to Q4_1": (Shape("qwen2", 2, 128, 4, 2, 0, 96, 200), _QUANTISED),
 }
 
-Values = dict[str, Array]
+Values = Mapping[str, Array]
 
 
 @dataclass(frozen=True)
@@ -149,12 +149,12 @@ def _probes(case: Case, state: State, candidates: Sequence[Candidate], folder: P
         return
     end = state.order[case.entries[state.first.point].point] + 1
     planting = Planting(state.steps, [step.makes for step in state.steps[:end]])
-    rows = min(state.first.row + 2, len(case.positions))
+    rows = rows_enough(state.steps, state.first.row + 2, len(case.positions))
     yield Probe("other points of this prompt", case.make(state.steps, rows, case.replay), planting, end)
     length = min(max(_LONGER, min(2 * len(case.tokens), _LONGEST)), case.transformer.hp.n_ctx_train)
     tokens = np.random.default_rng(_SEED).integers(0, case.transformer.hp.n_vocab, length).tolist()
     short = tokens[: min(len(tokens), _SHORT)]
-    generation = _replay(case.transformer, state.steps, short, _GENERATED)
+    generation = _replay(case.transformer, state.steps, short, _GENERATED, case.given)
     yield Probe(f"a generation of {_GENERATED} tokens", generation, planting, end)
     scout: Probe | None = None
     for number, (sentence, (shape, kind)) in enumerate(_MODELS.items()):
@@ -170,11 +170,27 @@ def _probes(case: Case, state: State, candidates: Sequence[Candidate], folder: P
         ]
         yield probes[0]
         scout = scout or probes[1]
-    yield Probe(f"a prompt of {length} tokens", _replay(case.transformer, state.steps, tokens, 0), planting, end, scout=scout)
+    yield Probe(
+        f"a prompt of {length} tokens",
+        _replay(case.transformer, state.steps, tokens, 0, case.given),
+        planting,
+        end,
+        scout=scout,
+    )
 
 
-def _replay(transformer: Transformer, steps: Sequence[Step], tokens: Sequence[int], generated: int) -> Replay:
-    """A run of a prompt whose last `generated` tokens are passes of their own."""
+def _replay(
+    transformer: Transformer, steps: Sequence[Step], tokens: Sequence[int], generated: int, given: Values | None = None
+) -> Replay:
+    """A run of a prompt whose last `generated` tokens are passes of their own; `given` are further values that the steps read."""
     prompt = len(tokens) - generated
     passes = [max(0, row - prompt + 1) for row in range(len(tokens))]
-    return Replay(steps, tokens, range(len(tokens)), passes, transformer.weights, transformer.backend)
+    return Replay(
+        steps,
+        tokens,
+        range(len(tokens)),
+        passes,
+        transformer.weights,
+        transformer.backend,
+        given={} if given is None else given,
+    )

@@ -12,6 +12,7 @@ from engine.inapplicable import NotApplicable
 from engine.replay.replay import Edits
 
 from .carry import carry, distinct, steps_between
+from .first_place import AtFirstPlace
 from .records import Floats
 from .screening import Screening
 from .state import Candidate, Layers, RecordKey, Screened, State
@@ -28,7 +29,7 @@ _FEW = 2  # with this few candidates the first rows of every point are not looke
 _TOGETHER = 128  # candidates at once: enough to share Python's overhead, few enough to look at the clock in between
 
 
-class BatchScreening:
+class BatchScreening(AtFirstPlace):
     """Screens candidates at a state's first place, in one layer, several or all.
 
     Few positions come first: a row that is right in the dump contradicts most candidates before the first wrong row has to
@@ -39,19 +40,12 @@ class BatchScreening:
     """
 
     def __init__(self, screening: Screening, state: State, layers: Layers) -> None:
-        if state.first is None:
-            raise ValueError("nothing is left to explain")
-        self._screening = screening
-        self._state = state
-        self._layers = layers
-        self._first = state.first
-        self._entry = screening.entries[state.first.point]
-        self._point = self._entry.point
+        super().__init__(screening, state, layers)
         self._after = steps_between(state, layers[0], self._point) if layers is not None and len(layers) == 1 else []
         # Computing candidate by candidate ends with the layer, if its output can be carried on from there.
         self._name = f"blk.{layers[0]}.l_out" if layers and self._after else self._point
         self._end = state.order[self._name] + 1
-        self._before = frozenset(entry.point for entry in screening.entries[: state.first.point]) - state.shown
+        self._before = frozenset(entry.point for entry in screening.entries[: self._first.point]) - state.shown
         self._candidates: Sequence[Candidate] = ()
         self._edits_of: dict[int, Edits] = {}
         self._stages: list[int] = []
@@ -64,8 +58,8 @@ class BatchScreening:
         """
         self._candidates = candidates
         self._edits_of = self._edits(candidates, self._not_soon_wrong(candidates), self._end)
-        every = self._screening.rows
-        self._stages = sorted({min(rows, every) for rows in (1, 2, self._first.row + 1, self._first.row + 2)})
+        few = (1, 2, self._first.row + 1, self._first.row + 2)
+        self._stages = sorted({self._screening.enough(rows) for rows in few})
         yield from self._go_on(list(self._edits_of), 0, {}, likely if self._after else None)
 
     def postponed(self) -> Iterator[tuple[Candidate, Screened]]:
@@ -123,7 +117,7 @@ class BatchScreening:
             return range(len(candidates))
         end = self._state.order[soon] + 1
         edits = self._edits(candidates, range(len(candidates)), end)
-        _, ended = self._values(candidates, edits, list(edits), min(_SOON, self._screening.rows), soon, self._before)
+        _, ended = self._values(candidates, edits, list(edits), self._screening.enough(_SOON), soon, self._before)
         self._screening.tried.count([candidates[number] for number in ended])
         return [number for number in range(len(candidates)) if number not in ended]
 
@@ -132,7 +126,7 @@ class BatchScreening:
         points = [entry.point for entry in self._screening.entries if entry.point not in self._state.shown]
         last = max(points, key=self._state.order.__getitem__)
         edits = self._edits(candidates, range(len(candidates)), self._state.order[last] + 1)
-        rows = min(self._first.row + 2, self._screening.rows)
+        rows = self._screening.enough(self._first.row + 2)
         _, ended = self._values(candidates, edits, list(edits), rows, last, frozenset(points))
         return [candidate for number, candidate in enumerate(candidates) if number not in ended]
 

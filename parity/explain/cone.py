@@ -9,7 +9,7 @@ from checkpoints.points import parse
 from engine.faults.base import kinds_of
 
 from .records import Expected
-from .state import State
+from .state import State, rows_enough
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Cone:
     Attributes:
         steps: the names of the steps between the place and the recorded points that agree, the place's own included.
         kinds: the names that a fault's `kinds` may use for them.
-        agreeing: the points that agree. sure: all of them were seen as whole rows, at every position up to the place's.
+        agreeing: the points that agree. sure: all of them were seen as whole rows, at every position that acts on the place's.
     """
 
     steps: frozenset[str]
@@ -42,6 +42,8 @@ def cone(entries: Sequence[Expected], state: State) -> Cone:
     """
     if state.first is None:
         raise ValueError("nothing is left to explain")
+    # Of an encoder every row of what goes into a place acts there.
+    last = rows_enough(state.steps, state.first.row + 1, 1 + max(int(entry.rows.max()) for entry in entries)) - 1
     number = {entry.point: at for at, entry in enumerate(entries)}
     right = state.planting.right
     steps: set[str] = set()
@@ -53,7 +55,7 @@ def cone(entries: Sequence[Expected], state: State) -> Cone:
             continue
         at = number.get(name)
         if at is not None and at < state.first.point and name not in state.shown:
-            seen = _agrees(entries[at], state, at, state.first.row)
+            seen = _agrees(entries[at], state, at, last)
             if seen is not None:
                 ends[name] = seen
                 continue

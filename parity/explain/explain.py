@@ -12,16 +12,19 @@ from checkpoints.answers.explain import Cause, Explanation, Named, Place, TruthA
 from checkpoints.answers.lint import ERROR
 from checkpoints.points import in_layer, parse
 from checkpoints.record import Dump
+from engine.transformer import Transformer
 
 from ..diff.limits import EXACT_FLOOR
 from ..diff.seen import seen
 from ..diff.truth import ALL, AUTO
 from ..lint.lint import lint
 from ..lint.model_facts import ModelFacts
+from . import halves
 from .apart import apart
 from .budget import Budget
-from .case import Case, ExplainOptions
+from .case import Case, ExplainOptions, Half, open_model
 from .fits import said as said_of_number
+from .gelu import sharpened
 from .laws import WRONG
 from .leads import believed, law_at, leads, placed
 from .precision import KINDS, PrecisionFloor, fits, floor, is_proof, may_be_noise, with_noise
@@ -43,16 +46,34 @@ def explain(dump: Dump, model: Path, options: ExplainOptions | None = None) -> E
     """Find the known faults that reproduce a dump's numbers.
 
     Raises:
-        ParityError: as in `Case`.
+        ParityError: as in `open_model` and `Case`.
     """
     began = perf_counter()
     options = options or ExplainOptions()
     budget = Budget(options.budget)
-    case = Case(dump, model, options)
+    transformer = open_model(model, options)
+    if transformer.encoder is None:
+        answer, _ = _explained(Case(dump, Half(transformer), options), options, budget)
+    else:
+        answer = halves.explained(dump, transformer, options, lambda case: _explained(case, options, budget))
+    notes = (*answer.notes, *_lint(dump, transformer))
+    return replace(answer, notes=notes, seconds=perf_counter() - began)
+
+
+def _explained(case: Case, options: ExplainOptions, budget: Budget) -> tuple[Explanation, State]:
+    """The faults that reproduce one case's numbers, and the state that they lead to."""
     noise = "" if options.compute in (None, "f32") else str(options.compute)
-    if noise:
+    found: Search | None = None
+
+    def search_in(one: Case) -> Search:
+        search = Search(one.screening(one.entries, budget.part(_FIRST)), lambda state: _known(one, search, state))
+        return search
+
+    if not noise:
+        case, found = sharpened(case, search_in)
+    else:
         case.entries = with_noise(_floor(case, noise), case.entries)
-    search = Search(case.screening(case.entries, budget.part(_FIRST)), lambda state: _known(case, search, state))
+    search = found or search_in(case)
     start = search.screening.start()
     kinds: tuple[str, ...] = ()
     likes: tuple[str, ...] = ()
@@ -69,12 +90,12 @@ def explain(dump: Dump, model: Path, options: ExplainOptions | None = None) -> E
     if not kinds and best.first is not None:
         answer = _left_over(case, search, best, answer)
     truth = _truth(case, start, options.arbiter) if options.arbiter == ALL or not answer.causes else None
-    notes = (*case.notes, *(() if answer.causes else case.noise), *_lint(case))
+    notes = (*case.notes, *(() if answer.causes else case.noise))
     if answer.causes or kinds:
         likes = ()
     elif case.states_f32 and best is start and start.first is not None:
         likes = _looks_like(case, search, start, budget)
-    return replace(
+    answer = replace(
         answer,
         truth=truth,
         notes=notes,
@@ -83,8 +104,8 @@ def explain(dump: Dump, model: Path, options: ExplainOptions | None = None) -> E
         looks_like=likes[0] if likes else "",
         f32_stated=case.stated_by,
         next="" if kinds else answer.next,
-        seconds=perf_counter() - began,
     )
+    return answer, best
 
 
 def _known(case: Case, search: Search, state: State) -> bool:
@@ -128,11 +149,11 @@ def _truth(case: Case, start: State, arbiter: str) -> TruthAt | None:
     return TruthAt(float(theirs[here].max()), float(ours[here].max()))
 
 
-def _lint(case: Case) -> list[str]:
+def _lint(dump: Dump, transformer: Transformer) -> list[str]:
     """Lint's findings as notes: here a fault of the capture is a cause like any other."""
     return [
         f"lint: {finding.rule}{f' at {finding.checkpoint}' if finding.checkpoint else ''}: {finding.evidence}"
-        for finding in lint(case.dump, ModelFacts(case.transformer.model)).findings
+        for finding in lint(dump, ModelFacts(transformer.model)).findings
         if finding.severity == ERROR
     ]
 
@@ -176,7 +197,7 @@ def _needed(search: Search, best: State) -> State:
 
 
 def _floor(case: Case, kind: str) -> PrecisionFloor:
-    return floor(kind, case.entries, case.transformer.steps, case.replay, case.make, case.positions)
+    return floor(kind, case.entries, case.transformer.steps, case.replay, case.make, case.positions, case.rounded)
 
 
 def _precision(case: Case, budget: Budget) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ from engine.backend import Array
 from engine.faults import AT, FITTED, Fitted
 from engine.inapplicable import NotApplicable
 
+from .first_place import AtFirstPlace
 from .records import Floats
 from .screening import Screening
 from .state import Candidate, Layers, State
@@ -70,21 +71,16 @@ class _Trial:
         self.done = abs(move) < 1e-9 * max(1.0, abs(self.at))
 
 
-class Fitting:
+class Fitting(AtFirstPlace):
     """Fits numbers at a state's first place, in one scope of layers."""
 
     def __init__(self, screening: Screening, state: State, layers: Layers) -> None:
-        if state.first is None:
-            raise ValueError("nothing is left to explain")
-        self._screening = screening
-        self._state = state
-        self._layers = layers
-        self._point = state.first.point
-        self._rows = min(state.first.row + 2, screening.rows)
+        super().__init__(screening, state, layers)
+        self._rows = screening.enough(self._first.row + 2)
 
     def states(self) -> Iterator[State]:
         """States that get beyond the first place by a fitted number; each fault once, with as few digits as suffice."""
-        entry = self._screening.entries[self._point]
+        entry = self._entry
         if entry.point in self._state.shown or self._state.root is not None:
             return
         for trial in self._converged(self._promising()):
@@ -187,7 +183,7 @@ class Fitting:
             if state is None or state.first is None or first is None or trial.fit.whole:
                 break
             again = Fitting(self._screening, self._state, self._layers)
-            again._point, again._rows = state.first.point, self._screening.rows
+            again._entry, again._rows = self._screening.entries[state.first.point], self._screening.rows
             finer = again._refined(trial)
             better = None if finer is None else self._screening.check(self._state, finer.candidate(finer.best_at, self._layers))
             if better is None or finer is None or (better.first is not None and not state.first < better.first):
@@ -232,7 +228,7 @@ class Fitting:
         value = self._values([trial.candidate(at, self._layers)])[0]
         if value is None:
             return False
-        entry, positions = self._screening.entries[self._point], self._screening.positions[: self._rows]
+        entry, positions = self._entry, self._screening.positions[: self._rows]
         errors = entry.nmse(self._screening.backend.to_host(value), positions)
         here = entry.rows < self._rows
         return bool((errors[here] <= _SLACK * entry.limit[here]).all())
@@ -248,7 +244,7 @@ class Fitting:
 
     def _values(self, candidates: Sequence[Candidate]) -> list[Array | None]:
         """Each candidate's value of the first rows at the first place; None if it changes nothing there, or does not apply."""
-        name = self._screening.entries[self._point].point
+        name = self._entry.point
         end = self._state.order[name] + 1
         edits, numbers = [], []
         for number, candidate in enumerate(candidates):
@@ -271,12 +267,10 @@ class Fitting:
 
     def _residual(self, value: Array) -> Floats:
         """The error left at the recorded elements of the first rows, in proportion to each record's size: float64 [n]."""
-        return self._screening.entries[self._point].residual(
-            self._screening.backend.to_host(value), self._screening.positions[: self._rows]
-        )
+        return self._entry.residual(self._screening.backend.to_host(value), self._screening.positions[: self._rows])
 
     def _residual_of_state(self) -> Floats:
-        name = self._screening.entries[self._point].point
+        name = self._entry.point
         return self._residual(self._screening.replay(self._state, self._rows).values[name])
 
 

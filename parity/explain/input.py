@@ -9,7 +9,9 @@ from checkpoints.errors import InputError
 from checkpoints.record import Dump
 
 from ..diff.compare import Options, compare
-from .explain import Case, ExplainOptions, explain
+from .case import Case, ExplainOptions, Half, open_model
+from .explain import explain
+from .halves import decoder_case, encoder_case
 from .records import right_rows
 
 
@@ -29,14 +31,23 @@ def check_reference(ref: Dump, model: Path, options: ExplainOptions) -> None:
     Raises:
         InputError: they differ, so that our engine cannot stand in for llama.cpp here.
     """
-    case = Case(ref, model, options)
+    transformer = open_model(model, options)
+    if transformer.encoder is None:
+        cases: list[Case | None] = [Case(ref, Half(transformer), options)]
+    else:
+        cases = [encoder_case(ref, transformer, options), decoder_case(ref, transformer, options)]
+    for case in cases:
+        if case is not None:
+            _check(case, ref)
+
+
+def _check(case: Case, ref: Dump) -> None:
     header = case.header()
     if ref.header is not None:
         header = replace(header, mode=ref.header.mode, kv_type=ref.header.kv_type)
     points = {entry.point: case.dump.points[entry.point] for entry in case.entries}
-    verdict: Verdict = compare(
-        Dump("our engine", header, right_rows(case.replay, case.positions, points)), ref, Options(placed=True)
-    )
+    right = Dump("our engine", header, right_rows(case.replay, case.positions, points))
+    verdict: Verdict = compare(right, case.dump, Options(placed=True))
     if not verdict:
         where = verdict.first_divergence
         place = f" at {where.checkpoint}, position {where.token_idx}" if where is not None else ""

@@ -89,11 +89,13 @@ class KnownModel:
 
     def limits(self, ours: Dump, kind: str, cost: "PrecisionFloor | None" = None) -> Limits | None:
         """Limits by point for a side in that arithmetic: `UPPER` times the measured cost, never below what the files' own types allow."""
+        from .precision import KINDS, UPPER, of_ids
+
+        if kind not in KINDS:
+            return None
         cost = cost or self.floor(kind)
         if cost is None or self.case is None:
             return None
-        from .precision import UPPER, of_ids
-
         header = replace(ours.header, compute="f32") if ours.header is not None else None
         types = limits(header, self.ref.header, compute="f32")
         least = {True: types.logits, False: types.operations}

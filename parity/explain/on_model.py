@@ -13,7 +13,6 @@ from ..diff.three_way import compare_three
 from ..diff.three_way import with_truth as with_truth_of_three
 from ..diff.truth import ALL, AUTO, OFF
 from .known_model import KnownModel
-from .precision import KINDS
 
 
 def compared_on(
@@ -62,7 +61,7 @@ def _compared(ours: Dump, ref: Dump, options: Options, known: KnownModel) -> Com
     if options.tolerance is not None or options.limits is not None:
         return comparison(ours, ref, options)
     stated = (options.compute or (ours.header.compute if ours.header is not None else "")).lower()
-    if stated in KINDS and (measured := known.limits(ours, stated)) is not None:
+    if stated not in ("", "f32") and (measured := known.limits(ours, stated)) is not None:
         return comparison(ours, ref, replace(options, limits=measured))
     if stated or common_mode(ours.header, ref.header) == NATIVE:
         return comparison(ours, ref, options)

@@ -11,7 +11,7 @@ from engine.replay.replay import Replay
 from .beside import ROOM
 from .case import Case
 from .records import Expected, Floats
-from .state import State
+from .state import State, rows_enough
 
 _ROWS = 2  # rows of the first look
 
@@ -26,7 +26,7 @@ def other_operand(case: Case, state: State, entry: Expected, errors: Floats) -> 
     wrong = errors > entry.limit
     if step is None or not wrong.any():
         return ""
-    rows = min(int(entry.rows[wrong].min()) + _ROWS, len(case.positions))
+    rows = rows_enough(case.transformer.steps, int(entry.rows[wrong].min()) + _ROWS, len(case.positions))
     first = case.make(case.transformer.steps, rows, case.replay)
     for other, sentence in _changed(case, state, step):
         if _gives(case, entry, other, first) and _gives(case, entry, other, case.replay):

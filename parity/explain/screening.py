@@ -17,7 +17,7 @@ from .budget import Budget
 from .cone import Cone, cone
 from .noise import EXPLAINED, without_own_noise
 from .records import Expected, Floats, Ints
-from .state import Candidate, Layers, RecordKey, Screened, State, Tried, key, shown_points, unchanged_steps
+from .state import Candidate, Layers, RecordKey, Screened, State, Tried, key, rows_enough, shown_points, unchanged_steps
 
 MakeReplay = Callable[[Sequence[Step], int, Replay | None], Replay]
 _REPLAYS = 8  # replays that are kept, each of which holds every value of a run
@@ -230,7 +230,11 @@ class Screening:
         """How many rows show whether a candidate gets beyond the first place: up to that row and the next, if causality holds."""
         if state.first is None or any(planted.fault.whole for planted in (*state.faults, candidate)):
             return self.rows
-        return min(state.first.row + 2, self.rows)
+        return self.enough(state.first.row + 2)
+
+    def enough(self, rows: int) -> int:
+        """How many first rows tell what so many rows are (`rows_enough`)."""
+        return rows_enough(self.right, rows, self.rows)
 
     @property
     def rows(self) -> int:

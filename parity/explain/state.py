@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from engine.faults import SEEN, Fault, Planting
-from engine.graph import Step
+from engine.graph import Step, sees_later
 from engine.replay.replay import same_start
 
 from .records import Floats
@@ -105,6 +105,11 @@ def shown_points(steps: Sequence[Step]) -> frozenset[str]:
 def unchanged_steps(steps: Sequence[Step], root: State) -> int:
     """How many steps at the start are the same as the root's."""
     return same_start(steps, root.steps)
+
+
+def rows_enough(steps: Sequence[Step], rows: int, every: int) -> int:
+    """How many first rows tell what so many rows are: all where later positions act on earlier ones, as in an encoder."""
+    return every if sees_later(steps) else min(rows, every)
 
 
 def key(faults: Sequence[Candidate]) -> tuple[str, ...]:

@@ -1,21 +1,37 @@
 """Near ties of routing: a dump that took the other of two experts whose scores differ only by rounding has no fault there."""
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 
 from engine.faults.routing_ties import scores_of, taken_otherwise
 from engine.graph import Step
+from engine.replay.replay import Replay
+from engine.transformer import Transformer
 
 from .records import Expected
-
-if TYPE_CHECKING:
-    from .case import Case
 
 # Margin of a near tie, in proportion to the largest score: sums of float32 over some thousand elements differ by 1e-6.
 NEAR = 1e-5
 MOST = 64  # near ties that are tried one after the other until one explains a difference
+
+
+class RightEngine(Protocol):
+    """The right engine beside a dump (`parity.explain.case.Case`): its tokens and records, its replays, and how it takes other steps."""
+
+    transformer: Transformer
+    tokens: tuple[int, ...]
+    entries: list[Expected]
+
+    def make(self, steps: Sequence[Step], rows: int) -> Replay:
+        """A replay of steps over the first rows."""
+
+    def compared(self, steps: Sequence[Step]) -> list[Expected]:
+        """The dump's records beside those of other steps."""
+
+    def take(self, steps: Sequence[Step], entries: list[Expected]) -> None:
+        """Make other steps the right ones."""
 
 
 def _first(entries: Sequence[Expected]) -> tuple[int, int] | None:
@@ -27,7 +43,7 @@ def _first(entries: Sequence[Expected]) -> tuple[int, int] | None:
     return None
 
 
-def near_ties(case: "Case", steps: Sequence[Step]) -> Iterator[tuple[int, int]]:
+def near_ties(case: RightEngine, steps: Sequence[Step]) -> Iterator[tuple[int, int]]:
     """(Number of a step that chooses experts, row at which the last chosen expert and the next one score practically the same)."""
     right = {step.makes: step for step in steps}
     values = case.make(steps, len(case.tokens)).on_host
@@ -41,7 +57,7 @@ def near_ties(case: "Case", steps: Sequence[Step]) -> Iterator[tuple[int, int]]:
             yield number, row
 
 
-def resolved(case: "Case") -> tuple[str, ...]:
+def resolved(case: RightEngine) -> tuple[str, ...]:
     """Let the right engine choose as the dump did at each near tie that explains a difference; sentences on where it did.
 
     Changes the case: its steps, replay and records become those of the right engine that chose so.

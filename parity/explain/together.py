@@ -17,6 +17,7 @@ from engine.graph import Step
 from engine.inapplicable import NotApplicable
 from engine.replay.replay import Replay, same_start
 
+from .first_place import AtFirstPlace
 from .records import Floats, Ints
 from .screening import Screening
 from .state import Candidate, Layers, State, shown_points
@@ -45,7 +46,7 @@ class Effect:
         return frozenset(first.parameters.get(AT, first.fault.kinds))
 
 
-class Together:
+class Together(AtFirstPlace):
     """Tries several candidates at once at a state's first place: in one layer, or (None) outside the layers.
 
     Raises:
@@ -53,17 +54,11 @@ class Together:
     """
 
     def __init__(self, screening: Screening, state: State, layers: Layers) -> None:
-        if state.first is None:
-            raise ValueError("nothing is left to explain")
-        self._screening = screening
-        self._state = state
-        self._layers = layers
-        self._first = state.first
-        self._entry = screening.entries[state.first.point]
-        self._limit = float(self._entry.limit[self._entry.rows == state.first.row].max())
+        super().__init__(screening, state, layers)
+        self._limit = float(self._entry.limit[self._entry.rows == self._first.row].max())
         self._replays: dict[tuple[tuple[Effect, ...], int], tuple[State, Replay]] = {}
         # Outside the layers nothing before the last agreement is in question; in a layer, the choice of the layer ensures that.
-        before = screening.entries[state.first.point - 1].point if layers is None and state.first.point else ""
+        before = screening.entries[self._first.point - 1].point if layers is None and self._first.point else ""
         self._agreed = state.order.get(before, -1)
         self._length = len(self._until(state.steps))
         self.effects = self._effects()
@@ -155,9 +150,9 @@ class Together:
         return list(effects.values())
 
     def _rows(self, *candidates: Candidate) -> int:
-        """How many rows show the first place: those up to it, or all for faults that let later positions act on earlier ones."""
+        """How many rows show the first place: those up to it, or all where later positions act on earlier ones."""
         whole = any(candidate.fault.whole for candidate in (*self._state.faults, *candidates))
-        return self._screening.rows if whole else self._first.row + 1
+        return self._screening.rows if whole else self._screening.enough(self._first.row + 1)
 
     def _replay(self, steps: Sequence[Step], rows: int) -> Replay:
         return self._screening.make(self._until(steps), rows, None)

@@ -18,7 +18,8 @@ from engine.weights.gguf_model import GgufModel
 
 from .attention_checks import AttentionChecks
 from .elements import RowChecks
-from .operation import Definition, Isolator
+from .judging import Definition
+from .operation import Isolator
 from .values import Value
 
 Arriving = Iterable[tuple[str, Value]]
@@ -115,5 +116,7 @@ class Bench:
         self.encoder.run(tokens, np.arange(len(tokens), dtype=np.int64), self.attention.watch(kept()))
 
     def operations(self) -> list[Operation]:
-        """The verdict on each step, in the order of the model."""
+        """The verdict on each step, in the order of the model; what attention shows is held against it."""
+        for isolator in self.isolators:
+            self.attention.settle(isolator.proven(), isolator.unknown())
         return [operation for isolator in self.isolators for operation in isolator.operations()]

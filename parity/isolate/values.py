@@ -20,6 +20,8 @@ from checkpoints.points import ENCODER, of_scores, order, parse
 from checkpoints.record import Dump, Rows
 from checkpoints.tensors import TensorReader, beside
 
+from ..diff.slices import without_subnormal
+
 Floats = NDArray[np.float64]
 
 # The divisor of a row's error is at least this share of the mean energy of all rows: single rows of scores can be nearly
@@ -75,7 +77,7 @@ def row_errors(
     same = (a == b) | (np.isnan(a) & np.isnan(b))
     odd = (~np.isfinite(a) | ~np.isfinite(b)) & ~same
     with np.errstate(invalid="ignore"):
-        delta = np.where(same | odd, 0.0, a - b)
+        delta = without_subnormal(np.where(same | odd, 0.0, a - b))
     b = np.where(np.isfinite(b), b, 0.0)
     energy = np.einsum("ij,ij->i", b, b)
     error = np.einsum("ij,ij->i", delta, delta)

@@ -102,7 +102,10 @@ def _has_sinks(subject: Subject, name: str) -> bool:
     origin, layer = subject.made(name), parse(name).layer
     if origin is not None and any("sinks" in weight for weight in origin.weights):
         return True
-    return subject.model is not None and f"blk.{layer}.attn_sinks.weight" in subject.model.model.tensors
+    if subject.model is None:
+        header = subject.dump.header
+        return bool(header is not None and (header.hparams or {}).get("attention_sinks"))
+    return f"blk.{layer}.attn_sinks.weight" in subject.model.model.tensors
 
 
 def attention_rows(subject: Subject) -> Iterator[Hit]:

@@ -20,7 +20,7 @@ _TOO_WIDE = 8.0
 _PLAUSIBLE = (0.5, 5.0)
 _LARGEST = 1e6  # largest value of a plausible row: ten times the largest scores seen (`parity.lint.numbers`)
 # BF16 bits read as F16: magnitudes below 2 all land in [1, 2). A Gaussian row of ten values has a ratio of smallest to
-# largest above 0.4 once in 10^7.
+# largest above 0.4 once in 10^7; what tanh saturates has often, and stays below 1.
 _TOO_NARROW = 0.4
 
 Floats = NDArray[np.float64]
@@ -36,6 +36,18 @@ def _spread(rows: NDArray[np.floating]) -> Floats:
     return spreads
 
 
+def _wide(rows: NDArray[np.floating]) -> Bools:
+    """[R]: whether values span more powers of two than a right row's, or are not finite; zeros, as of quantised weights, do not count."""
+    size = np.abs(rows.astype(np.float64))
+    counted = np.isfinite(size) & (size > 0)
+    logs = np.log2(np.where(counted, size, 1.0))
+    count = np.maximum(counted.sum(axis=1), 1)
+    mean = (logs * counted).sum(axis=1) / count
+    spread = np.sqrt((((logs - mean[:, None]) ** 2) * counted).sum(axis=1) / count)
+    wide: Bools = (spread > _TOO_WIDE) | ~np.isfinite(size).all(axis=1)
+    return wide if rows.shape[1] >= _ENOUGH // 2 else np.zeros(len(rows), dtype=np.bool_)
+
+
 def _plausible(rows: NDArray[np.floating]) -> Bools:
     spread = _spread(rows)
     plausible_rows: Bools = (spread > _PLAUSIBLE[0]) & (spread < _PLAUSIBLE[1])
@@ -47,6 +59,7 @@ def _narrow(rows: NDArray[np.floating]) -> Bools:
     size = np.abs(rows.astype(np.float64))
     both = (rows > 0).any(axis=1) & (rows < 0).any(axis=1)
     narrow: Bools = both & np.isfinite(size).all(axis=1) & (size.min(axis=1) >= _TOO_NARROW * size.max(axis=1))
+    narrow &= size.max(axis=1) > 1
     return narrow
 
 
@@ -66,10 +79,10 @@ def confusion(rows: NDArray[np.float32]) -> dict[str, Bools]:
         is_f16 = np.all((half.astype(np.float32) == rows) | np.isnan(rows), axis=1)
     is_bf16: Bools = low.max(axis=1) == 0
     words = half.view(np.uint16)
-    wide = _spread(rows) > _TOO_WIDE
+    wide = _wide(rows)
     pairs = np.stack([low, high], axis=2).reshape(len(rows), -1)
     every_second = "every second value is the lower half of a float"
-    even = _where(is_bf16, lambda members: _spread(rows[members, 0::2]) > _TOO_WIDE)
+    even = _where(is_bf16, lambda members: _wide(rows[members, 0::2]))
     small: Bools = np.abs(_bf16(low)).max(axis=1) < _LARGEST  # next to no random bits are
     candidates = {
         "F16 bits read as BF16": _where(is_bf16 & wide, lambda members: _plausible(high[members].view(np.float16))),

@@ -43,9 +43,11 @@ def _may_be_alike(subject: Subject, a: str, b: str) -> bool:
 
 
 def _one_cache(subject: Subject, layer: int | None) -> bool:
-    """Whether a layer's keys and values are read from the same rows, as in latent attention."""
+    """Whether a layer's keys and values may be read from the same rows, as in latent attention."""
     if layer is None:
         return False
+    if subject.model is None and subject.dataflow is None:
+        return True  # for all that is known
     read = [_behind_copies(subject, in_layer(layer, kind)) for kind in ("k_read", "v_read")]
     if all(read):
         return read[0] == read[1]
@@ -114,7 +116,7 @@ def same_vector(subject: Subject) -> Iterator[Hit]:
         if not _adjacent(names):
             total = min(len(set(subject.points[name].token_idx.tolist())) for name in names)
             shown = " = ".join(names[:4]) + (f" = {len(names) - 4} more" if len(names) > 4 else "")
-            yield Hit(names[0], min(positions), f"{shown} {where(positions, total)}")
+            yield Hit(names[0], min(positions), f"{shown} {where(positions, total)}", points=names)
 
 
 def idle_layer(subject: Subject) -> Iterator[Hit]:
@@ -122,7 +124,8 @@ def idle_layer(subject: Subject) -> Iterator[Hit]:
     for names, positions in _same_sets(subject).items():
         if _adjacent(names):
             total = min(len(set(subject.points[name].token_idx.tolist())) for name in names)
-            yield Hit(names[1], min(positions), f"{names[1]} = {names[0]} {where(positions, total)}: nothing was added")
+            evidence = f"{names[1]} = {names[0]} {where(positions, total)}: nothing was added"
+            yield Hit(names[1], min(positions), evidence, points=names)
 
 
 def stale_position(subject: Subject) -> Iterator[Hit]:

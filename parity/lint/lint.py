@@ -41,7 +41,7 @@ def _findings(subject: Subject, rules: Iterable[Rule]) -> list[Finding]:
     findings: list[Finding] = []
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):  # garbage is what lint is for
         for rule in rules:
-            hits = list(rule.check(subject))
+            hits = rule.hits(subject)
             for number, hit in enumerate(hits):
                 if number == _SHOWN and len(hits) > _SHOWN + 1:
                     points = sorted({other.checkpoint or "" for other in hits[number:]})

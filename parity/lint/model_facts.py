@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:  # a comparison lints without a model and must not import the engine for nothing
     from engine.weights.gguf_model import GgufModel, Hyperparameters
 
+_SAMPLED = 16  # rows of a matrix that are looked at
 _BLOCK = 8192  # embedding rows that are dequantised at once: 29 MiB at a width of 896
 
 
@@ -24,6 +26,7 @@ class ModelFacts:
     """
 
     model: "GgufModel" = field(repr=False)
+    _flat: dict[int | None, bool] = field(default_factory=dict, repr=False)
 
     @property
     def hp(self) -> "Hyperparameters":
@@ -66,6 +69,29 @@ class ModelFacts:
         """The number of rows of a matrix, 0 if the model has none of that name."""
         info = self.model.tensors.get(name)
         return info.shape[0] if info is not None else 0
+
+    def has_flat_weights(self, layer: int | None) -> bool:
+        """Whether a matrix of a layer (None: of none) has rows of one repeated number, or a norm's weights are all 0.
+
+        Layers that were added to a trained model begin so: their outputs are zero, and nothing is added. Some rows of each are looked at.
+        """
+        if layer not in self._flat:
+            begins = f"blk.{layer}."
+            names = [
+                name for name in self.model.tensors if (name.startswith(begins) if layer is not None else "blk." not in name)
+            ]
+            self._flat[layer] = any(self._is_flat(name) for name in names)
+        return self._flat[layer]
+
+    def _is_flat(self, name: str) -> bool:
+        shape = self.model.tensors[name].shape
+        if not name.endswith(".weight") or shape[-1] < 2:
+            return False
+        if len(shape) == 1:
+            return not self.model.load(name).any()
+        rows = self.model.load_rows(name, np.unique(np.linspace(0, prod(shape[:-1]) - 1, _SAMPLED).astype(np.int64)))
+        flat = (rows == rows[:, :1]).all(axis=1)
+        return bool(flat.any() if name.startswith("blk.") else flat.all())  # ids that were never used have flat rows
 
     def output_norm(self) -> NDArray[np.float32] | None:
         """The final norm's weights [D]; None if the model has another name for them."""

@@ -42,7 +42,9 @@ def non_finite(subject: Subject) -> Iterator[Hit]:
         if "kq" in kind(name) or "mask" in kind(name):
             odd &= ~np.isneginf(rows.values)  # a mask's −∞ is intended
         counted = np.nan_to_num(rows.stats.get("nonfinite", np.zeros(len(rows))))
-        if origin is not None and (origin.op == "FILL" or _hides_the_rest(rows, inside)):  # what must not be chosen is −∞
+        # What must not be chosen is −∞; a point of which nothing is known may be a mask, or made of one.
+        unknown = origin is None and parse(name).known is None
+        if unknown or (origin is not None and (origin.op == "FILL" or _hides_the_rest(rows, inside))):
             odd &= ~np.isneginf(rows.values)
             counted = np.zeros(len(rows))
         bad = (odd.any(axis=1) | (counted > 0)).nonzero()[0].tolist()
@@ -167,7 +169,7 @@ def flat_row(subject: Subject) -> Iterator[Hit]:
             continue
         origin = subject.made(name)
         even = _even_steps(rows)
-        if origin is not None and (origin.op in _PADDED or parse(name).known is None):
+        if parse(name).known is None or (origin is not None and origin.op in _PADDED):
             even &= rows.values[:, 0] != 0
         if even.any():
             bad = even.nonzero()[0].tolist()

@@ -18,23 +18,32 @@ from .model_facts import ModelFacts
 
 @dataclass(frozen=True)
 class Hit:
-    """One finding before the table adds its texts. `severity` replaces the rule's own."""
+    """One finding before the table adds its texts. `severity` replaces the rule's own; `points` are all that it is about."""
 
     checkpoint: str | None
     token_idx: int | None
     evidence: str
     severity: str | None = None
+    points: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One thing that can be wrong with a dump; `check` yields where it is wrong."""
+    """One thing that can be wrong with a dump; `check` yields where it is wrong.
+
+    `of_weights`: flat weights of the model (`ModelFacts.has_flat_weights`) give a right engine such values, too.
+    """
 
     name: str
     severity: str
     check: Callable[["Subject"], Iterator[Hit]]
     cause: str
     advice: str
+    of_weights: bool = False
+
+    def hits(self, subject: "Subject") -> list[Hit]:
+        """What it finds and the model's own weights do not explain."""
+        return [hit for hit in self.check(subject) if not (self.of_weights and subject.by_weights(hit))]
 
 
 Place = tuple[int, int, int]  # seq, token_idx, step
@@ -109,6 +118,13 @@ class Subject:
                 for place, r, count in zip(places, members.tolist(), counts, strict=True)
             ]
         return vectors
+
+    def by_weights(self, hit: Hit) -> bool:
+        """Whether the layers that a finding is about have flat weights, as far as the model is known."""
+        if self.model is None:
+            return False
+        layers = {parse(name).layer for name in hit.points or (hit.checkpoint or "",)}
+        return any(map(self.model.has_flat_weights, {None, *layers}))
 
     @cached_property
     def layers(self) -> int | None:

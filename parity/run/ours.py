@@ -13,7 +13,8 @@ from checkpoints.points import default_points, layer_outputs, select
 from checkpoints.record import DEFAULT_SLICE, Header, Token
 from checkpoints.recording import Recording, passes
 from checkpoints.tensors import TensorWriter, beside
-from engine.capture.device import tap
+from engine import ops
+from engine.capture.stages import tap
 from engine.capture.tap import Capture
 from engine.engine import Engine
 
@@ -90,6 +91,8 @@ def chosen_points(engine: Engine, points: str, layers: tuple[int, ...] | None) -
 def header(engine: Engine, job: OursJob) -> Header:
     """The dump's header: everything that could later explain a difference."""
     hp = engine.hp
+    sinks = any(step.op is ops.causal_soft_max and any(step.weights) for step in engine.steps)
+    hparams = {"eps": hp.eps, "heads": hp.n_heads, "kv_heads": hp.n_kv_heads, "vocab": hp.n_vocab, "rope_base": hp.rope_base}
     return Header(
         source="engine",
         model=engine.model.info,
@@ -100,7 +103,7 @@ def header(engine: Engine, job: OursJob) -> Header:
         compute=engine.compute,
         kv_type="f32",
         slice=job.slice_size if job.slice_size is not None else DEFAULT_SLICE,
-        hparams={"eps": hp.eps, "heads": hp.n_heads, "kv_heads": hp.n_kv_heads, "vocab": hp.n_vocab, "rope_base": hp.rope_base},
+        hparams={**hparams, **({"attention_sinks": True} if sinks else {})},
         build={"version": version(), "backend": engine.backend.name, "device": engine.backend.device},
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )

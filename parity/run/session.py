@@ -8,7 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from checkpoints.answers.diff import Verdict
 from checkpoints.answers.picture import Picture
@@ -24,10 +24,12 @@ from reference.jobs import DumpResult
 from ..diff.compare import Comparison, Options, comparison
 from ..diff.tokens import same_model
 from ..lint.lint import refuse_unusable
-from .hugging_face import HuggingFace
 from .request import Progress, Prompt, Request
 from .results import dumps_of
 from .sides import EXEC, OURS, LlamaCpp, OurEngine, Side, side_of
+
+if TYPE_CHECKING:
+    from .hugging_face import HuggingFace
 
 OURS_FILE, REF_FILE, HF_FILE = "ours.jsonl", "ref.jsonl", "hf.jsonl"
 
@@ -205,7 +207,7 @@ def dump_ours(request: Request, out: Path, progress: Progress | None = None) -> 
     side.dump(prompt, out, progress)
 
 
-def with_hugging_face(outcome: Outcome, side: HuggingFace, progress: Progress | None = None) -> tuple[Dump, str]:
+def with_hugging_face(outcome: Outcome, side: "HuggingFace", progress: Progress | None = None) -> tuple[Dump, str]:
     """Hugging Face as the third side of a run, on the same tokens and points.
 
     Returns:
@@ -231,6 +233,8 @@ def dump_hugging_face(model: Path, given: dict[str, Any], out: Path, progress: P
         InputError: the interpreter has no transformers, or the prompt of a folder is given as neither text nor ids.
         EngineError: transformers cannot load or run the model.
     """
+    from .hugging_face import HuggingFace
+
     side = HuggingFace(
         model,
         given["python"],

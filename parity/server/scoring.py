@@ -103,7 +103,7 @@ class ServerPredictions:
             raise ServerError(
                 f"the server's tokens are not {self._model.name}'s: at position {position} of chunk {chunk.number} it has {theirs[:40]!r}, "
                 f"llama.cpp {ours[:40]!r}.",
-                "Is it the model that the server runs? Check --model.",
+                "Is it the model that the server runs? If the text names special tokens, take one without them.",
             )
         last = len(prompt.ids) - 1
         asked = [item for item in heard.asked if chunk.first <= item.position < last and item.candidates]
@@ -180,6 +180,6 @@ def text_of(tokens: Sequence[int], model: Path, reference: Reference) -> str:
     """A text of which llama.cpp makes these tokens, a BOS included, or nearly so."""
     special = reference.tokenize(model, "a")
     shown = tokens[1:] if special.add_bos and tokens[:1] == (special.bos,) else tokens
-    text = "".join(reference.pieces(model, shown))
+    text = reference.text(model, shown)
     texts = dict.fromkeys((text, text.lstrip(" ")))
     return next((item for item in texts if reference.tokenize(model, item).ids == tuple(tokens)), text)

@@ -1,4 +1,4 @@
-"""The tensors that llama.cpp's quantiser leaves in their own type, as F32 as well.
+"""What llama.cpp's quantiser leaves undone in the files that it writes: tensors in their own type, and the alignment.
 
 `llama_model_quantize` converts matrices; norms, biases, positions, and small matrices such as gemma3n's `altup_proj`, gemma's
 `per_layer_model_proj` or RWKV's `time_mix_w1` stay as they are (`tensor_allows_quantization` in llama-quant.cpp), and files
@@ -10,10 +10,11 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from checkpoints.gguf_file import Contents, TensorInfo, contents, header_bytes
+from checkpoints.gguf_file import Contents, TensorInfo, contents, header_bytes, uint32_value
 
 from .to_float import ToFloat
 
+_ALIGNMENT = 32  # GGUF_DEFAULT_ALIGNMENT
 _F32 = 0  # ggml_type
 _INTEGERS = range(24, 28)  # I8, I16, I32, I64: tables of numbers, no weights
 
@@ -21,6 +22,20 @@ _INTEGERS = range(24, 28)  # I8, I16, I32, I64: tables of numbers, no weights
 def is_f32(contents: Contents) -> bool:
     """Whether every weight is F32 already: such a model is its own twin."""
     return all(tensor.type == _F32 or tensor.type in _INTEGERS for tensor in contents.tensors)
+
+
+def state_alignment(path: Path) -> None:
+    """Let a file that llama.cpp's quantiser wrote say the alignment that it has.
+
+    It aligns by 32 bytes, whatever the model's own alignment is, and copies that with the metadata: llama.cpp itself does not read
+    the result (`llama_model_quantize_impl` pads by GGUF_DEFAULT_ALIGNMENT).
+    """
+    file = contents(path)
+    if file.alignment == _ALIGNMENT:
+        return
+    stated = file.metadata | {"general.alignment": uint32_value(_ALIGNMENT)}
+    with path.open("r+b") as opened:
+        opened.write(header_bytes(stated, list(file.tensors))[: file.header_end])
 
 
 def dequantize_rest(path: Path) -> None:
@@ -51,7 +66,7 @@ def dequantize_rest(path: Path) -> None:
             moved.append(replace(tensor, type=kind, offset=offset))
             sizes.append(size)
             offset += size
-        _extend(opened.fileno(), file.data + offset)
+        _extend(opened.fileno(), file.size, file.data + offset)
     with path.open("r+b") as opened, mmap.mmap(opened.fileno(), 0) as data:
         for old, new, size in reversed(list(zip(file.tensors, moved, sizes, strict=True))):
             begin = file.data + new.offset
@@ -62,9 +77,9 @@ def dequantize_rest(path: Path) -> None:
         data[: file.header_end] = header_bytes(file.metadata, moved)[: file.header_end]
 
 
-def _extend(descriptor: int, size: int) -> None:
-    """Give a file its size with room on the disk: a write into a mapped hole would kill the process where there is none."""
-    if hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(descriptor, 0, size)
+def _extend(descriptor: int, size: int, new_size: int) -> None:
+    """Give a file its new size with room on the disk: a write into a mapped hole would kill the process where there is none."""
+    if hasattr(os, "posix_fallocate") and new_size > size:
+        os.posix_fallocate(descriptor, size, new_size - size)
     else:
-        os.truncate(descriptor, size)
+        os.truncate(descriptor, max(size, new_size))
